@@ -53,6 +53,31 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class DeviceMap:
+    """Which device each part of a model lives on: contiguous layer ranges, in order.
+
+    Args:
+        embed: device of the token embedding; the first layer's device.
+        layers: device of each decoder layer, its weights and its cache.
+        head: device of the final norm and the output head; the last layer's device.
+    """
+
+    embed: str
+    layers: tuple[str, ...]
+    head: str
+
+    @classmethod
+    def single(cls, device: str, num_layers: int) -> DeviceMap:
+        """Put everything on one device."""
+        return cls(device, (device,) * num_layers, device)
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Every device used, each once, in the order in which a token visits them."""
+        return tuple(dict.fromkeys((self.embed, *self.layers, self.head)))
+
+
+@dataclass(frozen=True)
 class Placement:
     """A tensor spec and where it starts in its segment's buffer, in bytes."""
 
