@@ -1,0 +1,194 @@
+"""Progress of everything that takes longer than a second, behind one small interface.
+
+Compiling counts units, loading bytes, prefill tokens. Whoever does the work calls `start`,
+`advance` and `finish`; whoever started the work chooses how it is shown. Progress goes to
+stderr, so that stdout stays what a program may read.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TextIO
+
+# Plain lines are for logs: what ends within the delay needs none, what lasts writes one
+# every interval.
+PLAIN_DELAY_S = 1.0
+PLAIN_INTERVAL_S = 5.0
+
+MIB = 1 << 20
+
+
+class Progress(Protocol):
+    """What long work reports to.
+
+    Tasks are named by what a person reads (`compiling kernels`). Starting a task that is
+    already running begins it anew; `advance` and `finish` of an unknown task do nothing, so
+    that the work never fails because of how it is shown. One thread at a time may call.
+    """
+
+    def start(self, task: str, total: int | None, unit: str) -> None:
+        """Begin a task of `total` units (None where unknown); `unit` is `bytes`, `tokens`, ..."""
+
+    def advance(self, task: str, n: int = 1) -> None:
+        """Count n further units as done."""
+
+    def finish(self, task: str) -> None:
+        """End a task, done or given up."""
+
+
+class NullProgress:
+    """Show nothing."""
+
+    def start(self, task: str, total: int | None, unit: str) -> None:
+        pass
+
+    def advance(self, task: str, n: int = 1) -> None:
+        pass
+
+    def finish(self, task: str) -> None:
+        pass
+
+
+@dataclass
+class _Task:
+    total: int | None
+    unit: str
+    began: float = 0.0
+    next_line: float = 0.0
+    done: int = 0
+
+
+def format_count(done: int, total: int | None, unit: str) -> str:
+    """Write `3/8 units`, or `12.0/96.5 MiB` where the unit is bytes."""
+    if unit == "bytes":
+        written = f"{done / MIB:.1f}" if total is None else f"{done / MIB:.1f}/{total / MIB:.1f}"
+        return f"{written} MiB"
+    return f"{done} {unit}" if total is None else f"{done}/{total} {unit}"
+
+
+class PlainProgress:
+    """Write whole lines, few of them: for logs and pipes.
+
+    Args:
+        stream: where lines go; stderr of the moment where None.
+        clock: seconds, for tests.
+    """
+
+    def __init__(
+        self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._stream = stream
+        self._clock = clock
+        self._tasks: dict[str, _Task] = {}
+
+    def start(self, task: str, total: int | None, unit: str) -> None:
+        now = self._clock()
+        self._tasks[task] = _Task(total, unit, began=now, next_line=now + PLAIN_DELAY_S)
+
+    def advance(self, task: str, n: int = 1) -> None:
+        state = self._tasks.get(task)
+        if state is None:
+            return
+        state.done += n
+        now = self._clock()
+        if now >= state.next_line:
+            state.next_line = now + PLAIN_INTERVAL_S
+            self._write(f"{task}: {format_count(state.done, state.total, state.unit)}")
+
+    def finish(self, task: str) -> None:
+        state = self._tasks.pop(task, None)
+        if state is None:
+            return
+        seconds = self._clock() - state.began
+        if seconds >= PLAIN_DELAY_S:
+            count = format_count(state.done, state.total, state.unit)
+            self._write(f"{task}: {count} in {seconds:.1f} s")
+
+    def _write(self, line: str) -> None:
+        print(line, file=self._stream or sys.stderr, flush=True)
+
+
+class RichProgress:
+    """Draw bars on a terminal, which go away when no task is left.
+
+    The display lives only while a task runs, so that text which is printed between tasks
+    (a prompt, generated pieces) is not disturbed.
+
+    Args:
+        stream: the terminal; stderr of the moment where None.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream
+        self._display: Any = None
+        self._tasks: dict[str, tuple[Any, _Task]] = {}
+
+    def start(self, task: str, total: int | None, unit: str) -> None:
+        if task in self._tasks:
+            self.finish(task)
+        if self._display is None:
+            self._display = self._make_display()
+            self._display.start()
+        state = _Task(total, unit)
+        bar = self._display.add_task(task, total=total, count=format_count(0, total, unit))
+        self._tasks[task] = (bar, state)
+
+    def advance(self, task: str, n: int = 1) -> None:
+        if task not in self._tasks:
+            return
+        bar, state = self._tasks[task]
+        state.done += n
+        count = format_count(state.done, state.total, state.unit)
+        self._display.update(bar, completed=state.done, count=count)
+
+    def finish(self, task: str) -> None:
+        if task not in self._tasks:
+            return
+        bar, _ = self._tasks.pop(task)
+        self._display.remove_task(bar)
+        if not self._tasks:
+            self._display.stop()
+            self._display = None
+
+    def _make_display(self) -> Any:
+        # rich takes tens of milliseconds to import; a warm start may need no bar at all.
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Display
+
+        return Display(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[count]}"),
+            TimeElapsedColumn(),
+            console=Console(file=self._stream or sys.stderr),
+            transient=True,
+        )
+
+
+def default_progress(stream: TextIO | None = None) -> Progress:
+    """Choose bars for a terminal and plain lines for anything else.
+
+    Args:
+        stream: where progress goes; stderr where None.
+    """
+    target = stream or sys.stderr
+    if target is not None and target.isatty():
+        return RichProgress(stream)
+    return PlainProgress(stream)
+
+
+@contextmanager
+def task(
+    progress: Progress, name: str, total: int | None, unit: str
+) -> Iterator[Callable[[int], None]]:
+    """Run a task as a `with` block that yields `advance(n)`, and finish it on errors as well."""
+    progress.start(name, total, unit)
+    try:
+        yield lambda n: progress.advance(name, n)
+    finally:
+        progress.finish(name)
