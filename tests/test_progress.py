@@ -64,13 +64,16 @@ def test_unknown_tasks_never_fail_the_work(make):
     assert progress.finish("never started") is None
 
 
-def test_rich_draws_and_leaves_nothing_behind():
+def test_rich_draws_and_leaves_nothing_behind(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
     stream = Terminal()
     progress = RichProgress(stream)
     progress.start("compiling", 4, "units")
     progress.advance("compiling", 2)
     progress.start("compiling", 4, "units")
     progress.advance("compiling", 3)
+    progress._display.refresh()
     progress.finish("compiling")
     assert "3/4 units" in stream.getvalue()
     assert progress._display is None
