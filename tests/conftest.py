@@ -1,0 +1,58 @@
+"""Settings and fixtures that all tests share. Nothing here imports the engine's compiled parts."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+# Two test workers on two cores must not start two thread pools each.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# No test asks a model hub for anything.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+
+REPO = Path(__file__).resolve().parent.parent
+# Kernels built by tests stay apart from the user's own, and survive from one run to the
+# next: the build key makes a stale binary impossible, and compiling is the slowest step.
+os.environ.setdefault("EXL_LOADER_CACHE_DIR", str(REPO / "build" / "test-cache"))
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+
+@pytest.fixture(scope="session")
+def fixtures_dir() -> Path:
+    """Folder of the reference models (EXL2 folders beside `NAME.reference.safetensors`)."""
+    named = os.environ.get("EXL_LOADER_FIXTURES")
+    folder = Path(named) if named else REPO.parent / "shared" / "fixtures"
+    if not folder.is_dir():
+        pytest.skip(f"no reference models at {folder}; set EXL_LOADER_FIXTURES")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch):
+    """Keep a developer's own limits out of the tests."""
+    monkeypatch.delenv("EXL_LOADER_MEMORY_LIMIT", raising=False)
+
+
+@pytest.fixture
+def tiny_model(tmp_path):
+    """Return a maker of small random Llama folders: `tiny_model(name="m", **config) -> Path`."""
+    from tiny import write_tiny_model
+
+    def make(name: str = "tiny", **options) -> Path:
+        return write_tiny_model(tmp_path / name, **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory) -> Path:
+    """One small random Llama with a tokenizer, shared by all tests that only read it."""
+    from tiny import write_tiny_model
+
+    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
