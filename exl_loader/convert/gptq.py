@@ -1,0 +1,150 @@
+"""Quantise a matrix so that its outputs on calibration text change least (GPTQ).
+
+Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+Transformers", 2022: rows are rounded one after the other, and each row's rounding error is
+carried into the rows that are still to come, weighted by the inverse Hessian of the inputs.
+Rows come in falling order of the Hessian's diagonal, so that the channels that matter most
+are rounded while the most rows are left to make up for them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .packing import QuantizedLinear, effective_scales, num_groups, padded_columns
+from .scales import choose_scales, quantize_rows
+
+# Share of the mean diagonal added to the diagonal: the paper's value.
+_DAMPING = 0.01
+
+
+class Hessian:
+    """Sum of x xᵀ over the inputs of a linear layer.
+
+    Args:
+        in_features: K.
+    """
+
+    def __init__(self, in_features: int):
+        self.matrix = torch.zeros(in_features, in_features)
+        self.num_rows = 0
+
+    def add(self, x: torch.Tensor) -> None:
+        """Add inputs: float32 [T, K]."""
+        self.matrix.addmm_(x.T, x)
+        self.num_rows += x.shape[0]
+
+
+class PreparedHessian:
+    """A Hessian made ready for any number of quantisations with it.
+
+    Args:
+        hessian: what was recorded. Where nothing was (an expert that no token reached), every
+            channel counts alike, which makes GPTQ plain rounding with searched scales.
+
+    Attributes:
+        perm: int64 [K], channels in falling order of the diagonal.
+        matrix: float32 [K, K], the mean Hessian in that order, undamped.
+        feedback: float32 [K, K] upper triangular U with inverse(damped H) = Uᵀ U.
+    """
+
+    def __init__(self, hessian: Hessian):
+        matrix = hessian.matrix.double() / max(hessian.num_rows, 1)
+        if not (matrix.diagonal() > 0).any():
+            matrix = torch.eye(matrix.shape[0], dtype=torch.float64)
+        self.perm = torch.argsort(matrix.diagonal(), descending=True, stable=True)
+        matrix = matrix[self.perm][:, self.perm]
+        self.matrix = matrix.float()
+        self.feedback = _inverse_factor(matrix).float()
+
+
+def _inverse_factor(matrix: torch.Tensor) -> torch.Tensor:
+    """Upper triangular U with inverse(H) = Uᵀ U, damping H as much as it takes.
+
+    With rows and columns in reverse, the Cholesky factor of H is R with H = R Rᵀ and R upper
+    triangular; then U = inverse(R), which needs no inverse of H itself.
+    """
+    damping = _DAMPING * matrix.diagonal().mean()
+    identity = torch.eye(matrix.shape[0], dtype=matrix.dtype)
+    while True:
+        lower, failed = torch.linalg.cholesky_ex((matrix + damping * identity).flip(0, 1))
+        if not failed:
+            upper = lower.flip(0, 1)
+            return torch.linalg.solve_triangular(upper, identity, upper=True)
+        damping = damping * 10
+
+
+def _quantize_group(rows: torch.Tensor, feedback: torch.Tensor, bits: int):
+    """Quantise one group, carrying errors within it.
+
+    Args:
+        rows: float32 [n, N], overwritten. feedback: U's diagonal block [n, n].
+
+    Returns:
+        codes uint8 [n, N]; levels int64 [N]; scale_max float16; errors float32 [n, N], each
+        row's error divided by its diagonal, for the rows that follow the group.
+    """
+    diagonal = feedback.diagonal()
+    scale_max, levels = choose_scales(rows, bits, diagonal.pow(-2))
+    scales = effective_scales(levels, scale_max)
+    codes = torch.empty(rows.shape, dtype=torch.uint8)
+    errors = torch.empty_like(rows)
+    for i in range(rows.shape[0]):
+        signed = quantize_rows(rows[i], scales, bits)
+        codes[i] = (signed + 2 ** (bits - 1)).to(torch.uint8)
+        errors[i] = (rows[i] - signed * scales) / diagonal[i]
+        rows[i + 1 :].addr_(feedback[i, i + 1 :], errors[i], alpha=-1)
+    return codes, levels, scale_max, errors
+
+
+def quantize(
+    weight: torch.Tensor,
+    hessian: PreparedHessian,
+    bits: int,
+    group_size: int,
+    bias: torch.Tensor | None = None,
+) -> QuantizedLinear:
+    """Quantise a weight.
+
+    Args:
+        weight: [K, N] in any float dtype, input channels first.
+        hessian: of the layer's inputs, K channels.
+        bits: width of every code.
+        group_size: rows that share a scale, a multiple of 32.
+        bias: [N], passed through.
+
+    Returns:
+        The layer in codes, columns padded to a multiple of 32.
+    """
+    in_features, out_features = weight.shape
+    columns = padded_columns(out_features)
+    groups = num_groups(in_features, group_size)
+    rest = torch.zeros(in_features, columns)
+    rest[:, :out_features] = weight[hessian.perm].float()
+    codes = torch.empty(in_features, columns, dtype=torch.uint8)
+    qs = torch.empty(groups, columns, dtype=torch.int64)
+    scale_max = torch.empty(groups, dtype=torch.float16)
+    for group in range(groups):
+        first, end = group * group_size, min((group + 1) * group_size, in_features)
+        block = hessian.feedback[first:end, first:end]
+        codes[first:end], qs[group], scale_max[group], errors = _quantize_group(
+            rest[first:end], block, bits
+        )
+        rest[end:].addmm_(hessian.feedback[first:end, end:].T, errors, alpha=-1)
+    return QuantizedLinear(
+        bits, group_size, codes, qs, scale_max, hessian.perm, out_features, bias
+    )
+
+
+def relative_error(weight: torch.Tensor, decoded: torch.Tensor, hessian: PreparedHessian) -> float:
+    """Share of the output's energy that the change makes: |X (W - W')|² / |X W|².
+
+    Args:
+        weight, decoded: [K, N], input channels in the model's own order.
+        hessian: of X.
+    """
+    original = weight[hessian.perm].float()
+    difference = original - decoded[hessian.perm].float()
+    energy = (original * (hessian.matrix @ original)).sum()
+    change = (difference * (hessian.matrix @ difference)).sum()
+    return (change / energy).item() if energy > 0 else 0.0
