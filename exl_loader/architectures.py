@@ -1,0 +1,226 @@
+"""The models this engine runs: one table entry per Hugging Face architecture, data only.
+
+To add an architecture that is made of the parts named here, add an entry to `ARCHITECTURES`.
+Tensor names, default values and window rules are those of the `transformers` library
+(`modeling_*.py` and `configuration_*.py` of version 5.23, and version 4 where it differs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+# How `sliding_window` is spread over the layers:
+#   none        the key means nothing to this architecture
+#   uniform     every layer
+#   upper       layers from `max_window_layers` on, where `use_sliding_window` is set
+#   alternating layers 0, 2, 4, ...
+# `upper` and `alternating` are only the defaults of an explicit `layer_types` list.
+WindowRule = Literal["none", "uniform", "upper", "alternating"]
+
+# Hugging Face's activation names, as `Ops.gate` calls them.
+ACTIVATIONS = MappingProxyType(
+    {
+        "silu": "silu",
+        "swish": "silu",
+        "gelu": "gelu",
+        "gelu_pytorch_tanh": "gelu_tanh",
+        "gelu_new": "gelu_tanh",
+        "gelu_fast": "gelu_tanh",
+    }
+)
+
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """Tensor names of a mixture-of-experts block, relative to its layer."""
+
+    router: str
+    experts: str
+    gate: str
+    up: str
+    down: str
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What sets one architecture apart; tensor names are relative to `model.layers.N.`.
+
+    Args:
+        name: Hugging Face class name, as in `architectures` of `config.json`.
+        model_type: `model_type` of `config.json`, for folders without `architectures`.
+        defaults: values of config keys that a folder may leave out. A key that stands in
+            the folder as null is not left out.
+        biases: which linear layers have a bias: always (True), or where the named config
+            key is set. Others have one only if the checkpoint brings one.
+        window: how `sliding_window` is spread over the layers.
+        fused: source tensor -> the linear layers whose output rows it holds, in order.
+        attn_input_norm, mlp_input_norm: norms in front of the blocks.
+        attn_output_norm, mlp_output_norm: norms on what the blocks add; None where absent.
+        qk_norm: whether each query and key head is normalised before RoPE.
+        norm_offset: added to every norm weight (Gemma stores weight - 1).
+        embed_scale: whether embeddings are multiplied by sqrt(hidden_size).
+        activation_key: config key that names the activation.
+        query_pre_attn_scalar: whether attention is scaled by that config key instead of
+            head_dim.
+        experts: names of the expert block that stands in for the MLP; None where dense.
+        longrope_aliases: older `rope_type` names that mean `longrope` here.
+    """
+
+    name: str
+    model_type: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    biases: Mapping[str, bool | str] = field(default_factory=dict)
+    window: WindowRule = "none"
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    attn_input_norm: str = "input_layernorm"
+    attn_output_norm: str | None = None
+    mlp_input_norm: str = "post_attention_layernorm"
+    mlp_output_norm: str | None = None
+    qk_norm: bool = False
+    norm_offset: float = 0.0
+    embed_scale: bool = False
+    activation_key: str = "hidden_act"
+    query_pre_attn_scalar: bool = False
+    experts: ExpertNames | None = None
+    longrope_aliases: tuple[str, ...] = ()
+
+
+Q_PROJ, K_PROJ = "self_attn.q_proj", "self_attn.k_proj"
+V_PROJ, O_PROJ = "self_attn.v_proj", "self_attn.o_proj"
+GATE_PROJ, UP_PROJ, DOWN_PROJ = "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"
+
+_ATTENTION_BIAS = {name: "attention_bias" for name in (Q_PROJ, K_PROJ, V_PROJ, O_PROJ)}
+_MLP_BIAS = {name: "mlp_bias" for name in (GATE_PROJ, UP_PROJ, DOWN_PROJ)}
+_QKV_BIAS = {name: True for name in (Q_PROJ, K_PROJ, V_PROJ)}
+
+_COMMON = {
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+_QWEN = {
+    **_COMMON,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+
+_ENTRIES = (
+    Architecture(
+        name="LlamaForCausalLM",
+        model_type="llama",
+        defaults={
+            **_COMMON,
+            "max_position_embeddings": 2048,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        biases={**_ATTENTION_BIAS, **_MLP_BIAS},
+    ),
+    Architecture(
+        name="MistralForCausalLM",
+        model_type="mistral",
+        defaults={
+            **_COMMON,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        window="uniform",
+    ),
+    Architecture(
+        name="MixtralForCausalLM",
+        model_type="mixtral",
+        defaults={
+            **_COMMON,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        window="uniform",
+        experts=ExpertNames(
+            router="block_sparse_moe.gate",
+            experts="block_sparse_moe.experts",
+            gate="w1",
+            up="w3",
+            down="w2",
+        ),
+    ),
+    Architecture(
+        name="Qwen2ForCausalLM",
+        model_type="qwen2",
+        defaults={**_QWEN, "num_key_value_heads": 32},
+        biases=_QKV_BIAS,
+        window="upper",
+    ),
+    Architecture(
+        name="Qwen3ForCausalLM",
+        model_type="qwen3",
+        defaults={**_QWEN, "num_key_value_heads": 32, "head_dim": 128},
+        biases=_ATTENTION_BIAS,
+        window="upper",
+        qk_norm=True,
+    ),
+    Architecture(
+        name="Gemma2ForCausalLM",
+        model_type="gemma2",
+        defaults={
+            **_COMMON,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "tie_word_embeddings": True,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "query_pre_attn_scalar": 256,
+            "max_position_embeddings": 8192,
+            "sliding_window": 4096,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "bos_token_id": 2,
+            "eos_token_id": 1,
+        },
+        biases=_ATTENTION_BIAS,
+        window="alternating",
+        attn_output_norm="post_attention_layernorm",
+        mlp_input_norm="pre_feedforward_layernorm",
+        mlp_output_norm="post_feedforward_layernorm",
+        norm_offset=1.0,
+        embed_scale=True,
+        activation_key="hidden_activation",
+        query_pre_attn_scalar=True,
+    ),
+    Architecture(
+        name="Phi3ForCausalLM",
+        model_type="phi3",
+        defaults={
+            **_COMMON,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+            "bos_token_id": 1,
+            "eos_token_id": 32000,
+        },
+        window="uniform",
+        fused={
+            "self_attn.qkv_proj": (Q_PROJ, K_PROJ, V_PROJ),
+            "mlp.gate_up_proj": (GATE_PROJ, UP_PROJ),
+        },
+        longrope_aliases=("su", "yarn"),
+    ),
+)
+
+ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({a.name: a for a in _ENTRIES})
+
+# The class was spelt this way before it was merged into `transformers`; folders of that
+# time still say so.
+ALIASES: Mapping[str, str] = MappingProxyType({"LLaMAForCausalLM": "LlamaForCausalLM"})

@@ -1,0 +1,246 @@
+"""`config.json` as one frozen, validated record, in either of Hugging Face's layouts.
+
+Everything after this module multiplies these numbers without looking at them again, so
+each is checked here: type, range, and that they agree with each other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .architectures import ACTIVATIONS, ALIASES, ARCHITECTURES, Architecture
+from .errors import ModelNotFound, UnsupportedArchitecture
+from .json_keys import Keys, read_json_object
+from .rope import MAX_POSITIONS, RopeConfig, parse_rope
+
+# Several times the largest models there are: what is beyond is damage, not a model.
+MAX_VOCAB_SIZE = 1 << 22
+MAX_HIDDEN_SIZE = 1 << 17
+MAX_INTERMEDIATE_SIZE = 1 << 19
+MAX_LAYERS = 1024
+MAX_HEADS = 1024
+MAX_HEAD_DIM = 1024
+MAX_EXPERTS = 1024
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a model is, without its weights. Names are Hugging Face's unless noted.
+
+    Args:
+        architecture: a key of `architectures.ARCHITECTURES`.
+        hidden_act: as `Ops.gate` takes it (`silu`, `gelu`, `gelu_tanh`).
+        bos_token_id: None where the model has none.
+        eos_token_ids: from `config.json`, then what `generation_config.json` adds.
+        sliding_window: the window of the layers that have one; None where none has.
+        layer_windows: window of each layer, 0 where it sees everything.
+        attn_logit_softcapping, final_logit_softcapping: 0.0 where there is none.
+        query_pre_attn_scalar: attention scores are scaled by its inverse square root
+            (head_dim in most architectures).
+        num_local_experts, num_experts_per_tok: 0 where the MLP is dense.
+        rope: the rotary embedding.
+        quantization: `quantization_config`, empty where there is none.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    hidden_act: str
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    sliding_window: int | None
+    layer_windows: tuple[int, ...]
+    attn_logit_softcapping: float
+    final_logit_softcapping: float
+    query_pre_attn_scalar: float
+    num_local_experts: int
+    num_experts_per_tok: int
+    rope: RopeConfig
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    quantization: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_dir(cls, path: str | Path) -> ModelConfig:
+        """Read the configuration of a model folder.
+
+        Raises:
+            ModelNotFound: there is no such folder, or it has no `config.json`.
+            InvalidConfig: the file cannot be read, or a value is missing, of the wrong type,
+                absurd, or contradicts another.
+            UnsupportedArchitecture: the model is of a kind that is not in `ARCHITECTURES`.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise ModelNotFound(
+                str(folder), expected="a model folder",
+                actual="a file" if folder.exists() else "nothing there",
+                remedy="Give the folder that holds config.json and the *.safetensors files",
+            )
+        config_path = folder / "config.json"
+        generation_path = folder / "generation_config.json"
+        generation = read_json_object(generation_path) if generation_path.is_file() else {}
+        return cls.from_dict(
+            read_json_object(config_path),
+            where=str(config_path),
+            generation=Keys(generation, str(generation_path)),
+        )
+
+    @classmethod
+    def from_dict(
+        cls, values: dict[str, Any], *, where: str = "config.json", generation: Keys | None = None
+    ) -> ModelConfig:
+        """Read the configuration out of parsed JSON; see `from_dir`."""
+        architecture = _architecture(Keys(values, where))
+        keys = Keys(values, where, architecture.defaults)
+        dimensions = _dimensions(keys)
+        head_dim = dimensions["head_dim"]
+        num_layers = dimensions["num_hidden_layers"]
+        max_position_embeddings = keys.required_integer(
+            "max_position_embeddings", 2, MAX_POSITIONS
+        )
+        windows = _layer_windows(keys, architecture, num_layers)
+        scalar = float(head_dim)
+        if architecture.query_pre_attn_scalar:
+            scalar = keys.required_number("query_pre_attn_scalar", 1e-3, 1e6)
+        bos_token_ids = _token_ids(keys, "bos_token_id", dimensions["vocab_size"])
+        return cls(
+            architecture=architecture.name,
+            **dimensions,
+            **_experts(keys, architecture),
+            rms_norm_eps=keys.required_number("rms_norm_eps", 0.0, 1.0),
+            max_position_embeddings=max_position_embeddings,
+            tie_word_embeddings=bool(keys.boolean("tie_word_embeddings")),
+            hidden_act=_activation(keys, architecture),
+            bos_token_id=bos_token_ids[0] if bos_token_ids else None,
+            eos_token_ids=_eos_token_ids(keys, generation, dimensions["vocab_size"]),
+            sliding_window=max(windows) or None,
+            layer_windows=windows,
+            attn_logit_softcapping=keys.number("attn_logit_softcapping", 0.0, 1e6) or 0.0,
+            final_logit_softcapping=keys.number("final_logit_softcapping", 0.0, 1e6) or 0.0,
+            query_pre_attn_scalar=scalar,
+            rope=parse_rope(
+                keys, head_dim, max_position_embeddings, architecture.longrope_aliases
+            ),
+            attention_bias=bool(keys.boolean("attention_bias")),
+            mlp_bias=bool(keys.boolean("mlp_bias")),
+            quantization=keys.mapping("quantization_config") or {},
+        )
+
+
+def _architecture(keys: Keys) -> Architecture:
+    names = keys.raw("architectures")
+    if names is None:
+        model_type = keys.text("model_type")
+        names = [a.name for a in ARCHITECTURES.values() if a.model_type == model_type]
+        found = f"model_type {model_type!r}"
+    elif not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise keys.fail("architectures", "a list of class names")
+    else:
+        found = ", ".join(names) or "an empty list"
+    for name in names:
+        name = ALIASES.get(name, name)
+        if name in ARCHITECTURES:
+            return ARCHITECTURES[name]
+    raise UnsupportedArchitecture(
+        f"the architecture of {keys.where}",
+        expected=f"one of {', '.join(ARCHITECTURES)}",
+        actual=found[:200],
+        remedy="Choose a model of a supported architecture",
+    )
+
+
+def _dimensions(keys: Keys) -> dict[str, int]:
+    hidden_size = keys.required_integer("hidden_size", 1, MAX_HIDDEN_SIZE)
+    num_heads = keys.required_integer("num_attention_heads", 1, MAX_HEADS)
+    num_kv_heads = keys.integer("num_key_value_heads", 1, MAX_HEADS) or num_heads
+    if num_heads % num_kv_heads:
+        raise keys.fail("num_key_value_heads", f"a divisor of num_attention_heads ({num_heads})")
+    head_dim = keys.integer("head_dim", 1, MAX_HEAD_DIM)
+    if head_dim is None:
+        head_dim, rest = divmod(hidden_size, num_heads)
+        if rest or not 1 <= head_dim <= MAX_HEAD_DIM:
+            raise keys.fail(
+                "hidden_size",
+                f"num_attention_heads ({num_heads}) times a head_dim of at most {MAX_HEAD_DIM}",
+            )
+    return {
+        "vocab_size": keys.required_integer("vocab_size", 1, MAX_VOCAB_SIZE),
+        "hidden_size": hidden_size,
+        "intermediate_size": keys.required_integer(
+            "intermediate_size", 1, MAX_INTERMEDIATE_SIZE
+        ),
+        "num_hidden_layers": keys.required_integer("num_hidden_layers", 1, MAX_LAYERS),
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_kv_heads,
+        "head_dim": head_dim,
+    }
+
+
+def _experts(keys: Keys, architecture: Architecture) -> dict[str, int]:
+    if architecture.experts is None:
+        return {"num_local_experts": 0, "num_experts_per_tok": 0}
+    num_experts = keys.required_integer("num_local_experts", 1, MAX_EXPERTS)
+    return {
+        "num_local_experts": num_experts,
+        "num_experts_per_tok": keys.required_integer("num_experts_per_tok", 1, num_experts),
+    }
+
+
+def _activation(keys: Keys, architecture: Architecture) -> str:
+    name = keys.text(architecture.activation_key)
+    if name is None or name not in ACTIVATIONS:
+        raise keys.fail(architecture.activation_key, f"one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def _layer_windows(keys: Keys, architecture: Architecture, num_layers: int) -> tuple[int, ...]:
+    """Find each layer's window; a row sees the `window` newest positions, itself included."""
+    rule = architecture.window
+    window = None if rule == "none" else keys.integer("sliding_window", 0, MAX_POSITIONS)
+    if rule == "upper" and not keys.boolean("use_sliding_window"):
+        window = None
+    if not window:
+        return (0,) * num_layers
+    if rule == "uniform":
+        return (window,) * num_layers
+    layer_types = keys.raw("layer_types")
+    if layer_types is None and rule == "upper":
+        first = keys.required_integer("max_window_layers", 0, MAX_LAYERS)
+        return tuple(window if i >= first else 0 for i in range(num_layers))
+    if layer_types is None:
+        return tuple(window if i % 2 == 0 else 0 for i in range(num_layers))
+    known = {"sliding_attention": window, "full_attention": 0}
+    if (
+        not isinstance(layer_types, list)
+        or len(layer_types) != num_layers
+        or not all(isinstance(name, str) and name in known for name in layer_types)
+    ):
+        raise keys.fail("layer_types", f"{num_layers} times {' or '.join(known)}")
+    return tuple(known[name] for name in layer_types)
+
+
+def _token_ids(keys: Keys, key: str, vocab_size: int) -> list[int]:
+    """Read one id or a list of ids; those outside the vocabulary can never occur."""
+    value = keys.raw(key)
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise keys.fail(key, "a token id or a list of them")
+    return [i for i in ids if 0 <= i < vocab_size]
+
+
+def _eos_token_ids(keys: Keys, generation: Keys | None, vocab_size: int) -> tuple[int, ...]:
+    ids = _token_ids(keys, "eos_token_id", vocab_size)
+    if generation is not None:
+        ids += _token_ids(generation, "eos_token_id", vocab_size)
+    return tuple(dict.fromkeys(ids))
