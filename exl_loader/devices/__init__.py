@@ -1,0 +1,90 @@
+"""What a device has, what others hold of it, and how a buffer is taken from it.
+
+One class per kind of device behind one small interface, so that planning and allocating
+never ask which kind it is, and tests bring devices of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..errors import InvalidSettings
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """A device's memory at this moment, in bytes.
+
+    Args:
+        capacity_bytes: what the device has, or what it may be used up to.
+        free_bytes: what can be taken now without pushing anything else out.
+        own_bytes: what this process holds already.
+    """
+
+    capacity_bytes: int
+    free_bytes: int
+    own_bytes: int = 0
+
+    @property
+    def other_bytes(self) -> int:
+        """Held by other processes, the desktop and the system."""
+        return max(0, self.capacity_bytes - self.free_bytes - self.own_bytes)
+
+
+@dataclass(frozen=True)
+class Process:
+    """Another process that holds memory of a device."""
+
+    pid: int
+    name: str
+    held_bytes: int
+
+
+class Device(Protocol):
+    """A kind of device. `name` is `cpu`, `cuda:0`, ...; one object serves all of its kind."""
+
+    granularity_bytes: int
+    """A buffer takes a multiple of this many bytes."""
+
+    def capacity(self, name: str) -> Capacity:
+        """Ask the system; raises InvalidSettings where there is no such device."""
+
+    def overhead(self, name: str) -> tuple[int, bool]:
+        """Bytes that running on the device takes outside our buffers; True if measured."""
+
+    def processes(self, name: str, limit: int) -> list[Process]:
+        """The other processes that hold most of it, largest first; [] where unknown."""
+
+    def empty(self, name: str, nbytes: int) -> tuple[Any, Any]:
+        """Take one buffer.
+
+        Returns:
+            A uint8 tensor [nbytes], and the object whose life is that of the memory.
+
+        Raises:
+            MemoryError: the system refused.
+        """
+
+    def touch(self, buffer: Any) -> None:
+        """Make a (piece of a) buffer's memory really taken, so that no later use can fail."""
+
+
+def device_kind(name: str) -> Device:
+    """Find what serves a device name such as `cpu`, `cpu:1` or `cuda:0`."""
+    kind, _, index = name.partition(":")
+    if kind not in KINDS or (index and not index.isdigit()):
+        raise InvalidSettings(
+            "device", expected="auto, cpu or cuda:0, cuda:1, ...", actual=repr(name)
+        )
+    return KINDS[kind]
+
+
+def _kinds() -> dict[str, Device]:
+    from .cpu import CpuDevice
+    from .cuda import CudaDevice
+
+    return {"cpu": CpuDevice(), "cuda": CudaDevice()}
+
+
+KINDS: dict[str, Device] = _kinds()

@@ -1,0 +1,199 @@
+"""The buffers of a model: how much a device may lend, and taking exactly the table's bytes.
+
+Every (device, segment) is one buffer, every tensor a view into it. Memory is taken for
+good when it is allocated (its pages are touched), so that a plan which was kept at load
+time cannot fail later.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import weakref
+from collections.abc import Iterable
+from dataclasses import replace
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from .devices import Capacity, device_kind
+from .errors import InsufficientMemory, InvalidSettings
+from .progress import NullProgress, Progress, task
+from .table import Segment
+
+if TYPE_CHECKING:
+    import torch
+
+LIMIT_VARIABLE = "EXL_LOADER_MEMORY_LIMIT"
+
+# Between two looks at what is still free: small enough that another process which grows
+# meanwhile is noticed before the system starts to kill, large enough to cost nothing.
+TOUCH_BYTES = 256 << 20
+
+_BYTES = re.compile(
+    r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*(?:([KMGT])(iB|B)?|B)?\s*", re.IGNORECASE | re.ASCII
+)
+_UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+# Buffers that exist in this process: the memory's owner -> (device, bytes).
+_live: weakref.WeakKeyDictionary[Any, tuple[str, int]] = weakref.WeakKeyDictionary()
+
+
+def parse_bytes(value: int | str, setting: str) -> int:
+    """Read a byte count: an int, or text such as `24GiB`, `24G`, `1.5 GB` or `123456`.
+
+    KiB, MiB, GiB (and K, M, G) are powers of 1024; KB, MB, GB are powers of 1000.
+
+    Args:
+        value: the count.
+        setting: name of the setting, for the error.
+
+    Raises:
+        InvalidSettings: it is no positive byte count.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        count = Fraction(value)
+    else:
+        match = _BYTES.fullmatch(value) if isinstance(value, str) else None
+        count = _scaled(*match.groups(default="")) if match else Fraction(0)
+    if count < 1:
+        raise InvalidSettings(
+            setting, expected="a number of bytes such as 24GiB", actual=repr(value)
+        )
+    return int(count)
+
+
+def _scaled(number: str, unit: str, suffix: str) -> Fraction:
+    base = 1000 if suffix.upper() == "B" else 1024
+    return Fraction(number) * base ** _UNITS[unit.upper()]
+
+
+def environment_limit() -> int | None:
+    """Return the limit that `EXL_LOADER_MEMORY_LIMIT` sets for every device, None without."""
+    value = os.environ.get(LIMIT_VARIABLE, "").strip()
+    return parse_bytes(value, f"environment variable {LIMIT_VARIABLE}") if value else None
+
+
+def live_bytes(device: str | None = None) -> int:
+    """Count the bytes of all buffers that exist in this process, on one device or on all.
+
+    Measured from the memory itself: a view that is still held somewhere keeps its buffer
+    alive, and it is counted.
+    """
+    return sum(nbytes for name, nbytes in _live.values() if device in (None, name))
+
+
+def capacity(device: str) -> Capacity:
+    """Return what a device has and lends now, within the environment's limit.
+
+    The limit is the device's capacity for all models of this process together.
+
+    Raises:
+        InvalidSettings: no such device, or the limit is no byte count.
+    """
+    found = device_kind(device).capacity(device)
+    limit = environment_limit()
+    if limit is None or limit >= found.capacity_bytes:
+        return found
+    held = live_bytes(device)
+    return replace(
+        found,
+        capacity_bytes=limit,
+        free_bytes=max(0, min(found.free_bytes, limit - held)),
+        own_bytes=held,
+    )
+
+
+class Buffers:
+    """The buffers of one model; made by `allocate`."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, str], tuple[Segment, torch.Tensor]] = {}
+
+    def views(self, segment: str, device: str | None = None) -> dict[str, torch.Tensor]:
+        """Return the tensors of a segment by name, each a view with its own dtype and shape.
+
+        Args:
+            segment: `weights`, `cache` or `workspace`.
+            device: only this device's; all devices where None.
+        """
+        import torch
+
+        return {
+            place.spec.name: buffer[place.offset : place.offset + place.spec.nbytes]
+            .view(getattr(torch, place.spec.dtype))
+            .view(place.spec.shape)
+            for (on, name), (layout, buffer) in self._buffers.items()
+            if name == segment and device in (None, on)
+            for place in layout.placements
+        }
+
+    def allocated_bytes(self, device: str | None = None, segment: str | None = None) -> int:
+        """Sum the sizes of the buffers that exist, all or of one device or segment."""
+        return sum(
+            buffer.nbytes
+            for (on, name), (_, buffer) in self._buffers.items()
+            if device in (None, on) and segment in (None, name)
+        )
+
+    def release(self) -> None:
+        """Give everything back; the memory goes when the last view into it is dropped."""
+        self._buffers.clear()
+
+    def _take(self, segment: Segment, advance) -> None:
+        kind = device_kind(segment.device)
+        buffer, owner = kind.empty(segment.device, segment.nbytes)
+        _live[owner] = (segment.device, segment.nbytes)
+        for first in range(0, segment.nbytes, TOUCH_BYTES):
+            piece = buffer[first : first + TOUCH_BYTES]
+            if kind.capacity(segment.device).free_bytes < piece.nbytes:
+                raise MemoryError("another process took it meanwhile")
+            kind.touch(piece)
+            advance(piece.nbytes)
+        self._buffers[segment.device, segment.name] = (segment, buffer)
+
+
+def allocate(segments: Iterable[Segment], progress: Progress | None = None) -> Buffers:
+    """Take one buffer for every segment, all or none.
+
+    Args:
+        segments: from `table.place`; each (device, name) once.
+        progress: told the bytes taken.
+
+    Raises:
+        InsufficientMemory: the system refused one of them, or what was free when the plan
+            was made is free no more; everything taken so far is given back.
+    """
+    segments = list(segments)
+    buffers = Buffers()
+    total = sum(segment.nbytes for segment in segments)
+    with task(progress or NullProgress(), "reserving memory", total, "bytes") as advance:
+        for segment in segments:
+            refusal = _try_take(buffers, segment, advance)
+            if refusal is not None:
+                raise _vanished(segment, refusal)
+    return buffers
+
+
+def _try_take(buffers: Buffers, segment: Segment, advance) -> str | None:
+    """Return why a buffer could not be taken, after giving all of them back, or None."""
+    try:
+        buffers._take(segment, advance)
+    except MemoryError as error:
+        # Text, not the exception: its traceback would keep the half-taken buffer alive.
+        buffers.release()
+        return str(error) or "the system refused"
+    except BaseException:
+        buffers.release()
+        raise
+    return None
+
+
+def _vanished(segment: Segment, refusal: str) -> InsufficientMemory:
+    free = device_kind(segment.device).capacity(segment.device).free_bytes
+    return InsufficientMemory(
+        f"{segment.device}: no memory for the {segment.name} buffer",
+        expected=f"{segment.nbytes} bytes, which the plan saw free",
+        actual=f"{free} bytes free ({refusal})",
+        remedy="Everything taken was given back. Close what took the memory, or load with a "
+        "smaller ctx_size or fewer cache bits.",
+    )
