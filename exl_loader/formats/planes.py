@@ -80,7 +80,7 @@ def split_planes(codes: Array, bits: int) -> Array:
         bytes of a vector.
     """
     quads = codes.reshape(-1, REGISTERS, REGISTER_ROWS, codes.shape[1]).astype(np.uint32)
-    registers = quads[:, :, 0]
+    registers: Array = quads[:, :, 0]
     for row in range(1, REGISTER_ROWS):
         registers = registers | quads[:, :, row] << (8 * row)
     planes, shift = [], bits

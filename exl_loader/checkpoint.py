@@ -1,0 +1,178 @@
+"""A checkpoint: headers of its safetensors files first, tensors one at a time later.
+
+Opening reads headers only and imports no PyTorch. Tensors are read with plain file reads: a
+memory map would turn a file that shrinks into a SIGBUS.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from .checkpoint_files import check_index, detect_format, read_quantization, weight_files
+from .errors import InvalidCheckpoint, UnsupportedFormat
+from .safetensors_header import (
+    DOWNLOAD_AGAIN,
+    FileIdentity,
+    TensorHeader,
+    invalid,
+    read_header,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Checkpoint", "TensorHeader"]
+
+
+class Checkpoint:
+    """The weights of a model folder. Use it as a context manager, or call `close()`.
+
+    Attributes:
+        model_dir: the folder.
+        headers: tensor name -> TensorHeader.
+        format: `exl2`, `gptq` or `dense`.
+        quantization: `quantization_config` of config.json merged over quantize_config.json.
+        paths: the files, in order.
+    """
+
+    def __init__(
+        self,
+        model_dir: Path,
+        headers: dict[str, TensorHeader],
+        identities: dict[Path, FileIdentity],
+        format: str,
+        quantization: dict[str, Any],
+    ) -> None:
+        self.model_dir = model_dir
+        self.headers = headers
+        self.format = format
+        self.quantization = quantization
+        self.paths = list(identities)
+        self._identities = identities
+        self._files: dict[Path, BinaryIO] = {}
+
+    @classmethod
+    def open(cls, model_dir: str | os.PathLike[str]) -> Checkpoint:
+        """Read and validate the headers of a model folder's weight files.
+
+        Raises:
+            ModelNotFound: no folder, or no weights in it.
+            InvalidCheckpoint: a file is missing or truncated, a header says something that
+                cannot be true, or a tensor stands in two files.
+            InvalidConfig: config.json or quantize_config.json is no JSON object.
+            UnsupportedFormat: pickle files, GGUF, or another quantisation method.
+        """
+        folder = Path(model_dir)
+        headers: dict[str, TensorHeader] = {}
+        identities: dict[Path, FileIdentity] = {}
+        for path in weight_files(folder):
+            tensors, identities[path] = read_header(path)
+            for header in tensors:
+                other = headers.setdefault(header.name, header)
+                if other is not header:
+                    raise InvalidCheckpoint(
+                        f"{header.name}: stands in {other.path.name} and in {path.name}",
+                        expected="one file",
+                        remedy="Remove the file that does not belong to this model",
+                    )
+        quantization = read_quantization(folder)
+        format = detect_format(headers, quantization)
+        if format != "exl2":
+            check_index(folder)
+        return cls(folder, headers, identities, format, quantization)
+
+    def header(self, name: str) -> TensorHeader:
+        """Look a tensor up.
+
+        Raises:
+            InvalidCheckpoint: there is none of this name.
+        """
+        header = self.headers.get(name)
+        if header is None:
+            raise InvalidCheckpoint(
+                f"{name}: not in the checkpoint",
+                expected=f"a tensor of this name in {', '.join(p.name for p in self.paths[:4])}",
+                remedy="Check that all weight files are there and belong to this config.json",
+            )
+        return header
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read a tensor: on the CPU, a copy of its own.
+
+        Raises:
+            InvalidCheckpoint: no such tensor, the file ends early, or it changed since its
+                header was read.
+            UnsupportedFormat: PyTorch has no such dtype.
+        """
+        header = self.header(name)
+        return self._read(header, header.shape, header.offset, header.nbytes)
+
+    def read_rows(self, name: str, first: int, end: int) -> torch.Tensor:
+        """Read rows first..end (along the first dimension) of a tensor; see `read`."""
+        header = self.header(name)
+        assert header.shape and 0 <= first <= end <= header.shape[0], (header, first, end)
+        row_bytes = header.nbytes // header.shape[0] if header.shape[0] else 0
+        shape = (end - first, *header.shape[1:])
+        offset = header.offset + first * row_bytes
+        return self._read(header, shape, offset, (end - first) * row_bytes)
+
+    def _read(
+        self, header: TensorHeader, shape: tuple[int, ...], offset: int, nbytes: int
+    ) -> torch.Tensor:
+        import torch
+
+        dtype = getattr(torch, header.dtype, None)
+        if dtype is None:
+            raise UnsupportedFormat(f"{header.name}: dtype {header.dtype}")
+        data = torch.empty(nbytes, dtype=torch.uint8)
+        self._fill(header, offset, data.numpy().data)
+        return data.view(dtype).reshape(shape)
+
+    def _fill(self, header: TensorHeader, offset: int, target: memoryview) -> None:
+        path = header.path
+        try:
+            file = self._files.get(path)
+            if file is None:
+                file = self._files[path] = open(path, "rb", buffering=0)
+            file.seek(offset)
+            done = 0
+            while done < len(target):
+                count = file.readinto(target[done:])  # type: ignore[attr-defined]
+                if not count:
+                    break
+                done += count
+            identity = FileIdentity.of(os.fstat(file.fileno()))
+        except OSError as error:
+            raise InvalidCheckpoint(
+                f"{path.name}: cannot read {header.name}",
+                actual=error.strerror or error,
+                remedy="Check the disk and the file",
+            ) from error
+        if done < len(target):
+            invalid(path, f"bytes of {header.name}", len(target), f"{done} (truncated)")
+        if identity != self._identities[path]:
+            raise InvalidCheckpoint(
+                f"{path.name}: changed after its header was read",
+                remedy=f"Load the model again when nothing writes to it. {DOWNLOAD_AGAIN} if "
+                "this persists",
+            )
+
+    def close(self) -> None:
+        """Close the files; `read` opens them again."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
