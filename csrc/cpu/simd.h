@@ -1,0 +1,72 @@
+// Sixteen lanes of whatever the machine has.
+//
+// Purpose: one spelling of the vector operations that the kernels need, so that a kernel is
+// written once. A tile is 16 columns wide, so the unit is 16 lanes of 32 bits: one AVX-512
+// register, two AVX2 registers, or an array that the compiler vectorises as it can. The
+// choice is made by the target macros: the library is compiled for the machine at hand.
+//
+// Integer results are the same on every target, bit for bit. Floating point differs only
+// where a target has no fused multiply-add.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && \
+    defined(__AVX512DQ__)
+#define EXL_AVX512 1
+#include <immintrin.h>
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define EXL_AVX2 1
+#include <immintrin.h>
+#endif
+
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12's own intrinsics start from a deliberately undefined register and then warn of it.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+#if defined(_MSC_VER)
+#define EXL_INLINE __forceinline
+#else
+#define EXL_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace exl {
+
+// Lanes of a vector, which is also the width of a tile.
+constexpr int kLanes = 16;
+
+// float16 to float32 without hardware: the exponent is moved by a multiplication, which
+// also gets subnormal numbers right; infinities and NaN (exponent 31) are mended after it.
+EXL_INLINE float half_to_float(uint16_t half) {
+    const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
+    uint32_t bits = static_cast<uint32_t>(half & 0x7fffu) << 13;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    value *= 0x1p112f;  // the difference of the exponents' biases, 127 - 15
+    std::memcpy(&bits, &value, 4);
+    if ((half & 0x7c00u) == 0x7c00u) bits |= 0x7f800000u;
+    bits |= sign;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+EXL_INLINE float bfloat16_to_float(uint16_t value) {
+    const uint32_t bits = static_cast<uint32_t>(value) << 16;
+    float result;
+    std::memcpy(&result, &bits, 4);
+    return result;
+}
+
+}  // namespace exl
+
+#if defined(EXL_AVX512)
+#include "simd_avx512.h"
+#elif defined(EXL_AVX2)
+#include "simd_avx2.h"
+#else
+#include "simd_portable.h"
+#endif

@@ -1,0 +1,161 @@
+// simd.h on AVX2 with FMA and F16C: two registers of eight lanes.
+#pragma once
+
+namespace exl {
+
+struct F32x16 {
+    __m256 lo, hi;
+};
+struct I32x16 {
+    __m256i lo, hi;
+};
+// 64 codes of one byte: [column 0..15][4 rows], see formats/packed.py.
+struct U8x64 {
+    __m256i lo, hi;
+};
+
+EXL_INLINE __m256i load256(const void* p) {
+    return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+}
+EXL_INLINE void store256(void* p, __m256i a) { _mm256_storeu_si256(static_cast<__m256i*>(p), a); }
+EXL_INLINE __m128i load128(const void* p) {
+    return _mm_loadu_si128(static_cast<const __m128i*>(p));
+}
+
+EXL_INLINE F32x16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+EXL_INLINE void store(float* p, F32x16 a) {
+    _mm256_storeu_ps(p, a.lo);
+    _mm256_storeu_ps(p + 8, a.hi);
+}
+EXL_INLINE F32x16 load_half(const uint16_t* p) {
+    return {_mm256_cvtph_ps(load128(p)), _mm256_cvtph_ps(load128(p + 8))};
+}
+EXL_INLINE void store_half(uint16_t* p, F32x16 a) {
+    const __m128i lo = _mm256_cvtps_ph(a.lo, _MM_FROUND_TO_NEAREST_INT);
+    store256(p, _mm256_set_m128i(_mm256_cvtps_ph(a.hi, _MM_FROUND_TO_NEAREST_INT), lo));
+}
+EXL_INLINE F32x16 load_bfloat16(const uint16_t* p) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load128(p)), 16)),
+            _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load128(p + 8)), 16))};
+}
+EXL_INLINE F32x16 broadcast(float a) { return {_mm256_set1_ps(a), _mm256_set1_ps(a)}; }
+EXL_INLINE F32x16 operator+(F32x16 a, F32x16 b) {
+    return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)};
+}
+EXL_INLINE F32x16 operator-(F32x16 a, F32x16 b) {
+    return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)};
+}
+EXL_INLINE F32x16 operator*(F32x16 a, F32x16 b) {
+    return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)};
+}
+EXL_INLINE F32x16 operator/(F32x16 a, F32x16 b) {
+    return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)};
+}
+EXL_INLINE F32x16 max(F32x16 a, F32x16 b) {
+    return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)};
+}
+EXL_INLINE F32x16 min(F32x16 a, F32x16 b) {
+    return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)};
+}
+// a * b + c, rounded once where the target can.
+EXL_INLINE F32x16 fma(F32x16 a, F32x16 b, F32x16 c) {
+    return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
+EXL_INLINE float sum(F32x16 a) {
+    const __m256 eight = _mm256_add_ps(a.lo, a.hi);
+    __m128 v = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    v = _mm_add_ps(v, _mm_movehl_ps(v, v));
+    return _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)));
+}
+EXL_INLINE float largest(F32x16 a) {
+    const __m256 eight = _mm256_max_ps(a.lo, a.hi);
+    __m128 v = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    v = _mm_max_ps(v, _mm_movehl_ps(v, v));
+    return _mm_cvtss_f32(_mm_max_ss(v, _mm_movehdup_ps(v)));
+}
+// Nearest whole number, ties to even.
+EXL_INLINE F32x16 round(F32x16 a) {
+    constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return {_mm256_round_ps(a.lo, kNearest), _mm256_round_ps(a.hi, kNearest)};
+}
+
+EXL_INLINE I32x16 load(const int32_t* p) { return {load256(p), load256(p + 8)}; }
+EXL_INLINE void store(int32_t* p, I32x16 a) {
+    store256(p, a.lo);
+    store256(p + 8, a.hi);
+}
+EXL_INLINE I32x16 broadcast(int32_t a) { return {_mm256_set1_epi32(a), _mm256_set1_epi32(a)}; }
+EXL_INLINE I32x16 load_bytes(const uint8_t* p) {
+    const __m128i bytes = load128(p);
+    return {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};
+}
+EXL_INLINE I32x16 operator+(I32x16 a, I32x16 b) {
+    return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)};
+}
+EXL_INLINE I32x16 operator*(I32x16 a, I32x16 b) {
+    return {_mm256_mullo_epi32(a.lo, b.lo), _mm256_mullo_epi32(a.hi, b.hi)};
+}
+EXL_INLINE I32x16 shift_left(I32x16 a, int bits) {
+    const __m128i count = _mm_cvtsi32_si128(bits);
+    return {_mm256_sll_epi32(a.lo, count), _mm256_sll_epi32(a.hi, count)};
+}
+EXL_INLINE F32x16 to_float(I32x16 a) {
+    return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)};
+}
+// Nearest, ties to even.
+EXL_INLINE I32x16 to_int(F32x16 a) { return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)}; }
+EXL_INLINE F32x16 as_float(I32x16 a) {
+    return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)};
+}
+EXL_INLINE I32x16 as_int(F32x16 a) {
+    return {_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)};
+}
+
+EXL_INLINE U8x64 load_codes(const uint8_t* p) { return {load256(p), load256(p + 32)}; }
+EXL_INLINE void store_codes(uint8_t* p, U8x64 a) {
+    store256(p, a.lo);
+    store256(p + 32, a.hi);
+}
+template <int Right, int Left, int Mask>
+EXL_INLINE __m256i field256(__m256i v) {
+    if constexpr (Right != 0) v = _mm256_srli_epi16(v, Right);
+    if constexpr (Left != 0) v = _mm256_slli_epi16(v, Left);
+    return _mm256_and_si256(v, _mm256_set1_epi8(static_cast<char>(Mask)));
+}
+// ((a >> Right) << Left) & Mask in every byte; one of the two shifts is 0. Mask keeps only
+// bits that the byte itself supplies.
+template <int Right, int Left, int Mask>
+EXL_INLINE U8x64 field(U8x64 a) {
+    return {field256<Right, Left, Mask>(a.lo), field256<Right, Left, Mask>(a.hi)};
+}
+EXL_INLINE U8x64 operator|(U8x64 a, U8x64 b) {
+    return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)};
+}
+
+template <bool Wide>
+EXL_INLINE __m256i dot256(__m256i acc, __m256i codes, __m256i x) {
+#if defined(__AVXVNNI__)
+    return _mm256_dpbusd_avx_epi32(acc, codes, x);
+#else
+    // vpmaddubsw saturates at 2^15: 2 * 127 * 127 fits, 2 * 255 * 127 does not, so the top
+    // bit of a wide code goes by itself (2 * 128 * 127 fits as well).
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256i low = codes;
+    if constexpr (Wide) {
+        const __m256i top = _mm256_set1_epi8(static_cast<char>(0x80));
+        const __m256i high = _mm256_and_si256(codes, top);
+        low = _mm256_andnot_si256(top, codes);
+        acc = _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(high, x), ones));
+    }
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(low, x), ones));
+#endif
+}
+// acc[column] += sum over 4 rows of codes[column][row] * x[row]. `x4` holds four signed
+// bytes, none of them -128. Wide says that codes may exceed 127.
+template <bool Wide>
+EXL_INLINE I32x16 dot(I32x16 acc, U8x64 codes, int32_t x4) {
+    const __m256i x = _mm256_set1_epi32(x4);
+    return {dot256<Wide>(acc.lo, codes.lo, x), dot256<Wide>(acc.hi, codes.hi, x)};
+}
+
+}  // namespace exl

@@ -1,0 +1,102 @@
+// simd.h on AVX-512 (F, BW, VL, DQ; VNNI where the machine has it).
+#pragma once
+
+namespace exl {
+
+struct F32x16 {
+    __m512 v;
+};
+struct I32x16 {
+    __m512i v;
+};
+// 64 codes of one byte: [column 0..15][4 rows], see formats/packed.py.
+struct U8x64 {
+    __m512i v;
+};
+
+EXL_INLINE F32x16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+EXL_INLINE void store(float* p, F32x16 a) { _mm512_storeu_ps(p, a.v); }
+EXL_INLINE F32x16 load_half(const uint16_t* p) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+EXL_INLINE void store_half(uint16_t* p, F32x16 a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+EXL_INLINE F32x16 load_bfloat16(const uint16_t* p) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+}
+EXL_INLINE F32x16 broadcast(float a) { return {_mm512_set1_ps(a)}; }
+EXL_INLINE F32x16 operator+(F32x16 a, F32x16 b) { return {_mm512_add_ps(a.v, b.v)}; }
+EXL_INLINE F32x16 operator-(F32x16 a, F32x16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+EXL_INLINE F32x16 operator*(F32x16 a, F32x16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+EXL_INLINE F32x16 operator/(F32x16 a, F32x16 b) { return {_mm512_div_ps(a.v, b.v)}; }
+EXL_INLINE F32x16 max(F32x16 a, F32x16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+EXL_INLINE F32x16 min(F32x16 a, F32x16 b) { return {_mm512_min_ps(a.v, b.v)}; }
+// a * b + c, rounded once where the target can.
+EXL_INLINE F32x16 fma(F32x16 a, F32x16 b, F32x16 c) {
+    return {_mm512_fmadd_ps(a.v, b.v, c.v)};
+}
+EXL_INLINE float sum(F32x16 a) { return _mm512_reduce_add_ps(a.v); }
+EXL_INLINE float largest(F32x16 a) { return _mm512_reduce_max_ps(a.v); }
+// Nearest whole number, ties to even.
+EXL_INLINE F32x16 round(F32x16 a) {
+    return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT)};
+}
+
+EXL_INLINE I32x16 load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+EXL_INLINE void store(int32_t* p, I32x16 a) { _mm512_storeu_si512(p, a.v); }
+EXL_INLINE I32x16 broadcast(int32_t a) { return {_mm512_set1_epi32(a)}; }
+EXL_INLINE I32x16 load_bytes(const uint8_t* p) {
+    return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+EXL_INLINE I32x16 operator+(I32x16 a, I32x16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
+EXL_INLINE I32x16 operator*(I32x16 a, I32x16 b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
+EXL_INLINE I32x16 shift_left(I32x16 a, int bits) {
+    return {_mm512_sll_epi32(a.v, _mm_cvtsi32_si128(bits))};
+}
+EXL_INLINE F32x16 to_float(I32x16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
+// Nearest, ties to even.
+EXL_INLINE I32x16 to_int(F32x16 a) { return {_mm512_cvtps_epi32(a.v)}; }
+EXL_INLINE F32x16 as_float(I32x16 a) { return {_mm512_castsi512_ps(a.v)}; }
+EXL_INLINE I32x16 as_int(F32x16 a) { return {_mm512_castps_si512(a.v)}; }
+
+EXL_INLINE U8x64 load_codes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+EXL_INLINE void store_codes(uint8_t* p, U8x64 a) { _mm512_storeu_si512(p, a.v); }
+// ((a >> Right) << Left) & Mask in every byte; one of the two shifts is 0. Mask keeps only
+// bits that the byte itself supplies.
+template <int Right, int Left, int Mask>
+EXL_INLINE U8x64 field(U8x64 a) {
+    __m512i v = a.v;
+    if constexpr (Right != 0) v = _mm512_srli_epi16(v, Right);
+    if constexpr (Left != 0) v = _mm512_slli_epi16(v, Left);
+    return {_mm512_and_si512(v, _mm512_set1_epi8(static_cast<char>(Mask)))};
+}
+EXL_INLINE U8x64 operator|(U8x64 a, U8x64 b) { return {_mm512_or_si512(a.v, b.v)}; }
+
+// acc[column] += sum over 4 rows of codes[column][row] * x[row]. `x4` holds four signed
+// bytes, none of them -128. Wide says that codes may exceed 127.
+template <bool Wide>
+EXL_INLINE I32x16 dot(I32x16 acc, U8x64 codes, int32_t x4) {
+    const __m512i x = _mm512_set1_epi32(x4);
+#if defined(__AVX512VNNI__)
+    return {_mm512_dpbusd_epi32(acc.v, codes.v, x)};
+#else
+    // vpmaddubsw saturates at 2^15: 2 * 127 * 127 fits, 2 * 255 * 127 does not, so the top
+    // bit of a wide code goes by itself (2 * 128 * 127 fits as well).
+    const __m512i ones = _mm512_set1_epi16(1);
+    __m512i low = codes.v;
+    if constexpr (Wide) {
+        const __m512i top = _mm512_set1_epi8(static_cast<char>(0x80));
+        const __m512i high = _mm512_and_si512(codes.v, top);
+        low = _mm512_andnot_si512(top, codes.v);
+        const __m512i pairs = _mm512_maddubs_epi16(high, x);
+        acc.v = _mm512_add_epi32(acc.v, _mm512_madd_epi16(pairs, ones));
+    }
+    const __m512i pairs = _mm512_maddubs_epi16(low, x);
+    return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(pairs, ones))};
+#endif
+}
+
+}  // namespace exl

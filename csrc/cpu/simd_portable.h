@@ -1,0 +1,177 @@
+// simd.h in plain C++: arrays of 16 that the compiler vectorises for whatever it targets.
+#pragma once
+
+namespace exl {
+
+struct F32x16 {
+    float v[kLanes];
+};
+struct I32x16 {
+    int32_t v[kLanes];
+};
+// 64 codes of one byte: [column 0..15][4 rows], see formats/packed.py.
+struct U8x64 {
+    uint8_t v[4 * kLanes];
+};
+
+template <class Result, class Function>
+EXL_INLINE Result lanes(const Function& function) {
+    Result r;
+    for (int i = 0; i < kLanes; ++i) r.v[i] = function(i);
+    return r;
+}
+
+// float32 to float16, nearest even, without hardware.
+EXL_INLINE uint16_t float_to_half(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    const uint32_t sign = (bits >> 16) & 0x8000u;
+    bits &= 0x7fffffffu;
+    if (bits > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
+    if (bits >= 0x47800000u) return static_cast<uint16_t>(sign | 0x7c00u);  // 65536 and above
+    if (bits < 0x38800000u) {  // below 2^-14: the adder rounds at 2^-24, a subnormal's step
+        float magnitude;
+        std::memcpy(&magnitude, &bits, 4);
+        magnitude += 0.5f;  // 0.5 has its last bit at 2^-24
+        std::memcpy(&bits, &magnitude, 4);
+        return static_cast<uint16_t>(sign | (bits - 0x3f000000u));
+    }
+    bits += 0xfffu + ((bits >> 13) & 1u);  // half of the dropped 13 bits, ties to even
+    return static_cast<uint16_t>(sign | ((bits - 0x38000000u) >> 13));
+}
+
+EXL_INLINE F32x16 load(const float* p) {
+    F32x16 r;
+    std::memcpy(r.v, p, sizeof(r.v));
+    return r;
+}
+EXL_INLINE void store(float* p, F32x16 a) { std::memcpy(p, a.v, sizeof(a.v)); }
+EXL_INLINE F32x16 load_half(const uint16_t* p) {
+    return lanes<F32x16>([=](int i) { return half_to_float(p[i]); });
+}
+EXL_INLINE void store_half(uint16_t* p, F32x16 a) {
+    for (int i = 0; i < kLanes; ++i) p[i] = float_to_half(a.v[i]);
+}
+EXL_INLINE F32x16 load_bfloat16(const uint16_t* p) {
+    return lanes<F32x16>([=](int i) { return bfloat16_to_float(p[i]); });
+}
+EXL_INLINE F32x16 broadcast(float a) {
+    return lanes<F32x16>([=](int) { return a; });
+}
+EXL_INLINE F32x16 operator+(F32x16 a, F32x16 b) {
+    return lanes<F32x16>([&](int i) { return a.v[i] + b.v[i]; });
+}
+EXL_INLINE F32x16 operator-(F32x16 a, F32x16 b) {
+    return lanes<F32x16>([&](int i) { return a.v[i] - b.v[i]; });
+}
+EXL_INLINE F32x16 operator*(F32x16 a, F32x16 b) {
+    return lanes<F32x16>([&](int i) { return a.v[i] * b.v[i]; });
+}
+EXL_INLINE F32x16 operator/(F32x16 a, F32x16 b) {
+    return lanes<F32x16>([&](int i) { return a.v[i] / b.v[i]; });
+}
+EXL_INLINE F32x16 max(F32x16 a, F32x16 b) {
+    return lanes<F32x16>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+EXL_INLINE F32x16 min(F32x16 a, F32x16 b) {
+    return lanes<F32x16>([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+}
+// a * b + c, rounded once where the target can: a call of the library's fmaf would cost more
+// than the product.
+EXL_INLINE F32x16 fma(F32x16 a, F32x16 b, F32x16 c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    return lanes<F32x16>([&](int i) { return __builtin_fmaf(a.v[i], b.v[i], c.v[i]); });
+#else
+    return lanes<F32x16>([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
+#endif
+}
+EXL_INLINE float sum(F32x16 a) {
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; ++i) a.v[i] += a.v[i + half];
+    }
+    return a.v[0];
+}
+EXL_INLINE float largest(F32x16 a) {
+    for (int i = 1; i < kLanes; ++i) a.v[0] = a.v[i] > a.v[0] ? a.v[i] : a.v[0];
+    return a.v[0];
+}
+// Nearest whole number, ties to even.
+EXL_INLINE F32x16 round(F32x16 a) {
+    return lanes<F32x16>([&](int i) { return std::nearbyint(a.v[i]); });
+}
+
+EXL_INLINE I32x16 load(const int32_t* p) {
+    I32x16 r;
+    std::memcpy(r.v, p, sizeof(r.v));
+    return r;
+}
+EXL_INLINE void store(int32_t* p, I32x16 a) { std::memcpy(p, a.v, sizeof(a.v)); }
+EXL_INLINE I32x16 broadcast(int32_t a) {
+    return lanes<I32x16>([=](int) { return a; });
+}
+EXL_INLINE I32x16 load_bytes(const uint8_t* p) {
+    return lanes<I32x16>([=](int i) { return static_cast<int32_t>(p[i]); });
+}
+EXL_INLINE I32x16 operator+(I32x16 a, I32x16 b) {
+    return lanes<I32x16>([&](int i) { return a.v[i] + b.v[i]; });
+}
+EXL_INLINE I32x16 operator*(I32x16 a, I32x16 b) {
+    return lanes<I32x16>([&](int i) { return a.v[i] * b.v[i]; });
+}
+EXL_INLINE I32x16 shift_left(I32x16 a, int bits) {
+    return lanes<I32x16>(
+        [&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << bits); });
+}
+EXL_INLINE F32x16 to_float(I32x16 a) {
+    return lanes<F32x16>([&](int i) { return static_cast<float>(a.v[i]); });
+}
+// Nearest, ties to even.
+EXL_INLINE I32x16 to_int(F32x16 a) {
+    return lanes<I32x16>([&](int i) { return static_cast<int32_t>(std::lrint(a.v[i])); });
+}
+EXL_INLINE F32x16 as_float(I32x16 a) {
+    F32x16 r;
+    std::memcpy(r.v, a.v, sizeof(r.v));
+    return r;
+}
+EXL_INLINE I32x16 as_int(F32x16 a) {
+    I32x16 r;
+    std::memcpy(r.v, a.v, sizeof(r.v));
+    return r;
+}
+
+EXL_INLINE U8x64 load_codes(const uint8_t* p) {
+    U8x64 r;
+    std::memcpy(r.v, p, sizeof(r.v));
+    return r;
+}
+EXL_INLINE void store_codes(uint8_t* p, U8x64 a) { std::memcpy(p, a.v, sizeof(a.v)); }
+// ((a >> Right) << Left) & Mask in every byte; one of the two shifts is 0. Mask keeps only
+// bits that the byte itself supplies.
+template <int Right, int Left, int Mask>
+EXL_INLINE U8x64 field(U8x64 a) {
+    for (auto& byte : a.v) byte = static_cast<uint8_t>(((byte >> Right) << Left) & Mask);
+    return a;
+}
+EXL_INLINE U8x64 operator|(U8x64 a, U8x64 b) {
+    for (int i = 0; i < 4 * kLanes; ++i) a.v[i] = static_cast<uint8_t>(a.v[i] | b.v[i]);
+    return a;
+}
+
+// acc[column] += sum over 4 rows of codes[column][row] * x[row]. `x4` holds four signed
+// bytes, the first row in the lowest.
+template <bool Wide>
+EXL_INLINE I32x16 dot(I32x16 acc, U8x64 codes, int32_t x4) {
+    int16_t x[4];
+    for (int i = 0; i < 4; ++i) {
+        x[i] = static_cast<int8_t>(static_cast<uint32_t>(x4) >> (8 * i));
+    }
+    for (int column = 0; column < kLanes; ++column) {
+        int32_t total = 0;
+        for (int i = 0; i < 4; ++i) total += codes.v[4 * column + i] * x[i];
+        acc.v[column] += total;
+    }
+    return acc;
+}
+
+}  // namespace exl

@@ -1,0 +1,186 @@
+// The thread pool behind threads.h.
+//
+// One job at a time: `call` serialises callers. A job's chunks are claimed by counting
+// `unclaimed` down; whoever wins a claim may read the job's fields, because the job cannot be
+// replaced before that chunk is counted in `finished`. A worker that wakes late finds nothing
+// to claim and touches nothing, so the caller never waits for a worker that has not begun.
+//
+// The pool is never destroyed: workers may still spin while the process exits, and what they
+// look at must stay there.
+#include "threads.h"
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
+namespace exl {
+namespace {
+
+// How long a worker spins after its last job before it sleeps. Between two operations of a
+// decode step lie a few microseconds of Python; a sleeping worker costs some 50 us to wake.
+constexpr auto kSpin = std::chrono::microseconds(100);
+// Pauses between two looks at the clock: a pause is 10 to 140 cycles, a look about 80.
+constexpr int kPausesPerLook = 16;
+// Pauses after which a caller that waits for a worker gives its core away: the worker has
+// been preempted, perhaps by this very caller.
+constexpr int kPausesBeforeYield = 2000;
+
+inline void pause() {
+#if defined(__x86_64__) || defined(_M_X64)
+    _mm_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+struct Pool {
+    std::mutex call;
+    std::vector<std::thread> workers;
+
+    Task task = nullptr;
+    void* context = nullptr;
+    int64_t items = 0;
+    int64_t grain = 1;
+    int64_t chunks = 0;
+
+    alignas(64) std::atomic<int64_t> unclaimed{0};
+    alignas(64) std::atomic<int64_t> finished{0};
+    alignas(64) std::atomic<int> sleeping{0};
+    std::atomic<bool> stopping{false};
+    std::mutex sleep;
+    std::condition_variable wake;
+};
+
+std::atomic<Pool*> pool{new Pool};
+std::atomic<int> wanted_threads{1};
+
+#if defined(__unix__) || defined(__APPLE__)
+// A forked child has none of the workers and perhaps a locked mutex: it starts afresh.
+void forget_pool() { pool.store(new Pool); }
+const int fork_handler = pthread_atfork(nullptr, nullptr, forget_pool);
+#endif
+
+void drain(Pool& p, int thread) {
+    int64_t left = p.unclaimed.load(std::memory_order_relaxed);
+    while (left > 0) {
+        if (!p.unclaimed.compare_exchange_weak(left, left - 1, std::memory_order_acquire,
+                                               std::memory_order_relaxed)) {
+            continue;
+        }
+        const int64_t first = (p.chunks - left) * p.grain;
+        const int64_t end = first + p.grain < p.items ? first + p.grain : p.items;
+        p.task(p.context, first, end, thread);
+        p.finished.fetch_add(1, std::memory_order_release);
+        left = p.unclaimed.load(std::memory_order_relaxed);
+    }
+}
+
+bool something_to_do(const Pool& p) {
+    return p.unclaimed.load(std::memory_order_seq_cst) > 0 || p.stopping.load();
+}
+
+void wait_for_work(Pool& p) {
+    const auto start = std::chrono::steady_clock::now();
+    do {
+        for (int i = 0; i < kPausesPerLook; ++i) {
+            if (something_to_do(p)) return;
+            pause();
+        }
+    } while (std::chrono::steady_clock::now() - start < kSpin);
+    std::unique_lock<std::mutex> lock(p.sleep);
+    // Counted before the last look and looked at by the caller after publishing (both
+    // sequentially consistent): one of the two sees the other.
+    p.sleeping.fetch_add(1);
+    p.wake.wait(lock, [&] { return something_to_do(p); });
+    p.sleeping.fetch_sub(1);
+}
+
+void work(Pool* p, int thread) {
+    while (!p->stopping.load(std::memory_order_relaxed)) {
+        wait_for_work(*p);
+        drain(*p, thread);
+    }
+}
+
+void wake_sleepers(Pool& p) {
+    if (p.sleeping.load() == 0) return;
+    { std::lock_guard<std::mutex> lock(p.sleep); }
+    p.wake.notify_all();
+}
+
+// Brings the number of workers to what set_threads asked for. `call` is held.
+void resize(Pool& p) {
+    const size_t workers = static_cast<size_t>(wanted_threads.load() - 1);
+    if (p.workers.size() == workers) return;
+    p.stopping.store(true);
+    wake_sleepers(p);
+    for (auto& worker : p.workers) worker.join();
+    p.workers.clear();
+    p.stopping.store(false);
+    try {
+        while (p.workers.size() < workers) {
+            p.workers.emplace_back(work, &p, static_cast<int>(p.workers.size()) + 1);
+        }
+    } catch (const std::system_error&) {
+        // The system gives no more threads: go on with those there are.
+        wanted_threads.store(static_cast<int>(p.workers.size()) + 1);
+    }
+}
+
+}  // namespace
+
+void parallel(int64_t items, int64_t grain, Task task, void* context) {
+    if (items <= 0) return;
+    const int64_t chunks = (items + grain - 1) / grain;
+    if (chunks == 1 || wanted_threads.load(std::memory_order_relaxed) == 1) {
+        task(context, 0, items, 0);
+        return;
+    }
+    Pool& p = *pool.load();
+    std::lock_guard<std::mutex> lock(p.call);
+    resize(p);
+    p.task = task;
+    p.context = context;
+    p.items = items;
+    p.grain = grain;
+    p.chunks = chunks;
+    p.finished.store(0, std::memory_order_relaxed);
+    p.unclaimed.store(chunks, std::memory_order_seq_cst);
+    wake_sleepers(p);
+    drain(p, 0);
+    for (int i = 0; p.finished.load(std::memory_order_acquire) < chunks; ++i) {
+        if (i < kPausesBeforeYield) {
+            pause();
+        } else {
+            std::this_thread::yield();
+        }
+    }
+}
+
+int num_threads() { return wanted_threads.load(std::memory_order_relaxed); }
+
+int64_t balanced_grain(int64_t items, int64_t least) {
+    constexpr int64_t kChunksPerThread = 8;
+    const int64_t chunks = kChunksPerThread * num_threads();
+    const int64_t grain = (items + chunks - 1) / chunks;
+    return grain > least ? grain : least;
+}
+
+}  // namespace exl
+
+// Threads of later calls, at least 1 (the caller). Returns the number now in force.
+extern "C" int exl_set_threads(int threads) {
+    exl::wanted_threads.store(threads < 1 ? 1 : threads);
+    return exl::num_threads();
+}
