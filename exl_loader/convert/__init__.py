@@ -1,0 +1,65 @@
+"""Convert an unquantised model folder to EXL2.
+
+    exl_loader.convert.convert("model", "model-exl2", bits=4.5, head_bits=6)
+
+Importing this package does not import PyTorch.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..progress import Progress
+    from .pipeline import Conversion
+
+
+def convert(
+    model_dir: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    *,
+    bits: float = 4.5,
+    head_bits: int = 6,
+    calibration: str | os.PathLike[str] | None = None,
+    calibration_rows: int = 64,
+    calibration_row_len: int = 1024,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Quantise a model to EXL2 with GPTQ error feedback.
+
+    Every linear layer gets one bit width of 2, 3, 4, 5, 6 or 8 and one group size; which, is
+    chosen from errors measured on the calibration text, so that the average meets `bits`.
+    Embeddings, norms and routers become float16. The folder appears when it is complete.
+
+    Args:
+        model_dir: an unquantised Hugging Face folder of an architecture this engine runs.
+        out_dir: a folder that does not exist yet, or is empty.
+        bits: the most bits per weight of the decoder layers, scales and tables included.
+        head_bits: width of the output head, 6 or 8.
+        calibration: a UTF-8 text file; None takes sources of Python's standard library.
+        calibration_rows: rows of calibration text; fewer where it is short.
+        calibration_row_len: tokens in a row, at most what the model was made for.
+        progress: where progress is reported; nowhere if None.
+
+    Returns:
+        What was chosen for each layer, and the sizes.
+
+    Raises:
+        InvalidSettings: a setting makes no sense, or `out_dir` holds something already.
+        UnsupportedFormat: the model is quantised already.
+        ModelNotFound, InvalidConfig, UnsupportedArchitecture, InvalidCheckpoint,
+        InvalidTokenizer: the source folder cannot be used.
+        InsufficientMemory: the unquantised model does not fit into memory.
+    """
+    from .pipeline import ConvertSettings, run
+
+    settings = ConvertSettings(
+        bits=bits,
+        head_bits=head_bits,
+        calibration=None if calibration is None else Path(calibration),
+        num_rows=calibration_rows,
+        row_len=calibration_row_len,
+    )
+    return run(Path(model_dir), Path(out_dir), settings, progress)

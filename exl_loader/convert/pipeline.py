@@ -1,0 +1,235 @@
+"""The conversion: measure, allot, quantise layer by layer, write.
+
+Two walks through the model. The first keeps the original weights and measures, for every
+layer, what each width and group size would change in its output. The second quantises layer
+by layer and replaces the weights as it goes, so that every layer is calibrated on the
+activations that the quantised model will really give it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..errors import InvalidSettings
+from ..formats.packed import LinearPlan
+from ..json_keys import read_json_object
+from ..progress import NullProgress, Progress, task
+from ..tokenizer import Tokenizer
+from .activations import Activations
+from .allocation import Option, allocate
+from .calibration import calibration_rows, calibration_text
+from .gptq import PreparedHessian, quantize, relative_error
+from .packing import dequantize, exl2_tensors, stored_bits
+from .source import Source, input_groups
+from .writer import ShardWriter, check_out_dir, copy_other_files, new_folder, write_config
+
+WIDTHS = (2, 3, 4, 5, 6, 8)
+HEAD_WIDTHS = (6, 8)
+# Small groups cost a scale more often and pay where few levels are left.
+GROUP_SIZES = (32, 64, 128)
+HEAD_GROUP_SIZE = 128
+# Columns are quantised independently but for the maximum that their scales share, so an even
+# sample of them measures the whole.
+MEASURED_COLUMNS = 256
+
+
+@dataclass(frozen=True)
+class ConvertSettings:
+    """Checked settings of a conversion; see `convert`."""
+
+    bits: float
+    head_bits: int
+    calibration: Path | None
+    num_rows: int
+    row_len: int
+
+    def __post_init__(self) -> None:
+        _check("bits", 2 <= self.bits <= 9, "a number from 2 to 9", self.bits)
+        _check("head_bits", self.head_bits in HEAD_WIDTHS, "6 or 8", self.head_bits)
+        _check("calibration rows", self.num_rows >= 1, "at least 1", self.num_rows)
+        _check("calibration row length", self.row_len >= 16, "at least 16", self.row_len)
+
+
+def _check(name: str, is_right: bool, expected: str, actual: object) -> None:
+    if not is_right:
+        raise InvalidSettings(name, expected=expected, actual=actual)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion did.
+
+    Args:
+        out_dir: the folder that was made.
+        layers: what each decoder layer is stored as, `error` being the share of its output's
+            energy that was expected to change.
+        head_bits: width of the output head.
+        bits_per_weight: of the decoder layers, everything stored counted.
+        file_bytes: size of the weight files.
+        calibration_tokens: tokens that the activations were measured on.
+        seconds: time it took.
+    """
+
+    out_dir: Path
+    layers: dict[str, Option]
+    head_bits: int
+    bits_per_weight: float
+    file_bytes: int
+    calibration_tokens: int
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as what JSON can hold."""
+        return {**asdict(self), "out_dir": str(self.out_dir)}
+
+
+def run(
+    model_dir: Path, out_dir: Path, settings: ConvertSettings, progress: Progress | None
+) -> Conversion:
+    """Convert a model; see `convert`."""
+    check_out_dir(out_dir)
+    source = Source(model_dir)
+    try:
+        return _Pipeline(model_dir, source, settings, progress or NullProgress()).run(out_dir)
+    finally:
+        source.close()
+
+
+class _Pipeline:
+    """One conversion."""
+
+    def __init__(
+        self, model_dir: Path, source: Source, settings: ConvertSettings, progress: Progress
+    ):
+        self.started = time.monotonic()
+        self.model_dir, self.source, self.settings = model_dir, source, settings
+        self.progress = progress
+        self.layers = source.blueprint.layers
+        self.dataset, text = calibration_text(settings.calibration)
+        row_len = min(settings.row_len, source.config.max_position_embeddings)
+        encode = Tokenizer.from_dir(model_dir).encode
+        self.rows = calibration_rows(encode, text, settings.num_rows, row_len)
+
+    def run(self, out_dir: Path) -> Conversion:
+        with Activations(self.model_dir, self.rows) as activations:
+            chosen = self._choose(activations)
+            with new_folder(out_dir) as folder:
+                self._write_weights(activations, chosen, folder)
+                copy_other_files(self.model_dir, folder)
+                config = read_json_object(self.model_dir / "config.json")
+                write_config(config, self._quantization(), folder)
+                weight_files = list(folder.glob("*.safetensors"))
+                file_bytes = sum(path.stat().st_size for path in weight_files)
+        stored = sum(option.stored_bits for option in chosen.values())
+        return Conversion(
+            out_dir=out_dir,
+            layers=chosen,
+            head_bits=self.settings.head_bits,
+            bits_per_weight=stored / self._num_weights(),
+            file_bytes=file_bytes,
+            calibration_tokens=sum(map(len, self.rows)),
+            seconds=time.monotonic() - self.started,
+        )
+
+    def _num_weights(self) -> int:
+        plans = [p for layer in self.layers for group in input_groups(layer) for p in group]
+        return sum(plan.in_features * plan.out_features for plan in plans)
+
+    def _choose(self, activations: Activations) -> dict[str, Option]:
+        """Measure every option of every layer and allot the bits."""
+        measured: dict[str, list[Option]] = {}
+        with task(self.progress, "measuring", len(self.layers), "layers") as advance:
+            for index, layer in enumerate(self.layers):
+                hessians = activations.layer_hessians(index)
+                for group in input_groups(layer):
+                    prepared = PreparedHessian(hessians.pop(group[0].name))
+                    for plan in group:
+                        measured[plan.name] = measure(self.source.weight(plan), prepared)
+                advance(1)
+        return allocate(measured, self._num_weights(), self.settings.bits)
+
+    def _write_weights(
+        self, activations: Activations, chosen: Mapping[str, Option], folder: Path
+    ) -> None:
+        writer = ShardWriter(folder)
+        for name, tensor in self.source.kept():
+            writer.add({name: tensor})
+        with task(self.progress, "quantising", len(self.layers) + 1, "layers") as advance:
+            for index, layer in enumerate(self.layers):
+                hessians = activations.layer_hessians(index)
+                for group in input_groups(layer):
+                    prepared = PreparedHessian(hessians.pop(group[0].name))
+                    for plan in group:
+                        option = chosen[plan.name]
+                        decoded = self._write_layer(
+                            plan, prepared, option.bits, option.group_size, writer
+                        )
+                        activations.replace(plan, decoded)
+                advance(1)
+            head = PreparedHessian(activations.head_hessian())
+            bits = self.settings.head_bits
+            self._write_layer(self.source.blueprint.head, head, bits, HEAD_GROUP_SIZE, writer)
+            advance(1)
+        writer.finish()
+
+    def _write_layer(
+        self,
+        plan: LinearPlan,
+        hessian: PreparedHessian,
+        bits: int,
+        group_size: int,
+        writer: ShardWriter,
+    ) -> torch.Tensor:
+        """Quantise a layer, hand it to the writer, return it decoded."""
+        bias = self.source.bias(plan)
+        layer = quantize(self.source.weight(plan), hessian, bits, group_size, bias)
+        writer.add(exl2_tensors(plan.name, layer))
+        return dequantize(layer)
+
+    def _quantization(self) -> dict[str, Any]:
+        """What goes into config.json as `quantization_config`."""
+        return {
+            "quant_method": "exl2",
+            "version": __version__,
+            "bits": self.settings.bits,
+            "head_bits": self.settings.head_bits,
+            "calibration": {
+                "rows": len(self.rows),
+                "length": len(self.rows[0]),
+                "dataset": self.dataset,
+            },
+        }
+
+
+def measure(weight: torch.Tensor, hessian: PreparedHessian) -> list[Option]:
+    """Quantise a layer every way there is and measure what each would cost.
+
+    Args:
+        weight: float32 [in_features, out_features].
+        hessian: of its inputs.
+
+    Returns:
+        An option for every width and group size; its error is the share of the output's
+        energy that changes.
+    """
+    in_features, out_features = weight.shape
+    count = min(MEASURED_COLUMNS, out_features)
+    columns = torch.linspace(0, out_features - 1, count).round().long()
+    sample = weight[:, columns]
+    options = []
+    for bits in WIDTHS:
+        for group_size in GROUP_SIZES:
+            decoded = dequantize(quantize(sample, hessian, bits, group_size))
+            size = stored_bits(in_features, out_features, bits, group_size)
+            error = relative_error(sample, decoded, hessian)
+            options.append(Option(bits, group_size, size, error))
+    return options
+
+

@@ -1,0 +1,102 @@
+"""What is read from the unquantised folder: the linear layers, and all that stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from ..blueprint import EMBEDDING, Blueprint, ExpertsPlan, LayerPlan
+from ..checkpoint import Checkpoint
+from ..config import ModelConfig
+from ..errors import InvalidCheckpoint, UnsupportedFormat
+from ..formats import reference_weight
+from ..formats.packed import LinearPlan
+
+_DAMAGED = "Download the files of this model again"
+
+
+class Source:
+    """An unquantised model folder, opened.
+
+    Args:
+        model_dir: the folder.
+
+    Attributes:
+        config, checkpoint, blueprint: as the engine sees it.
+
+    Raises:
+        UnsupportedFormat: it is quantised already.
+        ModelNotFound, InvalidConfig, UnsupportedArchitecture, InvalidCheckpoint: as opening a
+        model raises them.
+    """
+
+    def __init__(self, model_dir: Path):
+        self.config = ModelConfig.from_dir(model_dir)
+        self.checkpoint = Checkpoint.open(model_dir)
+        if self.checkpoint.format != "dense":
+            raise UnsupportedFormat(
+                f"{model_dir}",
+                expected="an unquantised model",
+                actual=f"a model in {self.checkpoint.format} format",
+                remedy="Convert from the original float16 or bfloat16 model",
+            )
+        self.blueprint = Blueprint.from_checkpoint(self.config, self.checkpoint)
+
+    def weight(self, plan: LinearPlan) -> torch.Tensor:
+        """Read a layer's weight: float32 [in_features, out_features].
+
+        Raises:
+            InvalidCheckpoint: it holds NaN or infinities.
+        """
+        weight = reference_weight(plan, self.checkpoint)
+        if not torch.isfinite(weight).all():
+            raise InvalidCheckpoint(
+                f"{plan.source}.weight", expected="finite values",
+                actual="NaN or infinite values", remedy=_DAMAGED,
+            )
+        return weight
+
+    def bias(self, plan: LinearPlan) -> torch.Tensor | None:
+        """Read a layer's bias: [out_features], or None."""
+        name = f"{plan.source}.bias"
+        if name not in self.checkpoint.headers:
+            return None
+        bias = self.checkpoint.read(name)
+        return bias if plan.rows is None else bias[plan.rows[0] : plan.rows[1]].clone()
+
+    def kept(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield name and float16 tensor of all that is not quantised."""
+        yield self._float16(f"{EMBEDDING}.weight")
+        for norm in self.blueprint.norms():
+            yield self._float16(norm.spec.name)
+        for layer in self.blueprint.layers:
+            if isinstance(layer.mlp, ExpertsPlan):
+                router = layer.mlp.router.source
+                for name in (f"{router}.weight", f"{router}.bias"):
+                    if name in self.checkpoint.headers:
+                        yield self._float16(name)
+
+    def _float16(self, name: str) -> tuple[str, torch.Tensor]:
+        tensor = self.checkpoint.read(name)
+        half = tensor.to(torch.float16)
+        if not torch.isfinite(half).all():
+            raise InvalidCheckpoint(
+                name, expected="finite values that float16 can hold",
+                actual="others among them", remedy=_DAMAGED,
+            )
+        return name, half
+
+    def close(self) -> None:
+        """Close the files."""
+        self.checkpoint.close()
+
+
+def input_groups(layer: LayerPlan) -> list[list[LinearPlan]]:
+    """The layers to quantise, those that take the same input together; routers stay float16."""
+    groups = [[layer.q, layer.k, layer.v], [layer.o]]
+    blocks = layer.mlp.experts if isinstance(layer.mlp, ExpertsPlan) else (layer.mlp,)
+    for block in blocks:
+        groups += [[block.gate, block.up], [block.down]]
+    return groups
