@@ -1,0 +1,102 @@
+"""The operations of a forward pass: compiled for this machine, or the reference."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import InvalidSettings, KernelBuildError
+
+if TYPE_CHECKING:
+    from ..progress import Progress
+    from .interface import Ops
+
+REFERENCE_ENV = "EXL_LOADER_REFERENCE"
+
+_log = logging.getLogger("exl_loader")
+_warned = False
+
+
+def get_ops(
+    device: str = "cpu", progress: Progress | None = None, force_reference: bool = False
+) -> Ops:
+    """Return the operations of a device, compiling its kernels where that was not done yet.
+
+    Without a C++ compiler the reference operations serve, and one warning a process says
+    what to install.
+
+    Args:
+        device: `cpu`.
+        progress: shows compiling, as units done of all.
+        force_reference: take the reference operations; so does EXL_LOADER_REFERENCE=1.
+
+    Raises:
+        InvalidSettings: there are no kernels for this kind of device.
+        KernelBuildError: the kernels do not compile or do not open.
+    """
+    if device != "cpu":
+        raise InvalidSettings(f"kernels for device {device!r}", expected="cpu")
+    if force_reference or os.environ.get(REFERENCE_ENV, "") not in ("", "0"):
+        return _reference()
+    library = open_library(progress)
+    if library is None:
+        return _reference()
+    from .ops import CompiledOps
+
+    return CompiledOps(library)
+
+
+def open_library(progress: Progress | None = None) -> ctypes.CDLL | None:
+    """Build and open the CPU kernels; None, and a warning, where there is no compiler.
+
+    Raises:
+        KernelBuildError: the kernels do not compile or do not open.
+    """
+    from .build import build
+    from .spec import cpu_spec
+    from .store import discard
+
+    spec = cpu_spec()
+    if spec is None:
+        _warn_of_reference()
+        return None
+    library = build(spec, progress)
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError:
+        # Whole, but not for this system (a folder shared by machines, say): once anew.
+        discard(library)
+        return _open(build(spec, progress))
+
+
+def _open(library: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise KernelBuildError(
+            f"compiled kernels {library}",
+            actual=f"cannot be opened: {error}",
+            remedy="If that folder is on a file system mounted noexec, set "
+            "EXL_LOADER_CACHE_DIR to one that is not",
+        ) from error
+
+
+def _reference() -> Ops:
+    from .reference import ReferenceOps
+
+    return ReferenceOps()
+
+
+def _warn_of_reference() -> None:
+    global _warned
+    from .toolchain import compiler_remedy
+
+    if not _warned:
+        _warned = True
+        _log.warning(
+            "No C++ compiler was found, so slow reference operations are used. %s.",
+            compiler_remedy(),
+        )

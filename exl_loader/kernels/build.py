@@ -1,0 +1,205 @@
+"""From source to binary, in one replaceable step.
+
+Look for a finished build; take the lock; look again; compile with ninja in a private
+directory; seal it and let it appear by one rename (`store.py`). A killed build, a damaged
+binary or a lock whose holder died therefore heal themselves on the next call. No PyTorch.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..errors import KernelBuildError
+from ..progress import NullProgress, Progress
+from .lock import build_lock
+from .spec import BuildSpec
+from .store import find_built, publish, seal, verify, writable_dir
+from .toolchain import find_ninja
+
+TASK = "compiling kernels"
+
+# NINJA_STATUS below is "[finished/total] "; ninja writes it when a unit is done.
+_STATUS = re.compile(r"^\[(\d+)/(\d+)\] ")
+_ERROR_LINE = re.compile(r"\berror\b[: ]", re.IGNORECASE)
+
+
+def build(
+    spec: BuildSpec,
+    progress: Progress | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> Path:
+    """Return the library of a spec, compiling it where no finished build exists.
+
+    Args:
+        spec: what to build.
+        progress: shows compiling as units done of all, and waiting for another process.
+        environ: `EXL_LOADER_CACHE_DIR` says where builds are kept.
+
+    Returns:
+        Path of the shared library, verified against its checksum.
+
+    Raises:
+        KernelBuildError: the compiler failed (its words are in `details`), ninja is missing,
+            or the cache folder cannot be written.
+    """
+    found = find_built(spec, environ)
+    if found is not None:
+        return found
+    directory = writable_dir(environ)
+    target = directory / spec.directory_name
+    progress = progress or NullProgress()
+    try:
+        lock = directory / f"{spec.directory_name}.lock"
+        with build_lock(lock, lambda: verify(target) is not None, progress) as held:
+            found = verify(target)
+            if found is not None:
+                return found
+            # Who builds without the lock must not clear away the holder's work.
+            suffix = "partial" if held else f"partial-{os.getpid()}"
+            return _build_in(target.with_name(f"{target.name}.{suffix}"), target, spec, progress)
+    except OSError as error:
+        raise _storage_error(directory, error) from error
+
+
+def _build_in(partial: Path, target: Path, spec: BuildSpec, progress: Progress) -> Path:
+    """Compile in `partial`, which is emptied before and gone afterwards."""
+    shutil.rmtree(partial, ignore_errors=True)
+    work = partial / "work"
+    work.mkdir(parents=True, mode=0o700)
+    try:
+        (work / "build.ninja").write_text(ninja_file(spec), encoding="utf-8")
+        progress.start(TASK, len(spec.sources) + 1, "units")
+        try:
+            _run_ninja(work, spec, progress)
+        finally:
+            progress.finish(TASK)
+        (work / spec.library_name).rename(partial / spec.library_name)
+        shutil.rmtree(work)
+        seal(partial, spec.library_name)
+        return publish(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _run_ninja(work: Path, spec: BuildSpec, progress: Progress) -> None:
+    """Run ninja to its end, counting units; its children end with it whatever happens."""
+    environ = {**os.environ, "NINJA_STATUS": "[%f/%t] ", "LC_ALL": "C"}
+    try:
+        process = subprocess.Popen(
+            _ninja_command(work, spec),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            errors="replace",
+            env=environ,
+        )
+    except OSError as error:
+        raise KernelBuildError(
+            "ninja",
+            actual=error.strerror or str(error),
+            remedy="pip install --force-reinstall ninja",
+        ) from error
+    words: list[str] = []
+    done = 0
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            status = _STATUS.match(line)
+            if status is None:
+                words.append(line)
+            else:
+                progress.advance(TASK, int(status[1]) - done)
+                done = int(status[1])
+        code = process.wait()
+    except BaseException:
+        # ninja takes its compilers down with it.
+        process.terminate()
+        process.wait()
+        raise
+    if code != 0:
+        raise _compile_error(spec, "".join(words))
+
+
+def _ninja_command(work: Path, spec: BuildSpec) -> list[str] | str:
+    ninja = find_ninja()
+    if ninja is None:
+        raise KernelBuildError(
+            "ninja", expected="the pip package ninja", actual="none", remedy="pip install ninja"
+        )
+    command = [ninja, "-C", str(work), "-j", str(_usable_cpus())]
+    if spec.compiler.environment_script is None:
+        return command
+    # MSVC needs its include and library paths, which only its own batch file knows.
+    script = subprocess.list2cmdline([spec.compiler.environment_script])
+    return f'cmd /s /c "{script} >nul && {subprocess.list2cmdline(command)}"'
+
+
+def _usable_cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def ninja_file(spec: BuildSpec) -> str:
+    """Write the build as ninja reads it: one compile edge a source, one link edge."""
+    compiler = _command(spec.compiler.command)
+    flags = _command(spec.flags)
+    link_flags = _command(spec.link_flags)
+    if spec.compiler.kind == "msvc":
+        include = _command([f"/I{spec.root}"])
+        compile_command = f"{compiler} {flags} {include} /c $in /Fo$out"
+        link_command = f"{compiler} $in {link_flags} /Fe:$out"
+    else:
+        include = _command([f"-I{spec.root}"])
+        compile_command = f"{compiler} {flags} {include} -c $in -o $out"
+        link_command = f"{compiler} $in {link_flags} -o $out"
+    lines = ["rule compile", f"  command = {compile_command}", "  description = $in"]
+    lines += ["rule link", f"  command = {link_command}", "  description = $out"]
+    objects = []
+    for source in spec.sources:
+        objects.append(source.replace("/", "_") + ".o")
+        lines.append(f"build {objects[-1]}: compile {_path(spec.root / source)}")
+    lines.append(f"build {spec.library_name}: link {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
+
+
+def _command(arguments) -> str:
+    """Quote arguments for the shell that ninja uses, then for ninja."""
+    quoted = subprocess.list2cmdline(arguments) if os.name == "nt" else shlex.join(arguments)
+    return quoted.replace("$", "$$")
+
+
+def _path(path: Path) -> str:
+    """Quote a path for ninja, which quotes $in for the shell by itself."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+def _compile_error(spec: BuildSpec, words: str) -> KernelBuildError:
+    """An error whose line is the compiler's first complaint and whose details are all."""
+    lines = [line.strip() for line in words.splitlines() if line.strip()]
+    first = next((line for line in lines if _ERROR_LINE.search(line)), None)
+    return KernelBuildError(
+        f"compiling kernels with {spec.compiler.version}",
+        actual=first or (lines[-1] if lines else "the compiler failed without a word"),
+        remedy="All of the compiler's words are in the details (--verbose). "
+        "EXL_LOADER_REFERENCE=1 runs without compiled kernels, slowly",
+        details=words.strip(),
+    )
+
+
+def _storage_error(directory: Path, error: OSError) -> KernelBuildError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return KernelBuildError(
+        f"folder for compiled kernels {directory}",
+        actual=error.strerror or str(error),
+        remedy=("Free some space there" if full else "Make it writable")
+        + ", or set EXL_LOADER_CACHE_DIR to another folder",
+    )

@@ -1,0 +1,131 @@
+"""One builder at a time, without ever waiting for a dead one.
+
+The operating system's lock goes away with the process that held it. For what it cannot
+tell, a holder that was suspended or a disk whose locks do not work, the holder also touches
+a heartbeat file: where that stands still, a waiter builds on its own. That is safe, because
+builds happen in private directories and appear by a rename; the lock only saves work.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..progress import Progress
+
+if TYPE_CHECKING:
+    from filelock import FileLock
+
+POLL_S = 0.1
+HEARTBEAT_S = 1.0
+# Long beside the heartbeat: a machine that is compiling may be slow, or swap.
+STALE_S = 30.0
+
+
+@contextmanager
+def build_lock(path: Path, finished: Callable[[], bool], progress: Progress) -> Iterator[bool]:
+    """Hold a lock during the block, or learn that it need not or cannot be held.
+
+    Args:
+        path: the lock file; the heartbeat file stands beside it.
+        finished: whether what the holder works on is there; ends the waiting.
+        progress: shows the waiting, with the holder's process id.
+
+    Yields:
+        Whether the lock is held. Where not, `finished()` has become true, or the holder
+        gave no sign of life.
+
+    Raises:
+        OSError: the lock file cannot be written.
+    """
+    # Imported on a cold start only: a warm load has no use for it and 50 ms in all.
+    from filelock import FileLock
+
+    lock = FileLock(str(path), thread_local=False)
+    heartbeat = path.with_suffix(".holder")
+    if not _acquire(lock, heartbeat, finished, progress):
+        yield False
+        return
+    stop = threading.Event()
+    beat = threading.Thread(target=_beat, args=(heartbeat, stop), daemon=True)
+    beat.start()
+    try:
+        yield True
+    finally:
+        stop.set()
+        beat.join()
+        heartbeat.unlink(missing_ok=True)
+        lock.release()
+
+
+def _acquire(
+    lock: FileLock, heartbeat: Path, finished: Callable[[], bool], progress: Progress
+) -> bool:
+    """Wait for the lock; False where it is no longer needed or its holder is silent."""
+    from filelock import Timeout
+
+    try:
+        lock.acquire(timeout=0)
+        return True
+    except Timeout:
+        pass
+    task = f"waiting for {_holder(heartbeat)}, which compiles the same kernels"
+    progress.start(task, None, "s")
+    try:
+        seen, seen_at, told = _signature(heartbeat), time.monotonic(), time.monotonic()
+        while not finished():
+            try:
+                lock.acquire(timeout=POLL_S, poll_interval=POLL_S / 2)
+                return True
+            except Timeout:
+                pass
+            now, signature = time.monotonic(), _signature(heartbeat)
+            if signature != seen:
+                seen, seen_at = signature, now
+            if now - seen_at > STALE_S:
+                return False
+            if now - told >= 1.0:
+                told += 1.0
+                progress.advance(task)
+        return False
+    finally:
+        progress.finish(task)
+
+
+def _beat(heartbeat: Path, stop: threading.Event) -> None:
+    """Write who holds the lock, again and again, until told to stop."""
+    count = 0
+    while True:
+        count += 1
+        record = {"pid": os.getpid(), "host": socket.gethostname(), "beat": count}
+        try:
+            heartbeat.write_text(json.dumps(record), encoding="utf-8")
+        except OSError:
+            pass  # A full disk: the compiler will say so in words that reach the user.
+        if stop.wait(HEARTBEAT_S):
+            return
+
+
+def _signature(heartbeat: Path) -> bytes | None:
+    """What a heartbeat looks like now; contents, so that no two machines' clocks matter."""
+    try:
+        return heartbeat.read_bytes()
+    except OSError:
+        return None
+
+
+def _holder(heartbeat: Path) -> str:
+    """Name the process that holds the lock, as far as it is known."""
+    try:
+        record = json.loads(heartbeat.read_text(encoding="utf-8"))
+        name = f"process {int(record['pid'])}"
+        return name if record["host"] == socket.gethostname() else f"{name} on {record['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"

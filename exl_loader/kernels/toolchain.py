@@ -1,0 +1,231 @@
+"""Find what compiles the kernels: a C++ compiler, ninja, and what this CPU can do.
+
+Nothing here compiles or writes. No PyTorch: `doctor` and the warm path of a load come here.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import KernelBuildError
+
+# A compiler that does not say its version within this time is not going to compile either.
+PROBE_TIMEOUT_S = 20.0
+
+CANDIDATES = ("g++", "clang++", "c++")
+
+# (ids in /etc/os-release, command): what a person types to get a compiler.
+_LINUX_PACKAGES = (
+    (("debian", "ubuntu"), "sudo apt install g++"),
+    (("fedora", "rhel", "centos"), "sudo dnf install gcc-c++"),
+    (("arch",), "sudo pacman -S gcc"),
+    (("suse", "opensuse"), "sudo zypper install gcc-c++"),
+    (("alpine",), "sudo apk add g++"),
+)
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A C++ compiler that answered.
+
+    Args:
+        command: program and leading arguments, e.g. `("ccache", "g++")`.
+        kind: `gcc`, `clang` or `msvc`: which language of flags it takes.
+        version: the line with which it names itself.
+        environment_script: batch file that sets up an MSVC compiler outside its own prompt.
+    """
+
+    command: tuple[str, ...]
+    kind: str
+    version: str
+    environment_script: str | None = None
+
+
+def find_compiler(environ: Mapping[str, str] = os.environ) -> Compiler | None:
+    """Find the C++ compiler to use: `CXX` where it is set, else what the PATH has.
+
+    Returns:
+        The compiler, or None where the machine has none.
+
+    Raises:
+        KernelBuildError: `CXX` is set to something that does not answer as a compiler.
+    """
+    chosen = environ.get("CXX", "").strip()
+    if chosen:
+        compiler = _probe(_split_command(chosen))
+        if compiler is None:
+            raise KernelBuildError(
+                f"CXX is set to {chosen!r}",
+                expected="a C++ compiler that answers to --version",
+                actual="none",
+                remedy="Correct CXX, or unset it to use g++ or clang++ from the PATH",
+            )
+        return compiler
+    if sys.platform == "win32":
+        msvc = _find_msvc(environ)
+        if msvc is not None:
+            return msvc
+    for name in CANDIDATES:
+        path = shutil.which(name, path=environ.get("PATH"))
+        compiler = _probe((path,)) if path else None
+        if compiler is not None:
+            return compiler
+    return None
+
+
+def _split_command(text: str) -> tuple[str, ...]:
+    """Split `ccache g++`; a path with spaces that exists is one program."""
+    if os.path.exists(text):
+        return (text,)
+    return tuple(shlex.split(text, posix=os.name == "posix"))
+
+
+def _probe(command: tuple[str, ...]) -> Compiler | None:
+    """Ask a gcc or clang for its version; None where it does not answer like one."""
+    answer = _output([*command, "--version"])
+    if not answer:
+        return None
+    version = answer.splitlines()[0].strip()
+    kind = "clang" if "clang" in answer else "gcc"
+    return Compiler(command, kind, version)
+
+
+def _output(command: list[str]) -> str | None:
+    """stdout of a command, or None where it cannot be run or fails."""
+    try:
+        result = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            stdin=subprocess.DEVNULL,
+            timeout=PROBE_TIMEOUT_S,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout if result.returncode == 0 else None
+
+
+def _find_msvc(environ: Mapping[str, str]) -> Compiler | None:
+    """Find Visual Studio's compiler by vswhere, Microsoft's fixed place to ask.
+
+    The compiler's folder carries its version, so that no process but vswhere is started.
+    """
+    program_files = environ.get("ProgramFiles(x86)", r"C:\Program Files (x86)")
+    vswhere = Path(program_files) / "Microsoft Visual Studio" / "Installer" / "vswhere.exe"
+    if not vswhere.exists():
+        return None
+    component = "Microsoft.VisualStudio.Component.VC.Tools.x86.x64"
+    answer = _output(
+        [str(vswhere), "-latest", "-products", "*", "-requires", component]
+        + ["-property", "installationPath", "-utf8"]
+    )
+    if not answer or not answer.strip():
+        return None
+    root = Path(answer.splitlines()[0].strip()) / "VC"
+    tools = sorted((root / "Tools" / "MSVC").glob("*/bin/Hostx64/x64/cl.exe"))
+    script = root / "Auxiliary" / "Build" / "vcvars64.bat"
+    if not tools or not script.exists():
+        return None
+    version = f"MSVC {tools[-1].parents[3].name}"
+    return Compiler((str(tools[-1]),), "msvc", version, environment_script=str(script))
+
+
+def find_ninja() -> str | None:
+    """Find ninja: the pip package's binary first, since its version is the pinned one."""
+    try:
+        import ninja
+    except ImportError:
+        return shutil.which("ninja")
+    name = "ninja.exe" if sys.platform == "win32" else "ninja"
+    packaged = Path(ninja.BIN_DIR) / name
+    return str(packaged) if packaged.exists() else shutil.which("ninja")
+
+
+def cpu_features() -> tuple[str, ...]:
+    """Name what this CPU's instruction set has, sorted, with the machine type first.
+
+    Linux: all flags of /proc/cpuinfo's first processor (the kernel shows only what every
+    processor has). macOS: sysctl. Windows: the features that MSVC's /arch distinguishes.
+    """
+    if sys.platform == "linux":
+        features = _linux_features(Path("/proc/cpuinfo"))
+    elif sys.platform == "darwin":
+        features = _mac_features()
+    elif sys.platform == "win32":
+        features = _windows_features()
+    else:
+        features = set()
+    return (platform.machine().lower(), *sorted(features))
+
+
+def _linux_features(cpuinfo: Path) -> set[str]:
+    """Flags of the first processor; reading on would cost time on machines with hundreds."""
+    try:
+        with cpuinfo.open(encoding="ascii", errors="replace") as lines:
+            for line in lines:
+                name, _, value = line.partition(":")
+                if name.strip() in ("flags", "Features"):
+                    return set(value.split())
+    except OSError:
+        pass
+    return set()
+
+
+def _mac_features() -> set[str]:
+    features: set[str] = set()
+    for name in ("machdep.cpu.brand_string", "machdep.cpu.features", "machdep.cpu.leaf7_features"):
+        answer = _output(["/usr/sbin/sysctl", "-n", name]) or ""
+        features.update(answer.lower().split())
+    return features
+
+
+def _windows_features() -> set[str]:
+    import ctypes
+
+    # PF_AVX_..., PF_AVX2_... and PF_AVX512F_INSTRUCTIONS_AVAILABLE of winnt.h.
+    numbers = {"avx": 39, "avx2": 40, "avx512f": 41}
+    present = ctypes.windll.kernel32.IsProcessorFeaturePresent  # type: ignore[attr-defined,unused-ignore]
+    return {name for name, number in numbers.items() if present(number)}
+
+
+def cpu_name() -> str:
+    """Name the CPU as its maker does, for people."""
+    if sys.platform == "linux":
+        try:
+            text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+        except OSError:
+            text = ""
+        for line in text.splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def compiler_remedy() -> str:
+    """Say what to install on this machine to get a C++ compiler."""
+    if sys.platform == "darwin":
+        return "Install Apple's command line tools: xcode-select --install"
+    if sys.platform == "win32":
+        return (
+            "Install Visual Studio Build Tools with 'Desktop development with C++': "
+            "winget install Microsoft.VisualStudio.2022.BuildTools"
+        )
+    try:
+        release = platform.freedesktop_os_release()
+    except OSError:
+        release = {}
+    names = [release.get("ID", ""), *release.get("ID_LIKE", "").split()]
+    for name in names:
+        for ids, command in _LINUX_PACKAGES:
+            if name in ids:
+                return f"Install a C++ compiler: {command}"
+    return "Install a C++ compiler (the package g++ or gcc-c++ of your system)"
