@@ -1,0 +1,193 @@
+"""What a model folder says about its tokenizer, besides the vocabulary itself.
+
+Sources, in the order in which transformers reads them: `tokenizer_config.json`; where that
+has no `added_tokens_decoder`, the older `special_tokens_map.json` and `added_tokens.json`;
+`config.json` for the kind of model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ExlLoaderError, InvalidTokenizer
+from ..json_keys import read_json_object
+
+NAMED_TOKENS = (
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
+)
+REMEDY = "Download the tokenizer files of the original model again"
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that is found in the text before anything else looks at it.
+
+    Args:
+        content: the text it stands for.
+        special: left out of decoded text where special tokens are skipped.
+        lstrip, rstrip: take the white space on that side with it.
+        single_word: match only where no word character touches it.
+        normalized: match the normalised text.
+    """
+
+    content: str
+    special: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+    normalized: bool = True
+
+    @classmethod
+    def parse(cls, value: Any, where: str, special: bool | None = None) -> AddedToken:
+        """Read a token from JSON, where it is a string or an object with `content`."""
+        fields = {"content": value} if isinstance(value, str) else value
+        if not isinstance(fields, dict) or not isinstance(fields.get("content"), str):
+            raise InvalidTokenizer(
+                where, expected="a string or an object with `content`",
+                actual=repr(value)[:80], remedy=REMEDY,
+            )
+        is_special = bool(fields.get("special", False)) if special is None else special
+        flags = {key: bool(fields.get(key)) for key in ("lstrip", "rstrip", "single_word")}
+        normalized = bool(fields.get("normalized", not is_special))
+        return cls(fields["content"], is_special, normalized=normalized, **flags)
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The folder's own settings.
+
+    Args:
+        folder: the model folder.
+        tokenizer_class: as declared, without `Fast`; empty where the folder has none.
+        model_type: from `config.json`, empty where unknown.
+        named_tokens: `bos_token`, `eos_token`, ... -> token.
+        extra_special_tokens: further special tokens, without ids of their own.
+        added_tokens: id -> token.
+        add_bos_token, add_eos_token, add_prefix_space: None where the folder is silent.
+        legacy: put a space before every piece of text between special tokens.
+        values: all of `tokenizer_config.json`.
+    """
+
+    folder: Path
+    tokenizer_class: str
+    model_type: str
+    named_tokens: dict[str, AddedToken]
+    extra_special_tokens: tuple[AddedToken, ...]
+    added_tokens: dict[int, AddedToken]
+    add_bos_token: bool | None
+    add_eos_token: bool | None
+    add_prefix_space: bool | None
+    legacy: bool
+    values: dict[str, Any]
+
+    @property
+    def declared(self) -> bool:
+        """True where the folder has a `tokenizer_config.json`."""
+        return bool(self.values)
+
+    def special_contents(self) -> set[str]:
+        """Texts of all tokens that the folder names as special."""
+        tokens = [*self.named_tokens.values(), *self.extra_special_tokens]
+        tokens += [token for token in self.added_tokens.values() if token.special]
+        return {token.content for token in tokens}
+
+
+def read_optional(path: Path) -> dict[str, Any]:
+    """Read a JSON object; an empty one where the file does not exist."""
+    if not path.exists():
+        return {}
+    try:
+        return read_json_object(path)
+    except ExlLoaderError as error:
+        raise InvalidTokenizer(
+            error.thing, expected=error.expected, actual=error.actual, remedy=REMEDY
+        ) from None
+
+
+def read_tokenizer_config(folder: Path) -> TokenizerConfig:
+    """Read the folder's tokenizer settings.
+
+    Raises:
+        InvalidTokenizer: a file is no JSON object, or a token in it is none.
+    """
+    values = read_optional(folder / "tokenizer_config.json")
+    tokens_of = dict(values)
+    if "added_tokens_decoder" in values:
+        added = _added_by_id(values["added_tokens_decoder"], folder / "tokenizer_config.json")
+    else:
+        tokens_of.update(read_optional(folder / "special_tokens_map.json"))
+        added = {}
+    where = f"special tokens of {folder}"
+    named = {
+        name: AddedToken.parse(tokens_of[name], f"{name} of {folder}", special=True)
+        for name in NAMED_TOKENS
+        if tokens_of.get(name) is not None
+    }
+    extra_values = tokens_of.get("extra_special_tokens") or tokens_of.get(
+        "additional_special_tokens"
+    ) or []
+    if isinstance(extra_values, dict):
+        extra_values = list(extra_values.values())
+    if not isinstance(extra_values, list):
+        raise InvalidTokenizer(where, expected="a list", actual=repr(extra_values)[:80],
+                               remedy=REMEDY)
+    extra = tuple(AddedToken.parse(value, where, special=True) for value in extra_values)
+    if "added_tokens_decoder" not in values:
+        special = {token.content for token in (*named.values(), *extra)}
+        added = _added_by_content(read_optional(folder / "added_tokens.json"), special, folder)
+    return TokenizerConfig(
+        folder=folder,
+        tokenizer_class=str(values.get("tokenizer_class") or "").removesuffix("Fast"),
+        model_type=_model_type(folder),
+        named_tokens=named,
+        extra_special_tokens=extra,
+        added_tokens=added,
+        add_bos_token=_flag(values, "add_bos_token"),
+        add_eos_token=_flag(values, "add_eos_token"),
+        add_prefix_space=_flag(values, "add_prefix_space"),
+        legacy=bool(_flag(values, "legacy")),
+        values=values,
+    )
+
+
+def _model_type(folder: Path) -> str:
+    # Whether config.json is valid is config.py's business; a tokenizer works without one.
+    try:
+        return str(read_optional(folder / "config.json").get("model_type") or "")
+    except InvalidTokenizer:
+        return ""
+
+
+def _flag(values: dict[str, Any], key: str) -> bool | None:
+    value = values.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise InvalidTokenizer(
+            f"{key} in tokenizer_config.json", expected="true or false",
+            actual=repr(value)[:80], remedy=REMEDY,
+        )
+    return value
+
+
+def _added_by_id(value: Any, path: Path) -> dict[int, AddedToken]:
+    where = f"added_tokens_decoder in {path}"
+    if not isinstance(value, dict) or not all(key.isdecimal() for key in value):
+        raise InvalidTokenizer(where, expected="an object from ids to tokens",
+                               actual=repr(value)[:80], remedy=REMEDY)
+    return {int(key): AddedToken.parse(token, where) for key, token in value.items()}
+
+
+def _added_by_content(
+    values: dict[str, Any], special: set[str], folder: Path
+) -> dict[int, AddedToken]:
+    added = {}
+    for content, token_id in values.items():
+        if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
+            raise InvalidTokenizer(
+                f"{content!r} in {folder / 'added_tokens.json'}", expected="a token id",
+                actual=repr(token_id)[:80], remedy=REMEDY,
+            )
+        is_special = content in special
+        added[token_id] = AddedToken(content, is_special, normalized=not is_special)
+    return added
