@@ -1,0 +1,160 @@
+"""What the formats share: checks of headers, specs of resident tensors, filling of tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from ..errors import InvalidCheckpoint, UnsupportedFormat
+from ..table import TensorSpec
+from .packed import TILE_COLUMNS
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..checkpoint import Checkpoint, TensorHeader
+    from .packed import LinearPlan
+
+FLOAT_DTYPES = ("float16", "bfloat16", "float32")
+WRONG_FILE = "Check that the weight files belong to this config.json, or download them again"
+
+
+def tiles_for(out_features: int) -> int:
+    """Tiles of 16 columns that hold `out_features` columns."""
+    return -(-out_features // TILE_COLUMNS)
+
+
+def weight_spec(
+    name: str, role: str, dtype: str, shape: tuple[int, ...], device: str
+) -> TensorSpec:
+    """Name one resident tensor of a linear layer."""
+    return TensorSpec(f"{name}.{role}", "weights", dtype, shape, device)
+
+
+def expect(header: TensorHeader, dtypes: Iterable[str], shape: tuple[int | None, ...]) -> None:
+    """Check a tensor's dtype and shape; None stands for any size.
+
+    Raises:
+        InvalidCheckpoint: the shape is another.
+        UnsupportedFormat: the dtype is another.
+    """
+    dtypes = tuple(dtypes)
+    if header.dtype not in dtypes:
+        raise UnsupportedFormat(
+            f"{header.name}: dtype",
+            expected=" or ".join(dtypes),
+            actual=header.dtype,
+            remedy=WRONG_FILE,
+        )
+    if len(header.shape) != len(shape) or any(
+        want not in (None, have) for want, have in zip(shape, header.shape, strict=True)
+    ):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise InvalidCheckpoint(
+            f"{header.name}: shape",
+            expected=f"[{wanted}]",
+            actual=list(header.shape),
+            remedy=WRONG_FILE,
+        )
+
+
+def expect_columns(
+    header: TensorHeader,
+    stored: int,
+    out_features: int,
+    rows: tuple[int, int] | None,
+    padding: int = 1,
+) -> None:
+    """Check that a tensor has the output columns a layer needs.
+
+    Args:
+        stored: columns it has. rows: the part of a fused tensor that is wanted, or None.
+        padding: columns may be filled up to a multiple of this.
+
+    Raises:
+        InvalidCheckpoint: it has too few or too many.
+    """
+    if rows is not None:
+        assert rows[1] - rows[0] == out_features, (header.name, rows, out_features)
+        if stored < rows[1]:
+            raise InvalidCheckpoint(
+                f"{header.name}: output features",
+                expected=f"at least {rows[1]}",
+                actual=stored,
+                remedy=WRONG_FILE,
+            )
+        return
+    if stored not in (out_features, -(-out_features // padding) * padding):
+        raise InvalidCheckpoint(
+            f"{header.name}: output features",
+            expected=out_features,
+            actual=stored,
+            remedy=WRONG_FILE,
+        )
+
+
+def plan_bias(
+    checkpoint: Checkpoint,
+    name: str,
+    source: str,
+    out_features: int,
+    rows: tuple[int, int] | None,
+    bias: bool | None,
+    device: str,
+) -> dict[str, TensorSpec]:
+    """Plan a layer's bias: where it is stored, unless `bias` says otherwise.
+
+    AutoGPTQ stores zero biases where the architecture has none; adding them changes nothing.
+
+    Raises:
+        InvalidCheckpoint: `bias` is True and there is none, or its shape is wrong.
+        UnsupportedFormat: its dtype is no float.
+    """
+    stored = f"{source}.bias"
+    if bias is False or (bias is None and stored not in checkpoint.headers):
+        return {}
+    header = checkpoint.header(stored)
+    expect(header, FLOAT_DTYPES, (None,))
+    expect_columns(header, header.shape[0], out_features, rows)
+    return {"bias": weight_spec(name, "bias", "float32", (out_features,), device)}
+
+
+def read_columns(plan: LinearPlan, tensor: torch.Tensor) -> torch.Tensor:
+    """Cut the columns of a layer out of a tensor whose last dimension is the output."""
+    first, end = plan.rows or (0, plan.out_features)
+    return tensor[..., first:end]
+
+
+def read_bias(plan: LinearPlan, checkpoint: Checkpoint, target: torch.Tensor) -> None:
+    """Read a planned bias into `target`, float32 [out_features].
+
+    Raises:
+        InvalidCheckpoint: a value is not finite.
+    """
+    name = f"{plan.source}.bias"
+    bias = checkpoint.read(name)
+    require_finite(name, bias)
+    target.copy_(read_columns(plan, bias))
+
+
+def require_finite(name: str, tensor: torch.Tensor) -> None:
+    """Raise InvalidCheckpoint where a tensor holds NaN or infinity."""
+    import torch
+
+    if not bool(torch.isfinite(tensor).all()):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise InvalidCheckpoint(
+            f"{name}: values",
+            expected="finite numbers",
+            actual=f"{bad} that are NaN or infinite",
+            remedy="Download the file again",
+        )
+
+
+def fill_tiles(values: torch.Tensor, target: torch.Tensor) -> None:
+    """Spread [G, N] over [tiles, G, 16]; columns beyond N become zero."""
+    groups, columns = values.shape
+    tiles = target.shape[0]
+    full = values.new_zeros((groups, tiles * TILE_COLUMNS))
+    full[:, :columns] = values
+    target.copy_(full.view(groups, tiles, TILE_COLUMNS).transpose(0, 1))

@@ -1,0 +1,258 @@
+"""EXL2 linear layers: groups of 2 to 8 bits within one layer, rows in an order of their own.
+
+Tensors of a layer P with K inputs, N outputs padded to 32, G groups (facts: the reference
+quantiser's own files; every statement is held by the fixtures' reference logits):
+
+    P.q_weight    int32 [R, N]    per column one bit stream; a group starts on a whole word
+    P.q_groups    int16 [2G]      (bits, first row of the group in q_weight)
+    P.q_scale     int32 [G, N/8]  4 bits a column, qs - 1
+    P.q_scale_max float16 [G]
+    P.q_invperm   int32 [K]       input channel -> stored row (16 bits in some files)
+
+    value = (code - 2^(bits-1)) * s,  s = half(qs^2) * half(q_scale_max / 256) rounded to half
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..errors import InvalidCheckpoint, UnsupportedFormat
+from .common import (
+    WRONG_FILE,
+    expect,
+    expect_columns,
+    fill_tiles,
+    plan_bias,
+    read_bias,
+    read_columns,
+    require_finite,
+    tiles_for,
+    weight_spec,
+)
+from .packed import BIT_PLANES, BLOCK_ROWS, LinearPlan, PackedLinear
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..checkpoint import Checkpoint
+    from ..kernels.interface import Ops
+
+# A tail group of n rows takes ceil(n * bits / 32) words on disk and `bits` words a block of
+# 32 here, so it can grow by at most 7 words; which it is stands in the values.
+TAIL_WORDS = 7
+# 64 bytes of a tile are one word of each of its 16 columns.
+WORD_TILE_BYTES = 64
+COLUMN_PADDING = 32
+
+
+def plan_exl2(
+    checkpoint: Checkpoint,
+    name: str,
+    in_features: int,
+    out_features: int,
+    *,
+    device: str,
+    source: str,
+    rows: tuple[int, int] | None,
+    bias: bool | None,
+) -> LinearPlan:
+    """Plan an EXL2 layer from headers; see `formats.plan_linear`."""
+    weight = checkpoint.header(f"{source}.q_weight")
+    expect(weight, ["int32"], (None, None))
+    words, columns = weight.shape
+    expect_columns(weight, columns, out_features, rows, COLUMN_PADDING)
+    scale = checkpoint.header(f"{source}.q_scale")
+    expect(scale, ["int32"], (None, columns // 8))
+    num_groups = scale.shape[0]
+    expect(checkpoint.header(f"{source}.q_scale_max"), ["float16"], (num_groups,))
+    expect(checkpoint.header(f"{source}.q_groups"), ["int16", "uint16"], (2 * num_groups,))
+    invperm = checkpoint.header(f"{source}.q_invperm")
+    expect(invperm, ["int32", "int16", "uint16"], (in_features,))
+    _check_sizes(name, in_features, columns, words, num_groups)
+    tile_bytes = WORD_TILE_BYTES * (words + (TAIL_WORDS if in_features % BLOCK_ROWS else 0))
+    tiles = tiles_for(out_features)
+    specs = {
+        "codes": weight_spec(name, "codes", "uint8", (tiles, tile_bytes), device),
+        "scales": weight_spec(name, "scales", "float16", (tiles, num_groups, 16), device),
+        "groups": weight_spec(name, "groups", "int32", (num_groups, 4), device),
+        "perm": weight_spec(name, "perm", "int32", (in_features,), device),
+        **plan_bias(checkpoint, name, source, out_features, rows, bias, device),
+    }
+    return LinearPlan(name, "exl2", in_features, out_features, specs, source, rows)
+
+
+def _check_sizes(name: str, in_features: int, columns: int, words: int, num_groups: int) -> None:
+    """Check what headers allow to check: that some group table could add up."""
+    least = -(-in_features * min(BIT_PLANES) // 32)
+    most = -(-in_features * max(BIT_PLANES) // 32)
+    most_groups = -(-in_features // BLOCK_ROWS)
+    for what, expected, actual, good in (
+        ("q_weight rows", f"{least} to {most}", words, least <= words <= most),
+        ("groups", f"1 to {most_groups}", num_groups, 1 <= num_groups <= most_groups),
+        ("q_weight columns", "a multiple of 8", columns, columns % 8 == 0),
+    ):
+        if not good:
+            raise InvalidCheckpoint(
+                f"{name}: {what} for {in_features} input features",
+                expected=expected,
+                actual=actual,
+                remedy=WRONG_FILE,
+            )
+
+
+def _bad_groups(plan: LinearPlan, expected: str, actual: object) -> InvalidCheckpoint:
+    return InvalidCheckpoint(
+        f"{plan.source}.q_groups", expected=expected, actual=actual, remedy="Download it again"
+    )
+
+
+def read_groups(plan: LinearPlan, checkpoint: Checkpoint) -> list[tuple[int, int]]:
+    """Read and validate a layer's group table.
+
+    Returns:
+        (bits, rows) of each group, in stored order.
+
+    Raises:
+        InvalidCheckpoint: unknown bit widths, starts that do not rise, or a table that does
+            not add up to the layer's rows and words.
+        UnsupportedFormat: a group before the last whose rows are no multiple of 32.
+    """
+    stored = checkpoint.read(f"{plan.source}.q_groups").tolist()
+    table = [value & 0xFFFF for value in stored]
+    widths, starts = table[0::2], table[1::2]
+    words = checkpoint.header(f"{plan.source}.q_weight").shape[0]
+    if starts[0] != 0:
+        raise _bad_groups(plan, "the first group at row 0", starts[0])
+    groups, left = [], plan.in_features
+    for index, (bits, start) in enumerate(zip(widths, starts, strict=True)):
+        if bits not in BIT_PLANES:
+            raise _bad_groups(plan, f"bits in {sorted(BIT_PLANES)}", f"{bits} in group {index}")
+        last = index + 1 == len(starts)
+        taken = (words if last else starts[index + 1]) - start
+        if taken <= 0:
+            raise _bad_groups(plan, f"rising starts below {words}", f"{starts[:index + 2]}"[:80])
+        rows = left if last else taken * 32 // bits
+        if not last and taken % bits:
+            raise _odd_group(plan, index, bits, taken)
+        left -= rows
+        if rows <= 0 or left < 0 or -(-rows * bits // 32) != taken:
+            actual = f"group {index} of {bits} bits with {taken} words for {rows + left} rows"
+            raise _bad_groups(plan, f"groups that add up to {plan.in_features} rows", actual)
+        groups.append((bits, rows))
+    return groups
+
+
+def _odd_group(plan: LinearPlan, index: int, bits: int, taken: int) -> Exception:
+    """Tell a size that cannot be from one that this engine does not have."""
+    if taken * 32 % bits:
+        return _bad_groups(
+            plan, "whole rows in every group", f"{taken} words of {bits} bits in group {index}"
+        )
+    return UnsupportedFormat(
+        f"{plan.source}.q_groups: rows of group {index}",
+        expected=f"a multiple of {BLOCK_ROWS}",
+        actual=taken * 32 // bits,
+    )
+
+
+def read_scales(plan: LinearPlan, checkpoint: Checkpoint) -> torch.Tensor:
+    """Read a layer's scales, with the reference's own roundings.
+
+    Returns:
+        float16 [G, out_features].
+
+    Raises:
+        InvalidCheckpoint: a maximum is not finite.
+    """
+    import numpy as np
+    import torch
+
+    from .planes import unpack_stream
+
+    name = f"{plan.source}.q_scale_max"
+    scale_max = checkpoint.read(name)
+    require_finite(name, scale_max)
+    words = checkpoint.read(f"{plan.source}.q_scale").numpy().view(np.uint32)
+    stored = unpack_stream(words.T, 4, 8 * words.shape[1]).T
+    qs = read_columns(plan, torch.from_numpy(np.ascontiguousarray(stored))).short() + 1
+    # Both factors and their product round to half: the quantiser chose codes for that value.
+    return (qs * qs).half() * (scale_max / 256)[:, None]
+
+
+def read_perm(plan: LinearPlan, checkpoint: Checkpoint) -> torch.Tensor:
+    """Read a layer's permutation.
+
+    Returns:
+        int32 [in_features]: stored row r holds input channel perm[r].
+
+    Raises:
+        InvalidCheckpoint: it is no permutation.
+    """
+    import torch
+
+    name = f"{plan.source}.q_invperm"
+    invperm = checkpoint.read(name)
+    if invperm.dtype != torch.int32:
+        invperm = invperm.view(torch.int16).int() & 0xFFFF
+    channels = torch.arange(plan.in_features, dtype=torch.int32)
+    ordered, perm = torch.sort(invperm)
+    if not torch.equal(ordered, channels):
+        raise InvalidCheckpoint(
+            name,
+            expected=f"a permutation of 0 to {plan.in_features - 1}",
+            actual="repeated or foreign numbers",
+            remedy="Download the file again",
+        )
+    return perm.int()
+
+
+def pack_exl2_linear(
+    plan: LinearPlan, checkpoint: Checkpoint, tensors: dict[str, torch.Tensor], ops: Ops
+) -> PackedLinear:
+    """Read an EXL2 layer into its resident tensors; see `formats.pack_linear`."""
+    import torch
+
+    from .planes import group_table
+
+    groups = read_groups(plan, checkpoint)
+    tensors["groups"].copy_(torch.from_numpy(group_table(*zip(*groups, strict=True))))
+    perm = read_perm(plan, checkpoint)
+    tensors["perm"].copy_(perm)
+    fill_tiles(read_scales(plan, checkpoint), tensors["scales"])
+    if "bias" in tensors:
+        read_bias(plan, checkpoint, tensors["bias"])
+    weight = checkpoint.read(f"{plan.source}.q_weight")
+    if plan.rows is not None:
+        weight = read_columns(plan, weight).contiguous()
+    codes = tensors["codes"]
+    ops.pack_exl2(weight.to(codes.device), tensors["groups"], codes)
+    trivial = torch.equal(perm, torch.arange(plan.in_features, dtype=torch.int32))
+    return PackedLinear(
+        plan.in_features,
+        plan.out_features,
+        codes,
+        tensors["scales"],
+        tensors["groups"],
+        perm=None if trivial else tensors["perm"],
+        bias=tensors.get("bias"),
+    )
+
+
+def exl2_weight(plan: LinearPlan, checkpoint: Checkpoint) -> torch.Tensor:
+    """Decode an EXL2 layer; see `formats.reference_weight`."""
+    import numpy as np
+    import torch
+
+    from .planes import unpack_stream
+
+    words = checkpoint.read(f"{plan.source}.q_weight").numpy().view(np.uint32)
+    scales = read_scales(plan, checkpoint).float()
+    parts, word = [], 0
+    for index, (bits, rows) in enumerate(read_groups(plan, checkpoint)):
+        taken = -(-rows * bits // 32)
+        codes = torch.from_numpy(unpack_stream(words[word : word + taken], bits, rows))
+        parts.append((read_columns(plan, codes).float() - (1 << (bits - 1))) * scales[index])
+        word += taken
+    weight = torch.empty(plan.in_features, plan.out_features)
+    weight[read_perm(plan, checkpoint).long()] = torch.cat(parts)
+    return weight
