@@ -9,7 +9,9 @@ quantiser's own files; every statement is held by the fixtures' reference logits
     P.q_scale_max float16 [G]
     P.q_invperm   int32 [K]       input channel -> stored row (16 bits in some files)
 
-    value = (code - 2^(bits-1)) * s,  s = half(qs^2) * half(q_scale_max / 256) rounded to half
+    value = (code - 2^(bits-1)) * s,  s = half(qs^2) * half(q_scale_max / 256)
+
+Both products are rounded to half.
 """
 
 from __future__ import annotations
@@ -251,7 +253,8 @@ def exl2_weight(plan: LinearPlan, checkpoint: Checkpoint) -> torch.Tensor:
     for index, (bits, rows) in enumerate(read_groups(plan, checkpoint)):
         taken = -(-rows * bits // 32)
         codes = torch.from_numpy(unpack_stream(words[word : word + taken], bits, rows))
-        parts.append((read_columns(plan, codes).float() - (1 << (bits - 1))) * scales[index])
+        values = (read_columns(plan, codes).float() - (1 << (bits - 1))) * scales[index]
+        parts.append(values.half().float())
         word += taken
     weight = torch.empty(plan.in_features, plan.out_features)
     weight[read_perm(plan, checkpoint).long()] = torch.cat(parts)

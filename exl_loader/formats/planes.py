@@ -198,10 +198,11 @@ def unpack_codes(linear: PackedLinear) -> Array:
 
 
 def dequantize(linear: PackedLinear) -> torch.Tensor:
-    """Decode a packed layer, exactly: a code has at most 9 bits beside a half's 11.
+    """Decode a packed layer, exactly: a code less its zero has 9 bits beside a half's 11.
 
     Returns:
-        float32 [in_features, out_features], input channels in their original order.
+        float32 [in_features, out_features], input channels in their original order. EXL2's
+        values are rounded to float16, as `packed.py` says.
     """
     import torch
 
@@ -215,5 +216,6 @@ def dequantize(linear: PackedLinear) -> torch.Tensor:
             zero = linear.zeros[:, group].reshape(-1)[: linear.out_features].short().numpy()
         stored = codes[first : first + rows, : linear.out_features].astype(np.int16)
         target = slice(first, first + rows) if channels is None else channels[first : first + rows]
-        weight[target] = (stored - zero) * scales
+        values = (stored - zero) * scales
+        weight[target] = values.astype(np.float16) if linear.zeros is None else values
     return torch.from_numpy(weight)
