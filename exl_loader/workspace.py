@@ -1,0 +1,205 @@
+"""The workspace: every tensor that a forward pass touches, planned before loading.
+
+A step has at most `chunk_size` rows of at most `max_batch_size` sequences, and its logits at
+most `logits_rows` rows. Steps of fewer rows use the first rows of the same tensors, so that
+no response, however long, needs a byte more than the first token did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .cache import CacheType, pages_for
+from .kernels import scratch
+from .kernels.interface import AttentionShape
+from .table import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from .blueprint import Blueprint
+
+# Prefill rows of a step: enough to spread unpacking of the weights over, few enough that a
+# stop request or a progress bar need not wait for long.
+DEFAULT_CHUNK_SIZE = 256
+DEFAULT_MAX_BATCH_SIZE = 1
+# Rows of logits at a time where a caller wants all of them (128 KiB a row and more).
+DEFAULT_LOGITS_ROWS = 32
+
+
+def workspace_specs(
+    blueprint: Blueprint,
+    *,
+    ctx_size: int,
+    cache_type: CacheType,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    max_batch_size: int = DEFAULT_MAX_BATCH_SIZE,
+    logits_rows: int = DEFAULT_LOGITS_ROWS,
+) -> list[TensorSpec]:
+    """List the workspace's tensors on every device of the blueprint.
+
+    Args:
+        blueprint: the model.
+        ctx_size: tokens of the longest sequence, which bounds a page table's row.
+        cache_type: bits of keys and values; the attention scratch depends on it.
+        chunk_size: most rows of one step.
+        max_batch_size: most sequences of one step.
+        logits_rows: most rows of logits of one step; at least `max_batch_size` are made.
+    """
+    logits_rows = max(logits_rows, max_batch_size)
+    specs: list[TensorSpec] = []
+    for device in blueprint.device_map.devices:
+        tensors = {
+            **_batch_tensors(chunk_size, max_batch_size, pages_for(ctx_size)),
+            **_row_tensors(blueprint, chunk_size, max_batch_size),
+        }
+        if device == blueprint.device_map.head:
+            tensors.update(_head_tensors(blueprint, logits_rows))
+        nbytes = scratch_bytes(
+            blueprint, device, rows=chunk_size, logits_rows=logits_rows,
+            max_batch_size=max_batch_size, ctx_size=ctx_size, cache_type=cache_type,
+        )
+        tensors["scratch"] = ("uint8", (nbytes,))
+        specs += [
+            TensorSpec(name, "workspace", dtype, shape, device)
+            for name, (dtype, shape) in tensors.items()
+        ]
+    return specs
+
+
+Tensors = dict[str, tuple[str, tuple[int, ...]]]
+
+
+def _batch_tensors(rows: int, sequences: int, max_pages: int) -> Tensors:
+    return {
+        "ids": ("int32", (rows,)),
+        "positions": ("int32", (rows,)),
+        "q_start": ("int32", (sequences + 1,)),
+        "past_len": ("int32", (sequences,)),
+        "page_table": ("int32", (sequences, max_pages)),
+    }
+
+
+def _row_tensors(blueprint: Blueprint, rows: int, sequences: int) -> Tensors:
+    config = blueprint.config
+    hidden = config.hidden_size
+    q_size = config.num_attention_heads * config.head_dim
+    kv_size = config.num_key_value_heads * config.head_dim
+    pairs = config.rope.rotary_dim // 2
+    tensors: Tensors = {
+        "x": ("float32", (rows, hidden)),
+        "h": ("float32", (rows, hidden)),
+        "q": ("float32", (rows, q_size)),
+        "k": ("float32", (rows, kv_size)),
+        "v": ("float32", (rows, kv_size)),
+        "attn": ("float32", (rows, q_size)),
+        "gate": ("float32", (rows, config.intermediate_size)),
+        "up": ("float32", (rows, config.intermediate_size)),
+        "inv_freq": ("float32", (sequences, pairs)),
+        "rope_table": ("float32", (rows, 2, pairs)),
+    }
+    if config.num_local_experts:
+        top_k = config.num_experts_per_tok
+        tensors["router_logits"] = ("float32", (rows, config.num_local_experts))
+        tensors["route_weights"] = ("float32", (rows, top_k))
+        tensors["route_experts"] = ("int32", (rows, top_k))
+        tensors["expert_rows"] = ("int32", (rows * top_k,))
+        tensors["expert_weights"] = ("float32", (rows * top_k,))
+        tensors["expert_x"] = ("float32", (rows, hidden))
+    return tensors
+
+
+def _head_tensors(blueprint: Blueprint, rows: int) -> Tensors:
+    config = blueprint.config
+    return {
+        "head_rows": ("int32", (rows,)),
+        "head_x": ("float32", (rows, config.hidden_size)),
+        "logits": ("float32", (rows, config.vocab_size)),
+    }
+
+
+def scratch_bytes(
+    blueprint: Blueprint,
+    device: str,
+    *,
+    rows: int,
+    logits_rows: int,
+    max_batch_size: int,
+    ctx_size: int,
+    cache_type: CacheType,
+) -> int:
+    """Find the most scratch any operation of a step needs on a device, in bytes."""
+    config = blueprint.config
+    needs = [0]
+    for layer in blueprint.layers:
+        if layer.device == device:
+            needs += [scratch.linear_scratch_bytes(rows, w.in_features) for w in layer.linears()]
+    if device == blueprint.device_map.head:
+        needs.append(scratch.linear_scratch_bytes(logits_rows, config.hidden_size))
+    shape = AttentionShape(
+        config.num_attention_heads, config.num_key_value_heads, config.head_dim, 1.0
+    )
+    needs.append(scratch.write_cache_scratch_bytes(rows, shape, cache_type))
+    needs.append(
+        scratch.attention_scratch_bytes(rows, max_batch_size, ctx_size, shape, cache_type)
+    )
+    return max(needs)
+
+
+@dataclass(frozen=True)
+class RowViews:
+    """The workspace's tensors cut to the T rows of a step, in the shapes operations take.
+
+    `q_heads`, `k_heads`, `v_heads` and `attn_heads` are [T, heads, head_dim] and `q_rows`,
+    `k_rows` [T * heads, head_dim] views of `q`, `k`, `v` and `attn`. The last six are None
+    where the MLP is dense.
+    """
+
+    x: torch.Tensor
+    h: torch.Tensor
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    attn: torch.Tensor
+    q_heads: torch.Tensor
+    k_heads: torch.Tensor
+    v_heads: torch.Tensor
+    attn_heads: torch.Tensor
+    q_rows: torch.Tensor
+    k_rows: torch.Tensor
+    gate: torch.Tensor
+    up: torch.Tensor
+    rope_table: torch.Tensor
+    scratch: torch.Tensor
+    router_logits: torch.Tensor
+    route_weights: torch.Tensor
+    route_experts: torch.Tensor
+    expert_rows: torch.Tensor
+    expert_weights: torch.Tensor
+    expert_x: torch.Tensor
+
+    @classmethod
+    def cut(cls, tensors: Mapping[str, torch.Tensor], rows: int, head_dim: int) -> RowViews:
+        """Cut the first `rows` rows out of the workspace's tensors."""
+        views = {
+            name: tensors[name][:rows]
+            for name in ("x", "h", "q", "k", "v", "attn", "gate", "up", "rope_table")
+        }
+        for name in ("q", "k", "v", "attn"):
+            views[f"{name}_heads"] = views[name].view(rows, -1, head_dim)
+        for name in ("q", "k"):
+            views[f"{name}_rows"] = views[name].view(-1, head_dim)
+        return cls(**views, **_expert_views(tensors, rows), scratch=tensors["scratch"])
+
+
+def _expert_views(tensors: Mapping[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
+    names = ("router_logits", "route_weights", "route_experts", "expert_x")
+    if "expert_x" not in tensors:
+        return dict.fromkeys((*names, "expert_rows", "expert_weights"))  # type: ignore[return-value]
+    views = {name: tensors[name][:rows] for name in names}
+    top_k = tensors["route_experts"].shape[1]
+    for name in ("expert_rows", "expert_weights"):
+        views[name] = tensors[name][: rows * top_k]
+    return views
