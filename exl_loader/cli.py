@@ -1,0 +1,97 @@
+"""The command line's frame: finds the subcommand, and turns errors into one readable line.
+
+A subcommand is a module with `add_arguments(parser)` and `run(args) -> exit code`. Only the
+one that was asked for is imported, so that `doctor` works where another one cannot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from . import __version__
+from .errors import ExlLoaderError
+
+# name -> (module, what the overview says)
+COMMANDS = {
+    "generate": ("exl_loader.commands.generate", "write text that follows a prompt"),
+    "chat": ("exl_loader.commands.chat", "talk to a model in the terminal"),
+    "plan": ("exl_loader.commands.plan", "compute the memory a model will take, without loading"),
+    "convert": ("exl_loader.convert.command", "quantise a model folder to EXL2"),
+    "build": ("exl_loader.commands.build", "compile the kernels ahead of the first load"),
+    "doctor": ("exl_loader.commands.doctor", "say what this machine has and what is missing"),
+}
+
+EXIT_ERROR = 1
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand.
+
+    Args:
+        argv: arguments without the program's name; those of the process where None.
+
+    Returns:
+        The exit code: 0, 1 on an error (one line on stderr), 2 on wrong usage, 130 when
+        interrupted.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    # Generated text may hold characters that a redirected stdout's code page lacks.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    verbose = "--verbose" in argv
+    try:
+        args = parse(argv)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
+    except ExlLoaderError as error:
+        _report(str(error), verbose, error.details)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output (`| head`) has gone. Python's own flush at exit must not
+        # complain about that once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_ERROR
+    except Exception as error:
+        hint = "" if verbose else " (this is a bug of exl_loader; --verbose shows where)"
+        _report(f"{type(error).__name__}: {error}{hint}", verbose)
+        return EXIT_ERROR
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse arguments; `run` of the result is the subcommand's function."""
+    parser = argparse.ArgumentParser(
+        prog="exl_loader", description="Run EXL2 and GPTQ models, and plan the memory they take."
+    )
+    parser.add_argument("--version", action="version", version=f"exl_loader {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    for name, (module_name, summary) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, description=summary.capitalize())
+        subparser.add_argument(
+            "--verbose", action="store_true", help="on an error, show its details and traceback"
+        )
+        if name == chosen:
+            module = importlib.import_module(module_name)
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    return parser.parse_args(argv)
+
+
+def _report(line: str, verbose: bool, details: str | None = None) -> None:
+    print(f"error: {line}", file=sys.stderr)
+    if verbose:
+        if details:
+            print(details, file=sys.stderr)
+        traceback.print_exc()

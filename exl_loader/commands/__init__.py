@@ -1,0 +1,1 @@
+"""Subcommands of `python -m exl_loader`, one module each."""

@@ -1,0 +1,209 @@
+"""`python -m exl_loader doctor`: what this machine has, what is missing, what to do about it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+from importlib import metadata
+from typing import Any
+
+from .. import __version__
+from ..errors import ExlLoaderError
+from ..kernels import REFERENCE_ENV, toolchain
+from ..kernels.spec import cpu_spec
+from ..kernels.store import find_built, kernel_dirs, list_built, writable_dir
+
+# What the engine imports; `extension` needs gradio besides.
+REQUIRED_PACKAGES = (
+    "torch",
+    "safetensors",
+    "sentencepiece",
+    "tokenizers",
+    "ninja",
+    "jinja2",
+    "numpy",
+    "rich",
+    "filelock",
+    "platformdirs",
+)
+OPTIONAL_PACKAGES = ("gradio", "transformers")
+
+# Instruction sets that decide which kernels are compiled; JSON lists every feature.
+NOTABLE_FEATURES = (
+    "avx2",
+    "fma",
+    "f16c",
+    "avx_vnni",
+    "avx512f",
+    "avx512bw",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_int8",
+    "asimd",
+    "asimddp",
+    "i8mm",
+)
+
+NVIDIA_SMI_TIMEOUT_S = 10.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommand's arguments to its parser."""
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what was found; the exit code is 1 where something is missing."""
+    report = examine()
+    print(json.dumps(report, indent=2) if args.json else describe(report))
+    return 1 if report["problems"] else 0
+
+
+def examine() -> dict[str, Any]:
+    """Look at the machine. Compiles nothing, and imports no package that it reports on.
+
+    Returns:
+        `problems` is a list of {problem, remedy}; the other keys are findings.
+    """
+    problems: list[dict[str, str]] = []
+    packages = {name: _version(name) for name in REQUIRED_PACKAGES + OPTIONAL_PACKAGES}
+    missing = [name for name in REQUIRED_PACKAGES if packages[name] is None]
+    if missing:
+        problems.append(
+            {
+                "problem": f"packages are missing: {', '.join(missing)}",
+                "remedy": f"pip install {' '.join(missing)}",
+            }
+        )
+    return {
+        "exl_loader": __version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpu": {
+            "name": toolchain.cpu_name(),
+            "threads": os.cpu_count(),
+            "features": list(toolchain.cpu_features()),
+        },
+        "gpus": find_gpus(),
+        "compiler": _examine_compiler(problems),
+        "ninja": toolchain.find_ninja(),
+        "kernels": _examine_kernels(problems),
+        "packages": packages,
+        "problems": problems,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _problem(error: ExlLoaderError) -> dict[str, str]:
+    found = f": {error.actual}" if error.actual else ""
+    return {"problem": f"{error.thing}{found}", "remedy": error.remedy or ""}
+
+
+def _examine_compiler(problems: list[dict[str, str]]) -> dict[str, Any] | None:
+    try:
+        compiler = toolchain.find_compiler()
+    except ExlLoaderError as error:
+        problems.append(_problem(error))
+        return None
+    if compiler is None:
+        problems.append(
+            {
+                "problem": "no C++ compiler: slow reference operations will be used",
+                "remedy": toolchain.compiler_remedy(),
+            }
+        )
+        return None
+    return {
+        "command": list(compiler.command),
+        "kind": compiler.kind,
+        "version": compiler.version,
+    }
+
+
+def _examine_kernels(problems: list[dict[str, str]]) -> dict[str, Any]:
+    """Where kernels are kept, which are there, and whether this version's are among them."""
+    current = None
+    folder = str(kernel_dirs()[0])
+    try:
+        folder = str(writable_dir())
+        spec = cpu_spec()
+        current = find_built(spec) if spec else None
+    except ExlLoaderError as error:
+        problems.append(_problem(error))
+    return {
+        "folder": folder,
+        "current": str(current) if current else None,
+        "builds": [
+            {"library": str(path), "library_bytes": path.stat().st_size} for path in list_built()
+        ],
+        "reference_forced": os.environ.get(REFERENCE_ENV, "") not in ("", "0"),
+    }
+
+
+def find_gpus() -> list[dict[str, Any]]:
+    """List NVIDIA GPUs as their driver names them; empty without a driver."""
+    query = "--query-gpu=name,memory.total,driver_version,compute_cap"
+    try:
+        answer = subprocess.run(
+            ["nvidia-smi", query, "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            timeout=NVIDIA_SMI_TIMEOUT_S,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return []
+    if answer.returncode != 0:
+        return []
+    return [gpu for gpu in map(_parse_gpu, answer.stdout.splitlines()) if gpu is not None]
+
+
+def _parse_gpu(line: str) -> dict[str, Any] | None:
+    """One line of nvidia-smi's answer; its memory is in MiB."""
+    fields = [field.strip() for field in line.split(",")]
+    if len(fields) != 4 or not fields[1].isdigit():
+        return None
+    return {
+        "name": fields[0],
+        "memory_bytes": int(fields[1]) << 20,
+        "driver": fields[2],
+        "compute_capability": fields[3],
+    }
+
+
+def describe(report: dict[str, Any]) -> str:
+    """Write the findings for people."""
+    cpu, compiler, kernels = report["cpu"], report["compiler"], report["kernels"]
+    notable = [name for name in NOTABLE_FEATURES if name in cpu["features"]]
+    gpus = [
+        f"{gpu['name']}, {gpu['memory_bytes'] / 2**30:.1f} GiB, driver {gpu['driver']}"
+        for gpu in report["gpus"]
+    ]
+    packages = [f"{name} {version}" for name, version in report["packages"].items() if version]
+    current = kernels["current"] or "not compiled yet (first load, or: exl_loader build)"
+    rows = [
+        ("exl_loader", f"{report['exl_loader']}, Python {report['python']}, {report['system']}"),
+        ("CPU", f"{cpu['name']}, {cpu['threads']} threads"),
+        ("features", " ".join(notable) or "none of note"),
+        ("GPU", "; ".join(gpus) or "none"),
+        ("compiler", f"{' '.join(compiler['command'])}: {compiler['version']}"
+         if compiler else "none"),
+        ("ninja", report["ninja"] or "none"),
+        ("kernels", current),
+        ("kept in", f"{kernels['folder']} ({len(kernels['builds'])} builds)"),
+        ("packages", ", ".join(packages)),
+    ]
+    lines = [f"{name + ':':<12}{value}" for name, value in rows]
+    if not report["problems"]:
+        return "\n".join([*lines, "", "Nothing is missing."])
+    for problem in report["problems"]:
+        lines += ["", f"missing: {problem['problem']}", f"      -> {problem['remedy']}"]
+    return "\n".join(lines)
