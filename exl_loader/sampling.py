@@ -7,8 +7,10 @@
 This is the order of the web UI's other loaders (they divide by the temperature before top_k,
 which keeps the same tokens, at the cost of dividing all of them). Candidates are kept with
 falling logits, equal ones by rising id, so the result never depends on how a partition
-happened to fall. A vocabulary has up to 256k tokens and a step has a few milliseconds, so nothing sorts all of
-it: each filter first selects the tokens that can survive.
+happened to fall.
+
+A vocabulary has up to 256k tokens and a step takes a few milliseconds, so nothing sorts all
+of it: each filter first selects the tokens that can survive.
 """
 
 from __future__ import annotations
@@ -125,8 +127,9 @@ def draw(candidates: Candidates, uniform: float) -> int:
     """Take the token at which the summed probability passes `uniform`, in [0, 1)."""
     weights = _weights(candidates.logits)
     # Summed by blocks first: a running sum of a whole vocabulary would take a millisecond.
-    blocks = np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK), dtype=np.float64)
-    reached = np.cumsum(blocks)
+    whole = len(weights) // _BLOCK * _BLOCK
+    blocks = weights[:whole].reshape(-1, _BLOCK).sum(axis=1)
+    reached = np.cumsum(np.append(blocks, weights[whole:].sum()), dtype=np.float64)
     block, rest = _pass(reached, uniform * reached[-1])
     first = block * _BLOCK
     place, _ = _pass(np.cumsum(weights[first : first + _BLOCK], dtype=np.float64), rest)
