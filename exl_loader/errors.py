@@ -5,6 +5,13 @@ person (or a web page) can show it as one readable line. Long material such as a
 output goes into `details`.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .reservation import Reservation
+
 
 class ExlLoaderError(Exception):
     """Base of everything this package raises on purpose.
@@ -71,7 +78,14 @@ class PromptTooLong(ExlLoaderError):
 
 
 class InsufficientMemory(ExlLoaderError):
-    """The reservation does not fit a device, or the device refused a buffer."""
+    """The reservation does not fit a device, or the device refused a buffer.
+
+    Attributes:
+        reservation: the `reservation.Reservation` that does not fit, with every figure; None
+            where memory vanished after a plan had fitted.
+    """
+
+    reservation: Reservation | None = None
 
 
 class CacheFull(ExlLoaderError):

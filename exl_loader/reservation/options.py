@@ -1,0 +1,175 @@
+"""Which devices a plan may use and what each lends: from settings to budgets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..cache import CacheType
+from ..devices import Capacity, device_kind
+from ..errors import InvalidSettings
+from ..memory import capacity, parse_bytes
+from ..rope import MAX_POSITIONS
+
+GIB = 1 << 30
+
+# Most tokens of context where the user names none.
+DEFAULT_CTX_SIZE = 8192
+MAX_CHUNK_SIZE = 1 << 16
+MAX_BATCH_SIZE = 1 << 10
+MAX_DEVICES = 64
+
+CtxSize = int | str | None
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What decides the bytes of a run, apart from the model and its devices."""
+
+    cache_type: CacheType
+    chunk_size: int
+    max_batch_size: int
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one device lends.
+
+    Args:
+        device: its name. capacity: its memory now.
+        limit_bytes: most that our buffers may take of it; None without a limit.
+        overhead_bytes: taken outside our buffers by running there at all.
+        overhead_measured: False where that is assumed.
+    """
+
+    device: str
+    capacity: Capacity
+    limit_bytes: int | None
+    overhead_bytes: int
+    overhead_measured: bool
+
+
+def run_options(cache_type: str | CacheType, chunk_size: Any, max_batch_size: Any) -> RunOptions:
+    """Check the options of a run.
+
+    Raises:
+        InvalidSettings: one of them makes no sense; it is named.
+    """
+    check_count("chunk_size", chunk_size, 1, MAX_CHUNK_SIZE)
+    check_count("max_batch_size", max_batch_size, 1, MAX_BATCH_SIZE)
+    if chunk_size < max_batch_size:
+        raise InvalidSettings(
+            "chunk_size",
+            expected=f"at least max_batch_size ({max_batch_size}): one row a sequence",
+            actual=chunk_size,
+        )
+    return RunOptions(CacheType.parse(cache_type), chunk_size, max_batch_size)
+
+
+def check_count(name: str, value: Any, least: int, most: int) -> None:
+    """Raise InvalidSettings unless `value` is an int from `least` to `most`."""
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise InvalidSettings(
+            name, expected=f"a whole number from {least} to {most}", actual=repr(value)
+        )
+
+
+def check_ctx_size(ctx_size: CtxSize) -> None:
+    """Raise InvalidSettings unless it is None, `auto` or a number of tokens."""
+    if ctx_size is None or ctx_size == "auto":
+        return
+    if isinstance(ctx_size, str):
+        raise InvalidSettings(
+            "ctx_size", expected="a number of tokens or auto", actual=repr(ctx_size)
+        )
+    check_count("ctx_size", ctx_size, 1, MAX_POSITIONS)
+
+
+def budgets(
+    device: str | Sequence[str],
+    gpu_split: str | Sequence[float] | None,
+    vram: int | str | Sequence[int | str] | None,
+    memory_limit: int | str | None,
+) -> list[Budget]:
+    """Say which devices a plan may use, in order, and what each lends.
+
+    Args:
+        device: `auto` (the CPU, unless `gpu_split` or `vram` speak of cards), a name, or
+            several names, over which the layers are split in this order.
+        gpu_split: GiB that our buffers may take of each device, as `20,24` or numbers.
+        vram: plan for cards of this size that are not here, as `24GiB`, `24GiB,12GiB` or a list.
+        memory_limit: most that our buffers may take of each device.
+
+    Raises:
+        InvalidSettings: no such device, or settings that contradict each other.
+    """
+    split = _gib_list(gpu_split)
+    sizes = _size_list(vram)
+    names = _device_names(device, max(len(split), len(sizes)))
+    for setting, values in (("gpu_split", split), ("vram", sizes)):
+        if values and len(values) != len(names):
+            raise InvalidSettings(
+                setting,
+                expected=f"{len(names)} values, one for each of {', '.join(names)}",
+                actual=len(values),
+            )
+    overall = None if memory_limit is None else parse_bytes(memory_limit, "memory_limit")
+    found = []
+    for i, name in enumerate(names):
+        limits = [split[i] if split else None, overall]
+        overhead, measured = device_kind(name).overhead(name)
+        found.append(
+            Budget(
+                name,
+                Capacity(sizes[i], sizes[i]) if sizes else capacity(name),
+                min((limit for limit in limits if limit is not None), default=None),
+                overhead,
+                # Not even a card that is here tells what another one would take.
+                measured and not (sizes and name.startswith("cuda")),
+            )
+        )
+    return found
+
+
+def _device_names(device: str | Sequence[str], num_cards: int) -> list[str]:
+    if isinstance(device, str):
+        names = [name.strip() for name in device.split(",")]
+    else:
+        names = list(device)
+    if names == ["auto"]:
+        names = [f"cuda:{i}" for i in range(num_cards)] or ["cpu"]
+    names = ["cuda:0" if name == "cuda" else name for name in names]
+    if not names or len(names) > MAX_DEVICES or len(set(names)) != len(names):
+        raise InvalidSettings(
+            "device",
+            expected=f"one to {MAX_DEVICES} devices, each once",
+            actual=", ".join(map(str, names[:8])) or "none",
+        )
+    for name in names:
+        device_kind(name)
+    return names
+
+
+def _gib_list(value: str | Sequence[float] | None) -> list[int]:
+    parts = value.split(",") if isinstance(value, str) and value.strip() else value or []
+    found = []
+    for part in parts:
+        try:
+            gib = float(part)
+        except (TypeError, ValueError):
+            gib = math.nan
+        if not 0 < gib < 1 << 20:
+            raise InvalidSettings(
+                "gpu_split", expected="GiB for each device, such as 20,24", actual=repr(value)
+            )
+        found.append(int(gib * GIB))
+    return found
+
+
+def _size_list(value: int | str | Sequence[int | str] | None) -> list[int]:
+    if value is None:
+        return []
+    parts = value.split(",") if isinstance(value, str) else value
+    return [parse_bytes(part, "vram") for part in ([parts] if isinstance(parts, int) else parts)]

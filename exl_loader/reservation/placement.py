@@ -1,0 +1,213 @@
+"""Which layers go to which device, and what that takes of each: sums of the true table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from ..blueprint import Blueprint
+from ..cache import cache_specs, pages_for
+from ..devices import device_kind
+from ..formats.dense import PIECE_BYTES
+from ..formats.packed import LinearPlan
+from ..table import DeviceMap, Segment, TensorSpec, place
+from ..workspace import workspace_specs
+from .options import Budget, RunOptions
+
+if TYPE_CHECKING:
+    from ..checkpoint import Checkpoint
+    from ..config import ModelConfig
+
+# The large ones of a quantised layer, EXL2's and GPTQ's.
+STAGED_TENSORS = ("q_weight", "q_scale", "qweight", "qzeros", "scales")
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one device takes: its layers and its buffers, in bytes."""
+
+    budget: Budget
+    first_layer: int
+    end_layer: int
+    weights_bytes: int
+    cache_bytes: int
+    workspace_bytes: int
+    overhead_bytes: int
+
+    @property
+    def spare_bytes(self) -> int:
+        """What stays free; negative where it does not fit. See `DeviceReservation`."""
+        total = self.weights_bytes + self.cache_bytes + self.workspace_bytes
+        spare = self.budget.capacity.free_bytes - total - self.overhead_bytes
+        limit = self.budget.limit_bytes
+        return spare if limit is None else min(spare, limit - total)
+
+
+def segments_of(
+    blueprint: Blueprint, ctx_size: int, options: RunOptions
+) -> dict[tuple[str, str], Segment]:
+    """Lay out the whole table of a run: what the loader allocates and the plan sums."""
+    pages = pages_for(ctx_size)
+    specs = blueprint.specs()
+    specs += cache_specs(blueprint.config, pages, options.cache_type, blueprint.device_map)
+    return place(specs + _workspace(blueprint, ctx_size, options))
+
+
+class Placer:
+    """Puts contiguous layer ranges on devices, in the devices' order.
+
+    Args:
+        config, checkpoint: the model.
+        budgets: the devices that may be used.
+    """
+
+    def __init__(
+        self, config: ModelConfig, checkpoint: Checkpoint, budgets: Sequence[Budget]
+    ) -> None:
+        self.config = config
+        self.budgets = list(budgets)
+        self._checkpoint = checkpoint
+        self._whole = self.blueprint(DeviceMap.single(budgets[0].device, config.num_hidden_layers))
+        self._staging_bytes = max(staging_bytes(plan, checkpoint) for plan in self._whole.linears())
+        self._whole_bytes: dict[str, int] = {}
+        self._parts: dict[str, tuple[int, list[int], int]] = {}
+
+    def blueprint(self, device_map: DeviceMap) -> Blueprint:
+        """Plan the weights for a device map."""
+        return Blueprint.from_checkpoint(self.config, self._checkpoint, device_map)
+
+    def place(self, ctx_size: int, options: RunOptions) -> list[Share]:
+        """Give each device in turn as many layers as fit.
+
+        With the devices in this order no other contiguous split fits where this one does
+        not: every device holds the most it can. The last device gets what is left, fitting
+        or not, so that the shortfall shows.
+
+        Returns:
+            a share for each device that holds a layer.
+        """
+        num_layers, first = self.config.num_hidden_layers, 0
+        shares: list[Share] = []
+        for budget in self.budgets:
+            end = num_layers
+            if budget is not self.budgets[-1]:
+                end = self._most(budget, first, ctx_size, options)
+            if end > first:
+                shares.append(self._share(budget, first, end, ctx_size, options))
+                first = end
+            if first == num_layers:
+                break
+        return shares
+
+    def most_pages(self, options: RunOptions) -> int:
+        """Return more cache pages than could fit if the cache were all there is."""
+        free = sum(budget.capacity.free_bytes for budget in self.budgets)
+        page = place(cache_specs(self.config, 1, options.cache_type))["cpu", "cache"].nbytes
+        return free // page + 1
+
+    def device_map(self, shares: Sequence[Share]) -> DeviceMap:
+        """Name the device of each part."""
+        layers = [
+            share.budget.device
+            for share in shares
+            for _ in range(share.first_layer, share.end_layer)
+        ]
+        return DeviceMap(layers[0], tuple(layers), layers[-1])
+
+    def _most(self, budget: Budget, first: int, ctx_size: int, options: RunOptions) -> int:
+        """Find the largest end for which layers first..end fit; `first` if not even one does."""
+        low, high = first, self.config.num_hidden_layers + 1  # low fits, high does not
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self._share(budget, first, middle, ctx_size, options).spare_bytes >= 0:
+                low = middle
+            else:
+                high = middle
+        return low
+
+    def _share(
+        self, budget: Budget, first: int, end: int, ctx_size: int, options: RunOptions
+    ) -> Share:
+        device = budget.device
+        located = _located(self._whole, device, first, end)
+        one_layer = replace(self.config, num_hidden_layers=1)
+        on_device = DeviceMap.single(device, 1)
+        cache = cache_specs(one_layer, pages_for(ctx_size), options.cache_type, on_device)
+        workspace = _workspace(located, ctx_size, options)
+        buffers = (
+            self._weights_bytes(device, first, end),
+            place(cache)[device, "cache"].nbytes * (end - first),
+            place(workspace)[device, "workspace"].nbytes,
+        )
+        step = device_kind(device).granularity_bytes
+        overhead = budget.overhead_bytes + sum(-nbytes % step for nbytes in buffers)
+        if device.startswith("cpu") and first == 0:
+            overhead += self._staging_bytes
+        return Share(budget, first, end, *buffers, overhead)
+
+    def _weights_bytes(self, device: str, first: int, end: int) -> int:
+        """Sum the weights of a layer range and, at either end, of embedding and head."""
+        kind, num_layers = device.partition(":")[0], self.config.num_hidden_layers
+        if (first, end) == (0, num_layers):
+            if kind not in self._whole_bytes:
+                whole = self.blueprint(DeviceMap.single(device, num_layers))
+                self._whole_bytes[kind] = place(whole.specs())[device, "weights"].nbytes
+            return self._whole_bytes[kind]
+        if kind not in self._parts:
+            self._parts[kind] = self._weights_of_parts(kind)
+        embed, layers, head = self._parts[kind]
+        ends = (embed if first == 0 else 0) + (head if end == num_layers else 0)
+        return layers[end] - layers[first] + ends
+
+    def _weights_of_parts(self, kind: str) -> tuple[int, list[int], int]:
+        """Lay the table out with every part on a device of its own.
+
+        Every tensor is aligned by itself, so a segment is as long as its parts together, and
+        any split of the layers is a difference of two sums.
+
+        Returns:
+            bytes of the embedding, of the first n layers for every n, and of the head.
+        """
+        num_layers = self.config.num_hidden_layers
+        names = [f"{kind}:{i}" for i in range(num_layers + 2)]
+        apart = DeviceMap(names[-2], tuple(names[:num_layers]), names[-1])
+        sizes = {
+            device: segment.nbytes
+            for (device, _), segment in place(self.blueprint(apart).specs()).items()
+        }
+        layers = accumulate((sizes[name] for name in names[:num_layers]), initial=0)
+        return sizes[names[-2]], list(layers), sizes[names[-1]]
+
+
+def _located(whole: Blueprint, device: str, first: int, end: int) -> Blueprint:
+    """Move layers first..end of a blueprint to one device, as far as the workspace looks."""
+    elsewhere = f"{device.partition(':')[0]}:elsewhere"
+    names = [device if first <= i < end else elsewhere for i in range(len(whole.layers))]
+    layers = tuple(
+        replace(layer, device=name) for layer, name in zip(whole.layers, names, strict=True)
+    )
+    return replace(whole, device_map=DeviceMap(names[0], tuple(names), names[-1]), layers=layers)
+
+
+def _workspace(blueprint: Blueprint, ctx_size: int, options: RunOptions) -> list[TensorSpec]:
+    return workspace_specs(
+        blueprint,
+        ctx_size=ctx_size,
+        cache_type=options.cache_type,
+        chunk_size=options.chunk_size,
+        max_batch_size=options.max_batch_size,
+    )
+
+
+def staging_bytes(plan: LinearPlan, checkpoint: Checkpoint) -> int:
+    """Most that a layer takes on its way through main memory while it is loaded.
+
+    A quantised layer's tensors are read whole before they are packed; unquantised weights pass
+    in pieces.
+    """
+    if plan.format == "dense":
+        return PIECE_BYTES
+    names = (f"{plan.source}.{tensor}" for tensor in STAGED_TENSORS)
+    return sum(checkpoint.headers[name].nbytes for name in names if name in checkpoint.headers)

@@ -1,0 +1,186 @@
+"""Plan a model's memory from config, headers and options: no weight read, no PyTorch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..blueprint import Blueprint
+from ..cache import PAGE_LEN, CacheType
+from ..checkpoint import Checkpoint
+from ..config import ModelConfig
+from ..table import Segment
+from ..workspace import DEFAULT_CHUNK_SIZE, DEFAULT_MAX_BATCH_SIZE
+from .options import DEFAULT_CTX_SIZE, CtxSize, RunOptions, budgets, check_ctx_size, run_options
+from .placement import Placer, Share, segments_of
+from .records import DeviceReservation, Reservation
+from .search import largest_pages
+
+# The types a plan always answers for: 16, 8, 6 and 4 bits.
+SHOWN_CACHE_TYPES = ("fp16", "q8", "q6", "q4")
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A plan with what the loader goes on with.
+
+    Args:
+        reservation: the figures. blueprint: the weights on the chosen devices.
+        segments: the table laid out: the buffers to take, one each.
+        checkpoint: open; closed when the `planned` block ends.
+    """
+
+    reservation: Reservation
+    blueprint: Blueprint
+    segments: tuple[Segment, ...]
+    checkpoint: Checkpoint
+
+
+def plan(
+    model_dir: str | os.PathLike[str],
+    ctx_size: CtxSize = None,
+    cache_type: str | CacheType = "fp16",
+    *,
+    device: str | Sequence[str] = "auto",
+    gpu_split: str | Sequence[float] | None = None,
+    vram: int | str | Sequence[int | str] | None = None,
+    memory_limit: int | str | None = None,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    max_batch_size: int = DEFAULT_MAX_BATCH_SIZE,
+    alpha_value: float = 1.0,
+    compress_pos_emb: float = 1.0,
+) -> Reservation:
+    """Compute the memory a model will take, exactly, without loading it.
+
+    `load()` with the same arguments allocates exactly `total_bytes` on each device.
+
+    Args:
+        model_dir: folder with config.json and *.safetensors.
+        ctx_size: tokens of context; None for the model's own length capped at 8192, `auto`
+            for the largest that fits, capped by the model's own length.
+        cache_type: `fp16`, `q8`, `q6`, `q4`, or keys and values apart such as `q8_q4`.
+        device: `auto`, a device's name, or several, over which layers are split in order.
+        gpu_split: GiB that our buffers may take of each device, such as `20,24`.
+        vram: plan for cards of this size that need not be here, such as `24GiB`.
+        memory_limit: most bytes that our buffers may take of each device, or `24GiB`.
+        chunk_size: most tokens in one forward pass.
+        max_batch_size: most sequences in one forward pass.
+        alpha_value, compress_pos_emb: stretch the model's own length for `auto` and None.
+
+    Returns:
+        the reservation, which may not fit: see its `fits`.
+
+    Raises:
+        ModelNotFound, InvalidConfig, UnsupportedArchitecture, InvalidCheckpoint,
+        UnsupportedFormat: the folder cannot be planned.
+        InvalidSettings: an option makes no sense, or there is no such device.
+    """
+    with planned(
+        model_dir,
+        ctx_size,
+        cache_type,
+        device=device,
+        gpu_split=gpu_split,
+        vram=vram,
+        memory_limit=memory_limit,
+        chunk_size=chunk_size,
+        max_batch_size=max_batch_size,
+        alpha_value=alpha_value,
+        compress_pos_emb=compress_pos_emb,
+    ) as model:
+        return model.reservation
+
+
+@contextmanager
+def planned(
+    model_dir: str | os.PathLike[str],
+    ctx_size: CtxSize,
+    cache_type: str | CacheType,
+    *,
+    device: str | Sequence[str],
+    gpu_split: str | Sequence[float] | None,
+    vram: int | str | Sequence[int | str] | None,
+    memory_limit: int | str | None,
+    chunk_size: int,
+    max_batch_size: int,
+    alpha_value: float,
+    compress_pos_emb: float,
+) -> Iterator[PlannedModel]:
+    """Plan as `plan` does, and keep the checkpoint open for the block."""
+    check_ctx_size(ctx_size)
+    options = run_options(cache_type, chunk_size, max_batch_size)
+    devices = budgets(device, gpu_split, vram, memory_limit)
+    config = ModelConfig.from_dir(Path(model_dir))
+    own_length = stretched_length(config, alpha_value, compress_pos_emb)
+    with Checkpoint.open(model_dir) as checkpoint:
+        placer = Placer(config, checkpoint, devices)
+        largest = {
+            name: _largest_ctx_size(placer, replace(options, cache_type=CacheType.parse(name)))
+            for name in dict.fromkeys((*SHOWN_CACHE_TYPES, str(options.cache_type)))
+        }
+        if ctx_size is None:
+            ctx_size = min(own_length, DEFAULT_CTX_SIZE)
+        elif isinstance(ctx_size, str):
+            ctx_size = min(own_length, largest[str(options.cache_type)] or PAGE_LEN)
+        shares = placer.place(ctx_size, options)
+        blueprint = placer.blueprint(placer.device_map(shares))
+        segments = segments_of(blueprint, ctx_size, options)
+        reservation = Reservation(
+            model_dir=os.fspath(model_dir),
+            architecture=config.architecture,
+            format=checkpoint.format,
+            num_layers=config.num_hidden_layers,
+            max_position_embeddings=config.max_position_embeddings,
+            ctx_size=ctx_size,
+            cache_type=str(options.cache_type),
+            chunk_size=chunk_size,
+            max_batch_size=max_batch_size,
+            devices=tuple(_record(share, segments) for share in shares),
+            largest_ctx_size=largest,
+        )
+        yield PlannedModel(reservation, blueprint, tuple(segments.values()), checkpoint)
+
+
+def stretched_length(config: ModelConfig, alpha_value: float, compress_pos_emb: float) -> int:
+    """Return the model's own length in tokens, as far as the RoPE settings stretch it.
+
+    Dividing positions by n makes room for n times as many. An NTK factor of n reaches at most
+    n times as far; how far text stays good is the user's judgement.
+    """
+    return int(config.max_position_embeddings * max(1.0, alpha_value) * max(1.0, compress_pos_emb))
+
+
+def _largest_ctx_size(placer: Placer, options: RunOptions) -> int:
+    """Find the most tokens that fit the devices now, in whole pages; 0 if not one page does."""
+
+    def spare(pages: int) -> int:
+        shares = placer.place(pages * PAGE_LEN, options)
+        return min(share.spare_bytes for share in shares)
+
+    return largest_pages(spare, placer.most_pages(options)) * PAGE_LEN
+
+
+def _record(share: Share, segments: dict[tuple[str, str], Segment]) -> DeviceReservation:
+    budget = share.budget
+    sizes = {
+        name: segments[budget.device, name].nbytes for name in ("weights", "cache", "workspace")
+    }
+    found = (share.weights_bytes, share.cache_bytes, share.workspace_bytes)
+    assert found == tuple(sizes.values()), (found, sizes)
+    return DeviceReservation(
+        device=budget.device,
+        first_layer=share.first_layer,
+        end_layer=share.end_layer,
+        weights_bytes=share.weights_bytes,
+        cache_bytes=share.cache_bytes,
+        workspace_bytes=share.workspace_bytes,
+        overhead_bytes=share.overhead_bytes,
+        overhead_measured=budget.overhead_measured,
+        capacity_bytes=budget.capacity.capacity_bytes,
+        free_bytes=budget.capacity.free_bytes,
+        other_bytes=budget.capacity.other_bytes,
+        limit_bytes=budget.limit_bytes,
+    )

@@ -1,0 +1,132 @@
+"""What a plan says: per device and in all, in bytes, and the same as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class DeviceReservation:
+    """What a model will take of one device. All `_bytes` are exact integers.
+
+    Args:
+        device: `cpu`, `cuda:0`, ...
+        first_layer, end_layer: the decoder layers it holds, first included, end not.
+        weights_bytes, cache_bytes, workspace_bytes: the three buffers, alignment included.
+        overhead_bytes: what is taken outside our buffers: rounding to the device's pages,
+            the runtime's own context, the largest tensor on its way through the CPU.
+        overhead_measured: False where a part of it could only be assumed (a card that is not
+            here, or on which this process has no context yet).
+        capacity_bytes: what the device has, or may be used up to by the environment's limit.
+        free_bytes: what it lends now.
+        other_bytes: what other processes and the system hold.
+        limit_bytes: most that the three buffers may take by `memory_limit` or `gpu_split`;
+            None without one.
+    """
+
+    device: str
+    first_layer: int
+    end_layer: int
+    weights_bytes: int
+    cache_bytes: int
+    workspace_bytes: int
+    overhead_bytes: int
+    overhead_measured: bool
+    capacity_bytes: int
+    free_bytes: int
+    other_bytes: int
+    limit_bytes: int | None = None
+
+    @property
+    def total_bytes(self) -> int:
+        """The three buffers: what `LoadedModel.allocated_bytes()` will be on this device."""
+        return self.weights_bytes + self.cache_bytes + self.workspace_bytes
+
+    @property
+    def needed_bytes(self) -> int:
+        """The buffers and what lies outside them: what has to be free."""
+        return self.total_bytes + self.overhead_bytes
+
+    @property
+    def spare_bytes(self) -> int:
+        """What stays free when all is taken; negative where it does not fit."""
+        spare = self.free_bytes - self.needed_bytes
+        if self.limit_bytes is not None:
+            # A limit is set on what we reserve, not on what the system adds.
+            spare = min(spare, self.limit_bytes - self.total_bytes)
+        return spare
+
+    @property
+    def missing_bytes(self) -> int:
+        """How much too little there is; 0 where it fits."""
+        return max(0, -self.spare_bytes)
+
+    @property
+    def fits(self) -> bool:
+        return self.spare_bytes >= 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields and sums under their own names."""
+        sums = ("total_bytes", "needed_bytes", "spare_bytes", "missing_bytes", "fits")
+        return asdict(self) | {name: getattr(self, name) for name in sums}
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """The memory that a model will take, computed before anything is loaded.
+
+    Args:
+        model_dir: the folder.
+        architecture, format: what the model is and how its weights are stored.
+        num_layers: decoder layers.
+        max_position_embeddings: the model's own length in tokens.
+        ctx_size: tokens the cache is planned for.
+        cache_type: as `CacheType` writes it, e.g. `fp16` or `q8_q4`.
+        chunk_size: most tokens in one forward pass. max_batch_size: most sequences in one.
+        devices: one record a device that is used, in the order of the layers.
+        largest_ctx_size: cache type -> most tokens that fit now (0: not even one page), for
+            the types fp16, q8, q6, q4 and the one asked for.
+    """
+
+    model_dir: str
+    architecture: str
+    format: str
+    num_layers: int
+    max_position_embeddings: int
+    ctx_size: int
+    cache_type: str
+    chunk_size: int
+    max_batch_size: int
+    devices: tuple[DeviceReservation, ...]
+    largest_ctx_size: dict[str, int]
+
+    @property
+    def fits(self) -> bool:
+        return all(device.fits for device in self.devices)
+
+    @property
+    def weights_bytes(self) -> int:
+        return sum(device.weights_bytes for device in self.devices)
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(device.cache_bytes for device in self.devices)
+
+    @property
+    def workspace_bytes(self) -> int:
+        return sum(device.workspace_bytes for device in self.devices)
+
+    @property
+    def total_bytes(self) -> int:
+        """All buffers on all devices."""
+        return sum(device.total_bytes for device in self.devices)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types, under the attributes' names."""
+        sums = ("fits", "weights_bytes", "cache_bytes", "workspace_bytes", "total_bytes")
+        return {
+            **{name: value for name, value in vars(self).items() if name != "devices"},
+            **{name: getattr(self, name) for name in sums},
+            "devices": [device.to_dict() for device in self.devices],
+        }
