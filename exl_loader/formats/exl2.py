@@ -132,7 +132,7 @@ def read_groups(plan: LinearPlan, checkpoint: Checkpoint) -> list[tuple[int, int
         last = index + 1 == len(starts)
         taken = (words if last else starts[index + 1]) - start
         if taken <= 0:
-            raise _bad_groups(plan, f"rising starts below {words}", f"{starts[:index + 2]}"[:80])
+            raise _bad_groups(plan, f"rising starts below {words}", f"{starts[: index + 2]}"[:80])
         rows = left if last else taken * 32 // bits
         if not last and taken % bits:
             raise _odd_group(plan, index, bits, taken)
@@ -157,14 +157,19 @@ def _odd_group(plan: LinearPlan, index: int, bits: int, taken: int) -> Exception
     )
 
 
-def read_scales(plan: LinearPlan, checkpoint: Checkpoint) -> torch.Tensor:
+def read_scales(
+    plan: LinearPlan, checkpoint: Checkpoint, groups: list[tuple[int, int]]
+) -> torch.Tensor:
     """Read a layer's scales, with the reference's own roundings.
+
+    Args:
+        groups: from `read_groups`.
 
     Returns:
         float16 [G, out_features].
 
     Raises:
-        InvalidCheckpoint: a maximum is not finite.
+        InvalidCheckpoint: a maximum is not finite, or so large that weights are not.
     """
     import numpy as np
     import torch
@@ -178,7 +183,10 @@ def read_scales(plan: LinearPlan, checkpoint: Checkpoint) -> torch.Tensor:
     stored = unpack_stream(words.T, 4, 8 * words.shape[1]).T
     qs = read_columns(plan, torch.from_numpy(np.ascontiguousarray(stored))).short() + 1
     # Both factors and their product round to half: the quantiser chose codes for that value.
-    return (qs * qs).half() * (scale_max / 256)[:, None]
+    scales = (qs * qs).half() * (scale_max / 256)[:, None]
+    largest = torch.tensor([1 << (bits - 1) for bits, _ in groups])
+    require_finite(name, (scales.abs().amax(1).float() * largest).half())
+    return scales
 
 
 def read_perm(plan: LinearPlan, checkpoint: Checkpoint) -> torch.Tensor:
@@ -220,7 +228,7 @@ def pack_exl2_linear(
     tensors["groups"].copy_(torch.from_numpy(group_table(*zip(*groups, strict=True))))
     perm = read_perm(plan, checkpoint)
     tensors["perm"].copy_(perm)
-    fill_tiles(read_scales(plan, checkpoint), tensors["scales"])
+    fill_tiles(read_scales(plan, checkpoint, groups), tensors["scales"])
     if "bias" in tensors:
         read_bias(plan, checkpoint, tensors["bias"])
     weight = checkpoint.read(f"{plan.source}.q_weight")
@@ -248,9 +256,10 @@ def exl2_weight(plan: LinearPlan, checkpoint: Checkpoint) -> torch.Tensor:
     from .planes import unpack_stream
 
     words = checkpoint.read(f"{plan.source}.q_weight").numpy().view(np.uint32)
-    scales = read_scales(plan, checkpoint).float()
+    groups = read_groups(plan, checkpoint)
+    scales = read_scales(plan, checkpoint, groups).float()
     parts, word = [], 0
-    for index, (bits, rows) in enumerate(read_groups(plan, checkpoint)):
+    for index, (bits, rows) in enumerate(groups):
         taken = -(-rows * bits // 32)
         codes = torch.from_numpy(unpack_stream(words[word : word + taken], bits, rows))
         values = (read_columns(plan, codes).float() - (1 << (bits - 1))) * scales[index]

@@ -39,7 +39,7 @@ moves the logits by 5e-4 to 8e-4 (relative L2, fixtures). GPTQ's value is rounde
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..table import TensorSpec
 
@@ -79,7 +79,10 @@ class LinearPlan:
 
 @dataclass
 class PackedLinear:
-    """A quantised linear layer on its device, in the layout above."""
+    """A quantised linear layer on its device, in the layout above.
+
+    `native` is the compiled operations' own description of it (`kernels/native.py`).
+    """
 
     in_features: int
     out_features: int
@@ -89,6 +92,7 @@ class PackedLinear:
     zeros: torch.Tensor | None = None
     perm: torch.Tensor | None = None
     bias: torch.Tensor | None = None
+    native: Any = field(default=None, repr=False, compare=False)
 
 
 @dataclass
@@ -97,10 +101,11 @@ class DenseLinear:
 
     `weight` is [tiles, in_features, 16] in the checkpoint's own dtype (float16, bfloat16 or
     float32): element (t, k, i) multiplies input k into output 16*t + i; rows beyond
-    out_features are zero. `bias` is float32 [out_features] or None.
+    out_features are zero. `bias` is float32 [out_features] or None. `native` as above.
     """
 
     in_features: int
     out_features: int
     weight: torch.Tensor
     bias: torch.Tensor | None = None
+    native: Any = field(default=None, repr=False, compare=False)

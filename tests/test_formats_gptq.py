@@ -1,0 +1,241 @@
+"""GPTQ layers: every width, order and zero convention, bit for bit against an own writer."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from makers import load_layer, make_gptq_layer, pack_stream, write_layer, write_quantized_model
+
+from exl_loader.checkpoint import Checkpoint
+from exl_loader.errors import InvalidCheckpoint, UnsupportedFormat
+from exl_loader.formats import plan_linear, reference_weight
+from exl_loader.formats.planes import dequantize
+
+
+def write(tmp_path, tensors, *, bits=4, group_size=128, v2=False, **settings):
+    layout = "gptq_v2" if v2 else "gptq"
+    return write_layer(
+        tmp_path / "m",
+        tensors,
+        bits=bits,
+        group_size=group_size,
+        checkpoint_format=layout,
+        **settings,
+    )
+
+
+def make(seed=0, in_features=256, out_features=64, **options):
+    return make_gptq_layer(np.random.default_rng(seed), in_features, out_features, **options)
+
+
+def check(folder, in_features, out_features, weight, **options):
+    plan, layer, decoded = load_layer(folder, in_features, out_features, **options)
+    assert torch.equal(decoded, weight)
+    assert torch.equal(dequantize(layer), weight)
+    return plan, layer
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("v2", [False, True])
+@pytest.mark.parametrize("group_size", [32, 128, -1])
+def test_every_width_order_and_convention(tmp_path, bits, act_order, v2, group_size):
+    tensors, weight = make(bits=bits, act_order=act_order, v2=v2, group_size=group_size, bias=True)
+    folder = write(tmp_path, tensors, bits=bits, group_size=group_size, v2=v2)
+    _, layer = check(folder, 256, 64, weight)
+    assert torch.equal(layer.bias, tensors["bias"].float())
+    assert (layer.perm is not None) == (act_order and group_size != -1)
+
+
+def test_without_group_index_no_permutation_is_planned(tmp_path):
+    tensors, weight = make(g_idx=False)
+    plan, _ = check(write(tmp_path, tensors), 256, 64, weight)
+    assert "perm" not in plan.specs
+
+
+def test_plan_is_what_the_header_says(tmp_path):
+    tensors, _ = make(in_features=224, out_features=96, bits=3, group_size=64)
+    plan, _, _ = load_layer(write(tmp_path, tensors, bits=3, group_size=64), 224, 96)
+    assert {role: (spec.dtype, spec.shape) for role, spec in plan.specs.items()} == {
+        "codes": ("uint8", (6, 7 * 3 * 64)),
+        "scales": ("float16", (6, 4, 16)),
+        "zeros": ("uint8", (6, 4, 16)),
+        "groups": ("int32", (4, 4)),
+        "perm": ("int32", (224,)),
+    }
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_a_last_group_that_is_shorter(tmp_path, act_order):
+    tensors, weight = make(in_features=200, bits=4, group_size=64, act_order=act_order)
+    check(write(tmp_path, tensors, group_size=64), 200, 64, weight)
+
+
+def test_an_all_zero_group_index_means_none(tmp_path):
+    tensors, weight = make(group_size=64)
+    tensors["g_idx"].zero_()
+    check(write(tmp_path, tensors, group_size=64), 256, 64, weight)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_largest_stored_zero_point(tmp_path, bits):
+    tensors, _ = make(bits=bits)
+    top = (1 << bits) - 1
+    stored = np.full((64, 2), top)
+    tensors["qzeros"] = torch.from_numpy(pack_stream(stored, bits).T.copy())
+    _, layer, _ = load_layer(write(tmp_path, tensors, bits=bits), 256, 64)
+    assert set(layer.zeros.flatten().tolist()) == {0 if bits == 8 else top + 1}
+
+
+def test_settings_of_older_folders(tmp_path):
+    tensors, weight = make(bits=2, group_size=32)
+    folder = write(tmp_path, tensors)
+    (folder / "config.json").write_text("{}")
+    settings = {"bits": 2, "group_size": 32, "desc_act": False, "sym": True}
+    (folder / "quantize_config.json").write_text(json.dumps(settings))
+    check(folder, 256, 64, weight)
+    (folder / "quantize_config.json").unlink()
+    check(folder, 256, 64, weight)
+
+
+def test_layers_with_settings_of_their_own(tmp_path):
+    tensors, weight = make(bits=8, group_size=64)
+    folder = write(tmp_path, tensors, bits=4, group_size=128, dynamic={"+:layer": {"bits": 8}})
+    check(folder, 256, 64, weight)
+
+
+def test_columns_of_a_fused_source(tmp_path):
+    tensors, weight = make(out_features=96, group_size=64, act_order=True, bias=True)
+    folder = write(tmp_path, tensors, group_size=64)
+    _, layer, decoded = load_layer(folder, 256, 40, source="layer", rows=(24, 64))
+    assert torch.equal(decoded, weight[:, 24:64])
+    assert torch.equal(dequantize(layer), weight[:, 24:64])
+    assert torch.equal(layer.bias, tensors["bias"][24:64].float())
+    with pytest.raises(InvalidCheckpoint, match="at least 100"):
+        load_layer(folder, 256, 40, source="layer", rows=(60, 100))
+
+
+@pytest.mark.parametrize("options", [{}, {"act_order": True, "v2": True, "bits": 3}])
+def test_a_whole_model_folder(tmp_path, options):
+    state = write_quantized_model(tmp_path / "m", "gptq", seed=4, group_size=32, **options)
+    with Checkpoint.open(tmp_path / "m") as checkpoint:
+        assert checkpoint.format == "gptq"
+        for name, value in state.items():
+            if value.dim() == 2 and "embed" not in name:
+                plan = plan_linear(checkpoint, name.removesuffix(".weight"), *value.t().shape)
+                assert plan.format == ("dense" if "lm_head" in name else "gptq")
+                assert torch.equal(reference_weight(plan, checkpoint), value.t())
+
+
+def nan_scale(tensors):
+    tensors["scales"][0, 3] = float("nan")
+
+
+def foreign_group(tensors):
+    tensors["g_idx"][5] = 2
+
+
+def negative_group(tensors):
+    tensors["g_idx"][5] = -1
+
+
+def empty_group(tensors):
+    tensors["g_idx"][:] = 1
+
+
+def group_of_no_whole_blocks(tensors):
+    tensors["g_idx"][:5] = 1
+
+
+def short_index(tensors):
+    tensors["g_idx"] = tensors["g_idx"][:-1]
+
+
+def float_index(tensors):
+    tensors["g_idx"] = tensors["g_idx"].float()
+
+
+def short_scales(tensors):
+    tensors["scales"] = tensors["scales"][:1]
+
+
+def wide_scales(tensors):
+    tensors["scales"] = tensors["scales"].float()
+
+
+def narrow_zeros(tensors):
+    tensors["qzeros"] = tensors["qzeros"][:, :-1]
+
+
+def short_weight(tensors):
+    tensors["qweight"] = tensors["qweight"][:-1]
+
+
+def five_bits(tensors):
+    tensors["qweight"] = torch.zeros(40, 64, dtype=torch.int32)
+
+
+def other_bits(tensors):
+    tensors["qweight"] = tensors["qweight"].repeat(2, 1)
+
+
+def infinite_bias(tensors):
+    tensors["bias"] = torch.full((64,), float("inf"), dtype=torch.float16)
+
+
+def long_bias(tensors):
+    tensors["bias"] = torch.zeros(65, dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        nan_scale,
+        foreign_group,
+        negative_group,
+        empty_group,
+        group_of_no_whole_blocks,
+        short_index,
+        float_index,
+        short_scales,
+        wide_scales,
+        narrow_zeros,
+        short_weight,
+        five_bits,
+        other_bits,
+        infinite_bias,
+        long_bias,
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(tmp_path, spoil):
+    tensors, _ = make()
+    spoil(tensors)
+    with pytest.raises((InvalidCheckpoint, UnsupportedFormat), match=r"^layer"):
+        load_layer(write(tmp_path, tensors), 256, 64)
+
+
+@pytest.mark.parametrize("name", ["scales", "qzeros"])
+def test_a_missing_tensor_is_named(tmp_path, name):
+    tensors, _ = make()
+    del tensors[name]
+    with pytest.raises(InvalidCheckpoint, match=f"layer.{name}"):
+        load_layer(write(tmp_path, tensors), 256, 64)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"bits": 8}, {"bits": "4"}, {"group_size": 64}, {"group_size": 0}, {"group_size": -2}],
+)
+def test_settings_that_contradict_the_headers(tmp_path, settings):
+    tensors, _ = make()
+    with pytest.raises(InvalidCheckpoint):
+        load_layer(write(tmp_path, tensors, **settings), 256, 64)
+
+
+def test_group_sizes_that_no_block_of_32_rows_divides_are_unsupported(tmp_path):
+    tensors, _ = make(group_size=16)
+    with pytest.raises(UnsupportedFormat, match="multiple of 32, found 16"):
+        load_layer(write(tmp_path, tensors, group_size=16), 256, 64)
