@@ -51,7 +51,6 @@ def convert(
         UnsupportedFormat: the model is quantised already.
         ModelNotFound, InvalidConfig, UnsupportedArchitecture, InvalidCheckpoint,
         InvalidTokenizer: the source folder cannot be used.
-        InsufficientMemory: the unquantised model does not fit into memory.
     """
     from .pipeline import ConvertSettings, run
 

@@ -118,15 +118,15 @@ class _Pipeline:
         self.rows = calibration_rows(encode, text, settings.num_rows, row_len)
 
     def run(self, out_dir: Path) -> Conversion:
-        with Activations(self.model_dir, self.rows) as activations:
-            chosen = self._choose(activations)
-            with new_folder(out_dir) as folder:
-                self._write_weights(activations, chosen, folder)
-                copy_other_files(self.model_dir, folder)
-                config = read_json_object(self.model_dir / "config.json")
-                write_config(config, self._quantization(), folder)
-                weight_files = list(folder.glob("*.safetensors"))
-                file_bytes = sum(path.stat().st_size for path in weight_files)
+        activations = Activations(self.source, self.rows)
+        chosen = self._choose(activations)
+        activations.restart()
+        with new_folder(out_dir) as folder:
+            self._write_weights(activations, chosen, folder)
+            copy_other_files(self.model_dir, folder)
+            config = read_json_object(self.model_dir / "config.json")
+            write_config(config, self._quantization(), folder)
+            file_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         stored = sum(option.stored_bits for option in chosen.values())
         return Conversion(
             out_dir=out_dir,
@@ -147,7 +147,7 @@ class _Pipeline:
         measured: dict[str, list[Option]] = {}
         with task(self.progress, "measuring", len(self.layers), "layers") as advance:
             for index, layer in enumerate(self.layers):
-                hessians = activations.layer_hessians(index)
+                hessians = activations.run_layer(index, record=True)
                 for group in input_groups(layer):
                     prepared = PreparedHessian(hessians.pop(group[0].name))
                     for plan in group:
@@ -163,15 +163,16 @@ class _Pipeline:
             writer.add({name: tensor})
         with task(self.progress, "quantising", len(self.layers) + 1, "layers") as advance:
             for index, layer in enumerate(self.layers):
-                hessians = activations.layer_hessians(index)
+                hessians = activations.run_layer(index, record=True, advance=False)
+                decoded = {}
                 for group in input_groups(layer):
                     prepared = PreparedHessian(hessians.pop(group[0].name))
                     for plan in group:
                         option = chosen[plan.name]
-                        decoded = self._write_layer(
+                        decoded[plan.name] = self._write_layer(
                             plan, prepared, option.bits, option.group_size, writer
                         )
-                        activations.replace(plan, decoded)
+                activations.run_layer(index, replaced=decoded)
                 advance(1)
             head = PreparedHessian(activations.head_hessian())
             bits = self.settings.head_bits

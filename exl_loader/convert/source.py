@@ -60,10 +60,9 @@ class Source:
 
     def bias(self, plan: LinearPlan) -> torch.Tensor | None:
         """Read a layer's bias: [out_features], or None."""
-        name = f"{plan.source}.bias"
-        if name not in self.checkpoint.headers:
+        if "bias" not in plan.specs:
             return None
-        bias = self.checkpoint.read(name)
+        bias = self.checkpoint.read(f"{plan.source}.bias")
         return bias if plan.rows is None else bias[plan.rows[0] : plan.rows[1]].clone()
 
     def kept(self) -> Iterator[tuple[str, torch.Tensor]]:

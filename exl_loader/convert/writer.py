@@ -54,14 +54,20 @@ def new_folder(out_dir: Path) -> Iterator[Path]:
                                     dir=out_dir.parent))
     try:
         yield partial
-        # mkdtemp's 0700 is for secrets; a model folder is as open as its parent's others.
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o777 & ~umask)
+        _open_up(partial)
         os.replace(partial, out_dir)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _open_up(folder: Path) -> None:
+    """Give a folder and its files the usual modes: mkdtemp and safetensors make them private."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~umask)
+    folder.chmod(0o777 & ~umask)
 
 
 class ShardWriter:
