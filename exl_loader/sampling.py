@@ -179,6 +179,8 @@ class Sampler:
         settings: how to draw.
         seed: of the generator; where None, the settings' one, or a random one for -1.
         banned_ids: tokens that are never drawn.
+        vocab_size: tokens from this id on are padding and never drawn; None where all are
+            real.
 
     Attributes:
         seed: the seed in use, for drawing the same text again.
@@ -186,12 +188,13 @@ class Sampler:
 
     def __init__(
         self, settings: SamplingSettings, seed: int | None = None,
-        banned_ids: Sequence[int] = (),
+        banned_ids: Sequence[int] = (), vocab_size: int | None = None,
     ) -> None:
         wanted = settings.seed if seed is None else seed
         self.seed = secrets.randbelow(MAX_SEED) if wanted < 0 else wanted
         self._settings = settings
         self._banned_ids = sorted(set(banned_ids))
+        self._vocab_size = vocab_size
         # Philox: the same numbers for the same seed on every machine and numpy version.
         self._random = np.random.Generator(np.random.Philox(self.seed))
 
@@ -206,7 +209,7 @@ class Sampler:
             InvalidCheckpoint: logits are NaN or infinite.
         """
         settings = self._settings
-        row = np.array(logits, dtype=np.float32)
+        row = np.array(logits, dtype=np.float32)[: self._vocab_size]
         _check_finite(row)
         row = penalize_repetition(row, self._recent(history), settings.repetition_penalty)
         row = ban_tokens(row, self._banned_ids)
@@ -222,8 +225,8 @@ class Sampler:
     def _recent(self, history: npt.ArrayLike) -> Ids:
         if self._settings.repetition_penalty == 1:
             return np.empty(0, np.int64)
-        ids = np.asarray(history, dtype=np.int64)
-        return ids[-self._settings.repetition_penalty_range :]
+        ids = np.asarray(history, dtype=np.int64)[-self._settings.repetition_penalty_range :]
+        return ids if self._vocab_size is None else ids[ids < self._vocab_size]
 
 
 def _check_finite(row: Floats) -> None:

@@ -1,0 +1,274 @@
+"""The loaded model: what every host, from the command line to the web UI, talks to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .cache import PagedCache
+from .cache import Sequence as CacheSequence
+from .errors import InvalidSettings, InvalidTokenizer, ModelUnloaded, PromptTooLong
+from .generation import IdGeneration, TextGeneration
+from .generator import ForwardModel, Generator
+from .jobs import Job
+from .progress import NullProgress, Progress
+from .sampling import Sampler
+from .settings import SamplingSettings
+from .text_stream import TextStream
+
+if TYPE_CHECKING:
+    from .config import ModelConfig
+    from .memory import Buffers
+    from .model import Model
+    from .reservation import Reservation
+    from .tokenizer import Tokenizer
+
+Settings = SamplingSettings | Mapping[str, Any] | None
+Prompt = str | Iterable[int]
+
+
+class LoadedModel:
+    """A model in memory, ready to generate. Made by `exl_loader.load()`.
+
+    Every method may be called from any thread; generations of several threads share their
+    forward passes, and each gives the text that it would give alone.
+
+    Args:
+        model: the forward pass.
+        cache: its key/value cache.
+        tokenizer: None where the folder has none; then ids work, and text does not.
+        reservation: what was planned, and what it takes.
+        buffers: all memory of the model.
+
+    Attributes:
+        config: the model's configuration.
+        ctx_size: tokens that prompt and answer may have together.
+        eos_token_ids: ids that end a text.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        cache: PagedCache,
+        tokenizer: Tokenizer | None,
+        reservation: Reservation,
+        buffers: Buffers,
+    ) -> None:
+        self.config: ModelConfig = model.config
+        self.reservation = reservation
+        self.ctx_size: int = reservation.ctx_size
+        self._generator = Generator(model, cache)
+        self._tokenizer = tokenizer
+        self._buffers = buffers
+        self._unloaded = False
+        ids = set(self.config.eos_token_ids)
+        if tokenizer is not None:
+            ids.update(i for i in tokenizer.eos_token_ids if i < self.config.vocab_size)
+        self.eos_token_ids = tuple(sorted(ids))
+
+    def __enter__(self) -> LoadedModel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.unload()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The folder's tokenizer.
+
+        Raises:
+            InvalidTokenizer: the folder has none.
+        """
+        if self._tokenizer is None:
+            raise InvalidTokenizer(
+                "the model's tokenizer", expected="tokenizer.json or tokenizer.model",
+                actual="neither in the model folder",
+                remedy="Copy the tokenizer files of the original model into the folder",
+            )
+        return self._tokenizer
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """False where only token ids can be used."""
+        return self._tokenizer is not None
+
+    def encode(self, text: str, add_bos: bool | None = None, special: bool = True) -> list[int]:
+        """Turn text into token ids; see `Tokenizer.encode`."""
+        return self.tokenizer.encode(text, add_bos, special)
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """Turn token ids into text; see `Tokenizer.decode`."""
+        return self.tokenizer.decode(ids, skip_special)
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], **options: Any
+    ) -> str:
+        """Write a conversation as a prompt; see `Tokenizer.apply_chat_template`."""
+        return self.tokenizer.apply_chat_template(messages, **options)
+
+    def chat_ids(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        """Token ids of a conversation written as a prompt, for `generate`."""
+        return self.encode(self.apply_chat_template(messages, **options), add_bos=False)
+
+    def generate(
+        self, prompt: Prompt, settings: Settings = None, *, progress: Progress | None = None
+    ) -> TextGeneration:
+        """Continue a prompt.
+
+        Args:
+            prompt: text (encoded as the folder says, without an end token) or token ids.
+            settings: `SamplingSettings`, or a dict with the web UI's names.
+            progress: told about the prompt's tokens.
+
+        Returns:
+            An iterator of pieces of text, with `stop()`, `close()`, `stats`.
+
+        Raises:
+            InvalidSettings: a setting or a token id makes no sense, or the prompt is empty
+                and the model has no BOS token to begin with.
+            PromptTooLong: prompt and one new token exceed `ctx_size`.
+            InvalidTokenizer: the model has no tokenizer.
+            ModelUnloaded: after `unload`.
+        """
+        tokenizer = self.tokenizer
+        chosen = SamplingSettings.from_dict(settings)
+        stream = tokenizer.stream(chosen.skip_special_tokens)
+        job = self._job(prompt, chosen, TextStream(stream, chosen.stop_strings), progress)
+        return TextGeneration(self._generator, job)
+
+    def generate_ids(
+        self, prompt: Prompt, settings: Settings = None, *, progress: Progress | None = None
+    ) -> IdGeneration:
+        """Continue a prompt with token ids; like `generate`, and works without a tokenizer.
+
+        Stop strings need one; the ids that made up a found one are given out.
+        """
+        chosen = SamplingSettings.from_dict(settings)
+        text = None
+        if chosen.stop_strings:
+            stream = self.tokenizer.stream(chosen.skip_special_tokens)
+            text = TextStream(stream, chosen.stop_strings)
+        return IdGeneration(self._generator, self._job(prompt, chosen, text, progress))
+
+    def stop(self) -> None:
+        """End all running generations after the step that is running. Does not wait."""
+        self._generator.cancel_all()
+
+    def prompt_logits(self, ids: Iterable[int]) -> torch.Tensor:
+        """Compute the logits behind every token of a prompt.
+
+        Args:
+            ids: 1 to `ctx_size` token ids, used as they are: no BOS token is added.
+
+        Returns:
+            float32 [T, vocab_size] on the CPU, memory of the caller's own.
+
+        Raises:
+            InvalidSettings: no ids, or an id outside the vocabulary.
+            PromptTooLong: more than `ctx_size` ids.
+            CacheFull: running generations leave too few pages.
+            ModelUnloaded: after `unload`.
+        """
+        self._check_loaded()
+        prompt_ids = self._checked_ids(ids)
+        self._check_length(len(prompt_ids), len(prompt_ids))
+        result = torch.empty(len(prompt_ids), self.config.vocab_size)
+
+        def run(model: ForwardModel, sequence: CacheSequence) -> None:
+            rows = min(model.logits_rows, model.chunk_size)
+            for first in range(0, len(prompt_ids), rows):
+                chunk = prompt_ids[first : first + rows]
+                result[first : first + len(chunk)] = model.forward([(sequence, chunk)], "all")
+
+        self._generator.run_alone(len(prompt_ids), run)
+        return result
+
+    def allocated_bytes(self) -> int:
+        """Sum of the buffers that exist; equals the reservation's total while loaded."""
+        return self._buffers.allocated_bytes()
+
+    def unload(self) -> None:
+        """End all generations and give the memory back. Twice does no harm.
+
+        Waits for the step that is running. Generations that had not ended raise
+        `ModelUnloaded`, as does every later use.
+        """
+        self._unloaded = True
+        self._generator.close()
+        self._buffers.release()
+
+    def _check_loaded(self) -> None:
+        if self._unloaded:
+            raise ModelUnloaded("the model", actual="unloaded", remedy="Load it again")
+
+    def _job(
+        self, prompt: Prompt, settings: SamplingSettings, text: TextStream | None,
+        progress: Progress | None,
+    ) -> Job:
+        self._check_loaded()
+        prompt_ids = self._prompt_ids(prompt)
+        self._check_length(len(prompt_ids), len(prompt_ids) + 1)
+        self._check_range(settings.stop_token_ids, "stop_token_ids")
+        eos_ids = () if settings.ban_eos_token else self.eos_token_ids
+        banned = self.eos_token_ids if settings.ban_eos_token else ()
+        return Job(
+            prompt_ids=prompt_ids,
+            settings=settings,
+            sampler=Sampler(settings, banned_ids=banned, vocab_size=self._sampled_vocab_size()),
+            eos_ids=frozenset(eos_ids),
+            max_tokens=min(len(prompt_ids) + settings.max_new_tokens, self.ctx_size),
+            text=text,
+            progress=progress or NullProgress(),
+        )
+
+    def _sampled_vocab_size(self) -> int:
+        """Ids from here on stand for nothing: many models pad their vocabulary."""
+        size = self.config.vocab_size
+        return size if self._tokenizer is None else min(size, self._tokenizer.vocab_size)
+
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            tokenizer = self.tokenizer
+            ids = tokenizer.encode(prompt, add_bos=tokenizer.add_bos_token)
+            bos_id = tokenizer.bos_token_id
+        else:
+            ids, bos_id = list(prompt), self.config.bos_token_id
+        if not ids and bos_id is not None:
+            ids = [bos_id]
+        return self._checked_ids(ids)
+
+    def _checked_ids(self, ids: Iterable[int]) -> list[int]:
+        """Turn any integers (numpy's and torch's too) into a list of valid ids."""
+        try:
+            checked = [int(i) for i in ids]
+        except (TypeError, ValueError):
+            raise InvalidSettings("prompt", expected="text or token ids",
+                                  actual=repr(ids)[:80]) from None
+        if not checked:
+            raise InvalidSettings("prompt", expected="at least one token", actual="none",
+                                  remedy="Write something to continue")
+        self._check_range(checked, "token ids")
+        return checked
+
+    def _check_range(self, ids: Sequence[int], what: str) -> None:
+        if ids and not (min(ids) >= 0 and max(ids) < self.config.vocab_size):
+            raise InvalidSettings(
+                what, expected=f"0 to {self.config.vocab_size - 1}",
+                actual=f"{min(ids)} to {max(ids)}",
+                remedy="They may come from another model's tokenizer",
+            )
+
+    def _check_length(self, prompt_len: int, needed: int) -> None:
+        if needed > self.ctx_size:
+            room = "" if needed == prompt_len else " and room for one more"
+            raise PromptTooLong(
+                "the prompt", expected=f"at most {self.ctx_size} tokens{room}",
+                actual=f"{prompt_len} tokens",
+                remedy="Shorten it, or load the model with a larger ctx_size",
+            )

@@ -1,0 +1,162 @@
+"""One request: what it was asked, how far it is, and what it has produced."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from .cache import Sequence as CacheSequence
+from .progress import NullProgress, Progress
+from .sampling import Sampler
+from .settings import SamplingSettings
+from .text_stream import TextStream
+
+# Why a generation ended.
+EOS, STOP, LENGTH, CONTEXT, CANCELLED, FAILED = (
+    "eos", "stop", "length", "context", "cancelled", "failed",
+)
+
+
+@dataclass
+class GenerationStats:
+    """What a generation took.
+
+    Args:
+        prompt_tokens, new_tokens: so far; an end token counts as new, though it is not shown.
+        prefill_s: from the first work on the prompt to the first token.
+        decode_s: from the first token to the last.
+    """
+
+    prompt_tokens: int
+    new_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+    @property
+    def prompt_tokens_per_s(self) -> float:
+        """Prompt tokens a second; 0 before the prompt is done."""
+        return self.prompt_tokens / self.prefill_s if self.prefill_s > 0 else 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """New tokens a second, the first one left out, which belongs to the prompt."""
+        return (self.new_tokens - 1) / self.decode_s if self.decode_s > 0 else 0.0
+
+
+@dataclass(eq=False)
+class Job:
+    """A request and its state. Only the thread that leads the generator changes it.
+
+    Args:
+        prompt_ids: at least one id.
+        settings: how to continue.
+        sampler: draws the tokens.
+        eos_ids: the model's own ids that end a text.
+        max_tokens: prompt and new tokens together may reach this many.
+        text: decodes and looks for stop strings; None where only ids are wanted.
+        progress: told about the prompt.
+
+    Attributes:
+        output: (id, text to show with it), not yet taken by the consumer.
+        tail: text to show after the last token.
+        finish_reason: None while it runs; then why it ended.
+        error: what went wrong, for the consumer to raise.
+        cancelled: set by any thread; the next step ends the job.
+    """
+
+    prompt_ids: Sequence[int]
+    settings: SamplingSettings
+    sampler: Sampler
+    eos_ids: frozenset[int]
+    max_tokens: int
+    text: TextStream | None = None
+    progress: Progress = field(default_factory=NullProgress)
+
+    def __post_init__(self) -> None:
+        self.sequence: CacheSequence | None = None
+        self.output: deque[tuple[int, str]] = deque()
+        self.tail = ""
+        self.finish_reason: str | None = None
+        self.error: BaseException | None = None
+        self.cancelled = False
+        self.stats = GenerationStats(len(self.prompt_ids))
+        self._history = np.empty(self.max_tokens, np.int64)
+        self._history[: len(self.prompt_ids)] = self.prompt_ids
+        self._num_tokens = len(self.prompt_ids)
+        self._text_ended = False
+        self._began_s = 0.0
+        self._first_token_s = 0.0
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def decoding(self) -> bool:
+        """True once the prompt is in the cache: one token a step from here on."""
+        return self.stats.new_tokens > 0
+
+    @property
+    def history(self) -> npt.NDArray[np.int64]:
+        """Prompt and new ids, int64 [tokens so far]."""
+        return self._history[: self._num_tokens]
+
+    @property
+    def pending_ids(self) -> list[int]:
+        """Ids that the cache does not hold yet."""
+        past_len = self.sequence.past_len if self.sequence is not None else 0
+        return self.history[past_len:].tolist()
+
+    def begin(self, sequence: CacheSequence) -> None:
+        """Start on the prompt."""
+        self.sequence = sequence
+        self._began_s = time.perf_counter()
+        self.progress.start("prompt", len(self.prompt_ids), "tokens")
+
+    def take_logits(self, logits: npt.ArrayLike) -> str | None:
+        """Draw the next token from its logits, float32 [vocab_size].
+
+        Returns:
+            Why the job ends with this token, None where it goes on.
+        """
+        token_id = self.sampler.sample(logits, self.history)
+        self._count_token()
+        if token_id in self.eos_ids:
+            return EOS
+        if token_id in self.settings.stop_token_ids:
+            return STOP
+        self._history[self._num_tokens] = token_id
+        self._num_tokens += 1
+        piece, found = self.text.push(token_id) if self.text is not None else ("", False)
+        self.output.append((token_id, piece))
+        if found:
+            self._text_ended = True
+            return STOP
+        if self.stats.new_tokens >= self.settings.max_new_tokens:
+            return LENGTH
+        return CONTEXT if self._num_tokens >= self.max_tokens else None
+
+    def finish(self, reason: str, error: BaseException | None = None) -> None:
+        """End the job; a second time changes nothing."""
+        if self.finished:
+            return
+        if not self.decoding:
+            self.progress.finish("prompt")
+        if self.text is not None and not self._text_ended:
+            self.tail = self.text.flush()
+        self.error = error
+        self.finish_reason = reason
+
+    def _count_token(self) -> None:
+        now = time.perf_counter()
+        if self.stats.new_tokens == 0:
+            self.progress.finish("prompt")
+            self.stats.prefill_s = now - self._began_s
+            self._first_token_s = now
+        self.stats.new_tokens += 1
+        self.stats.decode_s = now - self._first_token_s
