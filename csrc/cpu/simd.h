@@ -70,3 +70,19 @@ EXL_INLINE float bfloat16_to_float(uint16_t value) {
 #else
 #include "simd_portable.h"
 #endif
+
+namespace exl {
+
+// The first `count` (below 16) elements, zero beyond; nothing outside them is touched.
+EXL_INLINE F32x16 load_part(const float* p, int64_t count) {
+    float lanes[kLanes] = {};
+    std::memcpy(lanes, p, sizeof(float) * static_cast<size_t>(count));
+    return load(lanes);
+}
+EXL_INLINE void store_part(float* p, F32x16 a, int64_t count) {
+    float lanes[kLanes];
+    store(lanes, a);
+    std::memcpy(p, lanes, sizeof(float) * static_cast<size_t>(count));
+}
+
+}  // namespace exl

@@ -22,7 +22,8 @@ LAYOUT_VERSION = 1
 
 LIBRARY_SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 
-_GNU_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-pthread", "-fno-math-errno", "-Wall", "-Wextra")
+_GNU_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-pthread", "-fno-math-errno",
+              "-ffp-contract=off", "-Wall", "-Wextra")
 _MSVC_FLAGS = ("/nologo", "/O2", "/std:c++17", "/EHsc", "/MD", "/W3")
 
 

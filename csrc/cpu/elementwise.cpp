@@ -1,0 +1,104 @@
+// Operations on single elements: gates, sums, soft caps. float32, contiguous.
+//
+// Work: runs of elements, a multiple of 16, split over threads. A tail goes through the same
+// vector code, so an element's result does not depend on where it stands.
+#include <cmath>
+
+#include "simd_math.h"
+#include "threads.h"
+
+namespace exl {
+namespace {
+
+// Elements that are worth a claim of work: some 5 us of reading and writing.
+constexpr int64_t kElementsPerTask = 16 * 1024;
+
+// Runs f(offset, count) over [0, count) in steps of 16; count is below 16 in the tail alone.
+template <class Function>
+void each_vector(int64_t elements, const Function& f) {
+    const int64_t vectors = (elements + kLanes - 1) / kLanes;
+    parallel_for(vectors, balanced_grain(vectors, kElementsPerTask / kLanes),
+                 [&](int64_t first, int64_t end, int) {
+                     const int64_t full = end * kLanes <= elements ? end : end - 1;
+                     for (int64_t v = first; v < full; ++v) f(v * kLanes, int64_t{kLanes});
+                     if (full < end) f(full * kLanes, elements - full * kLanes);
+                 });
+}
+
+EXL_INLINE F32x16 load_up_to(const float* p, int64_t count) {
+    return count == kLanes ? load(p) : load_part(p, count);
+}
+EXL_INLINE void store_up_to(float* p, F32x16 a, int64_t count) {
+    if (count == kLanes) {
+        store(p, a);
+    } else {
+        store_part(p, a, count);
+    }
+}
+
+EXL_INLINE F32x16 silu(F32x16 x) {
+    const F32x16 one = broadcast(1.0f);
+    return x / (one + exp(broadcast(0.0f) - x));
+}
+
+// x/2 (1 + tanh u) = x / (1 + e^-2u), which does not cancel for negative u.
+EXL_INLINE F32x16 gelu_tanh(F32x16 x) {
+    constexpr float kMinusTwoRootTwoOverPi = -1.5957691216f;  // -2 sqrt(2 / pi)
+    constexpr float kCubic = 0.044715f;
+    const F32x16 inner = fma(broadcast(kCubic) * x * x, x, x);
+    return x / (broadcast(1.0f) + exp(broadcast(kMinusTwoRootTwoOverPi) * inner));
+}
+
+// x/2 erfc(-x / sqrt 2), which does not cancel for negative x.
+EXL_INLINE F32x16 gelu(F32x16 x) {
+    constexpr float kMinusRootHalf = -0.70710678f;
+    float lanes[kLanes];
+    store(lanes, x);
+    for (float& lane : lanes) lane = 0.5f * lane * std::erfc(kMinusRootHalf * lane);
+    return load(lanes);
+}
+
+template <class Activation>
+void gate_with(const float* gate, const float* up, float* out, int64_t elements,
+               const Activation& activation) {
+    each_vector(elements, [&](int64_t at, int64_t count) {
+        const F32x16 activated = activation(load_up_to(gate + at, count));
+        store_up_to(out + at, activated * load_up_to(up + at, count), count);
+    });
+}
+
+}  // namespace
+}  // namespace exl
+
+enum Activation : int32_t { kSilu = 0, kGeluTanh = 1, kGelu = 2 };
+
+// out = activation(gate) * up. out may be gate or up.
+extern "C" void exl_gate(const float* gate, const float* up, float* out, int64_t elements,
+                         int32_t activation) {
+    using namespace exl;
+    switch (activation) {
+        case kSilu:
+            return gate_with(gate, up, out, elements, [](F32x16 x) { return silu(x); });
+        case kGeluTanh:
+            return gate_with(gate, up, out, elements, [](F32x16 x) { return gelu_tanh(x); });
+        case kGelu:
+            return gate_with(gate, up, out, elements, [](F32x16 x) { return gelu(x); });
+    }
+}
+
+// x += y.
+extern "C" void exl_add(float* x, const float* y, int64_t elements) {
+    using namespace exl;
+    each_vector(elements, [&](int64_t at, int64_t count) {
+        store_up_to(x + at, load_up_to(x + at, count) + load_up_to(y + at, count), count);
+    });
+}
+
+// x = cap * tanh(x / cap).
+extern "C" void exl_softcap(float* x, float cap, int64_t elements) {
+    using namespace exl;
+    const F32x16 caps = broadcast(cap);
+    each_vector(elements, [&](int64_t at, int64_t count) {
+        store_up_to(x + at, caps * tanh(load_up_to(x + at, count) / caps), count);
+    });
+}

@@ -1,0 +1,173 @@
+// The quantised matrix product for many rows: prefill.
+//
+// Bound by integer dot products. A thread takes a panel of kPanelTiles tiles; for kChunkRows
+// stored rows at a time it unpacks the panel's codes once into its scratch,
+//     [stored rows / 4][tile of the panel][64 bytes],
+// and runs all blocks of activation rows over them. The inner kernel holds the sums of
+// kMicroRows rows and kPanelTiles tiles in registers: per step it loads one vector of codes
+// a tile and one word of activations a row for rows * tiles dot products. After each span the
+// integers are scaled and added to float32 sums [row][panel column], also in scratch.
+//
+// Preconditions: rows <= kPassRows, activations in blocks of kMicroRows.
+#include <cstring>
+
+#include "linear.h"
+#include "threads.h"
+#include "unpack.h"
+
+namespace exl {
+namespace {
+
+template <int Bits>
+void unpack_span(const uint8_t* codes, int blocks, uint8_t* buffer) {
+    constexpr int kStep = kPanelTiles * kRegisterBytes;
+    for (int block = 0; block < blocks; ++block) {
+        unrolled<kBlockRegisters>(
+            [&](auto j) { store_codes(buffer + j * kStep, block_register<Bits, j>(codes)); });
+        codes += Bits * kBlockBitBytes;
+        buffer += kBlockRegisters * kStep;
+    }
+}
+
+// A panel's share of the layer. A last panel may have fewer tiles than kPanelTiles: the
+// missing ones repeat the last, and their sums are never stored.
+struct Panel {
+    const uint8_t* codes[kPanelTiles];
+    const uint16_t* scales[kPanelTiles];
+    const uint8_t* zeros[kPanelTiles];
+};
+
+Panel find_panel(const ExlPackedLinear& w, int64_t panel) {
+    Panel p;
+    for (int j = 0; j < kPanelTiles; ++j) {
+        const int64_t wanted = panel * kPanelTiles + j;
+        const int64_t tile = wanted < w.tiles ? wanted : w.tiles - 1;
+        const int64_t table = tile * w.num_groups * kTileColumns;
+        p.codes[j] = w.codes + tile * w.tile_bytes;
+        p.scales[j] = w.scales + table;
+        p.zeros[j] = w.zeros ? w.zeros + table : nullptr;
+    }
+    return p;
+}
+
+// One span: Rows rows x kPanelTiles tiles. x is [rows / 4][Rows] words, sums
+// [Rows][kPanelColumns].
+template <int Rows, bool Wide>
+void multiply_span(const Panel& panel, const Span& span, const uint8_t* codes, const int32_t* x,
+                   const float* x_scales, const int32_t* x_negative_sums, float* sums) {
+    I32x16 acc[Rows][kPanelTiles];
+    F32x16 scales[kPanelTiles];
+    for (int j = 0; j < kPanelTiles; ++j) {
+        const int column = span.group * kTileColumns;
+        scales[j] = load_half(panel.scales[j] + column);
+        const I32x16 zeros = panel.zeros[j]
+                                 ? load_bytes(panel.zeros[j] + column)
+                                 : broadcast(static_cast<int32_t>(1 << (span.bits - 1)));
+        unrolled<Rows>([&](auto r) { acc[r][j] = zeros * broadcast(x_negative_sums[r]); });
+    }
+    for (int step = 0; step < span.rows / kRegisterRows; ++step) {
+        U8x64 c[kPanelTiles];
+        unrolled<kPanelTiles>([&](auto j) { c[j] = load_codes(codes + j * kRegisterBytes); });
+        unrolled<Rows>([&](auto r) {
+            const int32_t word = x[r];
+            unrolled<kPanelTiles>(
+                [&](auto j) { acc[r][j] = dot<Wide>(acc[r][j], c[j], word); });
+        });
+        codes += kPanelTiles * kRegisterBytes;
+        x += Rows;
+    }
+    unrolled<Rows>([&](auto r) {
+        const F32x16 x_scale = broadcast(x_scales[r]);
+        unrolled<kPanelTiles>([&](auto j) {
+            float* place = sums + r * kPanelColumns + j * kTileColumns;
+            store(place, fma(to_float(acc[r][j]), scales[j] * x_scale, load(place)));
+        });
+    });
+}
+
+// Spans [first, end) for the block of Rows rows that begins at row `block`.
+template <int Rows>
+void multiply_block(const Panel& panel, const Activations& a, int64_t first, int64_t end,
+                    int64_t block, const uint8_t* codes, float* sums) {
+    const int32_t* x = reinterpret_cast<const int32_t*>(a.codes + block * a.stored_rows);
+    const float* x_scales = a.scales + block * a.num_spans;
+    const int32_t* x_sums = a.negative_sums + block * a.num_spans;
+    const int32_t chunk_row = a.spans[first].first_row;
+    for (int64_t s = first; s < end; ++s) {
+        const Span& span = a.spans[s];
+        const auto multiply =
+            span.bits > 7 ? multiply_span<Rows, true> : multiply_span<Rows, false>;
+        multiply(panel, span, codes + int64_t{span.first_row - chunk_row} * kPanelColumns,
+                 x + span.first_row / kRegisterRows * Rows, x_scales + s * Rows,
+                 x_sums + s * Rows, sums);
+    }
+}
+
+using MultiplyBlock = void (*)(const Panel&, const Activations&, int64_t, int64_t, int64_t,
+                               const uint8_t*, float*);
+
+// multiply_block for 1 .. kMicroRows rows.
+struct MultiplyTable {
+    MultiplyBlock entry[kMicroRows + 1] = {};
+    MultiplyTable() {
+        unrolled<kMicroRows>([&](auto i) { entry[i + 1] = multiply_block<i + 1>; });
+    }
+};
+const MultiplyTable multiply_table;
+
+void unpack_chunk(const Panel& panel, const Activations& a, int64_t first, int64_t end,
+                  uint8_t* buffer) {
+    for (int64_t s = first; s < end; ++s) {
+        const Span& span = a.spans[s];
+        uint8_t* place =
+            buffer + int64_t{span.first_row - a.spans[first].first_row} * kPanelColumns;
+        for (int j = 0; j < kPanelTiles; ++j) {
+            with_bits(span.bits, [&](auto b) {
+                unpack_span<b>(panel.codes[j] + span.offset, span.rows / kBlockRows,
+                               place + j * kRegisterBytes);
+            });
+        }
+    }
+}
+
+void multiply_panel(const ExlPackedLinear& w, const Activations& a, int64_t p, int64_t rows,
+                    const Output& out, uint8_t* scratch) {
+    uint8_t* buffer = scratch;
+    float* sums = reinterpret_cast<float*>(scratch + int64_t{kChunkRows} * kPanelColumns);
+    std::memset(sums, 0, sizeof(float) * rows * kPanelColumns);
+    const Panel panel = find_panel(w, p);
+    for (int64_t first = 0; first < a.num_spans;) {
+        const int32_t limit = a.spans[first].first_row + kChunkRows;
+        int64_t end = first;
+        while (end < a.num_spans && a.spans[end].first_row + a.spans[end].rows <= limit) ++end;
+        unpack_chunk(panel, a, first, end, buffer);
+        for (int64_t block = 0; block < rows; block += kMicroRows) {
+            const int64_t left = rows - block < kMicroRows ? rows - block : kMicroRows;
+            multiply_table.entry[left](panel, a, first, end, block, buffer,
+                                       sums + block * kPanelColumns);
+        }
+        first = end;
+    }
+    for (int j = 0; j < kPanelTiles; ++j) {
+        const int64_t column = p * kPanelColumns + j * kTileColumns;
+        if (column >= w.out_features) break;
+        for (int64_t r = 0; r < rows; ++r) {
+            finish(load(sums + r * kPanelColumns + j * kTileColumns),
+                   w.bias ? w.bias + column : nullptr, out.out + r * out.stride + column,
+                   w.out_features - column, out.add);
+        }
+    }
+}
+
+}  // namespace
+
+void linear_buffered(const ExlPackedLinear& w, const Activations& a, int64_t rows, Output out,
+                     uint8_t* scratch) {
+    const int64_t panels = (w.tiles + kPanelTiles - 1) / kPanelTiles;
+    parallel_for(panels, balanced_grain(panels, 1), [&](int64_t first, int64_t end, int thread) {
+        uint8_t* own = scratch + thread * buffered_scratch_bytes();
+        for (int64_t p = first; p < end; ++p) multiply_panel(w, a, p, rows, out, own);
+    });
+}
+
+}  // namespace exl

@@ -1,0 +1,68 @@
+// The quantised matrix product's entry: carves the scratch, quantises, multiplies.
+//
+// Rows go in passes of kPassRows. Scratch of a pass, each part aligned to 64 bytes: spans,
+// activation codes, scales, sums, then one buffer a thread (kernels/scratch.py).
+#include <algorithm>
+
+#include "linear.h"
+#include "threads.h"
+
+namespace exl {
+namespace {
+
+constexpr int64_t kAlignment = 64;
+
+struct Carver {
+    uint8_t* next;
+    uint8_t* end;
+
+    template <class T>
+    T* take(int64_t count) {
+        uint8_t* place = next;
+        next += (count * static_cast<int64_t>(sizeof(T)) + kAlignment - 1) / kAlignment *
+                kAlignment;
+        return reinterpret_cast<T*>(place);
+    }
+};
+
+}  // namespace
+}  // namespace exl
+
+// x float32 [rows, in_features], out float32 [rows, out_stride]. Returns 0, or -1 where
+// scratch is too short.
+extern "C" int exl_linear(const float* x, int64_t rows, const ExlPackedLinear* w, float* out,
+                          int64_t out_stride, int add, uint8_t* scratch, int64_t scratch_bytes) {
+    using namespace exl;
+    const int64_t most_rows = std::min<int64_t>(
+        rows <= kDirectRows ? direct_rows(rows) : rows, kPassRows);
+    int64_t blocks = 0;
+    for (int64_t g = 0; g < w->num_groups; ++g) {
+        blocks += (w->groups[g].rows + kBlockRows - 1) / kBlockRows;
+    }
+    Carver carver = {scratch, scratch + scratch_bytes};
+    Span* spans = carver.take<Span>(blocks);
+    Activations a = {};
+    a.codes = carver.take<int8_t>(most_rows * blocks * kBlockRows);
+    a.scales = carver.take<float>(most_rows * blocks);
+    a.negative_sums = carver.take<int32_t>(most_rows * blocks);
+    uint8_t* buffers = carver.next;
+    if (rows > kDirectRows) carver.take<uint8_t>(num_threads() * buffered_scratch_bytes());
+    if (carver.next > carver.end) return -1;
+    a.spans = spans;
+    a.num_spans = cut_spans(*w, spans, &a.stored_rows);
+    for (int64_t first = 0; first < rows; first += kPassRows) {
+        const int64_t count = std::min<int64_t>(rows - first, kPassRows);
+        const Output output = {out + first * out_stride, out_stride, add != 0};
+        const float* source = x + first * w->in_features;
+        if (count <= kDirectRows) {
+            a.block_rows = direct_rows(count);
+            quantize(*w, source, count, a.block_rows, a);
+            linear_direct(*w, a, count, output);
+        } else {
+            a.block_rows = kMicroRows;
+            quantize(*w, source, count, count, a);
+            linear_buffered(*w, a, count, output, buffers);
+        }
+    }
+    return 0;
+}

@@ -1,0 +1,151 @@
+// Operations on whole rows: embedding, gathering, scattering, and the choice of experts.
+//
+// Work: rows split over threads. Row numbers are checked before anything is written: a wrong
+// one returns -1 instead of reading foreign memory.
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "packed.h"
+#include "simd.h"
+#include "threads.h"
+
+namespace exl {
+namespace {
+
+constexpr int64_t kElementsPerTask = 16 * 1024;
+constexpr int64_t kRoutesPerTask = 1024;
+
+bool within(const int32_t* rows, int64_t count, int64_t limit) {
+    for (int64_t i = 0; i < count; ++i) {
+        if (rows[i] < 0 || rows[i] >= limit) return false;
+    }
+    return true;
+}
+
+// Element `at` (in elements of its dtype) of a table as float32.
+EXL_INLINE float element(const void* table, int64_t dtype, int64_t at) {
+    switch (dtype) {
+        case kExlFloat16: return half_to_float(static_cast<const uint16_t*>(table)[at]);
+        case kExlBfloat16: return bfloat16_to_float(static_cast<const uint16_t*>(table)[at]);
+        default: return static_cast<const float*>(table)[at];
+    }
+}
+
+void copy_row(const void* table, int64_t dtype, int64_t start, int64_t step, int64_t size,
+              float factor, float* out) {
+    for (int64_t i = 0; i < size; ++i) {
+        out[i] = element(table, dtype, start + i * step) * factor;
+    }
+}
+
+template <class Function>
+void each_row(int64_t rows, int64_t size, const Function& f) {
+    const int64_t least = (kElementsPerTask + size - 1) / size;
+    parallel_for(rows, balanced_grain(rows, least), [&](int64_t first, int64_t end, int) {
+        for (int64_t row = first; row < end; ++row) f(row);
+    });
+}
+
+// The expert after (logit, index) in falling order of logits, lower index first among equals.
+int64_t next_expert(const float* logits, int64_t experts, float logit, int64_t index) {
+    int64_t best = -1;
+    for (int64_t e = 0; e < experts; ++e) {
+        const bool later = logits[e] < logit || (logits[e] == logit && e > index);
+        if (later && (best < 0 || logits[e] > logits[best])) best = e;
+    }
+    return best;
+}
+
+void route_row(const float* logits, int64_t experts, int64_t top_k, bool normalize,
+               float* weights, int32_t* chosen) {
+    constexpr float kAbove = std::numeric_limits<float>::infinity();
+    const int64_t first = next_expert(logits, experts, kAbove, -1);
+    const float largest = first < 0 ? 0.0f : logits[first];
+    double total = 0.0;
+    for (int64_t e = 0; e < experts; ++e) {
+        total += std::exp(static_cast<double>(logits[e]) - largest);
+    }
+    float logit = kAbove;
+    int64_t index = -1;
+    double chosen_total = 0.0;
+    for (int64_t k = 0; k < top_k; ++k) {
+        index = next_expert(logits, experts, logit, index);
+        // Only NaN leaves nothing to choose; the weights become NaN as well.
+        if (index < 0) index = k;
+        logit = logits[index];
+        chosen[k] = static_cast<int32_t>(index);
+        chosen_total += std::exp(static_cast<double>(logit) - largest);
+    }
+    const double divisor = normalize ? chosen_total : total;
+    for (int64_t k = 0; k < top_k; ++k) {
+        const double power = std::exp(static_cast<double>(logits[chosen[k]]) - largest);
+        weights[k] = static_cast<float>(power / divisor);
+    }
+}
+
+}  // namespace
+}  // namespace exl
+
+// out[t] = table[ids[t]] * factor; table [vocab, size] of an ExlDtype. Returns 0, or -1 where
+// an id is not within the table.
+extern "C" int exl_embed(const int32_t* ids, int64_t rows, const void* table, int64_t dtype,
+                         int64_t vocab, int64_t size, float factor, float* out) {
+    using namespace exl;
+    if (!within(ids, rows, vocab)) return -1;
+    each_row(rows, size, [&](int64_t t) {
+        copy_row(table, dtype, ids[t] * size, 1, size, factor, out + t * size);
+    });
+    return 0;
+}
+
+// The same from a head in tiles: row id is lane id % 16 of tile id / 16.
+extern "C" int exl_embed_tiled(const int32_t* ids, int64_t rows, const ExlDenseLinear* table,
+                               float factor, float* out) {
+    using namespace exl;
+    const int64_t size = table->in_features;
+    if (!within(ids, rows, table->out_features)) return -1;
+    each_row(rows, size, [&](int64_t t) {
+        const int64_t tile = ids[t] / kTileColumns, lane = ids[t] % kTileColumns;
+        copy_row(table->weight, table->dtype, tile * size * kTileColumns + lane, kTileColumns,
+                 size, factor, out + t * size);
+    });
+    return 0;
+}
+
+// out[i] = x[rows[i]]; x [x_rows, size], out [count, size].
+extern "C" int exl_gather_rows(const float* x, int64_t x_rows, const int32_t* rows, int64_t count,
+                               int64_t size, float* out) {
+    using namespace exl;
+    if (!within(rows, count, x_rows)) return -1;
+    each_row(count, size, [&](int64_t i) {
+        std::memcpy(out + i * size, x + rows[i] * size, sizeof(float) * size);
+    });
+    return 0;
+}
+
+// out[rows[i]] += weights[i] * x[i]; x [count, size], out [out_rows, size], rows distinct.
+extern "C" int exl_scatter_add_rows(const float* x, const int32_t* rows, const float* weights,
+                                    int64_t count, int64_t size, float* out, int64_t out_rows) {
+    using namespace exl;
+    if (!within(rows, count, out_rows)) return -1;
+    each_row(count, size, [&](int64_t i) {
+        float* target = out + rows[i] * size;
+        for (int64_t j = 0; j < size; ++j) target[j] += weights[i] * x[i * size + j];
+    });
+    return 0;
+}
+
+// Softmax over experts and the top_k of them. logits [rows, experts], weights and chosen
+// [rows, top_k], top_k <= experts.
+extern "C" void exl_moe_route(const float* logits, int64_t rows, int64_t experts, int64_t top_k,
+                              int normalize, float* weights, int32_t* chosen) {
+    using namespace exl;
+    const int64_t least = (kRoutesPerTask + experts - 1) / experts;
+    parallel_for(rows, balanced_grain(rows, least), [&](int64_t first, int64_t end, int) {
+        for (int64_t row = first; row < end; ++row) {
+            route_row(logits + row * experts, experts, top_k, normalize != 0,
+                      weights + row * top_k, chosen + row * top_k);
+        }
+    });
+}

@@ -1,0 +1,67 @@
+// From bit planes to registers of one byte a code.
+//
+// A block of b-bit codes is b vectors of 64 bytes. A plane of w bits is w of them; register j
+// of it is field j % (8 / w) of vector j / (8 / w). See formats/packed.py.
+#pragma once
+
+#include <type_traits>
+
+#include "packed.h"
+#include "simd.h"
+
+namespace exl {
+
+constexpr int high_width(int bits) {
+    return bits == 8 ? 8 : bits >= 4 ? 4 : 2;
+}
+
+// Register Index of a plane of Width bits that begins at `plane`, moved up by Up bits.
+template <int Width, int Up, int Index>
+EXL_INLINE U8x64 plane_register(const uint8_t* plane) {
+    constexpr int kFields = 8 / Width;
+    constexpr int kShift = Index % kFields * Width - Up;
+    constexpr int kMask = ((1 << Width) - 1) << Up;
+    const U8x64 vector = load_codes(plane + Index / kFields * kRegisterBytes);
+    if constexpr (Width == 8) {
+        return vector;
+    } else {
+        return field<(kShift > 0 ? kShift : 0), (kShift < 0 ? -kShift : 0), kMask>(vector);
+    }
+}
+
+// Register Index (of 8) of a block of Bits-bit codes.
+template <int Bits, int Index>
+EXL_INLINE U8x64 block_register(const uint8_t* block) {
+    constexpr int kHigh = high_width(Bits);
+    constexpr int kLow = Bits - kHigh;
+    const U8x64 high = plane_register<kHigh, kLow, Index>(block);
+    if constexpr (kLow == 0) {
+        return high;
+    } else {
+        return high | plane_register<kLow, 0, Index>(block + kHigh * kRegisterBytes);
+    }
+}
+
+// Calls f(integral_constant<Bits>) for the width that a group has.
+template <class Function>
+EXL_INLINE void with_bits(int bits, const Function& f) {
+    switch (bits) {
+        case 2: f(std::integral_constant<int, 2>()); break;
+        case 3: f(std::integral_constant<int, 3>()); break;
+        case 4: f(std::integral_constant<int, 4>()); break;
+        case 5: f(std::integral_constant<int, 5>()); break;
+        case 6: f(std::integral_constant<int, 6>()); break;
+        case 8: f(std::integral_constant<int, 8>()); break;
+    }
+}
+
+// Calls f(integral_constant<I>) for I = 0 .. Count - 1, unrolled.
+template <int Count, class Function>
+EXL_INLINE void unrolled(const Function& f) {
+    if constexpr (Count > 0) {
+        unrolled<Count - 1>(f);
+        f(std::integral_constant<int, Count - 1>());
+    }
+}
+
+}  // namespace exl
