@@ -132,10 +132,13 @@ def scratch_bytes(
 ) -> int:
     """Find the most scratch any operation of a step needs on a device, in bytes."""
     config = blueprint.config
-    needs = [0]
-    for layer in blueprint.layers:
-        if layer.device == device:
-            needs += [scratch.linear_scratch_bytes(rows, w.in_features) for w in layer.linears()]
+    widths = {
+        linear.in_features
+        for layer in blueprint.layers
+        if layer.device == device
+        for linear in layer.linears()
+    }
+    needs = [scratch.linear_scratch_bytes(rows, width) for width in widths]
     if device == blueprint.device_map.head:
         needs.append(scratch.linear_scratch_bytes(logits_rows, config.hidden_size))
     shape = AttentionShape(

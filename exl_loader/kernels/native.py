@@ -7,6 +7,7 @@ that a call passes a few integers.
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 from typing import TYPE_CHECKING
 
@@ -126,11 +127,16 @@ def default_threads() -> int:
 
 
 def _physical_cores() -> int:
-    """Count cores among the processors of this process; siblings of one core count once."""
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
+    return _count_cores(frozenset(os.sched_getaffinity(0)))
+
+
+@functools.cache
+def _count_cores(processors: frozenset[int]) -> int:
+    """Count cores among processors; siblings of one core count once."""
     cores = set()
-    for processor in os.sched_getaffinity(0):
+    for processor in processors:
         path = f"/sys/devices/system/cpu/cpu{processor}/topology/thread_siblings_list"
         try:
             with open(path, encoding="ascii") as file:
