@@ -14,6 +14,7 @@ The makers are independent of `exl_loader.formats`: codes become bit streams thr
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +173,19 @@ def write_folder(
         part = {name: tensors[name].contiguous() for name in names[shard::shards]}
         save_file(part, folder / path)
     return folder
+
+
+def write_raw(path: Path, header: object, data: bytes = b"", length: int | None = None) -> Path:
+    """Write a file by hand: any header (an object, or bytes as they are), any data."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    return path.parent
+
+
+def header_entry(dtype="F16", shape=(2,), offsets=(0, 4)) -> dict:
+    """Give one entry of a safetensors header."""
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
 
 
 def write_layer(folder: Path, tensors: Tensors, name: str = "layer", **settings) -> Path:
