@@ -1,0 +1,161 @@
+"""`python -m exl_loader chat`: talk to a model in the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..errors import ExlLoaderError, PromptTooLong
+from ..progress import NullProgress, Progress, default_progress
+from ..settings import SamplingSettings
+from .model_options import (
+    add_load_arguments,
+    add_sampling_arguments,
+    open_model,
+    sampling_settings,
+)
+
+if TYPE_CHECKING:
+    from ..engine import LoadedModel
+
+YOU, MODEL = "you> ", "model> "
+HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
+
+# For models without a template: what most untrained ones can follow.
+PLAIN_ROLES = {"system": "System", "user": "User", "assistant": "Assistant"}
+PLAIN_STOPS = ("\nUser:", "\nSystem:")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommand's arguments to its parser."""
+    add_load_arguments(parser)
+    parser.add_argument("--system", metavar="TEXT", help="what the model is told first")
+    add_sampling_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read lines, answer each; until the input ends.
+
+    Raises:
+        ExlLoaderError: the folder or an option is wrong, or the model has no tokenizer.
+    """
+    settings = sampling_settings(args)
+    progress = default_progress()
+    with open_model(args, progress) as model:
+        chat = Chat(model, settings, args.system, progress)
+        if not chat.has_template:
+            print("this model has no chat template; using plain User:/Assistant: lines",
+                  file=sys.stderr)
+        if sys.stdin.isatty():
+            print(HELP, file=sys.stderr)
+        while (line := _read_line()) is not None:
+            if line == "/exit":
+                break
+            if line == "/reset":
+                chat.reset()
+            elif line:
+                _answer(chat, line)
+    return 0
+
+
+class Chat:
+    """A conversation with a model.
+
+    Args:
+        model: has a tokenizer.
+        settings: of every answer.
+        system: the system message, None for none.
+        progress: told about long prompts.
+    """
+
+    def __init__(
+        self, model: LoadedModel, settings: SamplingSettings, system: str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self._model = model
+        self._progress = progress or NullProgress()
+        self._system = [{"role": "system", "content": system}] if system else []
+        self.has_template = bool(model.tokenizer.chat_templates)
+        stops = () if self.has_template else PLAIN_STOPS
+        self._settings = replace(settings, stop_strings=(*settings.stop_strings, *stops))
+        self.messages: list[dict[str, str]] = []
+
+    def reset(self) -> None:
+        """Forget all but the system message."""
+        self.messages = []
+
+    def ask(self, text: str):
+        """Yield the answer's pieces; it joins the conversation, as far as it was read.
+
+        Messages are dropped from the oldest on where the context is too short for all.
+
+        Raises:
+            PromptTooLong: this message alone is too long; the conversation is as before.
+            ExlLoaderError: the template refuses the conversation, which is as before.
+        """
+        before = list(self.messages)
+        self.messages.append({"role": "user", "content": text})
+        try:
+            generation = self._generate()
+        except ExlLoaderError:
+            self.messages = before
+            raise
+        answer = ""
+        try:
+            with generation:
+                for piece in generation:
+                    answer += piece
+                    yield piece
+        finally:
+            self.messages.append({"role": "assistant", "content": answer.strip()})
+
+    def _generate(self):
+        while True:
+            try:
+                return self._model.generate(
+                    self._prompt_ids(), self._settings, progress=self._progress
+                )
+            except PromptTooLong:
+                if len(self.messages) <= 1:
+                    raise
+                # A question goes with its answer, so that roles still alternate.
+                self.messages = self.messages[2:]
+
+    def _prompt_ids(self) -> list[int]:
+        messages = self._system + self.messages
+        if self.has_template:
+            return self._model.chat_ids(messages)
+        lines = [f"{PLAIN_ROLES[m['role']]}: {m['content']}\n" for m in messages]
+        tokenizer = self._model.tokenizer
+        return tokenizer.encode("".join(lines) + "Assistant:", add_bos=tokenizer.add_bos_token)
+
+
+def _read_line() -> str | None:
+    """Read one message; None at the end of the input."""
+    while True:
+        try:
+            line = input(YOU).strip()
+        except EOFError:
+            print()
+            return None
+        except KeyboardInterrupt:
+            print(f"\n{HELP}", file=sys.stderr)
+            continue
+        if not sys.stdin.isatty():
+            # Nobody saw it being typed: write it down, so that the output reads as a talk.
+            print(line)
+        return line
+
+
+def _answer(chat: Chat, line: str) -> None:
+    print(MODEL, end="", flush=True)
+    try:
+        for piece in chat.ask(line):
+            print(piece, end="", flush=True)
+        print()
+    except KeyboardInterrupt:
+        print(" [stopped]")
+    except ExlLoaderError as error:
+        print(f"\nerror: {error}", file=sys.stderr)

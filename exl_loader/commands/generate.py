@@ -1,0 +1,132 @@
+"""`python -m exl_loader generate`: write text that follows a prompt."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from ..progress import MIB, default_progress
+from .model_options import (
+    DEMO_MODEL,
+    add_load_arguments,
+    add_sampling_arguments,
+    open_model,
+    read_text,
+    sampling_settings,
+)
+
+if TYPE_CHECKING:
+    from ..engine import LoadedModel
+    from ..generation import Generation
+
+# The shipped model has read nothing but Python.
+DEMO_PROMPT = "import os\n\n\ndef read_lines(path):\n"
+OTHER_PROMPT = "Once upon a time"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommand's arguments to its parser."""
+    add_load_arguments(parser)
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", metavar="TEXT", help="text to continue")
+    prompt.add_argument(
+        "--prompt-file", metavar="FILE", help="file with the text to continue; - is stdin"
+    )
+    add_sampling_arguments(parser)
+    parser.add_argument("--stats", action="store_true", help="print speed and memory to stderr")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate, streaming to stdout.
+
+    Raises:
+        ExlLoaderError: the folder, an option or the prompt is wrong.
+    """
+    settings = sampling_settings(args)
+    prompt = _prompt(args)
+    progress = default_progress()
+    began = time.perf_counter()
+    with open_model(args, progress) as model:
+        load_s = time.perf_counter() - began
+        with model.generate(prompt, settings, progress=progress) as generation:
+            if args.json:
+                text = "".join(generation)
+            else:
+                text = ""
+                _stream(generation, echo=prompt if _default_prompt(args) else "")
+        result = _result(model, generation, load_s) | {"prompt": prompt, "text": text}
+    if args.json:
+        print(json.dumps(result, indent=2))
+    if args.stats:
+        print(_readable(result), file=sys.stderr)
+    return 0
+
+
+def _default_prompt(args: argparse.Namespace) -> bool:
+    return args.prompt is None and args.prompt_file is None
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    if args.prompt is not None:
+        return args.prompt
+    if args.prompt_file is not None:
+        return read_text(args.prompt_file, "--prompt-file")
+    return DEMO_PROMPT if args.model == str(DEMO_MODEL) else OTHER_PROMPT
+
+
+def _stream(generation: Generation[str], echo: str) -> None:
+    """Print pieces as they come. A prompt that the user has not seen is printed first."""
+    last = echo
+    print(echo, end="", flush=True)
+    for piece in generation:
+        print(piece, end="", flush=True)
+        last = piece
+    if not last.endswith("\n"):
+        print()
+
+
+def _result(model: LoadedModel, generation: Generation[str], load_s: float) -> dict[str, Any]:
+    stats = generation.stats
+    return {
+        "finish_reason": generation.finish_reason,
+        "seed": generation.seed,
+        "prompt_tokens": stats.prompt_tokens,
+        "new_tokens": stats.new_tokens,
+        "load_s": round(load_s, 3),
+        "prefill_s": round(stats.prefill_s, 4),
+        "decode_s": round(stats.decode_s, 4),
+        "prompt_tokens_per_s": round(stats.prompt_tokens_per_s, 2),
+        "tokens_per_s": round(stats.tokens_per_s, 2),
+        "ctx_size": model.ctx_size,
+        "allocated_bytes": model.allocated_bytes(),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def _readable(result: dict[str, Any]) -> str:
+    peak = result["peak_memory_bytes"]
+    parts = [
+        f"prompt {result['prompt_tokens']} tokens, {result['prompt_tokens_per_s']:.1f} tokens/s",
+        f"new {result['new_tokens']} tokens, {result['tokens_per_s']:.1f} tokens/s"
+        f" ({result['finish_reason']})",
+        f"loaded in {result['load_s']:.1f} s",
+        f"model {result['allocated_bytes'] / MIB:.1f} MiB",
+    ]
+    if peak is not None:
+        parts.append(f"process peak {peak / MIB:.1f} MiB")
+    return "; ".join(parts)
+
+
+def peak_memory_bytes() -> int | None:
+    """Most memory that this process has held so far; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such module
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # macOS counts bytes, Linux units of 1024.
+    return peak if sys.platform == "darwin" else peak * 1024

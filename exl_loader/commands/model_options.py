@@ -1,0 +1,108 @@
+"""Arguments that every subcommand which generates text takes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import InvalidSettings
+from ..progress import Progress
+from ..settings import SamplingSettings
+
+if TYPE_CHECKING:
+    from ..engine import LoadedModel
+
+DEMO_MODEL = Path(__file__).resolve().parent.parent / "demo_model"
+
+# The web UI's neutral defaults show a model's whole distribution; a person at a terminal
+# wants its better part.
+TERMINAL_DEFAULTS = {"temperature": 0.7, "top_k": 40, "top_p": 0.9}
+
+
+def add_load_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the model folder and the options of loading it."""
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", default=str(DEMO_MODEL),
+        help="model folder; the small model that is shipped where none is given",
+    )
+    parser.add_argument(
+        "--ctx-size", type=_ctx_size, metavar="N",
+        help="tokens of context, or auto for the most that fits; the model's own up to 8192",
+    )
+    parser.add_argument(
+        "--cache-type", default="fp16", metavar="TYPE",
+        help="key/value cache: fp16, q8, q6, q4, or keys and values apart such as q8_q4",
+    )
+    parser.add_argument(
+        "--memory-limit", metavar="SIZE", help="most memory to take, e.g. 8GiB"
+    )
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of continuing a text."""
+    defaults = SamplingSettings(**TERMINAL_DEFAULTS)  # type: ignore[arg-type]
+    options: tuple[tuple[str, type, str], ...] = (
+        ("max_new_tokens", int, "tokens to write at most"),
+        ("temperature", float, "0 always takes the likeliest token"),
+        ("top_k", int, "keep the k likeliest tokens; 0 keeps all"),
+        ("top_p", float, "keep the likeliest tokens up to this probability"),
+        ("min_p", float, "keep tokens at least this share as likely as the likeliest"),
+        ("repetition_penalty", float, "above 1 avoids tokens that occurred"),
+        ("repetition_penalty_range", int, "how many of the last tokens count; 0 is all"),
+        ("seed", int, "the same seed gives the same text; -1 is a random one"),
+    )
+    for name, kind, meaning in options:
+        default = getattr(defaults, name)
+        parser.add_argument(
+            "--" + name.replace("_", "-"), type=kind, default=default, metavar="N",
+            help=f"{meaning} (default {default})",
+        )
+    parser.add_argument(
+        "--ban-eos-token", action="store_true", help="write on where the model would end"
+    )
+    parser.add_argument(
+        "--stop", dest="stop_strings", action="append", default=[], metavar="TEXT",
+        help="end before this text; may be given several times",
+    )
+
+
+def sampling_settings(args: argparse.Namespace) -> SamplingSettings:
+    """Settings from the arguments.
+
+    Raises:
+        InvalidSettings: a value makes no sense.
+    """
+    names = {field.name for field in fields(SamplingSettings)}
+    return SamplingSettings.from_dict(
+        {name: value for name, value in vars(args).items() if name in names}
+    )
+
+
+def open_model(args: argparse.Namespace, progress: Progress) -> LoadedModel:
+    """Load the model that the arguments name."""
+    from ..loader import load
+
+    return load(
+        args.model, ctx_size=args.ctx_size, cache_type=args.cache_type,
+        memory_limit=args.memory_limit, progress=progress,
+    )
+
+
+def read_text(path: str, what: str) -> str:
+    """Read a UTF-8 text file, or stdin for `-`.
+
+    Raises:
+        InvalidSettings: it cannot be read.
+    """
+    try:
+        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidSettings(what, expected="a readable UTF-8 file",
+                              actual=f"{path}: {error}") from None
+
+
+def _ctx_size(text: str) -> int | str:
+    return "auto" if text == "auto" else int(text)
