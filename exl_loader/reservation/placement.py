@@ -15,6 +15,7 @@ from ..formats.packed import LinearPlan
 from ..table import DeviceMap, Segment, TensorSpec, place
 from ..workspace import workspace_specs
 from .options import Budget, RunOptions
+from .search import largest_fitting
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -69,14 +70,19 @@ class Placer:
         self.config = config
         self.budgets = list(budgets)
         self._checkpoint = checkpoint
-        self._whole = self.blueprint(DeviceMap.single(budgets[0].device, config.num_hidden_layers))
-        self._staging_bytes = max(staging_bytes(plan, checkpoint) for plan in self._whole.linears())
+        self._blueprints: dict[DeviceMap, Blueprint] = {}
         self._whole_bytes: dict[str, int] = {}
         self._parts: dict[str, tuple[int, list[int], int]] = {}
+        layers = self._whole(budgets[0].device).linears()
+        self._staging_bytes = max(staging_bytes(plan, checkpoint) for plan in layers)
 
     def blueprint(self, device_map: DeviceMap) -> Blueprint:
-        """Plan the weights for a device map."""
-        return Blueprint.from_checkpoint(self.config, self._checkpoint, device_map)
+        """Plan the weights for a device map, once each."""
+        found = self._blueprints.get(device_map)
+        if found is None:
+            found = Blueprint.from_checkpoint(self.config, self._checkpoint, device_map)
+            self._blueprints[device_map] = found
+        return found
 
     def place(self, ctx_size: int, options: RunOptions) -> list[Share]:
         """Give each device in turn as many layers as fit.
@@ -118,24 +124,20 @@ class Placer:
 
     def _most(self, budget: Budget, first: int, ctx_size: int, options: RunOptions) -> int:
         """Find the largest end for which layers first..end fit; `first` if not even one does."""
-        low, high = first, self.config.num_hidden_layers + 1  # low fits, high does not
-        while high - low > 1:
-            middle = (low + high) // 2
-            if self._share(budget, first, middle, ctx_size, options).spare_bytes >= 0:
-                low = middle
-            else:
-                high = middle
-        return low
+
+        def spare(count: int) -> int:
+            return self._share(budget, first, first + count, ctx_size, options).spare_bytes
+
+        return first + largest_fitting(spare, self.config.num_hidden_layers - first)
 
     def _share(
         self, budget: Budget, first: int, end: int, ctx_size: int, options: RunOptions
     ) -> Share:
         device = budget.device
-        located = _located(self._whole, device, first, end)
         one_layer = replace(self.config, num_hidden_layers=1)
         on_device = DeviceMap.single(device, 1)
         cache = cache_specs(one_layer, pages_for(ctx_size), options.cache_type, on_device)
-        workspace = _workspace(located, ctx_size, options)
+        workspace = _workspace(self._part(device, first, end), ctx_size, options)
         buffers = (
             self._weights_bytes(device, first, end),
             place(cache)[device, "cache"].nbytes * (end - first),
@@ -147,18 +149,32 @@ class Placer:
             overhead += self._staging_bytes
         return Share(budget, first, end, *buffers, overhead)
 
+    def _whole(self, device: str) -> Blueprint:
+        return self.blueprint(DeviceMap.single(device, self.config.num_hidden_layers))
+
+    def _part(self, device: str, first: int, end: int) -> Blueprint:
+        """Cut layers first..end out of a blueprint, as far as the workspace looks."""
+        whole, num_layers = self._whole(device), self.config.num_hidden_layers
+        elsewhere = f"{device.partition(':')[0]}:elsewhere"
+        device_map = DeviceMap(
+            device if first == 0 else elsewhere,
+            (device,) * (end - first),
+            device if end == num_layers else elsewhere,
+        )
+        return replace(whole, device_map=device_map, layers=whole.layers[first:end])
+
     def _weights_bytes(self, device: str, first: int, end: int) -> int:
         """Sum the weights of a layer range and, at either end, of embedding and head."""
-        kind, num_layers = device.partition(":")[0], self.config.num_hidden_layers
-        if (first, end) == (0, num_layers):
-            if kind not in self._whole_bytes:
-                whole = self.blueprint(DeviceMap.single(device, num_layers))
-                self._whole_bytes[kind] = place(whole.specs())[device, "weights"].nbytes
-            return self._whole_bytes[kind]
+        if (first, end) == (0, self.config.num_hidden_layers):
+            if device not in self._whole_bytes:
+                placed = place(self._whole(device).specs())
+                self._whole_bytes[device] = placed[device, "weights"].nbytes
+            return self._whole_bytes[device]
+        kind = device.partition(":")[0]
         if kind not in self._parts:
             self._parts[kind] = self._weights_of_parts(kind)
         embed, layers, head = self._parts[kind]
-        ends = (embed if first == 0 else 0) + (head if end == num_layers else 0)
+        ends = (embed if first == 0 else 0) + (head if end == len(layers) - 1 else 0)
         return layers[end] - layers[first] + ends
 
     def _weights_of_parts(self, kind: str) -> tuple[int, list[int], int]:
@@ -179,16 +195,6 @@ class Placer:
         }
         layers = accumulate((sizes[name] for name in names[:num_layers]), initial=0)
         return sizes[names[-2]], list(layers), sizes[names[-1]]
-
-
-def _located(whole: Blueprint, device: str, first: int, end: int) -> Blueprint:
-    """Move layers first..end of a blueprint to one device, as far as the workspace looks."""
-    elsewhere = f"{device.partition(':')[0]}:elsewhere"
-    names = [device if first <= i < end else elsewhere for i in range(len(whole.layers))]
-    layers = tuple(
-        replace(layer, device=name) for layer, name in zip(whole.layers, names, strict=True)
-    )
-    return replace(whole, device_map=DeviceMap(names[0], tuple(names), names[-1]), layers=layers)
 
 
 def _workspace(blueprint: Blueprint, ctx_size: int, options: RunOptions) -> list[TensorSpec]:

@@ -17,7 +17,7 @@ from ..workspace import DEFAULT_CHUNK_SIZE, DEFAULT_MAX_BATCH_SIZE
 from .options import DEFAULT_CTX_SIZE, CtxSize, RunOptions, budgets, check_ctx_size, run_options
 from .placement import Placer, Share, segments_of
 from .records import DeviceReservation, Reservation
-from .search import largest_pages
+from .search import largest_fitting
 
 # The types a plan always answers for: 16, 8, 6 and 4 bits.
 SHOWN_CACHE_TYPES = ("fp16", "q8", "q6", "q4")
@@ -160,7 +160,7 @@ def _largest_ctx_size(placer: Placer, options: RunOptions) -> int:
         shares = placer.place(pages * PAGE_LEN, options)
         return min(share.spare_bytes for share in shares)
 
-    return largest_pages(spare, placer.most_pages(options)) * PAGE_LEN
+    return largest_fitting(spare, placer.most_pages(options)) * PAGE_LEN
 
 
 def _record(share: Share, segments: dict[tuple[str, str], Segment]) -> DeviceReservation:

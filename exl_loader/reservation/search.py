@@ -1,23 +1,23 @@
-"""The largest context that fits, by calculation."""
+"""The most that fits, by calculation: layers on a device, pages in a cache."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 
-def largest_pages(spare: Callable[[int], int], upper: int) -> int:
-    """Find the most cache pages with `spare(pages) >= 0`.
+def largest_fitting(spare: Callable[[int], int], upper: int) -> int:
+    """Find the largest count from 1 to `upper` with `spare(count) >= 0`.
 
-    The cache grows by the same bytes with every page and the workspace by nearly none, so a
-    straight line between two known points hits the answer almost at once; halving every third
-    time bounds the search where a plan is less even.
+    Every layer, and every page, takes nearly the same bytes as the one before, so a straight
+    line between two known points hits the answer almost at once; halving every third time
+    bounds the search where it does not.
 
     Args:
-        spare: bytes left with so many pages; never grows with the pages.
-        upper: most pages to consider.
+        spare: bytes left with so many; what does not fit never fits again with more.
+        upper: most to consider.
 
     Returns:
-        0 where not even one page fits.
+        0 where not even one fits.
     """
     low, high = 1, upper
     spare_low = spare(low) if upper else -1
