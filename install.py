@@ -1,0 +1,247 @@
+"""Set exl_loader up in an environment of its own, and run what the README shows.
+
+    python install.py --demo    make .venv/, then write text with the model that ships
+    python install.py --test    make .venv/ with the test dependencies, then run the tests
+    python install.py --env     make .venv/ alone
+
+Needs Python 3.10 or newer and nothing else. Run again, it finds .venv/ complete and goes
+straight on; a set-up that was interrupted is begun anew. Further arguments go to what is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent
+VENV = REPO / ".venv"
+# Written last: the environment is complete, and what for.
+STAMP = VENV / "exl_loader-complete.json"
+# There while packages are being installed: what was interrupted is not to be trusted.
+UNFINISHED = VENV / "exl_loader-unfinished"
+PINS = REPO / "tools" / "pins.txt"
+DEMO_MODEL = REPO / "exl_loader" / "demo_model"
+
+TORCH_VERSION = "2.13.0"
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+
+DEMO_PROMPT = "def read_lines(path):\n"
+
+
+class SetupError(Exception):
+    """What went wrong, and what to do about it, in one line."""
+
+
+def main() -> int:
+    """Make the environment and run what was asked for; returns the exit code."""
+    if sys.version_info < (3, 10):  # noqa: UP036 (this file is what an older one meets first)
+        raise SetupError(
+            f"this is Python {platform.python_version()}, and exl_loader needs 3.10 or newer. "
+            "Run install.py with a newer one, e.g. python3.12 install.py --demo"
+        )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--demo", action="store_true", help="write text with the model that ships")
+    task.add_argument("--test", action="store_true", help="run the tests")
+    task.add_argument("--env", action="store_true", help="make the environment alone")
+    args, further = parser.parse_known_args()
+    if args.env and further:
+        parser.error(f"unrecognized arguments: {' '.join(further)}")
+    ensure_environment(test=args.test)
+    if args.test:
+        return run_in_environment(["-m", "pytest", *further])
+    if args.demo:
+        return run_in_environment(["-m", "exl_loader", *demo_arguments(), *further])
+    say(f"{VENV} is complete")
+    return 0
+
+
+def demo_arguments() -> list[str]:
+    """Arguments of `exl_loader` for the main job: text by the model that ships."""
+    return ["generate", str(DEMO_MODEL), "--prompt", DEMO_PROMPT]
+
+
+def run_in_environment(arguments: list[str]) -> int:
+    """Run the environment's Python in the repository; its output is ours."""
+    sys.stdout.flush()
+    return subprocess.run([str(venv_python()), *arguments], cwd=REPO).returncode
+
+
+def ensure_environment(test: bool) -> None:
+    """Make `.venv/`, unless a stamp says that it is what it should be.
+
+    Args:
+        test: with the packages that the tests need; an environment that has them serves
+            without as well.
+
+    Raises:
+        SetupError: a step failed; its own words stand above the error.
+    """
+    key = environment_key()
+    stamp = read_stamp()
+    complete = stamp.get("key") == key and venv_python().exists()
+    if complete and (stamp.get("test") or not test):
+        return
+    test = test or bool(stamp.get("test"))
+    make_venv()
+    STAMP.unlink(missing_ok=True)
+    UNFINISHED.touch()
+    try:
+        install_packages(test)
+    except SetupError:
+        # pip gave up in good order; what it installed before is whole.
+        UNFINISHED.unlink()
+        raise
+    UNFINISHED.unlink()
+    temporary = STAMP.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"key": key, "test": test}) + "\n", encoding="utf-8")
+    temporary.replace(STAMP)
+
+
+def install_packages(test: bool) -> None:
+    """Install PyTorch, then exl_loader (editable) with all that it needs.
+
+    Raises:
+        SetupError: pip failed.
+    """
+    say(f"[2/3] PyTorch {TORCH_VERSION}" + (", for an NVIDIA GPU" if has_nvidia() else ""))
+    install_torch()
+    say("[3/3] other packages" + (" and those of the tests" if test else ""))
+    # Without isolation the pinned build tool serves, and nothing unpinned is fetched.
+    pip_install(["hatchling"])
+    target = f"{REPO}[test]" if test else str(REPO)
+    pip_install(["--no-build-isolation", "--editable", target])
+
+
+def environment_key() -> str:
+    """Hash what decides the environment's contents: this file, pins, project, interpreter."""
+    digest = hashlib.sha256()
+    for path in (Path(__file__), PINS, REPO / "pyproject.toml"):
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    interpreter = f"{platform.python_version()} {platform.machine()} {REPO} {has_nvidia()}"
+    digest.update(interpreter.encode())
+    return digest.hexdigest()
+
+
+def read_stamp() -> dict:
+    """Return the stamp, empty where there is none that can be read."""
+    try:
+        stamp = json.loads(STAMP.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return stamp if isinstance(stamp, dict) else {}
+
+
+def venv_python() -> Path:
+    """Path of the environment's interpreter."""
+    if os.name == "nt":
+        return VENV / "Scripts" / "python.exe"
+    return VENV / "bin" / "python"
+
+
+def make_venv() -> None:
+    """Create `.venv/`, from nothing where it is unfinished or of another Python."""
+    say(f"[1/3] {VENV} with Python {platform.python_version()}")
+    if venv_is_usable():
+        return
+    shutil.rmtree(VENV, ignore_errors=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "venv", str(VENV)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+    )
+    if result.returncode != 0:
+        print(result.stdout, file=sys.stderr)
+        # What a failed venv leaves behind looks like one.
+        shutil.rmtree(VENV, ignore_errors=True)
+        remedy = "see the words above"
+        if "ensurepip" in result.stdout:
+            remedy = "this Python lacks venv; on Debian or Ubuntu: sudo apt install python3-venv"
+        raise SetupError(f"{VENV} cannot be created: {remedy}")
+
+
+def venv_is_usable() -> bool:
+    """Whether a `.venv/` is there that was not left unfinished, of this Python, with pip."""
+    if UNFINISHED.exists() or not venv_python().exists():
+        return False
+    probe = "import sys, pip; print('%d.%d' % sys.version_info[:2])"
+    result = subprocess.run(
+        [str(venv_python()), "-c", probe], capture_output=True, text=True, errors="replace"
+    )
+    wanted = "{}.{}".format(*sys.version_info[:2])
+    return result.returncode == 0 and result.stdout.strip() == wanted
+
+
+def has_nvidia() -> bool:
+    """Whether an NVIDIA GPU is here, seen without starting anything."""
+    gpus = Path("/proc/driver/nvidia/gpus")
+    if gpus.is_dir():
+        return any(gpus.iterdir())
+    return Path("/usr/lib/wsl/lib/nvidia-smi").exists()
+
+
+def install_torch() -> None:
+    """Install the pinned PyTorch; without an NVIDIA GPU its CPU build or none.
+
+    On Linux the build on PyPI brings gigabytes of CUDA libraries. The CPU build is called
+    `2.13.0+cpu`, a version that only CPU builds have, so that there is no falling back to
+    the other. Where the indexes that pip is configured with do not have it, PyTorch's own
+    does. On macOS and Windows the build on PyPI is for the CPU.
+
+    Raises:
+        SetupError: no index has the CPU build, or pip failed.
+    """
+    if sys.platform != "linux" or has_nvidia():
+        pip_install([f"torch=={TORCH_VERSION}"])
+        return
+    cpu_build = f"{TORCH_VERSION}+cpu"
+    index = [] if cpu_build in known_torch_versions() else ["--extra-index-url", TORCH_CPU_INDEX]
+    try:
+        pip_install([f"torch=={cpu_build}", *index])
+    except SetupError as error:
+        raise SetupError(
+            f"{error}. Without an NVIDIA GPU only the CPU build torch=={cpu_build} is taken; "
+            f"see that {TORCH_CPU_INDEX} can be reached, or give pip an index that has it "
+            "(PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS)"
+        ) from error
+
+
+def known_torch_versions() -> list[str]:
+    """List the versions of PyTorch that pip's configured indexes have for this Python."""
+    result = subprocess.run(
+        [str(venv_python()), "-m", "pip", "index", "versions", "torch"],
+        capture_output=True, text=True, errors="replace",
+    )
+    return result.stdout.replace(",", " ").split()
+
+
+def pip_install(arguments: list[str]) -> None:
+    """Run the environment's pip, within the pins; its progress is shown as it is."""
+    command = [str(venv_python()), "-m", "pip", "install", "--constraint", str(PINS)]
+    command += ["--disable-pip-version-check", "--no-input", *arguments]
+    sys.stdout.flush()
+    code = subprocess.run(command, cwd=REPO).returncode
+    if code != 0:
+        raise SetupError(f"pip install {' '.join(arguments)} failed (its words stand above)")
+
+
+def say(line: str) -> None:
+    """Print a step to stderr, which keeps stdout for what the main job writes."""
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except SetupError as setup_error:
+        say(f"error: {setup_error}")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        say("interrupted; run the same command again to go on")
+        sys.exit(130)
