@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import CacheFull, InvalidSettings
 from .table import DeviceMap, TensorSpec
@@ -146,7 +146,7 @@ def cache_specs(
     """
     devices = (device_map or DeviceMap.single("cpu", config.num_hidden_layers)).layers
     tokens = (num_pages, config.num_key_value_heads, PAGE_LEN)
-    specs = []
+    specs: list[TensorSpec] = []
     for layer, device in enumerate(devices):
         for role, bits in (("k", cache_type.k_bits), ("v", cache_type.v_bits)):
             specs += _tensor_specs(f"cache.{layer}.{role}", tokens, config.head_dim, bits, device)
@@ -166,11 +166,12 @@ def _tensor_specs(
     yield TensorSpec(f"{prefix}_scales", "cache", "float16", shape, device)
 
 
-@dataclass(frozen=True)
+@dataclass
 class CacheLayer:
     """One layer's cache at run time: views shaped as `cache_specs` says.
 
-    `k_scales` and `v_scales` are None where keys or values are not quantised.
+    `k_scales` and `v_scales` are None where keys or values are not quantised. `native` belongs
+    to the compiled operations, which keep their own description of the layer there.
     """
 
     k_codes: torch.Tensor
@@ -178,6 +179,7 @@ class CacheLayer:
     v_codes: torch.Tensor
     v_scales: torch.Tensor | None
     cache_type: CacheType
+    native: Any = field(default=None, compare=False, repr=False)
 
 
 @dataclass(eq=False)

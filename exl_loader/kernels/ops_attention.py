@@ -1,11 +1,11 @@
-"""Attention over the packed cache and cache writing, by the reference definitions."""
+"""Attention over the packed cache and cache writing, as calls of the compiled kernels."""
 
 from __future__ import annotations
 
 import ctypes
 from typing import TYPE_CHECKING
 
-from . import reference_cache
+from ..cache import PAGE_LEN, code_bytes, num_groups
 
 if TYPE_CHECKING:
     import torch
@@ -14,16 +14,115 @@ if TYPE_CHECKING:
     from .interface import AttentionShape, Batch
 
 
+class _HalfStruct(ctypes.Structure):
+    """ExlCacheHalf of csrc/cache_codec.h: keys or values of a layer."""
+
+    _fields_ = [
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("bits", ctypes.c_int32),
+    ]
+
+
+class _LayerStruct(ctypes.Structure):
+    """ExlCacheLayer."""
+
+    _fields_ = [
+        ("k", _HalfStruct),
+        ("v", _HalfStruct),
+        ("num_kv_heads", ctypes.c_int64),
+        ("head_dim", ctypes.c_int64),
+    ]
+
+
+class _BatchStruct(ctypes.Structure):
+    """ExlBatch."""
+
+    _fields_ = [
+        ("q_start", ctypes.c_void_p),
+        ("past_len", ctypes.c_void_p),
+        ("page_table", ctypes.c_void_p),
+        ("num_sequences", ctypes.c_int64),
+        ("max_pages", ctypes.c_int64),
+    ]
+
+
+class _ShapeStruct(ctypes.Structure):
+    """ExlAttentionShape."""
+
+    _fields_ = [
+        ("num_heads", ctypes.c_int64),
+        ("window", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+    ]
+
+
+def _half(codes: torch.Tensor, scales: torch.Tensor | None, bits: int,
+          head_dim: int) -> _HalfStruct:
+    pages, heads = codes.shape[:2]
+    width = code_bytes(head_dim, bits) // codes.element_size()
+    assert codes.shape == (pages, heads, PAGE_LEN, width) and codes.is_contiguous()
+    if scales is None:
+        assert num_groups(head_dim, bits) == 0
+        return _HalfStruct(codes.data_ptr(), None, bits)
+    assert scales.shape == (pages, heads, PAGE_LEN, num_groups(head_dim, bits))
+    assert scales.is_contiguous()
+    return _HalfStruct(codes.data_ptr(), scales.data_ptr(), bits)
+
+
+def _layer_struct(layer: CacheLayer, head_dim: int) -> _LayerStruct:
+    kind = layer.cache_type
+    return _LayerStruct(
+        _half(layer.k_codes, layer.k_scales, kind.k_bits, head_dim),
+        _half(layer.v_codes, layer.v_scales, kind.v_bits, head_dim),
+        layer.k_codes.shape[1],
+        head_dim,
+    )
+
+
+def _batch_struct(batch: Batch) -> _BatchStruct:
+    table = batch.page_table
+    assert table.is_contiguous() and batch.q_start.is_contiguous()
+    assert batch.past_len.is_contiguous()
+    return _BatchStruct(
+        batch.q_start.data_ptr(), batch.past_len.data_ptr(), table.data_ptr(),
+        table.shape[0], table.shape[1],
+    )  # fmt: skip
+
+
 class AttentionOps:
     """`write_cache` and `attention` of `interface.Ops`."""
 
     def __init__(self, library: ctypes.CDLL):
         self.library = library
+        pointer = ctypes.c_void_p
+        library.exl_write_cache.restype = None
+        library.exl_write_cache.argtypes = [pointer] * 4
+        library.exl_attention.restype = ctypes.c_int
+        library.exl_attention.argtypes = [pointer] * 6 + [ctypes.c_int64]
 
     def write_cache(self, k: torch.Tensor, v: torch.Tensor, layer: CacheLayer, batch: Batch,
                     scratch: torch.Tensor) -> None:
-        reference_cache.write_cache(k, v, layer, batch)
+        assert k.is_contiguous() and v.is_contiguous() and k.shape == v.shape
+        self.library.exl_write_cache(
+            self._layer(layer, k.shape[2]), ctypes.byref(_batch_struct(batch)),
+            k.data_ptr(), v.data_ptr(),
+        )  # fmt: skip
 
     def attention(self, q: torch.Tensor, layer: CacheLayer, batch: Batch,
                   shape: AttentionShape, out: torch.Tensor, scratch: torch.Tensor) -> None:
-        reference_cache.attention(q, layer, batch, shape, out)
+        assert q.is_contiguous() and out.is_contiguous()
+        assert q.shape[1:] == (shape.num_heads, shape.head_dim) and out.shape == q.shape
+        native_shape = _ShapeStruct(shape.num_heads, shape.window, shape.scale, shape.softcap)
+        status = self.library.exl_attention(
+            self._layer(layer, shape.head_dim), ctypes.byref(_batch_struct(batch)),
+            ctypes.byref(native_shape), q.data_ptr(), out.data_ptr(),
+            scratch.data_ptr(), scratch.numel(),
+        )  # fmt: skip
+        assert status == 0, f"attention in {scratch.numel()} bytes of scratch"
+
+    def _layer(self, layer: CacheLayer, head_dim: int) -> int:
+        if layer.native is None:
+            layer.native = _layer_struct(layer, head_dim)
+        return ctypes.addressof(layer.native)

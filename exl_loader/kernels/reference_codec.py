@@ -107,7 +107,8 @@ class _GroupSearch:
     def __init__(self, y: torch.Tensor, bits: int) -> None:
         self.y, self.bits, self.levels = y, bits, levels(bits)
         self.codes = torch.zeros(y.shape, dtype=torch.uint8)
-        self.scales = torch.zeros(y.shape[0], 1, dtype=torch.float16)
+        # NaN stays where no attempt has a finite error, so that a fault in y shows.
+        self.scales = torch.full((y.shape[0], 1), torch.nan, dtype=torch.float16)
         self.tables = torch.zeros(y.shape[0], 1, dtype=torch.int16)
         self.errors = torch.full((y.shape[0], 1), torch.inf)
 
@@ -205,7 +206,8 @@ def dequantize(
     groups = []
     for i, (part, size) in enumerate(zip(parts, sizes, strict=True)):
         own = slice(i, i + 1)
-        groups.append(grid[tables[:, own], _unpack_group(part, size, bits)] * scales[:, own].float())
+        group_levels = grid[tables[:, own], _unpack_group(part, size, bits)]
+        groups.append(group_levels * scales[:, own].float())
     return torch.cat(groups, dim=1)
 
 

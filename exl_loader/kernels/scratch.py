@@ -57,8 +57,15 @@ def _carved(nbytes: int) -> int:
 
 
 def write_cache_scratch_bytes(rows: int, shape: AttentionShape, cache_type: CacheType) -> int:
-    """Return what `Ops.write_cache` needs for `rows` rows."""
+    """Return what `Ops.write_cache` needs for `rows` rows: a head fits on a thread's stack."""
     return 0
+
+
+# Constants of csrc/cpu/attention.h and attention_tile.h.
+_TILE_TOKENS = 64
+_SPLIT_TOKENS = 512
+_TASK_ROWS = 128
+_LANES = 16
 
 
 def attention_scratch_bytes(
@@ -66,9 +73,36 @@ def attention_scratch_bytes(
 ) -> int:
     """Return what `Ops.attention` needs.
 
+    Every thread expands tiles and gathers sums for the rows of one task; a decoding sequence
+    leaves one partial result for each of its splits of 512 tokens. There is room for those of
+    one sequence of ctx_size tokens, or of max_batch_size sequences that share so many pages;
+    where sequences share their beginnings and need more, they take turns.
+
     Args:
         rows: rows of a call, of all its sequences together.
         max_batch_size: sequences of a call.
         ctx_size: tokens of the longest sequence.
     """
-    return 0
+    from .native import default_threads
+
+    sharing = shape.num_heads // shape.num_kv_heads
+    task_rows = max(1, _TASK_ROWS // sharing) * sharing
+    stride = -(-shape.head_dim // _LANES) * _LANES
+    thread = sum(
+        _carved(count * _FLOAT_BYTES)
+        for count in (
+            shape.head_dim * _TILE_TOKENS,
+            _TILE_TOKENS * stride,
+            task_rows * _TILE_TOKENS,
+            task_rows * shape.head_dim,
+            task_rows,
+            task_rows,
+        )
+    )
+    thread += 2 * _partial_bytes(task_rows, stride)
+    slots = -(-ctx_size // _SPLIT_TOKENS) + max_batch_size
+    return default_threads() * thread + slots * _partial_bytes(shape.num_heads, stride)
+
+
+def _partial_bytes(rows: int, stride: int) -> int:
+    return sum(_carved(rows * width * _FLOAT_BYTES) for width in (stride, _LANES, 1))

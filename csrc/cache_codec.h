@@ -1,0 +1,90 @@
+// The quantised key/value cache: constants and structs that Python and C++ share.
+//
+// What codes and scales mean, and in which order bytes stand, is defined in
+// exl_loader/kernels/reference_codec.py; the tensors' shapes are in exl_loader/cache.py.
+// kernels/ops_attention.py mirrors the structs.
+#pragma once
+
+#include <cstdint>
+
+namespace exl {
+
+constexpr int kPageLen = 256;  // tokens
+constexpr int kGroup = 32;     // elements of a scale
+constexpr int kCodeStep = 8;   // codes of a short last group are padded to this
+
+// Levels of 4-bit codes in units of 1/128 of the scale, by the lowest bit of the scale.
+constexpr int kTables = 2;
+constexpr int kLevels = 16;
+constexpr int8_t kCodebooks[kTables][kLevels] = {
+    {-127, -105, -87, -72, -57, -43, -28, -14, 0, 14, 29, 45, 60, 75, 91, 110},
+    {-118, -93, -74, -57, -43, -30, -18, -5, 8, 20, 33, 45, 59, 76, 97, 127},
+};
+constexpr float kCodebookUnit = 1.0f / 128;
+
+// The scales that the writer tries: evenly spaced factors on a group's largest magnitude.
+struct ScaleSearch {
+    float first, last;
+    int steps;
+};
+constexpr ScaleSearch scale_search(int bits) {
+    return bits == 8   ? ScaleSearch{0.975f, 1.01f, 16}
+           : bits == 6 ? ScaleSearch{0.93f, 1.03f, 16}
+                       : ScaleSearch{0.72f, 1.10f, 8};
+}
+constexpr int kRefits = 2;
+
+// The sign that an element of a head gets before the Hadamard transform.
+constexpr bool rotation_negates(uint32_t index) {
+    uint32_t mixed = index * 0x9E3779B1u;
+    mixed = (mixed ^ (mixed >> 15)) * 0x85EBCA77u;
+    return (mixed >> 16) & 1u;
+}
+
+constexpr bool is_quantized(int bits) { return bits < 16; }
+constexpr int num_groups(int head_dim, int bits) {
+    return is_quantized(bits) ? (head_dim + kGroup - 1) / kGroup : 0;
+}
+constexpr int padded_codes(int elements) {
+    return (elements + kCodeStep - 1) / kCodeStep * kCodeStep;
+}
+// Bytes of one head's codes for one token.
+constexpr int code_bytes(int head_dim, int bits) {
+    return (is_quantized(bits) ? padded_codes(head_dim) : head_dim) * bits / 8;
+}
+
+}  // namespace exl
+
+extern "C" {
+
+// Keys or values of one layer.
+struct ExlCacheHalf {
+    void* codes;       // [pages, kv_heads, kPageLen, code_bytes]
+    uint16_t* scales;  // float16 [pages, kv_heads, kPageLen, groups]; null where bits >= 16
+    int32_t bits;      // 4, 6, 8, 16 (float16) or 32 (float32)
+};
+
+struct ExlCacheLayer {
+    ExlCacheHalf k;
+    ExlCacheHalf v;
+    int64_t num_kv_heads;
+    int64_t head_dim;
+};
+
+// interface.Batch.
+struct ExlBatch {
+    const int32_t* q_start;     // [num_sequences + 1]
+    const int32_t* past_len;    // [num_sequences]
+    const int32_t* page_table;  // [num_sequences, max_pages]
+    int64_t num_sequences;
+    int64_t max_pages;
+};
+
+// interface.AttentionShape, apart from what ExlCacheLayer has.
+struct ExlAttentionShape {
+    int64_t num_heads;
+    int64_t window;  // 0: all
+    float scale;
+    float softcap;  // 0: none
+};
+}

@@ -1,0 +1,289 @@
+// Attention: which thread attends which rows to which keys. See attention.h.
+//
+// A sequence with one row (decoding) is cut into splits, each a task of its own that leaves
+// its partial in a slot; then the slots are merged. A sequence with more rows (prefill) is
+// cut into blocks of rows; a task goes through all splits of its block and head, merging as
+// it goes, so every tile that it expands serves up to kTaskRows rows.
+//
+// Scratch: first what each thread needs, then as many slots as there is room for. Where the
+// slots do not suffice for all decoding sequences, these run in several waves.
+#include "attention.h"
+
+#include "cache_rotate.h"
+#include "threads.h"
+
+namespace exl {
+namespace {
+
+// Sequences of one wave; their first slots stand in an array on the stack.
+constexpr int kWaveSequences = 64;
+constexpr int64_t kScratchAlignment = 64;
+
+struct Call {
+    const ExlCacheLayer& layer;
+    const ExlBatch& batch;
+    const ExlAttentionShape& shape;
+    const float* q;
+    float* out;
+
+    int head_dim() const { return static_cast<int>(layer.head_dim); }
+    int stride() const { return value_stride(head_dim()); }
+    // Query heads of one key/value head.
+    int64_t sharing() const { return shape.num_heads / layer.num_kv_heads; }
+    int64_t tokens_per_task() const {
+        return sharing() < kTaskRows ? kTaskRows / sharing() : 1;
+    }
+    int64_t task_rows() const { return tokens_per_task() * sharing(); }
+    int32_t low(int32_t position) const {
+        const int64_t low = shape.window ? position + 1 - shape.window : 0;
+        return low > 0 ? static_cast<int32_t>(low) : 0;
+    }
+    Head head(int64_t sequence, int64_t index) const {
+        const int32_t* pages = batch.page_table + sequence * batch.max_pages;
+        return {&layer, pages, index, shape.softcap};
+    }
+};
+
+// Cuts memory into float arrays that each begin a cache line.
+struct Carver {
+    uint8_t* next;
+    template <class T>
+    T* take(int64_t count) {
+        T* taken = reinterpret_cast<T*>(next);
+        next += (count * static_cast<int64_t>(sizeof(T)) + kScratchAlignment - 1) /
+                kScratchAlignment * kScratchAlignment;
+        return taken;
+    }
+    Partial take_partial(int64_t rows, int stride) {
+        return {take<float>(rows * stride), take<float>(rows * kLanes), take<float>(rows)};
+    }
+};
+
+// What one thread works in.
+struct ThreadScratch {
+    TileScratch tile;
+    float* queries;
+    int32_t* low;
+    int32_t* high;
+    Partial split;
+    Partial whole;
+    uint8_t* end;
+
+    ThreadScratch(const Call& call, uint8_t* memory) {
+        const int64_t rows = call.task_rows();
+        Carver carver{memory};
+        tile.keys = carver.take<float>(int64_t{call.head_dim()} * kTileTokens);
+        tile.values = carver.take<float>(int64_t{kTileTokens} * call.stride());
+        tile.scores = carver.take<float>(rows * kTileTokens);
+        queries = carver.take<float>(rows * call.head_dim());
+        low = carver.take<int32_t>(rows);
+        high = carver.take<int32_t>(rows);
+        split = carver.take_partial(rows, call.stride());
+        whole = carver.take_partial(rows, call.stride());
+        end = carver.next;
+    }
+};
+
+int64_t thread_bytes(const Call& call) { return ThreadScratch(call, nullptr).end - (uint8_t*)nullptr; }
+int64_t slot_bytes(const Call& call) {
+    Carver carver{nullptr};
+    carver.take_partial(call.shape.num_heads, call.stride());
+    return carver.next - (uint8_t*)nullptr;
+}
+
+// Rows of `tokens` tokens from row `first_row` of the call, at `position` and on, for the
+// query heads of key/value head `head`: token by token, and in each head by head.
+Rows prepare_rows(const Call& call, int64_t first_row, int32_t position, int64_t tokens,
+                  int64_t head, const ThreadScratch& scratch) {
+    const int head_dim = call.head_dim();
+    const int64_t sharing = call.sharing();
+    int64_t count = 0;
+    for (int64_t t = 0; t < tokens; ++t) {
+        for (int64_t h = 0; h < sharing; ++h, ++count) {
+            const int64_t source = (first_row + t) * call.shape.num_heads + head * sharing + h;
+            const float* in = call.q + source * head_dim;
+            float* out = scratch.queries + count * head_dim;
+            if (is_quantized(call.layer.k.bits)) {
+                rotate(in, head_dim, call.shape.scale, out);
+            } else {
+                for (int i = 0; i < head_dim; ++i) out[i] = in[i] * call.shape.scale;
+            }
+            const int32_t own = position + static_cast<int32_t>(t);
+            scratch.low[count] = call.low(own);
+            scratch.high[count] = own + 1;
+        }
+    }
+    return {count, scratch.queries, scratch.low, scratch.high};
+}
+
+// Divides by the sum of weights, rotates back and writes one head of one row.
+void finish_row(const Call& call, const Partial& partial, int64_t row, int64_t token,
+                int64_t head) {
+    const int head_dim = call.head_dim();
+    float* sums = partial.sums + row * call.stride();
+    float* out = call.out + (token * call.shape.num_heads + head) * head_dim;
+    const float factor = 1.0f / sum(load(partial.totals + row * kLanes));
+    if (is_quantized(call.layer.v.bits)) {
+        rotate_back(sums, head_dim, factor, out);
+    } else {
+        for (int i = 0; i < head_dim; ++i) out[i] = sums[i] * factor;
+    }
+}
+
+// ---- prefill ----
+
+// Tokens [first, first + tokens) of a sequence's rows in this call, for one key/value head.
+void prefill_task(const Call& call, int64_t s, int64_t first, int64_t tokens, int64_t head,
+                  const ThreadScratch& scratch) {
+    const int64_t first_row = call.batch.q_start[s] + first;
+    const int32_t position = call.batch.past_len[s] + static_cast<int32_t>(first);
+    const Rows rows = prepare_rows(call, first_row, position, tokens, head, scratch);
+    const Head place = call.head(s, head);
+    const int32_t end = rows.high[rows.count - 1];
+    for (int64_t r = 0; r < rows.count; ++r) scratch.whole.largest[r] = -INFINITY;
+    for (int32_t split = rows.low[0] / kSplitTokens * kSplitTokens; split < end;
+         split += kSplitTokens) {
+        const int32_t split_end = end - split < kSplitTokens ? end : split + kSplitTokens;
+        attend(place, rows, split > rows.low[0] ? split : rows.low[0], split_end, scratch.tile,
+               scratch.split);
+        for (int64_t r = 0; r < rows.count; ++r) {
+            merge_row(scratch.whole, r, scratch.split, r, call.stride());
+        }
+    }
+    const int64_t sharing = call.sharing();
+    for (int64_t r = 0; r < rows.count; ++r) {
+        finish_row(call, scratch.whole, r, first_row + r / sharing, head * sharing + r % sharing);
+    }
+}
+
+int64_t prefill_blocks(const Call& call, int64_t s) {
+    const int64_t rows = call.batch.q_start[s + 1] - call.batch.q_start[s];
+    if (rows <= 1) return 0;
+    return (rows + call.tokens_per_task() - 1) / call.tokens_per_task();
+}
+
+void prefill(const Call& call, uint8_t* memory) {
+    const int64_t bytes = thread_bytes(call), heads = call.layer.num_kv_heads;
+    for (int64_t s = 0; s < call.batch.num_sequences; ++s) {
+        const int64_t rows = call.batch.q_start[s + 1] - call.batch.q_start[s];
+        const int64_t blocks = prefill_blocks(call, s);
+        parallel_for(blocks * heads, 1, [&](int64_t begin, int64_t end, int thread) {
+            const ThreadScratch scratch(call, memory + thread * bytes);
+            for (int64_t item = begin; item < end; ++item) {
+                // The last block sees most keys: it begins first, so that the end is even.
+                const int64_t block = blocks - 1 - item / heads;
+                const int64_t first = block * call.tokens_per_task();
+                const int64_t left = rows - first;
+                prefill_task(call, s, first,
+                             left < call.tokens_per_task() ? left : call.tokens_per_task(),
+                             item % heads, scratch);
+            }
+        });
+    }
+}
+
+// ---- decoding ----
+
+// Sequences that decode together, and where the splits of each begin among the slots.
+struct Wave {
+    int64_t count = 0;
+    int64_t sequences[kWaveSequences];
+    int64_t first_slot[kWaveSequences + 1] = {0};
+};
+
+int32_t first_split(const Call& call, int64_t s) {
+    return call.low(call.batch.past_len[s]) / kSplitTokens;
+}
+int64_t num_splits(const Call& call, int64_t s) {
+    return call.batch.past_len[s] / kSplitTokens + 1 - first_split(call, s);
+}
+
+Partial slot(const Call& call, uint8_t* slots, int64_t index) {
+    Carver carver{slots + index * slot_bytes(call)};
+    return carver.take_partial(call.shape.num_heads, call.stride());
+}
+
+Partial rows_from(const Partial& partial, int64_t row, int stride) {
+    return {partial.sums + row * stride, partial.totals + row * kLanes, partial.largest + row};
+}
+
+void decode_splits(const Call& call, const Wave& wave, uint8_t* memory, uint8_t* slots) {
+    const int64_t heads = call.layer.num_kv_heads, bytes = thread_bytes(call);
+    parallel_for(wave.first_slot[wave.count] * heads, 1,
+                 [&](int64_t begin, int64_t end, int thread) {
+        const ThreadScratch scratch(call, memory + thread * bytes);
+        for (int64_t item = begin; item < end; ++item) {
+            const int64_t index = item / heads, head = item % heads;
+            int64_t i = 0;
+            while (index >= wave.first_slot[i + 1]) ++i;
+            const int64_t s = wave.sequences[i];
+            const int32_t position = call.batch.past_len[s];
+            const Rows rows =
+                prepare_rows(call, call.batch.q_start[s], position, 1, head, scratch);
+            const int32_t split =
+                (first_split(call, s) + static_cast<int32_t>(index - wave.first_slot[i])) *
+                kSplitTokens;
+            const int32_t first = split > rows.low[0] ? split : rows.low[0];
+            const int32_t last =
+                position + 1 - split < kSplitTokens ? position + 1 : split + kSplitTokens;
+            attend(call.head(s, head), rows, first, last, scratch.tile,
+                   rows_from(slot(call, slots, index), head * call.sharing(), call.stride()));
+        }
+    });
+}
+
+void merge_splits(const Call& call, const Wave& wave, uint8_t* slots) {
+    const int64_t heads = call.shape.num_heads;
+    parallel_for(wave.count * heads, balanced_grain(wave.count * heads, call.sharing()),
+                 [&](int64_t begin, int64_t end, int) {
+        for (int64_t item = begin; item < end; ++item) {
+            const int64_t i = item / heads, head = item % heads;
+            const Partial whole = slot(call, slots, wave.first_slot[i]);
+            for (int64_t index = wave.first_slot[i] + 1; index < wave.first_slot[i + 1];
+                 ++index) {
+                merge_row(whole, head, slot(call, slots, index), head, call.stride());
+            }
+            finish_row(call, whole, head, call.batch.q_start[wave.sequences[i]], head);
+        }
+    });
+}
+
+// Returns false where one sequence alone needs more slots than there are.
+bool decode(const Call& call, uint8_t* memory, uint8_t* slots, int64_t num_slots) {
+    Wave wave;
+    const auto flush = [&] {
+        if (wave.count == 0) return;
+        decode_splits(call, wave, memory, slots);
+        merge_splits(call, wave, slots);
+        wave.count = 0;
+    };
+    for (int64_t s = 0; s < call.batch.num_sequences; ++s) {
+        if (call.batch.q_start[s + 1] - call.batch.q_start[s] != 1) continue;
+        const int64_t splits = num_splits(call, s);
+        if (splits > num_slots) return false;
+        if (wave.count == kWaveSequences || wave.first_slot[wave.count] + splits > num_slots) {
+            flush();
+        }
+        wave.sequences[wave.count] = s;
+        wave.first_slot[wave.count + 1] = wave.first_slot[wave.count] + splits;
+        ++wave.count;
+    }
+    flush();
+    return true;
+}
+
+}  // namespace
+}  // namespace exl
+
+// q, out: float32 [rows, num_heads, head_dim]. Returns 0, or 1 where the scratch is too small.
+extern "C" int exl_attention(const ExlCacheLayer* layer, const ExlBatch* batch,
+                             const ExlAttentionShape* shape, const float* q, float* out,
+                             uint8_t* scratch, int64_t scratch_bytes) {
+    using namespace exl;
+    const Call call{*layer, *batch, *shape, q, out};
+    const int64_t threads_bytes = num_threads() * thread_bytes(call);
+    if (threads_bytes > scratch_bytes) return 1;
+    const int64_t num_slots = (scratch_bytes - threads_bytes) / slot_bytes(call);
+    prefill(call, scratch);
+    return decode(call, scratch, scratch + threads_bytes, num_slots) ? 0 : 1;
+}

@@ -1,0 +1,187 @@
+// One split of attention: scores, softmax and weighted sums, tile by tile. See attention.h.
+//
+// Both products keep a block of kBlockRows rows x kBlockVectors vectors in registers and run
+// down the common dimension with one broadcast and one multiply-add a row and vector. Each
+// score and each sum is thereby one chain of multiply-adds in a fixed order.
+#include <cmath>
+#include <cstring>
+
+#include "attention.h"
+#include "simd_math.h"
+
+namespace exl {
+namespace {
+
+#if defined(EXL_AVX512)
+// 16 sums, 2 operands and a broadcast in 32 registers.
+constexpr int kBlockRows = 8;
+constexpr int kBlockVectors = 2;
+#else
+// 4 rows of 16 lanes are 8 of AVX2's 16 registers.
+constexpr int kBlockRows = 4;
+constexpr int kBlockVectors = 1;
+#endif
+constexpr int kTileVectors = kTileTokens / kLanes;
+
+EXL_INLINE float minus_infinity() { return -INFINITY; }
+
+// c[Rows, Vectors * 16] = (Add ? c : 0) + a[Rows, depth] b[depth, Vectors * 16].
+template <int Rows, int Vectors, bool Add>
+EXL_INLINE void multiply_block(const float* a, int64_t a_stride, const float* b,
+                               int64_t b_stride, int depth, float* c, int64_t c_stride) {
+    F32x16 sums[Rows][Vectors];
+    for (int r = 0; r < Rows; ++r) {
+        for (int i = 0; i < Vectors; ++i) {
+            sums[r][i] = Add ? load(c + r * c_stride + i * kLanes) : broadcast(0.0f);
+        }
+    }
+    for (int k = 0; k < depth; ++k) {
+        F32x16 columns[Vectors];
+        for (int i = 0; i < Vectors; ++i) columns[i] = load(b + k * b_stride + i * kLanes);
+        for (int r = 0; r < Rows; ++r) {
+            const F32x16 factor = broadcast(a[r * a_stride + k]);
+            for (int i = 0; i < Vectors; ++i) sums[r][i] = fma(factor, columns[i], sums[r][i]);
+        }
+    }
+    for (int r = 0; r < Rows; ++r) {
+        for (int i = 0; i < Vectors; ++i) store(c + r * c_stride + i * kLanes, sums[r][i]);
+    }
+}
+
+template <int Vectors, bool Add>
+void multiply_columns(int64_t rows, const float* a, int64_t a_stride, const float* b,
+                      int64_t b_stride, int depth, float* c, int64_t c_stride) {
+    int64_t row = 0;
+    const auto at = [&](auto block) {
+        multiply_block<decltype(block)::value, Vectors, Add>(
+            a + row * a_stride, a_stride, b, b_stride, depth, c + row * c_stride, c_stride);
+        row += decltype(block)::value;
+    };
+    while (rows - row >= kBlockRows) at(std::integral_constant<int, kBlockRows>());
+    if constexpr (kBlockRows > 4) {
+        if (rows - row >= 4) at(std::integral_constant<int, 4>());
+    }
+    if (rows - row >= 2) at(std::integral_constant<int, 2>());
+    if (rows - row >= 1) at(std::integral_constant<int, 1>());
+}
+
+// c[rows, vectors * 16] = (Add ? c : 0) + a[rows, depth] b[depth, vectors * 16].
+template <bool Add>
+void multiply(int64_t rows, int vectors, const float* a, int64_t a_stride, const float* b,
+              int64_t b_stride, int depth, float* c, int64_t c_stride) {
+    int i = 0;
+    for (; i + kBlockVectors <= vectors; i += kBlockVectors) {
+        multiply_columns<kBlockVectors, Add>(rows, a, a_stride, b + i * kLanes, b_stride, depth,
+                                             c + i * kLanes, c_stride);
+    }
+    for (; i < vectors; ++i) {
+        multiply_columns<1, Add>(rows, a, a_stride, b + i * kLanes, b_stride, depth,
+                                 c + i * kLanes, c_stride);
+    }
+}
+
+EXL_INLINE float exp_of(float x) {
+    float lanes[kLanes];
+    store(lanes, exp(broadcast(x)));
+    return lanes[0];
+}
+
+EXL_INLINE void scale_row(float* sums, int stride, float* totals, float factor) {
+    const F32x16 f = broadcast(factor);
+    for (int i = 0; i < stride; i += kLanes) store(sums + i, load(sums + i) * f);
+    store(totals, load(totals) * f);
+}
+
+// Turns one row's scores into weights; keys [low, high) of the tile are visible, the others
+// get exactly 0. Brings what the row gathered so far to the new maximum.
+void soften(float* scores, int low, int high, float softcap, const Partial& partial, int64_t row,
+            int stride) {
+    if (low >= high) {
+        std::memset(scores, 0, kTileTokens * sizeof(float));
+        return;
+    }
+    if (softcap != 0.0f) {
+        const F32x16 cap = broadcast(softcap);
+        for (int i = 0; i < kTileTokens; i += kLanes) {
+            store(scores + i, cap * tanh(load(scores + i) / cap));
+        }
+    }
+    for (int t = 0; t < low; ++t) scores[t] = minus_infinity();
+    for (int t = high; t < kTileTokens; ++t) scores[t] = minus_infinity();
+    F32x16 top = load(scores);
+    for (int i = kLanes; i < kTileTokens; i += kLanes) top = max(top, load(scores + i));
+    float* totals = partial.totals + row * kLanes;
+    const float tile_largest = largest(top);
+    if (tile_largest > partial.largest[row]) {
+        const float factor = exp_of(partial.largest[row] - tile_largest);
+        scale_row(partial.sums + row * stride, stride, totals, factor);
+        partial.largest[row] = tile_largest;
+    }
+    const F32x16 shift = broadcast(partial.largest[row]);
+    for (int i = 0; i < kTileTokens; i += kLanes) {
+        store(scores + i, exp(load(scores + i) - shift));
+    }
+    // exp() ends at 2^-126; a key that is not visible weighs nothing.
+    for (int t = 0; t < low; ++t) scores[t] = 0.0f;
+    for (int t = high; t < kTileTokens; ++t) scores[t] = 0.0f;
+    F32x16 total = load(totals);
+    for (int i = 0; i < kTileTokens; i += kLanes) total = total + load(scores + i);
+    store(totals, total);
+}
+
+EXL_INLINE int within(int32_t position, int32_t first, int count) {
+    return position <= first ? 0 : position - first >= count ? count : position - first;
+}
+
+}  // namespace
+
+void attend(const Head& head, const Rows& rows, int32_t first, int32_t end,
+            const TileScratch& scratch, const Partial& partial) {
+    const int head_dim = static_cast<int>(head.layer->head_dim);
+    const int stride = value_stride(head_dim);
+    std::memset(partial.sums, 0, rows.count * stride * sizeof(float));
+    std::memset(partial.totals, 0, rows.count * kLanes * sizeof(float));
+    for (int64_t r = 0; r < rows.count; ++r) partial.largest[r] = minus_infinity();
+    for (int32_t tile = first / kTileTokens * kTileTokens; tile < end; tile += kTileTokens) {
+        const int tokens = end - tile < kTileTokens ? end - tile : kTileTokens;
+        const int64_t page = head.pages[tile / kPageLen];
+        const int64_t place =
+            (page * head.layer->num_kv_heads + head.index) * kPageLen + tile % kPageLen;
+        expand_keys(head.layer->k, place, tokens, head_dim, scratch.keys);
+        expand_values(head.layer->v, place, tokens, head_dim, scratch.values);
+        multiply<false>(rows.count, (tokens + kLanes - 1) / kLanes, rows.queries, head_dim,
+                        scratch.keys, kTileTokens, head_dim, scratch.scores, kTileTokens);
+        for (int64_t r = 0; r < rows.count; ++r) {
+            soften(scratch.scores + r * kTileTokens, within(rows.low[r], tile, tokens),
+                   within(rows.high[r], tile, tokens), head.softcap, partial, r, stride);
+        }
+        multiply<true>(rows.count, stride / kLanes, scratch.scores, kTileTokens, scratch.values,
+                       stride, tokens, partial.sums, stride);
+    }
+}
+
+void merge_row(const Partial& into, int64_t into_row, const Partial& from, int64_t from_row,
+               int stride) {
+    const float* from_sums = from.sums + from_row * stride;
+    const float* from_totals = from.totals + from_row * kLanes;
+    float* into_sums = into.sums + into_row * stride;
+    float* into_totals = into.totals + into_row * kLanes;
+    const float theirs = from.largest[from_row];
+    float& ours = into.largest[into_row];
+    if (theirs == minus_infinity()) return;
+    if (ours == minus_infinity()) {
+        std::memcpy(into_sums, from_sums, stride * sizeof(float));
+        std::memcpy(into_totals, from_totals, kLanes * sizeof(float));
+        ours = theirs;
+        return;
+    }
+    const float top = theirs > ours ? theirs : ours;
+    const F32x16 keep = broadcast(exp_of(ours - top)), add = broadcast(exp_of(theirs - top));
+    for (int i = 0; i < stride; i += kLanes) {
+        store(into_sums + i, fma(load(from_sums + i), add, load(into_sums + i) * keep));
+    }
+    store(into_totals, fma(load(from_totals), add, load(into_totals) * keep));
+    ours = top;
+}
+
+}  // namespace exl

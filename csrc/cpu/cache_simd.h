@@ -1,0 +1,189 @@
+// What the cache needs beyond simd.h: table look-ups, bit fields and transposed loads.
+#pragma once
+
+#include "simd.h"
+
+#if !defined(EXL_AVX512) && !defined(EXL_AVX2) && (defined(__SSE2__) || defined(_M_X64))
+#include <emmintrin.h>
+#endif
+#if defined(EXL_AVX512) || defined(EXL_AVX2) || defined(__SSE2__) || defined(_M_X64)
+#define EXL_SSE2 1
+#endif
+
+namespace exl {
+
+EXL_INLINE void store_lanes(float* out, F32x16 a, int count) {
+    float lanes[kLanes];
+    store(lanes, a);
+    std::memcpy(out, lanes, static_cast<size_t>(count) * sizeof(float));
+}
+EXL_INLINE F32x16 load_lanes(const float* p, int count) {
+    float lanes[kLanes] = {};
+    std::memcpy(lanes, p, static_cast<size_t>(count) * sizeof(float));
+    return load(lanes);
+}
+
+#if defined(EXL_AVX512)
+
+EXL_INLINE I32x16 operator&(I32x16 a, I32x16 b) { return {_mm512_and_si512(a.v, b.v)}; }
+EXL_INLINE I32x16 operator|(I32x16 a, I32x16 b) { return {_mm512_or_si512(a.v, b.v)}; }
+EXL_INLINE I32x16 shift_right(I32x16 a, int bits) {
+    return {_mm512_srl_epi32(a.v, _mm_cvtsi32_si128(bits))};
+}
+// table[index], 16 entries; index must be in range.
+EXL_INLINE F32x16 lookup16(const float* table, I32x16 index) {
+    return {_mm512_permutexvar_ps(index.v, _mm512_loadu_ps(table))};
+}
+// table[index], 32 entries.
+EXL_INLINE F32x16 lookup32(const float* table, I32x16 index) {
+    return {_mm512_permutex2var_ps(_mm512_loadu_ps(table), index.v, _mm512_loadu_ps(table + 16))};
+}
+// How many of 15 rising thresholds lie below x: the nearest of 16 levels, where the
+// thresholds are their midpoints. thresholds[15] is not looked at.
+EXL_INLINE I32x16 count_below(const float* thresholds, F32x16 x) {
+    const __m512 all = _mm512_loadu_ps(thresholds);
+    __m512i count = _mm512_setzero_si512();
+    for (int step = 8; step > 0; step /= 2) {
+        const __m512i next = _mm512_add_epi32(count, _mm512_set1_epi32(step - 1));
+        const __mmask16 above =
+            _mm512_cmp_ps_mask(x.v, _mm512_permutexvar_ps(next, all), _CMP_GT_OQ);
+        count = _mm512_mask_add_epi32(count, above, count, _mm512_set1_epi32(step));
+    }
+    return {count};
+}
+
+#elif defined(EXL_AVX2)
+
+EXL_INLINE I32x16 operator&(I32x16 a, I32x16 b) {
+    return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)};
+}
+EXL_INLINE I32x16 operator|(I32x16 a, I32x16 b) {
+    return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)};
+}
+EXL_INLINE I32x16 shift_right(I32x16 a, int bits) {
+    const __m128i count = _mm_cvtsi32_si128(bits);
+    return {_mm256_srl_epi32(a.lo, count), _mm256_srl_epi32(a.hi, count)};
+}
+// One of two by an index bit, shifted up to where the blend looks.
+template <int Bit>
+EXL_INLINE __m256 choose(__m256 zero, __m256 one, __m256i index) {
+    return _mm256_blendv_ps(zero, one, _mm256_castsi256_ps(_mm256_slli_epi32(index, 31 - Bit)));
+}
+EXL_INLINE __m256 lookup16(const float* table, __m256i index) {
+    return choose<3>(_mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index),
+                     _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index), index);
+}
+EXL_INLINE __m256 lookup32(const float* table, __m256i index) {
+    return choose<4>(lookup16(table, index), lookup16(table + 16, index), index);
+}
+EXL_INLINE F32x16 lookup16(const float* table, I32x16 index) {
+    return {lookup16(table, index.lo), lookup16(table, index.hi)};
+}
+EXL_INLINE F32x16 lookup32(const float* table, I32x16 index) {
+    return {lookup32(table, index.lo), lookup32(table, index.hi)};
+}
+EXL_INLINE I32x16 count_below(const float* thresholds, F32x16 x) {
+    I32x16 count = broadcast(int32_t{0});
+    for (int i = 0; i < 15; ++i) {
+        const __m256 threshold = _mm256_set1_ps(thresholds[i]);
+        const __m256i lo = _mm256_castps_si256(_mm256_cmp_ps(x.lo, threshold, _CMP_GT_OQ));
+        const __m256i hi = _mm256_castps_si256(_mm256_cmp_ps(x.hi, threshold, _CMP_GT_OQ));
+        count = {_mm256_sub_epi32(count.lo, lo), _mm256_sub_epi32(count.hi, hi)};
+    }
+    return count;
+}
+
+#else
+
+EXL_INLINE I32x16 operator&(I32x16 a, I32x16 b) {
+    return lanes<I32x16>([&](int i) { return a.v[i] & b.v[i]; });
+}
+EXL_INLINE I32x16 operator|(I32x16 a, I32x16 b) {
+    return lanes<I32x16>([&](int i) { return a.v[i] | b.v[i]; });
+}
+EXL_INLINE I32x16 shift_right(I32x16 a, int bits) {
+    return lanes<I32x16>(
+        [&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) >> bits); });
+}
+EXL_INLINE F32x16 lookup16(const float* table, I32x16 index) {
+    return lanes<F32x16>([&](int i) { return table[index.v[i]]; });
+}
+EXL_INLINE F32x16 lookup32(const float* table, I32x16 index) { return lookup16(table, index); }
+EXL_INLINE I32x16 count_below(const float* thresholds, F32x16 x) {
+    I32x16 count = broadcast(int32_t{0});
+    for (int t = 0; t < 15; ++t) {
+        for (int i = 0; i < kLanes; ++i) count.v[i] += x.v[i] > thresholds[t] ? 1 : 0;
+    }
+    return count;
+}
+
+#endif
+
+// out[16 * i + j] = byte i of row j, for 16 rows `stride` bytes apart and i < count <= 16.
+// Nothing beyond a row's `count` bytes is read; out has 256 bytes.
+EXL_INLINE void transpose_bytes(const uint8_t* rows, int64_t stride, int count, uint8_t* out) {
+#if defined(EXL_SSE2)
+    __m128i r[16], t[16];
+    if (count == 16) {
+        for (int j = 0; j < 16; ++j) {
+            r[j] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows + j * stride));
+        }
+    } else if (count == 8) {
+        for (int j = 0; j < 16; ++j) {
+            r[j] = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(rows + j * stride));
+        }
+    } else {
+        for (int j = 0; j < 16; ++j) {
+            uint8_t row[16] = {};
+            std::memcpy(row, rows + j * stride, static_cast<size_t>(count));
+            r[j] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row));
+        }
+    }
+    // A perfect shuffle of rows j and j + 8 rotates the bits of the place (row, byte) by
+    // one; four of them exchange row and byte.
+    for (int round = 0; round < 4; ++round) {
+        for (int j = 0; j < 8; ++j) {
+            t[2 * j] = _mm_unpacklo_epi8(r[j], r[j + 8]);
+            t[2 * j + 1] = _mm_unpackhi_epi8(r[j], r[j + 8]);
+        }
+        for (int j = 0; j < 16; ++j) r[j] = t[j];
+    }
+    for (int j = 0; j < 16; ++j) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 16 * j), r[j]);
+    }
+#else
+    for (int j = 0; j < 16; ++j) {
+        for (int i = 0; i < count; ++i) out[16 * i + j] = rows[j * stride + i];
+    }
+#endif
+}
+
+// out[16 * i + j] = element i of row j, for 16 rows of 8 16-bit elements, `stride` elements
+// apart.
+EXL_INLINE void transpose_halves(const uint16_t* rows, int64_t stride, uint16_t* out) {
+#if defined(EXL_SSE2)
+    for (int half = 0; half < 2; ++half) {
+        __m128i r[8], t[8];
+        for (int j = 0; j < 8; ++j) {
+            const uint16_t* row = rows + (8 * half + j) * stride;
+            r[j] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row));
+        }
+        for (int round = 0; round < 3; ++round) {
+            for (int j = 0; j < 4; ++j) {
+                t[2 * j] = _mm_unpacklo_epi16(r[j], r[j + 4]);
+                t[2 * j + 1] = _mm_unpackhi_epi16(r[j], r[j + 4]);
+            }
+            for (int j = 0; j < 8; ++j) r[j] = t[j];
+        }
+        for (int j = 0; j < 8; ++j) {
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 16 * j + 8 * half), r[j]);
+        }
+    }
+#else
+    for (int j = 0; j < 16; ++j) {
+        for (int i = 0; i < 8; ++i) out[16 * i + j] = rows[j * stride + i];
+    }
+#endif
+}
+
+}  // namespace exl
