@@ -1,0 +1,362 @@
+"""Text and ids, held against transformers on the same folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import tokenizer_folders as make
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from exl_loader.errors import InvalidSettings, InvalidTokenizer
+from exl_loader.tokenizer import Tokenizer
+
+LLAMA = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>",
+         "unk_token": "<unk>"}
+LLAMA_ADDED = {str(i): make.added_token(token) for i, token in enumerate(make.LLAMA_SPECIALS)}
+CHAT_ADDED = LLAMA_ADDED | {
+    "700": make.added_token("<|user|>", rstrip=True),
+    "701": make.added_token("<|assistant|>"),
+    "702": make.added_token("<|end|>", lstrip=True),
+    "703": make.added_token("world", special=False, single_word=True),
+}
+SPM_CONFIGS = {
+    "plain": LLAMA,
+    "bos": LLAMA | {"add_bos_token": True, "add_eos_token": False, "legacy": False},
+    "legacy": LLAMA | {"add_bos_token": True, "legacy": True},
+    "eos": LLAMA | {"add_bos_token": False, "add_eos_token": True, "legacy": False},
+    "no_space": LLAMA | {"add_prefix_space": False, "add_bos_token": True},
+    "fast_class": LLAMA | {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True},
+    "chat": LLAMA | {"add_bos_token": True, "added_tokens_decoder": CHAT_ADDED,
+                     "eos_token": "<|end|>"},
+    "chat_legacy": LLAMA | {"add_bos_token": True, "added_tokens_decoder": CHAT_ADDED,
+                            "legacy": True},
+}
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """One folder of every kind."""
+    root = tmp_path_factory.mktemp("tokenizers")
+    make.train_sentencepiece(root / "bpe.model", "bpe")
+    make.train_sentencepiece(root / "unigram.model", "unigram")
+    found = {}
+    for name, config in SPM_CONFIGS.items():
+        folder = found[f"spm_{name}"] = make.write_folder(root / name, config)
+        shutil.copy(root / "bpe.model", folder / "tokenizer.model")
+    folder = found["spm_unigram"] = make.write_folder(root / "unigram", SPM_CONFIGS["bos"])
+    shutil.copy(root / "unigram.model", folder / "tokenizer.model")
+    folder = found["spm_bare"] = make.write_folder(root / "bare", None)
+    shutil.copy(root / "bpe.model", folder / "tokenizer.model")
+    for name, bos in (("llama3", True), ("qwen", False)):
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
+        config |= {"bos_token": "<s>"} if bos else {"add_bos_token": False}
+        model_type = "llama" if bos else "qwen2"
+        folder = found[f"json_{name}"] = make.write_folder(root / name, config, model_type)
+        make.train_byte_level(folder / "tokenizer.json", bos)
+    for name, legacy_form in (("metaspace", False), ("prepend", True)):
+        config = LLAMA | {"added_tokens_decoder": LLAMA_ADDED}
+        folder = found[f"json_{name}"] = make.write_folder(root / name, config)
+        make.write_llama_json(folder / "tokenizer.json", root / "bpe.model", legacy_form)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}
+    folder = found["json_as_is"] = make.write_folder(root / "as_is", config)
+    make.write_llama_json(folder / "tokenizer.json", root / "bpe.model", legacy_form=True)
+    folder = found["json_unigram"] = make.write_folder(root / "unigram_json", config)
+    make.train_unigram_json(folder / "tokenizer.json")
+    return found
+
+
+COMPARED = [f"spm_{name}" for name in SPM_CONFIGS] + [
+    "json_llama3", "json_qwen", "json_metaspace", "json_prepend", "json_as_is", "json_unigram",
+]
+
+
+@pytest.fixture(scope="session")
+def references(folders):
+    transformers = pytest.importorskip("transformers", minversion="5")
+    return {
+        name: transformers.AutoTokenizer.from_pretrained(str(folders[name])) for name in COMPARED
+    }
+
+
+@pytest.fixture(scope="session")
+def tokenizers(folders):
+    return {name: Tokenizer.from_dir(folder) for name, folder in folders.items()}
+
+
+def streamed(tokenizer: Tokenizer, ids: list[int], skip_special: bool) -> str:
+    stream = tokenizer.stream(skip_special)
+    return "".join([stream.push(i) for i in ids]) + stream.flush()
+
+
+def check_against(reference, tokenizer: Tokenizer, text: str) -> None:
+    ids = reference.encode(text)
+    assert tokenizer.encode(text) == ids
+    plain = reference.encode(text, add_special_tokens=False)
+    assert tokenizer.encode(text, add_bos=False) == plain
+    for skip_special in (True, False):
+        decoded = reference.decode(ids, skip_special_tokens=skip_special)
+        assert tokenizer.decode(ids, skip_special) == decoded
+        assert streamed(tokenizer, ids, skip_special) == decoded
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_equals_transformers(name, references, tokenizers):
+    for text in make.TEXTS:
+        check_against(references[name], tokenizers[name], text)
+    check_against(references[name], tokenizers[name], "\n".join(make.TEXTS))
+
+
+@pytest.mark.parametrize("name", COMPARED)
+@settings(max_examples=60, deadline=None, derandomize=False,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(parts=st.lists(st.one_of(
+    st.text(max_size=12),
+    st.sampled_from([" ", "  ", "\n", "<s>", "</s>", "<|user|>", "<|end|>", "é", "🎉", "def "]),
+), max_size=8))
+def test_equals_transformers_on_any_text(name, parts, references, tokenizers):
+    check_against(references[name], tokenizers[name], "".join(parts))
+
+
+def test_unigram_equals_sentencepiece(folders, tokenizers):
+    import sentencepiece
+
+    model = sentencepiece.SentencePieceProcessor(
+        model_file=str(folders["spm_unigram"] / "tokenizer.model")
+    )
+    tokenizer = tokenizers["spm_unigram"]
+    for text in make.TEXTS:
+        if text.startswith((" ", "▁")) or "<s>" in text or "</s>" in text:
+            continue
+        assert tokenizer.encode(text, add_bos=False) == model.encode(text)
+        assert tokenizer.decode(model.encode(text)) == text
+        assert streamed(tokenizer, model.encode(text), True) == text
+
+
+def test_a_folder_with_only_a_sentencepiece_model_is_a_llama(folders, tokenizers):
+    tokenizer = tokenizers["spm_bare"]
+    assert tokenizer.add_bos_token
+    assert tokenizer.encode("Hello") == [1, *tokenizers["spm_plain"].encode("Hello")]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_ids) == (1, (2,))
+
+
+def test_json_wins_over_sentencepiece(folders, tmp_path):
+    folder = shutil.copytree(folders["json_qwen"], tmp_path / "both")
+    (folder / "tokenizer.model").write_bytes(b"never opened")
+    assert Tokenizer.from_dir(folder).encode("hi") == Tokenizer.from_dir(
+        folders["json_qwen"]
+    ).encode("hi")
+
+
+def test_add_bos_is_the_callers_word(tokenizers):
+    for name in ("spm_bos", "spm_plain", "spm_eos", "json_llama3"):
+        tokenizer = tokenizers[name]
+        plain = tokenizer.encode("Hello", add_bos=False)
+        assert tokenizer.encode("Hello", add_bos=True) == [tokenizer.bos_token_id, *plain]
+        assert tokenizer.bos_token_id not in plain
+    # A model without a BOS token has none to put first.
+    assert tokenizers["json_qwen"].bos_token_id is None
+    assert tokenizers["json_qwen"].encode("a", add_bos=True) == tokenizers["json_qwen"].encode("a")
+
+
+def test_the_folder_overrides_the_vocabularys_own_frame(folders, tmp_path):
+    folder = shutil.copytree(folders["json_llama3"], tmp_path / "model")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"add_bos_token": False, "add_eos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.from_dir(folder)
+    assert tokenizer.encode("a") == [*tokenizer.encode("a", False), *tokenizer.eos_token_ids]
+    assert not tokenizer.add_bos_token
+
+
+@pytest.mark.parametrize("name", ["spm_chat", "json_llama3", "json_metaspace"])
+def test_special_tokens_can_be_plain_text(name, tokenizers):
+    tokenizer = tokenizers[name]
+    text = "a</s>b<|user|>"
+    special = tokenizer.special_ids
+    assert special & set(tokenizer.encode(text, add_bos=False))
+    ids = tokenizer.encode(text, add_bos=False, special=False)
+    assert not special & set(ids)
+    assert tokenizer.decode(ids, skip_special=True) == text
+    assert tokenizer.encode(text, add_bos=False) != ids, "the switch does not stay"
+
+
+def test_added_tokens_of_older_folders(folders, tmp_path):
+    folder = shutil.copytree(folders["spm_plain"], tmp_path / "model")
+    (folder / "added_tokens.json").write_text('{"<|user|>": 700, "<plain>": 701}')
+    (folder / "special_tokens_map.json").write_text(
+        json.dumps({"eos_token": {"content": "<|user|>"}, "additional_special_tokens": ["<x>"]})
+    )
+    tokenizer = Tokenizer.from_dir(folder)
+    assert tokenizer.eos_token_ids == (700,)
+    assert tokenizer.token_id("<plain>") == 701 and tokenizer.token_id("<x>") == 702
+    assert tokenizer.vocab_size == 703
+    ids = tokenizer.encode("<|user|><plain><x>")
+    assert ids == [700, 701, 702]
+    assert tokenizer.decode(ids) == "<plain>"
+
+
+def test_an_explicit_null_token_is_none(folders, tmp_path):
+    folder = shutil.copytree(folders["spm_plain"], tmp_path / "model")
+    (folder / "tokenizer_config.json").write_text(json.dumps(LLAMA | {"bos_token": None}))
+    assert Tokenizer.from_dir(folder).bos_token_id is None
+
+
+# Streaming
+
+
+@pytest.mark.parametrize("name", ["spm_bos", "json_llama3", "json_unigram", "json_metaspace"])
+def test_no_piece_ends_in_half_a_character(name, tokenizers):
+    tokenizer = tokenizers[name]
+    text = "🎉👩‍👩‍👧 naïve 你好 Привет 🇩🇪"
+    stream = tokenizer.stream()
+    ids = tokenizer.encode(text, add_bos=False)
+    pieces = [stream.push(i) for i in ids]
+    assert not any("\ufffd" in piece for piece in pieces) or "\ufffd" in tokenizer.decode(ids)
+    assert "".join(pieces) + stream.flush() == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("name", ["spm_bos", "json_llama3"])
+def test_text_comes_as_soon_as_its_characters_are_complete(name, tokenizers):
+    tokenizer = tokenizers[name]
+    # No token of these vocabularies holds a whole emoji, so its bytes come one by one.
+    ids = tokenizer.encode("🎉🎉", add_bos=False)
+    stream = tokenizer.stream()
+    pieces = [stream.push(i) for i in ids]
+    assert "".join(pieces) == "🎉🎉"
+    assert pieces[-1] == "🎉" and "🎉" in pieces[:-1]
+
+
+@settings(max_examples=100, deadline=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_streaming_any_bytes_equals_decoding_at_once(data, tokenizers):
+    tokenizer = tokenizers["json_llama3"]
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=30))
+    assert streamed(tokenizer, ids, True) == tokenizer.decode(ids)
+
+
+def test_half_a_character_at_the_end_is_marked(tokenizers):
+    tokenizer = tokenizers["spm_bos"]
+    ids = tokenizer.encode("a🎉", add_bos=False)[:-1]
+    stream = tokenizer.stream()
+    assert "".join(stream.push(i) for i in ids) == "a"
+    assert set(stream.flush()) == {"\ufffd"}
+    assert stream.flush() == ""
+
+
+def test_damaged_text_is_not_held_for_ever(tokenizers):
+    tokenizer = tokenizers["json_unigram"]
+    unknown = tokenizer.token_id("<unk>")
+    stream = tokenizer.stream(skip_special=False)
+    pieces = [stream.push(i) for i in [unknown] * 5]
+    assert "".join(pieces) + stream.flush() == tokenizer.decode([unknown] * 5, False)
+
+
+def test_a_long_stream_costs_the_same_for_every_token(tokenizers):
+    """The work for a token must not grow with the text: counted, not timed."""
+    from exl_loader.tokenizer.stream import StreamDecoder
+
+    class Counting:
+        def __init__(self, backend):
+            self._backend = backend
+            self.longest = 0
+
+        def decode(self, ids, skip_special):
+            self.longest = max(self.longest, len(ids))
+            return self._backend.decode(ids, skip_special)
+
+        def __getattr__(self, name):
+            return getattr(self._backend, name)
+
+    tokenizer = tokenizers["json_unigram"]
+    backend = Counting(tokenizer._backend)
+    stream = StreamDecoder(backend)
+    ids = tokenizer.encode("hello world, this is a text " * 50, add_bos=False)
+    text = "".join(stream.push(i) for i in ids) + stream.flush()
+    assert text == tokenizer.decode(ids)
+    assert backend.longest <= 10
+
+
+# What users get wrong
+
+
+def test_ids_beyond_the_vocabulary_are_left_out(tokenizers):
+    for name in ("spm_bos", "json_llama3"):
+        tokenizer = tokenizers[name]
+        ids = tokenizer.encode("Hello", add_bos=False)
+        assert tokenizer.decode([*ids, 10**6]) == "Hello"
+        assert streamed(tokenizer, [*ids, 10**6], True) == "Hello"
+
+
+def test_lone_surrogates_become_replacement_characters(tokenizers):
+    for name in ("spm_bos", "json_llama3"):
+        tokenizer = tokenizers[name]
+        ids = tokenizer.encode("a\ud800b")
+        assert "\ufffd" in tokenizer.decode(ids)
+
+
+def test_text_must_be_text(tokenizers):
+    with pytest.raises(InvalidSettings, match="expected a string"):
+        tokenizers["spm_bos"].encode(b"bytes")
+
+
+def test_a_folder_without_a_tokenizer(tmp_path):
+    with pytest.raises(InvalidTokenizer, match="Copy the tokenizer files"):
+        Tokenizer.from_dir(make.write_folder(tmp_path / "m", None))
+
+
+BROKEN = {
+    "tokenizer.json": [b"", b"{", b"[]", b'{"model": {}}', b"\xff\xfe\x00"],
+    "tokenizer.model": [b"", b"garbage", b"\x00" * 100, b"\x0a\xff\xff\xff\xff\x0f"],
+    "tokenizer_config.json": [
+        b"{", b"[]", b'{"bos_token": 5}', b'{"add_bos_token": "yes"}',
+        b'{"added_tokens_decoder": {"x": "y"}}', b'{"added_tokens_decoder": {"5": {}}}',
+        b'{"extra_special_tokens": "a"}',
+    ],
+    "added_tokens.json": [b"{", b'{"a": "b"}', b'{"a": -1}'],
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "data"), [(file, data) for file, values in BROKEN.items() for data in values]
+)
+def test_broken_files_are_typed_errors(file, data, folders, tmp_path):
+    folder = shutil.copytree(folders["spm_plain"], tmp_path / "model")
+    if file == "added_tokens.json":
+        (folder / "tokenizer_config.json").unlink()
+    (folder / file).write_bytes(data)
+    with pytest.raises(InvalidTokenizer) as caught:
+        Tokenizer.from_dir(folder)
+    assert caught.value.remedy
+
+
+def test_an_added_token_with_an_impossible_id(folders, tmp_path):
+    folder = shutil.copytree(folders["json_qwen"], tmp_path / "model")
+    config = {"added_tokens_decoder": {"100000": make.added_token("<far>")}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(InvalidTokenizer, match="expected id 100000"):
+        Tokenizer.from_dir(folder)
+
+
+def test_threads_share_a_tokenizer(tokenizers):
+    tokenizer = tokenizers["json_llama3"]
+    text = "a</s>b " * 50
+    expected = {special: tokenizer.encode(text, False, special) for special in (True, False)}
+    wrong = []
+
+    def work(special: bool) -> None:
+        for _ in range(50):
+            if tokenizer.encode(text, False, special) != expected[special]:
+                wrong.append(special)
+
+    threads = [threading.Thread(target=work, args=(i % 2 == 0,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

@@ -1,0 +1,193 @@
+"""Folders with small tokenizers of every kind, trained on the spot."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+LANGUAGES = [
+    "Привет, мир! Как дела? Всё хорошо.",
+    "你好，世界。今天天气很好，我们去公园吧。",
+    "こんにちは世界、元気ですか。",
+    "안녕하세요 세계",
+    "Voilà un café déjà bu, naïve façade à Zürich, Grüße aus Köln.",
+    "مرحبا بالعالم كيف حالك",
+]
+
+TEXTS = [
+    "",
+    " ",
+    "   ",
+    "\n",
+    "Hello world",
+    " Hello",
+    "  two  spaces  inside and after  ",
+    "a\tb\tc\n\n\nd",
+    "It's 12345 and 3.14159, isn't it? We'll see; they've gone!",
+    *LANGUAGES,
+    "mixed: Привет 你好 مرحبا hello こんにちは",
+    "🎉 👩‍👩‍👧 🇩🇪 👍🏽 é (combining) ﬁ ½",
+    "\x00\x01\x7f \ufeff\u200b\ufffd",
+    "▁a ▁ b",
+    "<0x0A> is text, not a byte",
+    "def f(x):\n    if x > 1:\n\t\treturn {'a': [x, 'ü']}\n    # naïve 🎉\n    return None\r\n",
+    "for (int i = 0; i < n; ++i) { s += \"</div>\"; }",
+    "<s>a</s> b<s> c</s>",
+    "<s>",
+    "x</s>",
+    "<|user|>hi there<|end|>\n<|assistant|> ok<|end|>",
+    " <|user|>  hi  <|end|>  ",
+    "<|user|><|user|>",
+]
+
+CHAT_TOKENS = ("<|user|>", "<|assistant|>", "<|end|>")
+LLAMA_SPECIALS = ("<unk>", "<s>", "</s>")
+
+# Qwen2's way of cutting text before merging bytes; Llama 3's differs in the digits.
+SPLIT_REGEX = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def corpus() -> list[str]:
+    """Lines of code and of several languages."""
+    code = inspect.getsource(argparse) + inspect.getsource(textwrap)
+    return [*code.splitlines(), *LANGUAGES * 20]
+
+
+def train_sentencepiece(path: Path, model_type: str, **options: Any) -> None:
+    """Train `path` as Llama's was: identity normalisation, byte fallback."""
+    import sentencepiece
+
+    settings = {
+        "model_type": model_type, "vocab_size": 700, "byte_fallback": True,
+        "normalization_rule_name": "identity", "remove_extra_whitespaces": False,
+        "split_digits": True, "allow_whitespace_only_pieces": True,
+        "character_coverage": 0.9995, "num_threads": 1, "minloglevel": 2, **options,
+    }
+    with open(path, "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(corpus()), model_writer=file, **settings
+        )
+
+
+def added_token(content: str, **flags: bool) -> dict[str, Any]:
+    """An entry of `added_tokens_decoder`."""
+    return {"content": content, "lstrip": False, "rstrip": False, "single_word": False,
+            "normalized": False, "special": True, **flags}
+
+
+def write_folder(folder: Path, config: dict[str, Any] | None, model_type: str = "llama") -> Path:
+    """Write the files beside a vocabulary."""
+    folder.mkdir(parents=True, exist_ok=True)
+    architecture = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[model_type]
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": model_type, "architectures": [architecture]})
+    )
+    if config is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def train_byte_level(path: Path, bos: bool) -> None:
+    """Train a `tokenizer.json` as Llama 3 and Qwen have it; `bos` adds Llama 3's framing."""
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(SPLIT_REGEX), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus(), trainer)
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True) for token in (*LLAMA_SPECIALS, *CHAT_TOKENS)]
+    )
+    tokenizer.add_tokens([AddedToken("<tool>", normalized=False)])
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A <s> $B",
+            special_tokens=[("<s>", tokenizer.token_to_id("<s>"))],
+        )
+    tokenizer.save(str(path))
+
+
+def train_unigram_json(path: Path) -> None:
+    """Train a `tokenizer.json` whose tokens are no plain bytes: Unigram with Metaspace."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=700, special_tokens=[*LLAMA_SPECIALS], unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(corpus(), trainer)
+    tokenizer.save(str(path))
+
+
+def write_llama_json(path: Path, spm_path: Path, legacy_form: bool) -> None:
+    """Convert a BPE `tokenizer.model` to `tokenizer.json` as Llama 2 folders have it.
+
+    Args:
+        legacy_form: put the space with a normaliser, as files of 2023 do; else with the
+            Metaspace pre-tokenizer.
+    """
+    import sentencepiece
+    from tokenizers import (
+        AddedToken,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+    )
+
+    model = sentencepiece.SentencePieceProcessor(model_file=str(spm_path))
+    vocab = {model.id_to_piece(i): i for i in range(len(model))}
+    merges = [
+        (rank, (piece[:i], piece[i:]))
+        for piece, rank in vocab.items() if rank > 2 and not piece.startswith("<0x")
+        for i in range(1, len(piece)) if piece[:i] in vocab and piece[i:] in vocab
+    ]
+    merges.sort(key=lambda item: (item[0], vocab[item[1][0]], vocab[item[1][1]]))
+    tokenizer = Tokenizer(models.BPE(
+        vocab, [pair for _, pair in merges], unk_token="<unk>", fuse_unk=True, byte_fallback=True
+    ))
+    if legacy_form:
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False)
+                                  for t in LLAMA_SPECIALS])
+    tokenizer.save(str(path))
