@@ -63,13 +63,23 @@ def test_dimensions_must_be_the_model_s_own(tmp_path, in_features, out_features)
         load_layer(folder, in_features, out_features)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_values_must_be_finite(tmp_path, value):
-    weight = torch.zeros(8, 8)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf"), -float("inf")])
+def test_values_must_be_finite(tmp_path, value, dtype):
+    weight = torch.zeros(8, 8, dtype=dtype)
     weight[7, 3] = value
     folder = write_layer(tmp_path / "m", {"weight": weight})
-    with pytest.raises(InvalidCheckpoint, match=r"layer\.weight.*finite"):
+    with pytest.raises(InvalidCheckpoint, match=r"layer\.weight.*finite numbers, found 1 that"):
         load_layer(folder, 8, 8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_largest_and_smallest_values_are_finite(tmp_path, dtype):
+    info = torch.finfo(dtype)
+    values = [info.max, info.min, info.tiny, info.smallest_normal / 2, -0.0, 0.0]
+    weight = torch.tensor([values], dtype=dtype)
+    folder = write_layer(tmp_path / "m", {"weight": weight})
+    assert torch.equal(untile(load_layer(folder, 6, 1)[1]), weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float64, torch.float8_e4m3fn])
