@@ -30,7 +30,7 @@ def exl2_linear(name: str, in_features: int, out_features: int, bits: int) -> Te
     columns = -(-out_features // 32) * 32
     groups = -(-in_features // GROUP_ROWS)
     return {
-        f"{name}.q_weight": ("I32", (in_features * bits // 32, columns)),
+        f"{name}.q_weight": ("I32", (-(-in_features * bits // 32), columns)),
         f"{name}.q_scale": ("I32", (groups, columns // 8)),
         f"{name}.q_scale_max": ("F16", (groups,)),
         f"{name}.q_groups": ("I16", (2 * groups,)),
