@@ -27,12 +27,9 @@ STAMP = VENV / "exl_loader-complete.json"
 # There while packages are being installed: what was interrupted is not to be trusted.
 UNFINISHED = VENV / "exl_loader-unfinished"
 PINS = REPO / "tools" / "pins.txt"
-DEMO_MODEL = REPO / "exl_loader" / "demo_model"
 
 TORCH_VERSION = "2.13.0"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-
-DEMO_PROMPT = "def read_lines(path):\n"
 
 
 class SetupError(Exception):
@@ -58,14 +55,10 @@ def main() -> int:
     if args.test:
         return run_in_environment(["-m", "pytest", *further])
     if args.demo:
-        return run_in_environment(["-m", "exl_loader", *demo_arguments(), *further])
+        # Without a model's name it takes the one that ships, and a prompt to go with it.
+        return run_in_environment(["-m", "exl_loader", "generate", "--stats", *further])
     say(f"{VENV} is complete")
     return 0
-
-
-def demo_arguments() -> list[str]:
-    """Arguments of `exl_loader` for the main job: text by the model that ships."""
-    return ["generate", str(DEMO_MODEL), "--prompt", DEMO_PROMPT]
 
 
 def run_in_environment(arguments: list[str]) -> int:

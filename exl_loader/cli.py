@@ -78,7 +78,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     chosen = next((word for word in argv if not word.startswith("-")), None)
     for name, (module_name, summary) in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=summary, description=summary.capitalize())
+        description = summary[0].upper() + summary[1:]
+        subparser = subparsers.add_parser(name, help=summary, description=description)
         subparser.add_argument(
             "--verbose", action="store_true", help="on an error, show its details and traceback"
         )

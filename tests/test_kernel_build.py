@@ -140,7 +140,7 @@ def test_cache_folder_is_private(cache, sources):
 
 
 @needs_compiler
-def test_warm_build_is_quick(cache):
+def test_warm_build_is_quick():
     build(cpu_spec(), NullProgress())
     # Best of several: the limit is on the work, not on what else the machine does meanwhile.
     times = []
@@ -149,6 +149,21 @@ def test_warm_build_is_quick(cache):
         build(cpu_spec(), NullProgress())
         times.append(time.perf_counter() - began)
     assert min(times) < 0.050, times
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="counts the time of child processes")
+def test_project_kernels_compile_in_time_and_without_warnings(cache):
+    import resource
+
+    spec = cpu_spec()
+    strict = dataclasses.replace(spec, flags=(*spec.flags, "-Werror"))
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    build(strict)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # 30 s on two cores, in time of the compiler: other load does not count.
+    assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 60
 
 
 def test_build_path_does_not_import_torch():
