@@ -134,17 +134,16 @@ def check_index(model_dir: Path) -> None:
 
 
 def _check_series(names: list[str]) -> None:
+    """Check that every member of `NAME-00001-of-0000N.safetensors` is there."""
     present = set(names)
-    for name in names:
-        match = SERIES.fullmatch(name)
-        if not match:
-            continue
-        stem, digits, total = match[1], len(match[2]), int(match[3])
-        for number in range(1, total + 1):
-            member = f"{stem}-{number:0{digits}}-of-{match[3]}.safetensors"
+    matches = (SERIES.fullmatch(name) for name in names)
+    series = {(match[1], len(match[2]), match[3]) for match in matches if match}
+    for stem, digits, total in sorted(series):
+        for number in range(1, int(total) + 1):
+            member = f"{stem}-{number:0{digits}}-of-{total}.safetensors"
             if member not in present:
                 raise InvalidCheckpoint(
-                    f"{member}: one of a series of {total} files",
+                    f"{member}: one of a series of {int(total)} files",
                     expected="the file",
                     actual="nothing",
                     remedy="Download the missing file",

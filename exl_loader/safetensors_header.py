@@ -75,16 +75,18 @@ class TensorHeader:
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """What changes when a file is replaced or written to."""
+    """What changes when a file is replaced or written to.
 
-    device: int
-    inode: int
+    Not the inode: some network file systems give a file another one whenever it is opened.
+    """
+
     nbytes: int
     modified_ns: int
 
     @classmethod
     def of(cls, status: os.stat_result) -> FileIdentity:
-        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        """Take it from what `os.stat` says."""
+        return cls(status.st_size, status.st_mtime_ns)
 
 
 def invalid(path: Path, what: str, expected: object, actual: object) -> NoReturn:
@@ -136,11 +138,11 @@ def _read_text(file: Any, path: Path, file_bytes: int) -> bytes:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} stands twice")
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in result:
+            raise ValueError(f"{name!r} stands twice")
+        result[name] = value
     return result
 
 

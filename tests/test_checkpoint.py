@@ -78,16 +78,17 @@ def test_a_file_that_shrinks_is_an_error_and_no_signal(tmp_path):
 def test_a_file_that_changes_is_noticed(tmp_path, replace):
     folder = write_folder(tmp_path / "m", {"x": torch.ones(4)})
     path = folder / "model.safetensors"
+    status = path.stat()
     with Checkpoint.open(folder) as checkpoint:
         if replace:
             save_file({"x": torch.zeros(4)}, folder / "new")
             os.replace(folder / "new", path)
         else:
-            status = path.stat()
             with path.open("r+b") as file:
                 file.seek(-1, os.SEEK_END)
                 file.write(b"x")
-            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+        # Both may happen within one tick of the file system's clock.
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1_000_000_000))
         with pytest.raises(InvalidCheckpoint, match="changed after its header was read"):
             checkpoint.read("x")
 
