@@ -55,6 +55,7 @@ class Generator:
         self._changed = threading.Condition()
         # Guarded by `_changed`. While `_leading`, only the leader touches jobs and cache.
         self._leading = False
+        self._closing = False
         self._waiting: deque[Job] = deque()
         self._active: list[Job] = []
 
@@ -145,12 +146,9 @@ class Generator:
 
     def close(self) -> None:
         """End all jobs and drop the model and the cache. Twice does no harm."""
-        self.cancel_all()
+        self._closing = True
         with self.exclusive():
-            error = ModelUnloaded("the model", actual="unloaded while it generated",
-                                  remedy="Load it again")
-            for job in (*self._active, *self._waiting):
-                self._finish(job, FAILED, error)
+            self._reap()
             self._model = self._cache = None
 
     def _check_open(self) -> tuple[ForwardModel, PagedCache]:
@@ -164,22 +162,30 @@ class Generator:
             self._changed.notify_all()
 
     def _step(self) -> None:
-        """One chunk of one prompt, then one token of every decoding job."""
+        """One token of every decoding job, then one chunk of one prompt.
+
+        In this order, because a prompt's last chunk brings the job's first token, which its
+        consumer should not have to wait a further pass for.
+        """
         self._reap()
         self._admit()
-        prefilling = [job for job in self._active if not job.decoding]
-        if prefilling:
-            self._run(prefilling[:1])
         decoding = [job for job in self._active if job.decoding and self._wants_token(job)]
         if decoding:
             self._run(decoding)
+        prefilling = [job for job in self._active if not job.decoding]
+        if prefilling:
+            self._run(prefilling[:1])
 
     def _wants_token(self, job: Job) -> bool:
         return len(job.output) < MAX_AHEAD or bool(self._waiting)
 
     def _reap(self) -> None:
         for job in [*self._active, *self._waiting]:
-            if job.cancelled:
+            if self._closing:
+                error = ModelUnloaded("the model", actual="unloaded while it generated",
+                                      remedy="Load it again")
+                self._finish(job, FAILED, error)
+            elif job.cancelled:
                 self._finish(job, CANCELLED)
 
     def _admit(self) -> None:

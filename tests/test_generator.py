@@ -1,0 +1,513 @@
+"""Generation on a scripted model: text, stops, cancellation, errors, threads."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+
+import pytest
+import tokenizer_folders as make
+from fake_model import fake_engine
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import write_tokenizer
+
+from exl_loader.errors import (
+    CacheFull,
+    InvalidCheckpoint,
+    InvalidSettings,
+    InvalidTokenizer,
+    ModelUnloaded,
+    PromptTooLong,
+)
+from exl_loader.text_stream import StopStrings
+from exl_loader.tokenizer import Tokenizer
+
+GREEDY = {"temperature": 0, "max_new_tokens": 20}
+
+
+def count_up(text: list[int]) -> int:
+    """Each token is the last one plus one."""
+    return text[-1] + 1
+
+
+def spell(tokenizer: Tokenizer, answer: str):
+    """A script that answers any prompt of one token with this text, then ends it."""
+    ids = [*tokenizer.encode(answer, add_bos=False), tokenizer.eos_token_ids[0]]
+
+    def script(text: list[int]) -> int:
+        return ids[min(len(text) - 1, len(ids) - 1)]
+
+    return script
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer(tmp_path_factory) -> Tokenizer:
+    """One token a byte: every character beyond ASCII takes several."""
+    folder = tmp_path_factory.mktemp("bytes")
+    write_tokenizer(folder, 300)
+    return Tokenizer.from_dir(folder)
+
+
+@pytest.fixture(scope="module")
+def spm_tokenizer(tmp_path_factory) -> Tokenizer:
+    folder = make.write_folder(tmp_path_factory.mktemp("spm"), None)
+    make.train_sentencepiece(folder / "tokenizer.model", "bpe", vocab_size=500)
+    return Tokenizer.from_dir(folder)
+
+
+def talk(tokenizer, answer, vocab_size=600, **options):
+    engine, model, cache = fake_engine(spell(tokenizer, answer), vocab_size, tokenizer)
+    generation = engine.generate([5], GREEDY | {"max_new_tokens": 200} | options)
+    pieces = list(generation)
+    assert cache.num_free_pages == cache.num_pages
+    assert all(pieces)
+    return pieces, generation
+
+
+# Text
+
+
+ANSWER = "naïve 🎉👩‍👩‍👧 你好\n    return x  "
+
+
+@pytest.mark.parametrize("kind", ["byte_tokenizer", "spm_tokenizer"])
+def test_text_streams_in_whole_characters(kind, request):
+    tokenizer = request.getfixturevalue(kind)
+    pieces, generation = talk(tokenizer, ANSWER)
+    assert "".join(pieces) == ANSWER
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert len(pieces) > 10
+    assert generation.finish_reason == "eos"
+    assert generation.token_ids == tokenizer.encode(ANSWER, add_bos=False)
+
+
+def test_half_a_character_at_the_end_is_marked(byte_tokenizer):
+    pieces, generation = talk(byte_tokenizer, "ab🎉", max_new_tokens=4)
+    assert "".join(pieces) == "ab\ufffd"
+    assert generation.finish_reason == "length"
+
+
+@pytest.mark.parametrize("kind", ["byte_tokenizer", "spm_tokenizer"])
+@pytest.mark.parametrize(("stop", "shown"), [
+    (["<end>"], "one <e two "),
+    ("<end>", "one <e two "),
+    (["<end>", "two"], "one <e "),
+    (["three"], "one <e two <end> "),
+    (["🎉"], "one <e two <end> three "),
+    (["never"], "one <e two <end> three 🎉 <en"),
+    (["one"], ""),
+])
+def test_stop_strings(kind, stop, shown, request):
+    tokenizer = request.getfixturevalue(kind)
+    answer = "one <e two <end> three 🎉 <en"
+    pieces, generation = talk(tokenizer, answer, stop_strings=stop)
+    assert "".join(pieces) == shown
+    assert generation.finish_reason == ("eos" if stop == ["never"] else "stop")
+
+
+@settings(max_examples=200)
+@given(
+    text=st.text("ab<>", max_size=30), cuts=st.lists(st.integers(0, 30), max_size=8),
+    stops=st.lists(st.text("ab<>", min_size=1, max_size=5), max_size=3),
+)
+def test_stop_strings_cut_the_text_where_the_first_one_is_complete(text, cuts, stops):
+    """However the text is cut into pieces: nothing of a stop is shown, nothing else is lost."""
+    ends = sorted({min(cut, len(text)) for cut in cuts} | {len(text)})
+    found, shown, start, stopped = StopStrings(stops), "", 0, False
+    for end in ends:
+        piece, stopped = found.push(text[start:end])
+        shown, start = shown + piece, end
+        seen = text[:end]
+        assert stopped == any(stop in seen for stop in stops)
+        if stopped:
+            assert shown == seen[: min(seen.find(s) for s in stops if s in seen)]
+            return
+        assert text.startswith(shown)
+        assert not any(stop in shown for stop in stops)
+    assert shown + found.flush() == text
+
+
+def test_stop_token_ids(byte_tokenizer):
+    semicolon = byte_tokenizer.encode(";", add_bos=False)
+    pieces, generation = talk(byte_tokenizer, "a;b", stop_token_ids=semicolon)
+    assert ("".join(pieces), generation.finish_reason) == ("a", "stop")
+
+
+def test_special_tokens_are_shown_on_request(byte_tokenizer):
+    assert "".join(talk(byte_tokenizer, "a<s>b")[0]) == "ab"
+    shown = talk(byte_tokenizer, "a<s>b", skip_special_tokens=False)[0]
+    assert "".join(shown) == "a<s>b"
+
+
+def test_generate_ids_gives_the_ids_of_the_text(byte_tokenizer):
+    engine, _, _ = fake_engine(spell(byte_tokenizer, "hello; world"), 300, byte_tokenizer)
+    ids = list(engine.generate_ids([5], GREEDY))
+    assert byte_tokenizer.decode(ids) == "hello; world"
+    ids = list(engine.generate_ids([5], GREEDY | {"stop_strings": ["; w"]}))
+    assert byte_tokenizer.decode(ids) == "hello; w"
+
+
+# Ends
+
+
+def test_max_new_tokens_and_the_context_end_a_text():
+    engine, model, _ = fake_engine(count_up, 600)
+    generation = engine.generate_ids([5, 6, 7], {"temperature": 0, "max_new_tokens": 4})
+    assert list(generation) == [8, 9, 10, 11]
+    assert generation.finish_reason == "length"
+    prompt = list(range(10, 262))
+    generation = engine.generate_ids(prompt, {"temperature": 0})
+    assert list(generation) == [262, 263, 264, 265]
+    assert generation.finish_reason == "context"
+    # The last token needs no place in the cache, so the prompt may leave room for one only.
+    generation = engine.generate_ids([5] * 255, {"temperature": 0})
+    assert (list(generation), generation.finish_reason) == ([6], "context")
+
+
+def test_the_end_token_is_not_given_out_and_can_be_banned():
+    engine, _, _ = fake_engine(lambda text: 0 if len(text) == 3 else 9)
+    generation = engine.generate_ids([5], GREEDY)
+    assert (list(generation), generation.finish_reason) == ([9, 9], "eos")
+    assert generation.stats.new_tokens == 3
+    banned = engine.generate_ids([5], GREEDY | {"ban_eos_token": True})
+    assert len(list(banned)) == 20 and banned.finish_reason == "length"
+
+
+def test_a_tokenizers_end_token_counts_as_well(byte_tokenizer):
+    engine, _, _ = fake_engine(count_up, 300, byte_tokenizer)
+    assert engine.eos_token_ids == (0, 2)
+
+
+def test_padding_of_the_vocabulary_is_never_sampled(byte_tokenizer):
+    """Ids that the tokenizer does not know are padding."""
+    known = byte_tokenizer.vocab_size
+    engine, _, _ = fake_engine(lambda text: known + 3, known + 10, byte_tokenizer)
+    assert max(engine.generate_ids([5], {"max_new_tokens": 50, "ban_eos_token": True})) < known
+
+
+# Prompts
+
+
+def test_a_prompt_is_prefilled_in_chunks_and_progress_is_told():
+    class Recorder:
+        def __init__(self):
+            self.events = []
+
+        def start(self, task, total, unit):
+            self.events.append(("start", total, unit))
+
+        def advance(self, task, n=1):
+            self.events.append(n)
+
+        def finish(self, task):
+            self.events.append("finish")
+
+    engine, model, _ = fake_engine(count_up)
+    progress = Recorder()
+    generation = engine.generate_ids(range(1, 41), {"temperature": 0, "max_new_tokens": 3},
+                                     progress=progress)
+    assert list(generation) == [41, 42, 43]
+    assert model.calls == [[16], [16], [8], [1], [1]]
+    assert progress.events == [("start", 40, "tokens"), 16, 16, 8, "finish"]
+    assert generation.stats.prompt_tokens == 40 and generation.stats.new_tokens == 3
+    assert generation.stats.prompt_tokens_per_s > 0 and generation.stats.tokens_per_s > 0
+
+
+def test_prompt_logits_are_chunked_and_complete():
+    engine, model, cache = fake_engine(count_up)
+    logits = engine.prompt_logits(range(1, 22))
+    assert logits.shape == (21, 300)
+    assert logits.argmax(dim=1).tolist() == list(range(2, 23))
+    assert model.calls == [[8], [8], [5]]
+    assert cache.num_free_pages == cache.num_pages
+
+
+def test_text_prompts_get_the_bos_token_as_the_folder_says(byte_tokenizer):
+    engine, _, _ = fake_engine(count_up, 300, byte_tokenizer)
+    assert engine.generate("hi", GREEDY).prompt_ids == byte_tokenizer.encode("hi")
+    assert engine.generate("hi", GREEDY).prompt_ids[0] == byte_tokenizer.bos_token_id
+    assert engine.generate("", GREEDY).prompt_ids == [byte_tokenizer.bos_token_id]
+
+
+def test_prompts_that_cannot_be(byte_tokenizer):
+    engine, _, cache = fake_engine(count_up, 300, byte_tokenizer)
+    with pytest.raises(InvalidSettings, match="at least one token"):
+        engine.generate_ids([])
+    with pytest.raises(InvalidSettings, match="expected 0 to 299, found 5 to 300"):
+        engine.generate_ids([5, 300])
+    with pytest.raises(InvalidSettings, match="token ids"):
+        engine.generate_ids([-1])
+    with pytest.raises(InvalidSettings, match="text or token ids"):
+        engine.generate_ids([None])
+    with pytest.raises(InvalidSettings, match="stop_token_ids"):
+        engine.generate_ids([5], {"stop_token_ids": [300]})
+    with pytest.raises(PromptTooLong, match="at most 256 tokens and room for one more, found 256"):
+        engine.generate_ids([5] * 256)
+    with pytest.raises(PromptTooLong, match="found 257 tokens"):
+        engine.prompt_logits([5] * 257)
+    with pytest.raises(InvalidSettings, match="temperature"):
+        engine.generate("hi", {"temperature": float("nan")})
+    assert cache.num_free_pages == cache.num_pages
+
+
+def test_without_a_tokenizer_ids_work_and_text_does_not():
+    engine, _, _ = fake_engine(count_up)
+    assert list(engine.generate_ids([5], GREEDY | {"max_new_tokens": 2})) == [6, 7]
+    assert not engine.has_tokenizer
+    for needs_text in (
+        lambda: engine.generate([5]),
+        lambda: engine.generate_ids("hi"),
+        lambda: engine.generate_ids([5], {"stop_strings": ["x"]}),
+        lambda: engine.encode("hi"),
+        lambda: engine.decode([5]),
+        lambda: engine.apply_chat_template([{"role": "user", "content": "hi"}]),
+    ):
+        with pytest.raises(InvalidTokenizer, match="Copy the tokenizer files"):
+            needs_text()
+
+
+# Ending early
+
+
+def endless(text: list[int]) -> int:
+    return 7
+
+
+LONG = {"temperature": 0, "max_new_tokens": 200}
+
+
+def test_closing_gives_the_pages_back():
+    engine, _, cache = fake_engine(endless)
+    generation = engine.generate_ids([5], LONG)
+    assert cache.num_free_pages == 1, "nothing is taken before the first token is asked for"
+    next(generation)
+    assert cache.num_free_pages == 0
+    generation.close()
+    assert cache.num_free_pages == 1
+    assert list(generation) == [] and generation.finish_reason == "cancelled"
+    with engine.generate_ids([5], LONG) as generation:
+        next(generation)
+    assert cache.num_free_pages == 1
+
+
+def test_dropping_gives_the_pages_back():
+    engine, _, cache = fake_engine(endless)
+    for _ in engine.generate_ids([5], LONG):
+        break
+    gc.collect()
+    assert cache.num_free_pages == 1
+
+
+def test_stop_ends_the_text_and_keeps_what_was_shown(byte_tokenizer):
+    engine, _, cache = fake_engine(spell(byte_tokenizer, "abc" * 50), 300, byte_tokenizer)
+    generation = engine.generate([5], LONG)
+    text = next(generation)
+    generation.stop()
+    text += "".join(generation)
+    assert text == "a"
+    assert generation.finish_reason == "cancelled"
+    assert cache.num_free_pages == 1
+
+
+@pytest.mark.parametrize("whole_model", [True, False])
+def test_stop_from_another_thread(whole_model):
+    engine, model, cache = fake_engine(endless)
+    generation = engine.generate_ids([5], LONG)
+    started = threading.Event()
+    model.before_call = lambda: started.set() if len(model.calls) > 5 else None
+
+    def stop():
+        started.wait(10)
+        (engine if whole_model else generation).stop()
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    model_calls_before_stop = 0
+    for _ in generation:
+        if started.is_set():
+            stopper.join(10)
+            model_calls_before_stop = model_calls_before_stop or len(model.calls)
+    assert generation.finish_reason == "cancelled"
+    assert len(model.calls) == model_calls_before_stop
+    assert cache.num_free_pages == 1
+
+
+def test_stop_during_the_prompt():
+    engine, model, cache = fake_engine(endless)
+    generation = engine.generate_ids([5] * 100, LONG)
+    model.before_call = lambda: engine.stop() if len(model.calls) == 2 else None
+    assert list(generation) == []
+    assert model.calls == [[16], [16]]
+    assert cache.num_free_pages == 1
+
+
+@pytest.mark.parametrize("fail_at", [0, 1, 4])
+def test_an_error_in_the_model_gives_the_pages_back(fail_at):
+    engine, model, cache = fake_engine(endless)
+    model.fail_at = fail_at
+    with pytest.raises(RuntimeError, match="injected"):
+        list(engine.generate_ids([5] * 20, LONG))
+    assert cache.num_free_pages == 1
+    with pytest.raises(RuntimeError, match="injected"):
+        engine.prompt_logits([5])
+    assert cache.num_free_pages == 1
+    model.fail_at = None
+    assert len(list(engine.generate_ids([5], GREEDY))) == 20
+
+
+def test_an_interrupt_ends_the_answer_and_not_the_model():
+    engine, model, cache = fake_engine(endless)
+    model.fail_at, model.error = 3, KeyboardInterrupt()
+    generation = engine.generate_ids([5], LONG)
+    with pytest.raises(KeyboardInterrupt):
+        list(generation)
+    assert cache.num_free_pages == 1 and generation.finish_reason == "cancelled"
+    model.fail_at = None
+    assert len(list(engine.generate_ids([5], GREEDY))) == 20
+
+
+def test_damaged_logits_end_one_text():
+    engine, model, cache = fake_engine(endless)
+    whole_row = model._row
+    model._row = lambda text: whole_row(text) * (float("nan") if len(text) > 3 else 1)
+    with pytest.raises(InvalidCheckpoint):
+        list(engine.generate_ids([5], LONG))
+    assert cache.num_free_pages == 1
+
+
+# Several at once
+
+
+def test_interleaved_generations_share_forward_passes():
+    engine, model, cache = fake_engine(count_up, pages=4)
+    first = engine.generate_ids([10], GREEDY)
+    second = engine.generate_ids([50], GREEDY)
+    pairs = list(zip(first, second, strict=True))
+    assert pairs == [(11 + i, 51 + i) for i in range(20)]
+    assert [1, 1] in model.calls
+    assert len(model.calls) < 40
+    assert cache.num_free_pages == 4
+
+
+def test_threads_get_their_own_texts():
+    engine, model, cache = fake_engine(count_up, 3000, pages=4, max_batch_size=3)
+    results: dict[int, list[int]] = {}
+
+    def work(start: int) -> None:
+        prompt = list(range(start, start + 20))
+        results[start] = list(engine.generate_ids(prompt, GREEDY))
+
+    threads = [threading.Thread(target=work, args=(200 * i + 1,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(results) == 8
+    for start, ids in results.items():
+        assert ids == list(range(start + 20, start + 40))
+    assert cache.num_free_pages == 4
+
+
+def test_a_request_waits_for_pages():
+    """One page: the second request starts when the first, which nobody reads, has ended."""
+    engine, model, cache = fake_engine(count_up)
+    first = engine.generate_ids([10], {"temperature": 0, "max_new_tokens": 50})
+    assert next(first) == 11
+    second = engine.generate_ids([60], GREEDY)
+    assert list(second) == list(range(61, 81))
+    assert list(first) == list(range(12, 61))
+
+
+def test_what_nobody_reads_is_not_computed():
+    engine, model, cache = fake_engine(count_up, pages=4)
+    idle = engine.generate_ids([10], {"temperature": 0, "max_new_tokens": 100})
+    next(idle)
+    assert len(list(engine.generate_ids([50], {"temperature": 0, "max_new_tokens": 60}))) == 60
+    assert idle.stats.new_tokens < 30
+    assert list(idle) == list(range(12, 111))
+
+
+def test_prompt_logits_beside_a_generation():
+    engine, model, cache = fake_engine(count_up, pages=2)
+    generation = engine.generate_ids([10], GREEDY)
+    next(generation)
+    assert engine.prompt_logits([3, 4]).argmax(dim=1).tolist() == [4, 5]
+    other = engine.generate_ids([20], GREEDY)
+    next(other)
+    with pytest.raises(CacheFull):
+        engine.prompt_logits([3])
+    assert list(generation) == list(range(12, 31))
+
+
+def test_a_cache_too_small_for_one_request_is_an_error_and_not_a_hang():
+    engine, model, cache = fake_engine(count_up, ctx_size=512, pages=1)
+    with pytest.raises(CacheFull):
+        list(engine.generate_ids([10], {"max_new_tokens": 500}))
+    assert len(list(engine.generate_ids([10], GREEDY))) == 20
+
+
+# Unloading
+
+
+def test_unload_is_final_and_can_be_repeated(byte_tokenizer):
+    engine, model, cache = fake_engine(endless, 300, byte_tokenizer)
+    running = engine.generate_ids([5], LONG)
+    next(running)
+    ready = engine.generate_ids([5], LONG)
+    assert engine.allocated_bytes() == 1000
+    engine.unload()
+    engine.unload()
+    assert engine.allocated_bytes() == 0
+    assert cache.num_free_pages == 1
+    for use in (
+        lambda: list(running), lambda: list(ready), lambda: engine.generate_ids([5]),
+        lambda: engine.generate("hi"), lambda: engine.prompt_logits([5]),
+    ):
+        with pytest.raises(ModelUnloaded):
+            use()
+
+
+def test_unload_waits_for_the_step_that_is_running():
+    engine, model, _ = fake_engine(endless)
+    inside, go_on = threading.Event(), threading.Event()
+
+    def pause():
+        inside.set()
+        assert go_on.wait(10)
+
+    model.before_call = pause
+    failures = []
+
+    def work():
+        try:
+            list(engine.generate_ids([5], LONG))
+        except ModelUnloaded as error:
+            failures.append(error)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    inside.wait(10)
+    unloader = threading.Thread(target=engine.unload)
+    unloader.start()
+    unloader.join(0.05)
+    assert unloader.is_alive()
+    go_on.set()
+    unloader.join(10)
+    worker.join(10)
+    assert len(failures) == 1 and not unloader.is_alive()
+
+
+def test_unload_and_dropping_let_go_of_the_model():
+    engine, model, cache = fake_engine(endless)
+    watched = weakref.ref(model)
+    with engine:
+        list(engine.generate_ids([5], GREEDY))
+    del model
+    assert watched() is None
+    engine, model, cache = fake_engine(endless)
+    watched_engine, watched = weakref.ref(engine), weakref.ref(model)
+    list(engine.generate_ids([5], GREEDY))
+    del engine, model
+    assert watched_engine() is None and watched() is None
