@@ -42,11 +42,16 @@ def build_model(
     return Model(blueprint, weights, buffers.views("workspace"), cache, ops, **options), cache
 
 
-def run_chunks(model: Model, cache: PagedCache, ids: list[int], chunk: int):
-    """Return the logits of all of `ids`, float32 [T, vocab], fed `chunk` ids at a time."""
+def run_chunks(
+    model: Model, cache: PagedCache, ids: list[int], chunk: int, total: int | None = None
+):
+    """Return the logits of all of `ids`, float32 [T, vocab], fed `chunk` ids at a time.
+
+    `total` is the length that the text is meant to reach, that of `ids` where None.
+    """
     import torch
 
-    sequence = cache.acquire(len(ids))
+    sequence = cache.acquire(total or len(ids))
     rows = [
         model.forward([(sequence, ids[first : first + chunk])], "all").clone()
         for first in range(0, len(ids), chunk)
