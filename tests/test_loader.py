@@ -1,0 +1,360 @@
+"""Loading keeps the plan to the byte; whatever fails gives everything back."""
+
+from __future__ import annotations
+
+import gc
+import os
+import weakref
+
+import pytest
+from makers import write_quantized_model
+from tiny import write_tiny_model
+
+import exl_loader
+from exl_loader import devices, kernels, memory
+from exl_loader.checkpoint import Checkpoint
+from exl_loader.devices import Capacity
+from exl_loader.devices.cpu import CpuDevice
+from exl_loader.errors import (
+    ExlLoaderError,
+    InsufficientMemory,
+    InvalidCheckpoint,
+    InvalidSettings,
+    InvalidTokenizer,
+    KernelBuildError,
+    ModelUnloaded,
+)
+from exl_loader.progress import NullProgress
+
+CTX = 600
+IDS = [1, 50, 99, 7, 200, 31]
+MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def reference_operations(monkeypatch):
+    """These tests are about memory: no compiler is waited for."""
+    monkeypatch.setenv("EXL_LOADER_REFERENCE", "1")
+
+
+@pytest.fixture
+def nothing_left():
+    """Check that a test leaves no buffer and no open file behind."""
+    gc.collect()
+    bytes_before, files_before = memory.live_bytes(), open_files()
+    yield
+    gc.collect()
+    assert memory.live_bytes() == bytes_before
+    assert open_files() == files_before
+
+
+def open_files() -> list[str]:
+    """What this process has open of model folders."""
+    folder = "/proc/self/fd"
+    links = []
+    for name in os.listdir(folder):
+        try:
+            links.append(os.readlink(f"{folder}/{name}"))
+        except OSError:
+            continue
+    return sorted(link for link in links if ".safetensors" in link or "tokenizer" in link)
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class Recorder(NullProgress):
+    """Progress that sums up what it was told."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, tuple[int | None, str]] = {}
+        self.done: dict[str, int] = {}
+        self.finished: list[str] = []
+
+    def start(self, task, total, unit):
+        self.totals[task], self.done[task] = (total, unit), 0
+
+    def advance(self, task, n=1):
+        self.done[task] += n
+
+    def finish(self, task):
+        self.finished.append(task)
+
+
+def check_kept(model, folder, **options) -> None:
+    """Planned, allocated and existing bytes are the same number."""
+    total = exl_loader.plan(folder, CTX, **options).total_bytes
+    assert model.allocated_bytes() == total == model.reservation.total_bytes
+    assert memory.live_bytes() == total
+
+
+@pytest.mark.parametrize("cache_type", ["fp16", "q8", "q6", "q4", "q8_q4", "fp32"])
+def test_dense_model_takes_what_was_planned(tiny_model_dir, nothing_left, cache_type):
+    options = {"cache_type": cache_type}
+    with exl_loader.load(tiny_model_dir, ctx_size=CTX, **options) as model:
+        check_kept(model, tiny_model_dir, **options)
+        assert "".join(model.generate("def f", {"max_new_tokens": 9, "seed": 1})) is not None
+        model.prompt_logits(IDS * 15)
+        check_kept(model, tiny_model_dir, **options)
+    assert model.allocated_bytes() == 0
+
+
+@pytest.mark.parametrize("format", ["exl2", "gptq", "dense"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_format_takes_what_was_planned(tmp_path, nothing_left, format, tied):
+    folder, config = tmp_path / "m", {"tie_word_embeddings": tied}
+    if format == "dense":
+        write_tiny_model(folder, seed=3, **config)
+    else:
+        write_quantized_model(folder, format, seed=3, config=config)
+    with exl_loader.load(folder, ctx_size=CTX, chunk_size=40, max_batch_size=3) as model:
+        check_kept(model, folder, chunk_size=40, max_batch_size=3)
+        assert model.prompt_logits(IDS).isfinite().all()
+
+
+def test_fixtures_take_what_was_planned(fixtures_dir, nothing_left):
+    for folder in sorted(p for p in fixtures_dir.iterdir() if p.is_dir()):
+        with exl_loader.load(folder, ctx_size=CTX, cache_type="q4") as model:
+            check_kept(model, folder, cache_type="q4")
+
+
+def test_progress_counts_every_byte(tiny_model_dir, nothing_left):
+    recorder = Recorder()
+    with exl_loader.load(tiny_model_dir, ctx_size=CTX, progress=recorder) as model:
+        total = model.reservation.total_bytes
+    assert recorder.totals["reserving memory"] == (total, "bytes")
+    assert recorder.done["reserving memory"] == total
+    read, unit = recorder.totals["loading weights"]
+    assert unit == "bytes" and recorder.done["loading weights"] == read > 0
+    assert {"reserving memory", "loading weights"} <= set(recorder.finished)
+
+
+def test_a_folder_without_tokenizer_runs_on_ids(tiny_model, nothing_left):
+    folder = tiny_model(tokenizer=False)
+    with exl_loader.load(folder, ctx_size=CTX) as model:
+        assert len(list(model.generate_ids(IDS, {"max_new_tokens": 3}))) <= 3
+        with pytest.raises(InvalidTokenizer, match="tokenizer.json"):
+            model.encode("text")
+
+
+def test_two_models_at_once_and_each_alone(tiny_model, nothing_left):
+    folder = tiny_model()
+    with exl_loader.load(folder, ctx_size=CTX) as one:
+        alone = one.prompt_logits(IDS)
+        with exl_loader.load(folder, ctx_size=CTX, cache_type="q8") as two:
+            assert memory.live_bytes() == one.allocated_bytes() + two.allocated_bytes()
+            two.prompt_logits(IDS)
+            assert one.prompt_logits(IDS).equal(alone)
+        assert one.prompt_logits(IDS).equal(alone)
+
+
+def test_unloading_gives_all_back_and_ends_use(tiny_model_dir, nothing_left):
+    model = exl_loader.load(tiny_model_dir, ctx_size=CTX)
+    assert memory.live_bytes() > 0
+    model.unload()
+    # The object is still here, and so might be a host's reference to it.
+    assert memory.live_bytes() == 0 and model.allocated_bytes() == 0
+    model.unload()
+    with pytest.raises(ModelUnloaded):
+        model.prompt_logits(IDS)
+
+
+def test_several_devices_are_planned_and_not_run(tiny_model_dir, nothing_left):
+    total = exl_loader.plan(tiny_model_dir, CTX).total_bytes
+    with pytest.raises(InvalidSettings, match="device"):
+        exl_loader.load(
+            tiny_model_dir,
+            ctx_size=CTX,
+            device=["cpu:0", "cpu:1"],
+            gpu_split=[0.9 * total / 2**30, 1.0],
+        )
+
+
+# Injected failures. `fails` loads, expects the error, keeps it as a host would, and looks.
+
+
+def fails(folder, error: type[BaseException], **options) -> BaseException:
+    before = memory.live_bytes()
+    with pytest.raises(error) as caught:
+        exl_loader.load(folder, ctx_size=CTX, **options)
+    assert memory.live_bytes() == before
+    assert open_files() == []
+    return caught.value
+
+
+def loads(folder, expected=None):
+    with exl_loader.load(folder, ctx_size=CTX) as model:
+        logits = model.prompt_logits(IDS)
+    assert expected is None or logits.equal(expected)
+    return logits
+
+
+class Failing(CpuDevice):
+    """Main memory that fails in a chosen way at its n-th buffer."""
+
+    def __init__(self, fail_at: int, how: str) -> None:
+        super().__init__()
+        self.taken, self.fail_at, self.how = 0, fail_at, how
+
+    def _now(self, how: str) -> bool:
+        return self.how == how and self.taken == self.fail_at
+
+    def empty(self, name, nbytes):
+        self.taken += 1
+        if self._now("refuse"):
+            raise MemoryError
+        return super().empty(name, nbytes)
+
+    def capacity(self, name):
+        return Capacity(1 << 40, 0) if self._now("vanish") else super().capacity(name)
+
+    def touch(self, buffer):
+        if self._now("interrupt"):
+            raise KeyboardInterrupt
+        super().touch(buffer)
+
+
+@pytest.mark.parametrize("fail_at", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("how", "error"),
+    [
+        ("refuse", InsufficientMemory),
+        ("vanish", InsufficientMemory),
+        ("interrupt", KeyboardInterrupt),
+    ],
+)
+def test_failure_at_each_allocation(
+    tiny_model_dir, monkeypatch, nothing_left, fail_at, how, error
+):
+    expected = loads(tiny_model_dir)
+    with monkeypatch.context() as patch:
+        patch.setitem(devices.KINDS, "cpu", Failing(fail_at, how))
+        caught = fails(tiny_model_dir, error)
+    if error is InsufficientMemory:
+        assert "Everything taken was given back" in str(caught)
+        assert ("weights", "cache", "workspace")[fail_at - 1] in str(caught)
+    loads(tiny_model_dir, expected)
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
+def test_failure_at_each_read_of_each_shard(tiny_model, monkeypatch, nothing_left, error):
+    folder = tiny_model(shards=3)
+    expected, fill, calls = loads(folder), Checkpoint._fill, 0
+
+    def failing_at(n: int):
+        def read(self, header, offset, target):
+            nonlocal calls
+            calls += 1
+            if calls != n:
+                return fill(self, header, offset, target)
+            target[: len(target) // 2] = bytes(len(target) // 2)
+            if isinstance(error, OSError):
+                raise InvalidCheckpoint(header.path.name) from error
+            raise error
+
+        return read
+
+    reads = 0
+    while True:
+        calls, reads = 0, reads + 1
+        with monkeypatch.context() as patch:
+            patch.setattr(Checkpoint, "_fill", failing_at(reads))
+            try:
+                exl_loader.load(folder, ctx_size=CTX).unload()
+            except (InvalidCheckpoint, KeyboardInterrupt):
+                assert memory.live_bytes() == 0 and open_files() == []
+            else:
+                break
+    assert reads > 20 and reads == calls + 1
+    loads(folder, expected)
+
+
+def test_a_shard_that_shrinks_after_planning(tiny_model, monkeypatch, nothing_left):
+    folder = tiny_model(shards=2)
+    shard = folder / "model-00002-of-00002.safetensors"
+    whole = shard.read_bytes()
+    expected = loads(folder)
+
+    def shrink_then_allocate(*arguments):
+        shard.write_bytes(whole[:-100])
+        return allocate(*arguments)
+
+    from exl_loader import loader
+
+    allocate = loader.allocate
+    monkeypatch.setattr(loader, "allocate", shrink_then_allocate)
+    caught = fails(folder, InvalidCheckpoint)
+    assert shard.name in str(caught)
+    monkeypatch.undo()
+    monkeypatch.setenv("EXL_LOADER_REFERENCE", "1")
+    shard.write_bytes(whole)
+    loads(folder, expected)
+
+
+def test_kernels_that_do_not_build(tiny_model_dir, monkeypatch, nothing_left):
+    def broken(*_):
+        raise KernelBuildError("the compiler", actual="it says no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "get_ops", broken)
+        fails(tiny_model_dir, KernelBuildError)
+    loads(tiny_model_dir)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"model": {"type": "BPE"}}', b"\xff\xfe"])
+def test_a_broken_tokenizer(tiny_model, nothing_left, content):
+    folder = tiny_model()
+    good = (folder / "tokenizer.json").read_bytes()
+    (folder / "tokenizer.json").write_bytes(content)
+    fails(folder, InvalidTokenizer)
+    (folder / "tokenizer.json").write_bytes(good)
+    loads(folder)
+
+
+@pytest.mark.parametrize("step", ["exl_loader.model.Model", "exl_loader.engine.LoadedModel"])
+def test_failure_after_the_weights(tiny_model_dir, monkeypatch, nothing_left, step):
+    def broken(*arguments, **options):
+        raise RuntimeError("a bug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step, broken)
+        fails(tiny_model_dir, RuntimeError)
+    loads(tiny_model_dir)
+
+
+def test_a_setting_that_only_the_model_can_judge(tiny_model_dir, nothing_left):
+    fails(tiny_model_dir, ExlLoaderError, alpha_value=-1.0)
+    loads(tiny_model_dir)
+
+
+def test_an_error_keeps_no_buffer_alive_through_its_cause(tiny_model, nothing_left):
+    folder = tiny_model()
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-2:] = b"\x00\x7e"  # a float16 NaN in the last tensor of the file
+    path.write_bytes(data)
+    error = fails(folder, InvalidCheckpoint)
+    assert "finite" in str(error)
+    assert memory.live_bytes() == 0
+
+
+def test_fifty_reloads_leave_no_growth(tiny_model_dir, nothing_left, monkeypatch):
+    monkeypatch.delenv("EXL_LOADER_REFERENCE")
+    settings = [("fp16", 300), ("q4", 3000), ("q8_q4", 1000), ("q6", 257), ("q8", 2000)]
+    models = weakref.WeakSet()
+    for i in range(50):
+        cache_type, ctx_size = settings[i % len(settings)]
+        model = exl_loader.load(tiny_model_dir, ctx_size=ctx_size, cache_type=cache_type)
+        models.add(model)
+        list(model.generate_ids(IDS, {"max_new_tokens": 2}))
+        model.unload()
+        assert memory.live_bytes() == 0
+        if i == 9:
+            gc.collect()
+            after_ten = resident_bytes()
+    del model
+    gc.collect()
+    assert not models
+    assert resident_bytes() - after_ten < 8 * MIB
