@@ -32,7 +32,7 @@ constexpr ScaleSearch scale_search(int bits) {
            : bits == 6 ? ScaleSearch{0.93f, 1.03f, 16}
                        : ScaleSearch{0.72f, 1.10f, 8};
 }
-constexpr int kRefits = 2;
+constexpr int kRefits = 1;
 
 // The sign that an element of a head gets before the Hadamard transform.
 constexpr bool rotation_negates(uint32_t index) {

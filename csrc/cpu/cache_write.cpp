@@ -7,7 +7,6 @@
 // of 4 bits on AVX-512; beside a layer's matrix products that is under one percent.
 #include <cmath>
 #include <cstring>
-#include <initializer_list>
 
 #include "cache_codec.h"
 #include "cache_rotate.h"
@@ -41,6 +40,21 @@ void round_scales(const float* scales, int table, uint16_t* halves, float* exact
     store(exact, load_half(halves));
 }
 
+// The least of kLanes errors, with its lane in the lowest bits: sixteen comparisons would be
+// sixteen tosses of a coin. The bits lost, 2^-19 of the error, decide nothing that matters.
+EXL_INLINE float least_with_lane(F32x16 errors) {
+    constexpr int32_t kLaneBits = kLanes - 1;
+    int32_t numbers[kLanes];
+    for (int i = 0; i < kLanes; ++i) numbers[i] = i;
+    const I32x16 marked = (as_int(errors) & broadcast(~kLaneBits)) | load(numbers);
+    return -largest(broadcast(0.0f) - as_float(marked));
+}
+EXL_INLINE int lane_of(float marked) {
+    int32_t bits;
+    std::memcpy(&bits, &marked, 4);
+    return bits & (kLanes - 1);
+}
+
 // The grid of one table.
 template <int Bits>
 struct Grid {
@@ -53,6 +67,10 @@ struct Grid {
     }
     F32x16 level(I32x16 code) const {
         return (to_float(code) - broadcast(kHalf)) * broadcast(1 / kHalf);
+    }
+    F32x16 nearest_level(F32x16 x) const {
+        const F32x16 code = round(x * broadcast(kHalf));
+        return max(broadcast(-kHalf), min(broadcast(kHalf - 1), code)) * broadcast(1 / kHalf);
     }
 };
 
@@ -68,66 +86,102 @@ struct Grid<4> {
     }
     I32x16 nearest(F32x16 x) const { return count_below(thresholds, x); }
     F32x16 level(I32x16 code) const { return lookup16(levels, code); }
+    F32x16 nearest_level(F32x16 x) const { return level(nearest(x)); }
 };
 
-// The best codes and scale found so far for one group.
+// A scale that was tried: its float16, what that is worth, its table, the squared error.
+struct Trial {
+    uint16_t half = 0x7e00;  // NaN: stays where no trial has a finite error
+    float exact = 0.0f;
+    int table = 0;
+    float error = INFINITY;
+};
+
+// One group and the grids that it may be rounded to.
 template <int Bits>
 struct GroupSearch {
     F32x16 y[kVectors];
     F32x16 counts[kVectors];  // 1 where a lane is an element, 0 where it fills up the group
-    I32x16 codes[kVectors];
-    float error = INFINITY;
-    uint16_t scale = 0x7e00;  // NaN: stays where no attempt has a finite error
-    int table = 0;
+    const Grid<Bits>* grids;
 
-    // Rounds the group to the grid of one scale, float16 `half` worth `exact`.
-    void attempt(const Grid<Bits>& grid, int candidate_table, uint16_t half, float exact) {
-        const F32x16 inverse = broadcast(exact == 0.0f ? 0.0f : 1.0f / exact);
-        const F32x16 minus = broadcast(-exact);
-        I32x16 found[kVectors];
+    EXL_INLINE I32x16 codes(const Trial& trial, int i) const {
+        const float inverse = trial.exact == 0.0f ? 0.0f : 1.0f / trial.exact;
+        return grids[trial.table].nearest(y[i] * broadcast(inverse));
+    }
+    EXL_INLINE float error_of(const Trial& trial) const {
+        const F32x16 minus = broadcast(-trial.exact);
         F32x16 errors = broadcast(0.0f);
         for (int i = 0; i < kVectors; ++i) {
-            found[i] = grid.nearest(y[i] * inverse);
-            const F32x16 difference = fma(grid.level(found[i]), minus, y[i]) * counts[i];
+            const F32x16 level = grids[trial.table].level(codes(trial, i));
+            const F32x16 difference = fma(level, minus, y[i]) * counts[i];
             errors = fma(difference, difference, errors);
         }
-        const float total = sum(errors);
-        if (!(total < error)) return;
-        error = total;
-        scale = half;
-        table = candidate_table;
-        for (int i = 0; i < kVectors; ++i) codes[i] = found[i];
+        return sum(errors);
     }
 
-    // Fits the scale to the codes by least squares, and tries that.
-    void refit(const Grid<Bits>& grid) {
+    // The best of kLanes scales, if it is better than `best`: each lane is one scale, so that
+    // errors add up without a sum across lanes.
+    void search(const float* y, int elements, const float* scales, int table,
+                Trial* best) const {
+        uint16_t halves[kLanes];
+        float exact[kLanes], inverse[kLanes];
+        round_scales<Bits>(scales, table, halves, exact);
+        for (int i = 0; i < kLanes; ++i) inverse[i] = exact[i] == 0.0f ? 0.0f : 1.0f / exact[i];
+        const F32x16 factors = load(inverse), minus = broadcast(0.0f) - load(exact);
+        F32x16 sums = broadcast(0.0f);
+        for (int e = 0; e < elements; ++e) {
+            const F32x16 element = broadcast(y[e]);
+            const F32x16 level = grids[table].nearest_level(element * factors);
+            const F32x16 difference = fma(level, minus, element);
+            sums = fma(difference, difference, sums);
+        }
+        const float least = least_with_lane(sums);
+        if (!(least < best->error)) return;
+        const int lane = lane_of(least);
+        *best = {halves[lane], exact[lane], table, least};
+    }
+
+    // Fits the scale to the codes by least squares, and takes that if it is better.
+    void refit(Trial* best) const {
         F32x16 products = broadcast(0.0f), norms = broadcast(0.0f);
         for (int i = 0; i < kVectors; ++i) {
-            const F32x16 level = grid.level(codes[i]) * counts[i];
+            const F32x16 level = grids[best->table].level(codes(*best, i)) * counts[i];
             products = fma(level, y[i], products);
             norms = fma(level, level, norms);
         }
         const float norm = sum(norms);
         if (norm == 0.0f) return;
-        float candidate[kLanes] = {sum(products) / norm};
-        uint16_t half[kLanes];
+        const float candidate[kLanes] = {sum(products) / norm};
+        uint16_t halves[kLanes];
         float exact[kLanes];
-        round_scales<Bits>(candidate, table, half, exact);
-        attempt(grid, table, half[0], exact[0]);
+        round_scales<Bits>(candidate, best->table, halves, exact);
+        Trial trial{halves[0], exact[0], best->table, 0.0f};
+        trial.error = error_of(trial);
+        if (trial.error < best->error) *best = trial;
     }
 };
 
 template <int Bits>
-struct Searcher {
-    static constexpr int kNumTables = Bits == 4 ? kTables : 1;
+struct Quantizer {
+    // Scales of both signs that are tried with each table.
     static constexpr ScaleSearch kSearch = scale_search(Bits);
-    static_assert(kSearch.steps <= kLanes, "the steps of one sign are one vector");
+    static constexpr int kCandidates = 2 * kSearch.steps;
+    static_assert(kCandidates % kLanes == 0, "candidates fill whole vectors");
 
     Grid<Bits> grids[kTables] = {Grid<Bits>(0), Grid<Bits>(1)};
+    float factors[kCandidates];
+
+    Quantizer() {
+        for (int i = 0; i < kSearch.steps; ++i) {
+            const float share = static_cast<float>(i) / (kSearch.steps - 1);
+            factors[i] = kSearch.first + (kSearch.last - kSearch.first) * share;
+            factors[kSearch.steps + i] = -factors[i];
+        }
+    }
 
     // y: kGroup floats, of which `elements` count and the others are zero.
     void run(const float* y, int elements, uint8_t* codes, uint16_t* scale) const {
-        GroupSearch<Bits> search;
+        GroupSearch<Bits> group;
         float counts[kGroup];
         float largest = 0.0f;
         for (int i = 0; i < kGroup; ++i) {
@@ -136,35 +190,23 @@ struct Searcher {
             largest = magnitude > largest ? magnitude : largest;
         }
         for (int i = 0; i < kVectors; ++i) {
-            search.y[i] = load(y + kLanes * i);
-            search.counts[i] = load(counts + kLanes * i);
-            search.codes[i] = broadcast(int32_t{0});
+            group.y[i] = load(y + kLanes * i);
+            group.counts[i] = load(counts + kLanes * i);
         }
-        for (int table = 0; table < kNumTables; ++table) {
-            for (const float sign : {1.0f, -1.0f}) {
-                float candidates[kLanes] = {};
-                for (int i = 0; i < kSearch.steps; ++i) {
-                    const float share = static_cast<float>(i) / (kSearch.steps - 1);
-                    const float factor = kSearch.first + (kSearch.last - kSearch.first) * share;
-                    candidates[i] = largest * (sign * factor);
-                }
-                uint16_t halves[kLanes];
-                float exact[kLanes];
-                round_scales<Bits>(candidates, table, halves, exact);
-                for (int i = 0; i < kSearch.steps; ++i) {
-                    search.attempt(grids[table], table, halves[i], exact[i]);
-                }
+        group.grids = grids;
+        Trial best;
+        float candidates[kCandidates];
+        for (int i = 0; i < kCandidates; ++i) candidates[i] = largest * factors[i];
+        for (int table = 0; table < (Bits == 4 ? kTables : 1); ++table) {
+            for (int i = 0; i < kCandidates; i += kLanes) {
+                group.search(y, elements, candidates + i, table, &best);
             }
         }
-        for (int i = 0; i < kRefits; ++i) search.refit(grids[search.table]);
-        *scale = search.scale;
-        store_codes_of(search, codes);
-    }
-
-    static void store_codes_of(const GroupSearch<Bits>& search, uint8_t* codes) {
+        for (int i = 0; i < kRefits; ++i) group.refit(&best);
+        *scale = best.half;
         for (int i = 0; i < kVectors; ++i) {
             int32_t lanes[kLanes];
-            store(lanes, search.codes[i]);
+            store(lanes, group.codes(best, i));
             for (int j = 0; j < kLanes; ++j) {
                 codes[kLanes * i + j] = static_cast<uint8_t>(lanes[j]);
             }
@@ -195,14 +237,14 @@ uint8_t* pack_group(const uint8_t* codes, int count, int bits, uint8_t* out) {
 
 template <int Bits>
 void quantize_head(const float* x, int head_dim, uint8_t* codes, uint16_t* scales) {
-    static const Searcher<Bits> searcher;
+    static const Quantizer<Bits> quantizer;
     float y[kMaxHeadDim + kGroup];
     rotate(x, head_dim, 1.0f, y);
     for (int i = 0; i < kGroup; ++i) y[head_dim + i] = 0.0f;
     for (int first = 0; first < head_dim; first += kGroup) {
         const int elements = head_dim - first < kGroup ? head_dim - first : kGroup;
         uint8_t group[kGroup];
-        searcher.run(y + first, elements, group, scales + first / kGroup);
+        quantizer.run(y + first, elements, group, scales + first / kGroup);
         const int stored = padded_codes(elements);
         for (int i = elements; i < stored; ++i) group[i] = 0;
         codes = pack_group(group, stored, Bits, codes);

@@ -47,7 +47,7 @@ PLANES = {8: (8,), 6: (4, 2), 4: (4,)}
 # how many. With both signs and all tables that is 32 for every type.
 SEARCH_RANGE = {8: (0.975, 1.01), 6: (0.93, 1.03), 4: (0.72, 1.10)}
 SEARCH_STEPS = {8: 16, 6: 16, 4: 8}
-REFITS = 2
+REFITS = 1
 _LARGEST_HALF = 65504.0
 
 
