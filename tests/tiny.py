@@ -93,9 +93,7 @@ def write_tiny_model(
     names = list(tensors)
     for i in range(shards):
         file = (
-            "model.safetensors"
-            if shards == 1
-            else f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+            "model.safetensors" if shards == 1 else f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
         )
         save_file({name: tensors[name] for name in names[i::shards]}, folder / file)
     if tokenizer:
