@@ -6,11 +6,11 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 from importlib import metadata
 from typing import Any
 
 from .. import __version__
+from ..devices.cuda import query_nvidia_smi
 from ..errors import ExlLoaderError
 from ..kernels import REFERENCE_ENV, toolchain
 from ..kernels.spec import cpu_spec
@@ -46,8 +46,6 @@ NOTABLE_FEATURES = (
     "asimddp",
     "i8mm",
 )
-
-NVIDIA_SMI_TIMEOUT_S = 10.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -151,32 +149,18 @@ def _examine_kernels(problems: list[dict[str, str]]) -> dict[str, Any]:
 
 def find_gpus() -> list[dict[str, Any]]:
     """List NVIDIA GPUs as their driver names them; empty without a driver."""
-    query = "--query-gpu=name,memory.total,driver_version,compute_cap"
-    try:
-        answer = subprocess.run(
-            ["nvidia-smi", query, "--format=csv,noheader,nounits"],
-            capture_output=True,
-            text=True,
-            timeout=NVIDIA_SMI_TIMEOUT_S,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return []
-    if answer.returncode != 0:
-        return []
-    return [gpu for gpu in map(_parse_gpu, answer.stdout.splitlines()) if gpu is not None]
-
-
-def _parse_gpu(line: str) -> dict[str, Any] | None:
-    """One line of nvidia-smi's answer; its memory is in MiB."""
-    fields = [field.strip() for field in line.split(",")]
-    if len(fields) != 4 or not fields[1].isdigit():
-        return None
-    return {
-        "name": fields[0],
-        "memory_bytes": int(fields[1]) << 20,
-        "driver": fields[2],
-        "compute_capability": fields[3],
-    }
+    query = "--query-gpu=compute_cap,memory.total,driver_version,name"
+    return [
+        # nvidia-smi counts memory in MiB.
+        {
+            "name": name,
+            "memory_bytes": int(memory) << 20,
+            "driver": driver,
+            "compute_capability": capability,
+        }
+        for capability, memory, driver, name in query_nvidia_smi(query, cells=4)
+        if memory.isdigit()
+    ]
 
 
 def describe(report: dict[str, Any]) -> str:

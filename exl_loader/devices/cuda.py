@@ -32,7 +32,7 @@ class CudaDevice:
             free, total = torch.cuda.mem_get_info(_index(name))
             reserved = torch.cuda.memory_reserved(_index(name))
             return Capacity(total, free, reserved)
-        for row in _query("--query-gpu=index,memory.total,memory.free", cells=3):
+        for row in query_nvidia_smi("--query-gpu=index,memory.total,memory.free", cells=3):
             if row[0] == str(_index(name)):
                 return Capacity(int(row[1]) * MIB, int(row[2]) * MIB)
         raise InvalidSettings(
@@ -48,7 +48,7 @@ class CudaDevice:
 
     def processes(self, name: str, limit: int) -> list[Process]:
         """Return the compute processes on the card, as far as the driver tells."""
-        rows = _query(
+        rows = query_nvidia_smi(
             "--query-compute-apps=pid,used_memory,process_name", f"--id={_index(name)}", cells=3
         )
         found = [
@@ -82,8 +82,8 @@ def _torch_in_use() -> Any:
     return torch if torch is not None and torch.cuda.is_initialized() else None
 
 
-def _query(*arguments: str, cells: int) -> list[list[str]]:
-    """Run `nvidia-smi` and return its rows; [] where there is none.
+def query_nvidia_smi(*arguments: str, cells: int) -> list[list[str]]:
+    """Run `nvidia-smi` and return its rows; [] where there is none, or it fails.
 
     Nothing is quoted there: a comma in the last cell belongs to it.
     """
