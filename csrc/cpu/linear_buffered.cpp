@@ -23,7 +23,7 @@ void unpack_span(const uint8_t* codes, int blocks, uint8_t* buffer) {
     constexpr int kStep = kPanelTiles * kRegisterBytes;
     for (int block = 0; block < blocks; ++block) {
         unrolled<kBlockRegisters>(
-            [&](auto j) { store_codes(buffer + j * kStep, block_register<Bits, j>(codes)); });
+            [&](auto j) EXL_INLINED { store_codes(buffer + j * kStep, block_register<Bits, j>(codes)); });
         codes += Bits * kBlockBitBytes;
         buffer += kBlockRegisters * kStep;
     }
@@ -55,30 +55,31 @@ Panel find_panel(const ExlPackedLinear& w, int64_t panel) {
 template <int Rows, bool Wide>
 void multiply_span(const Panel& panel, const Span& span, const uint8_t* codes, const int32_t* x,
                    const float* x_scales, const int32_t* x_negative_sums, float* sums) {
+    // Indexed by constants only (`unrolled`): what a running index touches stays in memory.
     I32x16 acc[Rows][kPanelTiles];
     F32x16 scales[kPanelTiles];
-    for (int j = 0; j < kPanelTiles; ++j) {
+    unrolled<kPanelTiles>([&](auto j) EXL_INLINED {
         const int column = span.group * kTileColumns;
         scales[j] = load_half(panel.scales[j] + column);
         const I32x16 zeros = panel.zeros[j]
                                  ? load_bytes(panel.zeros[j] + column)
                                  : broadcast(static_cast<int32_t>(1 << (span.bits - 1)));
-        unrolled<Rows>([&](auto r) { acc[r][j] = zeros * broadcast(x_negative_sums[r]); });
-    }
+        unrolled<Rows>([&](auto r) EXL_INLINED { acc[r][j] = zeros * broadcast(x_negative_sums[r]); });
+    });
     for (int step = 0; step < span.rows / kRegisterRows; ++step) {
         U8x64 c[kPanelTiles];
-        unrolled<kPanelTiles>([&](auto j) { c[j] = load_codes(codes + j * kRegisterBytes); });
-        unrolled<Rows>([&](auto r) {
+        unrolled<kPanelTiles>([&](auto j) EXL_INLINED { c[j] = load_codes(codes + j * kRegisterBytes); });
+        unrolled<Rows>([&](auto r) EXL_INLINED {
             const int32_t word = x[r];
             unrolled<kPanelTiles>(
-                [&](auto j) { acc[r][j] = dot<Wide>(acc[r][j], c[j], word); });
+                [&](auto j) EXL_INLINED { acc[r][j] = dot<Wide>(acc[r][j], c[j], word); });
         });
         codes += kPanelTiles * kRegisterBytes;
         x += Rows;
     }
-    unrolled<Rows>([&](auto r) {
+    unrolled<Rows>([&](auto r) EXL_INLINED {
         const F32x16 x_scale = broadcast(x_scales[r]);
-        unrolled<kPanelTiles>([&](auto j) {
+        unrolled<kPanelTiles>([&](auto j) EXL_INLINED {
             float* place = sums + r * kPanelColumns + j * kTileColumns;
             store(place, fma(to_float(acc[r][j]), scales[j] * x_scale, load(place)));
         });
@@ -110,7 +111,7 @@ using MultiplyBlock = void (*)(const Panel&, const Activations&, int64_t, int64_
 struct MultiplyTable {
     MultiplyBlock entry[kMicroRows + 1] = {};
     MultiplyTable() {
-        unrolled<kMicroRows>([&](auto i) { entry[i + 1] = multiply_block<i + 1>; });
+        unrolled<kMicroRows>([&](auto i) EXL_INLINED { entry[i + 1] = multiply_block<i + 1>; });
     }
 };
 const MultiplyTable multiply_table;
@@ -122,7 +123,7 @@ void unpack_chunk(const Panel& panel, const Activations& a, int64_t first, int64
         uint8_t* place =
             buffer + int64_t{span.first_row - a.spans[first].first_row} * kPanelColumns;
         for (int j = 0; j < kPanelTiles; ++j) {
-            with_bits(span.bits, [&](auto b) {
+            with_bits(span.bits, [&](auto b) EXL_INLINED {
                 unpack_span<b>(panel.codes[j] + span.offset, span.rows / kBlockRows,
                                place + j * kRegisterBytes);
             });

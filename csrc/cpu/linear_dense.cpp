@@ -68,19 +68,21 @@ void multiply_panel(const ExlDenseLinear& w, const float* x, int64_t panel, Outp
         weight[j] = static_cast<const Storage*>(w.weight) + tile * w.in_features * kTileColumns;
     }
     F32x16 sums[Rows][kTiles];
-    unrolled<Rows * kTiles>([&](auto i) { sums[i / kTiles][i % kTiles] = broadcast(0.0f); });
+    unrolled<Rows * kTiles>([&](auto i) EXL_INLINED { sums[i / kTiles][i % kTiles] = broadcast(0.0f); });
     for (int64_t k = 0; k < w.in_features; ++k) {
         F32x16 weights[kTiles];
-        unrolled<kTiles>([&](auto j) { weights[j] = Type::get(weight[j] + k * kTileColumns); });
-        unrolled<Rows>([&](auto r) {
+        unrolled<kTiles>([&](auto j) EXL_INLINED { weights[j] = Type::get(weight[j] + k * kTileColumns); });
+        unrolled<Rows>([&](auto r) EXL_INLINED {
             const F32x16 value = broadcast(x[k * Rows + r]);
             unrolled<kTiles>(
-                [&](auto j) { sums[r][j] = fma(weights[j], value, sums[r][j]); });
+                [&](auto j) EXL_INLINED { sums[r][j] = fma(weights[j], value, sums[r][j]); });
         });
     }
     // By way of memory: storing with its branches once and not Rows * kTiles times inline.
     F32x16 results[kTiles][Rows];
-    unrolled<Rows * kTiles>([&](auto i) { results[i % kTiles][i / kTiles] = sums[i / kTiles][i % kTiles]; });
+    unrolled<Rows * kTiles>([&](auto i) EXL_INLINED {
+        results[i % kTiles][i / kTiles] = sums[i / kTiles][i % kTiles];
+    });
     for (int j = 0; j < kTiles; ++j) {
         store_tile(w, panel * kTiles + j, results[j], Rows, out);
     }
@@ -92,7 +94,7 @@ template <class Type>
 struct PanelTable {
     MultiplyPanel entry[kMicroRows + 1] = {};
     PanelTable() {
-        unrolled<kMicroRows>([&](auto i) { entry[i + 1] = multiply_panel<Type, i + 1>; });
+        unrolled<kMicroRows>([&](auto i) EXL_INLINED { entry[i + 1] = multiply_panel<Type, i + 1>; });
     }
 };
 

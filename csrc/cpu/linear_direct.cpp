@@ -32,15 +32,16 @@ EXL_INLINE I32x16 zero_points(const uint8_t* zeros, int group, int bits) {
 template <int Bits, int Rows>
 EXL_INLINE void span_sums(const uint8_t* codes, const int32_t* x, int blocks, I32x16* sums) {
     constexpr int kChains = Rows >= 4 ? 1 : 4 / Rows;
+    // Indexed by constants only (`unrolled`): what a running index touches stays in memory.
     I32x16 partial[kChains][Rows];
-    for (int r = 0; r < Rows; ++r) {
+    unrolled<Rows>([&](auto r) EXL_INLINED {
         partial[0][r] = sums[r];
-        for (int c = 1; c < kChains; ++c) partial[c][r] = broadcast(int32_t{0});
-    }
+        unrolled<kChains - 1>([&](auto c) EXL_INLINED { partial[c + 1][r] = broadcast(int32_t{0}); });
+    });
     for (int block = 0; block < blocks; ++block) {
-        unrolled<kBlockRegisters>([&](auto j) {
+        unrolled<kBlockRegisters>([&](auto j) EXL_INLINED {
             const U8x64 c = block_register<Bits, j>(codes);
-            unrolled<Rows>([&](auto r) {
+            unrolled<Rows>([&](auto r) EXL_INLINED {
                 I32x16& sum = partial[j % kChains][r];
                 sum = dot<(Bits > 7)>(sum, c, x[j * Rows + r]);
             });
@@ -48,10 +49,10 @@ EXL_INLINE void span_sums(const uint8_t* codes, const int32_t* x, int blocks, I3
         codes += Bits * kBlockBitBytes;
         x += kBlockRegisters * Rows;
     }
-    for (int r = 0; r < Rows; ++r) {
+    unrolled<Rows>([&](auto r) EXL_INLINED {
         sums[r] = partial[0][r];
-        for (int c = 1; c < kChains; ++c) sums[r] = sums[r] + partial[c][r];
-    }
+        unrolled<kChains - 1>([&](auto c) EXL_INLINED { sums[r] = sums[r] + partial[c + 1][r]; });
+    });
 }
 
 // Adds spans [first, end), all of Bits bits, to the sums of one tile.
@@ -59,25 +60,25 @@ template <int Bits, int Rows>
 void add_spans(const Tile& tile, const Activations& a, int64_t first, int64_t end,
                F32x16* totals) {
     F32x16 running[Rows];
-    for (int r = 0; r < Rows; ++r) running[r] = totals[r];
+    unrolled<Rows>([&](auto r) EXL_INLINED { running[r] = totals[r]; });
     const int32_t* x = reinterpret_cast<const int32_t*>(a.codes);
     for (int64_t s = first; s < end; ++s) {
         const Span& span = a.spans[s];
         const I32x16 zeros = zero_points(tile.zeros, span.group, Bits);
         I32x16 sums[Rows];
-        for (int r = 0; r < Rows; ++r) {
+        unrolled<Rows>([&](auto r) EXL_INLINED {
             sums[r] = zeros * broadcast(a.negative_sums[s * Rows + r]);
-        }
+        });
         span_sums<Bits, Rows>(tile.codes + span.offset,
                               x + span.first_row / kRegisterRows * Rows,
                               span.rows / kBlockRows, sums);
         const F32x16 scales = load_half(tile.scales + span.group * kTileColumns);
-        for (int r = 0; r < Rows; ++r) {
+        unrolled<Rows>([&](auto r) EXL_INLINED {
             const F32x16 scale = scales * broadcast(a.scales[s * Rows + r]);
             running[r] = fma(to_float(sums[r]), scale, running[r]);
-        }
+        });
     }
-    for (int r = 0; r < Rows; ++r) totals[r] = running[r];
+    unrolled<Rows>([&](auto r) EXL_INLINED { totals[r] = running[r]; });
 }
 
 template <int Rows>
@@ -92,7 +93,7 @@ void multiply_tile(const ExlPackedLinear& w, const Activations& a, int64_t t, in
         const int bits = a.spans[first].bits;
         int64_t end = first + 1;
         while (end < a.num_spans && a.spans[end].bits == bits) ++end;
-        with_bits(bits, [&](auto b) { add_spans<b, Rows>(tile, a, first, end, totals); });
+        with_bits(bits, [&](auto b) EXL_INLINED { add_spans<b, Rows>(tile, a, first, end, totals); });
         first = end;
     }
     const int64_t column = t * kTileColumns;

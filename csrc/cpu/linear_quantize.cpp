@@ -26,41 +26,37 @@ constexpr int64_t kElementsPerTask = 4096;
 // The largest magnitude, as the bits of a float: for these, the order of integers is the
 // order of numbers, with infinity and NaN above all.
 EXL_INLINE int32_t largest_magnitude_bits(const float* x, int count) {
-    int32_t largest = 0;
-    for (int i = 0; i < count; ++i) {
-        int32_t bits;
-        std::memcpy(&bits, x + i, 4);
-        bits &= 0x7fffffff;
-        largest = bits > largest ? bits : largest;
-    }
-    return largest;
+    I32x16 bits = broadcast(int32_t{0});
+    for (int i = 0; i < count; i += kLanes) bits = max(bits, magnitude_bits(load(x + i)));
+    return largest(bits);
 }
 
 // Quantises `count` floats (a multiple of kBlockRows), writes words of four at `stride`
-// words. Returns the scale; adds up the integers in *sum.
-float quantize_span(const float* x, int count, int32_t* words, int64_t stride, int32_t* sum) {
+// words. Returns the scale; the sum of the integers goes to *negative_sum, negated.
+float quantize_span(const float* x, int count, int32_t* words, int64_t stride,
+                    int32_t* negative_sum) {
+    constexpr int kWords = kLanes / kRegisterRows;
     const int32_t bits = largest_magnitude_bits(x, count);
     float magnitude;
     std::memcpy(&magnitude, &bits, 4);
     const bool finite = bits < 0x7f800000;
     const bool usable = finite && magnitude >= kSmallestMagnitude;
-    const F32x16 inverse = broadcast(usable ? kLargestCode / magnitude : 0.0f);
-    int32_t total = 0;
-    for (int i = 0; i < count; i += kLanes) {
-        int32_t lanes[kLanes] = {};
-        if (usable) store(lanes, to_int(load(x + i) * inverse));
-        int8_t codes[kLanes];
-        for (int j = 0; j < kLanes; ++j) {
-            codes[j] = static_cast<int8_t>(lanes[j]);
-            total += lanes[j];
-        }
-        for (int j = 0; j < kLanes / kRegisterRows; ++j) {
-            std::memcpy(words + (i / kRegisterRows + j) * stride, codes + j * kRegisterRows, 4);
-        }
+    if (!usable) {
+        for (int i = 0; i < count / kRegisterRows; ++i) words[i * stride] = 0;
+        *negative_sum = 0;
+        return finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
     }
-    *sum = total;
-    if (!finite) return std::numeric_limits<float>::quiet_NaN();
-    return usable ? magnitude / kLargestCode : 0.0f;
+    const F32x16 inverse = broadcast(kLargestCode / magnitude);
+    I32x16 total = broadcast(int32_t{0});
+    for (int i = 0; i < count; i += kLanes) {
+        const I32x16 codes = to_int(load(x + i) * inverse);
+        total = total + codes;
+        int32_t quads[kWords];
+        store_bytes(reinterpret_cast<int8_t*>(quads), codes);
+        for (int j = 0; j < kWords; ++j) words[(i / kRegisterRows + j) * stride] = quads[j];
+    }
+    *negative_sum = -sum(total);
+    return magnitude / kLargestCode;
 }
 
 void quantize_row(const ExlPackedLinear& w, const float* x, const Activations& a, int64_t row,
@@ -87,10 +83,9 @@ void quantize_row(const ExlPackedLinear& w, const float* x, const Activations& a
             }
             for (int i = span.source_rows; i < span.rows; ++i) gathered[i] = 0.0f;
         }
-        int32_t sum;
-        scales[s * stride] = quantize_span(
-            values, span.rows, words + span.first_row / kRegisterRows * stride, stride, &sum);
-        sums[s * stride] = -sum;
+        scales[s * stride] = quantize_span(values, span.rows,
+                                           words + span.first_row / kRegisterRows * stride,
+                                           stride, sums + s * stride);
     }
 }
 

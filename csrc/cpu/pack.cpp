@@ -80,7 +80,7 @@ void pack_sequential(const Source& s, int64_t word, int rows, int64_t column, ui
     const int count = (rows * Bits + 31) / 32;
     for (int i = 0; i < count; ++i) read_words(s, word + i, column, words[i]);
     Words codes[kBlockRows];
-    unrolled<kBlockRows>([&](auto row) {
+    unrolled<kBlockRows>([&](auto row) EXL_INLINED {
         constexpr int kWord = row * Bits / 32, kShift = row * Bits % 32;
         for (int i = 0; i < kTileColumns; ++i) {
             uint32_t code = words[kWord][i] >> kShift;
@@ -160,7 +160,7 @@ extern "C" void exl_pack_exl2(const uint32_t* q_weight, int64_t word_rows, int64
                    // A word row on disk is 64 bytes of a tile, in the same order.
                    const int64_t word =
                        group.offset / kBlockBitBytes + row / kBlockRows * group.bits;
-                   with_bits(group.bits, [&](auto bits) {
+                   with_bits(group.bits, [&](auto bits) EXL_INLINED {
                        pack_sequential<bits>(source, word, rows, column, place);
                    });
                });
@@ -180,7 +180,7 @@ extern "C" void exl_pack_gptq(const uint32_t* qweight, int64_t word_rows, int64_
                        const int stored = group.first_row + row + i;
                        channels[i] = perm ? perm[stored] : stored;
                    }
-                   with_bits(group.bits, [&](auto bits) {
+                   with_bits(group.bits, [&](auto bits) EXL_INLINED {
                        pack_gathered<bits>(source, channels, rows, column, place);
                    });
                });

@@ -89,6 +89,28 @@ EXL_INLINE I32x16 load_bytes(const uint8_t* p) {
     const __m128i bytes = load128(p);
     return {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};
 }
+// The low byte of every lane, which holds -128 .. 127.
+EXL_INLINE void store_bytes(int8_t* p, I32x16 a) {
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.lo, a.hi), 0xd8);
+    const __m128i bytes =
+        _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+}
+EXL_INLINE int32_t sum(I32x16 a) {
+    const __m256i eight = _mm256_add_epi32(a.lo, a.hi);
+    __m128i v = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+    v = _mm_add_epi32(v, _mm_shuffle_epi32(v, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(v, _mm_shuffle_epi32(v, 0xb1)));
+}
+EXL_INLINE int32_t largest(I32x16 a) {
+    const __m256i eight = _mm256_max_epi32(a.lo, a.hi);
+    __m128i v = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+    v = _mm_max_epi32(v, _mm_shuffle_epi32(v, 0x4e));
+    return _mm_cvtsi128_si32(_mm_max_epi32(v, _mm_shuffle_epi32(v, 0xb1)));
+}
+EXL_INLINE I32x16 max(I32x16 a, I32x16 b) {
+    return {_mm256_max_epi32(a.lo, b.lo), _mm256_max_epi32(a.hi, b.hi)};
+}
 EXL_INLINE I32x16 operator+(I32x16 a, I32x16 b) {
     return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)};
 }
@@ -109,6 +131,12 @@ EXL_INLINE F32x16 as_float(I32x16 a) {
 }
 EXL_INLINE I32x16 as_int(F32x16 a) {
     return {_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)};
+}
+// The bits without the sign.
+EXL_INLINE I32x16 magnitude_bits(F32x16 a) {
+    const I32x16 bits = as_int(a);
+    const __m256i mask = _mm256_set1_epi32(0x7fffffff);
+    return {_mm256_and_si256(bits.lo, mask), _mm256_and_si256(bits.hi, mask)};
 }
 
 EXL_INLINE U8x64 load_codes(const uint8_t* p) { return {load256(p), load256(p + 32)}; }

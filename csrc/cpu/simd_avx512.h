@@ -51,6 +51,13 @@ EXL_INLINE I32x16 broadcast(int32_t a) { return {_mm512_set1_epi32(a)}; }
 EXL_INLINE I32x16 load_bytes(const uint8_t* p) {
     return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
+// The low byte of every lane.
+EXL_INLINE void store_bytes(int8_t* p, I32x16 a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
+}
+EXL_INLINE int32_t sum(I32x16 a) { return _mm512_reduce_add_epi32(a.v); }
+EXL_INLINE int32_t largest(I32x16 a) { return _mm512_reduce_max_epi32(a.v); }
+EXL_INLINE I32x16 max(I32x16 a, I32x16 b) { return {_mm512_max_epi32(a.v, b.v)}; }
 EXL_INLINE I32x16 operator+(I32x16 a, I32x16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
 EXL_INLINE I32x16 operator*(I32x16 a, I32x16 b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
 EXL_INLINE I32x16 shift_left(I32x16 a, int bits) {
@@ -61,6 +68,10 @@ EXL_INLINE F32x16 to_float(I32x16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 EXL_INLINE I32x16 to_int(F32x16 a) { return {_mm512_cvtps_epi32(a.v)}; }
 EXL_INLINE F32x16 as_float(I32x16 a) { return {_mm512_castsi512_ps(a.v)}; }
 EXL_INLINE I32x16 as_int(F32x16 a) { return {_mm512_castps_si512(a.v)}; }
+// The bits without the sign.
+EXL_INLINE I32x16 magnitude_bits(F32x16 a) {
+    return {_mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7fffffff))};
+}
 
 EXL_INLINE U8x64 load_codes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 EXL_INLINE void store_codes(uint8_t* p, U8x64 a) { _mm512_storeu_si512(p, a.v); }

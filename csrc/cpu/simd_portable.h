@@ -112,6 +112,22 @@ EXL_INLINE I32x16 broadcast(int32_t a) {
 EXL_INLINE I32x16 load_bytes(const uint8_t* p) {
     return lanes<I32x16>([=](int i) { return static_cast<int32_t>(p[i]); });
 }
+// The low byte of every lane.
+EXL_INLINE void store_bytes(int8_t* p, I32x16 a) {
+    for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int8_t>(a.v[i]);
+}
+EXL_INLINE int32_t sum(I32x16 a) {
+    int32_t total = 0;
+    for (const int32_t lane : a.v) total += lane;
+    return total;
+}
+EXL_INLINE I32x16 max(I32x16 a, I32x16 b) {
+    return lanes<I32x16>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+EXL_INLINE int32_t largest(I32x16 a) {
+    for (int i = 1; i < kLanes; ++i) a.v[0] = a.v[i] > a.v[0] ? a.v[i] : a.v[0];
+    return a.v[0];
+}
 EXL_INLINE I32x16 operator+(I32x16 a, I32x16 b) {
     return lanes<I32x16>([&](int i) { return a.v[i] + b.v[i]; });
 }
@@ -138,6 +154,11 @@ EXL_INLINE I32x16 as_int(F32x16 a) {
     I32x16 r;
     std::memcpy(r.v, a.v, sizeof(r.v));
     return r;
+}
+// The bits without the sign.
+EXL_INLINE I32x16 magnitude_bits(F32x16 a) {
+    const I32x16 bits = as_int(a);
+    return lanes<I32x16>([&](int i) { return bits.v[i] & 0x7fffffff; });
 }
 
 EXL_INLINE U8x64 load_codes(const uint8_t* p) {
