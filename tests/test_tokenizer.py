@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 from pathlib import Path
+from random import Random
 
 import pytest
 import tokenizer_folders as make
@@ -333,6 +334,43 @@ def test_broken_files_are_typed_errors(file, data, folders, tmp_path):
     with pytest.raises(InvalidTokenizer) as caught:
         Tokenizer.from_dir(folder)
     assert caught.value.remedy
+
+
+def test_a_merge_without_the_models_prefix(folders, tmp_path):
+    """tokenizers aborts the whole process over this one."""
+    folder = shutil.copytree(folders["json_qwen"], tmp_path / "model")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["continuing_subword_prefix"] = "##"
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(InvalidTokenizer, match="lacks the prefix"):
+        Tokenizer.from_dir(folder)
+
+
+@pytest.mark.parametrize("name", ["spm_chat", "json_llama3", "json_metaspace", "json_unigram"])
+def test_damaged_vocabularies_are_typed_errors_or_work(name, folders, tmp_path):
+    folder = shutil.copytree(folders[name], tmp_path / "model")
+    path = folder / ("tokenizer.model" if name.startswith("spm") else "tokenizer.json")
+    whole, random = path.read_bytes(), Random()
+    outcomes = {"typed": 0, "works": 0}
+    for _ in range(60):
+        data = bytearray(whole)
+        place, length = random.randrange(len(data)), random.randrange(1, 60)
+        kind = random.randrange(3)
+        if kind == 0:
+            data[place] ^= 1 << random.randrange(8)
+        elif kind == 1:
+            del data[place : place + length]
+        else:
+            data[place:place] = data[:length]
+        path.write_bytes(data)
+        try:
+            tokenizer = Tokenizer.from_dir(folder)
+            ids = tokenizer.encode("Hello wörld </s> 🎉\n x")
+            assert isinstance(tokenizer.decode(ids) + streamed(tokenizer, ids, True), str)
+            outcomes["works"] += 1
+        except InvalidTokenizer:
+            outcomes["typed"] += 1
+    assert outcomes["typed"] > 0
 
 
 def test_an_added_token_with_an_impossible_id(folders, tmp_path):

@@ -28,11 +28,20 @@ def _open(data: bytes, path: Path) -> Any:
 
     try:
         processor = sentencepiece.SentencePieceProcessor(model_proto=data)
-    except RuntimeError as error:
+    except (RuntimeError, UnicodeDecodeError) as error:  # its words may quote broken bytes
         raise InvalidTokenizer(
             str(path), expected="a sentencepiece model", actual=str(error), remedy=REMEDY
         ) from None
     return processor
+
+
+def _pieces(model: Any, path: Path) -> dict[int, str]:
+    try:
+        return {i: model.id_to_piece(i) for i in range(len(model))}
+    except UnicodeDecodeError as error:
+        raise InvalidTokenizer(
+            str(path), expected="pieces in UTF-8", actual=str(error), remedy=REMEDY
+        ) from None
 
 
 class SentencePieceBackend:
@@ -59,7 +68,7 @@ class SentencePieceBackend:
         self._prefixed = _open(data + _DUMMY_PREFIX_FIELD + b"\x01", path)
         self._prefix_scheme = _prefix_scheme(config, _open(data, path), self._plain)
         self.strips_space = self._prefix_scheme != "never"
-        self._contents = {i: self._plain.id_to_piece(i) for i in range(len(self._plain))}
+        self._contents = _pieces(self._plain, path)
         self._added = self._collect_added(config)
         self._contents.update((i, token.content) for i, token in self._added.items())
         self._ids = {token.content: i for i, token in self._added.items()}
