@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -333,6 +334,31 @@ def test_silent_holder_is_not_waited_for(cache, sources, monkeypatch):
         holder.communicate()
     with FileLock(path, timeout=5):
         assert find_partials(cache) == []
+
+
+def test_living_holder_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock_module, "STALE_S", 1.0)
+    monkeypatch.setattr(lock_module, "HEARTBEAT_S", 0.05)
+    path = tmp_path / "cpu-1.lock"
+    held, events = threading.Event(), []
+
+    def hold():
+        with lock_module.build_lock(path, lambda: False, NullProgress()):
+            held.set()
+            time.sleep(2.0)
+            events.append("released")
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert held.wait(30)
+    progress = Recorder()
+    with lock_module.build_lock(path, lambda: False, progress) as locked:
+        events.append("acquired")
+    holder.join()
+    assert locked and events == ["released", "acquired"]
+    assert f"process {os.getpid()}," in progress.calls[0][1]
+    assert progress.calls[-1][0] == "finish"
+    assert not path.with_suffix(".holder").exists()
 
 
 def find_partials(cache):
