@@ -77,16 +77,20 @@ class Generator:
                 of jobs are left in `job.error`.
         """
         while True:
-            with self._changed:
-                while not job.output and not job.finished and self._leading:
-                    self._changed.wait()
-                if job.output or job.finished:
-                    return
-                self._leading = True
+            # The whole of it in one `try`: an interrupt between taking the lead and using it
+            # would leave the other threads without a leader for ever.
+            lead = False
             try:
+                with self._changed:
+                    while not job.output and not job.finished and self._leading:
+                        self._changed.wait()
+                    if job.output or job.finished:
+                        return
+                    lead = self._leading = True
                 self._step()
             finally:
-                self._end_lead()
+                if lead:
+                    self._end_lead()
 
     def cancel(self, job: Job, wait: bool = True) -> None:
         """End a job and give its pages back.
@@ -117,14 +121,16 @@ class Generator:
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Hold the model and the cache for something other than a step."""
-        with self._changed:
-            while self._leading:
-                self._changed.wait()
-            self._leading = True
+        lead = False
         try:
+            with self._changed:
+                while self._leading:
+                    self._changed.wait()
+                lead = self._leading = True
             yield
         finally:
-            self._end_lead()
+            if lead:
+                self._end_lead()
 
     def run_alone(
         self, num_tokens: int, use: Callable[[ForwardModel, CacheSequence], None]

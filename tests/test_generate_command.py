@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from fake_model import fake_engine
@@ -178,3 +183,31 @@ def test_a_refused_message_leaves_the_conversation_as_it_was(talk):
     with pytest.raises(Exception, match="enough"):
         next(chat.ask("two"))
     assert chat.messages == before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a console's Ctrl-C cannot be sent to one process")
+def test_ctrl_c_stops_the_answer_and_not_the_program(tiny_model_dir):
+    command = [sys.executable, "-m", "exl_loader", "chat", str(tiny_model_dir), "--ctx-size",
+               "2048", "--max-new-tokens", "1500", "--ban-eos-token"]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        cwd=Path(__file__).parent.parent, text=True, bufsize=0, errors="replace",
+    )
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        process.stdin.write("hi\n")
+        process.stdin.flush()
+        shown = ""
+        while "model> " not in shown or shown.endswith("model> "):
+            shown += process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        while "[stopped]" not in shown:
+            piece = process.stdout.read(1)
+            assert piece, shown
+            shown += piece
+        rest, _ = process.communicate("/exit\n", timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert "you> /exit" in rest
+    assert process.returncode == 0
