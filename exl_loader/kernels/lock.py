@@ -53,6 +53,7 @@ def build_lock(path: Path, finished: Callable[[], bool], progress: Progress) -> 
     if not _acquire(lock, heartbeat, finished, progress):
         yield False
         return
+    _write_beat(heartbeat, 0)
     stop = threading.Event()
     beat = threading.Thread(target=_beat, args=(heartbeat, stop), daemon=True)
     beat.start()
@@ -102,15 +103,20 @@ def _acquire(
 def _beat(heartbeat: Path, stop: threading.Event) -> None:
     """Write who holds the lock, again and again, until told to stop."""
     count = 0
-    while True:
+    while not stop.wait(HEARTBEAT_S):
         count += 1
-        record = {"pid": os.getpid(), "host": socket.gethostname(), "beat": count}
-        try:
-            heartbeat.write_text(json.dumps(record), encoding="utf-8")
-        except OSError:
-            pass  # A full disk: the compiler will say so in words that reach the user.
-        if stop.wait(HEARTBEAT_S):
-            return
+        _write_beat(heartbeat, count)
+
+
+def _write_beat(heartbeat: Path, count: int) -> None:
+    """Replace the heartbeat file as a whole, so that nobody reads half of it."""
+    record = {"pid": os.getpid(), "host": socket.gethostname(), "beat": count}
+    fresh = heartbeat.with_suffix(".beat")
+    try:
+        fresh.write_text(json.dumps(record), encoding="utf-8")
+        fresh.replace(heartbeat)
+    except OSError:
+        pass  # A full disk: the compiler will say so in words that reach the user.
 
 
 def _signature(heartbeat: Path) -> bytes | None:
