@@ -12,7 +12,7 @@ import os
 from typing import TYPE_CHECKING
 
 from ..errors import InvalidSettings
-from ..formats.packed import PackedLinear
+from ..formats.packed import DenseLinear, PackedLinear
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +89,7 @@ def _packed_struct(w: PackedLinear) -> _PackedStruct:
     )  # fmt: skip
 
 
-def _dense_struct(w: Linear) -> _DenseStruct:
+def _dense_struct(w: DenseLinear) -> _DenseStruct:
     tiles = w.weight.shape[0]
     assert tiles * 16 >= w.out_features and w.weight.shape == (tiles, w.in_features, 16)
     return _DenseStruct(
