@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from ..formats import planes
 from ..formats.packed import DenseLinear, PackedLinear
 from . import reference_cache
+from .reference_codec import cache_round_trip as cache_round_trip
 
 if TYPE_CHECKING:
     from ..cache import CacheLayer

@@ -151,7 +151,7 @@ def _quantize_group(y: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Ten
     return search.codes, search.scales
 
 
-def _pack_group(codes: torch.Tensor, bits: int) -> torch.Tensor:
+def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes uint8 [n, elements] into bytes uint8 [n, padded elements * bits / 8]."""
     padding = -codes.shape[1] % CODE_STEP
     codes = torch.nn.functional.pad(codes, (0, padding))
@@ -166,8 +166,8 @@ def _pack_group(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.cat(planes, dim=1)
 
 
-def _unpack_group(data: torch.Tensor, elements: int, bits: int) -> torch.Tensor:
-    """The inverse of `_pack_group`: int64 codes [n, elements]."""
+def unpack_codes(data: torch.Tensor, elements: int, bits: int) -> torch.Tensor:
+    """The inverse of `pack_codes`: int64 codes [n, elements]."""
     padded = -(-elements // CODE_STEP) * CODE_STEP
     codes = torch.zeros(data.shape[0], padded, dtype=torch.int64)
     start = 0
@@ -191,7 +191,7 @@ def quantize(y: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
         codes uint8 [n, code_bytes] and scales float16 [n, groups].
     """
     groups = [_quantize_group(part, bits) for part in y.split(group_sizes(y.shape[1]), dim=1)]
-    codes = torch.cat([_pack_group(codes, bits) for codes, _ in groups], dim=1)
+    codes = torch.cat([pack_codes(codes, bits) for codes, _ in groups], dim=1)
     return codes, torch.cat([scales for _, scales in groups], dim=1)
 
 
@@ -206,7 +206,7 @@ def dequantize(
     groups = []
     for i, (part, size) in enumerate(zip(parts, sizes, strict=True)):
         own = slice(i, i + 1)
-        group_levels = grid[tables[:, own], _unpack_group(part, size, bits)]
+        group_levels = grid[tables[:, own], unpack_codes(part, size, bits)]
         groups.append(group_levels * scales[:, own].float())
     return torch.cat(groups, dim=1)
 

@@ -1,0 +1,39 @@
+"""The archived exllamav2's 4-bit cache as a reference to compare with: quality, not speed.
+
+After ../shared/formats.md's description of its kernels: a 32-point Hadamard transform over the
+even and over the odd elements of each 64, one float16 scale (absolute maximum / 2^(bits-1))
+per 32 consecutive elements, codes rounded and clamped, so that the largest positive value
+clips. Its bits are 4; the same scheme at 6 and 8 bits stands in for a uniform absolute
+maximum quantiser of that size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+GROUP = 32
+
+
+def hadamard(size: int) -> torch.Tensor:
+    """Return the orthonormal Sylvester-Hadamard matrix, float64; size is a power of two."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while matrix.shape[0] < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix / math.sqrt(size)
+
+
+def _transform(x: torch.Tensor) -> torch.Tensor:
+    """Transform even and odd elements of each 64; its own inverse."""
+    pairs = x.double().unflatten(-1, (-1, GROUP, 2))
+    return torch.einsum("...gip,ij->...gjp", pairs, hadamard(GROUP)).flatten(-3)
+
+
+def round_trip(x: torch.Tensor, bits: int = 4) -> torch.Tensor:
+    """Return what its cache gives back for x, float32 [..., a multiple of 64]."""
+    half = 2 ** (bits - 1)
+    groups = _transform(x).float().unflatten(-1, (-1, GROUP))
+    scales = (groups.abs().amax(-1, keepdim=True) / half).half().float()
+    codes = (groups / scales.clamp(min=1e-30)).round().clamp(-half, half - 1)
+    return _transform((codes * scales).flatten(-2)).float()
