@@ -201,6 +201,33 @@ def test_added_tokens_of_older_folders(folders, tmp_path):
     assert tokenizer.decode(ids) == "<plain>"
 
 
+DECLARED = {
+    "other_flags": {"added_tokens_decoder": {
+        "703": make.added_token("<|user|>", lstrip=True, rstrip=True)}},
+    "made_special": {"added_tokens_decoder": {"706": make.added_token("<tool>")}},
+    "new": {"added_tokens_decoder": {
+        "707": make.added_token("<new>", special=False, normalized=True),
+        "708": make.added_token("<new2>")}},
+    "plain_token_named": {"eos_token": "<tool>"},
+    "vocabulary_token_named": {"eos_token": "def"},
+    "new_token_named": {"pad_token": "<new>"},
+    "extra": {"extra_special_tokens": ["<tool>", "<new>"]},
+    "extra_by_name": {"extra_special_tokens": {"image_token": "<new>"}},
+    "the_models_own": {"image_token": "<new>"},
+}
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_tokens_declared_beside_tokenizer_json(name, folders, tmp_path):
+    transformers = pytest.importorskip("transformers", minversion="5")
+    folder = shutil.copytree(folders["json_llama3"], tmp_path / "model")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"} | DECLARED[name]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    reference = transformers.AutoTokenizer.from_pretrained(str(folder))
+    text = "a <|user|> b <tool> c def x <new><new2>  z </s>"
+    check_against(reference, Tokenizer.from_dir(folder), text)
+
+
 def test_an_explicit_null_token_is_none(folders, tmp_path):
     folder = shutil.copytree(folders["spm_plain"], tmp_path / "model")
     (folder / "tokenizer_config.json").write_text(json.dumps(LLAMA | {"bos_token": None}))

@@ -87,12 +87,6 @@ class TokenizerConfig:
         """True where the folder has a `tokenizer_config.json`."""
         return bool(self.values)
 
-    def special_contents(self) -> set[str]:
-        """Texts of all tokens that the folder names as special."""
-        tokens = [*self.named_tokens.values(), *self.extra_special_tokens]
-        tokens += [token for token in self.added_tokens.values() if token.special]
-        return {token.content for token in tokens}
-
 
 def read_optional(path: Path) -> dict[str, Any]:
     """Read a JSON object; an empty one where the file does not exist."""
@@ -133,7 +127,14 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
     if not isinstance(extra_values, list):
         raise InvalidTokenizer(where, expected="a list", actual=repr(extra_values)[:80],
                                remedy=REMEDY)
-    extra = tuple(AddedToken.parse(value, where, special=True) for value in extra_values)
+    # Tokens of a kind of model's own, such as `image_token`.
+    own_values = [
+        value for key, value in values.items()
+        if key.endswith("_token") and key not in NAMED_TOKENS and isinstance(value, str)
+    ]
+    extra = tuple(
+        AddedToken.parse(value, where, special=True) for value in [*extra_values, *own_values]
+    )
     if "added_tokens_decoder" not in values:
         special = {token.content for token in (*named.values(), *extra)}
         added = _added_by_content(read_optional(folder / "added_tokens.json"), special, folder)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,34 +121,49 @@ class TokenizersBackend:
         return self._tokenizer.token_to_id(content)
 
     def _add_tokens(self, config: TokenizerConfig, path: Path) -> None:
-        import tokenizers
-
-        def native(token: AddedToken) -> tokenizers.AddedToken:
-            return tokenizers.AddedToken(
-                token.content, lstrip=token.lstrip, rstrip=token.rstrip,
-                single_word=token.single_word, normalized=token.normalized,
-                special=token.special,
-            )
-
-        known = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
-        special = config.special_contents()
+        """Add what the folder declares beside the file; its flags win over the file's."""
+        known = {
+            token.content: _parse(token)
+            for token in self._tokenizer.get_added_tokens_decoder().values()
+        }
+        named = [replace(token, special=True) for token in config.named_tokens.values()]
         for token_id, token in sorted(config.added_tokens.items()):
-            if token.content in known or not token.content:
+            if not token.content or known.get(token.content) == token:
                 continue
-            add = (
-                self._tokenizer.add_special_tokens
-                if token.content in special else self._tokenizer.add_tokens
-            )
-            add([native(token)])
+            self._add(token)
+            known[token.content] = token
             actual = self._tokenizer.token_to_id(token.content)
             if actual != token_id:
                 raise InvalidTokenizer(
                     f"token {token.content!r} of {path}", expected=f"id {token_id}",
                     actual=f"id {actual}", remedy=REMEDY,
                 )
-        for token in (*config.named_tokens.values(), *config.extra_special_tokens):
+        for token in named:
+            if token.content and not known.get(token.content, _PLAIN).special:
+                self._add(replace(known.get(token.content, token), special=True))
+        for token in config.extra_special_tokens:
             if token.content and token.content not in known:
-                self._tokenizer.add_special_tokens([native(token)])
+                self._add(token)
+
+    def _add(self, token: AddedToken) -> None:
+        import tokenizers
+
+        add = self._tokenizer.add_special_tokens if token.special else self._tokenizer.add_tokens
+        add([tokenizers.AddedToken(
+            token.content, lstrip=token.lstrip, rstrip=token.rstrip,
+            single_word=token.single_word, normalized=token.normalized, special=token.special,
+        )])
+
+
+_PLAIN = AddedToken("")
+
+
+def _parse(token: Any) -> AddedToken:
+    """Read a token of the tokenizers library."""
+    return AddedToken(
+        token.content, token.special, token.lstrip, token.rstrip, token.single_word,
+        token.normalized,
+    )
 
 
 def _state(component: Any) -> str:
