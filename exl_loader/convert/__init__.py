@@ -24,7 +24,7 @@ def convert(
     head_bits: int = 6,
     calibration: str | os.PathLike[str] | None = None,
     calibration_rows: int = 64,
-    calibration_row_len: int = 1024,
+    calibration_row_len: int = 512,
     progress: Progress | None = None,
 ) -> Conversion:
     """Quantise a model to EXL2 with GPTQ error feedback.

@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibration-rows", type=int, default=64, metavar="N", help="rows of text (default: 64)"
     )
     parser.add_argument(
-        "--calibration-row-len", type=int, default=1024, metavar="N",
-        help="tokens in a row (default: 1024)",
+        "--calibration-row-len", type=int, default=512, metavar="N",
+        help="tokens in a row (default: 512)",
     )
     if not any("--json" in action.option_strings for action in parser._actions):
         parser.add_argument("--json", action="store_true", help="print the result as JSON")

@@ -51,7 +51,7 @@ class ConvertSettings:
     row_len: int
 
     def __post_init__(self) -> None:
-        _check("bits", 2 <= self.bits <= 9, "a number from 2 to 9", self.bits)
+        _check("bits", 2 <= self.bits <= 16, "a number from 2 to 16", self.bits)
         _check("head_bits", self.head_bits in HEAD_WIDTHS, "6 or 8", self.head_bits)
         _check("calibration rows", self.num_rows >= 1, "at least 1", self.num_rows)
         _check("calibration row length", self.row_len >= 16, "at least 16", self.row_len)
