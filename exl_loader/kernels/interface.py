@@ -108,7 +108,7 @@ class Ops(Protocol):
 
     def rope_table(self, positions: torch.Tensor, inv_freq: torch.Tensor, factor: float,
                    out: torch.Tensor) -> None:
-        """Angles of rows: out[t, 0, i] = cos(positions[t] * inv_freq[i]) * factor, out[t, 1, i] sin.
+        """Angles: out[t, 0, i] = cos(positions[t] * inv_freq[i]) * factor, out[t, 1, i] the sine.
 
         Args:
             positions: int32 [T]. inv_freq: float32 [rotary_dim / 2]. out: float32
@@ -141,7 +141,7 @@ class Ops(Protocol):
 
     def gate(self, gate: torch.Tensor, up: torch.Tensor, activation: str,
              out: torch.Tensor) -> None:
-        """out = activation(gate) * up; activation `silu` or `gelu_tanh` or `gelu`. float32 [T, D]."""
+        """out = activation(gate) * up, float32 [T, D]; activation: `silu`, `gelu_tanh`, `gelu`."""
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """x += y, float32, same shape."""
