@@ -11,15 +11,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-import exl_loader
 from demo_corpus import collect
 from demo_tokenizer import encode_documents
+
+# A checkout works without being installed.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 PROMPT = "class Queue:\n    def __init__(self"
 
@@ -41,6 +44,8 @@ def measure(folder: Path, context: int, cache_type: str, prompt: str) -> dict:
     Returns:
         Perplexity, tokens predicted, bytes of the folder, seconds and a sample.
     """
+    import exl_loader
+
     tokenizer = (folder / "tokenizer.model").read_bytes()
     ids = encode_documents(tokenizer, (file.text for file in collect().held_out))
     total, count, started = 0.0, 0, time.monotonic()
