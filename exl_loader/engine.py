@@ -15,7 +15,7 @@ from .generation import IdGeneration, TextGeneration
 from .generator import ForwardModel, Generator
 from .jobs import Job
 from .progress import NullProgress, Progress
-from .sampling import Sampler
+from .sampling import Sampler, TokenRoles
 from .settings import SamplingSettings
 from .text_stream import TextStream
 
@@ -215,13 +215,17 @@ class LoadedModel:
         prompt_ids = self._prompt_ids(prompt)
         self._check_length(len(prompt_ids), len(prompt_ids) + 1)
         self._check_range(settings.stop_token_ids, "stop_token_ids")
-        eos_ids = () if settings.ban_eos_token else self.eos_token_ids
-        banned = self.eos_token_ids if settings.ban_eos_token else ()
+        self._check_range(settings.custom_token_bans, "custom_token_bans")
+        self._check_range([token for token, _ in settings.logit_bias], "logit_bias")
+        roles = TokenRoles.of_request(
+            settings, self._tokenizer, vocab_size=self._sampled_vocab_size(),
+            eos_ids=self.eos_token_ids, prompt_ids=prompt_ids,
+        )
         return Job(
             prompt_ids=prompt_ids,
             settings=settings,
-            sampler=Sampler(settings, banned_ids=banned, vocab_size=self._sampled_vocab_size()),
-            eos_ids=frozenset(eos_ids),
+            sampler=Sampler(settings, roles=roles),
+            eos_ids=frozenset(() if settings.ban_eos_token else self.eos_token_ids),
             max_tokens=min(len(prompt_ids) + settings.max_new_tokens, self.ctx_size),
             text=text,
             progress=progress or NullProgress(),

@@ -4,52 +4,92 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from .errors import InvalidSettings
+from .setting_values import (
+    biases,
+    check_flag,
+    check_integer,
+    check_number,
+    invalid,
+    names,
+    quoted_texts,
+    token_ids,
+    tuple_of,
+)
 
 # A seed is what numpy's generator takes and a web form can write.
 MAX_SEED = (1 << 63) - 1
+
+# The web UI's default order (its modules/presets.py). The names are the samplers', which are
+# the settings' own but for dry, quadratic_sampling, adaptive_p, mirostat, xtc and
+# no_repeat_ngram.
+SAMPLER_PRIORITY = (
+    "repetition_penalty", "presence_penalty", "frequency_penalty", "dry", "top_n_sigma",
+    "temperature", "dynamic_temperature", "quadratic_sampling", "top_k", "top_p", "typical_p",
+    "epsilon_cutoff", "eta_cutoff", "tfs", "top_a", "min_p", "adaptive_p", "mirostat", "xtc",
+    "encoder_repetition_penalty", "no_repeat_ngram",
+)
 
 # Settings of the web UI whose samplers this engine does not have, with the value at which
 # they do nothing. At that value they are accepted, so that a web UI's whole state can be
 # handed over; at any other they are an error, because a sampler that is silently left out
 # would be a lie.
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "encoder_repetition_penalty": (1,),
-    "no_repeat_ngram_size": (0,),
-    "smoothing_factor": (0,),
-    "smoothing_curve": (1,),
-    "dynamic_temperature": (False,),
-    "typical_p": (1,),
-    "tfs": (1,),
-    "top_a": (0,),
-    "top_n_sigma": (0,),
-    "epsilon_cutoff": (0,),
-    "eta_cutoff": (0,),
-    "mirostat_mode": (0,),
-    "dry_multiplier": (0,),
-    "xtc_probability": (0,),
     "penalty_alpha": (0,),
-    "guidance_scale": (1,),
     "adaptive_target": (0,),
-    "temperature_last": (False,),
-    "custom_token_bans": ("", None),
     "grammar_string": ("", None),
-    "do_sample": (True,),
     "auto_max_new_tokens": (False,),
 }
 
 # Settings that only say how one of the above works, hence nothing while that one is neutral.
-DEPENDENT_KEYS = frozenset({
-    "dynatemp_low", "dynatemp_high", "dynatemp_exponent", "mirostat_tau", "mirostat_eta",
-    "dry_allowed_length", "dry_base", "dry_sequence_breakers", "xtc_threshold",
-    "negative_prompt", "adaptive_decay",
-})
+DEPENDENT_KEYS = frozenset({"adaptive_decay"})
+
+# Numbers with the least and the most that makes sense, None for no limit.
+_NUMBERS: dict[str, tuple[float, float | None]] = {
+    "temperature": (0, None),
+    "dynatemp_low": (0, None),
+    "dynatemp_high": (0, None),
+    "dynatemp_exponent": (0, None),
+    "smoothing_factor": (0, None),
+    # Below 1 the cubic term would make the unlikeliest token the likeliest.
+    "smoothing_curve": (1, None),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "typical_p": (0, 1),
+    "tfs": (0, 1),
+    "top_a": (0, 1),
+    "top_n_sigma": (0, None),
+    "epsilon_cutoff": (0, 10_000),
+    "eta_cutoff": (0, 10_000),
+    "mirostat_tau": (0, None),
+    "mirostat_eta": (0, None),
+    "xtc_threshold": (0, 1),
+    "xtc_probability": (0, 1),
+    "dry_multiplier": (0, None),
+    "dry_base": (1, None),
+    "repetition_penalty": (0, None),
+    "presence_penalty": (-math.inf, None),
+    "frequency_penalty": (-math.inf, None),
+    "encoder_repetition_penalty": (0, None),
+    "guidance_scale": (-math.inf, None),
+}
+_INTEGERS: dict[str, tuple[int, int | None]] = {
+    "max_new_tokens": (1, None),
+    "top_k": (0, None),
+    "mirostat_mode": (0, 2),
+    "dry_allowed_length": (0, None),
+    "repetition_penalty_range": (0, None),
+    "no_repeat_ngram_size": (0, None),
+    "seed": (-1, MAX_SEED),
+}
+_FLAGS = (
+    "do_sample", "dynamic_temperature", "temperature_last", "ban_eos_token",
+    "skip_special_tokens",
+)
 
 
 @dataclass(frozen=True)
@@ -58,28 +98,94 @@ class SamplingSettings:
 
     Args:
         max_new_tokens: tokens to generate at most; the context's end stops earlier.
-        temperature: divides the logits; 0 always takes the likeliest token.
-        top_k: keep the k likeliest tokens; 0 keeps all, 1 is the same as temperature 0.
+        do_sample: False always takes the likeliest token; penalties and bans still count.
+        temperature: divides the logits; 0 is the same as do_sample False.
+        dynamic_temperature: divide by a temperature from dynatemp_low, where one token is
+            certain, to dynatemp_high, where all are equal; besides `temperature`.
+        dynatemp_low, dynatemp_high, dynatemp_exponent: see `apply_dynamic_temperature`.
+        smoothing_factor, smoothing_curve: quadratic sampling, see `smooth`; a factor of 0 does
+            nothing.
+        temperature_last: temperatures and smoothing come after all other samplers.
+        top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the likeliest tokens that together reach this probability; 1 keeps all.
         min_p: keep tokens at least this share as likely as the likeliest; 0 keeps all.
+        typical_p: keep the most typical tokens that together reach this probability; 1 all.
+        tfs: tail free sampling; 1 keeps all.
+        top_a: keep tokens of at least this times the largest probability squared; 0 all.
+        top_n_sigma: keep logits within so many standard deviations of the largest; 0 all.
+        epsilon_cutoff, eta_cutoff: leave out tokens below this probability, in units of
+            0.0001; eta lowers it where the distribution is flat; 0 keeps all.
+        mirostat_mode: 2 keeps the surprise near `mirostat_tau` bits a token, adapting with the
+            rate `mirostat_eta`; 0 is off. It always comes last. Mode 1 is llama.cpp's.
+        xtc_probability: how often to leave out all tokens of at least `xtc_threshold` but the
+            least likely of them; 0 is never.
+        dry_multiplier: penalty on continuing a repeated sequence of `dry_allowed_length`
+            tokens; it grows by `dry_base` with every token more; 0 is off.
+        dry_sequence_breakers: texts that sequences do not reach over; a list, or the web UI's
+            way of writing one.
         repetition_penalty: divides positive and multiplies negative logits of tokens that
             occurred; 1 does nothing.
-        repetition_penalty_range: how many of the last tokens count, the prompt's included;
-            0 is all of them.
+        presence_penalty: subtracted from the logits of tokens that occurred.
+        frequency_penalty: the same for every occurrence.
+        repetition_penalty_range: how many of the last tokens count for these and DRY, the
+            prompt's included; 0 is all of them.
+        encoder_repetition_penalty: above 1 makes tokens of the prompt likelier.
+        no_repeat_ngram_size: no sequence of so many tokens comes twice; 0 is off.
+        guidance_scale, negative_prompt: guidance, which generations do not run yet: any scale
+            but 1 is refused. A negative prompt alone says nothing.
+        sampler_priority: names of samplers in the order in which they run, `SAMPLER_PRIORITY`
+            where empty; those not named run first.
+        custom_token_bans: ids that are never drawn; a list, or text with commas.
+        logit_bias: (token id, number to add to its logit) pairs, or a dict.
         seed: -1 takes a random one; the same seed and settings give the same text.
         ban_eos_token: never end the text; max_new_tokens alone does.
         skip_special_tokens: leave special tokens out of the text.
         stop_strings: the text ends before the first of them; none of it is shown.
         stop_token_ids: token ids that end the text, besides the model's own.
+
+    Raises:
+        InvalidSettings: a value makes no sense.
     """
 
     max_new_tokens: int = 512
+    do_sample: bool = True
     temperature: float = 1.0
+    dynamic_temperature: bool = False
+    dynatemp_low: float = 1.0
+    dynatemp_high: float = 1.0
+    dynatemp_exponent: float = 1.0
+    smoothing_factor: float = 0.0
+    smoothing_curve: float = 1.0
+    temperature_last: bool = False
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
+    tfs: float = 1.0
+    top_a: float = 0.0
+    top_n_sigma: float = 0.0
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
+    mirostat_mode: int = 0
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
+    xtc_threshold: float = 0.1
+    xtc_probability: float = 0.0
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     repetition_penalty_range: int = 1024
+    encoder_repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    guidance_scale: float = 1.0
+    negative_prompt: str = ""
+    sampler_priority: tuple[str, ...] = SAMPLER_PRIORITY
+    custom_token_bans: tuple[int, ...] = ()
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = -1
     ban_eos_token: bool = False
     skip_special_tokens: bool = True
@@ -87,31 +193,50 @@ class SamplingSettings:
     stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_integer("max_new_tokens", self.max_new_tokens, 1)
-        _check_number("temperature", self.temperature, 0)
-        _check_integer("top_k", self.top_k, 0)
-        _check_number("top_p", self.top_p, 0, 1)
-        _check_number("min_p", self.min_p, 0, 1)
-        _check_number("repetition_penalty", self.repetition_penalty, 0)
-        if self.repetition_penalty == 0:
-            raise _invalid("repetition_penalty", "a number above 0", 0)
-        _check_integer("repetition_penalty_range", self.repetition_penalty_range, 0)
-        _check_integer("seed", self.seed, -1, MAX_SEED)
-        for name in ("ban_eos_token", "skip_special_tokens"):
-            if not isinstance(getattr(self, name), bool):
-                raise _invalid(name, "true or false", getattr(self, name))
-        stop_strings = _tuple_of("stop_strings", self.stop_strings, str)
+        for name, limits in _NUMBERS.items():
+            check_number(name, getattr(self, name), *limits)
+        for name, bounds in _INTEGERS.items():
+            check_integer(name, getattr(self, name), *bounds)
+        for name in _FLAGS:
+            check_flag(name, getattr(self, name))
+        for name in ("repetition_penalty", "encoder_repetition_penalty"):
+            if getattr(self, name) == 0:
+                raise invalid(name, "a number above 0", 0)
+        if self.mirostat_mode == 1:
+            raise invalid("mirostat_mode", "0 or 2 (1 is llama.cpp's own)", 1)
+        self._check_guidance()
+        self._read_lists()
+
+    def _check_guidance(self) -> None:
+        if not isinstance(self.negative_prompt, str):
+            raise invalid("negative_prompt", "text", self.negative_prompt)
+        if self.guidance_scale != 1:
+            raise InvalidSettings(
+                "guidance_scale", expected="1, because generations cannot follow a negative "
+                "prompt yet", actual=repr(self.guidance_scale), remedy="Set guidance_scale to 1",
+            )
+
+    def _read_lists(self) -> None:
+        stop_strings = tuple_of("stop_strings", self.stop_strings, str)
         if "" in stop_strings:
-            raise _invalid("stop_strings", "texts of at least one character", "")
-        object.__setattr__(self, "stop_strings", stop_strings)
-        object.__setattr__(
-            self, "stop_token_ids", _tuple_of("stop_token_ids", self.stop_token_ids, int)
-        )
+            raise invalid("stop_strings", "texts of at least one character", "")
+        known = SAMPLER_PRIORITY
+        read = {
+            "stop_strings": stop_strings,
+            "stop_token_ids": tuple_of("stop_token_ids", self.stop_token_ids, int),
+            "custom_token_bans": token_ids("custom_token_bans", self.custom_token_bans),
+            "logit_bias": biases("logit_bias", self.logit_bias),
+            "dry_sequence_breakers": quoted_texts(
+                "dry_sequence_breakers", self.dry_sequence_breakers),
+            "sampler_priority": names("sampler_priority", self.sampler_priority, known) or known,
+        }
+        for name, value in read.items():
+            object.__setattr__(self, name, value)
 
     @property
     def greedy(self) -> bool:
         """True where the likeliest token is always taken."""
-        return self.temperature == 0 or self.top_k == 1
+        return self.temperature == 0 or not self.do_sample
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any] | SamplingSettings | None) -> SamplingSettings:
@@ -119,7 +244,8 @@ class SamplingSettings:
 
         `stop` is accepted for `stop_strings`, and a string for a list of one. Numbers may be
         whole floats where integers belong, as sliders send them. Settings of the web UI that
-        this engine lacks are accepted at the value at which they do nothing.
+        this engine lacks are accepted at the value at which they do nothing; None is an
+        empty list or text, as the web UI's empty fields are.
 
         Raises:
             InvalidSettings: a value makes no sense, a name is unknown, or a sampler that
@@ -130,7 +256,7 @@ class SamplingSettings:
         if isinstance(values, SamplingSettings):
             return values
         if not isinstance(values, Mapping):
-            raise _invalid("settings", "SamplingSettings or a dict", type(values).__name__)
+            raise invalid("settings", "SamplingSettings or a dict", type(values).__name__)
         known = {field.name: field.type for field in fields(cls)}
         chosen: dict[str, Any] = {}
         for key, value in values.items():
@@ -147,6 +273,8 @@ def _coerce(value: Any, kind: str) -> Any:
         return int(value)
     if kind.startswith("tuple"):
         return () if value is None else value
+    if kind == "str" and value is None:
+        return ""
     return value
 
 
@@ -168,31 +296,3 @@ def _check_foreign(name: Any, value: Any) -> None:
         f"setting {name!r}", expected=f"one of {', '.join(known)}", actual="an unknown name",
         remedy=f"Did you mean {close[0]}?" if close else "Leave it out",
     )
-
-
-def _invalid(name: str, expected: str, actual: Any) -> InvalidSettings:
-    return InvalidSettings(name, expected=expected, actual=repr(actual)[:80])
-
-
-def _check_integer(name: str, value: Any, low: int, high: int | None = None) -> None:
-    valid = isinstance(value, int) and not isinstance(value, bool)
-    if not valid or value < low or (high is not None and value > high):
-        limit = f"from {low} to {high}" if high is not None else f"of at least {low}"
-        raise _invalid(name, f"an integer {limit}", value)
-
-
-def _check_number(name: str, value: Any, low: float, high: float | None = None) -> None:
-    valid = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not valid or not math.isfinite(value) or value < low or (high is not None and value > high):
-        limit = f"from {low} to {high}" if high is not None else f"of at least {low}"
-        raise _invalid(name, f"a number {limit}", value)
-
-
-def _tuple_of(name: str, value: Any, kind: type) -> tuple:
-    values = (value,) if isinstance(value, kind) else value
-    wanted = f"a list of {'texts' if kind is str else 'token ids'}"
-    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
-        raise _invalid(name, wanted, value)
-    if not all(isinstance(item, kind) and not isinstance(item, bool) for item in values):
-        raise _invalid(name, wanted, value)
-    return tuple(values)

@@ -1,8 +1,7 @@
-"""Sampling: every filter against its definition, and the draw against the distribution."""
+"""Sampling as a whole: the distribution, the draw, seeds, and what goes wrong."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import numpy as np
@@ -10,10 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exl_loader import sampling
-from exl_loader.errors import InvalidCheckpoint, InvalidSettings
-from exl_loader.sampling import Candidates, Sampler
-from exl_loader.settings import DEPENDENT_KEYS, NEUTRAL_VALUES, SamplingSettings
+from exl_loader.errors import InvalidCheckpoint
+from exl_loader.sampling import Candidates, Sampler, TokenRoles, draw
+from exl_loader.settings import SamplingSettings
 
 
 def defined_distribution(logits, history, options: SamplingSettings, banned=()) -> dict[int, float]:
@@ -48,23 +46,14 @@ def defined_distribution(logits, history, options: SamplingSettings, banned=()) 
 
 
 def sampled_distribution(logits, history, options, banned=()) -> dict[int, float]:
-    """The distribution that a sampler really draws from: its candidates, before the draw."""
-    seen = {}
-
-    def capture(candidates: Candidates, uniform: float) -> int:
-        weights = np.exp(candidates.logits.astype(np.float64) - float(candidates.logits.max()))
-        share = weights / weights.sum()
-        pairs = zip(candidates.ids, share, strict=True)
-        seen.update({int(i): float(p) for i, p in pairs if p > 0})
-        return int(candidates.ids[0])
-
-    original = sampling.draw
-    sampling.draw = capture
-    try:
-        token = Sampler(options, 0, banned_ids=banned).sample(logits, history)
-    finally:
-        sampling.draw = original
-    return seen or {token: 1.0}
+    """The distribution that a sampler really draws from."""
+    sampler = Sampler(options, 0, TokenRoles(banned_ids=tuple(banned)))
+    left = sampler.candidates(logits, history)
+    if options.greedy:
+        return {sampler.sample(logits, history): 1.0}
+    weights = np.exp(left.logits.astype(np.float64) - float(left.logits.max()))
+    pairs = zip(left.ids, weights / weights.sum(), strict=True)
+    return {int(i): float(p) for i, p in pairs if p > 0}
 
 
 # Multiples of an eighth: ties are common, and no rounding decides who is in.
@@ -100,7 +89,7 @@ def test_the_distribution_is_the_defined_one(data):
 @given(logits=LOGITS, uniform=st.floats(0, 1, exclude_max=True))
 def test_the_draw_inverts_the_summed_probability(logits, uniform):
     row = np.array(logits, np.float32)
-    token = sampling.draw(Candidates(np.arange(len(row)), row), uniform)
+    token = draw(Candidates.of_row(row), uniform)
     weights = np.exp(row.astype(np.float64) - row.max())
     reached = np.cumsum(weights) / weights.sum()
     below = reached[token - 1] if token else 0.0
@@ -123,8 +112,8 @@ def test_the_last_random_number_does_not_draw_a_banned_token():
     row = np.full(1000, -np.inf, np.float32)
     row[:500] = 0
     largest = float(np.nextafter(1.0, 0.0))
-    assert sampling.draw(Candidates(np.arange(1000), row), largest) == 499
-    assert sampling.draw(Candidates(np.arange(1000), row[::-1].copy()), 0.0) == 500
+    assert draw(Candidates.of_row(row), largest) == 499
+    assert draw(Candidates.of_row(row[::-1].copy()), 0.0) == 500
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"top_k": 1}, {"top_k": 1, "top_p": 0.5}])
@@ -164,7 +153,7 @@ def test_the_given_row_stays_as_it_is():
     row = np.random.default_rng(1).standard_normal(100).astype(np.float32)
     before = row.copy()
     options = SamplingSettings(repetition_penalty=2.0, top_k=3)
-    Sampler(options, 1, banned_ids=[5]).sample(row, [1, 2, 3])
+    Sampler(options, 1, TokenRoles(banned_ids=(5,))).sample(row, [1, 2, 3])
     assert (row == before).all()
 
 
@@ -180,7 +169,7 @@ def test_padding_is_never_drawn():
     row = np.zeros(100, np.float32)
     row[90:] = 50
     for options in ({}, {"temperature": 0}, {"top_k": 5}, {"repetition_penalty": 1.5}):
-        sampler = Sampler(SamplingSettings(**options), 3, vocab_size=90)
+        sampler = Sampler(SamplingSettings(**options), 3, TokenRoles(vocab_size=90))
         assert all(sampler.sample(row, [95, 1]) < 90 for _ in range(20))
 
 
@@ -218,74 +207,3 @@ def test_large_finite_logits_are_none():
     row = np.full(100, 3e38, np.float32)
     row[7] = 3.2e38
     assert Sampler(SamplingSettings(), 1).sample(row, []) == 7
-
-
-# Settings
-
-WRONG = {
-    "max_new_tokens": [0, -1, 1.5, "5", None, True, float("nan")],
-    "temperature": [-0.1, float("nan"), float("inf"), "hot", None],
-    "top_k": [-1, 0.5, float("nan"), "all"],
-    "top_p": [-0.1, 1.1, float("nan"), None],
-    "min_p": [-0.1, 1.1, float("nan")],
-    "repetition_penalty": [0, -1, float("nan"), float("inf")],
-    "repetition_penalty_range": [-1, 2.5],
-    "seed": [-2, 1 << 64, 1.5, "x"],
-    "ban_eos_token": [1, "yes", None],
-    "skip_special_tokens": [0],
-    "stop_strings": [[""], [5], 5, "", b"x"],
-    "stop_token_ids": [["a"], [True], "abc"],
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [(name, value) for name, values in WRONG.items() for value in values]
-)
-def test_values_that_make_no_sense(name, value):
-    with pytest.raises(InvalidSettings, match=name):
-        SamplingSettings.from_dict({name: value})
-
-
-def test_the_defaults_are_neutral():
-    assert SamplingSettings.from_dict(None) == SamplingSettings.from_dict({}) == SamplingSettings()
-    row = np.random.default_rng(3).standard_normal(50).astype(np.float32)
-    weights = np.exp(row.astype(np.float64))
-    expected = dict(enumerate(weights / weights.sum()))
-    actual = sampled_distribution(row, list(range(50)), SamplingSettings())
-    assert actual == pytest.approx(expected, rel=1e-5)
-
-
-def test_a_dict_as_web_forms_send_it():
-    read = SamplingSettings.from_dict(
-        {"max_new_tokens": 20.0, "top_k": 5.0, "temperature": 1, "stop": "end",
-         "stop_token_ids": [3], "seed": -1}
-    )
-    assert read == SamplingSettings(
-        max_new_tokens=20, top_k=5, temperature=1, stop_strings=("end",), stop_token_ids=(3,)
-    )
-    assert SamplingSettings.from_dict({"stop_strings": None}).stop_strings == ()
-    assert SamplingSettings.from_dict(read) is read
-
-
-def test_unknown_names_are_refused_with_a_hint():
-    with pytest.raises(InvalidSettings, match="Did you mean temperature"):
-        SamplingSettings.from_dict({"temprature": 1})
-    with pytest.raises(InvalidSettings, match="an unknown name"):
-        SamplingSettings.from_dict({5: 1})
-    with pytest.raises(InvalidSettings, match="SamplingSettings or a dict"):
-        SamplingSettings.from_dict([1])
-
-
-@pytest.mark.parametrize("name", sorted(NEUTRAL_VALUES))
-def test_samplers_that_are_not_there_must_be_off(name):
-    known = {field.name for field in dataclasses.fields(SamplingSettings)}
-    assert name not in known
-    for value in NEUTRAL_VALUES[name]:
-        assert SamplingSettings.from_dict({name: value}) == SamplingSettings()
-    with pytest.raises(InvalidSettings, match=f"setting {name}.*lacks.*Set {name} to"):
-        SamplingSettings.from_dict({name: 0.77})
-
-
-def test_what_belongs_to_a_sampler_that_is_off_does_nothing():
-    values = dict.fromkeys(DEPENDENT_KEYS, 3)
-    assert SamplingSettings.from_dict(values) == SamplingSettings()

@@ -1,0 +1,18 @@
+"""From a row of logits to a token.
+
+    biases and bans                       always first
+    penalties, curves, filters            in the order of `sampler_priority`
+    mirostat                              last, because it learns from what is drawn
+    one draw                              from what remains
+
+Every sampler is a pure function of `Candidates` in `penalties`, `curves` or `filters`;
+`pipeline.STAGES` names them all.
+"""
+
+from .candidates import Candidates, draw
+from .guidance import guide
+from .pipeline import STAGES
+from .sampler import Sampler
+from .tokens import TokenRoles
+
+__all__ = ["STAGES", "Candidates", "Sampler", "TokenRoles", "draw", "guide"]

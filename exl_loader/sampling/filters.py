@@ -1,0 +1,162 @@
+"""Samplers that leave tokens out. Each keeps the likeliest token at least, unless it says not.
+
+p are the probabilities of the candidates, H is their entropy in nats.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Set
+
+import numpy as np
+
+from .candidates import (
+    Candidates,
+    entropy,
+    growing_counts,
+    largest,
+    largest_places,
+    log_total,
+    total,
+    weights,
+)
+
+# The tail's part of the curvature shrinks quickly, so a few tokens more than elsewhere save a
+# second look.
+_TAIL_FREE_FIRST_COUNT = 2048
+
+
+def keep_top_k(candidates: Candidates, top_k: int) -> Candidates:
+    """Keep the k largest logits, of equal ones those with the lowest ids; sorted.
+
+    Fan et al. 2018, "Hierarchical Neural Story Generation".
+    """
+    return largest(candidates, min(top_k, len(candidates)))
+
+
+def keep_top_p(candidates: Candidates, top_p: float) -> Candidates:
+    """Keep the fewest likeliest tokens whose probabilities sum to top_p or more; sorted.
+
+    A token stays where the sum of all likelier ones is below top_p (Holtzman et al. 2019,
+    "The Curious Case of Neural Text Degeneration").
+    """
+    target = top_p * total(weights(candidates.logits))
+    for count in growing_counts(len(candidates)):
+        head = largest(candidates, count)
+        reached = np.cumsum(weights(head.logits), dtype=np.float64)
+        if reached[-1] >= target:
+            break
+    return head.head(max(1, int(np.searchsorted(reached, target, side="left")) + 1))
+
+
+def keep_min_p(candidates: Candidates, min_p: float) -> Candidates:
+    """Keep tokens with p >= min_p max(p) (Nguyen et al. 2024, "Turning Up the Heat")."""
+    return candidates.keep_from(float(candidates.logits.max()) + math.log(min_p))
+
+
+def keep_top_a(candidates: Candidates, top_a: float) -> Candidates:
+    """Keep tokens with p >= top_a max(p)^2 (BlinkDL, RWKV-LM)."""
+    logits = candidates.logits
+    return candidates.keep_from(float(logits.max()) + math.log(top_a) - log_total(logits))
+
+
+def keep_top_n_sigma(candidates: Candidates, num_sigmas: float) -> Candidates:
+    """Keep logits within so many standard deviations of the largest.
+
+    Tang et al. 2024, "Top-nσ: Not All Logits Are You Need", with the standard deviation of a
+    sample. Impossible tokens do not count; the web UI's own code takes their logit for 0.
+    """
+    possible = candidates.logits
+    if possible.min() == -np.inf:
+        possible = possible[possible > -np.inf]
+    sigma = float(possible.std(ddof=1, dtype=np.float64)) if len(possible) > 1 else 0.0
+    return candidates.keep_from(float(possible.max()) - num_sigmas * sigma)
+
+
+def keep_epsilon(candidates: Candidates, epsilon: float) -> Candidates:
+    """Keep tokens with p >= epsilon (Hewitt et al. 2022, "Truncation Sampling as Language
+    Model Desmoothing")."""
+    logits = candidates.logits
+    return candidates.keep_from(float(logits.max()) + math.log(epsilon) + log_total(logits))
+
+
+def keep_eta(candidates: Candidates, epsilon: float) -> Candidates:
+    """Keep tokens with p >= min(epsilon, sqrt(epsilon) exp(-H)) (Hewitt et al. 2022)."""
+    logits = candidates.logits
+    log_eta = min(math.log(epsilon), 0.5 * math.log(epsilon) - entropy(logits))
+    return candidates.keep_from(float(logits.max()) + log_eta + log_total(logits))
+
+
+def keep_typical(candidates: Candidates, mass: float) -> Candidates:
+    """Keep the fewest most typical tokens whose probabilities sum to `mass` or more.
+
+    The most typical ones are those with the smallest |-ln p - H|; those that equal the last
+    one kept stay too (Meister et al. 2022, "Locally Typical Sampling"). The likeliest token
+    may go.
+    """
+    logits = candidates.logits
+    weight = weights(logits)
+    whole = total(weight)
+    # ln p = l - max(l) - ln(whole), so that |-ln p - H| is the distance to this logit.
+    centre = float(logits.max()) + math.log(whole) - entropy(logits)
+    typicality = -np.abs(logits - np.float32(centre))
+    for count in growing_counts(len(candidates)):
+        places = largest_places(typicality, count)
+        reached = np.cumsum(weight[places], dtype=np.float64)
+        if reached[-1] >= mass * whole:
+            break
+    last = min(int(np.searchsorted(reached, mass * whole, side="left")), len(places) - 1)
+    return candidates.take(np.flatnonzero(typicality >= typicality[places[last]]))
+
+
+def keep_tail_free(candidates: Candidates, share: float) -> Candidates:
+    """Cut the tail off where the curve of the falling probabilities has lost its curvature.
+
+    With d_i = |p_i - 2 p_(i+1) + p_(i+2)| scaled to sum 1, over the whole vocabulary and with
+    0 for tokens filtered out before, the first token stays, and token i + 1 while
+    d_1 + ... + d_i <= share (Phénix and Egan 2019, "Tail Free Sampling", centred as in
+    text-generation-webui). A flat curve has no tail. Sorted.
+    """
+    for count in growing_counts(len(candidates), _TAIL_FREE_FIRST_COUNT):
+        head = largest(candidates, count)
+        falling = weights(head.logits).astype(np.float64)
+        if count == len(candidates):
+            falling = np.append(falling, np.zeros(min(2, candidates.num_tokens - count)))
+        curvature = np.cumsum(np.abs(np.diff(falling, 2)))
+        if len(curvature) == 0 or curvature[-1] == 0:
+            if count == len(candidates):
+                return head
+            continue
+        # The differences of a falling tail that begins with w change by 2 w in all at most.
+        unseen = 0.0 if count == len(candidates) else 2 * float(falling[-2])
+        fewest = int(np.searchsorted(curvature, share * curvature[-1], side="right"))
+        most = int(np.searchsorted(curvature, share * (curvature[-1] + unseen), side="right"))
+        if fewest == most < len(curvature) or unseen == 0:
+            break
+    return head.head(1 + fewest)
+
+
+def exclude_top_choices(
+    candidates: Candidates, threshold: float, spared_ids: Set[int]
+) -> Candidates:
+    """Leave out all tokens with p >= threshold except the least likely of them.
+
+    Nothing goes where one of them is spared: the web UI spares the line break and the end
+    token, which would otherwise become far likelier or rarer than the text wants (p-e-w 2024,
+    "Exclude Top Choices", text-generation-webui #6335). How often it happens is the caller's.
+    """
+    logits = candidates.logits
+    floor = -np.inf
+    if threshold > 0:
+        floor = float(logits.max()) + math.log(threshold) + log_total(logits)
+    above = np.flatnonzero((logits >= np.float32(floor)) & (logits > -np.inf))
+    if len(above) < 2:
+        return candidates
+    if not candidates.is_sorted:
+        above = above[np.argsort(-logits[above], kind="stable")]
+    excluded = above[:-1]
+    if not spared_ids.isdisjoint(candidates.ids[excluded].tolist()):
+        return candidates
+    keep = np.ones(len(candidates), bool)
+    keep[excluded] = False
+    return candidates.take(np.flatnonzero(keep))

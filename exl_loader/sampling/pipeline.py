@@ -1,0 +1,173 @@
+"""The samplers, each with its name in `sampler_priority`, and the order in which they run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import InvalidSettings
+from ..settings import SamplingSettings
+from . import curves, filters, penalties
+from .candidates import Candidates, Ids
+from .penalties import Past
+
+# The web UI's cutoffs are in units of this probability.
+_CUTOFF_UNIT = 1e-4
+
+
+@dataclass(frozen=True)
+class Step:
+    """What samplers need for one token.
+
+    Args:
+        settings: of the request.
+        past: the tokens so far.
+        prompt_ids: int64, each once.
+        breaker_ids: int64.
+        spared_ids: tokens that XTC leaves alone.
+        random: the next number of the request's generator, in [0, 1).
+    """
+
+    settings: SamplingSettings
+    past: Past
+    prompt_ids: Ids
+    breaker_ids: Ids
+    spared_ids: frozenset[int]
+    random: Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One sampler.
+
+    Args:
+        name: in `sampler_priority`.
+        is_on: whether the settings switch it on.
+        apply: what it does.
+        for_greedy: whether it matters where the likeliest token is taken anyway.
+    """
+
+    name: str
+    is_on: Callable[[SamplingSettings], bool]
+    apply: Callable[[Candidates, Step], Candidates]
+    for_greedy: bool = False
+
+
+def _penalize_repeats(candidates: Candidates, step: Step) -> Candidates:
+    settings = step.settings
+    return penalties.penalize_repeats(
+        candidates, step.past.recent, settings.dry_multiplier, settings.dry_base,
+        settings.dry_allowed_length, step.breaker_ids,
+    )
+
+
+def _apply_dynamic_temperature(candidates: Candidates, step: Step) -> Candidates:
+    settings = step.settings
+    return curves.apply_dynamic_temperature(
+        candidates, settings.dynatemp_low, settings.dynatemp_high, settings.dynatemp_exponent
+    )
+
+
+def _exclude_top_choices(candidates: Candidates, step: Step) -> Candidates:
+    if step.random() >= step.settings.xtc_probability:
+        return candidates
+    return filters.exclude_top_choices(candidates, step.settings.xtc_threshold, step.spared_ids)
+
+
+# In the web UI's default order. Mirostat is not here: it needs the token that was drawn, so it
+# always comes last (`sampler.Sampler`).
+STAGES = (
+    Stage("repetition_penalty", lambda s: s.repetition_penalty != 1,
+          lambda c, step: penalties.penalize_repetition(
+              c, step.past.recent, step.settings.repetition_penalty), for_greedy=True),
+    Stage("presence_penalty", lambda s: s.presence_penalty != 0,
+          lambda c, step: penalties.penalize_presence(
+              c, step.past, step.settings.presence_penalty), for_greedy=True),
+    Stage("frequency_penalty", lambda s: s.frequency_penalty != 0,
+          lambda c, step: penalties.penalize_frequency(
+              c, step.past, step.settings.frequency_penalty), for_greedy=True),
+    Stage("dry", lambda s: s.dry_multiplier > 0, _penalize_repeats, for_greedy=True),
+    Stage("top_n_sigma", lambda s: s.top_n_sigma > 0,
+          lambda c, step: filters.keep_top_n_sigma(c, step.settings.top_n_sigma)),
+    Stage("temperature", lambda s: s.temperature != 1,
+          lambda c, step: curves.apply_temperature(c, step.settings.temperature)),
+    Stage("dynamic_temperature", lambda s: s.dynamic_temperature, _apply_dynamic_temperature),
+    Stage("quadratic_sampling", lambda s: s.smoothing_factor > 0,
+          lambda c, step: curves.smooth(
+              c, step.settings.smoothing_factor, step.settings.smoothing_curve)),
+    Stage("top_k", lambda s: s.top_k > 0,
+          lambda c, step: filters.keep_top_k(c, step.settings.top_k)),
+    Stage("top_p", lambda s: s.top_p < 1,
+          lambda c, step: filters.keep_top_p(c, step.settings.top_p)),
+    Stage("typical_p", lambda s: s.typical_p < 1,
+          lambda c, step: filters.keep_typical(c, step.settings.typical_p)),
+    Stage("epsilon_cutoff", lambda s: s.epsilon_cutoff > 0,
+          lambda c, step: filters.keep_epsilon(c, step.settings.epsilon_cutoff * _CUTOFF_UNIT)),
+    Stage("eta_cutoff", lambda s: s.eta_cutoff > 0,
+          lambda c, step: filters.keep_eta(c, step.settings.eta_cutoff * _CUTOFF_UNIT)),
+    Stage("tfs", lambda s: s.tfs < 1,
+          lambda c, step: filters.keep_tail_free(c, step.settings.tfs)),
+    Stage("top_a", lambda s: s.top_a > 0,
+          lambda c, step: filters.keep_top_a(c, step.settings.top_a)),
+    Stage("min_p", lambda s: s.min_p > 0,
+          lambda c, step: filters.keep_min_p(c, step.settings.min_p)),
+    Stage("xtc", lambda s: s.xtc_probability > 0, _exclude_top_choices),
+    Stage("encoder_repetition_penalty", lambda s: s.encoder_repetition_penalty != 1,
+          lambda c, step: penalties.reward_encoder_tokens(
+              c, step.prompt_ids, step.settings.encoder_repetition_penalty), for_greedy=True),
+    Stage("no_repeat_ngram", lambda s: s.no_repeat_ngram_size > 0,
+          lambda c, step: penalties.ban_repeated_ngrams(
+              c, step.past.ids, step.settings.no_repeat_ngram_size), for_greedy=True),
+)
+
+_CURVES = ("temperature", "dynamic_temperature", "quadratic_sampling")
+
+
+def chosen_stages(settings: SamplingSettings) -> tuple[Stage, ...]:
+    """The samplers that are switched on, in the order in which they run.
+
+    Those that `sampler_priority` does not name come first, as in the web UI;
+    `temperature_last` moves the temperatures and smoothing to the end.
+    """
+    rank = {name: place for place, name in enumerate(settings.sampler_priority)}
+    if settings.temperature_last:
+        rank.update((name, len(rank) + place) for place, name in enumerate(_CURVES))
+    stages = [stage for stage in STAGES if stage.is_on(settings)]
+    if settings.greedy:
+        stages = [stage for stage in stages if stage.for_greedy]
+    return tuple(sorted(stages, key=lambda stage: rank.get(stage.name, -1)))
+
+
+def run_stages(candidates: Candidates, stages: Sequence[Stage], step: Step) -> Candidates:
+    """Apply the samplers one after the other.
+
+    A ban that comes late may leave nothing of what the filters kept; then it comes first, and
+    the filters choose among what is allowed.
+
+    Raises:
+        InvalidSettings: bans leave no token at all.
+    """
+    _check_possible(candidates)
+    left = candidates
+    for stage in stages:
+        left = stage.apply(left, step)
+        if stage.name == "no_repeat_ngram" and not _is_possible(left):
+            others = [other for other in stages if other is not stage]
+            return run_stages(stage.apply(candidates, step), others, step)
+    _check_possible(left)
+    return left
+
+
+def _is_possible(candidates: Candidates) -> bool:
+    """Whether any of the tokens may be drawn."""
+    return bool(candidates.logits.max() > -np.inf)
+
+
+def _check_possible(candidates: Candidates) -> None:
+    if not _is_possible(candidates):
+        raise InvalidSettings(
+            "token bans and penalties", expected="at least one token that may be drawn",
+            actual="none", remedy="Ban fewer tokens, or set no_repeat_ngram_size to 0",
+        )

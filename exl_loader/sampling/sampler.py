@@ -1,0 +1,96 @@
+"""Draws the tokens of one request."""
+
+from __future__ import annotations
+
+import secrets
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import InvalidCheckpoint
+from ..settings import MAX_SEED, SamplingSettings
+from . import penalties
+from .candidates import Candidates, Floats, draw
+from .mirostat import Mirostat
+from .penalties import Past
+from .pipeline import Step, chosen_stages, run_stages
+from .tokens import TokenRoles
+
+
+class Sampler:
+    """Draws the tokens of one request, with a generator and a state of its own.
+
+    Args:
+        settings: how to draw.
+        seed: of the generator; where None, the settings' one, or a random one for -1.
+        roles: what must be known of the vocabulary and the prompt.
+
+    Attributes:
+        seed: the seed in use, for drawing the same text again.
+    """
+
+    def __init__(
+        self, settings: SamplingSettings, seed: int | None = None,
+        roles: TokenRoles | None = None,
+    ) -> None:
+        wanted = settings.seed if seed is None else seed
+        self.seed = secrets.randbelow(MAX_SEED) if wanted < 0 else wanted
+        self._settings = settings
+        self._roles = roles = roles or TokenRoles()
+        self._banned_ids = np.array(roles.banned_ids, np.int64)
+        self._breaker_ids = np.array(sorted(roles.breaker_ids), np.int64)
+        self._prompt_ids = np.unique(np.array(roles.prompt_ids, np.int64))
+        self._stages = chosen_stages(settings)
+        self._mirostat: Mirostat | None = None
+        if settings.mirostat_mode == 2 and not settings.greedy:
+            self._mirostat = Mirostat(settings.mirostat_tau, settings.mirostat_eta)
+        # Philox: the same numbers for the same seed on every machine and numpy version.
+        self._random = np.random.Generator(np.random.Philox(self.seed))
+
+    def sample(self, logits: npt.ArrayLike, history: npt.ArrayLike) -> int:
+        """Draw one token.
+
+        Args:
+            logits: float32 [vocab_size] on the CPU; left as it is.
+            history: token ids so far, prompt included.
+
+        Raises:
+            InvalidCheckpoint: logits are NaN or infinite.
+            InvalidSettings: bans leave no token.
+        """
+        left = self.candidates(logits, history)
+        if self._settings.greedy:
+            return int(left.ids[left.logits.argmax()])
+        token_id = draw(left, self._random.random())
+        if self._mirostat is not None:
+            self._mirostat.observe(left, token_id)
+        return token_id
+
+    def candidates(self, logits: npt.ArrayLike, history: npt.ArrayLike) -> Candidates:
+        """What `sample` draws from; each call may take a random number (XTC).
+
+        Returns:
+            Candidates whose logits' softmax is the distribution; for greedy settings, those
+            whose largest logit is taken.
+        """
+        settings = self._settings
+        row = np.asarray(logits, dtype=np.float32)[: self._roles.vocab_size]
+        _check_finite(row)
+        candidates = Candidates.of_row(row)
+        candidates = penalties.add_bias(candidates, settings.logit_bias)
+        candidates = penalties.ban(candidates, self._banned_ids)
+        past = Past(np.asarray(history, np.int64), settings.repetition_penalty_range)
+        left = run_stages(candidates, self._stages, Step(
+            settings, past, self._prompt_ids, self._breaker_ids, self._roles.spared_ids,
+            self._random.random,
+        ))
+        return left if self._mirostat is None else self._mirostat.keep(left)
+
+
+def _check_finite(row: Floats) -> None:
+    # NaN is the largest and the smallest of all, so two passes without a copy find everything.
+    if not (np.isfinite(row.max()) and np.isfinite(row.min())):
+        raise InvalidCheckpoint(
+            "logits", expected="finite numbers", actual="NaN or infinity",
+            remedy="The weights are damaged, or overflow in float16: download them again",
+        )

@@ -1,0 +1,111 @@
+"""Reads and checks single values of settings, as web forms, APIs and presets write them."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from .errors import InvalidSettings
+
+
+def invalid(name: str, expected: str, actual: Any) -> InvalidSettings:
+    """The error for a value that makes no sense."""
+    return InvalidSettings(name, expected=expected, actual=repr(actual)[:80])
+
+
+def check_integer(name: str, value: Any, low: int, high: int | None = None) -> None:
+    """Raise InvalidSettings where this is no integer from low to high."""
+    valid = isinstance(value, int) and not isinstance(value, bool)
+    if not valid or value < low or (high is not None and value > high):
+        limit = f"from {low} to {high}" if high is not None else f"of at least {low}"
+        raise invalid(name, f"an integer {limit}", value)
+
+
+def check_number(name: str, value: Any, low: float, high: float | None = None) -> None:
+    """Raise InvalidSettings where this is no finite number from low to high."""
+    valid = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not valid or not math.isfinite(value) or value < low or (high is not None and value > high):
+        limit = f"from {low} to {high}" if high is not None else f"of at least {low}"
+        raise invalid(name, "a finite number" if low == -math.inf else f"a number {limit}", value)
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise InvalidSettings where this is neither true nor false."""
+    if not isinstance(value, bool):
+        raise invalid(name, "true or false", value)
+
+
+def tuple_of(name: str, value: Any, kind: type) -> tuple:
+    """Return texts or token ids as a tuple; one alone is a list of one."""
+    values = (value,) if isinstance(value, kind) else value
+    wanted = f"a list of {'texts' if kind is str else 'token ids'}"
+    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
+        raise invalid(name, wanted, value)
+    if not all(isinstance(item, kind) and not isinstance(item, bool) for item in values):
+        raise invalid(name, wanted, value)
+    return tuple(values)
+
+
+def token_ids(name: str, value: Any) -> tuple[int, ...]:
+    """Return token ids, given as a list or, as in the web UI's form, as "1, 2, 3"."""
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        parts = [part.strip() for part in value.split(",") if part.strip()]
+        if not all(re.fullmatch("[0-9]{1,18}", part) for part in parts):
+            raise invalid(name, "token ids with commas between them", value)
+        value = [int(part) for part in parts]
+    ids = tuple_of(name, value, int)
+    if any(token < 0 for token in ids):
+        raise invalid(name, "token ids of at least 0", value)
+    return ids
+
+
+def quoted_texts(name: str, value: Any) -> tuple[str, ...]:
+    r"""Return texts, given as a list or, as in the web UI's form, as '"\n", ":"' or JSON."""
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        written = value.strip()
+        try:
+            value = json.loads(written if written.startswith("[") else f"[{written}]")
+        except ValueError:
+            raise invalid(name, "texts in double quotes with commas between them",
+                          written) from None
+    return tuple(text for text in tuple_of(name, value, str) if text)
+
+
+def names(name: str, value: Any, known: Collection[str]) -> tuple[str, ...]:
+    """Return names, given as a list or with commas or line ends between them; the first of
+    several equal ones counts."""
+    if isinstance(value, str):
+        value = [part.strip() for part in re.split("[,\n]", value) if part.strip()]
+    listed = tuple_of(name, value if value is not None else (), str)
+    for item in listed:
+        if item not in known:
+            raise InvalidSettings(name, expected=f"names out of {', '.join(sorted(known))}",
+                                  actual=repr(item)[:80])
+    return tuple(dict.fromkeys(listed))
+
+
+def biases(name: str, value: Any) -> tuple[tuple[int, float], ...]:
+    """Return (token id, bias) pairs with rising ids, given so or as an API's {"id": bias}."""
+    wanted = "token ids with a finite number each"
+    if value is None:
+        return ()
+    if not isinstance(value, (Mapping, Sequence)) or isinstance(value, (str, bytes)):
+        raise invalid(name, wanted, value)
+    read: dict[int, float] = {}
+    for pair in value.items() if isinstance(value, Mapping) else value:
+        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+            raise invalid(name, wanted, value)
+        token, bias = pair
+        (token_id,) = token_ids(name, token if isinstance(token, str) else [token]) or (-1,)
+        check_number(name, bias, -math.inf)
+        if token_id < 0:
+            raise invalid(name, wanted, value)
+        read[token_id] = float(bias)
+    return tuple(sorted(read.items()))
