@@ -61,6 +61,8 @@ def load(
             compile. In every case all memory has been given back.
     """
     try:
+        import torch  # noqa: F401  (its libraries are in memory before what is free is measured)
+
         with planned(
             model_dir,
             ctx_size,

@@ -11,7 +11,6 @@ import os
 import re
 import weakref
 from collections.abc import Iterable
-from dataclasses import replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -67,12 +66,6 @@ def _scaled(number: str, unit: str, suffix: str) -> Fraction:
     return Fraction(number) * base ** _UNITS[unit.upper()]
 
 
-def environment_limit() -> int | None:
-    """Return the limit that `EXL_LOADER_MEMORY_LIMIT` sets for every device, None without."""
-    value = os.environ.get(LIMIT_VARIABLE, "").strip()
-    return parse_bytes(value, f"environment variable {LIMIT_VARIABLE}") if value else None
-
-
 def live_bytes(device: str | None = None) -> int:
     """Count the bytes of all buffers that exist in this process, on one device or on all.
 
@@ -82,25 +75,28 @@ def live_bytes(device: str | None = None) -> int:
     return sum(nbytes for name, nbytes in _live.values() if device in (None, name))
 
 
-def capacity(device: str) -> Capacity:
-    """Return what a device has and lends now, within the environment's limit.
+def environment_limit(device: str) -> int | None:
+    """Return what `EXL_LOADER_MEMORY_LIMIT` leaves for another model; None where it is not set.
 
-    The limit is the device's capacity for all models of this process together.
+    It is a device's capacity for the buffers of all models of this process together.
 
     Raises:
-        InvalidSettings: no such device, or the limit is no byte count.
+        InvalidSettings: it is no byte count.
     """
-    found = device_kind(device).capacity(device)
-    limit = environment_limit()
-    if limit is None or limit >= found.capacity_bytes:
-        return found
-    held = live_bytes(device)
-    return replace(
-        found,
-        capacity_bytes=limit,
-        free_bytes=max(0, min(found.free_bytes, limit - held)),
-        own_bytes=held,
-    )
+    value = os.environ.get(LIMIT_VARIABLE, "").strip()
+    if not value:
+        return None
+    limit = parse_bytes(value, f"environment variable {LIMIT_VARIABLE}")
+    return max(0, limit - live_bytes(device))
+
+
+def capacity(device: str) -> Capacity:
+    """Return what a device has and lends now, by the system's own figures.
+
+    Raises:
+        InvalidSettings: there is no such device.
+    """
+    return device_kind(device).capacity(device)
 
 
 class Buffers:

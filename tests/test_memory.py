@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import mmap
 import os
+import sys
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from exl_loader import devices, memory
 from exl_loader.devices import Capacity, Process
-from exl_loader.devices.cpu import CpuDevice
+from exl_loader.devices.cpu import ASSUMED_RUNTIME_BYTES, CpuDevice
 from exl_loader.devices.cuda import ASSUMED_CONTEXT_BYTES, CudaDevice
 from exl_loader.errors import InsufficientMemory, InvalidSettings
 from exl_loader.table import TensorSpec, place
@@ -30,19 +31,19 @@ def machine(tmp_path):
     """A machine of 16 GiB, 8 of them free, whose files a test may add to."""
 
     def make(cgroup: str = "", **files: str) -> CpuDevice:
-        proc, sys = tmp_path / "proc", tmp_path / "sys"
+        proc, cgroups = tmp_path / "proc", tmp_path / "cgroup"
         (proc / "self").mkdir(parents=True)
-        (sys / "fs" / "cgroup").mkdir(parents=True)
+        cgroups.mkdir()
         (proc / "meminfo").write_text(
             f"MemTotal: {16 * GIB // 1024} kB\nMemFree: 1 kB\nMemAvailable: {8 * GIB // 1024} kB\n"
         )
         (proc / "self" / "status").write_text("Name:\tpython\nVmRSS:\t  1048576 kB\n")
         (proc / "self" / "cgroup").write_text(cgroup)
         for path, text in files.items():
-            file = sys / "fs" / "cgroup" / path
+            file = cgroups / path
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text)
-        return CpuDevice(str(proc), str(sys))
+        return CpuDevice(str(proc), str(cgroups))
 
     return make
 
@@ -166,19 +167,31 @@ def test_what_is_no_byte_count(value):
         memory.parse_bytes(value, "memory_limit")
 
 
-def test_environment_sets_the_capacity_of_all_models_together(monkeypatch):
+def test_the_environments_limit_is_for_all_models_together(monkeypatch):
+    assert memory.environment_limit("cpu") is None
     monkeypatch.setenv(memory.LIMIT_VARIABLE, "1MiB")
-    assert memory.capacity("cpu").capacity_bytes == 1 << 20
-    before, held = memory.capacity("cpu").free_bytes, memory.live_bytes("cpu")
-    buffers = memory.allocate(place([TensorSpec("t", "weights", "uint8", (300_000,))]).values())
-    taken = buffers.allocated_bytes()
-    assert memory.capacity("cpu").free_bytes == before - taken
-    assert memory.capacity("cpu").own_bytes == held + taken
+    before = memory.environment_limit("cpu")
+    assert before == (1 << 20) - memory.live_bytes("cpu")
+    specs = [TensorSpec("t", name, "uint8", (300_000,)) for name in ("weights", "cache")]
+    buffers = memory.allocate(place(specs).values())
+    assert memory.environment_limit("cpu") == before - buffers.allocated_bytes()
+    assert memory.environment_limit("cpu:1") == 1 << 20
+    more = memory.allocate(place([TensorSpec("t", "cache", "uint8", (600_000,))]).values())
+    assert memory.environment_limit("cpu") == 0
     buffers.release()
-    assert memory.capacity("cpu").free_bytes == before
+    more.release()
+    assert memory.environment_limit("cpu") == before
     monkeypatch.setenv(memory.LIMIT_VARIABLE, "much")
     with pytest.raises(InvalidSettings, match=memory.LIMIT_VARIABLE):
-        memory.capacity("cpu")
+        memory.environment_limit("cpu")
+
+
+def test_libraries_count_until_they_are_loaded(monkeypatch):
+    import torch  # noqa: F401
+
+    assert CpuDevice().overhead("cpu") == (0, True)
+    monkeypatch.delitem(sys.modules, "torch")
+    assert CpuDevice().overhead("cpu") == (ASSUMED_RUNTIME_BYTES, False)
 
 
 def test_views_have_the_tables_dtypes_shapes_and_places():

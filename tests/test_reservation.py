@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,6 +60,7 @@ def geometries(draw, head_dims=(32, 64, 80, 96, 100, 128, 256)):
 @pytest.fixture
 def machine(monkeypatch):
     """Main memory that is as free as a test says, whatever this machine has."""
+    import torch  # noqa: F401  (what a process that loads has in memory already)
 
     def make(free_bytes: int, capacity_bytes: int = 64 * GIB, processes=()):
         class Machine(CpuDevice):
@@ -266,13 +266,15 @@ def test_the_limit_may_be_the_reservation_itself(tmp_path):
 
 def test_the_environment_sets_the_capacity(tmp_path, monkeypatch):
     folder = write_sparse_exl2(tmp_path / "m")
-    needed = plan(folder, 5000).devices[0].needed_bytes
-    monkeypatch.setenv("EXL_LOADER_MEMORY_LIMIT", str(needed + memory.live_bytes("cpu")))
+    total, held = plan(folder, 5000).total_bytes, memory.live_bytes("cpu")
+    monkeypatch.setenv("EXL_LOADER_MEMORY_LIMIT", str(total + held))
     device = plan(folder, 5000).devices[0]
     assert device.fits and device.spare_bytes == 0
-    assert device.capacity_bytes == needed + memory.live_bytes("cpu")
-    monkeypatch.setenv("EXL_LOADER_MEMORY_LIMIT", str(needed + memory.live_bytes("cpu") - 1))
+    assert device.capacity_bytes == device.free_bytes == total
+    monkeypatch.setenv("EXL_LOADER_MEMORY_LIMIT", str(total + held - 1))
     assert plan(folder, 5000).devices[0].missing_bytes == 1
+    assert plan(folder, 5000, memory_limit=100).devices[0].limit_bytes == 100
+    assert plan(folder, 5000, vram="24GiB").devices[0].limit_bytes is None
 
 
 def test_gpu_split_limits_our_buffers(tmp_path):
@@ -291,6 +293,8 @@ def test_a_card_that_is_not_here_has_an_assumed_context(tmp_path):
     assert (device.device, device.capacity_bytes) == ("cuda:0", 24 * GIB)
     assert not device.overhead_measured and device.overhead_bytes > 0
     assert "(assumed)" in render(plan(folder, vram="24GiB"))
+    import torch  # noqa: F401
+
     assert plan(folder).devices[0].overhead_measured
 
 
@@ -342,8 +346,10 @@ def test_json_names_are_the_attributes(tmp_path):
     (device,) = values["devices"]
     for name, value in device.items():
         assert getattr(found.devices[0], name) == value
-    assert values["total_bytes"] == device["total_bytes"] == sum(
-        device[f"{part}_bytes"] for part in ("weights", "cache", "workspace")
+    assert (
+        values["total_bytes"]
+        == device["total_bytes"]
+        == sum(device[f"{part}_bytes"] for part in ("weights", "cache", "workspace"))
     )
     assert device["needed_bytes"] == device["total_bytes"] + device["overhead_bytes"]
 
@@ -413,13 +419,17 @@ def test_load_refuses_before_a_weight_is_read_or_a_buffer_exists(tmp_path, machi
     assert memory.live_bytes() == before
 
 
-def test_records_agree_with_their_parts(tmp_path):
-    device = plan(write_sparse_exl2(tmp_path / "m"), 4096).devices[0]
-    tight = replace(device, free_bytes=device.needed_bytes)
-    assert tight.fits and tight.missing_bytes == 0
-    assert not replace(tight, free_bytes=tight.free_bytes - 1).fits
-    assert not replace(tight, limit_bytes=tight.total_bytes - 1).fits
-    assert replace(tight, limit_bytes=tight.total_bytes).fits
+def test_free_memory_holds_the_overhead_as_well(tmp_path, machine):
+    folder = write_sparse_exl2(tmp_path / "m")
+    machine(GIB)
+    needed, total = plan(folder, 4096).devices[0].needed_bytes, plan(folder, 4096).total_bytes
+    assert needed > total
+    machine(needed)
+    assert plan(folder, 4096).fits and plan(folder, 4096).devices[0].spare_bytes == 0
+    machine(needed - 1)
+    assert plan(folder, 4096).devices[0].missing_bytes == 1
+    # A limit that is no tighter than the system's free memory does not hide the overhead.
+    assert not plan(folder, 4096, memory_limit=total).fits
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,23 @@ from . import Capacity, Process
 NO_LIMIT = 1 << 62
 PAGE_BYTES = mmap.PAGESIZE
 
+# PyTorch, numpy and our kernels: 224 MiB resident with PyTorch 2.13 on x86-64 Linux. A process
+# that only plans has not loaded them; the one that loads will.
+ASSUMED_RUNTIME_BYTES = 256 << 20
+
 
 class CpuDevice:
-    """Main memory, by /proc and /sys.
+    """Main memory, by /proc and the cgroup files.
 
     Args:
-        proc, sys: where they are mounted; tests bring trees of their own.
+        proc, cgroups: where they are mounted; tests bring trees of their own.
     """
 
     granularity_bytes = PAGE_BYTES
 
-    def __init__(self, proc: str = "/proc", sys: str = "/sys") -> None:
+    def __init__(self, proc: str = "/proc", cgroups: str = "/sys/fs/cgroup") -> None:
         self._proc = Path(proc)
-        self._cgroups = Path(sys) / "fs" / "cgroup"
+        self._cgroups = Path(cgroups)
 
     def capacity(self, name: str) -> Capacity:
         """Return the narrowest of the machine, its cgroups and the process's address space."""
@@ -42,8 +47,8 @@ class CpuDevice:
         )
 
     def overhead(self, name: str) -> tuple[int, bool]:
-        """Nothing beside the rounding to pages, which the reservation counts itself."""
-        return 0, True
+        """Nothing once PyTorch is in memory, and its libraries until then."""
+        return (0, True) if "torch" in sys.modules else (ASSUMED_RUNTIME_BYTES, False)
 
     def processes(self, name: str, limit: int) -> list[Process]:
         """Return the processes with the most resident memory, this one left out."""

@@ -10,7 +10,7 @@ from typing import Any
 from ..cache import CacheType
 from ..devices import Capacity, device_kind
 from ..errors import InvalidSettings
-from ..memory import capacity, parse_bytes
+from ..memory import capacity, environment_limit, parse_bytes
 from ..rope import MAX_POSITIONS
 
 GIB = 1 << 30
@@ -38,8 +38,8 @@ class Budget:
     """What one device lends.
 
     Args:
-        device: its name. capacity: its memory now.
-        limit_bytes: most that our buffers may take of it; None without a limit.
+        device: its name. capacity: its memory now, by the system.
+        limit_bytes: most that this model's buffers may take of it; None without a limit.
         overhead_bytes: taken outside our buffers by running there at all.
         overhead_measured: False where that is assumed.
     """
@@ -49,6 +49,20 @@ class Budget:
     limit_bytes: int | None
     overhead_bytes: int
     overhead_measured: bool
+
+    def spare_bytes(self, total_bytes: int, overhead_bytes: int) -> int:
+        """Return what stays free beside so many bytes; negative where they do not fit.
+
+        A limit is set on what we reserve, not on what the system adds.
+        """
+        spare = self.capacity.free_bytes - total_bytes - overhead_bytes
+        return spare if self.limit_bytes is None else min(spare, self.limit_bytes - total_bytes)
+
+    def limited(self) -> Capacity:
+        """Return the device as the limit leaves it: its capacity is then the limit."""
+        if self.limit_bytes is None or self.limit_bytes >= self.capacity.capacity_bytes:
+            return self.capacity
+        return Capacity(self.limit_bytes, min(self.limit_bytes, self.capacity.free_bytes))
 
 
 def run_options(cache_type: str | CacheType, chunk_size: Any, max_batch_size: Any) -> RunOptions:
@@ -100,7 +114,8 @@ def budgets(
             several names, over which the layers are split in this order.
         gpu_split: GiB that our buffers may take of each device, as `20,24` or numbers.
         vram: plan for cards of this size that are not here, as `24GiB`, `24GiB,12GiB` or a list.
-        memory_limit: most that our buffers may take of each device.
+        memory_limit: most that our buffers may take of each device, as the environment's
+            limit is.
 
     Raises:
         InvalidSettings: no such device, or settings that contradict each other.
@@ -118,7 +133,7 @@ def budgets(
     overall = None if memory_limit is None else parse_bytes(memory_limit, "memory_limit")
     found = []
     for i, name in enumerate(names):
-        limits = [split[i] if split else None, overall]
+        limits = [split[i] if split else None, overall, None if sizes else environment_limit(name)]
         overhead, measured = device_kind(name).overhead(name)
         found.append(
             Budget(

@@ -39,11 +39,9 @@ class Share:
 
     @property
     def spare_bytes(self) -> int:
-        """What stays free; negative where it does not fit. See `DeviceReservation`."""
+        """What stays free; negative where it does not fit."""
         total = self.weights_bytes + self.cache_bytes + self.workspace_bytes
-        spare = self.budget.capacity.free_bytes - total - self.overhead_bytes
-        limit = self.budget.limit_bytes
-        return spare if limit is None else min(spare, limit - total)
+        return self.budget.spare_bytes(total, self.overhead_bytes)
 
 
 def segments_of(

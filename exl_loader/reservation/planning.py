@@ -170,6 +170,7 @@ def _record(share: Share, segments: dict[tuple[str, str], Segment]) -> DeviceRes
     }
     found = (share.weights_bytes, share.cache_bytes, share.workspace_bytes)
     assert found == tuple(sizes.values()), (found, sizes)
+    lent = budget.limited()
     return DeviceReservation(
         device=budget.device,
         first_layer=share.first_layer,
@@ -179,8 +180,9 @@ def _record(share: Share, segments: dict[tuple[str, str], Segment]) -> DeviceRes
         workspace_bytes=share.workspace_bytes,
         overhead_bytes=share.overhead_bytes,
         overhead_measured=budget.overhead_measured,
-        capacity_bytes=budget.capacity.capacity_bytes,
-        free_bytes=budget.capacity.free_bytes,
-        other_bytes=budget.capacity.other_bytes,
+        capacity_bytes=lent.capacity_bytes,
+        free_bytes=lent.free_bytes,
+        other_bytes=lent.other_bytes,
         limit_bytes=budget.limit_bytes,
+        spare_bytes=share.spare_bytes,
     )

@@ -18,11 +18,13 @@ class DeviceReservation:
             the runtime's own context, the largest tensor on its way through the CPU.
         overhead_measured: False where a part of it could only be assumed (a card that is not
             here, or on which this process has no context yet).
-        capacity_bytes: what the device has, or may be used up to by the environment's limit.
-        free_bytes: what it lends now.
-        other_bytes: what other processes and the system hold.
-        limit_bytes: most that the three buffers may take by `memory_limit` or `gpu_split`;
-            None without one.
+        capacity_bytes: what the device has, or the limit if that is less.
+        free_bytes: what it lends now, at most the limit.
+        other_bytes: what other processes and the system hold of the capacity.
+        limit_bytes: most that the three buffers may take, by `memory_limit`, `gpu_split` or
+            the environment; None without a limit.
+        spare_bytes: what stays free when all is taken; negative where it does not fit. A limit
+            has to hold the buffers, the system's free memory the buffers and the overhead.
     """
 
     device: str
@@ -36,7 +38,8 @@ class DeviceReservation:
     capacity_bytes: int
     free_bytes: int
     other_bytes: int
-    limit_bytes: int | None = None
+    limit_bytes: int | None
+    spare_bytes: int
 
     @property
     def total_bytes(self) -> int:
@@ -45,17 +48,8 @@ class DeviceReservation:
 
     @property
     def needed_bytes(self) -> int:
-        """The buffers and what lies outside them: what has to be free."""
+        """The buffers and what lies outside them: what the system has to have free."""
         return self.total_bytes + self.overhead_bytes
-
-    @property
-    def spare_bytes(self) -> int:
-        """What stays free when all is taken; negative where it does not fit."""
-        spare = self.free_bytes - self.needed_bytes
-        if self.limit_bytes is not None:
-            # A limit is set on what we reserve, not on what the system adds.
-            spare = min(spare, self.limit_bytes - self.total_bytes)
-        return spare
 
     @property
     def missing_bytes(self) -> int:
@@ -68,7 +62,7 @@ class DeviceReservation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields and sums under their own names."""
-        sums = ("total_bytes", "needed_bytes", "spare_bytes", "missing_bytes", "fits")
+        sums = ("total_bytes", "needed_bytes", "missing_bytes", "fits")
         return asdict(self) | {name: getattr(self, name) for name in sums}
 
 

@@ -114,7 +114,7 @@ def _needed(device: DeviceReservation) -> str:
 def _found(device: DeviceReservation) -> str:
     lent = f"{amount(device.free_bytes)} free"
     if device.limit_bytes is not None and device.limit_bytes < device.total_bytes:
-        lent += f" and a limit of {amount(device.limit_bytes)}"
+        lent = f"a limit of {amount(device.limit_bytes)}"
     return f"{lent}, {amount(device.missing_bytes)} missing"
 
 
@@ -138,7 +138,7 @@ def _holders(short: list[DeviceReservation]) -> list[str]:
     """Name the largest holders of each device that is short."""
     found: list[Process] = []
     for device in short:
-        if device.free_bytes >= device.needed_bytes:
+        if device.limit_bytes is not None and device.limit_bytes < device.total_bytes:
             continue  # a limit of the user's own stands in the way, nobody else
         found += device_kind(device.device).processes(device.device, PROCESSES_SHOWN)
     if not found:
