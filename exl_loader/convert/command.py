@@ -35,8 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibration-row-len", type=int, default=512, metavar="N",
         help="tokens in a row (default: 512)",
     )
-    if not any("--json" in action.option_strings for action in parser._actions):
-        parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
