@@ -41,6 +41,16 @@ constexpr bool rotation_negates(uint32_t index) {
     return (mixed >> 16) & 1u;
 }
 
+// 16 bits, see reference_fp16.py: value = code * scale / kBlockUnit, the scale in the lowest
+// bits of the first 16 codes. Elements [first, first + this) share a scale.
+constexpr float kBlockUnit = 32768.0f;
+constexpr float kLargestBlockCode = 32766.0f;
+constexpr int block_elements(int head_dim, int first) {
+    // What is left behind a whole group may be too short for a scale of its own.
+    const int left = head_dim - first;
+    return left >= kGroup + 16 || left == kGroup ? kGroup : left;
+}
+
 constexpr bool is_quantized(int bits) { return bits < 16; }
 constexpr int num_groups(int head_dim, int bits) {
     return is_quantized(bits) ? (head_dim + kGroup - 1) / kGroup : 0;
@@ -61,7 +71,7 @@ extern "C" {
 struct ExlCacheHalf {
     void* codes;       // [pages, kv_heads, kPageLen, code_bytes]
     uint16_t* scales;  // float16 [pages, kv_heads, kPageLen, groups]; null where bits >= 16
-    int32_t bits;      // 4, 6, 8, 16 (float16) or 32 (float32)
+    int32_t bits;      // 4, 6, 8, 16 (blocks) or 32 (float32)
 };
 
 struct ExlCacheLayer {

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from exl_loader.kernels import reference_fp16
 from exl_loader.kernels.reference import cache_round_trip
 from exl_loader.kernels.reference_codec import (
     CODEBOOKS,
@@ -93,10 +94,32 @@ def test_head_sizes_cost_no_quality(head_dim):
     assert error(x, "q8") <= 2.7e-5
 
 
-def test_float_types_keep_what_the_dtype_keeps():
+def test_fp32_keeps_everything():
     x = normal(1, rows=10)
     assert torch.equal(cache_round_trip(x, "fp32"), x)
-    assert torch.equal(cache_round_trip(x, "fp16"), x.half().float())
+
+
+@pytest.mark.parametrize("head_dim", [16, 20, 64, 72, 80, 128])
+@pytest.mark.parametrize("magnitude", [1e-6, 1e-3, 1.0, 1e4])
+def test_fp16_loses_a_fifth_of_what_float16_loses(head_dim, magnitude):
+    x = normal(1, head_dim=head_dim) * magnitude
+    float16_error = relative_squared_error(x.half().float(), x)
+    assert error(x, "fp16") <= min(float16_error / 25, 1.5e-9)
+    codes = reference_fp16.encode(x)
+    assert codes.dtype == torch.int16 and codes.shape == x.shape
+
+
+def test_fp16_bounds_faults_and_small_heads():
+    x = torch.zeros(4, 64)
+    x[1, 3], x[1, 40] = 7e4, -1e5
+    x[2, 3], x[3, 3] = torch.nan, torch.inf
+    y = cache_round_trip(x, "fp16")
+    assert torch.equal(y[0], x[0])
+    # Beyond float16's range values end there, as large as the scale.
+    assert y[1, [3, 40]].tolist() == pytest.approx([65504, -65504], rel=1e-3)
+    assert y[2:, :32].isnan().all() and torch.equal(y[2:, 32:], x[2:, 32:])
+    small = normal(3, rows=5, head_dim=8)
+    assert torch.equal(cache_round_trip(small, "fp16"), small.half().float())
 
 
 def test_mixed_types_treat_keys_and_values_apart():

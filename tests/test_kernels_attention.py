@@ -11,7 +11,7 @@ import torch
 from cache_layers import attend, make_batch, make_layer, one_of, part, random_rows, write
 
 from exl_loader.cache import PAGE_LEN
-from exl_loader.kernels import get_ops
+from exl_loader.kernels import get_ops, reference_fp16
 from exl_loader.kernels.interface import AttentionShape
 from exl_loader.kernels.native import default_threads
 from exl_loader.kernels.reference import ReferenceOps
@@ -219,9 +219,10 @@ def test_one_overwhelming_key_takes_all_the_weight(ops):
 
 
 @pytest.mark.parametrize("cache_type", ["fp32", "fp16"])
-def test_float_types_are_written_exactly(every_ops, cache_type):
+@pytest.mark.parametrize("head_dim", [8, 20, 64, 72, 80])
+def test_unquantised_types_are_written_bit_for_bit(every_ops, cache_type, head_dim):
     batch = make_batch([3, 250], [9, 12])
-    shape = shape_of(2, 2, 72)
+    shape = shape_of(2, 2, head_dim)
     layers = [filled(writer, cache_type, shape, batch) for writer in (every_ops, REFERENCE)]
     for name in ("k_codes", "v_codes"):
         ours, theirs = (getattr(layer, name).view(torch.uint8) for layer in layers)
@@ -272,3 +273,16 @@ def test_a_fault_shows_in_its_own_group_only(every_ops, bits, value):
     faulty = layer.k_scales[page, 0, :4].isnan()
     # Blocks of rotation are 32 elements at this head size, as groups are.
     assert faulty.tolist() == [[False] * 3, [False, True, False], [False] * 3, [False] * 3]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_fault_shows_in_16_bits_too(every_ops, value):
+    batch = make_batch([0], [3])
+    layer = make_layer("fp16", 1, 1, 80)
+    k = random_rows(3, 1, 80, 2)
+    k[1, 0, 70] = value
+    write(every_ops, k, k, layer, batch)
+    page = int(batch.page_table[0, 0])
+    back = reference_fp16.decode(layer.v_codes[page, 0, :3])
+    assert back[1, 64:].isnan().all()
+    assert back[[0, 2]].isfinite().all() and back[1, :64].isfinite().all()

@@ -110,22 +110,41 @@ void quantized_keys(const ExlCacheHalf& keys, int64_t place, int tokens, int hea
     }
 }
 
-void half_keys(const ExlCacheHalf& keys, int64_t place, int tokens, int head_dim, float* out) {
+// One scale's elements [first, first + count) of 16 tokens, 16 bits.
+EXL_INLINE void key_block(const int16_t* rows, int head_dim, int first, int count, float* out) {
     constexpr int kStep = 8;  // elements of one transposition
-    for (int t = 0; t < tokens; t += kLanes) {
-        const uint16_t* rows = static_cast<const uint16_t*>(keys.codes) + (place + t) * head_dim;
-        int e = 0;
-        for (; e + kStep <= head_dim; e += kStep) {
-            alignas(64) uint16_t columns[kStep * kLanes];
-            transpose_halves(rows + e, head_dim, columns);
-            for (int i = 0; i < kStep; ++i) {
-                store(out + (e + i) * kTileTokens + t, load_half(columns + i * kLanes));
-            }
+    uint16_t halves[kLanes];
+    for (int j = 0; j < kLanes; ++j) halves[j] = lowest_bits(rows + j * head_dim + first);
+    const F32x16 factor = load_half(halves) * broadcast(1.0f / kBlockUnit);
+    int e = first;
+    for (; e + kStep <= first + count; e += kStep) {
+        alignas(64) int16_t columns[kStep * kLanes];
+        transpose_int16(rows + e, head_dim, columns);
+        for (int i = 0; i < kStep; ++i) {
+            const F32x16 codes = to_float(load_int16(columns + i * kLanes));
+            store(out + (e + i) * kTileTokens, codes * factor);
         }
-        for (; e < head_dim; ++e) {
-            uint16_t column[kLanes];
-            gather_scales(rows + e, head_dim, column);
-            store(out + e * kTileTokens + t, load_half(column));
+    }
+    for (; e < first + count; ++e) {
+        int16_t column[kLanes];
+        for (int j = 0; j < kLanes; ++j) column[j] = rows[j * head_dim + e];
+        store(out + e * kTileTokens, to_float(load_int16(column)) * factor);
+    }
+}
+
+void half_keys(const ExlCacheHalf& keys, int64_t place, int tokens, int head_dim, float* out) {
+    const int16_t* codes = static_cast<const int16_t*>(keys.codes) + place * head_dim;
+    if (head_dim < kLanes) {
+        for (int i = 0; i < tokens * head_dim; ++i) {
+            const uint16_t half = static_cast<uint16_t>(codes[i]);
+            out[i % head_dim * kTileTokens + i / head_dim] = float_of_half(half);
+        }
+        return;
+    }
+    for (int t = 0; t < tokens; t += kLanes) {
+        for (int first = 0, count; first < head_dim; first += count) {
+            count = block_elements(head_dim, first);
+            key_block(codes + t * head_dim, head_dim, first, count, out + t);
         }
     }
 }
@@ -235,7 +254,7 @@ void quantized_values(const ExlCacheHalf& values, int64_t place, int tokens, int
         float* row = out + t * value_stride(head_dim);
         for (int g = 0; g < groups; ++g) {
             const uint16_t half = scales[t * groups + g];
-            const Values<Bits> group(half, half_to_float(half));
+            const Values<Bits> group(half, float_of_half(half));
             const int elements = smaller(kGroup, head_dim - g * kGroup);
             if (elements == kGroup) {
                 value_group<Bits>(codes, group, row + g * kGroup);
@@ -247,18 +266,35 @@ void quantized_values(const ExlCacheHalf& values, int64_t place, int tokens, int
     }
 }
 
+// One scale's elements, 16 bits; out is filled up to a whole vector.
+EXL_INLINE void value_block(const int16_t* codes, int count, float* out) {
+    const F32x16 factor = broadcast(float_of_half(lowest_bits(codes)) * (1.0f / kBlockUnit));
+    int e = 0;
+    for (; e + kLanes <= count; e += kLanes) {
+        store(out + e, to_float(load_int16(codes + e)) * factor);
+    }
+    if (e == count) return;
+    int16_t rest[kLanes] = {};
+    std::memcpy(rest, codes + e, static_cast<size_t>(count - e) * sizeof(int16_t));
+    store(out + e, to_float(load_int16(rest)) * factor);
+}
+
 void half_values(const ExlCacheHalf& values, int64_t place, int tokens, int head_dim,
                  float* out) {
-    const uint16_t* rows = static_cast<const uint16_t*>(values.codes) + place * head_dim;
+    const int16_t* rows = static_cast<const int16_t*>(values.codes) + place * head_dim;
     for (int t = 0; t < tokens; ++t) {
-        const uint16_t* row = rows + t * head_dim;
+        const int16_t* row = rows + t * head_dim;
         float* row_out = out + t * value_stride(head_dim);
-        int e = 0;
-        for (; e + kLanes <= head_dim; e += kLanes) store(row_out + e, load_half(row + e));
-        if (e == head_dim) continue;
-        uint16_t rest[kLanes] = {};
-        std::memcpy(rest, row + e, static_cast<size_t>(head_dim - e) * sizeof(uint16_t));
-        store(row_out + e, load_half(rest));
+        if (head_dim < kLanes) {
+            uint16_t halves[kLanes] = {};
+            std::memcpy(halves, row, static_cast<size_t>(head_dim) * sizeof(uint16_t));
+            store(row_out, load_half(halves));
+            continue;
+        }
+        for (int first = 0, count; first < head_dim; first += count) {
+            count = block_elements(head_dim, first);
+            value_block(row + first, count, row_out + first);
+        }
     }
 }
 

@@ -38,6 +38,9 @@ EXL_INLINE F32x16 lookup16(const float* table, I32x16 index) {
 EXL_INLINE F32x16 lookup32(const float* table, I32x16 index) {
     return {_mm512_permutex2var_ps(_mm512_loadu_ps(table), index.v, _mm512_loadu_ps(table + 16))};
 }
+EXL_INLINE I32x16 load_int16(const int16_t* p) {
+    return {_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
 // How many of 15 rising thresholds lie below x: the nearest of 16 levels, where the
 // thresholds are their midpoints. thresholds[15] is not looked at.
 EXL_INLINE I32x16 count_below(const float* thresholds, F32x16 x) {
@@ -82,6 +85,9 @@ EXL_INLINE F32x16 lookup16(const float* table, I32x16 index) {
 EXL_INLINE F32x16 lookup32(const float* table, I32x16 index) {
     return {lookup32(table, index.lo), lookup32(table, index.hi)};
 }
+EXL_INLINE I32x16 load_int16(const int16_t* p) {
+    return {_mm256_cvtepi16_epi32(load128(p)), _mm256_cvtepi16_epi32(load128(p + 8))};
+}
 EXL_INLINE I32x16 count_below(const float* thresholds, F32x16 x) {
     I32x16 count = broadcast(int32_t{0});
     for (int i = 0; i < 15; ++i) {
@@ -109,6 +115,9 @@ EXL_INLINE F32x16 lookup16(const float* table, I32x16 index) {
     return lanes<F32x16>([&](int i) { return table[index.v[i]]; });
 }
 EXL_INLINE F32x16 lookup32(const float* table, I32x16 index) { return lookup16(table, index); }
+EXL_INLINE I32x16 load_int16(const int16_t* p) {
+    return lanes<I32x16>([=](int i) { return static_cast<int32_t>(p[i]); });
+}
 EXL_INLINE I32x16 count_below(const float* thresholds, F32x16 x) {
     I32x16 count = broadcast(int32_t{0});
     for (int t = 0; t < 15; ++t) {
@@ -118,6 +127,29 @@ EXL_INLINE I32x16 count_below(const float* thresholds, F32x16 x) {
 }
 
 #endif
+
+EXL_INLINE float float_of_half(uint16_t half) {
+#if defined(EXL_AVX512) || defined(EXL_AVX2)
+    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(half)));
+#else
+    return half_to_float(half);
+#endif
+}
+
+// The lowest bits of 16 numbers, that of p[i] in bit i.
+EXL_INLINE uint16_t lowest_bits(const int16_t* p) {
+#if defined(EXL_SSE2)
+    const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8));
+    // The lowest bit becomes the sign, which saturation to a byte keeps.
+    return static_cast<uint16_t>(_mm_movemask_epi8(
+        _mm_packs_epi16(_mm_slli_epi16(low, 15), _mm_slli_epi16(high, 15))));
+#else
+    unsigned bits = 0;
+    for (int i = 0; i < kLanes; ++i) bits |= (static_cast<unsigned>(p[i]) & 1u) << i;
+    return static_cast<uint16_t>(bits);
+#endif
+}
 
 // out[16 * i + j] = byte i of row j, for 16 rows `stride` bytes apart and i < count <= 16.
 // Nothing beyond a row's `count` bytes is read; out has 256 bytes.
@@ -160,12 +192,12 @@ EXL_INLINE void transpose_bytes(const uint8_t* rows, int64_t stride, int count, 
 
 // out[16 * i + j] = element i of row j, for 16 rows of 8 16-bit elements, `stride` elements
 // apart.
-EXL_INLINE void transpose_halves(const uint16_t* rows, int64_t stride, uint16_t* out) {
+EXL_INLINE void transpose_int16(const int16_t* rows, int64_t stride, int16_t* out) {
 #if defined(EXL_SSE2)
     for (int half = 0; half < 2; ++half) {
         __m128i r[8], t[8];
         for (int j = 0; j < 8; ++j) {
-            const uint16_t* row = rows + (8 * half + j) * stride;
+            const int16_t* row = rows + (8 * half + j) * stride;
             r[j] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row));
         }
         for (int round = 0; round < 3; ++round) {

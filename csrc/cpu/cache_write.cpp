@@ -20,6 +20,7 @@ constexpr int kVectors = kGroup / kLanes;
 // Heads that are worth a second thread: about 2 us each.
 constexpr int64_t kHeadsPerTask = 2;
 constexpr float kLargestHalf = 65504.0f;
+constexpr uint16_t kHalfNaN = 0x7e00;
 
 // Rounds kLanes scales to float16 and says what the halves are worth.
 void round_scales(const float* scales, uint16_t* halves, float* exact) {
@@ -91,7 +92,7 @@ struct Grid<4> {
 
 // A scale that was tried: its float16, what that is worth, its table, the squared error.
 struct Trial {
-    uint16_t half = 0x7e00;  // NaN: stays where no trial has a finite error
+    uint16_t half = kHalfNaN;  // stays where no trial has a finite error
     float exact = 0.0f;
     int table = 0;
     float error = INFINITY;
@@ -251,13 +252,55 @@ void quantize_head(const float* x, int head_dim, uint8_t* codes, uint16_t* scale
     }
 }
 
-void float_head(const float* x, int head_dim, uint16_t* out) {
-    int i = 0;
-    for (; i + kLanes <= head_dim; i += kLanes) store_half(out + i, load(x + i));
-    if (i == head_dim) return;
-    uint16_t rest[kLanes];
-    store_half(rest, load_lanes(x + i, head_dim - i));
-    std::memcpy(out + i, rest, static_cast<size_t>(head_dim - i) * sizeof(uint16_t));
+// float16 a little above the largest magnitude of x; NaN where an element is not finite.
+uint16_t shared_scale(const float* x, int count) {
+    float largest = 0.0f;
+    bool finite = true;
+    for (int i = 0; i < count; ++i) {
+        const float magnitude = std::fabs(x[i]);
+        finite = finite && magnitude < INFINITY;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    const float candidate[kLanes] = {finite ? largest * (1.0f + 0x1p-10f) + 0x1p-25f : 0.0f};
+    uint16_t halves[kLanes];
+    float exact[kLanes];
+    round_scales(candidate, halves, exact);
+    return finite ? halves[0] : kHalfNaN;
+}
+
+// Codes of elements that share a scale; see reference_fp16.py.
+void encode_block(const float* x, int count, int16_t* out) {
+    const uint16_t scale = shared_scale(x, count);
+    const float exact = half_to_float(scale);
+    const bool usable = exact > 0.0f;  // not zero, not NaN
+    const F32x16 inverse = broadcast(usable ? kBlockUnit / exact : 0.0f);
+    for (int first = 0; first < count; first += kLanes) {
+        const int left = count - first < kLanes ? count - first : kLanes;
+        F32x16 steps = usable ? load_lanes(x + first, left) * inverse : inverse;
+        steps = max(broadcast(-kLargestBlockCode), min(broadcast(kLargestBlockCode), steps));
+        if (first == 0) {
+            float bits[kLanes];
+            for (int i = 0; i < kLanes; ++i) bits[i] = static_cast<float>(scale >> i & 1);
+            const F32x16 marks = load(bits);
+            steps = fma(round((steps - marks) * broadcast(0.5f)), broadcast(2.0f), marks);
+        }
+        int32_t codes[kLanes];
+        store(codes, to_int(steps));
+        for (int i = 0; i < left; ++i) out[first + i] = static_cast<int16_t>(codes[i]);
+    }
+}
+
+void half_head(const float* x, int head_dim, int16_t* out) {
+    if (head_dim < kLanes) {
+        uint16_t halves[kLanes];
+        store_half(halves, load_lanes(x, head_dim));
+        std::memcpy(out, halves, static_cast<size_t>(head_dim) * sizeof(uint16_t));
+        return;
+    }
+    for (int first = 0, count; first < head_dim; first += count) {
+        count = block_elements(head_dim, first);
+        encode_block(x + first, count, out + first);
+    }
 }
 
 // Writes one head to the token that stands at `place` of [pages, kv_heads, kPageLen].
@@ -268,7 +311,7 @@ void write_head(const ExlCacheHalf& half, const float* x, int head_dim, int64_t 
         case 4: return quantize_head<4>(x, head_dim, codes, scales);
         case 6: return quantize_head<6>(x, head_dim, codes, scales);
         case 8: return quantize_head<8>(x, head_dim, codes, scales);
-        case 16: return float_head(x, head_dim, reinterpret_cast<uint16_t*>(codes));
+        case 16: return half_head(x, head_dim, reinterpret_cast<int16_t*>(codes));
         default: std::memcpy(codes, x, static_cast<size_t>(head_dim) * sizeof(float));
     }
 }

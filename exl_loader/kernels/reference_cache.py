@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..cache import PAGE_LEN
+from . import reference_fp16
 from .reference_codec import cache_round_trip, dequantize, quantize, rotate, rotate_back
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ def _write(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor | None, bi
            pages: torch.Tensor, tokens: torch.Tensor) -> None:
     """Write x, float32 [T, kv_heads, head_dim], to tokens of pages."""
     if scales is None:
-        codes[pages, :, tokens] = x.to(codes.dtype)
+        stored = x if bits == 32 else reference_fp16.encode(x.flatten(0, 1)).view(x.shape)
+        codes[pages, :, tokens] = stored
         return
     packed, group_scales = quantize(rotate(x.double()).float().flatten(0, 1), bits)
     codes[pages, :, tokens] = packed.unflatten(0, x.shape[:2])
@@ -57,8 +59,11 @@ def _read(codes: torch.Tensor, scales: torch.Tensor | None, head_dim: int, bits:
           pages: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Read tokens of pages as stored (rotated), float64 [T, kv_heads, head_dim]."""
     stored = codes[pages, :, tokens]
-    if scales is None:
+    if bits == 32:
         return stored.double()
+    if scales is None:
+        flat = reference_fp16.decode(stored.flatten(0, 1))
+        return flat.unflatten(0, stored.shape[:2]).double()
     flat = dequantize(stored.flatten(0, 1), scales[pages, :, tokens].flatten(0, 1), head_dim, bits)
     return flat.unflatten(0, stored.shape[:2]).double()
 

@@ -36,6 +36,7 @@ from functools import lru_cache
 import torch
 
 from ..cache import CODE_STEP, CacheType, code_bytes, group_sizes
+from . import reference_fp16
 
 CODEBOOKS = (
     (-127, -105, -87, -72, -57, -43, -28, -14, 0, 14, 29, 45, 60, 75, 91, 110),
@@ -229,6 +230,6 @@ def cache_round_trip(
     if bits == 32:
         return x.clone()
     if bits == 16:
-        return x.half().float()
+        return reference_fp16.decode(reference_fp16.encode(x))
     codes, scales = quantize(rotate(x.double()).float(), bits)
     return rotate_back(dequantize(codes, scales, x.shape[1], bits).double()).float()
