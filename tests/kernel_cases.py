@@ -20,6 +20,8 @@ from exl_loader.kernels.spec import cpu_spec
 # Scratch is sized for this many threads: conftest leaves EXL_LOADER_THREADS alone, and the
 # tests go up to 4 whatever the machine has.
 MAX_THREADS = 4
+# 15 bits: see csrc/cpu/linear.h.
+LARGEST_ACTIVATION = np.float32(127 * 128)
 
 
 @cache
@@ -116,10 +118,10 @@ def quantised_product(x: torch.Tensor, w: PackedLinear) -> tuple[np.ndarray, np.
         for start in range(first, first + rows, 128):
             span = slice(start, min(start + 128, first + rows))
             largest = np.abs(stored[:, span]).max(axis=1, keepdims=True)
-            inverse = np.divide(np.float32(127), largest, where=largest >= 1e-30,
+            inverse = np.divide(LARGEST_ACTIVATION, largest, where=largest >= 1e-30,
                                 out=np.zeros_like(largest))
             integers = np.rint(stored[:, span] * inverse).astype(np.float64)
-            x_scale = (largest / np.float32(127)).astype(np.float64)
+            x_scale = (largest / LARGEST_ACTIVATION).astype(np.float64)
             term = scale * x_scale * (integers @ (codes[span] - zero))
             total += term
             magnitude += np.abs(term)

@@ -4,8 +4,9 @@
 // stored rows at a time it unpacks the panel's codes once into its scratch,
 //     [stored rows / 4][tile of the panel][64 bytes],
 // and runs all blocks of activation rows over them. The inner kernel holds the sums of
-// kMicroRows rows and kPanelTiles tiles in registers: per step it loads one vector of codes
-// a tile and one word of activations a row for rows * tiles dot products. After each span the
+// kMicroRows rows (each of two planes) and kPanelTiles tiles in registers: per step it loads
+// one vector of codes a tile and one word of activations a plane for rows * planes * tiles
+// dot products. After each span the
 // integers are scaled and added to float32 sums [row][panel column], also in scratch.
 //
 // Preconditions: rows <= kPassRows, activations in blocks of kMicroRows.
@@ -50,13 +51,14 @@ Panel find_panel(const ExlPackedLinear& w, int64_t panel) {
     return p;
 }
 
-// One span: Rows rows x kPanelTiles tiles. x is [rows / 4][Rows] words, sums
+// One span: Rows rows x kPanelTiles tiles. x is [rows / 4][Rows][kPlanes] words, sums
 // [Rows][kPanelColumns].
 template <int Rows, bool Wide>
 void multiply_span(const Panel& panel, const Span& span, const uint8_t* codes, const int32_t* x,
                    const float* x_scales, const int32_t* x_negative_sums, float* sums) {
     // Indexed by constants only (`unrolled`): what a running index touches stays in memory.
-    I32x16 acc[Rows][kPanelTiles];
+    constexpr int kWords = Rows * kPlanes;
+    I32x16 acc[kWords][kPanelTiles];
     F32x16 scales[kPanelTiles];
     unrolled<kPanelTiles>([&](auto j) EXL_INLINED {
         const int column = span.group * kTileColumns;
@@ -64,24 +66,28 @@ void multiply_span(const Panel& panel, const Span& span, const uint8_t* codes, c
         const I32x16 zeros = panel.zeros[j]
                                  ? load_bytes(panel.zeros[j] + column)
                                  : broadcast(static_cast<int32_t>(1 << (span.bits - 1)));
-        unrolled<Rows>([&](auto r) EXL_INLINED { acc[r][j] = zeros * broadcast(x_negative_sums[r]); });
+        unrolled<Rows>([&](auto r) EXL_INLINED {
+            acc[kPlanes * r][j] = broadcast(int32_t{0});
+            acc[kPlanes * r + 1][j] = zeros * broadcast(x_negative_sums[r]);
+        });
     });
     for (int step = 0; step < span.rows / kRegisterRows; ++step) {
         U8x64 c[kPanelTiles];
         unrolled<kPanelTiles>([&](auto j) EXL_INLINED { c[j] = load_codes(codes + j * kRegisterBytes); });
-        unrolled<Rows>([&](auto r) EXL_INLINED {
-            const int32_t word = x[r];
+        unrolled<kWords>([&](auto i) EXL_INLINED {
+            const int32_t word = x[i];
             unrolled<kPanelTiles>(
-                [&](auto j) EXL_INLINED { acc[r][j] = dot<Wide>(acc[r][j], c[j], word); });
+                [&](auto j) EXL_INLINED { acc[i][j] = dot<Wide>(acc[i][j], c[j], word); });
         });
         codes += kPanelTiles * kRegisterBytes;
-        x += Rows;
+        x += kWords;
     }
     unrolled<Rows>([&](auto r) EXL_INLINED {
         const F32x16 x_scale = broadcast(x_scales[r]);
         unrolled<kPanelTiles>([&](auto j) EXL_INLINED {
             float* place = sums + r * kPanelColumns + j * kTileColumns;
-            store(place, fma(to_float(acc[r][j]), scales[j] * x_scale, load(place)));
+            const I32x16 sum = join_planes(acc[kPlanes * r][j], acc[kPlanes * r + 1][j]);
+            store(place, fma(to_float(sum), scales[j] * x_scale, load(place)));
         });
     });
 }
@@ -90,7 +96,7 @@ void multiply_span(const Panel& panel, const Span& span, const uint8_t* codes, c
 template <int Rows>
 void multiply_block(const Panel& panel, const Activations& a, int64_t first, int64_t end,
                     int64_t block, const uint8_t* codes, float* sums) {
-    const int32_t* x = reinterpret_cast<const int32_t*>(a.codes + block * a.stored_rows);
+    const int32_t* x = reinterpret_cast<const int32_t*>(a.codes + block * kPlanes * a.stored_rows);
     const float* x_scales = a.scales + block * a.num_spans;
     const int32_t* x_sums = a.negative_sums + block * a.num_spans;
     const int32_t chunk_row = a.spans[first].first_row;
@@ -99,7 +105,7 @@ void multiply_block(const Panel& panel, const Activations& a, int64_t first, int
         const auto multiply =
             span.bits > 7 ? multiply_span<Rows, true> : multiply_span<Rows, false>;
         multiply(panel, span, codes + int64_t{span.first_row - chunk_row} * kPanelColumns,
-                 x + span.first_row / kRegisterRows * Rows, x_scales + s * Rows,
+                 x + span.first_row / kRegisterRows * Rows * kPlanes, x_scales + s * Rows,
                  x_sums + s * Rows, sums);
     }
 }

@@ -17,6 +17,12 @@
 namespace exl {
 namespace {
 
+// Rows side by side; with two tiles 24 of 32 registers hold sums. AVX2 has 16, two a tile.
+#if defined(EXL_AVX512)
+constexpr int kDenseRows = 12;
+#else
+constexpr int kDenseRows = 4;
+#endif
 // Rows that share one pass over the weights (10 blocks of 12): enough arithmetic for each
 // byte of weights, and scratch stays in proportion.
 constexpr int64_t kDensePassRows = 120;
@@ -27,7 +33,7 @@ constexpr int64_t kElementsPerTask = 16 * 1024;
 // Tiles side by side for a number of rows: at least 4 chains, at most the sums that fit into
 // registers (24 of 32 with AVX-512, 4 pairs of 16 with AVX2).
 constexpr int tiles_for(int rows) {
-    const int sums = kMicroRows * kPanelTiles;
+    const int sums = kDenseRows * kPanelTiles;
     return sums / rows >= 4 ? 4 : sums / rows >= 2 ? 2 : 1;
 }
 
@@ -92,9 +98,9 @@ using MultiplyPanel = void (*)(const ExlDenseLinear&, const float*, int64_t, Out
 
 template <class Type>
 struct PanelTable {
-    MultiplyPanel entry[kMicroRows + 1] = {};
+    MultiplyPanel entry[kDenseRows + 1] = {};
     PanelTable() {
-        unrolled<kMicroRows>([&](auto i) EXL_INLINED { entry[i + 1] = multiply_panel<Type, i + 1>; });
+        unrolled<kDenseRows>([&](auto i) EXL_INLINED { entry[i + 1] = multiply_panel<Type, i + 1>; });
     }
 };
 
@@ -112,8 +118,8 @@ MultiplyPanel panel_function(const ExlDenseLinear& w, int64_t rows) {
 // All rows over tiles [first, end), in units of the panel that a block of rows takes.
 void multiply_tiles(const ExlDenseLinear& w, const float* x, int64_t rows, int64_t first,
                     int64_t end, const Output& out) {
-    for (int64_t row = 0; row < rows; row += kMicroRows) {
-        const int64_t count = std::min<int64_t>(rows - row, kMicroRows);
+    for (int64_t row = 0; row < rows; row += kDenseRows) {
+        const int64_t count = std::min<int64_t>(rows - row, kDenseRows);
         const int tiles = tiles_for(static_cast<int>(count));
         const MultiplyPanel multiply = panel_function(w, count);
         const Output block = {out.out + row * out.stride, out.stride, out.add};
@@ -125,13 +131,13 @@ void multiply_tiles(const ExlDenseLinear& w, const float* x, int64_t rows, int64
 
 // Rows of x to [block][k][rows of the block].
 void regroup(const float* x, int64_t rows, int64_t in_features, float* grouped) {
-    const int64_t blocks = (rows + kMicroRows - 1) / kMicroRows;
-    const int64_t block_elements = kMicroRows * in_features;
+    const int64_t blocks = (rows + kDenseRows - 1) / kDenseRows;
+    const int64_t block_elements = kDenseRows * in_features;
     const int64_t least = (kElementsPerTask + block_elements - 1) / block_elements;
     parallel_for(blocks, least, [&](int64_t first, int64_t end, int) {
         for (int64_t block = first; block < end; ++block) {
-            const int64_t row = block * kMicroRows;
-            const int64_t count = std::min<int64_t>(rows - row, kMicroRows);
+            const int64_t row = block * kDenseRows;
+            const int64_t count = std::min<int64_t>(rows - row, kDenseRows);
             float* target = grouped + row * in_features;
             for (int64_t k = 0; k < in_features; ++k) {
                 for (int64_t r = 0; r < count; ++r) {

@@ -27,31 +27,33 @@ EXL_INLINE I32x16 zero_points(const uint8_t* zeros, int group, int bits) {
                  : broadcast(static_cast<int32_t>(1 << (bits - 1)));
 }
 
-// Integer sums of one span of one tile. With few rows several sums per row run side by side,
-// because a dot product's result takes 4 to 5 cycles and one can start every cycle.
+// Adds one span of one tile to integer sums. With few rows several sums per row run side by
+// side, because a dot product's result takes 4 to 5 cycles and one can start every cycle.
 template <int Bits, int Rows>
 EXL_INLINE void span_sums(const uint8_t* codes, const int32_t* x, int blocks, I32x16* sums) {
-    constexpr int kChains = Rows >= 4 ? 1 : 4 / Rows;
+    constexpr int kSums = Rows * kPlanes;
+    constexpr int kChains = kSums >= 4 ? 1 : 4 / kSums;
     // Indexed by constants only (`unrolled`): what a running index touches stays in memory.
-    I32x16 partial[kChains][Rows];
-    unrolled<Rows>([&](auto r) EXL_INLINED {
-        partial[0][r] = sums[r];
-        unrolled<kChains - 1>([&](auto c) EXL_INLINED { partial[c + 1][r] = broadcast(int32_t{0}); });
+    I32x16 partial[kChains][kSums];
+    unrolled<kChains * kSums>([&](auto i) EXL_INLINED {
+        partial[i / kSums][i % kSums] = broadcast(int32_t{0});
     });
     for (int block = 0; block < blocks; ++block) {
         unrolled<kBlockRegisters>([&](auto j) EXL_INLINED {
             const U8x64 c = block_register<Bits, j>(codes);
-            unrolled<Rows>([&](auto r) EXL_INLINED {
-                I32x16& sum = partial[j % kChains][r];
-                sum = dot<(Bits > 7)>(sum, c, x[j * Rows + r]);
+            unrolled<kSums>([&](auto i) EXL_INLINED {
+                I32x16& sum = partial[j % kChains][i];
+                sum = dot<(Bits > 7)>(sum, c, x[j * kSums + i]);
             });
         });
         codes += Bits * kBlockBitBytes;
-        x += kBlockRegisters * Rows;
+        x += kBlockRegisters * kSums;
     }
+    unrolled<(kChains - 1) * kSums>([&](auto i) EXL_INLINED {
+        partial[0][i % kSums] = partial[0][i % kSums] + partial[1 + i / kSums][i % kSums];
+    });
     unrolled<Rows>([&](auto r) EXL_INLINED {
-        sums[r] = partial[0][r];
-        unrolled<kChains - 1>([&](auto c) EXL_INLINED { sums[r] = sums[r] + partial[c + 1][r]; });
+        sums[r] = sums[r] + join_planes(partial[0][kPlanes * r], partial[0][kPlanes * r + 1]);
     });
 }
 
@@ -70,7 +72,7 @@ void add_spans(const Tile& tile, const Activations& a, int64_t first, int64_t en
             sums[r] = zeros * broadcast(a.negative_sums[s * Rows + r]);
         });
         span_sums<Bits, Rows>(tile.codes + span.offset,
-                              x + span.first_row / kRegisterRows * Rows,
+                              x + span.first_row / kRegisterRows * Rows * kPlanes,
                               span.rows / kBlockRows, sums);
         const F32x16 scales = load_half(tile.scales + span.group * kTileColumns);
         unrolled<Rows>([&](auto r) EXL_INLINED {
@@ -118,8 +120,8 @@ void linear_direct(const ExlPackedLinear& w, const Activations& a, int64_t rows,
     switch (direct_rows(rows)) {
         case 1: return multiply<1>(w, a, rows, out);
         case 2: return multiply<2>(w, a, rows, out);
-        case 4: return multiply<4>(w, a, rows, out);
 #if defined(EXL_AVX512)
+        case 4: return multiply<4>(w, a, rows, out);
         case 8: return multiply<8>(w, a, rows, out);
 #endif
     }

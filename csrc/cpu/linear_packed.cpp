@@ -42,7 +42,7 @@ extern "C" int exl_linear(const float* x, int64_t rows, const ExlPackedLinear* w
     Carver carver = {scratch, scratch + scratch_bytes};
     Span* spans = carver.take<Span>(blocks);
     Activations a = {};
-    a.codes = carver.take<int8_t>(most_rows * blocks * kBlockRows);
+    a.codes = carver.take<int8_t>(most_rows * blocks * kBlockRows * kPlanes);
     a.scales = carver.take<float>(most_rows * blocks);
     a.negative_sums = carver.take<int32_t>(most_rows * blocks);
     uint8_t* buffers = carver.next;

@@ -1,7 +1,7 @@
-// Activations to int8, once per call of a quantised matrix product.
+// Activations to two planes of int8, once per call of a quantised matrix product.
 //
 // Each span (see linear.h) of each row: gathered through the permutation, divided by its
-// largest magnitude / 127 and rounded to nearest even, so that values are in -127..127. Rows
+// largest magnitude / kLargestActivation, rounded to nearest even and split into planes. Rows
 // that fill up a block are zero. A span with a NaN or an infinity gets the scale NaN, so the
 // fault shows in the output instead of vanishing in integers.
 //
@@ -16,8 +16,8 @@
 namespace exl {
 namespace {
 
-constexpr float kLargestCode = 127.0f;
-// Below this a span counts as zero: 127 / magnitude has to stay finite, and nothing that
+constexpr float kLargest = kLargestActivation;
+// Below this a span counts as zero: kLargest / magnitude has to stay finite, and nothing that
 // small can matter beside other spans.
 constexpr float kSmallestMagnitude = 1e-30f;
 // Elements that are worth a second thread: about 2 us of work.
@@ -31,8 +31,8 @@ EXL_INLINE int32_t largest_magnitude_bits(const float* x, int count) {
     return largest(bits);
 }
 
-// Quantises `count` floats (a multiple of kBlockRows), writes words of four at `stride`
-// words. Returns the scale; the sum of the integers goes to *negative_sum, negated.
+// Quantises `count` floats (a multiple of kBlockRows), writes pairs of words of four at
+// `stride` words. Returns the scale; the sum of the integers goes to *negative_sum, negated.
 float quantize_span(const float* x, int count, int32_t* words, int64_t stride,
                     int32_t* negative_sum) {
     constexpr int kWords = kLanes / kRegisterRows;
@@ -42,21 +42,31 @@ float quantize_span(const float* x, int count, int32_t* words, int64_t stride,
     const bool finite = bits < 0x7f800000;
     const bool usable = finite && magnitude >= kSmallestMagnitude;
     if (!usable) {
-        for (int i = 0; i < count / kRegisterRows; ++i) words[i * stride] = 0;
+        for (int i = 0; i < count / kRegisterRows; ++i) {
+            words[i * stride] = words[i * stride + 1] = 0;
+        }
         *negative_sum = 0;
         return finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
     }
-    const F32x16 inverse = broadcast(kLargestCode / magnitude);
+    const F32x16 inverse = broadcast(kLargest / magnitude);
+    const I32x16 half = broadcast(int32_t{1 << (kPlaneShift - 1)});
     I32x16 total = broadcast(int32_t{0});
     for (int i = 0; i < count; i += kLanes) {
-        const I32x16 codes = to_int(load(x + i) * inverse);
-        total = total + codes;
-        int32_t quads[kWords];
-        store_bytes(reinterpret_cast<int8_t*>(quads), codes);
-        for (int j = 0; j < kWords; ++j) words[(i / kRegisterRows + j) * stride] = quads[j];
+        const I32x16 whole = to_int(load(x + i) * inverse);
+        const I32x16 high = shift_right_signed<kPlaneShift>(whole + half);
+        total = total + whole;
+        int32_t quads[kPlanes][kWords];
+        store_bytes(reinterpret_cast<int8_t*>(quads[0]), high);
+        store_bytes(reinterpret_cast<int8_t*>(quads[1]),
+                    whole - shift_left(high, kPlaneShift));
+        for (int j = 0; j < kWords; ++j) {
+            int32_t* place = words + (i / kRegisterRows + j) * stride;
+            place[0] = quads[0][j];
+            place[1] = quads[1][j];
+        }
     }
     *negative_sum = -sum(total);
-    return magnitude / kLargestCode;
+    return magnitude / kLargest;
 }
 
 void quantize_row(const ExlPackedLinear& w, const float* x, const Activations& a, int64_t row,
@@ -65,7 +75,8 @@ void quantize_row(const ExlPackedLinear& w, const float* x, const Activations& a
     const int64_t stride =
         padded_rows - block < a.block_rows ? padded_rows - block : a.block_rows;
     int32_t* words =
-        reinterpret_cast<int32_t*>(a.codes + block * a.stored_rows) + (row - block);
+        reinterpret_cast<int32_t*>(a.codes + block * kPlanes * a.stored_rows) +
+        (row - block) * kPlanes;
     float* scales = a.scales + block * a.num_spans + (row - block);
     int32_t* sums = a.negative_sums + block * a.num_spans + (row - block);
     for (int64_t s = 0; s < a.num_spans; ++s) {
@@ -84,8 +95,8 @@ void quantize_row(const ExlPackedLinear& w, const float* x, const Activations& a
             for (int i = span.source_rows; i < span.rows; ++i) gathered[i] = 0.0f;
         }
         scales[s * stride] = quantize_span(values, span.rows,
-                                           words + span.first_row / kRegisterRows * stride,
-                                           stride, sums + s * stride);
+                                           words + span.first_row / kRegisterRows * stride * kPlanes,
+                                           stride * kPlanes, sums + s * stride);
     }
 }
 

@@ -117,6 +117,13 @@ EXL_INLINE I32x16 operator+(I32x16 a, I32x16 b) {
 EXL_INLINE I32x16 operator*(I32x16 a, I32x16 b) {
     return {_mm256_mullo_epi32(a.lo, b.lo), _mm256_mullo_epi32(a.hi, b.hi)};
 }
+EXL_INLINE I32x16 operator-(I32x16 a, I32x16 b) {
+    return {_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)};
+}
+template <int Bits>
+EXL_INLINE I32x16 shift_right_signed(I32x16 a) {
+    return {_mm256_srai_epi32(a.lo, Bits), _mm256_srai_epi32(a.hi, Bits)};
+}
 EXL_INLINE I32x16 shift_left(I32x16 a, int bits) {
     const __m128i count = _mm_cvtsi32_si128(bits);
     return {_mm256_sll_epi32(a.lo, count), _mm256_sll_epi32(a.hi, count)};

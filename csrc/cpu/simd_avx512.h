@@ -60,6 +60,11 @@ EXL_INLINE int32_t largest(I32x16 a) { return _mm512_reduce_max_epi32(a.v); }
 EXL_INLINE I32x16 max(I32x16 a, I32x16 b) { return {_mm512_max_epi32(a.v, b.v)}; }
 EXL_INLINE I32x16 operator+(I32x16 a, I32x16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
 EXL_INLINE I32x16 operator*(I32x16 a, I32x16 b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
+EXL_INLINE I32x16 operator-(I32x16 a, I32x16 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+template <int Bits>
+EXL_INLINE I32x16 shift_right_signed(I32x16 a) {
+    return {_mm512_srai_epi32(a.v, Bits)};
+}
 EXL_INLINE I32x16 shift_left(I32x16 a, int bits) {
     return {_mm512_sll_epi32(a.v, _mm_cvtsi32_si128(bits))};
 }

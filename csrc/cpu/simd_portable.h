@@ -134,6 +134,13 @@ EXL_INLINE I32x16 operator+(I32x16 a, I32x16 b) {
 EXL_INLINE I32x16 operator*(I32x16 a, I32x16 b) {
     return lanes<I32x16>([&](int i) { return a.v[i] * b.v[i]; });
 }
+EXL_INLINE I32x16 operator-(I32x16 a, I32x16 b) {
+    return lanes<I32x16>([&](int i) { return a.v[i] - b.v[i]; });
+}
+template <int Bits>
+EXL_INLINE I32x16 shift_right_signed(I32x16 a) {
+    return lanes<I32x16>([&](int i) { return a.v[i] >> Bits; });
+}
 EXL_INLINE I32x16 shift_left(I32x16 a, int bits) {
     return lanes<I32x16>(
         [&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << bits); });

@@ -19,6 +19,7 @@ _MAX_DIRECT_ROWS = 8
 _CHUNK_ROWS = 2048
 _PANEL_COLUMNS = 32
 _BLOCK_ROWS = 32
+_PLANES = 2
 _SPAN_BYTES = 28
 _CARVE_ALIGNMENT = 64
 _FLOAT_BYTES = 4
@@ -27,9 +28,9 @@ _FLOAT_BYTES = 4
 def linear_scratch_bytes(rows: int, in_features: int) -> int:
     """Return what `Ops.linear` needs for up to `rows` rows of `in_features` inputs.
 
-    The larger of two: quantised layers hold their activations as int8 with a scale and a sum
-    per 32 rows at worst, and a buffer of unpacked codes and float32 sums per thread;
-    unquantised ones hold regrouped float32 activations.
+    The larger of two: quantised layers hold their activations as two planes of int8 with a
+    scale and a sum per 32 rows at worst, and per thread a buffer of unpacked codes and
+    float32 sums; unquantised ones hold regrouped float32 activations.
     """
     return max(_packed_scratch_bytes(rows, in_features), _dense_scratch_bytes(rows, in_features))
 
@@ -39,7 +40,7 @@ def _packed_scratch_bytes(rows: int, in_features: int) -> int:
 
     blocks = -(-in_features // _BLOCK_ROWS)
     held_rows = min(max(rows, _MAX_DIRECT_ROWS), _PASS_ROWS)
-    codes = held_rows * blocks * _BLOCK_ROWS
+    codes = held_rows * blocks * _BLOCK_ROWS * _PLANES
     table = held_rows * blocks * _FLOAT_BYTES
     total = sum(map(_carved, (blocks * _SPAN_BYTES, codes, table, table)))
     if rows > 1:
