@@ -1,0 +1,99 @@
+"""Colours and layout of the gauge: one style sheet, scoped to its own class.
+
+A page of the web UI, or of Gradio, says by the class `dark` which theme it shows, whatever the
+system prefers; a page without Gradio follows the system. Lengths are relative, so that the
+gauge reads well in a column of any width.
+"""
+
+from __future__ import annotations
+
+_LIGHT = """\
+  --exl-text: #1f2430; --exl-soft: #5b6474; --exl-line: #d9dee7; --exl-card: #ffffff;
+  --exl-track: #eceff4; --exl-weights: #4263eb; --exl-cache: #0c8599; --exl-workspace: #e8930c;
+  --exl-outside: #9c5fd4; --exl-other: #9aa4b2; --exl-good: #2b8a3e; --exl-good-back: #ebfbee;
+  --exl-bad: #c92a2a; --exl-bad-back: #fff0f0; --exl-accent: #3b5bdb;"""
+
+_DARK = """\
+  --exl-text: #e8ebf1; --exl-soft: #a4adbd; --exl-line: #3a4150; --exl-card: #1b1f29;
+  --exl-track: #2a303c; --exl-weights: #748ffc; --exl-cache: #3bc9db; --exl-workspace: #ffc14d;
+  --exl-outside: #c99bf5; --exl-other: #6b7585; --exl-good: #69db7c; --exl-good-back: #17301f;
+  --exl-bad: #ff8787; --exl-bad-back: #3a1d20; --exl-accent: #91a7ff;"""
+
+_RULES = """\
+.exl-gauge { color: var(--exl-text); background: var(--exl-card); font-size: 0.875rem;
+  border: 1px solid var(--exl-line); border-radius: 12px; padding: 1em 1.1em; line-height: 1.45;
+  font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
+  font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+.exl-gauge * { box-sizing: border-box; color: inherit; }
+.exl-gauge p, .exl-gauge dl, .exl-gauge dd, .exl-gauge h4 { margin: 0; padding: 0; }
+.exl-gauge .exl-verdict { display: flex; flex-wrap: wrap; gap: 0.2em 0.7em; font-size: 1.05em;
+  align-items: baseline; }
+.exl-gauge .exl-badge { font-weight: 650; padding: 0.1em 0.7em; border-radius: 999px; }
+.exl-gauge .exl-good { color: var(--exl-good); background: var(--exl-good-back); }
+.exl-gauge .exl-bad { color: var(--exl-bad); background: var(--exl-bad-back); }
+.exl-gauge .exl-soft { color: var(--exl-soft); }
+.exl-gauge .exl-model { color: var(--exl-soft); margin-top: 0.45em; }
+.exl-gauge .exl-device { margin-top: 1em; }
+.exl-gauge .exl-head { display: flex; flex-wrap: wrap; justify-content: space-between;
+  gap: 0 1em; margin-bottom: 0.35em; }
+.exl-gauge .exl-head b { font-weight: 650; }
+.exl-gauge .exl-bar { position: relative; display: flex; height: 1.7em; border-radius: 6px;
+  overflow: hidden; background: var(--exl-track); }
+.exl-gauge .exl-bar > i { display: block; flex: 0 0 auto; height: 100%; min-width: 3px;
+  border-right: 1px solid var(--exl-card); }
+.exl-gauge .exl-bar > .exl-over { position: absolute; top: 0; bottom: 0; right: 0; min-width: 4px;
+  border: 0; border-left: 3px solid var(--exl-bad); background: repeating-linear-gradient(-45deg,
+  var(--exl-bad) 0 3px, transparent 3px 9px); }
+.exl-gauge .exl-lens { height: 0.8em; background: var(--exl-track); }
+.exl-gauge .exl-weights { background: var(--exl-weights); }
+.exl-gauge .exl-cache { background: var(--exl-cache); }
+.exl-gauge .exl-workspace { background: var(--exl-workspace); }
+.exl-gauge .exl-outside { background: var(--exl-outside); }
+.exl-gauge .exl-own { background: color-mix(in srgb, var(--exl-weights) 35%, var(--exl-other)); }
+.exl-gauge .exl-other { background: repeating-linear-gradient(45deg, var(--exl-other) 0 5px,
+  color-mix(in srgb, var(--exl-other) 72%, var(--exl-track)) 5px 10px); }
+.exl-gauge .exl-free { background: var(--exl-track); }
+.exl-gauge .exl-missing { background: repeating-linear-gradient(-45deg, var(--exl-bad) 0 2px,
+  transparent 2px 5px); }
+.exl-gauge .exl-parts { display: grid; gap: 0.15em 1.6em; margin-top: 0.6em;
+  grid-template-columns: repeat(auto-fill, minmax(11.5em, 1fr)); }
+.exl-gauge .exl-parts > div { display: flex; align-items: baseline; gap: 0.5em; }
+.exl-gauge .exl-parts dt { flex: 1 1 auto; color: var(--exl-soft); font-weight: 400; }
+.exl-gauge .exl-parts dd { white-space: nowrap; }
+.exl-gauge .exl-swatch { flex: 0 0 auto; width: 0.75em; height: 0.75em; border-radius: 3px;
+  border: 1px solid color-mix(in srgb, var(--exl-text) 22%, transparent); }
+.exl-gauge .exl-note { color: var(--exl-soft); font-size: 0.92em; margin-top: 0.4em; }
+.exl-gauge .exl-proof { margin-top: 1em; padding: 0.6em 0.8em; border-radius: 8px;
+  background: var(--exl-track); display: grid; gap: 0.1em 1em;
+  grid-template-columns: max-content 1fr; }
+.exl-gauge .exl-proof dd { text-align: right; }
+.exl-gauge .exl-proof .exl-agree { grid-column: 1 / -1; font-weight: 600; border-radius: 6px;
+  background: none; }
+.exl-gauge .exl-choices { margin-top: 1em; }
+.exl-gauge .exl-choices > div { display: flex; flex-wrap: wrap; gap: 0.5em; margin-top: 0.4em; }
+.exl-gauge button { flex: 1 1 8.5em; text-align: left; font: inherit; padding: 0.45em 0.8em;
+  border-radius: 8px; border: 1px solid var(--exl-line); background: var(--exl-card);
+  cursor: pointer; }
+.exl-gauge button b { display: block; font-weight: 650; color: var(--exl-accent); }
+.exl-gauge button small { color: var(--exl-soft); font-size: 0.92em; }
+.exl-gauge button:hover:enabled { border-color: var(--exl-accent); }
+.exl-gauge button:focus-visible { outline: 3px solid var(--exl-accent); outline-offset: 2px; }
+.exl-gauge button[aria-pressed=true] { border-color: var(--exl-accent);
+  box-shadow: inset 0 0 0 1px var(--exl-accent); }
+.exl-gauge button:disabled { cursor: default; }
+.exl-gauge button:disabled b { color: var(--exl-soft); }
+.exl-gauge details { margin-top: 0.6em; }
+.exl-gauge summary { cursor: pointer; color: var(--exl-soft); }
+.exl-gauge pre { white-space: pre-wrap; font-size: 0.85em; max-height: 22em; overflow: auto;
+  background: var(--exl-track); padding: 0.7em; border-radius: 8px; margin: 0.5em 0 0; }
+.exl-gauge .exl-task { margin-top: 0.7em; }
+@media (forced-colors: active) { .exl-gauge .exl-bar, .exl-gauge .exl-bar > i,
+  .exl-gauge .exl-swatch { forced-color-adjust: none; } }
+"""
+
+STYLE = (
+    f".exl-gauge {{\n{_LIGHT} }}\n"
+    f".dark .exl-gauge {{\n{_DARK} }}\n"
+    "@media (prefers-color-scheme: dark) { :root:not(:has(gradio-app)) .exl-gauge {\n"
+    f"{_DARK} }} }}\n" + _RULES
+)

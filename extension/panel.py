@@ -1,0 +1,176 @@
+"""What the loader's panel does, apart from any page: toggles, choices, the plan behind the gauge.
+
+The host's model tab and the standalone page call the same functions, so that both show and load
+the same. Nothing here reads a weight or imports PyTorch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from exl_loader.config import ModelConfig
+from exl_loader.errors import ExlLoaderError
+from exl_loader.reservation import Reservation, plan
+from exl_loader.reservation.planning import stretched_length
+from exl_loader.rope import MAX_POSITIONS
+
+from .gauge import CACHE_BITS, gauge_html, message_html, problem_html
+
+DEFAULT_CACHE_TYPE = "fp16"
+CACHE_TYPES = ("fp16", "q8", "q6", "q4")
+
+# The cache type that each toggle stands for.
+TOGGLE_TYPES = {"cache_8bit": "q8", "cache_4bit": "q4"}
+
+
+class Toggles(NamedTuple):
+    """The toggles and the cache type, in step with each other."""
+
+    cache_8bit: bool
+    cache_4bit: bool
+    cache_type: str
+
+
+def toggles_for(cache_type: str) -> Toggles:
+    """Set the toggles as a cache type asks for: neither for what they do not stand for."""
+    return Toggles(cache_type == "q8", cache_type == "q4", cache_type)
+
+
+def after_toggle(name: str, on: bool, cache_type: str) -> Toggles:
+    """Follow a click on a toggle.
+
+    Args:
+        name: `cache_8bit` or `cache_4bit`. on: what it is now.
+        cache_type: what the cache type was before.
+
+    Returns:
+        on: this toggle alone, and its type. Off: 16 bits if the type was this toggle's, and
+        otherwise the type as it was.
+    """
+    own_type = TOGGLE_TYPES[name]
+    if on:
+        return toggles_for(own_type)
+    return toggles_for(DEFAULT_CACHE_TYPE if cache_type == own_type else cache_type)
+
+
+def resolve_cache_type(
+    cache_type: str | None, cache_8bit: bool = False, cache_4bit: bool = False
+) -> str:
+    """Decide the cache type of a load from values that may not be in step.
+
+    Settings saved by older versions have only toggles, and the API and the command line may
+    set any of the three. A cache type other than the default was chosen on purpose and wins;
+    of two toggles the 8-bit one does, as it did in the web UI when it had them.
+    """
+    chosen = (cache_type or DEFAULT_CACHE_TYPE).strip().lower()
+    if chosen != DEFAULT_CACHE_TYPE:
+        return chosen
+    if cache_8bit:
+        return "q8"
+    return "q4" if cache_4bit else DEFAULT_CACHE_TYPE
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What a person can set before loading.
+
+    Args:
+        model_dir: the folder. ctx_size: tokens; 0 leaves it to the plan.
+        cache_type, gpu_split, alpha_value, compress_pos_emb: see `exl_loader.plan`.
+    """
+
+    model_dir: str
+    ctx_size: int = 0
+    cache_type: str = DEFAULT_CACHE_TYPE
+    alpha_value: float = 1.0
+    compress_pos_emb: float = 1.0
+    gpu_split: str = ""
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> LoadOptions:
+        """Read a page's components, a host's state or its saved settings.
+
+        Empty fields are None, numbers may be floats or text, and other names are ignored.
+        What cannot be read is left for `plan` to refuse in its own words.
+        """
+        cache_type = resolve_cache_type(
+            values.get("cache_type"), bool(values.get("cache_8bit")),
+            bool(values.get("cache_4bit")),
+        )
+        return cls(
+            model_dir=str(values.get("model_dir") or "").strip(),
+            ctx_size=int(_number(values.get("ctx_size"), 0)),
+            cache_type=cache_type,
+            alpha_value=_number(values.get("alpha_value"), 1.0),
+            compress_pos_emb=_number(values.get("compress_pos_emb"), 1.0),
+            gpu_split=str(values.get("gpu_split") or "").strip(),
+        )
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the keyword arguments of `exl_loader.plan` and `exl_loader.load`."""
+        return {
+            "ctx_size": self.ctx_size or None,
+            "cache_type": self.cache_type,
+            "alpha_value": self.alpha_value,
+            "compress_pos_emb": self.compress_pos_emb,
+            "gpu_split": self.gpu_split or None,
+        }
+
+
+def _number(value: Any, default: float) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return default
+    return number if math.isfinite(number) and number > 0 else default
+
+
+def reserve(options: LoadOptions) -> Reservation:
+    """Plan a load; raises what `exl_loader.plan` does. Reads headers, never a weight."""
+    return plan(options.model_dir, **options.arguments())
+
+
+def plan_html(options: LoadOptions) -> str:
+    """Draw the gauge for a model that is not loaded, or say in a line why there is none."""
+    if not options.model_dir:
+        return message_html("No model", "Choose a model folder.", good=False)
+    try:
+        return gauge_html(reserve(options), own_length=reachable_length(options))
+    except ExlLoaderError as error:
+        return problem_html(error)
+    except OSError as error:
+        # A folder may vanish, or lose its permissions, between two looks at it.
+        return problem_html(f"{options.model_dir} cannot be read: {error.strerror or error}")
+
+
+def reachable_length(options: LoadOptions) -> int:
+    """Return the model's own length in tokens, as far as the RoPE settings stretch it.
+
+    Raises:
+        ExlLoaderError: config.json cannot be read.
+    """
+    config = ModelConfig.from_dir(Path(options.model_dir))
+    length = stretched_length(config, options.alpha_value, options.compress_pos_emb)
+    return min(length, MAX_POSITIONS)
+
+
+class Pick(NamedTuple):
+    """A click on one of the gauge's largest contexts."""
+
+    ctx_size: int
+    cache_type: str
+
+
+def parse_pick(text: str | None) -> Pick | None:
+    """Read what a click wrote; None for anything else, as it comes from the browser."""
+    words = (text or "").split()
+    if len(words) < 2 or words[1] not in CACHE_BITS:
+        return None
+    if not (words[0].isascii() and words[0].isdigit() and len(words[0]) <= 10):
+        return None
+    ctx_size = int(words[0])
+    return Pick(ctx_size, words[1]) if 0 < ctx_size <= MAX_POSITIONS else None
