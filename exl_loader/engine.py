@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .cache import PagedCache
-from .cache import Sequence as CacheSequence
 from .errors import InvalidSettings, InvalidTokenizer, ModelUnloaded, PromptTooLong
 from .generation import IdGeneration, TextGeneration
 from .generator import ForwardModel, Generator
 from .jobs import Job
+from .paging import PagedCache
+from .paging import Sequence as CacheSequence
 from .progress import NullProgress, Progress
 from .sampling import Sampler, TokenRoles
 from .settings import SamplingSettings

@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from .cache import PagedCache
-from .cache import Sequence as CacheSequence
+from .cache import PAGE_LEN, pages_for
 from .errors import CacheFull, ModelUnloaded
 from .jobs import CANCELLED, FAILED, Job
+from .paging import PagedCache
+from .paging import Sequence as CacheSequence
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -39,6 +40,8 @@ class ForwardModel(Protocol):
         entries: Sequence[tuple[CacheSequence, list[int]]],
         logits: Literal["last", "all", "none"] = "last",
     ) -> torch.Tensor: ...
+
+    def rope_class(self, rope_len: int) -> int: ...
 
 
 class Generator:
@@ -180,7 +183,7 @@ class Generator:
             self._run(decoding)
         prefilling = [job for job in self._active if not job.decoding]
         if prefilling:
-            self._run(prefilling[:1])
+            self._prefill(prefilling[0])
 
     def _wants_token(self, job: Job) -> bool:
         return len(job.output) < MAX_AHEAD or bool(self._waiting)
@@ -199,10 +202,11 @@ class Generator:
         model, cache = self._check_open()
         while self._waiting and len(self._active) < model.max_batch_size:
             job = self._waiting[0]
+            rope_class = model.rope_class(job.max_tokens)
             try:
-                sequence = cache.acquire(job.max_tokens)
+                sequence = cache.acquire(job.max_tokens, job.prompt_ids, rope_class)
             except CacheFull as error:
-                if not self._active:
+                if not self._active or pages_for(job.max_tokens) > cache.num_pages:
                     self._finish(job, FAILED, error)
                     continue
                 return
@@ -210,14 +214,38 @@ class Generator:
             self._active.append(job)
             job.begin(sequence)
 
+    def _prefill(self, job: Job) -> None:
+        """One chunk of one prompt; prompts take turns, so that a short one need not wait."""
+        _, cache = self._check_open()
+        assert job.sequence is not None
+        past_len = job.sequence.past_len
+        cache.advance(job.sequence, job.prompt_ids)
+        job.skip(job.sequence.past_len - past_len)
+        self._run([job])
+        if job in self._active:
+            self._active.remove(job)
+            self._active.append(job)
+
+    def _next_ids(self, job: Job, sequence: CacheSequence) -> list[int]:
+        """The next token, or a prompt's next chunk.
+
+        A chunk ends with a page where it can, because only full pages can be shared.
+        """
+        model, _ = self._check_open()
+        ids, past_len = job.pending_ids, sequence.past_len
+        end = past_len + model.chunk_size
+        if len(ids) > model.chunk_size and end // PAGE_LEN * PAGE_LEN > past_len:
+            end = end // PAGE_LEN * PAGE_LEN
+        return ids[: end - past_len]
+
     def _run(self, jobs: list[Job]) -> None:
         """One forward pass: the next chunk or token of each job."""
-        model, _ = self._check_open()
+        model, cache = self._check_open()
         try:
             entries = []
             for job in jobs:
                 assert job.sequence is not None
-                entries.append((job.sequence, job.pending_ids[: model.chunk_size]))
+                entries.append((job.sequence, self._next_ids(job, job.sequence)))
             complete = len(entries[0][1]) == len(jobs[0].pending_ids)
             logits = model.forward(entries, "last" if complete else "none")
         except Exception as error:
@@ -229,9 +257,11 @@ class Generator:
             for job in jobs:
                 self._finish(job, CANCELLED)
             raise
-        for job, (_, ids) in zip(jobs, entries, strict=True):
+        for job, (sequence, ids) in zip(jobs, entries, strict=True):
             if not job.decoding:
                 job.progress.advance("prompt", len(ids))
+            if not job.decoding or sequence.past_len % PAGE_LEN == 0:
+                cache.commit(sequence, job.history)
         if complete:
             for job, row in zip(jobs, logits.numpy(), strict=True):
                 self._take_logits(job, row)
@@ -255,5 +285,6 @@ class Generator:
             self._waiting.remove(job)
         sequence, job.sequence = job.sequence, None
         if sequence is not None and self._cache is not None:
+            self._cache.commit(sequence, job.history)
             self._cache.release(sequence)
         job.finish(reason, error)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from .cache import Sequence as CacheSequence
+from .paging import Sequence as CacheSequence
 from .progress import NullProgress, Progress
 from .sampling import Sampler
 from .settings import SamplingSettings
@@ -28,19 +28,22 @@ class GenerationStats:
 
     Args:
         prompt_tokens, new_tokens: so far; an end token counts as new, though it is not shown.
+        reused_tokens: of the prompt, those that the cache held already.
         prefill_s: from the first work on the prompt to the first token.
         decode_s: from the first token to the last.
     """
 
     prompt_tokens: int
     new_tokens: int = 0
+    reused_tokens: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
 
     @property
     def prompt_tokens_per_s(self) -> float:
-        """Prompt tokens a second; 0 before the prompt is done."""
-        return self.prompt_tokens / self.prefill_s if self.prefill_s > 0 else 0.0
+        """Evaluated prompt tokens a second; 0 before the prompt is done."""
+        evaluated = self.prompt_tokens - self.reused_tokens
+        return evaluated / self.prefill_s if self.prefill_s > 0 else 0.0
 
     @property
     def tokens_per_s(self) -> float:
@@ -113,10 +116,17 @@ class Job:
         return self.history[past_len:].tolist()
 
     def begin(self, sequence: CacheSequence) -> None:
-        """Start on the prompt."""
+        """Start on the prompt, behind what the sequence holds of it already."""
         self.sequence = sequence
         self._began_s = time.perf_counter()
         self.progress.start("prompt", len(self.prompt_ids), "tokens")
+        self.skip(sequence.past_len)
+
+    def skip(self, count: int) -> None:
+        """Count tokens of the prompt that were found in the cache."""
+        if count:
+            self.stats.reused_tokens += count
+            self.progress.advance("prompt", count)
 
     def take_logits(self, logits: npt.ArrayLike) -> str | None:
         """Draw the next token from its logits, float32 [vocab_size].

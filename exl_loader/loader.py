@@ -14,9 +14,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .cache import CacheLayer, CacheType, PagedCache, pages_for
+from .cache import CacheLayer, CacheType, pages_for
 from .errors import InvalidSettings
 from .memory import Buffers, allocate
+from .paging import PagedCache
 from .progress import NullProgress, Progress, task
 from .reservation import PlannedModel, Reservation, planned
 from .reservation.options import CtxSize

@@ -10,10 +10,11 @@ from typing import Any, Literal
 import torch
 
 from .blueprint import Blueprint
-from .cache import PAGE_LEN, PagedCache, Sequence
+from .cache import PAGE_LEN
 from .errors import CacheFull, InvalidSettings
 from .kernels.interface import Batch, Ops
 from .layers import Call, Recorder, build_layer, decoder_layer
+from .paging import PagedCache, Sequence
 from .rope import inv_freq
 from .weights import Weights
 from .workspace import RowViews
@@ -120,6 +121,10 @@ class Model:
         for (sequence, _), length in zip(entries, lengths, strict=True):
             sequence.past_len += length
         return step.logits
+
+    def rope_class(self, rope_len: int) -> int:
+        """Return a number that is the same for lengths with the same RoPE frequencies."""
+        return self.config.rope.length_class(rope_len)
 
     def _check(self, entries: SequenceOf[tuple[Sequence, list[int]]]) -> None:
         """Refuse what would make an operation read or write outside its tensors."""

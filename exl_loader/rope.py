@@ -54,6 +54,14 @@ class RopeConfig:
         """Whether frequencies depend on the length a sequence is meant to reach."""
         return self.rope_type in ("dynamic", "longrope")
 
+    def length_class(self, rope_len: int) -> int:
+        """Return a number that is the same for lengths with the same frequencies."""
+        if self.rope_type == "dynamic":
+            return max(rope_len, self.max_position_embeddings)
+        if self.rope_type == "longrope":
+            return int(rope_len > self.original_max_position_embeddings)
+        return 0
+
 
 def inv_freq(
     config: RopeConfig,

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import torch
 
-from exl_loader.cache import PAGE_LEN, PagedCache, pages_for
+from exl_loader.cache import PAGE_LEN, CacheLayer, CacheType, pages_for
 from exl_loader.engine import LoadedModel
+from exl_loader.paging import PagedCache
 
 
 class FakeModel:
@@ -18,9 +19,12 @@ class FakeModel:
     Args:
         script: all ids of a sequence -> the next id.
         vocab_size: of the model.
+        num_pages: of the cache.
     """
 
-    def __init__(self, script: Callable[[list[int]], int], vocab_size: int, **sizes: int) -> None:
+    def __init__(
+        self, script: Callable[[list[int]], int], vocab_size: int, num_pages: int, **sizes: int
+    ) -> None:
         self.config = SimpleNamespace(
             vocab_size=vocab_size, bos_token_id=None, eos_token_ids=(0,)
         )
@@ -32,7 +36,9 @@ class FakeModel:
         self.fail_at: int | None = None
         self.error: BaseException = RuntimeError("injected")
         self.before_call: Callable[[], None] = lambda: None
-        self._texts: dict[int, list[int]] = {}
+        # What a page holds is the ids themselves.
+        shape = (num_pages, 1, PAGE_LEN, 1)
+        self.stored = torch.full(shape, -1, dtype=torch.int32)
         self._inside = threading.Lock()
 
     def forward(self, entries, logits="last"):
@@ -52,16 +58,21 @@ class FakeModel:
         rows = []
         for sequence, ids in entries:
             assert ids and sequence.past_len + len(ids) <= sequence.capacity
-            # A sequence is known by its first page, which nobody else has.
-            text = self._texts.get(sequence.pages[0], [])[: sequence.past_len]
             for token_id in ids:
-                text = [*text, token_id]
-                rows.append(self._row(text))
-            self._texts[sequence.pages[0]] = text
-            sequence.past_len += len(ids)
+                place, token = divmod(sequence.past_len, PAGE_LEN)
+                self.stored[sequence.pages[place], 0, token, 0] = token_id
+                sequence.past_len += 1
+                rows.append(self._row(self.read(sequence)))
             if logits == "last":
                 rows[-len(ids) :] = rows[-1:]
         return torch.stack(rows if logits != "none" else []) if logits != "none" else None
+
+    def read(self, sequence) -> list[int]:
+        """The text as the sequence's pages hold it."""
+        return self.stored[sequence.pages].flatten().tolist()[: sequence.past_len]
+
+    def rope_class(self, rope_len: int) -> int:
+        return 0
 
     def _row(self, text: list[int]) -> torch.Tensor:
         row = torch.zeros(self.config.vocab_size)
@@ -84,8 +95,10 @@ class FakeBuffers:
 
 def fake_engine(script, vocab_size=300, tokenizer=None, ctx_size=PAGE_LEN, pages=None, **sizes):
     """Build a LoadedModel around a FakeModel; returns it, the model and the cache."""
-    model = FakeModel(script, vocab_size, **sizes)
-    cache = PagedCache([], pages or pages_for(ctx_size))
+    num_pages = pages or pages_for(ctx_size)
+    model = FakeModel(script, vocab_size, num_pages, **sizes)
+    layer = CacheLayer(model.stored, None, model.stored, None, CacheType(32, 32))
+    cache = PagedCache([layer], num_pages)
     reservation = SimpleNamespace(ctx_size=ctx_size)
     engine = LoadedModel(model, cache, tokenizer, reservation, FakeBuffers())  # type: ignore[arg-type]
     return engine, model, cache

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from exl_loader.blueprint import Blueprint
-from exl_loader.cache import CacheLayer, CacheType, PagedCache, cache_specs, pages_for
+from exl_loader.cache import CacheLayer, CacheType, cache_specs, pages_for
 from exl_loader.checkpoint import Checkpoint
 from exl_loader.config import ModelConfig
 from exl_loader.memory import allocate
 from exl_loader.model import Model
+from exl_loader.paging import PagedCache
 from exl_loader.table import place
 from exl_loader.weights import load_weights
 from exl_loader.workspace import workspace_specs

@@ -16,7 +16,6 @@ from exl_loader.cache import (
     cache_specs,
     group_sizes,
     num_groups,
-    pages_for,
 )
 from exl_loader.errors import InvalidSettings
 from exl_loader.table import DeviceMap, place
