@@ -23,7 +23,7 @@ def earlier_matches(ids: Ids, length: int) -> Places:
         length: 0 matches everywhere.
     """
     behind = np.arange(length, len(ids))
-    for back in range(1, length + 1):
+    for back in range(1, min(length, len(ids)) + 1):
         behind = behind[ids[behind - back] == ids[-back]]
     return behind
 
