@@ -9,6 +9,8 @@
 // slots do not suffice for all decoding sequences, these run in several waves.
 #include "attention.h"
 
+#include <cmath>
+
 #include "cache_rotate.h"
 #include "threads.h"
 
@@ -17,7 +19,7 @@ namespace {
 
 // Sequences of one wave; their first slots stand in an array on the stack.
 constexpr int kWaveSequences = 64;
-constexpr int64_t kScratchAlignment = 64;
+constexpr int64_t kLineBytes = 64;
 
 struct Call {
     const ExlCacheLayer& layer;
@@ -44,14 +46,16 @@ struct Call {
     }
 };
 
-// Cuts memory into float arrays that each begin a cache line.
+// Cuts memory from an address on into arrays that each begin a cache line. From address 0 on
+// it measures what it would cut.
 struct Carver {
-    uint8_t* next;
+    uintptr_t next;
     template <class T>
     T* take(int64_t count) {
         T* taken = reinterpret_cast<T*>(next);
-        next += (count * static_cast<int64_t>(sizeof(T)) + kScratchAlignment - 1) /
-                kScratchAlignment * kScratchAlignment;
+        const int64_t lines =
+            (count * static_cast<int64_t>(sizeof(T)) + kLineBytes - 1) / kLineBytes;
+        next += static_cast<uintptr_t>(lines * kLineBytes);
         return taken;
     }
     Partial take_partial(int64_t rows, int stride) {
@@ -67,9 +71,9 @@ struct ThreadScratch {
     int32_t* high;
     Partial split;
     Partial whole;
-    uint8_t* end;
+    uintptr_t end;
 
-    ThreadScratch(const Call& call, uint8_t* memory) {
+    ThreadScratch(const Call& call, uintptr_t memory) {
         const int64_t rows = call.task_rows();
         Carver carver{memory};
         tile.keys = carver.take<float>(int64_t{call.head_dim()} * kTileTokens);
@@ -84,11 +88,16 @@ struct ThreadScratch {
     }
 };
 
-int64_t thread_bytes(const Call& call) { return ThreadScratch(call, nullptr).end - (uint8_t*)nullptr; }
+int64_t thread_bytes(const Call& call) {
+    return static_cast<int64_t>(ThreadScratch(call, 0).end);
+}
 int64_t slot_bytes(const Call& call) {
-    Carver carver{nullptr};
+    Carver carver{0};
     carver.take_partial(call.shape.num_heads, call.stride());
-    return carver.next - (uint8_t*)nullptr;
+    return static_cast<int64_t>(carver.next);
+}
+uintptr_t address(const uint8_t* memory, int64_t offset) {
+    return reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(offset);
 }
 
 // Rows of `tokens` tokens from row `first_row` of the call, at `position` and on, for the
@@ -168,7 +177,7 @@ void prefill(const Call& call, uint8_t* memory) {
         const int64_t rows = call.batch.q_start[s + 1] - call.batch.q_start[s];
         const int64_t blocks = prefill_blocks(call, s);
         parallel_for(blocks * heads, 1, [&](int64_t begin, int64_t end, int thread) {
-            const ThreadScratch scratch(call, memory + thread * bytes);
+            const ThreadScratch scratch(call, address(memory, thread * bytes));
             for (int64_t item = begin; item < end; ++item) {
                 // The last block sees most keys: it begins first, so that the end is even.
                 const int64_t block = blocks - 1 - item / heads;
@@ -199,7 +208,7 @@ int64_t num_splits(const Call& call, int64_t s) {
 }
 
 Partial slot(const Call& call, uint8_t* slots, int64_t index) {
-    Carver carver{slots + index * slot_bytes(call)};
+    Carver carver{address(slots, index * slot_bytes(call))};
     return carver.take_partial(call.shape.num_heads, call.stride());
 }
 
@@ -211,7 +220,7 @@ void decode_splits(const Call& call, const Wave& wave, uint8_t* memory, uint8_t*
     const int64_t heads = call.layer.num_kv_heads, bytes = thread_bytes(call);
     parallel_for(wave.first_slot[wave.count] * heads, 1,
                  [&](int64_t begin, int64_t end, int thread) {
-        const ThreadScratch scratch(call, memory + thread * bytes);
+        const ThreadScratch scratch(call, address(memory, thread * bytes));
         for (int64_t item = begin; item < end; ++item) {
             const int64_t index = item / heads, head = item % heads;
             int64_t i = 0;
