@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from .cache import CacheLayer, CacheType, pages_for
 from .errors import InvalidSettings
-from .memory import Buffers, allocate
+from .memory import Buffers, allocate, trim_heap
 from .paging import PagedCache
 from .progress import NullProgress, Progress, task
 from .reservation import PlannedModel, Reservation, planned
@@ -81,6 +81,8 @@ def load(
     except BaseException as error:
         _drop_locals(error)
         raise
+    finally:
+        trim_heap()
 
 
 def _load_planned(

@@ -7,6 +7,7 @@ time cannot fail later.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import weakref
@@ -97,6 +98,17 @@ def capacity(device: str) -> Capacity:
         InvalidSettings: there is no such device.
     """
     return device_kind(device).capacity(device)
+
+
+def trim_heap() -> None:
+    """Give memory that was freed back to the system.
+
+    glibc keeps what a load has freed on the way, tens of MiB, in case it is asked for again.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        pass  # another C library, which has no such call
 
 
 class Buffers:

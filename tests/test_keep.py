@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from makers import write_quantized_model
+from tiny import write_tiny_model
 
 CTX = 18432
 NEW_TOKENS = 32
@@ -146,3 +148,38 @@ def test_short_responses_in_a_long_context(child):
         child.step("stopped")
         last = child.step("cancelled")
     assert last - first <= ALLOWED_GROWTH_BYTES
+
+
+LOADING = """
+import json, sys
+import exl_loader
+from exl_loader import engine, kernels, loader, model, tokenizer
+
+def peak():
+    (line,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+kernels.get_ops("cpu")
+device = exl_loader.plan(sys.argv[1], 512).devices[0]
+before = peak()
+exl_loader.load(sys.argv[1], ctx_size=512)
+print(json.dumps([peak() - before - device.total_bytes, device.overhead_bytes]))
+"""
+
+
+@needs_proc
+@pytest.mark.parametrize("format", ["dense", "gptq", "exl2"])
+def test_loading_itself_stays_within_the_overhead(tmp_path, format):
+    folder = tmp_path / "m"
+    config = {"hidden_size": 1024, "vocab_size": 20000, "num_hidden_layers": 1}
+    if format == "dense":
+        write_tiny_model(folder, **config)
+    else:
+        write_quantized_model(folder, format, config=config)
+    answer = subprocess.run(
+        [sys.executable, "-c", LOADING, str(folder)], capture_output=True, text=True
+    )
+    assert answer.returncode == 0, answer.stderr
+    beside_buffers, overhead = json.loads(answer.stdout)
+    # PyTorch fills tables of its own at the first use of some operations.
+    assert beside_buffers <= overhead + ALLOWED_GROWTH_BYTES

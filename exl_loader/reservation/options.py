@@ -10,7 +10,7 @@ from typing import Any
 from ..cache import CacheType
 from ..devices import Capacity, device_kind
 from ..errors import InvalidSettings
-from ..memory import capacity, environment_limit, parse_bytes
+from ..memory import capacity, environment_limit, live_bytes, parse_bytes
 from ..rope import MAX_POSITIONS
 
 GIB = 1 << 30
@@ -106,6 +106,8 @@ def budgets(
     gpu_split: str | Sequence[float] | None,
     vram: int | str | Sequence[int | str] | None,
     memory_limit: int | str | None,
+    *,
+    replacing: bool = False,
 ) -> list[Budget]:
     """Say which devices a plan may use, in order, and what each lends.
 
@@ -116,6 +118,7 @@ def budgets(
         vram: plan for cards of this size that are not here, as `24GiB`, `24GiB,12GiB` or a list.
         memory_limit: most that our buffers may take of each device, as the environment's
             limit is.
+        replacing: as if the buffers that this process holds had been given back.
 
     Raises:
         InvalidSettings: no such device, or settings that contradict each other.
@@ -133,12 +136,16 @@ def budgets(
     overall = None if memory_limit is None else parse_bytes(memory_limit, "memory_limit")
     found = []
     for i, name in enumerate(names):
-        limits = [split[i] if split else None, overall, None if sizes else environment_limit(name)]
+        held = live_bytes(name) if replacing else 0
+        environment = None if sizes else environment_limit(name)
+        if environment is not None:
+            environment += held
+        limits = [split[i] if split else None, overall, environment]
         overhead, measured = device_kind(name).overhead(name)
         found.append(
             Budget(
                 name,
-                Capacity(sizes[i], sizes[i]) if sizes else capacity(name),
+                Capacity(sizes[i], sizes[i]) if sizes else _without(capacity(name), held),
                 min((limit for limit in limits if limit is not None), default=None),
                 overhead,
                 # Not even a card that is here tells what another one would take.
@@ -146,6 +153,12 @@ def budgets(
             )
         )
     return found
+
+
+def _without(now: Capacity, held_bytes: int) -> Capacity:
+    """Return a device's capacity as it will be when our buffers have been given back."""
+    free_bytes = min(now.capacity_bytes, now.free_bytes + held_bytes)
+    return Capacity(now.capacity_bytes, free_bytes, max(0, now.own_bytes - held_bytes))
 
 
 def _device_names(device: str | Sequence[str], num_cards: int) -> list[str]:

@@ -52,6 +52,7 @@ def plan(
     max_batch_size: int = DEFAULT_MAX_BATCH_SIZE,
     alpha_value: float = 1.0,
     compress_pos_emb: float = 1.0,
+    replacing: bool = False,
 ) -> Reservation:
     """Compute the memory a model will take, exactly, without loading it.
 
@@ -69,6 +70,7 @@ def plan(
         chunk_size: most tokens in one forward pass.
         max_batch_size: most sequences in one forward pass.
         alpha_value, compress_pos_emb: stretch the model's own length for `auto` and None.
+        replacing: plan as if every model that this process has loaded had been unloaded.
 
     Returns:
         the reservation, which may not fit: see its `fits`.
@@ -90,6 +92,7 @@ def plan(
         max_batch_size=max_batch_size,
         alpha_value=alpha_value,
         compress_pos_emb=compress_pos_emb,
+        replacing=replacing,
     ) as model:
         return model.reservation
 
@@ -108,11 +111,12 @@ def planned(
     max_batch_size: int,
     alpha_value: float,
     compress_pos_emb: float,
+    replacing: bool = False,
 ) -> Iterator[PlannedModel]:
     """Plan as `plan` does, and keep the checkpoint open for the block."""
     check_ctx_size(ctx_size)
     options = run_options(cache_type, chunk_size, max_batch_size)
-    devices = budgets(device, gpu_split, vram, memory_limit)
+    devices = budgets(device, gpu_split, vram, memory_limit, replacing=replacing)
     config = ModelConfig.from_dir(Path(model_dir))
     own_length = stretched_length(config, alpha_value, compress_pos_emb)
     with Checkpoint.open(model_dir) as checkpoint:
