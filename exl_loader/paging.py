@@ -94,21 +94,20 @@ class PagedCache:
         return sequence
 
     def advance(self, sequence: Sequence, prompt_ids: SequenceOf[int]) -> None:
-        """Skip what has been stored by others since the sequence was acquired.
+        """Skip what others have stored since the sequence was acquired.
 
         Args:
-            sequence: moves only where its past_len ends a page.
+            sequence: committed as far as it is.
             prompt_ids: its text; the last id is left for its logits.
         """
-        if sequence.past_len % PAGE_LEN:
-            return
-        ids = as_ids(prompt_ids[sequence.past_len : -1])
-        assert len(sequence.keys) == sequence.past_len // PAGE_LEN + 1, "not committed"
+        first = (len(sequence.keys) - 1) * PAGE_LEN
+        assert first == sequence.past_len // PAGE_LEN * PAGE_LEN, "not committed"
+        ids = as_ids(prompt_ids[first:-1])
         shared, keys = self._index.full_pages(sequence.keys[-1], ids)
         for page, key in zip(shared, keys, strict=True):
             self._exchange(sequence, len(sequence.keys) - 1, page)
             sequence.keys.append(key)
-            sequence.past_len += PAGE_LEN
+        sequence.past_len = max(sequence.past_len, first + len(shared) * PAGE_LEN)
         rest = ids[len(shared) * PAGE_LEN :]
         self._copy(sequence, *self._index.nearest(sequence.keys[-1], rest))
 
@@ -166,14 +165,15 @@ class PagedCache:
         self._drop_holder(own)
 
     def _copy(self, sequence: Sequence, source: int | None, count: int) -> None:
-        """Start the page behind past_len with `count` tokens of another page."""
-        if source is None:
+        """Start the page that past_len is in with `count` tokens of another page."""
+        place = sequence.past_len // PAGE_LEN
+        if source is None or count <= sequence.past_len % PAGE_LEN:
             return
-        target = sequence.pages[sequence.past_len // PAGE_LEN]
+        target = sequence.pages[place]
         if target != source:
             for layer in self.layers:
                 layer.copy_tokens(source, target, count)
-        sequence.past_len += count
+        sequence.past_len = place * PAGE_LEN + count
 
     def _hold(self, page: int) -> None:
         self._free.pop(page, None)
