@@ -24,6 +24,23 @@ SHOWN_CACHE_TYPES = ("fp16", "q8", "q6", "q4")
 
 
 @dataclass(frozen=True)
+class PlanRequest:
+    """What is asked of `planned`; the fields are the arguments of `plan`."""
+
+    model_dir: str | os.PathLike[str]
+    ctx_size: CtxSize = None
+    cache_type: str | CacheType = "fp16"
+    device: str | Sequence[str] = "auto"
+    gpu_split: str | Sequence[float] | None = None
+    vram: int | str | Sequence[int | str] | None = None
+    memory_limit: int | str | None = None
+    chunk_size: int = DEFAULT_CHUNK_SIZE
+    max_batch_size: int = DEFAULT_MAX_BATCH_SIZE
+    alpha_value: float = 1.0
+    compress_pos_emb: float = 1.0
+
+
+@dataclass(frozen=True)
 class PlannedModel:
     """A plan with what the loader goes on with.
 
@@ -80,7 +97,7 @@ def plan(
         UnsupportedFormat: the folder cannot be planned.
         InvalidSettings: an option makes no sense, or there is no such device.
     """
-    with planned(
+    request = PlanRequest(
         model_dir,
         ctx_size,
         cache_type,
@@ -92,60 +109,51 @@ def plan(
         max_batch_size=max_batch_size,
         alpha_value=alpha_value,
         compress_pos_emb=compress_pos_emb,
-        replacing=replacing,
-    ) as model:
+    )
+    with planned(request) as model:
         return model.reservation
 
 
 @contextmanager
-def planned(
-    model_dir: str | os.PathLike[str],
-    ctx_size: CtxSize,
-    cache_type: str | CacheType,
-    *,
-    device: str | Sequence[str],
-    gpu_split: str | Sequence[float] | None,
-    vram: int | str | Sequence[int | str] | None,
-    memory_limit: int | str | None,
-    chunk_size: int,
-    max_batch_size: int,
-    alpha_value: float,
-    compress_pos_emb: float,
-    replacing: bool = False,
-) -> Iterator[PlannedModel]:
+def planned(request: PlanRequest) -> Iterator[PlannedModel]:
     """Plan as `plan` does, and keep the checkpoint open for the block."""
-    check_ctx_size(ctx_size)
-    options = run_options(cache_type, chunk_size, max_batch_size)
-    devices = budgets(device, gpu_split, vram, memory_limit, replacing=replacing)
-    config = ModelConfig.from_dir(Path(model_dir))
-    own_length = stretched_length(config, alpha_value, compress_pos_emb)
-    with Checkpoint.open(model_dir) as checkpoint:
+    check_ctx_size(request.ctx_size)
+    options = run_options(request.cache_type, request.chunk_size, request.max_batch_size)
+    devices = budgets(request.device, request.gpu_split, request.vram, request.memory_limit)
+    config = ModelConfig.from_dir(Path(request.model_dir))
+    with Checkpoint.open(request.model_dir) as checkpoint:
         placer = Placer(config, checkpoint, devices)
         largest = {
             name: _largest_ctx_size(placer, replace(options, cache_type=CacheType.parse(name)))
             for name in dict.fromkeys((*SHOWN_CACHE_TYPES, str(options.cache_type)))
         }
-        if ctx_size is None:
-            ctx_size = min(own_length, DEFAULT_CTX_SIZE)
-        elif isinstance(ctx_size, str):
-            ctx_size = min(own_length, largest[str(options.cache_type)] or PAGE_LEN)
+        ctx_size = _chosen_ctx_size(request, config, largest[str(options.cache_type)])
         shares = placer.place(ctx_size, options)
         blueprint = placer.blueprint(placer.device_map(shares))
         segments = segments_of(blueprint, ctx_size, options)
         reservation = Reservation(
-            model_dir=os.fspath(model_dir),
+            model_dir=os.fspath(request.model_dir),
             architecture=config.architecture,
             format=checkpoint.format,
             num_layers=config.num_hidden_layers,
             max_position_embeddings=config.max_position_embeddings,
             ctx_size=ctx_size,
             cache_type=str(options.cache_type),
-            chunk_size=chunk_size,
-            max_batch_size=max_batch_size,
+            chunk_size=options.chunk_size,
+            max_batch_size=options.max_batch_size,
             devices=tuple(_record(share, segments) for share in shares),
             largest_ctx_size=largest,
         )
         yield PlannedModel(reservation, blueprint, tuple(segments.values()), checkpoint)
+
+
+def _chosen_ctx_size(request: PlanRequest, config: ModelConfig, largest: int) -> int:
+    own_length = stretched_length(config, request.alpha_value, request.compress_pos_emb)
+    if request.ctx_size is None:
+        return min(own_length, DEFAULT_CTX_SIZE)
+    if isinstance(request.ctx_size, str):  # auto; where nothing fits, one page shows by how much
+        return min(own_length, largest or PAGE_LEN)
+    return request.ctx_size
 
 
 def stretched_length(config: ModelConfig, alpha_value: float, compress_pos_emb: float) -> int:
