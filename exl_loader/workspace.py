@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 # Prefill rows of a step: enough to spread unpacking of the weights over, few enough that a
 # stop request or a progress bar need not wait for long.
 DEFAULT_CHUNK_SIZE = 256
-DEFAULT_MAX_BATCH_SIZE = 1
+# Texts that run at once: what a web UI with a few users needs, for a few ten KiB each.
+DEFAULT_MAX_BATCH_SIZE = 8
 # Rows of logits at a time where a caller wants all of them (128 KiB a row and more).
 DEFAULT_LOGITS_ROWS = 32
 
