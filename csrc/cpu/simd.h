@@ -80,6 +80,15 @@ EXL_INLINE float bfloat16_to_float(uint16_t value) {
 
 namespace exl {
 
+// Asks for a line of memory ahead of its use; any address is allowed.
+EXL_INLINE void prefetch(const uint8_t* p) {
+#if defined(__GNUC__)
+    __builtin_prefetch(p);
+#else
+    (void)p;
+#endif
+}
+
 // The first `count` (below 16) elements, zero beyond; nothing outside them is touched.
 EXL_INLINE F32x16 load_part(const float* p, int64_t count) {
     float lanes[kLanes] = {};
