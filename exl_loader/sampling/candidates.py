@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,10 +17,16 @@ Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 Places = npt.NDArray[np.intp]
 
-# Where the number of tokens that matter is unknown, so many are ordered first, then so many
-# times more.
+# Where the number of tokens that matter is unknown, so many are ordered first: enough for
+# nearly every step of a model that knows what it says.
 _FIRST_COUNT = 256
-_COUNT_GROWTH = 8
+
+# Else keys are told apart by so many bins; those further from the largest than this, where
+# probabilities are below 1e-13 of the likeliest one's, share one.
+_NUM_BINS = 4096
+_BIN_SPAN = 30.0
+_CHUNK = 8192
+_TINY = 1e-30
 
 # A row is looked at in blocks of so many tokens before single ones.
 _BLOCK = 64
@@ -135,6 +140,13 @@ def largest_places(keys: Floats, count: int) -> Places:
     return places[np.argsort(-keys[places], kind="stable")[:count]]
 
 
+def largest_values(values: Floats, count: int) -> Floats:
+    """The `count` largest values, falling."""
+    if count < len(values):
+        values = values[values >= _floor(values, count)]
+    return np.sort(values)[::-1][:count]
+
+
 def largest(candidates: Candidates, count: int) -> Candidates:
     """The `count` largest logits, of equal ones those with the lowest ids; sorted."""
     if candidates.is_sorted:
@@ -142,13 +154,58 @@ def largest(candidates: Candidates, count: int) -> Candidates:
     return replace(candidates.take(largest_places(candidates.logits, count)), is_sorted=True)
 
 
-def growing_counts(limit: int, first: int = _FIRST_COUNT) -> Iterator[int]:
-    """How many tokens to order, until they are enough: the last count is `limit`."""
-    count = first
-    while count < limit:
-        yield count
-        count *= _COUNT_GROWTH
-    yield limit
+def fewest_places(keys: Floats, weight: Floats, target: float) -> Places:
+    """Places of the fewest largest keys whose weights sum to `target` or more; rising.
+
+    Args:
+        keys: float32 [n]; equal ones count in their order.
+        weight: float32 [n].
+
+    Returns:
+        At least one place; all where the weights sum to less than the target.
+    """
+    places = largest_places(keys, min(_FIRST_COUNT, len(keys)))
+    reached = np.cumsum(weight[places], dtype=np.float64)
+    if reached[-1] < target and len(places) < len(keys):
+        return _fewest_places_by_bins(keys, weight, target)
+    return np.sort(places[: _count_reaching(reached, target)])
+
+
+def _fewest_places_by_bins(keys: Floats, weight: Floats, target: float) -> Places:
+    """The same for many places: only the bin in which the sum is reached is put in order."""
+    bins, masses = _binned(keys, weight)
+    reached = np.cumsum(masses)
+    last = min(int(np.searchsorted(reached, target, side="left")), _NUM_BINS - 1)
+    before = float(reached[last - 1]) if last else 0.0
+    inside = np.flatnonzero(bins == last)
+    inside = inside[np.argsort(-keys[inside], kind="stable")]
+    count = _count_reaching(np.cumsum(weight[inside], dtype=np.float64), target - before)
+    keep = bins < last
+    keep[inside[:count]] = True
+    return np.flatnonzero(keep)
+
+
+def _binned(keys: Floats, weight: Floats) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.float64]]:
+    """The bin of each key, the largest in bin 0, and the weight in each bin."""
+    largest_key = keys.max()
+    # A difference of Python floats: it cannot overflow, and an impossible token's is infinite.
+    span = min(float(largest_key) - float(keys.min()), _BIN_SPAN)
+    scale = np.float32((_NUM_BINS - 1) / max(span, _TINY))
+    bins, masses = np.empty(len(keys), np.int16), np.zeros(_NUM_BINS)
+    # In chunks, so that the wide types that bincount computes with stay in the caches, and in
+    # memory that the process has already: fresh pages would cost more than all the rest.
+    for first in range(0, len(keys), _CHUNK):
+        part = slice(first, first + _CHUNK)
+        with np.errstate(over="ignore"):
+            distance = np.minimum(largest_key - keys[part], np.float32(span))
+        index = np.multiply(distance, scale, out=distance).astype(np.intp)
+        masses += np.bincount(index, weight[part].astype(np.float64), _NUM_BINS)
+        bins[part] = index
+    return bins, masses
+
+
+def _count_reaching(reached: npt.NDArray[np.float64], target: float) -> int:
+    return max(1, int(np.searchsorted(reached, target, side="left")) + 1)
 
 
 def _floor(keys: Floats, count: int) -> np.float32:

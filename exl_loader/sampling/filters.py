@@ -13,16 +13,15 @@ import numpy as np
 from .candidates import (
     Candidates,
     entropy,
-    growing_counts,
+    fewest_places,
     largest,
-    largest_places,
+    largest_values,
     log_total,
     total,
     weights,
 )
 
-# The tail's part of the curvature shrinks quickly, so a few tokens more than elsewhere save a
-# second look.
+# Tokens that are put in order first. They decide unless the distribution is very flat.
 _TAIL_FREE_FIRST_COUNT = 2048
 
 
@@ -35,18 +34,14 @@ def keep_top_k(candidates: Candidates, top_k: int) -> Candidates:
 
 
 def keep_top_p(candidates: Candidates, top_p: float) -> Candidates:
-    """Keep the fewest likeliest tokens whose probabilities sum to top_p or more; sorted.
+    """Keep the fewest likeliest tokens whose probabilities sum to top_p or more.
 
-    A token stays where the sum of all likelier ones is below top_p (Holtzman et al. 2019,
-    "The Curious Case of Neural Text Degeneration").
+    A token stays where the sum of all likelier ones is below top_p, of equal ones those with
+    the lowest ids (Holtzman et al. 2019, "The Curious Case of Neural Text Degeneration").
     """
-    target = top_p * total(weights(candidates.logits))
-    for count in growing_counts(len(candidates)):
-        head = largest(candidates, count)
-        reached = np.cumsum(weights(head.logits), dtype=np.float64)
-        if reached[-1] >= target:
-            break
-    return head.head(max(1, int(np.searchsorted(reached, target, side="left")) + 1))
+    weight = weights(candidates.logits)
+    return candidates.take(
+        fewest_places(candidates.logits, weight, top_p * total(weight)))
 
 
 def keep_min_p(candidates: Candidates, min_p: float) -> Candidates:
@@ -100,13 +95,8 @@ def keep_typical(candidates: Candidates, mass: float) -> Candidates:
     # ln p = l - max(l) - ln(whole), so that |-ln p - H| is the distance to this logit.
     centre = float(logits.max()) + math.log(whole) - entropy(logits)
     typicality = -np.abs(logits - np.float32(centre))
-    for count in growing_counts(len(candidates)):
-        places = largest_places(typicality, count)
-        reached = np.cumsum(weight[places], dtype=np.float64)
-        if reached[-1] >= mass * whole:
-            break
-    last = min(int(np.searchsorted(reached, mass * whole, side="left")), len(places) - 1)
-    return candidates.take(np.flatnonzero(typicality >= typicality[places[last]]))
+    fewest = fewest_places(typicality, weight, mass * whole)
+    return candidates.take(np.flatnonzero(typicality >= typicality[fewest].min()))
 
 
 def keep_tail_free(candidates: Candidates, share: float) -> Candidates:
@@ -117,23 +107,23 @@ def keep_tail_free(candidates: Candidates, share: float) -> Candidates:
     d_1 + ... + d_i <= share (Phénix and Egan 2019, "Tail Free Sampling", centred as in
     text-generation-webui). A flat curve has no tail. Sorted.
     """
-    for count in growing_counts(len(candidates), _TAIL_FREE_FIRST_COUNT):
-        head = largest(candidates, count)
-        falling = weights(head.logits).astype(np.float64)
-        if count == len(candidates):
-            falling = np.append(falling, np.zeros(min(2, candidates.num_tokens - count)))
-        curvature = np.cumsum(np.abs(np.diff(falling, 2)))
-        if len(curvature) == 0 or curvature[-1] == 0:
-            if count == len(candidates):
-                return head
-            continue
+    weight = weights(candidates.logits)
+    num_hidden = candidates.num_tokens - len(weight)
+    for count in (min(_TAIL_FREE_FIRST_COUNT, len(weight)), len(weight)):
+        falling = largest_values(weight, count)
+        is_whole = count == len(weight)
+        if is_whole:
+            falling = np.append(falling, np.zeros(min(2, num_hidden), np.float32))
+        curvature = np.cumsum(np.abs(np.diff(falling, 2)), dtype=np.float64)
+        seen = float(curvature[-1]) if len(curvature) else 0.0
+        if is_whole and seen == 0:
+            return candidates
         # The differences of a falling tail that begins with w change by 2 w in all at most.
-        unseen = 0.0 if count == len(candidates) else 2 * float(falling[-2])
-        fewest = int(np.searchsorted(curvature, share * curvature[-1], side="right"))
-        most = int(np.searchsorted(curvature, share * (curvature[-1] + unseen), side="right"))
-        if fewest == most < len(curvature) or unseen == 0:
+        unseen = 0.0 if is_whole else 2 * float(falling[-2])
+        kept = 1 + int(np.searchsorted(curvature, share * seen, side="right"))
+        if kept == 1 + int(np.searchsorted(curvature, share * (seen + unseen), side="right")):
             break
-    return head.head(1 + fewest)
+    return largest(candidates, min(kept, len(candidates)))
 
 
 def exclude_top_choices(
