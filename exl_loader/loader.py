@@ -19,7 +19,7 @@ from .errors import InvalidSettings
 from .memory import Buffers, allocate, trim_heap
 from .paging import PagedCache
 from .progress import NullProgress, Progress, task
-from .reservation import PlannedModel, Reservation, planned
+from .reservation import PlannedModel, PlanRequest, Reservation, planned
 from .reservation.options import CtxSize
 from .reservation.text import refusal
 from .workspace import DEFAULT_CHUNK_SIZE, DEFAULT_MAX_BATCH_SIZE
@@ -61,22 +61,22 @@ def load(
             folder has a tokenizer that cannot be used. KernelBuildError: the kernels do not
             compile. In every case all memory has been given back.
     """
+    request = PlanRequest(
+        model_dir,
+        ctx_size,
+        cache_type,
+        device=device,
+        gpu_split=gpu_split,
+        memory_limit=memory_limit,
+        chunk_size=chunk_size,
+        max_batch_size=max_batch_size,
+        alpha_value=alpha_value,
+        compress_pos_emb=compress_pos_emb,
+    )
     try:
         import torch  # noqa: F401  (its libraries are in memory before what is free is measured)
 
-        with planned(
-            model_dir,
-            ctx_size,
-            cache_type,
-            device=device,
-            gpu_split=gpu_split,
-            vram=None,
-            memory_limit=memory_limit,
-            chunk_size=chunk_size,
-            max_batch_size=max_batch_size,
-            alpha_value=alpha_value,
-            compress_pos_emb=compress_pos_emb,
-        ) as plan:
+        with planned(request) as plan:
             return _load_planned(plan, alpha_value, compress_pos_emb, progress or NullProgress())
     except BaseException as error:
         _drop_locals(error)

@@ -26,7 +26,7 @@ import exl_loader
 from exl_loader import memory
 from exl_loader.errors import ExlLoaderError
 from exl_loader.formats import reference_weight
-from exl_loader.reservation import planned
+from exl_loader.reservation import PlanRequest, planned
 
 CTX = 64
 IDS = [1, 5, 77, 130, 12, 40, 41, 250, 3]
@@ -167,10 +167,7 @@ def originals(tmp_path_factory) -> Path:
 def decoded_logits(folder: Path, copy: Path) -> torch.Tensor:
     """Logits of the weights that a folder describes, without its packed layout."""
     tensors = {}
-    with planned(
-        folder, CTX, "fp32", device="cpu", gpu_split=None, vram=None, memory_limit=None,
-        chunk_size=64, max_batch_size=1, alpha_value=1.0, compress_pos_emb=1.0,
-    ) as model:  # fmt: skip
+    with planned(PlanRequest(folder, CTX, "fp32")) as model:
         blueprint, checkpoint = model.blueprint, model.checkpoint
         for plan in blueprint.linears():
             if plan.source == plan.name:

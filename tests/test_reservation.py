@@ -21,7 +21,7 @@ from exl_loader.config import ModelConfig
 from exl_loader.devices import Capacity, Process
 from exl_loader.devices.cpu import CpuDevice
 from exl_loader.errors import InsufficientMemory, InvalidSettings
-from exl_loader.reservation import plan, planned
+from exl_loader.reservation import PlanRequest, plan, planned
 from exl_loader.reservation.options import run_options
 from exl_loader.reservation.placement import segments_of
 from exl_loader.reservation.search import largest_fitting
@@ -30,15 +30,6 @@ from exl_loader.table import ALIGNMENT, DeviceMap
 
 GIB, MIB = 1 << 30, 1 << 20
 CACHE_TYPES = ("fp16", "q8", "q6", "q4")
-DEFAULTS = {
-    "gpu_split": None,
-    "vram": None,
-    "memory_limit": None,
-    "chunk_size": 64,
-    "max_batch_size": 1,
-    "alpha_value": 1.0,
-    "compress_pos_emb": 1.0,
-}
 
 
 @st.composite
@@ -103,12 +94,11 @@ def test_plan_is_table_is_allocator(
     names = [f"cpu:{i}" for i in range(num_devices)]
     with tempfile.TemporaryDirectory() as temporary:
         folder = write_sparse_exl2(Path(temporary) / "m", bits=bits, shards=2, **config)
-        options = DEFAULTS | {"chunk_size": chunk_size, "max_batch_size": max_batch_size}
-        with planned(folder, ctx_size, "_".join(pair), device="cpu", **options) as whole:
-            total = whole.reservation.total_bytes
+        options = {"chunk_size": chunk_size, "max_batch_size": max_batch_size}
+        total = plan(folder, ctx_size, "_".join(pair), **options).total_bytes
         limits = split_limits(data.draw, total, num_devices)
-        options["gpu_split"] = [limit / GIB for limit in limits]
-        with planned(folder, ctx_size, "_".join(pair), device=names, **options) as model:
+        options |= {"device": names, "gpu_split": [limit / GIB for limit in limits]}
+        with planned(PlanRequest(folder, ctx_size, "_".join(pair), **options)) as model:
             reservation, segments = model.reservation, model.segments
         buffers = memory.allocate(segments)
     specs = [placement.spec for segment in segments for placement in segment.placements]

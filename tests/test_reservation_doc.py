@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from sparse import LLAMA_2_7B, write_sparse_exl2
 
-from exl_loader.reservation import plan, planned
+from exl_loader.reservation import PlanRequest, plan, planned
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "reservation.md"
 CTX = 18432
@@ -76,10 +76,7 @@ def seven_b(tmp_path, monkeypatch):
 
 
 def scratch_of(folder: Path) -> int:
-    with planned(
-        folder, CTX, "q4", device="cpu", gpu_split=None, vram=None, memory_limit=None,
-        chunk_size=ROWS, max_batch_size=1, alpha_value=1.0, compress_pos_emb=1.0,
-    ) as model:  # fmt: skip
+    with planned(PlanRequest(folder, CTX, "q4", device="cpu")) as model:
         (found,) = (
             placement.spec.nbytes
             for segment in model.segments

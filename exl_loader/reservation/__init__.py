@@ -3,7 +3,14 @@
 See docs/reservation.md for every term.
 """
 
-from .planning import PlannedModel, plan, planned
+from .planning import PlannedModel, PlanRequest, plan, planned
 from .records import DeviceReservation, Reservation
 
-__all__ = ["DeviceReservation", "PlannedModel", "Reservation", "plan", "planned"]
+__all__ = [
+    "DeviceReservation",
+    "PlanRequest",
+    "PlannedModel",
+    "Reservation",
+    "plan",
+    "planned",
+]
