@@ -216,7 +216,7 @@ def _parts(device: DeviceReservation) -> tuple[list[Part], str]:
     else:
         parts.append(outside)
     own_bytes = device.capacity_bytes - device.free_bytes - device.other_bytes
-    parts.append(("own", "This program already", own_bytes))
+    parts.append(("own", "This program", own_bytes))
     parts.append(("other", "Other processes", device.other_bytes))
     return [part for part in parts if part[2]], beyond
 
@@ -238,7 +238,7 @@ def _bar(parts: Sequence[Part], scale: int) -> str:
 
 def _lens(device: DeviceReservation, scale: int) -> str:
     """Enlarge the model's own parts where they are too small a share to be told apart."""
-    own = [part for part in _parts(device)[0] if part[0] not in ("own", "other")]
+    own = [part for part in _parts(device)[0] if part[0] in ("weights", "cache", "workspace")]
     total = sum(nbytes for _, _, nbytes in own)
     if not 0 < total / scale < LENS_SHARE:
         return ""
@@ -292,7 +292,7 @@ def _choice(reservation: Reservation, cache_type: str, bits: str, own_length: in
     if not most:
         return f'<button type="button" disabled><b>none</b><small>{bits} cache</small></button>'
     tokens = largest_choice(most, own_length)
-    whole = ", the model's whole length" if most > tokens else ""
+    whole = " · whole length" if most > tokens else ""
     chosen = (tokens, cache_type) == (reservation.ctx_size, reservation.cache_type)
     return (
         f'<button type="button" data-pick="{tokens} {cache_type}" '

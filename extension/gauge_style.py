@@ -71,17 +71,18 @@ _RULES = """\
   background: none; }
 .exl-gauge .exl-choices { margin-top: 1em; }
 .exl-gauge .exl-choices > div { display: flex; flex-wrap: wrap; gap: 0.5em; margin-top: 0.4em; }
-.exl-gauge button { flex: 1 1 8.5em; text-align: left; font: inherit; padding: 0.45em 0.8em;
-  border-radius: 8px; border: 1px solid var(--exl-line); background: var(--exl-card);
-  cursor: pointer; }
-.exl-gauge button b { display: block; font-weight: 650; color: var(--exl-accent); }
-.exl-gauge button small { color: var(--exl-soft); font-size: 0.92em; }
-.exl-gauge button:hover:enabled { border-color: var(--exl-accent); }
-.exl-gauge button:focus-visible { outline: 3px solid var(--exl-accent); outline-offset: 2px; }
-.exl-gauge button[aria-pressed=true] { border-color: var(--exl-accent);
+.exl-gauge .exl-choices > div > button { flex: 1 1 8.5em; text-align: left; font: inherit;
+  font-weight: 400; padding: 0.45em 0.8em; border-radius: 8px; border: 1px solid var(--exl-line);
+  background: var(--exl-card); box-shadow: none; margin: 0; cursor: pointer; }
+.exl-gauge .exl-choices > div > button b { display: block; font-weight: 650; color: var(--exl-accent); }
+.exl-gauge .exl-choices > div > button small { color: var(--exl-soft); font-size: 0.92em; }
+.exl-gauge .exl-choices > div > button:hover:enabled { border-color: var(--exl-accent); }
+.exl-gauge .exl-choices > div > button:focus-visible { outline: 3px solid var(--exl-accent);
+  outline-offset: 2px; }
+.exl-gauge .exl-choices > div > button[aria-pressed=true] { border-color: var(--exl-accent);
   box-shadow: inset 0 0 0 1px var(--exl-accent); }
-.exl-gauge button:disabled { cursor: default; }
-.exl-gauge button:disabled b { color: var(--exl-soft); }
+.exl-gauge .exl-choices > div > button:disabled { cursor: default; }
+.exl-gauge .exl-choices > div > button:disabled b { color: var(--exl-soft); }
 .exl-gauge details { margin-top: 0.6em; }
 .exl-gauge summary { cursor: pointer; color: var(--exl-soft); }
 .exl-gauge pre { white-space: pre-wrap; font-size: 0.85em; max-height: 22em; overflow: auto;

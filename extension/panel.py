@@ -130,8 +130,11 @@ def _number(value: Any, default: float) -> float:
 
 
 def reserve(options: LoadOptions) -> Reservation:
-    """Plan a load; raises what `exl_loader.plan` does. Reads headers, never a weight."""
-    return plan(options.model_dir, **options.arguments())
+    """Plan a load that takes the place of the model in memory, if there is one.
+
+    Reads headers, never a weight; raises what `exl_loader.plan` does.
+    """
+    return plan(options.model_dir, replacing=True, **options.arguments())
 
 
 def plan_html(options: LoadOptions) -> str:

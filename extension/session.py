@@ -1,0 +1,213 @@
+"""The standalone page's model: loaded in a thread of its own, one at a time, watched by pages."""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from exl_loader.errors import ExlLoaderError, InvalidSettings, ModelUnloaded, PromptTooLong
+from exl_loader.progress import format_count
+
+from .gauge import gauge_html, problem_html, task_html
+from .panel import LoadOptions, plan_html, reachable_length
+
+if TYPE_CHECKING:
+    from exl_loader.engine import LoadedModel
+    from exl_loader.generation import TextGeneration
+
+WATCH_INTERVAL_S = 0.15
+
+
+@dataclass
+class _Task:
+    total: int | None
+    unit: str
+    done: int = 0
+
+
+class WatchedProgress:
+    """Progress that other threads can look at: the task begun last is the one shown."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._tasks: dict[str, _Task] = {}
+
+    def start(self, task: str, total: int | None, unit: str) -> None:
+        with self._lock:
+            self._tasks.pop(task, None)
+            self._tasks[task] = _Task(total, unit)
+
+    def advance(self, task: str, n: int = 1) -> None:
+        with self._lock:
+            if task in self._tasks:
+                self._tasks[task].done += n
+
+    def finish(self, task: str) -> None:
+        with self._lock:
+            self._tasks.pop(task, None)
+
+    def html(self) -> str:
+        """Draw the task begun last; a waiting one where none runs."""
+        with self._lock:
+            if not self._tasks:
+                return task_html("Loading", 0, None, "starting")
+            name, task = list(self._tasks.items())[-1]
+            count = format_count(task.done, task.total, task.unit)
+            return task_html(name.capitalize(), task.done, task.total, count)
+
+
+class Session:
+    """One model and its life. All methods may be called from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._progress = WatchedProgress()
+        self._model: LoadedModel | None = None
+        self._options: LoadOptions | None = None
+        self._problem = ""
+
+    @property
+    def loading(self) -> bool:
+        thread = self._thread
+        return thread is not None and thread.is_alive()
+
+    @property
+    def model(self) -> LoadedModel | None:
+        return self._model
+
+    @property
+    def options(self) -> LoadOptions | None:
+        """What the model was loaded with; None where none is."""
+        return self._options
+
+    def start_load(self, options: LoadOptions) -> None:
+        """Begin to load in the background; the model there is gives its memory back first.
+
+        Raises:
+            InvalidSettings: another load is running.
+        """
+        with self._lock:
+            if self.loading:
+                raise InvalidSettings(
+                    "Load", expected="one load at a time", actual="one that is running",
+                    remedy="Wait until it has ended",
+                )
+            self._progress = WatchedProgress()
+            self._problem = ""
+            # A daemon: a page that is closed while it compiles should not keep the process.
+            self._thread = threading.Thread(target=self._load, args=(options,), daemon=True)
+            self._thread.start()
+
+    def _load(self, options: LoadOptions) -> None:
+        self._release()
+        try:
+            from exl_loader.loader import load
+
+            self._model = load(
+                options.model_dir, progress=self._progress, **options.arguments()
+            )
+            # What the plan chose is what a page that shows this model has to say.
+            self._options = replace(options, ctx_size=self._model.ctx_size)
+        except Exception as error:
+            # Its text alone is kept: a traceback would keep what the load had in hand.
+            self._problem = error_html(error)
+
+    def follow(self) -> Iterator[str]:
+        """Yield what a load shows, as it changes; at the end its problem, or nothing."""
+        shown = None
+        while self.loading:
+            now = self._progress.html()
+            if now != shown:
+                yield now
+                shown = now
+            time.sleep(WATCH_INTERVAL_S)
+        yield self._problem
+
+    def unload(self) -> None:
+        """End all generations and give the memory back; a load that runs is waited for."""
+        thread = self._thread
+        if thread is not None:
+            thread.join()
+        with self._lock:
+            self._problem = ""
+            self._release()
+
+    def _release(self) -> None:
+        model, self._model, self._options = self._model, None, None
+        if model is not None:
+            model.unload()
+
+    def stop(self) -> None:
+        """End the running generations after the step that is running."""
+        model = self._model
+        if model is not None:
+            model.stop()
+
+    def gauge(self, options: LoadOptions) -> str:
+        """Draw the loaded model while the options are its own, else what they would take."""
+        model = self._model
+        if model is None or options != self._options:
+            return plan_html(options)
+        try:
+            measured_bytes, length = model.allocated_bytes(), reachable_length(options)
+        except ExlLoaderError as error:
+            return problem_html(error, heading="Changed on disk")
+        return gauge_html(model.reservation, measured_bytes=measured_bytes, own_length=length)
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the loaded model can be talked to in the way that it was trained on."""
+        model = self._model
+        return model is not None and model.has_tokenizer and bool(model.tokenizer.chat_templates)
+
+    def continue_text(self, text: str, settings: Mapping[str, Any]) -> TextGeneration:
+        """Write on from a text as it stands.
+
+        Raises:
+            ModelUnloaded: no model is loaded. ExlLoaderError: see `LoadedModel.generate`.
+        """
+        return self._loaded().generate(text, dict(settings))
+
+    def answer(
+        self, messages: Sequence[Mapping[str, str]], settings: Mapping[str, Any]
+    ) -> TextGeneration:
+        """Answer a conversation, in the model's template.
+
+        Messages are left out from the oldest on where the context is too short for all, a
+        question with its answer.
+
+        Raises:
+            ModelUnloaded: no model is loaded. PromptTooLong: the last message alone is too
+                long. ExlLoaderError: see `LoadedModel.generate`.
+        """
+        model, kept = self._loaded(), list(messages)
+        while True:
+            try:
+                return model.generate(model.chat_ids(kept), dict(settings))
+            except PromptTooLong:
+                if len(kept) <= 2:
+                    raise
+                kept = kept[2:]
+
+    def _loaded(self) -> LoadedModel:
+        model = self._model
+        if model is None:
+            raise ModelUnloaded("The model", actual="not loaded", remedy="Load one first")
+        return model
+
+
+def error_html(error: Exception) -> str:
+    """Show an error; one that is nobody's fault but ours shows where it came from, folded."""
+    if isinstance(error, ExlLoaderError):
+        return problem_html(error)
+    trace = "".join(traceback.format_exception(error))
+    unexpected = ExlLoaderError(
+        f"Unexpected {type(error).__name__}: {error}",
+        remedy="The details say where; please report them", details=trace,
+    )
+    return problem_html(unexpected)

@@ -1,0 +1,148 @@
+"""The loader's panel with a chat, without a host: `python -m extension.standalone [MODEL]`.
+
+One page, one model, this machine: it listens on 127.0.0.1 alone, sends nothing anywhere, and
+makes a public link only where `--share` asks for one. Needs Gradio 5 or newer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+import sys
+import threading
+import webbrowser
+from pathlib import Path
+from typing import Any
+
+# Gradio reads it when it is imported.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+import gradio as gr
+
+from exl_loader.commands.model_options import DEMO_MODEL
+
+from .panel import LoadOptions
+from .session import Session
+from .standalone_panel import PanelView
+from .standalone_text import TextView
+
+TITLE = "exl_loader"
+HOST = "127.0.0.1"
+
+# System fonts: the theme's own would be fetched from the internet.
+FONTS = ("system-ui", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
+MONO_FONTS = ("ui-monospace", "Cascadia Code", "Consolas", "DejaVu Sans Mono", "monospace")
+
+PAGE_STYLE = """\
+.exl-title > h1.exl-name { font-size: 1.35rem; margin: 0; font-weight: 680; letter-spacing: -0.01em; }
+.exl-title > p.exl-about { margin: 0.15em 0 0; color: var(--body-text-color-subdued); }
+.exl-text textarea { font-family: var(--font-mono); font-size: 0.86rem; line-height: 1.5; }
+.exl-stats { color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; }
+#exl_pick { display: none; }
+footer { display: none !important; }
+"""
+
+HEADING = (
+    f"<style>{PAGE_STYLE}</style>"
+    '<div class="exl-title"><h1 class="exl-name">exl_loader</h1>'
+    '<p class="exl-about">EXL2 and GPTQ models, with a memory reservation to trust</p></div>'
+)
+
+
+def make_page(session: Session, first: LoadOptions) -> gr.Blocks:
+    """Lay the page out and connect it.
+
+    Args:
+        session: the model behind it; every tab of the browser shows the same one.
+        first: what the options show at first.
+    """
+    with _blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
+        gr.HTML(HEADING, padding=False)
+        with gr.Row():
+            with gr.Column(scale=5, min_width=320):
+                panel = PanelView(session, first)
+            with gr.Column(scale=7, min_width=320):
+                text = TextView(session)
+        panel.connect(page, text)
+    return page
+
+
+def _theme() -> gr.themes.Base:
+    return gr.themes.Default(
+        primary_hue="indigo", neutral_hue="slate", radius_size="md",
+        font=list(FONTS), font_mono=list(MONO_FONTS),
+    )
+
+
+def _blocks(**options: Any) -> gr.Blocks:
+    """Gradio 5 takes the theme here; from 6 on `launch` does."""
+    if _theme_belongs_to_launch():
+        return gr.Blocks(**options)
+    return gr.Blocks(theme=_theme(), **options)
+
+
+def _theme_belongs_to_launch() -> bool:
+    return "theme" in inspect.signature(gr.Blocks.launch).parameters
+
+
+def launch(page: gr.Blocks, *, port: int | None = None, share: bool = False) -> str:
+    """Serve a page in the background; returns its address.
+
+    Args:
+        port: None takes a free one from 7860 on. share: make a public link through Gradio.
+    """
+    options: dict[str, Any] = {"theme": _theme()} if _theme_belongs_to_launch() else {}
+    _, address, shared = page.queue(default_concurrency_limit=8).launch(
+        server_name=HOST, server_port=port, share=share, inbrowser=False, quiet=True,
+        prevent_thread_lock=True, ssr_mode=False, show_error=True, **options,
+    )
+    return shared or address
+
+
+def has_browser() -> bool:
+    """Whether opening a window on this machine makes sense: it has a display and a browser."""
+    if sys.platform.startswith("linux") and not (
+        os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    ):
+        return False
+    try:
+        webbrowser.get()
+    except webbrowser.Error:
+        return False
+    return True
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serve the page until Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="python -m extension.standalone",
+                                     description="Load a model and chat with it in a page.")
+    parser.add_argument("model", nargs="?", metavar="MODEL", default=str(DEMO_MODEL),
+                        help="model folder; the small model that is shipped where none is given")
+    parser.add_argument("--port", type=int, help="port on 127.0.0.1; a free one from 7860 on")
+    parser.add_argument("--share", action="store_true",
+                        help="make a public link through Gradio's servers")
+    parser.add_argument("--no-browser", action="store_true", help="print the address alone")
+    args = parser.parse_args(arguments)
+    session = Session()
+    options = LoadOptions(str(Path(args.model).expanduser()))
+    session.start_load(options)
+    try:
+        address = launch(make_page(session, options), port=args.port, share=args.share)
+    except OSError as error:
+        print(f"error: the page cannot be served: {error}", file=sys.stderr)
+        return 1
+    print(f"{TITLE} is at {address}  (Ctrl-C ends it)", flush=True)
+    if not args.no_browser and has_browser():
+        webbrowser.open(address)
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+    finally:
+        session.unload()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""The left half of the standalone page: model folder, loader options, gauge, load and unload."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from exl_loader.cache import PAGE_LEN
+from exl_loader.errors import ExlLoaderError
+
+from .gauge import PICK_ELEM_ID
+from .panel import (
+    CACHE_TYPES,
+    LoadOptions,
+    after_toggle,
+    parse_pick,
+    reachable_length,
+    reserve,
+    toggles_for,
+)
+from .session import Session, error_html
+
+if TYPE_CHECKING:
+    from .standalone_text import TextView
+
+# What the slider reaches where the folder says nothing.
+UNKNOWN_LENGTH = 32768
+
+OPTION_NAMES = (
+    "model_dir", "ctx_size", "cache_type", "cache_8bit", "cache_4bit", "alpha_value",
+    "compress_pos_emb",
+)
+
+# The gauge answers at once, from the thread that got the request, and what was typed
+# meanwhile is asked for when the answer is there.
+QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
+GAUGE: dict[str, Any] = {**QUICK, "trigger_mode": "always_last"}
+
+
+class PanelView:
+    """The panel's components, made in the block that is open, and their events."""
+
+    def __init__(self, session: Session, first: LoadOptions) -> None:
+        self._session = session
+        self.model_dir = gr.Textbox(
+            first.model_dir, label="Model folder", elem_id="exl_model_dir", max_lines=1,
+            info="A folder with config.json and *.safetensors (EXL2, GPTQ or unquantised)",
+        )
+        self.ctx_size = _ctx_slider(first)
+        self.cache_type = gr.Dropdown(
+            list(CACHE_TYPES), value=first.cache_type, label="cache_type",
+            allow_custom_value=True, elem_id="exl_cache_type",
+            info="Bits of the key/value cache; q8_q4 sets keys and values apart",
+        )
+        toggles = toggles_for(first.cache_type)
+        with gr.Row():
+            self.cache_8bit = gr.Checkbox(
+                toggles.cache_8bit, label="cache_8bit", elem_id="exl_cache_8bit", min_width=120)
+            self.cache_4bit = gr.Checkbox(
+                toggles.cache_4bit, label="cache_4bit", elem_id="exl_cache_4bit", min_width=120)
+        with gr.Accordion("RoPE scaling", open=False):
+            self.alpha_value = gr.Slider(
+                1, 8, value=first.alpha_value, step=0.05, label="alpha_value",
+                info="NTK factor: stretches the context; set this or compress_pos_emb")
+            self.compress_pos_emb = gr.Slider(
+                1, 8, value=first.compress_pos_emb, step=0.1, label="compress_pos_emb",
+                info="Divides positions, as models with linear scaling were trained for")
+        with gr.Row():
+            self.load = gr.Button("Load", variant="primary", elem_id="exl_load", min_width=120)
+            self.unload = gr.Button("Unload", elem_id="exl_unload", min_width=120)
+        self.status = gr.HTML(elem_id="exl_status", padding=False)
+        self.gauge = gr.HTML(session.gauge(first), elem_id="exl_gauge", padding=False)
+        self.pick = gr.Textbox(elem_id=PICK_ELEM_ID, label="choice", container=False)
+
+    def connect(self, page: gr.Blocks, text: TextView) -> None:
+        """Wire the panel, and what the text side shows of the model that is loaded."""
+        options = [getattr(self, name) for name in OPTION_NAMES]
+        toggles = [self.cache_8bit, self.cache_4bit, self.cache_type]
+        for name in ("cache_8bit", "cache_4bit"):
+            # `input` is a person's doing: what follows from the other components is not.
+            getattr(self, name).input(
+                lambda on, cache_type, name=name: after_toggle(name, on, cache_type),
+                [getattr(self, name), self.cache_type], toggles, **QUICK)
+        self.cache_type.input(
+            lambda cache_type: toggles_for(cache_type)[:2], self.cache_type, toggles[:2], **QUICK)
+        self.pick.input(
+            _picked, [self.pick, self.ctx_size, self.cache_type],
+            [self.ctx_size, *toggles], **QUICK)
+        for component in (self.ctx_size, self.cache_type, self.alpha_value,
+                          self.compress_pos_emb):
+            component.change(self._gauge, options, self.gauge, **GAUGE)
+        for event in (self.model_dir.submit, self.model_dir.blur):
+            event(self._chosen, options, [self.ctx_size, self.gauge], **QUICK)
+        after: dict[str, Any] = {"fn": self._gauge, "inputs": options, "outputs": self.gauge}
+        state = text.model_outputs()
+        buttons = [self.load, self.unload, self.status]
+        begun = self.load.click(self._load, options, buttons, show_progress="hidden")
+        begun.then(**after, **QUICK).then(text.model_changed, None, state, **QUICK)
+        ended = self.unload.click(self._unload, None, buttons, show_progress="hidden")
+        ended.then(**after, **QUICK).then(text.model_changed, None, state, **QUICK)
+        opened = page.load(self._opened, None, buttons, show_progress="hidden")
+        opened = opened.then(self._as_loaded, options, options, **QUICK).then(**after, **QUICK)
+        text.connect(opened.then(text.model_changed, None, state, **QUICK))
+
+    def _gauge(self, *values: Any) -> str:
+        return self._session.gauge(_options(values))
+
+    def _chosen(self, *values: Any) -> tuple[Any, Any]:
+        """Follow another folder: its length is the slider's, its plan the gauge's."""
+        options = _options(values)
+        return _ctx_slider(options), self._session.gauge(options)
+
+    def _as_loaded(self, *values: Any) -> tuple[Any, ...]:
+        """Show a page that is opened, or opened again, the options of the model in memory."""
+        options = self._session.options
+        if options is None:
+            return values
+        toggles = toggles_for(options.cache_type)
+        return (
+            options.model_dir, _ctx_slider(options), toggles.cache_type, toggles.cache_8bit,
+            toggles.cache_4bit, options.alpha_value, options.compress_pos_emb,
+        )
+
+    def _load(self, *values: Any) -> Iterator[tuple[Any, Any, str]]:
+        try:
+            self._session.start_load(_options(values))
+        except ExlLoaderError as error:
+            yield *self._buttons(), error_html(error)
+            return
+        yield from self._opened()
+
+    def _opened(self) -> Iterator[tuple[Any, Any, str]]:
+        """Show the load that is running, if one is, to its end."""
+        busy = gr.update(interactive=False)
+        for status in self._session.follow():
+            if self._session.loading:
+                yield busy, busy, status
+            else:
+                yield *self._buttons(), status
+
+    def _unload(self) -> Iterator[tuple[Any, Any, str]]:
+        self._session.unload()
+        yield *self._buttons(), ""
+
+    def _buttons(self) -> tuple[Any, Any]:
+        loaded = self._session.model is not None
+        return gr.update(interactive=True), gr.update(interactive=loaded)
+
+
+def _options(values: Any) -> LoadOptions:
+    return LoadOptions.from_values(dict(zip(OPTION_NAMES, values, strict=True)))
+
+
+def _ctx_slider(options: LoadOptions) -> gr.Slider:
+    """Make a slider up to the model's own length, at what a load without a choice would take."""
+    try:
+        length, ctx_size = reachable_length(options), options.ctx_size
+        ctx_size = ctx_size or reserve(options).ctx_size
+    except (ExlLoaderError, OSError):
+        length, ctx_size = UNKNOWN_LENGTH, options.ctx_size or UNKNOWN_LENGTH // 4
+    most = max(PAGE_LEN, -(-length // PAGE_LEN) * PAGE_LEN, ctx_size)
+    return gr.Slider(
+        PAGE_LEN, most, value=ctx_size, step=PAGE_LEN, label="ctx_size",
+        elem_id="exl_ctx_size", info="Tokens that prompt and answer may have together",
+    )
+
+
+def _picked(text: str, ctx_size: int, cache_type: str) -> tuple[Any, ...]:
+    pick = parse_pick(text)
+    if pick is None:
+        return ctx_size, *toggles_for(cache_type)
+    return pick.ctx_size, *toggles_for(pick.cache_type)
