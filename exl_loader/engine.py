@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from .errors import InvalidSettings, InvalidTokenizer, ModelUnloaded, PromptTooL
 from .generation import IdGeneration, TextGeneration
 from .generator import ForwardModel, Generator
 from .jobs import Job
+from .logprobs import TokenLogprobs, token_logprobs
 from .paging import PagedCache
 from .paging import Sequence as CacheSequence
 from .progress import NullProgress, Progress
@@ -175,19 +176,61 @@ class LoadedModel:
             CacheFull: running generations leave too few pages.
             ModelUnloaded: after `unload`.
         """
+        prompt_ids = self._whole_prompt(ids)
+        result = torch.empty(len(prompt_ids), self.config.vocab_size)
+
+        def keep(first: int, rows: torch.Tensor) -> None:
+            result[first : first + len(rows)] = rows
+
+        self._prompt_rows(prompt_ids, keep)
+        return result
+
+    def prompt_logprobs(self, ids: Iterable[int], count: int = 0) -> list[TokenLogprobs | None]:
+        """Compute how likely each token of a prompt was behind those before it.
+
+        Args:
+            ids: 1 to `ctx_size` token ids, used as they are.
+            count: how many of the likeliest tokens to list for each place.
+
+        Returns:
+            One for each id; None for the first, which nothing comes before.
+
+        Raises:
+            As `prompt_logits`; no more than a few rows of logits exist at a time.
+        """
+        prompt_ids = self._whole_prompt(ids)
+        if not isinstance(count, int) or count < 0:
+            raise InvalidSettings("count", expected="0 or more tokens", actual=repr(count))
+        vocab_size = self._sampled_vocab_size()
+        result: list[TokenLogprobs | None] = [None]
+
+        def note(first: int, rows: torch.Tensor) -> None:
+            followers = prompt_ids[first + 1 : first + 1 + len(rows)]
+            for row, token_id in zip(rows.numpy(), followers, strict=False):
+                real = row if token_id >= vocab_size else row[:vocab_size]
+                result.append(token_logprobs(real, token_id, count))
+
+        self._prompt_rows(prompt_ids, note)
+        return result
+
+    def _whole_prompt(self, ids: Iterable[int]) -> list[int]:
         self._check_loaded()
         prompt_ids = self._checked_ids(ids)
         self._check_length(len(prompt_ids), len(prompt_ids))
-        result = torch.empty(len(prompt_ids), self.config.vocab_size)
+        return prompt_ids
+
+    def _prompt_rows(
+        self, prompt_ids: list[int], use: Callable[[int, torch.Tensor], None]
+    ) -> None:
+        """Evaluate a prompt, none of it reused; `use(first place, logits)` chunk by chunk."""
 
         def run(model: ForwardModel, sequence: CacheSequence) -> None:
             rows = min(model.logits_rows, model.chunk_size)
             for first in range(0, len(prompt_ids), rows):
                 chunk = prompt_ids[first : first + rows]
-                result[first : first + len(chunk)] = model.forward([(sequence, chunk)], "all")
+                use(first, model.forward([(sequence, chunk)], "all"))
 
         self._generator.run_alone(len(prompt_ids), run)
-        return result
 
     def allocated_bytes(self) -> int:
         """Sum of the buffers that exist; equals the reservation's total while loaded."""
@@ -229,6 +272,7 @@ class LoadedModel:
             max_tokens=min(len(prompt_ids) + settings.max_new_tokens, self.ctx_size),
             text=text,
             progress=progress or NullProgress(),
+            vocab_size=self._sampled_vocab_size(),
         )
 
     def _sampled_vocab_size(self) -> int:

@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 
 from .generator import Generator
 from .jobs import GenerationStats, Job
+from .logprobs import TokenLogprobs
 
 T = TypeVar("T")
 
@@ -81,6 +82,11 @@ class Generation(Iterator[T], Generic[T]):
     def token_ids(self) -> list[int]:
         """Ids generated so far, without an end token."""
         return self._job.history[len(self._job.prompt_ids) :].tolist()
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs]:
+        """One for each of `token_ids`, where the settings ask for `logprobs`."""
+        return list(self._job.logprobs)
 
     def stop(self) -> None:
         """End the generation after the step that is running. Does not wait."""

@@ -249,8 +249,12 @@ class Generator:
             complete = len(entries[0][1]) == len(jobs[0].pending_ids)
             logits = model.forward(entries, "last" if complete else "none")
         except Exception as error:
+            if len(jobs) == 1:
+                self._finish(jobs[0], FAILED, error)
+                return
+            # One of them may be the reason; nothing has advanced, so each can be run again.
             for job in jobs:
-                self._finish(job, FAILED, error)
+                self._run([job])
             return
         except BaseException:
             # An interrupt is meant for this thread, and leaves these jobs half done.

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from .logprobs import TokenLogprobs, token_logprobs
 from .paging import Sequence as CacheSequence
 from .progress import NullProgress, Progress
 from .sampling import Sampler
@@ -63,6 +64,7 @@ class Job:
         max_tokens: prompt and new tokens together may reach this many.
         text: decodes and looks for stop strings; None where only ids are wanted.
         progress: told about the prompt.
+        vocab_size: ids from here on are padding, which `logprobs` leaves out; None for none.
 
     Attributes:
         output: (id, text to show with it), not yet taken by the consumer.
@@ -70,6 +72,7 @@ class Job:
         finish_reason: None while it runs; then why it ended.
         error: what went wrong, for the consumer to raise.
         cancelled: set by any thread; the next step ends the job.
+        logprobs: of each new token but an end token; empty where the settings want none.
     """
 
     prompt_ids: Sequence[int]
@@ -79,6 +82,7 @@ class Job:
     max_tokens: int
     text: TextStream | None = None
     progress: Progress = field(default_factory=NullProgress)
+    vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         self.sequence: CacheSequence | None = None
@@ -87,6 +91,7 @@ class Job:
         self.finish_reason: str | None = None
         self.error: BaseException | None = None
         self.cancelled = False
+        self.logprobs: list[TokenLogprobs] = []
         self.stats = GenerationStats(len(self.prompt_ids))
         self._history = np.empty(self.max_tokens, np.int64)
         self._history[: len(self.prompt_ids)] = self.prompt_ids
@@ -142,6 +147,9 @@ class Job:
             return STOP
         self._history[self._num_tokens] = token_id
         self._num_tokens += 1
+        if self.settings.logprobs:
+            row = np.asarray(logits)[: self.vocab_size]
+            self.logprobs.append(token_logprobs(row, token_id, self.settings.logprobs))
         piece, found = self.text.push(token_id) if self.text is not None else ("", False)
         self.output.append((token_id, piece))
         if found:

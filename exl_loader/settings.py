@@ -85,6 +85,7 @@ _INTEGERS: dict[str, tuple[int, int | None]] = {
     "repetition_penalty_range": (0, None),
     "no_repeat_ngram_size": (0, None),
     "seed": (-1, MAX_SEED),
+    "logprobs": (0, None),
 }
 _FLAGS = (
     "do_sample", "dynamic_temperature", "temperature_last", "ban_eos_token",
@@ -138,6 +139,7 @@ class SamplingSettings:
         custom_token_bans: ids that are never drawn; a list, or text with commas.
         logit_bias: (token id, number to add to its logit) pairs, or a dict.
         seed: -1 takes a random one; the same seed and settings give the same text.
+        logprobs: note how likely each token was, and so many of the likeliest; 0 is off.
         ban_eos_token: never end the text; max_new_tokens alone does.
         skip_special_tokens: leave special tokens out of the text.
         stop_strings: the text ends before the first of them; none of it is shown.
@@ -187,6 +189,7 @@ class SamplingSettings:
     custom_token_bans: tuple[int, ...] = ()
     logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = -1
+    logprobs: int = 0
     ban_eos_token: bool = False
     skip_special_tokens: bool = True
     stop_strings: tuple[str, ...] = ()
