@@ -1,8 +1,11 @@
 """Set exl_loader up in an environment of its own, and run what the README shows.
 
-    python install.py --demo    make .venv/, then write text with the model that ships
-    python install.py --test    make .venv/ with the test dependencies, then run the tests
-    python install.py --env     make .venv/ alone
+    python install.py --demo        make .venv/, then open a page with the model that ships
+    python install.py --terminal    the same without a page: it writes text right here
+    python install.py --test        make .venv/ with the test dependencies, then run the tests
+    python install.py --env         make .venv/ alone
+    python install.py --webui PATH    put the loader into a text-generation-webui; with
+                                      --uninstall take it out, with --update refresh a copy
 
 Needs Python 3.10 or newer and nothing else. Run again, it finds .venv/ complete and goes
 straight on; a set-up that was interrupted is begun anew. Further arguments go to what is run.
@@ -45,16 +48,26 @@ def main() -> int:
         )
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     task = parser.add_mutually_exclusive_group(required=True)
-    task.add_argument("--demo", action="store_true", help="write text with the model that ships")
+    task.add_argument("--demo", action="store_true", help="open a page with the model that ships")
+    task.add_argument("--terminal", action="store_true",
+                      help="write text with the model that ships, in this terminal")
     task.add_argument("--test", action="store_true", help="run the tests")
     task.add_argument("--env", action="store_true", help="make the environment alone")
+    task.add_argument("--webui", type=Path, metavar="PATH", help="install into a web UI")
     args, further = parser.parse_known_args()
     if args.env and further:
         parser.error(f"unrecognized arguments: {' '.join(further)}")
+    if args.webui:
+        # It has an environment of its own; ours is not needed.
+        from exl_loader.webui_install import command
+
+        return command.main(args.webui, further)
     ensure_environment(test=args.test)
     if args.test:
         return run_in_environment(["-m", "pytest", *further])
     if args.demo:
+        return run_in_environment(["-m", "extension.standalone", *further])
+    if args.terminal:
         # Without a model's name it takes the one that ships, and a prompt to go with it.
         return run_in_environment(["-m", "exl_loader", "generate", "--stats", *further])
     say(f"{VENV} is complete")
@@ -109,7 +122,7 @@ def install_packages(test: bool) -> None:
     say("[3/3] other packages" + (" and those of the tests" if test else ""))
     # Without isolation the pinned build tool serves, and nothing unpinned is fetched.
     pip_install(["hatchling"])
-    target = f"{REPO}[test]" if test else str(REPO)
+    target = f"{REPO}[extension,test]" if test else f"{REPO}[extension]"
     pip_install(["--no-build-isolation", "--editable", target])
 
 

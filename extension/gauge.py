@@ -242,7 +242,8 @@ def _lens(device: DeviceReservation, scale: int) -> str:
     total = sum(nbytes for _, _, nbytes in own)
     if not 0 < total / scale < LENS_SHARE:
         return ""
-    corner = f"{max(total / scale, 0.012):.2%}"
+    # Parts too small to be seen are drawn some pixels wide, and the lens begins where they end.
+    corner = f"max({total / scale:.2%},{3 * len(own)}px)"
     return (
         f'<div aria-hidden="true"><div class="exl-lens" '
         f'style="clip-path:polygon(0 0,{corner} 0,100% 100%,0 100%)"></div>'

@@ -44,7 +44,8 @@ _RULES = """\
 .exl-gauge .exl-bar > .exl-over { position: absolute; top: 0; bottom: 0; right: 0; min-width: 4px;
   border: 0; border-left: 3px solid var(--exl-bad); background: repeating-linear-gradient(-45deg,
   var(--exl-bad) 0 3px, transparent 3px 9px); }
-.exl-gauge .exl-lens { height: 0.8em; background: var(--exl-track); }
+.exl-gauge .exl-lens { height: 0.9em;
+  background: color-mix(in srgb, var(--exl-accent) 22%, transparent); }
 .exl-gauge .exl-weights { background: var(--exl-weights); }
 .exl-gauge .exl-cache { background: var(--exl-cache); }
 .exl-gauge .exl-workspace { background: var(--exl-workspace); }
@@ -74,7 +75,8 @@ _RULES = """\
 .exl-gauge .exl-choices > div > button { flex: 1 1 8.5em; text-align: left; font: inherit;
   font-weight: 400; padding: 0.45em 0.8em; border-radius: 8px; border: 1px solid var(--exl-line);
   background: var(--exl-card); box-shadow: none; margin: 0; cursor: pointer; }
-.exl-gauge .exl-choices > div > button b { display: block; font-weight: 650; color: var(--exl-accent); }
+.exl-gauge .exl-choices > div > button b { display: block; font-weight: 650;
+  color: var(--exl-accent); }
 .exl-gauge .exl-choices > div > button small { color: var(--exl-soft); font-size: 0.92em; }
 .exl-gauge .exl-choices > div > button:hover:enabled { border-color: var(--exl-accent); }
 .exl-gauge .exl-choices > div > button:focus-visible { outline: 3px solid var(--exl-accent);

@@ -70,7 +70,7 @@ class PanelView:
         with gr.Row():
             self.load = gr.Button("Load", variant="primary", elem_id="exl_load", min_width=120)
             self.unload = gr.Button("Unload", elem_id="exl_unload", min_width=120)
-        self.status = gr.HTML(elem_id="exl_status", padding=False)
+        self.status = gr.HTML(visible=False, elem_id="exl_status", padding=False)
         self.gauge = gr.HTML(session.gauge(first), elem_id="exl_gauge", padding=False)
         self.pick = gr.Textbox(elem_id=PICK_ELEM_ID, label="choice", container=False)
 
@@ -123,30 +123,34 @@ class PanelView:
             toggles.cache_4bit, options.alpha_value, options.compress_pos_emb,
         )
 
-    def _load(self, *values: Any) -> Iterator[tuple[Any, Any, str]]:
+    def _load(self, *values: Any) -> Iterator[tuple[Any, ...]]:
         try:
             self._session.start_load(_options(values))
         except ExlLoaderError as error:
-            yield *self._buttons(), error_html(error)
+            yield *self._buttons(), _shown(error_html(error))
             return
         yield from self._opened()
 
-    def _opened(self) -> Iterator[tuple[Any, Any, str]]:
+    def _opened(self) -> Iterator[tuple[Any, ...]]:
         """Show the load that is running, if one is, to its end."""
         busy = gr.update(interactive=False)
         for status in self._session.follow():
             if self._session.loading:
-                yield busy, busy, status
+                yield busy, busy, _shown(status)
             else:
-                yield *self._buttons(), status
+                yield *self._buttons(), _shown(status)
 
-    def _unload(self) -> Iterator[tuple[Any, Any, str]]:
+    def _unload(self) -> Iterator[tuple[Any, ...]]:
         self._session.unload()
-        yield *self._buttons(), ""
+        yield *self._buttons(), _shown("")
 
     def _buttons(self) -> tuple[Any, Any]:
         loaded = self._session.model is not None
         return gr.update(interactive=True), gr.update(interactive=loaded)
+
+
+def _shown(html: str) -> Any:
+    return gr.update(value=html, visible=bool(html))
 
 
 def _options(values: Any) -> LoadOptions:

@@ -76,7 +76,7 @@ def test_first_run_makes_everything_and_the_second_nothing(world, monkeypatch):
     assert "-m venv" in commands[0]
     assert any("torch==2.13.0+cpu" in command for command in commands)
     assert all("--constraint" in command for command in commands[1:])
-    assert "[test]" not in commands[-1]
+    assert commands[-1].endswith("[extension]")
     assert call(world, monkeypatch, "--env") == 0
     assert world.take() == []
 
@@ -87,12 +87,15 @@ def test_test_adds_to_a_plain_environment_and_runs_pytest(world, monkeypatch):
     assert call(world, monkeypatch, "--test", "-x") == 0
     commands = world.take()
     assert not any("-m venv" in command for command in commands)
-    assert commands[-2].endswith("[test]")
+    assert commands[-2].endswith("[extension,test]")
     assert commands[-1].endswith("-m pytest -x")
     # What serves the tests serves the demo as well.
     assert call(world, monkeypatch, "--demo") == 0
     (command,) = world.take()
-    assert "-m exl_loader generate" in command
+    assert command.endswith("-m extension.standalone")
+    assert call(world, monkeypatch, "--terminal", "--seed", "1") == 0
+    (command,) = world.take()
+    assert command.endswith("-m exl_loader generate --stats --seed 1")
 
 
 def test_exit_code_of_the_main_job_is_passed_on(world, monkeypatch):
@@ -108,7 +111,7 @@ def test_changed_requirements_are_installed(world, monkeypatch, changed):
     assert call(world, monkeypatch, "--env") == 0
     commands = world.take()
     # Test packages that were there stay.
-    assert commands and commands[-1].endswith("[test]")
+    assert commands and commands[-1].endswith("[extension,test]")
 
 
 def test_killed_setup_begins_anew(world, monkeypatch):
