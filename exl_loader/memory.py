@@ -76,10 +76,14 @@ def live_bytes(device: str | None = None) -> int:
     return sum(nbytes for name, nbytes in _live.values() if device in (None, name))
 
 
-def environment_limit(device: str) -> int | None:
+def environment_limit(device: str, given_back: int = 0) -> int | None:
     """Return what `EXL_LOADER_MEMORY_LIMIT` leaves for another model; None where it is not set.
 
     It is a device's capacity for the buffers of all models of this process together.
+
+    Args:
+        device: its name.
+        given_back: bytes of this process's buffers that will be gone by then.
 
     Raises:
         InvalidSettings: it is no byte count.
@@ -88,7 +92,7 @@ def environment_limit(device: str) -> int | None:
     if not value:
         return None
     limit = parse_bytes(value, f"environment variable {LIMIT_VARIABLE}")
-    return max(0, limit - live_bytes(device))
+    return max(0, limit - live_bytes(device) + given_back)
 
 
 def capacity(device: str) -> Capacity:

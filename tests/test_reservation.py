@@ -26,7 +26,7 @@ from exl_loader.reservation.options import run_options
 from exl_loader.reservation.placement import segments_of
 from exl_loader.reservation.search import largest_fitting
 from exl_loader.reservation.text import amount, refusal, render
-from exl_loader.table import ALIGNMENT, DeviceMap
+from exl_loader.table import ALIGNMENT, DeviceMap, TensorSpec, place
 
 GIB, MIB = 1 << 30, 1 << 20
 CACHE_TYPES = ("fp16", "q8", "q6", "q4")
@@ -265,6 +265,23 @@ def test_the_environment_sets_the_capacity(tmp_path, monkeypatch):
     assert plan(folder, 5000).devices[0].missing_bytes == 1
     assert plan(folder, 5000, memory_limit=100).devices[0].limit_bytes == 100
     assert plan(folder, 5000, vram="24GiB").devices[0].limit_bytes is None
+
+
+def test_a_plan_for_the_model_that_takes_the_loaded_ones_place(tmp_path, machine, monkeypatch):
+    folder = write_sparse_exl2(tmp_path / "m")
+    machine(64 * MIB, capacity_bytes=128 * MIB)
+    before = plan(folder, 4096)
+    specs = [TensorSpec("t", "weights", "uint8", (8 * MIB,))]
+    buffers = memory.allocate(place(specs).values())
+    after = plan(folder, 4096, replacing=True)
+    assert after.devices[0].free_bytes == before.devices[0].free_bytes + 8 * MIB
+    limit = memory.live_bytes("cpu") + before.total_bytes - 8 * MIB
+    monkeypatch.setenv("EXL_LOADER_MEMORY_LIMIT", str(limit))
+    assert plan(folder, 4096, replacing=True).fits
+    assert not plan(folder, 4096).fits
+    monkeypatch.setenv("EXL_LOADER_MEMORY_LIMIT", str(limit - 1))
+    assert plan(folder, 4096, replacing=True).devices[0].missing_bytes == 1
+    buffers.release()
 
 
 def test_gpu_split_limits_our_buffers(tmp_path):

@@ -17,7 +17,8 @@ from exl_loader.reservation import PlanRequest, plan, planned
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "reservation.md"
 CTX = 18432
-LAYERS, HIDDEN, INNER, VOCAB, ROWS, LOGITS_ROWS = 32, 4096, 11008, 32000, 256, 32
+LAYERS, HIDDEN, INNER, VOCAB = 32, 4096, 11008, 32000
+ROWS, SEQUENCES, LOGITS_ROWS = 256, 8, 32
 # (inputs, outputs) of a layer's seven linears.
 LINEARS = [(HIDDEN, HIDDEN)] * 4 + [(HIDDEN, INNER)] * 2 + [(INNER, HIDDEN)]
 
@@ -55,7 +56,9 @@ def derived_rows(scratch_bytes: int) -> dict[str, int]:
         "gate, up": 2 * 4 * ROWS * INNER,
         "rotary angles": 4 * ROWS * 128,
         "logits and their rows": 4 * LOGITS_ROWS * (VOCAB + HIDDEN + 1),
-        "ids, positions, page table": 2 * aligned(4 * ROWS) + 64 + 64 + aligned(4 * 72) + 256,
+        "ids, positions, page tables": 4 * (2 * ROWS + 72 * SEQUENCES + 64 * SEQUENCES)
+        + aligned(4 * (SEQUENCES + 1))
+        + aligned(4 * SEQUENCES),
         "scratch": scratch_bytes,
     }
     names = list(rows)

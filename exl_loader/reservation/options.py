@@ -136,23 +136,30 @@ def budgets(
     overall = None if memory_limit is None else parse_bytes(memory_limit, "memory_limit")
     found = []
     for i, name in enumerate(names):
-        held = live_bytes(name) if replacing else 0
-        environment = None if sizes else environment_limit(name)
-        if environment is not None:
-            environment += held
-        limits = [split[i] if split else None, overall, environment]
-        overhead, measured = device_kind(name).overhead(name)
-        found.append(
-            Budget(
-                name,
-                Capacity(sizes[i], sizes[i]) if sizes else _without(capacity(name), held),
-                min((limit for limit in limits if limit is not None), default=None),
-                overhead,
-                # Not even a card that is here tells what another one would take.
-                measured and not (sizes and name.startswith("cuda")),
-            )
-        )
+        limits = [overall, split[i] if split else None]
+        limit = min((limit for limit in limits if limit is not None), default=None)
+        if sizes:
+            found.append(_absent(name, sizes[i], limit))
+        else:
+            found.append(_present(name, limit, live_bytes(name) if replacing else 0))
     return found
+
+
+def _absent(name: str, size: int, limit: int | None) -> Budget:
+    """Budget of a device that is not here, all of it free."""
+    overhead_bytes, measured = device_kind(name).overhead(name)
+    # Not even a card that is here tells what another one would take.
+    measured = measured and not name.startswith("cuda")
+    return Budget(name, Capacity(size, size), limit, overhead_bytes, measured)
+
+
+def _present(name: str, limit: int | None, given_back: int) -> Budget:
+    """Budget of a device that is here, with so many of our bytes given back."""
+    environment = environment_limit(name, given_back)
+    if environment is not None:
+        limit = environment if limit is None else min(limit, environment)
+    overhead_bytes, measured = device_kind(name).overhead(name)
+    return Budget(name, _without(capacity(name), given_back), limit, overhead_bytes, measured)
 
 
 def _without(now: Capacity, held_bytes: int) -> Capacity:

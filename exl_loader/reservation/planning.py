@@ -38,6 +38,7 @@ class PlanRequest:
     max_batch_size: int = DEFAULT_MAX_BATCH_SIZE
     alpha_value: float = 1.0
     compress_pos_emb: float = 1.0
+    replacing: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ def plan(
         max_batch_size=max_batch_size,
         alpha_value=alpha_value,
         compress_pos_emb=compress_pos_emb,
+        replacing=replacing,
     )
     with planned(request) as model:
         return model.reservation
@@ -119,7 +121,13 @@ def planned(request: PlanRequest) -> Iterator[PlannedModel]:
     """Plan as `plan` does, and keep the checkpoint open for the block."""
     check_ctx_size(request.ctx_size)
     options = run_options(request.cache_type, request.chunk_size, request.max_batch_size)
-    devices = budgets(request.device, request.gpu_split, request.vram, request.memory_limit)
+    devices = budgets(
+        request.device,
+        request.gpu_split,
+        request.vram,
+        request.memory_limit,
+        replacing=request.replacing,
+    )
     config = ModelConfig.from_dir(Path(request.model_dir))
     with Checkpoint.open(request.model_dir) as checkpoint:
         placer = Placer(config, checkpoint, devices)
