@@ -1,4 +1,4 @@
-"""Sampling as a whole: the distribution, the draw, seeds, and what goes wrong."""
+"""Sampling with the common settings: the distribution, the draw, seeds, damaged logits."""
 
 from __future__ import annotations
 

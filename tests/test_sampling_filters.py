@@ -11,7 +11,7 @@ import torch
 from transformers.generation import logits_process as hf
 
 from exl_loader.sampling import Candidates, curves, filters
-from exl_loader.sampling.candidates import entropy, largest
+from exl_loader.sampling.candidates import largest, measures
 from exl_loader.sampling.mirostat import Mirostat
 
 VOCAB = 152_064
@@ -167,13 +167,15 @@ def test_xtc_spares_line_breaks_and_end_tokens():
     assert kept == {0: [0, 1, 2, 3], 1: [0, 1, 2, 3], 2: [2, 3], 3: [2, 3], 4: [2, 3]}
 
 
-def test_entropy():
+def test_measures():
     for scale in (0.1, 1, 30):
         row = random_row(9, 1000, scale)
-        assert entropy(row) == pytest.approx(
-            defined.entropy(defined.softmax(row)), rel=1e-5, abs=1e-9)
-    assert entropy(np.array([5, -np.inf], np.float32)) == 0
-    assert entropy(np.zeros(8, np.float32)) == pytest.approx(math.log(8))
+        weight, log_whole, entropy = measures(row)
+        p = defined.softmax(row)
+        np.testing.assert_allclose(weight / math.exp(log_whole), p, rtol=1e-5, atol=1e-30)
+        assert entropy == pytest.approx(defined.entropy(p), rel=1e-5, abs=1e-9)
+    assert measures(np.array([5, -np.inf], np.float32))[1:] == (0, 0)
+    assert measures(np.zeros(8, np.float32))[2] == pytest.approx(math.log(8))
 
 
 def test_mirostat_follows_its_formulas():

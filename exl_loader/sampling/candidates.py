@@ -124,12 +124,14 @@ def log_total(logits: Floats) -> float:
     return math.log(total(weights(logits)))
 
 
-def entropy(logits: Floats) -> float:
-    """Entropy of the distribution, in nats."""
-    shifted = np.maximum(logits - logits.max(), _LOWEST)
+def measures(logits: Floats) -> tuple[Floats, float, float]:
+    """`weights`, `log_total`, and the entropy of the distribution in nats."""
+    shifted = logits - logits.max()
+    np.maximum(shifted, _LOWEST, out=shifted)
     weight = np.exp(shifted)
     whole = total(weight)
-    return max(0.0, math.log(whole) - total(np.multiply(weight, shifted, out=shifted)) / whole)
+    surprise = -total(np.multiply(weight, shifted, out=shifted)) / whole
+    return weight, math.log(whole), math.log(whole) + surprise
 
 
 def largest_places(keys: Floats, count: int) -> Places:

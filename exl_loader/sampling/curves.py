@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from .candidates import Candidates, entropy
+from .candidates import Candidates, measures
 
 # Limits of what float32 divides by and holds.
 _TINY = float(np.finfo(np.float32).tiny)
@@ -37,8 +37,10 @@ def apply_dynamic_temperature(
     possible tokens (kalomaze's dynamic temperature, as text-generation-webui defines it).
     """
     possible = int(np.count_nonzero(candidates.logits > -np.inf))
-    share = entropy(candidates.logits) / math.log(possible) if possible > 1 else 0.0
-    return apply_temperature(candidates, low + (high - low) * min(1.0, share) ** exponent)
+    _, _, entropy = measures(candidates.logits)
+    # Rounding may take the entropy out of its bounds.
+    share = min(1.0, max(0.0, entropy / math.log(possible))) if possible > 1 else 0.0
+    return apply_temperature(candidates, low + (high - low) * share**exponent)
 
 
 def smooth(candidates: Candidates, factor: float, curve: float) -> Candidates:

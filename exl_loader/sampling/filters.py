@@ -12,11 +12,11 @@ import numpy as np
 
 from .candidates import (
     Candidates,
-    entropy,
     fewest_places,
     largest,
     largest_values,
     log_total,
+    measures,
     total,
     weights,
 )
@@ -77,9 +77,9 @@ def keep_epsilon(candidates: Candidates, epsilon: float) -> Candidates:
 
 def keep_eta(candidates: Candidates, epsilon: float) -> Candidates:
     """Keep tokens with p >= min(epsilon, sqrt(epsilon) exp(-H)) (Hewitt et al. 2022)."""
-    logits = candidates.logits
-    log_eta = min(math.log(epsilon), 0.5 * math.log(epsilon) - entropy(logits))
-    return candidates.keep_from(float(logits.max()) + log_eta + log_total(logits))
+    _, log_whole, entropy = measures(candidates.logits)
+    log_eta = min(math.log(epsilon), 0.5 * math.log(epsilon) - entropy)
+    return candidates.keep_from(float(candidates.logits.max()) + log_eta + log_whole)
 
 
 def keep_typical(candidates: Candidates, mass: float) -> Candidates:
@@ -90,12 +90,13 @@ def keep_typical(candidates: Candidates, mass: float) -> Candidates:
     may go.
     """
     logits = candidates.logits
-    weight = weights(logits)
-    whole = total(weight)
+    weight, log_whole, entropy = measures(logits)
     # ln p = l - max(l) - ln(whole), so that |-ln p - H| is the distance to this logit.
-    centre = float(logits.max()) + math.log(whole) - entropy(logits)
-    typicality = -np.abs(logits - np.float32(centre))
-    fewest = fewest_places(typicality, weight, mass * whole)
+    centre = float(logits.max()) + log_whole - entropy
+    typicality = logits - np.float32(centre)
+    np.abs(typicality, out=typicality)
+    np.negative(typicality, out=typicality)
+    fewest = fewest_places(typicality, weight, mass * math.exp(log_whole))
     return candidates.take(np.flatnonzero(typicality >= typicality[fewest].min()))
 
 
