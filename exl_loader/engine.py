@@ -185,6 +185,26 @@ class LoadedModel:
         self._prompt_rows(prompt_ids, keep)
         return result
 
+    def next_logits(self, ids: Iterable[int], rope_len: int | None = None) -> torch.Tensor:
+        """Compute the logits behind the last token of a text, for samplers of the host's own.
+
+        What the cache holds of the text is reused, so a text that grows token by token costs
+        a step each.
+
+        Args:
+            ids: 1 to `ctx_size` token ids, used as they are.
+            rope_len: the length that the text is meant to reach; its own where None.
+
+        Returns:
+            float32 [vocab_size] on the CPU, memory of the caller's own.
+
+        Raises:
+            As `prompt_logits`.
+        """
+        prompt_ids = self._whole_prompt(ids)
+        reach = min(max(len(prompt_ids), rope_len or 0), self.ctx_size)
+        return self._generator.next_logits(prompt_ids, reach)
+
     def prompt_logprobs(self, ids: Iterable[int], count: int = 0) -> list[TokenLogprobs | None]:
         """Compute how likely each token of a prompt was behind those before it.
 

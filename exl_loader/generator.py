@@ -153,6 +153,34 @@ class Generator:
             finally:
                 cache.release(sequence)
 
+    def next_logits(self, ids: Sequence[int], rope_len: int) -> torch.Tensor:
+        """Evaluate what the cache does not hold of a text, between steps.
+
+        Args:
+            ids: the text.
+            rope_len: the length it is meant to reach, at least len(ids).
+
+        Returns:
+            logits behind its last token, float32 [vocab_size], memory of the caller's own.
+
+        Raises:
+            CacheFull: running jobs leave too few pages for rope_len tokens.
+            ModelUnloaded: after `close`.
+        """
+        with self.exclusive():
+            model, cache = self._check_open()
+            self._reap()
+            sequence = cache.acquire(rope_len, ids, model.rope_class(rope_len))
+            try:
+                while len(ids) - sequence.past_len > model.chunk_size:
+                    chunk = ids[sequence.past_len : sequence.past_len + model.chunk_size]
+                    model.forward([(sequence, list(chunk))], "none")
+                logits = model.forward([(sequence, list(ids[sequence.past_len :]))], "last")[0]
+                cache.commit(sequence, ids)
+                return logits.clone()
+            finally:
+                cache.release(sequence)
+
     def close(self) -> None:
         """End all jobs and drop the model and the cache. Twice does no harm."""
         self._closing = True

@@ -1,0 +1,193 @@
+"""Puts files where the web UI and its Python look for them, and takes them away again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from .problems import InstallError
+
+REPO = Path(__file__).resolve().parents[2]
+EXTENSION = REPO / "extension"
+
+# A folder with this file is a copy that we made, and may be replaced.
+COPY_MARK = ".exl_loader-copy.json"
+
+_NOT_COPIED = frozenset({"__pycache__", "demo_model"})
+
+PTH, START, RECORD = "exl_loader_webui.pth", "exl_loader_webui_start.py", "exl_loader_webui.json"
+
+# One line, as .pth files are read. It runs in every Python of the environment, so it asks the
+# cheapest question first; a missing start file is a half-removed plugin, and no error.
+_PTH_LINE = (
+    "import sys; exec('try:\\n if any(a.endswith(\"server.py\") for a in sys.orig_argv):\\n"
+    "  import exl_loader_webui_start\\nexcept Exception as error:\\n"
+    "  sys.stderr.write(\"exl_loader: not started: %s\\\\n\" % error)')\n"
+)
+
+
+def extension_is_current(target: Path) -> bool:
+    """Whether the extension is there and is today's."""
+    if is_link(target):
+        return target.exists() and target.resolve() == EXTENSION.resolve()
+    return _copied_from(target) == _fingerprint()
+
+
+def place_extension(target: Path, *, copy: bool = False) -> str:
+    """Link the extension to where the web UI looks for it, or copy it with the engine.
+
+    Args:
+        target: the extension's folder in the web UI.
+        copy: do not try to link.
+
+    Returns:
+        `link` or `copy`.
+
+    Raises:
+        InstallError: something that is not ours is there already.
+    """
+    if not (EXTENSION / "script.py").is_file():
+        raise InstallError(f"{EXTENSION} is not there: run install.py from a checkout")
+    remove_extension(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not copy and _link(target):
+        return "link"
+    try:
+        _copy(target)
+    except OSError as error:
+        shutil.rmtree(target, ignore_errors=True)
+        raise InstallError(f"{target} cannot be written: {error}") from error
+    return "copy"
+
+
+def remove_extension(target: Path) -> bool:
+    """Remove our link or our copy; True where there was one.
+
+    Raises:
+        InstallError: the folder is not ours.
+    """
+    if is_link(target):
+        # A junction is a folder to Python, and unlink refuses it.
+        target.unlink() if target.is_symlink() else os.rmdir(target)
+        return True
+    if not target.exists():
+        return False
+    if not (target / COPY_MARK).is_file():
+        raise InstallError(f"{target} is there and was not made by this installer. Move it away")
+    shutil.rmtree(target)
+    return True
+
+
+def is_link(path: Path) -> bool:
+    """Whether a path is a symbolic link or a junction."""
+    if path.is_symlink():
+        return True
+    if os.name != "nt" or not path.is_dir():
+        return False
+    return os.path.normcase(os.path.realpath(path)) != os.path.normcase(os.path.abspath(path))
+
+
+def hook_is_current(site_packages: Path) -> bool:
+    """Whether the start hook is in the environment, word for word."""
+    return all(_read(site_packages / name) == text for name, text in _hook_files().items())
+
+
+def place_hook(site_packages: Path) -> None:
+    """Write the start hook; the file that makes it run comes last.
+
+    Raises:
+        InstallError: the folder cannot be written.
+    """
+    try:
+        for name, text in _hook_files().items():
+            temporary = site_packages / f"{name}.tmp"
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(site_packages / name)
+    except OSError as error:
+        raise InstallError(f"{site_packages} cannot be written: {error.strerror}. Run this as "
+                           "the user who installed the web UI") from error
+
+
+def remove_hook(site_packages: Path) -> bool:
+    """Remove the start hook, what makes it run first; True where there was one."""
+    found = False
+    for name in (PTH, START, RECORD):
+        path = site_packages / name
+        found |= path.exists()
+        path.unlink(missing_ok=True)
+    for path in (site_packages / "__pycache__").glob(f"{Path(START).stem}.*.pyc"):
+        path.unlink(missing_ok=True)
+    return found
+
+
+def read_record(site_packages: Path) -> dict[str, list[str]]:
+    """Read what an earlier run noted: `packages` that it installed."""
+    try:
+        record = json.loads(_read(site_packages / RECORD) or "{}")
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def write_record(site_packages: Path, record: dict[str, list[str]]) -> None:
+    """Note what was installed, for the day it is taken out."""
+    (site_packages / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
+
+
+def _hook_files() -> dict[str, str]:
+    start = Path(__file__).with_name("start_template.py").read_text(encoding="utf-8")
+    return {START: start, PTH: _PTH_LINE}
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return None
+
+
+def _link(target: Path) -> bool:
+    try:
+        os.symlink(EXTENSION, target, target_is_directory=True)
+        return True
+    except OSError:
+        pass
+    if sys.platform == "win32":
+        # Symbolic links need a privilege on Windows, junctions do not.
+        import _winapi
+
+        try:
+            _winapi.CreateJunction(str(EXTENSION), str(target))
+            return True
+        except OSError:
+            pass
+    return False
+
+
+def _copy(target: Path) -> None:
+    ignore = shutil.ignore_patterns(*_NOT_COPIED)
+    shutil.copytree(EXTENSION, target, ignore=ignore)
+    for name in ("exl_loader", "csrc"):
+        shutil.copytree(REPO / name, target / name, ignore=ignore)
+    (target / COPY_MARK).write_text(json.dumps(_fingerprint()) + "\n", encoding="utf-8")
+
+
+def _copied_from(target: Path) -> dict[str, str] | None:
+    try:
+        return json.loads((target / COPY_MARK).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _fingerprint() -> dict[str, str]:
+    """What a copy is made of: the checkout and the state of its files."""
+    digest = hashlib.sha256()
+    for name in ("extension", "exl_loader", "csrc"):
+        for path in sorted((REPO / name).rglob("*")):
+            if path.is_file() and not _NOT_COPIED.intersection(path.parts):
+                digest.update(str(path.relative_to(REPO)).encode() + b"\0" + path.read_bytes())
+    return {"source": str(REPO), "sha256": digest.hexdigest()}

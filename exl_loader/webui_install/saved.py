@@ -1,0 +1,77 @@
+"""Saved model settings of the web UI that name our loaders."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+CONFIG = "config-user.yaml"
+BACKUP = "config-user.before-exl_loader.yaml"
+
+_OURS = re.compile(r"^\s+loader:\s*['\"]?ExLlamav2(_HF)?['\"]?\s*(#.*)?$")
+
+
+def config_files(root: Path) -> list[Path]:
+    """The files with saved model settings that a web UI may read."""
+    folders = [root / "user_data" / "models", root / "models"]
+    for flags in (root / "user_data" / "CMD_FLAGS.txt", root / "CMD_FLAGS.txt"):
+        folders += _model_dirs(flags, root)
+    return [path for folder in dict.fromkeys(folders) if (path := folder / CONFIG).is_file()]
+
+
+def entries(path: Path) -> list[str]:
+    """The models whose saved settings name our loaders."""
+    blocks = _blocks(path.read_text(encoding="utf-8"))
+    return [b[0].rstrip().rstrip(":") for b in blocks if any(_OURS.match(x) for x in b[1:])]
+
+
+def remove_entries(path: Path) -> list[str]:
+    """Drop the loader from saved settings that name ours; what it was before is kept beside.
+
+    Without the plugin such a line makes the web UI fail at start-up and in its Load button.
+    All other lines stay as they are; a model without any setting left goes altogether, since
+    the web UI trips over an empty entry.
+
+    Returns:
+        the models whose settings were changed.
+    """
+    text = path.read_text(encoding="utf-8")
+    found = entries(path)
+    if not found:
+        return []
+    path.with_name(BACKUP).write_text(text, encoding="utf-8")
+    kept = []
+    for block in _blocks(text):
+        lines = [line for line in block if not _OURS.match(line)]
+        emptied = len(lines) < len(block) and not any(x.strip() for x in lines[1:])
+        kept += [] if emptied else lines
+    temporary = path.with_name(f"{CONFIG}.tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
+    return found
+
+
+def _blocks(text: str) -> list[list[str]]:
+    """Split YAML of the web UI's kind at its top-level keys."""
+    blocks: list[list[str]] = []
+    for line in text.splitlines(keepends=True):
+        if not blocks or not line[0].isspace():
+            blocks.append([])
+        blocks[-1].append(line)
+    return blocks
+
+
+def _model_dirs(flags: Path, root: Path) -> list[Path]:
+    try:
+        lines = flags.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    try:
+        words = [w for line in lines if not line.lstrip().startswith("#")
+                 for w in shlex.split(line)]
+    except ValueError:
+        return []
+    found = [words[i + 1] for i, w in enumerate(words[:-1]) if w == "--model-dir"]
+    found += [w.split("=", 1)[1] for w in words if w.startswith("--model-dir=")]
+    return [root / folder for folder in found]

@@ -1,0 +1,238 @@
+"""The loader's part of the web UI's Model tab: toggles, RoPE fields, gauge, progress, errors."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+from exl_loader.errors import ExlLoaderError
+from exl_loader.progress import format_count
+
+from . import host, loading, panel
+from .gauge import PICK_ELEM_ID, gauge_html, message_html, problem_html, task_html
+from .host import LOADERS, OPTION_DEFAULTS, Patches
+
+GAUGE, PICK = "exl_gauge", "exl_pick"
+
+# Ids that are shown with the loader and are no options of a load.
+PANEL_IDS = (GAUGE,)
+
+# How often the page hears of a load that goes on.
+_TICK_S = 0.2
+
+_INPUTS = ("loader", "model_menu", "ctx_size", "cache_type", "gpu_split", *OPTION_DEFAULTS)
+
+
+def extend_menu(patches: Patches, menu: ModuleType) -> None:
+    """Add our components and events to the Model tab, and our progress to its Load button.
+
+    Args:
+        menu: `modules.ui_model_menu`, before it makes its components.
+    """
+    create_ui, create_events = menu.create_ui, menu.create_event_handlers  # type: ignore[attr-defined]
+
+    def create_ui_with_panel() -> None:
+        create_ui()
+        _safely(_insert_components)
+
+    def create_events_with_panel() -> None:
+        create_events()
+        if not host.module("modules.shared").args.multi_user:
+            _safely(_connect)
+
+    patches.replace(create_ui, create_ui_with_panel)
+    patches.replace(create_events, create_events_with_panel)
+    wrapper = menu.load_model_wrapper  # type: ignore[attr-defined]
+    patches.replace(wrapper, _load_wrapper(wrapper))
+    loras = menu.load_lora_wrapper  # type: ignore[attr-defined]
+    patches.replace(loras, _lora_wrapper(loras))
+
+
+def _safely(step: Callable[[], None]) -> None:
+    """Do a step; where it fails, the page comes up without our options."""
+    from . import registration
+
+    try:
+        step()
+    except Exception as error:
+        registration.remove_options()
+        host.say(f"the Model tab stays without the options of ExLlamav2: {error}", error=True)
+
+
+def _insert_components() -> None:
+    """Make the components and put them right below the cache type."""
+    import gradio as gr
+    from gradio.context import Context
+
+    shared = host.module("modules.shared")
+    args, components = shared.args, shared.gradio
+    made = {
+        "cache_8bit": gr.Checkbox(
+            label="cache_8bit", value=bool(args.cache_8bit),
+            info="Keep the key/value cache in 8 bits: half the memory of fp16."),
+        "cache_4bit": gr.Checkbox(
+            label="cache_4bit", value=bool(args.cache_4bit),
+            info="Keep the key/value cache in 4 bits: about a quarter."),
+        "alpha_value": gr.Number(
+            label="alpha_value", value=args.alpha_value, minimum=1, maximum=32, step=0.05,
+            info="NTK RoPE factor to stretch the context; 1 is as trained."),
+        "compress_pos_emb": gr.Number(
+            label="compress_pos_emb", value=args.compress_pos_emb, minimum=1, maximum=32, step=0.1,
+            info="Divides positions to stretch the context; 1 is as trained."),
+        GAUGE: gr.HTML(value="", elem_id="exl-gauge"),
+        PICK: gr.Textbox(elem_id=PICK_ELEM_ID, container=False, elem_classes="exl-hidden"),
+    }
+    # Entering the column again would rewrite its own parent, so they are moved by hand.
+    column = components["cache_type"].parent
+    place = column.children.index(components["cache_type"]) + 1
+    for component in made.values():
+        component.parent.children.remove(component)
+        component.parent = column
+    column.children[place:place] = list(made.values())
+    assert Context.block is not None
+    components.update(made)
+
+
+def _connect() -> None:
+    """Keep toggles and cache type in step, and the gauge up to date."""
+    components = host.module("modules.shared").gradio
+    inputs = [components[name] for name in _INPUTS]
+    gauge, cache_type = components[GAUGE], components["cache_type"]
+    toggles = [components["cache_8bit"], components["cache_4bit"]]
+    quiet: dict[str, Any] = {"show_progress": False, "queue": False}
+
+    def follow_type(value: str | None) -> list[Any]:
+        both = panel.toggles_for(_plain_type(value))
+        return [both.cache_8bit, both.cache_4bit]
+
+    cache_type.change(follow_type, [cache_type], toggles, **quiet)
+    for name in ("cache_8bit", "cache_4bit"):
+        def follow_toggle(on: bool, value: str | None, name: str = name) -> list[Any]:
+            return list(panel.after_toggle(name, bool(on), _plain_type(value)))
+
+        components[name].input(
+            follow_toggle, [components[name], cache_type], [*toggles, cache_type], **quiet)
+    for component in inputs:
+        component.change(draw, inputs, [gauge], **quiet)
+    components["interface"].load(draw, inputs, [gauge], **quiet)
+    components["model_status"].change(draw, inputs, [gauge], **quiet)
+    pick = components[PICK]
+    pick.input(_follow_pick, [pick, components["ctx_size"], cache_type],
+               [components["ctx_size"], cache_type], **quiet)
+
+
+def _plain_type(value: str | None) -> str:
+    return loading.plain_cache_type(value or panel.DEFAULT_CACHE_TYPE)
+
+
+def _follow_pick(text: str | None, ctx_size: Any, cache_type: Any) -> list[Any]:
+    chosen = panel.parse_pick(text)
+    return [ctx_size, cache_type] if chosen is None else [chosen.ctx_size, chosen.cache_type]
+
+
+def draw(*values: Any) -> str:
+    """Draw the gauge for what the page shows, as the values of `_INPUTS` say."""
+    shown = dict(zip(_INPUTS, values, strict=True))
+    if shown["loader"] not in LOADERS:
+        return ""
+    model_name = shown["model_menu"]
+    if not model_name or model_name == "None":
+        return message_html("No model", "Choose a model above.", good=False)
+    try:
+        options = loading.options_for(model_name, shown)
+    except OSError as error:
+        return problem_html(error)
+    loaded = loading.current()
+    if loaded is not None and loading.is_loaded_as(options):
+        return gauge_html(loaded.reservation, measured_bytes=loaded.allocated_bytes())
+    return panel.plan_html(options)
+
+
+class _PageProgress:
+    """Keeps the latest state of a load for the page to fetch."""
+
+    def __init__(self) -> None:
+        self.shown = ""
+        self._tasks: dict[str, list[Any]] = {}
+
+    def start(self, task: str, total: int | None, unit: str) -> None:
+        self._tasks[task] = [0, total, unit]
+        self._show(task)
+
+    def advance(self, task: str, n: int = 1) -> None:
+        if task in self._tasks:
+            self._tasks[task][0] += n
+            self._show(task)
+
+    def finish(self, task: str) -> None:
+        self._tasks.pop(task, None)
+
+    def _show(self, task: str) -> None:
+        done, total, unit = self._tasks[task]
+        self.shown = task_html(task, done, total, format_count(done, total, unit))
+
+
+def _load_wrapper(original: Callable[..., Iterator[str]]) -> Callable[..., Iterator[str]]:
+    def load_model_wrapper(
+        selected_model: str, loader: str, autoload: bool = False
+    ) -> Iterator[str]:
+        if not autoload or loader not in LOADERS or selected_model in (None, "", "None"):
+            yield from original(selected_model, loader, autoload=autoload)
+            return
+        yield f"Loading `{selected_model}`..."
+        yield from _load_with_progress(selected_model, loader)
+
+    return load_model_wrapper
+
+
+def _load_with_progress(model_name: str, loader: str) -> Iterator[str]:
+    """Load in a thread of its own, and tell the page how far it is and how it ended."""
+    models, shared = host.module("modules.models"), host.module("modules.shared")
+    progress = _PageProgress()
+    ended: queue.Queue[BaseException | None] = queue.Queue()
+
+    def load() -> None:
+        loading.load_progress.set(progress)
+        try:
+            models.unload_model()
+            shared.model, shared.tokenizer = models.load_model(model_name, loader)
+        except BaseException as error:
+            ended.put(error)
+        else:
+            ended.put(None)
+
+    began = time.monotonic()
+    threading.Thread(target=load, name="exl_loader load", daemon=True).start()
+    shown = ""
+    while True:
+        try:
+            error = ended.get(timeout=_TICK_S)
+            break
+        except queue.Empty:
+            if progress.shown != shown:
+                shown = progress.shown
+                yield shown
+    if error is None:
+        yield message_html("Loaded", f"{model_name} in {time.monotonic() - began:.1f} s")
+        return
+    host.say(f"{model_name} was not loaded: {error}", error=True)
+    if not isinstance(error, (ExlLoaderError, OSError)):
+        import traceback
+
+        host.say("".join(traceback.format_exception(error)), error=True)
+    yield problem_html(error)
+
+
+def _lora_wrapper(original: Callable[..., Iterator[str]]) -> Callable[..., Iterator[str]]:
+    def load_lora_wrapper(selected_loras: list[str]) -> Iterator[str]:
+        shared = host.module("modules.shared")
+        if loading.current() is None or shared.args.loader not in LOADERS:
+            yield from original(selected_loras)
+        else:
+            yield f"{shared.args.loader} does not support LoRAs yet; none was applied."
+
+    return load_lora_wrapper

@@ -1,0 +1,137 @@
+"""Loads models for the web UI: one at a time, the previous one's memory given back first."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from . import host
+from .panel import LoadOptions
+
+if TYPE_CHECKING:
+    from exl_loader.engine import LoadedModel
+    from exl_loader.progress import Progress
+
+# What the web UI's other loaders call what this engine calls q8 and q4.
+_CACHE_TYPES = {"q8_0": "q8", "q4_0": "q4", "fp8": "q8"}
+
+# Where a load reports to; the page sets it around a load of its own.
+load_progress: ContextVar[Progress | None] = ContextVar("load_progress", default=None)
+
+
+@dataclass(frozen=True)
+class LastLoad:
+    """What was asked for, so that an idle reload asks for the same.
+
+    The page rewrites the web UI's options whenever it is opened or a model is selected.
+    """
+
+    model_name: str
+    loader: str
+    options: dict[str, Any]
+
+
+_lock = threading.RLock()
+_loaded: LoadedModel | None = None
+_loaded_as: LoadOptions | None = None
+last_load: LastLoad | None = None
+
+
+def load_native(model_name: str) -> tuple[Any, Any]:
+    """Load for `ExLlamav2`: this engine's own generation. Returns model and tokenizer.
+
+    Raises:
+        ExlLoaderError: what is wrong, in one line; nothing is held.
+    """
+    from .webui_model import Exllamav3Model
+
+    return _load(model_name, host.LOADERS[0], lambda loaded: (model := Exllamav3Model(loaded),
+                                                              model))
+
+
+def load_hf(model_name: str) -> Any:
+    """Load for `ExLlamav2_HF`: transformers' generation. The web UI adds a tokenizer.
+
+    Raises:
+        ExlLoaderError: what is wrong, in one line; nothing is held.
+    """
+    from .webui_model_hf import Exllamav3HF
+
+    return _load(model_name, host.LOADERS[1], Exllamav3HF)
+
+
+def current() -> LoadedModel | None:
+    """The model that is loaded, None without one."""
+    return _loaded
+
+
+def forget(loaded: LoadedModel) -> None:
+    """Note that a model has been unloaded."""
+    global _loaded
+    with _lock:
+        if _loaded is loaded:
+            _loaded = None
+
+
+def options_for(model_name: str, values: dict[str, Any]) -> LoadOptions:
+    """Read load options from the web UI's values, under the web UI's names."""
+    options = LoadOptions.from_values(values | {"model_dir": str(host.model_path(model_name))})
+    return replace(options, cache_type=plain_cache_type(options.cache_type))
+
+
+def plain_cache_type(name: str) -> str:
+    """Return this engine's name of a cache type of the web UI."""
+    return _CACHE_TYPES.get(name.strip().lower(), name.strip().lower())
+
+
+def is_loaded_as(options: LoadOptions) -> bool:
+    """Whether the model that is loaded is the one of these options."""
+    return _loaded is not None and _loaded_as == options
+
+
+def reload_idle(original: Callable[[], None]) -> None:
+    """Load again what was unloaded for idleness, as it was; once, however many ask for it."""
+    shared = host.module("modules.shared")
+    with _lock:
+        last = last_load
+        idle = shared.args.idle_timeout > 0 and shared.model is None
+        if idle and last is not None and last.model_name == shared.model_name:
+            shared.args.loader = last.loader
+            for name, value in last.options.items():
+                setattr(shared.args, name, value)
+        original()
+
+
+def _load(model_name: str, loader: str, wrap: Callable[[LoadedModel], Any]) -> Any:
+    global _loaded, _loaded_as, last_load
+    import exl_loader
+    from exl_loader.progress import default_progress
+
+    args = host.module("modules.shared").args
+    with _lock:
+        if _loaded is not None:
+            _loaded.unload()
+            _loaded = None
+        values = {name: getattr(args, name, None) for name in _option_names()}
+        options = options_for(model_name, values)
+        loaded = exl_loader.load(
+            options.model_dir, progress=load_progress.get() or default_progress(),
+            **options.arguments(),
+        )
+        try:
+            wrapped = wrap(loaded)
+        except BaseException:
+            loaded.unload()
+            raise
+        _loaded, _loaded_as = loaded, replace(options, ctx_size=loaded.ctx_size)
+        # The web UI takes its truncation length from here.
+        args.ctx_size = loaded.ctx_size
+        last_load = LastLoad(model_name, loader, values | {"ctx_size": loaded.ctx_size})
+        return wrapped
+
+
+def _option_names() -> tuple[str, ...]:
+    return ("ctx_size", "cache_type", "gpu_split", *host.OPTION_DEFAULTS)

@@ -1,0 +1,109 @@
+"""A request of the web UI as this engine's settings, and the wish to stop it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from exl_loader.generation import Generation
+from exl_loader.settings import SamplingSettings
+
+from . import host
+
+# Settings that the web UI works out itself, or that are not a sampler's.
+_NOT_COPIED = frozenset({"max_new_tokens", "stop_strings", "stop_token_ids", "logit_bias",
+                         "guidance_scale", "negative_prompt", "logprobs"})
+
+SAMPLERS = frozenset(field.name for field in fields(SamplingSettings)) - _NOT_COPIED
+
+
+def prompt_ids(tokenizer: Any, prompt: str, state: Mapping[str, Any], ctx_size: int) -> list[int]:
+    """Encode a prompt, and keep its end where it is too long.
+
+    One BOS token comes first where the folder and `add_bos_token` want one; a template may
+    have written one already. As in the web UI, the last `truncation_length` minus
+    `max_new_tokens` tokens are kept.
+    """
+    ids = tokenizer.encode(prompt, add_bos=False)
+    bos = tokenizer.bos_token_id
+    if bos is not None and tokenizer.add_bos_token:
+        while len(ids) > 1 and ids[0] == bos and ids[1] == bos:
+            ids = ids[1:]
+        if state.get("add_bos_token", True) and ids[:1] != [bos]:
+            ids = [bos, *ids]
+    length = min(int(state.get("truncation_length") or ctx_size), ctx_size)
+    room = length - int(state.get("max_new_tokens") or 0)
+    return ids[-max(1, min(room, ctx_size - 1)):]
+
+
+def settings(state: Mapping[str, Any], prompt_len: int, ctx_size: int) -> dict[str, Any]:
+    """Read the settings of a request from the web UI's state.
+
+    What the loader does not list among its samplers is left out: the page hides those, and
+    whatever value they kept is not meant for this model.
+    """
+    chosen = {name: state[name] for name in SAMPLERS if state.get(name) is not None}
+    # The web UI takes 0 and anything below for the whole text.
+    chosen["repetition_penalty_range"] = max(0, chosen.get("repetition_penalty_range", 0))
+    length = min(int(state.get("truncation_length") or ctx_size), ctx_size)
+    if state.get("auto_max_new_tokens"):
+        chosen["max_new_tokens"] = max(1, length - prompt_len)
+    else:
+        chosen["max_new_tokens"] = int(state.get("max_new_tokens") or 512)
+    if state.get("logit_bias"):
+        chosen["logit_bias"] = {int(i): float(b) for i, b in state["logit_bias"].items()}
+    chosen["logprobs"] = max(0, int(state.get("logprobs") or 0))
+    return chosen
+
+
+def take_processors(state: Mapping[str, Any], chosen: dict[str, Any]) -> list[Any]:
+    """Read the API's wishes where they come as transformers' logits processors (v4.0).
+
+    Args:
+        state: of the request.
+        chosen: settings to complete with biases and log probabilities.
+
+    Returns:
+        the processors that want to be told the log probabilities.
+    """
+    listeners = []
+    for processor in state.get("logits_processor") or ():
+        if hasattr(processor, "logit_bias"):
+            chosen["logit_bias"] = {int(i): float(b) for i, b in processor.logit_bias.items()}
+        elif hasattr(processor, "token_alternatives_history"):
+            chosen["logprobs"] = max(chosen["logprobs"], int(processor.logprobs or 0))
+            listeners.append(processor)
+    return listeners
+
+
+class StopWatch:
+    """Ends a generation when the web UI wants it ended, in the midst of a prompt too.
+
+    It is the generation's progress as well: a prompt's chunks are its ticks.
+
+    Args:
+        state: of the request; its `stop_event` is its own, the web UI's flag is everybody's.
+    """
+
+    def __init__(self, state: Mapping[str, Any]) -> None:
+        self._event = state.get("stop_event")
+        self._shared = host.module("modules.shared")
+        self.generation: Generation[Any] | None = None
+
+    def wanted(self) -> bool:
+        """Whether to stop."""
+        return bool(self._shared.stop_everything or (self._event and self._event.is_set()))
+
+    def start(self, task: str, total: int | None, unit: str) -> None:
+        self._look()
+
+    def advance(self, task: str, n: int = 1) -> None:
+        self._look()
+
+    def finish(self, task: str) -> None:
+        pass
+
+    def _look(self) -> None:
+        if self.generation is not None and self.wanted():
+            self.generation.stop()

@@ -1,0 +1,186 @@
+"""The model as the web UI's native loaders have it: text in, growing text out."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from exl_loader.errors import ExlLoaderError
+from exl_loader.sampling import Sampler, TokenRoles
+from exl_loader.settings import SamplingSettings
+
+from . import host, loading
+from .request import StopWatch, prompt_ids, settings, take_processors
+
+if TYPE_CHECKING:
+    from exl_loader.engine import LoadedModel
+    from exl_loader.logprobs import TokenLogprobs
+
+
+class Exllamav3Model:
+    """A loaded model, which is its own tokenizer.
+
+    The web UI knows its native models by the name of their class, in half a dozen places; this
+    one is the name of a class with the same methods, so that none of them need be changed.
+    Every method may be called from any thread.
+
+    Args:
+        loaded: what `exl_loader.load` returned.
+    """
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self.loaded = loaded
+        self.config = loaded.config
+        # Per thread: the web UI reads a request's figures in the thread that it waits in,
+        # and many requests may be on their way.
+        self._of_thread = threading.local()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the web UI has to put ids: logits and ids are the CPU's."""
+        return torch.device("cpu")
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return self.loaded.tokenizer.bos_token_id
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self.loaded.tokenizer.eos_token_id
+
+    @property
+    def last_prompt_token_count(self) -> int:
+        """Tokens of the prompt of this thread's last request."""
+        return getattr(self._of_thread, "prompt_tokens", 0)
+
+    @property
+    def last_completion_probabilities(self) -> list[dict[str, Any]]:
+        """Log probabilities of this thread's last request, an entry a token."""
+        return getattr(self._of_thread, "probabilities", [])
+
+    @last_completion_probabilities.setter
+    def last_completion_probabilities(self, entries: list[dict[str, Any]]) -> None:
+        self._of_thread.probabilities = entries
+
+    def encode(self, text: str, **_: Any) -> torch.Tensor:
+        """Turn text into ids, int64 [1, n], with a BOS token where the folder wants one."""
+        ids = self.loaded.tokenizer.encode(text, add_bos=False)
+        bos = self.loaded.tokenizer.bos_token_id
+        if self.loaded.tokenizer.add_bos_token and ids[:1] != [bos]:
+            ids = [bos, *ids]
+        return torch.tensor([ids], dtype=torch.int64)
+
+    def decode(self, ids: Any, skip_special_tokens: bool = False, **_: Any) -> str:
+        """Turn ids into text; a tensor of any shape, a list of ids or of tensors, one id."""
+        flat = [int(i) for i in torch.as_tensor(ids).reshape(-1)]
+        return self.loaded.decode(flat, skip_special=skip_special_tokens)
+
+    def batch_decode(self, rows: Any, **options: Any) -> list[str]:
+        """Turn several rows of ids into text."""
+        return [self.decode(row, **options) for row in rows]
+
+    def generate(self, prompt: str, state: Mapping[str, Any]) -> str:
+        """Continue a prompt, all at once."""
+        text = ""
+        for so_far in self.generate_with_streaming(prompt, state):
+            text = so_far
+        return text
+
+    def generate_with_streaming(self, prompt: str, state: Mapping[str, Any]) -> Iterator[str]:
+        """Continue a prompt; yields the whole text so far, again and again.
+
+        Closing the iterator gives the request's pages back.
+
+        Raises:
+            ExlLoaderError: what is wrong, said in the page as well.
+        """
+        try:
+            yield from self._stream(prompt, state)
+        except ExlLoaderError as error:
+            host.warn_in_page(str(error))
+            raise
+
+    def _stream(self, prompt: str, state: Mapping[str, Any]) -> Iterator[str]:
+        ids = prompt_ids(self.loaded.tokenizer, prompt, state, self.loaded.ctx_size)
+        self._of_thread.prompt_tokens = len(ids)
+        entries: list[dict[str, Any]] = []
+        self.last_completion_probabilities = entries
+        chosen = settings(state, len(ids), self.loaded.ctx_size)
+        processors = take_processors(state, chosen)
+        watch = StopWatch(state)
+        text = ""
+        with self.loaded.generate(ids, chosen, progress=watch) as generation:
+            watch.generation = generation
+            for piece in generation:
+                text += piece
+                # A streamed answer may go on in another thread than it began in.
+                self._of_thread.prompt_tokens = len(ids)
+                self._note_logprobs(generation, entries, processors)
+                yield text
+                if watch.wanted():
+                    break
+            self._note_logprobs(generation, entries, processors)
+        if chosen["max_new_tokens"] == 1:
+            self._keep_scores(ids, chosen)
+
+    def get_logits(self, token_ids: Any, **_: Any) -> torch.Tensor:
+        """Compute the logits behind the last of some ids, float32 [1, 1, vocab_size]."""
+        ids = torch.as_tensor(token_ids).reshape(-1).tolist()
+        return self.loaded.next_logits(ids).reshape(1, 1, -1)
+
+    def get_prompt_logits(self, input_ids: Any) -> torch.Tensor:
+        """Compute the logits behind each of some ids, float32 [1, n, vocab_size]."""
+        ids = torch.as_tensor(input_ids).reshape(-1).tolist()
+        return self.loaded.prompt_logits(ids).unsqueeze(0)
+
+    def __call__(self, input_ids: Any, labels: Any = None, **_: Any) -> SimpleNamespace:
+        """Compute logits, and the mean loss of the labels that are not -100 (perplexity)."""
+        logits = self.get_prompt_logits(input_ids)
+        loss = None
+        if labels is not None:
+            loss = torch.nn.functional.cross_entropy(
+                logits[0, :-1], torch.as_tensor(labels).reshape(-1)[1:], ignore_index=-100
+            )
+        return SimpleNamespace(logits=logits, loss=loss)
+
+    def unload(self) -> None:
+        """End all generations and give the memory back."""
+        self.loaded.unload()
+        loading.forget(self.loaded)
+
+    def _note_logprobs(
+        self, generation: Any, entries: list[dict[str, Any]], processors: Sequence[Any]
+    ) -> None:
+        """Leave the log probabilities so far where the API looks for them."""
+        new = [self._entry(one) for one in generation.logprobs[len(entries):]]
+        entries += new
+        self._of_thread.probabilities = entries
+        for processor in processors if new else ():
+            rows = [{t["token"]: t["logprob"] for t in e["top_logprobs"]} for e in new]
+            processor.token_alternatives = rows[-1]
+            processor.token_alternatives_history += rows
+
+    def _entry(self, one: TokenLogprobs) -> dict[str, Any]:
+        top = [{"token": self.decode([i]), "token_id": i, "logprob": p} for i, p in one.top]
+        return {"token": self.decode([one.token_id]), "logprob": one.logprob, "top_logprobs": top}
+
+    def _keep_scores(self, ids: list[int], chosen: dict[str, Any]) -> None:
+        """Leave what the samplers let through where the page's Logits tab looks for it."""
+        hijack = sys.modules.get("modules.sampler_hijack")
+        if hijack is None:
+            return
+        parsed = SamplingSettings.from_dict(chosen)
+        roles = TokenRoles.of_request(
+            parsed, self.loaded.tokenizer, vocab_size=self.config.vocab_size,
+            eos_ids=self.loaded.eos_token_ids, prompt_ids=ids,
+        )
+        row = self.loaded.next_logits(ids)
+        left = Sampler(parsed, roles=roles).candidates(row.numpy(), ids)
+        scores = torch.full((1, row.shape[0]), float("-inf"))
+        scores[0, torch.as_tensor(left.ids)] = torch.as_tensor(left.logits, dtype=torch.float32)
+        hijack.global_scores = scores  # type: ignore[attr-defined]

@@ -1,0 +1,105 @@
+"""The model as transformers has them: the web UI's whole set of samplers, CFG and grammars."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from . import loading
+
+if TYPE_CHECKING:
+    from exl_loader.engine import LoadedModel
+
+
+class Exllamav3HF(PreTrainedModel, GenerationMixin):
+    """A loaded model behind transformers' interface.
+
+    The web UI unloads models by the name of their class; this one is the name of a class with
+    the same methods, so that it calls `unload`. The cache of the engine finds a text again by
+    its ids, so transformers is told of none, and every call brings the whole text.
+
+    Args:
+        loaded: what `exl_loader.load` returned.
+    """
+
+    # Of the class in `PreTrainedModel`; attributes of an instance would be submodules.
+    main_input_name = "input_ids"
+    _is_stateful = True
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        super().__init__(PretrainedConfig.from_pretrained(loaded.reservation.model_dir))
+        self.loaded = loaded
+        self.generation_config = GenerationConfig()
+        self._rope_len: int | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def _validate_model_class(self) -> None:
+        pass
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        pass
+
+    def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict:
+        """Pass the whole text on, at every step."""
+        return {"input_ids": input_ids}
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate as transformers does, with RoPE for the length that the text may reach."""
+        inputs = kwargs.get("inputs", args[0] if args else None)
+        new = kwargs.get("max_new_tokens")
+        if inputs is not None and new:
+            self._rope_len = int(inputs.shape[-1]) + int(new)
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            self._rope_len = None
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        past_key_values: list[int] | None = None,
+        use_cache: bool = True,
+        **_: Any,
+    ) -> CausalLMOutputWithPast:
+        """Compute logits behind the last token, or behind each one where there are labels.
+
+        Args:
+            input_ids: int64 [1, n]; with `past_key_values` what follows them.
+            labels: int64 [1, n], -100 where no loss is wanted.
+            past_key_values: the ids so far, as an earlier call returned them (guidance).
+            use_cache: return the ids so far.
+
+        Returns:
+            `logits` float32 [1, 1 or n, vocab_size], `loss`, `past_key_values`.
+        """
+        ids = [*(past_key_values or []), *input_ids[0].tolist()]
+        loss = None
+        if labels is None:
+            logits = self.loaded.next_logits(ids, self._rope_len).reshape(1, 1, -1)
+        else:
+            logits = self.loaded.prompt_logits(ids).unsqueeze(0)
+            loss = torch.nn.functional.cross_entropy(
+                logits[0, :-1], labels[0, 1:].to(logits.device), ignore_index=-100
+            )
+        past: Any = ids if use_cache else None
+        return CausalLMOutputWithPast(logits=logits, loss=loss, past_key_values=past)
+
+    def get_prompt_logits(self, input_ids: Any) -> torch.Tensor:
+        """Compute the logits behind each of some ids, float32 [1, n, vocab_size]."""
+        ids = torch.as_tensor(input_ids).reshape(-1).tolist()
+        return self.loaded.prompt_logits(ids).unsqueeze(0)
+
+    def unload(self) -> None:
+        """Give the memory back."""
+        self.loaded.unload()
+        loading.forget(self.loaded)
