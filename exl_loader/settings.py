@@ -40,13 +40,9 @@ SAMPLER_PRIORITY = (
 # would be a lie.
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "penalty_alpha": (0,),
-    "adaptive_target": (0,),
     "grammar_string": ("", None),
     "auto_max_new_tokens": (False,),
 }
-
-# Settings that only say how one of the above works, hence nothing while that one is neutral.
-DEPENDENT_KEYS = frozenset({"adaptive_decay"})
 
 # Numbers with the least and the most that makes sense, None for no limit.
 _NUMBERS: dict[str, tuple[float, float | None]] = {
@@ -67,6 +63,8 @@ _NUMBERS: dict[str, tuple[float, float | None]] = {
     "eta_cutoff": (0, 10_000),
     "mirostat_tau": (0, None),
     "mirostat_eta": (0, None),
+    "adaptive_target": (0, 1),
+    "adaptive_decay": (0, 0.99),
     "xtc_threshold": (0, 1),
     "xtc_probability": (0, 1),
     "dry_multiplier": (0, None),
@@ -118,6 +116,8 @@ class SamplingSettings:
             0.0001; eta lowers it where the distribution is flat; 0 keeps all.
         mirostat_mode: 2 keeps the surprise near `mirostat_tau` bits a token, adapting with the
             rate `mirostat_eta`; 0 is off. It always comes last. Mode 1 is llama.cpp's.
+        adaptive_target: favour tokens near this probability, so that the mean over the last
+            1 / (1 - `adaptive_decay`) tokens comes near it too; 0 is off. Last but mirostat.
         xtc_probability: how often to leave out all tokens of at least `xtc_threshold` but the
             least likely of them; 0 is never.
         dry_multiplier: penalty on continuing a repeated sequence of `dry_allowed_length`
@@ -171,6 +171,8 @@ class SamplingSettings:
     mirostat_mode: int = 0
     mirostat_tau: float = 5.0
     mirostat_eta: float = 0.1
+    adaptive_target: float = 0.0
+    adaptive_decay: float = 0.9
     xtc_threshold: float = 0.1
     xtc_probability: float = 0.0
     dry_multiplier: float = 0.0
@@ -283,8 +285,6 @@ def _coerce(value: Any, kind: str) -> Any:
 
 def _check_foreign(name: Any, value: Any) -> None:
     """Refuse a setting that would have an effect which this engine cannot give."""
-    if name in DEPENDENT_KEYS:
-        return
     if name in NEUTRAL_VALUES:
         if value in NEUTRAL_VALUES[name]:
             return

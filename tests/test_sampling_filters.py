@@ -12,7 +12,7 @@ from transformers.generation import logits_process as hf
 
 from exl_loader.sampling import Candidates, curves, filters
 from exl_loader.sampling.candidates import largest, measures
-from exl_loader.sampling.mirostat import Mirostat
+from exl_loader.sampling.feedback import AdaptiveP, Mirostat
 
 VOCAB = 152_064
 
@@ -184,11 +184,31 @@ def test_mirostat_follows_its_formulas():
     mirostat, mu = Mirostat(tau, eta), 2 * tau
     for _ in range(50):
         row = (rng.standard_normal(300) * 3).astype(np.float32)
-        kept = mirostat.keep(Candidates.of_row(row))
+        kept = mirostat.apply(Candidates.of_row(row))
         expected = defined.softmax(defined.mirostat_kept(row, mu))
         np.testing.assert_allclose(distribution(kept, 300), expected, rtol=1e-4, atol=1e-30)
         token = int(rng.choice(300, p=expected))
-        mirostat.observe(kept, token)
+        mirostat.observe(token)
         mu -= eta * (-math.log2(expected[token]) - tau)
         assert mirostat.mu == pytest.approx(mu, rel=1e-5)
         mu = mirostat.mu
+
+
+@pytest.mark.parametrize(("target", "decay"), [(0.5, 0.9), (0.05, 0.0), (1.0, 0.99)])
+def test_adaptive_p_follows_its_formulas(target, decay):
+    rng = np.random.default_rng(int(np.random.default_rng().integers(1 << 32)))
+    sampler = AdaptiveP(target, decay)
+    drawn = [target / (1 - decay), 1 / (1 - decay)]
+    for _ in range(40):
+        row = (rng.standard_normal(200) * 4).astype(np.float32)
+        row[rng.integers(200, size=30)] = -np.inf
+        p = defined.softmax(row)
+        distance = np.abs(p - np.clip(2 * target - drawn[0] / drawn[1], 0, 1)) / 0.3
+        bent = np.where(row > -np.inf, 5 - 10 * distance**2 / (1 + distance), -np.inf)
+        given = largest(Candidates.of_row(row), 200)
+        actual = sampler.apply(given)
+        expected = defined.softmax(bent)
+        np.testing.assert_allclose(distribution(actual, 200), expected, rtol=1e-4, atol=1e-30)
+        token = int(rng.choice(200, p=expected))
+        sampler.observe(token)
+        drawn = [p[token] + decay * drawn[0], 1 + decay * drawn[1]]

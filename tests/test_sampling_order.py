@@ -25,7 +25,7 @@ def final_distribution(row, options, history=(), roles=None) -> dict[int, float]
 
 
 def test_every_sampler_has_its_place_in_the_default_order():
-    # Mirostat comes last whatever its place, and adaptive_p is not there.
+    # These two come last, whatever their place.
     names = [name for name in SAMPLER_PRIORITY if name not in ("mirostat", "adaptive_p")]
     assert [stage.name for stage in STAGES] == names
 

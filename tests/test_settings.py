@@ -8,7 +8,6 @@ import pytest
 
 from exl_loader.errors import InvalidSettings
 from exl_loader.settings import (
-    DEPENDENT_KEYS,
     NEUTRAL_VALUES,
     SAMPLER_PRIORITY,
     SamplingSettings,
@@ -39,6 +38,8 @@ WRONG = {
     "mirostat_mode": [-1, 1, 3, 0.5],
     "mirostat_tau": [-0.1, NAN],
     "mirostat_eta": [-0.1, NAN],
+    "adaptive_target": [-0.1, 1.1],
+    "adaptive_decay": [-0.1, 1],
     "xtc_threshold": [-0.1, 1.1],
     "xtc_probability": [-0.1, 1.1],
     "dry_multiplier": [-0.1, NAN],
@@ -180,8 +181,3 @@ def test_samplers_that_are_not_there_must_be_off(name):
         assert SamplingSettings.from_dict({name: value}) == SamplingSettings()
     with pytest.raises(InvalidSettings, match=f"setting {name}.*lacks.*Set {name} to"):
         SamplingSettings.from_dict({name: 0.77})
-
-
-def test_what_belongs_to_a_sampler_that_is_off_does_nothing():
-    values = dict.fromkeys(DEPENDENT_KEYS, 3)
-    assert SamplingSettings.from_dict(values) == SamplingSettings()

@@ -2,11 +2,11 @@
 
     biases and bans                       always first
     penalties, curves, filters            in the order of `sampler_priority`
-    mirostat                              last, because it learns from what is drawn
+    mirostat, adaptive-p                  last, because they learn from what is drawn
     one draw                              from what remains
 
-Every sampler is a pure function of `Candidates` in `penalties`, `curves` or `filters`;
-`pipeline.STAGES` names them all.
+Every sampler is a pure function of `Candidates` in `penalties`, `curves` or `filters`, and
+`pipeline.STAGES` names them all; those in `feedback` have a state besides, one a request.
 """
 
 from .candidates import Candidates, draw

@@ -76,8 +76,8 @@ def _exclude_top_choices(candidates: Candidates, step: Step) -> Candidates:
     return filters.exclude_top_choices(candidates, step.settings.xtc_threshold, step.spared_ids)
 
 
-# In the web UI's default order. Mirostat is not here: it needs the token that was drawn, so it
-# always comes last (`sampler.Sampler`).
+# In the web UI's default order. Mirostat and adaptive-p are not here: they always come last
+# (`feedback`).
 STAGES = (
     Stage("repetition_penalty", lambda s: s.repetition_penalty != 1,
           lambda c, step: penalties.penalize_repetition(

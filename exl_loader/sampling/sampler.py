@@ -11,7 +11,7 @@ from ..errors import InvalidCheckpoint
 from ..settings import MAX_SEED, SamplingSettings
 from . import penalties
 from .candidates import Candidates, Floats, draw
-from .mirostat import Mirostat
+from .feedback import feedback_of
 from .penalties import Past
 from .pipeline import Step, chosen_stages, run_stages
 from .tokens import TokenRoles
@@ -41,9 +41,7 @@ class Sampler:
         self._breaker_ids = np.array(sorted(roles.breaker_ids), np.int64)
         self._prompt_ids = np.unique(np.array(roles.prompt_ids, np.int64))
         self._stages = chosen_stages(settings)
-        self._mirostat: Mirostat | None = None
-        if settings.mirostat_mode == 2 and not settings.greedy:
-            self._mirostat = Mirostat(settings.mirostat_tau, settings.mirostat_eta)
+        self._feedback = feedback_of(settings)
         # Philox: the same numbers for the same seed on every machine and numpy version.
         self._random = np.random.Generator(np.random.Philox(self.seed))
 
@@ -62,8 +60,8 @@ class Sampler:
         if self._settings.greedy:
             return int(left.ids[left.logits.argmax()])
         token_id = draw(left, self._random.random())
-        if self._mirostat is not None:
-            self._mirostat.observe(left, token_id)
+        for feedback in self._feedback:
+            feedback.observe(token_id)
         return token_id
 
     def candidates(self, logits: npt.ArrayLike, history: npt.ArrayLike) -> Candidates:
@@ -71,7 +69,7 @@ class Sampler:
 
         Returns:
             Candidates whose logits' softmax is the distribution; for greedy settings, those
-            whose largest logit is taken.
+            whose largest logit is taken. They may share memory with `logits`.
         """
         settings = self._settings
         row = np.asarray(logits, dtype=np.float32)[: self._roles.vocab_size]
@@ -84,7 +82,9 @@ class Sampler:
             settings, past, self._prompt_ids, self._breaker_ids, self._roles.spared_ids,
             self._random.random,
         ))
-        return left if self._mirostat is None else self._mirostat.keep(left)
+        for feedback in self._feedback:
+            left = feedback.apply(left)
+        return left
 
 
 def _check_finite(row: Floats) -> None:

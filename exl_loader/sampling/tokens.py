@@ -58,7 +58,7 @@ class TokenRoles:
         return cls(
             vocab_size=vocab_size,
             banned_ids=tuple(sorted(banned)),
-            prompt_ids=prompt_ids,
+            prompt_ids=prompt_ids if settings.encoder_repetition_penalty != 1 else (),
             spared_ids=frozenset(spared),
             breaker_ids=frozenset(breakers),
         )
