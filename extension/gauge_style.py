@@ -10,7 +10,7 @@ from __future__ import annotations
 _LIGHT = """\
   --exl-text: #1f2430; --exl-soft: #5b6474; --exl-line: #d9dee7; --exl-card: #ffffff;
   --exl-track: #eceff4; --exl-weights: #4263eb; --exl-cache: #0c8599; --exl-workspace: #e8930c;
-  --exl-outside: #9c5fd4; --exl-other: #9aa4b2; --exl-good: #2b8a3e; --exl-good-back: #ebfbee;
+  --exl-outside: #9c5fd4; --exl-other: #9aa4b2; --exl-good: #237032; --exl-good-back: #ebfbee;
   --exl-bad: #c92a2a; --exl-bad-back: #fff0f0; --exl-accent: #3b5bdb;"""
 
 _DARK = """\
