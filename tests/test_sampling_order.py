@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import samplers_defined as defined
 import torch
+from fake_model import fake_engine
 from tiny import write_tokenizer
 from transformers.generation import logits_process as hf
 
@@ -235,3 +236,40 @@ def test_no_common_setting_sorts_the_vocabulary(options):
 
     sort_s = best_s(lambda: np.argsort(row))
     assert best_s(lambda: sampler.sample(row, history)) < sort_s / 4
+
+
+# In the engine
+
+def test_bans_and_biases_reach_a_generation():
+    engine, _, _ = fake_engine(lambda text: text[-1] + 1)
+    plain = {"max_new_tokens": 3, "temperature": 0}
+    assert list(engine.generate_ids([5], plain)) == [6, 7, 8]
+    banned = {**plain, "custom_token_bans": "6,0"}
+    assert list(engine.generate_ids([5], banned))[0] == 1
+    assert list(engine.generate_ids([5], {**plain, "logit_bias": {"9": 20}})) == [9, 9, 9]
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [({"custom_token_bans": [300]}, "custom_token_bans"),
+     ({"logit_bias": {"300": 1}}, "logit_bias")],
+)
+def test_ids_outside_the_vocabulary_are_refused(options, name):
+    engine, _, _ = fake_engine(lambda text: 1)
+    with pytest.raises(InvalidSettings, match=f"{name}.*0 to 299.*300"):
+        engine.generate_ids([5], options)
+
+
+def test_the_same_seed_and_settings_give_the_same_ids():
+    engine, _, _ = fake_engine(lambda text: text[-1] % 7 + 1)
+    options = {
+        "temperature": 3, "top_p": 0.95, "mirostat_mode": 2, "mirostat_tau": 4,
+        "xtc_probability": 0.5, "xtc_threshold": 0.001, "dry_multiplier": 1,
+        "dry_sequence_breakers": [], "frequency_penalty": 0.5, "max_new_tokens": 60,
+        "ban_eos_token": True,
+    }
+    first = engine.generate_ids([5, 6], options)
+    ids = list(first)
+    assert len(ids) == 60 and len(set(ids)) > 10
+    assert list(engine.generate_ids([5, 6], {**options, "seed": first.seed})) == ids
+    assert list(engine.generate_ids([5, 6], {**options, "seed": first.seed + 1})) != ids
