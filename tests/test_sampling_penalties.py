@@ -90,6 +90,14 @@ def test_biases_and_bans(drawn):
     check(penalties.ban(Candidates.of_row(row), (0, 9, VOCAB + 5)), expected)
 
 
+@pytest.mark.parametrize("length", [0, 1, 4095, 4096, 20_000])
+def test_counts_of_short_and_long_histories(length):
+    history = np.random.default_rng(length).integers(0, 5000, length)
+    ids, counts = Past(history, 0).counts
+    assert ids.tolist() == sorted(set(history.tolist()))
+    assert (counts == [np.count_nonzero(history == i) for i in ids]).all()
+
+
 def test_padding_in_the_history_does_nothing(drawn):
     """Ids beyond the sampled vocabulary, which a prompt may contain."""
     row, history = drawn

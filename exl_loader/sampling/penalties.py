@@ -19,6 +19,9 @@ from .repeats import earlier_matches, longest_repeats
 # it impossible.
 _LARGEST = 1e30
 
+# Up to so many tokens, sorting them is quicker than counting over the whole vocabulary.
+_SORTED_UP_TO = 4096
+
 
 class Past:
     """The tokens so far, and what several penalties want to know of them.
@@ -39,7 +42,11 @@ class Past:
     @cached_property
     def counts(self) -> tuple[Ids, Ids]:
         """Tokens that count, each once, and how often each occurs there."""
-        return np.unique(self.recent, return_counts=True)
+        if len(self.recent) < _SORTED_UP_TO:
+            return np.unique(self.recent, return_counts=True)
+        counts = np.bincount(self.recent)
+        ids = np.flatnonzero(counts)
+        return ids, counts[ids]
 
 
 def _change(
