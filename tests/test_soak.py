@@ -1,0 +1,168 @@
+"""Thousands of requests from many threads: nothing is lost, mixed up or left behind."""
+
+from __future__ import annotations
+
+import gc
+import random
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import exl_loader
+from exl_loader.engine import LoadedModel
+from exl_loader.errors import InvalidSettings, PromptTooLong
+from exl_loader.jobs import Job
+from exl_loader.paging import Sequence
+
+NUM_REQUESTS = 2000
+NUM_THREADS = 16
+NUM_TEXTS = 60
+CTX_SIZE = 4096
+Request = tuple[list[int], dict]
+
+
+def make_request(rng: random.Random, base: list[int]) -> Request:
+    """A prompt that shares a beginning of any length with the others, and its settings."""
+    fork, length = rng.randrange(700), rng.randint(1, 700)
+    prompt = [*base[:fork], *(rng.randint(3, 250) for _ in range(700))][:length]
+    settings: dict = {"seed": rng.randrange(1000), "max_new_tokens": rng.randint(1, 30)}
+    settings["temperature"] = rng.choice([0, 0.7, 1.5])
+    extras: list[dict] = [
+        {}, {"top_k": 20}, {"top_p": 0.8, "min_p": 0.02}, {"repetition_penalty": 1.3},
+        {"stop_strings": ["e", "th"]}, {"logprobs": 3}, {"ban_eos_token": True},
+        {"xtc_probability": 0.5}, {"dry_multiplier": 0.8}, {"mirostat_mode": 2},
+    ]
+    return prompt, settings | rng.choice(extras)
+
+
+class Worker(threading.Thread):
+    """Sends requests until none is left, and holds each text against the one made alone."""
+
+    def __init__(self, seed: int, model: LoadedModel, texts: list[tuple[Request, list[int]]],
+                 left: list[None]) -> None:
+        super().__init__(daemon=True)
+        self.rng = random.Random(seed)
+        self.model, self.texts, self.left = model, texts, left
+        self.counts = dict.fromkeys(("whole", "cancelled", "failed", "refused"), 0)
+        self.wrong: list[object] = []
+
+    def run(self) -> None:
+        try:
+            while self.left:
+                self.left.pop()
+                self.request()
+        except IndexError:
+            return
+        except BaseException as error:
+            self.wrong.append(error)
+
+    def request(self) -> None:
+        (prompt, settings), expected = self.rng.choice(self.texts)
+        kind = self.rng.choices(["whole", "cancelled", "refused"], [75, 20, 5])[0]
+        if kind == "refused":
+            self.refused(prompt)
+            return
+        generation = self.model.generate_ids(prompt, settings)
+        end = self.rng.randrange(30) if kind == "cancelled" else 1000
+        try:
+            ids = self.read(generation, end)
+        except RuntimeError as error:
+            assert str(error) == "injected"
+            kind, ids = "failed", generation.token_ids
+        whole = kind == "whole"
+        if (ids != expected) if whole else (ids != expected[: len(ids)]):
+            self.wrong.append((prompt, settings, ids, expected))
+        self.counts[kind] += 1
+
+    def refused(self, prompt: list[int]) -> None:
+        if self.rng.random() < 0.5:
+            with pytest.raises(PromptTooLong):
+                self.model.generate_ids([*prompt, *[5] * CTX_SIZE])
+        else:
+            with pytest.raises(InvalidSettings):
+                self.model.generate_ids(prompt, {"temperature": -1})
+        self.counts["refused"] += 1
+
+    def read(self, generation, end: int) -> list[int]:
+        ids = []
+        for token_id in generation:
+            ids.append(token_id)
+            if len(ids) > end:
+                how = self.rng.randrange(4)
+                if how == 0:
+                    generation.close()
+                elif how == 1:
+                    generation.stop()
+                    ids += list(generation)
+                elif how == 2:
+                    threading.Thread(target=generation.stop).start()
+                    ids += list(generation)
+                # Else it is dropped as it is.
+                break
+        return ids
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
+
+
+def alive(kind: type) -> int:
+    gc.collect()
+    return sum(type(thing) is kind for thing in gc.get_objects())
+
+
+def inject_errors(model: LoadedModel, rng: random.Random) -> None:
+    """Let some passes fail; a pass of several requests is run again for each of them."""
+    inner = model._generator._model
+    forward = inner.forward
+
+    def failing(entries, logits="last"):
+        if rng.random() < 0.02:
+            raise RuntimeError("injected")
+        return forward(entries, logits)
+
+    inner.forward = failing  # type: ignore[method-assign]
+
+
+@pytest.mark.slow
+def test_thousands_of_requests_from_sixteen_threads(tiny_model_dir):
+    rng = random.Random(20)
+    base = [rng.randint(3, 250) for _ in range(700)]
+    requests = [make_request(rng, base) for _ in range(NUM_TEXTS)]
+    with exl_loader.load(tiny_model_dir, ctx_size=CTX_SIZE, cache_type="q4") as model:
+        texts = []
+        for request in requests:
+            # It takes all pages, so that each text is made from nothing.
+            model._generator.run_alone(CTX_SIZE, lambda inner, sequence: None)
+            texts.append((request, list(model.generate_ids(*request))))
+        inject_errors(model, rng)
+        workers = soak(model, texts)
+        cache = model._generator._cache
+        assert cache is not None and cache.num_free_pages == cache.num_pages == CTX_SIZE // 256
+        assert not model._generator._active and not model._generator._waiting
+        assert model.allocated_bytes() == model.reservation.total_bytes
+    counts = {kind: sum(w.counts[kind] for w in workers) for kind in workers[0].counts}
+    assert sum(counts.values()) == NUM_REQUESTS
+    assert min(counts.values()) >= 20, counts
+    assert alive(Job) == alive(Sequence) == 0
+
+
+def soak(model: LoadedModel, texts: list[tuple[Request, list[int]]]) -> list[Worker]:
+    """Run the requests; the memory of the second half is that of the first."""
+    left: list[None] = [None] * NUM_REQUESTS
+    workers = [Worker(seed, model, texts, left) for seed in range(NUM_THREADS)]
+    began = time.monotonic()
+    for worker in workers:
+        worker.start()
+    half_bytes = 0
+    while any(worker.is_alive() for worker in workers):
+        assert time.monotonic() - began < 240, "deadlock"
+        if len(left) < NUM_REQUESTS // 2 and not half_bytes:
+            half_bytes = resident_bytes()
+        time.sleep(0.05)
+    assert not [wrong for worker in workers for wrong in worker.wrong]
+    assert resident_bytes() - half_bytes < 8 << 20
+    return workers
