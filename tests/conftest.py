@@ -57,3 +57,25 @@ def tiny_model_dir(tmp_path_factory) -> Path:
     from tiny import write_tiny_model
 
     return write_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Main memory that is as free as a test says, whatever this machine has."""
+    import torch  # noqa: F401  (what a process that loads has in memory already)
+
+    from exl_loader import devices
+    from exl_loader.devices import Capacity
+    from exl_loader.devices.cpu import CpuDevice
+
+    def make(free_bytes: int, capacity_bytes: int = 1 << 36, processes=()):
+        class Machine(CpuDevice):
+            def capacity(self, name):
+                return Capacity(capacity_bytes, free_bytes, 0)
+
+            def processes(self, name, limit):
+                return list(processes)[:limit]
+
+        monkeypatch.setitem(devices.KINDS, "cpu", Machine())
+
+    return make

@@ -10,23 +10,22 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sparse import LLAMA_2_7B, write_sparse_exl2
+from sparse import write_sparse_exl2
 
 import exl_loader
-from exl_loader import devices, memory
+from exl_loader import memory
 from exl_loader.blueprint import Blueprint
 from exl_loader.cache import PAGE_LEN, pages_for
 from exl_loader.checkpoint import Checkpoint
 from exl_loader.config import ModelConfig
-from exl_loader.devices import Capacity, Process
 from exl_loader.devices.cpu import CpuDevice
 from exl_loader.errors import InsufficientMemory, InvalidSettings
 from exl_loader.reservation import PlanRequest, plan, planned
 from exl_loader.reservation.options import run_options
 from exl_loader.reservation.placement import segments_of
-from exl_loader.reservation.search import largest_fitting
-from exl_loader.reservation.text import amount, refusal, render
+from exl_loader.reservation.text import render
 from exl_loader.table import ALIGNMENT, DeviceMap, TensorSpec, place
+from exl_loader.workspace import DEFAULT_MAX_BATCH_SIZE
 
 GIB, MIB = 1 << 30, 1 << 20
 CACHE_TYPES = ("fp16", "q8", "q6", "q4")
@@ -46,24 +45,6 @@ def geometries(draw, head_dims=(32, 64, 80, 96, 100, 128, 256)):
         "vocab_size": draw(st.integers(260, 1000)),
         "tie_word_embeddings": draw(st.booleans()),
     }
-
-
-@pytest.fixture
-def machine(monkeypatch):
-    """Main memory that is as free as a test says, whatever this machine has."""
-    import torch  # noqa: F401  (what a process that loads has in memory already)
-
-    def make(free_bytes: int, capacity_bytes: int = 64 * GIB, processes=()):
-        class Machine(CpuDevice):
-            def capacity(self, name):
-                return Capacity(capacity_bytes, free_bytes, 0)
-
-            def processes(self, name, limit):
-                return list(processes)[:limit]
-
-        monkeypatch.setitem(devices.KINDS, "cpu", Machine())
-
-    return make
 
 
 def aligned_sum(specs, device: str, segment: str) -> int:
@@ -135,7 +116,7 @@ def test_cache_bytes_are_exactly_the_bits(config, ctx_size):
 
 def fits_somehow(folder: Path, ctx_size: int, names: list[str], limits: list[int]) -> bool:
     """Try every contiguous split, devices in order, by laying out each one's whole table."""
-    config, options = ModelConfig.from_dir(folder), run_options("q4", 64, 1)
+    config, options = ModelConfig.from_dir(folder), run_options("q4", 64, DEFAULT_MAX_BATCH_SIZE)
     cuts = range(config.num_hidden_layers + 1)
     with Checkpoint.open(folder) as checkpoint:
         for inner in itertools.combinations_with_replacement(cuts, len(names) - 1):
@@ -179,36 +160,6 @@ def test_the_largest_context_fits_and_one_page_more_does_not(config, cards, data
             assert tokens == 0 or plan(folder, tokens, cache_type, vram=sizes).fits
             assert not plan(folder, tokens + 1, cache_type, vram=sizes).fits
         assert set(found.largest_ctx_size) == {*CACHE_TYPES, "q8_q4"}
-
-
-@given(
-    st.integers(0, 1 << 45), st.lists(st.integers(0, 1 << 40), min_size=1, max_size=60), st.data()
-)
-def test_search_finds_the_last_that_fits(free, steps, data):
-    needs = list(itertools.accumulate(steps))
-    calls = []
-
-    def spare(count: int) -> int:
-        calls.append(count)
-        return free - needs[count - 1]
-
-    expected = sum(need <= free for need in needs)
-    assert largest_fitting(spare, len(needs)) == expected
-    assert len(calls) <= 3 * len(needs).bit_length() + 2
-
-
-def test_search_on_a_straight_line_needs_few_looks():
-    calls = []
-    assert largest_fitting(lambda n: calls.append(n) or 10**15 - 7_000_003 * n, 1 << 40) == (
-        10**15 // 7_000_003
-    )
-    assert len(calls) <= 6
-
-
-def test_no_count_at_all():
-    assert largest_fitting(lambda count: -1, 9) == 0
-    assert largest_fitting(lambda count: 1, 0) == 0
-    assert largest_fitting(lambda count: 1, 9) == 9
 
 
 def test_split_without_room_for_a_layer_skips_that_card(tmp_path):
@@ -361,59 +312,6 @@ def test_json_names_are_the_attributes(tmp_path):
     assert device["needed_bytes"] == device["total_bytes"] + device["overhead_bytes"]
 
 
-def test_table_for_a_person(tmp_path, machine):
-    folder = write_sparse_exl2(tmp_path / "m", **LLAMA_2_7B)
-    machine(free_bytes=7 * GIB, capacity_bytes=8 * GIB)
-    found = plan(folder, 18432, "q4")
-    text = render(found)
-    (device,) = found.devices
-    for part in ("weights", "cache", "workspace", "total", "overhead"):
-        assert amount(getattr(device, f"{part}_bytes")) in text
-    for word in ("weights", "cache", "workspace", "outside", "7.00 GiB", "8.00 GiB", "1.00 GiB"):
-        assert word in text
-    assert f"fits, {amount(device.spare_bytes)} to spare" in text
-    for name, tokens in found.largest_ctx_size.items():
-        assert f"{name} " in text and f"{tokens:,} tokens" in text
-    assert "does not fit" in render(plan(folder, 18432, "fp16"))
-    assert max(map(len, text.splitlines()[1:])) < 80
-    two = render(plan(folder, 18432, "q4", vram="4GiB,4GiB"))
-    assert "cuda:0" in two and "cuda:1" in two and amount(found.total_bytes)[:3] in two
-
-
-def test_refusal_says_what_is_missing_and_what_would_fit(tmp_path, machine):
-    folder = write_sparse_exl2(tmp_path / "m", **LLAMA_2_7B)
-    machine(8 * GIB, processes=[Process(4321, "firefox", 3 * GIB), Process(7, "x", MIB)])
-    found = plan(folder, 18432, "fp16")
-    error = refusal(found)
-    (device,) = found.devices
-    assert isinstance(error, InsufficientMemory) and error.reservation is found
-    text = str(error)
-    for nbytes in (
-        device.needed_bytes,
-        device.weights_bytes,
-        device.cache_bytes,
-        device.workspace_bytes,
-        device.overhead_bytes,
-        device.missing_bytes,
-    ):
-        assert amount(nbytes) in text
-    assert "8.00 GiB free" in text and "18432 tokens" in text and "\n" not in text
-    fitting = [name for name in CACHE_TYPES if plan(folder, 18432, name).fits]
-    assert fitting == ["q6", "q4"]
-    assert "these cache types fit: q6, q4." in text
-    assert f"the largest context is {found.largest_ctx_size['fp16']} tokens" in text
-    assert "firefox (pid 4321) 3.00 GiB" in text
-    assert error.details == render(found)
-
-
-def test_refusal_by_a_limit_blames_no_other_process(tmp_path, machine):
-    machine(64 * GIB, processes=[Process(4321, "firefox", 3 * GIB)])
-    folder = write_sparse_exl2(tmp_path / "m", **LLAMA_2_7B)
-    text = str(refusal(plan(folder, 18432, "q4", memory_limit="2GiB")))
-    assert "a limit of 2.00 GiB" in text and "firefox" not in text
-    assert "Not even the shortest context fits" in text and "no cache type fits" in text
-
-
 def test_load_refuses_before_a_weight_is_read_or_a_buffer_exists(tmp_path, machine, monkeypatch):
     folder = write_sparse_exl2(tmp_path / "m")
     total = plan(folder, 4096, "q4").total_bytes
@@ -437,11 +335,3 @@ def test_free_memory_holds_the_overhead_as_well(tmp_path, machine):
     assert plan(folder, 4096).devices[0].missing_bytes == 1
     # A limit that is no tighter than the system's free memory does not hide the overhead.
     assert not plan(folder, 4096, memory_limit=total).fits
-
-
-@pytest.mark.parametrize(
-    ("nbytes", "text"),
-    [(0, "0 bytes"), (640, "640 bytes"), (MIB, "1.0 MiB"), (3 * GIB // 2, "1.50 GiB")],
-)
-def test_amounts(nbytes, text):
-    assert amount(nbytes) == text
