@@ -207,6 +207,7 @@ def test_adaptive_p_follows_its_formulas(target, decay):
         bent = np.where(row > -np.inf, 5 - 10 * distance**2 / (1 + distance), -np.inf)
         given = largest(Candidates.of_row(row), 200)
         actual = sampler.apply(given)
+        assert not actual.is_sorted and (np.diff(actual.ids) > 0).all()
         expected = defined.softmax(bent)
         np.testing.assert_allclose(distribution(actual, 200), expected, rtol=1e-4, atol=1e-30)
         token = int(rng.choice(200, p=expected))

@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 import samplers_defined as defined
+import tokenizer_folders
 import torch
 from fake_model import fake_engine
 from tiny import write_tokenizer
@@ -152,8 +153,16 @@ def test_penalties_count_where_the_likeliest_token_is_taken():
         for way in ({"temperature": 0}, {"do_sample": False}, {"top_k": 1}):
             sampler = Sampler(SamplingSettings(**options, **way), 1)
             assert sampler.sample(row, [0, 0]) == 1
-    reward = {"encoder_repetition_penalty": 1.1, "do_sample": False, "xtc_probability": 1}
+    reward = {"encoder_repetition_penalty": 1.1, "do_sample": False}
     assert Sampler(SamplingSettings(**reward), 1, TokenRoles(prompt_ids=[1])).sample(row, []) == 1
+
+
+def test_what_excludes_the_likeliest_token_does_not_count_there():
+    row = np.array([1, 5, 4.9], np.float32)
+    for options in ({"xtc_probability": 1}, {"typical_p": 0.01}, {"mirostat_mode": 2},
+                    {"adaptive_target": 0.01}, {"smoothing_factor": 1, "smoothing_curve": 9}):
+        for way in ({"temperature": 0}, {"do_sample": False}):
+            assert Sampler(SamplingSettings(**options, **way), 1).sample(row, []) == 1
 
 
 def test_bans_that_leave_nothing_are_an_error():
@@ -180,6 +189,13 @@ def byte_tokenizer(tmp_path_factory) -> Tokenizer:
     return Tokenizer.from_dir(folder)
 
 
+@pytest.fixture(scope="module")
+def spm_tokenizer(tmp_path_factory) -> Tokenizer:
+    folder = tokenizer_folders.write_folder(tmp_path_factory.mktemp("spm"), None)
+    tokenizer_folders.train_sentencepiece(folder / "tokenizer.model", "bpe", vocab_size=500)
+    return Tokenizer.from_dir(folder)
+
+
 def roles_of(options, tokenizer, eos_ids=(2,)) -> TokenRoles:
     return TokenRoles.of_request(
         SamplingSettings(**options), tokenizer, vocab_size=300, eos_ids=eos_ids, prompt_ids=[7]
@@ -199,6 +215,16 @@ def test_roles_are_looked_up_in_the_tokenizer(byte_tokenizer):
     assert roles_of({}, byte_tokenizer).banned_ids == ()
     roles = roles_of({"custom_token_bans": "9,4", "ban_eos_token": True}, byte_tokenizer)
     assert roles.banned_ids == (2, 4, 9)
+
+
+def test_breakers_are_those_inside_a_text(spm_tokenizer):
+    """SentencePiece has tokens for the beginning of a word, which stand for a space too."""
+    def last(text: str) -> list[int]:
+        return spm_tokenizer.encode(text, add_bos=False)[-1:]
+
+    letter = next(c for c in "tabcdeho" if last(c) != last("a" + c))
+    options = {"dry_multiplier": 1, "dry_sequence_breakers": [letter]}
+    assert roles_of(options, spm_tokenizer).breaker_ids == set(last("a" + letter))
 
 
 def test_breakers_need_a_tokenizer():

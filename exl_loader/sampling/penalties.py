@@ -37,7 +37,7 @@ class Past:
 
     def __init__(self, ids: Ids, penalty_range: int) -> None:
         self.ids = ids
-        self.recent = ids[-penalty_range:] if penalty_range > 0 else ids
+        self.recent = ids[-penalty_range:]
 
     @cached_property
     def counts(self) -> tuple[Ids, Ids]:
