@@ -25,7 +25,7 @@ _FIRST_COUNT = 256
 # probabilities are below 1e-13 of the likeliest one's, share one.
 _NUM_BINS = 4096
 _BIN_SPAN = 30.0
-_CHUNK = 8192
+_CHUNK = 16_384
 _TINY = 1e-30
 
 # A row is looked at in blocks of so many tokens before single ones.
