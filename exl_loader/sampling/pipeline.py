@@ -133,7 +133,8 @@ def chosen_stages(settings: SamplingSettings) -> tuple[Stage, ...]:
     """
     rank = {name: place for place, name in enumerate(settings.sampler_priority)}
     if settings.temperature_last:
-        rank.update((name, len(rank) + place) for place, name in enumerate(_CURVES))
+        behind = len(rank)
+        rank.update((name, behind + place) for place, name in enumerate(_CURVES))
     stages = [stage for stage in STAGES if stage.is_on(settings)]
     if settings.greedy:
         stages = [stage for stage in stages if stage.for_greedy]
