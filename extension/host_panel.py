@@ -19,7 +19,10 @@ from .host import LOADERS, OPTION_DEFAULTS, Patches
 GAUGE, PICK = "exl_gauge", "exl_pick"
 
 # Ids that are shown with the loader and are no options of a load.
-PANEL_IDS = (GAUGE,)
+PANEL_IDS = (GAUGE, PICK)
+
+# The field that the gauge's buttons write to is for the page alone.
+_HIDE_PICK = f"<style>#{PICK_ELEM_ID} {{ display: none !important; }}</style>"
 
 # How often the page hears of a load that goes on.
 _TICK_S = 0.2
@@ -66,7 +69,6 @@ def _safely(step: Callable[[], None]) -> None:
 def _insert_components() -> None:
     """Make the components and put them right below the cache type."""
     import gradio as gr
-    from gradio.context import Context
 
     shared = host.module("modules.shared")
     args, components = shared.args, shared.gradio
@@ -83,8 +85,8 @@ def _insert_components() -> None:
         "compress_pos_emb": gr.Number(
             label="compress_pos_emb", value=args.compress_pos_emb, minimum=1, maximum=32, step=0.1,
             info="Divides positions to stretch the context; 1 is as trained."),
-        GAUGE: gr.HTML(value="", elem_id="exl-gauge"),
-        PICK: gr.Textbox(elem_id=PICK_ELEM_ID, container=False, elem_classes="exl-hidden"),
+        GAUGE: gr.HTML(value=_HIDE_PICK, elem_id="exl-gauge"),
+        PICK: gr.Textbox(elem_id=PICK_ELEM_ID, label="choice", container=False),
     }
     # Entering the column again would rewrite its own parent, so they are moved by hand.
     column = components["cache_type"].parent
@@ -93,7 +95,6 @@ def _insert_components() -> None:
         component.parent.children.remove(component)
         component.parent = column
     column.children[place:place] = list(made.values())
-    assert Context.block is not None
     components.update(made)
 
 
@@ -136,7 +137,10 @@ def _follow_pick(text: str | None, ctx_size: Any, cache_type: Any) -> list[Any]:
 
 def draw(*values: Any) -> str:
     """Draw the gauge for what the page shows, as the values of `_INPUTS` say."""
-    shown = dict(zip(_INPUTS, values, strict=True))
+    return _HIDE_PICK + _gauge(dict(zip(_INPUTS, values, strict=True)))
+
+
+def _gauge(shown: dict[str, Any]) -> str:
     if shown["loader"] not in LOADERS:
         return ""
     model_name = shown["model_menu"]
