@@ -25,7 +25,8 @@ CACHE_BITS = {"fp16": "16-bit", "q8": "8-bit", "q4": "4-bit"}
 # The text field that a click writes to; the page puts the choice into its own components.
 PICK_ELEM_ID = "exl_pick"
 
-# Gradio reads a field when it sees an `input` event. The time makes a second click on the
+# Gradio reads a field when it sees an `input` event, and then tells those who listen for its
+# `change`; its own `input` is for what a keyboard did. The time makes a second click on the
 # same choice a new value. Written into the button, because a page runs no script element
 # that arrives later.
 _PICK_SCRIPT = (
@@ -293,13 +294,13 @@ def _choice(reservation: Reservation, cache_type: str, bits: str, own_length: in
     if not most:
         return f'<button type="button" disabled><b>none</b><small>{bits} cache</small></button>'
     tokens = largest_choice(most, own_length)
-    whole = " · whole length" if most > tokens else ""
+    whole = "<small>whole length</small>" if most > tokens else ""
     chosen = (tokens, cache_type) == (reservation.ctx_size, reservation.cache_type)
     return (
         f'<button type="button" data-pick="{tokens} {cache_type}" '
         f'aria-pressed="{str(chosen).lower()}" onclick="{escape(_PICK_SCRIPT)}" '
-        f'aria-label="Choose {tokens:,} tokens of context with a {bits} cache">'
-        f"<b>{tokens:,} tokens</b><small>{bits} cache{whole}</small></button>"
+        f'aria-label="Choose {tokens:,} tokens of context, {bits} cache">'
+        f"<b>{tokens:,} tokens</b><small>{bits} cache</small>{whole}</button>"
     )
 
 

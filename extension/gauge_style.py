@@ -77,7 +77,8 @@ _RULES = """\
   background: var(--exl-card); box-shadow: none; margin: 0; cursor: pointer; }
 .exl-gauge .exl-choices > div > button b { display: block; font-weight: 650;
   color: var(--exl-accent); }
-.exl-gauge .exl-choices > div > button small { color: var(--exl-soft); font-size: 0.92em; }
+.exl-gauge .exl-choices > div > button small { display: block; font-size: 0.92em;
+  color: var(--exl-soft); }
 .exl-gauge .exl-choices > div > button:hover:enabled { border-color: var(--exl-accent); }
 .exl-gauge .exl-choices > div > button:focus-visible { outline: 3px solid var(--exl-accent);
   outline-offset: 2px; }

@@ -85,7 +85,7 @@ class PanelView:
                 [getattr(self, name), self.cache_type], toggles, **QUICK)
         self.cache_type.input(
             lambda cache_type: toggles_for(cache_type)[:2], self.cache_type, toggles[:2], **QUICK)
-        self.pick.input(
+        self.pick.change(
             _picked, [self.pick, self.ctx_size, self.cache_type],
             [self.ctx_size, *toggles], **QUICK)
         for component in (self.ctx_size, self.cache_type, self.alpha_value,

@@ -67,8 +67,8 @@ class TextView:
         self.chatbot = gr.Chatbot(
             label="Conversation", height=460, elem_id="exl_chatbot", **kind)
         self.message = gr.Textbox(
-            label="Message", lines=2, placeholder="Enter sends, Shift+Enter makes a new line",
-            elem_id="exl_message")
+            label="Message", lines=1, max_lines=6,
+            placeholder="Enter sends, Shift+Enter makes a new line", elem_id="exl_message")
         with gr.Row():
             self.send = gr.Button("Send", variant="primary", elem_id="exl_send", min_width=90)
             self.stop_chat = gr.Button("Stop", interactive=False, min_width=90)

@@ -142,8 +142,7 @@ def test_largest_contexts_are_buttons_that_say_what_they_choose():
     assert picks == [(40960, "fp16"), (77056, "q8"), (131072, "q4")]
     assert all(button["type"] == "button" for button in page.buttons())
     assert all(PICK_ELEM_ID in button["onclick"] for button in page.buttons())
-    assert page.buttons()[2]["aria-label"] == (
-        "Choose 131,072 tokens of context with a 4-bit cache")
+    assert page.buttons()[2]["aria-label"] == "Choose 131,072 tokens of context, 4-bit cache"
     assert page.words.count("whole length") == 1
 
 

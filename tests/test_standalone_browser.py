@@ -1,0 +1,262 @@
+"""The standalone page from end to end, in headless Chromium.
+
+With EXL_LOADER_SCREENSHOTS=docs/images the pictures that the README shows are taken on the way.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import write_tiny_model
+
+sync_api = pytest.importorskip("playwright.sync_api")
+pytest.importorskip("gradio")
+
+REPO = Path(__file__).resolve().parents[1]
+DEMO_MODEL = REPO / "exl_loader" / "demo_model"
+CHROMIUM = shutil.which("chromium")
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync")
+SCREENSHOTS = os.environ.get("EXL_LOADER_SCREENSHOTS")
+
+# Of the shipped model with its whole context: 8 bits a cache element fit, 16 do not.
+TIGHT_LIMIT = "9MiB"
+
+# Gradio alone takes seconds to import; a busy machine takes many.
+SERVER_WAIT_S = 120
+WAIT_MS = 60_000
+
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium"),
+    pytest.mark.skipif(not (DEMO_MODEL / "config.json").exists(), reason="no shipped model"),
+]
+
+
+def serve(**environ):
+    """Start the page as `install.py --demo` does; yields its address."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "extension.standalone", "--no-browser"], cwd=REPO,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        env={**os.environ, **environ},
+    )
+    try:
+        line = process.stdout.readline()
+        address = re.search(r"http://127\.0\.0\.1:\d+/", line)
+        assert address, f"the page did not start: {line!r}"
+        yield address[0]
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def address():
+    yield from serve()
+
+
+@pytest.fixture(scope="module")
+def tight_address():
+    yield from serve(EXL_LOADER_MEMORY_LIMIT=TIGHT_LIMIT)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        yield browser
+        browser.close()
+
+
+class Page:
+    """An open page: what a person sees of it, and does with it."""
+
+    def __init__(self, browser, address, *, theme="light", width=1280, height=1000):
+        self.page = browser.new_page(viewport={"width": width, "height": height},
+                                     color_scheme=theme)
+        self.page.set_default_timeout(WAIT_MS)
+        self.theme, self.errors, self.urls = theme, [], []
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("request", lambda request: self.urls.append(request.url))
+        self.page.goto(address)
+        self.gauge = self.page.locator("#exl_gauge .exl-gauge")
+        self.gauge.wait_for()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        self.page.close()
+        if kind is None:
+            assert self.errors == []
+
+    def expect_gauge(self, text):
+        sync_api.expect(self.gauge).to_contain_text(text, timeout=WAIT_MS)
+
+    def expect_options(self, text):
+        sync_api.expect(self.gauge.locator(".exl-model")).to_contain_text(text, timeout=WAIT_MS)
+
+    def expect_text(self, selector, text):
+        sync_api.expect(self.page.locator(selector)).to_contain_text(text, timeout=WAIT_MS)
+
+    def click(self, selector):
+        self.page.locator(selector).click()
+
+    def toggle(self, name):
+        self.page.locator(f"#exl_{name} input[type=checkbox]").click()
+
+    def toggled(self, name):
+        return self.page.locator(f"#exl_{name} input[type=checkbox]").is_checked()
+
+    def value(self, selector):
+        return self.page.locator(selector).first.input_value()
+
+    def cache_bytes(self):
+        """The cache's exact bytes, from the legend."""
+        entry = self.gauge.locator("dl.exl-parts > div", has_text="Cache").locator("dd")
+        return int(entry.get_attribute("title").removesuffix(" bytes").replace(",", ""))
+
+    def shoot(self, name, whole=False):
+        """Keep a picture, where one was asked for."""
+        if SCREENSHOTS:
+            path = Path(SCREENSHOTS) / f"{name}-{self.theme}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            (self.page if whole else self.gauge).screenshot(path=path)
+
+
+def test_shipped_model_loads_writes_follows_its_options_and_unloads(browser, address):
+    with Page(browser, address) as page:
+        page.expect_gauge("Measured equals reserved, to the byte")
+        # A newcomer has done nothing yet, and sees text.
+        page.expect_text("#exl_stats", "tokens/s")
+        page.expect_text("#exl_stats", "seed")
+        assert len(page.value("#exl_text textarea")) > 100
+
+        fp16_bytes = page.cache_bytes()
+        page.toggle("cache_4bit")
+        page.expect_options("4-bit cache")
+        assert page.cache_bytes() < fp16_bytes / 3
+        assert page.value("#exl_cache_type input") == "q4"
+        page.toggle("cache_8bit")
+        page.expect_options("8-bit cache")
+        assert page.toggled("cache_8bit") and not page.toggled("cache_4bit")
+        page.toggle("cache_8bit")
+        page.expect_gauge("Loaded")
+        assert page.value("#exl_cache_type input") == "fp16"
+        page.page.locator("#exl_cache_type input").click()
+        page.page.get_by_role("option", name="q4").click()
+        page.expect_options("4-bit cache")
+        assert page.toggled("cache_4bit")
+
+        page.click("#exl_load")
+        page.expect_gauge("Measured equals reserved, to the byte")
+        page.expect_options("4-bit cache")
+        before = page.value("#exl_text textarea")
+        page.page.locator("#exl_text textarea").fill("def add(a, b):\n")
+        page.click("#exl_write")
+        page.expect_text("#exl_stats", "seed")
+        written = page.value("#exl_text textarea")
+        assert written.startswith("def add(a, b):\n") and len(written) > 20 and written != before
+        page.click("#exl_undo")
+        sync_api.expect(page.page.locator("#exl_text textarea")).to_have_value(
+            "def add(a, b):\n")
+
+        page.click("#exl_unload")
+        page.expect_gauge("Fits")
+        page.expect_text("#exl_stats", "No model is loaded")
+        page.click("#exl_write")
+        page.expect_text("#exl_problem", "not loaded")
+        assert [url for url in page.urls if "127.0.0.1" not in url and url[:5] != "data:"] == []
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_what_does_not_fit_is_made_to_fit_by_a_click(browser, tight_address, theme):
+    with Page(browser, tight_address, theme=theme) as page:
+        page.expect_gauge("Does not fit")
+        page.shoot("gauge-does-not-fit")
+        page.click("#exl_load")
+        page.expect_text("#exl_status", "does not fit")
+        details = page.page.locator("#exl_status details")
+        assert not details.locator("pre").is_visible()
+        details.locator("summary").click()
+        assert "Largest context that fits" in details.locator("pre").inner_text()
+
+        page.gauge.get_by_role("button", name="8-bit cache").click()
+        page.expect_gauge("Fits")
+        assert page.toggled("cache_8bit") and page.value("#exl_ctx_size input") == "1024"
+        page.shoot("gauge-fits")
+        page.gauge.get_by_role("button", name="16-bit cache").click()
+        page.expect_options("16-bit cache")
+        page.expect_gauge("Fits")
+        assert not page.toggled("cache_8bit")
+        assert int(page.value("#exl_ctx_size input")) < 1024
+        page.gauge.get_by_role("button", name="4-bit cache").click()
+        page.expect_options("1,024 tokens of context · 4-bit cache")
+        page.click("#exl_load")
+        page.expect_gauge("Measured equals reserved, to the byte")
+        page.shoot("gauge-loaded")
+        page.click("#exl_write")
+        page.expect_text("#exl_stats", "seed")
+        page.shoot("page", whole=True)
+        page.click("#exl_unload")
+        page.expect_gauge("Fits")
+
+
+def test_stop_ends_the_text_at_once_and_keeps_it(browser, address, tmp_path):
+    # A model that never ends by itself, with room for minutes of text.
+    folder = write_tiny_model(tmp_path / "endless", eos_token_id=287)
+    with Page(browser, address) as page:
+        page.page.locator("#exl_model_dir textarea, #exl_model_dir input").fill(str(folder))
+        page.page.keyboard.press("Enter")
+        page.expect_gauge("endless")
+        page.click("#exl_load")
+        page.expect_gauge("Measured equals reserved, to the byte")
+        page.page.get_by_text("Sampling").click()
+        page.page.locator("#exl_max_new_tokens input[type=number]").fill("4096")
+        page.page.keyboard.press("Tab")
+        page.click("#exl_write")
+        page.expect_text("#exl_stats", "tokens/s")
+        sync_api.expect(page.page.locator("#exl_stop")).to_be_enabled()
+        page.click("#exl_stop")
+        page.expect_text("#exl_stats", "stopped")
+        sync_api.expect(page.page.locator("#exl_write")).to_be_enabled()
+        tokens = int(re.match(r"\d+", page.page.locator("#exl_stats").inner_text())[0])
+        assert 0 < tokens < 4096
+
+
+def test_model_with_a_template_chats_and_the_page_can_be_opened_again(
+    browser, address, tmp_path
+):
+    folder = write_tiny_model(tmp_path / "talker")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["chat_template"] = TEMPLATE
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with Page(browser, address) as page:
+        page.page.locator("#exl_model_dir textarea, #exl_model_dir input").fill(str(folder))
+        page.page.keyboard.press("Enter")
+        page.expect_gauge("talker")
+        page.click("#exl_load")
+        page.expect_gauge("Measured equals reserved, to the byte")
+        page.page.locator("#exl_message textarea").fill("Hello <b>you</b>")
+        page.page.keyboard.press("Enter")
+        page.expect_text("#exl_chatbot", "Hello")
+        page.expect_text("#exl_stats", "seed")
+        assert page.page.locator("#exl_message textarea").input_value() == ""
+    # Another look at the same model, on a narrow screen.
+    with Page(browser, address, width=400) as page:
+        page.expect_gauge("talker")
+        page.expect_gauge("Measured equals reserved, to the byte")
+        page.page.locator("#exl_message").wait_for()
+        assert page.page.evaluate("document.documentElement.scrollWidth") <= 400
+        # The model vanishes between choosing and loading.
+        shutil.rmtree(folder)
+        page.click("#exl_load")
+        page.expect_text("#exl_status", "Cannot be loaded")
+        page.expect_text("#exl_stats", "No model is loaded")
