@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +10,10 @@ import torch
 
 from .errors import InvalidSettings, InvalidTokenizer, ModelUnloaded, PromptTooLong
 from .generation import IdGeneration, TextGeneration
-from .generator import ForwardModel, Generator
+from .generator import Generator
 from .jobs import Job
 from .logprobs import TokenLogprobs, token_logprobs
 from .paging import PagedCache
-from .paging import Sequence as CacheSequence
 from .progress import NullProgress, Progress
 from .sampling import Sampler, TokenRoles
 from .settings import SamplingSettings
@@ -182,7 +181,7 @@ class LoadedModel:
         def keep(first: int, rows: torch.Tensor) -> None:
             result[first : first + len(rows)] = rows
 
-        self._prompt_rows(prompt_ids, keep)
+        self._generator.evaluate(prompt_ids, len(prompt_ids), "all", keep)
         return result
 
     def next_logits(self, ids: Iterable[int], rope_len: int | None = None) -> torch.Tensor:
@@ -203,7 +202,13 @@ class LoadedModel:
         """
         prompt_ids = self._whole_prompt(ids)
         reach = min(max(len(prompt_ids), rope_len or 0), self.ctx_size)
-        return self._generator.next_logits(prompt_ids, reach)
+        result = torch.empty(self.config.vocab_size)
+
+        def keep(first: int, rows: torch.Tensor) -> None:
+            result.copy_(rows[0])
+
+        self._generator.evaluate(prompt_ids, reach, "last", keep)
+        return result
 
     def prompt_logprobs(self, ids: Iterable[int], count: int = 0) -> list[TokenLogprobs | None]:
         """Compute how likely each token of a prompt was behind those before it.
@@ -230,7 +235,7 @@ class LoadedModel:
                 real = row if token_id >= vocab_size else row[:vocab_size]
                 result.append(token_logprobs(real, token_id, count))
 
-        self._prompt_rows(prompt_ids, note)
+        self._generator.evaluate(prompt_ids, len(prompt_ids), "all", note)
         return result
 
     def _whole_prompt(self, ids: Iterable[int]) -> list[int]:
@@ -238,19 +243,6 @@ class LoadedModel:
         prompt_ids = self._checked_ids(ids)
         self._check_length(len(prompt_ids), len(prompt_ids))
         return prompt_ids
-
-    def _prompt_rows(
-        self, prompt_ids: list[int], use: Callable[[int, torch.Tensor], None]
-    ) -> None:
-        """Evaluate a prompt, none of it reused; `use(first place, logits)` chunk by chunk."""
-
-        def run(model: ForwardModel, sequence: CacheSequence) -> None:
-            rows = min(model.logits_rows, model.chunk_size)
-            for first in range(0, len(prompt_ids), rows):
-                chunk = prompt_ids[first : first + rows]
-                use(first, model.forward([(sequence, chunk)], "all"))
-
-        self._generator.run_alone(len(prompt_ids), run)
 
     def allocated_bytes(self) -> int:
         """Sum of the buffers that exist; equals the reservation's total while loaded."""

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from .logprobs import TokenLogprobs, token_logprobs
 from .paging import Sequence as CacheSequence
 from .progress import NullProgress, Progress
+from .prompt_lookup import look_up
 from .sampling import Sampler
 from .settings import SamplingSettings
 from .text_stream import TextStream
@@ -30,6 +31,7 @@ class GenerationStats:
     Args:
         prompt_tokens, new_tokens: so far; an end token counts as new, though it is not shown.
         reused_tokens: of the prompt, those that the cache held already.
+        accepted_tokens: of the new ones, those that prompt lookup had expected.
         prefill_s: from the first work on the prompt to the first token.
         decode_s: from the first token to the last.
     """
@@ -37,6 +39,7 @@ class GenerationStats:
     prompt_tokens: int
     new_tokens: int = 0
     reused_tokens: int = 0
+    accepted_tokens: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
 
@@ -119,6 +122,13 @@ class Job:
         """Ids that the cache does not hold yet."""
         past_len = self.sequence.past_len if self.sequence is not None else 0
         return self.history[past_len:].tolist()
+
+    def draft(self, limit: int) -> list[int]:
+        """Return at most `limit` ids that may come next, as many as there is room for."""
+        wanted = self.settings.prompt_lookup_num_tokens
+        new_left = self.settings.max_new_tokens - self.stats.new_tokens - 1
+        room = self.max_tokens - self._num_tokens - 1
+        return look_up(self.history, min(wanted, limit, new_left, room))
 
     def begin(self, sequence: CacheSequence) -> None:
         """Start on the prompt, behind what the sequence holds of it already."""

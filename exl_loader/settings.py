@@ -83,6 +83,7 @@ _INTEGERS: dict[str, tuple[int, int | None]] = {
     "repetition_penalty_range": (0, None),
     "no_repeat_ngram_size": (0, None),
     "seed": (-1, MAX_SEED),
+    "prompt_lookup_num_tokens": (0, None),
     "logprobs": (0, None),
 }
 _FLAGS = (
@@ -139,6 +140,8 @@ class SamplingSettings:
         custom_token_bans: ids that are never drawn; a list, or text with commas.
         logit_bias: (token id, number to add to its logit) pairs, or a dict.
         seed: -1 takes a random one; the same seed and settings give the same text.
+        prompt_lookup_num_tokens: how many tokens to expect at a time where the text repeats
+            something; the text is the same, and where it often does, sooner there. 0 is off.
         logprobs: note how likely each token was, and so many of the likeliest; 0 is off.
         ban_eos_token: never end the text; max_new_tokens alone does.
         skip_special_tokens: leave special tokens out of the text.
@@ -191,6 +194,7 @@ class SamplingSettings:
     custom_token_bans: tuple[int, ...] = ()
     logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = -1
+    prompt_lookup_num_tokens: int = 0
     logprobs: int = 0
     ban_eos_token: bool = False
     skip_special_tokens: bool = True

@@ -10,7 +10,7 @@ from fake_model import fake_engine
 
 import exl_loader
 from exl_loader.errors import CacheFull
-from exl_loader.generator import MAX_AHEAD
+from exl_loader.scheduler import MAX_AHEAD
 
 GREEDY = {"temperature": 0, "ban_eos_token": True}
 
@@ -182,13 +182,13 @@ def test_the_same_seed_gives_the_same_text_whatever_runs_beside_it(tiny_model_di
         alone = [list(model.generate_ids(*request)) for request in requests]
         model.prompt_logits([5] * 8192)
         passes = []
-        forward = model._generator._model.forward
+        forward = model._generator._scheduler.model.forward
 
         def counted(entries, logits="last"):
             passes.append(len(entries))
             return forward(entries, logits)
 
-        model._generator._model.forward = counted
+        model._generator._scheduler.model.forward = counted
         together: dict[int, list[int]] = {}
         run_all(*(
             lambda i=i: together.__setitem__(i, list(model.generate_ids(*requests[i])))

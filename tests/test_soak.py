@@ -32,7 +32,8 @@ def make_request(rng: random.Random, base: list[int]) -> Request:
     extras: list[dict] = [
         {}, {"top_k": 20}, {"top_p": 0.8, "min_p": 0.02}, {"repetition_penalty": 1.3},
         {"stop_strings": ["e", "th"]}, {"logprobs": 3}, {"ban_eos_token": True},
-        {"xtc_probability": 0.5}, {"dry_multiplier": 0.8}, {"mirostat_mode": 2},
+        {"prompt_lookup_num_tokens": 4}, {"xtc_probability": 0.5}, {"dry_multiplier": 0.8},
+        {"mirostat_mode": 2},
     ]
     return prompt, settings | rng.choice(extras)
 
@@ -116,7 +117,7 @@ def alive(kind: type) -> int:
 
 def inject_errors(model: LoadedModel, rng: random.Random) -> None:
     """Let some passes fail; a pass of several requests is run again for each of them."""
-    inner = model._generator._model
+    inner = model._generator._scheduler.model
     forward = inner.forward
 
     def failing(entries, logits="last"):
@@ -136,13 +137,14 @@ def test_thousands_of_requests_from_sixteen_threads(tiny_model_dir):
         texts = []
         for request in requests:
             # It takes all pages, so that each text is made from nothing.
-            model._generator.run_alone(CTX_SIZE, lambda inner, sequence: None)
+            model.prompt_logits([5] * CTX_SIZE)
             texts.append((request, list(model.generate_ids(*request))))
         inject_errors(model, rng)
         workers = soak(model, texts)
-        cache = model._generator._cache
-        assert cache is not None and cache.num_free_pages == cache.num_pages == CTX_SIZE // 256
-        assert not model._generator._active and not model._generator._waiting
+        scheduler = model._generator._scheduler
+        cache = scheduler.cache
+        assert cache.num_free_pages == cache.num_pages == CTX_SIZE // 256
+        assert not scheduler.active and not scheduler.waiting
         assert model.allocated_bytes() == model.reservation.total_bytes
     counts = {kind: sum(w.counts[kind] for w in workers) for kind in workers[0].counts}
     assert sum(counts.values()) == NUM_REQUESTS

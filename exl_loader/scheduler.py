@@ -1,0 +1,204 @@
+"""What runs in the next step: admits jobs, prefills in chunks, decodes all of them together.
+
+Not thread-safe; `generator.Generator` sees to it that one thread at a time is in here.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from .cache import PAGE_LEN, pages_for
+from .errors import CacheFull
+from .jobs import CANCELLED, FAILED, Job
+from .paging import PagedCache
+from .paging import Sequence as CacheSequence
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    import torch
+
+# A job whose consumer does not take its tokens is not computed further than this, unless
+# another one waits for its pages.
+MAX_AHEAD = 16
+
+
+class ForwardModel(Protocol):
+    """What generation needs of `model.Model`."""
+
+    chunk_size: int
+    max_batch_size: int
+    logits_rows: int
+
+    def forward(
+        self,
+        entries: Sequence[tuple[CacheSequence, list[int]]],
+        logits: Literal["last", "all", "none"] = "last",
+    ) -> torch.Tensor: ...
+
+    def rope_class(self, rope_len: int) -> int: ...
+
+
+class Scheduler:
+    """The jobs of one model, and the steps that bring them on.
+
+    Args:
+        model: runs forward passes.
+        cache: lends pages.
+    """
+
+    def __init__(self, model: ForwardModel, cache: PagedCache) -> None:
+        self.model = model
+        self.cache = cache
+        self.waiting: deque[Job] = deque()
+        self.active: list[Job] = []
+
+    def step(self) -> None:
+        """One pass over every decoding job, then one chunk of one prompt.
+
+        In this order, because a prompt's last chunk brings the job's first token, which its
+        consumer should not have to wait a further pass for.
+        """
+        self._admit()
+        decoding = [job for job in self.active if job.decoding and self._wants_token(job)]
+        if decoding:
+            self._run(decoding)
+        prefilling = [job for job in self.active if not job.decoding]
+        if prefilling:
+            self._prefill(prefilling[0])
+
+    def reap(self, error: Exception | None = None) -> None:
+        """End the jobs that were cancelled, or with an error all of them."""
+        for job in [*self.active, *self.waiting]:
+            if error is not None:
+                self._finish(job, FAILED, error)
+            elif job.cancelled:
+                self._finish(job, CANCELLED)
+
+    def _wants_token(self, job: Job) -> bool:
+        return len(job.output) < MAX_AHEAD or bool(self.waiting)
+
+    def _admit(self) -> None:
+        """Give waiting jobs their pages, in order, as long as there are any."""
+        while self.waiting and len(self.active) < self.model.max_batch_size:
+            job = self.waiting[0]
+            rope_class = self.model.rope_class(job.max_tokens)
+            try:
+                sequence = self.cache.acquire(job.max_tokens, job.prompt_ids, rope_class)
+            except CacheFull as error:
+                if not self.active or pages_for(job.max_tokens) > self.cache.num_pages:
+                    self._finish(job, FAILED, error)
+                    continue
+                return
+            self.waiting.popleft()
+            self.active.append(job)
+            job.begin(sequence)
+
+    def _prefill(self, job: Job) -> None:
+        """One chunk of one prompt; prompts take turns, so that a short one need not wait."""
+        assert job.sequence is not None
+        past_len = job.sequence.past_len
+        self.cache.advance(job.sequence, job.prompt_ids)
+        job.skip(job.sequence.past_len - past_len)
+        self._run([job])
+        if job in self.active:
+            self.active.remove(job)
+            self.active.append(job)
+
+    def _run(self, jobs: list[Job]) -> None:
+        """One forward pass, of one prompt's next chunk or over decoding jobs."""
+        try:
+            if jobs[0].decoding:
+                self._decode_pass(jobs)
+            else:
+                self._prompt_pass(jobs[0])
+        except Exception as error:
+            if len(jobs) == 1:
+                self._finish(jobs[0], FAILED, error)
+                return
+            # One of them may be the reason; nothing has advanced, so each can be run again.
+            for job in jobs:
+                self._run([job])
+        except BaseException:
+            # An interrupt is meant for this thread, and leaves these jobs half done.
+            for job in jobs:
+                self._finish(job, CANCELLED)
+            raise
+
+    def _prompt_pass(self, job: Job) -> None:
+        sequence, pending = job.sequence, job.pending_ids
+        assert sequence is not None
+        ids = pending[: self._chunk_end(sequence.past_len, len(pending)) - sequence.past_len]
+        complete = len(ids) == len(pending)
+        logits = self.model.forward([(sequence, ids)], "last" if complete else "none")
+        job.progress.advance("prompt", len(ids))
+        self.cache.commit(sequence, job.history)
+        if complete:
+            self._take(job, logits.numpy(), [])
+
+    def _chunk_end(self, past_len: int, count: int) -> int:
+        """Where the next chunk of `count` missing tokens ends.
+
+        With a page where it can, because only full pages are shared without a copy.
+        """
+        if count <= self.model.chunk_size:
+            return past_len + count
+        end = past_len + self.model.chunk_size
+        page_end = end // PAGE_LEN * PAGE_LEN
+        return page_end if page_end > past_len else end
+
+    def _decode_pass(self, jobs: list[Job]) -> None:
+        """One token of each job, and those that its text's past lets expect.
+
+        Rows of expected tokens give the very logits that passes of their own would give, so
+        tokens are drawn from them one after the other until one is not what was expected.
+        """
+        rows_left = min(self.model.logits_rows, self.model.chunk_size) - len(jobs)
+        entries, drafts = [], []
+        for job in jobs:
+            assert job.sequence is not None
+            draft = job.draft(rows_left)
+            rows_left -= len(draft)
+            drafts.append(draft)
+            entries.append((job.sequence, [*job.pending_ids, *draft]))
+        past_lens = [sequence.past_len for sequence, _ in entries]
+        logits = self.model.forward(entries, "all" if any(drafts) else "last").numpy()
+        first = 0
+        for job, (sequence, ids), past_len, draft in zip(
+            jobs, entries, past_lens, drafts, strict=True
+        ):
+            sequence.past_len = past_len + 1
+            self._take(job, logits[first : first + len(ids)], draft)
+            first += len(ids)
+
+    def _take(self, job: Job, rows: npt.NDArray, draft: list[int]) -> None:
+        """Draw from the rows, float32 [1 + len(draft), vocab_size], as far as they hold good."""
+        sequence = job.sequence
+        assert sequence is not None
+        try:
+            reason = job.take_logits(rows[0])
+            for row, expected in zip(rows[1:], draft, strict=True):
+                if reason is not None or job.history[-1] != expected:
+                    break
+                sequence.past_len += 1
+                job.stats.accepted_tokens += 1
+                reason = job.take_logits(row)
+        except Exception as error:
+            self._finish(job, FAILED, error)
+            return
+        if reason is not None:
+            self._finish(job, reason)
+        elif sequence.past_len >= len(sequence.keys) * PAGE_LEN:
+            self.cache.commit(sequence, job.history)
+
+    def _finish(self, job: Job, reason: str, error: BaseException | None = None) -> None:
+        if job in self.active:
+            self.active.remove(job)
+        if job in self.waiting:
+            self.waiting.remove(job)
+        sequence, job.sequence = job.sequence, None
+        if sequence is not None:
+            self.cache.commit(sequence, job.history)
+            self.cache.release(sequence)
+        job.finish(reason, error)
