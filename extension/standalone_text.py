@@ -140,6 +140,9 @@ class TextView:
         if _is_demo(self._session) and text == DEMO_PROMPT and not self._shown:
             self._shown = True
             yield from self._write_on(text, before, *sampling)
+        else:
+            # Yielding nothing would empty the components.
+            yield (gr.skip(),) * 6
 
     def _write_on(self, text: str, before: str, *sampling: Any) -> Iterator[tuple[Any, ...]]:
         try:
@@ -186,13 +189,17 @@ def _stream(generation: TextGeneration) -> Iterator[tuple[str, str, bool]]:
 def stats_line(generation: TextGeneration) -> str:
     """Write a generation's figures for a person."""
     stats = generation.stats
-    parts = [f"{stats.new_tokens} tokens", f"{stats.tokens_per_s:.1f} tokens/s"]
+    parts = [_tokens(stats.new_tokens), f"{stats.tokens_per_s:.1f} tokens/s"]
     reused = f", {stats.reused_tokens} reused" if stats.reused_tokens else ""
-    parts.append(f"prompt {stats.prompt_tokens} tokens{reused} in {stats.prefill_s:.2f} s")
+    parts.append(f"prompt {_tokens(stats.prompt_tokens)}{reused} in {stats.prefill_s:.2f} s")
     if generation.finish_reason is not None:
         parts.append(REASONS.get(generation.finish_reason, generation.finish_reason))
         parts.append(f"seed {generation.seed}")
     return " · ".join(parts)
+
+
+def _tokens(count: int) -> str:
+    return "1 token" if count == 1 else f"{count} tokens"
 
 
 def _is_demo(session: Session) -> bool:

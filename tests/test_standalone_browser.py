@@ -127,6 +127,7 @@ class Page:
         """Keep a picture, where one was asked for."""
         if SCREENSHOTS:
             path = Path(SCREENSHOTS) / f"{name}-{self.theme}.png"
+            self.page.evaluate("window.scrollTo(0, 0)")
             path.parent.mkdir(parents=True, exist_ok=True)
             (self.page if whole else self.gauge).screenshot(path=path)
 
@@ -181,6 +182,9 @@ def test_what_does_not_fit_is_made_to_fit_by_a_click(browser, tight_address, the
     with Page(browser, tight_address, theme=theme) as page:
         page.expect_gauge("Does not fit")
         page.shoot("gauge-does-not-fit")
+        # What could not be loaded has taken nothing from the page.
+        assert page.value("#exl_text textarea").startswith("import os")
+        page.expect_text("#exl_write", "Write on")
         page.click("#exl_load")
         page.expect_text("#exl_status", "does not fit")
         details = page.page.locator("#exl_status details")
