@@ -7,6 +7,7 @@ import json
 import os
 import platform
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from .. import __version__
@@ -15,6 +16,7 @@ from ..errors import ExlLoaderError
 from ..kernels import REFERENCE_ENV, toolchain
 from ..kernels.spec import cpu_spec
 from ..kernels.store import find_built, kernel_dirs, list_built, writable_dir
+from ..webui_install import command
 
 # What the engine imports; `extension` needs gradio besides.
 REQUIRED_PACKAGES = (
@@ -51,13 +53,28 @@ NOTABLE_FEATURES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommand's arguments to its parser."""
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    parser.add_argument("--webui", type=Path, metavar="PATH",
+                        help="look at the loader in a text-generation-webui instead")
+    parser.add_argument("--python", type=Path, help="the Python that runs that web UI")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print what was found; the exit code is 1 where something is missing."""
+    if args.webui is not None:
+        return _run_webui(args.webui, args.python, args.json)
     report = examine()
     print(json.dumps(report, indent=2) if args.json else describe(report))
     return 1 if report["problems"] else 0
+
+
+def _run_webui(webui: Path, python: Path | None, as_json: bool) -> int:
+    """Print what keeps the loader from working in a web UI; exit code 1 where anything does."""
+    found = command.problems(webui, python)
+    if as_json:
+        print(json.dumps({"problems": [vars(problem) for problem in found]}, indent=2))
+    else:
+        print("\n".join(map(str, found)) or f"the loader is ready in {webui}")
+    return 1 if found else 0
 
 
 def examine() -> dict[str, Any]:

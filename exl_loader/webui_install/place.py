@@ -21,12 +21,14 @@ _NOT_COPIED = frozenset({"__pycache__", "demo_model"})
 
 PTH, START, RECORD = "exl_loader_webui.pth", "exl_loader_webui_start.py", "exl_loader_webui.json"
 
-# One line, as .pth files are read. It runs in every Python of the environment, so it asks the
-# cheapest question first; a missing start file is a half-removed plugin, and no error.
+# One line, as .pth files are read, and they are read twice where lib64 is a link to lib. It runs
+# in every Python of the environment, so it asks the cheapest question first; a missing start
+# file is a half-removed plugin, and no error.
 _PTH_LINE = (
-    "import sys; exec('try:\\n if any(a.endswith(\"server.py\") for a in sys.orig_argv):\\n"
-    "  import exl_loader_webui_start\\nexcept Exception as error:\\n"
-    "  sys.stderr.write(\"exl_loader: not started: %s\\\\n\" % error)')\n"
+    "import sys; exec('name = \"exl_loader_webui_start\"\\ntry:\\n"
+    " if name not in sys.modules and any(a.endswith(\"server.py\") for a in sys.orig_argv):\\n"
+    "  __import__(name)\\nexcept Exception as error:\\n sys.modules[name] = None\\n"
+    " sys.stderr.write(\"exl_loader: not started: %s\\\\n\" % error)')\n"
 )
 
 
