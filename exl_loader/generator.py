@@ -65,7 +65,11 @@ class Generator:
                         return
                     lead = self._leading = True
                 self._reap()
-                self._check_open().step()
+                scheduler = self._check_open()
+                # Decoding first, because a prompt's last chunk brings the job's first token,
+                # which its consumer should not have to wait a further pass for.
+                scheduler.decode()
+                scheduler.prefill()
             finally:
                 if lead:
                     self._end_lead()
@@ -136,9 +140,15 @@ class Generator:
                 scheduler.reap()
                 cache, rope_class = scheduler.cache, scheduler.model.rope_class(rope_len)
                 sequence = cache.acquire(rope_len, ids if last else (), rope_class)
+            own_turn = True
             while sequence.past_len < len(ids):
                 with self.exclusive():
-                    self._evaluate_chunk(self._check_open(), sequence, ids, last, use)
+                    scheduler = self._check_open()
+                    scheduler.decode()
+                    # Takes turns with prompts, so that no stream waits for two chunks.
+                    if own_turn or not scheduler.prefill():
+                        self._evaluate_chunk(scheduler, sequence, ids, last, use)
+                    own_turn = not own_turn
         finally:
             if cache is not None and sequence is not None:
                 with self.exclusive():

@@ -41,7 +41,7 @@ class ForwardModel(Protocol):
 
 
 class Scheduler:
-    """The jobs of one model, and the steps that bring them on.
+    """The jobs of one model, and the passes that bring them on.
 
     Args:
         model: runs forward passes.
@@ -54,19 +54,31 @@ class Scheduler:
         self.waiting: deque[Job] = deque()
         self.active: list[Job] = []
 
-    def step(self) -> None:
-        """One pass over every decoding job, then one chunk of one prompt.
-
-        In this order, because a prompt's last chunk brings the job's first token, which its
-        consumer should not have to wait a further pass for.
-        """
+    def decode(self) -> None:
+        """Admit jobs, then run one pass over all that are decoding."""
         self._admit()
         decoding = [job for job in self.active if job.decoding and self._wants_token(job)]
         if decoding:
             self._run(decoding)
-        prefilling = [job for job in self.active if not job.decoding]
-        if prefilling:
-            self._prefill(prefilling[0])
+
+    def prefill(self) -> bool:
+        """Run one chunk of one prompt; prompts take turns, so that a short one need not wait.
+
+        Returns:
+            False where there is none.
+        """
+        job = next((job for job in self.active if not job.decoding), None)
+        if job is None:
+            return False
+        assert job.sequence is not None
+        past_len = job.sequence.past_len
+        self.cache.advance(job.sequence, job.prompt_ids)
+        job.skip(job.sequence.past_len - past_len)
+        self._run([job])
+        if job in self.active:
+            self.active.remove(job)
+            self.active.append(job)
+        return True
 
     def reap(self, error: Exception | None = None) -> None:
         """End the jobs that were cancelled, or with an error all of them."""
@@ -94,17 +106,6 @@ class Scheduler:
             self.waiting.popleft()
             self.active.append(job)
             job.begin(sequence)
-
-    def _prefill(self, job: Job) -> None:
-        """One chunk of one prompt; prompts take turns, so that a short one need not wait."""
-        assert job.sequence is not None
-        past_len = job.sequence.past_len
-        self.cache.advance(job.sequence, job.prompt_ids)
-        job.skip(job.sequence.past_len - past_len)
-        self._run([job])
-        if job in self.active:
-            self.active.remove(job)
-            self.active.append(job)
 
     def _run(self, jobs: list[Job]) -> None:
         """One forward pass, of one prompt's next chunk or over decoding jobs."""

@@ -90,7 +90,9 @@ def test_a_stream_goes_on_between_the_chunks_of_a_prompt():
     next(stream)
     model.calls.clear()
     arrived, unread = threading.Event(), []
-    model.before_call = lambda: unread.append(len(stream._job.output))
+    model.before_call = lambda: unread.append(
+        MAX_AHEAD if stream._job.finished else len(stream._job.output)
+    )
 
     def read():
         for _ in stream:
@@ -197,3 +199,26 @@ def test_the_same_seed_gives_the_same_text_whatever_runs_beside_it(tiny_model_di
         assert [together[i] for i in range(12)] == alone
         assert max(passes) >= 6
         assert model.allocated_bytes() == model.reservation.total_bytes
+
+
+def test_a_stream_goes_on_between_the_chunks_of_an_evaluation():
+    engine, model, cache = fake_engine(next_of, 1000, ctx_size=4096)
+    stream = ids(engine, [5], 300)
+    next(stream)
+    model.calls.clear()
+    texts, unread = {}, []
+    model.before_call = lambda: unread.append(
+        MAX_AHEAD if stream._job.finished else len(stream._job.output)
+    )
+    run_all(
+        lambda: texts.__setitem__("logits", engine.prompt_logits([7] * 800)),
+        lambda: texts.__setitem__("stream", list(stream)),
+        lambda: texts.__setitem__("other", list(ids(engine, [9] * 320, 5))),
+    )
+    assert texts["logits"].argmax(dim=1).tolist() == [9] * 800
+    assert len(texts["stream"]) == 299 and len(texts["other"]) == 5
+    chunks = [i for i, call in enumerate(model.calls) if max(call) > 1]
+    assert len(chunks) == 100 + 20
+    for first, second in zip(chunks, chunks[1:]):  # noqa: B905
+        assert second > first + 1 or unread[second] >= MAX_AHEAD
+    assert cache.num_free_pages == 16
