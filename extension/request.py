@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from exl_loader.generation import Generation
 from exl_loader.settings import SamplingSettings
 
 from . import host
+
+if TYPE_CHECKING:
+    import torch
+
+    from exl_loader.engine import LoadedModel
 
 # Settings that the web UI works out itself, or that are not a sampler's.
 _NOT_COPIED = frozenset({"max_new_tokens", "stop_strings", "stop_token_ids", "logit_bias",
@@ -75,6 +80,18 @@ def take_processors(state: Mapping[str, Any], chosen: dict[str, Any]) -> list[An
             chosen["logprobs"] = max(chosen["logprobs"], int(processor.logprobs or 0))
             listeners.append(processor)
     return listeners
+
+
+def without_padding(logits: torch.Tensor, loaded: LoadedModel) -> torch.Tensor:
+    """Rule out ids that stand for nothing: many models pad their vocabulary.
+
+    Args:
+        logits: float32 [..., vocab_size], changed in place.
+        loaded: whose tokenizer knows where the padding begins.
+    """
+    if loaded.has_tokenizer:
+        logits[..., loaded.tokenizer.vocab_size :] = float("-inf")
+    return logits
 
 
 class StopWatch:

@@ -15,7 +15,7 @@ from exl_loader.sampling import Sampler, TokenRoles
 from exl_loader.settings import SamplingSettings
 
 from . import host, loading
-from .request import StopWatch, prompt_ids, settings, take_processors
+from .request import StopWatch, prompt_ids, settings, take_processors, without_padding
 
 if TYPE_CHECKING:
     from exl_loader.engine import LoadedModel
@@ -131,12 +131,12 @@ class Exllamav3Model:
     def get_logits(self, token_ids: Any, **_: Any) -> torch.Tensor:
         """Compute the logits behind the last of some ids, float32 [1, 1, vocab_size]."""
         ids = torch.as_tensor(token_ids).reshape(-1).tolist()
-        return self.loaded.next_logits(ids).reshape(1, 1, -1)
+        return without_padding(self.loaded.next_logits(ids), self.loaded).reshape(1, 1, -1)
 
     def get_prompt_logits(self, input_ids: Any) -> torch.Tensor:
         """Compute the logits behind each of some ids, float32 [1, n, vocab_size]."""
         ids = torch.as_tensor(input_ids).reshape(-1).tolist()
-        return self.loaded.prompt_logits(ids).unsqueeze(0)
+        return without_padding(self.loaded.prompt_logits(ids), self.loaded).unsqueeze(0)
 
     def __call__(self, input_ids: Any, labels: Any = None, **_: Any) -> SimpleNamespace:
         """Compute logits, and the mean loss of the labels that are not -100 (perplexity)."""

@@ -9,6 +9,7 @@ from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, Pr
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from . import loading
+from .request import without_padding
 
 if TYPE_CHECKING:
     from exl_loader.engine import LoadedModel
@@ -30,7 +31,8 @@ class Exllamav3HF(PreTrainedModel, GenerationMixin):
     _is_stateful = True
 
     def __init__(self, loaded: LoadedModel) -> None:
-        super().__init__(PretrainedConfig.from_pretrained(loaded.reservation.model_dir))
+        values, _ = PretrainedConfig.get_config_dict(loaded.reservation.model_dir)
+        super().__init__(PretrainedConfig.from_dict(values))
         self.loaded = loaded
         self.generation_config = GenerationConfig()
         self._rope_len: int | None = None
@@ -86,8 +88,9 @@ class Exllamav3HF(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is None:
             logits = self.loaded.next_logits(ids, self._rope_len).reshape(1, 1, -1)
+            logits = without_padding(logits, self.loaded)
         else:
-            logits = self.loaded.prompt_logits(ids).unsqueeze(0)
+            logits = self.get_prompt_logits(ids)
             loss = torch.nn.functional.cross_entropy(
                 logits[0, :-1], labels[0, 1:].to(logits.device), ignore_index=-100
             )
@@ -97,7 +100,7 @@ class Exllamav3HF(PreTrainedModel, GenerationMixin):
     def get_prompt_logits(self, input_ids: Any) -> torch.Tensor:
         """Compute the logits behind each of some ids, float32 [1, n, vocab_size]."""
         ids = torch.as_tensor(input_ids).reshape(-1).tolist()
-        return self.loaded.prompt_logits(ids).unsqueeze(0)
+        return without_padding(self.loaded.prompt_logits(ids), self.loaded).unsqueeze(0)
 
     def unload(self) -> None:
         """Give the memory back."""

@@ -1,0 +1,315 @@
+"""The web UI's two adapters on a real, tiny model, and what the Model tab says about loads."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import write_tiny_model
+from webui_double import write_host
+
+import exl_loader
+from exl_loader.errors import PromptTooLong
+from extension import host_panel, loading, registration, request
+from extension.webui_model import Exllamav3Model
+
+STATE = {
+    "temperature": 0, "max_new_tokens": 8, "truncation_length": 512, "auto_max_new_tokens": False,
+    "add_bos_token": True, "ban_eos_token": True, "skip_special_tokens": True, "seed": 1,
+    "repetition_penalty_range": -1, "sampler_priority": "temperature\ntop_k", "top_k": 0,
+    "custom_token_bans": None, "dry_sequence_breakers": '"\\n", ":"', "penalty_alpha": 0.6,
+    "grammar_string": "ignored", "guidance_scale": 1.5, "stream": True, "mode": "chat",
+}
+PROMPT = "Hello there"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    with exl_loader.load(folder, ctx_size=512) as model:
+        yield model
+
+
+@pytest.fixture
+def shared(monkeypatch):
+    """The web UI's `shared`, as far as a generation looks at it."""
+    module = SimpleNamespace(stop_everything=False)
+    monkeypatch.setitem(sys.modules, "modules.shared", module)
+    return module
+
+
+@pytest.fixture
+def model(loaded, shared):
+    return Exllamav3Model(loaded)
+
+
+def test_streams_cumulative_text_that_is_the_engines(model, loaded):
+    steps = list(model.generate_with_streaming(PROMPT, STATE))
+    assert len(steps) > 1 and all(b.startswith(a) for a, b in zip(steps, steps[1:], strict=False))
+    greedy = {"temperature": 0, "max_new_tokens": 8, "ban_eos_token": True}
+    with loaded.generate(PROMPT, greedy) as generation:
+        assert steps[-1] == "".join(generation)
+    assert model.generate(PROMPT, STATE) == steps[-1]
+    assert model.last_prompt_token_count == len(loaded.encode(PROMPT))
+
+
+def test_the_prompt_keeps_its_end_and_one_bos(loaded):
+    tokenizer, bos = loaded.tokenizer, loaded.tokenizer.bos_token_id
+    plain = request.prompt_ids(tokenizer, PROMPT, STATE, 512)
+    assert plain[0] == bos and plain.count(bos) == 1
+    twice = request.prompt_ids(tokenizer, "<s><s>" + PROMPT, STATE, 512)
+    assert twice == plain
+    assert request.prompt_ids(tokenizer, PROMPT, STATE | {"add_bos_token": False}, 512) == plain[1:]
+    short = request.prompt_ids(tokenizer, PROMPT, STATE | {"truncation_length": 12}, 512)
+    assert short == plain[-4:]
+    none_left = request.prompt_ids(tokenizer, PROMPT, STATE | {"max_new_tokens": 600}, 512)
+    assert none_left == plain[-1:]
+    long = request.prompt_ids(tokenizer, "x " * 2000, STATE | {"truncation_length": 9999}, 512)
+    assert len(long) == 504
+
+
+def test_the_state_becomes_settings_and_hidden_samplers_stay_out():
+    chosen = request.settings(STATE, 10, 512)
+    assert not {"penalty_alpha", "grammar_string", "guidance_scale", "mode"} & set(chosen)
+    assert chosen["repetition_penalty_range"] == 0 and chosen["seed"] == 1
+    assert request.settings(STATE | {"auto_max_new_tokens": True}, 10, 512)["max_new_tokens"] == 502
+    biased = request.settings(STATE | {"logit_bias": {"5": 3}}, 10, 512)
+    assert biased["logit_bias"] == {5: 3.0}
+
+
+def test_stopping_by_event_and_by_the_hosts_flag(model, loaded, shared):
+    long = STATE | {"max_new_tokens": 400}
+    event = threading.Event()
+    steps = model.generate_with_streaming(PROMPT, long | {"stop_event": event})
+    next(steps)
+    event.set()
+    assert len(list(steps)) <= 1
+    steps = model.generate_with_streaming(PROMPT, long)
+    next(steps)
+    shared.stop_everything = True
+    assert len(list(steps)) <= 1
+
+
+def test_stopping_in_the_midst_of_a_prompt(model, loaded, shared):
+    event = threading.Event()
+    event.set()
+    state = STATE | {"stop_event": event, "truncation_length": 512, "max_new_tokens": 1}
+    assert list(model.generate_with_streaming("new words " * 200, state)) == []
+
+
+def test_closing_gives_the_pages_back(model, loaded):
+    long = STATE | {"max_new_tokens": 400}
+    for _ in range(5):
+        steps = model.generate_with_streaming(PROMPT, long)
+        next(steps)
+        steps.close()
+    assert len(loaded.prompt_logits([1] * 500)) == 500
+
+
+def test_requests_at_once_give_what_each_gives_alone(model):
+    states = [STATE | {"temperature": 1, "seed": seed, "logprobs": 1} for seed in range(4)]
+    alone = [model.generate(f"{PROMPT} {i}", s) for i, s in enumerate(states)]
+    found = {}
+
+    def run(i):
+        text = model.generate(f"{PROMPT} {i}", states[i])
+        found[i] = (text, len(model.last_completion_probabilities))
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[i] for i in range(4)] == [(text, 8) for text in alone]
+
+
+def test_log_probabilities_and_logits_agree(model, loaded):
+    model.generate(PROMPT, STATE | {"logprobs": 3})
+    entries = model.last_completion_probabilities
+    assert len(entries) == 8 and all(len(e["top_logprobs"]) == 3 for e in entries)
+    ids = model.encode(PROMPT)
+    assert ids.shape[0] == 1 and ids.dtype == torch.int64
+    last = model.get_logits(ids)
+    assert last.shape == (1, 1, loaded.config.vocab_size)
+    expected = torch.log_softmax(last[-1][-1].double(), -1).max().item()
+    assert entries[0]["logprob"] == pytest.approx(expected, abs=1e-3)
+    prompt = model.get_prompt_logits(ids)
+    assert prompt.shape == (1, ids.shape[1], loaded.config.vocab_size)
+    assert torch.allclose(prompt[0, -1], last[0, 0], atol=2e-2)
+
+
+def test_the_hosts_logits_processors_are_served(model):
+    listener = SimpleNamespace(
+        logprobs=2, token_alternatives={}, token_alternatives_history=[])
+    bias = SimpleNamespace(logit_bias={"70": 100.0})
+    model.generate(PROMPT, STATE | {"logits_processor": [bias, listener]})
+    assert len(listener.token_alternatives_history) == 8
+    assert listener.token_alternatives == listener.token_alternatives_history[-1]
+    assert model.generate(PROMPT, STATE | {"logits_processor": [bias]}) == model.decode([70] * 8)
+
+
+def test_sampled_scores_are_left_for_the_page(model, loaded, monkeypatch):
+    hijack = SimpleNamespace(global_scores=None)
+    monkeypatch.setitem(sys.modules, "modules.sampler_hijack", hijack)
+    model.generate(PROMPT, STATE | {"max_new_tokens": 1, "temperature": 1, "top_k": 5})
+    scores = hijack.global_scores[-1]
+    assert scores.shape == (loaded.config.vocab_size,)
+    assert int(torch.isfinite(scores).sum()) == 5
+
+
+def test_decode_takes_what_the_host_has(model):
+    ids = model.encode("Hello")[0]
+    expected = model.decode(ids.tolist())
+    assert model.decode(ids) == model.decode(list(ids)) == expected
+    assert model.decode(ids[1]) == model.decode([int(ids[1])])
+    assert model.batch_decode([[int(i)] for i in ids[1:]]) == list("Hello")
+    assert "<s>" not in model.decode(ids, skip_special_tokens=True)
+
+
+def test_perplexity_is_the_mean_over_the_labels(model):
+    ids = model.encode("Hello there, how are you?")
+    labels = ids.clone()
+    labels[:, :4] = -100
+    logits = model.get_prompt_logits(ids)[0, :-1].double()
+    losses = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+    out = model(input_ids=ids, labels=labels)
+    assert out.loss.item() == pytest.approx(losses[3:].mean().item(), rel=1e-4)
+
+
+def test_errors_reach_the_log_in_one_line(model, capsys):
+    with pytest.raises(exl_loader.errors.InvalidSettings):
+        model.generate(PROMPT, STATE | {"temperature": "hot"})
+    assert "exl_loader: temperature" in capsys.readouterr().err
+
+
+def test_hf_gives_the_same_greedy_tokens(loaded, shared):
+    from extension.webui_model_hf import Exllamav3HF
+
+    hf = Exllamav3HF(loaded)
+    ids = torch.tensor([loaded.encode(PROMPT)])
+    (eos,) = loaded.eos_token_ids
+    out = hf.generate(
+        inputs=ids, max_new_tokens=8, do_sample=False, eos_token_id=[eos], suppress_tokens=[eos])
+    with loaded.generate_ids(ids[0], {"temperature": 0, "max_new_tokens": 8,
+                                      "ban_eos_token": True}) as generation:
+        assert out[0, ids.shape[1]:].tolist() == list(generation)
+    labels = ids.clone()
+    loss = hf(input_ids=ids, labels=labels).loss
+    assert loss.item() == pytest.approx(
+        Exllamav3Model(loaded)(input_ids=ids, labels=labels).loss.item())
+    past = hf(input_ids=ids[:, :3]).past_key_values
+    further = hf(input_ids=ids[:, 3:], past_key_values=past).logits
+    assert torch.equal(further, hf(input_ids=ids).logits)
+    with pytest.raises(PromptTooLong):
+        hf(input_ids=torch.ones(1, 600, dtype=torch.int64))
+
+
+def test_next_logits_reuse_changes_nothing(loaded):
+    ids = loaded.encode("a text that grows")
+    grown = [loaded.next_logits(ids[: n + 1]) for n in range(len(ids))]
+    whole = loaded.prompt_logits(ids)
+    assert len(whole) > 10
+    for row, expected in zip(grown, whole, strict=True):
+        assert torch.allclose(row, expected, atol=2e-2)
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch, folder):
+    """The double of the web UI with its Model tab imported."""
+    root = write_host(tmp_path / "host")
+    monkeypatch.chdir(root)
+    monkeypatch.syspath_prepend(str(root))
+    monkeypatch.setattr(sys, "argv", ["server.py", "--model-dir", str(folder.parent)])
+    models = importlib.import_module("modules.models")
+    menu = importlib.import_module("modules.ui_model_menu")
+    registration.register()
+    yield SimpleNamespace(menu=menu, models=models, shared=sys.modules["modules.shared"])
+    models.unload_model()
+    registration.unregister()
+    for name in [n for n in sys.modules if n == "modules" or n.startswith("modules.")]:
+        del sys.modules[name]
+    importlib.invalidate_caches()
+
+
+def shown(page, **changes):
+    """The gauge for a page's values."""
+    values = {"loader": "ExLlamav2", "model_menu": "tiny", "ctx_size": 512, "cache_type": "fp16",
+              "gpu_split": "", "cache_8bit": False, "cache_4bit": False, "alpha_value": 1,
+              "compress_pos_emb": 1} | changes
+    return host_panel.draw(*(values[name] for name in host_panel._INPUTS))
+
+
+def test_the_load_button_shows_progress_and_the_gauge_what_was_measured(page):
+    said = list(page.menu.load_model_wrapper("tiny", "ExLlamav2", autoload=True))
+    assert said[0] == "Loading `tiny`..." and "Loaded" in said[-1]
+    total = loading.current().reservation.total_bytes
+    assert f"{total:,} bytes" in shown(page, ctx_size=loading.current().ctx_size)
+    assert "Measured" not in shown(page, cache_type="q4")
+    page.models.unload_model()
+    assert loading.current() is None and "Measured" not in shown(page)
+
+
+def test_a_refusal_is_one_line_in_the_page_and_nothing_is_held(page, capsys):
+    list(page.menu.load_model_wrapper("tiny", "ExLlamav2", autoload=True))
+    page.shared.args.cache_type = "q3"
+    said = list(page.menu.load_model_wrapper("tiny", "ExLlamav2", autoload=True))
+    assert "Cannot be loaded" in said[-1] and "q3" in said[-1] and "Traceback" not in said[-1]
+    assert loading.current() is None and page.shared.model is None
+    assert "tiny was not loaded" in capsys.readouterr().err
+
+
+def test_a_model_that_vanished_is_said_so(page):
+    said = list(page.menu.load_model_wrapper("gone", "ExLlamav2", autoload=True))
+    assert "Cannot be loaded" in said[-1] and "gone" in said[-1]
+    assert "Cannot be loaded" in shown(page, model_menu="gone")
+
+
+def test_the_gauge_is_empty_for_other_loaders_and_without_a_model(page):
+    assert "exl-gauge" not in shown(page, loader="llama.cpp")
+    assert "exl-gauge" not in shown(page, loader=None)
+    assert "Choose a model" in shown(page, model_menu="None")
+    assert "8-bit cache" in shown(page, cache_type="q8_0")
+    assert "4-bit cache" in shown(page, cache_4bit=True)
+
+
+def test_other_loaders_keep_their_load_button_and_loras(page):
+    assert list(page.menu.load_model_wrapper("tiny", "llama.cpp", autoload=True)) == [
+        "the host's own"]
+    assert list(page.menu.load_lora_wrapper(["x"])) == ["the host's own"]
+    list(page.menu.load_model_wrapper("tiny", "ExLlamav2", autoload=True))
+    (line,) = page.menu.load_lora_wrapper(["x"])
+    assert "does not support LoRAs" in line
+
+
+def test_a_load_during_a_generation_ends_it_cleanly(page):
+    list(page.menu.load_model_wrapper("tiny", "ExLlamav2", autoload=True))
+    steps = page.shared.model.generate_with_streaming(PROMPT, STATE | {"max_new_tokens": 400})
+    next(steps)
+    said = list(page.menu.load_model_wrapper("tiny", "ExLlamav2", autoload=True))
+    assert "Loaded" in said[-1]
+    with pytest.raises(exl_loader.errors.ModelUnloaded):
+        list(steps)
+    assert page.shared.model.generate(PROMPT, STATE)
+
+
+def test_two_loads_at_once_leave_one_model(page):
+    results = []
+
+    def load():
+        results.append(list(page.menu.load_model_wrapper("tiny", "ExLlamav2", autoload=True)))
+
+    threads = [threading.Thread(target=load) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all("Loaded" in said[-1] for said in results)
+    assert loading.current().allocated_bytes() == loading.current().reservation.total_bytes
