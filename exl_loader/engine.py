@@ -11,7 +11,7 @@ import torch
 from .errors import InvalidSettings, InvalidTokenizer, ModelUnloaded, PromptTooLong
 from .generation import IdGeneration, TextGeneration
 from .generator import Generator
-from .jobs import Job
+from .jobs import Job, NegativeText
 from .logprobs import TokenLogprobs, token_logprobs
 from .paging import PagedCache
 from .progress import NullProgress, Progress
@@ -61,6 +61,7 @@ class LoadedModel:
         self.reservation = reservation
         self.ctx_size: int = reservation.ctx_size
         self._generator = Generator(model, cache)
+        self._max_batch_size: int = model.max_batch_size
         self._tokenizer = tokenizer
         self._buffers = buffers
         self._unloaded = False
@@ -272,6 +273,11 @@ class LoadedModel:
         self._check_range(settings.stop_token_ids, "stop_token_ids")
         self._check_range(settings.custom_token_bans, "custom_token_bans")
         self._check_range([token for token, _ in settings.logit_bias], "logit_bias")
+        negative = self._negative_text(settings)
+        longest = max(len(prompt_ids), len(negative.ids) if negative is not None else 0)
+        new_tokens = min(settings.max_new_tokens, self.ctx_size - longest)
+        if negative is not None:
+            negative.max_tokens += new_tokens
         roles = TokenRoles.of_request(
             settings, self._tokenizer, vocab_size=self._sampled_vocab_size(),
             eos_ids=self.eos_token_ids, prompt_ids=prompt_ids,
@@ -281,11 +287,26 @@ class LoadedModel:
             settings=settings,
             sampler=Sampler(settings, roles=roles),
             eos_ids=frozenset(() if settings.ban_eos_token else self.eos_token_ids),
-            max_tokens=min(len(prompt_ids) + settings.max_new_tokens, self.ctx_size),
+            max_tokens=len(prompt_ids) + new_tokens,
             text=text,
             progress=progress or NullProgress(),
             vocab_size=self._sampled_vocab_size(),
+            negative=negative,
         )
+
+    def _negative_text(self, settings: SamplingSettings) -> NegativeText | None:
+        """Return what guidance needs besides the prompt; None without guidance."""
+        if settings.guidance_scale == 1:
+            return None
+        if self._max_batch_size < 2:
+            raise InvalidSettings(
+                "guidance_scale", expected="1, because a pass has room for one sequence",
+                actual=repr(settings.guidance_scale),
+                remedy="Load the model with a max_batch_size of 2 or more",
+            )
+        ids = self._prompt_ids(settings.negative_prompt or [])
+        self._check_length(len(ids), len(ids) + 1)
+        return NegativeText(ids, max_tokens=len(ids))
 
     def _sampled_vocab_size(self) -> int:
         """Ids from here on stand for nothing: many models pad their vocabulary."""

@@ -56,6 +56,20 @@ class GenerationStats:
 
 
 @dataclass(eq=False)
+class NegativeText:
+    """What guidance leads away from: a negative prompt, then the same new tokens.
+
+    Args:
+        ids: so far; at first the negative prompt's, at least one.
+        max_tokens: what ids may reach.
+    """
+
+    ids: list[int]
+    max_tokens: int
+    sequence: CacheSequence | None = None
+
+
+@dataclass(eq=False)
 class Job:
     """A request and its state. Only the thread that leads the generator changes it.
 
@@ -68,6 +82,7 @@ class Job:
         text: decodes and looks for stop strings; None where only ids are wanted.
         progress: told about the prompt.
         vocab_size: ids from here on are padding, which `logprobs` leaves out; None for none.
+        negative: the text of guidance, None without.
 
     Attributes:
         output: (id, text to show with it), not yet taken by the consumer.
@@ -86,6 +101,7 @@ class Job:
     text: TextStream | None = None
     progress: Progress = field(default_factory=NullProgress)
     vocab_size: int | None = None
+    negative: NegativeText | None = None
 
     def __post_init__(self) -> None:
         self.sequence: CacheSequence | None = None
@@ -113,15 +129,34 @@ class Job:
         return self.stats.new_tokens > 0
 
     @property
+    def prefilled(self) -> bool:
+        """True where the next pass is one of decoding.
+
+        Guidance needs the logits of two texts at once, so their last tokens go together.
+        """
+        if self.negative is None:
+            return self.decoding
+        return all(len(ids) - sequence.past_len == 1 for sequence, ids in self.texts)
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that a pass has for this job."""
+        return 1 if self.negative is None else 2
+
+    @property
+    def texts(self) -> list[tuple[CacheSequence, Sequence[int] | npt.NDArray[np.int64]]]:
+        """Each sequence with all of its ids, the prompt's own first; none before `begin`."""
+        texts: list[tuple[CacheSequence, Sequence[int] | npt.NDArray[np.int64]]] = []
+        if self.sequence is not None:
+            texts.append((self.sequence, self.history))
+        if self.negative is not None and self.negative.sequence is not None:
+            texts.append((self.negative.sequence, self.negative.ids))
+        return texts
+
+    @property
     def history(self) -> npt.NDArray[np.int64]:
         """Prompt and new ids, int64 [tokens so far]."""
         return self._history[: self._num_tokens]
-
-    @property
-    def pending_ids(self) -> list[int]:
-        """Ids that the cache does not hold yet."""
-        past_len = self.sequence.past_len if self.sequence is not None else 0
-        return self.history[past_len:].tolist()
 
     def draft(self, limit: int) -> list[int]:
         """Return at most `limit` ids that may come next, as many as there is room for."""
@@ -130,9 +165,15 @@ class Job:
         room = self.max_tokens - self._num_tokens - 1
         return look_up(self.history, min(wanted, limit, new_left, room))
 
-    def begin(self, sequence: CacheSequence) -> None:
-        """Start on the prompt, behind what the sequence holds of it already."""
-        self.sequence = sequence
+    def begin(self, sequences: Sequence[CacheSequence]) -> None:
+        """Start on the prompt, behind what its sequence holds of it already.
+
+        Args:
+            sequences: the prompt's, and the negative prompt's where there is one.
+        """
+        sequence = self.sequence = sequences[0]
+        if self.negative is not None:
+            self.negative.sequence = sequences[1]
         self._began_s = time.perf_counter()
         self.progress.start("prompt", len(self.prompt_ids), "tokens")
         self.skip(sequence.past_len)
@@ -157,6 +198,8 @@ class Job:
             return STOP
         self._history[self._num_tokens] = token_id
         self._num_tokens += 1
+        if self.negative is not None:
+            self.negative.ids.append(token_id)
         if self.settings.logprobs:
             row = np.asarray(logits)[: self.vocab_size]
             self.logprobs.append(token_logprobs(row, token_id, self.settings.logprobs))
@@ -168,6 +211,12 @@ class Job:
         if self.stats.new_tokens >= self.settings.max_new_tokens:
             return LENGTH
         return CONTEXT if self._num_tokens >= self.max_tokens else None
+
+    def let_go(self) -> None:
+        """Forget the sequences, which belong to the cache again."""
+        self.sequence = None
+        if self.negative is not None:
+            self.negative.sequence = None
 
     def finish(self, reason: str, error: BaseException | None = None) -> None:
         """End the job; a second time changes nothing."""

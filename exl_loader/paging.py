@@ -93,7 +93,9 @@ class PagedCache:
         self._copy(sequence, source, count)
         return sequence
 
-    def advance(self, sequence: Sequence, prompt_ids: SequenceOf[int]) -> None:
+    def advance(
+        self, sequence: Sequence, prompt_ids: SequenceOf[int] | npt.NDArray[np.int64]
+    ) -> None:
         """Skip what others have stored since the sequence was acquired.
 
         Args:

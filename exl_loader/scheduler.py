@@ -9,15 +9,20 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from .cache import PAGE_LEN, pages_for
 from .errors import CacheFull
 from .jobs import CANCELLED, FAILED, Job
 from .paging import PagedCache
 from .paging import Sequence as CacheSequence
+from .sampling import guide
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
     import torch
+
+Ids = Sequence[int] | npt.NDArray[np.int64]
 
 # A job whose consumer does not take its tokens is not computed further than this, unless
 # another one waits for its pages.
@@ -57,7 +62,7 @@ class Scheduler:
     def decode(self) -> None:
         """Admit jobs, then run one pass over all that are decoding."""
         self._admit()
-        decoding = [job for job in self.active if job.decoding and self._wants_token(job)]
+        decoding = [job for job in self.active if job.prefilled and self._wants_token(job)]
         if decoding:
             self._run(decoding)
 
@@ -67,14 +72,16 @@ class Scheduler:
         Returns:
             False where there is none.
         """
-        job = next((job for job in self.active if not job.decoding), None)
+        job = next((job for job in self.active if not job.prefilled), None)
         if job is None:
             return False
         assert job.sequence is not None
         past_len = job.sequence.past_len
-        self.cache.advance(job.sequence, job.prompt_ids)
+        for sequence, ids in job.texts:
+            self.cache.advance(sequence, ids)
         job.skip(job.sequence.past_len - past_len)
-        self._run([job])
+        if not job.prefilled:
+            self._run([job])
         if job in self.active:
             self.active.remove(job)
             self.active.append(job)
@@ -93,24 +100,47 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Give waiting jobs their pages, in order, as long as there are any."""
-        while self.waiting and len(self.active) < self.model.max_batch_size:
+        while self.waiting:
             job = self.waiting[0]
-            rope_class = self.model.rope_class(job.max_tokens)
+            running = sum(other.num_sequences for other in self.active)
+            if running + job.num_sequences > self.model.max_batch_size:
+                return
             try:
-                sequence = self.cache.acquire(job.max_tokens, job.prompt_ids, rope_class)
+                sequences = self._acquire(job)
             except CacheFull as error:
-                if not self.active or pages_for(job.max_tokens) > self.cache.num_pages:
+                if not self.active or self._num_pages(job) > self.cache.num_pages:
                     self._finish(job, FAILED, error)
                     continue
                 return
             self.waiting.popleft()
             self.active.append(job)
-            job.begin(sequence)
+            job.begin(sequences)
+
+    def _num_pages(self, job: Job) -> int:
+        """Pages for all of a job's texts, were nothing shared."""
+        negative_pages = pages_for(job.negative.max_tokens) if job.negative is not None else 0
+        return pages_for(job.max_tokens) + negative_pages
+
+    def _acquire(self, job: Job) -> list[CacheSequence]:
+        """Take the pages of all texts of a job, or of none."""
+        wanted = [(job.max_tokens, job.prompt_ids)]
+        if job.negative is not None:
+            wanted.append((job.negative.max_tokens, job.negative.ids))
+        taken: list[CacheSequence] = []
+        try:
+            for max_tokens, ids in wanted:
+                rope_class = self.model.rope_class(max_tokens)
+                taken.append(self.cache.acquire(max_tokens, ids, rope_class))
+        except CacheFull:
+            for sequence in taken:
+                self.cache.release(sequence)
+            raise
+        return taken
 
     def _run(self, jobs: list[Job]) -> None:
         """One forward pass, of one prompt's next chunk or over decoding jobs."""
         try:
-            if jobs[0].decoding:
+            if jobs[0].prefilled:
                 self._decode_pass(jobs)
             else:
                 self._prompt_pass(jobs[0])
@@ -128,14 +158,20 @@ class Scheduler:
             raise
 
     def _prompt_pass(self, job: Job) -> None:
-        sequence, pending = job.sequence, job.pending_ids
-        assert sequence is not None
+        """The next chunk of the prompt, then of the negative prompt."""
+        for sequence, text in job.texts:
+            pending = _missing(sequence, text)
+            if job.negative is not None:
+                pending = pending[:-1]
+            if pending:
+                break
         ids = pending[: self._chunk_end(sequence.past_len, len(pending)) - sequence.past_len]
-        complete = len(ids) == len(pending)
-        logits = self.model.forward([(sequence, ids)], "last" if complete else "none")
-        job.progress.advance("prompt", len(ids))
-        self.cache.commit(sequence, job.history)
-        if complete:
+        last = len(ids) == len(pending) and job.negative is None
+        logits = self.model.forward([(sequence, ids)], "last" if last else "none")
+        if sequence is job.sequence:
+            job.progress.advance("prompt", len(ids))
+        self.cache.commit(sequence, text)
+        if last:
             self._take(job, logits.numpy(), [])
 
     def _chunk_end(self, past_len: int, count: int) -> int:
@@ -155,34 +191,39 @@ class Scheduler:
         Rows of expected tokens give the very logits that passes of their own would give, so
         tokens are drawn from them one after the other until one is not what was expected.
         """
-        rows_left = min(self.model.logits_rows, self.model.chunk_size) - len(jobs)
+        rows_left = min(self.model.logits_rows, self.model.chunk_size)
+        rows_left -= sum(job.num_sequences for job in jobs)
         entries, drafts = [], []
         for job in jobs:
-            assert job.sequence is not None
-            draft = job.draft(rows_left)
-            rows_left -= len(draft)
+            draft = job.draft(rows_left // job.num_sequences)
+            rows_left -= len(draft) * job.num_sequences
             drafts.append(draft)
-            entries.append((job.sequence, [*job.pending_ids, *draft]))
-        past_lens = [sequence.past_len for sequence, _ in entries]
+            entries += [
+                (sequence, [*_missing(sequence, ids), *draft]) for sequence, ids in job.texts
+            ]
         logits = self.model.forward(entries, "all" if any(drafts) else "last").numpy()
         first = 0
-        for job, (sequence, ids), past_len, draft in zip(
-            jobs, entries, past_lens, drafts, strict=True
-        ):
-            sequence.past_len = past_len + 1
-            self._take(job, logits[first : first + len(ids)], draft)
-            first += len(ids)
+        for job, draft in zip(jobs, drafts, strict=True):
+            count = len(draft) + 1
+            rows = logits[first : first + count * job.num_sequences]
+            first += len(rows)
+            for sequence, _ in job.texts:
+                sequence.past_len -= len(draft)
+            if job.negative is not None:
+                scale = job.settings.guidance_scale
+                pairs = zip(rows[:count], rows[count:], strict=True)
+                rows = np.stack([guide(row, negative, scale) for row, negative in pairs])
+            self._take(job, rows, draft)
 
-    def _take(self, job: Job, rows: npt.NDArray, draft: list[int]) -> None:
+    def _take(self, job: Job, rows: npt.NDArray[np.float32], draft: list[int]) -> None:
         """Draw from the rows, float32 [1 + len(draft), vocab_size], as far as they hold good."""
-        sequence = job.sequence
-        assert sequence is not None
         try:
             reason = job.take_logits(rows[0])
             for row, expected in zip(rows[1:], draft, strict=True):
                 if reason is not None or job.history[-1] != expected:
                     break
-                sequence.past_len += 1
+                for sequence, _ in job.texts:
+                    sequence.past_len += 1
                 job.stats.accepted_tokens += 1
                 reason = job.take_logits(row)
         except Exception as error:
@@ -190,16 +231,23 @@ class Scheduler:
             return
         if reason is not None:
             self._finish(job, reason)
-        elif sequence.past_len >= len(sequence.keys) * PAGE_LEN:
-            self.cache.commit(sequence, job.history)
+            return
+        for sequence, ids in job.texts:
+            if sequence.past_len >= len(sequence.keys) * PAGE_LEN:
+                self.cache.commit(sequence, ids)
 
     def _finish(self, job: Job, reason: str, error: BaseException | None = None) -> None:
         if job in self.active:
             self.active.remove(job)
         if job in self.waiting:
             self.waiting.remove(job)
-        sequence, job.sequence = job.sequence, None
-        if sequence is not None:
-            self.cache.commit(sequence, job.history)
+        for sequence, ids in job.texts:
+            self.cache.commit(sequence, ids)
             self.cache.release(sequence)
+        job.let_go()
         job.finish(reason, error)
+
+
+def _missing(sequence: CacheSequence, ids: Ids) -> list[int]:
+    """Ids of a text that the cache does not hold yet."""
+    return [int(i) for i in ids[sequence.past_len :]]

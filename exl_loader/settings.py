@@ -133,8 +133,8 @@ class SamplingSettings:
             prompt's included; 0 is all of them.
         encoder_repetition_penalty: above 1 makes tokens of the prompt likelier.
         no_repeat_ngram_size: no sequence of so many tokens comes twice; 0 is off.
-        guidance_scale, negative_prompt: guidance, which generations do not run yet: any scale
-            but 1 is refused. A negative prompt alone says nothing.
+        guidance_scale, negative_prompt: above 1 leads away from how the negative prompt would
+            go on (classifier-free guidance), at the cost of a second sequence; 1 is off.
         sampler_priority: names of samplers in the order in which they run, `SAMPLER_PRIORITY`
             where empty; those not named run first.
         custom_token_bans: ids that are never drawn; a list, or text with commas.
@@ -219,11 +219,6 @@ class SamplingSettings:
     def _check_guidance(self) -> None:
         if not isinstance(self.negative_prompt, str):
             raise invalid("negative_prompt", "text", self.negative_prompt)
-        if self.guidance_scale != 1:
-            raise InvalidSettings(
-                "guidance_scale", expected="1, because generations cannot follow a negative "
-                "prompt yet", actual=repr(self.guidance_scale), remedy="Set guidance_scale to 1",
-            )
 
     def _read_lists(self) -> None:
         stop_strings = tuple_of("stop_strings", self.stop_strings, str)

@@ -52,7 +52,7 @@ WRONG = {
     "repetition_penalty_range": [-1, 2.5],
     "encoder_repetition_penalty": [0, -1, NAN],
     "no_repeat_ngram_size": [-1, 0.5],
-    "guidance_scale": [0, 1.5, NAN],
+    "guidance_scale": ["1", None, NAN],
     "negative_prompt": [5, ["a"]],
     "sampler_priority": ["temprature", ["top_k", "top_q"], 5, [5]],
     "custom_token_bans": ["a", "1;2", "1.5", "-1", [-1], [1.5], [True], 1.5],
@@ -146,11 +146,10 @@ def test_no_priorities_are_the_default_ones(nothing):
     assert read.sampler_priority == SAMPLER_PRIORITY
 
 
-def test_guidance_is_refused_and_a_negative_prompt_alone_is_not():
+def test_a_negative_prompt_is_text():
     assert SamplingSettings.from_dict({"negative_prompt": "bad"}).negative_prompt == "bad"
     assert SamplingSettings.from_dict({"negative_prompt": None}).negative_prompt == ""
-    with pytest.raises(InvalidSettings, match="negative prompt yet.*Set guidance_scale to 1"):
-        SamplingSettings(guidance_scale=1.5)
+    assert SamplingSettings(guidance_scale=1.5).guidance_scale == 1.5
 
 
 def test_a_dict_as_web_forms_send_it():

@@ -33,6 +33,7 @@ def make_request(rng: random.Random, base: list[int]) -> Request:
         {}, {"top_k": 20}, {"top_p": 0.8, "min_p": 0.02}, {"repetition_penalty": 1.3},
         {"stop_strings": ["e", "th"]}, {"logprobs": 3}, {"ban_eos_token": True},
         {"prompt_lookup_num_tokens": 4}, {"xtc_probability": 0.5}, {"dry_multiplier": 0.8},
+        {"guidance_scale": 1.7, "negative_prompt": "not this"},
         {"mirostat_mode": 2},
     ]
     return prompt, settings | rng.choice(extras)
