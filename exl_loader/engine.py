@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .errors import InvalidSettings, InvalidTokenizer, ModelUnloaded, PromptTooLong
+from .errors import InvalidSettings, ModelUnloaded
 from .generation import IdGeneration, TextGeneration
 from .generator import Generator
 from .jobs import Job, NegativeText
 from .logprobs import TokenLogprobs, token_logprobs
 from .paging import PagedCache
 from .progress import NullProgress, Progress
+from .prompts import Prompt, PromptReader
 from .sampling import Sampler, TokenRoles
 from .settings import SamplingSettings
 from .text_stream import TextStream
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from .tokenizer import Tokenizer
 
 Settings = SamplingSettings | Mapping[str, Any] | None
-Prompt = str | Iterable[int]
 
 
 class LoadedModel:
@@ -63,6 +63,7 @@ class LoadedModel:
         self._generator = Generator(model, cache)
         self._max_batch_size: int = model.max_batch_size
         self._tokenizer = tokenizer
+        self._prompts = PromptReader(self.config, tokenizer, self.ctx_size)
         self._buffers = buffers
         self._unloaded = False
         ids = set(self.config.eos_token_ids)
@@ -86,13 +87,7 @@ class LoadedModel:
         Raises:
             InvalidTokenizer: the folder has none.
         """
-        if self._tokenizer is None:
-            raise InvalidTokenizer(
-                "the model's tokenizer", expected="tokenizer.json or tokenizer.model",
-                actual="neither in the model folder",
-                remedy="Copy the tokenizer files of the original model into the folder",
-            )
-        return self._tokenizer
+        return self._prompts.tokenizer
 
     @property
     def has_tokenizer(self) -> bool:
@@ -241,8 +236,8 @@ class LoadedModel:
 
     def _whole_prompt(self, ids: Iterable[int]) -> list[int]:
         self._check_loaded()
-        prompt_ids = self._checked_ids(ids)
-        self._check_length(len(prompt_ids), len(prompt_ids))
+        prompt_ids = self._prompts.checked(ids)
+        self._prompts.check_length(len(prompt_ids), len(prompt_ids))
         return prompt_ids
 
     def allocated_bytes(self) -> int:
@@ -268,11 +263,11 @@ class LoadedModel:
         progress: Progress | None,
     ) -> Job:
         self._check_loaded()
-        prompt_ids = self._prompt_ids(prompt)
-        self._check_length(len(prompt_ids), len(prompt_ids) + 1)
-        self._check_range(settings.stop_token_ids, "stop_token_ids")
-        self._check_range(settings.custom_token_bans, "custom_token_bans")
-        self._check_range([token for token, _ in settings.logit_bias], "logit_bias")
+        prompt_ids = self._prompts.ids(prompt)
+        self._prompts.check_length(len(prompt_ids), len(prompt_ids) + 1)
+        self._prompts.check_range(settings.stop_token_ids, "stop_token_ids")
+        self._prompts.check_range(settings.custom_token_bans, "custom_token_bans")
+        self._prompts.check_range([token for token, _ in settings.logit_bias], "logit_bias")
         negative = self._negative_text(settings)
         longest = max(len(prompt_ids), len(negative.ids) if negative is not None else 0)
         new_tokens = min(settings.max_new_tokens, self.ctx_size - longest)
@@ -304,52 +299,11 @@ class LoadedModel:
                 actual=repr(settings.guidance_scale),
                 remedy="Load the model with a max_batch_size of 2 or more",
             )
-        ids = self._prompt_ids(settings.negative_prompt or [])
-        self._check_length(len(ids), len(ids) + 1)
+        ids = self._prompts.ids(settings.negative_prompt or [])
+        self._prompts.check_length(len(ids), len(ids) + 1)
         return NegativeText(ids, max_tokens=len(ids))
 
     def _sampled_vocab_size(self) -> int:
         """Ids from here on stand for nothing: many models pad their vocabulary."""
         size = self.config.vocab_size
         return size if self._tokenizer is None else min(size, self._tokenizer.vocab_size)
-
-    def _prompt_ids(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            tokenizer = self.tokenizer
-            ids = tokenizer.encode(prompt, add_bos=tokenizer.add_bos_token)
-            bos_id = tokenizer.bos_token_id
-        else:
-            ids, bos_id = list(prompt), self.config.bos_token_id
-        if not ids and bos_id is not None:
-            ids = [bos_id]
-        return self._checked_ids(ids)
-
-    def _checked_ids(self, ids: Iterable[int]) -> list[int]:
-        """Turn any integers (numpy's and torch's too) into a list of valid ids."""
-        try:
-            checked = [int(i) for i in ids]
-        except (TypeError, ValueError):
-            raise InvalidSettings("prompt", expected="text or token ids",
-                                  actual=repr(ids)[:80]) from None
-        if not checked:
-            raise InvalidSettings("prompt", expected="at least one token", actual="none",
-                                  remedy="Write something to continue")
-        self._check_range(checked, "token ids")
-        return checked
-
-    def _check_range(self, ids: Sequence[int], what: str) -> None:
-        if ids and not (min(ids) >= 0 and max(ids) < self.config.vocab_size):
-            raise InvalidSettings(
-                what, expected=f"0 to {self.config.vocab_size - 1}",
-                actual=f"{min(ids)} to {max(ids)}",
-                remedy="They may come from another model's tokenizer",
-            )
-
-    def _check_length(self, prompt_len: int, needed: int) -> None:
-        if needed > self.ctx_size:
-            room = "" if needed == prompt_len else " and room for one more"
-            raise PromptTooLong(
-                "the prompt", expected=f"at most {self.ctx_size} tokens{room}",
-                actual=f"{prompt_len} tokens",
-                remedy="Shorten it, or load the model with a larger ctx_size",
-            )

@@ -1,0 +1,97 @@
+"""Prompts as requests bring them: text or ids, checked against the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from .errors import InvalidSettings, InvalidTokenizer, PromptTooLong
+
+if TYPE_CHECKING:
+    from .config import ModelConfig
+    from .tokenizer import Tokenizer
+
+Prompt = str | Iterable[int]
+
+
+class PromptReader:
+    """Reads prompts for one model.
+
+    Args:
+        config: gives vocab_size and bos_token_id.
+        tokenizer: None where only ids can be used.
+        ctx_size: tokens that prompt and answer may have together.
+    """
+
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer | None, ctx_size: int) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        self._ctx_size = ctx_size
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer.
+
+        Raises:
+            InvalidTokenizer: it has none.
+        """
+        if self._tokenizer is None:
+            raise InvalidTokenizer(
+                "the model's tokenizer", expected="tokenizer.json or tokenizer.model",
+                actual="neither in the model folder",
+                remedy="Copy the tokenizer files of the original model into the folder",
+            )
+        return self._tokenizer
+
+    def ids(self, prompt: Prompt) -> list[int]:
+        """Encode a prompt, or check its ids; an empty one becomes the BOS token.
+
+        Raises:
+            InvalidSettings: a token id makes no sense, or it is empty and there is no BOS token.
+            InvalidTokenizer: text, and the model has no tokenizer.
+        """
+        if isinstance(prompt, str):
+            tokenizer = self.tokenizer
+            ids = tokenizer.encode(prompt, add_bos=tokenizer.add_bos_token)
+            bos_id = tokenizer.bos_token_id
+        else:
+            ids, bos_id = list(prompt), self._config.bos_token_id
+        if not ids and bos_id is not None:
+            ids = [bos_id]
+        return self.checked(ids)
+
+    def checked(self, ids: Iterable[int]) -> list[int]:
+        """Turn any integers (numpy's and torch's too) into a list of valid ids, at least one.
+
+        Raises:
+            InvalidSettings: they are not.
+        """
+        try:
+            checked = [int(i) for i in ids]
+        except (TypeError, ValueError):
+            raise InvalidSettings("prompt", expected="text or token ids",
+                                  actual=repr(ids)[:80]) from None
+        if not checked:
+            raise InvalidSettings("prompt", expected="at least one token", actual="none",
+                                  remedy="Write something to continue")
+        self.check_range(checked, "token ids")
+        return checked
+
+    def check_range(self, ids: Sequence[int], what: str) -> None:
+        """Raise InvalidSettings, which names `what`, for ids outside the vocabulary."""
+        if ids and not (min(ids) >= 0 and max(ids) < self._config.vocab_size):
+            raise InvalidSettings(
+                what, expected=f"0 to {self._config.vocab_size - 1}",
+                actual=f"{min(ids)} to {max(ids)}",
+                remedy="They may come from another model's tokenizer",
+            )
+
+    def check_length(self, prompt_len: int, needed: int) -> None:
+        """Raise PromptTooLong where the context has fewer than `needed` tokens."""
+        if needed > self._ctx_size:
+            room = "" if needed == prompt_len else " and room for one more"
+            raise PromptTooLong(
+                "the prompt", expected=f"at most {self._ctx_size} tokens{room}",
+                actual=f"{prompt_len} tokens",
+                remedy="Shorten it, or load the model with a larger ctx_size",
+            )
