@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -48,6 +49,8 @@ class PanelView:
             first.model_dir, label="Model folder", elem_id="exl_model_dir", max_lines=1,
             info="A folder with config.json and *.safetensors (EXL2, GPTQ or unquantised)",
         )
+        # The folder that the slider speaks of: leaving the field is not always a change.
+        self.known_dir = gr.State(first.model_dir)
         self.ctx_size = _ctx_slider(first)
         self.cache_type = gr.Dropdown(
             list(CACHE_TYPES), value=first.cache_type, label="cache_type",
@@ -88,39 +91,50 @@ class PanelView:
         self.pick.change(
             _picked, [self.pick, self.ctx_size, self.cache_type],
             [self.ctx_size, *toggles], **QUICK)
-        for component in (self.ctx_size, self.cache_type, self.alpha_value,
-                          self.compress_pos_emb):
+        for component in (self.ctx_size, self.cache_type):
             component.change(self._gauge, options, self.gauge, **GAUGE)
+        for component in (self.alpha_value, self.compress_pos_emb):
+            # The gauge comes second: where several components change at once, as on a page
+            # that is opened again, the slider is the last to be there.
+            stretched = component.change(_stretched, options, self.ctx_size, **GAUGE)
+            stretched.then(self._gauge, options, self.gauge, **QUICK)
         for event in (self.model_dir.submit, self.model_dir.blur):
-            event(self._chosen, options, [self.ctx_size, self.gauge], **QUICK)
+            event(self._chosen, [self.known_dir, *options],
+                  [self.known_dir, self.ctx_size, self.gauge], **QUICK)
         after: dict[str, Any] = {"fn": self._gauge, "inputs": options, "outputs": self.gauge}
         state = text.model_outputs()
         buttons = [self.load, self.unload, self.status]
+        known: dict[str, Any] = {
+            "fn": self._as_loaded, "inputs": None, "outputs": [self.known_dir, *options]}
         begun = self.load.click(self._load, options, buttons, show_progress="hidden")
+        begun = begun.then(**known, **QUICK)
         begun.then(**after, **QUICK).then(text.model_changed, None, state, **QUICK)
         ended = self.unload.click(self._unload, None, buttons, show_progress="hidden")
         ended.then(**after, **QUICK).then(text.model_changed, None, state, **QUICK)
         opened = page.load(self._opened, None, buttons, show_progress="hidden")
-        opened = opened.then(self._as_loaded, options, options, **QUICK).then(**after, **QUICK)
+        opened = opened.then(**known, **QUICK).then(**after, **QUICK)
         text.connect(opened.then(text.model_changed, None, state, **QUICK))
 
     def _gauge(self, *values: Any) -> str:
         return self._session.gauge(_options(values))
 
-    def _chosen(self, *values: Any) -> tuple[Any, Any]:
+    def _chosen(self, known_dir: str, *values: Any) -> tuple[Any, ...]:
         """Follow another folder: its length is the slider's, its plan the gauge's."""
-        options = _options(values)
-        return _ctx_slider(options), self._session.gauge(options)
+        options = replace(_options(values), ctx_size=0)
+        if options.model_dir == known_dir:
+            return (gr.skip(),) * 3
+        return options.model_dir, _ctx_slider(options), self._session.gauge(options)
 
-    def _as_loaded(self, *values: Any) -> tuple[Any, ...]:
-        """Show a page that is opened, or opened again, the options of the model in memory."""
+    def _as_loaded(self) -> tuple[Any, ...]:
+        """Show the options of the model in memory, if there is one, and its folder before them."""
         options = self._session.options
         if options is None:
-            return values
+            # Not the values that came: a person may have changed them meanwhile.
+            return (gr.skip(),) * (1 + len(OPTION_NAMES))
         toggles = toggles_for(options.cache_type)
         return (
-            options.model_dir, _ctx_slider(options), toggles.cache_type, toggles.cache_8bit,
-            toggles.cache_4bit, options.alpha_value, options.compress_pos_emb,
+            options.model_dir, options.model_dir, _ctx_slider(options), toggles.cache_type,
+            toggles.cache_8bit, toggles.cache_4bit, options.alpha_value, options.compress_pos_emb,
         )
 
     def _load(self, *values: Any) -> Iterator[tuple[Any, ...]]:
@@ -159,16 +173,31 @@ def _options(values: Any) -> LoadOptions:
 
 def _ctx_slider(options: LoadOptions) -> gr.Slider:
     """Make a slider up to the model's own length, at what a load without a choice would take."""
-    try:
-        length, ctx_size = reachable_length(options), options.ctx_size
-        ctx_size = ctx_size or reserve(options).ctx_size
-    except (ExlLoaderError, OSError):
-        length, ctx_size = UNKNOWN_LENGTH, options.ctx_size or UNKNOWN_LENGTH // 4
-    most = max(PAGE_LEN, -(-length // PAGE_LEN) * PAGE_LEN, ctx_size)
+    ctx_size = options.ctx_size
+    if not ctx_size:
+        try:
+            ctx_size = reserve(options).ctx_size
+        except (ExlLoaderError, OSError):
+            ctx_size = UNKNOWN_LENGTH // 4
     return gr.Slider(
-        PAGE_LEN, most, value=ctx_size, step=PAGE_LEN, label="ctx_size",
-        elem_id="exl_ctx_size", info="Tokens that prompt and answer may have together",
+        PAGE_LEN, max(_slider_end(options), ctx_size), value=ctx_size, step=PAGE_LEN,
+        label="ctx_size", elem_id="exl_ctx_size",
+        info="Tokens that prompt and answer may have together",
     )
+
+
+def _stretched(*values: Any) -> Any:
+    """Let the slider reach as far as RoPE scaling makes the model reach."""
+    return gr.update(maximum=_slider_end(_options(values)))
+
+
+def _slider_end(options: LoadOptions) -> int:
+    """Return the model's length in whole pages, as far as RoPE scaling stretches it."""
+    try:
+        length = reachable_length(options)
+    except (ExlLoaderError, OSError):
+        length = UNKNOWN_LENGTH
+    return max(PAGE_LEN, -(-length // PAGE_LEN) * PAGE_LEN)
 
 
 def _picked(text: str, ctx_size: int, cache_type: str) -> tuple[Any, ...]:

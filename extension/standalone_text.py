@@ -54,7 +54,7 @@ class TextView:
                 self._make_chat()
             with gr.Tab("Text", id="text") as self.text_tab:
                 self._make_text()
-        self.stats = gr.Markdown(NOTHING_LOADED, elem_id="exl_stats", elem_classes="exl-stats")
+        self.stats = gr.Markdown("Opening …", elem_id="exl_stats", elem_classes="exl-stats")
         self.problem = gr.HTML(elem_id="exl_problem", padding=False)
         with gr.Accordion("Sampling", open=False):
             self.sampling = _sampling()

@@ -88,6 +88,10 @@ class Page:
         self.page.goto(address)
         self.gauge = self.page.locator("#exl_gauge .exl-gauge")
         self.gauge.wait_for()
+        # From here on the page shows the model in memory, if there is one.
+        stats = self.page.locator("#exl_stats")
+        sync_api.expect(stats).to_be_visible(timeout=WAIT_MS)
+        sync_api.expect(stats).not_to_contain_text("Opening", timeout=WAIT_MS)
 
     def __enter__(self):
         return self
@@ -213,13 +217,55 @@ def test_what_does_not_fit_is_made_to_fit_by_a_click(browser, tight_address, the
         page.expect_gauge("Fits")
 
 
+def test_page_listens_on_this_machine_alone(address):
+    port = int(address.rpartition(":")[2].strip("/"))
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    listening = {row[1] for row in rows if row[3] == "0A" and row[1].endswith(f":{port:04X}")}
+    assert listening == {f"0100007F:{port:04X}"}
+    assert f":{port:04X} " not in Path("/proc/net/tcp6").read_text()
+
+
+def test_taken_port_is_told_in_a_line(address):
+    port = address.rpartition(":")[2].strip("/")
+    result = subprocess.run(
+        [sys.executable, "-m", "extension.standalone", "--no-browser", "--port", port], cwd=REPO,
+        capture_output=True, text=True,
+    )
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "the page cannot be served" in result.stderr and port in result.stderr
+
+
+def write_endless_model(folder):
+    """Write a model that says `a` whatever it reads, with room for minutes of it."""
+    from safetensors.torch import load_file, save_file
+
+    write_tiny_model(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
+            tensor.zero_()
+        elif name.endswith(("norm.weight", "embed_tokens.weight")):
+            tensor.fill_(1)
+    vocab = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    tensors["lm_head.weight"][vocab["a"]] = 1
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
 def test_stop_ends_the_text_at_once_and_keeps_it(browser, address, tmp_path):
-    # A model that never ends by itself, with room for minutes of text.
-    folder = write_tiny_model(tmp_path / "endless", eos_token_id=287)
+    folder = write_endless_model(tmp_path / "endless")
     with Page(browser, address) as page:
         page.page.locator("#exl_model_dir textarea, #exl_model_dir input").fill(str(folder))
         page.page.keyboard.press("Enter")
         page.expect_gauge("endless")
+        # Another model's slider reaches as far as that model, and RoPE scaling further.
+        slider = page.page.locator("#exl_ctx_size input[type=range]")
+        sync_api.expect(slider).to_have_attribute("max", "32768")
+        page.expect_options("8,192 tokens of context")
+        page.page.get_by_text("RoPE scaling").click()
+        page.page.get_by_label("number input for alpha_value").fill("2")
+        page.page.keyboard.press("Tab")
+        sync_api.expect(slider).to_have_attribute("max", "65536")
         page.click("#exl_load")
         page.expect_gauge("Measured equals reserved, to the byte")
         page.page.get_by_text("Sampling").click()
