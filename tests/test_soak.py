@@ -20,13 +20,14 @@ NUM_REQUESTS = 2000
 NUM_THREADS = 16
 NUM_TEXTS = 60
 CTX_SIZE = 4096
+SHIPPED_MODEL = Path(exl_loader.__file__).parent / "demo_model"
 Request = tuple[list[int], dict]
 
 
 def make_request(rng: random.Random, base: list[int]) -> Request:
     """A prompt that shares a beginning of any length with the others, and its settings."""
-    fork, length = rng.randrange(700), rng.randint(1, 700)
-    prompt = [*base[:fork], *(rng.randint(3, 250) for _ in range(700))][:length]
+    fork, length = rng.randrange(len(base)), rng.randint(1, len(base))
+    prompt = [*base[:fork], *(rng.randint(3, 250) for _ in base)][:length]
     settings: dict = {"seed": rng.randrange(1000), "max_new_tokens": rng.randint(1, 30)}
     settings["temperature"] = rng.choice([0, 0.7, 1.5])
     extras: list[dict] = [
@@ -130,20 +131,22 @@ def inject_errors(model: LoadedModel, rng: random.Random) -> None:
 
 
 @pytest.mark.slow
-def test_thousands_of_requests_from_sixteen_threads(tiny_model_dir):
+@pytest.mark.parametrize(("name", "longest"), [("tiny", 700), ("shipped", 300)])
+def test_thousands_of_requests_from_sixteen_threads(name, longest, tiny_model_dir):
     rng = random.Random(20)
-    base = [rng.randint(3, 250) for _ in range(700)]
+    base = [rng.randint(3, 250) for _ in range(longest)]
     requests = [make_request(rng, base) for _ in range(NUM_TEXTS)]
-    with exl_loader.load(tiny_model_dir, ctx_size=CTX_SIZE, cache_type="q4") as model:
+    folder = tiny_model_dir if name == "tiny" else SHIPPED_MODEL
+    with exl_loader.load(folder, ctx_size=CTX_SIZE, cache_type="q4") as model:
         texts = []
+        scheduler = model._generator._scheduler
+        cache = scheduler.cache
         for request in requests:
-            # It takes all pages, so that each text is made from nothing.
-            model.prompt_logits([5] * CTX_SIZE)
+            # Whoever takes all pages leaves nothing to be reused: each text is made alone.
+            cache.release(cache.acquire(CTX_SIZE))
             texts.append((request, list(model.generate_ids(*request))))
         inject_errors(model, rng)
         workers = soak(model, texts)
-        scheduler = model._generator._scheduler
-        cache = scheduler.cache
         assert cache.num_free_pages == cache.num_pages == CTX_SIZE // 256
         assert not scheduler.active and not scheduler.waiting
         assert model.allocated_bytes() == model.reservation.total_bytes
