@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -28,11 +29,26 @@ def start() -> None:
     """Have the loader registered as soon as the web UI can, which is before `--model` loads."""
     watcher.around["modules.shared"] = command_line_flags
     watcher.after["modules.models"] = _register
+    watcher.after["modules.ui"] = _register
     watcher.start()
 
 
-def _register(_: ModuleType) -> None:
+def _register(imported: ModuleType) -> None:
+    """Register once all that registration touches is complete.
+
+    Up to v4.0 `modules.ui` imports `modules.models` on its way, and has the list of options
+    that later versions keep in `modules.loaders`.
+    """
+    page = sys.modules.get("modules.ui")
+    # The module that has just been executed still counts as being imported.
+    if "modules.models" not in sys.modules or (page is not imported and is_initializing(page)):
+        return
     importlib.import_module(".registration", __package__).register()
+
+
+def is_initializing(module: ModuleType | None) -> bool:
+    """Whether a module is being imported right now."""
+    return module is not None and bool(getattr(module.__spec__, "_initializing", False))
 
 
 @contextmanager

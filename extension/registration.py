@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from . import dispatch, host, host_panel, loading, recognise
-from .early import watcher
+from .early import is_initializing, watcher
 from .host import LOADERS, OPTION_DEFAULTS, HostDiffers, Patches, say
 from .request import SAMPLERS
 
@@ -185,7 +185,7 @@ def _watch_later_modules() -> None:
         found = sys.modules.get(name)
         watcher.after[name] = extend
         if found is not None:
-            if getattr(found.__spec__, "_initializing", False):
+            if is_initializing(found):
                 raise HostDiffers(f"{name} is imported in an order that is new")
             watcher.call(name, found)
     watcher.start()
