@@ -184,8 +184,12 @@ def _check_attribute(name: Any) -> None:
         raise jinja2.exceptions.SecurityError(f"namespace attribute {name!r} is not allowed")
 
 
+class TemplateRefusal(jinja2.TemplateError):
+    """The template does not accept this conversation; its own words say why."""
+
+
 def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
+    raise TemplateRefusal(message)
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None,

@@ -13,11 +13,15 @@ from typing import Any
 
 import jinja2
 
-from .chat_sandbox import make_environment, render
+from .chat_sandbox import TemplateRefusal, make_environment, render
+from .continued_message import cut_after, mark_end
 from .errors import ExlLoaderError, InvalidSettings, InvalidTokenizer
 from .json_keys import read_json_object
 
 _REMEDY = "Use the original model's template, or give a plain prompt"
+
+# Names under which a message's reasoning is known; the first is what most templates read.
+_REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 
 class ChatTemplates:
@@ -58,7 +62,8 @@ class ChatTemplates:
         messages: Sequence[Mapping[str, Any]],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | str = False,
         name: str | None = None,
         **variables: Any,
     ) -> str:
@@ -66,27 +71,51 @@ class ChatTemplates:
 
         Args:
             messages: JSON objects with `role` and mostly `content`; keys that are None are
-                left out, as transformers does.
+                left out and reasoning is given under all its names, as transformers does.
             tools: JSON schemas; with tools, the template `tool_use` is the default.
-            add_generation_prompt: end with the header of the model's answer.
+            add_generation_prompt: end with the header of the model's answer; None means yes,
+                unless the final message is continued.
+            continue_final_message: end inside the last message, so that the model writes on
+                from its last character; a string names the key that it continues.
             name: which template.
             variables: what else the template may read.
 
         Raises:
-            InvalidSettings: messages are no list of objects, or hold what is no JSON.
+            InvalidSettings: messages are no list of objects, or hold what is no JSON; or the
+                final message cannot be continued.
             InvalidTokenizer: no such template, it is broken, refuses the conversation,
                 tries what the sandbox forbids, or does not end in time.
         """
-        template = self._template(self._choose(name, tools))
-        context = {
-            "messages": _plain_messages(messages),
+        if continue_final_message and add_generation_prompt:
+            raise InvalidSettings(
+                "continue_final_message", expected="add_generation_prompt=False beside it",
+                actual="both", remedy="Ask for one of the two",
+            )
+        name = self._choose(name, tools)
+        template = self._template(name)
+        plain = _plain_messages(messages)
+        text = None
+        if continue_final_message:
+            text = mark_end(plain, continue_final_message, self.sources[name], _REASONING_KEYS)
+        prompt = self._run(template, {
+            "messages": plain,
             "tools": _plain(tools, "tools") if tools is not None else None,
             "documents": None,
-            "add_generation_prompt": add_generation_prompt,
+            "add_generation_prompt":
+                not continue_final_message if add_generation_prompt is None
+                else add_generation_prompt,
             **{key: _plain(value, key) for key, value in variables.items()},
-        }
+        })
+        return prompt if text is None else cut_after(prompt, text)
+
+    def _run(self, template: jinja2.Template, context: dict[str, Any]) -> str:
         try:
             return render(template, context)
+        except TemplateRefusal as error:
+            raise InvalidTokenizer(
+                self.where, expected="a conversation that the template accepts",
+                actual=str(error), remedy="Change the messages, or use another template",
+            ) from None
         except Exception as error:
             # jinja2's own errors, TypeError, OverflowError from range(), RecursionError from
             # macros: all of them are the template's.
@@ -108,7 +137,9 @@ class ChatTemplates:
         if name not in self._compiled:
             try:
                 self._compiled[name] = make_environment().from_string(self.sources[name])
-            except (jinja2.TemplateError, RecursionError, ValueError) as error:
+            except Exception as error:
+                # Besides jinja2's errors: RecursionError from its parser, SyntaxError and
+                # MemoryError from Python's compiler where loops or brackets nest too deeply.
                 raise self._error(error) from None
         return self._compiled[name]
 
@@ -142,8 +173,16 @@ def _plain_messages(messages: Any) -> list[dict[str, Any]]:
             raise InvalidSettings("messages", expected=expected,
                                   actual=f"a message of type {type(message).__name__}")
         present = {key: value for key, value in message.items() if value is not None}
-        plain.append(_plain(present, "messages"))
+        plain.append(_with_reasoning(_plain(present, "messages")))
     return plain
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    for key in _REASONING_KEYS:
+        if message.get(key) is not None:
+            reasoning = message[key]
+            return {"thinking": reasoning, **message, "reasoning_content": reasoning}
+    return message
 
 
 def _from_jinja_files(folder: Path) -> dict[str, str]:

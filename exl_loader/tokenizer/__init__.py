@@ -118,7 +118,8 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | str = False,
         template: str | None = None,
         **variables: Any,
     ) -> str:
@@ -129,16 +130,20 @@ class Tokenizer:
         Args:
             messages: `{"role": ..., "content": ...}` in order.
             tools: JSON schemas of functions the model may call.
-            add_generation_prompt: end with the header of the model's answer.
+            add_generation_prompt: end with the header of the model's answer; None means yes,
+                unless the final message is continued.
+            continue_final_message: end inside the last message, so that the model writes on
+                from its last character; a string names another key than `content`.
             template: name of one of the folder's templates; None is the default one.
             variables: further variables of the template, e.g. `enable_thinking`.
 
         Raises:
             InvalidTokenizer: there is no such template, or it cannot be rendered.
-            InvalidSettings: messages are none.
+            InvalidSettings: messages are none, or the final one cannot be continued.
         """
         return self.chat_templates.render(
-            messages, tools=tools, add_generation_prompt=add_generation_prompt, name=template,
+            messages, tools=tools, add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message, name=template,
             **{**self.special_tokens, **variables},
         )
 
