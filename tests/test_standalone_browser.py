@@ -65,7 +65,7 @@ def address():
 def tight_address():
     """With the whole context 8 bits a cache element just fit, and 16 do not."""
     least = plan(DEMO_MODEL, 1024, "q8").total_bytes
-    yield from serve(EXL_LOADER_MEMORY_LIMIT=str(least + 100_000))
+    yield from serve(EXL_LOADER_MEMORY_LIMIT=str(least + 600_000))
 
 
 @pytest.fixture(scope="module")
