@@ -11,6 +11,7 @@ import torch
 from .errors import InvalidSettings, ModelUnloaded
 from .generation import IdGeneration, TextGeneration
 from .generator import Generator
+from .grammar import Grammars
 from .jobs import Job, NegativeText
 from .logprobs import TokenLogprobs, token_logprobs
 from .paging import PagedCache
@@ -70,6 +71,7 @@ class LoadedModel:
         if tokenizer is not None:
             ids.update(i for i in tokenizer.eos_token_ids if i < self.config.vocab_size)
         self.eos_token_ids = tuple(sorted(ids))
+        self._grammars = Grammars(tokenizer, self._sampled_vocab_size(), self.eos_token_ids)
 
     def __enter__(self) -> LoadedModel:
         return self
@@ -280,7 +282,7 @@ class LoadedModel:
         return Job(
             prompt_ids=prompt_ids,
             settings=settings,
-            sampler=Sampler(settings, roles=roles),
+            sampler=Sampler(settings, roles=roles, constraint=self._grammars.matcher(settings)),
             eos_ids=frozenset(() if settings.ban_eos_token else self.eos_token_ids),
             max_tokens=len(prompt_ids) + new_tokens,
             text=text,

@@ -208,6 +208,8 @@ class Job:
         if found:
             self._text_ended = True
             return STOP
+        if self.sampler.complete:
+            return STOP
         if self.stats.new_tokens >= self.settings.max_new_tokens:
             return LENGTH
         return CONTEXT if self._num_tokens >= self.max_tokens else None

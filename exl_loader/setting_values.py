@@ -38,6 +38,26 @@ def check_flag(name: str, value: Any) -> None:
         raise invalid(name, "true or false", value)
 
 
+def check_text(name: str, value: Any) -> None:
+    """Raise InvalidSettings where this is no text."""
+    if not isinstance(value, str):
+        raise invalid(name, "text", value)
+
+
+def json_schema(name: str, value: Any) -> str:
+    """Return a JSON schema as text, given so or as a dict; "" is none."""
+    wanted = "a JSON schema, an object or its text"
+    if isinstance(value, str) and not value.strip():
+        return ""
+    try:
+        schema = json.loads(value) if isinstance(value, str) else value
+        if not isinstance(schema, Mapping):
+            raise invalid(name, wanted, value)
+        return json.dumps(dict(schema))
+    except (TypeError, ValueError, RecursionError):
+        raise invalid(name, wanted, value) from None
+
+
 def tuple_of(name: str, value: Any, kind: type) -> tuple:
     """Return texts or token ids as a tuple; one alone is a list of one."""
     values = (value,) if isinstance(value, kind) else value

@@ -14,7 +14,9 @@ from .setting_values import (
     check_flag,
     check_integer,
     check_number,
+    check_text,
     invalid,
+    json_schema,
     names,
     quoted_texts,
     token_ids,
@@ -40,7 +42,6 @@ SAMPLER_PRIORITY = (
 # would be a lie.
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "penalty_alpha": (0,),
-    "grammar_string": ("", None),
     "auto_max_new_tokens": (False,),
 }
 
@@ -135,6 +136,10 @@ class SamplingSettings:
         no_repeat_ngram_size: no sequence of so many tokens comes twice; 0 is off.
         guidance_scale, negative_prompt: above 1 leads away from how the negative prompt would
             go on (classifier-free guidance), at the cost of a second sequence; 1 is off.
+        grammar_string: a grammar in llama.cpp's GBNF that the text must follow, "" for none; the
+            text ends where the grammar does. Needs llguidance.
+        json_schema: the same as a JSON schema, a dict or its text; the text is JSON that
+            agrees with it. Only one of the two may be given.
         sampler_priority: names of samplers in the order in which they run, `SAMPLER_PRIORITY`
             where empty; those not named run first.
         custom_token_bans: ids that are never drawn; a list, or text with commas.
@@ -190,6 +195,8 @@ class SamplingSettings:
     no_repeat_ngram_size: int = 0
     guidance_scale: float = 1.0
     negative_prompt: str = ""
+    grammar_string: str = ""
+    json_schema: str = ""
     sampler_priority: tuple[str, ...] = SAMPLER_PRIORITY
     custom_token_bans: tuple[int, ...] = ()
     logit_bias: tuple[tuple[int, float], ...] = ()
@@ -213,12 +220,18 @@ class SamplingSettings:
                 raise invalid(name, "a number above 0", 0)
         if self.mirostat_mode == 1:
             raise invalid("mirostat_mode", "0 or 2 (1 is llama.cpp's own)", 1)
-        self._check_guidance()
+        self._check_texts()
         self._read_lists()
 
-    def _check_guidance(self) -> None:
-        if not isinstance(self.negative_prompt, str):
-            raise invalid("negative_prompt", "text", self.negative_prompt)
+    def _check_texts(self) -> None:
+        check_text("negative_prompt", self.negative_prompt)
+        check_text("grammar_string", self.grammar_string)
+        object.__setattr__(self, "json_schema", json_schema("json_schema", self.json_schema))
+        if self.grammar_string and self.json_schema:
+            raise InvalidSettings(
+                "json_schema", expected="none beside grammar_string", actual="both",
+                remedy="Leave one of them empty",
+            )
 
     def _read_lists(self) -> None:
         stop_strings = tuple_of("stop_strings", self.stop_strings, str)

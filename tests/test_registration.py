@@ -67,7 +67,8 @@ def test_samplers_are_those_the_engine_has(host):
     web = host()
     registration.register()
     native = web.loaders.loaders_samplers["ExLlamav2"]
-    assert native == {"temperature", "top_p", "mirostat_mode", "auto_max_new_tokens", "seed"}
+    assert native == {"temperature", "top_p", "mirostat_mode", "auto_max_new_tokens", "seed",
+                      "grammar_string"}
     hf = web.loaders.loaders_samplers["ExLlamav2_HF"]
     assert hf == web.loaders.loaders_samplers["ExLlamav3_HF"]
     assert hf is not web.loaders.loaders_samplers["ExLlamav3_HF"]

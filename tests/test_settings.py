@@ -54,6 +54,8 @@ WRONG = {
     "no_repeat_ngram_size": [-1, 0.5],
     "guidance_scale": ["1", None, NAN],
     "negative_prompt": [5, ["a"]],
+    "grammar_string": [5, ["a"]],
+    "json_schema": [5, "{", "[]", [1], {"a": {1}}],
     "sampler_priority": ["temprature", ["top_k", "top_q"], 5, [5]],
     "custom_token_bans": ["a", "1;2", "1.5", "-1", [-1], [1.5], [True], 1.5],
     "logit_bias": [5, "1", {"a": 1}, {"1": "much"}, {"1": NAN}, {-1: 1.0}, [(1,)], [5], {"": 1}],

@@ -22,7 +22,7 @@ STATE = {
     "add_bos_token": True, "ban_eos_token": True, "skip_special_tokens": True, "seed": 1,
     "repetition_penalty_range": -1, "sampler_priority": "temperature\ntop_k", "top_k": 0,
     "custom_token_bans": None, "dry_sequence_breakers": '"\\n", ":"', "penalty_alpha": 0.6,
-    "grammar_string": "ignored", "guidance_scale": 1.5, "stream": True, "mode": "chat",
+    "grammar_string": "", "guidance_scale": 1.5, "stream": True, "mode": "chat",
 }
 PROMPT = "Hello there"
 
@@ -78,7 +78,7 @@ def test_the_prompt_keeps_its_end_and_one_bos(loaded):
 
 def test_the_state_becomes_settings_and_hidden_samplers_stay_out():
     chosen = request.settings(STATE, 10, 512)
-    assert not {"penalty_alpha", "grammar_string", "guidance_scale", "mode"} & set(chosen)
+    assert not {"penalty_alpha", "guidance_scale", "mode"} & set(chosen)
     assert chosen["repetition_penalty_range"] == 0 and chosen["seed"] == 1
     assert request.settings(STATE | {"auto_max_new_tokens": True}, 10, 512)["max_new_tokens"] == 502
     biased = request.settings(STATE | {"logit_bias": {"5": 3}}, 10, 512)
@@ -149,6 +149,9 @@ def test_log_probabilities_and_logits_agree(model, loaded):
 def test_the_hosts_logits_processors_are_served(model):
     listener = SimpleNamespace(
         logprobs=2, token_alternatives={}, token_alternatives_history=[])
+    old_listener = SimpleNamespace(logprobs=2, token_alternatives={})
+    model.generate(PROMPT, STATE | {"logits_processor": [old_listener]})
+    assert len(old_listener.token_alternatives) == 2
     bias = SimpleNamespace(logit_bias={"70": 100.0})
     model.generate(PROMPT, STATE | {"logits_processor": [bias, listener]})
     assert len(listener.token_alternatives_history) == 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -10,11 +11,26 @@ import numpy.typing as npt
 from ..errors import InvalidCheckpoint
 from ..settings import MAX_SEED, SamplingSettings
 from . import penalties
-from .candidates import Candidates, Floats, draw
+from .candidates import Candidates, Floats, Ids, draw
 from .feedback import feedback_of
 from .penalties import Past
 from .pipeline import Step, chosen_stages, run_stages
 from .tokens import TokenRoles
+
+
+class Constraint(Protocol):
+    """Says from step to step which tokens may come, as a grammar does.
+
+    Attributes:
+        allowed_ids: int64, rising; at least one before the end.
+        complete: nothing can be added.
+    """
+
+    allowed_ids: Ids
+    complete: bool
+
+    def accept(self, token_id: int) -> None:
+        """Go on with a token that was drawn."""
 
 
 class Sampler:
@@ -24,6 +40,7 @@ class Sampler:
         settings: how to draw.
         seed: of the generator; where None, the settings' one, or a random one for -1.
         roles: what must be known of the vocabulary and the prompt.
+        constraint: what alone may be drawn; None for everything.
 
     Attributes:
         seed: the seed in use, for drawing the same text again.
@@ -31,12 +48,13 @@ class Sampler:
 
     def __init__(
         self, settings: SamplingSettings, seed: int | None = None,
-        roles: TokenRoles | None = None,
+        roles: TokenRoles | None = None, constraint: Constraint | None = None,
     ) -> None:
         wanted = settings.seed if seed is None else seed
         self.seed = secrets.randbelow(MAX_SEED) if wanted < 0 else wanted
         self._settings = settings
         self._roles = roles = roles or TokenRoles()
+        self._constraint = constraint
         self._banned_ids = np.array(roles.banned_ids, np.int64)
         self._breaker_ids = np.array(sorted(roles.breaker_ids), np.int64)
         self._prompt_ids = np.unique(np.array(roles.prompt_ids, np.int64))
@@ -54,15 +72,23 @@ class Sampler:
 
         Raises:
             InvalidCheckpoint: logits are NaN or infinite.
-            InvalidSettings: bans leave no token.
+            InvalidSettings: bans leave no token, or a grammar cannot be followed.
         """
         left = self.candidates(logits, history)
         if self._settings.greedy:
-            return int(left.ids[left.logits.argmax()])
-        token_id = draw(left, self._random.random())
-        for feedback in self._feedback:
-            feedback.observe(token_id)
+            token_id = int(left.ids[left.logits.argmax()])
+        else:
+            token_id = draw(left, self._random.random())
+            for feedback in self._feedback:
+                feedback.observe(token_id)
+        if self._constraint is not None:
+            self._constraint.accept(token_id)
         return token_id
+
+    @property
+    def complete(self) -> bool:
+        """True where the constraint lets nothing more be drawn."""
+        return self._constraint is not None and self._constraint.complete
 
     def candidates(self, logits: npt.ArrayLike, history: npt.ArrayLike) -> Candidates:
         """What `sample` draws from; each call may take a random number (XTC).
@@ -75,6 +101,8 @@ class Sampler:
         row = np.asarray(logits, dtype=np.float32)[: self._roles.vocab_size]
         _check_finite(row)
         candidates = Candidates.of_row(row)
+        if self._constraint is not None:
+            candidates = candidates.take(self._constraint.allowed_ids)
         candidates = penalties.add_bias(candidates, settings.logit_bias)
         candidates = penalties.ban(candidates, self._banned_ids)
         past = Past(np.asarray(history, np.int64), settings.repetition_penalty_range)

@@ -103,6 +103,20 @@ class Tokenizer:
         """Return the id of a token by its text, None where there is no such token."""
         return self._backend.token_id(content)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """Bytes of one token, for tokenizers with `bytes_known`; empty where it has no text."""
+        return self._backend.token_bytes(token_id)
+
+    @property
+    def bytes_known(self) -> bool:
+        """Decoded text is the bytes of its tokens joined."""
+        return self._backend.bytes_known
+
+    @property
+    def strips_space(self) -> bool:
+        """Decoding drops one space from the start of the text."""
+        return self._backend.strips_space
+
     @property
     def special_ids(self) -> frozenset[int]:
         """Ids of all special tokens."""
