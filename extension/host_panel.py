@@ -115,7 +115,9 @@ def _connect() -> None:
         def follow_toggle(on: bool, value: str | None, name: str = name) -> list[Any]:
             return list(panel.after_toggle(name, bool(on), _plain_type(value)))
 
-        components[name].input(
+        # A click, and nothing else: `input` also comes of values that the server has set, and
+        # two quick clicks would then answer each other for ever.
+        components[name].select(
             follow_toggle, [components[name], cache_type], [*toggles, cache_type], **quiet)
     for component in inputs:
         component.change(draw, inputs, [gauge], **quiet)

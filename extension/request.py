@@ -76,7 +76,7 @@ def take_processors(state: Mapping[str, Any], chosen: dict[str, Any]) -> list[An
     for processor in state.get("logits_processor") or ():
         if hasattr(processor, "logit_bias"):
             chosen["logit_bias"] = {int(i): float(b) for i, b in processor.logit_bias.items()}
-        elif hasattr(processor, "token_alternatives_history"):
+        elif hasattr(processor, "token_alternatives"):
             chosen["logprobs"] = max(chosen["logprobs"], int(processor.logprobs or 0))
             listeners.append(processor)
     return listeners

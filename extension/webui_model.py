@@ -163,7 +163,8 @@ class Exllamav3Model:
         for processor in processors if new else ():
             rows = [{t["token"]: t["logprob"] for t in e["top_logprobs"]} for e in new]
             processor.token_alternatives = rows[-1]
-            processor.token_alternatives_history += rows
+            # v4.0 has no such list.
+            getattr(processor, "token_alternatives_history", []).extend(rows)
 
     def _entry(self, one: TokenLogprobs) -> dict[str, Any]:
         top = [{"token": self.decode([i]), "token_id": i, "logprob": p} for i, p in one.top]

@@ -91,6 +91,7 @@ class Server:
 
     def __init__(self, root: Path, models: Path, *flags: str, page: bool = False) -> None:
         self.port, self.page_port = free_port(), free_port()
+        self._has_page = page
         python = host.find_python(root, Path(PYTHON) if PYTHON else None).executable
         arguments = ["--api", "--api-port", str(self.port), "--model-dir", str(models), *flags]
         arguments += ["--listen-port", str(self.page_port)] if page else ["--nowebui"]
@@ -105,6 +106,8 @@ class Server:
         while time.monotonic() < deadline and self._process.poll() is None:
             try:
                 self.get("internal/model/info")
+                if self._has_page:
+                    socket.create_connection(("127.0.0.1", self.page_port), 5).close()
                 return self
             except OSError:
                 time.sleep(0.5)
@@ -152,7 +155,8 @@ def test_load_generate_and_unload_over_the_api(server, expected):
     chat = server.post("chat/completions", messages=[{"role": "user", "content": "Hi"}],
                        max_tokens=8)
     assert chat["choices"][0]["message"]["content"]
-    assert server.post("internal/model/unload") == "OK"
+    # v4.0 answers nothing, later ones OK.
+    assert server.post("internal/model/unload") in ("OK", None)
     assert server.get("internal/model/info")["model_name"] == "None"
 
 
@@ -168,9 +172,12 @@ def test_both_loaders_give_the_same_greedy_text(server, expected):
 def test_log_probabilities_biases_and_echo(server):
     server.load(ctx_size=512)
     choice = server.post("completions", **GREEDY, logprobs=3)["choices"][0]
-    assert len(choice["logprobs"]["tokens"]) == 12
-    assert all(len(top) <= 3 and max(top.values()) < 0
-               for top in choice["logprobs"]["top_logprobs"])
+    # v4.0 gives the alternatives of the tokens and no more.
+    top = choice["logprobs"]["top_logprobs"]
+    assert all(0 < len(t) <= 3 and max(t.values()) < 0 for t in top)
+    if "tokens" not in choice["logprobs"]:
+        return
+    assert len(top) == 12
     echo = server.post("completions", **GREEDY, logprobs=1, echo=True)["choices"][0]
     assert echo["text"].startswith(PROMPT)
     assert len(echo["logprobs"]["tokens"]) >= 12
@@ -215,10 +222,11 @@ def test_stopping_from_outside(server):
 
 def test_refusals_leave_no_model_and_the_reason_in_the_log(server):
     server.load(ctx_size=512)
-    assert server.load(cache_type="q3") == 500
+    assert server.load(cache_type="q3") in (400, 500)
     assert "expected one of" in server.said()
-    assert server.load(name="absent") == 500
-    assert server.load(ctx_size=512) == "OK" and server.text()
+    assert server.load(name="absent") in (400, 500)
+    # Up to v4.3 the web UI keeps the options of a load that failed.
+    assert server.load(ctx_size=512, cache_type="fp16") == "OK" and server.text()
 
 
 def test_the_command_line(webui, models, expected):
@@ -284,7 +292,8 @@ def test_the_page(webui, models):
         open_model_tab()
         expect(page.get_by_label("Model loader")).to_have_value("ExLlamav2")
         expect(page.get_by_label("cache_4bit")).to_be_checked()
-        assert server.text(), "opening the page leaves the model as it is"
+        # Opening the page leaves the model as it is.
+        assert server.text(), server.said()[-3000:]
         cache_type.fill("q3")
         cache_type.press("Enter")
         expect(gauge).to_contain_text("Cannot be loaded")
