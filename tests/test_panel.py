@@ -10,7 +10,7 @@ from sparse import LLAMA_2_7B, write_sparse_exl2
 
 import exl_loader
 from exl_loader.checkpoint import Checkpoint
-from exl_loader.errors import InvalidSettings, ModelNotFound, ModelUnloaded
+from exl_loader.errors import InvalidSettings, ModelNotFound, ModelUnloaded, PromptTooLong
 from exl_loader.memory import live_bytes
 from extension import panel
 from extension.panel import (
@@ -157,6 +157,27 @@ def test_session_loads_shows_and_gives_back(tiny_model_dir):
     assert live_bytes() == before and session.options is None
     with pytest.raises(ModelUnloaded):
         session.continue_text("ab", {})
+
+
+def test_long_conversation_loses_its_oldest_questions_with_their_answers(tiny_model):
+    folder = tiny_model("talker")
+    config = folder / "tokenizer_config.json"
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": template}))
+    session = Session()
+    assert not session.has_template
+    loaded(session, LoadOptions(str(folder), 256))
+    assert session.has_template
+    # One token a byte: three of these fit into 256 tokens, seven do not.
+    roles = ("user", "assistant") * 3 + ("user",)
+    talk = [{"role": role, "content": f"{i}" * 40} for i, role in enumerate(roles)]
+    with session.answer(talk, {"max_new_tokens": 2}) as generation:
+        prompt = session.model.decode(generation.prompt_ids)
+        assert len(list(generation)) <= 2 and generation.finish_reason is not None
+    assert prompt.startswith("user: 2222") and prompt.rstrip().endswith("6666")
+    with pytest.raises(PromptTooLong):
+        session.answer([{"role": "user", "content": "x" * 300}], {})
+    session.unload()
 
 
 def test_plan_beside_a_loaded_model_counts_on_its_memory(tiny_model_dir, monkeypatch):
