@@ -1,68 +1,41 @@
-"""The sandbox in which chat templates run, with limits on time and on the length of values.
+"""The sandbox in which chat templates run, with limits on time and on what they make.
 
 jinja2's immutable sandbox with the globals, filters and tags that transformers gives to
-templates. Every loop pass and macro call looks at the clock; operations that can make a long
-value out of short ones look at the length of their result.
+templates. The template's syntax tree is changed so that every loop pass, macro and block counts
+its text and looks at the clock, and every list, tuple and dict that is written down is weighed;
+operators, calls, filters and output pass `chat_guards`.
 """
 
 from __future__ import annotations
 
-import json
-import re
-import threading
-import time
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
 import jinja2
-from jinja2 import Undefined, nodes
+from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
+from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
+from markupsafe import Markup
 
-MAX_RENDER_SECONDS = 5.0
-# A conversation that fills a context of a million tokens has about 4 MB of text.
-MAX_RENDER_CHARS = 16 << 20
+from .chat_budget import BUDGET
+from .chat_guards import (
+    UNSAFE_STR_METHODS,
+    GuardedEscapeFormatter,
+    GuardedFormatter,
+    expect_operation,
+    guarded_call,
+    guarded_filters,
+)
 
-# A width in a format makes a string of any length out of nothing.
-_WIDE_FORMAT = re.compile(r"\d{5}|\*")
+# The longest that models come with have about 20,000 characters.
+MAX_TEMPLATE_CHARS = 1 << 20
 
 _TICK = "_exl_loader_tick"
+_MADE = "_exl_loader_made"
 _CONCAT = "_exl_loader_concat"
-
-
-class LimitReached(Exception):
-    """A template ran too long or made too much."""
-
-
-class _Budget(threading.local):
-    """What the render of this thread may still use."""
-
-    deadline = float("inf")
-
-    def running(self) -> _Budget:
-        self.deadline = time.monotonic() + MAX_RENDER_SECONDS
-        return self
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *exc: object) -> None:
-        self.deadline = float("inf")
-
-    def tick(self) -> str:
-        """Stop the template where its time is over; what it returns is never shown."""
-        if time.monotonic() > self.deadline:
-            raise LimitReached(f"it did not end within {MAX_RENDER_SECONDS:g} s")
-        return ""
-
-
-_BUDGET = _Budget()
-
-
-def _check_length(length: int) -> None:
-    if length > MAX_RENDER_CHARS:
-        raise LimitReached(f"it makes values of more than {MAX_RENDER_CHARS} elements")
 
 
 def render(template: jinja2.Template, context: dict[str, Any]) -> str:
@@ -70,32 +43,34 @@ def render(template: jinja2.Template, context: dict[str, Any]) -> str:
 
     Raises:
         LimitReached: it ran too long or made too much.
+        TemplateRefusal: it does not accept the conversation.
         Exception: whatever else the template did wrong: templates can raise anything that
             Python code can.
     """
-    with _BUDGET.running():
-        return _join(template.generate(context))
+    with BUDGET.running():
+        return _concat(*template.generate(context))
 
 
-def _join(pieces: Any) -> str:
-    parts: list[str] = []
-    length = 0
-    for piece in pieces:
-        _BUDGET.tick()
-        length += len(piece)
-        _check_length(length)
-        parts.append(piece)
-    return "".join(parts)
+def compile_template(source: str) -> jinja2.Template:
+    """Compile a template under the limits: jinja2 evaluates what is constant.
+
+    Raises:
+        LimitReached: a constant is too much.
+        Exception: the template is broken.
+    """
+    if len(source) > MAX_TEMPLATE_CHARS:
+        raise jinja2.TemplateError(f"a template of more than {MAX_TEMPLATE_CHARS} characters")
+    with BUDGET.running():
+        return _make_environment().from_string(source)
 
 
 def _concat(*values: Any) -> str:
-    parts = [str(value) for value in values]
-    _check_length(sum(map(len, parts)))
+    parts = []
+    for value in values:
+        BUDGET.check(value)
+        parts.append(str(value))
+    BUDGET.tick(sum(map(len, parts)))
     return "".join(parts)
-
-
-def _size(value: Any) -> int:
-    return len(value) if isinstance(value, (str, bytes, list, tuple)) else 0
 
 
 class _Environment(ImmutableSandboxedEnvironment):
@@ -104,54 +79,92 @@ class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "+":
-            _check_length(_size(left) + _size(right))
-        elif operator == "*":
-            for value, count in ((left, right), (right, left)):
-                if isinstance(count, int):
-                    _check_length(_size(value) * count)
-        elif operator == "**" and isinstance(left, int) and isinstance(right, int):
-            _check_length(left.bit_length() * right)
-        elif operator == "%" and isinstance(left, str) and _WIDE_FORMAT.search(left):
-            raise LimitReached("it formats a string to a width of ten thousand or more")
-        return super().call_binop(context, operator, left, right)
+        expect_operation(operator, left, right)
+        return BUDGET.made(super().call_binop(context, operator, left, right))
 
-    def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        # Named as in jinja2, so that no keyword of a template's call can collide.
+        BUDGET.tick()
+        if isinstance(__obj, Macro):
+            for value in args:
+                BUDGET.made(value)
+        args = guarded_call(__obj, args, kwargs)
+        return BUDGET.made(super().call(__context, __obj, *args, **kwargs))
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        if isinstance(obj, (int, float, bytes)):
+            return False
+        if isinstance(obj, str) and attr in UNSAFE_STR_METHODS:
+            return False
+        return super().is_safe_attribute(obj, attr, value)
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> jinja2.Undefined:
         # jinja2 would print nothing in its place; a template that tries this is no accident.
         raise jinja2.exceptions.SecurityError(
             f"access to {attribute!r} of a {type(obj).__name__} is not allowed"
         )
 
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        if super().wrap_str_format(value) is None:
+            return None
+        text, is_map = value.__self__, value.__name__ == "format_map"
+
+        def guarded_format(*args: Any, **kwargs: Any) -> str:
+            if is_map:
+                args, kwargs = (), *args
+            if isinstance(text, Markup):
+                return Markup(GuardedEscapeFormatter(self, escape=text.escape)
+                              .vformat(text, args, kwargs))
+            return GuardedFormatter(self).vformat(text, args, kwargs)
+
+        return guarded_format
+
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
-        repeated: list[nodes.For | nodes.Macro] = [
-            *tree.find_all(nodes.For), *tree.find_all(nodes.Macro)
+        repeated: list[nodes.For | nodes.Macro | nodes.CallBlock | nodes.Block] = [
+            *tree.find_all(nodes.For), *tree.find_all(nodes.Macro),
+            *tree.find_all(nodes.CallBlock), *tree.find_all(nodes.Block),
         ]
         for node in repeated:
-            call = nodes.Call(nodes.Name(_TICK, "load"), [], [], None, None)
+            call = _call(_TICK, [nodes.Const(_text_length(node))], node.lineno)
             node.body.insert(0, nodes.ExprStmt(call).set_lineno(node.lineno))
-        _replace_concats(tree)
+        _guard_values(tree)
         tree.set_environment(self)
         return tree
 
 
-def _replace_concats(tree: nodes.Node) -> None:
-    """Turn `a ~ b` into a call that looks at the length of the result."""
+def _call(name: str, arguments: list[nodes.Expr], lineno: int) -> nodes.Call:
+    return nodes.Call(nodes.Name(name, "load"), arguments, [], None, None, lineno=lineno)
 
-    def replaced(value: Any) -> Any:
+
+def _text_length(node: nodes.Node) -> int:
+    """Count the characters that stand in a piece of template: it may write them each time."""
+    text = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
+    return text + sum(
+        len(const.value) for const in node.find_all(nodes.Const) if isinstance(const.value, str)
+    )
+
+
+def _guard_values(tree: nodes.Node) -> None:
+    """Turn `a ~ b`, lists, tuples and dicts into calls that look at what they make."""
+
+    def guarded(value: Any) -> Any:
         if not isinstance(value, nodes.Node):
             return value
-        _replace_concats(value)
+        _guard_values(value)
         if isinstance(value, nodes.Concat):
-            name = nodes.Name(_CONCAT, "load")
-            return nodes.Call(name, value.nodes, [], None, None).set_lineno(value.lineno)
+            return _call(_CONCAT, value.nodes, value.lineno)
+        if isinstance(value, (nodes.List, nodes.Dict, nodes.Tuple)) and (
+            getattr(value, "ctx", "load") == "load"  # else it is the target of an assignment
+        ):
+            return _call(_MADE, [value], value.lineno)
         return value
 
     for field, value in tree.iter_fields():
         if isinstance(value, list):
-            setattr(tree, field, [replaced(item) for item in value])
+            setattr(tree, field, [guarded(item) for item in value])
         else:
-            setattr(tree, field, replaced(value))
+            setattr(tree, field, guarded(value))
 
 
 class _GenerationTag(Extension):
@@ -174,6 +187,10 @@ class _Namespace(Namespace):
             _check_attribute(key)
         Namespace.__init__(self, *rest, **kwargs)
 
+    def __repr__(self) -> str:
+        # Namespaces may contain each other without end.
+        return "<Namespace>"
+
     def __setitem__(self, name: str, value: Any) -> None:
         _check_attribute(name)
         super().__setitem__(name, value)
@@ -192,26 +209,32 @@ def _raise_exception(message: str) -> None:
     raise TemplateRefusal(message)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None,
-            separators: Any = None, sort_keys: bool = False) -> str:
-    # jinja2's own filter escapes for HTML, which no model was trained on.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-                      sort_keys=sort_keys)
+class _Dict:
+    """`dict`, as something to call: methods of the class itself could change a dict."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
 
 
 def _strftime_now(format: str) -> str:
     return datetime.now().strftime(format)
 
 
-def make_environment() -> ImmutableSandboxedEnvironment:
+def _make_environment() -> ImmutableSandboxedEnvironment:
     """Make an environment as transformers makes it, with our limits."""
     environment = _Environment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols],
+        finalize=BUDGET.made,
     )
-    environment.filters["tojson"] = _tojson
-    environment.globals.update(
-        raise_exception=_raise_exception, strftime_now=_strftime_now, namespace=_Namespace
-    )
-    environment.globals[_TICK] = _BUDGET.tick
-    environment.globals[_CONCAT] = _concat
+    environment.filters = guarded_filters()
+    # Text without end, which no conversation needs.
+    del environment.globals["lipsum"]
+    environment.globals.update({
+        "raise_exception": _raise_exception, "strftime_now": _strftime_now,
+        "namespace": _Namespace, "dict": _Dict(),
+        _TICK: BUDGET.tick, _MADE: BUDGET.made, _CONCAT: _concat,
+    })
     return environment

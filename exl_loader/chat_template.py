@@ -13,7 +13,7 @@ from typing import Any
 
 import jinja2
 
-from .chat_sandbox import TemplateRefusal, make_environment, render
+from .chat_sandbox import TemplateRefusal, compile_template, render
 from .continued_message import cut_after, mark_end
 from .errors import ExlLoaderError, InvalidSettings, InvalidTokenizer
 from .json_keys import read_json_object
@@ -136,7 +136,7 @@ class ChatTemplates:
     def _template(self, name: str) -> jinja2.Template:
         if name not in self._compiled:
             try:
-                self._compiled[name] = make_environment().from_string(self.sources[name])
+                self._compiled[name] = compile_template(self.sources[name])
             except Exception as error:
                 # Besides jinja2's errors: RecursionError from its parser, SyntaxError and
                 # MemoryError from Python's compiler where loops or brackets nest too deeply.

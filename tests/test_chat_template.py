@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-import exl_loader.chat_sandbox as chat_sandbox
+import exl_loader.chat_budget as chat_budget
 from exl_loader.chat_template import ChatTemplates
 from exl_loader.errors import InvalidSettings, InvalidTokenizer
 
@@ -209,7 +209,7 @@ def test_the_templates_own_words_are_shown():
     "{% for a in [1] recursive %}{{ loop([1]) }}{% endfor %}",
 ])
 def test_a_template_that_does_not_end_is_stopped(source, monkeypatch):
-    monkeypatch.setattr(chat_sandbox, "MAX_RENDER_SECONDS", 0.3)
+    monkeypatch.setattr(chat_budget, "MAX_RENDER_SECONDS", 0.3)
     began = time.monotonic()
     with pytest.raises(InvalidTokenizer):
         render(source)
