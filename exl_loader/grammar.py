@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 # with spaces until its tokens are spent.
 _JSON_SPACE = r" |\n{1,2}[ \t]{0,20}"
 
+# Put before a text that is in the midst of one: it joins with nothing that follows.
+_BEFORE = "\x02"
+
 # gbnf.py's terminals are single characters, so a mask visits far more items than the lexemes
 # for which the library's own limits are meant.
 _MAX_ITEMS_IN_ROW = 20_000
@@ -182,9 +185,33 @@ class _Vocabulary:
         self.eos_token_id = vocab_size
         self.special_token_ids = [vocab_size]
         self._tokenizer = tokenizer
+        self._ids = {token: i for i, token in enumerate(self.tokens[:-1]) if token}
+        self._longest = max(map(len, self._ids), default=0)
 
     def __call__(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_bos=False, special=False)
+        """Cut up text in the midst of a text: where a grammar leaves no choice, the library
+        allows these tokens only. They must be the text's bytes, no space before it."""
+        ids = self._tokenizer.encode(_BEFORE + text, add_bos=False, special=False)
+        pieces = [self._tokenizer.token_bytes(i) for i in ids]
+        before, wanted = _BEFORE.encode(), text.encode("utf-8", "replace")
+        for count in range(1, len(ids) + 1):
+            if b"".join(pieces[:count]).endswith(before):
+                if b"".join(pieces[count:]) == wanted:
+                    return ids[count:]
+                break
+        return self._greedy(wanted)
+
+    def _greedy(self, text: bytes) -> list[int]:
+        """Longest tokens first, for tokenizers that change what they read."""
+        ids, place = [], 0
+        while place < len(text):
+            lengths = range(min(self._longest, len(text) - place), 0, -1)
+            length = next((n for n in lengths if text[place : place + n] in self._ids), 0)
+            if not length:
+                break
+            ids.append(self._ids[text[place : place + length]])
+            place += length
+        return ids
 
 
 def _import_library(name: str) -> Any:

@@ -1,0 +1,383 @@
+"""Texts that follow a grammar: what is allowed, where they end, and what cannot be followed."""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from fake_model import fake_engine
+from tiny import write_tokenizer
+from tokenizer_folders import (
+    train_byte_level,
+    train_sentencepiece,
+    train_unigram_json,
+    write_folder,
+)
+
+from exl_loader.errors import InvalidSettings
+from exl_loader.gbnf import GbnfError, gbnf_to_lark
+from exl_loader.grammar import Grammars
+from exl_loader.settings import SamplingSettings
+from exl_loader.tokenizer import Tokenizer
+
+pytest.importorskip("llguidance")
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "items": {"enum": ["größe", "b"]}, "maxItems": 3},
+        "next": {"anyOf": [{"type": "null"}, {"type": "boolean"}]},
+    },
+    "required": ["name", "age", "tags", "next"],
+    "additionalProperties": False,
+}
+
+# llama.cpp's own example of recursion, groups, classes, escapes, repeats and comments.
+JSON_GBNF = r"""
+root   ::= object
+value  ::= object | array | string | number | ("true" | "false" | "null") ws
+
+object ::=
+  "{" ws (
+            string ":" ws value
+    ("," ws string ":" ws value)*
+  )? "}" ws
+
+array  ::= "[" ws ( value ("," ws value){0,3} )? "]" ws
+string ::= "\"" (
+    [^"\\\x7F\x00-\x1F] |
+    "\\" (["\\bfnrt] | "u" [0-9a-cA-C] [0-9a-fA-F]{3}) # no surrogates
+  ){0,12} "\"" ws
+number ::= "-"? ("0" | [1-9] [0-9]{0,5}) ("." [0-9]{1,3})?
+ws     ::= | " " | "\n" [ \t]{0,4}
+"""
+
+
+def byte_level(folder: Path) -> Tokenizer:
+    write_folder(folder, {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"})
+    train_byte_level(folder / "tokenizer.json", bos=False)
+    return Tokenizer.from_dir(folder)
+
+
+def sentencepiece(folder: Path) -> Tokenizer:
+    """As Llama 2's: byte fallback, and a first space that decoding drops."""
+    write_folder(folder, {"tokenizer_class": "LlamaTokenizer", "legacy": False})
+    train_sentencepiece(folder / "tokenizer.model", "bpe")
+    return Tokenizer.from_dir(folder)
+
+
+@pytest.fixture(scope="module", params=[byte_level, sentencepiece])
+def tokenizer(request, tmp_path_factory) -> Tokenizer:
+    return request.param(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def single_bytes(tmp_path_factory) -> Tokenizer:
+    """Every token is one byte, so a text has one way to be written."""
+    folder = tmp_path_factory.mktemp("bytes")
+    write_tokenizer(folder, 288)
+    return Tokenizer.from_dir(folder)
+
+
+def engine_of(tokenizer, **options):
+    """A model that likes one token, another one each step, and otherwise knows nothing."""
+    def likes(ids):
+        return (len(ids) * 7919 + ids[-1]) % tokenizer.vocab_size
+
+    return fake_engine(likes, tokenizer.vocab_size, tokenizer, ctx_size=1024, **options)[0]
+
+
+def written(engine, prompt="a prompt", **settings):
+    """The text and why it ended."""
+    with engine.generate(prompt, {"temperature": 1.5, "max_new_tokens": 600, **settings}) as run:
+        return "".join(run), run.finish_reason
+
+
+@functools.cache
+def grammars_of(tokenizer) -> Grammars:
+    return Grammars(tokenizer, tokenizer.vocab_size, tokenizer.eos_token_ids)
+
+
+def matcher_of(tokenizer, **settings):
+    return grammars_of(tokenizer).matcher(SamplingSettings.from_dict(settings))
+
+
+def follows(tokenizer, text: str, **settings) -> bool:
+    """Whether a text, one token a byte, is one of the grammar's from beginning to end."""
+    matcher = matcher_of(tokenizer, **settings)
+    for token_id in tokenizer.encode(text, add_bos=False):
+        if matcher.complete or token_id not in matcher.allowed_ids:
+            return False
+        matcher.accept(token_id)
+    return matcher.complete or tokenizer.eos_token_id in matcher.allowed_ids
+
+
+def check_schema(value) -> None:
+    assert set(value) == set(SCHEMA["required"])
+    assert isinstance(value["name"], str) and len(value["name"]) <= 12
+    assert type(value["age"]) is int and 0 <= value["age"] <= 150
+    assert len(value["tags"]) <= 3 and set(value["tags"]) <= {"größe", "b"}
+    assert value["next"] is None or isinstance(value["next"], bool)
+
+
+@pytest.mark.parametrize("form", [dict, json.dumps], ids=["dict", "text"])
+def test_what_follows_a_schema_is_json_of_that_schema(tokenizer, form):
+    engine = engine_of(tokenizer)
+    texts = set()
+    for seed in range(12):
+        text, reason = written(engine, json_schema=form(SCHEMA), seed=seed)
+        check_schema(json.loads(text))
+        assert reason in ("stop", "eos")
+        texts.add(text)
+    assert len(texts) == 12
+
+
+def test_a_recursive_grammar_with_everything_in_it(tokenizer):
+    engine = engine_of(tokenizer)
+    ended = 0
+    for seed in range(12):
+        text, reason = written(engine, grammar_string=JSON_GBNF, seed=seed)
+        if reason != "length":
+            assert isinstance(json.loads(text), dict)
+            ended += 1
+    assert ended >= 6
+
+
+def test_greedy_texts_follow_it_too(tokenizer):
+    check_schema(json.loads(written(engine_of(tokenizer), json_schema=SCHEMA, temperature=0)[0]))
+
+
+@pytest.mark.parametrize("settings", [
+    {"top_k": 3, "min_p": 0.1}, {"mirostat_mode": 2}, {"repetition_penalty": 1.5, "top_p": 0.5},
+    {"dry_multiplier": 2.0, "xtc_probability": 1.0}, {"logit_bias": {"5": 90}},
+])
+def test_other_samplers_choose_among_what_it_allows(tokenizer, settings):
+    check_schema(json.loads(written(engine_of(tokenizer), json_schema=SCHEMA, **settings)[0]))
+
+
+def random_pattern(source: random.Random, depth: int) -> tuple[str, str]:
+    """The same set of texts as GBNF and as a regular expression."""
+    kind = source.randrange(8 if depth else 3)
+    if kind == 0:
+        text = "".join(source.choice("abé") for _ in range(source.randrange(1, 4)))
+        return f'"{text}"', text
+    if kind in (1, 2):
+        return ("[ab]", "[ab]") if kind == 1 else ("[^a\\u00e9]", "[^aé]")
+    first, second = random_pattern(source, depth - 1), random_pattern(source, depth - 1)
+    if kind in (3, 4):
+        return f"({first[0]}) ({second[0]})", f"(?:{first[1]})(?:{second[1]})"
+    if kind == 5:
+        return f"({first[0]} | {second[0]})", f"(?:{first[1]}|{second[1]})"
+    repeat = source.choice(["*", "+", "?", "{2}", "{1,2}", "{2,}"])
+    return f"({first[0]}){repeat}", f"(?:{first[1]}){repeat}"
+
+
+def test_gbnf_means_what_it_says(single_bytes):
+    """Against Python's regular expressions: no choice is taken back that may be needed later."""
+    seed = random.randrange(1 << 32)
+    source, matched = random.Random(seed), 0
+    for _ in range(60):
+        grammar, pattern = random_pattern(source, 3)
+        for _ in range(8):
+            text = "".join(source.choice("abcé") for _ in range(source.randrange(6)))
+            wanted = re.fullmatch(pattern, text) is not None
+            if not text and re.fullmatch(pattern, ""):
+                continue
+            actual = follows(single_bytes, text, grammar_string=f"root ::= {grammar}")
+            assert actual == wanted, (seed, grammar, text)
+            matched += wanted
+    assert matched > 20
+
+
+@pytest.mark.parametrize(("grammar", "text"), [
+    ('root ::= word "b"\nword ::= [a-z]+', "aab"),
+    ('root ::= [a-z]* "begin" [0-9]{2}', "bexbebegin42"),
+    (r'root ::= "\u0041\x42\U00000043\n\t\r\\\"\[\]"', 'ABC\n\t\r\\"[]'),
+    ("root ::= .{3}", "\n中🎉"),
+    ("root ::= [-a] [b-] [\\]] [^\\]xQ] # a comment", "--]y"),
+    ('root ::= (a-Rule\n | b_1)\na-Rule ::=\n  "x"\nb_1 ::= root "y" |\n "z"', "zyy"),
+    ('root ::= root "a" | "a"', "aaa"),
+    ("root ::= " + "(" * 60 + '"a"' + ")" * 60, "a"),
+    ("\r\nroot ::= \"a\"\r\n\r\n", "a"),
+])
+def test_gbnf_syntax(single_bytes, grammar, text):
+    assert follows(single_bytes, text, grammar_string=grammar)
+    assert not follows(single_bytes, text + "!", grammar_string=grammar)
+    assert not follows(single_bytes, text[:-1] + "Q", grammar_string=grammar) or "." in grammar
+
+
+@pytest.mark.parametrize(("grammar", "problem"), [
+    ("root ::= foo", "line 1: there is no rule foo"),
+    ("rot ::= \"a\"", "no rule root"),
+    ("# nothing", "no rule root"),
+    ('root ::= "a"\nroot ::= "b"', "line 2: a second rule root"),
+    ('root ::= "a', "ends in the middle"),
+    ("root ::= [a", "ends in the middle"),
+    ("root ::= []", "empty set"),
+    ("root ::= [b-a]", "ends before it begins"),
+    (r'root ::= "\q"', r"unknown escape \\q"),
+    ('root ::= "\\', "unknown escape"),
+    (r'root ::= "\uD800"', "is no character"),
+    ('root ::= ("a"', r"expected \)"),
+    ('root ::= "a")', "makes no sense"),
+    ('root = "a"', "expected ::="),
+    ('root ::= * "a"', "makes no sense"),
+    ('root ::= "a"{3,1}', "no range"),
+    ('root ::= "a"{99999}', "no range"),
+    ("root ::= <think>", "not supported"),
+    ("root ::= " + "(" * 5000, "in one another"),
+    ("::=", "expected the name"),
+])
+def test_gbnf_that_is_none(single_bytes, grammar, problem):
+    with pytest.raises(GbnfError, match=problem):
+        gbnf_to_lark(grammar)
+    with pytest.raises(InvalidSettings, match="grammar_string: expected a GBNF") as caught:
+        matcher_of(single_bytes, grammar_string=grammar)
+    assert re.search(problem, caught.value.details)
+
+
+@pytest.mark.parametrize("settings", [
+    {"grammar_string": "root ::= root"},
+    {"json_schema": {"type": "strin"}},
+    {"json_schema": {"not": {"type": "string"}}},
+    {"json_schema": {"type": "string", "pattern": "("}},
+    {"json_schema": {"$ref": "#/nowhere"}},
+    {"json_schema": {"x-guidance": 3}},
+])
+def test_grammars_that_cannot_be_followed(tokenizer, settings):
+    (name,) = settings
+    with pytest.raises(InvalidSettings, match=f"{name}: expected a ") as caught:
+        written(engine_of(tokenizer), **settings)
+    assert caught.value.details
+
+
+def test_one_grammar_at_a_time():
+    with pytest.raises(InvalidSettings, match="none beside grammar_string"):
+        SamplingSettings.from_dict({"json_schema": {}, "grammar_string": 'root ::= "a"'})
+
+
+def test_a_text_ends_where_its_grammar_ends(tokenizer):
+    engine = engine_of(tokenizer)
+    for extra in ({}, {"ban_eos_token": True}):
+        text, reason = written(engine, grammar_string='root ::= "yes" | "größe"', **extra)
+        assert text in ("yes", "größe") and reason == "stop"
+
+
+def test_the_end_token_comes_only_where_the_grammar_may_end(single_bytes):
+    eos = single_bytes.eos_token_id
+    letters = {i for i in range(288) if single_bytes.token_bytes(i) in (b"a", b"b")}
+    matcher = matcher_of(single_bytes, grammar_string='root ::= "ab"+')
+    assert eos not in matcher.allowed_ids
+    for text in ("a", "b"):
+        matcher.accept(*single_bytes.encode(text, add_bos=False))
+    assert set(matcher.allowed_ids) == {eos, min(letters)}
+    matcher.accept(eos)
+    assert matcher.complete
+    banned = matcher_of(single_bytes, grammar_string='root ::= "ab"*', ban_eos_token=True)
+    assert eos not in banned.allowed_ids and len(banned.allowed_ids) == 1
+
+
+def test_with_the_end_token_banned_it_goes_on_to_the_last_token(tokenizer):
+    text, reason = written(engine_of(tokenizer), grammar_string="root ::= [ab]*",
+                           ban_eos_token=True, max_new_tokens=40)
+    assert reason == "length" and len(text) >= 39 and set(text) <= {"a", "b"}
+
+
+def test_a_grammar_of_nothing_is_refused_where_nothing_can_end_it(single_bytes):
+    engine = engine_of(single_bytes)
+    nothing = {"grammar_string": 'root ::= ""'}
+    assert written(engine, **nothing) == ("", "eos")
+    with pytest.raises(InvalidSettings, match="it allows no text"):
+        engine.generate("a", {**nothing, "ban_eos_token": True})
+
+
+def test_special_tokens_are_no_text(tokenizer):
+    allowed = set(matcher_of(tokenizer, grammar_string="root ::= .+").allowed_ids)
+    assert not allowed & tokenizer.special_ids
+    texts = {tokenizer.token_bytes(i) for i in allowed}
+    assert b"\xc3" in texts and b" " in texts and b"\xff" not in texts
+
+
+def test_the_first_space_is_not_shown_and_not_asked_for(tmp_path):
+    tokenizer = sentencepiece(tmp_path / "spm")
+    allowed = matcher_of(tokenizer, grammar_string='root ::= "the " "end"').allowed_ids
+    assert {b"t", b" t"} <= {tokenizer.token_bytes(i) for i in allowed}
+    engine = engine_of(tokenizer)
+    texts = {written(engine, grammar_string='root ::= "the " "end"', seed=i)[0] for i in range(8)}
+    assert texts == {"the end"}
+
+
+def test_tokens_that_are_no_plain_bytes_are_refused(tmp_path):
+    train_unigram_json(write_folder(tmp_path / "unigram", {}) / "tokenizer.json")
+    unigram = Tokenizer.from_dir(tmp_path / "unigram")
+    for tokenizer, found in ((unigram, "another kind"), (None, "no tokenizer")):
+        engine = fake_engine(lambda ids: 1, 800, tokenizer)[0]
+        with pytest.raises(InvalidSettings, match=found):
+            engine.generate_ids([5], {"json_schema": {}})
+
+
+def test_without_the_package_the_error_says_what_to_install(tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    engine = engine_of(tokenizer)
+    with pytest.raises(InvalidSettings, match="grammar_string.*pip install llguidance"):
+        engine.generate("a", {"grammar_string": 'root ::= "a"'})
+    assert written(engine, seed=1, max_new_tokens=5)[0]
+
+
+def test_requests_without_a_grammar_do_not_import_the_package(tiny_model_dir):
+    script = (
+        "import sys, exl_loader\n"
+        f"with exl_loader.load({str(tiny_model_dir)!r}, ctx_size=256) as model:\n"
+        "    with model.generate('hello', {'max_new_tokens': 4, 'json_schema': None}) as run:\n"
+        "        list(run)\n"
+        "assert 'llguidance' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120,
+                   cwd=Path(__file__).resolve().parents[1])
+
+
+def test_requests_beside_each_other_stay_apart(tokenizer):
+    engine = engine_of(tokenizer, max_batch_size=4, pages=64, chunk_size=64)
+    plain = {"seed": 4, "max_new_tokens": 60}
+    alone = written(engine, **plain)
+    schema = {"json_schema": SCHEMA, "seed": 5}
+    constrained_alone = written(engine, **schema)
+    results: dict[int, tuple[str, str]] = {}
+
+    def run(number: int) -> None:
+        results[number] = written(engine, **(plain if number % 2 else schema))
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [results[i] for i in range(6)] == [constrained_alone, alone] * 3
+
+
+def test_prompt_lookup_and_guidance_follow_it(tokenizer):
+    engine = engine_of(tokenizer, chunk_size=64, logits_rows=32, pages=16)
+    settings = {"grammar_string": 'root ::= ("abc, " [0-9]){20}', "seed": 3}
+    text, reason = written(engine, **settings)
+    assert re.fullmatch("(abc, [0-9]){20}", text) and reason == "stop"
+    assert written(engine, **settings, prompt_lookup_num_tokens=4) == (text, reason)
+    guided, _ = written(engine, **settings, guidance_scale=1.5, negative_prompt="no")
+    assert re.fullmatch("(abc, [0-9]){20}", guided)
+
+
+def test_schemas_may_set_the_spaces(single_bytes):
+    flexible = {"type": "array", "items": {"type": "boolean"}}
+    assert follows(single_bytes, "[ true,\n  false ]", json_schema=flexible)
+    assert not follows(single_bytes, "[" + " " * 30 + "true]", json_schema=flexible)
+    tight = {**flexible, "x-guidance": {"whitespace_flexible": False}}
+    assert follows(single_bytes, "[true,false]", json_schema=tight)
+    assert not follows(single_bytes, "[ true]", json_schema=tight)
