@@ -33,10 +33,6 @@ from .chat_guards import (
 # The longest that models come with have about 20,000 characters.
 MAX_TEMPLATE_CHARS = 1 << 20
 
-_TICK = "_exl_loader_tick"
-_MADE = "_exl_loader_made"
-_CONCAT = "_exl_loader_concat"
-
 
 def render(template: jinja2.Template, context: dict[str, Any]) -> str:
     """Run a template under the limits.
@@ -77,6 +73,11 @@ class _Environment(ImmutableSandboxedEnvironment):
     """The sandbox with limits."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
+
+    # Called by what the syntax tree gets added.
+    guarded_pass = staticmethod(BUDGET.tick)
+    guarded_value = staticmethod(BUDGET.made)
+    guarded_concat = staticmethod(_concat)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         expect_operation(operator, left, right)
@@ -126,7 +127,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             *tree.find_all(nodes.CallBlock), *tree.find_all(nodes.Block),
         ]
         for node in repeated:
-            call = _call(_TICK, [nodes.Const(_text_length(node))], node.lineno)
+            call = _call("guarded_pass", [nodes.Const(_text_length(node))], node.lineno)
             node.body.insert(0, nodes.ExprStmt(call).set_lineno(node.lineno))
         _guard_values(tree)
         tree.set_environment(self)
@@ -134,7 +135,9 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 def _call(name: str, arguments: list[nodes.Expr], lineno: int) -> nodes.Call:
-    return nodes.Call(nodes.Name(name, "load"), arguments, [], None, None, lineno=lineno)
+    # No variable: a template could set that to something else.
+    function = nodes.EnvironmentAttribute(name)
+    return nodes.Call(function, arguments, [], None, None, lineno=lineno)
 
 
 def _text_length(node: nodes.Node) -> int:
@@ -153,11 +156,11 @@ def _guard_values(tree: nodes.Node) -> None:
             return value
         _guard_values(value)
         if isinstance(value, nodes.Concat):
-            return _call(_CONCAT, value.nodes, value.lineno)
+            return _call("guarded_concat", value.nodes, value.lineno)
         if isinstance(value, (nodes.List, nodes.Dict, nodes.Tuple)) and (
             getattr(value, "ctx", "load") == "load"  # else it is the target of an assignment
         ):
-            return _call(_MADE, [value], value.lineno)
+            return _call("guarded_value", [value], value.lineno)
         return value
 
     for field, value in tree.iter_fields():
@@ -235,6 +238,5 @@ def _make_environment() -> ImmutableSandboxedEnvironment:
     environment.globals.update({
         "raise_exception": _raise_exception, "strftime_now": _strftime_now,
         "namespace": _Namespace, "dict": _Dict(),
-        _TICK: BUDGET.tick, _MADE: BUDGET.made, _CONCAT: _concat,
     })
     return environment
