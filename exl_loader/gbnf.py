@@ -2,8 +2,9 @@ r"""GBNF, the grammars of llama.cpp, turned into llguidance's dialect of Lark.
 
 llguidance brings a converter of its own, but what it makes means something else: it joins
 characters into lexemes, which are as long as they can be, so that `[a-z]* "b"` never finds its
-"b". Here every terminal is one character, and one character cannot be cut in two ways: the
-Earley parser alone decides, as llama.cpp's does.
+"b". Here a grammar without recursion becomes one regular expression, which is exact and quick.
+In any other every terminal is one character, and one character cannot be cut in two ways: the
+Earley parser alone decides, as llama.cpp's does, at some cost where much is allowed.
 
 The syntax is that of llama.cpp's grammars/README.md, but for its tokens (`<think>`), which are
 no text.
@@ -12,12 +13,17 @@ no text.
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 # Repeats are written out by llguidance: a larger number would be a typing error or an attack.
 MAX_REPEATS = 10_000
 MAX_DEPTH = 100
 
+# Rules are written out where they are used; a regular expression longer than this is not tried.
+MAX_REGEX_LEN = 20_000
+
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
+_USE = re.compile(r"<([A-Za-z0-9_-]+)>")
 _SPACE = re.compile(r"(?:[ \t]|#[^\r\n]*)*")
 _SPACE_AND_LINES = re.compile(r"(?:[ \t\r\n]|#[^\r\n]*)*")
 _REPEAT = re.compile(r"\{\s*(\d+)\s*(?:(,)\s*(\d+)?\s*)?\}")
@@ -43,6 +49,13 @@ def gbnf_to_lark(text: str, leading_space: bool = False) -> str:
     return _Converter(text).convert(leading_space)
 
 
+class _Piece(NamedTuple):
+    """A part of a rule, as Lark and as a regular expression with `<name>` for rules."""
+
+    lark: str
+    regex: str
+
+
 class _Converter:
     """Reads rules from left to right and writes each as it goes."""
 
@@ -53,8 +66,9 @@ class _Converter:
         # GBNF's names may hold what Lark's may not, so rules are numbered.
         self._numbers: dict[str, int] = {}
         self._first_use: dict[str, int] = {}
-        self._rules: dict[str, str] = {}
+        self._rules: dict[str, _Piece] = {}
         self._groups: list[str] = []
+        self._regexes: dict[str, str | None] = {}
         self._classes: dict[str, str] = {}
 
     def convert(self, leading_space: bool) -> str:
@@ -67,9 +81,13 @@ class _Converter:
                 raise self._error(f"there is no rule {name}", at)
         if "root" not in self._rules:
             raise GbnfError("there is no rule root")
-        space = f"{self._terminal([(32, 32)])}? " if leading_space else ""
+        regex = self._regex_of("root")
+        if regex is not None:
+            space = "[\\x{20}]?" if leading_space else ""
+            return f"%llguidance {{}}\nstart: /{space}{regex}/\n"
+        space = f"{self._terminal([(32, 32)]).lark}? " if leading_space else ""
         lines = ["%llguidance {}", f"start: {space}{self._rule_name('root')}"]
-        lines += [f"{self._rule_name(name)}: {body}" for name, body in self._rules.items()]
+        lines += [f"{self._rule_name(name)}: {body.lark}" for name, body in self._rules.items()]
         lines += [f"g{number}: {body}" for number, body in enumerate(self._groups)]
         lines += [f"{terminal}: /{pattern}/" for pattern, terminal in self._classes.items()]
         return "\n".join(lines) + "\n"
@@ -85,23 +103,43 @@ class _Converter:
         if self._at < len(self._text) and self._text[self._at] not in "\r\n":
             raise self._error(f"{self._text[self._at]!r} makes no sense here")
 
-    def _alternatives(self, space: re.Pattern[str]) -> str:
+    def _regex_of(self, name: str, depth: int = 0) -> str | None:
+        """A rule with all others written out; None where it is recursive, or gets too long."""
+        if name in self._regexes:
+            return self._regexes[name]
+        # What is asked for again while it is worked out contains itself.
+        self._regexes[name] = None
+        body = self._rules[name].regex
+        uses = _USE.findall(body)
+        if depth == MAX_DEPTH:
+            return None
+        inner = {used: self._regex_of(used, depth + 1) for used in dict.fromkeys(uses)}
+        if None in inner.values():
+            return None
+        if len(body) + sum(len(inner[used] or "") for used in uses) > MAX_REGEX_LEN:
+            return None
+        self._regexes[name] = f"(?:{_USE.sub(lambda use: inner[use[1]] or '', body)})"
+        return self._regexes[name]
+
+    def _alternatives(self, space: re.Pattern[str]) -> _Piece:
         """Read up to what cannot go on; `space` is what may stand between the parts."""
         written = [self._sequence(space)]
         while self._peek() == "|":
             self._at += 1
             self._skip(_SPACE_AND_LINES)
             written.append(self._sequence(space))
-        return " | ".join(written)
+        return _Piece(" | ".join(piece.lark for piece in written),
+                      "|".join(piece.regex for piece in written))
 
-    def _sequence(self, space: re.Pattern[str]) -> str:
-        items: list[str] = []
+    def _sequence(self, space: re.Pattern[str]) -> _Piece:
+        items: list[_Piece] = []
         while (item := self._item()) is not None:
             self._skip(space)
             items.append(self._repeated(item, space))
-        return " ".join(items) or '""'
+        return _Piece(" ".join(item.lark for item in items) or '""',
+                      "".join(item.regex for item in items))
 
-    def _item(self) -> str | None:
+    def _item(self) -> _Piece | None:
         character = self._peek()
         if character == '"':
             return self._literal()
@@ -118,9 +156,9 @@ class _Converter:
             return None
         begin, name = self._at, self._name()
         self._first_use.setdefault(name, begin)
-        return self._rule_name(name)
+        return _Piece(self._rule_name(name), f"<{name}>")
 
-    def _group(self) -> str:
+    def _group(self) -> _Piece:
         self._at += 1
         self._depth += 1
         if self._depth > MAX_DEPTH:
@@ -130,19 +168,22 @@ class _Converter:
         self._expect(")")
         self._depth -= 1
         # A rule of its own, because llguidance takes few groups in one another.
-        self._groups.append(inner)
-        return f"g{len(self._groups) - 1}"
+        self._groups.append(inner.lark)
+        return _Piece(f"g{len(self._groups) - 1}", f"(?:{inner.regex})")
 
-    def _literal(self) -> str:
+    def _literal(self) -> _Piece:
         self._at += 1
         terminals = []
         while self._peek() != '"':
             code = self._character()
             terminals.append(self._terminal([(code, code)]))
         self._at += 1
-        return f"({' '.join(terminals)})" if terminals else '""'
+        if not terminals:
+            return _Piece('""', "(?:)")
+        return _Piece(f"({' '.join(terminal.lark for terminal in terminals)})",
+                      f"(?:{''.join(terminal.regex for terminal in terminals)})")
 
-    def _character_class(self) -> str:
+    def _character_class(self) -> _Piece:
         self._at += 1
         negated = self._peek() == "^"
         self._at += negated
@@ -181,16 +222,16 @@ class _Converter:
         self._at += 2
         return ord(_ESCAPED[letter])
 
-    def _terminal(self, ranges: list[tuple[int, int]], negated: bool = False) -> str:
-        """Name of the terminal that is one of these characters, or none of them."""
+    def _terminal(self, ranges: list[tuple[int, int]], negated: bool = False) -> _Piece:
+        """The terminal that is one of these characters, or none of them."""
         spans = "".join(
             f"\\x{{{first:X}}}-\\x{{{last:X}}}" if first != last else f"\\x{{{first:X}}}"
             for first, last in ranges
         )
         pattern = f"[{'^' if negated else ''}{spans}]"
-        return self._classes.setdefault(pattern, f"C{len(self._classes)}")
+        return _Piece(self._classes.setdefault(pattern, f"C{len(self._classes)}"), pattern)
 
-    def _repeated(self, item: str, space: re.Pattern[str]) -> str:
+    def _repeated(self, item: _Piece, space: re.Pattern[str]) -> _Piece:
         while True:
             repeat = _REPEAT.match(self._text, self._at)
             if repeat:
@@ -198,10 +239,12 @@ class _Converter:
                 high = int(repeat[3]) if repeat[3] else None if repeat[2] else low
                 if max(low, high or 0) > MAX_REPEATS or (high is not None and high < low):
                     raise self._error(f"{repeat[0]} is no range up to {MAX_REPEATS}")
-                item = f"({item}{{{low},{'' if high is None else high}}})"
+                times = f"{{{low},{'' if high is None else high}}}"
+                item = _Piece(f"({item.lark}{times})", f"(?:{item.regex}{times})")
                 self._at = repeat.end()
             elif self._peek() in ("*", "+", "?"):
-                item = f"({item}{self._peek()})"
+                times = self._peek()
+                item = _Piece(f"({item.lark}{times})", f"(?:{item.regex}{times})")
                 self._at += 1
             else:
                 return item

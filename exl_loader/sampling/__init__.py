@@ -1,6 +1,7 @@
 """From a row of logits to a token.
 
-    biases and bans                       always first
+    a grammar                             leaves out what it does not allow
+    biases and bans                       always first of the samplers
     penalties, curves, filters            in the order of `sampler_priority`
     mirostat, adaptive-p                  last, because they learn from what is drawn
     one draw                              from what remains
