@@ -19,7 +19,7 @@ REQUIREMENTS: dict[str, str] = {
     "sentencepiece": "0.2",
     "tokenizers": "0.20",
     "ninja": "1.11",
-    "jinja2": "3.1",
+    "jinja2": "3.1.6",
     "numpy": "1.26",
     "rich": "13.7",
     "filelock": "3.12",
