@@ -12,9 +12,12 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+from fake_model import fake_engine
+from tiny import write_tokenizer
 
 from exl_loader.chat_template import ChatTemplates
 from exl_loader.errors import ExlLoaderError, InvalidSettings, InvalidTokenizer
+from exl_loader.tokenizer import Tokenizer
 
 SOURCES = {
     path.stem: path.read_text(encoding="utf-8")
@@ -247,3 +250,42 @@ def test_what_cannot_be_continued(source, messages, options):
         ChatTemplates({"default": source}).render(
             messages, **{"continue_final_message": True, **options}
         )
+
+
+# Through the engine
+
+
+@pytest.fixture
+def engine(tmp_path):
+    """A model whose folder has the Llama 3.1 and Qwen 2.5 templates as files."""
+    write_tokenizer(tmp_path, 300)
+    (tmp_path / "chat_template.jinja").write_text(SOURCES["qwen25"], encoding="utf-8")
+    named = tmp_path / "additional_chat_templates"
+    named.mkdir()
+    (named / "llama.jinja").write_text(SOURCES["llama31"], encoding="utf-8")
+    engine, _, _ = fake_engine(lambda ids: 7, 300, Tokenizer.from_dir(tmp_path))
+    return engine
+
+
+def test_the_engine_takes_tools_and_variables(engine):
+    messages = CONVERSATIONS["two results"]
+    prompt = engine.apply_chat_template(messages, tools=[WEATHER])
+    assert prompt == ours("qwen25", messages, {"tools": [WEATHER]})
+    dated = engine.apply_chat_template(
+        messages, tools=[CLOCK], template="llama", tools_in_user_message=False,
+        date_string="today", bos_token="<b>",
+    )
+    assert dated.startswith("<b><|start_header_id|>system") and "Today Date: today\n" in dated
+    assert "These functions can be called" in dated
+
+
+def test_the_engine_continues_the_final_message(engine):
+    messages = CONVERSATIONS["answer"]
+    prompt = engine.apply_chat_template(messages, continue_final_message=True)
+    assert prompt.endswith("<|im_start|>assistant\nEs war einmal  ")
+    ids = engine.chat_ids(messages, continue_final_message=True)
+    assert ids == engine.encode(prompt, add_bos=False)
+    assert list(engine.generate(ids, {"max_new_tokens": 2, "temperature": 0}))
+    assert not engine.apply_chat_template(messages, add_generation_prompt=False).endswith(
+        "assistant\n"
+    )
