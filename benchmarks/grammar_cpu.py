@@ -1,0 +1,100 @@
+"""What a grammar costs a step: `python benchmarks/grammar_cpu.py [--vocab 152064] [--steps N]`.
+
+Draws from random logits, with a made-up vocabulary of syllables, without a grammar and with
+several, in turns, and reports the milliseconds of setting up and of a step (mask, samplers and
+draw). The grammars allow nearly every token nearly everywhere, which is the dearest case.
+Verified first: every token drawn is one that the grammar allows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import cast
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(REPO)]
+
+import numpy as np  # noqa: E402
+
+from exl_loader.grammar import Grammars  # noqa: E402
+from exl_loader.sampling import Sampler, TokenRoles  # noqa: E402
+from exl_loader.settings import SamplingSettings  # noqa: E402
+from exl_loader.tokenizer import Tokenizer  # noqa: E402
+
+CASES: dict[str, dict] = {
+    "no grammar": {},
+    "JSON schema": {"json_schema": '{"type": "array", "items": {"type": "string"}}'},
+    "GBNF, regular": {"grammar_string": 'root ::= [^"]* "." [^"]*'},
+    "GBNF, recursive": {"grammar_string": 'root ::= ([^()] | "(" root ")")*'},
+}
+SYLLABLES = [*"aeiou012{}[]:,\"\\()-_.\néü中文", "th", "er", "on", "an", "re", "ing", "tion"]
+
+
+class MadeUpTokenizer:
+    """An end token, all bytes, then words of up to five syllables, half after a space."""
+
+    bytes_known, strips_space, special_ids = True, False, frozenset({0})
+
+    def __init__(self, vocab_size: int) -> None:
+        source, words = random.Random(0), set[bytes]()
+        while len(words) < vocab_size - 257:
+            word = "".join(source.choices(SYLLABLES, k=source.randrange(1, 6)))
+            if len(word) > 1:
+                words.add((source.choice(["", " "]) + word).encode())
+        self.tokens = [b"", *(bytes([byte]) for byte in range(256)), *sorted(words)]
+        self.vocab_size = vocab_size
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.tokens[token_id]
+
+    def encode(self, text: str, add_bos: bool = False, special: bool = False) -> list[int]:
+        return [byte + 1 for byte in text.encode()]
+
+
+def measure(grammars: Grammars, rows: np.ndarray, steps: int, **settings) -> tuple[float, float]:
+    """Return milliseconds to set up and of the mean step."""
+    chosen = SamplingSettings(seed=1, min_p=0.05, ban_eos_token=True, **settings)
+    began_s = time.perf_counter()
+    matcher = grammars.matcher(chosen)
+    setup_s = time.perf_counter() - began_s
+    roles = TokenRoles(vocab_size=rows.shape[1], banned_ids=(0,))
+    sampler, times_s = Sampler(chosen, roles=roles, constraint=matcher), []
+    for step in range(steps):
+        allowed = None if matcher is None else matcher.allowed_ids
+        began_s = time.perf_counter()
+        token_id = sampler.sample(rows[step % len(rows)], [1])
+        times_s.append(time.perf_counter() - began_s)
+        assert allowed is None or token_id in allowed
+        if sampler.complete:
+            break
+    return setup_s * 1e3, statistics.mean(times_s) * 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--vocab", type=int, default=152_064)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    tokenizer = cast(Tokenizer, MadeUpTokenizer(args.vocab))
+    grammars = Grammars(tokenizer, args.vocab, (0,))
+    rows = np.random.default_rng(0).normal(0, 3, (4, args.vocab)).astype(np.float32)
+    began_s = time.perf_counter()
+    grammars.matcher(SamplingSettings(grammar_string='root ::= "a"'))
+    print(f"token table, once a model: {(time.perf_counter() - began_s) * 1e3:.0f} ms")
+    results: dict[str, list[tuple[float, float]]] = {name: [] for name in CASES}
+    for _ in range(args.rounds):
+        for name, settings in CASES.items():
+            results[name].append(measure(grammars, rows, args.steps, **settings))
+    for name, measured in results.items():
+        setup_ms, step_ms = (min(column) for column in zip(*measured, strict=True))
+        print(f"{name:16} set up {setup_ms:6.1f} ms, a step {step_ms:6.2f} ms")
+
+
+if __name__ == "__main__":
+    main()
