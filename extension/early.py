@@ -60,7 +60,7 @@ def command_line_flags() -> Iterator[None]:
         add_flags(self)
         return original(self, *args, **kwargs)
 
-    argparse.ArgumentParser.parse_args = parse_args  # type: ignore[method-assign,assignment]
+    argparse.ArgumentParser.parse_args = parse_args  # type: ignore[method-assign]
     try:
         yield
     finally:

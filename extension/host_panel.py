@@ -36,7 +36,7 @@ def extend_menu(patches: Patches, menu: ModuleType) -> None:
     Args:
         menu: `modules.ui_model_menu`, before it makes its components.
     """
-    create_ui, create_events = menu.create_ui, menu.create_event_handlers  # type: ignore[attr-defined]
+    create_ui, create_events = menu.create_ui, menu.create_event_handlers
 
     def create_ui_with_panel() -> None:
         create_ui()
@@ -49,9 +49,9 @@ def extend_menu(patches: Patches, menu: ModuleType) -> None:
 
     patches.replace(create_ui, create_ui_with_panel)
     patches.replace(create_events, create_events_with_panel)
-    wrapper = menu.load_model_wrapper  # type: ignore[attr-defined]
+    wrapper = menu.load_model_wrapper
     patches.replace(wrapper, _load_wrapper(wrapper))
-    loras = menu.load_lora_wrapper  # type: ignore[attr-defined]
+    loras = menu.load_lora_wrapper
     patches.replace(loras, _lora_wrapper(loras))
 
 
@@ -72,7 +72,7 @@ def _insert_components() -> None:
 
     shared = host.module("modules.shared")
     args, components = shared.args, shared.gradio
-    made = {
+    made: dict[str, Any] = {
         "cache_8bit": gr.Checkbox(
             label="cache_8bit", value=bool(args.cache_8bit),
             info="Keep the key/value cache in 8 bits: half the memory of fp16."),

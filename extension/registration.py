@@ -192,7 +192,7 @@ def _watch_later_modules() -> None:
 
 
 def _explain_lora(module: ModuleType) -> None:
-    original = module.add_lora_transformers  # type: ignore[attr-defined]
+    original = module.add_lora_transformers
 
     def add_lora_transformers(lora_names: list[str]) -> None:
         shared = host.module("modules.shared")
@@ -219,5 +219,5 @@ def _open_native_gate(module: ModuleType) -> None:
 
 def _keep_logprobs(module: ModuleType) -> None:
     """Let log probabilities survive the copy that the web UI makes of a request (v4.0)."""
-    processor = module.LogprobProcessor  # type: ignore[attr-defined]
+    processor = module.LogprobProcessor
     _patches.set(processor, "__deepcopy__", lambda self, memo: self)

@@ -71,7 +71,7 @@ class Exllamav3Model:
         """Turn text into ids, int64 [1, n], with a BOS token where the folder wants one."""
         ids = self.loaded.tokenizer.encode(text, add_bos=False)
         bos = self.loaded.tokenizer.bos_token_id
-        if self.loaded.tokenizer.add_bos_token and ids[:1] != [bos]:
+        if bos is not None and self.loaded.tokenizer.add_bos_token and ids[:1] != [bos]:
             ids = [bos, *ids]
         return torch.tensor([ids], dtype=torch.int64)
 

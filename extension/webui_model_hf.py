@@ -47,10 +47,12 @@ class Exllamav3HF(PreTrainedModel, GenerationMixin):
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         pass
 
-    def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> None:
-        pass
+    def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> bool:
+        return False
 
-    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict:
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: torch.Tensor, **kwargs: Any
+    ) -> dict[str, Any]:
         """Pass the whole text on, at every step."""
         return {"input_ids": input_ids}
 
@@ -61,7 +63,7 @@ class Exllamav3HF(PreTrainedModel, GenerationMixin):
         if inputs is not None and new:
             self._rope_len = int(inputs.shape[-1]) + int(new)
         try:
-            return super().generate(*args, **kwargs)
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:
             self._rope_len = None
 
