@@ -28,6 +28,7 @@ from .chat_guards import (
     expect_operation,
     guarded_call,
     guarded_filters,
+    guarded_tests,
 )
 
 # The longest that models come with have about 20,000 characters.
@@ -233,6 +234,7 @@ def _make_environment() -> ImmutableSandboxedEnvironment:
         finalize=BUDGET.made,
     )
     environment.filters = guarded_filters()
+    environment.tests = guarded_tests()
     # Text without end, which no conversation needs.
     del environment.globals["lipsum"]
     environment.globals.update({

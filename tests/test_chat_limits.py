@@ -82,6 +82,7 @@ HUGE = {
     "split": "{{ ('x ' * 5000000).split() | length }}",
     "split at": "{{ ('x' * 10000000).split('x') | length }}",
     "splitlines": "{{ ('\\n' * 10000000).splitlines() | length }}",
+    "words": "{{ ('x ' * 5000000) | title | length }}",
     "a list of characters": "{{ ('x' * 10000000) | list | length }}",
     "integer bytes": "{{ (1).to_bytes(10**10, 'big') | length }}",
     "encoding": "{{ 'x'.encode('utf-16') }}",
@@ -140,6 +141,7 @@ ENDLESS = {
               "{% call f(3) %}{% endcall %}{% endfor %}{% endfor %}",
     "filters": "{% for a in range(99999) %}{{ range(99999) | map('string') | list | length }}"
                "{% endfor %}",
+    "tests": "{% set a = range(99999) | list %}{{ a | select('in', a) | list | length }}",
     "names taken": "{% set guarded_pass = dict %}{% set environment = namespace() %}"
                    "{% set guarded_value = dict %}{% for a in range(99999) %}"
                    "{% for b in range(99999) %}{% endfor %}{% endfor %}",
