@@ -28,6 +28,9 @@ _JSON_SPACE = r" |\n{1,2}[ \t]{0,20}"
 # Put before a text that is in the midst of one: it joins with nothing that follows.
 _BEFORE = "\x02"
 
+# For tokens of more than 1024 bytes the library panics.
+_LONGEST_TOKEN_BYTES = 1000
+
 # gbnf.py's terminals are single characters, so a mask visits far more items than the lexemes
 # for which the library's own limits are meant.
 _MAX_ITEMS_IN_ROW = 20_000
@@ -171,16 +174,16 @@ class _Vocabulary:
     """A tokenizer as llguidance wants to see it: bytes by id, and an end token of its own.
 
     The end token comes behind the vocabulary, because a model may have several or none.
-    Special tokens are empty, which no grammar allows: they are no text.
+    Special tokens are empty, which no grammar allows: they are no text. So are tokens that the
+    library has no room for.
     """
 
     bos_token_id = None
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Iterable[int]) -> None:
         hidden = tokenizer.special_ids | frozenset(eos_ids)
-        self.tokens = [
-            b"" if i in hidden else tokenizer.token_bytes(i) for i in range(vocab_size)
-        ]
+        tokens = [b"" if i in hidden else tokenizer.token_bytes(i) for i in range(vocab_size)]
+        self.tokens = [b"" if len(token) > _LONGEST_TOKEN_BYTES else token for token in tokens]
         self.tokens.append(b"<end>")
         self.eos_token_id = vocab_size
         self.special_token_ids = [vocab_size]

@@ -314,6 +314,32 @@ def test_special_tokens_are_no_text(tokenizer):
     assert b"\xc3" in texts and b" " in texts and b"\xff" not in texts
 
 
+class TokensOnly:
+    """A tokenizer made of tokens; several may have the same bytes."""
+
+    bytes_known, strips_space, special_ids = True, False, frozenset[int]()
+
+    def __init__(self, *tokens: bytes) -> None:
+        self.tokens = [*(bytes([byte]) for byte in range(256)), *tokens]
+        self.vocab_size, self.eos_token_ids = len(self.tokens), ()
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.tokens[token_id]
+
+    def encode(self, text: str, add_bos: bool, special: bool) -> list[int]:
+        return list(text.encode())
+
+
+def test_equal_tokens_long_tokens_and_models_without_an_end_token():
+    tokenizer = TokensOnly(b"a", b"a" * 1000, b"a" * 5000)
+    matcher = matcher_of(tokenizer, grammar_string='root ::= "b" | "a"* "c"')
+    assert matcher.allowed_ids.tolist() == [*b"abc", 256, 257]
+    matcher.accept(257)
+    assert matcher.allowed_ids.tolist() == [*b"ac", 256, 257] and not matcher.complete
+    matcher.accept(ord("c"))
+    assert matcher.complete
+
+
 def test_the_first_space_is_not_shown_and_not_asked_for(tmp_path):
     tokenizer = sentencepiece(tmp_path / "spm")
     allowed = matcher_of(tokenizer, grammar_string='root ::= "the " "end"').allowed_ids
