@@ -139,7 +139,7 @@ class SamplingSettings:
         grammar_string: a grammar in llama.cpp's GBNF that the text must follow, "" for none; the
             text ends where the grammar does. Needs llguidance.
         json_schema: the same as a JSON schema, a dict or its text; the text is JSON that
-            agrees with it. Only one of the two may be given.
+            agrees with it, unless max_new_tokens cuts it off. Only one of the two may be given.
         sampler_priority: names of samplers in the order in which they run, `SAMPLER_PRIORITY`
             where empty; those not named run first.
         custom_token_bans: ids that are never drawn; a list, or text with commas.
