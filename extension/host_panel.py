@@ -100,6 +100,8 @@ def _insert_components() -> None:
 
 def _connect() -> None:
     """Keep toggles and cache type in step, and the gauge up to date."""
+    import gradio as gr
+
     components = host.module("modules.shared").gradio
     inputs = [components[name] for name in _INPUTS]
     gauge, cache_type = components[GAUGE], components["cache_type"]
@@ -119,10 +121,11 @@ def _connect() -> None:
         # two quick clicks would then answer each other for ever.
         components[name].select(
             follow_toggle, [components[name], cache_type], [*toggles, cache_type], **quiet)
-    for component in inputs:
-        component.change(draw, inputs, [gauge], **quiet)
+    # One event for all: answers of several could overtake each other, and the last drawing
+    # would not be that of the last change.
+    triggers = [component.change for component in (*inputs, components["model_status"])]
+    gr.on(triggers, draw, inputs, [gauge], trigger_mode="always_last", **quiet)
     components["interface"].load(draw, inputs, [gauge], **quiet)
-    components["model_status"].change(draw, inputs, [gauge], **quiet)
     pick = components[PICK]
     pick.input(_follow_pick, [pick, components["ctx_size"], cache_type],
                [components["ctx_size"], cache_type], **quiet)
