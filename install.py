@@ -1,7 +1,8 @@
 """Set exl_loader up in an environment of its own, and run what the README shows.
 
-    python install.py --demo        make .venv/, then open a page with the model that ships
-    python install.py --terminal    the same without a page: it writes text right here
+    python install.py --demo        make .venv/, let the model that ships write a text right
+                                    here, then open a page with it, where somebody is there
+    python install.py --terminal    the same without the page
     python install.py --test        make .venv/ with the test dependencies, then run the tests
     python install.py --env         make .venv/ alone
     python install.py --webui PATH    put the loader into a text-generation-webui; with
@@ -48,9 +49,9 @@ def main() -> int:
         )
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     task = parser.add_mutually_exclusive_group(required=True)
-    task.add_argument("--demo", action="store_true", help="open a page with the model that ships")
-    task.add_argument("--terminal", action="store_true",
-                      help="write text with the model that ships, in this terminal")
+    task.add_argument("--demo", action="store_true",
+                      help="write text with the model that ships, then open a page with it")
+    task.add_argument("--terminal", action="store_true", help="write text, and open no page")
     task.add_argument("--test", action="store_true", help="run the tests")
     task.add_argument("--env", action="store_true", help="make the environment alone")
     task.add_argument("--webui", type=Path, metavar="PATH", help="install into a web UI")
@@ -66,12 +67,31 @@ def main() -> int:
     if args.test:
         return run_in_environment(["-m", "pytest", *further])
     if args.demo:
-        return run_in_environment(["-m", "extension.standalone", *further])
+        return demo(further)
     if args.terminal:
-        # Without a model's name it takes the one that ships, and a prompt to go with it.
-        return run_in_environment(["-m", "exl_loader", "generate", "--stats", *further])
+        return write_text(further)
     say(f"{VENV} is complete")
     return 0
+
+
+def demo(page_arguments: list[str]) -> int:
+    """Show that the engine works, then open the page until Ctrl-C.
+
+    A page would keep a script or a pipe waiting for ever, so it opens for a terminal alone,
+    or where arguments ask for something of it.
+    """
+    code = write_text(["--max-new-tokens", "200"])
+    if code != 0:
+        return code
+    if not (page_arguments or sys.stdout.isatty()):
+        say(f"no terminal: the page was not opened; {venv_python()} -m extension.standalone does")
+        return 0
+    return run_in_environment(["-m", "extension.standalone", *page_arguments])
+
+
+def write_text(arguments: list[str]) -> int:
+    """Let the model that ships go on with a prompt of its own."""
+    return run_in_environment(["-m", "exl_loader", "generate", "--stats", *arguments])
 
 
 def run_in_environment(arguments: list[str]) -> int:

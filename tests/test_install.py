@@ -90,12 +90,33 @@ def test_test_adds_to_a_plain_environment_and_runs_pytest(world, monkeypatch):
     assert commands[-2].endswith("[extension,test]")
     assert commands[-1].endswith("-m pytest -x")
     # What serves the tests serves the demo as well.
-    assert call(world, monkeypatch, "--demo") == 0
-    (command,) = world.take()
-    assert command.endswith("-m extension.standalone")
     assert call(world, monkeypatch, "--terminal", "--seed", "1") == 0
     (command,) = world.take()
     assert command.endswith("-m exl_loader generate --stats --seed 1")
+
+
+@pytest.mark.parametrize(("terminal", "arguments", "page"), [
+    (True, [], "-m extension.standalone"),
+    (False, [], None),
+    (False, ["--port", "7000"], "-m extension.standalone --port 7000"),
+])
+def test_demo_writes_text_and_opens_the_page_for_a_person(
+    world, monkeypatch, terminal, arguments, page
+):
+    call(world, monkeypatch, "--env")
+    world.take()
+    monkeypatch.setattr(world.install.sys.stdout, "isatty", lambda: terminal)
+    assert call(world, monkeypatch, "--demo", *arguments) == 0
+    text, *pages = world.take()
+    assert text.endswith("-m exl_loader generate --stats --max-new-tokens 200")
+    assert [command.split("python ", 1)[1] for command in pages] == ([page] if page else [])
+
+
+def test_demo_that_cannot_write_text_opens_no_page(world, monkeypatch):
+    monkeypatch.setattr(world.install.sys.stdout, "isatty", lambda: True)
+    world.failing = "generate"
+    assert call(world, monkeypatch, "--demo") == 1
+    assert not any("standalone" in command for command in world.take())
 
 
 def test_exit_code_of_the_main_job_is_passed_on(world, monkeypatch):
