@@ -16,6 +16,7 @@ from exl_loader.kernels.interface import AttentionShape
 from exl_loader.kernels.native import default_threads
 from exl_loader.kernels.reference import ReferenceOps
 from exl_loader.kernels.reference_codec import dequantize
+from exl_loader.kernels.scratch import attention_scratch_bytes
 
 REFERENCE = ReferenceOps()
 # A score's error is that of a float32 sum of head_dim products, some 2^-24 * |q| * |k| * scale
@@ -183,6 +184,25 @@ def test_the_number_of_threads_changes_no_bit(ops, cache_type, monkeypatch):
         for name in ("k_codes", "v_codes"):
             ours, first = (getattr(one, name).view(torch.uint8) for one in (layer, layers[0]))
             assert torch.equal(ours, first)
+
+
+def test_more_threads_than_scratch_has_room_for(ops, monkeypatch):
+    """Another model that is loaded meanwhile may ask for more threads."""
+    shape = shape_of(8, 2, 64)
+    batch = make_batch([1700, 0, 5], [1, 200, 1])
+    layer, q = filled(ops, "q4", shape, batch), random_rows(batch.num_rows, 8, 64, 5)
+    expected = attend(ops, q, layer, batch, shape)
+    monkeypatch.setenv("EXL_LOADER_THREADS", "1")
+    nbytes = attention_scratch_bytes(batch.num_rows, 3, 1701, shape, layer.cache_type)
+    memory, out = torch.full((5 * nbytes,), 77, dtype=torch.uint8), torch.empty_like(q)
+    try:
+        ops.set_threads(4)
+        for _ in range(10):
+            ops.attention(q, layer, batch, shape, out, memory[:nbytes])
+            assert torch.equal(out, expected) and (memory[nbytes:] == 77).all()
+    finally:
+        monkeypatch.undo()
+        ops.set_threads(default_threads())
 
 
 def test_more_sequences_than_there_are_slots_take_turns(ops):

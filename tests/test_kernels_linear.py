@@ -167,6 +167,19 @@ def test_scratch_that_is_too_short_is_refused(ops):
             assert (out == 7.0).all()
 
 
+def test_more_threads_than_scratch_has_room_for(ops, monkeypatch):
+    """Another model that is loaded meanwhile may ask for more threads."""
+    w, x = packed_linear([(4, 128)] * 4, 256), random_rows(40, 512)
+    ops.set_threads(MAX_THREADS)
+    expected = product(ops, x, w)
+    monkeypatch.setenv("EXL_LOADER_THREADS", "1")
+    nbytes, out = linear_scratch_bytes(40, 512), torch.empty(40, 256)
+    memory = torch.full((nbytes + MAX_THREADS * nbytes,), 77, dtype=torch.uint8)
+    for _ in range(10):
+        ops.linear(x, w, out, memory[:nbytes])
+        assert torch.equal(out, expected) and (memory[nbytes:] == 77).all()
+
+
 def test_scratch_grows_with_rows_and_stops(monkeypatch):
     monkeypatch.setenv("EXL_LOADER_THREADS", "2")
     sizes = [linear_scratch_bytes(rows, 4096) for rows in (1, 2, 64, 256, 512, 4096)]

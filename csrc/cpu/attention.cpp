@@ -9,6 +9,7 @@
 // slots do not suffice for all decoding sequences, these run in several waves.
 #include "attention.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "cache_rotate.h"
@@ -171,7 +172,7 @@ int64_t prefill_blocks(const Call& call, int64_t s) {
     return (rows + call.tokens_per_task() - 1) / call.tokens_per_task();
 }
 
-void prefill(const Call& call, uint8_t* memory) {
+void prefill(const Call& call, uint8_t* memory, int64_t most_threads) {
     const int64_t bytes = thread_bytes(call), heads = call.layer.num_kv_heads;
     for (int64_t s = 0; s < call.batch.num_sequences; ++s) {
         const int64_t rows = call.batch.q_start[s + 1] - call.batch.q_start[s];
@@ -187,7 +188,7 @@ void prefill(const Call& call, uint8_t* memory) {
                              left < call.tokens_per_task() ? left : call.tokens_per_task(),
                              item % heads, scratch);
             }
-        });
+        }, most_threads);
     }
 }
 
@@ -216,7 +217,8 @@ Partial rows_from(const Partial& partial, int64_t row, int stride) {
     return {partial.sums + row * stride, partial.totals + row * kLanes, partial.largest + row};
 }
 
-void decode_splits(const Call& call, const Wave& wave, uint8_t* memory, uint8_t* slots) {
+void decode_splits(const Call& call, const Wave& wave, uint8_t* memory, uint8_t* slots,
+                   int64_t most_threads) {
     const int64_t heads = call.layer.num_kv_heads, bytes = thread_bytes(call);
     parallel_for(wave.first_slot[wave.count] * heads, 1,
                  [&](int64_t begin, int64_t end, int thread) {
@@ -238,7 +240,7 @@ void decode_splits(const Call& call, const Wave& wave, uint8_t* memory, uint8_t*
             attend(call.head(s, head), rows, first, last, scratch.tile,
                    rows_from(slot(call, slots, index), head * call.sharing(), call.stride()));
         }
-    });
+    }, most_threads);
 }
 
 void merge_splits(const Call& call, const Wave& wave, uint8_t* slots) {
@@ -257,19 +259,28 @@ void merge_splits(const Call& call, const Wave& wave, uint8_t* slots) {
     });
 }
 
-// Returns false where one sequence alone needs more slots than there are.
-bool decode(const Call& call, uint8_t* memory, uint8_t* slots, int64_t num_slots) {
+// Slots that the sequence with most splits needs.
+int64_t least_slots(const Call& call) {
+    int64_t most = 0;
+    for (int64_t s = 0; s < call.batch.num_sequences; ++s) {
+        if (call.batch.q_start[s + 1] - call.batch.q_start[s] != 1) continue;
+        most = std::max(most, num_splits(call, s));
+    }
+    return most;
+}
+
+void decode(const Call& call, uint8_t* memory, int64_t most_threads, uint8_t* slots,
+            int64_t num_slots) {
     Wave wave;
     const auto flush = [&] {
         if (wave.count == 0) return;
-        decode_splits(call, wave, memory, slots);
+        decode_splits(call, wave, memory, slots, most_threads);
         merge_splits(call, wave, slots);
         wave.count = 0;
     };
     for (int64_t s = 0; s < call.batch.num_sequences; ++s) {
         if (call.batch.q_start[s + 1] - call.batch.q_start[s] != 1) continue;
         const int64_t splits = num_splits(call, s);
-        if (splits > num_slots) return false;
         if (wave.count == kWaveSequences || wave.first_slot[wave.count] + splits > num_slots) {
             flush();
         }
@@ -278,7 +289,6 @@ bool decode(const Call& call, uint8_t* memory, uint8_t* slots, int64_t num_slots
         ++wave.count;
     }
     flush();
-    return true;
 }
 
 }  // namespace
@@ -290,9 +300,13 @@ extern "C" int exl_attention(const ExlCacheLayer* layer, const ExlBatch* batch,
                              uint8_t* scratch, int64_t scratch_bytes) {
     using namespace exl;
     const Call call{*layer, *batch, *shape, q, out};
-    const int64_t threads_bytes = num_threads() * thread_bytes(call);
-    if (threads_bytes > scratch_bytes) return 1;
+    const int64_t spare_bytes = scratch_bytes - least_slots(call) * slot_bytes(call);
+    if (spare_bytes < thread_bytes(call)) return 1;
+    const int64_t most_threads =
+        std::min<int64_t>(num_threads(), spare_bytes / thread_bytes(call));
+    const int64_t threads_bytes = most_threads * thread_bytes(call);
     const int64_t num_slots = (scratch_bytes - threads_bytes) / slot_bytes(call);
-    prefill(call, scratch);
-    return decode(call, scratch, scratch + threads_bytes, num_slots) ? 0 : 1;
+    prefill(call, scratch, most_threads);
+    decode(call, scratch, most_threads, scratch + threads_bytes, num_slots);
+    return 0;
 }

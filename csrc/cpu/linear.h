@@ -103,10 +103,10 @@ EXL_INLINE I32x16 join_planes(I32x16 high, I32x16 low) {
 // Up to kDirectRows rows: codes stream from memory into the dot product.
 void linear_direct(const ExlPackedLinear& w, const Activations& a, int64_t rows, Output out);
 
-// Any number of rows: codes are unpacked into `scratch` and used for all rows. Every thread
-// has buffered_scratch_bytes() of it.
+// Any number of rows: codes are unpacked into `scratch` and used for all rows. Every one of
+// most_threads threads has buffered_scratch_bytes() of it.
 void linear_buffered(const ExlPackedLinear& w, const Activations& a, int64_t rows, Output out,
-                     uint8_t* scratch);
+                     uint8_t* scratch, int64_t most_threads);
 constexpr int64_t buffered_scratch_bytes() {
     return int64_t{kChunkRows} * kPanelColumns + int64_t{kPassRows} * kPanelColumns * 4;
 }

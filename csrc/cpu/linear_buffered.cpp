@@ -169,12 +169,12 @@ void multiply_panel(const ExlPackedLinear& w, const Activations& a, int64_t p, i
 }  // namespace
 
 void linear_buffered(const ExlPackedLinear& w, const Activations& a, int64_t rows, Output out,
-                     uint8_t* scratch) {
+                     uint8_t* scratch, int64_t most_threads) {
     const int64_t panels = (w.tiles + kPanelTiles - 1) / kPanelTiles;
     parallel_for(panels, balanced_grain(panels, 1), [&](int64_t first, int64_t end, int thread) {
         uint8_t* own = scratch + thread * buffered_scratch_bytes();
         for (int64_t p = first; p < end; ++p) multiply_panel(w, a, p, rows, out, own);
-    });
+    }, most_threads);
 }
 
 }  // namespace exl

@@ -46,8 +46,8 @@ extern "C" int exl_linear(const float* x, int64_t rows, const ExlPackedLinear* w
     a.scales = carver.take<float>(most_rows * blocks);
     a.negative_sums = carver.take<int32_t>(most_rows * blocks);
     uint8_t* buffers = carver.next;
-    if (rows > kDirectRows) carver.take<uint8_t>(num_threads() * buffered_scratch_bytes());
-    if (carver.next > carver.end) return -1;
+    const int64_t most_threads = (carver.end - buffers) / buffered_scratch_bytes();
+    if (buffers > carver.end || (rows > kDirectRows && most_threads < 1)) return -1;
     a.spans = spans;
     a.num_spans = cut_spans(*w, spans, &a.stored_rows);
     for (int64_t first = 0; first < rows; first += kPassRows) {
@@ -61,7 +61,7 @@ extern "C" int exl_linear(const float* x, int64_t rows, const ExlPackedLinear* w
         } else {
             a.block_rows = kMicroRows;
             quantize(*w, source, count, count, a);
-            linear_buffered(*w, a, count, output, buffers);
+            linear_buffered(*w, a, count, output, buffers, most_threads);
         }
     }
     return 0;

@@ -9,6 +9,7 @@
 // look at must stay there.
 #include "threads.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -119,9 +120,11 @@ void wake_sleepers(Pool& p) {
     p.wake.notify_all();
 }
 
-// Brings the number of workers to what set_threads asked for. `call` is held.
-void resize(Pool& p) {
-    const size_t workers = static_cast<size_t>(wanted_threads.load() - 1);
+// Brings the number of workers to what set_threads asked for, or to the job's own bound, so
+// that no worker has a higher number. `call` is held.
+void resize(Pool& p, int64_t most_threads) {
+    const int64_t threads = std::min<int64_t>(wanted_threads.load(), most_threads);
+    const size_t workers = static_cast<size_t>(threads - 1);
     if (p.workers.size() == workers) return;
     p.stopping.store(true);
     wake_sleepers(p);
@@ -140,16 +143,17 @@ void resize(Pool& p) {
 
 }  // namespace
 
-void parallel(int64_t items, int64_t grain, Task task, void* context) {
+void parallel(int64_t items, int64_t grain, Task task, void* context, int64_t most_threads) {
     if (items <= 0) return;
     const int64_t chunks = (items + grain - 1) / grain;
-    if (chunks == 1 || wanted_threads.load(std::memory_order_relaxed) == 1) {
+    if (chunks == 1 || most_threads <= 1 ||
+        wanted_threads.load(std::memory_order_relaxed) == 1) {
         task(context, 0, items, 0);
         return;
     }
     Pool& p = *pool.load();
     std::lock_guard<std::mutex> lock(p.call);
-    resize(p);
+    resize(p, most_threads);
     p.task = task;
     p.context = context;
     p.items = items;

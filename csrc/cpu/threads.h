@@ -13,15 +13,21 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 namespace exl {
 
-// Runs items [first, end). `thread` is 0 for the caller and below num_threads() for all.
+constexpr int64_t kAnyThreads = std::numeric_limits<int64_t>::max();
+
+// Runs items [first, end). `thread` is 0 for the caller and below `most_threads` for all.
 using Task = void (*)(void* context, int64_t first, int64_t end, int thread);
 
-void parallel(int64_t items, int64_t grain, Task task, void* context);
+// Loops with per-thread scratch pass the threads that it has room for: another model that is
+// loaded meanwhile may have asked for more.
+void parallel(int64_t items, int64_t grain, Task task, void* context,
+              int64_t most_threads = kAnyThreads);
 
-// Threads that a loop may use, the caller included; the size of per-thread scratch.
+// Threads that a loop may use now, the caller included.
 int num_threads();
 
 // Grain that gives every thread a few chunks, so that a slow core delays the end by one
@@ -30,13 +36,14 @@ int64_t balanced_grain(int64_t items, int64_t least);
 
 // The same for any callable f(first, end, thread).
 template <class Function>
-inline void parallel_for(int64_t items, int64_t grain, const Function& function) {
+inline void parallel_for(int64_t items, int64_t grain, const Function& function,
+                         int64_t most_threads = kAnyThreads) {
     parallel(
         items, grain,
         [](void* context, int64_t first, int64_t end, int thread) {
             (*static_cast<const Function*>(context))(first, end, thread);
         },
-        const_cast<Function*>(&function));
+        const_cast<Function*>(&function), most_threads);
 }
 
 }  // namespace exl
