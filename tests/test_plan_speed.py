@@ -20,9 +20,9 @@ import json, sys, time
 import exl_loader
 assert "torch" not in sys.modules
 def timed(**options):
-    started = time.perf_counter()
+    started = time.process_time()
     exl_loader.plan(sys.argv[1], 18432, "q4", **options)
-    return time.perf_counter() - started
+    return time.process_time() - started
 single = [timed() for _ in range(5)]
 split = [timed(vram="3GiB,2GiB,4GiB,24GiB") for _ in range(3)]
 print(json.dumps({
@@ -47,8 +47,9 @@ def test_two_thousand_tensors_in_ten_shards_within_a_tenth_of_a_second(large_mod
     assert answer.returncode == 0, answer.stderr
     found = json.loads(answer.stdout)
     assert not found["torch"] and not found["numpy"]
-    # The best of some: the machine may be busy, the work is the same.
+    # The processor's time, and the best of some: the machine may be busy, the work is the same.
     assert found["single"] < LIMIT_S, found
+    assert found["split"] < LIMIT_S, found
 
 
 def test_the_command_needs_no_torch_either(large_model, tmp_path):

@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from ..blueprint import Blueprint
-from ..cache import cache_specs, pages_for
+from ..cache import CacheType, cache_specs, pages_for
 from ..devices import device_kind
 from ..formats.dense import PIECE_BYTES
 from ..table import DeviceMap, Segment, TensorSpec, place
@@ -75,9 +75,17 @@ class Placer:
         self.budgets = list(budgets)
         self._checkpoint = checkpoint
         self._blueprints: dict[DeviceMap, Blueprint] = {}
+        # By kind of device: bytes depend on its alignment, not on which one it is.
+        self._wholes: dict[str, Blueprint] = {}
         self._whole_bytes: dict[str, int] = {}
         self._parts: dict[str, tuple[int, list[int], int]] = {}
-        self._staging_bytes = staging_bytes(self._whole(budgets[0].device), checkpoint)
+        self._cache_bytes: dict[tuple[str, int, CacheType], int] = {}
+        self._workspace_bytes: dict[tuple[object, ...], int] = {}
+        whole = self._whole(budgets[0].device)
+        self._widths = [
+            frozenset(plan.in_features for plan in layer.linears()) for layer in whole.layers
+        ]
+        self._staging_bytes = staging_bytes(whole, checkpoint)
 
     def blueprint(self, device_map: DeviceMap) -> Blueprint:
         """Plan the weights for a device map, once each."""
@@ -137,14 +145,10 @@ class Placer:
         self, budget: Budget, first: int, end: int, ctx_size: int, options: RunOptions
     ) -> Share:
         device = budget.device
-        one_layer = replace(self.config, num_hidden_layers=1)
-        on_device = DeviceMap.single(device, 1)
-        cache = cache_specs(one_layer, pages_for(ctx_size), options.cache_type, on_device)
-        workspace = _workspace(self._part(device, first, end), ctx_size, options)
         buffers = (
             self._weights_bytes(device, first, end),
-            place(cache)[device, "cache"].nbytes * (end - first),
-            place(workspace)[device, "workspace"].nbytes,
+            self._layer_cache_bytes(device, pages_for(ctx_size), options) * (end - first),
+            self._part_workspace_bytes(device, first, end, ctx_size, options),
         )
         step = device_kind(device).granularity_bytes
         overhead = budget.overhead_bytes + sum(-nbytes % step for nbytes in buffers)
@@ -152,28 +156,57 @@ class Placer:
             overhead += self._staging_bytes
         return Share(budget, first, end, *buffers, overhead)
 
+    def _layer_cache_bytes(self, device: str, pages: int, options: RunOptions) -> int:
+        """Lay out one layer's cache."""
+        key = (_kind(device), pages, options.cache_type)
+        if key not in self._cache_bytes:
+            one_layer = replace(self.config, num_hidden_layers=1)
+            on_device = DeviceMap.single(device, 1)
+            placed = place(cache_specs(one_layer, pages, options.cache_type, on_device))
+            self._cache_bytes[key] = placed[device, "cache"].nbytes
+        return self._cache_bytes[key]
+
+    def _part_workspace_bytes(
+        self, device: str, first: int, end: int, ctx_size: int, options: RunOptions
+    ) -> int:
+        """Lay out the workspace of a layer range, once for all ranges that look alike to it."""
+        has_head = end == self.config.num_hidden_layers
+        widths = frozenset(self._widths[first:end])
+        key = (_kind(device), has_head, widths, ctx_size, options)
+        if key not in self._workspace_bytes:
+            part = self._part(device, first, end)
+            placed = place(_workspace(part, ctx_size, options))
+            self._workspace_bytes[key] = placed[part.device_map.embed, "workspace"].nbytes
+        return self._workspace_bytes[key]
+
     def _whole(self, device: str) -> Blueprint:
-        return self.blueprint(DeviceMap.single(device, self.config.num_hidden_layers))
+        """Plan everything on one device of this kind."""
+        kind = _kind(device)
+        if kind not in self._wholes:
+            where = DeviceMap.single(device, self.config.num_hidden_layers)
+            self._wholes[kind] = self.blueprint(where)
+        return self._wholes[kind]
 
     def _part(self, device: str, first: int, end: int) -> Blueprint:
-        """Cut layers first..end out of a blueprint, as far as the workspace looks."""
+        """Cut layers first..end out of a blueprint, as far as the workspace looks.
+
+        It does not look at the embedding.
+        """
         whole, num_layers = self._whole(device), self.config.num_hidden_layers
-        elsewhere = f"{device.partition(':')[0]}:elsewhere"
-        device_map = DeviceMap(
-            device if first == 0 else elsewhere,
-            (device,) * (end - first),
-            device if end == num_layers else elsewhere,
-        )
+        here, elsewhere = whole.device_map.embed, f"{_kind(device)}:elsewhere"
+        head = here if end == num_layers else elsewhere
+        device_map = DeviceMap(here, (here,) * (end - first), head)
         return replace(whole, device_map=device_map, layers=whole.layers[first:end])
 
     def _weights_bytes(self, device: str, first: int, end: int) -> int:
         """Sum the weights of a layer range and, at either end, of embedding and head."""
+        kind = _kind(device)
         if (first, end) == (0, self.config.num_hidden_layers):
-            if device not in self._whole_bytes:
-                placed = place(self._whole(device).specs())
-                self._whole_bytes[device] = placed[device, "weights"].nbytes
-            return self._whole_bytes[device]
-        kind = device.partition(":")[0]
+            if kind not in self._whole_bytes:
+                whole = self._whole(device)
+                placed = place(whole.specs())
+                self._whole_bytes[kind] = placed[whole.device_map.embed, "weights"].nbytes
+            return self._whole_bytes[kind]
         if kind not in self._parts:
             self._parts[kind] = self._weights_of_parts(kind)
         embed, layers, head = self._parts[kind]
@@ -198,6 +231,10 @@ class Placer:
         }
         layers = accumulate((sizes[name] for name in names[:num_layers]), initial=0)
         return sizes[names[-2]], list(layers), sizes[names[-1]]
+
+
+def _kind(device: str) -> str:
+    return device.partition(":")[0]
 
 
 def _workspace(blueprint: Blueprint, ctx_size: int, options: RunOptions) -> list[TensorSpec]:

@@ -177,8 +177,9 @@ def _largest_ctx_size(placer: Placer, options: RunOptions) -> int:
     """Find the most tokens that fit the devices now, in whole pages; 0 if not one page does."""
 
     def spare(pages: int) -> int:
-        shares = placer.place(pages * PAGE_LEN, options)
-        return min(share.spare_bytes for share in shares)
+        spares = [share.spare_bytes for share in placer.place(pages * PAGE_LEN, options)]
+        # Where all fit, together: what one of them has left jumps with every layer that moves.
+        return min(spares) if min(spares) < 0 else sum(spares)
 
     return largest_fitting(spare, placer.most_pages(options)) * PAGE_LEN
 
