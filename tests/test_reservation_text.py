@@ -67,9 +67,31 @@ def test_refusal_by_a_limit_blames_no_other_process(tmp_path, machine):
     assert "Not even the shortest context fits" in text and "no cache type fits" in text
 
 
+def test_what_is_needed_less_what_was_found_is_what_is_missing(tmp_path, machine):
+    folder = write_sparse_exl2(tmp_path / "m", **LLAMA_2_7B)
+    machine(64 * GIB)
+    (device,) = plan(folder, 18432, "q4").devices
+    total, overhead = amount(device.total_bytes), amount(device.overhead_bytes)
+    # A limit is set on the buffers: what lies outside them is no part of the sum.
+    text = str(refusal(plan(folder, 18432, "q4", memory_limit=device.total_bytes - 1)))
+    assert f"expected {total} (" in text and "outside" not in text
+    assert f"found a limit of {amount(device.total_bytes - 1)}, 1 byte missing" in text
+    # A limit that holds does not cut what the system has free.
+    machine(device.needed_bytes - MIB)
+    text = str(refusal(plan(folder, 18432, "q4", memory_limit=device.total_bytes)))
+    assert f"expected {amount(device.needed_bytes)} (" in text and f"outside {overhead}" in text
+    assert f"found {amount(device.needed_bytes - MIB)} free, 1.0 MiB missing" in text
+
+
 @pytest.mark.parametrize(
     ("nbytes", "text"),
-    [(0, "0 bytes"), (640, "640 bytes"), (MIB, "1.0 MiB"), (3 * GIB // 2, "1.50 GiB")],
+    [
+        (0, "0 bytes"),
+        (1, "1 byte"),
+        (640, "640 bytes"),
+        (MIB, "1.0 MiB"),
+        (3 * GIB // 2, "1.50 GiB"),
+    ],
 )
 def test_amounts(nbytes, text):
     assert amount(nbytes) == text

@@ -17,7 +17,7 @@ def amount(nbytes: int) -> str:
         return f"{nbytes / GIB:.2f} GiB"
     if abs(nbytes) >= MIB // 10:
         return f"{nbytes / MIB:.1f} MiB"
-    return f"{nbytes} bytes"
+    return f"{nbytes} byte" if abs(nbytes) == 1 else f"{nbytes} bytes"
 
 
 def render(reservation: Reservation) -> str:
@@ -103,18 +103,28 @@ def refusal(reservation: Reservation) -> InsufficientMemory:
     return error
 
 
+def _limited(device: DeviceReservation) -> bool:
+    """Whether the buffers alone exceed a limit of the user's own, and not only what is free."""
+    limit = device.limit_bytes
+    return limit is not None and device.missing_bytes == device.total_bytes - limit
+
+
 def _needed(device: DeviceReservation) -> str:
-    return (
-        f"{amount(device.needed_bytes)} (weights {amount(device.weights_bytes)}, "
-        f"cache {amount(device.cache_bytes)}, workspace {amount(device.workspace_bytes)}, "
-        f"outside {amount(device.overhead_bytes)})"
+    parts = (
+        f"weights {amount(device.weights_bytes)}, cache {amount(device.cache_bytes)}, "
+        f"workspace {amount(device.workspace_bytes)}"
     )
+    # A limit is set on the buffers, so that what lies outside them is no part of the sum.
+    if _limited(device):
+        return f"{amount(device.total_bytes)} ({parts})"
+    return f"{amount(device.needed_bytes)} ({parts}, outside {amount(device.overhead_bytes)})"
 
 
 def _found(device: DeviceReservation) -> str:
-    lent = f"{amount(device.free_bytes)} free"
-    if device.limit_bytes is not None and device.limit_bytes < device.total_bytes:
-        lent = f"a limit of {amount(device.limit_bytes)}"
+    # What the system has: `free_bytes` is no more than the limit, which is not in the way here.
+    lent = f"{amount(device.needed_bytes - device.missing_bytes)} free"
+    if _limited(device):
+        lent = f"a limit of {amount(device.limit_bytes or 0)}"
     return f"{lent}, {amount(device.missing_bytes)} missing"
 
 
@@ -138,7 +148,7 @@ def _holders(short: list[DeviceReservation]) -> list[str]:
     """Name the largest holders of each device that is short."""
     found: list[Process] = []
     for device in short:
-        if device.limit_bytes is not None and device.limit_bytes < device.total_bytes:
+        if _limited(device):
             continue  # a limit of the user's own stands in the way, nobody else
         found += device_kind(device.device).processes(device.device, PROCESSES_SHOWN)
     if not found:
