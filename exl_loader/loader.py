@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .cache import CacheLayer, CacheType, pages_for
-from .errors import InvalidSettings
-from .memory import Buffers, allocate, trim_heap
+from .errors import InsufficientMemory, InvalidSettings
+from .memory import Buffers, allocate, is_out_of_memory, trim_heap
 from .paging import PagedCache
 from .progress import NullProgress, Progress, task
 from .reservation import PlannedModel, PlanRequest, Reservation, planned
@@ -164,10 +164,20 @@ def _model(
     from .weights import load_weights
 
     total = sum(spec.nbytes for spec in plan.blueprint.specs())
-    with task(progress, "loading weights", total, "bytes") as advance:
-        weights = load_weights(
-            plan.blueprint, plan.checkpoint, buffers.views("weights"), ops, advance
-        )
+    try:
+        with task(progress, "loading weights", total, "bytes") as advance:
+            weights = load_weights(
+                plan.blueprint, plan.checkpoint, buffers.views("weights"), ops, advance
+            )
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InsufficientMemory(
+            "main memory for weights on their way into the buffers",
+            expected="what the plan saw free beside them",
+            actual="the system refused it",
+            remedy="Everything taken was given back. Close what took the memory meanwhile.",
+        ) from error
     return Model(
         plan.blueprint,
         weights,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import threading
 import weakref
 from collections.abc import Iterable
 from fractions import Fraction
@@ -36,6 +37,10 @@ _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 # Buffers that exist in this process: the memory's owner -> (device, bytes).
 _live: weakref.WeakKeyDictionary[Any, tuple[str, int]] = weakref.WeakKeyDictionary()
+
+# Held from looking at what is left until it is taken: of two loads at once one would otherwise
+# count on the other's bytes.
+_allocating = threading.Lock()
 
 
 def parse_bytes(value: int | str, setting: str) -> int:
@@ -104,6 +109,11 @@ def capacity(device: str) -> Capacity:
     return device_kind(device).capacity(device)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether the system refused memory: PyTorch's CPU allocator has no type for that."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+
+
 def trim_heap() -> None:
     """Give memory that was freed back to the system.
 
@@ -165,7 +175,7 @@ class Buffers:
 
 
 def allocate(segments: Iterable[Segment], progress: Progress | None = None) -> Buffers:
-    """Take one buffer for every segment, all or none.
+    """Take one buffer for every segment, all or none; one call at a time.
 
     Args:
         segments: from `table.place`; each (device, name) once.
@@ -173,17 +183,34 @@ def allocate(segments: Iterable[Segment], progress: Progress | None = None) -> B
 
     Raises:
         InsufficientMemory: the system refused one of them, or what was free when the plan
-            was made is free no more; everything taken so far is given back.
+            was made is free no more, or no more within `EXL_LOADER_MEMORY_LIMIT`; everything
+            taken so far is given back.
     """
     segments = list(segments)
     buffers = Buffers()
     total = sum(segment.nbytes for segment in segments)
-    with task(progress or NullProgress(), "reserving memory", total, "bytes") as advance:
+    reserving = task(progress or NullProgress(), "reserving memory", total, "bytes")
+    with _allocating, reserving as advance:
+        _check_environment_limit(segments)
         for segment in segments:
             refusal = _try_take(buffers, segment, advance)
             if refusal is not None:
                 raise _vanished(segment, refusal)
     return buffers
+
+
+def _check_environment_limit(segments: list[Segment]) -> None:
+    """Refuse what another model of this process has taken since the plan was made."""
+    for device in dict.fromkeys(segment.device for segment in segments):
+        needed = sum(segment.nbytes for segment in segments if segment.device == device)
+        left = environment_limit(device)
+        if left is not None and needed > left:
+            raise InsufficientMemory(
+                f"{device}: no memory for another model of this process",
+                expected=f"{needed} bytes, which the plan saw free",
+                actual=f"{left} bytes left of {LIMIT_VARIABLE}",
+                remedy="Unload the model that was loaded meanwhile, or raise the limit",
+            )
 
 
 def _try_take(buffers: Buffers, segment: Segment, advance) -> str | None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from makers import write_quantized_model
 from tiny import write_tiny_model
 
@@ -150,6 +153,49 @@ def test_two_models_at_once_and_each_alone(tiny_model, nothing_left):
         assert one.prompt_logits(IDS).equal(alone)
 
 
+def test_two_loads_at_once_keep_the_limit_together(tiny_model_dir, monkeypatch, nothing_left):
+    from exl_loader import loader
+
+    total = exl_loader.plan(tiny_model_dir, CTX).total_bytes
+    monkeypatch.setenv("EXL_LOADER_MEMORY_LIMIT", str(2 * total - 1))
+    both_planned, allocate = threading.Barrier(2, timeout=30), loader.allocate
+
+    def wait_and_allocate(*arguments):
+        both_planned.wait()
+        return allocate(*arguments)
+
+    monkeypatch.setattr(loader, "allocate", wait_and_allocate)
+
+    def load(_):
+        try:
+            return exl_loader.load(tiny_model_dir, ctx_size=CTX)
+        except InsufficientMemory as error:
+            return str(error)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(load, range(2)))
+    (refused,) = (one for one in found if isinstance(one, str))
+    (model,) = (one for one in found if not isinstance(one, str))
+    assert memory.live_bytes() == model.allocated_bytes() == total
+    assert f"{total} bytes" in refused and f"{total - 1} bytes left" in refused
+    model.unload()
+
+
+def test_a_model_for_more_threads_beside_one_for_fewer(tmp_path, monkeypatch, nothing_left):
+    """They share the threads; each uses as many as its own workspace has room for."""
+    monkeypatch.delenv("EXL_LOADER_REFERENCE")
+    folder, ids = tmp_path / "m", IDS * 15
+    write_quantized_model(folder, "exl2", seed=3)
+    monkeypatch.setenv("EXL_LOADER_THREADS", "1")
+    with exl_loader.load(folder, ctx_size=CTX) as one:
+        alone = one.prompt_logits(ids)
+        monkeypatch.setenv("EXL_LOADER_THREADS", "3")
+        with exl_loader.load(folder, ctx_size=CTX) as two:
+            assert two.allocated_bytes() > one.allocated_bytes()
+            assert one.prompt_logits(ids).equal(alone)
+            assert two.prompt_logits(ids).equal(alone)
+
+
 def test_unloading_gives_all_back_and_ends_use(tiny_model_dir, nothing_left):
     model = exl_loader.load(tiny_model_dir, ctx_size=CTX)
     assert memory.live_bytes() > 0
@@ -269,6 +315,23 @@ def test_failure_at_each_read_of_each_shard(tiny_model, monkeypatch, nothing_lef
                 break
     assert reads > 20 and reads == calls + 1
     loads(folder, expected)
+
+
+@pytest.mark.parametrize("how", ["numpy", "torch"])
+def test_memory_that_vanishes_while_weights_are_read(
+    tiny_model_dir, monkeypatch, nothing_left, how
+):
+    def hungry(*_):
+        if how == "torch":
+            torch.empty(1 << 60, dtype=torch.uint8)
+        raise MemoryError
+
+    expected = loads(tiny_model_dir)
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "_fill", hungry)
+        caught = fails(tiny_model_dir, InsufficientMemory)
+    assert "Everything taken was given back" in str(caught)
+    loads(tiny_model_dir, expected)
 
 
 def test_a_shard_that_shrinks_after_planning(tiny_model, monkeypatch, nothing_left):

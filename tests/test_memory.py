@@ -176,7 +176,13 @@ def test_the_environments_limit_is_for_all_models_together(monkeypatch):
     buffers = memory.allocate(place(specs).values())
     assert memory.environment_limit("cpu") == before - buffers.allocated_bytes()
     assert memory.environment_limit("cpu:1") == 1 << 20
-    more = memory.allocate(place([TensorSpec("t", "cache", "uint8", (600_000,))]).values())
+    larger = place([TensorSpec("t", "cache", "uint8", (600_000,))]).values()
+    with pytest.raises(InsufficientMemory, match="another model of this process"):
+        memory.allocate(larger)
+    assert memory.environment_limit("cpu") == before - buffers.allocated_bytes()
+    with monkeypatch.context() as without_limit:
+        without_limit.delenv(memory.LIMIT_VARIABLE)
+        more = memory.allocate(larger)
     assert memory.environment_limit("cpu") == 0
     buffers.release()
     more.release()
