@@ -6,6 +6,7 @@ each is checked here: type, range, and that they agree with each other.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,10 +82,11 @@ class ModelConfig:
             UnsupportedArchitecture: the model is of a kind that is not in `ARCHITECTURES`.
         """
         folder = Path(path)
-        if not folder.is_dir():
+        # Unlike Path.is_dir, this raises nothing where the name is too long or a folder closed.
+        if not os.path.isdir(folder):
             raise ModelNotFound(
                 str(folder), expected="a model folder",
-                actual="a file" if folder.exists() else "nothing there",
+                actual="a file" if os.path.exists(folder) else "nothing there",
                 remedy="Give the folder that holds config.json and the *.safetensors files",
             )
         config_path = folder / "config.json"

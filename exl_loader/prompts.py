@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from .errors import InvalidSettings, InvalidTokenizer, PromptTooLong
+from .setting_values import whole_numbers
 
 if TYPE_CHECKING:
     from .config import ModelConfig
@@ -55,7 +56,8 @@ class PromptReader:
             ids = tokenizer.encode(prompt, add_bos=tokenizer.add_bos_token)
             bos_id = tokenizer.bos_token_id
         else:
-            ids, bos_id = list(prompt), self._config.bos_token_id
+            ids = whole_numbers("prompt", prompt, "text or token ids")
+            bos_id = self._config.bos_token_id
         if not ids and bos_id is not None:
             ids = [bos_id]
         return self.checked(ids)
@@ -66,11 +68,7 @@ class PromptReader:
         Raises:
             InvalidSettings: they are not.
         """
-        try:
-            checked = [int(i) for i in ids]
-        except (TypeError, ValueError):
-            raise InvalidSettings("prompt", expected="text or token ids",
-                                  actual=repr(ids)[:80]) from None
+        checked = whole_numbers("prompt", ids, "text or token ids")
         if not checked:
             raise InvalidSettings("prompt", expected="at least one token", actual="none",
                                   remedy="Write something to continue")

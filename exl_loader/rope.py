@@ -89,15 +89,20 @@ def inv_freq(
     Raises:
         InvalidSettings: alpha_value or compress_pos_emb is no number in (0, 1e6].
     """
-    for name, value in (("alpha_value", alpha_value), ("compress_pos_emb", compress_pos_emb)):
-        if not 0 < value <= MAX_FACTOR:
-            raise InvalidSettings(
-                name, expected=f"a number above 0, at most {MAX_FACTOR:g}", actual=value,
-                remedy="1 leaves the model as it is",
-            )
+    check_scaling(alpha_value, compress_pos_emb)
     theta = config.rope_theta * _ntk(alpha_value, config.rotary_dim)
     frequencies, factor = ROPE_TYPES[config.rope_type](config, theta, rope_len)
     return [f / compress_pos_emb for f in frequencies], factor
+
+
+def check_scaling(alpha_value: Any, compress_pos_emb: Any) -> None:
+    """Raise InvalidSettings unless both are numbers in (0, 1e6]."""
+    for name, value in (("alpha_value", alpha_value), ("compress_pos_emb", compress_pos_emb)):
+        if not isinstance(value, (int, float)) or not 0 < value <= MAX_FACTOR:
+            raise InvalidSettings(
+                name, expected=f"a number above 0, at most {MAX_FACTOR:g}",
+                actual=repr(value)[:80], remedy="1 leaves the model as it is",
+            )
 
 
 def _ntk(alpha: float, dim: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -67,6 +68,23 @@ def tuple_of(name: str, value: Any, kind: type) -> tuple:
     if not all(isinstance(item, kind) and not isinstance(item, bool) for item in values):
         raise invalid(name, wanted, value)
     return tuple(values)
+
+
+def whole_numbers(name: str, values: Any, wanted: str) -> list[int]:
+    """Return what an iterable holds, numpy's and PyTorch's integers too.
+
+    A fraction is no whole number, nor are digits or bytes: taken as token ids they would
+    silently be other ones.
+
+    Raises:
+        InvalidSettings: `values` is something else; it says what was `wanted`.
+    """
+    try:
+        if isinstance(values, (str, bytes, bytearray)):
+            raise TypeError
+        return [operator.index(value) for value in values]
+    except TypeError:
+        raise invalid(name, wanted, values) from None
 
 
 def token_ids(name: str, value: Any) -> tuple[int, ...]:

@@ -6,7 +6,9 @@ import json
 import shutil
 import struct
 
+import numpy as np
 import pytest
+import torch
 from makers import write_quantized_model
 from safetensors.torch import load_file, save_file
 from tiny import write_tiny_model
@@ -107,6 +109,8 @@ def edit_header(path, edit) -> None:
 
 def test_no_folder(tmp_path):
     rejected(tmp_path / "none", ModelNotFound, "none")
+    # More than any file system takes, and still a line that can be read.
+    rejected(tmp_path / ("long" * 70), ModelNotFound, "nothing there")
 
 
 def test_a_file_for_a_folder(copy_of):
@@ -351,8 +355,12 @@ def test_another_quantisation_is_named(copy_of):
     [
         ({"cache_type": "q5"}, "cache_type"),
         ({"device": "abacus"}, "device"),
+        ({"device": None}, "device"),
+        ({"device": ["cpu", 0]}, "device"),
         ({"memory_limit": "-1GiB"}, "memory_limit"),
         ({"alpha_value": 0.0}, "alpha_value"),
+        ({"alpha_value": float("inf")}, "alpha_value"),
+        ({"alpha_value": "2"}, "alpha_value"),
         ({"compress_pos_emb": float("nan")}, "compress_pos_emb"),
         ({"chunk_size": 0}, "chunk_size"),
     ],
@@ -384,11 +392,26 @@ def test_an_empty_prompt(model):
     assert len(list(model.generate_ids([], {"max_new_tokens": 2, "ban_eos_token": True}))) == 2
 
 
-@pytest.mark.parametrize("ids", [[-1], [288], [1, 10**30], ["x"], [None], [1.5, float("nan")]])
+NO_TOKENS = [["x"], ["5"], [None], [1.5], [[1, 2]], b"ab", None, 5]
+
+
+@pytest.mark.parametrize("ids", [*NO_TOKENS, [-1], [288], [1, 10**30]])
 def test_what_is_no_token(model, ids):
-    for call in (model.prompt_logits, model.generate_ids):
+    for call in (model.prompt_logits, model.generate_ids, model.generate):
         with pytest.raises(InvalidSettings):
             list(call(ids))
+
+
+@pytest.mark.parametrize("ids", [*NO_TOKENS, "ab"])
+def test_what_cannot_be_decoded(model, ids):
+    with pytest.raises(InvalidSettings, match="ids: expected token ids"):
+        model.decode(ids)
+
+
+def test_integers_of_other_libraries_are_token_ids(model):
+    numpy_ids, torch_ids = np.array([1, 2]), torch.tensor([1, 2])
+    assert torch.equal(model.prompt_logits(numpy_ids), model.prompt_logits(torch_ids))
+    assert model.decode(numpy_ids) == model.decode(torch_ids) == model.decode([1, 2])
 
 
 @pytest.mark.parametrize(

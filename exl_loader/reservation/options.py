@@ -171,8 +171,11 @@ def _without(now: Capacity, held_bytes: int) -> Capacity:
 def _device_names(device: str | Sequence[str], num_cards: int) -> list[str]:
     if isinstance(device, str):
         names = [name.strip() for name in device.split(",")]
-    else:
+    elif isinstance(device, Sequence) and all(isinstance(name, str) for name in device):
         names = list(device)
+    else:
+        raise InvalidSettings("device", expected="a device's name, or several",
+                              actual=repr(device)[:80])
     if names == ["auto"]:
         names = [f"cuda:{i}" for i in range(num_cards)] or ["cpu"]
     names = ["cuda:0" if name == "cuda" else name for name in names]

@@ -12,6 +12,7 @@ from ..blueprint import Blueprint
 from ..cache import PAGE_LEN, CacheType
 from ..checkpoint import Checkpoint
 from ..config import ModelConfig
+from ..rope import check_scaling
 from ..table import Segment
 from ..workspace import DEFAULT_CHUNK_SIZE, DEFAULT_MAX_BATCH_SIZE
 from .options import DEFAULT_CTX_SIZE, CtxSize, RunOptions, budgets, check_ctx_size, run_options
@@ -120,6 +121,7 @@ def plan(
 def planned(request: PlanRequest) -> Iterator[PlannedModel]:
     """Plan as `plan` does, and keep the checkpoint open for the block."""
     check_ctx_size(request.ctx_size)
+    check_scaling(request.alpha_value, request.compress_pos_emb)
     options = run_options(request.cache_type, request.chunk_size, request.max_batch_size)
     devices = budgets(
         request.device,

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..chat_template import ChatTemplates
 from ..errors import InvalidSettings, InvalidTokenizer
+from ..setting_values import whole_numbers
 from .backend import Backend
 from .files import TokenizerConfig, read_tokenizer_config
 from .hf import TokenizersBackend
@@ -92,8 +93,12 @@ class Tokenizer:
         return [self.bos_token_id, *ids] if add_bos and self.bos_token_id is not None else ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """Turn token ids into text; ids beyond the vocabulary are left out."""
-        return self._backend.decode([int(i) for i in ids], skip_special)
+        """Turn token ids into text; ids beyond the vocabulary are left out.
+
+        Raises:
+            InvalidSettings: `ids` is something else.
+        """
+        return self._backend.decode(whole_numbers("ids", ids, "token ids"), skip_special)
 
     def stream(self, skip_special: bool = True) -> StreamDecoder:
         """Begin to decode one token at a time."""
