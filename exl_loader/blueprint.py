@@ -21,8 +21,9 @@ from .architectures import (
     V_PROJ,
     Architecture,
 )
+from .errors import InvalidCheckpoint
 from .formats import has_linear, plan_linear
-from .formats.common import FLOAT_DTYPES, expect
+from .formats.common import FLOAT_DTYPES, WRONG_FILE, expect
 from .formats.packed import LinearPlan
 from .table import DeviceMap, TensorSpec
 
@@ -122,11 +123,12 @@ class Blueprint:
     ) -> Blueprint:
         """Plan a model from its config and the headers of its weight files.
 
-        Tensors that no part asks for (`rotary_emb.inv_freq` of old folders) are ignored.
+        Tensors that no part asks for (`rotary_emb.inv_freq` of old folders) are ignored, but
+        for norms: one too many means that the config is another model's.
 
         Raises:
             InvalidCheckpoint: a tensor is missing, or has a shape or dtype that the config
-                does not allow.
+                does not allow, or there are layers or norms that it knows nothing of.
             UnsupportedFormat: a layer is stored in a way this engine does not read.
         """
         devices = device_map or DeviceMap.single("cpu", config.num_hidden_layers)
@@ -140,7 +142,7 @@ class Blueprint:
         )
         if tied and devices.head == devices.embed:
             embedding = None
-        return cls(
+        blueprint = cls(
             config=config,
             architecture=planner.architecture,
             device_map=devices,
@@ -149,6 +151,21 @@ class Blueprint:
             norm=planner.norm(FINAL_NORM, config.hidden_size, devices.head),
             head=head,
         )
+        blueprint._refuse_other_norms(checkpoint)
+        return blueprint
+
+    def _refuse_other_norms(self, checkpoint: Checkpoint) -> None:
+        known = {norm.spec.name for norm in self.norms()}
+        for name in checkpoint.headers:
+            is_norm = name.startswith("model.layers.") and name.endswith("norm.weight")
+            if is_norm and name not in known:
+                raise InvalidCheckpoint(
+                    name,
+                    expected=f"only what config.json's {self.architecture.name} of "
+                    f"{self.config.num_hidden_layers} layers has",
+                    actual="one norm more",
+                    remedy=WRONG_FILE,
+                )
 
     def linears(self) -> Iterator[LinearPlan]:
         """Every linear layer, the head last."""

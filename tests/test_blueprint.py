@@ -107,6 +107,23 @@ def test_a_wrong_shape_or_dtype_is_named(name, change, tiny_model):
         blueprint_of(folder)
 
 
+def test_a_config_of_fewer_layers_is_not_this_models(tiny_model):
+    folder = tiny_model()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    with pytest.raises(InvalidCheckpoint, match=r"layers\.1\..*of 1 layers has, found one norm"):
+        blueprint_of(folder)
+
+
+def test_a_norm_of_another_architecture_is_refused(tiny_model):
+    import torch
+
+    name = f"{LAYER}.self_attn.q_norm.weight"
+    folder = rewrite(tiny_model(), lambda t: t.update({name: torch.ones(32)}))
+    with pytest.raises(InvalidCheckpoint, match="q_norm.*LlamaForCausalLM"):
+        blueprint_of(folder)
+
+
 def test_a_required_bias_must_be_there(tiny_model):
     folder = tiny_model(architectures=["Qwen2ForCausalLM"])
     with pytest.raises(InvalidCheckpoint, match="q_proj.bias"):
