@@ -23,6 +23,7 @@ from .text_stream import TextStream
 
 if TYPE_CHECKING:
     from .config import ModelConfig
+    from .draft_model import DraftModel
     from .memory import Buffers
     from .model import Model
     from .reservation import Reservation
@@ -43,6 +44,7 @@ class LoadedModel:
         tokenizer: None where the folder has none; then ids work, and text does not.
         reservation: what was planned, and what it takes.
         buffers: all memory of the model.
+        drafter: a smaller model that guesses ahead; None for none.
 
     Attributes:
         config: the model's configuration.
@@ -57,11 +59,12 @@ class LoadedModel:
         tokenizer: Tokenizer | None,
         reservation: Reservation,
         buffers: Buffers,
+        drafter: DraftModel | None = None,
     ) -> None:
         self.config: ModelConfig = model.config
         self.reservation = reservation
         self.ctx_size: int = reservation.ctx_size
-        self._generator = Generator(model, cache)
+        self._generator = Generator(model, cache, drafter)
         self._max_batch_size: int = model.max_batch_size
         self._tokenizer = tokenizer
         self._prompts = PromptReader(self.config, tokenizer, self.ctx_size)

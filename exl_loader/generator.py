@@ -21,6 +21,8 @@ from .scheduler import ForwardModel, Scheduler
 if TYPE_CHECKING:
     import torch
 
+    from .draft_model import DraftModel
+
 
 class Generator:
     """The jobs of one model. Every method may be called from any thread.
@@ -28,10 +30,13 @@ class Generator:
     Args:
         model: runs forward passes.
         cache: lends pages.
+        drafter: a smaller model that guesses ahead; None for none.
     """
 
-    def __init__(self, model: ForwardModel, cache: PagedCache) -> None:
-        self._scheduler: Scheduler | None = Scheduler(model, cache)
+    def __init__(
+        self, model: ForwardModel, cache: PagedCache, drafter: DraftModel | None = None
+    ) -> None:
+        self._scheduler: Scheduler | None = Scheduler(model, cache, drafter)
         self._changed = threading.Condition()
         # Guarded by `_changed`. While `_leading`, only the leader is in the scheduler.
         self._leading = False

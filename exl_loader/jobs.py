@@ -31,7 +31,7 @@ class GenerationStats:
     Args:
         prompt_tokens, new_tokens: so far; an end token counts as new, though it is not shown.
         reused_tokens: of the prompt, those that the cache held already.
-        accepted_tokens: of the new ones, those that prompt lookup had expected.
+        accepted_tokens: of the new ones, those that a guess had expected.
         prefill_s: from the first work on the prompt to the first token.
         decode_s: from the first token to the last.
     """
@@ -160,10 +160,14 @@ class Job:
 
     def draft(self, limit: int) -> list[int]:
         """Return at most `limit` ids that may come next, as many as there is room for."""
-        wanted = self.settings.prompt_lookup_num_tokens
+        return look_up(
+            self.history, self.room_ahead(min(self.settings.prompt_lookup_num_tokens, limit))
+        )
+
+    def room_ahead(self, limit: int) -> int:
+        """Return how many ids beyond the next one there is room for, at most `limit`."""
         new_left = self.settings.max_new_tokens - self.stats.new_tokens - 1
-        room = self.max_tokens - self._num_tokens - 1
-        return look_up(self.history, min(wanted, limit, new_left, room))
+        return max(0, min(limit, new_left, self.max_tokens - self._num_tokens - 1))
 
     def begin(self, sequences: Sequence[CacheSequence]) -> None:
         """Start on the prompt, behind what its sequence holds of it already.

@@ -11,20 +11,27 @@ import os
 import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .cache import CacheLayer, CacheType, pages_for
+from .draft_model import DEFAULT_DRAFT_MAX, MAX_DRAFT_MAX, DraftModel, check_vocabularies
 from .errors import InsufficientMemory, InvalidSettings
 from .memory import Buffers, allocate, is_out_of_memory, trim_heap
 from .paging import PagedCache
 from .progress import NullProgress, Progress, task
 from .reservation import PlannedModel, PlanRequest, Reservation, planned
-from .reservation.options import CtxSize
+from .reservation.options import CtxSize, check_count
+from .reservation.placement import DRAFT_PREFIX
 from .reservation.text import refusal
 from .workspace import DEFAULT_CHUNK_SIZE, DEFAULT_MAX_BATCH_SIZE
 
 if TYPE_CHECKING:
+    import torch
+
+    from .blueprint import Blueprint
+    from .checkpoint import Checkpoint
     from .engine import LoadedModel
     from .kernels.interface import Ops
     from .model import Model
@@ -43,6 +50,9 @@ def load(
     max_batch_size: int = DEFAULT_MAX_BATCH_SIZE,
     alpha_value: float = 1.0,
     compress_pos_emb: float = 1.0,
+    model_draft: str | os.PathLike[str] | None = None,
+    ctx_size_draft: int = 0,
+    draft_max: int = DEFAULT_DRAFT_MAX,
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Load a model folder (EXL2, GPTQ or unquantised safetensors).
@@ -52,7 +62,10 @@ def load(
 
     Args:
         model_dir, ctx_size, cache_type, device, gpu_split, memory_limit, chunk_size,
-        max_batch_size, alpha_value, compress_pos_emb: see `plan`.
+        max_batch_size, alpha_value, compress_pos_emb, model_draft, ctx_size_draft: see
+            `plan`.
+        draft_max: most tokens that the draft model guesses at a time. Texts are the same with
+            and without it.
         progress: told what takes long: compiling, reserving memory, reading weights.
 
     Raises:
@@ -61,6 +74,7 @@ def load(
             folder has a tokenizer that cannot be used. KernelBuildError: the kernels do not
             compile. In every case all memory has been given back.
     """
+    check_count("draft_max", draft_max, 1, MAX_DRAFT_MAX)
     request = PlanRequest(
         model_dir,
         ctx_size,
@@ -72,12 +86,15 @@ def load(
         max_batch_size=max_batch_size,
         alpha_value=alpha_value,
         compress_pos_emb=compress_pos_emb,
+        model_draft=model_draft,
+        ctx_size_draft=ctx_size_draft,
     )
     try:
         import torch  # noqa: F401  (its libraries are in memory before what is free is measured)
 
         with planned(request) as plan:
-            return _load_planned(plan, alpha_value, compress_pos_emb, progress or NullProgress())
+            rope_options = {"alpha_value": alpha_value, "compress_pos_emb": compress_pos_emb}
+            return _load_planned(plan, rope_options, draft_max, progress or NullProgress())
     except BaseException as error:
         _drop_locals(error)
         raise
@@ -86,7 +103,7 @@ def load(
 
 
 def _load_planned(
-    plan: PlannedModel, alpha_value: float, compress_pos_emb: float, progress: Progress
+    plan: PlannedModel, rope_options: dict[str, float], draft_max: int, progress: Progress
 ) -> LoadedModel:
     """Go through the steps that need PyTorch, the cheap ones that can fail first."""
     if not plan.reservation.fits:
@@ -96,13 +113,27 @@ def _load_planned(
     from .kernels import get_ops
 
     tokenizer = _tokenizer(Path(plan.reservation.model_dir))
+    if plan.draft is not None:
+        check_vocabularies(
+            (tokenizer, _tokenizer(Path(plan.reservation.model_draft or ""))),
+            (plan.blueprint.config.vocab_size, plan.draft.blueprint.config.vocab_size),
+        )
     ops = get_ops(device, progress)
     with ExitStack() as unwind:
         buffers = allocate(plan.segments, progress)
         unwind.callback(buffers.release)
-        cache = _paged_cache(buffers, plan)
-        model = _model(plan, buffers, cache, ops, alpha_value, compress_pos_emb, progress)
-        loaded = LoadedModel(model, cache, tokenizer, plan.reservation, buffers)
+        reading = _Reading(buffers, ops, CacheType.parse(plan.reservation.cache_type),
+                           rope_options, progress)
+        ctx_size = plan.reservation.ctx_size
+        model, cache = reading.model(plan.blueprint, plan.checkpoint, ctx_size)
+        drafter = None
+        if plan.draft is not None:
+            draft, draft_cache = reading.model(
+                plan.draft.blueprint, plan.draft.checkpoint, plan.draft.ctx_size, DRAFT_PREFIX
+            )
+            vocab_size = min(model.config.vocab_size, draft.config.vocab_size)
+            drafter = DraftModel(draft, draft_cache, draft_max, vocab_size)
+        loaded = LoadedModel(model, cache, tokenizer, plan.reservation, buffers, drafter)
         unwind.pop_all()
     return loaded
 
@@ -134,59 +165,66 @@ def _tokenizer(model_dir: Path) -> Tokenizer | None:
     return Tokenizer.from_dir(model_dir)
 
 
-def _paged_cache(buffers: Buffers, plan: PlannedModel) -> PagedCache:
-    views = buffers.views("cache")
-    cache_type = CacheType.parse(plan.reservation.cache_type)
-    layers = [
-        CacheLayer(
-            k_codes=views[f"cache.{i}.k_codes"],
-            k_scales=views.get(f"cache.{i}.k_scales"),
-            v_codes=views[f"cache.{i}.v_codes"],
-            v_scales=views.get(f"cache.{i}.v_scales"),
-            cache_type=cache_type,
-        )
-        for i in range(plan.reservation.num_layers)
-    ]
-    return PagedCache(layers, pages_for(plan.reservation.ctx_size))
+@dataclass
+class _Reading:
+    """Puts models together in buffers that have been taken."""
 
+    buffers: Buffers
+    ops: Ops
+    cache_type: CacheType
+    rope_options: dict[str, float]
+    progress: Progress
 
-def _model(
-    plan: PlannedModel,
-    buffers: Buffers,
-    cache: PagedCache,
-    ops: Ops,
-    alpha_value: float,
-    compress_pos_emb: float,
-    progress: Progress,
-) -> Model:
-    """Read the weights into their views and put the model together."""
-    from .model import Model
-    from .weights import load_weights
+    def model(
+        self, blueprint: Blueprint, checkpoint: Checkpoint, ctx_size: int, prefix: str = ""
+    ) -> tuple[Model, PagedCache]:
+        """Read a model's weights into their views; its tensors' names start with `prefix`."""
+        from .model import Model
+        from .weights import load_weights
 
-    total = sum(spec.nbytes for spec in plan.blueprint.specs())
-    try:
-        with task(progress, "loading weights", total, "bytes") as advance:
-            weights = load_weights(
-                plan.blueprint, plan.checkpoint, buffers.views("weights"), ops, advance
+        cache = self._cache(blueprint.config.num_hidden_layers, ctx_size, prefix)
+        views = self._views("weights", prefix)
+        total = sum(spec.nbytes for spec in blueprint.specs())
+        name = "loading draft weights" if prefix else "loading weights"
+        try:
+            with task(self.progress, name, total, "bytes") as advance:
+                weights = load_weights(blueprint, checkpoint, views, self.ops, advance)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise InsufficientMemory(
+                "main memory for weights on their way into the buffers",
+                expected="what the plan saw free beside them",
+                actual="the system refused it",
+                remedy="Everything taken was given back. Close what took the memory meanwhile.",
+            ) from error
+        workspace = self._views("workspace", prefix)
+        return Model(
+            blueprint, weights, workspace, cache, self.ops,
+            alpha_value=self.rope_options["alpha_value"],
+            compress_pos_emb=self.rope_options["compress_pos_emb"],
+        ), cache
+
+    def _views(self, segment: str, prefix: str) -> dict[str, torch.Tensor]:
+        return {
+            name.removeprefix(prefix): view
+            for name, view in self.buffers.views(segment).items()
+            if name.startswith(DRAFT_PREFIX) == bool(prefix)
+        }
+
+    def _cache(self, num_layers: int, ctx_size: int, prefix: str) -> PagedCache:
+        views = self._views("cache", prefix)
+        layers = [
+            CacheLayer(
+                k_codes=views[f"cache.{i}.k_codes"],
+                k_scales=views.get(f"cache.{i}.k_scales"),
+                v_codes=views[f"cache.{i}.v_codes"],
+                v_scales=views.get(f"cache.{i}.v_scales"),
+                cache_type=self.cache_type,
             )
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise InsufficientMemory(
-            "main memory for weights on their way into the buffers",
-            expected="what the plan saw free beside them",
-            actual="the system refused it",
-            remedy="Everything taken was given back. Close what took the memory meanwhile.",
-        ) from error
-    return Model(
-        plan.blueprint,
-        weights,
-        buffers.views("workspace"),
-        cache,
-        ops,
-        alpha_value=alpha_value,
-        compress_pos_emb=compress_pos_emb,
-    )
+            for i in range(num_layers)
+        ]
+        return PagedCache(layers, pages_for(ctx_size))
 
 
 def _drop_locals(error: BaseException) -> None:

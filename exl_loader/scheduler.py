@@ -22,6 +22,8 @@ from .sampling import guide
 if TYPE_CHECKING:
     import torch
 
+    from .draft_model import DraftModel
+
 Ids = Sequence[int] | npt.NDArray[np.int64]
 
 # A job whose consumer does not take its tokens is not computed further than this, unless
@@ -51,11 +53,15 @@ class Scheduler:
     Args:
         model: runs forward passes.
         cache: lends pages.
+        drafter: a smaller model that guesses ahead; None for none.
     """
 
-    def __init__(self, model: ForwardModel, cache: PagedCache) -> None:
+    def __init__(
+        self, model: ForwardModel, cache: PagedCache, drafter: DraftModel | None = None
+    ) -> None:
         self.model = model
         self.cache = cache
+        self.drafter = drafter
         self.waiting: deque[Job] = deque()
         self.active: list[Job] = []
 
@@ -186,21 +192,17 @@ class Scheduler:
         return page_end if page_end > past_len else end
 
     def _decode_pass(self, jobs: list[Job]) -> None:
-        """One token of each job, and those that its text's past lets expect.
+        """One token of each job, and those that are expected behind it.
 
         Rows of expected tokens give the very logits that passes of their own would give, so
         tokens are drawn from them one after the other until one is not what was expected.
         """
-        rows_left = min(self.model.logits_rows, self.model.chunk_size)
-        rows_left -= sum(job.num_sequences for job in jobs)
-        entries, drafts = [], []
-        for job in jobs:
-            draft = job.draft(rows_left // job.num_sequences)
-            rows_left -= len(draft) * job.num_sequences
-            drafts.append(draft)
-            entries += [
-                (sequence, [*_missing(sequence, ids), *draft]) for sequence, ids in job.texts
-            ]
+        drafts = self._expected(jobs)
+        entries = [
+            (sequence, [*_missing(sequence, ids), *draft])
+            for job, draft in zip(jobs, drafts, strict=True)
+            for sequence, ids in job.texts
+        ]
         logits = self.model.forward(entries, "all" if any(drafts) else "last").numpy()
         first = 0
         for job, draft in zip(jobs, drafts, strict=True):
@@ -214,6 +216,24 @@ class Scheduler:
                 pairs = zip(rows[:count], rows[count:], strict=True)
                 rows = np.stack([guide(row, negative, scale) for row, negative in pairs])
             self._take(job, rows, draft)
+
+    def _expected(self, jobs: list[Job]) -> list[list[int]]:
+        """Guess how each text goes on: by its own past, else by the draft model."""
+        rows_left = min(self.model.logits_rows, self.model.chunk_size)
+        rows_left -= sum(job.num_sequences for job in jobs)
+        drafts, wanted = [], {}
+        for job in jobs:
+            limit = rows_left // job.num_sequences
+            draft = job.draft(limit)
+            count = len(draft)
+            if not draft and self.drafter is not None:
+                count = wanted[job] = job.room_ahead(min(self.drafter.draft_max, limit))
+            rows_left -= count * job.num_sequences
+            drafts.append(draft)
+        if self.drafter is None:
+            return drafts
+        guesses = self.drafter.guess(wanted)
+        return [draft or guesses.get(job, []) for job, draft in zip(jobs, drafts, strict=True)]
 
     def _take(self, job: Job, rows: npt.NDArray[np.float32], draft: list[int]) -> None:
         """Draw from the rows, float32 [1 + len(draft), vocab_size], as far as they hold good."""
@@ -244,6 +264,8 @@ class Scheduler:
         for sequence, ids in job.texts:
             self.cache.commit(sequence, ids)
             self.cache.release(sequence)
+        if self.drafter is not None:
+            self.drafter.release(job)
         job.let_go()
         job.finish(reason, error)
 

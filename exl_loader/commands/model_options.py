@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..draft_model import DEFAULT_DRAFT_MAX
 from ..errors import InvalidSettings
 from ..progress import Progress
 from ..settings import SamplingSettings
@@ -38,6 +39,23 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--memory-limit", metavar="SIZE", help="most memory to take, e.g. 8GiB"
+    )
+    add_draft_arguments(parser)
+    parser.add_argument(
+        "--draft-max", type=int, default=DEFAULT_DRAFT_MAX, metavar="N",
+        help="tokens that the draft model guesses at a time (default %(default)s)",
+    )
+
+
+def add_draft_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what a draft model takes part in the plan with."""
+    parser.add_argument(
+        "--model-draft", metavar="FOLDER",
+        help="smaller model with the same vocabulary that guesses ahead; the text stays the same",
+    )
+    parser.add_argument(
+        "--ctx-size-draft", type=int, default=0, metavar="N",
+        help="tokens of context of the draft model; 0 (default) is the model's",
     )
 
 
@@ -87,7 +105,8 @@ def open_model(args: argparse.Namespace, progress: Progress) -> LoadedModel:
 
     return load(
         args.model, ctx_size=args.ctx_size, cache_type=args.cache_type,
-        memory_limit=args.memory_limit, progress=progress,
+        memory_limit=args.memory_limit, progress=progress, model_draft=args.model_draft,
+        ctx_size_draft=args.ctx_size_draft, draft_max=args.draft_max,
     )
 
 

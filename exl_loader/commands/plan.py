@@ -8,6 +8,7 @@ import json
 from ..reservation import plan
 from ..reservation.text import render
 from ..workspace import DEFAULT_CHUNK_SIZE, DEFAULT_MAX_BATCH_SIZE
+from .model_options import add_draft_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_MAX_BATCH_SIZE,
         help="most sequences in one forward pass (default: %(default)s)",
     )
+    add_draft_arguments(parser)
     parser.add_argument("--json", action="store_true", help="bytes, for a program to read")
 
 
@@ -67,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
         memory_limit=args.memory_limit,
         chunk_size=args.chunk_size,
         max_batch_size=args.max_batch_size,
+        model_draft=args.model_draft,
+        ctx_size_draft=args.ctx_size_draft,
     )
     print(json.dumps(reservation.to_dict(), indent=2) if args.json else render(reservation))
     return 0

@@ -31,9 +31,25 @@ STAGED_LAYERS = 2
 EMBEDDING_ROWS = 2048
 
 
+# Before the names of a draft model's tensors, which lie in the model's own buffers.
+DRAFT_PREFIX = "draft."
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model on its devices, its open checkpoint, and the tokens that its cache is for."""
+
+    blueprint: Blueprint
+    checkpoint: Checkpoint
+    ctx_size: int
+
+
 @dataclass(frozen=True)
 class Share:
-    """What one device takes: its layers and its buffers, in bytes."""
+    """What one device takes: its layers and its buffers, in bytes.
+
+    Of the buffers, `draft_bytes` are a draft model's.
+    """
 
     budget: Budget
     first_layer: int
@@ -42,6 +58,7 @@ class Share:
     cache_bytes: int
     workspace_bytes: int
     overhead_bytes: int
+    draft_bytes: int = 0
 
     @property
     def spare_bytes(self) -> int:
@@ -51,13 +68,23 @@ class Share:
 
 
 def segments_of(
-    blueprint: Blueprint, ctx_size: int, options: RunOptions
+    blueprint: Blueprint, ctx_size: int, options: RunOptions, draft: Run | None = None
 ) -> dict[tuple[str, str], Segment]:
     """Lay out the whole table of a run: what the loader allocates and the plan sums."""
+    specs = _table(blueprint, ctx_size, options)
+    if draft is not None:
+        specs += [
+            replace(spec, name=DRAFT_PREFIX + spec.name)
+            for spec in _table(draft.blueprint, draft.ctx_size, options)
+        ]
+    return place(specs)
+
+
+def _table(blueprint: Blueprint, ctx_size: int, options: RunOptions) -> list[TensorSpec]:
     pages = pages_for(ctx_size)
     specs = blueprint.specs()
     specs += cache_specs(blueprint.config, pages, options.cache_type, blueprint.device_map)
-    return place(specs + _workspace(blueprint, ctx_size, options))
+    return specs + _workspace(blueprint, ctx_size, options)
 
 
 class Placer:
@@ -66,11 +93,16 @@ class Placer:
     Args:
         config, checkpoint: the model.
         budgets: the devices that may be used.
+        draft: a draft model, which lives as a whole where the first layer does.
+        ctx_size_draft: its tokens of context; 0 for as many as the model's.
     """
 
     def __init__(
-        self, config: ModelConfig, checkpoint: Checkpoint, budgets: Sequence[Budget]
+        self, config: ModelConfig, checkpoint: Checkpoint, budgets: Sequence[Budget],
+        draft: Placer | None = None, ctx_size_draft: int = 0,
     ) -> None:
+        self.draft = draft
+        self._ctx_size_draft = ctx_size_draft
         self.config = config
         self.budgets = list(budgets)
         self._checkpoint = checkpoint
@@ -86,6 +118,8 @@ class Placer:
             frozenset(plan.in_features for plan in layer.linears()) for layer in whole.layers
         ]
         self._staging_bytes = staging_bytes(whole, checkpoint)
+        if draft is not None:
+            self._staging_bytes = max(self._staging_bytes, draft._staging_bytes)
 
     def blueprint(self, device_map: DeviceMap) -> Blueprint:
         """Plan the weights for a device map, once each."""
@@ -124,6 +158,14 @@ class Placer:
         page = place(cache_specs(self.config, 1, options.cache_type))["cpu", "cache"].nbytes
         return free // page + 1
 
+    def draft_run(self, shares: Sequence[Share], ctx_size: int) -> Run | None:
+        """Return what the draft model will be beside these shares; None without one."""
+        if self.draft is None:
+            return None
+        on_one = DeviceMap.single(shares[0].budget.device, self.draft.config.num_hidden_layers)
+        blueprint = self.draft.blueprint(on_one)
+        return Run(blueprint, self.draft._checkpoint, self._ctx_size_draft or ctx_size)
+
     def device_map(self, shares: Sequence[Share]) -> DeviceMap:
         """Name the device of each part."""
         layers = [
@@ -145,16 +187,29 @@ class Placer:
         self, budget: Budget, first: int, end: int, ctx_size: int, options: RunOptions
     ) -> Share:
         device = budget.device
-        buffers = (
-            self._weights_bytes(device, first, end),
-            self._layer_cache_bytes(device, pages_for(ctx_size), options) * (end - first),
-            self._part_workspace_bytes(device, first, end, ctx_size, options),
-        )
+        buffers = self._buffers_bytes(device, first, end, ctx_size, options)
+        draft_bytes = 0
+        if self.draft is not None and first == 0:
+            num_layers, tokens = self.draft.config.num_hidden_layers, self._ctx_size_draft
+            more = self.draft._buffers_bytes(device, 0, num_layers, tokens or ctx_size, options)
+            # Every tensor is aligned by itself, so a buffer for both is the sum of two.
+            weights, cache, workspace = (a + b for a, b in zip(buffers, more, strict=True))
+            buffers, draft_bytes = (weights, cache, workspace), sum(more)
         step = device_kind(device).granularity_bytes
         overhead = budget.overhead_bytes + sum(-nbytes % step for nbytes in buffers)
         if device.startswith("cpu") and first == 0:
             overhead += self._staging_bytes
-        return Share(budget, first, end, *buffers, overhead)
+        return Share(budget, first, end, *buffers, overhead, draft_bytes)
+
+    def _buffers_bytes(
+        self, device: str, first: int, end: int, ctx_size: int, options: RunOptions
+    ) -> tuple[int, int, int]:
+        """Return the weights, the cache and the workspace of layers first..end."""
+        return (
+            self._weights_bytes(device, first, end),
+            self._layer_cache_bytes(device, pages_for(ctx_size), options) * (end - first),
+            self._part_workspace_bytes(device, first, end, ctx_size, options),
+        )
 
     def _layer_cache_bytes(self, device: str, pages: int, options: RunOptions) -> int:
         """Lay out one layer's cache."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,11 +12,20 @@ from ..blueprint import Blueprint
 from ..cache import PAGE_LEN, CacheType
 from ..checkpoint import Checkpoint
 from ..config import ModelConfig
-from ..rope import check_scaling
+from ..rope import MAX_POSITIONS, check_scaling
 from ..table import Segment
 from ..workspace import DEFAULT_CHUNK_SIZE, DEFAULT_MAX_BATCH_SIZE
-from .options import DEFAULT_CTX_SIZE, CtxSize, RunOptions, budgets, check_ctx_size, run_options
-from .placement import Placer, Share, segments_of
+from .options import (
+    DEFAULT_CTX_SIZE,
+    Budget,
+    CtxSize,
+    RunOptions,
+    budgets,
+    check_count,
+    check_ctx_size,
+    run_options,
+)
+from .placement import Placer, Run, Share, segments_of
 from .records import DeviceReservation, Reservation
 from .search import largest_fitting
 
@@ -40,6 +49,8 @@ class PlanRequest:
     alpha_value: float = 1.0
     compress_pos_emb: float = 1.0
     replacing: bool = False
+    model_draft: str | os.PathLike[str] | None = None
+    ctx_size_draft: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,12 +61,14 @@ class PlannedModel:
         reservation: the figures. blueprint: the weights on the chosen devices.
         segments: the table laid out: the buffers to take, one each.
         checkpoint: open; closed when the `planned` block ends.
+        draft: the draft model; None without one.
     """
 
     reservation: Reservation
     blueprint: Blueprint
     segments: tuple[Segment, ...]
     checkpoint: Checkpoint
+    draft: Run | None = None
 
 
 def plan(
@@ -72,6 +85,8 @@ def plan(
     alpha_value: float = 1.0,
     compress_pos_emb: float = 1.0,
     replacing: bool = False,
+    model_draft: str | os.PathLike[str] | None = None,
+    ctx_size_draft: int = 0,
 ) -> Reservation:
     """Compute the memory a model will take, exactly, without loading it.
 
@@ -90,6 +105,9 @@ def plan(
         max_batch_size: most sequences in one forward pass.
         alpha_value, compress_pos_emb: stretch the model's own length for `auto` and None.
         replacing: plan as if every model that this process has loaded had been unloaded.
+        model_draft: folder of a smaller model with the same vocabulary, which guesses how
+            texts go on; as a whole on the first device. None or empty for none.
+        ctx_size_draft: its tokens of context; 0 for as many as the model's.
 
     Returns:
         the reservation, which may not fit: see its `fits`.
@@ -112,6 +130,8 @@ def plan(
         alpha_value=alpha_value,
         compress_pos_emb=compress_pos_emb,
         replacing=replacing,
+        model_draft=model_draft,
+        ctx_size_draft=ctx_size_draft,
     )
     with planned(request) as model:
         return model.reservation
@@ -131,8 +151,10 @@ def planned(request: PlanRequest) -> Iterator[PlannedModel]:
         replacing=request.replacing,
     )
     config = ModelConfig.from_dir(Path(request.model_dir))
-    with Checkpoint.open(request.model_dir) as checkpoint:
-        placer = Placer(config, checkpoint, devices)
+    with ExitStack() as files:
+        checkpoint = files.enter_context(Checkpoint.open(request.model_dir))
+        draft_placer = _draft_placer(request, devices, files)
+        placer = Placer(config, checkpoint, devices, draft_placer, request.ctx_size_draft)
         largest = {
             name: _largest_ctx_size(placer, replace(options, cache_type=CacheType.parse(name)))
             for name in dict.fromkeys((*SHOWN_CACHE_TYPES, str(options.cache_type)))
@@ -140,7 +162,8 @@ def planned(request: PlanRequest) -> Iterator[PlannedModel]:
         ctx_size = _chosen_ctx_size(request, config, largest[str(options.cache_type)])
         shares = placer.place(ctx_size, options)
         blueprint = placer.blueprint(placer.device_map(shares))
-        segments = segments_of(blueprint, ctx_size, options)
+        draft = placer.draft_run(shares, ctx_size)
+        segments = segments_of(blueprint, ctx_size, options, draft)
         reservation = Reservation(
             model_dir=os.fspath(request.model_dir),
             architecture=config.architecture,
@@ -153,8 +176,22 @@ def planned(request: PlanRequest) -> Iterator[PlannedModel]:
             max_batch_size=options.max_batch_size,
             devices=tuple(_record(share, segments) for share in shares),
             largest_ctx_size=largest,
+            model_draft=os.fspath(request.model_draft) if request.model_draft else None,
+            ctx_size_draft=draft.ctx_size if draft is not None else 0,
         )
-        yield PlannedModel(reservation, blueprint, tuple(segments.values()), checkpoint)
+        yield PlannedModel(reservation, blueprint, tuple(segments.values()), checkpoint, draft)
+
+
+def _draft_placer(
+    request: PlanRequest, devices: Sequence[Budget], files: ExitStack
+) -> Placer | None:
+    """Open the draft model, if any, for as long as `files` stay open."""
+    check_count("ctx_size_draft", request.ctx_size_draft, 0, MAX_POSITIONS)
+    if not request.model_draft:
+        return None
+    config = ModelConfig.from_dir(Path(request.model_draft))
+    checkpoint = files.enter_context(Checkpoint.open(request.model_draft))
+    return Placer(config, checkpoint, devices)
 
 
 def _chosen_ctx_size(request: PlanRequest, config: ModelConfig, largest: int) -> int:
@@ -208,4 +245,5 @@ def _record(share: Share, segments: dict[tuple[str, str], Segment]) -> DeviceRes
         other_bytes=lent.other_bytes,
         limit_bytes=budget.limit_bytes,
         spare_bytes=share.spare_bytes,
+        draft_bytes=share.draft_bytes,
     )

@@ -25,6 +25,7 @@ class DeviceReservation:
             the environment; None without a limit.
         spare_bytes: what stays free when all is taken; negative where it does not fit. A limit
             has to hold the buffers, the system's free memory the buffers and the overhead.
+        draft_bytes: of the three buffers, what a draft model takes.
     """
 
     device: str
@@ -40,6 +41,7 @@ class DeviceReservation:
     other_bytes: int
     limit_bytes: int | None
     spare_bytes: int
+    draft_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -81,6 +83,7 @@ class Reservation:
         devices: one record a device that is used, in the order of the layers.
         largest_ctx_size: cache type -> most tokens that fit now (0: not even one page), for
             the types fp16, q8, q6, q4 and the one asked for.
+        model_draft, ctx_size_draft: the draft model's folder and context; None and 0 without.
     """
 
     model_dir: str
@@ -94,6 +97,8 @@ class Reservation:
     max_batch_size: int
     devices: tuple[DeviceReservation, ...]
     largest_ctx_size: dict[str, int]
+    model_draft: str | None = None
+    ctx_size_draft: int = 0
 
     @property
     def fits(self) -> bool:

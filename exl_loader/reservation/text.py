@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..devices import Process, device_kind
 from ..errors import InsufficientMemory
 from .records import DeviceReservation, Reservation
@@ -30,6 +32,7 @@ def render(reservation: Reservation) -> str:
         ("cache", [amount(d.cache_bytes) for d in devices]),
         ("workspace", [amount(d.workspace_bytes) for d in devices]),
         ("total", [amount(d.total_bytes) for d in devices]),
+        *_draft_row(devices),
         ("outside", [_overhead(d) for d in devices]),
         ("free", [amount(d.free_bytes) for d in devices]),
         ("of", [amount(d.capacity_bytes) for d in devices]),
@@ -58,6 +61,12 @@ def _headline(reservation: Reservation) -> str:
         f"{reservation.num_layers} layers; {reservation.ctx_size:,} tokens of context, "
         f"cache {reservation.cache_type}"
     )
+
+
+def _draft_row(devices: Sequence[DeviceReservation]) -> list[tuple[str, list[str]]]:
+    if not any(d.draft_bytes for d in devices):
+        return []
+    return [("of it draft", [amount(d.draft_bytes) for d in devices])]
 
 
 def _overhead(device: DeviceReservation) -> str:
