@@ -5,12 +5,7 @@ person (or a web page) can show it as one readable line. Long material such as a
 output goes into `details`.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .reservation import Reservation
+from typing import Any
 
 
 class ExlLoaderError(Exception):
@@ -85,7 +80,8 @@ class InsufficientMemory(ExlLoaderError):
             where memory vanished after a plan had fitted.
     """
 
-    reservation: Reservation | None = None
+    # Any: this file is what all others stand on, and imports none of them.
+    reservation: Any = None
 
 
 class CacheFull(ExlLoaderError):
