@@ -16,7 +16,7 @@ from .jobs import Job
 from .paging import PagedCache, Sequence
 
 if TYPE_CHECKING:
-    from .scheduler import ForwardModel
+    from .forward_model import ForwardModel
     from .tokenizer import Tokenizer
 
 DEFAULT_DRAFT_MAX = 4

@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 from .errors import ModelUnloaded
+from .forward_model import ForwardModel
 from .jobs import Job
 from .paging import PagedCache
 from .paging import Sequence as CacheSequence
-from .scheduler import ForwardModel, Scheduler
+from .scheduler import Scheduler
 
 if TYPE_CHECKING:
     import torch

@@ -7,21 +7,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from .cache import PAGE_LEN, pages_for
 from .errors import CacheFull
+from .forward_model import ForwardModel
 from .jobs import CANCELLED, FAILED, Job
 from .paging import PagedCache
 from .paging import Sequence as CacheSequence
 from .sampling import guide
 
 if TYPE_CHECKING:
-    import torch
-
     from .draft_model import DraftModel
 
 Ids = Sequence[int] | npt.NDArray[np.int64]
@@ -29,22 +28,6 @@ Ids = Sequence[int] | npt.NDArray[np.int64]
 # A job whose consumer does not take its tokens is not computed further than this, unless
 # another one waits for its pages.
 MAX_AHEAD = 16
-
-
-class ForwardModel(Protocol):
-    """What generation needs of `model.Model`."""
-
-    chunk_size: int
-    max_batch_size: int
-    logits_rows: int
-
-    def forward(
-        self,
-        entries: Sequence[tuple[CacheSequence, list[int]]],
-        logits: Literal["last", "all", "none"] = "last",
-    ) -> torch.Tensor: ...
-
-    def rope_class(self, rope_len: int) -> int: ...
 
 
 class Scheduler:
