@@ -27,6 +27,8 @@ TEXTS = [
     " Hello",
     "  two  spaces  inside and after  ",
     "a\tb\tc\n\n\nd",
+    "<|user|>\x1c\x1f <|end|>",
+    "a\u3000\x85 <|end|>\x1e<|user|>\u2003\x85 b",
     "It's 12345 and 3.14159, isn't it? We'll see; they've gone!",
     *LANGUAGES,
     "mixed: Привет 你好 مرحبا hello こんにちは",

@@ -21,6 +21,12 @@ from .files import REMEDY, AddedToken, TokenizerConfig
 # protobuf merges repeated fields of a message, the last value wins.
 _DUMMY_PREFIX_FIELD = b"\x1a\x02\x18"
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# Unicode's White_Space, which the tokenizers library strips beside added tokens. str.strip()
+# would take the four separators U+001C to U+001F as well.
+_WHITE_SPACE = (
+    "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006"
+    "\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
+)
 
 
 def _open(data: bytes, path: Path) -> Any:
@@ -157,9 +163,9 @@ class SentencePieceBackend:
             if start < last_end or (token.single_word and _touches_word(text, start, end)):
                 continue
             if token.lstrip:
-                start = last_end + len(text[last_end:start].rstrip())
+                start = last_end + len(text[last_end:start].rstrip(_WHITE_SPACE))
             if token.rstrip:
-                end = len(text) - len(text[end:].lstrip())
+                end = len(text) - len(text[end:].lstrip(_WHITE_SPACE))
             found.append((start, end, token.content))
             last_end = end
         return found
