@@ -208,6 +208,7 @@ CHANGES = {
     },
     "link flags": {"link_flags": ("-shared", "-s")},
     "cpu features": {"cpu_features": ("x86_64", "avx2", "avx512f")},
+    "include path": {"include_dirs": (".", "cpu")},
 }
 
 

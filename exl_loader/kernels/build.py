@@ -153,12 +153,12 @@ def ninja_file(spec: BuildSpec) -> str:
     compiler = _command(spec.compiler.command)
     flags = _command(spec.flags)
     link_flags = _command(spec.link_flags)
+    option = "/I" if spec.compiler.kind == "msvc" else "-I"
+    include = _command([f"{option}{(spec.root / name).absolute()}" for name in spec.include_dirs])
     if spec.compiler.kind == "msvc":
-        include = _command([f"/I{spec.root}"])
         compile_command = f"{compiler} {flags} {include} /c $in /Fo$out"
         link_command = f"{compiler} $in {link_flags} /Fe:$out"
     else:
-        include = _command([f"-I{spec.root}"])
         compile_command = f"{compiler} {flags} {include} -c $in -o $out"
         link_command = f"{compiler} $in {link_flags} -o $out"
     lines = ["rule compile", f"  command = {compile_command}", "  description = $in"]

@@ -33,13 +33,14 @@ class BuildSpec:
 
     Args:
         name: `cpu`; first part of the directory's name.
-        root: folder to which `sources` and `headers` are relative; on the include path.
+        root: folder to which `sources`, `headers` and `include_dirs` are relative.
         sources: one translation unit each, sorted.
         headers: every file that a source may include, sorted.
         compiler: what compiles them.
         flags: for compiling, without include paths and names of files.
         link_flags: for linking.
         cpu_features: of the machine that will run it; `-march=native` stands for them.
+        include_dirs: where `#include "..."` looks, in this order.
     """
 
     name: str
@@ -50,6 +51,7 @@ class BuildSpec:
     flags: tuple[str, ...]
     link_flags: tuple[str, ...]
     cpu_features: tuple[str, ...]
+    include_dirs: tuple[str, ...] = (".",)
 
     @cached_property
     def key(self) -> str:
@@ -71,6 +73,7 @@ class BuildSpec:
         put(*self.flags)
         put(*self.link_flags)
         put(*self.cpu_features)
+        put(*self.include_dirs)
         for group in (self.sources, self.headers):
             put(*group)
             for name in group:

@@ -1,0 +1,386 @@
+// csrc/cuda/platform.cuh on the CPU: the same names, run by runner.cpp.
+//
+// Each thread of a block is a fiber in one OS thread. A collective (shuffle, mma, barrier)
+// parks the fiber until all lanes of its warp, or all threads of its block, have come to the
+// same one; the order in which lanes, warps and blocks run is the launcher's choice, so that
+// a missing barrier shows as a different result. Whatever a kernel must not do ends the launch
+// with a message (fail). Shared memory holds NaN patterns until it is written, and so does the
+// target of an asynchronous copy until it is waited for.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+// ---- What CUDA's compilers know by themselves ------------------------------------------------
+
+#define __global__
+#define __device__
+#define __host__
+#define __constant__
+#define __grid_constant__
+#define __forceinline__ inline
+#define __noinline__ __attribute__((noinline))
+#define __restrict__ __restrict
+#define __launch_bounds__(...)
+#define __align__(bytes) alignas(bytes)
+
+struct uint3 { unsigned x, y, z; };
+struct alignas(8) int2 { int32_t x, y; };
+struct alignas(16) int4 { int32_t x, y, z, w; };
+struct alignas(8) uint2 { uint32_t x, y; };
+struct alignas(16) uint4 { uint32_t x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+inline int2 make_int2(int32_t x, int32_t y) { return {x, y}; }
+inline int4 make_int4(int32_t x, int32_t y, int32_t z, int32_t w) { return {x, y, z, w}; }
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+// Of the fiber that runs; runner.cpp sets them.
+extern uint3 threadIdx, blockIdx, blockDim, gridDim;
+
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
+inline unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
+inline unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }
+inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+inline void __trap() { __builtin_trap(); }
+
+// ---- Between kernels and runner ----------------------------------------------------------------
+
+namespace exl_emulation {
+
+constexpr int kLanes = 32;
+
+// Where in the source a collective stands; all who take part must stand at the same place.
+struct Site {
+    const char* operation;
+    const char* file;
+    int line;
+};
+
+// Ends the launch with this message; does not return.
+[[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char* format, ...);
+
+// Parks until the whole warp is here; then `finish` gets each lane's `operand`, once.
+using Finish = void (*)(void* const (&operands)[kLanes]);
+void wait_warp(const Site& site, Finish finish, void* operand);
+void wait_block(const Site& site);
+
+char* shared_memory();
+// Whether all of these bytes are shared memory of the running block.
+bool is_shared(const void* address, int bytes);
+
+void copy_async(void* shared, const void* source, bool valid);
+void copy_async_commit();
+void copy_async_wait(int pending);
+
+// What an argument must be in Python: `p`ointer, `i`nteger, `f`loat or `s`truct, and its size.
+struct Argument {
+    char kind;
+    int bytes;
+};
+using Invoke = void (*)(void** arguments);
+void add_kernel(const char* name, Invoke invoke, const Argument* arguments, int count);
+
+template <typename T>
+constexpr Argument describe() {
+    return {std::is_pointer_v<T>          ? 'p'
+            : std::is_integral_v<T>       ? 'i'
+            : std::is_floating_point_v<T> ? 'f'
+                                          : 's',
+            static_cast<int>(sizeof(T))};
+}
+
+template <auto kernel>
+struct Registration;
+template <typename... T, void (*kernel)(T...)>
+struct Registration<kernel> {
+    explicit Registration(const char* name) {
+        static constexpr Argument arguments[] = {describe<T>()..., {}};
+        add_kernel(name, invoke, arguments, sizeof...(T));
+    }
+    static void invoke(void** arguments) {
+        call(arguments, std::make_integer_sequence<int, sizeof...(T)>());
+    }
+    template <int... i>
+    static void call(void** arguments, std::integer_sequence<int, i...>) {
+        kernel(*static_cast<std::remove_cv_t<T>*>(arguments[i])...);
+    }
+};
+
+inline void check_aligned(const void* address, int bytes, const char* what) {
+    if (reinterpret_cast<uintptr_t>(address) % bytes != 0)
+        fail("%s of an address that is no multiple of %d", what, bytes);
+}
+
+template <typename T>
+T load(const void* source, const char* what) {
+    check_aligned(source, sizeof(T), what);
+    T value;
+    std::memcpy(&value, source, sizeof(T));
+    return value;
+}
+
+template <typename T>
+struct Shuffle {
+    T value, result;
+    int source;
+};
+
+template <typename T>
+T shuffle(const Site& site, T value, int source) {
+    static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8));
+    Shuffle<T> mine{value, value, source};
+    wait_warp(site, [](void* const (&operands)[kLanes]) {
+        for (void* operand : operands) {
+            auto* to = static_cast<Shuffle<T>*>(operand);
+            to->result = static_cast<Shuffle<T>*>(operands[to->source])->value;
+        }
+    }, &mine);
+    return mine.result;
+}
+
+// A lane's part of an mma or of load_matrix.
+struct Fragments {
+    void* d;
+    const uint32_t* a;
+    const uint32_t* b;
+};
+void finish_mma_u8s8(void* const (&lanes)[kLanes]);
+void finish_mma_s8s8(void* const (&lanes)[kLanes]);
+void finish_mma_f16(void* const (&lanes)[kLanes]);
+void finish_mma_bf16(void* const (&lanes)[kLanes]);
+void finish_load_matrix(void* const (&lanes)[kLanes]);
+void finish_load_matrix_transposed(void* const (&lanes)[kLanes]);
+
+float half_value(uint16_t bits);
+uint16_t half_nearest(double value);
+
+}  // namespace exl_emulation
+
+#define EXL_KERNEL(kernel)                                                                     \
+    static const exl_emulation::Registration<kernel> register_##kernel(#kernel)
+#define EXL_SHARED(type, name) type* const name =                                              \
+    reinterpret_cast<type*>(exl_emulation::shared_memory())
+
+// Default arguments name the caller's place in the source.
+#define EXL_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+
+// ---- The names of platform.cuh -------------------------------------------------------------------
+
+namespace exl {
+
+inline int lane_id() { return threadIdx.x & 31; }
+inline int warp_id() { return threadIdx.x >> 5; }
+
+inline void warp_sync(EXL_SITE) {
+    exl_emulation::wait_warp({"warp_sync", file, line}, [](auto&) {}, nullptr);
+}
+inline void block_sync(EXL_SITE) { exl_emulation::wait_block({"block_sync", file, line}); }
+
+template <typename T>
+T shfl(T value, int source_lane, EXL_SITE) {
+    return exl_emulation::shuffle<T>({"shfl", file, line}, value, source_lane & 31);
+}
+template <typename T>
+T shfl_xor(T value, int lane_mask, EXL_SITE) {
+    return exl_emulation::shuffle<T>({"shfl_xor", file, line}, value,
+                                     (lane_id() ^ lane_mask) & 31);
+}
+template <typename T>
+T shfl_down(T value, int delta, EXL_SITE) {
+    const int source = lane_id() + delta;
+    return exl_emulation::shuffle<T>({"shfl_down", file, line}, value,
+                                     source < 32 ? source : lane_id());
+}
+template <typename T>
+T shfl_up(T value, int delta, EXL_SITE) {
+    const int source = lane_id() - delta;
+    return exl_emulation::shuffle<T>({"shfl_up", file, line}, value,
+                                     source >= 0 ? source : lane_id());
+}
+inline uint32_t ballot(bool predicate, EXL_SITE) {
+    struct Vote {
+        bool predicate;
+        uint32_t result;
+    } mine{predicate, 0};
+    exl_emulation::wait_warp({"ballot", file, line}, [](auto& operands) {
+        uint32_t votes = 0;
+        for (int lane = 0; lane < 32; lane++)
+            votes |= static_cast<uint32_t>(static_cast<Vote*>(operands[lane])->predicate) << lane;
+        for (void* operand : operands) static_cast<Vote*>(operand)->result = votes;
+    }, &mine);
+    return mine.result;
+}
+
+// Fibers share an OS thread and change at collectives only: a plain addition is atomic.
+inline int32_t atomic_add(int32_t* address, int32_t value) {
+    const int32_t before = *address;
+    *address = static_cast<int32_t>(static_cast<uint32_t>(before) + static_cast<uint32_t>(value));
+    return before;
+}
+inline uint32_t atomic_add(uint32_t* address, uint32_t value) {
+    const uint32_t before = *address;
+    *address = before + value;
+    return before;
+}
+inline void thread_fence() {}
+
+inline uint4 load_nc16(const void* source) {
+    return exl_emulation::load<uint4>(source, "load_nc16");
+}
+inline uint2 load_nc8(const void* source) {
+    return exl_emulation::load<uint2>(source, "load_nc8");
+}
+inline uint32_t load_nc4(const void* source) {
+    return exl_emulation::load<uint32_t>(source, "load_nc4");
+}
+inline uint4 load_cg16(const void* source) {
+    return exl_emulation::load<uint4>(source, "load_cg16");
+}
+inline float load_cg(const float* source) { return *source; }
+inline void prefetch_l2(const void*) {}
+
+inline void copy_async16(void* shared, const void* source, bool valid = true) {
+    exl_emulation::copy_async(shared, source, valid);
+}
+inline void copy_async_commit() { exl_emulation::copy_async_commit(); }
+template <int kPending>
+void copy_async_wait() {
+    exl_emulation::copy_async_wait(kPending);
+}
+
+#define EXL_EMULATED_MMA(function, element, finish)                                            \
+    inline void function(element (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],      \
+                         EXL_SITE) {                                                           \
+        exl_emulation::Fragments mine{d, a, b};                                                \
+        exl_emulation::wait_warp({#function, file, line}, exl_emulation::finish, &mine);       \
+    }
+EXL_EMULATED_MMA(mma_u8s8_16x8x32, int32_t, finish_mma_u8s8)
+EXL_EMULATED_MMA(mma_s8s8_16x8x32, int32_t, finish_mma_s8s8)
+EXL_EMULATED_MMA(mma_f16_16x8x16, float, finish_mma_f16)
+EXL_EMULATED_MMA(mma_bf16_16x8x16, float, finish_mma_bf16)
+#undef EXL_EMULATED_MMA
+constexpr bool kHasBf16Mma = true;
+
+inline void load_matrix(const exl_emulation::Site& site, exl_emulation::Finish finish,
+                        uint32_t (&d)[4], const void* shared_row) {
+    exl_emulation::check_aligned(shared_row, 16, site.operation);
+    if (!exl_emulation::is_shared(shared_row, 16))
+        exl_emulation::fail("%s of an address that is not shared memory", site.operation);
+    exl_emulation::Fragments mine{d, static_cast<const uint32_t*>(shared_row), nullptr};
+    exl_emulation::wait_warp(site, finish, &mine);
+}
+inline void load_matrix_x4(uint32_t (&d)[4], const void* shared_row, EXL_SITE) {
+    load_matrix({"load_matrix_x4", file, line}, exl_emulation::finish_load_matrix, d, shared_row);
+}
+inline void load_matrix_x4_transposed(uint32_t (&d)[4], const void* shared_row, EXL_SITE) {
+    load_matrix({"load_matrix_x4_transposed", file, line},
+                exl_emulation::finish_load_matrix_transposed, d, shared_row);
+}
+
+inline int32_t dp4a_us(uint32_t a, uint32_t b, int32_t c) {
+    for (int shift = 0; shift < 32; shift += 8)
+        c += static_cast<uint8_t>(a >> shift) * static_cast<int8_t>(b >> shift);
+    return c;
+}
+inline int32_t dp4a_ss(uint32_t a, uint32_t b, int32_t c) {
+    for (int shift = 0; shift < 32; shift += 8)
+        c += static_cast<int8_t>(a >> shift) * static_cast<int8_t>(b >> shift);
+    return c;
+}
+inline uint32_t byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+    const uint64_t both = static_cast<uint64_t>(b) << 32 | a;
+    uint32_t result = 0;
+    for (int i = 0; i < 4; i++) {
+        const uint32_t nibble = selector >> (4 * i) & 15;
+        uint8_t byte = static_cast<uint8_t>(both >> (8 * (nibble & 7)));
+        if (nibble & 8) byte = byte & 0x80 ? 0xFF : 0;
+        result |= static_cast<uint32_t>(byte) << (8 * i);
+    }
+    return result;
+}
+inline uint32_t funnel_shift_right(uint32_t low, uint32_t high, uint32_t shift) {
+    return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> (shift & 31));
+}
+inline int count_ones(uint32_t value) { return __builtin_popcount(value); }
+inline int leading_zeros(uint32_t value) { return value ? __builtin_clz(value) : 32; }
+
+inline uint32_t float_bits(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
+inline float bits_float(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+inline float mul_rn(float a, float b) { return a * b; }
+inline float add_rn(float a, float b) { return a + b; }
+// The GPU's conversion saturates and makes 0 of NaN.
+inline int32_t round_int(float value) {
+    if (!(value == value)) return 0;
+    if (value >= 2147483648.0f) return INT32_MAX;
+    if (value < -2147483648.0f) return INT32_MIN;
+    return static_cast<int32_t>(std::nearbyint(value));
+}
+inline float exp2_fast(float value) {
+    const float result = std::exp2(value);
+    return result < 0x1p-126f ? 0.0f : result;
+}
+inline float rcp_fast(float value) { return 1.0f / value; }
+inline float rsqrt_fast(float value) { return 1.0f / std::sqrt(value); }
+
+inline float half_to_float(uint16_t bits) { return exl_emulation::half_value(bits); }
+inline uint16_t float_to_half(float value) { return exl_emulation::half_nearest(value); }
+inline float2 half2_to_float2(uint32_t bits) {
+    return {half_to_float(static_cast<uint16_t>(bits)),
+            half_to_float(static_cast<uint16_t>(bits >> 16))};
+}
+inline uint32_t floats_to_half2(float low, float high) {
+    return float_to_half(low) | static_cast<uint32_t>(float_to_half(high)) << 16;
+}
+inline float bf16_to_float(uint16_t bits) {
+    return bits_float(static_cast<uint32_t>(bits) << 16);
+}
+inline float2 bf162_to_float2(uint32_t bits) {
+    return {bits_float(bits << 16), bits_float(bits & 0xFFFF0000u)};
+}
+inline uint16_t float_to_bf16(float value) {
+    const uint32_t bits = float_bits(value);
+    if (value != value) return static_cast<uint16_t>(bits >> 16 | 0x40u);
+    return static_cast<uint16_t>((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16);
+}
+inline uint32_t floats_to_bf162(float low, float high) {
+    return float_to_bf16(low) | static_cast<uint32_t>(float_to_bf16(high)) << 16;
+}
+
+// The sum of a half and a product of two fits a double, but for bits far below a half's.
+template <typename Function>
+uint32_t each_half(Function function) {
+    return function(0) | static_cast<uint32_t>(function(16)) << 16;
+}
+inline uint32_t h2_fma(uint32_t a, uint32_t b, uint32_t c) {
+    return each_half([=](int shift) {
+        const auto part = [shift](uint32_t v) {
+            return static_cast<double>(half_to_float(static_cast<uint16_t>(v >> shift)));
+        };
+        return exl_emulation::half_nearest(part(a) * part(b) + part(c));
+    });
+}
+inline uint32_t h2_add(uint32_t a, uint32_t b) { return h2_fma(a, 0x3C003C00u, b); }
+inline uint32_t h2_sub(uint32_t a, uint32_t b) { return h2_fma(b, 0xBC00BC00u, a); }
+// Minus zero: adding it changes no product, not even its sign.
+inline uint32_t h2_mul(uint32_t a, uint32_t b) { return h2_fma(a, b, 0x80008000u); }
+
+}  // namespace exl
+
+#undef EXL_SITE
