@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .blueprint import Blueprint, ExpertsPlan, LayerPlan, MlpPlan, NormPlan
+from .kernels.host import host_of
 from .kernels.interface import AttentionShape, Batch
 
 if TYPE_CHECKING:
@@ -33,12 +34,16 @@ class Recorder:
 
     An implementation may offer `bind(operation, *args) -> callable without arguments`, which
     prepares a call once for all its replays.
+
+    `reads_values` says whether a collected function looks at values of the step, so that what
+    runs is not the same every time.
     """
 
     def __init__(self, ops: Ops):
         self._ops = ops
         self._bind = getattr(ops, "bind", None)
         self.calls: list[Call] = []
+        self.reads_values = False
 
     def __getattr__(self, operation: str) -> Callable[..., None]:
         def record(*args: Any) -> None:
@@ -51,6 +56,7 @@ class Recorder:
 
     def call(self, function: Callable[..., None], *args: Any) -> None:
         """Collect a call of a function whose operations depend on values of the step."""
+        self.reads_values = True
         self.calls.append(partial(function, self._ops, *args))
 
 
@@ -204,20 +210,22 @@ def _run_experts(ops: Any, moe: Experts, activation: str, s: RowViews) -> None:
 
     Experts run in their order, so that the sum of a row does not depend on its neighbours.
     """
-    experts = s.route_experts.numpy().reshape(-1)
+    host = host_of(ops)
+    experts = host.read(s.route_experts).reshape(-1).copy()
     order = np.argsort(experts, kind="stable")
-    np.floor_divide(order, moe.top_k, out=s.expert_rows.numpy(), casting="unsafe")
-    np.take(s.route_weights.numpy().reshape(-1), order, out=s.expert_weights.numpy())
+    weights = host.read(s.route_weights).reshape(-1)[order]
+    host.write(s.expert_rows, order // moe.top_k)
+    host.write(s.expert_weights, weights)
     ends = np.cumsum(np.bincount(experts, minlength=len(moe.experts))).tolist()
     first = 0
     for mlp, end in zip(moe.experts, ends, strict=True):
         if end == first:
             continue
         count = end - first
-        rows, weights = s.expert_rows[first:end], s.expert_weights[first:end]
+        rows, factors = s.expert_rows[first:end], s.expert_weights[first:end]
         x, gate, up = s.expert_x[:count], s.gate[:count], s.up[:count]
         ops.gather_rows(s.h, rows, x)
         _gated(ops, mlp, activation, x, gate, up, s.scratch)
         ops.linear(gate, mlp.down, x, s.scratch)
-        ops.scatter_add_rows(x, rows, weights, s.x)
+        ops.scatter_add_rows(x, rows, factors, s.x)
         first = end

@@ -1,4 +1,9 @@
-"""The forward pass: rows of one or several sequences in, logits out, inside the workspace."""
+"""The forward pass: rows of one or several sequences in, logits out, inside the workspace.
+
+A step's operations are recorded once a shape and replayed. On a device that can, those of a
+short step, such as decoding, are captured as one graph, which is then a single launch: what
+changes from step to step stands in the inputs, so a graph serves any length of the texts.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +17,13 @@ import torch
 from .blueprint import Blueprint
 from .cache import PAGE_LEN
 from .errors import CacheFull, InvalidSettings
+from .kernels.host import Host, host_of
 from .kernels.interface import Batch, Ops
 from .layers import Call, Recorder, build_layer, decoder_layer
 from .paging import PagedCache, Sequence
 from .rope import inv_freq
 from .weights import Weights
-from .workspace import RowViews
+from .workspace import INPUTS, RowViews
 
 LogitsMode = Literal["last", "all", "none"]
 
@@ -25,14 +31,45 @@ LogitsMode = Literal["last", "all", "none"]
 # chunks of prompts, which come again rarely and cost little beside their own work.
 MAX_STEPS = 32
 
+# Steps of more rows keep a device busy for longer than it takes to issue them one by one.
+GRAPH_ROWS = 32
+
 
 @dataclass
 class Step:
-    """A recorded forward pass of one shape: replay `calls`, then read `logits`."""
+    """A recorded forward pass of one shape: run it, then read `logits`.
+
+    Args:
+        calls: the operations in order.
+        batch: what they see of the sequences.
+        logits: where they leave the logits.
+        capturable: whether a graph may take their place, once they have run.
+    """
 
     calls: list[Call]
     batch: Batch
     logits: torch.Tensor
+    capturable: bool
+    graph: Call | None = None
+    has_run: bool = False
+
+    def issue(self) -> None:
+        """Issue every operation."""
+        for call in self.calls:
+            call()
+
+    def run(self, host: Host) -> None:
+        """Run the operations, from the second time on as a graph where that can be.
+
+        The first time they run one by one, so that whatever loads late is loaded then.
+        """
+        if self.graph is None and self.capturable and self.has_run:
+            self.graph = host.capture(self.issue)
+        if self.graph is not None:
+            self.graph()
+        else:
+            self.issue()
+        self.has_run = True
 
 
 class Model:
@@ -78,12 +115,12 @@ class Model:
         # bfloat16 there has this factor rounded to bfloat16.
         scaled = blueprint.architecture.embed_scale
         self._embed_factor = self.config.hidden_size**0.5 if scaled else 1.0
-        # The host writes a step's few integers through numpy: a tenth of torch's overhead.
-        names = ("ids", "positions", "q_start", "past_len", "page_table", "inv_freq", "head_rows")
-        self._host = {name: workspace[name].numpy() for name in names}
+        self._host = host_of(ops)
+        self._inputs = self._host.inputs({name: workspace[name] for name in INPUTS})
+        self._logits = self._host.mirror(workspace["logits"])
         self._rope_options = {"alpha_value": alpha_value, "compress_pos_emb": compress_pos_emb}
         frequencies, self._rope_factor = inv_freq(self.config.rope, 1, **self._rope_options)
-        self._host["inv_freq"][:] = frequencies
+        self._inputs.arrays["inv_freq"][:] = frequencies
         self._slot_rope_len = [1] * self.max_batch_size
         self._steps: dict[tuple[int, int, LogitsMode], Step] = {}
 
@@ -101,8 +138,8 @@ class Model:
                 `logits_rows` ids), `none` to fill the cache alone.
 
         Returns:
-            float32 [rows, vocab_size], a view into the workspace that is valid until the
-            next call; no rows for `none`.
+            float32 [rows, vocab_size] on the CPU, a view that is valid until the next call;
+            no rows for `none`.
 
         Raises:
             InvalidSettings: an id outside the vocabulary, or no ids.
@@ -114,13 +151,18 @@ class Model:
         assert logits != "all" or num_rows <= self.logits_rows
         self._check(entries)
         step = self._step(num_rows, len(entries), logits)
+        self._inputs.begin()
         self._write_inputs(entries, step)
-        self._write_rope(entries, num_rows)
-        for call in step.calls:
-            call()
+        self._inputs.send()
+        if self.config.rope.depends_on_length:
+            self._angles_by_length(entries)
+        step.run(self._host)
+        out = self._logits[: len(step.logits)]
+        if len(out):
+            self._host.collect(step.logits, out)
         for (sequence, _), length in zip(entries, lengths, strict=True):
             sequence.past_len += length
-        return step.logits
+        return out
 
     def rope_class(self, rope_len: int) -> int:
         """Return a number that is the same for lengths with the same RoPE frequencies."""
@@ -129,7 +171,7 @@ class Model:
     def _check(self, entries: SequenceOf[tuple[Sequence, list[int]]]) -> None:
         """Refuse what would make an operation read or write outside its tensors."""
         vocab_size = self.config.vocab_size
-        max_pages = self._host["page_table"].shape[1]
+        max_pages = self._inputs.arrays["page_table"].shape[1]
         for sequence, ids in entries:
             if not ids or min(ids) < 0 or max(ids) >= vocab_size:
                 raise InvalidSettings(
@@ -145,7 +187,7 @@ class Model:
                 )
 
     def _write_inputs(self, entries: SequenceOf[tuple[Sequence, list[int]]], step: Step) -> None:
-        host, first, longest = self._host, 0, 0
+        host, first, longest = self._inputs.arrays, 0, 0
         max_pages = host["page_table"].shape[1]
         host["q_start"][0] = 0
         for slot, (sequence, ids) in enumerate(entries):
@@ -160,27 +202,28 @@ class Model:
             longest = max(longest, past_len + len(ids))
             first = end
         step.batch.max_total_len = longest
+        if self.config.rope.depends_on_length:
+            self._write_frequencies(entries)
 
-    def _write_rope(
-        self, entries: SequenceOf[tuple[Sequence, list[int]]], num_rows: int
-    ) -> None:
-        """Compute the angles of the step's rows."""
-        w, factor = self._workspace, self._rope_factor
-        if not self.config.rope.depends_on_length:
-            self._ops.rope_table(
-                w["positions"][:num_rows], w["inv_freq"][0], factor, w["rope_table"][:num_rows]
-            )
-            return
-        first = 0
-        for slot, (sequence, ids) in enumerate(entries):
-            rope_len, end = sequence.rope_len, first + len(ids)
-            if rope_len != self._slot_rope_len[slot]:
-                frequencies, _ = inv_freq(self.config.rope, rope_len, **self._rope_options)
-                self._host["inv_freq"][slot] = frequencies
-                self._slot_rope_len[slot] = rope_len
-            self._ops.rope_table(
-                w["positions"][first:end], w["inv_freq"][slot], factor, w["rope_table"][first:end]
-            )
+    def _write_frequencies(self, entries: SequenceOf[tuple[Sequence, list[int]]]) -> None:
+        for slot, (sequence, _) in enumerate(entries):
+            if sequence.rope_len != self._slot_rope_len[slot]:
+                frequencies, _ = inv_freq(
+                    self.config.rope, sequence.rope_len, **self._rope_options
+                )
+                self._inputs.arrays["inv_freq"][slot] = frequencies
+                self._slot_rope_len[slot] = sequence.rope_len
+
+    def _angles_by_length(self, entries: SequenceOf[tuple[Sequence, list[int]]]) -> None:
+        """Compute the angles of rows whose frequencies are those of their own sequence.
+
+        Which rows these are depends on the sequences' lengths, so it is no part of a recording.
+        """
+        w, first = self._workspace, 0
+        for slot, (_, ids) in enumerate(entries):
+            end = first + len(ids)
+            self._ops.rope_table(w["positions"][first:end], w["inv_freq"][slot],
+                                 self._rope_factor, w["rope_table"][first:end])
             first = end
 
     def _step(self, num_rows: int, num_sequences: int, logits: LogitsMode) -> Step:
@@ -204,6 +247,9 @@ class Model:
         )
         # Through __getattr__, hence Any: the recorder has every operation of its Ops.
         recorder: Any = ops
+        if not self.config.rope.depends_on_length:
+            recorder.rope_table(w["positions"][:num_rows], w["inv_freq"][0], self._rope_factor,
+                                views.rope_table)
         recorder.embed(w["ids"][:num_rows], self._embedding, self._embed_factor, views.x)
         for layer in self._layers:
             decoder_layer(recorder, layer, views, batch)
@@ -211,7 +257,8 @@ class Model:
         out = w["logits"][:rows]
         if rows:
             self._record_head(recorder, views, rows, out)
-        return Step(ops.calls, batch, out)
+        capturable = self._host.captures and num_rows <= GRAPH_ROWS and not ops.reads_values
+        return Step(ops.calls, batch, out, capturable)
 
     def _record_head(self, ops: Any, views: RowViews, rows: int, out: torch.Tensor) -> None:
         w, x = self._workspace, views.x

@@ -52,11 +52,13 @@ def workspace_specs(
     logits_rows = max(logits_rows, max_batch_size)
     specs: list[TensorSpec] = []
     for device in blueprint.device_map.devices:
+        has_head = device == blueprint.device_map.head
         tensors = {
-            **_batch_tensors(chunk_size, max_batch_size, pages_for(ctx_size)),
-            **_row_tensors(blueprint, chunk_size, max_batch_size),
+            **_input_tensors(blueprint, chunk_size, max_batch_size, pages_for(ctx_size)),
+            **({"head_rows": ("int32", (logits_rows,))} if has_head else {}),
+            **_row_tensors(blueprint, chunk_size),
         }
-        if device == blueprint.device_map.head:
+        if has_head:
             tensors.update(_head_tensors(blueprint, logits_rows))
         nbytes = scratch_bytes(
             blueprint, device, rows=chunk_size, logits_rows=logits_rows,
@@ -73,17 +75,24 @@ def workspace_specs(
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
 
 
-def _batch_tensors(rows: int, sequences: int, max_pages: int) -> Tensors:
+# What the host writes for a step. Neighbours in the workspace, so that one copy brings all of
+# it to a device.
+INPUTS = ("ids", "positions", "q_start", "past_len", "page_table", "inv_freq", "head_rows")
+
+
+def _input_tensors(blueprint: Blueprint, rows: int, sequences: int, max_pages: int) -> Tensors:
+    """List `INPUTS` but for the head's."""
     return {
         "ids": ("int32", (rows,)),
         "positions": ("int32", (rows,)),
         "q_start": ("int32", (sequences + 1,)),
         "past_len": ("int32", (sequences,)),
         "page_table": ("int32", (sequences, max_pages)),
+        "inv_freq": ("float32", (sequences, blueprint.config.rope.rotary_dim // 2)),
     }
 
 
-def _row_tensors(blueprint: Blueprint, rows: int, sequences: int) -> Tensors:
+def _row_tensors(blueprint: Blueprint, rows: int) -> Tensors:
     config = blueprint.config
     hidden = config.hidden_size
     q_size = config.num_attention_heads * config.head_dim
@@ -98,7 +107,6 @@ def _row_tensors(blueprint: Blueprint, rows: int, sequences: int) -> Tensors:
         "attn": ("float32", (rows, q_size)),
         "gate": ("float32", (rows, config.intermediate_size)),
         "up": ("float32", (rows, config.intermediate_size)),
-        "inv_freq": ("float32", (sequences, pairs)),
         "rope_table": ("float32", (rows, 2, pairs)),
     }
     if config.num_local_experts:
@@ -115,7 +123,6 @@ def _row_tensors(blueprint: Blueprint, rows: int, sequences: int) -> Tensors:
 def _head_tensors(blueprint: Blueprint, rows: int) -> Tensors:
     config = blueprint.config
     return {
-        "head_rows": ("int32", (rows,)),
         "head_x": ("float32", (rows, config.hidden_size)),
         "logits": ("float32", (rows, config.vocab_size)),
     }
@@ -132,24 +139,23 @@ def scratch_bytes(
     cache_type: CacheType,
 ) -> int:
     """Find the most scratch any operation of a step needs on a device, in bytes."""
-    config = blueprint.config
+    config, sizes = blueprint.config, scratch.sizes_for(device)
     widths = {
-        linear.in_features
+        (rows, linear.in_features, linear.out_features)
         for layer in blueprint.layers
         if layer.device == device
         for linear in layer.linears()
     }
-    needs = [scratch.linear_scratch_bytes(rows, width) for width in widths]
     if device == blueprint.device_map.head:
-        needs.append(scratch.linear_scratch_bytes(logits_rows, config.hidden_size))
+        widths.add((logits_rows, config.hidden_size, config.vocab_size))
     shape = AttentionShape(
         config.num_attention_heads, config.num_key_value_heads, config.head_dim, 1.0
     )
-    needs.append(scratch.write_cache_scratch_bytes(rows, shape, cache_type))
-    needs.append(
-        scratch.attention_scratch_bytes(rows, max_batch_size, ctx_size, shape, cache_type)
+    return max(
+        *(sizes.linear(*width) for width in widths),
+        sizes.write_cache(rows, shape, cache_type),
+        sizes.attention(rows, max_batch_size, ctx_size, shape, cache_type),
     )
-    return max(needs)
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..cache import CacheType
     from .interface import AttentionShape
+
+
+@dataclass(frozen=True)
+class ScratchSizes:
+    """The scratch bytes of a kind of device's operations.
+
+    Args:
+        linear: of (rows, in_features, out_features).
+        write_cache: of (rows, shape, cache_type).
+        attention: of (rows, max_batch_size, ctx_size, shape, cache_type).
+    """
+
+    linear: Callable[[int, int, int], int]
+    write_cache: Callable[[int, AttentionShape, CacheType], int]
+    attention: Callable[[int, int, int, AttentionShape, CacheType], int]
+
+
+def sizes_for(device: str) -> ScratchSizes:
+    """Return the sizes for a device such as `cpu` or `cuda:0`."""
+    return ScratchSizes(
+        lambda rows, in_features, out_features: linear_scratch_bytes(rows, in_features),
+        write_cache_scratch_bytes,
+        attention_scratch_bytes,
+    )
 
 
 # Constants of csrc/cpu/linear.h and linear_dense.cpp, in the largest form any target has.

@@ -104,7 +104,8 @@ class Placer:
         self._workspace_bytes: dict[tuple[object, ...], int] = {}
         whole = self._whole(budgets[0].device)
         self._widths = [
-            frozenset(plan.in_features for plan in layer.linears()) for layer in whole.layers
+            frozenset((plan.in_features, plan.out_features) for plan in layer.linears())
+            for layer in whole.layers
         ]
         self._staging_bytes = staging_bytes(whole, checkpoint)
         if draft is not None:

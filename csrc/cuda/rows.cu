@@ -1,0 +1,63 @@
+// Operations on whole rows: embedding, gathering, scattering. Row numbers were checked on the
+// host (model.py) or made by it.
+//
+// Work: grid.x over rows, grid.y over pieces of kThreads elements of a row.
+#include "cuda/platform.cuh"
+#include "packed.h"
+
+namespace exl {
+
+constexpr int kThreads = 256;
+
+__device__ __forceinline__ int element_of_row() {
+    return static_cast<int>(blockIdx.y) * kThreads + threadIdx.x;
+}
+
+// Element `at` (in elements of its dtype) of a table as float32.
+__device__ __forceinline__ float element(const void* table, int32_t dtype, int64_t at) {
+    if (dtype == kExlFloat16) return half_to_float(static_cast<const uint16_t*>(table)[at]);
+    if (dtype == kExlBfloat16) return bf16_to_float(static_cast<const uint16_t*>(table)[at]);
+    return static_cast<const float*>(table)[at];
+}
+
+}  // namespace exl
+
+// out[t] = table[ids[t]] * factor. table of an ExlDtype: row id starts at element
+// (id / lanes) * lanes * size + id % lanes, and its elements are `lanes` apart: lanes is 1 for
+// [vocab, size], the columns of a tile for a head [tiles, size, lanes].
+extern "C" __global__ void __launch_bounds__(exl::kThreads)
+    embed_kernel(const int32_t* ids, const void* table, int32_t dtype, int32_t lanes,
+                 int32_t size, float factor, float* out) {
+    using namespace exl;
+    const int i = element_of_row();
+    if (i >= size) return;
+    const int64_t id = ids[blockIdx.x];
+    const int64_t start = id / lanes * lanes * size + id % lanes;
+    out[static_cast<int64_t>(blockIdx.x) * size + i] =
+        element(table, dtype, start + static_cast<int64_t>(i) * lanes) * factor;
+}
+EXL_KERNEL(embed_kernel);
+
+// out[i] = x[rows[i]]; float32 [*, size].
+extern "C" __global__ void __launch_bounds__(exl::kThreads)
+    gather_rows_kernel(const float* x, const int32_t* rows, int32_t size, float* out) {
+    using namespace exl;
+    const int i = element_of_row();
+    if (i >= size) return;
+    const int64_t source = rows[blockIdx.x];
+    out[static_cast<int64_t>(blockIdx.x) * size + i] = x[source * size + i];
+}
+EXL_KERNEL(gather_rows_kernel);
+
+// out[rows[i]] += weights[i] * x[i]; rows distinct.
+extern "C" __global__ void __launch_bounds__(exl::kThreads)
+    scatter_add_rows_kernel(const float* x, const int32_t* rows, const float* weights,
+                            int32_t size, float* out) {
+    using namespace exl;
+    const int i = element_of_row();
+    if (i >= size) return;
+    float* target = out + static_cast<int64_t>(rows[blockIdx.x]) * size + i;
+    const float value = x[static_cast<int64_t>(blockIdx.x) * size + i];
+    *target = fmaf(weights[blockIdx.x], value, *target);
+}
+EXL_KERNEL(scatter_add_rows_kernel);
