@@ -1,0 +1,1 @@
+"""CUDA kernels: compiled with NVRTC or nvcc, launched through the driver; no PyTorch here."""
