@@ -10,9 +10,7 @@ time, so that a machine that does other work beside it still says something.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,11 +21,12 @@ sys.path[:0] = [str(REPO), str(REPO / "tests")]
 
 import torch  # noqa: E402
 from kernel_cases import compiled_ops, dense_linear, packed_linear  # noqa: E402
+from read_bandwidth import BUFFER_BYTES as ROUND_BYTES  # noqa: E402
+from read_bandwidth import Bandwidth  # noqa: E402
 
 from exl_loader.kernels.native import default_threads  # noqa: E402
 from exl_loader.kernels.reference import ReferenceOps  # noqa: E402
 from exl_loader.kernels.scratch import linear_scratch_bytes  # noqa: E402
-from exl_loader.kernels.spec import require_cpu_spec  # noqa: E402
 
 # (in_features, out_features, bits, group size): a Llama of 1.1 B parameters, then widths.
 DECODE = [
@@ -39,35 +38,9 @@ DECODE = [
     *((2048, 5632, bits, 64) for bits in (2, 3, 5, 8)),
 ]
 PREFILL = [(2048, 5632, 4, 128), (5632, 2048, 4, 128), (2048, 5632, 4, 32), (2048, 2048, 8, 128)]
-ROUND_BYTES = 150_000_000
 ROUNDS = 9
 # Float32 sums and, for EXL2, the rounding of weights to float16 that kernels leave out.
 TOLERANCE = 1e-3
-
-
-class Bandwidth:
-    """Measures reading: GB/s of plain loads over a large buffer."""
-
-    def __init__(self, threads: int, directory: str):
-        spec = require_cpu_spec()
-        library = str(Path(directory) / "read_bandwidth.so")
-        sources = [str(REPO / "benchmarks/read_bandwidth.cpp"), str(REPO / "csrc/cpu/threads.cpp")]
-        subprocess.run(
-            [*spec.compiler.command, *spec.flags, f"-I{REPO / 'csrc'}", *spec.link_flags,
-             *sources, "-o", library],
-            check=True,
-        )  # fmt: skip
-        opened = ctypes.CDLL(library)
-        opened.exl_set_threads(threads)
-        self._sum = opened.read_bandwidth_sum
-        self._sum.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-        self._data = torch.ones(ROUND_BYTES // 4 // 65536 * 65536, dtype=torch.int32)
-
-    def measure(self, clock) -> float:
-        """Bytes a second over the whole buffer."""
-        return self._data.nbytes / seconds(
-            clock, lambda: self._sum(self._data.data_ptr(), self._data.numel())
-        )
 
 
 def seconds(clock, function) -> float:

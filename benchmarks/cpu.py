@@ -1,0 +1,308 @@
+"""exl_loader beside llama.cpp on this machine: `python benchmarks/cpu.py [--quick]`.
+
+Makes a random Llama of 1.1 B geometry as EXL2 at 4.5 bits a weight and the same weights as
+GGUF in Q4_0 and Q4_K_M. Both engines run in processes of their own, with as many threads, and
+take turns within each round, the order reversed in every second one: a ratio is the median
+over rounds of pairs that ran right after each other. They must agree on a prompt's logits
+before anything is timed. A context is filled by copies of its first 256 tokens' cache, in
+both engines alike; what stands in it makes no difference to the time.
+
+llama.cpp comes with llama-cpp-python, built natively, in an environment of its own:
+
+    python -m venv llama && CMAKE_ARGS=-DGGML_NATIVE=ON llama/bin/pip install \\
+        --no-binary llama-cpp-python llama-cpp-python==0.3.36 gguf numpy
+    python benchmarks/cpu.py --llama-python llama/bin/python
+
+Parts, caches and depths can be measured one at a time: results are merged into one JSON file,
+from which table and picture are made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cpu_models
+from cpu_plot import write_picture
+from cpu_report import Results, print_tables
+from cpu_worker import random_ids
+from read_bandwidth import Bandwidth
+
+from exl_loader.kernels.native import default_threads
+
+HERE = Path(__file__).resolve().parent
+DOCS = HERE.parent / "docs"
+PARTS = ("load", "speed", "curve")
+CACHES = ("fp16", "q8", "q4")
+DEPTHS = (0, 2048, 8192)
+CURVE_DEPTHS = (0, 1024, 2048, 4096, 6144, 8192)
+CURVE_CACHES = ("fp16", "q4")
+DECODE_TOKENS = 24
+PROMPT_TOKENS = 256
+# llama.cpp reads some 20 tokens a second where the cache is quantised and long.
+LONG_DEPTH, LONG_PROMPT_TOKENS = 4096, 64
+FIRST_TOKEN_PROMPT = 512
+# Beyond the largest depth: what is timed there, and room for its pages.
+SPARE_TOKENS = 1024
+# Of random weights, quantised twice, to 4 bits: without a fault about 0.9.
+LEAST_COSINE = 0.7
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """An engine with the weights and the cache that it runs with."""
+
+    engine: str  # exl_loader or llama.cpp
+    weights: str  # EXL2, Q4_0 or Q4_K_M
+    cache: str
+
+    @property
+    def ours(self) -> bool:
+        return self.engine == "exl_loader"
+
+
+class Worker:
+    """A contestant's process.
+
+    Raises:
+        SystemExit: it ended; what it said stands on standard error.
+    """
+
+    def __init__(self, contestant: Contestant, bench: Bench, ctx_size: int):
+        self.contestant = contestant
+        config = {
+            "model": str(bench.models[contestant.weights]),
+            "ctx_size": ctx_size,
+            "cache": contestant.cache,
+            "threads": bench.threads,
+            "flash_attention": True,
+        }
+        script = "cpu_exl.py" if contestant.ours else "cpu_llama.py"
+        python = sys.executable if contestant.ours else bench.llama_python
+        environment = os.environ | {"EXL_LOADER_THREADS": str(bench.threads)}
+        # Threads that wait asleep would slow llama.cpp down by a third.
+        environment.pop("OMP_WAIT_POLICY", None)
+        self._process = subprocess.Popen(
+            [python, str(HERE / script)], text=True, bufsize=1, env=environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )
+        answer = self._ask(config)
+        self.load_s: float = answer["load_s"]
+        self.version: str = answer["version"]
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._process as process:  # closes its input, and waits
+            assert process.stdin is not None
+            process.stdin.close()
+
+    def do(self, task: str, **arguments: Any) -> Any:
+        return self._ask({"do": task, **arguments})["value"]
+
+    def _ask(self, command: dict) -> dict:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(command) + "\n")
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.contestant} ended at {str(command)[:80]}")
+        answer: dict = json.loads(line)
+        return answer
+
+
+class Bench:
+    """What all measurements share.
+
+    Args:
+        args: the command line.
+        directory: for what is compiled.
+    """
+
+    def __init__(self, args: argparse.Namespace, directory: str):
+        self.threads: int = args.threads
+        self.llama_python: str | None = args.llama_python
+        self.rounds: int = args.rounds
+        config = json.loads(args.config.read_text()) if args.config else None
+        self.models = {"EXL2": cpu_models.write_exl2(args.work / "exl2", config)}
+        if self.llama_python:
+            self.models |= cpu_models.write_gguf(
+                args.work / "gguf", self.models["EXL2"], self.llama_python
+            )
+        self.bytes_per_token = {
+            name: cpu_models.bytes_per_token(path, self.llama_python)
+            for name, path in self.models.items()
+        }
+        self.cache_bytes = cpu_models.cache_bytes_per_token(self.models["EXL2"])
+        self.vocab_size = json.loads((self.models["EXL2"] / "config.json").read_text())[
+            "vocab_size"
+        ]
+        self.bandwidth = Bandwidth(self.threads, directory)
+        self.results = Results.read(args.json)
+
+    def contestants(self, cache: str) -> list[Contestant]:
+        """Return who runs with a cache type; a quantised one beside our own float16."""
+        ours = [Contestant("exl_loader", "EXL2", cache)]
+        if cache != "fp16":
+            ours.append(Contestant("exl_loader", "EXL2", "fp16"))
+        theirs = [name for name in self.models if name != "EXL2"]
+        return ours + [Contestant("llama.cpp", name, cache) for name in theirs]
+
+    def workers(
+        self, stack: ExitStack, contestants: list[Contestant], ctx_size: int
+    ) -> list[Worker]:
+        """Start workers and let them agree on the logits of a prompt."""
+        workers = [stack.enter_context(Worker(c, self, ctx_size)) for c in contestants]
+        ids = random_ids(64, self.vocab_size, seed=1)
+        first, *others = [worker.do("logits", ids=ids) for worker in workers]
+        for worker, row in zip(workers[1:], others, strict=True):
+            if cosine(first, row) < LEAST_COSINE:
+                raise SystemExit(f"{worker.contestant} computes something else")
+        return workers
+
+    def take_turns(
+        self, workers: list[Worker], task: str, rounds: int, note: dict, **arguments: Any
+    ) -> None:
+        """Time a task in all workers, round by round, and keep the results."""
+        times: dict[Contestant, list[float]] = {w.contestant: [] for w in workers}
+        speeds = []
+        for i in range(rounds):
+            speeds.append(self.bandwidth.measure())
+            for worker in workers if i % 2 == 0 else workers[::-1]:
+                times[worker.contestant].append(worker.do(task, **arguments))
+        for worker in workers:
+            self.keep(worker, task, note, seconds=times[worker.contestant],
+                      read_bytes_per_s=max(speeds))
+
+    def keep(self, worker: Worker, what: str, note: dict, **figures: Any) -> None:
+        c = worker.contestant
+        self.results.put({
+            "what": what, "engine": c.engine, "weights": c.weights, "cache": c.cache, **note,
+            "version": worker.version, "threads": self.threads,
+            "weight_bytes_per_token": self.bytes_per_token[c.weights],
+            "cache_bytes_per_token": self.cache_bytes[c.cache],
+            "at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes"),
+            **figures,
+        })  # fmt: skip
+
+
+def cosine(a: list[float], b: list[float]) -> float:
+    products = sum(x * y for x, y in zip(a, b, strict=True))
+    squares = sum(x * x for x in a) * sum(y * y for y in b)
+    return float(products / squares**0.5)
+
+
+def measure_load(bench: Bench) -> None:
+    """Start every engine several times, in turns, its file in the page cache."""
+    contestants = bench.contestants("fp16")
+    loads: dict[Contestant, list[float]] = {c: [] for c in contestants}
+    peaks: dict[Contestant, list[int]] = {c: [] for c in contestants}
+    last = {}
+    for i in range(bench.rounds + 1):
+        for contestant in contestants if i % 2 == 0 else contestants[::-1]:
+            with Worker(contestant, bench, SPARE_TOKENS) as worker:
+                worker.do("prefill", depth=0, count=PROMPT_TOKENS)
+                if i:  # the first may have read from the disk
+                    loads[contestant].append(worker.load_s)
+                    peaks[contestant].append(worker.do("peak"))
+            last[contestant] = worker
+    for contestant in contestants:
+        bench.keep(last[contestant], "load", {}, seconds=loads[contestant],
+                   peak_bytes=max(peaks[contestant]),
+                   file_bytes=cpu_models.file_bytes(bench.models[contestant.weights]))
+
+
+def measure_speed(bench: Bench, cache: str, depth: int) -> None:
+    """Time decoding and prefill behind `depth` tokens; in front, the first token as well."""
+    prompt = LONG_PROMPT_TOKENS if depth >= LONG_DEPTH else PROMPT_TOKENS
+    prompt_rounds = max(2, bench.rounds // 2)
+    with ExitStack() as stack:
+        workers = bench.workers(stack, bench.contestants(cache), depth + SPARE_TOKENS)
+        note = {"depth": depth, "beside": cache}
+        bench.take_turns(workers, "decode", bench.rounds, note | {"tokens": DECODE_TOKENS},
+                         depth=depth, count=DECODE_TOKENS)
+        bench.take_turns(workers, "prefill", prompt_rounds, note | {"tokens": prompt},
+                         depth=depth, count=prompt)
+        if depth == 0:
+            bench.take_turns(workers, "first_token", prompt_rounds,
+                             note | {"tokens": FIRST_TOKEN_PROMPT}, count=FIRST_TOKEN_PROMPT)
+
+
+def measure_curve(bench: Bench) -> None:
+    """Time decoding at many depths: our own cache types, and llama.cpp's at the nearest size."""
+    nearest = bench.results.nearest(bench.bytes_per_token)
+    kinds = [c for cache in CURVE_CACHES for c in bench.contestants(cache)[::2]]
+    contestants = [c for c in dict.fromkeys(kinds) if c.ours or c.weights == nearest]
+    with ExitStack() as stack:
+        workers = bench.workers(stack, contestants, max(CURVE_DEPTHS) + SPARE_TOKENS)
+        for depth in CURVE_DEPTHS:
+            note = {"depth": depth, "tokens": DECODE_TOKENS // 2}
+            bench.take_turns(workers, "decode", bench.rounds, note | {"beside": "curve"},
+                             depth=depth, count=DECODE_TOKENS // 2)
+
+
+def tasks(args: argparse.Namespace) -> Iterator[tuple]:
+    if "load" in args.part:
+        yield (measure_load,)
+    if "speed" in args.part:
+        for cache in args.cache:
+            for depth in args.depth:
+                yield measure_speed, cache, depth
+    if "curve" in args.part:
+        yield (measure_curve,)
+
+
+def read_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--cache", nargs="+", choices=CACHES, default=list(CACHES))
+    parser.add_argument("--depth", nargs="+", type=int, default=list(DEPTHS))
+    parser.add_argument("--quick", action="store_true",
+                        help="speed alone, fp16 and q4, depths 0 and 2048, three rounds")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--threads", type=int, default=default_threads())
+    parser.add_argument("--llama-python", help="interpreter with llama-cpp-python and gguf; "
+                        "without it exl_loader is measured alone")
+    parser.add_argument("--work", type=Path, help="folder for the models (3 GB)",
+                        default=Path.home() / ".cache" / "exl_loader" / "benchmark")
+    parser.add_argument("--config", type=Path, help="another geometry: a config.json")
+    parser.add_argument("--json", type=Path, default=DOCS / "benchmarks-cpu.json",
+                        help="results are merged into this file")
+    parser.add_argument("--picture", type=Path, default=DOCS / "images" / "benchmarks-cpu.svg")
+    parser.add_argument("--report", action="store_true", help="measure nothing")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.part, args.cache, args.depth, args.rounds = ["speed"], ["fp16", "q4"], [0, 2048], 3
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = read_arguments(argv)
+    results = Results.read(args.json)
+    if not args.report:
+        with tempfile.TemporaryDirectory() as directory:
+            bench = Bench(args, directory)
+            results = bench.results
+            for function, *arguments in tasks(args):
+                function(bench, *arguments)
+                results.write()
+                words = [function.__name__.removeprefix("measure_"), *map(str, arguments)]
+                print("measured:", *words, file=sys.stderr, flush=True)
+    print_tables(results)
+    write_picture(results, args.picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""exl_loader as a worker of `cpu.py`; see cpu_worker.py.
+
+Configuration: `model` (an EXL2 folder), `ctx_size`, `cache`.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+if str(REPO) not in sys.path:
+    sys.path.insert(0, str(REPO))
+
+import torch  # noqa: E402
+from cpu_worker import FILL_TOKENS, random_ids, serve  # noqa: E402
+
+import exl_loader  # noqa: E402
+from exl_loader.cache import PAGE_LEN  # noqa: E402
+from exl_loader.kernels import get_ops  # noqa: E402
+
+assert FILL_TOKENS == PAGE_LEN, "one page is computed, the others are copies of it"
+
+
+class Engine:
+    """A loaded model, and one sequence that is moved to the depth that is asked for."""
+
+    version = f"exl_loader {exl_loader.__version__}"
+
+    def __init__(self, config: dict):
+        torch.set_num_threads(1)
+        self.loaded = exl_loader.load(
+            config["model"], ctx_size=config["ctx_size"], cache_type=config["cache"],
+            max_batch_size=1,
+        )
+        # Below the generator, whose scheduling is no part of a step.
+        scheduler = self.loaded._generator._check_open()
+        self.model, self.cache = scheduler.model, scheduler.cache
+        self.ctx_size = config["ctx_size"]
+        self.vocab_size = self.model.config.vocab_size
+        self.sequence = None
+
+    def decode(self, depth: int, count: int) -> float:
+        sequence = self._at(depth)
+        ids = random_ids(count + 1, self.vocab_size)
+        self.model.forward([(sequence, ids[:1])])
+        start = time.perf_counter()
+        for token in ids[1:]:
+            self.model.forward([(sequence, [token])])
+        return time.perf_counter() - start
+
+    def prefill(self, depth: int, count: int) -> float:
+        sequence = self._at(depth)
+        ids = random_ids(count, self.vocab_size)
+        start = time.perf_counter()
+        self._read(sequence, ids)
+        return time.perf_counter() - start
+
+    def first_token(self, count: int) -> float:
+        self._drop()
+        ids = random_ids(count, self.vocab_size)
+        settings = {"temperature": 0, "max_new_tokens": 1, "ban_eos_token": True}
+        start = time.perf_counter()
+        next(iter(self.loaded.generate_ids(ids, settings)))
+        return time.perf_counter() - start
+
+    def logits(self, ids: list[int]) -> list[float]:
+        row: list[float] = self._read(self._at(0), ids)[0].tolist()
+        return row
+
+    def _read(self, sequence, ids: list[int]) -> torch.Tensor:
+        chunk = self.model.chunk_size
+        for first in range(0, len(ids) - chunk, chunk):
+            self.model.forward([(sequence, ids[first : first + chunk])], "none")
+        return self.model.forward([(sequence, ids[(len(ids) - 1) // chunk * chunk :])])
+
+    def _at(self, depth: int):
+        """Return the sequence with `depth` tokens: one computed page and copies of it."""
+        if self.sequence is None:
+            self.sequence = self.cache.acquire(self.ctx_size)
+            self._read(self.sequence, random_ids(PAGE_LEN, self.vocab_size, seed=0))
+            first, *others = self.sequence.pages
+            for layer in self.cache.layers:
+                for part in (layer.k_codes, layer.k_scales, layer.v_codes, layer.v_scales):
+                    if part is not None:
+                        part[others] = part[first].clone()
+        self.sequence.past_len = depth
+        return self.sequence
+
+    def _drop(self) -> None:
+        if self.sequence is not None:
+            self.cache.release(self.sequence)
+            self.sequence = None
+
+
+if __name__ == "__main__":
+    get_ops("cpu")  # compiled before the clock of loading runs
+    serve(Engine)

@@ -1,0 +1,169 @@
+"""The results of `cpu.py`: kept as JSON, compared pair by pair, printed as tables."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+OURS = "exl_loader"
+KEY = ("what", "engine", "weights", "cache", "depth", "beside")
+# What is to be reached: (what, cache) -> ratio to llama.cpp at depth 0 and at 2,048.
+TARGETS = {
+    ("decode", "fp16"): {0: 1.0, 2048: 1.3},
+    ("decode", "q4"): {0: 1.0, 2048: 2.5},
+    ("prefill", "fp16"): {0: 1.2, 2048: 1.3},
+    ("prefill", "q4"): {0: 1.2, 2048: 4.0},
+}
+
+
+class Results:
+    """Records of measurements, one for each KEY; `seconds` holds one time a round."""
+
+    def __init__(self, path: Path, records: Iterable[Record] = ()):
+        self.path = path
+        self._records = {tuple(r.get(field) for field in KEY): r for r in records}
+
+    @classmethod
+    def read(cls, path: Path) -> Results:
+        return cls(path, json.loads(path.read_text()) if path.exists() else ())
+
+    def put(self, record: Record) -> None:
+        """Keep a record in place of an older one of the same measurement."""
+        self._records[tuple(record.get(field) for field in KEY)] = record
+
+    def write(self) -> None:
+        lines = ",\n".join(json.dumps(record) for record in self._records.values())
+        self.path.write_text(f"[\n{lines}\n]\n")
+
+    def select(self, **wanted: Any) -> list[Record]:
+        return [
+            record for record in self._records.values()
+            if all(record.get(field) == value for field, value in wanted.items())
+        ]  # fmt: skip
+
+    def nearest(self, bytes_per_token: dict[str, int]) -> str | None:
+        """Return which of llama.cpp's weights are nearest in size to ours."""
+        own = bytes_per_token["EXL2"]
+        sizes = {name: size for name, size in bytes_per_token.items() if name != "EXL2"}
+        return min(sizes, key=lambda name: abs(sizes[name] - own)) if sizes else None
+
+
+def tokens_per_s(record: Record) -> float:
+    return float(record["tokens"] / statistics.median(record["seconds"]))
+
+
+def speed_ratio(record: Record, other: Record) -> tuple[float, float, float]:
+    """Median, least and largest of how many times faster `record` is, round by round."""
+    pairs = zip(record["seconds"], other["seconds"], strict=True)
+    ratios = [theirs / ours for ours, theirs in pairs]
+    return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def step_bytes(record: Record) -> float:
+    """Bytes that one decoding step has to read: weights, and the cache behind its depth."""
+    depth = record["depth"] + record["tokens"] / 2
+    return float(record["weight_bytes_per_token"] + depth * record["cache_bytes_per_token"])
+
+
+def comparisons(results: Results, what: str) -> list[tuple[Record, Record]]:
+    """Pair every measurement of ours with each of llama.cpp's that ran in turns with it."""
+    pairs = []
+    for own in results.select(what=what, engine=OURS):
+        rivals = results.select(what=what, engine="llama.cpp", depth=own.get("depth"),
+                                beside=own.get("beside"), cache=own["cache"])
+        pairs += [(own, other) for other in rivals if len(other["seconds"]) == len(own["seconds"])]
+    return sorted(pairs, key=lambda p: (_cache_order(p[0]), p[0].get("depth", 0),
+                                        p[1]["weight_bytes_per_token"]))
+
+
+def _cache_order(record: Record) -> int:
+    return ("fp16", "q8", "q4").index(record["cache"])
+
+
+def print_tables(results: Results) -> None:
+    """Print everything that was measured as Markdown."""
+    _print_speed(results, "decode", "Generated tokens/s")
+    _print_speed(results, "prefill", "Prompt tokens/s")
+    _print_first_token(results)
+    _print_bandwidth(results)
+    _print_cache_types(results)
+    _print_load(results)
+
+
+def _print_table(title: str, head: list[str], rows: list[list[str]]) -> None:
+    if rows:
+        print(f"\n{title}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
+        for row in rows:
+            print(f"| {' | '.join(row)} |")
+
+
+def _print_speed(results: Results, what: str, title: str) -> None:
+    rows = []
+    for own, other in comparisons(results, what):
+        if own["beside"] == "curve":
+            continue
+        ratio, least, most = speed_ratio(own, other)
+        target = TARGETS.get((what, own["cache"]), {}).get(own["depth"])
+        rows.append([own["cache"], f"{own['depth']:,}", f"{tokens_per_s(own):.1f}",
+                     f"{other['weights']} {tokens_per_s(other):.1f}",
+                     f"{ratio:.2f} ({least:.2f} to {most:.2f})", f"≥ {target}" if target else ""])
+    _print_table(title, ["cache", "depth", "exl_loader", "llama.cpp", "ratio, pair by pair",
+                         "to reach"], rows)
+
+
+def _print_first_token(results: Results) -> None:
+    rows = []
+    for own, other in comparisons(results, "first_token"):
+        ratio = speed_ratio(own, other)[0]
+        ours, theirs = (statistics.median(r["seconds"]) for r in (own, other))
+        rows.append([own["cache"], str(own["tokens"]), f"{ours:.2f} s",
+                     f"{other['weights']} {theirs:.2f} s", f"{ratio:.2f}"])
+    _print_table("Time to the first token", ["cache", "prompt tokens", "exl_loader", "llama.cpp",
+                                             "ratio"], rows)
+
+
+def _print_bandwidth(results: Results) -> None:
+    rows = []
+    for record in results.select(what="decode"):
+        if record["beside"] != record["cache"]:
+            continue
+        speed = step_bytes(record) * tokens_per_s(record)
+        best = step_bytes(record) * record["tokens"] / min(record["seconds"])
+        read = record["read_bytes_per_s"]
+        rows.append([record["engine"], record["weights"], record["cache"],
+                     f"{record['depth']:,}", f"{step_bytes(record) / 1e6:.0f} MB",
+                     f"{speed / 1e9:.1f} GB/s", f"{read / 1e9:.1f} GB/s",
+                     f"{speed / read:.0%}", f"{best / read:.0%}"])
+    _print_table("Memory read in decoding", ["engine", "weights", "cache", "depth", "a token",
+                                             "achieved", "this machine reads", "share",
+                                             "best round"], rows)
+
+
+def _print_cache_types(results: Results) -> None:
+    rows = []
+    for own in results.select(what="decode", engine=OURS):
+        if own["cache"] == "fp16":
+            continue
+        for plain in results.select(what="decode", engine=OURS, cache="fp16",
+                                    depth=own["depth"], beside=own["beside"]):
+            ratio, least, most = speed_ratio(own, plain)
+            rows.append([own["cache"], f"{own['depth']:,}", f"{tokens_per_s(own):.1f}",
+                         f"{tokens_per_s(plain):.1f}", f"{ratio:.2f} ({least:.2f} to {most:.2f})"])
+    _print_table("Our quantised caches beside our own fp16 (generated tokens/s; to reach 0.95)",
+                 ["cache", "depth", "quantised", "fp16", "ratio, pair by pair"], rows)
+
+
+def _print_load(results: Results) -> None:
+    rows = []
+    for record in results.select(what="load"):
+        seconds = statistics.median(record["seconds"])
+        rows.append([record["engine"], record["weights"], f"{record['file_bytes'] / 1e6:.0f} MB",
+                     f"{seconds:.2f} s", f"{record['file_bytes'] / seconds / 1e9:.2f} GB/s",
+                     f"{record['peak_bytes'] / 2**20:.0f} MiB"])
+    _print_table("Loading from the page cache, and peak memory of the process",
+                 ["engine", "weights", "file", "load", "rate", "peak memory"], rows)

@@ -1,0 +1,63 @@
+"""What the two engines of `cpu.py` have in common: a process that is told what to do.
+
+A worker reads one JSON object a line from standard input and answers each with one on
+standard output. The first is its configuration; its answer says how long loading took.
+Engines are classes with
+
+    decode(depth, count) -> seconds     of `count` steps of one token behind `depth` tokens
+    prefill(depth, count) -> seconds    of one prompt of `count` tokens behind `depth` tokens
+    first_token(count) -> seconds       from a prompt of `count` tokens to its greedy successor
+    logits(ids) -> list of floats       of the last of `ids`, with nothing before them
+
+and this module imports nothing that either engine's interpreter might lack.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import sys
+import time
+from typing import Any
+
+# Tokens that are computed before the rest of a context is filled with copies of them.
+FILL_TOKENS = 256
+
+
+def random_ids(count: int, vocab_size: int, seed: int | None = None) -> list[int]:
+    """Token ids without the special ones at the beginning."""
+    generator = random.Random(seed)
+    return [generator.randrange(3, vocab_size) for _ in range(count)]
+
+
+def peak_bytes() -> int:
+    """Most memory that this process ever had resident."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        match = re.search(r"VmHWM:\s*(\d+) kB", file.read())
+    assert match is not None
+    return int(match[1]) * 1024
+
+
+def serve(engine_class: Any) -> None:
+    """Load an engine and answer until standard input ends."""
+    # Libraries print: what is not an answer goes to standard error.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def answer(value: dict) -> None:
+        answers.write(json.dumps(value) + "\n")
+        answers.flush()
+
+    config = json.loads(sys.stdin.readline())
+    start = time.perf_counter()
+    engine = engine_class(config)
+    answer({"load_s": time.perf_counter() - start, "version": engine.version})
+    for line in sys.stdin:
+        command = json.loads(line)
+        task = command.pop("do")
+        if task == "peak":
+            answer({"value": peak_bytes()})
+        else:
+            answer({"value": getattr(engine, task)(**command)})

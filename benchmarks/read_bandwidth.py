@@ -1,0 +1,56 @@
+"""How fast this machine reads memory: the roof that decoding is measured against."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+if str(REPO) not in sys.path:
+    sys.path.insert(0, str(REPO))
+
+import torch  # noqa: E402
+
+from exl_loader.kernels.spec import require_cpu_spec  # noqa: E402
+
+# Several times a last-level cache of 32 MiB, in whole claims of read_bandwidth.cpp.
+BUFFER_BYTES = 150_000_000
+CLAIM_WORDS = 65536
+
+
+class Bandwidth:
+    """Measures reading: bytes a second of plain loads over a buffer larger than any cache.
+
+    Args:
+        threads: threads that read, as many as those that are measured.
+        directory: where the loop is compiled.
+
+    Raises:
+        KernelBuildError: no C++ compiler. subprocess.CalledProcessError: it does not compile.
+    """
+
+    def __init__(self, threads: int, directory: str):
+        spec = require_cpu_spec()
+        library = str(Path(directory) / "read_bandwidth.so")
+        sources = [str(REPO / "benchmarks/read_bandwidth.cpp"), str(REPO / "csrc/cpu/threads.cpp")]
+        subprocess.run(
+            [*spec.compiler.command, *spec.flags, f"-I{REPO / 'csrc'}", *spec.link_flags,
+             *sources, "-o", library],
+            check=True,
+        )  # fmt: skip
+        opened = ctypes.CDLL(library)
+        opened.exl_set_threads(threads)
+        self._sum = opened.read_bandwidth_sum
+        self._sum.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+        words = BUFFER_BYTES // 4 // CLAIM_WORDS * CLAIM_WORDS
+        self._data = torch.ones(words, dtype=torch.int32)
+
+    def measure(self, clock: Callable[[], float] = time.perf_counter) -> float:
+        """Return bytes a second of one pass over the buffer."""
+        start = clock()
+        self._sum(self._data.data_ptr(), self._data.numel())
+        return self._data.nbytes / (clock() - start)
