@@ -158,7 +158,8 @@ def _examine_kernels(problems: list[dict[str, str]]) -> dict[str, Any]:
         "folder": folder,
         "current": str(current) if current else None,
         "builds": [
-            {"library": str(path), "library_bytes": path.stat().st_size} for path in list_built()
+            {"folder": str(entry.directory), "total_bytes": entry.total_bytes}
+            for entry in list_built()
         ],
         "reference_forced": os.environ.get(REFERENCE_ENV, "") not in ("", "0"),
     }

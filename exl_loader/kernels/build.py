@@ -20,7 +20,7 @@ from ..errors import KernelBuildError
 from ..progress import NullProgress, Progress
 from .lock import build_lock
 from .spec import BuildSpec
-from .store import find_built, publish, seal, verify, writable_dir
+from .store import Entry, find_entry, publish, seal, verify, writable_dir
 from .toolchain import find_ninja
 
 TASK = "compiling kernels"
@@ -37,19 +37,34 @@ def build(
 ) -> Path:
     """Return the library of a spec, compiling it where no finished build exists.
 
+    Args, errors: of `build_entry`.
+
+    Returns:
+        Path of the shared library, verified against its checksum.
+    """
+    return build_entry(spec, progress, environ).directory / spec.library_name
+
+
+def build_entry(
+    spec: BuildSpec,
+    progress: Progress | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> Entry:
+    """Return the finished build of a spec, compiling where there is none.
+
     Args:
         spec: what to build.
         progress: shows compiling as units done of all, and waiting for another process.
         environ: `EXL_LOADER_CACHE_DIR` says where builds are kept.
 
     Returns:
-        Path of the shared library, verified against its checksum.
+        The directory and its files, verified against their checksums.
 
     Raises:
         KernelBuildError: the compiler failed (its words are in `details`), ninja is missing,
             or the cache folder cannot be written.
     """
-    found = find_built(spec, environ)
+    found = find_entry(spec, environ)
     if found is not None:
         return found
     directory = writable_dir(environ)
@@ -68,21 +83,23 @@ def build(
         raise _storage_error(directory, error) from error
 
 
-def _build_in(partial: Path, target: Path, spec: BuildSpec, progress: Progress) -> Path:
+def _build_in(partial: Path, target: Path, spec: BuildSpec, progress: Progress) -> Entry:
     """Compile in `partial`, which is emptied before and gone afterwards."""
     shutil.rmtree(partial, ignore_errors=True)
     work = partial / "work"
     work.mkdir(parents=True, mode=0o700)
     try:
         (work / "build.ninja").write_text(ninja_file(spec), encoding="utf-8")
-        progress.start(TASK, len(spec.sources) + 1, "units")
+        units = len(spec.sources) + (0 if spec.makes_cubins else 1)
+        progress.start(TASK, units, "units")
         try:
             _run_ninja(work, spec, progress)
         finally:
             progress.finish(TASK)
-        (work / spec.library_name).rename(partial / spec.library_name)
+        for name in spec.artifacts:
+            (work / name).rename(partial / name)
         shutil.rmtree(work)
-        seal(partial, spec.library_name)
+        seal(partial, *spec.artifacts)
         return publish(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -149,25 +166,27 @@ def _usable_cpus() -> int:
 
 
 def ninja_file(spec: BuildSpec) -> str:
-    """Write the build as ninja reads it: one compile edge a source, one link edge."""
+    """Write the build as ninja reads it: one compile edge a source; one link edge for a library.
+    """
     compiler = _command(spec.compiler.command)
     flags = _command(spec.flags)
-    link_flags = _command(spec.link_flags)
     option = "/I" if spec.compiler.kind == "msvc" else "-I"
     include = _command([f"{option}{(spec.root / name).absolute()}" for name in spec.include_dirs])
-    if spec.compiler.kind == "msvc":
-        compile_command = f"{compiler} {flags} {include} /c $in /Fo$out"
-        link_command = f"{compiler} $in {link_flags} /Fe:$out"
-    else:
-        compile_command = f"{compiler} {flags} {include} -c $in -o $out"
-        link_command = f"{compiler} $in {link_flags} -o $out"
-    lines = ["rule compile", f"  command = {compile_command}", "  description = $in"]
-    lines += ["rule link", f"  command = {link_command}", "  description = $out"]
-    objects = []
-    for source in spec.sources:
-        objects.append(source.replace("/", "_") + ".o")
-        lines.append(f"build {objects[-1]}: compile {_path(spec.root / source)}")
-    lines.append(f"build {spec.library_name}: link {' '.join(objects)}")
+    compile_output = "/c $in /Fo$out" if spec.compiler.kind == "msvc" else "-c $in -o $out"
+    if spec.makes_cubins:
+        compile_output = "$in -o $out"
+    lines = ["rule compile", f"  command = {compiler} {flags} {include} {compile_output}"]
+    lines.append("  description = $in")
+    objects = spec.artifacts
+    if not spec.makes_cubins:
+        objects = tuple(source.replace("/", "_") + ".o" for source in spec.sources)
+        link_output = "/Fe:$out" if spec.compiler.kind == "msvc" else "-o $out"
+        link_flags = _command(spec.link_flags)
+        lines += ["rule link", f"  command = {compiler} $in {link_flags} {link_output}"]
+        lines += ["  description = $out"]
+        lines.append(f"build {spec.library_name}: link {' '.join(objects)}")
+    for source, made in zip(spec.sources, objects, strict=True):
+        lines.append(f"build {made}: compile {_path(spec.root / source)}")
     return "\n".join(lines) + "\n"
 
 

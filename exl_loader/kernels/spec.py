@@ -18,9 +18,12 @@ from ..errors import KernelBuildError
 from .toolchain import Compiler, compiler_remedy, cpu_features, find_compiler
 
 # Part of every key; raised when the contents of a build directory change their meaning.
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 
 LIBRARY_SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+
+# Kinds of `Compiler` whose output is loaded by the CUDA driver.
+CUBIN_COMPILERS = ("nvcc", "nvrtc")
 
 _GNU_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-pthread", "-fno-math-errno",
               "-ffp-contract=off", "-Wall", "-Wextra")
@@ -29,16 +32,16 @@ _MSVC_FLAGS = ("/nologo", "/O2", "/std:c++17", "/EHsc", "/MD", "/W3")
 
 @dataclass(frozen=True)
 class BuildSpec:
-    """One kernel library before it is built.
+    """A build before it is made: one library, or with a CUDA compiler one cubin a source.
 
     Args:
-        name: `cpu`; first part of the directory's name.
+        name: `cpu`, `cuda_sm_90`; first part of the directory's name.
         root: folder to which `sources`, `headers` and `include_dirs` are relative.
         sources: one translation unit each, sorted.
         headers: every file that a source may include, sorted.
         compiler: what compiles them.
         flags: for compiling, without include paths and names of files.
-        link_flags: for linking.
+        link_flags: for linking; cubins are not linked.
         cpu_features: of the machine that will run it; `-march=native` stands for them.
         include_dirs: where `#include "..."` looks, in this order.
     """
@@ -89,6 +92,18 @@ class BuildSpec:
     def library_name(self) -> str:
         """File name of the shared library."""
         return f"exl_{self.name}{LIBRARY_SUFFIX}"
+
+    @property
+    def makes_cubins(self) -> bool:
+        """Whether the build is one cubin a source, and no library."""
+        return self.compiler.kind in CUBIN_COMPILERS
+
+    @property
+    def artifacts(self) -> tuple[str, ...]:
+        """File names of all that the finished build consists of."""
+        if self.makes_cubins:
+            return tuple(f"{Path(source).stem}.cubin" for source in self.sources)
+        return (self.library_name,)
 
     def _read(self, name: str) -> bytes:
         try:

@@ -1,9 +1,9 @@
 """Where built kernels are kept: a folder per user, entries that are whole or not there.
 
-An entry is the directory `<spec.directory_name>` with the library and a marker that was
-written last and holds the library's size and SHA-256. It appears by one rename, so that a
-killed build leaves none; a library that was damaged later does not match its marker, and
-counts as not built.
+An entry is the directory `<spec.directory_name>` with what was built (`spec.artifacts`) and a
+marker that was written last and holds the files' sizes and SHA-256. It appears by one rename,
+so that a killed build leaves none; an entry of which a file was damaged later does not match
+its marker, and counts as not built.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import KernelBuildError
@@ -39,18 +40,37 @@ def kernel_dirs(environ: Mapping[str, str] = os.environ) -> list[Path]:
     return [user_cache_path("exl_loader", appauthor=False) / "kernels", fallback]
 
 
-def find_built(spec: BuildSpec, environ: Mapping[str, str] = os.environ) -> Path | None:
-    """Find the finished library of a spec, verified against its marker.
+@dataclass(frozen=True)
+class Entry:
+    """A finished build, as its marker describes it."""
+
+    directory: Path
+    files: tuple[Path, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all files that were built."""
+        return sum(path.stat().st_size for path in self.files)
+
+
+def find_entry(spec: BuildSpec, environ: Mapping[str, str] = os.environ) -> Entry | None:
+    """Find the finished build of a spec, verified against its marker.
 
     Returns:
-        The library's path, or None where it has to be built.
+        The entry, or None where it has to be built.
     """
     for directory in kernel_dirs(environ):
         if _is_private(directory):
-            library = verify(directory / spec.directory_name)
-            if library is not None:
-                return library
+            entry = verify(directory / spec.directory_name)
+            if entry is not None:
+                return entry
     return None
+
+
+def find_built(spec: BuildSpec, environ: Mapping[str, str] = os.environ) -> Path | None:
+    """Like `find_entry`, for a spec whose build is one library: that library's path."""
+    entry = find_entry(spec, environ)
+    return None if entry is None else entry.directory / spec.library_name
 
 
 def writable_dir(environ: Mapping[str, str] = os.environ) -> Path:
@@ -102,42 +122,42 @@ def _is_private(directory: Path) -> bool:
     return True
 
 
-def verify(directory: Path) -> Path | None:
-    """Check an entry's library against its marker: present, of the size, of the SHA-256."""
+def verify(directory: Path) -> Entry | None:
+    """Check an entry's files against its marker: present, of the size, of the SHA-256."""
     try:
         marker = json.loads((directory / MARKER).read_text(encoding="utf-8"))
-        library = directory / marker["library"]
-        data = library.read_bytes()
-    except (OSError, ValueError, KeyError, TypeError):
+        files = {directory / name: described for name, described in marker["files"].items()}
+        for path, described in files.items():
+            if _describe(path) != described:
+                return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    if len(data) != marker.get("library_bytes"):
-        return None
-    return library if hashlib.sha256(data).hexdigest() == marker.get("sha256") else None
+    return Entry(directory, tuple(files)) if files else None
 
 
-def seal(directory: Path, library_name: str) -> None:
-    """Bring a library to the disk and write the marker that makes its directory an entry."""
-    library = directory / library_name
-    data = library.read_bytes()
-    _sync(library)
-    marker = {
-        "library": library_name,
-        "library_bytes": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
-    }
+def _describe(path: Path) -> dict[str, int | str]:
+    data = path.read_bytes()
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def seal(directory: Path, *names: str) -> None:
+    """Bring files to the disk and write the marker that makes their directory an entry."""
+    for name in names:
+        _sync(directory / name)
     path = directory / MARKER
+    marker = {"files": {name: _describe(directory / name) for name in names}}
     path.write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
     _sync(path)
     _sync(directory)
 
 
-def publish(partial: Path, target: Path) -> Path:
+def publish(partial: Path, target: Path) -> Entry:
     """Turn a sealed directory into the entry `target` by one rename.
 
     A damaged entry in the way is replaced. Where another process was faster, its entry stays.
 
     Returns:
-        The path of the entry's library.
+        The entry.
     """
     if target.exists() and verify(target) is None:
         broken = target.with_name(f"{target.name}.broken-{os.getpid()}")
@@ -149,28 +169,28 @@ def publish(partial: Path, target: Path) -> Path:
     except OSError:
         if verify(target) is None:
             raise
-    library = verify(target)
-    if library is None:
+    entry = verify(target)
+    if entry is None:
         raise KernelBuildError(
             f"compiled kernels in {target}",
             actual="changed while they were being stored",
             remedy="Check the disk, or set EXL_LOADER_CACHE_DIR to a folder on another one",
         )
-    return library
+    return entry
 
 
-def discard(library: Path) -> None:
-    """Remove the entry that a library belongs to, because it turned out to be unusable."""
-    shutil.rmtree(library.parent, ignore_errors=True)
+def discard(built: Path) -> None:
+    """Remove the entry that a file belongs to, because it turned out to be unusable."""
+    shutil.rmtree(built.parent, ignore_errors=True)
 
 
-def list_built(environ: Mapping[str, str] = os.environ) -> list[Path]:
-    """List the verified libraries of all entries, for people."""
+def list_built(environ: Mapping[str, str] = os.environ) -> list[Entry]:
+    """List all verified entries, for people."""
     found = []
     for directory in kernel_dirs(environ):
         if _is_private(directory):
             found += [verify(entry.parent) for entry in sorted(directory.glob(f"*/{MARKER}"))]
-    return [library for library in found if library is not None]
+    return [entry for entry in found if entry is not None]
 
 
 def _sync(path: Path) -> None:

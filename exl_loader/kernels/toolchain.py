@@ -34,11 +34,11 @@ _LINUX_PACKAGES = (
 
 @dataclass(frozen=True)
 class Compiler:
-    """A C++ compiler that answered.
+    """A C++ or CUDA compiler that answered.
 
     Args:
         command: program and leading arguments, e.g. `("ccache", "g++")`.
-        kind: `gcc`, `clang` or `msvc`: which language of flags it takes.
+        kind: `gcc`, `clang`, `msvc`, `nvcc` or `nvrtc`: which language of flags it takes.
         version: the line with which it names itself.
         environment_script: batch file that sets up an MSVC compiler outside its own prompt.
     """
