@@ -1,0 +1,193 @@
+"""The small CUDA operations against the reference, which computes in float64.
+
+The kernels' own code runs, on the CPU by emulation and on a card where there is one. Sizes are
+below, at and above a warp and a block.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cuda_targets import TARGETS, target
+from kernel_cases import dense_linear, random_rows
+
+from exl_loader.kernels.cuda.ops_rows import RowOps
+from exl_loader.kernels.reference import ReferenceOps
+
+REFERENCE = ReferenceOps()
+SIZES = [1, 31, 32, 33, 100, 512, 513, 1300]
+ULP = 2.0**-23
+
+
+@pytest.fixture(params=TARGETS)
+def ops(request):
+    return target(request.param, RowOps)
+
+
+def assert_close(actual, expected, ulps, atol=0.0):
+    torch.testing.assert_close(actual, expected, rtol=ulps * ULP, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [70, 256, 300])
+def test_embed(ops, dtype, size):
+    ids = torch.tensor([3, 0, 49, 17, 3], dtype=torch.int32)
+    for table in (random_rows(50, size).to(dtype), dense_linear(size, 50, dtype)):
+        out, expected = torch.empty(5, size), torch.empty(5, size)
+        ops.embed(ids, table, 1.5, out)
+        REFERENCE.embed(ids, table, 1.5, expected)
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_rms_norm(ops, size):
+    x, weight = random_rows(9, size), random_rows(1, size, seed=2)[0]
+    out, expected = torch.empty_like(x), torch.empty_like(x)
+    ops.rms_norm(x, weight, 1e-5, out)
+    REFERENCE.rms_norm(x, weight, 1e-5, expected)
+    assert_close(out, expected, ulps=6 + size / 128)
+    alone = torch.empty(1, size)
+    ops.rms_norm(x[5:6], weight, 1e-5, alone)
+    assert torch.equal(alone[0], out[5])
+    ops.rms_norm(x, weight, 1e-5, x)
+    assert torch.equal(x, out)
+
+
+@pytest.mark.parametrize("half", [4, 32, 40, 64])
+def test_rope(ops, half):
+    positions = torch.tensor([0, 1, 4095, 131071, 999_999, 2**31 - 1], dtype=torch.int32)
+    inv_freq = (10000.0 ** (-torch.arange(half) / half)).float()
+    table, expected = torch.empty(6, 2, half), torch.empty(6, 2, half)
+    ops.rope_table(positions, inv_freq, 1.25, table)
+    REFERENCE.rope_table(positions, inv_freq, 1.25, expected)
+    assert_close(table, expected, ulps=2, atol=ULP)
+    for head_dim in (2 * half, 2 * half + 24):
+        x = random_rows(6, 3 * head_dim).reshape(6, 3, head_dim)
+        rotated, reference = x.clone(), x.clone()
+        ops.rope(rotated, expected)
+        REFERENCE.rope(reference, expected)
+        assert_close(rotated, reference, ulps=2, atol=4 * ULP * float(x.abs().max()))
+        assert torch.equal(rotated[..., 2 * half :], x[..., 2 * half :])
+
+
+@pytest.mark.parametrize("turn", range(8))
+def test_angles_of_every_quarter_turn(ops, turn):
+    """Positions that end in each quarter and at its borders, with both signs of both results."""
+    angles = (turn * math.pi / 4 + torch.linspace(-0.02, 0.02, 65)).clamp(min=0).float()
+    table, expected = torch.empty(1, 2, 65), torch.empty(1, 2, 65)
+    ops.rope_table(torch.ones(1, dtype=torch.int32), angles, 1.0, table)
+    REFERENCE.rope_table(torch.ones(1, dtype=torch.int32), angles, 1.0, expected)
+    assert_close(table, expected, ulps=2, atol=ULP)
+
+
+@pytest.mark.parametrize("head_dim", [16, 80, 128, 256])
+@pytest.mark.parametrize("normed", [False, True])
+def test_heads_at_once_are_the_same_bits(ops, head_dim, normed):
+    """Norms and rotations of queries and keys in one launch, and each by itself."""
+    table = random_rows(3, head_dim - 8).reshape(3, 2, head_dim // 2 - 4)
+    q = random_rows(3, 5 * head_dim).reshape(3, 5, head_dim)
+    k = random_rows(3, 2 * head_dim, seed=3).reshape(3, 2, head_dim)
+    weights = [random_rows(1, head_dim, seed=s)[0] if normed else None for s in (4, 5)]
+    apart = [q.clone(), k.clone()]
+    for x, weight in zip(apart, weights, strict=True):
+        rows = x.view(-1, head_dim)
+        if weight is not None:
+            ops.rms_norm(rows, weight, 1e-6, rows)
+        ops.rope(x, table)
+    ops.rope_heads(q, k, table, *weights, 1e-6)
+    assert torch.equal(q, apart[0]) and torch.equal(k, apart[1])
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
+@pytest.mark.parametrize("size", [1, 31, 257])
+def test_gate(ops, activation, size):
+    gate, up = random_rows(9, size) * 4, random_rows(9, size, seed=3)
+    out, expected = torch.empty_like(gate), torch.empty_like(gate)
+    ops.gate(gate, up, activation, out)
+    REFERENCE.gate(gate, up, activation, expected)
+    assert_close(out, expected, ulps=32, atol=1e-7)
+    ops.gate(gate, up, activation, gate)
+    assert torch.equal(gate, out)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
+def test_gate_at_the_extremes(ops, activation):
+    gate = torch.tensor([[0.0, -0.0, 200.0, -200.0, 1e30, -1e30, float("nan"), 3e-39]])
+    out, expected = torch.empty_like(gate), torch.empty_like(gate)
+    ops.gate(gate, torch.ones_like(gate), activation, out)
+    REFERENCE.gate(gate, torch.ones_like(gate), activation, expected)
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-7, equal_nan=True)
+
+
+@pytest.mark.parametrize("size", [1, 31, 257])
+def test_add_and_softcap(ops, size):
+    x, y = random_rows(7, size), random_rows(7, size, seed=4)
+    total = x.clone()
+    ops.add(total, y)
+    assert torch.equal(total, x + y)
+    for magnitude in (1e-6, 1.0, 1e4):
+        capped, expected = x * magnitude, x * magnitude
+        ops.softcap(capped, 30.0)
+        REFERENCE.softcap(expected, 30.0)
+        assert_close(capped, expected, ulps=6)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("num_experts", "top_k"), [(8, 2), (64, 8), (33, 33), (3, 3), (1, 1)])
+def test_moe_route(ops, normalize, num_experts, top_k):
+    logits = random_rows(10, num_experts) * 3
+    logits[0] = 1.0
+    logits[1, num_experts // 2] = logits[1, 0]
+    logits[2] += 1e4
+    weights, experts = torch.empty(10, top_k), torch.empty(10, top_k, dtype=torch.int32)
+    expected = torch.empty_like(weights), torch.empty_like(experts)
+    ops.moe_route(logits, top_k, normalize, weights, experts)
+    REFERENCE.moe_route(logits, top_k, normalize, *expected)
+    assert torch.equal(experts, expected[1])
+    # A logit 30 below the largest: the difference itself is rounded by 8 ulp.
+    assert_close(weights, expected[0], ulps=20)
+
+
+def test_moe_route_survives_nan(ops):
+    logits = torch.full((2, 4), math.nan)
+    logits[1, 2] = 1.0
+    weights, experts = torch.empty(2, 2), torch.empty(2, 2, dtype=torch.int32)
+    ops.moe_route(logits, 2, True, weights, experts)
+    assert weights.isnan().any(dim=1).all()
+    assert ((experts >= 0) & (experts < 4)).all()
+
+
+def test_a_sum_of_experts_is_that_of_one_after_the_other(ops):
+    made, size = random_rows(4 * 3, 300), 300
+    experts = torch.tensor([[5, 0, 2], [1, 7, 3], [0, 1, 2], [6, 4, 5]], dtype=torch.int32)
+    weights = random_rows(4, 3, seed=6).abs()
+    out, expected = random_rows(4, size, seed=7), random_rows(4, size, seed=7)
+    for expert in range(8):
+        rows, places = (experts == expert).nonzero(as_tuple=True)
+        if len(rows):
+            ops.scatter_add_rows(made[rows * 3 + places], rows.int(), weights[rows, places],
+                                 expected)
+    ops.moe_sum(made, weights, experts, out)
+    assert torch.equal(out, expected)
+
+
+def test_gather_and_scatter(ops):
+    x, rows = random_rows(20, 270), torch.tensor([3, 19, 0, 7], dtype=torch.int32)
+    out = torch.empty(4, 270)
+    ops.gather_rows(x, rows, out)
+    assert torch.equal(out, x[rows.long()])
+    weights = torch.tensor([0.5, 2.0, -1.0, 0.25])
+    target_rows = random_rows(20, 270, seed=8)
+    expected = target_rows.clone()
+    ops.scatter_add_rows(out, rows, weights, target_rows)
+    REFERENCE.scatter_add_rows(out, rows, weights, expected)
+    assert_close(target_rows, expected, ulps=1, atol=ULP * float(out.abs().max()) * 2)
+
+
+def test_no_rows_are_no_launch(ops):
+    empty = torch.empty(0, 40)
+    ops.rms_norm(empty, torch.ones(40), 1e-5, empty)
+    ops.add(empty, empty)
+    ops.gather_rows(empty, torch.empty(0, dtype=torch.int32), empty)
