@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import mmap
 import os
+import re
 import sys
 
 import pytest
@@ -322,6 +323,21 @@ def test_an_interrupted_allocation_gives_all_back(monkeypatch):
     except KeyboardInterrupt:
         pass
     assert memory.live_bytes() == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux says how memory is mapped")
+def test_buffers_may_have_huge_pages():
+    """Linux gives them to private mappings that ask; to shared ones only where set up so."""
+    buffer, _ = CpuDevice().empty("cpu", 4 << 20)
+    with open("/proc/self/smaps") as file:
+        text = file.read()
+    entries = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) .*?^VmFlags:(.*?)$", text, re.M | re.S)
+    if not entries:
+        pytest.skip("this system does not say")
+    address = buffer.data_ptr()
+    flags = next(f.split() for low, high, f in entries if int(low, 16) <= address < int(high, 16))
+    assert "sh" not in flags
+    assert "hg" in flags or not os.path.exists("/sys/kernel/mm/transparent_hugepage")
 
 
 def test_an_impossible_size_is_refused_by_the_system():

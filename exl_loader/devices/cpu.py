@@ -67,11 +67,13 @@ class CpuDevice:
 
         Not malloc: a mapping starts on a page, asks for huge pages (fewer misses while every
         weight is read once a token) and goes back to the system when its last view dies.
+        Private, because Linux gives huge pages to shared mappings only where it is told to.
         """
         import torch
 
+        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
         try:
-            pages = mmap.mmap(-1, max(nbytes, 1))
+            pages = mmap.mmap(-1, max(nbytes, 1), **private)
         except (OSError, OverflowError, ValueError) as error:
             raise MemoryError(str(error)) from error
         if hasattr(mmap, "MADV_HUGEPAGE"):
