@@ -90,7 +90,7 @@ def _split_command(text: str) -> tuple[str, ...]:
 
 def _probe(command: tuple[str, ...]) -> Compiler | None:
     """Ask a gcc or clang for its version; None where it does not answer like one."""
-    answer = _output([*command, "--version"])
+    answer = command_output([*command, "--version"])
     if not answer:
         return None
     version = answer.splitlines()[0].strip()
@@ -98,7 +98,7 @@ def _probe(command: tuple[str, ...]) -> Compiler | None:
     return Compiler(command, kind, version)
 
 
-def _output(command: list[str]) -> str | None:
+def command_output(command: list[str]) -> str | None:
     """stdout of a command, or None where it cannot be run or fails."""
     try:
         result = subprocess.run(
@@ -124,7 +124,7 @@ def _find_msvc(environ: Mapping[str, str]) -> Compiler | None:
     if not vswhere.exists():
         return None
     component = "Microsoft.VisualStudio.Component.VC.Tools.x86.x64"
-    answer = _output(
+    answer = command_output(
         [str(vswhere), "-latest", "-products", "*", "-requires", component]
         + ["-property", "installationPath", "-utf8"]
     )
@@ -183,7 +183,7 @@ def _linux_features(cpuinfo: Path) -> set[str]:
 def _mac_features() -> set[str]:
     features: set[str] = set()
     for name in ("machdep.cpu.brand_string", "machdep.cpu.features", "machdep.cpu.leaf7_features"):
-        answer = _output(["/usr/sbin/sysctl", "-n", name]) or ""
+        answer = command_output(["/usr/sbin/sysctl", "-n", name]) or ""
         features.update(answer.lower().split())
     return features
 

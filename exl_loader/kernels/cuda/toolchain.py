@@ -1,0 +1,197 @@
+"""Find what compiles CUDA kernels: NVRTC, which PyTorch brings along, or nvcc.
+
+NVRTC comes first: it needs no host compiler, and takes a tenth of the time. Nothing here
+opens a library or compiles; a warm load asks for a version only.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ...errors import InvalidSettings, KernelBuildError
+from ..toolchain import Compiler, command_output, compiler_remedy, find_compiler
+from .arch import OLDEST_CUDA, Capability, Version, arch_name, compiled_capability
+
+COMPILER_ENV = "EXL_LOADER_CUDA_COMPILER"
+KINDS = ("nvrtc", "nvcc")
+
+_WINDOWS = sys.platform == "win32"
+_NVRTC = re.compile(r"nvrtc64_\d+_\d+\.dll" if _WINDOWS else r"libnvrtc(-[0-9a-f]+)?\.so(\.\d+)*")
+_BUILTINS = re.compile(
+    r"nvrtc-builtins64_(\d+)(\d)\.dll" if _WINDOWS
+    else r"libnvrtc-builtins(?:-[0-9a-f]+)?\.so\.(\d+)\.(\d+)"
+)
+_NVCC_RELEASE = re.compile(r"release (\d+)\.(\d+), (V\S+)")
+
+
+@dataclass(frozen=True)
+class CudaCompiler:
+    """A compiler of cubins.
+
+    Args:
+        compiler: what ninja runs.
+        cuda: the CUDA release it belongs to.
+        path: NVRTC's library, or nvcc.
+    """
+
+    compiler: Compiler
+    cuda: Version
+    path: Path
+
+
+def find_cuda_compilers(environ: Mapping[str, str] = os.environ) -> Iterator[CudaCompiler]:
+    """Name the machine's compilers of cubins, first choice first.
+
+    `EXL_LOADER_CUDA_COMPILER` leaves those of one kind, `nvrtc` or `nvcc`.
+
+    Raises:
+        InvalidSettings: that variable says something else.
+    """
+    chosen = environ.get(COMPILER_ENV, "").strip()
+    if chosen and chosen not in KINDS:
+        raise InvalidSettings(
+            COMPILER_ENV, expected=" or ".join(KINDS), actual=repr(chosen),
+            remedy="Correct it, or unset it to take what there is",
+        )
+    if chosen != "nvcc":
+        yield from _find_nvrtc(environ)
+    if chosen != "nvrtc":
+        yield from _find_nvcc(environ)
+
+
+def choose_cuda_compiler(
+    capability: Capability,
+    environ: Mapping[str, str] = os.environ,
+    driver: Version | None = None,
+) -> CudaCompiler:
+    """Choose what compiles for a card.
+
+    Args:
+        capability: of the card.
+        environ: see `find_cuda_compilers`.
+        driver: the CUDA release of the driver that will load the cubins: it takes those of
+            its own major release and of older ones.
+
+    Raises:
+        KernelBuildError: none compiles for the card, with what to install.
+    """
+    seen = []
+    for found in find_cuda_compilers(environ):
+        if found.cuda < OLDEST_CUDA:
+            seen.append(f"{found.compiler.version} is too old")
+        elif driver is not None and found.cuda[0] > driver[0]:
+            seen.append(f"{found.compiler.version} is newer than the driver ({driver[0]}.x)")
+        elif compiled_capability(capability, found.cuda) is None:
+            seen.append(f"{found.compiler.version} does not know {arch_name(capability)}")
+        else:
+            return found
+    raise KernelBuildError(
+        f"CUDA compiler for {arch_name(capability)}",
+        expected="NVRTC, or nvcc with a host compiler",
+        actual="; ".join(seen) or "none",
+        remedy=nvrtc_remedy(driver),
+    )
+
+
+def nvrtc_remedy(driver: Version | None = None) -> str:
+    """Say what to install to compile CUDA kernels; pip's names differ by CUDA release."""
+    package = "nvidia-cuda-nvrtc"
+    if driver is not None and driver[0] < 13:
+        package += f"-cu{driver[0]}"
+    return f"pip install {package} (60 MB; PyTorch for CUDA brings it along)"
+
+
+def _find_nvrtc(environ: Mapping[str, str]) -> Iterator[CudaCompiler]:
+    """NVRTC of the pip packages and PyTorch, then of toolkits."""
+    seen = set()
+    for folder in _library_folders(environ):
+        for library, cuda in _nvrtc_in(folder):
+            if library.resolve() not in seen:
+                seen.add(library.resolve())
+                yield CudaCompiler(_nvrtc_compiler(library, cuda), cuda, library)
+
+
+def _nvrtc_in(folder: Path) -> list[tuple[Path, Version]]:
+    """NVRTC in a folder, with the release that its built-in headers' file names."""
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError:
+        return []
+    releases = [match for match in map(_BUILTINS.fullmatch, names) if match]
+    # `libnvrtc.so.13` before `libnvrtc.so`: the latter may be a linker script.
+    libraries = sorted((name for name in names if _NVRTC.fullmatch(name)), key=len, reverse=True)
+    if not releases or not libraries:
+        return []
+    newest = max((int(match[1]), int(match[2])) for match in releases)
+    return [(folder / libraries[0], newest)]
+
+
+def _nvrtc_compiler(library: Path, cuda: Version) -> Compiler:
+    script = Path(__file__).with_name("nvrtc_cc.py")
+    # -I -S: neither environment variables nor site-packages may change what it does.
+    command = (sys.executable, "-I", "-S", str(script), "--library", str(library))
+    # The size tells apart what the release alone does not (13.0.48 and 13.0.88).
+    version = f"NVRTC {cuda[0]}.{cuda[1]} ({library.stat().st_size} bytes)"
+    return Compiler(command, "nvrtc", version)
+
+
+def _library_folders(environ: Mapping[str, str]) -> Iterator[Path]:
+    for package in _package_folders("nvidia"):
+        for pattern in ("cu[0-9]*", "cuda_nvrtc"):
+            for toolkit in sorted(package.glob(pattern), reverse=True):
+                yield from (toolkit / "lib", toolkit / "bin", toolkit / "bin" / "x86_64")
+    for package in _package_folders("torch"):
+        yield package / "lib"
+    for toolkit in _toolkits(environ):
+        yield from (toolkit / "lib64", toolkit / "lib", toolkit / "bin", toolkit / "bin" / "x64")
+    if environ.get("CONDA_PREFIX"):
+        yield Path(environ["CONDA_PREFIX"]) / "lib"
+
+
+def _package_folders(name: str) -> list[Path]:
+    """Folders of an installed package, which is not imported."""
+    found = importlib.util.find_spec(name)
+    return [Path(path) for path in (found.submodule_search_locations or ())] if found else []
+
+
+def _toolkits(environ: Mapping[str, str]) -> Iterator[Path]:
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        if environ.get(name, "").strip():
+            yield Path(environ[name].strip())
+    if not _WINDOWS:
+        yield Path("/usr/local/cuda")
+
+
+def _find_nvcc(environ: Mapping[str, str]) -> Iterator[CudaCompiler]:
+    """nvcc of a toolkit, the PATH or the pip packages; none without a host compiler."""
+    host = find_compiler(environ)
+    if host is None:
+        return
+    name = "nvcc.exe" if _WINDOWS else "nvcc"
+    paths = [toolkit / "bin" / name for toolkit in _toolkits(environ)]
+    on_path = shutil.which("nvcc", path=environ.get("PATH"))
+    if on_path:
+        paths.insert(len(paths) - (0 if _WINDOWS else 1), Path(on_path))
+    for package in _package_folders("nvidia"):
+        for pattern in ("cu[0-9]*", "cuda_nvcc"):
+            paths += [folder / "bin" / name for folder in sorted(package.glob(pattern))]
+    for path in dict.fromkeys(paths):
+        match = _NVCC_RELEASE.search(command_output([str(path), "--version"]) or "")
+        if match:
+            version = f"nvcc {match[3]} with {host.version}"
+            compiler = replace(host, command=(str(path),), kind="nvcc", version=version)
+            yield CudaCompiler(compiler, (int(match[1]), int(match[2])), path)
+
+
+def missing_host_compiler(environ: Mapping[str, str] = os.environ) -> str | None:
+    """What to install where nvcc is there but has nothing to preprocess with; else None."""
+    if find_compiler(environ) is None and shutil.which("nvcc", path=environ.get("PATH")):
+        return compiler_remedy()
+    return None
