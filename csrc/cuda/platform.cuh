@@ -6,6 +6,7 @@
 // no CUDA header (NVRTC has to work where there is none), no cooperative groups, no CCCL.
 //
 // - Includes are relative to csrc/: "cuda/platform.cuh", "cache_codec.h".
+// - Kernels live in namespace exl: outside of it, `ballot` is also something of CUDA's own.
 // - A kernel is `extern "C" __global__ void __launch_bounds__(N) foo_kernel(...)`, followed by
 //   EXL_KERNEL(foo_kernel); blocks are one-dimensional, whole warps.
 // - Shared memory is dynamic: EXL_SHARED(char, memory); its size is the launcher's.
@@ -28,7 +29,10 @@
 
 // Kernels are found by their names; only the emulation has to be told of them.
 #define EXL_KERNEL(kernel) static_assert(true, "")
-#define EXL_SHARED(type, name) extern __shared__ __align__(16) type name[]
+// One name for all: a translation unit may not declare it with two types.
+#define EXL_SHARED(type, name)                                                                 \
+    extern __shared__ __align__(16) char exl_shared_memory[];                                  \
+    type* const name = reinterpret_cast<type*>(exl_shared_memory)
 
 namespace exl {
 
@@ -233,6 +237,14 @@ __device__ __forceinline__ void load_matrix_x4_transposed(uint32_t (&d)[4],
                  : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
                  : "r"(shared_address(shared_row))
                  : "memory");
+}
+
+// Transposes an 8x8 matrix of 16-bit elements across the warp (PTX ISA, movmatrix): lane i has
+// elements 2 * (i % 4) + 0..1 of row i / 4, and gets those of column i / 4.
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t a) {
+    uint32_t d;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
+    return d;
 }
 
 // ---- Integers ------------------------------------------------------------------------------

@@ -286,6 +286,14 @@ inline void load_matrix_x4_transposed(uint32_t (&d)[4], const void* shared_row, 
                 exl_emulation::finish_load_matrix_transposed, d, shared_row);
 }
 
+// Element c of row r stands in lane 4 * r + c / 2; the low half of a word is the even one.
+inline uint32_t transpose_matrix(uint32_t a, EXL_SITE) {
+    const int column = lane_id() / 4, row = lane_id() % 4 * 2, shift = 16 * (column % 2);
+    const uint32_t even = shfl(a, 4 * row + column / 2, file, line) >> shift & 0xFFFFu;
+    const uint32_t odd = shfl(a, 4 * (row + 1) + column / 2, file, line) >> shift & 0xFFFFu;
+    return even | odd << 16;
+}
+
 inline int32_t dp4a_us(uint32_t a, uint32_t b, int32_t c) {
     for (int shift = 0; shift < 32; shift += 8)
         c += static_cast<uint8_t>(a >> shift) * static_cast<int8_t>(b >> shift);

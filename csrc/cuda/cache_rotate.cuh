@@ -1,0 +1,89 @@
+// The rotation of reference_codec.py by one warp, and where a batch's rows lie.
+//
+// A head of up to 32 * kRegisters elements lies across a warp: lane i has elements i, i + 32,
+// i + 64, ... So stages of the Hadamard transform below 32 are shuffles and the others need
+// none, and reading or writing it is coalesced.
+#pragma once
+
+#include "cache_codec.h"
+#include "cuda/platform.cuh"
+
+namespace exl {
+
+__device__ __forceinline__ float infinity() { return bits_float(0x7F800000u); }
+
+// Largest power of two that divides head_dim.
+__device__ __forceinline__ int rotation_block(int head_dim) { return head_dim & -head_dim; }
+
+template <int kRegisters>
+__device__ __forceinline__ void hadamard_of_warp(float (&x)[kRegisters], int block) {
+    const int lane = lane_id();
+    for (int step = 1; step < 32 && step < block; step *= 2) {
+#pragma unroll
+        for (int i = 0; i < kRegisters; ++i) {
+            const float partner = shfl_xor(x[i], step);
+            x[i] = lane & step ? partner - x[i] : x[i] + partner;
+        }
+    }
+#pragma unroll
+    for (int step = 1; step < kRegisters; step *= 2) {
+        if (32 * step >= block) continue;
+#pragma unroll
+        for (int i = 0; i < kRegisters; ++i) {
+            if (i & step || i + step >= kRegisters) continue;
+            const float a = x[i], b = x[i + step];
+            x[i] = a + b;
+            x[i + step] = a - b;
+        }
+    }
+}
+
+__device__ __forceinline__ float rotation_factor(int head_dim, int element) {
+    const float size = 1.0f / sqrtf(static_cast<float>(rotation_block(head_dim)));
+    return rotation_negates(static_cast<uint32_t>(element)) ? -size : size;
+}
+
+// Elements beyond head_dim must be zero, and stay so.
+template <int kRegisters>
+__device__ __forceinline__ void rotate_of_warp(float (&x)[kRegisters], int head_dim) {
+#pragma unroll
+    for (int i = 0; i < kRegisters; ++i) x[i] *= rotation_factor(head_dim, lane_id() + 32 * i);
+    hadamard_of_warp(x, rotation_block(head_dim));
+}
+template <int kRegisters>
+__device__ __forceinline__ void rotate_back_of_warp(float (&x)[kRegisters], int head_dim) {
+    hadamard_of_warp(x, rotation_block(head_dim));
+#pragma unroll
+    for (int i = 0; i < kRegisters; ++i) x[i] *= rotation_factor(head_dim, lane_id() + 32 * i);
+}
+
+// The same by a block, for heads of any length: x[head_dim] in shared memory, not scaled.
+// All of x must have been written before a barrier; ends with one.
+__device__ __forceinline__ void hadamard_of_block(float* x, int head_dim) {
+    const int block = rotation_block(head_dim);
+    for (int step = 1; step < block; step *= 2) {
+        for (int i = threadIdx.x; i < head_dim / 2; i += blockDim.x) {
+            const int first = i / step * (2 * step) + i % step;
+            const float a = x[first], b = x[first + step];
+            x[first] = a + b;
+            x[first + step] = a - b;
+        }
+        block_sync();  // the next stage reads what other threads wrote
+    }
+}
+
+// The sequence that a row belongs to.
+__device__ __forceinline__ int sequence_of(const ExlBatch& batch, int row) {
+    int sequence = 0;
+    while (row >= batch.q_start[sequence + 1]) ++sequence;
+    return sequence;
+}
+
+// Where a token of a head lies, counted in tokens of [pages, kv_heads, kPageLen].
+__device__ __forceinline__ int64_t place_of(const ExlBatch& batch, int sequence,
+                                            int64_t num_kv_heads, int kv_head, int position) {
+    const int64_t page = batch.page_table[sequence * batch.max_pages + position / kPageLen];
+    return (page * num_kv_heads + kv_head) * kPageLen + position % kPageLen;
+}
+
+}  // namespace exl

@@ -1,0 +1,198 @@
+// The packed cache as float16, on its way into tensor cores.
+//
+// A head is handled in units of 16 elements: unit u is half of group u / 2 of 32 elements, or
+// all of a last group of 16. A unit's bytes are what one thread can load and unpack by itself,
+// so elements come out in the order of the bytes and not of the head: `element_of` names them.
+// A dot product does not care, as long as queries (and outputs) follow the same order.
+//
+// Levels of 4, 6 and 8 bits are unpacked as bytes in units of 1/128, shifted by 128; a byte b
+// behind 0x64 is the float16 1024 + b. One multiply-add turns that into level / 16 (exact: 8
+// times the level in [-1, 1)), and one product with the group's scale into the value, times
+// kLevelUnit. That keeps scales from 1e-5 to 8191 away from float16's ends.
+#pragma once
+
+#include "cache_codec.h"
+#include "cuda/platform.cuh"
+
+namespace exl {
+
+constexpr int kUnit = 16;
+constexpr float kLevelUnit = 8.0f;
+constexpr uint32_t kSixteenth = 0x2C002C00u;        // 1/16, twice
+constexpr uint32_t kMinusShift = 0xD480D480u;       // -(1024 + 128) / 16
+constexpr uint32_t kExponentBytes = 0x64646464u;    // the high byte of 1024 + b
+constexpr float kLog2E = 1.4426950408889634f;
+
+// What a stored value is multiplied with to be what expand_... gives.
+__device__ __forceinline__ float unit_factor(int bits) { return bits < 16 ? kLevelUnit : 1.0f; }
+
+// The element of a head that stands at place `i` of a unit.
+__device__ __forceinline__ int element_of(int bits, int head_dim, int unit, int i) {
+    if (bits >= 8) return unit * kUnit + i;
+    const int group = unit / 2, half = unit % 2;
+    // 4 bits come out as pairs of a byte's two codes, 6 bits as four low and four high codes.
+    const int byte = bits == 4 ? i / 2 : i / 8 * 4 + i % 4;
+    const int high = bits == 4 ? i % 2 : i / 4 % 2;
+    if (head_dim - group * kGroup >= kGroup) return group * kGroup + half * 8 + byte + high * 16;
+    return group * kGroup + byte + high * 8;
+}
+
+// Four levels of a codebook as bytes, shifted by 128.
+constexpr uint32_t codebook_word(int table, int word) {
+    uint32_t bytes = 0;
+    for (int i = 0; i < 4; ++i) {
+        bytes |= static_cast<uint32_t>(kCodebooks[table][4 * word + i] + 128) << (8 * i);
+    }
+    return bytes;
+}
+constexpr uint32_t kTable00 = codebook_word(0, 0), kTable01 = codebook_word(0, 1),
+                   kTable02 = codebook_word(0, 2), kTable03 = codebook_word(0, 3),
+                   kTable10 = codebook_word(1, 0), kTable11 = codebook_word(1, 1),
+                   kTable12 = codebook_word(1, 2), kTable13 = codebook_word(1, 3);
+
+// The 16 levels of one table, in registers.
+struct Codebook {
+    uint32_t words[4];
+    __device__ __forceinline__ explicit Codebook(uint32_t scale_bits) {
+        const bool second = scale_bits & 1;
+        words[0] = second ? kTable10 : kTable00;
+        words[1] = second ? kTable11 : kTable01;
+        words[2] = second ? kTable12 : kTable02;
+        words[3] = second ? kTable13 : kTable03;
+    }
+    // The levels of eight codes: those of the low four nibbles, and of the high four. A byte
+    // permutation looks up three bits of a code in each half of the table; the fourth bit
+    // then chooses between the halves.
+    __device__ __forceinline__ void look_up(uint32_t codes, uint32_t (&levels)[2]) const {
+        const uint32_t index = codes & 0x77777777u;
+        const uint32_t choice = (codes >> 1 & 0x44444444u) | 0x32103210u;
+        levels[0] = byte_perm(byte_perm(words[0], words[1], index),
+                              byte_perm(words[2], words[3], index), choice);
+        levels[1] = byte_perm(byte_perm(words[0], words[1], index >> 16),
+                              byte_perm(words[2], words[3], index >> 16), choice >> 16);
+    }
+};
+
+__device__ __forceinline__ uint32_t shared_word(const uint8_t* row, int offset) {
+    return *reinterpret_cast<const uint32_t*>(row + offset);
+}
+
+// Half a unit, eight elements, as bytes in units of 1/128 shifted by 128.
+// row: a token's codes in shared memory. scale: the group's, as bits.
+template <int kBits>
+__device__ __forceinline__ void unpack_half_unit(const uint8_t* row, int head_dim, int unit,
+                                                 int half, const Codebook& codebook,
+                                                 uint32_t (&levels)[2]) {
+    if constexpr (kBits == 8) {
+        levels[0] = shared_word(row, unit * kUnit + half * 8);
+        levels[1] = shared_word(row, unit * kUnit + half * 8 + 4);
+    } else if constexpr (kBits == 4) {
+        codebook.look_up(shared_word(row, unit * (kUnit / 2) + half * 4), levels);
+    } else {
+        // A group's plane of 4 bits, then its plane of 2 bits, of which a byte has the low
+        // bits of elements b, b + 8, b + 16, b + 24 (b + 4 and so on in a short group).
+        const int group = unit / 2;
+        const bool whole = head_dim - group * kGroup >= kGroup;
+        const int first = group * (kGroup * 6 / 8);
+        const uint32_t high = shared_word(row, first + unit % 2 * 8 + half * 4);
+        const uint32_t low = shared_word(row, whole ? first + 16 + half * 4 : first + 8);
+        const int field = whole ? unit % 2 : half;
+        levels[0] = (high << 4 & 0xF0F0F0F0u) | (low >> (2 * field) << 2 & 0x0C0C0C0Cu);
+        levels[1] = (high & 0xF0F0F0F0u) | (low >> (2 * field + 2) & 0x0C0C0C0Cu);
+    }
+}
+
+// Two levels that stand in a word of four as two float16, times 8: low = bytes 0, 1.
+__device__ __forceinline__ uint32_t low_levels(uint32_t bytes) {
+    return h2_fma(byte_perm(bytes, kExponentBytes, 0x4140), kSixteenth, kMinusShift);
+}
+__device__ __forceinline__ uint32_t high_levels(uint32_t bytes) {
+    return h2_fma(byte_perm(bytes, kExponentBytes, 0x4342), kSixteenth, kMinusShift);
+}
+
+// ---- 16 bits: codes whose lowest bits hold the scale, see reference_fp16.py ----
+
+// The scale of the group that a unit belongs to, divided by kBlockUnit.
+__device__ __forceinline__ float block_factor(const uint8_t* row, int unit) {
+    const auto* words = reinterpret_cast<const uint4*>(row + unit / 2 * (kGroup * 2));
+    const uint4 a = words[0], b = words[1];
+    // Code 2i stands in the low half of word i, code 2i + 1 in the high half.
+    const uint32_t bits = (a.x & 0x10001u) | (a.y & 0x10001u) << 2 | (a.z & 0x10001u) << 4 |
+                          (a.w & 0x10001u) << 6 | (b.x & 0x10001u) << 8 |
+                          (b.y & 0x10001u) << 10 | (b.z & 0x10001u) << 12 |
+                          (b.w & 0x10001u) << 14;
+    return half_to_float(static_cast<uint16_t>(bits | bits >> 15)) * (1.0f / kBlockUnit);
+}
+
+// Two codes as float32. The bits of code + 2^15 behind 0x4B00 are the float 2^23 + 2^15 + code.
+__device__ __forceinline__ float2 block_values(uint32_t codes, float factor) {
+    const uint32_t shifted = codes ^ 0x80008000u;
+    const float base = -8421376.0f * factor;  // exact: factor has 11 bits, 2^23 + 2^15 has 9
+    return make_float2(
+        fmaf(bits_float(byte_perm(shifted, 0x4B000000u, 0x7410)), factor, base),
+        fmaf(bits_float(byte_perm(shifted, 0x4B000000u, 0x7432)), factor, base));
+}
+
+// ---- Whole units ----
+
+// A unit as eight pairs of float16, times unit_factor; `bits` in registers or not, the branch
+// is the same for the whole block. row, scales: of a token, in shared memory.
+template <int kBits>
+__device__ __forceinline__ void expand_unit(const uint8_t* row, const uint16_t* scales,
+                                            int head_dim, int unit, uint32_t (&pairs)[8]) {
+    if constexpr (kBits == 16) {
+        const float factor = block_factor(row, unit);
+        const auto* words = reinterpret_cast<const uint4*>(row + unit * (kUnit * 2));
+        const uint4 a = words[0], b = words[1];
+        const uint32_t codes[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const float2 values = block_values(codes[i], factor);
+            pairs[i] = floats_to_half2(values.x, values.y);
+        }
+    } else {
+        const uint32_t scale = scales[unit / 2];
+        const uint32_t twice = scale | scale << 16;
+        const Codebook codebook(scale);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            uint32_t levels[2];
+            unpack_half_unit<kBits>(row, head_dim, unit, half, codebook, levels);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                pairs[4 * half + 2 * i] = h2_mul(low_levels(levels[i]), twice);
+                pairs[4 * half + 2 * i + 1] = h2_mul(high_levels(levels[i]), twice);
+            }
+        }
+    }
+}
+
+// ---- Where things lie ----
+
+// Tiles of a page's head on their way into shared memory.
+struct TileBytes {
+    int codes;   // bytes of a token's codes
+    int groups;  // scales of a token
+    __device__ __forceinline__ TileBytes(int bits, int head_dim)
+        : codes(code_bytes(head_dim, bits)), groups(num_groups(head_dim, bits)) {}
+};
+
+// Starts copying `tokens` tokens (a multiple of 16) from `place` on, counted in tokens of
+// [pages, kv_heads, kPageLen]: codes, then scales behind them. `threads` threads take part.
+__device__ __forceinline__ void copy_tile(const ExlCacheHalf& half, const TileBytes& bytes,
+                                          int64_t place, int tokens, uint8_t* shared,
+                                          int thread, int threads) {
+    const auto* codes = static_cast<const uint8_t*>(half.codes) + place * bytes.codes;
+    const int code_chunks = tokens * bytes.codes / 16;
+    for (int i = thread; i < code_chunks; i += threads) {
+        copy_async16(shared + 16 * i, codes + 16 * i);
+    }
+    const auto* scales = reinterpret_cast<const uint8_t*>(half.scales + place * bytes.groups);
+    uint8_t* behind = shared + tokens * bytes.codes;
+    const int scale_chunks = tokens * bytes.groups / 8;
+    for (int i = thread; i < scale_chunks; i += threads) {
+        copy_async16(behind + 16 * i, scales + 16 * i);
+    }
+}
+
+}  // namespace exl

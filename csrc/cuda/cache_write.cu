@@ -1,0 +1,279 @@
+// Keys and values into the cache: rotation, search of each group's scale, packing.
+//
+// Layout and search are defined in exl_loader/kernels/reference_codec.py and
+// reference_fp16.py. A block writes one head of one row, keys (even blocks) or values (odd
+// ones): its threads rotate the head in shared memory, then each warp writes groups of 32
+// elements. In the search a lane is a scale that is tried, in the reference's order, so that
+// errors add up without sums across lanes; 32 candidates are one pass over the group.
+//
+// A group costs some 20 instructions an element and pass: 700 in all for 4 bits, where each
+// round of the binary search over a codebook's thresholds is one conflict-free read of shared
+// memory (32 thresholds of both tables are 32 banks).
+//
+// Shared memory: the head (float32, a multiple of 32 elements), then thresholds and levels of
+// both tables, 64 floats. At least 64 threads.
+#include "cuda/cache_rotate.cuh"
+
+namespace exl {
+
+constexpr int kWriteThreads = 256;
+constexpr float kLargestHalf = 65504.0f;
+constexpr uint32_t kHalfNaN = 0x7E00;
+
+constexpr float level_of(int table, int code) { return kCodebooks[table][code] * kCodebookUnit; }
+// What is above threshold i has code i + 1 or more; the last is never looked at.
+constexpr float threshold_of(int table, int code) {
+    return code + 1 < kLevels ? 0.5f * (level_of(table, code) + level_of(table, code + 1)) : 0.0f;
+}
+
+// Thresholds [table][code], then levels. Each value is a constant of the code, so that no
+// table in global memory has to be read first.
+__device__ __forceinline__ void fill_codebooks(float* codebooks) {
+    const int thread = threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < kTables * kLevels; ++i) {
+        constexpr int kCount = kTables * kLevels;
+        if (thread == i) codebooks[i] = threshold_of(i / kLevels, i % kLevels);
+        if (thread == kCount + i) codebooks[kCount + i] = level_of(i / kLevels, i % kLevels);
+    }
+}
+
+// A grid of codes; `values` are x / scale. Ties go to the lower code, as in the reference.
+template <int kBits>
+struct Grid {
+    static constexpr float kHalf = 1 << (kBits - 1);
+    __device__ __forceinline__ Grid(const float*, int) {}
+    __device__ __forceinline__ float nearest(float value) const {
+        const float code = ceilf(value * kHalf - 0.5f);
+        return fmaxf(-kHalf, fminf(kHalf - 1.0f, code)) + kHalf;
+    }
+    __device__ __forceinline__ float level(float code) const {
+        return (code - kHalf) * (1.0f / kHalf);
+    }
+};
+template <>
+struct Grid<4> {
+    const float* thresholds;
+    __device__ __forceinline__ Grid(const float* codebooks, int table)
+        : thresholds(codebooks + table * kLevels) {}
+    __device__ __forceinline__ float nearest(float value) const {
+        int code = 0;
+#pragma unroll
+        for (int step = kLevels / 2; step > 0; step /= 2) {
+            code = value > thresholds[code + step - 1] ? code + step : code;
+        }
+        return static_cast<float>(code);
+    }
+    __device__ __forceinline__ float level(float code) const {
+        return thresholds[kTables * kLevels + static_cast<int>(code)];
+    }
+};
+
+// A scale as float16 bits, with the table in the lowest bit where codes have tables.
+template <int kBits>
+__device__ __forceinline__ uint32_t scale_bits(float scale, int table) {
+    const uint32_t bits = float_to_half(fmaxf(-kLargestHalf, fminf(kLargestHalf, scale)));
+    return kBits == 4 ? (bits & 0xFFFEu) | static_cast<uint32_t>(table) : bits;
+}
+__device__ __forceinline__ float inverse_of(float exact) {
+    return exact == 0.0f ? 0.0f : 1.0f / exact;
+}
+
+// The best scale so far. Without a finite error the scale stays NaN, so that a fault shows.
+struct Trial {
+    float error;
+    uint32_t bits;
+    int table;
+};
+
+// The trial of the lane with the least error, the lowest of equals; the same in every lane.
+__device__ __forceinline__ Trial least_of_warp(Trial trial) {
+    int lane = lane_id();
+#pragma unroll
+    for (int mask = 16; mask > 0; mask /= 2) {
+        const float error = shfl_xor(trial.error, mask);
+        const int other = shfl_xor(lane, mask);
+        if (error < trial.error || (error == trial.error && other < lane)) {
+            trial.error = error;
+            lane = other;
+        }
+    }
+    trial.bits = shfl(trial.bits, lane);
+    trial.table = shfl(trial.table, lane);
+    return trial;
+}
+
+// Tries every scale and table; y: kGroup elements in shared memory, `elements` of them count.
+template <int kBits>
+__device__ Trial search(const float* y, int elements, float largest, const float* codebooks) {
+    constexpr ScaleSearch kSearch = scale_search(kBits);
+    constexpr int kSigned = 2 * kSearch.steps;
+    constexpr int kCandidates = (kBits == 4 ? kTables : 1) * kSigned;
+    Trial best{infinity(), kHalfNaN, 0};
+    for (int first = 0; first < kCandidates; first += 32) {
+        const int candidate = first + lane_id();
+        const int table = candidate / kSigned % kTables, step = candidate % kSearch.steps;
+        const float share = static_cast<float>(step) / (kSearch.steps - 1);
+        const float factor = kSearch.first + (kSearch.last - kSearch.first) * share;
+        const bool negative = candidate % kSigned >= kSearch.steps;
+        Trial trial{0.0f, scale_bits<kBits>(largest * (negative ? -factor : factor), table), table};
+        const float exact = half_to_float(static_cast<uint16_t>(trial.bits));
+        const float inverse = inverse_of(exact);
+        const Grid<kBits> grid(codebooks, table);
+#pragma unroll 4
+        for (int i = 0; i < elements; ++i) {
+            const float difference = fmaf(grid.level(grid.nearest(y[i] * inverse)), exact, -y[i]);
+            trial.error = fmaf(difference, difference, trial.error);
+        }
+        if (!(trial.error < infinity()) || candidate >= kCandidates) trial.error = infinity();
+        trial = least_of_warp(trial);
+        if (trial.error < best.error) best = trial;
+    }
+    return best;
+}
+
+// Fits the scale to its codes by least squares and takes that if it is better. value: this
+// lane's element, 0 beyond the group's.
+template <int kBits>
+__device__ void refit(Trial* best, float value, bool counts, const float* codebooks) {
+    const Grid<kBits> grid(codebooks, best->table);
+    const float exact = half_to_float(static_cast<uint16_t>(best->bits));
+    const float level = counts ? grid.level(grid.nearest(value * inverse_of(exact))) : 0.0f;
+    const float norm = warp_sum(level * level);
+    const float scale = warp_sum(level * value) / fmaxf(norm, 1e-30f);
+    const uint32_t bits = scale_bits<kBits>(scale, best->table);
+    const float fitted = half_to_float(static_cast<uint16_t>(bits));
+    const float other = grid.level(grid.nearest(value * inverse_of(fitted)));
+    const float difference = counts ? fmaf(other, fitted, -value) : 0.0f;
+    const float error = warp_sum(difference * difference);
+    if (error < best->error) {
+        best->error = error;
+        best->bits = bits;
+    }
+}
+
+// The plane of kWidth bits that starts at bit kShift of the codes, one byte a lane.
+template <int kWidth, int kShift>
+__device__ __forceinline__ uint8_t* pack_plane(uint32_t code, int count, uint8_t* out) {
+    const int bytes = count * kWidth / 8;
+    uint32_t byte = 0;
+#pragma unroll
+    for (int field = 0; field < 8 / kWidth; ++field) {
+        const uint32_t part = shfl(code, (lane_id() + field * bytes) & 31);
+        byte |= (part >> kShift & ((1u << kWidth) - 1)) << (field * kWidth);
+    }
+    if (lane_id() < bytes) out[lane_id()] = static_cast<uint8_t>(byte);
+    return out + bytes;
+}
+
+// One group by one warp; y: the rotated head in shared memory.
+template <int kBits>
+__device__ void write_group(const float* y, int head_dim, int group, const float* codebooks,
+                            uint8_t* codes, uint16_t* scales) {
+    const int elements = min(kGroup, head_dim - group * kGroup);
+    const bool counts = lane_id() < elements;
+    const float value = y[group * kGroup + lane_id()];
+    Trial best = search<kBits>(y + group * kGroup, elements, warp_max(fabsf(value)), codebooks);
+    for (int i = 0; i < kRefits; ++i) refit<kBits>(&best, value, counts, codebooks);
+    const float exact = half_to_float(static_cast<uint16_t>(best.bits));
+    const Grid<kBits> grid(codebooks, best.table);
+    const bool faulty = !(best.error < infinity());
+    const uint32_t code =
+        counts && !faulty ? static_cast<uint32_t>(grid.nearest(value * inverse_of(exact))) : 0;
+    const int stored = padded_codes(elements);
+    uint8_t* out = codes + group * code_bytes(kGroup, kBits);
+    if constexpr (kBits == 6) {
+        pack_plane<2, 0>(code, stored, pack_plane<4, 2>(code, stored, out));
+    } else {
+        pack_plane<kBits, 0>(code, stored, out);
+    }
+    if (lane_id() == 0) scales[group] = static_cast<uint16_t>(best.bits);
+}
+
+// The elements that share a scale from `first` on, by one warp; at most 47.
+__device__ void write_block(const float* x, int count, int16_t* out) {
+    const int lane = lane_id();
+    float largest = 0.0f;
+    bool finite = true;
+    for (int i = lane; i < count; i += 32) {
+        largest = fmaxf(largest, fabsf(x[i]));
+        finite = finite && fabsf(x[i]) < infinity();
+    }
+    finite = ballot(finite) == 0xFFFFFFFFu;
+    // 2^-10 is more than float16 rounds off, 2^-25 more than its subnormal numbers do.
+    const float above = fminf(fmaf(warp_max(largest), 1.0f + 0x1p-10f, 0x1p-25f), kLargestHalf);
+    const uint32_t bits = finite ? float_to_half(above) : kHalfNaN;
+    const float exact = half_to_float(static_cast<uint16_t>(bits));
+    const float inverse = exact > 0.0f ? kBlockUnit / exact : 0.0f;
+    for (int i = lane; i < count; i += 32) {
+        const float steps = finite ? x[i] * inverse : 0.0f;
+        const float bounded = fmaxf(-kLargestBlockCode, fminf(kLargestBlockCode, steps));
+        const int mark = static_cast<int>(bits >> (i & 31) & 1);
+        const int code = i < 16 ? 2 * round_int((bounded - mark) * 0.5f) + mark
+                                : round_int(bounded);
+        out[i] = static_cast<int16_t>(code);
+    }
+}
+
+__device__ void write_blocks(const float* x, int head_dim, int16_t* out) {
+    if (head_dim < 16) {
+        for (int i = threadIdx.x; i < head_dim; i += blockDim.x) {
+            out[i] = static_cast<int16_t>(float_to_half(x[i]));
+        }
+        return;
+    }
+    const int warps = static_cast<int>(blockDim.x) / 32;
+    for (int first = 0, index = 0; first < head_dim; ++index) {
+        const int count = block_elements(head_dim, first);
+        if (index % warps == warp_id()) write_block(x + first, count, out + first);
+        first += count;
+    }
+}
+
+template <int kBits>
+__device__ void write_quantized(float* y, int head_dim, float* codebooks, uint8_t* codes,
+                                uint16_t* scales) {
+    for (int i = threadIdx.x; i < head_dim; i += blockDim.x) y[i] *= rotation_factor(head_dim, i);
+    if (kBits == 4) fill_codebooks(codebooks);
+    block_sync();  // the signs are in, and the codebooks
+    hadamard_of_block(y, head_dim);
+    const int warps = static_cast<int>(blockDim.x) / 32;
+    for (int group = warp_id(); group < num_groups(head_dim, kBits); group += warps) {
+        write_group<kBits>(y, head_dim, group, codebooks, codes, scales);
+    }
+}
+
+// k, v: float32 [rows, kv_heads, head_dim]. Grid: 2 * kv_heads, rows.
+extern "C" __global__ void __launch_bounds__(kWriteThreads)
+    cache_write_kernel(ExlCacheLayer layer, ExlBatch batch, const float* k, const float* v) {
+    EXL_SHARED(float, memory);
+    const int head_dim = static_cast<int>(layer.head_dim), row = blockIdx.y;
+    const int head = blockIdx.x / 2;
+    const ExlCacheHalf half = blockIdx.x % 2 ? layer.v : layer.k;
+    const float* x = (blockIdx.x % 2 ? v : k) +
+                     (static_cast<int64_t>(row) * layer.num_kv_heads + head) * head_dim;
+    const int sequence = sequence_of(batch, row);
+    const int position = batch.past_len[sequence] + row - batch.q_start[sequence];
+    const int64_t place = place_of(batch, sequence, layer.num_kv_heads, head, position);
+    auto* codes = static_cast<uint8_t*>(half.codes) + place * code_bytes(head_dim, half.bits);
+    uint16_t* scales = half.scales + place * num_groups(head_dim, half.bits);
+    const int padded = (head_dim + kGroup - 1) / kGroup * kGroup;
+    float* codebooks = memory + padded;
+    if (half.bits == 32) {
+        for (int i = threadIdx.x; i < head_dim; i += blockDim.x) {
+            reinterpret_cast<float*>(codes)[i] = x[i];
+        }
+        return;
+    }
+    for (int i = threadIdx.x; i < padded; i += blockDim.x) memory[i] = i < head_dim ? x[i] : 0.0f;
+    block_sync();  // the head is in
+    switch (half.bits) {
+        case 4: return write_quantized<4>(memory, head_dim, codebooks, codes, scales);
+        case 6: return write_quantized<6>(memory, head_dim, codebooks, codes, scales);
+        case 8: return write_quantized<8>(memory, head_dim, codebooks, codes, scales);
+        default: return write_blocks(memory, head_dim, reinterpret_cast<int16_t*>(codes));
+    }
+}
+EXL_KERNEL(cache_write_kernel);
+
+}  // namespace exl
