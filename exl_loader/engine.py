@@ -8,18 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .errors import InvalidSettings, ModelUnloaded
+from .errors import InsufficientMemory, InvalidSettings, ModelUnloaded
 from .generation import IdGeneration, TextGeneration
 from .generator import Generator
-from .grammar import Grammars
-from .jobs import Job, NegativeText
 from .logprobs import TokenLogprobs, token_logprobs
+from .memory import capacity, is_out_of_memory
 from .paging import PagedCache
-from .progress import NullProgress, Progress
-from .prompts import Prompt, PromptReader
-from .sampling import Sampler, TokenRoles
+from .progress import Progress
+from .prompts import Prompt
+from .request import RequestReader
 from .settings import SamplingSettings
-from .text_stream import TextStream
 
 if TYPE_CHECKING:
     from .config import ModelConfig
@@ -65,16 +63,12 @@ class LoadedModel:
         self.reservation = reservation
         self.ctx_size: int = reservation.ctx_size
         self._generator = Generator(model, cache, drafter)
-        self._max_batch_size: int = model.max_batch_size
-        self._tokenizer = tokenizer
-        self._prompts = PromptReader(self.config, tokenizer, self.ctx_size)
+        self._requests = RequestReader(
+            self.config, tokenizer, self.ctx_size, model.max_batch_size
+        )
+        self.eos_token_ids: tuple[int, ...] = self._requests.eos_token_ids
         self._buffers = buffers
         self._unloaded = False
-        ids = set(self.config.eos_token_ids)
-        if tokenizer is not None:
-            ids.update(i for i in tokenizer.eos_token_ids if i < self.config.vocab_size)
-        self.eos_token_ids = tuple(sorted(ids))
-        self._grammars = Grammars(tokenizer, self._sampled_vocab_size(), self.eos_token_ids)
 
     def __enter__(self) -> LoadedModel:
         return self
@@ -92,12 +86,12 @@ class LoadedModel:
         Raises:
             InvalidTokenizer: the folder has none.
         """
-        return self._prompts.tokenizer
+        return self._requests.tokenizer
 
     @property
     def has_tokenizer(self) -> bool:
         """False where only token ids can be used."""
-        return self._tokenizer is not None
+        return self._requests.has_tokenizer
 
     def encode(self, text: str, add_bos: bool | None = None, special: bool = True) -> list[int]:
         """Turn text into token ids; see `Tokenizer.encode`."""
@@ -128,7 +122,9 @@ class LoadedModel:
             progress: told about the prompt's tokens.
 
         Returns:
-            An iterator of pieces of text, with `stop()`, `close()`, `stats`.
+            An iterator of pieces of text, with `stop()`, `close()`, `stats`. Behind a text they
+            go on from its last character; behind ids they are a text of their own, without
+            the space that some tokenizers put in front of every text.
 
         Raises:
             InvalidSettings: a setting or a token id makes no sense, or the prompt is empty
@@ -137,10 +133,9 @@ class LoadedModel:
             InvalidTokenizer: the model has no tokenizer.
             ModelUnloaded: after `unload`.
         """
-        tokenizer = self.tokenizer
+        self._check_loaded()
         chosen = SamplingSettings.from_dict(settings)
-        stream = tokenizer.stream(chosen.skip_special_tokens)
-        job = self._job(prompt, chosen, TextStream(stream, chosen.stop_strings), progress)
+        job = self._requests.job(prompt, chosen, progress, as_text=True)
         return TextGeneration(self._generator, job)
 
     def generate_ids(
@@ -150,12 +145,10 @@ class LoadedModel:
 
         Stop strings need one; the ids that made up a found one are given out.
         """
+        self._check_loaded()
         chosen = SamplingSettings.from_dict(settings)
-        text = None
-        if chosen.stop_strings:
-            stream = self.tokenizer.stream(chosen.skip_special_tokens)
-            text = TextStream(stream, chosen.stop_strings)
-        return IdGeneration(self._generator, self._job(prompt, chosen, text, progress))
+        job = self._requests.job(prompt, chosen, progress, as_text=False)
+        return IdGeneration(self._generator, job)
 
     def stop(self) -> None:
         """End all running generations after the step that is running. Does not wait."""
@@ -173,11 +166,12 @@ class LoadedModel:
         Raises:
             InvalidSettings: no ids, or an id outside the vocabulary.
             PromptTooLong: more than `ctx_size` ids.
+            InsufficientMemory: they do not fit into main memory beside the model.
             CacheFull: running generations leave too few pages.
             ModelUnloaded: after `unload`.
         """
         prompt_ids = self._whole_prompt(ids)
-        result = torch.empty(len(prompt_ids), self.config.vocab_size)
+        result = self._empty_rows(len(prompt_ids))
 
         def keep(first: int, rows: torch.Tensor) -> None:
             result[first : first + len(rows)] = rows
@@ -203,7 +197,7 @@ class LoadedModel:
         """
         prompt_ids = self._whole_prompt(ids)
         reach = min(max(len(prompt_ids), rope_len or 0), self.ctx_size)
-        result = torch.empty(self.config.vocab_size)
+        (result,) = self._empty_rows(1)
 
         def keep(first: int, rows: torch.Tensor) -> None:
             result.copy_(rows[0])
@@ -227,7 +221,7 @@ class LoadedModel:
         prompt_ids = self._whole_prompt(ids)
         if not isinstance(count, int) or count < 0:
             raise InvalidSettings("count", expected="0 or more tokens", actual=repr(count))
-        vocab_size = self._sampled_vocab_size()
+        vocab_size = self._requests.sampled_vocab_size
         result: list[TokenLogprobs | None] = [None]
 
         def note(first: int, rows: torch.Tensor) -> None:
@@ -241,9 +235,29 @@ class LoadedModel:
 
     def _whole_prompt(self, ids: Iterable[int]) -> list[int]:
         self._check_loaded()
-        prompt_ids = self._prompts.checked(ids)
-        self._prompts.check_length(len(prompt_ids), len(prompt_ids))
-        return prompt_ids
+        return self._requests.whole_prompt(ids)
+
+    def _empty_rows(self, count: int) -> torch.Tensor:
+        """Take memory for rows of logits, float32 [count, vocab_size].
+
+        Raises:
+            InsufficientMemory: there is less.
+        """
+        nbytes = 4 * count * self.config.vocab_size
+        free_bytes = capacity("cpu").free_bytes
+        try:
+            # Linux promises more than there is, and ends the process that believes it.
+            if nbytes <= free_bytes:
+                return torch.empty(count, self.config.vocab_size)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        raise InsufficientMemory(
+            f"the logits behind {count} tokens",
+            expected=f"{nbytes} bytes of main memory beside the model",
+            actual=f"{free_bytes} bytes free",
+            remedy="Ask about a part of the text, or for prompt_logprobs, which keeps a few rows",
+        )
 
     def allocated_bytes(self) -> int:
         """Sum of the buffers that exist; equals the reservation's total while loaded."""
@@ -262,53 +276,3 @@ class LoadedModel:
     def _check_loaded(self) -> None:
         if self._unloaded:
             raise ModelUnloaded("the model", actual="unloaded", remedy="Load it again")
-
-    def _job(
-        self, prompt: Prompt, settings: SamplingSettings, text: TextStream | None,
-        progress: Progress | None,
-    ) -> Job:
-        self._check_loaded()
-        prompt_ids = self._prompts.ids(prompt)
-        self._prompts.check_length(len(prompt_ids), len(prompt_ids) + 1)
-        self._prompts.check_range(settings.stop_token_ids, "stop_token_ids")
-        self._prompts.check_range(settings.custom_token_bans, "custom_token_bans")
-        self._prompts.check_range([token for token, _ in settings.logit_bias], "logit_bias")
-        negative = self._negative_text(settings)
-        longest = max(len(prompt_ids), len(negative.ids) if negative is not None else 0)
-        new_tokens = min(settings.max_new_tokens, self.ctx_size - longest)
-        if negative is not None:
-            negative.max_tokens += new_tokens
-        roles = TokenRoles.of_request(
-            settings, self._tokenizer, vocab_size=self._sampled_vocab_size(),
-            eos_ids=self.eos_token_ids, prompt_ids=prompt_ids,
-        )
-        return Job(
-            prompt_ids=prompt_ids,
-            settings=settings,
-            sampler=Sampler(settings, roles=roles, constraint=self._grammars.matcher(settings)),
-            eos_ids=frozenset(() if settings.ban_eos_token else self.eos_token_ids),
-            max_tokens=len(prompt_ids) + new_tokens,
-            text=text,
-            progress=progress or NullProgress(),
-            vocab_size=self._sampled_vocab_size(),
-            negative=negative,
-        )
-
-    def _negative_text(self, settings: SamplingSettings) -> NegativeText | None:
-        """Return what guidance needs besides the prompt; None without guidance."""
-        if settings.guidance_scale == 1:
-            return None
-        if self._max_batch_size < 2:
-            raise InvalidSettings(
-                "guidance_scale", expected="1, because a pass has room for one sequence",
-                actual=repr(settings.guidance_scale),
-                remedy="Load the model with a max_batch_size of 2 or more",
-            )
-        ids = self._prompts.ids(settings.negative_prompt or [])
-        self._prompts.check_length(len(ids), len(ids) + 1)
-        return NegativeText(ids, max_tokens=len(ids))
-
-    def _sampled_vocab_size(self) -> int:
-        """Ids from here on stand for nothing: many models pad their vocabulary."""
-        size = self.config.vocab_size
-        return size if self._tokenizer is None else min(size, self._tokenizer.vocab_size)

@@ -14,15 +14,8 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from .host import OPTION_DEFAULTS, say
-from .watch import Watcher
-
-
-def _report(name: str, error: Exception) -> None:
-    say(f"{name} could not be extended and stays as it is: {error}")
-
-
-watcher = Watcher(_report)
+from .host import OPTION_DEFAULTS
+from .watch import is_initializing, watcher
 
 
 def start() -> None:
@@ -44,11 +37,6 @@ def _register(imported: ModuleType) -> None:
     if "modules.models" not in sys.modules or (page is not imported and is_initializing(page)):
         return
     importlib.import_module(".registration", __package__).register()
-
-
-def is_initializing(module: ModuleType | None) -> bool:
-    """Whether a module is being imported right now."""
-    return module is not None and bool(getattr(module.__spec__, "_initializing", False))
 
 
 @contextmanager

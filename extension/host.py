@@ -19,6 +19,13 @@ OPTION_DEFAULTS: dict[str, Any] = {
     "compress_pos_emb": 1.0,
 }
 
+# The web UI's own options of a draft model, which the native loader has too.
+DRAFT_OPTIONS = ("model_draft", "ctx_size_draft", "draft_max")
+
+# The page's ids that are shown with the loaders and are no options of a load: the gauge, and
+# the field that its buttons write to.
+GAUGE, PICK = PANEL_IDS = ("exl_gauge", "exl_pick")
+
 # What the plugin replaces or extends; without any of these it leaves the web UI alone.
 _NEEDED: dict[str, tuple[str, ...]] = {
     "modules.shared": ("args", "original_args", "args_defaults", "fix_loader_name",
@@ -146,16 +153,3 @@ class Patches:
         """Take everything back, the last change first."""
         while self._undo:
             self._undo.pop()()
-
-
-def warn_in_page(message: str) -> None:
-    """Show a message to whoever waits in the page; in the log where nobody does."""
-    say(message, error=True)
-    gradio = sys.modules.get("gradio")
-    if gradio is None:
-        return
-    try:
-        gradio.Warning(message)
-    except Exception:
-        # Outside a page's event Gradio has nobody to show it to.
-        return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -12,14 +13,9 @@ from typing import Any
 from exl_loader.errors import ExlLoaderError
 from exl_loader.progress import format_count
 
-from . import host, loading, panel
-from .gauge import PICK_ELEM_ID, gauge_html, message_html, problem_html, task_html
-from .host import LOADERS, OPTION_DEFAULTS, Patches
-
-GAUGE, PICK = "exl_gauge", "exl_pick"
-
-# Ids that are shown with the loader and are no options of a load.
-PANEL_IDS = (GAUGE, PICK)
+from . import host, loading, panel, problems, tables
+from .gauge import PICK_ELEM_ID, gauge_html, message_html, task_html
+from .host import DRAFT_OPTIONS, GAUGE, LOADERS, OPTION_DEFAULTS, PICK, HostDiffers, Patches
 
 # The field that the gauge's buttons write to is for the page alone.
 _HIDE_PICK = f"<style>#{PICK_ELEM_ID} {{ display: none !important; }}</style>"
@@ -27,7 +23,8 @@ _HIDE_PICK = f"<style>#{PICK_ELEM_ID} {{ display: none !important; }}</style>"
 # How often the page hears of a load that goes on.
 _TICK_S = 0.2
 
-_INPUTS = ("loader", "model_menu", "ctx_size", "cache_type", "gpu_split", *OPTION_DEFAULTS)
+_INPUTS = ("loader", "model_menu", "ctx_size", "cache_type", "gpu_split", *DRAFT_OPTIONS,
+           *OPTION_DEFAULTS)
 
 
 def extend_menu(patches: Patches, menu: ModuleType) -> None:
@@ -57,12 +54,10 @@ def extend_menu(patches: Patches, menu: ModuleType) -> None:
 
 def _safely(step: Callable[[], None]) -> None:
     """Do a step; where it fails, the page comes up without our options."""
-    from . import registration
-
     try:
         step()
     except Exception as error:
-        registration.remove_options()
+        tables.remove_options()
         host.say(f"the Model tab stays without the options of ExLlamav2: {error}", error=True)
 
 
@@ -124,11 +119,22 @@ def _connect() -> None:
     # One event for all: answers of several could overtake each other, and the last drawing
     # would not be that of the last change.
     triggers = [component.change for component in (*inputs, components["model_status"])]
+    # What the page does not hear of, such as a load over the API, is there when one looks.
+    triggers.append(_tab_of(cache_type).select)
     gr.on(triggers, draw, inputs, [gauge], trigger_mode="always_last", **quiet)
     components["interface"].load(draw, inputs, [gauge], **quiet)
     pick = components[PICK]
     pick.input(_follow_pick, [pick, components["ctx_size"], cache_type],
                [components["ctx_size"], cache_type], **quiet)
+
+
+def _tab_of(component: Any) -> Any:
+    """The tab that a component lies in."""
+    while component is not None and type(component).__name__ not in ("Tab", "TabItem"):
+        component = component.parent
+    if component is None:
+        raise HostDiffers("its loaders' options lie in no tab")
+    return component
 
 
 def _plain_type(value: str | None) -> str:
@@ -151,14 +157,15 @@ def _gauge(shown: dict[str, Any]) -> str:
     model_name = shown["model_menu"]
     if not model_name or model_name == "None":
         return message_html("No model", "Choose a model above.", good=False)
+    drawn = problems.last_html()
     try:
-        options = loading.options_for(model_name, shown)
+        options = loading.options_for(model_name, shown["loader"], shown)
     except OSError as error:
-        return problem_html(error)
+        return drawn + panel.error_html(error)
     loaded = loading.current()
     if loaded is not None and loading.is_loaded_as(options):
-        return gauge_html(loaded.reservation, measured_bytes=loaded.allocated_bytes())
-    return panel.plan_html(options)
+        return drawn + gauge_html(loaded.reservation, measured_bytes=loaded.allocated_bytes())
+    return drawn + panel.plan_html(options)
 
 
 class _PageProgress:
@@ -207,8 +214,9 @@ def _load_with_progress(model_name: str, loader: str) -> Iterator[str]:
     def load() -> None:
         loading.load_progress.set(progress)
         try:
-            models.unload_model()
-            shared.model, shared.tokenizer = models.load_model(model_name, loader)
+            with loading.lock:
+                models.unload_model()
+                shared.model, shared.tokenizer = models.load_model(model_name, loader)
         except BaseException as error:
             ended.put(error)
         else:
@@ -230,10 +238,8 @@ def _load_with_progress(model_name: str, loader: str) -> Iterator[str]:
         return
     host.say(f"{model_name} was not loaded: {error}", error=True)
     if not isinstance(error, (ExlLoaderError, OSError)):
-        import traceback
-
         host.say("".join(traceback.format_exception(error)), error=True)
-    yield problem_html(error)
+    yield panel.error_html(error)
 
 
 def _lora_wrapper(original: Callable[..., Iterator[str]]) -> Callable[..., Iterator[str]]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from . import host
+from . import host, problems
 from .panel import LoadOptions
 
 if TYPE_CHECKING:
     from exl_loader.engine import LoadedModel
     from exl_loader.progress import Progress
+
+T = TypeVar("T")
 
 # What the web UI's other loaders call what this engine calls q8 and q4.
 _CACHE_TYPES = {"q8_0": "q8", "q4_0": "q4", "fp8": "q8"}
@@ -34,33 +36,11 @@ class LastLoad:
     options: dict[str, Any]
 
 
-_lock = threading.RLock()
+# Held for a load and what the web UI does around it, so that two cannot interleave.
+lock = threading.RLock()
 _loaded: LoadedModel | None = None
 _loaded_as: LoadOptions | None = None
 last_load: LastLoad | None = None
-
-
-def load_native(model_name: str) -> tuple[Any, Any]:
-    """Load for `ExLlamav2`: this engine's own generation. Returns model and tokenizer.
-
-    Raises:
-        ExlLoaderError: what is wrong, in one line; nothing is held.
-    """
-    from .webui_model import Exllamav3Model
-
-    return _load(model_name, host.LOADERS[0], lambda loaded: (model := Exllamav3Model(loaded),
-                                                              model))
-
-
-def load_hf(model_name: str) -> Any:
-    """Load for `ExLlamav2_HF`: transformers' generation. The web UI adds a tokenizer.
-
-    Raises:
-        ExlLoaderError: what is wrong, in one line; nothing is held.
-    """
-    from .webui_model_hf import Exllamav3HF
-
-    return _load(model_name, host.LOADERS[1], Exllamav3HF)
 
 
 def current() -> LoadedModel | None:
@@ -71,15 +51,27 @@ def current() -> LoadedModel | None:
 def forget(loaded: LoadedModel) -> None:
     """Note that a model has been unloaded."""
     global _loaded
-    with _lock:
+    with lock:
         if _loaded is loaded:
             _loaded = None
 
 
-def options_for(model_name: str, values: dict[str, Any]) -> LoadOptions:
-    """Read load options from the web UI's values, under the web UI's names."""
-    options = LoadOptions.from_values(values | {"model_dir": str(host.model_path(model_name))})
+def options_for(model_name: str, loader: str, values: Mapping[str, Any]) -> LoadOptions:
+    """Read load options from the web UI's values, under the web UI's names.
+
+    A draft model is the native loader's: transformers' samplers draw token by token.
+    """
+    known = {"model_dir": str(host.model_path(model_name))}
+    known |= {name: values.get(name) for name in _option_names(loader)}
+    draft = str(known.get("model_draft") or "")
+    known["model_draft"] = str(host.model_path(draft)) if _is_chosen(draft) else ""
+    options = LoadOptions.from_values(known)
     return replace(options, cache_type=plain_cache_type(options.cache_type))
+
+
+def _is_chosen(model_name: str) -> bool:
+    """Whether a menu of models names one: its first entry is None."""
+    return model_name.strip().lower() not in ("", "none")
 
 
 def plain_cache_type(name: str) -> str:
@@ -92,34 +84,50 @@ def is_loaded_as(options: LoadOptions) -> bool:
     return _loaded is not None and _loaded_as == options
 
 
+def is_idle() -> bool:
+    """Whether the web UI has unloaded its model because nobody used it."""
+    shared = host.module("modules.shared")
+    idle = shared.args.idle_timeout > 0 and shared.model is None
+    return bool(idle and shared.model_name not in (None, "None"))
+
+
 def reload_idle(original: Callable[[], None]) -> None:
     """Load again what was unloaded for idleness, as it was; once, however many ask for it."""
     shared = host.module("modules.shared")
-    with _lock:
+    with lock:
         last = last_load
-        idle = shared.args.idle_timeout > 0 and shared.model is None
-        if idle and last is not None and last.model_name == shared.model_name:
+        if is_idle() and last is not None and last.model_name == shared.model_name:
             shared.args.loader = last.loader
             for name, value in last.options.items():
                 setattr(shared.args, name, value)
         original()
 
 
-def _load(model_name: str, loader: str, wrap: Callable[[LoadedModel], Any]) -> Any:
+def load(model_name: str, loader: str, wrap: Callable[[LoadedModel], T]) -> T:
+    """Load a model with the web UI's options; the one before gives its memory back first.
+
+    Args:
+        model_name: of its folder, as the web UI knows it. loader: one of ours.
+        wrap: makes of it what the web UI wants.
+
+    Raises:
+        ExlLoaderError: what is wrong, in one line; nothing is held.
+    """
     global _loaded, _loaded_as, last_load
     import exl_loader
     from exl_loader.progress import default_progress
 
     args = host.module("modules.shared").args
-    with _lock:
+    with lock:
         if _loaded is not None:
             _loaded.unload()
             _loaded = None
-        values = {name: getattr(args, name, None) for name in _option_names()}
-        options = options_for(model_name, values)
+        problems.clear()
+        values = {name: getattr(args, name, None) for name in _option_names(loader)}
+        options = options_for(model_name, loader, values)
         loaded = exl_loader.load(
             options.model_dir, progress=load_progress.get() or default_progress(),
-            **options.arguments(),
+            **options.load_arguments(),
         )
         try:
             wrapped = wrap(loaded)
@@ -133,5 +141,6 @@ def _load(model_name: str, loader: str, wrap: Callable[[LoadedModel], Any]) -> A
         return wrapped
 
 
-def _option_names() -> tuple[str, ...]:
-    return ("ctx_size", "cache_type", "gpu_split", *host.OPTION_DEFAULTS)
+def _option_names(loader: str) -> tuple[str, ...]:
+    draft = host.DRAFT_OPTIONS if loader == host.LOADERS[0] else ()
+    return ("ctx_size", "cache_type", "gpu_split", *draft, *host.OPTION_DEFAULTS)

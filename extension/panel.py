@@ -7,6 +7,7 @@ the same. Nothing here reads a weight or imports PyTorch.
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,9 @@ class LoadOptions:
 
     Args:
         model_dir: the folder. ctx_size: tokens; 0 leaves it to the plan.
-        cache_type, gpu_split, alpha_value, compress_pos_emb: see `exl_loader.plan`.
+        cache_type, gpu_split, alpha_value, compress_pos_emb, model_draft, ctx_size_draft: see
+            `exl_loader.plan`.
+        draft_max: see `exl_loader.load`; 0 leaves it to that.
     """
 
     model_dir: str
@@ -89,6 +92,9 @@ class LoadOptions:
     alpha_value: float = 1.0
     compress_pos_emb: float = 1.0
     gpu_split: str = ""
+    model_draft: str = ""
+    ctx_size_draft: int = 0
+    draft_max: int = 0
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> LoadOptions:
@@ -101,6 +107,7 @@ class LoadOptions:
             values.get("cache_type"), bool(values.get("cache_8bit")),
             bool(values.get("cache_4bit")),
         )
+        draft = str(values.get("model_draft") or "").strip()
         return cls(
             model_dir=str(values.get("model_dir") or "").strip(),
             ctx_size=int(_number(values.get("ctx_size"), 0)),
@@ -108,17 +115,28 @@ class LoadOptions:
             alpha_value=_number(values.get("alpha_value"), 1.0),
             compress_pos_emb=_number(values.get("compress_pos_emb"), 1.0),
             gpu_split=str(values.get("gpu_split") or "").strip(),
+            model_draft=draft,
+            # Without a draft model they change nothing, whatever their fields hold.
+            ctx_size_draft=int(_number(values.get("ctx_size_draft"), 0)) if draft else 0,
+            draft_max=int(_number(values.get("draft_max"), 0)) if draft else 0,
         )
 
     def arguments(self) -> dict[str, Any]:
-        """Return the keyword arguments of `exl_loader.plan` and `exl_loader.load`."""
-        return {
+        """Return the keyword arguments of `exl_loader.plan`."""
+        arguments: dict[str, Any] = {
             "ctx_size": self.ctx_size or None,
             "cache_type": self.cache_type,
             "alpha_value": self.alpha_value,
             "compress_pos_emb": self.compress_pos_emb,
             "gpu_split": self.gpu_split or None,
         }
+        if self.model_draft:
+            arguments |= {"model_draft": self.model_draft, "ctx_size_draft": self.ctx_size_draft}
+        return arguments
+
+    def load_arguments(self) -> dict[str, Any]:
+        """Return the keyword arguments of `exl_loader.load`."""
+        return self.arguments() | ({"draft_max": self.draft_max} if self.draft_max else {})
 
 
 def _number(value: Any, default: float) -> float:
@@ -177,3 +195,18 @@ def parse_pick(text: str | None) -> Pick | None:
         return None
     ctx_size = int(words[0])
     return Pick(ctx_size, words[1]) if 0 < ctx_size <= MAX_POSITIONS else None
+
+
+def error_html(error: BaseException, *, heading: str = "Cannot be loaded") -> str:
+    """Show any error as one line; one that nobody expected folds where it came from."""
+    if isinstance(error, ExlLoaderError):
+        return problem_html(error, heading=heading)
+    if isinstance(error, OSError):
+        name = f"{error.filename}: " if error.filename else ""
+        return problem_html(f"{name}{error.strerror or error}", heading=heading)
+    unexpected = ExlLoaderError(
+        f"Unexpected {type(error).__name__}: {error}",
+        remedy="The details say where; please report them",
+        details="".join(traceback.format_exception(error)),
+    )
+    return problem_html(unexpected, heading=heading)

@@ -8,20 +8,13 @@ its log says why. Registering again, as every restart of the page does, changes 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
-from . import dispatch, host, host_panel, loading, recognise
-from .early import is_initializing, watcher
-from .host import LOADERS, OPTION_DEFAULTS, HostDiffers, Patches, say
-from .request import SAMPLERS
-
-# The loaders' ids in `modules.loaders`: the web UI's own options, then ours.
-_OPTIONS = ("ctx_size", "cache_type", "gpu_split", *OPTION_DEFAULTS)
-
-# Sampler ids of the page that this engine has besides those that are settings by their name.
-_MORE_SAMPLERS = {"auto_max_new_tokens", "add_bos_token"}
+from . import dispatch, host, host_loaders, host_panel, loading, problems, recognise, tables
+from .host import LOADERS, HostDiffers, Patches, say
+from .watch import is_initializing, watcher
 
 # The loaders that the API asks for log probabilities and hands biases to.
 _NATIVE_GATE = ("llama.cpp", "ExLlamav3")
@@ -41,7 +34,7 @@ def register() -> bool:
         return _registered
     try:
         host.check()
-        _add_tables()
+        tables.add_loaders(_patches)
         _extend_functions()
         _watch_later_modules()
         _registered = True
@@ -64,68 +57,13 @@ def unregister() -> None:
     _registered = None
 
 
-def remove_options() -> None:
-    """Take our options out of the page's lists, where their components could not be made.
-
-    Every id in these lists has to have a component when the page is wired.
-    """
-    tables = host.module("modules.loaders")
-    shared = host.module("modules.shared")
-    inputs = getattr(shared, "input_elements", None)
-    for loader in LOADERS:
-        params = tables.loaders_and_params[loader]
-        params[:] = [name for name in params if name not in _page_ids()]
-    if isinstance(inputs, list):
-        inputs[:] = [name for name in inputs if name not in OPTION_DEFAULTS]
-    _page_options.clear()
-    _clear_caches()
-
-
-# Our options as the page's lists have them; emptied where the page could not take them.
-_page_options: list[str] = list(OPTION_DEFAULTS)
-
-
-def _page_ids() -> set[str]:
-    return {*OPTION_DEFAULTS, *host_panel.PANEL_IDS}
-
-
-def _add_tables() -> None:
-    tables = host.module("modules.loaders")
-    shared = host.module("modules.shared")
-    known = set().union(*tables.loaders_samplers.values())
-    native = {name for name in SAMPLERS | _MORE_SAMPLERS if name in known}
-    like_hf = tables.loaders_samplers.get("ExLlamav3_HF") or tables.loaders_samplers["Transformers"]
-    options = [*_OPTIONS, *host_panel.PANEL_IDS]
-    _patches.later(_clear_caches)
-    for name, samplers, params in zip(
-        LOADERS, (native, set(like_hf)), (options, [*options, "no_use_fast"]), strict=True
-    ):
-        _patches.put(tables.loaders_and_params, name, params)
-        _patches.put(tables.loaders_samplers, name, samplers)
-    for namespace in (shared.args, shared.original_args, shared.args_defaults):
-        for name, default in OPTION_DEFAULTS.items():
-            if not hasattr(namespace, name):
-                _patches.set(namespace, name, default)
-    owner = host.elements_module()
-    original = owner.list_model_elements
-    _patches.replace(original, lambda: [*original(), *_page_options])
-    _clear_caches()
-
-
-def _clear_caches() -> None:
-    tables = host.module("modules.loaders")
-    for name in ("get_all_params", "list_all_samplers", "list_model_elements"):
-        clear = getattr(getattr(tables, name, None), "cache_clear", None)
-        if clear is not None:
-            clear()
-
-
 def _extend_functions() -> None:
     models = host.module("modules.models")
     shared = host.module("modules.shared")
     settings = host.module("modules.models_settings")
     names = {name: f"_exl_loader_{name}" for name in LOADERS}
-    for name, function in zip(LOADERS, (loading.load_native, loading.load_hf), strict=True):
+    functions = (host_loaders.load_native, host_loaders.load_hf)
+    for name, function in zip(LOADERS, functions, strict=True):
         _patches.set(models, names[name], function)
     dispatch.add_dict_entries(_patches, models.load_model, "load_func_map", names)
     _patches.replace(settings.infer_loader, _infer_loader(settings.infer_loader))
@@ -175,8 +113,10 @@ def _with_current_names(config: Any) -> Any:
 
 def _watch_later_modules() -> None:
     later: dict[str, Callable[[ModuleType], None]] = {
+        "modules.text_generation": _extend_generation,
         "modules.LoRA": _explain_lora,
         "modules.ui_model_menu": lambda module: host_panel.extend_menu(_patches, module),
+        "modules.logits": _extend_logits,
         "modules.transformers_loader": _keep_logprobs,
         "modules.api.completions": _open_native_gate,
         "extensions.openai.completions": _open_native_gate,
@@ -189,6 +129,50 @@ def _watch_later_modules() -> None:
                 raise HostDiffers(f"{name} is imported in an order that is new")
             watcher.call(name, found)
     watcher.start()
+
+
+def _extend_generation(module: ModuleType) -> None:
+    """Have errors of `ExLlamav2_HF` reported, and idle reloads guarded where they are local."""
+    with_hf = module.generate_reply_HF
+
+    def generate_reply_HF(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        model = host.module("modules.shared").model
+        yield from with_hf(*args, **kwargs)
+        error = model.take_error() if hasattr(model, "take_error") else None
+        if error is not None:
+            problems.report(error)
+
+    _patches.replace(with_hf, generate_reply_HF)
+    reply = module.generate_reply
+    if _reloads_by_itself():
+
+        def generate_reply(*args: Any, **kwargs: Any) -> Iterator[Any]:
+            loading.reload_idle(_reload)
+            yield from reply(*args, **kwargs)
+
+        _patches.replace(reply, generate_reply)
+
+
+def _extend_logits(module: ModuleType) -> None:
+    original = module.get_next_logits
+    if _reloads_by_itself():
+
+        def get_next_logits(*args: Any, **kwargs: Any) -> Any:
+            loading.reload_idle(_reload)
+            return original(*args, **kwargs)
+
+        _patches.replace(original, get_next_logits)
+
+
+def _reloads_by_itself() -> bool:
+    """Whether whoever needs the model loads an idle one, without one function for all (v4.2)."""
+    return not hasattr(host.module("modules.models"), "load_model_if_idle_unloaded")
+
+
+def _reload() -> None:
+    shared = host.module("modules.shared")
+    if loading.is_idle():
+        shared.model, shared.tokenizer = host.module("modules.models").load_model(shared.model_name)
 
 
 def _explain_lora(module: ModuleType) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # Settings that the web UI works out itself, or that are not a sampler's.
 _NOT_COPIED = frozenset({"max_new_tokens", "stop_strings", "stop_token_ids", "logit_bias",
-                         "guidance_scale", "negative_prompt", "logprobs"})
+                         "json_schema", "logprobs"})
 
 SAMPLERS = frozenset(field.name for field in fields(SamplingSettings)) - _NOT_COPIED
 

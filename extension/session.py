@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from exl_loader.errors import ExlLoaderError, InvalidSettings, ModelUnloaded, Pr
 from exl_loader.progress import format_count
 
 from .gauge import gauge_html, problem_html, task_html
-from .panel import LoadOptions, plan_html, reachable_length
+from .panel import LoadOptions, error_html, plan_html, reachable_length
 
 if TYPE_CHECKING:
     from exl_loader.engine import LoadedModel
@@ -109,7 +108,7 @@ class Session:
             from exl_loader.loader import load
 
             self._model = load(
-                options.model_dir, progress=self._progress, **options.arguments()
+                options.model_dir, progress=self._progress, **options.load_arguments()
             )
             # What the plan chose is what a page that shows this model has to say.
             self._options = replace(options, ctx_size=self._model.ctx_size)
@@ -199,15 +198,3 @@ class Session:
         if model is None:
             raise ModelUnloaded("The model", actual="not loaded", remedy="Load one first")
         return model
-
-
-def error_html(error: Exception) -> str:
-    """Show an error; one that is nobody's fault but ours shows where it came from, folded."""
-    if isinstance(error, ExlLoaderError):
-        return problem_html(error)
-    trace = "".join(traceback.format_exception(error))
-    unexpected = ExlLoaderError(
-        f"Unexpected {type(error).__name__}: {error}",
-        remedy="The details say where; please report them", details=trace,
-    )
-    return problem_html(unexpected)

@@ -16,12 +16,13 @@ from .panel import (
     CACHE_TYPES,
     LoadOptions,
     after_toggle,
+    error_html,
     parse_pick,
     reachable_length,
     reserve,
     toggles_for,
 )
-from .session import Session, error_html
+from .session import Session
 
 if TYPE_CHECKING:
     from .standalone_text import TextView

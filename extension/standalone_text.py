@@ -17,7 +17,8 @@ import gradio as gr
 from exl_loader.commands.generate import DEMO_PROMPT
 from exl_loader.commands.model_options import DEMO_MODEL, TERMINAL_DEFAULTS
 
-from .session import Session, error_html
+from .panel import error_html
+from .session import Session
 
 if TYPE_CHECKING:
     from exl_loader.generation import TextGeneration

@@ -13,6 +13,8 @@ from importlib.abc import Loader
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
+from .host import say
+
 After = Callable[[ModuleType], None]
 Around = Callable[[], AbstractContextManager[None]]
 
@@ -87,3 +89,16 @@ class _Loader(Loader):
         with self._watcher.context(module.__name__):
             self._inner.exec_module(module)
         self._watcher.call(module.__name__, module)
+
+
+def is_initializing(module: ModuleType | None) -> bool:
+    """Whether a module is being imported right now."""
+    return module is not None and bool(getattr(module.__spec__, "_initializing", False))
+
+
+def _report(name: str, error: Exception) -> None:
+    say(f"{name} could not be extended and stays as it is: {error}")
+
+
+# The one of this process: registration may begin before any module of the web UI is there.
+watcher = Watcher(_report)

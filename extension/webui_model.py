@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from exl_loader.errors import ExlLoaderError
 from exl_loader.sampling import Sampler, TokenRoles
 from exl_loader.settings import SamplingSettings
 
-from . import host, loading
+from . import loading, problems
 from .request import StopWatch, prompt_ids, settings, take_processors, without_padding
 
 if TYPE_CHECKING:
@@ -97,34 +96,44 @@ class Exllamav3Model:
         Closing the iterator gives the request's pages back.
 
         Raises:
-            ExlLoaderError: what is wrong, said in the page as well.
+            Exception: what is wrong, said in the page as well.
         """
         try:
             yield from self._stream(prompt, state)
-        except ExlLoaderError as error:
-            host.warn_in_page(str(error))
+        except Exception as error:
+            problems.report(error)
             raise
+        problems.clear()
 
     def _stream(self, prompt: str, state: Mapping[str, Any]) -> Iterator[str]:
-        ids = prompt_ids(self.loaded.tokenizer, prompt, state, self.loaded.ctx_size)
+        tokenizer = self.loaded.tokenizer
+        ids = prompt_ids(tokenizer, prompt, state, self.loaded.ctx_size)
         self._of_thread.prompt_tokens = len(ids)
         entries: list[dict[str, Any]] = []
         self.last_completion_probabilities = entries
         chosen = settings(state, len(ids), self.loaded.ctx_size)
         processors = take_processors(state, chosen)
         watch = StopWatch(state)
+        # The web UI itself drops a space in front of an answer in a chat.
+        behind = () if chosen.get("grammar_string") else ids
+        words = tokenizer.stream(chosen.get("skip_special_tokens", True), behind)
         text = ""
-        with self.loaded.generate(ids, chosen, progress=watch) as generation:
+        # Ids and not text: a token that shows nothing is a moment to look for a stop as well.
+        with self.loaded.generate_ids(ids, chosen, progress=watch) as generation:
             watch.generation = generation
-            for piece in generation:
-                text += piece
+            for token_id in generation:
+                piece = words.push(token_id)
                 # A streamed answer may go on in another thread than it began in.
                 self._of_thread.prompt_tokens = len(ids)
                 self._note_logprobs(generation, entries, processors)
-                yield text
+                if piece:
+                    text += piece
+                    yield text
                 if watch.wanted():
                     break
-            self._note_logprobs(generation, entries, processors)
+        tail = words.flush()
+        if tail:
+            yield text + tail
         if chosen["max_new_tokens"] == 1:
             self._keep_scores(ids, chosen)
 

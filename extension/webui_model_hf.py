@@ -36,6 +36,7 @@ class Exllamav3HF(PreTrainedModel, GenerationMixin):
         self.loaded = loaded
         self.generation_config = GenerationConfig()
         self._rope_len: int | None = None
+        self._error: Exception | None = None
 
     @property
     def device(self) -> torch.device:
@@ -85,7 +86,28 @@ class Exllamav3HF(PreTrainedModel, GenerationMixin):
 
         Returns:
             `logits` float32 [1, 1 or n, vocab_size], `loss`, `past_key_values`.
+
+        Raises:
+            ExlLoaderError: see `LoadedModel.next_logits` and `prompt_logits`.
         """
+        try:
+            return self._evaluate(input_ids, labels, past_key_values, use_cache)
+        except Exception as error:
+            self._error = error
+            raise
+
+    def take_error(self) -> Exception | None:
+        """Return what the model ended a generation with, once.
+
+        The web UI generates in a thread of its own, which no page waits for.
+        """
+        error, self._error = self._error, None
+        return error
+
+    def _evaluate(
+        self, input_ids: torch.Tensor, labels: torch.Tensor | None,
+        past_key_values: list[int] | None, use_cache: bool,
+    ) -> CausalLMOutputWithPast:
         ids = [*(past_key_values or []), *input_ids[0].tolist()]
         loss = None
         if labels is None:

@@ -511,3 +511,13 @@ def test_unload_and_dropping_let_go_of_the_model():
     list(engine.generate_ids([5], GREEDY))
     del engine, model
     assert watched_engine() is None and watched() is None
+
+
+def test_behind_a_text_the_space_between_two_words_is_kept(spm_tokenizer):
+    prompt = spm_tokenizer.encode("two")
+    answer = [*spm_tokenizer.encode("words", add_bos=False), spm_tokenizer.eos_token_ids[0]]
+    engine, _, _ = fake_engine(lambda ids: answer[len(ids) - len(prompt)], 600, spm_tokenizer)
+    assert "".join(engine.generate("two", GREEDY)) == " words"
+    assert "".join(engine.generate("two", GREEDY | {"stop_strings": [" words"]})) == ""
+    # What follows ids, as in a conversation, is a text of its own.
+    assert "".join(engine.generate(prompt, GREEDY)) == "words"

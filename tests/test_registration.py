@@ -68,7 +68,7 @@ def test_samplers_are_those_the_engine_has(host):
     registration.register()
     native = web.loaders.loaders_samplers["ExLlamav2"]
     assert native == {"temperature", "top_p", "mirostat_mode", "auto_max_new_tokens", "seed",
-                      "grammar_string"}
+                      "grammar_string", "guidance_scale"}
     hf = web.loaders.loaders_samplers["ExLlamav2_HF"]
     assert hf == web.loaders.loaders_samplers["ExLlamav3_HF"]
     assert hf is not web.loaders.loaders_samplers["ExLlamav3_HF"]

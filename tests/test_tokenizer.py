@@ -259,6 +259,17 @@ def test_text_comes_as_soon_as_its_characters_are_complete(name, tokenizers):
     assert pieces[-1] == "🎉" and "🎉" in pieces[:-1]
 
 
+@pytest.mark.parametrize("name", ["spm_bos", "json_unigram", "json_metaspace", "json_llama3"])
+def test_a_text_that_goes_on_keeps_the_space_between_two_words(name, tokenizers):
+    tokenizer = tokenizers[name]
+    text = "Hello world and more"
+    ids = tokenizer.encode(text, add_bos=False)
+    for first in range(1, len(ids)):
+        stream = tokenizer.stream(behind=ids[:first])
+        said = "".join(map(stream.push, ids[first:])) + stream.flush()
+        assert tokenizer.decode(ids[:first]) + said == text
+
+
 @settings(max_examples=100, deadline=None,
           suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())

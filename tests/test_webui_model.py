@@ -1,8 +1,7 @@
-"""The web UI's two adapters on a real, tiny model, and what the Model tab says about loads."""
+"""The web UI's two adapters on a real, tiny model."""
 
 from __future__ import annotations
 
-import importlib
 import sys
 import threading
 from types import SimpleNamespace
@@ -10,11 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny import write_tiny_model
-from webui_double import write_host
 
 import exl_loader
 from exl_loader.errors import PromptTooLong
-from extension import host_panel, loading, registration, request
+from extension import problems, request
 from extension.webui_model import Exllamav3Model
 
 STATE = {
@@ -22,7 +20,8 @@ STATE = {
     "add_bos_token": True, "ban_eos_token": True, "skip_special_tokens": True, "seed": 1,
     "repetition_penalty_range": -1, "sampler_priority": "temperature\ntop_k", "top_k": 0,
     "custom_token_bans": None, "dry_sequence_breakers": '"\\n", ":"', "penalty_alpha": 0.6,
-    "grammar_string": "", "guidance_scale": 1.5, "stream": True, "mode": "chat",
+    "grammar_string": "", "guidance_scale": 1.0, "negative_prompt": "", "stream": True,
+    "mode": "chat",
 }
 PROMPT = "Hello there"
 
@@ -78,11 +77,46 @@ def test_the_prompt_keeps_its_end_and_one_bos(loaded):
 
 def test_the_state_becomes_settings_and_hidden_samplers_stay_out():
     chosen = request.settings(STATE, 10, 512)
-    assert not {"penalty_alpha", "guidance_scale", "mode"} & set(chosen)
+    assert not {"penalty_alpha", "mode"} & set(chosen)
     assert chosen["repetition_penalty_range"] == 0 and chosen["seed"] == 1
     assert request.settings(STATE | {"auto_max_new_tokens": True}, 10, 512)["max_new_tokens"] == 502
     biased = request.settings(STATE | {"logit_bias": {"5": 3}}, 10, 512)
     assert biased["logit_bias"] == {5: 3.0}
+
+
+def test_guidance_grammar_and_bans_are_the_engines(model, loaded):
+    pytest.importorskip("llguidance")
+    wishes = {"guidance_scale": 2.0, "negative_prompt": "Something else",
+              "custom_token_bans": "70, 71", "grammar_string": "root ::= [a-z]+"}
+    greedy = {"temperature": 0, "max_new_tokens": 8, "ban_eos_token": True}
+    texts = set()
+    for names in ((), ("guidance_scale", "negative_prompt"), ("grammar_string",), tuple(wishes)):
+        chosen = {name: wishes[name] for name in names}
+        with loaded.generate(PROMPT, greedy | chosen) as generation:
+            expected = "".join(generation)
+        assert model.generate(PROMPT, STATE | chosen) == expected
+        texts.add(expected)
+    assert len(texts) > 2 and expected.isalpha()
+
+
+class CountedEvent:
+    """An event that is set when it has been asked about so many times."""
+
+    def __init__(self, left):
+        self.left = left
+
+    def is_set(self):
+        self.left -= 1
+        return self.left < 0
+
+
+def test_hidden_tokens_are_moments_to_stop_as_well(model, loaded):
+    (unknown,) = loaded.encode("<unk>", add_bos=False)
+    state = STATE | {"logit_bias": {unknown: 100}, "max_new_tokens": 400, "logprobs": 1}
+    assert model.generate(PROMPT, state) == ""
+    assert len(model.last_completion_probabilities) == 400
+    assert model.generate(PROMPT, state | {"stop_event": CountedEvent(10)}) == ""
+    assert len(model.last_completion_probabilities) < 20
 
 
 def test_stopping_by_event_and_by_the_hosts_flag(model, loaded, shared):
@@ -187,10 +221,27 @@ def test_perplexity_is_the_mean_over_the_labels(model):
     assert out.loss.item() == pytest.approx(losses[3:].mean().item(), rel=1e-4)
 
 
-def test_errors_reach_the_log_in_one_line(model, capsys):
+def test_errors_reach_the_log_in_one_line_and_the_model_tab(model, capsys):
     with pytest.raises(exl_loader.errors.InvalidSettings):
         model.generate(PROMPT, STATE | {"temperature": "hot"})
-    assert "exl_loader: temperature" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("exl_loader: temperature") == 1
+    assert "Generation failed" in problems.last_html() and "hot" in problems.last_html()
+    model.generate(PROMPT, STATE)
+    assert problems.last_html() == ""
+
+
+def test_what_nobody_expected_is_a_line_with_its_traceback_folded(model, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise RuntimeError("moved")
+
+    monkeypatch.setattr(type(model.loaded), "generate_ids", fail)
+    with pytest.raises(RuntimeError):
+        model.generate(PROMPT, STATE)
+    said = capsys.readouterr().err
+    assert "Unexpected RuntimeError: moved" in said and "Traceback" not in said
+    line, _, details = problems.last_html().partition("<details>")
+    assert "Traceback" in details and "Traceback" not in line
+    problems.clear()
 
 
 def test_hf_gives_the_same_greedy_tokens(loaded, shared):
@@ -211,8 +262,9 @@ def test_hf_gives_the_same_greedy_tokens(loaded, shared):
     past = hf(input_ids=ids[:, :3]).past_key_values
     further = hf(input_ids=ids[:, 3:], past_key_values=past).logits
     assert torch.equal(further, hf(input_ids=ids).logits)
-    with pytest.raises(PromptTooLong):
+    with pytest.raises(PromptTooLong) as raised:
         hf(input_ids=torch.ones(1, 600, dtype=torch.int64))
+    assert hf.take_error() is raised.value and hf.take_error() is None
 
 
 def test_next_logits_reuse_changes_nothing(loaded):
@@ -222,97 +274,3 @@ def test_next_logits_reuse_changes_nothing(loaded):
     assert len(whole) > 10
     for row, expected in zip(grown, whole, strict=True):
         assert torch.allclose(row, expected, atol=2e-2)
-
-
-@pytest.fixture
-def page(tmp_path, monkeypatch, folder):
-    """The double of the web UI with its Model tab imported."""
-    root = write_host(tmp_path / "host")
-    monkeypatch.chdir(root)
-    monkeypatch.syspath_prepend(str(root))
-    monkeypatch.setattr(sys, "argv", ["server.py", "--model-dir", str(folder.parent)])
-    models = importlib.import_module("modules.models")
-    menu = importlib.import_module("modules.ui_model_menu")
-    registration.register()
-    yield SimpleNamespace(menu=menu, models=models, shared=sys.modules["modules.shared"])
-    models.unload_model()
-    registration.unregister()
-    for name in [n for n in sys.modules if n == "modules" or n.startswith("modules.")]:
-        del sys.modules[name]
-    importlib.invalidate_caches()
-
-
-def shown(page, **changes):
-    """The gauge for a page's values."""
-    values = {"loader": "ExLlamav2", "model_menu": "tiny", "ctx_size": 512, "cache_type": "fp16",
-              "gpu_split": "", "cache_8bit": False, "cache_4bit": False, "alpha_value": 1,
-              "compress_pos_emb": 1} | changes
-    return host_panel.draw(*(values[name] for name in host_panel._INPUTS))
-
-
-def test_the_load_button_shows_progress_and_the_gauge_what_was_measured(page):
-    said = list(page.menu.load_model_wrapper("tiny", "ExLlamav2", autoload=True))
-    assert said[0] == "Loading `tiny`..." and "Loaded" in said[-1]
-    total = loading.current().reservation.total_bytes
-    assert f"{total:,} bytes" in shown(page, ctx_size=loading.current().ctx_size)
-    assert "Measured" not in shown(page, cache_type="q4")
-    page.models.unload_model()
-    assert loading.current() is None and "Measured" not in shown(page)
-
-
-def test_a_refusal_is_one_line_in_the_page_and_nothing_is_held(page, capsys):
-    list(page.menu.load_model_wrapper("tiny", "ExLlamav2", autoload=True))
-    page.shared.args.cache_type = "q3"
-    said = list(page.menu.load_model_wrapper("tiny", "ExLlamav2", autoload=True))
-    assert "Cannot be loaded" in said[-1] and "q3" in said[-1] and "Traceback" not in said[-1]
-    assert loading.current() is None and page.shared.model is None
-    assert "tiny was not loaded" in capsys.readouterr().err
-
-
-def test_a_model_that_vanished_is_said_so(page):
-    said = list(page.menu.load_model_wrapper("gone", "ExLlamav2", autoload=True))
-    assert "Cannot be loaded" in said[-1] and "gone" in said[-1]
-    assert "Cannot be loaded" in shown(page, model_menu="gone")
-
-
-def test_the_gauge_is_empty_for_other_loaders_and_without_a_model(page):
-    assert "exl-gauge" not in shown(page, loader="llama.cpp")
-    assert "exl-gauge" not in shown(page, loader=None)
-    assert "Choose a model" in shown(page, model_menu="None")
-    assert "8-bit cache" in shown(page, cache_type="q8_0")
-    assert "4-bit cache" in shown(page, cache_4bit=True)
-
-
-def test_other_loaders_keep_their_load_button_and_loras(page):
-    assert list(page.menu.load_model_wrapper("tiny", "llama.cpp", autoload=True)) == [
-        "the host's own"]
-    assert list(page.menu.load_lora_wrapper(["x"])) == ["the host's own"]
-    list(page.menu.load_model_wrapper("tiny", "ExLlamav2", autoload=True))
-    (line,) = page.menu.load_lora_wrapper(["x"])
-    assert "does not support LoRAs" in line
-
-
-def test_a_load_during_a_generation_ends_it_cleanly(page):
-    list(page.menu.load_model_wrapper("tiny", "ExLlamav2", autoload=True))
-    steps = page.shared.model.generate_with_streaming(PROMPT, STATE | {"max_new_tokens": 400})
-    next(steps)
-    said = list(page.menu.load_model_wrapper("tiny", "ExLlamav2", autoload=True))
-    assert "Loaded" in said[-1]
-    with pytest.raises(exl_loader.errors.ModelUnloaded):
-        list(steps)
-    assert page.shared.model.generate(PROMPT, STATE)
-
-
-def test_two_loads_at_once_leave_one_model(page):
-    results = []
-
-    def load():
-        results.append(list(page.menu.load_model_wrapper("tiny", "ExLlamav2", autoload=True)))
-
-    threads = [threading.Thread(target=load) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all("Loaded" in said[-1] for said in results)
-    assert loading.current().allocated_bytes() == loading.current().reservation.total_bytes

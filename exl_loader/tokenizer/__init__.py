@@ -100,9 +100,19 @@ class Tokenizer:
         """
         return self._backend.decode(whole_numbers("ids", ids, "token ids"), skip_special)
 
-    def stream(self, skip_special: bool = True) -> StreamDecoder:
-        """Begin to decode one token at a time."""
-        return StreamDecoder(self._backend, skip_special)
+    def stream(self, skip_special: bool = True, behind: Sequence[int] = ()) -> StreamDecoder:
+        """Begin to decode one token at a time.
+
+        Args:
+            skip_special: leave special tokens out.
+            behind: ids of the text that the new one goes on from. Where a tokenizer drops a
+                text's first space, as Llama 2's does, that is no first space any more.
+        """
+        stream = StreamDecoder(self._backend, skip_special)
+        last_word = next((i for i in reversed(behind) if i not in self.special_ids), None)
+        if last_word is not None:
+            stream.push(last_word)
+        return stream
 
     def token_id(self, content: str) -> int | None:
         """Return the id of a token by its text, None where there is no such token."""

@@ -1,0 +1,157 @@
+"""What the Model tab of the web UI says and does about loads, in the double of the web UI."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
+from tiny import write_tiny_model
+from webui_double import write_host
+
+import exl_loader
+from extension import host_panel, loading, registration
+
+STATE = {"temperature": 0, "max_new_tokens": 8, "truncation_length": 512, "add_bos_token": True,
+         "ban_eos_token": True, "stream": True}
+PROMPT = "Hello there"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch, folder):
+    """The double of the web UI with its Model tab imported."""
+    root = write_host(tmp_path / "host")
+    monkeypatch.chdir(root)
+    monkeypatch.syspath_prepend(str(root))
+    monkeypatch.setattr(sys, "argv", ["server.py", "--model-dir", str(folder.parent)])
+    models = importlib.import_module("modules.models")
+    menu = importlib.import_module("modules.ui_model_menu")
+    registration.register()
+    yield SimpleNamespace(menu=menu, models=models, shared=sys.modules["modules.shared"])
+    models.unload_model()
+    registration.unregister()
+    for name in [n for n in sys.modules if n == "modules" or n.startswith("modules.")]:
+        del sys.modules[name]
+    importlib.invalidate_caches()
+
+
+def shown(page, **changes):
+    """The gauge for a page's values."""
+    values = {"loader": "ExLlamav2", "model_menu": "tiny", "ctx_size": 512, "cache_type": "fp16",
+              "gpu_split": "", "model_draft": "None", "ctx_size_draft": 0, "draft_max": 4,
+              "cache_8bit": False, "cache_4bit": False, "alpha_value": 1,
+              "compress_pos_emb": 1} | changes
+    return host_panel.draw(*(values[name] for name in host_panel._INPUTS))
+
+
+def test_the_load_button_shows_progress_and_the_gauge_what_was_measured(page):
+    said = list(page.menu.load_model_wrapper("tiny", "ExLlamav2", autoload=True))
+    assert said[0] == "Loading `tiny`..." and "Loaded" in said[-1]
+    total = loading.current().reservation.total_bytes
+    assert f"{total:,} bytes" in shown(page, ctx_size=loading.current().ctx_size)
+    assert "Measured" not in shown(page, cache_type="q4")
+    page.models.unload_model()
+    assert loading.current() is None and "Measured" not in shown(page)
+
+
+def test_a_refusal_is_one_line_in_the_page_and_nothing_is_held(page, capsys):
+    list(page.menu.load_model_wrapper("tiny", "ExLlamav2", autoload=True))
+    page.shared.args.cache_type = "q3"
+    said = list(page.menu.load_model_wrapper("tiny", "ExLlamav2", autoload=True))
+    assert "Cannot be loaded" in said[-1] and "q3" in said[-1] and "Traceback" not in said[-1]
+    assert loading.current() is None and page.shared.model is None
+    assert "tiny was not loaded" in capsys.readouterr().err
+
+
+def test_a_model_that_vanished_is_said_so(page):
+    said = list(page.menu.load_model_wrapper("gone", "ExLlamav2", autoload=True))
+    assert "Cannot be loaded" in said[-1] and "gone" in said[-1]
+    assert "Cannot be loaded" in shown(page, model_menu="gone")
+
+
+def test_the_gauge_is_empty_for_other_loaders_and_without_a_model(page):
+    assert "exl-gauge" not in shown(page, loader="llama.cpp")
+    assert "exl-gauge" not in shown(page, loader=None)
+    assert "Choose a model" in shown(page, model_menu="None")
+    assert "8-bit cache" in shown(page, cache_type="q8_0")
+    assert "4-bit cache" in shown(page, cache_4bit=True)
+
+
+def test_other_loaders_keep_their_load_button_and_loras(page):
+    assert list(page.menu.load_model_wrapper("tiny", "llama.cpp", autoload=True)) == [
+        "the host's own"]
+    assert list(page.menu.load_lora_wrapper(["x"])) == ["the host's own"]
+    list(page.menu.load_model_wrapper("tiny", "ExLlamav2", autoload=True))
+    (line,) = page.menu.load_lora_wrapper(["x"])
+    assert "does not support LoRAs" in line
+
+
+def test_a_load_during_a_generation_ends_it_cleanly(page):
+    list(page.menu.load_model_wrapper("tiny", "ExLlamav2", autoload=True))
+    steps = page.shared.model.generate_with_streaming(PROMPT, STATE | {"max_new_tokens": 400})
+    next(steps)
+    said = list(page.menu.load_model_wrapper("tiny", "ExLlamav2", autoload=True))
+    assert "Loaded" in said[-1]
+    with pytest.raises(exl_loader.errors.ModelUnloaded):
+        list(steps)
+    assert page.shared.model.generate(PROMPT, STATE)
+
+
+def test_two_loads_at_once_leave_one_model(page):
+    results = []
+
+    def load():
+        results.append(list(page.menu.load_model_wrapper("tiny", "ExLlamav2", autoload=True)))
+
+    threads = [threading.Thread(target=load) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all("Loaded" in said[-1] for said in results)
+    assert loading.current().allocated_bytes() == loading.current().reservation.total_bytes
+
+
+def test_a_draft_model_is_planned_drawn_and_loaded(page, folder):
+    args = page.shared.args
+    page.models.load_model("tiny", "ExLlamav2")
+    alone = loading.current().reservation.total_bytes
+    args.model_draft, args.ctx_size_draft, args.draft_max = "tiny", 512, 3
+    model, _ = page.models.load_model("tiny", "ExLlamav2")
+    reservation = loading.current().reservation
+    assert reservation.total_bytes > alone and reservation.ctx_size_draft == 512
+    drawn = shown(page, ctx_size=8192, model_draft="tiny", ctx_size_draft=512, draft_max=3)
+    assert f"{reservation.total_bytes:,} bytes" in drawn and "Measured" in drawn
+    assert model.generate(PROMPT, STATE)
+    args.draft_max = 1000
+    with pytest.raises(exl_loader.errors.InvalidSettings, match="draft_max"):
+        page.models.load_model("tiny", "ExLlamav2")
+    args.model_draft, args.draft_max = "absent", 3
+    with pytest.raises(exl_loader.errors.ModelNotFound, match="absent"):
+        page.models.load_model("tiny", "ExLlamav2")
+    # A menu of models says None, and what was chosen for another loader does no harm.
+    args.model_draft = "None"
+    page.models.load_model("tiny", "ExLlamav2")
+    assert loading.current().reservation.total_bytes == alone
+
+
+def test_the_samplers_of_transformers_take_no_draft_model(page):
+    page.shared.args.model_draft = "absent"
+    options = loading.options_for("tiny", "ExLlamav2_HF", vars(page.shared.args))
+    assert options.model_draft == "" and "model_draft" not in options.load_arguments()
+
+
+def test_a_failed_generation_is_told_in_the_model_tab_until_the_next_load(page):
+    list(page.menu.load_model_wrapper("tiny", "ExLlamav2", autoload=True))
+    with pytest.raises(exl_loader.errors.InvalidSettings):
+        page.shared.model.generate(PROMPT, STATE | {"grammar_string": "root ::= missing"})
+    assert "Generation failed" in shown(page) and "grammar_string" in shown(page)
+    list(page.menu.load_model_wrapper("tiny", "ExLlamav2", autoload=True))
+    assert "Generation failed" not in shown(page)
