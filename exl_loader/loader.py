@@ -9,20 +9,21 @@ from __future__ import annotations
 import gc
 import os
 import traceback
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .cache import CacheLayer, CacheType, pages_for
+from .devices import device_kind
 from .draft_model import DEFAULT_DRAFT_MAX, MAX_DRAFT_MAX, DraftModel, check_vocabularies
 from .errors import InsufficientMemory, InvalidSettings
 from .memory import Buffers, allocate, is_out_of_memory, trim_heap
 from .paging import PagedCache
 from .progress import NullProgress, Progress, task
 from .reservation import PlannedModel, PlanRequest, Reservation, planned
-from .reservation.options import CtxSize, check_count
+from .reservation.options import CtxSize, check_count, chosen_devices
 from .reservation.placement import DRAFT_PREFIX
 from .reservation.text import refusal
 from .workspace import DEFAULT_CHUNK_SIZE, DEFAULT_MAX_BATCH_SIZE
@@ -92,6 +93,7 @@ def load(
     try:
         import torch  # noqa: F401  (its libraries are in memory before what is free is measured)
 
+        _open_devices(request)
         with planned(request) as plan:
             rope_options = {"alpha_value": alpha_value, "compress_pos_emb": compress_pos_emb}
             return _load_planned(plan, rope_options, draft_max, progress or NullProgress())
@@ -119,9 +121,9 @@ def _load_planned(
             (plan.blueprint.config.vocab_size, plan.draft.blueprint.config.vocab_size),
         )
     ops = get_ops(device, progress)
-    with ExitStack() as unwind:
+    with ExitStack() as kept:
         buffers = allocate(plan.segments, progress)
-        unwind.callback(buffers.release)
+        kept.callback(buffers.release)
         reading = _Reading(buffers, ops, CacheType.parse(plan.reservation.cache_type),
                            rope_options, progress)
         ctx_size = plan.reservation.ctx_size
@@ -134,8 +136,45 @@ def _load_planned(
             vocab_size = min(model.config.vocab_size, draft.config.vocab_size)
             drafter = DraftModel(draft, draft_cache, draft_max, vocab_size)
         loaded = LoadedModel(model, cache, tokenizer, plan.reservation, buffers, drafter)
-        unwind.pop_all()
+        kept.pop_all()
     return loaded
+
+
+def _open_devices(request: PlanRequest) -> None:
+    """Take what running takes of a device outside our buffers, so that the plan measures it.
+
+    Raises:
+        InsufficientMemory: the model does not fit anyway; the device was not touched.
+    """
+    names = chosen_devices(request.device, request.gpu_split)
+    closed = [name for name in names if not device_kind(name).is_open(name)]
+    if not closed:
+        return
+    with planned(request) as plan:
+        if not plan.reservation.fits:
+            raise refusal(plan.reservation)
+        _runnable_device(plan.reservation)
+    for name in closed:
+        device_kind(name).open(name)
+
+
+@contextmanager
+def _staging(ops: Ops, buffers: Buffers) -> Iterator[None]:
+    """Lend operations of a card what no one uses yet, for raw weights on their way.
+
+    That is the cache, or the scratch where that is larger; it is zero again afterwards.
+    """
+    if not hasattr(ops, "staging"):
+        yield
+        return
+    scratch = [v for name, v in buffers.views("workspace").items() if name.endswith("scratch")]
+    lent = max(*buffers.whole("cache"), *scratch, key=lambda tensor: tensor.nbytes)
+    ops.staging = lent
+    try:
+        yield
+    finally:
+        ops.staging = None
+        lent.zero_()
 
 
 def _runnable_device(reservation: Reservation) -> str:
@@ -145,15 +184,14 @@ def _runnable_device(reservation: Reservation) -> str:
         InvalidSettings: the plan is for several devices, or for a kind without kernels.
     """
     names = [device.device for device in reservation.devices]
-    if len(names) > 1 or not names[0].startswith("cpu"):
+    if len(names) > 1:
         raise InvalidSettings(
             "device",
-            expected="cpu: this version plans for cards and for several devices, "
-            "and runs on the CPU",
+            expected="one device: this version plans for several, and runs on one",
             actual=", ".join(names),
-            remedy="Leave device at auto and gpu_split empty",
+            remedy="Choose one card, such as cuda:0, and leave gpu_split empty",
         )
-    return "cpu"
+    return "cpu" if names[0].startswith("cpu") else names[0]
 
 
 def _tokenizer(model_dir: Path) -> Tokenizer | None:
@@ -187,7 +225,10 @@ class _Reading:
         total = sum(spec.nbytes for spec in blueprint.specs())
         name = "loading draft weights" if prefix else "loading weights"
         try:
-            with task(self.progress, name, total, "bytes") as advance:
+            with (
+                task(self.progress, name, total, "bytes") as advance,
+                _staging(self.ops, self.buffers),
+            ):
                 weights = load_weights(blueprint, checkpoint, views, self.ops, advance)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):

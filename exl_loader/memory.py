@@ -149,6 +149,10 @@ class Buffers:
             for place in layout.placements
         }
 
+    def whole(self, segment: str) -> list[torch.Tensor]:
+        """Return the buffers of a segment as they are, uint8, one a device."""
+        return [buffer for (_, name), (_, buffer) in self._buffers.items() if name == segment]
+
     def allocated_bytes(self, device: str | None = None, segment: str | None = None) -> int:
         """Sum the sizes of the buffers that exist, all or of one device or segment."""
         return sum(
@@ -167,7 +171,8 @@ class Buffers:
         _live[owner] = (segment.device, segment.nbytes)
         for first in range(0, segment.nbytes, TOUCH_BYTES):
             piece = buffer[first : first + TOUCH_BYTES]
-            if kind.capacity(segment.device).free_bytes < piece.nbytes:
+            free_bytes = kind.capacity(segment.device).free_bytes
+            if kind.taken_by_touch and free_bytes < piece.nbytes:
                 raise MemoryError("another process took it meanwhile")
             kind.touch(piece)
             advance(piece.nbytes)

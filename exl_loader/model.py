@@ -65,6 +65,7 @@ class Step:
         """
         if self.graph is None and self.capturable and self.has_run:
             self.graph = host.capture(self.issue)
+            self.capturable = self.graph is not None
         if self.graph is not None:
             self.graph()
         else:

@@ -47,6 +47,15 @@ class Device(Protocol):
     granularity_bytes: int
     """A buffer takes a multiple of this many bytes."""
 
+    taken_by_touch: bool
+    """Whether `empty` only promises memory, which `touch` takes."""
+
+    def open(self, name: str) -> None:
+        """Take now what running on the device takes outside our buffers; twice is once."""
+
+    def is_open(self, name: str) -> bool:
+        """Whether that has been taken, so that `capacity` and `overhead` are measured."""
+
     def capacity(self, name: str) -> Capacity:
         """Ask the system; raises InvalidSettings where there is no such device."""
 

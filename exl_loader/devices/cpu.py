@@ -28,6 +28,7 @@ class CpuDevice:
     """
 
     granularity_bytes = PAGE_BYTES
+    taken_by_touch = True
 
     def __init__(self, proc: str = "/proc", cgroups: str = "/sys/fs/cgroup") -> None:
         self._proc = Path(proc)
@@ -45,6 +46,14 @@ class CpuDevice:
             free_bytes=max(0, min(free for _, free in bounds)),
             own_bytes=own,
         )
+
+    def open(self, name: str) -> None:
+        """Import PyTorch: its libraries are what running takes."""
+        import torch  # noqa: F401
+
+    def is_open(self, name: str) -> bool:
+        """Whether PyTorch is in memory."""
+        return "torch" in sys.modules
 
     def overhead(self, name: str) -> tuple[int, bool]:
         """Nothing once PyTorch is in memory, and its libraries until then."""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
-from ..errors import InvalidSettings
+from ..errors import ExlLoaderError, InvalidSettings
 from . import Capacity, Process
 
 MIB = 1 << 20
@@ -16,25 +21,62 @@ MIB = 1 << 20
 # reservation says that it is assumed.
 ASSUMED_CONTEXT_BYTES = 512 * MIB
 
+OLDEST_CAPABILITY = (7, 5)
+
 
 class CudaDevice:
-    """NVIDIA cards. PyTorch is asked only where the process already uses it on a card:
+    """NVIDIA cards. PyTorch is asked only where the process already uses it on the card:
     asking it otherwise would itself take hundreds of MiB of the card.
     """
 
     # The driver hands out memory in pages of 2 MiB.
     granularity_bytes = 2 * MIB
+    taken_by_touch = False
+
+    def __init__(self) -> None:
+        # Card -> what its context was seen to take when it was made.
+        self._context_bytes: dict[str, int] = {}
+
+    def open(self, name: str) -> None:
+        """Make the context, and measure what it takes.
+
+        Raises:
+            InvalidSettings: this PyTorch has no CUDA, or there is no such card.
+        """
+        if self.is_open(name):
+            return
+        import torch
+
+        if not torch.cuda.is_available() or _index(name) >= torch.cuda.device_count():
+            raise InvalidSettings(
+                f"device {name}",
+                expected="a card that PyTorch sees",
+                actual=f"PyTorch {torch.__version__} sees "
+                f"{torch.cuda.device_count() if torch.cuda.is_available() else 'no cards'}",
+                remedy="Install PyTorch for CUDA and NVIDIA's driver, or choose device='cpu'",
+            )
+        before = _smi_memory(name)
+        torch.cuda.synchronize(_index(name))
+        free, _ = torch.cuda.mem_get_info(_index(name))
+        self._context_bytes[name] = 0 if before is None else max(0, before.free_bytes - free)
+
+    def is_open(self, name: str) -> bool:
+        """Whether this process has a context on the card."""
+        return name in self._context_bytes or _torch_in_use(name) is not None
 
     def capacity(self, name: str) -> Capacity:
-        """Ask PyTorch if it holds a context here, else `nvidia-smi`."""
-        torch = _torch_in_use()
+        """Ask PyTorch if it holds a context there, else `nvidia-smi`.
+
+        What our context takes counts as free: it stands in `overhead`.
+        """
+        torch = _torch_in_use(name)
         if torch is not None:
             free, total = torch.cuda.mem_get_info(_index(name))
-            reserved = torch.cuda.memory_reserved(_index(name))
-            return Capacity(total, free, reserved)
-        for row in query_nvidia_smi("--query-gpu=index,memory.total,memory.free", cells=3):
-            if row[0] == str(_index(name)):
-                return Capacity(int(row[1]) * MIB, int(row[2]) * MIB)
+            own = torch.cuda.memory_reserved(_index(name)) + _held_bytes(name)
+            return Capacity(total, free + self._context_bytes.get(name, 0), own)
+        found = _smi_memory(name)
+        if found is not None:
+            return found
         raise InvalidSettings(
             f"device {name}",
             expected="an NVIDIA card that nvidia-smi lists",
@@ -43,30 +85,34 @@ class CudaDevice:
         )
 
     def overhead(self, name: str) -> tuple[int, bool]:
-        """A context that exists is in `free` already; one that does not is assumed."""
-        return (0, True) if _torch_in_use() is not None else (ASSUMED_CONTEXT_BYTES, False)
+        """What the context took where we made it, and what it may take where there is none.
+
+        One that somebody else of this process has made is in what is not free already.
+        """
+        if self.is_open(name):
+            return self._context_bytes.get(name, 0), True
+        return ASSUMED_CONTEXT_BYTES, False
 
     def processes(self, name: str, limit: int) -> list[Process]:
-        """Return the compute processes on the card, as far as the driver tells."""
+        """Return the other compute processes on the card, as far as the driver tells."""
         rows = query_nvidia_smi(
-            "--query-compute-apps=pid,used_memory,process_name", f"--id={_index(name)}", cells=3
+            "--query-compute-apps=pid,used_memory,process_name", f"--id={_smi_id(name)}", cells=3
         )
         found = [
             Process(int(pid), process, int(used) * MIB)
             for pid, used, process in rows
-            if used.isdigit()
+            if used.isdigit() and int(pid) != os.getpid()
         ]
         return sorted(found, key=lambda process: -process.held_bytes)[:limit]
 
     def empty(self, name: str, nbytes: int) -> tuple[Any, Any]:
-        """Take a buffer from the driver through PyTorch."""
+        """Take a buffer from the driver: PyTorch's allocator would round it up and keep it."""
         import torch
 
-        try:
-            buffer = torch.empty(nbytes, dtype=torch.uint8, device=name)
-        except torch.cuda.OutOfMemoryError as error:
-            raise MemoryError(str(error)) from error
-        return buffer, buffer
+        from .cuda_memory import CardMemory
+
+        memory = CardMemory(_index(name), nbytes)
+        return torch.as_tensor(memory, device=name), memory
 
     def touch(self, buffer: Any) -> None:
         """Device memory is taken when it is allocated; zeros, as on the CPU."""
@@ -77,9 +123,78 @@ def _index(name: str) -> int:
     return int(name.partition(":")[2] or 0)
 
 
-def _torch_in_use() -> Any:
+def _torch_in_use(name: str) -> Any:
+    """PyTorch, where this process has a context on the card; else None."""
     torch = sys.modules.get("torch")
-    return torch if torch is not None and torch.cuda.is_initialized() else None
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    return torch if torch._C._cuda_hasPrimaryContext(_index(name)) else None
+
+
+def _held_bytes(name: str) -> int:
+    from .cuda_memory import held_bytes
+
+    return held_bytes(_index(name))
+
+
+@functools.cache
+def auto_card() -> str | None:
+    """Return the card that `device="auto"` runs on, `cuda:0`; None to run on the CPU.
+
+    A card counts where PyTorch is built for CUDA, the driver lists the card, it is new enough,
+    and something here compiles kernels for it. PyTorch is not imported to find out.
+    """
+    if os.environ.get("EXL_LOADER_REFERENCE", "") not in ("", "0") or not _torch_has_cuda():
+        return None
+    rows = query_nvidia_smi("--query-gpu=compute_cap", f"--id={_smi_id('cuda:0')}", cells=1)
+    match = re.fullmatch(r"(\d+)\.(\d+)", rows[0][0]) if rows else None
+    if match is None:
+        return None
+    capability = (int(match[1]), int(match[2]))
+    if capability < OLDEST_CAPABILITY:
+        return None
+    from ..kernels.cuda.toolchain import choose_cuda_compiler
+
+    try:
+        choose_cuda_compiler(capability)
+    except ExlLoaderError:
+        return None
+    return "cuda:0"
+
+
+def _torch_has_cuda() -> bool:
+    """Look at the version that PyTorch was built with, without importing it."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        return torch.version.cuda is not None
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return False
+    try:
+        text = (Path(spec.origin).parent / "version.py").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return re.search(r"^cuda[^=\n]*=\s*['\"]", text, re.MULTILINE) is not None
+
+
+def _smi_id(name: str) -> str:
+    """Return how nvidia-smi calls a card: it knows nothing of CUDA_VISIBLE_DEVICES."""
+    index = _index(name)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return str(index)
+    names = [part.strip() for part in visible.split(",") if part.strip()]
+    return names[index] if index < len(names) else "none"
+
+
+def _smi_memory(name: str) -> Capacity | None:
+    """Ask `nvidia-smi`; None where there is no such card."""
+    card = _smi_id(name)
+    rows = query_nvidia_smi("--query-gpu=index,memory.total,memory.free", f"--id={card}", cells=3)
+    for index, total, free in rows:
+        if not card.isdigit() or index == card:
+            return Capacity(int(total) * MIB, int(free) * MIB)
+    return None
 
 
 def query_nvidia_smi(*arguments: str, cells: int) -> list[list[str]]:

@@ -25,21 +25,32 @@ def get_ops(
 ) -> Ops:
     """Return the operations of a device, compiling its kernels where that was not done yet.
 
-    Without a C++ compiler the reference operations serve, and one warning a process says
-    what to install.
+    On the CPU without a C++ compiler the reference operations serve, and one warning a
+    process says what to install.
 
     Args:
-        device: `cpu`.
+        device: `cpu`, or a card: `cuda:0`.
         progress: shows compiling, as units done of all.
         force_reference: take the reference operations; so does EXL_LOADER_REFERENCE=1.
 
     Raises:
-        InvalidSettings: there are no kernels for this kind of device.
+        InvalidSettings: there are no kernels for this kind of device, or the reference
+            operations are asked for on a card.
         KernelBuildError: the kernels do not compile or do not open.
+        DeviceError: the card cannot be used.
     """
+    reference = force_reference or os.environ.get(REFERENCE_ENV, "") not in ("", "0")
+    kind, _, index = device.partition(":")
+    if kind == "cuda" and (not index or index.isdigit()) and not reference:
+        from .cuda.ops import open_ops
+
+        return open_ops(int(index or 0), progress)
     if device != "cpu":
-        raise InvalidSettings(f"kernels for device {device!r}", expected="cpu")
-    if force_reference or os.environ.get(REFERENCE_ENV, "") not in ("", "0"):
+        raise InvalidSettings(
+            f"kernels for device {device!r}",
+            expected="cpu for the reference operations" if reference else "cpu or cuda:0, ...",
+        )
+    if reference:
         return _reference()
     library = open_library(progress)
     if library is None:

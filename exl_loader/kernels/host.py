@@ -47,11 +47,11 @@ class Host(Protocol):
     def write(self, tensor: torch.Tensor, values: np.ndarray[Any, Any]) -> None:
         """Set a tensor, before operations that are issued from now on."""
 
-    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, run: Callable[[], None]) -> Callable[[], None] | None:
         """Record the operations that `run` issues, without running them.
 
         Returns:
-            What runs them all, as often as wanted.
+            What runs them all, as often as wanted; None where the device refuses.
         """
 
 
@@ -90,8 +90,8 @@ class SharedMemory:
     def write(self, tensor: torch.Tensor, values: np.ndarray[Any, Any]) -> None:
         tensor.numpy()[...] = values
 
-    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        return run
+    def capture(self, run: Callable[[], None]) -> Callable[[], None] | None:
+        return None
 
 
 _SHARED = SharedMemory()
