@@ -10,6 +10,7 @@ from pathlib import Path
 
 from . import saved
 from .host import (
+    EXTRAS,
     HOST_OWNED,
     REQUIREMENTS,
     HostPython,
@@ -93,7 +94,7 @@ def install(
     refusals = [p for p in package_problems(python) if p.remedy != _WE_INSTALL]
     if refusals:
         raise InstallError("; ".join(map(str, refusals)))
-    installed = _install_missing(python)
+    installed = [*_install_missing(python), *_install_extras(python)]
     target = extension_folder(root)
     copied = target.exists() and not is_link(target)
     if update or not extension_is_current(target) or (copy and not copied):
@@ -147,6 +148,7 @@ def problems(webui: Path, given: Path | None = None) -> list[Problem]:
         return [Problem(line, remedy)]
     found = [Problem(p.problem, again if p.remedy == _WE_INSTALL else p.remedy)
              for p in package_problems(python)]
+    found += [Problem(p.problem, again) for p in extra_problems(python)]
     target = extension_folder(root)
     if not target.exists():
         gone = "points to a folder that is gone" if is_link(target) else "is not there"
@@ -184,6 +186,17 @@ def package_problems(python: HostPython) -> list[Problem]:
     return found
 
 
+def extra_problems(python: HostPython) -> list[Problem]:
+    """What requests of some kinds will miss in the web UI's Python."""
+    found = []
+    for name, (oldest, loss) in EXTRAS.items():
+        version = python.packages.get(name)
+        if version is None or older(version, oldest):
+            state = "missing" if version is None else f"{version}, older than {oldest}"
+            found.append(Problem(f"the package {name} is {state}: {loss}", _WE_INSTALL))
+    return found
+
+
 def verify(root: Path, python: HostPython) -> str:
     """Import the plugin and the engine in the web UI's Python.
 
@@ -205,18 +218,36 @@ def verify(root: Path, python: HostPython) -> str:
 
 
 def _install_missing(python: HostPython) -> list[str]:
-    """Install what is missing, and hold everything that is there at its version."""
+    """Install what is missing."""
     missing = [n for n in REQUIREMENTS if n not in python.packages and n not in HOST_OWNED]
+    if missing:
+        _install_held(python, {name: REQUIREMENTS[name] for name in missing})
+    return missing
+
+
+def _install_extras(python: HostPython) -> list[str]:
+    """Install what is missing of the extras, where that can be had."""
+    missing = {n: oldest for n, (oldest, _) in EXTRAS.items() if n not in python.packages}
     if not missing:
         return []
-    _say(f"installing {', '.join(missing)}")
+    try:
+        _install_held(python, missing)
+    except InstallError as error:
+        losses = "; ".join(f"without {name} {EXTRAS[name][1]}" for name in missing)
+        _say(f"{losses} ({error})")
+        return []
+    return list(missing)
+
+
+def _install_held(python: HostPython, wanted: dict[str, str]) -> None:
+    """Install packages, and hold everything that is there at its version."""
+    _say(f"installing {', '.join(wanted)}")
     held = [f"{name}=={version}\n" for name, version in sorted(python.packages.items())]
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder) / "installed.txt"
         constraints.write_text("".join(held), encoding="utf-8")
-        wanted = [f"{name}>={REQUIREMENTS[name]}" for name in missing]
-        _pip(python, ["install", "--constraint", str(constraints), *wanted])
-    return missing
+        packages = [f"{name}>={oldest}" for name, oldest in wanted.items()]
+        _pip(python, ["install", "--constraint", str(constraints), *packages])
 
 
 def _pip(python: HostPython, arguments: list[str]) -> None:

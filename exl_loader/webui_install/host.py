@@ -26,6 +26,11 @@ REQUIREMENTS: dict[str, str] = {
     "platformdirs": "4.0",
 }
 
+# What only some requests need, and what they are; without it the loader works all the same.
+EXTRAS: dict[str, tuple[str, str]] = {
+    "llguidance": ("1.9", "requests with a grammar fail"),
+}
+
 # The web UI's own: a missing one is the web UI's to install.
 HOST_OWNED = ("torch", "numpy", "safetensors", "tokenizers", "sentencepiece", "jinja2")
 
