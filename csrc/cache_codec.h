@@ -17,8 +17,8 @@ constexpr int kCodeStep = 8;   // codes of a short last group are padded to this
 constexpr int kTables = 2;
 constexpr int kLevels = 16;
 constexpr int8_t kCodebooks[kTables][kLevels] = {
-    {-127, -105, -87, -72, -57, -43, -28, -14, 0, 14, 29, 45, 60, 75, 91, 110},
-    {-118, -93, -74, -57, -43, -30, -18, -5, 8, 20, 33, 45, 59, 76, 97, 127},
+    {-127, -105, -88, -71, -56, -41, -26, -13, 1, 14, 27, 42, 57, 73, 91, 111},
+    {-127, -99, -79, -62, -47, -32, -19, -5, 9, 23, 37, 52, 68, 86, 106, 127},
 };
 constexpr float kCodebookUnit = 1.0f / 128;
 
@@ -28,9 +28,9 @@ struct ScaleSearch {
     int steps;
 };
 constexpr ScaleSearch scale_search(int bits) {
-    return bits == 8   ? ScaleSearch{0.975f, 1.01f, 16}
-           : bits == 6 ? ScaleSearch{0.93f, 1.03f, 16}
-                       : ScaleSearch{0.72f, 1.10f, 8};
+    return bits == 8   ? ScaleSearch{0.99f, 1.08f, 24}
+           : bits == 6 ? ScaleSearch{0.95f, 1.16f, 24}
+                       : ScaleSearch{0.82f, 1.14f, 8};
 }
 constexpr int kRefits = 1;
 

@@ -32,11 +32,12 @@ def normal(seed, rows=2000, head_dim=128):
     return torch.randn(rows, head_dim, generator=torch.Generator().manual_seed(seed))
 
 
-def with_outliers(channels=2, factor=25, seeds=16, rows=150):
+def with_outliers(channels=3, factor=20, seeds=16, rows=150):
     """Normal data of which a few channels of a head are much larger; many such heads.
 
     Which channels they are changes a scheme's error by a fifth, so every seed picks its own.
-    Two channels of 25 are where exllamav2's scheme has the error that is quoted for it.
+    Three channels of 20 are where both schemes in ../shared/anchors.md have the errors that
+    are quoted for them.
     """
     heads = []
     for seed in range(seeds):
@@ -59,31 +60,55 @@ def peer_error(x, bits):
     return relative_squared_error(exllamav2_cache.round_trip(x, bits), x)
 
 
-def test_the_peer_scheme_gives_the_figures_that_are_quoted():
+def uniform_error(x):
+    """Error of uniform 4-bit codes with a full-head rotation, signed maximum and search."""
+    groups = rotate(x.double()).float().unflatten(1, (-1, 32))
+    place = groups.abs().argmax(dim=-1, keepdim=True)
+    largest = groups.gather(-1, place)
+    best, errors = torch.zeros_like(groups), torch.full_like(largest, torch.inf)
+    for factor in torch.linspace(0.72, 1.1, 24):
+        # Codes reach from -8 to 7: the largest magnitude gets the side with one more.
+        scales = (-largest * factor / 8).half().float()
+        tried = (groups / scales).round().clamp(-8, 7) * scales
+        error_of = (tried - groups).square().sum(dim=-1, keepdim=True)
+        best = torch.where(error_of < errors, tried, best)
+        errors = errors.minimum(error_of)
+    return relative_squared_error(rotate_back(best.flatten(1).double()), x)
+
+
+def test_the_data_give_other_schemes_the_figures_that_are_quoted():
     assert peer_error(normal(0), 4) == pytest.approx(0.00875, rel=0.03)
-    assert peer_error(with_outliers(), 4) == pytest.approx(0.0059, rel=0.05)
+    assert peer_error(with_outliers(), 4) == pytest.approx(0.0059, rel=0.03)
+    assert uniform_error(normal(0)) == pytest.approx(0.0066, rel=0.03)
+    assert uniform_error(with_outliers()) == pytest.approx(0.0040, rel=0.03)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_four_bits_on_normal_data(seed):
-    assert error(normal(seed), "q4") <= 0.0054
+    assert error(normal(seed), "q4") <= 0.0053
 
 
 def test_four_bits_on_data_with_outlier_channels():
-    assert error(with_outliers(), "q4") <= 0.0038
+    assert error(with_outliers(), "q4") <= 0.0039
 
 
-@pytest.mark.parametrize(("channels", "factor"), [(1, 20), (4, 16), (8, 10), (16, 10)])
-def test_four_bits_beat_the_peer_however_many_channels_stand_out(channels, factor):
-    x = with_outliers(channels, factor)
-    assert error(x, "q4") <= 0.68 * peer_error(x, 4)
+@pytest.mark.parametrize(
+    ("channels", "factor"), [(1, 20), (2, 25), (4, 16), (8, 10), (8, 20), (8, 50), (16, 10)]
+)
+def test_the_peer_is_beaten_however_many_channels_stand_out(channels, factor):
+    x = with_outliers(channels, factor, seeds=12, rows=100)
+    assert error(x, "q4") <= 0.73 * peer_error(x, 4)
+    # Worst with eight huge channels: mixing half of them at a time, as the peer does, leaves
+    # its groups fewer peaks.
+    assert error(x, "q6") <= 0.86 * peer_error(x, 6)
+    assert error(x, "q8") <= 0.82 * peer_error(x, 8)
 
 
-@pytest.mark.parametrize("name", ["q6", "q8"])
+@pytest.mark.parametrize(("name", "share"), [("q6", 0.73), ("q8", 0.68)])
 @pytest.mark.parametrize("make", [lambda: normal(5), with_outliers])
-def test_six_and_eight_bits_beat_a_uniform_grid_of_the_maximum(name, make):
+def test_six_and_eight_bits_beat_a_uniform_grid_of_the_maximum(name, share, make):
     x = make()
-    assert error(x, name) <= 0.76 * peer_error(x, BITS[name])
+    assert error(x, name) <= share * peer_error(x, BITS[name])
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 192, 256])

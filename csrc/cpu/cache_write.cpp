@@ -3,8 +3,9 @@
 // Layout and search are defined in exl_loader/kernels/reference_codec.py. Work: one head of
 // one row, keys and values alike; everything a head needs is on the stack.
 //
-// Cost: 34 roundings of each group (32 candidates, 2 refits), some 50 operations an element
-// of 4 bits on AVX-512; beside a layer's matrix products that is under one percent.
+// Cost: up to 49 roundings of each group (48 candidates, 32 of 4 bits, and a refit), some 50
+// operations an element of 4 bits on AVX-512; beside a layer's matrix products that is under
+// one percent.
 #include <cmath>
 #include <cstring>
 
