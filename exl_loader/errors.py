@@ -92,5 +92,9 @@ class KernelBuildError(ExlLoaderError):
     """Compiling or opening the kernels failed."""
 
 
+class DeviceError(ExlLoaderError):
+    """A graphics card or its driver is not there, or refused what it was asked."""
+
+
 class ModelUnloaded(ExlLoaderError):
     """The model was used after `unload()`."""

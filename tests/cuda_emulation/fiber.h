@@ -6,7 +6,8 @@
 #include <cstdint>
 
 #if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/common_interface_defs.h>
+#include <pthread.h>
+#include <sanitizer/asan_interface.h>
 #endif
 
 #if defined(__x86_64__) && !defined(EXL_FIBER_UCONTEXT)
@@ -25,7 +26,7 @@ struct Fiber {
 #else
     ucontext_t context;
 #endif
-    char* stack = nullptr;  // lowest address; null: the OS thread's own, known to sanitizers only
+    char* stack = nullptr;  // lowest address
     size_t stack_bytes = 0;
     void* shadow = nullptr;  // AddressSanitizer's fake stack while the fiber is parked
 };
@@ -94,6 +95,26 @@ exl_fiber_swap:
 #if defined(EXL_FIBER_X86_64) || defined(EXL_FIBER_AARCH64)
 extern "C" void exl_fiber_swap(void** save, void* load) asm("exl_fiber_swap");
 #endif
+
+// Tells sanitizers which stack the OS thread itself has, before the first switch away from it.
+inline void describe_own_stack([[maybe_unused]] Fiber& fiber) {
+#if defined(__SANITIZE_ADDRESS__)
+    pthread_attr_t attributes;
+    void* lowest;
+    pthread_getattr_np(pthread_self(), &attributes);
+    pthread_attr_getstack(&attributes, &lowest, &fiber.stack_bytes);
+    pthread_attr_destroy(&attributes);
+    fiber.stack = static_cast<char*>(lowest);
+#endif
+}
+
+// Forgets what sanitizers know of frames that were never left: of a fiber's first functions,
+// which end by switching away, and after a failure of all.
+inline void forget_frames([[maybe_unused]] Fiber& fiber, [[maybe_unused]] size_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+    ASAN_UNPOISON_MEMORY_REGION(fiber.stack + fiber.stack_bytes - bytes, bytes);
+#endif
+}
 
 // Makes the next switch to `fiber` call `entry`, which must not return. `offset`, below the
 // stack's top, keeps the hot lines of many stacks out of one set of the cache.

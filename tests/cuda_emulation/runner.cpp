@@ -28,6 +28,7 @@ constexpr size_t kStackBytes = 512 << 10;  // red zones make frames several time
 constexpr size_t kStackBytes = 64 << 10;
 #endif
 constexpr size_t kGuardBytes = 4096;
+constexpr size_t kEntryBytes = 12 << 10;  // of a stack: room for staggering, and for run_thread
 // NaN as float32, float16 and bfloat16; as an index, far outside of anything.
 constexpr int kPoison = 0xFF;
 constexpr int kCanaryBytes = 1024;
@@ -245,6 +246,7 @@ void run_block(int block) {
     for (int i = 0; i < block; i++) {
         threads[i].copies.clear();
         threads[i].groups = 0;
+        forget_frames(threads[i].fiber, kEntryBytes);
         prepare_fiber(threads[i].fiber, run_thread, i * 320 % 8192 / 64 * 64);
     }
     launch.num_warps = block / kLanes;
@@ -338,8 +340,12 @@ int exl_emulated_launch(const char* name, const uint32_t* grid, int block, int b
     }
     launch.invoke = found->second.invoke;
     launch.arguments = arguments;
-    launch.failed = false;
+    describe_own_stack(main_fiber);
     make_stacks(block);
+    if (launch.failed)
+        for (Thread& thread : threads)
+            if (thread.fiber.stack != nullptr) forget_frames(thread.fiber, kStackBytes);
+    launch.failed = false;
     blockDim = {static_cast<unsigned>(block), 1, 1};
     gridDim = {grid[0], grid[1], grid[2]};
     threadIdx = {0, 0, 0};
