@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Literal
 from .errors import ModelUnloaded
 from .forward_model import ForwardModel
 from .jobs import Job
+from .memory import is_out_of_memory
 from .paging import PagedCache
 from .paging import Sequence as CacheSequence
-from .scheduler import Scheduler
+from .scheduler import Scheduler, no_memory_for_a_step
+from .tracebacks import drop_locals
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +78,9 @@ class Generator:
                 # which its consumer should not have to wait a further pass for.
                 scheduler.decode()
                 scheduler.prefill()
+            except BaseException as error:
+                drop_locals(error)
+                raise
             finally:
                 if lead:
                     self._end_lead()
@@ -137,9 +142,22 @@ class Generator:
 
         Raises:
             CacheFull: running jobs leave too few pages for rope_len tokens.
+            InsufficientMemory: the system refused memory that a pass or `use` wanted.
             ModelUnloaded: after `close`.
         """
-        last, cache, sequence = logits == "last", None, None
+        try:
+            self._evaluate(ids, rope_len, logits == "last", use)
+        except BaseException as error:
+            drop_locals(error)
+            if is_out_of_memory(error):
+                raise no_memory_for_a_step() from error
+            raise
+
+    def _evaluate(
+        self, ids: Sequence[int], rope_len: int, last: bool,
+        use: Callable[[int, torch.Tensor], None],
+    ) -> None:
+        cache, sequence = None, None
         try:
             with self.exclusive():
                 scheduler = self._check_open()
@@ -166,6 +184,8 @@ class Generator:
         self._closing = True
         with self.exclusive():
             self._reap()
+            if self._scheduler is not None:
+                self._scheduler.close()
             self._scheduler = None
 
     def _check_open(self) -> Scheduler:

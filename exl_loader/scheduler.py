@@ -13,12 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from .cache import PAGE_LEN, pages_for
-from .errors import CacheFull
+from .errors import CacheFull, InsufficientMemory
 from .forward_model import ForwardModel
 from .jobs import CANCELLED, FAILED, Job
+from .memory import is_out_of_memory
 from .paging import PagedCache
 from .paging import Sequence as CacheSequence
 from .sampling import guide
+from .tracebacks import drop_locals
 
 if TYPE_CHECKING:
     from .draft_model import DraftModel
@@ -84,6 +86,10 @@ class Scheduler:
             elif job.cancelled:
                 self._finish(job, CANCELLED)
 
+    def close(self) -> None:
+        """Let go of model and cache. An error that somebody keeps leads here by its frames."""
+        del self.model, self.cache, self.drafter
+
     def _wants_token(self, job: Job) -> bool:
         return len(job.output) < MAX_AHEAD or bool(self.waiting)
 
@@ -135,7 +141,7 @@ class Scheduler:
                 self._prompt_pass(jobs[0])
         except Exception as error:
             if len(jobs) == 1:
-                self._finish(jobs[0], FAILED, error)
+                self._fail(jobs[0], error)
                 return
             # One of them may be the reason; nothing has advanced, so each can be run again.
             for job in jobs:
@@ -230,7 +236,7 @@ class Scheduler:
                 job.stats.accepted_tokens += 1
                 reason = job.take_logits(row)
         except Exception as error:
-            self._finish(job, FAILED, error)
+            self._fail(job, error)
             return
         if reason is not None:
             self._finish(job, reason)
@@ -238,6 +244,13 @@ class Scheduler:
         for sequence, ids in job.texts:
             if sequence.past_len >= len(sequence.keys) * PAGE_LEN:
                 self.cache.commit(sequence, ids)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        """End a job with what went wrong in its pass."""
+        drop_locals(error)
+        if is_out_of_memory(error):
+            error = no_memory_for_a_step()
+        self._finish(job, FAILED, error)
 
     def _finish(self, job: Job, reason: str, error: BaseException | None = None) -> None:
         if job in self.active:
@@ -251,6 +264,15 @@ class Scheduler:
             self.drafter.release(job)
         job.let_go()
         job.finish(reason, error)
+
+
+def no_memory_for_a_step() -> InsufficientMemory:
+    """Buffers are there since the load; samplers and Python itself ask for more as they run."""
+    return InsufficientMemory(
+        "main memory for a step beside the model", expected="some MiB",
+        actual="the system refused it",
+        remedy="Close what took the memory meanwhile, and ask again",
+    )
 
 
 def _missing(sequence: CacheSequence, ids: Ids) -> list[int]:

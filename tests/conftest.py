@@ -60,6 +60,17 @@ def tiny_model_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def no_other_model(monkeypatch):
+    """Let `memory.live_bytes` count this test's buffers alone: those of earlier tests may go at
+    any time, when a thread ends or the collector runs."""
+    import weakref
+
+    from exl_loader import memory
+
+    monkeypatch.setattr(memory, "_live", weakref.WeakKeyDictionary())
+
+
+@pytest.fixture
 def machine(monkeypatch):
     """Main memory that is as free as a test says, whatever this machine has."""
     import torch  # noqa: F401  (what a process that loads has in memory already)

@@ -120,11 +120,11 @@ def test_ids_that_the_draft_does_not_know_get_no_guesses():
     assert caches[1].num_free_pages == caches[1].num_pages
 
 
-@pytest.mark.parametrize("error", [RuntimeError("injected"), KeyboardInterrupt()])
-def test_a_failing_draft_gives_its_pages_back(error):
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
+def test_a_failing_draft_gives_its_pages_back(kind):
     engine, _, draft, caches = drafted_engine(script)
-    draft.fail_at, draft.error = 6, error
-    with pytest.raises(type(error)):
+    draft.fail_at, draft.error = 6, kind("injected")
+    with pytest.raises(kind):
         list(engine.generate_ids([7, 8], {"temperature": 0}))
     assert [cache.num_free_pages for cache in caches] == [cache.num_pages for cache in caches]
     draft.fail_at = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -185,10 +186,20 @@ def test_a_refused_message_leaves_the_conversation_as_it_was(talk):
     assert chat.messages == before
 
 
+def read_to(stream, wanted: re.Pattern[str]) -> str:
+    shown = ""
+    while not wanted.search(shown):
+        piece = stream.read(1)
+        assert piece, shown
+        shown += piece
+    return shown
+
+
 @pytest.mark.skipif(os.name == "nt", reason="a console's Ctrl-C cannot be sent to one process")
 def test_ctrl_c_stops_the_answer_and_not_the_program(tiny_model_dir):
+    # An answer so long that no machine is through with it before the signal arrives.
     command = [sys.executable, "-m", "exl_loader", "chat", str(tiny_model_dir), "--ctx-size",
-               "2048", "--max-new-tokens", "1500", "--ban-eos-token"]
+               "32768", "--max-new-tokens", "32000", "--ban-eos-token"]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         cwd=Path(__file__).parent.parent, text=True, bufsize=0, errors="replace",
@@ -197,15 +208,14 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tiny_model_dir):
     try:
         process.stdin.write("hi\n")
         process.stdin.flush()
-        shown = ""
-        while "model> " not in shown or shown.endswith("model> "):
-            shown += process.stdout.read(1)
+        read_to(process.stdout, re.compile("model> .", re.DOTALL))
         process.send_signal(signal.SIGINT)
-        while "[stopped]" not in shown:
-            piece = process.stdout.read(1)
-            assert piece, shown
-            shown += piece
-        rest, _ = process.communicate("/exit\n", timeout=60)
+        read_to(process.stdout, re.compile(r"\[stopped\]"))
+        process.stdin.write("/exit\n")
+        process.stdin.close()
+        # From the same reader: it may hold what came together with the last character.
+        rest = process.stdout.read()
+        process.wait(60)
     finally:
         process.kill()
         process.wait()

@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import tokenizer_folders as make
+import torch
 from fake_model import fake_engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from tiny import write_tokenizer
 
 from exl_loader.errors import (
     CacheFull,
+    InsufficientMemory,
     InvalidCheckpoint,
     InvalidSettings,
     InvalidTokenizer,
@@ -521,3 +523,62 @@ def test_behind_a_text_the_space_between_two_words_is_kept(spm_tokenizer):
     assert "".join(engine.generate("two", GREEDY | {"stop_strings": [" words"]})) == ""
     # What follows ids, as in a conversation, is a text of its own.
     assert "".join(engine.generate(prompt, GREEDY)) == "words"
+
+
+# What an error keeps
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("ask", ["generate_ids", "prompt_logits"])
+def test_an_error_that_a_host_keeps_does_not_keep_the_model(kind, ask):
+    engine, model, cache = fake_engine(endless)
+    model.fail_at, model.error = 2, kind("injected")
+    with pytest.raises(kind) as kept:
+        list(getattr(engine, ask)([5] * 40))
+    watched = weakref.ref(model), weakref.ref(cache)
+    del model, cache
+    engine.unload()
+    gc.collect()
+    assert [reference() for reference in watched] == [None, None]
+    assert "_forward" in [entry.name for entry in kept.traceback]
+
+
+def test_memory_that_a_step_does_not_get_is_named():
+    engine, model, cache = fake_engine(endless)
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 8")):
+        model.fail_at, model.error = len(model.calls) + 3, error
+        generation = engine.generate_ids([5], LONG)
+        with pytest.raises(InsufficientMemory, match="memory.*step.*refused"):
+            list(generation)
+        assert generation.finish_reason == "failed" and len(generation.token_ids) == 3
+    model.fail_at = None
+    job = engine.generate_ids([5], GREEDY)
+    model._row = raise_memory_error
+    with pytest.raises(InsufficientMemory, match="memory"):
+        list(job)
+    with pytest.raises(InsufficientMemory, match="memory"):
+        engine.prompt_logits([5])
+    assert cache.num_free_pages == cache.num_pages
+
+
+def raise_memory_error(text):
+    raise MemoryError
+
+
+@pytest.mark.parametrize("how", ["not free", "refused"])
+def test_logits_that_do_not_fit_are_refused_before_a_pass(how, machine, monkeypatch):
+    engine, model, _ = fake_engine(endless)
+    nbytes = 4 * 20 * 300
+    machine(free_bytes=nbytes - (how == "not free"))
+    if how == "refused":
+        message = "[enforce fail] DefaultCPUAllocator: can't allocate memory"
+        monkeypatch.setattr(torch, "empty", lambda *shape: raise_runtime_error(message))
+    with pytest.raises(InsufficientMemory, match=f"20 tokens: expected {nbytes} bytes"):
+        engine.prompt_logits([5] * 20)
+    assert not model.calls
+    monkeypatch.undo()
+    assert len(engine.prompt_logits([5] * 20)) == 20
+
+
+def raise_runtime_error(message):
+    raise RuntimeError(message)

@@ -347,6 +347,10 @@ def test_the_first_space_is_not_shown_and_not_asked_for(tmp_path):
     engine = engine_of(tokenizer)
     texts = {written(engine, grammar_string='root ::= "the " "end"', seed=i)[0] for i in range(8)}
     assert texts == {"the end"}
+    # Behind a text it is shown, so a grammar that wants none gets none.
+    allowed = Grammars(tokenizer, tokenizer.vocab_size, ()).matcher(
+        SamplingSettings(grammar_string='root ::= "the " "end"'), goes_on=True).allowed_ids
+    assert {token[:1] for token in map(tokenizer.token_bytes, allowed)} == {b"t"}
 
 
 def test_tokens_that_are_no_plain_bytes_are_refused(tmp_path):

@@ -205,20 +205,23 @@ def test_the_limit_may_be_the_reservation_itself(tmp_path):
     assert not short.fits and short.devices[0].missing_bytes == 1
 
 
-def test_the_environment_sets_the_capacity(tmp_path, monkeypatch):
+def test_the_environment_sets_the_capacity(tmp_path, machine, no_other_model, monkeypatch):
     folder = write_sparse_exl2(tmp_path / "m")
-    total, held = plan(folder, 5000).total_bytes, memory.live_bytes("cpu")
-    monkeypatch.setenv("EXL_LOADER_MEMORY_LIMIT", str(total + held))
+    machine(GIB)
+    total = plan(folder, 5000).total_bytes
+    monkeypatch.setenv("EXL_LOADER_MEMORY_LIMIT", str(total))
     device = plan(folder, 5000).devices[0]
     assert device.fits and device.spare_bytes == 0
     assert device.capacity_bytes == device.free_bytes == total
-    monkeypatch.setenv("EXL_LOADER_MEMORY_LIMIT", str(total + held - 1))
+    monkeypatch.setenv("EXL_LOADER_MEMORY_LIMIT", str(total - 1))
     assert plan(folder, 5000).devices[0].missing_bytes == 1
     assert plan(folder, 5000, memory_limit=100).devices[0].limit_bytes == 100
     assert plan(folder, 5000, vram="24GiB").devices[0].limit_bytes is None
 
 
-def test_a_plan_for_the_model_that_takes_the_loaded_ones_place(tmp_path, machine, monkeypatch):
+def test_a_plan_for_the_model_that_takes_the_loaded_ones_place(
+    tmp_path, machine, no_other_model, monkeypatch
+):
     folder = write_sparse_exl2(tmp_path / "m")
     machine(64 * MIB, capacity_bytes=128 * MIB)
     before = plan(folder, 4096)
@@ -226,7 +229,7 @@ def test_a_plan_for_the_model_that_takes_the_loaded_ones_place(tmp_path, machine
     buffers = memory.allocate(place(specs).values())
     after = plan(folder, 4096, replacing=True)
     assert after.devices[0].free_bytes == before.devices[0].free_bytes + 8 * MIB
-    limit = memory.live_bytes("cpu") + before.total_bytes - 8 * MIB
+    limit = before.total_bytes
     monkeypatch.setenv("EXL_LOADER_MEMORY_LIMIT", str(limit))
     assert plan(folder, 4096, replacing=True).fits
     assert not plan(folder, 4096).fits
@@ -317,11 +320,10 @@ def test_load_refuses_before_a_weight_is_read_or_a_buffer_exists(tmp_path, machi
     total = plan(folder, 4096, "q4").total_bytes
     monkeypatch.setattr(Checkpoint, "_read", lambda *_: pytest.fail("a weight was read"))
     monkeypatch.setattr(CpuDevice, "empty", lambda *_: pytest.fail("a buffer was taken"))
-    before = memory.live_bytes()
+    machine(GIB)
     with pytest.raises(InsufficientMemory) as caught:
         exl_loader.load(folder, ctx_size=4096, cache_type="q4", memory_limit=total - 1)
     assert caught.value.reservation.devices[0].missing_bytes == 1
-    assert memory.live_bytes() == before
 
 
 def test_free_memory_holds_the_overhead_as_well(tmp_path, machine):
