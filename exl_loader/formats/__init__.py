@@ -12,6 +12,7 @@ from .dense import dense_weight, pack_dense_linear, plan_dense
 from .exl2 import exl2_weight, pack_exl2_linear, plan_exl2
 from .gptq import gptq_weight, pack_gptq_linear, plan_gptq
 from .packed import DenseLinear, LinearPlan, PackedLinear
+from .packed_cuda import StreamLinear
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +24,7 @@ __all__ = [
     "DenseLinear",
     "LinearPlan",
     "PackedLinear",
+    "StreamLinear",
     "has_linear",
     "pack_linear",
     "plan_linear",
@@ -88,12 +90,12 @@ def plan_linear(
 
 def pack_linear(
     plan: LinearPlan, checkpoint: Checkpoint, tensors: dict[str, torch.Tensor], ops: Ops
-) -> PackedLinear | DenseLinear:
+) -> PackedLinear | StreamLinear | DenseLinear:
     """Read a planned layer into its resident tensors, and validate the values.
 
     Args:
         tensors: role -> tensor of the plan's dtype and shape, written in full.
-        ops: repacks the codes.
+        ops: repacks the codes; of a plan for a CUDA device, on that device.
 
     Raises:
         InvalidCheckpoint: the file ends early or changed; a group table does not add up, a

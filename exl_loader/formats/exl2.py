@@ -16,7 +16,7 @@ Both products are rounded to half.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ..errors import InvalidCheckpoint, UnsupportedFormat
 from .common import (
@@ -32,12 +32,14 @@ from .common import (
     weight_spec,
 )
 from .packed import BIT_PLANES, BLOCK_ROWS, LinearPlan, PackedLinear
+from .packed_cuda import StreamLinear, is_cuda, stream_specs
 
 if TYPE_CHECKING:
     import torch
 
     from ..checkpoint import Checkpoint
     from ..kernels.interface import Ops
+    from .pack_cuda import StreamOps
 
 # A tail group of n rows takes ceil(n * bits / 32) words on disk and `bits` words a block of
 # 32 here, so it can grow by at most 7 words; which it is stands in the values.
@@ -71,15 +73,22 @@ def plan_exl2(
     invperm = checkpoint.header(f"{source}.q_invperm")
     expect(invperm, ["int32", "int16", "uint16"], (in_features,))
     _check_sizes(name, in_features, columns, words, num_groups)
-    tile_bytes = WORD_TILE_BYTES * (words + (TAIL_WORDS if in_features % BLOCK_ROWS else 0))
-    tiles = tiles_for(out_features)
-    specs = {
-        "codes": weight_spec(name, "codes", "uint8", (tiles, tile_bytes), device),
-        "scales": weight_spec(name, "scales", "float16", (tiles, num_groups, 16), device),
-        "groups": weight_spec(name, "groups", "int32", (num_groups, 4), device),
-        "perm": weight_spec(name, "perm", "int32", (in_features,), device),
-        **plan_bias(checkpoint, name, source, out_features, rows, bias, device),
-    }
+    code_words = words + (TAIL_WORDS if in_features % BLOCK_ROWS else 0)
+    if is_cuda(device):
+        specs = stream_specs(
+            name, out_features, in_features, code_words, num_groups,
+            zeros=False, perm=True, device=device,
+        )  # fmt: skip
+    else:
+        tiles = tiles_for(out_features)
+        codes_shape = (tiles, WORD_TILE_BYTES * code_words)
+        specs = {
+            "codes": weight_spec(name, "codes", "uint8", codes_shape, device),
+            "scales": weight_spec(name, "scales", "float16", (tiles, num_groups, 16), device),
+            "groups": weight_spec(name, "groups", "int32", (num_groups, 4), device),
+            "perm": weight_spec(name, "perm", "int32", (in_features,), device),
+        }
+    specs |= plan_bias(checkpoint, name, source, out_features, rows, bias, device)
     return LinearPlan(name, "exl2", in_features, out_features, specs, source, rows)
 
 
@@ -218,32 +227,39 @@ def read_perm(plan: LinearPlan, checkpoint: Checkpoint) -> torch.Tensor:
 
 def pack_exl2_linear(
     plan: LinearPlan, checkpoint: Checkpoint, tensors: dict[str, torch.Tensor], ops: Ops
-) -> PackedLinear:
+) -> PackedLinear | StreamLinear:
     """Read an EXL2 layer into its resident tensors; see `formats.pack_linear`."""
     import torch
 
+    from .pack_cuda import pack_exl2_streams
     from .planes import group_table
 
     groups = read_groups(plan, checkpoint)
-    tensors["groups"].copy_(torch.from_numpy(group_table(*zip(*groups, strict=True))))
     perm = read_perm(plan, checkpoint)
     tensors["perm"].copy_(perm)
-    fill_tiles(read_scales(plan, checkpoint, groups), tensors["scales"])
+    trivial = torch.equal(perm, torch.arange(plan.in_features, dtype=torch.int32))
+    resident_perm = None if trivial else tensors["perm"]
+    scales = read_scales(plan, checkpoint, groups)
     if "bias" in tensors:
         read_bias(plan, checkpoint, tensors["bias"])
     weight = checkpoint.read(f"{plan.source}.q_weight")
+    if "windows" in tensors:
+        words = read_columns(plan, weight)
+        return pack_exl2_streams(
+            plan, groups, words, scales, resident_perm, tensors, cast("StreamOps", ops)
+        )
     if plan.rows is not None:
         weight = read_columns(plan, weight).contiguous()
-    codes = tensors["codes"]
-    ops.pack_exl2(weight.to(codes.device), tensors["groups"], codes)
-    trivial = torch.equal(perm, torch.arange(plan.in_features, dtype=torch.int32))
+    tensors["groups"].copy_(torch.from_numpy(group_table(*zip(*groups, strict=True))))
+    fill_tiles(scales, tensors["scales"])
+    ops.pack_exl2(weight, tensors["groups"], tensors["codes"])
     return PackedLinear(
         plan.in_features,
         plan.out_features,
-        codes,
+        tensors["codes"],
         tensors["scales"],
         tensors["groups"],
-        perm=None if trivial else tensors["perm"],
+        perm=resident_perm,
         bias=tensors.get("bias"),
     )
 

@@ -19,7 +19,7 @@ value that a quantiser can have meant.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ..errors import InvalidCheckpoint, UnsupportedFormat
 from .common import (
@@ -35,12 +35,14 @@ from .common import (
     weight_spec,
 )
 from .packed import BLOCK_ROWS, LinearPlan, PackedLinear
+from .packed_cuda import StreamLinear, blocks_for, is_cuda, stream_specs
 
 if TYPE_CHECKING:
     import torch
 
     from ..checkpoint import Checkpoint
     from ..kernels.interface import Ops
+    from .pack_cuda import StreamOps
 
 WIDTHS = (2, 3, 4, 8)
 BLOCK_BIT_BYTES = 64
@@ -72,17 +74,25 @@ def plan_gptq(
     zeros = checkpoint.header(f"{source}.qzeros")
     expect(zeros, ["int32"], (num_groups, -(-columns * bits // 32)))
     group_size = _group_size(checkpoint, source, in_features, num_groups)
-    tiles = tiles_for(out_features)
-    tile_bytes = -(-in_features // BLOCK_ROWS) * bits * BLOCK_BIT_BYTES
-    specs = {
-        "codes": weight_spec(name, "codes", "uint8", (tiles, tile_bytes), device),
-        "scales": weight_spec(name, "scales", "float16", (tiles, num_groups, 16), device),
-        "zeros": weight_spec(name, "zeros", "uint8", (tiles, num_groups, 16), device),
-        "groups": weight_spec(name, "groups", "int32", (num_groups, 4), device),
-    }
-    if f"{source}.g_idx" in checkpoint.headers:
+    code_words, tiles = blocks_for(in_features) * bits, tiles_for(out_features)
+    act_order = f"{source}.g_idx" in checkpoint.headers
+    if act_order:
         expect(checkpoint.header(f"{source}.g_idx"), ["int32", "int64"], (in_features,))
-        specs["perm"] = weight_spec(name, "perm", "int32", (in_features,), device)
+    if is_cuda(device):
+        specs = stream_specs(
+            name, out_features, in_features, code_words, num_groups,
+            zeros=True, perm=act_order, device=device,
+        )  # fmt: skip
+    else:
+        codes_shape = (tiles, code_words * BLOCK_BIT_BYTES)
+        specs = {
+            "codes": weight_spec(name, "codes", "uint8", codes_shape, device),
+            "scales": weight_spec(name, "scales", "float16", (tiles, num_groups, 16), device),
+            "zeros": weight_spec(name, "zeros", "uint8", (tiles, num_groups, 16), device),
+            "groups": weight_spec(name, "groups", "int32", (num_groups, 4), device),
+        }
+        if act_order:
+            specs["perm"] = weight_spec(name, "perm", "int32", (in_features,), device)
     specs |= plan_bias(checkpoint, name, source, out_features, rows, bias, device)
     version = checkpoint.quantization.get("checkpoint_format")
     options = {
@@ -232,34 +242,41 @@ def read_scales(plan: LinearPlan, checkpoint: Checkpoint) -> torch.Tensor:
 
 def pack_gptq_linear(
     plan: LinearPlan, checkpoint: Checkpoint, tensors: dict[str, torch.Tensor], ops: Ops
-) -> PackedLinear:
+) -> PackedLinear | StreamLinear:
     """Read a GPTQ layer into its resident tensors; see `formats.pack_linear`."""
     import torch
 
+    from .pack_cuda import pack_gptq_streams
     from .planes import group_table
 
-    bits, codes = plan.options["bits"], tensors["codes"]
+    bits = plan.options["bits"]
     index = read_group_index(plan, checkpoint)
     rows = _group_rows(plan, index)
-    tensors["groups"].copy_(torch.from_numpy(group_table([bits] * len(rows), rows)))
     perm = None
     if "perm" in tensors:
         order = torch.argsort(index, stable=True).int()
         tensors["perm"].copy_(order)
         if not torch.equal(order, torch.arange(plan.in_features, dtype=torch.int32)):
             perm = tensors["perm"]
-    fill_tiles(read_scales(plan, checkpoint), tensors["scales"])
-    fill_tiles(read_zeros(plan, checkpoint), tensors["zeros"])
+    scales, zeros = read_scales(plan, checkpoint), read_zeros(plan, checkpoint)
     if "bias" in tensors:
         read_bias(plan, checkpoint, tensors["bias"])
     weight = checkpoint.read(f"{plan.source}.qweight")
+    if "windows" in tensors:
+        groups, words = [(bits, count) for count in rows], read_columns(plan, weight)
+        return pack_gptq_streams(
+            plan, groups, words, scales, zeros, perm, tensors, cast("StreamOps", ops)
+        )
     if plan.rows is not None:
         weight = read_columns(plan, weight).contiguous()
-    ops.pack_gptq(weight.to(codes.device), bits, perm, tensors["groups"], codes)
+    tensors["groups"].copy_(torch.from_numpy(group_table([bits] * len(rows), rows)))
+    fill_tiles(scales, tensors["scales"])
+    fill_tiles(zeros, tensors["zeros"])
+    ops.pack_gptq(weight, bits, perm, tensors["groups"], tensors["codes"])
     return PackedLinear(
         plan.in_features,
         plan.out_features,
-        codes,
+        tensors["codes"],
         tensors["scales"],
         tensors["groups"],
         zeros=tensors["zeros"],

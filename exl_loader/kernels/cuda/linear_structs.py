@@ -1,0 +1,105 @@
+"""Linear layers as CUDA kernels take them: the structs of csrc/cuda/linear_layout.cuh."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING
+
+from ...formats.packed_cuda import MAX_SPLITS, StreamLinear, splits_for, tiles_for, windows_for
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_LAYERS = 3
+
+
+class PlaceStruct(ctypes.Structure):
+    """`StreamPlace`."""
+
+    _fields_ = [
+        ("offset", ctypes.c_int32),
+        ("group", ctypes.c_int32),
+        ("state", ctypes.c_int32),
+        ("header", ctypes.c_int32),
+    ]
+
+
+class LayerStruct(ctypes.Structure):
+    """`StreamLayer`."""
+
+    _fields_ = [
+        ("codes", ctypes.c_void_p),
+        ("groups", ctypes.c_void_p),
+        ("windows", ctypes.c_void_p),
+        ("perm", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("tile_bytes", ctypes.c_int64),
+        ("in_features", ctypes.c_int32),
+        ("out_features", ctypes.c_int32),
+        ("num_groups", ctypes.c_int32),
+        ("zeros", ctypes.c_int32),
+        ("splits", ctypes.c_int32),
+        ("window_bytes", ctypes.c_int32),
+        # The compiler puts places on multiples of 16; these 8 bytes do so here.
+        ("unused", ctypes.c_int64),
+        ("starts", PlaceStruct * (MAX_SPLITS + 1)),
+    ]
+
+
+LAYER_BYTES = ctypes.sizeof(LayerStruct)
+
+
+class RowsStruct(ctypes.Structure):
+    """`QuantizedRows`."""
+
+    _fields_ = [
+        ("codes", ctypes.c_void_p),
+        ("notes", ctypes.c_void_p),
+        ("rows", ctypes.c_int32),
+    ]
+
+
+class DecodeStruct(ctypes.Structure):
+    """`DecodeCall` of csrc/cuda/linear_decode.cu."""
+
+    _fields_ = [
+        ("layers", LayerStruct * MAX_LAYERS),
+        ("outs", ctypes.c_void_p * MAX_LAYERS),
+        ("out_strides", ctypes.c_int64 * MAX_LAYERS),
+        ("first_block", ctypes.c_int32 * (MAX_LAYERS + 1)),
+        ("passes", ctypes.c_int32),
+        ("add", ctypes.c_int32),
+        ("x", RowsStruct),
+    ]
+
+
+def layer_struct(w: StreamLinear) -> LayerStruct:
+    """Describe a layer, once; the description is kept in `w.native` as long as its tensors."""
+    if w.native is None:
+        w.native = _layer_struct(w)
+    struct: LayerStruct = w.native
+    return struct
+
+
+def _layer_struct(w: StreamLinear) -> LayerStruct:
+    windows, splits = windows_for(w.in_features), splits_for(w.in_features, w.out_features)
+    assert w.codes.shape[0] == tiles_for(w.out_features)
+    assert len(w.host_windows) == windows + 1 == w.windows.shape[0]
+    assert w.perm is None or w.perm.shape == (w.in_features,)
+    offsets = [place[0] for place in w.host_windows]
+    starts = (PlaceStruct * (MAX_SPLITS + 1))(
+        *(PlaceStruct(*w.host_windows[windows * s // splits]) for s in range(splits + 1))
+    )
+    return LayerStruct(
+        address(w.codes), address(w.groups), address(w.windows), address(w.perm),
+        address(w.bias), w.codes.shape[1], w.in_features, w.out_features, w.groups.shape[0],
+        w.zeros, splits, max(b - a for a, b in zip(offsets, offsets[1:], strict=False)), 0, starts,
+    )  # fmt: skip
+
+
+def address(tensor: torch.Tensor | None) -> int | None:
+    """Return a contiguous tensor's address; None for None."""
+    if tensor is None:
+        return None
+    assert tensor.is_contiguous(), tensor.shape
+    return tensor.data_ptr()
