@@ -15,28 +15,25 @@ from types import ModuleType
 from typing import Any
 
 from .host import OPTION_DEFAULTS
-from .watch import is_initializing, watcher
+from .watch import watcher
+
+# Whichever of these is complete last has what the web UI loads `--model` with. Some import
+# `modules.models` on their way: up to v4.0 `modules.ui`, since then `modules.text_generation`.
+_AWAITED = ("modules.models", "modules.ui", "modules.text_generation")
 
 
 def start() -> None:
     """Have the loader registered as soon as the web UI can, which is before `--model` loads."""
     watcher.around["modules.shared"] = command_line_flags
-    watcher.after["modules.models"] = _register
-    watcher.after["modules.ui"] = _register
+    for name in _AWAITED:
+        watcher.after[name] = _register
     watcher.start()
 
 
-def _register(imported: ModuleType) -> None:
-    """Register once all that registration touches is complete.
-
-    Up to v4.0 `modules.ui` imports `modules.models` on its way, and has the list of options
-    that later versions keep in `modules.loaders`.
-    """
-    page = sys.modules.get("modules.ui")
-    # The module that has just been executed still counts as being imported.
-    if "modules.models" not in sys.modules or (page is not imported and is_initializing(page)):
-        return
-    importlib.import_module(".registration", __package__).register()
+def _register(_: ModuleType) -> None:
+    """Register once all that registration touches is complete."""
+    if "modules.models" in sys.modules and not any(map(watcher.is_initializing, _AWAITED)):
+        importlib.import_module(".registration", __package__).register()
 
 
 @contextmanager

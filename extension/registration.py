@@ -14,7 +14,7 @@ from typing import Any
 
 from . import dispatch, host, host_loaders, host_panel, loading, problems, recognise, tables
 from .host import LOADERS, HostDiffers, Patches, say
-from .watch import is_initializing, watcher
+from .watch import watcher
 
 # The loaders that the API asks for log probabilities and hands biases to.
 _NATIVE_GATE = ("llama.cpp", "ExLlamav3")
@@ -125,7 +125,7 @@ def _watch_later_modules() -> None:
         found = sys.modules.get(name)
         watcher.after[name] = extend
         if found is not None:
-            if is_initializing(found):
+            if watcher.is_initializing(name):
                 raise HostDiffers(f"{name} is imported in an order that is new")
             watcher.call(name, found)
     watcher.start()

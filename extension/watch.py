@@ -32,6 +32,7 @@ class Watcher:
         self.after: dict[str, After] = {}
         self.around: dict[str, Around] = {}
         self.report = report
+        self._executed: set[str] = set()
 
     def start(self) -> None:
         """Watch from now on."""
@@ -40,6 +41,7 @@ class Watcher:
 
     def stop(self) -> None:
         """Watch no more."""
+        self._executed.clear()
         if self in sys.meta_path:
             sys.meta_path.remove(self)
 
@@ -56,6 +58,7 @@ class Watcher:
 
     def call(self, name: str, module: ModuleType) -> None:
         """Do what was left for a module, once; failures are reported and swallowed."""
+        self._executed.add(name)
         callback = self.after.pop(name, None)
         if callback is None:
             return
@@ -63,6 +66,12 @@ class Watcher:
             callback(module)
         except Exception as error:
             self.report(name, error)
+
+    def is_initializing(self, name: str) -> bool:
+        """Whether a module is being executed right now, and lacks what comes further down."""
+        spec = getattr(sys.modules.get(name), "__spec__", None)
+        # To Python a module whose callback runs is still being imported.
+        return bool(getattr(spec, "_initializing", False)) and name not in self._executed
 
     def context(self, name: str) -> AbstractContextManager[None]:
         """The context to import a module in; failing to make it is reported."""
@@ -89,11 +98,6 @@ class _Loader(Loader):
         with self._watcher.context(module.__name__):
             self._inner.exec_module(module)
         self._watcher.call(module.__name__, module)
-
-
-def is_initializing(module: ModuleType | None) -> bool:
-    """Whether a module is being imported right now."""
-    return module is not None and bool(getattr(module.__spec__, "_initializing", False))
 
 
 def _report(name: str, error: Exception) -> None:

@@ -276,6 +276,32 @@ def test_an_idle_reload_asks_for_what_was_loaded(host, model):
     assert web.shared.model.loaded is loading.current(), "loaded once, not three times"
 
 
+def test_an_idle_reload_is_guarded_where_every_caller_does_its_own(host, model):
+    """Up to v4.2 there is no one function for it."""
+    web = host(
+        ["--idle-timeout", "1"], models=("load_model_if_idle_unloaded", "reload_by_myself"),
+        text_generation=("load_model_if_idle_unloaded", "reload_by_myself"))
+    registration.register()
+    text_generation = importlib.import_module("modules.text_generation")
+    web.shared.args.cache_4bit = True
+    web.shared.model, _ = web.models.load_model(model, "ExLlamav2")
+    web.models.unload_model(keep_model_name=True)
+    web.shared.args.loader, web.shared.args.cache_4bit = "Transformers", False
+    list(text_generation.generate_reply("a", {}))
+    assert web.shared.model.loaded.reservation.cache_type == "q4"
+
+
+def test_errors_of_transformers_generation_are_reported_once(host, capsys):
+    web = host()
+    registration.register()
+    text_generation = importlib.import_module("modules.text_generation")
+    errors = [ValueError("no logits")]
+    web.shared.model = SimpleNamespace(take_error=lambda: errors.pop() if errors else None)
+    for _ in range(2):
+        assert list(text_generation.generate_reply("a", {})) == []
+    assert capsys.readouterr().err.count("exl_loader: Unexpected ValueError: no logits") == 1
+
+
 def test_the_hook_registers_before_the_model_loads(tmp_path, model):
     """In a process of its own: flags, spelling, order of events."""
     import subprocess

@@ -129,6 +129,22 @@ def unload_model(keep_model_name=False):
         shared.model_name = "None"
 '''
 
+TEXT_GENERATION = '''
+from modules import models, shared
+def generate_reply(question, state):
+    models.load_model_if_idle_unloaded()
+    yield from generate_reply_HF(question, state)
+def generate_reply_HF(question, state):
+    try:
+        yield shared.model(question)
+    except Exception as error:
+        print("failed to generate", error)
+'''
+
+PROMPTS = '''
+from modules.text_generation import generate_reply
+'''
+
 UTILS = '''
 from pathlib import Path
 from modules import shared
@@ -170,6 +186,7 @@ def load_lora_wrapper(selected_loras):
 SERVER = '''
 import sys
 from modules import shared
+from modules.prompts import generate_reply
 from modules.LoRA import add_lora_to_model
 from modules.models import load_model
 from modules.models_settings import get_model_metadata, update_model_parameters
@@ -190,6 +207,8 @@ FILES = {
     "modules/loaders.py": LOADERS,
     "modules/models_settings.py": MODELS_SETTINGS,
     "modules/models.py": MODELS,
+    "modules/text_generation.py": TEXT_GENERATION,
+    "modules/prompts.py": PROMPTS,
     "modules/utils.py": UTILS,
     "modules/LoRA.py": LORA,
     "modules/api/completions.py": COMPLETIONS,
