@@ -33,7 +33,8 @@ class Recorder:
     """Stands in for an `Ops` and collects the calls instead of running them.
 
     An implementation may offer `bind(operation, *args) -> callable without arguments`, which
-    prepares a call once for all its replays.
+    prepares a call once for all its replays, or `bind_all([(operation, args), ...]) -> list of
+    callables`, which may run neighbours as one.
 
     `reads_values` says whether a collected function looks at values of the step, so that what
     runs is not the same every time.
@@ -42,17 +43,29 @@ class Recorder:
     def __init__(self, ops: Ops):
         self._ops = ops
         self._bind = getattr(ops, "bind", None)
-        self.calls: list[Call] = []
+        self._bind_all = getattr(ops, "bind_all", None)
+        self._calls: list[Call] = []
+        self._pending: list[tuple[str, tuple[Any, ...]]] = []
         self.reads_values = False
 
     def __getattr__(self, operation: str) -> Callable[..., None]:
         def record(*args: Any) -> None:
-            if self._bind is not None:
-                self.calls.append(self._bind(operation, *args))
+            if self._bind_all is not None:
+                self._pending.append((operation, args))
+            elif self._bind is not None:
+                self._calls.append(self._bind(operation, *args))
             else:
-                self.calls.append(partial(getattr(self._ops, operation), *args))
+                self._calls.append(partial(getattr(self._ops, operation), *args))
 
         return record
+
+    @property
+    def calls(self) -> list[Call]:
+        """What was collected, ready to run."""
+        if self._bind_all is not None and self._pending:
+            self._calls += self._bind_all(self._pending)
+            self._pending = []
+        return self._calls
 
     def call(self, function: Callable[..., None], *args: Any) -> None:
         """Collect a call of a function whose operations depend on values of the step."""
@@ -76,6 +89,19 @@ class Experts:
     router: Linear
     experts: tuple[Mlp, ...]
     top_k: int
+    on_device: ExpertTables | None = None
+
+
+@dataclass(frozen=True)
+class ExpertTables:
+    """A layer's experts as one table for each projection, for operations that choose.
+
+    What stands in them is the operations' own (`CudaOps.expert_layers`).
+    """
+
+    gate: Any
+    up: Any
+    down: Any
 
 
 @dataclass(frozen=True)
@@ -100,9 +126,15 @@ class DecoderLayer:
 
 
 def build_layer(
-    blueprint: Blueprint, index: int, weights: Weights, cache: CacheLayer
+    blueprint: Blueprint, index: int, weights: Weights, cache: CacheLayer,
+    ops: Any = None, expert_tables: torch.Tensor | None = None,
 ) -> DecoderLayer:
-    """Join a layer's plan with its weights and its part of the cache."""
+    """Join a layer's plan with its weights and its part of the cache.
+
+    Args:
+        ops, expert_tables: where the device chooses experts itself, its operations, and uint8
+            [3, n] of the workspace for what they have to know.
+    """
     config, plan = blueprint.config, blueprint.layers[index]
 
     def norm(norm_plan: NormPlan | None) -> Any:
@@ -119,7 +151,7 @@ def build_layer(
         k=weights.linears[plan.k.name],
         v=weights.linears[plan.v.name],
         o=weights.linears[plan.o.name],
-        mlp=_build_mlp(plan, weights, config.num_experts_per_tok),
+        mlp=_build_mlp(plan, weights, config.num_experts_per_tok, ops, expert_tables),
         cache=cache,
         shape=AttentionShape(
             num_heads=config.num_attention_heads,
@@ -134,14 +166,26 @@ def build_layer(
     )
 
 
-def _build_mlp(plan: LayerPlan, weights: Weights, top_k: int) -> Mlp | Experts:
+def _build_mlp(plan: LayerPlan, weights: Weights, top_k: int, ops: Any,
+               tables: torch.Tensor | None) -> Mlp | Experts:
     def block(mlp: MlpPlan) -> Mlp:
         return Mlp(*(weights.linears[p.name] for p in (mlp.gate, mlp.up, mlp.down)))
 
     if isinstance(plan.mlp, ExpertsPlan):
         router = weights.linears[plan.mlp.router.name]
-        return Experts(router, tuple(map(block, plan.mlp.experts)), top_k)
+        experts = tuple(map(block, plan.mlp.experts))
+        return Experts(router, experts, top_k, _expert_tables(ops, experts, tables))
     return block(plan.mlp)
+
+
+def _expert_tables(
+    ops: Any, experts: tuple[Mlp, ...], tables: torch.Tensor | None
+) -> ExpertTables | None:
+    if tables is None:
+        return None
+    columns = ([getattr(mlp, name) for mlp in experts] for name in ("gate", "up", "down"))
+    made = [ops.expert_layers(c, table) for c, table in zip(columns, tables, strict=True)]
+    return None if None in made else ExpertTables(*made)
 
 
 def decoder_layer(ops: Any, layer: DecoderLayer, s: RowViews, batch: Batch) -> None:
@@ -158,7 +202,10 @@ def decoder_layer(ops: Any, layer: DecoderLayer, s: RowViews, batch: Batch) -> N
         assert layer.mlp_output_norm is None
         ops.rms_norm(s.x, layer.mlp_input_norm, layer.eps, s.h)
         _route(ops, layer.mlp, s)
-        ops.call(_run_experts, layer.mlp, layer.activation, s)
+        if layer.mlp.on_device is not None and s.pair_x is not None:
+            _run_pairs(ops, layer.mlp.on_device, layer.activation, s)
+        else:
+            ops.call(_run_experts, layer.mlp, layer.activation, s)
         return
     ops.rms_norm(s.x, layer.mlp_input_norm, layer.eps, s.h)
     _gated(ops, layer.mlp, layer.activation, s.h, s.gate, s.up, s.scratch)
@@ -203,6 +250,18 @@ def _gated(ops: Any, mlp: Mlp, activation: str, x: torch.Tensor, gate: torch.Ten
 def _route(ops: Any, moe: Experts, s: RowViews) -> None:
     ops.linear(s.h, moe.router, s.router_logits, s.scratch)
     ops.moe_route(s.router_logits, moe.top_k, True, s.route_weights, s.route_experts)
+
+
+def _run_pairs(ops: Any, moe: ExpertTables, activation: str, s: RowViews) -> None:
+    """Run the chosen experts of few rows, each pair of row and expert by itself.
+
+    The same bits as `_run_experts`, and the host need not know which experts these are.
+    """
+    ops.linear_pairs(s.h, moe.gate, s.route_experts, s.pair_gate, s.scratch)
+    ops.linear_pairs(s.h, moe.up, s.route_experts, s.pair_up, s.scratch)
+    ops.gate(s.pair_gate, s.pair_up, activation, s.pair_gate)
+    ops.linear_pairs(s.pair_gate, moe.down, s.route_experts, s.pair_x, s.scratch)
+    ops.moe_sum(s.pair_x, s.route_weights, s.route_experts, s.x)
 
 
 def _run_experts(ops: Any, moe: Experts, activation: str, s: RowViews) -> None:

@@ -104,10 +104,13 @@ class Model:
         self.chunk_size = workspace["ids"].shape[0]
         self.max_batch_size = workspace["past_len"].shape[0]
         self.logits_rows = workspace["logits"].shape[0]
+        self._blueprint, self._weights = blueprint, weights
         self._ops = ops
         self._workspace = workspace
+        tables = workspace.get("expert_tables", [None] * len(cache.layers))
         self._layers = [
-            build_layer(blueprint, i, weights, layer) for i, layer in enumerate(cache.layers)
+            build_layer(blueprint, i, weights, layer, ops, tables[i])
+            for i, layer in enumerate(cache.layers)
         ]
         self._norm = weights.norms[blueprint.norm.spec.name]
         self._head = weights.linears[blueprint.head.name]
@@ -164,6 +167,16 @@ class Model:
         for (sequence, _), length in zip(entries, lengths, strict=True):
             sequence.past_len += length
         return out
+
+    def with_cache(self, cache: PagedCache) -> Model:
+        """Return the same model over another cache, to compare caches.
+
+        Both share weights and workspace: a call of one ends what the other's logits are
+        valid for, and only one may run at a time.
+        """
+        return Model(
+            self._blueprint, self._weights, self._workspace, cache, self._ops, **self._rope_options
+        )
 
     def rope_class(self, rope_len: int) -> int:
         """Return a number that is the same for lengths with the same RoPE frequencies."""

@@ -5,17 +5,22 @@ Every tensor is read once, checked, and written to its place; nothing is kept be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .blueprint import EMBEDDING, Blueprint, NormPlan
+from .blueprint import EMBEDDING, Blueprint, MlpPlan, NormPlan
 from .checkpoint import Checkpoint
 from .formats import pack_linear
 from .formats.common import require_finite
-from .formats.packed import DenseLinear, PackedLinear
+from .formats.packed import DenseLinear
+from .formats.packed_cuda import StreamLinear
 from .kernels.interface import Ops
+
+if TYPE_CHECKING:
+    from .kernels.interface import Linear
 
 # Rows of the embedding read at a time: what is in flight stays within tens of megabytes.
 EMBEDDING_ROWS = 2048
@@ -33,7 +38,7 @@ class Weights:
 
     embedding: torch.Tensor | DenseLinear
     norms: dict[str, torch.Tensor] = field(default_factory=dict)
-    linears: dict[str, PackedLinear | DenseLinear] = field(default_factory=dict)
+    linears: dict[str, Linear] = field(default_factory=dict)
 
 
 def load_weights(
@@ -62,11 +67,15 @@ def load_weights(
     for norm in blueprint.norms():
         norms[norm.spec.name] = _load_norm(norm, checkpoint, views[norm.spec.name])
         done(norm.spec.nbytes)
-    linears = {}
+    linears: dict[str, Any] = {}
     for plan in blueprint.linears():
         tensors = {role: views[spec.name] for role, spec in plan.specs.items()}
         linears[plan.name] = pack_linear(plan, checkpoint, tensors, ops)
         done(sum(spec.nbytes for spec in plan.specs.values()))
+    for layer in blueprint.layers:
+        _share_permutations([linears[plan.name] for plan in (layer.q, layer.k, layer.v)])
+        if isinstance(layer.mlp, MlpPlan):
+            _share_permutations([linears[layer.mlp.gate.name], linears[layer.mlp.up.name]])
     if blueprint.embedding is None:
         head = linears[blueprint.head.name]
         assert isinstance(head, DenseLinear)
@@ -74,6 +83,21 @@ def load_weights(
     table = views[blueprint.embedding.name]
     _load_embedding(checkpoint, table, done)
     return Weights(table, norms, linears)
+
+
+def _share_permutations(layers: Sequence[Any]) -> None:
+    """Let layers that permute one input alike refer to one permutation.
+
+    Operations of a card then permute and quantise it once (`LinearOps.prepare_linears`).
+    """
+    first, *others = layers
+    for other in others:
+        if not isinstance(first, StreamLinear) or not isinstance(other, StreamLinear):
+            return
+        if first.perm is None or other.perm is None:
+            continue
+        if torch.equal(first.perm.cpu(), other.perm.cpu()):
+            other.perm = first.perm
 
 
 def _load_norm(norm: NormPlan, checkpoint: Checkpoint, view: torch.Tensor) -> torch.Tensor:

@@ -7,9 +7,10 @@ no response, however long, needs a byte more than the first token did.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .cache import CacheType, pages_for
 from .kernels import scratch
@@ -28,6 +29,9 @@ DEFAULT_CHUNK_SIZE = 256
 DEFAULT_MAX_BATCH_SIZE = 8
 # Rows of logits at a time where a caller wants all of them (128 KiB a row and more).
 DEFAULT_LOGITS_ROWS = 32
+# Pairs of a row and an expert that a device runs one by one, reading an expert's weights for
+# each: two rows that chose the same expert could share them.
+MAX_PAIRS = 16
 
 
 def workspace_specs(
@@ -60,6 +64,8 @@ def workspace_specs(
         }
         if has_head:
             tensors.update(_head_tensors(blueprint, logits_rows))
+        if blueprint.config.num_local_experts and device.startswith("cuda"):
+            tensors["expert_tables"] = _expert_tables(blueprint, device)
         nbytes = scratch_bytes(
             blueprint, device, rows=chunk_size, logits_rows=logits_rows,
             max_batch_size=max_batch_size, ctx_size=ctx_size, cache_type=cache_type,
@@ -128,6 +134,15 @@ def _head_tensors(blueprint: Blueprint, rows: int) -> Tensors:
     }
 
 
+def _expert_tables(blueprint: Blueprint, device: str) -> tuple[str, tuple[int, ...]]:
+    """A description of each expert's three projections, for each layer of a card."""
+    from .kernels.cuda.linear_structs import LayerStruct
+
+    layers = sum(layer.device == device for layer in blueprint.layers)
+    row_bytes = blueprint.config.num_local_experts * ctypes.sizeof(LayerStruct)
+    return "uint8", (layers, 3, row_bytes)
+
+
 def scratch_bytes(
     blueprint: Blueprint,
     device: str,
@@ -163,8 +178,9 @@ class RowViews:
     """The workspace's tensors cut to the T rows of a step, in the shapes operations take.
 
     `q_heads`, `k_heads`, `v_heads` and `attn_heads` are [T, heads, head_dim] and `q_rows`,
-    `k_rows` [T * heads, head_dim] views of `q`, `k`, `v` and `attn`. The last six are None
-    where the MLP is dense.
+    `k_rows` [T * heads, head_dim] views of `q`, `k`, `v` and `attn`. The six from
+    `router_logits` on are None where the MLP is dense. The last three are [P, ...] with a row
+    for each pair of a row and one of its experts, and None where that is more than MAX_PAIRS.
     """
 
     x: torch.Tensor
@@ -189,6 +205,9 @@ class RowViews:
     expert_rows: torch.Tensor
     expert_weights: torch.Tensor
     expert_x: torch.Tensor
+    pair_gate: torch.Tensor | None
+    pair_up: torch.Tensor | None
+    pair_x: torch.Tensor | None
 
     @classmethod
     def cut(cls, tensors: Mapping[str, torch.Tensor], rows: int, head_dim: int) -> RowViews:
@@ -204,12 +223,16 @@ class RowViews:
         return cls(**views, **_expert_views(tensors, rows), scratch=tensors["scratch"])
 
 
-def _expert_views(tensors: Mapping[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
+def _expert_views(tensors: Mapping[str, torch.Tensor], rows: int) -> dict[str, Any]:
     names = ("router_logits", "route_weights", "route_experts", "expert_x")
+    of_pairs = {"pair_gate": "gate", "pair_up": "up", "pair_x": "expert_x"}
+    views: dict[str, Any] = dict.fromkeys((*names, "expert_rows", "expert_weights", *of_pairs))
     if "expert_x" not in tensors:
-        return dict.fromkeys((*names, "expert_rows", "expert_weights"))  # type: ignore[return-value]
-    views = {name: tensors[name][:rows] for name in names}
-    top_k = tensors["route_experts"].shape[1]
+        return views
+    views.update({name: tensors[name][:rows] for name in names})
+    pairs = rows * tensors["route_experts"].shape[1]
     for name in ("expert_rows", "expert_weights"):
-        views[name] = tensors[name][: rows * top_k]
+        views[name] = tensors[name][:pairs]
+    if pairs <= min(MAX_PAIRS, len(tensors["expert_x"])):
+        views.update({name: tensors[source][:pairs] for name, source in of_pairs.items()})
     return views

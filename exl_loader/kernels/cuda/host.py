@@ -54,7 +54,8 @@ def _span(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
     same = all(t.untyped_storage().data_ptr() == storage.data_ptr() for t in tensors.values())
     assert same and end - first <= held, "inputs are no neighbours"
     whole = torch.empty(0, dtype=torch.uint8, device=lowest.device)
-    return whole.set_(storage, first - storage.data_ptr(), (end - first,)), first
+    nbytes = end - first
+    return whole.set_(storage, first - storage.data_ptr(), (nbytes,), (1,)), first
 
 
 class CardHost:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from ...formats.packed_cuda import StreamLinear
 from ...progress import Progress
+from .fusion import Recorded, bind_all
 from .host import CardHost
 from .open import open_launcher
 from .ops_attention import CudaAttentionOps
-from .ops_linear import LinearOps
+from .ops_linear import ExpertLayers, LinearOps
 from .ops_rows import Launch, RowOps
 
 if TYPE_CHECKING:
@@ -19,39 +22,61 @@ if TYPE_CHECKING:
     from .launcher import Launcher
 
 
-class CudaOps(LinearOps, CudaAttentionOps, RowOps):
-    """The operations of `interface.Ops`.
+class CudaOps:
+    """The operations of `interface.Ops`, each by the part that has it.
 
-    An operation `foo` is `prepare_foo`, which returns what launches it: `ops.foo(...)`
-    prepares and launches, `bind("foo", ...)` prepares.
+    An operation `foo` is a part's `prepare_foo`, which returns what launches it:
+    `ops.foo(...)` prepares and launches, `bind("foo", ...)` prepares.
 
     Args:
         launcher: runs kernels on the device's current stream.
         host: how the host gets at the device's tensors.
-
-    Attributes:
-        staging: uint8 [n] of the device that raw weights may pass through while a model is
-            being loaded; None otherwise.
     """
 
     name = "cuda"
 
     def __init__(self, launcher: Launcher, host: Host):
-        LinearOps.__init__(self, launcher)
-        CudaAttentionOps.__init__(self, launcher)
-        RowOps.__init__(self, launcher)
         self.host = host
-        self.staging: torch.Tensor | None = None
+        self._linear = LinearOps(launcher)
+        self._parts = (self._linear, CudaAttentionOps(launcher), RowOps(launcher))
+
+    @property
+    def staging(self) -> torch.Tensor | None:
+        """uint8 [n] of the device for raw weights on their way, while a model is loaded."""
+        return self._linear.staging
+
+    @staging.setter
+    def staging(self, lent: torch.Tensor | None) -> None:
+        self._linear.staging = lent
 
     def bind(self, operation: str, *args: Any) -> Launch:
         """Prepare a call of an operation for any number of runs."""
         launch: Launch = getattr(self, f"prepare_{operation}")(*args)
         return launch
 
-    def __getattr__(self, operation: str) -> Any:
-        if operation.startswith(("_", "prepare_")):
-            raise AttributeError(operation)
-        prepare = getattr(self, f"prepare_{operation}")
+    def bind_all(self, recorded: Sequence[Recorded]) -> list[Launch]:
+        """Prepare the operations of a step, neighbours as one launch where that can be."""
+        return bind_all(self, recorded)
+
+    def expert_layers(self, layers: Sequence[Any], table: torch.Tensor) -> ExpertLayers | None:
+        """Describe one projection of all experts to `linear_pairs`; None if it cannot run them.
+
+        Args:
+            layers: in the order of experts. table: uint8 [n] of the device, for the result.
+        """
+        if not all(isinstance(layer, StreamLinear) for layer in layers):
+            return None
+        return ExpertLayers(layers, table)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        for part in self._parts:
+            if hasattr(part, name):
+                return getattr(part, name)
+        if name.startswith("prepare_"):
+            raise AttributeError(f"no operation {name.removeprefix('prepare_')}")
+        prepare = getattr(self, f"prepare_{name}")
         return lambda *args: prepare(*args)()
 
 

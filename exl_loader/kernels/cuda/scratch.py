@@ -19,15 +19,11 @@ if TYPE_CHECKING:
 
 COUNTER_BYTES = 1 << 16
 
-# A tile of 32 columns at 8 bits takes so many bytes an input feature: what a raw tensor needs
-# on its way into the packed layout, where the cache is smaller than that.
-_STAGED_TILE_BYTES = 32
-
 
 def linear_scratch_bytes(rows: int, in_features: int, out_features: int) -> int:
-    """Return what `linear` needs for up to `rows` rows, and packing one tile of the layer."""
+    """Return what `linear` needs for up to `rows` rows, and packing the layer at load."""
     need = scratch_linear.linear_scratch_bytes(rows, in_features, out_features)
-    return COUNTER_BYTES + max(need, _STAGED_TILE_BYTES * in_features)
+    return max(COUNTER_BYTES + need, scratch_linear.least_staging_bytes(in_features))
 
 
 def write_cache_scratch_bytes(rows: int, shape: AttentionShape, cache_type: CacheType) -> int:
