@@ -1,17 +1,12 @@
-"""Random layers in the CUDA layout, and the linear operations on emulated kernels."""
+"""Random layers in the CUDA layout, and what the kernels make of them by definition."""
 
 from __future__ import annotations
 
-from functools import cache
-
 import numpy as np
 import torch
-from cuda_emulation import EmulatedLauncher
-from cuda_emulation.launcher import REPO, emulation_spec
 
 from exl_loader.formats import streams
 from exl_loader.formats.packed_cuda import (
-    TILE_COLUMNS,
     StreamLinear,
     group_table,
     stream_specs,
@@ -21,19 +16,15 @@ from exl_loader.kernels.cuda.ops_linear import LinearOps
 from exl_loader.kernels.cuda.scratch import COUNTER_BYTES
 from exl_loader.kernels.cuda.scratch_linear import linear_scratch_bytes
 
-SOURCES = ("linear_decode", "linear_prefill", "linear_quantize", "linear_dense", "pack")
 # 15 bits: see csrc/cuda/linear_layout.cuh.
 LARGEST_ACTIVATION = np.float32(127 * 128)
 WINDOW_ROWS = 128
 
 
-@cache
-def linear_ops(order: str = "forward", seed: int = 0) -> LinearOps:
-    """Return the operations on kernels run on the CPU, lanes in the given order."""
-    sources = [REPO / "csrc" / "cuda" / f"{name}.cu" for name in SOURCES]
-    launcher = EmulatedLauncher(emulation_spec(sources), order=order, seed=seed)
+def linear_ops(launcher) -> LinearOps:
+    """Return the operations on a launcher, with little staging, so that packing takes turns."""
     ops = LinearOps(launcher)
-    ops.staging = torch.empty(1 << 20, dtype=torch.uint8)
+    ops.staging = torch.empty(1 << 16, dtype=torch.uint8)
     return ops
 
 
@@ -119,7 +110,3 @@ def quantised_product(x: torch.Tensor, w: StreamLinear) -> tuple[np.ndarray, np.
         magnitude += np.abs(w.bias.numpy())
     return total, magnitude
 
-
-def padded_columns(w: StreamLinear) -> int:
-    """Columns of all tiles."""
-    return w.codes.shape[0] * TILE_COLUMNS
