@@ -22,6 +22,7 @@ COMMANDS = {
     "generate": ("exl_loader.commands.generate", "write text that follows a prompt"),
     "chat": ("exl_loader.commands.chat", "talk to a model in the terminal"),
     "plan": ("exl_loader.commands.plan", "compute the memory a model will take, without loading"),
+    "eval": ("exl_loader.commands.eval", "measure what cache types cost in quality on a text"),
     "convert": ("exl_loader.convert.command", "quantise a model folder to EXL2"),
     "build": ("exl_loader.commands.build", "compile the kernels ahead of the first load"),
     "doctor": ("exl_loader.commands.doctor", "say what this machine has and what is missing"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from .settings import SamplingSettings
 if TYPE_CHECKING:
     from .config import ModelConfig
     from .draft_model import DraftModel
+    from .forward_model import ForwardModel
     from .memory import Buffers
     from .model import Model
     from .reservation import Reservation
@@ -258,6 +260,14 @@ class LoadedModel:
             actual=f"{free_bytes} bytes free",
             remedy="Ask about a part of the text, or for prompt_logprobs, which keeps a few rows",
         )
+
+    def held(self) -> AbstractContextManager[tuple[ForwardModel, PagedCache]]:
+        """Lend the forward pass and its cache, for measurements; generations wait meanwhile.
+
+        Raises:
+            ModelUnloaded: after `unload`, when the block is entered.
+        """
+        return self._generator.held()
 
     def allocated_bytes(self) -> int:
         """Sum of the buffers that exist; equals the reservation's total while loaded."""

@@ -126,6 +126,18 @@ class Generator:
             if lead:
                 self._end_lead()
 
+    @contextmanager
+    def held(self) -> Iterator[tuple[ForwardModel, PagedCache]]:
+        """Lend the model and the cache themselves; running jobs wait for the block's end.
+
+        Raises:
+            ModelUnloaded: after `close`.
+        """
+        with self.exclusive():
+            scheduler = self._check_open()
+            scheduler.reap()
+            yield scheduler.model, scheduler.cache
+
     def evaluate(
         self, ids: Sequence[int], rope_len: int, logits: Literal["last", "all"],
         use: Callable[[int, torch.Tensor], None],

@@ -105,6 +105,7 @@ class Model:
         self.max_batch_size = workspace["past_len"].shape[0]
         self.logits_rows = workspace["logits"].shape[0]
         self._blueprint, self._weights = blueprint, weights
+        self._blueprint, self._weights = blueprint, weights
         self._ops = ops
         self._workspace = workspace
         tables = workspace.get("expert_tables", [None] * len(cache.layers))
@@ -167,6 +168,16 @@ class Model:
         for (sequence, _), length in zip(entries, lengths, strict=True):
             sequence.past_len += length
         return out
+
+    def with_cache(self, cache: PagedCache) -> Model:
+        """Return the same model over another cache, to compare caches.
+
+        Both share weights and workspace: a call of one ends what the other's logits are
+        valid for, and only one may run at a time.
+        """
+        return Model(
+            self._blueprint, self._weights, self._workspace, cache, self._ops, **self._rope_options
+        )
 
     def with_cache(self, cache: PagedCache) -> Model:
         """Return the same model over another cache, to compare caches.

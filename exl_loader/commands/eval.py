@@ -1,0 +1,125 @@
+"""`python -m exl_loader eval`: what cache types cost in quality, on a text of one's own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import ModelConfig
+from ..errors import InvalidSettings
+from ..progress import MIB, default_progress
+from .model_options import DEMO_MODEL, read_text
+
+if TYPE_CHECKING:
+    from ..evaluation import EvaluationPlan, Result
+
+HEADINGS = (
+    "cache", "perplexity", "KL mean", "+-", "median", "99.9 %", "largest", "same top", "MiB",
+)  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommand's arguments to its parser."""
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", default=str(DEMO_MODEL),
+        help="model folder; the small model that is shipped where none is given",
+    )
+    parser.add_argument(
+        "--text", required=True, metavar="FILE", help="UTF-8 text to evaluate on; - is stdin"
+    )
+    parser.add_argument(
+        "--cache-type", default="q8,q6,q4", metavar="TYPE,...",
+        help="cache types to compare with fp16, such as q4 or q8,q8_q4 (default %(default)s); "
+        "fp16 alone computes its perplexity",
+    )
+    parser.add_argument(
+        "--ctx-size", type=int, metavar="N",
+        help="tokens of a window; the model's own length up to 8192",
+    )
+    parser.add_argument(
+        "--tokens", type=int, metavar="N", help="evaluate the text's first N tokens only"
+    )
+    parser.add_argument(
+        "--memory-limit", metavar="SIZE", help="most memory to take, e.g. 8GiB"
+    )
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate, and print a row for every cache type.
+
+    Raises:
+        ExlLoaderError: the folder, the text or an option is wrong, or the model with all
+            caches does not fit.
+    """
+    from ..evaluation import evaluate, parse_cache_types, plan_evaluation
+    from ..loader import load
+
+    text = read_text(args.text, "--text")
+    if args.tokens is not None and args.tokens < 2:
+        raise InvalidSettings("--tokens", expected="2 or more", actual=str(args.tokens))
+    planned = plan_evaluation(
+        args.model, parse_cache_types(args.cache_type),
+        config=ModelConfig.from_dir(Path(args.model)),
+        ctx_size=args.ctx_size, memory_limit=args.memory_limit,
+    )
+    progress = default_progress()
+    began = time.perf_counter()
+    with load(
+        args.model, ctx_size=planned.reservation.ctx_size, cache_type="fp16",
+        memory_limit=args.memory_limit, progress=progress,
+    ) as model:
+        ids = model.encode(text, add_bos=False, special=False)[: args.tokens]
+        results = evaluate(model, planned, ids, progress)
+    report = _report(args, planned, len(ids), results) | {
+        "seconds": round(time.perf_counter() - began, 1)
+    }
+    print(json.dumps(report, indent=2) if args.json else render(report))
+    return 0
+
+
+def _report(
+    args: argparse.Namespace, planned: EvaluationPlan, tokens: int, results: list[Result]
+) -> dict[str, Any]:
+    total = sum(device.total_bytes for device in planned.reservation.devices)
+    return {
+        "model": args.model,
+        "text": args.text,
+        "tokens": tokens,
+        "ctx_size": planned.reservation.ctx_size,
+        "reserved_bytes": total + planned.extra_bytes,
+        "other_caches_bytes": planned.extra_bytes,
+        "results": [asdict(result) for result in results],
+    }
+
+
+def render(report: dict[str, Any]) -> str:
+    """Write a report for people."""
+    rows = [list(HEADINGS)]
+    for result in report["results"]:
+        row = [result["cache_type"], f"{result['perplexity']:.4f}"]
+        found = result["divergence"]
+        if found is None:
+            row += [""] * 6
+        else:
+            names = ("mean", "standard_error", "median", "percentile_99_9", "largest")
+            row += [f"{found[name]:.2e}" for name in names]
+            row.append(f"{found['top1_agreement']:.2%}")
+        rows.append([*row, f"{result['cache_bytes'] / MIB:.1f}"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        row[0].ljust(widths[0])
+        + "".join("  " + cell.rjust(n) for cell, n in zip(row[1:], widths[1:], strict=True))
+        for row in rows
+    ]
+    return "\n".join([
+        f"{report['tokens']} tokens in windows of {report['ctx_size']}; KL is the "
+        "Kullback-Leibler divergence from the fp16 cache in nats a token",
+        *(line.rstrip() for line in lines),
+        f"took {report['reserved_bytes'] / MIB:.1f} MiB, {report['other_caches_bytes'] / MIB:.1f} "
+        f"of them for the other caches, and {report['seconds']:.1f} s",
+    ])  # fmt: skip

@@ -1,0 +1,354 @@
+"""What a cache type costs in quality: perplexity, and divergence from the fp16 cache.
+
+One model is loaded with the fp16 cache, and beside it a cache of each other type; weights
+and workspace are shared. A text goes through all of them in step, a few rows at a time, so
+that no more logits exist than the workspace holds.
+
+The divergence of a token is the Kullback-Leibler divergence, in nats, of what the model
+predicts with a cache type from what it predicts with fp16: sum over the vocabulary of
+p_fp16 * (log p_fp16 - log p). It compares whole distributions, so it ranks types where
+perplexity, which looks at one token of each and may improve by luck, does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from .cache import CacheLayer, CacheType, cache_specs, pages_for
+from .devices import device_kind
+from .errors import InsufficientMemory, InvalidSettings
+from .memory import Buffers, allocate
+from .model import Model
+from .paging import PagedCache
+from .progress import NullProgress, Progress, task
+from .reservation import Reservation, plan
+from .table import DeviceMap, Segment, TensorSpec, place
+
+if TYPE_CHECKING:
+    from .config import ModelConfig
+    from .engine import LoadedModel
+
+REFERENCE_TYPE = "fp16"
+# Logits that are compared at a time, in float64: some 40 MiB with everything in between.
+_COMPARED_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The divergence of a cache type from fp16, over the tokens of a text.
+
+    Args:
+        mean, median, percentile_99_9, largest: nats a token.
+        standard_error: of the mean, as if tokens were independent.
+        top1_agreement: share of tokens whose likeliest follower is the same.
+    """
+
+    mean: float
+    standard_error: float
+    median: float
+    percentile_99_9: float
+    largest: float
+    top1_agreement: float
+
+    @classmethod
+    def of(cls, nats: np.ndarray, agreeing: int) -> Divergence:
+        """Summarise nats, float [tokens], and how many tokens agree."""
+        error = nats.std(ddof=1) / len(nats) ** 0.5 if len(nats) > 1 else 0.0
+        return cls(
+            mean=float(nats.mean()),
+            standard_error=float(error),
+            median=float(np.median(nats)),
+            percentile_99_9=float(np.percentile(nats, 99.9)),
+            largest=float(nats.max()),
+            top1_agreement=agreeing / len(nats),
+        )
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one cache type gave.
+
+    Args:
+        cache_type: its name.
+        cache_bytes: bytes of its cache.
+        perplexity: exp of the mean negative log likelihood of the text's tokens.
+        divergence: None for the reference itself.
+    """
+
+    cache_type: str
+    cache_bytes: int
+    perplexity: float
+    divergence: Divergence | None
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """The memory of an evaluation.
+
+    Args:
+        reservation: of the model with the fp16 cache.
+        others: the other cache types, each once.
+        caches: the table of their caches, laid out as one buffer; None where there are none.
+    """
+
+    reservation: Reservation
+    others: tuple[CacheType, ...]
+    caches: Segment | None
+
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes of the other types' caches."""
+        return self.caches.nbytes if self.caches is not None else 0
+
+
+def parse_cache_types(text: str) -> tuple[CacheType, ...]:
+    """Read a list such as `q4,q8_q4`; the reference type and repetitions are left out.
+
+    Raises:
+        InvalidSettings: a name is unknown.
+    """
+    types = dict.fromkeys(CacheType.parse(name) for name in text.split(","))
+    types.pop(CacheType.parse(REFERENCE_TYPE), None)
+    return tuple(types)
+
+
+def plan_evaluation(
+    model_dir: str,
+    others: Sequence[CacheType],
+    *,
+    config: ModelConfig,
+    ctx_size: int | None = None,
+    memory_limit: str | None = None,
+) -> EvaluationPlan:
+    """Plan the model with the fp16 cache and all other caches beside it.
+
+    Args:
+        model_dir, ctx_size, memory_limit: see `reservation.plan`.
+        others: cache types to compare.
+        config: the folder's.
+
+    Raises:
+        InsufficientMemory: they do not fit together; nothing was taken.
+        ExlLoaderError: see `reservation.plan`.
+    """
+    reservation = plan(model_dir, ctx_size, REFERENCE_TYPE, memory_limit=memory_limit)
+    _check_workspace(reservation, model_dir, others, memory_limit)
+    device = reservation.devices[0].device
+    specs = [
+        spec
+        for cache_type in others
+        for spec in _specs(config, reservation.ctx_size, cache_type, device)
+    ]
+    caches = place(specs)[device, "cache"] if specs else None
+    planned = EvaluationPlan(reservation, tuple(others), caches)
+    step = device_kind(device).granularity_bytes
+    needed = -(-planned.extra_bytes // step) * step
+    spare = reservation.devices[0].spare_bytes
+    if reservation.fits and spare < needed:
+        total = reservation.devices[0].total_bytes + planned.extra_bytes
+        raise InsufficientMemory(
+            f"{device}: no room for the caches of all types at once",
+            expected=f"{total} bytes free, {planned.extra_bytes} of them for other caches",
+            actual=f"{needed - spare} bytes fewer",
+            remedy="Compare fewer cache types at a time, or lower --ctx-size",
+        )
+    return planned
+
+
+def _check_workspace(
+    reservation: Reservation, model_dir: str, others: Sequence[CacheType],
+    memory_limit: str | None,
+) -> None:
+    """Refuse a type that needs more workspace than the fp16 cache, which all share."""
+    lent = [device.workspace_bytes for device in reservation.devices]
+    for other in others:
+        own = plan(model_dir, reservation.ctx_size, other, memory_limit=memory_limit)
+        needed = [device.workspace_bytes for device in own.devices]
+        if len(needed) != len(lent) or any(a > b for a, b in zip(needed, lent, strict=True)):
+            raise InvalidSettings(
+                "--cache-type", expected=f"types that run in the workspace of {REFERENCE_TYPE}",
+                actual=f"{other} needs {sum(needed)} bytes, {sum(lent)} are there",
+                remedy="Lower --ctx-size, so that the model runs on one device",
+            )
+
+
+def _specs(
+    config: ModelConfig, ctx_size: int, cache_type: CacheType, device: str
+) -> list[TensorSpec]:
+    where = DeviceMap.single(device, config.num_hidden_layers)
+    return [
+        TensorSpec(f"{cache_type}.{spec.name}", spec.segment, spec.dtype, spec.shape, device)
+        for spec in cache_specs(config, pages_for(ctx_size), cache_type, where)
+    ]
+
+
+def evaluate(
+    loaded: LoadedModel,
+    planned: EvaluationPlan,
+    ids: Sequence[int],
+    progress: Progress | None = None,
+) -> list[Result]:
+    """Run a text through every cache type.
+
+    The text is cut into windows of the whole context, each on its own, with the tokenizer's
+    BOS token before each where it adds one.
+
+    Args:
+        loaded: the model, loaded as `planned.reservation` says.
+        planned: which types to compare.
+        ids: the text's ids, without BOS.
+        progress: told the tokens.
+
+    Returns:
+        the reference's result, then the others' in the plan's order.
+
+    Raises:
+        InvalidSettings: fewer than two ids to predict one from another.
+        InsufficientMemory: memory for the other caches has vanished since the plan.
+    """
+    bos = _bos_ids(loaded)
+    windows = list(windows_of(ids, bos, loaded.ctx_size))
+    if not windows:
+        raise InvalidSettings("the text", expected="two tokens or more", actual=f"{len(ids)}")
+    total = sum(len(window) - 1 for window in windows)
+    shown = progress or NullProgress()
+    with _lanes(loaded, planned) as lanes, task(shown, "evaluating", total, "tokens") as advance:
+        for window in windows:
+            for rows in _run_window(lanes, window, loaded.ctx_size):
+                advance(rows)
+        return [lane.result() for lane in lanes]
+
+
+def _bos_ids(loaded: LoadedModel) -> list[int]:
+    tokenizer = loaded.tokenizer
+    if not tokenizer.add_bos_token or tokenizer.bos_token_id is None:
+        return []
+    return [tokenizer.bos_token_id]
+
+
+def windows_of(ids: Sequence[int], bos: list[int], ctx_size: int) -> Iterator[list[int]]:
+    """Cut ids so that each is predicted once; a window's last id is a target alone.
+
+    Without BOS nothing predicts the first.
+    """
+    for first in range(0, len(ids), ctx_size):
+        window = bos + list(ids[first : first + ctx_size + 1 - len(bos)])
+        if len(window) > 1:
+            yield window
+
+
+@contextmanager
+def _lanes(loaded: LoadedModel, planned: EvaluationPlan) -> Iterator[list[_Lane]]:
+    """Hold the model, and take the other caches for as long as the block runs."""
+    buffers = allocate([planned.caches] if planned.caches is not None else [])
+    try:
+        with loaded.held() as (model, cache):
+            assert isinstance(model, Model)
+            lanes = [_Lane(REFERENCE_TYPE, model, cache)]
+            for other in planned.others:
+                own = _paged_cache(buffers, other, model.config, loaded.ctx_size)
+                lanes.append(_Lane(str(other), model.with_cache(own), own))
+            yield lanes
+            lanes.clear()
+    finally:
+        buffers.release()
+
+
+def _paged_cache(
+    buffers: Buffers, cache_type: CacheType, config: ModelConfig, ctx_size: int
+) -> PagedCache:
+    views, prefix = buffers.views("cache"), f"{cache_type}.cache"
+    layers = [
+        CacheLayer(
+            k_codes=views[f"{prefix}.{i}.k_codes"],
+            k_scales=views.get(f"{prefix}.{i}.k_scales"),
+            v_codes=views[f"{prefix}.{i}.v_codes"],
+            v_scales=views.get(f"{prefix}.{i}.v_scales"),
+            cache_type=cache_type,
+        )
+        for i in range(config.num_hidden_layers)
+    ]
+    return PagedCache(layers, pages_for(ctx_size))
+
+
+class _Lane:
+    """One cache type on its way through a text.
+
+    Args:
+        name: the type's name. model: runs over `cache`.
+    """
+
+    def __init__(self, name: str, model: Model, cache: PagedCache) -> None:
+        self.name, self.model, self.cache = name, model, cache
+        self._nats: list[np.ndarray] = []
+        self._agreeing = 0
+        self._loss, self._count = 0.0, 0
+
+    def add(self, loss: torch.Tensor) -> None:
+        """Count tokens by their negative log likelihoods, [tokens]."""
+        self._loss += loss.sum().item()
+        self._count += len(loss)
+
+    def add_divergence(self, nats: torch.Tensor, agreeing: torch.Tensor) -> None:
+        """Count tokens by their divergence, [tokens], and agreement, bool [tokens]."""
+        self._nats.append(nats.float().numpy())
+        self._agreeing += int(agreeing.sum())
+
+    def result(self) -> Result:
+        """Summarise what was counted."""
+        nbytes = sum(
+            tensor.nbytes
+            for layer in self.cache.layers
+            for tensor in (layer.k_codes, layer.k_scales, layer.v_codes, layer.v_scales)
+            if tensor is not None
+        )
+        divergence = None
+        if self._nats:
+            divergence = Divergence.of(np.concatenate(self._nats).astype(float), self._agreeing)
+        perplexity = float(np.exp(self._loss / self._count))
+        return Result(self.name, nbytes, perplexity, divergence)
+
+
+def _run_window(lanes: list[_Lane], window: list[int], ctx_size: int) -> Iterator[int]:
+    """Run a window through all lanes in step; yields how many tokens were done."""
+    inputs, targets = window[:-1], torch.tensor(window[1:])
+    rope_class = lanes[0].model.rope_class(ctx_size)
+    sequences = [lane.cache.acquire(ctx_size, (), rope_class) for lane in lanes]
+    step = min(lanes[0].model.logits_rows, lanes[0].model.chunk_size)
+    try:
+        for first in range(0, len(inputs), step):
+            chunk = inputs[first : first + step]
+            wanted = targets[first : first + step]
+            reference: torch.Tensor | None = None
+            for lane, sequence in zip(lanes, sequences, strict=True):
+                rows = lane.model.forward([(sequence, chunk)], "all")
+                _count(lane, rows, wanted, reference)
+                if reference is None and len(lanes) > 1:
+                    # The rows are the workspace's, which the next lane writes to.
+                    reference = rows.clone()
+            yield len(chunk)
+    finally:
+        for lane, sequence in zip(lanes, sequences, strict=True):
+            lane.cache.release(sequence)
+
+
+def _count(
+    lane: _Lane, rows: torch.Tensor, wanted: torch.Tensor, reference: torch.Tensor | None
+) -> None:
+    """Count rows of logits [tokens, vocab_size], compared with the reference's if given."""
+    step = max(1, _COMPARED_ELEMENTS // rows.shape[1])
+    for first in range(0, len(rows), step):
+        part = slice(first, first + step)
+        logs = rows[part].double().log_softmax(dim=-1)
+        lane.add(-logs.gather(1, wanted[part, None]).squeeze(1))
+        if reference is not None:
+            theirs = reference[part].double().log_softmax(dim=-1)
+            # Rounding may leave a divergence of nothing a little below zero.
+            nats = (theirs.exp() * (theirs - logs)).sum(dim=-1).clamp(min=0)
+            lane.add_divergence(nats, logs.argmax(dim=-1) == theirs.argmax(dim=-1))
