@@ -50,15 +50,16 @@ constexpr uint32_t kTable00 = codebook_word(0, 0), kTable01 = codebook_word(0, 1
                    kTable10 = codebook_word(1, 0), kTable11 = codebook_word(1, 1),
                    kTable12 = codebook_word(1, 2), kTable13 = codebook_word(1, 3);
 
-// The 16 levels of one table, in registers.
+// The 16 levels of one table, in registers; kFlip is added to every byte without carry.
+template <uint32_t kFlip = 0>
 struct Codebook {
     uint32_t words[4];
     __device__ __forceinline__ explicit Codebook(uint32_t scale_bits) {
         const bool second = scale_bits & 1;
-        words[0] = second ? kTable10 : kTable00;
-        words[1] = second ? kTable11 : kTable01;
-        words[2] = second ? kTable12 : kTable02;
-        words[3] = second ? kTable13 : kTable03;
+        words[0] = second ? kTable10 ^ kFlip : kTable00 ^ kFlip;
+        words[1] = second ? kTable11 ^ kFlip : kTable01 ^ kFlip;
+        words[2] = second ? kTable12 ^ kFlip : kTable02 ^ kFlip;
+        words[3] = second ? kTable13 ^ kFlip : kTable03 ^ kFlip;
     }
     // The levels of eight codes: those of the low four nibbles, and of the high four. A byte
     // permutation looks up three bits of a code in each half of the table; the fourth bit
@@ -77,15 +78,15 @@ __device__ __forceinline__ uint32_t shared_word(const uint8_t* row, int offset) 
     return *reinterpret_cast<const uint32_t*>(row + offset);
 }
 
-// Half a unit, eight elements, as bytes in units of 1/128 shifted by 128.
-// row: a token's codes in shared memory. scale: the group's, as bits.
-template <int kBits>
+// Half a unit, eight elements, as bytes in units of 1/128: shifted by 128, or with kFlip of
+// 0x80808080 signed. row: a token's codes in shared memory. scale: the group's, as bits.
+template <int kBits, uint32_t kFlip = 0>
 __device__ __forceinline__ void unpack_half_unit(const uint8_t* row, int head_dim, int unit,
-                                                 int half, const Codebook& codebook,
+                                                 int half, const Codebook<kFlip>& codebook,
                                                  uint32_t (&levels)[2]) {
     if constexpr (kBits == 8) {
-        levels[0] = shared_word(row, unit * kUnit + half * 8);
-        levels[1] = shared_word(row, unit * kUnit + half * 8 + 4);
+        levels[0] = shared_word(row, unit * kUnit + half * 8) ^ kFlip;
+        levels[1] = shared_word(row, unit * kUnit + half * 8 + 4) ^ kFlip;
     } else if constexpr (kBits == 4) {
         codebook.look_up(shared_word(row, unit * (kUnit / 2) + half * 4), levels);
     } else {
@@ -97,8 +98,8 @@ __device__ __forceinline__ void unpack_half_unit(const uint8_t* row, int head_di
         const uint32_t high = shared_word(row, first + unit % 2 * 8 + half * 4);
         const uint32_t low = shared_word(row, whole ? first + 16 + half * 4 : first + 8);
         const int field = whole ? unit % 2 : half;
-        levels[0] = (high << 4 & 0xF0F0F0F0u) | (low >> (2 * field) << 2 & 0x0C0C0C0Cu);
-        levels[1] = (high & 0xF0F0F0F0u) | (low >> (2 * field + 2) & 0x0C0C0C0Cu);
+        levels[0] = ((high << 4 & 0xF0F0F0F0u) | (low >> (2 * field) << 2 & 0x0C0C0C0Cu)) ^ kFlip;
+        levels[1] = ((high & 0xF0F0F0F0u) | (low >> (2 * field + 2) & 0x0C0C0C0Cu)) ^ kFlip;
     }
 }
 
@@ -153,7 +154,7 @@ __device__ __forceinline__ void expand_unit(const uint8_t* row, const uint16_t* 
     } else {
         const uint32_t scale = scales[unit / 2];
         const uint32_t twice = scale | scale << 16;
-        const Codebook codebook(scale);
+        const Codebook<> codebook(scale);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             uint32_t levels[2];

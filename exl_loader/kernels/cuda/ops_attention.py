@@ -1,0 +1,194 @@
+"""Attention over the packed cache and cache writing, as launches of compiled kernels.
+
+A launch depends on shapes alone; lengths and page tables are read on the device. A sequence
+with up to `DECODE_ROWS` rows in a call is decoded, one with more is a prompt: two kernels,
+each leaving the other's sequences alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from ...cache import GROUP, PAGE_LEN, code_bytes, num_groups
+from .attention_plan import decode_plan, is_generic, prefill_plan
+from .scratch import COUNTER_BYTES
+from .scratch_attention import DECODE_ROWS, most_splits, row_bytes, slots
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...cache import CacheLayer
+    from ..interface import AttentionShape, Batch
+    from .launcher import Launcher
+
+Launch = Callable[[], None]
+
+_I32, _I64, _F32, _P = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+_COUNTER = ctypes.sizeof(_I32)
+_FLOAT_BYTES = ctypes.sizeof(_F32)
+_WARP = 32
+_ROWS = 8  # of a block of attention_decode.cu
+_GENERIC_THREADS = 128
+_WRITE_WARPS = 8
+_CODEBOOK_FLOATS = 64
+
+
+class _Half(ctypes.Structure):
+    """ExlCacheHalf of csrc/cache_codec.h: keys or values of a layer."""
+
+    _fields_ = [("codes", _P), ("scales", _P), ("bits", _I32)]
+
+
+class _Layer(ctypes.Structure):
+    """ExlCacheLayer."""
+
+    _fields_ = [("k", _Half), ("v", _Half), ("num_kv_heads", _I64), ("head_dim", _I64)]
+
+
+class _Batch(ctypes.Structure):
+    """ExlBatch."""
+
+    _fields_ = [("q_start", _P), ("past_len", _P), ("page_table", _P), ("num_sequences", _I64),
+                ("max_pages", _I64)]
+
+
+class _Shape(ctypes.Structure):
+    """ExlAttentionShape."""
+
+    _fields_ = [("num_heads", _I64), ("window", _I64), ("scale", _F32), ("softcap", _F32)]
+
+
+class _Call(ctypes.Structure):
+    """AttentionCall of csrc/cuda/attention.cuh."""
+
+    _fields_ = [("layer", _Layer), ("batch", _Batch), ("shape", _Shape), ("q", _P), ("out", _P)]
+
+
+class _Decode(ctypes.Structure):
+    """DecodeLaunch of csrc/cuda/attention_decode.cu."""
+
+    _fields_ = [("partials", _P), ("counters", _P), ("first_sequence", _I32), ("max_rows", _I32),
+                ("slots", _I32), ("most_splits", _I32), ("units", _I32)]
+
+
+def _half(codes: torch.Tensor, scales: torch.Tensor | None, bits: int, head_dim: int) -> _Half:
+    pages, heads = codes.shape[:2]
+    width = code_bytes(head_dim, bits) // codes.element_size()
+    assert codes.shape == (pages, heads, PAGE_LEN, width) and codes.is_contiguous()
+    if scales is None:
+        assert num_groups(head_dim, bits) == 0
+        return _Half(codes.data_ptr(), None, bits)
+    assert scales.shape == (pages, heads, PAGE_LEN, num_groups(head_dim, bits))
+    assert scales.is_contiguous()
+    return _Half(codes.data_ptr(), scales.data_ptr(), bits)
+
+
+def _layer(layer: CacheLayer, head_dim: int) -> _Layer:
+    kind = layer.cache_type
+    k = _half(layer.k_codes, layer.k_scales, kind.k_bits, head_dim)
+    v = _half(layer.v_codes, layer.v_scales, kind.v_bits, head_dim)
+    return _Layer(k, v, layer.k_codes.shape[1], head_dim)
+
+
+def _batch(batch: Batch) -> _Batch:
+    table = batch.page_table
+    assert table.is_contiguous() and batch.q_start.is_contiguous()
+    assert batch.past_len.is_contiguous()
+    return _Batch(batch.q_start.data_ptr(), batch.past_len.data_ptr(), table.data_ptr(),
+                  *table.shape)
+
+
+class CudaAttentionOps:
+    """`write_cache` and `attention` of `interface.Ops`.
+
+    Args:
+        launcher: runs kernels.
+    """
+
+    def __init__(self, launcher: Launcher):
+        self.launcher = launcher
+
+    def prepare_write_cache(self, k: torch.Tensor, v: torch.Tensor, layer: CacheLayer,
+                            batch: Batch, scratch: torch.Tensor) -> Launch:
+        """Rotate and quantise; a block writes one head of one row."""
+        assert k.is_contiguous() and v.is_contiguous() and k.shape == v.shape
+        rows, heads, head_dim = k.shape
+        groups = -(-head_dim // GROUP)
+        shared_bytes = (groups * GROUP + _CODEBOOK_FLOATS) * _FLOAT_BYTES
+        # Two warps at least: they fill the codebooks.
+        warps = min(max(groups, 2), _WRITE_WARPS)
+        return self.launcher.prepare(
+            "cache_write_kernel", (2 * heads, rows, 1), warps * _WARP, shared_bytes,
+            _layer(layer, head_dim), _batch(batch), _P(k.data_ptr()), _P(v.data_ptr()),
+        )
+
+    def prepare_attention(self, q: torch.Tensor, layer: CacheLayer, batch: Batch,
+                          shape: AttentionShape, out: torch.Tensor,
+                          scratch: torch.Tensor) -> Launch:
+        """Attend each sequence by the kernel that its number of rows asks for."""
+        assert q.is_contiguous() and out.is_contiguous() and out.shape == q.shape
+        assert q.shape[1:] == (shape.num_heads, shape.head_dim)
+        call = _Call(
+            _layer(layer, shape.head_dim), _batch(batch),
+            _Shape(shape.num_heads, shape.window, shape.scale, shape.softcap),
+            q.data_ptr(), out.data_ptr(),
+        )
+        rows = q.shape[0]
+        if is_generic(shape.head_dim, layer.cache_type):
+            shared_bytes = (5 * shape.head_dim + 8) * _FLOAT_BYTES
+            return self.launcher.prepare("attention_generic_kernel", (shape.num_heads, rows, 1),
+                                         _GENERIC_THREADS, shared_bytes, call)
+        # Every sequence of a call has a row, so one of them has this many at most.
+        most_rows = rows - batch.num_sequences + 1
+        launches = self._decode(call, layer, batch, shape, min(most_rows, DECODE_ROWS), scratch)
+        if most_rows > DECODE_ROWS:
+            if batch.num_sequences == 1:
+                launches = []
+            launches.append(self._prefill(call, layer, batch, shape, most_rows))
+        return launches[0] if len(launches) == 1 else _in_turn(launches)
+
+    def _decode(self, call: _Call, layer: CacheLayer, batch: Batch, shape: AttentionShape,
+                max_rows: int, scratch: torch.Tensor) -> list[Launch]:
+        """Launches for sequences with up to `max_rows` rows; as many at once as scratch holds."""
+        max_pages, kv_heads = batch.page_table.shape[1], shape.num_kv_heads
+        plan = decode_plan(shape.head_dim, layer.cache_type, self.launcher.shared_limit_bytes)
+        groups = -(-max_rows * (shape.num_heads // kv_heads) // _ROWS)
+        at_once, sequence_bytes = batch.num_sequences, max_rows * row_bytes(shape, max_pages)
+        if sequence_bytes:
+            held = (scratch.nbytes - COUNTER_BYTES) // sequence_bytes
+            counted = COUNTER_BYTES // _COUNTER // (groups * kv_heads)
+            at_once = min(at_once, held, counted)
+        assert at_once > 0, f"attention in {scratch.nbytes} bytes of scratch"
+        splits = slots(kv_heads, shape.window, max_pages)
+        launches = []
+        for first in range(0, batch.num_sequences, at_once):
+            count = min(at_once, batch.num_sequences - first)
+            decode = _Decode(
+                scratch.data_ptr() + COUNTER_BYTES, scratch.data_ptr(), first, max_rows, splits,
+                most_splits(kv_heads), plan.units,
+            )
+            launches.append(self.launcher.prepare(
+                plan.kernel, (splits, kv_heads * groups, count), plan.warps * _WARP,
+                plan.shared_bytes, call, decode,
+            ))
+        return launches
+
+    def _prefill(self, call: _Call, layer: CacheLayer, batch: Batch, shape: AttentionShape,
+                 max_rows: int) -> Launch:
+        head_rows = max_rows * (shape.num_heads // shape.num_kv_heads)
+        plan = prefill_plan(
+            shape.head_dim, layer.cache_type, self.launcher.shared_limit_bytes,
+            self.launcher.multiprocessors, shape.num_kv_heads, head_rows,
+        )
+        grid = (-(-head_rows // plan.rows), shape.num_kv_heads, batch.num_sequences)
+        return self.launcher.prepare(plan.kernel, grid, plan.warps * _WARP, plan.shared_bytes, call)
+
+
+def _in_turn(launches: list[Launch]) -> Launch:
+    def launch() -> None:
+        for one in launches:
+            one()
+
+    return launch
