@@ -5,15 +5,24 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from typing import Any
 
-from ..kernels.build import build
+from ..kernels.build import build, build_entry
+from ..kernels.cuda.arch import arch_name, parse_archs
+from ..kernels.cuda.driver import driver_release
+from ..kernels.cuda.spec import cuda_spec
 from ..kernels.spec import require_cpu_spec
-from ..kernels.store import discard, find_built
+from ..kernels.store import discard, find_built, find_entry
 from ..progress import default_progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommand's arguments to its parser."""
+    parser.add_argument(
+        "--cuda-arch", metavar="ARCH",
+        help="compile the CUDA kernels instead, for cards of this kind or these kinds: "
+        "sm_90, 8.6, sm_80,sm_86, all",
+    )
     parser.add_argument(
         "--force", action="store_true", help="compile even where a finished build exists"
     )
@@ -21,11 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Build, and say where the library is and how long that took.
+    """Build, and say where the result is and how long that took.
 
     Raises:
         KernelBuildError: no compiler, or the kernels do not compile.
+        InvalidSettings: `--cuda-arch` names something that is no architecture.
     """
+    if args.cuda_arch is not None:
+        return _run_cuda(args.cuda_arch, args.force, args.json)
     spec = require_cpu_spec()
     found = find_built(spec)
     if found is not None and args.force:
@@ -44,8 +56,44 @@ def run(args: argparse.Namespace) -> int:
     }
     if args.json:
         print(json.dumps(result, indent=2))
-    elif result["compiled"]:
-        print(f"compiled {library} in {seconds:.1f} s with {spec.compiler.version}")
     else:
-        print(f"already there: {library}")
+        _say(result, str(library))
     return 0
+
+
+def _run_cuda(archs: str, force: bool, as_json: bool) -> int:
+    """Build the CUDA kernels for each architecture; no card has to be there."""
+    driver = driver_release()
+    results = []
+    for capability in parse_archs(archs):
+        spec = cuda_spec(capability, driver=driver)
+        found = find_entry(spec)
+        if found is not None and force:
+            discard(found.files[0])
+            found = None
+        began = time.perf_counter()
+        entry = build_entry(spec, default_progress())
+        seconds = time.perf_counter() - began
+        results.append(
+            {
+                "arch": arch_name(capability),
+                "folder": str(entry.directory),
+                "total_bytes": entry.total_bytes,
+                "compiled": found is None,
+                "seconds": round(seconds, 3),
+                "compiler": spec.compiler.version,
+                "flags": list(spec.flags),
+            }
+        )
+        if not as_json:
+            _say(results[-1], f"{arch_name(capability)} in {entry.directory}")
+    if as_json:
+        print(json.dumps(results, indent=2))
+    return 0
+
+
+def _say(result: dict[str, Any], built: str) -> None:
+    if result["compiled"]:
+        print(f"compiled {built} in {result['seconds']:.1f} s with {result['compiler']}")
+    else:
+        print(f"already there: {built}")

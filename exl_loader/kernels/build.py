@@ -203,13 +203,16 @@ def _path(path: Path) -> str:
 
 def _compile_error(spec: BuildSpec, words: str) -> KernelBuildError:
     """An error whose line is the compiler's first complaint and whose details are all."""
+    other = f"EXL_LOADER_CUDA_COMPILER={'nvcc' if spec.compiler.kind == 'nvrtc' else 'nvrtc'}"
+    way_out = f"{other} compiles with the other compiler" if spec.makes_cubins else (
+        "EXL_LOADER_REFERENCE=1 runs without compiled kernels, slowly"
+    )
     lines = [line.strip() for line in words.splitlines() if line.strip()]
     first = next((line for line in lines if _ERROR_LINE.search(line)), None)
     return KernelBuildError(
         f"compiling kernels with {spec.compiler.version}",
         actual=first or (lines[-1] if lines else "the compiler failed without a word"),
-        remedy="All of the compiler's words are in the details (--verbose). "
-        "EXL_LOADER_REFERENCE=1 runs without compiled kernels, slowly",
+        remedy=f"All of the compiler's words are in the details (--verbose). {way_out}",
         details=words.strip(),
     )
 

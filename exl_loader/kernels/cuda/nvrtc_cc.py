@@ -9,7 +9,6 @@ alone: it starts in 20 ms.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import os
 import sys
@@ -84,16 +83,17 @@ class Nvrtc:
 
 
 def main(arguments: list[str]) -> int:
-    """Compile one file; the compiler's words go to stdout."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--library", type=Path, required=True)
-    parser.add_argument("-o", dest="output", type=Path, required=True)
-    parser.add_argument("source", type=Path)
-    args, options = parser.parse_known_args(arguments)
+    """Compile one file; the compiler's words go to stdout.
+
+    `--library FILE` comes first, `SOURCE -o CUBIN` last, NVRTC's own options between.
+    """
+    # By place: argparse takes an option with a space in its path for a file.
+    option, library, *options, source, minus_o, output = arguments
+    assert (option, minus_o) == ("--library", "-o"), arguments
     try:
-        nvrtc = Nvrtc(args.library)
-        cubin, words = nvrtc.compile(args.source.read_bytes(), str(args.source), options)
-        args.output.write_bytes(cubin)
+        nvrtc = Nvrtc(Path(library))
+        cubin, words = nvrtc.compile(Path(source).read_bytes(), source, options)
+        Path(output).write_bytes(cubin)
     except (NvrtcError, OSError) as error:
         print(error if isinstance(error, NvrtcError) else f"error: {error}")
         return 1
