@@ -159,7 +159,7 @@ def _open_devices(request: PlanRequest) -> None:
 
 
 @contextmanager
-def _staging(ops: Ops, buffers: Buffers) -> Iterator[None]:
+def staging(ops: Ops, buffers: Buffers) -> Iterator[None]:
     """Lend operations of a card what no one uses yet, for raw weights on their way.
 
     That is the cache, or the scratch where that is larger; it is zero again afterwards.
@@ -227,7 +227,7 @@ class _Reading:
         try:
             with (
                 task(self.progress, name, total, "bytes") as advance,
-                _staging(self.ops, self.buffers),
+                staging(self.ops, self.buffers),
             ):
                 weights = load_weights(blueprint, checkpoint, views, self.ops, advance)
         except (MemoryError, RuntimeError) as error:

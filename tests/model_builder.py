@@ -8,10 +8,11 @@ from exl_loader.blueprint import Blueprint
 from exl_loader.cache import CacheLayer, CacheType, cache_specs, pages_for
 from exl_loader.checkpoint import Checkpoint
 from exl_loader.config import ModelConfig
+from exl_loader.loader import staging
 from exl_loader.memory import allocate
 from exl_loader.model import Model
 from exl_loader.paging import PagedCache
-from exl_loader.table import place
+from exl_loader.table import DeviceMap, place
 from exl_loader.weights import load_weights
 from exl_loader.workspace import workspace_specs
 
@@ -20,20 +21,22 @@ CACHE_TENSORS = ("k_codes", "k_scales", "v_codes", "v_scales")
 
 def build_model(
     folder: Path, ops, *, cache_type: str = "fp32", ctx_size: int = 512, sequences: int = 1,
-    chunk_size: int = 128, logits_rows: int = 128, **options,
+    chunk_size: int = 128, logits_rows: int = 128, device: str = "cpu", **options,
 ) -> tuple[Model, PagedCache]:
     """Build a model and a cache that holds `sequences` texts of `ctx_size` tokens."""
     config, kind = ModelConfig.from_dir(folder), CacheType.parse(cache_type)
     num_pages = pages_for(ctx_size) * sequences
     with Checkpoint.open(folder) as checkpoint:
-        blueprint = Blueprint.from_checkpoint(config, checkpoint)
+        devices = DeviceMap.single(device, config.num_hidden_layers)
+        blueprint = Blueprint.from_checkpoint(config, checkpoint, devices)
         workspace = workspace_specs(
             blueprint, ctx_size=ctx_size, cache_type=kind, chunk_size=chunk_size,
             max_batch_size=sequences, logits_rows=logits_rows,
         )
-        specs = [*blueprint.specs(), *cache_specs(config, num_pages, kind), *workspace]
-        buffers = allocate(place(specs).values())
-        weights = load_weights(blueprint, checkpoint, buffers.views("weights"), ops)
+        cache_tensors = cache_specs(config, num_pages, kind, devices)
+        buffers = allocate(place([*blueprint.specs(), *cache_tensors, *workspace]).values())
+        with staging(ops, buffers):
+            weights = load_weights(blueprint, checkpoint, buffers.views("weights"), ops)
     views = buffers.views("cache")
     layers = [
         CacheLayer(*(views.get(f"cache.{i}.{name}") for name in CACHE_TENSORS), kind)
