@@ -17,6 +17,7 @@ from ..kernels import REFERENCE_ENV, toolchain
 from ..kernels.spec import cpu_spec
 from ..kernels.store import find_built, kernel_dirs, list_built, writable_dir
 from ..webui_install import command
+from .doctor_cuda import cuda_rows, examine_cuda
 
 # What the engine imports; `extension` needs gradio besides.
 REQUIRED_PACKAGES = (
@@ -93,6 +94,9 @@ def examine() -> dict[str, Any]:
                 "remedy": f"pip install {' '.join(missing)}",
             }
         )
+    gpus = find_gpus()
+    cuda, errors = examine_cuda(gpus)
+    problems += map(_problem, errors)
     return {
         "exl_loader": __version__,
         "python": platform.python_version(),
@@ -102,7 +106,8 @@ def examine() -> dict[str, Any]:
             "threads": os.cpu_count(),
             "features": list(toolchain.cpu_features()),
         },
-        "gpus": find_gpus(),
+        "gpus": gpus,
+        "cuda": cuda,
         "compiler": _examine_compiler(problems),
         "ninja": toolchain.find_ninja(),
         "kernels": _examine_kernels(problems),
@@ -196,6 +201,7 @@ def describe(report: dict[str, Any]) -> str:
         ("CPU", f"{cpu['name']}, {cpu['threads']} threads"),
         ("features", " ".join(notable) or "none of note"),
         ("GPU", "; ".join(gpus) or "none"),
+        *cuda_rows(report["cuda"]),
         ("compiler", f"{' '.join(compiler['command'])}: {compiler['version']}"
          if compiler else "none"),
         ("ninja", report["ninja"] or "none"),
@@ -203,7 +209,7 @@ def describe(report: dict[str, Any]) -> str:
         ("kept in", f"{kernels['folder']} ({len(kernels['builds'])} builds)"),
         ("packages", ", ".join(packages)),
     ]
-    lines = [f"{name + ':':<12}{value}" for name, value in rows]
+    lines = [f"{name + ':':<13}{value}" for name, value in rows]
     if not report["problems"]:
         return "\n".join([*lines, "", "Nothing is missing."])
     for problem in report["problems"]:
