@@ -212,20 +212,22 @@ def evaluate(
         InvalidSettings: fewer than two ids to predict one from another.
         InsufficientMemory: memory for the other caches has vanished since the plan.
     """
-    bos = _bos_ids(loaded)
+    bos = bos_ids(loaded)
     windows = list(windows_of(ids, bos, loaded.ctx_size))
     if not windows:
         raise InvalidSettings("the text", expected="two tokens or more", actual=f"{len(ids)}")
     total = sum(len(window) - 1 for window in windows)
-    shown = progress or NullProgress()
-    with _lanes(loaded, planned) as lanes, task(shown, "evaluating", total, "tokens") as advance:
+    with (
+        lanes_over(loaded, planned) as lanes,
+        task(progress or NullProgress(), "evaluating", total, "tokens") as advance,
+    ):
         for window in windows:
-            for rows in _run_window(lanes, window, loaded.ctx_size):
+            for rows in run_window(lanes, window, loaded.ctx_size):
                 advance(rows)
         return [lane.result() for lane in lanes]
 
 
-def _bos_ids(loaded: LoadedModel) -> list[int]:
+def bos_ids(loaded: LoadedModel) -> list[int]:
     tokenizer = loaded.tokenizer
     if not tokenizer.add_bos_token or tokenizer.bos_token_id is None:
         return []
@@ -244,23 +246,23 @@ def windows_of(ids: Sequence[int], bos: list[int], ctx_size: int) -> Iterator[li
 
 
 @contextmanager
-def _lanes(loaded: LoadedModel, planned: EvaluationPlan) -> Iterator[list[_Lane]]:
+def lanes_over(loaded: LoadedModel, planned: EvaluationPlan) -> Iterator[list[Lane]]:
     """Hold the model, and take the other caches for as long as the block runs."""
     buffers = allocate([planned.caches] if planned.caches is not None else [])
     try:
         with loaded.held() as (model, cache):
             assert isinstance(model, Model)
-            lanes = [_Lane(REFERENCE_TYPE, model, cache)]
+            lanes = [Lane(REFERENCE_TYPE, model, cache)]
             for other in planned.others:
-                own = _paged_cache(buffers, other, model.config, loaded.ctx_size)
-                lanes.append(_Lane(str(other), model.with_cache(own), own))
+                own = paged_cache(buffers, other, model.config, loaded.ctx_size)
+                lanes.append(Lane(str(other), model.with_cache(own), own))
             yield lanes
             lanes.clear()
     finally:
         buffers.release()
 
 
-def _paged_cache(
+def paged_cache(
     buffers: Buffers, cache_type: CacheType, config: ModelConfig, ctx_size: int
 ) -> PagedCache:
     views, prefix = buffers.views("cache"), f"{cache_type}.cache"
@@ -277,7 +279,7 @@ def _paged_cache(
     return PagedCache(layers, pages_for(ctx_size))
 
 
-class _Lane:
+class Lane:
     """One cache type on its way through a text.
 
     Args:
@@ -315,7 +317,7 @@ class _Lane:
         return Result(self.name, nbytes, perplexity, divergence)
 
 
-def _run_window(lanes: list[_Lane], window: list[int], ctx_size: int) -> Iterator[int]:
+def run_window(lanes: list[Lane], window: list[int], ctx_size: int) -> Iterator[int]:
     """Run a window through all lanes in step; yields how many tokens were done."""
     inputs, targets = window[:-1], torch.tensor(window[1:])
     rope_class = lanes[0].model.rope_class(ctx_size)
@@ -339,7 +341,7 @@ def _run_window(lanes: list[_Lane], window: list[int], ctx_size: int) -> Iterato
 
 
 def _count(
-    lane: _Lane, rows: torch.Tensor, wanted: torch.Tensor, reference: torch.Tensor | None
+    lane: Lane, rows: torch.Tensor, wanted: torch.Tensor, reference: torch.Tensor | None
 ) -> None:
     """Count rows of logits [tokens, vocab_size], compared with the reference's if given."""
     step = max(1, _COMPARED_ELEMENTS // rows.shape[1])

@@ -105,7 +105,6 @@ class Model:
         self.max_batch_size = workspace["past_len"].shape[0]
         self.logits_rows = workspace["logits"].shape[0]
         self._blueprint, self._weights = blueprint, weights
-        self._blueprint, self._weights = blueprint, weights
         self._ops = ops
         self._workspace = workspace
         tables = workspace.get("expert_tables", [None] * len(cache.layers))
@@ -169,24 +168,19 @@ class Model:
             sequence.past_len += length
         return out
 
-    def with_cache(self, cache: PagedCache) -> Model:
+    def with_cache(self, cache: PagedCache, ops: Ops | None = None) -> Model:
         """Return the same model over another cache, to compare caches.
 
         Both share weights and workspace: a call of one ends what the other's logits are
         valid for, and only one may run at a time.
+
+        Args:
+            cache: in place of the model's own.
+            ops: operations in place of the model's own, on the same device.
         """
         return Model(
-            self._blueprint, self._weights, self._workspace, cache, self._ops, **self._rope_options
-        )
-
-    def with_cache(self, cache: PagedCache) -> Model:
-        """Return the same model over another cache, to compare caches.
-
-        Both share weights and workspace: a call of one ends what the other's logits are
-        valid for, and only one may run at a time.
-        """
-        return Model(
-            self._blueprint, self._weights, self._workspace, cache, self._ops, **self._rope_options
+            self._blueprint, self._weights, self._workspace, cache, ops or self._ops,
+            **self._rope_options,
         )
 
     def rope_class(self, rope_len: int) -> int:

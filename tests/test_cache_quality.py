@@ -24,32 +24,9 @@ from exl_loader.kernels.reference_codec import (
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import exllamav2_cache
+from cache_quality import normal, relative_squared_error, with_outliers
 
 BITS = {"q8": 8, "q6": 6, "q4": 4}
-
-
-def normal(seed, rows=2000, head_dim=128):
-    return torch.randn(rows, head_dim, generator=torch.Generator().manual_seed(seed))
-
-
-def with_outliers(channels=3, factor=20, seeds=16, rows=150):
-    """Normal data of which a few channels of a head are much larger; many such heads.
-
-    Which channels they are changes a scheme's error by a fifth, so every seed picks its own.
-    Three channels of 20 are where both schemes in ../shared/anchors.md have the errors that
-    are quoted for them.
-    """
-    heads = []
-    for seed in range(seeds):
-        generator = torch.Generator().manual_seed(seed)
-        x = torch.randn(rows, 128, generator=generator)
-        x[:, torch.randperm(128, generator=generator)[:channels]] *= factor
-        heads.append(x / x.square().mean().sqrt())
-    return torch.cat(heads)
-
-
-def relative_squared_error(y, x):
-    return ((y.double() - x.double()).square().sum() / x.double().square().sum()).item()
 
 
 def error(x, cache_type):
