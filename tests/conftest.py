@@ -36,8 +36,9 @@ def fixtures_dir() -> Path:
 
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch):
-    """Keep a developer's own limits out of the tests."""
+    """Keep a developer's own limits out of the tests, and their cards: `auto` is the CPU."""
     monkeypatch.delenv("EXL_LOADER_MEMORY_LIMIT", raising=False)
+    monkeypatch.setattr("exl_loader.reservation.options.auto_card", lambda: None)
 
 
 @pytest.fixture
@@ -90,3 +91,40 @@ def machine(monkeypatch):
         monkeypatch.setitem(devices.KINDS, "cpu", Machine())
 
     return make
+
+
+@pytest.fixture(scope="session")
+def webui():
+    """The folder of the real text-generation-webui, with the plugin in it meanwhile."""
+    from host_server import PYTHON, WEBUI, tracked
+
+    from exl_loader.webui_install import command, host
+
+    root = Path(WEBUI or "").resolve()
+    before = tracked(root)
+    command.install(root, PYTHON)
+    yield root
+    command.uninstall(root, PYTHON)
+    assert tracked(root) == before, "no file of the web UI may be changed"
+    assert not host.extension_folder(root).exists()
+
+
+@pytest.fixture(scope="session")
+def host_models(tmp_path_factory) -> Path:
+    """A folder of models for the real web UI: the shipped one, as `demo`."""
+    from host_server import copy_demo
+
+    return copy_demo(tmp_path_factory.mktemp("host") / "models", "demo")
+
+
+@pytest.fixture(scope="session")
+def greedy_text() -> str:
+    """What the engine itself writes for the real web UI's tests."""
+    from host_server import DEMO, GREEDY, PROMPT
+
+    import exl_loader
+
+    settings = {"temperature": 0, "max_new_tokens": GREEDY["max_tokens"]}
+    with exl_loader.load(DEMO, ctx_size=512, cache_type="q4") as model:
+        with model.generate(PROMPT, settings) as generation:
+            return "".join(generation)

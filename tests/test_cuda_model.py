@@ -14,7 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from emulated_cuda import DEVICE, emulated_ops, install  # noqa: E402
+from emulated_cuda import DEVICE, EmulatedHost, emulated_ops, install  # noqa: E402
 from hf_models import MODELS, expected_logits, make_model  # noqa: E402
 from makers import make_exl2_layer, quantization_config, write_quantized_model  # noqa: E402
 from model_builder import build_model, run_chunks  # noqa: E402
@@ -199,7 +199,8 @@ def test_a_graph_serves_every_length(emulated, tmp_path):
     assert emulated.host.captures_made == 1
     assert emulated.host.replays == len(IDS) - 1
     other, other_cache = build_model(tmp_path / "m", emulated, device=DEVICE, cache_type="q8")
-    other._host = type("Eager", (type(emulated.host),), {"captures": False})(emulated.host._launcher)
+    other._host = EmulatedHost(emulated.host._launcher)
+    other._host.captures = False
     assert torch.equal(run_chunks(other, other_cache, IDS, 1), captured)
     assert emulated.host.captures_made == 1
 

@@ -23,6 +23,9 @@ ASSUMED_CONTEXT_BYTES = 512 * MIB
 
 OLDEST_CAPABILITY = (7, 5)
 
+# What no card is called.
+_HIDDEN = "none"
+
 
 class CudaDevice:
     """NVIDIA cards. PyTorch is asked only where the process already uses it on the card:
@@ -184,7 +187,7 @@ def _smi_id(name: str) -> str:
     if visible is None:
         return str(index)
     names = [part.strip() for part in visible.split(",") if part.strip()]
-    return names[index] if index < len(names) else "none"
+    return names[index] if index < len(names) else _HIDDEN
 
 
 def _smi_memory(name: str) -> Capacity | None:
@@ -192,7 +195,8 @@ def _smi_memory(name: str) -> Capacity | None:
     card = _smi_id(name)
     rows = query_nvidia_smi("--query-gpu=index,memory.total,memory.free", f"--id={card}", cells=3)
     for index, total, free in rows:
-        if not card.isdigit() or index == card:
+        # A name that is no number (GPU-8a3...) has chosen its row already.
+        if card != _HIDDEN and (index == card or not card.isdigit()):
             return Capacity(int(total) * MIB, int(free) * MIB)
     return None
 

@@ -1,0 +1,247 @@
+"""What is asked of a card before a model runs there: which one, its memory, its context.
+
+No card is here: nvidia-smi, the driver and PyTorch's answers are given by the tests.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import types
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import exl_loader  # noqa: E402
+from exl_loader import devices  # noqa: E402
+from exl_loader.devices import Capacity, cuda, cuda_memory  # noqa: E402
+from exl_loader.devices.cuda import MIB, CudaDevice  # noqa: E402
+from exl_loader.errors import InsufficientMemory, InvalidSettings, KernelBuildError  # noqa: E402
+from exl_loader.reservation.options import chosen_devices  # noqa: E402
+
+SMI = """#!/bin/sh
+case "$*" in
+*compute_cap*) echo "$SMI_CAPABILITY" ;;
+*--query-gpu*) printf '0, 24576, 20000\\n1, 8192, 4000\\n' ;;
+*) printf '41, 300, python\\n%s, 700, own\\n' "$SMI_PID" ;;
+esac
+"""
+
+
+@pytest.fixture
+def smi(tmp_path, monkeypatch):
+    """An nvidia-smi that knows two cards of compute capability 8.6."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(SMI)
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SMI_CAPABILITY", "8.6")
+    monkeypatch.setenv("SMI_PID", str(os.getpid()))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    cuda.auto_card.cache_clear()
+    monkeypatch.setattr("exl_loader.reservation.options.auto_card", cuda.auto_card)
+    yield
+    cuda.auto_card.cache_clear()
+
+
+@pytest.fixture
+def torch_with_cuda(monkeypatch):
+    """PyTorch as it would answer with CUDA and two cards, of which none is in use yet."""
+    state = types.SimpleNamespace(open=set(), reserved=0)
+    free = {0: 20000 * MIB, 1: 4000 * MIB}
+
+    def synchronize(index):
+        state.open.add(index)
+        free[index] -= 300 * MIB
+
+    card = types.SimpleNamespace(
+        is_available=lambda: True, device_count=lambda: 2, synchronize=synchronize,
+        is_initialized=lambda: bool(state.open),
+        mem_get_info=lambda index: (free[index], 24576 * MIB),
+        memory_reserved=lambda index: state.reserved,
+    )
+    monkeypatch.setattr(torch, "cuda", card)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch._C, "_cuda_hasPrimaryContext", state.open.__contains__,
+                        raising=False)
+    return state
+
+
+def test_a_context_is_measured_and_stands_in_the_overhead(smi, torch_with_cuda):
+    device = CudaDevice()
+    assert not device.is_open("cuda:0") and device.overhead("cuda:0")[1] is False
+    before = device.capacity("cuda:0")
+    device.open("cuda:0")
+    assert device.is_open("cuda:0") and not device.is_open("cuda:1")
+    assert device.overhead("cuda:0") == (300 * MIB, True)
+    assert device.capacity("cuda:0") == before
+    device.open("cuda:0")
+    assert device.overhead("cuda:0") == (300 * MIB, True)
+
+
+def test_a_context_of_somebody_elses_is_no_overhead_of_ours(smi, torch_with_cuda):
+    torch_with_cuda.open.add(0)
+    torch_with_cuda.reserved = 5 * MIB
+    device = CudaDevice()
+    assert device.overhead("cuda:0") == (0, True)
+    assert device.capacity("cuda:0") == Capacity(24576 * MIB, 20000 * MIB, 5 * MIB)
+
+
+def test_a_card_that_torch_does_not_see_is_refused(smi, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InvalidSettings, match="PyTorch for CUDA"):
+        CudaDevice().open("cuda:0")
+
+
+def test_a_model_that_cannot_fit_touches_no_card(smi, tiny_model_dir, torch_with_cuda):
+    with pytest.raises(InsufficientMemory):
+        exl_loader.load(tiny_model_dir, device="cuda:0", memory_limit="1KiB")
+    assert not torch_with_cuda.open
+
+
+def test_other_processes_leave_this_one_out(smi):
+    assert [process.pid for process in CudaDevice().processes("cuda:0", 5)] == [41]
+
+
+@pytest.mark.parametrize(("visible", "free"), [
+    ("1,0", 4000), ("0", 20000), (" 1 ", 4000), ("GPU-8a3", 20000),
+])  # fmt: skip
+def test_visible_devices_renumber_cards(smi, monkeypatch, visible, free):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert CudaDevice().capacity("cuda:0").free_bytes == free * MIB
+
+
+def test_a_hidden_card_is_none(smi, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(InvalidSettings, match="cuda:1"):
+        CudaDevice().capacity("cuda:1")
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """Whether something compiles for cards."""
+    from exl_loader.kernels.cuda import toolchain
+
+    def make(found):
+        def choose(capability):
+            assert capability == (8, 6)
+            if not found:
+                raise KernelBuildError("CUDA compiler")
+
+        monkeypatch.setattr(toolchain, "choose_cuda_compiler", choose)
+
+    make(True)
+    return make
+
+
+def test_auto_is_a_card_that_can_run(smi, torch_with_cuda, compiler):
+    assert cuda.auto_card() == "cuda:0"
+    assert chosen_devices("auto", None) == ["cuda:0"]
+    assert chosen_devices("cpu", None) == ["cpu"]
+    assert chosen_devices("auto", "20,8") == ["cuda:0", "cuda:1"]
+    assert not torch_with_cuda.open
+
+
+@pytest.mark.parametrize("missing", [
+    "compiler", "driver", "torch", "capability", "visible", "reference"
+])
+def test_auto_is_the_cpu_where_something_is_missing(
+    smi, torch_with_cuda, compiler, monkeypatch, missing, tmp_path
+):
+    if missing == "compiler":
+        compiler(False)
+    elif missing == "driver":
+        monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    elif missing == "torch":
+        monkeypatch.setattr(torch.version, "cuda", None)
+    elif missing == "capability":
+        monkeypatch.setenv("SMI_CAPABILITY", "6.1")
+    elif missing == "visible":
+        monkeypatch.setenv("SMI_CAPABILITY", "")
+    else:
+        monkeypatch.setenv("EXL_LOADER_REFERENCE", "1")
+    assert cuda.auto_card() is None
+    assert chosen_devices("auto", None) == ["cpu"]
+
+
+@pytest.mark.parametrize(("text", "answer"), [
+    ("cuda: Optional[str] = '12.8'", True), ("cuda = '13.0'", True), ("cuda = None", False),
+    ("hip = '6'\ncuda: Optional[str] = None", False),
+])  # fmt: skip
+def test_pytorchs_build_is_read_without_importing_it(monkeypatch, tmp_path, text, answer):
+    (tmp_path / "version.py").write_text(f"__version__ = '2.9'\n{text}\n")
+    monkeypatch.delitem(cuda.sys.modules, "torch")
+    spec = types.SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(cuda.importlib.util, "find_spec", lambda name: spec)
+    assert cuda._torch_has_cuda() is answer
+
+
+class FakeDriver:
+    """A driver that notes what is called, and in which context."""
+
+    def __init__(self, limit=1 << 40):
+        self.limit, self.current, self.calls, self.retained = limit, [], [], 0
+
+    def device(self, index):
+        return index + 10
+
+    def call(self, function, *arguments):
+        self.calls.append((function, tuple(self.current)))
+        if function == "cuDevicePrimaryCtxRetain":
+            arguments[0]._obj.value = arguments[1]
+            self.retained += 1
+        elif function == "cuDevicePrimaryCtxRelease_v2":
+            self.retained -= 1
+        elif function == "cuCtxPushCurrent_v2":
+            self.current.append(arguments[0].value)
+        elif function == "cuCtxPopCurrent_v2":
+            self.current.pop()
+        elif function == "cuMemAlloc_v2":
+            if arguments[1].value > self.limit:
+                raise InsufficientMemory("graphics card")
+            arguments[0]._obj.value = 0xABC000
+        elif function == "cuMemFree_v2":
+            assert isinstance(arguments[0], ctypes.c_uint64) and arguments[0].value == 0xABC000
+
+
+def test_memory_of_a_card_goes_with_its_owner():
+    driver = FakeDriver()
+    memory = cuda_memory.CardMemory(3, 1000, driver)
+    assert cuda_memory.held_bytes(3) == 1000
+    described = memory.__cuda_array_interface__
+    assert described["data"] == (0xABC000, False) and described["shape"] == (1000,)
+    assert ("cuMemAlloc_v2", (13,)) in driver.calls and driver.retained == 0
+    del memory
+    gc.collect()
+    assert cuda_memory.held_bytes(3) == 0
+    assert driver.calls[-5:-2] == [
+        ("cuCtxPushCurrent_v2", ()), ("cuCtxSynchronize", (13,)), ("cuMemFree_v2", (13,)),
+    ]
+    assert driver.retained == 0 and not driver.current
+
+
+def test_memory_that_the_driver_refuses():
+    driver = FakeDriver(limit=10)
+    with pytest.raises(MemoryError, match="11 bytes"):
+        cuda_memory.CardMemory(3, 11, driver)
+    assert cuda_memory.held_bytes(3) == 0 and driver.retained == 0 and not driver.current
+
+
+def test_a_buffer_that_fills_the_card_is_kept(monkeypatch):
+    """Device memory is taken when it is allocated: what is free afterwards says nothing."""
+    from emulated_cuda import EmulatedCard
+
+    from exl_loader import memory
+    from exl_loader.table import TensorSpec, place
+
+    class Full(EmulatedCard):
+        def capacity(self, name):
+            return Capacity(1 << 30, 0)
+
+    monkeypatch.setitem(devices.KINDS, "cuda", Full())
+    segments = place([TensorSpec("t", "cache", "uint8", (1 << 20,), "cuda:0")])
+    buffers = memory.allocate(segments.values())
+    assert buffers.allocated_bytes() == 1 << 20
+    buffers.release()
