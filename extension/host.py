@@ -41,17 +41,19 @@ class HostDiffers(Exception):
     """The web UI is not one that this plugin knows; it says what is different."""
 
 
-def say(message: str, *, error: bool = False) -> None:
-    """Print one line in the web UI's log, or where there is none yet, on stderr."""
-    module = sys.modules.get("modules.logging_colors")
-    logger = getattr(module, "logger", None)
+def say(message: str, *, level: str = "warning") -> None:
+    """Print one line in the web UI's log, or where there is none yet, on stderr.
+
+    Args:
+        level: a logger's method, `info`, `warning` or `error`.
+    """
+    found = sys.modules.get("modules.logging_colors")
+    logger = getattr(found, "logger", None)
     line = f"exl_loader: {message}"
     if logger is None:
         print(line, file=sys.stderr, flush=True)
-    elif error:
-        logger.error(line)
     else:
-        logger.warning(line)
+        getattr(logger, level)(line)
 
 
 def module(name: str) -> Any:

@@ -58,7 +58,7 @@ def _safely(step: Callable[[], None]) -> None:
         step()
     except Exception as error:
         tables.remove_options()
-        host.say(f"the Model tab stays without the options of ExLlamav2: {error}", error=True)
+        host.say(f"the Model tab stays without the options of ExLlamav2: {error}", level="error")
 
 
 def _insert_components() -> None:
@@ -236,9 +236,9 @@ def _load_with_progress(model_name: str, loader: str) -> Iterator[str]:
     if error is None:
         yield message_html("Loaded", f"{model_name} in {time.monotonic() - began:.1f} s")
         return
-    host.say(f"{model_name} was not loaded: {error}", error=True)
+    host.say(f"{model_name} was not loaded: {error}", level="error")
     if not isinstance(error, (ExlLoaderError, OSError)):
-        host.say("".join(traceback.format_exception(error)), error=True)
+        host.say("".join(traceback.format_exception(error)), level="error")
     yield panel.error_html(error)
 
 

@@ -138,6 +138,8 @@ def load(model_name: str, loader: str, wrap: Callable[[LoadedModel], T]) -> T:
         # The web UI takes its truncation length from here.
         args.ctx_size = loaded.ctx_size
         last_load = LastLoad(model_name, loader, values | {"ctx_size": loaded.ctx_size})
+        reserved, measured = loaded.reservation.total_bytes, loaded.allocated_bytes()
+        host.say(f"{model_name}: {reserved:,} bytes reserved, {measured:,} measured", level="info")
         return wrapped
 
 

@@ -25,7 +25,7 @@ def report(error: Exception) -> None:
         line = f"Unexpected {type(error).__name__}: {line}"
     if getattr(error, "details", None) or not isinstance(error, ExlLoaderError):
         line += " (The Model tab has the details.)"
-    host.say(line, error=True)
+    host.say(line, level="error")
     _warn_in_page(line)
 
 

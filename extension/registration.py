@@ -189,7 +189,7 @@ def _explain_lora(module: ModuleType) -> None:
         message = f"{shared.args.loader} does not support LoRAs yet; none was applied"
         if shared.generation_lock is None:
             # `--lora`: the web UI is not up yet, and would not come up.
-            say(message, error=True)
+            say(message, level="error")
             return
         raise NotImplementedError(message)
 

@@ -1,0 +1,126 @@
+"""The page of a real text-generation-webui, as a person in Chromium has it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from host_server import Server
+
+CHROMIUM = shutil.which("chromium")
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking")
+SCREENSHOTS = os.environ.get("EXL_LOADER_SCREENSHOTS")
+WAIT_MS = 60_000
+
+# Slow enough to be watched and stopped, long enough to be worth it.
+SETTINGS = """\
+mode: instruct
+max_new_tokens: 100
+max_tokens_second: 20
+ban_eos_token: true
+dark_theme: false
+"""
+
+# Stock Gradio shows what the web UI's own Gradio has no picture for: the chat's raw data.
+_HIDE_RAW_DATA = ".block:has(> .json-holder), .block:has(.json-node) { display: none !important }"
+
+
+def user_data(webui: Path, folder: Path) -> Path:
+    """Copy the web UI's folder of user data, so that nothing is left in its own."""
+    shutil.copytree(webui / "user_data", folder, symlinks=True)
+    (folder / "settings.yaml").write_text(SETTINGS)
+    return folder
+
+
+class HostPage:
+    """An open page of a running web UI."""
+
+    def __init__(self, browser, server: Server, *, height: int = 1000) -> None:
+        from playwright.sync_api import expect
+
+        self._server = server
+        self.expect = expect
+        expect.set_options(timeout=WAIT_MS)
+        self.page = browser.new_page(viewport={"width": 1400, "height": height})
+        self.page.set_default_timeout(WAIT_MS)
+        self.gauge = self.page.locator("#exl-gauge")
+        self.cache_type = self.page.get_by_label("cache-type")
+        self.loader = self.page.get_by_label("Model loader")
+        self.open()
+
+    def __enter__(self) -> HostPage:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.page.close()
+
+    def open(self) -> None:
+        self.page.goto(self._server.address, wait_until="domcontentloaded")
+        self.tab("Model")
+
+    def tab(self, name: str) -> None:
+        self.page.get_by_role("tab", name=name, exact=True).click()
+
+    def button(self, name: str):
+        return self.page.get_by_role("button", name=name, exact=True)
+
+    def choose(self, label: str, option: str, exact: bool = True) -> None:
+        """Pick from a menu."""
+        self.page.get_by_label(label, exact=exact).first.click()
+        self.page.get_by_role("option", name=option, exact=True).click()
+
+    def choose_model(self, name: str = "demo") -> None:
+        self.choose("Model", name)
+        self.expect(self.loader).to_have_value("ExLlamav2")
+        self.expect(self.gauge).to_contain_text(name)
+
+    def load(self) -> None:
+        self.button("Load").click()
+        self.expect(self.gauge).to_contain_text("Measured equals reserved, to the byte")
+
+    def status(self, text: str) -> None:
+        """Wait for what the Model tab says about the last thing that was done there."""
+        self.expect(self.page.locator("#model-tab")).to_contain_text(text)
+
+    # The chat
+
+    def say(self, text: str) -> None:
+        box = self.page.locator("#chat-input textarea").first
+        box.fill(text)
+        box.press("Enter")
+
+    def press(self, elem_id: str) -> None:
+        """Click a button that lies in a menu which opens under the mouse."""
+        self.page.locator(f"#{elem_id}").first.evaluate("button => button.click()")
+
+    def answer(self) -> str:
+        """The last message, as its letters: how they are set is the web UI's."""
+        found = self.page.locator(".chat .message-body").last.text_content() or ""
+        return "".join(found.split())
+
+    def wait_until_longer(self, than: str) -> str:
+        for _ in range(300):
+            now = self.answer()
+            if len(now) > len(than):
+                return now
+            self.page.wait_for_timeout(100)
+        raise AssertionError(f"the answer stays {than!r}")
+
+    def is_writing(self) -> bool:
+        return self.page.locator("#stop").first.is_visible()
+
+    def wait_until_written(self) -> str:
+        self.expect(self.page.locator("#stop").first).to_be_hidden()
+        return self.answer()
+
+    def shoot(self, name: str, clip: dict[str, int] | None = None) -> None:
+        """Keep pictures in both themes, where they were asked for."""
+        if not SCREENSHOTS:
+            return
+        self.page.add_style_tag(content=_HIDE_RAW_DATA)
+        for theme in ("light", "dark"):
+            self.page.evaluate("on => document.body.classList.toggle('dark', on)", theme == "dark")
+            self.page.wait_for_timeout(300)
+            self.page.screenshot(path=Path(SCREENSHOTS) / f"{name}-{theme}.png", clip=clip)
+        self.page.evaluate("document.body.classList.remove('dark')")

@@ -1,0 +1,209 @@
+"""The plugin in the page of a real text-generation-webui, in headless Chromium.
+
+Needs TEXTGEN_WEBUI_DIR, see host_server. With EXL_LOADER_SCREENSHOTS=docs/images the pictures
+of the documents are taken on the way.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from host_page import CHROMIUM, FLAGS, HostPage, user_data
+from host_server import DEMO, MARKS, Server, copy_demo
+
+from exl_loader.webui_install import saved
+
+sync_api = pytest.importorskip("playwright.sync_api")
+
+pytestmark = [*MARKS, pytest.mark.skipif(CHROMIUM is None, reason="no chromium")]
+
+Q4 = {"ctx_size": 512, "cache_type": "fp16", "cache_8bit": False, "cache_4bit": True}
+
+
+@pytest.fixture(scope="module")
+def data(webui, tmp_path_factory):
+    """The web UI's user data: settings, chats, texts and LoRAs of these tests."""
+    folder = user_data(webui, tmp_path_factory.mktemp("page") / "user_data")
+    (folder / "training/datasets").mkdir(parents=True, exist_ok=True)
+    (folder / "training/datasets/code.txt").write_text("import os\nimport sys\n" * 100)
+    (folder / "loras/mine").mkdir(parents=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(webui, data, tmp_path_factory):
+    models = copy_demo(tmp_path_factory.mktemp("page_host") / "models", "demo")
+    flags = ["--user-data-dir", str(data), "--extensions", "exl_loader"]
+    with Server(webui, models, *flags, page=True) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, server):
+    with HostPage(browser, server, height=1500) as page:
+        yield page
+
+
+def test_choose_toggle_gauge_load_and_refuse(page, server):
+    page.choose_model()
+    page.expect(page.gauge).to_contain_text("Fits")
+    assert not page.page.locator("#exl_pick").is_visible()
+    page.page.get_by_label("cache_4bit").check()
+    page.expect(page.cache_type).to_have_value("q4")
+    page.expect(page.gauge).to_contain_text("4-bit cache")
+    page.page.get_by_label("cache_8bit").check()
+    page.expect(page.cache_type).to_have_value("q8")
+    page.expect(page.page.get_by_label("cache_4bit")).not_to_be_checked()
+    page.gauge.get_by_role("button").nth(2).click()
+    page.expect(page.cache_type).to_have_value("q4")
+    page.load()
+    page.shoot("host-model-tab")
+    assert server.info()["loader"] == "ExLlamav2"
+    page.cache_type.fill("q3")
+    page.cache_type.press("Enter")
+    page.expect(page.gauge).to_contain_text("Cannot be loaded")
+    page.button("Load").click()
+    page.expect(page.page.locator(".exl-verdict")).to_have_count(2)
+    assert server.info()["model_name"] in ("demo", "None")
+
+
+def test_chat_streams_stops_continues_and_regenerates(page, server):
+    assert server.load(**Q4) == "OK"
+    page.tab("Chat")
+    page.say("def add(a, b):")
+    page.expect(page.page.locator("#stop").first).to_be_visible()
+    first = page.wait_until_longer("")
+    second = page.wait_until_longer(first)
+    assert second.startswith(first[:5]) and page.is_writing(), "it comes piece by piece"
+    page.press("stop")
+    stopped = page.wait_until_written()
+    assert "100 tokens, context" not in server.said(), "it was stopped on the way"
+    page.press("Continue")
+    page.wait_until_longer(stopped)
+    continued = page.wait_until_written()
+    assert continued.startswith(stopped[:-8]) and len(continued) > len(stopped)
+    page.shoot("host-chat", clip={"x": 0, "y": 0, "width": 1400, "height": 800})
+    before = server.said().count("Output generated")
+    page.press("Regenerate")
+    for _ in range(300):
+        if server.said().count("Output generated") > before:
+            break
+        page.page.wait_for_timeout(100)
+    assert page.wait_until_written() not in ("", continued)
+
+
+def test_saved_settings_outlive_a_restart_of_the_page(page, server):
+    page.choose_model()
+    page.page.get_by_label("cache_8bit").check()
+    page.expect(page.cache_type).to_have_value("q8")
+    page.load()
+    page.button("Save settings").click()
+    page.status("Settings for")
+    assert "cache_8bit: true" in (server.models / saved.CONFIG).read_text()
+    began = server.said().count("Running on local URL")
+    page.tab("Session")
+    page.button("Apply flags/extensions and restart").click()
+    page.expect(page.page.get_by_text("Reloading...")).to_be_visible()
+    for _ in range(300):
+        if server.said().count("Running on local URL") > began:
+            break
+        page.page.wait_for_timeout(200)
+    page.open()
+    page.expect(page.loader).to_have_value("ExLlamav2")
+    page.expect(page.page.get_by_label("cache_8bit")).to_be_checked()
+    page.expect(page.gauge).to_contain_text("Measured equals reserved, to the byte")
+    # Opening the page leaves the model as it is, and the extension is registered once.
+    assert server.text(), server.said()[-3000:]
+    assert page.page.locator("#exl-gauge").count() == 1
+    page.page.get_by_label("cache_4bit").check()
+    page.expect(page.gauge).to_contain_text("4-bit cache")
+    (server.models / saved.CONFIG).unlink()
+
+
+def test_a_page_opened_after_a_load_over_the_api_shows_that_load(page, server, greedy_text):
+    assert server.load(**Q4) == "OK"
+    page.open()
+    page.expect(page.loader).to_have_value("ExLlamav2")
+    page.expect(page.gauge).to_contain_text("demo")
+    assert server.info()["loader"] == "ExLlamav2" and server.text() == greedy_text
+
+
+def test_errors_of_a_generation_are_a_line_and_their_details_folded(page, server):
+    assert server.load(**Q4) == "OK"
+    page.open()
+    page.tab("Parameters")
+    grammar = page.page.get_by_label("Grammar", exact=True)
+    grammar.fill("root ::= missing")
+    page.tab("Chat")
+    page.say("Hello")
+    toast = page.page.locator(".toast-body")
+    page.expect(toast).to_contain_text("grammar_string")
+    assert "Traceback" not in toast.inner_text()
+    page.tab("Model")
+    page.expect(page.gauge).to_contain_text("Generation failed")
+    assert not page.gauge.locator("details pre").is_visible()
+    page.tab("Parameters")
+    grammar.fill("")
+    page.tab("Chat")
+    page.say("Hello again")
+    page.wait_until_longer("")
+    page.wait_until_written()
+    page.tab("Model")
+    page.expect(page.gauge).not_to_contain_text("Generation failed")
+
+
+def test_a_model_that_vanishes_after_it_was_chosen(page, server):
+    shutil.copytree(DEMO, server.models / "gone")
+    page.open()
+    page.choose_model("gone")
+    shutil.rmtree(server.models / "gone")
+    page.button("Load").click()
+    page.status("Cannot be loaded")
+    page.expect(page.page.locator("#model-tab")).not_to_contain_text("Traceback")
+    assert server.load(**Q4) == "OK" and server.text()
+
+
+def test_loras_are_refused_in_words(page, server):
+    assert server.load(**Q4) == "OK"
+    page.open()
+    page.page.get_by_text("See more options").click()
+    page.choose("LoRA(s)", "mine")
+    page.button("Apply LoRAs").click()
+    page.status("ExLlamav2 does not support LoRAs yet; none was applied.")
+    assert server.info()["lora_names"] == [] and server.text()
+
+
+@pytest.mark.parametrize("loader", ["ExLlamav2", "ExLlamav2_HF"])
+def test_perplexity(page, server, loader):
+    assert server.load(**Q4, loader=loader) == "OK"
+    page.tab("Training")
+    page.tab("Perplexity evaluation")
+    page.choose("Input dataset", "code")
+    page.page.get_by_label("max_length").fill("256")
+    page.page.get_by_label("max_length").press("Tab")
+    page.button("Evaluate loaded model").click()
+    log = page.page.locator("#evaluate-tab")
+    page.expect(log).to_contain_text("The perplexity for demo is:")
+    assert float(log.inner_text().split("perplexity for demo is:")[1].split()[0]) < 10
+
+
+def test_many_users(webui, data, server, browser, greedy_text):
+    flags = ["--multi-user", "--model", "demo", "--ctx-size", "512", "--cache-4bit",
+             "--user-data-dir", str(data)]
+    with Server(webui, server.models, *flags, page=True) as running:
+        assert running.text() == greedy_text
+        with HostPage(browser, running) as page:
+            page.tab("Chat")
+            page.say("def add(a, b):")
+            page.wait_until_longer("")
+            page.wait_until_written()
+        assert "Traceback" not in running.said()
