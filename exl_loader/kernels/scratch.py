@@ -31,6 +31,14 @@ class ScratchSizes:
 
 def sizes_for(device: str) -> ScratchSizes:
     """Return the sizes for a device such as `cpu` or `cuda:0`."""
+    if device.startswith("cuda"):
+        from .cuda import scratch
+
+        return ScratchSizes(
+            scratch.linear_scratch_bytes,
+            scratch.write_cache_scratch_bytes,
+            scratch.attention_scratch_bytes,
+        )
     return ScratchSizes(
         lambda rows, in_features, out_features: linear_scratch_bytes(rows, in_features),
         write_cache_scratch_bytes,
