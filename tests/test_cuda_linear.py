@@ -158,6 +158,35 @@ def test_both_sizes_of_prefill_give_the_same_bits(emulated, monkeypatch):
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("kilobytes", [64, 100, 227])
+def test_cards_with_more_shared_memory_give_the_same_bits(emulated, monkeypatch, kilobytes):
+    """Rings of both depths; a row that fits beside them, and one that does not."""
+    groups = [(8, 160), (6, 1024), (5, 896), (4, 2048), (3, 512), (2, 64)]
+    w = stream_linear(groups, 70, zeros=True, perm=True)
+    x = random_rows(20, w.in_features)
+    whole = product(emulated, x, w)
+    launcher = emulated_launcher()
+    monkeypatch.setattr(launcher, "shared_limit_bytes", kilobytes << 10)
+    started = launched_kernels(monkeypatch, launcher)
+    for rows in (1, 3, 7, 16, 20):
+        assert torch.equal(product(emulated, x[:rows].clone(), w), whole[:rows])
+    depth = "_deep" if kilobytes == 227 else ""
+    assert {f"linear_decode_{n}{depth}_kernel" for n in (4, 8, 16)} <= started
+    assert (f"linear_decode_1{depth}_kernel" in started) == (kilobytes > 64)
+
+
+def launched_kernels(monkeypatch, launcher):
+    """Names of the kernels that are prepared from now on."""
+    names, prepare = set(), launcher.prepare
+
+    def noting(name, *arguments):
+        names.add(name)
+        return prepare(name, *arguments)
+
+    monkeypatch.setattr(launcher, "prepare", noting)
+    return names
+
+
 def test_more_rows_than_scratch_holds(emulated, monkeypatch):
     w, x = stream_linear([(5, 96)], 40, perm=True), random_rows(100, 96)
     whole = product(emulated, x, w)

@@ -1,16 +1,20 @@
 // Quantised matrix products of few rows: decoding. Bound by memory.
 //
 // Work: a warp reads one split of one tile's stream, once, and multiplies it with all rows of
-// a pass (4, 8 or 16). The warps of a tile are neighbours in a block; their sums are added in
-// the order of splits, through shared memory. Passes over the same tile are neighbouring
+// a pass (1, 4, 8 or 16). The warps of a tile are neighbours in a block; their sums are added
+// in the order of splits, through shared memory. Passes over the same tile are neighbouring
 // blocks, so that all but the first find its codes in the second-level cache.
 //
 // A launch takes up to kMaxLayers layers of one input (q, k and v; gate and up), whose
 // activations are the same quantised rows. Blocks [first_block[i], first_block[i + 1]) are
 // those of layer i.
 //
+// A single row is quantised by every block for itself, while the first codes are on their way:
+// a launch less, which costs more than the few ten KiB that a block reads for it.
+//
 // Shared memory: a ring a warp (RingReader), then the same bytes for the warp's sums:
-// [row tile][q][lane] float32.
+// [row tile][q][lane] float32. A single row: behind the rings its notes and its codes.
+#include "cuda/linear_quantize.cuh"
 #include "cuda/linear_stream.cuh"
 
 namespace exl {
@@ -25,6 +29,8 @@ struct DecodeCall {
     int32_t passes;
     int32_t add;
     QuantizedRows x;
+    const float* raw;  // a single row, float32 [in_features]
+    int64_t unused;
 };
 
 }  // namespace exl
@@ -35,94 +41,137 @@ using namespace exl;
 
 constexpr int kDecodeThreads = 32 * kMaxSplits;
 
-// Activations in device memory. Rows beyond the last repeat it; their sums are not stored.
+// Ring slots a warp: what every card has room for, and what cards with 128 KiB and more of
+// shared memory a block have.
+constexpr int kShallow = 4;
+constexpr int kDeep = 8;
+
+// Activations in device memory, from a window on. Rows beyond the last repeat it; their sums
+// are not stored.
 template <int kRowTiles>
 struct GlobalRows {
+    // Fetched one block ahead, where registers allow it.
+    static constexpr bool kFetchAhead = kRowTiles <= 2;
+
     const uint8_t* codes[kRowTiles];
     const Note* notes[kRowTiles];
-    int blocks;
-    int windows;
+    uint2 ahead[kFetchAhead ? kRowTiles : 1];
 
     __device__ __forceinline__ GlobalRows(const QuantizedRows& x, int in_features,
-                                          int first_row) {
-        blocks = stream_blocks(in_features);
-        windows = stream_windows(in_features);
+                                          int first_row, int window) {
+        const int64_t blocks = stream_blocks(in_features), windows = stream_windows(in_features);
         const int t = lane_id() % 4, g = lane_id() / 4;
 #pragma unroll
         for (int n = 0; n < kRowTiles; ++n) {
             const int code_row = min(first_row + 4 * n + g / 2, x.rows - 1);
             const int note_row = min(first_row + 4 * n + t, x.rows - 1);
-            codes[n] = x.codes + static_cast<int64_t>(code_row) * blocks * kBlockCodeBytes +
+            codes[n] = x.codes + (code_row * blocks + window * kWindowBlocks) * kBlockCodeBytes +
                        g % 2 * kStreamBlockRows + 8 * t;
-            notes[n] = x.notes + static_cast<int64_t>(note_row) * windows;
+            notes[n] = x.notes + note_row * windows + window;
+            if constexpr (kFetchAhead) ahead[n] = *reinterpret_cast<const uint2*>(codes[n]);
         }
     }
-    // From the window before to `window`: all pointers follow.
-    __device__ __forceinline__ void go_to(int window) {
+    // Behind the last block stands another row's, or notes: fetched, and not used.
+    __device__ __forceinline__ void fragments(int, uint2 (&x)[kRowTiles]) {
 #pragma unroll
         for (int n = 0; n < kRowTiles; ++n) {
-            codes[n] += static_cast<int64_t>(window) * kWindowCodeBytes;
-            notes[n] += window;
+            if constexpr (kFetchAhead) {
+                x[n] = ahead[n];
+                codes[n] += kBlockCodeBytes;
+                ahead[n] = *reinterpret_cast<const uint2*>(codes[n]);
+            } else {
+                x[n] = *reinterpret_cast<const uint2*>(codes[n]);
+                codes[n] += kBlockCodeBytes;
+            }
         }
-    }
-    __device__ __forceinline__ uint2 fragment(int n, int block) const {
-        return *reinterpret_cast<const uint2*>(codes[n] + block * kBlockCodeBytes);
     }
     __device__ __forceinline__ const Note* note(int n) const { return notes[n]; }
+    __device__ __forceinline__ void next_window() {
+#pragma unroll
+        for (int n = 0; n < kRowTiles; ++n) ++notes[n];
+    }
 };
 
-// One split of one tile: rows first_row .. + 4 * kRowTiles.
-template <int kRowTiles>
-__device__ __forceinline__ void multiply_split(const StreamLayer& w, const QuantizedRows& x,
-                                               int tile, int split, int first_row, char* ring,
-                                               float (&acc)[kRowTiles][4]) {
-    const StreamPlace start = w.starts[split];
-    const uint8_t* stream = w.codes + tile * w.tile_bytes;
-    RingReader reader(ring, stream + start.offset,
-                      static_cast<uint32_t>(w.starts[split + 1].offset - start.offset));
+// A single row in shared memory.
+struct SharedRow {
+    const uint8_t* codes;
+    const Note* notes;
+
+    __device__ __forceinline__ SharedRow(const uint8_t* row, const Note* row_notes, int window)
+        : codes(row + window * kWindowCodeBytes + lane_id() / 4 % 2 * kStreamBlockRows +
+                lane_id() % 4 * 8),
+          notes(row_notes + window) {}
+    __device__ __forceinline__ void fragments(int, uint2 (&x)[1]) {
+        x[0] = *reinterpret_cast<const uint2*>(codes);
+        codes += kBlockCodeBytes;
+    }
+    __device__ __forceinline__ const Note* note(int) const { return notes; }
+    __device__ __forceinline__ void next_window() { ++notes; }
+};
+
+// Who does what in a block, of which `local` counts within a layer.
+struct BlockShare {
+    int first_tile;
+    int tiles;  // of the layer, from first_tile on, in this block
+    int tile;
+    int split;
+    int first_window;
+    int end_window;
+    bool busy;  // there is such a tile
+
+    __device__ __forceinline__ BlockShare(const StreamLayer& w, int local) {
+        const int tiles_a_block = static_cast<int>(blockDim.x / 32) / w.splits;
+        const int windows = stream_windows(w.in_features);
+        first_tile = local * tiles_a_block;
+        tiles = min(tiles_a_block, stream_tiles(w.out_features) - first_tile);
+        tile = first_tile + warp_id() / w.splits;
+        split = warp_id() % w.splits;
+        first_window = windows * split / w.splits;
+        end_window = windows * (split + 1) / w.splits;
+        busy = warp_id() / w.splits < tiles;
+    }
+    template <int kChunks>
+    __device__ __forceinline__ RingReader<kChunks> reader(const StreamLayer& w,
+                                                          char* memory) const {
+        const int from = w.starts[split].offset;
+        const int length = busy ? w.starts[split + 1].offset - from : 0;
+        return {memory + warp_id() * RingReader<kChunks>::kBytes,
+                w.codes + (busy ? tile : first_tile) * w.tile_bytes + from,
+                static_cast<uint32_t>(length)};
+    }
+};
+
+// The warp's split, all windows. Its sums go to where its ring was.
+template <int kRowTiles, class Reader, class Rows>
+__device__ __forceinline__ void multiply_split(const StreamLayer& w, const BlockShare& share,
+                                               Reader& reader, Rows& rows, char* memory) {
     TileState state;
-    state.begin(w, start, stream);
-    GlobalRows<kRowTiles> rows(x, w.in_features, first_row);
-    const int first = rows.windows * split / w.splits;
-    const int end = rows.windows * (split + 1) / w.splits;
-    rows.go_to(first);
-    for (int window = first; window < end; ++window) {
-        const int blocks = min(kWindowBlocks, rows.blocks - window * kWindowBlocks);
-        add_window(w, state, reader, rows, blocks, acc);
-        rows.go_to(1);
+    state.begin(w, w.starts[share.split], w.codes + share.tile * w.tile_bytes);
+    float acc[kRowTiles][4] = {};
+    const int blocks = stream_blocks(w.in_features);
+    for (int window = share.first_window; window < share.end_window; ++window) {
+        add_window(w, state, reader, rows, min(kWindowBlocks, blocks - window * kWindowBlocks),
+                   acc);
+        rows.next_window();
     }
     reader.finish();
+    auto* sums = reinterpret_cast<float*>(memory + warp_id() * Reader::kBytes);
+#pragma unroll
+    for (int i = 0; i < kRowTiles * 4; ++i) sums[i * 32 + lane_id()] = acc[i / 4][i % 4];
 }
 
-// The block's tiles from `local` * tiles a block on.
-template <int kRowTiles>
-__device__ __forceinline__ void multiply_tiles(const StreamLayer& w, const QuantizedRows& x,
-                                               int local, int first_row, float* out,
-                                               int64_t out_stride, bool add) {
-    EXL_SHARED(char, memory);
-    const int warps = blockDim.x / 32;
-    const int tiles_a_block = warps / w.splits;
-    const int first_tile = local * tiles_a_block;
-    const int tile = first_tile + warp_id() / w.splits;
-    char* ring = memory + warp_id() * kRingBytes;
-    const int tiles = stream_tiles(w.out_features);
-    if (tile < tiles) {
-        float acc[kRowTiles][4] = {};
-        multiply_split(w, x, tile, warp_id() % w.splits, first_row, ring, acc);
-#pragma unroll
-        for (int i = 0; i < kRowTiles * 4; ++i) {
-            reinterpret_cast<float*>(ring)[i * 32 + lane_id()] = acc[i / 4][i % 4];
-        }
-    }
-    block_sync();  // the sums of all splits are written
+// Adds the splits of the block's tiles in order and stores rows [first_row, end_row).
+template <int kRowTiles, int kRingBytes>
+__device__ __forceinline__ void add_splits(const StreamLayer& w, const BlockShare& share,
+                                           const char* memory, int first_row, int end_row,
+                                           float* out, int64_t out_stride, bool add) {
     constexpr int kItems = kRowTiles * 4 * 32;
-    const int count = min(tiles_a_block, tiles - first_tile) * kItems;
-    for (int item = threadIdx.x; item < count; item += blockDim.x) {
+    for (int item = threadIdx.x; item < share.tiles * kItems; item += blockDim.x) {
         const int local_tile = item / kItems, place = item % kItems;
         const int lane = place % 32, q = place / 32 % 4, n = place / 128;
         const int row = first_row + 4 * n + lane % 4;
-        const int column = (first_tile + local_tile) * kStreamColumns + 8 * q + lane / 4;
-        if (row >= x.rows || column >= w.out_features) continue;
+        const int column = (share.first_tile + local_tile) * kStreamColumns + 8 * q + lane / 4;
+        if (row >= end_row || column >= w.out_features) continue;
         const char* rings = memory + local_tile * w.splits * kRingBytes;
         float total = reinterpret_cast<const float*>(rings)[place];
         for (int s = 1; s < w.splits; ++s) {
@@ -132,34 +181,95 @@ __device__ __forceinline__ void multiply_tiles(const StreamLayer& w, const Quant
     }
 }
 
-template <int kRowTiles>
-__device__ __forceinline__ void decode(const DecodeCall& call) {
-    const int pass = static_cast<int>(blockIdx.x) % call.passes;
-    const int block = static_cast<int>(blockIdx.x) / call.passes;
+// Rows first_row .. + 4 * kRowTiles of x.
+template <int kRowTiles, int kChunks>
+__device__ __forceinline__ void multiply_rows(const StreamLayer& w, const QuantizedRows& x,
+                                              int local, int first_row, float* out,
+                                              int64_t out_stride, bool add) {
+    EXL_SHARED(char, memory);
+    const BlockShare share(w, local);
+    auto reader = share.reader<kChunks>(w, memory);
+    if (share.busy) {
+        GlobalRows<kRowTiles> rows(x, w.in_features, first_row, share.first_window);
+        multiply_split<kRowTiles>(w, share, reader, rows, memory);
+    } else {
+        reader.finish();
+    }
+    block_sync();  // the sums of all splits are written
+    add_splits<kRowTiles, decltype(reader)::kBytes>(w, share, memory, first_row, x.rows, out,
+                                                    out_stride, add);
+}
+
+// The layer that a block works for, and its number among that layer's blocks.
+struct LayerChoice {
     int layer = 0;
-    while (block >= call.first_block[layer + 1]) ++layer;
-    multiply_tiles<kRowTiles>(call.layers[layer], call.x, block - call.first_block[layer],
-                              pass * 4 * kRowTiles, call.outs[layer], call.out_strides[layer],
-                              call.add != 0);
+    int local;
+    int pass;
+
+    __device__ __forceinline__ explicit LayerChoice(const DecodeCall& call) {
+        pass = static_cast<int>(blockIdx.x) % call.passes;
+        const int block = static_cast<int>(blockIdx.x) / call.passes;
+        while (block >= call.first_block[layer + 1]) ++layer;
+        local = block - call.first_block[layer];
+    }
+};
+
+template <int kRowTiles, int kChunks>
+__device__ __forceinline__ void decode_rows(const DecodeCall& call) {
+    const LayerChoice choice(call);
+    multiply_rows<kRowTiles, kChunks>(call.layers[choice.layer], call.x, choice.local,
+                                      choice.pass * 4 * kRowTiles, call.outs[choice.layer],
+                                      call.out_strides[choice.layer], call.add != 0);
+}
+
+template <int kChunks>
+__device__ __forceinline__ void decode_row(const DecodeCall& call) {
+    EXL_SHARED(char, memory);
+    const LayerChoice choice(call);
+    const StreamLayer& w = call.layers[choice.layer];
+    const BlockShare share(w, choice.local);
+    auto reader = share.reader<kChunks>(w, memory);
+    const int warps = static_cast<int>(blockDim.x / 32);
+    const int windows = stream_windows(w.in_features);
+    auto* notes = reinterpret_cast<Note*>(memory + warps * decltype(reader)::kBytes);
+    auto* codes = reinterpret_cast<uint8_t*>(notes + windows);
+    for (int window = warp_id(); window < windows; window += warps) {
+        quantize_row_window(call.raw, w.perm, w.in_features, window, codes, notes);
+    }
+    block_sync();  // the row is quantised
+    if (share.busy) {
+        SharedRow row(codes, notes, share.first_window);
+        multiply_split<1>(w, share, reader, row, memory);
+    } else {
+        reader.finish();
+    }
+    block_sync();  // the sums of all splits are written
+    add_splits<1, decltype(reader)::kBytes>(w, share, memory, 0, 1, call.outs[choice.layer], 0,
+                                            call.add != 0);
 }
 
 }  // namespace
 
 // out = x @ W + bias, or out += ... where call.add. Rows in passes of 4, 8 or 16.
-#define EXL_DECODE(row_tiles, rows)                                                            \
-    extern "C" __global__ void __launch_bounds__(kDecodeThreads)                               \
-        linear_decode_##rows##_kernel(const __grid_constant__ DecodeCall call) {               \
-        decode<row_tiles>(call);                                                               \
+#define EXL_DECODE(name, ...)                                                                  \
+    extern "C" __global__ void __launch_bounds__(kDecodeThreads, 1)                               \
+        linear_decode_##name##_kernel(const __grid_constant__ DecodeCall call) {               \
+        __VA_ARGS__(call);                                                                     \
     }                                                                                          \
-    EXL_KERNEL(linear_decode_##rows##_kernel)
+    EXL_KERNEL(linear_decode_##name##_kernel)
 
-EXL_DECODE(1, 4);
-EXL_DECODE(2, 8);
-EXL_DECODE(4, 16);
+EXL_DECODE(1, decode_row<kShallow>);
+EXL_DECODE(4, decode_rows<1, kShallow>);
+EXL_DECODE(8, decode_rows<2, kShallow>);
+EXL_DECODE(16, decode_rows<4, kShallow>);
+EXL_DECODE(1_deep, decode_row<kDeep>);
+EXL_DECODE(4_deep, decode_rows<1, kDeep>);
+EXL_DECODE(8_deep, decode_rows<2, kDeep>);
+EXL_DECODE(16_deep, decode_rows<4, kDeep>);
 
 // One row for each (row, choice) pair of a mixture: x holds a row a pair, pair p is multiplied
 // with layers[experts[p]] into out [pairs, out_stride]. grid.x blocks of a layer, grid.y pairs.
-extern "C" __global__ void __launch_bounds__(kDecodeThreads)
+extern "C" __global__ void __launch_bounds__(kDecodeThreads, 1)
     linear_decode_pairs_kernel(const StreamLayer* layers, const int32_t* experts,
                                const uint8_t* codes, const Note* notes, float* out,
                                int64_t out_stride) {
@@ -168,7 +278,7 @@ extern "C" __global__ void __launch_bounds__(kDecodeThreads)
     const QuantizedRows x = {
         codes + pair * stream_blocks(w.in_features) * kBlockCodeBytes,
         notes + pair * stream_windows(w.in_features), 1};
-    multiply_tiles<1>(w, x, static_cast<int>(blockIdx.x), 0, out + pair * out_stride, out_stride,
-                      false);
+    multiply_rows<1, kShallow>(w, x, static_cast<int>(blockIdx.x), 0, out + pair * out_stride,
+                               out_stride, false);
 }
 EXL_KERNEL(linear_decode_pairs_kernel);

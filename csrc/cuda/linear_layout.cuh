@@ -67,10 +67,11 @@ constexpr int kPlaneShift = 7;
 constexpr int kBlockCodeBytes = 2 * kStreamBlockRows;
 constexpr int kWindowCodeBytes = kWindowBlocks * kBlockCodeBytes;
 
+// Sums are negated: they stand for zero points, which are taken off.
 struct alignas(16) Note {
     float scale;
-    int32_t sum;  // of the window's integers
-    int32_t block_sums[kWindowBlocks];
+    int32_t negative_sum;  // of the window's integers
+    int32_t negative_block_sums[kWindowBlocks];
     int32_t unused[2];
 };
 

@@ -82,12 +82,16 @@ struct SharedRows {
     const char* start;
     int half;
 
-    __device__ __forceinline__ uint2 fragment(int n, int block) const {
+    __device__ __forceinline__ void fragments(int block, uint2 (&x)[kRowTiles]) const {
         const int t = lane_id() % 4, g = lane_id() / 4;
-        const int row = 4 * (half * kRowTiles + n) + g / 2;
-        return *reinterpret_cast<const uint2*>(
-            start + row * kWindowCodeBytes + swizzled_block(row, block) * kBlockCodeBytes +
-            g % 2 * kStreamBlockRows + 8 * t);
+        const int row = 4 * half * kRowTiles + g / 2;
+        const char* place = start + row * kWindowCodeBytes +
+                            swizzled_block(row, block) * kBlockCodeBytes +
+                            g % 2 * kStreamBlockRows + 8 * t;
+#pragma unroll
+        for (int n = 0; n < kRowTiles; ++n) {
+            x[n] = *reinterpret_cast<const uint2*>(place + 4 * n * kWindowCodeBytes);
+        }
     }
     __device__ __forceinline__ const Note* note(int n) const {
         const char* notes = start + Stage<kRowTiles>::kNotesOffset;
@@ -123,7 +127,7 @@ __device__ __forceinline__ void prefill(const StreamLayer& w, const QuantizedRow
         PlainReader reader = {start + Stage<kRowTiles>::kStreamsOffset +
                               tile_in_block * w.window_bytes};
         state.place = 0;
-        const SharedRows<kRowTiles> rows = {start, half};
+        SharedRows<kRowTiles> rows = {start, half};
         add_window(w, state, reader, rows, min(kWindowBlocks, blocks - window * kWindowBlocks),
                    acc);
         if (window + 1 == split_end) {

@@ -21,15 +21,16 @@ namespace exl {
 // Where codes are read: bytes of a stream from the start of a split on, in a ring of shared
 // memory that asynchronous copies fill ahead of the reader.
 //
-// A chunk is 512 bytes, 16 a lane. kAhead chunks are under way while one is read. The slots
-// behind them hold what is still being read: a block of 8 bits lies in up to 3 chunks.
-constexpr int kChunkBytes = 512;
-constexpr int kRingChunks = 8;
-constexpr int kAhead = kRingChunks - 3;
-constexpr int kRingBytes = kRingChunks * kChunkBytes;
+// A chunk is as long as the longest block, so that one more is all that a block can need. It
+// is 32 bytes a lane. Two slots hold what is being read (a block may lie in two chunks), all
+// others are under way: 2 KiB a warp with 4 slots, 6 KiB with 8.
+constexpr int kChunkBytes = 8 * kStreamBitBytes;
 
+template <int kChunks>
 class RingReader {
 public:
+    static constexpr int kBytes = kChunks * kChunkBytes;
+
     // `length` bytes from `source` on, both multiples of 16. Starts reading.
     __device__ __forceinline__ RingReader(char* ring, const uint8_t* source, uint32_t length)
         : ring_(ring), source_(source + lane_id() * 16), length_(length) {
@@ -37,27 +38,30 @@ public:
         for (int i = 0; i < kAhead; ++i) copy_next();
     }
     // Makes bytes below `end` readable, and gives up what lies before the reader's position,
-    // which is at least `end` less a block of 8 bits.
+    // which is at least `end` less a chunk.
     __device__ __forceinline__ void await(uint32_t end) {
-        while (ready_ < end) {
-            copy_async_wait<kAhead - 1>();
-            warp_sync();  // all lanes' copies of a chunk are in, all reads of the oldest done
-            copy_next();
-            ready_ += kChunkBytes;
-        }
+        if (ready_ >= end) return;
+        copy_async_wait<kAhead - 1>();
+        warp_sync();  // all lanes' copies of a chunk are in, all reads of the oldest done
+        copy_next();
+        ready_ += kChunkBytes;
     }
     __device__ __forceinline__ void finish() {
         copy_async_wait<0>();
         warp_sync();
     }
     __device__ __forceinline__ const char* at(uint32_t place) const {
-        return ring_ + (place & (kRingBytes - 1));
+        return ring_ + (place & (kBytes - 1));
     }
 
 private:
+    static constexpr int kAhead = kChunks - 2;
+
     __device__ __forceinline__ void copy_next() {
+        char* slot = ring_ + (next_ & (kBytes - 1)) + lane_id() * 16;
         const uint32_t mine = next_ + lane_id() * 16;
-        copy_async16(ring_ + (mine & (kRingBytes - 1)), source_ + next_, mine < length_);
+        copy_async16(slot, source_ + next_, mine < length_);
+        copy_async16(slot + 512, source_ + next_ + 512, mine + 512 < length_);
         copy_async_commit();
         next_ += kChunkBytes;
     }
@@ -74,11 +78,6 @@ struct PlainReader {
     __device__ __forceinline__ void await(uint32_t) {}
     __device__ __forceinline__ const char* at(uint32_t place) const { return start + place; }
 };
-
-template <int From, int To>
-__device__ __forceinline__ uint32_t move_bits(uint32_t word) {
-    return From > To ? word >> (From > To ? From - To : 0) : word << (To > From ? To - From : 0);
-}
 
 // Adds a plane of kWidth bits, whose lowest is bit kLow of the codes, to the registers.
 template <int Bits, int kWidth, int kLow>
@@ -187,10 +186,10 @@ struct TileState {
 
 // Blocks [first, first + count) of a window, all of one group, added to `acc`.
 //
-// Rows gives activations: fragment(n, block) this lane's B fragment of row tile n, note(n) the
-// Note of this lane's row in row tile n.
+// Rows gives activations: fragments(block, x) this lane's B fragments of a block, for each row
+// tile, blocks in order; note(n) the Note of this lane's row in row tile n.
 template <int Bits, int kRowTiles, class Reader, class Rows>
-__device__ __forceinline__ void add_span(TileState& state, Reader& reader, const Rows& rows,
+__device__ __forceinline__ void add_span(TileState& state, Reader& reader, Rows& rows,
                                          int first, int count, float (&acc)[kRowTiles][4]) {
     int32_t sums[2][kRowTiles][4];
 #pragma unroll
@@ -198,22 +197,22 @@ __device__ __forceinline__ void add_span(TileState& state, Reader& reader, const
         sums[i / 4 / kRowTiles][i / 4 % kRowTiles][i % 4] = 0;
     }
     float x_scales[kRowTiles];
-    int32_t x_sums[kRowTiles];
+    int32_t minus[kRowTiles];
 #pragma unroll
     for (int n = 0; n < kRowTiles; ++n) {
         const Note* note = rows.note(n);
-        x_scales[n] = note->scale;
-        if (count == kWindowBlocks) {
-            x_sums[n] = note->sum;
-        } else {
-            x_sums[n] = 0;
-            for (int i = 0; i < count; ++i) x_sums[n] += note->block_sums[first + i];
-        }
+        const int2 whole = *reinterpret_cast<const int2*>(note);
+        x_scales[n] = bits_float(static_cast<uint32_t>(whole.x));
+        minus[n] = whole.y;
+        if (count == kWindowBlocks) continue;
+        minus[n] = note->negative_block_sums[first];
+#pragma unroll 1
+        for (int i = 1; i < count; ++i) minus[n] += note->negative_block_sums[first + i];
     }
+#pragma unroll 1
     for (int i = 0; i < count; ++i) {
         uint2 x[kRowTiles];
-#pragma unroll
-        for (int n = 0; n < kRowTiles; ++n) x[n] = rows.fragment(n, first + i);
+        rows.fragments(first + i, x);
         const uint32_t end = state.place + Bits * kStreamBitBytes;
         reader.await(end);
         uint32_t codes[2][4];
@@ -233,7 +232,8 @@ __device__ __forceinline__ void add_span(TileState& state, Reader& reader, const
             const int m = q / 2, shift = code_shift<Bits>(m);
             const int32_t zero = static_cast<int32_t>(state.zeros >> (8 * q) & 0xFFu);
             const int32_t high = sums[m][n][q % 2 * 2], low = sums[m][n][q % 2 * 2 + 1];
-            const int32_t sum = high * (1 << kPlaneShift) + low - (zero << shift) * x_sums[n];
+            const int32_t sum =
+                high * (1 << kPlaneShift) + low + zero * (minus[n] * (1 << shift));
             const float scale = state.scales[q] * x_scales[n] * (1.0f / (1 << shift));
             acc[n][q] = fmaf(static_cast<float>(sum), scale, acc[n][q]);
         }
@@ -243,7 +243,7 @@ __device__ __forceinline__ void add_span(TileState& state, Reader& reader, const
 // All of one window, which has `blocks` blocks.
 template <int kRowTiles, class Reader, class Rows>
 __device__ __forceinline__ void add_window(const StreamLayer& w, TileState& state,
-                                           Reader& reader, const Rows& rows, int blocks,
+                                           Reader& reader, Rows& rows, int blocks,
                                            float (&acc)[kRowTiles][4]) {
     for (int block = 0; block < blocks;) {
         if (state.left == 0) state.open_group(w, reader);

@@ -70,6 +70,8 @@ class DecodeStruct(ctypes.Structure):
         ("passes", ctypes.c_int32),
         ("add", ctypes.c_int32),
         ("x", RowsStruct),
+        ("raw", ctypes.c_void_p),
+        ("unused", ctypes.c_int64),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Linear layers and their repacking, as launches of compiled kernels.
+"""Linear layers as launches of compiled kernels.
 
 Few rows are decoded: passes of up to 16 rows, each reading all weights. Many rows go through
 tensor cores. A row's result is the same bits either way, so where one ends and the other
@@ -12,7 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ...formats.packed import DenseLinear
-from ...formats.packed_cuda import TILE_COLUMNS, StreamLinear, tiles_for, windows_for
+from ...formats.packed_cuda import (
+    StreamLinear,
+    blocks_for,
+    tiles_for,
+    windows_for,
+)
 from .linear_structs import (
     MAX_LAYERS,
     DecodeStruct,
@@ -21,12 +26,17 @@ from .linear_structs import (
     address,
     layer_struct,
 )
-from .scratch_linear import PASS_ROWS, code_bytes, note_bytes, staged_bytes
+from .ops_pack import PackOps
+from .scratch_linear import (
+    BLOCK_CODE_BYTES,
+    NOTE_BYTES,
+    PASS_ROWS,
+    code_bytes,
+    note_bytes,
+)
 
 if TYPE_CHECKING:
     import torch
-
-    from .launcher import Launcher
 
     Linear = StreamLinear | DenseLinear
 
@@ -36,8 +46,11 @@ _WARP = 32
 # csrc/cuda/linear_quantize.cu: windows a block, threads.
 _QUANTIZE_WINDOWS = 4
 _QUANTIZE_THREADS = 128
-# csrc/cuda/linear_stream.cuh and linear_decode.cu.
+# csrc/cuda/linear_decode.cu: bytes of a warp's ring. Cards that give a block so much shared
+# memory have room for deep rings without fewer warps; others keep enough under way without.
 _RING_BYTES = 4096
+_DEEP_RING_BYTES = 8192
+_DEEP_SHARED_BYTES = 160 << 10
 _LEAST_DECODE_WARPS = 8
 _DECODE_PASSES = (4, 8, 16)
 # Up to here a pass more costs less than what prefill leaves idle; beyond, where it has blocks
@@ -57,27 +70,16 @@ _DENSE_TILE_COLUMNS = 16
 _DENSE_PREFILL_TILES = 4
 _DENSE_PREFILL_ROWS = 64
 _DENSE_PREFILL_BYTES = 16 * (64 + 64 + 4) * 4
-# csrc/cuda/pack.cu.
-_PACK_WARPS = 4
-_PACK_SHARED_BYTES = _PACK_WARPS * 32 * 9 * 4
 
 _I32, _I64, _P = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 
 
-class LinearOps:
+class LinearOps(PackOps):
     """Matrix products with resident layers, and packing of layers at load.
 
     Args:
         launcher: runs kernels.
-
-    Attributes:
-        staging: uint8 [n] of the device that raw weights pass through while a model is being
-            loaded, at least `scratch_linear.least_staging_bytes`; None otherwise.
     """
-
-    def __init__(self, launcher: Launcher):
-        self.launcher = launcher
-        self.staging: torch.Tensor | None = None
 
     def prepare_linear(self, x: torch.Tensor, w: Linear, out: torch.Tensor,
                        scratch: torch.Tensor, add: bool = False) -> Launch:
@@ -142,6 +144,8 @@ class LinearOps:
             assert w.in_features == features and w.perm is layers[0].perm
             assert out.shape[0] == rows and out.shape[1] >= w.out_features and out.stride(1) == 1
         codes, notes = _carve(scratch, rows, features)
+        if rows == 1 and self._fits_beside_rings(structs):
+            return [self._decode(structs, outs, RowsStruct(None, None, 1), add, raw=x)]
         quantize = self.launcher.prepare(
             "quantize_rows_kernel", _quantize_grid(features, rows), _QUANTIZE_THREADS, 0,
             _P(x.data_ptr()), _P(address(layers[0].perm)), _I32(features), codes, notes,
@@ -154,11 +158,24 @@ class LinearOps:
             for struct, out in zip(structs, outs, strict=True)
         ]
 
+    def _ring_bytes(self) -> int:
+        deep = self.launcher.shared_limit_bytes >= _DEEP_SHARED_BYTES
+        return _DEEP_RING_BYTES if deep else _RING_BYTES
+
+    def _fits_beside_rings(self, layers: Sequence[LayerStruct]) -> bool:
+        """Whether a block has shared memory for a row of activations as well."""
+        needed = _decode_warps(layers) * self._ring_bytes() + _row_bytes(layers[0].in_features)
+        return needed <= self.launcher.shared_limit_bytes
+
     def _decode(self, layers: Sequence[LayerStruct], outs: Sequence[torch.Tensor],
-                x: RowsStruct, add: bool) -> Launch:
+                x: RowsStruct, add: bool, raw: torch.Tensor | None = None) -> Launch:
+        """Prepare the launch that decodes; `raw` is a single row that it quantises itself."""
         pass_rows = next((n for n in _DECODE_PASSES if n >= x.rows), _DECODE_PASSES[-1])
         passes = -(-x.rows // pass_rows)
-        warps = max(_LEAST_DECODE_WARPS, *(layer.splits for layer in layers))
+        warps, ring_bytes = _decode_warps(layers), self._ring_bytes()
+        shared_bytes = warps * ring_bytes
+        if raw is not None:
+            pass_rows, shared_bytes = 1, shared_bytes + _row_bytes(layers[0].in_features)
         first_block = [0]
         for layer in layers:
             tiles_a_block = warps // layer.splits
@@ -168,11 +185,12 @@ class LinearOps:
             (_P * MAX_LAYERS)(*(out.data_ptr() for out in outs)),
             (_I64 * MAX_LAYERS)(*(out.stride(0) for out in outs)),
             (_I32 * (MAX_LAYERS + 1))(*first_block),
-            passes, add, x,
+            passes, add, x, address(raw),
         )  # fmt: skip
+        depth = "_deep" if ring_bytes == _DEEP_RING_BYTES else ""
         return self.launcher.prepare(
-            f"linear_decode_{pass_rows}_kernel", (first_block[-1] * passes, 1, 1),
-            warps * _WARP, warps * _RING_BYTES, call,
+            f"linear_decode_{pass_rows}{depth}_kernel", (first_block[-1] * passes, 1, 1),
+            warps * _WARP, shared_bytes, call,
         )
 
     def _prefill(self, layer: LayerStruct, out: torch.Tensor, x: RowsStruct,
@@ -215,74 +233,6 @@ class LinearOps:
             _I64(out.stride(0)), _I32(add),
         )
 
-    def pack_exl2_streams(self, q_weight: torch.Tensor, scales: torch.Tensor,
-                          groups: torch.Tensor, codes: torch.Tensor) -> None:
-        """Repack EXL2's codes and scales into streams (formats/packed_cuda.py).
-
-        Args:
-            q_weight: int32 [R, N] of the host, the layer's columns alone, as on disk.
-            scales: float16 [G, N] of the host. groups, codes: of the device, codes written in
-            full.
-        """
-        codes.zero_()
-        for columns, words, tables, target in self._staged(q_weight, scales, None, codes):
-            self._launch_pack("pack_exl2_kernel", columns, words,
-                              (tables[0],), groups, target, codes.shape[1])
-
-    def pack_gptq_streams(self, qweight: torch.Tensor, scales: torch.Tensor,
-                          zeros: torch.Tensor, perm: torch.Tensor | None,
-                          groups: torch.Tensor, codes: torch.Tensor) -> None:
-        """Repack GPTQ's codes, scales and zero points into streams.
-
-        Args:
-            qweight: int32 [K * bits / 32, N] of the host, the layer's columns alone.
-            scales: float16 [G, N], zeros: uint8 [G, N] of the host.
-            perm: int32 [K] of the device, or None. groups, codes: as above.
-        """
-        codes.zero_()
-        for columns, words, tables, target in self._staged(qweight, scales, zeros, codes):
-            self._launch_pack("pack_gptq_kernel", columns, words,
-                              (*tables, _P(address(perm))), groups, target, codes.shape[1])
-
-    def _launch_pack(self, kernel: str, columns: int, words: tuple[ctypes.c_void_p, int],
-                     tables: tuple[ctypes.c_void_p, ...], groups: torch.Tensor,
-                     target: ctypes.c_void_p, tile_bytes: int) -> None:
-        _, first, rows, _ = groups[-1].tolist()
-        blocks = -(-(first + rows) // 32)
-        grid = (blocks, -(-columns // (_PACK_WARPS * TILE_COLUMNS)), 1)
-        self.launcher.prepare(
-            kernel, grid, _PACK_WARPS * _WARP, _PACK_SHARED_BYTES, words[0], _I64(words[1]),
-            _I32(columns), *tables, _P(address(groups)), _I32(groups.shape[0]), target,
-            _I64(tile_bytes),
-        )()
-
-    def _staged(self, words: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None,
-                codes: torch.Tensor):
-        """Bring a layer's tensors to the device, as many tiles at a time as staging holds.
-
-        Yields:
-            (columns, (words, word rows), (scales[, zeros]), where their first tile belongs).
-        """
-        staging, (word_rows, out_features), num_groups = self.staging, words.shape, len(scales)
-        assert staging is not None, "packing needs staging"
-        step = TILE_COLUMNS
-        assert staged_bytes(word_rows, num_groups, step) <= staging.nbytes, staging.nbytes
-        while (step < out_features
-               and staged_bytes(word_rows, num_groups, 2 * step) <= staging.nbytes):
-            step *= 2
-        for first in range(0, out_features, step):
-            part = slice(first, min(first + step, out_features))
-            place, views = 0, []
-            for tensor in (words, scales, *(() if zeros is None else (zeros,))):
-                piece = tensor[:, part]
-                nbytes = piece.numel() * piece.element_size()
-                view = staging[place : place + nbytes].view(piece.dtype).view(piece.shape)
-                view.copy_(piece)
-                views.append(_P(view.data_ptr()))
-                place += -(-nbytes // 4) * 4
-            target = _P(codes[first // TILE_COLUMNS].data_ptr())
-            yield part.stop - first, (views[0], word_rows), tuple(views[1:]), target
-
 
 class ExpertLayers:
     """The layers of one projection of all experts, for kernels that choose one themselves.
@@ -305,6 +255,16 @@ class ExpertLayers:
         # Kernels read the layers' tensors and the table by address.
         self.layers, self.table = tuple(layers), table
         self.address = _P(address(table))
+
+
+def _decode_warps(layers: Sequence[LayerStruct]) -> int:
+    """Warps of a block that decodes: one a split, and several tiles where there are few."""
+    return max(_LEAST_DECODE_WARPS, *(layer.splits for layer in layers))
+
+
+def _row_bytes(in_features: int) -> int:
+    """Shared memory of one quantised row: its notes and its integers."""
+    return windows_for(in_features) * NOTE_BYTES + blocks_for(in_features) * BLOCK_CODE_BYTES
 
 
 def _quantize_grid(in_features: int, rows: int) -> tuple[int, int, int]:
