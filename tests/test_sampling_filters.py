@@ -157,6 +157,17 @@ def test_a_whole_vocabulary(name, value, scale):
     assert np.abs(actual - expected).sum() < 1e-4
 
 
+@pytest.mark.parametrize(("name", "value"), PAIRS)
+def test_tokens_that_are_impossible_count_as_those_that_are_left_out(name, value):
+    """A filter that keeps most of a vocabulary makes the others impossible."""
+    before = filters.keep_min_p(Candidates.of_row(random_row(9, 20_000, 0.5)), 0.05)
+    assert len(before) == 20_000 and np.isneginf(before.logits).any()
+    compressed = before.take(np.flatnonzero(before.logits > -np.inf))
+    actual, expected = (CASES[name][0](given, value) for given in (before, compressed))
+    np.testing.assert_allclose(
+        distribution(actual, 20_000), distribution(expected, 20_000), rtol=1e-5)
+
+
 def test_xtc_spares_line_breaks_and_end_tokens():
     row = np.log(np.array([0.4, 0.3, 0.2, 0.1], np.float32))
     kept = {

@@ -241,14 +241,18 @@ COMMON = (
     {"temperature": 0.7, "top_p": 0.95}, {"temperature": 1.2, "min_p": 0.05},
     {"top_k": 50, "top_p": 0.9, "repetition_penalty": 1.1, "dry_multiplier": 0.8,
      "dry_sequence_breakers": []},
+    {"typical_p": 0.9}, {"top_a": 0.2}, {"eta_cutoff": 3}, {"mirostat_mode": 2},
+    {"xtc_probability": 1, "xtc_threshold": 0.1},
+    {"repetition_penalty": 1.1, "presence_penalty": 0.1, "frequency_penalty": 0.1},
 )
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("scale", [4, 0.5])
 @pytest.mark.parametrize("options", COMMON)
-def test_no_common_setting_sorts_the_vocabulary(options):
+def test_no_common_setting_sorts_the_vocabulary(options, scale):
     rng = np.random.default_rng(13)
-    row = (rng.standard_normal(152_064) * 4).astype(np.float32)
+    row = (rng.standard_normal(152_064) * scale).astype(np.float32)
     history = rng.integers(0, 152_064, 4000)
     sampler = Sampler(SamplingSettings(**options), 1)
 

@@ -16,6 +16,12 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 Places = npt.NDArray[np.intp]
+Mask = npt.NDArray[np.bool_]
+
+_HALF = np.float32(0.5)
+
+# Copies of fewer candidates stay in memory that the process has already.
+_MANY = 16_384
 
 # Where the number of tokens that matter is unknown, so many are ordered first: enough for
 # nearly every step of a model that knows what it says.
@@ -25,7 +31,7 @@ _FIRST_COUNT = 256
 # probabilities are below 1e-13 of the likeliest one's, share one.
 _NUM_BINS = 4096
 _BIN_SPAN = 30.0
-_CHUNK = 16_384
+_CHUNK = 32_768
 _TINY = 1e-30
 
 # A row is looked at in blocks of so many tokens before single ones.
@@ -62,7 +68,21 @@ class Candidates:
 
     def take(self, places: Places) -> Candidates:
         """Keep the candidates at these places, which stand in their present order."""
-        return replace(self, ids=self.ids[places], logits=self.logits[places])
+        return replace(self, ids=self.ids.take(places), logits=self.logits.take(places))
+
+    def keep(self, mask: Mask) -> Candidates:
+        """Keep the candidates that a mask, bool [n], names.
+
+        Where most of many stay, the others become impossible instead of being left out: copying a
+        vocabulary's ids takes fresh pages, which cost more than all the rest of a sampler.
+        """
+        few = len(self) < _MANY or 2 * np.count_nonzero(mask) < len(self)
+        if few or self.is_sorted:
+            return self.take(np.flatnonzero(mask))
+        # Infinity for those that stay and minus infinity for the others, without a branch.
+        bounds = np.subtract(mask, _HALF)
+        bounds *= np.float32(np.inf)
+        return replace(self, logits=np.minimum(self.logits, bounds, out=bounds))
 
     def head(self, count: int) -> Candidates:
         """Keep the first candidates."""
@@ -71,7 +91,7 @@ class Candidates:
     def keep_from(self, floor: float) -> Candidates:
         """Keep the logits that reach `floor`, and the largest in any case."""
         bound = min(np.float32(floor), self.logits.max())
-        return self.take(np.flatnonzero(self.logits >= bound))
+        return self.keep(self.logits >= bound)
 
     def by_id(self) -> Candidates:
         """The same with rising ids."""
@@ -79,7 +99,7 @@ class Candidates:
             return self
         return replace(self.take(np.argsort(self.ids)), is_sorted=False)
 
-    def locate(self, ids: Ids) -> tuple[Places, npt.NDArray[np.bool_]]:
+    def locate(self, ids: Ids) -> tuple[Places, Mask]:
         """Find tokens among candidates that are not sorted.
 
         Returns:
@@ -127,7 +147,8 @@ def log_total(logits: Floats) -> float:
 def measures(logits: Floats) -> tuple[Floats, float, float]:
     """`weights`, `log_total`, and the entropy of the distribution in nats."""
     shifted = logits - logits.max()
-    np.maximum(shifted, _LOWEST, out=shifted)
+    if shifted.min() < _LOWEST:
+        np.maximum(shifted, _LOWEST, out=shifted)
     weight = np.exp(shifted)
     whole = total(weight)
     surprise = -total(np.multiply(weight, shifted, out=shifted)) / whole
@@ -156,35 +177,40 @@ def largest(candidates: Candidates, count: int) -> Candidates:
     return replace(candidates.take(largest_places(candidates.logits, count)), is_sorted=True)
 
 
-def fewest_places(keys: Floats, weight: Floats, target: float) -> Places:
-    """Places of the fewest largest keys whose weights sum to `target` or more; rising.
+def fewest(keys: Floats, weight: Floats, target: float) -> tuple[np.float32, int]:
+    """Find the fewest largest keys whose weights sum to `target` or more.
 
     Args:
         keys: float32 [n]; equal ones count in their order.
         weight: float32 [n].
 
     Returns:
-        At least one place; all where the weights sum to less than the target.
+        The least of these keys, and how many they are: at least one, and all where the weights
+        sum to less than the target.
     """
     places = largest_places(keys, min(_FIRST_COUNT, len(keys)))
-    reached = np.cumsum(weight[places], dtype=np.float64)
+    reached, num_before = np.cumsum(weight[places], dtype=np.float64), 0
     if reached[-1] < target and len(places) < len(keys):
-        return _fewest_places_by_bins(keys, weight, target)
-    return np.sort(places[: _count_reaching(reached, target)])
+        # Among many, only the bin in which the sum is reached is put in order.
+        bins, masses = _binned(keys, weight)
+        sums = np.cumsum(masses)
+        last = min(int(np.searchsorted(sums, target, side="left")), _NUM_BINS - 1)
+        target -= float(sums[last - 1]) if last else 0.0
+        num_before = int(np.count_nonzero(bins < last))
+        places = np.flatnonzero(bins == last)
+        places = places[np.argsort(-keys[places], kind="stable")]
+        reached = np.cumsum(weight[places], dtype=np.float64)
+    count = min(int(np.searchsorted(reached, target, side="left")), len(places) - 1)
+    return keys[places[count]], num_before + count + 1
 
 
-def _fewest_places_by_bins(keys: Floats, weight: Floats, target: float) -> Places:
-    """The same for many places: only the bin in which the sum is reached is put in order."""
-    bins, masses = _binned(keys, weight)
-    reached = np.cumsum(masses)
-    last = min(int(np.searchsorted(reached, target, side="left")), _NUM_BINS - 1)
-    before = float(reached[last - 1]) if last else 0.0
-    inside = np.flatnonzero(bins == last)
-    inside = inside[np.argsort(-keys[inside], kind="stable")]
-    count = _count_reaching(np.cumsum(weight[inside], dtype=np.float64), target - before)
-    keep = bins < last
-    keep[inside[:count]] = True
-    return np.flatnonzero(keep)
+def at_least(keys: Floats, floor: np.float32, count: int) -> Mask:
+    """Which `count` keys reach the floor, of those that equal it the first; bool [n]."""
+    mask = keys >= floor
+    surplus = np.count_nonzero(mask) - count
+    if surplus > 0:
+        mask[np.flatnonzero(keys == floor)[-surplus:]] = False
+    return mask
 
 
 def _binned(keys: Floats, weight: Floats) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.float64]]:
@@ -193,21 +219,16 @@ def _binned(keys: Floats, weight: Floats) -> tuple[npt.NDArray[np.int16], npt.ND
     # A difference of Python floats: it cannot overflow, and an impossible token's is infinite.
     span = min(float(largest_key) - float(keys.min()), _BIN_SPAN)
     scale = np.float32((_NUM_BINS - 1) / max(span, _TINY))
-    bins, masses = np.empty(len(keys), np.int16), np.zeros(_NUM_BINS)
-    # In chunks, so that the wide types that bincount computes with stay in the caches, and in
-    # memory that the process has already: fresh pages would cost more than all the rest.
+    with np.errstate(over="ignore"):
+        distance = largest_key - keys
+    np.minimum(distance, np.float32(span), out=distance)
+    bins = np.multiply(distance, scale, out=distance).astype(np.int16)
+    masses = np.zeros(_NUM_BINS)
+    # In chunks, so that the wide types that bincount computes with stay in the caches.
     for first in range(0, len(keys), _CHUNK):
         part = slice(first, first + _CHUNK)
-        with np.errstate(over="ignore"):
-            distance = np.minimum(largest_key - keys[part], np.float32(span))
-        index = np.multiply(distance, scale, out=distance).astype(np.intp)
-        masses += np.bincount(index, weight[part].astype(np.float64), _NUM_BINS)
-        bins[part] = index
+        masses += np.bincount(bins[part], weight[part], _NUM_BINS)
     return bins, masses
-
-
-def _count_reaching(reached: npt.NDArray[np.float64], target: float) -> int:
-    return max(1, int(np.searchsorted(reached, target, side="left")) + 1)
 
 
 def _floor(keys: Floats, count: int) -> np.float32:

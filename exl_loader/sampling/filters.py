@@ -12,7 +12,10 @@ import numpy as np
 
 from .candidates import (
     Candidates,
-    fewest_places,
+    Floats,
+    Mask,
+    at_least,
+    fewest,
     largest,
     largest_values,
     log_total,
@@ -39,9 +42,9 @@ def keep_top_p(candidates: Candidates, top_p: float) -> Candidates:
     A token stays where the sum of all likelier ones is below top_p, of equal ones those with
     the lowest ids (Holtzman et al. 2019, "The Curious Case of Neural Text Degeneration").
     """
-    weight = weights(candidates.logits)
-    return candidates.take(
-        fewest_places(candidates.logits, weight, top_p * total(weight)))
+    logits = candidates.logits
+    weight = weights(logits)
+    return candidates.keep(at_least(logits, *fewest(logits, weight, top_p * total(weight))))
 
 
 def keep_min_p(candidates: Candidates, min_p: float) -> Candidates:
@@ -96,8 +99,8 @@ def keep_typical(candidates: Candidates, mass: float) -> Candidates:
     typicality = logits - np.float32(centre)
     np.abs(typicality, out=typicality)
     np.negative(typicality, out=typicality)
-    fewest = fewest_places(typicality, weight, mass * math.exp(log_whole))
-    return candidates.take(np.flatnonzero(typicality >= typicality[fewest].min()))
+    least, _ = fewest(typicality, weight, mass * math.exp(log_whole))
+    return candidates.keep(typicality >= least)
 
 
 def keep_tail_free(candidates: Candidates, share: float) -> Candidates:
@@ -106,7 +109,7 @@ def keep_tail_free(candidates: Candidates, share: float) -> Candidates:
     With d_i = |p_i - 2 p_(i+1) + p_(i+2)| scaled to sum 1, over the whole vocabulary and with
     0 for tokens filtered out before, the first token stays, and token i + 1 while
     d_1 + ... + d_i <= share (Phénix and Egan 2019, "Tail Free Sampling", centred as in
-    text-generation-webui). A flat curve has no tail. Sorted.
+    text-generation-webui). A flat curve has no tail.
     """
     weight = weights(candidates.logits)
     num_hidden = candidates.num_tokens - len(weight)
@@ -124,7 +127,18 @@ def keep_tail_free(candidates: Candidates, share: float) -> Candidates:
         kept = 1 + int(np.searchsorted(curvature, share * seen, side="right"))
         if kept == 1 + int(np.searchsorted(curvature, share * (seen + unseen), side="right")):
             break
-    return largest(candidates, min(kept, len(candidates)))
+    if kept <= _TAIL_FREE_FIRST_COUNT or candidates.is_sorted:
+        return largest(candidates, min(kept, len(candidates)))
+    return candidates.keep(_heaviest(candidates.logits, weight, falling[:kept]))
+
+
+def _heaviest(logits: Floats, weight: Floats, falling: Floats) -> Mask:
+    """Where the weights are that stand in order in `falling`; of equal ones the likeliest."""
+    mask = weight > falling[-1]
+    equal = np.flatnonzero(weight == falling[-1])
+    equal = equal[np.argsort(-logits[equal], kind="stable")]
+    mask[equal[: len(falling) - np.count_nonzero(mask)]] = True
+    return mask
 
 
 def exclude_top_choices(
@@ -150,4 +164,4 @@ def exclude_top_choices(
         return candidates
     keep = np.ones(len(candidates), bool)
     keep[excluded] = False
-    return candidates.take(np.flatnonzero(keep))
+    return candidates.keep(keep)
