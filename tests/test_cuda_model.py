@@ -146,14 +146,17 @@ def test_experts_chosen_on_the_device(card, tmp_path):
 
 
 def test_experts_of_few_rows_give_the_bits_of_many(emulated, tmp_path):
-    """Chosen by the device (8 rows, 16 pairs) and by the host (9 rows)."""
+    """Chosen by the device (one row, 2 pairs) and by the host (9 rows)."""
     write_mixture(tmp_path / "m")
-    model, cache = build_model(tmp_path / "m", emulated, device=DEVICE, cache_type="fp16")
-    by_host = run_chunks(model, cache, IDS, 9)
-    assert emulated.host.captures_made == 0
-    by_device = run_chunks(model, cache, IDS, 8)
-    assert torch.equal(by_host, by_device)
-    assert not model._steps[9, 1, "all"].capturable and model._steps[8, 1, "all"].capturable
+    model, cache = build_model(tmp_path / "m", emulated, device=DEVICE, sequences=9)
+    sequences = [cache.acquire(20) for _ in range(9)]
+    for ids in (IDS[:9], IDS[3:]):
+        by_host = model.forward([(s, [i]) for s, i in zip(sequences, ids, strict=True)]).clone()
+        for sequence, token, row in zip(sequences, ids, by_host, strict=True):
+            sequence.past_len -= 1
+            assert torch.equal(model.forward([(sequence, [token])])[0], row)
+    assert not model._steps[9, 9, "last"].capturable and model._steps[1, 1, "last"].capturable
+    assert emulated.host.captures_made == 1
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -1,0 +1,71 @@
+"""exllamav2 on the models of `gpu.py`, where it is installed: the peer to compare with."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CACHES = {
+    "fp16": "ExLlamaV2Cache", "q8": "ExLlamaV2Cache_Q8", "q6": "ExLlamaV2Cache_Q6",
+    "q4": "ExLlamaV2Cache_Q4",
+}  # fmt: skip
+
+
+def installed() -> bool:
+    """Whether exllamav2 can be imported; importing it compiles it for minutes."""
+    return importlib.util.find_spec("exllamav2") is not None
+
+
+class Peer:
+    """One model in exllamav2.
+
+    Args:
+        folder: the model. ctx_size: tokens of context. chunk_size: of a prompt's passes.
+    """
+
+    def __init__(self, folder: Path, ctx_size: int, chunk_size: int):
+        import exllamav2
+
+        self._module: Any = exllamav2
+        config = exllamav2.ExLlamaV2Config(str(folder))
+        config.max_seq_len, config.max_input_len = ctx_size, chunk_size
+        self._ctx_size, self._vocab_size = ctx_size, config.vocab_size
+        self._model = exllamav2.ExLlamaV2(config)
+        self._model.load()
+        self._cache: Any = None
+
+    def use_cache(self, cache_type: str) -> bool:
+        """Make a cache of this type, in place of the one before; False where it has none."""
+        self._cache = None
+        if cache_type not in CACHES or not hasattr(self._module, CACHES[cache_type]):
+            return False
+        torch.cuda.empty_cache()
+        make = getattr(self._module, CACHES[cache_type])
+        self._cache = make(self._model, batch_size=1, max_seq_len=self._ctx_size)
+        return True
+
+    @torch.inference_mode()
+    def decode(self, depth: int, steps: int) -> None:
+        """Generate greedily behind a context of `depth` tokens, whatever stands there."""
+        self._cache.current_seq_len = depth
+        token = torch.tensor([[5]])
+        for _ in range(steps):
+            logits = self._model.forward(token, self._cache, input_mask=None)
+            token = logits[:, -1].argmax(dim=-1, keepdim=True).cpu()
+
+    @torch.inference_mode()
+    def prefill(self, tokens: int) -> None:
+        """Read a prompt and compute the logits behind it."""
+        self._cache.current_seq_len = 0
+        ids = (torch.arange(tokens) % (self._vocab_size - 3) + 3)[None]
+        self._model.forward(ids[:, :-1], self._cache, preprocess_only=True)
+        self._model.forward(ids[:, -1:], self._cache)[:, -1].argmax().cpu()
+
+    def unload(self) -> None:
+        """Give the card's memory back."""
+        self._cache = None
+        self._model.unload()
+        torch.cuda.empty_cache()
