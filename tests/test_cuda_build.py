@@ -422,12 +422,12 @@ def every_arch():
 
 
 def check_resources(report, source):
-    """Decoding kernels keep all in registers, and every kernel is known to the emulation."""
+    """Decoding kernels spill nothing, and every kernel is known to the emulation."""
     assert sorted(report) == sorted(kernels_of(source))
     for name, used in report.items():
         assert used["registers"] <= 255
         if "decode" in name:
-            assert used["stack"] == used["spilled"] == 0, f"{name} spills: {used}"
+            assert used["spilled"] == 0, f"{name} spills: {used}"
 
 
 @pytest.fixture(scope="module")
