@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ FOLDER = "tests/cuda_emulation"
 SANITIZE_ENV = "EXL_EMULATION_SANITIZE"
 
 FLAGS = (
-    "-x", "c++", "-std=c++17", "-O2", "-g1", "-fPIC", "-march=native", "-ffp-contract=off",
-    "-fno-math-errno", "-fno-strict-aliasing", "-DEXL_CUDA_EMULATION", "-Wall", "-Wextra",
+    "-x", "c++", "-std=c++17", "-O2", "-g1", "-fPIC", "-ffp-contract=off", "-fno-math-errno",
+    "-fno-strict-aliasing", "-DEXL_CUDA_EMULATION", "-Wall", "-Wextra",
     "-Wno-unknown-pragmas",
 )
+NATIVE_FLAGS = ("-march=native",) if platform.machine() in ("x86_64", "AMD64") else ()
 SANITIZE_FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
 ORDERS = {"forward": 0, "reverse": 1, "shuffled": 2}
@@ -73,7 +75,7 @@ def emulation_spec(sources: Sequence[Path] | None = None, root: Path = REPO) -> 
         sources=names([*kernels, *runner]),
         headers=names(headers),
         compiler=compiler,
-        flags=(*FLAGS, *extra),
+        flags=(*FLAGS, *NATIVE_FLAGS, *extra),
         link_flags=("-shared", *extra),
         cpu_features=cpu_features(),
         include_dirs=("csrc", "tests"),
