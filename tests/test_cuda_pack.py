@@ -165,28 +165,32 @@ def test_gptq_kernel_is_the_definition(bits, act_order, columns):
     check_kernel("reverse", groups, codes[order], words, zeros=True, perm=perm)
 
 
-def load_on_card(folder, in_features, out_features, order, **options):
-    """Plan a layer for a card and pack it there.
+def load_layer_with(ops, folder, in_features, out_features, device=None, **options):
+    """Plan a layer for a card and pack it there, with room for one tile at a time.
 
     Returns:
-        the layer, its weight decoded from the card's tensors, and from the checkpoint.
+        the layer, its tensors on the host; its weight decoded from the checkpoint.
     """
-    there = target(order, linear_ops)
+    ops.staging = torch.empty(least_staging_bytes(in_features), dtype=torch.uint8, device=device)
     with Checkpoint.open(folder) as checkpoint:
         plan = plan_linear(checkpoint, "layer", in_features, out_features, device="cuda:0",
                            **options)
-        tensors = allocate(plan)
-        if there.device is not None:
-            tensors = {role: tensor.to(there.device) for role, tensor in tensors.items()}
-        ops = linear_ops(there.ops.launcher)
-        ops.staging = torch.empty(least_staging_bytes(in_features), dtype=torch.uint8,
-                                  device=there.device)
+        tensors = {role: tensor.to(device or "cpu") for role, tensor in allocate(plan).items()}
         layer = pack_linear(plan, checkpoint, tensors, ops)
         assert isinstance(layer, StreamLinear)
         for name in ("codes", "groups", "perm"):
             tensor = getattr(layer, name)
             setattr(layer, name, None if tensor is None else tensor.cpu())
-        return layer, streams.dequantize(layer), reference_weight(plan, checkpoint)
+        return layer, reference_weight(plan, checkpoint)
+
+
+def load_on_card(folder, in_features, out_features, order, **options):
+    """Return a layer, its weight from the card's tensors, and from the checkpoint."""
+    there = target(order, linear_ops)
+    ops = there.ops if there.device is None else linear_ops(there.ops.launcher)
+    layer, weight = load_layer_with(ops, folder, in_features, out_features, there.device,
+                                    **options)
+    return layer, streams.dequantize(layer), weight
 
 
 @pytest.mark.parametrize("order", TARGETS)

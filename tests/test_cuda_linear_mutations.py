@@ -1,0 +1,131 @@
+"""Kernels of matrix products with one wrong expression each: the comparisons must notice."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from cuda_emulation import EmulatedLauncher, EmulationError
+from cuda_emulation.launcher import FOLDER, REPO, emulation_spec
+from cuda_linear_cases import linear_ops, quantised_product, scratch_for, stream_linear
+from kernel_cases import dense_linear, random_rows
+from makers import make_exl2_layer, make_gptq_layer, write_layer
+
+from exl_loader.formats import streams
+from exl_loader.kernels.reference import dense_weight
+
+pytestmark = pytest.mark.slow
+
+GROUPS = [(8, 96), (6, 64), (5, 128), (4, 288), (3, 64), (2, 40)]
+
+
+def error(ops, w, rows):
+    """Relative distance of a product from its definition."""
+    x, out = random_rows(rows, w.in_features), torch.zeros(rows, w.out_features)
+    scratch = scratch_for(rows, w)
+    ops.prepare_linear(x, w, out, scratch)()
+    if hasattr(w, "codes"):
+        exact = quantised_product(x, w)[0]
+    else:
+        exact = (x.double() @ dense_weight(w).double()).numpy()
+    return np.linalg.norm(out.numpy() - exact) / np.linalg.norm(exact)
+
+
+def decoded_right(ops, tmp_path):
+    w = stream_linear(GROUPS, 70, zeros=True, perm=True)
+    return max(error(ops, w, rows) for rows in (1, 3, 7, 14)) < 1e-5
+
+
+def prefilled_right(ops, tmp_path):
+    w = stream_linear(GROUPS, 170, zeros=True, perm=True)
+    return max(error(ops, w, rows) for rows in (40, 70)) < 1e-5
+
+
+def dense_right(ops, tmp_path):
+    w = dense_linear(300, 50, torch.float16)
+    return max(error(ops, w, rows) for rows in (1, 6, 70)) < 1e-5
+
+
+def packed_right(ops, tmp_path):
+    from test_cuda_pack import load_layer_with
+
+    rng = np.random.default_rng(0)
+    for name, (tensors, weight), options in (
+        ("exl2", make_exl2_layer(rng, 392, 70, [(8, 96), (5, 128), (3, 128), (2, 40)]), {}),
+        ("gptq", make_gptq_layer(rng, 384, 70, group_size=64, act_order=True),
+         {"group_size": 64, "desc_act": True}),
+    ):  # fmt: skip
+        folder = write_layer(tmp_path / name, tensors, **options)
+        layer, _ = load_layer_with(ops, folder, len(weight), 70)
+        if not torch.equal(streams.dequantize(layer), weight):
+            return False
+    return True
+
+
+MUTATIONS = [
+    (decoded_right, "linear_stream.cuh", "place & (kBytes - 1)", "place & (kBytes / 2 - 1)"),
+    (decoded_right, "linear_stream.cuh", "kAhead = kChunks - 2", "kAhead = kChunks - 1"),
+    (decoded_right, "linear_stream.cuh", "mine + 512 < length_", "mine + 544 < length_"),
+    (decoded_right, "linear_stream.cuh", "* (minus[n] * (1 << shift))", "* minus[n]"),
+    (decoded_right, "linear_stream.cuh", "(left > 0 ? 1 : 0)", "0"),
+    (decoded_right, "linear_stream.cuh", "if (count == kWindowBlocks) continue;", "continue;"),
+    (decoded_right, "linear_layout.cuh", "Bits == 6 ? 2", "Bits == 6 ? 3"),
+    (decoded_right, "linear_decode.cu", "for (int s = 1; s <", "for (int s = 2; s <"),
+    (decoded_right, "linear_decode.cu", "+ 4 * n + t, x.rows", "+ n + t, x.rows"),
+    (decoded_right, "linear_decode.cu", "8 * q + lane / 4", "8 * q + lane % 8"),
+    (decoded_right, "linear_quantize.cuh", "block < blocks", "block + 1 < blocks"),
+    (decoded_right, "linear_quantize.cuh", "perm[stored] : stored", "stored : stored"),
+    (decoded_right, "linear_decode.cu", "    block_sync();  // the row is quantised\n", ""),
+    (prefilled_right, "linear_prefill.cu", "swizzled_block(row, block) * kBlockCodeBytes + rest",
+     "block * kBlockCodeBytes + rest"),
+    (prefilled_right, "linear_prefill.cu", "window % 2 * stage_bytes", "window * 0 * stage_bytes"),
+    (prefilled_right, "linear_prefill.cu", "= 0.0f;\n            }\n            ++split",
+     "*= 1.0f;\n            }\n            ++split"),
+    (prefilled_right, "linear_prefill.cu", "const int row = 4 * half * kRowTiles + g / 2",
+     "const int row = 4 * half + g / 2"),
+    (dense_right, "linear_dense.cu", "min((part + 1) * length, in_features)",
+     "min((part + 1) * length, in_features - 1)"),
+    (dense_right, "linear_dense.cu", "step * kPaddedRows + row);", "step * kPaddedRows);"),
+    (packed_right, "pack.cu", "shift + Bits > 32 ?", "shift + Bits > 33 ?"),
+    (packed_right, "pack.cu", "2 * (lane_id() % 4) + j / 2 % 2", "2 * (lane_id() % 4) + j % 2"),
+    (packed_right, "pack.cu", "place.index * header", "(place.index + 1) * header"),
+    (packed_right, "pack.cu", "4 * (lane_id() % 8) + lane_id() / 8", "lane_id()"),
+    (packed_right, "pack.cu", "perm[stored] : stored", "stored : stored"),
+]
+SOURCES = {
+    decoded_right: ("linear_decode", "linear_quantize"),
+    prefilled_right: ("linear_prefill", "linear_quantize"),
+    dense_right: ("linear_dense",),
+    packed_right: ("pack",),
+}
+
+
+def launcher(folder, sources, order="forward"):
+    paths = [folder / "csrc" / "cuda" / f"{name}.cu" for name in sources]
+    return EmulatedLauncher(emulation_spec(paths, folder), order=order)
+
+
+@pytest.mark.parametrize(("check", "file", "old", "new"), MUTATIONS)
+def test_a_wrong_expression_is_noticed(tmp_path, check, file, old, new):
+    copy = tmp_path / "copy"
+    shutil.copytree(REPO / "csrc", copy / "csrc")
+    shutil.copytree(REPO / FOLDER, copy / FOLDER)
+    path = copy / "csrc" / "cuda" / file
+    text = path.read_text()
+    assert text.count(old) >= 1, "the kernel changed; so must this test"
+    path.write_text(text.replace(old, new))
+    noticed = False
+    for order in ("forward", "reverse"):
+        try:
+            ops = linear_ops(launcher(copy, SOURCES[check], order))
+            noticed |= not check(ops, tmp_path / order)
+        except EmulationError:
+            noticed = True
+    assert noticed
+
+
+@pytest.mark.parametrize("check", SOURCES)
+def test_without_a_change_the_checks_pass(tmp_path, check):
+    assert check(linear_ops(launcher(REPO, SOURCES[check])), tmp_path)
