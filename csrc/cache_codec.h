@@ -90,6 +90,17 @@ struct ExlBatch {
     int64_t max_pages;
 };
 
+// key_bias.KeyBias, with a batch's frequencies.
+struct ExlKeyBias {
+    const int32_t* pairs;   // [kv_heads, num_pairs]: element i of a pair (i, half + i)
+    const float* first;     // [kv_heads, num_pairs]: the bias of element i
+    const float* second;    // the same of element half + i
+    const float* inv_freq;  // [num_sequences, half]
+    int64_t num_pairs;
+    int64_t half;
+    float rope_factor;
+};
+
 // interface.AttentionShape, apart from what ExlCacheLayer has.
 struct ExlAttentionShape {
     int64_t num_heads;

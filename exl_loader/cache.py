@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import torch
 
     from .config import ModelConfig
+    from .key_bias import KeyBias
 
 PAGE_LEN = 256
 GROUP = 32
@@ -173,8 +174,9 @@ def _tensor_specs(
 class CacheLayer:
     """One layer's cache at run time: views shaped as `cache_specs` says.
 
-    `k_scales` and `v_scales` are None where keys or values are not quantised. `native` belongs
-    to the compiled operations, which keep their own description of the layer there.
+    `k_scales` and `v_scales` are None where keys or values are not quantised. `key_bias` is
+    what the stored keys are without and attention adds, if anything. `native` belongs to the
+    compiled operations, which keep their own description of the layer there.
     """
 
     k_codes: torch.Tensor
@@ -182,6 +184,7 @@ class CacheLayer:
     v_codes: torch.Tensor
     v_scales: torch.Tensor | None
     cache_type: CacheType
+    key_bias: KeyBias | None = None
     native: Any = field(default=None, compare=False, repr=False)
 
     def copy_tokens(self, source: int, target: int, count: int) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from .cache import CacheLayer
+    from .config import ModelConfig
     from .kernels.interface import Linear, Ops
     from .weights import Weights
     from .workspace import RowViews
@@ -153,16 +154,21 @@ def build_layer(
         o=weights.linears[plan.o.name],
         mlp=_build_mlp(plan, weights, config.num_experts_per_tok, ops, expert_tables),
         cache=cache,
-        shape=AttentionShape(
-            num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            scale=config.query_pre_attn_scalar**-0.5,
-            softcap=config.attn_logit_softcapping,
-            window=config.layer_windows[index],
-        ),
+        shape=attention_shape(config, index),
         eps=config.rms_norm_eps,
         activation=config.hidden_act,
+    )
+
+
+def attention_shape(config: ModelConfig, index: int) -> AttentionShape:
+    """Return what a layer's attention is."""
+    return AttentionShape(
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        scale=config.query_pre_attn_scalar**-0.5,
+        softcap=config.attn_logit_softcapping,
+        window=config.layer_windows[index],
     )
 
 

@@ -19,7 +19,8 @@ from .cache import PAGE_LEN
 from .errors import CacheFull, InvalidSettings
 from .kernels.host import Host, host_of
 from .kernels.interface import Batch, Ops
-from .layers import Call, Recorder, build_layer, decoder_layer
+from .key_bias import KeyBias, take_key_bias
+from .layers import Call, Recorder, attention_shape, build_layer, decoder_layer
 from .paging import PagedCache, Sequence
 from .rope import inv_freq
 from .weights import Weights
@@ -107,6 +108,10 @@ class Model:
         self._blueprint, self._weights = blueprint, weights
         self._ops = ops
         self._workspace = workspace
+        if weights.key_biases is None:
+            weights.key_biases = self._take_key_biases()
+        for layer, key_bias in zip(cache.layers, weights.key_biases, strict=True):
+            layer.key_bias = key_bias
         tables = workspace.get("expert_tables", [None] * len(cache.layers))
         self._layers = [
             build_layer(blueprint, i, weights, layer, ops, tables[i])
@@ -167,6 +172,19 @@ class Model:
         for (sequence, _), length in zip(entries, lengths, strict=True):
             sequence.past_len += length
         return out
+
+    def _take_key_biases(self) -> list[KeyBias | None]:
+        """Take large key biases out of the projections, for attention to add."""
+        linears, norms = self._weights.linears, self._weights.norms
+        half, scratch = self.config.rope.rotary_dim // 2, self._workspace["scratch"]
+        return [
+            # A norm behind the bias makes more of it than a constant.
+            None if plan.k_norm is not None else take_key_bias(
+                self._ops, linears[plan.k.name], norms[plan.attn_input_norm.spec.name],
+                self.config.rms_norm_eps, attention_shape(self.config, i), half, scratch,
+            )
+            for i, plan in enumerate(self._blueprint.layers)
+        ]  # fmt: skip
 
     def with_cache(self, cache: PagedCache, ops: Ops | None = None) -> Model:
         """Return the same model over another cache, to compare caches.
@@ -263,6 +281,8 @@ class Model:
             past_len=w["past_len"][:num_sequences],
             page_table=w["page_table"][:num_sequences],
             max_total_len=0,
+            inv_freq=w["inv_freq"][:num_sequences],
+            rope_factor=self._rope_factor,
         )
         # Through __getattr__, hence Any: the recorder has every operation of its Ops.
         recorder: Any = ops

@@ -21,6 +21,7 @@ from .kernels.interface import Ops
 
 if TYPE_CHECKING:
     from .kernels.interface import Linear
+    from .key_bias import KeyBias
 
 # Rows of the embedding read at a time: what is in flight stays within tens of megabytes.
 EMBEDDING_ROWS = 2048
@@ -34,11 +35,14 @@ class Weights:
         embedding: [vocab_size, hidden_size], or the head where that serves as both.
         norms: tensor name -> float32 [size], offsets inside.
         linears: layer name -> its packed or dense tensors.
+        key_biases: what attention adds of each layer's key bias, once it has been taken out
+            of the projections; see `key_bias`.
     """
 
     embedding: torch.Tensor | DenseLinear
     norms: dict[str, torch.Tensor] = field(default_factory=dict)
     linears: dict[str, Linear] = field(default_factory=dict)
+    key_biases: list[KeyBias | None] | None = None
 
 
 def load_weights(

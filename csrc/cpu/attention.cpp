@@ -13,6 +13,7 @@
 #include <cmath>
 
 #include "cache_rotate.h"
+#include "key_bias.h"
 #include "threads.h"
 
 namespace exl {
@@ -26,6 +27,7 @@ struct Call {
     const ExlCacheLayer& layer;
     const ExlBatch& batch;
     const ExlAttentionShape& shape;
+    const ExlKeyBias* bias;  // null: none
     const float* q;
     float* out;
 
@@ -126,6 +128,21 @@ Rows prepare_rows(const Call& call, int64_t first_row, int32_t position, int64_t
     return {count, scratch.queries, scratch.low, scratch.high};
 }
 
+// What a key bias adds to these rows; null where the layer has none.
+const BiasRows* prepare_bias(const Call& call, int64_t s, int64_t first_row, int64_t tokens,
+                             int64_t head, BiasRows* rows) {
+    if (!call.bias) return nullptr;
+    begin_bias(*call.bias, s, head, rows);
+    const float scale = call.shape.scale * call.bias->rope_factor;
+    const int64_t sharing = call.sharing();
+    for (int64_t r = 0; r < tokens * sharing; ++r) {
+        const int64_t source =
+            (first_row + r / sharing) * call.shape.num_heads + head * sharing + r % sharing;
+        set_bias_row(*call.bias, head, call.q + source * call.head_dim(), scale, r, rows);
+    }
+    return rows;
+}
+
 // Divides by the sum of weights, rotates back and writes one head of one row.
 void finish_row(const Call& call, const Partial& partial, int64_t row, int64_t token,
                 int64_t head) {
@@ -147,7 +164,9 @@ void prefill_task(const Call& call, int64_t s, int64_t first, int64_t tokens, in
                   const ThreadScratch& scratch) {
     const int64_t first_row = call.batch.q_start[s] + first;
     const int32_t position = call.batch.past_len[s] + static_cast<int32_t>(first);
-    const Rows rows = prepare_rows(call, first_row, position, tokens, head, scratch);
+    BiasRows bias;
+    Rows rows = prepare_rows(call, first_row, position, tokens, head, scratch);
+    rows.bias = prepare_bias(call, s, first_row, tokens, head, &bias);
     const Head place = call.head(s, head);
     const int32_t end = rows.high[rows.count - 1];
     for (int64_t r = 0; r < rows.count; ++r) scratch.whole.largest[r] = -INFINITY;
@@ -229,8 +248,10 @@ void decode_splits(const Call& call, const Wave& wave, uint8_t* memory, uint8_t*
             while (index >= wave.first_slot[i + 1]) ++i;
             const int64_t s = wave.sequences[i];
             const int32_t position = call.batch.past_len[s];
-            const Rows rows =
-                prepare_rows(call, call.batch.q_start[s], position, 1, head, scratch);
+            const int32_t row = call.batch.q_start[s];
+            BiasRows bias;
+            Rows rows = prepare_rows(call, row, position, 1, head, scratch);
+            rows.bias = prepare_bias(call, s, row, 1, head, &bias);
             const int32_t split =
                 (first_split(call, s) + static_cast<int32_t>(index - wave.first_slot[i])) *
                 kSplitTokens;
@@ -294,12 +315,14 @@ void decode(const Call& call, uint8_t* memory, int64_t most_threads, uint8_t* sl
 }  // namespace
 }  // namespace exl
 
-// q, out: float32 [rows, num_heads, head_dim]. Returns 0, or 1 where the scratch is too small.
+// q, out: float32 [rows, num_heads, head_dim]; key_bias: null where the layer has none. Returns
+// 0, or 1 where the scratch is too small.
 extern "C" int exl_attention(const ExlCacheLayer* layer, const ExlBatch* batch,
-                             const ExlAttentionShape* shape, const float* q, float* out,
-                             uint8_t* scratch, int64_t scratch_bytes) {
+                             const ExlAttentionShape* shape, const ExlKeyBias* key_bias,
+                             const float* q, float* out, uint8_t* scratch,
+                             int64_t scratch_bytes) {
     using namespace exl;
-    const Call call{*layer, *batch, *shape, q, out};
+    const Call call{*layer, *batch, *shape, key_bias, q, out};
     const int64_t spare_bytes = scratch_bytes - least_slots(call) * slot_bytes(call);
     if (spare_bytes < thread_bytes(call)) return 1;
     const int64_t most_threads =

@@ -26,12 +26,15 @@ struct Partial {
     float* largest;  // [rows]: largest score, -inf where no key was visible
 };
 
+struct BiasRows;  // key_bias.h
+
 // Rows of one key/value head of one sequence. Queries are rotated where keys are, and scaled.
 struct Rows {
     int64_t count;
-    const float* queries;  // [count, head_dim]
-    const int32_t* low;    // [count]: first position that a row sees
-    const int32_t* high;   // [count]: one past the last
+    const float* queries;            // [count, head_dim]
+    const int32_t* low;              // [count]: first position that a row sees
+    const int32_t* high;             // [count]: one past the last
+    const BiasRows* bias = nullptr;  // what a key bias adds, if anything
 };
 
 // Where a sequence's head lies in the cache.

@@ -5,8 +5,10 @@
 // score and each sum is thereby one chain of multiply-adds in a fixed order.
 #include <cmath>
 #include <cstring>
+#include <optional>
 
 #include "attention.h"
+#include "key_bias.h"
 #include "simd_math.h"
 
 namespace exl {
@@ -142,15 +144,25 @@ void attend(const Head& head, const Rows& rows, int32_t first, int32_t end,
     std::memset(partial.sums, 0, rows.count * stride * sizeof(float));
     std::memset(partial.totals, 0, rows.count * kLanes * sizeof(float));
     for (int64_t r = 0; r < rows.count; ++r) partial.largest[r] = minus_infinity();
-    for (int32_t tile = first / kTileTokens * kTileTokens; tile < end; tile += kTileTokens) {
+    const int32_t first_tile = first / kTileTokens * kTileTokens;
+    std::optional<BiasWaves> waves;
+    if (rows.bias) waves.emplace(*rows.bias, first_tile);
+    for (int32_t tile = first_tile; tile < end; tile += kTileTokens) {
         const int tokens = end - tile < kTileTokens ? end - tile : kTileTokens;
         const int64_t page = head.pages[tile / kPageLen];
         const int64_t place =
             (page * head.layer->num_kv_heads + head.index) * kPageLen + tile % kPageLen;
         expand_keys(head.layer->k, place, tokens, head_dim, scratch.keys);
         expand_values(head.layer->v, place, tokens, head_dim, scratch.values);
-        multiply<false>(rows.count, (tokens + kLanes - 1) / kLanes, rows.queries, head_dim,
-                        scratch.keys, kTileTokens, head_dim, scratch.scores, kTileTokens);
+        const int vectors = (tokens + kLanes - 1) / kLanes;
+        multiply<false>(rows.count, vectors, rows.queries, head_dim, scratch.keys, kTileTokens,
+                        head_dim, scratch.scores, kTileTokens);
+        if (waves) {
+            alignas(64) float angles[2 * kMaxBiasPairs * kTileTokens];
+            waves->next(angles);
+            multiply<true>(rows.count, vectors, rows.bias->factors, rows.bias->depth(), angles,
+                           kTileTokens, rows.bias->depth(), scratch.scores, kTileTokens);
+        }
         for (int64_t r = 0; r < rows.count; ++r) {
             soften(scratch.scores + r * kTileTokens, within(rows.low[r], tile, tokens),
                    within(rows.high[r], tile, tokens), head.softcap, partial, r, stride);

@@ -36,6 +36,8 @@ class Batch:
         page_table: int32 [S, max_pages], page numbers of each sequence in order.
         max_total_len: largest past_len + q_len in the batch (an int, so that no
             implementation has to look into device memory).
+        inv_freq: float32 [S, rotary_dim / 2], RoPE's frequencies of each sequence, and
+        rope_factor, that on its table; for layers with a key bias, None where none has one.
     """
 
     positions: torch.Tensor
@@ -43,6 +45,8 @@ class Batch:
     past_len: torch.Tensor
     page_table: torch.Tensor
     max_total_len: int
+    inv_freq: torch.Tensor | None = None
+    rope_factor: float = 1.0
 
     @property
     def num_rows(self) -> int:
@@ -128,12 +132,16 @@ class Ops(Protocol):
         """Store keys and values of the batch's rows at past_len.. of their sequences.
 
         Args:
-            k, v: float32 [T, num_kv_heads, head_dim], keys after RoPE.
+            k, v: float32 [T, num_kv_heads, head_dim], keys after RoPE, without what
+            `layer.key_bias` holds.
         """
 
     def attention(self, q: torch.Tensor, layer: CacheLayer, batch: Batch,
                   shape: AttentionShape, out: torch.Tensor, scratch: torch.Tensor) -> None:
         """Causal attention of the rows over their sequences' cache (rows already written).
+
+        Scores get what `layer.key_bias` adds to them, in implementations with an attribute
+        `takes_key_bias`; others are never given one.
 
         Args:
             q, out: float32 [T, num_heads, head_dim]; q is overwritten.

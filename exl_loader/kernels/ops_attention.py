@@ -6,11 +6,13 @@ import ctypes
 from typing import TYPE_CHECKING
 
 from ..cache import PAGE_LEN, code_bytes, num_groups
+from ..key_bias import MAX_PAIRS, MAX_SHARING
 
 if TYPE_CHECKING:
     import torch
 
     from ..cache import CacheLayer
+    from ..key_bias import KeyBias
     from .interface import AttentionShape, Batch
 
 
@@ -91,16 +93,42 @@ def _batch_struct(batch: Batch) -> _BatchStruct:
     )  # fmt: skip
 
 
+class _BiasStruct(ctypes.Structure):
+    """ExlKeyBias."""
+
+    _fields_ = [
+        ("pairs", ctypes.c_void_p),
+        ("first", ctypes.c_void_p),
+        ("second", ctypes.c_void_p),
+        ("inv_freq", ctypes.c_void_p),
+        ("num_pairs", ctypes.c_int64),
+        ("half", ctypes.c_int64),
+        ("rope_factor", ctypes.c_float),
+    ]
+
+
+def _bias_struct(bias: KeyBias, batch: Batch) -> _BiasStruct:
+    frequencies, (_, num_pairs) = batch.inv_freq, bias.pairs.shape
+    assert frequencies is not None and frequencies.is_contiguous()
+    assert frequencies.shape == (batch.num_sequences, bias.half)
+    assert num_pairs <= MAX_PAIRS
+    return _BiasStruct(
+        bias.pairs.data_ptr(), bias.first.data_ptr(), bias.second.data_ptr(),
+        frequencies.data_ptr(), num_pairs, bias.half, batch.rope_factor,
+    )  # fmt: skip
+
+
 class AttentionOps:
     """`write_cache` and `attention` of `interface.Ops`."""
 
+    takes_key_bias = True
     def __init__(self, library: ctypes.CDLL):
         self.library = library
         pointer = ctypes.c_void_p
         library.exl_write_cache.restype = None
         library.exl_write_cache.argtypes = [pointer] * 4
         library.exl_attention.restype = ctypes.c_int
-        library.exl_attention.argtypes = [pointer] * 6 + [ctypes.c_int64]
+        library.exl_attention.argtypes = [pointer] * 7 + [ctypes.c_int64]
 
     def write_cache(self, k: torch.Tensor, v: torch.Tensor, layer: CacheLayer, batch: Batch,
                     scratch: torch.Tensor) -> None:
@@ -114,10 +142,14 @@ class AttentionOps:
                   shape: AttentionShape, out: torch.Tensor, scratch: torch.Tensor) -> None:
         assert q.is_contiguous() and out.is_contiguous()
         assert q.shape[1:] == (shape.num_heads, shape.head_dim) and out.shape == q.shape
+        bias = None
+        if layer.key_bias is not None:
+            assert shape.num_heads // shape.num_kv_heads <= MAX_SHARING
+            bias = ctypes.byref(_bias_struct(layer.key_bias, batch))
         native_shape = _ShapeStruct(shape.num_heads, shape.window, shape.scale, shape.softcap)
         status = self.library.exl_attention(
             self._layer(layer, shape.head_dim), ctypes.byref(_batch_struct(batch)),
-            ctypes.byref(native_shape), q.data_ptr(), out.data_ptr(),
+            ctypes.byref(native_shape), bias, q.data_ptr(), out.data_ptr(),
             scratch.data_ptr(), scratch.numel(),
         )  # fmt: skip
         assert status == 0, f"attention in {scratch.numel()} bytes of scratch"

@@ -42,6 +42,7 @@ class ReferenceOps:
     """Every operation of `interface.Ops`, by its definition."""
 
     name = "reference"
+    takes_key_bias = True
 
     def embed(self, ids: torch.Tensor, table: torch.Tensor | DenseLinear, factor: float,
               out: torch.Tensor) -> None:

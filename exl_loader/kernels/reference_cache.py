@@ -1,7 +1,8 @@
 """The definition of writing the key/value cache and of attention over it.
 
 What is stored, and why attention needs no more than one rotation of its queries and one of
-its output, is said in `reference_codec.py`. Sums run in float64.
+its output, is said in `reference_codec.py`; what `_bias_scores` is, in `key_bias.py`. Sums run
+in float64.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from .reference_codec import cache_round_trip, dequantize, quantize, rotate, rot
 
 if TYPE_CHECKING:
     from ..cache import CacheLayer
+    from ..key_bias import KeyBias
     from .interface import AttentionShape, Batch
 
 __all__ = ["attention", "cache_round_trip", "write_cache"]
@@ -80,16 +82,37 @@ def attention(q: torch.Tensor, layer: CacheLayer, batch: Batch, shape: Attention
         k = _read(layer.k_codes, layer.k_scales, shape.head_dim, kind.k_bits, *places)
         v = _read(layer.v_codes, layer.v_scales, shape.head_dim, kind.v_bits, *places)
         rows = q[first:end].double()
-        result = _attend(rotate(rows) if kind.k_rotated else rows, k, v, past - start, shape)
+        added = _bias_scores(rows, layer.key_bias, batch, s, range(start, total), shape)
+        rotated = rotate(rows) if kind.k_rotated else rows
+        result = _attend(rotated, k, v, added, past - start, shape)
         out[first:end] = rotate_back(result) if kind.v_rotated else result
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: int,
-            shape: AttentionShape) -> torch.Tensor:
+def _bias_scores(q: torch.Tensor, bias: KeyBias | None, batch: Batch, sequence: int,
+                 positions: range, shape: AttentionShape) -> torch.Tensor | float:
+    """Return what a layer's key bias adds to q @ k, float64 [heads, T, positions]."""
+    if bias is None:
+        return 0.0
+    assert batch.inv_freq is not None
+    sharing = shape.num_heads // shape.num_kv_heads
+    first, second, pairs = (
+        x.repeat_interleave(sharing, dim=0) for x in (bias.first, bias.second, bias.pairs.long())
+    )
+    index = pairs.expand(len(q), -1, -1)
+    q1, q2 = q.gather(2, index), q.gather(2, index + bias.half)
+    frequencies = batch.inv_freq[sequence].double()[pairs]
+    angles = torch.tensor(positions, dtype=torch.float64)[:, None, None] * frequencies
+    added = torch.einsum("thi,nhi->htn", q1 * first + q2 * second, angles.cos())
+    added += torch.einsum("thi,nhi->htn", q2 * first - q1 * second, angles.sin())
+    return added * batch.rope_factor
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, added: torch.Tensor | float,
+            first: int, shape: AttentionShape) -> torch.Tensor:
     """Rows q [T, heads, d], the first at place `first` among the keys [N, kv_heads, d]."""
     sharing = shape.num_heads // shape.num_kv_heads
     k, v = (x.repeat_interleave(sharing, dim=1) for x in (k, v))
-    scores = torch.einsum("thd,nhd->htn", q, k) * shape.scale
+    scores = (torch.einsum("thd,nhd->htn", q, k) + added) * shape.scale
     if shape.softcap:
         scores = shape.softcap * torch.tanh(scores / shape.softcap)
     distance = torch.arange(first, first + len(q))[:, None] - torch.arange(len(k))

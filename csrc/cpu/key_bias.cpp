@@ -1,0 +1,72 @@
+// Key biases in attention, see key_bias.h.
+#include "key_bias.h"
+
+#include <cmath>
+
+namespace exl {
+
+void begin_bias(const ExlKeyBias& bias, int64_t sequence, int64_t head, BiasRows* rows) {
+    rows->num_pairs = static_cast<int>(bias.num_pairs);
+    const float* frequencies = bias.inv_freq + sequence * bias.half;
+    for (int i = 0; i < rows->num_pairs; ++i) {
+        rows->frequencies[i] = frequencies[bias.pairs[head * bias.num_pairs + i]];
+    }
+}
+
+void set_bias_row(const ExlKeyBias& bias, int64_t head, const float* query, float scale,
+                  int64_t row, BiasRows* rows) {
+    float* factors = rows->factors + row * rows->depth();
+    for (int i = 0; i < rows->num_pairs; ++i) {
+        const int64_t place = head * bias.num_pairs + i;
+        const int32_t pair = bias.pairs[place];
+        const float first = bias.first[place] * scale, second = bias.second[place] * scale;
+        const float q1 = query[pair], q2 = query[bias.half + pair];
+        factors[2 * i] = q1 * first + q2 * second;
+        factors[2 * i + 1] = q2 * first - q1 * second;
+    }
+}
+
+BiasWaves::BiasWaves(const BiasRows& rows, int32_t first_tile) : num_pairs_(rows.num_pairs) {
+    const int32_t split = first_tile / kSplitTokens * kSplitTokens;
+    for (int i = 0; i < num_pairs_; ++i) {
+        const double frequency = rows.frequencies[i];
+        cos_[i] = std::cos(split * frequency);
+        sin_[i] = std::sin(split * frequency);
+        cos_step_[i] = std::cos(kLanes * frequency);
+        sin_step_[i] = std::sin(kLanes * frequency);
+        const double cos_one = std::cos(frequency), sin_one = std::sin(frequency);
+        double c = 1.0, s = 0.0;
+        for (int j = 0; j < kLanes; ++j) {
+            cos_lanes_[i * kLanes + j] = static_cast<float>(c);
+            sin_lanes_[i * kLanes + j] = static_cast<float>(s);
+            const double next = c * cos_one - s * sin_one;
+            s = s * cos_one + c * sin_one;
+            c = next;
+        }
+        for (int32_t skipped = split; skipped < first_tile; skipped += kLanes) advance(i);
+    }
+}
+
+void BiasWaves::advance(int pair) {
+    const double c = cos_[pair], s = sin_[pair];
+    cos_[pair] = c * cos_step_[pair] - s * sin_step_[pair];
+    sin_[pair] = s * cos_step_[pair] + c * sin_step_[pair];
+}
+
+void BiasWaves::next(float* out) {
+    for (int i = 0; i < num_pairs_; ++i) {
+        const F32x16 cos_lanes = load(cos_lanes_ + i * kLanes);
+        const F32x16 sin_lanes = load(sin_lanes_ + i * kLanes);
+        float* cosines = out + 2 * i * kTileTokens;
+        float* sines = cosines + kTileTokens;
+        for (int t = 0; t < kTileTokens; t += kLanes) {
+            const F32x16 c = broadcast(static_cast<float>(cos_[i]));
+            const F32x16 s = broadcast(static_cast<float>(sin_[i]));
+            store(cosines + t, c * cos_lanes - s * sin_lanes);
+            store(sines + t, s * cos_lanes + c * sin_lanes);
+            advance(i);
+        }
+    }
+}
+
+}  // namespace exl
