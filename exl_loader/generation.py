@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Generic, TypeVar
@@ -112,8 +113,9 @@ class Generation(Iterator[T], Generic[T]):
             raise job.error
         return self._tail()
 
+    @abstractmethod
     def _piece(self, token_id: int, text: str) -> T | None:
-        raise NotImplementedError
+        """What a token brings to show; None for nothing."""
 
     def _tail(self) -> T | None:
         return None

@@ -1,7 +1,8 @@
-"""Reads and checks single values of settings, as web forms, APIs and presets write them."""
+"""Reads and checks single settings, as web forms, APIs and presets write them."""
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import operator
@@ -10,6 +11,16 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from .errors import InvalidSettings
+
+
+# Settings of the web UI whose samplers this engine does not have, with the value at which
+# they do nothing. At that value they are accepted, so that a web UI's whole state can be
+# handed over; at any other they are an error, because a sampler that is silently left out
+# would be a lie.
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
+    "penalty_alpha": (0,),
+    "auto_max_new_tokens": (False,),
+}
 
 
 def invalid(name: str, expected: str, actual: Any) -> InvalidSettings:
@@ -147,3 +158,32 @@ def biases(name: str, value: Any) -> tuple[tuple[int, float], ...]:
             raise invalid(name, wanted, value)
         read[token_id] = float(bias)
     return tuple(sorted(read.items()))
+
+
+def as_kind(value: Any, kind: str) -> Any:
+    """Turn what forms send into what a field's annotation `kind` says: 5.0 is an integer, and
+    None an empty text or list."""
+    if kind == "int" and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if kind.startswith("tuple"):
+        return () if value is None else value
+    if kind == "str" and value is None:
+        return ""
+    return value
+
+
+def check_foreign(name: Any, value: Any, known: Collection[str]) -> None:
+    """Refuse a setting that is not `known` and would have an effect which this engine lacks."""
+    if name in NEUTRAL_VALUES:
+        if value in NEUTRAL_VALUES[name]:
+            return
+        neutral = NEUTRAL_VALUES[name][0]
+        raise InvalidSettings(
+            f"setting {name}", expected=f"{neutral!r} (this engine lacks that sampler)",
+            actual=repr(value)[:80], remedy=f"Set {name} to {neutral!r}",
+        )
+    close = difflib.get_close_matches(str(name), known, n=1)
+    raise InvalidSettings(
+        f"setting {name!r}", expected=f"one of {', '.join(known)}", actual="an unknown name",
+        remedy=f"Did you mean {close[0]}?" if close else "Leave it out",
+    )

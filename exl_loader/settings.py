@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -10,8 +9,10 @@ from typing import Any
 
 from .errors import InvalidSettings
 from .setting_values import (
+    as_kind,
     biases,
     check_flag,
+    check_foreign,
     check_integer,
     check_number,
     check_text,
@@ -35,15 +36,6 @@ SAMPLER_PRIORITY = (
     "epsilon_cutoff", "eta_cutoff", "tfs", "top_a", "min_p", "adaptive_p", "mirostat", "xtc",
     "encoder_repetition_penalty", "no_repeat_ngram",
 )
-
-# Settings of the web UI whose samplers this engine does not have, with the value at which
-# they do nothing. At that value they are accepted, so that a web UI's whole state can be
-# handed over; at any other they are an error, because a sampler that is silently left out
-# would be a lie.
-NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
-    "penalty_alpha": (0,),
-    "auto_max_new_tokens": (False,),
-}
 
 # Numbers with the least and the most that makes sense, None for no limit.
 _NUMBERS: dict[str, tuple[float, float | None]] = {
@@ -279,35 +271,7 @@ class SamplingSettings:
         for key, value in values.items():
             name = "stop_strings" if key == "stop" else key
             if name in known:
-                chosen[name] = _coerce(value, str(known[name]))
+                chosen[name] = as_kind(value, str(known[name]))
             else:
-                _check_foreign(name, value)
+                check_foreign(name, value, known)
         return cls(**chosen)
-
-
-def _coerce(value: Any, kind: str) -> Any:
-    if kind == "int" and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if kind.startswith("tuple"):
-        return () if value is None else value
-    if kind == "str" and value is None:
-        return ""
-    return value
-
-
-def _check_foreign(name: Any, value: Any) -> None:
-    """Refuse a setting that would have an effect which this engine cannot give."""
-    if name in NEUTRAL_VALUES:
-        if value in NEUTRAL_VALUES[name]:
-            return
-        neutral = NEUTRAL_VALUES[name][0]
-        raise InvalidSettings(
-            f"setting {name}", expected=f"{neutral!r} (this engine lacks that sampler)",
-            actual=repr(value)[:80], remedy=f"Set {name} to {neutral!r}",
-        )
-    known = [field.name for field in fields(SamplingSettings)]
-    close = difflib.get_close_matches(str(name), known, n=1)
-    raise InvalidSettings(
-        f"setting {name!r}", expected=f"one of {', '.join(known)}", actual="an unknown name",
-        remedy=f"Did you mean {close[0]}?" if close else "Leave it out",
-    )

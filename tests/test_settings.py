@@ -7,11 +7,8 @@ import dataclasses
 import pytest
 
 from exl_loader.errors import InvalidSettings
-from exl_loader.settings import (
-    NEUTRAL_VALUES,
-    SAMPLER_PRIORITY,
-    SamplingSettings,
-)
+from exl_loader.setting_values import NEUTRAL_VALUES
+from exl_loader.settings import SAMPLER_PRIORITY, SamplingSettings
 
 NAN, INF = float("nan"), float("inf")
 
