@@ -12,7 +12,6 @@ from typing import Any
 
 from .errors import InvalidSettings
 
-
 # Settings of the web UI whose samplers this engine does not have, with the value at which
 # they do nothing. At that value they are accepted, so that a web UI's whole state can be
 # handed over; at any other they are an error, because a sampler that is silently left out
