@@ -16,11 +16,11 @@ namespace {
 // Bytes of codes that a claim of work is worth at least: about 2 us of memory traffic.
 constexpr int64_t kBytesPerTask = 32 * 1024;
 
-// Widths with a plane of single bits take the most instructions a byte, and the processor
-// sees too little of the memory ahead: asking for it gains 10 to 25 %. The others lose as
-// much by the additional instructions (measured on Zen 4).
+// Odd widths, and those of many dot products a byte or of two planes of several bits, leave the
+// processor too little sight of the memory ahead: asking for it gains 4 to 25 %. 4 and 8 bits
+// gain nothing (measured on Zen 4, with huge pages).
 template <int Bits>
-constexpr bool kPrefetched = Bits == 3 || Bits == 5;
+constexpr bool kPrefetched = Bits != 4 && Bits != 8;
 // Half a page, about 100 ns of decoding. Beyond the end of the codes it asks in vain.
 constexpr int kPrefetchBytes = 2048;
 
@@ -30,41 +30,65 @@ struct Tile {
     const uint8_t* zeros;
 };
 
-EXL_INLINE I32x16 zero_points(const uint8_t* zeros, int group, int bits) {
-    return zeros ? load_bytes(zeros + group * kTileColumns)
-                 : broadcast(static_cast<int32_t>(1 << (bits - 1)));
+// zero[group, n] * negative_sum; where there are no zeros, zero is 2^(Bits - 1).
+template <int Bits>
+EXL_INLINE I32x16 zero_term(const uint8_t* zeros, int group, int32_t negative_sum) {
+    if (zeros == nullptr) return broadcast(negative_sum * (1 << (Bits - 1)));
+    return load_bytes(zeros + group * kTileColumns) * broadcast(negative_sum);
 }
 
-// Adds one span of one tile to integer sums. With few rows several sums per row run side by
-// side, because a dot product's result takes 4 to 5 cycles and one can start every cycle.
+// Sums that may run side by side: 16 of 32 registers, with codes and activations beside them.
+constexpr int kMostSums = 16;
+
+// How the codes of a span become sums. Where a wide code costs nothing, codes stay as far up in
+// their bytes as they were packed, which saves shifts; every place then has sums of its own,
+// which are shifted down in the end, exactly.
+template <int Bits, int Rows>
+struct SpanPlan {
+    static constexpr int kSums = Rows * kPlanes;
+    static constexpr int kPlaces = 8 / high_width(Bits);
+    static constexpr bool kResting =
+        kWideDotIsFree && kPlaces == 2 && kPlaces * kSums <= kMostSums;
+    // With few rows several sums per row run side by side, because a dot product's result takes
+    // 4 to 5 cycles and one can start every cycle.
+    static constexpr int kChains = kResting ? kPlaces : kSums >= 4 ? 1 : 4 / kSums;
+
+    static constexpr int place(int index) { return kResting ? resting_place(Bits, index) : 0; }
+};
+
+// Adds one span of one tile to the integer sums of its rows.
 template <int Bits, int Rows>
 EXL_INLINE void span_sums(const uint8_t* codes, const int32_t* x, int blocks, I32x16* sums) {
-    constexpr int kSums = Rows * kPlanes;
-    constexpr int kChains = kSums >= 4 ? 1 : 4 / kSums;
+    using Plan = SpanPlan<Bits, Rows>;
+    constexpr int kSums = Plan::kSums, kChains = Plan::kChains;
     // Indexed by constants only (`unrolled`): what a running index touches stays in memory.
     I32x16 partial[kChains][kSums];
     unrolled<kChains * kSums>([&](auto i) EXL_INLINED {
-        partial[i / kSums][i % kSums] = broadcast(int32_t{0});
+        constexpr bool kFirst = i < kSums && i % kPlanes == 1;
+        partial[i / kSums][i % kSums] = kFirst ? sums[i / kPlanes] : broadcast(int32_t{0});
     });
     for (int block = 0; block < blocks; ++block) {
         if constexpr (kPrefetched<Bits>) {
             for (int i = 0; i < Bits; ++i) prefetch(codes + kPrefetchBytes + i * kRegisterBytes);
         }
         unrolled<kBlockRegisters>([&](auto j) EXL_INLINED {
-            const U8x64 c = block_register<Bits, j>(codes);
+            constexpr int kPlace = Plan::place(j);
+            const U8x64 c = block_register<Bits, j, kPlace>(codes);
             unrolled<kSums>([&](auto i) EXL_INLINED {
                 I32x16& sum = partial[j % kChains][i];
-                sum = dot<(Bits > 7)>(sum, c, x[j * kSums + i]);
+                sum = dot<(Bits + kPlace > 7)>(sum, c, x[j * kSums + i]);
             });
         });
         codes += Bits * kBlockBitBytes;
         x += kBlockRegisters * kSums;
     }
-    unrolled<(kChains - 1) * kSums>([&](auto i) EXL_INLINED {
-        partial[0][i % kSums] = partial[0][i % kSums] + partial[1 + i / kSums][i % kSums];
+    unrolled<kChains * kSums>([&](auto i) EXL_INLINED {
+        I32x16& sum = partial[i / kSums][i % kSums];
+        sum = shift_right_signed<Plan::place(i / kSums)>(sum);
+        if constexpr (i >= kSums) partial[0][i % kSums] = partial[0][i % kSums] + sum;
     });
     unrolled<Rows>([&](auto r) EXL_INLINED {
-        sums[r] = sums[r] + join_planes(partial[0][kPlanes * r], partial[0][kPlanes * r + 1]);
+        sums[r] = join_planes(partial[0][kPlanes * r], partial[0][kPlanes * r + 1]);
     });
 }
 
@@ -77,10 +101,9 @@ void add_spans(const Tile& tile, const Activations& a, int64_t first, int64_t en
     const int32_t* x = reinterpret_cast<const int32_t*>(a.codes);
     for (int64_t s = first; s < end; ++s) {
         const Span& span = a.spans[s];
-        const I32x16 zeros = zero_points(tile.zeros, span.group, Bits);
         I32x16 sums[Rows];
         unrolled<Rows>([&](auto r) EXL_INLINED {
-            sums[r] = zeros * broadcast(a.negative_sums[s * Rows + r]);
+            sums[r] = zero_term<Bits>(tile.zeros, span.group, a.negative_sums[s * Rows + r]);
         });
         span_sums<Bits, Rows>(tile.codes + span.offset,
                               x + span.first_row / kRegisterRows * Rows * kPlanes,

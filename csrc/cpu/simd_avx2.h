@@ -151,21 +151,35 @@ EXL_INLINE void store_codes(uint8_t* p, U8x64 a) {
     store256(p, a.lo);
     store256(p + 32, a.hi);
 }
-template <int Right, int Left, int Mask>
-EXL_INLINE __m256i field256(__m256i v) {
-    if constexpr (Right != 0) v = _mm256_srli_epi16(v, Right);
-    if constexpr (Left != 0) v = _mm256_slli_epi16(v, Left);
-    return _mm256_and_si256(v, _mm256_set1_epi8(static_cast<char>(Mask)));
+// Shifts of every byte; what comes in are bits of neighbours, which a mask has to remove.
+template <int Bits>
+EXL_INLINE U8x64 shift_bytes_right(U8x64 a) {
+    return {_mm256_srli_epi16(a.lo, Bits), _mm256_srli_epi16(a.hi, Bits)};
 }
-// ((a >> Right) << Left) & Mask in every byte; one of the two shifts is 0. Mask keeps only
-// bits that the byte itself supplies.
-template <int Right, int Left, int Mask>
-EXL_INLINE U8x64 field(U8x64 a) {
-    return {field256<Right, Left, Mask>(a.lo), field256<Right, Left, Mask>(a.hi)};
+template <int Bits>
+EXL_INLINE U8x64 shift_bytes_left(U8x64 a) {
+    return {_mm256_slli_epi16(a.lo, Bits), _mm256_slli_epi16(a.hi, Bits)};
 }
-EXL_INLINE U8x64 operator|(U8x64 a, U8x64 b) {
-    return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)};
+template <int Bits>
+EXL_INLINE U8x64 mask() {
+    const __m256i bits = _mm256_set1_epi8(static_cast<char>(Bits));
+    return {bits, bits};
 }
+EXL_INLINE U8x64 operator&(U8x64 a, U8x64 b) {
+    return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)};
+}
+// (a & b) | c
+EXL_INLINE U8x64 and_or(U8x64 a, U8x64 b, U8x64 c) {
+    const U8x64 both = a & b;
+    return {_mm256_or_si256(both.lo, c.lo), _mm256_or_si256(both.hi, c.hi)};
+}
+
+// Whether dot<true> costs no more than dot<false>.
+#if defined(__AVXVNNI__)
+constexpr bool kWideDotIsFree = true;
+#else
+constexpr bool kWideDotIsFree = false;
+#endif
 
 template <bool Wide>
 EXL_INLINE __m256i dot256(__m256i acc, __m256i codes, __m256i x) {

@@ -80,16 +80,31 @@ EXL_INLINE I32x16 magnitude_bits(F32x16 a) {
 
 EXL_INLINE U8x64 load_codes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 EXL_INLINE void store_codes(uint8_t* p, U8x64 a) { _mm512_storeu_si512(p, a.v); }
-// ((a >> Right) << Left) & Mask in every byte; one of the two shifts is 0. Mask keeps only
-// bits that the byte itself supplies.
-template <int Right, int Left, int Mask>
-EXL_INLINE U8x64 field(U8x64 a) {
-    __m512i v = a.v;
-    if constexpr (Right != 0) v = _mm512_srli_epi16(v, Right);
-    if constexpr (Left != 0) v = _mm512_slli_epi16(v, Left);
-    return {_mm512_and_si512(v, _mm512_set1_epi8(static_cast<char>(Mask)))};
+// Shifts of every byte; what comes in are bits of neighbours, which a mask has to remove.
+template <int Bits>
+EXL_INLINE U8x64 shift_bytes_right(U8x64 a) {
+    return {_mm512_srli_epi16(a.v, Bits)};
 }
-EXL_INLINE U8x64 operator|(U8x64 a, U8x64 b) { return {_mm512_or_si512(a.v, b.v)}; }
+template <int Bits>
+EXL_INLINE U8x64 shift_bytes_left(U8x64 a) {
+    return {_mm512_slli_epi16(a.v, Bits)};
+}
+template <int Bits>
+EXL_INLINE U8x64 mask() {
+    return {_mm512_set1_epi8(static_cast<char>(Bits))};
+}
+EXL_INLINE U8x64 operator&(U8x64 a, U8x64 b) { return {_mm512_and_si512(a.v, b.v)}; }
+// (a & b) | c
+EXL_INLINE U8x64 and_or(U8x64 a, U8x64 b, U8x64 c) {
+    return {_mm512_ternarylogic_epi32(a.v, b.v, c.v, 0xea)};
+}
+
+// Whether dot<true> costs no more than dot<false>.
+#if defined(__AVX512VNNI__)
+constexpr bool kWideDotIsFree = true;
+#else
+constexpr bool kWideDotIsFree = false;
+#endif
 
 // acc[column] += sum over 4 rows of codes[column][row] * x[row]. `x4` holds four signed
 // bytes, none of them -128. Wide says that codes may exceed 127.

@@ -174,17 +174,37 @@ EXL_INLINE U8x64 load_codes(const uint8_t* p) {
     return r;
 }
 EXL_INLINE void store_codes(uint8_t* p, U8x64 a) { std::memcpy(p, a.v, sizeof(a.v)); }
-// ((a >> Right) << Left) & Mask in every byte; one of the two shifts is 0. Mask keeps only
-// bits that the byte itself supplies.
-template <int Right, int Left, int Mask>
-EXL_INLINE U8x64 field(U8x64 a) {
-    for (auto& byte : a.v) byte = static_cast<uint8_t>(((byte >> Right) << Left) & Mask);
+// Shifts of every byte; a mask follows, because vectors bring in bits of neighbours.
+template <int Bits>
+EXL_INLINE U8x64 shift_bytes_right(U8x64 a) {
+    for (auto& byte : a.v) byte = static_cast<uint8_t>(byte >> Bits);
     return a;
 }
-EXL_INLINE U8x64 operator|(U8x64 a, U8x64 b) {
-    for (int i = 0; i < 4 * kLanes; ++i) a.v[i] = static_cast<uint8_t>(a.v[i] | b.v[i]);
+template <int Bits>
+EXL_INLINE U8x64 shift_bytes_left(U8x64 a) {
+    for (auto& byte : a.v) byte = static_cast<uint8_t>(byte << Bits);
     return a;
 }
+template <int Bits>
+EXL_INLINE U8x64 mask() {
+    U8x64 bits;
+    for (auto& byte : bits.v) byte = static_cast<uint8_t>(Bits);
+    return bits;
+}
+EXL_INLINE U8x64 operator&(U8x64 a, U8x64 b) {
+    for (int i = 0; i < 4 * kLanes; ++i) a.v[i] = static_cast<uint8_t>(a.v[i] & b.v[i]);
+    return a;
+}
+// (a & b) | c
+EXL_INLINE U8x64 and_or(U8x64 a, U8x64 b, U8x64 c) {
+    for (int i = 0; i < 4 * kLanes; ++i) {
+        c.v[i] = static_cast<uint8_t>(c.v[i] | (a.v[i] & b.v[i]));
+    }
+    return c;
+}
+
+// Whether dot<true> costs no more than dot<false>.
+constexpr bool kWideDotIsFree = true;
 
 // acc[column] += sum over 4 rows of codes[column][row] * x[row]. `x4` holds four signed
 // bytes, the first row in the lowest.

@@ -15,6 +15,14 @@ constexpr int high_width(int bits) {
     return bits == 8 ? 8 : bits >= 4 ? 4 : 2;
 }
 
+// Shifts bytes right by Shift, or left where it is negative; bits of neighbours come in.
+template <int Shift>
+EXL_INLINE U8x64 shifted(U8x64 a) {
+    if constexpr (Shift > 0) return shift_bytes_right<Shift>(a);
+    if constexpr (Shift < 0) return shift_bytes_left<-Shift>(a);
+    return a;
+}
+
 // Register Index of a plane of Width bits that begins at `plane`, moved up by Up bits.
 template <int Width, int Up, int Index>
 EXL_INLINE U8x64 plane_register(const uint8_t* plane) {
@@ -25,21 +33,39 @@ EXL_INLINE U8x64 plane_register(const uint8_t* plane) {
     if constexpr (Width == 8) {
         return vector;
     } else {
-        return field<(kShift > 0 ? kShift : 0), (kShift < 0 ? -kShift : 0), kMask>(vector);
+        return shifted<kShift>(vector) & mask<kMask>();
     }
 }
 
-// Register Index (of 8) of a block of Bits-bit codes.
-template <int Bits, int Index>
+// The same, together with `other`.
+template <int Width, int Up, int Index>
+EXL_INLINE U8x64 plane_register_or(const uint8_t* plane, U8x64 other) {
+    constexpr int kFields = 8 / Width;
+    constexpr int kShift = Index % kFields * Width - Up;
+    constexpr int kMask = ((1 << Width) - 1) << Up;
+    const U8x64 vector = load_codes(plane + Index / kFields * kRegisterBytes);
+    return and_or(shifted<kShift>(vector), mask<kMask>(), other);
+}
+
+// Register Index (of 8) of a block of Bits-bit codes, moved up by Up bits.
+template <int Bits, int Index, int Up = 0>
 EXL_INLINE U8x64 block_register(const uint8_t* block) {
     constexpr int kHigh = high_width(Bits);
     constexpr int kLow = Bits - kHigh;
-    const U8x64 high = plane_register<kHigh, kLow, Index>(block);
     if constexpr (kLow == 0) {
-        return high;
+        return plane_register<kHigh, Up, Index>(block);
     } else {
-        return high | plane_register<kLow, 0, Index>(block + kHigh * kRegisterBytes);
+        const U8x64 low = plane_register<kLow, Up, Index>(block + kHigh * kRegisterBytes);
+        return plane_register_or<kHigh, kLow + Up, Index>(block, low);
     }
+}
+
+// How far up a code of register Index stands where its high plane's field is not moved, or as
+// little as the low plane needs: what is saved is a shift of almost every register.
+constexpr int resting_place(int bits, int index) {
+    const int high = high_width(bits);
+    const int place = index % (8 / high) * high - (bits - high);
+    return place > 0 ? place : 0;
 }
 
 // Calls f(integral_constant<Bits>) for the width that a group has.
