@@ -1,13 +1,16 @@
 """The operations of `interface.py` as calls of the compiled kernels: no arithmetic here.
 
 A decode step makes hundreds of these calls, so a call does no more than pass addresses:
-argument types are declared once, and layers keep their C structs. Preconditions are
-assertions about our own callers; what a user can get wrong was checked at load.
+argument types are declared once, and layers keep their C structs. A recorded step goes
+further: `bind` keeps the addresses too. Preconditions are assertions about our own callers;
+what a user can get wrong was checked at load.
 """
 
 from __future__ import annotations
 
+import copy
 import ctypes
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..formats.packed import DenseLinear
@@ -44,6 +47,17 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 }
 
 
+class _Prepare:
+    """Stands in for a C function and notes the arguments of one call."""
+
+    def __init__(self, function: Any, prepared: list[tuple[Any, tuple[Any, ...]]]):
+        self._function, self._prepared = function, prepared
+
+    def __call__(self, *values: Any) -> int:
+        self._prepared.append((self._function, values))
+        return 0
+
+
 class CompiledOps(AttentionOps):
     """Every operation of `interface.Ops`, by the library that `build.py` made.
 
@@ -72,6 +86,26 @@ class CompiledOps(AttentionOps):
         """Use `threads` threads from now on, the caller included; not while a call runs."""
         count: int = self._set_threads(threads)
         return count
+
+    def bind(self, operation: str, *args: Any) -> Callable[[], None]:
+        """Prepare a call of `operation` with `args` for many replays, its checks made once.
+
+        Tensors are read and written where they lie now; what stands in them may change.
+        """
+        prepared: list[tuple[Any, tuple[Any, ...]]] = []
+        recorder = copy.copy(self)
+        for name in (*_SIGNATURES, *self.attention_calls):
+            function = getattr(self, f"_{name}")
+            setattr(recorder, f"_{name}", _Prepare(function, prepared))
+        getattr(recorder, operation)(*args)
+        ((function, values),) = prepared
+
+        def call(function: Any = function, values: Any = values, _: Any = args) -> None:
+            # `_` keeps the tensors alive, of which `values` has but the addresses.
+            if function(*values):
+                raise AssertionError(f"{operation}: its arguments are no longer what was bound")
+
+        return call
 
     def embed(self, ids: torch.Tensor, table: torch.Tensor | DenseLinear, factor: float,
               out: torch.Tensor) -> None:

@@ -121,6 +121,8 @@ def _bias_struct(bias: KeyBias, batch: Batch) -> _BiasStruct:
 class AttentionOps:
     """`write_cache` and `attention` of `interface.Ops`."""
 
+    attention_calls = ("write_cache", "attention")
+
     takes_key_bias = True
     def __init__(self, library: ctypes.CDLL):
         self.library = library
@@ -133,7 +135,7 @@ class AttentionOps:
     def write_cache(self, k: torch.Tensor, v: torch.Tensor, layer: CacheLayer, batch: Batch,
                     scratch: torch.Tensor) -> None:
         assert k.is_contiguous() and v.is_contiguous() and k.shape == v.shape
-        self.library.exl_write_cache(
+        self._write_cache(
             self._layer(layer, k.shape[2]), ctypes.byref(_batch_struct(batch)),
             k.data_ptr(), v.data_ptr(),
         )  # fmt: skip
@@ -147,7 +149,7 @@ class AttentionOps:
             assert shape.num_heads // shape.num_kv_heads <= MAX_SHARING
             bias = ctypes.byref(_bias_struct(layer.key_bias, batch))
         native_shape = _ShapeStruct(shape.num_heads, shape.window, shape.scale, shape.softcap)
-        status = self.library.exl_attention(
+        status = self._attention(
             self._layer(layer, shape.head_dim), ctypes.byref(_batch_struct(batch)),
             ctypes.byref(native_shape), bias, q.data_ptr(), out.data_ptr(),
             scratch.data_ptr(), scratch.numel(),
