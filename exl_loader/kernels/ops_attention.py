@@ -121,16 +121,17 @@ def _bias_struct(bias: KeyBias, batch: Batch) -> _BiasStruct:
 class AttentionOps:
     """`write_cache` and `attention` of `interface.Ops`."""
 
+    takes_key_bias = True
     attention_calls = ("write_cache", "attention")
 
-    takes_key_bias = True
     def __init__(self, library: ctypes.CDLL):
         self.library = library
         pointer = ctypes.c_void_p
-        library.exl_write_cache.restype = None
-        library.exl_write_cache.argtypes = [pointer] * 4
-        library.exl_attention.restype = ctypes.c_int
-        library.exl_attention.argtypes = [pointer] * 7 + [ctypes.c_int64]
+        self._write_cache = library.exl_write_cache
+        self._write_cache.restype, self._write_cache.argtypes = None, [pointer] * 4
+        self._attention = library.exl_attention
+        self._attention.restype = ctypes.c_int
+        self._attention.argtypes = [pointer] * 7 + [ctypes.c_int64]
 
     def write_cache(self, k: torch.Tensor, v: torch.Tensor, layer: CacheLayer, batch: Batch,
                     scratch: torch.Tensor) -> None:
