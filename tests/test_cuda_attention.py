@@ -283,28 +283,29 @@ def test_scratch_bytes(kv_heads, window):
 def test_structs_are_as_long_as_the_kernels():
     """The emulation refuses a launch whose arguments differ; this one says which."""
     assert ctypes.sizeof(ops_attention._Call) == 144
-    assert ctypes.sizeof(ops_attention._Decode) == 40
+    assert ctypes.sizeof(ops_attention._Decode) == 48
 
 
 # Each is a mistake in one index, sign or bound; every one must fail a comparison.
 MUTATIONS = [
-    ("attention_decode.cu", "lane % 4 / 2), half = lane % 2", "lane % 4 / 2), half = 0"),
-    ("attention_decode.cu", "const uint32_t selector = i % 2 ? 0x7362 : 0x5140;",
+    ("decode_products.cuh", "lane % 4 / 2), half = lane % 2", "lane % 4 / 2), half = 0"),
+    ("decode_products.cuh", "const uint32_t selector = i % 2 ? 0x7362 : 0x5140;",
      "const uint32_t selector = i % 2 ? 0x5140 : 0x7362;"),
-    ("attention_decode.cu", "const int tokens[4] = {token, token + 1, token + 8, token + 9};",
+    ("decode_products.cuh", "const int tokens[4] = {token, token + 1, token + 8, token + 9};",
      "const int tokens[4] = {token, token + 1, token + 8, token + 10};"),
-    ("attention_decode.cu", "row = 2 * t + j % 2, token = first_token + i * 16 + j / 2 * 8 + g;",
+    ("decode_gather.cuh", "row = 2 * t + j % 2, token = first_token + i * 16 + j / 2 * 8 + g;",
      "row = 2 * t + j % 2, token = first_token + i * 16 + j / 2 * 8 + t;"),
-    ("attention_decode.cu", "count = position / kPageLen / pages - first + 1;",
-     "count = position / kPageLen / pages - first;"),
-    ("attention_decode.cu", "const bool valid = exists && tokens[i] < end;\n                scales",
-     "const bool valid = exists;\n                scales"),
-    ("attention_decode.cu", "theirs[n] = exp2_fast(other - finite_base(largest[n]));",
+    ("decode_rows.cuh", "each == 1 ? end : end / each) - first + 1;",
+     "each == 1 ? end : end / each) - first;"),
+    ("attention_decode.cu", "if (end < kTile) clear_tokens<kTile, kBits>(tile, end);", ""),
+    ("attention_decode.cu", "warp_sync();  // all lanes are done with it", ""),
+    ("decode_products.cuh", "high[i] = low[i] = start;", "high[i] = low[i] = 0;"),
+    ("decode_gather.cuh", "theirs[n] = exp2_fast(other - finite_base(largest[n]));",
      "theirs[n] = 1.0f;"),
-    ("attention_decode.cu", "atomic_add(counter, 1) == arrivals - 1;",
+    ("decode_rows.cuh", "atomic_add(counter, 1) == arrivals - 1;",
      "atomic_add(counter, 1) == 0;"),
     ("attention_decode.cu", "warp_sync();  // what other lanes copied is there", ""),
-    ("attention_decode.cu", "block_sync();  // fragments are read by all", ""),
+    ("decode_products.cuh", "block_sync();  // fragments are read by all", ""),
     ("attention_prefill.cu", "lane % 16 * kStride + lane / 16 * 8;\n    const uint16_t* key",
      "lane % 16 * kStride;\n    const uint16_t* key"),
     ("attention_prefill.cu", "+ j % 2;\n            const float score",

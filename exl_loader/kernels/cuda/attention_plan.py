@@ -79,7 +79,7 @@ def decode_plan(head_dim: int, cache_type: CacheType, shared_limit_bytes: int) -
         head_dim: not `is_generic`.
         shared_limit_bytes: what a block may have on the card.
     """
-    padded = _padded(head_dim)
+    padded = head_dim if head_dim in _DECODE_TILES else _padded(max(head_dim, 65))
     tile = _DECODE_TILES[padded]
     fixed = padded // GROUP * _WARP * _FRAGMENT_BYTES + _ROWS * padded * _FLOAT_BYTES
     fixed += _ROW_DATA_BYTES
@@ -94,9 +94,10 @@ def decode_plan(head_dim: int, cache_type: CacheType, shared_limit_bytes: int) -
                (4, 2, shared_limit_bytes), (4, 1, shared_limit_bytes))
     for warps, units, limit in choices:
         if shared_bytes(warps, units) <= limit:
+            # Kernels for heads of one length know their strides when they are compiled.
+            name = str(head_dim) if head_dim == padded else f"up_to_{padded}"
             return DecodePlan(
-                f"attention_decode_{padded}_{tile}_kernel", warps, units,
-                shared_bytes(warps, units),
+                f"attention_decode_{name}_kernel", warps, units, shared_bytes(warps, units)
             )
     raise AssertionError(f"{shared_limit_bytes} bytes of shared memory")
 

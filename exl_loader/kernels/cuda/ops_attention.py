@@ -70,7 +70,8 @@ class _Decode(ctypes.Structure):
     """DecodeLaunch of csrc/cuda/attention_decode.cu."""
 
     _fields_ = [("partials", _P), ("counters", _P), ("first_sequence", _I32), ("max_rows", _I32),
-                ("slots", _I32), ("most_splits", _I32), ("units", _I32)]
+                ("slots", _I32), ("most_splits", _I32), ("units", _I32), ("sharing", _I32),
+                ("groups", _I32)]
 
 
 def _half(codes: torch.Tensor, scales: torch.Tensor | None, bits: int, head_dim: int) -> _Half:
@@ -167,7 +168,7 @@ class CudaAttentionOps:
             count = min(at_once, batch.num_sequences - first)
             decode = _Decode(
                 scratch.data_ptr() + COUNTER_BYTES, scratch.data_ptr(), first, max_rows, splits,
-                most_splits(kv_heads), plan.units,
+                most_splits(kv_heads), plan.units, shape.num_heads // kv_heads, groups,
             )
             launches.append(self.launcher.prepare(
                 plan.kernel, (splits, kv_heads * groups, count), plan.warps * _WARP,

@@ -1,0 +1,293 @@
+// Decoding's products: queries and keys as integers, values as float16.
+//
+// See attention_decode.cu. Fragments are laid out as platform.cuh says; g = lane / 4, t = lane %
+// 4. A lane loads whole words of packed codes, unpacks what they hold, and that is its part of
+// the fragment: only the order of elements along the product is unusual.
+#pragma once
+
+#include "cuda/decode_rows.cuh"
+
+namespace exl {
+
+// Queries as integers: 128 * high + low, high in -127..127 and low in -64..63.
+constexpr float kQueryUnit = 127.0f * 128.0f;
+// An int32 sum below 2^22 that begins here is, as bits, the float32 kSumBase + sum.
+constexpr int32_t kSumStart = 0x4B400000;
+constexpr float kSumBase = 12582912.0f;
+constexpr uint32_t kSigned = 0x80808080u;
+
+// What an integer product with a key is worth.
+__device__ __forceinline__ float key_unit(int bits) {
+    return 1.0f / (kQueryUnit * (is_quantized(bits) ? 128.0f : kBlockUnit));
+}
+
+// Four elements as high and low bytes.
+__device__ __forceinline__ uint2 query_bytes(const float (&x)[4]) {
+    uint32_t high = 0, low = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int number = round_int(x[i] * kQueryUnit);
+        const int upper = (number + 64) >> 7;
+        high |= static_cast<uint32_t>(upper & 255) << (8 * i);
+        low |= static_cast<uint32_t>((number - 128 * upper) & 255) << (8 * i);
+    }
+    return make_uint2(high, low);
+}
+
+// Rows of the pass become B fragments; the others zeros.
+template <int kHeadDim>
+__device__ __forceinline__ void stage_queries(const AttentionCall& call, const DecodeLaunch& launch,
+                              const RowGroup& group, const Pass& pass,
+                              const Memory<kHeadDim>& memory) {
+    const int warps = static_cast<int>(blockDim.x) / 32;
+    for (int row = warp_id(); row < kRows; row += warps) {
+        float x[kHeadDim / 32] = {};
+        float largest = 0.0f;
+        const int position = row < group.count ? group.position(row) : -1;
+        const bool active = position >= pass.low_row && position < pass.high;
+        if (active) {
+            load_query(call, group.q_first + group.token(row), group.head(row), x);
+            largest = largest_of_warp(x);
+        }
+        const float inverse = largest > 0.0f ? 1.0f / largest : 0.0f;
+#pragma unroll
+        for (int i = 0; i < kHeadDim / 32; ++i) {
+            memory.rows[row * kHeadDim + lane_id() + 32 * i] = x[i] * inverse;
+        }
+        if (lane_id() == 0) {
+            const Softening soften(call.shape);
+            memory.data->factors[row] = largest * soften.factor * key_unit(call.layer.k.bits);
+            memory.data->positions[row] = active ? position : -1;
+        }
+    }
+    block_sync();  // rows are read by all
+    const int head_dim = static_cast<int>(call.layer.head_dim);
+    for (int item = threadIdx.x; item < kHeadDim / kGroup * 32; item += blockDim.x) {
+        const int lane = item % 32, unit = item / 32 * 2 + lane % 4 / 2;
+        const float* row = memory.rows + lane / 4 * kHeadDim;
+        float x[2][4] = {};
+        for (int i = 0; i < 8 && unit * kUnit < head_dim; ++i) {
+            x[i / 4][i % 4] =
+                row[element_of(call.layer.k.bits, head_dim, unit, lane % 2 * 8 + i)];
+        }
+        const uint2 first = query_bytes(x[0]), second = query_bytes(x[1]);
+        memory.queries[item] = make_uint4(first.x, second.x, first.y, second.y);
+    }
+    block_sync();  // fragments are read by all
+}
+
+// A tile in shared memory. Where heads are whole, all strides are constants.
+template <int kHeadDim, int kTile, bool kWhole>
+struct Tile {
+    uint8_t* memory;
+    int runtime_head_dim;
+    __device__ __forceinline__ int head_dim() const {
+        return kWhole ? kHeadDim : runtime_head_dim;
+    }
+    template <int kBits>
+    __device__ __forceinline__ uint8_t* row(int token) const {
+        return memory + token * code_bytes(head_dim(), kBits);
+    }
+    template <int kBits>
+    __device__ __forceinline__ uint16_t* scales(int token) const {
+        uint8_t* behind = memory + kTile * code_bytes(head_dim(), kBits);
+        return reinterpret_cast<uint16_t*>(behind) + token * num_groups(head_dim(), kBits);
+    }
+    __device__ __forceinline__ bool has(int unit) const {
+        return kWhole || unit * kUnit < runtime_head_dim;
+    }
+};
+
+// A group's integer products of 16 tokens with the queries' high and low bytes.
+struct Products {
+    int32_t high[4], low[4];
+    __device__ __forceinline__ explicit Products(int32_t start) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) high[i] = low[i] = start;
+    }
+};
+
+// Lane (g, t) has eight elements of a group of tokens g and g + 8: half t % 2 of unit t / 2.
+// d[0], d[1] are token g, rows 2t and 2t + 1; d[2], d[3] token g + 8.
+template <int kBits, typename Tile>
+__device__ __forceinline__ void score_group(const Tile& tile, int token, int group,
+                                            const uint4& query, float (&d)[4]) {
+    const unsigned lane = lane_id();
+    const int unit = 2 * group + static_cast<int>(lane % 4 / 2), half = lane % 2;
+    uint32_t upper[2] = {}, lower[2] = {};
+    const uint32_t upper_scale = tile.template scales<kBits>(token)[group];
+    const uint32_t lower_scale = tile.template scales<kBits>(token + 8)[group];
+    if (tile.has(unit)) {
+        unpack_half_unit<kBits, kSigned>(tile.template row<kBits>(token), tile.head_dim(), unit,
+                                         half, Codebook<kSigned>(upper_scale), upper);
+        unpack_half_unit<kBits, kSigned>(tile.template row<kBits>(token + 8), tile.head_dim(),
+                                         unit, half, Codebook<kSigned>(lower_scale), lower);
+    }
+    Products products(kSumStart);
+    const uint32_t a[4] = {upper[0], lower[0], upper[1], lower[1]};
+    const uint32_t high[2] = {query.x, query.y}, low[2] = {query.z, query.w};
+    mma_s8s8_16x8x32(products.high, a, high);
+    mma_s8s8_16x8x32(products.low, a, low);
+    const float scales[2] = {half_to_float(static_cast<uint16_t>(upper_scale)),
+                             half_to_float(static_cast<uint16_t>(lower_scale))};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float high_sum = bits_float(static_cast<uint32_t>(products.high[i])) - kSumBase;
+        const float low_sum = bits_float(static_cast<uint32_t>(products.low[i])) - kSumBase;
+        d[i] = fmaf(scales[i / 2], fmaf(high_sum, 128.0f, low_sum), d[i]);
+    }
+}
+
+// The same of 16 bits: 256 * (signed) high byte + (unsigned) low byte. The first two lanes of
+// a token have the codes that hold the scale.
+template <typename Tile>
+__device__ __forceinline__ void score_block(const Tile& tile, int token, int group,
+                                            const uint4& query, float (&d)[4]) {
+    const unsigned lane = lane_id();
+    const bool exists = tile.has(2 * group + static_cast<int>(lane % 4 / 2));
+    uint32_t high_bytes[4] = {}, low_bytes[4] = {};
+    float scales[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        uint4 c = make_uint4(0, 0, 0, 0);
+        if (exists) {
+            c = *reinterpret_cast<const uint4*>(tile.template row<16>(token + 8 * i) +
+                                                group * (kGroup * 2) + lane % 4 * 16);
+        }
+        high_bytes[i] = byte_perm(c.x, c.y, 0x7531);
+        high_bytes[i + 2] = byte_perm(c.z, c.w, 0x7531);
+        low_bytes[i] = byte_perm(c.x, c.y, 0x6420);
+        low_bytes[i + 2] = byte_perm(c.z, c.w, 0x6420);
+        const uint32_t pairs = (c.x & 0x10001u) | (c.y & 0x10001u) << 2 |
+                               (c.z & 0x10001u) << 4 | (c.w & 0x10001u) << 6;
+        const uint32_t bits = (pairs | pairs >> 15) & 255u;
+        const uint32_t scale = shfl(bits, lane & ~3u) | shfl(bits, (lane & ~3u) | 1u) << 8;
+        scales[i] = half_to_float(static_cast<uint16_t>(scale));
+    }
+    Products upper(0), lower(0);
+    const uint32_t high[2] = {query.x, query.y}, low[2] = {query.z, query.w};
+    mma_s8s8_16x8x32(upper.high, high_bytes, high);
+    mma_s8s8_16x8x32(upper.low, high_bytes, low);
+    mma_u8s8_16x8x32(lower.high, low_bytes, high);
+    mma_u8s8_16x8x32(lower.low, low_bytes, low);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float high_sum = static_cast<float>(upper.high[i] * 256 + lower.high[i]);
+        const float low_sum = static_cast<float>(upper.low[i] * 256 + lower.low[i]);
+        d[i] = fmaf(scales[i / 2], fmaf(high_sum, 128.0f, low_sum), d[i]);
+    }
+}
+
+// Adds the scores of 16 tokens from first_token on.
+template <int kHeadDim, int kBits, typename Tile>
+__device__ __forceinline__ void score_tokens(const Tile& tile, int first_token,
+                                             const uint4* queries, float (&d)[4]) {
+    const int token = first_token + lane_id() / 4;
+    // Few groups at a time: more would want more registers than two blocks leave each other.
+#pragma unroll (kHeadDim > 64 ? 2 : 1)
+    for (int group = 0; group < kHeadDim / kGroup; ++group) {
+        if (!tile.has(2 * group)) break;
+        const uint4 query = queries[group * 32 + lane_id()];
+        if constexpr (kBits == 16) {
+            score_block(tile, token, group, query, d);
+        } else {
+            score_group<kBits>(tile, token, group, query, d);
+        }
+    }
+}
+
+// o[i] += weights x values of half a unit of 16 tokens, i counting pairs of elements.
+template <int kBits, typename Tile>
+__device__ __forceinline__ void weigh_half_unit(const Tile& tile, const int (&tokens)[4],
+                                                int unit, int half,
+                                                const uint32_t (&weights)[2], float (*o)[4]) {
+    uint32_t scales[4], levels[4][2];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        scales[i] = tile.template scales<kBits>(tokens[i])[unit / 2];
+        unpack_half_unit<kBits>(tile.template row<kBits>(tokens[i]), tile.head_dim(), unit, half,
+                                Codebook<>(scales[i]), levels[i]);
+    }
+    const uint32_t first = scales[0] | scales[1] << 16, second = scales[2] | scales[3] << 16;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        // Elements 2i and 2i + 1: the bytes of two tokens side by side.
+        const uint32_t selector = i % 2 ? 0x7362 : 0x5140;
+        const uint32_t x = byte_perm(levels[0][i / 2], levels[1][i / 2], selector);
+        const uint32_t y = byte_perm(levels[2][i / 2], levels[3][i / 2], selector);
+        const uint32_t a[4] = {h2_mul(low_levels(x), first), h2_mul(high_levels(x), first),
+                               h2_mul(low_levels(y), second), h2_mul(high_levels(y), second)};
+        mma_f16_16x8x16(o[i], a, weights);
+    }
+}
+
+// The same of 16 bits.
+template <typename Tile>
+__device__ __forceinline__ void weigh_half_block(const Tile& tile, const int (&tokens)[4],
+                                                 int unit, int half,
+                                                 const uint32_t (&weights)[2], float (*o)[4]) {
+    float factors[4];
+    uint32_t codes[4][4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const uint8_t* row = tile.template row<16>(tokens[i]);
+        factors[i] = block_factor(row, unit);
+        const uint4 c = *reinterpret_cast<const uint4*>(row + unit * (kUnit * 2) + half * kUnit);
+        codes[i][0] = c.x;
+        codes[i][1] = c.y;
+        codes[i][2] = c.z;
+        codes[i][3] = c.w;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        float2 x[4];
+#pragma unroll
+        for (int token = 0; token < 4; ++token) {
+            x[token] = block_values(codes[token][i], factors[token]);
+        }
+        const uint32_t a[4] = {floats_to_half2(x[0].x, x[1].x), floats_to_half2(x[0].y, x[1].y),
+                               floats_to_half2(x[2].x, x[3].x), floats_to_half2(x[2].y, x[3].y)};
+        mma_f16_16x8x16(o[i], a, weights);
+    }
+}
+
+// Adds 16 tokens' values times their weights (B fragments). Lane (g, t) has tokens 2t, 2t + 1,
+// 2t + 8, 2t + 9 and half units g * kHalves.. (of what a head lacks, the first unit instead:
+// those sums are not used).
+template <int kHeadDim, int kBits, typename Tile>
+__device__ __forceinline__ void weigh_tokens(const Tile& tile, int first_token,
+                                             const uint32_t (&weights)[2],
+                                             float (&o)[kHeadDim / 16][4]) {
+    constexpr int kHalves = kHeadDim / 64;
+    const unsigned g = lane_id() / 4;
+    const int token = first_token + lane_id() % 4 * 2;
+    const int tokens[4] = {token, token + 1, token + 8, token + 9};
+#pragma unroll
+    for (int h = 0; h < kHalves; ++h) {
+        const int unit = static_cast<int>((g * kHalves + h) / 2), half = (g * kHalves + h) % 2;
+        const int known = tile.has(unit) ? unit : 0;
+        if constexpr (kBits == 16) {
+            weigh_half_block(tile, tokens, known, half, weights, o + 4 * h);
+        } else {
+            weigh_half_unit<kBits>(tile, tokens, known, half, weights, o + 4 * h);
+        }
+    }
+}
+
+// Makes zeros of values that were never written: their weights are 0, but they may be NaN.
+template <int kTile, int kBits, typename Tile>
+__device__ __forceinline__ void clear_tokens(const Tile& tile, int first) {
+    const int head_dim = tile.head_dim();
+    for (int token = first; token < kTile; ++token) {
+        if constexpr (kBits == 16) {
+            auto* codes = reinterpret_cast<uint16_t*>(tile.template row<16>(token));
+            for (int i = lane_id(); i < head_dim; i += 32) codes[i] = 0;
+        } else {
+            uint16_t* scales = tile.template scales<kBits>(token);
+            for (int i = lane_id(); i < num_groups(head_dim, kBits); i += 32) scales[i] = 0;
+        }
+    }
+    warp_sync();  // zeros are read by all lanes
+}
+
+}  // namespace exl
