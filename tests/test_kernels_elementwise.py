@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -177,3 +178,38 @@ def test_threads_setting(monkeypatch):
             native.default_threads()
     monkeypatch.delenv("EXL_LOADER_THREADS")
     assert native.default_threads() >= 1
+
+
+def test_a_bound_call_reads_what_stands_there_then(ops):
+    x, weight, out = random_rows(2, 64), torch.ones(64), torch.empty(2, 64)
+    call = ops.bind("rms_norm", x, weight, 1e-5, out)
+    for seed in (5, 6):
+        x.copy_(random_rows(2, 64, seed))
+        call()
+        expected = torch.empty(2, 64)
+        ops.rms_norm(x, weight, 1e-5, expected)
+        assert torch.equal(out, expected)
+
+
+def test_a_bound_call_keeps_its_tensors(ops):
+    w, x, out = dense_linear(32, 48, torch.float32), random_rows(1, 32), torch.empty(1, 48)
+    expected = torch.empty(1, 48)
+    ops.linear(x, w, expected, torch.empty(4096, dtype=torch.uint8))
+    scratch = torch.empty(4096, dtype=torch.uint8)
+    alive = [weakref.ref(tensor) for tensor in (w.weight, x, scratch)]
+    call = ops.bind("linear", x, w, out, scratch)
+    del w, x, scratch
+    assert all(tensor() is not None for tensor in alive)
+    call()
+    assert torch.equal(out, expected)
+    del call
+    assert all(tensor() is None for tensor in alive)
+
+
+def test_a_bound_call_that_fails_says_so(ops):
+    ids, table, out = torch.tensor([3], dtype=torch.int32), random_rows(4, 8), torch.empty(1, 8)
+    call = ops.bind("embed", ids, table, 1.0, out)
+    call()
+    ids.fill_(4)
+    with pytest.raises(AssertionError, match="embed"):
+        call()
