@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 from functools import lru_cache
 from pathlib import Path
 
+from exl_loader.kernels.cuda import toolchain
 from exl_loader.kernels.cuda.toolchain import CudaCompiler, find_cuda_compilers
+from exl_loader.kernels.toolchain import Compiler
 
 REPO = Path(__file__).resolve().parents[1]
 SAMPLES = REPO / "tests" / "cuda_emulation" / "samples.cu"
@@ -17,13 +20,36 @@ SAMPLES = REPO / "tests" / "cuda_emulation" / "samples.cu"
 @lru_cache
 def cuda_compiler(kind: str) -> CudaCompiler | None:
     """The machine's compiler of one kind, `nvrtc` or `nvcc`."""
-    return next(find_cuda_compilers({**_environ(), "EXL_LOADER_CUDA_COMPILER": kind}), None)
+    return next(find_cuda_compilers({**os.environ, toolchain.COMPILER_ENV: kind}), None)
 
 
-def _environ() -> dict[str, str]:
-    import os
+def hide_compilers(monkeypatch, folder: Path) -> dict[str, str]:
+    """Make a machine without anything: no packages, no toolkit but `CUDA_HOME`, an empty PATH.
 
-    return dict(os.environ)
+    Returns:
+        Its environment.
+    """
+    monkeypatch.setattr(toolchain, "_package_folders", lambda name: [])
+    monkeypatch.setattr(
+        toolchain, "_toolkits",
+        lambda environ: [Path(environ["CUDA_HOME"])] if "CUDA_HOME" in environ else [],
+    )
+    return {"PATH": str(folder / "nothing")}
+
+
+def make_nvrtc(folder: Path, release: tuple[int, int]) -> Path:
+    """Files that look like NVRTC of a release, for Linux; opening them fails."""
+    folder.mkdir(parents=True)
+    major, minor = release
+    (folder / f"libnvrtc.so.{major}").write_bytes(b"1234")
+    (folder / f"libnvrtc-builtins.so.{major}.{minor}").write_bytes(b"")
+    return folder / f"libnvrtc.so.{major}"
+
+
+def fake_compiler(**changes) -> CudaCompiler:
+    """A compiler that is not there, for keys."""
+    fields = {"command": ("nvcc",), "kind": "nvcc", "version": "nvcc V13.0.88 with g++ 12"}
+    return CudaCompiler(Compiler(**{**fields, **changes}), (13, 0), Path("nvcc"))
 
 
 def sample_root(folder: Path, names: tuple[str, ...] = ("samples",)) -> Path:

@@ -1,7 +1,7 @@
 """What doctor says of CUDA. Cards are made up, compilers are those that are here."""
 
 import pytest
-from cuda_sources import cuda_compiler, sample_root
+from cuda_sources import cuda_compiler, hide_compilers, sample_root
 
 from exl_loader.commands import doctor_cuda
 from exl_loader.commands.doctor_cuda import cuda_rows, examine_cuda
@@ -16,10 +16,10 @@ def card(capability, name="NVIDIA Something"):
 
 @pytest.fixture
 def bare(monkeypatch, tmp_path):
-    monkeypatch.setattr(toolchain, "_package_folders", lambda name: [])
-    monkeypatch.setattr(toolchain, "_toolkits", lambda environ: [])
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv(toolchain.COMPILER_ENV, raising=False)
+    for name, value in hide_compilers(monkeypatch, tmp_path).items():
+        monkeypatch.setenv(name, value)
+    for name in (toolchain.COMPILER_ENV, "CUDA_HOME", "CXX"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(doctor_cuda, "driver_release", lambda: (12, 8))
 
 

@@ -19,6 +19,7 @@ FOLDER = "tests/cuda_emulation"
 # Built with -fsanitize; the process needs their runtimes first (sanitized.py sees to that).
 SANITIZE_ENV = "EXL_EMULATION_SANITIZE"
 
+RUNNER = ("runner.cpp", "collectives.cpp", "shared_memory.cpp")
 FLAGS = (
     "-x", "c++", "-std=c++17", "-O2", "-g1", "-fPIC", "-ffp-contract=off", "-fno-math-errno",
     "-fno-strict-aliasing", "-DEXL_CUDA_EMULATION", "-Wall", "-Wextra",
@@ -61,7 +62,7 @@ def emulation_spec(sources: Sequence[Path] | None = None, root: Path = REPO) -> 
     compiler = find_compiler()
     assert compiler is not None, "the emulation needs g++ or clang++"
     kernels = sorted((root / "csrc" / "cuda").glob("*.cu")) if sources is None else sources
-    runner = [root / FOLDER / name for name in ("runner.cpp", "collectives.cpp")]
+    runner = [root / FOLDER / name for name in RUNNER]
     headers = [*(root / "csrc").glob("*.h"), *(root / "csrc" / "cuda").glob("*.cuh")]
     headers += (root / FOLDER).glob("*.h")
 

@@ -5,6 +5,7 @@
 // next warp run. Blocks run one after the other.
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -15,13 +16,13 @@
 
 #include "emulation.h"
 #include "fiber.h"
+#include "shared_memory.h"
 
 uint3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace exl_emulation {
 namespace {
 
-constexpr int kMaxThreads = 1024;
 #if defined(__SANITIZE_ADDRESS__)
 constexpr size_t kStackBytes = 512 << 10;  // red zones make frames several times larger
 #else
@@ -29,10 +30,6 @@ constexpr size_t kStackBytes = 64 << 10;
 #endif
 constexpr size_t kGuardBytes = 4096;
 constexpr size_t kEntryBytes = 12 << 10;  // of a stack: room for staggering, and for run_thread
-// NaN as float32, float16 and bfloat16; as an index, far outside of anything.
-constexpr int kPoison = 0xFF;
-constexpr int kCanaryBytes = 1024;
-constexpr int kCopyBytes = 16;
 
 enum Order { kForward = 0, kReverse = 1, kShuffled = 2 };
 enum class Waits : uint8_t { kWarp, kBlock, kExit };
@@ -48,21 +45,12 @@ std::map<std::string, Kernel>& kernels() {
     return all;
 }
 
-struct Copy {
-    char* shared;
-    const void* source;
-    bool valid;
-    int group;
-};
-
 struct Thread {
     Fiber fiber;
     Waits waits;
     Site site;
     void* operand;
     Finish finish;
-    std::vector<Copy> copies;
-    int groups;  // committed so far
 };
 
 enum class WarpState : uint8_t { kRunnable, kAtBlock, kDone };
@@ -83,8 +71,6 @@ struct Launch {
 Fiber main_fiber;
 Thread threads[kMaxThreads];
 Launch launch;
-char* shared = nullptr;
-int shared_bytes = 0;
 Order order = kForward;
 uint64_t random_state = 1;
 uint64_t switches = 0;
@@ -197,7 +183,7 @@ void run_thread() {
     entered_fiber();
     launch.invoke(launch.arguments);
     Thread& thread = running();
-    if (!thread.copies.empty()) fail("thread %u left with copy_async16 under way", threadIdx.x);
+    if (copies_under_way()) fail("thread %u left with copy_async16 under way", threadIdx.x);
     thread.waits = Waits::kExit;
     park(thread);
     __builtin_unreachable();
@@ -216,36 +202,9 @@ void make_stacks(int count) {
     }
 }
 
-bool canary_alive() {
-#if !defined(__SANITIZE_ADDRESS__)
-    for (int i = 0; i < kCanaryBytes; i++)
-        if (static_cast<uint8_t>(shared[shared_bytes + i]) != kPoison) return false;
-#endif
-    return true;
-}
-
-// Allocated for each launch at its very size, so that AddressSanitizer knows where it ends.
-bool make_shared(int bytes) {
-    std::free(shared);
-    shared = nullptr;
-    shared_bytes = bytes;
-#if defined(__SANITIZE_ADDRESS__)
-    const size_t allocated = bytes > 0 ? bytes : 1;
-#else
-    const size_t allocated = bytes + kCanaryBytes;
-#endif
-    void* memory = nullptr;
-    if (posix_memalign(&memory, 16, allocated) != 0) return false;
-    shared = static_cast<char*>(memory);
-    std::memset(shared, kPoison, allocated);
-    return true;
-}
-
 void run_block(int block) {
-    std::memset(shared, kPoison, shared_bytes);
+    poison_shared();
     for (int i = 0; i < block; i++) {
-        threads[i].copies.clear();
-        threads[i].groups = 0;
         forget_frames(threads[i].fiber, kEntryBytes);
         prepare_fiber(threads[i].fiber, run_thread, i * 320 % 8192 / 64 * 64);
     }
@@ -283,38 +242,6 @@ void wait_block(const Site& site) {
     thread.waits = Waits::kBlock;
     thread.site = site;
     park(thread);
-}
-
-char* shared_memory() { return shared; }
-
-bool is_shared(const void* address, int bytes) {
-    const char* first = static_cast<const char*>(address);
-    return first >= shared && first + bytes <= shared + shared_bytes;
-}
-
-void copy_async(void* to, const void* source, bool valid) {
-    check_aligned(to, kCopyBytes, "copy_async16");
-    check_aligned(source, kCopyBytes, "copy_async16");
-    if (!is_shared(to, kCopyBytes)) fail("copy_async16 to what is not shared memory");
-    std::memset(to, kPoison, kCopyBytes);
-    Thread& thread = running();
-    thread.copies.push_back({static_cast<char*>(to), source, valid, thread.groups});
-}
-
-void copy_async_commit() { running().groups++; }
-
-void copy_async_wait(int pending) {
-    Thread& thread = running();
-    size_t left = 0;
-    for (const Copy& copy : thread.copies) {
-        if (copy.group >= thread.groups - pending)
-            thread.copies[left++] = copy;
-        else if (copy.valid)
-            std::memcpy(copy.shared, copy.source, kCopyBytes);
-        else
-            std::memset(copy.shared, 0, kCopyBytes);
-    }
-    thread.copies.resize(left);
 }
 
 void add_kernel(const char* name, Invoke invoke, const Argument* arguments, int count) {
