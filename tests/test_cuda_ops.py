@@ -7,10 +7,14 @@ below, at and above a warp and a block.
 from __future__ import annotations
 
 import math
+import shutil
 
 import pytest
 import torch
-from cuda_targets import TARGETS, target
+from cuda_emulation import EmulatedLauncher
+from cuda_emulation.launcher import FOLDER, REPO, emulation_spec
+from cuda_emulation.sanitized import run_sanitized, runtimes
+from cuda_targets import TARGETS, Target, target
 from kernel_cases import dense_linear, random_rows
 
 from exl_loader.kernels.cuda.ops_rows import RowOps
@@ -191,3 +195,78 @@ def test_no_rows_are_no_launch(ops):
     ops.rms_norm(empty, torch.ones(40), 1e-5, empty)
     ops.add(empty, empty)
     ops.gather_rows(empty, torch.empty(0, dtype=torch.int32), empty)
+
+
+# A file of csrc/cuda, what stands there once, and a mistake in its place.
+MUTATIONS = [
+    ("norm.cuh", "for (int i = thread; i < size;", "for (int i = thread + 1; i < size;"),
+    ("norm.cuh", "sum_of_squares / static_cast<float>(size) + eps", "sum_of_squares + eps"),
+    ("norm.cu", "    block_sync();  // partials are read by all\n", ""),
+    ("norm.cu", "warp < static_cast<int>(blockDim.x) / 32", "warp < 15"),
+    ("norm.cu", "(int i = lane_id(); i < size; i += 32)", "(int i = lane_id(); i < 32; i += 32)"),
+    ("rope.cu", "if (turns & 2)", "if (turns & 4)"),
+    ("rope.cu", "        cosine = -sine;", "        cosine = sine;"),
+    ("rope.cu", "(row * k_heads + head - q_heads)", "(row * k_heads)"),
+    ("rope.cu", "for (int i = 2 * half + lane_id();", "for (int i = 2 * half + 1 + lane_id();"),
+    ("rope.cu", "const float* cos = table + row * 2 * half;", "const float* cos = table;"),
+    ("rows.cu", "id / lanes * lanes * size + id % lanes", "id / lanes * lanes * size + id"),
+    ("rows.cu", "const int64_t source = rows[blockIdx.x];", "const int64_t source = blockIdx.x;"),
+    ("rows.cu", "fmaf(weights[blockIdx.x], value, *target)", "weights[blockIdx.x] * value"),
+    ("moe.cu", "b.logit && a.expert < b.expert", "b.logit && a.expert > b.expert"),
+    ("moe.cu", "e < experts; e += 32) total", "e < 32; e += 32) total"),
+    ("moe.cu", "    warp_sync();  // what lane 0 wrote is read below\n", ""),
+    ("moe.cu", "experts[k] > last && experts[k] < lowest", "experts[k] > last"),
+    ("elementwise.cu", "x[i] += y[i]", "x[i] += y[0]"),
+    ("elementwise.cu", "if (i < elements) out[i]", "if (i + 1 < elements) out[i]"),
+]  # fmt: skip
+
+
+def everything(ops):
+    """One pass over every kernel of this file."""
+    test_embed(ops, torch.float16, 70)
+    for size in (33, 1300):
+        test_rms_norm(ops, size)
+    test_rope(ops, 40)
+    for turn in range(8):
+        test_angles_of_every_quarter_turn(ops, turn)
+    test_heads_at_once_are_the_same_bits(ops, 80, True)
+    test_gate(ops, "silu", 31)
+    test_add_and_softcap(ops, 31)
+    for normalize in (False, True):
+        test_moe_route(ops, normalize, 64, 8)
+    test_a_sum_of_experts_is_that_of_one_after_the_other(ops)
+    test_gather_and_scatter(ops)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [None, *MUTATIONS], ids=lambda c: c[1][:40] if c else "none")
+def test_a_mistake_in_a_kernel_is_noticed(tmp_path, change):
+    for name in ("csrc", FOLDER):
+        shutil.copytree(REPO / name, tmp_path / name,
+                        ignore=shutil.ignore_patterns("__pycache__", "cpu"))
+    folder = tmp_path / "csrc" / "cuda"
+    if change is not None:
+        file, old, new = change
+        text = (folder / file).read_text()
+        assert text.count(old) == 1, (file, old)
+        (folder / file).write_text(text.replace(old, new))
+    sources = [folder / f"{name}.cu" for name in ("norm", "rope", "elementwise", "rows", "moe")]
+    launcher = EmulatedLauncher(emulation_spec(sources, root=tmp_path))
+
+    def run():
+        for order, seed in (("forward", 0), ("reverse", 0), ("shuffled", 5)):
+            launcher.set_order(order, seed)
+            everything(Target(RowOps(launcher), None))
+
+    if change is None:
+        run()
+    else:
+        with pytest.raises(Exception):  # noqa: B017, PT011 - a comparison, or the emulation's own
+            run()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not runtimes(), reason="needs gcc's sanitizers")
+def test_under_sanitizers():
+    result = run_sanitized(__file__, "-k", "forward", "-m", "not slow and not gpu")
+    assert result.returncode == 0, result.stdout[-4000:]
