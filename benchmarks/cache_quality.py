@@ -5,7 +5,8 @@
 Three tables. Vectors: the relative squared error of a round trip. Model: the divergence of
 the demo model's predictions from those with its fp16 cache, at its full context, over files of
 the standard library that it was not trained on (tools/demo_corpus.py), for every cache type
-and pair of types, and for exllamav2's scheme in the same attention. Biases: see `biased`.
+and pair of types, and for exllamav2's scheme in the same attention. Biases: what attention
+makes of keys with large constant biases, see `bias_table`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,16 @@ from exl_loader.cache import BITS_NAMES, CacheType
 from exl_loader.commands.model_options import DEMO_MODEL
 from exl_loader.config import ModelConfig
 from exl_loader.evaluation import (
-    EvaluationPlan,
     Lane,
     Result,
     bos_ids,
     lanes_over,
-    plan_evaluation,
     run_window,
     windows_of,
 )
+from exl_loader.evaluation_plan import EvaluationPlan, plan_evaluation
 from exl_loader.kernels.reference import cache_round_trip
+from exl_loader.key_bias import remove_from, split_bias
 from exl_loader.paging import PagedCache
 from exl_loader.progress import default_progress, task
 
@@ -190,6 +191,72 @@ def _bits_an_element(name: str) -> float:
     return kind.bytes_per_token(1, 64) * 8 / 128
 
 
+@dataclass(frozen=True)
+class Head:
+    """One attention head: queries and keys before RoPE, values, all float32 [tokens, 128]."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+
+    @classmethod
+    def random(cls, tokens: int = 1024) -> Head:
+        generator = torch.Generator().manual_seed(1)
+        return cls(*torch.randn(3, tokens, 128, generator=generator))
+
+    def attend(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return causal scores of the last 256 rows over keys behind RoPE, and the outputs."""
+        q = turned(self.q)[-256:].double()
+        scores = q @ keys.double().T * 128**-0.5
+        hidden = torch.ones_like(scores, dtype=torch.bool).triu(len(keys) - 255)
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+        return scores[~hidden], weights @ values.double()
+
+
+def turned(x: torch.Tensor) -> torch.Tensor:
+    """Apply RoPE of Qwen2's base to x, [tokens, 128], at positions 0, 1, ..."""
+    half = x.shape[1] // 2
+    angles = torch.arange(len(x)).double()[:, None] * 1e6 ** (-torch.arange(half) / half).double()
+    a, b = x.double().split(half, dim=1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=1).float()
+
+
+def bias_table() -> list[list[str]]:
+    """Compare attention over keys with a bias in three channels, as Qwen2's have.
+
+    Normal queries, keys and values; the bias is 0.2 everywhere besides. "in the cache" is the
+    rotation and the search alone, "beside it" is `key_bias.py`.
+    """
+    head = Head.random()
+    rows = [["bias", "cache", "error of a score", "relative error of the output"]]
+    for size in (0, 50, 150):
+        bias = torch.randn(1, 128, generator=torch.Generator().manual_seed(2)) * 0.2
+        bias[0, [20, 70, 101]] += torch.tensor([1.0, -0.7, 0.5]) * size
+        exact = turned(head.k + bias)
+        expected = head.attend(exact, head.v)
+        rest = bias.clone()
+        taken = split_bias(rest, head.k.square().sum(dim=1).mean()[None], 64)
+        if taken is not None:
+            remove_from(rest, taken)
+        beside = turned((bias - rest).expand_as(head.k))
+        for name in ("q8", "q6", "q4"):
+            bits = CacheType.parse(name).k_bits
+            without = turned(head.k + rest)
+            kept = {
+                f"exllamav2's scheme, {bits} bits": exllamav2_cache.round_trip(exact, bits),
+                f"{name}, in the cache": cache_round_trip(exact, name),
+                f"{name}, beside it": cache_round_trip(without, name) + beside,
+            }
+            values = cache_round_trip(head.v, name)
+            for scheme, keys in kept.items():
+                scores, out = head.attend(keys, values)
+                score_error = (scores - expected[0]).square().mean().sqrt().item()
+                error = relative_squared_error(out, expected[1]) ** 0.5
+                rows.append([str(size), scheme, f"{score_error:.3g}", f"{error:.3g}"])
+    return rows
+
+
 def markdown(rows: list[list[str]]) -> str:
     """Write a table, its first row the headings."""
     head, *body = ("| " + " | ".join(row) + " |" for row in rows)
@@ -215,6 +282,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     tables = {"vectors": markdown(vector_table())}
+    tables["biases"] = markdown(bias_table())
     results, total = measure_model(args.tokens)
     tables["model"] = f"{total} tokens predicted.\n\n{markdown(model_table(results))}"
     for table in tables.values():

@@ -20,21 +20,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from .cache import CacheLayer, CacheType, cache_specs, pages_for
-from .devices import device_kind
-from .errors import InsufficientMemory, InvalidSettings
+from .cache import CacheLayer, CacheType, pages_for
+from .errors import InvalidSettings
+from .evaluation_plan import REFERENCE_TYPE, EvaluationPlan
 from .memory import Buffers, allocate
 from .model import Model
 from .paging import PagedCache
 from .progress import NullProgress, Progress, task
-from .reservation import Reservation, plan
-from .table import DeviceMap, Segment, TensorSpec, place
 
 if TYPE_CHECKING:
     from .config import ModelConfig
     from .engine import LoadedModel
 
-REFERENCE_TYPE = "fp16"
 # Logits that are compared at a time, in float64: some 40 MiB with everything in between.
 _COMPARED_ELEMENTS = 1 << 20
 
@@ -85,107 +82,6 @@ class Result:
     cache_bytes: int
     perplexity: float
     divergence: Divergence | None
-
-
-@dataclass(frozen=True)
-class EvaluationPlan:
-    """The memory of an evaluation.
-
-    Args:
-        reservation: of the model with the fp16 cache.
-        others: the other cache types, each once.
-        caches: the table of their caches, laid out as one buffer; None where there are none.
-    """
-
-    reservation: Reservation
-    others: tuple[CacheType, ...]
-    caches: Segment | None
-
-    @property
-    def extra_bytes(self) -> int:
-        """Bytes of the other types' caches."""
-        return self.caches.nbytes if self.caches is not None else 0
-
-
-def parse_cache_types(text: str) -> tuple[CacheType, ...]:
-    """Read a list such as `q4,q8_q4`; the reference type and repetitions are left out.
-
-    Raises:
-        InvalidSettings: a name is unknown.
-    """
-    types = dict.fromkeys(CacheType.parse(name) for name in text.split(","))
-    types.pop(CacheType.parse(REFERENCE_TYPE), None)
-    return tuple(types)
-
-
-def plan_evaluation(
-    model_dir: str,
-    others: Sequence[CacheType],
-    *,
-    config: ModelConfig,
-    ctx_size: int | None = None,
-    memory_limit: str | None = None,
-) -> EvaluationPlan:
-    """Plan the model with the fp16 cache and all other caches beside it.
-
-    Args:
-        model_dir, ctx_size, memory_limit: see `reservation.plan`.
-        others: cache types to compare.
-        config: the folder's.
-
-    Raises:
-        InsufficientMemory: they do not fit together; nothing was taken.
-        ExlLoaderError: see `reservation.plan`.
-    """
-    reservation = plan(model_dir, ctx_size, REFERENCE_TYPE, memory_limit=memory_limit)
-    _check_workspace(reservation, model_dir, others, memory_limit)
-    device = reservation.devices[0].device
-    specs = [
-        spec
-        for cache_type in others
-        for spec in _specs(config, reservation.ctx_size, cache_type, device)
-    ]
-    caches = place(specs)[device, "cache"] if specs else None
-    planned = EvaluationPlan(reservation, tuple(others), caches)
-    step = device_kind(device).granularity_bytes
-    needed = -(-planned.extra_bytes // step) * step
-    spare = reservation.devices[0].spare_bytes
-    if reservation.fits and spare < needed:
-        total = reservation.devices[0].total_bytes + planned.extra_bytes
-        raise InsufficientMemory(
-            f"{device}: no room for the caches of all types at once",
-            expected=f"{total} bytes free, {planned.extra_bytes} of them for other caches",
-            actual=f"{needed - spare} bytes fewer",
-            remedy="Compare fewer cache types at a time, or lower --ctx-size",
-        )
-    return planned
-
-
-def _check_workspace(
-    reservation: Reservation, model_dir: str, others: Sequence[CacheType],
-    memory_limit: str | None,
-) -> None:
-    """Refuse a type that needs more workspace than the fp16 cache, which all share."""
-    lent = [device.workspace_bytes for device in reservation.devices]
-    for other in others:
-        own = plan(model_dir, reservation.ctx_size, other, memory_limit=memory_limit)
-        needed = [device.workspace_bytes for device in own.devices]
-        if len(needed) != len(lent) or any(a > b for a, b in zip(needed, lent, strict=True)):
-            raise InvalidSettings(
-                "--cache-type", expected=f"types that run in the workspace of {REFERENCE_TYPE}",
-                actual=f"{other} needs {sum(needed)} bytes, {sum(lent)} are there",
-                remedy="Lower --ctx-size, so that the model runs on one device",
-            )
-
-
-def _specs(
-    config: ModelConfig, ctx_size: int, cache_type: CacheType, device: str
-) -> list[TensorSpec]:
-    where = DeviceMap.single(device, config.num_hidden_layers)
-    return [
-        TensorSpec(f"{cache_type}.{spec.name}", spec.segment, spec.dtype, spec.shape, device)
-        for spec in cache_specs(config, pages_for(ctx_size), cache_type, where)
-    ]
 
 
 def evaluate(

@@ -15,13 +15,8 @@ from exl_loader.commands.eval import render
 from exl_loader.commands.model_options import DEMO_MODEL
 from exl_loader.config import ModelConfig
 from exl_loader.errors import InsufficientMemory, InvalidSettings, ModelUnloaded
-from exl_loader.evaluation import (
-    Divergence,
-    evaluate,
-    parse_cache_types,
-    plan_evaluation,
-    windows_of,
-)
+from exl_loader.evaluation import Divergence, evaluate, windows_of
+from exl_loader.evaluation_plan import parse_cache_types, plan_evaluation
 from exl_loader.memory import live_bytes
 
 CONFIG = ModelConfig.from_dir(DEMO_MODEL)
@@ -155,7 +150,7 @@ def test_a_type_that_needs_more_workspace_is_refused(monkeypatch):
         device = SimpleNamespace(workspace_bytes=nbytes, device="cpu")
         return SimpleNamespace(devices=(device,), ctx_size=256)
 
-    monkeypatch.setattr("exl_loader.evaluation.plan", plan)
+    monkeypatch.setattr("exl_loader.evaluation_plan.plan", plan)
     with pytest.raises(InvalidSettings, match="q4 needs 101 bytes, 100 are there"):
         planned("q4")
 

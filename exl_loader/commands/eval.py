@@ -15,7 +15,8 @@ from ..progress import MIB, default_progress
 from .model_options import DEMO_MODEL, read_text
 
 if TYPE_CHECKING:
-    from ..evaluation import EvaluationPlan, Result
+    from ..evaluation import Result
+    from ..evaluation_plan import EvaluationPlan
 
 HEADINGS = (
     "cache", "perplexity", "KL mean", "+-", "median", "99.9 %", "largest", "same top", "MiB",
@@ -56,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
         ExlLoaderError: the folder, the text or an option is wrong, or the model with all
             caches does not fit.
     """
-    from ..evaluation import evaluate, parse_cache_types, plan_evaluation
+    from ..evaluation import evaluate
+    from ..evaluation_plan import parse_cache_types, plan_evaluation
     from ..loader import load
 
     text = read_text(args.text, "--text")
