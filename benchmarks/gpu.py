@@ -35,7 +35,8 @@ import exl_loader  # noqa: E402
 from exl_loader.cache import CacheType  # noqa: E402
 from exl_loader.checkpoint import Checkpoint  # noqa: E402
 from exl_loader.config import ModelConfig  # noqa: E402
-from exl_loader.evaluation import lanes_over, plan_evaluation  # noqa: E402
+from exl_loader.evaluation import lanes_over  # noqa: E402
+from exl_loader.evaluation_plan import plan_evaluation  # noqa: E402
 
 CACHE_TYPES = ("fp16", "q8", "q6", "q4")
 DEPTHS = (0, 4096, 16384, 32768)

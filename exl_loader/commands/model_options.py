@@ -38,6 +38,10 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
         help="key/value cache: fp16, q8, q6, q4, or keys and values apart such as q8_q4",
     )
     parser.add_argument(
+        "--device", default="auto",
+        help="cpu or a card such as cuda:0; auto (default) is a card that can run models, if any",
+    )
+    parser.add_argument(
         "--memory-limit", metavar="SIZE", help="most memory to take, e.g. 8GiB"
     )
     add_draft_arguments(parser)
@@ -104,7 +108,7 @@ def open_model(args: argparse.Namespace, progress: Progress) -> LoadedModel:
     from ..loader import load
 
     return load(
-        args.model, ctx_size=args.ctx_size, cache_type=args.cache_type,
+        args.model, ctx_size=args.ctx_size, cache_type=args.cache_type, device=args.device,
         memory_limit=args.memory_limit, progress=progress, model_draft=args.model_draft,
         ctx_size_draft=args.ctx_size_draft, draft_max=args.draft_max,
     )
