@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 
 import exl_loader  # noqa: E402
 from exl_loader import devices  # noqa: E402
-from exl_loader.devices import Capacity, cuda, cuda_memory  # noqa: E402
+from exl_loader.devices import Capacity, cuda, cuda_memory, nvml  # noqa: E402
 from exl_loader.devices.cuda import MIB, CudaDevice  # noqa: E402
 from exl_loader.errors import InsufficientMemory, InvalidSettings, KernelBuildError  # noqa: E402
 from exl_loader.reservation.options import chosen_devices  # noqa: E402
@@ -117,6 +117,62 @@ def test_a_hidden_card_is_none(smi, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(InvalidSettings, match="cuda:1"):
         CudaDevice().capacity("cuda:1")
+
+
+class FakeNvml:
+    """A monitoring library that knows card 1, whose UUID is GPU-1."""
+
+    def __init__(self, fails=0):
+        self.fails = fails
+
+    def nvmlInit_v2(self):
+        return self.fails
+
+    def nvmlDeviceGetHandleByIndex_v2(self, index, handle):
+        handle._obj.value = 100 + index
+        return 0 if index == 1 else 2
+
+    def nvmlDeviceGetHandleByUUID(self, name, handle):
+        handle._obj.value = 101
+        return 0 if name == b"GPU-1" else 6
+
+    def nvmlDeviceGetMemoryInfo(self, handle, memory):
+        assert handle.value == 101
+        memory._obj.total, memory._obj.free = 900, 700
+        return 0
+
+
+@pytest.fixture
+def opened_nvml(monkeypatch):
+    """Let the monitoring library be a fake."""
+
+    def make(library):
+        def open_library(name):
+            if library is None:
+                raise OSError(name)
+            return library
+
+        nvml._opened.cache_clear()
+        monkeypatch.setattr(nvml.ctypes, "CDLL", open_library)
+
+    yield make
+    nvml._opened.cache_clear()
+
+
+def test_memory_by_the_monitoring_library(opened_nvml, smi, monkeypatch):
+    opened_nvml(FakeNvml())
+    assert nvml.card_memory("1") == nvml.card_memory("GPU-1") == (900, 700)
+    assert nvml.card_memory("0") is None and nvml.card_memory("GPU-2") is None
+    monkeypatch.setattr(cuda, "card_memory", nvml.card_memory)
+    assert CudaDevice().capacity("cuda:1") == Capacity(900, 700)
+    # What it does not know, nvidia-smi may.
+    assert CudaDevice().capacity("cuda:0").free_bytes == 20000 * MIB
+
+
+@pytest.mark.parametrize("library", [None, FakeNvml(fails=9)])
+def test_without_the_monitoring_library(opened_nvml, library):
+    opened_nvml(library)
+    assert nvml.card_memory("1") is None
 
 
 @pytest.fixture

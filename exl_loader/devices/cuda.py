@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import ExlLoaderError, InvalidSettings
 from . import Capacity, Process
+from .nvml import card_memory
 
 MIB = 1 << 20
 
@@ -191,8 +192,11 @@ def _smi_id(name: str) -> str:
 
 
 def _smi_memory(name: str) -> Capacity | None:
-    """Ask `nvidia-smi`; None where there is no such card."""
+    """Ask the monitoring library, else `nvidia-smi`; None where there is no such card."""
     card = _smi_id(name)
+    found = None if card == _HIDDEN else card_memory(card)
+    if found is not None:
+        return Capacity(*found)
     rows = query_nvidia_smi("--query-gpu=index,memory.total,memory.free", f"--id={card}", cells=3)
     for index, total, free in rows:
         # A name that is no number (GPU-8a3...) has chosen its row already.
