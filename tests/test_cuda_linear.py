@@ -20,6 +20,7 @@ from exl_loader.formats import packed_cuda, streams
 from exl_loader.kernels.cuda import ops_linear
 from exl_loader.kernels.cuda.linear_structs import LAYER_BYTES
 from exl_loader.kernels.cuda.ops_linear import ExpertLayers
+from exl_loader.kernels.cuda.ops_rows import RowOps
 from exl_loader.kernels.cuda.scratch import COUNTER_BYTES
 from exl_loader.kernels.cuda.scratch_linear import PASS_ROWS, linear_scratch_bytes
 from exl_loader.kernels.reference import dense_weight
@@ -209,6 +210,61 @@ def test_layers_of_one_input_share_a_launch(monkeypatch, order, rows):
     for w, out in zip(layers, outs, strict=True):
         assert (out[:, -3:] == 7.0).all()
         assert torch.equal(out[:, :-3], product(target(order, linear_ops), x, w))
+
+
+FUSED_GROUPS = [(4, 128), (3, 416)]
+
+
+@pytest.mark.parametrize("order", EMULATED)
+@pytest.mark.parametrize("warps_wanted", [1, 10000])
+@pytest.mark.parametrize("perm", [True, False])
+def test_norm_and_products_of_a_row_in_one_launch(monkeypatch, order, warps_wanted, perm):
+    monkeypatch.setattr(packed_cuda, "_WARPS_WANTED", warps_wanted)
+    launcher = target(order, linear_ops).ops.launcher
+    ops, rows = linear_ops(launcher), RowOps(launcher)
+    layers = [stream_linear(FUSED_GROUPS, n, seed=n, perm=perm) for n in (96, 40)]
+    layers[1].perm = layers[0].perm
+    x, weight = random_rows(1, 544), random_rows(1, 544, seed=3)[0]
+    normed, fused = torch.empty(1, 544), torch.empty(1, 544)
+    rows.prepare_rms_norm(x, weight, 1e-6, normed)()
+    expected, outs = ([torch.full((1, w.out_features), 2.0) for w in layers] for _ in range(2))
+    scratch = scratch_for(1, layers[0])
+    ops.prepare_linears(normed, layers, expected, scratch, True)()
+    launch = ops.prepare_normed_linears(x, weight, 1e-6, fused, layers, outs, True)
+    launch()
+    assert torch.equal(fused, normed)
+    assert all(map(torch.equal, outs, expected))
+
+
+@pytest.mark.parametrize("order", EMULATED)
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
+def test_gate_and_product_of_a_row_in_one_launch(order, activation):
+    launcher = target(order, linear_ops).ops.launcher
+    ops, rows = linear_ops(launcher), RowOps(launcher)
+    w = stream_linear(FUSED_GROUPS, 96, perm=True, bias=True)
+    gate, up, gated = random_rows(1, 544), random_rows(1, 544, seed=3), torch.empty(1, 544)
+    rows.prepare_gate(gate, up, activation, gated)()
+    expected, out = torch.full((1, 96), 2.0), torch.full((1, 96), 2.0)
+    scratch = scratch_for(1, w)
+    ops.prepare_linear(gated, w, expected, scratch, True)()
+    ops.prepare_gated_linear(gate, up, activation, w, out, True)()
+    assert torch.equal(out, expected)
+
+
+def test_what_cannot_be_one_launch_says_so(monkeypatch):
+    launcher = emulated_launcher()
+    ops = linear_ops(launcher)
+    narrow, wide = stream_linear([(4, 512)], 32), stream_linear(FUSED_GROUPS, 32)
+    out, one, two = torch.empty(2, 32), torch.ones(1, 544), torch.ones(2, 544)
+    h, small = torch.empty(2, 544), torch.ones(1, 512)
+    assert ops.prepare_normed_linears(small, small[0], 1e-6, h[:1, :512].clone(), [narrow],
+                                      [out[:1]]) is None
+    assert ops.prepare_normed_linears(two, two[0], 1e-6, h, [wide], [out]) is None
+    assert ops.prepare_normed_linears(one, two[0], 1e-6, one, [wide], [out[:1]]) is None
+    assert ops.prepare_gated_linear(two, two, "silu", wide, out) is None
+    assert ops.prepare_gated_linear(one, one, "silu", wide, out[:1]) is not None
+    monkeypatch.setattr(launcher, "shared_limit_bytes", 33 << 10)
+    assert ops.prepare_gated_linear(one, one, "silu", wide, out[:1]) is None
 
 
 @pytest.mark.parametrize("order", EMULATED)

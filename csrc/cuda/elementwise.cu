@@ -2,29 +2,14 @@
 //
 // A thread an element, in neighbouring order: these are a few microseconds beside the products
 // around them, and bound by memory.
-#include "cuda/platform.cuh"
+#include "cuda/activation.cuh"
 
 namespace exl {
 
 constexpr int kThreads = 256;
-enum Activation : int32_t { kSilu = 0, kGeluTanh = 1, kGelu = 2 };
 
 __device__ __forceinline__ int64_t element_index() {
     return static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-}
-
-__device__ __forceinline__ float activated(float x, int32_t activation) {
-    if (activation == kSilu) return x / (1.0f + expf(-x));
-    if (activation == kGeluTanh) {
-        // x/2 (1 + tanh u) = x / (1 + e^-2u), which does not cancel for negative u.
-        constexpr float kMinusTwoRootTwoOverPi = -1.5957691216f;  // -2 sqrt(2 / pi)
-        constexpr float kCubic = 0.044715f;
-        const float inner = fmaf(kCubic * x * x, x, x);
-        return x / (1.0f + expf(kMinusTwoRootTwoOverPi * inner));
-    }
-    // x/2 erfc(-x / sqrt 2), which does not cancel for negative x.
-    constexpr float kMinusRootHalf = -0.70710678f;
-    return 0.5f * x * erfcf(kMinusRootHalf * x);
 }
 
 }  // namespace exl

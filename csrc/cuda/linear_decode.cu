@@ -9,17 +9,35 @@
 // activations are the same quantised rows. Blocks [first_block[i], first_block[i + 1]) are
 // those of layer i.
 //
-// A single row is quantised by every block for itself, while the first codes are on their way:
-// a launch less, which costs more than the few ten KiB that a block reads for it.
+// A single row is made by every block for itself, while the first codes are on their way:
+// quantised, and where asked normalised or gated before. That is a launch or two less, each of
+// which costs more than the few ten KiB that a block reads for it.
 //
 // Shared memory: a ring a warp (RingReader), then the same bytes for the warp's sums:
-// [row tile][q][lane] float32. A single row: behind the rings its notes and its codes.
+// [row tile][q][lane] float32. A single row: behind the rings kNormWarps float32, its notes and
+// its codes.
+#include "cuda/activation.cuh"
 #include "cuda/linear_quantize.cuh"
 #include "cuda/linear_stream.cuh"
+#include "cuda/norm.cuh"
 
 namespace exl {
 
 constexpr int kMaxLayers = 3;
+
+// A single row, float32 [in_features].
+enum RowKind : int32_t {
+    kPlainRow = 0,  // x
+    kNormRow = 1,   // rms_norm(x) with weights `other`; the first block stores it in `normed`
+    kGatedRow = 2,  // kGatedRow + a: activation a of x, times `other`
+};
+struct RowSource {
+    const float* x;
+    const float* other;
+    float* normed;
+    float eps;
+    int32_t kind;
+};
 
 struct DecodeCall {
     StreamLayer layers[kMaxLayers];
@@ -29,8 +47,7 @@ struct DecodeCall {
     int32_t passes;
     int32_t add;
     QuantizedRows x;
-    const float* raw;  // a single row, float32 [in_features]
-    int64_t unused;
+    RowSource row;
 };
 
 }  // namespace exl
@@ -45,6 +62,9 @@ constexpr int kDecodeThreads = 32 * kMaxSplits;
 // shared memory a block have.
 constexpr int kShallow = 4;
 constexpr int kDeep = 8;
+
+// norm.cu gives a row so many warps; another number would add squares in another order.
+constexpr int kNormWarps = 16;
 
 // Activations in device memory, from a window on. Rows beyond the last repeat it; their sums
 // are not stored.
@@ -222,6 +242,49 @@ __device__ __forceinline__ void decode_rows(const DecodeCall& call) {
                                       call.out_strides[choice.layer], call.add != 0);
 }
 
+// The scale of a row's norm, as rms_norm_kernel finds it; `partials` has kNormWarps floats.
+__device__ __forceinline__ float row_norm_scale(const float* x, int size, float eps,
+                                                float* partials) {
+    const int warps = static_cast<int>(blockDim.x / 32);
+    for (int warp = warp_id(); warp < kNormWarps; warp += warps) {
+        const int thread = warp * 32 + lane_id();
+        const float sum = warp_sum(part_of_squares(x, size, thread, 32 * kNormWarps));
+        if (lane_id() == 0) partials[warp] = sum;
+    }
+    block_sync();  // all parts are read by all
+    float total = 0.0f;
+    for (int warp = 0; warp < kNormWarps; ++warp) total += partials[warp];
+    return norm_scale(total, size, eps);
+}
+
+// Quantises the call's row into shared memory, the block's warps taking turns.
+__device__ __forceinline__ void make_row(const RowSource& source, const StreamLayer& w,
+                                         float* partials, uint8_t* codes, Note* notes) {
+    const int warps = static_cast<int>(blockDim.x / 32), size = w.in_features;
+    const int windows = stream_windows(size);
+    const auto quantize = [&](const auto& value) {
+        for (int window = warp_id(); window < windows; window += warps) {
+            quantize_row_window(value, w.perm, size, window, codes, notes);
+        }
+    };
+    if (source.kind == kPlainRow) {
+        quantize([&](int channel) { return source.x[channel]; });
+    } else if (source.kind == kNormRow) {
+        const float scale = row_norm_scale(source.x, size, source.eps, partials);
+        const bool store = blockIdx.x == 0;
+        quantize([&](int channel) {
+            const float value = normalized(source.x[channel], scale, source.other[channel]);
+            if (store) source.normed[channel] = value;
+            return value;
+        });
+    } else {
+        quantize([&](int channel) {
+            return mul_rn(activated(source.x[channel], source.kind - kGatedRow),
+                          source.other[channel]);
+        });
+    }
+}
+
 template <int kChunks>
 __device__ __forceinline__ void decode_row(const DecodeCall& call) {
     EXL_SHARED(char, memory);
@@ -229,13 +292,11 @@ __device__ __forceinline__ void decode_row(const DecodeCall& call) {
     const StreamLayer& w = call.layers[choice.layer];
     const BlockShare share(w, choice.local);
     auto reader = share.reader<kChunks>(w, memory);
-    const int warps = static_cast<int>(blockDim.x / 32);
-    const int windows = stream_windows(w.in_features);
-    auto* notes = reinterpret_cast<Note*>(memory + warps * decltype(reader)::kBytes);
-    auto* codes = reinterpret_cast<uint8_t*>(notes + windows);
-    for (int window = warp_id(); window < windows; window += warps) {
-        quantize_row_window(call.raw, w.perm, w.in_features, window, codes, notes);
-    }
+    auto* partials =
+        reinterpret_cast<float*>(memory + blockDim.x / 32 * decltype(reader)::kBytes);
+    auto* notes = reinterpret_cast<Note*>(partials + kNormWarps);
+    auto* codes = reinterpret_cast<uint8_t*>(notes + stream_windows(w.in_features));
+    make_row(call.row, w, partials, codes, notes);
     block_sync();  // the row is quantised
     if (share.busy) {
         SharedRow row(codes, notes, share.first_window);

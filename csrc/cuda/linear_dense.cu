@@ -211,7 +211,7 @@ __device__ __forceinline__ void dense_prefill(const float* x, int rows, int in_f
 //   decode: grid.x tiles, grid.y passes of 1, 4 or 8 rows;
 //   prefill: grid.x blocks of 64 rows, grid.y of 4 tiles.
 #define EXL_DENSE_KERNEL(name, product, type)                                                  \
-    extern "C" __global__ void __launch_bounds__(kDenseThreads)                                \
+    extern "C" __global__ void __launch_bounds__(kDenseThreads, 2)                             \
         name(const float* x, int32_t rows, int32_t in_features, int32_t out_features,          \
              const void* weight, const float* bias, float* out, int64_t out_stride,            \
              int32_t add) {                                                                    \

@@ -22,7 +22,8 @@ extern "C" __global__ void __launch_bounds__(kQuantizeThreads)
     const int windows = stream_windows(in_features);
     if (window >= windows) return;
     const int64_t row = blockIdx.y;
-    quantize_row_window(x + row * in_features, perm, in_features, window,
+    const float* source = x + row * in_features;
+    quantize_row_window([&](int channel) { return source[channel]; }, perm, in_features, window,
                         codes + row * stream_blocks(in_features) * kBlockCodeBytes,
                         notes + row * windows);
 }
@@ -39,8 +40,9 @@ extern "C" __global__ void __launch_bounds__(kQuantizeThreads)
     const int windows = stream_windows(in_features);
     if (window >= windows) return;
     const int64_t pair = blockIdx.y;
-    const int64_t row = pair / pairs_per_row;
-    quantize_row_window(x + row * in_features, layers[experts[pair]].perm, in_features, window,
+    const float* source = x + pair / pairs_per_row * in_features;
+    quantize_row_window([&](int channel) { return source[channel]; },
+                        layers[experts[pair]].perm, in_features, window,
                         codes + pair * stream_blocks(in_features) * kBlockCodeBytes,
                         notes + pair * windows);
 }

@@ -67,8 +67,10 @@ __device__ __forceinline__ void quantize_window(const float (&x)[kLaneRows], int
     }
 }
 
-// Window `window` of x [in_features], into `codes` and `notes` of one row.
-__device__ __forceinline__ void quantize_row_window(const float* x, const int32_t* perm,
+// Window `window` of a row, into `codes` and `notes` of that row. value(channel) is an element of
+// it.
+template <class Value>
+__device__ __forceinline__ void quantize_row_window(const Value& value, const int32_t* perm,
                                                     int in_features, int window,
                                                     uint8_t* codes, Note* notes) {
     const int first = window * kWindowRows + lane_id() * kLaneRows;
@@ -78,7 +80,7 @@ __device__ __forceinline__ void quantize_row_window(const float* x, const int32_
         const int stored = first + i;
         const bool there = stored < in_features;
         const int channel = there && perm != nullptr ? perm[stored] : stored;
-        values[i] = there ? x[channel] : 0.0f;
+        values[i] = there ? value(channel) : 0.0f;
     }
     const int blocks = min(kWindowBlocks, stream_blocks(in_features) - window * kWindowBlocks);
     quantize_window(values, blocks, codes + static_cast<int64_t>(window) * kWindowCodeBytes,

@@ -59,6 +59,18 @@ class RowsStruct(ctypes.Structure):
     ]
 
 
+class RowSourceStruct(ctypes.Structure):
+    """`RowSource` of csrc/cuda/linear_decode.cu."""
+
+    _fields_ = [
+        ("x", ctypes.c_void_p),
+        ("other", ctypes.c_void_p),
+        ("normed", ctypes.c_void_p),
+        ("eps", ctypes.c_float),
+        ("kind", ctypes.c_int32),
+    ]
+
+
 class DecodeStruct(ctypes.Structure):
     """`DecodeCall` of csrc/cuda/linear_decode.cu."""
 
@@ -70,8 +82,7 @@ class DecodeStruct(ctypes.Structure):
         ("passes", ctypes.c_int32),
         ("add", ctypes.c_int32),
         ("x", RowsStruct),
-        ("raw", ctypes.c_void_p),
-        ("unused", ctypes.c_int64),
+        ("row", RowSourceStruct),
     ]
 
 

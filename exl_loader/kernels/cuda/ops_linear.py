@@ -8,7 +8,7 @@ begins is a matter of speed alone.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ...formats.packed import DenseLinear
@@ -22,11 +22,14 @@ from .linear_structs import (
     MAX_LAYERS,
     DecodeStruct,
     LayerStruct,
+    RowSourceStruct,
     RowsStruct,
     address,
     layer_struct,
 )
+from .ops_dense import DenseOps
 from .ops_pack import PackOps
+from .ops_rows import ACTIVATIONS, NORM_HEAD_SIZE, Launch, nothing
 from .scratch_linear import (
     BLOCK_CODE_BYTES,
     NOTE_BYTES,
@@ -40,8 +43,6 @@ if TYPE_CHECKING:
 
     Linear = StreamLinear | DenseLinear
 
-Launch = Callable[[], None]
-
 _WARP = 32
 # csrc/cuda/linear_quantize.cu: windows a block, threads.
 _QUANTIZE_WINDOWS = 4
@@ -53,6 +54,8 @@ _DEEP_RING_BYTES = 8192
 _DEEP_SHARED_BYTES = 160 << 10
 _LEAST_DECODE_WARPS = 8
 _DECODE_PASSES = (4, 8, 16)
+_PLAIN_ROW, _NORM_ROW, _GATED_ROW = 0, 1, 2
+_NORM_PART_BYTES = 64
 # Up to here a pass more costs less than what prefill leaves idle; beyond, where it has blocks
 # for every multiprocessor.
 _MOST_DECODE_ROWS = 32
@@ -61,20 +64,13 @@ _PREFILL_THREADS = 256
 _PREFILL_TILES = 4
 _PREFILL_ROWS = (64, 32)
 _PREFILL_ROW_BYTES = 256 + 32
-# csrc/cuda/linear_dense.cu.
-_DENSE_THREADS = 256
-_DENSE_PARTS = 32
-_DENSE_PASSES = (1, 4, 8)
-_DENSE_MOST_DECODE_ROWS = 32
-_DENSE_TILE_COLUMNS = 16
-_DENSE_PREFILL_TILES = 4
-_DENSE_PREFILL_ROWS = 64
-_DENSE_PREFILL_BYTES = 16 * (64 + 64 + 4) * 4
 
 _I32, _I64, _P = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 
+_ONE_ROW = RowsStruct(None, None, 1)
 
-class LinearOps(PackOps):
+
+class LinearOps(PackOps, DenseOps):
     """Matrix products with resident layers, and packing of layers at load.
 
     Args:
@@ -85,7 +81,7 @@ class LinearOps(PackOps):
                        scratch: torch.Tensor, add: bool = False) -> Launch:
         """Prepare out = x @ W + bias, or out += ... where `add`; `interface.Ops.linear`."""
         if isinstance(w, DenseLinear):
-            return self._prepare_dense(x, w, out, add)
+            return self.prepare_dense_linear(x, w, out, add)
         return self.prepare_linears(x, [w], [out], scratch, add)
 
     def prepare_linears(self, x: torch.Tensor, layers: Sequence[StreamLinear],
@@ -104,6 +100,36 @@ class LinearOps(PackOps):
             launches += self._pass(x[rows], layers, [out[rows] for out in outs], scratch, add)
         return _in_order(launches)
 
+    def prepare_normed_linears(self, x: torch.Tensor, weight: torch.Tensor, eps: float,
+                               normed: torch.Tensor, layers: Sequence[StreamLinear],
+                               outs: Sequence[torch.Tensor], add: bool = False) -> Launch | None:
+        """Prepare `rms_norm` of a single row and products with it, in one launch.
+
+        Args:
+            x, normed: float32 [1, in_features], not the same. weight: float32 [in_features].
+
+        Returns:
+            None where it cannot be one launch; then the operations are to be run by themselves.
+        """
+        narrow = x.shape[1] <= NORM_HEAD_SIZE  # these have a norm of another order of sums
+        if narrow or normed.data_ptr() == x.data_ptr() or not self._takes_row(x, layers):
+            return None
+        row = RowSourceStruct(address(x), address(weight), address(normed), eps, _NORM_ROW)
+        return self._decode(_checked_structs(x, layers, outs), outs, _ONE_ROW, add, row)
+
+    def prepare_gated_linear(self, gate: torch.Tensor, up: torch.Tensor, activation: str,
+                             w: StreamLinear, out: torch.Tensor,
+                             add: bool = False) -> Launch | None:
+        """Prepare a product with activation(gate) * up of a single row, in one launch.
+
+        `gate` stays as it is. Arguments as `Ops.gate`'s and `Ops.linear`'s; returns as above.
+        """
+        if gate.shape != up.shape or not self._takes_row(gate, [w]):
+            return None
+        kind = _GATED_ROW + ACTIVATIONS[activation]
+        row = RowSourceStruct(address(gate), address(up), None, 0.0, kind)
+        return self._decode(_checked_structs(gate, [w], [out]), [out], _ONE_ROW, add, row)
+
     def prepare_linear_pairs(self, x: torch.Tensor, layers: ExpertLayers,
                              experts: torch.Tensor, out: torch.Tensor,
                              scratch: torch.Tensor) -> Launch:
@@ -118,7 +144,7 @@ class LinearOps(PackOps):
         assert x.is_contiguous() and x.shape == (pairs // max(1, share), features)
         assert out.is_contiguous() and out.shape == (pairs, layers.out_features)
         if pairs == 0:
-            return _in_order([])
+            return nothing
         codes, notes = _carve(scratch, pairs, features)
         quantize = self.launcher.prepare(
             "quantize_pairs_kernel", _quantize_grid(features, pairs), _QUANTIZE_THREADS, 0,
@@ -138,14 +164,11 @@ class LinearOps(PackOps):
               outs: Sequence[torch.Tensor], scratch: torch.Tensor, add: bool) -> list[Launch]:
         """Prepare the launches of up to PASS_ROWS rows."""
         rows, features = x.shape
-        structs = [layer_struct(w) for w in layers]
-        assert x.is_contiguous() and 0 < len(layers) == len(outs) <= MAX_LAYERS
-        for w, out in zip(layers, outs, strict=True):
-            assert w.in_features == features and w.perm is layers[0].perm
-            assert out.shape[0] == rows and out.shape[1] >= w.out_features and out.stride(1) == 1
+        structs = _checked_structs(x, layers, outs)
+        if self._takes_row(x, layers):
+            row = RowSourceStruct(address(x), None, None, 0.0, _PLAIN_ROW)
+            return [self._decode(structs, outs, _ONE_ROW, add, row)]
         codes, notes = _carve(scratch, rows, features)
-        if rows == 1 and self._fits_beside_rings(structs):
-            return [self._decode(structs, outs, RowsStruct(None, None, 1), add, raw=x)]
         quantize = self.launcher.prepare(
             "quantize_rows_kernel", _quantize_grid(features, rows), _QUANTIZE_THREADS, 0,
             _P(x.data_ptr()), _P(address(layers[0].perm)), _I32(features), codes, notes,
@@ -162,19 +185,20 @@ class LinearOps(PackOps):
         deep = self.launcher.shared_limit_bytes >= _DEEP_SHARED_BYTES
         return _DEEP_RING_BYTES if deep else _RING_BYTES
 
-    def _fits_beside_rings(self, layers: Sequence[LayerStruct]) -> bool:
-        """Whether a block has shared memory for a row of activations as well."""
-        needed = _decode_warps(layers) * self._ring_bytes() + _row_bytes(layers[0].in_features)
-        return needed <= self.launcher.shared_limit_bytes
+    def _takes_row(self, x: torch.Tensor, layers: Sequence[StreamLinear]) -> bool:
+        """Whether this is a single row, and a block has shared memory for it beside its rings."""
+        warps = _decode_warps(list(map(layer_struct, layers)))
+        needed = warps * self._ring_bytes() + _row_bytes(x.shape[1])
+        return x.shape[0] == 1 and needed <= self.launcher.shared_limit_bytes
 
     def _decode(self, layers: Sequence[LayerStruct], outs: Sequence[torch.Tensor],
-                x: RowsStruct, add: bool, raw: torch.Tensor | None = None) -> Launch:
-        """Prepare the launch that decodes; `raw` is a single row that it quantises itself."""
+                x: RowsStruct, add: bool, row: RowSourceStruct | None = None) -> Launch:
+        """Prepare the launch that decodes; `row` is a single one that it makes itself."""
         pass_rows = next((n for n in _DECODE_PASSES if n >= x.rows), _DECODE_PASSES[-1])
         passes = -(-x.rows // pass_rows)
         warps, ring_bytes = _decode_warps(layers), self._ring_bytes()
         shared_bytes = warps * ring_bytes
-        if raw is not None:
+        if row is not None:
             pass_rows, shared_bytes = 1, shared_bytes + _row_bytes(layers[0].in_features)
         first_block = [0]
         for layer in layers:
@@ -185,7 +209,7 @@ class LinearOps(PackOps):
             (_P * MAX_LAYERS)(*(out.data_ptr() for out in outs)),
             (_I64 * MAX_LAYERS)(*(out.stride(0) for out in outs)),
             (_I32 * (MAX_LAYERS + 1))(*first_block),
-            passes, add, x, address(raw),
+            passes, add, x, row or RowSourceStruct(),
         )  # fmt: skip
         depth = "_deep" if ring_bytes == _DEEP_RING_BYTES else ""
         return self.launcher.prepare(
@@ -207,30 +231,6 @@ class LinearOps(PackOps):
         return self.launcher.prepare(
             f"linear_prefill_{block_rows}_kernel", (blocks, columns, 1), _PREFILL_THREADS,
             shared_bytes, layer, x, _P(out.data_ptr()), _I64(out.stride(0)), _I32(add),
-        )
-
-    def _prepare_dense(self, x: torch.Tensor, w: DenseLinear, out: torch.Tensor,
-                       add: bool) -> Launch:
-        rows, features = x.shape
-        tiles = -(-w.out_features // _DENSE_TILE_COLUMNS)
-        assert x.is_contiguous() and features == w.in_features and out.stride(1) == 1
-        assert out.shape[0] == rows and out.shape[1] >= w.out_features
-        assert w.weight.shape == (tiles, features, _DENSE_TILE_COLUMNS)
-        if rows == 0:
-            return _in_order([])
-        dtype = str(w.weight.dtype).removeprefix("torch.")
-        if rows <= _DENSE_MOST_DECODE_ROWS:
-            pass_rows = next((n for n in _DENSE_PASSES if n >= rows), _DENSE_PASSES[-1])
-            name, grid = f"dense_decode_{pass_rows}", (tiles, -(-rows // pass_rows), 1)
-            shared_bytes = _DENSE_PARTS * pass_rows * _DENSE_TILE_COLUMNS * 4
-        else:
-            name, shared_bytes = "dense_prefill", _DENSE_PREFILL_BYTES
-            grid = (-(-rows // _DENSE_PREFILL_ROWS), -(-tiles // _DENSE_PREFILL_TILES), 1)
-        return self.launcher.prepare(
-            f"{name}_{dtype}_kernel", grid, _DENSE_THREADS, shared_bytes,
-            _P(x.data_ptr()), _I32(rows), _I32(features), _I32(w.out_features),
-            _P(address(w.weight)), _P(address(w.bias)), _P(out.data_ptr()),
-            _I64(out.stride(0)), _I32(add),
         )
 
 
@@ -257,14 +257,26 @@ class ExpertLayers:
         self.address = _P(address(table))
 
 
+def _checked_structs(x: torch.Tensor, layers: Sequence[StreamLinear],
+                     outs: Sequence[torch.Tensor]) -> list[LayerStruct]:
+    """Describe layers that are to multiply one input."""
+    rows, features = x.shape
+    assert x.is_contiguous() and 0 < len(layers) == len(outs) <= MAX_LAYERS
+    for w, out in zip(layers, outs, strict=True):
+        assert w.in_features == features and w.perm is layers[0].perm
+        assert out.shape[0] == rows and out.shape[1] >= w.out_features and out.stride(1) == 1
+    return [layer_struct(w) for w in layers]
+
+
 def _decode_warps(layers: Sequence[LayerStruct]) -> int:
     """Warps of a block that decodes: one a split, and several tiles where there are few."""
     return max(_LEAST_DECODE_WARPS, *(layer.splits for layer in layers))
 
 
 def _row_bytes(in_features: int) -> int:
-    """Shared memory of one quantised row: its notes and its integers."""
-    return windows_for(in_features) * NOTE_BYTES + blocks_for(in_features) * BLOCK_CODE_BYTES
+    """Shared memory of one quantised row: parts of its norm, its notes and its integers."""
+    notes = windows_for(in_features) * NOTE_BYTES
+    return _NORM_PART_BYTES + notes + blocks_for(in_features) * BLOCK_CODE_BYTES
 
 
 def _quantize_grid(in_features: int, rows: int) -> tuple[int, int, int]:

@@ -31,7 +31,7 @@ _ROW_THREADS = 256
 _ROUTE_THREADS = 32
 _WARP = 32
 # Rows up to this are normalised by a warp each, wider ones by a block.
-_HEAD_SIZE = 512
+NORM_HEAD_SIZE = 512
 
 _I32, _I64, _F32 = ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 
@@ -84,7 +84,7 @@ class RowOps:
         if rows == 0:
             return nothing
         start = pointer(x), pointer(weight), _F32(eps)
-        if size <= _HEAD_SIZE:
+        if size <= NORM_HEAD_SIZE:
             grid = (_blocks(rows, _HEAD_THREADS // _WARP), 1, 1)
             return self.launcher.prepare("rms_norm_heads_kernel", grid, _HEAD_THREADS, 0,
                                          *start, _I64(rows), _I32(size), pointer(out))
@@ -125,7 +125,7 @@ class RowOps:
         k_heads, half = 0 if k is None else k.shape[1], table.shape[2]
         assert table.shape[0] == rows and 2 * half <= head_dim
         assert k is None or k.shape[::2] == (rows, head_dim)
-        assert head_dim <= _HEAD_SIZE or (q_weight is None and k_weight is None)
+        assert head_dim <= NORM_HEAD_SIZE or (q_weight is None and k_weight is None)
         if rows == 0:
             return nothing
         warps = rows * (q_heads + k_heads)
