@@ -14,11 +14,15 @@ from exl_loader.errors import ExlLoaderError
 from exl_loader.progress import format_count
 
 from . import host, loading, panel, problems, tables
+from .event_chain import EventChain, event_chains
 from .gauge import PICK_ELEM_ID, gauge_html, message_html, task_html
 from .host import DRAFT_OPTIONS, GAUGE, LOADERS, OPTION_DEFAULTS, PICK, HostDiffers, Patches
 
 # The field that the gauge's buttons write to is for the page alone.
 _HIDE_PICK = f"<style>#{PICK_ELEM_ID} {{ display: none !important; }}</style>"
+
+# Whose clicks the gauge follows to their end.
+_LOADING_BUTTONS = ("load_model", "unload_model")
 
 # How often the page hears of a load that goes on.
 _TICK_S = 0.2
@@ -40,9 +44,10 @@ def extend_menu(patches: Patches, menu: ModuleType) -> None:
         _safely(_insert_components)
 
     def create_events_with_panel() -> None:
-        create_events()
+        with event_chains(host.module("modules.shared").gradio, _LOADING_BUTTONS) as chains:
+            create_events()
         if not host.module("modules.shared").args.multi_user:
-            _safely(_connect)
+            _safely(lambda: _connect(chains))
 
     patches.replace(create_ui, create_ui_with_panel)
     patches.replace(create_events, create_events_with_panel)
@@ -93,7 +98,7 @@ def _insert_components() -> None:
     components.update(made)
 
 
-def _connect() -> None:
+def _connect(loading_chains: list[EventChain]) -> None:
     """Keep toggles and cache type in step, and the gauge up to date."""
     import gradio as gr
 
@@ -118,11 +123,15 @@ def _connect() -> None:
             follow_toggle, [components[name], cache_type], [*toggles, cache_type], **quiet)
     # One event for all: answers of several could overtake each other, and the last drawing
     # would not be that of the last change.
-    triggers = [component.change for component in (*inputs, components["model_status"])]
+    triggers = [component.change for component in inputs]
     # What the page does not hear of, such as a load over the API, is there when one looks.
     triggers.append(_tab_of(cache_type).select)
     gr.on(triggers, draw, inputs, [gauge], trigger_mode="always_last", **quiet)
     components["interface"].load(draw, inputs, [gauge], **quiet)
+    # What the web UI says about a load changes as well, but Gradio tells so of a text whenever
+    # anything in the page does, the gauge included, and that would never end.
+    for chain in loading_chains:
+        chain.then(draw, inputs, [gauge], **quiet)
     pick = components[PICK]
     pick.input(_follow_pick, [pick, components["ctx_size"], cache_type],
                [components["ctx_size"], cache_type], **quiet)

@@ -46,6 +46,8 @@ class HostPage:
         self.page.set_default_timeout(WAIT_MS)
         self.gauge = self.page.locator("#exl-gauge")
         self.cache_type = self.page.get_by_label("cache-type")
+        self._messages = self.page.locator(".chat .message-body")
+        self._messages_before = 0
         self.loader = self.page.get_by_label("Model loader")
         self.open()
 
@@ -72,6 +74,8 @@ class HostPage:
 
     def choose_model(self, name: str = "demo") -> None:
         self.choose("Model", name)
+        # The web UI writes it when all its events of a choice are through.
+        self.expect(self.page.locator("#model-tab h3").get_by_text(name)).to_be_visible()
         self.expect(self.loader).to_have_value("ExLlamav2")
         self.expect(self.gauge).to_contain_text(name)
 
@@ -86,6 +90,7 @@ class HostPage:
     # The chat
 
     def say(self, text: str) -> None:
+        self._messages_before = self._messages.count()
         box = self.page.locator("#chat-input textarea").first
         box.fill(text)
         box.press("Enter")
@@ -95,9 +100,11 @@ class HostPage:
         self.page.locator(f"#{elem_id}").first.evaluate("button => button.click()")
 
     def answer(self) -> str:
-        """The last message, as its letters: how they are set is the web UI's."""
-        found = self.page.locator(".chat .message-body").last.text_content() or ""
-        return "".join(found.split())
+        """What answers the last message, as its letters: how they are set is the web UI's."""
+        place = self._messages_before + 1
+        if self._messages.count() <= place:
+            return ""
+        return "".join((self._messages.nth(place).text_content() or "").split())
 
     def wait_until_longer(self, than: str) -> str:
         for _ in range(300):

@@ -6,7 +6,6 @@ Needs TEXTGEN_WEBUI_DIR, see host_server.
 from __future__ import annotations
 
 import shutil
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -236,13 +235,10 @@ def test_idle_models_are_unloaded_and_loaded_again_as_they_were(
     with Server(webui, host_models, "--idle-timeout", "1") as server:
         server.load(ctx_size=512, cache_4bit=True, loader="ExLlamav2_HF")
         first = server.reserved_bytes()
-        assert server.text() == greedy_text
+        assert server.text() == greedy_text, server.said()[-3000:]
         # The web UI looks once a minute.
         server.wait_for("Unloading the model for inactivity", 200)
-        threads = [threading.Thread(target=server.text) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert server.text() == greedy_text
+        with ThreadPoolExecutor(3) as pool:
+            texts = list(pool.map(lambda _: server.text(), range(3)))
+        assert texts == [greedy_text] * 3, server.said()[-3000:]
         assert server.reserved_bytes() == first * 2, "loaded once more, and not three times"

@@ -74,6 +74,10 @@ def test_choose_toggle_gauge_load_and_refuse(page, server):
     page.button("Load").click()
     page.expect(page.page.locator(".exl-verdict")).to_have_count(2)
     assert server.info()["model_name"] in ("demo", "None")
+    # The web UI keeps what a page showed for those that are opened later.
+    page.cache_type.fill("fp16")
+    page.cache_type.press("Enter")
+    page.expect(page.gauge).to_contain_text("Fits")
 
 
 def test_chat_streams_stops_continues_and_regenerates(page, server):
@@ -117,6 +121,8 @@ def test_saved_settings_outlive_a_restart_of_the_page(page, server):
         if server.said().count("Running on local URL") > began:
             break
         page.page.wait_for_timeout(200)
+    # The page loads itself again meanwhile, perhaps too early.
+    page.page.wait_for_timeout(4000)
     page.open()
     page.expect(page.loader).to_have_value("ExLlamav2")
     page.expect(page.page.get_by_label("cache_8bit")).to_be_checked()
@@ -163,7 +169,7 @@ def test_errors_of_a_generation_are_a_line_and_their_details_folded(page, server
 
 def test_a_model_that_vanishes_after_it_was_chosen(page, server):
     shutil.copytree(DEMO, server.models / "gone")
-    page.open()
+    page.page.locator("#model-tab .refresh-button").first.click()
     page.choose_model("gone")
     shutil.rmtree(server.models / "gone")
     page.button("Load").click()
