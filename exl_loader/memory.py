@@ -171,8 +171,9 @@ class Buffers:
         _live[owner] = (segment.device, segment.nbytes)
         for first in range(0, segment.nbytes, TOUCH_BYTES):
             piece = buffer[first : first + TOUCH_BYTES]
-            free_bytes = kind.capacity(segment.device).free_bytes
-            if kind.taken_by_touch and free_bytes < piece.nbytes:
+            left = kind.capacity(segment.device)
+            left_bytes = left.free_bytes if left.touchable_bytes is None else left.touchable_bytes
+            if kind.taken_by_touch and left_bytes < piece.nbytes:
                 raise MemoryError("another process took it meanwhile")
             kind.touch(piece)
             advance(piece.nbytes)

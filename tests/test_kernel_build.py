@@ -414,6 +414,24 @@ def test_full_disk_is_an_error_with_a_remedy(cache, sources, monkeypatch):
     assert find_partials(cache) == []
 
 
+@needs_compiler
+def test_a_disk_that_fills_while_the_compiler_writes(cache, sources, tmp_path, monkeypatch):
+    script, real = tmp_path / "g++", toolchain.find_compiler().command[0]
+    # As binutils say it.
+    words = "/tmp/cc.s: Fatal error: can't write 8 bytes to two.o: 'No space left on device'"
+    script.write_text(
+        "#!/bin/sh\n"
+        f'case "$*" in *two.cpp*) echo "{words}"; exit 1 ;; esac\n'
+        f'exec "{real}" "$@"\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    with pytest.raises(KernelBuildError, match="No space left.*Free some space") as caught:
+        build(cpu_spec(sources))
+    assert words in caught.value.details and "EXL_LOADER_REFERENCE" not in str(caught.value)
+    assert find_partials(cache) == []
+
+
 def test_no_compiler_means_reference_and_one_warning(cache, monkeypatch, caplog):
     monkeypatch.setattr("exl_loader.kernels.spec.find_compiler", lambda environ: None)
     monkeypatch.setattr(kernels, "_warned", False)

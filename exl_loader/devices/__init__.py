@@ -20,11 +20,14 @@ class Capacity:
         capacity_bytes: what the device has, or what it may be used up to.
         free_bytes: what can be taken now without pushing anything else out.
         own_bytes: what this process holds already.
+        touchable_bytes: of what `Device.empty` has promised, so much can be touched now; as much
+            as is free where None. More where addresses are what is short: a promise has them.
     """
 
     capacity_bytes: int
     free_bytes: int
     own_bytes: int = 0
+    touchable_bytes: int | None = None
 
     @property
     def other_bytes(self) -> int:

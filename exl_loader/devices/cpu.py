@@ -38,13 +38,15 @@ class CpuDevice:
         """Return the narrowest of the machine, its cgroups and the process's address space."""
         own = self._own_bytes()
         bounds = [self._machine(), *self._cgroup_bounds()]
-        address_space = self._address_space()
+        address_space, touchable_bytes = self._address_space(), None
         if address_space is not None:
+            touchable_bytes = max(0, min(free for _, free in bounds))
             bounds.append(address_space)
         return Capacity(
             capacity_bytes=min(total for total, _ in bounds),
             free_bytes=max(0, min(free for _, free in bounds)),
             own_bytes=own,
+            touchable_bytes=touchable_bytes,
         )
 
     def open(self, name: str) -> None:

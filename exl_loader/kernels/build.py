@@ -27,6 +27,8 @@ TASK = "compiling kernels"
 
 # NINJA_STATUS below is "[finished/total] "; ninja writes it when a unit is done.
 _STATUS = re.compile(r"^\[(\d+)/(\d+)\] ")
+# In the C locale, which _run_ninja sets.
+_DISK_FULL = "No space left on device"
 _ERROR_LINE = re.compile(r"\berror\b[: ]", re.IGNORECASE)
 
 
@@ -207,6 +209,11 @@ def _compile_error(spec: BuildSpec, words: str) -> KernelBuildError:
     way_out = f"{other} compiles with the other compiler" if spec.makes_cubins else (
         "EXL_LOADER_REFERENCE=1 runs without compiled kernels, slowly"
     )
+    if _DISK_FULL in words:
+        way_out = (
+            "Free some space there and among temporary files, or set EXL_LOADER_CACHE_DIR and "
+            "TMPDIR to folders on another disk"
+        )
     lines = [line.strip() for line in words.splitlines() if line.strip()]
     first = next((line for line in lines if _ERROR_LINE.search(line)), None)
     return KernelBuildError(
