@@ -18,7 +18,8 @@ from exl_loader.kernels.cuda.scratch import COUNTER_BYTES, attention_scratch_byt
 from exl_loader.kernels.interface import AttentionShape, Batch
 from exl_loader.kernels.reference import ReferenceOps
 
-SOURCES = ("cache_write", "attention_decode", "attention_prefill", "attention_generic")
+SOURCES = ("cache_write", "attention_decode", "attention_decode_padded", "attention_prefill",
+           "attention_generic")
 REFERENCE = ReferenceOps()
 
 

@@ -183,8 +183,9 @@ template <int kHeadDim, int kBits, typename Tile>
 __device__ __forceinline__ void score_tokens(const Tile& tile, int first_token,
                                              const uint4* queries, float (&d)[4]) {
     const int token = first_token + lane_id() / 4;
-    // Few groups at a time: more would want more registers than two blocks leave each other.
-#pragma unroll (kHeadDim > 64 ? 2 : 1)
+    // One group at a time: more would want more registers than two blocks leave each other, and
+    // other warps fill the gaps.
+#pragma unroll 1
     for (int group = 0; group < kHeadDim / kGroup; ++group) {
         if (!tile.has(2 * group)) break;
         const uint4 query = queries[group * 32 + lane_id()];
@@ -196,27 +197,43 @@ __device__ __forceinline__ void score_tokens(const Tile& tile, int first_token,
     }
 }
 
+// What unpacks one unit of four tokens: two scales a word, and the tokens' codebooks.
+template <int kBits>
+struct UnitScales {
+    uint32_t first, second;
+    Codebook<> codebooks[4];
+    template <typename Tile>
+    __device__ __forceinline__ UnitScales(const Tile& tile, const int (&tokens)[4], int unit)
+        : UnitScales(tile.template scales<kBits>(tokens[0])[unit / 2],
+                     tile.template scales<kBits>(tokens[1])[unit / 2],
+                     tile.template scales<kBits>(tokens[2])[unit / 2],
+                     tile.template scales<kBits>(tokens[3])[unit / 2]) {}
+    __device__ __forceinline__ UnitScales(uint32_t a, uint32_t b, uint32_t c, uint32_t d)
+        : first(a | b << 16), second(c | d << 16),
+          codebooks{Codebook<>(a), Codebook<>(b), Codebook<>(c), Codebook<>(d)} {}
+};
+
 // o[i] += weights x values of half a unit of 16 tokens, i counting pairs of elements.
 template <int kBits, typename Tile>
 __device__ __forceinline__ void weigh_half_unit(const Tile& tile, const int (&tokens)[4],
-                                                int unit, int half,
-                                                const uint32_t (&weights)[2], float (*o)[4]) {
-    uint32_t scales[4], levels[4][2];
+                                                const UnitScales<kBits>& scales, int unit,
+                                                int half, const uint32_t (&weights)[2],
+                                                float (*o)[4]) {
+    uint32_t levels[4][2];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        scales[i] = tile.template scales<kBits>(tokens[i])[unit / 2];
         unpack_half_unit<kBits>(tile.template row<kBits>(tokens[i]), tile.head_dim(), unit, half,
-                                Codebook<>(scales[i]), levels[i]);
+                                scales.codebooks[i], levels[i]);
     }
-    const uint32_t first = scales[0] | scales[1] << 16, second = scales[2] | scales[3] << 16;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         // Elements 2i and 2i + 1: the bytes of two tokens side by side.
         const uint32_t selector = i % 2 ? 0x7362 : 0x5140;
         const uint32_t x = byte_perm(levels[0][i / 2], levels[1][i / 2], selector);
         const uint32_t y = byte_perm(levels[2][i / 2], levels[3][i / 2], selector);
-        const uint32_t a[4] = {h2_mul(low_levels(x), first), h2_mul(high_levels(x), first),
-                               h2_mul(low_levels(y), second), h2_mul(high_levels(y), second)};
+        const uint32_t a[4] = {
+            h2_mul(low_levels(x), scales.first), h2_mul(high_levels(x), scales.first),
+            h2_mul(low_levels(y), scales.second), h2_mul(high_levels(y), scales.second)};
         mma_f16_16x8x16(o[i], a, weights);
     }
 }
@@ -262,14 +279,25 @@ __device__ __forceinline__ void weigh_tokens(const Tile& tile, int first_token,
     const unsigned g = lane_id() / 4;
     const int token = first_token + lane_id() % 4 * 2;
     const int tokens[4] = {token, token + 1, token + 8, token + 9};
+    // Halves of a unit: two, but where a lane has no more than one.
+    constexpr int kInUnit = kHalves > 1 ? 2 : 1;
 #pragma unroll
-    for (int h = 0; h < kHalves; ++h) {
-        const int unit = static_cast<int>((g * kHalves + h) / 2), half = (g * kHalves + h) % 2;
+    for (int h = 0; h < kHalves; h += kInUnit) {
+        const int unit = static_cast<int>((g * kHalves + h) / 2);
         const int known = tile.has(unit) ? unit : 0;
+        const int first_half = kHalves > 1 ? 0 : static_cast<int>(g % 2);
         if constexpr (kBits == 16) {
-            weigh_half_block(tile, tokens, known, half, weights, o + 4 * h);
+#pragma unroll
+            for (int i = 0; i < kInUnit; ++i) {
+                weigh_half_block(tile, tokens, known, first_half + i, weights, o + 4 * (h + i));
+            }
         } else {
-            weigh_half_unit<kBits>(tile, tokens, known, half, weights, o + 4 * h);
+            const UnitScales<kBits> scales(tile, tokens, known);
+#pragma unroll
+            for (int i = 0; i < kInUnit; ++i) {
+                weigh_half_unit<kBits>(tile, tokens, scales, known, first_half + i, weights,
+                                       o + 4 * (h + i));
+            }
         }
     }
 }

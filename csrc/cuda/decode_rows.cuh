@@ -46,41 +46,6 @@ struct Splits {
     }
 };
 
-// Rows of a group whose splits have the same number of pages: those at positions low_row to
-// high_row.
-struct Pass {
-    int pages, first, end;   // splits
-    int low_row, low, high;  // the first row's position; tokens that are seen
-    __device__ __forceinline__ Pass(const AttentionCall& call, const DecodeLaunch& launch,
-                                    int low_row, int high_row)
-        : low_row(low_row) {
-        const int window = static_cast<int>(call.shape.window);
-        const Splits lowest(low_row, window, launch.most_splits);
-        pages = lowest.pages;
-        first = lowest.first;
-        end = lowest.first + lowest.count;
-        if (high_row != low_row) {
-            const Splits highest(high_row, window, launch.most_splits);
-            end = highest.first + highest.count;
-        }
-        low = first_seen(low_row, window);
-        high = high_row + 1;
-    }
-};
-
-// The first position behind `low_row` whose splits have other pages, or high_row + 1.
-__device__ __forceinline__ int pages_change(const AttentionCall& call,
-                                            const DecodeLaunch& launch, int low_row,
-                                            int high_row) {
-    const int window = static_cast<int>(call.shape.window);
-    const int pages = Splits(low_row, window, launch.most_splits).pages;
-    int position = low_row + 1;
-    while (position <= high_row && Splits(position, window, launch.most_splits).pages == pages) {
-        ++position;
-    }
-    return position;
-}
-
 // The rows of a block: `first_row`.. of the sequence's rows x the heads that share a kv head.
 struct RowGroup {
     int sequence, kv_head, sharing;
@@ -106,6 +71,58 @@ struct RowGroup {
         return kv_head * sharing + first_row + row - token(row) * sharing;
     }
 };
+
+// A group's rows, cut where the pages of their splits change: mostly it is one pass.
+struct Passes {
+    int low_row, change, high_row;  // positions; `change` begins the second pass
+    int count, arrivals;            // blocks that have a split of a pass; 0 without rows
+    __device__ __forceinline__ Passes(const AttentionCall& call, const DecodeLaunch& launch,
+                                      const RowGroup& group);
+};
+
+// Rows of a group whose splits have the same number of pages.
+struct Pass {
+    int pages, first, end;   // splits
+    int low_row, low, high;  // the first row's position; tokens that are seen
+    __device__ __forceinline__ Pass(const AttentionCall& call, const DecodeLaunch& launch,
+                                    const Passes& passes, int index)
+        : low_row(index == 0 ? passes.low_row : passes.change) {
+        const int high_row = index == 0 ? passes.change - 1 : passes.high_row;
+        const int window = static_cast<int>(call.shape.window);
+        const Splits lowest(low_row, window, launch.most_splits);
+        pages = lowest.pages;
+        first = lowest.first;
+        end = lowest.first + lowest.count;
+        if (high_row != low_row) {
+            const Splits highest(high_row, window, launch.most_splits);
+            end = highest.first + highest.count;
+        }
+        low = first_seen(low_row, window);
+        high = high_row + 1;
+    }
+};
+
+__device__ __forceinline__ Passes::Passes(const AttentionCall& call, const DecodeLaunch& launch,
+                                          const RowGroup& group)
+    : count(0), arrivals(0) {
+    if (group.count <= 0) return;
+    const int window = static_cast<int>(call.shape.window);
+    low_row = group.position(0);
+    high_row = group.position(group.count - 1);
+    change = high_row + 1;
+    if (high_row != low_row) {
+        const int pages = Splits(low_row, window, launch.most_splits).pages;
+        change = low_row + 1;
+        while (change <= high_row && Splits(change, window, launch.most_splits).pages == pages) {
+            ++change;
+        }
+    }
+    count = change <= high_row ? 2 : 1;
+    for (int i = 0; i < count; ++i) {
+        const Pass pass(call, launch, *this, i);
+        arrivals = max(arrivals, pass.end - pass.first);
+    }
+}
 
 // A block's shared memory.
 template <int kHeadDim>
@@ -208,7 +225,10 @@ __device__ void combine_row(const AttentionCall& call, const DecodeLaunch& launc
 // The last block of a group of rows to come here adds their splits.
 template <int kHeadDim>
 __device__ __forceinline__ void combine(const AttentionCall& call, const DecodeLaunch& launch,
-                        const RowGroup& group, int arrivals, const Memory<kHeadDim>& memory) {
+                                        const Memory<kHeadDim>& memory) {
+    const RowGroup group(call, launch);
+    const int arrivals = Passes(call, launch, group).arrivals;
+    if (arrivals < 2) return;
     int32_t* counter = launch.counters + blockIdx.z * gridDim.y + blockIdx.y;
     thread_fence();
     block_sync();  // the whole block's partials are out

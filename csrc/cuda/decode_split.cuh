@@ -1,0 +1,210 @@
+// Decoding's main loop: a warp's tiles, a block's split, and the kernel around them.
+//
+// See attention_decode.cu.
+#pragma once
+
+#include "cuda/decode_gather.cuh"
+#include "cuda/decode_products.cuh"
+#include "cuda/decode_rows.cuh"
+
+namespace exl {
+
+constexpr int kThreads = 256;
+
+// A warp's way through its tiles: keys and values in turn, `units` copies ahead.
+template <int kHeadDim, int kTile, bool kWhole>
+struct Ring {
+    const AttentionCall& call;
+    const RowGroup& group;
+    TileBytes k_bytes, v_bytes;
+    uint8_t* memory;
+    int units, slot_bytes, first_tile, step, count;  // count: tiles of this warp
+
+    __device__ __forceinline__ Ring(const AttentionCall& call, const RowGroup& group, int units,
+                                    uint8_t* rings)
+        : call(call), group(group),
+          k_bytes(call.layer.k.bits, static_cast<int>(call.layer.head_dim)),
+          v_bytes(call.layer.v.bits, static_cast<int>(call.layer.head_dim)), units(units) {
+        slot_bytes = kTile * max(k_bytes.codes + 2 * k_bytes.groups,
+                                 v_bytes.codes + 2 * v_bytes.groups);
+        memory = rings + warp_id() * units * slot_bytes;
+    }
+    // Tiles of [first, end) tokens; which warp has which depends on their place alone.
+    __device__ __forceinline__ void begin(int first, int end) {
+        step = static_cast<int>(blockDim.x) / 32;
+        const int tiles_begin = first / kTile, tiles_end = (end + kTile - 1) / kTile;
+        const int offset = (warp_id() - tiles_begin % step + step) % step;
+        first_tile = tiles_begin + offset;
+        count = first_tile < tiles_end ? (tiles_end - first_tile + step - 1) / step : 0;
+        for (int unit = 0; unit < units; ++unit) issue(unit);
+    }
+    __device__ __forceinline__ int token(int tile) const {
+        return (first_tile + tile * step) * kTile;
+    }
+    __device__ __forceinline__ uint8_t* slot(int unit) const {
+        return memory + (unit & (units - 1)) * slot_bytes;
+    }
+    __device__ __forceinline__ void issue(int unit) {
+        if (unit < 2 * count) {
+            const int64_t place = place_of(call.batch, group.sequence, call.layer.num_kv_heads,
+                                           group.kv_head, token(unit / 2));
+            if (unit % 2) {
+                copy(call.layer.v, v_bytes, place, slot(unit));
+            } else {
+                copy(call.layer.k, k_bytes, place, slot(unit));
+            }
+        }
+        copy_async_commit();
+    }
+    static __device__ __forceinline__ void copy(const ExlCacheHalf& half, const TileBytes& bytes,
+                                                int64_t place, uint8_t* target) {
+        if constexpr (kWhole) {
+            switch (half.bits) {
+                case 4: return copy_whole_tile<kTile, kHeadDim, 4>(half, place, target);
+                case 6: return copy_whole_tile<kTile, kHeadDim, 6>(half, place, target);
+                case 8: return copy_whole_tile<kTile, kHeadDim, 8>(half, place, target);
+                default: return copy_whole_tile<kTile, kHeadDim, 16>(half, place, target);
+            }
+        } else {
+            copy_tile(half, bytes, place, kTile, target, lane_id(), 32);
+        }
+    }
+    __device__ __forceinline__ Tile<kHeadDim, kTile, kWhole> wait(int unit) const {
+        if (units == 4) {
+            copy_async_wait<3>();
+        } else if (units == 2) {
+            copy_async_wait<1>();
+        } else {
+            copy_async_wait<0>();
+        }
+        warp_sync();  // what other lanes copied is there
+        return {slot(unit), static_cast<int>(call.layer.head_dim)};
+    }
+    __device__ __forceinline__ void release(int unit) {
+        warp_sync();  // all lanes are done with it
+        issue(unit + units);
+    }
+};
+
+template <int kHeadDim, int kTile, int kBits, typename Tile>
+__device__ __forceinline__ void score_tile(const Tile& tile, const uint4* queries,
+                                           float (&scores)[kTile / 16][4]) {
+#pragma unroll
+    for (int i = 0; i < kTile / 16; ++i) {
+        scores[i][0] = scores[i][1] = scores[i][2] = scores[i][3] = 0.0f;
+        score_tokens<kHeadDim, kBits>(tile, i * 16, queries, scores[i]);
+    }
+}
+// Tokens from `end` on were never written.
+template <int kHeadDim, int kTile, int kBits, typename Tile>
+__device__ __forceinline__ void weigh_tile(const Tile& tile, int end,
+                                           const uint32_t (&weights)[kTile / 16][2],
+                                           float (&o)[kHeadDim / 16][4]) {
+    if (end < kTile) clear_tokens<kTile, kBits>(tile, end);
+    static_assert(kTile <= 32);
+    // Not unrolled: both halves at once would want more registers than there are.
+#pragma unroll 1
+    for (int first = 0; first < kTile; first += 16) {
+        const bool later = first != 0;
+        const uint32_t chosen[2] = {later ? weights[kTile / 16 - 1][0] : weights[0][0],
+                                    later ? weights[kTile / 16 - 1][1] : weights[0][1]};
+        weigh_tokens<kHeadDim, kBits>(tile, first, chosen, o);
+    }
+}
+
+// A warp's tiles of its ring. total: tokens of the sequence, all that was ever written.
+template <int kHeadDim, int kTile, bool kWhole>
+__device__ __forceinline__ void attend_tiles(const AttentionCall& call,
+                                             Ring<kHeadDim, kTile, kWhole>& ring, int total,
+                                             const Memory<kHeadDim>& memory,
+                                             Gathered<kHeadDim>& gathered) {
+    const Softening soften(call.shape);
+    const int window = static_cast<int>(call.shape.window);
+    for (int tile = 0; tile < ring.count; ++tile) {
+        float scores[kTile / 16][4];
+        uint32_t weights[kTile / 16][2];
+        const auto keys = ring.wait(2 * tile);
+        switch (call.layer.k.bits) {
+            case 4: score_tile<kHeadDim, kTile, 4>(keys, memory.queries, scores); break;
+            case 6: score_tile<kHeadDim, kTile, 6>(keys, memory.queries, scores); break;
+            case 8: score_tile<kHeadDim, kTile, 8>(keys, memory.queries, scores); break;
+            default: score_tile<kHeadDim, kTile, 16>(keys, memory.queries, scores);
+        }
+        ring.release(2 * tile);
+        weights_of<kHeadDim, kTile>(scores, ring.token(tile), soften, window, *memory.data,
+                                    gathered, weights);
+        const auto values = ring.wait(2 * tile + 1);
+        const int end = total - ring.token(tile);
+        switch (call.layer.v.bits) {
+            case 4: weigh_tile<kHeadDim, kTile, 4>(values, end, weights, gathered.o); break;
+            case 6: weigh_tile<kHeadDim, kTile, 6>(values, end, weights, gathered.o); break;
+            case 8: weigh_tile<kHeadDim, kTile, 8>(values, end, weights, gathered.o); break;
+            default: weigh_tile<kHeadDim, kTile, 16>(values, end, weights, gathered.o);
+        }
+        ring.release(2 * tile + 1);
+    }
+    copy_async_wait<0>();
+}
+
+// One split of the rows of one pass.
+template <int kHeadDim, int kTile, bool kWhole>
+__device__ __forceinline__ void attend_split(const AttentionCall& call,
+                                             const DecodeLaunch& launch, const RowGroup& group,
+                                             const Pass& pass, int split,
+                                             const Memory<kHeadDim>& memory) {
+    const int length = pass.pages * kPageLen;
+    Ring<kHeadDim, kTile, kWhole> ring(call, group, launch.units, memory.ring);
+    ring.begin(max(split * length, pass.low), min((split + 1) * length, pass.high));
+    stage_queries<kHeadDim>(call, launch, group, pass, memory);
+    Gathered<kHeadDim> gathered;
+    attend_tiles<kHeadDim, kTile, kWhole>(call, ring, pass.high, memory, gathered);
+    merge_warps<kHeadDim>(gathered, reinterpret_cast<float*>(memory.ring));
+    if (warp_id() == 0) spread_rows<kHeadDim>(call, gathered, memory);
+}
+
+// kWhole: heads have exactly kHeadDim elements. What is needed again behind a split is read
+// again: kept, it would cost the loop over tiles its registers.
+template <int kHeadDim, int kTile, bool kWhole>
+__device__ __forceinline__ void attention_decode(const AttentionCall& call,
+                                                 const DecodeLaunch& launch, char* shared) {
+    const Memory<kHeadDim> memory(shared);
+    const int arrivals = Passes(call, launch, RowGroup(call, launch)).arrivals;
+    if (static_cast<int>(blockIdx.x) >= arrivals) return;
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i) {
+        {
+            const RowGroup group(call, launch);
+            const Passes passes(call, launch, group);
+            if (i >= passes.count) break;
+            const Pass pass(call, launch, passes, i);
+            const int split = pass.first + blockIdx.x;
+            if (split >= pass.end) continue;
+            block_sync();  // the first pass's shared memory is no longer read
+            attend_split<kHeadDim, kTile, kWhole>(call, launch, group, pass, split, memory);
+        }
+        block_sync();  // rows are read by all
+        const RowGroup group(call, launch);
+        const Pass pass(call, launch, Passes(call, launch, group), i);
+        leave_rows<kHeadDim>(call, launch, group, pass.first + blockIdx.x, memory);
+    }
+    combine<kHeadDim>(call, launch, memory);
+}
+
+// Blocks of a multiprocessor, which bounds the registers of a thread. Compute capability 7.5 has
+// shared memory for one.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kBlocks = 1;
+#else
+constexpr int kBlocks = 2;
+#endif
+
+#define EXL_DECODE_KERNEL(name, head_dim, tile, whole, blocks)                                 \
+    extern "C" __global__ void __launch_bounds__(kThreads, blocks)                             \
+        attention_decode_##name##_kernel(const __grid_constant__ AttentionCall call,           \
+                                         const __grid_constant__ DecodeLaunch launch) {        \
+        EXL_SHARED(char, shared);                                                              \
+        attention_decode<head_dim, tile, whole>(call, launch, shared);                         \
+    }                                                                                          \
+    EXL_KERNEL(attention_decode_##name##_kernel)
+
+}  // namespace exl
