@@ -24,6 +24,7 @@ from kernel_cases import compiled_ops, dense_linear, packed_linear  # noqa: E402
 from read_bandwidth import BUFFER_BYTES as ROUND_BYTES  # noqa: E402
 from read_bandwidth import Bandwidth  # noqa: E402
 
+from exl_loader.devices.cpu import CpuDevice  # noqa: E402
 from exl_loader.kernels.native import default_threads  # noqa: E402
 from exl_loader.kernels.reference import ReferenceOps  # noqa: E402
 from exl_loader.kernels.scratch import linear_scratch_bytes  # noqa: E402
@@ -39,6 +40,7 @@ DECODE = [
 ]
 PREFILL = [(2048, 5632, 4, 128), (5632, 2048, 4, 128), (2048, 5632, 4, 32), (2048, 2048, 8, 128)]
 ROUNDS = 9
+ALIGNMENT = 64
 # Float32 sums and, for EXL2, the rounding of weights to float16 that kernels leave out.
 TOLERANCE = 1e-3
 
@@ -63,6 +65,7 @@ def decode(ops, clock, bandwidth: Bandwidth, make, rows: int = 1) -> dict:
     verify(ops, layer, rows)
     nbytes = _weight_bytes(layer)
     layers = [layer, *(make(seed) for seed in range(1, max(2, ROUND_BYTES // nbytes)))]
+    place_together(layers)
     x, out, _ = _buffers(layer, rows)
     scratch = _scratch(layer, rows)
 
@@ -82,6 +85,19 @@ def decode(ops, clock, bandwidth: Bandwidth, make, rows: int = 1) -> dict:
         "read_gb_per_s": peak / 1e9,
         "share": speed / peak,
     }
+
+
+def place_together(layers) -> None:
+    """Move layers into one buffer of the kind that a model's weights lie in."""
+    buffer, _ = CpuDevice().empty("cpu", sum(_weight_bytes(w) + 2 * ALIGNMENT for w in layers))
+    offset = 0
+    for w in layers:
+        for role in ("weight",) if hasattr(w, "weight") else ("codes", "scales"):
+            tensor = getattr(w, role)
+            place = buffer[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            setattr(w, role, place.copy_(tensor))
+            offset += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        w.native = None  # it holds the old addresses
 
 
 def prefill(ops, clock, layer, rows: int) -> dict:
