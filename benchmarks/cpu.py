@@ -34,7 +34,7 @@ from typing import Any
 
 import cpu_models
 from cpu_plot import write_picture
-from cpu_report import Results, print_tables
+from cpu_report import Results, tables, update_document
 from cpu_worker import random_ids
 from read_bandwidth import Bandwidth
 
@@ -173,16 +173,19 @@ class Bench:
     def take_turns(
         self, workers: list[Worker], task: str, rounds: int, note: dict, **arguments: Any
     ) -> None:
-        """Time a task in all workers, round by round, and keep the results."""
+        """Time a task in all workers, round by round, and keep the results.
+
+        What the machine reads is measured before each turn: on a shared one it changes.
+        """
         times: dict[Contestant, list[float]] = {w.contestant: [] for w in workers}
-        speeds = []
+        speeds: dict[Contestant, list[float]] = {w.contestant: [] for w in workers}
         for i in range(rounds):
-            speeds.append(self.bandwidth.measure())
             for worker in workers if i % 2 == 0 else workers[::-1]:
+                speeds[worker.contestant].append(self.bandwidth.measure())
                 times[worker.contestant].append(worker.do(task, **arguments))
         for worker in workers:
             self.keep(worker, task, note, seconds=times[worker.contestant],
-                      read_bytes_per_s=max(speeds))
+                      read_bytes_per_s=speeds[worker.contestant])
 
     def keep(self, worker: Worker, what: str, note: dict, **figures: Any) -> None:
         c = worker.contestant
@@ -191,6 +194,7 @@ class Bench:
             "version": worker.version, "threads": self.threads,
             "weight_bytes_per_token": self.bytes_per_token[c.weights],
             "cache_bytes_per_token": self.cache_bytes[c.cache],
+            "load_average": os.getloadavg()[0],
             "at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes"),
             **figures,
         })  # fmt: skip
@@ -251,7 +255,7 @@ def measure_curve(bench: Bench) -> None:
                              depth=depth, count=DECODE_TOKENS // 2)
 
 
-def tasks(args: argparse.Namespace) -> Iterator[tuple]:
+def plan_tasks(args: argparse.Namespace) -> Iterator[tuple]:
     if "load" in args.part:
         yield (measure_load,)
     if "speed" in args.part:
@@ -281,6 +285,8 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, default=DOCS / "benchmarks-cpu.json",
                         help="results are merged into this file")
     parser.add_argument("--picture", type=Path, default=DOCS / "images" / "benchmarks-cpu.svg")
+    parser.add_argument("--document", type=Path, default=DOCS / "benchmarks.md",
+                        help="tables are put between its marks")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     args = parser.parse_args(argv)
     if args.quick:
@@ -295,13 +301,15 @@ def main(argv: list[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as directory:
             bench = Bench(args, directory)
             results = bench.results
-            for function, *arguments in tasks(args):
+            for function, *arguments in plan_tasks(args):
                 function(bench, *arguments)
                 results.write()
                 words = [function.__name__.removeprefix("measure_"), *map(str, arguments)]
                 print("measured:", *words, file=sys.stderr, flush=True)
-    print_tables(results)
+    print(tables(results))
     write_picture(results, args.picture)
+    if args.document.exists():
+        update_document(results, args.document)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from typing import Any
 Record = dict[str, Any]
 
 OURS = "exl_loader"
+# Where a document keeps the tables.
+FIRST_MARK, LAST_MARK = "<!-- cpu -->", "<!-- end cpu -->"
 KEY = ("what", "engine", "weights", "cache", "depth", "beside")
 # What is to be reached: (what, cache) -> ratio to llama.cpp at depth 0 and at 2,048.
 TARGETS = {
@@ -70,6 +72,13 @@ def step_bytes(record: Record) -> float:
     return float(record["weight_bytes_per_token"] + depth * record["cache_bytes_per_token"])
 
 
+def read_share(record: Record) -> float:
+    """Median over rounds of bytes read a second, by what plain loads read right before."""
+    nbytes = step_bytes(record) * record["tokens"]
+    pairs = zip(record["seconds"], record["read_bytes_per_s"], strict=True)
+    return statistics.median(nbytes / seconds / read for seconds, read in pairs)
+
+
 def comparisons(results: Results, what: str) -> list[tuple[Record, Record]]:
     """Pair every measurement of ours with each of llama.cpp's that ran in turns with it."""
     pairs = []
@@ -85,24 +94,37 @@ def _cache_order(record: Record) -> int:
     return ("fp16", "q8", "q4").index(record["cache"])
 
 
-def print_tables(results: Results) -> None:
-    """Print everything that was measured as Markdown."""
-    _print_speed(results, "decode", "Generated tokens/s")
-    _print_speed(results, "prefill", "Prompt tokens/s")
-    _print_first_token(results)
-    _print_bandwidth(results)
-    _print_cache_types(results)
-    _print_load(results)
+def tables(results: Results) -> str:
+    """Everything that was measured, as Markdown."""
+    parts = [
+        _speed(results, "decode", "Generated tokens/s"),
+        _speed(results, "prefill", "Prompt tokens/s"),
+        _cache_types(results),
+        _curve(results),
+        _bandwidth(results),
+        _first_token(results),
+        _load(results),
+    ]
+    return "\n\n".join(part for part in parts if part)
 
 
-def _print_table(title: str, head: list[str], rows: list[list[str]]) -> None:
-    if rows:
-        print(f"\n{title}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
-        for row in rows:
-            print(f"| {' | '.join(row)} |")
+def update_document(results: Results, path: Path) -> None:
+    """Put the tables between the document's marks; a document without them stays as it is."""
+    text = path.read_text()
+    before, first, rest = text.partition(FIRST_MARK)
+    _, last, after = rest.partition(LAST_MARK)
+    if last:
+        path.write_text(f"{before}{first}\n{tables(results)}\n{last}{after}")
 
 
-def _print_speed(results: Results, what: str, title: str) -> None:
+def _table(title: str, head: list[str], rows: list[list[str]]) -> str:
+    if not rows:
+        return ""
+    lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+    return "\n".join([f"**{title}**", "", *lines])
+
+
+def _speed(results: Results, what: str, title: str) -> str:
     rows = []
     for own, other in comparisons(results, what):
         if own["beside"] == "curve":
@@ -112,39 +134,37 @@ def _print_speed(results: Results, what: str, title: str) -> None:
         rows.append([own["cache"], f"{own['depth']:,}", f"{tokens_per_s(own):.1f}",
                      f"{other['weights']} {tokens_per_s(other):.1f}",
                      f"{ratio:.2f} ({least:.2f} to {most:.2f})", f"≥ {target}" if target else ""])
-    _print_table(title, ["cache", "depth", "exl_loader", "llama.cpp", "ratio, pair by pair",
+    return _table(title, ["cache", "depth", "exl_loader", "llama.cpp", "ratio, pair by pair",
                          "to reach"], rows)
 
 
-def _print_first_token(results: Results) -> None:
+def _first_token(results: Results) -> str:
     rows = []
     for own, other in comparisons(results, "first_token"):
         ratio = speed_ratio(own, other)[0]
         ours, theirs = (statistics.median(r["seconds"]) for r in (own, other))
         rows.append([own["cache"], str(own["tokens"]), f"{ours:.2f} s",
                      f"{other['weights']} {theirs:.2f} s", f"{ratio:.2f}"])
-    _print_table("Time to the first token", ["cache", "prompt tokens", "exl_loader", "llama.cpp",
+    return _table("Time to the first token", ["cache", "prompt tokens", "exl_loader", "llama.cpp",
                                              "ratio"], rows)
 
 
-def _print_bandwidth(results: Results) -> None:
+def _bandwidth(results: Results) -> str:
     rows = []
     for record in results.select(what="decode"):
         if record["beside"] != record["cache"]:
             continue
-        speed = step_bytes(record) * tokens_per_s(record)
-        best = step_bytes(record) * record["tokens"] / min(record["seconds"])
-        read = record["read_bytes_per_s"]
+        read = statistics.median(record["read_bytes_per_s"])
         rows.append([record["engine"], record["weights"], record["cache"],
                      f"{record['depth']:,}", f"{step_bytes(record) / 1e6:.0f} MB",
-                     f"{speed / 1e9:.1f} GB/s", f"{read / 1e9:.1f} GB/s",
-                     f"{speed / read:.0%}", f"{best / read:.0%}"])
-    _print_table("Memory read in decoding", ["engine", "weights", "cache", "depth", "a token",
-                                             "achieved", "this machine reads", "share",
-                                             "best round"], rows)
+                     f"{step_bytes(record) * tokens_per_s(record) / 1e9:.1f} GB/s",
+                     f"{read / 1e9:.1f} GB/s", f"{read_share(record):.0%}"])
+    return _table("Memory read in decoding", ["engine", "weights", "cache", "depth", "a token",
+                                             "achieved", "this machine reads", "share, median"],
+                 rows)
 
 
-def _print_cache_types(results: Results) -> None:
+def _cache_types(results: Results) -> str:
     rows = []
     for own in results.select(what="decode", engine=OURS):
         if own["cache"] == "fp16":
@@ -154,16 +174,43 @@ def _print_cache_types(results: Results) -> None:
             ratio, least, most = speed_ratio(own, plain)
             rows.append([own["cache"], f"{own['depth']:,}", f"{tokens_per_s(own):.1f}",
                          f"{tokens_per_s(plain):.1f}", f"{ratio:.2f} ({least:.2f} to {most:.2f})"])
-    _print_table("Our quantised caches beside our own fp16 (generated tokens/s; to reach 0.95)",
+    return _table("Our quantised caches beside our own fp16 (generated tokens/s; to reach 0.95)",
                  ["cache", "depth", "quantised", "fp16", "ratio, pair by pair"], rows)
 
 
-def _print_load(results: Results) -> None:
+def _curve(results: Results) -> str:
+    """Cost by depth, and how far it is from a straight line."""
+    rows = []
+    curve = results.select(what="decode", beside="curve")
+    depths = sorted({r["depth"] for r in curve})
+    for engine, weights, cache in dict.fromkeys(
+        (r["engine"], r["weights"], r["cache"]) for r in curve
+    ):
+        series = [r for r in curve if (r["engine"], r["weights"], r["cache"])
+                  == (engine, weights, cache)]
+        costs = {r["depth"]: 1e3 / tokens_per_s(r) for r in series}
+        slope, start, worst = straight_line(costs)
+        rows.append([engine, weights, cache, *(f"{costs[d]:.1f}" for d in depths),
+                     f"{start:.1f} + {1e3 * slope:.2f} a 1,000", f"{worst:.0%}"])
+    head = ["engine", "weights", "cache", *(f"{d:,}" for d in depths), "line", "farthest from it"]
+    return _table("Milliseconds a generated token, by depth", head, rows)
+
+
+def straight_line(costs: dict[int, float]) -> tuple[float, float, float]:
+    """Least squares: slope, value at 0, and the largest distance relative to the line."""
+    if len(costs) < 2:
+        return 0.0, next(iter(costs.values())), 0.0
+    slope, start = statistics.linear_regression(list(costs), list(costs.values()))
+    worst = max(abs(cost / (start + slope * depth) - 1) for depth, cost in costs.items())
+    return slope, start, worst
+
+
+def _load(results: Results) -> str:
     rows = []
     for record in results.select(what="load"):
         seconds = statistics.median(record["seconds"])
         rows.append([record["engine"], record["weights"], f"{record['file_bytes'] / 1e6:.0f} MB",
                      f"{seconds:.2f} s", f"{record['file_bytes'] / seconds / 1e9:.2f} GB/s",
                      f"{record['peak_bytes'] / 2**20:.0f} MiB"])
-    _print_table("Loading from the page cache, and peak memory of the process",
+    return _table("Loading from the page cache, and peak memory of the process",
                  ["engine", "weights", "file", "load", "rate", "peak memory"], rows)

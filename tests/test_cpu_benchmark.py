@@ -16,7 +16,15 @@ sys.path.insert(0, str(BENCHMARKS))
 import cpu  # noqa: E402
 import cpu_models  # noqa: E402
 from cpu_plot import nice_step, write_picture  # noqa: E402
-from cpu_report import Results, print_tables, speed_ratio, step_bytes  # noqa: E402
+from cpu_report import (  # noqa: E402
+    Results,
+    read_share,
+    speed_ratio,
+    step_bytes,
+    straight_line,
+    tables,
+    update_document,
+)
 
 TINY = cpu_models.GEOMETRY | {
     "vocab_size": 320, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1,
@@ -48,7 +56,8 @@ def test_measures_merges_and_reports(tmp_path, capsys):
     config.write_text(json.dumps(TINY))
     results = tmp_path / "results.json"
     common = ["--config", str(config), "--work", str(tmp_path), "--json", str(results),
-              "--picture", str(tmp_path / "picture.svg"), "--rounds", "1"]  # fmt: skip
+              "--picture", str(tmp_path / "picture.svg"), "--rounds", "1",
+              "--document", str(tmp_path / "none.md")]  # fmt: skip
     cpu.main([*common, "--part", "speed", "--cache", "q4", "--depth", "300"])
     cpu.main([*common, "--part", "load"])
     records = json.loads(results.read_text())
@@ -63,7 +72,8 @@ def test_measures_merges_and_reports(tmp_path, capsys):
 def record(engine: str, weights: str, seconds: list[float], **fields) -> dict:
     return {
         "what": "decode", "engine": engine, "weights": weights, "cache": "q4", "depth": 100,
-        "beside": "q4", "tokens": 10, "seconds": seconds, "read_bytes_per_s": 30e9,
+        "beside": "q4", "tokens": 10, "seconds": seconds,
+        "read_bytes_per_s": [5000.0] * len(seconds),
         "weight_bytes_per_token": 500, "cache_bytes_per_token": 2.0, **fields,
     }  # fmt: skip
 
@@ -73,6 +83,7 @@ def test_ratios_are_of_pairs(tmp_path):
     theirs = record("llama.cpp", "Q4_0", [2.0, 8.0, 4.0])
     assert speed_ratio(ours, theirs) == (2.0, 1.0, 4.0)
     assert step_bytes(ours) == 500 + 2 * 105
+    assert read_share(ours) == pytest.approx(710 * 10 / 2 / 5000)
 
 
 def test_the_nearest_size_is_compared(tmp_path):
@@ -93,22 +104,30 @@ def test_a_new_result_takes_the_old_ones_place(tmp_path):
     assert [r["seconds"] for r in read.select(engine="exl_loader")] == [[2.0], [3.0]]
 
 
-def test_table_and_picture(tmp_path, capsys):
+def test_table_and_picture(tmp_path):
     results = Results(tmp_path / "r.json")
     for beside in ("q4", "curve"):
         for depth in (0, 2048):
             ours = record("exl_loader", "EXL2", [1.0, 1.0], depth=depth, beside=beside)
             results.put(ours)
             results.put(record("llama.cpp", "Q4_0", [3.0, 3.0], depth=depth, beside=beside))
-    print_tables(results)
-    assert "| q4 | 2,048 | 10.0 | Q4_0 3.3 | 3.00 (3.00 to 3.00) | ≥ 2.5 |" in (
-        capsys.readouterr().out
+    document = tmp_path / "d.md"
+    document.write_text("before\n<!-- cpu -->\nold\n<!-- end cpu -->\nafter\n")
+    update_document(results, document)
+    assert document.read_text() == (
+        f"before\n<!-- cpu -->\n{tables(results)}\n<!-- end cpu -->\nafter\n"
     )
+    assert "| q4 | 2,048 | 10.0 | Q4_0 3.3 | 3.00 (3.00 to 3.00) | ≥ 2.5 |" in tables(results)
     picture = tmp_path / "p.svg"
     write_picture(results, picture)
-    document = minidom.parse(str(picture))
-    assert len(document.getElementsByTagName("polyline")) == 2
-    assert len(document.getElementsByTagName("rect")) == 1 + 2
+    drawn = minidom.parse(str(picture))
+    assert len(drawn.getElementsByTagName("polyline")) == 2
+    assert len(drawn.getElementsByTagName("rect")) == 1 + 2
+
+
+def test_distance_from_a_straight_line():
+    assert straight_line({0: 20.0, 1000: 22.0, 3000: 26.0}) == pytest.approx((0.002, 20.0, 0.0))
+    assert straight_line({0: 10.0, 1000: 10.0, 2000: 40.0})[2] > 0.3
 
 
 @pytest.mark.parametrize("largest, steps, step", [(42, 5, 10), (9.9, 5, 2), (1.0, 5, 0.2)])
