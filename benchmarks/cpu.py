@@ -23,16 +23,15 @@ import argparse
 import datetime
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import cpu_models
+from cpu_contestants import Contestant, Worker
 from cpu_plot import write_picture
 from cpu_report import Results, tables, update_document
 from cpu_worker import random_ids
@@ -40,8 +39,7 @@ from read_bandwidth import Bandwidth
 
 from exl_loader.kernels.native import default_threads
 
-HERE = Path(__file__).resolve().parent
-DOCS = HERE.parent / "docs"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 PARTS = ("load", "speed", "curve")
 CACHES = ("fp16", "q8", "q4")
 DEPTHS = (0, 2048, 8192)
@@ -56,69 +54,6 @@ FIRST_TOKEN_PROMPT = 512
 SPARE_TOKENS = 1024
 # Of random weights, quantised twice, to 4 bits: without a fault about 0.9.
 LEAST_COSINE = 0.7
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """An engine with the weights and the cache that it runs with."""
-
-    engine: str  # exl_loader or llama.cpp
-    weights: str  # EXL2, Q4_0 or Q4_K_M
-    cache: str
-
-    @property
-    def ours(self) -> bool:
-        return self.engine == "exl_loader"
-
-
-class Worker:
-    """A contestant's process.
-
-    Raises:
-        SystemExit: it ended; what it said stands on standard error.
-    """
-
-    def __init__(self, contestant: Contestant, bench: Bench, ctx_size: int):
-        self.contestant = contestant
-        config = {
-            "model": str(bench.models[contestant.weights]),
-            "ctx_size": ctx_size,
-            "cache": contestant.cache,
-            "threads": bench.threads,
-            "flash_attention": True,
-        }
-        script = "cpu_exl.py" if contestant.ours else "cpu_llama.py"
-        python = sys.executable if contestant.ours else bench.llama_python
-        environment = os.environ | {"EXL_LOADER_THREADS": str(bench.threads)}
-        # Threads that wait asleep would slow llama.cpp down by a third.
-        environment.pop("OMP_WAIT_POLICY", None)
-        self._process = subprocess.Popen(
-            [python, str(HERE / script)], text=True, bufsize=1, env=environment,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )
-        answer = self._ask(config)
-        self.load_s: float = answer["load_s"]
-        self.version: str = answer["version"]
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with self._process as process:  # closes its input, and waits
-            assert process.stdin is not None
-            process.stdin.close()
-
-    def do(self, task: str, **arguments: Any) -> Any:
-        return self._ask({"do": task, **arguments})["value"]
-
-    def _ask(self, command: dict) -> dict:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(command) + "\n")
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.contestant} ended at {str(command)[:80]}")
-        answer: dict = json.loads(line)
-        return answer
 
 
 class Bench:
@@ -158,11 +93,15 @@ class Bench:
         theirs = [name for name in self.models if name != "EXL2"]
         return ours + [Contestant("llama.cpp", name, cache) for name in theirs]
 
+    def worker(self, contestant: Contestant, ctx_size: int) -> Worker:
+        model = self.models[contestant.weights]
+        return Worker(contestant, model, ctx_size, self.threads, self.llama_python)
+
     def workers(
         self, stack: ExitStack, contestants: list[Contestant], ctx_size: int
     ) -> list[Worker]:
         """Start workers and let them agree on the logits of a prompt."""
-        workers = [stack.enter_context(Worker(c, self, ctx_size)) for c in contestants]
+        workers = [stack.enter_context(self.worker(c, ctx_size)) for c in contestants]
         ids = random_ids(64, self.vocab_size, seed=1)
         first, *others = [worker.do("logits", ids=ids) for worker in workers]
         for worker, row in zip(workers[1:], others, strict=True):
@@ -214,7 +153,7 @@ def measure_load(bench: Bench) -> None:
     last = {}
     for i in range(bench.rounds + 1):
         for contestant in contestants if i % 2 == 0 else contestants[::-1]:
-            with Worker(contestant, bench, SPARE_TOKENS) as worker:
+            with bench.worker(contestant, SPARE_TOKENS) as worker:
                 worker.do("prefill", depth=0, count=PROMPT_TOKENS)
                 if i:  # the first may have read from the disk
                     loads[contestant].append(worker.load_s)

@@ -1,0 +1,87 @@
+"""Who takes part in `cpu.py`, and the process that each of them runs in."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """An engine with the weights and the cache that it runs with."""
+
+    engine: str  # exl_loader or llama.cpp
+    weights: str  # EXL2, Q4_0 or Q4_K_M
+    cache: str
+
+    @property
+    def ours(self) -> bool:
+        return self.engine == "exl_loader"
+
+
+class Worker:
+    """A contestant's process.
+
+    Args:
+        contestant: who.
+        model: an EXL2 folder or a GGUF file.
+        ctx_size: tokens of its cache.
+        threads: threads that it computes with.
+        llama_python: interpreter that has llama-cpp-python, for llama.cpp.
+
+    Raises:
+        SystemExit: it ended; what it said stands on standard error.
+    """
+
+    def __init__(
+        self, contestant: Contestant, model: Path, ctx_size: int, threads: int,
+        llama_python: str | None,
+    ):
+        self.contestant = contestant
+        config = {
+            "model": str(model),
+            "ctx_size": ctx_size,
+            "cache": contestant.cache,
+            "threads": threads,
+            "flash_attention": True,
+        }
+        script = "cpu_exl.py" if contestant.ours else "cpu_llama.py"
+        python = sys.executable if contestant.ours else llama_python
+        assert python is not None
+        environment = os.environ | {"EXL_LOADER_THREADS": str(threads)}
+        # Threads that wait asleep would slow llama.cpp down by a third.
+        environment.pop("OMP_WAIT_POLICY", None)
+        self._process = subprocess.Popen(
+            [python, str(HERE / script)], text=True, bufsize=1, env=environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )
+        answer = self._ask(config)
+        self.load_s: float = answer["load_s"]
+        self.version: str = answer["version"]
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._process as process:  # closes its input, and waits
+            assert process.stdin is not None
+            process.stdin.close()
+
+    def do(self, task: str, **arguments: Any) -> Any:
+        return self._ask({"do": task, **arguments})["value"]
+
+    def _ask(self, command: dict) -> dict:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(command) + "\n")
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.contestant} ended at {str(command)[:80]}")
+        answer: dict = json.loads(line)
+        return answer
