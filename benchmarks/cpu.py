@@ -184,8 +184,8 @@ def measure_speed(bench: Bench, cache: str, depth: int) -> None:
 def measure_curve(bench: Bench) -> None:
     """Time decoding at many depths: our own cache types, and llama.cpp's at the nearest size."""
     nearest = bench.results.nearest(bench.bytes_per_token)
-    kinds = [c for cache in CURVE_CACHES for c in bench.contestants(cache)[::2]]
-    contestants = [c for c in dict.fromkeys(kinds) if c.ours or c.weights == nearest]
+    everyone = dict.fromkeys(c for cache in CURVE_CACHES for c in bench.contestants(cache))
+    contestants = [c for c in everyone if c.ours or c.weights == nearest]
     with ExitStack() as stack:
         workers = bench.workers(stack, contestants, max(CURVE_DEPTHS) + SPARE_TOKENS)
         for depth in CURVE_DEPTHS:
