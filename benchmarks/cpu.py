@@ -33,7 +33,7 @@ from typing import Any
 import cpu_models
 from cpu_contestants import Contestant, Worker
 from cpu_plot import write_picture
-from cpu_report import Results, tables, update_document
+from cpu_report import Results, nearest, tables, update_document
 from cpu_worker import random_ids
 from read_bandwidth import Bandwidth
 
@@ -183,9 +183,9 @@ def measure_speed(bench: Bench, cache: str, depth: int) -> None:
 
 def measure_curve(bench: Bench) -> None:
     """Time decoding at many depths: our own cache types, and llama.cpp's at the nearest size."""
-    nearest = bench.results.nearest(bench.bytes_per_token)
+    rival = nearest(bench.bytes_per_token)
     everyone = dict.fromkeys(c for cache in CURVE_CACHES for c in bench.contestants(cache))
-    contestants = [c for c in everyone if c.ours or c.weights == nearest]
+    contestants = [c for c in everyone if c.ours or c.weights == rival]
     with ExitStack() as stack:
         workers = bench.workers(stack, contestants, max(CURVE_DEPTHS) + SPARE_TOKENS)
         for depth in CURVE_DEPTHS:

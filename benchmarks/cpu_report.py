@@ -48,11 +48,12 @@ class Results:
             if all(record.get(field) == value for field, value in wanted.items())
         ]  # fmt: skip
 
-    def nearest(self, bytes_per_token: dict[str, int]) -> str | None:
-        """Return which of llama.cpp's weights are nearest in size to ours."""
-        own = bytes_per_token["EXL2"]
-        sizes = {name: size for name, size in bytes_per_token.items() if name != "EXL2"}
-        return min(sizes, key=lambda name: abs(sizes[name] - own)) if sizes else None
+
+def nearest(bytes_per_token: dict[str, int]) -> str | None:
+    """Return which of llama.cpp's weights are nearest in size to ours."""
+    own = bytes_per_token["EXL2"]
+    sizes = {name: size for name, size in bytes_per_token.items() if name != "EXL2"}
+    return min(sizes, key=lambda name: abs(sizes[name] - own)) if sizes else None
 
 
 def tokens_per_s(record: Record) -> float:

@@ -18,6 +18,7 @@ import cpu_models  # noqa: E402
 from cpu_plot import nice_step, write_picture  # noqa: E402
 from cpu_report import (  # noqa: E402
     Results,
+    nearest,
     read_share,
     speed_ratio,
     step_bytes,
@@ -86,11 +87,10 @@ def test_ratios_are_of_pairs(tmp_path):
     assert read_share(ours) == pytest.approx(710 * 10 / 2 / 5000)
 
 
-def test_the_nearest_size_is_compared(tmp_path):
-    results = Results(tmp_path / "r.json")
-    assert results.nearest({"EXL2": 600, "Q4_0": 590, "Q4_K_M": 640}) == "Q4_0"
-    assert results.nearest({"EXL2": 630, "Q4_0": 590, "Q4_K_M": 640}) == "Q4_K_M"
-    assert results.nearest({"EXL2": 600}) is None
+def test_the_nearest_size_is_compared():
+    assert nearest({"EXL2": 600, "Q4_0": 590, "Q4_K_M": 640}) == "Q4_0"
+    assert nearest({"EXL2": 630, "Q4_0": 590, "Q4_K_M": 640}) == "Q4_K_M"
+    assert nearest({"EXL2": 600}) is None
 
 
 def test_a_new_result_takes_the_old_ones_place(tmp_path):
