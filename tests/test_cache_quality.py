@@ -13,6 +13,7 @@ from exl_loader.kernels.reference import cache_round_trip
 from exl_loader.kernels.reference_codec import (
     CODEBOOKS,
     dequantize,
+    levels,
     pack_codes,
     quantize,
     rotate,
@@ -22,9 +23,12 @@ from exl_loader.kernels.reference_codec import (
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
 import exllamav2_cache
 from cache_quality import normal, relative_squared_error, with_outliers
+
+import fit_codebooks
 
 BITS = {"q8": 8, "q6": 6, "q4": 4}
 
@@ -195,3 +199,16 @@ def test_zeros_stay_zeros_and_faults_show():
         y = cache_round_trip(x, name)
         assert torch.equal(y[0], x[0])
         assert y[1].isnan().all() and y[2].isnan().all()
+
+
+def test_the_codebooks_are_where_their_fit_ends():
+    kinds = [fit_codebooks.make_kind(*key, 0.004, 300) for key in ((0, 1), (3, 20), (8, 20))]
+    fitted, before = fit_codebooks.fit_round(kinds, levels(4))
+    assert (fitted - levels(4)).abs().max() <= 2 / 128
+    _, after = fit_codebooks.fit_round(kinds, fitted)
+    assert all(b >= 0.99 * a for a, b in zip(before, after, strict=True))
+    # From equally wide levels a round goes down.
+    even = torch.linspace(-1, 127 / 128, 16).repeat(2, 1) * torch.tensor([[1.0], [0.9]])
+    moved, errors = fit_codebooks.fit_round(kinds, even)
+    _, less = fit_codebooks.fit_round(kinds, moved)
+    assert all(b < 0.99 * a for a, b in zip(errors, less, strict=True))

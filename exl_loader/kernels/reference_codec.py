@@ -22,7 +22,7 @@ least squared error, then fits the scale to its codes by least squares.
 
 The codebooks were found by Lloyd's iteration under this search, over rotated normal vectors
 and rotated normal vectors with 3, 5 or 8 outlier channels (factors 20 to 40), each kind's
-error relative to its own.
+error relative to its own: `tools/fit_codebooks.py`.
 
 Bytes: the codes of a group are cut into bit planes, 8 = (8), 6 = (4 high, 2 low), 4 = (4).
 Byte i of a plane of w bits holds elements i, i + m, i + 2m, ... from its lowest bits on,
@@ -104,11 +104,14 @@ def _as_half(scale: torch.Tensor, table: torch.Tensor | int, bits: int) -> torch
     return half
 
 
-class _GroupSearch:
-    """The best codes and scales found so far for groups y, float32 [n, elements]."""
+class GroupSearch:
+    """The best codes and scales found so far for groups y, float32 [n, elements].
 
-    def __init__(self, y: torch.Tensor, bits: int) -> None:
-        self.y, self.bits, self.levels = y, bits, levels(bits)
+    `grids` are the levels to choose from, float32 [tables, 2^bits].
+    """
+
+    def __init__(self, y: torch.Tensor, bits: int, grids: torch.Tensor) -> None:
+        self.y, self.bits, self.levels = y, bits, grids
         self.codes = torch.zeros(y.shape, dtype=torch.uint8)
         # NaN stays where no attempt has a finite error, so that a fault in y shows.
         self.scales = torch.full((y.shape[0], 1), torch.nan, dtype=torch.float16)
@@ -140,8 +143,14 @@ class _GroupSearch:
             self.attempt(scale, table, where=tables == table)
 
 
-def _quantize_group(y: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    search = _GroupSearch(y, bits)
+def search_groups(
+    y: torch.Tensor, bits: int, grids: torch.Tensor | None = None
+) -> GroupSearch:
+    """Find codes and scales of groups y, float32 [n, elements].
+
+    `grids` stands in for `levels(bits)` where other ones are tried.
+    """
+    search = GroupSearch(y, bits, levels(bits) if grids is None else grids)
     largest = y.abs().amax(dim=1, keepdim=True)
     (first, last), steps = SEARCH_RANGE[bits], SEARCH_STEPS[bits]
     for table in range(len(search.levels)):
@@ -151,7 +160,7 @@ def _quantize_group(y: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Ten
                 search.attempt(largest * (sign * factor), table)
     for _ in range(REFITS):
         search.refit()
-    return search.codes, search.scales
+    return search
 
 
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -193,9 +202,9 @@ def quantize(y: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         codes uint8 [n, code_bytes] and scales float16 [n, groups].
     """
-    groups = [_quantize_group(part, bits) for part in y.split(group_sizes(y.shape[1]), dim=1)]
-    codes = torch.cat([pack_codes(codes, bits) for codes, _ in groups], dim=1)
-    return codes, torch.cat([scales for _, scales in groups], dim=1)
+    groups = [search_groups(part, bits) for part in y.split(group_sizes(y.shape[1]), dim=1)]
+    codes = torch.cat([pack_codes(group.codes, bits) for group in groups], dim=1)
+    return codes, torch.cat([group.scales for group in groups], dim=1)
 
 
 def dequantize(
