@@ -8,10 +8,13 @@ cost; and with themselves: a row's result is the same bits whatever rows go with
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cuda_emulation.launcher import sanitized
+from cuda_emulation.sanitized import run_sanitized, runtimes
 from cuda_linear_cases import linear_ops, quantised_product, scratch_for, stream_linear
 from cuda_targets import EMULATED, TARGETS, emulated_launcher, target
 from kernel_cases import dense_linear, random_rows
@@ -172,20 +175,32 @@ def test_cards_with_more_shared_memory_give_the_same_bits(emulated, monkeypatch,
     for rows in (1, 3, 7, 16, 20):
         assert torch.equal(product(emulated, x[:rows].clone(), w), whole[:rows])
     depth = "_deep" if kilobytes == 227 else ""
-    assert {f"linear_decode_{n}{depth}_kernel" for n in (4, 8, 16)} <= started
+    assert {f"linear_decode_{n}{depth}_kernel" for n in (4, 8, 16)} <= started.keys()
     assert (f"linear_decode_1{depth}_kernel" in started) == (kilobytes > 64)
 
 
 def launched_kernels(monkeypatch, launcher):
-    """Names of the kernels that are prepared from now on."""
-    names, prepare = set(), launcher.prepare
+    """Kernels that are prepared from now on, by name, with the threads of their blocks."""
+    names, prepare = {}, launcher.prepare
 
-    def noting(name, *arguments):
-        names.add(name)
-        return prepare(name, *arguments)
+    def noting(name, grid, block, *arguments):
+        names[name] = block
+        return prepare(name, grid, block, *arguments)
 
     monkeypatch.setattr(launcher, "prepare", noting)
     return names
+
+
+def test_blocks_that_make_a_row_are_large_where_there_are_many(emulated, monkeypatch):
+    w, launcher = stream_linear([(4, 640)], 300, perm=True), emulated_launcher()
+    x, results = random_rows(1, 640), []
+    monkeypatch.setattr(launcher, "shared_limit_bytes", 100 << 10)
+    for multiprocessors, threads in ((1, 512), (4, 256)):
+        monkeypatch.setattr(launcher, "multiprocessors", multiprocessors)
+        started = launched_kernels(monkeypatch, launcher)
+        results.append(product(emulated, x, w))
+        assert started == {"linear_decode_1_kernel": threads}
+    assert torch.equal(*results)
 
 
 def test_more_rows_than_scratch_holds(emulated, monkeypatch):
@@ -343,3 +358,15 @@ def test_dense_product(ops, dtype, rows):
         assert (difference <= (in_features + 34) * HALF_ULP * magnitude).all()
         before = random_rows(rows, out_features, seed=4)
         assert torch.equal(product(ops, x, w, add_to=before), before + product(ops, x, w))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sanitized() or not runtimes(), reason="needs gcc's sanitizers")
+def test_nothing_is_read_or_written_out_of_bounds():
+    """The kernels under AddressSanitizer and UBSan, packing included."""
+    chosen = "shuffled or splits or share or launch or chosen or columns or kernel_is"
+    result = run_sanitized(
+        __file__, str(Path(__file__).with_name("test_cuda_pack.py")), "-k",
+        f"({chosen}) and not forward and not gpu", "-m", "not slow",
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]

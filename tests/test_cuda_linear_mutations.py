@@ -38,6 +38,23 @@ def decoded_right(ops, tmp_path):
     return max(error(ops, w, rows) for rows in (1, 3, 7, 14)) < 1e-5
 
 
+def made_right(ops, tmp_path):
+    """A row that is normalised or gated where it is multiplied."""
+    w = stream_linear([(4, 128), (3, 416)], 96, perm=True)
+    x, other = random_rows(1, 544), random_rows(1, 544, seed=3)
+    normed, outs = torch.empty(1, 544), [torch.zeros(1, 96) for _ in range(2)]
+    ops.prepare_normed_linears(x, other[0], 1e-6, normed, [w], outs[:1])()
+    ops.prepare_gated_linear(x, other, "gelu", w, outs[1])()
+    rows = [x / x.square().mean().add(1e-6).sqrt() * other, torch.nn.functional.gelu(x) * other]
+    if not torch.allclose(normed, rows[0], rtol=1e-5):
+        return False
+    exact = [quantised_product(row, w)[0] for row in rows]
+    return all(
+        np.linalg.norm(out.numpy() - e) < 1e-4 * np.linalg.norm(e)
+        for out, e in zip(outs, exact, strict=True)
+    )
+
+
 def prefilled_right(ops, tmp_path):
     w = stream_linear(GROUPS, 170, zeros=True, perm=True)
     return max(error(ops, w, rows) for rows in (40, 70)) < 1e-5
@@ -78,6 +95,10 @@ MUTATIONS = [
     (decoded_right, "linear_quantize.cuh", "block < blocks", "block + 1 < blocks"),
     (decoded_right, "linear_quantize.cuh", "perm[stored] : stored", "stored : stored"),
     (decoded_right, "linear_decode.cu", "    block_sync();  // the row is quantised\n", ""),
+    (made_right, "linear_decode.cu", "warp * 32 + lane_id()", "warp_id() * 32 + lane_id()"),
+    (made_right, "linear_decode.cu", "source.kind - kGatedRow", "kSilu"),
+    (made_right, "linear_decode.cu", "store = blockIdx.x == 0", "store = blockIdx.x == 9"),
+    (made_right, "linear_decode.cu", "    block_sync();  // all parts are read by all\n", ""),
     (prefilled_right, "linear_prefill.cu", "swizzled_block(row, block) * kBlockCodeBytes + rest",
      "block * kBlockCodeBytes + rest"),
     (prefilled_right, "linear_prefill.cu", "window % 2 * stage_bytes", "window * 0 * stage_bytes"),
@@ -95,6 +116,7 @@ MUTATIONS = [
     (packed_right, "pack.cu", "perm[stored] : stored", "stored : stored"),
 ]
 SOURCES = {
+    made_right: ("linear_decode",),
     decoded_right: ("linear_decode", "linear_quantize"),
     prefilled_right: ("linear_prefill", "linear_quantize"),
     dense_right: ("linear_dense",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ...formats.packed_cuda import MAX_SPLITS, StreamLinear, splits_for, tiles_for, windows_for
@@ -116,3 +117,26 @@ def address(tensor: torch.Tensor | None) -> int | None:
         return None
     assert tensor.is_contiguous(), tensor.shape
     return tensor.data_ptr()
+
+
+class ExpertLayers:
+    """The layers of one projection of all experts, for kernels that choose one themselves.
+
+    Args:
+        layers: of the same shape, in the order of experts.
+        table: uint8 [>= len(layers) * LAYER_BYTES] of the device, written here.
+    """
+
+    def __init__(self, layers: Sequence[StreamLinear], table: torch.Tensor):
+        import torch
+
+        structs = (LayerStruct * len(layers))(*(layer_struct(w) for w in layers))
+        self.in_features, self.out_features = layers[0].in_features, layers[0].out_features
+        self.splits = structs[0].splits
+        assert all(w.in_features == self.in_features for w in layers)
+        assert all(w.out_features == self.out_features for w in layers)
+        raw = torch.frombuffer(bytearray(structs), dtype=torch.uint8)
+        table[: len(raw)].copy_(raw)
+        # Kernels read the layers' tensors and the table by address.
+        self.layers, self.table = tuple(layers), table
+        self.address = ctypes.c_void_p(address(table))

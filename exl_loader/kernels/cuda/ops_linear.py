@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ...formats.packed import DenseLinear
 from ...formats.packed_cuda import (
+    MAX_SPLITS,
     StreamLinear,
     blocks_for,
     tiles_for,
@@ -21,6 +22,7 @@ from ...formats.packed_cuda import (
 from .linear_structs import (
     MAX_LAYERS,
     DecodeStruct,
+    ExpertLayers,
     LayerStruct,
     RowSourceStruct,
     RowsStruct,
@@ -188,8 +190,21 @@ class LinearOps(PackOps, DenseOps):
     def _takes_row(self, x: torch.Tensor, layers: Sequence[StreamLinear]) -> bool:
         """Whether this is a single row, and a block has shared memory for it beside its rings."""
         warps = _decode_warps(list(map(layer_struct, layers)))
-        needed = warps * self._ring_bytes() + _row_bytes(x.shape[1])
-        return x.shape[0] == 1 and needed <= self.launcher.shared_limit_bytes
+        return x.shape[0] == 1 and self._row_fits(warps, x.shape[1])
+
+    def _row_fits(self, warps: int, in_features: int) -> bool:
+        needed = warps * self._ring_bytes() + _row_bytes(in_features)
+        return needed <= self.launcher.shared_limit_bytes
+
+    def _row_warps(self, layers: Sequence[LayerStruct]) -> int:
+        """Warps of a block that makes a row: many, since each block makes all of it.
+
+        With twice as many blocks as multiprocessors, larger ones leave none without work.
+        """
+        blocks = sum(-(-tiles_for(w.out_features) * w.splits // MAX_SPLITS) for w in layers)
+        enough = blocks >= 2 * self.launcher.multiprocessors
+        fits = self._row_fits(MAX_SPLITS, layers[0].in_features)
+        return MAX_SPLITS if enough and fits else _decode_warps(layers)
 
     def _decode(self, layers: Sequence[LayerStruct], outs: Sequence[torch.Tensor],
                 x: RowsStruct, add: bool, row: RowSourceStruct | None = None) -> Launch:
@@ -197,9 +212,10 @@ class LinearOps(PackOps, DenseOps):
         pass_rows = next((n for n in _DECODE_PASSES if n >= x.rows), _DECODE_PASSES[-1])
         passes = -(-x.rows // pass_rows)
         warps, ring_bytes = _decode_warps(layers), self._ring_bytes()
-        shared_bytes = warps * ring_bytes
+        row_bytes = 0
         if row is not None:
-            pass_rows, shared_bytes = 1, shared_bytes + _row_bytes(layers[0].in_features)
+            pass_rows, warps = 1, self._row_warps(layers)
+            row_bytes = _row_bytes(layers[0].in_features)
         first_block = [0]
         for layer in layers:
             tiles_a_block = warps // layer.splits
@@ -214,7 +230,7 @@ class LinearOps(PackOps, DenseOps):
         depth = "_deep" if ring_bytes == _DEEP_RING_BYTES else ""
         return self.launcher.prepare(
             f"linear_decode_{pass_rows}{depth}_kernel", (first_block[-1] * passes, 1, 1),
-            warps * _WARP, shared_bytes, call,
+            warps * _WARP, warps * ring_bytes + row_bytes, call,
         )
 
     def _prefill(self, layer: LayerStruct, out: torch.Tensor, x: RowsStruct,
@@ -232,29 +248,6 @@ class LinearOps(PackOps, DenseOps):
             f"linear_prefill_{block_rows}_kernel", (blocks, columns, 1), _PREFILL_THREADS,
             shared_bytes, layer, x, _P(out.data_ptr()), _I64(out.stride(0)), _I32(add),
         )
-
-
-class ExpertLayers:
-    """The layers of one projection of all experts, for kernels that choose one themselves.
-
-    Args:
-        layers: of the same shape, in the order of experts.
-        table: uint8 [>= len(layers) * LAYER_BYTES] of the device, written here.
-    """
-
-    def __init__(self, layers: Sequence[StreamLinear], table: torch.Tensor):
-        import torch
-
-        structs = (LayerStruct * len(layers))(*(layer_struct(w) for w in layers))
-        self.in_features, self.out_features = layers[0].in_features, layers[0].out_features
-        self.splits = structs[0].splits
-        assert all(w.in_features == self.in_features for w in layers)
-        assert all(w.out_features == self.out_features for w in layers)
-        raw = torch.frombuffer(bytearray(structs), dtype=torch.uint8)
-        table[: len(raw)].copy_(raw)
-        # Kernels read the layers' tensors and the table by address.
-        self.layers, self.table = tuple(layers), table
-        self.address = _P(address(table))
 
 
 def _checked_structs(x: torch.Tensor, layers: Sequence[StreamLinear],
