@@ -11,13 +11,16 @@ import shutil
 
 import pytest
 import torch
+from cache_layers import make_batch, make_layer
 from cuda_emulation import EmulatedLauncher
 from cuda_emulation.launcher import FOLDER, REPO, emulation_spec
 from cuda_emulation.sanitized import run_sanitized, runtimes
 from cuda_targets import TARGETS, Target, target
 from kernel_cases import dense_linear, random_rows
 
+from exl_loader.kernels.cuda.ops import CudaOps
 from exl_loader.kernels.cuda.ops_rows import RowOps
+from exl_loader.kernels.host import SharedMemory
 from exl_loader.kernels.reference import ReferenceOps
 
 REFERENCE = ReferenceOps()
@@ -28,6 +31,11 @@ ULP = 2.0**-23
 @pytest.fixture(params=TARGETS)
 def ops(request):
     return target(request.param, RowOps)
+
+
+@pytest.fixture(params=TARGETS)
+def all_ops(request):
+    return target(request.param, lambda launcher: CudaOps(launcher, SharedMemory()))
 
 
 def assert_close(actual, expected, ulps, atol=0.0):
@@ -86,22 +94,29 @@ def test_angles_of_every_quarter_turn(ops, turn):
     assert_close(table, expected, ulps=2, atol=ULP)
 
 
-@pytest.mark.parametrize("head_dim", [16, 80, 128, 256])
+@pytest.mark.parametrize("cache_type", ["fp32", "fp16", "q4"])
+@pytest.mark.parametrize(("head_dim", "heads"), [(16, 5), (80, 5), (128, 1), (256, 9)])
 @pytest.mark.parametrize("normed", [False, True])
-def test_heads_at_once_are_the_same_bits(ops, head_dim, normed):
-    """Norms and rotations of queries and keys in one launch, and each by itself."""
-    table = random_rows(3, head_dim - 8).reshape(3, 2, head_dim // 2 - 4)
-    q = random_rows(3, 5 * head_dim).reshape(3, 5, head_dim)
-    k = random_rows(3, 2 * head_dim, seed=3).reshape(3, 2, head_dim)
+def test_heads_on_their_way_into_the_cache(all_ops, cache_type, head_dim, heads, normed):
+    """Norms, rotations and writing in one launch: the same bits as one after the other."""
+    batch = make_batch([5, 254], [3, 4])
+    table = random_rows(7, head_dim - 8).reshape(7, 2, head_dim // 2 - 4)
+    q = random_rows(7, heads * head_dim).reshape(7, heads, head_dim)
+    k, v = (random_rows(7, 2 * head_dim, seed=s).reshape(7, 2, head_dim) for s in (3, 6))
     weights = [random_rows(1, head_dim, seed=s)[0] if normed else None for s in (4, 5)]
-    apart = [q.clone(), k.clone()]
-    for x, weight in zip(apart, weights, strict=True):
-        rows = x.view(-1, head_dim)
+    apart, at_once = (make_layer(cache_type, 3, 2, head_dim) for _ in range(2))
+    turned = [q.clone(), k.clone()]
+    for x, weight in zip(turned, weights, strict=True):
         if weight is not None:
-            ops.rms_norm(rows, weight, 1e-6, rows)
-        ops.rope(x, table)
-    ops.rope_heads(q, k, table, *weights, 1e-6)
-    assert torch.equal(q, apart[0]) and torch.equal(k, apart[1])
+            rows = x.view(-1, head_dim)
+            all_ops.rms_norm(rows, weight, 1e-6, rows)
+        all_ops.rope(x, table)
+    all_ops.write_cache(turned[1], v, apart, batch, torch.empty(0))
+    all_ops.rope_write_cache(q, k, v, table, at_once, batch, *weights, 1e-6)
+    assert torch.equal(q, turned[0])
+    for name in ("k_codes", "k_scales", "v_codes", "v_scales"):
+        a, b = getattr(apart, name), getattr(at_once, name)
+        assert a is b is None or torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
@@ -206,8 +221,8 @@ MUTATIONS = [
     ("norm.cu", "(int i = lane_id(); i < size; i += 32)", "(int i = lane_id(); i < 32; i += 32)"),
     ("rope.cu", "if (turns & 2)", "if (turns & 4)"),
     ("rope.cu", "        cosine = -sine;", "        cosine = sine;"),
-    ("rope.cu", "(row * k_heads + head - q_heads)", "(row * k_heads)"),
-    ("rope.cu", "for (int i = 2 * half + lane_id();", "for (int i = 2 * half + 1 + lane_id();"),
+    ("rope.cuh", "mul_rn(first, sin[i])", "mul_rn(first, sin[0])"),
+    ("rope.cuh", "x[half + i] = fmaf", "x[half] = fmaf"),
     ("rope.cu", "const float* cos = table + row * 2 * half;", "const float* cos = table;"),
     ("rows.cu", "id / lanes * lanes * size + id % lanes", "id / lanes * lanes * size + id"),
     ("rows.cu", "const int64_t source = rows[blockIdx.x];", "const int64_t source = blockIdx.x;"),
@@ -229,7 +244,6 @@ def everything(ops):
     test_rope(ops, 40)
     for turn in range(8):
         test_angles_of_every_quarter_turn(ops, turn)
-    test_heads_at_once_are_the_same_bits(ops, 80, True)
     test_gate(ops, "silu", 31)
     test_add_and_softcap(ops, 31)
     for normalize in (False, True):

@@ -13,6 +13,20 @@
 // Shared memory: the head (float32, a multiple of 32 elements), then thresholds and levels of
 // both tables, 64 floats. At least 64 threads.
 #include "cuda/cache_rotate.cuh"
+#include "cuda/rope.cuh"
+
+// RoPE of a step's queries and keys, and their norms where a model has those. Queries are
+// rotated in place, keys on their way into the cache.
+struct RopeCall {
+    float* q;            // [rows, q_heads, head_dim]
+    const float* table;  // [rows, 2, half]: cos, then sin; null where keys come rotated
+    const float* q_weight;
+    const float* k_weight;  // [head_dim], or null
+    int32_t q_heads;
+    int32_t half;
+    float eps;
+    int32_t unused;
+};
 
 namespace exl {
 
@@ -243,11 +257,28 @@ __device__ void write_quantized(float* y, int head_dim, float* codebooks, uint8_
     }
 }
 
-// k, v: float32 [rows, kv_heads, head_dim]. Grid: 2 * kv_heads, rows.
+// A warp a query head, `first` and on.
+__device__ __forceinline__ void rotate_queries(const RopeCall& rope, int head_dim, int row,
+                                               int first) {
+    const int head = first + warp_id();
+    if (head >= rope.q_heads) return;  // whole warps
+    const float* cos = rope.table + static_cast<int64_t>(row) * 2 * rope.half;
+    float* x = rope.q + (static_cast<int64_t>(row) * rope.q_heads + head) * head_dim;
+    rotate_head(x, cos, cos + rope.half, head_dim, rope.half, rope.q_weight, rope.eps);
+}
+
+// k, v: float32 [rows, kv_heads, head_dim]. Grid: 2 * kv_heads, then a block for as many query
+// heads as it has warps where `rope` has a table; rows.
 extern "C" __global__ void __launch_bounds__(kWriteThreads)
-    cache_write_kernel(ExlCacheLayer layer, ExlBatch batch, const float* k, const float* v) {
+    cache_write_kernel(ExlCacheLayer layer, ExlBatch batch, const float* k, const float* v,
+                       RopeCall rope) {
     EXL_SHARED(float, memory);
     const int head_dim = static_cast<int>(layer.head_dim), row = blockIdx.y;
+    const int write_blocks_x = 2 * static_cast<int>(layer.num_kv_heads);
+    if (static_cast<int>(blockIdx.x) >= write_blocks_x) {
+        const int first = (static_cast<int>(blockIdx.x) - write_blocks_x) * (blockDim.x / 32);
+        return rotate_queries(rope, head_dim, row, first);
+    }
     const int head = blockIdx.x / 2;
     const ExlCacheHalf half = blockIdx.x % 2 ? layer.v : layer.k;
     const float* x = (blockIdx.x % 2 ? v : k) +
@@ -259,14 +290,22 @@ extern "C" __global__ void __launch_bounds__(kWriteThreads)
     uint16_t* scales = half.scales + place * num_groups(head_dim, half.bits);
     const int padded = (head_dim + kGroup - 1) / kGroup * kGroup;
     float* codebooks = memory + padded;
+    for (int i = threadIdx.x; i < padded; i += blockDim.x) memory[i] = i < head_dim ? x[i] : 0.0f;
+    block_sync();  // the head is in
+    if (rope.table != nullptr && blockIdx.x % 2 == 0) {
+        const float* cos = rope.table + static_cast<int64_t>(row) * 2 * rope.half;
+        if (warp_id() == 0) {
+            rotate_head(memory, cos, cos + rope.half, head_dim, rope.half, rope.k_weight,
+                        rope.eps);
+        }
+        block_sync();  // the key is rotated
+    }
     if (half.bits == 32) {
         for (int i = threadIdx.x; i < head_dim; i += blockDim.x) {
-            reinterpret_cast<float*>(codes)[i] = x[i];
+            reinterpret_cast<float*>(codes)[i] = memory[i];
         }
         return;
     }
-    for (int i = threadIdx.x; i < padded; i += blockDim.x) memory[i] = i < head_dim ? x[i] : 0.0f;
-    block_sync();  // the head is in
     switch (half.bits) {
         case 4: return write_quantized<4>(memory, head_dim, codebooks, codes, scales);
         case 6: return write_quantized<6>(memory, head_dim, codebooks, codes, scales);

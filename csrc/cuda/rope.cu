@@ -5,9 +5,9 @@
 // at most pi / 4, in float32. That is five float64 operations an angle, which also cards with
 // a 64th of the float32 rate do in passing.
 //
-// Rotation: a warp a head, queries and keys in one launch, and where a model normalises them
-// first (Qwen3), that as well: the same functions as rms_norm's, so the same bits.
-#include "cuda/norm.cuh"
+// Rotation: a warp a head. A recorded step rotates queries and keys on the keys' way into the
+// cache instead (cache_write.cu), by the same function.
+#include "cuda/rope.cuh"
 
 namespace exl {
 
@@ -32,27 +32,6 @@ __device__ __forceinline__ float cosine_of_rest(float x) {
     p = fmaf(p, s, 1.0f / 24.0f);
     p = fmaf(p, s, -0.5f);
     return fmaf(p, s, 1.0f);
-}
-
-// Rotates one head in place, normalised first where `weight` is given. Lanes own pairs.
-__device__ __forceinline__ void rotate_head(float* x, const float* cos, const float* sin,
-                                            int head_dim, int half, const float* weight,
-                                            float eps) {
-    float scale = 1.0f;
-    if (weight != nullptr) scale = norm_scale_of_warp(x, head_dim, eps);
-    for (int i = lane_id(); i < half; i += 32) {
-        float first = x[i], second = x[half + i];
-        if (weight != nullptr) {
-            first = normalized(first, scale, weight[i]);
-            second = normalized(second, scale, weight[half + i]);
-        }
-        x[i] = fmaf(first, cos[i], -mul_rn(second, sin[i]));
-        x[half + i] = fmaf(second, cos[i], mul_rn(first, sin[i]));
-    }
-    if (weight == nullptr) return;
-    for (int i = 2 * half + lane_id(); i < head_dim; i += 32) {
-        x[i] = normalized(x[i], scale, weight[i]);
-    }
 }
 
 }  // namespace exl
@@ -85,25 +64,15 @@ extern "C" __global__ void __launch_bounds__(exl::kThreads)
 }
 EXL_KERNEL(rope_table_kernel);
 
-// q [rows, q_heads, head_dim] and k [rows, k_heads, head_dim] in place; k_heads may be 0.
-// q_weight and k_weight [head_dim] normalise first, or are null. A warp a head.
+// x [rows, heads, head_dim] in place. A warp a head.
 extern "C" __global__ void __launch_bounds__(exl::kThreads)
-    rope_kernel(float* q, float* k, const float* table, const float* q_weight,
-                const float* k_weight, float eps, int32_t rows, int32_t q_heads,
-                int32_t k_heads, int32_t head_dim, int32_t half) {
+    rope_kernel(float* x, const float* table, int32_t rows, int32_t heads, int32_t head_dim,
+                int32_t half) {
     using namespace exl;
-    const int heads = q_heads + k_heads;
     const int64_t warp = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + warp_id();
     if (warp >= static_cast<int64_t>(rows) * heads) return;  // whole warps
     const int64_t row = warp / heads;
-    const int head = static_cast<int>(warp - row * heads);
     const float* cos = table + row * 2 * half;
-    if (head < q_heads) {
-        float* x = q + (row * q_heads + head) * head_dim;
-        rotate_head(x, cos, cos + half, head_dim, half, q_weight, eps);
-    } else {
-        float* x = k + (row * k_heads + head - q_heads) * head_dim;
-        rotate_head(x, cos, cos + half, head_dim, half, k_weight, eps);
-    }
+    rotate_head(x + warp * head_dim, cos, cos + half, head_dim, half, nullptr, 0.0f);
 }
 EXL_KERNEL(rope_kernel);

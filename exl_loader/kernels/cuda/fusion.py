@@ -32,7 +32,7 @@ def bind_all(ops: Any, recorded: Sequence[Recorded]) -> list[Launch]:
     launches: list[Launch] = []
     at = 0
     while at < len(recorded):
-        for fuse in (_fuse_linears, _fuse_heads):
+        for fuse in (_fuse_norm, _fuse_gate, _fuse_linears, _fuse_heads):
             launch, count = fuse(ops, recorded[at:])
             if launch is not None:
                 break
@@ -44,8 +44,39 @@ def bind_all(ops: Any, recorded: Sequence[Recorded]) -> list[Launch]:
     return launches
 
 
+def _fuse_norm(ops: Any, recorded: Sequence[Recorded]) -> tuple[Launch | None, int]:
+    """A norm, and products of what it makes."""
+    operation, args = recorded[0]
+    group = _linears(recorded[1:]) if operation == "rms_norm" else []
+    if not group or group[0][0] is not args[3]:
+        return None, 0
+    layers, outs = [linear[1] for linear in group], [linear[2] for linear in group]
+    launch = ops.prepare_normed_linears(*args, layers, outs, *group[0][4:])
+    return launch, 1 + len(group)
+
+
+def _fuse_gate(ops: Any, recorded: Sequence[Recorded]) -> tuple[Launch | None, int]:
+    """A gate in place, and the product that follows; nothing else reads what it makes."""
+    operation, args = recorded[0]
+    group = _linears(recorded[1:2]) if operation == "gate" else []
+    if not group or group[0][0] is not args[3] or args[3] is not args[0]:
+        return None, 0
+    _, layer, out, _, *add = group[0]
+    return ops.prepare_gated_linear(*args[:3], layer, out, *add), 2
+
+
 def _fuse_linears(ops: Any, recorded: Sequence[Recorded]) -> tuple[Launch | None, int]:
     """Products of one input, whose layers permute it the same way."""
+    group = _linears(recorded)
+    if len(group) < 2:
+        return None, 0
+    x, _, _, scratch, *add = group[0]
+    layers, outs = [args[1] for args in group], [args[2] for args in group]
+    return ops.prepare_linears(x, layers, outs, scratch, *add), len(group)
+
+
+def _linears(recorded: Sequence[Recorded]) -> list[tuple[Any, ...]]:
+    """Return the arguments of the products that come first and can be one launch."""
     group: list[tuple[Any, ...]] = []
     for operation, args in recorded[:_MAX_LINEARS]:
         if operation != "linear" or not isinstance(args[1], StreamLinear):
@@ -53,12 +84,7 @@ def _fuse_linears(ops: Any, recorded: Sequence[Recorded]) -> tuple[Launch | None
         if group and not _share_input(group[0], args):
             break
         group.append(args)
-    if len(group) < 2:
-        return None, 0
-    x, _, _, scratch = group[0][:4]
-    add = group[0][4:]
-    layers, outs = [args[1] for args in group], [args[2] for args in group]
-    return ops.prepare_linears(x, layers, outs, scratch, *add), len(group)
+    return group
 
 
 def _share_input(first: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
@@ -71,18 +97,29 @@ def _share_input(first: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
 
 
 def _fuse_heads(ops: Any, recorded: Sequence[Recorded]) -> tuple[Launch | None, int]:
-    """Rotation of queries and keys, behind their norms where a model has those."""
-    names = [operation for operation, _ in recorded[:4]]
-    if names[:2] == ["rope", "rope"]:
-        (q, table), (k, k_table) = (args for _, args in recorded[:2])
-        if k_table is table:
-            return ops.prepare_rope_heads(q, k, table), 2
-    if names != ["rms_norm", "rms_norm", "rope", "rope"]:
-        return None, 0
-    q_norm, k_norm, (q, table), (k, k_table) = (args for _, args in recorded[:4])
-    for (rows, _, _, out), heads in ((q_norm, q), (k_norm, k)):
-        if rows is not out or rows.data_ptr() != heads.data_ptr():
+    """Rotation of queries and keys and their way into the cache, behind norms if there are any.
+
+    Nothing but the cache is given the keys.
+    """
+    names = [operation for operation, _ in recorded[:5]]
+    norms: tuple[Any, ...] = ()
+    if names == ["rms_norm", "rms_norm", "rope", "rope", "write_cache"]:
+        q_norm, k_norm = recorded[0][1], recorded[1][1]
+        for (rows, _, _, out), (_, (heads, _)) in zip(
+            (q_norm, k_norm), recorded[2:4], strict=True
+        ):
+            if rows is not out or rows.data_ptr() != heads.data_ptr():
+                return None, 0
+        if q_norm[2] != k_norm[2]:
             return None, 0
-    if k_table is not table or q_norm[2] != k_norm[2]:
+        norms = q_norm[1], k_norm[1], q_norm[2]
+    elif names[:3] != ["rope", "rope", "write_cache"]:
         return None, 0
-    return ops.prepare_rope_heads(q, k, table, q_norm[1], k_norm[1], q_norm[2]), 4
+    first = 2 if norms else 0
+    (q, table), (k, k_table), (written, v, layer, batch, _) = (
+        args for _, args in recorded[first : first + 3]
+    )
+    if k_table is not table or written is not k:
+        return None, 0
+    launch = ops.prepare_rope_write_cache(q, k, v, table, layer, batch, *norms)
+    return launch, first + 3

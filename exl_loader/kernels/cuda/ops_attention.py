@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ...cache import GROUP, PAGE_LEN, code_bytes, num_groups
 from .attention_plan import decode_plan, is_generic, prefill_plan
+from .ops_rows import NORM_HEAD_SIZE
 from .scratch import COUNTER_BYTES
 from .scratch_attention import DECODE_ROWS, most_splits, row_bytes, slots
 
@@ -66,6 +67,13 @@ class _Call(ctypes.Structure):
     _fields_ = [("layer", _Layer), ("batch", _Batch), ("shape", _Shape), ("q", _P), ("out", _P)]
 
 
+class _Rope(ctypes.Structure):
+    """RopeCall of csrc/cuda/cache_write.cu."""
+
+    _fields_ = [("q", _P), ("table", _P), ("q_weight", _P), ("k_weight", _P),
+                ("q_heads", _I32), ("half", _I32), ("eps", _F32), ("unused", _I32)]
+
+
 class _Decode(ctypes.Structure):
     """DecodeLaunch of csrc/cuda/attention_decode.cu."""
 
@@ -114,6 +122,34 @@ class CudaAttentionOps:
     def prepare_write_cache(self, k: torch.Tensor, v: torch.Tensor, layer: CacheLayer,
                             batch: Batch, scratch: torch.Tensor) -> Launch:
         """Rotate and quantise; a block writes one head of one row."""
+        return self._write(k, v, layer, batch, _Rope(), 0)
+
+    def prepare_rope_write_cache(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor,
+        layer: CacheLayer, batch: Batch, q_weight: torch.Tensor | None = None,
+        k_weight: torch.Tensor | None = None, eps: float = 0.0,
+    ) -> Launch:
+        """RoPE of queries and keys and `write_cache` in one launch; norms first where asked.
+
+        The same bits as one after the other, but that `k` stays as it is.
+
+        Args:
+            q, k, v: float32 [T, heads, head_dim]. table: float32 [T, 2, rotary_dim / 2].
+            q_weight, k_weight: float32 [head_dim], or None.
+        """
+        rows, q_heads, head_dim = q.shape
+        assert q.is_contiguous() and table.is_contiguous() and table.shape[0] == rows
+        assert k.shape[::2] == (rows, head_dim) and 2 * table.shape[2] <= head_dim
+        for weight in (q_weight, k_weight):
+            assert weight is None or (weight.is_contiguous() and head_dim <= NORM_HEAD_SIZE)
+        rope = _Rope(
+            q.data_ptr(), table.data_ptr(), None if q_weight is None else q_weight.data_ptr(),
+            None if k_weight is None else k_weight.data_ptr(), q_heads, table.shape[2], eps,
+        )
+        return self._write(k, v, layer, batch, rope, q_heads)
+
+    def _write(self, k: torch.Tensor, v: torch.Tensor, layer: CacheLayer, batch: Batch,
+               rope: _Rope, q_heads: int) -> Launch:
         assert k.is_contiguous() and v.is_contiguous() and k.shape == v.shape
         rows, heads, head_dim = k.shape
         groups = -(-head_dim // GROUP)
@@ -121,8 +157,9 @@ class CudaAttentionOps:
         # Two warps at least: they fill the codebooks.
         warps = min(max(groups, 2), _WRITE_WARPS)
         return self.launcher.prepare(
-            "cache_write_kernel", (2 * heads, rows, 1), warps * _WARP, shared_bytes,
-            _layer(layer, head_dim), _batch(batch), _P(k.data_ptr()), _P(v.data_ptr()),
+            "cache_write_kernel", (2 * heads + -(-q_heads // warps), rows, 1), warps * _WARP,
+            shared_bytes, _layer(layer, head_dim), _batch(batch), _P(k.data_ptr()),
+            _P(v.data_ptr()), rope,
         )
 
     def prepare_attention(self, q: torch.Tensor, layer: CacheLayer, batch: Batch,

@@ -105,34 +105,14 @@ class RowOps:
         )
 
     def prepare_rope(self, x: torch.Tensor, table: torch.Tensor) -> Launch:
-        return self.prepare_rope_heads(x, None, table)
-
-    def prepare_rope_heads(
-        self, q: torch.Tensor, k: torch.Tensor | None, table: torch.Tensor,
-        q_weight: torch.Tensor | None = None, k_weight: torch.Tensor | None = None,
-        eps: float = 0.0,
-    ) -> Launch:
-        """Rotate queries and keys in place, one launch; normalise them first where asked.
-
-        The same bits as `rms_norm` of their heads and `rope`, one after the other.
-
-        Args:
-            q, k: float32 [T, heads, head_dim]; k may be None.
-            table: float32 [T, 2, rotary_dim / 2].
-            q_weight, k_weight: float32 [head_dim], or None.
-        """
-        rows, q_heads, head_dim = q.shape
-        k_heads, half = 0 if k is None else k.shape[1], table.shape[2]
+        rows, heads, head_dim = x.shape
+        half = table.shape[2]
         assert table.shape[0] == rows and 2 * half <= head_dim
-        assert k is None or k.shape[::2] == (rows, head_dim)
-        assert head_dim <= NORM_HEAD_SIZE or (q_weight is None and k_weight is None)
         if rows == 0:
             return nothing
-        warps = rows * (q_heads + k_heads)
         return self.launcher.prepare(
-            "rope_kernel", (_blocks(warps, _ROPE_THREADS // _WARP), 1, 1), _ROPE_THREADS, 0,
-            pointer(q), pointer(k), pointer(table), pointer(q_weight), pointer(k_weight),
-            _F32(eps), _I32(rows), _I32(q_heads), _I32(k_heads), _I32(head_dim), _I32(half),
+            "rope_kernel", (_blocks(rows * heads, _ROPE_THREADS // _WARP), 1, 1), _ROPE_THREADS,
+            0, pointer(x), pointer(table), _I32(rows), _I32(heads), _I32(head_dim), _I32(half),
         )
 
     def prepare_gate(self, gate: torch.Tensor, up: torch.Tensor, activation: str,
