@@ -25,16 +25,22 @@ struct Softening {
     __device__ __forceinline__ explicit Softening(const ExlAttentionShape& shape)
         : factor(shape.softcap != 0.0f ? shape.scale / shape.softcap : shape.scale * kLog2E),
           cap(shape.softcap * kLog2E) {}
-    __device__ __forceinline__ float operator()(float x) const {
-        if (cap == 0.0f) return x;
-        // tanh(x) = 1 - 2 / (1 + e^2x); its error, 1e-7, is far below that of x.
+    __device__ __forceinline__ bool caps() const { return cap != 0.0f; }
+    // tanh(x) = 1 - 2 / (1 + e^2x); its error, 1e-7, is far below that of x.
+    __device__ __forceinline__ float capped(float x) const {
         return cap * (1.0f - 2.0f / (1.0f + exp2_fast(x * (2.0f * kLog2E))));
     }
+    __device__ __forceinline__ float operator()(float x) const { return caps() ? capped(x) : x; }
 };
 
 // Row `position` sees tokens up to itself, `window` of them where there is one.
 __device__ __forceinline__ bool sees(int position, int token, int window) {
     return token <= position && (window == 0 || position - token < window);
+}
+// Whether rows from `low` to `high` all see `count` tokens from `first` on: most tiles of a long
+// text, whose scores nobody has to look at one by one then.
+__device__ __forceinline__ bool all_see(int low, int high, int first, int count, int window) {
+    return first + count - 1 <= low && (window == 0 || high - first < window);
 }
 __device__ __forceinline__ int first_seen(int position, int window) {
     return window == 0 ? 0 : max(0, position + 1 - window);

@@ -185,22 +185,39 @@ struct PrefillSums {
     }
 };
 
-// Scores into weights in place.
+// Scores into weights in place. all: every row of the warp sees all of the tile.
 template <int kHeadDim, int kTile>
 __device__ __forceinline__ void soften_tile(float (&scores)[kTile / 8][4], int first_token,
-                                            const Softening& soften, int window,
+                                            bool all, const Softening& soften, int window,
                                             const int (&positions)[2], const float2& factors,
                                             PrefillSums<kHeadDim>& sums) {
     float largest[2] = {sums.largest[0], sums.largest[1]};
 #pragma unroll
     for (int i = 0; i < kTile / 8; ++i) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            const int token = first_token + 8 * i + lane_id() % 4 * 2 + j % 2;
-            const float score = soften(scores[i][j] * (j / 2 ? factors.y : factors.x));
-            scores[i][j] = sees(positions[j / 2], token, window) ? score : -infinity();
-            largest[j / 2] = fmaxf(largest[j / 2], scores[i][j]);
+        for (int j = 0; j < 4; ++j) scores[i][j] *= j / 2 ? factors.y : factors.x;
+    }
+    if (soften.caps()) {
+#pragma unroll
+        for (int i = 0; i < kTile / 8; ++i) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) scores[i][j] = soften.capped(scores[i][j]);
         }
+    }
+    if (!all) {
+#pragma unroll
+        for (int i = 0; i < kTile / 8; ++i) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const int token = first_token + 8 * i + lane_id() % 4 * 2 + j % 2;
+                if (!sees(positions[j / 2], token, window)) scores[i][j] = -infinity();
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < kTile / 8; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) largest[j / 2] = fmaxf(largest[j / 2], scores[i][j]);
     }
 #pragma unroll
     for (int mask = 1; mask < 4; mask *= 2) {
@@ -313,6 +330,9 @@ __device__ __forceinline__ void attention_prefill(const AttentionCall& call, cha
         const int row = warp_row + lane_id() / 4 + 8 * i;
         positions[i] = rows.exists(row) ? rows.position(row) : -1;
     }
+    // A warp beyond the last row has low_row > high_row, and nothing that anyone reads.
+    const int low_row = rows.position(warp_row);
+    const int high_row = rows.position(min(warp_row + kWarpRows, rows.count) - 1);
     const Softening soften(call.shape);
     PrefillSums<kHeadDim> sums;
     for (int tile = first_tile; tile * kTile <= last; ++tile) {
@@ -324,8 +344,9 @@ __device__ __forceinline__ void attention_prefill(const AttentionCall& call, cha
         block_sync();  // keys are unpacked; packed ones are no longer read
         copy(call.layer.v, v_bytes, tile);
         multiply_keys<kHeadDim, kTile>(queries, memory.tile, scores);
-        soften_tile<kHeadDim, kTile>(scores, tile * kTile, soften, window, positions, factors,
-                                     sums);
+        const bool all = all_see(low_row, high_row, tile * kTile, kTile, window);
+        soften_tile<kHeadDim, kTile>(scores, tile * kTile, all, soften, window, positions,
+                                     factors, sums);
         copy_async_wait<0>();
         block_sync();  // packed values are there; keys are no longer read
         expand_tile<kHeadDim, kTile>(memory, v_bytes, call.layer.v.bits, head_dim, end);

@@ -196,4 +196,30 @@ __device__ __forceinline__ void copy_tile(const ExlCacheHalf& half, const TileBy
     }
 }
 
+// The same by one warp, for heads of kHeadDim elements and kBits: no more instructions than
+// copies, since all offsets are constants.
+template <int kTokens, int kHeadDim, int kBits>
+__device__ __forceinline__ void copy_whole_tile(const ExlCacheHalf& half, int64_t place,
+                                                uint8_t* shared) {
+    constexpr int kPass = 32 * 16;
+    constexpr int kCodes = kTokens * code_bytes(kHeadDim, kBits);
+    constexpr int kScales = kTokens * num_groups(kHeadDim, kBits) * 2;
+    static_assert(kScales <= kPass && kScales % 16 == 0 && kCodes % 16 == 0);
+    const int lane = lane_id();
+    const auto* codes = static_cast<const uint8_t*>(half.codes) +
+                        place * code_bytes(kHeadDim, kBits) + lane * 16;
+    uint8_t* target = shared + lane * 16;
+#pragma unroll
+    for (int i = 0; i + kPass <= kCodes; i += kPass) copy_async16(target + i, codes + i);
+    if (lane * 16 < kCodes % kPass) {
+        constexpr int kDone = kCodes / kPass * kPass;
+        copy_async16(target + kDone, codes + kDone);
+    }
+    if (lane * 16 < kScales) {
+        const auto* scales = reinterpret_cast<const uint8_t*>(
+            half.scales + place * num_groups(kHeadDim, kBits));
+        copy_async16(target + kCodes, scales + lane * 16);
+    }
+}
+
 }  // namespace exl

@@ -43,23 +43,42 @@ struct Gathered {
     }
 };
 
-// Scores of a tile into weights, as B fragments of its groups of 16 tokens.
+// Scores of a tile into weights, as B fragments of its groups of 16 tokens. all: every row of
+// the pass sees all of the tile.
 template <int kHeadDim, int kTile>
 __device__ __forceinline__ void weights_of(float (&scores)[kTile / 16][4], int first_token,
-                                           const Softening& soften, int window,
+                                           bool all, const Softening& soften, int window,
                                            const RowData& data, Gathered<kHeadDim>& gathered,
                                            uint32_t (&weights)[kTile / 16][2]) {
     const int g = lane_id() / 4, t = lane_id() % 4;
     float largest[2] = {gathered.largest[0], gathered.largest[1]};
+    const float factors[2] = {data.factors[2 * t], data.factors[2 * t + 1]};
 #pragma unroll
     for (int i = 0; i < kTile / 16; ++i) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            const int row = 2 * t + j % 2, token = first_token + i * 16 + j / 2 * 8 + g;
-            const float score = soften(scores[i][j] * data.factors[row]);
-            scores[i][j] = sees(data.positions[row], token, window) ? score : -infinity();
-            largest[j % 2] = fmaxf(largest[j % 2], scores[i][j]);
+        for (int j = 0; j < 4; ++j) scores[i][j] *= factors[j % 2];
+    }
+    if (soften.caps()) {
+#pragma unroll
+        for (int i = 0; i < kTile / 16; ++i) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) scores[i][j] = soften.capped(scores[i][j]);
         }
+    }
+    if (!all) {
+#pragma unroll
+        for (int i = 0; i < kTile / 16; ++i) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const int row = 2 * t + j % 2, token = first_token + i * 16 + j / 2 * 8 + g;
+                if (!sees(data.positions[row], token, window)) scores[i][j] = -infinity();
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < kTile / 16; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) largest[j % 2] = fmaxf(largest[j % 2], scores[i][j]);
     }
 #pragma unroll
     for (int mask = 4; mask < 32; mask *= 2) {

@@ -112,11 +112,11 @@ __device__ __forceinline__ void weigh_tile(const Tile& tile, int end,
     }
 }
 
-// A warp's tiles of its ring. total: tokens of the sequence, all that was ever written.
+// A warp's tiles of its ring.
 template <int kHeadDim, int kTile, bool kWhole>
 __device__ __forceinline__ void attend_tiles(const AttentionCall& call,
-                                             Ring<kHeadDim, kTile, kWhole>& ring, int total,
-                                             const Memory<kHeadDim>& memory,
+                                             Ring<kHeadDim, kTile, kWhole>& ring,
+                                             const Pass& pass, const Memory<kHeadDim>& memory,
                                              Gathered<kHeadDim>& gathered) {
     const Softening soften(call.shape);
     const int window = static_cast<int>(call.shape.window);
@@ -131,10 +131,12 @@ __device__ __forceinline__ void attend_tiles(const AttentionCall& call,
             default: score_tile<kHeadDim, kTile, 16>(keys, memory.queries, scores);
         }
         ring.release(2 * tile);
-        weights_of<kHeadDim, kTile>(scores, ring.token(tile), soften, window, *memory.data,
-                                    gathered, weights);
+        const int first = ring.token(tile);
+        const bool all = all_see(pass.low_row, pass.high - 1, first, kTile, window);
+        weights_of<kHeadDim, kTile>(scores, first, all, soften, window, *memory.data, gathered,
+                                    weights);
         const auto values = ring.wait(2 * tile + 1);
-        const int end = total - ring.token(tile);
+        const int end = pass.high - first;
         switch (call.layer.v.bits) {
             case 4: weigh_tile<kHeadDim, kTile, 4>(values, end, weights, gathered.o); break;
             case 6: weigh_tile<kHeadDim, kTile, 6>(values, end, weights, gathered.o); break;
@@ -157,7 +159,7 @@ __device__ __forceinline__ void attend_split(const AttentionCall& call,
     ring.begin(max(split * length, pass.low), min((split + 1) * length, pass.high));
     stage_queries<kHeadDim>(call, launch, group, pass, memory);
     Gathered<kHeadDim> gathered;
-    attend_tiles<kHeadDim, kTile, kWhole>(call, ring, pass.high, memory, gathered);
+    attend_tiles<kHeadDim, kTile, kWhole>(call, ring, pass, memory, gathered);
     merge_warps<kHeadDim>(gathered, reinterpret_cast<float*>(memory.ring));
     if (warp_id() == 0) spread_rows<kHeadDim>(call, gathered, memory);
 }
