@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import os
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from .reservation import PlannedModel, PlanRequest, Reservation, planned
 from .reservation.options import CtxSize, check_count, chosen_devices
 from .reservation.placement import DRAFT_PREFIX
 from .reservation.text import refusal
+from .tracebacks import drop_locals
 from .workspace import DEFAULT_CHUNK_SIZE, DEFAULT_MAX_BATCH_SIZE
 
 if TYPE_CHECKING:
@@ -98,7 +98,8 @@ def load(
             rope_options = {"alpha_value": alpha_value, "compress_pos_emb": compress_pos_emb}
             return _load_planned(plan, rope_options, draft_max, progress or NullProgress())
     except BaseException as error:
-        _drop_locals(error)
+        drop_locals(error)
+        gc.collect()
         raise
     finally:
         trim_heap()
@@ -266,20 +267,3 @@ class _Reading:
             for i in range(num_layers)
         ]
         return PagedCache(layers, pages_for(ctx_size))
-
-
-def _drop_locals(error: BaseException) -> None:
-    """Empty the frames that an error went through.
-
-    A host that keeps the error to show it would otherwise keep, through its traceback, every
-    buffer and view that the load had in a local variable.
-    """
-    seen: set[int] = set()
-    pending: list[BaseException | None] = [error]
-    while pending:
-        current = pending.pop()
-        if current is not None and id(current) not in seen:
-            seen.add(id(current))
-            traceback.clear_frames(current.__traceback__)
-            pending += [current.__cause__, current.__context__]
-    gc.collect()
