@@ -64,10 +64,10 @@ class Generator:
         while True:
             # The whole of it in one `try`: an interrupt between taking the lead and using it
             # would leave the other threads without a leader for ever.
-            lead = False
+            lead = stuck = False
             try:
                 with self._changed:
-                    while not job.output and not job.finished and self._leading:
+                    while not (job.output or job.finished) and self._leading:
                         self._changed.wait()
                     if job.output or job.finished:
                         return
@@ -78,12 +78,15 @@ class Generator:
                 # which its consumer should not have to wait a further pass for.
                 scheduler.decode()
                 scheduler.prefill()
+                # An evaluation that holds the pages leads again before it ends.
+                stuck = bool(scheduler.guests) and not (
+                    scheduler.active or job.output or job.finished)
             except BaseException as error:
                 drop_locals(error)
                 raise
             finally:
                 if lead:
-                    self._end_lead()
+                    self._end_lead(stuck)
 
     def cancel(self, job: Job, wait: bool = True) -> None:
         """End a job and give its pages back.
@@ -176,6 +179,7 @@ class Generator:
                 scheduler.reap()
                 cache, rope_class = scheduler.cache, scheduler.model.rope_class(rope_len)
                 sequence = cache.acquire(rope_len, ids if last else (), rope_class)
+                scheduler.guests.append(sequence)
             own_turn = True
             while sequence.past_len < len(ids):
                 with self.exclusive():
@@ -188,6 +192,8 @@ class Generator:
         finally:
             if cache is not None and sequence is not None:
                 with self.exclusive():
+                    if sequence in scheduler.guests:
+                        scheduler.guests.remove(sequence)
                     cache.commit(sequence, ids)
                     cache.release(sequence)
 
@@ -205,10 +211,13 @@ class Generator:
             raise ModelUnloaded("the model", actual="unloaded", remedy="Load it again")
         return self._scheduler
 
-    def _end_lead(self) -> None:
+    def _end_lead(self, stuck: bool = False) -> None:
+        """Let others lead; where `stuck`, until somebody did, because only they can help."""
         with self._changed:
             self._leading = False
             self._changed.notify_all()
+            if stuck:
+                self._changed.wait()
 
     def _reap(self) -> None:
         if self._scheduler is None:

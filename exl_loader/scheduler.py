@@ -39,6 +39,10 @@ class Scheduler:
         model: runs forward passes.
         cache: lends pages.
         drafter: a smaller model that guesses ahead; None for none.
+
+    Attributes:
+        waiting, active: the jobs without pages, and those with.
+        guests: what evaluations beside the jobs hold of the cache.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class Scheduler:
         self.model = model
         self.cache = cache
         self.drafter = drafter
+        self.guests: list[CacheSequence] = []
         self.waiting: deque[Job] = deque()
         self.active: list[Job] = []
 
@@ -86,6 +91,11 @@ class Scheduler:
             elif job.cancelled:
                 self._finish(job, CANCELLED)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether somebody holds pages, so that those who wait may hope."""
+        return bool(self.active or self.guests)
+
     def close(self) -> None:
         """Let go of model and cache. An error that somebody keeps leads here by its frames."""
         del self.model, self.cache, self.drafter
@@ -103,10 +113,11 @@ class Scheduler:
             try:
                 sequences = self._acquire(job)
             except CacheFull as error:
-                if not self.active or self._num_pages(job) > self.cache.num_pages:
-                    self._finish(job, FAILED, error)
-                    continue
-                return
+                # Who holds the pages gives them back; a job that needs more than all is lost.
+                if self._num_pages(job) <= self.cache.num_pages and self.is_busy:
+                    return
+                self._finish(job, FAILED, error)
+                continue
             self.waiting.popleft()
             self.active.append(job)
             job.begin(sequences)
@@ -160,6 +171,7 @@ class Scheduler:
                 pending = pending[:-1]
             if pending:
                 break
+        assert pending, "a prompt without missing tokens is prefilled"
         ids = pending[: self._chunk_end(sequence.past_len, len(pending)) - sequence.past_len]
         last = len(ids) == len(pending) and job.negative is None
         logits = self.model.forward([(sequence, ids)], "last" if last else "none")
@@ -200,10 +212,6 @@ class Scheduler:
             first += len(rows)
             for sequence, _ in job.texts:
                 sequence.past_len -= len(draft)
-            if job.negative is not None:
-                scale = job.settings.guidance_scale
-                pairs = zip(rows[:count], rows[count:], strict=True)
-                rows = np.stack([guide(row, negative, scale) for row, negative in pairs])
             self._take(job, rows, draft)
 
     def _expected(self, jobs: list[Job]) -> list[list[int]]:
@@ -225,16 +233,21 @@ class Scheduler:
         return [draft or guesses.get(job, []) for job, draft in zip(jobs, drafts, strict=True)]
 
     def _take(self, job: Job, rows: npt.NDArray[np.float32], draft: list[int]) -> None:
-        """Draw from the rows, float32 [1 + len(draft), vocab_size], as far as they hold good."""
+        """Draw from the rows of a job as far as its draft holds good.
+
+        Args:
+            rows: float32 [1 + len(draft), vocab_size]; with guidance as many of the negative
+                text behind them.
+        """
         try:
-            reason = job.take_logits(rows[0])
-            for row, expected in zip(rows[1:], draft, strict=True):
+            reason = job.take_logits(_guided(job, rows, 0))
+            for place, expected in enumerate(draft, 1):
                 if reason is not None or job.history[-1] != expected:
                     break
                 for sequence, _ in job.texts:
                     sequence.past_len += 1
                 job.stats.accepted_tokens += 1
-                reason = job.take_logits(row)
+                reason = job.take_logits(_guided(job, rows, place))
         except Exception as error:
             self._fail(job, error)
             return
@@ -273,6 +286,14 @@ def no_memory_for_a_step() -> InsufficientMemory:
         actual="the system refused it",
         remedy="Close what took the memory meanwhile, and ask again",
     )
+
+
+def _guided(job: Job, rows: npt.NDArray[np.float32], place: int) -> npt.NDArray[np.float32]:
+    """The logits to draw from at a place, float32 [vocab_size]."""
+    if job.negative is None:
+        return rows[place]
+    negative = rows[len(rows) // 2 + place]
+    return guide(rows[place], negative, job.settings.guidance_scale)
 
 
 def _missing(sequence: CacheSequence, ids: Ids) -> list[int]:

@@ -443,6 +443,33 @@ def test_prompt_logits_beside_a_generation():
     assert list(generation) == list(range(12, 31))
 
 
+def test_a_request_waits_for_the_pages_of_an_evaluation():
+    """And sleeps meanwhile: whoever evaluates leads without a rival."""
+    engine, model, cache = fake_engine(endless)
+    answers: list[list[int]] = []
+    worker = threading.Thread(target=lambda: answers.append(list(engine.generate_ids([5], LONG))))
+    scheduler = engine._generator._scheduler
+    steps, decode = [], scheduler.decode
+
+    def begin_another():
+        if len(model.calls) == 1:
+            scheduler.decode = lambda: (steps.append(len(model.calls)), decode())
+            worker.start()
+            while not scheduler.waiting:
+                worker.join(0.001)
+        if 1 < len(model.calls) < 20:
+            worker.join(0.002)
+            assert scheduler.waiting and not scheduler.active
+
+    model.before_call = begin_another
+    assert len(engine.prompt_logits([5] * 200)) == 200
+    worker.join(30)
+    assert answers == [[7] * 200]
+    # One look at each chunk's end by either side at most, and no turning round in between.
+    assert len([calls for calls in steps if calls < 25]) <= 2 * 25
+    assert cache.num_free_pages == cache.num_pages and not scheduler.guests
+
+
 def test_a_cache_too_small_for_one_request_is_an_error_and_not_a_hang():
     engine, model, cache = fake_engine(count_up, ctx_size=512, pages=1)
     with pytest.raises(CacheFull):

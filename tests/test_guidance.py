@@ -10,7 +10,7 @@ from fake_model import fake_engine
 from tiny import write_tiny_model
 
 import exl_loader
-from exl_loader.errors import CacheFull, InvalidSettings, PromptTooLong
+from exl_loader.errors import CacheFull, InsufficientMemory, InvalidSettings, PromptTooLong
 
 OPTIONS = {"temperature": 0, "ban_eos_token": True, "max_new_tokens": 30}
 
@@ -115,3 +115,23 @@ def test_the_longer_text_ends_at_the_context():
     fake.config.bos_token_id = 1
     generation = engine.generate_ids([5] * 500, {"guidance_scale": 2, "ban_eos_token": True})
     assert len(list(generation)) == 12 and generation.finish_reason == "context"
+
+
+def test_a_failure_in_one_guided_text_is_its_own(monkeypatch):
+    """Its pass was another text's as well, which goes on from there."""
+    engine, _, cache = fake_engine(lambda text: text[-1] + 1, pages=4)
+    engine.config.bos_token_id = 5
+    plain = engine.generate_ids([50], OPTIONS)
+    guided = engine.generate_ids([10], OPTIONS | {"guidance_scale": 2})
+    assert next(plain) == 51
+    assert next(guided) == 11
+
+    def refuse(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("exl_loader.scheduler.guide", refuse)
+    assert list(plain) == list(range(52, 81))
+    with pytest.raises(InsufficientMemory):
+        list(guided)
+    assert guided.finish_reason == "failed"
+    assert cache.num_free_pages == cache.num_pages
