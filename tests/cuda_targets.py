@@ -62,6 +62,16 @@ def emulated_launcher() -> Any:
     return EmulatedLauncher()
 
 
+@functools.cache
+def card_ops() -> Any:
+    """The first card's operations, with little staging, so that packing takes turns."""
+    from exl_loader.kernels import get_ops
+
+    ops: Any = get_ops("cuda:0")
+    ops.staging = torch.empty(1 << 16, dtype=torch.uint8, device="cuda:0")
+    return ops
+
+
 def target(name: str, make: Any) -> Target:
     """Return the target of one of `TARGETS`.
 
@@ -71,9 +81,7 @@ def target(name: str, make: Any) -> Target:
     if name == "gpu":
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
-        from exl_loader.kernels import get_ops
-
-        return Target(get_ops("cuda:0"), "cuda:0")
+        return Target(card_ops(), "cuda:0")
     launcher = emulated_launcher()
     launcher.set_order(name, seed=1)
     return Target(make(launcher), None)

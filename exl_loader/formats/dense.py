@@ -66,8 +66,11 @@ def pack_dense_linear(
         target[tile : tile + whole].copy_(tiled.transpose(1, 2))
         rest = piece[whole * TILE_COLUMNS :]
         if len(rest):
-            target[tile + whole].zero_()
-            target[tile + whole, :, : len(rest)].copy_(rest.t())
+            # Whole on the host first: into a part of a tile a device would copy by way of
+            # memory of its own.
+            filled = rest.new_zeros(plan.in_features, TILE_COLUMNS)
+            filled[:, : len(rest)] = rest.t()
+            target[tile + whole].copy_(filled)
     if "bias" in tensors:
         read_bias(plan, checkpoint, tensors["bias"])
     return DenseLinear(plan.in_features, plan.out_features, target, tensors.get("bias"))
