@@ -7,8 +7,9 @@
 namespace exl {
 
 // Rows of a sequence up to which attention_decode.cu serves it; longer ones are prefill's. So
-// which kernel a row comes through depends on its own sequence alone.
-constexpr int kDecodeRows = 8;
+// which kernel a row comes through depends on its own sequence alone. Drafts may be this long
+// (draft_model.py) and still give the bits of single tokens.
+constexpr int kDecodeRows = 32;
 
 struct AttentionCall {
     ExlCacheLayer layer;

@@ -19,8 +19,8 @@
 // other: a row's result is the same bits alone, in a batch, or among drafts.
 //
 // Where a row has several splits, each leaves its sums in `partials`, float32
-// [sequences of the launch, max_rows, num_heads, slots, head_dim + 2] (sums, largest, total);
-// the last block of a key/value head to arrive, which a counter tells, adds them in order.
+// [rows of the launch, num_heads, slots, head_dim + 2] (sums, largest, total); the last block of
+// a key/value head to arrive, which a counter tells, adds them in order.
 //
 // Grid: splits, kv_heads * groups of 8 rows, sequences. Shared memory: queries as B fragments
 // [kHeadDim / 32][32 lanes] of 16 bytes, rows float32 [8, kHeadDim], RowData, then per warp

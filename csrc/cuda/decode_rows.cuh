@@ -12,8 +12,8 @@ constexpr int kRows = 8;  // columns of an mma
 struct DecodeLaunch {
     float* partials;
     int32_t* counters;  // zero before and after
-    int32_t first_sequence;
-    int32_t max_rows;     // of a sequence
+    int32_t first_row;    // of the batch's decoding rows, counted without prompts
+    int32_t rows;         // that `partials` has room for; others have a launch of their own
     int32_t slots;        // partials of a row
     int32_t most_splits;  // of a row, not counting one more that a window may touch
     int32_t units;        // slots of a warp's ring: 1, 2 or 4
@@ -51,16 +51,24 @@ struct RowGroup {
     int sequence, kv_head, sharing;
     int first_row, count;
     int past, q_first;
+    int place;  // of the sequence's first row among the launch's rows, may be below 0
     __device__ __forceinline__ RowGroup(const AttentionCall& call, const DecodeLaunch& launch) {
-        sequence = launch.first_sequence + blockIdx.z;
+        sequence = blockIdx.z;
         sharing = launch.sharing;
         // Divisions take longer than what they spare where there is nothing to divide.
         kv_head = launch.groups == 1 ? blockIdx.y : blockIdx.y / launch.groups;
-        first_row = (static_cast<int>(blockIdx.y) - kv_head * launch.groups) * kRows;
+        const int begin = (static_cast<int>(blockIdx.y) - kv_head * launch.groups) * kRows;
         q_first = call.batch.q_start[sequence];
         past = call.batch.past_len[sequence];
         const int q_len = call.batch.q_start[sequence + 1] - q_first;
-        count = q_len > kDecodeRows ? 0 : min(kRows, q_len * sharing - first_row);
+        place = -launch.first_row;
+        for (int i = 0; i < sequence; ++i) {
+            const int rows = call.batch.q_start[i + 1] - call.batch.q_start[i];
+            place += rows <= kDecodeRows ? rows : 0;
+        }
+        const int end = min(begin + kRows, min(q_len, launch.rows - place) * sharing);
+        first_row = max(begin, -place * sharing);
+        count = q_len <= kDecodeRows ? end - first_row : 0;
     }
     __device__ __forceinline__ int token(int row) const {
         const int index = first_row + row;
@@ -143,7 +151,7 @@ struct Memory {
 __device__ __forceinline__ float* partials_of(const AttentionCall& call,
                                               const DecodeLaunch& launch, const RowGroup& group,
                                               int row) {
-    const int64_t index = (static_cast<int64_t>(blockIdx.z) * launch.max_rows + group.token(row)) *
+    const int64_t index = static_cast<int64_t>(group.place + group.token(row)) *
                               call.shape.num_heads + group.head(row);
     return launch.partials + index * launch.slots * (call.layer.head_dim + 2);
 }

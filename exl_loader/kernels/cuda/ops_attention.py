@@ -77,7 +77,7 @@ class _Rope(ctypes.Structure):
 class _Decode(ctypes.Structure):
     """DecodeLaunch of csrc/cuda/attention_decode.cu."""
 
-    _fields_ = [("partials", _P), ("counters", _P), ("first_sequence", _I32), ("max_rows", _I32),
+    _fields_ = [("partials", _P), ("counters", _P), ("first_row", _I32), ("rows", _I32),
                 ("slots", _I32), ("most_splits", _I32), ("units", _I32), ("sharing", _I32),
                 ("groups", _I32)]
 
@@ -180,36 +180,37 @@ class CudaAttentionOps:
                                          _GENERIC_THREADS, shared_bytes, call)
         # Every sequence of a call has a row, so one of them has this many at most.
         most_rows = rows - batch.num_sequences + 1
-        launches = self._decode(call, layer, batch, shape, min(most_rows, DECODE_ROWS), scratch)
+        launches = []
+        if batch.num_sequences > 1 or most_rows <= DECODE_ROWS:
+            launches += self._decode(call, layer, batch, shape, rows, scratch)
         if most_rows > DECODE_ROWS:
-            if batch.num_sequences == 1:
-                launches = []
             launches.append(self._prefill(call, layer, batch, shape, most_rows))
         return launches[0] if len(launches) == 1 else _in_turn(launches)
 
     def _decode(self, call: _Call, layer: CacheLayer, batch: Batch, shape: AttentionShape,
-                max_rows: int, scratch: torch.Tensor) -> list[Launch]:
-        """Launches for sequences with up to `max_rows` rows; as many at once as scratch holds."""
+                rows: int, scratch: torch.Tensor) -> list[Launch]:
+        """Launches for sequences with up to DECODE_ROWS rows: as many rows as scratch holds."""
         max_pages, kv_heads = batch.page_table.shape[1], shape.num_kv_heads
         plan = decode_plan(shape.head_dim, layer.cache_type, self.launcher.shared_limit_bytes)
-        groups = -(-max_rows * (shape.num_heads // kv_heads) // _ROWS)
-        at_once, sequence_bytes = batch.num_sequences, max_rows * row_bytes(shape, max_pages)
-        if sequence_bytes:
-            held = (scratch.nbytes - COUNTER_BYTES) // sequence_bytes
-            counted = COUNTER_BYTES // _COUNTER // (groups * kv_heads)
-            at_once = min(at_once, held, counted)
-        assert at_once > 0, f"attention in {scratch.nbytes} bytes of scratch"
+        most_rows = min(rows - batch.num_sequences + 1, DECODE_ROWS)
+        rows = min(rows, batch.num_sequences * most_rows)
+        groups = -(-most_rows * (shape.num_heads // kv_heads) // _ROWS)
+        held, one_bytes = rows, row_bytes(shape, max_pages)
+        if one_bytes:
+            held = min(rows, (scratch.nbytes - COUNTER_BYTES) // one_bytes)
+            counters = groups * kv_heads * batch.num_sequences
+            assert counters * _COUNTER <= COUNTER_BYTES, f"{counters} groups of rows"
+        assert held > 0, f"attention in {scratch.nbytes} bytes of scratch"
         splits = slots(kv_heads, shape.window, max_pages)
         launches = []
-        for first in range(0, batch.num_sequences, at_once):
-            count = min(at_once, batch.num_sequences - first)
+        for first in range(0, rows, held):
             decode = _Decode(
-                scratch.data_ptr() + COUNTER_BYTES, scratch.data_ptr(), first, max_rows, splits,
+                scratch.data_ptr() + COUNTER_BYTES, scratch.data_ptr(), first, held, splits,
                 most_splits(kv_heads), plan.units, shape.num_heads // kv_heads, groups,
             )
             launches.append(self.launcher.prepare(
-                plan.kernel, (splits, kv_heads * groups, count), plan.warps * _WARP,
-                plan.shared_bytes, call, decode,
+                plan.kernel, (splits, kv_heads * groups, batch.num_sequences),
+                plan.warps * _WARP, plan.shared_bytes, call, decode,
             ))
         return launches
 

@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     from ...cache import CacheType
     from ..interface import AttentionShape
 
-# Rows of a sequence that are decoding; sequences with more are a prompt's.
-DECODE_ROWS = 8
+# Rows of a sequence that are decoding, csrc/cuda/attention.cuh; one with more is a prompt. As
+# many as a draft may have: with it and without it a text is the same, bit for bit.
+DECODE_ROWS = 32
+# Rows of all sequences that scratch has room for at least; drafts beyond that take turns.
+HELD_ROWS = 16
 # Blocks that a card's multiprocessors hold at once, two each, of the largest cards. Not the
 # card's own number: a row's result should not depend on the card more than it must.
 _BLOCKS = 264
@@ -57,8 +60,8 @@ def attention_scratch_bytes(
 ) -> int:
     """Return what `attention` needs.
 
-    There is room for a row of each of max_batch_size sequences, and for all the rows that one
-    sequence may decode; where sequences with drafts need more, they take turns.
+    There is room for a row of each of max_batch_size sequences, and for HELD_ROWS; where drafts
+    have more, they take turns.
 
     Args:
         rows: rows of a call, of all its sequences together.
@@ -66,7 +69,7 @@ def attention_scratch_bytes(
         ctx_size: tokens of the longest sequence.
         shape: its window may be 0 for layers that have one: the need is the larger of both.
     """
-    held = min(rows, max(max_batch_size, DECODE_ROWS))
+    held = min(rows, max(max_batch_size, HELD_ROWS))
     # A layer with a window needs up to two slots more than one without.
     most = min(most_splits(shape.num_kv_heads) + _WINDOW_SPLITS, pages_for(ctx_size))
     if most < 2:
