@@ -11,6 +11,7 @@ from cpu_report import Record, Results, comparisons, speed_ratio
 WIDTH, HEIGHT = 960, 460
 LEFT, TOP, PANEL_WIDTH, PANEL_HEIGHT = 64, 56, 400, 330
 BAR_LEFT = 640
+LINE_HEIGHT = 13
 # Blue and orange, which colour-blind people tell apart; dashes for quantised caches.
 COLOURS = {"exl_loader": "#1f6feb", "llama.cpp": "#d9730d"}
 DASHES = {"fp16": "", "q8": "2 3", "q4": "7 4"}
@@ -62,6 +63,7 @@ def curve_panel(results: Results) -> list[str]:
     for depth in sorted({r["depth"] for r in records}):
         parts.append(text(place(depth, 0)[0], TOP + PANEL_HEIGHT + 18, f"{depth:,}", "middle",
                           "small"))
+    ends = []
     for name in dict.fromkeys((r["engine"], r["weights"], r["cache"]) for r in records):
         engine, weights, cache = name
         series = sorted(results.select(what="decode", beside="curve", engine=engine,
@@ -71,7 +73,11 @@ def curve_panel(results: Results) -> list[str]:
         parts.append(f'<polyline points="{path}" fill="none" stroke="{COLOURS[engine]}" '
                      f'stroke-width="2" stroke-dasharray="{DASHES[cache]}"/>')
         x, y = points[-1]
-        parts.append(text(x + 6, y + 4, f"{engine} {weights} {cache}", kind="small"))
+        ends.append((y + 4, x + 6, f"{engine} {weights} {cache}"))
+    lowest = 0.0
+    for y, x, words in sorted(ends):  # lines that end close together have room for their names
+        lowest = max(y, lowest + LINE_HEIGHT)
+        parts.append(text(x, lowest, words, kind="small"))
     return parts
 
 
