@@ -46,7 +46,7 @@ __device__ __forceinline__ void quantize_window(const float (&x)[kLaneRows], int
         const int32_t whole = usable ? round_int(mul_rn(x[i], inverse)) : 0;
         const int32_t upper = (whole + (1 << (kPlaneShift - 1))) >> kPlaneShift;
         high |= (static_cast<uint32_t>(upper) & 0xFFu) << (8 * i);
-        low |= (static_cast<uint32_t>(whole - (upper << kPlaneShift)) & 0xFFu) << (8 * i);
+        low |= (static_cast<uint32_t>(whole - upper * (1 << kPlaneShift)) & 0xFFu) << (8 * i);
         sum += whole;
     }
 #pragma unroll
