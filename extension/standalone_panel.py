@@ -92,13 +92,12 @@ class PanelView:
         self.pick.change(
             _picked, [self.pick, self.ctx_size, self.cache_type],
             [self.ctx_size, *toggles], **QUICK)
-        for component in (self.ctx_size, self.cache_type):
-            component.change(self._gauge, options, self.gauge, **GAUGE)
-        for component in (self.alpha_value, self.compress_pos_emb):
-            # The gauge comes second: where several components change at once, as on a page
-            # that is opened again, the slider is the last to be there.
-            stretched = component.change(_stretched, options, self.ctx_size, **GAUGE)
-            stretched.then(self._gauge, options, self.gauge, **QUICK)
+        # One event for all of them, because answers to several could overtake each other, and
+        # the last one in the page would not be that to the last change. Gradio's sliders tell
+        # of a change when they unfold as well.
+        changes = (self.ctx_size, self.cache_type, self.alpha_value, self.compress_pos_emb)
+        gr.on([component.change for component in changes], self._follow, options,
+              [self.ctx_size, self.gauge], **GAUGE)
         for event in (self.model_dir.submit, self.model_dir.blur):
             event(self._chosen, [self.known_dir, *options],
                   [self.known_dir, self.ctx_size, self.gauge], **QUICK)
@@ -118,6 +117,11 @@ class PanelView:
 
     def _gauge(self, *values: Any) -> str:
         return self._session.gauge(_options(values))
+
+    def _follow(self, *values: Any) -> tuple[Any, str]:
+        """Let the slider reach as far as RoPE scaling makes the model reach; draw the gauge."""
+        options = _options(values)
+        return gr.update(maximum=_slider_end(options)), self._session.gauge(options)
 
     def _chosen(self, known_dir: str, *values: Any) -> tuple[Any, ...]:
         """Follow another folder: its length is the slider's, its plan the gauge's."""
@@ -185,11 +189,6 @@ def _ctx_slider(options: LoadOptions) -> gr.Slider:
         label="ctx_size", elem_id="exl_ctx_size",
         info="Tokens that prompt and answer may have together",
     )
-
-
-def _stretched(*values: Any) -> Any:
-    """Let the slider reach as far as RoPE scaling makes the model reach."""
-    return gr.update(maximum=_slider_end(_options(values)))
 
 
 def _slider_end(options: LoadOptions) -> int:

@@ -59,6 +59,7 @@ class HostPage:
 
     def open(self) -> None:
         self.page.goto(self._server.address, wait_until="domcontentloaded")
+        self.page.add_style_tag(content=_HIDE_RAW_DATA)
         self.tab("Model")
 
     def tab(self, name: str) -> None:
@@ -125,7 +126,6 @@ class HostPage:
         """Keep pictures in both themes, where they were asked for."""
         if not SCREENSHOTS:
             return
-        self.page.add_style_tag(content=_HIDE_RAW_DATA)
         for theme in ("light", "dark"):
             self.page.evaluate("on => document.body.classList.toggle('dark', on)", theme == "dark")
             self.page.wait_for_timeout(300)

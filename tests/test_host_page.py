@@ -78,6 +78,17 @@ def test_choose_toggle_gauge_load_and_refuse(page, server):
     page.cache_type.fill("fp16")
     page.cache_type.press("Enter")
     page.expect(page.gauge).to_contain_text("Fits")
+    page.load()
+
+
+def test_a_page_that_nobody_touches_asks_for_nothing(page):
+    page.choose_model()
+    page.load()
+    page.page.wait_for_timeout(3000)
+    asked = []
+    page.page.on("request", lambda request: asked.append(request.url))
+    page.page.wait_for_timeout(5000)
+    assert [url for url in asked if "/predict" in url or "/queue/join" in url] == []
 
 
 def test_chat_streams_stops_continues_and_regenerates(page, server):

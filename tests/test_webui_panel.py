@@ -12,7 +12,7 @@ from tiny import write_tiny_model
 from webui_double import write_host
 
 import exl_loader
-from extension import host_panel, loading, registration
+from extension import event_chain, host_panel, loading, registration
 
 STATE = {"temperature": 0, "max_new_tokens": 8, "truncation_length": 512, "add_bos_token": True,
          "ban_eos_token": True, "stream": True}
@@ -117,6 +117,34 @@ def test_two_loads_at_once_leave_one_model(page):
         thread.join()
     assert all("Loaded" in said[-1] for said in results)
     assert loading.current().allocated_bytes() == loading.current().reservation.total_bytes
+
+
+class Wired:
+    """What Gradio gives for an event: more can be chained to it."""
+
+    def __init__(self, log, name):
+        self._log, self.name = log, name
+
+    def then(self, fn):
+        self._log.append((self.name, fn))
+        return Wired(self._log, fn)
+
+    success = then
+
+
+def test_what_is_chained_to_a_button_is_followed_to_its_end():
+    log = []
+    click = lambda fn: Wired(log, fn)  # noqa: E731
+    button = SimpleNamespace(click=click)
+    with event_chain.event_chains({"load": button}, ("load", "absent")) as (chain,):
+        button.click("gather").then("load").success("final")
+    chain.then("draw")
+    assert log == [("gather", "load"), ("load", "final"), ("final", "draw")]
+    assert button.click is click
+    with event_chain.event_chains({"load": button}, ("load",)) as (unused,):
+        pass
+    unused.then("draw")
+    assert len(log) == 3
 
 
 def test_a_draft_model_is_planned_drawn_and_loaded(page, folder):
