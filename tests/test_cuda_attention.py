@@ -153,13 +153,13 @@ def test_drafts_are_the_same_bits_as_single_tokens(ops, monkeypatch, window, mos
     pages instead of one, if there may be two splits."""
     monkeypatch.setattr(ops_attention, "most_splits", lambda kv_heads: most)
     shape = shape_of(6, 2, 64, window=window)
-    for past in (508, 510, 765, 1020):
-        batch = make_batch([past], [8])
+    for past, rows in ((508, 8), (510, 3), (765, 20), (1010, 32)):
+        batch = make_batch([past], [rows])
         layer = random_layer("q4", batch, shape, seed=past)
-        q = random_rows(8, 6, 64, past)
+        q = random_rows(rows, 6, 64, past)
         drafts = attend(ops, q, layer, batch, shape)
         assert relative_error(drafts, expected_of(q, layer, batch, shape)) <= DECODE_TOLERANCE
-        for row in range(8):
+        for row in range(0, rows, 1 + rows // 8):
             single = part(batch, [past + row], [1])
             alone = attend(ops, q[row : row + 1], layer, single, shape)
             assert torch.equal(alone[0], drafts[row]), (past, row)

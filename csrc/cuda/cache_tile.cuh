@@ -50,7 +50,7 @@ constexpr uint32_t kTable00 = codebook_word(0, 0), kTable01 = codebook_word(0, 1
                    kTable10 = codebook_word(1, 0), kTable11 = codebook_word(1, 1),
                    kTable12 = codebook_word(1, 2), kTable13 = codebook_word(1, 3);
 
-// The 16 levels of one table, in registers; kFlip is added to every byte without carry.
+// The 16 levels of one table, in registers; every byte is exclusive-or'd with kFlip's.
 template <uint32_t kFlip = 0>
 struct Codebook {
     uint32_t words[4];
@@ -136,8 +136,7 @@ __device__ __forceinline__ float2 block_values(uint32_t codes, float factor) {
 
 // ---- Whole units ----
 
-// A unit as eight pairs of float16, times unit_factor; `bits` in registers or not, the branch
-// is the same for the whole block. row, scales: of a token, in shared memory.
+// A unit as eight pairs of float16, times unit_factor. row, scales: of a token, in shared memory.
 template <int kBits>
 __device__ __forceinline__ void expand_unit(const uint8_t* row, const uint16_t* scales,
                                             int head_dim, int unit, uint32_t (&pairs)[8]) {
