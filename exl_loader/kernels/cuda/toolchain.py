@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...errors import InvalidSettings, KernelBuildError
-from ..toolchain import Compiler, command_output, compiler_remedy, find_compiler
+from ..toolchain import Compiler, command_output, find_compiler
 from .arch import OLDEST_CUDA, Capability, Version, arch_name, compiled_capability
 
 COMPILER_ENV = "EXL_LOADER_CUDA_COMPILER"
@@ -188,10 +188,3 @@ def _find_nvcc(environ: Mapping[str, str]) -> Iterator[CudaCompiler]:
             version = f"nvcc {match[3]} with {host.version}"
             compiler = replace(host, command=(str(path),), kind="nvcc", version=version)
             yield CudaCompiler(compiler, (int(match[1]), int(match[2])), path)
-
-
-def missing_host_compiler(environ: Mapping[str, str] = os.environ) -> str | None:
-    """What to install where nvcc is there but has nothing to preprocess with; else None."""
-    if find_compiler(environ) is None and shutil.which("nvcc", path=environ.get("PATH")):
-        return compiler_remedy()
-    return None
