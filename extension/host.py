@@ -74,18 +74,20 @@ def check() -> None:
     Raises:
         HostDiffers: something is missing, or another loader has our names already.
     """
+    # Version 3, whose modules are others, has these loaders of its own: that is the reason then.
+    tables = module("modules.loaders")
+    for table in ("loaders_and_params", "loaders_samplers"):
+        taken = [name for name in LOADERS if name in getattr(tables, table, ())]
+        if taken:
+            raise HostDiffers(f"it has a loader {taken[0]} already (its own or another plugin's)")
     for name, attributes in _NEEDED.items():
         found = module(name)
         for attribute in attributes:
             if not hasattr(found, attribute):
                 raise HostDiffers(f"it has no {name}.{attribute}")
-    tables = module("modules.loaders")
     for table in (tables.loaders_and_params, tables.loaders_samplers):
         if not isinstance(table, dict):
             raise HostDiffers("its tables of loaders are not dicts")
-        taken = [name for name in LOADERS if name in table]
-        if taken:
-            raise HostDiffers(f"it has a loader {taken[0]} already (its own or another plugin's)")
     elements_module()
 
 

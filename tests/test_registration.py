@@ -180,6 +180,14 @@ def test_standing_aside_with_one_message(host, capsys, file, change, reason):
     assert vars(web.shared.args) == args
 
 
+def test_version_3_is_told_that_it_has_the_loader_itself(host, capsys):
+    """Its modules lack things as well, which would explain nothing to anybody."""
+    host(loaders=('"llama.cpp": ["ctx', '"ExLlamav2": [], "llama.cpp": ["ctx'),
+         shared=("original_args", "args_at_start"))
+    assert not registration.register()
+    assert "it has a loader ExLlamav2 already" in capsys.readouterr().err
+
+
 def test_a_failure_half_way_takes_everything_back(host, capsys, monkeypatch):
     web = host()
     tables = dict(web.loaders.loaders_and_params)
