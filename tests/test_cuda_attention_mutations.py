@@ -33,7 +33,6 @@ ATTENTION = [
     ("decode_rows.cuh", "each == 1 ? end : end / each) - first + 1;",
      "each == 1 ? end : end / each) - first;"),
     ("decode_rows.cuh", "min(q_len, launch.rows - place)", "q_len"),
-    ("decode_rows.cuh", "place += rows <= kDecodeRows ? rows : 0;", "place += rows;"),
     ("decode_split.cuh", "if (end < kTile) clear_tokens<kTile, kBits>(tile, end);", ""),
     ("decode_products.cuh", "high[i] = low[i] = start;", "high[i] = low[i] = 0;"),
     ("decode_gather.cuh", "theirs[n] = exp2_fast(other - finite_base(largest[n]));",
@@ -89,6 +88,8 @@ def check_attention(ops):
                           FLOAT_TOLERANCE)
     many = make_batch([1100, 30], [1, 1])
     assert_like_reference(ops, "q4", many, shape_of(2, 1, 64), DECODE_TOLERANCE)
+    # A tile that a warp's first row still sees whole, and its last row does not.
+    assert_like_reference(ops, "q8", make_batch([130], [40]), shape_of(2, 1, 128, window=100))
     # More drafts than one launch has room for, behind a prompt.
     assert_like_reference(ops, "q4", make_batch([40, 700, 300], [35, 20, 5]), shape_of(4, 2, 64))
     # One row behind another's tile: what the first must not see, and no more than that.
