@@ -65,13 +65,21 @@ def main() -> int:
         return command.main(args.webui, further)
     ensure_environment(test=args.test)
     if args.test:
-        return run_in_environment(["-m", "pytest", *further])
+        return run_in_environment(["-m", "pytest", *(further or whole_suite())])
     if args.demo:
         return demo(further)
     if args.terminal:
         return write_text(further)
     say(f"{VENV} is complete")
     return 0
+
+
+def whole_suite() -> list[str]:
+    """Return pytest's arguments for all tests: on several cores, each file on one of them.
+
+    Not on more than four: kernels and builds under test use several threads themselves.
+    """
+    return ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
 
 
 def demo(page_arguments: list[str]) -> int:
