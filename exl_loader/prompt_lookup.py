@@ -10,7 +10,7 @@ _NGRAM_SIZES = (4, 3, 2)
 
 
 def look_up(history: npt.NDArray[np.int64], count: int) -> list[int]:
-    """Return at most `count` ids that followed the last place with the text's last ids.
+    """Return `count` ids, as they followed the last place with the text's last ids; or none.
 
     Args:
         history: int64 [tokens so far].
@@ -28,5 +28,6 @@ def look_up(history: npt.NDArray[np.int64], count: int) -> list[int]:
         places = np.flatnonzero(same)
         if len(places):
             first = int(places[-1]) + size
-            return history[first : first + count].tolist()
+            # What follows may end before `count`: such a text repeats itself, so on it goes.
+            return np.resize(history[first:], count).tolist()
     return []
