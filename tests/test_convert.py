@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 
 import numpy as np
 import pytest
@@ -107,7 +106,7 @@ def test_pack_scales_stores_one_less_in_four_bits():
     assert pack_scales(qs).numpy().view(np.uint32).tolist() == [[0xF6543210]]
 
 
-@pytest.mark.parametrize("seed", [1, random.SystemRandom().randrange(2**31)])
+@pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("shape", [(128, 32, 32), (176, 40, 128), (96, 33, 64)])
 def test_layer_round_trip_is_exact(seed, bits, shape):
