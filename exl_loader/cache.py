@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     import torch
 
     from .config import ModelConfig
-    from .key_bias import KeyBias
 
 PAGE_LEN = 256
 GROUP = 32
@@ -168,6 +167,23 @@ def _tensor_specs(
     yield TensorSpec(f"{prefix}_codes", "cache", "uint8", shape, device)
     shape = (*tokens, num_groups(head_dim, bits))
     yield TensorSpec(f"{prefix}_scales", "cache", "float16", shape, device)
+
+
+@dataclass(eq=False)
+class KeyBias:
+    """The bias that a layer's keys in the cache are without.
+
+    Args:
+        pairs: int32 [kv_heads, P], element i of each pair (i, half + i). Heads with fewer
+            pairs are filled up with pairs of zeros.
+        first, second: float32 [kv_heads, P], the bias of elements i and half + i.
+        half: rotary_dim / 2.
+    """
+
+    pairs: torch.Tensor
+    first: torch.Tensor
+    second: torch.Tensor
+    half: int
 
 
 @dataclass

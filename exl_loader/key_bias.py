@@ -19,10 +19,11 @@ random rows through the layer's norm and projection.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+
+from .cache import KeyBias
 
 if TYPE_CHECKING:
     from .kernels.interface import AttentionShape, Linear, Ops
@@ -34,23 +35,6 @@ KEPT_SHARE = 0.05
 MAX_PAIRS = 32
 MAX_SHARING = 128
 _PROBE_ROWS = 8
-
-
-@dataclass(eq=False)
-class KeyBias:
-    """The bias that a layer's keys in the cache are without.
-
-    Args:
-        pairs: int32 [kv_heads, P], element i of each pair (i, half + i). Heads with fewer
-            pairs are filled up with pairs of zeros.
-        first, second: float32 [kv_heads, P], the bias of elements i and half + i.
-        half: rotary_dim / 2.
-    """
-
-    pairs: torch.Tensor
-    first: torch.Tensor
-    second: torch.Tensor
-    half: int
 
 
 def split_bias(bias: torch.Tensor, mean_squares: torch.Tensor, half: int) -> KeyBias | None:

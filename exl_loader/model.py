@@ -15,11 +15,11 @@ from typing import Any, Literal
 import torch
 
 from .blueprint import Blueprint
-from .cache import PAGE_LEN
+from .cache import PAGE_LEN, KeyBias
 from .errors import CacheFull, InvalidSettings
 from .kernels.host import Host, host_of
 from .kernels.interface import Batch, Ops
-from .key_bias import KeyBias, take_key_bias
+from .key_bias import take_key_bias
 from .layers import Call, Recorder, attention_shape, build_layer, decoder_layer
 from .paging import PagedCache, Sequence
 from .rope import inv_freq

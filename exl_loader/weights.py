@@ -20,8 +20,8 @@ from .formats.packed_cuda import StreamLinear
 from .kernels.interface import Ops
 
 if TYPE_CHECKING:
+    from .cache import KeyBias
     from .kernels.interface import Linear
-    from .key_bias import KeyBias
 
 # Rows of the embedding read at a time: what is in flight stays within tens of megabytes.
 EMBEDDING_ROWS = 2048

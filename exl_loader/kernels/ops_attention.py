@@ -11,8 +11,7 @@ from ..key_bias import MAX_PAIRS, MAX_SHARING
 if TYPE_CHECKING:
     import torch
 
-    from ..cache import CacheLayer
-    from ..key_bias import KeyBias
+    from ..cache import CacheLayer, KeyBias
     from .interface import AttentionShape, Batch
 
 

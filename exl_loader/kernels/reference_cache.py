@@ -16,8 +16,7 @@ from . import reference_fp16
 from .reference_codec import cache_round_trip, dequantize, quantize, rotate, rotate_back
 
 if TYPE_CHECKING:
-    from ..cache import CacheLayer
-    from ..key_bias import KeyBias
+    from ..cache import CacheLayer, KeyBias
     from .interface import AttentionShape, Batch
 
 __all__ = ["attention", "cache_round_trip", "write_cache"]
