@@ -24,6 +24,20 @@ os.environ.setdefault("EXL_LOADER_CACHE_DIR", str(REPO / "build" / "test-cache")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--exhaustive", action="store_true", help="every case of what is otherwise sampled"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--exhaustive"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
+
+
 @pytest.fixture(scope="session")
 def fixtures_dir() -> Path:
     """Folder of the reference models (EXL2 folders beside `NAME.reference.safetensors`)."""

@@ -3,12 +3,14 @@ must notice."""
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 
 import pytest
 from cache_layers import make_batch, random_rows
 from cuda_attention_cases import attention_target, built_from, shape_of
+from exhaustive import some_of
 from test_cuda_attention import DECODE_TOLERANCE, FLOAT_TOLERANCE, assert_like_reference
 from test_cuda_cache import REFERENCE, bytes_of, written
 
@@ -112,6 +114,7 @@ def passes(launcher, check) -> bool:
     """Run the comparisons in a process of their own, which a mistake may crash."""
 
     def run() -> None:
+        faulthandler.disable()
         try:
             for order, seed in ORDERS:
                 launcher.set_order(order, seed)
@@ -125,12 +128,12 @@ def passes(launcher, check) -> bool:
     return process.exitcode == 0
 
 
-@pytest.mark.parametrize("change", ATTENTION, ids=lambda change: change[1][:40])
+@pytest.mark.parametrize("change", some_of(ATTENTION, 6), ids=lambda change: change[1][:40])
 def test_a_mistake_in_attention_is_noticed(tmp_path, change):
     assert not passes(built_from(tmp_path, change=change), check_attention)
 
 
-@pytest.mark.parametrize("change", WRITING, ids=lambda change: change[1][:40])
+@pytest.mark.parametrize("change", some_of(WRITING, 4), ids=lambda change: change[1][:40])
 def test_a_mistake_in_writing_is_noticed(tmp_path, change):
     assert not passes(built_from(tmp_path, change=change), check_writing)
 
