@@ -254,7 +254,8 @@ def everything(ops):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", some_of([None, *MUTATIONS], 5), ids=lambda c: c[1][:40] if c else "none")
+@pytest.mark.parametrize("change", some_of([None, *MUTATIONS], 5),
+                         ids=lambda change: change[1][:40] if change else "none")
 def test_a_mistake_in_a_kernel_is_noticed(tmp_path, change):
     for name in ("csrc", FOLDER):
         shutil.copytree(REPO / name, tmp_path / name,
