@@ -253,10 +253,13 @@ def test_taken_port_is_told_in_a_line(address):
 
 
 def write_endless_model(folder):
-    """Write a model that says `a` whatever it reads, with room for minutes of it."""
+    """Write a model that says `a` whatever it reads, with room for minutes of it.
+
+    It has layers enough that the most tokens of the page's slider take it seconds.
+    """
     from safetensors.torch import load_file, save_file
 
-    write_tiny_model(folder)
+    write_tiny_model(folder, num_hidden_layers=16)
     tensors = load_file(folder / "model.safetensors")
     for name, tensor in tensors.items():
         if name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
