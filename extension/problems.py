@@ -43,5 +43,5 @@ def last_html() -> str:
 def _warn_in_page(line: str) -> None:
     context = getattr(sys.modules.get("gradio.context"), "LocalContext", None)
     # Outside a page's event, as in the API, Gradio has nobody to show it to.
-    if context is not None and context.event_id.get() is not None:
+    if context is not None and context.event_id.get(None) is not None:
         sys.modules["gradio"].Warning(line)

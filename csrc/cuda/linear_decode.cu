@@ -1,7 +1,7 @@
 // Quantised matrix products of few rows: decoding. Bound by memory.
 //
 // Work: a warp reads one split of one tile's stream, once, and multiplies it with all rows of
-// a pass (1, 4, 8 or 16). The warps of a tile are neighbours in a block; their sums are added
+// a pass (1, 4 or 8). The warps of a tile are neighbours in a block; their sums are added
 // in the order of splits, through shared memory. Passes over the same tile are neighbouring
 // blocks, so that all but the first find its codes in the second-level cache.
 //
@@ -311,7 +311,8 @@ __device__ __forceinline__ void decode_row(const DecodeCall& call) {
 
 }  // namespace
 
-// out = x @ W + bias, or out += ... where call.add. Rows in passes of 4, 8 or 16.
+// out = x @ W + bias, or out += ... where call.add. Rows in passes of 4 or 8: 16 would need more
+// registers than a block of 512 threads has.
 #define EXL_DECODE(name, ...)                                                                  \
     extern "C" __global__ void __launch_bounds__(kDecodeThreads, 1)                               \
         linear_decode_##name##_kernel(const __grid_constant__ DecodeCall call) {               \
@@ -322,11 +323,9 @@ __device__ __forceinline__ void decode_row(const DecodeCall& call) {
 EXL_DECODE(1, decode_row<kShallow>);
 EXL_DECODE(4, decode_rows<1, kShallow>);
 EXL_DECODE(8, decode_rows<2, kShallow>);
-EXL_DECODE(16, decode_rows<4, kShallow>);
 EXL_DECODE(1_deep, decode_row<kDeep>);
 EXL_DECODE(4_deep, decode_rows<1, kDeep>);
 EXL_DECODE(8_deep, decode_rows<2, kDeep>);
-EXL_DECODE(16_deep, decode_rows<4, kDeep>);
 
 // One row for each (row, choice) pair of a mixture: x holds a row a pair, pair p is multiplied
 // with layers[experts[p]] into out [pairs, out_stride]. grid.x blocks of a layer, grid.y pairs.

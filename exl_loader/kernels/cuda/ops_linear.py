@@ -1,6 +1,6 @@
 """Linear layers as launches of compiled kernels.
 
-Few rows are decoded: passes of up to 16 rows, each reading all weights. Many rows go through
+Few rows are decoded: passes of up to 8 rows, each reading all weights. Many rows go through
 tensor cores. A row's result is the same bits either way, so where one ends and the other
 begins is a matter of speed alone.
 """
@@ -55,7 +55,7 @@ _RING_BYTES = 4096
 _DEEP_RING_BYTES = 8192
 _DEEP_SHARED_BYTES = 160 << 10
 _LEAST_DECODE_WARPS = 8
-_DECODE_PASSES = (4, 8, 16)
+_DECODE_PASSES = (4, 8)
 _PLAIN_ROW, _NORM_ROW, _GATED_ROW = 0, 1, 2
 _NORM_PART_BYTES = 64
 # Up to here a pass more costs less than what prefill leaves idle; beyond, where it has blocks
