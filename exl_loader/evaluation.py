@@ -20,16 +20,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from .cache import CacheLayer, CacheType, pages_for
 from .errors import InvalidSettings
 from .evaluation_plan import REFERENCE_TYPE, EvaluationPlan
-from .memory import Buffers, allocate
+from .memory import allocate
 from .model import Model
 from .paging import PagedCache
 from .progress import NullProgress, Progress, task
 
 if TYPE_CHECKING:
-    from .config import ModelConfig
     from .engine import LoadedModel
 
 # Logits that are compared at a time, in float64: some 40 MiB with everything in between.
@@ -150,29 +148,15 @@ def lanes_over(loaded: LoadedModel, planned: EvaluationPlan) -> Iterator[list[La
             assert isinstance(model, Model)
             lanes = [Lane(REFERENCE_TYPE, model, cache)]
             for other in planned.others:
-                own = paged_cache(buffers, other, model.config, loaded.ctx_size)
+                own = PagedCache.of_views(
+                    buffers.views("cache"), f"{other}.cache", other,
+                    model.config.num_hidden_layers, loaded.ctx_size,
+                )
                 lanes.append(Lane(str(other), model.with_cache(own), own))
             yield lanes
             lanes.clear()
     finally:
         buffers.release()
-
-
-def paged_cache(
-    buffers: Buffers, cache_type: CacheType, config: ModelConfig, ctx_size: int
-) -> PagedCache:
-    views, prefix = buffers.views("cache"), f"{cache_type}.cache"
-    layers = [
-        CacheLayer(
-            k_codes=views[f"{prefix}.{i}.k_codes"],
-            k_scales=views.get(f"{prefix}.{i}.k_scales"),
-            v_codes=views[f"{prefix}.{i}.v_codes"],
-            v_scales=views.get(f"{prefix}.{i}.v_scales"),
-            cache_type=cache_type,
-        )
-        for i in range(config.num_hidden_layers)
-    ]
-    return PagedCache(layers, pages_for(ctx_size))
 
 
 class Lane:

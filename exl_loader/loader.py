@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .cache import CacheLayer, CacheType, pages_for
+from .cache import CacheType
 from .devices import device_kind
 from .draft_model import DEFAULT_DRAFT_MAX, MAX_DRAFT_MAX, DraftModel, check_vocabularies
 from .errors import InsufficientMemory, InvalidSettings
@@ -221,7 +221,10 @@ class _Reading:
         from .model import Model
         from .weights import load_weights
 
-        cache = self._cache(blueprint.config.num_hidden_layers, ctx_size, prefix)
+        cache = PagedCache.of_views(
+            self._views("cache", prefix), "cache", self.cache_type,
+            blueprint.config.num_hidden_layers, ctx_size,
+        )
         views = self._views("weights", prefix)
         total = sum(spec.nbytes for spec in blueprint.specs())
         name = "loading draft weights" if prefix else "loading weights"
@@ -253,17 +256,3 @@ class _Reading:
             for name, view in self.buffers.views(segment).items()
             if name.startswith(DRAFT_PREFIX) == bool(prefix)
         }
-
-    def _cache(self, num_layers: int, ctx_size: int, prefix: str) -> PagedCache:
-        views = self._views("cache", prefix)
-        layers = [
-            CacheLayer(
-                k_codes=views[f"cache.{i}.k_codes"],
-                k_scales=views.get(f"cache.{i}.k_scales"),
-                v_codes=views[f"cache.{i}.v_codes"],
-                v_scales=views.get(f"cache.{i}.v_scales"),
-                cache_type=self.cache_type,
-            )
-            for i in range(num_layers)
-        ]
-        return PagedCache(layers, pages_for(ctx_size))

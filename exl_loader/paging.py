@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from .cache import PAGE_LEN, CacheLayer, pages_for
+from .cache import PAGE_LEN, CacheLayer, CacheType, pages_for
 from .errors import CacheFull
 from .page_index import Ids, Key, PageIndex, as_ids, next_key, root_key
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(eq=False)
@@ -57,6 +62,29 @@ class PagedCache:
         # In the order in which they will be lent.
         self._free = OrderedDict.fromkeys(range(num_pages))
         self._index = PageIndex(PAGE_LEN)
+
+    @classmethod
+    def of_views(
+        cls, views: Mapping[str, torch.Tensor], prefix: str, cache_type: CacheType,
+        num_layers: int, ctx_size: int,
+    ) -> PagedCache:
+        """Make a cache of the tensors that `cache.cache_specs` plans.
+
+        Args:
+            views: by name. prefix: what stands there for `cache`.
+            ctx_size: tokens that the tensors have pages for.
+        """
+        layers = [
+            CacheLayer(
+                k_codes=views[f"{prefix}.{i}.k_codes"],
+                k_scales=views.get(f"{prefix}.{i}.k_scales"),
+                v_codes=views[f"{prefix}.{i}.v_codes"],
+                v_scales=views.get(f"{prefix}.{i}.v_scales"),
+                cache_type=cache_type,
+            )
+            for i in range(num_layers)
+        ]
+        return cls(layers, pages_for(ctx_size))
 
     @property
     def num_free_pages(self) -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..errors import InvalidCheckpoint, UnsupportedFormat
 from ..table import TensorSpec
 from .packed import TILE_COLUMNS
+from .packed_cuda import is_cuda, stream_specs
 
 if TYPE_CHECKING:
     import torch
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from ..checkpoint import Checkpoint, TensorHeader
     from .packed import LinearPlan
 
+# 64 bytes of a tile are one 32-bit word of codes of each of its 16 columns.
+WORD_TILE_BYTES = 64
 FLOAT_DTYPES = ("float16", "bfloat16", "float32")
 WRONG_FILE = "Check that the weight files belong to this config.json, or download them again"
 
@@ -29,6 +32,45 @@ def weight_spec(
 ) -> TensorSpec:
     """Name one resident tensor of a linear layer."""
     return TensorSpec(f"{name}.{role}", "weights", dtype, shape, device)
+
+
+def quantized_specs(
+    name: str,
+    out_features: int,
+    in_features: int,
+    code_words: int,
+    num_groups: int,
+    *,
+    zeros: bool,
+    perm: bool,
+    device: str,
+) -> dict[str, TensorSpec]:
+    """Plan the tensors of a quantised layer but for its bias, as its device lays them out.
+
+    Args:
+        code_words: 32-bit words of codes a column, fill included.
+        num_groups: G. zeros: the layer has zero points. perm: it has a permutation.
+    """
+    if is_cuda(device):
+        return stream_specs(
+            name, out_features, in_features, code_words, num_groups,
+            zeros=zeros, perm=perm, device=device,
+        )  # fmt: skip
+    tiles = tiles_for(out_features)
+    of_groups = (tiles, num_groups, TILE_COLUMNS)
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {
+        "codes": ("uint8", (tiles, WORD_TILE_BYTES * code_words)),
+        "scales": ("float16", of_groups),
+    }
+    if zeros:
+        shapes["zeros"] = ("uint8", of_groups)
+    shapes["groups"] = ("int32", (num_groups, 4))
+    if perm:
+        shapes["perm"] = ("int32", (in_features,))
+    return {
+        role: weight_spec(name, role, dtype, shape, device)
+        for role, (dtype, shape) in shapes.items()
+    }
 
 
 def expect(header: TensorHeader, dtypes: Iterable[str], shape: tuple[int | None, ...]) -> None:

@@ -25,14 +25,13 @@ from .common import (
     expect_columns,
     fill_tiles,
     plan_bias,
+    quantized_specs,
     read_bias,
     read_columns,
     require_finite,
-    tiles_for,
-    weight_spec,
 )
 from .packed import BIT_PLANES, BLOCK_ROWS, LinearPlan, PackedLinear
-from .packed_cuda import StreamLinear, is_cuda, stream_specs
+from .packed_cuda import StreamLinear
 
 if TYPE_CHECKING:
     import torch
@@ -44,8 +43,6 @@ if TYPE_CHECKING:
 # A tail group of n rows takes ceil(n * bits / 32) words on disk and `bits` words a block of
 # 32 here, so it can grow by at most 7 words; which it is stands in the values.
 TAIL_WORDS = 7
-# 64 bytes of a tile are one word of each of its 16 columns.
-WORD_TILE_BYTES = 64
 COLUMN_PADDING = 32
 
 
@@ -74,20 +71,10 @@ def plan_exl2(
     expect(invperm, ["int32", "int16", "uint16"], (in_features,))
     _check_sizes(name, in_features, columns, words, num_groups)
     code_words = words + (TAIL_WORDS if in_features % BLOCK_ROWS else 0)
-    if is_cuda(device):
-        specs = stream_specs(
-            name, out_features, in_features, code_words, num_groups,
-            zeros=False, perm=True, device=device,
-        )  # fmt: skip
-    else:
-        tiles = tiles_for(out_features)
-        codes_shape = (tiles, WORD_TILE_BYTES * code_words)
-        specs = {
-            "codes": weight_spec(name, "codes", "uint8", codes_shape, device),
-            "scales": weight_spec(name, "scales", "float16", (tiles, num_groups, 16), device),
-            "groups": weight_spec(name, "groups", "int32", (num_groups, 4), device),
-            "perm": weight_spec(name, "perm", "int32", (in_features,), device),
-        }
+    specs = quantized_specs(
+        name, out_features, in_features, code_words, num_groups,
+        zeros=False, perm=True, device=device,
+    )  # fmt: skip
     specs |= plan_bias(checkpoint, name, source, out_features, rows, bias, device)
     return LinearPlan(name, "exl2", in_features, out_features, specs, source, rows)
 

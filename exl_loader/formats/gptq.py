@@ -28,14 +28,13 @@ from .common import (
     expect_columns,
     fill_tiles,
     plan_bias,
+    quantized_specs,
     read_bias,
     read_columns,
     require_finite,
-    tiles_for,
-    weight_spec,
 )
 from .packed import BLOCK_ROWS, LinearPlan, PackedLinear
-from .packed_cuda import StreamLinear, blocks_for, is_cuda, stream_specs
+from .packed_cuda import StreamLinear, blocks_for
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +44,6 @@ if TYPE_CHECKING:
     from .pack_cuda import StreamOps
 
 WIDTHS = (2, 3, 4, 8)
-BLOCK_BIT_BYTES = 64
 
 
 def plan_gptq(
@@ -74,25 +72,13 @@ def plan_gptq(
     zeros = checkpoint.header(f"{source}.qzeros")
     expect(zeros, ["int32"], (num_groups, -(-columns * bits // 32)))
     group_size = _group_size(checkpoint, source, in_features, num_groups)
-    code_words, tiles = blocks_for(in_features) * bits, tiles_for(out_features)
     act_order = f"{source}.g_idx" in checkpoint.headers
     if act_order:
         expect(checkpoint.header(f"{source}.g_idx"), ["int32", "int64"], (in_features,))
-    if is_cuda(device):
-        specs = stream_specs(
-            name, out_features, in_features, code_words, num_groups,
-            zeros=True, perm=act_order, device=device,
-        )  # fmt: skip
-    else:
-        codes_shape = (tiles, code_words * BLOCK_BIT_BYTES)
-        specs = {
-            "codes": weight_spec(name, "codes", "uint8", codes_shape, device),
-            "scales": weight_spec(name, "scales", "float16", (tiles, num_groups, 16), device),
-            "zeros": weight_spec(name, "zeros", "uint8", (tiles, num_groups, 16), device),
-            "groups": weight_spec(name, "groups", "int32", (num_groups, 4), device),
-        }
-        if act_order:
-            specs["perm"] = weight_spec(name, "perm", "int32", (in_features,), device)
+    specs = quantized_specs(
+        name, out_features, in_features, blocks_for(in_features) * bits, num_groups,
+        zeros=True, perm=act_order, device=device,
+    )  # fmt: skip
     specs |= plan_bias(checkpoint, name, source, out_features, rows, bias, device)
     version = checkpoint.quantization.get("checkpoint_format")
     options = {
