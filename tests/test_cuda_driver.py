@@ -110,7 +110,9 @@ def test_large_shared_memory_is_asked_for(launcher):
     assert is_right()
     # A smaller launch of the same kernel takes nothing back from the larger one.
     small()
-    reverse(launcher, KERNEL_BYTES - 1024)[0]()
+    less, less_is_right = reverse(launcher, KERNEL_BYTES - 1024)
+    less()
+    assert less_is_right()
     launch()
     with pytest.raises(DeviceError, match="cuFuncSetAttribute"):
         reverse(launcher, 100 << 10)
