@@ -155,4 +155,5 @@ def test_two_loads_at_once_in_an_address_space_with_room_for_one(tiny_model_dir)
     process = run(ONE_ADDRESS_SPACE, tiny_model_dir, ctx_size)
     out, words = process.communicate()
     assert process.returncode == 0, words
-    assert out.startswith("cpu: ") and " bytes" in out
+    # Refused by what is free, or by the system, whichever comes first.
+    assert out.startswith("cpu: ") and (" does not fit: " in out or " bytes" in out)

@@ -5,91 +5,14 @@ from __future__ import annotations
 import ctypes
 from typing import TYPE_CHECKING
 
-from ..cache import PAGE_LEN, code_bytes, num_groups
 from ..key_bias import MAX_PAIRS, MAX_SHARING
+from .cache_structs import batch_struct, cache_layer_struct, shape_struct
 
 if TYPE_CHECKING:
     import torch
 
     from ..cache import CacheLayer, KeyBias
     from .interface import AttentionShape, Batch
-
-
-class _HalfStruct(ctypes.Structure):
-    """ExlCacheHalf of csrc/cache_codec.h: keys or values of a layer."""
-
-    _fields_ = [
-        ("codes", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("bits", ctypes.c_int32),
-    ]
-
-
-class _LayerStruct(ctypes.Structure):
-    """ExlCacheLayer."""
-
-    _fields_ = [
-        ("k", _HalfStruct),
-        ("v", _HalfStruct),
-        ("num_kv_heads", ctypes.c_int64),
-        ("head_dim", ctypes.c_int64),
-    ]
-
-
-class _BatchStruct(ctypes.Structure):
-    """ExlBatch."""
-
-    _fields_ = [
-        ("q_start", ctypes.c_void_p),
-        ("past_len", ctypes.c_void_p),
-        ("page_table", ctypes.c_void_p),
-        ("num_sequences", ctypes.c_int64),
-        ("max_pages", ctypes.c_int64),
-    ]
-
-
-class _ShapeStruct(ctypes.Structure):
-    """ExlAttentionShape."""
-
-    _fields_ = [
-        ("num_heads", ctypes.c_int64),
-        ("window", ctypes.c_int64),
-        ("scale", ctypes.c_float),
-        ("softcap", ctypes.c_float),
-    ]
-
-
-def _half(codes: torch.Tensor, scales: torch.Tensor | None, bits: int,
-          head_dim: int) -> _HalfStruct:
-    pages, heads = codes.shape[:2]
-    width = code_bytes(head_dim, bits) // codes.element_size()
-    assert codes.shape == (pages, heads, PAGE_LEN, width) and codes.is_contiguous()
-    if scales is None:
-        assert num_groups(head_dim, bits) == 0
-        return _HalfStruct(codes.data_ptr(), None, bits)
-    assert scales.shape == (pages, heads, PAGE_LEN, num_groups(head_dim, bits))
-    assert scales.is_contiguous()
-    return _HalfStruct(codes.data_ptr(), scales.data_ptr(), bits)
-
-
-def _layer_struct(layer: CacheLayer, head_dim: int) -> _LayerStruct:
-    kind = layer.cache_type
-    return _LayerStruct(
-        _half(layer.k_codes, layer.k_scales, kind.k_bits, head_dim),
-        _half(layer.v_codes, layer.v_scales, kind.v_bits, head_dim),
-        layer.k_codes.shape[1],
-        head_dim,
-    )
-
-
-def _batch_struct(batch: Batch) -> _BatchStruct:
-    table = batch.page_table
-    assert table.is_contiguous() and batch.q_start.is_contiguous()
-    assert batch.past_len.is_contiguous()
-    return _BatchStruct(
-        batch.q_start.data_ptr(), batch.past_len.data_ptr(), table.data_ptr(),
-        table.shape[0], table.shape[1],
-    )  # fmt: skip
 
 
 class _BiasStruct(ctypes.Structure):
@@ -136,7 +59,7 @@ class AttentionOps:
                     scratch: torch.Tensor) -> None:
         assert k.is_contiguous() and v.is_contiguous() and k.shape == v.shape
         self._write_cache(
-            self._layer(layer, k.shape[2]), ctypes.byref(_batch_struct(batch)),
+            self._layer(layer, k.shape[2]), ctypes.byref(batch_struct(batch)),
             k.data_ptr(), v.data_ptr(),
         )  # fmt: skip
 
@@ -148,15 +71,14 @@ class AttentionOps:
         if layer.key_bias is not None:
             assert shape.num_heads // shape.num_kv_heads <= MAX_SHARING
             bias = ctypes.byref(_bias_struct(layer.key_bias, batch))
-        native_shape = _ShapeStruct(shape.num_heads, shape.window, shape.scale, shape.softcap)
         status = self._attention(
-            self._layer(layer, shape.head_dim), ctypes.byref(_batch_struct(batch)),
-            ctypes.byref(native_shape), bias, q.data_ptr(), out.data_ptr(),
+            self._layer(layer, shape.head_dim), ctypes.byref(batch_struct(batch)),
+            ctypes.byref(shape_struct(shape)), bias, q.data_ptr(), out.data_ptr(),
             scratch.data_ptr(), scratch.numel(),
         )  # fmt: skip
         assert status == 0, f"attention in {scratch.numel()} bytes of scratch"
 
     def _layer(self, layer: CacheLayer, head_dim: int) -> int:
         if layer.native is None:
-            layer.native = _layer_struct(layer, head_dim)
+            layer.native = cache_layer_struct(layer, head_dim)
         return ctypes.addressof(layer.native)

@@ -11,7 +11,15 @@ import ctypes
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ...cache import GROUP, PAGE_LEN, code_bytes, num_groups
+from ...cache import GROUP
+from ..cache_structs import (
+    BatchStruct,
+    CacheLayerStruct,
+    ShapeStruct,
+    batch_struct,
+    cache_layer_struct,
+    shape_struct,
+)
 from .attention_plan import decode_plan, is_generic, prefill_plan
 from .ops_rows import NORM_HEAD_SIZE
 from .scratch import COUNTER_BYTES
@@ -26,7 +34,7 @@ if TYPE_CHECKING:
 
 Launch = Callable[[], None]
 
-_I32, _I64, _F32, _P = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+_I32, _F32, _P = ctypes.c_int32, ctypes.c_float, ctypes.c_void_p
 _COUNTER = ctypes.sizeof(_I32)
 _FLOAT_BYTES = ctypes.sizeof(_F32)
 _WARP = 32
@@ -36,35 +44,11 @@ _WRITE_WARPS = 8
 _CODEBOOK_FLOATS = 64
 
 
-class _Half(ctypes.Structure):
-    """ExlCacheHalf of csrc/cache_codec.h: keys or values of a layer."""
-
-    _fields_ = [("codes", _P), ("scales", _P), ("bits", _I32)]
-
-
-class _Layer(ctypes.Structure):
-    """ExlCacheLayer."""
-
-    _fields_ = [("k", _Half), ("v", _Half), ("num_kv_heads", _I64), ("head_dim", _I64)]
-
-
-class _Batch(ctypes.Structure):
-    """ExlBatch."""
-
-    _fields_ = [("q_start", _P), ("past_len", _P), ("page_table", _P), ("num_sequences", _I64),
-                ("max_pages", _I64)]
-
-
-class _Shape(ctypes.Structure):
-    """ExlAttentionShape."""
-
-    _fields_ = [("num_heads", _I64), ("window", _I64), ("scale", _F32), ("softcap", _F32)]
-
-
 class _Call(ctypes.Structure):
     """AttentionCall of csrc/cuda/attention.cuh."""
 
-    _fields_ = [("layer", _Layer), ("batch", _Batch), ("shape", _Shape), ("q", _P), ("out", _P)]
+    _fields_ = [("layer", CacheLayerStruct), ("batch", BatchStruct), ("shape", ShapeStruct),
+                ("q", _P), ("out", _P)]
 
 
 class _Rope(ctypes.Structure):
@@ -80,33 +64,6 @@ class _Decode(ctypes.Structure):
     _fields_ = [("partials", _P), ("counters", _P), ("first_row", _I32), ("rows", _I32),
                 ("slots", _I32), ("most_splits", _I32), ("units", _I32), ("sharing", _I32),
                 ("groups", _I32)]
-
-
-def _half(codes: torch.Tensor, scales: torch.Tensor | None, bits: int, head_dim: int) -> _Half:
-    pages, heads = codes.shape[:2]
-    width = code_bytes(head_dim, bits) // codes.element_size()
-    assert codes.shape == (pages, heads, PAGE_LEN, width) and codes.is_contiguous()
-    if scales is None:
-        assert num_groups(head_dim, bits) == 0
-        return _Half(codes.data_ptr(), None, bits)
-    assert scales.shape == (pages, heads, PAGE_LEN, num_groups(head_dim, bits))
-    assert scales.is_contiguous()
-    return _Half(codes.data_ptr(), scales.data_ptr(), bits)
-
-
-def _layer(layer: CacheLayer, head_dim: int) -> _Layer:
-    kind = layer.cache_type
-    k = _half(layer.k_codes, layer.k_scales, kind.k_bits, head_dim)
-    v = _half(layer.v_codes, layer.v_scales, kind.v_bits, head_dim)
-    return _Layer(k, v, layer.k_codes.shape[1], head_dim)
-
-
-def _batch(batch: Batch) -> _Batch:
-    table = batch.page_table
-    assert table.is_contiguous() and batch.q_start.is_contiguous()
-    assert batch.past_len.is_contiguous()
-    return _Batch(batch.q_start.data_ptr(), batch.past_len.data_ptr(), table.data_ptr(),
-                  *table.shape)
 
 
 class CudaAttentionOps:
@@ -158,8 +115,8 @@ class CudaAttentionOps:
         warps = min(max(groups, 2), _WRITE_WARPS)
         return self.launcher.prepare(
             "cache_write_kernel", (2 * heads + -(-q_heads // warps), rows, 1), warps * _WARP,
-            shared_bytes, _layer(layer, head_dim), _batch(batch), _P(k.data_ptr()),
-            _P(v.data_ptr()), rope,
+            shared_bytes, cache_layer_struct(layer, head_dim), batch_struct(batch),
+            _P(k.data_ptr()), _P(v.data_ptr()), rope,
         )
 
     def prepare_attention(self, q: torch.Tensor, layer: CacheLayer, batch: Batch,
@@ -169,8 +126,7 @@ class CudaAttentionOps:
         assert q.is_contiguous() and out.is_contiguous() and out.shape == q.shape
         assert q.shape[1:] == (shape.num_heads, shape.head_dim)
         call = _Call(
-            _layer(layer, shape.head_dim), _batch(batch),
-            _Shape(shape.num_heads, shape.window, shape.scale, shape.softcap),
+            cache_layer_struct(layer, shape.head_dim), batch_struct(batch), shape_struct(shape),
             q.data_ptr(), out.data_ptr(),
         )
         rows = q.shape[0]
