@@ -15,7 +15,7 @@ import pytest
 from fake_model import fake_engine
 from tiny import write_tokenizer
 
-from exl_loader.chat_template import ChatTemplates
+from exl_loader.chat.template import ChatTemplates
 from exl_loader.errors import ExlLoaderError, InvalidSettings, InvalidTokenizer
 from exl_loader.tokenizer import Tokenizer
 

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-import exl_loader.chat_budget as chat_budget
-from exl_loader.chat_template import ChatTemplates
+import exl_loader.chat.budget as chat_budget
+from exl_loader.chat.template import ChatTemplates
 from exl_loader.errors import InvalidSettings, InvalidTokenizer
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}

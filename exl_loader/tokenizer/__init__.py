@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..chat_template import ChatTemplates
+from ..chat.template import ChatTemplates
 from ..errors import InvalidSettings, InvalidTokenizer
 from ..setting_values import whole_numbers
 from .backend import Backend

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .errors import InvalidCheckpoint
+from ..errors import InvalidCheckpoint
 
 # Name in a file -> (our name, bits). What this engine cannot use has a name all the same, so
 # that a tensor nobody asks for does not keep a model from loading.

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from .checkpoint_files import check_index, detect_format, read_quantization, weight_files
-from .errors import InvalidCheckpoint, UnsupportedFormat
+from ..errors import InvalidCheckpoint, UnsupportedFormat
+from .files import check_index, detect_format, read_quantization, weight_files
 from .safetensors_header import (
     DOWNLOAD_AGAIN,
     FileIdentity,

@@ -3,7 +3,7 @@
 jinja2's immutable sandbox with the globals, filters and tags that transformers gives to
 templates. The template's syntax tree is changed so that every loop pass, macro and block counts
 its text and looks at the clock, and every list, tuple and dict that is written down is weighed;
-operators, calls, filters and output pass `chat_guards`.
+operators, calls, filters and output pass `guards`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from markupsafe import Markup
 
-from .chat_budget import BUDGET
-from .chat_guards import (
+from .budget import BUDGET
+from .guards import (
     UNSAFE_STR_METHODS,
     GuardedEscapeFormatter,
     GuardedFormatter,

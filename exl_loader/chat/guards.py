@@ -19,7 +19,7 @@ from jinja2.sandbox import SandboxedEscapeFormatter, SandboxedFormatter
 from jinja2.tests import TESTS
 from jinja2.utils import pass_eval_context
 
-from .chat_budget import (
+from .budget import (
     BUDGET,
     CONTAINER_CHARS,
     ENTRY_CHARS,

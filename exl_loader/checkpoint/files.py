@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .errors import InvalidCheckpoint, InvalidConfig, ModelNotFound, UnsupportedFormat
+from ..errors import InvalidCheckpoint, InvalidConfig, ModelNotFound, UnsupportedFormat
 
 INDEX_NAME = "model.safetensors.index.json"
 SERIES = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .errors import InvalidSettings
+from ..errors import InvalidSettings
 
 # Templates that trim a message take the space off: that is how trimming is noticed.
 _MARK = "EXL_LOADER_CONTINUES_HERE "

@@ -1,6 +1,6 @@
 """Chat templates: Jinja programs that come with a model, hence from strangers.
 
-They run in the sandbox of `chat_sandbox`, which stops what runs too long or writes too much,
+They run in the sandbox of `sandbox`, which stops what runs too long or writes too much,
 and see nothing but copies of JSON data.
 """
 
@@ -13,10 +13,10 @@ from typing import Any
 
 import jinja2
 
-from .chat_sandbox import TemplateRefusal, compile_template, render
+from ..errors import ExlLoaderError, InvalidSettings, InvalidTokenizer
+from ..json_keys import read_json_object
 from .continued_message import cut_after, mark_end
-from .errors import ExlLoaderError, InvalidSettings, InvalidTokenizer
-from .json_keys import read_json_object
+from .sandbox import TemplateRefusal, compile_template, render
 
 _REMEDY = "Use the original model's template, or give a plain prompt"
 
