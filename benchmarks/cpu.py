@@ -149,6 +149,7 @@ def measure_load(bench: Bench) -> None:
     """Start every engine several times, in turns, its file in the page cache."""
     contestants = bench.contestants("fp16")
     loads: dict[Contestant, list[float]] = {c: [] for c in contestants}
+    tasks: dict[Contestant, list[dict[str, float]]] = {c: [] for c in contestants}
     peaks: dict[Contestant, list[int]] = {c: [] for c in contestants}
     last = {}
     for i in range(bench.rounds + 1):
@@ -157,11 +158,12 @@ def measure_load(bench: Bench) -> None:
                 worker.do("prefill", depth=0, count=PROMPT_TOKENS)
                 if i:  # the first may have read from the disk
                     loads[contestant].append(worker.load_s)
+                    tasks[contestant].append(worker.load_tasks)
                     peaks[contestant].append(worker.do("peak"))
             last[contestant] = worker
     for contestant in contestants:
         bench.keep(last[contestant], "load", {}, seconds=loads[contestant],
-                   peak_bytes=max(peaks[contestant]),
+                   tasks=tasks[contestant], peak_bytes=max(peaks[contestant]),
                    file_bytes=cpu_models.file_bytes(bench.models[contestant.weights]))
 
 

@@ -64,6 +64,7 @@ class Worker:
         )
         answer = self._ask(config)
         self.load_s: float = answer["load_s"]
+        self.load_tasks: dict[str, float] = answer["load_tasks"]
         self.version: str = answer["version"]
 
     def __enter__(self) -> Worker:

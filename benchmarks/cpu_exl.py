@@ -23,17 +23,36 @@ from exl_loader.kernels import get_ops  # noqa: E402
 assert FILL_TOKENS == PAGE_LEN, "one page is computed, the others are copies of it"
 
 
+class TaskTimes:
+    """A `progress.Progress` that keeps how long each task took."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._began: dict[str, float] = {}
+
+    def start(self, task: str, total: int | None, unit: str) -> None:
+        self._began[task] = time.perf_counter()
+
+    def advance(self, task: str, n: int = 1) -> None:
+        pass
+
+    def finish(self, task: str) -> None:
+        self.seconds[task] = time.perf_counter() - self._began[task]
+
+
 class Engine:
     """A loaded model, and one sequence that is moved to the depth that is asked for."""
 
     version = f"exl_loader {exl_loader.__version__}"
 
     def __init__(self, config: dict):
-        torch.set_num_threads(1)
+        times = TaskTimes()
         self.loaded = exl_loader.load(
             config["model"], ctx_size=config["ctx_size"], cache_type=config["cache"],
-            max_batch_size=1,
+            max_batch_size=1, progress=times,
         )
+        self.load_tasks = times.seconds
+        torch.set_num_threads(1)
         # Below the generator, whose scheduling is no part of a step.
         scheduler = self.loaded._generator._check_open()
         self.model, self.cache = scheduler.model, scheduler.cache

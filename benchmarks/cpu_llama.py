@@ -35,6 +35,7 @@ class Engine:
     """A loaded model whose sequence 0 is moved to the depth that is asked for."""
 
     version = f"llama-cpp-python {lib.__version__}"
+    load_tasks: dict[str, float] = {}
 
     def __init__(self, config: dict):
         lib.llama_log_set(log_errors, ctypes.c_void_p())

@@ -9,7 +9,8 @@ Engines are classes with
     first_token(count) -> seconds       from a prompt of `count` tokens to its greedy successor
     logits(ids) -> list of floats       of the last of `ids`, with nothing before them
 
-and this module imports nothing that either engine's interpreter might lack.
+and attributes `version`, and `load_tasks`: seconds of the parts of loading that it tells apart.
+This module imports nothing that either engine's interpreter might lack.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def serve(engine_class: Any) -> None:
     config = json.loads(sys.stdin.readline())
     start = time.perf_counter()
     engine = engine_class(config)
-    answer({"load_s": time.perf_counter() - start, "version": engine.version})
+    answer({"load_s": time.perf_counter() - start, "version": engine.version,
+            "load_tasks": engine.load_tasks})
     for line in sys.stdin:
         command = json.loads(line)
         task = command.pop("do")

@@ -67,7 +67,13 @@ def test_measures_merges_and_reports(tmp_path, capsys):
         ("prefill", "fp16", 300), ("load", "fp16", None),
     }  # fmt: skip
     assert all(min(r["seconds"]) > 0 for r in records)
-    assert "Our quantised caches beside our own fp16" in capsys.readouterr().out
+    (load,) = [r for r in records if r["what"] == "load"]
+    for seconds, tasks in zip(load["seconds"], load["tasks"], strict=True):
+        assert set(tasks) == {"reserving memory", "loading weights"}
+        assert 0 < sum(tasks.values()) < seconds
+    printed = capsys.readouterr().out
+    assert "Our quantised caches beside our own fp16" in printed
+    assert "reading and repacking alone" in printed
 
 
 def record(engine: str, weights: str, seconds: list[float], **fields) -> dict:
