@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         interrupted.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    _open_streams()
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     # Generated text may hold characters that a redirected stdout's code page lacks.
     for stream in (sys.stdout, sys.stderr):
@@ -64,10 +65,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         # complain about that once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_ERROR
+    except OSError as error:
+        # A full disk, a folder that was removed meanwhile: nothing that a bug report would mend.
+        where = f"{error.filename}: " if error.filename else ""
+        _report(f"{where}{error.strerror or error}", verbose)
+        return EXIT_ERROR
     except Exception as error:
         hint = "" if verbose else " (this is a bug of exl_loader; --verbose shows where)"
         _report(f"{type(error).__name__}: {error}{hint}", verbose)
         return EXIT_ERROR
+
+
+def _open_streams() -> None:
+    """Put what reads and writes nothing in place of standard streams that were closed."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -90,10 +90,14 @@ class ModelConfig:
                 remedy="Give the folder that holds config.json and the *.safetensors files",
             )
         config_path = folder / "config.json"
+        try:
+            values = read_json_object(config_path)
+        except ModelNotFound:
+            raise _no_model(folder) from None
         generation_path = folder / "generation_config.json"
         generation = read_json_object(generation_path) if generation_path.is_file() else {}
         return cls.from_dict(
-            read_json_object(config_path),
+            values,
             where=str(config_path),
             generation=Keys(generation, str(generation_path)),
         )
@@ -138,6 +142,20 @@ class ModelConfig:
             mlp_bias=bool(keys.boolean("mlp_bias")),
             quantization=keys.mapping("quantization_config") or {},
         )
+
+
+def _no_model(folder: Path) -> ModelNotFound:
+    """The error for a folder without config.json, by what it holds instead."""
+    try:
+        is_gguf = any(name.lower().endswith(".gguf") for name in os.listdir(folder))
+    except OSError:
+        is_gguf = False
+    return ModelNotFound(
+        str(folder), expected="a model folder with config.json and *.safetensors",
+        actual="GGUF, which is llama.cpp's" if is_gguf else "no config.json",
+        remedy="Use llama.cpp for this model" if is_gguf else
+        "Give the model's own folder, or download what is missing",
+    )
 
 
 def _architecture(keys: Keys) -> Architecture:

@@ -87,9 +87,11 @@ class PromptReader:
     def check_length(self, prompt_len: int, needed: int) -> None:
         """Raise PromptTooLong where the context has fewer than `needed` tokens."""
         if needed > self._ctx_size:
-            room = "" if needed == prompt_len else " and room for one more"
+            new_tokens = needed - prompt_len
+            room = " and a new one" if new_tokens else ""
             raise PromptTooLong(
-                "the prompt", expected=f"at most {self._ctx_size} tokens{room}",
+                "the prompt", expected=f"at most {self._ctx_size - new_tokens} tokens{room} in a "
+                f"ctx_size of {self._ctx_size}",
                 actual=f"{prompt_len} tokens",
                 remedy="Shorten it, or load the model with a larger ctx_size",
             )

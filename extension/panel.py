@@ -7,6 +7,7 @@ the same. Nothing here reads a weight or imports PyTorch.
 from __future__ import annotations
 
 import math
+import os
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -107,9 +108,10 @@ class LoadOptions:
             values.get("cache_type"), bool(values.get("cache_8bit")),
             bool(values.get("cache_4bit")),
         )
-        draft = str(values.get("model_draft") or "").strip()
+        draft = os.path.expanduser(str(values.get("model_draft") or "").strip())
         return cls(
-            model_dir=str(values.get("model_dir") or "").strip(),
+            # No shell has seen a page's field, so a tilde is still one.
+            model_dir=os.path.expanduser(str(values.get("model_dir") or "").strip()),
             ctx_size=int(_number(values.get("ctx_size"), 0)),
             cache_type=cache_type,
             alpha_value=_number(values.get("alpha_value"), 1.0),

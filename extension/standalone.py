@@ -12,7 +12,6 @@ import os
 import sys
 import threading
 import webbrowser
-from pathlib import Path
 from typing import Any
 
 # Gradio reads it when it is imported.
@@ -126,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-browser", action="store_true", help="print the address alone")
     args = parser.parse_args(arguments)
     session = Session()
-    options = LoadOptions(str(Path(args.model).expanduser()))
+    options = LoadOptions.from_values({"model_dir": args.model})
     session.start_load(options)
     try:
         address = launch(make_page(session, options), port=args.port, share=args.share)

@@ -69,6 +69,43 @@ def test_unexpected_errors_are_one_line_too(subcommand, capsys):
     assert error.startswith("error: IndexError: ") and error.count("\n") == 1
 
 
+def test_a_failing_disk_is_no_bug_of_ours(subcommand, capsys):
+    def run(args):
+        raise OSError(28, "No space left on device", *args.words)
+
+    subcommand(run)
+    assert cli.main(["try"]) == cli.main(["try", "/f"]) == cli.EXIT_ERROR
+    space = "No space left on device\n"
+    assert capsys.readouterr().err == f"error: {space}error: /f: {space}"
+
+
+def test_closed_standard_streams_are_empty_ones(subcommand, monkeypatch):
+    def run(args):
+        print("to nobody", sys.stdin.read(), sys.stdout.isatty())
+        return 0
+
+    subcommand(run)
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    assert cli.main(["try"]) == 0
+
+
+@pytest.mark.parametrize("command", ["plan", "generate", "chat"])
+def test_a_context_that_is_no_number_is_told_in_words(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "folder", "--ctx-size", "32k"])
+    assert "expected a number of tokens such as 32768, or auto, found '32k'" in (
+        capsys.readouterr().err)
+
+
+def test_a_tilde_that_no_shell_took_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = cli.parse(["plan", "~/m", "--model-draft=~/d"])
+    assert [args.model_dir, args.model_draft] == [str(tmp_path / "m"), str(tmp_path / "d")]
+    assert cli.parse(["generate", "~/m"]).model == str(tmp_path / "m")
+    assert cli.parse(["eval", "~/m", "--text", "-"]).model == str(tmp_path / "m")
+
+
 def test_interrupt_has_its_own_exit_code(subcommand):
     def run(args):
         raise KeyboardInterrupt

@@ -239,7 +239,10 @@ def test_no_folder(tmp_path):
 
 
 def test_no_config(tmp_path):
-    with pytest.raises(ModelNotFound, match="config.json"):
+    with pytest.raises(ModelNotFound, match="no config.json"):
+        ModelConfig.from_dir(tmp_path)
+    write(tmp_path, "GGUF", "model.Q4_K_M.gguf")
+    with pytest.raises(ModelNotFound, match="GGUF.*Use llama.cpp"):
         ModelConfig.from_dir(tmp_path)
 
 

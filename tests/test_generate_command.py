@@ -53,7 +53,7 @@ def test_generate_as_json(tiny_model_dir, capsys):
 
 
 def test_the_prompt_may_come_from_a_file_or_stdin(tiny_model_dir, tmp_path, capsys, monkeypatch):
-    (tmp_path / "prompt.txt").write_text("größe", encoding="utf-8")
+    (tmp_path / "prompt.txt").write_text("größe", encoding="utf-8-sig")
     assert generate(tiny_model_dir, "--prompt-file", str(tmp_path / "prompt.txt"), "--json") == 0
     assert json.loads(capsys.readouterr().out)["prompt"] == "größe"
     monkeypatch.setattr("sys.stdin", io.StringIO("from stdin"))
@@ -70,7 +70,8 @@ def test_without_a_prompt_there_is_one_and_it_is_shown(tiny_model_dir, capsys):
     (["--temperature", "nan"], "temperature: expected a number"),
     (["--top-k", "-1"], "top_k"),
     (["--prompt-file", "/no/such/file"], "--prompt-file"),
-    (["--prompt", "x" * 300], "at most 256 tokens"),
+    (["--prompt-file", "/"], "--prompt-file: expected a readable UTF-8 file, found /: Is a dir"),
+    (["--prompt", "x" * 300], "at most 255 tokens and a new one in a ctx_size of 256"),
     (["--cache-type", "q5"], "cache_type"),
 ])
 def test_errors_are_one_line(arguments, words, tiny_model_dir, capsys):
@@ -109,7 +110,7 @@ def test_chat_ends_on_exit(tiny_model_dir, monkeypatch, capsys):
 def test_chat_goes_on_after_a_message_that_is_too_long(tiny_model_dir, monkeypatch, capsys):
     assert chat(tiny_model_dir, "x" * 400 + "\nhi\n", monkeypatch) == 0
     captured = capsys.readouterr()
-    assert "at most 256 tokens" in captured.err
+    assert "at most 255 tokens" in captured.err
     assert captured.out.count("model> ") == 2
 
 

@@ -245,7 +245,7 @@ def test_prompts_that_cannot_be(byte_tokenizer):
         engine.generate_ids([None])
     with pytest.raises(InvalidSettings, match="stop_token_ids"):
         engine.generate_ids([5], {"stop_token_ids": [300]})
-    with pytest.raises(PromptTooLong, match="at most 256 tokens and room for one more, found 256"):
+    with pytest.raises(PromptTooLong, match="at most 255 tokens and a new one.*found 256"):
         engine.generate_ids([5] * 256)
     with pytest.raises(PromptTooLong, match="found 257 tokens"):
         engine.prompt_logits([5] * 257)

@@ -172,7 +172,7 @@ def test_gather_and_scatter(ops):
 def test_threads_setting(monkeypatch):
     monkeypatch.setenv("EXL_LOADER_THREADS", "3")
     assert native.default_threads() == 3
-    for wrong in ("0", "many", "-1"):
+    for wrong in ("0", "many", "-1", "100000"):
         monkeypatch.setenv("EXL_LOADER_THREADS", wrong)
         with pytest.raises(InvalidSettings, match="EXL_LOADER_THREADS"):
             native.default_threads()

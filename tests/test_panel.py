@@ -1,6 +1,7 @@
 """The panel's rules: toggles in step, old settings honoured, a gauge for whatever is chosen."""
 
 import json
+import os
 import shutil
 import sys
 import time
@@ -70,6 +71,7 @@ def test_options_from_a_page_are_the_planners_arguments():
         "ctx_size": 4096, "cache_type": "q4", "alpha_value": 2.5, "compress_pos_emb": 1.0,
         "gpu_split": None,
     }
+    assert LoadOptions.from_values({"model_dir": " ~/m "}).model_dir == os.path.expanduser("~/m")
     empty = LoadOptions.from_values({"ctx_size": 0, "alpha_value": "nan", "model_dir": None})
     assert empty == LoadOptions("") and empty.arguments()["ctx_size"] is None
 

@@ -66,6 +66,13 @@ def test_a_header_length_that_lies_is_refused(tmp_path, length):
         Checkpoint.open(folder)
 
 
+def test_a_git_lfs_pointer_is_called_that(tmp_path):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 4\n"
+    (tmp_path / "model.safetensors").write_bytes(pointer)
+    with pytest.raises(InvalidCheckpoint, match="git lfs pull"):
+        Checkpoint.open(tmp_path)
+
+
 @pytest.mark.parametrize("content", [b"", b"1234567"])
 def test_a_file_without_room_for_a_length(tmp_path, content):
     (tmp_path / "model.safetensors").write_bytes(content)

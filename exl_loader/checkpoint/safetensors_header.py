@@ -46,6 +46,8 @@ DTYPES = {
 }
 
 LENGTH_BYTES = 8
+# How the text begins that git leaves in place of a large file where git-lfs is missing.
+LFS_PREFIX = b"version https://git-lfs"[:LENGTH_BYTES]
 # The safetensors library's own bound; the largest real headers are a few megabytes.
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 8
@@ -129,6 +131,11 @@ def _read_text(file: Any, path: Path, file_bytes: int) -> bytes:
         invalid(path, "file length", f"at least {LENGTH_BYTES} bytes", f"{file_bytes} bytes")
     (header_bytes,) = struct.unpack("<Q", prefix)
     room = min(file_bytes - LENGTH_BYTES, MAX_HEADER_BYTES)
+    if prefix == LFS_PREFIX:
+        raise InvalidCheckpoint(
+            f"{path.name}", expected="the weights", actual="a Git LFS pointer in their place",
+            remedy="Run git lfs pull in the folder, or download the file itself",
+        )
     if not 2 <= header_bytes <= room:
         invalid(path, "header length", f"2 to {room} bytes", f"{header_bytes} bytes")
     text = file.read(header_bytes)

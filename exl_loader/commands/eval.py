@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import ModelConfig
 from ..errors import InvalidSettings
 from ..progress import MIB, default_progress
-from .model_options import DEMO_MODEL, read_text
+from .model_options import DEMO_MODEL, folder, read_text
 
 if TYPE_CHECKING:
     from ..evaluation import Result
@@ -26,7 +26,7 @@ HEADINGS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommand's arguments to its parser."""
     parser.add_argument(
-        "model", nargs="?", metavar="MODEL", default=str(DEMO_MODEL),
+        "model", nargs="?", metavar="MODEL", default=str(DEMO_MODEL), type=folder,
         help="model folder; the small model that is shipped where none is given",
     )
     parser.add_argument(

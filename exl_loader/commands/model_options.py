@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -26,11 +27,11 @@ TERMINAL_DEFAULTS = {"temperature": 0.7, "top_k": 40, "top_p": 0.9}
 def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the model folder and the options of loading it."""
     parser.add_argument(
-        "model", nargs="?", metavar="MODEL", default=str(DEMO_MODEL),
+        "model", nargs="?", metavar="MODEL", default=str(DEMO_MODEL), type=folder,
         help="model folder; the small model that is shipped where none is given",
     )
     parser.add_argument(
-        "--ctx-size", type=_ctx_size, metavar="N",
+        "--ctx-size", type=ctx_size, metavar="N",
         help="tokens of context, or auto for the most that fits; the model's own up to 8192",
     )
     parser.add_argument(
@@ -54,7 +55,7 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
 def add_draft_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what a draft model takes part in the plan with."""
     parser.add_argument(
-        "--model-draft", metavar="FOLDER",
+        "--model-draft", metavar="FOLDER", type=folder,
         help="smaller model with the same vocabulary that guesses ahead; the text stays the same",
     )
     parser.add_argument(
@@ -120,12 +121,33 @@ def read_text(path: str, what: str) -> str:
     Raises:
         InvalidSettings: it cannot be read.
     """
+    # Some editors begin a file with a byte order mark, which is no part of the text.
+    encoding = "utf-8-sig"
     try:
-        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+        if path != "-":
+            return Path(path).expanduser().read_text(encoding=encoding)
+        # By itself it follows the locale, and lets through what is no UTF-8 where there is none.
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(encoding=encoding)
+        return sys.stdin.read()
     except (OSError, UnicodeDecodeError) as error:
+        found = error.strerror if isinstance(error, OSError) else str(error)
         raise InvalidSettings(what, expected="a readable UTF-8 file",
-                              actual=f"{path}: {error}") from None
+                              actual=f"{path}: {found}") from None
 
 
-def _ctx_size(text: str) -> int | str:
-    return "auto" if text == "auto" else int(text)
+def folder(text: str) -> str:
+    """Read a folder's name; `--option=~/name` reaches us with a tilde that no shell took."""
+    return os.path.expanduser(text)
+
+
+def ctx_size(text: str) -> int | str:
+    """Read a number of tokens, or `auto`; `plan` judges the number."""
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected a number of tokens such as 32768, or auto, found {text!r}"
+        ) from None

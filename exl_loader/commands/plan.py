@@ -8,16 +8,16 @@ import json
 from ..reservation import plan
 from ..reservation.text import render
 from ..workspace import DEFAULT_CHUNK_SIZE, DEFAULT_MAX_BATCH_SIZE
-from .model_options import add_draft_arguments
+from .model_options import add_draft_arguments, ctx_size, folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `plan`; they are those of `reservation.plan`."""
-    parser.add_argument("model_dir", metavar="MODEL", help="folder with config.json")
+    parser.add_argument("model_dir", metavar="MODEL", type=folder, help="folder with config.json")
     parser.add_argument(
         "--ctx-size",
         metavar="N|auto",
-        type=_ctx_size,
+        type=ctx_size,
         help="tokens of context, or auto for the most that fit "
         "(default: the model's own length, at most 8192)",
     )
@@ -74,7 +74,3 @@ def run(args: argparse.Namespace) -> int:
     )
     print(json.dumps(reservation.to_dict(), indent=2) if args.json else render(reservation))
     return 0
-
-
-def _ctx_size(text: str) -> int | str:
-    return text if text == "auto" else int(text)

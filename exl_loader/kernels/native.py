@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .interface import Linear
 
 THREADS_ENV = "EXL_LOADER_THREADS"
+# More than any machine has; each one has a stack and scratch space of its own.
+MAX_THREADS = 1024
 
 
 class _PackedStruct(ctypes.Structure):
@@ -112,15 +114,15 @@ def default_threads() -> int:
     to: a thread that waits for its turn holds up all others.
 
     Raises:
-        InvalidSettings: EXL_LOADER_THREADS is no positive number.
+        InvalidSettings: EXL_LOADER_THREADS is no number from 1 to `MAX_THREADS`.
     """
     setting = os.environ.get(THREADS_ENV, "").strip()
     if not setting:
         return max(1, min(_physical_cores(), _cgroup_limit()))
-    if not setting.isdecimal() or int(setting) == 0:
+    if not setting.isdecimal() or not 1 <= int(setting) <= MAX_THREADS:
         raise InvalidSettings(
             f"environment variable {THREADS_ENV}",
-            expected="a positive number",
+            expected=f"a number from 1 to {MAX_THREADS}",
             actual=repr(setting),
         )
     return int(setting)
