@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -22,12 +23,23 @@ REPO = Path(__file__).resolve().parent.parent
 os.environ.setdefault("EXL_LOADER_CACHE_DIR", str(REPO / "build" / "test-cache"))
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import timing  # noqa: E402  (beside this file)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--exhaustive", action="store_true", help="every case of what is otherwise sampled"
     )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("durations") is None:
+        return
+    config.pluginmanager.register(timing.PhaseTimes())
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(timing.RunTimes(terminal))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -54,6 +66,14 @@ def _own_environment(monkeypatch):
     monkeypatch.delenv("EXL_LOADER_MEMORY_LIMIT", raising=False)
     monkeypatch.setattr("exl_loader.reservation.options.auto_card", lambda: None)
     monkeypatch.setattr("exl_loader.devices.cuda.card_memory", lambda card: None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _old_objects_are_collected_once():
+    """A failed load collects garbage, some hundred times in a run: what is there for good, the
+    modules of PyTorch and transformers above all, is not looked through every time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -235,31 +235,36 @@ def run(original: Path, seeds, tmp_path: Path) -> None:
     assert {"error", "loaded"} == set(outcomes)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("format", ["exl2", "gptq", "dense"])
-def test_damaged_folders_by_definition(originals, tmp_path, monkeypatch, format):
+FORMATS = ["exl2", "gptq", "dense"]
+MORE = pytest.mark.exhaustive
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("seeds", [range(50), pytest.param(range(50, 100), marks=MORE)])
+def test_damaged_folders_by_definition(originals, tmp_path, monkeypatch, format, seeds):
     monkeypatch.setenv("EXL_LOADER_REFERENCE", "1")
-    run(originals / format, range(100), tmp_path)
+    run(originals / format, seeds, tmp_path)
 
 
-@pytest.mark.slow
-def test_damaged_folders_with_fresh_seeds(originals, tmp_path, monkeypatch):
+@pytest.mark.parametrize("count", [40, pytest.param(200, marks=MORE)])
+def test_damaged_folders_with_fresh_seeds(originals, tmp_path, monkeypatch, count):
     monkeypatch.setenv("EXL_LOADER_REFERENCE", "1")
     base = random.SystemRandom().randrange(1 << 32)
     print(f"seeds from {base}")
-    run(originals / "exl2", range(base, base + 40), tmp_path)
+    run(originals / "exl2", range(base, base + count), tmp_path)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama-low", "llama-mid"])
-def test_damaged_reference_models(fixtures_dir, tmp_path, monkeypatch, name):
+@pytest.mark.parametrize("seeds", [range(1000, 1015), pytest.param(range(1015, 1030), marks=MORE)])
+def test_damaged_reference_models(fixtures_dir, tmp_path, monkeypatch, name, seeds):
     monkeypatch.setenv("EXL_LOADER_REFERENCE", "1")
-    run(fixtures_dir / name, range(1000, 1030), tmp_path)
+    run(fixtures_dir / name, seeds, tmp_path)
 
 
-@pytest.mark.parametrize("format", ["exl2", "gptq", "dense"])
-def test_damaged_folders_never_crash_the_compiled_kernels(originals, tmp_path, format):
-    for seed in range(200, 230):
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("seeds", [range(200, 230), pytest.param(range(230, 300), marks=MORE)])
+def test_damaged_folders_never_crash_the_compiled_kernels(originals, tmp_path, format, seeds):
+    for seed in seeds:
         rng = random.Random(seed)
         folder = shutil.copytree(originals / format, tmp_path / str(seed))
         rng.choice([flip_bytes, overwrite_a_tensor, exchange_tensors])(rng, folder)

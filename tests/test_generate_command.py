@@ -204,6 +204,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tiny_model_dir):
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         cwd=Path(__file__).parent.parent, text=True, bufsize=0, errors="replace",
+        # What a shell starts in the background ignores the signal, and so do its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdin is not None and process.stdout is not None
     try:

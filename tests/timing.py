@@ -1,0 +1,95 @@
+"""Where a run's time goes: the tests under way as it goes on, and each file's sum at its end.
+
+Active with `--durations`, as `install.py --test` gives it, so that a run that is killed says
+what it was doing. Processor time is that of a test's process and of the children that it has
+waited for: other load on the machine does not change it much.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+# A line in a log every so often, between the results.
+PROGRESS_EVERY_S = 30.0
+# Files that take less are summed up in one line.
+LEAST_S = 2.0
+
+
+def processor_seconds() -> float:
+    """User and system time of this process and of its finished children."""
+    return sum(os.times()[:4])
+
+
+class PhaseTimes:
+    """Where tests run: notes each phase's processor time in its report."""
+
+    def __init__(self) -> None:
+        self._last = processor_seconds()
+
+    def pytest_runtest_logstart(self) -> None:
+        self._last = processor_seconds()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self):
+        report = yield
+        now = processor_seconds()
+        report.processor_seconds, self._last = now - self._last, now
+        return report
+
+
+class RunTimes:
+    """Where results are shown: sums up files, and says now and then what is under way."""
+
+    def __init__(self, terminal: pytest.TerminalReporter) -> None:
+        self._terminal = terminal
+        self._began = self._said = time.monotonic()
+        self._running: dict[str, float] = {}
+        self._done = 0
+        self._wall: dict[str, float] = defaultdict(float)
+        self._processor: dict[str, float] = defaultdict(float)
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self._running[nodeid] = time.monotonic()
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        self._running.pop(nodeid, None)
+        self._done += 1
+        self._say_progress()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        file = report.nodeid.partition("::")[0]
+        self._wall[file] += report.duration
+        self._processor[file] += getattr(report, "processor_seconds", 0.0)
+
+    def _say_progress(self) -> None:
+        now = time.monotonic()
+        if now - self._said < PROGRESS_EVERY_S:
+            return
+        self._said = now
+        under_way = [
+            f"{nodeid} ({now - started:.0f} s)" for nodeid, started in self._running.items()
+        ]
+        minutes, seconds = divmod(int(now - self._began), 60)
+        self._terminal.ensure_newline()
+        self._terminal.write_line(
+            f"[{minutes}:{seconds:02}] {self._done} done; " + ", ".join(under_way)
+        )
+
+    def pytest_terminal_summary(self) -> None:
+        self._terminal.section("time of each file, in seconds: by the clock, of processors")
+        rest = [0.0, 0.0]
+        for file in sorted(self._wall, key=self._wall.__getitem__, reverse=True):
+            wall, processor = self._wall[file], self._processor[file]
+            if max(wall, processor) < LEAST_S:
+                rest[0] += wall
+                rest[1] += processor
+                continue
+            self._terminal.write_line(f"{wall:8.1f} {processor:8.1f}  {Path(file).name}")
+        self._terminal.write_line(f"{rest[0]:8.1f} {rest[1]:8.1f}  other files")
+        total = sum(self._wall.values()), sum(self._processor.values())
+        self._terminal.write_line(f"{total[0]:8.1f} {total[1]:8.1f}  all files")
