@@ -34,6 +34,23 @@ def scratch_for(rows: int, w) -> torch.Tensor:
     return torch.full((nbytes,), 0x7B, dtype=torch.uint8)
 
 
+def product(ops, x, w, *, add_to=None, columns=0):
+    """Multiply into a wider view, so that writing outside the columns would show.
+
+    Args:
+        ops: a `Target`. add_to: what stands in the output, to be added to; None: rubbish does.
+        columns: of the output, beyond the layer's.
+    """
+    marker = 12345.0
+    wide = torch.full((len(x), w.out_features + 7 + columns), marker)
+    if add_to is not None:
+        wide[:, : w.out_features] = add_to
+    view = wide[:, : w.out_features + columns]
+    ops.linear(x, w, view, scratch_for(len(x), w), add_to is not None)
+    assert (wide[:, w.out_features :] == marker).all()
+    return wide[:, : w.out_features].contiguous()
+
+
 def stream_linear(
     groups: list[tuple[int, int]],
     out_features: int,

@@ -15,9 +15,9 @@ import pytest
 import torch
 from cuda_emulation.launcher import sanitized
 from cuda_emulation.sanitized import run_sanitized, runtimes
-from cuda_linear_cases import linear_ops, quantised_product, scratch_for, stream_linear
+from cuda_linear_cases import linear_ops, product, quantised_product, scratch_for, stream_linear
 from cuda_targets import EMULATED, TARGETS, emulated_launcher, target
-from kernel_cases import dense_linear, random_rows
+from kernel_cases import random_rows
 
 from exl_loader.formats import packed_cuda, streams
 from exl_loader.kernels.cuda import ops_linear
@@ -26,7 +26,6 @@ from exl_loader.kernels.cuda.ops_linear import ExpertLayers
 from exl_loader.kernels.cuda.ops_rows import RowOps
 from exl_loader.kernels.cuda.scratch import COUNTER_BYTES
 from exl_loader.kernels.cuda.scratch_linear import PASS_ROWS, linear_scratch_bytes
-from exl_loader.kernels.reference import dense_weight
 
 ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 32, 33, 40, 130]
 HALF_ULP = 2.0**-24
@@ -50,18 +49,6 @@ def ops(request):
 @pytest.fixture
 def emulated():
     return target("forward", linear_ops)
-
-
-def product(ops, x, w, *, add_to=None, columns=0):
-    """Multiply into a wider view, so that writing outside the columns would show."""
-    marker = 12345.0
-    wide = torch.full((len(x), w.out_features + 7 + columns), marker)
-    if add_to is not None:
-        wide[:, : w.out_features] = add_to
-    view = wide[:, : w.out_features + columns]
-    ops.linear(x, w, view, scratch_for(len(x), w), add_to is not None)
-    assert (wide[:, w.out_features :] == marker).all()
-    return wide[:, : w.out_features].contiguous()
 
 
 def assert_exact(ops, x, w):
@@ -137,16 +124,12 @@ def test_add(ops, rows):
 
 
 def test_no_rows(emulated):
-    for w in (stream_linear([(4, 64)], 32), dense_linear(64, 32, torch.float16)):
-        assert product(emulated, torch.empty(0, 64), w).shape == (0, 32)
+    w = stream_linear([(4, 64)], 32)
+    assert product(emulated, torch.empty(0, 64), w).shape == (0, 32)
 
 
-@pytest.mark.parametrize("kind", ["quantised", "float16", "float32"])
-def test_rows_do_not_depend_on_company(ops, kind):
-    if kind == "quantised":
-        w = stream_linear([(8, 64), (5, 128), (3, 320), (2, 40)], 140, zeros=True, perm=True)
-    else:
-        w = dense_linear(552, 140, getattr(torch, kind), bias=True)
+def test_rows_do_not_depend_on_company(ops):
+    w = stream_linear([(8, 64), (5, 128), (3, 320), (2, 40)], 140, zeros=True, perm=True)
     x = random_rows(130, w.in_features)
     whole = product(ops, x, w)
     for first, end in ((0, 1), (7, 9), (20, 28), (30, 39), (60, 100), (64, 130), (3, 35)):
@@ -343,21 +326,7 @@ def test_scratch_grows_with_rows_and_stops():
     assert linear_scratch_bytes(1, 4096, 4096) == 128 * 64 + 32 * 32
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 2, 4, 5, 9, 33, 70])
-def test_dense_product(ops, dtype, rows):
-    for in_features, out_features in ((600, 50), (64, 8), (33, 160)):
-        w = dense_linear(in_features, out_features, dtype, bias=rows % 2 == 0)
-        x = random_rows(rows, in_features)
-        weight = dense_weight(w).double()
-        exact, magnitude = x.double() @ weight, x.abs().double() @ weight.abs()
-        if w.bias is not None:
-            exact, magnitude = exact + w.bias, magnitude + w.bias.abs()
-        difference = (product(ops, x, w).double() - exact).abs()
-        # One rounding a step, each at most half an ulp of what is summed so far.
-        assert (difference <= (in_features + 34) * HALF_ULP * magnitude).all()
-        before = random_rows(rows, out_features, seed=4)
-        assert torch.equal(product(ops, x, w, add_to=before), before + product(ops, x, w))
+MORE_SANITIZED = ("test_cuda_dense.py", "test_cuda_pack.py")
 
 
 @pytest.mark.slow
@@ -366,7 +335,7 @@ def test_nothing_is_read_or_written_out_of_bounds():
     """The kernels under AddressSanitizer and UBSan, packing included."""
     chosen = "shuffled or splits or share or launch or chosen or columns or kernel_is"
     result = run_sanitized(
-        __file__, str(Path(__file__).with_name("test_cuda_pack.py")), "-k",
+        __file__, *(str(Path(__file__).with_name(name)) for name in MORE_SANITIZED), "-k",
         f"({chosen}) and not forward and not gpu", "-m", "not slow",
     )
     assert result.returncode == 0, result.stdout[-4000:]

@@ -31,7 +31,7 @@ from .linear_structs import (
 )
 from .ops_dense import DenseOps
 from .ops_pack import PackOps
-from .ops_rows import ACTIVATIONS, NORM_HEAD_SIZE, Launch, nothing
+from .ops_rows import ACTIVATIONS, NORM_HEAD_SIZE, Launch, in_order, nothing
 from .scratch_linear import (
     BLOCK_CODE_BYTES,
     NOTE_BYTES,
@@ -83,7 +83,7 @@ class LinearOps(PackOps, DenseOps):
                        scratch: torch.Tensor, add: bool = False) -> Launch:
         """Prepare out = x @ W + bias, or out += ... where `add`; `interface.Ops.linear`."""
         if isinstance(w, DenseLinear):
-            return self.prepare_dense_linear(x, w, out, add)
+            return self.prepare_dense_linear(x, w, out, scratch, add)
         return self.prepare_linears(x, [w], [out], scratch, add)
 
     def prepare_linears(self, x: torch.Tensor, layers: Sequence[StreamLinear],
@@ -100,7 +100,7 @@ class LinearOps(PackOps, DenseOps):
         for first in range(0, x.shape[0], PASS_ROWS):
             rows = slice(first, first + PASS_ROWS)
             launches += self._pass(x[rows], layers, [out[rows] for out in outs], scratch, add)
-        return _in_order(launches)
+        return in_order(launches)
 
     def prepare_normed_linears(self, x: torch.Tensor, weight: torch.Tensor, eps: float,
                                normed: torch.Tensor, layers: Sequence[StreamLinear],
@@ -160,7 +160,7 @@ class LinearOps(PackOps, DenseOps):
             layers.address, _P(address(experts)), codes, notes, _P(out.data_ptr()),
             _I64(out.stride(0)),
         )
-        return _in_order([quantize, multiply])
+        return in_order([quantize, multiply])
 
     def _pass(self, x: torch.Tensor, layers: Sequence[StreamLinear],
               outs: Sequence[torch.Tensor], scratch: torch.Tensor, add: bool) -> list[Launch]:
@@ -285,14 +285,3 @@ def _carve(scratch: torch.Tensor, rows: int, in_features: int
     assert COUNTER_BYTES + codes + note_bytes(rows, in_features) <= scratch.nbytes
     start = scratch.data_ptr() + COUNTER_BYTES
     return _P(start), _P(start + codes)
-
-
-def _in_order(launches: Sequence[Launch]) -> Launch:
-    if len(launches) == 1:
-        return launches[0]
-
-    def launch() -> None:
-        for run in launches:
-            run()
-
-    return launch

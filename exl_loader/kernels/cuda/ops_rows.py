@@ -7,7 +7,7 @@ and returns what launches, so that a recorded step pays for it once.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ...formats.packed import DenseLinear
@@ -46,6 +46,18 @@ def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
 
 def nothing() -> None:
     """The launch of an operation on no rows."""
+
+
+def in_order(launches: Sequence[Launch]) -> Launch:
+    """Make one launch of several, one behind the other."""
+    if len(launches) == 1:
+        return launches[0]
+
+    def launch() -> None:
+        for run in launches:
+            run()
+
+    return launch
 
 
 def _blocks(count: int, each: int) -> int:

@@ -2,7 +2,8 @@
 
 A quantised layer's activations lie there as integers: per row 64 bytes for each block of 32
 stored rows, and 32 bytes of scale and sums for each window of 128 (csrc/cuda/linear_layout.cuh).
-Unquantised layers need none.
+An unquantised layer's, where they are many: per row 16 bytes for each 4 inputs, in stages of 32
+inputs, and a float32 for each part of 256 (csrc/cuda/linear_dense.cuh).
 """
 
 from __future__ import annotations
@@ -20,6 +21,11 @@ from ...formats.packed_cuda import (
 PASS_ROWS = 1024
 BLOCK_CODE_BYTES = 64
 NOTE_BYTES = 32
+# The same for unquantised layers, whose inputs take twice the room, and how many rows need none.
+DENSE_PASS_ROWS = 256
+DENSE_DECODE_ROWS = 32
+_DENSE_STAGE_FEATURES = 32
+_DENSE_PART_FEATURES = 256
 _ALIGNMENT = 256
 
 
@@ -33,10 +39,30 @@ def note_bytes(rows: int, in_features: int) -> int:
     return _aligned(rows * windows_for(in_features) * NOTE_BYTES)
 
 
+def dense_parts(in_features: int) -> int:
+    """Parts that an unquantised layer's sum is cut into."""
+    return -(-in_features // _DENSE_PART_FEATURES)
+
+
+def dense_input_bytes(rows: int, in_features: int) -> int:
+    """Bytes of what the inputs of an unquantised layer become, aligned."""
+    stages = -(-in_features // _DENSE_STAGE_FEATURES)
+    return _aligned(rows * stages * _DENSE_STAGE_FEATURES * 4)
+
+
+def dense_scale_bytes(rows: int, in_features: int) -> int:
+    """Bytes of the scales of `rows` rows of an unquantised layer, aligned."""
+    return _aligned(rows * dense_parts(in_features) * 4)
+
+
 def linear_scratch_bytes(rows: int, in_features: int, out_features: int) -> int:
     """Return what `linear` needs for up to `rows` rows, or pairs of a mixture."""
     held = min(rows, PASS_ROWS)
-    return code_bytes(held, in_features) + note_bytes(held, in_features)
+    dense = min(rows, DENSE_PASS_ROWS) if rows > DENSE_DECODE_ROWS else 0
+    return max(
+        code_bytes(held, in_features) + note_bytes(held, in_features),
+        dense_input_bytes(dense, in_features) + dense_scale_bytes(dense, in_features),
+    )
 
 
 def staged_bytes(words: int, num_groups: int, columns: int) -> int:
