@@ -133,7 +133,7 @@ def all_lanes(loaded: Any, planned: EvaluationPlan, ops: Any) -> Iterator[list[L
                 for layer in exact.cache.layers
             ]
             cache = PagedCache(layers, exact.cache.num_pages)
-            model = exact.model.with_cache(cache, PeerOps(ops, k_bits, v_bits))
+            model = exact.model.with_cache(cache, {"cpu": PeerOps(ops, k_bits, v_bits)})
             lanes.append(Lane(name, model, cache))
         yield lanes
 

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .cache import CacheType
 from .devices import device_kind
 from .draft_model import DEFAULT_DRAFT_MAX, MAX_DRAFT_MAX, DraftModel, check_vocabularies
-from .errors import InsufficientMemory, InvalidSettings
+from .errors import DeviceError, InsufficientMemory
 from .memory import Buffers, allocate, is_out_of_memory, trim_heap
 from .paging import PagedCache
 from .progress import NullProgress, Progress, task
-from .reservation import PlannedModel, PlanRequest, Reservation, planned
+from .reservation import PlannedModel, PlanRequest, planned
 from .reservation.options import CtxSize, check_count, chosen_devices
 from .reservation.placement import DRAFT_PREFIX
 from .reservation.text import refusal
@@ -111,9 +111,7 @@ def _load_planned(
     """Go through the steps that need PyTorch, the cheap ones that can fail first."""
     if not plan.reservation.fits:
         raise refusal(plan.reservation)
-    device = _runnable_device(plan.reservation)
     from .engine import LoadedModel
-    from .kernels import get_ops
 
     tokenizer = _tokenizer(Path(plan.reservation.model_dir))
     if plan.draft is not None:
@@ -121,7 +119,7 @@ def _load_planned(
             (tokenizer, _tokenizer(Path(plan.reservation.model_draft or ""))),
             (plan.blueprint.config.vocab_size, plan.draft.blueprint.config.vocab_size),
         )
-    ops = get_ops(device, progress)
+    ops = _open_ops([device.device for device in plan.reservation.devices], progress)
     with ExitStack() as kept:
         buffers = allocate(plan.segments, progress)
         kept.callback(buffers.release)
@@ -142,57 +140,74 @@ def _load_planned(
 
 
 def _open_devices(request: PlanRequest) -> None:
-    """Take what running takes of a device outside our buffers, so that the plan measures it.
+    """Take what running takes of the devices outside our buffers, so that the plan measures it.
+
+    Of several devices only those are opened that a plan has given something.
 
     Raises:
-        InsufficientMemory: the model does not fit anyway; the device was not touched.
+        InsufficientMemory: the model does not fit anyway; no device was touched for it.
     """
     names = chosen_devices(request.device, request.gpu_split)
-    closed = [name for name in names if not device_kind(name).is_open(name)]
-    if not closed:
-        return
-    with planned(request) as plan:
-        if not plan.reservation.fits:
-            raise refusal(plan.reservation)
-        _runnable_device(plan.reservation)
-    for name in closed:
-        device_kind(name).open(name)
+    # A device that takes more than was assumed may hand layers on to one that is closed.
+    while any(not device_kind(name).is_open(name) for name in names):
+        with planned(request) as plan:
+            if not plan.reservation.fits:
+                raise refusal(plan.reservation)
+            used = [device.device for device in plan.reservation.devices]
+        closed = [name for name in used if not device_kind(name).is_open(name)]
+        if not closed:
+            return
+        for name in closed:
+            device_kind(name).open(name)
+
+
+def _open_ops(names: Sequence[str], progress: Progress) -> dict[str, Ops]:
+    """Return each device's operations, compiled where that was not done yet.
+
+    Raises:
+        As `kernels.get_ops`; what a device refused names it.
+    """
+    from .kernels import get_ops
+
+    opened: dict[str, Ops] = {}
+    for name in names:
+        try:
+            opened[name] = get_ops("cpu" if name.startswith("cpu") else name, progress)
+        except (DeviceError, InsufficientMemory) as error:
+            raise type(error)(
+                f"{name}: {error.thing}", expected=error.expected, actual=error.actual,
+                remedy=error.remedy, details=error.details,
+            ) from error
+    return opened
 
 
 @contextmanager
-def staging(ops: Ops, buffers: Buffers) -> Iterator[None]:
-    """Lend operations of a card what no one uses yet, for raw weights on their way.
+def staging(ops: Mapping[str, Ops], buffers: Buffers) -> Iterator[None]:
+    """Lend the operations of cards what no one uses yet, for raw weights on their way.
 
-    That is the cache, or the scratch where that is larger; it is zero again afterwards.
+    That is a device's cache, or its scratch where that is larger; it is zero again afterwards.
+
+    Args:
+        ops: by device.
     """
-    if not hasattr(ops, "staging"):
+    with ExitStack() as lent:
+        for device, operations in ops.items():
+            if hasattr(operations, "staging"):
+                lent.enter_context(_lend(operations, device, buffers))
         yield
-        return
-    scratch = [v for name, v in buffers.views("workspace").items() if name.endswith("scratch")]
-    lent = max(*buffers.whole("cache"), *scratch, key=lambda tensor: tensor.nbytes)
-    ops.staging = lent
+
+
+@contextmanager
+def _lend(ops: Any, device: str, buffers: Buffers) -> Iterator[None]:
+    views = buffers.views("workspace", device)
+    scratch = [view for name, view in views.items() if name.endswith("scratch")]
+    memory = max(buffers.whole("cache", device), *scratch, key=lambda tensor: tensor.nbytes)
+    ops.staging = memory
     try:
         yield
     finally:
         ops.staging = None
-        lent.zero_()
-
-
-def _runnable_device(reservation: Reservation) -> str:
-    """Return the one device to run on.
-
-    Raises:
-        InvalidSettings: the plan is for several devices, or for a kind without kernels.
-    """
-    names = [device.device for device in reservation.devices]
-    if len(names) > 1:
-        raise InvalidSettings(
-            "device",
-            expected="one device: this version plans for several, and runs on one",
-            actual=", ".join(names),
-            remedy="Choose one card, such as cuda:0, and leave gpu_split empty",
-        )
-    return "cpu" if names[0].startswith("cpu") else names[0]
+        memory.zero_()
 
 
 def _tokenizer(model_dir: Path) -> Tokenizer | None:
@@ -209,7 +224,7 @@ class _Reading:
     """Puts models together in buffers that have been taken."""
 
     buffers: Buffers
-    ops: Ops
+    ops: Mapping[str, Ops]
     cache_type: CacheType
     rope_options: dict[str, float]
     progress: Progress
@@ -243,16 +258,21 @@ class _Reading:
                 actual="the system refused it",
                 remedy="Everything taken was given back. Close what took the memory meanwhile.",
             ) from error
-        workspace = self._views("workspace", prefix)
+        workspaces = {
+            device: self._views("workspace", prefix, device)
+            for device in blueprint.device_map.devices
+        }
         return Model(
-            blueprint, weights, workspace, cache, self.ops,
+            blueprint, weights, workspaces, cache, self.ops,
             alpha_value=self.rope_options["alpha_value"],
             compress_pos_emb=self.rope_options["compress_pos_emb"],
         ), cache
 
-    def _views(self, segment: str, prefix: str) -> dict[str, torch.Tensor]:
+    def _views(
+        self, segment: str, prefix: str, device: str | None = None
+    ) -> dict[str, torch.Tensor]:
         return {
             name.removeprefix(prefix): view
-            for name, view in self.buffers.views(segment).items()
+            for name, view in self.buffers.views(segment, device).items()
             if name.startswith(DRAFT_PREFIX) == bool(prefix)
         }

@@ -149,9 +149,9 @@ class Buffers:
             for place in layout.placements
         }
 
-    def whole(self, segment: str) -> list[torch.Tensor]:
-        """Return the buffers of a segment as they are, uint8, one a device."""
-        return [buffer for (_, name), (_, buffer) in self._buffers.items() if name == segment]
+    def whole(self, segment: str, device: str) -> torch.Tensor:
+        """Return a buffer as it is, uint8."""
+        return self._buffers[device, segment][1]
 
     def allocated_bytes(self, device: str | None = None, segment: str | None = None) -> int:
         """Sum the sizes of the buffers that exist, all or of one device or segment."""

@@ -1,8 +1,7 @@
 """The forward pass: rows of one or several sequences in, logits out, inside the workspace.
 
-A step's operations are recorded once a shape and replayed. On a device that can, those of a
-short step, such as decoding, are captured as one graph, which is then a single launch: what
-changes from step to step stands in the inputs, so a graph serves any length of the texts.
+What runs on a device is a `stages.Stage`; a model is its stages in order, and the host's side
+of a step: what it writes for the operations and reads of them.
 """
 
 from __future__ import annotations
@@ -15,16 +14,13 @@ from typing import Any, Literal
 import torch
 
 from .blueprint import Blueprint
-from .cache import PAGE_LEN, KeyBias
+from .cache import PAGE_LEN
 from .errors import CacheFull, InvalidSettings
-from .kernels.host import Host, host_of
-from .kernels.interface import Batch, Ops
-from .key_bias import take_key_bias
-from .layers import Call, Recorder, attention_shape, build_layer, decoder_layer
+from .kernels.interface import Ops
 from .paging import PagedCache, Sequence
 from .rope import inv_freq
+from .stages import Stage, StageStep, take_key_biases
 from .weights import Weights
-from .workspace import INPUTS, RowViews
 
 LogitsMode = Literal["last", "all", "none"]
 
@@ -32,57 +28,24 @@ LogitsMode = Literal["last", "all", "none"]
 # chunks of prompts, which come again rarely and cost little beside their own work.
 MAX_STEPS = 32
 
-# Steps of more rows keep a device busy for longer than it takes to issue them one by one.
-GRAPH_ROWS = 32
 
-
-@dataclass
+@dataclass(frozen=True)
 class Step:
-    """A recorded forward pass of one shape: run it, then read `logits`.
+    """A recorded forward pass of one shape: its part on each device, and where logits are left."""
 
-    Args:
-        calls: the operations in order.
-        batch: what they see of the sequences.
-        logits: where they leave the logits.
-        capturable: whether a graph may take their place, once they have run.
-    """
-
-    calls: list[Call]
-    batch: Batch
+    parts: tuple[StageStep, ...]
     logits: torch.Tensor
-    capturable: bool
-    graph: Call | None = None
-    has_run: bool = False
-
-    def issue(self) -> None:
-        """Issue every operation."""
-        for call in self.calls:
-            call()
-
-    def run(self, host: Host) -> None:
-        """Run the operations, from the second time on as a graph where that can be.
-
-        The first time they run one by one, so that whatever loads late is loaded then.
-        """
-        if self.graph is None and self.capturable and self.has_run:
-            self.graph = host.capture(self.issue)
-            self.capturable = self.graph is not None
-        if self.graph is not None:
-            self.graph()
-        else:
-            self.issue()
-        self.has_run = True
 
 
 class Model:
     """A loaded model. One thread at a time may call `forward`.
 
     Args:
-        blueprint: what the model is; all of it on one device.
+        blueprint: what the model is, and which device each part is on.
         weights: its weights.
-        workspace: views of `workspace_specs`, by name.
+        workspaces: device -> views of its `workspace_specs`, by name.
         cache: the key/value cache.
-        ops: the operations.
+        ops: device -> its operations.
         alpha_value, compress_pos_emb: see `rope.inv_freq`.
 
     Raises:
@@ -93,43 +56,38 @@ class Model:
         self,
         blueprint: Blueprint,
         weights: Weights,
-        workspace: Mapping[str, torch.Tensor],
+        workspaces: Mapping[str, Mapping[str, torch.Tensor]],
         cache: PagedCache,
-        ops: Ops,
+        ops: Mapping[str, Ops],
         *,
         alpha_value: float = 1.0,
         compress_pos_emb: float = 1.0,
     ):
-        assert len(blueprint.device_map.devices) == 1, "one device a model"
-        self.config = blueprint.config
-        self.chunk_size = workspace["ids"].shape[0]
-        self.max_batch_size = workspace["past_len"].shape[0]
-        self.logits_rows = workspace["logits"].shape[0]
+        self.config, devices = blueprint.config, blueprint.device_map.devices
+        first, last = workspaces[devices[0]], workspaces[devices[-1]]
+        self.chunk_size = first["ids"].shape[0]
+        self.max_batch_size = first["past_len"].shape[0]
+        self.logits_rows = last["logits"].shape[0]
         self._blueprint, self._weights = blueprint, weights
-        self._ops = ops
-        self._workspace = workspace
+        self._workspaces, self._ops = workspaces, ops
         if weights.key_biases is None:
-            weights.key_biases = self._take_key_biases()
+            weights.key_biases = take_key_biases(blueprint, weights, ops, workspaces)
         for layer, key_bias in zip(cache.layers, weights.key_biases, strict=True):
             layer.key_bias = key_bias
-        tables = workspace.get("expert_tables", [None] * len(cache.layers))
-        self._layers = [
-            build_layer(blueprint, i, weights, layer, ops, tables[i])
-            for i, layer in enumerate(cache.layers)
-        ]
-        self._norm = weights.norms[blueprint.norm.spec.name]
-        self._head = weights.linears[blueprint.head.name]
-        self._embedding = weights.embedding
-        # In float32, as transformers computes it for float32 weights; a model that runs in
-        # bfloat16 there has this factor rounded to bfloat16.
-        scaled = blueprint.architecture.embed_scale
-        self._embed_factor = self.config.hidden_size**0.5 if scaled else 1.0
-        self._host = host_of(ops)
-        self._inputs = self._host.inputs({name: workspace[name] for name in INPUTS})
-        self._logits = self._host.mirror(workspace["logits"])
         self._rope_options = {"alpha_value": alpha_value, "compress_pos_emb": compress_pos_emb}
-        frequencies, self._rope_factor = inv_freq(self.config.rope, 1, **self._rope_options)
-        self._inputs.arrays["inv_freq"][:] = frequencies
+        frequencies, rope_factor = inv_freq(self.config.rope, 1, **self._rope_options)
+        self._stages = [
+            Stage(blueprint, device, weights, cache.layers, ops[device], workspaces[device],
+                  rope_factor)
+            for device in devices
+        ]
+        self._inputs = [stage.inputs for stage in self._stages]
+        for inputs in self._inputs:
+            inputs.arrays["inv_freq"][:] = frequencies
+        # Of the last stage: its head leaves them there.
+        self._host, self._logits_there = self._stages[-1].host, last["logits"]
+        self._logits = self._host.mirror(self._logits_there)
+        self._max_pages = first["page_table"].shape[1]
         self._slot_rope_len = [1] * self.max_batch_size
         self._steps: dict[tuple[int, int, LogitsMode], Step] = {}
 
@@ -160,12 +118,11 @@ class Model:
         assert logits != "all" or num_rows <= self.logits_rows
         self._check(entries)
         step = self._step(num_rows, len(entries), logits)
-        self._inputs.begin()
-        self._write_inputs(entries, step)
-        self._inputs.send()
+        self._send_inputs(entries, step)
         if self.config.rope.depends_on_length:
             self._angles_by_length(entries)
-        step.run(self._host)
+        for part in step.parts:
+            part.run()
         out = self._logits[: len(step.logits)]
         if len(out):
             self._host.collect(step.logits, out)
@@ -173,20 +130,7 @@ class Model:
             sequence.past_len += length
         return out
 
-    def _take_key_biases(self) -> list[KeyBias | None]:
-        """Take large key biases out of the projections, for attention to add."""
-        linears, norms = self._weights.linears, self._weights.norms
-        half, scratch = self.config.rope.rotary_dim // 2, self._workspace["scratch"]
-        return [
-            # A norm behind the bias makes more of it than a constant.
-            None if plan.k_norm is not None else take_key_bias(
-                self._ops, linears[plan.k.name], norms[plan.attn_input_norm.spec.name],
-                self.config.rms_norm_eps, attention_shape(self.config, i), half, scratch,
-            )
-            for i, plan in enumerate(self._blueprint.layers)
-        ]  # fmt: skip
-
-    def with_cache(self, cache: PagedCache, ops: Ops | None = None) -> Model:
+    def with_cache(self, cache: PagedCache, ops: Mapping[str, Ops] | None = None) -> Model:
         """Return the same model over another cache, to compare caches.
 
         Both share weights and workspace: a call of one ends what the other's logits are
@@ -194,10 +138,10 @@ class Model:
 
         Args:
             cache: in place of the model's own.
-            ops: operations in place of the model's own, on the same device.
+            ops: device -> operations in place of the model's own.
         """
         return Model(
-            self._blueprint, self._weights, self._workspace, cache, ops or self._ops,
+            self._blueprint, self._weights, self._workspaces, cache, ops or self._ops,
             **self._rope_options,
         )
 
@@ -208,7 +152,6 @@ class Model:
     def _check(self, entries: SequenceOf[tuple[Sequence, list[int]]]) -> None:
         """Refuse what would make an operation read or write outside its tensors."""
         vocab_size = self.config.vocab_size
-        max_pages = self._inputs.arrays["page_table"].shape[1]
         for sequence, ids in entries:
             if not ids or min(ids) < 0 or max(ids) >= vocab_size:
                 raise InvalidSettings(
@@ -216,31 +159,41 @@ class Model:
                     actual=f"{min(ids)} to {max(ids)}" if ids else "none",
                     remedy="The prompt may come from another model's tokenizer",
                 )
-            pages = min(len(sequence.pages), max_pages)
+            pages = min(len(sequence.pages), self._max_pages)
             if sequence.past_len + len(ids) > pages * PAGE_LEN:
                 raise CacheFull(
                     "the key/value cache", expected=f"pages for {sequence.past_len + len(ids)} "
                     "tokens", actual=f"{pages * PAGE_LEN}", remedy="Load with a larger ctx_size",
                 )
 
-    def _write_inputs(self, entries: SequenceOf[tuple[Sequence, list[int]]], step: Step) -> None:
-        host, first, longest = self._inputs.arrays, 0, 0
-        max_pages = host["page_table"].shape[1]
+    def _send_inputs(self, entries: SequenceOf[tuple[Sequence, list[int]]], step: Step) -> None:
+        """Tell every device what it needs to know of the step."""
+        for inputs in self._inputs:
+            inputs.begin()
+            self._write(inputs.arrays, entries)
+        if self.config.rope.depends_on_length:
+            self._write_frequencies(entries)
+        longest = max(sequence.past_len + len(ids) for sequence, ids in entries)
+        for part, inputs in zip(step.parts, self._inputs, strict=True):
+            part.batch.max_total_len = longest
+            inputs.send()
+
+    def _write(
+        self, host: Mapping[str, Any], entries: SequenceOf[tuple[Sequence, list[int]]]
+    ) -> None:
+        first = 0
         host["q_start"][0] = 0
         for slot, (sequence, ids) in enumerate(entries):
             past_len, end = sequence.past_len, first + len(ids)
             host["ids"][first:end] = ids
             host["positions"][first:end] = range(past_len, past_len + len(ids))
             host["q_start"][slot + 1] = end
-            host["head_rows"][slot] = end - 1
+            if "head_rows" in host:
+                host["head_rows"][slot] = end - 1
             host["past_len"][slot] = past_len
-            pages = sequence.pages[:max_pages]
+            pages = sequence.pages[: self._max_pages]
             host["page_table"][slot, : len(pages)] = pages
-            longest = max(longest, past_len + len(ids))
             first = end
-        step.batch.max_total_len = longest
-        if self.config.rope.depends_on_length:
-            self._write_frequencies(entries)
 
     def _write_frequencies(self, entries: SequenceOf[tuple[Sequence, list[int]]]) -> None:
         for slot, (sequence, _) in enumerate(entries):
@@ -248,19 +201,17 @@ class Model:
                 frequencies, _ = inv_freq(
                     self.config.rope, sequence.rope_len, **self._rope_options
                 )
-                self._inputs.arrays["inv_freq"][slot] = frequencies
+                for inputs in self._inputs:
+                    inputs.arrays["inv_freq"][slot] = frequencies
                 self._slot_rope_len[slot] = sequence.rope_len
 
     def _angles_by_length(self, entries: SequenceOf[tuple[Sequence, list[int]]]) -> None:
-        """Compute the angles of rows whose frequencies are those of their own sequence.
-
-        Which rows these are depends on the sequences' lengths, so it is no part of a recording.
-        """
-        w, first = self._workspace, 0
+        """Compute the angles of rows whose frequencies are those of their own sequence."""
+        first = 0
         for slot, (_, ids) in enumerate(entries):
             end = first + len(ids)
-            self._ops.rope_table(w["positions"][first:end], w["inv_freq"][slot],
-                                 self._rope_factor, w["rope_table"][first:end])
+            for stage in self._stages:
+                stage.angles(first, end, slot)
             first = end
 
     def _step(self, num_rows: int, num_sequences: int, logits: LogitsMode) -> Step:
@@ -273,39 +224,11 @@ class Model:
         return step
 
     def _record(self, num_rows: int, num_sequences: int, logits: LogitsMode) -> Step:
-        w, ops = self._workspace, Recorder(self._ops)
-        views = RowViews.cut(w, num_rows, self.config.head_dim)
-        batch = Batch(
-            positions=w["positions"][:num_rows],
-            q_start=w["q_start"][: num_sequences + 1],
-            past_len=w["past_len"][:num_sequences],
-            page_table=w["page_table"][:num_sequences],
-            max_total_len=0,
-            inv_freq=w["inv_freq"][:num_sequences],
-            rope_factor=self._rope_factor,
-        )
-        # Through __getattr__, hence Any: the recorder has every operation of its Ops.
-        recorder: Any = ops
-        if not self.config.rope.depends_on_length:
-            recorder.rope_table(w["positions"][:num_rows], w["inv_freq"][0], self._rope_factor,
-                                views.rope_table)
-        recorder.embed(w["ids"][:num_rows], self._embedding, self._embed_factor, views.x)
-        for layer in self._layers:
-            decoder_layer(recorder, layer, views, batch)
         rows = {"last": num_sequences, "all": num_rows, "none": 0}[logits]
-        out = w["logits"][:rows]
-        if rows:
-            self._record_head(recorder, views, rows, out)
-        capturable = self._host.captures and num_rows <= GRAPH_ROWS and not ops.reads_values
-        return Step(ops.calls, batch, out, capturable)
-
-    def _record_head(self, ops: Any, views: RowViews, rows: int, out: torch.Tensor) -> None:
-        w, x = self._workspace, views.x
-        head_x = w["head_x"][:rows]
-        if rows != x.shape[0]:
-            ops.gather_rows(x, w["head_rows"][:rows], head_x)
-            x = head_x
-        ops.rms_norm(x, self._norm, self.config.rms_norm_eps, head_x)
-        ops.linear(head_x, self._head, out, w["scratch"])
-        if self.config.final_logit_softcapping:
-            ops.softcap(out, self.config.final_logit_softcapping)
+        out = self._logits_there[:rows]
+        parts: list[StageStep] = []
+        for stage in self._stages:
+            head = out if rows and stage is self._stages[-1] else None
+            before = parts[-1] if parts else None
+            parts.append(stage.record(num_rows, num_sequences, head, before))
+        return Step(tuple(parts), out)

@@ -49,7 +49,7 @@ def load_weights(
     blueprint: Blueprint,
     checkpoint: Checkpoint,
     views: Mapping[str, torch.Tensor],
-    ops: Ops,
+    ops: Mapping[str, Ops],
     advance: Callable[[int], None] | None = None,
 ) -> Weights:
     """Fill the views of `blueprint.specs()` from the checkpoint.
@@ -58,7 +58,7 @@ def load_weights(
         blueprint: what to load.
         checkpoint: where from.
         views: spec name -> its view in the weights buffer.
-        ops: repacks codes.
+        ops: device -> what repacks codes there.
         advance: called with the bytes that a tensor takes on its device once it is there;
             all calls together sum up to the bytes of `blueprint.specs()`.
 
@@ -73,9 +73,11 @@ def load_weights(
         done(norm.spec.nbytes)
     linears: dict[str, Any] = {}
     for plan in blueprint.linears():
-        tensors = {role: views[spec.name] for role, spec in plan.specs.items()}
-        linears[plan.name] = pack_linear(plan, checkpoint, tensors, ops)
-        done(sum(spec.nbytes for spec in plan.specs.values()))
+        specs = plan.specs
+        tensors = {role: views[spec.name] for role, spec in specs.items()}
+        (device,) = {spec.device for spec in specs.values()}
+        linears[plan.name] = pack_linear(plan, checkpoint, tensors, ops[device])
+        done(sum(spec.nbytes for spec in specs.values()))
     for layer in blueprint.layers:
         _share_permutations([linears[plan.name] for plan in (layer.q, layer.k, layer.v)])
         if isinstance(layer.mlp, MlpPlan):

@@ -21,13 +21,19 @@ CACHE_TENSORS = ("k_codes", "k_scales", "v_codes", "v_scales")
 
 def build_model(
     folder: Path, ops, *, cache_type: str = "fp32", ctx_size: int = 512, sequences: int = 1,
-    chunk_size: int = 128, logits_rows: int = 128, device: str = "cpu", **options,
+    chunk_size: int = 128, logits_rows: int = 128, device: str | DeviceMap = "cpu", **options,
 ) -> tuple[Model, PagedCache]:
-    """Build a model and a cache that holds `sequences` texts of `ctx_size` tokens."""
+    """Build a model and a cache that holds `sequences` texts of `ctx_size` tokens.
+
+    `ops` are those of every device, or each device's by name.
+    """
     config, kind = ModelConfig.from_dir(folder), CacheType.parse(cache_type)
     num_pages = pages_for(ctx_size) * sequences
     with Checkpoint.open(folder) as checkpoint:
-        devices = DeviceMap.single(device, config.num_hidden_layers)
+        devices = device
+        if isinstance(device, str):
+            devices = DeviceMap.single(device, config.num_hidden_layers)
+        on_device = ops if isinstance(ops, dict) else dict.fromkeys(devices.devices, ops)
         blueprint = Blueprint.from_checkpoint(config, checkpoint, devices)
         workspace = workspace_specs(
             blueprint, ctx_size=ctx_size, cache_type=kind, chunk_size=chunk_size,
@@ -35,15 +41,16 @@ def build_model(
         )
         cache_tensors = cache_specs(config, num_pages, kind, devices)
         buffers = allocate(place([*blueprint.specs(), *cache_tensors, *workspace]).values())
-        with staging(ops, buffers):
-            weights = load_weights(blueprint, checkpoint, buffers.views("weights"), ops)
+        with staging(on_device, buffers):
+            weights = load_weights(blueprint, checkpoint, buffers.views("weights"), on_device)
     views = buffers.views("cache")
     layers = [
         CacheLayer(*(views.get(f"cache.{i}.{name}") for name in CACHE_TENSORS), kind)
         for i in range(config.num_hidden_layers)
     ]
     cache = PagedCache(layers, num_pages)
-    return Model(blueprint, weights, buffers.views("workspace"), cache, ops, **options), cache
+    workspaces = {name: buffers.views("workspace", name) for name in devices.devices}
+    return Model(blueprint, weights, workspaces, cache, on_device, **options), cache
 
 
 def run_chunks(

@@ -69,7 +69,7 @@ def opened(tmp_path):
 def test_progress_counts_every_byte_of_the_table(opened, tied):
     blueprint, checkpoint, views = opened(tie_word_embeddings=tied)
     counted = []
-    weights = load_weights(blueprint, checkpoint, views, ReferenceOps(), counted.append)
+    weights = load_weights(blueprint, checkpoint, views, {"cpu": ReferenceOps()}, counted.append)
     assert sum(counted) == sum(spec.nbytes for spec in blueprint.specs())
     assert len(weights.linears) == 2 * 7 + 1
     checkpoint.close()
@@ -77,7 +77,7 @@ def test_progress_counts_every_byte_of_the_table(opened, tied):
 
 def test_embedding_is_the_files(opened):
     blueprint, checkpoint, views = opened(vocab_size=5000)
-    weights = load_weights(blueprint, checkpoint, views, ReferenceOps())
+    weights = load_weights(blueprint, checkpoint, views, {"cpu": ReferenceOps()})
     assert torch.equal(weights.embedding, checkpoint.read("model.embed_tokens.weight"))
     checkpoint.close()
 
@@ -86,7 +86,7 @@ def test_norm_offsets_are_folded_in(opened):
     blueprint, checkpoint, views = opened()
     gemma = blueprint.norm.__class__(blueprint.norm.spec, 1.0)
     shifted = Blueprint(**(vars(blueprint) | {"norm": gemma}))
-    weights = load_weights(shifted, checkpoint, views, ReferenceOps())
+    weights = load_weights(shifted, checkpoint, views, {"cpu": ReferenceOps()})
     stored = checkpoint.read("model.norm.weight").float()
     assert torch.equal(weights.norms["model.norm.weight"], stored + 1)
     checkpoint.close()

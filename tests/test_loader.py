@@ -22,7 +22,6 @@ from exl_loader.errors import (
     ExlLoaderError,
     InsufficientMemory,
     InvalidCheckpoint,
-    InvalidSettings,
     InvalidTokenizer,
     KernelBuildError,
     ModelUnloaded,
@@ -207,15 +206,18 @@ def test_unloading_gives_all_back_and_ends_use(tiny_model_dir, nothing_left):
         model.prompt_logits(IDS)
 
 
-def test_several_devices_are_planned_and_not_run(tiny_model_dir, nothing_left):
-    total = exl_loader.plan(tiny_model_dir, CTX).total_bytes
-    with pytest.raises(InvalidSettings, match="device"):
-        exl_loader.load(
-            tiny_model_dir,
-            ctx_size=CTX,
-            device=["cpu:0", "cpu:1"],
-            gpu_split=[0.9 * total / 2**30, 1.0],
-        )
+def test_several_devices_run_as_planned(tiny_model_dir, nothing_left):
+    with exl_loader.load(tiny_model_dir, ctx_size=CTX) as model:
+        alone = model.prompt_logits(IDS)
+        total = model.allocated_bytes()
+    split = {"device": ["cpu:0", "cpu:1"], "gpu_split": [0.9 * total / 2**30, 1.0]}
+    planned = exl_loader.plan(tiny_model_dir, CTX, **split)
+    assert [(d.first_layer, d.end_layer) for d in planned.devices] == [(0, 1), (1, 2)]
+    with exl_loader.load(tiny_model_dir, ctx_size=CTX, **split) as model:
+        assert model.prompt_logits(IDS).equal(alone)
+        for device in planned.devices:
+            assert memory.live_bytes(device.device) == device.total_bytes
+        assert model.allocated_bytes() == planned.total_bytes
 
 
 # Injected failures. `fails` loads, expects the error, keeps it as a host would, and looks.

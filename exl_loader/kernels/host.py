@@ -47,6 +47,13 @@ class Host(Protocol):
     def write(self, tensor: torch.Tensor, values: np.ndarray[Any, Any]) -> None:
         """Set a tensor, before operations that are issued from now on."""
 
+    def receive(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy a tensor of another device's into one of this device's.
+
+        On both devices the copy comes behind what was issued before, and before what is issued
+        from now on.
+        """
+
     def capture(self, run: Callable[[], None]) -> Callable[[], None] | None:
         """Record the operations that `run` issues, without running them.
 
@@ -89,6 +96,9 @@ class SharedMemory:
 
     def write(self, tensor: torch.Tensor, values: np.ndarray[Any, Any]) -> None:
         tensor.numpy()[...] = values
+
+    def receive(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        target.copy_(source)
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None] | None:
         return None

@@ -110,6 +110,8 @@ class Placer:
         self._staging_bytes = staging_bytes(whole, checkpoint)
         if draft is not None:
             self._staging_bytes = max(self._staging_bytes, draft._staging_bytes)
+        kinds = (budget.device for budget in budgets if _kind(budget.device) == "cpu")
+        self._staged_on = next(kinds, None)
 
     def blueprint(self, device_map: DeviceMap) -> Blueprint:
         """Plan the weights for a device map, once each."""
@@ -187,7 +189,8 @@ class Placer:
             buffers, draft_bytes = (weights, cache, workspace), sum(more)
         step = device_kind(device).granularity_bytes
         overhead = budget.overhead_bytes + sum(-nbytes % step for nbytes in buffers)
-        if device.startswith("cpu") and first == 0:
+        # Weights of cards pass through main memory as well; several shares of it do so once.
+        if device == self._staged_on or (_kind(device) == "cpu" and first == 0):
             overhead += self._staging_bytes
         return Share(budget, first, end, *buffers, overhead, draft_bytes)
 

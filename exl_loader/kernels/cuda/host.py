@@ -87,6 +87,12 @@ class CardHost:
     def write(self, tensor: torch.Tensor, values: np.ndarray[Any, Any]) -> None:
         tensor.copy_(torch.from_numpy(values).to(tensor.dtype))
 
+    def receive(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        # Between cards PyTorch copies on the source's current stream, with events that hold it
+        # until the target's stream has come here and the target's until the copy is done. From
+        # and to pageable memory the host waits.
+        target.copy_(source)
+
     def capture(self, run: Callable[[], None]) -> Callable[[], None] | None:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
