@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .cache import CacheType, pages_for
+from .cache import MAX_BIAS_PAIRS, CacheType, pages_for
 from .kernels import scratch
 from .kernels.interface import AttentionShape
 from .table import TensorSpec
@@ -63,9 +63,10 @@ def workspace_specs(
             **_row_tensors(blueprint, chunk_size),
         }
         if has_head:
-            tensors.update(_head_tensors(blueprint, logits_rows))
+            tensors.update(_head_tensors(blueprint, logits_rows, device))
         if blueprint.config.num_local_experts and device.startswith("cuda"):
             tensors["expert_tables"] = _expert_tables(blueprint, device)
+        tensors.update(_key_biases(blueprint, device))
         nbytes = scratch_bytes(
             blueprint, device, rows=chunk_size, logits_rows=logits_rows,
             max_batch_size=max_batch_size, ctx_size=ctx_size, cache_type=cache_type,
@@ -126,12 +127,17 @@ def _row_tensors(blueprint: Blueprint, rows: int) -> Tensors:
     return tensors
 
 
-def _head_tensors(blueprint: Blueprint, rows: int) -> Tensors:
+def _head_tensors(blueprint: Blueprint, rows: int, device: str) -> Tensors:
     config = blueprint.config
-    return {
+    tensors: Tensors = {
         "head_x": ("float32", (rows, config.hidden_size)),
         "logits": ("float32", (rows, config.vocab_size)),
     }
+    if device.startswith("cuda"):
+        from .kernels.cuda.scratch_sampling import RESULT_WORDS
+
+        tensors["top_logits"] = ("int32", (rows, RESULT_WORDS))
+    return tensors
 
 
 def _expert_tables(blueprint: Blueprint, device: str) -> tuple[str, tuple[int, ...]]:
@@ -141,6 +147,15 @@ def _expert_tables(blueprint: Blueprint, device: str) -> tuple[str, tuple[int, .
     layers = sum(layer.device == device for layer in blueprint.layers)
     row_bytes = blueprint.config.num_local_experts * ctypes.sizeof(LayerStruct)
     return "uint8", (layers, 3, row_bytes)
+
+
+def _key_biases(blueprint: Blueprint, device: str) -> Tensors:
+    """Room for what attention adds of each layer's key bias: how much is known after loading."""
+    layers = [layer for layer in blueprint.layers if layer.device == device]
+    if not any("bias" in layer.k.specs and layer.k_norm is None for layer in layers):
+        return {}
+    words = blueprint.config.num_key_value_heads * MAX_BIAS_PAIRS
+    return {"key_biases": ("int32", (len(layers), 3, words))}
 
 
 def scratch_bytes(
@@ -161,8 +176,10 @@ def scratch_bytes(
         if layer.device == device
         for linear in layer.linears()
     }
+    top_logits = 0
     if device == blueprint.device_map.head:
         widths.add((logits_rows, config.hidden_size, config.vocab_size))
+        top_logits = sizes.top_logits(logits_rows, config.vocab_size)
     shape = AttentionShape(
         config.num_attention_heads, config.num_key_value_heads, config.head_dim, 1.0
     )
@@ -170,6 +187,7 @@ def scratch_bytes(
         *(sizes.linear(*width) for width in widths),
         sizes.write_cache(rows, shape, cache_type),
         sizes.attention(rows, max_batch_size, ctx_size, shape, cache_type),
+        top_logits,
     )
 
 

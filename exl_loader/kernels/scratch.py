@@ -22,11 +22,13 @@ class ScratchSizes:
         linear: of (rows, in_features, out_features).
         write_cache: of (rows, shape, cache_type).
         attention: of (rows, max_batch_size, ctx_size, shape, cache_type).
+        top_logits: of (rows, vocab_size).
     """
 
     linear: Callable[[int, int, int], int]
     write_cache: Callable[[int, AttentionShape, CacheType], int]
     attention: Callable[[int, int, int, AttentionShape, CacheType], int]
+    top_logits: Callable[[int, int], int]
 
 
 def sizes_for(device: str) -> ScratchSizes:
@@ -38,11 +40,14 @@ def sizes_for(device: str) -> ScratchSizes:
             scratch.linear_scratch_bytes,
             scratch.write_cache_scratch_bytes,
             scratch.attention_scratch_bytes,
+            scratch.top_logits_scratch_bytes,
         )
     return ScratchSizes(
         lambda rows, in_features, out_features: linear_scratch_bytes(rows, in_features),
         write_cache_scratch_bytes,
         attention_scratch_bytes,
+        # Rows are in main memory, where samplers take what they want.
+        lambda rows, vocab_size: 0,
     )
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from .rest import SUM_SLACK, Rest, Undecided
+
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 Places = npt.NDArray[np.intp]
@@ -51,12 +53,16 @@ class Candidates:
         logits: float32 [n]; -inf for impossible tokens.
         num_tokens: how many tokens the vocabulary has, those that were filtered out included.
         is_sorted: logits fall, equal ones by rising id.
+        rest: others of which less is known; then all that are likelier than its bound are
+            here, and what depends on the others raises `Undecided`. The first sampler that
+            leaves tokens out leaves all of these out, or raises; so nothing else has a rest.
     """
 
     ids: Ids
     logits: Floats
     num_tokens: int
     is_sorted: bool = False
+    rest: Rest | None = None
 
     @classmethod
     def of_row(cls, row: Floats) -> Candidates:
@@ -75,7 +81,11 @@ class Candidates:
 
         Where most of many stay, the others become impossible instead of being left out: copying a
         vocabulary's ids takes fresh pages, which cost more than all the rest of a sampler.
+
+        Of a rest nothing stays (`settle` comes before).
         """
+        if self.rest is not None:
+            return self.take(np.flatnonzero(mask)).without_rest()
         few = len(self) < _MANY or 2 * np.count_nonzero(mask) < len(self)
         if few or self.is_sorted:
             return self.take(np.flatnonzero(mask))
@@ -88,10 +98,45 @@ class Candidates:
         """Keep the first candidates."""
         return replace(self, ids=self.ids[:count], logits=self.logits[:count])
 
-    def keep_from(self, floor: float) -> Candidates:
-        """Keep the logits that reach `floor`, and the largest in any case."""
-        bound = min(np.float32(floor), self.logits.max())
-        return self.keep(self.logits >= bound)
+    def keep_from(self, floor: float, highest: float | None = None) -> Candidates:
+        """Keep the logits that reach `floor`, and the largest in any case.
+
+        Args:
+            highest: given where the floor is somewhere from `floor` to this.
+
+        Raises:
+            Undecided: it matters where, or some of the rest may reach it.
+        """
+        largest = self.logits.max()
+        bound = min(np.float32(floor), largest)
+        self.settle(bound)
+        mask = self.logits >= bound
+        if highest is not None and highest > floor:
+            other = self.logits >= min(np.float32(highest), largest)
+            if np.count_nonzero(other) != np.count_nonzero(mask):
+                raise Undecided
+        return self.keep(mask)
+
+    def without_rest(self) -> Candidates:
+        """These alone, as samplers would leave them of a whole row: with rising ids."""
+        return self if self.rest is None else replace(self, rest=None).by_id()
+
+    def settle(self, least: np.float32) -> None:
+        """Check that nothing of the rest has a logit of `least` or more.
+
+        Raises:
+            Undecided: some may.
+        """
+        if self.rest is not None and not least > self.rest.bound:
+            raise Undecided
+
+    def totals(self, weight: Floats) -> tuple[float, float]:
+        """Sum `weights` of these and of the rest: between which numbers it lies."""
+        known = total(weight)
+        if self.rest is None:
+            return known, known
+        low, high = self.rest.weight_range(float(self.logits.max()))
+        return (known + low) * (1 - SUM_SLACK), (known + high) * (1 + SUM_SLACK)
 
     def by_id(self) -> Candidates:
         """The same with rising ids."""
@@ -144,6 +189,12 @@ def log_total(logits: Floats) -> float:
     return math.log(total(weights(logits)))
 
 
+def log_totals(candidates: Candidates) -> tuple[float, float]:
+    """`log_total` of these and of the rest: between which numbers it lies."""
+    low, high = candidates.totals(weights(candidates.logits))
+    return math.log(low), math.log(high)
+
+
 def measures(logits: Floats) -> tuple[Floats, float, float]:
     """`weights`, `log_total`, and the entropy of the distribution in nats."""
     shifted = logits - logits.max()
@@ -171,10 +222,19 @@ def largest_values(values: Floats, count: int) -> Floats:
 
 
 def largest(candidates: Candidates, count: int) -> Candidates:
-    """The `count` largest logits, of equal ones those with the lowest ids; sorted."""
+    """The `count` largest logits, of equal ones those with the lowest ids; sorted.
+
+    Raises:
+        Undecided: some of the rest may be among them.
+    """
     if candidates.is_sorted:
-        return candidates.head(count)
-    return replace(candidates.take(largest_places(candidates.logits, count)), is_sorted=True)
+        found = candidates.head(count)
+    else:
+        found = replace(
+            candidates.take(largest_places(candidates.logits, count)), is_sorted=True
+        )
+    candidates.settle(found.logits[-1])
+    return replace(found, rest=None)
 
 
 def fewest(keys: Floats, weight: Floats, target: float) -> tuple[np.float32, int]:
@@ -202,6 +262,12 @@ def fewest(keys: Floats, weight: Floats, target: float) -> tuple[np.float32, int
         reached = np.cumsum(weight[places], dtype=np.float64)
     count = min(int(np.searchsorted(reached, target, side="left")), len(places) - 1)
     return keys[places[count]], num_before + count + 1
+
+
+def count_reaching(falling: Floats, target: float) -> int:
+    """How many weights, the first ones of `falling`, sum to `target` or more; as `fewest`."""
+    reached = np.cumsum(falling, dtype=np.float64)
+    return min(int(np.searchsorted(reached, target, side="left")) + 1, len(falling))
 
 
 def at_least(keys: Floats, floor: np.float32, count: int) -> Mask:

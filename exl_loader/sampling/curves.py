@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from .candidates import Candidates, measures
+from .rest import Undecided
 
 # Limits of what float32 divides by and holds.
 _TINY = float(np.finfo(np.float32).tiny)
@@ -21,11 +22,17 @@ def apply_temperature(candidates: Candidates, temperature: float) -> Candidates:
     divisor = max(float(temperature), _TINY)
     logits = candidates.logits
     largest = float(logits.max())
+    rest = candidates.rest
     if abs(largest) / divisor > _HUGE:
         # The largest must stay finite, or the rest would be infinity minus infinity.
         logits = logits - np.float32(largest)
+        if rest is not None:
+            raise Undecided
     with np.errstate(over="ignore"):
-        return replace(candidates, logits=logits / np.float32(divisor))
+        divided = logits / np.float32(divisor)
+        if rest is not None:
+            rest = rest.divided(np.float32(divisor), float(divided.max()))
+    return replace(candidates, logits=divided, rest=rest)
 
 
 def apply_dynamic_temperature(

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from ..settings import SamplingSettings
-from .candidates import Candidates, log_total, weights
+from .candidates import Candidates, log_total, log_totals, weights
 
 # Of adaptive-p's curve: the width of the favoured range, the height at its middle, and how
 # steeply it falls. Fixed in llama.cpp.
@@ -53,9 +53,9 @@ class Mirostat:
 
     def apply(self, candidates: Candidates) -> Candidates:
         """Keep tokens with -log2 p <= mu, and the likeliest in any case."""
-        largest = float(candidates.logits.max())
-        floor = largest + log_total(candidates.logits) - self.mu * math.log(2)
-        self._kept = candidates.keep_from(floor)
+        low, high = log_totals(candidates)
+        from_largest = float(candidates.logits.max()) - self.mu * math.log(2)
+        self._kept = candidates.keep_from(from_largest + low, from_largest + high)
         return self._kept
 
     def observe(self, token_id: int) -> None:

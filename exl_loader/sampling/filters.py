@@ -15,14 +15,16 @@ from .candidates import (
     Floats,
     Mask,
     at_least,
+    count_reaching,
     fewest,
     largest,
     largest_values,
     log_total,
+    log_totals,
     measures,
-    total,
     weights,
 )
+from .rest import Undecided
 
 # Tokens that are put in order first. They decide unless the distribution is very flat.
 _TAIL_FREE_FIRST_COUNT = 2048
@@ -33,6 +35,8 @@ def keep_top_k(candidates: Candidates, top_k: int) -> Candidates:
 
     Fan et al. 2018, "Hierarchical Neural Story Generation".
     """
+    if candidates.rest is not None and top_k > len(candidates):
+        raise Undecided
     return largest(candidates, min(top_k, len(candidates)))
 
 
@@ -44,7 +48,18 @@ def keep_top_p(candidates: Candidates, top_p: float) -> Candidates:
     """
     logits = candidates.logits
     weight = weights(logits)
-    return candidates.keep(at_least(logits, *fewest(logits, weight, top_p * total(weight))))
+    low, high = candidates.totals(weight)
+    if candidates.is_sorted:
+        count = count_reaching(weight, top_p * low)
+        if high > low and count != count_reaching(weight, top_p * high):
+            raise Undecided
+        candidates.settle(logits[count - 1])
+        return candidates.head(count).without_rest()
+    least, count = fewest(logits, weight, top_p * low)
+    if high > low and count != fewest(logits, weight, top_p * high)[1]:
+        raise Undecided
+    candidates.settle(least)
+    return candidates.keep(at_least(logits, least, count))
 
 
 def keep_min_p(candidates: Candidates, min_p: float) -> Candidates:
@@ -54,8 +69,9 @@ def keep_min_p(candidates: Candidates, min_p: float) -> Candidates:
 
 def keep_top_a(candidates: Candidates, top_a: float) -> Candidates:
     """Keep tokens with p >= top_a max(p)^2 (BlinkDL, RWKV-LM)."""
-    logits = candidates.logits
-    return candidates.keep_from(float(logits.max()) + math.log(top_a) - log_total(logits))
+    low, high = log_totals(candidates)
+    from_largest = float(candidates.logits.max()) + math.log(top_a)
+    return candidates.keep_from(from_largest - high, from_largest - low)
 
 
 def keep_top_n_sigma(candidates: Candidates, num_sigmas: float) -> Candidates:
@@ -74,8 +90,9 @@ def keep_top_n_sigma(candidates: Candidates, num_sigmas: float) -> Candidates:
 def keep_epsilon(candidates: Candidates, epsilon: float) -> Candidates:
     """Keep tokens with p >= epsilon (Hewitt et al. 2022, "Truncation Sampling as Language
     Model Desmoothing")."""
-    logits = candidates.logits
-    return candidates.keep_from(float(logits.max()) + math.log(epsilon) + log_total(logits))
+    low, high = log_totals(candidates)
+    from_largest = float(candidates.logits.max()) + math.log(epsilon)
+    return candidates.keep_from(from_largest + low, from_largest + high)
 
 
 def keep_eta(candidates: Candidates, epsilon: float) -> Candidates:

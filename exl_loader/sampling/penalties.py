@@ -7,6 +7,7 @@ filter cannot bring a token back.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -62,7 +63,11 @@ def _change(
         return candidates
     candidates = candidates.by_id()
     places, found = candidates.locate(ids)
-    return candidates.with_logits(places, change(candidates.logits[places], found))
+    changed = candidates.with_logits(places, change(candidates.logits[places], found))
+    if candidates.rest is None:
+        return changed
+    # Only where the change makes no token likelier (`Stage.suits_rest`).
+    return replace(changed, rest=candidates.rest.lowered(len(ids) - len(places)))
 
 
 def _subtract(candidates: Candidates, ids: Ids, amounts: npt.NDArray) -> Candidates:

@@ -12,6 +12,7 @@ from ..settings import SamplingSettings
 from . import curves, filters, penalties
 from .candidates import Candidates, Ids
 from .penalties import Past
+from .rest import Undecided
 
 # The web UI's cutoffs are in units of this probability.
 _CUTOFF_UNIT = 1e-4
@@ -47,12 +48,17 @@ class Stage:
         is_on: whether the settings switch it on.
         apply: what it does.
         for_greedy: whether it matters where the likeliest token is taken anyway.
+        suits_rest: whether it can do without single tokens of a rest, so that no token of it
+            becomes likelier; else it needs a whole row.
+        settles: whether it leaves all of a rest out, or raises `Undecided`.
     """
 
     name: str
     is_on: Callable[[SamplingSettings], bool]
     apply: Callable[[Candidates, Step], Candidates]
     for_greedy: bool = False
+    suits_rest: Callable[[SamplingSettings], bool] = lambda settings: False
+    settles: bool = False
 
 
 def _penalize_repeats(candidates: Candidates, step: Step) -> Candidates:
@@ -81,38 +87,48 @@ def _exclude_top_choices(candidates: Candidates, step: Step) -> Candidates:
 STAGES = (
     Stage("repetition_penalty", lambda s: s.repetition_penalty != 1,
           lambda c, step: penalties.penalize_repetition(
-              c, step.past.recent, step.settings.repetition_penalty), for_greedy=True),
+              c, step.past.recent, step.settings.repetition_penalty), for_greedy=True,
+          suits_rest=lambda s: s.repetition_penalty >= 1),
     Stage("presence_penalty", lambda s: s.presence_penalty != 0,
           lambda c, step: penalties.penalize_presence(
-              c, step.past, step.settings.presence_penalty), for_greedy=True),
+              c, step.past, step.settings.presence_penalty), for_greedy=True,
+          suits_rest=lambda s: s.presence_penalty >= 0),
     Stage("frequency_penalty", lambda s: s.frequency_penalty != 0,
           lambda c, step: penalties.penalize_frequency(
-              c, step.past, step.settings.frequency_penalty), for_greedy=True),
-    Stage("dry", lambda s: s.dry_multiplier > 0, _penalize_repeats, for_greedy=True),
+              c, step.past, step.settings.frequency_penalty), for_greedy=True,
+          suits_rest=lambda s: s.frequency_penalty >= 0),
+    Stage("dry", lambda s: s.dry_multiplier > 0, _penalize_repeats, for_greedy=True,
+          suits_rest=lambda s: True),
     Stage("top_n_sigma", lambda s: s.top_n_sigma > 0,
           lambda c, step: filters.keep_top_n_sigma(c, step.settings.top_n_sigma)),
     Stage("temperature", lambda s: s.temperature != 1,
-          lambda c, step: curves.apply_temperature(c, step.settings.temperature)),
+          lambda c, step: curves.apply_temperature(c, step.settings.temperature),
+          suits_rest=lambda s: True),
     Stage("dynamic_temperature", lambda s: s.dynamic_temperature, _apply_dynamic_temperature),
     Stage("quadratic_sampling", lambda s: s.smoothing_factor > 0,
           lambda c, step: curves.smooth(
               c, step.settings.smoothing_factor, step.settings.smoothing_curve)),
     Stage("top_k", lambda s: s.top_k > 0,
-          lambda c, step: filters.keep_top_k(c, step.settings.top_k)),
+          lambda c, step: filters.keep_top_k(c, step.settings.top_k),
+          settles=True),
     Stage("top_p", lambda s: s.top_p < 1,
-          lambda c, step: filters.keep_top_p(c, step.settings.top_p)),
+          lambda c, step: filters.keep_top_p(c, step.settings.top_p),
+          settles=True),
     Stage("typical_p", lambda s: s.typical_p < 1,
           lambda c, step: filters.keep_typical(c, step.settings.typical_p)),
     Stage("epsilon_cutoff", lambda s: s.epsilon_cutoff > 0,
-          lambda c, step: filters.keep_epsilon(c, step.settings.epsilon_cutoff * _CUTOFF_UNIT)),
+          lambda c, step: filters.keep_epsilon(c, step.settings.epsilon_cutoff * _CUTOFF_UNIT),
+          settles=True),
     Stage("eta_cutoff", lambda s: s.eta_cutoff > 0,
           lambda c, step: filters.keep_eta(c, step.settings.eta_cutoff * _CUTOFF_UNIT)),
     Stage("tfs", lambda s: s.tfs < 1,
           lambda c, step: filters.keep_tail_free(c, step.settings.tfs)),
     Stage("top_a", lambda s: s.top_a > 0,
-          lambda c, step: filters.keep_top_a(c, step.settings.top_a)),
+          lambda c, step: filters.keep_top_a(c, step.settings.top_a),
+          settles=True),
     Stage("min_p", lambda s: s.min_p > 0,
-          lambda c, step: filters.keep_min_p(c, step.settings.min_p)),
+          lambda c, step: filters.keep_min_p(c, step.settings.min_p),
+          settles=True),
     Stage("xtc", lambda s: s.xtc_probability > 0, _exclude_top_choices),
     Stage("encoder_repetition_penalty", lambda s: s.encoder_repetition_penalty != 1,
           lambda c, step: penalties.reward_encoder_tokens(
@@ -141,6 +157,21 @@ def chosen_stages(settings: SamplingSettings) -> tuple[Stage, ...]:
     return tuple(sorted(stages, key=lambda stage: rank.get(stage.name, -1)))
 
 
+def may_do_without_rest(settings: SamplingSettings, stages: Sequence[Stage]) -> bool:
+    """Whether the likeliest tokens of a row can decide, with what is known of the rest.
+
+    Args:
+        stages: `chosen_stages(settings)`.
+    """
+    # A late ban of sequences may have to begin again with all tokens.
+    if settings.no_repeat_ngram_size > 0 or any(bias > 0 for _, bias in settings.logit_bias):
+        return False
+    for stage in stages:
+        if stage.settles or not stage.suits_rest(settings):
+            return stage.settles
+    return settings.greedy or settings.mirostat_mode == 2 and settings.adaptive_target == 0
+
+
 def run_stages(candidates: Candidates, stages: Sequence[Stage], step: Step) -> Candidates:
     """Apply the samplers one after the other.
 
@@ -149,6 +180,7 @@ def run_stages(candidates: Candidates, stages: Sequence[Stage], step: Step) -> C
 
     Raises:
         InvalidSettings: bans leave no token at all.
+        Undecided: of candidates with a rest, which matters; no random number was taken.
     """
     _check_possible(candidates)
     left = candidates
@@ -168,6 +200,8 @@ def _is_possible(candidates: Candidates) -> bool:
 
 def _check_possible(candidates: Candidates) -> None:
     if not _is_possible(candidates):
+        if candidates.rest is not None:
+            raise Undecided
         raise InvalidSettings(
             "token bans and penalties", expected="at least one token that may be drawn",
             actual="none", remedy="Ban fewer tokens, or set no_repeat_ngram_size to 0",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from typing import Protocol
 
@@ -14,7 +15,8 @@ from . import penalties
 from .candidates import Candidates, Floats, Ids, draw
 from .feedback import feedback_of
 from .penalties import Past
-from .pipeline import Step, chosen_stages, run_stages
+from .pipeline import Step, chosen_stages, may_do_without_rest, run_stages
+from .rest import Undecided
 from .tokens import TokenRoles
 
 
@@ -60,6 +62,9 @@ class Sampler:
         self._prompt_ids = np.unique(np.array(roles.prompt_ids, np.int64))
         self._stages = chosen_stages(settings)
         self._feedback = feedback_of(settings)
+        self._may_do_without_rest = (
+            constraint is None and may_do_without_rest(settings, self._stages)
+        )
         # Philox: the same numbers for the same seed on every machine and numpy version.
         self._random = np.random.Generator(np.random.Philox(self.seed))
 
@@ -67,7 +72,8 @@ class Sampler:
         """Draw one token.
 
         Args:
-            logits: float32 [vocab_size] on the CPU; left as it is.
+            logits: float32 [vocab_size] on the CPU, left as it is; or a `LazyRow`, which is
+                looked at only where its likeliest tokens do not decide. The token is the same.
             history: token ids so far, prompt included.
 
         Raises:
@@ -97,22 +103,39 @@ class Sampler:
             Candidates whose logits' softmax is the distribution; for greedy settings, those
             whose largest logit is taken. They may share memory with `logits`.
         """
-        settings = self._settings
+        past = Past(np.asarray(history, np.int64), self._settings.repetition_penalty_range)
+        likeliest = getattr(logits, "likeliest", None)
+        if likeliest is not None and self._suits(likeliest):
+            try:
+                return self._run(likeliest, past)
+            except Undecided:
+                pass
         row = np.asarray(logits, dtype=np.float32)[: self._roles.vocab_size]
         _check_finite(row)
         candidates = Candidates.of_row(row)
         if self._constraint is not None:
             candidates = candidates.take(self._constraint.allowed_ids)
+        return self._run(candidates, past)
+
+    def _suits(self, likeliest: Candidates) -> bool:
+        return self._may_do_without_rest and likeliest.num_tokens == self._roles.vocab_size
+
+    def _run(self, candidates: Candidates, past: Past) -> Candidates:
+        """Apply everything that the settings ask for.
+
+        Raises:
+            Undecided: the rest of the candidates matters; nothing has changed.
+        """
+        settings = self._settings
         candidates = penalties.add_bias(candidates, settings.logit_bias)
         candidates = penalties.ban(candidates, self._banned_ids)
-        past = Past(np.asarray(history, np.int64), settings.repetition_penalty_range)
         left = run_stages(candidates, self._stages, Step(
             settings, past, self._prompt_ids, self._breaker_ids, self._roles.spared_ids,
             self._random.random,
         ))
         for feedback in self._feedback:
             left = feedback.apply(left)
-        return left
+        return left.keep_from(math.inf) if left.rest is not None else left
 
 
 def _check_finite(row: Floats) -> None:

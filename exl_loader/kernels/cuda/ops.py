@@ -15,6 +15,7 @@ from .open import open_launcher
 from .ops_attention import CudaAttentionOps
 from .ops_linear import ExpertLayers, LinearOps
 from .ops_rows import Launch, RowOps
+from .ops_sampling import SamplingOps
 
 if TYPE_CHECKING:
     from ..host import Host
@@ -38,7 +39,9 @@ class CudaOps:
     def __init__(self, launcher: Launcher, host: Host):
         self.host = host
         self._linear = LinearOps(launcher)
-        self._parts = (self._linear, CudaAttentionOps(launcher), RowOps(launcher))
+        self._parts = (
+            self._linear, CudaAttentionOps(launcher), RowOps(launcher), SamplingOps(launcher)
+        )
 
     @property
     def staging(self) -> torch.Tensor | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from . import scratch_attention, scratch_linear
+from . import scratch_attention, scratch_linear, scratch_sampling
 
 if TYPE_CHECKING:
     from ...cache import CacheType
@@ -38,3 +38,8 @@ def attention_scratch_bytes(
     return COUNTER_BYTES + scratch_attention.attention_scratch_bytes(
         rows, max_batch_size, ctx_size, shape, cache_type
     )
+
+
+def top_logits_scratch_bytes(rows: int, vocab_size: int) -> int:
+    """Return what `top_logits` needs for up to `rows` rows."""
+    return COUNTER_BYTES + scratch_sampling.top_logits_scratch_bytes(rows, vocab_size)
