@@ -33,7 +33,8 @@ def build_model(
         devices = device
         if isinstance(device, str):
             devices = DeviceMap.single(device, config.num_hidden_layers)
-        on_device = ops if isinstance(ops, dict) else dict.fromkeys(devices.devices, ops)
+        by_name = ops if isinstance(ops, dict) else dict.fromkeys(devices.devices, ops)
+        on_device = {name: by_name[name] for name in devices.devices}
         blueprint = Blueprint.from_checkpoint(config, checkpoint, devices)
         workspace = workspace_specs(
             blueprint, ctx_size=ctx_size, cache_type=kind, chunk_size=chunk_size,

@@ -165,7 +165,8 @@ def test_failed_kernel_is_named(launcher):
     memory = np.zeros(1024, dtype=np.uint8)
     args = (ctypes.c_int32(0), ctypes.c_void_p(memory.ctypes.data), ctypes.c_int32(1024))
     launch = launcher.prepare("faulty_kernel", (1, 1, 1), 64, 1024, *args)
-    with pytest.raises(DeviceError, match="launch of faulty_kernel: .*threads diverge.*start"):
+    message = "launch of faulty_kernel on cuda:1: .*threads diverge.*start"
+    with pytest.raises(DeviceError, match=message):
         launch()
 
 

@@ -220,7 +220,9 @@ class Placer:
         """Lay out the workspace of a layer range, once for all ranges that look alike to it."""
         has_head = end == self.config.num_hidden_layers
         widths = frozenset(self._widths[first:end])
-        key = (_kind(device), has_head, widths, ctx_size, options)
+        # A card keeps a table for each layer with experts.
+        expert_layers = end - first if self.config.num_local_experts else 0
+        key = (_kind(device), has_head, widths, expert_layers, ctx_size, options)
         if key not in self._workspace_bytes:
             part = self._part(device, first, end)
             placed = place(_workspace(part, ctx_size, options))

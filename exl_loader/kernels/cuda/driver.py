@@ -135,6 +135,7 @@ class DriverLauncher:
     ) -> None:
         self._driver = Driver() if driver is None else driver
         self._stream = stream
+        self._card = f"cuda:{device_index}"
         self._device = self._driver.device(device_index)
         self.multiprocessors = self._driver.attribute(self._device, _MULTIPROCESSOR_COUNT)
         self.shared_limit_bytes = self._driver.attribute(self._device, _SHARED_LIMIT)
@@ -185,7 +186,7 @@ class DriverLauncher:
             get_current(ctypes.byref(current))
             code = run() if current.value == context else self._in_context(run)
             if code != 0:
-                raise self._driver.error(f"launch of {name}", code)
+                raise self._driver.error(f"launch of {name} on {self._card}", code)
 
         return launch
 
