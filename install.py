@@ -105,7 +105,13 @@ def write_text(arguments: list[str]) -> int:
 def run_in_environment(arguments: list[str]) -> int:
     """Run the environment's Python in the repository; its output is ours."""
     sys.stdout.flush()
-    return subprocess.run([str(venv_python()), *arguments], cwd=REPO).returncode
+    process = subprocess.Popen([str(venv_python()), *arguments], cwd=REPO)
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            # The terminal's Ctrl-C reached it as well: how it ends is its own affair.
+            continue
 
 
 def ensure_environment(test: bool) -> None:

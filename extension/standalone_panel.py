@@ -94,10 +94,11 @@ class PanelView:
             [self.ctx_size, *toggles], **QUICK)
         # One event for all of them, because answers to several could overtake each other, and
         # the last one in the page would not be that to the last change. Gradio's sliders tell
-        # of a change when they unfold as well.
+        # of a change when they unfold as well, and of every digit that is typed: values come as
+        # they are, because Gradio would take the first of four digits for an error.
         changes = (self.ctx_size, self.cache_type, self.alpha_value, self.compress_pos_emb)
         gr.on([component.change for component in changes], self._follow, options,
-              [self.ctx_size, self.gauge], **GAUGE)
+              [self.ctx_size, self.gauge], preprocess=False, **GAUGE)
         for event in (self.model_dir.submit, self.model_dir.blur):
             event(self._chosen, [self.known_dir, *options],
                   [self.known_dir, self.ctx_size, self.gauge], **QUICK)

@@ -42,6 +42,7 @@ REASONS = {
 }
 
 NOTHING_LOADED = "No model is loaded."
+FAILED = "Generation failed"
 
 
 class TextView:
@@ -153,7 +154,7 @@ class TextView:
                 yield text + written, text, *busy, stats, ""
         except Exception as error:
             idle = (gr.update(interactive=True), gr.update(interactive=False))
-            yield gr.skip(), gr.skip(), *idle, "", error_html(error)
+            yield gr.skip(), gr.skip(), *idle, "", error_html(error, heading=FAILED)
 
     def _answer(
         self, message: str, history: list[dict[str, str]], *sampling: Any
@@ -170,7 +171,7 @@ class TextView:
                 yield "", talk, talk, *busy, stats, ""
         except Exception as error:
             idle = (gr.update(interactive=True), gr.update(interactive=False))
-            yield gr.skip(), gr.skip(), gr.skip(), *idle, "", error_html(error)
+            yield gr.skip(), gr.skip(), gr.skip(), *idle, "", error_html(error, heading=FAILED)
 
 
 def _stream(generation: TextGeneration) -> Iterator[tuple[str, str, bool]]:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import unittest.mock
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ class World:
         self.root = root
         self.commands = []
         self.failing = None
+        self.interrupts = 0
         self.torch_versions = "torch (2.13.0+cpu)\nAvailable versions: 2.13.0+cpu, 2.13.0"
 
     def run(self, command, **options):
@@ -37,6 +39,11 @@ class World:
         if "index" in words:
             return subprocess.CompletedProcess(words, 0, stdout=self.torch_versions, stderr="")
         return self.done(words)
+
+    def start(self, command, **options):
+        code = self.done([str(word) for word in command]).returncode
+        waits = [KeyboardInterrupt] * self.interrupts + [code]
+        return unittest.mock.Mock(wait=unittest.mock.Mock(side_effect=waits))
 
     def done(self, words):
         self.commands.append(" ".join(words))
@@ -61,6 +68,7 @@ def world(tmp_path, monkeypatch):
     world = World(install, tmp_path)
     monkeypatch.setattr(install, "has_nvidia", lambda: False)
     monkeypatch.setattr(install.subprocess, "run", world.run)
+    monkeypatch.setattr(install.subprocess, "Popen", world.start)
     monkeypatch.setattr(install.sys, "platform", "linux")
     return world
 
@@ -68,6 +76,12 @@ def world(tmp_path, monkeypatch):
 def call(world, monkeypatch, *arguments):
     monkeypatch.setattr(world.install.sys, "argv", ["install.py", *arguments])
     return world.install.main()
+
+
+def test_ctrl_c_lets_what_runs_end_in_its_own_way(world, monkeypatch):
+    world.interrupts = 2
+    assert call(world, monkeypatch, "--demo", "--no-browser") == 0
+    assert "extension.standalone --no-browser" in world.take()[-1]
 
 
 def test_first_run_makes_everything_and_the_second_nothing(world, monkeypatch):

@@ -308,6 +308,12 @@ def test_stop_ends_the_text_at_once_and_keeps_it(browser, address, tmp_path):
         page.click("#exl_load")
         page.expect_gauge("Measured equals reserved, to the byte")
         page.page.get_by_text("Sampling").click()
+        # The first of four digits is less than the slider's least, and no error.
+        typed = page.page.locator("#exl_ctx_size input[type=number]")
+        typed.fill("1")
+        page.expect_options(" 1 tokens of context")
+        typed.fill("8192")
+        page.expect_gauge("Measured equals reserved, to the byte")
         page.page.locator("#exl_max_new_tokens input[type=number]").fill("4096")
         page.page.keyboard.press("Tab")
         page.click("#exl_write")
