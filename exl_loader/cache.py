@@ -44,6 +44,10 @@ BITS_NAMES = {32: "fp32", 16: "fp16", 8: "q8", 6: "q6", 4: "q4"}
 _NAMED_BITS = {name: bits for bits, name in BITS_NAMES.items()} | {"fp8": 8}
 _UNPACKED_DTYPES = {32: "float32", 16: "int16"}
 
+# Pairs of a key bias that attention can add, of each key/value head: csrc/cpu/key_bias.h and
+# csrc/cuda/key_bias.cuh have room for so many.
+MAX_BIAS_PAIRS = 32
+
 # Codes of a short last group are padded to this, so that 6 bits end on a whole byte.
 CODE_STEP = 8
 

@@ -19,11 +19,13 @@ random rows through the layer's norm and projection.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 
-from .cache import KeyBias
+from .cache import MAX_BIAS_PAIRS, KeyBias
+from .kernels.host import Host, host_of
 
 if TYPE_CHECKING:
     from .kernels.interface import AttentionShape, Linear, Ops
@@ -31,8 +33,7 @@ if TYPE_CHECKING:
 # What may stay in the projection: a share of the keys' own mean square, by which it adds to
 # the squared error of a quantised cache.
 KEPT_SHARE = 0.05
-# csrc/cpu/key_bias.h has room for so many pairs, and for so many query heads of one key head.
-MAX_PAIRS = 32
+# csrc/cpu/attention.h has room for so many query heads of one key head.
 MAX_SHARING = 128
 _PROBE_ROWS = 8
 
@@ -46,7 +47,7 @@ def split_bias(bias: torch.Tensor, mean_squares: torch.Tensor, half: int) -> Key
         half: pairs of RoPE in a head. Elements from 2 * half on are not turned and stay.
 
     Returns:
-        the fewest pairs without which the bias is small, at most `MAX_PAIRS`, the largest
+        the fewest pairs without which the bias is small, at most `MAX_BIAS_PAIRS`, the largest
         first; None where it is small as it is.
     """
     turned = bias[:, : 2 * half].double().unflatten(1, (2, half))
@@ -56,7 +57,7 @@ def split_bias(bias: torch.Tensor, mean_squares: torch.Tensor, half: int) -> Key
     left = torch.cat([energy.sum(dim=1, keepdim=True), left], dim=1)
     small = left <= KEPT_SHARE * mean_squares.double()[:, None]
     small[:, -1] = True
-    counts = small.int().argmax(dim=1).clamp(max=MAX_PAIRS)
+    counts = small.int().argmax(dim=1).clamp(max=MAX_BIAS_PAIRS)
     most = int(counts.max())
     if most == 0:
         return None
@@ -79,7 +80,7 @@ def remove_from(bias: torch.Tensor, taken: KeyBias) -> None:
 
 def take_key_bias(
     ops: Ops, k: Linear, norm: torch.Tensor, eps: float, shape: AttentionShape, half: int,
-    scratch: torch.Tensor,
+    workspace: Mapping[str, torch.Tensor], room: torch.Tensor,
 ) -> KeyBias | None:
     """Split a layer's key bias, and leave the small part in the projection.
 
@@ -89,7 +90,8 @@ def take_key_bias(
         k: the key projection; its bias changes in place.
         norm, eps: of the norm before it.
         shape: the layer's attention. half: pairs of RoPE in a head.
-        scratch: for `Ops.linear` of a few rows.
+        workspace: views of `workspace_specs`, by name; `x`, `k` and `scratch` are used.
+        room: int32 [3, kv_heads * MAX_BIAS_PAIRS] of the operations' device, for the result.
 
     Returns:
         None where nothing was taken out.
@@ -98,16 +100,37 @@ def take_key_bias(
         return None
     if shape.num_heads // shape.num_kv_heads > MAX_SHARING:
         return None
-    heads = (shape.num_kv_heads, shape.head_dim)
-    bias = k.bias[: shape.num_kv_heads * shape.head_dim].view(heads)
+    host, heads = host_of(ops), (shape.num_kv_heads, shape.head_dim)
+    stored = torch.from_numpy(host.read(k.bias).copy())
+    bias = stored[: shape.num_kv_heads * shape.head_dim].view(heads)
     if not bias.any():
         return None
-    rows = torch.randn(_PROBE_ROWS, k.in_features, generator=torch.Generator().manual_seed(0))
-    ops.rms_norm(rows, norm, eps, rows)
-    keys = torch.empty(_PROBE_ROWS, k.out_features)
-    ops.linear(rows, k, keys, scratch)
+    keys = _probe(ops, k, norm, eps, workspace)
     own = keys[:, : bias.numel()].unflatten(1, heads) - bias
     taken = split_bias(bias, own.square().sum(dim=2).mean(dim=0), half)
-    if taken is not None:
-        remove_from(bias, taken)
-    return taken
+    if taken is None:
+        return None
+    remove_from(bias, taken)
+    host.write(k.bias, stored.numpy())
+    return _place(host, taken, room)
+
+
+def _probe(ops: Ops, k: Linear, norm: torch.Tensor, eps: float,
+           workspace: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return the keys of random rows, float32 [rows, out_features] on the CPU."""
+    host = host_of(ops)
+    rows, keys = (workspace[name][:_PROBE_ROWS] for name in ("x", "k"))
+    host.write(rows, torch.randn(rows.shape, generator=torch.Generator().manual_seed(0)).numpy())
+    ops.rms_norm(rows, norm, eps, rows)
+    ops.linear(rows, k, keys, workspace["scratch"])
+    return torch.from_numpy(host.read(keys))
+
+
+def _place(host: Host, taken: KeyBias, room: torch.Tensor) -> KeyBias:
+    """Bring a key bias to `room` on its device."""
+    pairs, first, second = (part[: taken.pairs.numel()].view(taken.pairs.shape) for part in room)
+    placed = KeyBias(pairs, first.view(torch.float32), second.view(torch.float32), taken.half)
+    host.write(placed.pairs, taken.pairs.numpy())
+    host.write(placed.first, taken.first.numpy())
+    host.write(placed.second, taken.second.numpy())
+    return placed

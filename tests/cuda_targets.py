@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from exl_loader.cache import KeyBias
+
 # Lanes, warps and blocks in two orders: what needs a barrier that is not there differs.
 EMULATED = ["forward", "shuffled"]
 TARGETS = [*EMULATED, pytest.param("gpu", marks=pytest.mark.gpu)]
@@ -49,7 +51,7 @@ class Target:
             return there[id(arg)][1]
         if is_dataclass(arg) and not isinstance(arg, type):
             moved = {f.name: self._over(getattr(arg, f.name), there) for f in fields(arg)
-                     if isinstance(getattr(arg, f.name), torch.Tensor)}
+                     if isinstance(getattr(arg, f.name), (torch.Tensor, KeyBias))}
             return replace(arg, **moved)
         return arg
 

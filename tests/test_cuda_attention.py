@@ -283,7 +283,7 @@ def test_scratch_bytes(kv_heads, window):
 
 def test_structs_are_as_long_as_the_kernels():
     """The emulation refuses a launch whose arguments differ; this one says which."""
-    assert ctypes.sizeof(ops_attention._Call) == 144
+    assert ctypes.sizeof(ops_attention._Call) == 208
     assert ctypes.sizeof(ops_attention._Decode) == 48
 
 

@@ -11,7 +11,13 @@ import pytest
 from cache_layers import make_batch, random_rows
 from cuda_attention_cases import attention_target, built_from, shape_of
 from exhaustive import some_of
-from test_cuda_attention import DECODE_TOLERANCE, FLOAT_TOLERANCE, assert_like_reference
+from test_cuda_attention import (
+    DECODE_TOLERANCE,
+    FLOAT_TOLERANCE,
+    TOLERANCE,
+    assert_like_reference,
+)
+from test_cuda_attention_bias import assert_like_reference as with_bias
 from test_cuda_cache import REFERENCE, bytes_of, written
 
 from exl_loader.kernels.toolchain import find_compiler
@@ -62,6 +68,19 @@ ATTENTION = [
     ("cache_tile.cuh", "bits | bits >> 15", "bits | bits >> 16"),
     ("cache_rotate.cuh", "lane & step ? partner - x[i]", "lane & step ? x[i] - partner"),
     ("attention_generic.cu", "if (first > 0 && head_dim - first < 16) first -= kGroup;", ""),
+    ("attention_generic.cu", "fmaf(waves[2 * i], wave.x,", "fmaf(waves[i], wave.x,"),
+    ("key_bias.cuh", "(kTile / 8) * 8 + item % 32 / 4;", "(kTile / 8) * 8 + item % 8;"),
+    ("key_bias.cuh", "fmaf(b, cosine, -(a * sine))", "fmaf(b, cosine, a * sine)"),
+    ("key_bias.cuh", "const int source = step * kStepPairs +", "const int source ="),
+    ("key_bias.cuh", "x.x - rounded.x, x.y - rounded.y", "0.0f, 0.0f"),
+    ("key_bias.cuh", "memory.key_factors[index] = key_factor * inverse;",
+     "memory.key_factors[index] = 1.0f;"),
+    ("key_bias.cuh", "Softening(call.shape).factor * call.bias.rope_factor;",
+     "Softening(call.shape).factor;"),
+    ("key_bias.cuh", "bias.inv_freq[sequence * bias.half +", "bias.inv_freq["),
+    ("decode_products.cuh", "waves[i * 64 + 32];", "waves[i * 64];"),
+    ("attention_prefill.cu", "{key_factors[0], key_factors[8]};",
+     "{key_factors[0], key_factors[0]};"),
 ]
 
 WRITING = [
@@ -90,6 +109,10 @@ def check_attention(ops):
                           FLOAT_TOLERANCE)
     many = make_batch([1100, 30], [1, 1])
     assert_like_reference(ops, "q4", many, shape_of(2, 1, 64), DECODE_TOLERANCE)
+    biased = make_batch([300, 0, 90], [1, 50, 3])
+    for cache_type, head_dim, tolerance in (("q4", 128, TOLERANCE), ("q4", 72, FLOAT_TOLERANCE)):
+        with_bias(ops, cache_type, biased, shape_of(4, 2, head_dim), 9, tolerance)
+    with_bias(ops, "q8", make_batch([300, 90], [1, 3]), shape_of(4, 2, 64), 9, DECODE_TOLERANCE)
     # A tile that a warp's first row still sees whole, and its last row does not.
     assert_like_reference(ops, "q8", make_batch([130], [40]), shape_of(2, 1, 128, window=100))
     # More drafts than one launch has room for, behind a prompt.

@@ -9,7 +9,7 @@
 
 namespace exl {
 
-constexpr int kMaxBiasPairs = 32;  // key_bias.MAX_PAIRS
+constexpr int kMaxBiasPairs = 32;  // cache.MAX_BIAS_PAIRS
 
 // The rows of a task; some 32 KiB, on its thread's stack.
 struct BiasRows {

@@ -15,6 +15,8 @@ struct AttentionCall {
     ExlCacheLayer layer;
     ExlBatch batch;
     ExlAttentionShape shape;
+    ExlKeyBias bias;      // no pairs where the layer has none
+    int64_t bias_begin;   // of BiasMemory in a block's shared memory
     const float* q;  // [rows, num_heads, head_dim]
     float* out;      // the same shape
 };
@@ -68,12 +70,16 @@ __device__ __forceinline__ void store_row(const AttentionCall& call, int64_t row
     }
 }
 
+__device__ __forceinline__ const float* query_of(const AttentionCall& call, int64_t row,
+                                                 int head) {
+    return call.q + (row * call.shape.num_heads + head) * call.layer.head_dim;
+}
 // Reads one row's query, rotated where keys are, spread over a warp.
 template <int kRegisters>
 __device__ __forceinline__ void load_query(const AttentionCall& call, int64_t row, int head,
                                            float (&x)[kRegisters]) {
     const int head_dim = static_cast<int>(call.layer.head_dim);
-    const float* q = call.q + (row * call.shape.num_heads + head) * head_dim;
+    const float* q = query_of(call, row, head);
 #pragma unroll
     for (int i = 0; i < kRegisters; ++i) {
         const int element = lane_id() + 32 * i;

@@ -24,7 +24,7 @@
 //
 // Grid: splits, kv_heads * groups of 8 rows, sequences. Shared memory: queries as B fragments
 // [kHeadDim / 32][32 lanes] of 16 bytes, rows float32 [8, kHeadDim], RowData, then per warp
-// `units` slots of a tile's keys or values; merging warps reuses those.
+// `units` slots of a tile's keys or values, which merging warps reuses; BiasMemory.
 #include "cuda/decode_split.cuh"
 
 namespace exl {

@@ -7,8 +7,8 @@
 // depends on other rows.
 //
 // Grid: query heads, rows. Shared memory, float32: query [head_dim], sums [warps, head_dim],
-// largest and total [warps, 2].
-#include "cuda/attention.cuh"
+// largest and total [warps, 2], then what the key bias adds: factors [pairs, 2], frequencies.
+#include "cuda/key_bias.cuh"
 
 namespace exl {
 
@@ -73,12 +73,24 @@ __device__ float element_at(const ExlCacheHalf& half, int64_t place, int head_di
 struct WarpRow {
     const AttentionCall& call;
     const float* query;
+    const float* waves;  // of the key bias: factors, then frequencies
     float* sums;
     int sequence, kv_head, position;
     float largest, total;
 
     __device__ __forceinline__ int64_t place(int token) const {
         return place_of(call.batch, sequence, call.layer.num_kv_heads, kv_head, token);
+    }
+
+    // What the key bias adds to the dot product.
+    __device__ float bias_score(int token) const {
+        const int pairs = static_cast<int>(call.bias.num_pairs);
+        float score = 0.0f;
+        for (int i = 0; i < pairs; ++i) {
+            const float2 wave = wave_at(token, waves[2 * pairs + i]);
+            score = fmaf(waves[2 * i], wave.x, fmaf(waves[2 * i + 1], wave.y, score));
+        }
+        return score * call.bias.rope_factor;
     }
 
     __device__ void attend(int first_tile, const Softening& soften, int window) {
@@ -93,7 +105,7 @@ struct WarpRow {
                 for (int i = 0; i < head_dim; ++i) {
                     dot = fmaf(query[i], element_at(call.layer.k, where, head_dim, i), dot);
                 }
-                score = soften(dot * soften.factor);
+                score = soften((dot + bias_score(token)) * soften.factor);
             }
             const float top = fmaxf(largest, warp_max(score));
             const float base = finite_base(top), keep = exp2_fast(largest - base);
@@ -126,13 +138,26 @@ struct WarpRow {
 // The query, rotated where keys are.
 __device__ void stage_query(const AttentionCall& call, int row, int head, float* query) {
     const int head_dim = static_cast<int>(call.layer.head_dim);
-    const float* q = call.q + (static_cast<int64_t>(row) * call.shape.num_heads + head) * head_dim;
+    const float* q = query_of(call, row, head);
     const bool rotated = is_quantized(call.layer.k.bits);
     for (int i = threadIdx.x; i < head_dim; i += blockDim.x) {
         query[i] = rotated ? q[i] * rotation_factor(head_dim, i) : q[i];
     }
     block_sync();  // the query is in
     if (rotated) hadamard_of_block(query, head_dim);
+}
+
+// The factors of a row, and its pairs' frequencies.
+__device__ void stage_bias(const AttentionCall& call, int sequence, int row, int head, int kv_head,
+                           float* waves) {
+    const int pairs = static_cast<int>(call.bias.num_pairs);
+    for (int i = threadIdx.x; i < pairs; i += blockDim.x) {
+        const float2 x = bias_factors(call.bias, kv_head, i, query_of(call, row, head));
+        waves[2 * i] = x.x;
+        waves[2 * i + 1] = x.y;
+        waves[2 * pairs + i] = bias_frequency(call.bias, sequence, kv_head, i);
+    }
+    block_sync();  // factors are read by all
 }
 
 extern "C" __global__ void __launch_bounds__(kGenericThreads)
@@ -148,8 +173,10 @@ extern "C" __global__ void __launch_bounds__(kGenericThreads)
     const int position = call.batch.past_len[sequence] + row - call.batch.q_start[sequence];
     const int window = static_cast<int>(call.shape.window);
     const int sharing = static_cast<int>(call.shape.num_heads / call.layer.num_kv_heads);
-    WarpRow warp{call, query, sums + warp_id() * head_dim, sequence, head / sharing, position,
-                 -infinity(), 0.0f};
+    float* waves = ends + 2 * kWarps;
+    stage_bias(call, sequence, row, head, head / sharing, waves);
+    WarpRow warp{call, query, waves, sums + warp_id() * head_dim, sequence, head / sharing,
+                 position, -infinity(), 0.0f};
     const int first = first_seen(position, window) / 32;
     warp.attend(first + (warp_id() - first % kWarps + kWarps) % kWarps, Softening(call.shape),
                 window);

@@ -14,9 +14,9 @@
 // about it, so a row's result does not depend on the other rows.
 //
 // Grid: groups of rows, kv_heads, sequences. Shared memory: queries float16 [rows][kHeadDim +
-// 8], a tile float16 [kTile][kHeadDim + 8], then packed codes and scales of a tile; at the end
-// float32 [warps][8][kHeadDim] over all that.
-#include "cuda/attention.cuh"
+// 8], a tile float16 [kTile][kHeadDim + 8], packed codes and scales of a tile, BiasMemory; at the
+// end float32 [warps][8][kHeadDim] over all that.
+#include "cuda/key_bias.cuh"
 
 namespace exl {
 
@@ -58,14 +58,15 @@ struct PrefillMemory {
           packed(reinterpret_cast<uint8_t*>(tile + tile_tokens * kStride)) {}
 };
 
-// A warp's own rows as float16, in the keys' order; returns the factors on scores of the two
-// rows g and g + 8 that a lane will have.
+// A warp's own rows as float16, in the keys' order; returns the factors on scores, behind
+// add_bias, of the two rows g and g + 8 that a lane will have.
 template <int kHeadDim>
 __device__ float2 stage_rows(const AttentionCall& call, const PrefillRows& rows, int first_row,
-                             uint16_t* queries) {
+                             uint16_t* queries, const BiasMemory& bias) {
     const int head_dim = static_cast<int>(call.layer.head_dim), lane = lane_id();
     const int bits = call.layer.k.bits;
     float factors[2] = {0.0f, 0.0f};
+    const float unit = Softening(call.shape).factor / unit_factor(bits);
     // Where an element stands in the keys' order.
     int places[kHeadDim / 32];
     for (int i = 0; i < kHeadDim / 32; ++i) {
@@ -92,10 +93,18 @@ __device__ float2 stage_rows(const AttentionCall& call, const PrefillRows& rows,
         warp_sync();  // all have picked
 #pragma unroll
         for (int i = 0; i < kHeadDim / 32; ++i) out[lane + 32 * i] = picked[i];
-        if (row % 8 == lane / 4) factors[row / 8] = largest;
+        float factor = largest * unit;
+        if (bias.pairs != 0) {
+            const float* q = rows.exists(first_row + row)
+                                 ? query_of(call, rows.q_first + rows.token(first_row + row),
+                                            rows.head(first_row + row))
+                                 : nullptr;
+            factor = stage_bias_row(call, rows.kv_head, q, factor,
+                                    warp_id() * kWarpRows + row, bias);
+        }
+        if (row % 8 == lane / 4) factors[row / 8] = factor;
     }
-    const float factor = Softening(call.shape).factor / unit_factor(bits);
-    return make_float2(factors[0] * factor, factors[1] * factor);
+    return make_float2(factors[0], factors[1]);
 }
 
 // A packed tile to float16 by the whole block; tokens from `end` on become zeros.
@@ -152,6 +161,38 @@ __device__ __forceinline__ void multiply_keys(const uint16_t* queries, const uin
             const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
             mma_f16_16x8x16(scores[2 * i], a, first);
             mma_f16_16x8x16(scores[2 * i + 1], a, second);
+        }
+    }
+}
+
+// Adds to a tile's scores what the key bias does.
+template <int kTile>
+__device__ __forceinline__ void add_bias(const BiasMemory& bias, int first_token,
+                                         float (&scores)[kTile / 8][4]) {
+    const int lane = lane_id(), group = warp_id() * (kWarpRows / 8);
+    const float2 wave = tile_wave(bias, first_token);
+    const float* key_factors = bias.key_factors + group * 8 + lane / 4;
+    const float units[2] = {key_factors[0], key_factors[8]};
+#pragma unroll
+    for (int i = 0; i < kTile / 8; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) scores[i][j] *= units[j / 2];
+    }
+#pragma unroll 1
+    for (int step = 0; step < bias.steps; ++step) {
+        const float4* factors = bias.factors + (group * bias.steps + step) * 32 + lane;
+        const TurnedFactors upper(factors[0], wave, step);
+        const TurnedFactors lower(factors[bias.steps * 32], wave, step);
+        const uint32_t high[4] = {upper.high[0], lower.high[0], upper.high[1], lower.high[1]};
+        const uint32_t low[4] = {upper.low[0], lower.low[0], upper.low[1], lower.low[1]};
+        const uint4* waves = bias.waves + step * kTile * 4 + lane;
+#pragma unroll
+        for (int i = 0; i < kTile / 8; ++i) {
+            const uint4 tokens = waves[i * 32];
+            const uint32_t high_wave[2] = {tokens.x, tokens.y}, low_wave[2] = {tokens.z, tokens.w};
+            mma_f16_16x8x16(scores[i], high, high_wave);
+            mma_f16_16x8x16(scores[i], high, low_wave);
+            mma_f16_16x8x16(scores[i], low, high_wave);
         }
     }
 }
@@ -324,7 +365,9 @@ __device__ __forceinline__ void attention_prefill(const AttentionCall& call, cha
     const int warp_row = rows.first + warp_id() * kWarpRows;
     uint16_t* queries =
         memory.queries + warp_id() * kWarpRows * PrefillMemory<kHeadDim>::kStride;
-    const float2 factors = stage_rows<kHeadDim>(call, rows, warp_row, queries);
+    const BiasMemory bias(call, shared, block_rows);
+    const float2 factors = stage_rows<kHeadDim>(call, rows, warp_row, queries, bias);
+    if (bias.pairs != 0) stage_waves<kTile>(call.bias, rows.sequence, rows.kv_head, bias);
     int positions[2];
     for (int i = 0; i < 2; ++i) {
         const int row = warp_row + lane_id() / 4 + 8 * i;
@@ -344,6 +387,9 @@ __device__ __forceinline__ void attention_prefill(const AttentionCall& call, cha
         block_sync();  // keys are unpacked; packed ones are no longer read
         copy(call.layer.v, v_bytes, tile);
         multiply_keys<kHeadDim, kTile>(queries, memory.tile, scores);
+        if (call.bias.num_pairs != 0) {
+            add_bias<kTile>(BiasMemory(call, shared, block_rows), tile * kTile, scores);
+        }
         const bool all = all_see(low_row, high_row, tile * kTile, kTile, window);
         soften_tile<kHeadDim, kTile>(scores, tile * kTile, all, soften, window, positions,
                                      factors, sums);

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cuda/decode_rows.cuh"
+#include "cuda/key_bias.cuh"
 
 namespace exl {
 
@@ -34,8 +35,14 @@ __device__ __forceinline__ uint2 query_bytes(const float (&x)[4]) {
     return make_uint2(high, low);
 }
 
-// Rows of the pass become B fragments; the others zeros.
 template <int kHeadDim>
+__device__ __forceinline__ BiasMemory bias_of(const AttentionCall& call,
+                                              const Memory<kHeadDim>& memory) {
+    return {call, reinterpret_cast<char*>(memory.queries), kRows};
+}
+
+// Rows of the pass become B fragments; the others zeros.
+template <int kHeadDim, int kTile>
 __device__ __forceinline__ void stage_queries(const AttentionCall& call, const DecodeLaunch& launch,
                               const RowGroup& group, const Pass& pass,
                               const Memory<kHeadDim>& memory) {
@@ -54,11 +61,20 @@ __device__ __forceinline__ void stage_queries(const AttentionCall& call, const D
         for (int i = 0; i < kHeadDim / 32; ++i) {
             memory.rows[row * kHeadDim + lane_id() + 32 * i] = x[i] * inverse;
         }
+        float factor = largest * Softening(call.shape).factor * key_unit(call.layer.k.bits);
+        if (call.bias.num_pairs != 0) {
+            const float* q = active ? query_of(call, group.q_first + group.token(row),
+                                               group.head(row))
+                                    : nullptr;
+            factor = stage_bias_row(call, group.kv_head, q, factor, row, bias_of(call, memory));
+        }
         if (lane_id() == 0) {
-            const Softening soften(call.shape);
-            memory.data->factors[row] = largest * soften.factor * key_unit(call.layer.k.bits);
+            memory.data->factors[row] = factor;
             memory.data->positions[row] = active ? position : -1;
         }
+    }
+    if (call.bias.num_pairs != 0) {
+        stage_waves<kTile>(call.bias, group.sequence, group.kv_head, bias_of(call, memory));
     }
     block_sync();  // rows are read by all
     const int head_dim = static_cast<int>(call.layer.head_dim);
@@ -74,6 +90,36 @@ __device__ __forceinline__ void stage_queries(const AttentionCall& call, const D
         memory.queries[item] = make_uint4(first.x, second.x, first.y, second.y);
     }
     block_sync();  // fragments are read by all
+}
+
+// Adds to a tile's scores what the key bias does.
+template <int kHeadDim, int kTile>
+__device__ __forceinline__ void add_bias(const AttentionCall& call,
+                                         const Memory<kHeadDim>& memory, int first_token,
+                                         float (&scores)[kTile / 16][4]) {
+    const BiasMemory bias = bias_of(call, memory);
+    const int lane = lane_id();
+    const float2 wave = tile_wave(bias, first_token);
+    const float units[2] = {bias.key_factors[lane % 4 * 2], bias.key_factors[lane % 4 * 2 + 1]};
+#pragma unroll
+    for (int i = 0; i < kTile / 16; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) scores[i][j] *= units[j % 2];
+    }
+#pragma unroll 1
+    for (int step = 0; step < bias.steps; ++step) {
+        const TurnedFactors rows(bias.factors[step * 32 + lane], wave, step);
+        const uint4* waves = bias.waves + step * kTile * 4 + lane;
+#pragma unroll
+        for (int i = 0; i < kTile / 16; ++i) {
+            const uint4 upper = waves[i * 64], lower = waves[i * 64 + 32];
+            const uint32_t high[4] = {upper.x, lower.x, upper.y, lower.y};
+            const uint32_t low[4] = {upper.z, lower.z, upper.w, lower.w};
+            mma_f16_16x8x16(scores[i], high, rows.high);
+            mma_f16_16x8x16(scores[i], high, rows.low);
+            mma_f16_16x8x16(scores[i], low, rows.high);
+        }
+    }
 }
 
 // A tile in shared memory. Where heads are whole, all strides are constants.

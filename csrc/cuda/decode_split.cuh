@@ -132,6 +132,7 @@ __device__ __forceinline__ void attend_tiles(const AttentionCall& call,
         }
         ring.release(2 * tile);
         const int first = ring.token(tile);
+        if (call.bias.num_pairs != 0) add_bias<kHeadDim, kTile>(call, memory, first, scores);
         const bool all = all_see(pass.low_row, pass.high - 1, first, kTile, window);
         weights_of<kHeadDim, kTile>(scores, first, all, soften, window, *memory.data, gathered,
                                     weights);
@@ -157,7 +158,7 @@ __device__ __forceinline__ void attend_split(const AttentionCall& call,
     const int length = pass.pages * kPageLen;
     Ring<kHeadDim, kTile, kWhole> ring(call, group, launch.units, memory.ring);
     ring.begin(max(split * length, pass.low), min((split + 1) * length, pass.high));
-    stage_queries<kHeadDim>(call, launch, group, pass, memory);
+    stage_queries<kHeadDim, kTile>(call, launch, group, pass, memory);
     Gathered<kHeadDim> gathered;
     attend_tiles<kHeadDim, kTile, kWhole>(call, ring, pass, memory, gathered);
     merge_warps<kHeadDim>(gathered, reinterpret_cast<float*>(memory.ring));

@@ -9,12 +9,12 @@ from __future__ import annotations
 import ctypes
 from typing import TYPE_CHECKING
 
-from ..cache import PAGE_LEN, code_bytes, num_groups
+from ..cache import MAX_BIAS_PAIRS, PAGE_LEN, code_bytes, num_groups
 
 if TYPE_CHECKING:
     import torch
 
-    from ..cache import CacheLayer
+    from ..cache import CacheLayer, KeyBias
     from .interface import AttentionShape, Batch
 
 _I32, _I64, _F32, _P = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -37,6 +37,13 @@ class BatchStruct(ctypes.Structure):
 
     _fields_ = [("q_start", _P), ("past_len", _P), ("page_table", _P), ("num_sequences", _I64),
                 ("max_pages", _I64)]
+
+
+class KeyBiasStruct(ctypes.Structure):
+    """ExlKeyBias."""
+
+    _fields_ = [("pairs", _P), ("first", _P), ("second", _P), ("inv_freq", _P),
+                ("num_pairs", _I64), ("half", _I64), ("rope_factor", _F32)]
 
 
 class ShapeStruct(ctypes.Structure):
@@ -63,6 +70,25 @@ def batch_struct(batch: Batch) -> BatchStruct:
     return BatchStruct(
         batch.q_start.data_ptr(), batch.past_len.data_ptr(), table.data_ptr(), *table.shape
     )
+
+
+def key_bias_struct(bias: KeyBias | None, batch: Batch) -> KeyBiasStruct:
+    """A layer's key bias with a batch's frequencies; no pairs where there is none.
+
+    It holds addresses: both must outlive it.
+    """
+    if bias is None:
+        return KeyBiasStruct()
+    frequencies, (_, num_pairs) = batch.inv_freq, bias.pairs.shape
+    assert frequencies is not None and frequencies.is_contiguous()
+    assert frequencies.shape == (batch.num_sequences, bias.half)
+    assert num_pairs <= MAX_BIAS_PAIRS
+    for tensor in (bias.pairs, bias.first, bias.second):
+        assert tensor.shape == bias.pairs.shape and tensor.is_contiguous()
+    return KeyBiasStruct(
+        bias.pairs.data_ptr(), bias.first.data_ptr(), bias.second.data_ptr(),
+        frequencies.data_ptr(), num_pairs, bias.half, batch.rope_factor,
+    )  # fmt: skip
 
 
 def shape_struct(shape: AttentionShape) -> ShapeStruct:

@@ -5,39 +5,14 @@ from __future__ import annotations
 import ctypes
 from typing import TYPE_CHECKING
 
-from ..key_bias import MAX_PAIRS, MAX_SHARING
-from .cache_structs import batch_struct, cache_layer_struct, shape_struct
+from ..key_bias import MAX_SHARING
+from .cache_structs import batch_struct, cache_layer_struct, key_bias_struct, shape_struct
 
 if TYPE_CHECKING:
     import torch
 
-    from ..cache import CacheLayer, KeyBias
+    from ..cache import CacheLayer
     from .interface import AttentionShape, Batch
-
-
-class _BiasStruct(ctypes.Structure):
-    """ExlKeyBias."""
-
-    _fields_ = [
-        ("pairs", ctypes.c_void_p),
-        ("first", ctypes.c_void_p),
-        ("second", ctypes.c_void_p),
-        ("inv_freq", ctypes.c_void_p),
-        ("num_pairs", ctypes.c_int64),
-        ("half", ctypes.c_int64),
-        ("rope_factor", ctypes.c_float),
-    ]
-
-
-def _bias_struct(bias: KeyBias, batch: Batch) -> _BiasStruct:
-    frequencies, (_, num_pairs) = batch.inv_freq, bias.pairs.shape
-    assert frequencies is not None and frequencies.is_contiguous()
-    assert frequencies.shape == (batch.num_sequences, bias.half)
-    assert num_pairs <= MAX_PAIRS
-    return _BiasStruct(
-        bias.pairs.data_ptr(), bias.first.data_ptr(), bias.second.data_ptr(),
-        frequencies.data_ptr(), num_pairs, bias.half, batch.rope_factor,
-    )  # fmt: skip
 
 
 class AttentionOps:
@@ -70,7 +45,7 @@ class AttentionOps:
         bias = None
         if layer.key_bias is not None:
             assert shape.num_heads // shape.num_kv_heads <= MAX_SHARING
-            bias = ctypes.byref(_bias_struct(layer.key_bias, batch))
+            bias = ctypes.byref(key_bias_struct(layer.key_bias, batch))
         status = self._attention(
             self._layer(layer, shape.head_dim), ctypes.byref(batch_struct(batch)),
             ctypes.byref(shape_struct(shape)), bias, q.data_ptr(), out.data_ptr(),

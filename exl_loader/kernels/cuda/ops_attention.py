@@ -15,9 +15,11 @@ from ...cache import GROUP
 from ..cache_structs import (
     BatchStruct,
     CacheLayerStruct,
+    KeyBiasStruct,
     ShapeStruct,
     batch_struct,
     cache_layer_struct,
+    key_bias_struct,
     shape_struct,
 )
 from .attention_plan import decode_plan, is_generic, prefill_plan
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 
 Launch = Callable[[], None]
 
-_I32, _F32, _P = ctypes.c_int32, ctypes.c_float, ctypes.c_void_p
+_I32, _I64, _F32, _P = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _COUNTER = ctypes.sizeof(_I32)
 _FLOAT_BYTES = ctypes.sizeof(_F32)
 _WARP = 32
@@ -48,7 +50,13 @@ class _Call(ctypes.Structure):
     """AttentionCall of csrc/cuda/attention.cuh."""
 
     _fields_ = [("layer", CacheLayerStruct), ("batch", BatchStruct), ("shape", ShapeStruct),
-                ("q", _P), ("out", _P)]
+                ("bias", KeyBiasStruct), ("bias_begin", _I64), ("q", _P), ("out", _P)]
+
+    def beginning(self, bias_begin: int) -> _Call:
+        """The same call, with BiasMemory at another place of a block's shared memory."""
+        call = _Call.from_buffer_copy(self)
+        call.bias_begin = bias_begin
+        return call
 
 
 class _Rope(ctypes.Structure):
@@ -72,6 +80,8 @@ class CudaAttentionOps:
     Args:
         launcher: runs kernels.
     """
+
+    takes_key_bias = True
 
     def __init__(self, launcher: Launcher):
         self.launcher = launcher
@@ -127,11 +137,11 @@ class CudaAttentionOps:
         assert q.shape[1:] == (shape.num_heads, shape.head_dim)
         call = _Call(
             cache_layer_struct(layer, shape.head_dim), batch_struct(batch), shape_struct(shape),
-            q.data_ptr(), out.data_ptr(),
+            key_bias_struct(layer.key_bias, batch), 0, q.data_ptr(), out.data_ptr(),
         )
         rows = q.shape[0]
         if is_generic(shape.head_dim, layer.cache_type):
-            shared_bytes = (5 * shape.head_dim + 8) * _FLOAT_BYTES
+            shared_bytes = (5 * shape.head_dim + 8 + 3 * call.bias.num_pairs) * _FLOAT_BYTES
             return self.launcher.prepare("attention_generic_kernel", (shape.num_heads, rows, 1),
                                          _GENERIC_THREADS, shared_bytes, call)
         # Every sequence of a call has a row, so one of them has this many at most.
@@ -147,7 +157,9 @@ class CudaAttentionOps:
                 rows: int, scratch: torch.Tensor) -> list[Launch]:
         """Launches for sequences with up to DECODE_ROWS rows: as many rows as scratch holds."""
         max_pages, kv_heads = batch.page_table.shape[1], shape.num_kv_heads
-        plan = decode_plan(shape.head_dim, layer.cache_type, self.launcher.shared_limit_bytes)
+        plan = decode_plan(shape.head_dim, layer.cache_type, self.launcher.shared_limit_bytes,
+                           call.bias.num_pairs)
+        call = call.beginning(plan.bias_begin)
         most_rows = min(rows - batch.num_sequences + 1, DECODE_ROWS)
         rows = min(rows, batch.num_sequences * most_rows)
         groups = -(-most_rows * (shape.num_heads // kv_heads) // _ROWS)
@@ -175,10 +187,11 @@ class CudaAttentionOps:
         head_rows = max_rows * (shape.num_heads // shape.num_kv_heads)
         plan = prefill_plan(
             shape.head_dim, layer.cache_type, self.launcher.shared_limit_bytes,
-            self.launcher.multiprocessors, shape.num_kv_heads, head_rows,
+            self.launcher.multiprocessors, shape.num_kv_heads, head_rows, call.bias.num_pairs,
         )
         grid = (-(-head_rows // plan.rows), shape.num_kv_heads, batch.num_sequences)
-        return self.launcher.prepare(plan.kernel, grid, plan.warps * _WARP, plan.shared_bytes, call)
+        return self.launcher.prepare(plan.kernel, grid, plan.warps * _WARP, plan.shared_bytes,
+                                     call.beginning(plan.bias_begin))
 
 
 def _in_turn(launches: list[Launch]) -> Launch:
