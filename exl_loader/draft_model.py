@@ -14,6 +14,7 @@ from .cache import PAGE_LEN
 from .errors import CacheFull, InvalidSettings
 from .jobs import Job
 from .paging import PagedCache, Sequence
+from .sampling import argmax
 
 if TYPE_CHECKING:
     from .forward_model import ForwardModel
@@ -145,9 +146,9 @@ class DraftModel:
         """Run ids of some texts, and return the likeliest id behind each."""
         if not entries:
             return {}
-        logits = self._model.forward([(sequences[job], ids) for job, ids in entries.items()])
-        likeliest = logits.numpy()[:, : self._vocab_size].argmax(axis=1)
-        return dict(zip(entries, likeliest.tolist(), strict=True))
+        rows = self._model.forward_rows([(sequences[job], ids) for job, ids in entries.items()])
+        likeliest = (argmax(row, self._vocab_size) for row in rows)
+        return dict(zip(entries, likeliest, strict=True))
 
 
 def check_vocabularies(

@@ -69,6 +69,7 @@ class LoadedModel:
             self.config, tokenizer, self.ctx_size, model.max_batch_size
         )
         self.eos_token_ids: tuple[int, ...] = self._requests.eos_token_ids
+        model.sampled_vocab_size = self._requests.sampled_vocab_size
         self._buffers = buffers
         self._unloaded = False
 

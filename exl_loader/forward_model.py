@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from .paging import Sequence as CacheSequence
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import torch
 
 
@@ -23,5 +24,11 @@ class ForwardModel(Protocol):
         entries: Sequence[tuple[CacheSequence, list[int]]],
         logits: Literal["last", "all", "none"] = "last",
     ) -> torch.Tensor: ...
+
+    def forward_rows(
+        self,
+        entries: Sequence[tuple[CacheSequence, list[int]]],
+        logits: Literal["last", "all", "none"] = "last",
+    ) -> list[npt.ArrayLike]: ...
 
     def rope_class(self, rope_len: int) -> int: ...

@@ -189,7 +189,7 @@ class Job:
             self.progress.advance("prompt", count)
 
     def take_logits(self, logits: npt.ArrayLike) -> str | None:
-        """Draw the next token from its logits, float32 [vocab_size].
+        """Draw the next token from its logits, float32 [vocab_size] or a `LazyRow`.
 
         Returns:
             Why the job ends with this token, None where it goes on.

@@ -9,16 +9,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
+import numpy.typing as npt
 import torch
 
 from .blueprint import Blueprint
 from .cache import PAGE_LEN
 from .errors import CacheFull, InvalidSettings
 from .kernels.interface import Ops
+from .likeliest import LikeliestTokens
 from .paging import PagedCache, Sequence
 from .rope import inv_freq
+from .sampling import LazyRow
+from .sampling.candidates import Floats
 from .stages import Stage, StageStep, take_key_biases
 from .weights import Weights
 
@@ -48,6 +53,9 @@ class Model:
         ops: device -> its operations.
         alpha_value, compress_pos_emb: see `rope.inv_freq`.
 
+    Attributes:
+        sampled_vocab_size: ids from here on stand for nothing and are never drawn.
+
     Raises:
         InvalidSettings: alpha_value or compress_pos_emb out of range.
     """
@@ -68,6 +76,7 @@ class Model:
         self.chunk_size = first["ids"].shape[0]
         self.max_batch_size = first["past_len"].shape[0]
         self.logits_rows = last["logits"].shape[0]
+        self.sampled_vocab_size = self.config.vocab_size
         self._blueprint, self._weights = blueprint, weights
         self._workspaces, self._ops = workspaces, ops
         if weights.key_biases is None:
@@ -87,9 +96,12 @@ class Model:
         # Of the last stage: its head leaves them there.
         self._host, self._logits_there = self._stages[-1].host, last["logits"]
         self._logits = self._host.mirror(self._logits_there)
+        self._likeliest = (
+            LikeliestTokens(self._host, last["top_logits"]) if "top_logits" in last else None
+        )
         self._max_pages = first["page_table"].shape[1]
         self._slot_rope_len = [1] * self.max_batch_size
-        self._steps: dict[tuple[int, int, LogitsMode], Step] = {}
+        self._steps: dict[tuple[int, int, LogitsMode, bool], Step] = {}
 
     def forward(
         self,
@@ -112,23 +124,62 @@ class Model:
             InvalidSettings: an id outside the vocabulary, or no ids.
             CacheFull: a sequence has too few pages.
         """
-        lengths = [len(ids) for _, ids in entries]
-        num_rows = sum(lengths)
+        out = self._fetch(self._run(entries, logits, False))
+        _advance(entries)
+        return out
+
+    def forward_rows(
+        self,
+        entries: SequenceOf[tuple[Sequence, list[int]]],
+        logits: LogitsMode = "last",
+    ) -> list[npt.ArrayLike]:
+        """Do the same for samplers, which mostly need the likeliest tokens alone.
+
+        Returns:
+            float32 [vocab_size] for each row, those of a card as a `LazyRow`; valid until the
+            next call.
+        """
+        if self._likeliest is None or logits == "none":
+            return list(self.forward(entries, logits).numpy())
+        there = self._run(entries, logits, True)
+        found = self._likeliest.read(len(there), self.sampled_vocab_size)
+        _advance(entries)
+        return [
+            LazyRow(partial(self._fetch_row, there, row), tokens)
+            for row, tokens in enumerate(found)
+        ]
+
+    def _run(
+        self, entries: SequenceOf[tuple[Sequence, list[int]]], logits: LogitsMode,
+        likeliest: bool,
+    ) -> torch.Tensor:
+        """Run a step, which may also find the likeliest tokens of its rows of logits.
+
+        Returns:
+            The logits where they are.
+        """
+        num_rows = sum(len(ids) for _, ids in entries)
         assert 0 < len(entries) <= self.max_batch_size and num_rows <= self.chunk_size
         assert logits != "all" or num_rows <= self.logits_rows
         self._check(entries)
-        step = self._step(num_rows, len(entries), logits)
+        step = self._step(num_rows, len(entries), logits, likeliest)
         self._send_inputs(entries, step)
         if self.config.rope.depends_on_length:
             self._angles_by_length(entries)
         for part in step.parts:
             part.run()
-        out = self._logits[: len(step.logits)]
+        return step.logits
+
+    def _fetch(self, there: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """Bring rows of logits over, the first of which is the workspace's `first`."""
+        out = self._logits[first : first + len(there)]
         if len(out):
-            self._host.collect(step.logits, out)
-        for (sequence, _), length in zip(entries, lengths, strict=True):
-            sequence.past_len += length
+            self._host.collect(there, out)
         return out
+
+    def _fetch_row(self, there: torch.Tensor, row: int) -> Floats:
+        values: Floats = self._fetch(there[row : row + 1], row).numpy()[0]
+        return values
 
     def with_cache(self, cache: PagedCache, ops: Mapping[str, Ops] | None = None) -> Model:
         """Return the same model over another cache, to compare caches.
@@ -214,21 +265,31 @@ class Model:
                 stage.angles(first, end, slot)
             first = end
 
-    def _step(self, num_rows: int, num_sequences: int, logits: LogitsMode) -> Step:
-        key = (num_rows, num_sequences, logits)
+    def _step(
+        self, num_rows: int, num_sequences: int, logits: LogitsMode, likeliest: bool
+    ) -> Step:
+        key = (num_rows, num_sequences, logits, likeliest)
         step = self._steps.get(key)
         if step is None:
             if len(self._steps) >= MAX_STEPS:
                 self._steps.pop(next(iter(self._steps)))
-            step = self._steps[key] = self._record(num_rows, num_sequences, logits)
+            step = self._steps[key] = self._record(*key)
         return step
 
-    def _record(self, num_rows: int, num_sequences: int, logits: LogitsMode) -> Step:
+    def _record(
+        self, num_rows: int, num_sequences: int, logits: LogitsMode, likeliest: bool
+    ) -> Step:
         rows = {"last": num_sequences, "all": num_rows, "none": 0}[logits]
         out = self._logits_there[:rows]
         parts: list[StageStep] = []
         for stage in self._stages:
             head = out if rows and stage is self._stages[-1] else None
             before = parts[-1] if parts else None
-            parts.append(stage.record(num_rows, num_sequences, head, before))
+            sampled = self.sampled_vocab_size if likeliest and head is not None else 0
+            parts.append(stage.record(num_rows, num_sequences, head, before, sampled))
         return Step(tuple(parts), out)
+
+
+def _advance(entries: SequenceOf[tuple[Sequence, list[int]]]) -> None:
+    for sequence, ids in entries:
+        sequence.past_len += len(ids)

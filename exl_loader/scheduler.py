@@ -174,12 +174,12 @@ class Scheduler:
         assert pending, "a prompt without missing tokens is prefilled"
         ids = pending[: self._chunk_end(sequence.past_len, len(pending)) - sequence.past_len]
         last = len(ids) == len(pending) and job.negative is None
-        logits = self.model.forward([(sequence, ids)], "last" if last else "none")
+        rows = self.model.forward_rows([(sequence, ids)], "last" if last else "none")
         if sequence is job.sequence:
             job.progress.advance("prompt", len(ids))
         self.cache.commit(sequence, text)
         if last:
-            self._take(job, logits.numpy(), [])
+            self._take(job, rows, [])
 
     def _chunk_end(self, past_len: int, count: int) -> int:
         """Where the next chunk of `count` missing tokens ends.
@@ -204,7 +204,7 @@ class Scheduler:
             for job, draft in zip(jobs, drafts, strict=True)
             for sequence, ids in job.texts
         ]
-        logits = self.model.forward(entries, "all" if any(drafts) else "last").numpy()
+        logits = self.model.forward_rows(entries, "all" if any(drafts) else "last")
         first = 0
         for job, draft in zip(jobs, drafts, strict=True):
             count = len(draft) + 1
@@ -232,12 +232,12 @@ class Scheduler:
         guesses = self.drafter.guess(wanted)
         return [draft or guesses.get(job, []) for job, draft in zip(jobs, drafts, strict=True)]
 
-    def _take(self, job: Job, rows: npt.NDArray[np.float32], draft: list[int]) -> None:
+    def _take(self, job: Job, rows: list[npt.ArrayLike], draft: list[int]) -> None:
         """Draw from the rows of a job as far as its draft holds good.
 
         Args:
-            rows: float32 [1 + len(draft), vocab_size]; with guidance as many of the negative
-                text behind them.
+            rows: float32 [vocab_size], 1 + len(draft) of them; with guidance as many of the
+                negative text behind them.
         """
         try:
             reason = job.take_logits(_guided(job, rows, 0))
@@ -288,12 +288,12 @@ def no_memory_for_a_step() -> InsufficientMemory:
     )
 
 
-def _guided(job: Job, rows: npt.NDArray[np.float32], place: int) -> npt.NDArray[np.float32]:
+def _guided(job: Job, rows: list[npt.ArrayLike], place: int) -> npt.ArrayLike:
     """The logits to draw from at a place, float32 [vocab_size]."""
     if job.negative is None:
         return rows[place]
-    negative = rows[len(rows) // 2 + place]
-    return guide(rows[place], negative, job.settings.guidance_scale)
+    positive, negative = np.asarray(rows[place]), np.asarray(rows[len(rows) // 2 + place])
+    return guide(positive, negative, job.settings.guidance_scale)
 
 
 def _missing(sequence: CacheSequence, ids: Ids) -> list[int]:

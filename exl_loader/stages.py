@@ -132,7 +132,7 @@ class Stage:
 
     def record(
         self, num_rows: int, num_sequences: int, logits: torch.Tensor | None,
-        before: StageStep | None,
+        before: StageStep | None, sampled_vocab_size: int = 0,
     ) -> StageStep:
         """Record the stage's operations for steps of one shape.
 
@@ -141,6 +141,7 @@ class Stage:
             logits: float32 [rows, vocab_size] of the workspace, for the head: a row for every
                 row of the step, or else for each of `head_rows`; None to run no head.
             before: the same step's part on the device before; None where there is none.
+            sampled_vocab_size: find the largest of so many logits of each row; 0 for no.
         """
         w, views = self.workspace, RowViews.cut(self.workspace, num_rows, self._config.head_dim)
         batch = Batch(
@@ -165,13 +166,15 @@ class Stage:
         for layer in self._layers:
             decoder_layer(recorder, layer, views, batch)
         if logits is not None:
-            self._record_head(recorder, views.x, logits)
+            self._record_head(recorder, views.x, logits, sampled_vocab_size)
         capturable = (
             self.host.captures and num_rows <= GRAPH_ROWS and not recorder.reads_values
         )
         return StageStep(recorder.calls, batch, views.x, self.host, receive, capturable)
 
-    def _record_head(self, ops: Any, x: torch.Tensor, logits: torch.Tensor) -> None:
+    def _record_head(
+        self, ops: Any, x: torch.Tensor, logits: torch.Tensor, sampled_vocab_size: int
+    ) -> None:
         w, rows = self.workspace, logits.shape[0]
         head_x = w["head_x"][:rows]
         if rows != x.shape[0]:
@@ -181,6 +184,8 @@ class Stage:
         ops.linear(head_x, self._head, logits, w["scratch"])
         if self._config.final_logit_softcapping:
             ops.softcap(logits, self._config.final_logit_softcapping)
+        if sampled_vocab_size:
+            ops.top_logits(logits, sampled_vocab_size, w["top_logits"][:rows], w["scratch"])
 
 
 def take_key_biases(

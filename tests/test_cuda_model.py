@@ -158,7 +158,7 @@ def test_experts_of_few_rows_give_the_bits_of_many(emulated, tmp_path):
         for sequence, token, row in zip(sequences, ids, by_host, strict=True):
             sequence.past_len -= 1
             assert torch.equal(model.forward([(sequence, [token])])[0], row)
-    (many,), (one,) = (model._steps[n, n, "last"].parts for n in (9, 1))
+    (many,), (one,) = (model._steps[n, n, "last", False].parts for n in (9, 1))
     assert not many.capturable and one.capturable
     assert emulated.host.captures_made == 1
 
@@ -313,3 +313,69 @@ def test_the_command_line_chooses_the_card(emulated, tmp_path, capsys):
     assert main(["generate", str(tmp_path / "m"), "--prompt", "ab", *options,
                  "--device", DEVICE]) == 0
     assert emulated.host.replays == 3
+
+
+def count_rows_fetched(monkeypatch, host):
+    """Return a list that grows by the rows of logits that come over."""
+    fetched, collect = [], host.collect
+
+    def counting(tensor, mirror):
+        if tensor.dtype == torch.float32:
+            fetched.extend(tensor)
+        collect(tensor, mirror)
+
+    monkeypatch.setattr(host, "collect", counting)
+    return fetched
+
+
+SAMPLED = {
+    "greedy": {"temperature": 0},
+    "top_k": {"temperature": 0.7, "top_p": 0.95, "top_k": 50},
+    "penalties": {"repetition_penalty": 1.2, "min_p": 0.2, "temperature": 0.3},
+    "drafts": {"top_k": 20, "prompt_lookup_num_tokens": 3},
+    "whole": {"temperature": 0.8, "max_new_tokens": 3},
+    "guided": {"guidance_scale": 1.5, "max_new_tokens": 3},
+    "logprobs": {"temperature": 0, "logprobs": 2, "max_new_tokens": 3},
+}
+NEED_ROWS = ("whole", "guided", "logprobs")
+
+
+def test_samplers_take_the_likeliest_tokens_alone(emulated, tmp_path, monkeypatch):
+    """The same ids as from whole rows, and these stay on the card where they are not needed."""
+    write_quantized_model(tmp_path / "m", "exl2", config={"vocab_size": 3000})
+    fetched = count_rows_fetched(monkeypatch, emulated.host)
+    with exl_loader.load(tmp_path / "m", ctx_size=CTX, device=DEVICE) as model:
+        for name, settings in SAMPLED.items():
+            settings = {"max_new_tokens": 8, "seed": 3, "ban_eos_token": True, **settings}
+            fetched.clear()
+            lazy = list(model.generate_ids(IDS, settings))
+            assert len(lazy) == settings["max_new_tokens"]
+            assert bool(fetched) == (name in NEED_ROWS), name
+            with monkeypatch.context() as patch:
+                patch.setattr("exl_loader.likeliest.read_result", lambda *args: None)
+                assert list(model.generate_ids(IDS, settings)) == lazy, name
+            assert fetched
+
+
+def test_padding_is_never_found(emulated, tmp_path, monkeypatch):
+    """The tokenizer knows fewer ids than the head has: those beyond do not count."""
+    write_quantized_model(tmp_path / "m", "exl2", tokenizer=True, config={"vocab_size": 2500})
+    fetched = count_rows_fetched(monkeypatch, emulated.host)
+    with exl_loader.load(tmp_path / "m", ctx_size=CTX, device=DEVICE) as model:
+        size = model.tokenizer.vocab_size
+        ids = list(model.generate_ids(IDS, GREEDY))
+    assert size < 2500 and max(ids) < size
+    # A vocabulary as small as this one would be known as a whole.
+    assert (len(fetched) == 0) == (size > 1024)
+
+
+def test_a_draft_model_guesses_without_rows(emulated, tmp_path, monkeypatch):
+    config = {"vocab_size": 3000}
+    write_quantized_model(tmp_path / "m", "exl2", config=config)
+    write_quantized_model(tmp_path / "d", "exl2", seed=1, config=config | {"num_hidden_layers": 1})
+    _, plain = run(tmp_path / "m", DEVICE)
+    fetched = count_rows_fetched(monkeypatch, emulated.host)
+    with exl_loader.load(tmp_path / "m", ctx_size=CTX, device=DEVICE,
+                         model_draft=tmp_path / "d") as model:
+        assert list(model.generate_ids(IDS, GREEDY)) == plain
+    assert not fetched

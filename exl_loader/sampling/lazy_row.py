@@ -24,7 +24,7 @@ class LazyRow:
         self._fetch = fetch
         self._row: Floats | None = None
 
-    def __array__(self, dtype: npt.DTypeLike = None, copy: bool | None = None) -> Any:
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Any:
         if self._row is None:
             self._row = self._fetch()
         if copy:
