@@ -9,6 +9,7 @@ import ctypes
 import gc
 import os
 import types
+from dataclasses import replace
 
 import pytest
 
@@ -19,6 +20,8 @@ from exl_loader import devices  # noqa: E402
 from exl_loader.devices import Capacity, cuda, cuda_memory, nvml  # noqa: E402
 from exl_loader.devices.cuda import MIB, CudaDevice  # noqa: E402
 from exl_loader.errors import InsufficientMemory, InvalidSettings, KernelBuildError  # noqa: E402
+from exl_loader.loader import _open_devices as open_devices  # noqa: E402
+from exl_loader.reservation import PlanRequest  # noqa: E402
 from exl_loader.reservation.options import chosen_devices  # noqa: E402
 
 SMI = """#!/bin/sh
@@ -101,6 +104,18 @@ def test_a_model_that_cannot_fit_touches_no_card(smi, tiny_model_dir, torch_with
     assert not torch_with_cuda.open
 
 
+def test_only_cards_that_hold_layers_are_opened(
+    smi, torch_with_cuda, tiny_model_dir, monkeypatch
+):
+    monkeypatch.setitem(devices.KINDS, "cuda", CudaDevice())
+    request = PlanRequest(tiny_model_dir, 512, gpu_split="18,3")
+    open_devices(request)
+    assert torch_with_cuda.open == {0}
+    total = exl_loader.plan(tiny_model_dir, 512, device="cuda:0").total_bytes
+    open_devices(replace(request, gpu_split=[(total - 1) / 2**30, 3]))
+    assert torch_with_cuda.open == {0, 1}
+
+
 def test_other_processes_leave_this_one_out(smi):
     assert [process.pid for process in CudaDevice().processes("cuda:0", 5)] == [41]
 
@@ -111,6 +126,26 @@ def test_other_processes_leave_this_one_out(smi):
 def test_visible_devices_renumber_cards(smi, monkeypatch, visible, free):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert CudaDevice().capacity("cuda:0").free_bytes == free * MIB
+
+
+@pytest.mark.parametrize(("order", "free"), [("", (4000, 20000)), ("PCI_BUS_ID", (1, 2))])
+def test_several_cards_are_counted_as_cuda_counts_them(smi, monkeypatch, order, free):
+    """The fastest first: here the second on the bus, whose identifier ends in 00."""
+    class Driver(FakeDriver):
+        def call(self, function, *arguments):
+            assert function == "cuDeviceGetUuid_v2" and arguments[1] in (10, 11)
+            arguments[0][15] = arguments[1] - 10
+
+    ids = [f"GPU-00000000-0000-0000-0000-00000000000{i}" for i in range(2)]
+    held = {"0": 1, "1": 2, ids[0]: 4000, ids[1]: 20000}
+    monkeypatch.setattr(cuda, "card_count", lambda: 2)
+    monkeypatch.setattr(cuda, "card_memory", lambda card: (24576 * MIB, held[card] * MIB))
+    monkeypatch.setattr("exl_loader.kernels.cuda.driver.Driver", Driver)
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", order)
+    cuda._uuid.cache_clear()
+    found = [CudaDevice().capacity(f"cuda:{i}").free_bytes for i in range(2)]
+    cuda._uuid.cache_clear()
+    assert found == [count * MIB for count in free]
 
 
 def test_a_hidden_card_is_none(smi, monkeypatch):
@@ -135,6 +170,10 @@ class FakeNvml:
     def nvmlDeviceGetHandleByUUID(self, name, handle):
         handle._obj.value = 101
         return 0 if name == b"GPU-1" else 6
+
+    def nvmlDeviceGetCount_v2(self, count):
+        count._obj.value = 2
+        return 0
 
     def nvmlDeviceGetMemoryInfo(self, handle, memory):
         assert handle.value == 101
@@ -163,6 +202,7 @@ def test_memory_by_the_monitoring_library(opened_nvml, smi, monkeypatch):
     opened_nvml(FakeNvml())
     assert nvml.card_memory("1") == nvml.card_memory("GPU-1") == (900, 700)
     assert nvml.card_memory("0") is None and nvml.card_memory("GPU-2") is None
+    assert nvml.card_count() == 2
     monkeypatch.setattr(cuda, "card_memory", nvml.card_memory)
     assert CudaDevice().capacity("cuda:1") == Capacity(900, 700)
     # What it does not know, nvidia-smi may.
@@ -172,7 +212,7 @@ def test_memory_by_the_monitoring_library(opened_nvml, smi, monkeypatch):
 @pytest.mark.parametrize("library", [None, FakeNvml(fails=9)])
 def test_without_the_monitoring_library(opened_nvml, library):
     opened_nvml(library)
-    assert nvml.card_memory("1") is None
+    assert nvml.card_memory("1") is None and nvml.card_count() == 0
 
 
 @pytest.fixture

@@ -105,6 +105,21 @@ def test_a_split_that_one_card_holds_alone_uses_no_other(cards, tmp_path, nothin
     assert cards.ops["cuda:1"].host._launcher.launches == 0
 
 
+def test_the_command_line_splits_layers(cards, tmp_path, capsys, nothing_left):
+    from exl_loader.cli import main
+
+    write_quantized_model(tmp_path / "m", "exl2", tokenizer=True)
+    options = ["--ctx-size", str(CTX), "--gpu-split", gpu_split(tmp_path / "m", 1)]
+    assert main(["generate", str(tmp_path / "m"), "--prompt", "ab", *options,
+                 "--max-new-tokens", "5", "--ban-eos-token"]) == 0
+    assert [host.replays for host in cards.hosts()] == [3, 3, 0]
+
+
+def test_key_biases_of_a_split_model_have_room_on_their_cards(cards, tmp_path, nothing_left):
+    make_model("qwen2", 3, tmp_path / "m", "float16")
+    run(tmp_path / "m", gpu_split=gpu_split(tmp_path / "m", 2), cache_type="q4")
+
+
 def test_experts_on_two_cards_are_chosen_where_they_lie(cards, tmp_path, nothing_left):
     write_mixture(tmp_path / "m")
     expected = run(tmp_path / "m", device="cuda:0")

@@ -40,7 +40,11 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--device", default="auto",
-        help="cpu or a card such as cuda:0; auto (default) is a card that can run models, if any",
+        help="cpu, a card such as cuda:0, or several, cuda:0,cuda:1, over which layers are split; "
+        "auto (default) is a card that can run models, if any",
+    )
+    parser.add_argument(
+        "--gpu-split", metavar="GIB,GIB", help="GiB to use of each card, such as 20,24"
     )
     parser.add_argument(
         "--memory-limit", metavar="SIZE", help="most memory to take, e.g. 8GiB"
@@ -110,8 +114,9 @@ def open_model(args: argparse.Namespace, progress: Progress) -> LoadedModel:
 
     return load(
         args.model, ctx_size=args.ctx_size, cache_type=args.cache_type, device=args.device,
-        memory_limit=args.memory_limit, progress=progress, model_draft=args.model_draft,
-        ctx_size_draft=args.ctx_size_draft, draft_max=args.draft_max,
+        gpu_split=args.gpu_split, memory_limit=args.memory_limit, progress=progress,
+        model_draft=args.model_draft, ctx_size_draft=args.ctx_size_draft,
+        draft_max=args.draft_max,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.util
 import os
@@ -10,10 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from ..errors import ExlLoaderError, InvalidSettings
 from . import Capacity, Process
-from .nvml import card_memory
+from .nvml import card_count, card_memory
 
 MIB = 1 << 20
 
@@ -182,13 +184,40 @@ def _torch_has_cuda() -> bool:
 
 
 def _smi_id(name: str) -> str:
-    """Return how nvidia-smi calls a card: it knows nothing of CUDA_VISIBLE_DEVICES."""
+    """Return how nvidia-smi calls a card.
+
+    It counts along the bus and knows nothing of CUDA_VISIBLE_DEVICES; CUDA counts the fastest
+    card first unless CUDA_DEVICE_ORDER says otherwise.
+    """
     index = _index(name)
+    uuid = _uuid(index)
+    if uuid is not None:
+        return uuid
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return str(index)
     names = [part.strip() for part in visible.split(",") if part.strip()]
     return names[index] if index < len(names) else _HIDDEN
+
+
+@functools.cache
+def _uuid(index: int) -> str | None:
+    """Ask the driver which card CUDA gives a number; None where that cannot be in question.
+
+    That takes nothing of a card.
+    """
+    if os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID" or card_count() < 2:
+        return None
+    from ..kernels.cuda.driver import Driver
+
+    found = (ctypes.c_ubyte * 16)()
+    try:
+        driver = Driver()
+        driver.call("cuDeviceGetUuid_v2", found, driver.device(index))
+    except (ExlLoaderError, AttributeError):  # no such card, or an old driver
+        return None
+    name = f"GPU-{UUID(bytes=bytes(found))}"
+    return None if card_memory(name) is None else name
 
 
 def _smi_memory(name: str) -> Capacity | None:

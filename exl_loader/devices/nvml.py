@@ -47,6 +47,14 @@ def card_memory(card: str) -> tuple[int, int] | None:
     return memory.total, memory.free
 
 
+def card_count() -> int:
+    """Return how many cards there are, those hidden from CUDA too; 0 without the library."""
+    library, count = _opened(), ctypes.c_uint()
+    if library is None or library.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
 @functools.cache
 def _opened() -> Any:
     """The library, initialised once a process; None where there is none."""

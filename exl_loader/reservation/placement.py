@@ -107,6 +107,10 @@ class Placer:
             frozenset((plan.in_features, plan.out_features) for plan in layer.linears())
             for layer in whole.layers
         ]
+        # Tables of experts and key biases have a room for each layer in the workspace.
+        self._layers_have_rooms = bool(config.num_local_experts) or any(
+            "bias" in layer.k.specs for layer in whole.layers
+        )
         self._staging_bytes = staging_bytes(whole, checkpoint)
         if draft is not None:
             self._staging_bytes = max(self._staging_bytes, draft._staging_bytes)
@@ -220,9 +224,8 @@ class Placer:
         """Lay out the workspace of a layer range, once for all ranges that look alike to it."""
         has_head = end == self.config.num_hidden_layers
         widths = frozenset(self._widths[first:end])
-        # A card keeps a table for each layer with experts.
-        expert_layers = end - first if self.config.num_local_experts else 0
-        key = (_kind(device), has_head, widths, expert_layers, ctx_size, options)
+        num_layers = end - first if self._layers_have_rooms else 0
+        key = (_kind(device), has_head, widths, num_layers, ctx_size, options)
         if key not in self._workspace_bytes:
             part = self._part(device, first, end)
             placed = place(_workspace(part, ctx_size, options))
