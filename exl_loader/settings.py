@@ -37,42 +37,45 @@ SAMPLER_PRIORITY = (
     "encoder_repetition_penalty", "no_repeat_ngram",
 )
 
+# Samplers compute in float32: what multiplies or divides logits stays far inside its range.
+SMALLEST, LARGEST = 1e-6, 1_000_000
+
 # Numbers with the least and the most that makes sense, None for no limit.
 _NUMBERS: dict[str, tuple[float, float | None]] = {
     "temperature": (0, None),
     "dynatemp_low": (0, None),
     "dynatemp_high": (0, None),
     "dynatemp_exponent": (0, None),
-    "smoothing_factor": (0, None),
+    "smoothing_factor": (0, LARGEST),
     # Below 1 the cubic term would make the unlikeliest token the likeliest.
-    "smoothing_curve": (1, None),
+    "smoothing_curve": (1, LARGEST),
     "top_p": (0, 1),
     "min_p": (0, 1),
     "typical_p": (0, 1),
     "tfs": (0, 1),
     "top_a": (0, 1),
-    "top_n_sigma": (0, None),
+    "top_n_sigma": (0, LARGEST),
     "epsilon_cutoff": (0, 10_000),
     "eta_cutoff": (0, 10_000),
-    "mirostat_tau": (0, None),
-    "mirostat_eta": (0, None),
+    "mirostat_tau": (0, LARGEST),
+    "mirostat_eta": (0, LARGEST),
     "adaptive_target": (0, 1),
     "adaptive_decay": (0, 0.99),
     "xtc_threshold": (0, 1),
     "xtc_probability": (0, 1),
     "dry_multiplier": (0, None),
     "dry_base": (1, None),
-    "repetition_penalty": (0, None),
+    "repetition_penalty": (SMALLEST, LARGEST),
     "presence_penalty": (-math.inf, None),
     "frequency_penalty": (-math.inf, None),
-    "encoder_repetition_penalty": (0, None),
-    "guidance_scale": (-math.inf, None),
+    "encoder_repetition_penalty": (SMALLEST, LARGEST),
+    "guidance_scale": (-LARGEST, LARGEST),
 }
 _INTEGERS: dict[str, tuple[int, int | None]] = {
     "max_new_tokens": (1, None),
     "top_k": (0, None),
     "mirostat_mode": (0, 2),
-    "dry_allowed_length": (0, None),
+    "dry_allowed_length": (0, MAX_SEED),
     "repetition_penalty_range": (0, None),
     "no_repeat_ngram_size": (0, None),
     "seed": (-1, MAX_SEED),
@@ -207,9 +210,6 @@ class SamplingSettings:
             check_integer(name, getattr(self, name), *bounds)
         for name in _FLAGS:
             check_flag(name, getattr(self, name))
-        for name in ("repetition_penalty", "encoder_repetition_penalty"):
-            if getattr(self, name) == 0:
-                raise invalid(name, "a number above 0", 0)
         if self.mirostat_mode == 1:
             raise invalid("mirostat_mode", "0 or 2 (1 is llama.cpp's own)", 1)
         self._check_texts()
