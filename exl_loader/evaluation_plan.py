@@ -13,6 +13,7 @@ from .cache import CacheType, cache_specs, pages_for
 from .devices import device_kind
 from .errors import InsufficientMemory, InvalidSettings
 from .reservation import Reservation, plan
+from .reservation.options import chosen_devices
 from .table import DeviceMap, Segment, TensorSpec, place
 
 if TYPE_CHECKING:
@@ -71,9 +72,11 @@ def plan_evaluation(
         InsufficientMemory: they do not fit together; nothing was taken.
         ExlLoaderError: see `reservation.plan`.
     """
-    reservation = plan(model_dir, ctx_size, REFERENCE_TYPE, memory_limit=memory_limit)
+    device = chosen_devices("auto", None)[0]
+    reservation = plan(
+        model_dir, ctx_size, REFERENCE_TYPE, device=device, memory_limit=memory_limit
+    )
     _check_workspace(reservation, model_dir, others, memory_limit)
-    device = reservation.devices[0].device
     specs = [
         spec
         for cache_type in others
@@ -100,15 +103,16 @@ def _check_workspace(
     memory_limit: str | None,
 ) -> None:
     """Refuse a type that needs more workspace than the fp16 cache, which all share."""
-    lent = [device.workspace_bytes for device in reservation.devices]
+    (lent,) = reservation.devices
     for other in others:
-        own = plan(model_dir, reservation.ctx_size, other, memory_limit=memory_limit)
-        needed = [device.workspace_bytes for device in own.devices]
-        if len(needed) != len(lent) or any(a > b for a, b in zip(needed, lent, strict=True)):
+        (own,) = plan(
+            model_dir, reservation.ctx_size, other, device=lent.device, memory_limit=memory_limit
+        ).devices
+        if own.workspace_bytes > lent.workspace_bytes:
             raise InvalidSettings(
                 "--cache-type", expected=f"types that run in the workspace of {REFERENCE_TYPE}",
-                actual=f"{other} needs {sum(needed)} bytes, {sum(lent)} are there",
-                remedy="Lower --ctx-size, so that the model runs on one device",
+                actual=f"{other} needs {own.workspace_bytes} bytes, {lent.workspace_bytes} are "
+                "there", remedy="Lower --ctx-size",
             )
 
 

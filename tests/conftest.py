@@ -64,7 +64,7 @@ def fixtures_dir() -> Path:
 def _own_environment(monkeypatch):
     """Keep a developer's own limits out of the tests, and their cards: `auto` is the CPU."""
     monkeypatch.delenv("EXL_LOADER_MEMORY_LIMIT", raising=False)
-    monkeypatch.setattr("exl_loader.reservation.options.auto_card", lambda: None)
+    monkeypatch.setattr("exl_loader.reservation.options.auto_cards", lambda: ())
     monkeypatch.setattr("exl_loader.devices.cuda.card_memory", lambda card: None)
 
 

@@ -22,7 +22,7 @@ from exl_loader.reservation import options  # noqa: E402
 def test_dry_run(tmp_path, monkeypatch, capsys):
     ops = emulated_ops()
     install(monkeypatch, ops)
-    monkeypatch.setattr(options, "auto_card", lambda: "cuda:0")
+    monkeypatch.setattr(options, "auto_cards", lambda: ("cuda:0",))
     rows = gpu.main([
         "--dry", "--no-peer", "--bandwidth", "1e9", "--folder", str(tmp_path),
         "--json", str(tmp_path / "rows.json"),

@@ -26,7 +26,7 @@ from exl_loader.reservation.options import chosen_devices  # noqa: E402
 
 SMI = """#!/bin/sh
 case "$*" in
-*compute_cap*) echo "$SMI_CAPABILITY" ;;
+*compute_cap*) printf '0, GPU-8a3f, %s\\n1, GPU-77, %s\\n' "$SMI_CAPABILITY" "$SMI_SECOND" ;;
 *--query-gpu*) printf '0, 24576, 20000\\n1, 8192, 4000\\n' ;;
 *) printf '41, 300, python\\n%s, 700, own\\n' "$SMI_PID" ;;
 esac
@@ -41,12 +41,15 @@ def smi(tmp_path, monkeypatch):
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SMI_CAPABILITY", "8.6")
+    monkeypatch.setenv("SMI_SECOND", "8.6")
     monkeypatch.setenv("SMI_PID", str(os.getpid()))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    cuda.auto_card.cache_clear()
-    monkeypatch.setattr("exl_loader.reservation.options.auto_card", cuda.auto_card)
+    cuda.auto_cards.cache_clear()
+    cuda._can_run.cache_clear()
+    monkeypatch.setattr("exl_loader.reservation.options.auto_cards", cuda.auto_cards)
     yield
-    cuda.auto_card.cache_clear()
+    cuda.auto_cards.cache_clear()
+    cuda._can_run.cache_clear()
 
 
 @pytest.fixture
@@ -232,12 +235,22 @@ def compiler(monkeypatch):
     return make
 
 
-def test_auto_is_a_card_that_can_run(smi, torch_with_cuda, compiler):
-    assert cuda.auto_card() == "cuda:0"
-    assert chosen_devices("auto", None) == ["cuda:0"]
+def test_auto_is_the_cards_that_can_run(smi, torch_with_cuda, compiler):
+    assert cuda.auto_cards() == ("cuda:0", "cuda:1")
+    assert chosen_devices("auto", None) == ["cuda:0", "cuda:1"]
     assert chosen_devices("cpu", None) == ["cpu"]
     assert chosen_devices("auto", "20,8") == ["cuda:0", "cuda:1"]
     assert not torch_with_cuda.open
+
+
+@pytest.mark.parametrize(("visible", "cards"), [
+    (None, ("cuda:1",)), ("1,0", ("cuda:0",)), ("0", ()), ("GPU-77,GPU-8a", ("cuda:0",)),
+])  # fmt: skip
+def test_auto_leaves_old_cards_out(smi, torch_with_cuda, compiler, monkeypatch, visible, cards):
+    monkeypatch.setenv("SMI_CAPABILITY", "6.1")
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert cuda.auto_cards() == cards
 
 
 @pytest.mark.parametrize("missing", [
@@ -254,11 +267,12 @@ def test_auto_is_the_cpu_where_something_is_missing(
         monkeypatch.setattr(torch.version, "cuda", None)
     elif missing == "capability":
         monkeypatch.setenv("SMI_CAPABILITY", "6.1")
+        monkeypatch.setenv("SMI_SECOND", "7.0")
     elif missing == "visible":
-        monkeypatch.setenv("SMI_CAPABILITY", "")
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     else:
         monkeypatch.setenv("EXL_LOADER_REFERENCE", "1")
-    assert cuda.auto_card() is None
+    assert cuda.auto_cards() == ()
     assert chosen_devices("auto", None) == ["cpu"]
 
 

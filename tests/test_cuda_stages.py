@@ -246,16 +246,19 @@ def test_a_card_and_main_memory(cards, tmp_path, nothing_left, device):
 def test_a_card_that_is_too_small_is_named(tmp_path, monkeypatch, nothing_left):
     write_quantized_model(tmp_path / "m", "exl2", config=THREE_LAYERS)
 
-    def load(sizes):
+    def load(sizes, device=TWO):
         cards = EmulatedCards(2, dict(zip(("cuda:0", "cuda:1"), sizes, strict=True)))
         cards.memory.granularity_bytes = 4096  # or a page of a card would hold the whole model
         cards.install(monkeypatch)
-        exl_loader.load(tmp_path / "m", ctx_size=CTX, device=TWO).unload()
-        return exl_loader.plan(tmp_path / "m", CTX, device=TWO).devices
+        exl_loader.load(tmp_path / "m", ctx_size=CTX, device=device).unload()
+        return exl_loader.plan(tmp_path / "m", CTX, device=device).devices
 
     (whole,) = load([GIB, 0])
     first, second = load([whole.needed_bytes - 1, GIB])
     assert (first.end_layer, second.end_layer) == (2, 3)
+    monkeypatch.setattr("exl_loader.reservation.options.auto_cards", lambda: tuple(TWO.split(",")))
+    assert [d.end_layer for d in load([whole.needed_bytes - 1, GIB], "auto")] == [2, 3]
+    assert len(load([whole.needed_bytes, GIB], "auto")) == 1
     load([first.needed_bytes, second.needed_bytes])
     with pytest.raises(InsufficientMemory, match=r"^cuda:1: a context of 512 tokens"):
         load([first.needed_bytes, second.needed_bytes - 1])
@@ -305,3 +308,15 @@ def test_what_fails_on_the_second_card_gives_everything_back(
     assert memory.live_bytes() == 0
     assert all(ops.staging is None for ops in cards.ops.values())
     exl_loader.load(tmp_path / "m", ctx_size=CTX, gpu_split=field).unload()
+
+
+@pytest.mark.gpu
+def test_two_real_cards(tmp_path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("no two CUDA devices")
+    write_quantized_model(tmp_path / "m", "exl2", config=THREE_LAYERS)
+    expected = run(tmp_path / "m", device="cuda:0")
+    logits, answer = run(tmp_path / "m", gpu_split=gpu_split(tmp_path / "m", 2))
+    if torch.cuda.get_device_name(0) == torch.cuda.get_device_name(1):
+        assert torch.equal(logits, expected[0]) and answer == expected[1]
+    assert relative_error(logits, expected[0]) <= BOUND

@@ -73,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
     began = time.perf_counter()
     with load(
         args.model, ctx_size=planned.reservation.ctx_size, cache_type="fp16",
-        memory_limit=args.memory_limit, progress=progress,
+        device=planned.reservation.devices[0].device, memory_limit=args.memory_limit,
+        progress=progress,
     ) as model:
         ids = model.encode(text, add_bos=False, special=False)[: args.tokens]
         results = evaluate(model, planned, ids, progress)

@@ -41,7 +41,7 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="auto",
         help="cpu, a card such as cuda:0, or several, cuda:0,cuda:1, over which layers are split; "
-        "auto (default) is a card that can run models, if any",
+        "auto (default) is the cards that can run models, as many as it takes, else the CPU",
     )
     parser.add_argument(
         "--gpu-split", metavar="GIB,GIB", help="GiB to use of each card, such as 20,24"

@@ -144,28 +144,41 @@ def _held_bytes(name: str) -> int:
 
 
 @functools.cache
-def auto_card() -> str | None:
-    """Return the card that `device="auto"` runs on, `cuda:0`; None to run on the CPU.
+def auto_cards() -> tuple[str, ...]:
+    """Return the cards that `device="auto"` may use, in order; none to run on the CPU.
 
     A card counts where PyTorch is built for CUDA, the driver lists the card, it is new enough,
     and something here compiles kernels for it. PyTorch is not imported to find out.
     """
     if os.environ.get("EXL_LOADER_REFERENCE", "") not in ("", "0") or not _torch_has_cuda():
-        return None
-    rows = query_nvidia_smi("--query-gpu=compute_cap", f"--id={_smi_id('cuda:0')}", cells=1)
-    match = re.fullmatch(r"(\d+)\.(\d+)", rows[0][0]) if rows else None
-    if match is None:
-        return None
-    capability = (int(match[1]), int(match[2]))
-    if capability < OLDEST_CAPABILITY:
-        return None
+        return ()
+    rows = query_nvidia_smi("--query-gpu=index,uuid,compute_cap", cells=3)
+    names = (f"cuda:{index}" for index in range(len(rows)))
+    return tuple(name for name in names if _can_run(_capability(_smi_id(name), rows)))
+
+
+def _capability(card: str, rows: list[list[str]]) -> str:
+    """Look a card's compute capability up in nvidia-smi's rows; empty where it is not there."""
+    for index, uuid, capability in rows:
+        # Users may shorten an identifier.
+        if card == index or (not card.isdigit() and uuid.startswith(card)):
+            return capability
+    return ""
+
+
+@functools.cache
+def _can_run(capability: str) -> bool:
+    """Whether our kernels run on cards of a compute capability such as `8.6`."""
+    match = re.fullmatch(r"(\d+)\.(\d+)", capability)
+    if match is None or (int(match[1]), int(match[2])) < OLDEST_CAPABILITY:
+        return False
     from ..kernels.cuda.toolchain import choose_cuda_compiler
 
     try:
-        choose_cuda_compiler(capability)
+        choose_cuda_compiler((int(match[1]), int(match[2])))
     except ExlLoaderError:
-        return None
-    return "cuda:0"
+        return False
+    return True
 
 
 def _torch_has_cuda() -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..cache import CacheType
 from ..devices import Capacity, device_kind
-from ..devices.cuda import auto_card
+from ..devices.cuda import auto_cards
 from ..errors import InvalidSettings
 from ..memory import capacity, environment_limit, live_bytes, parse_bytes
 from ..rope import MAX_POSITIONS
@@ -113,9 +113,9 @@ def budgets(
     """Say which devices a plan may use, in order, and what each lends.
 
     Args:
-        device: `auto` (the cards that `gpu_split` or `vram` speak of, else a card that can
-            run the model's kernels, else the CPU), a name, or several names, over which the
-            layers are split in this order.
+        device: `auto` (the cards that `gpu_split` or `vram` speak of, else those that can run
+            the model's kernels, as many as it needs, else the CPU), a name, or several names,
+            over which the layers are split in this order.
         gpu_split: GiB that our buffers may take of each device, as `20,24` or numbers.
         vram: plan for cards of this size that are not here, as `24GiB`, `24GiB,12GiB` or a list.
         memory_limit: most that our buffers may take of each device, as the environment's
@@ -190,7 +190,7 @@ def _device_names(device: str | Sequence[str], num_cards: int) -> list[str]:
         raise InvalidSettings("device", expected="a device's name, or several",
                               actual=repr(device)[:80])
     if names == ["auto"]:
-        names = [f"cuda:{i}" for i in range(num_cards)] or [auto_card() or "cpu"]
+        names = [f"cuda:{i}" for i in range(num_cards)] or [*auto_cards()] or ["cpu"]
     names = ["cuda:0" if name == "cuda" else name for name in names]
     if not names or len(names) > MAX_DEVICES or len(set(names)) != len(names):
         raise InvalidSettings(

@@ -97,7 +97,8 @@ def plan(
         ctx_size: tokens of context; None for the model's own length capped at 8192, `auto`
             for the largest that fits, capped by the model's own length.
         cache_type: `fp16`, `q8`, `q6`, `q4`, or keys and values apart such as `q8_q4`.
-        device: `auto`, a device's name, or several, over which layers are split in order.
+        device: `auto` (as many of the cards that can run models as it takes, else the CPU), a
+            device's name, or several, over which layers are split in order.
         gpu_split: GiB that our buffers may take of each device, such as `20,24`.
         vram: plan for cards of this size that need not be here, such as `24GiB`.
         memory_limit: most bytes that our buffers may take of each device, or `24GiB`.
