@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -101,10 +102,12 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual.double() - expected).norm() / expected.double().norm())
 
 
-def built_from(folder: Path, *, change: tuple[str, str, str] | None = None) -> EmulatedLauncher:
-    """Build the attention kernels from a copy in `folder`.
+def built_from(folder: Path, *, change: tuple[str, str, str] | None = None,
+               names: Sequence[str] = SOURCES) -> EmulatedLauncher:
+    """Build kernels from a copy in `folder`, those of attention or of other sources.
 
     Args:
+        names: of the sources.
         change: a file under csrc/cuda, what stands there exactly once, and what shall instead.
     """
     for name in ("csrc", FOLDER):
@@ -116,7 +119,7 @@ def built_from(folder: Path, *, change: tuple[str, str, str] | None = None) -> E
         text = path.read_text()
         assert text.count(old) == 1, f"{file}: {text.count(old)} times {old!r}"
         path.write_text(text.replace(old, new))
-    sources = [folder / "csrc" / "cuda" / f"{name}.cu" for name in SOURCES]
+    sources = [folder / "csrc" / "cuda" / f"{name}.cu" for name in names]
     return EmulatedLauncher(emulation_spec(sources, root=folder))
 
 

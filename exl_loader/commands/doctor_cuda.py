@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import subprocess
+import sys
 from typing import Any
 
-from ..errors import ExlLoaderError
+from ..errors import DeviceError, ExlLoaderError
 from ..kernels.cuda.arch import arch_name, check_capability
 from ..kernels.cuda.driver import driver_release
 from ..kernels.cuda.spec import cuda_spec
 from ..kernels.cuda.toolchain import KINDS, find_cuda_compilers
 from ..kernels.store import find_entry
+
+# Importing PyTorch and making a context take seconds, and a driver in trouble may not answer.
+_CHECK_SECONDS = 120
 
 
 def examine_cuda(gpus: list[dict[str, Any]]) -> tuple[dict[str, Any], list[ExlLoaderError]]:
@@ -19,8 +26,8 @@ def examine_cuda(gpus: list[dict[str, Any]]) -> tuple[dict[str, Any], list[ExlLo
         gpus: of `doctor.find_gpus`.
 
     Returns:
-        Findings (`driver`, `compilers`, `kernels`), and what is wrong: only a machine with a
-        card misses anything.
+        Findings (`driver`, `compilers`, `kernels`, `checks`), and what is wrong: only a machine
+        with a card misses anything.
     """
     errors: list[ExlLoaderError] = []
     driver = driver_release()
@@ -39,11 +46,43 @@ def examine_cuda(gpus: list[dict[str, Any]]) -> tuple[dict[str, Any], list[ExlLo
             kernels.append(_kernels_for(gpu, driver))
         except ExlLoaderError as error:
             errors.append(error)
+    checks = []
+    compiled = any(found["current"] is not None for found in kernels)
+    if compiled and importlib.util.find_spec("torch") is not None:
+        try:
+            checks = _check_cards()
+        except DeviceError as error:
+            errors.append(error)
+    errors += [
+        DeviceError(found["thing"], actual=found["actual"], remedy=found["remedy"])
+        for found in checks if "thing" in found
+    ]
     return {
         "driver": None if driver is None else f"{driver[0]}.{driver[1]}",
         "compilers": compilers,
         "kernels": kernels,
+        "checks": checks,
     }, errors
+
+
+def _check_cards() -> list[dict[str, Any]]:
+    """Let every card whose kernels are compiled compute something, see `check_cards`.
+
+    Raises:
+        DeviceError: the check did not come to its end.
+    """
+    command = [sys.executable, "-m", "exl_loader.commands.check_cards"]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_CHECK_SECONDS, check=True
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        words = str(getattr(error, "stderr", None) or error).strip().splitlines()
+        raise DeviceError(
+            "check of the cards' kernels", actual=words[-1] if words else str(error),
+            remedy="Update NVIDIA's driver, or run on the CPU: device='cpu'",
+        ) from error
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 def _kernels_for(gpu: dict[str, Any], driver: tuple[int, int] | None) -> dict[str, Any]:
@@ -73,4 +112,7 @@ def cuda_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     for kernels in report["kernels"]:
         ahead = f"not compiled yet (first load, or: exl_loader build --cuda-arch {kernels['arch']})"
         rows.append((f"for {kernels['arch']}", kernels["current"] or ahead))
+    for check in report["checks"]:
+        good = f"kernels compute what they should, opened in {check.get('milliseconds')} ms"
+        rows.append((check["card"], check.get("actual") or good))
     return rows

@@ -83,15 +83,22 @@ class CudaOps:
         return lambda *args: prepare(*args)()
 
 
+# Cards whose kernels this process has checked.
+_checked: set[int] = set()
+
+
 def open_ops(index: int, progress: Progress | None = None) -> Ops:
     """Return the operations of a card, compiling its kernels where that was not done yet.
+
+    The first time in a process they are checked (`self_check.py`).
 
     Args:
         index: the card, as PyTorch counts.
         progress: shows compiling.
 
     Raises:
-        As `open.open_launcher`.
+        As `open.open_launcher`. DeviceError: they do not compute what they should; nothing of
+        the card is held then.
     """
 
     def stream() -> int:
@@ -100,4 +107,14 @@ def open_ops(index: int, progress: Progress | None = None) -> Ops:
         return handle
 
     launcher = open_launcher(index, stream, progress)
-    return cast("Ops", CudaOps(launcher, CardHost(f"cuda:{index}")))
+    ops = CudaOps(launcher, CardHost(f"cuda:{index}"))
+    if index not in _checked:
+        from .self_check import check_card
+
+        try:
+            check_card(ops, f"cuda:{index}")
+        except BaseException:
+            launcher.close()
+            raise
+        _checked.add(index)
+    return cast("Ops", ops)

@@ -1,0 +1,53 @@
+"""`python -m exl_loader.commands.check_cards`: a line of JSON for each card that was checked.
+
+`doctor` runs it as a process of its own: a card that fails takes its process with it, and
+PyTorch and a context on the card are nothing that `doctor` needs for the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from ..errors import ExlLoaderError
+
+
+def check(index: int) -> dict[str, Any] | None:
+    """Open a card's kernels, which checks them; compiles nothing.
+
+    Returns:
+        `card`, and either `milliseconds` or what is wrong: `thing`, `actual`, `remedy`. None
+        where the kernels are not compiled yet.
+    """
+    from ..kernels.cuda.driver import Driver, driver_release
+    from ..kernels.cuda.ops import open_ops
+    from ..kernels.cuda.spec import cuda_spec
+    from ..kernels.store import find_entry
+
+    name = f"cuda:{index}"
+    try:
+        spec = cuda_spec(Driver().capability(index), driver=driver_release())
+        if find_entry(spec) is None:
+            return None
+        begin = time.perf_counter()
+        open_ops(index)
+        return {"card": name, "milliseconds": round(1e3 * (time.perf_counter() - begin))}
+    except ExlLoaderError as error:
+        found = f"expected {error.expected}, found {error.actual}"
+        actual = error.actual if error.expected is None else found
+        return {"card": name, "thing": error.thing, "actual": actual, "remedy": error.remedy}
+
+
+def main() -> None:
+    """Check the cards that PyTorch sees."""
+    import torch
+
+    for index in range(torch.cuda.device_count()):
+        found = check(index)
+        if found is not None:
+            print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()

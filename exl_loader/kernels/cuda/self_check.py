@@ -1,0 +1,308 @@
+"""A card's kernels against the reference, before a model is loaded.
+
+A driver with a fault, a card that overheats or a kernel that a new architecture runs otherwise
+than it was meant to must not show as a text that makes no sense. So the first time that a
+process opens a card's kernels, each family of operations runs once on numbers of its own, and
+the results are held against `ReferenceOps` on the CPU. `doctor` shows what came of it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ...cache import PAGE_LEN, CacheLayer, CacheType, num_groups
+from ...cache import code_bytes as cache_code_bytes
+from ...errors import DeviceError
+from ...formats import streams
+from ...formats.packed_cuda import StreamLinear, group_table, stream_specs, window_table
+from ...memory import allocate
+from ...table import TensorSpec, place
+from ...tracebacks import drop_locals
+from .. import reference_fp16
+from ..interface import AttentionShape, Batch
+from ..reference import ReferenceOps
+from ..reference_codec import dequantize, rotate_back
+from ..scratch import sizes_for
+
+if TYPE_CHECKING:
+    from ..host import Host
+
+# Rows of a prompt, one more than are decoded, and where it begins: it crosses a page, and
+# what a token behind it sees lies in two splits. A window spares the reference the rest.
+_PROMPT, _PAST = 33, 240
+_PAGES = 2
+# (bits, rows) of a quantised layer; its windows of 128 rows begin within groups.
+_GROUPS = ((6, 64), (4, 128), (3, 160))
+_IN_FEATURES = sum(rows for _, rows in _GROUPS)
+_OUT_FEATURES = 96
+_SHAPE = AttentionShape(4, 1, 128, 128**-0.5, window=60)
+_CACHE_TYPES = ("q4", "fp16")
+
+# Relative L2 errors. Activations of products have 15 bits, attention multiplies float16, norms
+# are float32; a cache loses what its type does on normal data (docs/cache_quality.md).
+_PRODUCT_BOUND, _ATTENTION_BOUND, _NORM_BOUND = 5e-4, 4e-3, 1e-5
+_WRITE_BOUNDS = {4: 0.1, 16: 1e-4}
+
+_REMEDY = (
+    "Nothing was loaded. Update NVIDIA's driver and run `exl_loader build --force`; if that "
+    "does not help, run on the CPU (device='cpu') and report what `exl_loader doctor --json` says"
+)
+
+
+def check_card(ops: Any, name: str) -> None:
+    """Run a card's operations once and compare.
+
+    What memory it takes, less than 2 MiB, is given back.
+
+    Args:
+        ops: `CudaOps` of the card.
+        name: of the card, such as `cuda:0`.
+
+    Raises:
+        DeviceError: a result is wrong, or a kernel failed.
+        InsufficientMemory: the card has not even so much memory left.
+    """
+    buffers = allocate(place(_specs(name)).values())
+    try:
+        _Check(ops, name, buffers.views("workspace")).run()
+    except BaseException as error:
+        drop_locals(error)  # which are views of the buffer
+        if not isinstance(error, RuntimeError):
+            raise
+        # PyTorch's word for a kernel that failed, at the copy that waits for it.
+        raise _refusal(name, "kernels that run to their end", str(error)) from error
+    finally:
+        buffers.release()
+
+
+def _refusal(name: str, expected: str, actual: str) -> DeviceError:
+    return DeviceError(
+        f"{name}: its kernels, checked before use", expected=expected, actual=actual,
+        remedy=_REMEDY,
+    )
+
+
+def _linear_specs(name: str) -> dict[str, TensorSpec]:
+    words = sum(rows // 32 * bits for bits, rows in _GROUPS)
+    return stream_specs("linear", _OUT_FEATURES, _IN_FEATURES, words, len(_GROUPS), zeros=False,
+                        perm=False, device=name)
+
+
+def _specs(name: str) -> list[TensorSpec]:
+    """List what the check takes of a card, all of it as one segment."""
+    sizes, tokens, rows = sizes_for(name), _PAGES * PAGE_LEN, _PROMPT + 1
+    kinds = [CacheType.parse(cache_type) for cache_type in _CACHE_TYPES]
+    scratch = max(
+        sizes.linear(rows, _IN_FEATURES, _OUT_FEATURES),
+        *(sizes.attention(rows, 1, tokens, _SHAPE, kind) for kind in kinds),
+        *(sizes.write_cache(rows, _SHAPE, kind) for kind in kinds),
+    )
+    heads = (_SHAPE.num_heads, _SHAPE.head_dim)
+    kv_heads = (_SHAPE.num_kv_heads, _SHAPE.head_dim)
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {
+        **{role: (spec.dtype, spec.shape) for role, spec in _linear_specs(name).items()},
+        "x": ("float32", (rows, _IN_FEATURES)),
+        "norm": ("float32", (_IN_FEATURES,)),
+        "normed": ("float32", (rows, _IN_FEATURES)),
+        "product": ("float32", (rows, _OUT_FEATURES)),
+        "q": ("float32", (rows, *heads)),
+        "k": ("float32", (rows, *kv_heads)),
+        "v": ("float32", (rows, *kv_heads)),
+        "attended": ("float32", (rows, *heads)),
+        "integers": ("int32", (4 * rows,)),
+        "scratch": ("uint8", (scratch,)),
+        "staging": ("uint8", (1 << 16,)),
+    }
+    for cache_type, kind in zip(_CACHE_TYPES, kinds, strict=True):
+        shapes |= {f"{cache_type}.{role}": found for role, found in _cache_shapes(kind).items()}
+    return [
+        TensorSpec(role, "workspace", dtype, shape, name)
+        for role, (dtype, shape) in shapes.items()
+    ]
+
+
+def _cache_shapes(kind: CacheType) -> dict[str, tuple[str, tuple[int, ...]]]:
+    tokens, bits, head_dim = (_PAGES, _SHAPE.num_kv_heads, PAGE_LEN), kind.k_bits, _SHAPE.head_dim
+    if bits == 16:
+        return {f"{half}_codes": ("int16", (*tokens, head_dim)) for half in "kv"}
+    return {
+        f"{half}_{role}": found
+        for half in "kv"
+        for role, found in (
+            ("codes", ("uint8", (*tokens, cache_code_bytes(head_dim, bits)))),
+            ("scales", ("float16", (*tokens, num_groups(head_dim, bits)))),
+        )
+    }
+
+
+class _Check:
+    """One run of the check, in memory of the card.
+
+    Args:
+        ops, name: as `check_card`'s. views: of `_specs`, by name.
+    """
+
+    def __init__(self, ops: Any, name: str, views: dict[str, torch.Tensor]):
+        self.ops, self.name, self.views = ops, name, views
+        self.host: Host = ops.host
+        self.reference = ReferenceOps()
+        self.rng = np.random.default_rng(20)
+
+    def run(self) -> None:
+        self._norm()
+        self._products()
+        for cache_type in _CACHE_TYPES:
+            self._attention(cache_type)
+
+    def _put(self, role: str, values: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """Bring values to a view's elements from `first` on; return these as the card's tensor."""
+        view = self.views[role].flatten()[first : first + values.numel()].view(values.shape)
+        self.host.write(view, values.numpy())
+        return view
+
+    def _get(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(self.host.read(tensor).copy())
+
+    def _normal(self, *shape: int) -> torch.Tensor:
+        return torch.from_numpy(self.rng.standard_normal(shape, np.float32))
+
+    def _compare(self, what: str, actual: torch.Tensor, expected: torch.Tensor,
+                 bound: float) -> None:
+        wanted = expected.double()
+        error = float((actual.double() - wanted).norm() / wanted.norm())
+        if not error <= bound:  # NaN is no match
+            raise _refusal(self.name, f"{what} within {bound:.0e} of the CPU's",
+                           f"a relative error of {error:.2g}")
+
+    def _norm(self) -> None:
+        x, weight = self._normal(3, _IN_FEATURES), self._normal(_IN_FEATURES)
+        expected = torch.empty_like(x)
+        self.reference.rms_norm(x, weight, 1e-5, expected)
+        out = self.views["normed"][:3]
+        self.ops.rms_norm(self._put("x", x), self._put("norm", weight), 1e-5, out)
+        self._compare("a norm", self._get(out), expected, _NORM_BOUND)
+
+    def _products(self) -> None:
+        """A layer packed on the card, bit for bit, and products of one row and of a prompt."""
+        table = group_table(list(_GROUPS), zeros=False)
+        codes = np.concatenate([self.rng.integers(0, 1 << bits, (rows, _OUT_FEATURES), np.uint8)
+                                for bits, rows in _GROUPS])
+        scales = self.rng.uniform(0.001, 0.02, (len(_GROUPS), _OUT_FEATURES)).astype(np.float16)
+        layer = self._pack(codes, scales, table)
+        weight = np.concatenate([
+            scales[index].astype(np.float64) * (codes[first : first + rows] - float(1 << bits - 1))
+            for index, (bits, first, rows, _) in enumerate(table)
+        ])
+        for rows, what in ((1, "a product of one row"), (_PROMPT, "a prompt's product")):
+            x, out = self._normal(rows, _IN_FEATURES), self.views["product"][:rows]
+            self.ops.linear(self._put("x", x), layer, out, self.views["scratch"])
+            expected = torch.from_numpy(x.numpy() @ weight)
+            self._compare(what, self._get(out), expected, _PRODUCT_BOUND)
+
+    def _pack(self, codes: np.ndarray[Any, Any], scales: np.ndarray[Any, Any],
+              table: list[tuple[int, int, int, int]]) -> StreamLinear:
+        windows = window_table(table, zeros=False)
+        groups = self._put("groups", torch.tensor(table, dtype=torch.int32))
+        layer = StreamLinear(
+            _IN_FEATURES, _OUT_FEATURES, self.views["codes"], groups,
+            self._put("windows", torch.tensor(windows, dtype=torch.int32)), windows,
+        )
+        expected = np.empty(tuple(layer.codes.shape), np.uint8)
+        streams.pack_streams(codes, scales, None, np.array(table, np.int32), expected)
+        staging, self.ops.staging = self.ops.staging, self.views["staging"]
+        try:
+            words = torch.from_numpy(_exl2_words(codes, table))
+            self.ops.pack_exl2_streams(words, torch.from_numpy(scales), groups, layer.codes)
+        finally:
+            self.ops.staging = staging
+        differing = int((self._get(layer.codes).numpy() != expected).sum())
+        if differing:
+            raise _refusal(self.name, f"{expected.size} bytes of a packed layer as on the CPU",
+                           f"{differing} others")
+        return layer
+
+    def _attention(self, cache_type: str) -> None:
+        """A prompt behind a text and a token behind that: written, then attended."""
+        kind = CacheType.parse(cache_type)
+        layer, scratch = self._cache(cache_type, kind), self.views["scratch"]
+        for past, rows, what in ((_PAST, _PROMPT, "a prompt"), (_PAST + _PROMPT, 1, "a token")):
+            q = self._normal(rows, _SHAPE.num_heads, _SHAPE.head_dim)
+            k, v = self._normal(2, rows, _SHAPE.num_kv_heads, _SHAPE.head_dim)
+            here, there = self._batches(past, rows)
+            self.ops.write_cache(self._put("k", k), self._put("v", v), layer, there, scratch)
+            written = self._read_back(layer)
+            for half, x in (("k", k), ("v", v)):
+                self._compare(f"{half} of {what} in a {kind} cache", _stored(written, half, here),
+                              x, _WRITE_BOUNDS[kind.k_bits])
+            expected, out = torch.empty_like(q), self.views["attended"][:rows]
+            self.reference.attention(q.clone(), written, here, _SHAPE, expected, scratch)
+            self.ops.attention(self._put("q", q), layer, there, _SHAPE, out, scratch)
+            self._compare(f"attention of {what} over a {kind} cache", self._get(out), expected,
+                          _ATTENTION_BOUND)
+
+    def _cache(self, cache_type: str, kind: CacheType) -> CacheLayer:
+        """A cache on the card that holds a text."""
+        tensors: dict[str, torch.Tensor] = {}
+        for role, (dtype, shape) in _cache_shapes(kind).items():
+            if dtype == "int16":
+                values = reference_fp16.encode(self._normal(*shape).flatten(0, 2)).view(shape)
+            elif dtype == "float16":
+                values = self._normal(*shape).half()
+            else:
+                values = torch.from_numpy(self.rng.integers(0, 256, shape, np.uint8))
+            tensors[role] = self._put(f"{cache_type}.{role}", values)
+        return CacheLayer(
+            tensors["k_codes"], tensors.get("k_scales"), tensors["v_codes"],
+            tensors.get("v_scales"), kind,
+        )  # fmt: skip
+
+    def _read_back(self, layer: CacheLayer) -> CacheLayer:
+        scales = layer.k_scales, layer.v_scales
+        k_scales, v_scales = (None if part is None else self._get(part) for part in scales)
+        return CacheLayer(self._get(layer.k_codes), k_scales, self._get(layer.v_codes), v_scales,
+                          layer.cache_type)
+
+    def _batches(self, past: int, rows: int) -> tuple[Batch, Batch]:
+        """One sequence whose pages are in disorder, on the CPU and on the card."""
+        values = [
+            torch.arange(past, past + rows, dtype=torch.int32),
+            torch.tensor([0, rows], dtype=torch.int32),
+            torch.tensor([past], dtype=torch.int32),
+            torch.arange(_PAGES - 1, -1, -1, dtype=torch.int32)[None],
+        ]
+        placed, first = [], 0
+        for part in values:
+            placed.append(self._put("integers", part, first))
+            first += part.numel()
+        here, there = (
+            Batch(positions, q_start, past_len, page_table, past + rows)
+            for positions, q_start, past_len, page_table in (values, placed)
+        )
+        return here, there
+
+
+def _stored(layer: CacheLayer, half: str, batch: Batch) -> torch.Tensor:
+    """What a cache on the CPU has of a batch's rows, as float32 [T, kv_heads, head_dim]."""
+    positions = batch.positions.long()
+    place = batch.page_table[0].long()[positions // PAGE_LEN], slice(None), positions % PAGE_LEN
+    codes, scales = getattr(layer, f"{half}_codes")[place], getattr(layer, f"{half}_scales")
+    flat = codes.flatten(0, 1)
+    if scales is None:
+        return reference_fp16.decode(flat).view(codes.shape)
+    values = dequantize(flat, scales[place].flatten(0, 1), _SHAPE.head_dim, layer.cache_type.k_bits)
+    return rotate_back(values.double()).view(*codes.shape[:2], -1)
+
+
+def _exl2_words(codes: np.ndarray[Any, Any],
+                table: list[tuple[int, int, int, int]]) -> np.ndarray[Any, Any]:
+    """Codes uint8 [K, N] as EXL2's `q_weight`, int32: each column one run of bits a group."""
+    words = []
+    for bits, first, rows, _ in table:
+        fields = codes[first : first + rows, None] >> np.arange(bits, dtype=np.uint8)[:, None] & 1
+        stream = fields.reshape(rows * bits // 32, 32, -1).astype(np.uint32)
+        places = np.arange(32, dtype=np.uint32)[:, None]
+        words.append((stream << places).sum(axis=1, dtype=np.uint32))
+    return np.concatenate(words).view(np.int32)
