@@ -29,11 +29,11 @@ def split(*counts: int, kind: str = "cpu") -> DeviceMap:
     return DeviceMap(names[0], tuple(names), names[-1])
 
 
-def together(model, cache, texts):
+def together(model, cache, texts, steps=5):
     """Feed texts in the same steps: a few ids of each, then one at a time; all last rows."""
     sequences = [cache.acquire(len(ids)) for ids in texts]
     rows = [model.forward([(s, ids[:7]) for s, ids in zip(sequences, texts, strict=True)]).clone()]
-    for step in range(7, 12):
+    for step in range(7, 7 + steps):
         entries = [(s, [ids[step]]) for s, ids in zip(sequences, texts, strict=True)]
         rows.append(model.forward(entries).clone())
     for sequence in sequences:
