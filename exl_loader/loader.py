@@ -25,6 +25,7 @@ from .reservation import PlannedModel, PlanRequest, planned
 from .reservation.options import CtxSize, check_count, chosen_devices
 from .reservation.placement import DRAFT_PREFIX
 from .reservation.text import refusal
+from .torch_threads import torch_on_one_thread
 from .tracebacks import drop_locals
 from .workspace import DEFAULT_CHUNK_SIZE, DEFAULT_MAX_BATCH_SIZE
 
@@ -94,7 +95,7 @@ def load(
         import torch  # noqa: F401  (its libraries are in memory before what is free is measured)
 
         _open_devices(request)
-        with planned(request) as plan, _torch_on_one_thread():
+        with planned(request) as plan, torch_on_one_thread():
             rope_options = {"alpha_value": alpha_value, "compress_pos_emb": compress_pos_emb}
             return _load_planned(plan, rope_options, draft_max, progress or NullProgress())
     except BaseException as error:
@@ -103,24 +104,6 @@ def load(
         raise
     finally:
         trim_heap()
-
-
-@contextmanager
-def _torch_on_one_thread() -> Iterator[None]:
-    """Keep PyTorch to the calling thread, as it was afterwards.
-
-    A load's tensor operations are many and small. PyTorch's threads wait for each other in
-    loops, which costs little on an idle machine; where another program wants the cores, or the
-    kernels' own threads do, a load takes six times as long.
-    """
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _load_planned(
