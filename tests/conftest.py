@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -23,17 +24,24 @@ REPO = Path(__file__).resolve().parent.parent
 os.environ.setdefault("EXL_LOADER_CACHE_DIR", str(REPO / "build" / "test-cache"))
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import timing  # noqa: E402  (beside this file)
+import exhaustive  # noqa: E402  (beside this file)
+import timing  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--exhaustive", action="store_true", help="every case of what is otherwise sampled"
     )
+    parser.addoption(
+        "--one-in", type=int, default=1, metavar="N",
+        help="of each test's cases the first, and about one in N of the others",
+    )
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--exhaustive"):
+        os.environ[exhaustive.ENV] = "1"
     if config.getoption("durations") is None:
         return
     config.pluginmanager.register(timing.PhaseTimes())
@@ -42,12 +50,23 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(timing.RunTimes(terminal))
 
 
+# After -k and -m: the first case is that of those that they leave.
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--exhaustive"):
-        return
-    left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+    taken: list[pytest.Item] = []
+    left_out: list[pytest.Item] = []
+    tests: set[str] = set()
+    for item in items:
+        is_sampled = config.getoption("--exhaustive") or not item.get_closest_marker("exhaustive")
+        if is_sampled and config.getoption("--one-in") > 1:
+            test = item.nodeid.partition("[")[0]
+            # By hash: every N-th would be the same value of a parameter that has N.
+            place = zlib.crc32(item.name.encode()) % config.getoption("--one-in")
+            is_sampled = test not in tests or place == 0
+            tests.add(test)
+        (taken if is_sampled else left_out).append(item)
+    items[:] = taken
     config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+# Set where all cases run, for tests that run tests.
+ENV = "EXL_TESTS_EXHAUSTIVE"
+
 
 def some_of(cases: Sequence[Any], every: int) -> list[Any]:
     """Mark all cases but each `every`-th one as exhaustive; a tuple is one argument."""

@@ -8,6 +8,8 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
+import exhaustive
+
 from exl_loader.kernels.toolchain import find_compiler
 
 from .launcher import REPO, SANITIZE_ENV
@@ -16,6 +18,9 @@ RUNTIMES = ("libasan.so", "libubsan.so")
 
 # Of a process that a sanitizer ended; pytest has its own up to 5.
 EXIT_CODE = 99
+
+# Of a test's cases the first runs, and one in so many of the others.
+ONE_IN = 6
 
 
 @lru_cache
@@ -40,8 +45,10 @@ def run_sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run pytest with these arguments so that every emulated kernel is checked.
 
     Reads and writes outside of buffers and of shared memory, misaligned access and undefined
-    arithmetic end the process with a report.
+    arithmetic end the process with a report. Kernels take several times as long as without:
+    of each test's cases some run, or with `--exhaustive` all.
     """
+    one_in = 1 if os.environ.get(exhaustive.ENV) else ONE_IN
     # What a sanitizer writes would be lost in pytest's capture when the process ends: -s.
     common = f"exitcode={EXIT_CODE}"
     environ = {
@@ -54,6 +61,6 @@ def run_sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
     }
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider"]
     return subprocess.run(
-        [*command, *arguments], cwd=REPO, env=environ, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        [*command, f"--one-in={one_in}", *arguments], cwd=REPO, env=environ, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )
