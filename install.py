@@ -47,7 +47,11 @@ def main() -> int:
             f"this is Python {platform.python_version()}, and exl_loader needs 3.10 or newer. "
             "Run install.py with a newer one, e.g. python3.12 install.py --demo"
         )
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="Further arguments go to what is run. --webui PATH takes --python PYTHON, the one "
+        "that runs the web UI; --copy, for an extension that is no link; --update; --uninstall.",
+    )
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--demo", action="store_true",
                       help="write text with the model that ships, then open a page with it")

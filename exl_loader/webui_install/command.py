@@ -111,7 +111,8 @@ def install(
     packages = sorted({*record.get("packages", []), *installed})
     if record.get("packages") != packages:
         write_record(python.site_packages, {"packages": packages})
-    _say(f"verified: exl_loader {verify(root, python)} imports in the web UI's Python")
+    _say(f"verified: exl_loader {verify(root, python)} imports in the web UI's Python; start the "
+         "web UI as ever, and its Model tab has the loaders ExLlamav2 and ExLlamav2_HF")
 
 
 def uninstall(webui: Path, given: Path | None = None) -> None:

@@ -129,7 +129,8 @@ def examine(executable: Path) -> HostPython:
                                 text=True, errors="replace", timeout=120, env=clean_environment())
         found = json.loads(result.stdout.strip().splitlines()[-1])
     except (OSError, ValueError, IndexError, subprocess.TimeoutExpired) as error:
-        raise InstallError(f"{executable} does not run as a Python: {error}. "
+        why = "it answers something else" if isinstance(error, (ValueError, IndexError)) else error
+        raise InstallError(f"{executable} does not run as a Python: {why}. "
                            "Say which it is with --python") from None
     return HostPython(Path(found["executable"]), tuple(found["version"]), Path(found["site"]),
                       found["packages"])
