@@ -65,7 +65,7 @@ __device__ float2 stage_rows(const AttentionCall& call, const PrefillRows& rows,
                              uint16_t* queries, const BiasMemory& bias) {
     const int head_dim = static_cast<int>(call.layer.head_dim), lane = lane_id();
     const int bits = call.layer.k.bits;
-    float factors[2] = {0.0f, 0.0f};
+    float2 factors = make_float2(0.0f, 0.0f);
     const float unit = Softening(call.shape).factor / unit_factor(bits);
     // Where an element stands in the keys' order.
     int places[kHeadDim / 32];
@@ -74,6 +74,7 @@ __device__ float2 stage_rows(const AttentionCall& call, const PrefillRows& rows,
         const bool known = place / kUnit * kUnit < head_dim;
         places[i] = known ? element_of(bits, head_dim, place / kUnit, place % kUnit) : -1;
     }
+#pragma unroll 1
     for (int row = 0; row < kWarpRows; ++row) {
         float x[kHeadDim / 32] = {};
         if (rows.exists(first_row + row)) {
@@ -102,9 +103,10 @@ __device__ float2 stage_rows(const AttentionCall& call, const PrefillRows& rows,
             factor = stage_bias_row(call, rows.kv_head, q, factor,
                                     warp_id() * kWarpRows + row, bias);
         }
-        if (row % 8 == lane / 4) factors[row / 8] = factor;
+        if (row == lane / 4) factors.x = factor;
+        if (row == lane / 4 + 8) factors.y = factor;
     }
-    return make_float2(factors[0], factors[1]);
+    return factors;
 }
 
 // A packed tile to float16 by the whole block; tokens from `end` on become zeros.
