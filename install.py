@@ -79,11 +79,12 @@ def main() -> int:
 
 
 def whole_suite() -> list[str]:
-    """Return pytest's arguments for all tests: on several cores, each file on one of them.
+    """Return pytest's arguments for all tests: on several cores, and with where the time went.
 
     Not on more than four: kernels and builds under test use several threads themselves.
     """
-    return ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
+    workers = str(min(4, os.cpu_count() or 1))
+    return ["-n", workers, "--dist", "worksteal", "--durations", "25", "--durations-min", "1"]
 
 
 def demo(page_arguments: list[str]) -> int:
@@ -268,7 +269,8 @@ def known_torch_versions() -> list[str]:
 def pip_install(arguments: list[str]) -> None:
     """Run the environment's pip, within the pins; its progress is shown as it is."""
     command = [str(venv_python()), "-m", "pip", "install", "--constraint", str(PINS)]
-    command += ["--disable-pip-version-check", "--no-input", *arguments]
+    # Python compiles a module when it is first imported, which most of these never are.
+    command += ["--disable-pip-version-check", "--no-input", "--no-compile", *arguments]
     sys.stdout.flush()
     code = subprocess.run(command, cwd=REPO).returncode
     if code != 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import os
 import sys
@@ -17,6 +18,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # No test asks a model hub for anything.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
+
+# A copy of the process's own, which pytest captures.
+STDERR = pytest.StashKey[int]()
 
 REPO = Path(__file__).resolve().parent.parent
 # Kernels built by tests stay apart from the user's own, and survive from one run to the
@@ -38,8 +42,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item):
+    """End the process where a test hangs in compiled code, which the signal of pytest-timeout
+    does not interrupt; xdist fails the test and goes on in another process."""
+    mark = item.get_closest_marker("timeout")
+    limit_s = mark.args[0] if mark else float(item.config.getini("timeout"))
+    faulthandler.dump_traceback_later(limit_s + 30, exit=True, file=item.config.stash[STDERR])
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
+    with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        config.stash[STDERR] = os.dup(2)
     if config.getoption("--exhaustive"):
         os.environ[exhaustive.ENV] = "1"
     if config.getoption("durations") is None:
@@ -154,6 +173,8 @@ def webui():
 
     from exl_loader.webui_install import command, host
 
+    if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1":
+        pytest.skip("one web UI for several processes; without -n it is tested")
     root = Path(WEBUI or "").resolve()
     before = tracked(root)
     command.install(root, PYTHON)

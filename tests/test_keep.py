@@ -123,7 +123,6 @@ needs_proc = pytest.mark.skipif(
 
 @needs_proc
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("child", ["q4", "q8", "q6", "fp16"], indirect=True)
 def test_the_third_full_context_response_takes_what_the_first_took(child):
     child.step("loaded")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 import platform
 
 import pytest
 import torch
 from cache_layers import attend, make_batch, make_layer, one_of, part, random_rows, write
+from kernel_cases import compiled_ops
 
 from exl_loader.cache import PAGE_LEN
 from exl_loader.kernels import get_ops, reference_fp16
@@ -25,18 +24,6 @@ TOLERANCE = 2e-5
 MIXED = ("q8_q4", "fp16_q6", "q4_fp16")
 
 
-def portable_ops(march):
-    """Build the kernels for another instruction set and open them."""
-    from exl_loader.kernels.build import build
-    from exl_loader.kernels.ops import CompiledOps
-    from exl_loader.kernels.spec import cpu_spec
-
-    spec = cpu_spec(environ=os.environ | {"EXL_LOADER_MARCH": march})
-    if spec is None:
-        pytest.skip("no C++ compiler")
-    return CompiledOps(ctypes.CDLL(str(build(spec))))
-
-
 @pytest.fixture(scope="module")
 def ops():
     found = get_ops()
@@ -45,10 +32,9 @@ def ops():
     return found
 
 
-# Plain C++ takes a compiler over a minute to vectorise, all kernels together.
 @pytest.fixture(
     scope="module",
-    params=["native", "x86-64-v3", pytest.param("x86-64", marks=pytest.mark.slow)],
+    params=["native", "x86-64-v3", "x86-64"],
 )
 def every_ops(request, ops):
     """The kernels for this machine, for AVX2, and in plain C++."""
@@ -56,7 +42,7 @@ def every_ops(request, ops):
         return ops
     if platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("instruction sets of x86-64")
-    return portable_ops(request.param)
+    return compiled_ops(request.param)
 
 
 def shape_of(heads, kv_heads, head_dim, *, softcap=0.0, window=0):

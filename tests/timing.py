@@ -8,6 +8,7 @@ waited for: other load on the machine does not change it much.
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -52,6 +53,15 @@ class RunTimes:
         self._done = 0
         self._wall: dict[str, float] = defaultdict(float)
         self._processor: dict[str, float] = defaultdict(float)
+
+    def pytest_sessionstart(self) -> None:
+        def interrupt(number: int, frame: object) -> None:
+            # `timeout` sends it to the process and to its group: the second one would end what
+            # is shown because of the first.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            raise KeyboardInterrupt
+
+        signal.signal(signal.SIGINT, interrupt)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self._running[nodeid] = time.monotonic()
