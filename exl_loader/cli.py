@@ -70,6 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         _report(f"{where}{error.strerror or error}", verbose)
         return EXIT_ERROR
+    except MemoryError:
+        _report("main memory is full. Close what takes it, or choose a smaller context", verbose)
+        return EXIT_ERROR
+    except ImportError as error:
+        _report(f"{error}. `python -m exl_loader doctor` says what is missing", verbose)
+        return EXIT_ERROR
     except Exception as error:
         hint = "" if verbose else " (this is a bug of exl_loader; --verbose shows where)"
         _report(f"{type(error).__name__}: {error}{hint}", verbose)

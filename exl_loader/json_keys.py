@@ -38,7 +38,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise ModelNotFound(str(path), expected="a file", actual="none", remedy=remedy) from None
     except OSError as error:
         raise InvalidConfig(
-            str(path), expected="a readable file", actual=error.strerror, remedy=remedy
+            str(path), expected="a readable file", actual=error.strerror,
+            remedy="Check what it is and who may read it",
         ) from None
     if len(data) > MAX_FILE_BYTES:
         raise InvalidConfig(

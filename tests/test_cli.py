@@ -79,6 +79,20 @@ def test_a_failing_disk_is_no_bug_of_ours(subcommand, capsys):
     assert capsys.readouterr().err == f"error: {space}error: /f: {space}"
 
 
+@pytest.mark.parametrize(("error", "words"), [
+    (MemoryError(), "main memory is full"),
+    (ModuleNotFoundError("No module named 'jinja2'"), "'jinja2'. `python -m exl_loader doctor`"),
+])
+def test_what_the_machine_lacks_is_no_bug_of_ours(error, words, subcommand, capsys):
+    def run(args):
+        raise error
+
+    subcommand(run)
+    assert cli.main(["try"]) == cli.EXIT_ERROR
+    told = capsys.readouterr().err
+    assert words in told and "bug" not in told and told.count("\n") == 1
+
+
 def test_closed_standard_streams_are_empty_ones(subcommand, monkeypatch):
     def run(args):
         print("to nobody", sys.stdin.read(), sys.stdout.isatty())
