@@ -153,9 +153,18 @@ def test_warm_build_is_quick():
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs gcc's options")
+@pytest.mark.parametrize("source", cpu_spec().sources if toolchain.find_compiler() else ())
+def test_no_source_has_warnings(source):
+    spec = cpu_spec()
+    command = [*spec.compiler.command, *spec.flags, "-Werror", "-fsyntax-only", f"-I{spec.root}"]
+    assert subprocess.run([*command, str(spec.root / source)]).returncode == 0
+
+
+@needs_compiler
+@pytest.mark.exhaustive
 @pytest.mark.skipif(sys.platform == "win32", reason="counts the time of child processes")
-def test_project_kernels_compile_in_time_and_without_warnings(cache):
+def test_project_kernels_compile_in_time_and_without_optimisers_warnings(cache):
     import resource
 
     spec = cpu_spec()
