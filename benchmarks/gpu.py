@@ -37,6 +37,7 @@ from exl_loader.checkpoint import Checkpoint  # noqa: E402
 from exl_loader.config import ModelConfig  # noqa: E402
 from exl_loader.evaluation import lanes_over  # noqa: E402
 from exl_loader.evaluation_plan import plan_evaluation  # noqa: E402
+from exl_loader.sampling import argmax  # noqa: E402
 
 CACHE_TYPES = ("fp16", "q8", "q6", "q4")
 DEPTHS = (0, 4096, 16384, 32768)
@@ -56,8 +57,8 @@ class Ours:
         sequence, token = self._cache.acquire(self._ctx_size), 5
         sequence.past_len = depth
         for _ in range(steps):
-            logits = self._model.forward([(sequence, [token])])
-            token = int(logits[0].argmax())
+            (row,) = self._model.forward_rows([(sequence, [token])])
+            token = argmax(row, self._model.config.vocab_size)
         self._cache.release(sequence)
 
     def prefill(self, tokens: int) -> None:

@@ -340,10 +340,10 @@ SAMPLED = {
 NEED_ROWS = ("whole", "guided", "logprobs")
 
 
-def test_samplers_take_the_likeliest_tokens_alone(emulated, tmp_path, monkeypatch):
+def test_samplers_take_the_likeliest_tokens_alone(card, tmp_path, monkeypatch):
     """The same ids as from whole rows, and these stay on the card where they are not needed."""
     write_quantized_model(tmp_path / "m", "exl2", config={"vocab_size": 3000})
-    fetched = count_rows_fetched(monkeypatch, emulated.host)
+    fetched = count_rows_fetched(monkeypatch, card.host)
     with exl_loader.load(tmp_path / "m", ctx_size=CTX, device=DEVICE) as model:
         for name, settings in SAMPLED.items():
             settings = {"max_new_tokens": 8, "seed": 3, "ban_eos_token": True, **settings}
