@@ -105,6 +105,22 @@ def test_a_split_that_one_card_holds_alone_uses_no_other(cards, tmp_path, nothin
     assert cards.ops["cuda:1"].host._launcher.launches == 0
 
 
+def test_the_web_uis_field_splits_layers_and_its_gauge_draws_both_cards(
+    cards, tmp_path, nothing_left
+):
+    from extension.gauge import gauge_html
+    from extension.panel import LoadOptions
+
+    write_quantized_model(tmp_path / "m", "exl2")
+    values = {"model_dir": str(tmp_path / "m"), "ctx_size": float(CTX), "cache_4bit": True}
+    values["gpu_split"] = gpu_split(tmp_path / "m", 1, cache_type="q4")
+    options = LoadOptions.from_values(values)
+    with exl_loader.load(options.model_dir, **options.load_arguments()) as model:
+        page = gauge_html(model.reservation, measured_bytes=model.allocated_bytes())
+        assert [d.device for d in model.reservation.devices] == TWO.split(",")
+    assert "cuda:0, layers 0 to 0" in page and "cuda:1, layers 1 to 1" in page
+
+
 def test_the_command_line_splits_layers(cards, tmp_path, capsys, nothing_left):
     from exl_loader.cli import main
 
