@@ -157,18 +157,19 @@ def test_cards_with_more_shared_memory_give_the_same_bits(emulated, monkeypatch,
     started = launched_kernels(monkeypatch, launcher)
     for rows in (1, 3, 7, 16, 20):
         assert torch.equal(product(emulated, x[:rows].clone(), w), whole[:rows])
-    depth = "_deep" if kilobytes == 227 else ""
-    assert {f"linear_decode_{n}{depth}_kernel" for n in (4, 8)} <= started.keys()
-    assert (f"linear_decode_1{depth}_kernel" in started) == (kilobytes > 64)
+    assert {f"linear_decode_{n}_kernel" for n in (4, 8)} <= started.keys()
+    assert ("linear_decode_1_kernel" in started) == (kilobytes > 64)
+    threads, shared_bytes = started["linear_decode_8_kernel"]
+    assert shared_bytes == threads // 32 * (8192 if kilobytes == 227 else 4096)
 
 
 def launched_kernels(monkeypatch, launcher):
-    """Kernels that are prepared from now on, by name, with the threads of their blocks."""
+    """Kernels that are prepared from now on: threads and shared memory of a block, by name."""
     names, prepare = {}, launcher.prepare
 
-    def noting(name, grid, block, *arguments):
-        names[name] = block
-        return prepare(name, grid, block, *arguments)
+    def noting(name, grid, block, shared_bytes, *arguments):
+        names[name] = block, shared_bytes
+        return prepare(name, grid, block, shared_bytes, *arguments)
 
     monkeypatch.setattr(launcher, "prepare", noting)
     return names
@@ -182,7 +183,7 @@ def test_blocks_that_make_a_row_are_large_where_there_are_many(emulated, monkeyp
         monkeypatch.setattr(launcher, "multiprocessors", multiprocessors)
         started = launched_kernels(monkeypatch, launcher)
         results.append(product(emulated, x, w))
-        assert started == {"linear_decode_1_kernel": threads}
+        assert [block for block, _ in started.values()] == [threads]
     assert torch.equal(*results)
 
 

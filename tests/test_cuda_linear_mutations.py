@@ -84,8 +84,8 @@ def packed_right(ops, tmp_path):
 
 
 MUTATIONS = [
-    (decoded_right, "linear_stream.cuh", "place & (kBytes - 1)", "place & (kBytes / 2 - 1)"),
-    (decoded_right, "linear_stream.cuh", "kAhead = kChunks - 2", "kAhead = kChunks - 1"),
+    (decoded_right, "linear_stream.cuh", "place & mask_", "place & (mask_ / 2)"),
+    (decoded_right, "linear_stream.cuh", "kReadChunks = 2", "kReadChunks = 1"),
     (decoded_right, "linear_stream.cuh", "mine + 512 < length_", "mine + 544 < length_"),
     (decoded_right, "linear_stream.cuh", "* (minus[n] * (1 << shift))", "* minus[n]"),
     (decoded_right, "linear_stream.cuh", "(left > 0 ? 1 : 0)", "0"),

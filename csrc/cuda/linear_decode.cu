@@ -46,6 +46,7 @@ struct DecodeCall {
     int32_t first_block[kMaxLayers + 1];
     int32_t passes;
     int32_t add;
+    int32_t ring_chunks;  // kShallowChunks or kDeepChunks
     QuantizedRows x;
     RowSource row;
 };
@@ -57,11 +58,6 @@ namespace {
 using namespace exl;
 
 constexpr int kDecodeThreads = 32 * kMaxSplits;
-
-// Ring slots a warp: what every card has room for, and what cards with 128 KiB and more of
-// shared memory a block have.
-constexpr int kShallow = 4;
-constexpr int kDeep = 8;
 
 // norm.cu gives a row so many warps; another number would add squares in another order.
 constexpr int kNormWarps = 16;
@@ -150,21 +146,20 @@ struct BlockShare {
         end_window = windows * (split + 1) / w.splits;
         busy = warp_id() / w.splits < tiles;
     }
-    template <int kChunks>
-    __device__ __forceinline__ RingReader<kChunks> reader(const StreamLayer& w,
-                                                          char* memory) const {
+    __device__ __forceinline__ RingReader reader(const StreamLayer& w, char* memory,
+                                                 int chunks) const {
         const int from = w.starts[split].offset;
         const int length = busy ? w.starts[split + 1].offset - from : 0;
-        return {memory + warp_id() * RingReader<kChunks>::kBytes,
+        return {memory + warp_id() * chunks * kChunkBytes, chunks,
                 w.codes + (busy ? tile : first_tile) * w.tile_bytes + from,
                 static_cast<uint32_t>(length)};
     }
 };
 
 // The warp's split, all windows. Its sums go to where its ring was.
-template <int kRowTiles, class Reader, class Rows>
+template <int kRowTiles, class Rows>
 __device__ __forceinline__ void multiply_split(const StreamLayer& w, const BlockShare& share,
-                                               Reader& reader, Rows& rows, char* memory) {
+                                               RingReader& reader, Rows& rows, char* ring) {
     TileState state;
     state.begin(w, w.starts[share.split], w.codes + share.tile * w.tile_bytes);
     float acc[kRowTiles][4] = {};
@@ -175,15 +170,16 @@ __device__ __forceinline__ void multiply_split(const StreamLayer& w, const Block
         rows.next_window();
     }
     reader.finish();
-    auto* sums = reinterpret_cast<float*>(memory + warp_id() * Reader::kBytes);
+    auto* sums = reinterpret_cast<float*>(ring);
 #pragma unroll
     for (int i = 0; i < kRowTiles * 4; ++i) sums[i * 32 + lane_id()] = acc[i / 4][i % 4];
 }
 
 // Adds the splits of the block's tiles in order and stores rows [first_row, end_row).
-template <int kRowTiles, int kRingBytes>
+template <int kRowTiles>
 __device__ __forceinline__ void add_splits(const StreamLayer& w, const BlockShare& share,
-                                           const char* memory, int first_row, int end_row,
+                                           const char* memory, int ring_bytes, int first_row,
+                                           int end_row,
                                            float* out, int64_t out_stride, bool add) {
     constexpr int kItems = kRowTiles * 4 * 32;
     for (int item = threadIdx.x; item < share.tiles * kItems; item += blockDim.x) {
@@ -192,32 +188,32 @@ __device__ __forceinline__ void add_splits(const StreamLayer& w, const BlockShar
         const int row = first_row + 4 * n + lane % 4;
         const int column = (share.first_tile + local_tile) * kStreamColumns + 8 * q + lane / 4;
         if (row >= end_row || column >= w.out_features) continue;
-        const char* rings = memory + local_tile * w.splits * kRingBytes;
+        const char* rings = memory + local_tile * w.splits * ring_bytes;
         float total = reinterpret_cast<const float*>(rings)[place];
         for (int s = 1; s < w.splits; ++s) {
-            total = add_rn(total, reinterpret_cast<const float*>(rings + s * kRingBytes)[place]);
+            total = add_rn(total, reinterpret_cast<const float*>(rings + s * ring_bytes)[place]);
         }
         store_output(total, w, column, out + row * out_stride + column, add);
     }
 }
 
 // Rows first_row .. + 4 * kRowTiles of x.
-template <int kRowTiles, int kChunks>
+template <int kRowTiles>
 __device__ __forceinline__ void multiply_rows(const StreamLayer& w, const QuantizedRows& x,
-                                              int local, int first_row, float* out,
+                                              int chunks, int local, int first_row, float* out,
                                               int64_t out_stride, bool add) {
     EXL_SHARED(char, memory);
     const BlockShare share(w, local);
-    auto reader = share.reader<kChunks>(w, memory);
+    const int ring_bytes = chunks * kChunkBytes;
+    RingReader reader = share.reader(w, memory, chunks);
     if (share.busy) {
         GlobalRows<kRowTiles> rows(x, w.in_features, first_row, share.first_window);
-        multiply_split<kRowTiles>(w, share, reader, rows, memory);
+        multiply_split<kRowTiles>(w, share, reader, rows, memory + warp_id() * ring_bytes);
     } else {
         reader.finish();
     }
     block_sync();  // the sums of all splits are written
-    add_splits<kRowTiles, decltype(reader)::kBytes>(w, share, memory, first_row, x.rows, out,
-                                                    out_stride, add);
+    add_splits<kRowTiles>(w, share, memory, ring_bytes, first_row, x.rows, out, out_stride, add);
 }
 
 // The layer that a block works for, and its number among that layer's blocks.
@@ -234,12 +230,12 @@ struct LayerChoice {
     }
 };
 
-template <int kRowTiles, int kChunks>
+template <int kRowTiles>
 __device__ __forceinline__ void decode_rows(const DecodeCall& call) {
     const LayerChoice choice(call);
-    multiply_rows<kRowTiles, kChunks>(call.layers[choice.layer], call.x, choice.local,
-                                      choice.pass * 4 * kRowTiles, call.outs[choice.layer],
-                                      call.out_strides[choice.layer], call.add != 0);
+    multiply_rows<kRowTiles>(call.layers[choice.layer], call.x, call.ring_chunks, choice.local,
+                             choice.pass * 4 * kRowTiles, call.outs[choice.layer],
+                             call.out_strides[choice.layer], call.add != 0);
 }
 
 // The scale of a row's norm, as rms_norm_kernel finds it; `partials` has kNormWarps floats.
@@ -285,28 +281,26 @@ __device__ __forceinline__ void make_row(const RowSource& source, const StreamLa
     }
 }
 
-template <int kChunks>
 __device__ __forceinline__ void decode_row(const DecodeCall& call) {
     EXL_SHARED(char, memory);
     const LayerChoice choice(call);
     const StreamLayer& w = call.layers[choice.layer];
     const BlockShare share(w, choice.local);
-    auto reader = share.reader<kChunks>(w, memory);
-    auto* partials =
-        reinterpret_cast<float*>(memory + blockDim.x / 32 * decltype(reader)::kBytes);
+    const int ring_bytes = call.ring_chunks * kChunkBytes;
+    RingReader reader = share.reader(w, memory, call.ring_chunks);
+    auto* partials = reinterpret_cast<float*>(memory + blockDim.x / 32 * ring_bytes);
     auto* notes = reinterpret_cast<Note*>(partials + kNormWarps);
     auto* codes = reinterpret_cast<uint8_t*>(notes + stream_windows(w.in_features));
     make_row(call.row, w, partials, codes, notes);
     block_sync();  // the row is quantised
     if (share.busy) {
         SharedRow row(codes, notes, share.first_window);
-        multiply_split<1>(w, share, reader, row, memory);
+        multiply_split<1>(w, share, reader, row, memory + warp_id() * ring_bytes);
     } else {
         reader.finish();
     }
     block_sync();  // the sums of all splits are written
-    add_splits<1, decltype(reader)::kBytes>(w, share, memory, 0, 1, call.outs[choice.layer], 0,
-                                            call.add != 0);
+    add_splits<1>(w, share, memory, ring_bytes, 0, 1, call.outs[choice.layer], 0, call.add != 0);
 }
 
 }  // namespace
@@ -320,12 +314,9 @@ __device__ __forceinline__ void decode_row(const DecodeCall& call) {
     }                                                                                          \
     EXL_KERNEL(linear_decode_##name##_kernel)
 
-EXL_DECODE(1, decode_row<kShallow>);
-EXL_DECODE(4, decode_rows<1, kShallow>);
-EXL_DECODE(8, decode_rows<2, kShallow>);
-EXL_DECODE(1_deep, decode_row<kDeep>);
-EXL_DECODE(4_deep, decode_rows<1, kDeep>);
-EXL_DECODE(8_deep, decode_rows<2, kDeep>);
+EXL_DECODE(1, decode_row);
+EXL_DECODE(4, decode_rows<1>);
+EXL_DECODE(8, decode_rows<2>);
 
 // One row for each (row, choice) pair of a mixture: x holds a row a pair, pair p is multiplied
 // with layers[experts[p]] into out [pairs, out_stride]. grid.x blocks of a layer, grid.y pairs.
@@ -338,7 +329,7 @@ extern "C" __global__ void __launch_bounds__(kDecodeThreads, 1)
     const QuantizedRows x = {
         codes + pair * stream_blocks(w.in_features) * kBlockCodeBytes,
         notes + pair * stream_windows(w.in_features), 1};
-    multiply_rows<1, kShallow>(w, x, static_cast<int>(blockIdx.x), 0, out + pair * out_stride,
-                               out_stride, false);
+    multiply_rows<1>(w, x, kShallowChunks, static_cast<int>(blockIdx.x), 0,
+                     out + pair * out_stride, out_stride, false);
 }
 EXL_KERNEL(linear_decode_pairs_kernel);

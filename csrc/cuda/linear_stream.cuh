@@ -23,25 +23,33 @@ namespace exl {
 //
 // A chunk is as long as the longest block, so that one more is all that a block can need. It
 // is 32 bytes a lane. Two slots hold what is being read (a block may lie in two chunks), all
-// others are under way: 2 KiB a warp with 4 slots, 6 KiB with 8.
+// others are under way: 2 KiB a warp of a shallow ring, 6 KiB of a deep one. Which one it is the
+// launch says: kernels of their own would take a compiler as long again.
 constexpr int kChunkBytes = 8 * kStreamBitBytes;
+// What every card has room for, and cards with 160 KiB of shared memory a block and more.
+constexpr int kShallowChunks = 4;
+constexpr int kDeepChunks = 8;
 
-template <int kChunks>
 class RingReader {
 public:
-    static constexpr int kBytes = kChunks * kChunkBytes;
-
-    // `length` bytes from `source` on, both multiples of 16. Starts reading.
-    __device__ __forceinline__ RingReader(char* ring, const uint8_t* source, uint32_t length)
-        : ring_(ring), source_(source + lane_id() * 16), length_(length) {
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i) copy_next();
+    // A ring of `chunks`, and `length` bytes from `source` on, both multiples of 16. Starts
+    // reading.
+    __device__ __forceinline__ RingReader(char* ring, int chunks, const uint8_t* source,
+                                          uint32_t length)
+        : ring_(ring), source_(source + lane_id() * 16), length_(length),
+          mask_(chunks * kChunkBytes - 1) {
+#pragma unroll 1
+        for (int i = 0; i < chunks - kReadChunks; ++i) copy_next();
     }
     // Makes bytes below `end` readable, and gives up what lies before the reader's position,
     // which is at least `end` less a chunk.
     __device__ __forceinline__ void await(uint32_t end) {
         if (ready_ >= end) return;
-        copy_async_wait<kAhead - 1>();
+        if (mask_ == kDeepChunks * kChunkBytes - 1) {
+            copy_async_wait<kDeepChunks - kReadChunks - 1>();
+        } else {
+            copy_async_wait<kShallowChunks - kReadChunks - 1>();
+        }
         warp_sync();  // all lanes' copies of a chunk are in, all reads of the oldest done
         copy_next();
         ready_ += kChunkBytes;
@@ -51,14 +59,14 @@ public:
         warp_sync();
     }
     __device__ __forceinline__ const char* at(uint32_t place) const {
-        return ring_ + (place & (kBytes - 1));
+        return ring_ + (place & mask_);
     }
 
 private:
-    static constexpr int kAhead = kChunks - 2;
+    static constexpr int kReadChunks = 2;
 
     __device__ __forceinline__ void copy_next() {
-        char* slot = ring_ + (next_ & (kBytes - 1)) + lane_id() * 16;
+        char* slot = ring_ + (next_ & mask_) + lane_id() * 16;
         const uint32_t mine = next_ + lane_id() * 16;
         copy_async16(slot, source_ + next_, mine < length_);
         copy_async16(slot + 512, source_ + next_ + 512, mine + 512 < length_);
@@ -68,6 +76,7 @@ private:
     char* ring_;
     const uint8_t* source_;
     uint32_t length_;
+    uint32_t mask_;
     uint32_t next_ = 0;
     uint32_t ready_ = 0;
 };

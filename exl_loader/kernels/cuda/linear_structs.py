@@ -82,8 +82,11 @@ class DecodeStruct(ctypes.Structure):
         ("first_block", ctypes.c_int32 * (MAX_LAYERS + 1)),
         ("passes", ctypes.c_int32),
         ("add", ctypes.c_int32),
+        ("ring_chunks", ctypes.c_int32),
         ("x", RowsStruct),
         ("row", RowSourceStruct),
+        # A struct that holds places is as long as a multiple of 16.
+        ("unused", ctypes.c_int64),
     ]
 
 

@@ -51,8 +51,9 @@ _QUANTIZE_WINDOWS = 4
 _QUANTIZE_THREADS = 128
 # csrc/cuda/linear_decode.cu: bytes of a warp's ring. Cards that give a block so much shared
 # memory have room for deep rings without fewer warps; others keep enough under way without.
-_RING_BYTES = 4096
-_DEEP_RING_BYTES = 8192
+_CHUNK_BYTES = 1024
+_RING_BYTES = 4 * _CHUNK_BYTES
+_DEEP_RING_BYTES = 8 * _CHUNK_BYTES
 _DEEP_SHARED_BYTES = 160 << 10
 _LEAST_DECODE_WARPS = 8
 _DECODE_PASSES = (4, 8)
@@ -225,11 +226,10 @@ class LinearOps(PackOps, DenseOps):
             (_P * MAX_LAYERS)(*(out.data_ptr() for out in outs)),
             (_I64 * MAX_LAYERS)(*(out.stride(0) for out in outs)),
             (_I32 * (MAX_LAYERS + 1))(*first_block),
-            passes, add, x, row or RowSourceStruct(),
+            passes, add, ring_bytes // _CHUNK_BYTES, x, row or RowSourceStruct(),
         )  # fmt: skip
-        depth = "_deep" if ring_bytes == _DEEP_RING_BYTES else ""
         return self.launcher.prepare(
-            f"linear_decode_{pass_rows}{depth}_kernel", (first_block[-1] * passes, 1, 1),
+            f"linear_decode_{pass_rows}_kernel", (first_block[-1] * passes, 1, 1),
             warps * _WARP, warps * ring_bytes + row_bytes, call,
         )
 
