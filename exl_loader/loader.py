@@ -175,6 +175,8 @@ def _open_ops(names: Sequence[str], progress: Progress) -> dict[str, Ops]:
         try:
             opened[name] = get_ops("cpu" if name.startswith("cpu") else name, progress)
         except (DeviceError, InsufficientMemory) as error:
+            if name in error.thing:
+                raise
             raise type(error)(
                 f"{name}: {error.thing}", expected=error.expected, actual=error.actual,
                 remedy=error.remedy, details=error.details,

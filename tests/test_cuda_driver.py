@@ -146,6 +146,18 @@ def test_closing_gives_all_back(library, fake, entry):
     assert fake.fake_current() == -1
 
 
+def test_a_launcher_lives_as_long_as_what_it_prepared(library, fake, entry):
+    before = fake.fake_modules(), fake.fake_retained(0)
+    launcher = DriverLauncher(entry, 0, lambda: 77, Driver(library))
+    launch, is_right = reverse(launcher)
+    del launcher
+    launch()
+    assert is_right() and fake.fake_modules() == before[0] + 1
+    del launch
+    assert (fake.fake_modules(), fake.fake_retained(0)) == before
+    assert fake.fake_current() == -1
+
+
 def test_cubins_of_another_card_are_refused(library, fake, entry, tmp_path):
     before = fake.fake_modules(), fake.fake_retained(0)
     bad = tmp_path / "bad.cubin"

@@ -86,6 +86,7 @@ int cuModuleLoadData(Module** module, const char* image) {
     *module = new Module{std::string(image, elf_bytes(image))};
     return modules_loaded++, kOk;
 }
+int cuCtxSynchronize() { return in_context() ? kOk : kInvalidContext; }
 int cuModuleUnload(Module* module) { return delete module, modules_loaded--, kOk; }
 int cuModuleGetFunction(Function** function, Module* module, const char* name) {
     const std::string section = std::string(".text.") + name;

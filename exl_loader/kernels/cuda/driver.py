@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -115,6 +116,8 @@ def driver_release(library: str = LIBRARY) -> Version | None:
 class DriverLauncher:
     """Launches the kernels of a build on one card; a `launcher.Launcher`.
 
+    The kernels are unloaded when it and all that it has prepared are dropped, or by `close`.
+
     Args:
         entry: the cubins, from `build.build_entry`.
         device_index: of the card, as PyTorch counts.
@@ -145,6 +148,10 @@ class DriverLauncher:
             "cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device
         )
         self._modules: list[ctypes.c_void_p] = []
+        self._unload = weakref.finalize(
+            self, _unload, self._driver, self._device, self._context, self._modules
+        )
+        self._unload.atexit = False
         self._kernels: dict[str, ctypes.c_void_p] = {}
         self._shared_bytes: dict[str, int] = {}
         try:
@@ -192,13 +199,8 @@ class DriverLauncher:
 
     def close(self) -> None:
         """Unload the kernels. Nothing prepared may be launched afterwards."""
-        if self._context:
-            unload = self._driver.functions.cuModuleUnload
-            self._in_context(lambda: [unload(module) for module in self._modules])
-            self._modules.clear()
-            self._kernels.clear()
-            self._driver.functions.cuDevicePrimaryCtxRelease_v2(self._device)
-            self._context = ctypes.c_void_p()
+        self._unload()
+        self._kernels.clear()
 
     def _load(self, entry: Entry) -> None:
         for path in entry.files:
@@ -233,3 +235,19 @@ class DriverLauncher:
             return function()
         finally:
             self._driver.functions.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+
+
+def _unload(
+    driver: Driver, device: int, context: ctypes.c_void_p, modules: list[ctypes.c_void_p]
+) -> None:
+    """Give back what a launcher took. Errors are those of kernels, which have been told."""
+    if sys.is_finalizing():
+        return  # the process's end gives everything back
+    functions = driver.functions
+    functions.cuCtxPushCurrent_v2(context)
+    # Kernels may still be under way.
+    functions.cuCtxSynchronize()
+    for module in modules:
+        functions.cuModuleUnload(module)
+    functions.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+    functions.cuDevicePrimaryCtxRelease_v2(device)
