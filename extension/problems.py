@@ -20,10 +20,11 @@ def report(error: Exception) -> None:
     global _last
     # Its text alone is kept: a traceback would keep what the generation had in hand.
     _last = error_html(error, heading="Generation failed")
-    line = str(error)
-    if not isinstance(error, ExlLoaderError):
-        line = f"Unexpected {type(error).__name__}: {line}"
-    if getattr(error, "details", None) or not isinstance(error, ExlLoaderError):
+    if isinstance(error, ExlLoaderError):
+        line, has_details = str(error), bool(error.details)
+    else:
+        line, has_details = f"Unexpected {type(error).__name__}: {error}", True
+    if has_details:
         line += " (The Model tab has the details.)"
     host.say(line, level="error")
     _warn_in_page(line)

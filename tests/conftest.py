@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import gc
 import os
+import shutil
 import sys
 import zlib
 from pathlib import Path
@@ -133,6 +134,18 @@ def tiny_model_dir(tmp_path_factory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
+@pytest.fixture(scope="module")
+def single_bytes(tmp_path_factory):
+    """A tokenizer whose every token is one byte, so that a text has one way to be written."""
+    from tiny import write_tokenizer
+
+    from exl_loader.tokenizer import Tokenizer
+
+    folder = tmp_path_factory.mktemp("bytes")
+    write_tokenizer(folder, 288)
+    return Tokenizer.from_dir(folder)
+
+
 @pytest.fixture
 def no_other_model(monkeypatch):
     """Let `memory.live_bytes` count this test's buffers alone: those of earlier tests may go at
@@ -142,6 +155,41 @@ def no_other_model(monkeypatch):
     from exl_loader import memory
 
     monkeypatch.setattr(memory, "_live", weakref.WeakKeyDictionary())
+
+
+@pytest.fixture(params=["nvrtc", "nvcc"])
+def compiler(request):
+    """Each CUDA compiler of the machine."""
+    from cuda_sources import cuda_compiler
+
+    found = cuda_compiler(request.param)
+    if found is None:
+        pytest.skip(f"no {request.param}")
+    return found
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium."""
+    from host_page import CHROMIUM, FLAGS
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def reference_operations(no_other_model, monkeypatch):
+    """For what is wrong and found by Python: no compiler is waited for."""
+    monkeypatch.setenv("EXL_LOADER_REFERENCE", "1")
+
+
+@pytest.fixture
+def copy_of(originals, tmp_path):
+    """Copy one of a module's models, to break it: `copy_of(name) -> Path`."""
+    return lambda name: shutil.copytree(originals / name, tmp_path / name)
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from pathlib import Path
 from host_server import Server
 
 CHROMIUM = shutil.which("chromium")
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking")
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync")
 SCREENSHOTS = os.environ.get("EXL_LOADER_SCREENSHOTS")
 WAIT_MS = 60_000
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import struct
 
 import pytest
@@ -24,10 +23,7 @@ SINGLE = "model.safetensors"
 Q_PROJ = "model__layers__0__self_attn__q_proj__weight"
 
 
-@pytest.fixture(autouse=True)
-def reference_operations(no_other_model, monkeypatch):
-    """What is wrong is found by Python; no compiler is waited for."""
-    monkeypatch.setenv("EXL_LOADER_REFERENCE", "1")
+pytestmark = pytest.mark.usefixtures("reference_operations")
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +32,6 @@ def originals(tmp_path_factory):
     write_tiny_model(folder / "dense")
     write_tiny_model(folder / "sharded", shards=3)
     return folder
-
-
-@pytest.fixture
-def copy_of(originals, tmp_path):
-    def make(name: str):
-        return shutil.copytree(originals / name, tmp_path / name)
-
-    return make
 
 
 # The folder and its config

@@ -17,10 +17,7 @@ EXL2_FILE = "output.safetensors"
 LAYER = "model.layers.0.self_attn.q_proj"
 
 
-@pytest.fixture(autouse=True)
-def reference_operations(no_other_model, monkeypatch):
-    """What is wrong is found by Python; no compiler is waited for."""
-    monkeypatch.setenv("EXL_LOADER_REFERENCE", "1")
+pytestmark = pytest.mark.usefixtures("reference_operations")
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +26,6 @@ def originals(tmp_path_factory):
     write_quantized_model(folder / "exl2", "exl2", seed=5)
     write_quantized_model(folder / "gptq", "gptq", seed=5)
     return folder
-
-
-@pytest.fixture
-def copy_of(originals, tmp_path):
-    def make(name: str):
-        return shutil.copytree(originals / name, tmp_path / name)
-
-    return make
 
 
 def test_an_exl2_folder_may_keep_the_index_of_its_source(copy_of):

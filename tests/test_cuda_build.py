@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from builds import Recorder, find_partials
 from cuda_sources import (
     REPO,
     SAMPLES,
@@ -56,14 +57,6 @@ def sources(tmp_path):
     return sample_root(tmp_path / "the sources: (here)", ("one", "two"))
 
 
-@pytest.fixture(params=KINDS)
-def compiler(request):
-    found = cuda_compiler(request.param)
-    if found is None:
-        pytest.skip(f"no {request.param}")
-    return found
-
-
 @pytest.fixture
 def nvrtc():
     found = cuda_compiler("nvrtc")
@@ -83,24 +76,6 @@ def slow_python(tmp_path):
 
 
 # ---- Builds ----------------------------------------------------------------------------------
-
-
-class Recorder:
-    def __init__(self):
-        self.calls = []
-
-    def start(self, task, total, unit):
-        self.calls.append(("start", task, total, unit))
-
-    def advance(self, task, n=1):
-        self.calls.append(("advance", task, n))
-
-    def finish(self, task):
-        self.calls.append(("finish", task))
-
-
-def find_partials(cache):
-    return [path.name for path in cache.iterdir() if "partial" in path.name]
 
 
 def test_build_makes_one_cubin_a_source(cache, sources, compiler):

@@ -5,7 +5,7 @@ import re
 import sys
 
 import pytest
-from cuda_sources import cuda_compiler, fake_compiler, hide_compilers, make_nvrtc, sample_root
+from cuda_sources import fake_compiler, hide_compilers, make_nvrtc, sample_root
 
 from exl_loader.errors import InvalidSettings, KernelBuildError
 from exl_loader.kernels.cuda import arch, toolchain
@@ -20,14 +20,6 @@ KINDS = toolchain.KINDS
 @pytest.fixture
 def sources(tmp_path):
     return sample_root(tmp_path / "sources")
-
-
-@pytest.fixture(params=KINDS)
-def compiler(request):
-    found = cuda_compiler(request.param)
-    if found is None:
-        pytest.skip(f"no {request.param}")
-    return found
 
 
 # ---- Architectures ---------------------------------------------------------------------------

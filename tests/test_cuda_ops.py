@@ -16,17 +16,22 @@ from cuda_emulation import EmulatedLauncher
 from cuda_emulation.launcher import FOLDER, REPO, emulation_spec
 from cuda_emulation.sanitized import run_sanitized, runtimes
 from cuda_targets import TARGETS, Target, target
+from elementwise_cases import (
+    REFERENCE,
+    ULP,
+    assert_close,
+    check_add_and_softcap,
+    check_gate_at_the_extremes,
+    check_moe_route_survives_nan,
+)
 from exhaustive import some_of
 from kernel_cases import dense_linear, random_rows
 
 from exl_loader.kernels.cuda.ops import CudaOps
 from exl_loader.kernels.cuda.ops_rows import RowOps
 from exl_loader.kernels.host import SharedMemory
-from exl_loader.kernels.reference import ReferenceOps
 
-REFERENCE = ReferenceOps()
 SIZES = [1, 31, 32, 33, 100, 512, 513, 1300]
-ULP = 2.0**-23
 
 
 @pytest.fixture(params=TARGETS)
@@ -37,10 +42,6 @@ def ops(request):
 @pytest.fixture(params=TARGETS)
 def all_ops(request):
     return target(request.param, lambda launcher: CudaOps(launcher, SharedMemory()))
-
-
-def assert_close(actual, expected, ulps, atol=0.0):
-    torch.testing.assert_close(actual, expected, rtol=ulps * ULP, atol=atol)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -134,24 +135,12 @@ def test_gate(ops, activation, size):
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
 def test_gate_at_the_extremes(ops, activation):
-    gate = torch.tensor([[0.0, -0.0, 200.0, -200.0, 1e30, -1e30, float("nan"), 3e-39]])
-    out, expected = torch.empty_like(gate), torch.empty_like(gate)
-    ops.gate(gate, torch.ones_like(gate), activation, out)
-    REFERENCE.gate(gate, torch.ones_like(gate), activation, expected)
-    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-7, equal_nan=True)
+    check_gate_at_the_extremes(ops, activation)
 
 
 @pytest.mark.parametrize("size", [1, 31, 257])
 def test_add_and_softcap(ops, size):
-    x, y = random_rows(7, size), random_rows(7, size, seed=4)
-    total = x.clone()
-    ops.add(total, y)
-    assert torch.equal(total, x + y)
-    for magnitude in (1e-6, 1.0, 1e4):
-        capped, expected = x * magnitude, x * magnitude
-        ops.softcap(capped, 30.0)
-        REFERENCE.softcap(expected, 30.0)
-        assert_close(capped, expected, ulps=6)
+    check_add_and_softcap(ops, size)
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -171,12 +160,7 @@ def test_moe_route(ops, normalize, num_experts, top_k):
 
 
 def test_moe_route_survives_nan(ops):
-    logits = torch.full((2, 4), math.nan)
-    logits[1, 2] = 1.0
-    weights, experts = torch.empty(2, 2), torch.empty(2, 2, dtype=torch.int32)
-    ops.moe_route(logits, 2, True, weights, experts)
-    assert weights.isnan().any(dim=1).all()
-    assert ((experts >= 0) & (experts < 4)).all()
+    check_moe_route_survives_nan(ops)
 
 
 def test_a_sum_of_experts_is_that_of_one_after_the_other(ops):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import random
 import re
 import subprocess
 import sys
@@ -13,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from fake_model import fake_engine
-from tiny import write_tokenizer
+from grammar_cases import follows, matcher_of
 from tokenizer_folders import (
     train_byte_level,
     train_sentencepiece,
@@ -22,7 +20,6 @@ from tokenizer_folders import (
 )
 
 from exl_loader.errors import InvalidSettings
-from exl_loader.gbnf import GbnfError, gbnf_to_lark
 from exl_loader.grammar import Grammars
 from exl_loader.settings import SamplingSettings
 from exl_loader.tokenizer import Tokenizer
@@ -80,14 +77,6 @@ def tokenizer(request, tmp_path_factory) -> Tokenizer:
     return request.param(tmp_path_factory.mktemp("tokenizer"))
 
 
-@pytest.fixture(scope="module")
-def single_bytes(tmp_path_factory) -> Tokenizer:
-    """Every token is one byte, so a text has one way to be written."""
-    folder = tmp_path_factory.mktemp("bytes")
-    write_tokenizer(folder, 288)
-    return Tokenizer.from_dir(folder)
-
-
 def engine_of(tokenizer, **options):
     """A model that likes one token, another one each step, and otherwise knows nothing."""
     def likes(ids):
@@ -100,25 +89,6 @@ def written(engine, prompt="a prompt", **settings):
     """The text and why it ended."""
     with engine.generate(prompt, {"temperature": 1.5, "max_new_tokens": 600, **settings}) as run:
         return "".join(run), run.finish_reason
-
-
-@functools.cache
-def grammars_of(tokenizer) -> Grammars:
-    return Grammars(tokenizer, tokenizer.vocab_size, tokenizer.eos_token_ids)
-
-
-def matcher_of(tokenizer, **settings):
-    return grammars_of(tokenizer).matcher(SamplingSettings.from_dict(settings))
-
-
-def follows(tokenizer, text: str, **settings) -> bool:
-    """Whether a text, one token a byte, is one of the grammar's from beginning to end."""
-    matcher = matcher_of(tokenizer, **settings)
-    for token_id in tokenizer.encode(text, add_bos=False):
-        if matcher.complete or token_id not in matcher.allowed_ids:
-            return False
-        matcher.accept(token_id)
-    return matcher.complete or tokenizer.eos_token_id in matcher.allowed_ids
 
 
 def check_schema(value) -> None:
@@ -162,94 +132,6 @@ def test_greedy_texts_follow_it_too(tokenizer):
 ])
 def test_other_samplers_choose_among_what_it_allows(tokenizer, settings):
     check_schema(json.loads(written(engine_of(tokenizer), json_schema=SCHEMA, **settings)[0]))
-
-
-def random_pattern(source: random.Random, depth: int) -> tuple[str, str]:
-    """The same set of texts as GBNF and as a regular expression."""
-    kind = source.randrange(8 if depth else 3)
-    if kind == 0:
-        text = "".join(source.choice("abé") for _ in range(source.randrange(1, 4)))
-        return f'"{text}"', text
-    if kind in (1, 2):
-        return ("[ab]", "[ab]") if kind == 1 else ("[^a\\u00e9]", "[^aé]")
-    first, second = random_pattern(source, depth - 1), random_pattern(source, depth - 1)
-    if kind in (3, 4):
-        return f"({first[0]}) ({second[0]})", f"(?:{first[1]})(?:{second[1]})"
-    if kind == 5:
-        return f"({first[0]} | {second[0]})", f"(?:{first[1]}|{second[1]})"
-    repeat = source.choice(["*", "+", "?", "{2}", "{1,2}", "{2,}"])
-    return f"({first[0]}){repeat}", f"(?:{first[1]}){repeat}"
-
-
-def test_gbnf_means_what_it_says(single_bytes):
-    """Against Python's regular expressions, with recursion and without."""
-    seed = random.randrange(1 << 32)
-    source, matched = random.Random(seed), 0
-    for _ in range(60):
-        grammar, pattern = random_pattern(source, 3)
-        for _ in range(8):
-            text = "".join(source.choice("abcé") for _ in range(source.randrange(6)))
-            wanted = re.fullmatch(pattern, text) is not None
-            for form in (f"root ::= {grammar}", f'root ::= {grammar} | "z" root'):
-                actual = follows(single_bytes, text, grammar_string=form)
-                assert actual == wanted, (seed, form, text)
-            matched += wanted
-    assert matched > 20
-
-
-def chain(rule: str, length: int) -> str:
-    rules = [rule.format(i, i + 1) for i in range(length)]
-    return "\n".join(["root ::= r0", *rules, f'r{length} ::= "a"'])
-
-
-@pytest.mark.parametrize(("grammar", "text"), [
-    ('root ::= word "b"\nword ::= [a-z]+', "aab"),
-    ('root ::= [a-z]* "begin" [0-9]{2}', "bexbebegin42"),
-    (r'root ::= "\u0041\x42\U00000043\n\t\r\\\"\[\]"', 'ABC\n\t\r\\"[]'),
-    ("root ::= .{3}", "\n中🎉"),
-    ("root ::= [-a] [b-] [\\]] [^\\]xQ] # a comment", "--]y"),
-    ('root ::= (a-Rule\n | b_1)\na-Rule ::=\n  "x"\nb_1 ::= root "y" |\n "z"', "zyy"),
-    ('root ::= root "a" | "a"', "aaa"),
-    ("root ::= " + "(" * 60 + '"a"' + ")" * 60, "a"),
-    ("\r\nroot ::= \"a\"\r\n\r\n", "a"),
-    # Rules that nothing can write out where they are used: too deep, and 2^30 times.
-    (chain("r{0} ::= r{1}", 2000), "a"),
-    (chain("r{0} ::= r{1}{{0,2}} r{1}{{0,2}}", 30), "aaaaa"),
-])
-def test_gbnf_syntax(single_bytes, grammar, text):
-    assert follows(single_bytes, text, grammar_string=grammar)
-    assert not follows(single_bytes, text + "!", grammar_string=grammar)
-    assert not follows(single_bytes, text[:-1] + "Q", grammar_string=grammar) or "." in grammar
-
-
-@pytest.mark.parametrize(("grammar", "problem"), [
-    ("root ::= foo", "line 1: there is no rule foo"),
-    ("rot ::= \"a\"", "no rule root"),
-    ("# nothing", "no rule root"),
-    ('root ::= "a"\nroot ::= "b"', "line 2: a second rule root"),
-    ('root ::= "a', "ends in the middle"),
-    ("root ::= [a", "ends in the middle"),
-    ("root ::= []", "empty set"),
-    ("root ::= [b-a]", "ends before it begins"),
-    (r'root ::= "\q"', r"unknown escape \\q"),
-    ('root ::= "\\', "unknown escape"),
-    (r'root ::= "\uD800"', "is no character"),
-    ('root ::= ("a"', r"expected \)"),
-    ('root ::= "a")', "makes no sense"),
-    ('root = "a"', "expected ::="),
-    ('root ::= * "a"', "makes no sense"),
-    ('root ::= "a"{3,1}', "no range"),
-    ('root ::= "a"{99999}', "no range"),
-    ("root ::= <think>", "not supported"),
-    ("root ::= " + "(" * 5000, "in one another"),
-    ("::=", "expected the name"),
-])
-def test_gbnf_that_is_none(single_bytes, grammar, problem):
-    with pytest.raises(GbnfError, match=problem):
-        gbnf_to_lark(grammar)
-    with pytest.raises(InvalidSettings, match="grammar_string: expected a GBNF") as caught:
-        matcher_of(single_bytes, grammar_string=grammar)
-    assert re.search(problem, caught.value.details)
 
 
 @pytest.mark.parametrize("settings", [

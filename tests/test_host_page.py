@@ -9,12 +9,12 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from host_page import CHROMIUM, FLAGS, HostPage, user_data
+from host_page import CHROMIUM, HostPage, user_data
 from host_server import DEMO, MARKS, Server, copy_demo
 
 from exl_loader.webui_install import saved
 
-sync_api = pytest.importorskip("playwright.sync_api")
+pytest.importorskip("playwright.sync_api")
 
 pytestmark = [*MARKS, pytest.mark.skipif(CHROMIUM is None, reason="no chromium")]
 
@@ -37,14 +37,6 @@ def server(webui, data, tmp_path_factory):
     flags = ["--user-data-dir", str(data), "--extensions", "exl_loader"]
     with Server(webui, models, *flags, page=True) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from builds import Recorder, find_partials
 
 from exl_loader import kernels
 from exl_loader.errors import InvalidSettings, KernelBuildError
@@ -28,20 +29,6 @@ REPO = Path(__file__).resolve().parents[1]
 needs_compiler = pytest.mark.skipif(
     os.name == "nt" or toolchain.find_compiler() is None, reason="needs g++ or clang++"
 )
-
-
-class Recorder:
-    def __init__(self):
-        self.calls = []
-
-    def start(self, task, total, unit):
-        self.calls.append(("start", task, total, unit))
-
-    def advance(self, task, n=1):
-        self.calls.append(("advance", task, n))
-
-    def finish(self, task):
-        self.calls.append(("finish", task))
 
 
 @pytest.fixture
@@ -369,10 +356,6 @@ def test_living_holder_is_waited_for(tmp_path, monkeypatch):
     assert f"process {os.getpid()}," in progress.calls[0][1]
     assert progress.calls[-1][0] == "finish"
     assert not path.with_suffix(".holder").exists()
-
-
-def find_partials(cache):
-    return [path.name for path in cache.iterdir() if "partial" in path.name]
 
 
 @needs_compiler

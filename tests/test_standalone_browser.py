@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from host_page import CHROMIUM
 from tiny import write_tiny_model
 
 from exl_loader import plan
@@ -21,9 +22,6 @@ pytest.importorskip("gradio")
 
 REPO = Path(__file__).resolve().parents[1]
 DEMO_MODEL = REPO / "exl_loader" / "demo_model"
-CHROMIUM = shutil.which("chromium")
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync")
 SCREENSHOTS = os.environ.get("EXL_LOADER_SCREENSHOTS")
 
 # Gradio alone takes seconds to import; a busy machine takes many.
@@ -66,14 +64,6 @@ def tight_address():
     """With the whole context 8 bits a cache element just fit, and 16 do not."""
     least = plan(DEMO_MODEL, 1024, "q8").total_bytes
     yield from serve(EXL_LOADER_MEMORY_LIMIT=str(least + 600_000))
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
-        yield browser
-        browser.close()
 
 
 class Page:
