@@ -54,8 +54,8 @@ class Candidates:
         num_tokens: how many tokens the vocabulary has, those that were filtered out included.
         is_sorted: logits fall, equal ones by rising id.
         rest: others of which less is known; then all that are likelier than its bound are
-            here, and what depends on the others raises `Undecided`. The first sampler that
-            leaves tokens out leaves all of these out, or raises; so nothing else has a rest.
+            here, sorted, and what depends on the others raises `Undecided`. The first sampler
+            that leaves tokens out leaves all of these out, or raises.
     """
 
     ids: Ids
@@ -166,6 +166,30 @@ class Candidates:
         return replace(self, logits=logits)
 
 
+    def find(self, ids: Ids) -> tuple[Places, Places]:
+        """Find the candidates, in whatever order, that are among many tokens.
+
+        Returns:
+            Their places, rising, and for each a place in `ids` where it stands.
+        """
+        if len(ids) and ids.max() >= self.num_tokens:
+            ids = np.minimum(ids, self.num_tokens)
+        # Places by token: what nothing was written to says something, and is found out below.
+        place_of = np.empty(self.num_tokens + 1, np.uint32)
+        place_of[ids] = np.arange(len(ids), dtype=np.uint32)
+        at = np.minimum(place_of[self.ids], np.uint32(len(ids) - 1))
+        places = np.flatnonzero(ids[at] == self.ids)
+        return places, at[places]
+
+    def reordered(self, logits: Floats) -> Candidates:
+        """The same tokens with other logits, float32 [n], sorted."""
+        order = np.argsort(-logits, kind="stable")
+        falling = logits[order]
+        if np.any(falling[1:] == falling[:-1]):
+            order = np.lexsort((self.ids, -logits))
+        return replace(self, ids=self.ids[order], logits=logits[order], is_sorted=True)
+
+
 @functools.lru_cache(maxsize=8)
 def _all_ids(count: int) -> Ids:
     ids = np.arange(count)
@@ -264,10 +288,11 @@ def fewest(keys: Floats, weight: Floats, target: float) -> tuple[np.float32, int
     return keys[places[count]], num_before + count + 1
 
 
-def count_reaching(falling: Floats, target: float) -> int:
-    """How many weights, the first ones of `falling`, sum to `target` or more; as `fewest`."""
+def counts_reaching(falling: Floats, *targets: float) -> list[int]:
+    """How many weights, the first ones of `falling`, sum to each target or more; as `fewest`."""
     reached = np.cumsum(falling, dtype=np.float64)
-    return min(int(np.searchsorted(reached, target, side="left")) + 1, len(falling))
+    counts: list[int] = np.searchsorted(reached, targets, side="left").tolist()
+    return [min(count + 1, len(falling)) for count in counts]
 
 
 def at_least(keys: Floats, floor: np.float32, count: int) -> Mask:
@@ -313,6 +338,9 @@ def _floor(keys: Floats, count: int) -> np.float32:
 def draw(candidates: Candidates, uniform: float) -> int:
     """Take the token at which the summed probability passes `uniform`, in [0, 1)."""
     weight = weights(candidates.logits)
+    if len(weight) < _BLOCK:
+        place, _ = _pass(np.cumsum(weight, dtype=np.float64), uniform * float(weight.sum()))
+        return int(candidates.ids[place])
     # Summed by blocks first: a running sum of a whole vocabulary would take a millisecond.
     whole = len(weight) // _BLOCK * _BLOCK
     blocks = weight[:whole].reshape(-1, _BLOCK).sum(axis=1)

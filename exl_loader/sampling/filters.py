@@ -15,7 +15,7 @@ from .candidates import (
     Floats,
     Mask,
     at_least,
-    count_reaching,
+    counts_reaching,
     fewest,
     largest,
     largest_values,
@@ -50,16 +50,12 @@ def keep_top_p(candidates: Candidates, top_p: float) -> Candidates:
     weight = weights(logits)
     low, high = candidates.totals(weight)
     if candidates.is_sorted:
-        count = count_reaching(weight, top_p * low)
-        if high > low and count != count_reaching(weight, top_p * high):
+        count, most = counts_reaching(weight, top_p * low, top_p * high)
+        if count != most:
             raise Undecided
         candidates.settle(logits[count - 1])
         return candidates.head(count).without_rest()
-    least, count = fewest(logits, weight, top_p * low)
-    if high > low and count != fewest(logits, weight, top_p * high)[1]:
-        raise Undecided
-    candidates.settle(least)
-    return candidates.keep(at_least(logits, least, count))
+    return candidates.keep(at_least(logits, *fewest(logits, weight, top_p * low)))
 
 
 def keep_min_p(candidates: Candidates, min_p: float) -> Candidates:

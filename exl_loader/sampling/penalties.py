@@ -52,22 +52,25 @@ class Past:
 
 def _change(
     candidates: Candidates, ids: Ids,
-    change: Callable[[Floats, npt.NDArray[np.bool_]], Floats],
+    change: Callable[[Floats, npt.NDArray], Floats],
 ) -> Candidates:
     """Change the logits of those of the tokens that are candidates.
 
     Args:
-        change: from their logits, and which of `ids` they are, to new ones.
+        change: from their logits, and which of `ids` they are (a mask, or places), to new ones.
     """
     if len(ids) == 0:
         return candidates
+    if candidates.rest is not None:
+        # Only where the change makes no token likelier (`Stage.suits_rest`).
+        known, which = candidates.find(ids)
+        logits = candidates.logits.copy()
+        logits[known] = change(logits[known], which)
+        rest = candidates.rest.lowered(len(ids) - len(known))
+        return replace(candidates.reordered(logits), rest=rest)
     candidates = candidates.by_id()
     places, found = candidates.locate(ids)
-    changed = candidates.with_logits(places, change(candidates.logits[places], found))
-    if candidates.rest is None:
-        return changed
-    # Only where the change makes no token likelier (`Stage.suits_rest`).
-    return replace(changed, rest=candidates.rest.lowered(len(ids) - len(places)))
+    return candidates.with_logits(places, change(candidates.logits[places], found))
 
 
 def _subtract(candidates: Candidates, ids: Ids, amounts: npt.NDArray) -> Candidates:
