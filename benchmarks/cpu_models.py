@@ -18,6 +18,7 @@ if str(REPO) not in sys.path:
     sys.path.insert(0, str(REPO))
 
 import torch  # noqa: E402
+from llama_shapes import layer_linears  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from exl_loader.blueprint import Blueprint  # noqa: E402
@@ -106,9 +107,7 @@ def exl2_layer(
 
 def exl2_tensors(config: dict, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """Make every tensor of the model."""
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    q_len = config["num_attention_heads"] * config["head_dim"]
-    kv_len = config["num_key_value_heads"] * config["head_dim"]
+    hidden = config["hidden_size"]
     ones = torch.ones(hidden, dtype=torch.float16)
     embedding = torch.randn(config["vocab_size"], hidden, generator=generator)
     tensors = {"model.embed_tokens.weight": embedding.half(), "model.norm.weight": ones.clone()}
@@ -116,15 +115,7 @@ def exl2_tensors(config: dict, generator: torch.Generator) -> dict[str, torch.Te
         layer = f"model.layers.{i}"
         tensors[f"{layer}.input_layernorm.weight"] = ones.clone()
         tensors[f"{layer}.post_attention_layernorm.weight"] = ones.clone()
-        for part, k, n in (
-            ("self_attn.q_proj", hidden, q_len),
-            ("self_attn.k_proj", hidden, kv_len),
-            ("self_attn.v_proj", hidden, kv_len),
-            ("self_attn.o_proj", q_len, hidden),
-            ("mlp.gate_proj", hidden, inner),
-            ("mlp.up_proj", hidden, inner),
-            ("mlp.down_proj", inner, hidden),
-        ):
+        for part, k, n in layer_linears(config):
             tensors |= exl2_layer(f"{layer}.{part}", k, n, generator)
     return tensors | exl2_layer("lm_head", hidden, config["vocab_size"], generator)
 

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 from pathlib import Path
 
 from tiny import CONFIG
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from llama_shapes import layer_linears  # noqa: E402
 
 GROUP_ROWS = 128
 ITEM_BYTES = {"I32": 4, "I16": 2, "F16": 2}
@@ -40,23 +45,13 @@ def exl2_linear(name: str, in_features: int, out_features: int, bits: int) -> Te
 
 def exl2_tensors(config: dict, bits: int, head_bits: int) -> Tensors:
     """Every tensor of a Llama in EXL2."""
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    q_len = config["num_attention_heads"] * config["head_dim"]
-    kv_len = config["num_key_value_heads"] * config["head_dim"]
+    hidden = config["hidden_size"]
     tensors: Tensors = {"model.embed_tokens.weight": ("F16", (config["vocab_size"], hidden))}
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}"
         tensors[f"{layer}.input_layernorm.weight"] = ("F16", (hidden,))
         tensors[f"{layer}.post_attention_layernorm.weight"] = ("F16", (hidden,))
-        for part, k, n in (
-            ("self_attn.q_proj", hidden, q_len),
-            ("self_attn.k_proj", hidden, kv_len),
-            ("self_attn.v_proj", hidden, kv_len),
-            ("self_attn.o_proj", q_len, hidden),
-            ("mlp.gate_proj", hidden, inner),
-            ("mlp.up_proj", hidden, inner),
-            ("mlp.down_proj", inner, hidden),
-        ):
+        for part, k, n in layer_linears(config):
             tensors |= exl2_linear(f"{layer}.{part}", k, n, bits)
     tensors["model.norm.weight"] = ("F16", (hidden,))
     if not config["tie_word_embeddings"]:
