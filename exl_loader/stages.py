@@ -55,11 +55,6 @@ class StageStep:
     graph: Call | None = None
     has_run: bool = False
 
-    def issue(self) -> None:
-        """Issue every operation."""
-        for call in self.calls:
-            call()
-
     def run(self) -> None:
         """Run the operations, from the second time on as a graph where that can be.
 
@@ -69,13 +64,18 @@ class StageStep:
         if self.receive is not None:
             self.receive()
         if self.graph is None and self.capturable and self.has_run:
-            self.graph = self.host.capture(self.issue)
+            self.graph = self.host.capture(partial(_issue, self.calls))
             self.capturable = self.graph is not None
         if self.graph is not None:
             self.graph()
         else:
-            self.issue()
+            _issue(self.calls)
         self.has_run = True
+
+
+def _issue(calls: SequenceOf[Call]) -> None:
+    for call in calls:
+        call()
 
 
 class Stage:

@@ -355,3 +355,24 @@ def test_a_buffer_that_fills_the_card_is_kept(monkeypatch):
     buffers = memory.allocate(segments.values())
     assert buffers.allocated_bytes() == 1 << 20
     buffers.release()
+
+
+def test_a_graph_goes_before_the_kernels_that_it_launches():
+    from exl_loader.kernels.cuda.host import _Graph
+
+    seen = []
+
+    class Launches:
+        def __call__(self):
+            raise AssertionError("captured once")
+
+        def __del__(self):
+            seen.append("unloaded")
+
+    captured = types.SimpleNamespace(
+        replay=lambda: seen.append("replayed"), reset=lambda: seen.append("reset")
+    )
+    graph = _Graph(captured, Launches())
+    graph()
+    del graph
+    assert seen == ["replayed", "reset", "unloaded"]

@@ -58,6 +58,19 @@ def _span(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
     return whole.set_(storage, first - storage.data_ptr(), (nbytes,), (1,)), first
 
 
+class _Graph:
+    """A captured step: it goes before the kernels that it launches, which `run` holds."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, run: Callable[[], None]):
+        self._graph, self._run = graph, run
+
+    def __call__(self) -> None:
+        self._graph.replay()
+
+    def __del__(self) -> None:
+        self._graph.reset()
+
+
 class CardHost:
     """`kernels.host.Host` of one card, through PyTorch's current stream.
 
@@ -108,8 +121,7 @@ class CardHost:
             self.captures = False
             _log.warning("Steps are not captured as graphs, and decoding is slower: %s", error)
             return None
-        replay: Callable[[], None] = graph.replay
-        return replay
+        return _Graph(graph, run)
 
     def pinned(self, nbytes: int) -> torch.Tensor:
         """Return uint8 [nbytes] of the host that the card copies from and to by itself."""
