@@ -125,7 +125,7 @@ def inject_errors(model: LoadedModel, rng: random.Random) -> None:
     forward = inner.forward
 
     def failing(entries, logits="last"):
-        if rng.random() < 0.02:
+        if rng.random() < 0.04:
             raise RuntimeError("injected")
         return forward(entries, logits)
 
