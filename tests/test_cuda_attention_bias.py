@@ -276,7 +276,7 @@ def test_memory_of_a_model_with_key_biases_is_what_was_planned(tmp_path, monkeyp
     assert texts[DEVICE] == texts["cpu"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not runtimes(), reason="needs gcc's sanitizers")
 def test_under_sanitizers():
     chosen = "not sanitizers and not gpu and not shuffled and not model and not cpu"
