@@ -142,7 +142,7 @@ def launcher(folder, sources, order="forward"):
     return EmulatedLauncher(emulation_spec(paths, folder), order=order)
 
 
-@pytest.mark.parametrize("change", some_of(MUTATIONS, 6), ids=lambda change: change[2][:40])
+@pytest.mark.parametrize("change", some_of(MUTATIONS, 9), ids=lambda change: change[2][:40])
 def test_a_wrong_expression_is_noticed(tmp_path, change):
     check, file, old, new = change
     copy = tmp_path / "copy"

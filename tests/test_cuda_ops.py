@@ -238,7 +238,7 @@ def everything(ops):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", some_of([None, *MUTATIONS], 5),
+@pytest.mark.parametrize("change", some_of([None, *MUTATIONS], 8),
                          ids=lambda change: change[1][:40] if change else "none")
 def test_a_mistake_in_a_kernel_is_noticed(tmp_path, change):
     for name in ("csrc", FOLDER):
