@@ -20,6 +20,9 @@ from exl_loader.kernels.cuda import self_check
 MISTAKES = [
     ("norm", ("norm.cuh", "/ static_cast<float>(size)", "/ static_cast<float>(size + 1)"),
      "a norm"),
+    ("rope", ("angles.cuh", "if (turns & 2)", "if (turns & 4)"), "RoPE's angles"),
+    ("sampling", ("sampling.cu", "bits & 0x80000000u ? bits : ~bits",
+                  "bits & 0x80000000u ? ~bits : bits"), "likeliest"),
     ("pack", ("pack.cu", "shift + Bits > 32 ?", "shift + Bits > 33 ?"), "packed layer"),
     ("linear_decode", ("linear_decode.cu", "8 * q + lane / 4", "8 * q + lane % 8"),
      "a product of one row"),
@@ -95,7 +98,7 @@ def test_kernels_are_checked_once_a_process(opened):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mistake", some_of(MISTAKES, 4), ids=lambda mistake: mistake[2])
+@pytest.mark.parametrize("mistake", some_of(MISTAKES, 5), ids=lambda mistake: mistake[2])
 def test_a_mistake_is_refused_and_nothing_is_held(opened, tmp_path, mistake):
     (source, change, named), before = mistake, memory.live_bytes()
     opened.append(Card(wrong=built_from(tmp_path, change=change, names=[source])))
@@ -139,7 +142,7 @@ def test_a_card_without_memory_says_so(opened, monkeypatch):
 
 
 def test_it_takes_less_than_the_smallest_piece_that_a_driver_hands_out(opened):
-    taken = sum(spec.nbytes for spec in self_check._specs("cuda:0"))
+    taken = sum(spec.nbytes for spec in self_check.check_specs("cuda:0"))
     assert taken < EmulatedCard.granularity_bytes
 
 

@@ -13,33 +13,34 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ...cache import PAGE_LEN, CacheLayer, CacheType, num_groups
-from ...cache import code_bytes as cache_code_bytes
+from ...cache import PAGE_LEN, CacheLayer, CacheType
 from ...errors import DeviceError
 from ...formats import streams
-from ...formats.packed_cuda import StreamLinear, group_table, stream_specs, window_table
+from ...formats.packed_cuda import StreamLinear, group_table, window_table
 from ...memory import allocate
-from ...table import TensorSpec, place
+from ...table import place
 from ...tracebacks import drop_locals
 from .. import reference_fp16
-from ..interface import AttentionShape, Batch
+from ..interface import Batch
 from ..reference import ReferenceOps
 from ..reference_codec import dequantize, rotate_back
-from ..scratch import sizes_for
+from .scratch_sampling import HEADER_WORDS
+from .self_check_plan import (
+    CACHE_TYPES,
+    GROUPS,
+    IN_FEATURES,
+    OUT_FEATURES,
+    PAGES,
+    PAST,
+    PROMPT,
+    SHAPE,
+    VOCAB,
+    cache_shapes,
+    check_specs,
+)
 
 if TYPE_CHECKING:
     from ..host import Host
-
-# Rows of a prompt, one more than are decoded, and where it begins: it crosses a page, and
-# what a token behind it sees lies in two splits. A window spares the reference the rest.
-_PROMPT, _PAST = 33, 240
-_PAGES = 2
-# (bits, rows) of a quantised layer; its windows of 128 rows begin within groups.
-_GROUPS = ((6, 64), (4, 128), (3, 160))
-_IN_FEATURES = sum(rows for _, rows in _GROUPS)
-_OUT_FEATURES = 96
-_SHAPE = AttentionShape(4, 1, 128, 128**-0.5, window=60)
-_CACHE_TYPES = ("q4", "fp16")
 
 # Relative L2 errors. Activations of products have 15 bits, attention multiplies float16, norms
 # are float32; a cache loses what its type does on normal data (docs/cache_quality.md).
@@ -65,7 +66,11 @@ def check_card(ops: Any, name: str) -> None:
         DeviceError: a result is wrong, or a kernel failed.
         InsufficientMemory: the card has not even so much memory left.
     """
-    buffers = allocate(place(_specs(name)).values())
+    buffers = allocate(place(check_specs(name)).values())
+    # Hundreds of small operations of the reference: on a busy machine threads would wait for
+    # each other a hundred times as long as they compute.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
         _Check(ops, name, buffers.views("workspace")).run()
     except BaseException as error:
@@ -75,6 +80,7 @@ def check_card(ops: Any, name: str) -> None:
         # PyTorch's word for a kernel that failed, at the copy that waits for it.
         raise _refusal(name, "kernels that run to their end", str(error)) from error
     finally:
+        torch.set_num_threads(threads)
         buffers.release()
 
 
@@ -83,59 +89,6 @@ def _refusal(name: str, expected: str, actual: str) -> DeviceError:
         f"{name}: its kernels, checked before use", expected=expected, actual=actual,
         remedy=_REMEDY,
     )
-
-
-def _linear_specs(name: str) -> dict[str, TensorSpec]:
-    words = sum(rows // 32 * bits for bits, rows in _GROUPS)
-    return stream_specs("linear", _OUT_FEATURES, _IN_FEATURES, words, len(_GROUPS), zeros=False,
-                        perm=False, device=name)
-
-
-def _specs(name: str) -> list[TensorSpec]:
-    """List what the check takes of a card, all of it as one segment."""
-    sizes, tokens, rows = sizes_for(name), _PAGES * PAGE_LEN, _PROMPT + 1
-    kinds = [CacheType.parse(cache_type) for cache_type in _CACHE_TYPES]
-    scratch = max(
-        sizes.linear(rows, _IN_FEATURES, _OUT_FEATURES),
-        *(sizes.attention(rows, 1, tokens, _SHAPE, kind) for kind in kinds),
-        *(sizes.write_cache(rows, _SHAPE, kind) for kind in kinds),
-    )
-    heads = (_SHAPE.num_heads, _SHAPE.head_dim)
-    kv_heads = (_SHAPE.num_kv_heads, _SHAPE.head_dim)
-    shapes: dict[str, tuple[str, tuple[int, ...]]] = {
-        **{role: (spec.dtype, spec.shape) for role, spec in _linear_specs(name).items()},
-        "x": ("float32", (rows, _IN_FEATURES)),
-        "norm": ("float32", (_IN_FEATURES,)),
-        "normed": ("float32", (rows, _IN_FEATURES)),
-        "product": ("float32", (rows, _OUT_FEATURES)),
-        "q": ("float32", (rows, *heads)),
-        "k": ("float32", (rows, *kv_heads)),
-        "v": ("float32", (rows, *kv_heads)),
-        "attended": ("float32", (rows, *heads)),
-        "integers": ("int32", (4 * rows,)),
-        "scratch": ("uint8", (scratch,)),
-        "staging": ("uint8", (1 << 16,)),
-    }
-    for cache_type, kind in zip(_CACHE_TYPES, kinds, strict=True):
-        shapes |= {f"{cache_type}.{role}": found for role, found in _cache_shapes(kind).items()}
-    return [
-        TensorSpec(role, "workspace", dtype, shape, name)
-        for role, (dtype, shape) in shapes.items()
-    ]
-
-
-def _cache_shapes(kind: CacheType) -> dict[str, tuple[str, tuple[int, ...]]]:
-    tokens, bits, head_dim = (_PAGES, _SHAPE.num_kv_heads, PAGE_LEN), kind.k_bits, _SHAPE.head_dim
-    if bits == 16:
-        return {f"{half}_codes": ("int16", (*tokens, head_dim)) for half in "kv"}
-    return {
-        f"{half}_{role}": found
-        for half in "kv"
-        for role, found in (
-            ("codes", ("uint8", (*tokens, cache_code_bytes(head_dim, bits)))),
-            ("scales", ("float16", (*tokens, num_groups(head_dim, bits)))),
-        )
-    }
 
 
 class _Check:
@@ -153,9 +106,11 @@ class _Check:
 
     def run(self) -> None:
         self._norm()
+        self._turns()
         self._products()
-        for cache_type in _CACHE_TYPES:
+        for cache_type in CACHE_TYPES:
             self._attention(cache_type)
+        self._top_logits()
 
     def _put(self, role: str, values: torch.Tensor, first: int = 0) -> torch.Tensor:
         """Bring values to a view's elements from `first` on; return these as the card's tensor."""
@@ -178,26 +133,56 @@ class _Check:
                            f"a relative error of {error:.2g}")
 
     def _norm(self) -> None:
-        x, weight = self._normal(3, _IN_FEATURES), self._normal(_IN_FEATURES)
+        x, weight = self._normal(3, IN_FEATURES), self._normal(IN_FEATURES)
         expected = torch.empty_like(x)
         self.reference.rms_norm(x, weight, 1e-5, expected)
         out = self.views["normed"][:3]
         self.ops.rms_norm(self._put("x", x), self._put("norm", weight), 1e-5, out)
         self._compare("a norm", self._get(out), expected, _NORM_BOUND)
 
+    def _turns(self) -> None:
+        """RoPE at a far position, and a gate."""
+        positions = torch.tensor([3, 100_003], dtype=torch.int32)
+        frequencies = (1e4 ** -(torch.arange(SHAPE.head_dim // 2) / (SHAPE.head_dim // 2))).float()
+        expected = torch.empty(2, 2, SHAPE.head_dim // 2)
+        self.reference.rope_table(positions, frequencies, 1.0, expected)
+        table = self.views["rope_table"][:2]
+        self.ops.rope_table(self._put("integers", positions), self._put("inv_freq", frequencies),
+                            1.0, table)
+        self._compare("RoPE's angles", self._get(table), expected, _NORM_BOUND)
+        heads = self._normal(2, SHAPE.num_heads, SHAPE.head_dim)
+        turned = self._put("q", heads)
+        self.ops.rope(turned, table)
+        self.reference.rope(heads, expected)
+        self._compare("RoPE", self._get(turned), heads, _NORM_BOUND)
+        gate, up = self._normal(2, 3, IN_FEATURES)
+        out, gated = self._put("x", gate), torch.empty_like(gate)
+        self.ops.gate(out, self._put("normed", up), "silu", out)
+        self.reference.gate(gate, up, "silu", gated)
+        self._compare("a gate", self._get(out), gated, _NORM_BOUND)
+
+    def _top_logits(self) -> None:
+        """The likeliest tokens of a row, in order."""
+        row, out = self._normal(1, VOCAB), self.views["top_logits"]
+        self.ops.top_logits(self._put("logits", row), VOCAB, out, self.views["scratch"])
+        words = self._get(out)[0].numpy()
+        ids = words[HEADER_WORDS : HEADER_WORDS + max(int(words[1]), 1)]
+        if not np.array_equal(ids, np.argsort(-row[0].numpy(), kind="stable")[: len(ids)]):
+            raise _refusal(self.name, "the likeliest tokens in order", "others")
+
     def _products(self) -> None:
         """A layer packed on the card, bit for bit, and products of one row and of a prompt."""
-        table = group_table(list(_GROUPS), zeros=False)
-        codes = np.concatenate([self.rng.integers(0, 1 << bits, (rows, _OUT_FEATURES), np.uint8)
-                                for bits, rows in _GROUPS])
-        scales = self.rng.uniform(0.001, 0.02, (len(_GROUPS), _OUT_FEATURES)).astype(np.float16)
+        table = group_table(list(GROUPS), zeros=False)
+        codes = np.concatenate([self.rng.integers(0, 1 << bits, (rows, OUT_FEATURES), np.uint8)
+                                for bits, rows in GROUPS])
+        scales = self.rng.uniform(0.001, 0.02, (len(GROUPS), OUT_FEATURES)).astype(np.float16)
         layer = self._pack(codes, scales, table)
         weight = np.concatenate([
             scales[index].astype(np.float64) * (codes[first : first + rows] - float(1 << bits - 1))
             for index, (bits, first, rows, _) in enumerate(table)
         ])
-        for rows, what in ((1, "a product of one row"), (_PROMPT, "a prompt's product")):
-            x, out = self._normal(rows, _IN_FEATURES), self.views["product"][:rows]
+        for rows, what in ((1, "a product of one row"), (PROMPT, "a prompt's product")):
+            x, out = self._normal(rows, IN_FEATURES), self.views["product"][:rows]
             self.ops.linear(self._put("x", x), layer, out, self.views["scratch"])
             expected = torch.from_numpy(x.numpy() @ weight)
             self._compare(what, self._get(out), expected, _PRODUCT_BOUND)
@@ -207,7 +192,7 @@ class _Check:
         windows = window_table(table, zeros=False)
         groups = self._put("groups", torch.tensor(table, dtype=torch.int32))
         layer = StreamLinear(
-            _IN_FEATURES, _OUT_FEATURES, self.views["codes"], groups,
+            IN_FEATURES, OUT_FEATURES, self.views["codes"], groups,
             self._put("windows", torch.tensor(windows, dtype=torch.int32)), windows,
         )
         expected = np.empty(tuple(layer.codes.shape), np.uint8)
@@ -228,9 +213,9 @@ class _Check:
         """A prompt behind a text and a token behind that: written, then attended."""
         kind = CacheType.parse(cache_type)
         layer, scratch = self._cache(cache_type, kind), self.views["scratch"]
-        for past, rows, what in ((_PAST, _PROMPT, "a prompt"), (_PAST + _PROMPT, 1, "a token")):
-            q = self._normal(rows, _SHAPE.num_heads, _SHAPE.head_dim)
-            k, v = self._normal(2, rows, _SHAPE.num_kv_heads, _SHAPE.head_dim)
+        for past, rows, what in ((PAST, PROMPT, "a prompt"), (PAST + PROMPT, 1, "a token")):
+            q = self._normal(rows, SHAPE.num_heads, SHAPE.head_dim)
+            k, v = self._normal(2, rows, SHAPE.num_kv_heads, SHAPE.head_dim)
             here, there = self._batches(past, rows)
             self.ops.write_cache(self._put("k", k), self._put("v", v), layer, there, scratch)
             written = self._read_back(layer)
@@ -238,15 +223,15 @@ class _Check:
                 self._compare(f"{half} of {what} in a {kind} cache", _stored(written, half, here),
                               x, _WRITE_BOUNDS[kind.k_bits])
             expected, out = torch.empty_like(q), self.views["attended"][:rows]
-            self.reference.attention(q.clone(), written, here, _SHAPE, expected, scratch)
-            self.ops.attention(self._put("q", q), layer, there, _SHAPE, out, scratch)
+            self.reference.attention(q.clone(), written, here, SHAPE, expected, scratch)
+            self.ops.attention(self._put("q", q), layer, there, SHAPE, out, scratch)
             self._compare(f"attention of {what} over a {kind} cache", self._get(out), expected,
                           _ATTENTION_BOUND)
 
     def _cache(self, cache_type: str, kind: CacheType) -> CacheLayer:
         """A cache on the card that holds a text."""
         tensors: dict[str, torch.Tensor] = {}
-        for role, (dtype, shape) in _cache_shapes(kind).items():
+        for role, (dtype, shape) in cache_shapes(kind).items():
             if dtype == "int16":
                 values = reference_fp16.encode(self._normal(*shape).flatten(0, 2)).view(shape)
             elif dtype == "float16":
@@ -271,7 +256,7 @@ class _Check:
             torch.arange(past, past + rows, dtype=torch.int32),
             torch.tensor([0, rows], dtype=torch.int32),
             torch.tensor([past], dtype=torch.int32),
-            torch.arange(_PAGES - 1, -1, -1, dtype=torch.int32)[None],
+            torch.arange(PAGES - 1, -1, -1, dtype=torch.int32)[None],
         ]
         placed, first = [], 0
         for part in values:
@@ -292,7 +277,7 @@ def _stored(layer: CacheLayer, half: str, batch: Batch) -> torch.Tensor:
     flat = codes.flatten(0, 1)
     if scales is None:
         return reference_fp16.decode(flat).view(codes.shape)
-    values = dequantize(flat, scales[place].flatten(0, 1), _SHAPE.head_dim, layer.cache_type.k_bits)
+    values = dequantize(flat, scales[place].flatten(0, 1), SHAPE.head_dim, layer.cache_type.k_bits)
     return rotate_back(values.double()).view(*codes.shape[:2], -1)
 
 
