@@ -276,6 +276,27 @@ def test_memory_of_a_model_with_key_biases_is_what_was_planned(tmp_path, monkeyp
     assert texts[DEVICE] == texts["cpu"]
 
 
+def test_each_of_two_cards_has_room_for_its_own_layers(tmp_path, monkeypatch):
+    pytest.importorskip("hf_models")
+    from emulated_cuda import EmulatedCards
+    from test_cuda_stages import gpu_split
+
+    import exl_loader
+
+    biased_qwen(tmp_path / "m", 80.0)
+    EmulatedCards(2).install(monkeypatch)
+    ids = list(range(9, 60))
+    options = dict(ctx_size=512, cache_type="q4", chunk_size=64)
+    with exl_loader.load(tmp_path / "m", device="cuda:0", **options) as model:
+        expected = model.prompt_logits(ids)
+    split = gpu_split(tmp_path / "m", 1, cache_type="q4", chunk_size=64)
+    planned = exl_loader.plan(tmp_path / "m", gpu_split=split, **options)
+    assert [device.end_layer for device in planned.devices] == [1, 3]
+    with exl_loader.load(tmp_path / "m", gpu_split=split, **options) as model:
+        assert model.allocated_bytes() == planned.total_bytes
+        assert torch.equal(model.prompt_logits(ids), expected)
+
+
 @pytest.mark.exhaustive
 @pytest.mark.skipif(not runtimes(), reason="needs gcc's sanitizers")
 def test_under_sanitizers():
