@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import os
+import signal
 import sys
 import threading
 import webbrowser
@@ -17,7 +18,10 @@ from typing import Any
 # Gradio reads it when it is imported.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
-import gradio as gr
+try:
+    import gradio as gr
+except KeyboardInterrupt:  # it takes seconds, in which somebody may change their mind
+    sys.exit(130)
 
 from exl_loader.commands.model_options import DEMO_MODEL
 
@@ -100,6 +104,13 @@ def launch(page: gr.Blocks, *, port: int | None = None, share: bool = False) -> 
     return shared or address
 
 
+def port_number(text: str) -> int:
+    """Read `--port`; argparse puts what is wrong into words of its own."""
+    if text.isascii() and text.isdecimal() and 0 < int(text) < 1 << 16:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"expected a number from 1 to 65535, found {text!r}")
+
+
 def has_browser() -> bool:
     """Whether opening a window on this machine makes sense: it has a display and a browser."""
     if sys.platform.startswith("linux") and not (
@@ -119,29 +130,39 @@ def main(arguments: list[str] | None = None) -> int:
                                      description="Load a model and chat with it in a page.")
     parser.add_argument("model", nargs="?", metavar="MODEL", default=str(DEMO_MODEL),
                         help="model folder; the small model that is shipped where none is given")
-    parser.add_argument("--port", type=int, help="port on 127.0.0.1; a free one from 7860 on")
+    parser.add_argument("--port", type=port_number, metavar="N",
+                        help="port on 127.0.0.1; a free one from 7860 on")
     parser.add_argument("--share", action="store_true",
                         help="make a public link through Gradio's servers")
     parser.add_argument("--no-browser", action="store_true", help="print the address alone")
     args = parser.parse_args(arguments)
     session = Session()
+    try:
+        return serve(session, args)
+    except KeyboardInterrupt:
+        # What ends the process is quick from here on, and a second Ctrl-C would only break it.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        print(file=sys.stderr)
+    if not session.loading:
+        session.unload()
+    return 0
+
+
+def serve(session: Session, args: argparse.Namespace) -> int:
+    """Load the model and serve the page for ever; returns an exit code where it cannot."""
     options = LoadOptions.from_values({"model_dir": args.model})
     session.start_load(options)
     try:
         address = launch(make_page(session, options), port=args.port, share=args.share)
     except OSError as error:
-        print(f"error: the page cannot be served: {error}", file=sys.stderr)
+        why = f"port {args.port} of {HOST} is taken; give another, or none for a free one"
+        print(f"error: the page cannot be served: {why if args.port else error}", file=sys.stderr)
         return 1
     print(f"{TITLE} is at {address}  (Ctrl-C ends it)", flush=True)
     if not args.no_browser and has_browser():
         webbrowser.open(address)
-    try:
+    while True:
         threading.Event().wait()
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-    finally:
-        session.unload()
-    return 0
 
 
 if __name__ == "__main__":

@@ -242,6 +242,15 @@ def test_taken_port_is_told_in_a_line(address):
     assert "the page cannot be served" in result.stderr and port in result.stderr
 
 
+@pytest.mark.parametrize("port", ["0", "65536", "-1", "²", "x"])
+def test_a_port_that_is_none_is_told_in_a_line(port, capsys):
+    from extension.standalone import main
+
+    with pytest.raises(SystemExit):
+        main([f"--port={port}"])
+    assert f"expected a number from 1 to 65535, found {port!r}" in capsys.readouterr().err
+
+
 def write_endless_model(folder):
     """Write a model that says `a` whatever it reads, with room for minutes of it.
 
