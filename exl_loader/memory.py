@@ -30,6 +30,9 @@ LIMIT_VARIABLE = "EXL_LOADER_MEMORY_LIMIT"
 # meanwhile is noticed before the system starts to kill, large enough to cost nothing.
 TOUCH_BYTES = 256 << 20
 
+# A text that is a smaller number, and no unit, counts GiB or MiB: more MiB no card has.
+LEAST_BARE_BYTES = 1 << 18
+
 _BYTES = re.compile(
     r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*(?:([KMGT])(iB|B)?|B)?\s*", re.IGNORECASE | re.ASCII
 )
@@ -44,23 +47,27 @@ _allocating = threading.Lock()
 
 
 def parse_bytes(value: int | str, setting: str) -> int:
-    """Read a byte count: an int, or text such as `24GiB`, `24G`, `1.5 GB` or `123456`.
+    """Read a byte count: an int, or text such as `24GiB`, `24G`, `1.5 GB` or `8589934592`.
 
-    KiB, MiB, GiB (and K, M, G) are powers of 1024; KB, MB, GB are powers of 1000.
+    KiB, MiB, GiB (and K, M, G) are powers of 1024; KB, MB, GB are powers of 1000. Text without
+    a unit that comes to less than any model takes is refused: `24` is meant to be GiB.
 
     Args:
         value: the count.
         setting: name of the setting, for the error.
 
     Raises:
-        InvalidSettings: it is no positive byte count.
+        InvalidSettings: it is no positive byte count, or lacks its unit.
     """
+    least = 1
     if isinstance(value, int) and not isinstance(value, bool):
         count = Fraction(value)
     else:
         match = _BYTES.fullmatch(value) if isinstance(value, str) else None
         count = _scaled(*match.groups(default="")) if match else Fraction(0)
-    if count < 1:
+        if match and match[0].rstrip()[-1].isdigit():
+            least = LEAST_BARE_BYTES
+    if count < least:
         raise InvalidSettings(
             setting, expected="a number of bytes such as 24GiB", actual=repr(value)
         )

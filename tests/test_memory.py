@@ -144,7 +144,7 @@ def test_unknown_device_names(name):
     [
         (1, 1),
         (123456, 123456),
-        ("123456", 123456),
+        ("1234567", 1234567),
         ("77B", 77),
         ("24GiB", 24 * GIB),
         (" 24 gib ", 24 * GIB),
@@ -161,7 +161,8 @@ def test_byte_counts(value, nbytes):
 
 
 @pytest.mark.parametrize(
-    "value", [0, -1, True, "", "GiB", "-1GiB", "1e9", "24Gb/s", "nan", 1.5, None, "0.0001K", "٣G"]
+    "value", [0, -1, True, "", "GiB", "-1GiB", "1e9", "24Gb/s", "nan", 1.5, None, "0.0001K", "٣G",
+              "24", "24576", " 0.5 "]
 )
 def test_what_is_no_byte_count(value):
     with pytest.raises(InvalidSettings, match="memory_limit"):
