@@ -81,7 +81,7 @@ struct PrefillStage {
         for (int i = 0; i < kPrefillTiles; i += kPrefillWarps) {
             const int tile = i + warp_id();
             const char* source = static_cast<const char*>(weight) +
-                                 (first_tile + tile) * in_features * kKBytes;
+                                 kKBytes * (first_tile + tile) * in_features;
             copy_stage<Type>(memory + tile * kTileBytes, source, stage * kStageK, in_features,
                              first_tile + tile < tiles);
         }
