@@ -133,7 +133,9 @@ def inject_errors(model: LoadedModel, rng: random.Random) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "longest"), [("tiny", 700), ("shipped", 300)])
+@pytest.mark.parametrize(("name", "longest"), [
+    ("tiny", 700), pytest.param("shipped", 300, marks=pytest.mark.exhaustive),
+])
 def test_thousands_of_requests_from_sixteen_threads(name, longest, tiny_model_dir):
     rng = random.Random(20)
     base = [rng.randint(3, 250) for _ in range(longest)]
