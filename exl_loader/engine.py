@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .errors import InsufficientMemory, InvalidSettings, ModelUnloaded
-from .generation import IdGeneration, TextGeneration
-from .generator import Generator
-from .logprobs import TokenLogprobs, token_logprobs
+from .generation.generation import IdGeneration, TextGeneration
+from .generation.generator import Generator
+from .generation.logprobs import TokenLogprobs, token_logprobs
+from .generation.prompts import Prompt
+from .generation.request import RequestReader
 from .memory import capacity, is_out_of_memory
 from .paging import PagedCache
 from .progress import Progress
-from .prompts import Prompt
-from .request import RequestReader
 from .settings import SamplingSettings
 
 if TYPE_CHECKING:
     from .config import ModelConfig
-    from .draft_model import DraftModel
-    from .forward_model import ForwardModel
+    from .generation.draft_model import DraftModel
+    from .generation.forward_model import ForwardModel
     from .memory import Buffers
     from .model import Model
     from .reservation import Reservation

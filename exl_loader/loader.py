@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from .cache import CacheType
 from .devices import device_kind
-from .draft_model import DEFAULT_DRAFT_MAX, MAX_DRAFT_MAX, DraftModel, check_vocabularies
 from .errors import DeviceError, InsufficientMemory
+from .generation.draft_model import DEFAULT_DRAFT_MAX, MAX_DRAFT_MAX, DraftModel, check_vocabularies
 from .memory import Buffers, allocate, is_out_of_memory, trim_heap
 from .paging import PagedCache
 from .progress import NullProgress, Progress, task

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from exl_loader.generation import Generation
+from exl_loader.generation.generation import Generation
 from exl_loader.settings import SamplingSettings
 
 from . import host

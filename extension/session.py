@@ -16,7 +16,7 @@ from .panel import LoadOptions, error_html, plan_html, reachable_length
 
 if TYPE_CHECKING:
     from exl_loader.engine import LoadedModel
-    from exl_loader.generation import TextGeneration
+    from exl_loader.generation.generation import TextGeneration
 
 WATCH_INTERVAL_S = 0.15
 

@@ -18,7 +18,7 @@ from .request import StopWatch, prompt_ids, settings, take_processors, without_p
 
 if TYPE_CHECKING:
     from exl_loader.engine import LoadedModel
-    from exl_loader.logprobs import TokenLogprobs
+    from exl_loader.generation.logprobs import TokenLogprobs
 
 
 class Exllamav3Model:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from exl_loader.grammar import Grammars
+from exl_loader.generation.grammar import Grammars
 from exl_loader.settings import SamplingSettings
 
 

@@ -11,7 +11,7 @@ from fake_model import fake_engine
 
 import exl_loader
 from exl_loader.errors import CacheFull
-from exl_loader.scheduler import MAX_AHEAD
+from exl_loader.generation.scheduler import MAX_AHEAD
 
 GREEDY = {"temperature": 0, "ban_eos_token": True}
 

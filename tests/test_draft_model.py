@@ -15,9 +15,9 @@ import exl_loader
 from exl_loader import cli, memory
 from exl_loader.cache import PAGE_LEN, CacheLayer, CacheType, pages_for
 from exl_loader.commands.model_options import DEMO_MODEL
-from exl_loader.draft_model import DraftModel
 from exl_loader.engine import LoadedModel
 from exl_loader.errors import InsufficientMemory, InvalidCheckpoint, InvalidSettings
+from exl_loader.generation.draft_model import DraftModel
 from exl_loader.paging import PagedCache
 
 CTX = 600

@@ -9,7 +9,7 @@ import pytest
 from grammar_cases import follows, matcher_of
 
 from exl_loader.errors import InvalidSettings
-from exl_loader.gbnf import GbnfError, gbnf_to_lark
+from exl_loader.generation.gbnf import GbnfError, gbnf_to_lark
 
 pytest.importorskip("llguidance")
 

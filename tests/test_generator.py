@@ -23,7 +23,7 @@ from exl_loader.errors import (
     ModelUnloaded,
     PromptTooLong,
 )
-from exl_loader.text_stream import StopStrings
+from exl_loader.generation.text_stream import StopStrings
 from exl_loader.tokenizer import Tokenizer
 
 GREEDY = {"temperature": 0, "max_new_tokens": 20}

@@ -129,7 +129,7 @@ def test_a_failure_in_one_guided_text_is_its_own(monkeypatch):
     def refuse(*_):
         raise MemoryError
 
-    monkeypatch.setattr("exl_loader.scheduler.guide", refuse)
+    monkeypatch.setattr("exl_loader.generation.scheduler.guide", refuse)
     assert list(plain) == list(range(52, 81))
     with pytest.raises(InsufficientMemory):
         list(guided)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import exl_loader
 from exl_loader.errors import InvalidSettings
-from exl_loader.logprobs import token_logprobs
+from exl_loader.generation.logprobs import token_logprobs
 
 
 @settings(max_examples=60, deadline=None)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import exl_loader
-from exl_loader.prompt_lookup import look_up
+from exl_loader.generation.prompt_lookup import look_up
 
 
 @settings(max_examples=300, deadline=None)

@@ -15,7 +15,7 @@ import pytest
 import exl_loader
 from exl_loader.engine import LoadedModel
 from exl_loader.errors import InvalidSettings, PromptTooLong
-from exl_loader.jobs import Job
+from exl_loader.generation.jobs import Job
 from exl_loader.paging import Sequence
 
 NUM_REQUESTS = 5000 if os.environ.get(exhaustive.ENV) else 1000

@@ -20,7 +20,7 @@ from .model_options import (
 
 if TYPE_CHECKING:
     from ..engine import LoadedModel
-    from ..generation import Generation
+    from ..generation.generation import Generation
 
 # The shipped model has read nothing but Python.
 DEMO_PROMPT = "import os\n\n\ndef read_lines(path):\n"

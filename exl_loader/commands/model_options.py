@@ -9,8 +9,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..draft_model import DEFAULT_DRAFT_MAX
 from ..errors import InvalidSettings
+from ..generation.draft_model import DEFAULT_DRAFT_MAX
 from ..progress import Progress
 from ..settings import SamplingSettings
 

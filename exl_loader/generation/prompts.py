@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from .errors import InvalidSettings, InvalidTokenizer, PromptTooLong
-from .setting_values import whole_numbers
+from ..errors import InvalidSettings, InvalidTokenizer, PromptTooLong
+from ..setting_values import whole_numbers
 
 if TYPE_CHECKING:
-    from .config import ModelConfig
-    from .tokenizer import Tokenizer
+    from ..config import ModelConfig
+    from ..tokenizer import Tokenizer
 
 Prompt = str | Iterable[int]
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from .errors import InvalidSettings
+from ..errors import InvalidSettings
+from ..progress import NullProgress, Progress
+from ..sampling import Sampler, TokenRoles
+from ..settings import SamplingSettings
 from .grammar import Grammars
 from .jobs import Job, NegativeText
-from .progress import NullProgress, Progress
 from .prompts import Prompt, PromptReader
-from .sampling import Sampler, TokenRoles
-from .settings import SamplingSettings
 from .text_stream import TextStream
 
 if TYPE_CHECKING:
-    from .config import ModelConfig
-    from .tokenizer import Tokenizer
+    from ..config import ModelConfig
+    from ..tokenizer import Tokenizer
 
 
 class RequestReader:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .tokenizer import StreamDecoder
+from ..tokenizer import StreamDecoder
 
 
 class StopStrings:

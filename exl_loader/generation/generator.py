@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
-from .errors import ModelUnloaded
+from ..errors import ModelUnloaded
+from ..memory import is_out_of_memory
+from ..paging import PagedCache
+from ..paging import Sequence as CacheSequence
+from ..tracebacks import drop_locals
 from .forward_model import ForwardModel
 from .jobs import Job
-from .memory import is_out_of_memory
-from .paging import PagedCache
-from .paging import Sequence as CacheSequence
 from .scheduler import Scheduler, no_memory_for_a_step
-from .tracebacks import drop_locals
 
 if TYPE_CHECKING:
     import torch

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from ..paging import Sequence as CacheSequence
+from ..progress import NullProgress, Progress
+from ..sampling import Sampler
+from ..settings import SamplingSettings
 from .logprobs import TokenLogprobs, token_logprobs
-from .paging import Sequence as CacheSequence
-from .progress import NullProgress, Progress
 from .prompt_lookup import look_up
-from .sampling import Sampler
-from .settings import SamplingSettings
 from .text_stream import TextStream
 
 # Why a generation ended.

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import InvalidSettings
+from ..errors import InvalidSettings
+from ..settings import SamplingSettings
 from .gbnf import GbnfError, gbnf_to_lark
-from .settings import SamplingSettings
 
 if TYPE_CHECKING:
-    from .tokenizer import Tokenizer
+    from ..tokenizer import Tokenizer
 
 # Between JSON's tokens, as llama.cpp has it. Without a bound, a model that is unsure can go on
 # with spaces until its tokens are spent.

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from .cache import PAGE_LEN, pages_for
-from .errors import CacheFull, InsufficientMemory
+from ..cache import PAGE_LEN, pages_for
+from ..errors import CacheFull, InsufficientMemory
+from ..memory import is_out_of_memory
+from ..paging import PagedCache
+from ..paging import Sequence as CacheSequence
+from ..sampling import guide
+from ..tracebacks import drop_locals
 from .forward_model import ForwardModel
 from .jobs import CANCELLED, FAILED, Job
-from .memory import is_out_of_memory
-from .paging import PagedCache
-from .paging import Sequence as CacheSequence
-from .sampling import guide
-from .tracebacks import drop_locals
 
 if TYPE_CHECKING:
     from .draft_model import DraftModel

@@ -10,15 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .cache import PAGE_LEN
-from .errors import CacheFull, InvalidSettings
+from ..cache import PAGE_LEN
+from ..errors import CacheFull, InvalidSettings
+from ..paging import PagedCache, Sequence
+from ..sampling import argmax
 from .jobs import Job
-from .paging import PagedCache, Sequence
-from .sampling import argmax
 
 if TYPE_CHECKING:
+    from ..tokenizer import Tokenizer
     from .forward_model import ForwardModel
-    from .tokenizer import Tokenizer
 
 DEFAULT_DRAFT_MAX = 4
 MAX_DRAFT_MAX = 31
