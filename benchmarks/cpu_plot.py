@@ -121,7 +121,7 @@ def write_picture(results: Results, path: Path) -> None:
     parts = curve_panel(results) + bar_panel(results)
     if not parts:
         return
-    note = "Two engines in turns on the same threads. Bars are logarithmic and begin at 1. docs/benchmarks.md"
+    note = "Two engines in turns on the same threads; bars are logarithmic and begin at 1."
     path.write_text(
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
         f'width="{WIDTH}" height="{HEIGHT}"><style>{STYLE}</style>'
