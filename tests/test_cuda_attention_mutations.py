@@ -49,9 +49,9 @@ ATTENTION = [
      "atomic_add(counter, 1) == arrivals - 2;"),
     ("decode_split.cuh", "warp_sync();  // what other lanes copied is there", ""),
     ("decode_products.cuh", "block_sync();  // fragments are read by all", ""),
-    ("attention_prefill.cu", "lane % 16 * kStride + lane / 16 * 8;\n    const uint16_t* key",
+    ("prefill_tile.cuh", "lane % 16 * kStride + lane / 16 * 8;\n    const uint16_t* key",
      "lane % 16 * kStride;\n    const uint16_t* key"),
-    ("attention_prefill.cu", "+ j % 2;\n                if (!sees",
+    ("prefill_tile.cuh", "+ j % 2;\n                if (!sees",
      "+ j / 2;\n                if (!sees"),
     ("attention_prefill.cu", "block_sync();  // packed values are there; keys are no longer read",
      "warp_sync();"),
@@ -79,7 +79,7 @@ ATTENTION = [
      "Softening(call.shape).factor;"),
     ("key_bias.cuh", "bias.inv_freq[sequence * bias.half +", "bias.inv_freq["),
     ("decode_products.cuh", "waves[i * 64 + 32];", "waves[i * 64];"),
-    ("attention_prefill.cu", "{key_factors[0], key_factors[8]};",
+    ("prefill_tile.cuh", "{key_factors[0], key_factors[8]};",
      "{key_factors[0], key_factors[0]};"),
 ]
 

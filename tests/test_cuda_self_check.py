@@ -30,7 +30,7 @@ MISTAKES = [
                         "const int row = 4 * half + g / 2"), "a prompt's product"),
     ("cache_write", ("cache_write.cu", "(lane_id() + field * bytes) & 31",
                      "(lane_id() + field * 8) & 31"), "k of a prompt in a q4 cache"),
-    ("attention_prefill", ("attention_prefill.cu", "+ j % 2;\n                if (!sees",
+    ("attention_prefill", ("prefill_tile.cuh", "+ j % 2;\n                if (!sees",
                            "+ j / 2;\n                if (!sees"), "attention of a prompt"),
     ("attention_decode", ("decode_gather.cuh", "theirs[n] = exp2_fast(other -",
                           "theirs[n] = exp2_fast(1.0f + other -"), "attention of a token"),
