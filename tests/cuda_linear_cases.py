@@ -6,10 +6,11 @@ import numpy as np
 import torch
 
 from exl_loader.formats import streams
+from exl_loader.formats.common import quantized_specs
+from exl_loader.formats.packed import QuantizedSizes
 from exl_loader.formats.packed_cuda import (
     StreamLinear,
     group_table,
-    stream_specs,
     window_table,
 )
 from exl_loader.kernels.cuda.ops_linear import LinearOps
@@ -73,8 +74,8 @@ def stream_linear(
         limits = np.array([1 << bits for bits, _ in groups])[:, None]
         points = (rng.uniform(size=scales.shape) * limits).astype(np.uint8)
     words = sum(-(-rows // 32) * bits for bits, rows in groups)
-    specs = stream_specs("w", out_features, in_features, words, len(groups), zeros=zeros,
-                         perm=perm, device="cuda:0")
+    sizes = QuantizedSizes(out_features, in_features, words, len(groups), zeros, perm)
+    specs = quantized_specs("w", sizes, "cuda:0")
     packed = torch.empty(specs["codes"].shape, dtype=torch.uint8)
     group_tensor = torch.tensor(table, dtype=torch.int32)
     streams.pack_streams(codes, scales, points, group_tensor.numpy(), packed.numpy())

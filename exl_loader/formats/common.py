@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from ..errors import InvalidCheckpoint, UnsupportedFormat
 from ..table import TensorSpec
-from .packed import TILE_COLUMNS
-from .packed_cuda import is_cuda, stream_specs
+from .packed import TILE_COLUMNS, QuantizedSizes
+from .packed_cuda import is_cuda, stream_shapes
 
 if TYPE_CHECKING:
     import torch
@@ -34,43 +34,29 @@ def weight_spec(
     return TensorSpec(f"{name}.{role}", "weights", dtype, shape, device)
 
 
-def quantized_specs(
-    name: str,
-    out_features: int,
-    in_features: int,
-    code_words: int,
-    num_groups: int,
-    *,
-    zeros: bool,
-    perm: bool,
-    device: str,
-) -> dict[str, TensorSpec]:
-    """Plan the tensors of a quantised layer but for its bias, as its device lays them out.
-
-    Args:
-        code_words: 32-bit words of codes a column, fill included.
-        num_groups: G. zeros: the layer has zero points. perm: it has a permutation.
-    """
-    if is_cuda(device):
-        return stream_specs(
-            name, out_features, in_features, code_words, num_groups,
-            zeros=zeros, perm=perm, device=device,
-        )  # fmt: skip
-    tiles = tiles_for(out_features)
-    of_groups = (tiles, num_groups, TILE_COLUMNS)
-    shapes: dict[str, tuple[str, tuple[int, ...]]] = {
-        "codes": ("uint8", (tiles, WORD_TILE_BYTES * code_words)),
-        "scales": ("float16", of_groups),
-    }
-    if zeros:
-        shapes["zeros"] = ("uint8", of_groups)
-    shapes["groups"] = ("int32", (num_groups, 4))
-    if perm:
-        shapes["perm"] = ("int32", (in_features,))
+def quantized_specs(name: str, sizes: QuantizedSizes, device: str) -> dict[str, TensorSpec]:
+    """Plan the tensors of a quantised layer but for its bias, as its device lays them out."""
+    shapes = stream_shapes(sizes) if is_cuda(device) else _tile_shapes(sizes)
+    if sizes.perm:
+        shapes["perm"] = ("int32", (sizes.in_features,))
     return {
         role: weight_spec(name, role, dtype, shape, device)
         for role, (dtype, shape) in shapes.items()
     }
+
+
+def _tile_shapes(sizes: QuantizedSizes) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return role -> (dtype, shape) of what is particular to the layout of `packed.py`."""
+    tiles = tiles_for(sizes.out_features)
+    of_groups = (tiles, sizes.num_groups, TILE_COLUMNS)
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {
+        "codes": ("uint8", (tiles, WORD_TILE_BYTES * sizes.code_words)),
+        "scales": ("float16", of_groups),
+    }
+    if sizes.zeros:
+        shapes["zeros"] = ("uint8", of_groups)
+    shapes["groups"] = ("int32", (sizes.num_groups, 4))
+    return shapes
 
 
 def expect(header: TensorHeader, dtypes: Iterable[str], shape: tuple[int | None, ...]) -> None:

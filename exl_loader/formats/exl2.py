@@ -30,7 +30,7 @@ from .common import (
     read_columns,
     require_finite,
 )
-from .packed import BIT_PLANES, BLOCK_ROWS, LinearPlan, PackedLinear
+from .packed import BIT_PLANES, BLOCK_ROWS, LinearPlan, PackedLinear, QuantizedSizes
 from .packed_cuda import StreamLinear
 
 if TYPE_CHECKING:
@@ -71,10 +71,10 @@ def plan_exl2(
     expect(invperm, ["int32", "int16", "uint16"], (in_features,))
     _check_sizes(name, in_features, columns, words, num_groups)
     code_words = words + (TAIL_WORDS if in_features % BLOCK_ROWS else 0)
-    specs = quantized_specs(
-        name, out_features, in_features, code_words, num_groups,
-        zeros=False, perm=True, device=device,
-    )  # fmt: skip
+    sizes = QuantizedSizes(
+        out_features, in_features, code_words, num_groups, zeros=False, perm=True
+    )
+    specs = quantized_specs(name, sizes, device)
     specs |= plan_bias(checkpoint, name, source, out_features, rows, bias, device)
     return LinearPlan(name, "exl2", in_features, out_features, specs, source, rows)
 

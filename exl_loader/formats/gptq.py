@@ -33,7 +33,7 @@ from .common import (
     read_columns,
     require_finite,
 )
-from .packed import BLOCK_ROWS, LinearPlan, PackedLinear
+from .packed import BLOCK_ROWS, LinearPlan, PackedLinear, QuantizedSizes
 from .packed_cuda import StreamLinear, blocks_for
 
 if TYPE_CHECKING:
@@ -75,10 +75,11 @@ def plan_gptq(
     act_order = f"{source}.g_idx" in checkpoint.headers
     if act_order:
         expect(checkpoint.header(f"{source}.g_idx"), ["int32", "int64"], (in_features,))
-    specs = quantized_specs(
-        name, out_features, in_features, blocks_for(in_features) * bits, num_groups,
-        zeros=True, perm=act_order, device=device,
+    sizes = QuantizedSizes(
+        out_features, in_features, blocks_for(in_features) * bits, num_groups,
+        zeros=True, perm=act_order,
     )  # fmt: skip
+    specs = quantized_specs(name, sizes, device)
     specs |= plan_bias(checkpoint, name, source, out_features, rows, bias, device)
     version = checkpoint.quantization.get("checkpoint_format")
     options = {

@@ -52,6 +52,25 @@ BIT_PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
 
 
 @dataclass(frozen=True)
+class QuantizedSizes:
+    """What says how large the tensors of a quantised layer are, whatever its layout.
+
+    Args:
+        code_words: 32-bit words of codes a column, fill included.
+        num_groups: G.
+        zeros: the layer has zero points.
+        perm: it has a permutation.
+    """
+
+    out_features: int
+    in_features: int
+    code_words: int
+    num_groups: int
+    zeros: bool
+    perm: bool
+
+
+@dataclass(frozen=True)
 class LinearPlan:
     """A linear layer before anything is read.
 

@@ -49,8 +49,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..table import TensorSpec
-from .packed import BLOCK_ROWS
+from .packed import BLOCK_ROWS, QuantizedSizes
 
 if TYPE_CHECKING:
     import torch
@@ -103,34 +102,14 @@ def splits_for(in_features: int, out_features: int) -> int:
     return splits
 
 
-def stream_specs(
-    name: str,
-    out_features: int,
-    in_features: int,
-    code_words: int,
-    num_groups: int,
-    *,
-    zeros: bool,
-    perm: bool,
-    device: str,
-) -> dict[str, TensorSpec]:
-    """Plan the tensors of a quantised layer but for its bias.
-
-    Args:
-        code_words: 32-bit words of codes a column, fill included.
-        num_groups: G. zeros: the layer has zero points. perm: it has a permutation.
-    """
-    tile_bytes = code_words * 4 * TILE_COLUMNS + num_groups * header_bytes(zeros)
-    shapes: dict[str, tuple[str, tuple[int, ...]]] = {
-        "codes": ("uint8", (tiles_for(out_features), tile_bytes)),
-        "groups": ("int32", (num_groups, 4)),
-        "windows": ("int32", (windows_for(in_features) + 1, 4)),
-    }
-    if perm:
-        shapes["perm"] = ("int32", (in_features,))
+def stream_shapes(sizes: QuantizedSizes) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return role -> (dtype, shape) of what is particular to this layout."""
+    codes = sizes.code_words * 4 * TILE_COLUMNS
+    tile_bytes = codes + sizes.num_groups * header_bytes(sizes.zeros)
     return {
-        role: TensorSpec(f"{name}.{role}", "weights", dtype, shape, device)
-        for role, (dtype, shape) in shapes.items()
+        "codes": ("uint8", (tiles_for(sizes.out_features), tile_bytes)),
+        "groups": ("int32", (sizes.num_groups, 4)),
+        "windows": ("int32", (windows_for(sizes.in_features) + 1, 4)),
     }
 
 

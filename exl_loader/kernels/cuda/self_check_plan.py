@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ...cache import PAGE_LEN, CacheType, code_bytes, num_groups
-from ...formats.packed_cuda import stream_specs
+from ...formats.common import quantized_specs
+from ...formats.packed import QuantizedSizes
 from ...table import TensorSpec
 from ..interface import AttentionShape
 from ..scratch import sizes_for
@@ -25,8 +26,10 @@ VOCAB = 5000
 
 def _linear_specs(name: str) -> dict[str, TensorSpec]:
     words = sum(rows // 32 * bits for bits, rows in GROUPS)
-    return stream_specs("linear", OUT_FEATURES, IN_FEATURES, words, len(GROUPS), zeros=False,
-                        perm=False, device=name)
+    sizes = QuantizedSizes(
+        OUT_FEATURES, IN_FEATURES, words, len(GROUPS), zeros=False, perm=False
+    )
+    return quantized_specs("linear", sizes, name)
 
 
 def check_specs(name: str) -> list[TensorSpec]:
