@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -27,8 +27,10 @@ _LOADING_BUTTONS = ("load_model", "unload_model")
 # How often the page hears of a load that goes on.
 _TICK_S = 0.2
 
-_INPUTS = ("loader", "model_menu", "ctx_size", "cache_type", "gpu_split", *DRAFT_OPTIONS,
-           *OPTION_DEFAULTS)
+# What the gauge draws: these are in every page, the others where the web UI has them; it
+# dropped one in v4.8.
+_NEEDED_INPUTS = ("loader", "model_menu", "ctx_size", "cache_type", *OPTION_DEFAULTS)
+_MORE_INPUTS = ("gpu_split", *DRAFT_OPTIONS)
 
 
 def extend_menu(patches: Patches, menu: ModuleType) -> None:
@@ -36,8 +38,16 @@ def extend_menu(patches: Patches, menu: ModuleType) -> None:
 
     Args:
         menu: `modules.ui_model_menu`, before it makes its components.
+
+    Raises:
+        AttributeError: it has other functions; what could be extended is, and the page comes up.
     """
-    create_ui, create_events = menu.create_ui, menu.create_event_handlers
+    try:
+        create_ui, create_events = menu.create_ui, menu.create_event_handlers
+    except AttributeError:
+        # The page would look for the components of our options, and not start.
+        tables.remove_options()
+        raise
 
     def create_ui_with_panel() -> None:
         create_ui()
@@ -63,7 +73,9 @@ def _safely(step: Callable[[], None]) -> None:
         step()
     except Exception as error:
         tables.remove_options()
-        host.say(f"the Model tab stays without the options of ExLlamav2: {error}", level="error")
+        kind = "" if isinstance(error, HostDiffers) else f"{type(error).__name__}: "
+        host.say(f"the Model tab stays without the options of ExLlamav2: {kind}{error}",
+                 level="error")
 
 
 def _insert_components() -> None:
@@ -103,7 +115,8 @@ def _connect(loading_chains: list[EventChain]) -> None:
     import gradio as gr
 
     components = host.module("modules.shared").gradio
-    inputs = [components[name] for name in _INPUTS]
+    names = [*_NEEDED_INPUTS, *(name for name in _MORE_INPUTS if name in components)]
+    inputs = [components[name] for name in names]
     gauge, cache_type = components[GAUGE], components["cache_type"]
     toggles = [components["cache_8bit"], components["cache_4bit"]]
     quiet: dict[str, Any] = {"show_progress": False, "queue": False}
@@ -121,17 +134,20 @@ def _connect(loading_chains: list[EventChain]) -> None:
         # two quick clicks would then answer each other for ever.
         components[name].select(
             follow_toggle, [components[name], cache_type], [*toggles, cache_type], **quiet)
+    def redraw(*values: Any) -> str:
+        return draw(dict(zip(names, values, strict=True)))
+
     # One event for all: answers of several could overtake each other, and the last drawing
     # would not be that of the last change.
     triggers = [component.change for component in inputs]
     # What the page does not hear of, such as a load over the API, is there when one looks.
     triggers.append(_tab_of(cache_type).select)
-    gr.on(triggers, draw, inputs, [gauge], trigger_mode="always_last", **quiet)
-    components["interface"].load(draw, inputs, [gauge], **quiet)
+    gr.on(triggers, redraw, inputs, [gauge], trigger_mode="always_last", **quiet)
+    components["interface"].load(redraw, inputs, [gauge], **quiet)
     # What the web UI says about a load changes as well, but Gradio tells so of a text whenever
     # anything in the page does, the gauge included, and that would never end.
     for chain in loading_chains:
-        chain.then(draw, inputs, [gauge], **quiet)
+        chain.then(redraw, inputs, [gauge], **quiet)
     pick = components[PICK]
     pick.input(_follow_pick, [pick, components["ctx_size"], cache_type],
                [components["ctx_size"], cache_type], **quiet)
@@ -155,12 +171,19 @@ def _follow_pick(text: str | None, ctx_size: Any, cache_type: Any) -> list[Any]:
     return [ctx_size, cache_type] if chosen is None else [chosen.ctx_size, chosen.cache_type]
 
 
-def draw(*values: Any) -> str:
-    """Draw the gauge for what the page shows, as the values of `_INPUTS` say."""
-    return _HIDE_PICK + _gauge(dict(zip(_INPUTS, values, strict=True)))
+def draw(shown: Mapping[str, Any]) -> str:
+    """Draw the gauge for what the page shows.
+
+    Args:
+        shown: the values of its fields by their ids; an option without a field has the value
+            that a load would take, that of the command line.
+    """
+    args = host.module("modules.shared").args
+    unseen = {name: getattr(args, name, None) for name in _MORE_INPUTS}
+    return _HIDE_PICK + _gauge(unseen | dict(shown))
 
 
-def _gauge(shown: dict[str, Any]) -> str:
+def _gauge(shown: Mapping[str, Any]) -> str:
     if shown["loader"] not in LOADERS:
         return ""
     model_name = shown["model_menu"]

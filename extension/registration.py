@@ -117,6 +117,7 @@ def _watch_later_modules() -> None:
         "modules.LoRA": _explain_lora,
         "modules.ui_model_menu": lambda module: host_panel.extend_menu(_patches, module),
         "modules.logits": _extend_logits,
+        "modules.chat": _extend_chat,
         "modules.transformers_loader": _keep_logprobs,
         "modules.api.completions": _open_native_gate,
         "extensions.openai.completions": _open_native_gate,
@@ -162,6 +163,21 @@ def _extend_logits(module: ModuleType) -> None:
             return original(*args, **kwargs)
 
         _patches.replace(original, get_next_logits)
+
+
+def _extend_chat(module: ModuleType) -> None:
+    """Let the page count the tokens of its own answer while it is written (v4.8 and later)."""
+    original = getattr(module, "update_token_display_from_state", None)
+    if original is None:
+        return
+
+    def update_token_display_from_state(*args: Any, **kwargs: Any) -> Any:
+        model = host.module("modules.shared").model
+        if hasattr(model, "read_as_page"):
+            model.read_as_page()
+        return original(*args, **kwargs)
+
+    _patches.replace(original, update_token_display_from_state)
 
 
 def _reloads_by_itself() -> bool:

@@ -11,8 +11,9 @@ from .request import SAMPLERS
 # Options of the web UI's own that both loaders have.
 _SHARED_OPTIONS = ("ctx_size", "cache_type", "gpu_split")
 
-# What the draft options lie in, in the page.
-_DRAFT_ACCORDION = "speculative_decoding_accordion"
+# What the draft options lie in and beside, in the page; the last two since v4.8.
+_DRAFT_SURROUNDINGS = ("speculative_decoding_accordion", "draft_model_header",
+                       "model_draft_refresh")
 
 # Sampler ids of the page that this engine has besides those that are settings by their name.
 _MORE_SAMPLERS = frozenset({"auto_max_new_tokens", "add_bos_token", "grammar_file_row"})
@@ -59,7 +60,7 @@ def remove_options() -> None:
 def _native_options(tables: Any) -> list[str]:
     """The native loader's ids: of the draft options those that the page has."""
     known = set().union(*tables.loaders_and_params.values())
-    draft = [name for name in (*DRAFT_OPTIONS, _DRAFT_ACCORDION) if name in known]
+    draft = [name for name in (*DRAFT_OPTIONS, *_DRAFT_SURROUNDINGS) if name in known]
     return [*_SHARED_OPTIONS, *OPTION_DEFAULTS, *PANEL_IDS, *draft]
 
 

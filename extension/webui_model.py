@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,15 @@ if TYPE_CHECKING:
     from exl_loader.generation.logprobs import TokenLogprobs
 
 
+@dataclass
+class _Figures:
+    """What the web UI reads of a request beside its text."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    probabilities: list[dict[str, Any]] = field(default_factory=list)
+
+
 class Exllamav3Model:
     """A loaded model, which is its own tokenizer.
 
@@ -35,9 +45,10 @@ class Exllamav3Model:
     def __init__(self, loaded: LoadedModel) -> None:
         self.loaded = loaded
         self.config = loaded.config
-        # Per thread: the web UI reads a request's figures in the thread that it waits in,
-        # and many requests may be on their way.
+        # Per thread: the API reads a request's figures in the thread that it waits in, and many
+        # requests may be on their way. The page reads those of its last one in any thread.
         self._of_thread = threading.local()
+        self._of_page = _Figures()
 
     @property
     def device(self) -> torch.device:
@@ -55,16 +66,29 @@ class Exllamav3Model:
     @property
     def last_prompt_token_count(self) -> int:
         """Tokens of the prompt of this thread's last request."""
-        return getattr(self._of_thread, "prompt_tokens", 0)
+        return self._figures().prompt_tokens
+
+    @property
+    def last_completion_token_count(self) -> int:
+        """Tokens so far of the answer to this thread's last request (v4.8 and later)."""
+        return self._figures().completion_tokens
 
     @property
     def last_completion_probabilities(self) -> list[dict[str, Any]]:
         """Log probabilities of this thread's last request, an entry a token."""
-        return getattr(self._of_thread, "probabilities", [])
+        return self._figures().probabilities
 
     @last_completion_probabilities.setter
     def last_completion_probabilities(self, entries: list[dict[str, Any]]) -> None:
-        self._of_thread.probabilities = entries
+        # The API empties the list before it asks.
+        self._of_thread.figures = _Figures(probabilities=entries)
+
+    def _figures(self) -> _Figures:
+        return getattr(self._of_thread, "figures", None) or _Figures()
+
+    def read_as_page(self) -> None:
+        """Have this thread read the figures of the page's last request from here on."""
+        self._of_thread.figures = self._of_page
 
     def encode(self, text: str, **_: Any) -> torch.Tensor:
         """Turn text into ids, int64 [1, n], with a BOS token where the folder wants one."""
@@ -108,9 +132,10 @@ class Exllamav3Model:
     def _stream(self, prompt: str, state: Mapping[str, Any]) -> Iterator[str]:
         tokenizer = self.loaded.tokenizer
         ids = prompt_ids(tokenizer, prompt, state, self.loaded.ctx_size)
-        self._of_thread.prompt_tokens = len(ids)
-        entries: list[dict[str, Any]] = []
-        self.last_completion_probabilities = entries
+        figures = self._of_thread.figures = _Figures(len(ids))
+        # Requests of the API have an event of their own to stop them by.
+        if state.get("stop_event") is None:
+            self._of_page = figures
         chosen = settings(state, len(ids), self.loaded.ctx_size)
         processors = take_processors(state, chosen)
         watch = StopWatch(state)
@@ -124,8 +149,9 @@ class Exllamav3Model:
             for token_id in generation:
                 piece = words.push(token_id)
                 # A streamed answer may go on in another thread than it began in.
-                self._of_thread.prompt_tokens = len(ids)
-                self._note_logprobs(generation, entries, processors)
+                self._of_thread.figures = figures
+                figures.completion_tokens += 1
+                self._note_logprobs(generation, figures.probabilities, processors)
                 if piece:
                     text += piece
                     yield text
@@ -168,7 +194,6 @@ class Exllamav3Model:
         """Leave the log probabilities so far where the API looks for them."""
         new = [self._entry(one) for one in generation.logprobs[len(entries):]]
         entries += new
-        self._of_thread.probabilities = entries
         for processor in processors if new else ():
             rows = [{t["token"]: t["logprob"] for t in e["top_logprobs"]} for e in new]
             processor.token_alternatives = rows[-1]

@@ -229,6 +229,34 @@ def test_a_later_module_that_moved_is_reported_and_left(host, capsys):
     assert "modules.ui_model_menu" in capsys.readouterr().err
 
 
+def test_a_page_that_moved_comes_up_without_our_options(host, capsys):
+    """The page looks for a component of every option that the tables have."""
+    web = host(ui_model_menu=("def create_event_handlers", "def connect"))
+    assert registration.register()
+    importlib.import_module("modules.ui_model_menu")
+    assert "cache_4bit" not in web.loaders.loaders_and_params["ExLlamav2"]
+    assert "cache_4bit" not in web.loaders.list_model_elements()
+    assert "create_event_handlers" in capsys.readouterr().err
+
+
+def test_the_page_counts_its_own_answer(host):
+    web = host()
+    chat = importlib.import_module("modules.chat")
+    registration.register()
+    web.shared.model = model = SimpleNamespace(last_prompt_token_count=7)
+    assert chat.update_token_display_from_state({"truncation_length": 9}) == "7 of 9"
+    model.read_as_page = lambda: setattr(model, "last_prompt_token_count", 8)
+    assert chat.update_token_display_from_state({"truncation_length": 9}) == "8 of 9"
+
+
+def test_a_page_that_counts_nothing_is_left_alone(host, capsys):
+    """Up to v4.7."""
+    host(chat=("update_token_display_from_state", "count_prompt_tokens"))
+    registration.register()
+    importlib.import_module("modules.chat")
+    assert "modules.chat" not in capsys.readouterr().err
+
+
 def test_loras_are_refused_by_name(host, model):
     web = host()
     lora = importlib.import_module("modules.LoRA")

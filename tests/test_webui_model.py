@@ -165,6 +165,32 @@ def test_requests_at_once_give_what_each_gives_alone(model):
     assert [found[i] for i in range(4)] == [(text, 8) for text in alone]
 
 
+def test_a_thread_counts_its_own_request_and_the_page_the_page_s(model, loaded):
+    """The web UI shows the page's counts from a thread that may have served the API before."""
+    api = STATE | {"stop_event": threading.Event(), "max_new_tokens": 3}
+    prompt_len = len(loaded.encode(PROMPT))
+    counts = []
+
+    def read():
+        counts.append((model.last_prompt_token_count, model.last_completion_token_count))
+
+    answer = model.generate_with_streaming(PROMPT + PROMPT, STATE)
+    next(answer)
+    model.generate(PROMPT, api)
+    read()
+    model.read_as_page()
+    read()
+    assert counts[0] == (prompt_len, 3)
+    assert counts[1][0] > prompt_len and 1 <= counts[1][1] < 8
+    list(answer)
+    read()
+    assert counts[2] == (counts[1][0], 8)
+    thread = threading.Thread(target=read)
+    thread.start()
+    thread.join()
+    assert counts[3] == (0, 0), "it asked for nothing"
+
+
 def test_log_probabilities_and_logits_agree(model, loaded):
     model.generate(PROMPT, STATE | {"logprobs": 3})
     entries = model.last_completion_probabilities

@@ -48,7 +48,7 @@ def shown(page, **changes):
               "gpu_split": "", "model_draft": "None", "ctx_size_draft": 0, "draft_max": 4,
               "cache_8bit": False, "cache_4bit": False, "alpha_value": 1,
               "compress_pos_emb": 1} | changes
-    return host_panel.draw(*(values[name] for name in host_panel._INPUTS))
+    return host_panel.draw(values)
 
 
 def test_the_load_button_shows_progress_and_the_gauge_what_was_measured(page):
@@ -183,3 +183,64 @@ def test_a_failed_generation_is_told_in_the_model_tab_until_the_next_load(page):
     assert "Generation failed" in shown(page) and "grammar_string" in shown(page)
     list(page.menu.load_model_wrapper("tiny", "ExLlamav2", autoload=True))
     assert "Generation failed" not in shown(page)
+
+
+FIELDS = ("loader", "model_menu", "ctx_size", "cache_type", "gpu_split", "model_draft",
+          "ctx_size_draft", "draft_max")
+
+
+@pytest.fixture
+def wired(page, monkeypatch):
+    """Make the double's Model tab with Gradio; returns what it did with a change of a field."""
+    import gradio as gr
+
+    def make(*absent):
+        components = {}
+        monkeypatch.setattr(page.shared, "gradio", components)
+        with gr.Blocks() as components["interface"], gr.Tab("Model"), gr.Column():
+            for name in FIELDS:
+                if name not in absent:
+                    components[name] = gr.Textbox(label=name)
+            for name in ("load_model", "unload_model"):
+                components[name] = gr.Button(name)
+            page.menu.create_ui()
+            page.menu.create_event_handlers()
+        return components
+
+    return make
+
+
+def follow(components, **changes):
+    """The gauge that the page draws when one looks at it."""
+    values = {"loader": "ExLlamav2", "model_menu": "tiny", "ctx_size": 512, "cache_type": "q4",
+              "model_draft": "tiny"} | changes
+    names = {component: name for name, component in components.items()}
+    (drawing,) = [event for event in components["interface"].fns.values()
+                  if (components["interface"]._id, "load") in event.targets]
+    assert drawing.outputs == [components["exl_gauge"]]
+    return drawing.fn(*(values.get(names[component]) for component in drawing.inputs))
+
+
+@pytest.mark.parametrize("absent", [(), ("ctx_size_draft",), FIELDS[4:]],
+                         ids=["v4.0", "v4.8", "none-that-can-miss"])
+def test_the_gauge_does_with_the_fields_that_the_page_has(wired, page, monkeypatch, absent):
+    page.shared.args.model_draft, page.shared.args.ctx_size_draft = "tiny", 1024
+    components = wired(*absent)
+    column = components["cache_type"].parent
+    place = column.children.index(components["cache_type"])
+    assert column.children[place + 1] is components["cache_8bit"]
+    monkeypatch.setattr(host_panel.panel, "plan_html", lambda options: repr(options))
+    drawn = follow(components, ctx_size_draft=256, draft_max=2)
+    assert "ctx_size=512, cache_type='q4'" in drawn
+    # A field that the page lacks is what the command line said.
+    assert f"ctx_size_draft={1024 if absent else 256}" in drawn
+
+
+def test_a_page_without_the_needed_fields_comes_up_without_our_options(wired, page, capsys):
+    components = wired("cache_type")
+    assert "exl_gauge" not in components
+    tables = sys.modules["modules.loaders"]
+    assert "cache_4bit" not in tables.loaders_and_params["ExLlamav2"]
+    assert "cache_4bit" not in tables.list_model_elements()
+    assert "stays without the options of ExLlamav2: KeyError: 'cache_type'" in (
+        capsys.readouterr().err)

@@ -152,6 +152,12 @@ def resolve_model_path(name):
     return Path(name) if Path(name).exists() else Path(shared.args.model_dir) / name
 '''
 
+CHAT = '''
+from modules import shared
+def update_token_display_from_state(state):
+    return f"{shared.model.last_prompt_token_count} of {state['truncation_length']}"
+'''
+
 LORA = '''
 import modules.shared as shared
 def add_lora_to_model(lora_names):
@@ -210,6 +216,7 @@ FILES = {
     "modules/text_generation.py": TEXT_GENERATION,
     "modules/prompts.py": PROMPTS,
     "modules/utils.py": UTILS,
+    "modules/chat.py": CHAT,
     "modules/LoRA.py": LORA,
     "modules/api/completions.py": COMPLETIONS,
     "modules/ui_model_menu.py": MENU,
