@@ -157,6 +157,35 @@ def no_other_model(monkeypatch):
     monkeypatch.setattr(memory, "_live", weakref.WeakKeyDictionary())
 
 
+@pytest.fixture
+def kernel_cache(tmp_path, monkeypatch) -> Path:
+    """Where this process and its children keep built kernels; not there yet."""
+    monkeypatch.setenv("EXL_LOADER_CACHE_DIR", str(tmp_path / "a cache"))
+    for name in ("CXX", "EXL_LOADER_MARCH", "EXL_LOADER_REFERENCE"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / "a cache" / "kernels"
+
+
+@pytest.fixture
+def kernel_sources(tmp_path) -> Path:
+    """Small sources of a library, in a folder whose name needs quoting."""
+    from builds import write_sources
+
+    return write_sources(tmp_path / "the $sources: (here)")
+
+
+@pytest.fixture
+def counting_compiler(tmp_path, monkeypatch) -> Path:
+    """A compiler that writes down what it compiles, slowly enough to be interrupted."""
+    from builds import write_compiler
+
+    log = tmp_path / "compiled.log"
+    log.touch()
+    script = write_compiler(tmp_path / "counting g++", f'echo "$*" >> "{log}"; sleep 0.5')
+    monkeypatch.setenv("CXX", str(script))
+    return log
+
+
 @pytest.fixture(params=["nvrtc", "nvcc"])
 def compiler(request):
     """Each CUDA compiler of the machine."""

@@ -2,7 +2,8 @@
 
 Look for a finished build; take the lock; look again; compile with ninja in a private
 directory; seal it and let it appear by one rename (`store.py`). A killed build, a damaged
-binary or a lock whose holder died therefore heal themselves on the next call. No PyTorch.
+binary or a lock whose holder died therefore heal themselves on the next call. Compilers end
+with the process that wanted them, whatever ends it (`supervise.py`). No PyTorch.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from ..errors import KernelBuildError
 from ..progress import NullProgress, Progress
+from . import supervise
 from .lock import build_lock
 from .spec import BuildSpec
 from .store import Entry, find_entry, publish, seal, verify, writable_dir
@@ -87,7 +89,7 @@ def build_entry(
 
 def _build_in(partial: Path, target: Path, spec: BuildSpec, progress: Progress) -> Entry:
     """Compile in `partial`, which is emptied before and gone afterwards."""
-    shutil.rmtree(partial, ignore_errors=True)
+    _clear(partial)
     work = partial / "work"
     work.mkdir(parents=True, mode=0o700)
     try:
@@ -107,29 +109,27 @@ def _build_in(partial: Path, target: Path, spec: BuildSpec, progress: Progress) 
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _clear(partial: Path) -> None:
+    """Remove what a killed build left; compilers that still write there write to nothing."""
+    left = partial.with_name(f"{partial.name}-left-{os.getpid()}")
+    try:
+        partial.rename(left)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(left, ignore_errors=True)
+
+
 def _run_ninja(work: Path, spec: BuildSpec, progress: Progress) -> None:
-    """Run ninja to its end, counting units; its children end with it whatever happens."""
+    """Run ninja to its end, counting units; it ends, with its compilers, when this does."""
     environ = {**os.environ, "NINJA_STATUS": "[%f/%t] ", "LC_ALL": "C"}
     try:
-        process = subprocess.Popen(
-            _ninja_command(work, spec),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            text=True,
-            errors="replace",
-            env=environ,
-        )
+        process = supervise.start(_ninja_command(work, spec), environ)
     except OSError as error:
-        raise KernelBuildError(
-            "ninja",
-            actual=error.strerror or str(error),
-            remedy="pip install --force-reinstall ninja",
-        ) from error
+        raise _ninja_error(error.strerror or str(error)) from error
     words: list[str] = []
     done = 0
+    assert process.stdin is not None and process.stdout is not None
     try:
-        assert process.stdout is not None
         for line in process.stdout:
             status = _STATUS.match(line)
             if status is None:
@@ -137,14 +137,21 @@ def _run_ninja(work: Path, spec: BuildSpec, progress: Progress) -> None:
             else:
                 progress.advance(TASK, int(status[1]) - done)
                 done = int(status[1])
+    finally:
+        # What still runs has nobody to write to any more, and is told to end.
+        process.stdout.close()
+        process.stdin.close()
         code = process.wait()
-    except BaseException:
-        # ninja takes its compilers down with it.
-        process.terminate()
-        process.wait()
-        raise
+    if code == supervise.START_FAILED:
+        raise _ninja_error("".join(words).strip())
     if code != 0:
         raise _compile_error(spec, "".join(words))
+
+
+def _ninja_error(reason: str) -> KernelBuildError:
+    return KernelBuildError(
+        "ninja", actual=reason, remedy="pip install --force-reinstall ninja"
+    )
 
 
 def _ninja_command(work: Path, spec: BuildSpec) -> list[str] | str:

@@ -1,0 +1,96 @@
+"""Run a command that must not outlive whoever started it; standard library alone.
+
+    python -I -S supervise.py COMMAND...
+
+stdin is a pipe to which nothing is written. Its other end closes when the starter closes it,
+and when the starter dies, of whatever: a signal that ends a host without a word, or the
+system's killer where memory is full, leaves no chance to run anything of ours in it. Then the
+command is ended, with all that it started.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+
+# The exit code where the command cannot be started, as of env(1) and timeout(1).
+START_FAILED = 125
+# ninja waits for its compilers, which end as soon as they are told.
+GRACE_S = 10.0
+
+
+def start(command: list[str] | str, environ: Mapping[str, str]) -> subprocess.Popen[str]:
+    """Start a command that ends when this process does, or when the result's stdin is closed.
+
+    A terminal's Ctrl-C, and its end, do not reach the command: they reach this process, which
+    says what becomes of it.
+
+    Args:
+        command: a program and its arguments; or, on Windows alone, a whole command line.
+        environ: of the command.
+
+    Returns:
+        The supervisor, whose exit code is the command's (`START_FAILED` where it cannot be
+        started) and whose stdout is the command's stdout and stderr.
+
+    Raises:
+        OSError: the supervisor cannot be started.
+    """
+    words = [command] if isinstance(command, str) else command
+    return subprocess.Popen(
+        # -I -S: neither environment variables nor site-packages may change what it does.
+        [sys.executable, "-I", "-S", os.path.abspath(__file__), *words],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=environ,
+        start_new_session=True,
+        creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+    )
+
+
+def run(words: list[str]) -> int:
+    """Run a command until it ends, or until stdin does.
+
+    Args:
+        words: as `start` passes them on.
+
+    Returns:
+        The command's exit code; 128 + n where signal n ended it.
+    """
+    command = words[0] if sys.platform == "win32" and len(words) == 1 else words
+    try:
+        # With SIGPIPE ignored, as Python itself does: what has nobody left to write to must
+        # live on to end its children.
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, restore_signals=False)
+    except OSError as error:
+        print(error.strerror or error, flush=True)
+        return START_FAILED
+    threading.Thread(target=_end_with_stdin, args=(process,), daemon=True).start()
+    code = process.wait()
+    return code if code >= 0 else 128 - code
+
+
+def _end_with_stdin(process: subprocess.Popen[bytes]) -> None:
+    while os.read(0, 1):
+        pass
+    if sys.platform == "win32":
+        tree = ["taskkill", "/F", "/T", "/PID", str(process.pid)]
+        subprocess.run(tree, stdin=subprocess.DEVNULL, capture_output=True)
+        return
+    # ninja passes it on to the process group of every compiler that it runs.
+    process.terminate()
+    try:
+        process.wait(GRACE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+
+
+if __name__ == "__main__":
+    # At once: on Windows an orderly end could wait for the thread that reads.
+    os._exit(run(sys.argv[1:]))
