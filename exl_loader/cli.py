@@ -1,15 +1,18 @@
 """The command line's frame: finds the subcommand, and turns errors into one readable line.
 
 A subcommand is a module with `add_arguments(parser)` and `run(args) -> exit code`. Only the
-one that was asked for is imported, so that `doctor` works where another one cannot.
+one that was asked for is imported, so that `doctor` works where another one cannot. What exit
+codes mean stands in `EXIT_CODES`, which `--help` shows.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -30,19 +33,42 @@ COMMANDS = {
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
+# What a shell says of a program that SIGPIPE ended.
+EXIT_READER_GONE = 141
+
+EXIT_CODES = """\
+exit codes:
+  0    done; of plan: the model fits, or the plan says that it does not
+  1    an error, in one line on stderr: a wrong folder or option, a model that does not fit,
+       kernels that do not compile. Of doctor: something is missing. Of chat, where messages
+       come from a pipe or a file: one of them got no answer
+  2    wrong usage
+  130  interrupted by Ctrl-C
+  141  whoever read the output is gone, as with `| head`
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand.
 
     Args:
-        argv: arguments without the program's name; those of the process where None.
+        argv: arguments without the program's name; those of the process where None, which
+            then also ends as Ctrl-C ends a program.
 
     Returns:
-        The exit code: 0, 1 on an error (one line on stderr), 2 on wrong usage, 130 when
-        interrupted.
+        The exit code, see `EXIT_CODES`.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
+    code = _run(sys.argv[1:] if argv is None else list(argv))
+    if code == EXIT_INTERRUPTED and argv is None and os.name == "posix":
+        # A shell goes on with its loop or script after an exit code of 130, and ends it, as
+        # Ctrl-C is meant, after a program that the signal ended.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    return code
+
+
+def _run(argv: list[str]) -> int:
+    """Run one subcommand; every error becomes a line on stderr and an exit code."""
     _open_streams()
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     # Generated text may hold characters that a redirected stdout's code page lacks.
@@ -57,29 +83,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except ExlLoaderError as error:
         _report(str(error), verbose, error.details)
-        return EXIT_ERROR
     except KeyboardInterrupt:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output (`| head`) has gone. Python's own flush at exit must not
-        # complain about that once more.
+        # Python's own flush at exit must not complain about that once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_ERROR
+        return EXIT_READER_GONE
     except OSError as error:
         # A full disk, a folder that was removed meanwhile: nothing that a bug report would mend.
         where = f"{error.filename}: " if error.filename else ""
         _report(f"{where}{error.strerror or error}", verbose)
-        return EXIT_ERROR
     except MemoryError:
         _report("main memory is full. Close what takes it, or choose a smaller context", verbose)
-        return EXIT_ERROR
     except ImportError as error:
         _report(f"{error}. `python -m exl_loader doctor` says what is missing", verbose)
-        return EXIT_ERROR
     except Exception as error:
         hint = "" if verbose else " (this is a bug of exl_loader; --verbose shows where)"
         _report(f"{type(error).__name__}: {error}{hint}", verbose)
-        return EXIT_ERROR
+    return EXIT_ERROR
 
 
 def _open_streams() -> None:
@@ -92,7 +115,8 @@ def _open_streams() -> None:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse arguments; `run` of the result is the subcommand's function."""
     parser = argparse.ArgumentParser(
-        prog="exl_loader", description="Run EXL2 and GPTQ models, and plan the memory they take."
+        prog="exl_loader", description="Run EXL2 and GPTQ models, and plan the memory they take.",
+        epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"exl_loader {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

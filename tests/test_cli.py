@@ -120,37 +120,10 @@ def test_a_tilde_that_no_shell_took_is_the_home_folder(tmp_path, monkeypatch):
     assert cli.parse(["eval", "~/m", "--text", "-"]).model == str(tmp_path / "m")
 
 
-def test_interrupt_has_its_own_exit_code(subcommand):
-    def run(args):
-        raise KeyboardInterrupt
-
-    subcommand(run)
-    assert cli.main(["try"]) == cli.EXIT_INTERRUPTED
-
-
 def test_only_the_chosen_subcommand_is_imported(subcommand, monkeypatch):
     subcommand(lambda args: 0)
     monkeypatch.setitem(cli.COMMANDS, "broken", ("exl_loader.no_such_module", "cannot be used"))
     assert cli.main(["try"]) == 0
-
-
-@pytest.mark.parametrize("argv", [[], ["no-such-command"], ["doctor", "--no-such-option"]])
-def test_wrong_usage_exits_with_2(argv, capsys):
-    with pytest.raises(SystemExit) as caught:
-        cli.main(argv)
-    assert caught.value.code == 2
-    assert "usage:" in capsys.readouterr().err
-
-
-def test_reader_that_goes_away_is_no_traceback():
-    process = subprocess.Popen(
-        [sys.executable, "-m", "exl_loader", "doctor"],
-        cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )
-    process.stdout.close()
-    assert process.stderr.read() == ""
-    process.stderr.close()
-    assert process.wait(timeout=30) == cli.EXIT_ERROR
 
 
 def test_overview_imports_neither_torch_nor_subcommands():

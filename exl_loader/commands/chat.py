@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..errors import ExlLoaderError, PromptTooLong
+from ..errors import ExlLoaderError, InvalidSettings, PromptTooLong
 from ..progress import NullProgress, Progress, default_progress
 from ..settings import SamplingSettings
 from .model_options import (
@@ -15,6 +16,7 @@ from .model_options import (
     add_sampling_arguments,
     open_model,
     sampling_settings,
+    use_utf8,
 )
 
 if TYPE_CHECKING:
@@ -38,26 +40,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Read lines, answer each; until the input ends.
 
+    Returns:
+        The exit code: 1 where messages came from a pipe or a file and one got no answer. A
+        person at a terminal has seen it.
+
     Raises:
-        ExlLoaderError: the folder or an option is wrong, or the model has no tokenizer.
+        ExlLoaderError: the folder or an option is wrong, the model has no tokenizer, or the
+            input is no UTF-8.
     """
     settings = sampling_settings(args)
     progress = default_progress()
+    talks = sys.stdin.isatty()
+    failed = False
     with open_model(args, progress) as model:
         chat = Chat(model, settings, args.system, progress)
         if not chat.has_template:
             print("this model has no chat template; using plain User:/Assistant: lines",
                   file=sys.stderr)
-        if sys.stdin.isatty():
+        if talks:
             print(HELP, file=sys.stderr)
-        while (line := _read_line()) is not None:
+        lines = _typed_lines() if talks else _piped_lines()
+        for line in lines:
             if line == "/exit":
                 break
             if line == "/reset":
                 chat.reset()
-            elif line:
-                _answer(chat, line)
-    return 0
+            elif line and not _answer(chat, line, stoppable=talks):
+                failed = True
+    return 1 if failed and not talks else 0
 
 
 class Chat:
@@ -132,30 +142,56 @@ class Chat:
         return tokenizer.encode("".join(lines) + "Assistant:", add_bos=tokenizer.add_bos_token)
 
 
-def _read_line() -> str | None:
-    """Read one message; None at the end of the input."""
+def _typed_lines() -> Iterator[str]:
+    """Read messages that a person types; Ctrl-C drops a line."""
     while True:
         try:
-            line = input(YOU).strip()
+            yield input(YOU).strip()
         except EOFError:
             print()
-            return None
+            return
         except KeyboardInterrupt:
             print(f"\n{HELP}", file=sys.stderr)
-            continue
-        if not sys.stdin.isatty():
-            # Nobody saw it being typed: write it down, so that the output reads as a talk.
-            print(line)
-        return line
 
 
-def _answer(chat: Chat, line: str) -> None:
+def _piped_lines() -> Iterator[str]:
+    """Read messages from a pipe or a file, and write each down: nobody saw it being typed.
+
+    Raises:
+        InvalidSettings: the input is no UTF-8.
+    """
+    use_utf8(sys.stdin)
+    while True:
+        print(YOU, end="", flush=True)
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise InvalidSettings(
+                "stdin", expected="messages in UTF-8", actual=str(error)
+            ) from None
+        print(line.strip())
+        if not line:
+            return
+        yield line.strip()
+
+
+def _answer(chat: Chat, line: str, *, stoppable: bool) -> bool:
+    """Print the answer to a message, or why there is none; returns whether there was one.
+
+    Args:
+        stoppable: Ctrl-C ends the answer, and not the program.
+    """
     print(MODEL, end="", flush=True)
     try:
         for piece in chat.ask(line):
             print(piece, end="", flush=True)
         print()
     except KeyboardInterrupt:
+        if not stoppable:
+            raise
         print(" [stopped]")
     except ExlLoaderError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
+        print(flush=True)
+        print(f"error: {error}", file=sys.stderr)
+        return False
+    return True

@@ -7,7 +7,7 @@ import os
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from ..errors import InvalidSettings
 from ..generation.draft_model import DEFAULT_DRAFT_MAX
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from ..engine import LoadedModel
 
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "demo_model"
+
+# Some editors begin a file with a byte order mark, which is no part of the text.
+UTF8 = "utf-8-sig"
 
 # The web UI's neutral defaults show a model's whole distribution; a person at a terminal
 # wants its better part.
@@ -126,19 +129,24 @@ def read_text(path: str, what: str) -> str:
     Raises:
         InvalidSettings: it cannot be read.
     """
-    # Some editors begin a file with a byte order mark, which is no part of the text.
-    encoding = "utf-8-sig"
     try:
         if path != "-":
-            return Path(path).expanduser().read_text(encoding=encoding)
-        # By itself it follows the locale, and lets through what is no UTF-8 where there is none.
-        if hasattr(sys.stdin, "reconfigure"):
-            sys.stdin.reconfigure(encoding=encoding)
+            return Path(path).expanduser().read_text(encoding=UTF8)
+        use_utf8(sys.stdin)
         return sys.stdin.read()
     except (OSError, UnicodeDecodeError) as error:
         found = error.strerror if isinstance(error, OSError) else str(error)
         raise InvalidSettings(what, expected="a readable UTF-8 file",
                               actual=f"{path}: {found}") from None
+
+
+def use_utf8(stream: TextIO) -> None:
+    """Read a standard stream as UTF-8, and let nothing else through.
+
+    By itself it follows the locale, and takes any bytes where there is none.
+    """
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(encoding=UTF8)
 
 
 def folder(text: str) -> str:
