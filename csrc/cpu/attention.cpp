@@ -7,6 +7,7 @@
 //
 // Scratch: first what each thread needs, then as many slots as there is room for. Where the
 // slots do not suffice for all decoding sequences, these run in several waves.
+#include "api.h"
 #include "attention.h"
 
 #include <algorithm>
@@ -317,10 +318,10 @@ void decode(const Call& call, uint8_t* memory, int64_t most_threads, uint8_t* sl
 
 // q, out: float32 [rows, num_heads, head_dim]; key_bias: null where the layer has none. Returns
 // 0, or 1 where the scratch is too small.
-extern "C" int exl_attention(const ExlCacheLayer* layer, const ExlBatch* batch,
-                             const ExlAttentionShape* shape, const ExlKeyBias* key_bias,
-                             const float* q, float* out, uint8_t* scratch,
-                             int64_t scratch_bytes) {
+EXL_API int exl_attention(const ExlCacheLayer* layer, const ExlBatch* batch,
+                          const ExlAttentionShape* shape, const ExlKeyBias* key_bias,
+                          const float* q, float* out, uint8_t* scratch,
+                          int64_t scratch_bytes) {
     using namespace exl;
     const Call call{*layer, *batch, *shape, key_bias, q, out};
     const int64_t spare_bytes = scratch_bytes - least_slots(call) * slot_bytes(call);

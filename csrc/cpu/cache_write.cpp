@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "api.h"
 #include "cache_codec.h"
 #include "cache_rotate.h"
 #include "threads.h"
@@ -328,8 +329,8 @@ int64_t sequence_of(const ExlBatch& batch, int64_t row) {
 }  // namespace exl
 
 // k, v: float32 [rows, kv_heads, head_dim].
-extern "C" void exl_write_cache(const ExlCacheLayer* layer, const ExlBatch* batch, const float* k,
-                                const float* v) {
+EXL_API void exl_write_cache(const ExlCacheLayer* layer, const ExlBatch* batch, const float* k,
+                             const float* v) {
     using namespace exl;
     const int64_t heads = layer->num_kv_heads;
     const int head_dim = static_cast<int>(layer->head_dim);

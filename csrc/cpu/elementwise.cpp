@@ -4,6 +4,7 @@
 // vector code, so an element's result does not depend on where it stands.
 #include <cmath>
 
+#include "api.h"
 #include "simd_math.h"
 #include "threads.h"
 
@@ -73,8 +74,8 @@ void gate_with(const float* gate, const float* up, float* out, int64_t elements,
 enum Activation : int32_t { kSilu = 0, kGeluTanh = 1, kGelu = 2 };
 
 // out = activation(gate) * up. out may be gate or up.
-extern "C" void exl_gate(const float* gate, const float* up, float* out, int64_t elements,
-                         int32_t activation) {
+EXL_API void exl_gate(const float* gate, const float* up, float* out, int64_t elements,
+                      int32_t activation) {
     using namespace exl;
     switch (activation) {
         case kSilu:
@@ -87,7 +88,7 @@ extern "C" void exl_gate(const float* gate, const float* up, float* out, int64_t
 }
 
 // x += y.
-extern "C" void exl_add(float* x, const float* y, int64_t elements) {
+EXL_API void exl_add(float* x, const float* y, int64_t elements) {
     using namespace exl;
     each_vector(elements, [&](int64_t at, int64_t count) {
         store_up_to(x + at, load_up_to(x + at, count) + load_up_to(y + at, count), count);
@@ -95,7 +96,7 @@ extern "C" void exl_add(float* x, const float* y, int64_t elements) {
 }
 
 // x = cap * tanh(x / cap).
-extern "C" void exl_softcap(float* x, float cap, int64_t elements) {
+EXL_API void exl_softcap(float* x, float cap, int64_t elements) {
     using namespace exl;
     const F32x16 caps = broadcast(cap);
     each_vector(elements, [&](int64_t at, int64_t count) {

@@ -10,6 +10,7 @@
 // and runs all blocks of rows over one.
 #include <algorithm>
 
+#include "api.h"
 #include "linear.h"
 #include "threads.h"
 #include "unpack.h"
@@ -153,9 +154,9 @@ void regroup(const float* x, int64_t rows, int64_t in_features, float* grouped) 
 
 // x float32 [rows, in_features], out float32 [rows, out_stride]. Returns 0, or -1 where
 // scratch is too short.
-extern "C" int exl_linear_dense(const float* x, int64_t rows, const ExlDenseLinear* w, float* out,
-                                int64_t out_stride, int add, uint8_t* scratch,
-                                int64_t scratch_bytes) {
+EXL_API int exl_linear_dense(const float* x, int64_t rows, const ExlDenseLinear* w, float* out,
+                             int64_t out_stride, int add, uint8_t* scratch,
+                             int64_t scratch_bytes) {
     using namespace exl;
     const int64_t pass = std::min(rows, kDensePassRows);
     const int64_t needed = rows == 1 ? 0 : pass * w->in_features * 4;

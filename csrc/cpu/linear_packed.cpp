@@ -4,6 +4,7 @@
 // activation codes, scales, sums, then one buffer a thread (kernels/scratch.py).
 #include <algorithm>
 
+#include "api.h"
 #include "linear.h"
 #include "threads.h"
 
@@ -30,8 +31,8 @@ struct Carver {
 
 // x float32 [rows, in_features], out float32 [rows, out_stride]. Returns 0, or -1 where
 // scratch is too short.
-extern "C" int exl_linear(const float* x, int64_t rows, const ExlPackedLinear* w, float* out,
-                          int64_t out_stride, int add, uint8_t* scratch, int64_t scratch_bytes) {
+EXL_API int exl_linear(const float* x, int64_t rows, const ExlPackedLinear* w, float* out,
+                       int64_t out_stride, int add, uint8_t* scratch, int64_t scratch_bytes) {
     using namespace exl;
     const int64_t most_rows = std::min<int64_t>(
         rows <= kDirectRows ? direct_rows(rows) : rows, kPassRows);

@@ -4,6 +4,7 @@
 // so a row's result does not depend on the other rows.
 #include <cmath>
 
+#include "api.h"
 #include "simd.h"
 #include "threads.h"
 
@@ -46,8 +47,8 @@ void normalize(const float* x, const float* weight, float scale, int64_t size, f
 }  // namespace exl
 
 // x, out [rows, size], may be the same; weight [size].
-extern "C" void exl_rms_norm(const float* x, const float* weight, float eps, int64_t rows,
-                             int64_t size, float* out) {
+EXL_API void exl_rms_norm(const float* x, const float* weight, float eps, int64_t rows,
+                          int64_t size, float* out) {
     using namespace exl;
     const int64_t least = (kElementsPerTask + size - 1) / size;
     parallel_for(rows, balanced_grain(rows, least), [&](int64_t first, int64_t end, int) {

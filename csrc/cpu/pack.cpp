@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "api.h"
 #include "packed.h"
 #include "threads.h"
 #include "unpack.h"
@@ -150,9 +151,9 @@ void each_block(const Group* groups, int64_t num_groups, uint8_t* codes, int64_t
 }  // namespace exl
 
 // q_weight [word_rows, columns] as on disk, groups one behind the other.
-extern "C" void exl_pack_exl2(const uint32_t* q_weight, int64_t word_rows, int64_t columns,
-                              const exl::Group* groups, int64_t num_groups, uint8_t* codes,
-                              int64_t tiles, int64_t tile_bytes) {
+EXL_API void exl_pack_exl2(const uint32_t* q_weight, int64_t word_rows, int64_t columns,
+                           const exl::Group* groups, int64_t num_groups, uint8_t* codes,
+                           int64_t tiles, int64_t tile_bytes) {
     using namespace exl;
     const Source source = {q_weight, word_rows, columns};
     each_block(groups, num_groups, codes, tiles, tile_bytes,
@@ -168,9 +169,9 @@ extern "C" void exl_pack_exl2(const uint32_t* q_weight, int64_t word_rows, int64
 
 // qweight [word_rows, columns] as on disk; stored row r is input channel perm[r], or r where
 // perm is null.
-extern "C" void exl_pack_gptq(const uint32_t* qweight, int64_t word_rows, int64_t columns,
-                              const int32_t* perm, const exl::Group* groups, int64_t num_groups,
-                              uint8_t* codes, int64_t tiles, int64_t tile_bytes) {
+EXL_API void exl_pack_gptq(const uint32_t* qweight, int64_t word_rows, int64_t columns,
+                           const int32_t* perm, const exl::Group* groups, int64_t num_groups,
+                           uint8_t* codes, int64_t tiles, int64_t tile_bytes) {
     using namespace exl;
     const Source source = {qweight, word_rows, columns};
     each_block(groups, num_groups, codes, tiles, tile_bytes,

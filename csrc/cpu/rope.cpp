@@ -4,6 +4,7 @@
 // whole rows (tokens), split over threads.
 #include <cmath>
 
+#include "api.h"
 #include "simd.h"
 #include "threads.h"
 
@@ -42,8 +43,8 @@ void rotate_head(float* x, const float* cos, const float* sin, int64_t half) {
 }  // namespace exl
 
 // out [rows, 2, half]: cos, then sin, of positions[row] * inv_freq[i], times factor.
-extern "C" void exl_rope_table(const int32_t* positions, const float* inv_freq, float factor,
-                               int64_t rows, int64_t half, float* out) {
+EXL_API void exl_rope_table(const int32_t* positions, const float* inv_freq, float factor,
+                            int64_t rows, int64_t half, float* out) {
     using namespace exl;
     const int64_t least = (kAnglesPerTask + half - 1) / half;
     parallel_for(rows, balanced_grain(rows, least), [&](int64_t first, int64_t end, int) {
@@ -60,8 +61,8 @@ extern "C" void exl_rope_table(const int32_t* positions, const float* inv_freq, 
 }
 
 // x [rows, heads, head_dim] in place; element i of a head goes with element half + i.
-extern "C" void exl_rope(float* x, const float* table, int64_t rows, int64_t heads,
-                         int64_t head_dim, int64_t half) {
+EXL_API void exl_rope(float* x, const float* table, int64_t rows, int64_t heads,
+                      int64_t head_dim, int64_t half) {
     using namespace exl;
     const int64_t row_elements = heads * head_dim;
     const int64_t least = (kElementsPerTask + row_elements - 1) / row_elements;

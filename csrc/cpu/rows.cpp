@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 
+#include "api.h"
 #include "packed.h"
 #include "simd.h"
 #include "threads.h"
@@ -89,8 +90,8 @@ void route_row(const float* logits, int64_t experts, int64_t top_k, bool normali
 
 // out[t] = table[ids[t]] * factor; table [vocab, size] of an ExlDtype. Returns 0, or -1 where
 // an id is not within the table.
-extern "C" int exl_embed(const int32_t* ids, int64_t rows, const void* table, int64_t dtype,
-                         int64_t vocab, int64_t size, float factor, float* out) {
+EXL_API int exl_embed(const int32_t* ids, int64_t rows, const void* table, int64_t dtype,
+                      int64_t vocab, int64_t size, float factor, float* out) {
     using namespace exl;
     if (!within(ids, rows, vocab)) return -1;
     each_row(rows, size, [&](int64_t t) {
@@ -100,8 +101,8 @@ extern "C" int exl_embed(const int32_t* ids, int64_t rows, const void* table, in
 }
 
 // The same from a head in tiles: row id is lane id % 16 of tile id / 16.
-extern "C" int exl_embed_tiled(const int32_t* ids, int64_t rows, const ExlDenseLinear* table,
-                               float factor, float* out) {
+EXL_API int exl_embed_tiled(const int32_t* ids, int64_t rows, const ExlDenseLinear* table,
+                            float factor, float* out) {
     using namespace exl;
     const int64_t size = table->in_features;
     if (!within(ids, rows, table->out_features)) return -1;
@@ -114,8 +115,8 @@ extern "C" int exl_embed_tiled(const int32_t* ids, int64_t rows, const ExlDenseL
 }
 
 // out[i] = x[rows[i]]; x [x_rows, size], out [count, size].
-extern "C" int exl_gather_rows(const float* x, int64_t x_rows, const int32_t* rows, int64_t count,
-                               int64_t size, float* out) {
+EXL_API int exl_gather_rows(const float* x, int64_t x_rows, const int32_t* rows, int64_t count,
+                            int64_t size, float* out) {
     using namespace exl;
     if (!within(rows, count, x_rows)) return -1;
     each_row(count, size, [&](int64_t i) {
@@ -125,8 +126,8 @@ extern "C" int exl_gather_rows(const float* x, int64_t x_rows, const int32_t* ro
 }
 
 // out[rows[i]] += weights[i] * x[i]; x [count, size], out [out_rows, size], rows distinct.
-extern "C" int exl_scatter_add_rows(const float* x, const int32_t* rows, const float* weights,
-                                    int64_t count, int64_t size, float* out, int64_t out_rows) {
+EXL_API int exl_scatter_add_rows(const float* x, const int32_t* rows, const float* weights,
+                                 int64_t count, int64_t size, float* out, int64_t out_rows) {
     using namespace exl;
     if (!within(rows, count, out_rows)) return -1;
     each_row(count, size, [&](int64_t i) {
@@ -138,8 +139,8 @@ extern "C" int exl_scatter_add_rows(const float* x, const int32_t* rows, const f
 
 // Softmax over experts and the top_k of them. logits [rows, experts], weights and chosen
 // [rows, top_k], top_k <= experts.
-extern "C" void exl_moe_route(const float* logits, int64_t rows, int64_t experts, int64_t top_k,
-                              int normalize, float* weights, int32_t* chosen) {
+EXL_API void exl_moe_route(const float* logits, int64_t rows, int64_t experts, int64_t top_k,
+                           int normalize, float* weights, int32_t* chosen) {
     using namespace exl;
     const int64_t least = (kRoutesPerTask + experts - 1) / experts;
     parallel_for(rows, balanced_grain(rows, least), [&](int64_t first, int64_t end, int) {

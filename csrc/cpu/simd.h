@@ -17,7 +17,8 @@
     defined(__AVX512DQ__)
 #define EXL_AVX512 1
 #include <immintrin.h>
-#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#elif defined(__AVX2__) && (defined(_MSC_VER) || (defined(__FMA__) && defined(__F16C__)))
+// MSVC names neither of the two: its /arch:AVX2 stands for both.
 #define EXL_AVX2 1
 #include <immintrin.h>
 #endif
@@ -84,6 +85,8 @@ namespace exl {
 EXL_INLINE void prefetch(const uint8_t* p) {
 #if defined(__GNUC__)
     __builtin_prefetch(p);
+#elif defined(EXL_AVX512) || defined(EXL_AVX2)
+    _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
 #else
     (void)p;
 #endif

@@ -7,6 +7,7 @@
 //
 // The pool is never destroyed: workers may still spin while the process exits, and what they
 // look at must stay there.
+#include "api.h"
 #include "threads.h"
 
 #include <algorithm>
@@ -184,7 +185,7 @@ int64_t balanced_grain(int64_t items, int64_t least) {
 }  // namespace exl
 
 // Threads of later calls, at least 1 (the caller). Returns the number now in force.
-extern "C" int exl_set_threads(int threads) {
+EXL_API int exl_set_threads(int threads) {
     exl::wanted_threads.store(threads < 1 ? 1 : threads);
     return exl::num_threads();
 }

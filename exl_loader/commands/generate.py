@@ -8,6 +8,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from .. import windows
 from ..progress import MIB, default_progress
 from .model_options import (
     DEMO_MODEL,
@@ -108,25 +109,23 @@ def _result(model: LoadedModel, generation: Generation[str], load_s: float) -> d
 
 
 def _readable(result: dict[str, Any]) -> str:
-    peak = result["peak_memory_bytes"]
     parts = [
         f"prompt {result['prompt_tokens']} tokens, {result['prompt_tokens_per_s']:.1f} tokens/s",
         f"new {result['new_tokens']} tokens, {result['tokens_per_s']:.1f} tokens/s"
         f" ({result['finish_reason']})",
         f"loaded in {result['load_s']:.1f} s",
         f"model {result['allocated_bytes'] / MIB:.1f} MiB",
+        f"process peak {result['peak_memory_bytes'] / MIB:.1f} MiB",
     ]
-    if peak is not None:
-        parts.append(f"process peak {peak / MIB:.1f} MiB")
     return "; ".join(parts)
 
 
-def peak_memory_bytes() -> int | None:
-    """Most memory that this process has held so far; None where the system does not say."""
-    try:
-        import resource
-    except ImportError:  # Windows has no such module
-        return None
+def peak_memory_bytes() -> int:
+    """Most memory that this process has held so far."""
+    if sys.platform == "win32":
+        return windows.process_memory()[1]
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # macOS counts bytes, Linux units of 1024.
     return peak if sys.platform == "darwin" else peak * 1024

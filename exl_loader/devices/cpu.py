@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .. import windows
 from . import Capacity, Process
 
 # A cgroup without a limit says 2^63 rounded down to a page (v1) or "max" (v2).
@@ -21,7 +23,7 @@ ASSUMED_RUNTIME_BYTES = 256 << 20
 
 
 class CpuDevice:
-    """Main memory, by /proc and the cgroup files.
+    """Main memory, by /proc and the cgroup files, or by what other systems have instead.
 
     Args:
         proc, cgroups: where they are mounted; tests bring trees of their own.
@@ -82,12 +84,15 @@ class CpuDevice:
         """
         import torch
 
-        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
         try:
-            pages = mmap.mmap(-1, max(nbytes, 1), **private)
+            if sys.platform == "win32":
+                pages = mmap.mmap(-1, max(nbytes, 1))
+            else:
+                private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+                pages = mmap.mmap(-1, max(nbytes, 1), private)
         except (OSError, OverflowError, ValueError) as error:
             raise MemoryError(str(error)) from error
-        if hasattr(mmap, "MADV_HUGEPAGE"):
+        if sys.platform == "linux":
             try:
                 pages.madvise(mmap.MADV_HUGEPAGE)
             except OSError:
@@ -103,20 +108,25 @@ class CpuDevice:
         total = _kib(info.get("MemTotal", ""))
         if total:
             return total, _kib(info.get("MemAvailable", info.get("MemFree", "")))
-        try:  # no /proc: what the system calls physical memory is all that is known
+        if sys.platform == "win32":
+            return windows.machine_memory()
+        try:  # no /proc
             total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (AttributeError, ValueError, OSError):
+        except (ValueError, OSError):
             return NO_LIMIT, NO_LIMIT
-        return total, total
+        # Where the system does not say what is free, all may be.
+        return total, min(total, _mac_free_bytes() or total)
 
     def _own_bytes(self) -> int:
+        if sys.platform == "win32":
+            return windows.process_memory()[0]
         return _kib(_fields(self._proc / "self" / "status").get("VmRSS", ""))
 
     def _address_space(self) -> tuple[int, int] | None:
-        try:
-            import resource
-        except ImportError:  # not on Windows
+        if sys.platform == "win32":
             return None
+        import resource
+
         limit = resource.getrlimit(resource.RLIMIT_AS)[0]
         if limit == resource.RLIM_INFINITY:
             return None
@@ -162,9 +172,31 @@ def _cgroup_bound(
     return int(limit), int(limit) - max(0, int(usage) - cached)
 
 
+def _mac_free_bytes() -> int | None:
+    """What macOS can give without pushing anything out, by vm_stat; None elsewhere."""
+    if sys.platform != "darwin":
+        return None
+    from ..kernels.toolchain import command_output
+
+    return vm_stat_free_bytes(command_output(["/usr/bin/vm_stat"]) or "")
+
+
+def vm_stat_free_bytes(text: str) -> int | None:
+    """Read what is free of vm_stat's output: pages of nobody, and of files not looked at lately.
+
+    Returns:
+        None where it is not such an output.
+    """
+    page_size = re.search(r"page size of (\d+) bytes", text)
+    pages = dict(re.findall(r"^Pages (free|inactive|speculative):\s+(\d+)\.", text, re.MULTILINE))
+    if page_size is None or len(pages) < 3:
+        return None
+    return int(page_size[1]) * sum(map(int, pages.values()))
+
+
 def _text(path: Path) -> str:
     try:
-        return path.read_text(errors="replace")
+        return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
 

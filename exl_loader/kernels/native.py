@@ -9,10 +9,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import sys
 from typing import TYPE_CHECKING
 
+from .. import windows
 from ..errors import InvalidSettings
 from ..formats.packed import DenseLinear, PackedLinear
+from .toolchain import command_output
 
 if TYPE_CHECKING:
     import torch
@@ -129,8 +132,11 @@ def default_threads() -> int:
 
 
 def _physical_cores() -> int:
-    if not hasattr(os, "sched_getaffinity"):
-        return os.cpu_count() or 1
+    if sys.platform == "win32":
+        return windows.physical_cores() or os.cpu_count() or 1
+    if sys.platform != "linux":
+        answer = (command_output(["/usr/sbin/sysctl", "-n", "hw.physicalcpu"]) or "").strip()
+        return int(answer) if answer.isdecimal() else os.cpu_count() or 1
     return _count_cores(frozenset(os.sched_getaffinity(0)))
 
 

@@ -25,9 +25,10 @@ LIBRARY_SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 # Kinds of `Compiler` whose output is loaded by the CUDA driver.
 CUBIN_COMPILERS = ("nvcc", "nvrtc")
 
-_GNU_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-pthread", "-fno-math-errno",
-              "-ffp-contract=off", "-Wall", "-Wextra")
-_MSVC_FLAGS = ("/nologo", "/O2", "/std:c++17", "/EHsc", "/MD", "/W3")
+_GNU_FLAGS = ("-O3", "-std=c++17", "-pthread", "-fno-math-errno", "-ffp-contract=off",
+              "-Wall", "-Wextra")
+# /MT: Python's folder may have a C++ runtime older than the compiler, and the process has one.
+_MSVC_FLAGS = ("/nologo", "/O2", "/std:c++17", "/permissive-", "/EHsc", "/MT", "/W3")
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def cpu_spec(root: Path | None = None, environ: Mapping[str, str] = os.environ) 
         headers=tuple(sorted(headers)),
         compiler=compiler,
         flags=compile_flags(compiler, features, march),
-        link_flags=("/nologo", "/LD") if compiler.kind == "msvc" else ("-shared", "-pthread"),
+        link_flags=link_flags(compiler),
         cpu_features=features,
     )
 
@@ -206,4 +207,26 @@ def compile_flags(
     # On ARM -mcpu names both the instruction set and the tuning; clang there has no
     # -march=native.
     option = "-mcpu" if features[0] in ("aarch64", "arm64") else "-march"
-    return (*_GNU_FLAGS, f"{option}={march or 'native'}")
+    return (*_gnu_flags(compiler), f"{option}={march or 'native'}")
+
+
+def _gnu_flags(compiler: Compiler) -> tuple[str, ...]:
+    if sys.platform != "win32":
+        return (*_GNU_FLAGS, "-fPIC")
+    if compiler.kind != "gcc":
+        return _GNU_FLAGS
+    # GCC aligns the stack to 16 bytes there, and spills registers of 32 and 64 bytes to it as
+    # if they were aligned (GCC bug 54412): the assembler makes of these what is allowed.
+    return (*_GNU_FLAGS, "-Wa,-muse-unaligned-vector-move")
+
+
+def link_flags(compiler: Compiler) -> tuple[str, ...]:
+    """Choose what makes a shared library of objects.
+
+    On Windows it brings its C++ runtime along, which whoever opens it would not find.
+    """
+    if compiler.kind == "msvc":
+        return ("/nologo", "/LD")
+    if sys.platform == "win32":
+        return ("-shared", "-static", "-pthread")
+    return ("-shared", "-pthread")

@@ -5,6 +5,7 @@ Nothing here compiles or writes. No PyTorch: `doctor` and the warm path of a loa
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import shlex
@@ -12,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import KernelBuildError
@@ -21,6 +22,16 @@ from ..errors import KernelBuildError
 PROBE_TIMEOUT_S = 20.0
 
 CANDIDATES = ("g++", "clang++", "c++")
+# The pip package of the compiler of Zig, which is clang with all that it needs.
+ZIG_PACKAGE = "ziglang"
+
+_MSVC_COMPONENT = "Microsoft.VisualStudio.Component.VC.Tools.x86.x64"
+_MSVC_DEFAULT = "Microsoft.VCToolsVersion.default.txt"
+# The installer by itself installs no compiler.
+_MSVC_INSTALL = (
+    "winget install Microsoft.VisualStudio.2022.BuildTools --override \"--passive --wait "
+    "--add Microsoft.VisualStudio.Workload.VCTools --includeRecommended\""
+)
 
 # (ids in /etc/os-release, command): what a person types to get a compiler.
 _LINUX_PACKAGES = (
@@ -50,7 +61,9 @@ class Compiler:
 
 
 def find_compiler(environ: Mapping[str, str] = os.environ) -> Compiler | None:
-    """Find the C++ compiler to use: `CXX` where it is set, else what the PATH has.
+    """Find the C++ compiler to use: `CXX` where it is set, else what the machine has.
+
+    That is Visual Studio's on Windows, then what the PATH has, then pip's `ziglang`.
 
     Returns:
         The compiler, or None where the machine has none.
@@ -78,7 +91,22 @@ def find_compiler(environ: Mapping[str, str] = os.environ) -> Compiler | None:
         compiler = _probe((path,)) if path else None
         if compiler is not None:
             return compiler
-    return None
+    return _find_zig()
+
+
+def _find_zig() -> Compiler | None:
+    """Find what `pip install ziglang` brings, which needs neither a system's rights nor its
+    packages."""
+    if importlib.util.find_spec(ZIG_PACKAGE) is None:
+        return None
+    compiler = _probe((sys.executable, "-m", ZIG_PACKAGE, "c++"))
+    if compiler is None:
+        return None
+    from importlib import metadata
+
+    # It names the clang in it, and not itself.
+    version = f"zig {metadata.version(ZIG_PACKAGE)}, {compiler.version}"
+    return replace(compiler, version=version)
 
 
 def _split_command(text: str) -> tuple[str, ...]:
@@ -104,7 +132,7 @@ def command_output(command: list[str]) -> str | None:
         result = subprocess.run(
             command,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             errors="replace",
             stdin=subprocess.DEVNULL,
             timeout=PROBE_TIMEOUT_S,
@@ -123,20 +151,25 @@ def _find_msvc(environ: Mapping[str, str]) -> Compiler | None:
     vswhere = Path(program_files) / "Microsoft Visual Studio" / "Installer" / "vswhere.exe"
     if not vswhere.exists():
         return None
-    component = "Microsoft.VisualStudio.Component.VC.Tools.x86.x64"
     answer = command_output(
-        [str(vswhere), "-latest", "-products", "*", "-requires", component]
+        [str(vswhere), "-latest", "-products", "*", "-requires", _MSVC_COMPONENT]
         + ["-property", "installationPath", "-utf8"]
     )
     if not answer or not answer.strip():
         return None
     root = Path(answer.splitlines()[0].strip()) / "VC"
-    tools = sorted((root / "Tools" / "MSVC").glob("*/bin/Hostx64/x64/cl.exe"))
-    script = root / "Auxiliary" / "Build" / "vcvars64.bat"
-    if not tools or not script.exists():
+    build = root / "Auxiliary" / "Build"
+    script = build / "vcvars64.bat"
+    try:
+        # Of several the one whose headers and libraries the script names.
+        release = (build / _MSVC_DEFAULT).read_text(encoding="utf-8-sig").strip()
+    except OSError:
         return None
-    version = f"MSVC {tools[-1].parents[3].name}"
-    return Compiler((str(tools[-1]),), "msvc", version, environment_script=str(script))
+    compiler = root / "Tools" / "MSVC" / release / "bin" / "Hostx64" / "x64" / "cl.exe"
+    if not compiler.exists() or not script.exists():
+        return None
+    version = f"MSVC {release}"
+    return Compiler((str(compiler),), "msvc", version, environment_script=str(script))
 
 
 def find_ninja() -> str | None:
@@ -216,8 +249,8 @@ def compiler_remedy() -> str:
         return "Install Apple's command line tools: xcode-select --install"
     if sys.platform == "win32":
         return (
-            "Install Visual Studio Build Tools with 'Desktop development with C++': "
-            "winget install Microsoft.VisualStudio.2022.BuildTools"
+            f'Install a C++ compiler: "{sys.executable}" -m pip install {ZIG_PACKAGE} (100 MB), '
+            "or Visual Studio Build Tools with 'Desktop development with C++': " + _MSVC_INSTALL
         )
     try:
         release = platform.freedesktop_os_release()
