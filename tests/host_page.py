@@ -48,7 +48,7 @@ class HostPage:
         self.gauge = self.page.locator("#exl-gauge")
         self.cache_type = self.page.get_by_label("cache-type")
         self._messages = self.page.locator(".chat .message-body")
-        self._messages_before = 0
+        self._said = ""
         self.loader = self.page.get_by_label("Model loader")
         self.open()
 
@@ -92,7 +92,7 @@ class HostPage:
     # The chat
 
     def say(self, text: str) -> None:
-        self._messages_before = self._messages.count()
+        self._said = _letters(text)
         box = self.page.locator("#chat-input textarea").first
         box.fill(text)
         box.press("Enter")
@@ -103,10 +103,12 @@ class HostPage:
 
     def answer(self) -> str:
         """What answers the last message, as its letters: how they are set is the web UI's."""
-        place = self._messages_before + 1
-        if self._messages.count() <= place:
+        messages = [_letters(text) for text in self._messages.all_text_contents()]
+        if self._said not in messages:
             return ""
-        return "".join((self._messages.nth(place).text_content() or "").split())
+        # Counted from the end: a greeting may still come in front.
+        behind = messages[::-1].index(self._said)
+        return messages[-behind] if behind else ""
 
     def wait_until_longer(self, than: str) -> str:
         for _ in range(300):
@@ -132,3 +134,7 @@ class HostPage:
             self.page.wait_for_timeout(300)
             self.page.screenshot(path=Path(SCREENSHOTS) / f"{name}-{theme}.png", clip=clip)
         self.page.evaluate("document.body.classList.remove('dark')")
+
+
+def _letters(text: str) -> str:
+    return "".join(text.split())
