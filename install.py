@@ -9,7 +9,8 @@
                                       --uninstall take it out, with --update refresh a copy
 
 Needs Python 3.10 or newer and nothing else. Run again, it finds .venv/ complete and goes
-straight on; a set-up that was interrupted is begun anew. Further arguments go to what is run.
+straight on; a set-up that was interrupted is begun anew. Further arguments go to what is run,
+and what that exits with is the exit code; EXIT_CODES has the others.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -35,9 +37,19 @@ PINS = REPO / "tools" / "pins.txt"
 TORCH_VERSION = "2.13.0"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
+EXIT_CODES = """\
+exit codes: that of what is run (of the page: 0 when Ctrl-C ends it); 1 where the set-up failed,
+in one line on stderr; 2 on wrong usage; 130 on Ctrl-C and 143 on SIGTERM, which both end what
+runs as well
+"""
+
 
 class SetupError(Exception):
     """What went wrong, and what to do about it, in one line."""
+
+
+class Terminated(SystemExit):
+    """SIGTERM ended this."""
 
 
 def main() -> int:
@@ -49,8 +61,10 @@ def main() -> int:
         )
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
-        epilog="Further arguments go to what is run. --webui PATH takes --python PYTHON, the one "
-        "that runs the web UI; --copy, for an extension that is no link; --update; --uninstall.",
+        epilog="Further arguments go to what is run. --webui PATH takes --python PYTHON, the one\n"
+        "that runs the web UI; --copy, for an extension that is no link; --update; --uninstall.\n"
+        f"\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--demo", action="store_true",
@@ -108,15 +122,26 @@ def write_text(arguments: list[str]) -> int:
 
 
 def run_in_environment(arguments: list[str]) -> int:
-    """Run the environment's Python in the repository; its output is ours."""
+    """Run the environment's Python in the repository; its output and its end are ours."""
     sys.stdout.flush()
     process = subprocess.Popen([str(venv_python()), *arguments], cwd=REPO)
     while True:
         try:
-            return process.wait()
+            code = process.wait()
+            return code if code >= 0 else 128 - code
         except KeyboardInterrupt:
             # The terminal's Ctrl-C reached it as well: how it ends is its own affair.
             continue
+        except Terminated:
+            # This reached us alone, and nobody else would end it.
+            process.terminate()
+
+
+def run_child(command: list[str], **options) -> subprocess.CompletedProcess[str]:
+    """Run a step of the set-up, which is given time to end where we are interrupted."""
+    from exl_loader.webui_install import children
+
+    return children.run(command, **options)
 
 
 def ensure_environment(test: bool) -> None:
@@ -197,9 +222,9 @@ def make_venv() -> None:
     if venv_is_usable():
         return
     shutil.rmtree(VENV, ignore_errors=True)
-    result = subprocess.run(
+    result = run_child(
         [sys.executable, "-m", "venv", str(VENV)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )
     if result.returncode != 0:
         print(result.stdout, file=sys.stderr)
@@ -272,7 +297,7 @@ def pip_install(arguments: list[str]) -> None:
     # Python compiles a module when it is first imported, which most of these never are.
     command += ["--disable-pip-version-check", "--no-input", "--no-compile", *arguments]
     sys.stdout.flush()
-    code = subprocess.run(command, cwd=REPO).returncode
+    code = run_child(command, cwd=REPO).returncode
     if code != 0:
         raise SetupError(f"pip install {' '.join(arguments)} failed (its words stand above)")
 
@@ -282,7 +307,13 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def end_on_sigterm(number: int, frame: object) -> None:
+    """Let SIGTERM end what this runs before it ends this; a handler of signals."""
+    raise Terminated(128 + number)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, end_on_sigterm)
     try:
         sys.exit(main())
     except SetupError as setup_error:

@@ -186,6 +186,25 @@ def counting_compiler(tmp_path, monkeypatch) -> Path:
     return log
 
 
+@pytest.fixture
+def hanging_compiler(tmp_path, monkeypatch) -> tuple[Path, Path]:
+    """A compiler that hangs in a child of its own, as g++ in cc1plus, while a file is there.
+
+    Returns that file, and one to which the processes that hang write their ids.
+    """
+    from builds import write_compiler
+
+    hang, running = tmp_path / "hang", tmp_path / "running"
+    hang.touch()
+    running.touch()
+    script = write_compiler(
+        tmp_path / "hanging g++",
+        f'if [ -e "{hang}" ]; then sleep 600 & echo $$ $! >> "{running}"; wait; fi',
+    )
+    monkeypatch.setenv("CXX", str(script))
+    return hang, running
+
+
 @pytest.fixture(params=["nvrtc", "nvcc"])
 def compiler(request):
     """Each CUDA compiler of the machine."""

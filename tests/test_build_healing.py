@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 from builds import (
     Recorder,
+    default_signals,
     find_partials,
+    is_running,
     needs_compiler,
     spawn_build,
     wait_for,
     works,
-    write_compiler,
 )
 
 from exl_loader.errors import KernelBuildError
@@ -130,42 +131,6 @@ def test_living_holder_is_waited_for(tmp_path, monkeypatch):
     assert not path.with_suffix(".holder").exists()
 
 
-
-
-@pytest.fixture
-def hanging_compiler(tmp_path, monkeypatch):
-    """A compiler that hangs in a child of its own, as g++ in cc1plus, while a file is there.
-
-    Returns that file, and one to which the processes that hang write their ids.
-    """
-    hang, running = tmp_path / "hang", tmp_path / "running"
-    hang.touch()
-    running.touch()
-    script = write_compiler(
-        tmp_path / "hanging g++",
-        f'if [ -e "{hang}" ]; then sleep 600 & echo $$ $! >> "{running}"; wait; fi',
-    )
-    monkeypatch.setenv("CXX", str(script))
-    return hang, running
-
-
-def is_running(pid):
-    """Whether a process is there and does more than wait for somebody to read its end."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    status = Path(f"/proc/{pid}/stat")
-    try:
-        return not status.parent.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def default_signals():
-    # What a shell starts in the background, or nohup, ignores them, and so do its children.
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
 
 
 @needs_compiler

@@ -68,6 +68,7 @@ def world(tmp_path, monkeypatch):
     world = World(install, tmp_path)
     monkeypatch.setattr(install, "has_nvidia", lambda: False)
     monkeypatch.setattr(install.subprocess, "run", world.run)
+    monkeypatch.setattr(install, "run_child", world.run)
     monkeypatch.setattr(install.subprocess, "Popen", world.start)
     monkeypatch.setattr(install.sys, "platform", "linux")
     return world
@@ -181,7 +182,7 @@ def test_failed_venv_leaves_nothing_and_names_the_package(world, monkeypatch):
         world.install.VENV.mkdir()
         return subprocess.CompletedProcess(command, 1, stdout="ensurepip is not available")
 
-    monkeypatch.setattr(world.install.subprocess, "run", run)
+    monkeypatch.setattr(world.install, "run_child", run)
     with pytest.raises(world.install.SetupError, match="apt install python3-venv"):
         call(world, monkeypatch, "--env")
     assert not world.install.VENV.exists()

@@ -4,7 +4,6 @@ With EXL_LOADER_SCREENSHOTS=docs/images the pictures that the README shows are t
 """
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -20,13 +19,9 @@ from exl_loader import plan
 sync_api = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("gradio")
 
-REPO = Path(__file__).resolve().parents[1]
-DEMO_MODEL = REPO / "exl_loader" / "demo_model"
-SCREENSHOTS = os.environ.get("EXL_LOADER_SCREENSHOTS")
+from standalone_page import REPO, Page, serve, write_endless_model  # noqa: E402
 
-# Gradio alone takes seconds to import; a busy machine takes many.
-SERVER_WAIT_S = 120
-WAIT_MS = 60_000
+DEMO_MODEL = REPO / "exl_loader" / "demo_model"
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
@@ -35,23 +30,6 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium"),
     pytest.mark.skipif(not (DEMO_MODEL / "config.json").exists(), reason="no shipped model"),
 ]
-
-
-def serve(**environ):
-    """Start the page as `install.py --demo` does; yields its address."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "extension.standalone", "--no-browser"], cwd=REPO,
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        env={**os.environ, **environ},
-    )
-    try:
-        line = process.stdout.readline()
-        address = re.search(r"http://127\.0\.0\.1:\d+/", line)
-        assert address, f"the page did not start: {line!r}"
-        yield address[0]
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 @pytest.fixture(scope="module")
@@ -64,70 +42,6 @@ def tight_address():
     """With the whole context 8 bits a cache element just fit, and 16 do not."""
     least = plan(DEMO_MODEL, 1024, "q8").total_bytes
     yield from serve(EXL_LOADER_MEMORY_LIMIT=str(least + 600_000))
-
-
-class Page:
-    """An open page: what a person sees of it, and does with it."""
-
-    def __init__(self, browser, address, *, theme="light", width=1280, height=1000):
-        self.page = browser.new_page(viewport={"width": width, "height": height},
-                                     color_scheme=theme)
-        self.page.set_default_timeout(WAIT_MS)
-        self.theme, self.errors, self.urls = theme, [], []
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.on("request", lambda request: self.urls.append(request.url))
-        self.page.goto(address)
-        self.gauge = self.page.locator("#exl_gauge .exl-gauge")
-        self.gauge.wait_for()
-        # From here on the page shows the model in memory, if there is one.
-        stats = self.page.locator("#exl_stats")
-        sync_api.expect(stats).to_be_visible(timeout=WAIT_MS)
-        sync_api.expect(stats).not_to_contain_text("Opening", timeout=WAIT_MS)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, *_):
-        self.page.close()
-        if kind is None:
-            assert self.errors == []
-
-    def expect_gauge(self, text):
-        sync_api.expect(self.gauge).to_contain_text(text, timeout=WAIT_MS)
-
-    def expect_options(self, text):
-        sync_api.expect(self.gauge.locator(".exl-model")).to_contain_text(text, timeout=WAIT_MS)
-
-    def expect_text(self, selector, text):
-        sync_api.expect(self.page.locator(selector)).to_contain_text(text, timeout=WAIT_MS)
-
-    def click(self, selector):
-        self.page.locator(selector).click()
-
-    def toggle(self, name):
-        self.page.locator(f"#exl_{name} input[type=checkbox]").click()
-
-    def toggled(self, name):
-        return self.page.locator(f"#exl_{name} input[type=checkbox]").is_checked()
-
-    def value(self, selector):
-        return self.page.locator(selector).first.input_value()
-
-    def cache_bytes(self):
-        """The cache's exact bytes, from the legend."""
-        entry = self.gauge.locator("dl.exl-parts > div", has_text="Cache").locator("dd")
-        return int(entry.get_attribute("title").removesuffix(" bytes").replace(",", ""))
-
-    def shoot(self, name, whole=False):
-        """Keep a picture, where one was asked for."""
-        if SCREENSHOTS:
-            path = Path(SCREENSHOTS) / f"{name}-{self.theme}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if whole:
-                upper = {"x": 0, "y": 0, "width": 1280, "height": 880}
-                self.page.screenshot(path=path, clip=upper)
-            else:
-                self.gauge.screenshot(path=path)
 
 
 def test_shipped_model_loads_writes_follows_its_options_and_unloads(browser, address):
@@ -249,26 +163,6 @@ def test_a_port_that_is_none_is_told_in_a_line(port, capsys):
     with pytest.raises(SystemExit):
         main([f"--port={port}"])
     assert f"expected a number from 1 to 65535, found {port!r}" in capsys.readouterr().err
-
-
-def write_endless_model(folder):
-    """Write a model that says `a` whatever it reads, with room for minutes of it.
-
-    It has layers enough that the most tokens of the page's slider take it seconds.
-    """
-    from safetensors.torch import load_file, save_file
-
-    write_tiny_model(folder, num_hidden_layers=16)
-    tensors = load_file(folder / "model.safetensors")
-    for name, tensor in tensors.items():
-        if name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
-            tensor.zero_()
-        elif name.endswith(("norm.weight", "embed_tokens.weight")):
-            tensor.fill_(1)
-    vocab = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
-    tensors["lm_head.weight"][vocab["a"]] = 1
-    save_file(tensors, folder / "model.safetensors")
-    return folder
 
 
 def type_alpha(page, value):

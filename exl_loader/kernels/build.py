@@ -14,6 +14,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -107,16 +108,22 @@ def _build_in(partial: Path, target: Path, spec: BuildSpec, progress: Progress) 
         return publish(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        _remove_left(partial)
 
 
 def _clear(partial: Path) -> None:
     """Remove what a killed build left; compilers that still write there write to nothing."""
-    left = partial.with_name(f"{partial.name}-left-{os.getpid()}")
     try:
-        partial.rename(left)
+        partial.rename(partial.with_name(f"{partial.name}-left-{uuid.uuid4().hex}"))
     except FileNotFoundError:
-        return
-    shutil.rmtree(left, ignore_errors=True)
+        pass
+    _remove_left(partial)
+
+
+def _remove_left(partial: Path) -> None:
+    """Remove what `_clear` put aside, as far as nobody is writing to it."""
+    for left in partial.parent.glob(f"{partial.name}-left-*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _run_ninja(work: Path, spec: BuildSpec, progress: Progress) -> None:

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from . import saved
+from . import children, saved
 from .host import (
     EXTRAS,
     HOST_OWNED,
@@ -253,8 +253,8 @@ def _install_held(python: HostPython, wanted: dict[str, str]) -> None:
 
 def _pip(python: HostPython, arguments: list[str]) -> None:
     command = [str(python.executable), "-m", "pip", *arguments, "--disable-pip-version-check"]
-    result = subprocess.run([*command, "--no-input"], capture_output=True, text=True,
-                            errors="replace", env=clean_environment())
+    result = children.run([*command, "--no-input"], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, env=clean_environment())
     if result.returncode != 0:
         said = (result.stderr.strip().splitlines() or ["no words"])[-1]
         raise InstallError(f"pip {arguments[0]} failed: {said}. See that {python.executable} "
