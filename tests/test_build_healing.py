@@ -184,7 +184,8 @@ def test_compilers_end_when_progress_stops_the_build(
 
     with pytest.raises(KeyboardInterrupt):
         build(cpu_spec(kernel_sources), Stopped())
-    assert not any(is_running(int(pid)) for pid in running.read_text().split())
+    pids = [int(pid) for pid in running.read_text().split()]
+    wait_for(lambda: not any(map(is_running, pids)), 15)
     assert find_partials(kernel_cache) == []
 
 
