@@ -20,6 +20,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
+# What pytest-timeout has to end a test itself, before its process is ended.
+GRACE_S = 30
+
 # A copy of the process's own, which pytest captures.
 STDERR = pytest.StashKey[int]()
 
@@ -49,7 +52,9 @@ def pytest_runtest_protocol(item: pytest.Item):
     does not interrupt; xdist fails the test and goes on in another process."""
     mark = item.get_closest_marker("timeout")
     limit_s = mark.args[0] if mark else float(item.config.getini("timeout"))
-    faulthandler.dump_traceback_later(limit_s + 30, exit=True, file=item.config.stash[STDERR])
+    faulthandler.dump_traceback_later(
+        limit_s + GRACE_S, exit=True, file=item.config.stash[STDERR]
+    )
     try:
         return (yield)
     finally:

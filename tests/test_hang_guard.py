@@ -1,0 +1,87 @@
+"""A test that hangs ends, and says where: the limits of conftest.py, shortened, in another run."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("pytest_timeout") is None or os.name == "nt",
+    reason="needs pytest-timeout, whose signal Windows does not have",
+)
+
+HANGING = """
+import collections, itertools, threading
+
+def test_that_hangs_in_python():
+    threading.Event().wait()
+
+def test_that_hangs_in_compiled_code():
+    # One call that never looks for signals.
+    collections.deque(itertools.repeat(None), maxlen=0)
+
+def test_that_comes_later():
+    pass
+"""
+
+SHORT = """
+import conftest
+conftest.GRACE_S = 1
+"""
+
+LIMIT_S = 1
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run pytest on those tests; returns what `subprocess.run` does, and the seconds it took."""
+    (tmp_path / "test_hanging.py").write_text(HANGING)
+    (tmp_path / "short_grace.py").write_text(SHORT)
+    (tmp_path / "pytest.ini").write_text(f"[pytest]\ntimeout = {LIMIT_S}\n")
+    # pytest's own variables are those of the run that this test belongs to.
+    environ = {name: value for name, value in os.environ.items() if "PYTEST" not in name}
+    environ["PYTHONPATH"] = os.pathsep.join(map(str, (tmp_path, TESTS, TESTS.parent)))
+
+    def call(*arguments):
+        began = time.monotonic()
+        result = subprocess.run(
+            [sys.executable, "-m", "pytest", "-p", "conftest", "-p", "short_grace",
+             "-p", "no:cacheprovider", "-p", "no:hypothesispytest", *arguments],
+            cwd=tmp_path, capture_output=True, text=True, env=environ, timeout=120,
+        )
+        return result, time.monotonic() - began
+
+    return call
+
+
+@pytest.mark.exhaustive
+def test_a_hang_ends_its_test_and_one_in_compiled_code_its_process(run):
+    result, seconds = run("-v")
+    assert result.returncode == 1, result.stdout
+    assert "test_that_hangs_in_python FAILED" in result.stdout
+    # What the process was ended with names the place; nothing came after it.
+    assert "Timeout (0:00:02)!" in result.stderr
+    where = result.stderr.partition("most recent call first")[2]
+    assert "in test_that_hangs_in_compiled_code" in where
+    assert "test_that_comes_later" not in result.stdout
+    # Two limits and a grace, and what a busy machine takes to start.
+    assert seconds < 60
+
+
+@pytest.mark.slow
+def test_a_process_that_was_ended_is_replaced_and_the_run_goes_on(run):
+    pytest.importorskip("xdist")
+    result, seconds = run("-n", "1", "-v")
+    assert result.returncode == 1, result.stdout
+    assert "Failed: Timeout" in result.stdout and "threading.Event().wait()" in result.stdout
+    assert "crashed while running 'test_hanging.py::test_that_hangs_in_compiled_code'" in (
+        result.stdout)
+    assert "in test_that_hangs_in_compiled_code" in result.stderr + result.stdout
+    assert "2 failed, 1 passed" in result.stdout
+    assert seconds < 60
