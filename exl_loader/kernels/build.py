@@ -223,13 +223,15 @@ def _compile_error(spec: BuildSpec, words: str) -> KernelBuildError:
     way_out = f"{other} compiles with the other compiler" if spec.makes_cubins else (
         "EXL_LOADER_REFERENCE=1 runs without compiled kernels, slowly"
     )
+    complaint = _ERROR_LINE
     if _DISK_FULL in words:
+        complaint = re.compile(_DISK_FULL)
         way_out = (
             "Free some space there and among temporary files, or set EXL_LOADER_CACHE_DIR and "
             "TMPDIR to folders on another disk"
         )
     lines = [line.strip() for line in words.splitlines() if line.strip()]
-    first = next((line for line in lines if _ERROR_LINE.search(line)), None)
+    first = next((line for line in lines if complaint.search(line)), None)
     return KernelBuildError(
         f"compiling kernels with {spec.compiler.version}",
         actual=first or (lines[-1] if lines else "the compiler failed without a word"),

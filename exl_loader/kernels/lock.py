@@ -8,6 +8,7 @@ builds happen in private directories and appear by a rename; the lock only saves
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -28,6 +29,9 @@ HEARTBEAT_S = 1.0
 # Long beside the heartbeat: a machine that is compiling may be slow, or swap.
 STALE_S = 30.0
 
+# A network or container file system that has no locks at all says one of these.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
 
 @contextmanager
 def build_lock(path: Path, finished: Callable[[], bool], progress: Progress) -> Iterator[bool]:
@@ -39,8 +43,8 @@ def build_lock(path: Path, finished: Callable[[], bool], progress: Progress) -> 
         progress: shows the waiting, with the holder's process id.
 
     Yields:
-        Whether the lock is held. Where not, `finished()` has become true, or the holder
-        gave no sign of life.
+        Whether the lock is held. Where not, `finished()` has become true, the holder gave no
+        sign of life, or the disk has no locks.
 
     Raises:
         OSError: the lock file cannot be written.
@@ -50,7 +54,15 @@ def build_lock(path: Path, finished: Callable[[], bool], progress: Progress) -> 
 
     lock = FileLock(str(path), thread_local=False)
     heartbeat = path.with_suffix(".holder")
-    if not _acquire(lock, heartbeat, finished, progress):
+    try:
+        held = _acquire(lock, heartbeat, finished, progress)
+    except NotImplementedError:  # older releases of filelock say so of ENOSYS
+        held = False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        held = False
+    if not held:
         yield False
         return
     _write_beat(heartbeat, 0)

@@ -27,17 +27,39 @@ MARKER = "complete.json"
 def kernel_dirs(environ: Mapping[str, str] = os.environ) -> list[Path]:
     """Name the folders that may hold built kernels, first choice first; creates nothing.
 
-    `EXL_LOADER_CACHE_DIR` alone where it is set. Otherwise the user's cache folder, and for
-    machines where that cannot be written a folder of this user's own among temporary files.
+    `EXL_LOADER_CACHE_DIR` alone where it is set. Otherwise the user's cache folder, where the
+    user has one, and for machines where that cannot be written a folder of this user's own
+    among temporary files.
+
+    Raises:
+        KernelBuildError: `EXL_LOADER_CACHE_DIR` names the home folder of a user without one.
     """
     chosen = environ.get("EXL_LOADER_CACHE_DIR", "").strip()
     if chosen:
-        return [Path(chosen).expanduser().absolute() / "kernels"]
+        return [_expand(chosen).absolute() / "kernels"]
     from platformdirs import user_cache_path
 
     user = os.getuid() if hasattr(os, "getuid") else "user"
-    fallback = Path(tempfile.gettempdir()) / f"exl_loader-{user}"
-    return [user_cache_path("exl_loader", appauthor=False) / "kernels", fallback]
+    folders = [Path(tempfile.gettempdir()) / f"exl_loader-{user}"]
+    try:
+        cache = user_cache_path("exl_loader", appauthor=False)
+    except RuntimeError:
+        # A container's user may be a number without a home.
+        return folders
+    # Older releases of platformdirs leave "~" standing there, or a relative XDG_CACHE_HOME.
+    return [cache / "kernels", *folders] if cache.is_absolute() else folders
+
+
+def _expand(chosen: str) -> Path:
+    try:
+        return Path(chosen).expanduser()
+    except RuntimeError:
+        raise KernelBuildError(
+            f"EXL_LOADER_CACHE_DIR is set to {chosen!r}",
+            expected="a folder",
+            actual="a user whose home folder is not known",
+            remedy="Name the folder without ~",
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -118,7 +140,11 @@ def _is_private(directory: Path) -> bool:
     if status.st_uid != os.getuid():
         return False
     if status.st_mode & 0o077:
-        directory.chmod(0o700)
+        try:
+            directory.chmod(0o700)
+        except OSError:
+            # On a disk that cannot be written; what others may only read is no danger.
+            return not status.st_mode & 0o022
     return True
 
 
