@@ -7,6 +7,7 @@ its log says why. Registering again, as every restart of the page does, changes 
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -14,6 +15,7 @@ from typing import Any
 
 from . import dispatch, host, host_loaders, host_panel, loading, problems, recognise, tables
 from .host import LOADERS, HostDiffers, Patches, say
+from .saved_settings import with_current_values
 from .watch import watcher
 
 # The loaders that the API asks for log probabilities and hands biases to.
@@ -72,7 +74,10 @@ def _extend_functions() -> None:
         _patches.set(shared.args, "loader", shared.fix_loader_name(shared.original_args.loader))
     _patches.replace(shared.load_user_config, _load_user_config(shared.load_user_config))
     if isinstance(getattr(shared, "user_config", None), dict):
-        _with_current_names(shared.user_config)
+        with_current_values(shared.user_config)
+    apply = getattr(settings, "apply_model_settings_to_state", None)
+    if apply is not None:
+        _patches.replace(apply, _apply_model_settings(apply))
     idle = getattr(models, "load_model_if_idle_unloaded", None)
     if idle is not None:
         _patches.replace(idle, lambda: loading.reload_idle(idle))
@@ -98,17 +103,20 @@ def _fix_loader_name(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _load_user_config(original: Callable[[], Any]) -> Callable[[], Any]:
     def load_user_config() -> Any:
-        return _with_current_names(original())
+        return with_current_values(original())
 
     return load_user_config
 
 
-def _with_current_names(config: Any) -> Any:
-    """Give settings saved for our loaders by old versions the names of today."""
-    for saved in config.values() if isinstance(config, dict) else ():
-        if isinstance(saved, dict) and saved.get("loader") in LOADERS and "max_seq_len" in saved:
-            saved.setdefault("ctx_size", saved["max_seq_len"])
-    return config
+def _apply_model_settings(original: Callable[..., Any]) -> Callable[..., Any]:
+    def apply_model_settings_to_state(model: str, state: dict[str, Any]) -> Any:
+        """Show a model that is loaded as it was loaded; the page takes its options from here."""
+        state = original(model, state)
+        found = loading.page_values(model)
+        state.update({name: value for name, value in found.items() if name in state})
+        return state
+
+    return apply_model_settings_to_state
 
 
 def _watch_later_modules() -> None:
@@ -144,25 +152,29 @@ def _extend_generation(module: ModuleType) -> None:
             problems.report(error)
 
     _patches.replace(with_hf, generate_reply_HF)
-    reply = module.generate_reply
-    if _reloads_by_itself():
-
-        def generate_reply(*args: Any, **kwargs: Any) -> Iterator[Any]:
-            loading.reload_idle(_reload)
-            yield from reply(*args, **kwargs)
-
-        _patches.replace(reply, generate_reply)
+    # The API counts a prompt's tokens before it asks for an answer.
+    _reload_before(module.generate_reply, module.encode, module.decode)
 
 
 def _extend_logits(module: ModuleType) -> None:
-    original = module.get_next_logits
-    if _reloads_by_itself():
+    _reload_before(module.get_next_logits)
 
-        def get_next_logits(*args: Any, **kwargs: Any) -> Any:
-            loading.reload_idle(_reload)
-            return original(*args, **kwargs)
 
-        _patches.replace(original, get_next_logits)
+def _reload_before(*functions: Callable[..., Any]) -> None:
+    """Have an idle model of ours loaded again, as it was, by whoever needs it first (v4.2)."""
+    if hasattr(host.module("modules.models"), "load_model_if_idle_unloaded"):
+        return
+    for function in functions:
+        _patches.replace(function, _reloading(function))
+
+
+def _reloading(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def reloading(*args: Any, **kwargs: Any) -> Any:
+        loading.reload_idle(_reload)
+        return function(*args, **kwargs)
+
+    return reloading
 
 
 def _extend_chat(module: ModuleType) -> None:
@@ -180,14 +192,9 @@ def _extend_chat(module: ModuleType) -> None:
     _patches.replace(original, update_token_display_from_state)
 
 
-def _reloads_by_itself() -> bool:
-    """Whether whoever needs the model loads an idle one, without one function for all (v4.2)."""
-    return not hasattr(host.module("modules.models"), "load_model_if_idle_unloaded")
-
-
 def _reload() -> None:
-    shared = host.module("modules.shared")
-    if loading.is_idle():
+    shared, last = host.module("modules.shared"), loading.last_load
+    if loading.is_idle() and last is not None and last.model_name == shared.model_name:
         shared.model, shared.tokenizer = host.module("modules.models").load_model(shared.model_name)
 
 

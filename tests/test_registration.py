@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import sys
@@ -13,7 +14,7 @@ import pytest
 from tiny import write_tiny_model
 from webui_double import write_host
 
-from extension import early, loading, recognise, registration
+from extension import early, loading, recognise, registration, saved_settings
 
 
 @pytest.fixture
@@ -137,6 +138,58 @@ def test_settings_saved_by_old_versions_are_honoured(host):
     assert config["old$"]["ctx_size"] == 2048 and "ctx_size" not in config["other$"]
     web.shared.user_config = config
     assert web.models_settings.get_model_metadata("old")["cache_4bit"] is True
+
+
+@pytest.mark.parametrize(
+    ("saved", "shown"),
+    [({"cache_4bit": True}, ("q4", False, True)),
+     ({"cache_4bit": True, "cache_8bit": True, "alpha_value": 2}, ("q8", True, False)),
+     ({"cache_8bit": True, "cache_type": "q4_0"}, ("q4_0", False, True)),
+     ({"cache_type": "Q6", "cache_4bit": True}, ("Q6", False, False)),
+     ({"cache_type": None, "cache_4bit": False}, ("fp16", False, False)),
+     ({"max_seq_len": "2048", "alpha_value": None, "compress_pos_emb": "4"}, None)])
+def test_saved_settings_are_in_step_and_numbers_are_numbers(saved, shown):
+    entry = {"loader": "ExLlamav2_HF", **saved}
+    once = dict(saved_settings.with_current_values({"a$": entry})["a$"])
+    values = tuple(once.get(name) for name in ("cache_type", "cache_8bit", "cache_4bit"))
+    assert values == (shown or (None,) * 3), "what a file does not name is left out"
+    before = loading.LoadOptions.from_values({"ctx_size": saved.get("max_seq_len"), **saved})
+    after = loading.LoadOptions.from_values(once)
+    assert after == before, "the load is the same"
+    assert all(isinstance(once[n], (int, float)) for n in once if n in ("ctx_size", "alpha_value"))
+    assert saved_settings.with_current_values({"a$": once})["a$"] == once
+
+
+def test_pages_opened_after_a_load_show_that_load(host, model):
+    web = host()
+    registration.register()
+    web.shared.args.cache_8bit, web.shared.args.ctx_size = True, 512
+    loaded, _ = web.models.load_model(model, "ExLlamav2")
+    shown = web.shared.persistent_interface_state
+    expected = {"loader": "ExLlamav2", "ctx_size": 512, "cache_type": "q8", "cache_8bit": True,
+                "cache_4bit": False, "alpha_value": 1.0}
+    assert shown.items() >= (expected | {"truncation_length": 512}).items()
+    apply = web.models_settings.apply_model_settings_to_state
+    page = dict.fromkeys(expected)
+    assert apply(model, dict(page)) == expected
+    assert loading.is_loaded_as(loading.options_for(model, "ExLlamav2", apply(model, dict(page))))
+    assert apply("quantised", dict(page))["ctx_size"] == 8192, "another model has its own"
+    loaded.unload()
+    assert apply(model, dict(page))["ctx_size"] == 8192
+
+
+def test_no_context_is_what_the_host_makes_of_it(host, model):
+    web = host()
+    registration.register()
+    options = loading.options_for(model, "ExLlamav2", {"ctx_size": 0})
+    web.models.load_model(model, "ExLlamav2")
+    assert loading.is_loaded_as(options) and options.ctx_size == 8192
+
+
+def test_no_context_is_the_plans_where_the_host_says_nothing(host, model):
+    host(models=("shared.args.ctx_size = 8192", "pass"))
+    registration.register()
+    assert loading.options_for(model, "ExLlamav2", {"ctx_size": 0}).ctx_size == 0
 
 
 def test_registering_twice_and_taking_it_back(host):
@@ -312,19 +365,27 @@ def test_an_idle_reload_asks_for_what_was_loaded(host, model):
     assert web.shared.model.loaded is loading.current(), "loaded once, not three times"
 
 
-def test_an_idle_reload_is_guarded_where_every_caller_does_its_own(host, model):
-    """Up to v4.2 there is no one function for it."""
+@pytest.mark.parametrize("name", ["generate_reply", "encode"])
+def test_an_idle_reload_is_guarded_where_every_caller_does_its_own(host, model, name):
+    """Up to v4.2 there is no one function for it, and some callers do without."""
     web = host(
         ["--idle-timeout", "1"], models=("load_model_if_idle_unloaded", "reload_by_myself"),
-        text_generation=("load_model_if_idle_unloaded", "reload_by_myself"))
+        text_generation=("models.load_model_if_idle_unloaded()", "pass"))
     registration.register()
     text_generation = importlib.import_module("modules.text_generation")
     web.shared.args.cache_4bit = True
     web.shared.model, _ = web.models.load_model(model, "ExLlamav2")
     web.models.unload_model(keep_model_name=True)
     web.shared.args.loader, web.shared.args.cache_4bit = "Transformers", False
-    list(text_generation.generate_reply("a", {}))
+    arguments = {"generate_reply": ("a", {}), "encode": ("a",)}[name]
+    list(getattr(text_generation, name)(*arguments))
     assert web.shared.model.loaded.reservation.cache_type == "q4"
+    # Another loader's model is the web UI's to load again, or not.
+    web.models.unload_model(keep_model_name=True)
+    web.shared.model_name = "another"
+    with contextlib.suppress(AttributeError):
+        list(getattr(text_generation, name)(*arguments))
+    assert web.shared.model is None
 
 
 def test_errors_of_transformers_generation_are_reported_once(host, capsys):

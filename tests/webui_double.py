@@ -32,6 +32,7 @@ lora_names = []
 stop_everything = False
 settings = {"truncation_length": 8192}
 gradio = {}
+persistent_interface_state = {}
 def fix_loader_name(name):
     if not name:
         return name
@@ -86,6 +87,10 @@ def infer_loader(model_name, model_settings, hf_quant_method=None):
     if shared.args.portable or list(path.glob("*.gguf")):
         return "llama.cpp"
     return "Transformers"
+def apply_model_settings_to_state(model, state):
+    found = get_model_metadata(model)
+    state.update({name: value for name, value in found.items() if name in state})
+    return state
 def update_model_parameters(state, initial=False):
     for element in loaders.list_model_elements():
         if element in state and not (initial and element in shared.provided_arguments):
@@ -134,6 +139,12 @@ from modules import models, shared
 def generate_reply(question, state):
     models.load_model_if_idle_unloaded()
     yield from generate_reply_HF(question, state)
+def encode(prompt):
+    models.load_model_if_idle_unloaded()
+    return shared.tokenizer.encode(prompt)
+def decode(ids):
+    models.load_model_if_idle_unloaded()
+    return shared.tokenizer.decode(ids)
 def generate_reply_HF(question, state):
     try:
         yield shared.model(question)
