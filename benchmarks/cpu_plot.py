@@ -127,5 +127,5 @@ def write_picture(results: Results, path: Path) -> None:
         f'width="{WIDTH}" height="{HEIGHT}"><style>{STYLE}</style>'
         f'<rect width="100%" height="100%" fill="#ffffff"/>\n'
         + "\n".join([*parts, text(LEFT, HEIGHT - 16, note, kind="small")])
-        + "\n</svg>\n"
+        + "\n</svg>\n", encoding="utf-8"
     )

@@ -32,7 +32,7 @@ class Results:
 
     @classmethod
     def read(cls, path: Path) -> Results:
-        return cls(path, json.loads(path.read_text()) if path.exists() else ())
+        return cls(path, json.loads(path.read_text(encoding="utf-8")) if path.exists() else ())
 
     def put(self, record: Record) -> None:
         """Keep a record in place of an older one of the same measurement."""
@@ -111,11 +111,11 @@ def tables(results: Results) -> str:
 
 def update_document(results: Results, path: Path) -> None:
     """Put the tables between the document's marks; a document without them stays as it is."""
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     before, first, rest = text.partition(FIRST_MARK)
     _, last, after = rest.partition(LAST_MARK)
     if last:
-        path.write_text(f"{before}{first}\n{tables(results)}\n{last}{after}")
+        path.write_text(f"{before}{first}\n{tables(results)}\n{last}{after}", encoding="utf-8")
 
 
 def _table(title: str, head: list[str], rows: list[list[str]]) -> str:

@@ -11,7 +11,7 @@ import inspect
 import os
 import signal
 import sys
-import threading
+import time
 import webbrowser
 from typing import Any
 
@@ -162,7 +162,8 @@ def serve(session: Session, args: argparse.Namespace) -> int:
     if not args.no_browser and has_browser():
         webbrowser.open(address)
     while True:
-        threading.Event().wait()
+        # Not an event's wait, which Ctrl-C does not end on Windows.
+        time.sleep(3600)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def _config_json(config: LlamaConfig) -> dict:
 
 
 def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def export(model: LlamaForCausalLM, tokenizer: bytes, report: dict, folder: Path) -> None:

@@ -108,7 +108,7 @@ def examine() -> dict[str, Any]:
         },
         "gpus": gpus,
         "cuda": cuda,
-        "compiler": _examine_compiler(problems),
+        "compiler": _examine_compiler(problems, bool(cuda["kernels"])),
         "ninja": toolchain.find_ninja(),
         "kernels": _examine_kernels(problems),
         "packages": packages,
@@ -128,13 +128,18 @@ def _problem(error: ExlLoaderError) -> dict[str, str]:
     return {"problem": f"{error.thing}{found}", "remedy": error.remedy or ""}
 
 
-def _examine_compiler(problems: list[dict[str, str]]) -> dict[str, Any] | None:
+def _examine_compiler(
+    problems: list[dict[str, str]], has_cards: bool
+) -> dict[str, Any] | None:
+    """What compiles the CPU's kernels; none is a problem where no card runs models."""
     try:
         compiler = toolchain.find_compiler()
     except ExlLoaderError as error:
         problems.append(_problem(error))
         return None
     if compiler is None:
+        if has_cards:
+            return None
         problems.append(
             {
                 "problem": "no C++ compiler: slow reference operations will be used",

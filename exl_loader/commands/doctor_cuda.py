@@ -74,7 +74,8 @@ def _check_cards() -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "exl_loader.commands.check_cards"]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_CHECK_SECONDS, check=True
+            command, capture_output=True, text=True, errors="replace",
+            timeout=_CHECK_SECONDS, check=True,
         )
     except (OSError, subprocess.SubprocessError) as error:
         words = str(getattr(error, "stderr", None) or error).strip().splitlines()

@@ -55,7 +55,9 @@ def new_folder(out_dir: Path) -> Iterator[Path]:
     try:
         yield partial
         _open_up(partial)
-        os.replace(partial, out_dir)
+        if out_dir.exists():
+            out_dir.rmdir()  # Windows puts no folder in the place of another, empty or not
+        partial.rename(out_dir)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -118,9 +118,10 @@ class CpuDevice:
         return total, min(total, _mac_free_bytes() or total)
 
     def _own_bytes(self) -> int:
-        if sys.platform == "win32":
+        status = _fields(self._proc / "self" / "status")
+        if sys.platform == "win32" and not status:
             return windows.process_memory()[0]
-        return _kib(_fields(self._proc / "self" / "status").get("VmRSS", ""))
+        return _kib(status.get("VmRSS", ""))
 
     def _address_space(self) -> tuple[int, int] | None:
         if sys.platform == "win32":

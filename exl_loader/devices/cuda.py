@@ -256,7 +256,8 @@ def query_nvidia_smi(*arguments: str, cells: int) -> list[list[str]]:
         answer = subprocess.run(
             ["nvidia-smi", *arguments, "--format=csv,noheader,nounits"],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=10,
             check=True,
         )

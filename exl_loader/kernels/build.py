@@ -128,7 +128,9 @@ def _remove_left(partial: Path) -> None:
 
 def _run_ninja(work: Path, spec: BuildSpec, progress: Progress) -> None:
     """Run ninja to its end, counting units; it ends, with its compilers, when this does."""
-    environ = {**os.environ, "NINJA_STATUS": "[%f/%t] ", "LC_ALL": "C"}
+    # In English, of GCC and of MSVC.
+    words_in = {"LC_ALL": "C", "VSLANG": "1033"}
+    environ = {**os.environ, "NINJA_STATUS": "[%f/%t] ", **words_in}
     try:
         process = supervise.start(_ninja_command(work, spec), environ)
     except OSError as error:

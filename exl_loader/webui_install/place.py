@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import sys
 from pathlib import Path
 
@@ -85,12 +86,17 @@ def remove_extension(target: Path) -> bool:
 
 
 def is_link(path: Path) -> bool:
-    """Whether a path is a symbolic link or a junction."""
-    if path.is_symlink():
-        return True
-    if os.name != "nt" or not path.is_dir():
+    """Whether a path is a symbolic link or a junction; where it points to need not exist."""
+    try:
+        status = path.lstat()
+    except OSError:
         return False
-    return os.path.normcase(os.path.realpath(path)) != os.path.normcase(os.path.abspath(path))
+    return stat.S_ISLNK(status.st_mode) or _is_junction(status)
+
+
+def _is_junction(status: os.stat_result) -> bool:
+    # IO_REPARSE_TAG_MOUNT_POINT, which other systems' `stat` does not name.
+    return getattr(status, "st_reparse_tag", 0) == 0xA0000003
 
 
 def hook_is_current(site_packages: Path) -> bool:

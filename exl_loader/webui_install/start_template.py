@@ -49,7 +49,8 @@ def start():
             spec.loader.exec_module(bootstrap)
             bootstrap.activate("early").start()
             return
-        if os.path.islink(folder):
+        # A link that leads nowhere; `islink` knows no junctions.
+        if os.path.lexists(folder) and not os.path.exists(folder):
             raise FileNotFoundError(folder + " points to a folder that is not there any more")
     raise FileNotFoundError("user_data/extensions/exl_loader is not there any more")
 

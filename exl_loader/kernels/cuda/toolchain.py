@@ -23,10 +23,9 @@ COMPILER_ENV = "EXL_LOADER_CUDA_COMPILER"
 KINDS = ("nvrtc", "nvcc")
 
 _WINDOWS = sys.platform == "win32"
-_NVRTC = re.compile(r"nvrtc64_\d+_\d+\.dll" if _WINDOWS else r"libnvrtc(-[0-9a-f]+)?\.so(\.\d+)*")
+_NVRTC = re.compile(r"libnvrtc(-[0-9a-f]+)?\.so(\.\d+)*|nvrtc64_\d+_\d+\.dll")
 _BUILTINS = re.compile(
-    r"nvrtc-builtins64_(\d+)(\d)\.dll" if _WINDOWS
-    else r"libnvrtc-builtins(?:-[0-9a-f]+)?\.so\.(\d+)\.(\d+)"
+    r"libnvrtc-builtins(?:-[0-9a-f]+)?\.so\.(\d+)\.(\d+)|nvrtc-builtins64_(\d+)(\d)\.dll"
 )
 _NVCC_RELEASE = re.compile(r"release (\d+)\.(\d+), (V\S+)")
 
@@ -129,7 +128,7 @@ def _nvrtc_in(folder: Path) -> list[tuple[Path, Version]]:
     libraries = sorted((name for name in names if _NVRTC.fullmatch(name)), key=len, reverse=True)
     if not releases or not libraries:
         return []
-    newest = max((int(match[1]), int(match[2])) for match in releases)
+    newest = max((int(match[1] or match[3]), int(match[2] or match[4])) for match in releases)
     return [(folder / libraries[0], newest)]
 
 
@@ -152,7 +151,7 @@ def _library_folders(environ: Mapping[str, str]) -> Iterator[Path]:
     for toolkit in _toolkits(environ):
         yield from (toolkit / "lib64", toolkit / "lib", toolkit / "bin", toolkit / "bin" / "x64")
     if environ.get("CONDA_PREFIX"):
-        yield Path(environ["CONDA_PREFIX"]) / "lib"
+        yield from (Path(environ["CONDA_PREFIX"]) / name for name in ("lib", "Library/bin"))
 
 
 def _package_folders(name: str) -> list[Path]:
