@@ -26,6 +26,8 @@ DRAFT_OPTIONS = ("model_draft", "ctx_size_draft", "draft_max")
 # the field that its buttons write to.
 GAUGE, PICK = PANEL_IDS = ("exl_gauge", "exl_pick")
 
+_DEFAULT_CTX_SIZE = 8192
+
 # What the plugin replaces or extends; without any of these it leaves the web UI alone.
 _NEEDED: dict[str, tuple[str, ...]] = {
     "modules.shared": ("args", "original_args", "args_defaults", "fix_loader_name",
@@ -115,6 +117,13 @@ def model_path(model_name: str) -> Path:
     if hasattr(utils, "resolve_model_path"):
         return Path(utils.resolve_model_path(model_name))  # type: ignore[union-attr]
     return Path(module("modules.shared").args.model_dir) / model_name
+
+
+def default_ctx_size() -> int:
+    """What the web UI loads our models with where its context is 0; 0 leaves it to the plan."""
+    # Since v4.1 `load_model` says so itself, for all loaders but one.
+    code = getattr(getattr(module("modules.models"), "load_model", None), "__code__", None)
+    return _DEFAULT_CTX_SIZE if _DEFAULT_CTX_SIZE in getattr(code, "co_consts", ()) else 0
 
 
 class Patches:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import host, problems
-from .panel import LoadOptions
+from .panel import LoadOptions, toggles_for
 
 if TYPE_CHECKING:
     from exl_loader.engine import LoadedModel
@@ -66,7 +66,10 @@ def options_for(model_name: str, loader: str, values: Mapping[str, Any]) -> Load
     draft = str(known.get("model_draft") or "")
     known["model_draft"] = str(host.model_path(draft)) if _is_chosen(draft) else ""
     options = LoadOptions.from_values(known)
-    return replace(options, cache_type=plain_cache_type(options.cache_type))
+    return replace(
+        options, ctx_size=options.ctx_size or host.default_ctx_size(),
+        cache_type=plain_cache_type(options.cache_type),
+    )
 
 
 def _is_chosen(model_name: str) -> bool:
@@ -82,6 +85,28 @@ def plain_cache_type(name: str) -> str:
 def is_loaded_as(options: LoadOptions) -> bool:
     """Whether the model that is loaded is the one of these options."""
     return _loaded is not None and _loaded_as == options
+
+
+def page_values(model_name: str) -> dict[str, Any]:
+    """What the page's fields have to say of the model that is loaded; nothing of another one."""
+    last, options = last_load, _loaded_as
+    if _loaded is None or last is None or options is None or last.model_name != model_name:
+        return {}
+    kept = {name: value for name, value in last.options.items() if value is not None}
+    return kept | {
+        "loader": last.loader, "ctx_size": options.ctx_size, "alpha_value": options.alpha_value,
+        "compress_pos_emb": options.compress_pos_emb, "gpu_split": options.gpu_split,
+        **toggles_for(options.cache_type)._asdict(),
+    }
+
+
+def _show_in_later_pages(model_name: str) -> None:
+    """Have pages that are opened from here on show the load, whoever asked for it."""
+    shared = host.module("modules.shared")
+    kept = getattr(shared, "persistent_interface_state", None)
+    if isinstance(kept, dict) and not shared.args.multi_user:
+        values = page_values(model_name)
+        kept.update(values | {"truncation_length": values["ctx_size"]})
 
 
 def is_idle() -> bool:
@@ -138,6 +163,7 @@ def load(model_name: str, loader: str, wrap: Callable[[LoadedModel], T]) -> T:
         # The web UI takes its truncation length from here.
         args.ctx_size = loaded.ctx_size
         last_load = LastLoad(model_name, loader, values | {"ctx_size": loaded.ctx_size})
+        _show_in_later_pages(model_name)
         reserved, measured = loaded.reservation.total_bytes, loaded.allocated_bytes()
         host.say(f"{model_name}: {reserved:,} bytes reserved, {measured:,} measured", level="info")
         return wrapped
