@@ -64,6 +64,7 @@ def run(words: list[str]) -> int:
         The command's exit code; 128 + n where signal n ended it.
     """
     command = words[0] if sys.platform == "win32" and len(words) == 1 else words
+    job = _enter_job() if sys.platform == "win32" else None
     try:
         # With SIGPIPE ignored, as Python itself does: what has nobody left to write to must
         # live on to end its children.
@@ -71,17 +72,30 @@ def run(words: list[str]) -> int:
     except OSError as error:
         print(error.strerror or error, flush=True)
         return START_FAILED
-    threading.Thread(target=_end_with_stdin, args=(process,), daemon=True).start()
+    threading.Thread(target=_end_with_stdin, args=(process, job), daemon=True).start()
     code = process.wait()
     return code if code >= 0 else 128 - code
 
 
-def _end_with_stdin(process: subprocess.Popen[bytes]) -> None:
+def _enter_job() -> int | None:
+    """Make a job object of this process and all that it will start; Windows alone."""
+    import ctypes
+
+    kernel32 = ctypes.CDLL("kernel32")
+    kernel32.CreateJobObjectW.restype = kernel32.GetCurrentProcess.restype = ctypes.c_void_p
+    job = kernel32.CreateJobObjectW(None, None)
+    this = ctypes.c_void_p(kernel32.GetCurrentProcess())
+    kernel32.AssignProcessToJobObject(ctypes.c_void_p(job), this)
+    return job
+
+
+def _end_with_stdin(process: subprocess.Popen[bytes], job: int | None) -> None:
     while os.read(0, 1):
         pass
-    if sys.platform == "win32":
-        tree = ["taskkill", "/F", "/T", "/PID", str(process.pid)]
-        subprocess.run(tree, stdin=subprocess.DEVNULL, capture_output=True)
+    if job is not None:
+        import ctypes
+
+        ctypes.CDLL("kernel32").TerminateJobObject(ctypes.c_void_p(job), 1)
         return
     # ninja passes it on to the process group of every compiler that it runs.
     process.terminate()
