@@ -169,9 +169,12 @@ def _toolkits(environ: Mapping[str, str]) -> Iterator[Path]:
 
 
 def _find_nvcc(environ: Mapping[str, str]) -> Iterator[CudaCompiler]:
-    """nvcc of a toolkit, the PATH or the pip packages; none without a host compiler."""
+    """nvcc of a toolkit, the PATH or the pip packages; none without a host compiler.
+
+    On Windows that has to be Visual Studio's.
+    """
     host = find_compiler(environ)
-    if host is None:
+    if host is None or (_WINDOWS and host.kind != "msvc"):
         return
     name = "nvcc.exe" if _WINDOWS else "nvcc"
     paths = [toolkit / "bin" / name for toolkit in _toolkits(environ)]
