@@ -19,6 +19,8 @@ OPTION_DEFAULTS: dict[str, Any] = {
     "compress_pos_emb": 1.0,
 }
 
+ROPE_OPTIONS = ("alpha_value", "compress_pos_emb")
+
 # The web UI's own options of a draft model, which the native loader has too.
 DRAFT_OPTIONS = ("model_draft", "ctx_size_draft", "draft_max")
 

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from . import dispatch, host, host_loaders, host_panel, loading, problems, recognise, tables
-from .host import LOADERS, HostDiffers, Patches, say
+from .host import LOADERS, ROPE_OPTIONS, HostDiffers, Patches, say
 from .saved_settings import with_current_values
 from .watch import watcher
 
@@ -111,6 +111,9 @@ def _load_user_config(original: Callable[[], Any]) -> Callable[[], Any]:
 def _apply_model_settings(original: Callable[..., Any]) -> Callable[..., Any]:
     def apply_model_settings_to_state(model: str, state: dict[str, Any]) -> Any:
         """Show a model that is loaded as it was loaded; the page takes its options from here."""
+        # What one model's text is stretched by is no other's.
+        asked = host.module("modules.shared").original_args
+        state.update({name: getattr(asked, name) for name in ROPE_OPTIONS if name in state})
         state = original(model, state)
         found = loading.page_values(model)
         state.update({name: value for name, value in found.items() if name in state})

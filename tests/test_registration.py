@@ -153,7 +153,9 @@ def test_pages_opened_after_a_load_show_that_load(host, model):
     page = dict.fromkeys(expected)
     assert apply(model, dict(page)) == expected
     assert loading.is_loaded_as(loading.options_for(model, "ExLlamav2", apply(model, dict(page))))
-    assert apply("quantised", dict(page))["ctx_size"] == 8192, "another model has its own"
+    other = apply("quantised", page | {"alpha_value": 3.0, "cache_type": "q6"})
+    assert other["ctx_size"] == 8192, "another model has its own"
+    assert (other["alpha_value"], other["cache_type"]) == (1.0, "q6")
     loaded.unload()
     assert apply(model, dict(page))["ctx_size"] == 8192
 
