@@ -117,8 +117,11 @@ def capacity(device: str) -> Capacity:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether the system refused memory: PyTorch's CPU allocator has no type for that."""
-    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+    """Say whether the system refused memory: PyTorch's CPU allocator has no type for that.
+
+    Its words go on as the system's do: "can't allocate memory", "not enough memory".
+    """
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator: " in str(error)
 
 
 def trim_heap() -> None:

@@ -294,6 +294,28 @@ def test_fused_operations_are_the_bits_of_single_ones(
     assert torch.equal(run_chunks(model, cache, IDS, chunk), fused)
 
 
+def test_a_card_needs_no_cpp_compiler(emulated, tmp_path, monkeypatch):
+    """On Windows there is none as a rule: nothing but NVRTC may be asked to compile."""
+    for name, seed in (("m", 1), ("d", 2)):
+        write_tiny_model(tmp_path / name, seed=seed)
+
+    def none(*_):
+        raise AssertionError("a C++ compiler is wanted")
+
+    for module in ("toolchain", "spec", "cuda.toolchain"):
+        monkeypatch.setattr(f"exl_loader.kernels.{module}.find_compiler", none)
+    monkeypatch.setattr("exl_loader.kernels.open_library", none)
+    settings = {"max_new_tokens": 4, "top_k": 5, "repetition_penalty": 1.2, "seed": 3,
+                "guidance_scale": 1.5, "negative_prompt": "no", "ban_eos_token": True}
+    with exl_loader.load(tmp_path / "m", ctx_size=CTX, device=DEVICE, cache_type="q4",
+                         model_draft=tmp_path / "d") as model:
+        assert model.prompt_logits(IDS).isfinite().all()
+        assert len(list(model.generate_ids(IDS, GREEDY))) == GREEDY["max_new_tokens"]
+        with model.generate("some words", settings) as generation:
+            "".join(generation)
+            assert generation.stats.new_tokens == settings["max_new_tokens"]
+
+
 def test_memory_of_the_card_is_given_back_when_a_load_fails(card, tmp_path, monkeypatch):
     from exl_loader import memory, weights
 

@@ -14,12 +14,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from cuda_sources import cuda_compiler
 
 from exl_loader import windows
 from exl_loader.commands import doctor
 from exl_loader.devices.cpu import CpuDevice, vm_stat_free_bytes
 from exl_loader.kernels import ops, toolchain
 from exl_loader.kernels.cuda import toolchain as cuda_toolchain
+from exl_loader.kernels.cuda.spec import cuda_spec
 from exl_loader.kernels.spec import compile_flags, csrc_dir, link_flags
 from exl_loader.kernels.toolchain import Compiler
 from exl_loader.webui_install import place
@@ -128,6 +130,15 @@ def test_nvrtc_is_known_by_the_names_it_has_on_windows(tmp_path):
                  "nvrtc-builtins64_128.alt.dll", "cudart64_12.dll", "torch_cuda.dll"):
         (tmp_path / name).touch()
     assert cuda_toolchain._nvrtc_in(tmp_path) == [(tmp_path / "nvrtc64_120_0.dll", (12, 8))]
+
+
+@pytest.mark.skipif(cuda_compiler("nvrtc") is None, reason="needs NVRTC")
+def test_where_nvrtc_is_nothing_asks_for_another_compiler(monkeypatch):
+    def none(*_):
+        raise AssertionError("a C++ compiler is wanted")
+
+    monkeypatch.setattr(cuda_toolchain, "find_compiler", none)
+    assert cuda_spec((8, 6), driver=(99, 0)).compiler.kind == "nvrtc"
 
 
 def test_doctor_misses_no_compiler_where_a_card_runs_models(monkeypatch):
