@@ -154,10 +154,10 @@ def _model_line(reservation: Reservation) -> str:
     name = PurePath(reservation.model_dir).name or reservation.model_dir
     kind = f"{reservation.architecture.removesuffix('ForCausalLM')}, {reservation.format.upper()}"
     bits = CACHE_BITS.get(reservation.cache_type, reservation.cache_type)
-    return (
-        f"<b>{escape(name)}</b> · {escape(kind)}, {reservation.num_layers} layers · "
-        f"{reservation.ctx_size:,} tokens of context · {escape(bits)} cache"
-    )
+    parts = (f"{kind}, {reservation.num_layers} layers",
+             f"{reservation.ctx_size:,} tokens of context", f"{bits} cache")
+    spans = (f"<span>{escape(part)}</span>" for part in parts)
+    return " · ".join([f"<b>{escape(name)}</b>", *spans])
 
 
 def _label(device: DeviceReservation) -> str:

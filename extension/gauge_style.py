@@ -1,8 +1,8 @@
 """Colours and layout of the gauge: one style sheet, scoped to its own class.
 
 A page of the web UI, or of Gradio, says by the class `dark` which theme it shows, whatever the
-system prefers; a page without Gradio follows the system. Lengths are relative, so that the
-gauge reads well in a column of any width.
+system prefers; a page without Gradio follows the system. Letters are the page's own, lengths
+are relative, so that the gauge reads well in a column of any width.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ _LIGHT = """\
   --exl-bad: #c92a2a; --exl-bad-back: #fff0f0; --exl-accent: #3b5bdb;"""
 
 _DARK = """\
-  --exl-text: #e8ebf1; --exl-soft: #a4adbd; --exl-line: #3a4150; --exl-card: #1b1f29;
-  --exl-track: #2a303c; --exl-weights: #748ffc; --exl-cache: #3bc9db; --exl-workspace: #ffc14d;
+  --exl-text: #e8ebf1; --exl-soft: #a4adbd; --exl-line: #3b3e47; --exl-card: #1b1c20;
+  --exl-track: #2a2c33; --exl-weights: #748ffc; --exl-cache: #3bc9db; --exl-workspace: #ffc14d;
   --exl-outside: #c99bf5; --exl-other: #6b7585; --exl-good: #69db7c; --exl-good-back: #17301f;
   --exl-bad: #ff8787; --exl-bad-back: #3a1d20; --exl-accent: #91a7ff;"""
 
 _RULES = """\
 .exl-gauge { color: var(--exl-text); background: var(--exl-card); font-size: 0.875rem;
   border: 1px solid var(--exl-line); border-radius: 12px; padding: 1em 1.1em; line-height: 1.45;
-  font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
-  font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+  font-family: var(--font, system-ui, "Segoe UI", Roboto, "Noto Sans", sans-serif);
+  overflow-wrap: anywhere; }
 .exl-gauge * { box-sizing: border-box; color: inherit; }
+.exl-gauge dd { font-variant-numeric: tabular-nums; }
 .exl-gauge p, .exl-gauge dl, .exl-gauge dd, .exl-gauge h4 { margin: 0; padding: 0; }
 .exl-gauge .exl-verdict { display: flex; flex-wrap: wrap; gap: 0.2em 0.7em; font-size: 1.05em;
   align-items: baseline; }
@@ -33,6 +34,7 @@ _RULES = """\
 .exl-gauge .exl-bad { color: var(--exl-bad); background: var(--exl-bad-back); }
 .exl-gauge .exl-soft { color: var(--exl-soft); }
 .exl-gauge .exl-model { color: var(--exl-soft); margin-top: 0.45em; }
+.exl-gauge .exl-model > span { display: inline-block; }
 .exl-gauge .exl-device { margin-top: 1em; }
 .exl-gauge .exl-head { display: flex; flex-wrap: wrap; justify-content: space-between;
   gap: 0 1em; margin-bottom: 0.35em; }
@@ -57,7 +59,7 @@ _RULES = """\
 .exl-gauge .exl-missing { background: repeating-linear-gradient(-45deg, var(--exl-bad) 0 2px,
   transparent 2px 5px); }
 .exl-gauge .exl-parts { display: grid; gap: 0.15em 1.6em; margin-top: 0.6em;
-  grid-template-columns: repeat(auto-fill, minmax(11.5em, 1fr)); }
+  grid-template-columns: repeat(auto-fill, minmax(13em, 1fr)); }
 .exl-gauge .exl-parts > div { display: flex; align-items: baseline; gap: 0.5em; }
 .exl-gauge .exl-parts dt { flex: 1 1 auto; color: var(--exl-soft); font-weight: 400; }
 .exl-gauge .exl-parts dd { white-space: nowrap; }
@@ -95,9 +97,12 @@ _RULES = """\
   .exl-gauge .exl-swatch { forced-color-adjust: none; } }
 """
 
+# With the rank of an id: the web UI and Gradio style every paragraph and colour of their pages.
+_RANKED = ":is(#exl, .exl-gauge)"
+
 STYLE = (
     f".exl-gauge {{\n{_LIGHT} }}\n"
     f".dark .exl-gauge {{\n{_DARK} }}\n"
     "@media (prefers-color-scheme: dark) { :root:not(:has(gradio-app)) .exl-gauge {\n"
-    f"{_DARK} }} }}\n" + _RULES
+    f"{_DARK} }} }}\n" + _RULES.replace(".exl-gauge", _RANKED)
 )

@@ -17,6 +17,7 @@ from . import host, loading, panel, problems, tables
 from .event_chain import EventChain, event_chains
 from .gauge import PICK_ELEM_ID, gauge_html, message_html, task_html
 from .host import DRAFT_OPTIONS, GAUGE, LOADERS, OPTION_DEFAULTS, PICK, HostDiffers, Patches
+from .page_steps import PageSteps
 
 # The field that the gauge's buttons write to is for the page alone.
 _HIDE_PICK = f"<style>#{PICK_ELEM_ID} {{ display: none !important; }}</style>"
@@ -117,40 +118,30 @@ def _connect(loading_chains: list[EventChain]) -> None:
     components = host.module("modules.shared").gradio
     names = [*_NEEDED_INPUTS, *(name for name in _MORE_INPUTS if name in components)]
     inputs = [components[name] for name in names]
-    gauge, cache_type = components[GAUGE], components["cache_type"]
+    gauge, cache_type, ctx_size = (components[name] for name in (GAUGE, "cache_type", "ctx_size"))
     toggles = [components["cache_8bit"], components["cache_4bit"]]
     quiet: dict[str, Any] = {"show_progress": False, "queue": False}
+    steps = PageSteps(names, draw, gr.update())
 
-    def follow_type(value: str | None) -> list[Any]:
-        both = panel.toggles_for(_plain_type(value))
-        return [both.cache_8bit, both.cache_4bit]
-
-    cache_type.change(follow_type, [cache_type], toggles, **quiet)
+    cache_type.change(steps.typed, inputs, [*toggles, gauge], **quiet)
     for name in ("cache_8bit", "cache_4bit"):
-        def follow_toggle(on: bool, value: str | None, name: str = name) -> list[Any]:
-            return list(panel.after_toggle(name, bool(on), _plain_type(value)))
-
         # A click, and nothing else: `input` also comes of values that the server has set, and
         # two quick clicks would then answer each other for ever.
         components[name].select(
-            follow_toggle, [components[name], cache_type], [*toggles, cache_type], **quiet)
-    def redraw(*values: Any) -> str:
-        return draw(dict(zip(names, values, strict=True)))
-
+            steps.toggled(name), inputs, [*toggles, cache_type, gauge], **quiet)
     # One event for all: answers of several could overtake each other, and the last drawing
     # would not be that of the last change.
     triggers = [component.change for component in inputs]
     # What the page does not hear of, such as a load over the API, is there when one looks.
     triggers.append(_tab_of(cache_type).select)
-    gr.on(triggers, redraw, inputs, [gauge], trigger_mode="always_last", **quiet)
-    components["interface"].load(redraw, inputs, [gauge], **quiet)
+    gr.on(triggers, steps.redraw, inputs, [gauge], trigger_mode="always_last", **quiet)
+    components["interface"].load(steps.redraw, inputs, [gauge], **quiet)
     # What the web UI says about a load changes as well, but Gradio tells so of a text whenever
     # anything in the page does, the gauge included, and that would never end.
     for chain in loading_chains:
-        chain.then(redraw, inputs, [gauge], **quiet)
+        chain.then(steps.redraw, inputs, [gauge], **quiet)
     pick = components[PICK]
-    pick.input(_follow_pick, [pick, components["ctx_size"], cache_type],
-               [components["ctx_size"], cache_type], **quiet)
+    pick.input(steps.picked, [pick, *inputs], [ctx_size, *toggles, cache_type, gauge], **quiet)
 
 
 def _tab_of(component: Any) -> Any:
@@ -160,15 +151,6 @@ def _tab_of(component: Any) -> Any:
     if component is None:
         raise HostDiffers("its loaders' options lie in no tab")
     return component
-
-
-def _plain_type(value: str | None) -> str:
-    return loading.plain_cache_type(value or panel.DEFAULT_CACHE_TYPE)
-
-
-def _follow_pick(text: str | None, ctx_size: Any, cache_type: Any) -> list[Any]:
-    chosen = panel.parse_pick(text)
-    return [ctx_size, cache_type] if chosen is None else [chosen.ctx_size, chosen.cache_type]
 
 
 def draw(shown: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from tiny import write_tiny_model
 from webui_double import write_host
 
 import exl_loader
-from extension import event_chain, host_panel, loading, registration
+from extension import event_chain, host_panel, loading, panel, registration
 
 STATE = {"temperature": 0, "max_new_tokens": 8, "truncation_length": 512, "add_bos_token": True,
          "ban_eos_token": True, "stream": True}
@@ -234,6 +234,32 @@ def test_the_gauge_does_with_the_fields_that_the_page_has(wired, page, monkeypat
     assert "ctx_size=512, cache_type='q4'" in drawn
     # A field that the page lacks is what the command line said.
     assert f"ctx_size_draft={1024 if absent else 256}" in drawn
+
+
+@pytest.mark.parametrize(("name", "event", "value", "followers"), [
+    ("cache_8bit", "select", True, ["cache_8bit", "cache_4bit", "cache_type"]),
+    ("cache_4bit", "select", False, ["cache_8bit", "cache_4bit", "cache_type"]),
+    ("cache_type", "change", "q8", ["cache_8bit", "cache_4bit"]),
+    ("exl_pick", "input", "256 q8 1", ["ctx_size", "cache_8bit", "cache_4bit", "cache_type"]),
+])
+def test_a_click_has_one_answer_of_fields_and_gauge(
+    wired, page, monkeypatch, name, event, value, followers
+):
+    components = wired()
+    names = {component: name for name, component in components.items()}
+    monkeypatch.setattr(host_panel.panel, "plan_html", lambda options: repr(options))
+    answering = [wire for wire in components["interface"].fns.values()
+                 if (components[name]._id, event) in wire.targets and len(wire.outputs) > 1]
+    (answer,) = answering
+    values = {"loader": "ExLlamav2", "model_menu": "tiny", "ctx_size": 512, "cache_type": "q4",
+              "cache_8bit": False, "cache_4bit": True} | {name: value}
+    said = answer.fn(*(values.get(names[component]) for component in answer.inputs))
+    assert [names[component] for component in answer.outputs] == [*followers, "exl_gauge"]
+    after = values | dict(zip(followers, said[:-1], strict=True))
+    expected = panel.resolve_cache_type(after["cache_type"])
+    assert (after["cache_8bit"], after["cache_4bit"], expected) == panel.toggles_for(expected)
+    assert f"ctx_size={after['ctx_size']}, cache_type={expected!r}" in said[-1]
+    assert expected != "q4"
 
 
 def test_a_page_without_the_needed_fields_comes_up_without_our_options(wired, page, capsys):
