@@ -19,7 +19,8 @@ from cuda_sources import cuda_compiler
 from exl_loader import windows
 from exl_loader.commands import doctor
 from exl_loader.devices.cpu import CpuDevice, vm_stat_free_bytes
-from exl_loader.kernels import ops, toolchain
+from exl_loader.errors import KernelBuildError
+from exl_loader.kernels import ops, store, toolchain
 from exl_loader.kernels.cuda import toolchain as cuda_toolchain
 from exl_loader.kernels.cuda.spec import cuda_spec
 from exl_loader.kernels.spec import compile_flags, csrc_dir, link_flags
@@ -265,6 +266,32 @@ def test_a_junction_is_a_link():
     # As Windows describes one: a folder with a mark.
     assert place._is_junction(SimpleNamespace(st_mode=0o40777, st_reparse_tag=0xA0000003))
     assert not place._is_junction(SimpleNamespace(st_mode=0o40777, st_reparse_tag=0))
+
+
+def test_what_a_program_uses_is_not_half_removed(tmp_path, monkeypatch):
+    """A library that is loaded cannot be deleted on Windows, nor its folder be renamed."""
+    entry = tmp_path / "cpu-0"
+    entry.mkdir()
+    (entry / "exl_cpu.dll").touch()
+    store.seal(entry, "exl_cpu.dll")
+    pauses = []
+    monkeypatch.setattr(store, "os", SimpleNamespace(name="nt", getpid=os.getpid))
+    monkeypatch.setattr(store.time, "sleep", pauses.append)
+    refusals = [PermissionError(13, "Access is denied")] * 20
+
+    def rename(self, target):
+        if refusals:
+            raise refusals.pop()
+        os.rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(KernelBuildError, match="Access is denied.*End the programs"):
+        store.discard(entry / "exl_cpu.dll")
+    assert store.verify(entry) is not None and len(refusals) == 14 and len(pauses) == 5
+    # A scanner lets go after a while.
+    del refusals[2:]
+    store.discard(entry / "exl_cpu.dll")
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- Output ------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from ..errors import KernelBuildError
 from .spec import BuildSpec
 
 MARKER = "complete.json"
+
+_SCANNER_PAUSES_S = (0.1, 0.2, 0.4, 0.8, 1.6)
 
 
 def kernel_dirs(environ: Mapping[str, str] = os.environ) -> list[Path]:
@@ -190,7 +193,7 @@ def publish(partial: Path, target: Path) -> Entry:
         target.rename(broken)
         shutil.rmtree(broken, ignore_errors=True)
     try:
-        partial.rename(target)
+        _rename(partial, target)
         _sync(target.parent)
     except OSError:
         if verify(target) is None:
@@ -205,9 +208,35 @@ def publish(partial: Path, target: Path) -> Entry:
     return entry
 
 
+def _rename(folder: Path, target: Path) -> None:
+    """Rename a folder. On Windows a virus scanner may have a file in it open for a moment."""
+    for pause_s in _SCANNER_PAUSES_S if os.name == "nt" else ():
+        try:
+            folder.rename(target)
+            return
+        except PermissionError:
+            time.sleep(pause_s)
+    folder.rename(target)
+
+
 def discard(built: Path) -> None:
-    """Remove the entry that a file belongs to, because it turned out to be unusable."""
-    shutil.rmtree(built.parent, ignore_errors=True)
+    """Remove the entry that a file belongs to, as a whole or not at all.
+
+    Raises:
+        KernelBuildError: a program uses it, on Windows, where what is in use stays.
+    """
+    entry = built.parent
+    # Of a name that the next build clears away, should something of it stay.
+    unwanted = entry.with_name(f"{entry.name}.partial-left-{os.getpid()}")
+    try:
+        _rename(entry, unwanted)
+    except OSError as error:
+        raise KernelBuildError(
+            f"compiled kernels in {entry}",
+            actual=f"cannot be removed: {error.strerror or error}",
+            remedy="End the programs that use them, and try again",
+        ) from error
+    shutil.rmtree(unwanted, ignore_errors=True)
 
 
 def list_built(environ: Mapping[str, str] = os.environ) -> list[Entry]:
