@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from .host import OPTION_DEFAULTS
+from .host import OPTION_DEFAULTS, say
 from .watch import watcher
 
 # Whichever of these is complete last has what the web UI loads `--model` with. Some import
@@ -33,7 +33,12 @@ def start() -> None:
 def _register(_: ModuleType) -> None:
     """Register once all that registration touches is complete."""
     if "modules.models" in sys.modules and not any(map(watcher.is_initializing, _AWAITED)):
-        importlib.import_module(".registration", __package__).register()
+        try:
+            importlib.import_module(".registration", __package__).register()
+        except Exception as error:
+            # The other modules would find the same.
+            watcher.after.clear()
+            say(f"the loader stays out of this web UI: {type(error).__name__}: {error}")
 
 
 @contextmanager

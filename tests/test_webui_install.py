@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from webui_double import write_host
 
 from exl_loader.webui_install import command, host, place, saved
 from exl_loader.webui_install.problems import InstallError
+from extension.host import OPTION_DEFAULTS
 
 REPO = Path(__file__).parents[1]
 verify = command.verify
@@ -123,19 +125,47 @@ def without_engine(root: Path) -> None:
     (target / "bootstrap.py").write_text((REPO / "extension" / "bootstrap.py").read_text())
 
 
+def broken_registration(root: Path) -> None:
+    target = root / "user_data" / "extensions" / "exl_loader"
+    target.unlink()
+    shutil.copytree(REPO / "extension", target)
+    (target / "exl_loader").symlink_to(REPO / "exl_loader")
+    (target / "registration.py").write_text("def broken(:")
+
+
 def without_start_file(root: Path) -> None:
     (site_of(root) / place.START).unlink()
 
 
+FLAGS = {"cache_8bit": [], "cache_4bit": [], "alpha_value": ["2"], "compress_pos_emb": ["2"]}
+
+
 @pytest.mark.parametrize(
-    "harm", [broken_link, broken_bootstrap, without_engine, without_start_file])
+    "harm", [broken_link, broken_bootstrap, without_engine, broken_registration,
+             without_start_file])
 def test_a_half_removed_plugin_never_stops_the_host(webui, harm):
     command.install(webui)
     harm(webui)
-    result = start(webui)
+    flags = [word for name, values in FLAGS.items() for word in (f"--{name}", *values)]
+    # What would read them is what is missing there.
+    result = start(webui, *([] if harm is without_start_file else flags))
     assert result.returncode == 0 and result.stdout.rstrip().endswith("up")
     assert result.stderr.count("exl_loader:") == 1 and len(result.stderr.splitlines()) == 1
     assert command.problems(webui), "doctor has to say something"
+
+
+def test_the_flags_of_a_start_command_are_named_when_the_plugin_goes(webui, capsys):
+    assert FLAGS.keys() == OPTION_DEFAULTS.keys()
+    assert {flag[2:].replace("-", "_") for flag in saved.FLAGS} == OPTION_DEFAULTS.keys()
+    flags = webui / "user_data" / "CMD_FLAGS.txt"
+    flags.write_text("# --cache-8bit\n--api --cache_4bit --alpha-value=2.5\n")
+    command.install(webui)
+    capsys.readouterr()
+    command.uninstall(webui)
+    said = [x for x in capsys.readouterr().err.splitlines() if x.startswith("take ")]
+    assert said == [f"take --cache_4bit and --alpha-value=2.5 out of {flags}: without the plugin "
+                    "the web UI does not start with that"]
+    assert "--cache_4bit" in flags.read_text(), "a file of the web UI's own"
 
 
 def test_other_programs_of_the_environment_do_not_see_it(webui):

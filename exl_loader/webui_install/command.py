@@ -129,6 +129,10 @@ def uninstall(webui: Path, given: Path | None = None) -> None:
         if models:
             _say(f"{path}: no longer names ExLlamav2 for {', '.join(models)} "
                  f"(as it was: {saved.BACKUP})")
+    for path, flags in saved.named_flags(root).items():
+        # A file of the web UI's own, which is not ours to change.
+        _say(f"take {' and '.join(flags)} out of {path}: without the plugin the web UI does not "
+             "start with that")
     python = find_python(root, given)
     packages = read_record(python.site_packages).get("packages", [])
     if packages:

@@ -9,15 +9,26 @@ from pathlib import Path
 CONFIG = "config-user.yaml"
 BACKUP = "config-user.before-exl_loader.yaml"
 
+# The plugin's flags; without it the web UI does not start with one of them.
+FLAGS = ("--cache-8bit", "--cache-4bit", "--alpha-value", "--compress-pos-emb")
+
 _OURS = re.compile(r"^\s+loader:\s*['\"]?ExLlamav2(_HF)?['\"]?\s*(#.*)?$")
 
 
 def config_files(root: Path) -> list[Path]:
     """The files with saved model settings that a web UI may read."""
     folders = [root / "user_data" / "models", root / "models"]
-    for flags in (root / "user_data" / "CMD_FLAGS.txt", root / "CMD_FLAGS.txt"):
+    for flags in _flag_files(root):
         folders += _model_dirs(flags, root)
     return [path for folder in dict.fromkeys(folders) if (path := folder / CONFIG).is_file()]
+
+
+def named_flags(root: Path) -> dict[Path, list[str]]:
+    """The plugin's flags in the files that the web UI takes its options from."""
+    found = {path: [word for word in _words(path)
+                    if word.split("=", 1)[0].replace("_", "-") in FLAGS]
+             for path in _flag_files(root)}
+    return {path: flags for path, flags in found.items() if flags}
 
 
 def entries(path: Path) -> list[str]:
@@ -62,16 +73,22 @@ def _blocks(text: str) -> list[list[str]]:
     return blocks
 
 
-def _model_dirs(flags: Path, root: Path) -> list[Path]:
+def _flag_files(root: Path) -> tuple[Path, ...]:
+    return root / "user_data" / "CMD_FLAGS.txt", root / "CMD_FLAGS.txt"
+
+
+def _words(flags: Path) -> list[str]:
+    """The words of a file of options; none where it cannot be read."""
     try:
         lines = flags.read_text(encoding="utf-8").splitlines()
-    except OSError:
+        return [w for line in lines if not line.lstrip().startswith("#")
+                for w in shlex.split(line)]
+    except (OSError, ValueError):
         return []
-    try:
-        words = [w for line in lines if not line.lstrip().startswith("#")
-                 for w in shlex.split(line)]
-    except ValueError:
-        return []
+
+
+def _model_dirs(flags: Path, root: Path) -> list[Path]:
+    words = _words(flags)
     found = [words[i + 1] for i, w in enumerate(words[:-1]) if w == "--model-dir"]
     found += [w.split("=", 1)[1] for w in words if w.startswith("--model-dir=")]
     return [root / folder for folder in found]

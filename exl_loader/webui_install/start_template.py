@@ -55,9 +55,33 @@ def start():
     raise FileNotFoundError("user_data/extensions/exl_loader is not there any more")
 
 
+def accept_flags():
+    """Have the web UI pass over the plugin's flags, which its start command may go on naming.
+
+    It would not start with an option that it does not know.
+    """
+    import argparse
+
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def accepting(parser, *args, **kwargs):
+        if "--loader" in parser._option_string_actions:
+            argparse.ArgumentParser.parse_args = parse_args
+            ignored = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+            for flags in (("--cache-8bit", "--cache_8bit"), ("--cache-4bit", "--cache_4bit")):
+                parser.add_argument(*flags, action="store_true", **ignored)
+            for flags in (("--alpha-value", "--alpha_value"),
+                          ("--compress-pos-emb", "--compress_pos_emb")):
+                parser.add_argument(*flags, **ignored)
+        return parse_args(parser, *args, **kwargs)
+
+    argparse.ArgumentParser.parse_args = accepting
+
+
 try:
     start()
 except Exception as error:
+    accept_flags()
     sys.stderr.write(
         f"exl_loader: the loader ExLlamav2 is not available: {error} (to take the plugin out "
         f"completely, delete exl_loader_webui* in {os.path.dirname(__file__)})\n"
