@@ -26,11 +26,25 @@ from exl_loader.sampling import Sampler, TokenRoles  # noqa: E402
 from exl_loader.settings import SamplingSettings  # noqa: E402
 from exl_loader.tokenizer import Tokenizer  # noqa: E402
 
+# llama.cpp's grammars/json.gbnf describes the same texts.
+JSON_GBNF = r"""
+root   ::= object
+value  ::= object | array | string | number | ("true" | "false" | "null") ws
+object ::= "{" ws (pair ("," ws pair)*)? "}" ws
+pair   ::= string ":" ws value
+array  ::= "[" ws (value ("," ws value)*)? "]" ws
+string ::= "\"" ([^"\\\x7F\x00-\x1F] | "\\" (["\\bfnrt] | "u" [0-9a-fA-F]{4}))* "\"" ws
+number ::= "-"? ([0-9] | [1-9] [0-9]{0,15}) ("." [0-9]+)? ([eE] [-+]? [0-9] [1-9]{0,15})? ws
+ws     ::= | " " | "\n" [ \t]{0,20}
+"""
+
 CASES: dict[str, dict] = {
     "no grammar": {},
     "JSON schema": {"json_schema": '{"type": "array", "items": {"type": "string"}}'},
     "GBNF, regular": {"grammar_string": 'root ::= [^"]* "." [^"]*'},
     "GBNF, recursive": {"grammar_string": 'root ::= ([^()] | "(" root ")")*'},
+    "GBNF, JSON": {"grammar_string": JSON_GBNF},
+    "GBNF, by character": {"grammar_string": 'root ::= [a-z]* "a" (root "b")?'},
 }
 SYLLABLES = [*"aeiou012{}[]:,\"\\()-_.\néü中文", "th", "er", "on", "an", "re", "ing", "tion"]
 
@@ -93,7 +107,7 @@ def main() -> None:
             results[name].append(measure(grammars, rows, args.steps, **settings))
     for name, measured in results.items():
         setup_ms, step_ms = (min(column) for column in zip(*measured, strict=True))
-        print(f"{name:16} set up {setup_ms:6.1f} ms, a step {step_ms:6.2f} ms")
+        print(f"{name:18} set up {setup_ms:6.1f} ms, a step {step_ms:6.2f} ms")
 
 
 if __name__ == "__main__":

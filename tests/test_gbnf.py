@@ -6,9 +6,18 @@ import random
 import re
 
 import pytest
-from grammar_cases import follows, matcher_of
+from exhaustive import some_of
+from grammar_cases import (
+    LETTERS,
+    describes,
+    follows,
+    matcher_of,
+    random_rules,
+    random_text,
+)
 
 from exl_loader.errors import InvalidSettings
+from exl_loader.generation import lexemes
 from exl_loader.generation.gbnf import GbnfError, gbnf_to_lark
 
 pytest.importorskip("llguidance")
@@ -47,6 +56,63 @@ def test_gbnf_means_what_it_says(single_bytes):
     assert matched > 20
 
 
+@pytest.mark.parametrize("part", some_of(range(12), 12))
+def test_recursive_grammars_mean_what_they_say(single_bytes, part):
+    """Against their definition, whatever of them is read as one lexeme."""
+    seed = random.randrange(1 << 32)
+    source, matched, refused = random.Random(seed), 0, 0
+    for _ in range(100):
+        rules = random_rules(source)
+        grammar = "\n".join(
+            ["root ::= r0", *(f"r{i} ::= {rule.gbnf()}" for i, rule in enumerate(rules))])
+        texts = set()
+        for _ in range(6):
+            text = random_text(source, rules, rules[0], 12)
+            text = "".join(source.choices(LETTERS, k=3)) if text is None else text[:8]
+            at = source.randrange(len(text) + 1)
+            texts |= {text, text[:at] + source.choice(LETTERS) + text[at + source.randrange(2):]}
+        for text in sorted(texts):
+            wanted = describes(rules, text)
+            actual = follows(single_bytes, text, grammar_string=grammar)
+            assert actual == wanted, (seed, grammar, text)
+            matched += wanted
+            refused += not wanted
+    assert matched > 100 and refused > 100
+
+
+def lexemes_of(grammar: str) -> list[str]:
+    """A recursive grammar's lexemes as Python's regular expressions."""
+    found = re.findall(r"^T\d+: /(.*?)/", gbnf_to_lark(grammar), re.MULTILINE)
+    return [re.sub(r"\\x\{(\w+)\}", lambda code: f"\\U{int(code[1], 16):08X}", pattern)
+            for pattern in found]
+
+
+@pytest.mark.parametrize(("grammar", "text", "lexeme"), [
+    # What is around a recursion, and a list that is written as one.
+    ('root ::= "<" [a-z]* ">" root? "</>"', "<ab><></></>", "<ab>"),
+    ('root ::= "[" (ws word ("," root)?) "]"\nword ::= [a-z] word | [a-z]\nws ::= ([ ] ws)?',
+     "[  abc,[d]]", "[  abc"),
+    ('root ::= "(" list ")"\nlist ::= list "," [a-z]+ | (root | "x")', "(x,ab,c)", ",ab,c"),
+    # Options of a repeat, written there or elsewhere.
+    ('root ::= ([^()] | "(" root ")")*', "a(bc(d))e", "bc"),
+    ('root ::= item+\nitem ::= [^()] | "(" root ")"', "a(bc(d))e", "bc"),
+    # Spaces may stand in a text, but never where one begins.
+    ('root ::= "{" ws (text | root) ws "}" ws\ntext ::= "\'" [^\']* "\'"\nws ::= [ ]*',
+     "{ {' x ' } } ", "' x '"),
+])
+def test_regular_parts_of_a_recursion_are_lexemes(single_bytes, grammar, text, lexeme):
+    assert follows(single_bytes, text, grammar_string=grammar)
+    assert not follows(single_bytes, text + ")", grammar_string=grammar)
+    assert any(re.fullmatch(pattern, lexeme) for pattern in lexemes_of(grammar))
+
+
+def test_a_grammar_too_large_to_look_through_is_read_by_characters(single_bytes, monkeypatch):
+    grammar = 'root ::= "<" [a-z]* ">" root? "</>"'
+    monkeypatch.setattr(lexemes, "MAX_STEPS", 30)
+    assert all(len(pattern) < 30 for pattern in lexemes_of(grammar))
+    assert follows(single_bytes, "<ab><></></>", grammar_string=grammar)
+
+
 def chain(rule: str, length: int) -> str:
     rules = [rule.format(i, i + 1) for i in range(length)]
     return "\n".join(["root ::= r0", *rules, f'r{length} ::= "a"'])
@@ -62,6 +128,8 @@ def chain(rule: str, length: int) -> str:
     ('root ::= root "a" | "a"', "aaa"),
     ("root ::= " + "(" * 60 + '"a"' + ")" * 60, "a"),
     ("\r\nroot ::= \"a\"\r\n\r\n", "a"),
+    # Characters that begin alike: the lexer cannot go back.
+    ('root ::= "(" [é]* (root | [è]) ")"', "(ééè)"),
     # Rules that nothing can write out where they are used: too deep, and 2^30 times.
     (chain("r{0} ::= r{1}", 2000), "a"),
     (chain("r{0} ::= r{1}{{0,2}} r{1}{{0,2}}", 30), "aaaaa"),

@@ -2,9 +2,8 @@ r"""GBNF, the grammars of llama.cpp, turned into llguidance's dialect of Lark.
 
 llguidance brings a converter of its own, but what it makes means something else: it joins
 characters into lexemes, which are as long as they can be, so that `[a-z]* "b"` never finds its
-"b". Here a grammar without recursion becomes one regular expression, which is exact and quick.
-In any other every terminal is one character, and one character cannot be cut in two ways: the
-Earley parser alone decides, as llama.cpp's does, at some cost where much is allowed.
+"b". Here a grammar without recursion becomes one regular expression, which is exact and quick;
+of any other, `lexemes.py` says which parts surely mean the same as lexemes.
 
 The syntax is that of llama.cpp's grammars/README.md, but for its tokens (`<think>`), which are
 no text.
@@ -13,23 +12,41 @@ no text.
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+
+from .grammar_nodes import (
+    EMPTY,
+    LAST_CHARACTER,
+    Chars,
+    Node,
+    Regexes,
+    Rules,
+    Use,
+    chars,
+    choice,
+    concat,
+    repeat,
+    without_linear_recursion,
+)
+from .lark import write_lark
+from .lexemes import cut_into_lexemes
 
 # Repeats are written out by llguidance: a larger number would be a typing error or an attack.
 MAX_REPEATS = 10_000
 MAX_DEPTH = 100
 
-# Rules are written out where they are used; a regular expression longer than this is not tried.
-MAX_REGEX_LEN = 20_000
+# Rules are written out where they are used; a larger expression is not tried.
+MAX_REGEX_NODES = 2000
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
-_USE = re.compile(r"<([A-Za-z0-9_-]+)>")
 _SPACE = re.compile(r"(?:[ \t]|#[^\r\n]*)*")
 _SPACE_AND_LINES = re.compile(r"(?:[ \t\r\n]|#[^\r\n]*)*")
 _REPEAT = re.compile(r"\{\s*(\d+)\s*(?:(,)\s*(\d+)?\s*)?\}")
+_TIMES: dict[str, tuple[int, int | None]] = {"*": (0, None), "+": (1, None), "?": (0, 1)}
 _HEX_ESCAPE = re.compile(r"\\(?:x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8}))")
 _ESCAPED = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\", '"': '"', "[": "[", "]": "]"}
-_LAST_CHARACTER = 0x10FFFF
+
+# No name of GBNF's.
+_START = "<start>"
 
 
 class GbnfError(ValueError):
@@ -46,32 +63,29 @@ def gbnf_to_lark(text: str, leading_space: bool = False) -> str:
     Raises:
         GbnfError: it breaks the syntax, or names a rule that is not there.
     """
-    return _Converter(text).convert(leading_space)
+    rules = {
+        name: without_linear_recursion(name, body) for name, body in _Reader(text).read().items()
+    }
+    space = repeat(chars([(32, 32)]), 0, 1) if leading_space else EMPTY
+    rules[_START] = concat((space, Use("root")))
+    regexes = Regexes(rules, MAX_REGEX_NODES)
+    if regexes.can_write(rules[_START]):
+        return f"%llguidance {{}}\nstart: /{regexes.write(rules[_START])}/\n"
+    return write_lark(cut_into_lexemes(rules, _START), _START, rules)
 
 
-class _Piece(NamedTuple):
-    """A part of a rule, as Lark and as a regular expression with `<name>` for rules."""
-
-    lark: str
-    regex: str
-
-
-class _Converter:
-    """Reads rules from left to right and writes each as it goes."""
+class _Reader:
+    """Reads rules from left to right."""
 
     def __init__(self, text: str) -> None:
         self._text = text
         self._at = 0
         self._depth = 0
-        # GBNF's names may hold what Lark's may not, so rules are numbered.
-        self._numbers: dict[str, int] = {}
         self._first_use: dict[str, int] = {}
-        self._rules: dict[str, _Piece] = {}
-        self._groups: list[str] = []
-        self._regexes: dict[str, str | None] = {}
-        self._classes: dict[str, str] = {}
+        self._rules: Rules = {}
 
-    def convert(self, leading_space: bool) -> str:
+    def read(self) -> Rules:
+        """All rules, among them one named `root` and each that is used."""
         self._skip(_SPACE_AND_LINES)
         while self._at < len(self._text):
             self._rule()
@@ -81,16 +95,7 @@ class _Converter:
                 raise self._error(f"there is no rule {name}", at)
         if "root" not in self._rules:
             raise GbnfError("there is no rule root")
-        regex = self._regex_of("root")
-        if regex is not None:
-            space = "[\\x{20}]?" if leading_space else ""
-            return f"%llguidance {{}}\nstart: /{space}{regex}/\n"
-        space = f"{self._terminal([(32, 32)]).lark}? " if leading_space else ""
-        lines = ["%llguidance {}", f"start: {space}{self._rule_name('root')}"]
-        lines += [f"{self._rule_name(name)}: {body.lark}" for name, body in self._rules.items()]
-        lines += [f"g{number}: {body}" for number, body in enumerate(self._groups)]
-        lines += [f"{terminal}: /{pattern}/" for pattern, terminal in self._classes.items()]
-        return "\n".join(lines) + "\n"
+        return self._rules
 
     def _rule(self) -> None:
         begin, name = self._at, self._name()
@@ -103,43 +108,23 @@ class _Converter:
         if self._at < len(self._text) and self._text[self._at] not in "\r\n":
             raise self._error(f"{self._text[self._at]!r} makes no sense here")
 
-    def _regex_of(self, name: str, depth: int = 0) -> str | None:
-        """A rule with all others written out; None where it is recursive, or gets too long."""
-        if name in self._regexes:
-            return self._regexes[name]
-        # What is asked for again while it is worked out contains itself.
-        self._regexes[name] = None
-        body = self._rules[name].regex
-        uses = _USE.findall(body)
-        if depth == MAX_DEPTH:
-            return None
-        inner = {used: self._regex_of(used, depth + 1) for used in dict.fromkeys(uses)}
-        if None in inner.values():
-            return None
-        if len(body) + sum(len(inner[used] or "") for used in uses) > MAX_REGEX_LEN:
-            return None
-        self._regexes[name] = f"(?:{_USE.sub(lambda use: inner[use[1]] or '', body)})"
-        return self._regexes[name]
-
-    def _alternatives(self, space: re.Pattern[str]) -> _Piece:
+    def _alternatives(self, space: re.Pattern[str]) -> Node:
         """Read up to what cannot go on; `space` is what may stand between the parts."""
-        written = [self._sequence(space)]
+        options = [self._sequence(space)]
         while self._peek() == "|":
             self._at += 1
             self._skip(_SPACE_AND_LINES)
-            written.append(self._sequence(space))
-        return _Piece(" | ".join(piece.lark for piece in written),
-                      "|".join(piece.regex for piece in written))
+            options.append(self._sequence(space))
+        return choice(options)
 
-    def _sequence(self, space: re.Pattern[str]) -> _Piece:
-        items: list[_Piece] = []
+    def _sequence(self, space: re.Pattern[str]) -> Node:
+        items: list[Node] = []
         while (item := self._item()) is not None:
             self._skip(space)
             items.append(self._repeated(item, space))
-        return _Piece(" ".join(item.lark for item in items) or '""',
-                      "".join(item.regex for item in items))
+        return concat(items)
 
-    def _item(self) -> _Piece | None:
+    def _item(self) -> Node | None:
         character = self._peek()
         if character == '"':
             return self._literal()
@@ -149,16 +134,16 @@ class _Converter:
             return self._group()
         if character == ".":
             self._at += 1
-            return self._terminal([(0, _LAST_CHARACTER)])
+            return chars([(0, LAST_CHARACTER)])
         if character == "<" or self._text.startswith("!<", self._at):
             raise self._error("tokens (<...>) are not supported")
         if not _NAME.match(self._text, self._at):
             return None
         begin, name = self._at, self._name()
         self._first_use.setdefault(name, begin)
-        return _Piece(self._rule_name(name), f"<{name}>")
+        return Use(name)
 
-    def _group(self) -> _Piece:
+    def _group(self) -> Node:
         self._at += 1
         self._depth += 1
         if self._depth > MAX_DEPTH:
@@ -167,23 +152,18 @@ class _Converter:
         inner = self._alternatives(_SPACE_AND_LINES)
         self._expect(")")
         self._depth -= 1
-        # A rule of its own, because llguidance takes few groups in one another.
-        self._groups.append(inner.lark)
-        return _Piece(f"g{len(self._groups) - 1}", f"(?:{inner.regex})")
+        return inner
 
-    def _literal(self) -> _Piece:
+    def _literal(self) -> Node:
         self._at += 1
-        terminals = []
+        items = []
         while self._peek() != '"':
             code = self._character()
-            terminals.append(self._terminal([(code, code)]))
+            items.append(chars([(code, code)]))
         self._at += 1
-        if not terminals:
-            return _Piece('""', "(?:)")
-        return _Piece(f"({' '.join(terminal.lark for terminal in terminals)})",
-                      f"(?:{''.join(terminal.regex for terminal in terminals)})")
+        return concat(items)
 
-    def _character_class(self) -> _Piece:
+    def _character_class(self) -> Chars:
         self._at += 1
         negated = self._peek() == "^"
         self._at += negated
@@ -199,7 +179,7 @@ class _Converter:
         self._at += 1
         if not ranges:
             raise self._error("an empty set of characters")
-        return self._terminal(ranges, negated)
+        return chars(ranges, negated)
 
     def _character(self) -> int:
         """Read one character, perhaps escaped; its code point."""
@@ -212,7 +192,7 @@ class _Converter:
         escape = _HEX_ESCAPE.match(self._text, self._at)
         if escape:
             code = int(escape[1] or escape[2] or escape[3], 16)
-            if code > _LAST_CHARACTER or 0xD800 <= code < 0xE000:
+            if code > LAST_CHARACTER or 0xD800 <= code < 0xE000:
                 raise self._error(f"{escape[0]} is no character")
             self._at = escape.end()
             return code
@@ -222,29 +202,18 @@ class _Converter:
         self._at += 2
         return ord(_ESCAPED[letter])
 
-    def _terminal(self, ranges: list[tuple[int, int]], negated: bool = False) -> _Piece:
-        """The terminal that is one of these characters, or none of them."""
-        spans = "".join(
-            f"\\x{{{first:X}}}-\\x{{{last:X}}}" if first != last else f"\\x{{{first:X}}}"
-            for first, last in ranges
-        )
-        pattern = f"[{'^' if negated else ''}{spans}]"
-        return _Piece(self._classes.setdefault(pattern, f"C{len(self._classes)}"), pattern)
-
-    def _repeated(self, item: _Piece, space: re.Pattern[str]) -> _Piece:
+    def _repeated(self, item: Node, space: re.Pattern[str]) -> Node:
         while True:
-            repeat = _REPEAT.match(self._text, self._at)
-            if repeat:
-                low = int(repeat[1])
-                high = int(repeat[3]) if repeat[3] else None if repeat[2] else low
+            written = _REPEAT.match(self._text, self._at)
+            if written:
+                low = int(written[1])
+                high = int(written[3]) if written[3] else None if written[2] else low
                 if max(low, high or 0) > MAX_REPEATS or (high is not None and high < low):
-                    raise self._error(f"{repeat[0]} is no range up to {MAX_REPEATS}")
-                times = f"{{{low},{'' if high is None else high}}}"
-                item = _Piece(f"({item.lark}{times})", f"(?:{item.regex}{times})")
-                self._at = repeat.end()
-            elif self._peek() in ("*", "+", "?"):
-                times = self._peek()
-                item = _Piece(f"({item.lark}{times})", f"(?:{item.regex}{times})")
+                    raise self._error(f"{written[0]} is no range up to {MAX_REPEATS}")
+                item = repeat(item, low, high)
+                self._at = written.end()
+            elif self._peek() in _TIMES:
+                item = repeat(item, *_TIMES[self._peek()])
                 self._at += 1
             else:
                 return item
@@ -256,9 +225,6 @@ class _Converter:
             raise self._error("expected the name of a rule")
         self._at = match.end()
         return match[0]
-
-    def _rule_name(self, name: str) -> str:
-        return f"r{self._numbers.setdefault(name, len(self._numbers))}"
 
     def _peek(self) -> str:
         return self._text[self._at : self._at + 1]

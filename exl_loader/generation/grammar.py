@@ -31,8 +31,8 @@ _BEFORE = "\x02"
 # For tokens of more than 1024 bytes the library panics.
 _LONGEST_TOKEN_BYTES = 1000
 
-# gbnf.py's terminals are single characters, so a mask visits far more items than the lexemes
-# for which the library's own limits are meant.
+# Where lexemes.py leaves lexemes of one character, a mask visits far more items than those for
+# which the library's own limits are meant.
 _MAX_ITEMS_IN_ROW = 20_000
 _MAX_ITEMS_IN_STEP = 1_000_000
 _STEP_LEXER_FUEL = 10_000_000
