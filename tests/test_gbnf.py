@@ -17,7 +17,7 @@ from grammar_cases import (
 )
 
 from exl_loader.errors import InvalidSettings
-from exl_loader.generation import lexemes
+from exl_loader.generation import automata
 from exl_loader.generation.gbnf import GbnfError, gbnf_to_lark
 
 pytest.importorskip("llguidance")
@@ -108,7 +108,7 @@ def test_regular_parts_of_a_recursion_are_lexemes(single_bytes, grammar, text, l
 
 def test_a_grammar_too_large_to_look_through_is_read_by_characters(single_bytes, monkeypatch):
     grammar = 'root ::= "<" [a-z]* ">" root? "</>"'
-    monkeypatch.setattr(lexemes, "MAX_STEPS", 30)
+    monkeypatch.setattr(automata, "MAX_STEPS", 30)
     assert all(len(pattern) < 30 for pattern in lexemes_of(grammar))
     assert follows(single_bytes, "<ab><></></>", grammar_string=grammar)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .automata import Languages
 from .grammar_nodes import (
     LAST_CHARACTER,
     Choice,
@@ -14,7 +15,7 @@ from .grammar_nodes import (
     Use,
     times,
 )
-from .lexemes import MAX_NODES, Languages
+from .lexemes import MAX_NODES
 
 # A lexeme is never empty: that is said where it is used.
 _NOT_EMPTY = f"/[\\x{{0}}-\\x{{{LAST_CHARACTER:X}}}]+/"
