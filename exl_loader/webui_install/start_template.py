@@ -7,6 +7,7 @@ arguments. Whatever goes wrong ends here, in one line: the web UI starts without
 
 import os
 import sys
+from typing import Any
 
 
 def _extension_folders(server):
@@ -62,12 +63,13 @@ def accept_flags():
     """
     import argparse
 
-    parse_args = argparse.ArgumentParser.parse_args
+    parser_class: Any = argparse.ArgumentParser
+    parse_args = parser_class.parse_args
 
     def accepting(parser, *args, **kwargs):
         if "--loader" in parser._option_string_actions:
-            argparse.ArgumentParser.parse_args = parse_args
-            ignored = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+            parser_class.parse_args = parse_args
+            ignored: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
             for flags in (("--cache-8bit", "--cache_8bit"), ("--cache-4bit", "--cache_4bit")):
                 parser.add_argument(*flags, action="store_true", **ignored)
             for flags in (("--alpha-value", "--alpha_value"),
@@ -75,7 +77,7 @@ def accept_flags():
                 parser.add_argument(*flags, **ignored)
         return parse_args(parser, *args, **kwargs)
 
-    argparse.ArgumentParser.parse_args = accepting
+    parser_class.parse_args = accepting
 
 
 try:
