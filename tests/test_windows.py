@@ -268,6 +268,19 @@ def test_a_junction_is_a_link():
     assert not place._is_junction(SimpleNamespace(st_mode=0o40777, st_reparse_tag=0))
 
 
+def test_a_link_that_cannot_be_made_becomes_a_copy(tmp_path, monkeypatch):
+    """Where neither kind works a folder may be left of the attempt."""
+    def half_made(target):
+        target.mkdir()
+        raise OSError("not on this disk")
+
+    monkeypatch.setattr(place, "_symlink", lambda target: None)
+    monkeypatch.setattr(place, "_junction", half_made)
+    target = tmp_path / "extensions" / "exl_loader"
+    assert place.place_extension(target) == "copy"
+    assert (target / "script.py").is_file() and place.extension_is_current(target)
+
+
 def test_what_a_program_uses_is_not_half_removed(tmp_path, monkeypatch):
     """A library that is loaded cannot be deleted on Windows, nor its folder be renamed."""
     entry = tmp_path / "cpu-0"

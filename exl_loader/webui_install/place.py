@@ -159,21 +159,34 @@ def _read(path: Path) -> str | None:
 
 
 def _link(target: Path) -> bool:
-    try:
-        os.symlink(EXTENSION, target, target_is_directory=True)
-        return True
-    except OSError:
-        pass
-    if sys.platform == "win32":
-        # Symbolic links need a privilege on Windows, junctions do not.
-        import _winapi
+    """Link by what the system allows; a link that leads nowhere is taken away again.
 
+    Of Windows' two kinds symbolic links need a privilege, and junctions stay on one machine.
+    """
+    for make in (_symlink, _junction):
         try:
-            _winapi.CreateJunction(str(EXTENSION), str(target))
-            return True
+            make(target)
         except OSError:
             pass
+        if (target / "script.py").is_file():
+            return True
+        if is_link(target):
+            remove_extension(target)
+        elif target.is_dir():
+            target.rmdir()  # what would have become a junction
     return False
+
+
+def _symlink(target: Path) -> None:
+    os.symlink(EXTENSION, target, target_is_directory=True)
+
+
+def _junction(target: Path) -> None:
+    if sys.platform != "win32":
+        raise OSError("junctions are Windows' own")
+    import _winapi
+
+    _winapi.CreateJunction(str(EXTENSION), str(target))
 
 
 def _copy(target: Path) -> None:
