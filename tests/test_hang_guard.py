@@ -4,7 +4,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -12,20 +11,30 @@ import pytest
 TESTS = Path(__file__).resolve().parent
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("pytest_timeout") is None or os.name == "nt",
-    reason="needs pytest-timeout, whose signal Windows does not have",
+    importlib.util.find_spec("pytest_timeout") is None or sys.platform != "linux",
+    reason="needs pytest-timeout, and a lock of which Linux tells the bytes",
 )
 
+# Whoever comes first in a process imports what fixtures need, which may take a busy machine
+# longer than the short limit.
 HANGING = """
-import collections, itertools, threading
+import ctypes, threading
+import pytest
+
+@pytest.mark.timeout(60)
+def test_that_comes_first():
+    pass
 
 def test_that_hangs_in_python():
     threading.Event().wait()
 
 def test_that_hangs_in_compiled_code():
-    # One call that never looks for signals.
-    collections.deque(itertools.repeat(None), maxlen=0)
+    # Locks a mutex twice, with the interpreter's own lock in hand.
+    libc, mutex = ctypes.PyDLL(None), ctypes.create_string_buffer(64)
+    libc.pthread_mutex_lock(mutex)
+    libc.pthread_mutex_lock(mutex)
 
+@pytest.mark.timeout(60)
 def test_that_comes_later():
     pass
 """
@@ -35,12 +44,12 @@ import conftest
 conftest.GRACE_S = 1
 """
 
-LIMIT_S = 1
+LIMIT_S = 2
 
 
 @pytest.fixture
 def run(tmp_path):
-    """Run pytest on those tests; returns what `subprocess.run` does, and the seconds it took."""
+    """Run pytest on those tests; a hang that nothing ends is an error here."""
     (tmp_path / "test_hanging.py").write_text(HANGING)
     (tmp_path / "short_grace.py").write_text(SHORT)
     (tmp_path / "pytest.ini").write_text(f"[pytest]\ntimeout = {LIMIT_S}\n")
@@ -49,39 +58,34 @@ def run(tmp_path):
     environ["PYTHONPATH"] = os.pathsep.join(map(str, (tmp_path, TESTS, TESTS.parent)))
 
     def call(*arguments):
-        began = time.monotonic()
-        result = subprocess.run(
+        return subprocess.run(
             [sys.executable, "-m", "pytest", "-p", "conftest", "-p", "short_grace",
              "-p", "no:cacheprovider", "-p", "no:hypothesispytest", *arguments],
             cwd=tmp_path, capture_output=True, text=True, env=environ, timeout=120,
         )
-        return result, time.monotonic() - began
 
     return call
 
 
 @pytest.mark.exhaustive
 def test_a_hang_ends_its_test_and_one_in_compiled_code_its_process(run):
-    result, seconds = run("-v")
+    result = run("-v")
     assert result.returncode == 1, result.stdout
     assert "test_that_hangs_in_python FAILED" in result.stdout
     # What the process was ended with names the place; nothing came after it.
-    assert "Timeout (0:00:02)!" in result.stderr
+    assert "Timeout (0:00:03)!" in result.stderr
     where = result.stderr.partition("most recent call first")[2]
     assert "in test_that_hangs_in_compiled_code" in where
     assert "test_that_comes_later" not in result.stdout
-    # Two limits and a grace, and what a busy machine takes to start.
-    assert seconds < 60
 
 
 @pytest.mark.slow
 def test_a_process_that_was_ended_is_replaced_and_the_run_goes_on(run):
     pytest.importorskip("xdist")
-    result, seconds = run("-n", "1", "-v")
+    result = run("-n", "1", "-v")
     assert result.returncode == 1, result.stdout
     assert "Failed: Timeout" in result.stdout and "threading.Event().wait()" in result.stdout
     assert "crashed while running 'test_hanging.py::test_that_hangs_in_compiled_code'" in (
         result.stdout)
     assert "in test_that_hangs_in_compiled_code" in result.stderr + result.stdout
-    assert "2 failed, 1 passed" in result.stdout
-    assert seconds < 60
+    assert "2 failed, 2 passed" in result.stdout
