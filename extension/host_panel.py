@@ -85,18 +85,23 @@ def _insert_components() -> None:
 
     shared = host.module("modules.shared")
     args, components = shared.args, shared.gradio
+    asked = panel.toggles_for(loading.plain_cache_type(
+        panel.resolve_cache_type(args.cache_type, args.cache_8bit, args.cache_4bit)))
+    if args.cache_type == panel.DEFAULT_CACHE_TYPE:
+        # Where the command line names a toggle alone, the web UI knows nothing of the type.
+        components["cache_type"].value = asked.cache_type
     made: dict[str, Any] = {
         "cache_8bit": gr.Checkbox(
-            label="cache_8bit", value=bool(args.cache_8bit),
+            label="cache_8bit", value=asked.cache_8bit,
             info="Keep the key/value cache in 8 bits: half the memory of fp16."),
         "cache_4bit": gr.Checkbox(
-            label="cache_4bit", value=bool(args.cache_4bit),
+            label="cache_4bit", value=asked.cache_4bit,
             info="Keep the key/value cache in 4 bits: about a quarter."),
         "alpha_value": gr.Number(
-            label="alpha_value", value=args.alpha_value, minimum=1, maximum=32, step=0.05,
+            label="alpha_value", value=args.alpha_value, step=0.05,
             info="NTK RoPE factor to stretch the context; 1 is as trained."),
         "compress_pos_emb": gr.Number(
-            label="compress_pos_emb", value=args.compress_pos_emb, minimum=1, maximum=32, step=0.1,
+            label="compress_pos_emb", value=args.compress_pos_emb, step=0.1,
             info="Divides positions to stretch the context; 1 is as trained."),
         GAUGE: gr.HTML(value=_HIDE_PICK, elem_id="exl-gauge"),
         PICK: gr.Textbox(elem_id=PICK_ELEM_ID, label="choice", container=False),
@@ -120,7 +125,8 @@ def _connect(loading_chains: list[EventChain]) -> None:
     inputs = [components[name] for name in names]
     gauge, cache_type, ctx_size = (components[name] for name in (GAUGE, "cache_type", "ctx_size"))
     toggles = [components["cache_8bit"], components["cache_4bit"]]
-    quiet: dict[str, Any] = {"show_progress": False, "queue": False}
+    # Values come as they are: what Gradio would refuse, the gauge says in words.
+    quiet: dict[str, Any] = {"show_progress": False, "queue": False, "preprocess": False}
     steps = PageSteps(names, draw, gr.update())
 
     cache_type.change(steps.typed, inputs, [*toggles, gauge], **quiet)

@@ -12,7 +12,7 @@ from tiny import write_tiny_model
 from webui_double import write_host
 
 import exl_loader
-from extension import event_chain, host_panel, loading, panel, registration
+from extension import event_chain, host, host_panel, loading, panel, registration
 
 STATE = {"temperature": 0, "max_new_tokens": 8, "truncation_length": 512, "add_bos_token": True,
          "ban_eos_token": True, "stream": True}
@@ -234,6 +234,29 @@ def test_the_gauge_does_with_the_fields_that_the_page_has(wired, page, monkeypat
     assert "ctx_size=512, cache_type='q4'" in drawn
     # A field that the page lacks is what the command line said.
     assert f"ctx_size_draft={1024 if absent else 256}" in drawn
+
+
+def test_the_page_begins_with_what_the_command_line_asked_for(wired, page):
+    page.shared.args.cache_4bit = True
+    components = wired()
+    begun = [components[name].value for name in ("cache_type", "cache_8bit", "cache_4bit")]
+    assert begun == ["q4", False, True]
+    page.shared.args.cache_type, page.shared.args.cache_4bit = "q8_0", False
+    components = wired()
+    # The web UI has given its own field what it was asked for.
+    begun = [components[name].value for name in ("cache_type", "cache_8bit", "cache_4bit")]
+    assert begun == [None, True, False]
+
+
+def test_what_gradio_would_refuse_the_gauge_says_in_words(wired, page):
+    components = wired()
+    ours = [event for event in components["interface"].fns.values()
+            if components["exl_gauge"] in event.outputs]
+    assert len(ours) >= 5 and not any(event.preprocess for event in ours)
+    # Load reads these fields through Gradio, which is to refuse no more than the engine.
+    assert all(components[name].preprocess(0.5) == 0.5 for name in host.ROPE_OPTIONS)
+    drawn = follow(components, alpha_value=1e9, model_draft="")
+    assert "alpha_value" in drawn and "Cannot be loaded" in drawn
 
 
 @pytest.mark.parametrize(("name", "event", "value", "followers"), [
