@@ -34,6 +34,7 @@ _RULES = """\
 .exl-gauge .exl-bad { color: var(--exl-bad); background: var(--exl-bad-back); }
 .exl-gauge .exl-soft { color: var(--exl-soft); }
 .exl-gauge .exl-model { color: var(--exl-soft); margin-top: 0.45em; }
+.exl-gauge .exl-model > b { color: var(--exl-text); }
 .exl-gauge .exl-model > span { display: inline-block; }
 .exl-gauge .exl-device { margin-top: 1em; }
 .exl-gauge .exl-head { display: flex; flex-wrap: wrap; justify-content: space-between;
