@@ -101,6 +101,11 @@ def test_a_copy_is_whole_and_refreshed(webui):
     assert "is not today's" in str(command.problems(webui)[0])
     command.install(webui, update=True)
     assert command.problems(webui) == [] and not target.is_symlink()
+    for name in ("loading.py", "exl_loader/config.py"):
+        (target / name).unlink()
+        assert "is not today's" in str(command.problems(webui)[0]), "something of it is gone"
+        command.install(webui)
+        assert command.problems(webui) == [] and (target / name).is_file()
     command.uninstall(webui)
     assert not target.exists()
 

@@ -20,6 +20,9 @@ COPY_MARK = ".exl_loader-copy.json"
 
 _NOT_COPIED = frozenset({"__pycache__", "demo_model"})
 
+# What a copy has besides the extension itself.
+_ENGINE = ("exl_loader", "csrc")
+
 PTH, START, RECORD = "exl_loader_webui.pth", "exl_loader_webui_start.py", "exl_loader_webui.json"
 
 # One line, as .pth files are read, and they are read twice where lib64 is a link to lib. It runs
@@ -37,7 +40,9 @@ def extension_is_current(target: Path) -> bool:
     """Whether the extension is there and is today's."""
     if is_link(target):
         return target.exists() and target.resolve() == EXTENSION.resolve()
-    return _copied_from(target) == _fingerprint()
+    current = _fingerprint()
+    # Of what was copied, something may have gone since, or been changed.
+    return _copied_from(target) == current and _digest(target, target) == current["sha256"]
 
 
 def place_extension(target: Path, *, copy: bool = False) -> str:
@@ -192,7 +197,7 @@ def _junction(target: Path) -> None:
 def _copy(target: Path) -> None:
     ignore = shutil.ignore_patterns(*_NOT_COPIED)
     shutil.copytree(EXTENSION, target, ignore=ignore)
-    for name in ("exl_loader", "csrc"):
+    for name in _ENGINE:
         shutil.copytree(REPO / name, target / name, ignore=ignore)
     (target / COPY_MARK).write_text(json.dumps(_fingerprint()) + "\n", encoding="utf-8")
 
@@ -206,9 +211,17 @@ def _copied_from(target: Path) -> dict[str, str] | None:
 
 def _fingerprint() -> dict[str, str]:
     """What a copy is made of: the checkout and the state of its files."""
+    return {"source": str(REPO), "sha256": _digest(EXTENSION, REPO)}
+
+
+def _digest(extension: Path, root: Path) -> str:
+    """Sum up the files of an extension and of the engine in `root`, by their names there."""
     digest = hashlib.sha256()
-    for name in ("extension", "exl_loader", "csrc"):
-        for path in sorted((REPO / name).rglob("*")):
-            if path.is_file() and not _NOT_COPIED.intersection(path.parts):
-                digest.update(str(path.relative_to(REPO)).encode() + b"\0" + path.read_bytes())
-    return {"source": str(REPO), "sha256": digest.hexdigest()}
+    engine = [root / name for name in _ENGINE]
+    for folder in (extension, *engine):
+        for path in sorted(folder.rglob("*")):
+            name = path.relative_to(folder)
+            beside = folder == extension and name.parts[0] in (*_ENGINE, COPY_MARK)
+            if path.is_file() and not beside and not _NOT_COPIED.intersection(name.parts):
+                digest.update(name.as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
