@@ -261,6 +261,16 @@ def test_saved_settings_no_longer_name_the_loader(tmp_path):
     assert saved.remove_entries(path) == [] and path.read_text() == left
 
 
+def test_saved_settings_of_a_long_name(tmp_path):
+    """YAML writes a name of more than 128 characters as a question."""
+    path = tmp_path / saved.CONFIG
+    path.write_text(f"? {'a' * 130}$\n: loader: ExLlamav2\n  ctx_size: 1\n  cache_4bit: true\n"
+                    f"? {'b' * 130}$\n: loader: ExLlamav2_HF\n? {'c' * 130}$\n: ctx_size: 2\n")
+    assert saved.remove_entries(path) == [f"{'a' * 130}$", f"{'b' * 130}$"]
+    assert path.read_text() == (f"? {'a' * 130}$\n: ctx_size: 1\n  cache_4bit: true\n"
+                                f"? {'c' * 130}$\n: ctx_size: 2\n")
+
+
 def test_saved_settings_are_found_where_the_host_reads_them(webui, tmp_path):
     elsewhere = tmp_path / "my models"
     elsewhere.mkdir()

@@ -12,7 +12,8 @@ BACKUP = "config-user.before-exl_loader.yaml"
 # The plugin's flags; without it the web UI does not start with one of them.
 FLAGS = ("--cache-8bit", "--cache-4bit", "--alpha-value", "--compress-pos-emb")
 
-_OURS = re.compile(r"^\s+loader:\s*['\"]?ExLlamav2(_HF)?['\"]?\s*(#.*)?$")
+# YAML puts what belongs to a name of more than 128 characters behind a colon in the next line.
+_OURS = re.compile(r"^:?\s+loader:\s*['\"]?ExLlamav2(_HF)?['\"]?\s*(#.*)?$")
 
 
 def config_files(root: Path) -> list[Path]:
@@ -34,7 +35,8 @@ def named_flags(root: Path) -> dict[Path, list[str]]:
 def entries(path: Path) -> list[str]:
     """The models whose saved settings name our loaders."""
     blocks = _blocks(path.read_text(encoding="utf-8"))
-    return [b[0].rstrip().rstrip(":") for b in blocks if any(_OURS.match(x) for x in b[1:])]
+    return [b[0].removeprefix("? ").rstrip().rstrip(":") for b in blocks
+            if any(_OURS.match(x) for x in b[1:])]
 
 
 def remove_entries(path: Path) -> list[str]:
@@ -54,7 +56,7 @@ def remove_entries(path: Path) -> list[str]:
     path.with_name(BACKUP).write_text(text, encoding="utf-8")
     kept = []
     for block in _blocks(text):
-        lines = [line for line in block if not _OURS.match(line)]
+        lines = _without_loader(block)
         emptied = len(lines) < len(block) and not any(x.strip() for x in lines[1:])
         kept += [] if emptied else lines
     temporary = path.with_name(f"{CONFIG}.tmp")
@@ -63,11 +65,20 @@ def remove_entries(path: Path) -> list[str]:
     return found
 
 
+def _without_loader(block: list[str]) -> list[str]:
+    place = next((i for i, line in enumerate(block) if _OURS.match(line)), len(block))
+    kept = [line for line in block if not _OURS.match(line)]
+    if place < len(kept) and block[place].startswith(":"):
+        # The next setting comes first, behind the colon.
+        kept[place] = ":" + kept[place][1:]
+    return kept
+
+
 def _blocks(text: str) -> list[list[str]]:
     """Split YAML of the web UI's kind at its top-level keys."""
     blocks: list[list[str]] = []
     for line in text.splitlines(keepends=True):
-        if not blocks or not line[0].isspace():
+        if not blocks or not (line[0].isspace() or line.startswith(": ")):
             blocks.append([])
         blocks[-1].append(line)
     return blocks
