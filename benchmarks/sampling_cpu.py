@@ -108,6 +108,9 @@ def work(checkout: str, vocab_size: int) -> None:
     from exl_loader.sampling import Sampler, TokenRoles
     from exl_loader.settings import SamplingSettings
 
+    # As reading a model's tensors does: the C library keeps more of what it is given back, and
+    # fresh pages would take longer than most samplers.
+    np.ones(7_000_000, np.float32)
     rows_of: dict[str, np.ndarray] = {}
     for line in sys.stdin:
         case, kind = json.loads(line)

@@ -11,8 +11,10 @@ import torch
 from transformers.generation import logits_process as hf
 
 from exl_loader.sampling import Candidates, curves, filters
-from exl_loader.sampling.candidates import largest, measures
+from exl_loader.sampling.candidates import largest
 from exl_loader.sampling.feedback import AdaptiveP, Mirostat
+from exl_loader.sampling.selection import fewest
+from exl_loader.sampling.values import measures
 
 VOCAB = 152_064
 
@@ -176,6 +178,28 @@ def test_xtc_spares_line_breaks_and_end_tokens():
         for spared in range(5)
     }
     assert kept == {0: [0, 1, 2, 3], 1: [0, 1, 2, 3], 2: [2, 3], 3: [2, 3], 4: [2, 3]}
+
+
+@pytest.mark.parametrize("kind", ["distinct", "few values", "two values", "equal", "falling"])
+def test_the_fewest_keys_that_reach_a_sum(kind):
+    """However keys are spread, ties, impossible tokens and sums that nothing reaches included."""
+    rng = np.random.default_rng()
+    size = int(rng.integers(5000, 30_000))
+    keys = {
+        "distinct": rng.standard_normal(size), "few values": rng.integers(0, 40, size),
+        "two values": rng.random(size) < 0.01, "equal": np.zeros(size),
+        # In order, so that what is looked at to guess from is nothing like the whole.
+        "falling": -np.geomspace(1e-3, 80, size),
+    }[kind].astype(np.float32)
+    if kind != "equal":
+        keys[rng.integers(0, size, 50)] = -np.inf
+    weight = np.exp(keys - keys.max())
+    order = np.argsort(-keys, kind="stable")
+    reached = np.cumsum(weight[order], dtype=np.float64)
+    for share in (0.001, 0.3, 0.77, 0.9999, 2.0):
+        target = share * reached[-1]
+        place = min(int(np.searchsorted(reached, target)), size - 1)
+        assert fewest(keys, weight, target) == (keys[order[place]], place + 1)
 
 
 def test_measures():

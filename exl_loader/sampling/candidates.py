@@ -8,40 +8,20 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from .rest import SUM_SLACK, Rest, Undecided
-
-Floats = npt.NDArray[np.float32]
-Ids = npt.NDArray[np.int64]
-Places = npt.NDArray[np.intp]
-Mask = npt.NDArray[np.bool_]
+from .selection import largest_places
+from .values import BLOCK, Floats, Ids, Mask, Places, total, weights
 
 _HALF = np.float32(0.5)
 
 # Copies of fewer candidates stay in memory that the process has already.
 _MANY = 16_384
-
-# Where the number of tokens that matter is unknown, so many are ordered first: enough for
-# nearly every step of a model that knows what it says.
-_FIRST_COUNT = 256
-
-# Else keys are told apart by so many bins; those further from the largest than this, where
-# probabilities are below 1e-13 of the likeliest one's, share one.
-_NUM_BINS = 4096
-_BIN_SPAN = 30.0
-_CHUNK = 32_768
-_TINY = 1e-30
-
-# A row is looked at in blocks of so many tokens before single ones.
-_BLOCK = 64
-
-# exp of anything below is 0 in float32; an impossible token's -inf is lifted to this where
-# it would be multiplied by its probability.
-_LOWEST = np.float32(-200)
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,6 +138,13 @@ class Candidates:
         found = self.ids[places] == ids
         return places[found], found
 
+    def places_of(self, ids: Iterable[int]) -> Places:
+        """Places of a few tokens, of those that are there."""
+        wanted = np.fromiter(ids, np.int64)
+        if self.is_sorted:
+            return np.flatnonzero(np.isin(self.ids, wanted))
+        return self.locate(wanted)[0]
+
     def with_logits(self, places: Places, values: Floats) -> Candidates:
         """Change the logits at these places of candidates that are not sorted."""
         assert not self.is_sorted
@@ -197,52 +184,10 @@ def _all_ids(count: int) -> Ids:
     return ids
 
 
-def weights(logits: Floats) -> Floats:
-    """Probabilities up to a common factor, the likeliest at 1."""
-    shifted = logits - logits.max()
-    return np.exp(shifted, out=shifted)
-
-
-def total(values: Floats) -> float:
-    """Sum in double precision."""
-    return float(values.sum(dtype=np.float64))
-
-
-def log_total(logits: Floats) -> float:
-    """Logarithm of the sum of `weights`: minus the likeliest token's log probability."""
-    return math.log(total(weights(logits)))
-
-
 def log_totals(candidates: Candidates) -> tuple[float, float]:
     """`log_total` of these and of the rest: between which numbers it lies."""
     low, high = candidates.totals(weights(candidates.logits))
     return math.log(low), math.log(high)
-
-
-def measures(logits: Floats) -> tuple[Floats, float, float]:
-    """`weights`, `log_total`, and the entropy of the distribution in nats."""
-    shifted = logits - logits.max()
-    if shifted.min() < _LOWEST:
-        np.maximum(shifted, _LOWEST, out=shifted)
-    weight = np.exp(shifted)
-    whole = total(weight)
-    surprise = -total(np.multiply(weight, shifted, out=shifted)) / whole
-    return weight, math.log(whole), math.log(whole) + surprise
-
-
-def largest_places(keys: Floats, count: int) -> Places:
-    """Places of the `count` largest keys, falling, equal ones in their order."""
-    if count >= len(keys):
-        return np.argsort(-keys, kind="stable")
-    places = np.flatnonzero(keys >= _floor(keys, count))
-    return places[np.argsort(-keys[places], kind="stable")[:count]]
-
-
-def largest_values(values: Floats, count: int) -> Floats:
-    """The `count` largest values, falling."""
-    if count < len(values):
-        values = values[values >= _floor(values, count)]
-    return np.sort(values)[::-1][:count]
 
 
 def largest(candidates: Candidates, count: int) -> Candidates:
@@ -261,93 +206,19 @@ def largest(candidates: Candidates, count: int) -> Candidates:
     return replace(found, rest=None)
 
 
-def fewest(keys: Floats, weight: Floats, target: float) -> tuple[np.float32, int]:
-    """Find the fewest largest keys whose weights sum to `target` or more.
-
-    Args:
-        keys: float32 [n]; equal ones count in their order.
-        weight: float32 [n].
-
-    Returns:
-        The least of these keys, and how many they are: at least one, and all where the weights
-        sum to less than the target.
-    """
-    places = largest_places(keys, min(_FIRST_COUNT, len(keys)))
-    reached, num_before = np.cumsum(weight[places], dtype=np.float64), 0
-    if reached[-1] < target and len(places) < len(keys):
-        # Among many, only the bin in which the sum is reached is put in order.
-        bins, masses = _binned(keys, weight)
-        sums = np.cumsum(masses)
-        last = min(int(np.searchsorted(sums, target, side="left")), _NUM_BINS - 1)
-        target -= float(sums[last - 1]) if last else 0.0
-        num_before = int(np.count_nonzero(bins < last))
-        places = np.flatnonzero(bins == last)
-        places = places[np.argsort(-keys[places], kind="stable")]
-        reached = np.cumsum(weight[places], dtype=np.float64)
-    count = min(int(np.searchsorted(reached, target, side="left")), len(places) - 1)
-    return keys[places[count]], num_before + count + 1
-
-
-def counts_reaching(falling: Floats, *targets: float) -> list[int]:
-    """How many weights, the first ones of `falling`, sum to each target or more; as `fewest`."""
-    reached = np.cumsum(falling, dtype=np.float64)
-    counts: list[int] = np.searchsorted(reached, targets, side="left").tolist()
-    return [min(count + 1, len(falling)) for count in counts]
-
-
-def at_least(keys: Floats, floor: np.float32, count: int) -> Mask:
-    """Which `count` keys reach the floor, of those that equal it the first; bool [n]."""
-    mask = keys >= floor
-    surplus = np.count_nonzero(mask) - count
-    if surplus > 0:
-        mask[np.flatnonzero(keys == floor)[-surplus:]] = False
-    return mask
-
-
-def _binned(keys: Floats, weight: Floats) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.float64]]:
-    """The bin of each key, the largest in bin 0, and the weight in each bin."""
-    largest_key = keys.max()
-    # A difference of Python floats: it cannot overflow, and an impossible token's is infinite.
-    span = min(float(largest_key) - float(keys.min()), _BIN_SPAN)
-    scale = np.float32((_NUM_BINS - 1) / max(span, _TINY))
-    with np.errstate(over="ignore"):
-        distance = largest_key - keys
-    np.minimum(distance, np.float32(span), out=distance)
-    bins = np.multiply(distance, scale, out=distance).astype(np.int16)
-    masses = np.zeros(_NUM_BINS)
-    # In chunks, so that the wide types that bincount computes with stay in the caches.
-    for first in range(0, len(keys), _CHUNK):
-        part = slice(first, first + _CHUNK)
-        masses += np.bincount(bins[part], weight[part], _NUM_BINS)
-    return bins, masses
-
-
-def _floor(keys: Floats, count: int) -> np.float32:
-    """A bound that at least `count` keys reach, and not many more.
-
-    The maxima of `count` blocks are `count` keys, so the smallest of the largest `count`
-    maxima is such a bound; selecting among the maxima is far cheaper than among all.
-    """
-    num_blocks = len(keys) // _BLOCK
-    if count > num_blocks:
-        return np.partition(keys, len(keys) - count)[len(keys) - count]
-    maxima = keys[: num_blocks * _BLOCK].reshape(_BLOCK, num_blocks).max(axis=0)
-    return np.partition(maxima, num_blocks - count)[num_blocks - count]
-
-
 def draw(candidates: Candidates, uniform: float) -> int:
     """Take the token at which the summed probability passes `uniform`, in [0, 1)."""
     weight = weights(candidates.logits)
-    if len(weight) < _BLOCK:
+    if len(weight) < BLOCK:
         place, _ = _pass(np.cumsum(weight, dtype=np.float64), uniform * float(weight.sum()))
         return int(candidates.ids[place])
     # Summed by blocks first: a running sum of a whole vocabulary would take a millisecond.
-    whole = len(weight) // _BLOCK * _BLOCK
-    blocks = weight[:whole].reshape(-1, _BLOCK).sum(axis=1)
+    whole = len(weight) // BLOCK * BLOCK
+    blocks = weight[:whole].reshape(-1, BLOCK).sum(axis=1)
     reached = np.cumsum(np.append(blocks, weight[whole:].sum()), dtype=np.float64)
     block, rest = _pass(reached, uniform * reached[-1])
-    first = block * _BLOCK
-    place, _ = _pass(np.cumsum(weight[first : first + _BLOCK], dtype=np.float64), rest)
+    first = block * BLOCK
+    place, _ = _pass(np.cumsum(weight[first : first + BLOCK], dtype=np.float64), rest)
     return int(candidates.ids[first + place])
 
 

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from .candidates import Candidates, measures
+from .candidates import Candidates
 from .rest import Undecided
+from .values import measures
 
 # Limits of what float32 divides by and holds.
 _TINY = float(np.finfo(np.float32).tiny)

@@ -14,7 +14,8 @@ from typing import Protocol
 import numpy as np
 
 from ..settings import SamplingSettings
-from .candidates import Candidates, log_total, log_totals, weights
+from .candidates import Candidates, log_totals
+from .values import log_total, weights
 
 # Of adaptive-p's curve: the width of the favoured range, the height at its middle, and how
 # steeply it falls. Fixed in llama.cpp.

@@ -10,21 +10,10 @@ from collections.abc import Set
 
 import numpy as np
 
-from .candidates import (
-    Candidates,
-    Floats,
-    Mask,
-    at_least,
-    counts_reaching,
-    fewest,
-    largest,
-    largest_values,
-    log_total,
-    log_totals,
-    measures,
-    weights,
-)
+from .candidates import Candidates, largest, log_totals
 from .rest import Undecided
+from .selection import at_least, counts_reaching, fewest, largest_values
+from .values import Floats, Mask, log_total, measures, reached_at, total, weights
 
 # Tokens that are put in order first. They decide unless the distribution is very flat.
 _TAIL_FREE_FIRST_COUNT = 2048
@@ -131,14 +120,15 @@ def keep_tail_free(candidates: Candidates, share: float) -> Candidates:
         is_whole = count == len(weight)
         if is_whole:
             falling = np.append(falling, np.zeros(min(2, num_hidden), np.float32))
-        curvature = np.cumsum(np.abs(np.diff(falling, 2)), dtype=np.float64)
-        seen = float(curvature[-1]) if len(curvature) else 0.0
+        curvature = np.diff(falling, 2)
+        np.abs(curvature, out=curvature)
+        seen = total(curvature)
         if is_whole and seen == 0:
             return candidates
         # The differences of a falling tail that begins with w change by 2 w in all at most.
         unseen = 0.0 if is_whole else 2 * float(falling[-2])
-        kept = 1 + int(np.searchsorted(curvature, share * seen, side="right"))
-        if kept == 1 + int(np.searchsorted(curvature, share * (seen + unseen), side="right")):
+        kept = 1 + reached_at(curvature, share * seen, beyond=True)
+        if kept == 1 + reached_at(curvature, share * (seen + unseen), beyond=True):
             break
     if kept <= _TAIL_FREE_FIRST_COUNT or candidates.is_sorted:
         return largest(candidates, min(kept, len(candidates)))
@@ -167,14 +157,12 @@ def exclude_top_choices(
     floor = -np.inf
     if threshold > 0:
         floor = float(logits.max()) + math.log(threshold) + log_total(logits)
-    above = np.flatnonzero((logits >= np.float32(floor)) & (logits > -np.inf))
-    if len(above) < 2:
+    excluded = (logits >= np.float32(floor)) & (logits > -np.inf)
+    if np.count_nonzero(excluded) < 2:
         return candidates
-    if not candidates.is_sorted:
-        above = above[np.argsort(-logits[above], kind="stable")]
-    excluded = above[:-1]
-    if not spared_ids.isdisjoint(candidates.ids[excluded].tolist()):
+    # Of equal ones the last: there ids rise, whether candidates are sorted or not.
+    least = np.where(excluded, logits, np.float32(np.inf)).min()
+    excluded[np.flatnonzero(excluded & (logits == least))[-1]] = False
+    if excluded[candidates.places_of(spared_ids)].any():
         return candidates
-    keep = np.ones(len(candidates), bool)
-    keep[excluded] = False
-    return candidates.keep(keep)
+    return candidates.keep(~excluded)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .candidates import Floats, log_total
+from .values import Floats, log_total
 
 
 def guide(logits: Floats, negative_logits: Floats, scale: float) -> Floats:

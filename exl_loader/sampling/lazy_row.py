@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .candidates import Candidates, Floats
+from .candidates import Candidates
+from .values import Floats
 
 
 class LazyRow:

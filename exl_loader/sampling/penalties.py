@@ -13,8 +13,9 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from .candidates import Candidates, Floats, Ids
+from .candidates import Candidates
 from .repeats import earlier_matches, longest_repeats
+from .values import Floats, Ids
 
 # Added or subtracted at most: a penalty makes a token as unlikely as can be, only a ban makes
 # it impossible.

@@ -10,9 +10,10 @@ import numpy as np
 from ..errors import InvalidSettings
 from ..settings import SamplingSettings
 from . import curves, filters, penalties
-from .candidates import Candidates, Ids
+from .candidates import Candidates
 from .penalties import Past
 from .rest import Undecided
+from .values import Ids
 
 # The web UI's cutoffs are in units of this probability.
 _CUTOFF_UNIT = 1e-4

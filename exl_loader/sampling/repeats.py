@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .candidates import Ids, Places
+from .values import Ids, Places
 
 # Longer repeats count as this long. The web UI's limit: it keeps the penalty finite, and the
 # rounds few in a text that says one thing over and over.

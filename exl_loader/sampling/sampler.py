@@ -12,12 +12,13 @@ import numpy.typing as npt
 from ..errors import InvalidCheckpoint
 from ..settings import MAX_SEED, SamplingSettings
 from . import penalties
-from .candidates import Candidates, Floats, Ids, draw
+from .candidates import Candidates, draw
 from .feedback import feedback_of
 from .penalties import Past
 from .pipeline import Step, chosen_stages, may_do_without_rest, run_stages
 from .rest import Undecided
 from .tokens import TokenRoles
+from .values import Floats, Ids
 
 
 class Constraint(Protocol):
