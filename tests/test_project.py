@@ -48,6 +48,16 @@ def test_mypy_finds_nothing(tmp_path, settings):
     run("-m", "mypy", "--config-file", str(config), "--cache-dir", str(tmp_path / "cache"))
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("system", ["win32", "darwin"])
+def test_mypy_finds_nothing_on_other_systems(tmp_path, system):
+    pytest.importorskip("mypy")
+    config = tmp_path / "mypy.toml"
+    config.write_text((REPO / "pyproject.toml").read_text(encoding="utf-8") + PACKAGES_UNREAD)
+    run("-m", "mypy", "--platform", system, "--config-file", str(config),
+        "--cache-dir", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     pytest.importorskip("hatchling")
