@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
-from .values import BLOCK, Floats, Mask, Places, reached_at, total
+from .values import BLOCK, Floats, Mask, Places, reached_at
 
 # Where the number of tokens that matter is unknown, so many are ordered first: enough for
 # nearly every step of a model that knows what it says.
 _FIRST_COUNT = 256
 
-# Else that many are ordered in the end, and of more about so many are looked at, to guess where
-# among all of them a sum is reached. The guess is off by about 16, half the square root; four times
-# that to either side are taken, and an eighth of the tokens is left.
+# Else that many are ordered in the end, and keys are told apart by so many bins before. Keys
+# further from the largest than the span, where probabilities are below 1e-13 of the likeliest
+# one's, share the last bin.
 _FEW = 1024
-_SAMPLE = 1024
-_MARGIN = 64
+_NUM_BINS = 4096
+_BIN_SPAN = 30.0
+_CHUNK = 32_768
+_TINY = 1e-30
 
 
 def largest_places(keys: Floats, count: int) -> Places:
@@ -52,9 +55,9 @@ def fewest(keys: Floats, weight: Floats, target: float) -> tuple[np.float32, int
     first_count = min(_FIRST_COUNT, len(keys))
     if first_count == len(keys) or first_count * float(weight.max()) >= target:
         places = largest_places(keys, first_count)
-        first = weight[places]
-        if first_count == len(keys) or total(first) >= target:
-            last = min(reached_at(first, target), first_count - 1)
+        reached = np.cumsum(weight[places], dtype=np.float64)
+        if first_count == len(keys) or reached[-1] >= target:
+            last = min(int(np.searchsorted(reached, target, side="left")), first_count - 1)
             return keys[places[last]], last + 1
     keys, weight, num_before, target = _narrowed(keys, weight, target)
     if len(keys) <= _FEW:
@@ -90,51 +93,37 @@ def _narrowed(
         Those, in their order, and their weights; how many larger ones there are, and what of the
         target is left for these.
     """
-    num_before, halve = 0, False
-    while len(keys) > _FEW:
-        least, most = _guess(keys, weight, target, halve)
-        above = keys > most
-        sum_above = total(np.multiply(weight, above))
-        if sum_above >= target:
-            places = np.flatnonzero(above)
-        else:
-            reaches = keys >= least
-            places = np.flatnonzero(reaches ^ above)
-            sum_between = total(weight[places])
-            num_before += int(np.count_nonzero(above))
-            target -= sum_above
-            if sum_between < target and not reaches.all():
-                num_before += len(places)
-                target -= sum_between
-                places = np.flatnonzero(~reaches)
-            elif least == most:
-                return keys[places], weight[places], num_before, target
-        # Where most are equal or the guess is bad, a single key tells all others apart.
-        halve = 2 * len(places) > len(keys)
+    num_before = 0
+    while len(keys) > _FEW and (most := keys.max()) > (least := keys.min()):
+        bins, masses = _binned(keys, weight, least, most)
+        sums = np.cumsum(masses)
+        last = int(np.searchsorted(sums, target, side="left"))
+        if last == _NUM_BINS:
+            last = int(bins.max())
+        target -= float(sums[last - 1]) if last else 0.0
+        num_before += int(np.count_nonzero(bins < last))
+        places = np.flatnonzero(bins == last)
         keys, weight = keys[places], weight[places]
     return keys, weight, num_before, target
 
 
-def _guess(
-    keys: Floats, weight: Floats, target: float, halve: bool
-) -> tuple[np.float32, np.float32]:
-    """Two keys, between which the sum of the largest ones' weights may reach the target.
-
-    Args:
-        halve: return twice the same key in the middle of all instead.
-    """
-    step = -(-len(keys) // _SAMPLE)
-    sample, share = keys[::step], weight[::step]
-    order = np.argsort(-sample)
-    if halve:
-        ends = np.full(2, len(order) // 2)
-    else:
-        # As a share of the sample's own sum: it may hold none of a few heavy ones.
-        whole = float(weight.sum())
-        place = reached_at(share[order], target / whole * total(share)) if whole > 0 else 0
-        ends = np.clip((place + _MARGIN, place - _MARGIN), 0, len(order) - 1)
-    least, most = sample[order[ends]]
-    return least, most
+def _binned(
+    keys: Floats, weight: Floats, least: np.float32, most: np.float32
+) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.float64]]:
+    """The bin of each key, `most` in bin 0 and `least` in another; the weight in each."""
+    # A difference of Python floats: it cannot overflow, and an impossible token's is infinite.
+    span = min(float(most) - float(least), _BIN_SPAN)
+    scale = np.float32((_NUM_BINS - 1) / max(span, _TINY))
+    with np.errstate(over="ignore"):
+        distance = most - keys
+    np.minimum(distance, np.float32(span), out=distance)
+    bins = np.multiply(distance, scale, out=distance).astype(np.int16)
+    masses = np.zeros(_NUM_BINS)
+    # In chunks, so that the wide types that bincount computes with stay in the caches.
+    for first in range(0, len(keys), _CHUNK):
+        part = slice(first, first + _CHUNK)
+        masses += np.bincount(bins[part], weight[part], _NUM_BINS)
+    return bins, masses
 
 
 def _floor(keys: Floats, count: int) -> np.float32:
