@@ -254,7 +254,10 @@ def test_what_is_free_on_a_mac_is_read_of_vm_stat():
 def test_a_folder_below_a_link_is_no_link(tmp_path):
     """Of a drive that stands for a folder, say, or a short name."""
     (tmp_path / "real" / "extension").mkdir(parents=True)
-    (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)
+    try:
+        (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)
+    except OSError:
+        pytest.skip("needs the privilege to make symbolic links")
     assert not place.is_link(tmp_path / "link" / "extension")
     assert place.is_link(tmp_path / "link")
     (tmp_path / "real" / "extension").rmdir()
