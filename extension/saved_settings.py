@@ -12,18 +12,26 @@ from .host import LOADERS
 from .loading import plain_cache_type
 from .panel import DEFAULT_CACHE_TYPE, LoadOptions, toggles_for
 
+# Loaders that the web UI once had for what these read; it ends with a KeyError over one of them.
+RETIRED = ("AutoGPTQ", "ExLlama", "ExLlama_HF", "GPTQ-for-LLaMa")
+
 _CACHE_OPTIONS = ("cache_type", "cache_8bit", "cache_4bit")
 
 
 def with_current_values(config: Any) -> Any:
-    """Bring what was saved for our loaders up to date, in place; the rest stays as it is.
+    """Bring what was saved for our loaders, and those before them, up to date, in place.
+
+    The rest stays as it is, loaders that nobody knows included: another plugin may bring one.
 
     Args:
         config: model pattern -> its settings, as the web UI has read them.
     """
     for saved in config.values() if isinstance(config, dict) else ():
-        if isinstance(saved, dict) and saved.get("loader") in LOADERS:
+        if isinstance(saved, dict) and saved.get("loader") in (*LOADERS, *RETIRED):
             saved.update(_current(saved))
+            if saved["loader"] in RETIRED:
+                # The folder says which loader reads it today.
+                del saved["loader"]
     return config
 
 

@@ -128,16 +128,18 @@ def test_a_loader_given_on_the_command_line_is_not_lost(host):
     assert web.shared.fix_loader_name("transformers") == "Transformers"
 
 
-def test_settings_saved_by_old_versions_are_honoured(host):
+def test_settings_saved_by_old_versions_are_honoured(host, model):
     web = host()
     saved = {"old$": {"loader": "ExLlamav2", "max_seq_len": 2048, "cache_4bit": True},
-             "other$": {"loader": "Transformers", "max_seq_len": 1}}
+             "other$": {"loader": "Transformers", "max_seq_len": 1},
+             "quantised$": {"loader": "AutoGPTQ"}}
     (web.root / "user_data/models/config-user.json").write_text(json.dumps(saved))
     registration.register()
     config = web.shared.load_user_config()
     assert config["old$"]["ctx_size"] == 2048 and "ctx_size" not in config["other$"]
     web.shared.user_config = config
     assert web.models_settings.get_model_metadata("old")["cache_4bit"] is True
+    assert web.models_settings.get_model_metadata("quantised")["loader"] == "ExLlamav2"
 
 
 def test_pages_opened_after_a_load_show_that_load(host, model):

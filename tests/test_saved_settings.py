@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 
 from extension.panel import LoadOptions
-from extension.saved_settings import with_current_values
+from extension.saved_settings import RETIRED, with_current_values
 
 
 @pytest.mark.parametrize(
@@ -26,3 +28,18 @@ def test_saved_settings_are_in_step_and_numbers_are_numbers(saved, shown):
     assert after == before, "the load is the same"
     assert all(isinstance(once[n], (int, float)) for n in once if n in ("ctx_size", "alpha_value"))
     assert with_current_values({"a$": once})["a$"] == once
+
+
+@pytest.mark.parametrize("loader", RETIRED)
+def test_a_retired_loader_leaves_its_model_to_the_folder(loader):
+    """The web UI of today ends with a KeyError over a loader that it does not have."""
+    entry = {"loader": loader, "max_seq_len": 4096, "compress_pos_emb": 2, "wbits": 4}
+    expected = {"max_seq_len": 4096, "ctx_size": 4096, "compress_pos_emb": 2.0, "wbits": 4}
+    assert with_current_values({"a$": entry}) == {"a$": expected}
+
+
+@pytest.mark.parametrize("config", [
+    {"a$": {"loader": "another plugin's", "max_seq_len": 1, "cache_8bit": True}},
+    {"a$": {"cache_4bit": True}}, {"a$": None}, {"a$": []}, {}, None, []])
+def test_what_is_not_ours_stays_as_it_is(config):
+    assert with_current_values(copy.deepcopy(config)) == config
