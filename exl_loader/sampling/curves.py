@@ -70,5 +70,6 @@ def smooth(candidates: Candidates, factor: float, curve: float) -> Candidates:
         bent *= shifted
         bent *= shifted
         bent += largest
-    bent[np.isneginf(shifted)] = -np.inf
+    if shifted.min() == -np.inf:
+        bent[np.isneginf(shifted)] = -np.inf
     return replace(candidates, logits=bent)

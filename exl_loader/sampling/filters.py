@@ -157,12 +157,13 @@ def exclude_top_choices(
     floor = -np.inf
     if threshold > 0:
         floor = float(logits.max()) + math.log(threshold) + log_total(logits)
-    excluded = (logits >= np.float32(floor)) & (logits > -np.inf)
-    if np.count_nonzero(excluded) < 2:
+    keep = (logits < np.float32(floor)) | (logits == -np.inf)
+    above = np.flatnonzero(~keep)
+    if len(above) < 2:
         return candidates
     # Of equal ones the last: there ids rise, whether candidates are sorted or not.
-    least = np.where(excluded, logits, np.float32(np.inf)).min()
-    excluded[np.flatnonzero(excluded & (logits == least))[-1]] = False
-    if excluded[candidates.places_of(spared_ids)].any():
+    values = logits[above]
+    keep[above[np.flatnonzero(values == values.min())[-1]]] = True
+    if not keep[candidates.places_of(spared_ids)].all():
         return candidates
-    return candidates.keep(~excluded)
+    return candidates.keep(keep)
