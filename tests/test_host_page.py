@@ -142,7 +142,10 @@ def test_a_page_opened_after_a_load_over_the_api_shows_that_load(page, server, g
     assert server.load(**Q4) == "OK"
     page.open()
     page.expect(page.loader).to_have_value("ExLlamav2")
-    page.expect(page.gauge).to_contain_text("demo")
+    page.expect(page.cache_type).to_have_value("q4")
+    page.expect(page.page.get_by_label("cache_4bit")).to_be_checked()
+    page.expect(page.gauge).to_contain_text("512 tokens of context")
+    page.expect(page.gauge).to_contain_text("Measured equals reserved, to the byte")
     assert server.info()["loader"] == "ExLlamav2" and server.text() == greedy_text
 
 
