@@ -89,7 +89,9 @@ class Server:
             try:
                 self.get("internal/model/info")
                 if self._has_page:
-                    socket.create_connection(("127.0.0.1", self.page_port), 5).close()
+                    # Stock Gradio gives up a page that does not answer it within 3 s, as it may
+                    # not where a browser asks for everything at once.
+                    urllib.request.urlopen(self.address, timeout=60).close()
                 return self
             except OSError:
                 time.sleep(0.5)
