@@ -13,7 +13,17 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
-from . import dispatch, host, host_loaders, host_panel, loading, problems, recognise, tables
+from . import (
+    dispatch,
+    host,
+    host_loaders,
+    host_panel,
+    loading,
+    panel,
+    problems,
+    recognise,
+    tables,
+)
 from .host import LOADERS, ROPE_OPTIONS, HostDiffers, Patches, say
 from .saved_settings import with_current_values
 from .watch import watcher
@@ -72,6 +82,7 @@ def _extend_functions() -> None:
     _patches.replace(shared.fix_loader_name, _fix_loader_name(shared.fix_loader_name))
     if not shared.args.loader and shared.original_args.loader:
         _patches.set(shared.args, "loader", shared.fix_loader_name(shared.original_args.loader))
+    _keep_cache_flags(shared)
     _patches.replace(shared.load_user_config, _load_user_config(shared.load_user_config))
     if isinstance(getattr(shared, "user_config", None), dict):
         with_current_values(shared.user_config)
@@ -81,6 +92,22 @@ def _extend_functions() -> None:
     idle = getattr(models, "load_model_if_idle_unloaded", None)
     if idle is not None:
         _patches.replace(idle, lambda: loading.reload_idle(idle))
+
+
+def _keep_cache_flags(shared: Any) -> None:
+    """Let `--cache-8bit` outweigh a cache type that was saved for the model, as any flag does."""
+    provided = getattr(shared, "provided_arguments", None)
+    names = panel.Toggles._fields
+    if not isinstance(provided, list) or not any(name in provided for name in names):
+        return
+    args = shared.args
+    asked = panel.resolve_cache_type(args.cache_type, args.cache_8bit, args.cache_4bit)
+    for name, value in panel.toggles_for(loading.plain_cache_type(asked))._asdict().items():
+        # The web UI's own type keeps its spelling.
+        if name != "cache_type" or args.cache_type == panel.DEFAULT_CACHE_TYPE:
+            _patches.set(args, name, value)
+    missing = [name for name in names if name not in provided]
+    _patches.set(shared, "provided_arguments", [*provided, *missing])
 
 
 def _infer_loader(original: Callable[..., Any]) -> Callable[..., Any]:

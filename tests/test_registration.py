@@ -14,7 +14,7 @@ import pytest
 from tiny import write_tiny_model
 from webui_double import write_host
 
-from extension import early, loading, recognise, registration
+from extension import early, loading, panel, recognise, registration
 
 
 @pytest.fixture
@@ -174,6 +174,22 @@ def test_no_context_is_the_plans_where_the_host_says_nothing(host, model):
     host(models=("shared.args.ctx_size = 8192", "pass"))
     registration.register()
     assert loading.options_for(model, "ExLlamav2", {"ctx_size": 0}).ctx_size == 0
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ({}, "q4"), ({"cache_8bit": True}, "q8"), ({"cache_type": "q6"}, "q6"),
+    ({"cache_type": "q8_0"}, "q8_0"), ({"cache_type": "fp16"}, "fp16")])
+def test_cache_flags_outweigh_what_was_saved_for_a_model(host, flags, expected):
+    web = host()
+    for name, value in flags.items():
+        setattr(web.shared.args, name, value)
+        web.shared.provided_arguments.append(name)
+    registration.register()
+    saved = {"cache_type": "q4", "cache_8bit": False, "cache_4bit": True}
+    web.models_settings.update_model_parameters(saved, initial=True)
+    args = web.shared.args
+    assert panel.resolve_cache_type(
+        args.cache_type, args.cache_8bit, args.cache_4bit) == expected
 
 
 def test_registering_twice_and_taking_it_back(host):
