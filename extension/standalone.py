@@ -74,7 +74,7 @@ def make_page(session: Session, first: LoadOptions) -> gr.Blocks:
 
 def _theme() -> gr.themes.Base:
     return gr.themes.Default(
-        primary_hue="indigo", neutral_hue="slate", radius_size="md",
+        primary_hue="indigo", neutral_hue="zinc", radius_size="md",
         font=list(FONTS), font_mono=list(MONO_FONTS),
     )
 
