@@ -21,7 +21,7 @@ sys.path[:0] = [str(REPO)]
 
 import numpy as np  # noqa: E402
 
-from exl_loader.generation.grammar import Grammars  # noqa: E402
+from exl_loader.grammar.masks import Grammars  # noqa: E402
 from exl_loader.sampling import Sampler, TokenRoles  # noqa: E402
 from exl_loader.settings import SamplingSettings  # noqa: E402
 from exl_loader.tokenizer import Tokenizer  # noqa: E402

@@ -6,7 +6,7 @@ import functools
 import random
 from dataclasses import dataclass
 
-from exl_loader.generation.grammar import Grammars
+from exl_loader.grammar.masks import Grammars
 from exl_loader.settings import SamplingSettings
 
 

@@ -17,8 +17,8 @@ from grammar_cases import (
 )
 
 from exl_loader.errors import InvalidSettings
-from exl_loader.generation import automata
-from exl_loader.generation.gbnf import GbnfError, gbnf_to_lark
+from exl_loader.grammar import automata
+from exl_loader.grammar.gbnf import GbnfError, gbnf_to_lark
 
 pytest.importorskip("llguidance")
 

@@ -20,7 +20,7 @@ from tokenizer_folders import (
 )
 
 from exl_loader.errors import InvalidSettings
-from exl_loader.generation.grammar import Grammars
+from exl_loader.grammar.masks import Grammars
 from exl_loader.settings import SamplingSettings
 from exl_loader.tokenizer import Tokenizer
 

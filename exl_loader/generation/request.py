@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ..errors import InvalidSettings
+from ..grammar.masks import Grammars
 from ..progress import NullProgress, Progress
 from ..sampling import Sampler, TokenRoles
 from ..settings import SamplingSettings
-from .grammar import Grammars
 from .jobs import Job, NegativeText
 from .prompts import Prompt, PromptReader
 from .text_stream import TextStream

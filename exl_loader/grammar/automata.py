@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from .grammar_nodes import Chars, Choice, Concat, Node, Repeat, Rules, Use, first_bytes
+from .nodes import Chars, Choice, Concat, Node, Repeat, Rules, Use, first_bytes
 
 # Grammars that take more steps are not looked through: about a tenth of a second.
 MAX_STEPS = 300_000

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import re
 
-from .grammar_nodes import (
+from .lark import write_lark
+from .lexemes import cut_into_lexemes
+from .nodes import (
     EMPTY,
     LAST_CHARACTER,
     Chars,
@@ -27,8 +29,6 @@ from .grammar_nodes import (
     repeat,
     without_linear_recursion,
 )
-from .lark import write_lark
-from .lexemes import cut_into_lexemes
 
 # Repeats are written out by llguidance: a larger number would be a typing error or an attack.
 MAX_REPEATS = 10_000

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .automata import Languages, TooMuch, bits, union
-from .grammar_nodes import (
+from .nodes import (
     EMPTY,
     Chars,
     Choice,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from .automata import Languages
-from .grammar_nodes import (
+from .lexemes import MAX_NODES
+from .nodes import (
     LAST_CHARACTER,
     Choice,
     Concat,
@@ -15,7 +16,6 @@ from .grammar_nodes import (
     Use,
     times,
 )
-from .lexemes import MAX_NODES
 
 # A lexeme is never empty: that is said where it is used.
 _NOT_EMPTY = f"/[\\x{{0}}-\\x{{{LAST_CHARACTER:X}}}]+/"
