@@ -139,6 +139,8 @@ def test_saved_settings_outlive_a_restart_of_the_page(page, server):
 
 
 def test_a_page_opened_after_a_load_over_the_api_shows_that_load(page, server, greedy_text):
+    # A page that has just been opened still tells the web UI what it shows.
+    page.page.wait_for_timeout(4000)
     assert server.load(**Q4) == "OK"
     page.open()
     page.expect(page.loader).to_have_value("ExLlamav2")
