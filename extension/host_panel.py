@@ -85,8 +85,7 @@ def _insert_components() -> None:
 
     shared = host.module("modules.shared")
     args, components = shared.args, shared.gradio
-    asked = panel.toggles_for(loading.plain_cache_type(
-        panel.resolve_cache_type(args.cache_type, args.cache_8bit, args.cache_4bit)))
+    asked = loading.toggles_of(args)
     if args.cache_type == panel.DEFAULT_CACHE_TYPE:
         # Where the command line names a toggle alone, the web UI knows nothing of the type.
         components["cache_type"].value = asked.cache_type

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import host, problems
-from .panel import LoadOptions, toggles_for
+from .panel import LoadOptions, Toggles, resolve_cache_type, toggles_for
 
 if TYPE_CHECKING:
     from exl_loader.engine import LoadedModel
@@ -82,6 +82,12 @@ def plain_cache_type(name: str) -> str:
     return _CACHE_TYPES.get(name.strip().lower(), name.strip().lower())
 
 
+def toggles_of(args: Any) -> Toggles:
+    """What the web UI's options ask for, the toggles and the cache type in step."""
+    asked = resolve_cache_type(args.cache_type, args.cache_8bit, args.cache_4bit)
+    return toggles_for(plain_cache_type(asked))
+
+
 def is_loaded_as(options: LoadOptions) -> bool:
     """Whether the model that is loaded is the one of these options."""
     return _loaded is not None and _loaded_as == options
@@ -109,22 +115,22 @@ def _show_in_later_pages(model_name: str) -> None:
         kept.update(values | {"truncation_length": values["ctx_size"]})
 
 
-def is_idle() -> bool:
-    """Whether the web UI has unloaded its model because nobody used it."""
-    shared = host.module("modules.shared")
-    idle = shared.args.idle_timeout > 0 and shared.model is None
-    return bool(idle and shared.model_name not in (None, "None"))
+def idle_load() -> LastLoad | None:
+    """The load of ours that the web UI has taken back because nobody used the model."""
+    shared, last = host.module("modules.shared"), last_load
+    is_idle = shared.args.idle_timeout > 0 and shared.model is None
+    return last if is_idle and last is not None and last.model_name == shared.model_name else None
 
 
 def reload_idle(original: Callable[[], None]) -> None:
     """Load again what was unloaded for idleness, as it was; once, however many ask for it."""
-    shared = host.module("modules.shared")
+    args = host.module("modules.shared").args
     with lock:
-        last = last_load
-        if is_idle() and last is not None and last.model_name == shared.model_name:
-            shared.args.loader = last.loader
+        last = idle_load()
+        if last is not None:
+            args.loader = last.loader
             for name, value in last.options.items():
-                setattr(shared.args, name, value)
+                setattr(args, name, value)
         original()
 
 

@@ -101,8 +101,7 @@ def _keep_cache_flags(shared: Any) -> None:
     if not isinstance(provided, list) or not any(name in provided for name in names):
         return
     args = shared.args
-    asked = panel.resolve_cache_type(args.cache_type, args.cache_8bit, args.cache_4bit)
-    for name, value in panel.toggles_for(loading.plain_cache_type(asked))._asdict().items():
+    for name, value in loading.toggles_of(args)._asdict().items():
         # The web UI's own type keeps its spelling.
         if name != "cache_type" or args.cache_type == panel.DEFAULT_CACHE_TYPE:
             _patches.set(args, name, value)
@@ -223,8 +222,8 @@ def _extend_chat(module: ModuleType) -> None:
 
 
 def _reload() -> None:
-    shared, last = host.module("modules.shared"), loading.last_load
-    if loading.is_idle() and last is not None and last.model_name == shared.model_name:
+    shared = host.module("modules.shared")
+    if loading.idle_load() is not None:
         shared.model, shared.tokenizer = host.module("modules.models").load_model(shared.model_name)
 
 
