@@ -73,10 +73,12 @@ def make_page(session: Session, first: LoadOptions) -> gr.Blocks:
 
 
 def _theme() -> gr.themes.Base:
-    return gr.themes.Default(
+    theme = gr.themes.Default(
         primary_hue="indigo", neutral_hue="zinc", radius_size="md",
         font=list(FONTS), font_mono=list(MONO_FONTS),
     )
+    # The theme's own grey for hints can hardly be read on white.
+    return theme.set(body_text_color_subdued="*neutral_500")
 
 
 def _blocks(**options: Any) -> gr.Blocks:
