@@ -26,20 +26,14 @@ SAMPLERS = frozenset(field.name for field in fields(SamplingSettings)) - _NOT_CO
 def prompt_ids(tokenizer: Any, prompt: str, state: Mapping[str, Any], ctx_size: int) -> list[int]:
     """Encode a prompt, and keep its end where it is too long.
 
-    One BOS token comes first where the folder and `add_bos_token` want one; a template may
-    have written one already. As in the web UI, the last `truncation_length` minus
-    `max_new_tokens` tokens are kept.
+    With `add_bos_token` ticked one BOS token comes first where the model has one, else none is
+    added to what a template wrote. As in the web UI, the last `truncation_length` minus
+    `max_new_tokens` tokens are kept, and with them the BOS token.
     """
-    ids = tokenizer.encode(prompt, add_bos=False)
-    bos = tokenizer.bos_token_id
-    if bos is not None and tokenizer.add_bos_token:
-        while len(ids) > 1 and ids[0] == bos and ids[1] == bos:
-            ids = ids[1:]
-        if state.get("add_bos_token", True) and ids[:1] != [bos]:
-            ids = [bos, *ids]
+    ids = tokenizer.prompt_ids(prompt, add_bos=bool(state.get("add_bos_token", True)))
     length = min(int(state.get("truncation_length") or ctx_size), ctx_size)
     room = length - int(state.get("max_new_tokens") or 0)
-    return ids[-max(1, min(room, ctx_size - 1)):]
+    return list(tokenizer.cut_left(ids, max(1, min(room, ctx_size - 1))))
 
 
 def settings(state: Mapping[str, Any], prompt_len: int, ctx_size: int) -> dict[str, Any]:

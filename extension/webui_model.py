@@ -92,11 +92,7 @@ class Exllamav3Model:
 
     def encode(self, text: str, **_: Any) -> torch.Tensor:
         """Turn text into ids, int64 [1, n], with a BOS token where the folder wants one."""
-        ids = self.loaded.tokenizer.encode(text, add_bos=False)
-        bos = self.loaded.tokenizer.bos_token_id
-        if bos is not None and self.loaded.tokenizer.add_bos_token and ids[:1] != [bos]:
-            ids = [bos, *ids]
-        return torch.tensor([ids], dtype=torch.int64)
+        return torch.tensor([self.loaded.tokenizer.prompt_ids(text)], dtype=torch.int64)
 
     def decode(self, ids: Any, skip_special_tokens: bool = False, **_: Any) -> str:
         """Turn ids into text; a tensor of any shape, a list of ids or of tensors, one id."""

@@ -230,6 +230,7 @@ def test_text_prompts_get_the_bos_token_as_the_folder_says(byte_tokenizer):
     engine, _, _ = fake_engine(count_up, 300, byte_tokenizer)
     assert engine.generate("hi", GREEDY).prompt_ids == byte_tokenizer.encode("hi")
     assert engine.generate("hi", GREEDY).prompt_ids[0] == byte_tokenizer.bos_token_id
+    assert engine.generate("<s>hi", GREEDY).prompt_ids == byte_tokenizer.encode("hi")
     assert engine.generate("", GREEDY).prompt_ids == [byte_tokenizer.bos_token_id]
 
 

@@ -164,6 +164,37 @@ def test_add_bos_is_the_callers_word(tokenizers):
     assert tokenizers["json_qwen"].encode("a", add_bos=True) == tokenizers["json_qwen"].encode("a")
 
 
+@pytest.mark.parametrize("name", ["spm_bos", "spm_plain", "json_llama3", "json_metaspace"])
+def test_a_prompt_has_one_bos_token(name, tokenizers):
+    tokenizer = tokenizers[name]
+    bos, plain = tokenizer.bos_token_id, tokenizer.encode("Hello", add_bos=False)
+    for text in ("Hello", "<s>Hello", "<s><s><s>Hello"):
+        ids = tokenizer.prompt_ids(text, add_bos=True)
+        assert ids == [bos, *tokenizer.prompt_ids(text, add_bos=False)[-len(ids) + 1 :]]
+        assert ids.count(bos) == 1
+    assert tokenizer.prompt_ids("Hello", add_bos=False) == plain
+    assert tokenizer.prompt_ids("<s>Hello", add_bos=False)[0] == bos
+    assert (tokenizer.prompt_ids("Hello")[0] == bos) == tokenizer.add_bos_token
+    assert tokenizer.prompt_ids("", add_bos=True) == [bos]
+
+
+def test_a_prompt_ends_without_an_eos_token(tokenizers):
+    tokenizer = tokenizers["spm_eos"]
+    assert tokenizer.encode("Hello")[-1] == tokenizer.eos_token_id
+    assert tokenizer.eos_token_id not in tokenizer.prompt_ids("Hello")
+
+
+def test_a_prompt_that_is_cut_keeps_its_end_and_its_bos_token(tokenizers):
+    tokenizer = tokenizers["json_llama3"]
+    bos, ids = tokenizer.bos_token_id, tokenizer.prompt_ids("one two three four five six seven")
+    assert ids[0] == bos
+    assert tokenizer.cut_left(ids, len(ids)) == ids
+    for length in range(2, len(ids)):
+        assert tokenizer.cut_left(ids, length) == [bos, *ids[1 - length :]]
+        assert tokenizer.cut_left(ids[1:], length) == ids[-length:]
+    assert tokenizer.cut_left(ids, 1) == tokenizer.cut_left(ids, 0) == ids[-1:]
+
+
 def test_the_folder_overrides_the_vocabularys_own_frame(folders, tmp_path):
     folder = shutil.copytree(folders["json_llama3"], tmp_path / "model")
     config = json.loads((folder / "tokenizer_config.json").read_text())

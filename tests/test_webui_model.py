@@ -68,7 +68,7 @@ def test_the_prompt_keeps_its_end_and_one_bos(loaded):
     assert twice == plain
     assert request.prompt_ids(tokenizer, PROMPT, STATE | {"add_bos_token": False}, 512) == plain[1:]
     short = request.prompt_ids(tokenizer, PROMPT, STATE | {"truncation_length": 12}, 512)
-    assert short == plain[-4:]
+    assert short == [bos, *plain[-3:]]
     none_left = request.prompt_ids(tokenizer, PROMPT, STATE | {"max_new_tokens": 600}, 512)
     assert none_left == plain[-1:]
     long = request.prompt_ids(tokenizer, "x " * 2000, STATE | {"truncation_length": 9999}, 512)

@@ -139,7 +139,7 @@ class Chat:
             return self._model.chat_ids(messages)
         lines = [f"{PLAIN_ROLES[m['role']]}: {m['content']}\n" for m in messages]
         tokenizer = self._model.tokenizer
-        return tokenizer.encode("".join(lines) + "Assistant:", add_bos=tokenizer.add_bos_token)
+        return tokenizer.prompt_ids("".join(lines) + "Assistant:")
 
 
 def _typed_lines() -> Iterator[str]:

@@ -53,7 +53,7 @@ class PromptReader:
         """
         if isinstance(prompt, str):
             tokenizer = self.tokenizer
-            ids = tokenizer.encode(prompt, add_bos=tokenizer.add_bos_token)
+            ids = tokenizer.prompt_ids(prompt)
             bos_id = tokenizer.bos_token_id
         else:
             ids = whole_numbers("prompt", prompt, "text or token ids")

@@ -92,6 +92,46 @@ class Tokenizer:
             return [*self._prefix_ids, *ids, *self._suffix_ids]
         return [self.bos_token_id, *ids] if add_bos and self.bos_token_id is not None else ids
 
+    def prompt_ids(self, text: str, add_bos: bool | None = None) -> list[int]:
+        """Encode a prompt: what the folder puts before a text comes first, exactly once.
+
+        A BOS token that the text itself begins with (`<s>...`, as templates write it) counts as
+        that token. Nothing is put behind the prompt, because the model goes on there.
+
+        Args:
+            text: any string.
+            add_bos: True: begin with the BOS token, where the model has one. False: add nothing;
+                a BOS token in the text stays. None: what the folder says.
+
+        Raises:
+            InvalidSettings: text is not a string.
+        """
+        ids = self.encode(text, add_bos=False)
+        bos = self.bos_token_id
+        while bos is not None and ids[:2] == [bos, bos]:
+            del ids[0]
+        prefix = list(self._prefix_ids) if add_bos is None else []
+        if add_bos and bos is not None:
+            prefix = [bos]
+        if bos is not None and prefix[-1:] == ids[:1] == [bos]:
+            del ids[0]
+        return [*prefix, *ids]
+
+    def cut_left(self, ids: Sequence[int], length: int) -> list[int]:
+        """Cut a prompt to its last tokens; a BOS token at its beginning stays.
+
+        Args:
+            ids: the prompt.
+            length: tokens to keep, 1 or more; the BOS token is one of them where there is
+                room for another token.
+        """
+        length = max(1, length)
+        if len(ids) <= length:
+            return list(ids)
+        if length > 1 and self.bos_token_id is not None and ids[0] == self.bos_token_id:
+            return [ids[0], *ids[len(ids) - length + 1 :]]
+        return list(ids[len(ids) - length :])
+
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Turn token ids into text; ids beyond the vocabulary are left out.
 
