@@ -102,6 +102,11 @@ class ModelConfig:
             generation=Keys(generation, str(generation_path)),
         )
 
+    @property
+    def own_length(self) -> int:
+        """The model's own length in tokens, with the RoPE scaling of its config."""
+        return self.rope.own_length
+
     @classmethod
     def from_dict(
         cls, values: dict[str, Any], *, where: str = "config.json", generation: Keys | None = None

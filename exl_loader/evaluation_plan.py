@@ -60,11 +60,14 @@ def plan_evaluation(
     config: ModelConfig,
     ctx_size: int | None = None,
     memory_limit: str | None = None,
+    alpha_value: float = 1.0,
+    compress_pos_emb: float = 1.0,
 ) -> EvaluationPlan:
     """Plan the model with the fp16 cache and all other caches beside it.
 
     Args:
-        model_dir, ctx_size, memory_limit: see `reservation.plan`.
+        model_dir, ctx_size, memory_limit, alpha_value, compress_pos_emb: see
+            `reservation.plan`.
         others: cache types to compare.
         config: the folder's.
 
@@ -74,7 +77,8 @@ def plan_evaluation(
     """
     device = chosen_devices("auto", None)[0]
     reservation = plan(
-        model_dir, ctx_size, REFERENCE_TYPE, device=device, memory_limit=memory_limit
+        model_dir, ctx_size, REFERENCE_TYPE, device=device, memory_limit=memory_limit,
+        alpha_value=alpha_value, compress_pos_emb=compress_pos_emb,
     )
     _check_workspace(reservation, model_dir, others, memory_limit)
     specs = [

@@ -7,6 +7,7 @@ raises leaves the memory as it found it.
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from .model import Model
     from .tokenizer import Tokenizer
 
+_log = logging.getLogger("exl_loader")
+
 
 def load(
     model_dir: str | os.PathLike[str],
@@ -69,6 +72,9 @@ def load(
         draft_max: most tokens that the draft model guesses at a time. Texts are the same with
             and without it.
         progress: told what takes long: compiling, reserving memory, reading weights.
+
+    A context beyond the model's own length is a warning of the logger `exl_loader`; see
+    `Reservation.length_warning`.
 
     Raises:
         InsufficientMemory: it does not fit; nothing was read and nothing taken.
@@ -112,6 +118,8 @@ def _load_planned(
     """Go through the steps that need PyTorch, the cheap ones that can fail first."""
     if not plan.reservation.fits:
         raise refusal(plan.reservation)
+    if plan.reservation.length_warning is not None:
+        _log.warning("%s", plan.reservation.length_warning.text)
     from .engine import LoadedModel
 
     tokenizer = _tokenizer(Path(plan.reservation.model_dir))

@@ -50,6 +50,18 @@ class RopeConfig:
     long_factor: tuple[float, ...] = ()
 
     @property
+    def own_length(self) -> int:
+        """The model's own length in tokens, with the scaling of its config.
+
+        Beside a factor of linear, dynamic or yarn scaling `max_position_embeddings` may be the
+        length before scaling, as the documentation of transformers asks for.
+        """
+        if self.rope_type not in ("linear", "dynamic", "yarn"):
+            return self.max_position_embeddings
+        scaled = int(self.original_max_position_embeddings * (self.factor or 1.0))
+        return min(MAX_POSITIONS, max(self.max_position_embeddings, scaled))
+
+    @property
     def depends_on_length(self) -> bool:
         """Whether frequencies depend on the length a sequence is meant to reach."""
         return self.rope_type in ("dynamic", "longrope")

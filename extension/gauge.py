@@ -66,7 +66,7 @@ def gauge_html(
             f'<p class="exl-model">{_model_line(reservation)}</p>',
             *(_device(device, alone=len(devices) == 1) for device in devices),
             _proof(reservation, measured_bytes),
-            _choices(reservation, own_length or reservation.max_position_embeddings),
+            _choices(reservation, own_length or reservation.stretched_length),
         ],
     )
 

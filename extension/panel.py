@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from exl_loader.config import ModelConfig
 from exl_loader.errors import ExlLoaderError
 from exl_loader.reservation import Reservation, plan
-from exl_loader.reservation.planning import stretched_length
+from exl_loader.reservation.length import stretched_length
 from exl_loader.rope import MAX_POSITIONS
 
 from .gauge import CACHE_BITS, gauge_html, message_html, problem_html

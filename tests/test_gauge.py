@@ -37,7 +37,8 @@ def device(name="cuda:0", *, cache=6 * GIB, limit=None, other=GIB, own=0, capaci
 def reservation(*devices, **changes):
     whole = Reservation(
         model_dir="/models/Large-24B", architecture="MistralForCausalLM", format="exl2",
-        num_layers=40, max_position_embeddings=131072, ctx_size=32768, cache_type="q8",
+        num_layers=40, own_length=131072, alpha_value=1.0, compress_pos_emb=1.0,
+        ctx_size=32768, cache_type="q8",
         chunk_size=256, max_batch_size=1, devices=devices or (device(),),
         largest_ctx_size={"fp16": 40960, "q8": 77056, "q6": 99072, "q4": 262144},
     )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import ModelConfig
 from ..errors import InvalidSettings
 from ..progress import MIB, default_progress
-from .model_options import DEMO_MODEL, folder, read_text
+from .model_options import DEMO_MODEL, add_rope_arguments, folder, read_text
 
 if TYPE_CHECKING:
     from ..evaluation import Result
@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ctx-size", type=int, metavar="N",
         help="tokens of a window; the model's own length up to 8192",
     )
+    add_rope_arguments(parser)
     parser.add_argument(
         "--tokens", type=int, metavar="N", help="evaluate the text's first N tokens only"
     )
@@ -68,13 +69,14 @@ def run(args: argparse.Namespace) -> int:
         args.model, parse_cache_types(args.cache_type),
         config=ModelConfig.from_dir(Path(args.model)),
         ctx_size=args.ctx_size, memory_limit=args.memory_limit,
+        alpha_value=args.alpha_value, compress_pos_emb=args.compress_pos_emb,
     )
     progress = default_progress()
     began = time.perf_counter()
     with load(
         args.model, ctx_size=planned.reservation.ctx_size, cache_type="fp16",
         device=planned.reservation.devices[0].device, memory_limit=args.memory_limit,
-        progress=progress,
+        alpha_value=args.alpha_value, compress_pos_emb=args.compress_pos_emb, progress=progress,
     ) as model:
         ids = model.encode(text, add_bos=False, special=False)[: args.tokens]
         results = evaluate(model, planned, ids, progress)

@@ -52,10 +52,23 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory-limit", metavar="SIZE", help="most memory to take, e.g. 8GiB"
     )
+    add_rope_arguments(parser)
     add_draft_arguments(parser)
     parser.add_argument(
         "--draft-max", type=int, default=DEFAULT_DRAFT_MAX, metavar="N",
         help="tokens that the draft model guesses at a time (default %(default)s)",
+    )
+
+
+def add_rope_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the RoPE settings, which stretch a model beyond its own length."""
+    parser.add_argument(
+        "--alpha-value", type=float, default=1.0, metavar="N",
+        help="NTK factor of RoPE: about 2.6 for twice the model's own length",
+    )
+    parser.add_argument(
+        "--compress-pos-emb", type=float, default=1.0, metavar="N",
+        help="divide positions by N: 2 for twice the model's own length",
     )
 
 
@@ -119,7 +132,8 @@ def open_model(args: argparse.Namespace, progress: Progress) -> LoadedModel:
         args.model, ctx_size=args.ctx_size, cache_type=args.cache_type, device=args.device,
         gpu_split=args.gpu_split, memory_limit=args.memory_limit, progress=progress,
         model_draft=args.model_draft, ctx_size_draft=args.ctx_size_draft,
-        draft_max=args.draft_max,
+        draft_max=args.draft_max, alpha_value=args.alpha_value,
+        compress_pos_emb=args.compress_pos_emb,
     )
 
 

@@ -8,7 +8,7 @@ import json
 from ..reservation import plan
 from ..reservation.text import render
 from ..workspace import DEFAULT_CHUNK_SIZE, DEFAULT_MAX_BATCH_SIZE
-from .model_options import add_draft_arguments, ctx_size, folder
+from .model_options import add_draft_arguments, add_rope_arguments, ctx_size, folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_MAX_BATCH_SIZE,
         help="most sequences in one forward pass (default: %(default)s)",
     )
+    add_rope_arguments(parser)
     add_draft_arguments(parser)
     parser.add_argument("--json", action="store_true", help="bytes, for a program to read")
 
@@ -69,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
         memory_limit=args.memory_limit,
         chunk_size=args.chunk_size,
         max_batch_size=args.max_batch_size,
+        alpha_value=args.alpha_value,
+        compress_pos_emb=args.compress_pos_emb,
         model_draft=args.model_draft,
         ctx_size_draft=args.ctx_size_draft,
     )

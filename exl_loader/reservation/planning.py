@@ -15,6 +15,7 @@ from ..config import ModelConfig
 from ..rope import MAX_POSITIONS, check_scaling
 from ..table import Segment
 from ..workspace import DEFAULT_CHUNK_SIZE, DEFAULT_MAX_BATCH_SIZE
+from .length import stretched_length
 from .options import (
     DEFAULT_CTX_SIZE,
     Budget,
@@ -170,7 +171,9 @@ def planned(request: PlanRequest) -> Iterator[PlannedModel]:
             architecture=config.architecture,
             format=checkpoint.format,
             num_layers=config.num_hidden_layers,
-            max_position_embeddings=config.max_position_embeddings,
+            own_length=config.own_length,
+            alpha_value=float(request.alpha_value),
+            compress_pos_emb=float(request.compress_pos_emb),
             ctx_size=ctx_size,
             cache_type=str(options.cache_type),
             chunk_size=options.chunk_size,
@@ -196,21 +199,12 @@ def _draft_placer(
 
 
 def _chosen_ctx_size(request: PlanRequest, config: ModelConfig, largest: int) -> int:
-    own_length = stretched_length(config, request.alpha_value, request.compress_pos_emb)
+    length = stretched_length(config, request.alpha_value, request.compress_pos_emb)
     if request.ctx_size is None:
-        return min(own_length, DEFAULT_CTX_SIZE)
+        return min(length, DEFAULT_CTX_SIZE)
     if isinstance(request.ctx_size, str):  # auto; where nothing fits, one page shows by how much
-        return min(own_length, largest or PAGE_LEN)
+        return min(length, largest or PAGE_LEN)
     return request.ctx_size
-
-
-def stretched_length(config: ModelConfig, alpha_value: float, compress_pos_emb: float) -> int:
-    """Return the model's own length in tokens, as far as the RoPE settings stretch it.
-
-    Dividing positions by n makes room for n times as many. An NTK factor of n reaches at most
-    n times as far; how far text stays good is the user's judgement.
-    """
-    return int(config.max_position_embeddings * max(1.0, alpha_value) * max(1.0, compress_pos_emb))
 
 
 def _largest_ctx_size(placer: Placer, options: RunOptions) -> int:

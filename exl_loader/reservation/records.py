@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .length import LengthWarning, length_warning, stretched
+
 
 @dataclass(frozen=True)
 class DeviceReservation:
@@ -76,7 +78,8 @@ class Reservation:
         model_dir: the folder.
         architecture, format: what the model is and how its weights are stored.
         num_layers: decoder layers.
-        max_position_embeddings: the model's own length in tokens.
+        own_length: the model's own length in tokens, with the RoPE scaling of its config.
+        alpha_value, compress_pos_emb: the RoPE settings in use.
         ctx_size: tokens the cache is planned for.
         cache_type: as `CacheType` writes it, e.g. `fp16` or `q8_q4`.
         chunk_size: most tokens in one forward pass. max_batch_size: most sequences in one.
@@ -90,7 +93,9 @@ class Reservation:
     architecture: str
     format: str
     num_layers: int
-    max_position_embeddings: int
+    own_length: int
+    alpha_value: float
+    compress_pos_emb: float
     ctx_size: int
     cache_type: str
     chunk_size: int
@@ -99,6 +104,18 @@ class Reservation:
     largest_ctx_size: dict[str, int]
     model_draft: str | None = None
     ctx_size_draft: int = 0
+
+    @property
+    def stretched_length(self) -> int:
+        """The model's own length in tokens, as far as the RoPE settings stretch it."""
+        return stretched(self.own_length, self.alpha_value, self.compress_pos_emb)
+
+    @property
+    def length_warning(self) -> LengthWarning | None:
+        """What is wrong with a context beyond the stretched length; None within it."""
+        return length_warning(
+            self.ctx_size, self.own_length, self.alpha_value, self.compress_pos_emb
+        )
 
     @property
     def fits(self) -> bool:
@@ -123,9 +140,12 @@ class Reservation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types, under the attributes' names."""
-        sums = ("fits", "weights_bytes", "cache_bytes", "workspace_bytes", "total_bytes")
+        sums = ("fits", "weights_bytes", "cache_bytes", "workspace_bytes", "total_bytes",
+                "stretched_length")
+        warning = self.length_warning
         return {
             **{name: value for name, value in vars(self).items() if name != "devices"},
             **{name: getattr(self, name) for name in sums},
+            "length_warning": warning.to_dict() if warning is not None else None,
             "devices": [device.to_dict() for device in self.devices],
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from ..devices import Process, device_kind
@@ -11,6 +12,7 @@ from .records import DeviceReservation, Reservation
 GIB = 1 << 30
 MIB = 1 << 20
 PROCESSES_SHOWN = 3
+TEXT_WIDTH = 79
 
 
 def amount(nbytes: int) -> str:
@@ -52,7 +54,13 @@ def render(reservation: Reservation) -> str:
         + "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
         for name, cells in rows
     ]
-    return "\n".join([_headline(reservation), "", *lines, "", *_largest(reservation)])
+    warning = reservation.length_warning
+    warned = []
+    if warning is not None:
+        warned = [*textwrap.wrap(f"Warning: {warning.text}", TEXT_WIDTH), ""]
+    return "\n".join(
+        [_headline(reservation), "", *lines, "", *warned, *_largest(reservation)]
+    )
 
 
 def _headline(reservation: Reservation) -> str:
@@ -81,9 +89,10 @@ def _verdict(device: DeviceReservation) -> str:
 
 def _largest(reservation: Reservation) -> list[str]:
     lines = ["Largest context that fits"]
+    is_stretched = reservation.stretched_length > reservation.own_length
+    beyond = "beyond the model's " + ("stretched length" if is_stretched else "own length")
     for name, tokens in reservation.largest_ctx_size.items():
-        beyond = " (beyond the model's own length)"
-        note = beyond if tokens > reservation.max_position_embeddings else ""
+        note = f" ({beyond})" if tokens > reservation.stretched_length else ""
         lines.append(f"  {name:<9}{tokens:>12,} tokens{note}" if tokens else f"  {name:<9}none")
     return lines
 
