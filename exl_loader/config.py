@@ -13,7 +13,7 @@ from typing import Any
 
 from .architectures import ACTIVATIONS, ALIASES, ARCHITECTURES, Architecture
 from .errors import ModelNotFound, UnsupportedArchitecture
-from .json_keys import Keys, read_json_object
+from .json_keys import Keys, read_json_object, read_json_object_if_there
 from .rope import MAX_POSITIONS, RopeConfig, parse_rope
 
 # Several times the largest models there are: what is beyond is damage, not a model.
@@ -95,7 +95,7 @@ class ModelConfig:
         except ModelNotFound:
             raise _no_model(folder) from None
         generation_path = folder / "generation_config.json"
-        generation = read_json_object(generation_path) if generation_path.is_file() else {}
+        generation = read_json_object_if_there(generation_path)
         return cls.from_dict(
             values,
             where=str(config_path),

@@ -5,7 +5,44 @@ person (or a web page) can show it as one readable line. Long material such as a
 output goes into `details`.
 """
 
+import re
+import reprlib
 from typing import Any
+
+# Control characters, which could drive a terminal; lone surrogates, which no stream can write;
+# and characters that turn the direction of the text around them.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """Return a text with everything escaped that a terminal or a stream would not just print."""
+    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+class _ShortRepr(reprlib.Repr):
+    """`repr` of any value: bounded in length, depth and time, and never an error."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = limit
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = limit // 3
+        self.maxlevel = 4
+
+    def repr_int(self, value: int, level: int) -> str:
+        # Python refuses to write integers of thousands of digits.
+        if value.bit_length() > 1 << 10:
+            return f"an integer of {value.bit_length()} bits"
+        return super().repr_int(value, level)
+
+
+def shown(value: Any, limit: int = 80) -> str:
+    """Return what an error says of a value: its `repr`, at most `limit` characters of it.
+
+    Any value will do: integers of thousands of digits, lists within lists, objects of which
+    `repr` fails.
+    """
+    text = printable(_ShortRepr(limit).repr(value))
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 class ExlLoaderError(Exception):
@@ -20,11 +57,11 @@ class ExlLoaderError(Exception):
     """
 
     def __init__(self, thing, *, expected=None, actual=None, remedy=None, details=None):
-        self.thing = str(thing)
-        self.expected = expected
-        self.actual = actual
-        self.remedy = remedy
-        self.details = details
+        self.thing = _plain(str(thing))
+        self.expected = _plain(expected)
+        self.actual = _plain(actual)
+        self.remedy = _plain(remedy)
+        self.details = _plain(details)
         super().__init__(self._line())
 
     def _line(self):
@@ -38,6 +75,18 @@ class ExlLoaderError(Exception):
         if self.remedy:
             line += f". {self.remedy}"
         return " ".join(line.split())
+
+
+def _plain(value: Any) -> Any:
+    """Return what can be printed in the value's place; the value itself where it can."""
+    if isinstance(value, str):
+        return printable(value)
+    try:
+        text = str(value)
+    except Exception:
+        # Python refuses to write integers of thousands of digits.
+        return shown(value)
+    return value if text.isprintable() else printable(text)
 
 
 class ModelNotFound(ExlLoaderError):

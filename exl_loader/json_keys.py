@@ -1,7 +1,7 @@
-"""Typed reading of a model folder's JSON files: every wrong value becomes a typed error.
+"""Typed reading of JSON: every wrong value becomes a typed error.
 
-The files come from strangers, so nothing is taken for what it should be: a missing file, a
-file that is no JSON, NaN where a number belongs, a string where a list belongs.
+The files are untrusted, so every value is checked: a missing file, a file that is no JSON, NaN
+where a number belongs, a string where a list belongs.
 """
 
 from __future__ import annotations
@@ -12,52 +12,151 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import InvalidConfig, ModelNotFound
+from .errors import ExlLoaderError, InvalidConfig, ModelNotFound, shown
+from .untrusted_files import JSON_BYTES, decode_utf8, is_there, read_bytes
 
-# Real files have a few kilobytes; longrope tables and quantisation settings a few dozen.
-MAX_FILE_BYTES = 16 << 20
+# Deeper than any config, index or schema; far from where Python's recursion ends, so that what
+# was read can also be copied and written.
+MAX_DEPTH = 100
+# A float has at most 309 digits before the point: a longer integer is no count and no size.
+_MAX_DIGITS = 309
 
 
-def _no_constant(text: str) -> float:
-    raise ValueError(f"{text} is not a JSON number")
+class InvalidJson(ValueError):
+    """A text is no JSON, or holds what no reader could use; the message says what and where."""
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
+class _Parser:
+    """Makes the values of one text, and notes the first that cannot be used.
+
+    Args:
+        distinct: a key may not stand twice in an object, even with equal values.
+    """
+
+    def __init__(self, distinct: bool) -> None:
+        self.distinct = distinct
+        self.problem = ""
+
+    def constant(self, text: str) -> float:
+        self.problem = self.problem or f"{text} is not a JSON number"
+        return math.nan
+
+    def decimal(self, text: str) -> float:
+        value = float(text)
+        if math.isinf(value):
+            self.problem = self.problem or f"{_shortened(text)} is larger than any float"
+        return value
+
+    def integer(self, text: str) -> int:
+        if len(text) > _MAX_DIGITS:
+            self.problem = self.problem or (
+                f"{_shortened(text)}, an integer of {len(text.lstrip('-'))} digits"
+            )
+            return 0
+        return int(text)
+
+    def object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) != len(pairs) and not self.problem:
+            seen: dict[str, Any] = {}
+            for key, value in pairs:
+                if key in seen and (self.distinct or seen[key] != value):
+                    self.problem = f"the key {shown(key)} stands twice"
+                    break
+                seen[key] = value
+        return values
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 24 else f"{text[:20]}..."
+
+
+def parse_json(data: str | bytes, *, distinct: bool = False) -> Any:
+    """Parse JSON in UTF-8, with or without a byte order mark.
+
+    Args:
+        data: the text.
+        distinct: refuse a key that stands twice in an object with equal values, too.
 
     Raises:
-        ModelNotFound: there is no such file.
-        InvalidConfig: it cannot be read, is no JSON (NaN and Infinity are none), is larger
-            than `MAX_FILE_BYTES`, or holds something other than an object.
+        InvalidJson: it is no JSON (NaN and Infinity are none); a number is larger than any
+            float or an integer has more than 309 digits; a key stands twice in an object with
+            different values; or it is nested more than `MAX_DEPTH` deep.
     """
-    remedy = "Download this file of the model again"
+    parser = _Parser(distinct)
     try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-    except FileNotFoundError:
-        raise ModelNotFound(str(path), expected="a file", actual="none", remedy=remedy) from None
-    except OSError as error:
-        raise InvalidConfig(
-            str(path), expected="a readable file", actual=error.strerror,
-            remedy="Check what it is and who may read it",
-        ) from None
-    if len(data) > MAX_FILE_BYTES:
-        raise InvalidConfig(
-            str(path), expected=f"at most {MAX_FILE_BYTES} bytes", actual="more", remedy=remedy
+        text = decode_utf8(data) if isinstance(data, bytes) else data.removeprefix("\ufeff")
+        value = json.loads(
+            text, parse_constant=parser.constant, parse_float=parser.decimal,
+            parse_int=parser.integer, object_pairs_hook=parser.object,
         )
+    except RecursionError:
+        raise InvalidJson("nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise InvalidJson(parser.problem or str(error)) from None
+    except ValueError as error:
+        raise InvalidJson(str(error)) from None
+    if parser.problem:
+        raise InvalidJson(parser.problem)
+    if text.count("[") + text.count("{") > MAX_DEPTH and _is_deeper(value, MAX_DEPTH):
+        raise InvalidJson(f"nested more than {MAX_DEPTH} deep")
+    return value
+
+
+def _is_deeper(value: Any, limit: int) -> bool:
+    level = [value]
+    for _ in range(limit):
+        level = [
+            inner for outer in level if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
+    return bool(level)
+
+
+def read_json_object(
+    path: Path,
+    *,
+    limit: int = JSON_BYTES,
+    error: type[ExlLoaderError] = InvalidConfig,
+    missing: type[ExlLoaderError] = ModelNotFound,
+    remedy: str = "Download this file of the model again",
+) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Args:
+        path: of the file.
+        limit: most bytes that it may have.
+        error: what is raised where it cannot be read, is no regular file, no JSON as
+            `parse_json` reads it, larger than `limit`, or something other than an object.
+        missing: what is raised where there is no such file.
+        remedy: what the user can do about it.
+    """
+    data = read_bytes(path, limit, error=error, missing=missing, remedy=remedy)
     try:
-        # A byte order mark is what some Windows editors leave behind.
-        value = json.loads(data.decode("utf-8-sig"), parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise InvalidConfig(
-            str(path), expected="valid JSON", actual=str(error) or "nested too deeply",
-            remedy=remedy,
+        value = parse_json(data)
+    except InvalidJson as problem:
+        raise error(
+            str(path), expected="valid JSON", actual=str(problem), remedy=remedy
         ) from None
     if not isinstance(value, dict):
-        raise InvalidConfig(
+        raise error(
             str(path), expected="a JSON object", actual=type(value).__name__, remedy=remedy
         )
     return value
+
+
+def read_json_object_if_there(
+    path: Path,
+    *,
+    limit: int = JSON_BYTES,
+    error: type[ExlLoaderError] = InvalidConfig,
+    remedy: str = "Download this file of the model again",
+) -> dict[str, Any]:
+    """Read a file that may be absent, which is then an empty object; see `read_json_object`."""
+    if not is_there(path):
+        return {}
+    return read_json_object(path, limit=limit, error=error, missing=error, remedy=remedy)
 
 
 class Keys:
@@ -85,11 +184,10 @@ class Keys:
     def fail(self, key: str, expected: str, actual: Any = None) -> InvalidConfig:
         """Make the error for a key; `actual` is the value itself where None."""
         value = self.raw(key) if actual is None else actual
-        shown = repr(value)
         return InvalidConfig(
             f"{key} in {self.where}",
             expected=expected,
-            actual=shown if len(shown) <= 80 else shown[:77] + "...",
+            actual=shown(value),
             remedy="Compare this file with the original model's",
         )
 

@@ -28,6 +28,7 @@ from .reservation.placement import DRAFT_PREFIX
 from .reservation.text import refusal
 from .torch_threads import torch_on_one_thread
 from .tracebacks import drop_locals
+from .untrusted_files import is_there
 from .workspace import DEFAULT_CHUNK_SIZE, DEFAULT_MAX_BATCH_SIZE
 
 if TYPE_CHECKING:
@@ -226,7 +227,7 @@ def _tokenizer(model_dir: Path) -> Tokenizer | None:
     """Open the folder's tokenizer; a folder without one runs on token ids alone."""
     from .tokenizer import Tokenizer
 
-    if not any((model_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+    if not any(is_there(model_dir / name) for name in ("tokenizer.json", "tokenizer.model")):
         return None
     return Tokenizer.from_dir(model_dir)
 

@@ -212,5 +212,5 @@ def test_a_method_without_its_tensors_is_refused(tmp_path, method):
 def test_broken_settings_are_refused(tmp_path, file, text):
     write_folder(tmp_path / "m", {"a.weight": torch.zeros(1)})
     (tmp_path / "m" / file).write_bytes(text)
-    with pytest.raises(InvalidConfig, match=f"^{file}"):
+    with pytest.raises(InvalidConfig, match=file):
         Checkpoint.open(tmp_path / "m")

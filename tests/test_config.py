@@ -264,7 +264,7 @@ def test_bytes_that_are_no_text(tmp_path):
 
 def test_config_is_a_folder(tmp_path):
     (tmp_path / "config.json").mkdir()
-    with pytest.raises(InvalidConfig, match="readable"):
+    with pytest.raises(InvalidConfig, match="a folder"):
         ModelConfig.from_dir(tmp_path)
 
 

@@ -7,14 +7,16 @@ and see nothing but copies of JSON data.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from ..errors import ExlLoaderError, InvalidSettings, InvalidTokenizer
-from ..json_keys import read_json_object
+from ..errors import InvalidSettings, InvalidTokenizer, shown
+from ..json_keys import read_json_object_if_there
+from ..untrusted_files import TEMPLATE_BYTES, is_there, read_text
 from .continued_message import cut_after, mark_end
 from .sandbox import TemplateRefusal, compile_template, render
 
@@ -186,27 +188,31 @@ def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_jinja_files(folder: Path) -> dict[str, str]:
-    files = {path.stem: path for path in (folder / "additional_chat_templates").glob("*.jinja")}
-    if (folder / "chat_template.jinja").is_file():
+    files = {path.stem: path for path in _additional_templates(folder)}
+    if is_there(folder / "chat_template.jinja"):
         files["default"] = folder / "chat_template.jinja"
-    sources = {}
-    for name, path in files.items():
-        try:
-            sources[name] = path.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise InvalidTokenizer(str(path), expected="a UTF-8 text file", actual=str(error),
-                                   remedy=_REMEDY) from None
-    return sources
+    return {
+        name: read_text(path, TEMPLATE_BYTES, error=InvalidTokenizer, missing=InvalidTokenizer,
+                        remedy=_REMEDY)
+        for name, path in files.items()
+    }
+
+
+def _additional_templates(folder: Path) -> list[Path]:
+    templates = folder / "additional_chat_templates"
+    if not is_there(templates):
+        return []
+    try:
+        return [templates / name for name in sorted(os.listdir(templates))
+                if name.endswith(".jinja")]
+    except OSError as error:
+        raise InvalidTokenizer(str(templates), expected="a folder of templates",
+                               actual=error.strerror, remedy=_REMEDY) from None
 
 
 def _json_template(path: Path) -> Any:
-    if not path.is_file():
-        return None
-    try:
-        return read_json_object(path).get("chat_template")
-    except ExlLoaderError as error:
-        raise InvalidTokenizer(str(path), expected=error.expected, actual=error.actual,
-                               remedy=_REMEDY) from None
+    values = read_json_object_if_there(path, error=InvalidTokenizer, remedy=_REMEDY)
+    return values.get("chat_template")
 
 
 def _from_value(value: Any, folder: Path) -> dict[str, str]:
@@ -225,6 +231,6 @@ def _from_value(value: Any, folder: Path) -> dict[str, str]:
     ):
         raise InvalidTokenizer(
             f"chat_template of {folder}", expected="a string or a list of {name, template}",
-            actual=repr(value)[:80], remedy=_REMEDY,
+            actual=shown(value), remedy=_REMEDY,
         )
     return named

@@ -18,6 +18,7 @@ from .safetensors_header import (
     FileIdentity,
     TensorHeader,
     invalid,
+    open_weights,
     read_header,
 )
 
@@ -136,7 +137,7 @@ class Checkpoint:
         try:
             file = self._files.get(path)
             if file is None:
-                file = self._files[path] = open(path, "rb", buffering=0)
+                file = self._files[path] = open_weights(path)
             file.seek(offset)
             done = 0
             while done < len(target):

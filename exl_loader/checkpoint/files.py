@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..errors import InvalidCheckpoint, InvalidConfig, ModelNotFound, UnsupportedFormat
+from ..errors import (
+    InvalidCheckpoint,
+    InvalidConfig,
+    ModelNotFound,
+    UnsupportedFormat,
+    shown,
+)
+from ..json_keys import read_json_object_if_there
+from ..untrusted_files import INDEX_BYTES
 
 INDEX_NAME = "model.safetensors.index.json"
 SERIES = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # What AutoGPTQ and GPTQModel call the layouts that formats/gptq.py reads.
 GPTQ_LAYOUTS = ("gptq", "gptq_v2")
-
-
-def _read_json(path: Path, error: type[InvalidCheckpoint] | type[InvalidConfig]) -> dict[str, Any]:
-    """Read a JSON object; an absent file is an empty one."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as cause:
-        raise error(
-            path.name,
-            expected="a JSON object",
-            actual=str(cause)[:200],
-            remedy="Download the file again",
-        ) from cause
-    if not isinstance(value, dict):
-        raise error(path.name, expected="a JSON object", actual=type(value).__name__)
-    return value
 
 
 def _refuse(model_dir: Path, names: Iterable[str]) -> None:
@@ -64,14 +54,17 @@ def index_files(model_dir: Path) -> list[str]:
     Raises:
         InvalidCheckpoint: the index is no JSON object, or names a file outside the folder.
     """
-    weight_map = _read_json(model_dir / INDEX_NAME, InvalidCheckpoint).get("weight_map", {})
+    index = read_json_object_if_there(
+        model_dir / INDEX_NAME, limit=INDEX_BYTES, error=InvalidCheckpoint
+    )
+    weight_map = index.get("weight_map", {})
     names = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise InvalidCheckpoint(
                 f"{INDEX_NAME}: weight_map",
                 expected="names of files in this folder",
-                actual=repr(name)[:80],
+                actual=shown(name),
                 remedy="Download the file again",
             )
     return sorted(set(names))
@@ -89,14 +82,14 @@ def weight_files(model_dir: Path) -> list[Path]:
         UnsupportedFormat: the weights are pickle files or GGUF.
         InvalidCheckpoint: a numbered series of files has gaps.
     """
-    if not model_dir.is_dir():
+    if not os.path.isdir(model_dir):
         raise ModelNotFound(
             str(model_dir),
             expected="a model folder",
-            actual="a file" if model_dir.exists() else "nothing",
+            actual="a file" if os.path.exists(model_dir) else "nothing",
             remedy="Check the path",
         )
-    names = sorted(path.name for path in model_dir.iterdir())
+    names = _names(model_dir)
     found = [name for name in names if name.endswith(".safetensors")]
     outputs = [n for n in found if n == "output.safetensors" or n.startswith("output-")]
     if outputs:
@@ -115,6 +108,16 @@ def weight_files(model_dir: Path) -> list[Path]:
     return [model_dir / name for name in chosen]
 
 
+def _names(model_dir: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(model_dir))
+    except OSError as error:
+        raise ModelNotFound(
+            str(model_dir), expected="a folder that can be read", actual=error.strerror,
+            remedy="Check who may read it",
+        ) from None
+
+
 def missing_shards(listed: Iterable[str], found: Iterable[str]) -> None:
     """Raise InvalidCheckpoint where the index lists files that are not there."""
     missing = sorted(set(listed) - set(found))
@@ -130,7 +133,7 @@ def missing_shards(listed: Iterable[str], found: Iterable[str]) -> None:
 
 def check_index(model_dir: Path) -> None:
     """Check that every file of the index is there; not for EXL2, which has none of its own."""
-    missing_shards(index_files(model_dir), [path.name for path in model_dir.iterdir()])
+    missing_shards(index_files(model_dir), _names(model_dir))
 
 
 def _check_series(names: list[str]) -> None:
@@ -160,10 +163,10 @@ def read_quantization(model_dir: Path) -> dict[str, Any]:
     Raises:
         InvalidConfig: either file is no JSON object, or a setting has the wrong type.
     """
-    merged = _read_json(model_dir / "quantize_config.json", InvalidConfig)
+    merged = read_json_object_if_there(model_dir / "quantize_config.json")
     if merged:
         merged.setdefault("quant_method", "gptq")
-    own = _read_json(model_dir / "config.json", InvalidConfig).get("quantization_config")
+    own = read_json_object_if_there(model_dir / "config.json").get("quantization_config")
     if own is not None and not isinstance(own, dict):
         raise InvalidConfig(
             "config.json: quantization_config", expected="an object", actual=type(own).__name__

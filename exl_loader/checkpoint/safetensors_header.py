@@ -9,16 +9,16 @@ Source of the rules: https://huggingface.co/docs/safetensors (format).
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
-from ..errors import InvalidCheckpoint
+from ..errors import InvalidCheckpoint, shown
+from ..json_keys import InvalidJson, parse_json
+from ..untrusted_files import open_regular
 
 # Name in a file -> (our name, bits). What this engine cannot use has a name all the same, so
 # that a tensor nobody asks for does not keep a model from loading.
@@ -106,10 +106,7 @@ def read_header(path: Path) -> tuple[list[TensorHeader], FileIdentity]:
             something that cannot be true.
     """
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-            invalid(path, "weight file", "a regular file", "something else")
-        with open(path, "rb", buffering=0) as file:
+        with open_weights(path) as file:
             identity = FileIdentity.of(os.fstat(file.fileno()))
             text = _read_text(file, path, identity.nbytes)
     except OSError as error:
@@ -123,6 +120,16 @@ def read_header(path: Path) -> tuple[list[TensorHeader], FileIdentity]:
     headers = [_tensor(path, name, entry, data_start) for name, entry in entries.items()]
     _check_cover(path, headers, data_start, identity.nbytes)
     return headers, identity
+
+
+def open_weights(path: Path) -> BinaryIO:
+    """Open a safetensors file, unbuffered.
+
+    Raises:
+        InvalidCheckpoint: there is none, or it is no regular file that can be read.
+    """
+    return open_regular(path, error=InvalidCheckpoint, missing=InvalidCheckpoint,
+                        remedy=DOWNLOAD_AGAIN)
 
 
 def _read_text(file: Any, path: Path, file_bytes: int) -> bytes:
@@ -144,19 +151,10 @@ def _read_text(file: Any, path: Path, file_bytes: int) -> bytes:
     return text
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in result:
-            raise ValueError(f"{name!r} stands twice")
-        result[name] = value
-    return result
-
-
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
     try:
-        entries = json.loads(text.decode("utf-8"), object_pairs_hook=_object)
-    except (ValueError, RecursionError) as error:
+        entries = parse_json(text, distinct=True)
+    except InvalidJson as error:
         invalid(path, "header", "a JSON object with distinct names", str(error)[:200])
     if not isinstance(entries, dict):
         invalid(path, "header", "a JSON object", type(entries).__name__)
@@ -166,17 +164,12 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
     return entries
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorHeader:
     if not isinstance(entry, dict):
-        invalid(path, f"header of {_short(name)}", "a JSON object", _short(entry))
+        invalid(path, f"header of {shown(name)}", "a JSON object", shown(entry))
     code, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(code, str) or code not in DTYPES:
-        invalid(path, f"dtype of {_short(name)}", f"one of {', '.join(DTYPES)}", _short(code))
+        invalid(path, f"dtype of {shown(name)}", f"one of {', '.join(DTYPES)}", shown(code))
     dtype, bits = DTYPES[code]
     if (
         not isinstance(shape, list)
@@ -184,19 +177,19 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorHeader:
         or not all(type(n) is int and 0 <= n <= MAX_DIMENSION for n in shape)
     ):
         expected = f"at most {MAX_DIMENSIONS} integers from 0 to 2^40"
-        invalid(path, f"shape of {_short(name)}", expected, _short(shape))
+        invalid(path, f"shape of {shown(name)}", expected, shown(shape))
     if (
         not isinstance(offsets, list)
         or len(offsets) != 2
         or not all(type(n) is int and n >= 0 for n in offsets)
     ):
         expected = "two integers that are not negative"
-        invalid(path, f"data_offsets of {_short(name)}", expected, _short(offsets))
+        invalid(path, f"data_offsets of {shown(name)}", expected, shown(offsets))
     begin, end = offsets
     nbits = math.prod(shape) * bits
     if nbits % 8 or end - begin != nbits // 8:
         expected = f"{nbits / 8:g} for {code} {shape}"
-        invalid(path, f"bytes of {_short(name)}", expected, end - begin)
+        invalid(path, f"bytes of {shown(name)}", expected, end - begin)
     return TensorHeader(name, dtype, tuple(shape), path, data_start + begin, end - begin)
 
 
@@ -206,7 +199,7 @@ def _check_cover(path: Path, headers: list[TensorHeader], start: int, file_bytes
         if header.offset != place:
             kind = "a gap" if header.offset > place else "an overlap"
             actual = f"byte {header.offset} ({kind})"
-            invalid(path, f"start of {_short(header.name)}", f"byte {place}", actual)
+            invalid(path, f"start of {shown(header.name)}", f"byte {place}", actual)
         place += header.nbytes
     if place != file_bytes:
         kind = "truncated" if file_bytes < place else "data that no tensor owns"

@@ -13,6 +13,7 @@ from typing import Any
 from ..chat.template import ChatTemplates
 from ..errors import InvalidSettings, InvalidTokenizer
 from ..setting_values import whole_numbers
+from ..untrusted_files import is_there
 from .backend import Backend
 from .files import TokenizerConfig, read_tokenizer_config
 from .hf import TokenizersBackend
@@ -60,9 +61,9 @@ class Tokenizer:
         """
         folder = Path(path)
         config = read_tokenizer_config(folder)
-        if (folder / "tokenizer.json").is_file():
+        if is_there(folder / "tokenizer.json"):
             return cls(TokenizersBackend(folder / "tokenizer.json", config), config)
-        if (folder / "tokenizer.model").is_file():
+        if is_there(folder / "tokenizer.model"):
             return cls(SentencePieceBackend(folder / "tokenizer.model", config), config)
         raise InvalidTokenizer(
             str(folder), expected="tokenizer.json or tokenizer.model", actual="neither",

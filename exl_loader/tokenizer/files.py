@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ExlLoaderError, InvalidTokenizer
-from ..json_keys import read_json_object
+from ..errors import InvalidTokenizer, shown
+from ..json_keys import read_json_object_if_there
 
 NAMED_TOKENS = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
@@ -46,7 +46,7 @@ class AddedToken:
         if not isinstance(fields, dict) or not isinstance(fields.get("content"), str):
             raise InvalidTokenizer(
                 where, expected="a string or an object with `content`",
-                actual=repr(value)[:80], remedy=REMEDY,
+                actual=shown(value), remedy=REMEDY,
             )
         is_special = bool(fields.get("special", False)) if special is None else special
         flags = {key: bool(fields.get(key)) for key in ("lstrip", "rstrip", "single_word")}
@@ -90,14 +90,7 @@ class TokenizerConfig:
 
 def read_optional(path: Path) -> dict[str, Any]:
     """Read a JSON object; an empty one where the file does not exist."""
-    if not path.exists():
-        return {}
-    try:
-        return read_json_object(path)
-    except ExlLoaderError as error:
-        raise InvalidTokenizer(
-            error.thing, expected=error.expected, actual=error.actual, remedy=REMEDY
-        ) from None
+    return read_json_object_if_there(path, error=InvalidTokenizer, remedy=REMEDY)
 
 
 def read_tokenizer_config(folder: Path) -> TokenizerConfig:
@@ -125,7 +118,7 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
     if isinstance(extra_values, dict):
         extra_values = list(extra_values.values())
     if not isinstance(extra_values, list):
-        raise InvalidTokenizer(where, expected="a list", actual=repr(extra_values)[:80],
+        raise InvalidTokenizer(where, expected="a list", actual=shown(extra_values),
                                remedy=REMEDY)
     # Tokens of a kind of model's own, such as `image_token`.
     own_values = [
@@ -166,7 +159,7 @@ def _flag(values: dict[str, Any], key: str) -> bool | None:
     if value is not None and not isinstance(value, bool):
         raise InvalidTokenizer(
             f"{key} in tokenizer_config.json", expected="true or false",
-            actual=repr(value)[:80], remedy=REMEDY,
+            actual=shown(value), remedy=REMEDY,
         )
     return value
 
@@ -175,7 +168,7 @@ def _added_by_id(value: Any, path: Path) -> dict[int, AddedToken]:
     where = f"added_tokens_decoder in {path}"
     if not isinstance(value, dict) or not all(key.isdecimal() for key in value):
         raise InvalidTokenizer(where, expected="an object from ids to tokens",
-                               actual=repr(value)[:80], remedy=REMEDY)
+                               actual=shown(value), remedy=REMEDY)
     return {int(key): AddedToken.parse(token, where) for key, token in value.items()}
 
 
@@ -187,7 +180,7 @@ def _added_by_content(
         if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
             raise InvalidTokenizer(
                 f"{content!r} in {folder / 'added_tokens.json'}", expected="a token id",
-                actual=repr(token_id)[:80], remedy=REMEDY,
+                actual=shown(token_id), remedy=REMEDY,
             )
         is_special = content in special
         added[token_id] = AddedToken(content, is_special, normalized=not is_special)

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidTokenizer
+from ..json_keys import parse_json
+from ..untrusted_files import TOKENIZER_BYTES, read_bytes
 from .backend import SPACE_MARK
 from .files import REMEDY, AddedToken, TokenizerConfig
 from .spm import piece_bytes
@@ -43,10 +45,11 @@ _PREFIXED = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]')
 def _open(path: Path) -> Any:
     from tokenizers import Tokenizer
 
+    data = read_bytes(path, TOKENIZER_BYTES, error=InvalidTokenizer, missing=InvalidTokenizer,
+                      remedy=REMEDY)
     try:
-        data = path.read_bytes()
         if _PREFIXED.search(data):
-            _check_prefix(json.loads(data)["model"])
+            _check_prefix(parse_json(data)["model"])
         return Tokenizer.from_buffer(data)
     except BaseException as error:
         # The library raises a bare Exception for most that can be wrong with the file, and

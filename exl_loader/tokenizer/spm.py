@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidTokenizer
+from ..untrusted_files import SENTENCEPIECE_BYTES, read_bytes
 from .backend import SPACE_MARK
 from .files import REMEDY, AddedToken, TokenizerConfig
 
@@ -60,12 +61,8 @@ class SentencePieceBackend:
     bytes_known = True
 
     def __init__(self, path: Path, config: TokenizerConfig) -> None:
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise InvalidTokenizer(
-                str(path), expected="a readable file", actual=error.strerror, remedy=REMEDY
-            ) from None
+        data = read_bytes(path, SENTENCEPIECE_BYTES, error=InvalidTokenizer,
+                          missing=InvalidTokenizer, remedy=REMEDY)
         # The library takes an empty file for an empty model and then writes to stderr.
         if not data:
             raise InvalidTokenizer(str(path), expected="a sentencepiece model",
