@@ -10,12 +10,35 @@ import sys
 import zlib
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# Hypothesis limits the time of an example by default, remembers examples of earlier runs, and
+# chooses other defaults where the variable CI is set.
+hypothesis.settings.register_profile(
+    "exl_loader", deadline=None, database=None, derandomize=False, print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("exl_loader")
+
+# Variables of the machine that would change what is tested. Tests that need one set it. What
+# names inputs and outputs of the tests themselves stays.
+KEPT = {"EXL_LOADER_FIXTURES", "EXL_LOADER_SCREENSHOTS"}
+REMOVED = {
+    "CC", "CFLAGS", "CLICOLOR", "CLICOLOR_FORCE", "COLUMNS", "CPATH", "CPLUS_INCLUDE_PATH",
+    "CPPFLAGS", "CXX", "CXXFLAGS", "C_INCLUDE_PATH", "FORCE_COLOR", "GCC_EXEC_PREFIX", "LDFLAGS",
+    "LIBRARY_PATH", "LINES", "NO_COLOR", "PYTHONIOENCODING", "PYTHONPATH", "PYTHONUTF8",
+    "PYTHONWARNINGS", "SOURCE_DATE_EPOCH",
+}
+REMOVED_PREFIXES = ("CUDA_", "EXL_LOADER_", "GRADIO_", "HF_", "NVCC_", "NVRTC_", "TRANSFORMERS_")
+for name in set(os.environ) - KEPT:
+    if name in REMOVED or name.startswith(REMOVED_PREFIXES):
+        del os.environ[name]
 
 # Tests work on small tensors: waking a second thread costs more than it saves, and on a busy
 # machine waiting for it costs thirty times more.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # No test asks a model hub for anything.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
@@ -29,7 +52,7 @@ STDERR = pytest.StashKey[int]()
 REPO = Path(__file__).resolve().parent.parent
 # Kernels built by tests stay apart from the user's own, and survive from one run to the
 # next: the build key makes a stale binary impossible, and compiling is the slowest step.
-os.environ.setdefault("EXL_LOADER_CACHE_DIR", str(REPO / "build" / "test-cache"))
+os.environ["EXL_LOADER_CACHE_DIR"] = str(REPO / "build" / "test-cache")
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import exhaustive  # noqa: E402  (beside this file)
@@ -106,8 +129,7 @@ def fixtures_dir() -> Path:
 
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch):
-    """Keep a developer's own limits out of the tests, and their cards: `auto` is the CPU."""
-    monkeypatch.delenv("EXL_LOADER_MEMORY_LIMIT", raising=False)
+    """Keep the machine's cards out of the tests: `auto` is the CPU."""
     monkeypatch.setattr("exl_loader.reservation.options.auto_cards", lambda: ())
     monkeypatch.setattr("exl_loader.devices.cuda.card_memory", lambda card: None)
 

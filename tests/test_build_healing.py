@@ -107,7 +107,8 @@ def test_silent_holder_is_not_waited_for(kernel_cache, kernel_sources, monkeypat
 
 
 def test_living_holder_is_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock_module, "STALE_S", 1.0)
+    # A busy machine may stop the holder's heartbeat for a second.
+    monkeypatch.setattr(lock_module, "STALE_S", 3.0)
     monkeypatch.setattr(lock_module, "HEARTBEAT_S", 0.05)
     path = tmp_path / "cpu-1.lock"
     held, events = threading.Event(), []
@@ -115,7 +116,7 @@ def test_living_holder_is_waited_for(tmp_path, monkeypatch):
     def hold():
         with lock_module.build_lock(path, lambda: False, NullProgress()):
             held.set()
-            time.sleep(2.0)
+            time.sleep(4.0)
             events.append("released")
 
     holder = threading.Thread(target=hold)
@@ -136,7 +137,7 @@ def test_living_holder_is_waited_for(tmp_path, monkeypatch):
 @needs_compiler
 @pytest.mark.parametrize("ending", ["SIGTERM", "SIGHUP", "SIGKILL", "Ctrl-C"])
 def test_compilers_end_with_the_process_that_wanted_them(
-    kernel_cache, kernel_sources, hanging_compiler, ending
+    kernel_cache, kernel_sources, hanging_compiler, monkeypatch, ending
 ):
     hang, running = hanging_compiler
     victim = spawn_build(
@@ -161,9 +162,9 @@ def test_compilers_end_with_the_process_that_wanted_them(
         assert said.rstrip().endswith("KeyboardInterrupt") and "supervise" not in said
         assert find_partials(kernel_cache) == []
     hang.unlink()
-    began = time.monotonic()
+    # A build that waits for a lock that nobody gives back would hang here.
+    monkeypatch.setattr(lock_module, "STALE_S", float("inf"))
     assert works(build(cpu_spec(kernel_sources)))
-    assert time.monotonic() - began < lock_module.STALE_S, "the lock was not free"
     assert find_partials(kernel_cache) == []
 
 

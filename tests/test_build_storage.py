@@ -132,9 +132,9 @@ def test_a_disk_without_locks_builds_without(kernel_cache, kernel_sources, monke
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr("fcntl.flock", flock)
-    began = time.monotonic()
+    # A build that waits for a holder of the lock would hang here.
+    monkeypatch.setattr("exl_loader.kernels.lock.STALE_S", float("inf"))
     assert works(build(cpu_spec(kernel_sources)))
-    assert time.monotonic() - began < 20, "a holder that there cannot be was waited for"
     assert find_partials(kernel_cache) == []
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from counting import count
 from makers import header_entry, write_folder, write_raw
 from safetensors.torch import save_file
-from timing import least_processor_seconds
 
 from exl_loader.checkpoint import Checkpoint
 from exl_loader.errors import InvalidCheckpoint, UnsupportedFormat
@@ -113,7 +113,7 @@ def test_opening_imports_neither_torch_nor_numpy(tmp_path):
     subprocess.run([sys.executable, "-c", code], cwd=repo, check=True)
 
 
-def test_two_thousand_tensors_in_ten_shards_open_at_once(tmp_path):
+def test_two_thousand_tensors_in_ten_shards_open_in_few_calls(tmp_path):
     nbytes = 4096 * 4096 * 2
     for shard in range(10):
         header = {
@@ -130,4 +130,5 @@ def test_two_thousand_tensors_in_ten_shards_open_at_once(tmp_path):
     def work():
         assert len(Checkpoint.open(tmp_path / "m").headers) == 2000
 
-    assert least_processor_seconds(work, 5) < 0.04
+    # A limited number of calls a tensor, 24 when this was written.
+    assert count(work).calls < 2000 * 50

@@ -82,7 +82,7 @@ def test_header_order_gives_a_lane_its_four_columns():
     st.lists(st.tuples(st.sampled_from(WIDTHS), st.integers(1, 12)), min_size=1, max_size=6),
     st.integers(0, 31), st.booleans(),
 )  # fmt: skip
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_windows_say_how_to_begin(groups, missing, zeros):
     """Walk a stream block by block, and compare at each window."""
     sizes = [(bits, 32 * blocks) for bits, blocks in groups]

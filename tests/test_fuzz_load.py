@@ -12,7 +12,6 @@ import json
 import random
 import shutil
 import struct
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,8 +29,6 @@ from exl_loader.reservation import PlanRequest, planned
 
 CTX = 64
 IDS = [1, 5, 77, 130, 12, 40, 41, 250, 3]
-# Every case in seconds, the load and both forward passes, on a busy machine.
-BOUND_S = 30
 # Two orders of summation in float32, over weights that damage may have made very unequal.
 TOLERANCE = 1e-3
 
@@ -213,7 +210,7 @@ def one_case(original: Path, seed: int, tmp_path: Path) -> str:
     damage = rng.choice(DAMAGES)
     damage(rng, folder)
     words = f"{original.name}, seed {seed}, {damage.__name__}"
-    before, started = memory.live_bytes(), time.monotonic()
+    before = memory.live_bytes()
     try:
         logits = loaded_logits(folder)
     except ExlLoaderError as error:
@@ -223,7 +220,6 @@ def one_case(original: Path, seed: int, tmp_path: Path) -> str:
         outcome = "loaded"
         assert same(logits, decoded_logits(folder, tmp_path / "decoded")), words
         shutil.rmtree(tmp_path / "decoded")
-    assert time.monotonic() - started < BOUND_S, words
     assert memory.live_bytes() == before, words
     shutil.rmtree(folder)
     return outcome

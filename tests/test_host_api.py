@@ -143,11 +143,8 @@ def test_stopping_from_outside(server):
     server.load(ctx_size=1024)
     pieces = server.stream(**ENDLESS, max_tokens_second=15)
     next(pieces)
-    began = time.monotonic()
     server.post("internal/stop-generation")
-    list(pieces)
-    # All of it would take half a minute.
-    assert time.monotonic() - began < 15
+    assert len(list(pieces)) < ENDLESS["max_tokens"] / 2
 
 
 def test_a_load_during_a_generation_ends_it_and_serves_the_next(server, greedy_text):

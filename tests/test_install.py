@@ -127,6 +127,24 @@ def test_demo_writes_text_and_opens_the_page_for_a_person(
     assert [command.split("python ", 1)[1] for command in pages] == ([page] if page else [])
 
 
+@pytest.mark.parametrize("arguments", [["--terminal"], ["--demo", "--terminal"],
+                                       ["--terminal", "--demo"]])
+def test_terminal_writes_text_and_opens_no_page(world, monkeypatch, arguments):
+    call(world, monkeypatch, "--env")
+    world.take()
+    monkeypatch.setattr(world.install.sys.stdout, "isatty", lambda: True)
+    assert call(world, monkeypatch, *arguments, "--seed", "1") == 0
+    (text,) = world.take()
+    assert text.endswith("-m exl_loader generate --stats --seed 1")
+
+
+@pytest.mark.parametrize(("task", "packages"), [("--demo", "[extension]"),
+                                                ("--test", "[extension,test]")])
+def test_env_stops_after_the_environment_of_the_task(world, monkeypatch, task, packages):
+    assert call(world, monkeypatch, task, "--env") == 0
+    assert world.take()[-1].endswith(packages)
+
+
 def test_demo_that_cannot_write_text_opens_no_page(world, monkeypatch):
     monkeypatch.setattr(world.install.sys.stdout, "isatty", lambda: True)
     world.failing = "generate"
@@ -236,7 +254,9 @@ def test_damaged_stamp_counts_as_none(world):
 
 
 def test_wrong_arguments_are_told_before_anything_is_made(world, monkeypatch):
-    for arguments in ([], ["--demo", "--test"], ["--env", "--what"]):
+    wrong = ([], ["--demo", "--test"], ["--env", "--what"], ["--terminal", "--env"],
+             ["--test", "--terminal"], ["--webui", "x", "--terminal"], ["--webui", "x", "--env"])
+    for arguments in wrong:
         with pytest.raises(SystemExit) as caught:
             call(world, monkeypatch, *arguments)
         assert caught.value.code == 2

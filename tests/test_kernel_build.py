@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from builds import REPO, Recorder, find_partials, needs_compiler, works
-from timing import least_processor_seconds
+from counting import count
 
 from exl_loader import kernels
 from exl_loader.errors import InvalidSettings, KernelBuildError
@@ -41,9 +41,19 @@ def test_second_build_compiles_nothing(kernel_cache, kernel_sources, counting_co
 
 
 @needs_compiler
-def test_warm_build_is_quick():
+def test_warm_build_only_asks_for_the_version_and_needs_few_calls(monkeypatch):
     build(cpu_spec(), NullProgress())
-    assert least_processor_seconds(lambda: build(cpu_spec(), NullProgress()), 7) < 0.050
+    started = []
+    real_popen = subprocess.Popen
+
+    def popen(command, *args, **options):
+        started.append(list(command))
+        return real_popen(command, *args, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    # 3,950 when this was written; benchmarks/planning_cpu.py has its time.
+    assert count(lambda: build(cpu_spec(), NullProgress())).calls < 10_000
+    assert [command[-1] for command in started] in ([], ["--version"])
 
 
 @needs_compiler
@@ -57,17 +67,11 @@ def test_no_source_has_warnings(source):
 
 @needs_compiler
 @pytest.mark.exhaustive
-@pytest.mark.skipif(sys.platform == "win32", reason="counts the time of child processes")
-def test_project_kernels_compile_in_time_and_without_optimisers_warnings(kernel_cache):
-    import resource
-
+@pytest.mark.skipif(sys.platform == "win32", reason="needs gcc's options")
+def test_project_kernels_compile_without_optimisers_warnings(kernel_cache):
     spec = cpu_spec()
     strict = dataclasses.replace(spec, flags=(*spec.flags, "-Werror"))
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    build(strict)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # 30 s on two cores, in time of the compiler: other load does not count.
-    assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 60
+    assert build(strict).exists()
 
 
 def test_build_path_does_not_import_torch():

@@ -16,7 +16,7 @@ from exl_loader.errors import InvalidSettings
 from exl_loader.generation.logprobs import token_logprobs
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 400), st.integers(0, 500), st.integers(0, 10_000), st.booleans())
 def test_they_are_the_log_softmax(vocab_size, count, seed, ties):
     generator = torch.Generator().manual_seed(seed)

@@ -194,7 +194,7 @@ def test_importing_pages_does_not_import_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 900)), min_size=2, max_size=12))
 def test_whatever_was_told_a_text_finds_what_it_shares(calls):
     """With room for all, what is reused is the longest beginning told before."""
@@ -316,4 +316,4 @@ class PageLending(RuleBasedStateMachine):
 
 
 TestPageLending = PageLending.TestCase
-TestPageLending.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestPageLending.settings = settings(max_examples=40, stateful_step_count=30)

@@ -6,8 +6,9 @@ import shutil
 import sys
 
 import pytest
-from sparse import LLAMA_2_7B, write_sparse_exl2
-from timing import least_processor_seconds
+from counting import count
+from sparse import LLAMA_2_7B, exl2_tensors, write_sparse_exl2
+from tiny import CONFIG
 
 import exl_loader
 from exl_loader.checkpoint import Checkpoint
@@ -99,14 +100,16 @@ def test_gauge_shows_the_plan_and_follows_every_option(tiny_model_dir):
     assert reachable_length(stretched) == 2 * length
 
 
-def test_gauge_answers_within_150_ms(tmp_path):
+def test_gauge_of_a_7b_needs_few_calls_a_tensor(tmp_path):
     folder = write_sparse_exl2(tmp_path / "large", shards=4, **LLAMA_2_7B)
     options = LoadOptions(str(folder), 4096, "q4")
 
     def work():
         assert "4,096 tokens of context" in plan_html(options)
 
-    assert least_processor_seconds(work, 10) < 0.15
+    work()
+    # 82 a tensor when this was written; benchmarks/planning_cpu.py has its time.
+    assert count(work).calls < 150 * len(exl2_tensors(CONFIG | LLAMA_2_7B, 4, 6))
 
 
 def test_gauge_never_touches_a_weight(tiny_model_dir, monkeypatch):

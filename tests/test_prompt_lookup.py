@@ -14,7 +14,7 @@ import exl_loader
 from exl_loader.generation.prompt_lookup import look_up
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.integers(0, 3), max_size=40), st.integers(0, 6))
 def test_what_is_found_followed_the_same_ids_before(history, count):
     found = look_up(np.array(history, np.int64), count)

@@ -58,7 +58,7 @@ def split_limits(draw, total: int, count: int) -> list[int]:
     return [draw(st.integers(total // count // 2, total)) for _ in range(count)]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     config=geometries(),
     bits=st.sampled_from([2, 3, 4, 5, 6, 8]),
@@ -96,7 +96,7 @@ def test_plan_is_table_is_allocator(
     )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(config=geometries(head_dims=(32, 64, 96, 128, 160, 256)), ctx_size=st.integers(1, 100_000))
 def test_cache_bytes_are_exactly_the_bits(config, ctx_size):
     with tempfile.TemporaryDirectory() as temporary:
@@ -134,7 +134,7 @@ def fits_somehow(folder: Path, ctx_size: int, names: list[str], limits: list[int
     return False
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(config=geometries(), num_devices=st.integers(1, 3), data=st.data())
 def test_a_split_is_found_exactly_where_there_is_one(config, num_devices, data):
     names = [f"cpu:{i}" for i in range(num_devices)]
@@ -148,7 +148,7 @@ def test_a_split_is_found_exactly_where_there_is_one(config, num_devices, data):
         assert found.fits == fits_somehow(folder, 600, names, limits)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(config=geometries(), cards=st.integers(1, 3), data=st.data())
 def test_the_largest_context_fits_and_one_page_more_does_not(config, cards, data):
     with tempfile.TemporaryDirectory() as temporary:

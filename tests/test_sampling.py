@@ -62,7 +62,7 @@ LOGITS = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_the_distribution_is_the_defined_one(data):
     logits = np.array(data.draw(LOGITS), np.float32)
@@ -85,7 +85,7 @@ def test_the_distribution_is_the_defined_one(data):
         assert actual[token] == pytest.approx(probability, rel=1e-5)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(logits=LOGITS, uniform=st.floats(0, 1, exclude_max=True))
 def test_the_draw_inverts_the_summed_probability(logits, uniform):
     row = np.array(logits, np.float32)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 import samplers_defined as defined
 import tokenizer_folders
 import torch
+from counting import count
 from fake_model import fake_engine
 from tiny import write_tokenizer
 from transformers.generation import logits_process as hf
@@ -247,25 +246,18 @@ COMMON = (
 )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("scale", [4, 0.5])
+@pytest.mark.parametrize("scale", [4, 0.5, 0])
 @pytest.mark.parametrize("options", COMMON)
 def test_no_common_setting_sorts_the_vocabulary(options, scale):
-    rng = np.random.default_rng(13)
+    rng = np.random.default_rng()
     row = (rng.standard_normal(152_064) * scale).astype(np.float32)
     history = rng.integers(0, 152_064, 4000)
     sampler = Sampler(SamplingSettings(**options), 1)
-
-    def best_s(work) -> float:
-        times = []
-        for _ in range(15):
-            start = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    sort_s = best_s(lambda: np.argsort(row))
-    assert best_s(lambda: sampler.sample(row, history)) < sort_s / 4
+    sampler.sample(row, history)
+    counts = count(lambda: sampler.sample(row, history))
+    assert counts.sorted_elements < len(row) / 16
+    # A loop over tokens in Python would be a thousand times more.
+    assert counts.calls < 1000
 
 
 # In the engine

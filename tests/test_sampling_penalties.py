@@ -152,7 +152,7 @@ def test_dry_counts_long_repeats_as_fifty():
     assert penalised(ids, base=1.01)[7] == pytest.approx(0.8 * 1.01 ** (MAX_REPEAT - 2))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     ids=st.lists(st.integers(0, 4), max_size=120),
     allowed_length=st.integers(0, 6),
@@ -164,7 +164,7 @@ def test_dry_is_the_defined_one(ids, allowed_length, breakers):
     assert actual == pytest.approx(expected, rel=1e-5)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(ids=st.lists(st.integers(0, 2), max_size=30), length=st.integers(0, 5))
 def test_earlier_matches(ids, length):
     end = ids[len(ids) - length :]

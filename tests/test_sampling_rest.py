@@ -203,7 +203,7 @@ OTHERS = st.fixed_dictionaries({}, optional={
 OPTIONS = st.builds(lambda a, b: a | b, SUITABLE, st.one_of(st.just({}), st.just({}), OTHERS))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(row=ROWS, options=OPTIONS, most=st.integers(20, 250), error=st.floats(-1e-5, 1e-5),
        banned=st.lists(st.integers(0, 29), max_size=3))
 def test_any_settings_give_the_tokens_of_the_whole_row(row, options, most, error, banned):
@@ -212,7 +212,7 @@ def test_any_settings_give_the_tokens_of_the_whole_row(row, options, most, error
         both_ways(row, SamplingSettings(**options), {"banned_ids": tuple(banned)}, likeliest)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seed=st.integers(0, 10**6), place=st.integers(1, 300), nudge=st.integers(-2, 2),
        temperature=st.sampled_from([0.5, 1.0, 1.3]), error=st.floats(-1e-5, 1e-5))
 def test_a_share_at_its_very_limit_gives_the_tokens_of_the_whole_row(
@@ -230,7 +230,7 @@ def test_a_share_at_its_very_limit_gives_the_tokens_of_the_whole_row(
         both_ways(row, options, None, defined_likeliest(row, error=error), draws=1)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(logits=st.lists(st.floats(-300, 300, width=32), min_size=1, max_size=40),
        temperatures=st.lists(st.floats(0.02, 20), max_size=2), falls=st.integers(0, 5))
 def test_the_sum_of_others_lies_where_it_is_said_to(logits, temperatures, falls):

@@ -11,7 +11,6 @@ import os
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,19 +29,6 @@ def processor_seconds() -> float:
         return sum(os.times()[:4])
     usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-
-def least_processor_seconds(work: Callable[[], object], times: int) -> float:
-    """Time that some work takes: the processor's, and the least of several.
-
-    The clock's would also be that of whatever else a busy machine does.
-    """
-    found = []
-    for _ in range(times):
-        began = processor_seconds()
-        work()
-        found.append(processor_seconds() - began)
-    return min(found)
 
 
 class PhaseTimes:
