@@ -1,10 +1,10 @@
 """Set exl_loader up in an environment of its own, and run what the README shows.
 
-    python install.py --demo        make .venv/, let the model that ships write a text right
-                                    here, then open a page with it, where somebody is there
-    python install.py --terminal    the same without the page
+    python install.py --demo        make .venv/, let the model that ships write a text in the
+                                    terminal, then serve a page with it (in a terminal only)
+    python install.py --terminal    the same without the page; so does --demo --terminal
     python install.py --test        make .venv/ with the test dependencies, then run the tests
-    python install.py --env         make .venv/ alone
+    python install.py --env         make .venv/ alone; with --test, the test dependencies too
     python install.py --webui PATH    put the loader into a text-generation-webui; with
                                       --uninstall take it out, with --update refresh a copy
 
@@ -66,30 +66,46 @@ def main() -> int:
         f"\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    task = parser.add_mutually_exclusive_group(required=True)
+    task = parser.add_mutually_exclusive_group()
     task.add_argument("--demo", action="store_true",
                       help="write text with the model that ships, then open a page with it")
-    task.add_argument("--terminal", action="store_true", help="write text, and open no page")
     task.add_argument("--test", action="store_true", help="run the tests")
-    task.add_argument("--env", action="store_true", help="make the environment alone")
     task.add_argument("--webui", type=Path, metavar="PATH", help="install into a web UI")
+    end = parser.add_mutually_exclusive_group()
+    end.add_argument("--terminal", action="store_true",
+                     help="write text, and open no page; alone or with --demo")
+    end.add_argument("--env", action="store_true",
+                     help="make the environment alone; alone, with --demo or with --test")
     args, further = parser.parse_known_args()
-    if args.env and further:
-        parser.error(f"unrecognized arguments: {' '.join(further)}")
+    check_arguments(parser, args, further)
     if args.webui:
         # It has an environment of its own; ours is not needed.
         from exl_loader.webui_install import command
 
         return command.main(args.webui, further)
     ensure_environment(test=args.test)
+    if args.env:
+        say(f"{VENV} is complete")
+        return 0
     if args.test:
         return run_in_environment(["-m", "pytest", *(further or whole_suite())])
-    if args.demo:
-        return demo(further)
     if args.terminal:
         return write_text(further)
-    say(f"{VENV} is complete")
-    return 0
+    return demo(further)
+
+
+def check_arguments(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, further: list[str]
+) -> None:
+    """End the program with a usage error where the arguments name no task or contradict."""
+    if not (args.demo or args.test or args.webui or args.terminal or args.env):
+        parser.error("one of --demo, --test, --webui PATH, --terminal and --env is required")
+    if args.terminal and (args.test or args.webui):
+        parser.error("--terminal goes with --demo or alone")
+    if args.env and args.webui:
+        parser.error("--env goes with --demo, with --test or alone")
+    if args.env and further:
+        parser.error(f"unrecognized arguments: {' '.join(further)}")
 
 
 def whole_suite() -> list[str]:
