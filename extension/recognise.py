@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import struct
 from pathlib import Path
 from typing import Any
+
+from exl_loader.checkpoint.safetensors_header import read_header
+from exl_loader.errors import ExlLoaderError
+from exl_loader.json_keys import read_json_object_if_there
 
 from .host import LOADERS
 
 # `quant_method` of config.json -> whether this engine reads it.
 QUANT_METHODS = ("exl2", "gptq")
-
-# Folders with larger headers than any model has are left to others.
-_MAX_HEADER_BYTES = 100 << 20
 
 _SPELLINGS = {"exllamav2", "exllama2", "exl2"}
 
@@ -51,17 +50,14 @@ def is_quantised(folder: Path) -> bool:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json_object_if_there(path)
+    except ExlLoaderError:
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _has_exl2_tensors(path: Path) -> bool:
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length)) if length <= _MAX_HEADER_BYTES else {}
-    except (OSError, ValueError, struct.error):
+        tensors, _ = read_header(path)
+    except ExlLoaderError:
         return False
-    return any(name.endswith(".q_weight") for name in header)
+    return any(tensor.name.endswith(".q_weight") for tensor in tensors)

@@ -64,7 +64,7 @@ def test_without_a_prompt_there_is_one_and_it_is_shown(tiny_model_dir, capsys):
     (["--temperature", "nan"], "temperature: expected a number"),
     (["--top-k", "-1"], "top_k"),
     (["--prompt-file", "/no/such/file"], "--prompt-file"),
-    (["--prompt-file", "/"], "--prompt-file: expected a readable UTF-8 file, found /: Is a dir"),
+    (["--prompt-file", "/"], "/: expected a regular file, found a folder. Give --prompt-file"),
     (["--prompt", "x" * 300], "at most 255 tokens and a new one in a ctx_size of 256"),
     (["--cache-type", "q5"], "cache_type"),
 ])

@@ -9,10 +9,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from .. import untrusted_files
 from ..errors import InvalidSettings
 from ..generation.draft_model import DEFAULT_DRAFT_MAX
 from ..progress import Progress
 from ..settings import SamplingSettings
+from ..untrusted_files import TEXT_BYTES
 
 if TYPE_CHECKING:
     from ..engine import LoadedModel
@@ -140,18 +142,29 @@ def open_model(args: argparse.Namespace, progress: Progress) -> LoadedModel:
 def read_text(path: str, what: str) -> str:
     """Read a UTF-8 text file, or stdin for `-`.
 
+    Args:
+        path: as the user typed it.
+        what: the option, for errors.
+
     Raises:
-        InvalidSettings: it cannot be read.
+        InvalidSettings: it cannot be read, is no regular file, or has more than 64 MiB.
     """
+    if path != "-":
+        return untrusted_files.read_text(
+            os.path.expanduser(path), TEXT_BYTES, error=InvalidSettings, missing=InvalidSettings,
+            remedy=f"Give {what} a UTF-8 text file, or - to read what a pipe brings",
+        )
     try:
-        if path != "-":
-            return Path(path).expanduser().read_text(encoding=UTF8)
         use_utf8(sys.stdin)
-        return sys.stdin.read()
+        text = sys.stdin.read(TEXT_BYTES + 1)
     except (OSError, UnicodeDecodeError) as error:
         found = error.strerror if isinstance(error, OSError) else str(error)
-        raise InvalidSettings(what, expected="a readable UTF-8 file",
-                              actual=f"{path}: {found}") from None
+        raise InvalidSettings(what, expected="UTF-8 text on standard input",
+                              actual=found) from None
+    if len(text) > TEXT_BYTES:
+        raise InvalidSettings(what, expected=f"at most {TEXT_BYTES} characters on standard input",
+                              actual="more")
+    return text
 
 
 def use_utf8(stream: TextIO) -> None:

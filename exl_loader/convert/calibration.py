@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import InvalidSettings
+from ..untrusted_files import TEXT_BYTES, read_text
 
 # Code with long docstrings, and prose (`topics.py` is Python's own manual as text): what is
 # on every machine that runs this. None of them is among the demo model's held-out files.
@@ -28,7 +29,6 @@ _DEFAULT_FILES = (
     "typing.py",
     "zipfile.py",
 )
-_MOST_TEXT_BYTES = 64 << 20
 _LEAST_TOKENS = 256
 
 
@@ -49,16 +49,9 @@ def calibration_text(path: str | Path | None) -> tuple[str, str]:
         files = [root / name for name in _DEFAULT_FILES if (root / name).is_file()]
         return "(default)", "\n".join(file.read_text(encoding="utf-8") for file in files)
     path = Path(path)
-    wanted = "a UTF-8 text file of at most 64 MiB"
-    try:
-        if path.stat().st_size > _MOST_TEXT_BYTES:
-            actual = f"{path.stat().st_size} bytes"
-        else:
-            return path.name, path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        actual = str(error)
-    raise InvalidSettings(
-        f"calibration file {path}", expected=wanted, actual=actual, remedy="Give a text file"
+    return path.name, read_text(
+        path, TEXT_BYTES, error=InvalidSettings, missing=InvalidSettings,
+        remedy="Give a UTF-8 text file to calibrate on",
     )
 
 

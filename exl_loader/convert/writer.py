@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -14,7 +15,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ..errors import InvalidSettings
+from ..errors import InvalidSettings, printable
+from ..untrusted_files import TOKENIZER_BYTES
+
+_log = logging.getLogger("exl_loader")
 
 # What exllamav2 writes at most into one file.
 DEFAULT_SHARD_BYTES = 8192 << 20
@@ -115,10 +119,17 @@ def copy_other_files(model_dir: Path, folder: Path) -> None:
     """Copy tokenizer, generation config and whatever else lies beside the weights."""
     for path in sorted(model_dir.iterdir()):
         is_weights = path.suffix in _LEFT_BEHIND_SUFFIXES or path.name.endswith(".index.json")
-        if path.is_file() and not (
+        if not path.is_file() or (
             is_weights or path.name in _LEFT_BEHIND_NAMES or path.name.startswith(".")
         ):
-            shutil.copyfile(path, folder / path.name)
+            continue
+        if path.stat().st_size > TOKENIZER_BYTES:
+            _log.warning(
+                "%s was not copied: %d bytes are more than any file of a tokenizer has",
+                printable(str(path)), path.stat().st_size,
+            )
+            continue
+        shutil.copyfile(path, folder / path.name)
 
 
 def write_config(config: Mapping[str, Any], quantization: Mapping[str, Any], folder: Path) -> None:
@@ -126,5 +137,6 @@ def write_config(config: Mapping[str, Any], quantization: Mapping[str, Any], fol
     config = {**config, "torch_dtype": "float16", "quantization_config": dict(quantization)}
     # transformers 5 calls the same thing so; two answers would contradict each other.
     config.pop("dtype", None)
-    text = json.dumps(config, indent=2, ensure_ascii=False)
+    # In ASCII: a lone surrogate, which a path in the source's file may hold, has no UTF-8.
+    text = json.dumps(config, indent=2)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
