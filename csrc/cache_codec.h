@@ -7,6 +7,15 @@
 
 #include <cstdint>
 
+// Functions that CPU code and kernels share. Both CUDA compilers let a kernel call only what is
+// declared for the device, and let it read a constexpr array only where the array is local to
+// such a function: a namespace-scope array is a host variable, which a kernel cannot reach.
+#if defined(__CUDACC__)
+#define EXL_HOST_DEVICE __host__ __device__
+#else
+#define EXL_HOST_DEVICE
+#endif
+
 namespace exl {
 
 constexpr int kPageLen = 256;  // tokens
@@ -16,10 +25,13 @@ constexpr int kCodeStep = 8;   // codes of a short last group are padded to this
 // Levels of 4-bit codes in units of 1/128 of the scale, by the lowest bit of the scale.
 constexpr int kTables = 2;
 constexpr int kLevels = 16;
-constexpr int8_t kCodebooks[kTables][kLevels] = {
-    {-127, -105, -88, -71, -56, -41, -26, -13, 1, 14, 27, 42, 57, 73, 91, 111},
-    {-127, -99, -79, -62, -47, -32, -19, -5, 9, 23, 37, 52, 68, 86, 106, 127},
-};
+EXL_HOST_DEVICE constexpr int codebook_level(int table, int code) {
+    constexpr int8_t kCodebooks[kTables][kLevels] = {
+        {-127, -105, -88, -71, -56, -41, -26, -13, 1, 14, 27, 42, 57, 73, 91, 111},
+        {-127, -99, -79, -62, -47, -32, -19, -5, 9, 23, 37, 52, 68, 86, 106, 127},
+    };
+    return kCodebooks[table][code];
+}
 constexpr float kCodebookUnit = 1.0f / 128;
 
 // The scales that the writer tries: evenly spaced factors on a group's largest magnitude.
@@ -27,7 +39,7 @@ struct ScaleSearch {
     float first, last;
     int steps;
 };
-constexpr ScaleSearch scale_search(int bits) {
+EXL_HOST_DEVICE constexpr ScaleSearch scale_search(int bits) {
     return bits == 8   ? ScaleSearch{0.99f, 1.08f, 24}
            : bits == 6 ? ScaleSearch{0.95f, 1.16f, 24}
                        : ScaleSearch{0.82f, 1.14f, 8};
@@ -35,7 +47,7 @@ constexpr ScaleSearch scale_search(int bits) {
 constexpr int kRefits = 1;
 
 // The sign that an element of a head gets before the Hadamard transform.
-constexpr bool rotation_negates(uint32_t index) {
+EXL_HOST_DEVICE constexpr bool rotation_negates(uint32_t index) {
     uint32_t mixed = index * 0x9E3779B1u;
     mixed = (mixed ^ (mixed >> 15)) * 0x85EBCA77u;
     return (mixed >> 16) & 1u;
@@ -45,21 +57,21 @@ constexpr bool rotation_negates(uint32_t index) {
 // bits of the first 16 codes. Elements [first, first + this) share a scale.
 constexpr float kBlockUnit = 32768.0f;
 constexpr float kLargestBlockCode = 32766.0f;
-constexpr int block_elements(int head_dim, int first) {
+EXL_HOST_DEVICE constexpr int block_elements(int head_dim, int first) {
     // What is left behind a whole group may be too short for a scale of its own.
     const int left = head_dim - first;
     return left >= kGroup + 16 || left == kGroup ? kGroup : left;
 }
 
-constexpr bool is_quantized(int bits) { return bits < 16; }
-constexpr int num_groups(int head_dim, int bits) {
+EXL_HOST_DEVICE constexpr bool is_quantized(int bits) { return bits < 16; }
+EXL_HOST_DEVICE constexpr int num_groups(int head_dim, int bits) {
     return is_quantized(bits) ? (head_dim + kGroup - 1) / kGroup : 0;
 }
-constexpr int padded_codes(int elements) {
+EXL_HOST_DEVICE constexpr int padded_codes(int elements) {
     return (elements + kCodeStep - 1) / kCodeStep * kCodeStep;
 }
 // Bytes of one head's codes for one token.
-constexpr int code_bytes(int head_dim, int bits) {
+EXL_HOST_DEVICE constexpr int code_bytes(int head_dim, int bits) {
     return (is_quantized(bits) ? padded_codes(head_dim) : head_dim) * bits / 8;
 }
 

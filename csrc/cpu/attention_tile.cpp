@@ -13,7 +13,7 @@ struct Codebooks {
     alignas(64) float levels[kTables * kLevels];
     constexpr Codebooks() : levels() {
         for (int i = 0; i < kTables * kLevels; ++i) {
-            levels[i] = kCodebooks[i / kLevels][i % kLevels] * kCodebookUnit;
+            levels[i] = codebook_level(i / kLevels, i % kLevels) * kCodebookUnit;
         }
     }
 };

@@ -83,7 +83,7 @@ struct Grid<4> {
     float thresholds[kLevels];
 
     explicit Grid(int table) {
-        for (int i = 0; i < kLevels; ++i) levels[i] = kCodebooks[table][i] * kCodebookUnit;
+        for (int i = 0; i < kLevels; ++i) levels[i] = codebook_level(table, i) * kCodebookUnit;
         for (int i = 0; i + 1 < kLevels; ++i) thresholds[i] = 0.5f * (levels[i] + levels[i + 1]);
         thresholds[kLevels - 1] = levels[kLevels - 1];
     }

@@ -26,7 +26,7 @@ __device__ __forceinline__ int code_at(const uint8_t* codes, int count, int bits
     return high << 2 | low;
 }
 
-__device__ __forceinline__ float codebook_level(int table, int code) {
+__device__ __forceinline__ float codebook_value(int table, int code) {
     uint32_t word = 0;
 #pragma unroll
     for (int i = 0; i < kLevels / 4; ++i) {
@@ -64,7 +64,7 @@ __device__ float element_at(const ExlCacheHalf& half, int64_t place, int head_di
     const int code = code_at(row + group * code_bytes(kGroup, half.bits), count, half.bits,
                              element % kGroup);
     const float scale = half_to_float(static_cast<uint16_t>(bits));
-    if (half.bits == 4) return scale * codebook_level(bits & 1, code);
+    if (half.bits == 4) return scale * codebook_value(bits & 1, code);
     const float steps = static_cast<float>(1 << (half.bits - 1));
     return scale * ((static_cast<float>(code) - steps) / steps);
 }

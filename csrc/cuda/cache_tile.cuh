@@ -38,10 +38,10 @@ __device__ __forceinline__ int element_of(int bits, int head_dim, int unit, int 
 }
 
 // Four levels of a codebook as bytes, shifted by 128.
-constexpr uint32_t codebook_word(int table, int word) {
+EXL_HOST_DEVICE constexpr uint32_t codebook_word(int table, int word) {
     uint32_t bytes = 0;
     for (int i = 0; i < 4; ++i) {
-        bytes |= static_cast<uint32_t>(kCodebooks[table][4 * word + i] + 128) << (8 * i);
+        bytes |= static_cast<uint32_t>(codebook_level(table, 4 * word + i) + 128) << (8 * i);
     }
     return bytes;
 }

@@ -34,9 +34,11 @@ constexpr int kWriteThreads = 256;
 constexpr float kLargestHalf = 65504.0f;
 constexpr uint32_t kHalfNaN = 0x7E00;
 
-constexpr float level_of(int table, int code) { return kCodebooks[table][code] * kCodebookUnit; }
+EXL_HOST_DEVICE constexpr float level_of(int table, int code) {
+    return codebook_level(table, code) * kCodebookUnit;
+}
 // What is above threshold i has code i + 1 or more; the last is never looked at.
-constexpr float threshold_of(int table, int code) {
+EXL_HOST_DEVICE constexpr float threshold_of(int table, int code) {
     return code + 1 < kLevels ? 0.5f * (level_of(table, code) + level_of(table, code + 1)) : 0.0f;
 }
 

@@ -13,8 +13,8 @@ from .toolchain import CudaCompiler, choose_cuda_compiler
 
 # Constants and functions that CPU and CUDA share are constexpr and know of no device;
 # each compiler has its own way to let kernels use them.
-_NVCC_FLAGS = ("-cubin", "-std=c++17", "--expt-relaxed-constexpr")
-_NVRTC_FLAGS = ("-std=c++17", "-default-device")
+_NVCC_FLAGS = ("-cubin", "-std=c++17")
+_NVRTC_FLAGS = ("-std=c++17",)
 # <cstdint>, which NVRTC lacks.
 _NVRTC_INCLUDE = "cuda/nvrtc"
 
