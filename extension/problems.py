@@ -30,6 +30,17 @@ def report(error: Exception) -> None:
     _warn_in_page(line)
 
 
+def notice(line: str, *, in_page: bool = True) -> None:
+    """Say what a person may want to know of an answer that is no error.
+
+    Args:
+        in_page: show it in the page of whoever asked as well, and not in the log alone.
+    """
+    host.say(line)
+    if in_page:
+        _warn_in_page(line[:1].upper() + line[1:])
+
+
 def clear() -> None:
     """Forget the last error: something went well since, or the model is another one."""
     global _last

@@ -7,9 +7,10 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from exl_loader.generation.generation import Generation
+from exl_loader.setting_values import invalid
 from exl_loader.settings import SamplingSettings
 
-from . import host
+from . import host, problems
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 _NOT_COPIED = frozenset({"max_new_tokens", "stop_strings", "stop_token_ids", "logit_bias",
                          "json_schema", "logprobs"})
 
+# Tokens of an answer where the web UI names none.
+DEFAULT_NEW_TOKENS = 512
+
 SAMPLERS = frozenset(field.name for field in fields(SamplingSettings)) - _NOT_COPIED
 
 
@@ -27,13 +31,88 @@ def prompt_ids(tokenizer: Any, prompt: str, state: Mapping[str, Any], ctx_size: 
     """Encode a prompt, and keep its end where it is too long.
 
     With `add_bos_token` ticked one BOS token comes first where the model has one, else none is
-    added to what a template wrote. As in the web UI, the last `truncation_length` minus
-    `max_new_tokens` tokens are kept, and with them the BOS token.
+    added to what a template wrote. It stays where the prompt is cut; see `PromptRoom`.
+
+    Raises:
+        InvalidSettings: `truncation_length` or `max_new_tokens` makes no sense.
     """
+    room = PromptRoom.of_request(state, ctx_size)
     ids = tokenizer.prompt_ids(prompt, add_bos=bool(state.get("add_bos_token", True)))
-    length = min(int(state.get("truncation_length") or ctx_size), ctx_size)
-    room = length - int(state.get("max_new_tokens") or 0)
-    return list(tokenizer.cut_left(ids, max(1, min(room, ctx_size - 1))))
+    return room.cut(ids, tokenizer)
+
+
+class PromptRoom(int):
+    """Tokens that are kept of a prompt which does not fit into the context.
+
+    That is the web UI's rule, `truncation_length` minus `max_new_tokens`, but at least a quarter
+    of the context: an answer as long as the context would leave nothing of the question. A
+    prompt that fits is kept whole, and the answer has what is left.
+
+    Attributes:
+        length: tokens that prompt and answer may have together.
+    """
+
+    length: int
+
+    @classmethod
+    def of_request(cls, state: Mapping[str, Any], ctx_size: int) -> PromptRoom:
+        """Read a request's room.
+
+        Raises:
+            InvalidSettings: `truncation_length` or `max_new_tokens` makes no sense.
+        """
+        length = context_length(state, ctx_size)
+        kept = max(length - new_tokens_asked(state), length // 4, 1)
+        room = cls(min(kept, max(1, length - 1)))
+        room.length = length
+        return room
+
+    def cut(self, ids: list[int], tokenizer: Any) -> list[int]:
+        """Return a prompt's ids, cut from the left where they do not fit, and say so."""
+        if len(ids) < self.length:
+            return ids
+        kept = list(tokenizer.cut_left(ids, int(self)))
+        problems.notice(
+            f"the prompt of {len(ids):,} tokens does not fit into the context of "
+            f"{self.length:,}: its last {len(kept):,} tokens were kept"
+        )
+        return kept
+
+
+def context_length(state: Mapping[str, Any], ctx_size: int) -> int:
+    """Return the tokens that prompt and answer may have together.
+
+    Raises:
+        InvalidSettings: `truncation_length` is no whole number of at least 0.
+    """
+    asked = whole_number("truncation_length", state.get("truncation_length"))
+    return min(asked or ctx_size, ctx_size)
+
+
+def new_tokens_asked(state: Mapping[str, Any]) -> int:
+    """Return the `max_new_tokens` of a request.
+
+    Raises:
+        InvalidSettings: it is no whole number of at least 0.
+    """
+    return whole_number("max_new_tokens", state.get("max_new_tokens")) or DEFAULT_NEW_TOKENS
+
+
+def whole_number(name: str, value: Any) -> int:
+    """Read a number that a page or the API may have left out, or written as text; 0 for none.
+
+    Raises:
+        InvalidSettings: it is no whole number of at least 0.
+    """
+    if value is None or value == "":
+        return 0
+    try:
+        number = float(value)
+        if isinstance(value, bool) or not number.is_integer() or number < 0:
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        raise invalid(name, "a whole number of at least 0", value) from None
+    return int(number)
 
 
 def settings(state: Mapping[str, Any], prompt_len: int, ctx_size: int) -> dict[str, Any]:
@@ -45,15 +124,34 @@ def settings(state: Mapping[str, Any], prompt_len: int, ctx_size: int) -> dict[s
     chosen = {name: state[name] for name in SAMPLERS if state.get(name) is not None}
     # The web UI takes 0 and anything below for the whole text.
     chosen["repetition_penalty_range"] = max(0, chosen.get("repetition_penalty_range", 0))
-    length = min(int(state.get("truncation_length") or ctx_size), ctx_size)
-    if state.get("auto_max_new_tokens"):
-        chosen["max_new_tokens"] = max(1, length - prompt_len)
-    else:
-        chosen["max_new_tokens"] = int(state.get("max_new_tokens") or 512)
+    chosen["max_new_tokens"] = new_tokens(state, prompt_len, ctx_size)
     if state.get("logit_bias"):
         chosen["logit_bias"] = {int(i): float(b) for i, b in state["logit_bias"].items()}
     chosen["logprobs"] = max(0, int(state.get("logprobs") or 0))
     return chosen
+
+
+def new_tokens(state: Mapping[str, Any], prompt_len: int, ctx_size: int) -> int:
+    """Return how many tokens an answer may have, and say where it is fewer than were asked for.
+
+    Raises:
+        InvalidSettings: `truncation_length` or `max_new_tokens` makes no sense.
+    """
+    left = max(1, context_length(state, ctx_size) - prompt_len)
+    asked = new_tokens_asked(state)
+    if state.get("auto_max_new_tokens"):
+        return left
+    if asked > left:
+        problems.notice(shortened(asked, left, prompt_len), in_page=False)
+    return min(asked, left)
+
+
+def shortened(asked: int, left: int, prompt_len: int) -> str:
+    """Say that the context has less room for an answer than was asked for."""
+    return (
+        f"behind the prompt of {prompt_len:,} tokens the context has room for {left:,} new "
+        f"tokens of the {asked:,} asked for"
+    )
 
 
 def take_processors(state: Mapping[str, Any], chosen: dict[str, Any]) -> list[Any]:

@@ -8,8 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from exl_loader.errors import ExlLoaderError, InvalidSettings, ModelUnloaded, PromptTooLong
+from exl_loader.chat.fitting import fit_messages
+from exl_loader.errors import ExlLoaderError, InvalidSettings, ModelUnloaded
 from exl_loader.progress import format_count
+from exl_loader.settings import SamplingSettings
 
 from .gauge import gauge_html, problem_html, task_html
 from .panel import LoadOptions, error_html, plan_html, reachable_length
@@ -173,25 +175,26 @@ class Session:
         return self._loaded().generate(text, dict(settings))
 
     def answer(
-        self, messages: Sequence[Mapping[str, str]], settings: Mapping[str, Any]
+        self, messages: Sequence[Mapping[str, str]], settings: Mapping[str, Any],
+        notices: list[str] | None = None,
     ) -> TextGeneration:
         """Answer a conversation, in the model's template.
 
-        Messages are left out from the oldest on where the context is too short for all, a
-        question with its answer.
+        Args:
+            messages: questions and answers in turn, a question last. The oldest are left out
+                until the answer asked for fits into the context.
+            settings: of the answer.
+            notices: a line is added to it where messages were left out.
 
         Raises:
             ModelUnloaded: no model is loaded. PromptTooLong: the last message alone is too
                 long. ExlLoaderError: see `LoadedModel.generate`.
         """
-        model, kept = self._loaded(), list(messages)
-        while True:
-            try:
-                return model.generate(model.chat_ids(kept), dict(settings))
-            except PromptTooLong:
-                if len(kept) <= 2:
-                    raise
-                kept = kept[2:]
+        model, chosen = self._loaded(), SamplingSettings.from_dict(settings)
+        fitted = fit_messages(messages, model.chat_ids, model.ctx_size, chosen.max_new_tokens)
+        if fitted.notice and notices is not None:
+            notices.append(fitted.notice)
+        return model.generate(fitted.ids, chosen)
 
     def _loaded(self) -> LoadedModel:
         model = self._model

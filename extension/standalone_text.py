@@ -164,8 +164,10 @@ class TextView:
             return
         asked = [*history, {"role": "user", "content": message}]
         try:
-            generation = self._session.answer(asked, _settings(sampling))
+            notices: list[str] = []
+            generation = self._session.answer(asked, _settings(sampling), notices)
             for written, stats, running in _stream(generation):
+                stats = " · ".join([*notices, stats])
                 talk = [*asked, {"role": "assistant", "content": written}]
                 busy = (gr.update(interactive=not running), gr.update(interactive=running))
                 yield "", talk, talk, *busy, stats, ""

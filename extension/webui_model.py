@@ -11,11 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from exl_loader.chat.fitting import context_notice
 from exl_loader.sampling import Sampler, TokenRoles
 from exl_loader.settings import SamplingSettings
 
 from . import loading, problems
-from .request import StopWatch, prompt_ids, settings, take_processors, without_padding
+from .request import (
+    StopWatch,
+    context_length,
+    prompt_ids,
+    settings,
+    take_processors,
+    without_padding,
+)
 
 if TYPE_CHECKING:
     from exl_loader.engine import LoadedModel
@@ -156,6 +164,12 @@ class Exllamav3Model:
         tail = words.flush()
         if tail:
             yield text + tail
+        length = context_length(state, self.loaded.ctx_size)
+        is_full = len(ids) + figures.completion_tokens >= length
+        if generation.finish_reason == "context" or (
+            generation.finish_reason == "length" and is_full
+        ):
+            problems.notice(context_notice(length, figures.completion_tokens))
         if chosen["max_new_tokens"] == 1:
             self._keep_scores(ids, chosen)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 from fake_model import fake_engine
@@ -160,6 +161,30 @@ def test_old_messages_go_when_the_context_is_full(talk):
         assert "".join(chat.ask(f"question {i} " + "x" * 20)) == "ok"
     assert 2 <= len(chat.messages) < 24
     assert chat.messages[0]["role"] == "user"
+
+
+def test_old_messages_go_until_the_answer_asked_for_fits(talk):
+    chat, _, _ = talk(TEMPLATE)
+    chat._settings = replace(chat._settings, max_new_tokens=100)
+    said = 0
+    for i in range(8):
+        assert "".join(chat.ask(f"question {i} " + "x" * 20)) == "ok"
+        assert len(chat._prompt_ids(chat.messages[:-1])) + 100 <= 256
+        said += sum("left out, so that the answer has room" in n for n in chat.notices)
+        chat.notices.clear()
+    assert said > 2
+
+
+def test_a_context_that_is_full_is_said(tiny_model_dir, monkeypatch, capsys):
+    options = ["--max-new-tokens", "400", "--ban-eos-token"]
+    assert chat(tiny_model_dir, "x" * 200 + "\n", monkeypatch, *options) == 0
+    said = capsys.readouterr()
+    assert "[the context of 256 tokens is full: the answer ends after" in said.err
+    assert "is full" not in said.out
+    assert generate(tiny_model_dir, "--prompt", "x" * 200, *options) == 0
+    assert "warning: the context of 256 tokens is full" in capsys.readouterr().err
+    assert generate(tiny_model_dir, "--prompt", "x", "--max-new-tokens", "3") == 0
+    assert "is full" not in capsys.readouterr().err
 
 
 def test_an_interrupted_answer_stays_in_the_conversation(talk):

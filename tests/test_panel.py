@@ -173,9 +173,11 @@ def test_long_conversation_loses_its_oldest_questions_with_their_answers(tiny_mo
     # One token a byte: three of these fit into 256 tokens, seven do not.
     roles = ("user", "assistant") * 3 + ("user",)
     talk = [{"role": role, "content": f"{i}" * 40} for i, role in enumerate(roles)]
-    with session.answer(talk, {"max_new_tokens": 2}) as generation:
+    notices = []
+    with session.answer(talk, {"max_new_tokens": 2}, notices) as generation:
         prompt = session.model.decode(generation.prompt_ids)
         assert len(list(generation)) <= 2 and generation.finish_reason is not None
+    assert "the 2 oldest messages were left out" in notices[0] and len(notices) == 1
     assert prompt.startswith("user: 2222") and prompt.rstrip().endswith("6666")
     with pytest.raises(PromptTooLong):
         session.answer([{"role": "user", "content": "x" * 300}], {})

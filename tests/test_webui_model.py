@@ -11,7 +11,7 @@ import torch
 from tiny import write_tiny_model
 
 import exl_loader
-from exl_loader.errors import PromptTooLong
+from exl_loader.errors import InvalidSettings, PromptTooLong
 from extension import problems, request
 from extension.webui_model import Exllamav3Model
 
@@ -69,10 +69,61 @@ def test_the_prompt_keeps_its_end_and_one_bos(loaded):
     assert request.prompt_ids(tokenizer, PROMPT, STATE | {"add_bos_token": False}, 512) == plain[1:]
     short = request.prompt_ids(tokenizer, PROMPT, STATE | {"truncation_length": 12}, 512)
     assert short == [bos, *plain[-3:]]
-    none_left = request.prompt_ids(tokenizer, PROMPT, STATE | {"max_new_tokens": 600}, 512)
-    assert none_left == plain[-1:]
     long = request.prompt_ids(tokenizer, "x " * 2000, STATE | {"truncation_length": 9999}, 512)
     assert len(long) == 504
+
+
+@pytest.mark.parametrize(("ctx_size", "length", "asked", "prompt_len", "kept"), [
+    # Fits: kept whole, whatever the answer asks for.
+    (256, 256, 200, 200, 200), (256, 256, 256, 255, 255), (512, 0, 4096, 511, 511),
+    (256, 9999, 512, 40, 40), (512, 100, 90, 99, 99),
+    # Does not fit: the web UI's rule, but at least a quarter of the context.
+    (256, 256, 100, 256, 156), (256, 256, 100, 900, 156), (512, 100, 20, 600, 80),
+    (256, 256, 250, 900, 64), (256, 256, 256, 900, 64), (256, 256, 9999, 900, 64),
+    (2, 2, 5, 9, 1), (1, 1, 5, 9, 1),
+])
+def test_the_answer_takes_its_room_from_no_question_in_silence(
+    loaded, capsys, ctx_size, length, asked, prompt_len, kept
+):
+    tokenizer = loaded.tokenizer
+    state = {"truncation_length": length, "max_new_tokens": asked}
+    text = "".join(chr(97 + i % 26) for i in range(prompt_len - 1))
+    whole = tokenizer.prompt_ids(text, add_bos=True)
+    assert len(whole) == prompt_len
+    found = request.prompt_ids(tokenizer, text, state, ctx_size)
+    assert len(found) == kept and (kept == 1 or found[0] == tokenizer.bos_token_id)
+    assert found[1:] == whole[1:][prompt_len - kept :]
+    said = capsys.readouterr().err
+    assert (f"its last {kept:,} tokens were kept" in said) == (kept < prompt_len)
+    limit = min(length or ctx_size, ctx_size)
+    assert kept < limit or limit == 1
+    new_tokens = request.settings(state, kept, ctx_size)["max_new_tokens"]
+    assert new_tokens == min(asked, max(1, limit - kept))
+    assert ("has room for" in capsys.readouterr().err) == (new_tokens < asked)
+
+
+@pytest.mark.parametrize("name", ["truncation_length", "max_new_tokens"])
+@pytest.mark.parametrize("value", ["abc", -5, 1.5, True, [3], float("inf"), float("nan")])
+def test_lengths_that_make_no_sense_are_refused_by_name(loaded, name, value):
+    with pytest.raises(InvalidSettings, match=name):
+        request.prompt_ids(loaded.tokenizer, PROMPT, STATE | {name: value}, 512)
+
+
+def test_an_answer_that_fills_the_context_is_said(model, capsys):
+    state = STATE | {"max_new_tokens": 400}
+    model.generate("x" * 300, state)
+    said = capsys.readouterr().err
+    assert "has room for 211 new tokens of the 400 asked for" in said
+    assert "the context of 512 tokens is full: the answer ends after 211 tokens" in said
+    model.generate("x" * 100, STATE | {"truncation_length": 120, "max_new_tokens": 40})
+    assert "the context of 120 tokens is full" in capsys.readouterr().err
+    model.generate(PROMPT, STATE)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_hosts_prompt_length_is_a_number_that_knows_the_context(loaded):
+    room = request.PromptRoom.of_request({"truncation_length": 256, "max_new_tokens": 100}, 512)
+    assert room == 156 and room.length == 256 and f"{room}" == "156"
 
 
 def test_the_state_becomes_settings_and_hidden_samplers_stay_out():

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..errors import ExlLoaderError, InvalidSettings, PromptTooLong
+from ..chat.fitting import context_notice, fit_messages
+from ..errors import ExlLoaderError, InvalidSettings
 from ..progress import NullProgress, Progress, default_progress
 from ..settings import SamplingSettings
 from .model_options import (
@@ -21,6 +22,7 @@ from .model_options import (
 
 if TYPE_CHECKING:
     from ..engine import LoadedModel
+    from ..generation.generation import TextGeneration
 
 YOU, MODEL = "you> ", "model> "
 HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
@@ -78,6 +80,10 @@ class Chat:
         settings: of every answer.
         system: the system message, None for none.
         progress: told about long prompts.
+
+    Attributes:
+        messages: the conversation, without the system message.
+        notices: what was left out or cut off since the list was emptied, a line each.
     """
 
     def __init__(
@@ -91,6 +97,7 @@ class Chat:
         stops = () if self.has_template else PLAIN_STOPS
         self._settings = replace(settings, stop_strings=(*settings.stop_strings, *stops))
         self.messages: list[dict[str, str]] = []
+        self.notices: list[str] = []
 
     def reset(self) -> None:
         """Forget all but the system message."""
@@ -99,7 +106,8 @@ class Chat:
     def ask(self, text: str):
         """Yield the answer's pieces; it joins the conversation, as far as it was read.
 
-        Messages are dropped from the oldest on where the context is too short for all.
+        Messages are dropped from the oldest on until the answer asked for fits into the
+        context; `notices` says so, and where an answer ends because the context is full.
 
         Raises:
             PromptTooLong: this message alone is too long; the conversation is as before.
@@ -120,21 +128,23 @@ class Chat:
                     yield piece
         finally:
             self.messages.append({"role": "assistant", "content": answer.strip()})
+        if generation.finish_reason == "context":
+            self.notices.append(
+                context_notice(self._model.ctx_size, generation.stats.new_tokens)
+            )
 
-    def _generate(self):
-        while True:
-            try:
-                return self._model.generate(
-                    self._prompt_ids(), self._settings, progress=self._progress
-                )
-            except PromptTooLong:
-                if len(self.messages) <= 1:
-                    raise
-                # A question goes with its answer, so that roles still alternate.
-                self.messages = self.messages[2:]
+    def _generate(self) -> TextGeneration:
+        fitted = fit_messages(
+            self.messages, self._prompt_ids, self._model.ctx_size, self._settings.max_new_tokens
+        )
+        generation = self._model.generate(fitted.ids, self._settings, progress=self._progress)
+        if fitted.dropped:
+            self.messages = self.messages[fitted.dropped :]
+            self.notices.append(fitted.notice)
+        return generation
 
-    def _prompt_ids(self) -> list[int]:
-        messages = self._system + self.messages
+    def _prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        messages = [*self._system, *messages]
         if self.has_template:
             return self._model.chat_ids(messages)
         lines = [f"{PLAIN_ROLES[m['role']]}: {m['content']}\n" for m in messages]
@@ -175,6 +185,12 @@ def _piped_lines() -> Iterator[str]:
         yield line.strip()
 
 
+def _show_notices(chat: Chat) -> None:
+    for notice in chat.notices:
+        print(f"[{notice}]", file=sys.stderr)
+    chat.notices.clear()
+
+
 def _answer(chat: Chat, line: str, *, stoppable: bool) -> bool:
     """Print the answer to a message, or why there is none; returns whether there was one.
 
@@ -184,8 +200,10 @@ def _answer(chat: Chat, line: str, *, stoppable: bool) -> bool:
     print(MODEL, end="", flush=True)
     try:
         for piece in chat.ask(line):
+            _show_notices(chat)
             print(piece, end="", flush=True)
-        print()
+        print(flush=True)
+        _show_notices(chat)
     except KeyboardInterrupt:
         if not stoppable:
             raise

@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from .. import windows
+from ..chat.fitting import context_notice
 from ..progress import MIB, default_progress
 from .model_options import (
     DEMO_MODEL,
@@ -60,6 +61,9 @@ def run(args: argparse.Namespace) -> int:
                 text = ""
                 _stream(generation, echo=prompt if _default_prompt(args) else "")
         result = _result(model, generation, load_s) | {"prompt": prompt, "text": text}
+    if generation.finish_reason == "context":
+        notice = context_notice(result["ctx_size"], result["new_tokens"])
+        print(f"warning: {notice}", file=sys.stderr)
     if args.json:
         print(json.dumps(result, indent=2))
     if args.stats:
