@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .errors import InvalidSettings
+from .errors import InvalidSettings, shown
 from .table import DeviceMap, TensorSpec
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class CacheType:
                 "cache_type",
                 expected=f"one of {', '.join(BITS_NAMES.values())}, or keys and values apart "
                 "such as q8_q4",
-                actual=repr(name),
+                actual=shown(name),
             )
         return cls(_NAMED_BITS[parts[0]], _NAMED_BITS[parts[-1]])
 

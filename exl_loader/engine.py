@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .errors import InsufficientMemory, InvalidSettings, ModelUnloaded
+from .errors import InsufficientMemory, ModelUnloaded
 from .generation.generation import IdGeneration, TextGeneration
 from .generation.generator import Generator
 from .generation.logprobs import TokenLogprobs, token_logprobs
@@ -18,6 +18,7 @@ from .generation.request import RequestReader
 from .memory import capacity, is_out_of_memory
 from .paging import PagedCache
 from .progress import Progress
+from .setting_values import check_integer, plain
 from .settings import SamplingSettings
 
 if TYPE_CHECKING:
@@ -115,7 +116,8 @@ class LoadedModel:
         return self.encode(self.apply_chat_template(messages, **options), add_bos=False)
 
     def generate(
-        self, prompt: Prompt, settings: Settings = None, *, progress: Progress | None = None
+        self, prompt: Prompt, settings: Settings = None, *, progress: Progress | None = None,
+        **more_settings: Any,
     ) -> TextGeneration:
         """Continue a prompt.
 
@@ -123,6 +125,8 @@ class LoadedModel:
             prompt: text (encoded as the folder says, without an end token) or token ids.
             settings: `SamplingSettings`, or a dict with the web UI's names.
             progress: told about the prompt's tokens.
+            more_settings: settings by name, such as `max_new_tokens=5`; they win over
+                `settings`.
 
         Returns:
             An iterator of pieces of text, with `stop()`, `close()`, `stats`. Behind a text they
@@ -137,19 +141,20 @@ class LoadedModel:
             ModelUnloaded: after `unload`.
         """
         self._check_loaded()
-        chosen = SamplingSettings.from_dict(settings)
+        chosen = SamplingSettings.from_dict(settings, **more_settings)
         job = self._requests.job(prompt, chosen, progress, as_text=True)
         return TextGeneration(self._generator, job)
 
     def generate_ids(
-        self, prompt: Prompt, settings: Settings = None, *, progress: Progress | None = None
+        self, prompt: Prompt, settings: Settings = None, *, progress: Progress | None = None,
+        **more_settings: Any,
     ) -> IdGeneration:
         """Continue a prompt with token ids; like `generate`, and works without a tokenizer.
 
         Stop strings need one; the ids that made up a found one are given out.
         """
         self._check_loaded()
-        chosen = SamplingSettings.from_dict(settings)
+        chosen = SamplingSettings.from_dict(settings, **more_settings)
         job = self._requests.job(prompt, chosen, progress, as_text=False)
         return IdGeneration(self._generator, job)
 
@@ -199,6 +204,9 @@ class LoadedModel:
             As `prompt_logits`.
         """
         prompt_ids = self._whole_prompt(ids)
+        rope_len = plain(rope_len)
+        if rope_len is not None:
+            check_integer("rope_len", rope_len, 0)
         reach = min(max(len(prompt_ids), rope_len or 0), self.ctx_size)
         (result,) = self._empty_rows(1)
 
@@ -222,8 +230,8 @@ class LoadedModel:
             As `prompt_logits`; no more than a few rows of logits exist at a time.
         """
         prompt_ids = self._whole_prompt(ids)
-        if not isinstance(count, int) or count < 0:
-            raise InvalidSettings("count", expected="0 or more tokens", actual=repr(count))
+        count = plain(count)
+        check_integer("count", count, 0)
         vocab_size = self._requests.sampled_vocab_size
         result: list[TokenLogprobs | None] = [None]
 

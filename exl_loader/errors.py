@@ -14,6 +14,10 @@ from typing import Any
 _UNPRINTABLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 
 
+# Characters of a part of an error's one line; a list of all settings has 800.
+_LONGEST_PART = 1500
+
+
 def printable(text: str) -> str:
     """Return a text with everything escaped that a terminal or a stream would not just print."""
     return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
@@ -65,22 +69,31 @@ class ExlLoaderError(Exception):
         super().__init__(self._line())
 
     def _line(self):
-        line = self.thing
+        expected, actual = _cut(self.expected), _cut(self.actual)
+        line = _cut(self.thing)
         if self.expected is not None and self.actual is not None:
-            line += f": expected {self.expected}, found {self.actual}"
+            line += f": expected {expected}, found {actual}"
         elif self.expected is not None:
-            line += f": expected {self.expected}"
+            line += f": expected {expected}"
         elif self.actual is not None:
-            line += f": {self.actual}"
+            line += f": {actual}"
         if self.remedy:
-            line += f". {self.remedy}"
+            line += f". {_cut(self.remedy)}"
         return " ".join(line.split())
+
+
+def _cut(part: Any) -> str:
+    """Return a part of the one line: a name or a library's words may be megabytes."""
+    text = str(part)
+    return text if len(text) <= _LONGEST_PART else text[:_LONGEST_PART] + "..."
 
 
 def _plain(value: Any) -> Any:
     """Return what can be printed in the value's place; the value itself where it can."""
     if isinstance(value, str):
         return printable(value)
+    if value is None:
+        return None
     try:
         text = str(value)
     except Exception:

@@ -21,9 +21,9 @@ from .errors import DeviceError, InsufficientMemory
 from .generation.draft_model import DEFAULT_DRAFT_MAX, MAX_DRAFT_MAX, DraftModel, check_vocabularies
 from .memory import Buffers, allocate, is_out_of_memory, trim_heap
 from .paging import PagedCache
-from .progress import NullProgress, Progress, task
+from .progress import Progress, checked_progress, task
 from .reservation import PlannedModel, PlanRequest, planned
-from .reservation.options import CtxSize, check_count, chosen_devices
+from .reservation.options import CtxSize, check_count, chosen_devices, refuse_unknown
 from .reservation.placement import DRAFT_PREFIX
 from .reservation.text import refusal
 from .torch_threads import torch_on_one_thread
@@ -60,6 +60,7 @@ def load(
     ctx_size_draft: int = 0,
     draft_max: int = DEFAULT_DRAFT_MAX,
     progress: Progress | None = None,
+    **unknown: Any,
 ) -> LoadedModel:
     """Load a model folder (EXL2, GPTQ or unquantised safetensors).
 
@@ -83,6 +84,8 @@ def load(
             folder has a tokenizer that cannot be used. KernelBuildError: the kernels do not
             compile. In every case all memory has been given back.
     """
+    refuse_unknown(load, unknown)
+    progress = checked_progress(progress)
     check_count("draft_max", draft_max, 1, MAX_DRAFT_MAX)
     request = PlanRequest(
         model_dir,
@@ -104,7 +107,7 @@ def load(
         _open_devices(request)
         with planned(request) as plan, torch_on_one_thread():
             rope_options = {"alpha_value": alpha_value, "compress_pos_emb": compress_pos_emb}
-            return _load_planned(plan, rope_options, draft_max, progress or NullProgress())
+            return _load_planned(plan, rope_options, draft_max, progress)
     except BaseException as error:
         drop_locals(error)
         gc.collect()

@@ -17,7 +17,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from .devices import Capacity, device_kind
-from .errors import InsufficientMemory, InvalidSettings
+from .errors import InsufficientMemory, InvalidSettings, shown
 from .progress import NullProgress, Progress, task
 from .table import Segment
 
@@ -29,6 +29,9 @@ LIMIT_VARIABLE = "EXL_LOADER_MEMORY_LIMIT"
 # Between two looks at what is still free: small enough that another process which grows
 # meanwhile is noticed before the system starts to kill, large enough to cost nothing.
 TOUCH_BYTES = 256 << 20
+
+# What a file's or a buffer's size can be at most.
+MAX_BYTES = (1 << 63) - 1
 
 # A text that is a smaller number, and no unit, counts GiB or MiB: more MiB no card has.
 LEAST_BARE_BYTES = 1 << 18
@@ -61,15 +64,15 @@ def parse_bytes(value: int | str, setting: str) -> int:
     """
     least = 1
     if isinstance(value, int) and not isinstance(value, bool):
-        count = Fraction(value)
+        count = Fraction(value) if value <= MAX_BYTES else Fraction(0)
     else:
         match = _BYTES.fullmatch(value) if isinstance(value, str) else None
         count = _scaled(*match.groups(default="")) if match else Fraction(0)
         if match and match[0].rstrip()[-1].isdigit():
             least = LEAST_BARE_BYTES
-    if count < least:
+    if not least <= count <= MAX_BYTES:
         raise InvalidSettings(
-            setting, expected="a number of bytes such as 24GiB", actual=repr(value)
+            setting, expected="a number of bytes such as 24GiB", actual=shown(value)
         )
     return int(count)
 

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TextIO
 
+from .errors import InvalidSettings, shown
+
 # Plain lines are for logs: what ends within the delay needs none, what lasts writes one
 # every interval.
 PLAIN_DELAY_S = 1.0
@@ -51,6 +53,22 @@ class NullProgress:
 
     def finish(self, task: str) -> None:
         pass
+
+
+def checked_progress(progress: Progress | None) -> Progress:
+    """Return what long work is to report to: what a caller gave, or what shows nothing.
+
+    Raises:
+        InvalidSettings: it lacks one of the three methods.
+    """
+    if progress is None:
+        return NullProgress()
+    if not all(callable(getattr(progress, name, None)) for name in ("start", "advance", "finish")):
+        raise InvalidSettings(
+            "progress", expected="an object with the methods start, advance and finish, or None",
+            actual=shown(progress),
+        )
+    return progress
 
 
 @dataclass

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import InvalidConfig, InvalidSettings
+from .errors import InvalidConfig, InvalidSettings, shown
 from .json_keys import Keys
 
 MAX_POSITIONS = (1 << 31) - 1
@@ -108,12 +108,13 @@ def inv_freq(
 
 
 def check_scaling(alpha_value: Any, compress_pos_emb: Any) -> None:
-    """Raise InvalidSettings unless both are numbers in (0, 1e6]."""
+    """Raise InvalidSettings unless both are numbers from 1e-6 to 1e6."""
     for name, value in (("alpha_value", alpha_value), ("compress_pos_emb", compress_pos_emb)):
-        if not isinstance(value, (int, float)) or not 0 < value <= MAX_FACTOR:
+        valid = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not valid or not 1 / MAX_FACTOR <= value <= MAX_FACTOR:
             raise InvalidSettings(
-                name, expected=f"a number above 0, at most {MAX_FACTOR:g}",
-                actual=repr(value)[:80], remedy="1 leaves the model as it is",
+                name, expected=f"a number above 0, from {1 / MAX_FACTOR:g} to {MAX_FACTOR:g}",
+                actual=shown(value), remedy="1 leaves the model as it is",
             )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from .errors import InvalidSettings
@@ -19,9 +19,10 @@ from .setting_values import (
     invalid,
     json_schema,
     names,
+    plain,
     quoted_texts,
+    texts,
     token_ids,
-    tuple_of,
 )
 
 # A seed is what numpy's generator takes and a web form can write.
@@ -204,8 +205,11 @@ class SamplingSettings:
     stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
         for name, limits in _NUMBERS.items():
             check_number(name, getattr(self, name), *limits)
+            object.__setattr__(self, name, float(getattr(self, name)))
         for name, bounds in _INTEGERS.items():
             check_integer(name, getattr(self, name), *bounds)
         for name in _FLAGS:
@@ -226,13 +230,13 @@ class SamplingSettings:
             )
 
     def _read_lists(self) -> None:
-        stop_strings = tuple_of("stop_strings", self.stop_strings, str)
+        stop_strings = texts("stop_strings", self.stop_strings)
         if "" in stop_strings:
             raise invalid("stop_strings", "texts of at least one character", "")
         known = SAMPLER_PRIORITY
         read = {
             "stop_strings": stop_strings,
-            "stop_token_ids": tuple_of("stop_token_ids", self.stop_token_ids, int),
+            "stop_token_ids": token_ids("stop_token_ids", self.stop_token_ids),
             "custom_token_bans": token_ids("custom_token_bans", self.custom_token_bans),
             "logit_bias": biases("logit_bias", self.logit_bias),
             "dry_sequence_breakers": quoted_texts(
@@ -248,7 +252,9 @@ class SamplingSettings:
         return self.temperature == 0 or not self.do_sample
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any] | SamplingSettings | None) -> SamplingSettings:
+    def from_dict(
+        cls, values: Mapping[str, Any] | SamplingSettings | None = None, **more: Any
+    ) -> SamplingSettings:
         """Read settings from a request.
 
         `stop` is accepted for `stop_strings`, and a string for a list of one. Numbers may be
@@ -256,22 +262,37 @@ class SamplingSettings:
         this engine lacks are accepted at the value at which they do nothing; None is an
         empty list or text, as the web UI's empty fields are.
 
+        Args:
+            values: the settings by name.
+            more: further ones, which win over `values`.
+
         Raises:
             InvalidSettings: a value makes no sense, a name is unknown, or a sampler that
                 this engine lacks is switched on.
         """
-        if values is None:
-            return cls()
+        if values is not None and not isinstance(values, (SamplingSettings, Mapping)):
+            raise InvalidSettings(
+                "settings", expected="SamplingSettings or a dict", actual=type(values).__name__,
+                remedy="Give settings as a dict, or by name such as max_new_tokens=5",
+            )
         if isinstance(values, SamplingSettings):
-            return values
-        if not isinstance(values, Mapping):
-            raise invalid("settings", "SamplingSettings or a dict", type(values).__name__)
+            return replace(values, **cls._read(more)) if more else values
+        return cls(**(cls._read(values or {}) | cls._read(more)))
+
+    @classmethod
+    def _read(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return values by the names of fields, each of its field's kind."""
         known = {field.name: field.type for field in fields(cls)}
         chosen: dict[str, Any] = {}
         for key, value in values.items():
             name = "stop_strings" if key == "stop" else key
+            if name in chosen:
+                raise InvalidSettings(
+                    "stop", expected="none beside stop_strings, which is the same setting",
+                    actual="both", remedy="Leave one of them out",
+                )
             if name in known:
                 chosen[name] = as_kind(value, str(known[name]))
             else:
                 check_foreign(name, value, known)
-        return cls(**chosen)
+        return chosen

@@ -6,10 +6,11 @@ never ask which kind it is, and tests bring devices of their own.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..errors import InvalidSettings
+from ..errors import InvalidSettings, shown
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,10 @@ class Device(Protocol):
 
 def device_kind(name: str) -> Device:
     """Find what serves a device name such as `cpu`, `cpu:1` or `cuda:0`."""
-    kind, _, index = name.partition(":")
-    if kind not in KINDS or (index and not index.isdigit()):
+    kind, colon, index = name.partition(":")
+    if kind not in KINDS or (colon and not re.fullmatch("[0-9]{1,3}", index)):
         raise InvalidSettings(
-            "device", expected="auto, cpu or cuda:0, cuda:1, ...", actual=repr(name)
+            "device", expected="auto, cpu or cuda:0, cuda:1, ...", actual=shown(name)
         )
     return KINDS[kind]
 

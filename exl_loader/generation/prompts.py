@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from ..errors import InvalidSettings, InvalidTokenizer, PromptTooLong
+from ..errors import InvalidSettings, InvalidTokenizer, PromptTooLong, shown
 from ..setting_values import whole_numbers
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class PromptReader:
         if ids and not (min(ids) >= 0 and max(ids) < self._config.vocab_size):
             raise InvalidSettings(
                 what, expected=f"0 to {self._config.vocab_size - 1}",
-                actual=f"{min(ids)} to {max(ids)}",
+                actual=f"{shown(min(ids))} to {shown(max(ids))}",
                 remedy="They may come from another model's tokenizer",
             )
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import InvalidSettings
 from ..grammar.masks import Grammars
-from ..progress import NullProgress, Progress
+from ..progress import Progress, checked_progress
 from ..sampling import Sampler, TokenRoles
 from ..settings import SamplingSettings
 from .jobs import Job, NegativeText
@@ -117,7 +117,7 @@ class RequestReader:
             eos_ids=frozenset(() if settings.ban_eos_token else self.eos_token_ids),
             max_tokens=len(prompt_ids) + new_tokens,
             text=text,
-            progress=progress or NullProgress(),
+            progress=checked_progress(progress),
             vocab_size=self.sampled_vocab_size,
             negative=negative,
         )
@@ -129,7 +129,7 @@ class RequestReader:
         if self._max_batch_size < 2:
             raise InvalidSettings(
                 "guidance_scale", expected="1, because a pass has room for one sequence",
-                actual=repr(settings.guidance_scale),
+                actual=settings.guidance_scale,
                 remedy="Load the model with a max_batch_size of 2 or more",
             )
         ids = self._prompts.ids(settings.negative_prompt or [])

@@ -9,11 +9,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import re
 import sys
 from typing import TYPE_CHECKING
 
 from .. import windows
-from ..errors import InvalidSettings
+from ..errors import InvalidSettings, shown
 from ..formats.packed import DenseLinear, PackedLinear
 from .toolchain import command_output
 
@@ -122,11 +123,11 @@ def default_threads() -> int:
     setting = os.environ.get(THREADS_ENV, "").strip()
     if not setting:
         return max(1, min(_physical_cores(), _cgroup_limit()))
-    if not setting.isdecimal() or not 1 <= int(setting) <= MAX_THREADS:
+    if not re.fullmatch("[0-9]{1,9}", setting) or not 1 <= int(setting) <= MAX_THREADS:
         raise InvalidSettings(
             f"environment variable {THREADS_ENV}",
             expected=f"a number from 1 to {MAX_THREADS}",
-            actual=repr(setting),
+            actual=shown(setting),
         )
     return int(setting)
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..cache import CacheType
 from ..devices import Capacity, device_kind
 from ..devices.cuda import auto_cards
-from ..errors import InvalidSettings
+from ..errors import InvalidSettings, shown
 from ..memory import capacity, environment_limit, live_bytes, parse_bytes
 from ..rope import MAX_POSITIONS
+from ..setting_values import unknown_name
 
 GIB = 1 << 30
 
@@ -87,17 +90,35 @@ def check_count(name: str, value: Any, least: int, most: int) -> None:
     """Raise InvalidSettings unless `value` is an int from `least` to `most`."""
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise InvalidSettings(
-            name, expected=f"a whole number from {least} to {most}", actual=repr(value)
+            name, expected=f"a whole number from {least} to {most}", actual=shown(value)
         )
+
+
+def check_folder(name: str, value: Any) -> None:
+    """Raise InvalidSettings unless `value` is a path."""
+    if not isinstance(value, (str, os.PathLike)) or isinstance(os.fspath(value), bytes):
+        raise InvalidSettings(name, expected="the path of a folder", actual=shown(value))
+
+
+def refuse_unknown(function: Callable[..., Any], unknown: Mapping[str, Any]) -> None:
+    """Raise InvalidSettings for the first keyword that a function does not have."""
+    for name in unknown:
+        known = [
+            parameter.name for parameter in inspect.signature(function).parameters.values()
+            if parameter.kind is not parameter.VAR_KEYWORD
+        ]
+        raise unknown_name(f"{function.__name__}: option", name, known)
 
 
 def check_ctx_size(ctx_size: CtxSize) -> None:
     """Raise InvalidSettings unless it is None, `auto` or a number of tokens."""
-    if ctx_size is None or ctx_size == "auto":
+    if ctx_size is None:
         return
     if isinstance(ctx_size, str):
+        if ctx_size == "auto":
+            return
         raise InvalidSettings(
-            "ctx_size", expected="a number of tokens or auto", actual=repr(ctx_size)
+            "ctx_size", expected="a number of tokens or auto", actual=shown(ctx_size)
         )
     check_count("ctx_size", ctx_size, 1, MAX_POSITIONS)
 
@@ -188,7 +209,7 @@ def _device_names(device: str | Sequence[str], num_cards: int) -> list[str]:
         names = list(device)
     else:
         raise InvalidSettings("device", expected="a device's name, or several",
-                              actual=repr(device)[:80])
+                              actual=shown(device))
     if names == ["auto"]:
         names = [f"cuda:{i}" for i in range(num_cards)] or [*auto_cards()] or ["cpu"]
     names = ["cuda:0" if name == "cuda" else name for name in names]
@@ -204,23 +225,39 @@ def _device_names(device: str | Sequence[str], num_cards: int) -> list[str]:
 
 
 def _gib_list(value: str | Sequence[float] | None) -> list[int]:
-    parts = value.split(",") if isinstance(value, str) and value.strip() else value or []
     found = []
-    for part in parts:
+    for part in _listed("gpu_split", value):
         try:
             gib = float(part)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             gib = math.nan
-        if not 0 < gib < 1 << 20:
+        if isinstance(part, bool) or not 0 < gib < 1 << 20:
             raise InvalidSettings(
-                "gpu_split", expected="GiB for each device, such as 20,24", actual=repr(value)
+                "gpu_split", expected="GiB for each device, such as 20,24", actual=shown(value)
             )
         found.append(int(gib * GIB))
     return found
 
 
 def _size_list(value: int | str | Sequence[int | str] | None) -> list[int]:
-    if value is None:
+    return [parse_bytes(part, "vram") for part in _listed("vram", value)]
+
+
+def _listed(name: str, value: Any) -> list[Any]:
+    """Return the values of a setting that is one value for each device, at most MAX_DEVICES."""
+    if value is None or (isinstance(value, str) and not value.strip()):
         return []
-    parts = value.split(",") if isinstance(value, str) else value
-    return [parse_bytes(part, "vram") for part in ([parts] if isinstance(parts, int) else parts)]
+    if isinstance(value, str):
+        parts: list[Any] = value.split(",")
+    elif isinstance(value, (int, float)):
+        parts = [value]
+    elif isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray, memoryview)):
+        parts = list(value)
+    else:
+        raise InvalidSettings(
+            name, expected="one value for each device, as text with commas or a list",
+            actual=shown(value),
+        )
+    if len(parts) > MAX_DEVICES:
+        raise InvalidSettings(name, expected=f"at most {MAX_DEVICES} values", actual=len(parts))
+    return parts

@@ -7,12 +7,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ..blueprint import Blueprint
 from ..cache import PAGE_LEN, CacheType
 from ..checkpoint import Checkpoint
 from ..config import ModelConfig
 from ..rope import MAX_POSITIONS, check_scaling
+from ..setting_values import check_flag
 from ..table import Segment
 from ..workspace import DEFAULT_CHUNK_SIZE, DEFAULT_MAX_BATCH_SIZE
 from .length import stretched_length
@@ -24,6 +26,8 @@ from .options import (
     budgets,
     check_count,
     check_ctx_size,
+    check_folder,
+    refuse_unknown,
     run_options,
 )
 from .placement import Placer, Run, Share, segments_of
@@ -88,6 +92,7 @@ def plan(
     replacing: bool = False,
     model_draft: str | os.PathLike[str] | None = None,
     ctx_size_draft: int = 0,
+    **unknown: Any,
 ) -> Reservation:
     """Compute the memory a model will take, exactly, without loading it.
 
@@ -110,6 +115,7 @@ def plan(
         model_draft: folder of a smaller model with the same vocabulary, which guesses how
             texts go on; as a whole on the first device. None or empty for none.
         ctx_size_draft: its tokens of context; 0 for as many as the model's.
+        unknown: none; any other keyword is an error that names a similar one.
 
     Returns:
         the reservation, which may not fit: see its `fits`.
@@ -119,6 +125,7 @@ def plan(
         UnsupportedFormat: the folder cannot be planned.
         InvalidSettings: an option makes no sense, or there is no such device.
     """
+    refuse_unknown(plan, unknown)
     request = PlanRequest(
         model_dir,
         ctx_size,
@@ -142,6 +149,10 @@ def plan(
 @contextmanager
 def planned(request: PlanRequest) -> Iterator[PlannedModel]:
     """Plan as `plan` does, and keep the checkpoint open for the block."""
+    check_folder("model_dir", request.model_dir)
+    if request.model_draft is not None:
+        check_folder("model_draft", request.model_draft)
+    check_flag("replacing", request.replacing)
     check_ctx_size(request.ctx_size)
     check_scaling(request.alpha_value, request.compress_pos_emb)
     options = run_options(request.cache_type, request.chunk_size, request.max_batch_size)

@@ -139,7 +139,8 @@ class Tokenizer:
         Raises:
             InvalidSettings: `ids` is something else.
         """
-        return self._backend.decode(whole_numbers("ids", ids, "token ids"), skip_special)
+        known = [i for i in whole_numbers("ids", ids, "token ids") if 0 <= i < self.vocab_size]
+        return self._backend.decode(known, skip_special)
 
     def stream(self, skip_special: bool = True, behind: Sequence[int] = ()) -> StreamDecoder:
         """Begin to decode one token at a time.

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ...errors import InvalidSettings, KernelBuildError
+from ...errors import InvalidSettings, KernelBuildError, shown
 from ..toolchain import Compiler, command_output, find_compiler
 from .arch import OLDEST_CUDA, Capability, Version, arch_name, compiled_capability
 
@@ -56,7 +56,7 @@ def find_cuda_compilers(environ: Mapping[str, str] = os.environ) -> Iterator[Cud
     chosen = environ.get(COMPILER_ENV, "").strip()
     if chosen and chosen not in KINDS:
         raise InvalidSettings(
-            COMPILER_ENV, expected=" or ".join(KINDS), actual=repr(chosen),
+            COMPILER_ENV, expected=" or ".join(KINDS), actual=shown(chosen),
             remedy="Correct it, or unset it to take what there is",
         )
     if chosen != "nvcc":
