@@ -24,9 +24,9 @@ ROPE_OPTIONS = ("alpha_value", "compress_pos_emb")
 # The web UI's own options of a draft model, which the native loader has too.
 DRAFT_OPTIONS = ("model_draft", "ctx_size_draft", "draft_max")
 
-# The page's ids that are shown with the loaders and are no options of a load: the gauge, and
-# the field that its buttons write to.
-GAUGE, PICK = PANEL_IDS = ("exl_gauge", "exl_pick")
+# The page's ids that are shown with the loaders and are no options of a load: the gauge, the
+# field that its buttons write to, and the field whose change draws it.
+GAUGE, PICK, ASK = PANEL_IDS = ("exl_gauge", "exl_pick", "exl_ask")
 
 _DEFAULT_CTX_SIZE = 8192
 

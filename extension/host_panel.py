@@ -16,11 +16,20 @@ from exl_loader.progress import format_count
 from . import host, loading, panel, problems, tables
 from .event_chain import EventChain, event_chains
 from .gauge import PICK_ELEM_ID, gauge_html, message_html, task_html
-from .host import DRAFT_OPTIONS, GAUGE, LOADERS, OPTION_DEFAULTS, PICK, HostDiffers, Patches
-from .page_steps import PageSteps
+from .host import (
+    ASK,
+    DRAFT_OPTIONS,
+    GAUGE,
+    LOADERS,
+    PICK,
+    ROPE_OPTIONS,
+    HostDiffers,
+    Patches,
+)
+from .page_script import draw_in_order, follow_pick, keep_in_step
 
-# The field that the gauge's buttons write to is for the page alone.
-_HIDE_PICK = f"<style>#{PICK_ELEM_ID} {{ display: none !important; }}</style>"
+# Fields that only the page's own script reads and writes.
+_HIDE_FIELDS = f"<style>#{PICK_ELEM_ID}, #{ASK} {{ display: none !important; }}</style>"
 
 # Whose clicks the gauge follows to their end.
 _LOADING_BUTTONS = ("load_model", "unload_model")
@@ -29,8 +38,8 @@ _LOADING_BUTTONS = ("load_model", "unload_model")
 _TICK_S = 0.2
 
 # What the gauge draws: these are in every page, the others where the web UI has them; it
-# dropped one in v4.8.
-_NEEDED_INPUTS = ("loader", "model_menu", "ctx_size", "cache_type", *OPTION_DEFAULTS)
+# dropped one in v4.8. The toggles are not among them, because cache_type says what they say.
+_NEEDED_INPUTS = ("loader", "model_menu", "ctx_size", "cache_type", *ROPE_OPTIONS)
 _MORE_INPUTS = ("gpu_split", *DRAFT_OPTIONS)
 
 
@@ -102,8 +111,9 @@ def _insert_components() -> None:
         "compress_pos_emb": gr.Number(
             label="compress_pos_emb", value=args.compress_pos_emb, step=0.1,
             info="Divides positions to stretch the context; 1 is as trained."),
-        GAUGE: gr.HTML(value=_HIDE_PICK, elem_id="exl-gauge"),
+        GAUGE: gr.HTML(value=_HIDE_FIELDS, elem_id="exl-gauge"),
         PICK: gr.Textbox(elem_id=PICK_ELEM_ID, label="choice", container=False),
+        ASK: gr.Textbox(elem_id=ASK, label="drawing", container=False),
     }
     # Entering the column again would rewrite its own parent, so they are moved by hand.
     column = components["cache_type"].parent
@@ -117,36 +127,27 @@ def _insert_components() -> None:
 
 def _connect(loading_chains: list[EventChain]) -> None:
     """Keep toggles and cache type in step, and the gauge up to date."""
-    import gradio as gr
-
     components = host.module("modules.shared").gradio
     names = [*_NEEDED_INPUTS, *(name for name in _MORE_INPUTS if name in components)]
     inputs = [components[name] for name in names]
-    gauge, cache_type, ctx_size = (components[name] for name in (GAUGE, "cache_type", "ctx_size"))
-    toggles = [components["cache_8bit"], components["cache_4bit"]]
+    cache_bits = [components[name] for name in ("cache_8bit", "cache_4bit", "cache_type")]
     # Values come as they are: what Gradio would refuse, the gauge says in words.
     quiet: dict[str, Any] = {"show_progress": False, "queue": False, "preprocess": False}
-    steps = PageSteps(names, draw, gr.update())
-
-    cache_type.change(steps.typed, inputs, [*toggles, gauge], **quiet)
-    for name in ("cache_8bit", "cache_4bit"):
-        # A click, and nothing else: `input` also comes of values that the server has set, and
-        # two quick clicks would then answer each other for ever.
-        components[name].select(
-            steps.toggled(name), inputs, [*toggles, cache_type, gauge], **quiet)
-    # One event for all: answers of several could overtake each other, and the last drawing
-    # would not be that of the last change.
+    keep_in_step(cache_bits, quiet)
+    components[PICK].change(
+        None, components[PICK], [components["ctx_size"], components["cache_type"]],
+        js=follow_pick(), **quiet)
     triggers = [component.change for component in inputs]
     # What the page does not hear of, such as a load over the API, is there when one looks.
-    triggers.append(_tab_of(cache_type).select)
-    gr.on(triggers, steps.redraw, inputs, [gauge], trigger_mode="always_last", **quiet)
-    components["interface"].load(steps.redraw, inputs, [gauge], **quiet)
+    triggers += [_tab_of(components["cache_type"]).select, components["interface"].load]
     # What the web UI says about a load changes as well, but Gradio tells so of a text whenever
     # anything in the page does, the gauge included, and that would never end.
-    for chain in loading_chains:
-        chain.then(steps.redraw, inputs, [gauge], **quiet)
-    pick = components[PICK]
-    pick.input(steps.picked, [pick, *inputs], [ctx_size, *toggles, cache_type, gauge], **quiet)
+    triggers += [chain.then for chain in loading_chains]
+
+    def redraw(*values: Any) -> str:
+        return draw(dict(zip(names, values, strict=True)))
+
+    draw_in_order(triggers, components[ASK], redraw, inputs, [components[GAUGE]], quiet)
 
 
 def _tab_of(component: Any) -> Any:
@@ -167,7 +168,7 @@ def draw(shown: Mapping[str, Any]) -> str:
     """
     args = host.module("modules.shared").args
     unseen = {name: getattr(args, name, None) for name in _MORE_INPUTS}
-    return _HIDE_PICK + _gauge(unseen | dict(shown))
+    return _HIDE_FIELDS + _gauge(unseen | dict(shown))
 
 
 def _gauge(shown: Mapping[str, Any]) -> str:

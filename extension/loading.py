@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# What the web UI's other loaders call what this engine calls q8 and q4.
-_CACHE_TYPES = {"q8_0": "q8", "q4_0": "q4", "fp8": "q8"}
-
 # Where a load reports to; the page sets it around a load of its own.
 load_progress: ContextVar[Progress | None] = ContextVar("load_progress", default=None)
 
@@ -66,10 +63,7 @@ def options_for(model_name: str, loader: str, values: Mapping[str, Any]) -> Load
     draft = str(known.get("model_draft") or "")
     known["model_draft"] = str(host.model_path(draft)) if _is_chosen(draft) else ""
     options = LoadOptions.from_values(known)
-    return replace(
-        options, ctx_size=options.ctx_size or host.default_ctx_size(),
-        cache_type=plain_cache_type(options.cache_type),
-    )
+    return replace(options, ctx_size=options.ctx_size or host.default_ctx_size())
 
 
 def _is_chosen(model_name: str) -> bool:
@@ -77,15 +71,9 @@ def _is_chosen(model_name: str) -> bool:
     return model_name.strip().lower() not in ("", "none")
 
 
-def plain_cache_type(name: str) -> str:
-    """Return this engine's name of a cache type of the web UI."""
-    return _CACHE_TYPES.get(name.strip().lower(), name.strip().lower())
-
-
 def toggles_of(args: Any) -> Toggles:
     """What the web UI's options ask for, the toggles and the cache type in step."""
-    asked = resolve_cache_type(args.cache_type, args.cache_8bit, args.cache_4bit)
-    return toggles_for(plain_cache_type(asked))
+    return toggles_for(resolve_cache_type(args.cache_type, args.cache_8bit, args.cache_4bit))
 
 
 def is_loaded_as(options: LoadOptions) -> bool:

@@ -20,13 +20,16 @@ from exl_loader.reservation import Reservation, plan
 from exl_loader.reservation.length import stretched_length
 from exl_loader.rope import MAX_POSITIONS
 
-from .gauge import CACHE_BITS, gauge_html, message_html, problem_html
+from .gauge import gauge_html, message_html, problem_html
 
 DEFAULT_CACHE_TYPE = "fp16"
 CACHE_TYPES = ("fp16", "q8", "q6", "q4")
 
 # The cache type that each toggle stands for.
 TOGGLE_TYPES = {"cache_8bit": "q8", "cache_4bit": "q4"}
+
+# What the web UI's other loaders call what this engine calls q8 and q4.
+CACHE_TYPE_ALIASES = {"q8_0": "q8", "q4_0": "q4", "fp8": "q8"}
 
 
 class Toggles(NamedTuple):
@@ -42,21 +45,10 @@ def toggles_for(cache_type: str) -> Toggles:
     return Toggles(cache_type == "q8", cache_type == "q4", cache_type)
 
 
-def after_toggle(name: str, on: bool, cache_type: str) -> Toggles:
-    """Follow a click on a toggle.
-
-    Args:
-        name: `cache_8bit` or `cache_4bit`. on: what it is now.
-        cache_type: what the cache type was before.
-
-    Returns:
-        on: this toggle alone, and its type. Off: 16 bits if the type was this toggle's, and
-        otherwise the type as it was.
-    """
-    own_type = TOGGLE_TYPES[name]
-    if on:
-        return toggles_for(own_type)
-    return toggles_for(DEFAULT_CACHE_TYPE if cache_type == own_type else cache_type)
+def plain_cache_type(name: str) -> str:
+    """Return this engine's name of a cache type of the web UI."""
+    plain = name.strip().lower()
+    return CACHE_TYPE_ALIASES.get(plain, plain)
 
 
 def resolve_cache_type(
@@ -68,7 +60,7 @@ def resolve_cache_type(
     set any of the three. A cache type other than the default was chosen on purpose and wins;
     of two toggles the 8-bit one does, as it did in the web UI when it had them.
     """
-    chosen = (cache_type or DEFAULT_CACHE_TYPE).strip().lower()
+    chosen = plain_cache_type(cache_type or DEFAULT_CACHE_TYPE)
     if chosen != DEFAULT_CACHE_TYPE:
         return chosen
     if cache_8bit:
@@ -179,24 +171,6 @@ def reachable_length(options: LoadOptions) -> int:
     config = ModelConfig.from_dir(Path(options.model_dir))
     length = stretched_length(config, options.alpha_value, options.compress_pos_emb)
     return min(length, MAX_POSITIONS)
-
-
-class Pick(NamedTuple):
-    """A click on one of the gauge's largest contexts."""
-
-    ctx_size: int
-    cache_type: str
-
-
-def parse_pick(text: str | None) -> Pick | None:
-    """Read what a click wrote; None for anything else, as it comes from the browser."""
-    words = (text or "").split()
-    if len(words) < 2 or words[1] not in CACHE_BITS:
-        return None
-    if not (words[0].isascii() and words[0].isdigit() and len(words[0]) <= 10):
-        return None
-    ctx_size = int(words[0])
-    return Pick(ctx_size, words[1]) if 0 < ctx_size <= MAX_POSITIONS else None
 
 
 def error_html(error: BaseException, *, heading: str = "Cannot be loaded") -> str:

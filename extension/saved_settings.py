@@ -9,8 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from .host import LOADERS
-from .loading import plain_cache_type
-from .panel import DEFAULT_CACHE_TYPE, LoadOptions, toggles_for
+from .panel import DEFAULT_CACHE_TYPE, LoadOptions, plain_cache_type, toggles_for
 
 # Loaders that the web UI once had for what these read; it ends with a KeyError over one of them.
 RETIRED = ("AutoGPTQ", "ExLlama", "ExLlama_HF", "GPTQ-for-LLaMa")
@@ -46,7 +45,7 @@ def _current(saved: dict[str, Any]) -> dict[str, Any]:
             changed[name] = getattr(options, name)
     if any(name in saved for name in _CACHE_OPTIONS):
         # Another model's toggle would stay on where this one names its own alone.
-        changed |= toggles_for(plain_cache_type(options.cache_type))._asdict()
+        changed |= toggles_for(options.cache_type)._asdict()
         if plain_cache_type(saved.get("cache_type") or DEFAULT_CACHE_TYPE) != DEFAULT_CACHE_TYPE:
             changed["cache_type"] = saved["cache_type"]
     return changed

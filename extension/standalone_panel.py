@@ -12,12 +12,11 @@ from exl_loader.cache import PAGE_LEN
 from exl_loader.errors import ExlLoaderError
 
 from .gauge import PICK_ELEM_ID
+from .page_script import draw_in_order, follow_pick, keep_in_step
 from .panel import (
     CACHE_TYPES,
     LoadOptions,
-    after_toggle,
     error_html,
-    parse_pick,
     reachable_length,
     reserve,
     toggles_for,
@@ -30,15 +29,11 @@ if TYPE_CHECKING:
 # What the slider reaches where the folder says nothing.
 UNKNOWN_LENGTH = 32768
 
-OPTION_NAMES = (
-    "model_dir", "ctx_size", "cache_type", "cache_8bit", "cache_4bit", "alpha_value",
-    "compress_pos_emb",
-)
+# What a load takes; the toggles follow cache_type in the browser.
+OPTION_NAMES = ("model_dir", "ctx_size", "cache_type", "alpha_value", "compress_pos_emb")
 
-# The gauge answers at once, from the thread that got the request, and what was typed
-# meanwhile is asked for when the answer is there.
+# Answered at once, from the thread that got the request.
 QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
-GAUGE: dict[str, Any] = {**QUICK, "trigger_mode": "always_last"}
 
 
 class PanelView:
@@ -77,59 +72,51 @@ class PanelView:
         self.status = gr.HTML(visible=False, elem_id="exl_status", padding=False)
         self.gauge = gr.HTML(session.gauge(first), elem_id="exl_gauge", padding=False)
         self.pick = gr.Textbox(elem_id=PICK_ELEM_ID, label="choice", container=False)
+        self.asking = gr.Textbox(elem_id="exl_ask", label="drawing", container=False)
 
     def connect(self, page: gr.Blocks, text: TextView) -> None:
         """Wire the panel, and what the text side shows of the model that is loaded."""
         options = [getattr(self, name) for name in OPTION_NAMES]
-        toggles = [self.cache_8bit, self.cache_4bit, self.cache_type]
-        for name in ("cache_8bit", "cache_4bit"):
-            # `input` is a person's doing: what follows from the other components is not.
-            getattr(self, name).input(
-                lambda on, cache_type, name=name: after_toggle(name, on, cache_type),
-                [getattr(self, name), self.cache_type], toggles, **QUICK)
-        self.cache_type.input(
-            lambda cache_type: toggles_for(cache_type)[:2], self.cache_type, toggles[:2], **QUICK)
-        self.pick.change(
-            _picked, [self.pick, self.ctx_size, self.cache_type],
-            [self.ctx_size, *toggles], **QUICK)
-        # One event for all of them, because answers to several could overtake each other, and
-        # the last one in the page would not be that to the last change. Gradio's sliders tell
-        # of a change when they unfold as well, and of every digit that is typed: values come as
-        # they are, because Gradio would take the first of four digits for an error.
-        changes = (self.ctx_size, self.cache_type, self.alpha_value, self.compress_pos_emb)
-        gr.on([component.change for component in changes], self._follow, options,
-              [self.ctx_size, self.gauge], preprocess=False, **GAUGE)
-        for event in (self.model_dir.submit, self.model_dir.blur):
-            event(self._chosen, [self.known_dir, *options],
-                  [self.known_dir, self.ctx_size, self.gauge], **QUICK)
-        after: dict[str, Any] = {"fn": self._gauge, "inputs": options, "outputs": self.gauge}
+        keep_in_step([self.cache_8bit, self.cache_4bit, self.cache_type], QUICK)
+        self.pick.change(None, self.pick, [self.ctx_size, self.cache_type], js=follow_pick(),
+                         **QUICK)
         state = text.model_outputs()
         buttons = [self.load, self.unload, self.status]
         known: dict[str, Any] = {
-            "fn": self._as_loaded, "inputs": None, "outputs": [self.known_dir, *options]}
+            "fn": self._as_loaded, "inputs": None, "outputs": [self.known_dir, *options], **QUICK}
+        shown: dict[str, Any] = {
+            "fn": text.model_changed, "inputs": None, "outputs": state, **QUICK}
         begun = self.load.click(self._load, options, buttons, show_progress="hidden")
-        begun = begun.then(**known, **QUICK)
-        begun.then(**after, **QUICK).then(text.model_changed, None, state, **QUICK)
+        begun = begun.then(**known).then(**shown)
         ended = self.unload.click(self._unload, None, buttons, show_progress="hidden")
-        ended.then(**after, **QUICK).then(text.model_changed, None, state, **QUICK)
+        ended = ended.then(**shown)
         opened = page.load(self._opened, None, buttons, show_progress="hidden")
-        opened = opened.then(**known, **QUICK).then(**after, **QUICK)
-        text.connect(opened.then(text.model_changed, None, state, **QUICK))
+        opened = opened.then(**known).then(**shown)
+        text.connect(opened)
+        chosen = [
+            event(self._chosen, [self.known_dir, *options], [self.known_dir, self.ctx_size],
+                  **QUICK)
+            for event in (self.model_dir.submit, self.model_dir.blur)
+        ]
+        changes = (self.ctx_size, self.cache_type, self.alpha_value, self.compress_pos_emb)
+        triggers = [component.change for component in changes]
+        triggers += [event.then for event in (begun, ended, opened, *chosen)]
+        # Gradio's sliders tell of every digit that is typed: values come as they are, because
+        # Gradio would take the first of four digits for an error.
+        draw_in_order(triggers, self.asking, self._draw, options, [self.ctx_size, self.gauge],
+                      {**QUICK, "preprocess": False})
 
-    def _gauge(self, *values: Any) -> str:
-        return self._session.gauge(_options(values))
-
-    def _follow(self, *values: Any) -> tuple[Any, str]:
+    def _draw(self, *values: Any) -> tuple[Any, str]:
         """Let the slider reach as far as RoPE scaling makes the model reach; draw the gauge."""
         options = _options(values)
         return gr.update(maximum=_slider_end(options)), self._session.gauge(options)
 
     def _chosen(self, known_dir: str, *values: Any) -> tuple[Any, ...]:
-        """Follow another folder: its length is the slider's, its plan the gauge's."""
+        """Follow another folder: its length is the slider's."""
         options = replace(_options(values), ctx_size=0)
         if options.model_dir == known_dir:
-            return (gr.skip(),) * 3
-        return options.model_dir, _ctx_slider(options), self._session.gauge(options)
+            return (gr.skip(),) * 2
+        return options.model_dir, _ctx_slider(options)
 
     def _as_loaded(self) -> tuple[Any, ...]:
         """Show the options of the model in memory, if there is one, and its folder before them."""
@@ -137,10 +124,9 @@ class PanelView:
         if options is None:
             # Not the values that came: a person may have changed them meanwhile.
             return (gr.skip(),) * (1 + len(OPTION_NAMES))
-        toggles = toggles_for(options.cache_type)
         return (
-            options.model_dir, options.model_dir, _ctx_slider(options), toggles.cache_type,
-            toggles.cache_8bit, toggles.cache_4bit, options.alpha_value, options.compress_pos_emb,
+            options.model_dir, options.model_dir, _ctx_slider(options), options.cache_type,
+            options.alpha_value, options.compress_pos_emb,
         )
 
     def _load(self, *values: Any) -> Iterator[tuple[Any, ...]]:
@@ -199,10 +185,3 @@ def _slider_end(options: LoadOptions) -> int:
     except (ExlLoaderError, OSError):
         length = UNKNOWN_LENGTH
     return max(PAGE_LEN, -(-length // PAGE_LEN) * PAGE_LEN)
-
-
-def _picked(text: str, ctx_size: int, cache_type: str) -> tuple[Any, ...]:
-    pick = parse_pick(text)
-    if pick is None:
-        return ctx_size, *toggles_for(cache_type)
-    return pick.ctx_size, *toggles_for(pick.cache_type)

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from host_server import Server
+from quick_clicks import LATE_ANSWERS
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -35,15 +36,24 @@ def user_data(webui: Path, folder: Path) -> Path:
 
 
 class HostPage:
-    """An open page of a running web UI."""
+    """An open page of a running web UI.
 
-    def __init__(self, browser, server: Server, *, height: int = 1000) -> None:
+    Args:
+        late: answers of the server arrive late and out of order.
+    """
+
+    def __init__(
+        self, browser, server: Server, *, width: int = 1400, height: int = 1000,
+        late: bool = False,
+    ) -> None:
         from playwright.sync_api import expect
 
         self._server = server
         self.expect = expect
         expect.set_options(timeout=WAIT_MS)
-        self.page = browser.new_page(viewport={"width": 1400, "height": height})
+        self.page = browser.new_page(viewport={"width": width, "height": height})
+        if late:
+            self.page.add_init_script(LATE_ANSWERS)
         self.page.set_default_timeout(WAIT_MS)
         self.gauge = self.page.locator("#exl-gauge")
         self.cache_type = self.page.get_by_label("cache-type")

@@ -6,13 +6,21 @@ of the documents are taken on the way.
 
 from __future__ import annotations
 
+import random
 import shutil
 
 import pytest
 from host_page import CHROMIUM, HostPage, user_data
 from host_server import DEMO, MARKS, Server, copy_demo
+from quick_clicks import (
+    GAUGE_NAMES,
+    after_the_last_click,
+    start_clicking,
+    until_all_is_answered,
+)
 
 from exl_loader.webui_install import saved
+from extension.panel import toggles_for
 
 pytest.importorskip("playwright.sync_api")
 
@@ -33,7 +41,7 @@ def data(webui, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(webui, data, tmp_path_factory):
-    models = copy_demo(tmp_path_factory.mktemp("page_host") / "models", "demo")
+    models = copy_demo(tmp_path_factory.mktemp("page_host") / "models", "demo", "another")
     flags = ["--user-data-dir", str(data), "--extensions", "exl_loader"]
     with Server(webui, models, *flags, page=True) as running:
         yield running
@@ -71,6 +79,28 @@ def test_choose_toggle_gauge_load_and_refuse(page, server):
     page.cache_type.press("Enter")
     page.expect(page.gauge).to_contain_text("Fits")
     page.load()
+
+
+def test_quick_clicks_and_another_model_leave_fields_and_gauge_in_agreement(browser, server):
+    with HostPage(browser, server, late=True) as page:
+        page.choose_model()
+        toggles = [page.page.get_by_label(name) for name in ("cache_8bit", "cache_4bit")]
+        for number, toggle in enumerate(toggles):
+            toggle.evaluate(f"box => box.id = 'toggle-{number}'")
+        seed = random.randrange(1 << 30)
+        for turn in range(6):
+            name = ("another", "demo")[turn % 2]
+            start_clicking(page.page, ["#toggle-0", "#toggle-1"], seed + turn)
+            page.choose("Model", name)
+            after_the_last_click(page.page)
+            # The web UI writes it when all its events of a choice are through.
+            page.expect(page.page.locator("#model-tab h3").get_by_text(name)).to_be_visible()
+            until_all_is_answered(page.page)
+            cache_type = page.cache_type.input_value()
+            shown = page.gauge.locator(".exl-model").inner_text()
+            found = (*(toggle.is_checked() for toggle in toggles), cache_type)
+            assert found == toggles_for(cache_type), f"seed {seed}, turn {turn}"
+            assert GAUGE_NAMES[cache_type] in shown and name in shown, f"seed {seed}, turn {turn}"
 
 
 def test_a_page_that_nobody_touches_asks_for_nothing(page):

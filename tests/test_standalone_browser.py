@@ -170,21 +170,6 @@ def type_alpha(page, value):
     page.keyboard.press("Tab")
 
 
-def test_one_event_alone_follows_the_options():
-    """Answers of several could overtake each other, and the last would not be the newest."""
-    from extension.panel import LoadOptions
-    from extension.session import Session
-    from extension.standalone import make_page
-
-    page = make_page(Session(), LoadOptions(str(DEMO_MODEL)))
-    elem_ids = {key: getattr(block, "elem_id", None) for key, block in page.blocks.items()}
-    followers = [
-        [elem_ids[output._id] for output in event.outputs] for event in page.fns.values()
-        if any(kind == "change" and elem_ids[key] != "exl_pick" for key, kind in event.targets)
-    ]
-    assert followers == [["exl_ctx_size", "exl_gauge"]]
-
-
 def test_stop_ends_the_text_at_once_and_keeps_it(browser, address, tmp_path):
     folder = write_endless_model(tmp_path / "endless")
     with Page(browser, address) as page:

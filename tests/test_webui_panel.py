@@ -12,7 +12,7 @@ from tiny import write_tiny_model
 from webui_double import write_host
 
 import exl_loader
-from extension import event_chain, host, host_panel, loading, panel, registration
+from extension import event_chain, host, host_panel, loading, registration
 
 STATE = {"temperature": 0, "max_new_tokens": 8, "truncation_length": 512, "add_bos_token": True,
          "ban_eos_token": True, "stream": True}
@@ -210,15 +210,21 @@ def wired(page, monkeypatch):
     return make
 
 
+def drawing(components):
+    """The page's one event that draws the gauge."""
+    (found,) = [event for event in components["interface"].fns.values()
+                if components["exl_gauge"] in event.outputs]
+    return found
+
+
 def follow(components, **changes):
-    """The gauge that the page draws when one looks at it."""
+    """The gauge that the page draws for its fields' values."""
     values = {"loader": "ExLlamav2", "model_menu": "tiny", "ctx_size": 512, "cache_type": "q4",
               "model_draft": "tiny"} | changes
     names = {component: name for name, component in components.items()}
-    (drawing,) = [event for event in components["interface"].fns.values()
-                  if (components["interface"]._id, "load") in event.targets]
-    assert drawing.outputs == [components["exl_gauge"]]
-    return drawing.fn(*(values.get(names[component]) for component in drawing.inputs))
+    drawn = drawing(components)
+    assert drawn.outputs == [components["exl_gauge"]]
+    return drawn.fn(*(values.get(names[component]) for component in drawn.inputs))
 
 
 @pytest.mark.parametrize("absent", [(), ("ctx_size_draft",), FIELDS[4:]],
@@ -250,39 +256,36 @@ def test_the_page_begins_with_what_the_command_line_asked_for(wired, page):
 
 def test_what_gradio_would_refuse_the_gauge_says_in_words(wired, page):
     components = wired()
-    ours = [event for event in components["interface"].fns.values()
-            if components["exl_gauge"] in event.outputs]
-    assert len(ours) >= 5 and not any(event.preprocess for event in ours)
+    assert not drawing(components).preprocess
     # Load reads these fields through Gradio, which is to refuse no more than the engine.
     assert all(components[name].preprocess(0.5) == 0.5 for name in host.ROPE_OPTIONS)
     drawn = follow(components, alpha_value=1e9, model_draft="")
     assert "alpha_value" in drawn and "Cannot be loaded" in drawn
 
 
-@pytest.mark.parametrize(("name", "event", "value", "followers"), [
-    ("cache_8bit", "select", True, ["cache_8bit", "cache_4bit", "cache_type"]),
-    ("cache_4bit", "select", False, ["cache_8bit", "cache_4bit", "cache_type"]),
-    ("cache_type", "change", "q8", ["cache_8bit", "cache_4bit"]),
-    ("exl_pick", "input", "256 q8 1", ["ctx_size", "cache_8bit", "cache_4bit", "cache_type"]),
-])
-def test_a_click_has_one_answer_of_fields_and_gauge(
-    wired, page, monkeypatch, name, event, value, followers
-):
+def test_fields_are_kept_in_step_without_the_server(wired, page):
+    """An answer of the server could contradict what was clicked meanwhile."""
     components = wired()
-    names = {component: name for name, component in components.items()}
-    monkeypatch.setattr(host_panel.panel, "plan_html", lambda options: repr(options))
-    answering = [wire for wire in components["interface"].fns.values()
-                 if (components[name]._id, event) in wire.targets and len(wire.outputs) > 1]
-    (answer,) = answering
-    values = {"loader": "ExLlamav2", "model_menu": "tiny", "ctx_size": 512, "cache_type": "q4",
-              "cache_8bit": False, "cache_4bit": True} | {name: value}
-    said = answer.fn(*(values.get(names[component]) for component in answer.inputs))
-    assert [names[component] for component in answer.outputs] == [*followers, "exl_gauge"]
-    after = values | dict(zip(followers, said[:-1], strict=True))
-    expected = panel.resolve_cache_type(after["cache_type"])
-    assert (after["cache_8bit"], after["cache_4bit"], expected) == panel.toggles_for(expected)
-    assert f"ctx_size={after['ctx_size']}, cache_type={expected!r}" in said[-1]
-    assert expected != "q4"
+    cache_bits = [components[name] for name in ("cache_8bit", "cache_4bit", "cache_type")]
+    for component in (*cache_bits, components["exl_pick"]):
+        for event in components["interface"].fns.values():
+            if (component._id, "change") in event.targets:
+                assert event.fn is None and event.js
+    writing = [event for event in components["interface"].fns.values()
+               if set(event.outputs) & set(cache_bits)]
+    assert len(writing) == 4 and all(event.fn is None for event in writing)
+
+
+def test_one_event_draws_the_gauge_and_it_does_not_read_the_toggles(wired, page):
+    components = wired()
+    drawn = drawing(components)
+    assert drawn.targets == [(components["exl_ask"]._id, "change")]
+    assert components["cache_8bit"] not in drawn.inputs
+    asking = [event for event in components["interface"].fns.values()
+              if event.outputs == [components["exl_ask"]]]
+    asked_by = {target for event in asking for target in event.targets}
+    assert {(component._id, "change") for component in drawn.inputs} <= asked_by
+    assert (components["interface"]._id, "load") in asked_by
 
 
 def test_a_page_without_the_needed_fields_comes_up_without_our_options(wired, page, capsys):

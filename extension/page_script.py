@@ -1,0 +1,142 @@
+"""What a page of Gradio does in the browser itself: fields in step, one drawing at a time.
+
+`cache_type` is the one source of truth for the bits of the cache. The browser sets the two
+toggles from it, and it from a click on a toggle, without asking the server: an answer of the
+server could arrive after the next click and contradict it. The gauge is drawn from `cache_type`
+alone and never from a toggle.
+
+The browser asks for one drawing at a time and asks again when a field has changed meanwhile, so
+the last drawing in the page is always that of the last values. Gradio's own `always_last` does
+not guarantee it: 4.37 sends two requests at once where two fields change together, and their
+answers may arrive in either order.
+
+Every function here returns the source of a JavaScript function for Gradio's `js=`. Such a
+function receives the values of its event's inputs, then those of its outputs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .gauge import CACHE_BITS
+from .panel import CACHE_TYPE_ALIASES, DEFAULT_CACHE_TYPE, TOGGLE_TYPES
+
+# Leaves an output as it is.
+_KEEP = '({__type__: "update"})'
+
+# A drawing that has not arrived after this long is given up, as its request was lost.
+LOST_AFTER_MS = 30_000
+
+_TABLES = (
+    f"const aliases = {json.dumps(CACHE_TYPE_ALIASES)}, standard = "
+    f"{json.dumps(DEFAULT_CACHE_TYPE)}, [type8, type4] = "
+    f"{json.dumps([TOGGLE_TYPES['cache_8bit'], TOGGLE_TYPES['cache_4bit']])};"
+    "const kindOf = t => {"
+    ' const name = String(t ?? "").trim().toLowerCase() || standard;'
+    " return Object.hasOwn(aliases, name) ? aliases[name] : name; };"
+    "const fields = t => [t === type8, t === type4, t];"
+)
+
+
+def follow_toggle(name: str) -> str:
+    """Follow a toggle: `(cache_8bit, cache_4bit, cache_type, ...) -> all three`.
+
+    Switched on it is the only toggle that is on, and `cache_type` is its type. Switched off,
+    `cache_type` becomes the default where it was the toggle's type. Values that are in step
+    already are left alone, so what the server sets is not answered.
+    """
+    own_type = json.dumps(TOGGLE_TYPES[name])
+    return (
+        f"(on8, on4, type) => {{ {_TABLES} const kind = kindOf(type);"
+        f" if (!!on8 === (kind === type8) && !!on4 === (kind === type4))"
+        f" return [{_KEEP}, {_KEEP}, {_KEEP}];"
+        f" if ({'on8' if name == 'cache_8bit' else 'on4'}) return fields({own_type});"
+        f" if (kind === {own_type}) return fields(standard);"
+        " return [...fields(kind).slice(0, 2), type]; }"
+    )
+
+
+def follow_cache_type() -> str:
+    """Follow the cache type: `(cache_8bit, cache_4bit, cache_type, ...) -> all three`.
+
+    The field keeps its spelling: the web UI's `q8_0` sets the toggle of `q8`.
+    """
+    return (
+        f"(on8, on4, type) => {{ {_TABLES} const kind = kindOf(type);"
+        f" if (!!on8 === (kind === type8) && !!on4 === (kind === type4))"
+        f" return [{_KEEP}, {_KEEP}, {_KEEP}];"
+        " return [...fields(kind).slice(0, 2), type]; }"
+    )
+
+
+def follow_pick() -> str:
+    """Follow a click in the gauge: `(pick, ...) -> ctx_size, cache_type`.
+
+    A pick is `CTX_SIZE CACHE_TYPE TIME`; 0 keeps the context. Anything else changes nothing.
+    """
+    return (
+        f"pick => {{ const types = {json.dumps(list(CACHE_BITS))};"
+        r" const found = /^(\d{1,10}) (\w+)( |$)/.exec(pick ?? '');"
+        f" if (!found || !types.includes(found[2])) return [{_KEEP}, {_KEEP}];"
+        f" return [Number(found[1]) || {_KEEP}, found[2]]; }}"
+    )
+
+
+_STATE = (
+    "const gauge = window.exlGauge ??= {asked: 0, drawn: 0, again: false, since: 0};"
+    "const ask = () => { gauge.again = false; gauge.since = Date.now();"
+    " return String(++gauge.asked); };"
+)
+
+
+def ask_for_drawing() -> str:
+    """Ask for a drawing, or note that one is due when the one on its way has arrived.
+
+    Its output is the text field whose `change` draws.
+    """
+    return (
+        f"() => {{ {_STATE}"
+        f" if (gauge.asked === gauge.drawn || Date.now() - gauge.since > {LOST_AFTER_MS})"
+        f" return ask(); gauge.again = true; return {_KEEP}; }}"
+    )
+
+
+def drawing_arrived() -> str:
+    """Note that a drawing has arrived or failed; ask for the next where a field has changed."""
+    return f"() => {{ {_STATE} gauge.drawn = gauge.asked; return gauge.again ? ask() : {_KEEP}; }}"
+
+
+def keep_in_step(fields: Sequence[Any], quiet: dict[str, Any]) -> None:
+    """Wire the toggles and the cache type.
+
+    Args:
+        fields: the components `cache_8bit`, `cache_4bit`, `cache_type`.
+        quiet: further arguments of Gradio's events.
+    """
+    cache_8bit, cache_4bit, cache_type = fields
+    for component, js in ((cache_8bit, follow_toggle("cache_8bit")),
+                          (cache_4bit, follow_toggle("cache_4bit")),
+                          (cache_type, follow_cache_type())):
+        component.change(None, list(fields), list(fields), js=js, **quiet)
+
+
+def draw_in_order(
+    triggers: Sequence[Any], asking: Any, draw: Callable[..., Any], inputs: Sequence[Any],
+    outputs: Sequence[Any], quiet: dict[str, Any],
+) -> None:
+    """Wire the gauge so that its last drawing is that of the last values.
+
+    Args:
+        triggers: events after which the gauge is due; a `then` of an event is one.
+        asking: a text field that is not shown; it serves nothing else.
+        draw: `draw(*values of inputs) -> values of outputs`.
+        quiet: further arguments of Gradio's events.
+    """
+    for trigger in triggers:
+        trigger(None, None, asking, js=ask_for_drawing(), **quiet)
+    drawn = asking.change(
+        draw, list(inputs), list(outputs), trigger_mode="multiple", **quiet)
+    # After a failed drawing as well.
+    drawn.then(None, None, asking, js=drawing_arrived(), **quiet)

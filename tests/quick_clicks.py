@@ -1,0 +1,54 @@
+"""A hasty person at a page whose server answers late and out of order."""
+
+from __future__ import annotations
+
+import random
+
+# Keeps every answer back for a time of its own, so that answers overtake each other.
+LATE_ANSWERS = """
+window.unanswered = 0;
+const ask = window.fetch;
+window.fetch = async (...request) => {
+  const counted = /predict|queue.join/.test(String(request[0]?.url ?? request[0]));
+  window.unanswered += counted;
+  try {
+    const answer = await ask(...request);
+    await new Promise(done => setTimeout(done, Math.random() * 400));
+    return answer;
+  } finally { window.unanswered -= counted; }
+};
+"""
+
+# Clicks one after another, with the pauses that are named.
+_CLICK = """clicks => { window.clicking = (async () => {
+  for (const [selector, pause] of clicks) {
+    document.querySelector(selector).click();
+    await new Promise(done => setTimeout(done, pause));
+  } })(); }"""
+
+_STOPPED = """async () => { await window.clicking;
+  for (let frame = 0; frame < 10; frame++) await new Promise(requestAnimationFrame); }"""
+
+_QUIET = """async () => {
+  for (let quiet = 0; quiet < 30; quiet++) {
+    await new Promise(done => setTimeout(done, 20));
+    if (window.unanswered) quiet = 0;
+  } }"""
+
+GAUGE_NAMES = {"fp16": "16-bit cache", "q8": "8-bit cache", "q4": "4-bit cache"}
+
+
+def start_clicking(page, selectors, seed: int, count: int = 10) -> None:
+    """Click some of the elements, without waiting for the end of it."""
+    chosen = random.Random(seed)
+    page.evaluate(_CLICK, [
+        [chosen.choice(selectors), chosen.choice((0, 5, 30, 90, 200))] for _ in range(count)])
+
+
+def after_the_last_click(page) -> None:
+    """Wait until the clicks are done and painted, but not for the server."""
+    page.evaluate(_STOPPED)
+
+
+def until_all_is_answered(page) -> None:
+    page.evaluate(_QUIET)
