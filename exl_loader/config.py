@@ -265,7 +265,12 @@ def _token_ids(keys: Keys, key: str, vocab_size: int) -> list[int]:
 
 
 def _eos_token_ids(keys: Keys, generation: Keys | None, vocab_size: int) -> tuple[int, ...]:
-    ids = _token_ids(keys, "eos_token_id", vocab_size)
-    if generation is not None:
-        ids += _token_ids(generation, "eos_token_id", vocab_size)
+    """Read what both files name; the class's default where neither has the key."""
+    named = [
+        where for where in (keys, generation)
+        if where is not None and "eos_token_id" in where.values
+    ]
+    ids: list[int] = []
+    for where in named or [keys]:
+        ids += _token_ids(where, "eos_token_id", vocab_size)
     return tuple(dict.fromkeys(ids))

@@ -97,6 +97,16 @@ class LoadedModel:
         """False where only token ids can be used."""
         return self._requests.has_tokenizer
 
+    @property
+    def tokenizer_warning(self) -> str:
+        """What a front end says of a model without a tokenizer; empty where it has one."""
+        if self.has_tokenizer:
+            return ""
+        return (
+            "This model has no tokenizer files, so it cannot read or write text. Copy the "
+            "tokenizer files of the original model into its folder, and load it again."
+        )
+
     def encode(self, text: str, add_bos: bool | None = None, special: bool = True) -> list[int]:
         """Turn text into token ids; see `Tokenizer.encode`."""
         return self.tokenizer.encode(text, add_bos, special)

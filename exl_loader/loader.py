@@ -28,7 +28,6 @@ from .reservation.placement import DRAFT_PREFIX
 from .reservation.text import refusal
 from .torch_threads import torch_on_one_thread
 from .tracebacks import drop_locals
-from .untrusted_files import is_there
 from .workspace import DEFAULT_CHUNK_SIZE, DEFAULT_MAX_BATCH_SIZE
 
 if TYPE_CHECKING:
@@ -76,7 +75,8 @@ def load(
         progress: told what takes long: compiling, reserving memory, reading weights.
 
     A context beyond the model's own length is a warning of the logger `exl_loader`; see
-    `Reservation.length_warning`.
+    `Reservation.length_warning`. So is a folder without a tokenizer; see
+    `LoadedModel.tokenizer_warning`.
 
     Raises:
         InsufficientMemory: it does not fit; nothing was read and nothing taken.
@@ -148,6 +148,8 @@ def _load_planned(
             vocab_size = min(model.config.vocab_size, draft.config.vocab_size)
             drafter = DraftModel(draft, draft_cache, draft_max, vocab_size)
         loaded = LoadedModel(model, cache, tokenizer, plan.reservation, buffers, drafter)
+        if loaded.tokenizer_warning:
+            _log.warning("%s: %s", plan.reservation.model_dir, loaded.tokenizer_warning)
         kept.pop_all()
     return loaded
 
@@ -228,11 +230,9 @@ def _lend(ops: Any, device: str, buffers: Buffers) -> Iterator[None]:
 
 def _tokenizer(model_dir: Path) -> Tokenizer | None:
     """Open the folder's tokenizer; a folder without one runs on token ids alone."""
-    from .tokenizer import Tokenizer
+    from .tokenizer import Tokenizer, has_tokenizer
 
-    if not any(is_there(model_dir / name) for name in ("tokenizer.json", "tokenizer.model")):
-        return None
-    return Tokenizer.from_dir(model_dir)
+    return Tokenizer.from_dir(model_dir) if has_tokenizer(model_dir) else None
 
 
 @dataclass

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
 from pathlib import Path
 from random import Random
 
 import pytest
+import tiny
 import tokenizer_folders as make
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from exl_loader.errors import InvalidSettings, InvalidTokenizer
@@ -105,11 +107,27 @@ def check_against(reference, tokenizer: Tokenizer, text: str) -> None:
         assert streamed(tokenizer, ids, skip_special) == decoded
 
 
+def is_encoded_alike(name: str, text: str) -> bool:
+    """Whether transformers puts a space before the text where sentencepiece does.
+
+    transformers 5 puts none before a text that begins with a space; sentencepiece does.
+    """
+    if not name.startswith("spm") or name == "spm_no_space":
+        return True
+    stretches = re.split(r"<s>|</s>|<unk>|<\|user\|>\s*|<\|assistant\|>|\s*<\|end\|>|world", text)
+    begins = stretches if "legacy" in name else [text]
+    return not any(stretch.startswith((" ", "▁")) for stretch in begins)
+
+
 @pytest.mark.parametrize("name", COMPARED)
 def test_equals_transformers(name, references, tokenizers):
-    for text in make.TEXTS:
+    texts = [text for text in make.TEXTS if is_encoded_alike(name, text)]
+    assert len(texts) > len(make.TEXTS) // 2
+    for text in texts:
         check_against(references[name], tokenizers[name], text)
-    check_against(references[name], tokenizers[name], "\n".join(make.TEXTS))
+    joined = "\n".join(make.TEXTS)
+    if is_encoded_alike(name, joined):
+        check_against(references[name], tokenizers[name], joined)
 
 
 @pytest.mark.parametrize("name", COMPARED)
@@ -120,22 +138,75 @@ def test_equals_transformers(name, references, tokenizers):
     st.sampled_from([" ", "  ", "\n", "<s>", "</s>", "<|user|>", "<|end|>", "é", "🎉", "def "]),
 ), max_size=8))
 def test_equals_transformers_on_any_text(name, parts, references, tokenizers):
+    assume(is_encoded_alike(name, "".join(parts)))
     check_against(references[name], tokenizers[name], "".join(parts))
 
 
-def test_unigram_equals_sentencepiece(folders, tokenizers):
+# SentencePiece folders put spaces as the sentencepiece library does
+
+LEADING_SPACES = [
+    " ", "  ", "   ", " Hello", "  Hello", "▁Hello", " ▁ Hello", "Hello", "\n Hello", " \n", "\t x",
+    "  two  spaces  inside and after  ", " é", " 🎉", " 你好", "",
+]
+DUMMY_PREFIX = {"dummy": {}, "no_dummy": {"add_dummy_prefix": False}}
+
+
+@pytest.fixture(scope="session")
+def spm_models(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    for kind in ("bpe", "unigram"):
+        for name, options in DUMMY_PREFIX.items():
+            make.train_sentencepiece(root / f"{kind}_{name}", kind, **options)
+    return {path.name: path for path in root.iterdir()}
+
+
+@pytest.mark.parametrize("legacy", [None, True, False])
+@pytest.mark.parametrize("tokenizer_class", ["LlamaTokenizer", "GemmaTokenizer", None])
+@pytest.mark.parametrize("kind", ["bpe_dummy", "bpe_no_dummy", "unigram_dummy", "unigram_no_dummy"])
+def test_spaces_are_put_as_sentencepiece_puts_them(
+    kind, tokenizer_class, legacy, spm_models, tmp_path
+):
     import sentencepiece
 
-    model = sentencepiece.SentencePieceProcessor(
-        model_file=str(folders["spm_unigram"] / "tokenizer.model")
-    )
-    tokenizer = tokenizers["spm_unigram"]
-    for text in make.TEXTS:
-        if text.startswith((" ", "▁")) or "<s>" in text or "</s>" in text:
-            continue
-        assert tokenizer.encode(text, add_bos=False) == model.encode(text)
-        assert tokenizer.decode(model.encode(text)) == text
-        assert streamed(tokenizer, model.encode(text), True) == text
+    config = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": tokenizer_class}
+    config |= {} if legacy is None else {"legacy": legacy}
+    folder = make.write_folder(tmp_path / "model", config)
+    shutil.copy(spm_models[kind], folder / "tokenizer.model")
+    model = sentencepiece.SentencePieceProcessor(model_file=str(spm_models[kind]))
+    tokenizer = Tokenizer.from_dir(folder)
+    plain_texts = [t for t in make.TEXTS if "<s>" not in t and "</s>" not in t]
+    for text in [*LEADING_SPACES, *plain_texts]:
+        ids = tokenizer.encode(text, add_bos=False)
+        assert ids == model.encode(text), text
+        assert tokenizer.decode(ids) == text.replace("▁", " ")
+        assert streamed(tokenizer, ids, True) == text.replace("▁", " ")
+
+
+@pytest.mark.parametrize(("legacy", "expected"), [
+    (True, ["▁a", "<s>", "▁b", "<s>", "▁▁", "c", "</s>"]),
+    (False, ["▁a", "<s>", "b", "<s>", "▁c", "</s>"]),
+])
+def test_legacy_puts_a_space_before_every_stretch(legacy, expected, spm_models, tmp_path):
+    config = LLAMA | {"legacy": legacy}
+    folder = make.write_folder(tmp_path / "model", config)
+    shutil.copy(spm_models["bpe_dummy"], folder / "tokenizer.model")
+    tokenizer = Tokenizer.from_dir(folder)
+    ids = tokenizer.encode("a<s>b<s> c</s>")
+    pieces = [tokenizer._backend.content(i) for i in ids]
+    assert pieces == expected
+
+
+def test_the_folders_word_on_the_space_wins(spm_models, tmp_path):
+    first = {}
+    for kind in ("bpe_dummy", "bpe_no_dummy"):
+        for wish in (True, False):
+            config = LLAMA | {"add_prefix_space": wish}
+            folder = make.write_folder(tmp_path / f"{kind}{wish}", config)
+            shutil.copy(spm_models[kind], folder / "tokenizer.model")
+            tokenizer = Tokenizer.from_dir(folder)
+            first[kind, wish] = tokenizer._backend.content(tokenizer.encode("Hello")[0])
+            assert tokenizer.decode(tokenizer.encode(" Hello")) == " Hello"
+    assert all(piece.startswith("▁") == wish for (_, wish), piece in first.items())
 
 
 def test_a_folder_with_only_a_sentencepiece_model_is_a_llama(folders, tokenizers):
@@ -195,14 +266,113 @@ def test_a_prompt_that_is_cut_keeps_its_end_and_its_bos_token(tokenizers):
     assert tokenizer.cut_left(ids, 1) == tokenizer.cut_left(ids, 0) == ids[-1:]
 
 
-def test_the_folder_overrides_the_vocabularys_own_frame(folders, tmp_path):
-    folder = shutil.copytree(folders["json_llama3"], tmp_path / "model")
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    config |= {"add_bos_token": False, "add_eos_token": True}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+FRAMES = {
+    "nothing": "$A", "bos": "<s> $A", "bos_eos": "<s> $A </s>", "eos": "$A </s>",
+    "two": "<s> <|user|> $A",
+}
+
+
+def write_framed(folder: Path, source: Path, config: dict, frame: str | None) -> Path:
+    """Write a folder whose tokenizer.json has a post-processor of this template."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import processors
+
+    make.write_folder(folder, config)
+    library = Library.from_file(str(source / "tokenizer.json"))
+    if frame is not None:
+        tokens = [part for part in frame.split() if part != "$A"]
+        template = processors.TemplateProcessing(
+            single=frame, pair=f"{frame} $B:1",
+            special_tokens=[(token, library.token_to_id(token)) for token in tokens],
+        )
+        byte_level = processors.ByteLevel(trim_offsets=False)
+        library.post_processor = processors.Sequence([byte_level, template])
+    library.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.parametrize("add_bos", [None, True, False])
+@pytest.mark.parametrize("named", ["<s>", None, "silent"])
+@pytest.mark.parametrize("tokenizer_class", ["PreTrainedTokenizerFast", "LlamaTokenizerFast", None])
+@pytest.mark.parametrize("frame", FRAMES)
+def test_a_post_processors_tokens_are_added_as_transformers_adds_them(
+    frame, tokenizer_class, named, add_bos, folders, tmp_path
+):
+    transformers = pytest.importorskip("transformers", minversion="5")
+    config = {"tokenizer_class": tokenizer_class} if tokenizer_class else {}
+    config |= {} if named == "silent" else {"bos_token": named}
+    config |= {} if add_bos is None else {"add_bos_token": add_bos}
+    folder = write_framed(tmp_path / "model", folders["json_qwen"], config, FRAMES[frame])
+    reference = transformers.AutoTokenizer.from_pretrained(str(folder))
     tokenizer = Tokenizer.from_dir(folder)
-    assert tokenizer.encode("a") == [*tokenizer.encode("a", False), *tokenizer.eos_token_ids]
-    assert not tokenizer.add_bos_token
+    expected = reference.encode("Hello")
+    if add_bos and named == "<s>" and "bos" not in frame and frame != "two":
+        # exllamav2 and llama.cpp do what the folder asks for here; transformers does not.
+        expected = [tokenizer.bos_token_id, *expected]
+    assert tokenizer.encode("Hello") == expected
+    prompt = [i for i in expected if i != tokenizer.token_id("</s>")]
+    assert tokenizer.prompt_ids("Hello") == prompt
+    plain = tokenizer.encode("Hello", add_bos=False)
+    assert tokenizer.prompt_ids("Hello", add_bos=False) == plain
+    has_bos = named == "<s>" or frame in ("bos", "bos_eos", "two")
+    bos = tokenizer.token_id("<s>")
+    assert tokenizer.bos_token_id == (bos if has_bos else None)
+    assert tokenizer.prompt_ids("Hello", add_bos=True) == ([bos] if has_bos else []) + plain
+    assert tokenizer.prompt_ids("<s>Hello").count(bos) == 1
+
+
+@pytest.mark.parametrize(("files", "expected"), [
+    ({}, "<s>"),
+    ({"config.json": {"bos_token_id": 704}}, "<s>"),
+    ({"tokenizer_config.json": {}}, None),
+    ({"tokenizer_config.json": {}, "config.json": {"bos_token_id": 704}}, "<|assistant|>"),
+    ({"tokenizer_config.json": {}, "generation_config.json": {"bos_token_id": 704}},
+     "<|assistant|>"),
+    ({"tokenizer_config.json": {}, "config.json": {"bos_token_id": 9999}}, None),
+    ({"tokenizer_config.json": {"bos_token": None}, "config.json": {"bos_token_id": 704}}, None),
+    ({"tokenizer_config.json": {}, "special_tokens_map.json": {"bos_token": "<|end|>"}}, "<|end|>"),
+    ({"config.json": {"vocab_size": 700}}, None),
+])
+def test_the_bos_token_is_what_the_folder_says(files, expected, folders, tmp_path):
+    folder = shutil.copytree(folders["json_qwen"], tmp_path / "model")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>"}))
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    tokenizer = Tokenizer.from_dir(folder)
+    found = tokenizer.bos_token_id
+    assert (None if found is None else tokenizer.decode([found], False)) == expected
+
+
+@pytest.mark.parametrize(("model", "named", "expected"), [
+    # What the files name, all of it.
+    ({"eos_token_id": 5}, "<|end|>", {5, 705}),
+    ({"eos_token_id": [5, 6]}, None, {5, 6}),
+    # A class's default is for folders that name none.
+    ({}, "<|end|>", {705}),
+    ({}, None, {2}),
+    ({"eos_token_id": None}, None, set()),
+    ({"eos_token_id": None}, "<|end|>", {705}),
+])
+def test_stop_ids_are_what_the_folder_says(model, named, expected, folders, tmp_path):
+    from exl_loader.config import ModelConfig
+
+    folder = shutil.copytree(folders["json_qwen"], tmp_path / "model")
+    config = {name: value for name, value in tiny.CONFIG.items() if name != "eos_token_id"}
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 720} | model))
+    named_tokens = {} if named is None else {"eos_token": named}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named_tokens))
+    ids = ModelConfig.from_dir(folder).eos_token_ids
+    assert Tokenizer.from_dir(folder).stop_ids(ids) == expected
+
+
+def test_generation_config_silences_the_class_default(folders, tmp_path):
+    from exl_loader.config import ModelConfig
+
+    folder = shutil.copytree(folders["spm_plain"], tmp_path / "model")
+    config = {name: value for name, value in tiny.CONFIG.items() if name != "eos_token_id"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
+    assert ModelConfig.from_dir(folder).eos_token_ids == (7, 8)
 
 
 @pytest.mark.parametrize("name", ["spm_chat", "json_llama3", "json_metaspace"])

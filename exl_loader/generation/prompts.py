@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from ..errors import InvalidSettings, InvalidTokenizer, PromptTooLong, shown
+from ..errors import InvalidSettings, PromptTooLong, shown
 from ..setting_values import whole_numbers
+from ..tokenizer import no_tokenizer
 
 if TYPE_CHECKING:
     from ..config import ModelConfig
@@ -37,11 +38,7 @@ class PromptReader:
             InvalidTokenizer: it has none.
         """
         if self._tokenizer is None:
-            raise InvalidTokenizer(
-                "the model's tokenizer", expected="tokenizer.json or tokenizer.model",
-                actual="neither in the model folder",
-                remedy="Copy the tokenizer files of the original model into the folder",
-            )
+            raise no_tokenizer("the model's tokenizer")
         return self._tokenizer
 
     def ids(self, prompt: Prompt) -> list[int]:
@@ -57,6 +54,8 @@ class PromptReader:
             bos_id = tokenizer.bos_token_id
         else:
             ids = whole_numbers("prompt", prompt, "text or token ids")
+            bos_id = None
+        if bos_id is None:
             bos_id = self._config.bos_token_id
         if not ids and bos_id is not None:
             ids = [bos_id]

@@ -43,7 +43,7 @@ class RequestReader:
         self.sampled_vocab_size: int = config.vocab_size
         ids = set(config.eos_token_ids)
         if tokenizer is not None:
-            ids.update(i for i in tokenizer.eos_token_ids if i < config.vocab_size)
+            ids = {i for i in tokenizer.stop_ids(ids) if i < config.vocab_size}
             self.sampled_vocab_size = min(config.vocab_size, tokenizer.vocab_size)
         self.eos_token_ids = tuple(sorted(ids))
         self._grammars = Grammars(tokenizer, self.sampled_vocab_size, self.eos_token_ids)

@@ -1,6 +1,7 @@
-"""Text to token ids and back: `tokenizer.json` and `tokenizer.model` behind one face.
+"""Text to token ids and back, whatever files a folder has for it.
 
-Where a folder has both files, `tokenizer.json` is used, as transformers does.
+The first of these is used, as in transformers: `tokenizer.json`, `tokenizer.model`, `vocab.json`
+with `merges.txt`. Which tokens begin and end a text, and which are special, stands in `roles`.
 """
 
 from __future__ import annotations
@@ -14,16 +15,29 @@ from ..chat.template import ChatTemplates
 from ..errors import InvalidSettings, InvalidTokenizer
 from ..setting_values import whole_numbers
 from ..untrusted_files import is_there
+from . import roles, vocab_merges
 from .backend import Backend
 from .files import TokenizerConfig, read_tokenizer_config
 from .hf import TokenizersBackend
 from .spm import SentencePieceBackend
-from .stream import StreamDecoder
+from .stream import StreamDecoder, clean_up
 
-__all__ = ["StreamDecoder", "Tokenizer"]
+__all__ = ["StreamDecoder", "Tokenizer", "has_tokenizer", "no_tokenizer"]
 
-# What transformers' LlamaTokenizer takes where the folder names none.
-_LLAMA_NAMED_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a model folder has files that `Tokenizer.from_dir` reads."""
+    single = any(is_there(folder / name) for name in ("tokenizer.json", "tokenizer.model"))
+    return single or vocab_merges.has_vocab_and_merges(folder)
+
+
+def no_tokenizer(thing: str) -> InvalidTokenizer:
+    """Make the error for text where the model folder has no tokenizer."""
+    return InvalidTokenizer(
+        thing, expected="tokenizer.json, tokenizer.model, or vocab.json with merges.txt in the "
+        "model folder", actual="none of them",
+        remedy="Copy the tokenizer files of the original model into the folder",
+    )
 
 
 class Tokenizer:
@@ -45,11 +59,14 @@ class Tokenizer:
         self._backend = backend
         self._config = config
         self.vocab_size = backend.vocab_size
-        self.special_tokens = self._named_tokens()
-        self.bos_token_id = self._id_of("bos_token")
-        self.eos_token_id = self._id_of("eos_token")
+        self.special_tokens = roles.named_tokens(config, backend)
+        self.bos_token_id = roles.bos_id(config, backend, self.special_tokens)
+        eos_token = self.special_tokens.get("eos_token")
+        self.eos_token_id = None if eos_token is None else backend.token_id(eos_token)
         self.eos_token_ids = () if self.eos_token_id is None else (self.eos_token_id,)
-        self._prefix_ids, self._suffix_ids = self._frame()
+        self._prefix_ids, self._suffix_ids = roles.frame(
+            config, backend, self.bos_token_id, self.eos_token_id
+        )
         self.add_bos_token = self.bos_token_id in self._prefix_ids
 
     @classmethod
@@ -62,13 +79,12 @@ class Tokenizer:
         folder = Path(path)
         config = read_tokenizer_config(folder)
         if is_there(folder / "tokenizer.json"):
-            return cls(TokenizersBackend(folder / "tokenizer.json", config), config)
+            return cls(TokenizersBackend.from_json(folder / "tokenizer.json", config), config)
         if is_there(folder / "tokenizer.model"):
             return cls(SentencePieceBackend(folder / "tokenizer.model", config), config)
-        raise InvalidTokenizer(
-            str(folder), expected="tokenizer.json or tokenizer.model", actual="neither",
-            remedy="Copy the tokenizer files of the original model into the folder",
-        )
+        if vocab_merges.has_vocab_and_merges(folder):
+            return cls(TokenizersBackend.from_vocab_and_merges(folder, config), config)
+        raise no_tokenizer(str(folder))
 
     def encode(self, text: str, add_bos: bool | None = None, special: bool = True) -> list[int]:
         """Turn text into token ids.
@@ -109,38 +125,54 @@ class Tokenizer:
         """
         ids = self.encode(text, add_bos=False)
         bos = self.bos_token_id
-        while bos is not None and ids[:2] == [bos, bos]:
+        if bos is None:
+            return ids if add_bos is not None else [*self._prefix_ids, *ids]
+        prefix = list(self._prefix_ids) if add_bos is None else [bos] if add_bos else []
+        while ids[:2] == [bos, bos]:
             del ids[0]
-        prefix = list(self._prefix_ids) if add_bos is None else []
-        if add_bos and bos is not None:
-            prefix = [bos]
-        if bos is not None and prefix[-1:] == ids[:1] == [bos]:
+        if ids[: len(prefix)] == prefix:
+            return ids
+        if bos in prefix and ids[:1] == [bos]:
             del ids[0]
         return [*prefix, *ids]
 
     def cut_left(self, ids: Sequence[int], length: int) -> list[int]:
-        """Cut a prompt to its last tokens; a BOS token at its beginning stays.
+        """Cut a prompt to its last tokens; what the folder puts before a text stays.
 
         Args:
             ids: the prompt.
             length: tokens to keep, 1 or more; the BOS token is one of them where there is
                 room for another token.
+
+        Returns:
+            The prompt, at most `length` tokens.
         """
         length = max(1, length)
         if len(ids) <= length:
             return list(ids)
-        if length > 1 and self.bos_token_id is not None and ids[0] == self.bos_token_id:
-            return [ids[0], *ids[len(ids) - length + 1 :]]
-        return list(ids[len(ids) - length :])
+        kept = list(self._prefix_ids)
+        if not kept or list(ids[: len(kept)]) != kept:
+            kept = [] if self.bos_token_id is None else [self.bos_token_id]
+        if length <= len(kept) or list(ids[: len(kept)]) != kept:
+            kept = []
+        return [*kept, *ids[len(ids) - length + len(kept) :]]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """Turn token ids into text; ids beyond the vocabulary are left out.
+        """Turn token ids into text, the same as `stream` shows of them.
+
+        Ids outside the vocabulary are left out. Bytes that are no UTF-8 become replacement
+        characters.
 
         Raises:
             InvalidSettings: `ids` is something else.
         """
-        known = [i for i in whole_numbers("ids", ids, "token ids") if 0 <= i < self.vocab_size]
-        return self._backend.decode(known, skip_special)
+        checked = whole_numbers("ids", ids, "token ids")
+        if self._backend.bytes_known:
+            text = self._backend.decode(checked, skip_special)
+            return clean_up(text) if self._backend.cleans_up else text
+        # What a token of other vocabularies adds to the text depends on its neighbours.
+        stream = StreamDecoder(self._backend, skip_special)
+        return "".join(map(stream.push, checked)) + stream.flush()
 
     def stream(self, skip_special: bool = True, behind: Sequence[int] = ()) -> StreamDecoder:
         """Begin to decode one token at a time.
@@ -153,8 +185,16 @@ class Tokenizer:
         stream = StreamDecoder(self._backend, skip_special)
         last_word = next((i for i in reversed(behind) if i not in self.special_ids), None)
         if last_word is not None:
-            stream.push(last_word)
+            stream.go_on_from(last_word)
         return stream
+
+    def stop_ids(self, model_ids: Iterable[int]) -> set[int]:
+        """Return the ids that end a text; see `roles`.
+
+        Args:
+            model_ids: `ModelConfig.eos_token_ids` of the folder.
+        """
+        return roles.stop_ids(self._config, self._backend, self.eos_token_id, model_ids)
 
     def token_id(self, content: str) -> int | None:
         """Return the id of a token by its text, None where there is no such token."""
@@ -217,44 +257,3 @@ class Tokenizer:
             continue_final_message=continue_final_message, name=template,
             **{**self.special_tokens, **variables},
         )
-
-    def _named_tokens(self) -> dict[str, str]:
-        named: dict[str, str] = {}
-        if isinstance(self._backend, SentencePieceBackend):
-            named.update(self._backend.default_named_tokens())
-        if self._config.tokenizer_class == "LlamaTokenizer":
-            named.update(
-                (name, content) for name, content in _LLAMA_NAMED_TOKENS.items()
-                if self._backend.token_id(content) is not None
-            )
-        named.update((name, token.content) for name, token in self._config.named_tokens.items())
-        # An explicit null says that the model has no such token.
-        return {
-            name: content for name, content in named.items()
-            if not (name in self._config.values and self._config.values[name] is None)
-        }
-
-    def _id_of(self, name: str) -> int | None:
-        content = self.special_tokens.get(name)
-        return None if content is None else self._backend.token_id(content)
-
-    def _frame(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Ids before and after a text: the folder's word, else the vocabulary's own."""
-        config = self._config
-        prefix, suffix = self._backend.prefix_ids, self._backend.suffix_ids
-        add_bos = config.add_bos_token
-        if add_bos is None and not config.declared and isinstance(
-            self._backend, SentencePieceBackend
-        ):
-            # A folder of 2023 with nothing but `tokenizer.model`: a Llama, which was never
-            # trained without its BOS token.
-            add_bos = True
-        if add_bos is not None:
-            prefix = tuple(i for i in prefix if i != self.bos_token_id)
-            if add_bos and self.bos_token_id is not None:
-                prefix = (self.bos_token_id, *prefix)
-        if config.add_eos_token is not None:
-            suffix = tuple(i for i in suffix if i != self.eos_token_id)
-            if config.add_eos_token and self.eos_token_id is not None:
-                suffix = (*suffix, self.eos_token_id)
-        return prefix, suffix

@@ -2,14 +2,15 @@
 
 Sources, in the order in which transformers reads them: `tokenizer_config.json`; where that
 has no `added_tokens_decoder`, the older `special_tokens_map.json` and `added_tokens.json`;
-`config.json` for the kind of model.
+`config.json` and `generation_config.json` for the kind of model, the size of its vocabulary and
+the ids that begin and end a text. What each of them decides stands in `roles`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..errors import InvalidTokenizer, shown
 from ..json_keys import read_json_object_if_there
@@ -17,6 +18,8 @@ from ..json_keys import read_json_object_if_there
 NAMED_TOKENS = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
 )
+# The libraries keep ids in 32 bits.
+MAX_TOKEN_ID = 1 << 31
 REMEDY = "Download the tokenizer files of the original model again"
 
 
@@ -55,13 +58,35 @@ class AddedToken:
 
 
 @dataclass(frozen=True)
+class ModelTokens:
+    """What `config.json` and `generation_config.json` say about tokens.
+
+    Args:
+        model_type: empty where unknown.
+        vocab_size: None where unknown.
+        bos_ids, eos_ids: what either file names; perhaps none.
+        silent_on_eos: there is a `config.json`, and neither file has an `eos_token_id`.
+    """
+
+    model_type: str = ""
+    vocab_size: int | None = None
+    bos_ids: tuple[int, ...] = ()
+    eos_ids: tuple[int, ...] = ()
+    silent_on_eos: bool = False
+
+    def has_id(self, token_id: int) -> bool:
+        """Return whether the model has an embedding for an id, as far as its files say."""
+        return self.vocab_size is None or token_id < self.vocab_size
+
+
+@dataclass(frozen=True)
 class TokenizerConfig:
     """The folder's own settings.
 
     Args:
         folder: the model folder.
         tokenizer_class: as declared, without `Fast`; empty where the folder has none.
-        model_type: from `config.json`, empty where unknown.
+        model: what the model's own files say.
         named_tokens: `bos_token`, `eos_token`, ... -> token.
         extra_special_tokens: further special tokens, without ids of their own.
         added_tokens: id -> token.
@@ -72,7 +97,7 @@ class TokenizerConfig:
 
     folder: Path
     tokenizer_class: str
-    model_type: str
+    model: ModelTokens
     named_tokens: dict[str, AddedToken]
     extra_special_tokens: tuple[AddedToken, ...]
     added_tokens: dict[int, AddedToken]
@@ -86,6 +111,15 @@ class TokenizerConfig:
     def declared(self) -> bool:
         """True where the folder has a `tokenizer_config.json`."""
         return bool(self.values)
+
+    @property
+    def clean_up_tokenization_spaces(self) -> bool:
+        """Whether spaces before punctuation are taken out of decoded text."""
+        return _flag(self.values, "clean_up_tokenization_spaces") is True
+
+    def is_null(self, name: str) -> bool:
+        """Return whether `tokenizer_config.json` says that there is no token of this name."""
+        return name in self.values and self.values[name] is None
 
 
 def read_optional(path: Path) -> dict[str, Any]:
@@ -134,7 +168,7 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
     return TokenizerConfig(
         folder=folder,
         tokenizer_class=str(values.get("tokenizer_class") or "").removesuffix("Fast"),
-        model_type=_model_type(folder),
+        model=_model_tokens(folder),
         named_tokens=named,
         extra_special_tokens=extra,
         added_tokens=added,
@@ -146,12 +180,36 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
     )
 
 
-def _model_type(folder: Path) -> str:
-    # Whether config.json is valid is config.py's business; a tokenizer works without one.
-    try:
-        return str(read_optional(folder / "config.json").get("model_type") or "")
-    except InvalidTokenizer:
-        return ""
+def _model_tokens(folder: Path) -> ModelTokens:
+    # Whether these files are valid is decided in config.py; a tokenizer works without them.
+    files = []
+    for name in ("generation_config.json", "config.json"):
+        try:
+            files.append(read_optional(folder / name))
+        except InvalidTokenizer:
+            files.append({})
+    config = files[-1]
+    vocab_size = config.get("vocab_size")
+    return ModelTokens(
+        model_type=str(config.get("model_type") or ""),
+        vocab_size=vocab_size if is_id(vocab_size) else None,
+        bos_ids=_ids(files, "bos_token_id"),
+        eos_ids=_ids(files, "eos_token_id"),
+        silent_on_eos=bool(config) and not any("eos_token_id" in values for values in files),
+    )
+
+
+def _ids(files: list[dict[str, Any]], key: str) -> tuple[int, ...]:
+    found: list[int] = []
+    for values in files:
+        value = values.get(key)
+        found += [i for i in (value if isinstance(value, list) else [value]) if is_id(i)]
+    return tuple(dict.fromkeys(found))
+
+
+def is_id(value: Any) -> TypeGuard[int]:
+    """Return whether a value of JSON can be a token id."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_TOKEN_ID
 
 
 def _flag(values: dict[str, Any], key: str) -> bool | None:
@@ -166,8 +224,12 @@ def _flag(values: dict[str, Any], key: str) -> bool | None:
 
 def _added_by_id(value: Any, path: Path) -> dict[int, AddedToken]:
     where = f"added_tokens_decoder in {path}"
-    if not isinstance(value, dict) or not all(key.isdecimal() for key in value):
-        raise InvalidTokenizer(where, expected="an object from ids to tokens",
+    # Ten digits hold every id, and int() refuses thousands of them.
+    if not isinstance(value, dict) or not all(
+        key.isascii() and key.isdecimal() and len(key) <= 10 and int(key) < MAX_TOKEN_ID
+        for key in value
+    ):
+        raise InvalidTokenizer(where, expected="an object from token ids to tokens",
                                actual=shown(value), remedy=REMEDY)
     return {int(key): AddedToken.parse(token, where) for key, token in value.items()}
 
@@ -177,7 +239,7 @@ def _added_by_content(
 ) -> dict[int, AddedToken]:
     added = {}
     for content, token_id in values.items():
-        if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
+        if not is_id(token_id):
             raise InvalidTokenizer(
                 f"{content!r} in {folder / 'added_tokens.json'}", expected="a token id",
                 actual=shown(token_id), remedy=REMEDY,

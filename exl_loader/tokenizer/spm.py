@@ -1,15 +1,22 @@
 """`tokenizer.model`: vocabularies of the sentencepiece library.
 
 sentencepiece itself cuts text into pieces, so its normalisation, its BPE and unigram models
-and its byte fallback are what they are. Around it stand two rules of transformers'
-LlamaTokenizer, which chat formats depend on: added and control tokens are found in the text
-first, and a space is put before the text only where it begins (`legacy: false`) or before
-every stretch between such tokens (`legacy: true`), never where a space stands already.
+and its byte fallback are what they are. Added and control tokens are found in the text first;
+what stands between them goes through sentencepiece.
+
+**The space before a text.** A model with `add_dummy_prefix` has one put before every text that
+sentencepiece reads, also before a text that begins with a space; `add_prefix_space` of
+`tokenizer_config.json` overrides it. With `legacy: true` each stretch between added tokens is
+such a text; otherwise only the text's own beginning is. This is how sentencepiece, the
+LlamaTokenizer of transformers 4, exllamav2 and llama.cpp encode; transformers 5 alone puts no
+space before a text that begins with one. Decoding takes the space off again.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +24,13 @@ from ..errors import InvalidTokenizer
 from ..untrusted_files import SENTENCEPIECE_BYTES, read_bytes
 from .backend import SPACE_MARK
 from .files import REMEDY, AddedToken, TokenizerConfig
+from .stream import utf8_errors
 
 # A serialised ModelProto followed by {normalizer_spec (3): {add_dummy_prefix (3): on or off}}:
 # protobuf merges repeated fields of a message, the last value wins.
 _DUMMY_PREFIX_FIELD = b"\x1a\x02\x18"
+# What transformers' LlamaTokenizer takes where the folder names none.
+LLAMA_NAMED_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # Unicode's White_Space, which the tokenizers library strips beside added tokens. str.strip()
 # would take the four separators U+001C to U+001F as well.
@@ -30,25 +40,30 @@ _WHITE_SPACE = (
 )
 
 
+@contextmanager
+def _typed(thing: str, expected: str) -> Iterator[None]:
+    """Turn what the sentencepiece library raises into an InvalidTokenizer."""
+    try:
+        yield
+    # Its compiled code raises RuntimeError, and IndexError for pieces that it does not have; its
+    # words and pieces may quote broken bytes.
+    except (RuntimeError, LookupError, ValueError, TypeError, OSError) as error:
+        raise InvalidTokenizer(
+            thing, expected=expected, actual=str(error)[:200] or type(error).__name__,
+            remedy=REMEDY,
+        ) from None
+
+
 def _open(data: bytes, path: Path) -> Any:
     import sentencepiece
 
-    try:
-        processor = sentencepiece.SentencePieceProcessor(model_proto=data)
-    except (RuntimeError, UnicodeDecodeError) as error:  # its words may quote broken bytes
-        raise InvalidTokenizer(
-            str(path), expected="a sentencepiece model", actual=str(error), remedy=REMEDY
-        ) from None
-    return processor
+    with _typed(str(path), "a sentencepiece model"):
+        return sentencepiece.SentencePieceProcessor(model_proto=data)
 
 
 def _pieces(model: Any, path: Path) -> dict[int, str]:
-    try:
+    with _typed(str(path), "pieces in UTF-8"):
         return {i: model.id_to_piece(i) for i in range(len(model))}
-    except UnicodeDecodeError as error:
-        raise InvalidTokenizer(
-            str(path), expected="pieces in UTF-8", actual=str(error), remedy=REMEDY
-        ) from None
 
 
 class SentencePieceBackend:
@@ -59,6 +74,10 @@ class SentencePieceBackend:
     """
 
     bytes_known = True
+    cleans_up = False
+    has_post_processor = False
+    prefix_ids: tuple[int, ...] = ()
+    suffix_ids: tuple[int, ...] = ()
 
     def __init__(self, path: Path, config: TokenizerConfig) -> None:
         data = read_bytes(path, SENTENCEPIECE_BYTES, error=InvalidTokenizer,
@@ -67,9 +86,15 @@ class SentencePieceBackend:
         if not data:
             raise InvalidTokenizer(str(path), expected="a sentencepiece model",
                                    actual="an empty file", remedy=REMEDY)
+        self._path = path
+        # A folder of 2023 with nothing but this file is a Llama's.
+        self.adds_bos = not config.declared
+        self._names_as_llama = config.tokenizer_class == "LlamaTokenizer"
         self._plain = _open(data + _DUMMY_PREFIX_FIELD + b"\x00", path)
         self._prefixed = _open(data + _DUMMY_PREFIX_FIELD + b"\x01", path)
-        self._prefix_scheme = _prefix_scheme(config, _open(data, path), self._plain)
+        with _typed(str(path), "a sentencepiece model that encodes text"):
+            has_dummy_prefix = _open(data, path).normalize("a") != self._plain.normalize("a")
+        self._prefix_scheme = _prefix_scheme(config, has_dummy_prefix)
         self.strips_space = self._prefix_scheme != "never"
         self._contents = _pieces(self._plain, path)
         self._added = self._collect_added(config)
@@ -79,18 +104,22 @@ class SentencePieceBackend:
         self._patterns = {
             special: _alternation(self._added.values(), special) for special in (True, False)
         }
+        self.has_byte_tokens = any(map(_BYTE_PIECE.fullmatch, self._contents.values()))
         self.vocab_size = max(self._contents, default=-1) + 1
-        self.prefix_ids: tuple[int, ...] = ()
-        self.suffix_ids: tuple[int, ...] = ()
 
     def default_named_tokens(self) -> dict[str, str]:
-        """Special tokens as the sentencepiece model itself names them."""
+        """Special tokens as the model itself names them, else as LlamaTokenizer does."""
         model = self._plain
         ids = {"bos_token": model.bos_id(), "eos_token": model.eos_id(),
                "unk_token": model.unk_id(), "pad_token": model.pad_id()}
-        return {name: self._contents[i] for name, i in ids.items() if i in self._contents}
+        own = {name: self._contents[i] for name, i in ids.items() if i in self._contents}
+        return (LLAMA_NAMED_TOKENS if self._names_as_llama else {}) | own
 
     def encode(self, text: str, special: bool) -> list[int]:
+        with _typed(str(self._path), "a sentencepiece model that encodes this text"):
+            return self._encode(text, special)
+
+    def _encode(self, text: str, special: bool) -> list[int]:
         ids: list[int] = []
         position = 0
         for start, end, content in self._find_added(text, special):
@@ -101,25 +130,19 @@ class SentencePieceBackend:
         return ids
 
     def decode(self, ids: list[int], skip_special: bool) -> str:
-        parts: list[str] = []
-        run = bytearray()
-        for token_id in ids:
-            if token_id not in self._contents or (skip_special and token_id in self.special_ids):
-                continue
-            content = self._contents[token_id]
-            byte = _BYTE_PIECE.fullmatch(content)
-            if byte:
-                run.append(int(byte[1], 16))
-                continue
-            parts.append(_decode_run(run))
-            run.clear()
-            parts.append(content.replace(SPACE_MARK, " "))
-        parts.append(_decode_run(run))
-        text = "".join(parts)
+        skip_ids = self.special_ids if skip_special else frozenset()
+        data = b"".join(self.token_bytes(i) for i in ids if i not in skip_ids)
+        text = data.decode("utf-8", utf8_errors(self.has_byte_tokens))
         return text[1:] if self.strips_space and text.startswith(" ") else text
 
     def token_bytes(self, token_id: int) -> bytes:
         return piece_bytes(self._contents.get(token_id, ""))
+
+    def content(self, token_id: int) -> str:
+        return self._contents.get(token_id, "")
+
+    def has_token(self, token_id: int) -> bool:
+        return token_id in self._contents
 
     def token_id(self, content: str) -> int | None:
         if content in self._ids:
@@ -173,8 +196,7 @@ class SentencePieceBackend:
         wants_space = self._prefix_scheme == "always" or (
             self._prefix_scheme == "first" and at_start
         )
-        has_space = text.startswith((" ", SPACE_MARK))
-        model = self._prefixed if wants_space and not has_space else self._plain
+        model = self._prefixed if wants_space else self._plain
         ids.extend(model.encode(text))
 
 
@@ -186,12 +208,10 @@ def piece_bytes(piece: str) -> bytes:
     return piece.replace(SPACE_MARK, " ").encode("utf-8", "replace")
 
 
-def _prefix_scheme(config: TokenizerConfig, own: Any, plain: Any) -> str:
-    """`never`, `first` or `always`: where a space is put before text."""
-    if config.tokenizer_class == "GemmaTokenizer" or config.add_prefix_space is False:
-        return "never"
-    named = config.tokenizer_class == "LlamaTokenizer" or config.add_prefix_space is not None
-    if not named and own.encode("a") == plain.encode("a"):
+def _prefix_scheme(config: TokenizerConfig, has_dummy_prefix: bool) -> str:
+    """`never`, `first` or `always`: before which stretches of text a space is put."""
+    wants_space = has_dummy_prefix if config.add_prefix_space is None else config.add_prefix_space
+    if not wants_space:
         return "never"
     return "always" if config.legacy else "first"
 
@@ -206,11 +226,3 @@ def _alternation(tokens: Any, special: bool) -> re.Pattern[str] | None:
 def _touches_word(text: str, start: int, end: int) -> bool:
     sides = (text[start - 1 : start], text[end : end + 1])
     return any(side.isalnum() or side == "_" for side in sides)
-
-
-def _decode_run(run: bytearray) -> str:
-    """Decode neighbouring byte pieces; where they are no UTF-8, one mark for each byte."""
-    try:
-        return run.decode("utf-8")
-    except UnicodeDecodeError:
-        return "\N{REPLACEMENT CHARACTER}" * len(run)
