@@ -109,6 +109,96 @@ def test_stop_strings(kind, stop, shown, request):
     assert generation.finish_reason == ("eos" if stop == ["never"] else "stop")
 
 
+@pytest.fixture(scope="module")
+def chat_tokenizer(tmp_path_factory) -> Tokenizer:
+    """Byte-level, with control tokens that are left out of shown text."""
+    folder = tmp_path_factory.mktemp("chat")
+    make.write_folder(folder, {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"})
+    make.train_byte_level(folder / "tokenizer.json", bos=True)
+    return Tokenizer.from_dir(folder)
+
+
+@pytest.fixture(scope="module")
+def spm_chat_tokenizer(tmp_path_factory) -> Tokenizer:
+    """Sentencepiece, with control tokens that are left out of shown text."""
+    added = {str(500 + i): make.added_token(t) for i, t in enumerate([*make.CHAT_TOKENS, "<a▁b>"])}
+    folder = tmp_path_factory.mktemp("spm_chat")
+    make.write_folder(folder, {
+        "tokenizer_class": "LlamaTokenizer", "eos_token": "</s>", "legacy": False,
+        "added_tokens_decoder": added,
+    })
+    make.train_sentencepiece(folder / "tokenizer.model", "bpe", vocab_size=500)
+    return Tokenizer.from_dir(folder)
+
+
+CONTROL_ANSWER = "one <|user|>two<|end|>\nthree <|assistant|>🎉<|end|><|user|> four"
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize(("stop", "shown"), [
+    # One token; one token and text; several control tokens; text and a control token.
+    ("<|end|>", "one <|user|>two"),
+    ("<|end|>\n", "one <|user|>two"),
+    ("<|end|>\nthree", "one <|user|>two"),
+    ("<|end|><|user|>", "one <|user|>two<|end|>\nthree <|assistant|>🎉"),
+    ("<|end|><|user|> four", "one <|user|>two<|end|>\nthree <|assistant|>🎉"),
+    ("two<|end|>", "one <|user|>"),
+    ("o<|end|>\nth", "one <|user|>tw"),
+    ("<|user|>", "one "),
+    ("end|>", "one <|user|>two<|"),
+    ("<|end|>never", CONTROL_ANSWER),
+    ("two\n", CONTROL_ANSWER),
+])
+@pytest.mark.parametrize("kind", ["chat_tokenizer", "spm_chat_tokenizer"])
+def test_stop_strings_with_control_tokens(kind, stop, shown, skip, request):
+    """They end the text whether or not control tokens are shown, and are never shown."""
+    tokenizer = request.getfixturevalue(kind)
+    if skip:
+        for token in make.CHAT_TOKENS:
+            shown = shown.replace(token, "")
+        shown = shown.removesuffix("<|")
+        # The stop is not in the answer, but it is in what is shown of it.
+        shown = shown.partition(stop)[0]
+    pieces, generation = talk(
+        tokenizer, CONTROL_ANSWER, vocab_size=720, stop_strings=[stop], skip_special_tokens=skip,
+    )
+    assert "".join(pieces) == shown
+    found = stop != "<|end|>never" and (skip or stop != "two\n")
+    assert generation.finish_reason == ("stop" if found else "eos")
+    if stop == "<|user|>":
+        ids = tokenizer.encode(CONTROL_ANSWER.split(stop)[0], add_bos=False)
+        assert generation.stats.new_tokens == len(ids) + 1
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("stop", ["<a▁b>", "<a b>", "<a▁b> z"])
+def test_a_stop_string_with_the_space_mark_of_a_control_token(stop, skip, spm_chat_tokenizer):
+    pieces, generation = talk(
+        spm_chat_tokenizer, "x y<a▁b> z", stop_strings=[stop], skip_special_tokens=skip
+    )
+    assert ("".join(pieces), generation.finish_reason) == ("x y", "stop")
+
+
+@settings(max_examples=200)
+@given(
+    segments=st.lists(st.tuples(st.text("ab<>", max_size=4), st.text("ab<>", max_size=4))),
+    stops=st.lists(st.text("ab<>", min_size=1, max_size=5), max_size=3),
+)
+def test_stop_strings_are_found_across_hidden_text(segments, stops):
+    found, shown, seen, visible, stopped = StopStrings(stops), "", "", "", False
+    for hidden, piece in segments:
+        before = visible
+        more, stopped = found.push(piece, hidden)
+        shown, seen, visible = shown + more, seen + hidden + piece, visible + piece
+        assert stopped == any(stop in text for stop in stops for text in (seen, visible))
+        assert visible.startswith(shown)
+        assert not any(stop in shown for stop in stops)
+        if stopped:
+            assert len(shown) >= len(before) - max(map(len, stops)) + 1
+            return
+    assert shown + found.flush() == visible
+
+
 @settings(max_examples=200)
 @given(
     text=st.text("ab<>", max_size=30), cuts=st.lists(st.integers(0, 30), max_size=8),

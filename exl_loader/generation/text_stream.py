@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from ..tokenizer import StreamDecoder
 
 
 class StopStrings:
-    """Looks for stop strings in text that arrives in pieces.
+    """Finds stop strings in text that arrives in pieces.
 
-    Text that could be the beginning of a stop string is held back until that is decided, so
-    that no part of one is ever shown.
+    Special tokens that are not shown are text here as well, so that a stop string with a control
+    token in it ends the generation whether or not such tokens are shown. The text that is shown
+    is searched on its own, too: no stop string ever appears in it. Text that could be the
+    beginning of a stop string is held back until that is decided.
 
     Args:
         stop_strings: texts of at least one character; perhaps none.
@@ -19,37 +21,72 @@ class StopStrings:
 
     def __init__(self, stop_strings: Sequence[str]) -> None:
         self._stop_strings = tuple(stop_strings)
-        self._held = ""
+        self._longest = max(map(len, self._stop_strings), default=0)
+        # The undecided end of the text with hidden tokens, and which of its characters are shown.
+        self._text = ""
+        self._is_shown: list[bool] = []
 
-    def push(self, piece: str) -> tuple[str, bool]:
+    def push(self, piece: str, hidden: str = "") -> tuple[str, bool]:
         """Take more text.
+
+        Args:
+            piece: text to show.
+            hidden: text of a special token in front of it that is not shown.
 
         Returns:
             The text that may be shown now, and whether a stop string was found behind it.
         """
-        text = self._held + piece
-        places = [text.find(stop) for stop in self._stop_strings]
-        found = [place for place in places if place >= 0]
-        if found:
-            self._held = ""
-            return text[: min(found)], True
-        keep = self._undecided(text)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep], False
+        if not self._stop_strings:
+            return piece, False
+        self._text += hidden + piece
+        self._is_shown += [False] * len(hidden) + [True] * len(piece)
+        places = [self._shown_until(place) for place in _places(self._text, self._stop_strings)]
+        shown = self._shown()
+        places += _places(shown, self._stop_strings)
+        if places:
+            self._forget(len(self._text))
+            return shown[: min(places)], True
+        keep_from = len(self._text) - self._undecided(self._text)
+        certain = min(self._shown_until(keep_from), len(shown) - self._undecided(shown))
+        # The hidden characters in front of what is kept may begin a stop string with it.
+        while keep_from > 0 and self._shown_until(keep_from) > certain:
+            keep_from -= 1
+        self._forget(keep_from)
+        return shown[:certain], False
 
     def flush(self) -> str:
         """End the text; return what was held back for nothing."""
-        text, self._held = self._held, ""
+        text = self._shown()
+        self._forget(len(self._text))
         return text
 
+    def _shown(self) -> str:
+        return "".join(self._visible(self._text, self._is_shown))
+
+    @staticmethod
+    def _visible(text: str, is_shown: Sequence[bool]) -> Iterator[str]:
+        return (character for character, shown in zip(text, is_shown, strict=True) if shown)
+
+    def _shown_until(self, end: int) -> int:
+        """Count the shown characters before a place of the text."""
+        return sum(self._is_shown[:end])
+
+    def _forget(self, end: int) -> None:
+        self._text = self._text[end:]
+        del self._is_shown[:end]
+
     def _undecided(self, text: str) -> int:
-        """Length of the longest end of the text that begins a stop string."""
-        longest = max(map(len, self._stop_strings), default=1) - 1
-        for length in range(min(longest, len(text)), 0, -1):
+        """Return the length of the longest end of the text that begins a stop string."""
+        for length in range(min(self._longest - 1, len(text)), 0, -1):
             end = text[len(text) - length :]
             if any(stop.startswith(end) for stop in self._stop_strings):
                 return length
         return 0
+
+
+def _places(text: str, stop_strings: Sequence[str]) -> list[int]:
+    """Return where each stop string that the text holds begins first."""
+    return [place for place in map(text.find, stop_strings) if place >= 0]
 
 
 class TextStream:
@@ -62,12 +99,14 @@ class TextStream:
 
     def __init__(self, decoder: StreamDecoder, stop_strings: Sequence[str] = ()) -> None:
         self._decoder = decoder
-        self._stops = StopStrings(stop_strings)
+        spelled = [decoder.spellings(stop) for stop in stop_strings]
+        self._stops = StopStrings(tuple(set().union(*spelled)))
 
     def push(self, token_id: int) -> tuple[str, bool]:
         """Take one token; return text to show, and whether a stop string was found."""
+        hidden = self._decoder.hidden_text(token_id)
         piece = self._decoder.push(token_id)
-        return self._stops.push(piece) if piece else ("", False)
+        return self._stops.push(piece, hidden) if piece or hidden else ("", False)
 
     def flush(self) -> str:
         """End the stream; return what is left to show."""
