@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .architectures import ACTIVATIONS, ALIASES, ARCHITECTURES, Architecture
-from .errors import ModelNotFound, UnsupportedArchitecture
+from .errors import ModelNotFound, UnsupportedArchitecture, shown
 from .json_keys import Keys, read_json_object, read_json_object_if_there
 from .rope import MAX_POSITIONS, RopeConfig, parse_rope
 
@@ -164,23 +164,31 @@ def _no_model(folder: Path) -> ModelNotFound:
 
 
 def _architecture(keys: Keys) -> Architecture:
-    names = keys.raw("architectures")
-    if names is None:
-        model_type = keys.text("model_type")
-        names = [a.name for a in ARCHITECTURES.values() if a.model_type == model_type]
-        found = f"model_type {model_type!r}"
-    elif not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    """Find the table entry: by class name, or by `model_type` where no class with a head is named.
+
+    Folders of a model without its head name its body (`LlamaModel`), folders of some converters
+    nothing at all.
+    """
+    value = keys.raw("architectures")
+    names = [] if value is None else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise keys.fail("architectures", "a list of class names")
-    else:
-        found = ", ".join(names) or "an empty list"
     for name in names:
         name = ALIASES.get(name, name)
         if name in ARCHITECTURES:
             return ARCHITECTURES[name]
+    model_type = keys.text("model_type")
+    if all(name.endswith("Model") for name in names):
+        bodies = {name.removesuffix("Model") + "ForCausalLM" for name in names}
+        for architecture in ARCHITECTURES.values():
+            known = architecture.model_type == model_type
+            if known or (model_type is None and architecture.name in bodies):
+                return architecture
+    found = ", ".join(names) or "no class"
     raise UnsupportedArchitecture(
         f"the architecture of {keys.where}",
         expected=f"one of {', '.join(ARCHITECTURES)}",
-        actual=found[:200],
+        actual=shown(f"{found}, model_type {model_type}", 200)[1:-1],
         remedy="Choose a model of a supported architecture",
     )
 

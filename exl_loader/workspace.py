@@ -171,7 +171,7 @@ def scratch_bytes(
     """Find the most scratch any operation of a step needs on a device, in bytes."""
     config, sizes = blueprint.config, scratch.sizes_for(device)
     widths = {
-        (rows, linear.in_features, linear.out_features)
+        (rows, linear.stored_rows, linear.out_features)
         for layer in blueprint.layers
         if layer.device == device
         for linear in layer.linears()

@@ -7,6 +7,7 @@ import struct
 
 import pytest
 from broken import edit_config, edit_header, edit_tensors, rejected
+from safetensors.torch import load_file, save_file
 from tiny import write_tiny_model
 
 from exl_loader.architectures import ARCHITECTURES
@@ -139,8 +140,11 @@ def test_a_truncated_shard(copy_of, keep):
 
 def test_an_index_that_names_files_which_are_not_there(copy_of):
     folder = copy_of("dense")
-    index = {"weight_map": {"lm_head.weight": "model-00007-of-00009.safetensors"}}
+    index = {"weight_map": {"model.norm.weight": "model-00007-of-00009.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors")
     rejected(folder, InvalidCheckpoint, "model-00007-of-00009.safetensors")
 
 

@@ -149,7 +149,7 @@ def format_of(folder: Path, tensor: str, config: dict | None = None, old: dict |
     if old is not None:
         (folder / "quantize_config.json").write_text(json.dumps(old))
     with Checkpoint.open(folder) as checkpoint:
-        return checkpoint.format, checkpoint.quantization
+        return checkpoint.format, checkpoint.quantization.values
 
 
 def test_formats_are_told_by_names_and_by_settings(tmp_path):
@@ -166,7 +166,7 @@ def test_formats_are_told_by_names_and_by_settings(tmp_path):
 def test_settings_of_both_files_are_merged(tmp_path):
     config = {"quantization_config": {"quant_method": "GPTQ", "bits": 4}}
     _, merged = format_of(tmp_path / "m", "a.qweight", config, {"bits": 8, "group_size": 64})
-    assert merged == {"quant_method": "gptq", "bits": 4, "group_size": 64}
+    assert merged == {"quant_method": "GPTQ", "bits": 4, "group_size": 64}
 
 
 @pytest.mark.parametrize("method", ["awq", "bitsandbytes", "exl3", "fp8", "compressed-tensors"])

@@ -144,6 +144,10 @@ def test_no_bos():
         (["Unknown", "Qwen2ForCausalLM"], None, "Qwen2ForCausalLM"),
         (["LLaMAForCausalLM"], None, "LlamaForCausalLM"),
         (None, "phi3", "Phi3ForCausalLM"),
+        ([], "qwen3", "Qwen3ForCausalLM"),
+        (["MistralModel"], "mistral", "MistralForCausalLM"),
+        (["Gemma2Model"], None, "Gemma2ForCausalLM"),
+        (["SomethingModel"], "llama", "LlamaForCausalLM"),
     ],
 )
 def test_architecture_is_found(names, model_type, expected):
@@ -152,7 +156,9 @@ def test_architecture_is_found(names, model_type, expected):
 
 @pytest.mark.parametrize(
     "changes", [{"architectures": ["BertModel"]}, {"architectures": []}, {"architectures": None},
-                {"architectures": None, "model_type": "bert"}]
+                {"architectures": None, "model_type": "bert"},
+                {"architectures": ["LlamaForSequenceClassification"], "model_type": "llama"},
+                {"architectures": ["BertModel"], "model_type": "bert"}]
 )
 def test_unknown_architecture_lists_the_known_ones(changes):
     with pytest.raises(UnsupportedArchitecture) as caught:

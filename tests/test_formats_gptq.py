@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from makers import load_layer, make_gptq_layer, pack_stream, write_layer, write_quantized_model
+from makers import load_layer, make_gptq_layer, write_layer, write_quantized_model
 
 from exl_loader.checkpoint import Checkpoint
-from exl_loader.errors import InvalidCheckpoint, UnsupportedFormat
+from exl_loader.errors import InvalidCheckpoint, InvalidConfig, UnsupportedFormat
 from exl_loader.formats import plan_linear, reference_weight
 from exl_loader.formats.planes import dequantize
 
@@ -78,16 +78,6 @@ def test_an_all_zero_group_index_means_none(tmp_path):
     tensors, weight = make(group_size=64)
     tensors["g_idx"].zero_()
     check(write(tmp_path, tensors, group_size=64), 256, 64, weight)
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_the_largest_stored_zero_point(tmp_path, bits):
-    tensors, _ = make(bits=bits)
-    top = (1 << bits) - 1
-    stored = np.full((64, 2), top)
-    tensors["qzeros"] = torch.from_numpy(pack_stream(stored, bits).T.copy())
-    _, layer, _ = load_layer(write(tmp_path, tensors, bits=bits), 256, 64)
-    assert set(layer.zeros.flatten().tolist()) == {0 if bits == 8 else top + 1}
 
 
 def test_settings_of_older_folders(tmp_path):
@@ -162,8 +152,12 @@ def short_scales(tensors):
     tensors["scales"] = tensors["scales"][:1]
 
 
-def wide_scales(tensors):
-    tensors["scales"] = tensors["scales"].float()
+def whole_scales(tensors):
+    tensors["scales"] = tensors["scales"].int()
+
+
+def scales_beyond_float16(tensors):
+    tensors["scales"] = tensors["scales"].float() + 1e6
 
 
 def narrow_zeros(tensors):
@@ -201,7 +195,8 @@ def long_bias(tensors):
         short_index,
         float_index,
         short_scales,
-        wide_scales,
+        whole_scales,
+        scales_beyond_float16,
         narrow_zeros,
         short_weight,
         five_bits,
@@ -226,16 +221,104 @@ def test_a_missing_tensor_is_named(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{"bits": 8}, {"bits": "4"}, {"group_size": 64}, {"group_size": 0}, {"group_size": -2}],
+    "settings", [{"bits": "four"}, {"bits": True}, {"group_size": 0}, {"group_size": -2}]
 )
-def test_settings_that_contradict_the_headers(tmp_path, settings):
+def test_settings_that_mean_nothing_are_refused(tmp_path, settings):
     tensors, _ = make()
-    with pytest.raises(InvalidCheckpoint):
+    with pytest.raises((InvalidCheckpoint, InvalidConfig), match=next(iter(settings))):
         load_layer(write(tmp_path, tensors, **settings), 256, 64)
 
 
-def test_group_sizes_that_no_block_of_32_rows_divides_are_unsupported(tmp_path):
-    tensors, _ = make(group_size=16)
-    with pytest.raises(UnsupportedFormat, match="multiple of 32, found 16"):
-        load_layer(write(tmp_path, tensors, group_size=16), 256, 64)
+@pytest.mark.parametrize(
+    ("settings", "warning"),
+    [
+        ({"bits": 8}, "says 8 bits, but the shape of some layers is that of 4 bits"),
+        ({"group_size": 64}, "says group_size 64, but the shape of some layers is that of 128"),
+        ({"bits": "4", "group_size": "128"}, None),
+        ({"bits": 4.0}, None),
+        ({"bits": None, "group_size": None}, None),
+        ({"bits": 2, "dynamic": {"+:layer": {"bits": 4}}}, None),
+        ({"group_size": 32, "extra_config": {"layer": {"group_size": 128}}}, None),
+    ],
+)
+def test_shapes_decide_width_and_group_size(tmp_path, caplog, settings, warning):
+    tensors, weight = make(seed=int(np.random.default_rng().integers(1 << 30)))
+    check(write(tmp_path, tensors, **settings), 256, 64, weight)
+    assert [warning in record.message for record in caplog.records] == [True] * bool(warning)
+
+
+@pytest.mark.parametrize("group_size", [16, 48, 80])
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_groups_of_no_whole_blocks(tmp_path, group_size, act_order, bits):
+    """The CPU fills every group up; a CUDA device keeps float16 weights."""
+    tensors, weight = make(group_size=group_size, act_order=act_order, bits=bits, bias=True)
+    folder = write(tmp_path, tensors, bits=bits, group_size=group_size)
+    plan, layer = check(folder, 256, 64, weight)
+    groups = -(-256 // group_size)
+    blocks = (groups - 1) * -(-group_size // 32) + -(-(256 - (groups - 1) * group_size) // 32)
+    assert layer.codes.shape == (4, blocks * bits * 64)
+    assert plan.stored_rows == 32 * blocks
+
+    plan, layer, _ = load_layer(folder, 256, 64, device="cuda:0")
+    assert plan.specs["weight"].dtype == "float16" and plan.stored_rows == 256
+    dense = layer.weight.transpose(1, 2).reshape(64, 256)
+    assert torch.equal(dense, weight.half().t())
+    assert torch.equal(layer.bias, tensors["bias"].float())
+
+
+@pytest.mark.parametrize("settings", [{}, {"group_size": None}, {"group_size": 32}])
+def test_a_group_size_that_is_declared_wrongly_or_not_at_all(tmp_path, settings):
+    tensors, weight = make(group_size=16, g_idx=False)
+    check(write(tmp_path, tensors, **settings), 256, 64, weight)
+
+
+def test_a_shorter_last_group_without_a_declared_size(tmp_path):
+    tensors, weight = make(in_features=200, group_size=64, g_idx=False)
+    check(write(tmp_path, tensors, group_size=None), 200, 64, weight)
+    tensors["scales"], tensors["qzeros"] = tensors["scales"][:3], tensors["qzeros"][:3]
+    with pytest.raises(InvalidCheckpoint, match="layer.scales: groups of 200 input features"):
+        load_layer(write(tmp_path, tensors, group_size=None), 200, 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_scales_of_other_dtypes(tmp_path, dtype, caplog):
+    tensors, weight = make(seed=3)
+    folder = write(tmp_path, tensors)
+    if dtype == torch.float32:
+        tensors["scales"] = tensors["scales"].float()
+        check(write(tmp_path, tensors), 256, 64, weight)
+        return
+    tensors["scales"] = tensors["scales"].bfloat16()
+    _, layer, decoded = load_layer(write(tmp_path, tensors), 256, 64)
+    scales = tensors["scales"].float().repeat_interleave(128, 0)
+    own = make_gptq_layer(np.random.default_rng(3), 256, 64)[0]["scales"].float()
+    expected = weight / own.repeat_interleave(128, 0) * scales
+    torch.testing.assert_close(decoded, expected, rtol=1e-6, atol=0)
+    assert torch.equal(dequantize(layer), decoded) and folder and not caplog.records
+
+
+def test_scales_below_the_range_of_float16_are_told(tmp_path, caplog):
+    tensors, _ = make()
+    tensors["scales"] = torch.full((2, 64), 1.37e-7, dtype=torch.bfloat16)
+    load_layer(write(tmp_path, tensors), 256, 64)
+    assert "too small for float16" in caplog.text
+
+
+def test_act_order_without_its_index_is_refused(tmp_path):
+    tensors, _ = make(act_order=True)
+    folder = write(tmp_path, tensors, desc_act=True)
+    tensors["g_idx"].zero_()
+    with pytest.raises(InvalidCheckpoint, match="layer.g_idx"):
+        load_layer(write(tmp_path, tensors, desc_act=True), 256, 64)
+    del tensors["g_idx"]
+    with pytest.raises(InvalidCheckpoint, match="layer.g_idx.*desc_act"):
+        load_layer(write(tmp_path, tensors, desc_act=True), 256, 64)
+    assert folder
+
+
+def test_weights_packed_as_awq_does_are_named(tmp_path):
+    tensors, _ = make()
+    tensors["qweight"] = torch.zeros(256, 8, dtype=torch.int32)
+    with pytest.raises(UnsupportedFormat, match="layer.qweight: packed .* as AWQ does"):
+        load_layer(write(tmp_path, tensors), 256, 64)

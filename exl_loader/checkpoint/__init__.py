@@ -9,23 +9,23 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import InvalidCheckpoint, UnsupportedFormat
-from .files import check_index, detect_format, read_quantization, weight_files
+from .folder import is_quantised, read_folder
+from .quantization import Quantization
 from .safetensors_header import (
     DOWNLOAD_AGAIN,
     FileIdentity,
     TensorHeader,
     invalid,
     open_weights,
-    read_header,
 )
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Checkpoint", "TensorHeader"]
+__all__ = ["Checkpoint", "TensorHeader", "is_quantised"]
 
 
 class Checkpoint:
@@ -35,7 +35,7 @@ class Checkpoint:
         model_dir: the folder.
         headers: tensor name -> TensorHeader.
         format: `exl2`, `gptq` or `dense`.
-        quantization: `quantization_config` of config.json merged over quantize_config.json.
+        quantization: the settings of a quantised model; see `Quantization`.
         paths: the files, in order.
     """
 
@@ -45,7 +45,7 @@ class Checkpoint:
         headers: dict[str, TensorHeader],
         identities: dict[Path, FileIdentity],
         format: str,
-        quantization: dict[str, Any],
+        quantization: Quantization,
     ) -> None:
         self.model_dir = model_dir
         self.headers = headers
@@ -60,30 +60,11 @@ class Checkpoint:
         """Read and validate the headers of a model folder's weight files.
 
         Raises:
-            ModelNotFound: no folder, or no weights in it.
-            InvalidCheckpoint: a file is missing or truncated, a header says something that
-                cannot be true, or a tensor stands in two files.
-            InvalidConfig: config.json or quantize_config.json is no JSON object.
-            UnsupportedFormat: pickle files, GGUF, or another quantisation method.
+            ExlLoaderError: as `folder.read_folder`.
         """
         folder = Path(model_dir)
-        headers: dict[str, TensorHeader] = {}
-        identities: dict[Path, FileIdentity] = {}
-        for path in weight_files(folder):
-            tensors, identities[path] = read_header(path)
-            for header in tensors:
-                other = headers.setdefault(header.name, header)
-                if other is not header:
-                    raise InvalidCheckpoint(
-                        f"{header.name}: stands in {other.path.name} and in {path.name}",
-                        expected="one file",
-                        remedy="Remove the file that does not belong to this model",
-                    )
-        quantization = read_quantization(folder)
-        format = detect_format(headers, quantization)
-        if format != "exl2":
-            check_index(folder)
-        return cls(folder, headers, identities, format, quantization)
+        found = read_folder(folder)
+        return cls(folder, found.headers, found.identities, found.format, found.quantization)
 
     def header(self, name: str) -> TensorHeader:
         """Look a tensor up.

@@ -1,16 +1,14 @@
-"""Which files of a model folder hold its weights, and in which format they are."""
+"""Which files of a model folder hold its weights."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from ..errors import (
     InvalidCheckpoint,
-    InvalidConfig,
     ModelNotFound,
     UnsupportedFormat,
     shown,
@@ -19,10 +17,9 @@ from ..json_keys import read_json_object_if_there
 from ..untrusted_files import INDEX_BYTES
 
 INDEX_NAME = "model.safetensors.index.json"
+WHOLE_NAME = "model.safetensors"
 SERIES = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# What AutoGPTQ and GPTQModel call the layouts that formats/gptq.py reads.
-GPTQ_LAYOUTS = ("gptq", "gptq_v2")
 
 
 def _refuse(model_dir: Path, names: Iterable[str]) -> None:
@@ -70,17 +67,13 @@ def index_files(model_dir: Path) -> list[str]:
     return sorted(set(names))
 
 
-def weight_files(model_dir: Path) -> list[Path]:
-    """Choose the safetensors files that hold the weights.
-
-    `output*.safetensors`, what EXL2's converter writes, comes first: the folder may hold the
-    source model's files beside it. Otherwise an index decides if all its files are there;
-    otherwise every `*.safetensors` file counts.
+def weight_names(model_dir: Path) -> list[str]:
+    """Names of a folder's safetensors files, sorted.
 
     Raises:
         ModelNotFound: no folder, or no weights in it.
         UnsupportedFormat: the weights are pickle files or GGUF.
-        InvalidCheckpoint: a numbered series of files has gaps.
+        InvalidCheckpoint: an index lists files, and there are none.
     """
     if not os.path.isdir(model_dir):
         raise ModelNotFound(
@@ -89,26 +82,73 @@ def weight_files(model_dir: Path) -> list[Path]:
             actual="a file" if os.path.exists(model_dir) else "nothing",
             remedy="Check the path",
         )
-    names = _names(model_dir)
+    names = folder_names(model_dir)
     found = [name for name in names if name.endswith(".safetensors")]
-    outputs = [n for n in found if n == "output.safetensors" or n.startswith("output-")]
-    if outputs:
-        chosen = outputs
-    else:
-        try:
-            listed = index_files(model_dir)
-        except InvalidCheckpoint:
-            listed = []  # EXL2 folders keep stale ones; `check_index` judges once it matters
-        chosen = listed if listed and set(listed) <= set(found) else found
-        if not found:
-            missing_shards(listed, found)
-    if not chosen:
+    if not found:
+        missing_shards(_readable_index(model_dir), [])
         _refuse(model_dir, names)
-    _check_series(chosen)
-    return [model_dir / name for name in chosen]
+    return found
 
 
-def _names(model_dir: Path) -> list[str]:
+def converter_output(found: Iterable[str]) -> list[str]:
+    """Files that EXL2's converter wrote: the folder may hold the source model's beside them."""
+    return [name for name in found if name == "output.safetensors" or name.startswith("output-")]
+
+
+def candidates(model_dir: Path, found: list[str]) -> Iterator[list[str]]:
+    """Yield sets of files that may hold a whole model, the likeliest first.
+
+    The order is that of transformers: `model.safetensors`, then the files of an index. After
+    these come every complete series of numbered files and every other single file, such as
+    AutoGPTQ's `gptq_model-4bit-128g.safetensors`.
+    """
+    if WHOLE_NAME in found:
+        yield [WHOLE_NAME]
+    listed = _readable_index(model_dir)
+    if listed and set(listed) <= set(found):
+        yield listed
+    series: dict[tuple[str, str], list[str]] = {}
+    single = []
+    for name in found:
+        match = SERIES.fullmatch(name)
+        if match:
+            series.setdefault((match[1], match[3]), []).append(name)
+        elif name != WHOLE_NAME:
+            single.append(name)
+    for (_, total), members in series.items():
+        if len(members) == int(total):
+            yield members
+    for name in single:
+        yield [name]
+
+
+def all_files(model_dir: Path, found: list[str]) -> list[str]:
+    """Choose the files of a folder in which no candidate holds a whole model.
+
+    The files of the index where all are there, otherwise every file.
+
+    Raises:
+        InvalidCheckpoint: a numbered series of files has gaps.
+    """
+    listed = _readable_index(model_dir)
+    chosen = listed if listed and set(listed) <= set(found) else found
+    check_series(chosen)
+    return chosen
+
+
+def _readable_index(model_dir: Path) -> list[str]:
+    """Names that the index lists; none where it cannot be read.
+
+    EXL2 folders keep stale indexes; `check_index` judges once it matters.
+    """
+    try:
+        return index_files(model_dir)
+    except InvalidCheckpoint:
+        return []
+
+
+def folder_names(model_dir: Path) -> list[str]:
+    """Names of a folder's files, sorted."""
     try:
         return sorted(os.listdir(model_dir))
     except OSError as error:
@@ -133,10 +173,10 @@ def missing_shards(listed: Iterable[str], found: Iterable[str]) -> None:
 
 def check_index(model_dir: Path) -> None:
     """Check that every file of the index is there; not for EXL2, which has none of its own."""
-    missing_shards(index_files(model_dir), _names(model_dir))
+    missing_shards(index_files(model_dir), folder_names(model_dir))
 
 
-def _check_series(names: list[str]) -> None:
+def check_series(names: list[str]) -> None:
     """Check that every member of `NAME-00001-of-0000N.safetensors` is there."""
     present = set(names)
     matches = (SERIES.fullmatch(name) for name in names)
@@ -151,76 +191,3 @@ def _check_series(names: list[str]) -> None:
                     actual="nothing",
                     remedy="Download the missing file",
                 )
-
-
-def read_quantization(model_dir: Path) -> dict[str, Any]:
-    """Merge `quantization_config` of config.json over `quantize_config.json`.
-
-    Returns:
-        the merged settings, `quant_method` in lower case; empty where there are none. A
-        `quantize_config.json` without a method is AutoGPTQ's.
-
-    Raises:
-        InvalidConfig: either file is no JSON object, or a setting has the wrong type.
-    """
-    merged = read_json_object_if_there(model_dir / "quantize_config.json")
-    if merged:
-        merged.setdefault("quant_method", "gptq")
-    own = read_json_object_if_there(model_dir / "config.json").get("quantization_config")
-    if own is not None and not isinstance(own, dict):
-        raise InvalidConfig(
-            "config.json: quantization_config", expected="an object", actual=type(own).__name__
-        )
-    merged.update(own or {})
-    if merged.get("quant_method") is not None:
-        merged["quant_method"] = str(merged["quant_method"]).lower()
-    return merged
-
-
-def detect_format(names: Iterable[str], quantization: dict[str, Any]) -> str:
-    """Tell `exl2`, `gptq` or `dense` from tensor names and the quantization settings.
-
-    EXL2's tensor names occur nowhere else, so they win over whatever config.json says (files
-    from 2023 say nothing). Every other method that is declared is taken at its word.
-
-    Raises:
-        UnsupportedFormat: another quantisation method, named.
-        InvalidCheckpoint: the declared method's tensors are missing.
-    """
-    endings = {name.rsplit(".", 1)[-1] for name in names}
-    if "q_weight" in endings:
-        return "exl2"
-    method = quantization.get("quant_method")
-    if method is None:
-        method = "exl3" if "trellis" in endings else "gptq" if "qweight" in endings else "dense"
-    if method == "dense":
-        return "dense"
-    if method not in ("exl2", "gptq"):
-        raise UnsupportedFormat(
-            f"quant_method {method}",
-            expected="exl2, gptq or unquantised weights",
-            remedy="Use a version of the model in one of these formats",
-        )
-    tensor = "q_weight" if method == "exl2" else "qweight"
-    if tensor not in endings:
-        raise InvalidCheckpoint(
-            f"checkpoint with quant_method {method}",
-            expected=f"tensors named *.{tensor}",
-            actual="none",
-            remedy="Check that the weight files belong to this config.json",
-        )
-    _check_gptq_layout(quantization)
-    return str(method)
-
-
-def _check_gptq_layout(quantization: dict[str, Any]) -> None:
-    layout = quantization.get("checkpoint_format") or "gptq"
-    if quantization.get("is_marlin_format"):
-        layout = "marlin"
-    if layout not in GPTQ_LAYOUTS:
-        raise UnsupportedFormat(
-            "quantization_config: checkpoint_format",
-            expected=" or ".join(GPTQ_LAYOUTS),
-            actual=layout,
-            remedy="Use a version of the model in one of these formats",
-        )

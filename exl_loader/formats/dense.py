@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..checkpoint import Checkpoint
+    from ..table import TensorSpec
 
 # Read in pieces: a whole embedding beside its resident copy would double a load's peak.
 PIECE_BYTES = 16 << 20
@@ -40,12 +41,17 @@ def plan_dense(
     weight = checkpoint.header(f"{source}.weight")
     expect(weight, FLOAT_DTYPES, (None, in_features))
     expect_columns(weight, weight.shape[0], out_features, rows)
-    shape = (tiles_for(out_features), in_features, TILE_COLUMNS)
-    specs = {
-        "weight": weight_spec(name, "weight", weight.dtype, shape, device),
-        **plan_bias(checkpoint, name, source, out_features, rows, bias, device),
-    }
+    specs = dense_specs(name, weight.dtype, in_features, out_features, device)
+    specs |= plan_bias(checkpoint, name, source, out_features, rows, bias, device)
     return LinearPlan(name, "dense", in_features, out_features, specs, source, rows)
+
+
+def dense_specs(
+    name: str, dtype: str, in_features: int, out_features: int, device: str
+) -> dict[str, TensorSpec]:
+    """Plan the tensors of an unquantised layer but for its bias."""
+    shape = (tiles_for(out_features), in_features, TILE_COLUMNS)
+    return {"weight": weight_spec(name, "weight", dtype, shape, device)}
 
 
 def pack_dense_linear(
@@ -61,19 +67,30 @@ def pack_dense_linear(
         end = min(first + step * TILE_COLUMNS, plan.out_features)
         piece = checkpoint.read_rows(name, base + first, base + end)
         require_finite(name, piece)
-        whole = (end - first) // TILE_COLUMNS
-        tiled = piece[: whole * TILE_COLUMNS].view(whole, TILE_COLUMNS, plan.in_features)
-        target[tile : tile + whole].copy_(tiled.transpose(1, 2))
-        rest = piece[whole * TILE_COLUMNS :]
-        if len(rest):
-            # Whole on the host first: into a part of a tile a device would copy by way of
-            # memory of its own.
-            filled = rest.new_zeros(plan.in_features, TILE_COLUMNS)
-            filled[:, : len(rest)] = rest.t()
-            target[tile + whole].copy_(filled)
+        fill_dense(piece, tile, target)
     if "bias" in tensors:
         read_bias(plan, checkpoint, tensors["bias"])
     return DenseLinear(plan.in_features, plan.out_features, target, tensors.get("bias"))
+
+
+def fill_dense(rows: torch.Tensor, tile: int, target: torch.Tensor) -> None:
+    """Write output rows into tiles.
+
+    Args:
+        rows: [R, in_features], contiguous; R is a multiple of 16 but for a layer's last rows.
+        tile: the tile of the first row.
+        target: [tiles, in_features, 16], the resident weight.
+    """
+    in_features = rows.shape[1]
+    whole = len(rows) // TILE_COLUMNS
+    tiled = rows[: whole * TILE_COLUMNS].view(whole, TILE_COLUMNS, in_features)
+    target[tile : tile + whole].copy_(tiled.transpose(1, 2))
+    rest = rows[whole * TILE_COLUMNS :]
+    if len(rest):
+        # Whole on the CPU first: a copy into a part of a tile would take memory of the device.
+        filled = rest.new_zeros(in_features, TILE_COLUMNS)
+        filled[:, : len(rest)] = rest.t()
+        target[tile + whole].copy_(filled)
 
 
 def dense_weight(plan: LinearPlan, checkpoint: Checkpoint) -> torch.Tensor:

@@ -4,17 +4,17 @@ Tensors of a layer P with K inputs, N outputs and G groups:
 
     P.qweight int32 [K * bits / 32, N]   per column one bit stream along K
     P.qzeros  int32 [G, N * bits / 32]   per group one bit stream along N
-    P.scales  float16 [G, N]
+    P.scales  float16 [G, N]             bfloat16 and float32 as well
     P.g_idx   int32 [K]                  group of each input channel; may be absent
 
     value = scales[g, n] * (code - zero)
 
-`zero` is stored + 1 in the original layout and stored as it is in `gptq_v2`. The original
-quantiser chooses zero points of 0 to 2^bits - 1 and subtracts 1 on writing. A stored
-2^bits - 1 is read two ways in the field: as 2^bits (AutoGPTQ's qlinear_cuda, exllama, vLLM)
-and, wrapped, as 0 (AutoGPTQ's qlinear_cuda_old). Up to 4 bits this module reads 2^bits, as
-the formula says. At 8 bits 256 does not fit the resident byte; there it wraps to 0, the only
-value that a quantiser can have meant.
+How zero points are stored: `gptq_zeros.py`. Width and group size follow from the shapes; the
+quantization config only says which of several group sizes is meant.
+
+A group takes whole blocks of 32 stored rows. Where the group size is no multiple of 32, the CPU
+fills every group up to whole blocks. The streams of a CUDA device have room for that in the last
+group only, so there such a layer is kept as float16 weights.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, cast
 
 from ..errors import InvalidCheckpoint, UnsupportedFormat
+from ..warn import warn_once
 from .common import (
+    FLOAT_DTYPES,
     WRONG_FILE,
     expect,
     expect_columns,
@@ -33,8 +35,9 @@ from .common import (
     read_columns,
     require_finite,
 )
-from .packed import BLOCK_ROWS, LinearPlan, PackedLinear, QuantizedSizes
-from .packed_cuda import StreamLinear, blocks_for
+from .dense import dense_specs, fill_dense
+from .packed import BLOCK_ROWS, DenseLinear, LinearPlan, PackedLinear, QuantizedSizes
+from .packed_cuda import StreamLinear, blocks_for, is_cuda
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
     from .pack_cuda import StreamOps
 
 WIDTHS = (2, 3, 4, 8)
+USUAL_GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 
 
 def plan_gptq(
@@ -59,15 +63,23 @@ def plan_gptq(
 ) -> LinearPlan:
     """Plan a GPTQ layer from headers; see `formats.plan_linear`.
 
-    `options` of the plan: `bits`, `group_size` (rows a group), `zero_offset` (1 or 0).
+    `options` of the plan: `bits`, `group_size` (rows a group), `num_groups`, `blocks`
+    (of 32 stored rows, with the rows that fill groups up), `layout` and `sym` (for
+    `gptq_zeros.read_zero_points`).
     """
     weight = checkpoint.header(f"{source}.qweight")
     expect(weight, ["int32"], (None, None))
     words, columns = weight.shape
+    if words == in_features and columns < out_features:
+        raise UnsupportedFormat(
+            f"{source}.qweight: packed along the output columns, as AWQ does",
+            expected="codes packed along the input channels, as GPTQ does",
+            remedy="Use a GPTQ or EXL2 version of the model",
+        )
     expect_columns(weight, columns, out_features, rows)
     bits = _bits(checkpoint, source, in_features, words)
     scales = checkpoint.header(f"{source}.scales")
-    expect(scales, ["float16"], (None, columns))
+    expect(scales, FLOAT_DTYPES, (None, columns))
     num_groups = scales.shape[0]
     zeros = checkpoint.header(f"{source}.qzeros")
     expect(zeros, ["int32"], (num_groups, -(-columns * bits // 32)))
@@ -75,38 +87,35 @@ def plan_gptq(
     act_order = f"{source}.g_idx" in checkpoint.headers
     if act_order:
         expect(checkpoint.header(f"{source}.g_idx"), ["int32", "int64"], (in_features,))
-    sizes = QuantizedSizes(
-        out_features, in_features, blocks_for(in_features) * bits, num_groups,
-        zeros=True, perm=act_order,
-    )  # fmt: skip
-    specs = quantized_specs(name, sizes, device)
-    specs |= plan_bias(checkpoint, name, source, out_features, rows, bias, device)
-    version = checkpoint.quantization.get("checkpoint_format")
+    elif checkpoint.quantization.desc_act and num_groups > 1:
+        raise InvalidCheckpoint(
+            f"{source}.g_idx: not in the checkpoint",
+            expected="the group of each input channel, because desc_act is true",
+            remedy=WRONG_FILE,
+        )
+    last_rows = in_features - (num_groups - 1) * group_size
+    blocks = (num_groups - 1) * blocks_for(group_size) + blocks_for(last_rows)
     options = {
         "bits": bits,
         "group_size": group_size,
-        "zero_offset": 0 if version == "gptq_v2" else 1,
+        "num_groups": num_groups,
+        "blocks": blocks,
+        "layout": checkpoint.quantization.layout,
+        "sym": checkpoint.quantization.sym,
     }
+    if is_cuda(device) and num_groups > 1 and group_size % BLOCK_ROWS:
+        specs = dense_specs(name, "float16", in_features, out_features, device)
+    else:
+        sizes = QuantizedSizes(
+            out_features, in_features, blocks * bits, num_groups, zeros=True, perm=act_order
+        )
+        specs = quantized_specs(name, sizes, device)
+    specs |= plan_bias(checkpoint, name, source, out_features, rows, bias, device)
     return LinearPlan(name, "gptq", in_features, out_features, specs, source, rows, options)
 
 
-def _setting(checkpoint: Checkpoint, key: str) -> int | None:
-    """Look a whole number up in the quantization config; absent is None.
-
-    GPTQModel's `dynamic` gives single layers settings of their own; then the headers decide.
-    """
-    value = checkpoint.quantization.get(key)
-    if value is None or checkpoint.quantization.get("dynamic"):
-        return None
-    if type(value) is not int:
-        raise InvalidCheckpoint(
-            f"quantization_config: {key}", expected="a whole number", actual=repr(value)[:80]
-        )
-    return value
-
-
 def _bits(checkpoint: Checkpoint, source: str, in_features: int, words: int) -> int:
-    """Derive the width from the shape, and hold it against the config's."""
+    """Derive the width from the shape; a config that says otherwise gets a warning."""
     bits = words * 32 // in_features
     if bits not in WIDTHS or words * 32 != in_features * bits:
         raise InvalidCheckpoint(
@@ -115,38 +124,60 @@ def _bits(checkpoint: Checkpoint, source: str, in_features: int, words: int) -> 
             actual=words,
             remedy=WRONG_FILE,
         )
-    declared = _setting(checkpoint, "bits")
-    if declared not in (None, bits):
-        raise InvalidCheckpoint(
-            f"{source}.qweight: bits",
-            expected=f"{declared} as the quantization config says",
-            actual=bits,
-            remedy=WRONG_FILE,
+    quantization = checkpoint.quantization
+    if quantization.bits not in (None, bits) and not quantization.per_layer:
+        warn_once(
+            f"{quantization.where} says {quantization.bits} bits, but the shape of some layers "
+            f"is that of {bits} bits; the shape is right"
         )
     return bits
 
 
 def _group_size(checkpoint: Checkpoint, source: str, in_features: int, num_groups: int) -> int:
-    """Take the config's group size, or derive it, and hold it against the number of groups."""
-    declared = _setting(checkpoint, "group_size")
+    """Take the config's group size where it gives the number of groups, or derive it.
+
+    Raises:
+        InvalidCheckpoint: no group size, or more than one, gives the number of groups.
+    """
+    quantization = checkpoint.quantization
+    declared = quantization.group_size
     if declared is not None and (declared == 0 or declared < -1):
         raise InvalidCheckpoint(
             "quantization_config: group_size", expected="-1 or at least 1", actual=declared
         )
-    size = -(-in_features // max(1, num_groups)) if declared is None else declared
-    size = in_features if size == -1 or size > in_features else size
-    if -(-in_features // size) != num_groups:
+    if declared is not None:
+        size = in_features if declared == -1 else min(declared, in_features)
+        if -(-in_features // size) == num_groups:
+            return size
+    derived = _derived_group_size(in_features, num_groups)
+    if derived is None:
         raise InvalidCheckpoint(
-            f"{source}.scales: groups of {size} for {in_features} input features",
-            expected=-(-in_features // size),
+            f"{source}.scales: groups of {in_features} input features",
+            expected="a number that one group size gives"
+            if declared is None else f"as many as group_size {declared} gives",
             actual=num_groups,
             remedy=WRONG_FILE,
         )
-    if num_groups > 1 and size % BLOCK_ROWS:
-        raise UnsupportedFormat(
-            f"{source}: group size", expected=f"a multiple of {BLOCK_ROWS}", actual=size
+    if declared is not None and not quantization.per_layer:
+        warn_once(
+            f"{quantization.where} says group_size {declared}, but the shape of some layers is "
+            f"that of {derived}; the shape is right"
         )
-    return size
+    return derived
+
+
+def _derived_group_size(in_features: int, num_groups: int) -> int | None:
+    """Find the group size from the number of groups; None where none or several fit.
+
+    Quantisers use few sizes, so the last group is rather shorter than all of an odd size.
+    """
+    even, rest = divmod(in_features, max(1, num_groups))
+    usual = [size for size in USUAL_GROUP_SIZES if -(-in_features // size) == num_groups]
+    if rest == 0 and (even in usual or num_groups == 1):
+        return even
+    if len(usual) == 1:
+        return usual[0]
+    return even if rest == 0 and not usual and even else None
 
 
 def read_group_index(plan: LinearPlan, checkpoint: Checkpoint) -> torch.Tensor:
@@ -160,13 +191,13 @@ def read_group_index(plan: LinearPlan, checkpoint: Checkpoint) -> torch.Tensor:
     """
     import torch
 
-    group_size, num_groups = plan.options["group_size"], plan.specs["groups"].shape[0]
-    trivial = torch.arange(plan.in_features) // group_size
-    if "perm" not in plan.specs:
-        return trivial
+    num_groups = plan.options["num_groups"]
+    trivial = torch.arange(plan.in_features) // plan.options["group_size"]
     name = f"{plan.source}.g_idx"
+    if name not in checkpoint.headers:
+        return trivial
     index = checkpoint.read(name).long()
-    if not bool(index.any()):
+    if not bool(index.any()) and not (num_groups > 1 and checkpoint.quantization.desc_act):
         # All zero is what some writers leave there without act-order, whatever the groups.
         return trivial
     if not bool(((index >= 0) & (index < num_groups)).all()):
@@ -180,10 +211,15 @@ def read_group_index(plan: LinearPlan, checkpoint: Checkpoint) -> torch.Tensor:
 
 
 def _group_rows(plan: LinearPlan, index: torch.Tensor) -> list[int]:
-    """Count the rows of each group; every one but the last must fill whole blocks."""
+    """Count the rows of each group, which must fit the blocks that were planned.
+
+    Raises:
+        InvalidCheckpoint: a group without channels.
+        UnsupportedFormat: channels that need more blocks of rows than groups of equal size.
+    """
     import torch
 
-    rows = torch.bincount(index, minlength=plan.specs["groups"].shape[0]).tolist()
+    rows = torch.bincount(index, minlength=plan.options["num_groups"]).tolist()
     for group, count in enumerate(rows):
         if count == 0:
             raise InvalidCheckpoint(
@@ -192,27 +228,40 @@ def _group_rows(plan: LinearPlan, index: torch.Tensor) -> list[int]:
                 actual=f"none in group {group}",
                 remedy="Download the file again",
             )
-        if count % BLOCK_ROWS and group + 1 < len(rows):
-            raise UnsupportedFormat(
-                f"{plan.source}.g_idx: channels of group {group}",
-                expected=f"a multiple of {BLOCK_ROWS}",
-                actual=count,
-            )
+        # In a stream only the last group may end within a block.
+        if "windows" in plan.specs and count % BLOCK_ROWS and group + 1 < len(rows):
+            raise _uneven(plan, group, count)
+    blocks = [blocks_for(count) for count in rows]
+    if sum(blocks) > plan.options["blocks"]:
+        group = max(range(len(rows)), key=lambda g: blocks[g] * BLOCK_ROWS - rows[g])
+        raise _uneven(plan, group, rows[group])
     return rows
 
 
+def _uneven(plan: LinearPlan, group: int, count: int) -> UnsupportedFormat:
+    return UnsupportedFormat(
+        f"{plan.source}.g_idx: channels of group {group}",
+        expected=f"a multiple of {BLOCK_ROWS}",
+        actual=count,
+    )
+
+
 def read_zeros(plan: LinearPlan, checkpoint: Checkpoint) -> torch.Tensor:
-    """Read a layer's zero points: uint8 [G, out_features], the offset already added."""
+    """Read a layer's zero points: uint8 [G, out_features], as `value` above takes them."""
     import numpy as np
     import torch
 
-    from .planes import unpack_stream
+    from .gptq_zeros import read_zero_points
 
     words = checkpoint.read(f"{plan.source}.qzeros").numpy().view(np.uint32)
     columns = checkpoint.header(f"{plan.source}.scales").shape[1]
-    stored = unpack_stream(words.T, plan.options["bits"], columns).T
-    stored = stored + np.uint8(plan.options["zero_offset"])  # 8 bits: 255 + 1 wraps to 0
-    return read_columns(plan, torch.from_numpy(np.ascontiguousarray(stored)))
+    options = plan.options
+    zeros, contradiction = read_zero_points(
+        words, options["bits"], columns, options["layout"], options["sym"]
+    )
+    if contradiction:
+        warn_once(f"{checkpoint.model_dir}: {contradiction}; the values were followed")
+    return read_columns(plan, torch.from_numpy(zeros))
 
 
 def read_scales(plan: LinearPlan, checkpoint: Checkpoint) -> torch.Tensor:
@@ -221,21 +270,40 @@ def read_scales(plan: LinearPlan, checkpoint: Checkpoint) -> torch.Tensor:
     Raises:
         InvalidCheckpoint: a scale is not finite.
     """
+    import torch
+
     name = f"{plan.source}.scales"
-    scales = checkpoint.read(name)
-    require_finite(name, scales)
+    stored = checkpoint.read(name)
+    require_finite(name, stored)
+    scales = stored.to(torch.float16)
+    if scales is not stored:
+        require_finite(f"{name} as float16", scales)
+        _warn_of_small_scales(checkpoint, stored, scales)
     return read_columns(plan, scales)
+
+
+def _warn_of_small_scales(
+    checkpoint: Checkpoint, stored: torch.Tensor, scales: torch.Tensor
+) -> None:
+    """Warn where float16 holds scales with less precision than bfloat16 does."""
+    error = (scales.float() - stored.float()).abs()
+    if bool((error > stored.float().abs() * 2**-9).any()):
+        warn_once(
+            f"{checkpoint.model_dir}: some scales are too small for float16 and lose precision"
+        )
 
 
 def pack_gptq_linear(
     plan: LinearPlan, checkpoint: Checkpoint, tensors: dict[str, torch.Tensor], ops: Ops
-) -> PackedLinear | StreamLinear:
+) -> PackedLinear | StreamLinear | DenseLinear:
     """Read a GPTQ layer into its resident tensors; see `formats.pack_linear`."""
     import torch
 
     from .pack_cuda import pack_gptq_streams
     from .planes import group_table
 
+    if "weight" in tensors:
+        return _pack_as_dense(plan, checkpoint, tensors)
     bits = plan.options["bits"]
     index = read_group_index(plan, checkpoint)
     rows = _group_rows(plan, index)
@@ -269,6 +337,25 @@ def pack_gptq_linear(
         zeros=tensors["zeros"],
         perm=perm,
         bias=tensors.get("bias"),
+    )
+
+
+def _pack_as_dense(
+    plan: LinearPlan, checkpoint: Checkpoint, tensors: dict[str, torch.Tensor]
+) -> DenseLinear:
+    """Read a GPTQ layer into float16 weights."""
+    name = f"{plan.source}: weights as float16"
+    weight = gptq_weight(plan, checkpoint).half().t().contiguous()
+    require_finite(name, weight)
+    fill_dense(weight, 0, tensors["weight"])
+    if "bias" in tensors:
+        read_bias(plan, checkpoint, tensors["bias"])
+    warn_once(
+        f"{checkpoint.model_dir}: groups of {plan.options['group_size']} rows are kept as "
+        "float16 weights on a CUDA device, which takes 16 bits a weight"
+    )
+    return DenseLinear(
+        plan.in_features, plan.out_features, tensors["weight"], tensors.get("bias")
     )
 
 

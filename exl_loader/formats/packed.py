@@ -20,8 +20,8 @@ v*(8/w) + i stands at bits [i*w, i*w + w) of the byte at its own position. The p
 block follow each other, high first.
 
 `codes` is [tiles, tile_bytes]: per tile the blocks of group 0, group 1, ... in row order. A
-last group whose rows are no multiple of 32 is filled up with rows of code = zero point (and
-the activations there are zero as well, so what stands there cannot matter).
+group whose rows are no multiple of 32 is filled up with rows of code 2^(bits-1); the
+activations there are zero, so their codes do not matter.
 `groups` is int32 [G, 4]: bits, first stored row, rows (without fill), byte offset of the
 group's first block within a tile.
 `scales` is float16 [tiles, G, 16]. `zeros` is uint8 [tiles, G, 16] or None, where every
@@ -83,7 +83,7 @@ class LinearPlan:
             `groups`, `perm`, `bias`, or `weight` for dense).
         source: prefix of its tensors in the checkpoint; differs from `name` for fused ones.
         rows: (first, end) output rows of a fused source tensor, None where it is whole.
-        options: what the format needs to know to read it (bits, group size, zero offset).
+        options: what the format needs to know to read it (bits, group size, layout).
     """
 
     name: str
@@ -94,6 +94,14 @@ class LinearPlan:
     source: str
     rows: tuple[int, int] | None = None
     options: dict = field(default_factory=dict)
+
+    @property
+    def stored_rows(self) -> int:
+        """Rows that a product's scratch is planned for: K, and where several groups are filled
+        up to whole blocks, those rows as well."""
+        filled = self.options.get("blocks", 0) * BLOCK_ROWS
+        is_filled = "codes" in self.specs and filled >= self.in_features + BLOCK_ROWS
+        return filled if is_filled else self.in_features
 
 
 @dataclass

@@ -1,0 +1,246 @@
+"""What a folder is: which files hold its weights, and in which format they are.
+
+Everybody who needs to know asks here: `Checkpoint.open` for the engine, `is_quantised` for
+the web UI's choice of a loader. Headers are read, weights are not, and PyTorch is not imported.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import ExlLoaderError, InvalidCheckpoint, UnsupportedFormat, shown
+from ..json_keys import read_json_object_if_there
+from ..warn import warn_once
+from .files import (
+    all_files,
+    candidates,
+    check_index,
+    check_series,
+    converter_output,
+    weight_names,
+)
+from .quantization import Quantization
+from .safetensors_header import FileIdentity, TensorHeader, read_header
+
+QUANTISED_FORMATS = ("exl2", "gptq")
+# Names that stand under `model.` in a causal language model, and at the top where the file
+# was saved from the model without its head.
+_BODY = ("layers.", "embed_tokens.", "norm.")
+_LAYER = re.compile(r"(?:model\.)?layers\.(\d{1,6})\.")
+
+Headers = dict[str, TensorHeader]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A model folder whose headers were read.
+
+    Args:
+        headers: tensor name -> TensorHeader, names as in a causal language model.
+        identities: the chosen files, in order.
+        format: `exl2`, `gptq` or `dense`.
+        quantization: the settings that belong to the format; empty where none do.
+    """
+
+    headers: Headers
+    identities: dict[Path, FileIdentity]
+    format: str
+    quantization: Quantization
+
+
+def read_folder(model_dir: Path) -> Folder:
+    """Find out what a folder is.
+
+    Raises:
+        ModelNotFound: no folder, or no weights in it.
+        InvalidCheckpoint: a file is missing or truncated, a header says something that
+            cannot be true, a tensor stands in two files, or the declared method's tensors
+            are missing.
+        InvalidConfig: config.json or quantize_config.json is no JSON object.
+        UnsupportedFormat: pickle files, GGUF, another quantization method, or settings of a
+            known one that this engine does not implement.
+    """
+    files = _Files(model_dir)
+    quantization = Quantization.from_dir(model_dir)
+    chosen, whole = files.choose(quantization)
+    headers, identities = files.read(chosen)
+    format = format_of(headers, quantization)
+    if format == "exl2" and quantization.method not in (None, "exl2"):
+        warn_once(
+            f"{quantization.where} declares {quantization.method}, but the weights are EXL2: "
+            "the settings are another model's and are ignored"
+        )
+        quantization = Quantization()
+    if format != "dense":
+        quantization.check()
+    if format != "exl2" and not whole:
+        check_index(model_dir)
+    unused = sorted(set(files.found) - set(chosen))
+    if unused:
+        warn_once(
+            f"{model_dir}: the weights are read from {_listed(chosen)}; ignored: "
+            f"{_listed(unused)}"
+        )
+    return Folder(with_body_prefix(headers), identities, format, quantization)
+
+
+def is_quantised(model_dir: str | os.PathLike[str]) -> bool:
+    """Tell whether a folder holds EXL2 or GPTQ weights; never raises.
+
+    A folder of these formats that is damaged, or has settings that this engine refuses, is
+    one too: loading it says what is wrong. Where no weights can be read, the declared method
+    decides.
+    """
+    folder = Path(model_dir)
+    try:
+        quantization = Quantization.from_dir(folder)
+    except ExlLoaderError:
+        quantization = Quantization()
+    try:
+        files = _Files(folder)
+        headers, _ = files.read(files.choose(quantization)[0])
+    except ExlLoaderError:
+        return os.path.isdir(folder) and (quantization.is_gptq or quantization.method == "exl2")
+    try:
+        return format_of(headers, quantization) in QUANTISED_FORMATS
+    except ExlLoaderError:
+        return False
+
+
+class _Files:
+    """The safetensors files of a folder; every header is read once."""
+
+    def __init__(self, model_dir: Path) -> None:
+        self.model_dir = model_dir
+        self.found = weight_names(model_dir)
+        self._read: dict[str, tuple[list[TensorHeader], FileIdentity]] = {}
+
+    def choose(self, quantization: Quantization) -> tuple[list[str], bool]:
+        """Choose the files that hold the weights.
+
+        Returns:
+            their names, and whether they were found to hold a whole model.
+        """
+        outputs = converter_output(self.found)
+        if outputs:
+            check_series(outputs)
+            return outputs, False
+        num_layers = self._num_layers()
+        whole = [
+            files for files in candidates(self.model_dir, self.found)
+            if self._is_whole(files, num_layers)
+        ]
+        # Quantised weights may lie beside the model that they were made from.
+        quantised = [files for files in whole if self._has_quantised(files)]
+        if quantised and (quantization.is_gptq or quantization.method == "exl2"):
+            whole = quantised
+        return (whole[0], True) if whole else (all_files(self.model_dir, self.found), False)
+
+    def read(self, names: Iterable[str]) -> tuple[Headers, dict[Path, FileIdentity]]:
+        """Read the headers of several files together.
+
+        Raises:
+            InvalidCheckpoint: a file cannot be read, or a tensor stands in two of them.
+        """
+        headers: Headers = {}
+        identities = {}
+        for name in names:
+            path = self.model_dir / name
+            if name not in self._read:
+                self._read[name] = read_header(path)
+            tensors, identities[path] = self._read[name]
+            for header in tensors:
+                other = headers.setdefault(header.name, header)
+                if other is not header:
+                    raise InvalidCheckpoint(
+                        f"{header.name}: stands in {other.path.name} and in {path.name}",
+                        expected="one file",
+                        remedy="Remove the file that does not belong to this model",
+                    )
+        return headers, identities
+
+    def _is_whole(self, names: list[str], num_layers: int | None) -> bool:
+        """Tell whether files hold embedding, final norm and every layer of a model."""
+        try:
+            headers = with_body_prefix(self.read(names)[0])
+        except ExlLoaderError:
+            return False
+        ends = {"model.embed_tokens.weight", "model.norm.weight"}
+        matches = (_LAYER.match(name) for name in headers)
+        layers = {int(match[1]) for match in matches if match}
+        wanted = len(layers) if num_layers is None else num_layers
+        return ends <= headers.keys() and bool(layers) and layers == set(range(wanted))
+
+    def _has_quantised(self, names: list[str]) -> bool:
+        return not {"qweight", "q_weight"}.isdisjoint(_endings(self.read(names)[0]))
+
+    def _num_layers(self) -> int | None:
+        try:
+            value = read_json_object_if_there(self.model_dir / "config.json")
+        except ExlLoaderError:
+            return None
+        number = value.get("num_hidden_layers")
+        # A damaged number says nothing; config.py refuses it by name.
+        return number if type(number) is int and 0 < number < 1 << 16 else None
+
+
+def _endings(names: Iterable[str]) -> set[str]:
+    return {name.rsplit(".", 1)[-1] for name in names}
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(shown(name)[1:-1] for name in names[:3]) + more
+
+
+def with_body_prefix(headers: Mapping[str, TensorHeader]) -> Headers:
+    """Name tensors as in a causal language model.
+
+    Weights that were saved from a model without its head (`LlamaModel`) lack the prefix
+    `model.` of the layers, the embedding and the final norm.
+    """
+    if any(name.startswith("model.layers.") for name in headers):
+        return dict(headers)
+    return {
+        f"model.{name}" if name.startswith(_BODY) else name: header
+        for name, header in headers.items()
+    }
+
+
+def format_of(names: Iterable[str], quantization: Quantization) -> str:
+    """Tell `exl2`, `gptq` or `dense` from tensor names and the quantization settings.
+
+    EXL2's tensor names occur nowhere else, so they win over whatever config.json says (files
+    from 2023 say nothing). Every other method that is declared is taken at its word.
+
+    Raises:
+        UnsupportedFormat: another quantization method, named.
+        InvalidCheckpoint: the declared method's tensors are missing.
+    """
+    endings = _endings(names)
+    if "q_weight" in endings:
+        return "exl2"
+    method = quantization.method
+    if method is None and "trellis" not in endings and "weight_packed" not in endings:
+        return "gptq" if "qweight" in endings else "dense"
+    if method != "exl2" and not quantization.is_gptq:
+        undeclared = "exl3" if "trellis" in endings else "compressed-tensors"
+        declared = quantization.values.get("quant_method", undeclared)
+        raise UnsupportedFormat(
+            f"quant_method {shown(declared)[1:-1]}",
+            expected="exl2, gptq, auto-round or unquantised weights",
+            remedy="Use a version of the model in one of these formats",
+        )
+    tensor = "q_weight" if method == "exl2" else "qweight"
+    if tensor not in endings:
+        raise InvalidCheckpoint(
+            f"checkpoint with quant_method {quantization.values.get('quant_method')}",
+            expected=f"tensors named *.{tensor}",
+            actual="none",
+            remedy="Check that the weight files belong to this config.json",
+        )
+    return "gptq" if tensor == "qweight" else "exl2"
