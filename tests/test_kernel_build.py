@@ -2,16 +2,18 @@
 
 import dataclasses
 import logging
+import os
+import signal
 import subprocess
 import sys
 
 import pytest
-from builds import REPO, Recorder, find_partials, needs_compiler, works
+from builds import REPO, Recorder, find_partials, needs_compiler, works, write_compiler
 from counting import count
 
 from exl_loader import kernels
 from exl_loader.errors import InvalidSettings, KernelBuildError
-from exl_loader.kernels import store, toolchain
+from exl_loader.kernels import store, supervise, toolchain
 from exl_loader.kernels.build import TASK, build, ninja_file
 from exl_loader.kernels.spec import BuildSpec, compile_flags, cpu_spec
 from exl_loader.progress import NullProgress
@@ -107,6 +109,16 @@ CHANGES = {
     "a header less": {"headers": ()},
     "compiler version": {"compiler": toolchain.Compiler(("g++",), "gcc", "g++ 13.1.0")},
     "compiler kind": {"compiler": toolchain.Compiler(("g++",), "clang", "g++ 12.2.0")},
+    "an argument of the compiler": {
+        "compiler": toolchain.Compiler(("g++", "-O0"), "gcc", "g++ 12.2.0")},
+    "a launcher": {"compiler": toolchain.Compiler(("ccache", "g++"), "gcc", "g++ 12.2.0")},
+    "compiler setup": {
+        "compiler": toolchain.Compiler(("g++",), "gcc", "g++ 12.2.0", "vcvars64.bat")},
+    "compiler's file": {
+        "compiler": toolchain.Compiler(("g++",), "gcc", "g++ 12.2.0", None, ("g++ 77 1",))},
+    "a variable": {"environment": (("CPATH", "/opt/include"),)},
+    "a variable's value": {"environment": (("CPATH", "/opt/other"),)},
+    "another variable": {"environment": (("CPLUS_INCLUDE_PATH", "/opt/include"),)},
     "flags": {"flags": ("-O2", "-march=native")},
     "flags run together": {"flags": ("-O3 -march=native",)},
     "a link flag that became a flag": {
@@ -124,6 +136,80 @@ def test_every_argument_changes_the_key(kernel_sources, change):
     base = make_spec(kernel_sources)
     assert make_spec(kernel_sources).key == base.key
     assert make_spec(kernel_sources, **CHANGES[change]).key != base.key
+
+
+def test_all_changes_have_keys_of_their_own(kernel_sources):
+    keys = [make_spec(kernel_sources, **change).key for change in CHANGES.values()]
+    assert len(set(keys)) == len(keys)
+
+
+COMMANDS = [
+    "", "g++ -O0", "g++ -march=x86-64", "g++ -fsanitize=address", "g++ -O1", "g++ -DNDEBUG",
+    "g++ -O0 -DNDEBUG", "g++ -DNDEBUG -O0", "g++ '-O0 -DNDEBUG'", "g++ -include cstdint",
+]
+
+
+@needs_compiler
+def test_every_command_of_cxx_has_a_key_of_its_own(kernel_sources):
+    def key(command):
+        return cpu_spec(kernel_sources, {"PATH": os.environ["PATH"], "CXX": command}).key
+
+    assert len({key(command) for command in COMMANDS}) == len(COMMANDS)
+    assert [key(command) for command in COMMANDS] == [key(command) for command in COMMANDS]
+
+
+VARIABLES = ["CPATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "COMPILER_PATH", "NVCC_APPEND_FLAGS",
+             "NVCC_PREPEND_FLAGS", "NVCC_CCBIN", "CL", "_LINK_", "CCC_OVERRIDE_OPTIONS",
+             "NIX_CFLAGS_COMPILE", "GCC_EXEC_PREFIX", "SDKROOT"]
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", VARIABLES)
+def test_variables_that_compilers_read_are_in_the_key(kernel_sources, name):
+    environ = {"PATH": os.environ["PATH"]}
+    spec = cpu_spec(kernel_sources, {**environ, name: "/nowhere"})
+    assert spec.key != cpu_spec(kernel_sources, environ).key
+    assert spec.key != cpu_spec(kernel_sources, {**environ, name: "/elsewhere"}).key
+    # What it means nothing to does not change it.
+    assert cpu_spec(kernel_sources, {**environ, "CFLAGS": "-O0", "EDITOR": "vi", name: ""}).key == (
+        cpu_spec(kernel_sources, environ).key)
+
+
+@needs_compiler
+def test_a_script_around_the_compiler_that_changes_is_another_compiler(kernel_sources, tmp_path):
+    script = write_compiler(tmp_path / "g++", "true")
+    environ = {"PATH": os.environ["PATH"], "CXX": str(script)}
+    before = cpu_spec(kernel_sources, environ).key
+    write_compiler(script, "exit 1")
+    assert cpu_spec(kernel_sources, environ).key != before
+
+
+@needs_compiler
+def test_the_compiler_gets_the_variables_of_the_key(
+    kernel_cache, kernel_sources, tmp_path, monkeypatch
+):
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "answer.h").write_text("#define ANSWER 42\n")
+    (kernel_sources / "shared.h").write_text("#include <answer.h>\n")
+    with pytest.raises(KernelBuildError, match="answer.h"):
+        build(cpu_spec(kernel_sources))
+    monkeypatch.setenv("CPATH", str(tmp_path / "include"))
+    monkeypatch.setenv("DEPENDENCIES_OUTPUT", str(tmp_path / "dependencies"))
+    spec = cpu_spec(kernel_sources)
+    # What is set between the key and the build comes too late.
+    monkeypatch.setenv("CPATH", str(tmp_path / "elsewhere"))
+    assert works(build(spec))
+    assert not (tmp_path / "dependencies").exists()
+
+
+@needs_compiler
+def test_a_relative_compiler_is_found_from_ninjas_folder(
+    kernel_cache, kernel_sources, tmp_path, monkeypatch
+):
+    write_compiler(tmp_path / "my-g++", "true")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CXX", "./my-g++ -DNDEBUG")
+    assert works(build(cpu_spec(kernel_sources)))
 
 
 def test_every_field_is_covered_by_a_change():
@@ -176,6 +262,58 @@ def test_compile_error_shows_the_compilers_words(kernel_cache, kernel_sources):
     assert "undeclared_thing" in caught.value.details
     assert "\n" not in str(caught.value)
     assert find_partials(kernel_cache) == []
+
+
+FLOODS = {
+    "lines": "head -c 40000000 /dev/zero | tr '\\0' '\\n'",
+    "one line": "head -c 40000000 /dev/zero | tr '\\0' 'x'",
+    "zeros on stderr": "head -c 40000000 /dev/zero >&2",
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("flood", FLOODS)
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_compilers_output_is_bounded(kernel_cache, kernel_sources, tmp_path, monkeypatch,
+                                       flood, fails):
+    script = write_compiler(
+        tmp_path / "g++",
+        f"echo 'one.cpp:1: error: the first'; {FLOODS[flood]}; echo 'error: the last'"
+        + ("; exit 1" if fails else ""),
+    )
+    monkeypatch.setenv("CXX", str(script))
+    if not fails:
+        assert works(build(cpu_spec(kernel_sources)))
+        return
+    with pytest.raises(KernelBuildError, match="error: the first") as caught:
+        build(cpu_spec(kernel_sources))
+    details = caught.value.details
+    assert "error: the last" in details and "bytes of output are left out here" in details
+    # Of each of two sources the beginning and the end, and ninja's own lines.
+    assert len(details) < 2 * (2 * supervise.KEPT_BYTES + 4000)
+
+
+def test_bounded_output_keeps_beginning_and_end():
+    output = supervise.BoundedOutput(4)
+    for piece in (b"", b"ab", b"cdef"):
+        output.add(piece)
+    assert output.get() == b"abcdef"
+    for piece in (b"gh", b"ijklmnop", b"qr"):
+        output.add(piece)
+    assert output.get() == b"abcd\n... 10 bytes of output are left out here ...\nopqr"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="runs shell scripts")
+def test_a_compiler_that_answers_without_end_is_none(tmp_path, monkeypatch):
+    script = tmp_path / "endless++"
+    script.write_text("#!/bin/sh\nyes 'endless++ 1.0'\n")
+    script.chmod(0o755)
+    assert toolchain.command_output([str(script)]) is None
+    monkeypatch.setattr(toolchain, "PROBE_TIMEOUT_S", 0.2)
+    # Its child holds the pipe open.
+    script.write_text("#!/bin/sh\nsleep 600 & echo $! > \"$0.pid\"; wait\n")
+    assert toolchain.command_output([str(script)]) is None
+    os.kill(int((tmp_path / "endless++.pid").read_text()), signal.SIGKILL)
 
 
 def test_no_compiler_means_reference_and_one_warning(kernel_cache, monkeypatch, caplog):

@@ -14,6 +14,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,12 +25,15 @@ from . import supervise
 from .lock import build_lock
 from .spec import BuildSpec
 from .store import Entry, find_entry, publish, seal, verify, writable_dir
-from .toolchain import find_ninja
+from .toolchain import compiler_environment, find_ninja
 
 TASK = "compiling kernels"
 
 # NINJA_STATUS below is "[finished/total] "; ninja writes it when a unit is done.
-_STATUS = re.compile(r"^\[(\d+)/(\d+)\] ")
+_STATUS = re.compile(rb"^\[(\d{1,9})/(\d{1,9})\] ")
+# Of the output of all compilers the beginning and the end are kept, this much of each.
+_KEPT_BYTES = 1 << 18
+_MAX_LINE_BYTES = 1 << 16
 # In the C locale, which _run_ninja sets.
 _DISK_FULL = "No space left on device"
 _ERROR_LINE = re.compile(r"\berror\b[: ]", re.IGNORECASE)
@@ -77,8 +81,8 @@ def build_entry(
     progress = progress or NullProgress()
     try:
         lock = directory / f"{spec.directory_name}.lock"
-        with build_lock(lock, lambda: verify(target) is not None, progress) as held:
-            found = verify(target)
+        with build_lock(lock, lambda: verify(target, spec.artifacts) is not None, progress) as held:
+            found = verify(target, spec.artifacts)
             if found is not None:
                 return found
             # Who builds without the lock must not clear away the holder's work.
@@ -92,7 +96,8 @@ def _build_in(partial: Path, target: Path, spec: BuildSpec, progress: Progress) 
     """Compile in `partial`, which is emptied before and gone afterwards."""
     _clear(partial)
     work = partial / "work"
-    work.mkdir(parents=True, mode=0o700)
+    partial.mkdir(mode=0o700)
+    work.mkdir(mode=0o700)
     try:
         (work / "build.ninja").write_text(ninja_file(spec), encoding="utf-8")
         units = len(spec.sources) + (0 if spec.makes_cubins else 1)
@@ -128,21 +133,26 @@ def _remove_left(partial: Path) -> None:
 
 def _run_ninja(work: Path, spec: BuildSpec, progress: Progress) -> None:
     """Run ninja to its end, counting units; it ends, with its compilers, when this does."""
-    # In English, of GCC and of MSVC.
-    words_in = {"LC_ALL": "C", "VSLANG": "1033"}
-    environ = {**os.environ, "NINJA_STATUS": "[%f/%t] ", **words_in}
+    environ = {
+        **compiler_environment(os.environ, spec.environment),
+        "NINJA_STATUS": "[%f/%t] ",
+        # GCC and MSVC then write in English.
+        "LC_ALL": "C",
+        "VSLANG": "1033",
+    }
     try:
         process = supervise.start(_ninja_command(work, spec), environ)
     except OSError as error:
         raise _ninja_error(error.strerror or str(error)) from error
-    words: list[str] = []
+    output = supervise.BoundedOutput(_KEPT_BYTES)
     done = 0
     assert process.stdin is not None and process.stdout is not None
     try:
-        for line in process.stdout:
+        # A line of any length comes in parts of this size.
+        while line := process.stdout.readline(_MAX_LINE_BYTES):
             status = _STATUS.match(line)
             if status is None:
-                words.append(line)
+                output.add(line)
             else:
                 progress.advance(TASK, int(status[1]) - done)
                 done = int(status[1])
@@ -151,10 +161,11 @@ def _run_ninja(work: Path, spec: BuildSpec, progress: Progress) -> None:
         process.stdout.close()
         process.stdin.close()
         code = process.wait()
+    words = output.get().decode("utf-8", "replace")
     if code == supervise.START_FAILED:
-        raise _ninja_error("".join(words).strip())
+        raise _ninja_error(words.strip())
     if code != 0:
-        raise _compile_error(spec, "".join(words))
+        raise _compile_error(spec, words)
 
 
 def _ninja_error(reason: str) -> KernelBuildError:
@@ -186,7 +197,9 @@ def _usable_cpus() -> int:
 def ninja_file(spec: BuildSpec) -> str:
     """Write the build as ninja reads it: one compile edge a source; one link edge for a library.
     """
-    compiler = _command(spec.compiler.command)
+    # ninja holds a compiler's output in memory, whatever its length.
+    bounded = (sys.executable, "-I", "-S", os.path.abspath(supervise.__file__), supervise.BOUNDED)
+    compiler = _command((*bounded, *spec.compiler.command))
     flags = _command(spec.flags)
     option = "/I" if spec.compiler.kind == "msvc" else "-I"
     include = _command([f"{option}{(spec.root / name).absolute()}" for name in spec.include_dirs])

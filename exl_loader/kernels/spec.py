@@ -1,7 +1,8 @@
 """What a kernel binary is made of, and the key under which it is kept.
 
-The key is a hash of everything that can change the binary: sources, headers, flags,
-compiler and CPU. Two equal keys mean the same binary, so that a cached one can be trusted.
+The key is a hash of everything that can change the binary: sources, headers, flags, the
+compiler with its whole command and the environment variables that it reads, and the CPU. Two
+equal keys mean the same binary, so that a cached one can be trusted.
 """
 
 from __future__ import annotations
@@ -15,10 +16,16 @@ from functools import cached_property
 from pathlib import Path
 
 from ..errors import KernelBuildError
-from .toolchain import Compiler, compiler_remedy, cpu_features, find_compiler
+from .toolchain import (
+    Compiler,
+    compiler_remedy,
+    compiler_variables,
+    cpu_features,
+    find_compiler,
+)
 
 # Part of every key; raised when the contents of a build directory change their meaning.
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 
 LIBRARY_SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 
@@ -45,6 +52,8 @@ class BuildSpec:
         link_flags: for linking; cubins are not linked.
         cpu_features: of the machine that will run it; `-march=native` stands for them.
         include_dirs: where `#include "..."` looks, in this order.
+        environment: the variables that the compiler gets of those that change what it makes,
+            see `toolchain.compiler_variables`.
     """
 
     name: str
@@ -56,6 +65,7 @@ class BuildSpec:
     link_flags: tuple[str, ...]
     cpu_features: tuple[str, ...]
     include_dirs: tuple[str, ...] = (".",)
+    environment: tuple[tuple[str, str], ...] = ()
 
     @cached_property
     def key(self) -> str:
@@ -69,11 +79,17 @@ class BuildSpec:
         def put(*parts: str | bytes) -> None:
             # Lengths first: no two lists of parts may run together into the same bytes.
             for part in (str(len(parts)), *parts):
-                data = part.encode() if isinstance(part, str) else part
+                # Paths and variables may hold bytes that are no UTF-8.
+                data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
                 digest.update(f"{len(data)}:".encode() + data)
 
         put(str(LAYOUT_VERSION), self.name, sys.platform)
-        put(self.compiler.kind, self.compiler.version)
+        put(self.compiler.kind, self.compiler.version, self.compiler.environment_script or "")
+        # A CUDA compiler's command has paths of this program and its own alone; `identity` says
+        # which compiler they lead to.
+        put(*(() if self.makes_cubins else self.compiler.command))
+        put(*self.compiler.identity)
+        put(*(part for variable in self.environment for part in variable))
         put(*self.flags)
         put(*self.link_flags)
         put(*self.cpu_features)
@@ -174,6 +190,7 @@ def cpu_spec(root: Path | None = None, environ: Mapping[str, str] = os.environ) 
         flags=compile_flags(compiler, features, march),
         link_flags=link_flags(compiler),
         cpu_features=features,
+        environment=compiler_variables(environ),
     )
 
 

@@ -1,11 +1,15 @@
 """Run a command that must not outlive whoever started it; standard library alone.
 
     python -I -S supervise.py COMMAND...
+    python -I -S supervise.py --bounded COMMAND...
 
 stdin is a pipe to which nothing is written. Its other end closes when the starter closes it,
 and when the starter dies, of whatever: a signal that ends a host without a word, or the
 system's killer where memory is full, leaves no chance to run anything of ours in it. Then the
 command is ended, with all that it started.
+
+With `--bounded` only the beginning and the end of a command's output are passed on. ninja keeps
+the whole output of a compiler in memory until the compiler ends, so each compiler runs under it.
 """
 
 from __future__ import annotations
@@ -21,8 +25,44 @@ START_FAILED = 125
 # ninja waits for its compilers, which end as soon as they are told.
 GRACE_S = 10.0
 
+BOUNDED = "--bounded"
+# How much of the beginning, and of the end, of an output is kept.
+KEPT_BYTES = 1 << 16
+_READ_BYTES = 1 << 16
 
-def start(command: list[str] | str, environ: Mapping[str, str]) -> subprocess.Popen[str]:
+
+class BoundedOutput:
+    """The beginning and the end of a text of any length, in a fixed amount of memory.
+
+    Args:
+        kept_bytes: how much of each.
+    """
+
+    def __init__(self, kept_bytes: int = KEPT_BYTES) -> None:
+        self._kept_bytes = kept_bytes
+        self._head = b""
+        self._tail = b""
+        self._left_out_bytes = 0
+
+    def add(self, data: bytes) -> None:
+        """Append to the text."""
+        room = self._kept_bytes - len(self._head)
+        self._head += data[:room]
+        self._tail += data[room:]
+        excess = len(self._tail) - self._kept_bytes
+        if excess > 0:
+            self._left_out_bytes += excess
+            self._tail = self._tail[excess:]
+
+    def get(self) -> bytes:
+        """Return what is kept, with a line in place of what is not."""
+        if not self._left_out_bytes:
+            return self._head + self._tail
+        gap = f"\n... {self._left_out_bytes} bytes of output are left out here ...\n"
+        return self._head + gap.encode() + self._tail
+
+
+def start(command: list[str] | str, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
     """Start a command that ends when this process does, or when the result's stdin is closed.
 
     A terminal's Ctrl-C, and its end, do not reach the command: they reach this process, which
@@ -46,8 +86,6 @@ def start(command: list[str] | str, environ: Mapping[str, str]) -> subprocess.Po
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
         env=environ,
         start_new_session=True,
         creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
@@ -74,6 +112,30 @@ def run(words: list[str]) -> int:
         return START_FAILED
     threading.Thread(target=_end_with_stdin, args=(process, job), daemon=True).start()
     code = process.wait()
+    return code if code >= 0 else 128 - code
+
+
+def run_bounded(command: list[str]) -> int:
+    """Run a command and pass on the beginning and the end of its stdout and stderr.
+
+    Returns:
+        As `run`.
+    """
+    try:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+    except OSError as error:
+        print(f"{command[0]}: {error.strerror or error}", flush=True)
+        return START_FAILED
+    assert process.stdout is not None
+    output = BoundedOutput()
+    while data := os.read(process.stdout.fileno(), _READ_BYTES):
+        output.add(data)
+    code = process.wait()
+    kept = memoryview(output.get())
+    while kept:
+        kept = kept[os.write(1, kept):]
     return code if code >= 0 else 128 - code
 
 
@@ -107,4 +169,6 @@ def _end_with_stdin(process: subprocess.Popen[bytes], job: int | None) -> None:
 
 if __name__ == "__main__":
     # At once: on Windows an orderly end could wait for the thread that reads.
+    if sys.argv[1:2] == [BOUNDED]:
+        os._exit(run_bounded(sys.argv[2:]))
     os._exit(run(sys.argv[1:]))

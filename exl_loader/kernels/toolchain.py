@@ -10,8 +10,10 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +22,8 @@ from ..errors import KernelBuildError
 
 # A compiler that does not say its version within this time is not going to compile either.
 PROBE_TIMEOUT_S = 20.0
+# GCC answers with 300 bytes.
+MAX_PROBE_BYTES = 1 << 20
 
 CANDIDATES = ("g++", "clang++", "c++")
 # The pip package of the compiler of Zig, which is clang with all that it needs.
@@ -52,12 +56,81 @@ class Compiler:
         kind: `gcc`, `clang`, `msvc`, `nvcc` or `nvrtc`: which language of flags it takes.
         version: the line with which it names itself.
         environment_script: batch file that sets up an MSVC compiler outside its own prompt.
+        identity: tells apart programs that name themselves alike; see `program_identity`.
     """
 
     command: tuple[str, ...]
     kind: str
     version: str
     environment_script: str | None = None
+    identity: tuple[str, ...] = ()
+
+
+# Environment variables that change what a compiler makes, or where it looks for headers,
+# libraries and its own parts. GCC's manual ("Environment Variables Affecting GCC"), clang's
+# driver, nvcc's manual ("Environment Variables"), MSVC's documentation (CL and LINK), and the
+# compiler wrapper of Nix.
+_COMPILER_VARIABLES = frozenset({
+    "CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "COMPILER_PATH", "LIBRARY_PATH",
+    "GCC_EXEC_PREFIX", "GCC_ROOT", "SOURCE_DATE_EPOCH", "COLLECT_GCC_OPTIONS",
+    "CCC_OVERRIDE_OPTIONS", "CCC_ADD_ARGS", "CLANG_CONFIG_FILE_SYSTEM_DIR",
+    "CLANG_CONFIG_FILE_USER_DIR", "CLANG_NO_DEFAULT_CONFIG", "LD_RUN_PATH", "LDEMULATION",
+    "SDKROOT", "DEVELOPER_DIR", "MACOSX_DEPLOYMENT_TARGET", "CL", "_CL_", "LINK", "_LINK_",
+    "INCLUDE", "LIB", "LIBPATH", "EXTERNAL_INCLUDE",
+})
+_COMPILER_PREFIXES = ("NVCC_", "NIX_", "ZIG_", "CCACHE_COMPILER", "CCACHE_PREFIX")
+# These make a compiler write further files.
+_UNWANTED_VARIABLES = frozenset({
+    "DEPENDENCIES_OUTPUT", "SUNPRO_DEPENDENCIES", "GCC_COMPARE_DEBUG", "CC_PRINT_OPTIONS",
+    "CC_PRINT_OPTIONS_FILE", "CC_PRINT_HEADERS", "CC_PRINT_HEADERS_FILE", "CC_LOG_DIAGNOSTICS",
+    "CC_LOG_DIAGNOSTICS_FILE",
+})
+
+
+def compiler_variables(environ: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """Name the environment variables that change what a compiler makes, sorted.
+
+    They are part of a build's key. They are not removed from a compiler's environment, because
+    the compilers of some systems (Nix, Guix, an HPC cluster's modules) find nothing without.
+    """
+    return tuple(sorted(
+        (name, value) for name, value in environ.items()
+        if value and (name in _COMPILER_VARIABLES or name.startswith(_COMPILER_PREFIXES))
+    ))
+
+
+def compiler_environment(
+    environ: Mapping[str, str], variables: tuple[tuple[str, str], ...]
+) -> dict[str, str]:
+    """Make a compiler's environment: of what changes its work, just these variables."""
+    kept = {
+        name: value for name, value in environ.items()
+        if name not in _COMPILER_VARIABLES and name not in _UNWANTED_VARIABLES
+        and not name.startswith(_COMPILER_PREFIXES)
+    }
+    return {**kept, **dict(variables)}
+
+
+def program_identity(
+    command: tuple[str, ...], environ: Mapping[str, str] = os.environ
+) -> tuple[str, ...]:
+    """Say which programs a command consists of: path, size and time of each file it names.
+
+    A script around a compiler says the compiler's version, whatever options it adds.
+    """
+    found = []
+    for number, word in enumerate(command):
+        if word.startswith("-"):
+            continue
+        path = shutil.which(word, path=environ.get("PATH")) if number < 2 else word
+        try:
+            real = os.path.realpath(path or word)
+            status = os.stat(real)
+        except (OSError, ValueError):
+            continue
+        if stat.S_ISREG(status.st_mode):
+            found.append(f"{real} {status.st_size} {status.st_mtime_ns}")
+    return tuple(found)
 
 
 def find_compiler(environ: Mapping[str, str] = os.environ) -> Compiler | None:
@@ -73,7 +146,7 @@ def find_compiler(environ: Mapping[str, str] = os.environ) -> Compiler | None:
     """
     chosen = environ.get("CXX", "").strip()
     if chosen:
-        compiler = _probe(_split_command(chosen))
+        compiler = _probe(_split_command(chosen), environ)
         if compiler is None:
             raise KernelBuildError(
                 f"CXX is set to {chosen!r}",
@@ -88,7 +161,7 @@ def find_compiler(environ: Mapping[str, str] = os.environ) -> Compiler | None:
             return msvc
     for name in CANDIDATES:
         path = shutil.which(name, path=environ.get("PATH"))
-        compiler = _probe((path,)) if path else None
+        compiler = _probe((path,), environ) if path else None
         if compiler is not None:
             return compiler
     return _find_zig()
@@ -111,35 +184,57 @@ def _find_zig() -> Compiler | None:
 
 def _split_command(text: str) -> tuple[str, ...]:
     """Split `ccache g++`; a path with spaces that exists is one program."""
-    if os.path.exists(text):
-        return (text,)
-    return tuple(shlex.split(text, posix=os.name == "posix"))
+    words = (text,) if os.path.exists(text) else shlex.split(text, posix=os.name == "posix")
+    program, *arguments = words
+    # ninja runs the compiler in a folder of its own.
+    return (os.path.abspath(program) if os.path.dirname(program) else program, *arguments)
 
 
-def _probe(command: tuple[str, ...]) -> Compiler | None:
+def _probe(
+    command: tuple[str, ...], environ: Mapping[str, str] = os.environ
+) -> Compiler | None:
     """Ask a gcc or clang for its version; None where it does not answer like one."""
     answer = command_output([*command, "--version"])
     if not answer:
         return None
     version = answer.splitlines()[0].strip()
     kind = "clang" if "clang" in answer else "gcc"
-    return Compiler(command, kind, version)
+    return Compiler(command, kind, version, identity=program_identity(command, environ))
 
 
 def command_output(command: list[str]) -> str | None:
-    """stdout of a command, or None where it cannot be run or fails."""
+    """Return what a command writes to stdout.
+
+    Returns:
+        None where it cannot be run, fails, takes longer than `PROBE_TIMEOUT_S` or writes more
+        than `MAX_PROBE_BYTES`.
+    """
     try:
-        result = subprocess.run(
-            command,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            stdin=subprocess.DEVNULL,
-            timeout=PROBE_TIMEOUT_S,
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
-    except (OSError, subprocess.SubprocessError):
+    except OSError:
         return None
-    return result.stdout if result.returncode == 0 else None
+    read: list[bytes] = []
+    # A thread, because a child of the command may keep the pipe open after the command ended.
+    reader = threading.Thread(target=_read_probe, args=(process, read), daemon=True)
+    reader.start()
+    reader.join(PROBE_TIMEOUT_S)
+    process.kill()
+    code = process.wait()
+    if not read or code != 0:
+        return None
+    return read[0].decode("utf-8", "replace").replace("\r\n", "\n")
+
+
+def _read_probe(process: subprocess.Popen[bytes], read: list[bytes]) -> None:
+    """Read a command's output and wait for its end; leaves `read` empty where it is too much."""
+    assert process.stdout is not None
+    with process.stdout as pipe:
+        output = pipe.read(MAX_PROBE_BYTES + 1)
+    if len(output) <= MAX_PROBE_BYTES:
+        process.wait()
+        read.append(output)
 
 
 def _find_msvc(environ: Mapping[str, str]) -> Compiler | None:
@@ -169,7 +264,8 @@ def _find_msvc(environ: Mapping[str, str]) -> Compiler | None:
     if not compiler.exists() or not script.exists():
         return None
     version = f"MSVC {release}"
-    return Compiler((str(compiler),), "msvc", version, environment_script=str(script))
+    command = (str(compiler),)
+    return Compiler(command, "msvc", version, str(script), program_identity(command, environ))
 
 
 def find_ninja() -> str | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ...errors import KernelBuildError
 from ..spec import BuildSpec, csrc_dir
+from ..toolchain import compiler_variables
 from .arch import Capability, Version, arch_name, compiled_capability
 from .toolchain import CudaCompiler, choose_cuda_compiler
 
@@ -62,6 +63,8 @@ def cuda_spec(
         link_flags=(),
         cpu_features=(),
         include_dirs=(".", _NVRTC_INCLUDE) if nvrtc else (".",),
+        # NVRTC reads no variables.
+        environment=() if nvrtc else compiler_variables(environ),
     )
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...errors import InvalidSettings, KernelBuildError, shown
-from ..toolchain import Compiler, command_output, find_compiler
+from ..toolchain import Compiler, command_output, find_compiler, program_identity
 from .arch import OLDEST_CUDA, Capability, Version, arch_name, compiled_capability
 
 COMPILER_ENV = "EXL_LOADER_CUDA_COMPILER"
@@ -138,7 +138,7 @@ def _nvrtc_compiler(library: Path, cuda: Version) -> Compiler:
     command = (sys.executable, "-I", "-S", str(script), "--library", str(library))
     # The size tells apart what the release alone does not (13.0.48 and 13.0.88).
     version = f"NVRTC {cuda[0]}.{cuda[1]} ({library.stat().st_size} bytes)"
-    return Compiler(command, "nvrtc", version)
+    return Compiler(command, "nvrtc", version, identity=program_identity((str(library),)))
 
 
 def _library_folders(environ: Mapping[str, str]) -> Iterator[Path]:
@@ -188,5 +188,8 @@ def _find_nvcc(environ: Mapping[str, str]) -> Iterator[CudaCompiler]:
         match = _NVCC_RELEASE.search(command_output([str(path), "--version"]) or "")
         if match:
             version = f"nvcc {match[3]} with {host.version}"
-            compiler = replace(host, command=(str(path),), kind="nvcc", version=version)
+            compiler = replace(
+                host, command=(str(path),), kind="nvcc", version=version,
+                identity=(*program_identity((str(path),)), *host.identity),
+            )
             yield CudaCompiler(compiler, (int(match[1]), int(match[2])), path)
