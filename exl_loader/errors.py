@@ -14,6 +14,8 @@ from typing import Any
 _UNPRINTABLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
 # Characters of a part of an error's one line; a list of all settings has 800.
 _LONGEST_PART = 1500
 
@@ -21,6 +23,11 @@ _LONGEST_PART = 1500
 def printable(text: str) -> str:
     """Return a text with everything escaped that a terminal or a stream would not just print."""
     return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def is_text(text: str) -> bool:
+    """Return whether a string is text: without lone surrogates, which are halves of characters."""
+    return _SURROGATE.search(text) is None
 
 
 class _ShortRepr(reprlib.Repr):

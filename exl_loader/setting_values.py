@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence, Set
 from typing import Any
 
-from .errors import InvalidSettings, shown
+from .errors import InvalidSettings, is_text, shown
 from .json_keys import InvalidJson, parse_json
 
 # Settings of the web UI whose samplers this engine does not have, with the value at which
@@ -18,8 +18,6 @@ from .json_keys import InvalidJson, parse_json
 # handed over; at any other they are an error, because a sampler that is silently left out
 # would be a lie.
 NEUTRAL_VALUES: dict[str, int | bool] = {"penalty_alpha": 0, "auto_max_new_tokens": False}
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def invalid(name: str, expected: str, actual: Any) -> InvalidSettings:
@@ -77,7 +75,7 @@ def check_text(name: str, value: Any) -> None:
     """
     if not isinstance(value, str):
         raise invalid(name, "text", value)
-    if _SURROGATE.search(value):
+    if not is_text(value):
         raise invalid(name, "text without lone surrogates (halves of characters)", value)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from ..errors import InvalidTokenizer, shown
+from ..errors import InvalidTokenizer, is_text, shown
 from ..json_keys import read_json_object_if_there
 
 NAMED_TOKENS = (
@@ -41,6 +41,13 @@ class AddedToken:
     rstrip: bool = False
     single_word: bool = False
     normalized: bool = True
+
+    def __post_init__(self) -> None:
+        if not is_text(self.content):
+            raise InvalidTokenizer(
+                f"token {shown(self.content)}", expected="text", actual="a lone surrogate in it",
+                remedy=REMEDY,
+            )
 
     @classmethod
     def parse(cls, value: Any, where: str, special: bool | None = None) -> AddedToken:
@@ -241,7 +248,7 @@ def _added_by_content(
     for content, token_id in values.items():
         if not is_id(token_id):
             raise InvalidTokenizer(
-                f"{content!r} in {folder / 'added_tokens.json'}", expected="a token id",
+                f"{shown(content)} in {folder / 'added_tokens.json'}", expected="a token id",
                 actual=shown(token_id), remedy=REMEDY,
             )
         is_special = content in special
