@@ -10,6 +10,8 @@ from types import ModuleType
 from typing import Any
 
 LOADERS = ("ExLlamav2", "ExLlamav2_HF")
+# Where `registration` puts the stopping strings of a chat into a request's state.
+CHAT_STOPS = "exl_loader_stopping_strings"
 
 # The plugin's own load options: on the command line, in the API, in saved settings, on the page.
 OPTION_DEFAULTS: dict[str, Any] = {

@@ -24,7 +24,7 @@ from . import (
     recognise,
     tables,
 )
-from .host import LOADERS, ROPE_OPTIONS, HostDiffers, Patches, say
+from .host import CHAT_STOPS, LOADERS, ROPE_OPTIONS, HostDiffers, Patches, say
 from .saved_settings import with_current_values
 from .watch import watcher
 
@@ -170,7 +170,8 @@ def _watch_later_modules() -> None:
 
 
 def _extend_generation(module: ModuleType) -> None:
-    """Have errors of `ExLlamav2_HF` reported, and idle reloads guarded where they are local."""
+    """Have errors of `ExLlamav2_HF` reported, a chat's stopping strings handed to `ExLlamav2`,
+    and idle reloads guarded where they are local."""
     with_hf = module.generate_reply_HF
 
     def generate_reply_HF(*args: Any, **kwargs: Any) -> Iterator[Any]:
@@ -181,8 +182,28 @@ def _extend_generation(module: ModuleType) -> None:
             problems.report(error)
 
     _patches.replace(with_hf, generate_reply_HF)
+    _hand_over_stops(module)
     # The API counts a prompt's tokens before it asks for an answer.
     _reload_before(module.generate_reply, module.encode, module.decode)
+
+
+def _hand_over_stops(module: ModuleType) -> None:
+    """Put the stopping strings of a chat, which models are not told of, into the state.
+
+    The web UI looks for them in the text that is shown; a control token never stands there.
+    """
+    original = getattr(module, "generate_reply_custom", None)
+    if original is None:
+        return
+
+    def generate_reply_custom(
+        question: str, original_question: str, state: dict[str, Any],
+        stopping_strings: Any = None, **options: Any,
+    ) -> Iterator[Any]:
+        state = state | {CHAT_STOPS: stopping_strings}
+        return original(question, original_question, state, stopping_strings, **options)
+
+    _patches.replace(original, generate_reply_custom)
 
 
 def _extend_logits(module: ModuleType) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -128,7 +129,34 @@ def settings(state: Mapping[str, Any], prompt_len: int, ctx_size: int) -> dict[s
     if state.get("logit_bias"):
         chosen["logit_bias"] = {int(i): float(b) for i, b in state["logit_bias"].items()}
     chosen["logprobs"] = max(0, int(state.get("logprobs") or 0))
+    chosen["stop_strings"] = stop_strings(state)
     return chosen
+
+
+def stop_strings(state: Mapping[str, Any]) -> list[str]:
+    """Return what ends an answer: the page's custom stopping strings and the chat's own.
+
+    The web UI looks for them in the text that is shown, where special tokens are left out; the
+    engine finds them there and in the special tokens, before they are shown.
+
+    Raises:
+        InvalidSettings: `custom_stopping_strings` are no texts in quotes with commas between.
+    """
+    found: list[str] = []
+    for name in (host.CHAT_STOPS, "custom_stopping_strings"):
+        value = state.get(name) or []
+        if isinstance(value, str):
+            try:
+                # As the web UI reads its field.
+                value = ast.literal_eval(f"[{value}]")
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                raise invalid(
+                    name, "texts in quotes with commas between them", value
+                ) from None
+        if not isinstance(value, (list, tuple)) or not all(isinstance(t, str) for t in value):
+            raise invalid(name, "a list of texts", value)
+        found += [text for text in value if text]
+    return list(dict.fromkeys(found))
 
 
 def new_tokens(state: Mapping[str, Any], prompt_len: int, ctx_size: int) -> int:

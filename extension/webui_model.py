@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from exl_loader.chat.fitting import context_notice
+from exl_loader.generation.text_stream import TextStream
 from exl_loader.sampling import Sampler, TokenRoles
 from exl_loader.settings import SamplingSettings
 
@@ -145,13 +146,14 @@ class Exllamav3Model:
         watch = StopWatch(state)
         # The web UI itself drops a space in front of an answer in a chat.
         behind = () if chosen.get("grammar_string") else ids
-        words = tokenizer.stream(chosen.get("skip_special_tokens", True), behind)
-        text = ""
+        decoder = tokenizer.stream(chosen.get("skip_special_tokens", True), behind)
+        words = TextStream(decoder, chosen["stop_strings"])
+        text, stopped = "", False
         # Ids and not text: a token that shows nothing is a moment to look for a stop as well.
         with self.loaded.generate_ids(ids, chosen, progress=watch) as generation:
             watch.generation = generation
             for token_id in generation:
-                piece = words.push(token_id)
+                piece, stopped = words.push(token_id)
                 # A streamed answer may go on in another thread than it began in.
                 self._of_thread.figures = figures
                 figures.completion_tokens += 1
@@ -161,7 +163,7 @@ class Exllamav3Model:
                     yield text
                 if watch.wanted():
                     break
-        tail = words.flush()
+        tail = "" if stopped else words.flush()
         if tail:
             yield text + tail
         length = context_length(state, self.loaded.ctx_size)

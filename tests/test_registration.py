@@ -75,6 +75,20 @@ def test_samplers_are_those_the_engine_has(host):
     assert hf is not web.loaders.loaders_samplers["ExLlamav3_HF"]
 
 
+def test_a_model_is_told_the_stopping_strings_of_a_chat(host):
+    web = host()
+    generation = importlib.import_module("modules.text_generation")
+    registration.register()
+    seen = {}
+    web.shared.model = SimpleNamespace(generate=lambda question, state: seen.update(state) or "")
+    state = {"custom_stopping_strings": '"x"'}
+    list(generation.generate_reply_custom("q", "q", state, ["<|end|>"], is_chat=True))
+    assert seen["exl_loader_stopping_strings"] == ["<|end|>"]
+    assert seen["custom_stopping_strings"] == '"x"' and state == {"custom_stopping_strings": '"x"'}
+    list(generation.generate_reply_custom("q", "q", state))
+    assert seen["exl_loader_stopping_strings"] is None
+
+
 def test_load_model_reaches_copies_imported_by_value(host, model):
     web = host(["--model-dir", "user_data/models"])
     copy = web.models.load_model

@@ -150,6 +150,39 @@ def test_guidance_grammar_and_bans_are_the_engines(model, loaded):
     assert len(texts) > 2 and expected.isalpha()
 
 
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("stops", [
+    {"custom_stopping_strings": '"<s>"'},
+    {"custom_stopping_strings": "'never', '<s><s>'"},
+    {"custom_stopping_strings": ["<s>"]},
+    {"custom_stopping_strings": "", "exl_loader_stopping_strings": ["<s>", "never"]},
+])
+def test_a_control_token_in_a_stopping_string_stops(stops, skip, model, loaded):
+    bos = loaded.tokenizer.bos_token_id
+    state = STATE | {"logit_bias": {bos: 100}, "skip_special_tokens": skip, "logprobs": 1} | stops
+    assert model.generate(PROMPT, state) == ""
+    expected = 2 if "<s><s>" in str(stops) else 1
+    assert len(model.last_completion_probabilities) == expected
+    unstopped = state | {"custom_stopping_strings": '"never"', "exl_loader_stopping_strings": None}
+    model.generate(PROMPT, unstopped)
+    assert len(model.last_completion_probabilities) == STATE["max_new_tokens"]
+
+
+def test_nothing_of_a_stopping_string_is_shown(model, loaded):
+    (letter,) = loaded.encode("a", add_bos=False)
+    state = STATE | {"logit_bias": {letter: 100}, "custom_stopping_strings": '"b", "aaa"'}
+    assert list(model.generate_with_streaming(PROMPT, state)) == []
+    state |= {"custom_stopping_strings": '"aaaaab"'}
+    steps = list(model.generate_with_streaming(PROMPT, state))
+    assert steps[-1] == "a" * STATE["max_new_tokens"]
+
+
+@pytest.mark.parametrize("wrong", ['"a', "a b", "[1, 2]", "5", 7, ["a", 5], {"a": 1}, "(" * 300])
+def test_stopping_strings_that_are_none_are_named(wrong, model):
+    with pytest.raises(InvalidSettings, match="custom_stopping_strings"):
+        model.generate(PROMPT, STATE | {"custom_stopping_strings": wrong})
+
+
 class CountedEvent:
     """An event that is set when it has been asked about so many times."""
 

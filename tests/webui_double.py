@@ -150,6 +150,8 @@ def generate_reply_HF(question, state):
         yield shared.model(question)
     except Exception as error:
         print("failed to generate", error)
+def generate_reply_custom(question, original_question, state, stopping_strings=None, is_chat=False):
+    yield shared.model.generate(question, state)
 '''
 
 PROMPTS = '''
