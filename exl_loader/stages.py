@@ -65,7 +65,8 @@ class StageStep:
             self.receive()
         if self.graph is None and self.capturable and self.has_run:
             self.graph = self.host.capture(partial(_issue, self.calls))
-            self.capturable = self.graph is not None
+            # A capture that failed is tried again at the next step.
+            self.capturable = self.graph is not None or self.host.captures
         if self.graph is not None:
             self.graph()
         else:

@@ -111,6 +111,8 @@ class CapturingLauncher:
         self.stream = Stream()
         self.captured: list[Callable[[], None]] | None = None
         self.launches = 0
+        # So many captures from now on fail.
+        self.spoilt_captures = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._launcher, name)
@@ -127,9 +129,29 @@ class CapturingLauncher:
             if self.captured is None:
                 self.stream.add(launch)
             else:
-                self.captured.append(launch)
+                # A graph keeps the arguments that a launch had when it was captured.
+                kept = [type(arg).from_buffer_copy(arg) for arg in args]
+                self.captured.append(
+                    self._launcher.prepare(name, grid, block, shared_bytes, *kept)
+                )
 
         return run
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        self.captured = launches = []
+        try:
+            run()
+        finally:
+            self.captured = None
+        if self.spoilt_captures > 0:
+            self.spoilt_captures -= 1
+            raise DeviceError("graphics card, cuStreamEndCapture", actual="invalidated (901)")
+
+        def replay() -> None:
+            for launch in launches:
+                self.stream.add(launch)
+
+        return replay
 
 
 def _addresses(value: Any) -> Iterator[int]:
@@ -169,8 +191,7 @@ class EmulatedHost(CardHost):
         self, launcher: CapturingLauncher,
         stream_of: Callable[[torch.Tensor], Stream | None] = lambda tensor: None,
     ):
-        super().__init__("cpu")
-        self._launcher = launcher
+        super().__init__("cpu", launcher)
         self._stream_of = stream_of
         self.stream = launcher.stream
         self.captures_made = 0
@@ -208,16 +229,13 @@ class EmulatedHost(CardHost):
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None] | None:
         self.captures_made += 1
-        self._launcher.captured = launches = []
-        try:
-            run()
-        finally:
-            self._launcher.captured = None
+        graph = super().capture(run)
+        if graph is None:
+            return None
 
         def replay() -> None:
             self.replays += 1
-            for launch in launches:
-                self.stream.add(launch)
+            graph()
 
         return replay
 

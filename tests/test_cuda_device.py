@@ -5,8 +5,6 @@ No card is here: nvidia-smi, the driver and PyTorch's answers are given by the t
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import os
 import types
 from dataclasses import replace
@@ -17,7 +15,7 @@ torch = pytest.importorskip("torch")
 
 import exl_loader  # noqa: E402
 from exl_loader import devices  # noqa: E402
-from exl_loader.devices import Capacity, cuda, cuda_memory, nvml  # noqa: E402
+from exl_loader.devices import Capacity, cuda, nvml  # noqa: E402
 from exl_loader.devices.cuda import MIB, CudaDevice  # noqa: E402
 from exl_loader.errors import InsufficientMemory, InvalidSettings, KernelBuildError  # noqa: E402
 from exl_loader.loader import _open_devices as open_devices  # noqa: E402
@@ -134,7 +132,10 @@ def test_visible_devices_renumber_cards(smi, monkeypatch, visible, free):
 @pytest.mark.parametrize(("order", "free"), [("", (4000, 20000)), ("PCI_BUS_ID", (1, 2))])
 def test_several_cards_are_counted_as_cuda_counts_them(smi, monkeypatch, order, free):
     """The fastest first: here the second on the bus, whose identifier ends in 00."""
-    class Driver(FakeDriver):
+    class Driver:
+        def device(self, index):
+            return index + 10
+
         def call(self, function, *arguments):
             assert function == "cuDeviceGetUuid_v2" and arguments[1] in (10, 11)
             arguments[0][15] = arguments[1] - 10
@@ -288,57 +289,6 @@ def test_pytorchs_build_is_read_without_importing_it(monkeypatch, tmp_path, text
     assert cuda._torch_has_cuda() is answer
 
 
-class FakeDriver:
-    """A driver that notes what is called, and in which context."""
-
-    def __init__(self, limit=1 << 40):
-        self.limit, self.current, self.calls, self.retained = limit, [], [], 0
-
-    def device(self, index):
-        return index + 10
-
-    def call(self, function, *arguments):
-        self.calls.append((function, tuple(self.current)))
-        if function == "cuDevicePrimaryCtxRetain":
-            arguments[0]._obj.value = arguments[1]
-            self.retained += 1
-        elif function == "cuDevicePrimaryCtxRelease_v2":
-            self.retained -= 1
-        elif function == "cuCtxPushCurrent_v2":
-            self.current.append(arguments[0].value)
-        elif function == "cuCtxPopCurrent_v2":
-            self.current.pop()
-        elif function == "cuMemAlloc_v2":
-            if arguments[1].value > self.limit:
-                raise InsufficientMemory("graphics card")
-            arguments[0]._obj.value = 0xABC000
-        elif function == "cuMemFree_v2":
-            assert isinstance(arguments[0], ctypes.c_uint64) and arguments[0].value == 0xABC000
-
-
-def test_memory_of_a_card_goes_with_its_owner():
-    driver = FakeDriver()
-    memory = cuda_memory.CardMemory(3, 1000, driver)
-    assert cuda_memory.held_bytes(3) == 1000
-    described = memory.__cuda_array_interface__
-    assert described["data"] == (0xABC000, False) and described["shape"] == (1000,)
-    assert ("cuMemAlloc_v2", (13,)) in driver.calls and driver.retained == 0
-    del memory
-    gc.collect()
-    assert cuda_memory.held_bytes(3) == 0
-    assert driver.calls[-5:-2] == [
-        ("cuCtxPushCurrent_v2", ()), ("cuCtxSynchronize", (13,)), ("cuMemFree_v2", (13,)),
-    ]
-    assert driver.retained == 0 and not driver.current
-
-
-def test_memory_that_the_driver_refuses():
-    driver = FakeDriver(limit=10)
-    with pytest.raises(MemoryError, match="11 bytes"):
-        cuda_memory.CardMemory(3, 11, driver)
-    assert cuda_memory.held_bytes(3) == 0 and driver.retained == 0 and not driver.current
-
-
 def test_a_buffer_that_fills_the_card_is_kept(monkeypatch):
     """Device memory is taken when it is allocated: what is free afterwards says nothing."""
     from emulated_cuda import EmulatedCard
@@ -355,24 +305,3 @@ def test_a_buffer_that_fills_the_card_is_kept(monkeypatch):
     buffers = memory.allocate(segments.values())
     assert buffers.allocated_bytes() == 1 << 20
     buffers.release()
-
-
-def test_a_graph_goes_before_the_kernels_that_it_launches():
-    from exl_loader.kernels.cuda.host import _Graph
-
-    seen = []
-
-    class Launches:
-        def __call__(self):
-            raise AssertionError("captured once")
-
-        def __del__(self):
-            seen.append("unloaded")
-
-    captured = types.SimpleNamespace(
-        replay=lambda: seen.append("replayed"), reset=lambda: seen.append("reset")
-    )
-    graph = _Graph(captured, Launches())
-    graph()
-    del graph
-    assert seen == ["replayed", "reset", "unloaded"]

@@ -1,6 +1,7 @@
 """Launching through the driver's API, against a driver that is none (fake_driver.cpp)."""
 
 import ctypes
+import gc
 import os
 import threading
 
@@ -9,9 +10,11 @@ import pytest
 from cuda_emulation.launcher import FOLDER, REPO, emulation_spec
 from cuda_sources import cuda_compiler, sample_root
 
-from exl_loader.errors import DeviceError, KernelBuildError
+from exl_loader.devices.cuda_memory import CardMemory, held_bytes
+from exl_loader.errors import DeviceError, InsufficientMemory, KernelBuildError
 from exl_loader.kernels.build import build, build_entry
 from exl_loader.kernels.cuda.driver import Driver, DriverLauncher, driver_release
+from exl_loader.kernels.cuda.graph import graph_bytes
 from exl_loader.kernels.cuda.open import open_launcher
 from exl_loader.kernels.cuda.spec import cuda_spec
 from exl_loader.kernels.spec import BuildSpec
@@ -53,9 +56,15 @@ def fake(library):
     functions = ctypes.CDLL(library)
     functions.fake_stream.restype = ctypes.c_uint64
     samples = ctypes.CDLL(str(build(emulation_spec([REPO / FOLDER / "samples.cu"]))))
-    launch = ctypes.cast(samples.exl_emulated_launch, ctypes.c_void_p)
-    functions.fake_configure(launch, *CAPABILITY, 13000)
-    return functions
+    functions.pointers = [
+        ctypes.cast(function, ctypes.c_void_p)
+        for function in (samples.exl_emulated_launch, samples.exl_emulated_signature)
+    ]
+    functions.fake_configure(*functions.pointers, *CAPABILITY, 13000)
+    functions.fake_used.restype = ctypes.c_uint64
+    yield functions
+    functions.fake_spoil(0)
+    functions.fake_graph_bytes(ctypes.c_uint64(64 << 10))
 
 
 @pytest.fixture
@@ -86,10 +95,11 @@ def test_card_is_described(launcher, library):
     assert driver_release(library) == (13, 0)
 
 
-def test_arguments_are_read_at_each_launch(launcher):
-    class Pair(ctypes.Structure):
-        _fields_ = [("values", ctypes.c_void_p), ("count", ctypes.c_int32)]
+class Pair(ctypes.Structure):
+    _fields_ = [("values", ctypes.c_void_p), ("count", ctypes.c_int32)]
 
+
+def test_arguments_are_read_at_each_launch(launcher):
     values, out = np.array([1, 2.5], dtype=np.float32), np.zeros(4)
     big = ctypes.c_int64(-(2**40))
     launch = launcher.prepare(
@@ -114,26 +124,275 @@ def test_large_shared_memory_is_asked_for(launcher):
     less()
     assert less_is_right()
     launch()
-    with pytest.raises(DeviceError, match="cuFuncSetAttribute"):
+    message = r"at most .* with 101376 bytes .*found 2 x 1 x 1 .* with 102400 bytes"
+    with pytest.raises(DeviceError, match=message):
         reverse(launcher, 100 << 10)
 
 
-def test_other_threads_and_other_cards_contexts(launcher, fake):
-    """A thread without a context, and one in which another card is current."""
+@pytest.mark.parametrize("grid", [
+    (1, 65536, 1), (1, 1, 65536), (2**31, 1, 1), (0, 1, 1), (1, 0, 1),
+])  # fmt: skip
+def test_grids_beyond_the_cards_limits_are_refused(launcher, grid):
+    shape = " x ".join(map(str, grid))
+    with pytest.raises(DeviceError, match=f"2147483647 x 65535 x 65535 .*found {shape} "):
+        launcher.prepare("arguments_kernel", grid, 32, 0)
+
+
+@pytest.mark.parametrize("block", [0, 1056])
+def test_blocks_beyond_the_cards_limits_are_refused(launcher, block):
+    with pytest.raises(DeviceError, match=f"of 1024 threads .*blocks of {block} threads"):
+        launcher.prepare("arguments_kernel", (1, 1, 1), block, 0)
+
+
+def in_thread(work, *args):
+    """Run a function in a thread of its own; return its result, or raise what it raised."""
+    outcome = []
+
+    def run():
+        try:
+            outcome.append((work(*args), None))
+        except BaseException as error:
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    result, error = outcome[0]
+    if error is not None:
+        raise error
+    return result
+
+
+# What a thread has current: nothing, as a new thread, or a card, maybe another one.
+CURRENT = pytest.mark.parametrize("current", [None, 0, 1])
+
+
+@pytest.fixture
+def work_in(fake):
+    """Run a function in a thread that has a card's context current, and look at it again."""
+    for card in (0, 1):
+        fake.fake_retain(card)
+
+    def run(current, work):
+        def in_context():
+            if current is not None:
+                fake.fake_push(current)
+            result = work()
+            assert fake.fake_current() == (-1 if current is None else current)
+            return result
+
+        return in_thread(in_context)
+
+    yield run
+    for card in (0, 1):
+        fake.cuDevicePrimaryCtxRelease_v2(card)
+
+
+@CURRENT
+def test_any_thread_prepares_and_launches(launcher, work_in, current):
+    """A kernel that nobody has asked for yet, with more shared memory than kernels have."""
+    launch, is_right = work_in(current, lambda: reverse(launcher, KERNEL_BYTES))
+    work_in(current, launch)
+    assert is_right()
+
+
+@CURRENT
+def test_any_thread_opens_and_closes(library, fake, entry, work_in, current):
+    before = fake.fake_modules(), fake.fake_retained(1)
+    launcher = work_in(current, lambda: DriverLauncher(entry, 1, lambda: 0, Driver(library)))
+    assert fake.fake_modules() == before[0] + 1
+    work_in(current, launcher.close)
+    assert (fake.fake_modules(), fake.fake_retained(1)) == before
+
+
+@CURRENT
+def test_any_thread_drops_the_last_reference(library, fake, entry, work_in, current):
+    before = fake.fake_modules(), fake.fake_retained(1), fake.fake_graphs()
+    launcher = DriverLauncher(entry, 1, lambda: 0, Driver(library))
+    held = [launcher.capture(reverse(launcher)[0])]
+    del launcher
+    assert fake.fake_modules() == before[0] + 1 and fake.fake_graphs() == before[2] + 1
+    work_in(current, held.clear)
+    assert (fake.fake_modules(), fake.fake_retained(1), fake.fake_graphs()) == before
+
+
+@CURRENT
+def test_any_thread_takes_and_frees_memory(library, fake, work_in, current):
+    before = fake.fake_things(), fake.fake_used(1), fake.fake_retained(1)
+    held = [work_in(current, lambda: CardMemory(1, 1000, Driver(library)))]
+    assert fake.fake_used(1) == before[1] + 1000 and held_bytes(1) == 1000
+    work_in(current, held.clear)
+    assert (fake.fake_things(), fake.fake_used(1), fake.fake_retained(1)) == before
+    assert held_bytes(1) == 0
+
+
+def test_memory_keeps_its_context(library, fake):
+    """A primary context that nobody retains is destroyed, and its memory with it."""
+    assert fake.fake_retained(0) == 0
+    memory = CardMemory(0, 1000, Driver(library))
+    assert fake.fake_retained(0) == 1 and fake.fake_used(0) == 1000
+    del memory
+    assert fake.fake_retained(0) == 0 and fake.fake_used(0) == 0
+
+
+def test_memory_that_the_driver_refuses(library, fake):
+    with pytest.raises(MemoryError, match=f"{2 << 30} bytes"):
+        CardMemory(0, 2 << 30, Driver(library))
+    assert held_bytes(0) == 0 and fake.fake_retained(0) == 0 and fake.fake_current() == -1
+
+
+def test_the_fake_driver_forbids_what_the_real_one_does(library, fake, launcher):
+    """Each call without a context, and in another card's, fails as the manual says."""
+    driver, invalid_context = Driver(library), 201
+    functions, out = driver.functions, ctypes.c_void_p()
+    function = launcher._kernel  # resolves within a context alone
+    with launcher._context:
+        reverse_kernel = function("reverse_kernel")
+        stream = ctypes.c_void_p()
+        driver.call("cuStreamCreate", ctypes.byref(stream), 1)
+    memory = CardMemory(1, 16, driver)
+    address = ctypes.c_uint64(memory.__cuda_array_interface__["data"][0])
+    calls = {
+        "cuModuleLoadData": (ctypes.byref(out), b"\x7fELF"),
+        "cuModuleUnload": (launcher._modules[0],),
+        "cuModuleGetFunction": (ctypes.byref(out), launcher._modules[0], b"reverse_kernel"),
+        "cuFuncSetAttribute": (reverse_kernel, 8, 1 << 10),
+        "cuLaunchKernel": (reverse_kernel, 1, 1, 1, 32, 1, 1, 0, None, None, None),
+        "cuMemFree_v2": (address,),
+        "cuMemGetInfo_v2": (ctypes.byref(out), ctypes.byref(out)),
+        "cuCtxSynchronize": (),
+        "cuStreamCreate": (ctypes.byref(out), 1),
+        "cuStreamSynchronize": (stream,),
+        "cuStreamBeginCapture_v2": (stream, 2),
+        "cuStreamEndCapture": (stream, ctypes.byref(out)),
+        "cuStreamDestroy_v2": (stream,),
+    }
+    for name, arguments in calls.items():
+        assert getattr(functions, name)(*arguments) == invalid_context, name
+    fake.fake_retain(0)
+    fake.fake_push(0)
+    try:
+        bound = {name: arguments for name, arguments in calls.items()
+                 if name not in ("cuModuleLoadData", "cuMemGetInfo_v2", "cuCtxSynchronize",
+                                 "cuStreamCreate")}
+        for name, arguments in bound.items():
+            assert getattr(functions, name)(*arguments) == invalid_context, name
+    finally:
+        functions.cuCtxPopCurrent_v2(ctypes.byref(out))
+        functions.cuDevicePrimaryCtxRelease_v2(0)
+    with launcher._context:
+        driver.call("cuStreamDestroy_v2", stream)
+
+
+# ---- Graphs ------------------------------------------------------------------------------------
+
+
+def test_a_graph_launches_with_the_arguments_of_its_capture(launcher, fake):
+    out, number = np.zeros(4), ctypes.c_int64(3)
+    launch = launcher.prepare(
+        "arguments_kernel", (1, 1, 1), 32, 0, ctypes.c_void_p(out.ctypes.data), number,
+        ctypes.c_int32(-7), ctypes.c_float(0.25), Pair(out.ctypes.data, 0),
+    )
+    graph = launcher.capture(launch)
+    assert not out.any() and fake.fake_stream() != 77
+    number.value = 4
+    graph()
+    assert out[0] == 3 and fake.fake_stream() == 77
+    launch()
+    assert out[0] == 4
+
+
+@CURRENT
+def test_any_thread_captures_and_replays(launcher, work_in, current):
+    launch, is_right = reverse(launcher, KERNEL_BYTES)
+    graph = work_in(current, lambda: launcher.capture(launch))
+    assert not is_right()
+    work_in(current, graph)
+    assert is_right()
+
+
+def test_launches_of_other_threads_are_no_part_of_a_capture(launcher, fake):
+    mine, mine_is_right = reverse(launcher)
+    other, other_is_right = reverse(launcher)
+
+    def run():
+        mine()
+        in_thread(other)
+
+    graph = launcher.capture(run)
+    assert other_is_right() and not mine_is_right()
+    graph()
+    assert mine_is_right()
+
+
+def test_what_is_dropped_during_a_capture_is_given_back_after_it(library, fake, launcher, entry):
+    """To wait for a card while a step is captured there would spoil the capture."""
     launch, is_right = reverse(launcher)
-    seen = []
+    dropped = [
+        CardMemory(1, 1000, Driver(library)),
+        DriverLauncher(entry, 1, lambda: 0, Driver(library)),
+        launcher.capture(reverse(launcher)[0]),
+    ]
+    before = fake.fake_modules(), fake.fake_graphs(), fake.fake_used(1)
 
-    def work(card):
-        if card is not None:
-            fake.fake_push(card)
+    def run():
+        dropped.pop()  # in the thread that captures, and in others
+        in_thread(dropped.clear)
         launch()
-        seen.append((card, is_right(), fake.fake_current()))
+        assert (fake.fake_modules(), fake.fake_graphs(), fake.fake_used(1)) == before
 
-    for card in (None, 0, 1):
-        thread = threading.Thread(target=work, args=(card,))
-        thread.start()
-        thread.join()
-    assert seen == [(None, True, -1), (0, True, 0), (1, True, 1)]
+    graph = launcher.capture(run)
+    assert fake.fake_modules() == before[0] - 1 and fake.fake_graphs() == before[1]
+    assert fake.fake_used(1) == before[2] - 1000
+    graph()
+    assert is_right()
+
+
+def test_no_garbage_is_collected_during_a_capture(launcher):
+    launch, _ = reverse(launcher)
+    seen = []
+    launcher.capture(lambda: (seen.append(gc.isenabled()), launch()))
+    assert seen == [False] and gc.isenabled()
+
+
+@pytest.mark.parametrize("fault", ["spoilt", "raises", "no room"])
+def test_a_capture_that_fails_leaves_nothing_and_the_next_one_works(launcher, fake, fault):
+    launch, is_right = reverse(launcher)
+    before = fake.fake_things(), fake.fake_retained(1), fake.fake_used(1)
+
+    def run():
+        launch()
+        if fault == "raises":
+            raise KeyError
+
+    if fault == "spoilt":
+        fake.fake_spoil(1)
+    elif fault == "no room":
+        fake.fake_graph_bytes(ctypes.c_uint64(2 << 30))
+    with pytest.raises({"raises": KeyError, "spoilt": DeviceError,
+                        "no room": InsufficientMemory}[fault]):
+        launcher.capture(run)
+    fake.fake_graph_bytes(ctypes.c_uint64(1))
+    assert (fake.fake_things(), fake.fake_retained(1), fake.fake_used(1)) == before
+    assert fake.fake_current() == -1
+    launch()
+    assert is_right()
+    launcher.capture(launch)()
+
+
+def test_the_memory_of_graphs_is_measured(launcher, fake):
+    launch, _ = reverse(launcher)
+    fake.fake_graph_bytes(ctypes.c_uint64(3 << 20))
+    held = graph_bytes("cuda:1")[0]
+    assert held == 0
+    one = launcher.capture(lambda: (launch(), launch()))
+    two = launcher.capture(launch)
+    assert (one.nbytes, two.nbytes) == (6 << 20, 3 << 20)
+    assert graph_bytes("cuda:1")[0] == 9 << 20
+    del one
+    held, most = graph_bytes("cuda:1")
+    assert held == 3 << 20 and most >= 9 << 20
 
 
 def test_closing_gives_all_back(library, fake, entry):
@@ -196,14 +455,14 @@ def test_no_such_card_is_an_error(library, fake, entry):
 def test_opening_builds_for_the_card(library, fake, root, tmp_path, monkeypatch):
     monkeypatch.setattr("exl_loader.kernels.cuda.spec.csrc_dir", lambda: root)
     environ = {**os.environ, "EXL_LOADER_CACHE_DIR": str(tmp_path)}
-    fake.fake_configure(None, 8, 6, 13000)
+    fake.fake_configure(None, None, 8, 6, 13000)
     launcher = open_launcher(0, lambda: 0, environ=environ, library=library)
     launcher.close()
     assert list(tmp_path.glob("kernels/cuda_sm_86-*/samples.cubin"))
-    fake.fake_configure(None, 7, 0, 13000)
+    fake.fake_configure(None, None, 7, 0, 13000)
     with pytest.raises(KernelBuildError, match="compute capability 7.5"):
         open_launcher(0, lambda: 0, environ=environ, library=library)
     # What is newer than the driver would be refused by it.
-    fake.fake_configure(None, 8, 6, 10020)
+    fake.fake_configure(None, None, 8, 6, 10020)
     with pytest.raises(KernelBuildError, match="newer than the driver"):
         open_launcher(0, lambda: 0, environ=environ, library=library)

@@ -22,6 +22,7 @@ from tiny import write_tiny_model  # noqa: E402
 
 import exl_loader  # noqa: E402
 from exl_loader.kernels.cuda import fusion  # noqa: E402
+from exl_loader.kernels.cuda.host import CAPTURE_TRIES  # noqa: E402
 
 CTX = 512
 IDS = [5, 9, 100, 7, 3, 20, 33, 250, 17, 18, 19, 200]
@@ -212,14 +213,36 @@ def test_a_graph_serves_every_length(emulated, tmp_path):
     assert single.host.captures_made == 0
 
 
-def test_a_refused_capture_leaves_the_step_as_it_was(emulated, tmp_path, monkeypatch):
+@pytest.mark.parametrize("spoilt", [1, 3])
+def test_a_spoilt_capture_is_tried_again(emulated, tmp_path, spoilt):
     write_quantized_model(tmp_path / "m", "exl2", config={"num_hidden_layers": 1})
-    monkeypatch.setattr(emulated.host, "capture", lambda run: None)
     model, cache = build_model(tmp_path / "m", emulated, device=DEVICE)
-    refused = run_chunks(model, cache, IDS, 1)
-    monkeypatch.undo()
-    assert not any(part.capturable for step in model._steps.values() for part in step.parts)
-    assert relative_error(refused, run_chunks(model, cache, IDS, 4)) <= 1e-5
+    whole = run_chunks(model, cache, IDS, 4)
+    emulated.host._launcher.spoilt_captures = spoilt
+    before = emulated.host.captures_made, emulated.host.replays
+    logits = run_chunks(model, cache, IDS, 1)
+    # The first step runs as it is, and so do those whose capture fails.
+    assert emulated.host.captures_made == before[0] + spoilt + 1
+    assert emulated.host.replays == before[1] + len(IDS) - 1 - spoilt
+    assert relative_error(logits, whole) <= 1e-5
+
+
+def test_captures_that_always_fail_are_given_up_with_one_warning(emulated, tmp_path, caplog):
+    write_quantized_model(tmp_path / "m", "exl2", config={"num_hidden_layers": 1})
+    model, cache = build_model(tmp_path / "m", emulated, device=DEVICE)
+    whole = run_chunks(model, cache, IDS, 4)
+    emulated.host._launcher.spoilt_captures = 10**6
+    before = emulated.host.captures_made
+    for _ in range(CAPTURE_TRIES):
+        logits = run_chunks(model, cache, IDS, 1)
+    assert emulated.host.captures_made == before + CAPTURE_TRIES
+    assert [record.message for record in caplog.records if "captured" in record.message] == [
+        f"Steps are not captured as graphs, and decoding is slower: {CAPTURE_TRIES} captures in "
+        "a row failed, the last with: graphics card, cuStreamEndCapture: found invalidated (901)"
+    ]
+    assert not any(part.capturable for step in model._steps.values()
+                   if len(step.parts[0].x) == 1 for part in step.parts)
+    assert relative_error(logits, whole) <= 1e-5
 
 
 def test_pages_prefixes_and_texts_side_by_side(card, tmp_path):

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import sys
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from ..errors import InsufficientMemory
+from ..kernels.cuda.context import Context, release_in
 from ..kernels.cuda.driver import Driver
 
 # Card -> bytes that exist.
@@ -36,8 +34,14 @@ class CardMemory:
         driver = _installed() if driver is None else driver
         address = ctypes.c_uint64()
         try:
-            with _context(driver, index):
-                driver.call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(nbytes))
+            # Retained as long as the memory lives, which is that of the context.
+            context = Context(driver, index)
+            try:
+                with context:
+                    driver.call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(nbytes))
+            except BaseException:
+                context.release()
+                raise
         except InsufficientMemory as error:
             raise MemoryError(f"the driver refused {nbytes} bytes") from error
         # https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html, version 3.
@@ -49,7 +53,7 @@ class CardMemory:
             "version": 3,
         }
         _held[index] = held_bytes(index) + nbytes
-        weakref.finalize(self, _free, driver, index, address.value, nbytes)
+        weakref.finalize(self, _free, context, index, address.value, nbytes)
 
 
 def held_bytes(index: int) -> int:
@@ -57,32 +61,12 @@ def held_bytes(index: int) -> int:
     return _held.get(index, 0)
 
 
-def _free(driver: Driver, index: int, address: int, nbytes: int) -> None:
-    _held[index] -= nbytes
-    if sys.is_finalizing():
-        return  # the process's end gives everything back
-    with _context(driver, index):
-        # Operations that use the memory may still be under way.
-        driver.call("cuCtxSynchronize")
-        driver.call("cuMemFree_v2", ctypes.c_uint64(address))
+def _free(context: Context, index: int, address: int, nbytes: int) -> None:
+    def free() -> None:
+        context.driver.functions.cuMemFree_v2(ctypes.c_uint64(address))
+        _held[index] -= nbytes
 
-
-@contextmanager
-def _context(driver: Driver, index: int) -> Iterator[None]:
-    """Make a card's primary context, which PyTorch uses as well, this thread's for a while.
-
-    Whichever thread drops the last reference may never have used a card.
-    """
-    device, context = driver.device(index), ctypes.c_void_p()
-    driver.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
-    try:
-        driver.call("cuCtxPushCurrent_v2", context)
-        try:
-            yield
-        finally:
-            driver.call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
-    finally:
-        driver.call("cuDevicePrimaryCtxRelease_v2", device)
+    release_in(context, free)
 
 
 @functools.cache

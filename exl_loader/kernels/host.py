@@ -28,7 +28,7 @@ class Inputs(Protocol):
 
 
 class Host(Protocol):
-    """The host's side of a device. `captures`: whether `capture` can record operations."""
+    """The host's side of a device. `captures`: whether `capture` may succeed."""
 
     captures: bool
 
@@ -58,7 +58,8 @@ class Host(Protocol):
         """Record the operations that `run` issues, without running them.
 
         Returns:
-            What runs them all, as often as wanted; None where the device refuses.
+            What runs them all, as often as wanted. None where it did not succeed this time;
+            while `captures` is true, it may the next time.
         """
 
 

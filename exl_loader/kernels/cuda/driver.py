@@ -2,21 +2,25 @@
 
 The driver's own library is called directly: it is there wherever a card works, its ABI does
 not change, and neither PyTorch's release nor any package has a say in it. Contexts are those
-of PyTorch (a device's primary context), streams are given by the caller. Functions and
-constants: CUDA Driver API reference manual.
+of PyTorch (a device's primary context, `context.py`), streams are given by the caller. Functions
+and constants: CUDA Driver API reference manual.
 """
 
 from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from ...errors import DeviceError, InsufficientMemory
 from ..store import Entry
 from .arch import Capability, Version
+from .context import Context, release_in
+from .graph import Graph, record_graph
 
 LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 
@@ -24,6 +28,8 @@ LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 _OUT_OF_MEMORY = 2
 _NOT_FOUND = 500
 # CUdevice_attribute
+_MAX_BLOCK_THREADS = 1
+_MAX_GRID = (5, 6, 7)
 _MULTIPROCESSOR_COUNT = 16
 _CAPABILITY_MAJOR = 75
 _CAPABILITY_MINOR = 76
@@ -48,6 +54,7 @@ class Driver:
     def __init__(self, library: str = LIBRARY) -> None:
         try:
             self.functions = ctypes.CDLL(library)
+            self.library_handle = self.functions._handle
         except OSError as error:
             raise DeviceError(
                 "NVIDIA driver", expected=library, actual="none",
@@ -116,7 +123,8 @@ def driver_release(library: str = LIBRARY) -> Version | None:
 class DriverLauncher:
     """Launches the kernels of a build on one card; a `launcher.Launcher`.
 
-    The kernels are unloaded when it and all that it has prepared are dropped, or by `close`.
+    Any thread may call it: every call of the driver runs in the card's context. The kernels
+    are unloaded when it and all that it has prepared are dropped, or by `close`.
 
     Args:
         entry: the cubins, from `build.build_entry`.
@@ -139,23 +147,23 @@ class DriverLauncher:
         self._driver = Driver() if driver is None else driver
         self._stream = stream
         self._card = f"cuda:{device_index}"
-        self._device = self._driver.device(device_index)
-        self.multiprocessors = self._driver.attribute(self._device, _MULTIPROCESSOR_COUNT)
-        self.shared_limit_bytes = self._driver.attribute(self._device, _SHARED_LIMIT)
+        device = self._driver.device(device_index)
+        self.multiprocessors = self._driver.attribute(device, _MULTIPROCESSOR_COUNT)
+        self.shared_limit_bytes = self._driver.attribute(device, _SHARED_LIMIT)
+        self._max_threads = self._driver.attribute(device, _MAX_BLOCK_THREADS)
+        self._max_grid = tuple(self._driver.attribute(device, which) for which in _MAX_GRID)
         # Once more retained than PyTorch does: the modules live in it.
-        self._context = ctypes.c_void_p()
-        self._driver.call(
-            "cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device
-        )
+        self._context = Context(self._driver, device_index)
         self._modules: list[ctypes.c_void_p] = []
-        self._unload = weakref.finalize(
-            self, _unload, self._driver, self._device, self._context, self._modules
-        )
+        self._unload = weakref.finalize(self, _unload, self._context, self._modules)
         self._unload.atexit = False
         self._kernels: dict[str, ctypes.c_void_p] = {}
         self._shared_bytes: dict[str, int] = {}
+        # The thread that captures a step, and the stream that its launches go to.
+        self._capture: tuple[int, int] | None = None
         try:
-            self._in_context(lambda: self._load(entry))
+            with self._context:
+                self._load(entry)
         except BaseException:
             self.close()
             raise
@@ -166,41 +174,64 @@ class DriverLauncher:
         """See `launcher.Launcher.prepare`.
 
         Raises:
-            DeviceError: no such kernel; from the launch: the driver refused it, or a kernel
-                before it failed.
+            DeviceError: no such kernel, or a launch beyond the card's limits; from the launch:
+                the driver refused it, or a kernel before it failed.
         """
-        function = self._kernel(name)
-        if shared_bytes > max(_SHARED_DEFAULT_BYTES, self._shared_bytes.get(name, 0)):
-            self._driver.call(
-                "cuFuncSetAttribute", function, _DYNAMIC_SHARED_LIMIT, shared_bytes
-            )
-            self._shared_bytes[name] = shared_bytes
+        self._check_shape(name, grid, block, shared_bytes)
+        with self._context:
+            function = self._kernel(name)
+            self._allow_shared(name, function, shared_bytes)
         pointers = (ctypes.c_void_p * len(args))(*(ctypes.addressof(arg) for arg in args))
         shape = tuple(map(ctypes.c_uint, (*grid, block, 1, 1, shared_bytes)))
-        context, stream = self._context.value, self._stream
         launch_kernel = self._driver.functions.cuLaunchKernel
-        get_current = self._driver.functions.cuCtxGetCurrent
 
         def run() -> int:
-            return launch_kernel(
-                function, *shape, ctypes.c_void_p(stream()), pointers, None
+            code: int = launch_kernel(
+                function, *shape, ctypes.c_void_p(self._stream_now()), pointers, None
             )
+            return code
 
         def launch() -> None:
             # The values behind the pointers have to live as long as this function.
             _ = args
-            current = ctypes.c_void_p()
-            get_current(ctypes.byref(current))
-            code = run() if current.value == context else self._in_context(run)
+            if self._context.is_current():
+                code = run()
+            else:
+                with self._context:
+                    code = run()
             if code != 0:
                 raise self._driver.error(f"launch of {name} on {self._card}", code)
 
         return launch
 
+    def capture(self, run: Callable[[], None]) -> Graph:
+        """See `launcher.Launcher.capture`.
+
+        Raises:
+            DeviceError: the driver did not capture it.
+            InsufficientMemory: the card has no room for the graph.
+        """
+
+        def run_on(stream: int) -> None:
+            self._capture = threading.get_ident(), stream
+            try:
+                run()
+            finally:
+                self._capture = None
+
+        return record_graph(self._context, self._card, run_on, self._stream)
+
     def close(self) -> None:
         """Unload the kernels. Nothing prepared may be launched afterwards."""
         self._unload()
         self._kernels.clear()
+
+    def _stream_now(self) -> int:
+        """Return the stream of a launch of this thread."""
+        capture = self._capture
+        if capture is not None and capture[0] == threading.get_ident():
+            return capture[1]
+        return self._stream()
 
     def _load(self, entry: Entry) -> None:
         for path in entry.files:
@@ -224,30 +255,32 @@ class DriverLauncher:
             self._kernels[name] = function
         return self._kernels[name]
 
-    def _in_context(self, function: Callable[[], Any]) -> Any:
-        """Run a function with the card's context current, and put back what was.
+    def _allow_shared(self, name: str, function: ctypes.c_void_p, shared_bytes: int) -> None:
+        """Ask for more dynamic shared memory than a kernel has without asking."""
+        if shared_bytes <= max(_SHARED_DEFAULT_BYTES, self._shared_bytes.get(name, 0)):
+            return
+        self._driver.call("cuFuncSetAttribute", function, _DYNAMIC_SHARED_LIMIT, shared_bytes)
+        self._shared_bytes[name] = shared_bytes
 
-        PyTorch keeps a current device a thread, which another card's work must not change;
-        and a thread in which PyTorch did nothing yet has none.
-        """
-        self._driver.call("cuCtxPushCurrent_v2", self._context)
-        try:
-            return function()
-        finally:
-            self._driver.functions.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+    def _check_shape(
+        self, name: str, grid: tuple[int, int, int], block: int, shared_bytes: int
+    ) -> None:
+        """Refuse what the driver would refuse at the launch with `invalid argument` alone."""
+        limits = (*self._max_grid, self._max_threads, self.shared_limit_bytes)
+        asked = (*grid, block, shared_bytes)
+        if all(0 < n <= limit for n, limit in zip(asked[:4], limits[:4], strict=True)):
+            if 0 <= shared_bytes <= self.shared_limit_bytes:
+                return
+        raise DeviceError(
+            f"launch of {name} on {self._card}",
+            expected="at most {} x {} x {} blocks of {} threads with {} bytes of shared memory"
+            .format(*limits),
+            actual="{} x {} x {} blocks of {} threads with {} bytes".format(*asked),
+            remedy="Load with a smaller chunk_size or max_batch_size",
+        )
 
 
-def _unload(
-    driver: Driver, device: int, context: ctypes.c_void_p, modules: list[ctypes.c_void_p]
-) -> None:
-    """Give back what a launcher took. Errors are those of kernels, which have been told."""
-    if sys.is_finalizing():
-        return  # the process's end gives everything back
-    functions = driver.functions
-    functions.cuCtxPushCurrent_v2(context)
-    # Kernels may still be under way.
-    functions.cuCtxSynchronize()
-    for module in modules:
-        functions.cuModuleUnload(module)
-    functions.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
-    functions.cuDevicePrimaryCtxRelease_v2(device)
+def _unload(context: Context, modules: list[ctypes.c_void_p]) -> None:
+    """Give back what a launcher took."""
+    unload = context.driver.functions.cuModuleUnload
+    release_in(context, *(partial(unload, module) for module in modules))

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...errors import DeviceError, InsufficientMemory
 from ...table import ALIGNMENT
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from .launcher import Launcher
 
 _log = logging.getLogger("exl_loader")
 
@@ -58,17 +61,8 @@ def _span(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
     return whole.set_(storage, first - storage.data_ptr(), (nbytes,), (1,)), first
 
 
-class _Graph:
-    """A captured step: it goes before the kernels that it launches, which `run` holds."""
-
-    def __init__(self, graph: torch.cuda.CUDAGraph, run: Callable[[], None]):
-        self._graph, self._run = graph, run
-
-    def __call__(self) -> None:
-        self._graph.replay()
-
-    def __del__(self) -> None:
-        self._graph.reset()
+# Captures of a device in a row that may fail before no step is captured any more.
+CAPTURE_TRIES = 8
 
 
 class CardHost:
@@ -76,12 +70,15 @@ class CardHost:
 
     Args:
         device: such as `cuda:0`.
+        launcher: of that card.
     """
 
     captures = True
 
-    def __init__(self, device: str):
+    def __init__(self, device: str, launcher: Launcher):
         self._device = torch.device(device)
+        self._launcher = launcher
+        self._failures = 0
 
     def inputs(self, tensors: Mapping[str, torch.Tensor]) -> CardInputs:
         return CardInputs(self, tensors)
@@ -107,25 +104,26 @@ class CardHost:
         target.copy_(source)
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None] | None:
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
         try:
-            with torch.cuda.stream(stream):
-                # Other threads of a host may use the card meanwhile.
-                graph.capture_begin(capture_error_mode="thread_local")
-                try:
-                    run()
-                finally:
-                    graph.capture_end()
-        except RuntimeError as error:
-            self.captures = False
-            _log.warning("Steps are not captured as graphs, and decoding is slower: %s", error)
+            graph = self._launcher.capture(run)
+        except (DeviceError, InsufficientMemory) as error:
+            # Another library's call on the device may have spoilt this capture, and it need not
+            # spoil the next.
+            self._failures += 1
+            self.captures = self._failures < CAPTURE_TRIES
+            if not self.captures:
+                _log.warning(
+                    "Steps are not captured as graphs, and decoding is slower: %d captures in a "
+                    "row failed, the last with: %s", self._failures, error,
+                )
             return None
-        return _Graph(graph, run)
+        self._failures = 0
+        return graph
 
     def pinned(self, nbytes: int) -> torch.Tensor:
         """Return uint8 [nbytes] of the host that the card copies from and to by itself."""
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        with torch.cuda.device(self._device):
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
     def mark(self) -> Any:
         """Note how far the stream has been filled, for `wait`."""

@@ -34,3 +34,18 @@ class Launcher(Protocol):
             What puts the launch on the device's current stream. It reads the arguments anew
             each time: changing `arg.value` changes the next launch.
         """
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Record the launches that this thread makes in `run`, without running them.
+
+        Args:
+            run: makes prepared launches, and does nothing else with the device.
+
+        Returns:
+            What launches them all on the device's current stream, with the arguments that they
+            had during the recording.
+
+        Raises:
+            DeviceError: the launches could not be recorded, perhaps this time only.
+            InsufficientMemory: the device has no room for the recording.
+        """

@@ -107,7 +107,7 @@ def open_ops(index: int, progress: Progress | None = None) -> Ops:
         return handle
 
     launcher = open_launcher(index, stream, progress)
-    ops = CudaOps(launcher, CardHost(f"cuda:{index}"))
+    ops = CudaOps(launcher, CardHost(f"cuda:{index}", launcher))
     if index not in _checked:
         from .self_check import check_card
 
