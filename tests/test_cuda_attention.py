@@ -24,6 +24,7 @@ from cuda_emulation.sanitized import run_sanitized, runtimes
 from cuda_targets import TARGETS, emulated_launcher, target
 
 from exl_loader.cache import PAGE_LEN, CacheType
+from exl_loader.config import MAX_HEADS
 from exl_loader.kernels.cuda import ops_attention, scratch_attention
 from exl_loader.kernels.cuda.attention_plan import decode_plan, is_generic, prefill_plan
 from exl_loader.kernels.cuda.ops_attention import CudaAttentionOps
@@ -295,6 +296,19 @@ def test_under_sanitizers():
     assert result.returncode == 0, result.stdout[-4000:]
 
 
-def test_counters_have_room():
-    """32 drafted rows of 71 query heads, which are groups of 8, and 32 sequences."""
-    assert 32 * 32 * 71 // 8 <= COUNTER_BYTES // 4
+@pytest.mark.parametrize("sequences", [1, 2, 5])
+def test_more_sequences_than_counters_take_turns(ops, monkeypatch, sequences):
+    """The same bits as with counters for all sequences in one launch; prompts among them."""
+    shape = shape_of(6, 2, 64, window=520)
+    batch = make_batch([700, 300, 1100, 20, 513, 2], [2, 1, 3, 40, 1, 2])
+    layer = random_layer("q4", batch, shape)
+    q = random_rows(batch.num_rows, 6, 64, 5)
+    at_once = attend(ops, q, layer, batch, shape)
+    groups = -(-32 * 3 // 8)  # of the most rows that a sequence may have here
+    monkeypatch.setattr(ops_attention, "_MOST_COUNTERS", sequences * groups * 2)
+    assert torch.equal(attend(ops, q, layer, batch, shape), at_once)
+
+
+def test_the_widest_heads_leave_counters_for_a_sequence():
+    """32 drafted rows of as many query heads as a model may have, in groups of 8 rows."""
+    assert -(-32 * MAX_HEADS // 8) <= COUNTER_BYTES // 4

@@ -100,6 +100,19 @@ def test_build_makes_one_cubin_a_source(cache, sources, compiler):
     assert [path.stat().st_mtime_ns for path in entry.files] == before
 
 
+def test_build_for_a_card_that_no_compiler_knows_makes_ptx(cache, sources, compiler):
+    spec = cuda_spec((99, 0), compiler=compiler, root=sources)
+    entry = build_entry(spec)
+    newest = max(toolchain._own_capabilities(compiler))
+    assert entry.directory.name.startswith(f"cuda_compute_{newest[0]}{newest[1]}-")
+    assert [path.name for path in entry.files] == ["one.ptx", "two.ptx"]
+    for path in entry.files:
+        text = path.read_text()
+        assert f".target sm_{newest[0]}{newest[1]}" in text
+        assert all(f".entry {name}(" in text for name in kernels_of(SAMPLES))
+    assert build_entry(spec) == entry
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "gone", "no marker", "empty marker"])
 def test_damaged_build_heals(cache, sources, nvrtc, damage):
     spec = cuda_spec((9, 0), compiler=nvrtc, root=sources)

@@ -9,7 +9,7 @@ from cuda_sources import fake_compiler, hide_compilers, make_nvrtc, sample_root
 
 from exl_loader.errors import InvalidSettings, KernelBuildError
 from exl_loader.kernels.cuda import arch, toolchain
-from exl_loader.kernels.cuda.arch import COMMON, compiled_capability, parse_archs
+from exl_loader.kernels.cuda.arch import COMMON, known_capabilities, parse_archs, target_for
 from exl_loader.kernels.cuda.nvrtc_cc import Nvrtc
 from exl_loader.kernels.cuda.spec import cuda_spec
 from exl_loader.kernels.toolchain import command_output, find_compiler
@@ -46,18 +46,27 @@ def test_what_is_no_arch_is_refused(text):
 
 
 @pytest.mark.parametrize(
-    ("capability", "cuda", "expected"),
+    ("capability", "cuda", "name"),
     [
-        ((9, 0), (13, 0), (9, 0)),
-        ((12, 1), (12, 8), (12, 0)),
-        ((8, 9), (11, 4), (8, 7)),
-        ((9, 0), (11, 4), None),
-        ((12, 0), (12, 6), None),
-        ((13, 0), (13, 0), None),
+        ((9, 0), (13, 0), "sm_90"),
+        # Newer than the release, of a generation that it knows.
+        ((12, 1), (12, 8), "sm_120"),
+        ((8, 9), (11, 4), "sm_87"),
+        ((12, 7), (13, 0), "sm_121"),
+        # Of a generation that it does not know: PTX, which the driver compiles.
+        ((9, 0), (11, 4), "compute_87"),
+        ((12, 0), (12, 6), "compute_90"),
+        ((13, 0), (13, 0), "compute_121"),
+        ((27, 3), (12, 8), "compute_120"),
     ],
 )
-def test_newer_cards_are_served_by_their_generation(capability, cuda, expected):
-    assert compiled_capability(capability, cuda) == expected
+def test_newer_cards_are_served_by_their_generation_or_by_ptx(capability, cuda, name):
+    assert target_for(capability, known_capabilities(cuda)).name == name
+
+
+def test_a_compiler_that_knows_newer_cards_only_serves_none():
+    assert target_for((8, 6), [(9, 0), (10, 0)]) is None
+    assert target_for((8, 6), [(7, 0), (9, 0)]) is None  # the kernels are for 7.5 and newer
 
 
 def test_old_card_is_refused():
@@ -144,6 +153,106 @@ def test_nvcc_needs_a_host_compiler(bare, tmp_path):
     (found,) = toolchain.find_cuda_compilers(environ)
     assert found.cuda == (12, 4) and found.compiler.kind == "nvcc"
     assert found.compiler.version.startswith("nvcc V12.4.131 with ")
+
+
+# ---- What is newer or older than expected ------------------------------------------------------
+
+
+def make_nvcc(folder, release, architectures=()):
+    """An nvcc that says its release and architectures, and compiles nothing."""
+    path = folder / "bin" / "nvcc"
+    path.parent.mkdir(parents=True)
+    lines = "".join(f"echo sm_{number}\n" for number in architectures)
+    path.write_text(
+        "#!/bin/sh\n"
+        f'if [ "$1" = --list-gpu-code ]; then\n{lines or "exit 1"}\nexit 0\nfi\n'
+        f"echo 'Cuda compilation tools, release {release}, V{release}.1'\n"
+    )
+    path.chmod(0o755)
+    return path
+
+
+needs_shell = pytest.mark.skipif(
+    sys.platform == "win32" or find_compiler() is None, reason="a shell script; a host compiler"
+)
+
+
+@pytest.fixture
+def with_nvcc(bare, tmp_path):
+    """An environment with an nvcc of a release."""
+
+    def make(release, architectures=()):
+        make_nvcc(tmp_path / release, release, architectures)
+        return {**bare, "CUDA_HOME": str(tmp_path / release),
+                "CXX": find_compiler().command[0]}
+
+    return make
+
+
+@needs_shell
+@pytest.mark.parametrize(("release", "is_old"), [
+    ("10.2", True), ("11.4", True), ("11.7", True), ("11.8", False), ("12.0", False),
+])  # fmt: skip
+def test_a_toolkit_that_is_too_old_is_refused_as_such(with_nvcc, release, is_old):
+    environ = with_nvcc(release)
+    if not is_old:
+        assert toolchain.choose_cuda_compiler((8, 0), environ).compiler.kind == "nvcc"
+        return
+    message = f"of CUDA 11.8 or newer, found nvcc V{release}.1 with .* is too old"
+    with pytest.raises(KernelBuildError, match=message):
+        toolchain.choose_cuda_compiler((8, 0), environ)
+    with pytest.raises(KernelBuildError, match=message):
+        cuda_spec((8, 0), environ=environ)
+
+
+@needs_shell
+@pytest.mark.parametrize(("architectures", "capability", "name"), [
+    # The table knows nothing of these cards, and the compiler does.
+    ((90, 120, 130), (13, 0), "sm_130"),
+    ((90, 130, 132), (13, 1), "sm_130"),
+    ((90, 120, 121), (13, 0), "compute_121"),
+    ((90, 120), (17, 5), "compute_120"),
+    # A compiler without an answer: the table's newest.
+    ((), (13, 0), "compute_121"),
+])  # fmt: skip
+def test_a_card_newer_than_the_table_runs(with_nvcc, sources, architectures, capability, name):
+    environ = with_nvcc("13.9", architectures)
+    chosen = toolchain.choose_cuda_compiler(capability, environ, (13, 9))
+    spec = cuda_spec(capability, compiler=chosen, root=sources)
+    assert spec.name == f"cuda_{name}" and spec.flags[0] == f"-arch={name}"
+    suffix = ".ptx" if name.startswith("compute") else ".cubin"
+    assert spec.artifacts == (f"samples{suffix}",)
+
+
+@needs_shell
+def test_a_release_newer_than_the_table_is_asked(with_nvcc):
+    """It may have dropped what older ones compiled for."""
+    environ = with_nvcc("14.0", (80, 90, 130))
+    assert toolchain.choose_cuda_compiler((8, 6), environ).cuda == (14, 0)
+    with pytest.raises(KernelBuildError, match="nvcc V14.0.1 .* does not know sm_75"):
+        toolchain.choose_cuda_compiler((7, 5), environ)
+
+
+@needs_shell
+def test_machine_code_is_preferred_to_ptx(with_nvcc, tmp_path, monkeypatch):
+    older = make_nvrtc(tmp_path / "nvidia" / "cu12" / "lib", (12, 6))
+    monkeypatch.setattr(
+        toolchain, "_package_folders",
+        lambda name: [tmp_path / "nvidia"] if name == "nvidia" else [],
+    )
+    environ = with_nvcc("12.8")
+    assert toolchain.choose_cuda_compiler((9, 0), environ).path == older
+    assert toolchain.choose_cuda_compiler((12, 0), environ).compiler.kind == "nvcc"
+    # The driver compiles PTX of its own release and of older ones.
+    assert toolchain.choose_cuda_compiler((13, 0), environ, (13, 0)).path == older
+    with pytest.raises(KernelBuildError, match=r"its PTX is newer than the driver \(12.5\)"):
+        toolchain.choose_cuda_compiler((13, 0), environ, (12, 5))
+
+
+def test_compilers_say_which_architectures_they_know(compiler):
+    own = toolchain._own_capabilities(compiler)
+    assert (7, 5) in own and (9, 0) in own and max(own) >= (12, 0)
+    assert set(known_capabilities(compiler.cuda)) <= set(own)
 
 
 # ---- Keys ------------------------------------------------------------------------------------

@@ -462,6 +462,13 @@ def test_opening_builds_for_the_card(library, fake, root, tmp_path, monkeypatch)
     fake.fake_configure(None, None, 7, 0, 13000)
     with pytest.raises(KernelBuildError, match="compute capability 7.5"):
         open_launcher(0, lambda: 0, environ=environ, library=library)
+    # A card that no compiler knows yet gets PTX.
+    fake.fake_configure(*fake.pointers, 99, 0, 13090)
+    launcher = open_launcher(0, lambda: 0, environ=environ, library=library)
+    launch, is_right = reverse(launcher)
+    launch()
+    assert is_right() and list(tmp_path.glob("kernels/cuda_compute_*/samples.ptx"))
+    launcher.close()
     # What is newer than the driver would be refused by it.
     fake.fake_configure(None, None, 8, 6, 10020)
     with pytest.raises(KernelBuildError, match="newer than the driver"):

@@ -238,7 +238,7 @@ def test_captures_that_always_fail_are_given_up_with_one_warning(emulated, tmp_p
     assert emulated.host.captures_made == before + CAPTURE_TRIES
     assert [record.message for record in caplog.records if "captured" in record.message] == [
         f"Steps are not captured as graphs, and decoding is slower: {CAPTURE_TRIES} captures in "
-        "a row failed, the last with: graphics card, cuStreamEndCapture: found invalidated (901)"
+        "a row failed, the last with: graphics card, cuStreamEndCapture: invalidated (901)"
     ]
     assert not any(part.capturable for step in model._steps.values()
                    if len(step.parts[0].x) == 1 for part in step.parts)

@@ -6,7 +6,7 @@
 // row's softmax runs over its warp's tiles in order, and warps are added in order, so nothing
 // depends on other rows.
 //
-// Grid: query heads, rows. Shared memory, float32: query [head_dim], sums [warps, head_dim],
+// Grid: rows, query heads. Shared memory, float32: query [head_dim], sums [warps, head_dim],
 // largest and total [warps, 2], then what the key bias adds: factors [pairs, 2], frequencies.
 #include "cuda/key_bias.cuh"
 
@@ -27,13 +27,12 @@ __device__ __forceinline__ int code_at(const uint8_t* codes, int count, int bits
 }
 
 __device__ __forceinline__ float codebook_value(int table, int code) {
-    uint32_t word = 0;
-#pragma unroll
-    for (int i = 0; i < kLevels / 4; ++i) {
-        if (code / 4 == i) word = table ? codebook_word(1, i) : codebook_word(0, i);
-    }
-    return static_cast<float>(static_cast<int>(word >> (8 * (code % 4)) & 255u) - 128) *
-           kCodebookUnit;
+    const Codebook<> levels(table);
+    // Of eight levels, by the low three bits of the code.
+    const uint32_t low = byte_perm(levels.words[0], levels.words[1], code & 7);
+    const uint32_t high = byte_perm(levels.words[2], levels.words[3], code & 7);
+    const uint32_t level = (code & 8 ? high : low) & 255u;
+    return static_cast<float>(static_cast<int>(level) - 128) * kCodebookUnit;
 }
 
 // Where the elements that share a scale with `element` begin; 16 bits.
@@ -164,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(kGenericThreads)
     attention_generic_kernel(const __grid_constant__ AttentionCall call) {
     EXL_SHARED(float, memory);
     const int head_dim = static_cast<int>(call.layer.head_dim);
-    const int head = blockIdx.x, row = blockIdx.y;
+    const int head = blockIdx.y, row = blockIdx.x;
     float* query = memory;
     float* sums = memory + head_dim;
     float* ends = sums + kWarps * head_dim;

@@ -269,21 +269,22 @@ __device__ __forceinline__ void rotate_queries(const RopeCall& rope, int head_di
     rotate_head(x, cos, cos + rope.half, head_dim, rope.half, rope.q_weight, rope.eps);
 }
 
-// k, v: float32 [rows, kv_heads, head_dim]. Grid: 2 * kv_heads, then a block for as many query
-// heads as it has warps where `rope` has a table; rows.
+// k, v: float32 [rows, kv_heads, head_dim]. Grid x: rows, of which a call may have more than a
+// card takes blocks in y. Grid y: 2 * kv_heads, then, where `rope` has a table, a block for as
+// many query heads as it has warps.
 extern "C" __global__ void __launch_bounds__(kWriteThreads)
     cache_write_kernel(ExlCacheLayer layer, ExlBatch batch, const float* k, const float* v,
                        RopeCall rope) {
     EXL_SHARED(float, memory);
-    const int head_dim = static_cast<int>(layer.head_dim), row = blockIdx.y;
-    const int write_blocks_x = 2 * static_cast<int>(layer.num_kv_heads);
-    if (static_cast<int>(blockIdx.x) >= write_blocks_x) {
-        const int first = (static_cast<int>(blockIdx.x) - write_blocks_x) * (blockDim.x / 32);
+    const int head_dim = static_cast<int>(layer.head_dim), row = blockIdx.x;
+    const int head_blocks = 2 * static_cast<int>(layer.num_kv_heads);
+    if (static_cast<int>(blockIdx.y) >= head_blocks) {
+        const int first = (static_cast<int>(blockIdx.y) - head_blocks) * (blockDim.x / 32);
         return rotate_queries(rope, head_dim, row, first);
     }
-    const int head = blockIdx.x / 2;
-    const ExlCacheHalf half = blockIdx.x % 2 ? layer.v : layer.k;
-    const float* x = (blockIdx.x % 2 ? v : k) +
+    const int head = blockIdx.y / 2;
+    const ExlCacheHalf half = blockIdx.y % 2 ? layer.v : layer.k;
+    const float* x = (blockIdx.y % 2 ? v : k) +
                      (static_cast<int64_t>(row) * layer.num_kv_heads + head) * head_dim;
     const int sequence = sequence_of(batch, row);
     const int position = batch.past_len[sequence] + row - batch.q_start[sequence];
@@ -294,7 +295,7 @@ extern "C" __global__ void __launch_bounds__(kWriteThreads)
     float* codebooks = memory + padded;
     for (int i = threadIdx.x; i < padded; i += blockDim.x) memory[i] = i < head_dim ? x[i] : 0.0f;
     block_sync();  // the head is in
-    if (rope.table != nullptr && blockIdx.x % 2 == 0) {
+    if (rope.table != nullptr && blockIdx.y % 2 == 0) {
         const float* cos = rope.table + static_cast<int64_t>(row) * 2 * rope.half;
         if (warp_id() == 0) {
             rotate_head(memory, cos, cos + rope.half, head_dim, rope.half, rope.k_weight,

@@ -54,6 +54,7 @@ class BuildSpec:
         include_dirs: where `#include "..."` looks, in this order.
         environment: the variables that the compiler gets of those that change what it makes,
             see `toolchain.compiler_variables`.
+        device_suffix: of what a CUDA compiler makes, `.cubin` or `.ptx`.
     """
 
     name: str
@@ -66,6 +67,7 @@ class BuildSpec:
     cpu_features: tuple[str, ...]
     include_dirs: tuple[str, ...] = (".",)
     environment: tuple[tuple[str, str], ...] = ()
+    device_suffix: str = ".cubin"
 
     @cached_property
     def key(self) -> str:
@@ -119,7 +121,7 @@ class BuildSpec:
     def artifacts(self) -> tuple[str, ...]:
         """File names of all that the finished build consists of."""
         if self.makes_cubins:
-            return tuple(f"{Path(source).stem}.cubin" for source in self.sources)
+            return tuple(f"{Path(source).stem}{self.device_suffix}" for source in self.sources)
         return (self.library_name,)
 
     def _read(self, name: str) -> bytes:

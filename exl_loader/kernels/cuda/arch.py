@@ -1,13 +1,17 @@
 """Compute capabilities: which are supported, and which compiler knows which.
 
 Machine code for X.y runs on every card X.z with z >= y (CUDA C++ Programming Guide, "Binary
-Compatibility"), so a card that is newer than the compiler is served by the nearest older one
-of its generation.
+Compatibility"), so a card that is newer than the compiler gets the machine code of the newest
+older one of its generation. A card of a generation that the compiler does not know gets PTX,
+which the driver compiles for any card that is as new as the PTX's architecture or newer ("PTX
+Compatibility" there).
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from ...errors import InvalidSettings, KernelBuildError
 
@@ -28,13 +32,41 @@ _SINCE: dict[Capability, Version] = {
     (12, 1): (12, 9),
 }
 
-# Below this, NVRTC and nvcc lack C++17 or the L1 hints that platform.cuh uses.
-OLDEST_CUDA: Version = (11, 4)
+# The newest major release of which the table was checked; a newer one may also have dropped
+# architectures.
+NEWEST_MAJOR = 13
+
+# The first release whose PTX (7.8) has movmatrix, the newest instruction that csrc/cuda uses:
+# tests/test_cuda_ptx.py has the release of each.
+OLDEST_CUDA: Version = (11, 8)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What kernels are compiled to for a card.
+
+    Args:
+        capability: of the architecture.
+        is_ptx: whether it is PTX, which the driver compiles for the card, and not machine code.
+    """
+
+    capability: Capability
+    is_ptx: bool = False
+
+    @property
+    def name(self) -> str:
+        """What compilers call it: `sm_90`, or `compute_90` for PTX."""
+        return arch_name(self.capability).replace("sm", "compute" if self.is_ptx else "sm")
 
 
 def arch_name(capability: Capability) -> str:
     """Name a capability as compilers do: (9, 0) is `sm_90`."""
     return f"sm_{capability[0]}{capability[1]}"
+
+
+def capability_of(number: int) -> Capability:
+    """Return the capability of an architecture's number: 90 is (9, 0), 121 is (12, 1)."""
+    return divmod(number, 10)
 
 
 def parse_archs(text: str) -> list[Capability]:
@@ -60,19 +92,32 @@ def _parse_arch(text: str) -> Capability:
     return capability
 
 
-def compiled_capability(capability: Capability, cuda: Version) -> Capability | None:
-    """Choose what a compiler of CUDA `cuda` compiles for, so that a card can run it.
+def known_capabilities(cuda: Version) -> list[Capability]:
+    """Return the capabilities that compilers of a CUDA release know, as far as the table goes."""
+    return [capability for capability, since in _SINCE.items() if since <= cuda]
+
+
+def is_tabled(capability: Capability, cuda: Version) -> bool:
+    """Whether the table says for certain what a compiler of a release compiles for a card."""
+    return capability in _SINCE and cuda[0] <= NEWEST_MAJOR
+
+
+def target_for(capability: Capability, known: Iterable[Capability]) -> Target | None:
+    """Choose what a compiler compiles to, so that a card can run it.
+
+    Args:
+        capability: of the card.
+        known: capabilities that the compiler knows.
 
     Returns:
-        The newest capability of the card's generation that both know; None where the
-        compiler knows none.
+        Machine code for the newest known capability of the card's generation, else PTX for the
+        newest of an older one; None where the compiler knows only newer ones.
     """
-    known = [
-        candidate
-        for candidate, since in _SINCE.items()
-        if candidate[0] == capability[0] and candidate <= capability and since <= cuda
-    ]
-    return max(known, default=None)
+    older = [candidate for candidate in known if OLDEST <= candidate <= capability]
+    same = [candidate for candidate in older if candidate[0] == capability[0]]
+    if same:
+        return Target(max(same))
+    return Target(max(older), is_ptx=True) if older else None
 
 
 def check_capability(capability: Capability, card: str) -> None:

@@ -1,6 +1,9 @@
 """NVRTC as a command-line compiler: a program of its own, run by ninja like nvcc.
 
-    python -I -S nvrtc_cc.py --library libnvrtc.so.13 OPTION... SOURCE -o CUBIN
+    python -I -S nvrtc_cc.py --library libnvrtc.so.13 OPTION... SOURCE -o OUTPUT
+    python -I -S nvrtc_cc.py --library libnvrtc.so.13 --supported
+
+The output is a cubin, or PTX where the architecture is `compute_90` rather than `sm_90`.
 
 Its own process, because a compiler that crashes or leaks must not take a running web UI with
 it, and because ninja then counts, stops and restarts it like any other. Standard library
@@ -14,6 +17,8 @@ import os
 import sys
 from pathlib import Path
 
+# How the name of an architecture of PTX begins.
+_VIRTUAL = "compute_"
 _PREFIXES = ("libnvrtc-builtins", "nvrtc-builtins")
 
 
@@ -45,10 +50,10 @@ class Nvrtc:
         return list(archs)
 
     def compile(self, source: bytes, name: str, options: list[str]) -> tuple[bytes, str]:
-        """Compile a source to a cubin.
+        """Compile a source to a cubin, or to PTX for an architecture such as `compute_90`.
 
         Returns:
-            The cubin, and what the compiler remarked.
+            The cubin or PTX, and what the compiler remarked.
 
         Raises:
             NvrtcError: it does not compile; the message is the compiler's.
@@ -62,6 +67,8 @@ class Nvrtc:
             log = self._text("nvrtcGetProgramLog", program).rstrip(b"\0").decode(errors="replace")
             if code != 0:
                 raise NvrtcError(log or self._words(code))
+            if any(option.startswith(f"--gpu-architecture={_VIRTUAL}") for option in options):
+                return self._text("nvrtcGetPTX", program).rstrip(b"\0"), log
             return self._text("nvrtcGetCUBIN", program), log
         finally:
             self._library.nvrtcDestroyProgram(ctypes.byref(program))
@@ -85,8 +92,12 @@ class Nvrtc:
 def main(arguments: list[str]) -> int:
     """Compile one file; the compiler's words go to stdout.
 
-    `--library FILE` comes first, `SOURCE -o CUBIN` last, NVRTC's own options between.
+    `--library FILE` comes first, `SOURCE -o OUTPUT` last, NVRTC's own options between.
+    `--supported` alone lists the architectures.
     """
+    if arguments[2:] == ["--supported"]:
+        print(*(f"sm_{number}" for number in Nvrtc(Path(arguments[1])).supported()))
+        return 0
     # By place: argparse takes an option with a space in its path for a file.
     option, library, *options, source, minus_o, output = arguments
     assert (option, minus_o) == ("--library", "-o"), arguments

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ...cache import GROUP
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
 Launch = Callable[[], None]
 
 _I32, _I64, _F32, _P = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-_COUNTER = ctypes.sizeof(_I32)
+# Of groups of rows that share a sum, in one launch.
+_MOST_COUNTERS = COUNTER_BYTES // ctypes.sizeof(_I32)
 _FLOAT_BYTES = ctypes.sizeof(_F32)
 _WARP = 32
 _ROWS = 8  # of a block of attention_decode.cu
@@ -124,7 +126,7 @@ class CudaAttentionOps:
         # Two warps at least: they fill the codebooks.
         warps = min(max(groups, 2), _WRITE_WARPS)
         return self.launcher.prepare(
-            "cache_write_kernel", (2 * heads + -(-q_heads // warps), rows, 1), warps * _WARP,
+            "cache_write_kernel", (rows, 2 * heads + -(-q_heads // warps), 1), warps * _WARP,
             shared_bytes, cache_layer_struct(layer, head_dim), batch_struct(batch),
             _P(k.data_ptr()), _P(v.data_ptr()), rope,
         )
@@ -135,39 +137,41 @@ class CudaAttentionOps:
         """Attend each sequence by the kernel that its number of rows asks for."""
         assert q.is_contiguous() and out.is_contiguous() and out.shape == q.shape
         assert q.shape[1:] == (shape.num_heads, shape.head_dim)
-        call = _Call(
-            cache_layer_struct(layer, shape.head_dim), batch_struct(batch), shape_struct(shape),
-            key_bias_struct(layer.key_bias, batch), 0, q.data_ptr(), out.data_ptr(),
-        )
+        call = _call(q, layer, batch, shape, out)
         rows = q.shape[0]
         if is_generic(shape.head_dim, layer.cache_type):
             shared_bytes = (5 * shape.head_dim + 8 + 3 * call.bias.num_pairs) * _FLOAT_BYTES
-            return self.launcher.prepare("attention_generic_kernel", (shape.num_heads, rows, 1),
+            return self.launcher.prepare("attention_generic_kernel", (rows, shape.num_heads, 1),
                                          _GENERIC_THREADS, shared_bytes, call)
         # Every sequence of a call has a row, so one of them has this many at most.
         most_rows = rows - batch.num_sequences + 1
         launches = []
         if batch.num_sequences > 1 or most_rows <= DECODE_ROWS:
-            launches += self._decode(call, layer, batch, shape, rows, scratch)
+            decoding = min(most_rows, DECODE_ROWS)  # rows of a sequence
+            groups = -(-decoding * (shape.num_heads // shape.num_kv_heads) // _ROWS)
+            for part in _parts(batch, _MOST_COUNTERS // (groups * shape.num_kv_heads)):
+                held = min(rows, part.num_sequences * decoding)
+                launches += self._decode(_call(q, layer, part, shape, out), layer, part, shape,
+                                         held, groups, scratch)
         if most_rows > DECODE_ROWS:
             launches.append(self._prefill(call, layer, batch, shape, most_rows))
         return launches[0] if len(launches) == 1 else _in_turn(launches)
 
     def _decode(self, call: _Call, layer: CacheLayer, batch: Batch, shape: AttentionShape,
-                rows: int, scratch: torch.Tensor) -> list[Launch]:
-        """Launches for sequences with up to DECODE_ROWS rows: as many rows as scratch holds."""
+                rows: int, groups: int, scratch: torch.Tensor) -> list[Launch]:
+        """Prepare launches for sequences with up to DECODE_ROWS rows, as many as scratch holds.
+
+        Args:
+            batch: sequences for whose groups of rows there are counters.
+            rows: most rows of these sequences. groups: of _ROWS rows, of a sequence and kv head.
+        """
         max_pages, kv_heads = batch.page_table.shape[1], shape.num_kv_heads
         plan = decode_plan(shape.head_dim, layer.cache_type, self.launcher.shared_limit_bytes,
                            call.bias.num_pairs)
         call = call.beginning(plan.bias_begin)
-        most_rows = min(rows - batch.num_sequences + 1, DECODE_ROWS)
-        rows = min(rows, batch.num_sequences * most_rows)
-        groups = -(-most_rows * (shape.num_heads // kv_heads) // _ROWS)
         held, one_bytes = rows, row_bytes(shape, max_pages)
         if one_bytes:
             held = min(rows, (scratch.nbytes - COUNTER_BYTES) // one_bytes)
-            counters = groups * kv_heads * batch.num_sequences
-            assert counters * _COUNTER <= COUNTER_BYTES, f"{counters} groups of rows"
         assert held > 0, f"attention in {scratch.nbytes} bytes of scratch"
         splits = slots(kv_heads, shape.window, max_pages)
         launches = []
@@ -192,6 +196,30 @@ class CudaAttentionOps:
         grid = (-(-head_rows // plan.rows), shape.num_kv_heads, batch.num_sequences)
         return self.launcher.prepare(plan.kernel, grid, plan.warps * _WARP, plan.shared_bytes,
                                      call.beginning(plan.bias_begin))
+
+
+def _call(q: torch.Tensor, layer: CacheLayer, batch: Batch, shape: AttentionShape,
+          out: torch.Tensor) -> _Call:
+    return _Call(
+        cache_layer_struct(layer, shape.head_dim), batch_struct(batch), shape_struct(shape),
+        key_bias_struct(layer.key_bias, batch), 0, q.data_ptr(), out.data_ptr(),
+    )
+
+
+def _parts(batch: Batch, most: int) -> list[Batch]:
+    """Cut a batch into runs of up to `most` sequences, whose rows keep their numbers."""
+    count = batch.num_sequences
+    if count <= most:
+        return [batch]
+    return [
+        replace(
+            batch, q_start=batch.q_start[first : first + most + 1],
+            past_len=batch.past_len[first : first + most],
+            page_table=batch.page_table[first : first + most],
+            inv_freq=None if batch.inv_freq is None else batch.inv_freq[first : first + most],
+        )
+        for first in range(0, count, most)
+    ]
 
 
 def _in_turn(launches: list[Launch]) -> Launch:

@@ -1,4 +1,4 @@
-"""What the CUDA kernels' builds are made of: one cubin a source, for one architecture."""
+"""What the CUDA kernels' builds are made of: a cubin or PTX a source, for one architecture."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from pathlib import Path
 from ...errors import KernelBuildError
 from ..spec import BuildSpec, csrc_dir
 from ..toolchain import compiler_variables
-from .arch import Capability, Version, arch_name, compiled_capability
-from .toolchain import CudaCompiler, choose_cuda_compiler
+from .arch import Capability, Target, Version
+from .toolchain import CudaCompiler, choose_cuda_compiler, target_of
 
-# Constants and functions that CPU and CUDA share are constexpr and know of no device;
-# each compiler has its own way to let kernels use them.
-_NVCC_FLAGS = ("-cubin", "-std=c++17")
-_NVRTC_FLAGS = ("-std=c++17",)
+# Neither compiler gets a flag that lets kernels call functions of the CPU: it would compile what
+# reads a table of the CPU at run time to a trap. csrc/cache_codec.h declares what both share.
+_LANGUAGE = "-std=c++17"
 # <cstdint>, which NVRTC lacks.
 _NVRTC_INCLUDE = "cuda/nvrtc"
 
@@ -42,7 +41,7 @@ def cuda_spec(
     """
     root = csrc_dir() if root is None else root
     chosen = choose_cuda_compiler(capability, environ, driver) if compiler is None else compiler
-    target = compiled_capability(capability, chosen.cuda)
+    target = target_of(chosen, capability)
     assert target is not None, "choose_cuda_compiler chose one that cannot"
     sources = sorted(f"cuda/{path.name}" for path in (root / "cuda").glob("*.cu"))
     if not sources:
@@ -54,7 +53,7 @@ def cuda_spec(
     headers = [*root.glob("*.h"), *(root / "cuda").glob("*.cuh")]
     headers += (root / _NVRTC_INCLUDE).glob("*") if nvrtc else ()
     return BuildSpec(
-        name=f"cuda_{arch_name(target)}",
+        name=f"cuda_{target.name}",
         root=root,
         sources=tuple(sources),
         headers=tuple(sorted(path.relative_to(root).as_posix() for path in headers)),
@@ -65,9 +64,11 @@ def cuda_spec(
         include_dirs=(".", _NVRTC_INCLUDE) if nvrtc else (".",),
         # NVRTC reads no variables.
         environment=() if nvrtc else compiler_variables(environ),
+        device_suffix=".ptx" if target.is_ptx else ".cubin",
     )
 
 
-def _flags(nvrtc: bool, target: Capability) -> tuple[str, ...]:
-    option = "--gpu-architecture" if nvrtc else "-arch"
-    return (f"{option}={arch_name(target)}", *(_NVRTC_FLAGS if nvrtc else _NVCC_FLAGS))
+def _flags(nvrtc: bool, target: Target) -> tuple[str, ...]:
+    if nvrtc:
+        return f"--gpu-architecture={target.name}", _LANGUAGE
+    return f"-arch={target.name}", "-ptx" if target.is_ptx else "-cubin", _LANGUAGE

@@ -1,11 +1,13 @@
 """Find what compiles CUDA kernels: NVRTC, which PyTorch brings along, or nvcc.
 
 NVRTC comes first: it needs no host compiler, and takes a tenth of the time. Nothing here
-opens a library or compiles; a warm load asks for a version only.
+opens a library or compiles; a warm load asks for a version only, and where the card or the
+compiler is newer than the table of `arch.py`, the compiler for its architectures.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import re
@@ -17,7 +19,17 @@ from pathlib import Path
 
 from ...errors import InvalidSettings, KernelBuildError, shown
 from ..toolchain import Compiler, command_output, find_compiler, program_identity
-from .arch import OLDEST_CUDA, Capability, Version, arch_name, compiled_capability
+from .arch import (
+    OLDEST_CUDA,
+    Capability,
+    Target,
+    Version,
+    arch_name,
+    capability_of,
+    is_tabled,
+    known_capabilities,
+    target_for,
+)
 
 COMPILER_ENV = "EXL_LOADER_CUDA_COMPILER"
 KINDS = ("nvrtc", "nvcc")
@@ -78,25 +90,56 @@ def choose_cuda_compiler(
         driver: the CUDA release of the driver that will load the cubins: it takes those of
             its own major release and of older ones.
 
+    Returns:
+        The first that makes machine code for the card; where none does, the first whose PTX the
+        driver compiles.
+
     Raises:
         KernelBuildError: none compiles for the card, with what to install.
     """
-    seen = []
+    seen, makes_ptx = [], []
     for found in find_cuda_compilers(environ):
+        version = found.compiler.version
+        target = None if found.cuda < OLDEST_CUDA else target_of(found, capability)
         if found.cuda < OLDEST_CUDA:
-            seen.append(f"{found.compiler.version} is too old")
+            seen.append(f"{version} is too old")
         elif driver is not None and found.cuda[0] > driver[0]:
-            seen.append(f"{found.compiler.version} is newer than the driver ({driver[0]}.x)")
-        elif compiled_capability(capability, found.cuda) is None:
-            seen.append(f"{found.compiler.version} does not know {arch_name(capability)}")
+            seen.append(f"{version} is newer than the driver ({driver[0]}.x)")
+        elif target is None:
+            seen.append(f"{version} does not know {arch_name(capability)}")
+        elif target.is_ptx and driver is not None and found.cuda > driver:
+            seen.append(f"{version} does not know {arch_name(capability)}, and its PTX is newer "
+                        f"than the driver ({driver[0]}.{driver[1]})")
+        elif target.is_ptx:
+            makes_ptx.append(found)
         else:
             return found
+    if makes_ptx:
+        return makes_ptx[0]
+    oldest = ".".join(map(str, OLDEST_CUDA))
     raise KernelBuildError(
         f"CUDA compiler for {arch_name(capability)}",
-        expected="NVRTC, or nvcc with a host compiler",
+        expected=f"NVRTC, or nvcc with a host compiler, of CUDA {oldest} or newer",
         actual="; ".join(seen) or "none",
         remedy=nvrtc_remedy(driver),
     )
+
+
+def target_of(found: CudaCompiler, capability: Capability) -> Target | None:
+    """Choose what a compiler compiles to for a card; see `arch.target_for`."""
+    known = known_capabilities(found.cuda)
+    if not is_tabled(capability, found.cuda):
+        known = _own_capabilities(found) or known
+    return target_for(capability, known)
+
+
+@functools.cache
+def _own_capabilities(found: CudaCompiler) -> list[Capability]:
+    """Ask a compiler which architectures it knows, in a process of its own; [] without answer."""
+    option = "--list-gpu-code" if found.compiler.kind == "nvcc" else "--supported"
+    words = command_output([*found.compiler.command, option]) or ""
+    # sm_90a is no architecture that other cards of its generation run.
+    return [capability_of(int(number)) for number in re.findall(r"\bsm_(\d+)\b", words)]
 
 
 def nvrtc_remedy(driver: Version | None = None) -> str:
