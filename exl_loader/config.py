@@ -17,6 +17,8 @@ from .json_keys import Keys, read_json_object, read_json_object_if_there
 from .rope import MAX_POSITIONS, RopeConfig, parse_rope
 
 # Several times the largest models there are: what is beyond is damage, not a model.
+GGUF_REMEDY = "Use llama.cpp for it, in the web UI the loader of that name"
+
 MAX_VOCAB_SIZE = 1 << 22
 MAX_HIDDEN_SIZE = 1 << 17
 MAX_INTERMEDIATE_SIZE = 1 << 19
@@ -84,6 +86,11 @@ class ModelConfig:
         folder = Path(path)
         # Unlike Path.is_dir, this raises nothing where the name is too long or a folder closed.
         if not os.path.isdir(folder):
+            if folder.suffix.lower() == ".gguf" and os.path.exists(folder):
+                raise ModelNotFound(
+                    str(folder), expected="a model folder with config.json and *.safetensors",
+                    actual="a GGUF file, which is llama.cpp's", remedy=GGUF_REMEDY,
+                )
             raise ModelNotFound(
                 str(folder), expected="a model folder",
                 actual="a file" if os.path.exists(folder) else "nothing there",
@@ -158,7 +165,7 @@ def _no_model(folder: Path) -> ModelNotFound:
     return ModelNotFound(
         str(folder), expected="a model folder with config.json and *.safetensors",
         actual="GGUF, which is llama.cpp's" if is_gguf else "no config.json",
-        remedy="Use llama.cpp for this model" if is_gguf else
+        remedy=GGUF_REMEDY if is_gguf else
         "Give the model's own folder, or download what is missing",
     )
 

@@ -20,3 +20,13 @@ def drop_locals(error: BaseException) -> None:
             seen.add(id(current))
             traceback.clear_frames(current.__traceback__)
             pending += [current.__cause__, current.__context__]
+
+
+def modules_of(error: BaseException) -> list[str]:
+    """Return the names of the modules that an error passed through, the one that raised it last."""
+    names = []
+    trace = error.__traceback__
+    while trace is not None:
+        names.append(str(trace.tb_frame.f_globals.get("__name__", "")))
+        trace = trace.tb_next
+    return names

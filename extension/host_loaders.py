@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from exl_loader.errors import InvalidTokenizer
 
 from . import loading
 from .host import LOADERS
+
+if TYPE_CHECKING:
+    from exl_loader.engine import LoadedModel
 
 
 def load_native(model_name: str) -> tuple[Any, Any]:
@@ -24,8 +29,18 @@ def load_hf(model_name: str) -> Any:
     """Load for `ExLlamav2_HF`: transformers' generation. The web UI adds a tokenizer.
 
     Raises:
-        ExlLoaderError: what is wrong, in one line; nothing is held.
+        ExlLoaderError: what is wrong, in one line; nothing is held. InvalidTokenizer: the
+            folder has no tokenizer.
     """
     from .webui_model_hf import Exllamav3HF
 
-    return loading.load(model_name, LOADERS[1], Exllamav3HF)
+    def with_tokenizer(loaded: LoadedModel) -> Exllamav3HF:
+        if not loaded.has_tokenizer:
+            raise InvalidTokenizer(
+                f"{LOADERS[1]} with {model_name}", expected="a folder with a tokenizer",
+                actual="one without tokenizer files",
+                remedy="Copy the tokenizer files of the original model into the folder",
+            )
+        return Exllamav3HF(loaded)
+
+    return loading.load(model_name, LOADERS[1], with_tokenizer)

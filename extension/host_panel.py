@@ -13,7 +13,7 @@ from typing import Any
 from exl_loader.errors import ExlLoaderError
 from exl_loader.progress import format_count
 
-from . import host, loading, panel, problems, tables
+from . import host, load_errors, loading, panel, problems, tables
 from .event_chain import EventChain, event_chains
 from .gauge import PICK_ELEM_ID, gauge_html, message_html, task_html
 from .host import (
@@ -180,7 +180,7 @@ def _gauge(shown: Mapping[str, Any]) -> str:
     drawn = problems.last_html()
     try:
         options = loading.options_for(model_name, shown["loader"], shown)
-    except OSError as error:
+    except (ExlLoaderError, OSError) as error:
         return drawn + panel.error_html(error)
     loaded = loading.current()
     if loaded is not None and loading.is_loaded_as(options):
@@ -254,8 +254,12 @@ def _load_with_progress(model_name: str, loader: str) -> Iterator[str]:
                 shown = progress.shown
                 yield shown
     if error is None:
-        yield message_html("Loaded", f"{model_name} in {time.monotonic() - began:.1f} s")
+        loaded = message_html("Loaded", f"{model_name} in {time.monotonic() - began:.1f} s")
+        yield loaded + panel.warnings_html(loading.warnings())
         return
+    loading.release_unclaimed()
+    if isinstance(error, Exception):
+        error = load_errors.named(model_name, loader, error)
     host.say(f"{model_name} was not loaded: {error}", level="error")
     if not isinstance(error, (ExlLoaderError, OSError)):
         host.say("".join(traceback.format_exception(error)), level="error")

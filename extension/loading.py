@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from . import host, problems
+from . import host, notices, problems
 from .panel import LoadOptions, Toggles, resolve_cache_type, toggles_for
 
 if TYPE_CHECKING:
@@ -37,12 +37,27 @@ class LastLoad:
 lock = threading.RLock()
 _loaded: LoadedModel | None = None
 _loaded_as: LoadOptions | None = None
+_warnings: list[str] = []
 last_load: LastLoad | None = None
 
 
 def current() -> LoadedModel | None:
     """The model that is loaded, None without one."""
     return _loaded
+
+
+def release_unclaimed() -> None:
+    """Give a model's memory back that the web UI did not take: it failed after our loader."""
+    with lock:
+        held = getattr(host.module("modules.shared").model, "loaded", None)
+        if _loaded is not None and held is not _loaded:
+            _loaded.unload()
+            forget(_loaded)
+
+
+def warnings() -> list[str]:
+    """What was said of the model while it was loaded; nothing without one."""
+    return list(_warnings) if _loaded is not None else []
 
 
 def forget(loaded: LoadedModel) -> None:
@@ -132,7 +147,7 @@ def load(model_name: str, loader: str, wrap: Callable[[LoadedModel], T]) -> T:
     Raises:
         ExlLoaderError: what is wrong, in one line; nothing is held.
     """
-    global _loaded, _loaded_as, last_load
+    global _loaded, _loaded_as, _warnings, last_load
     import exl_loader
     from exl_loader.progress import default_progress
 
@@ -144,15 +159,17 @@ def load(model_name: str, loader: str, wrap: Callable[[LoadedModel], T]) -> T:
         problems.clear()
         values = {name: getattr(args, name, None) for name in _option_names(loader)}
         options = options_for(model_name, loader, values)
-        loaded = exl_loader.load(
-            options.model_dir, progress=load_progress.get() or default_progress(),
-            **options.load_arguments(),
-        )
+        with notices.collected() as found:
+            loaded = exl_loader.load(
+                options.model_dir, progress=load_progress.get() or default_progress(),
+                **options.load_arguments(),
+            )
         try:
             wrapped = wrap(loaded)
         except BaseException:
             loaded.unload()
             raise
+        _warnings = found
         _loaded, _loaded_as = loaded, replace(options, ctx_size=loaded.ctx_size)
         # The web UI takes its truncation length from here.
         args.ctx_size = loaded.ctx_size

@@ -6,10 +6,9 @@ the same. Nothing here reads a weight or imports PyTorch.
 
 from __future__ import annotations
 
-import math
 import os
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from exl_loader.errors import ExlLoaderError
 from exl_loader.reservation import Reservation, plan
 from exl_loader.reservation.length import stretched_length
 from exl_loader.rope import MAX_POSITIONS
+from exl_loader.setting_values import invalid
 
 from .gauge import gauge_html, message_html, problem_html
 
@@ -60,7 +60,7 @@ def resolve_cache_type(
     set any of the three. A cache type other than the default was chosen on purpose and wins;
     of two toggles the 8-bit one does, as it did in the web UI when it had them.
     """
-    chosen = plain_cache_type(cache_type or DEFAULT_CACHE_TYPE)
+    chosen = plain_cache_type(str(cache_type or DEFAULT_CACHE_TYPE))
     if chosen != DEFAULT_CACHE_TYPE:
         return chosen
     if cache_8bit:
@@ -73,46 +73,47 @@ class LoadOptions:
     """What a person can set before loading.
 
     Args:
-        model_dir: the folder. ctx_size: tokens; 0 leaves it to the plan.
+        model_dir: the folder. ctx_size: tokens, or `auto`; 0 leaves it to the plan.
         cache_type, gpu_split, alpha_value, compress_pos_emb, model_draft, ctx_size_draft: see
             `exl_loader.plan`.
         draft_max: see `exl_loader.load`; 0 leaves it to that.
     """
 
     model_dir: str
-    ctx_size: int = 0
+    ctx_size: Any = 0
     cache_type: str = DEFAULT_CACHE_TYPE
-    alpha_value: float = 1.0
-    compress_pos_emb: float = 1.0
+    alpha_value: Any = 1.0
+    compress_pos_emb: Any = 1.0
     gpu_split: str = ""
     model_draft: str = ""
-    ctx_size_draft: int = 0
-    draft_max: int = 0
+    ctx_size_draft: Any = 0
+    draft_max: Any = 0
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> LoadOptions:
         """Read a page's components, a host's state or its saved settings.
 
         Empty fields are None, numbers may be floats or text, and other names are ignored.
-        What cannot be read is left for `plan` to refuse in its own words.
+        What is no number stays as it is, for `plan` and `load` to refuse in their own words.
+
+        Raises:
+            InvalidSettings: a toggle is neither on nor off.
         """
-        cache_type = resolve_cache_type(
-            values.get("cache_type"), bool(values.get("cache_8bit")),
-            bool(values.get("cache_4bit")),
-        )
+        toggles = {name: _flag(name, values.get(name)) for name in TOGGLE_TYPES}
+        cache_type = resolve_cache_type(values.get("cache_type"), **toggles)
         draft = os.path.expanduser(str(values.get("model_draft") or "").strip())
         return cls(
             # No shell has seen a page's field, so a tilde is still one.
             model_dir=os.path.expanduser(str(values.get("model_dir") or "").strip()),
-            ctx_size=int(_number(values.get("ctx_size"), 0)),
+            ctx_size=_whole(values.get("ctx_size")),
             cache_type=cache_type,
             alpha_value=_number(values.get("alpha_value"), 1.0),
             compress_pos_emb=_number(values.get("compress_pos_emb"), 1.0),
             gpu_split=str(values.get("gpu_split") or "").strip(),
             model_draft=draft,
             # Without a draft model they change nothing, whatever their fields hold.
-            ctx_size_draft=int(_number(values.get("ctx_size_draft"), 0)) if draft else 0,
-            draft_max=int(_number(values.get("draft_max"), 0)) if draft else 0,
+            ctx_size_draft=_whole(values.get("ctx_size_draft")) if draft else 0,
+            draft_max=_whole(values.get("draft_max")) if draft else 0,
         )
 
     def arguments(self) -> dict[str, Any]:
@@ -133,12 +134,35 @@ class LoadOptions:
         return self.arguments() | ({"draft_max": self.draft_max} if self.draft_max else {})
 
 
-def _number(value: Any, default: float) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
+def _number(value: Any, default: float) -> Any:
+    """Read a number, `default` for an empty field; anything else stays as it is."""
+    if value is None or value == "":
         return default
-    return number if math.isfinite(number) and number > 0 else default
+    try:
+        return value if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return value
+
+
+def _whole(value: Any) -> Any:
+    """Read a whole number, 0 for an empty field; anything else stays as it is."""
+    number = _number(value, 0)
+    if isinstance(number, (int, float)) and not isinstance(number, bool) and number % 1 == 0:
+        return int(number)
+    return value
+
+
+def _flag(name: str, value: Any) -> bool:
+    """Read a toggle, off for an empty field.
+
+    Raises:
+        InvalidSettings: it is neither on nor off.
+    """
+    words = {"true": True, "1": True, "on": True, "false": False, "0": False, "off": False}
+    found = words.get(str("false" if value is None or value == "" else value).strip().lower())
+    if found is None:
+        raise invalid(name, "true or false", value)
+    return found
 
 
 def reserve(options: LoadOptions) -> Reservation:
@@ -171,6 +195,12 @@ def reachable_length(options: LoadOptions) -> int:
     config = ModelConfig.from_dir(Path(options.model_dir))
     length = stretched_length(config, options.alpha_value, options.compress_pos_emb)
     return min(length, MAX_POSITIONS)
+
+
+def warnings_html(warnings: Sequence[str]) -> str:
+    """Show what was said of a model while it was loaded, a line each."""
+    lines = (warning[:1].upper() + warning[1:] for warning in warnings)
+    return "".join(message_html("Warning", line, good=False) for line in lines)
 
 
 def error_html(error: BaseException, *, heading: str = "Cannot be loaded") -> str:

@@ -14,11 +14,15 @@ from types import ModuleType
 from typing import Any
 
 from . import (
+    api_errors,
     dispatch,
+    hf_requests,
     host,
     host_loaders,
     host_panel,
+    load_errors,
     loading,
+    notices,
     panel,
     problems,
     recognise,
@@ -47,6 +51,7 @@ def register() -> bool:
     try:
         host.check()
         tables.add_loaders(_patches)
+        notices.write_to_host_log(_patches)
         _extend_functions()
         _watch_later_modules()
         _registered = True
@@ -83,6 +88,9 @@ def _extend_functions() -> None:
     if not shared.args.loader and shared.original_args.loader:
         _patches.set(shared.args, "loader", shared.fix_loader_name(shared.original_args.loader))
     _keep_cache_flags(shared)
+    metadata = getattr(settings, "get_model_metadata", None)
+    if metadata is not None:
+        _patches.replace(metadata, load_errors.naming_the_file(metadata))
     _patches.replace(shared.load_user_config, _load_user_config(shared.load_user_config))
     if isinstance(getattr(shared, "user_config", None), dict):
         with_current_values(shared.user_config)
@@ -156,9 +164,13 @@ def _watch_later_modules() -> None:
         "modules.logits": _extend_logits,
         "modules.chat": _extend_chat,
         "modules.transformers_loader": _keep_logprobs,
-        "modules.api.completions": _open_native_gate,
-        "extensions.openai.completions": _open_native_gate,
     }
+    for package in ("modules.api", "extensions.openai"):
+        later |= {
+            f"{package}.completions": _extend_completions,
+            f"{package}.models": lambda module: api_errors.extend_models(_patches, module),
+            f"{package}.script": lambda module: api_errors.extend_script(_patches, module),
+        }
     for name, extend in later.items():
         found = sys.modules.get(name)
         watcher.after[name] = extend
@@ -176,13 +188,28 @@ def _extend_generation(module: ModuleType) -> None:
 
     def generate_reply_HF(*args: Any, **kwargs: Any) -> Iterator[Any]:
         model = host.module("modules.shared").model
-        yield from with_hf(*args, **kwargs)
-        error = model.take_error() if hasattr(model, "take_error") else None
+        if not hasattr(model, "take_error"):
+            yield from with_hf(*args, **kwargs)
+            return
+        try:
+            yield from with_hf(*args, **kwargs)
+        except Exception as error:
+            named = hf_requests.named_error(error)
+            problems.report(named)
+            if named is error:
+                raise
+            raise named from error
+        if getattr(model, "ended_by_length", False):
+            problems.note_ending("length")
+        for line in getattr(model, "take_notices", list)():
+            problems.notice(line)
+        error = model.take_error()
         if error is not None:
-            problems.report(error)
+            problems.report(hf_requests.named_error(error))
 
     _patches.replace(with_hf, generate_reply_HF)
     _hand_over_stops(module)
+    hf_requests.extend_lengths(_patches, module)
     # The API counts a prompt's tokens before it asks for an answer.
     _reload_before(module.generate_reply, module.encode, module.decode)
 
@@ -269,9 +296,13 @@ def _explain_lora(module: ModuleType) -> None:
     _patches.replace(original, add_lora_transformers)
 
 
-def _open_native_gate(module: ModuleType) -> None:
-    """Have the API ask our loader for log probabilities and hand it biases (v4.1 and later)."""
+def _extend_completions(module: ModuleType) -> None:
+    """Have the API ask our loader for log probabilities, hand it biases, and tell its errors.
+
+    It asks loaders by name since v4.1.
+    """
     dispatch.extend_constant(_patches, module, _NATIVE_GATE, (*_NATIVE_GATE, LOADERS[0]))
+    api_errors.extend_completions(_patches, module)
 
 
 def _keep_logprobs(module: ModuleType) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .host import LOADERS
+from exl_loader.errors import InvalidSettings
+
+from .host import LOADERS, say
 from .panel import DEFAULT_CACHE_TYPE, LoadOptions, plain_cache_type, toggles_for
 
 # Loaders that the web UI once had for what these read; it ends with a KeyError over one of them.
@@ -25,9 +27,13 @@ def with_current_values(config: Any) -> Any:
     Args:
         config: model pattern -> its settings, as the web UI has read them.
     """
-    for saved in config.values() if isinstance(config, dict) else ():
+    for pattern, saved in config.items() if isinstance(config, dict) else ():
         if isinstance(saved, dict) and saved.get("loader") in (*LOADERS, *RETIRED):
-            saved.update(_current(saved))
+            try:
+                saved.update(_current(saved))
+            except InvalidSettings as error:
+                # A load with them is refused by name.
+                say(f"the settings saved for {pattern} stay as they are: {error}")
             if saved["loader"] in RETIRED:
                 # The folder says which loader reads it today.
                 del saved["loader"]

@@ -13,8 +13,9 @@ from exl_loader.errors import ExlLoaderError, InvalidSettings, ModelUnloaded
 from exl_loader.progress import format_count
 from exl_loader.settings import SamplingSettings
 
+from . import notices
 from .gauge import gauge_html, problem_html, task_html
-from .panel import LoadOptions, error_html, plan_html, reachable_length
+from .panel import LoadOptions, error_html, plan_html, reachable_length, warnings_html
 
 if TYPE_CHECKING:
     from exl_loader.engine import LoadedModel
@@ -71,6 +72,7 @@ class Session:
         self._model: LoadedModel | None = None
         self._options: LoadOptions | None = None
         self._problem = ""
+        self._warnings = ""
 
     @property
     def loading(self) -> bool:
@@ -99,7 +101,7 @@ class Session:
                     remedy="Wait until it has ended",
                 )
             self._progress = WatchedProgress()
-            self._problem = ""
+            self._problem = self._warnings = ""
             # A daemon: a page that is closed while it compiles should not keep the process.
             self._thread = threading.Thread(target=self._load, args=(options,), daemon=True)
             self._thread.start()
@@ -109,9 +111,11 @@ class Session:
         try:
             from exl_loader.loader import load
 
-            self._model = load(
-                options.model_dir, progress=self._progress, **options.load_arguments()
-            )
+            with notices.collected() as warnings:
+                self._model = load(
+                    options.model_dir, progress=self._progress, **options.load_arguments()
+                )
+            self._warnings = warnings_html(warnings)
             # What the plan chose is what a page that shows this model has to say.
             self._options = replace(options, ctx_size=self._model.ctx_size)
         except Exception as error:
@@ -119,7 +123,7 @@ class Session:
             self._problem = error_html(error)
 
     def follow(self) -> Iterator[str]:
-        """Yield what a load shows, as it changes; at the end its problem, or nothing."""
+        """Yield what a load shows, as it changes; at the end its problem or its warnings."""
         shown = None
         while self.loading:
             now = self._progress.html()
@@ -127,7 +131,7 @@ class Session:
                 yield now
                 shown = now
             time.sleep(WATCH_INTERVAL_S)
-        yield self._problem
+        yield self._problem or self._warnings
 
     def unload(self) -> None:
         """End all generations and give the memory back; a load that runs is waited for."""
@@ -135,7 +139,7 @@ class Session:
         if thread is not None:
             thread.join()
         with self._lock:
-            self._problem = ""
+            self._problem = self._warnings = ""
             self._release()
 
     def _release(self) -> None:

@@ -101,7 +101,8 @@ class Exllamav3Model:
 
     def encode(self, text: str, **_: Any) -> torch.Tensor:
         """Turn text into ids, int64 [1, n], with a BOS token where the folder wants one."""
-        return torch.tensor([self.loaded.tokenizer.prompt_ids(text)], dtype=torch.int64)
+        with problems.reported():
+            return torch.tensor([self.loaded.tokenizer.prompt_ids(text)], dtype=torch.int64)
 
     def decode(self, ids: Any, skip_special_tokens: bool = False, **_: Any) -> str:
         """Turn ids into text; a tensor of any shape, a list of ids or of tensors, one id."""
@@ -127,11 +128,8 @@ class Exllamav3Model:
         Raises:
             Exception: what is wrong, said in the page as well.
         """
-        try:
+        with problems.reported():
             yield from self._stream(prompt, state)
-        except Exception as error:
-            problems.report(error)
-            raise
         problems.clear()
 
     def _stream(self, prompt: str, state: Mapping[str, Any]) -> Iterator[str]:
@@ -166,6 +164,7 @@ class Exllamav3Model:
         tail = "" if stopped else words.flush()
         if tail:
             yield text + tail
+        problems.note_ending(generation.finish_reason)
         length = context_length(state, self.loaded.ctx_size)
         is_full = len(ids) + figures.completion_tokens >= length
         if generation.finish_reason == "context" or (
@@ -178,12 +177,14 @@ class Exllamav3Model:
     def get_logits(self, token_ids: Any, **_: Any) -> torch.Tensor:
         """Compute the logits behind the last of some ids, float32 [1, 1, vocab_size]."""
         ids = torch.as_tensor(token_ids).reshape(-1).tolist()
-        return without_padding(self.loaded.next_logits(ids), self.loaded).reshape(1, 1, -1)
+        with problems.reported():
+            return without_padding(self.loaded.next_logits(ids), self.loaded).reshape(1, 1, -1)
 
     def get_prompt_logits(self, input_ids: Any) -> torch.Tensor:
         """Compute the logits behind each of some ids, float32 [1, n, vocab_size]."""
         ids = torch.as_tensor(input_ids).reshape(-1).tolist()
-        return without_padding(self.loaded.prompt_logits(ids), self.loaded).unsqueeze(0)
+        with problems.reported():
+            return without_padding(self.loaded.prompt_logits(ids), self.loaded).unsqueeze(0)
 
     def __call__(self, input_ids: Any, labels: Any = None, **_: Any) -> SimpleNamespace:
         """Compute logits, and the mean loss of the labels that are not -100 (perplexity)."""

@@ -8,8 +8,10 @@ import torch
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from . import loading
-from .request import without_padding
+from exl_loader.chat.fitting import context_notice
+
+from . import host, loading
+from .request import shortened, without_padding
 
 if TYPE_CHECKING:
     from exl_loader.engine import LoadedModel
@@ -37,6 +39,8 @@ class Exllamav3HF(PreTrainedModel, GenerationMixin):
         self.generation_config = GenerationConfig()
         self._rope_len: int | None = None
         self._error: Exception | None = None
+        self._notices: list[str] = []
+        self.ended_by_length = False
 
     @property
     def device(self) -> torch.device:
@@ -58,15 +62,38 @@ class Exllamav3HF(PreTrainedModel, GenerationMixin):
         return {"input_ids": input_ids}
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate as transformers does, with RoPE for the length that the text may reach."""
+        """Generate as transformers does, with RoPE for the length that the text may reach.
+
+        `max_new_tokens` is cut to what the context has room for; `take_notices` says so.
+        """
         inputs = kwargs.get("inputs", args[0] if args else None)
-        new = kwargs.get("max_new_tokens")
-        if inputs is not None and new:
-            self._rope_len = int(inputs.shape[-1]) + int(new)
+        asked = kwargs.get("max_new_tokens")
+        self.ended_by_length = False
         try:
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
+            if inputs is None or not asked:
+                return super().generate(*args, **kwargs)  # type: ignore[misc]
+            prompt_len = int(inputs.shape[-1])
+            new = self._room(prompt_len, int(asked), kwargs.get("negative_prompt_ids"))
+            self._rope_len = prompt_len + new
+            found = super().generate(*args, **kwargs | {"max_new_tokens": new})  # type: ignore[misc]
+            is_full = found.shape[-1] >= prompt_len + new
+            self.ended_by_length = is_full
+            if new < int(asked) and is_full:
+                self._notices.append(context_notice(self.loaded.ctx_size, new))
+            return found
+        except Exception as error:
+            self._error = error
+            raise
         finally:
             self._rope_len = None
+
+    def _room(self, prompt_len: int, asked: int, negative_ids: Any) -> int:
+        """Return how many tokens an answer may have behind the prompt and the negative one."""
+        longest = prompt_len if negative_ids is None else max(prompt_len, negative_ids.shape[-1])
+        left = max(1, self.loaded.ctx_size - longest)
+        if asked > left:
+            host.say(shortened(asked, left, longest))
+        return min(asked, left)
 
     def __call__(
         self,
@@ -103,6 +130,11 @@ class Exllamav3HF(PreTrainedModel, GenerationMixin):
         """
         error, self._error = self._error, None
         return error
+
+    def take_notices(self) -> list[str]:
+        """Return what the last generation has to say that is no error, once."""
+        notices, self._notices = self._notices, []
+        return notices
 
     def _evaluate(
         self, input_ids: torch.Tensor, labels: torch.Tensor | None,

@@ -53,7 +53,7 @@ def test_options_from_a_page_are_the_planners_arguments():
         "gpu_split": None,
     }
     assert LoadOptions.from_values({"model_dir": " ~/m "}).model_dir == os.path.expanduser("~/m")
-    empty = LoadOptions.from_values({"ctx_size": 0, "alpha_value": "nan", "model_dir": None})
+    empty = LoadOptions.from_values({"ctx_size": 0, "alpha_value": "", "model_dir": None})
     assert empty == LoadOptions("") and empty.arguments()["ctx_size"] is None
 
 

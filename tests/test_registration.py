@@ -192,7 +192,7 @@ def test_no_context_is_the_plans_where_the_host_says_nothing(host, model):
 
 @pytest.mark.parametrize("flags, expected", [
     ({}, "q4"), ({"cache_8bit": True}, "q8"), ({"cache_type": "q6"}, "q6"),
-    ({"cache_type": "q8_0"}, "q8_0"), ({"cache_type": "fp16"}, "fp16")])
+    ({"cache_type": "q8_0"}, "q8"), ({"cache_type": "fp16"}, "fp16")])
 def test_cache_flags_outweigh_what_was_saved_for_a_model(host, flags, expected):
     web = host()
     for name, value in flags.items():

@@ -138,10 +138,16 @@ TEXT_GENERATION = '''
 from modules import models, shared
 def generate_reply(question, state):
     models.load_model_if_idle_unloaded()
-    yield from generate_reply_HF(question, state)
-def encode(prompt):
+    if shared.model.__class__.__name__ == "Exllamav3Model":
+        yield from generate_reply_custom(question, question, state)
+    else:
+        yield from generate_reply_HF(question, state)
+def encode(prompt, add_bos_token=True, truncation_length=None):
     models.load_model_if_idle_unloaded()
-    return shared.tokenizer.encode(prompt)
+    ids = shared.tokenizer.encode(prompt)
+    return ids if truncation_length is None else ids[:, -truncation_length:]
+def get_max_prompt_length(state):
+    return state["truncation_length"] - state["max_new_tokens"]
 def decode(ids):
     models.load_model_if_idle_unloaded()
     return shared.tokenizer.decode(ids)
@@ -151,7 +157,13 @@ def generate_reply_HF(question, state):
     except Exception as error:
         print("failed to generate", error)
 def generate_reply_custom(question, original_question, state, stopping_strings=None, is_chat=False):
-    yield shared.model.generate(question, state)
+    try:
+        if state.get("stream"):
+            yield from shared.model.generate_with_streaming(question, state)
+        else:
+            yield shared.model.generate(question, state)
+    except Exception as error:
+        print("failed to generate", error)
 '''
 
 PROMPTS = '''
@@ -181,12 +193,100 @@ def add_lora_transformers(lora_names):
 
 COMPLETIONS = '''
 from modules import shared
+from modules.text_generation import encode, generate_reply
+from .errors import InvalidRequestError
+def completions_common(body, stream):
+    if "prompt" not in body:
+        raise InvalidRequestError("Missing required input", param="prompt")
+    state = {"stream": stream, "max_new_tokens": 8, "stop_event": None,
+             "truncation_length": shared.settings["truncation_length"]} | body
+    encode(body["prompt"])
+    text = ""
+    for so_far in generate_reply(body["prompt"], state):
+        if stream and so_far != text:
+            yield {"choices": [{"text": so_far[len(text):], "finish_reason": None}]}
+        text = so_far
+    # The web UI counts tokens to guess why an answer ended.
+    yield {"choices": [{"text": "" if stream else text, "finish_reason": "stop"}]}
+def completions(body):
+    return list(completions_common(body, False))[-1]
+def stream_completions(body):
+    yield from completions_common(body, True)
+chat_completions, stream_chat_completions = completions, stream_completions
 def wants_processors():
     return shared.args.loader not in ("llama.cpp", "ExLlamav3")
 def stream():
     def chunk():
         return shared.args.loader in ("llama.cpp", "ExLlamav3")
     return chunk()
+'''
+
+API_ERRORS = '''
+class OpenAIError(Exception):
+    def __init__(self, message=None, code=500, internal_message=""):
+        self.message, self.code = message, code
+class InvalidRequestError(OpenAIError):
+    def __init__(self, message, param, code=400, internal_message=""):
+        super().__init__(message, code)
+        self.param = param
+'''
+
+API_MODELS = '''
+from modules import loaders, shared
+from modules.models import load_model, unload_model
+from modules.models_settings import get_model_metadata, update_model_parameters
+def get_current_model_info():
+    return {"model_name": shared.model_name, "loader": shared.args.loader}
+def _load_model(data):
+    unload_model()
+    settings = get_model_metadata(data["model_name"])
+    for name in loaders.list_model_elements():
+        if hasattr(shared.original_args, name):
+            setattr(shared.args, name, getattr(shared.original_args, name))
+    update_model_parameters(settings)
+    for name, value in (data.get("args") or {}).items():
+        if name in loaders.list_model_elements() and hasattr(shared.args, name):
+            setattr(shared.args, name, value)
+    shared.model, shared.tokenizer = load_model(data["model_name"])
+'''
+
+API_SCRIPT = '''
+import json
+from fastapi import FastAPI, HTTPException
+from fastapi.responses import JSONResponse, StreamingResponse
+import modules.api.completions as OAIcompletions
+import modules.api.models as OAImodels
+from modules.text_generation import encode
+from .errors import OpenAIError
+app = FastAPI()
+@app.exception_handler(OpenAIError)
+async def openai_error_handler(request, exc):
+    kind = "server_error" if exc.code >= 500 else "invalid_request_error"
+    return JSONResponse(status_code=exc.code, content={"error": {
+        "message": exc.message, "type": kind, "param": getattr(exc, "param", None),
+        "code": None}})
+@app.post("/load")
+def handle_load_model(body: dict):
+    try:
+        OAImodels._load_model(body)
+        return "OK"
+    except Exception:
+        raise HTTPException(status_code=500, detail="Failed to load the model.")
+@app.get("/info")
+def info():
+    return OAImodels.get_current_model_info()
+@app.post("/encode")
+def handle_encode(body: dict):
+    return {"tokens": encode(body["text"])[0].tolist()}
+@app.post("/completions")
+def openai_completions(body: dict):
+    return OAIcompletions.completions(body)
+@app.post("/stream")
+def openai_stream(body: dict):
+    def lines():
+        for chunk in OAIcompletions.stream_completions(body):
+            yield json.dumps(chunk) + "\\n"
+    return StreamingResponse(lines())
 '''
 
 MENU = '''
@@ -231,7 +331,10 @@ FILES = {
     "modules/utils.py": UTILS,
     "modules/chat.py": CHAT,
     "modules/LoRA.py": LORA,
+    "modules/api/errors.py": API_ERRORS,
     "modules/api/completions.py": COMPLETIONS,
+    "modules/api/models.py": API_MODELS,
+    "modules/api/script.py": API_SCRIPT,
     "modules/ui_model_menu.py": MENU,
     "server.py": SERVER,
 }
@@ -245,7 +348,7 @@ def write_host(root: Path, **changes: tuple[str, str]) -> Path:
         changes: name of a file in `modules/` -> a text in it and what to put in its place.
     """
     for name, text in FILES.items():
-        old, new = changes.get(Path(name).stem, ("", ""))
+        old, new = changes.get(name.removeprefix("modules/").removesuffix(".py"), ("", ""))
         assert old in text, (name, old)
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
