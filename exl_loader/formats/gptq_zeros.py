@@ -7,11 +7,11 @@ A group has a zero point of b bits for every output column, packed along the col
     gptq      every zero point less 1
 
 Writers of `gptq` subtract in two ways. GPTQModel packs first and then subtracts 1 from every
-field by one subtraction a word (0x11111111 for 4 bits), and auto-round sums fields less 1 into
-a word, which is the same. AutoGPTQ subtracts before it packs. The two agree unless a zero point
-is 0: then whole-word subtraction borrows from the next field. Addition to the whole word, which
-is how GPTQModel reads the layout, gives back every zero point of the first kind of writer, and
-the zero point 0 of the second kind.
+field by one subtraction a word (0x11111111 for 4 bits), and auto-round before 0.16 sums fields
+less 1 into a word, which is the same. AutoGPTQ subtracts before it packs. The two agree unless a
+zero point is 0: then whole-word subtraction borrows from the next field. Addition to the whole
+word, which is how GPTQModel reads the layout, gives back every zero point of the first kind of
+writer, and the zero point 0 of the second kind. (auto-round 0.16 writes 1 in place of 0.)
 
 With 3 bits fields 10 and 21 of each 32 lie in two words, and three writers differ:
 
