@@ -15,7 +15,6 @@ import argparse
 import itertools
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,11 +33,11 @@ from exl_loader.evaluation import (
     Lane,
     Result,
     bos_ids,
-    lanes_over,
+    run_lanes,
     run_window,
     windows_of,
 )
-from exl_loader.evaluation_plan import EvaluationPlan, plan_evaluation
+from exl_loader.evaluation_plan import plan_evaluation
 from exl_loader.kernels.reference import cache_round_trip
 from exl_loader.key_bias import remove_from, split_bias
 from exl_loader.paging import PagedCache
@@ -122,20 +121,17 @@ class PeerOps:
         self._ops.write_cache(k, v, *args)
 
 
-@contextmanager
-def all_lanes(loaded: Any, planned: EvaluationPlan, ops: Any) -> Iterator[list[Lane]]:
-    """Yield a lane for every planned type, and for every type of exllamav2 over fp32."""
-    with lanes_over(loaded, planned) as lanes:
-        exact = next(lane for lane in lanes if lane.name == "fp32")
-        for name, (k_bits, v_bits) in PEER_TYPES.items():
-            layers = [
-                replace(layer, k_codes=layer.k_codes.clone(), v_codes=layer.v_codes.clone())
-                for layer in exact.cache.layers
-            ]
-            cache = PagedCache(layers, exact.cache.num_pages)
-            model = exact.model.with_cache(cache, {"cpu": PeerOps(ops, k_bits, v_bits)})
-            lanes.append(Lane(name, model, cache))
-        yield lanes
+def add_peer_lanes(lanes: list[Lane], ops: Any) -> None:
+    """Add a lane for every cache type of exllamav2, over fp32."""
+    exact = next(lane for lane in lanes if lane.name == "fp32")
+    for name, (k_bits, v_bits) in PEER_TYPES.items():
+        layers = [
+            replace(layer, k_codes=layer.k_codes.clone(), v_codes=layer.v_codes.clone())
+            for layer in exact.cache.layers
+        ]
+        cache = PagedCache(layers, exact.cache.num_pages)
+        model = exact.model.with_cache(cache, {"cpu": PeerOps(ops, k_bits, v_bits)})
+        lanes.append(Lane(name, model, cache))
 
 
 def measure_model(tokens: int) -> tuple[list[Result], int]:
@@ -159,14 +155,18 @@ def measure_model(tokens: int) -> tuple[list[Result], int]:
         ids = loaded.encode(text, add_bos=False, special=False)[:tokens]
         windows = list(windows_of(ids, bos_ids(loaded), loaded.ctx_size))
         total = sum(len(window) - 1 for window in windows)
-        with (
-            all_lanes(loaded, planned, get_ops()) as lanes,
-            task(default_progress(), "evaluating", total, "tokens") as advance,
-        ):
+        results: list[Result] = []
+
+        def compare(lanes: list[Lane]) -> Iterator[int]:
+            add_peer_lanes(lanes, get_ops())
             for window in windows:
-                for count in run_window(lanes, window, loaded.ctx_size):
-                    advance(count)
-            return [lane.result() for lane in lanes], total
+                yield from run_window(lanes, window, loaded.ctx_size)
+            results.extend(lane.result() for lane in lanes)
+
+        with task(default_progress(), "evaluating", total, "tokens") as advance:
+            for count in run_lanes(loaded, planned, compare):
+                advance(count)
+        return results, total
 
 
 def model_table(results: list[Result]) -> list[list[str]]:

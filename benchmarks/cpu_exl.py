@@ -54,7 +54,7 @@ class Engine:
         self.load_tasks = times.seconds
         torch.set_num_threads(1)
         # Below the generator, whose scheduling is no part of a step.
-        scheduler = self.loaded._generator._check_open()
+        scheduler = self.loaded._generator._scheduler
         self.model, self.cache = scheduler.model, scheduler.cache
         self.ctx_size = config["ctx_size"]
         self.vocab_size = self.model.config.vocab_size

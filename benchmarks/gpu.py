@@ -18,7 +18,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ import exl_loader  # noqa: E402
 from exl_loader.cache import CacheType  # noqa: E402
 from exl_loader.checkpoint import Checkpoint  # noqa: E402
 from exl_loader.config import ModelConfig  # noqa: E402
-from exl_loader.evaluation import lanes_over  # noqa: E402
+from exl_loader.evaluation import Lane, run_lanes  # noqa: E402
 from exl_loader.evaluation_plan import plan_evaluation  # noqa: E402
 from exl_loader.sampling import argmax  # noqa: E402
 
@@ -128,6 +128,11 @@ def measure(engines: dict[str, Any], depths: list[int], prompt: int, steps: int,
     return found
 
 
+def lend(lanes: list[Lane]) -> Iterator[list[Lane]]:
+    """Let the caller's own thread use the lanes until it asks for more."""
+    yield lanes
+
+
 @contextmanager
 def opened(folder: Path, ctx_size: int, chunk_size: int, cache_types: list[str]
            ) -> Iterator[tuple[Any, dict[str, Ours]]]:
@@ -138,10 +143,10 @@ def opened(folder: Path, ctx_size: int, chunk_size: int, cache_types: list[str]
     with (
         exl_loader.load(folder, ctx_size=ctx_size, cache_type="fp16", chunk_size=chunk_size,
                         max_batch_size=1) as loaded,
-        lanes_over(loaded, planned) as lanes,
+        closing(run_lanes(loaded, planned, lend)) as lent,
     ):
         yield loaded, {
-            lane.name: Ours(lane.model, lane.cache, ctx_size) for lane in lanes
+            lane.name: Ours(lane.model, lane.cache, ctx_size) for lane in next(lent)
             if lane.name in cache_types
         }
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from .errors import InsufficientMemory, ModelUnloaded
+from .errors import InsufficientMemory
 from .generation.generation import IdGeneration, TextGeneration
 from .generation.generator import Generator
 from .generation.logprobs import TokenLogprobs, token_logprobs
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from .tokenizer import Tokenizer
 
 Settings = SamplingSettings | Mapping[str, Any] | None
+T = TypeVar("T")
 
 
 class LoadedModel:
@@ -65,14 +65,13 @@ class LoadedModel:
         self.config: ModelConfig = model.config
         self.reservation = reservation
         self.ctx_size: int = reservation.ctx_size
-        self._generator = Generator(model, cache, drafter)
+        self._generator = Generator(model, cache, drafter, buffers.release)
         self._requests = RequestReader(
             self.config, tokenizer, self.ctx_size, model.max_batch_size
         )
         self.eos_token_ids: tuple[int, ...] = self._requests.eos_token_ids
         model.sampled_vocab_size = self._requests.sampled_vocab_size
         self._buffers = buffers
-        self._unloaded = False
 
     def __enter__(self) -> LoadedModel:
         return self
@@ -148,9 +147,10 @@ class LoadedModel:
                 and the model has no BOS token to begin with.
             PromptTooLong: prompt and one new token exceed `ctx_size`.
             InvalidTokenizer: the model has no tokenizer.
-            ModelUnloaded: after `unload`.
+            ModelUnloaded: after `unload`, or (ModelForked) in a process that was forked from
+                the one that loaded the model.
         """
-        self._check_loaded()
+        self._generator.check()
         chosen = SamplingSettings.from_dict(settings, **more_settings)
         job = self._requests.job(prompt, chosen, progress, as_text=True)
         return TextGeneration(self._generator, job)
@@ -163,7 +163,7 @@ class LoadedModel:
 
         Stop strings need one; the ids that made up a found one are given out.
         """
-        self._check_loaded()
+        self._generator.check()
         chosen = SamplingSettings.from_dict(settings, **more_settings)
         job = self._requests.job(prompt, chosen, progress, as_text=False)
         return IdGeneration(self._generator, job)
@@ -255,7 +255,7 @@ class LoadedModel:
         return result
 
     def _whole_prompt(self, ids: Iterable[int]) -> list[int]:
-        self._check_loaded()
+        self._generator.check()
         return self._requests.whole_prompt(ids)
 
     def _empty_rows(self, count: int) -> torch.Tensor:
@@ -280,13 +280,23 @@ class LoadedModel:
             remedy="Ask about a part of the text, or for prompt_logprobs, which keeps a few rows",
         )
 
-    def held(self) -> AbstractContextManager[tuple[ForwardModel, PagedCache]]:
-        """Lend the forward pass and its cache, for measurements; generations wait meanwhile.
+    def run_alone(
+        self, steps: Callable[[ForwardModel, PagedCache], Iterator[T | None]]
+    ) -> Iterator[T]:
+        """Work with the forward pass and its cache, for measurements; generations wait.
+
+        Args:
+            steps: called with both in the model's own thread, which advances the iterator
+                that it returns whenever the caller waits for the next value. Pages that it
+                takes it gives back itself, best in a `finally` block of a generator.
+
+        Returns:
+            An iterator over what `steps` yields, without None.
 
         Raises:
-            ModelUnloaded: after `unload`, when the block is entered.
+            ModelUnloaded: after `unload`, when the first value is asked for.
         """
-        return self._generator.held()
+        return self._generator.run_alone(steps)
 
     def allocated_bytes(self) -> int:
         """Sum of the buffers that exist; equals the reservation's total while loaded."""
@@ -296,12 +306,7 @@ class LoadedModel:
         """End all generations and give the memory back. Twice does no harm.
 
         Waits for the step that is running. Generations that had not ended raise
-        `ModelUnloaded`, as does every later use.
+        `ModelUnloaded`, as does every later use. Where Ctrl-C ends the wait, the model is
+        unloaded all the same.
         """
-        self._unloaded = True
         self._generator.close()
-        self._buffers.release()
-
-    def _check_loaded(self) -> None:
-        if self._unloaded:
-            raise ModelUnloaded("the model", actual="unloaded", remedy="Load it again")

@@ -167,3 +167,11 @@ class DeviceError(ExlLoaderError):
 
 class ModelUnloaded(ExlLoaderError):
     """The model was used after `unload()`."""
+
+
+class ModelForked(ModelUnloaded):
+    """The model was used in a process that was forked from the one that loaded it."""
+
+
+class InvalidCall(ExlLoaderError):
+    """A call that would wait for itself, made in a callback of the model's own thread."""

@@ -12,10 +12,9 @@ perplexity, which looks at one token of each and may improve by luck, does not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +28,9 @@ from .progress import NullProgress, Progress, task
 
 if TYPE_CHECKING:
     from .engine import LoadedModel
+    from .generation.forward_model import ForwardModel
+
+T = TypeVar("T")
 
 # Logits that are compared at a time, in float64: some 40 MiB with everything in between.
 _COMPARED_ELEMENTS = 1 << 20
@@ -111,14 +113,17 @@ def evaluate(
     if not windows:
         raise InvalidSettings("the text", expected="two tokens or more", actual=f"{len(ids)}")
     total = sum(len(window) - 1 for window in windows)
-    with (
-        lanes_over(loaded, planned) as lanes,
-        task(progress or NullProgress(), "evaluating", total, "tokens") as advance,
-    ):
+    results: list[Result] = []
+
+    def compare(lanes: list[Lane]) -> Iterator[int]:
         for window in windows:
-            for rows in run_window(lanes, window, loaded.ctx_size):
-                advance(rows)
-        return [lane.result() for lane in lanes]
+            yield from run_window(lanes, window, loaded.ctx_size)
+        results.extend(lane.result() for lane in lanes)
+
+    with task(progress or NullProgress(), "evaluating", total, "tokens") as advance:
+        for rows in run_lanes(loaded, planned, compare):
+            advance(rows)
+    return results
 
 
 def bos_ids(loaded: LoadedModel) -> list[int]:
@@ -139,22 +144,38 @@ def windows_of(ids: Sequence[int], bos: list[int], ctx_size: int) -> Iterator[li
             yield window
 
 
-@contextmanager
-def lanes_over(loaded: LoadedModel, planned: EvaluationPlan) -> Iterator[list[Lane]]:
-    """Hold the model, and take the other caches for as long as the block runs."""
+def run_lanes(
+    loaded: LoadedModel, planned: EvaluationPlan, use: Callable[[list[Lane]], Iterator[T]]
+) -> Iterator[T]:
+    """Take the other caches, and work with a lane for each cache type.
+
+    Args:
+        loaded: its generations wait until the work has ended.
+        planned: which types there are.
+        use: called with the lanes, the reference first; it runs in the model's thread and
+            the lanes end with it.
+
+    Yields:
+        What `use` yields.
+
+    Raises:
+        InsufficientMemory: memory for the other caches has vanished since the plan.
+    """
+    def steps(model: ForwardModel, cache: PagedCache) -> Iterator[T]:
+        assert isinstance(model, Model)
+        lanes = [Lane(REFERENCE_TYPE, model, cache)]
+        for other in planned.others:
+            own = PagedCache.of_views(
+                buffers.views("cache"), f"{other}.cache", other,
+                model.config.num_hidden_layers, loaded.ctx_size,
+            )
+            lanes.append(Lane(str(other), model.with_cache(own), own))
+        yield from use(lanes)
+
+    # Taken before the model's thread is asked, which it would keep waiting.
     buffers = allocate([planned.caches] if planned.caches is not None else [])
     try:
-        with loaded.held() as (model, cache):
-            assert isinstance(model, Model)
-            lanes = [Lane(REFERENCE_TYPE, model, cache)]
-            for other in planned.others:
-                own = PagedCache.of_views(
-                    buffers.views("cache"), f"{other}.cache", other,
-                    model.config.num_hidden_layers, loaded.ctx_size,
-                )
-                lanes.append(Lane(str(other), model.with_cache(own), own))
-            yield lanes
-            lanes.clear()
+        yield from loaded.run_alone(steps)
     finally:
         buffers.release()
 

@@ -106,3 +106,8 @@ def fake_engine(script, vocab_size=300, tokenizer=None, ctx_size=PAGE_LEN, pages
     reservation = SimpleNamespace(ctx_size=ctx_size)
     engine = LoadedModel(model, cache, tokenizer, reservation, FakeBuffers())  # type: ignore[arg-type]
     return engine, model, cache
+
+
+def settle(engine: LoadedModel) -> None:
+    """Return when the model's thread has done all that it was told so far."""
+    assert list(engine.run_alone(lambda model, cache: iter(()))) == []

@@ -47,10 +47,14 @@ def ids(engine, prompt, count):
 def until_all_are_there(engine, count: int) -> Callable[[], None]:
     """A wait for all requests, for the first pass, which is else over before others begin."""
     scheduler, began = engine._generator._scheduler, []
+    inbox = engine._generator._thread._inbox
+
+    def sent() -> int:
+        return len(scheduler.waiting) + len(scheduler.active) + inbox.qsize()
 
     def wait() -> None:
         deadline = time.monotonic() + 30
-        while not began and len(scheduler.waiting) + len(scheduler.active) < count:
+        while not began and sent() < count:
             assert time.monotonic() < deadline
             time.sleep(0.001)
         began.append(True)
@@ -64,10 +68,9 @@ def test_requests_that_do_not_fit_wait_in_order():
     running = ids(engine, [5] * 400, 100)
     next(running)
     large, small = ids(engine, [300] * 600, 50), ids(engine, [700], 5)
-    engine._generator.submit(large._job)
-    large._submitted = True
-    engine._generator.submit(small._job)
-    small._submitted = True
+    for generation in (large, small):
+        generation._began = True
+        engine._generator._thread._send(generation._job)
     # 2 pages are held; the large one needs 3, the small one 1.
     for _ in range(5):
         next(running)

@@ -86,16 +86,16 @@ def test_memory_is_what_the_plan_says_and_is_given_back(model):
 
     class Watching:
         def start(self, *_):
-            seen.append(live_bytes())
+            pass
 
         def advance(self, *_):
-            pass
+            seen.append(live_bytes())
 
         def finish(self, *_):
             pass
 
     evaluate(model, plan, model.encode(TEXT, add_bos=False), Watching())
-    assert seen == [before + plan.extra_bytes]
+    assert set(seen) == {before + plan.extra_bytes}
     per_token = sum(kind.bytes_per_token(2, 64) for kind in plan.others) * 5
     assert plan.extra_bytes == per_token * 256
     assert live_bytes() == before

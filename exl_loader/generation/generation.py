@@ -24,8 +24,9 @@ class Generation(Iterator[T], Generic[T]):
     def __init__(self, generator: Generator, job: Job) -> None:
         self._generator = generator
         self._job = job
-        self._submitted = False
+        self._began = False
         self._ended = False
+        generator.own(job, self)
 
     def __iter__(self) -> Generation[T]:
         return self
@@ -35,7 +36,8 @@ class Generation(Iterator[T], Generic[T]):
 
         Raises:
             StopIteration: the generation has ended; `finish_reason` says why.
-            ModelUnloaded: the model was unloaded before or meanwhile.
+            ModelUnloaded: the model was unloaded before or meanwhile, or (ModelForked) it
+                belongs to the process that this one was forked from.
             ExlLoaderError: what went wrong in the model.
         """
         while not self._ended:
@@ -52,11 +54,6 @@ class Generation(Iterator[T], Generic[T]):
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-    def __del__(self) -> None:
-        # __init__ may have failed before these exist.
-        if getattr(self, "_submitted", False) and not self._job.finished:
-            self._generator.cancel(self._job, wait=False)
 
     @property
     def stats(self) -> GenerationStats:
@@ -96,15 +93,13 @@ class Generation(Iterator[T], Generic[T]):
     def close(self) -> None:
         """End the generation and give its pages back; nothing more comes from it."""
         self._ended = True
-        if not self._job.finished:
-            self._generator.cancel(self._job)
+        if self._began:
+            self._generator.finish(self._job)
 
     def _next_piece(self) -> T | None:
         """Wait for one step's result; None where it brought nothing to show."""
         job = self._job
-        if not self._submitted:
-            self._generator.submit(job)
-            self._submitted = True
+        self._began = True
         self._generator.wait(job)
         if job.output:
             return self._piece(*job.output.popleft())

@@ -1,145 +1,99 @@
-"""Lets any thread run jobs on a model.
-
-There is no thread of its own. Whoever waits for a token may lead: one thread at a time runs
-a step for every job, the others wait until their own job has something. So requests from
-several threads share forward passes, and one request alone costs no hand-over.
-"""
+"""Runs the requests of one model, whichever threads they come from."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from ..errors import ModelUnloaded
-from ..memory import is_out_of_memory
 from ..paging import PagedCache
-from ..paging import Sequence as CacheSequence
 from ..tracebacks import drop_locals
+from .exchange import Exchange
 from .forward_model import ForwardModel
-from .jobs import Job
-from .scheduler import Scheduler, no_memory_for_a_step
+from .model_thread import ModelThread
+from .scheduler import Scheduler
+from .work import Work, evaluate_text
 
 if TYPE_CHECKING:
     import torch
 
     from .draft_model import DraftModel
 
+T = TypeVar("T")
+
+
+def _nothing_to_release() -> None:
+    pass
+
+
+class _Owner:
+    """Held by a caller's frame alone: when the frame is gone, so is whoever asked."""
+
 
 class Generator:
-    """The jobs of one model. Every method may be called from any thread.
+    """The requests of one model. Every method may be called from any thread.
+
+    A thread of the generator's own runs all steps (`ModelThread`), so requests from several
+    threads share forward passes, and an interrupt in a caller's thread cannot split a step.
 
     Args:
         model: runs forward passes.
         cache: lends pages.
         drafter: a smaller model that guesses ahead; None for none.
+        release: called when the generator has closed; gives the model's memory back.
     """
 
     def __init__(
-        self, model: ForwardModel, cache: PagedCache, drafter: DraftModel | None = None
+        self, model: ForwardModel, cache: PagedCache, drafter: DraftModel | None = None,
+        release: Callable[[], None] = _nothing_to_release,
     ) -> None:
-        self._scheduler: Scheduler | None = Scheduler(model, cache, drafter)
-        self._changed = threading.Condition()
-        # Guarded by `_changed`. While `_leading`, only the leader is in the scheduler.
-        self._leading = False
-        self._closing = False
+        self._scheduler = Scheduler(model, cache, drafter)
+        self._thread = ModelThread(self._scheduler, release)
 
-    def submit(self, job: Job) -> None:
-        """Queue a job; it runs while somebody waits for a token.
+    def check(self) -> None:
+        """Refuse what could not be answered; see `ModelThread.check`."""
+        self._thread.check()
 
-        Raises:
-            ModelUnloaded: after `close`.
+    def own(self, request: Exchange[Any], owner: object) -> None:
+        """End `request` when `owner` is destroyed. To be called before the first `wait`."""
+        self._thread.own(request, owner)
+
+    def wait(self, request: Exchange[Any]) -> None:
+        """Return when the request has output or has finished; see `ModelThread.wait`.
+
+        Errors of the request are left in `request.error`.
         """
-        with self._changed:
-            self._check_open().waiting.append(job)
+        try:
+            self._thread.wait(request)
+        except BaseException as error:
+            drop_locals(error)
+            raise
 
-    def wait(self, job: Job) -> None:
-        """Return when the job has output or has finished; lead where nobody does.
-
-        Raises:
-            BaseException: what interrupts this very thread, e.g. KeyboardInterrupt. Errors
-                of jobs are left in `job.error`.
-        """
-        while True:
-            # The whole of it in one `try`: an interrupt between taking the lead and using it
-            # would leave the other threads without a leader for ever.
-            lead = stuck = False
-            try:
-                with self._changed:
-                    while not (job.output or job.finished) and self._leading:
-                        self._changed.wait()
-                    if job.output or job.finished:
-                        return
-                    lead = self._leading = True
-                self._reap()
-                scheduler = self._check_open()
-                # Decoding first, because a prompt's last chunk brings the job's first token,
-                # which its consumer should not have to wait a further pass for.
-                scheduler.decode()
-                scheduler.prefill()
-                # An evaluation that holds the pages leads again before it ends.
-                stuck = bool(scheduler.guests) and not (
-                    scheduler.active or job.output or job.finished)
-            except BaseException as error:
-                drop_locals(error)
-                raise
-            finally:
-                if lead:
-                    self._end_lead(stuck)
-
-    def cancel(self, job: Job, wait: bool = True) -> None:
-        """End a job and give its pages back.
-
-        Args:
-            job: any job, finished ones included.
-            wait: be sure that the pages are back on return, which may take one step. Where
-                False, it never blocks (for finalisers, which run wherever they please), and
-                the pages may stay with the job until the next step.
-        """
-        job.cancelled = True
-        if wait:
-            with self.exclusive():
-                self._reap()
-        elif self._changed.acquire(blocking=False):
-            try:
-                if not self._leading:
-                    self._reap()
-            finally:
-                self._changed.release()
+    def finish(self, request: Exchange[Any]) -> None:
+        """Cancel a request, and return when it has given its pages back."""
+        self._thread.finish(request)
 
     def cancel_all(self) -> None:
         """Ask every job to end. Does not wait; a running step is completed first."""
-        with self._changed:
-            if self._scheduler is not None:
-                for job in (*self._scheduler.waiting, *self._scheduler.active):
-                    job.cancelled = True
+        self._thread.cancel_all()
 
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Hold the model and the cache for something other than a step."""
-        lead = False
-        try:
-            with self._changed:
-                while self._leading:
-                    self._changed.wait()
-                lead = self._leading = True
-            yield
-        finally:
-            if lead:
-                self._end_lead()
+    def run_alone(
+        self, steps: Callable[[ForwardModel, PagedCache], Iterator[T | None]]
+    ) -> Iterator[T]:
+        """Work with the model and the cache themselves; other requests wait meanwhile.
 
-    @contextmanager
-    def held(self) -> Iterator[tuple[ForwardModel, PagedCache]]:
-        """Lend the model and the cache themselves; running jobs wait for the block's end.
+        Args:
+            steps: called with both in the model's thread, which advances what it returns, one
+                step whenever the caller waits for the next. Where the caller is interrupted
+                or stops reading, a generator's `finally` blocks run in that thread as well.
+
+        Yields:
+            What `steps` yields, None left out.
 
         Raises:
-            ModelUnloaded: after `close`.
+            What `steps` raises; else as `ModelThread.wait`.
         """
-        with self.exclusive():
-            scheduler = self._check_open()
-            scheduler.reap()
-            yield scheduler.model, scheduler.cache
+        return self._results(Work(steps, alone=True))
 
     def evaluate(
         self, ids: Sequence[int], rope_len: int, logits: Literal["last", "all"],
@@ -152,93 +106,43 @@ class Generator:
             rope_len: the length it is meant to reach, at least len(ids).
             logits: `last` for those behind the last token, and what the cache holds of the
                 text is reused; `all` for those behind every token, and nothing is.
-            use: called with the place of the first row's token and the logits, float32
-                [rows, vocab_size], which it must not keep.
+            use: called in the model's thread with the index of the first row's token and the
+                logits, float32 [rows, vocab_size], which it must not keep.
 
         Raises:
             CacheFull: running jobs leave too few pages for rope_len tokens.
             InsufficientMemory: the system refused memory that a pass or `use` wanted.
             ModelUnloaded: after `close`.
         """
-        try:
-            self._evaluate(ids, rope_len, logits == "last", use)
-        except BaseException as error:
-            drop_locals(error)
-            if is_out_of_memory(error):
-                raise no_memory_for_a_step() from error
-            raise
-
-    def _evaluate(
-        self, ids: Sequence[int], rope_len: int, last: bool,
-        use: Callable[[int, torch.Tensor], None],
-    ) -> None:
-        cache, sequence = None, None
-        try:
-            with self.exclusive():
-                scheduler = self._check_open()
-                scheduler.reap()
-                cache, rope_class = scheduler.cache, scheduler.model.rope_class(rope_len)
-                sequence = cache.acquire(rope_len, ids if last else (), rope_class)
-                scheduler.guests.append(sequence)
-            own_turn = True
-            while sequence.past_len < len(ids):
-                with self.exclusive():
-                    scheduler = self._check_open()
-                    scheduler.decode()
-                    # Takes turns with prompts, so that no stream waits for two chunks.
-                    if own_turn or not scheduler.prefill():
-                        self._evaluate_chunk(scheduler, sequence, ids, last, use)
-                    own_turn = not own_turn
-        finally:
-            if cache is not None and sequence is not None:
-                with self.exclusive():
-                    if sequence in scheduler.guests:
-                        scheduler.guests.remove(sequence)
-                    cache.commit(sequence, ids)
-                    cache.release(sequence)
+        steps = partial(
+            evaluate_text, ids=ids, rope_len=rope_len, last=logits == "last", use=use
+        )
+        for _ in self._results(Work(steps)):
+            pass
 
     def close(self) -> None:
-        """End all jobs and drop the model and the cache. Twice does no harm."""
-        self._closing = True
-        with self.exclusive():
-            self._reap()
-            if self._scheduler is not None:
-                self._scheduler.close()
-            self._scheduler = None
+        """End all requests, drop the model and the cache, and release the memory.
 
-    def _check_open(self) -> Scheduler:
-        if self._scheduler is None:
-            raise ModelUnloaded("the model", actual="unloaded", remedy="Load it again")
-        return self._scheduler
+        Twice does no harm. An interrupt ends the wait, and the closing goes on.
+        """
+        self._thread.close()
 
-    def _end_lead(self, stuck: bool = False) -> None:
-        """Let others lead; where `stuck`, until somebody did, because only they can help."""
-        with self._changed:
-            self._leading = False
-            self._changed.notify_all()
-            if stuck:
-                self._changed.wait()
-
-    def _reap(self) -> None:
-        if self._scheduler is None:
-            return
-        error = None
-        if self._closing:
-            error = ModelUnloaded("the model", actual="unloaded while it generated",
-                                  remedy="Load it again")
-        self._scheduler.reap(error)
-
-    @staticmethod
-    def _evaluate_chunk(
-        scheduler: Scheduler, sequence: CacheSequence, ids: Sequence[int], last: bool,
-        use: Callable[[int, torch.Tensor], None],
-    ) -> None:
-        model, first = scheduler.model, sequence.past_len
-        rows = model.chunk_size if last else min(model.logits_rows, model.chunk_size)
-        chunk = list(ids[first : first + rows])
-        if not last:
-            use(first, model.forward([(sequence, chunk)], "all"))
-        elif first + len(chunk) < len(ids):
-            model.forward([(sequence, chunk)], "none")
-        else:
-            use(len(ids) - 1, model.forward([(sequence, chunk)], "last"))
+    def _results(self, work: Work[T]) -> Iterator[T]:
+        """Yield the output of some work; drop the iterator to end it."""
+        owner = _Owner()
+        self.own(work, owner)
+        try:
+            while True:
+                self.wait(work)
+                if work.output:
+                    yield work.output.popleft()
+                elif work.error is not None:
+                    raise work.error
+                else:
+                    return
+        except BaseException as error:
+            drop_locals(error)
+            raise
+        finally:
+            if not work.finished:
+                self._thread.cancel(work)

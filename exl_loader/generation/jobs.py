@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,6 +13,8 @@ from ..paging import Sequence as CacheSequence
 from ..progress import NullProgress, Progress
 from ..sampling import Sampler
 from ..settings import SamplingSettings
+from ..tracebacks import drop_locals
+from .exchange import Exchange
 from .logprobs import TokenLogprobs, token_logprobs
 from .prompt_lookup import look_up
 from .text_stream import TextStream
@@ -70,8 +71,8 @@ class NegativeText:
 
 
 @dataclass(eq=False)
-class Job:
-    """A request and its state. Only the thread that leads the generator changes it.
+class Job(Exchange[tuple[int, str]]):
+    """A request for tokens and its state. Only the model's thread changes it.
 
     Args:
         prompt_ids: at least one id.
@@ -88,8 +89,6 @@ class Job:
         output: (id, text to show with it), not yet taken by the consumer.
         tail: text to show after the last token.
         finish_reason: None while it runs; then why it ended.
-        error: what went wrong, for the consumer to raise.
-        cancelled: set by any thread; the next step ends the job.
         logprobs: of each new token but an end token; empty where the settings want none.
     """
 
@@ -104,12 +103,10 @@ class Job:
     negative: NegativeText | None = None
 
     def __post_init__(self) -> None:
+        super().__init__()
         self.sequence: CacheSequence | None = None
-        self.output: deque[tuple[int, str]] = deque()
         self.tail = ""
         self.finish_reason: str | None = None
-        self.error: BaseException | None = None
-        self.cancelled = False
         self.logprobs: list[TokenLogprobs] = []
         self.stats = GenerationStats(len(self.prompt_ids))
         self._history = np.empty(self.max_tokens, np.int64)
@@ -228,10 +225,14 @@ class Job:
         """End the job; a second time changes nothing."""
         if self.finished:
             return
-        if not self.decoding:
-            self.progress.finish("prompt")
-        if self.text is not None and not self._text_ended:
-            self.tail = self.text.flush()
+        try:
+            if not self.decoding:
+                self.progress.finish("prompt")
+            if self.text is not None and not self._text_ended:
+                self.tail = self.text.flush()
+        except BaseException as failure:  # in the caller's own progress, say
+            drop_locals(failure)
+            error, reason = error or failure, FAILED
         self.error = error
         self.finish_reason = reason
 

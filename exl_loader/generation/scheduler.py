@@ -1,13 +1,13 @@
 """What runs in the next step: admits jobs, prefills in chunks, decodes all of them together.
 
-Not thread-safe; `generator.Generator` sees to it that one thread at a time is in here.
+Not thread-safe: a `model_thread.ModelThread` alone calls it.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +19,10 @@ from ..paging import PagedCache
 from ..paging import Sequence as CacheSequence
 from ..sampling import guide
 from ..tracebacks import drop_locals
+from .exchange import Exchange
 from .forward_model import ForwardModel
 from .jobs import CANCELLED, FAILED, Job
+from .work import Work
 
 if TYPE_CHECKING:
     from .draft_model import DraftModel
@@ -33,7 +35,10 @@ MAX_AHEAD = 16
 
 
 class Scheduler:
-    """The jobs of one model, and the passes that bring them on.
+    """The requests of one model, and the passes that bring them on.
+
+    A step runs only where a caller waits for its result, so that nothing is computed for an
+    iterator that nobody reads.
 
     Args:
         model: runs forward passes.
@@ -42,7 +47,7 @@ class Scheduler:
 
     Attributes:
         waiting, active: the jobs without pages, and those with.
-        guests: what evaluations beside the jobs hold of the cache.
+        work: requests other than jobs, in the order of their turns.
     """
 
     def __init__(
@@ -51,16 +56,134 @@ class Scheduler:
         self.model = model
         self.cache = cache
         self.drafter = drafter
-        self.guests: list[CacheSequence] = []
         self.waiting: deque[Job] = deque()
         self.active: list[Job] = []
+        self.work: list[Work[Any]] = []
+        self._prompts_turn = False
 
-    def decode(self) -> None:
-        """Admit jobs, then run one pass over all that are decoding."""
+    def accept(self, request: Exchange[Any]) -> None:
+        """Take a request on; one that is known already is looked at again.
+
+        A caller sends its request whenever it begins to wait.
+        """
+        if not request.accepted:
+            request.accepted = True
+            if isinstance(request, Job):
+                self.waiting.append(request)
+            else:
+                assert isinstance(request, Work)
+                self.work.append(request)
+        if request.is_ready:
+            request.wake_waiters()
+
+    def step(self) -> bool:
+        """Run the next pass of every kind that is due.
+
+        An error that belongs to no single request fails all of them.
+
+        Returns:
+            False where there was nothing to run: no caller waits for what can be computed.
+        """
+        try:
+            return self._step()
+        except BaseException as error:
+            drop_locals(error)
+            failure = error
+        self.fail_all(lambda: failure)
+        return True
+
+    def cancel_all(self) -> None:
+        """End all jobs before the next step."""
+        for job in (*self.waiting, *self.active):
+            job.cancelled = True
+
+    def fail_all(self, make_error: Callable[[], BaseException]) -> None:
+        """End all requests with an error each."""
+        for work in list(self.work):
+            self._finish_work(work, make_error())
+        for job in [*self.active, *self.waiting]:
+            self._finish(job, FAILED, make_error())
+
+    def close(self) -> None:
+        """Let go of model and cache. An error that somebody keeps leads here by its frames."""
+        del self.model, self.cache, self.drafter
+
+    def _step(self) -> bool:
+        self._finish_given_up()
+        alone = next((work for work in self.work if work.alone), None)
+        if alone is not None:
+            return alone.is_awaited and self._advance(alone)
+        if not any(job.is_awaited for job in (*self.active, *self.waiting)) and not any(
+            work.is_awaited for work in self.work
+        ):
+            return False
+        for work in list(self.work):
+            if not work.begun:
+                self._advance(work)
+        # Decoding first, because a prompt's last chunk brings the job's first token, which
+        # its consumer should not have to wait a further pass for.
+        decoded = self.decode()
+        return self._run_long_pass() or decoded
+
+    def _finish_given_up(self) -> None:
+        """End the requests that were cancelled or whose owner no longer exists."""
+        for work in list(self.work):
+            if work.is_given_up:
+                self._finish_work(work)
+        for job in [*self.active, *self.waiting]:
+            if job.is_given_up:
+                self._finish(job, CANCELLED)
+
+    def _run_long_pass(self) -> bool:
+        """Run one chunk of a prompt or of work, in turns, so that no stream waits for two.
+
+        Returns:
+            False where there is neither.
+        """
+        self._prompts_turn = not self._prompts_turn
+        if self._prompts_turn:
+            return self.prefill() or self._run_work()
+        return self._run_work() or self.prefill()
+
+    def _run_work(self) -> bool:
+        work = next((work for work in self.work if work.is_awaited), None)
+        if work is None:
+            return False
+        self.work.remove(work)
+        self.work.append(work)
+        return self._advance(work)
+
+    def _advance(self, work: Work[Any]) -> bool:
+        """Run one step of some work; an error ends it and nothing else."""
+        try:
+            work.advance(self.model, self.cache)
+        except BaseException as error:
+            drop_locals(error)
+            self._finish_work(work, no_memory_for_a_step() if is_out_of_memory(error) else error)
+        if work.finished and work in self.work:
+            self.work.remove(work)
+        if work.is_ready:
+            work.wake_waiters()
+        return True
+
+    def _finish_work(self, work: Work[Any], error: BaseException | None = None) -> None:
+        self.work.remove(work)
+        try:
+            work.finish(error)
+        finally:
+            work.wake_waiters()
+
+    def decode(self) -> bool:
+        """Admit jobs, then run one pass over all that are decoding.
+
+        Returns:
+            False where none is decoding.
+        """
         self._admit()
         decoding = [job for job in self.active if job.prefilled and self._wants_token(job)]
         if decoding:
             self._run(decoding)
+        return bool(decoding)
 
     def prefill(self) -> bool:
         """Run one chunk of one prompt; prompts take turns, so that a short one need not wait.
@@ -71,11 +194,11 @@ class Scheduler:
         job = next((job for job in self.active if not job.prefilled), None)
         if job is None:
             return False
-        assert job.sequence is not None
-        past_len = job.sequence.past_len
-        for sequence, ids in job.texts:
-            self.cache.advance(sequence, ids)
-        job.skip(job.sequence.past_len - past_len)
+        try:
+            self._skip_stored(job)
+        except BaseException as error:
+            self._fail(job, error)
+            return True
         if not job.prefilled:
             self._run([job])
         if job in self.active:
@@ -83,22 +206,18 @@ class Scheduler:
             self.active.append(job)
         return True
 
-    def reap(self, error: Exception | None = None) -> None:
-        """End the jobs that were cancelled, or with an error all of them."""
-        for job in [*self.active, *self.waiting]:
-            if error is not None:
-                self._finish(job, FAILED, error)
-            elif job.cancelled:
-                self._finish(job, CANCELLED)
-
     @property
     def is_busy(self) -> bool:
-        """Whether somebody holds pages, so that those who wait may hope."""
-        return bool(self.active or self.guests)
+        """True while a job or work holds pages that waiting jobs may get later."""
+        return bool(self.active or self.work)
 
-    def close(self) -> None:
-        """Let go of model and cache. An error that somebody keeps leads here by its frames."""
-        del self.model, self.cache, self.drafter
+    def _skip_stored(self, job: Job) -> None:
+        """Skip what others have stored of a prompt since its pages were taken."""
+        assert job.sequence is not None
+        past_len = job.sequence.past_len
+        for sequence, ids in job.texts:
+            self.cache.advance(sequence, ids)
+        job.skip(job.sequence.past_len - past_len)
 
     def _wants_token(self, job: Job) -> bool:
         return len(job.output) < MAX_AHEAD or bool(self.waiting)
@@ -118,9 +237,15 @@ class Scheduler:
                     return
                 self._finish(job, FAILED, error)
                 continue
+            except BaseException as error:
+                self._fail(job, error)
+                continue
             self.waiting.popleft()
             self.active.append(job)
-            job.begin(sequences)
+            try:
+                job.begin(sequences)
+            except BaseException as error:
+                self._fail(job, error)
 
     def _num_pages(self, job: Job) -> int:
         """Pages for all of a job's texts, were nothing shared."""
@@ -137,7 +262,7 @@ class Scheduler:
             for max_tokens, ids in wanted:
                 rope_class = self.model.rope_class(max_tokens)
                 taken.append(self.cache.acquire(max_tokens, ids, rope_class))
-        except CacheFull:
+        except BaseException:
             for sequence in taken:
                 self.cache.release(sequence)
             raise
@@ -150,18 +275,17 @@ class Scheduler:
                 self._decode_pass(jobs)
             else:
                 self._prompt_pass(jobs[0])
-        except Exception as error:
+        except BaseException as error:
             if len(jobs) == 1:
                 self._fail(jobs[0], error)
                 return
             # One of them may be the reason; nothing has advanced, so each can be run again.
             for job in jobs:
                 self._run([job])
-        except BaseException:
-            # An interrupt is meant for this thread, and leaves these jobs half done.
-            for job in jobs:
-                self._finish(job, CANCELLED)
-            raise
+            return
+        for job in jobs:
+            if job.is_ready:
+                job.wake_waiters()
 
     def _prompt_pass(self, job: Job) -> None:
         """The next chunk of the prompt, then of the negative prompt."""
@@ -248,7 +372,7 @@ class Scheduler:
                     sequence.past_len += 1
                 job.stats.accepted_tokens += 1
                 reason = job.take_logits(_guided(job, rows, place))
-        except Exception as error:
+        except BaseException as error:
             self._fail(job, error)
             return
         if reason is not None:
@@ -258,7 +382,7 @@ class Scheduler:
             if sequence.past_len >= len(sequence.keys) * PAGE_LEN:
                 self.cache.commit(sequence, ids)
 
-    def _fail(self, job: Job, error: Exception) -> None:
+    def _fail(self, job: Job, error: BaseException) -> None:
         """End a job with what went wrong in its pass."""
         drop_locals(error)
         if is_out_of_memory(error):
@@ -266,17 +390,23 @@ class Scheduler:
         self._finish(job, FAILED, error)
 
     def _finish(self, job: Job, reason: str, error: BaseException | None = None) -> None:
+        """End a job: give its pages back, then tell whoever waits for it."""
         if job in self.active:
             self.active.remove(job)
         if job in self.waiting:
             self.waiting.remove(job)
-        for sequence, ids in job.texts:
-            self.cache.commit(sequence, ids)
-            self.cache.release(sequence)
-        if self.drafter is not None:
-            self.drafter.release(job)
-        job.let_go()
-        job.finish(reason, error)
+        try:
+            for sequence, ids in job.texts:
+                try:
+                    self.cache.commit(sequence, ids)
+                finally:
+                    self.cache.release(sequence)
+            if self.drafter is not None:
+                self.drafter.release(job)
+        finally:
+            job.let_go()
+            job.finish(reason, error)
+            job.wake_waiters()
 
 
 def no_memory_for_a_step() -> InsufficientMemory:

@@ -1,0 +1,113 @@
+"""Work on a model and its cache that is no generation: evaluations of texts, measurements.
+
+Work is an iterator that the model's thread advances, one chunk at a time, so that it is the
+model's thread that gives pages back, whatever happens to the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from ..paging import PagedCache
+from .exchange import Exchange
+from .forward_model import ForwardModel
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+
+class Work(Exchange[T]):
+    """A request that model and cache are worked with.
+
+    Args:
+        steps: makes the iterator; called with model and cache. What it yields is the output,
+            but for None, which only ends a step.
+        alone: no other request runs until it has ended.
+    """
+
+    def __init__(
+        self, steps: Callable[[ForwardModel, PagedCache], Iterator[T | None]], alone: bool = False
+    ) -> None:
+        super().__init__()
+        self.alone = alone
+        self._make_steps = steps
+        self._steps: Iterator[T | None] | None = None
+        self._finished = False
+
+    @property
+    def finished(self) -> bool:
+        return self._finished
+
+    @property
+    def begun(self) -> bool:
+        """True once `advance` was called."""
+        return self._steps is not None
+
+    def advance(self, model: ForwardModel, cache: PagedCache) -> None:
+        """Run one step.
+
+        Raises:
+            BaseException: what the step raised; the work has not been finished with it.
+        """
+        if self._steps is None:
+            self._steps = self._make_steps(model, cache)
+        try:
+            value = next(self._steps)
+        except StopIteration:
+            self.finish()
+            return
+        if value is not None:
+            self.output.append(value)
+
+    def finish(self, error: BaseException | None = None) -> None:
+        """End the work; its `finally` blocks run here where it had not ended."""
+        close = getattr(self._steps, "close", None)
+        try:
+            if close is not None:
+                close()
+        finally:
+            # The iterator holds the model by its locals.
+            self._steps = None
+            self.error = self.error or error
+            self._finished = True
+
+
+def evaluate_text(
+    model: ForwardModel, cache: PagedCache, ids: Sequence[int], rope_len: int, last: bool,
+    use: Callable[[int, torch.Tensor], None],
+) -> Iterator[None]:
+    """Evaluate a text, one chunk a step; its pages are taken in the first step.
+
+    Args:
+        ids: the text.
+        rope_len: the length it is meant to reach, at least len(ids).
+        last: compute the logits behind the last token alone, and reuse what the cache holds
+            of the text; else those behind every token, and nothing is reused.
+        use: called with the index of the first row's token and the logits, float32
+            [rows, vocab_size], which it must not keep.
+
+    Raises:
+        CacheFull: running requests leave too few pages for rope_len tokens.
+    """
+    rope_class = model.rope_class(rope_len)
+    sequence = cache.acquire(rope_len, ids if last else (), rope_class)
+    rows = model.chunk_size if last else min(model.logits_rows, model.chunk_size)
+    try:
+        while sequence.past_len < len(ids):
+            yield
+            first = sequence.past_len
+            chunk = list(ids[first : first + rows])
+            if not last:
+                use(first, model.forward([(sequence, chunk)], "all"))
+            elif first + len(chunk) < len(ids):
+                model.forward([(sequence, chunk)], "none")
+            else:
+                use(len(ids) - 1, model.forward([(sequence, chunk)], "last"))
+    finally:
+        try:
+            cache.commit(sequence, ids)
+        finally:
+            cache.release(sequence)
