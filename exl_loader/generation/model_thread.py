@@ -13,6 +13,7 @@ from __future__ import annotations
 import _thread
 import atexit
 import os
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -69,13 +70,7 @@ class ModelThread:
             ModelUnloaded: `close` was called, or the thread was ended by an error.
             InvalidCall: the call comes from the thread itself, which would wait for itself.
         """
-        if os.getpid() != self._process:
-            raise ModelForked(
-                "the model", expected="the process that loaded it",
-                actual="a process that was forked from it",
-                remedy="Load the model in this process, or start processes by "
-                "multiprocessing's spawn method",
-            )
+        self._check_process()
         if self._closing or self._ended:
             raise self._unloaded_error("unloaded")
         if _thread.get_ident() == self._ident:
@@ -98,8 +93,11 @@ class ModelThread:
             As `check`; or whatever interrupts this very thread, e.g. KeyboardInterrupt, which
             cancels the request.
         """
+        self._check_process()
         try:
             while not request.is_ready:
+                if self._exiting:
+                    _sleep_until_exit()
                 self.check()
                 # A message may come twice: the thread accepts a request once.
                 waiter = request.add_waiter()
@@ -120,7 +118,7 @@ class ModelThread:
     def finish(self, request: Exchange[Any]) -> None:
         """Cancel a request that was sent, and wait until it has given its pages back."""
         request.cancelled = True
-        if os.getpid() != self._process or _thread.get_ident() == self._ident:
+        if self._is_forked or _thread.get_ident() == self._ident:
             return
         while not (request.finished or self._ended):
             waiter = request.add_waiter()
@@ -134,8 +132,7 @@ class ModelThread:
         Raises:
             ModelForked: as `check`.
         """
-        if os.getpid() != self._process:
-            self.check()
+        self._check_process()
         if self._claim.locked():
             self._inbox.put(STOP)
 
@@ -145,7 +142,7 @@ class ModelThread:
         An interrupt ends the wait alone; the thread goes on to close. In a forked process,
         which has no such thread, only `release` is called.
         """
-        if os.getpid() != self._process:
+        if self._is_forked:
             self._closing = self._gone = True
             self._release()
             return
@@ -164,11 +161,8 @@ class ModelThread:
                 sleep(waiter)
 
     def end_at_exit(self) -> None:
-        """Let the running step end and no other begin, because the interpreter shuts down.
-
-        Whoever waits is not woken: only daemon threads are left, which end with the process.
-        """
-        if os.getpid() != self._process or not self._claim.locked():
+        """Let the running step end and no other begin, because the interpreter shuts down."""
+        if self._is_forked or not self._claim.locked():
             return
         waiter: SimpleQueue[None] = SimpleQueue()
         self._closers.append(waiter)
@@ -179,6 +173,20 @@ class ModelThread:
                 waiter.get(timeout=EXIT_WAIT_S)
             except Empty:
                 pass
+
+    @property
+    def _is_forked(self) -> bool:
+        """True in a process forked from the one with the thread, where it does not exist."""
+        return os.getpid() != self._process
+
+    def _check_process(self) -> None:
+        if self._is_forked:
+            raise ModelForked(
+                "the model", expected="the process that loaded it",
+                actual="a process that was forked from it",
+                remedy="Load the model in this process, or start processes by "
+                "multiprocessing's spawn method",
+            )
 
     def _send(self, message: object) -> None:
         """Put a message into the inbox; start the thread where there is none.
@@ -272,6 +280,12 @@ def _run(inbox: SimpleQueue[object], reference: weakref.ref[ModelThread]) -> Non
         if model_thread is not None:
             model_thread._receive(message)
         del message
+
+
+def _sleep_until_exit() -> None:
+    """Keep a daemon thread from failing in the moment before the process ends."""
+    if threading.current_thread() is not threading.main_thread():
+        sleep(SimpleQueue())
 
 
 def _end_all_at_exit() -> None:
