@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..chat.template import ChatTemplates
-from ..errors import InvalidSettings, InvalidTokenizer
+from ..errors import InvalidSettings, InvalidTokenizer, is_text
 from ..setting_values import whole_numbers
 from ..untrusted_files import is_there
 from . import roles, vocab_merges
@@ -198,7 +198,8 @@ class Tokenizer:
 
     def token_id(self, content: str) -> int | None:
         """Return the id of a token by its text, None where there is no such token."""
-        return self._backend.token_id(content)
+        # A lone surrogate is no text, so no token has it.
+        return self._backend.token_id(content) if is_text(content) else None
 
     def token_bytes(self, token_id: int) -> bytes:
         """Bytes of one token, for tokenizers with `bytes_known`; empty where it has no text."""

@@ -203,9 +203,6 @@ class TokenizersBackend:
         return 0 <= token_id < self.vocab_size
 
     def token_id(self, content: str) -> int | None:
-        # A lone surrogate is no text, so no token has it.
-        if not _is_text(content):
-            return None
         return self._tokenizer.token_to_id(content)
 
     def _typed(self, expected: str) -> AbstractContextManager[None]:
@@ -227,11 +224,14 @@ class TokenizersBackend:
         # The library gives new tokens the next free ids. A token that stands in the vocabulary
         # keeps the id that it has there, so the tokens that belong elsewhere are put there.
         most = config.model.vocab_size or len(self._tokenizer.get_vocab()) + _MAX_GAP
-        beyond = {content: i for content, i in wrong.items() if declared[content] >= most}
-        if not beyond:
+        hopeless = {
+            content: actual for content, actual in wrong.items()
+            if declared[content] >= most or self._is_taken(declared[content], declared)
+        }
+        if not hopeless:
             self._tokenizer = self._complete(build(declared), config)
-            beyond = self._misplaced(declared)
-        for content, actual in beyond.items():
+            hopeless = self._misplaced(declared)
+        for content, actual in hopeless.items():
             raise self._wrong_id(content, declared[content], actual)
         return self._tokenizer
 
@@ -247,6 +247,11 @@ class TokenizersBackend:
             if actual != token_id or at_id not in (None, content):
                 wrong[content] = actual
         return wrong
+
+    def _is_taken(self, token_id: int, declared: Mapping[str, int]) -> bool:
+        """Return whether an id belongs to a token of the vocabulary that stays there."""
+        content = self._tokenizer.model.id_to_token(token_id)
+        return content is not None and content not in declared
 
     def _wrong_id(self, content: str, expected: int, actual: int | None) -> InvalidTokenizer:
         return InvalidTokenizer(
@@ -384,11 +389,3 @@ def _cleans_up(tokenizer: Any, config: TokenizerConfig) -> bool:
     forced = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
     is_bpe = type(tokenizer.model).__name__ == "BPE"
     return config.clean_up_tokenization_spaces and (not is_bpe or bool(config.values.get(forced)))
-
-
-def _is_text(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
