@@ -11,8 +11,10 @@ from typing import Any
 
 # Control characters, which could drive a terminal; lone surrogates, which no stream can write;
 # and characters that turn the direction of the text around them.
-_UNPRINTABLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
-
+_UNPRINTABLE = re.compile(
+    "([\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069])\\1*"
+)
+_LONGEST_RUN = 8
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -22,7 +24,13 @@ _LONGEST_PART = 1500
 
 def printable(text: str) -> str:
     """Return a text with everything escaped that a terminal or a stream would not just print."""
-    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+    return _UNPRINTABLE.sub(_escaped, text)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    """Escape a run of one character; a long run is counted, so that no text grows by much."""
+    run, escape = found[0], ascii(found[1])[1:-1]
+    return escape * len(run) if len(run) <= _LONGEST_RUN else f"{escape} ({len(run)} times)"
 
 
 def is_text(text: str) -> bool:

@@ -202,6 +202,16 @@ def opened_nvml(monkeypatch):
     nvml._opened.cache_clear()
 
 
+def test_a_monitoring_library_that_is_too_old_is_none(opened_nvml):
+    class OldNvml:
+        """Has the functions under the names of ten years ago."""
+
+        nvmlInit = nvmlDeviceGetCount = nvmlDeviceGetMemoryInfo = staticmethod(lambda *_: 0)
+
+    opened_nvml(OldNvml())
+    assert nvml.card_count() == 0 and nvml.card_memory("0") is None
+
+
 def test_memory_by_the_monitoring_library(opened_nvml, smi, monkeypatch):
     opened_nvml(FakeNvml())
     assert nvml.card_memory("1") == nvml.card_memory("GPU-1") == (900, 700)

@@ -1,6 +1,7 @@
 """Launching through the driver's API, against a driver that is none (fake_driver.cpp)."""
 
 import ctypes
+import ctypes.util
 import gc
 import os
 import threading
@@ -473,3 +474,12 @@ def test_opening_builds_for_the_card(library, fake, root, tmp_path, monkeypatch)
     fake.fake_configure(None, None, 8, 6, 10020)
     with pytest.raises(KernelBuildError, match="newer than the driver"):
         open_launcher(0, lambda: 0, environ=environ, library=library)
+
+
+def test_a_driver_that_lacks_a_function_is_too_old(library, fake):
+    with pytest.raises(DeviceError, match=r"cuOfNextYear.*Install a newer driver"):
+        Driver(library).call("cuOfNextYear", 1)
+
+
+def test_a_library_that_is_no_driver_serves_no_release():
+    assert driver_release(ctypes.util.find_library("m")) is None

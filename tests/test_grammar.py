@@ -300,3 +300,61 @@ def test_schemas_may_set_the_spaces(single_bytes):
     tight = {**flexible, "x-guidance": {"whitespace_flexible": False}}
     assert follows(single_bytes, "[true,false]", json_schema=tight)
     assert not follows(single_bytes, "[ true]", json_schema=tight)
+
+
+class PanicException(BaseException):
+    """What compiled Rust raises for an index out of range."""
+
+
+@pytest.mark.parametrize(
+    ("function", "fault", "words"),
+    [
+        ("LLMatcher", AttributeError("no LLMatcher"), "1.9 or newer.*Upgrade"),
+        ("LLMatcher", TypeError("unexpected keyword argument 'limits'"), "1.9 or newer.*limits"),
+        ("LLTokenizer", PanicException("index out of bounds"), "found index out of bounds"),
+        ("LLMatcher", PanicException(""), "found PanicException"),
+        ("LLParserLimits", ValueError("a bad limit"), "found a bad limit"),
+    ],
+)
+def test_a_library_that_fails_is_a_typed_error(single_bytes, monkeypatch, function, fault, words):
+    import llguidance
+
+    def fails(*arguments, **options):
+        raise fault
+
+    fails.grammar_from_lark = llguidance.LLMatcher.grammar_from_lark
+    monkeypatch.setattr(llguidance, function, fails)
+    grammars = Grammars(single_bytes, 288, [2])
+    with pytest.raises(InvalidSettings, match=f"grammar_string.*{words}"):
+        grammars.matcher(SamplingSettings(grammar_string='root ::= "a"'))
+
+
+def test_an_interrupt_in_the_library_stays_one(single_bytes, monkeypatch):
+    import llguidance
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llguidance, "LLTokenizer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Grammars(single_bytes, 288, [2]).matcher(SamplingSettings(grammar_string='root ::= "a"'))
+
+
+@pytest.mark.parametrize("call", ["compute_bitmask", "consume_token"])
+def test_a_panic_in_the_midst_of_a_text_is_a_typed_error(single_bytes, call):
+    matcher = Grammars(single_bytes, 288, [2]).matcher(
+        SamplingSettings(grammar_string='root ::= [a-z]+')
+    )
+
+    class Panicking:
+        def __init__(self, inner):
+            self._inner = inner
+
+        def __getattr__(self, name):
+            if name == call:
+                raise PanicException("explicit panic")
+            return getattr(self._inner, name)
+
+    matcher._matcher = Panicking(matcher._matcher)
+    with pytest.raises(InvalidSettings, match="explicit panic"):
+        matcher.accept(int(matcher.allowed_ids[0]))

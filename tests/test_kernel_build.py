@@ -371,3 +371,34 @@ def test_library_that_does_not_open_is_built_anew(kernel_cache, kernel_sources, 
     store.seal(library.parent, library.name)
     assert kernels.open_library().exl_answer() == 42
     assert library.read_bytes() == good
+
+
+@needs_compiler
+def test_library_that_lacks_a_function_is_built_anew_once(
+    kernel_cache, kernel_sources, monkeypatch
+):
+    from exl_loader.kernels import ops
+
+    monkeypatch.setattr("exl_loader.kernels.spec.csrc_dir", lambda: kernel_sources)
+    monkeypatch.setattr(ops, "_SIGNATURES", {"answer": (None, ())})
+    monkeypatch.setattr(ops.AttentionOps, "attention_calls", ())
+    monkeypatch.setattr(ops, "CompiledOps", lambda library: library.exl_answer())
+    source = next(p for p in kernel_sources.rglob("*.cpp") if "exl_answer" in p.read_text())
+    text = source.read_text()
+    source.write_text(text.replace("exl_answer", "exl_question"))
+    foreign = build(cpu_spec(kernel_sources)).read_bytes()
+    source.write_text(text)
+    library = build(cpu_spec(kernel_sources))
+    library.write_bytes(foreign)
+    store.seal(library.parent, library.name)
+    assert kernels.get_ops() == 42
+    assert library.read_bytes() != foreign
+
+
+@needs_compiler
+def test_library_that_lacks_functions_whenever_it_is_built(
+    kernel_cache, kernel_sources, monkeypatch
+):
+    monkeypatch.setattr("exl_loader.kernels.spec.csrc_dir", lambda: kernel_sources)
+    with pytest.raises(KernelBuildError, match=r"without exl_set_threads, .*exl_attention"):
+        kernels.get_ops()

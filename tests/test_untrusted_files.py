@@ -255,3 +255,4 @@ def test_control_characters_and_lone_surrogates_are_escaped_in_every_part():
         assert part.isprintable()
     assert "ä 漢 é" in str(error) and "\\udcff" in str(error) and "\\x1b[2J" in str(error)
     assert printable("a\tb\nc") == "a\tb\nc"
+    assert printable("\0\0\x01" + "\0" * 5000 + "x") == "\\x00\\x00\\x01\\x00 (5000 times)x"

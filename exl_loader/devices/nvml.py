@@ -15,6 +15,12 @@ from typing import Any
 _LIBRARY = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
 
 
+_FUNCTIONS = (
+    "nvmlInit_v2", "nvmlDeviceGetCount_v2", "nvmlDeviceGetHandleByIndex_v2",
+    "nvmlDeviceGetHandleByUUID", "nvmlDeviceGetMemoryInfo",
+)
+
+
 class _Memory(ctypes.Structure):
     """nvmlMemory_t."""
 
@@ -61,5 +67,8 @@ def _opened() -> Any:
     try:
         library = ctypes.CDLL(_LIBRARY)
     except OSError:
+        return None
+    # A driver of ten years ago has the functions under older names.
+    if not all(hasattr(library, name) for name in _FUNCTIONS):
         return None
     return library if library.nvmlInit_v2() == 0 else None

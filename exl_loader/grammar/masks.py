@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InvalidSettings
+from ..errors import ExlLoaderError, InvalidSettings
 from ..settings import SamplingSettings
 from .gbnf import GbnfError, gbnf_to_lark
 
@@ -80,14 +81,15 @@ class Grammars:
             lark = gbnf_to_lark(text, space) if settings.grammar_string else _json_lark(text, space)
         except GbnfError as error:
             raise _bad_grammar(name, str(error), str(error)) from None
-        # The constructor never raises; it returns a matcher that is in an error state.
-        matcher = llguidance.LLMatcher(
-            table, llguidance.LLMatcher.grammar_from_lark(lark), log_level=0,
-            limits=llguidance.LLParserLimits(
-                max_items_in_row=_MAX_ITEMS_IN_ROW, step_max_items=_MAX_ITEMS_IN_STEP,
-                step_lexer_fuel=_STEP_LEXER_FUEL,
-            ),
-        )
+        with _typed(name):
+            # For a wrong grammar it returns a matcher that is in an error state.
+            matcher = llguidance.LLMatcher(
+                table, llguidance.LLMatcher.grammar_from_lark(lark), log_level=0,
+                limits=llguidance.LLParserLimits(
+                    max_items_in_row=_MAX_ITEMS_IN_ROW, step_max_items=_MAX_ITEMS_IN_STEP,
+                    step_lexer_fuel=_STEP_LEXER_FUEL,
+                ),
+            )
         if matcher.is_error():
             words = str(matcher.get_error())
             raise _bad_grammar(name, words.splitlines()[0][:200], words)
@@ -105,10 +107,11 @@ class Grammars:
         with self._lock:
             if self._table is None:
                 vocabulary = _Vocabulary(self._tokenizer, self._vocab_size, self._eos_ids)
-                self._table = llguidance.LLTokenizer(
-                    llguidance.TokenizerWrapper(vocabulary), n_vocab=self._vocab_size + 1,
-                    eos_token=self._vocab_size,
-                )
+                with _typed(name):
+                    self._table = llguidance.LLTokenizer(
+                        llguidance.TokenizerWrapper(vocabulary), n_vocab=self._vocab_size + 1,
+                        eos_token=self._vocab_size,
+                    )
             return self._table
 
 
@@ -152,12 +155,15 @@ class GrammarMatcher:
         if token_id in self._eos_ids:
             self.complete = True
             return
-        if not self._matcher.consume_token(token_id):
+        with _typed(self._name):
+            taken = self._matcher.consume_token(token_id)
+        if not taken:
             raise self._lost()
         self.allowed_ids = self._next_ids()
 
     def _next_ids(self) -> npt.NDArray[np.int64]:
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        with _typed(self._name):
+            bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         allowed = np.unpackbits(bits, bitorder="little")
         if self._matcher.is_error():
             raise self._lost()
@@ -231,6 +237,30 @@ def _import_library(name: str) -> Any:
             remedy="Install it: pip install llguidance", details=str(error),
         ) from None
     return llguidance
+
+
+@contextmanager
+def _typed(name: str) -> Iterator[None]:
+    """Turn what the library raises about the grammar of a setting into InvalidSettings.
+
+    A panic of its compiled code arrives as a PanicException, which is no Exception. An older
+    release lacks functions and arguments.
+    """
+    try:
+        yield
+    except (ExlLoaderError, MemoryError):
+        raise
+    except (AttributeError, TypeError) as error:
+        raise InvalidSettings(
+            name, expected="the package llguidance, 1.9 or newer",
+            actual=f"one that does not do what is asked: {str(error)[:200]}",
+            remedy="Upgrade it: pip install --upgrade llguidance", details=str(error),
+        ) from error
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        words = str(error) or type(error).__name__
+        raise _bad_grammar(name, words.splitlines()[0][:200], words) from error
 
 
 def _json_lark(schema: str, leading_space: bool) -> str:

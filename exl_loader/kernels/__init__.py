@@ -6,7 +6,7 @@ import ctypes
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidSettings, KernelBuildError
 
@@ -55,13 +55,30 @@ def get_ops(
     library = open_library(progress)
     if library is None:
         return _reference()
-    from .ops import CompiledOps
+    from .ops import CompiledOps, missing_symbols
 
+    if missing_symbols(library):
+        # Another program's library under the name of ours, or a linker that kept nothing.
+        _close(library)
+        library = open_library(progress, anew=True)
+        missing = missing_symbols(library) if library is not None else []
+        if library is None or missing:
+            raise KernelBuildError(
+                "compiled kernels", expected="every function that the engine calls",
+                actual=f"a library without {', '.join(missing) or 'any'}, compiled twice",
+                remedy="Choose another compiler: set CXX to g++ or clang++",
+            )
     return CompiledOps(library)
 
 
-def open_library(progress: Progress | None = None) -> ctypes.CDLL | None:
+def open_library(
+    progress: Progress | None = None, *, anew: bool = False
+) -> ctypes.CDLL | None:
     """Build and open the CPU kernels; None, and a warning, where there is no compiler.
+
+    Args:
+        progress: shows compiling.
+        anew: discard what was built before.
 
     Raises:
         KernelBuildError: the kernels do not compile or do not open.
@@ -75,12 +92,25 @@ def open_library(progress: Progress | None = None) -> ctypes.CDLL | None:
         _warn_of_reference()
         return None
     library = build(spec, progress)
+    if anew:
+        discard(library)
+        return _open(build(spec, progress))
     try:
         return ctypes.CDLL(str(library))
     except OSError:
         # Whole, but not for this system (a folder shared by machines, say): once anew.
         discard(library)
         return _open(build(spec, progress))
+
+
+def _close(library: ctypes.CDLL) -> None:
+    """Unload a library: the system would return it once more for the same path."""
+    import _ctypes
+
+    # Any: each system has one of the two.
+    functions: Any = _ctypes
+    close = functions.FreeLibrary if os.name == "nt" else functions.dlclose
+    close(library._handle)
 
 
 def _open(library: Path) -> ctypes.CDLL:

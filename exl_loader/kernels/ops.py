@@ -47,6 +47,12 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 }
 
 
+def missing_symbols(library: ctypes.CDLL) -> list[str]:
+    """Return the functions that the operations call and a library does not have."""
+    names = (*_SIGNATURES, *AttentionOps.attention_calls)
+    return [f"exl_{name}" for name in names if not hasattr(library, f"exl_{name}")]
+
+
 class _Prepare:
     """Stands in for a C function and notes the arguments of one call."""
 

@@ -52,12 +52,17 @@ def _typed(thing: str, expected: str) -> Iterator[None]:
             thing, expected=expected, actual=str(error)[:200] or type(error).__name__,
             remedy=REMEDY,
         ) from None
+    except (ImportError, AttributeError) as error:
+        raise InvalidTokenizer(
+            thing, expected="the package sentencepiece, 0.2 or newer, which reads this file",
+            actual=str(error)[:200], remedy="Install it: pip install --upgrade sentencepiece",
+        ) from error
 
 
 def _open(data: bytes, path: Path) -> Any:
-    import sentencepiece
-
     with _typed(str(path), "a sentencepiece model"):
+        import sentencepiece
+
         return sentencepiece.SentencePieceProcessor(model_proto=data)
 
 

@@ -66,9 +66,17 @@ class Driver:
         """Call a function of the driver.
 
         Raises:
-            InsufficientMemory, DeviceError: it returned an error.
+            InsufficientMemory, DeviceError: it returned an error, or the driver is too old to
+                have it.
         """
-        code = getattr(self.functions, function)(*arguments)
+        try:
+            called = getattr(self.functions, function)
+        except AttributeError as error:
+            raise DeviceError(
+                "NVIDIA driver", expected=f"one with {function}", actual="an older one",
+                remedy="Install a newer driver, or run on the CPU: device='cpu'",
+            ) from error
+        code = called(*arguments)
         if code != 0:
             raise self.error(function, code)
 
@@ -111,11 +119,11 @@ class Driver:
 def driver_release(library: str = LIBRARY) -> Version | None:
     """Return the CUDA release that the installed driver serves; None without a driver."""
     try:
-        functions = ctypes.CDLL(library)
-    except OSError:
+        read_version = ctypes.CDLL(library).cuDriverGetVersion
+    except (OSError, AttributeError):
         return None
     number = ctypes.c_int()
-    if functions.cuDriverGetVersion(ctypes.byref(number)) != 0:
+    if read_version(ctypes.byref(number)) != 0:
         return None
     return number.value // 1000, number.value % 1000 // 10
 

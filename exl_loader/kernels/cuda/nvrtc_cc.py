@@ -81,7 +81,11 @@ class Nvrtc:
         return text.raw
 
     def _call(self, function: str, *arguments) -> None:
-        code = getattr(self._library, function)(*arguments)
+        try:
+            called = getattr(self._library, function)
+        except AttributeError:
+            raise NvrtcError(f"this NVRTC is too old: it has no {function}") from None
+        code = called(*arguments)
         if code != 0:
             raise NvrtcError(f"{function}: {self._words(code)}")
 
