@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Sequence
 
 from . import __version__
-from .errors import ExlLoaderError
+from .errors import ExlLoaderError, known_line
 
 # name -> (module, what the overview says)
 COMMANDS = {
@@ -91,17 +91,9 @@ def _run(argv: list[str]) -> int:
         # Python's own flush at exit must not complain about that once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_READER_GONE
-    except OSError as error:
-        # A full disk, a folder that was removed meanwhile: nothing that a bug report would mend.
-        where = f"{error.filename}: " if error.filename else ""
-        _report(f"{where}{error.strerror or error}", verbose)
-    except MemoryError:
-        _report("main memory is full. Close what takes it, or choose a smaller context", verbose)
-    except ImportError as error:
-        _report(f"{error}. `python -m exl_loader doctor` says what is missing", verbose)
     except Exception as error:
         hint = "" if verbose else " (this is a bug of exl_loader; --verbose shows where)"
-        _report(f"{type(error).__name__}: {error}{hint}", verbose)
+        _report(known_line(error) or f"{type(error).__name__}: {error}{hint}", verbose)
     return EXIT_ERROR
 
 

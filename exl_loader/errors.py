@@ -117,6 +117,24 @@ def _plain(value: Any) -> Any:
     return value if text.isprintable() else printable(text)
 
 
+def known_line(error: BaseException) -> str | None:
+    """Describe an error in a line that says what to do; None where only a bug explains it.
+
+    Besides this package's own errors these are those of the system: a full disk, a folder that
+    was removed meanwhile, full memory, a package that is missing.
+    """
+    if isinstance(error, ExlLoaderError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "main memory is full. Close what takes it, or choose a smaller context"
+    if isinstance(error, ImportError):
+        return printable(f"{error}. `python -m exl_loader doctor` says what is missing")
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return printable(f"{where}{error.strerror or error}")
+    return None
+
+
 class ModelNotFound(ExlLoaderError):
     """The folder, or a file that every model folder has, is not there."""
 

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from exl_loader.warn import warn_once
+
 from . import host
 from .host import Patches
 
@@ -30,6 +32,8 @@ class _Collector(logging.Handler):
 def collected() -> Iterator[list[str]]:
     """Collect what the engine warns of in this thread; the list grows meanwhile."""
     collector = _Collector()
+    # What a plan of the same folder has warned of before belongs to this load as well.
+    warn_once.cache_clear()
     _logger.addHandler(collector)
     try:
         yield collector.found

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from exl_loader.config import ModelConfig
-from exl_loader.errors import ExlLoaderError
+from exl_loader.errors import ExlLoaderError, known_line
 from exl_loader.reservation import Reservation, plan
 from exl_loader.reservation.length import stretched_length
 from exl_loader.rope import MAX_POSITIONS
@@ -179,11 +179,9 @@ def plan_html(options: LoadOptions) -> str:
         return message_html("No model", "Choose a model folder.", good=False)
     try:
         return gauge_html(reserve(options), own_length=reachable_length(options))
-    except ExlLoaderError as error:
-        return problem_html(error)
-    except OSError as error:
+    except (ExlLoaderError, OSError) as error:
         # A folder may vanish, or lose its permissions, between two looks at it.
-        return problem_html(f"{options.model_dir} cannot be read: {error.strerror or error}")
+        return error_html(error)
 
 
 def reachable_length(options: LoadOptions) -> int:
@@ -207,9 +205,9 @@ def error_html(error: BaseException, *, heading: str = "Cannot be loaded") -> st
     """Show any error as one line; one that nobody expected folds where it came from."""
     if isinstance(error, ExlLoaderError):
         return problem_html(error, heading=heading)
-    if isinstance(error, OSError):
-        name = f"{error.filename}: " if error.filename else ""
-        return problem_html(f"{name}{error.strerror or error}", heading=heading)
+    line = known_line(error)
+    if line is not None:
+        return problem_html(line, heading=heading)
     unexpected = ExlLoaderError(
         f"Unexpected {type(error).__name__}: {error}",
         remedy="The details say where; please report them",

@@ -14,12 +14,12 @@ from typing import Any
 
 from exl_loader.errors import (
     CacheFull,
-    ExlLoaderError,
     InvalidSettings,
     InvalidTokenizer,
     ModelNotFound,
     ModelUnloaded,
     PromptTooLong,
+    known_line,
 )
 
 from . import host
@@ -56,10 +56,7 @@ _TRY_LATER = (CacheFull, ModelUnloaded)
 
 def problem(error: BaseException) -> Problem:
     """Describe an error for a client."""
-    if isinstance(error, ExlLoaderError):
-        message = str(error)
-    else:
-        message = f"{type(error).__name__}: {error}"
+    message = known_line(error) or f"{type(error).__name__}: {error}"
     # A setting is named as one word; other things that are refused are described.
     param = None
     if isinstance(error, InvalidSettings) and error.thing.isidentifier():
@@ -97,11 +94,9 @@ def report(error: Exception) -> None:
     _of_thread.problem = problem(error)
     # Its text alone is kept: a traceback would keep what the generation had in hand.
     _last = error_html(error, heading="Generation failed")
-    if isinstance(error, ExlLoaderError):
-        line, has_details = str(error), bool(error.details)
-    else:
-        line, has_details = f"Unexpected {type(error).__name__}: {error}", True
-    if has_details:
+    known = known_line(error)
+    line = known or f"Unexpected {type(error).__name__}: {error}"
+    if known is None or getattr(error, "details", None):
         line += " (The Model tab has the details.)"
     host.say(line, level="error")
     _warn_in_page(line)

@@ -58,6 +58,10 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
+class StreamError(Exception):
+    """A stream that ended in an error; its argument is the error object."""
+
+
 class Server:
     """The web UI as a process, with its API.
 
@@ -130,13 +134,22 @@ class Server:
 
     def post(self, path: str, **body):
         """Ask; returns the answer, or the number of the error."""
+        status, answer = self.ask(path, **body)
+        return answer if status == 200 else status
+
+    def ask(self, path: str, **body):
+        """Ask; returns the status and the answer, or the error's text where it is no JSON."""
         request = urllib.request.Request(
             self._url(path), json.dumps(body).encode(), {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=240) as answer:
-                return json.load(answer)
+                return answer.status, json.load(answer)
         except urllib.error.HTTPError as error:
-            return error.code
+            text = error.read().decode(errors="replace")
+            try:
+                return error.code, json.loads(text)
+            except ValueError:
+                return error.code, text
 
     def load(self, name: str = "demo", **args):
         return self.post("internal/model/load", model_name=name, args=args, settings={})
@@ -157,7 +170,10 @@ class Server:
         try:
             for line in answer:
                 if line.startswith(b"data: {"):
-                    yield json.loads(line[6:])["choices"][0]["text"]
+                    chunk = json.loads(line[6:])
+                    if "error" in chunk:
+                        raise StreamError(chunk["error"])
+                    yield chunk["choices"][0]["text"]
         finally:
             answer.close()
             connection.close()

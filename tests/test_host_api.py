@@ -6,16 +6,20 @@ Needs TEXTGEN_WEBUI_DIR, see host_server.
 from __future__ import annotations
 
 import shutil
+import struct
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from host_server import GREEDY, MARKS, PROMPT, Server
+from host_server import GREEDY, MARKS, PROMPT, Server, StreamError
 
 import exl_loader
 from exl_loader.webui_install import saved
 
 pytestmark = MARKS
+
+# A header with nothing in it.
+GGUF = b"GGUF" + struct.pack("<IQQ", 3, 0, 0)
 
 ENDLESS = {"max_tokens": 450, "temperature": 1, "ban_eos_token": True}
 
@@ -195,6 +199,99 @@ def test_refusals_leave_no_model_and_the_reason_in_the_log(server, host_models):
     assert server.load(ctx_size=512, cache_type="fp16") == "OK" and server.text()
 
 
+def refused(server, name="demo", **args):
+    """Load what cannot be loaded; returns the reason that the client is told."""
+    asked = {"model_name": name, "args": {"loader": "ExLlamav2", "ctx_size": 512} | args}
+    status, answer = server.ask("internal/model/load", **asked, settings={})
+    assert status in (400, 500)
+    head, _, reason = answer["detail"].partition(": ")
+    assert head == "Failed to load the model" and "report" not in reason
+    return reason
+
+
+def test_a_load_that_fails_tells_the_client_why(server, host_models):
+    for value in (-5, "abc", 512.5):
+        assert refused(server, ctx_size=value).startswith("ctx_size: expected")
+    assert refused(server, cache_8bit="maybe").startswith("cache_8bit: expected true or false")
+    assert refused(server, alpha_value=-1).startswith("alpha_value: expected")
+    assert refused(server, loader="nonsense").startswith("loader: expected")
+    assert "absent" in refused(server, "absent")
+    damaged = host_models / "damaged"
+    for name in ("config.json", "tokenizer_config.json"):
+        shutil.copytree(host_models / "demo", damaged)
+        text = (damaged / name).read_text()
+        (damaged / name).write_text(text[: len(text) // 2])
+        reason = refused(server, "damaged")
+        assert name in reason and "valid JSON" in reason and "Download" in reason
+        shutil.rmtree(damaged)
+    (host_models / "single.gguf").write_bytes(GGUF)
+    try:
+        assert "llama.cpp" in refused(server, "single.gguf")
+    finally:
+        (host_models / "single.gguf").unlink()
+    assert server.load(ctx_size=512) == "OK" and server.text()
+
+
+def test_a_request_that_fails_tells_the_client_why(server):
+    for loader in ("ExLlamav2", "ExLlamav2_HF"):
+        assert server.load(loader=loader, ctx_size=512) == "OK"
+        for wish, word in (({"grammar_string": "root ::= missing"}, "grammar_string"),
+                           ({"temperature": -3}, "temperature")):
+            status, answer = server.ask("completions", **GREEDY | wish)
+            assert status == 400 and word in answer["error"]["message"]
+            status, answer = server.ask(
+                "chat/completions", messages=[{"role": "user", "content": "Hi"}], max_tokens=4,
+                **wish)
+            assert status == 400 and word in answer["error"]["message"]
+            with pytest.raises(StreamError, match=word):
+                list(server.stream(**wish))
+        assert server.text()
+
+
+def test_a_folder_without_tokenizer_is_no_chat_in_silence(server, host_models):
+    mute = shutil.copytree(host_models / "demo", host_models / "mute")
+    try:
+        for path in mute.glob("tokenizer*"):
+            path.unlink()
+        assert server.load("mute", ctx_size=512) == "OK"
+        assert any("tokenizer" in warning for warning in server.info()["warnings"])
+        for path, body in (("completions", GREEDY), ("internal/encode", {"text": "x"}), (
+                "chat/completions", {"messages": [{"role": "user", "content": "Hi"}]})):
+            status, answer = server.ask(path, **body)
+            assert status == 400 and "tokenizer" in answer["error"]["message"]
+        assert "tokenizer" in refused(server, "mute", loader="ExLlamav2_HF")
+    finally:
+        shutil.rmtree(mute)
+
+
+def test_a_question_that_fits_is_whole_and_the_answer_is_what_is_left(server):
+    question = "x = 1\n" * 80
+    long = {"prompt": question, "max_tokens": 900, "temperature": 0, "ban_eos_token": True}
+    texts = []
+    for loader in ("ExLlamav2", "ExLlamav2_HF"):
+        assert server.load(loader=loader, ctx_size=512) == "OK"
+        count = server.post("internal/token-count", text=question)["length"]
+        assert 256 < count < 512
+        before = server.said().count("is full: the answer ends")
+        choice = server.post("completions", **long)["choices"][0]
+        assert choice["finish_reason"] == "length" and choice["text"]
+        assert f"room for {512 - count} new tokens of the 900 asked for" in server.said()
+        assert server.said().count("is full: the answer ends") == before + 1
+        # As much of it as fits: a prompt that had been cut would go on in another way.
+        texts.append(choice["text"])
+        server.post("completions", **long | {"prompt": question * 4, "max_tokens": 100})
+        assert "its last 412 tokens were kept" in server.said().rpartition("CONTEXT LENGTH")[2]
+    assert texts[0] == texts[1]
+
+
+def test_a_context_beyond_the_models_own_length_is_told(server):
+    assert server.load(ctx_size=2048) == "OK"
+    (warning,) = server.info()["warnings"]
+    assert "alpha_value 2.6 or compress_pos_emb 2" in warning
+    assert f"exl_loader: {warning}" in server.said()
+    assert server.load(ctx_size=1024) == "OK" and "warnings" not in server.info()
+
+
 def test_loras_are_refused_by_name(server, greedy_text):
     server.load(ctx_size=512, cache_4bit=True)
     assert server.post("internal/lora/load", lora_names=["mine"]) in (400, 500)
@@ -204,8 +301,9 @@ def test_loras_are_refused_by_name(server, greedy_text):
 
 def test_an_error_of_a_generation_is_one_line_of_the_log(server, greedy_text):
     server.load(ctx_size=512, cache_4bit=True)
+    before = server.said().count("exl_loader: grammar_string")
     server.post("completions", **GREEDY, grammar_string="root ::= missing")
-    assert server.said().count("exl_loader: grammar_string") == 1
+    assert server.said().count("exl_loader: grammar_string") == before + 1
     assert server.text() == greedy_text
 
 

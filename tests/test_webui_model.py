@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +12,8 @@ from tiny import write_tiny_model
 
 import exl_loader
 from exl_loader.errors import InvalidSettings, PromptTooLong
-from extension import problems, request
+from extension import hf_requests, loading, problems, request
+from extension.host import Patches
 from extension.webui_model import Exllamav3Model
 
 STATE = {
@@ -384,3 +385,78 @@ def test_next_logits_reuse_changes_nothing(loaded):
     assert len(whole) > 10
     for row, expected in zip(grown, whole, strict=True):
         assert torch.allclose(row, expected, atol=2e-2)
+
+
+@pytest.fixture
+def hf(loaded, shared):
+    from extension.webui_model_hf import Exllamav3HF
+
+    return Exllamav3HF(loaded)
+
+
+@pytest.fixture
+def text_generation(loaded, hf, shared, monkeypatch):
+    """The web UI's functions that cut prompts, as far as they do, with ours around them."""
+    module = ModuleType("modules.text_generation")
+
+    def encode(prompt, add_bos_token=True, truncation_length=None):
+        ids = torch.tensor([loaded.tokenizer.prompt_ids(prompt, add_bos=add_bos_token)])
+        return ids if truncation_length is None else ids[:, -truncation_length:]
+
+    def get_max_prompt_length(state):
+        return state["truncation_length"] - state["max_new_tokens"]
+
+    module.encode, module.get_max_prompt_length = encode, get_max_prompt_length
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(loading, "_loaded", loaded)
+    shared.model = hf
+    patches = Patches()
+    hf_requests.extend_lengths(patches, module)
+    yield module
+    patches.undo()
+    assert module.encode is encode and module.get_max_prompt_length is get_max_prompt_length
+
+
+@pytest.mark.parametrize(("asked", "prompt_len", "kept"), [
+    (200, 300, 300), (600, 511, 511), (100, 512, 412), (100, 900, 412), (600, 900, 128)])
+def test_hf_prompts_are_cut_as_native_ones(text_generation, loaded, asked, prompt_len, kept):
+    state = STATE | {"max_new_tokens": asked}
+    text = "y" * (prompt_len - 1)
+    found = text_generation.encode(
+        text, add_bos_token=True,
+        truncation_length=text_generation.get_max_prompt_length(state))
+    assert found.shape == (1, kept) and found[0, 0] == loaded.tokenizer.bos_token_id
+    assert found[0].tolist() == request.prompt_ids(loaded.tokenizer, text, state, 512)
+
+
+def test_a_chat_has_room_for_its_question_whatever_the_answer_asks_for(text_generation, shared):
+    length = text_generation.get_max_prompt_length
+    assert length(STATE | {"max_new_tokens": 112}) == 400
+    assert length(STATE | {"max_new_tokens": 512}) == length(STATE | {"max_new_tokens": 9}) - 375
+    assert length(STATE | {"max_new_tokens": 4096}) == 128
+    shared.model = object()
+    assert length(STATE | {"max_new_tokens": 512}) == 0, "another loader's prompts are its own"
+
+
+def test_hf_answers_have_what_is_left_of_the_context(hf, loaded, capsys):
+    ids = torch.tensor([loaded.tokenizer.prompt_ids("x" * 499)])
+    (eos,) = loaded.eos_token_ids
+    options = {"do_sample": False, "eos_token_id": [eos], "suppress_tokens": [eos]}
+    out = hf.generate(inputs=ids, max_new_tokens=40, **options)
+    assert out.shape[1] == 512 and hf.ended_by_length
+    assert "room for 12 new tokens of the 40 asked for" in capsys.readouterr().err
+    (notice,) = hf.take_notices()
+    assert "the context of 512 tokens is full: the answer ends after 12 tokens" in notice
+    assert hf.take_notices() == []
+    assert hf.generate(inputs=ids, max_new_tokens=3, **options).shape[1] == 503
+    assert hf.take_notices() == [] and capsys.readouterr().err == ""
+
+
+def test_settings_that_transformers_refuses_are_named(hf, loaded):
+    ids = torch.tensor([loaded.encode(PROMPT)])
+    with pytest.raises(ValueError):
+        hf.generate(inputs=ids, max_new_tokens=3, do_sample=True, temperature=-1.0)
+    named = hf_requests.named_error(hf.take_error())
+    assert isinstance(named, InvalidSettings) and "temperature" in str(named)
+    other = RuntimeError("a bug")
+    assert hf_requests.named_error(other) is other

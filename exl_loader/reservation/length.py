@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import ModelConfig
-from ..rope import MAX_FACTOR, MAX_POSITIONS
+from ..rope import MAX_FACTOR, MAX_POSITIONS, check_scaling
 
 
 def stretched_length(config: ModelConfig, alpha_value: float, compress_pos_emb: float) -> int:
@@ -15,7 +15,11 @@ def stretched_length(config: ModelConfig, alpha_value: float, compress_pos_emb: 
 
     A `compress_pos_emb` of n makes room for n times as many positions. An `alpha_value` of n
     reaches at most n times as far; how good the text is there is for the user to judge.
+
+    Raises:
+        InvalidSettings: a RoPE setting makes no sense.
     """
+    check_scaling(alpha_value, compress_pos_emb)
     return stretched(config.own_length, alpha_value, compress_pos_emb)
 
 
