@@ -1,7 +1,8 @@
 """The loader's panel with a chat, without a host: `python -m extension.standalone [MODEL]`.
 
-One page, one model, this machine: it listens on 127.0.0.1 alone, sends nothing anywhere, and
-makes a public link only where `--share` asks for one. Needs Gradio 5 or newer.
+One page, one model, this machine: it listens on 127.0.0.1 alone, answers no other site's page
+(`standalone_guard.py`), sends nothing anywhere, and makes a public link only where `--share` asks
+for one. Needs Gradio 5 or newer.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import signal
 import sys
 import time
 import webbrowser
+from collections.abc import Iterable
 from typing import Any
+from urllib.parse import urlsplit
 
 # Gradio reads it when it is imported.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -27,6 +30,7 @@ from exl_loader.commands.model_options import DEMO_MODEL
 
 from .panel import LoadOptions
 from .session import Session
+from .standalone_guard import AllowedHosts, Guard, host_name
 from .standalone_panel import PanelView
 from .standalone_text import TextView
 
@@ -92,17 +96,33 @@ def _theme_belongs_to_launch() -> bool:
     return "theme" in inspect.signature(gr.Blocks.launch).parameters
 
 
-def launch(page: gr.Blocks, *, port: int | None = None, share: bool = False) -> str:
+def launch(
+    page: gr.Blocks, *, port: int | None = None, share: bool = False,
+    allowed_hosts: Iterable[str] = (),
+) -> str:
     """Serve a page in the background; returns its address.
 
     Args:
-        port: None takes a free one from 7860 on. share: make a public link through Gradio.
+        port: None takes a free one from 7860 on.
+        share: make a public link through Gradio.
+        allowed_hosts: names under which the page may be called besides this machine's own.
     """
+    from starlette.middleware import Middleware
+
+    allowed = AllowedHosts(allowed_hosts)
+    guard = Middleware(Guard, allowed=allowed)
     options: dict[str, Any] = {"theme": _theme()} if _theme_belongs_to_launch() else {}
     _, address, shared = page.queue(default_concurrency_limit=8).launch(
         server_name=HOST, server_port=port, share=share, inbrowser=False, quiet=True,
-        prevent_thread_lock=True, ssr_mode=False, show_error=True, **options,
+        prevent_thread_lock=True, ssr_mode=False, show_error=True, max_file_size=1,
+        app_kwargs={"middleware": [guard]}, **options,
     )
+    # Gradio puts its own middleware around the guard, which would answer some requests first.
+    page.app.user_middleware.remove(guard)
+    page.app.user_middleware.insert(0, guard)
+    page.app.middleware_stack = page.app.build_middleware_stack()
+    if shared:
+        allowed.add(urlsplit(shared).hostname or "")
     return shared or address
 
 
@@ -111,6 +131,14 @@ def port_number(text: str) -> int:
     if text.isascii() and text.isdecimal() and 0 < int(text) < 1 << 16:
         return int(text)
     raise argparse.ArgumentTypeError(f"expected a number from 1 to 65535, found {text!r}")
+
+
+def allowed_host(text: str) -> str:
+    """Read `--allow-host`; argparse puts what is wrong into words of its own."""
+    try:
+        return host_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def has_browser() -> bool:
@@ -136,6 +164,9 @@ def main(arguments: list[str] | None = None) -> int:
                         help="port on 127.0.0.1; a free one from 7860 on")
     parser.add_argument("--share", action="store_true",
                         help="make a public link through Gradio's servers")
+    parser.add_argument("--allow-host", action="append", default=[], type=allowed_host,
+                        metavar="NAME", help="another host name under which the page may be "
+                        "called, by a proxy for instance; may be given several times")
     parser.add_argument("--no-browser", action="store_true", help="print the address alone")
     args = parser.parse_args(arguments)
     session = Session()
@@ -155,7 +186,8 @@ def serve(session: Session, args: argparse.Namespace) -> int:
     options = LoadOptions.from_values({"model_dir": args.model})
     session.start_load(options)
     try:
-        address = launch(make_page(session, options), port=args.port, share=args.share)
+        address = launch(make_page(session, options), port=args.port, share=args.share,
+                         allowed_hosts=args.allow_host)
     except OSError as error:
         why = f"port {args.port} of {HOST} is taken; give another, or none for a free one"
         print(f"error: the page cannot be served: {why if args.port else error}", file=sys.stderr)
