@@ -15,12 +15,16 @@ torch = pytest.importorskip("torch")
 
 import exl_loader  # noqa: E402
 from exl_loader import devices  # noqa: E402
-from exl_loader.devices import Capacity, cuda, nvml  # noqa: E402
+from exl_loader.devices import Capacity, cuda, cuda_taken, nvml  # noqa: E402
 from exl_loader.devices.cuda import MIB, CudaDevice  # noqa: E402
 from exl_loader.errors import InsufficientMemory, InvalidSettings, KernelBuildError  # noqa: E402
+from exl_loader.kernels.cuda import taken  # noqa: E402
+from exl_loader.kernels.store import kernel_dirs  # noqa: E402
 from exl_loader.loader import _open_devices as open_devices  # noqa: E402
 from exl_loader.reservation import PlanRequest  # noqa: E402
 from exl_loader.reservation.options import chosen_devices  # noqa: E402
+
+ASSUMED = cuda_taken.ASSUMED_KERNEL_BYTES + cuda_taken.ASSUMED_GRAPH_BYTES
 
 SMI = """#!/bin/sh
 case "$*" in
@@ -48,6 +52,14 @@ def smi(tmp_path, monkeypatch):
     yield
     cuda.auto_cards.cache_clear()
     cuda._can_run.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def nothing_measured(tmp_path, monkeypatch):
+    """No kernels or graphs were measured, in this process or an earlier one."""
+    monkeypatch.setenv("EXL_LOADER_CACHE_DIR", str(tmp_path / "a cache"))
+    monkeypatch.setattr(taken, "_taken", {})
+    monkeypatch.setattr("exl_loader.kernels.cuda.driver.driver_release", lambda: (13, 0))
 
 
 @pytest.fixture
@@ -79,18 +91,127 @@ def test_a_context_is_measured_and_stands_in_the_overhead(smi, torch_with_cuda):
     before = device.capacity("cuda:0")
     device.open("cuda:0")
     assert device.is_open("cuda:0") and not device.is_open("cuda:1")
-    assert device.overhead("cuda:0") == (300 * MIB, True)
+    assert device.overhead("cuda:0") == (300 * MIB + ASSUMED, False)
     assert device.capacity("cuda:0") == before
     device.open("cuda:0")
-    assert device.overhead("cuda:0") == (300 * MIB, True)
+    assert device.overhead("cuda:0") == (300 * MIB + ASSUMED, False)
 
 
 def test_a_context_of_somebody_elses_is_no_overhead_of_ours(smi, torch_with_cuda):
     torch_with_cuda.open.add(0)
     torch_with_cuda.reserved = 5 * MIB
     device = CudaDevice()
-    assert device.overhead("cuda:0") == (0, True)
+    assert device.overhead("cuda:0") == (ASSUMED, False)
     assert device.capacity("cuda:0") == Capacity(24576 * MIB, 20000 * MIB, 5 * MIB)
+
+
+# ---- What kernels and graphs take --------------------------------------------------------------
+
+
+@pytest.fixture
+def card_uuids(monkeypatch):
+    """Which card is which, as the monitoring library says."""
+    uuids = {"0": "GPU-0", "1": "GPU-1"}
+    monkeypatch.setattr(cuda, "card_uuid", uuids.get)
+    return uuids
+
+
+def take(name, nbytes, graphs=1):
+    taken.taken_of(name).add(nbytes)
+    taken.taken_of(name).graphs += graphs
+
+
+def restart():
+    """What was measured is forgotten, as in a new process."""
+    taken._taken.clear()
+
+
+def test_what_was_measured_is_in_the_next_plan(smi, torch_with_cuda, card_uuids):
+    device = CudaDevice()
+    device.open("cuda:0")
+    take("cuda:0", 7 * MIB, graphs=0)  # kernels alone say nothing of graphs
+    assert device.overhead("cuda:0") == (300 * MIB + ASSUMED, False)
+    assert device.capacity("cuda:0").own_bytes == 7 * MIB
+    take("cuda:0", 4 * MIB)
+    assert device.overhead("cuda:0") == (311 * MIB, True)
+    # A model that is gone has taken it all the same.
+    take("cuda:0", -11 * MIB, graphs=0)
+    assert device.overhead("cuda:0") == (311 * MIB, True)
+    assert device.capacity("cuda:0").own_bytes == 0
+    assert not device.overhead("cuda:1")[1]
+
+
+def test_what_was_measured_is_in_the_plan_of_a_model(smi, torch_with_cuda, card_uuids,
+                                                    tiny_model_dir, monkeypatch):
+    monkeypatch.setitem(devices.KINDS, "cuda", CudaDevice())
+    devices.KINDS["cuda"].open("cuda:0")
+    assumed = exl_loader.plan(tiny_model_dir, 512, device="cuda:0").devices[0]
+    take("cuda:0", 23 * MIB)
+    measured = exl_loader.plan(tiny_model_dir, 512, device="cuda:0").devices[0]
+    assert (assumed.overhead_measured, measured.overhead_measured) == (False, True)
+    assert assumed.overhead_bytes - measured.overhead_bytes == ASSUMED - 23 * MIB
+    assert assumed.total_bytes == measured.total_bytes
+
+
+def test_the_next_process_knows_what_was_measured(smi, torch_with_cuda, card_uuids, monkeypatch):
+    take("cuda:0", 9 * MIB)
+    cuda_taken.remember_taken("cuda:0")
+    restart()
+    device = CudaDevice()
+    # No context yet: that is assumed.
+    assert device.overhead("cuda:0") == (cuda.ASSUMED_CONTEXT_BYTES + 9 * MIB, False)
+    device.open("cuda:0")
+    assert device.overhead("cuda:0") == (309 * MIB, True)
+    # The largest figure stays.
+    take("cuda:0", 5 * MIB)
+    cuda_taken.remember_taken("cuda:0")
+    assert device.overhead("cuda:0") == (309 * MIB, True)
+    # Of the same card alone, and under the same driver.
+    assert not device.overhead("cuda:1")[1]
+    restart()
+    card_uuids["0"] = "GPU-9"
+    assert not device.overhead("cuda:0")[1]
+    card_uuids["0"] = "GPU-0"
+    monkeypatch.setattr("exl_loader.kernels.cuda.driver.driver_release", lambda: (13, 1))
+    assert not device.overhead("cuda:0")[1]
+
+
+@pytest.mark.parametrize("text", [
+    "", "[]", "{", '{"GPU-0 13.0": -1}', '{"GPU-0 13.0": 1e6}', '{"GPU-0 13.0": "9"}',
+    '{"GPU-0 13.0": true}', '{"GPU-0 13.0": 99999999999999}', "null", "{" * 70000,
+])  # fmt: skip
+def test_a_damaged_file_of_figures_counts_as_none(smi, torch_with_cuda, card_uuids, text):
+    take("cuda:0", 9 * MIB)
+    cuda_taken.remember_taken("cuda:0")
+    restart()
+    (path,) = kernel_dirs()[0].glob("*.json")
+    path.write_text(text)
+    assert cuda_taken.known_taken("cuda:0") is None
+    take("cuda:0", 3 * MIB)
+    cuda_taken.remember_taken("cuda:0")
+    restart()
+    assert cuda_taken.known_taken("cuda:0") == 3 * MIB
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(card_uuids, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("EXL_LOADER_CACHE_DIR", str(tmp_path / "file"))
+    take("cuda:0", 3 * MIB)
+    cuda_taken.remember_taken("cuda:0")
+    assert cuda_taken.known_taken("cuda:0") == 3 * MIB
+    restart()
+    assert cuda_taken.known_taken("cuda:0") is None
+
+
+def test_figures_of_many_cards_stay_few(card_uuids):
+    for index in range(100):
+        card_uuids["0"] = f"GPU-{index}"
+        take("cuda:0", MIB)
+        cuda_taken.remember_taken("cuda:0")
+        restart()
+    (path,) = kernel_dirs()[0].glob("*.json")
+    assert path.read_text().count("GPU-") == 64
+    assert cuda_taken.known_taken("cuda:0") == MIB
 
 
 def test_a_card_that_torch_does_not_see_is_refused(smi, monkeypatch):
@@ -175,6 +296,11 @@ class FakeNvml:
         handle._obj.value = 101
         return 0 if name == b"GPU-1" else 6
 
+    def nvmlDeviceGetUUID(self, handle, text, size):
+        assert handle.value == 101 and size == 96
+        text.value = b"GPU-1"
+        return 0
+
     def nvmlDeviceGetCount_v2(self, count):
         count._obj.value = 2
         return 0
@@ -216,6 +342,8 @@ def test_memory_by_the_monitoring_library(opened_nvml, smi, monkeypatch):
     opened_nvml(FakeNvml())
     assert nvml.card_memory("1") == nvml.card_memory("GPU-1") == (900, 700)
     assert nvml.card_memory("0") is None and nvml.card_memory("GPU-2") is None
+    assert nvml.card_uuid("1") == nvml.card_uuid("GPU-1") == "GPU-1"
+    assert nvml.card_uuid("0") is None
     assert nvml.card_count() == 2
     monkeypatch.setattr(cuda, "card_memory", nvml.card_memory)
     assert CudaDevice().capacity("cuda:1") == Capacity(900, 700)

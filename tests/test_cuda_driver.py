@@ -15,9 +15,9 @@ from exl_loader.devices.cuda_memory import CardMemory, held_bytes
 from exl_loader.errors import DeviceError, InsufficientMemory, KernelBuildError
 from exl_loader.kernels.build import build, build_entry
 from exl_loader.kernels.cuda.driver import Driver, DriverLauncher, driver_release
-from exl_loader.kernels.cuda.graph import graph_bytes
 from exl_loader.kernels.cuda.open import open_launcher
 from exl_loader.kernels.cuda.spec import cuda_spec
+from exl_loader.kernels.cuda.taken import taken_of
 from exl_loader.kernels.spec import BuildSpec
 from exl_loader.kernels.toolchain import cpu_features, find_compiler
 
@@ -382,18 +382,34 @@ def test_a_capture_that_fails_leaves_nothing_and_the_next_one_works(launcher, fa
     launcher.capture(launch)()
 
 
-def test_the_memory_of_graphs_is_measured(launcher, fake):
+def test_what_graphs_take_is_measured(launcher, fake):
     launch, _ = reverse(launcher)
     fake.fake_graph_bytes(ctypes.c_uint64(3 << 20))
-    held = graph_bytes("cuda:1")[0]
-    assert held == 0
+    taken = taken_of("cuda:1")
+    held, graphs = taken.held_bytes, taken.graphs
     one = launcher.capture(lambda: (launch(), launch()))
     two = launcher.capture(launch)
     assert (one.nbytes, two.nbytes) == (6 << 20, 3 << 20)
-    assert graph_bytes("cuda:1")[0] == 9 << 20
+    assert taken.held_bytes == held + (9 << 20) and taken.graphs == graphs + 2
     del one
-    held, most = graph_bytes("cuda:1")
-    assert held == 3 << 20 and most >= 9 << 20
+    assert taken.held_bytes == held + (3 << 20) and taken.most_bytes >= held + (9 << 20)
+
+
+def test_what_kernels_take_is_measured(library, fake, entry):
+    """At loading, and where the driver loads a kernel when it is first asked for, then."""
+    taken = taken_of("cuda:0")
+    held = taken.held_bytes
+    fake.fake_module_bytes(ctypes.c_uint64(5 << 20), ctypes.c_uint64(1 << 20))
+    try:
+        launcher = DriverLauncher(entry, 0, lambda: 0, Driver(library))
+        assert taken.held_bytes == held + (5 << 20)
+        for _ in range(2):
+            reverse(launcher)
+            assert taken.held_bytes == held + (6 << 20)
+        launcher.close()
+    finally:
+        fake.fake_module_bytes(ctypes.c_uint64(0), ctypes.c_uint64(0))
+    assert taken.held_bytes == held
 
 
 def test_closing_gives_all_back(library, fake, entry):

@@ -16,6 +16,7 @@ from exl_loader import devices, memory
 from exl_loader.devices import Capacity, Process
 from exl_loader.devices.cpu import ASSUMED_RUNTIME_BYTES, CpuDevice
 from exl_loader.devices.cuda import ASSUMED_CONTEXT_BYTES, CudaDevice
+from exl_loader.devices.cuda_taken import ASSUMED_GRAPH_BYTES
 from exl_loader.errors import InsufficientMemory, InvalidSettings
 from exl_loader.table import TensorSpec, place
 
@@ -122,7 +123,8 @@ def test_cuda_by_the_drivers_tool(tmp_path, monkeypatch):
         Process(42, "a, b", 700 << 20),
         Process(41, "python", 300 << 20),
     ]
-    assert cuda.overhead("cuda:0") == (ASSUMED_CONTEXT_BYTES, False)
+    assumed = ASSUMED_CONTEXT_BYTES + ASSUMED_GRAPH_BYTES
+    assert cuda.overhead("cuda:0") == (assumed, False)
     with pytest.raises(InvalidSettings, match="cuda:2"):
         cuda.capacity("cuda:2")
 

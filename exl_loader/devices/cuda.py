@@ -15,7 +15,13 @@ from uuid import UUID
 
 from ..errors import ExlLoaderError, InvalidSettings
 from . import Capacity, Process
-from .nvml import card_count, card_memory
+from .cuda_taken import (
+    ASSUMED_GRAPH_BYTES,
+    ASSUMED_KERNEL_BYTES,
+    held_taken,
+    known_taken,
+)
+from .nvml import card_count, card_memory, card_uuid
 
 MIB = 1 << 20
 
@@ -79,6 +85,7 @@ class CudaDevice:
         if torch is not None:
             free, total = torch.cuda.mem_get_info(_index(name))
             own = torch.cuda.memory_reserved(_index(name)) + _held_bytes(name)
+            own += held_taken(name)
             return Capacity(total, free + self._context_bytes.get(name, 0), own)
         found = _smi_memory(name)
         if found is not None:
@@ -91,13 +98,17 @@ class CudaDevice:
         )
 
     def overhead(self, name: str) -> tuple[int, bool]:
-        """What the context took where we made it, and what it may take where there is none.
+        """What the context, kernels and graphs take, measured or as far as that goes assumed.
 
-        One that somebody else of this process has made is in what is not free already.
+        A context that somebody else of this process has made is in what is not free already.
         """
-        if self.is_open(name):
-            return self._context_bytes.get(name, 0), True
-        return ASSUMED_CONTEXT_BYTES, False
+        taken = known_taken(name)
+        if not self.is_open(name):
+            return ASSUMED_CONTEXT_BYTES + (taken or ASSUMED_GRAPH_BYTES), False
+        if taken is None:
+            taken = ASSUMED_KERNEL_BYTES + ASSUMED_GRAPH_BYTES
+            return self._context_bytes.get(name, 0) + taken, False
+        return self._context_bytes.get(name, 0) + taken, True
 
     def processes(self, name: str, limit: int) -> list[Process]:
         """Return the other compute processes on the card, as far as the driver tells."""
@@ -211,6 +222,12 @@ def _smi_id(name: str) -> str:
         return str(index)
     names = [part.strip() for part in visible.split(",") if part.strip()]
     return names[index] if index < len(names) else _HIDDEN
+
+
+def card_identity(name: str) -> str | None:
+    """Return a card's UUID; None where the monitoring library does not know the card."""
+    card = _smi_id(name)
+    return None if card == _HIDDEN else card_uuid(card)
 
 
 @functools.cache

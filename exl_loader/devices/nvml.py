@@ -17,8 +17,10 @@ _LIBRARY = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
 
 _FUNCTIONS = (
     "nvmlInit_v2", "nvmlDeviceGetCount_v2", "nvmlDeviceGetHandleByIndex_v2",
-    "nvmlDeviceGetHandleByUUID", "nvmlDeviceGetMemoryInfo",
+    "nvmlDeviceGetHandleByUUID", "nvmlDeviceGetMemoryInfo", "nvmlDeviceGetUUID",
 )
+# NVML_DEVICE_UUID_V2_BUFFER_SIZE
+_UUID_BYTES = 96
 
 
 class _Memory(ctypes.Structure):
@@ -40,17 +42,31 @@ def card_memory(card: str) -> tuple[int, int] | None:
     Returns:
         None where there is no such card or no library.
     """
+    handle, memory = _handle(card), _Memory()
+    if handle is None or _opened().nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) != 0:
+        return None
+    return memory.total, memory.free
+
+
+def card_uuid(card: str) -> str | None:
+    """Return a card's UUID, as `GPU-...`; arguments and None as those of `card_memory`."""
+    handle, text = _handle(card), ctypes.create_string_buffer(_UUID_BYTES)
+    if handle is None or _opened().nvmlDeviceGetUUID(handle, text, _UUID_BYTES) != 0:
+        return None
+    return text.value.decode(errors="replace")
+
+
+def _handle(card: str) -> ctypes.c_void_p | None:
+    """Find a card; None where there is no such card or no library."""
     library = _opened()
     if library is None:
         return None
-    handle, memory = ctypes.c_void_p(), _Memory()
+    handle = ctypes.c_void_p()
     if card.isdigit():
         code = library.nvmlDeviceGetHandleByIndex_v2(int(card), ctypes.byref(handle))
     else:
         code = library.nvmlDeviceGetHandleByUUID(card.encode(), ctypes.byref(handle))
-    if code != 0 or library.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) != 0:
-        return None
-    return memory.total, memory.free
+    return handle if code == 0 else None
 
 
 def card_count() -> int:

@@ -37,7 +37,7 @@ enum Mode { kGlobal = 0, kThreadLocal = 1, kRelaxed = 2, kNone = 3 };
 struct Context { int device, retained = 0; };
 // Whatever is made in a context.
 struct Made { Context* context; };
-struct Module : Made { std::string image; };
+struct Module : Made { std::string image; uint64_t nbytes = 0; };
 struct Function : Made { Module* module; std::string name; int shared = kDefaultShared; };
 struct Node {
     Function* function;
@@ -70,7 +70,7 @@ std::map<uint64_t, Memory> memories;
 uint64_t used[kDevices] = {0, 0};
 bool initialised = false;
 int version = 13000, capability[2] = {9, 0}, captures_to_spoil = 0;
-uint64_t last_stream = 0, graph_bytes = 64 << 10;
+uint64_t last_stream = 0, graph_bytes = 64 << 10, module_bytes = 0, function_bytes = 0;
 Launch launch_emulated = nullptr;
 Signature signature_of = nullptr;
 std::string message;
@@ -178,6 +178,10 @@ void fake_push(int device) { current.push_back(&contexts[device]); }
 void fake_spoil(int captures) { captures_to_spoil = captures; }
 // What a graph takes of the card for each of its launches.
 void fake_graph_bytes(uint64_t nbytes) { graph_bytes = nbytes; }
+// What a module takes when it is loaded, and a kernel when it is first asked for.
+void fake_module_bytes(uint64_t module, uint64_t function) {
+    module_bytes = module, function_bytes = function;
+}
 
 // ---- The driver ----------------------------------------------------------------------------
 
@@ -231,12 +235,14 @@ int cuModuleLoadData(Module** module, const char* image) {
     if (!in_context()) return kInvalidContext;
     if (const int code = may_wait()) return code;
     if (std::memcmp(image, "\x7f" "ELF", 4) == 0) {
-        *module = new Module{{in_context()}, std::string(image, elf_bytes(image))};
+        *module = new Module{{in_context()}, std::string(image, elf_bytes(image)), 0};
     } else if (std::strstr(image, ".version ") != nullptr) {  // PTX, a text
-        *module = new Module{{in_context()}, image};
+        *module = new Module{{in_context()}, image, 0};
     } else {
         return kInvalidImage;
     }
+    (*module)->nbytes = module_bytes;
+    used[in_context()->device] += module_bytes;
     return modules.insert(*module), kOk;
 }
 int cuModuleUnload(Module* module) {
@@ -254,6 +260,7 @@ int cuModuleUnload(Module* module) {
     for (auto it = functions.begin(); it != functions.end();) {
         it = (*it)->module == module ? functions.erase(it) : std::next(it);
     }
+    used[in_context()->device] -= module->nbytes;
     return modules.erase(module), delete module, kOk;
 }
 int cuModuleGetFunction(Function** function, Module* module, const char* name) {
@@ -266,6 +273,8 @@ int cuModuleGetFunction(Function** function, Module* module, const char* name) {
         module->image.find(".entry " + entry) == std::string::npos)
         return kNotFound;
     *function = new Function{{in_context()}, module, name};
+    module->nbytes += function_bytes;
+    used[in_context()->device] += function_bytes;
     return functions.insert(*function), kOk;
 }
 int cuFuncSetAttribute(Function* function, int attribute, int value) {

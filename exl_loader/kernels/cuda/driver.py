@@ -21,6 +21,7 @@ from ..store import Entry
 from .arch import Capability, Version
 from .context import Context, release_in
 from .graph import Graph, record_graph
+from .taken import measured, taken_of
 
 LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 
@@ -163,15 +164,20 @@ class DriverLauncher:
         # Once more retained than PyTorch does: the modules live in it.
         self._context = Context(self._driver, device_index)
         self._modules: list[ctypes.c_void_p] = []
-        self._unload = weakref.finalize(self, _unload, self._context, self._modules)
+        # What modules and, where the driver loads late, single kernels took of the card.
+        self._taken_bytes: list[int] = []
+        self._unload = weakref.finalize(
+            self, _unload, self._context, self._card, self._modules, self._taken_bytes
+        )
         self._unload.atexit = False
         self._kernels: dict[str, ctypes.c_void_p] = {}
         self._shared_bytes: dict[str, int] = {}
         # The thread that captures a step, and the stream that its launches go to.
         self._capture: tuple[int, int] | None = None
         try:
-            with self._context:
+            with self._context, measured(self._context, self._card) as taken:
                 self._load(entry)
+            self._taken_bytes.append(taken.nbytes)
         except BaseException:
             self.close()
             raise
@@ -249,19 +255,23 @@ class DriverLauncher:
 
     def _kernel(self, name: str) -> ctypes.c_void_p:
         if name not in self._kernels:
-            function = ctypes.c_void_p()
-            for module in self._modules:
-                code = self._driver.functions.cuModuleGetFunction(
-                    ctypes.byref(function), module, name.encode()
-                )
-                if code == 0:
-                    break
-                if code != _NOT_FOUND:
-                    raise self._driver.error(f"kernel {name}", code)
-            else:
-                raise self._driver.error(f"kernel {name}", _NOT_FOUND)
-            self._kernels[name] = function
+            with measured(self._context, self._card) as taken:
+                self._kernels[name] = self._find(name)
+            self._taken_bytes.append(taken.nbytes)
         return self._kernels[name]
+
+    def _find(self, name: str) -> ctypes.c_void_p:
+        """Look a kernel up in the modules."""
+        function = ctypes.c_void_p()
+        for module in self._modules:
+            code = self._driver.functions.cuModuleGetFunction(
+                ctypes.byref(function), module, name.encode()
+            )
+            if code == 0:
+                return function
+            if code != _NOT_FOUND:
+                raise self._driver.error(f"kernel {name}", code)
+        raise self._driver.error(f"kernel {name}", _NOT_FOUND)
 
     def _allow_shared(self, name: str, function: ctypes.c_void_p, shared_bytes: int) -> None:
         """Ask for more dynamic shared memory than a kernel has without asking."""
@@ -288,7 +298,13 @@ class DriverLauncher:
         )
 
 
-def _unload(context: Context, modules: list[ctypes.c_void_p]) -> None:
+def _unload(
+    context: Context, card: str, modules: list[ctypes.c_void_p], taken_bytes: list[int]
+) -> None:
     """Give back what a launcher took."""
     unload = context.driver.functions.cuModuleUnload
-    release_in(context, *(partial(unload, module) for module in modules))
+
+    def count() -> None:
+        taken_of(card).add(-sum(taken_bytes))
+
+    release_in(context, *(partial(unload, module) for module in modules), count)

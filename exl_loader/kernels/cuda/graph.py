@@ -1,4 +1,4 @@
-"""Steps captured as CUDA graphs, and the memory that they take of a card.
+"""Steps captured as CUDA graphs.
 
 A step is captured on a stream of its own, so that nothing else of the process can get into the
 graph, and replayed on the stream of the moment. Functions: CUDA Driver API, "Graph Management".
@@ -13,16 +13,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from .context import Context, release_in
+from .taken import measured, taken_of
 
 # CUstream_flags: work on the default stream does not wait for this stream, nor the reverse.
 _NON_BLOCKING = 1
 # CUstreamCaptureMode: calls that other libraries make meanwhile, cudaFree for example, do not
 # spoil the capture, whichever thread makes them.
 _RELAXED = 2
-
-# Card as PyTorch counts -> (bytes that live graphs take, the most they ever took).
-_taken: dict[str, tuple[int, int]] = {}
-
 
 class Graph:
     """A captured step; calling it launches the step on the current stream.
@@ -43,7 +40,6 @@ class Graph:
         self.nbytes = nbytes
         self._context, self._card, self._handle = context, card, handle
         self._stream = stream
-        _count(card, nbytes)
         self._destroy = weakref.finalize(self, _destroy, context, card, handle, nbytes, run)
         self._destroy.atexit = False
 
@@ -57,11 +53,6 @@ class Graph:
                 code = launch(self._handle, stream)
         if code != 0:
             raise self._context.driver.error(f"launch of a graph on {self._card}", code)
-
-
-def graph_bytes(card: str) -> tuple[int, int]:
-    """Return what the live graphs of this process take of a card, and the most they ever took."""
-    return _taken.get(card, (0, 0))
 
 
 def record_graph(
@@ -89,21 +80,12 @@ def record_graph(
         with own.releases.held_back(), _no_garbage_collection(), own, _own_stream(own) as side:
             graph = _capture(own, side, run_on)
             try:
-                before = _free_bytes(own)
-                handle = ctypes.c_void_p()
-                driver.call("cuGraphInstantiateWithFlags", ctypes.byref(handle), graph,
-                            ctypes.c_uint64(0))
-                try:
-                    # What the graph takes of the card is taken now, not at its first launch.
-                    driver.call("cuGraphUpload", handle, side)
-                    driver.call("cuStreamSynchronize", side)
-                except BaseException:
-                    driver.functions.cuGraphExecDestroy(handle)
-                    raise
-                taken = max(0, before - _free_bytes(own))
+                with measured(own, card) as taken:
+                    handle = _instantiate(own, graph, side)
             finally:
                 driver.functions.cuGraphDestroy(graph)
-        return Graph(own, card, handle, stream, taken, run_on)
+            taken_of(card).graphs += 1
+            return Graph(own, card, handle, stream, taken.nbytes, run_on)
     except BaseException:
         own.release()
         raise
@@ -124,6 +106,21 @@ def _capture(
         raise
     driver.call("cuStreamEndCapture", stream, ctypes.byref(graph))
     return graph
+
+
+def _instantiate(
+    context: Context, graph: ctypes.c_void_p, stream: ctypes.c_void_p
+) -> ctypes.c_void_p:
+    """Make a graph executable. What it takes of the card is taken here, not at its first launch."""
+    driver, handle = context.driver, ctypes.c_void_p()
+    driver.call("cuGraphInstantiateWithFlags", ctypes.byref(handle), graph, ctypes.c_uint64(0))
+    try:
+        driver.call("cuGraphUpload", handle, stream)
+        driver.call("cuStreamSynchronize", stream)
+    except BaseException:
+        driver.functions.cuGraphExecDestroy(handle)
+        raise
+    return handle
 
 
 @contextmanager
@@ -147,17 +144,6 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _free_bytes(context: Context) -> int:
-    free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    context.driver.call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
-    return free.value
-
-
-def _count(card: str, nbytes: int) -> None:
-    held, most = graph_bytes(card)
-    _taken[card] = held + nbytes, max(most, held + nbytes)
-
-
 def _destroy(
     context: Context, card: str, handle: ctypes.c_void_p, nbytes: int,
     run: Callable[[int], None],
@@ -166,6 +152,6 @@ def _destroy(
         # `run` holds the kernels, which must not be unloaded before the graph is gone.
         _ = run
         context.driver.functions.cuGraphExecDestroy(handle)
-        _count(card, -nbytes)
+        taken_of(card).add(-nbytes)
 
     release_in(context, destroy)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...devices.cuda_taken import remember_taken
 from ...errors import DeviceError, InsufficientMemory
 from ...table import ALIGNMENT
 
@@ -118,6 +119,7 @@ class CardHost:
                 )
             return None
         self._failures = 0
+        remember_taken(str(self._device))
         return graph
 
     def pinned(self, nbytes: int) -> torch.Tensor:
