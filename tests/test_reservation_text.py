@@ -29,8 +29,9 @@ def test_table_for_a_person(tmp_path, machine):
         assert f"{name} " in text and f"{tokens:,} tokens" in text
     assert "does not fit" in render(plan(folder, 18432, "fp16"))
     assert max(map(len, text.splitlines()[1:])) < 80
-    two = render(plan(folder, 18432, "q4", vram="4GiB,4GiB"))
-    assert "cuda:0" in two and "cuda:1" in two and amount(found.total_bytes)[:3] in two
+    split = plan(folder, 18432, "q4", vram="4GiB,4GiB")
+    two = render(split)
+    assert "cuda:0" in two and "cuda:1" in two and amount(split.total_bytes) in two
 
 
 def test_refusal_says_what_is_missing_and_what_would_fit(tmp_path, machine):
