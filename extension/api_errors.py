@@ -76,8 +76,13 @@ def extend_models(patches: Patches, module: ModuleType) -> None:
 
     def load_model(data: dict[str, Any]) -> Any:
         args = data.get("args")
-        if isinstance(args, dict) and isinstance(args.get("loader"), str):
-            args["loader"] = recognise.loader_name(args["loader"]) or args["loader"]
+        if isinstance(args, dict):
+            if isinstance(args.get("loader"), str):
+                args["loader"] = recognise.loader_name(args["loader"]) or args["loader"]
+            known = host.elements_module().list_model_elements()
+            unknown = [name for name in args if str(name).replace("-", "_") not in known]
+            if unknown:
+                host.say(f"a load over the API: options that are unknown: {', '.join(unknown)}")
         try:
             return load(data)
         except Exception as error:

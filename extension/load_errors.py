@@ -23,7 +23,7 @@ from exl_loader.errors import (
 from exl_loader.json_keys import read_json_object_if_there
 from exl_loader.tracebacks import modules_of
 
-from . import host, recognise
+from . import host
 
 # What the web UI reads of a folder, and what is wrong where it cannot.
 _JSON_FILES: dict[str, type[ExlLoaderError]] = {
@@ -31,6 +31,10 @@ _JSON_FILES: dict[str, type[ExlLoaderError]] = {
     "chat_template.json": InvalidTokenizer,
     "tokenizer_config.json": InvalidTokenizer,
 }
+
+
+# Keys that are missing, or whose values are of another kind than the web UI takes for granted.
+_OF_CONTENT = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 
 def naming_the_file(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,7 +63,7 @@ def _check_files(path: Path, error: Exception) -> None:
             str(path), expected="a GGUF file that the web UI can read",
             actual=f"{type(error).__name__}: {error}", remedy="Download it again",
         ) from error
-    if recognise.is_quantised(path):
+    if isinstance(error, _OF_CONTENT) and (path / "config.json").is_file():
         raise InvalidConfig(
             str(path), expected="JSON files with the keys of a model",
             actual=f"what the web UI cannot read ({type(error).__name__}: {error})",

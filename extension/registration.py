@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
+from exl_loader.errors import ExlLoaderError
+
 from . import (
     api_errors,
     dispatch,
@@ -148,7 +150,11 @@ def _apply_model_settings(original: Callable[..., Any]) -> Callable[..., Any]:
         # What one model's text is stretched by is no other's.
         asked = host.module("modules.shared").original_args
         state.update({name: getattr(asked, name) for name in ROPE_OPTIONS if name in state})
-        state = original(model, state)
+        try:
+            state = original(model, state)
+        except ExlLoaderError as error:
+            # The fields stay as they are; the gauge says the same of the folder.
+            problems.notice(str(error))
         found = loading.page_values(model)
         state.update({name: value for name, value in found.items() if name in state})
         return state

@@ -12,6 +12,7 @@ import pytest
 from tiny import write_tiny_model
 from webui_double import write_host
 
+from exl_loader.errors import ExlLoaderError
 from extension import loading, registration
 
 pytest.importorskip("fastapi")
@@ -200,3 +201,54 @@ def test_warnings_of_a_load_are_in_the_models_info_and_the_log(api, capsys):
     (warning,) = [w for w in api.info()["warnings"] if "own length" in w]
     assert "512 tokens" in warning and "alpha_value 2.6 or compress_pos_emb 2" in warning
     assert f"exl_loader: {warning}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "text", "words"), [
+    ("config.json", '{"a": 1, "b', "valid JSON"), ("config.json", "[1, 2]", "JSON object"),
+    ("config.json", "", "valid JSON"), ("tokenizer_config.json", '"text"', "JSON object"),
+    ("tokenizer_config.json", "\x00", "valid JSON"), ("chat_template.json", "{", "valid JSON"),
+])
+def test_a_file_that_the_web_ui_cannot_read_is_named(api, monkeypatch, capsys, name, text, words):
+    settings = sys.modules["modules.models_settings"]
+    (api.models / "tiny" / name).write_text(text)
+
+    def read(model, *_):
+        raise ValueError("Expecting value: line 1 column 1 (char 0)")
+
+    monkeypatch.setattr(settings, "infer_loader", read)
+    with pytest.raises(ExlLoaderError) as raised:
+        settings.get_model_metadata("tiny")
+    assert name in str(raised.value) and words in str(raised.value)
+    assert "Download this file" in str(raised.value)
+    # The page that selects the model stays as it is, and says why.
+    state = {"ctx_size": 4096}
+    assert settings.apply_model_settings_to_state("tiny", state)["ctx_size"] == 4096
+    assert name in capsys.readouterr().err
+
+
+def test_values_that_the_web_ui_does_not_expect_are_the_folders(api, monkeypatch):
+    settings = sys.modules["modules.models_settings"]
+
+    def read(model, *_):
+        raise AttributeError("'NoneType' object has no attribute 'get'")
+
+    monkeypatch.setattr(settings, "infer_loader", read)
+    status, answer = api.load()
+    assert status == 500
+    assert "tiny: expected JSON files with the keys of a model" in answer["detail"]
+
+
+def test_errors_that_are_no_files_stay_the_web_uis(api, monkeypatch):
+    settings = sys.modules["modules.models_settings"]
+
+    def read(model, *_):
+        raise FileNotFoundError("No .gguf models found")
+
+    monkeypatch.setattr(settings, "infer_loader", read)
+    with pytest.raises(FileNotFoundError):
+        settings.get_model_metadata("tiny")
+
+
+def test_options_that_no_loader_has_are_said(api, capsys):
+    assert api.load(cache_4bits=True)[0] == 200
+    assert "options that are unknown: cache_4bits" in capsys.readouterr().err

@@ -106,7 +106,7 @@ def test_what_guidance_cannot_be(model):
     with pytest.raises(CacheFull):
         list(engine.generate_ids([5] * 300, {"guidance_scale": 2, "max_new_tokens": 10}))
     assert cache.num_free_pages == 2
-    with pytest.raises(PromptTooLong):
+    with pytest.raises(PromptTooLong, match="negative_prompt"):
         model.generate_ids([5], {"guidance_scale": 2, "negative_prompt": "x" * 5000})
 
 

@@ -83,13 +83,13 @@ class PromptReader:
                 remedy="They may come from another model's tokenizer",
             )
 
-    def check_length(self, prompt_len: int, needed: int) -> None:
-        """Raise PromptTooLong where the context has fewer than `needed` tokens."""
+    def check_length(self, prompt_len: int, needed: int, what: str = "the prompt") -> None:
+        """Raise PromptTooLong, which names `what`, where the context has fewer than `needed`."""
         if needed > self._ctx_size:
             new_tokens = needed - prompt_len
             room = " and a new one" if new_tokens else ""
             raise PromptTooLong(
-                "the prompt", expected=f"at most {self._ctx_size - new_tokens} tokens{room} in a "
+                what, expected=f"at most {self._ctx_size - new_tokens} tokens{room} in a "
                 f"ctx_size of {self._ctx_size}",
                 actual=f"{prompt_len} tokens",
                 remedy="Shorten it, or load the model with a larger ctx_size",

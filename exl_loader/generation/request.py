@@ -133,5 +133,5 @@ class RequestReader:
                 remedy="Load the model with a max_batch_size of 2 or more",
             )
         ids = self._prompts.ids(settings.negative_prompt or [])
-        self._prompts.check_length(len(ids), len(ids) + 1)
+        self._prompts.check_length(len(ids), len(ids) + 1, "negative_prompt")
         return NegativeText(ids, max_tokens=len(ids))
