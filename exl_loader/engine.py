@@ -122,7 +122,8 @@ class LoadedModel:
 
     def chat_ids(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         """Token ids of a conversation written as a prompt, for `generate`."""
-        return self.encode(self.apply_chat_template(messages, **options), add_bos=False)
+        text = self.apply_chat_template(messages, **options)
+        return self.tokenizer.prompt_ids(text, add_bos=False)
 
     def generate(
         self, prompt: Prompt, settings: Settings = None, *, progress: Progress | None = None,

@@ -65,6 +65,10 @@ def folders(tmp_path_factory) -> dict[str, Path]:
         config = LLAMA | {"added_tokens_decoder": LLAMA_ADDED}
         folder = found[f"json_{name}"] = make.write_folder(root / name, config)
         make.write_llama_json(folder / "tokenizer.json", root / "bpe.model", legacy_form)
+    for name, wish in (("code_llama", None), ("code_llama_never", False)):
+        config = LLAMA | {"tokenizer_class": "CodeLlamaTokenizer", "add_prefix_space": wish}
+        folder = found[f"json_{name}"] = make.write_folder(root / name, config)
+        make.write_llama_json(folder / "tokenizer.json", root / "bpe.model", legacy_form=True)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}
     folder = found["json_as_is"] = make.write_folder(root / "as_is", config)
     make.write_llama_json(folder / "tokenizer.json", root / "bpe.model", legacy_form=True)
@@ -75,6 +79,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 COMPARED = [f"spm_{name}" for name in SPM_CONFIGS] + [
     "json_llama3", "json_qwen", "json_metaspace", "json_prepend", "json_as_is", "json_unigram",
+    "json_code_llama", "json_code_llama_never",
 ]
 
 

@@ -1,7 +1,7 @@
 """`tokenizer.json`: vocabularies of the tokenizers library, used as the file says.
 
-One exception follows transformers 5: for a Llama folder that declares LlamaTokenizer, the
-rule for the space before text comes from `tokenizer_config.json` (`legacy`,
+One exception follows transformers 5: for a Llama folder that declares LlamaTokenizer or
+CodeLlamaTokenizer, the rule for the space before text comes from `tokenizer_config.json` (`legacy`,
 `add_prefix_space`), whatever older conversion wrote into the file.
 """
 
@@ -23,7 +23,7 @@ from ..untrusted_files import TOKENIZER_BYTES, read_bytes
 from . import vocab_merges
 from .backend import SPACE_MARK
 from .files import REMEDY, AddedToken, TokenizerConfig
-from .spm import LLAMA_NAMED_TOKENS, piece_bytes
+from .spm import CODE_LLAMA, LLAMA_CLASSES, LLAMA_NAMED_TOKENS, piece_bytes
 from .stream import utf8_errors
 
 
@@ -340,20 +340,22 @@ def _is_sentencepiece_decoder(tokenizer: Any) -> bool:
 
 
 def _follows_llama_class(config: TokenizerConfig) -> bool:
-    return config.tokenizer_class == "LlamaTokenizer" and config.model.model_type in ("", "llama")
+    return config.tokenizer_class in LLAMA_CLASSES and config.model.model_type in ("", "llama")
 
 
 def _apply_llama_rule(tokenizer: Any, config: TokenizerConfig) -> None:
     from tokenizers import decoders, normalizers, pre_tokenizers
 
     prefix = config.add_prefix_space is not False
-    scheme = ("always" if config.legacy else "first") if prefix else "never"
+    is_code_llama = config.tokenizer_class == CODE_LLAMA
+    everywhere = config.legacy and not is_code_llama
+    scheme = ("always" if everywhere else "first") if prefix else "never"
     tokenizer.normalizer = normalizers.Sequence([])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
         replacement=SPACE_MARK, prepend_scheme=scheme, split=False
     )
     steps = [decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if prefix:
+    if prefix or is_code_llama:
         steps.append(decoders.Strip(" ", 1, 0))
     tokenizer.decoder = decoders.Sequence(steps)
 

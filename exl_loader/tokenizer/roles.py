@@ -4,9 +4,9 @@ What the folder says wins over what a class of tokenizers or models takes when i
 
 **Names** (`bos_token`, `eos_token`, ...), as templates see them: `tokenizer_config.json`; where
 that has no `added_tokens_decoder`, `special_tokens_map.json` before it; then what a
-`tokenizer.model` says of itself; then the defaults of LlamaTokenizer. `null` in
-`tokenizer_config.json` means that there is no such token. A name counts only where the
-vocabulary has the token.
+`tokenizer.model` says of itself; then the defaults of the class (LlamaTokenizer's `<s>` and
+`</s>`) as far as the vocabulary has them. `null` in `tokenizer_config.json` means that there is
+no such token.
 
 **BOS id**: the named token; else the token that the post-processor of `tokenizer.json` puts in
 front of a text; else none where the name is `null`; else `bos_token_id` of `config.json` or
@@ -16,9 +16,9 @@ is none.
 **What is put in front of a text**: with a `tokenizer.json`, what its post-processor puts there,
 as transformers 5 does, whatever `add_bos_token` says; where that puts nothing,
 `"add_bos_token": true` adds the BOS token, as exllamav2 and llama.cpp do. With a
-`tokenizer.model`, `add_bos_token`; a folder that has no `tokenizer_config.json` beside it is a
-Llama of 2023, which was never trained without its BOS token. `encode` also puts behind a text
-what the post-processor or `add_eos_token` says; prompts never end so.
+`tokenizer.model`, `add_bos_token`; where it is silent, CodeLlamaTokenizer adds one, and a folder
+that has no `tokenizer_config.json` is a Llama of 2023, which has one as well. `encode` also puts
+behind a text what the post-processor or `add_eos_token` says; prompts never end so.
 
 **Stop ids**: every id that the folder names, because a model may end its text with any of them:
 `eos_token_id` (one id or a list) of `generation_config.json` and of `config.json`, and the named

@@ -29,7 +29,9 @@ from .stream import utf8_errors
 # A serialised ModelProto followed by {normalizer_spec (3): {add_dummy_prefix (3): on or off}}:
 # protobuf merges repeated fields of a message, the last value wins.
 _DUMMY_PREFIX_FIELD = b"\x1a\x02\x18"
-# What transformers' LlamaTokenizer takes where the folder names none.
+CODE_LLAMA = "CodeLlamaTokenizer"
+LLAMA_CLASSES = ("LlamaTokenizer", CODE_LLAMA)
+# What transformers' classes for Llama take where the folder names none.
 LLAMA_NAMED_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # Unicode's White_Space, which the tokenizers library strips beside added tokens. str.strip()
@@ -93,8 +95,8 @@ class SentencePieceBackend:
                                    actual="an empty file", remedy=REMEDY)
         self._path = path
         # A folder of 2023 with nothing but this file is a Llama's.
-        self.adds_bos = not config.declared
-        self._names_as_llama = config.tokenizer_class == "LlamaTokenizer"
+        self.adds_bos = not config.declared or config.tokenizer_class == CODE_LLAMA
+        self._names_as_llama = config.tokenizer_class in LLAMA_CLASSES
         self._plain = _open(data + _DUMMY_PREFIX_FIELD + b"\x00", path)
         self._prefixed = _open(data + _DUMMY_PREFIX_FIELD + b"\x01", path)
         with _typed(str(path), "a sentencepiece model that encodes text"):
