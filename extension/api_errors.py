@@ -83,12 +83,17 @@ def extend_models(patches: Patches, module: ModuleType) -> None:
             unknown = [name for name in args if str(name).replace("-", "_") not in known]
             if unknown:
                 host.say(f"a load over the API: options that are unknown: {', '.join(unknown)}")
+        options = host.module("modules.shared").args
+        before = dict(vars(options))
         try:
             return load(data)
         except Exception as error:
-            shared = host.module("modules.shared")
             loading.release_unclaimed()
-            named = load_errors.named(str(data.get("model_name")), shared.args.loader, error)
+            named = load_errors.named(str(data.get("model_name")), options.loader, error)
+            if options.loader in LOADERS and not isinstance(named, ExlLoaderError):
+                named = ExlLoaderError(problems.problem(named).message)
+            # Up to v4.3 the next load would have what this one was refused for.
+            vars(options).update(before)
             if named is error:
                 raise
             raise named from error

@@ -87,6 +87,7 @@ def test_a_refused_option_is_the_clients_error_with_its_reason(api, args, reason
     status, answer = api.load(**args)
     assert status == 400
     assert answer["detail"].startswith("Failed to load the model: ") and reason in answer["detail"]
+    assert api.shared.args.loader != "nonsense"
     assert api.load() == (200, "OK"), "nothing of it is kept"
 
 
