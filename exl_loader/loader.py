@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -72,7 +73,8 @@ def load(
             `plan`.
         draft_max: most tokens that the draft model guesses at a time. Texts are the same with
             and without it.
-        progress: told what takes long: compiling, reserving memory, reading weights.
+        progress: told what takes long: importing PyTorch, compiling, reserving memory, reading
+            weights.
 
     A context beyond the model's own length is a warning of the logger `exl_loader`; see
     `Reservation.length_warning`. So is a folder without a tokenizer; see
@@ -102,8 +104,7 @@ def load(
         ctx_size_draft=ctx_size_draft,
     )
     try:
-        import torch  # noqa: F401  (its libraries are in memory before what is free is measured)
-
+        _import_torch(progress)
         _open_devices(request)
         with planned(request) as plan, torch_on_one_thread():
             rope_options = {"alpha_value": alpha_value, "compress_pos_emb": compress_pos_emb}
@@ -114,6 +115,13 @@ def load(
         raise
     finally:
         trim_heap()
+
+
+def _import_torch(progress: Progress) -> None:
+    """Import PyTorch, so that its libraries are in memory before what is free is measured."""
+    if "torch" not in sys.modules:
+        with task(progress, "importing PyTorch", None, ""):
+            import torch  # noqa: F401
 
 
 def _load_planned(

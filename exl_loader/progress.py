@@ -33,7 +33,10 @@ class Progress(Protocol):
     """
 
     def start(self, task: str, total: int | None, unit: str) -> None:
-        """Begin a task of `total` units (None where unknown); `unit` is `bytes`, `tokens`, ..."""
+        """Begin a task of `total` units (None where unknown).
+
+        `unit` is `bytes`, `tokens`, ...; empty for a task that has nothing to count.
+        """
 
     def advance(self, task: str, n: int = 1) -> None:
         """Count n further units as done."""
@@ -81,11 +84,17 @@ class _Task:
 
 
 def format_count(done: int, total: int | None, unit: str) -> str:
-    """Write `3/8 units`, or `12.0/96.5 MiB` where the unit is bytes."""
+    """Write `3/8 units`, `12.0/96.5 MiB` where the unit is bytes; nothing without a unit."""
+    if not unit:
+        return ""
     if unit == "bytes":
         written = f"{done / MIB:.1f}" if total is None else f"{done / MIB:.1f}/{total / MIB:.1f}"
         return f"{written} MiB"
     return f"{done} {unit}" if total is None else f"{done}/{total} {unit}"
+
+
+def _count(state: _Task) -> str:
+    return format_count(state.done, state.total, state.unit)
 
 
 class PlainProgress:
@@ -115,7 +124,7 @@ class PlainProgress:
         now = self._clock()
         if now >= state.next_line:
             state.next_line = now + PLAIN_INTERVAL_S
-            self._write(f"{task}: {format_count(state.done, state.total, state.unit)}")
+            self._write(": ".join(filter(None, (task, _count(state)))))
 
     def finish(self, task: str) -> None:
         state = self._tasks.pop(task, None)
@@ -123,8 +132,9 @@ class PlainProgress:
             return
         seconds = self._clock() - state.began
         if seconds >= PLAIN_DELAY_S:
-            count = format_count(state.done, state.total, state.unit)
-            self._write(f"{task}: {count} in {seconds:.1f} s")
+            count = _count(state)
+            self._write(f"{task}: {count} in {seconds:.1f} s" if count
+                        else f"{task}: {seconds:.1f} s")
 
     def _write(self, line: str) -> None:
         print(line, file=self._stream or sys.stderr, flush=True)
@@ -160,8 +170,7 @@ class RichProgress:
             return
         bar, state = self._tasks[task]
         state.done += n
-        count = format_count(state.done, state.total, state.unit)
-        self._display.update(bar, completed=state.done, count=count)
+        self._display.update(bar, completed=state.done, count=_count(state))
 
     def finish(self, task: str) -> None:
         if task not in self._tasks:

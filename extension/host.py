@@ -26,9 +26,11 @@ ROPE_OPTIONS = ("alpha_value", "compress_pos_emb")
 # The web UI's own options of a draft model, which the native loader has too.
 DRAFT_OPTIONS = ("model_draft", "ctx_size_draft", "draft_max")
 
-# The page's ids that are shown with the loaders and are no options of a load: the gauge, the
-# field that its buttons write to, and the field whose change draws it.
-GAUGE, PICK, ASK = PANEL_IDS = ("exl_gauge", "exl_pick", "exl_ask")
+# The page's ids that are shown with the loaders and are no options of a load: the progress of a
+# load, the gauge, the fields that the gauge writes to, the field whose change draws it, and what
+# the RoPE fields are folded into.
+PROGRESS, GAUGE, PICK, DETAILS, ASK, ROPE = PANEL_IDS = (
+    "exl_progress", "exl_gauge", "exl_pick", "exl_details", "exl_ask", "exl_rope")
 
 _DEFAULT_CTX_SIZE = 8192
 

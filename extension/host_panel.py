@@ -2,45 +2,54 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
+from exl_loader.cache import PAGE_LEN
 from exl_loader.errors import ExlLoaderError
-from exl_loader.progress import format_count
 
 from . import host, load_errors, loading, panel, problems, tables
 from .event_chain import EventChain, event_chains
-from .gauge import PICK_ELEM_ID, gauge_html, message_html, task_html
+from .gauge import DETAILS_ELEM_ID, PICK_ELEM_ID, UNFOLDED, gauge_html, message_html
 from .host import (
     ASK,
+    DETAILS,
     DRAFT_OPTIONS,
     GAUGE,
     LOADERS,
     PICK,
+    PROGRESS,
+    ROPE,
     ROPE_OPTIONS,
     HostDiffers,
     Patches,
 )
 from .page_script import draw_in_order, follow_pick, keep_in_step
 
-# Fields that only the page's own script reads and writes.
-_HIDE_FIELDS = f"<style>#{PICK_ELEM_ID}, #{ASK} {{ display: none !important; }}</style>"
+# Fields that only the page's own script reads and writes, and what is empty most of the time.
+_STYLE = (
+    f"<style>#{PICK_ELEM_ID}, #{DETAILS_ELEM_ID}, #{ASK}, #{PROGRESS}:not(:has(section))"
+    " { display: none !important; }</style>"
+)
 
 # Whose clicks the gauge follows to their end.
 _LOADING_BUTTONS = ("load_model", "unload_model")
 
-# How often the page hears of a load that goes on.
+# How often the page hears of a load that goes on, and how long after a click one may begin:
+# the web UI gathers and stores what the page shows before it loads.
 _TICK_S = 0.2
+_BEGIN_WAIT_S = 15.0
 
 # What the gauge draws: these are in every page, the others where the web UI has them; it
 # dropped one in v4.8. The toggles are not among them, because cache_type says what they say.
 _NEEDED_INPUTS = ("loader", "model_menu", "ctx_size", "cache_type", *ROPE_OPTIONS)
 _MORE_INPUTS = ("gpu_split", *DRAFT_OPTIONS)
+
+# Of the context's slider, as the web UI made it: what other loaders get back.
+_slider: dict[str, Any] = {}
 
 
 def extend_menu(patches: Patches, menu: ModuleType) -> None:
@@ -89,7 +98,7 @@ def _safely(step: Callable[[], None]) -> None:
 
 
 def _insert_components() -> None:
-    """Make the components and put them right below the cache type."""
+    """Make the components: the gauge right below the context, the options below the cache type."""
     import gradio as gr
 
     shared = host.module("modules.shared")
@@ -98,35 +107,60 @@ def _insert_components() -> None:
     if args.cache_type == panel.DEFAULT_CACHE_TYPE:
         # Where the command line names a toggle alone, the web UI knows nothing of the type.
         components["cache_type"].value = asked.cache_type
-    made: dict[str, Any] = {
+    gauge: dict[str, Any] = {
+        PROGRESS: gr.HTML(elem_id=PROGRESS),
+        GAUGE: gr.HTML(value=_STYLE, elem_id="exl-gauge"),
+        PICK: gr.Textbox(elem_id=PICK_ELEM_ID, label="choice", container=False),
+        DETAILS: gr.Textbox(elem_id=DETAILS_ELEM_ID, label="details", container=False),
+        ASK: gr.Textbox(elem_id=ASK, label="drawing", container=False),
+    }
+    toggles: dict[str, Any] = {
         "cache_8bit": gr.Checkbox(
             label="cache_8bit", value=asked.cache_8bit,
             info="Keep the key/value cache in 8 bits: half the memory of fp16."),
         "cache_4bit": gr.Checkbox(
             label="cache_4bit", value=asked.cache_4bit,
             info="Keep the key/value cache in 4 bits: about a quarter."),
-        "alpha_value": gr.Number(
-            label="alpha_value", value=args.alpha_value, step=0.05,
-            info="NTK RoPE factor to stretch the context; 1 is as trained."),
-        "compress_pos_emb": gr.Number(
-            label="compress_pos_emb", value=args.compress_pos_emb, step=0.1,
-            info="Divides positions to stretch the context; 1 is as trained."),
-        GAUGE: gr.HTML(value=_HIDE_FIELDS, elem_id="exl-gauge"),
-        PICK: gr.Textbox(elem_id=PICK_ELEM_ID, label="choice", container=False),
-        ASK: gr.Textbox(elem_id=ASK, label="drawing", container=False),
     }
-    # Entering the column again would rewrite its own parent, so they are moved by hand.
-    column = components["cache_type"].parent
-    place = column.children.index(components["cache_type"]) + 1
-    for component in made.values():
-        component.parent.children.remove(component)
-        component.parent = column
-    column.children[place:place] = list(made.values())
-    components.update(made)
+    with gr.Accordion("RoPE scaling", open=False) as rope:
+        fields = {
+            "alpha_value": gr.Number(
+                label="alpha_value", value=args.alpha_value, step=0.05,
+                info="NTK RoPE factor to stretch the context; 1 is as trained."),
+            "compress_pos_emb": gr.Number(
+                label="compress_pos_emb", value=args.compress_pos_emb, step=0.1,
+                info="Divides positions to stretch the context; 1 is as trained."),
+        }
+    _move_below(components["ctx_size"], gauge.values())
+    _move_below(components["cache_type"], toggles.values())
+    form = components["cache_type"].parent
+    # Gradio gathers fields without borders in a form, and an accordion has a border.
+    _move_below(form if type(form).__name__ == "Form" else toggles["cache_4bit"], [rope])
+    components.update(gauge | toggles | {ROPE: rope} | fields)
+    _slider.clear()
+    for name in ("maximum", "step"):
+        # Version 3 had a number there.
+        if getattr(components["ctx_size"], "minimum", None) is not None:
+            _slider[name] = getattr(components["ctx_size"], name)
+
+
+def _move_below(component: Any, moved: Iterable[Any]) -> None:
+    """Move components that have just been made to where another one is.
+
+    Entering its column again would rewrite the column's own parent, so it is done by hand.
+    """
+    column, moved = component.parent, list(moved)
+    for block in moved:
+        block.parent.children.remove(block)
+        block.parent = column
+    place = column.children.index(component) + 1
+    column.children[place:place] = moved
 
 
 def _connect(loading_chains: list[EventChain]) -> None:
     """Keep toggles and cache type in step, and the gauge up to date."""
+    import gradio as gr
+
     components = host.module("modules.shared").gradio
     names = [*_NEEDED_INPUTS, *(name for name in _MORE_INPUTS if name in components)]
     inputs = [components[name] for name in names]
@@ -144,10 +178,60 @@ def _connect(loading_chains: list[EventChain]) -> None:
     # anything in the page does, the gauge included, and that would never end.
     triggers += [chain.then for chain in loading_chains]
 
-    def redraw(*values: Any) -> str:
-        return draw(dict(zip(names, values, strict=True)))
+    ctx_size, unfolded = components["ctx_size"], components[DETAILS]
 
-    draw_in_order(triggers, components[ASK], redraw, inputs, [components[GAUGE]], quiet)
+    def redraw(unfolded: str, *values: Any) -> tuple[Any, str]:
+        shown = dict(zip(names, values, strict=True))
+        return gr.update(**_slider_for(shown)), draw(shown, unfolded=unfolded == UNFOLDED)
+
+    draw_in_order(triggers, components[ASK], redraw, [unfolded, *inputs],
+                  [ctx_size, components[GAUGE]], quiet)
+    _show_loads(components)
+
+
+def _show_loads(components: Mapping[str, Any]) -> None:
+    """Show how far a load is, in the page that asked for it and in pages that are opened."""
+    shown: dict[str, Any] = {
+        "inputs": components["loader"], "outputs": components[PROGRESS], "show_progress": False,
+        "concurrency_limit": None,
+    }
+    components["load_model"].click(_follow_load, **shown)
+    components["interface"].load(_follow_running_load, **shown)
+    _tab_of(components["cache_type"]).select(_follow_running_load, **shown)
+
+
+def _follow_load(loader: str | None) -> Iterator[str]:
+    """Yield what a page shows of the load that its Load button begins."""
+    begun, deadline = loading.begun, time.monotonic() + _BEGIN_WAIT_S
+    while loader in LOADERS and time.monotonic() < deadline:
+        if loading.begun > begun or loading.running is not None:
+            break
+        time.sleep(_TICK_S)
+    yield from _follow_running_load(loader)
+
+
+def _follow_running_load(_: str | None) -> Iterator[str]:
+    """Yield what a page shows of a load while it runs; nothing in the end."""
+    shown = ""
+    while (progress := loading.running) is not None:
+        now = progress.html()
+        if now != shown:
+            shown = now
+            yield shown
+        time.sleep(_TICK_S)
+    yield ""
+
+
+def _slider_for(shown: Mapping[str, Any]) -> dict[str, Any]:
+    """How far the slider of the context reaches: with our loaders as far as the model does."""
+    model_name = shown["model_menu"]
+    if not _slider or shown["loader"] not in LOADERS or not model_name or model_name == "None":
+        return _slider
+    try:
+        end = panel.slider_end(loading.options_for(model_name, shown["loader"], shown))
+    except (ExlLoaderError, OSError):
+        end = None
+    return _slider if end is None else {"maximum": end, "step": PAGE_LEN}
 
 
 def _tab_of(component: Any) -> Any:
@@ -159,19 +243,20 @@ def _tab_of(component: Any) -> Any:
     return component
 
 
-def draw(shown: Mapping[str, Any]) -> str:
+def draw(shown: Mapping[str, Any], *, unfolded: bool = False) -> str:
     """Draw the gauge for what the page shows.
 
     Args:
         shown: the values of its fields by their ids; an option without a field has the value
             that a load would take, that of the command line.
+        unfolded: see `gauge_html`.
     """
     args = host.module("modules.shared").args
     unseen = {name: getattr(args, name, None) for name in _MORE_INPUTS}
-    return _HIDE_FIELDS + _gauge(unseen | dict(shown))
+    return _STYLE + _gauge(unseen | dict(shown), unfolded)
 
 
-def _gauge(shown: Mapping[str, Any]) -> str:
+def _gauge(shown: Mapping[str, Any], unfolded: bool) -> str:
     if shown["loader"] not in LOADERS:
         return ""
     model_name = shown["model_menu"]
@@ -183,33 +268,10 @@ def _gauge(shown: Mapping[str, Any]) -> str:
     except (ExlLoaderError, OSError) as error:
         return drawn + panel.error_html(error)
     loaded = loading.current()
-    if loaded is not None and loading.is_loaded_as(options):
-        return drawn + gauge_html(loaded.reservation, measured_bytes=loaded.allocated_bytes())
-    return drawn + panel.plan_html(options)
-
-
-class _PageProgress:
-    """Keeps the latest state of a load for the page to fetch."""
-
-    def __init__(self) -> None:
-        self.shown = ""
-        self._tasks: dict[str, list[Any]] = {}
-
-    def start(self, task: str, total: int | None, unit: str) -> None:
-        self._tasks[task] = [0, total, unit]
-        self._show(task)
-
-    def advance(self, task: str, n: int = 1) -> None:
-        if task in self._tasks:
-            self._tasks[task][0] += n
-            self._show(task)
-
-    def finish(self, task: str) -> None:
-        self._tasks.pop(task, None)
-
-    def _show(self, task: str) -> None:
-        done, total, unit = self._tasks[task]
-        self.shown = task_html(task, done, total, format_count(done, total, unit))
+    if loaded is None or not loading.is_loaded_as(options):
+        return drawn + panel.plan_html(options, unfolded=unfolded)
+    return drawn + gauge_html(
+        loaded.reservation, measured_bytes=loaded.allocated_bytes(), unfolded=unfolded)
 
 
 def _load_wrapper(original: Callable[..., Iterator[str]]) -> Callable[..., Iterator[str]]:
@@ -220,50 +282,28 @@ def _load_wrapper(original: Callable[..., Iterator[str]]) -> Callable[..., Itera
             yield from original(selected_model, loader, autoload=autoload)
             return
         yield f"Loading `{selected_model}`..."
-        yield from _load_with_progress(selected_model, loader)
+        yield _load(selected_model, loader)
 
     return load_model_wrapper
 
 
-def _load_with_progress(model_name: str, loader: str) -> Iterator[str]:
-    """Load in a thread of its own, and tell the page how far it is and how it ended."""
+def _load(model_name: str, loader: str) -> str:
+    """Load; returns what the page says of how it ended."""
     models, shared = host.module("modules.models"), host.module("modules.shared")
-    progress = _PageProgress()
-    ended: queue.Queue[BaseException | None] = queue.Queue()
-
-    def load() -> None:
-        loading.load_progress.set(progress)
-        try:
-            with loading.lock:
-                models.unload_model()
-                shared.model, shared.tokenizer = models.load_model(model_name, loader)
-        except BaseException as error:
-            ended.put(error)
-        else:
-            ended.put(None)
-
     began = time.monotonic()
-    threading.Thread(target=load, name="exl_loader load", daemon=True).start()
-    shown = ""
-    while True:
-        try:
-            error = ended.get(timeout=_TICK_S)
-            break
-        except queue.Empty:
-            if progress.shown != shown:
-                shown = progress.shown
-                yield shown
-    if error is None:
-        loaded = message_html("Loaded", f"{model_name} in {time.monotonic() - began:.1f} s")
-        yield loaded + panel.warnings_html(loading.warnings())
-        return
-    loading.release_unclaimed()
-    if isinstance(error, Exception):
-        error = load_errors.named(model_name, loader, error)
-    host.say(f"{model_name} was not loaded: {error}", level="error")
-    if not isinstance(error, (ExlLoaderError, OSError)):
-        host.say("".join(traceback.format_exception(error)), level="error")
-    yield panel.error_html(error)
+    try:
+        with loading.lock:
+            models.unload_model()
+            shared.model, shared.tokenizer = models.load_model(model_name, loader)
+    except Exception as failure:
+        loading.release_unclaimed()
+        error = load_errors.named(model_name, loader, failure)
+        host.say(f"{model_name} was not loaded: {error}", level="error")
+        if not isinstance(error, (ExlLoaderError, OSError)):
+            host.say("".join(traceback.format_exception(error)), level="error")
+        return panel.error_html(error)
+    loaded = message_html("Loaded", f"{model_name} in {time.monotonic() - began:.1f} s")
+    return loaded + panel.warnings_html(loading.warnings())
 
 
 def _lora_wrapper(original: Callable[..., Iterator[str]]) -> Callable[..., Iterator[str]]:

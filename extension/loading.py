@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
-from contextvars import ContextVar
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from exl_loader.progress import default_progress
+
 from . import host, notices, problems
+from .load_progress import WatchedProgress
 from .panel import LoadOptions, Toggles, resolve_cache_type, toggles_for
 
 if TYPE_CHECKING:
     from exl_loader.engine import LoadedModel
-    from exl_loader.progress import Progress
 
 T = TypeVar("T")
-
-# Where a load reports to; the page sets it around a load of its own.
-load_progress: ContextVar[Progress | None] = ContextVar("load_progress", default=None)
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,9 @@ class LastLoad:
 
 # Held for a load and what the web UI does around it, so that two cannot interleave.
 lock = threading.RLock()
+# How far the load is that is running, and how many have begun: pages look at both.
+running: WatchedProgress | None = None
+begun = 0
 _loaded: LoadedModel | None = None
 _loaded_as: LoadOptions | None = None
 _warnings: list[str] = []
@@ -149,10 +151,9 @@ def load(model_name: str, loader: str, wrap: Callable[[LoadedModel], T]) -> T:
     """
     global _loaded, _loaded_as, _warnings, last_load
     import exl_loader
-    from exl_loader.progress import default_progress
 
     args = host.module("modules.shared").args
-    with lock:
+    with lock, _watched() as progress:
         if _loaded is not None:
             _loaded.unload()
             _loaded = None
@@ -161,8 +162,7 @@ def load(model_name: str, loader: str, wrap: Callable[[LoadedModel], T]) -> T:
         options = options_for(model_name, loader, values)
         with notices.collected() as found:
             loaded = exl_loader.load(
-                options.model_dir, progress=load_progress.get() or default_progress(),
-                **options.load_arguments(),
+                options.model_dir, progress=progress, **options.load_arguments()
             )
         try:
             wrapped = wrap(loaded)
@@ -178,6 +178,18 @@ def load(model_name: str, loader: str, wrap: Callable[[LoadedModel], T]) -> T:
         reserved, measured = loaded.reservation.total_bytes, loaded.allocated_bytes()
         host.say(f"{model_name}: {reserved:,} bytes reserved, {measured:,} measured", level="info")
         return wrapped
+
+
+@contextmanager
+def _watched() -> Iterator[WatchedProgress]:
+    """Let pages see how far a load is, while the log hears of it as well."""
+    global running, begun
+    running = WatchedProgress(default_progress())
+    begun += 1
+    try:
+        yield running
+    finally:
+        running = None
 
 
 def _option_names(loader: str) -> tuple[str, ...]:

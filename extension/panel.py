@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from exl_loader.cache import PAGE_LEN
 from exl_loader.config import ModelConfig
 from exl_loader.errors import ExlLoaderError, known_line
 from exl_loader.reservation import Reservation, plan
 from exl_loader.reservation.length import stretched_length
-from exl_loader.rope import MAX_POSITIONS
+from exl_loader.rope import check_scaling
 from exl_loader.setting_values import invalid
 
 from .gauge import gauge_html, message_html, problem_html
@@ -173,12 +174,16 @@ def reserve(options: LoadOptions) -> Reservation:
     return plan(options.model_dir, replacing=True, **options.arguments())
 
 
-def plan_html(options: LoadOptions) -> str:
-    """Draw the gauge for a model that is not loaded, or say in a line why there is none."""
+def plan_html(options: LoadOptions, *, unfolded: bool = False) -> str:
+    """Draw the gauge for a model that is not loaded, or say in a line why there is none.
+
+    Args:
+        unfolded: see `gauge_html`.
+    """
     if not options.model_dir:
         return message_html("No model", "Choose a model folder.", good=False)
     try:
-        return gauge_html(reserve(options), own_length=reachable_length(options))
+        return gauge_html(reserve(options), unfolded=unfolded)
     except (ExlLoaderError, OSError) as error:
         # A folder may vanish, or lose its permissions, between two looks at it.
         return error_html(error)
@@ -188,11 +193,22 @@ def reachable_length(options: LoadOptions) -> int:
     """Return the model's own length in tokens, as far as the RoPE settings stretch it.
 
     Raises:
-        ExlLoaderError: config.json cannot be read.
+        ExlLoaderError: config.json cannot be read, or a RoPE setting makes no sense.
     """
+    check_scaling(options.alpha_value, options.compress_pos_emb)
     config = ModelConfig.from_dir(Path(options.model_dir))
-    length = stretched_length(config, options.alpha_value, options.compress_pos_emb)
-    return min(length, MAX_POSITIONS)
+    return stretched_length(config, options.alpha_value, options.compress_pos_emb)
+
+
+def slider_end(options: LoadOptions) -> int | None:
+    """Return where a slider of the context ends: at the reachable length, or after one page.
+
+    None where the folder does not say how long its model is.
+    """
+    try:
+        return max(PAGE_LEN, reachable_length(options))
+    except (ExlLoaderError, OSError):
+        return None
 
 
 def warnings_html(warnings: Sequence[str]) -> str:

@@ -5,61 +5,23 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from exl_loader.chat.fitting import fit_messages
-from exl_loader.errors import ExlLoaderError, InvalidSettings, ModelUnloaded
-from exl_loader.progress import format_count
+from exl_loader.errors import InvalidSettings, ModelUnloaded
 from exl_loader.settings import SamplingSettings
 
 from . import notices
-from .gauge import gauge_html, problem_html, task_html
-from .panel import LoadOptions, error_html, plan_html, reachable_length, warnings_html
+from .gauge import gauge_html
+from .load_progress import WatchedProgress
+from .panel import LoadOptions, error_html, plan_html, warnings_html
 
 if TYPE_CHECKING:
     from exl_loader.engine import LoadedModel
     from exl_loader.generation.generation import TextGeneration
 
 WATCH_INTERVAL_S = 0.15
-
-
-@dataclass
-class _Task:
-    total: int | None
-    unit: str
-    done: int = 0
-
-
-class WatchedProgress:
-    """Progress that other threads can look at: the task begun last is the one shown."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._tasks: dict[str, _Task] = {}
-
-    def start(self, task: str, total: int | None, unit: str) -> None:
-        with self._lock:
-            self._tasks.pop(task, None)
-            self._tasks[task] = _Task(total, unit)
-
-    def advance(self, task: str, n: int = 1) -> None:
-        with self._lock:
-            if task in self._tasks:
-                self._tasks[task].done += n
-
-    def finish(self, task: str) -> None:
-        with self._lock:
-            self._tasks.pop(task, None)
-
-    def html(self) -> str:
-        """Draw the task begun last; a waiting one where none runs."""
-        with self._lock:
-            if not self._tasks:
-                return task_html("Loading", 0, None, "starting")
-            name, task = list(self._tasks.items())[-1]
-            count = format_count(task.done, task.total, task.unit)
-            return task_html(name.capitalize(), task.done, task.total, count)
 
 
 class Session:
@@ -153,16 +115,17 @@ class Session:
         if model is not None:
             model.stop()
 
-    def gauge(self, options: LoadOptions) -> str:
-        """Draw the loaded model while the options are its own, else what they would take."""
+    def gauge(self, options: LoadOptions, *, unfolded: bool = False) -> str:
+        """Draw the loaded model while the options are its own, else what they would take.
+
+        Args:
+            unfolded: see `gauge_html`.
+        """
         model = self._model
         if model is None or options != self._options:
-            return plan_html(options)
-        try:
-            measured_bytes, length = model.allocated_bytes(), reachable_length(options)
-        except ExlLoaderError as error:
-            return problem_html(error, heading="Changed on disk")
-        return gauge_html(model.reservation, measured_bytes=measured_bytes, own_length=length)
+            return plan_html(options, unfolded=unfolded)
+        return gauge_html(
+            model.reservation, measured_bytes=model.allocated_bytes(), unfolded=unfolded)
 
     @property
     def has_template(self) -> bool:

@@ -11,14 +11,14 @@ import gradio as gr
 from exl_loader.cache import PAGE_LEN
 from exl_loader.errors import ExlLoaderError
 
-from .gauge import PICK_ELEM_ID
+from .gauge import DETAILS_ELEM_ID, PICK_ELEM_ID, UNFOLDED
 from .page_script import draw_in_order, follow_pick, keep_in_step
 from .panel import (
     CACHE_TYPES,
     LoadOptions,
     error_html,
-    reachable_length,
     reserve,
+    slider_end,
     toggles_for,
 )
 from .session import Session
@@ -47,7 +47,17 @@ class PanelView:
         )
         # The folder that the slider speaks of: leaving the field is not always a change.
         self.known_dir = gr.State(first.model_dir)
+        with gr.Row():
+            self.load = gr.Button("Load", variant="primary", elem_id="exl_load", min_width=120)
+            self.unload = gr.Button("Unload", elem_id="exl_unload", min_width=120)
         self.ctx_size = _ctx_slider(first)
+        # Right below the slider, where the eye is while the context is dragged.
+        self.progress = gr.HTML(visible=False, elem_id="exl_progress", padding=False)
+        self.gauge = gr.HTML(session.gauge(first), elem_id="exl_gauge", padding=False)
+        self.status = gr.HTML(visible=False, elem_id="exl_status", padding=False)
+        self.pick = gr.Textbox(elem_id=PICK_ELEM_ID, label="choice", container=False)
+        self.unfolded = gr.Textbox(elem_id=DETAILS_ELEM_ID, label="details", container=False)
+        self.asking = gr.Textbox(elem_id="exl_ask", label="drawing", container=False)
         self.cache_type = gr.Dropdown(
             list(CACHE_TYPES), value=first.cache_type, label="cache_type",
             allow_custom_value=True, elem_id="exl_cache_type",
@@ -66,13 +76,6 @@ class PanelView:
             self.compress_pos_emb = gr.Slider(
                 1, 8, value=first.compress_pos_emb, step=0.1, label="compress_pos_emb",
                 info="Divides positions, as models with linear scaling were trained for")
-        with gr.Row():
-            self.load = gr.Button("Load", variant="primary", elem_id="exl_load", min_width=120)
-            self.unload = gr.Button("Unload", elem_id="exl_unload", min_width=120)
-        self.status = gr.HTML(visible=False, elem_id="exl_status", padding=False)
-        self.gauge = gr.HTML(session.gauge(first), elem_id="exl_gauge", padding=False)
-        self.pick = gr.Textbox(elem_id=PICK_ELEM_ID, label="choice", container=False)
-        self.asking = gr.Textbox(elem_id="exl_ask", label="drawing", container=False)
 
     def connect(self, page: gr.Blocks, text: TextView) -> None:
         """Wire the panel, and what the text side shows of the model that is loaded."""
@@ -81,7 +84,7 @@ class PanelView:
         self.pick.change(None, self.pick, [self.ctx_size, self.cache_type], js=follow_pick(),
                          **QUICK)
         state = text.model_outputs()
-        buttons = [self.load, self.unload, self.status]
+        buttons = [self.load, self.unload, self.progress, self.status]
         known: dict[str, Any] = {
             "fn": self._as_loaded, "inputs": None, "outputs": [self.known_dir, *options], **QUICK}
         shown: dict[str, Any] = {
@@ -103,13 +106,14 @@ class PanelView:
         triggers += [event.then for event in (begun, ended, opened, *chosen)]
         # Gradio's sliders tell of every digit that is typed: values come as they are, because
         # Gradio would take the first of four digits for an error.
-        draw_in_order(triggers, self.asking, self._draw, options, [self.ctx_size, self.gauge],
-                      {**QUICK, "preprocess": False})
+        draw_in_order(triggers, self.asking, self._draw, [self.unfolded, *options],
+                      [self.ctx_size, self.gauge], {**QUICK, "preprocess": False})
 
-    def _draw(self, *values: Any) -> tuple[Any, str]:
+    def _draw(self, unfolded: str, *values: Any) -> tuple[Any, str]:
         """Let the slider reach as far as RoPE scaling makes the model reach; draw the gauge."""
         options = _options(values)
-        return gr.update(maximum=_slider_end(options)), self._session.gauge(options)
+        gauge = self._session.gauge(options, unfolded=unfolded == UNFOLDED)
+        return gr.update(maximum=slider_end(options) or UNKNOWN_LENGTH), gauge
 
     def _chosen(self, known_dir: str, *values: Any) -> tuple[Any, ...]:
         """Follow another folder: its length is the slider's."""
@@ -133,7 +137,7 @@ class PanelView:
         try:
             self._session.start_load(_options(values))
         except ExlLoaderError as error:
-            yield *self._buttons(), _shown(error_html(error))
+            yield *self._buttons(), _shown(""), _shown(error_html(error))
             return
         yield from self._opened()
 
@@ -142,13 +146,13 @@ class PanelView:
         busy = gr.update(interactive=False)
         for status in self._session.follow():
             if self._session.loading:
-                yield busy, busy, _shown(status)
+                yield busy, busy, _shown(status), _shown("")
             else:
-                yield *self._buttons(), _shown(status)
+                yield *self._buttons(), _shown(""), _shown(status)
 
     def _unload(self) -> Iterator[tuple[Any, ...]]:
         self._session.unload()
-        yield *self._buttons(), _shown("")
+        yield *self._buttons(), _shown(""), _shown("")
 
     def _buttons(self) -> tuple[Any, Any]:
         loaded = self._session.model is not None
@@ -171,17 +175,9 @@ def _ctx_slider(options: LoadOptions) -> gr.Slider:
             ctx_size = reserve(options).ctx_size
         except (ExlLoaderError, OSError):
             ctx_size = UNKNOWN_LENGTH // 4
+    end = max(slider_end(options) or UNKNOWN_LENGTH, ctx_size)
     return gr.Slider(
-        PAGE_LEN, max(_slider_end(options), ctx_size), value=ctx_size, step=PAGE_LEN,
+        PAGE_LEN, end, value=ctx_size, step=PAGE_LEN,
         label="ctx_size", elem_id="exl_ctx_size",
         info="Tokens that prompt and answer may have together",
     )
-
-
-def _slider_end(options: LoadOptions) -> int:
-    """Return the model's length in whole pages, as far as RoPE scaling stretches it."""
-    try:
-        length = reachable_length(options)
-    except (ExlLoaderError, OSError):
-        length = UNKNOWN_LENGTH
-    return max(PAGE_LEN, -(-length // PAGE_LEN) * PAGE_LEN)

@@ -43,15 +43,14 @@ class HostPage:
     """
 
     def __init__(
-        self, browser, server: Server, *, width: int = 1400, height: int = 1000,
-        late: bool = False,
+        self, browser, server: Server, *, height: int = 1000, late: bool = False,
     ) -> None:
         from playwright.sync_api import expect
 
         self._server = server
         self.expect = expect
         expect.set_options(timeout=WAIT_MS)
-        self.page = browser.new_page(viewport={"width": width, "height": height})
+        self.page = browser.new_page(viewport={"width": 1400, "height": height})
         if late:
             self.page.add_init_script(LATE_ANSWERS)
         self.page.set_default_timeout(WAIT_MS)
@@ -90,6 +89,15 @@ class HostPage:
         self.expect(self.page.locator("#model-tab h3").get_by_text(name)).to_be_visible()
         self.expect(self.loader).to_have_value("ExLlamav2")
         self.expect(self.gauge).to_contain_text(name)
+
+    def box(self, locator) -> dict[str, float]:
+        """Where an element is, once it is not being drawn anew."""
+        for _ in range(WAIT_MS // 100):
+            found = locator.bounding_box()
+            if found is not None:
+                return found
+            self.page.wait_for_timeout(100)
+        raise AssertionError(f"{locator} is not to be seen")
 
     def load(self) -> None:
         # A model that is loaded already is measured as well: it is the next load that counts.

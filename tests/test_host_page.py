@@ -63,8 +63,14 @@ def test_choose_toggle_gauge_load_and_refuse(page, server):
     page.page.get_by_label("cache_8bit").check()
     page.expect(page.cache_type).to_have_value("q8")
     page.expect(page.page.get_by_label("cache_4bit")).not_to_be_checked()
-    page.gauge.get_by_role("button").nth(2).click()
+    page.gauge.get_by_role("button", name="Choose 4-bit cache, saves").click()
     page.expect(page.cache_type).to_have_value("q4")
+    page.gauge.locator("summary").click()
+    page.gauge.get_by_role("button", name="1,024 tokens of context, 8-bit cache").click()
+    page.expect(page.page.get_by_label("cache_8bit")).to_be_checked()
+    page.gauge.get_by_role("button", name="1,024 tokens of context, 4-bit cache").click()
+    page.expect(page.page.get_by_label("cache_4bit")).to_be_checked()
+    page.gauge.locator("summary").click()
     page.load()
     page.shoot("host-model-tab")
     assert server.info()["loader"] == "ExLlamav2"
@@ -101,6 +107,34 @@ def test_quick_clicks_and_another_model_leave_fields_and_gauge_in_agreement(brow
             found = (*(toggle.is_checked() for toggle in toggles), cache_type)
             assert found == toggles_for(cache_type), f"seed {seed}, turn {turn}"
             assert GAUGE_NAMES[cache_type] in shown and name in shown, f"seed {seed}, turn {turn}"
+
+
+@pytest.mark.parametrize(("width", "height"), [(1366, 768), (400, 850)])
+def test_the_gauge_is_in_sight_while_the_context_is_dragged(browser, server, width, height):
+    with HostPage(browser, server) as page:
+        # In a narrow window the web UI folds its tabs.
+        page.page.set_viewport_size({"width": width, "height": height})
+        page.choose_model()
+        page.expect(page.gauge.locator("details")).to_have_count(1)
+        slider = page.page.get_by_label("range slider for ctx-size")
+        page.expect(slider).to_have_attribute("max", "1024")
+        gauge, handle = page.box(page.gauge.locator("section")), page.box(slider)
+        assert handle["y"] < gauge["y"] < handle["y"] + 60, "right below the slider"
+        assert gauge["y"] + gauge["height"] <= height, "without scrolling"
+        assert gauge["x"] >= 0 and gauge["x"] + gauge["width"] <= width
+        assert page.page.evaluate("document.documentElement.scrollWidth") <= width
+        # The RoPE fields are folded, and part of our loaders' options alone.
+        alpha = page.page.get_by_label("alpha_value")
+        assert not alpha.is_visible()
+        page.page.get_by_text("RoPE scaling").click()
+        page.expect(alpha).to_be_visible()
+        alpha.fill("2")
+        page.expect(slider).to_have_attribute("max", "2048")
+        alpha.fill("1")
+        page.expect(slider).to_have_attribute("max", "1024")
+        page.choose("Model loader", "Transformers")
+        page.expect(page.page.get_by_text("RoPE scaling")).to_be_hidden()
+        page.expect(page.gauge).to_be_hidden()
 
 
 def test_a_page_that_nobody_touches_asks_for_nothing(page):

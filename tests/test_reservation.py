@@ -162,6 +162,17 @@ def test_the_largest_context_fits_and_one_page_more_does_not(config, cards, data
         assert set(found.largest_ctx_size) == {*CACHE_TYPES, "q8_q4"}
 
 
+@pytest.mark.parametrize("draft", [False, True])
+def test_bytes_by_cache_type_are_those_of_a_plan_with_it(tmp_path, draft):
+    folder = write_sparse_exl2(tmp_path / "m", num_hidden_layers=4)
+    options = {"model_draft": folder, "ctx_size_draft": 300} if draft else {}
+    found = plan(folder, 5000, "q8_q4", **options)
+    assert set(found.bytes_by_cache_type) == {*CACHE_TYPES, "q8_q4"}
+    for cache_type, nbytes in found.bytes_by_cache_type.items():
+        assert nbytes == plan(folder, 5000, cache_type, **options).total_bytes
+    assert found.to_dict()["bytes_by_cache_type"] == found.bytes_by_cache_type
+
+
 def test_split_without_room_for_a_layer_skips_that_card(tmp_path):
     folder = write_sparse_exl2(tmp_path / "m", num_hidden_layers=4)
     found = plan(folder, 256, vram=["1MiB", "600MiB", "600MiB"])

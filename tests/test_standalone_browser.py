@@ -105,16 +105,21 @@ def test_what_does_not_fit_is_made_to_fit_by_a_click(browser, tight_address, the
         details.locator("summary").click()
         assert "Largest context that fits" in details.locator("pre").inner_text()
 
-        page.gauge.get_by_role("button", name="8-bit cache").click()
+        page.gauge.get_by_role("button", name="tokens of context, 8-bit cache").click()
         page.expect_gauge("Fits")
         assert page.toggled("cache_8bit") and page.value("#exl_ctx_size input") == "1024"
         page.shoot("gauge-fits")
-        page.gauge.get_by_role("button", name="16-bit cache").click()
+        page.gauge.locator("summary").click()
+        page.gauge.get_by_role("button", name="tokens of context, 16-bit cache").click()
         page.expect_options("16-bit cache")
         page.expect_gauge("Fits")
         assert not page.toggled("cache_8bit")
         assert int(page.value("#exl_ctx_size input")) < 1024
-        page.gauge.get_by_role("button", name="4-bit cache").click()
+        page.gauge.get_by_role("button", name="tokens of context, 4-bit cache").click()
+        page.expect_options("1,024 tokens of context · 4-bit cache")
+        page.gauge.get_by_role("button", name="Choose 8-bit cache, saves").click()
+        page.expect_options("1,024 tokens of context · 8-bit cache")
+        page.gauge.get_by_role("button", name="Choose 4-bit cache, saves").click()
         page.expect_options("1,024 tokens of context · 4-bit cache")
         page.click("#exl_load")
         page.expect_gauge("Measured equals reserved, to the byte")
@@ -124,6 +129,47 @@ def test_what_does_not_fit_is_made_to_fit_by_a_click(browser, tight_address, the
         page.shoot("page", whole=True)
         page.click("#exl_unload")
         page.expect_gauge("Fits")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "height"), [(1366, 768), (400, 850)])
+def test_the_gauge_is_in_sight_while_the_context_is_dragged(
+    browser, address, width, height, theme
+):
+    with Page(browser, address, width=width, height=height, theme=theme) as page:
+        page.expect_gauge("Details")
+        slider = page.page.locator("#exl_ctx_size input[type=range]").bounding_box()
+        # Unfolded details are below the rest of it.
+        assert not page.gauge.locator("details").evaluate("details => details.open")
+        gauge = page.gauge.bounding_box()
+        assert slider["y"] < gauge["y"] < slider["y"] + 60, "right below the slider"
+        assert gauge["y"] + gauge["height"] <= height, "without scrolling"
+        assert gauge["x"] >= 0 and gauge["x"] + gauge["width"] <= width
+        assert page.page.evaluate("document.documentElement.scrollWidth") <= width
+        # What is unfolded stays so while the gauge is drawn anew.
+        page.gauge.locator("summary").click()
+        page.toggle("cache_4bit")
+        page.expect_options("4-bit cache")
+        sync_api.expect(page.gauge.locator("dl.exl-parts")).to_be_visible()
+        page.gauge.locator("summary").click()
+        page.toggle("cache_4bit")
+        page.expect_options("16-bit cache")
+        sync_api.expect(page.gauge.locator("dl.exl-parts")).to_be_hidden()
+
+
+def test_a_context_beyond_the_model_is_a_warning(browser, address):
+    with Page(browser, address) as page:
+        typed = page.page.locator("#exl_ctx_size input[type=number]")
+        typed.fill("3000")
+        page.expect_gauge("Details")
+        warning = page.gauge.locator(".exl-warning")
+        sync_api.expect(warning).to_contain_text("compress_pos_emb 3")
+        sync_api.expect(warning).to_have_attribute("role", "alert")
+        page.page.get_by_text("RoPE scaling").click()
+        type_number(page.page, "compress_pos_emb", "3")
+        sync_api.expect(warning).to_have_count(0)
+        slider = page.page.locator("#exl_ctx_size input[type=range]")
+        sync_api.expect(slider).to_have_attribute("max", "3072")
 
 
 def test_no_window_is_opened_where_there_is_no_display(monkeypatch):
@@ -165,8 +211,8 @@ def test_a_port_that_is_none_is_told_in_a_line(port, capsys):
     assert f"expected a number from 1 to 65535, found {port!r}" in capsys.readouterr().err
 
 
-def type_alpha(page, value):
-    page.get_by_label("number input for alpha_value").fill(value)
+def type_number(page, name, value):
+    page.get_by_label(f"number input for {name}").fill(value)
     page.keyboard.press("Tab")
 
 
@@ -181,7 +227,7 @@ def test_stop_ends_the_text_at_once_and_keeps_it(browser, address, tmp_path):
         sync_api.expect(slider).to_have_attribute("max", "32768")
         page.expect_options("8,192 tokens of context")
         page.page.get_by_text("RoPE scaling").click()
-        type_alpha(page.page, "2")
+        type_number(page.page, "alpha_value", "2")
         sync_api.expect(slider).to_have_attribute("max", "65536")
         page.click("#exl_load")
         page.expect_gauge("Measured equals reserved, to the byte")

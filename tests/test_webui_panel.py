@@ -61,6 +61,41 @@ def test_the_load_button_shows_progress_and_the_gauge_what_was_measured(page):
     assert loading.current() is None and "Measured" not in shown(page)
 
 
+def test_pages_see_how_far_a_load_is(page, monkeypatch):
+    """The page that asked follows it from the click on, one that is opened while it runs."""
+    began, go = threading.Event(), threading.Event()
+    load = exl_loader.load
+
+    def slow(*args, progress, **options):
+        for name in ("importing PyTorch", "reading weights"):
+            progress.start(name, None if "import" in name else 200, "")
+            progress.advance(name, 30)
+            began.set()
+            assert go.wait(60)
+            go.clear()
+        return load(*args, progress=progress, **options)
+
+    monkeypatch.setattr(exl_loader, "load", slow)
+    monkeypatch.setattr(host_panel, "_TICK_S", 0.01)
+    asked = host_panel._follow_load("ExLlamav2")
+    loads = threading.Thread(
+        target=lambda: list(page.menu.load_model_wrapper("tiny", "ExLlamav2", autoload=True)))
+    loads.start()
+    assert began.wait(60)
+    opened = host_panel._follow_running_load("llama.cpp")
+    for following in (asked, opened):
+        assert "Importing PyTorch" in next(following)
+    go.set()
+    for following in (asked, opened):
+        shown = next(html for html in following if "Importing" not in html)
+        assert "Reading weights" in shown and "15 %" in shown
+    go.set()
+    assert [*asked][-1] == [*opened][-1] == ""
+    loads.join()
+    assert list(host_panel._follow_running_load("ExLlamav2")) == [""]
+    assert list(host_panel._follow_load("llama.cpp")) == [""]
+
+
 def test_a_refusal_is_one_line_in_the_page_and_nothing_is_held(page, capsys):
     list(page.menu.load_model_wrapper("tiny", "ExLlamav2", autoload=True))
     page.shared.args.cache_type = "q3"
@@ -194,12 +229,19 @@ def wired(page, monkeypatch):
     """Make the double's Model tab with Gradio; returns what it did with a change of a field."""
     import gradio as gr
 
+    class Components(dict):
+        """The page's components by name; `slider` is what was last said of the context's."""
+
+        slider: dict
+
     def make(*absent):
-        components = {}
+        components = Components()
         monkeypatch.setattr(page.shared, "gradio", components)
         with gr.Blocks() as components["interface"], gr.Tab("Model"), gr.Column():
             for name in FIELDS:
-                if name not in absent:
+                if name == "ctx_size":
+                    components[name] = gr.Slider(0, 1048576, step=1024, label=name)
+                elif name not in absent:
                     components[name] = gr.Textbox(label=name)
             for name in ("load_model", "unload_model"):
                 components[name] = gr.Button(name)
@@ -208,6 +250,15 @@ def wired(page, monkeypatch):
         return components
 
     return make
+
+
+def leaves(block):
+    """The components in a block, in the order of the page."""
+    for child in getattr(block, "children", ()):
+        if hasattr(child, "value"):
+            yield child
+        else:
+            yield from leaves(child)
 
 
 def drawing(components):
@@ -223,8 +274,10 @@ def follow(components, **changes):
               "model_draft": "tiny"} | changes
     names = {component: name for name, component in components.items()}
     drawn = drawing(components)
-    assert drawn.outputs == [components["exl_gauge"]]
-    return drawn.fn(*(values.get(names[component]) for component in drawn.inputs))
+    assert drawn.outputs == [components["ctx_size"], components["exl_gauge"]]
+    slider, html = drawn.fn(*(values.get(names[component]) for component in drawn.inputs))
+    components.slider = {name: slider.get(name) for name in ("maximum", "step")}
+    return html
 
 
 @pytest.mark.parametrize("absent", [(), ("ctx_size_draft",), FIELDS[4:]],
@@ -232,14 +285,44 @@ def follow(components, **changes):
 def test_the_gauge_does_with_the_fields_that_the_page_has(wired, page, monkeypatch, absent):
     page.shared.args.model_draft, page.shared.args.ctx_size_draft = "tiny", 1024
     components = wired(*absent)
-    column = components["cache_type"].parent
-    place = column.children.index(components["cache_type"])
-    assert column.children[place + 1] is components["cache_8bit"]
-    monkeypatch.setattr(host_panel.panel, "plan_html", lambda options: repr(options))
+    placed = [*leaves(components["interface"])]
+    for name, expected in (("ctx_size", "exl_progress"), ("exl_progress", "exl_gauge"),
+                           ("cache_type", "cache_8bit"), ("cache_8bit", "cache_4bit")):
+        assert placed[placed.index(components[name]) + 1] is components[expected]
+    rope = components["exl_rope"]
+    assert not rope.open
+    assert [*leaves(rope)] == [components[name] for name in host.ROPE_OPTIONS]
+    assert placed.index(components["alpha_value"]) > placed.index(components["cache_4bit"])
+    monkeypatch.setattr(
+        host_panel.panel, "plan_html", lambda options, unfolded: f"{options!r}, {unfolded}")
     drawn = follow(components, ctx_size_draft=256, draft_max=2)
     assert "ctx_size=512, cache_type='q4'" in drawn
     # A field that the page lacks is what the command line said.
     assert f"ctx_size_draft={1024 if absent else 256}" in drawn
+    assert drawn.endswith("False") and follow(components, exl_details="open").endswith("True")
+
+
+def test_the_slider_ends_where_the_model_does_and_other_loaders_get_it_back(wired, folder):
+    components = wired()
+    length = exl_loader.plan(folder).own_length
+    theirs = {"maximum": 1048576, "step": 1024}
+    for changes, expected in (
+        ({}, {"maximum": length, "step": 256}),
+        ({"alpha_value": 2.5}, {"maximum": int(2.5 * length), "step": 256}),
+        ({"compress_pos_emb": 4, "cache_type": "q3"}, {"maximum": 4 * length, "step": 256}),
+        ({"loader": "llama.cpp"}, theirs), ({"loader": None}, theirs),
+        ({"alpha_value": "abc"}, theirs), ({"compress_pos_emb": -1}, theirs),
+        ({"model_menu": "None"}, theirs), ({"model_menu": "absent"}, theirs),
+    ):
+        follow(components, **changes)
+        assert components.slider == expected, changes
+
+
+def test_a_context_beyond_the_model_is_warned_of(wired, folder):
+    components, length = wired(), exl_loader.plan(folder).own_length
+    assert 'class="exl-warning"' not in follow(components, ctx_size=length)
+    drawn = follow(components, ctx_size=2 * length + 2, alpha_value=2)
+    assert 'class="exl-warning"' in drawn and "compress_pos_emb" in drawn
 
 
 def test_the_page_begins_with_what_the_command_line_asked_for(wired, page):
@@ -284,7 +367,9 @@ def test_one_event_draws_the_gauge_and_it_does_not_read_the_toggles(wired, page)
     asking = [event for event in components["interface"].fns.values()
               if event.outputs == [components["exl_ask"]]]
     asked_by = {target for event in asking for target in event.targets}
-    assert {(component._id, "change") for component in drawn.inputs} <= asked_by
+    # Unfolding the details asks for nothing: they are there already.
+    fields = set(drawn.inputs) - {components["exl_details"]}
+    assert {(component._id, "change") for component in fields} <= asked_by
     assert (components["interface"]._id, "load") in asked_by
 
 

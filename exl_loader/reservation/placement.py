@@ -50,10 +50,14 @@ class Share:
     draft_bytes: int = 0
 
     @property
+    def total_bytes(self) -> int:
+        """The three buffers."""
+        return self.weights_bytes + self.cache_bytes + self.workspace_bytes
+
+    @property
     def spare_bytes(self) -> int:
         """What stays free; negative where it does not fit."""
-        total = self.weights_bytes + self.cache_bytes + self.workspace_bytes
-        return self.budget.spare_bytes(total, self.overhead_bytes)
+        return self.budget.spare_bytes(self.total_bytes, self.overhead_bytes)
 
 
 def segments_of(

@@ -168,10 +168,11 @@ def planned(request: PlanRequest) -> Iterator[PlannedModel]:
         checkpoint = files.enter_context(Checkpoint.open(request.model_dir))
         draft_placer = _draft_placer(request, devices, files)
         placer = Placer(config, checkpoint, devices, draft_placer, request.ctx_size_draft)
-        largest = {
-            name: _largest_ctx_size(placer, replace(options, cache_type=CacheType.parse(name)))
+        by_type = {
+            name: replace(options, cache_type=CacheType.parse(name))
             for name in dict.fromkeys((*SHOWN_CACHE_TYPES, str(options.cache_type)))
         }
+        largest = {name: _largest_ctx_size(placer, run) for name, run in by_type.items()}
         ctx_size = _chosen_ctx_size(request, config, largest[str(options.cache_type)])
         shares = placer.place(ctx_size, options)
         blueprint = placer.blueprint(placer.device_map(shares))
@@ -191,6 +192,10 @@ def planned(request: PlanRequest) -> Iterator[PlannedModel]:
             max_batch_size=options.max_batch_size,
             devices=tuple(_record(share, segments) for share in shares),
             largest_ctx_size=largest,
+            bytes_by_cache_type={
+                name: sum(share.total_bytes for share in placer.place(ctx_size, run))
+                for name, run in by_type.items()
+            },
             model_draft=os.fspath(request.model_draft) if request.model_draft else None,
             ctx_size_draft=draft.ctx_size if draft is not None else 0,
         )

@@ -86,6 +86,7 @@ class Reservation:
         devices: one record a device that is used, in the order of the layers.
         largest_ctx_size: cache type -> most tokens that fit now (0: not even one page), for
             the types fp16, q8, q6, q4 and the one asked for.
+        bytes_by_cache_type: for the same types, the bytes of all buffers at this context.
         model_draft, ctx_size_draft: the draft model's folder and context; None and 0 without.
     """
 
@@ -102,6 +103,7 @@ class Reservation:
     max_batch_size: int
     devices: tuple[DeviceReservation, ...]
     largest_ctx_size: dict[str, int]
+    bytes_by_cache_type: dict[str, int]
     model_draft: str | None = None
     ctx_size_draft: int = 0
 
