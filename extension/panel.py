@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from exl_loader.errors import ExlLoaderError, known_line
 from exl_loader.reservation import Reservation, plan
 from exl_loader.reservation.length import stretched_length
 from exl_loader.rope import check_scaling
-from exl_loader.setting_values import invalid
+from exl_loader.setting_values import invalid, is_finite, plain
 
 from .gauge import gauge_html, message_html, problem_html
 
@@ -98,8 +98,9 @@ class LoadOptions:
         What is no number stays as it is, for `plan` and `load` to refuse in their own words.
 
         Raises:
-            InvalidSettings: a toggle is neither on nor off.
+            InvalidSettings: a toggle is neither on nor off, or a value is a list or an object.
         """
+        values = {name: _single(name, values.get(name)) for name in _NAMES}
         toggles = {name: _flag(name, values.get(name)) for name in TOGGLE_TYPES}
         cache_type = resolve_cache_type(values.get("cache_type"), **toggles)
         draft = os.path.expanduser(str(values.get("model_draft") or "").strip())
@@ -133,6 +134,24 @@ class LoadOptions:
     def load_arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of `exl_loader.load`."""
         return self.arguments() | ({"draft_max": self.draft_max} if self.draft_max else {})
+
+
+# What a page, a host or saved settings may set.
+_NAMES = (*(field.name for field in fields(LoadOptions)), *TOGGLE_TYPES)
+
+
+def _single(name: str, value: Any) -> str | int | float | None:
+    """Return a value that a form or JSON can hold in one field.
+
+    Raises:
+        InvalidSettings: it is something else, or a number that no float can hold.
+    """
+    value = os.fspath(value) if isinstance(value, os.PathLike) else plain(value)
+    if value is None or isinstance(value, (str, bool, float)):
+        return value
+    if isinstance(value, int) and is_finite(value):
+        return value
+    raise invalid(name, "one number or text", value)
 
 
 def _number(value: Any, default: float) -> Any:

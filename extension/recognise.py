@@ -11,12 +11,14 @@ __all__ = ["is_quantised", "loader_name"]
 _SPELLINGS = {"exllamav2", "exllama2", "exl2"}
 
 
-def loader_name(text: str) -> str | None:
+def loader_name(text: object) -> str | None:
     """Return the loader that a user means, None where it is not one of ours.
 
     >>> loader_name("exllama-v2_hf")
     'ExLlamav2_HF'
     """
+    if not isinstance(text, str):
+        return None
     plain = "".join(c for c in text.lower() if c not in " -_.")
     native, hf = LOADERS
     if plain in _SPELLINGS:

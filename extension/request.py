@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from exl_loader.generation.generation import Generation
-from exl_loader.setting_values import invalid
+from exl_loader.setting_values import biases, invalid, plain
 from exl_loader.settings import SamplingSettings
 
 from . import host, problems
@@ -124,13 +124,19 @@ def settings(state: Mapping[str, Any], prompt_len: int, ctx_size: int) -> dict[s
     """
     chosen = {name: state[name] for name in SAMPLERS if state.get(name) is not None}
     # The web UI takes 0 and anything below for the whole text.
-    chosen["repetition_penalty_range"] = max(0, chosen.get("repetition_penalty_range", 0))
+    chosen["repetition_penalty_range"] = _at_least_0(chosen.get("repetition_penalty_range", 0))
     chosen["max_new_tokens"] = new_tokens(state, prompt_len, ctx_size)
     if state.get("logit_bias"):
-        chosen["logit_bias"] = {int(i): float(b) for i, b in state["logit_bias"].items()}
-    chosen["logprobs"] = max(0, int(state.get("logprobs") or 0))
+        chosen["logit_bias"] = dict(biases("logit_bias", state["logit_bias"]))
+    chosen["logprobs"] = whole_number("logprobs", _at_least_0(state.get("logprobs")))
     chosen["stop_strings"] = stop_strings(state)
     return chosen
+
+
+def _at_least_0(value: Any) -> Any:
+    """Return 0 for a negative number; what is none stays as it is, for the engine to refuse."""
+    value = plain(value)
+    return 0 if isinstance(value, (int, float)) and value < 0 else value
 
 
 def stop_strings(state: Mapping[str, Any]) -> list[str]:
@@ -195,7 +201,7 @@ def take_processors(state: Mapping[str, Any], chosen: dict[str, Any]) -> list[An
     listeners = []
     for processor in state.get("logits_processor") or ():
         if hasattr(processor, "logit_bias"):
-            chosen["logit_bias"] = {int(i): float(b) for i, b in processor.logit_bias.items()}
+            chosen["logit_bias"] = dict(biases("logit_bias", processor.logit_bias))
         elif hasattr(processor, "token_alternatives"):
             chosen["logprobs"] = max(chosen["logprobs"], int(processor.logprobs or 0))
             listeners.append(processor)

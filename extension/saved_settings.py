@@ -52,6 +52,7 @@ def _current(saved: dict[str, Any]) -> dict[str, Any]:
     if any(name in saved for name in _CACHE_OPTIONS):
         # Another model's toggle would stay on where this one names its own alone.
         changed |= toggles_for(options.cache_type)._asdict()
-        if plain_cache_type(saved.get("cache_type") or DEFAULT_CACHE_TYPE) != DEFAULT_CACHE_TYPE:
+        named = str(saved.get("cache_type") or DEFAULT_CACHE_TYPE)
+        if plain_cache_type(named) != DEFAULT_CACHE_TYPE:
             changed["cache_type"] = saved["cache_type"]
     return changed

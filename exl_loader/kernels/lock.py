@@ -19,7 +19,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import ExlLoaderError
+from ..json_keys import parse_json
 from ..progress import Progress
+from ..untrusted_files import MIB, read_bytes
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -134,16 +137,16 @@ def _write_beat(heartbeat: Path, count: int) -> None:
 def _signature(heartbeat: Path) -> bytes | None:
     """What a heartbeat looks like now; contents, so that no two machines' clocks matter."""
     try:
-        return heartbeat.read_bytes()
-    except OSError:
+        return read_bytes(heartbeat, MIB)
+    except ExlLoaderError:
         return None
 
 
 def _holder(heartbeat: Path) -> str:
     """Name the process that holds the lock, as far as it is known."""
     try:
-        record = json.loads(heartbeat.read_text(encoding="utf-8"))
+        record = parse_json(read_bytes(heartbeat, MIB))
         name = f"process {int(record['pid'])}"
         return name if record["host"] == socket.gethostname() else f"{name} on {record['host']}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ExlLoaderError, ValueError, KeyError, TypeError):
         return "another process"

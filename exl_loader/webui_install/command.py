@@ -8,6 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from ..errors import ExlLoaderError
 from . import children, saved
 from .host import (
     EXTRAS,
@@ -69,7 +70,7 @@ def main(webui: Path, arguments: list[str]) -> int:
             uninstall(webui, args.python)
         else:
             install(webui, args.python, copy=args.copy, update=args.update)
-    except InstallError as error:
+    except (InstallError, ExlLoaderError) as error:
         _say(f"error: {error}")
         return 1
     return 0

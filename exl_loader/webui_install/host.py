@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import ExlLoaderError
+from ..untrusted_files import SETTINGS_BYTES, read_bytes
 from .problems import InstallError
 
 # The packages the engine imports and the oldest versions that it runs with; the same as in
@@ -74,7 +76,11 @@ def check_folder(webui: Path) -> Path:
             f"{root} is not a text-generation-webui folder: it has no server.py with "
             "modules/loaders.py. Give the folder that holds start_linux.sh or start_windows.bat"
         )
-    if "'ExLlamav2'" in tables.read_text(encoding="utf-8", errors="replace"):
+    try:
+        known = read_bytes(tables, SETTINGS_BYTES, remedy="Update the web UI")
+    except ExlLoaderError as error:
+        raise InstallError(str(error)) from None
+    if b"'ExLlamav2'" in known:
         raise InstallError(
             f"{root} is a version 3 or older, which has ExLlamav2 itself. Use that, or update "
             "the web UI to version 4 or newer and run this again"
@@ -128,12 +134,14 @@ def examine(executable: Path) -> HostPython:
         result = subprocess.run([str(executable), "-c", _PROBE], capture_output=True,
                                 text=True, errors="replace", timeout=120, env=clean_environment())
         found = json.loads(result.stdout.strip().splitlines()[-1])
-    except (OSError, ValueError, IndexError, subprocess.TimeoutExpired) as error:
-        why = "it answers something else" if isinstance(error, (ValueError, IndexError)) else error
-        raise InstallError(f"{executable} does not run as a Python: {why}. "
-                           "Say which it is with --python") from None
-    return HostPython(Path(found["executable"]), tuple(found["version"]), Path(found["site"]),
-                      found["packages"])
+        return HostPython(Path(found["executable"]), tuple(found["version"]),
+                          Path(found["site"]), found["packages"])
+    except (OSError, subprocess.TimeoutExpired) as error:
+        why: object = error
+    except (ValueError, LookupError, TypeError):
+        why = "it answers something else"
+    raise InstallError(f"{executable} does not run as a Python: {why}. "
+                       "Say which it is with --python")
 
 
 def clean_environment() -> dict[str, str]:

@@ -9,7 +9,11 @@ import shutil
 import stat
 import sys
 from pathlib import Path
+from typing import Any
 
+from ..errors import ExlLoaderError
+from ..json_keys import read_json_object
+from ..untrusted_files import SETTINGS_BYTES, read_text
 from .problems import InstallError
 
 REPO = Path(__file__).resolve().parents[2]
@@ -139,11 +143,10 @@ def remove_hook(site_packages: Path) -> bool:
 
 def read_record(site_packages: Path) -> dict[str, list[str]]:
     """Read what an earlier run noted: `packages` that it installed."""
-    try:
-        record = json.loads(_read(site_packages / RECORD) or "{}")
-    except ValueError:
-        return {}
-    return record if isinstance(record, dict) else {}
+    record = _read_object(site_packages / RECORD) or {}
+    packages = record.get("packages", [])
+    valid = isinstance(packages, list) and all(isinstance(name, str) for name in packages)
+    return {"packages": packages} if valid and "packages" in record else {}
 
 
 def write_record(site_packages: Path, record: dict[str, list[str]]) -> None:
@@ -158,8 +161,15 @@ def _hook_files() -> dict[str, str]:
 
 def _read(path: Path) -> str | None:
     try:
-        return path.read_text(encoding="utf-8")
-    except OSError:
+        return read_text(path, SETTINGS_BYTES)
+    except ExlLoaderError:
+        return None
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
+    try:
+        return read_json_object(path, limit=SETTINGS_BYTES)
+    except ExlLoaderError:
         return None
 
 
@@ -203,10 +213,7 @@ def _copy(target: Path) -> None:
 
 
 def _copied_from(target: Path) -> dict[str, str] | None:
-    try:
-        return json.loads((target / COPY_MARK).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+    return _read_object(target / COPY_MARK)
 
 
 def _fingerprint() -> dict[str, str]:

@@ -6,6 +6,9 @@ import re
 import shlex
 from pathlib import Path
 
+from ..errors import ExlLoaderError
+from ..untrusted_files import SETTINGS_BYTES, is_there, read_text
+
 CONFIG = "config-user.yaml"
 BACKUP = "config-user.before-exl_loader.yaml"
 
@@ -21,7 +24,7 @@ def config_files(root: Path) -> list[Path]:
     folders = [root / "user_data" / "models", root / "models"]
     for flags in _flag_files(root):
         folders += _model_dirs(flags, root)
-    return [path for folder in dict.fromkeys(folders) if (path := folder / CONFIG).is_file()]
+    return [path for folder in dict.fromkeys(folders) if is_there(path := folder / CONFIG)]
 
 
 def named_flags(root: Path) -> dict[Path, list[str]]:
@@ -34,7 +37,7 @@ def named_flags(root: Path) -> dict[Path, list[str]]:
 
 def entries(path: Path) -> list[str]:
     """The models whose saved settings name our loaders."""
-    blocks = _blocks(path.read_text(encoding="utf-8"))
+    blocks = _blocks(_read(path))
     return [b[0].removeprefix("? ").rstrip().rstrip(":") for b in blocks
             if any(_OURS.match(x) for x in b[1:])]
 
@@ -49,7 +52,7 @@ def remove_entries(path: Path) -> list[str]:
     Returns:
         the models whose settings were changed.
     """
-    text = path.read_text(encoding="utf-8")
+    text = _read(path)
     found = entries(path)
     if not found:
         return []
@@ -63,6 +66,10 @@ def remove_entries(path: Path) -> list[str]:
     temporary.write_text("".join(kept), encoding="utf-8")
     temporary.replace(path)
     return found
+
+
+def _read(path: Path) -> str:
+    return read_text(path, SETTINGS_BYTES, remedy="Move it out of the way")
 
 
 def _without_loader(block: list[str]) -> list[str]:
@@ -91,10 +98,10 @@ def _flag_files(root: Path) -> tuple[Path, ...]:
 def _words(flags: Path) -> list[str]:
     """The words of a file of options; none where it cannot be read."""
     try:
-        lines = flags.read_text(encoding="utf-8").splitlines()
+        lines = _read(flags).splitlines()
         return [w for line in lines if not line.lstrip().startswith("#")
                 for w in shlex.split(line)]
-    except (OSError, ValueError):
+    except (ExlLoaderError, ValueError):
         return []
 
 
