@@ -6,6 +6,7 @@ forward pass all walk the same blueprint. No weight is read and PyTorch is not i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,11 +22,12 @@ from .architectures import (
     V_PROJ,
     Architecture,
 )
-from .errors import InvalidCheckpoint
-from .formats import has_linear, plan_linear
+from .errors import InvalidCheckpoint, UnsupportedFormat, shown
+from .formats import LINEAR_TENSORS, has_linear, plan_linear
 from .formats.common import FLOAT_DTYPES, WRONG_FILE, expect
 from .formats.packed import LinearPlan
 from .table import DeviceMap, TensorSpec
+from .warn import warn_once
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
@@ -34,6 +36,11 @@ if TYPE_CHECKING:
 EMBEDDING = "model.embed_tokens"
 FINAL_NORM = "model.norm"
 HEAD = "lm_head"
+
+# Weights of a low-rank adapter, as PEFT and GPTQModel name them.
+_ADAPTER = re.compile(r"\.lora_[ab](\.|$)", re.IGNORECASE)
+# Tensors of old folders that follow from the config.
+_COMPUTED_ANEW = (".rotary_emb.inv_freq", ".attn.bias", ".masked_bias")
 
 
 @dataclass(frozen=True)
@@ -123,13 +130,15 @@ class Blueprint:
     ) -> Blueprint:
         """Plan a model from its config and the headers of its weight files.
 
-        Tensors that no part asks for (`rotary_emb.inv_freq` of old folders) are ignored, but
-        for norms: one too many means that the config is another model's.
+        Tensors that no part asks for are ignored with a warning, those that every loader
+        computes anew (`rotary_emb.inv_freq` of old folders) without. A norm too many means that
+        the config is another model's, and an adapter changes the output.
 
         Raises:
             InvalidCheckpoint: a tensor is missing, or has a shape or dtype that the config
                 does not allow, or there are layers or norms that it knows nothing of.
-            UnsupportedFormat: a layer is stored in a way this engine does not read.
+            UnsupportedFormat: a layer is stored in a way this engine does not read, or has an
+                adapter beside it.
         """
         devices = device_map or DeviceMap.single("cpu", config.num_hidden_layers)
         assert len(devices.layers) == config.num_hidden_layers
@@ -151,14 +160,18 @@ class Blueprint:
             norm=planner.norm(FINAL_NORM, config.hidden_size, devices.head),
             head=head,
         )
-        blueprint._refuse_other_norms(checkpoint)
+        blueprint._judge_unused(checkpoint)
         return blueprint
 
-    def _refuse_other_norms(self, checkpoint: Checkpoint) -> None:
-        known = {norm.spec.name for norm in self.norms()}
+    def _judge_unused(self, checkpoint: Checkpoint) -> None:
+        """Refuse or warn about tensors that no part asks for."""
+        norms = {norm.spec.name for norm in self.norms()}
+        sources = {EMBEDDING, *(linear.source for linear in self.linears())}
+        unused = []
         for name in checkpoint.headers:
+            source, _, last = name.rpartition(".")
             is_norm = name.startswith("model.layers.") and name.endswith("norm.weight")
-            if is_norm and name not in known:
+            if is_norm and name not in norms:
                 raise InvalidCheckpoint(
                     name,
                     expected=f"only what config.json's {self.architecture.name} of "
@@ -166,6 +179,22 @@ class Blueprint:
                     actual="one norm more",
                     remedy=WRONG_FILE,
                 )
+            if _ADAPTER.search(name):
+                raise UnsupportedFormat(
+                    f"{name}: an adapter beside the weights",
+                    expected="weights that the adapter was merged into",
+                    remedy="Merge it, or use a version of the model without it",
+                )
+            used = last in LINEAR_TENSORS and source in sources
+            if not used and name not in norms and not name.endswith(_COMPUTED_ANEW):
+                unused.append(name)
+        if unused:
+            more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+            warn_once(
+                f"{checkpoint.model_dir}: these tensors are ignored, because "
+                f"{self.architecture.name} has no use for them: "
+                f"{', '.join(shown(name)[1:-1] for name in sorted(unused)[:3])}{more}"
+            )
 
     def linears(self) -> Iterator[LinearPlan]:
         """Every linear layer, the head last."""

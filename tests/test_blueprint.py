@@ -6,7 +6,7 @@ from tiny import CONFIG, tensor_shapes, write_tiny_model
 from exl_loader.blueprint import Blueprint, ExpertsPlan
 from exl_loader.checkpoint import Checkpoint
 from exl_loader.config import ModelConfig
-from exl_loader.errors import ExlLoaderError, InvalidCheckpoint
+from exl_loader.errors import ExlLoaderError, InvalidCheckpoint, UnsupportedFormat
 from exl_loader.table import DeviceMap, place
 
 LAYER = "model.layers.1"
@@ -72,14 +72,34 @@ def test_fixture_layers_are_exl2(fixtures_dir):
     assert len(list(blueprint.linears())) == 3 * 7 + 1
 
 
-def test_unknown_tensors_are_ignored(tiny_model):
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", False),
+        ("model.layers.0.self_attn.q_proj.input_scale", True),
+        ("model.layers.1.mlp.shared_expert.up_proj.weight", True),
+        ("mtp.layers.0.mlp.up_proj.weight", True),
+    ],
+)
+def test_unknown_tensors_are_ignored(tiny_model, caplog, name, told):
     import torch
 
     folder = tiny_model()
     before = blueprint_of(folder).specs()
-    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     rewrite(folder, lambda t: t.update({name: torch.ones(16)}))
     assert blueprint_of(folder).specs() == before
+    assert [name in record.message for record in caplog.records] == [True] * told
+
+
+@pytest.mark.parametrize("name", ["lora_A", "lora_B.weight", "lora_a.default.weight"])
+def test_an_adapter_beside_the_weights_is_refused(tmp_path, name):
+    import torch
+
+    folder = write_tiny_model(tmp_path / "m", tokenizer=False)
+    name = f"{LAYER}.mlp.up_proj.{name}"
+    rewrite(folder, lambda t: t.update({name: torch.ones(4, 4)}))
+    with pytest.raises(UnsupportedFormat, match=f"^{name}: an adapter"):
+        blueprint_of(folder)
 
 
 @pytest.mark.parametrize("name", tensor_shapes(CONFIG))

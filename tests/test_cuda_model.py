@@ -92,6 +92,7 @@ FORMATS = {
     "gptq": ("gptq", {}),
     "gptq-act-order": ("gptq", {"act_order": True, "group_size": 32, "bits": 3}),
     "gptq-8": ("gptq", {"bits": 8, "v2": True, "bias": True}),
+    "gptq-group-16": ("gptq", {"group_size": 16, "act_order": True}),
 }
 
 

@@ -322,3 +322,38 @@ def test_weights_packed_as_awq_does_are_named(tmp_path):
     tensors["qweight"] = torch.zeros(256, 8, dtype=torch.int32)
     with pytest.raises(UnsupportedFormat, match="layer.qweight: packed .* as AWQ does"):
         load_layer(write(tmp_path, tensors), 256, 64)
+
+
+def awq_packed(codes: np.ndarray) -> torch.Tensor:
+    """Pack 4-bit codes [rows, N] along the columns, as AutoAWQ's GEMM layout has them."""
+    slots = codes.reshape(len(codes), -1, 8)[:, :, [0, 2, 4, 6, 1, 3, 5, 7]].astype(np.uint64)
+    words = (slots << (4 * np.arange(8, dtype=np.uint64))).sum(axis=2)
+    return torch.from_numpy(words.astype(np.uint32).view(np.int32))
+
+
+@pytest.mark.parametrize("group_size", [16, 128])
+@pytest.mark.parametrize("rows", [None, (24, 64)])
+def test_auto_rounds_packing_along_the_columns(tmp_path, group_size, rows):
+    rng = np.random.default_rng()
+    codes, zeros = rng.integers(0, 16, (256, 96)), rng.integers(0, 16, (256 // group_size, 96))
+    scales = rng.uniform(0.001, 0.01, zeros.shape).astype(np.float16)
+    tensors = {
+        "qweight": awq_packed(codes), "qzeros": awq_packed(zeros),
+        "scales": torch.from_numpy(scales),
+    }
+    index = np.arange(256) // group_size
+    weight = torch.from_numpy(scales.astype(np.float32)[index] * (codes - zeros[index])).float()
+    settings = {"quant_method": "auto-round", "packing_format": "auto_round:auto_awq"}
+    folder = write(tmp_path, tensors, group_size=group_size, **settings)
+    first, end = rows or (0, 96)
+    check(folder, 256, end - first, weight[:, first:end], source="layer", rows=rows)
+
+
+@pytest.mark.parametrize("tensor", ["qweight", "qzeros", "scales"])
+def test_tensors_that_contradict_the_packing_along_the_columns(tmp_path, tensor):
+    tensors, _ = make(g_idx=False)
+    tensors["qweight"] = torch.zeros(256, 8, dtype=torch.int32)
+    tensors[tensor] = tensors[tensor][:, :-1].contiguous()
+    settings = {"quant_method": "auto-round", "packing_format": "auto_round:auto_awq"}
+    with pytest.raises(InvalidCheckpoint, match="^layer"):
+        load_layer(write(tmp_path, tensors, **settings), 256, 64)

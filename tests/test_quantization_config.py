@@ -77,6 +77,19 @@ def test_a_single_layer_cannot_change_the_arithmetic_either(tmp_path, where):
     assert settings_of(tmp_path, {where: own}).per_layer
 
 
+def test_a_single_layer_cannot_have_a_layout_of_its_own(tmp_path):
+    own = {"+:.*up.*": {"format": "gptq_v2"}}
+    with pytest.raises(UnsupportedFormat, match=r"^dynamic of '\+:.*format in.*'gptq_v2'"):
+        settings_of(tmp_path, {"dynamic": own})
+    assert settings_of(tmp_path, {"dynamic": own, "format": "gptq_v2"}).layout == "gptq_v2"
+
+
+def test_the_type_of_data_of_an_unquantised_layer_does_not_matter(tmp_path):
+    settings_of(tmp_path, {"extra_config": {"lm_head": {"bits": 16, "data_type": "float"}}})
+    with pytest.raises(UnsupportedFormat, match="data_type"):
+        settings_of(tmp_path, {"extra_config": {"lm_head": {"bits": 8, "data_type": "fp"}}})
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -122,15 +135,18 @@ def test_exl2_beside_the_settings_of_its_source_is_told(tmp_path, caplog):
         ("backend", "gptq:exllamav2", "gptq"),
         ("backend", "auto", "gptq"),
         ("packing_format", None, "gptq"),
+        ("packing_format", "auto_round:auto_awq", "gptq_v2"),
+        ("packing_format", "auto_round:awq", "gptq_v2"),
     ],
 )
 def test_packings_of_auto_round(tmp_path, method, key, packing, layout):
     settings = {"quant_method": method, key: packing, "desc_act": ABSENT}
-    assert settings_of(tmp_path, settings).layout == layout
+    found = settings_of(tmp_path, settings)
+    assert found.layout == layout and found.packs_columns == ("awq" in (packing or ""))
 
 
 @pytest.mark.parametrize(
-    "packing", ["auto_round:auto_awq", "auto_round:llm_compressor", "auto_round:fp8_static", "mlx",
+    "packing", ["auto_round:auto_gguf", "auto_round:llm_compressor", "auto_round:fp8_static", "mlx",
                 "auto_round:marlin", 7]
 )
 def test_other_packings_are_refused_by_name(tmp_path, packing):

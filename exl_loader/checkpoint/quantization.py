@@ -29,12 +29,13 @@ AUTO_ROUND_METHODS = frozenset({"auto_round", "autoround", "intel/auto_round"})
 # Layouts of the zero points; see formats/gptq_zeros.py.
 V1, V2 = "gptq", "gptq_v2"
 _LAYOUTS = {"gptq": V1, "gptq_v1": V1, "gptqv1": V1, "gptq_v2": V2, "gptqv2": V2}
-# auto-round's packings, without their prefix `auto_round:`. Its own packing stores zero points
-# as they are, AutoGPTQ's subtracts 1.
+# auto-round's packings, without their prefix `auto_round:`. Its own packing and AWQ's store zero
+# points as they are, AutoGPTQ's subtracts 1.
+_AWQ_PACKINGS = ("awq", "auto_awq")
 _PACKINGS = {
     "auto": V1, "gptq": V1, "auto_gptq": V1, "autogptq": V1,
     "auto_round": V2, "gptqmodel": V2, "exllamav2": V2, "triton": V2, "tritonv2": V2,
-    "torch": V2,
+    "torch": V2, **dict.fromkeys(_AWQ_PACKINGS, V2),
 }  # fmt: skip
 
 _IMPLEMENTED = frozenset("""
@@ -128,7 +129,7 @@ class Quantization:
         merged.update(_lower_keys(own or {}))
         method = merged.get("quant_method") or merged.get("method")
         if method is not None:
-            method = str(method).strip().lower().replace("-", "_")
+            method = _plain(method)
         return cls(method, merged, f"the quantization config of {folder}")
 
     @property
@@ -178,13 +179,13 @@ class Quantization:
             UnsupportedFormat: a layout or packing that this engine does not read, by name.
         """
         if self.method in AUTO_ROUND_METHODS:
-            return self._packing()
+            return _PACKINGS[self._packing()]
         if not _is_none(self.values.get("is_marlin_format")):
             raise self._unsupported("is_marlin_format", "marlin", _LAYOUTS)
         found = {
             key: self._layout_name(key)
             for key in ("format", "checkpoint_format")
-            if self.values.get(key) is not None
+            if self.values.get(key) not in (None, "")
         }
         if len(set(found.values())) > 1:
             warn_once(
@@ -194,28 +195,33 @@ class Quantization:
         return next(iter(found.values()), V1)
 
     def _layout_name(self, key: str) -> str:
-        name = str(self.values[key]).strip().lower().replace("-", "_")
+        name = _plain(self.values[key])
         if name not in _LAYOUTS:
             raise self._unsupported(key, self.values[key], _LAYOUTS)
         return _LAYOUTS[name]
 
+    @property
+    def packs_columns(self) -> bool:
+        """True where codes are packed along the output columns; see formats/awq_packing.py."""
+        return self.method in AUTO_ROUND_METHODS and self._packing() in _AWQ_PACKINGS
+
     def _packing(self) -> str:
-        """Return the layout that auto-round's packing has.
+        """Return auto-round's packing, a key of `_PACKINGS`.
 
         Folders of 2024 have the packing under the key `backend`.
         """
         key = "packing_format" if self.values.get("packing_format") is not None else "backend"
         value = self.values.get(key)
         if value is None:
-            return V1  # transformers' default: `auto_round:gptq`
-        name = str(value).strip().lower().replace("-", "_")
+            return "gptq"  # as transformers supposes
+        name = _plain(value)
         first, _, rest = name.partition(":")
         if first in ("auto_round", "autoround"):
             name = rest or "auto_round"
         name = name.partition(":")[0]  # `gptq:exllamav2` names the kernel as well
         if name not in _PACKINGS:
             raise self._unsupported(key, value, [f"auto_round:{name}" for name in _PACKINGS])
-        return _PACKINGS[name]
+        return name
 
     def check(self) -> None:
         """Check every key of the settings of a GPTQ or EXL2 folder.
@@ -230,9 +236,20 @@ class Quantization:
             for layer, own in self._mapping(key).items():
                 # GPTQModel has false or {} for a layer that is not quantised.
                 if isinstance(own, dict):
-                    self._check_keys(_lower_keys(own), f"{key} of {shown(layer)}: ")
+                    self._check_layer(_lower_keys(own), f"{key} of {shown(layer)}: ")
         if self.method in GPTQ_METHODS | AUTO_ROUND_METHODS:
             _ = self.layout, self.bits, self.group_size, self.sym, self.desc_act
+
+    def _check_layer(self, values: dict[str, Any], within: str) -> None:
+        """Check the settings of a single layer, which cannot have a layout of its own."""
+        for key in ("format", "checkpoint_format"):
+            name = values.get(key)
+            if name is not None and _LAYOUTS.get(_plain(name)) != self.layout:
+                raise self._unsupported(within + key, name, [self.layout])
+        bits = whole_number(values.get("bits"))
+        if bits is not None and bits >= 16:  # not quantised, so its type of data does not matter
+            values.pop("data_type", None)
+        self._check_keys(values, within)
 
     def _check_keys(self, values: Mapping[str, Any], within: str) -> None:
         unknown = []
@@ -305,6 +322,11 @@ def whole_number(value: Any) -> int | None:
     if isinstance(value, float) and value.is_integer() and abs(value) < 1 << 31:
         return int(value)
     return value if isinstance(value, int) and abs(value) < 1 << 31 else None
+
+
+def _plain(name: Any) -> str:
+    """Give a name in the one spelling that tables have."""
+    return str(name).strip().lower().replace("-", "_")
 
 
 def _lower_keys(values: Mapping[str, Any]) -> dict[str, Any]:

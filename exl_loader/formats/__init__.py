@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..kernels.interface import Ops
 
 __all__ = [
+    "LINEAR_TENSORS",
     "DenseLinear",
     "LinearPlan",
     "PackedLinear",
@@ -33,6 +34,11 @@ __all__ = [
 
 # A checkpoint mixes them: EXL2 and GPTQ leave routers dense, GPTQ the head as well.
 PLANNERS = {"q_weight": plan_exl2, "qweight": plan_gptq, "weight": plan_dense}
+# Last part of the name of every tensor that belongs to a linear layer.
+LINEAR_TENSORS = frozenset(
+    {"weight", "bias", "qweight", "qzeros", "scales", "g_idx",
+     "q_weight", "q_groups", "q_scale", "q_scale_max", "q_invperm", "q_perm", "q_group_map"}
+)
 
 
 def has_linear(checkpoint: Checkpoint, source: str) -> bool:

@@ -9,7 +9,8 @@ Tensors of a layer P with K inputs, N outputs and G groups:
 
     value = scales[g, n] * (code - zero)
 
-How zero points are stored: `gptq_zeros.py`. Width and group size follow from the shapes; the
+How zero points are stored: `gptq_zeros.py`. auto-round can pack 4-bit codes along N instead:
+`awq_packing.py`. Width and group size follow from the shapes; the
 quantization config only says which of several group sizes is meant.
 
 A group takes whole blocks of 32 stored rows. Where the group size is no multiple of 32, the CPU
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, cast
 
 from ..errors import InvalidCheckpoint, UnsupportedFormat
 from ..warn import warn_once
+from . import awq_packing
 from .common import (
     FLOAT_DTYPES,
     WRONG_FILE,
@@ -67,20 +69,12 @@ def plan_gptq(
     (of 32 stored rows, with the rows that fill groups up), `layout` and `sym` (for
     `gptq_zeros.read_zero_points`).
     """
-    weight = checkpoint.header(f"{source}.qweight")
-    expect(weight, ["int32"], (None, None))
-    words, columns = weight.shape
-    if words == in_features and columns < out_features:
-        raise UnsupportedFormat(
-            f"{source}.qweight: packed along the output columns, as AWQ does",
-            expected="codes packed along the input channels, as GPTQ does",
-            remedy="Use a GPTQ or EXL2 version of the model",
-        )
-    expect_columns(weight, columns, out_features, rows)
-    bits = _bits(checkpoint, source, in_features, words)
     scales = checkpoint.header(f"{source}.scales")
-    expect(scales, FLOAT_DTYPES, (None, columns))
-    num_groups = scales.shape[0]
+    expect(scales, FLOAT_DTYPES, (None, None))
+    num_groups, columns = scales.shape
+    bits = _bits(checkpoint, source, in_features, columns)
+    weight = checkpoint.header(f"{source}.qweight")
+    expect_columns(weight, columns, out_features, rows)
     zeros = checkpoint.header(f"{source}.qzeros")
     expect(zeros, ["int32"], (num_groups, -(-columns * bits // 32)))
     group_size = _group_size(checkpoint, source, in_features, num_groups)
@@ -114,8 +108,23 @@ def plan_gptq(
     return LinearPlan(name, "gptq", in_features, out_features, specs, source, rows, options)
 
 
-def _bits(checkpoint: Checkpoint, source: str, in_features: int, words: int) -> int:
+def _bits(checkpoint: Checkpoint, source: str, in_features: int, columns: int) -> int:
     """Derive the width from the shape; a config that says otherwise gets a warning."""
+    weight = checkpoint.header(f"{source}.qweight")
+    expect(weight, ["int32"], (None, None))
+    words = weight.shape[0]
+    if checkpoint.quantization.packs_columns:
+        # Rows are packed by eights, which needs them to be a multiple of 8.
+        wanted = columns // awq_packing.COLUMNS
+        expect(weight, ["int32"], (in_features // 8 * 8, wanted))
+        return awq_packing.BITS
+    if words == in_features and weight.shape[1] < columns:
+        raise UnsupportedFormat(
+            f"{source}.qweight: packed along the output columns, as AWQ does",
+            expected="codes packed along the input channels, as GPTQ does",
+            remedy="Use a GPTQ or EXL2 version of the model",
+        )
+    expect(weight, ["int32"], (None, columns))
     bits = words * 32 // in_features
     if bits not in WIDTHS or words * 32 != in_features * bits:
         raise InvalidCheckpoint(
@@ -171,7 +180,9 @@ def _derived_group_size(in_features: int, num_groups: int) -> int | None:
 
     Quantisers use few sizes, so the last group is rather shorter than all of an odd size.
     """
-    even, rest = divmod(in_features, max(1, num_groups))
+    if num_groups < 1:
+        return None
+    even, rest = divmod(in_features, num_groups)
     usual = [size for size in USUAL_GROUP_SIZES if -(-in_features // size) == num_groups]
     if rest == 0 and (even in usual or num_groups == 1):
         return even
@@ -246,6 +257,18 @@ def _uneven(plan: LinearPlan, group: int, count: int) -> UnsupportedFormat:
     )
 
 
+def read_codes(plan: LinearPlan, checkpoint: Checkpoint) -> torch.Tensor:
+    """Read a layer's codes: int32 [K * bits / 32, N], packed along the input channels."""
+    import numpy as np
+    import torch
+
+    words = checkpoint.read(f"{plan.source}.qweight")
+    if not checkpoint.quantization.packs_columns:
+        return words
+    packed = awq_packing.codes_along_rows(words.numpy().view(np.uint32))
+    return torch.from_numpy(packed.view(np.int32))
+
+
 def read_zeros(plan: LinearPlan, checkpoint: Checkpoint) -> torch.Tensor:
     """Read a layer's zero points: uint8 [G, out_features], as `value` above takes them."""
     import numpy as np
@@ -254,6 +277,8 @@ def read_zeros(plan: LinearPlan, checkpoint: Checkpoint) -> torch.Tensor:
     from .gptq_zeros import read_zero_points
 
     words = checkpoint.read(f"{plan.source}.qzeros").numpy().view(np.uint32)
+    if checkpoint.quantization.packs_columns:
+        words = awq_packing.zeros_in_order(words)
     columns = checkpoint.header(f"{plan.source}.scales").shape[1]
     options = plan.options
     zeros, contradiction = read_zero_points(
@@ -316,7 +341,7 @@ def pack_gptq_linear(
     scales, zeros = read_scales(plan, checkpoint), read_zeros(plan, checkpoint)
     if "bias" in tensors:
         read_bias(plan, checkpoint, tensors["bias"])
-    weight = checkpoint.read(f"{plan.source}.qweight")
+    weight = read_codes(plan, checkpoint)
     if "windows" in tensors:
         groups, words = [(bits, count) for count in rows], read_columns(plan, weight)
         return pack_gptq_streams(
@@ -366,7 +391,7 @@ def gptq_weight(plan: LinearPlan, checkpoint: Checkpoint) -> torch.Tensor:
 
     from .planes import unpack_stream
 
-    words = checkpoint.read(f"{plan.source}.qweight").numpy().view(np.uint32)
+    words = read_codes(plan, checkpoint).numpy().view(np.uint32)
     codes = torch.from_numpy(unpack_stream(words, plan.options["bits"], plan.in_features))
     index = read_group_index(plan, checkpoint)
     _group_rows(plan, index)

@@ -1,0 +1,44 @@
+"""The packing `auto_round:auto_awq` of 4-bit codes, put in order as GPTQ packs them.
+
+    P.qweight int32 [K, N / 8]   codes along N: a word holds 8 columns of one row
+    P.qzeros  int32 [G, N / 8]   zero points as they are, in the same order
+
+Column 8 * w + c of a row stands in word w at bits [4 * SLOTS[c], 4 * SLOTS[c] + 4). Source:
+auto-round 0.16, `export/export_to_awq/utils.py`, which follows AutoAWQ's GEMM kernel.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+
+BITS = 4
+COLUMNS = 8
+SLOTS = (0, 4, 1, 5, 2, 6, 3, 7)
+
+
+def codes_along_rows(words: Array) -> Array:
+    """Repack codes: uint32 [K, N / 8] to uint32 [K / 8, N], GPTQ's `qweight`."""
+    import numpy as np
+
+    rows, groups = words.shape
+    packed = np.zeros((rows // COLUMNS, groups * COLUMNS), np.uint32)
+    for row in range(COLUMNS):
+        stored = words[row::COLUMNS]
+        for column, slot in enumerate(SLOTS):
+            packed[:, column::COLUMNS] |= (stored >> (BITS * slot) & 0xF) << (BITS * row)
+    return packed
+
+
+def zeros_in_order(words: Array) -> Array:
+    """Put the fields of words in the order of columns: GPTQ's `qzeros`, same shape."""
+    import numpy as np
+
+    ordered = np.zeros_like(words)
+    for column, slot in enumerate(SLOTS):
+        ordered |= (words >> (BITS * slot) & 0xF) << (BITS * column)
+    return ordered
