@@ -103,7 +103,7 @@ class TextView:
         if session.model is None:
             line = NOTHING_LOADED
         elif not session.model.has_tokenizer:
-            line = "This model has no tokenizer files, so it cannot read or write text."
+            line = session.model.tokenizer_warning
         elif chats:
             line = "Ready."
         else:

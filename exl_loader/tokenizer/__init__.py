@@ -90,7 +90,7 @@ class Tokenizer:
         """Turn text into token ids.
 
         Args:
-            text: any string; lone surrogates become replacement characters.
+            text: any string; a lone surrogate becomes a replacement character.
             add_bos: True or False: begin with the BOS token (where there is one) or not,
                 and put nothing else around the text. None: what the folder says, which may
                 be an EOS token at the end as well.
@@ -102,9 +102,10 @@ class Tokenizer:
         if not isinstance(text, str):
             raise InvalidSettings("text to encode", expected="a string",
                                   actual=type(text).__name__)
-        # A lone surrogate is no text, and neither library takes it.
-        valid = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
-        ids = self._backend.encode(valid, special)
+        if not is_text(text):
+            # Neither library takes surrogates. Two halves of a character become the character.
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        ids = self._backend.encode(text, special)
         if add_bos is None:
             return [*self._prefix_ids, *ids, *self._suffix_ids]
         return [self.bos_token_id, *ids] if add_bos and self.bos_token_id is not None else ids
