@@ -76,4 +76,5 @@ def test_logits_are_those_of_the_weights_that_auto_round_measured(written, name,
     with load(written / name, ctx_size=256, cache_type="fp32", device="cpu") as model:
         found = model.prompt_logits(IDS)
     assert float((found - expected).norm() / expected.norm()) < 0.01
-    assert not caplog.records, "nothing of auto-round's own settings is unknown"
+    told = [record for record in caplog.records if record.module == "warn"]
+    assert not told, "nothing of auto-round's own settings is unknown"

@@ -180,7 +180,7 @@ def test_a_model_of_either_layout_has_the_same_logits(tmp_path, bits, caplog):
 
     right = logits_as(packed, "gptq_v2")
     assert torch.equal(logits_as(by_fields if bits == 3 else by_words, "gptq"), right)
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.module == "warn"]
 
 
 def test_a_wrong_label_is_told_once(tmp_path, caplog):
@@ -198,5 +198,5 @@ def test_a_wrong_label_is_told_once(tmp_path, caplog):
     config["quantization_config"] |= {"checkpoint_format": "gptq", "sym": True}
     (folder / "config.json").write_text(json.dumps(config))
     assert torch.equal(logits(folder), right)
-    told = [r.message for r in caplog.records]
+    told = [record.message for record in caplog.records if record.module == "warn"]
     assert len(told) == 1 and "stored as in gptq_v2, though the label is gptq" in told[0]
