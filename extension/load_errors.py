@@ -6,18 +6,21 @@ the tokenizer. What it says of a file that it cannot read does not name the file
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from exl_loader.config import ModelConfig
 from exl_loader.errors import (
     ExlLoaderError,
     InvalidConfig,
     InvalidSettings,
     InvalidTokenizer,
     ModelNotFound,
+    UnsupportedArchitecture,
     UnsupportedFormat,
 )
 from exl_loader.json_keys import read_json_object_if_there
@@ -64,6 +67,9 @@ def _check_files(path: Path, error: Exception) -> None:
             actual=f"{type(error).__name__}: {error}", remedy="Download it again",
         ) from error
     if isinstance(error, _OF_CONTENT) and (path / "config.json").is_file():
+        # Our own reading of the file knows which key it is.
+        with contextlib.suppress(ModelNotFound, UnsupportedArchitecture):
+            ModelConfig.from_dir(path)
         raise InvalidConfig(
             str(path), expected="JSON files with the keys of a model",
             actual=f"what the web UI cannot read ({type(error).__name__}: {error})",

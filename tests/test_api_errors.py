@@ -227,6 +227,20 @@ def test_a_file_that_the_web_ui_cannot_read_is_named(api, monkeypatch, capsys, n
     assert name in capsys.readouterr().err
 
 
+def test_a_key_that_the_web_ui_does_not_expect_is_named(api, monkeypatch):
+    settings = sys.modules["modules.models_settings"]
+    path = api.models / "tiny" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": "abc"}))
+
+    def read(model, *_):
+        raise TypeError("'<' not supported between instances of 'int' and 'str'")
+
+    monkeypatch.setattr(settings, "infer_loader", read)
+    status, answer = api.load()
+    assert status == 500 and "max_position_embeddings in " in answer["detail"]
+    assert "'abc'" in answer["detail"] and "instances" not in answer["detail"]
+
+
 def test_values_that_the_web_ui_does_not_expect_are_the_folders(api, monkeypatch):
     settings = sys.modules["modules.models_settings"]
 
