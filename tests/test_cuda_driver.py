@@ -243,6 +243,23 @@ def test_memory_that_the_driver_refuses(library, fake):
     assert held_bytes(0) == 0 and fake.fake_retained(0) == 0 and fake.fake_current() == -1
 
 
+def test_an_interrupt_right_after_the_allocation_loses_no_memory(library, fake):
+    before = fake.fake_things(), fake.fake_used(1), fake.fake_retained(1)
+    driver = Driver(library)
+    call = driver.call
+
+    def interrupted(name, *arguments):
+        call(name, *arguments)
+        if name == "cuMemAlloc_v2":
+            raise KeyboardInterrupt
+
+    driver.call = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        CardMemory(1, 1000, driver)
+    assert (fake.fake_things(), fake.fake_used(1), fake.fake_retained(1)) == before
+    assert held_bytes(1) == 0
+
+
 def test_the_fake_driver_forbids_what_the_real_one_does(library, fake, launcher):
     """Each call without a context, and in another card's, fails as the manual says."""
     driver, invalid_context = Driver(library), 201

@@ -175,13 +175,30 @@ def test_the_program_ends_as_the_signal_ends_programs():
     assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "so far", "")
 
 
+LONG = ["--ctx-size", "32768", "--max-new-tokens", "32000", "--ban-eos-token"]
+
+
+@posix
+@pytest.mark.slow
+def test_ctrl_c_ends_generate(tiny_model_dir):
+    argv = [sys.executable, "-m", "exl_loader", "generate", str(tiny_model_dir), "--prompt", "hi"]
+    with subprocess.Popen(
+        [*argv, *LONG], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=REPO,
+        start_new_session=True, preexec_fn=_default_interrupt,
+    ) as process:
+        assert process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGINT
+        assert b"Traceback" not in errors and b"Exception" not in errors
+
+
 class Terminal:
     """A process whose stdin is a terminal, or a pipe; its stdout is a pipe."""
 
     def __init__(self, folder: Path, *, terminal: bool) -> None:
         # An answer so long that no machine is through with it before the signal arrives.
-        argv = [sys.executable, "-m", "exl_loader", "chat", str(folder), "--ctx-size", "32768",
-                "--max-new-tokens", "32000", "--ban-eos-token"]
+        argv = [sys.executable, "-m", "exl_loader", "chat", str(folder), *LONG]
         if terminal:
             self.input, stdin = os.openpty()
         else:

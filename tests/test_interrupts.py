@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import _thread
+import contextlib
+import dis
 import gc
 import os
 import random
@@ -21,6 +23,7 @@ import exl_loader
 from exl_loader import engine as engine_module
 from exl_loader.errors import InvalidCall, ModelUnloaded
 from exl_loader.generation import generation as generation_module
+from exl_loader.memory import live_bytes
 
 REPO = Path(__file__).resolve().parents[1]
 posix = pytest.mark.skipif(os.name == "nt", reason="signals and forks of POSIX")
@@ -47,13 +50,14 @@ class Interrupter:
     def __init__(self, at: int) -> None:
         self.at = at
         self.count = 0
+        self.usual = sys.gettrace()
 
     def __enter__(self) -> Interrupter:
         sys.settrace(self._enter_frame)
         return self
 
     def __exit__(self, *_: object) -> None:
-        sys.settrace(None)
+        sys.settrace(self.usual)
 
     def _enter_frame(self, frame, event, _):
         inner = frame.f_code is Interrupter.__exit__.__code__
@@ -287,6 +291,61 @@ def test_signals_at_random_moments_cost_no_page(operation, tiny_model_dir):
         assert cache.num_free_pages == cache.num_pages
         assert list(model.generate_ids(texts[0], GREEDY)) == expected
         assert within(60, model.unload)
+
+
+class LoadInterrupter(Interrupter):
+    """Interrupts where Python itself does: after a call, at a function's or a loop's begin."""
+
+    CHECKED = {op for name, op in dis.opmap.items()
+               if name.startswith(("CALL", "RESUME", "JUMP_BACKWARD"))}
+    PACKAGE = str(Path(engine_module.__file__).parent)
+
+    def __init__(self, at: int) -> None:
+        super().__init__(at)
+        self.last: dict[int, int] = {}
+
+    def _enter_frame(self, frame, event, _):
+        if not frame.f_code.co_filename.startswith(self.PACKAGE):
+            return None
+        frame.f_trace_opcodes = True
+        return self._step
+
+    def _step(self, frame, event, _):
+        if event == "return":
+            self.last.pop(id(frame), None)
+        if event != "opcode":
+            return self._step
+        before = self.last.get(id(frame))
+        self.last[id(frame)] = frame.f_code.co_code[frame.f_lasti]
+        return super()._step(frame, event, _) if before in self.CHECKED else self._step
+
+
+@pytest.mark.parametrize("count", [
+    6, pytest.param(150, marks=[pytest.mark.slow, pytest.mark.exhaustive])
+])
+def test_an_interrupt_of_a_load_gives_everything_back(count, tiny_model_dir):
+    def load():
+        with exl_loader.load(tiny_model_dir, ctx_size=512, cache_type="q8"):
+            pass
+
+    load()
+    gc.collect()
+    before = live_bytes()
+    with LoadInterrupter(0) as counter:
+        load()
+    for _ in range(count):
+        with (
+            contextlib.suppress(KeyboardInterrupt),
+            LoadInterrupter(random.randrange(1, counter.count + 1)),
+        ):
+            load()
+        gc.collect()
+        deadline = time.monotonic() + 60
+        while live_bytes() != before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert live_bytes() == before
+    # Nor is a lock held that the next load needs.
+    assert within(120, load)
 
 
 # Calls that would wait for themselves

@@ -10,8 +10,8 @@ from ..errors import InsufficientMemory
 from ..kernels.cuda.context import Context, release_in
 from ..kernels.cuda.driver import Driver
 
-# Card -> bytes that exist.
-_held: dict[int, int] = {}
+# Card -> address -> bytes, of what exists.
+_held: dict[int, dict[int, int]] = {}
 
 
 class CardMemory:
@@ -36,11 +36,15 @@ class CardMemory:
         try:
             # Retained as long as the memory lives, which is that of the context.
             context = Context(driver, index)
+            # Registered before the driver writes the address: an interrupt after that call
+            # would otherwise lose the memory.
+            free = weakref.finalize(self, _free, context, index, address)
             try:
                 with context:
                     driver.call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(nbytes))
+                _held.setdefault(index, {})[address.value] = nbytes
             except BaseException:
-                context.release()
+                free()
                 raise
         except InsufficientMemory as error:
             raise MemoryError(f"the driver refused {nbytes} bytes") from error
@@ -52,19 +56,19 @@ class CardMemory:
             "strides": None,
             "version": 3,
         }
-        _held[index] = held_bytes(index) + nbytes
-        weakref.finalize(self, _free, context, index, address.value, nbytes)
 
 
 def held_bytes(index: int) -> int:
     """Bytes of a card that this process holds through `CardMemory`."""
-    return _held.get(index, 0)
+    return sum(_held.get(index, {}).values())
 
 
-def _free(context: Context, index: int, address: int, nbytes: int) -> None:
+def _free(context: Context, index: int, address: ctypes.c_uint64) -> None:
     def free() -> None:
-        context.driver.functions.cuMemFree_v2(ctypes.c_uint64(address))
-        _held[index] -= nbytes
+        # The address is 0 where the driver has refused.
+        if address.value:
+            context.driver.functions.cuMemFree_v2(address)
+            _held.get(index, {}).pop(address.value, None)
 
     release_in(context, free)
 
