@@ -393,6 +393,23 @@ def test_special_tokens_can_be_plain_text(name, tokenizers):
     assert tokenizer.encode(text, add_bos=False) != ids, "the switch does not stay"
 
 
+def test_user_defined_symbols_can_be_plain_text(tmp_path):
+    """sentencepiece finds these in text itself."""
+    config = LLAMA | {"extra_special_tokens": ["<|user|>"]}
+    folder = make.write_folder(tmp_path / "model", config)
+    make.train_sentencepiece(
+        folder / "tokenizer.model", "bpe", user_defined_symbols=["<|user|>", "<|plain|>"]
+    )
+    tokenizer = Tokenizer.from_dir(folder)
+    text = "<|user|>a <|plain|> b<|user|><|user|>"
+    symbol = tokenizer.token_id("<|user|>")
+    assert tokenizer.encode(text).count(symbol) == 3
+    ids = tokenizer.encode(text, special=False)
+    assert symbol not in ids and tokenizer.token_id("<|plain|>") in ids
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.encode("a b", special=False) == tokenizer.encode("a b")
+
+
 def test_added_tokens_of_older_folders(folders, tmp_path):
     folder = shutil.copytree(folders["spm_plain"], tmp_path / "model")
     (folder / "added_tokens.json").write_text('{"<|user|>": 700, "<plain>": 701}')

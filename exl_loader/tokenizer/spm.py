@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,9 @@ class SentencePieceBackend:
         self._patterns = {
             special: _alternation(self._added.values(), special) for special in (True, False)
         }
+        with _typed(str(path), "a sentencepiece model that encodes text"):
+            symbols = [token for i, token in self._added.items() if self._is_symbol(i, token)]
+        self._symbols = _alternation(symbols, True)
         self.has_byte_tokens = any(map(_BYTE_PIECE.fullmatch, self._contents.values()))
         self.vocab_size = max(self._contents, default=-1) + 1
 
@@ -130,10 +134,10 @@ class SentencePieceBackend:
         ids: list[int] = []
         position = 0
         for start, end, content in self._find_added(text, special):
-            self._encode_stretch(text[position:start], position == 0, ids)
+            self._encode_stretch(text[position:start], position == 0, ids, special)
             ids.append(self._ids[content])
             position = end
-        self._encode_stretch(text[position:], position == 0, ids)
+        self._encode_stretch(text[position:], position == 0, ids, special)
         return ids
 
     def decode(self, ids: list[int], skip_special: bool) -> str:
@@ -178,6 +182,12 @@ class SentencePieceBackend:
             )
         return {i: token for i, token in added.items() if token.content}
 
+    def _is_symbol(self, token_id: int, token: AddedToken) -> bool:
+        """Return whether sentencepiece itself finds a special token in text."""
+        content = token.content
+        is_piece = token_id < len(self._plain) and self._plain.id_to_piece(token_id) == content
+        return token.special and is_piece and self._plain.encode(content) == [token_id]
+
     def _find_added(self, text: str, special: bool) -> list[tuple[int, int, str]]:
         pattern = self._patterns[special]
         if pattern is None:
@@ -197,14 +207,20 @@ class SentencePieceBackend:
             last_end = end
         return found
 
-    def _encode_stretch(self, text: str, at_start: bool, ids: list[int]) -> None:
+    def _encode_stretch(self, text: str, at_start: bool, ids: list[int], special: bool) -> None:
         if not text:
             return
         wants_space = self._prefix_scheme == "always" or (
             self._prefix_scheme == "first" and at_start
         )
         model = self._prefixed if wants_space else self._plain
-        ids.extend(model.encode(text))
+        # sentencepiece finds user-defined symbols itself, unless the text is cut inside them.
+        cuts = [] if special or self._symbols is None else [
+            match.start() + 1 for match in self._symbols.finditer(text)
+        ]
+        for start, end in pairwise([0, *cuts, len(text)]):
+            ids.extend(model.encode(text[start:end]))
+            model = self._plain
 
 
 def piece_bytes(piece: str) -> bytes:
