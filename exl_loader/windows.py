@@ -1,13 +1,14 @@
-"""What Windows says of memory and processors, asked through its own functions.
+"""What Windows says of memory and processors, and its limits of a child process.
 
-Structures and functions: Microsoft's Win32 reference (sysinfoapi.h, psapi.h, winbase.h). On
-64-bit Windows all functions have one calling convention, so that `CDLL` serves.
+Structures and functions: Microsoft's Win32 reference (sysinfoapi.h, psapi.h, winbase.h,
+jobapi2.h). On 64-bit Windows all functions have one calling convention, so that `CDLL` serves.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import subprocess
 from typing import Any
 
 # LOGICAL_PROCESSOR_RELATIONSHIP
@@ -52,6 +53,87 @@ class _Processors(ctypes.Structure):
         ("relationship", ctypes.c_uint32),
         ("details", ctypes.c_uint64 * 2),
     ]
+
+
+class _JobLimits(ctypes.Structure):
+    """JOBOBJECT_EXTENDED_LIMIT_INFORMATION."""
+
+    _fields_ = [
+        ("process_time", ctypes.c_int64),
+        ("job_time", ctypes.c_int64),
+        ("flags", ctypes.c_uint32),
+        ("least_working_set", ctypes.c_size_t),
+        ("most_working_set", ctypes.c_size_t),
+        ("processes", ctypes.c_uint32),
+        ("affinity", ctypes.c_size_t),
+        ("priority", ctypes.c_uint32),
+        ("scheduling", ctypes.c_uint32),
+        ("io_counters", ctypes.c_uint64 * 6),
+        ("process_memory", ctypes.c_size_t),
+        ("job_memory", ctypes.c_size_t),
+        ("peak_process_memory", ctypes.c_size_t),
+        ("peak_job_memory", ctypes.c_size_t),
+    ]
+
+
+_JOB_EXTENDED_LIMITS = 9
+_LIMIT_PROCESS_TIME, _LIMIT_PROCESSES = 0x2, 0x8
+_LIMIT_PROCESS_MEMORY, _LIMIT_KILL_ON_CLOSE = 0x100, 0x2000
+# ERROR_NOT_ENOUGH_QUOTA, with which a job ends a process whose time is over.
+OUT_OF_TIME = 1816
+
+
+class Job:
+    """A job object: bounds a child process, and ends it when this process ends.
+
+    Args:
+        process: a child that has just been started.
+
+    Raises:
+        OSError: the system refuses.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        library = _kernel32()
+        library.CreateJobObjectW.restype = ctypes.c_void_p
+        self._process = ctypes.c_void_p(int(process._handle))  # type: ignore[attr-defined,unused-ignore]
+        # The handle is never closed by hand: closing it, as this process's end does, ends the
+        # child.
+        self._job = ctypes.c_void_p(library.CreateJobObjectW(None, None))
+        self._set(_JobLimits(flags=_LIMIT_KILL_ON_CLOSE | _LIMIT_PROCESSES, processes=1))
+        if not library.AssignProcessToJobObject(self._job, self._process):
+            raise OSError("AssignProcessToJobObject failed")
+
+    def __del__(self) -> None:
+        _kernel32().CloseHandle(self._job)
+
+    def limit(self, memory_bytes: int, seconds: float) -> None:
+        """Set what the child may use from now on.
+
+        Args:
+            memory_bytes: of committed memory in all.
+            seconds: of processor time more than it has had.
+
+        Raises:
+            OSError: the system refuses.
+        """
+        times = (ctypes.c_uint64 * 4)()
+        each = [ctypes.byref(times, 8 * index) for index in range(4)]
+        if not _kernel32().GetProcessTimes(self._process, *each):
+            raise OSError("GetProcessTimes failed")
+        # The fourth is the time in user mode, in units of 100 ns.
+        self._set(_JobLimits(
+            flags=_LIMIT_KILL_ON_CLOSE | _LIMIT_PROCESSES | _LIMIT_PROCESS_MEMORY
+            | _LIMIT_PROCESS_TIME,
+            processes=1, process_memory=memory_bytes,
+            process_time=times[3] + int(seconds * 10**7),
+        ))
+
+    def _set(self, limits: _JobLimits) -> None:
+        if not _kernel32().SetInformationJobObject(
+            self._job, _JOB_EXTENDED_LIMITS, ctypes.byref(limits), ctypes.sizeof(limits)
+        ):
+            raise OSError("SetInformationJobObject failed")
 
 
 def machine_memory() -> tuple[int, int]:

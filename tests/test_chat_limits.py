@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-import time
 
 import pytest
 
-import exl_loader.chat.budget as chat_budget
+from exl_loader.chat import renderer
 from exl_loader.chat.template import ChatTemplates
 from exl_loader.errors import InvalidTokenizer
 
@@ -22,6 +21,12 @@ def peak_bytes() -> int:
     resource = pytest.importorskip("resource")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+@pytest.fixture
+def little_time(monkeypatch):
+    """Let a template that does not end be stopped soon."""
+    monkeypatch.setattr(renderer, "MAX_RENDER_SECONDS", 0.5)
 
 
 GROWING = "{% set ns = namespace(x=%START%) %}{% for i in range(200) %}{% set ns.x = %STEP% %}" \
@@ -119,13 +124,13 @@ HUGE = {
 
 
 @pytest.mark.parametrize("name", HUGE)
-def test_what_would_take_much_memory_is_stopped(name):
-    before, began = peak_bytes(), time.monotonic()
-    with pytest.raises(InvalidTokenizer):
+def test_what_would_take_much_memory_is_stopped(name, little_time):
+    before = peak_bytes()
+    with pytest.raises(InvalidTokenizer) as caught:
         render(HUGE[name])
-    assert time.monotonic() - began < 10
-    # 256 MB of characters at most, and what Python keeps beside them.
-    assert peak_bytes() - before < 600 << 20
+    assert len(str(caught.value)) < 3000
+    # This process has no part in it.
+    assert peak_bytes() - before < 100 << 20
 
 
 ENDLESS = {
@@ -150,13 +155,9 @@ ENDLESS = {
 }
 
 @pytest.mark.parametrize("name", ENDLESS)
-def test_what_does_not_end_is_stopped(name, monkeypatch):
-    monkeypatch.setattr(chat_budget, "MAX_RENDER_SECONDS", 0.2)
-    before, began = peak_bytes(), time.monotonic()
+def test_what_does_not_end_is_stopped(name, little_time):
     with pytest.raises(InvalidTokenizer):
         render(ENDLESS[name])
-    assert time.monotonic() - began < 10
-    assert peak_bytes() - before < 600 << 20
 
 
 @pytest.mark.parametrize("source", [
@@ -231,12 +232,3 @@ def test_a_long_conversation_fits():
     )
     prompt = render(source, messages)
     assert prompt.endswith("400") and len(prompt) > 400 * 9999
-
-
-def test_a_rendering_leaves_the_next_its_whole_budget(monkeypatch):
-    monkeypatch.setattr(chat_budget, "MAX_TOTAL_CHARS", 5000)
-    source = "{{ 'x' * 1500 }}"
-    assert {render(source) for _ in range(5)} == {"x" * 1500}
-    with pytest.raises(InvalidTokenizer, match="5000 together"):
-        render(source * 4)
-    assert render(source) == "x" * 1500

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
 
-import exl_loader.chat.budget as chat_budget
+from exl_loader.chat import renderer
 from exl_loader.chat.template import ChatTemplates
 from exl_loader.errors import InvalidSettings, InvalidTokenizer
 
@@ -209,11 +208,9 @@ def test_the_templates_own_words_are_shown():
     "{% for a in [1] recursive %}{{ loop([1]) }}{% endfor %}",
 ])
 def test_a_template_that_does_not_end_is_stopped(source, monkeypatch):
-    monkeypatch.setattr(chat_budget, "MAX_RENDER_SECONDS", 0.3)
-    began = time.monotonic()
+    monkeypatch.setattr(renderer, "MAX_RENDER_SECONDS", 0.3)
     with pytest.raises(InvalidTokenizer):
         render(source)
-    assert time.monotonic() - began < 10
     # The next one has its own time.
     assert render("{% for a in range(3) %}{{ a }}{% endfor %}") == "012"
 

@@ -1,174 +1,77 @@
-"""The sandbox in which chat templates run, with limits on time and on what they make.
+"""Render chat templates, in a process of their own: standard library and jinja2 alone.
 
-jinja2's immutable sandbox with the globals, filters and tags that transformers gives to
-templates. The template's syntax tree is changed so that every loop pass, macro and block counts
-its text and looks at the clock, and every list, tuple and dict that is written down is weighed;
-operators, calls, filters and output pass `guards`.
+    python -I -S -B sandbox.py SYS_PATH_AS_JSON
+
+Templates are programs of strangers. jinja2's immutable sandbox keeps them from Python's
+internals, and the limits of this process bound what they use, whatever they call: `renderer.py`
+starts the process, sends it requests and starts another one where a template ended it.
+
+A request on stdin is `HEADER` (length of the body, limits) and a JSON body with `source` and
+`context`. An answer on stdout is `STARTED`, then one of the kinds below, a length and UTF-8 text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import os
+import signal
+import struct
+import sys
+from collections import OrderedDict
 from datetime import datetime
 from typing import Any
+
+if __name__ == "__main__":
+    # What the starting process imports from, which -I and -S leave out.
+    sys.path[:] = json.loads(sys.argv[1])
 
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
-from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
-from markupsafe import Markup
 
-from .budget import BUDGET
-from .guards import (
-    UNSAFE_STR_METHODS,
-    GuardedEscapeFormatter,
-    GuardedFormatter,
-    expect_operation,
-    guarded_call,
-    guarded_filters,
-    guarded_tests,
-)
+# Body bytes; bytes of memory beyond what the idle process has; seconds of processor time.
+HEADER = struct.Struct(">QQd")
+LENGTH = struct.Struct(">Q")
 
+READY, STARTED = b"r", b"s"
+# The prompt; the template's own words of refusal; what it did wrong; that it needs too much.
+TEXT, REFUSED, FAILED, TOO_MUCH = b"t", b"x", b"f", b"m"
+
+# A conversation that fills a context of a million tokens has about 4 MB of text.
+MAX_PROMPT_CHARS = 16 << 20
 # The longest that models come with have about 20,000 characters.
 MAX_TEMPLATE_CHARS = 1 << 20
+MAX_ERROR_CHARS = 1000
+
+# What Windows charges the idle process with, at most.
+IDLE_BYTES = 64 << 20
+
+_COMPILED_TEMPLATES = 8
+
+# Methods of strings that make bytes, or look anything up in a table.
+_UNSAFE_STR_METHODS = frozenset({"encode", "translate", "maketrans"})
 
 
-def render(template: jinja2.Template, context: dict[str, Any]) -> str:
-    """Run a template under the limits.
-
-    Raises:
-        LimitReached: it ran too long or made too much.
-        TemplateRefusal: it does not accept the conversation.
-        Exception: whatever else the template did wrong: templates can raise anything that
-            Python code can.
-    """
-    with BUDGET.running():
-        return _concat(*template.generate(context))
-
-
-def compile_template(source: str) -> jinja2.Template:
-    """Compile a template under the limits: jinja2 evaluates what is constant.
-
-    Raises:
-        LimitReached: a constant is too much.
-        Exception: the template is broken.
-    """
-    if len(source) > MAX_TEMPLATE_CHARS:
-        raise jinja2.TemplateError(f"a template of more than {MAX_TEMPLATE_CHARS} characters")
-    with BUDGET.running():
-        return _make_environment().from_string(source)
-
-
-def _concat(*values: Any) -> str:
-    parts = []
-    for value in values:
-        BUDGET.check(value)
-        parts.append(str(value))
-    BUDGET.tick(sum(map(len, parts)))
-    return "".join(parts)
+class TemplateRefusal(jinja2.TemplateError):
+    """The template does not accept this conversation; its own words say why."""
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox with limits."""
-
-    intercepted_binops = frozenset({"+", "*", "**", "%"})
-
-    # Called by what the syntax tree gets added.
-    guarded_pass = staticmethod(BUDGET.tick)
-    guarded_value = staticmethod(BUDGET.made)
-    guarded_concat = staticmethod(_concat)
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        expect_operation(operator, left, right)
-        return BUDGET.made(super().call_binop(context, operator, left, right))
-
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        # Named as in jinja2, so that no keyword of a template's call can collide.
-        BUDGET.tick()
-        if isinstance(__obj, Macro):
-            for value in args:
-                BUDGET.made(value)
-        args = guarded_call(__obj, args, kwargs)
-        return BUDGET.made(super().call(__context, __obj, *args, **kwargs))
+    """jinja2's sandbox, in which an access to Python's internals is an error, not empty text."""
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if isinstance(obj, (int, float, bytes)):
             return False
-        if isinstance(obj, str) and attr in UNSAFE_STR_METHODS:
+        if isinstance(obj, str) and attr in _UNSAFE_STR_METHODS:
             return False
         return super().is_safe_attribute(obj, attr, value)
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> jinja2.Undefined:
-        # jinja2 would print nothing in its place; a template that tries this is no accident.
         raise jinja2.exceptions.SecurityError(
             f"access to {attribute!r} of a {type(obj).__name__} is not allowed"
         )
-
-    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        if super().wrap_str_format(value) is None:
-            return None
-        text, is_map = value.__self__, value.__name__ == "format_map"
-
-        def guarded_format(*args: Any, **kwargs: Any) -> str:
-            if is_map:
-                args, kwargs = (), *args
-            if isinstance(text, Markup):
-                return Markup(GuardedEscapeFormatter(self, escape=text.escape)
-                              .vformat(text, args, kwargs))
-            return GuardedFormatter(self).vformat(text, args, kwargs)
-
-        return guarded_format
-
-    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree = super()._parse(source, name, filename)
-        repeated: list[nodes.For | nodes.Macro | nodes.CallBlock | nodes.Block] = [
-            *tree.find_all(nodes.For), *tree.find_all(nodes.Macro),
-            *tree.find_all(nodes.CallBlock), *tree.find_all(nodes.Block),
-        ]
-        for node in repeated:
-            call = _call("guarded_pass", [nodes.Const(_text_length(node))], node.lineno)
-            node.body.insert(0, nodes.ExprStmt(call).set_lineno(node.lineno))
-        _guard_values(tree)
-        tree.set_environment(self)
-        return tree
-
-
-def _call(name: str, arguments: list[nodes.Expr], lineno: int) -> nodes.Call:
-    # No variable: a template could set that to something else.
-    function = nodes.EnvironmentAttribute(name)
-    return nodes.Call(function, arguments, [], None, None, lineno=lineno)
-
-
-def _text_length(node: nodes.Node) -> int:
-    """Count the characters that stand in a piece of template: it may write them each time."""
-    text = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
-    return text + sum(
-        len(const.value) for const in node.find_all(nodes.Const) if isinstance(const.value, str)
-    )
-
-
-def _guard_values(tree: nodes.Node) -> None:
-    """Turn `a ~ b`, lists, tuples and dicts into calls that look at what they make."""
-
-    def guarded(value: Any) -> Any:
-        if not isinstance(value, nodes.Node):
-            return value
-        _guard_values(value)
-        if isinstance(value, nodes.Concat):
-            return _call("guarded_concat", value.nodes, value.lineno)
-        if isinstance(value, (nodes.List, nodes.Dict, nodes.Tuple)) and (
-            getattr(value, "ctx", "load") == "load"  # else it is the target of an assignment
-        ):
-            return _call("guarded_value", [value], value.lineno)
-        return value
-
-    for field, value in tree.iter_fields():
-        if isinstance(value, list):
-            setattr(tree, field, [guarded(item) for item in value])
-        else:
-            setattr(tree, field, guarded(value))
 
 
 class _GenerationTag(Extension):
@@ -205,14 +108,6 @@ def _check_attribute(name: Any) -> None:
         raise jinja2.exceptions.SecurityError(f"namespace attribute {name!r} is not allowed")
 
 
-class TemplateRefusal(jinja2.TemplateError):
-    """The template does not accept this conversation; its own words say why."""
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateRefusal(message)
-
-
 class _Dict:
     """`dict`, as something to call: methods of the class itself could change a dict."""
 
@@ -223,22 +118,167 @@ class _Dict:
         return dict.fromkeys(*args)
 
 
+def _raise_exception(message: Any) -> None:
+    raise TemplateRefusal(message)
+
+
 def _strftime_now(format: str) -> str:
     return datetime.now().strftime(format)
 
 
-def _make_environment() -> ImmutableSandboxedEnvironment:
-    """Make an environment as transformers makes it, with our limits."""
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
+    # jinja2's own escapes what is special in HTML.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                      sort_keys=sort_keys)
+
+
+def make_environment() -> ImmutableSandboxedEnvironment:
+    """Make an environment with the tags, filters and globals that transformers gives templates."""
     environment = _Environment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols],
-        finalize=BUDGET.made,
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
     )
-    environment.filters = guarded_filters()
-    environment.tests = guarded_tests()
-    # Text without end, which no conversation needs.
-    del environment.globals["lipsum"]
+    environment.filters["tojson"] = _tojson
     environment.globals.update({
         "raise_exception": _raise_exception, "strftime_now": _strftime_now,
         "namespace": _Namespace, "dict": _Dict(),
     })
     return environment
+
+
+class Templates:
+    """Compiles templates, and keeps the last ones compiled."""
+
+    def __init__(self) -> None:
+        self._compiled: OrderedDict[str, jinja2.Template] = OrderedDict()
+
+    def render(self, source: str, context: dict[str, Any]) -> str:
+        """Render a template.
+
+        Raises:
+            Exception: templates can raise anything that Python code can.
+        """
+        template = self._compiled.pop(source, None)
+        if template is None:
+            if len(source) > MAX_TEMPLATE_CHARS:
+                raise jinja2.TemplateError(
+                    f"a template of more than {MAX_TEMPLATE_CHARS} characters")
+            template = make_environment().from_string(source)
+            if len(self._compiled) >= _COMPILED_TEMPLATES:
+                self._compiled.popitem(last=False)
+        self._compiled[source] = template
+        return template.render(context)
+
+    def answer(self, body: bytes) -> tuple[bytes, str]:
+        """Answer a request; returns the kind of answer and its text."""
+        try:
+            request = json.loads(body)
+            prompt = self.render(request["source"], request["context"])
+            if len(prompt) > MAX_PROMPT_CHARS:
+                return TOO_MUCH, f"it writes more than {MAX_PROMPT_CHARS} characters"
+            return TEXT, prompt
+        except MemoryError:
+            return TOO_MUCH, "it needs too much memory"
+        except TemplateRefusal as error:
+            return REFUSED, str(error)[:MAX_ERROR_CHARS]
+        except Exception as error:
+            # Besides jinja2's own errors: TypeError, OverflowError from range(), RecursionError
+            # from macros and from the parser, SyntaxError where brackets nest too deeply.
+            words = str(error)[:MAX_ERROR_CHARS] or type(error).__name__
+            if isinstance(error, jinja2.TemplateSyntaxError):
+                words += f" (line {error.lineno})"
+            return FAILED, words
+
+
+def _give_up_rights() -> None:
+    """Give up what rendering does not need, should a template escape the sandbox after all."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    # Files can still be read: Python imports codecs and parts of jinja2 when they are needed.
+    limits = [resource.RLIMIT_CORE, resource.RLIMIT_FSIZE]
+    limits += [resource.RLIMIT_NPROC] if hasattr(resource, "RLIMIT_NPROC") else []
+    for limit in limits:
+        resource.setrlimit(limit, (0, 0))
+    # A host may ignore or block these, and children inherit that.
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
+
+
+def _address_space_bytes() -> int | None:
+    """Return what this process has reserved of addresses; None where only others can limit it."""
+    if sys.platform != "linux":
+        return None
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _limit(idle_bytes: int | None, memory_bytes: int, seconds: float) -> None:
+    """Bound the memory and processor time of what follows; on Windows the renderer does."""
+    if sys.platform == "win32":
+        return
+    if idle_bytes is not None:
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        most = idle_bytes + memory_bytes
+        soft = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    # The signal ends the process at once, even in compiled code.
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
+def _read(count: int) -> bytes:
+    """Read from stdin; exits where the renderer is gone."""
+    parts = []
+    while count:
+        data = os.read(0, min(count, 1 << 20))
+        if not data:
+            os._exit(0)
+        parts.append(data)
+        count -= len(data)
+    return b"".join(parts)
+
+
+def _write(data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[os.write(1, left):]
+
+
+def serve() -> None:
+    """Answer requests until stdin ends, which it does when the renderer's process ends."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        for descriptor in (0, 1):
+            msvcrt.setmode(descriptor, os.O_BINARY)
+    idle_bytes = _address_space_bytes()
+    _give_up_rights()
+    templates = Templates()
+    _write(READY)
+    while True:
+        length, memory_bytes, seconds = HEADER.unpack(_read(HEADER.size))
+        body = _read(length)
+        _write(STARTED)
+        _limit(idle_bytes, memory_bytes, seconds)
+        kind, text = templates.answer(body)
+        try:
+            data = text.encode("utf-8", "surrogatepass")
+        except MemoryError:
+            kind, data = TOO_MUCH, b"it needs too much memory"
+        del text, body
+        if sys.platform != "win32":
+            signal.setitimer(signal.ITIMER_PROF, 0)
+        _write(kind + LENGTH.pack(len(data)))
+        _write(data)
+        if kind == TOO_MUCH:
+            # What is left of it could make the next template fail.
+            os._exit(0)
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,7 +1,7 @@
 """Chat templates: Jinja programs that come with a model, hence from strangers.
 
-They run in the sandbox of `sandbox`, which stops what runs too long or writes too much,
-and see nothing but copies of JSON data.
+They run in a process of their own (`renderer.py`), which bounds their time and memory, and see
+nothing but copies of JSON data.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from ..errors import InvalidSettings, InvalidTokenizer, shown
 from ..json_keys import read_json_object_if_there
 from ..untrusted_files import TEMPLATE_BYTES, is_there, read_text
 from .continued_message import cut_after, mark_end
-from .sandbox import TemplateRefusal, compile_template, render
+from .renderer import RENDERER, RenderError, TemplateRefusal
 
 _REMEDY = "Use the original model's template, or give a plain prompt"
 
@@ -37,7 +35,6 @@ class ChatTemplates:
     def __init__(self, sources: Mapping[str, str], where: str = "chat template") -> None:
         self.sources = dict(sources)
         self.where = where
-        self._compiled: dict[str, jinja2.Template] = {}
 
     @classmethod
     def from_dir(cls, folder: Path, tokenizer_config: Mapping[str, Any]) -> ChatTemplates:
@@ -94,12 +91,11 @@ class ChatTemplates:
                 actual="both", remedy="Ask for one of the two",
             )
         name = self._choose(name, tools)
-        template = self._template(name)
         plain = _plain_messages(messages)
         text = None
         if continue_final_message:
             text = mark_end(plain, continue_final_message, self.sources[name], _REASONING_KEYS)
-        prompt = self._run(template, {
+        prompt = self._run(self.sources[name], {
             "messages": plain,
             "tools": _plain(tools, "tools") if tools is not None else None,
             "documents": None,
@@ -110,18 +106,19 @@ class ChatTemplates:
         })
         return prompt if text is None else cut_after(prompt, text)
 
-    def _run(self, template: jinja2.Template, context: dict[str, Any]) -> str:
+    def _run(self, source: str, context: dict[str, Any]) -> str:
         try:
-            return render(template, context)
+            return RENDERER.render(source, context)
         except TemplateRefusal as error:
             raise InvalidTokenizer(
                 self.where, expected="a conversation that the template accepts",
                 actual=str(error), remedy="Change the messages, or use another template",
             ) from None
-        except Exception as error:
-            # jinja2's own errors, TypeError, OverflowError from range(), RecursionError from
-            # macros: all of them are the template's.
-            raise self._error(error) from None
+        except RenderError as error:
+            raise InvalidTokenizer(
+                self.where, expected="a template that renders this conversation",
+                actual=str(error), remedy=_REMEDY,
+            ) from None
 
     def _choose(self, name: str | None, tools: Any) -> str:
         if name is None:
@@ -134,25 +131,6 @@ class ChatTemplates:
                 remedy=_REMEDY,
             )
         return name
-
-    def _template(self, name: str) -> jinja2.Template:
-        if name not in self._compiled:
-            try:
-                self._compiled[name] = compile_template(self.sources[name])
-            except Exception as error:
-                # Besides jinja2's errors: RecursionError from its parser, SyntaxError and
-                # MemoryError from Python's compiler where loops or brackets nest too deeply.
-                raise self._error(error) from None
-        return self._compiled[name]
-
-    def _error(self, error: Exception) -> InvalidTokenizer:
-        message = str(error) or type(error).__name__
-        if isinstance(error, jinja2.TemplateSyntaxError):
-            message += f" (line {error.lineno})"
-        return InvalidTokenizer(
-            self.where, expected="a template that renders this conversation",
-            actual=message, remedy=_REMEDY,
-        )
 
 
 def _plain(value: Any, what: str) -> Any:
