@@ -513,6 +513,19 @@ def test_damaged_tokenizer_json_is_a_typed_error_or_works(kind, tmp_path):
     assert all(outcomes.values())
 
 
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer.model"])
+@pytest.mark.parametrize(("data", "found", "remedy"), [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", "Git LFS pointer",
+     "git lfs pull"),
+    (b"IQ== 0\nIg== 1\n", "a tiktoken vocabulary", "Copy tokenizer.json"),
+])
+def test_files_of_another_kind_are_named(file, data, found, remedy, tmp_path):
+    folder = write(tmp_path / "model", {}, **{file.replace(".", "__"): data})
+    with pytest.raises(InvalidTokenizer, match=found) as caught:
+        Tokenizer.from_dir(folder)
+    assert remedy in caught.value.remedy
+
+
 @pytest.mark.parametrize("values", [
     {"bos_token": {"content": 5}}, {"eos_token": []}, {"add_bos_token": 1}, {"legacy": "no"},
     {"clean_up_tokenization_spaces": "yes"}, {"extra_special_tokens": 5},

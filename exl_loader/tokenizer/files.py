@@ -8,18 +8,22 @@ the ids that begin and end a text. What each of them decides stands in `roles`.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from ..errors import InvalidTokenizer, is_text, shown
 from ..json_keys import read_json_object_if_there
+from ..untrusted_files import read_bytes
 
 NAMED_TOKENS = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
 )
 # The libraries keep ids in 32 bits.
 MAX_TOKEN_ID = 1 << 31
+# A token in base64 and its rank.
+_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\r?\n")
 REMEDY = "Download the tokenizer files of the original model again"
 
 
@@ -132,6 +136,27 @@ class TokenizerConfig:
 def read_optional(path: Path) -> dict[str, Any]:
     """Read a JSON object; an empty one where the file does not exist."""
     return read_json_object_if_there(path, error=InvalidTokenizer, remedy=REMEDY)
+
+
+def read_vocabulary(path: Path, limit: int) -> bytes:
+    """Read `tokenizer.json` or `tokenizer.model`.
+
+    Raises:
+        InvalidTokenizer: it cannot be read, has more than `limit` bytes, or is a file of
+            another kind that often stands under the name.
+    """
+    data = read_bytes(path, limit, error=InvalidTokenizer, missing=InvalidTokenizer, remedy=REMEDY)
+    if data.startswith(b"version https://git-lfs"):
+        raise InvalidTokenizer(
+            str(path), expected="the tokenizer", actual="a Git LFS pointer in its place",
+            remedy="Run git lfs pull in the folder, or download the file itself",
+        )
+    if _TIKTOKEN_LINE.match(data):
+        raise InvalidTokenizer(
+            str(path), expected="a sentencepiece model", actual="a tiktoken vocabulary",
+            remedy="Copy tokenizer.json of the original model into the folder",
+        )
+    return data
 
 
 def read_tokenizer_config(folder: Path) -> TokenizerConfig:

@@ -19,10 +19,10 @@ from typing import Any
 
 from ..errors import ExlLoaderError, InvalidTokenizer
 from ..json_keys import parse_json
-from ..untrusted_files import TOKENIZER_BYTES, read_bytes
+from ..untrusted_files import TOKENIZER_BYTES
 from . import vocab_merges
 from .backend import SPACE_MARK
-from .files import REMEDY, AddedToken, TokenizerConfig
+from .files import REMEDY, AddedToken, TokenizerConfig, read_vocabulary
 from .spm import CODE_LLAMA, LLAMA_CLASSES, LLAMA_NAMED_TOKENS, piece_bytes
 from .stream import utf8_errors
 
@@ -156,8 +156,7 @@ class TokenizersBackend:
     @classmethod
     def from_json(cls, path: Path, config: TokenizerConfig) -> TokenizersBackend:
         """Read a `tokenizer.json`."""
-        data = read_bytes(path, TOKENIZER_BYTES, error=InvalidTokenizer,
-                          missing=InvalidTokenizer, remedy=REMEDY)
+        data = read_vocabulary(path, TOKENIZER_BYTES)
         with _typed(str(path), "a tokenizer the tokenizers library reads", _UPGRADE):
             file_ids = _json_ids(data)
         return cls(path, config, partial(_read_json, data), file_ids)

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidTokenizer
-from ..untrusted_files import SENTENCEPIECE_BYTES, read_bytes
+from ..untrusted_files import SENTENCEPIECE_BYTES
 from .backend import SPACE_MARK
-from .files import REMEDY, AddedToken, TokenizerConfig
+from .files import REMEDY, AddedToken, TokenizerConfig, read_vocabulary
 from .stream import utf8_errors
 
 # A serialised ModelProto followed by {normalizer_spec (3): {add_dummy_prefix (3): on or off}}:
@@ -88,8 +88,7 @@ class SentencePieceBackend:
     suffix_ids: tuple[int, ...] = ()
 
     def __init__(self, path: Path, config: TokenizerConfig) -> None:
-        data = read_bytes(path, SENTENCEPIECE_BYTES, error=InvalidTokenizer,
-                          missing=InvalidTokenizer, remedy=REMEDY)
+        data = read_vocabulary(path, SENTENCEPIECE_BYTES)
         # The library takes an empty file for an empty model and then writes to stderr.
         if not data:
             raise InvalidTokenizer(str(path), expected="a sentencepiece model",
