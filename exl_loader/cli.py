@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Sequence
 
 from . import __version__
-from .errors import ExlLoaderError, known_line
+from .errors import ExlLoaderError, known_line, printable
 
 # name -> (module, what the overview says)
 COMMANDS = {
@@ -127,7 +127,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _report(line: str, verbose: bool, details: str | None = None) -> None:
-    print(f"error: {line}", file=sys.stderr)
+    print(f"error: {printable(line)}", file=sys.stderr)
     if verbose:
         if details:
             print(details, file=sys.stderr)

@@ -12,6 +12,7 @@ from ..chat.fitting import context_notice, fit_messages
 from ..errors import ExlLoaderError, InvalidSettings
 from ..progress import NullProgress, Progress, default_progress
 from ..settings import SamplingSettings
+from ..untrusted_files import TEXT_BYTES
 from .model_options import (
     add_load_arguments,
     add_sampling_arguments,
@@ -168,17 +169,21 @@ def _piped_lines() -> Iterator[str]:
     """Read messages from a pipe or a file, and write each down: nobody saw it being typed.
 
     Raises:
-        InvalidSettings: the input is no UTF-8.
+        InvalidSettings: the input is no UTF-8, or a line has more characters than any text.
     """
     use_utf8(sys.stdin)
     while True:
         print(YOU, end="", flush=True)
         try:
-            line = sys.stdin.readline()
+            line = sys.stdin.readline(TEXT_BYTES)
         except UnicodeDecodeError as error:
             raise InvalidSettings(
                 "stdin", expected="messages in UTF-8", actual=str(error)
             ) from None
+        if len(line) == TEXT_BYTES:
+            raise InvalidSettings(
+                "stdin", expected=f"messages of less than {TEXT_BYTES} characters", actual="more"
+            )
         print(line.strip())
         if not line:
             return
