@@ -8,6 +8,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from special_files import SPECIAL_FILES
 
 from exl_loader.convert.allocation import Option, allocate, efficient_options
 from exl_loader.convert.calibration import calibration_rows, calibration_text
@@ -21,7 +22,13 @@ from exl_loader.convert.packing import (
     stored_bits,
 )
 from exl_loader.convert.scales import choose_scales
-from exl_loader.convert.writer import ShardWriter, copy_other_files, new_folder
+from exl_loader.convert.writer import (
+    ShardWriter,
+    check_other_files,
+    copy_other_files,
+    new_folder,
+    write_config,
+)
 from exl_loader.errors import InvalidSettings
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
@@ -249,3 +256,28 @@ def test_weights_and_stale_settings_are_not_copied(tmp_path):
     copy_other_files(source, target)
     assert sorted(os.listdir(target)) == ["generation_config.json", "tokenizer.model"]
     assert json.loads((target / "generation_config.json").read_text()) == {}
+
+
+@pytest.mark.parametrize("kind", SPECIAL_FILES)
+def test_a_special_file_beside_the_weights_is_refused_before_the_work(tmp_path, kind, caplog):
+    (tmp_path / "source").mkdir()
+    SPECIAL_FILES[kind](tmp_path / "source" / "notes.txt")
+    if kind == "folder":
+        check_other_files(tmp_path / "source")
+    elif kind == "sparse_file":
+        # A whole file, and none of a tokenizer's: it stays behind, and that is said.
+        (tmp_path / "target").mkdir()
+        check_other_files(tmp_path / "source")
+        copy_other_files(tmp_path / "source", tmp_path / "target")
+        assert not list((tmp_path / "target").iterdir())
+        assert "notes.txt was not copied" in caplog.text
+    else:
+        with pytest.raises(InvalidSettings, match="notes.txt"):
+            check_other_files(tmp_path / "source")
+
+
+def test_a_config_with_a_lone_surrogate_is_written(tmp_path):
+    config = {"_name_or_path": "caf\udce9", "model": "größe"}
+    write_config(config, {"bits": 4}, tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert config.items() <= written.items()

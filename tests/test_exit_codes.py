@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from exl_loader import cli
-from exl_loader.commands import doctor
+from exl_loader.commands import chat, doctor, model_options
 from exl_loader.commands.chat import HELP
 from exl_loader.webui_install import command as webui_command
 
@@ -108,6 +108,31 @@ def test_chat_at_a_terminal_exits_with_0_for_who_sees_why_there_is_no_answer(
     monkeypatch.setattr("sys.stdin", typed)
     assert cli.main(["chat", str(tiny_model_dir), *SMALL]) == 0
     assert "error: " in capsys.readouterr().err
+
+
+class Endless(io.StringIO):
+    """A standard input without a line's end, such as /dev/zero; it counts what is read of it."""
+
+    taken = 0
+
+    def read(self, size=-1):
+        assert size >= 0, "everything was asked for"
+        self.taken += size
+        return "a" * size
+
+    readline = read
+
+
+@pytest.mark.parametrize(("module", "command"), [
+    (chat, ["chat"]), (model_options, ["generate", "--prompt-file", "-"]),
+])
+def test_endless_input_is_read_to_a_limit(module, command, tiny_model_dir, monkeypatch, capsys):
+    endless = Endless()
+    monkeypatch.setattr("sys.stdin", endless)
+    monkeypatch.setattr(module, "TEXT_BYTES", 5000)
+    name, *options = command
+    assert cli.main([name, str(tiny_model_dir), *SMALL, *options]) == 1
+    assert "5000 characters" in capsys.readouterr().err and endless.taken <= 5001
 
 
 def test_chat_takes_no_bytes_that_are_no_text(tiny_model_dir, monkeypatch, capsys):

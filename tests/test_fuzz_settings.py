@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import random
+import shutil
 import unicodedata
 
 import numpy as np
@@ -14,10 +15,12 @@ from odd_values import odd_values
 from tiny import write_tiny_model
 
 import exl_loader
+from exl_loader.convert import convert
 from exl_loader.errors import ExlLoaderError, InvalidSettings
 from exl_loader.kernels.native import default_threads
 from exl_loader.memory import environment_limit
 from exl_loader.settings import SamplingSettings
+from exl_loader.tokenizer import Tokenizer
 
 VOCAB_SIZE = 288
 CTX = 300
@@ -143,6 +146,61 @@ def test_odd_arguments_of_a_loaded_model(model, name):
                 call(value)
             except ExlLoaderError as error:
                 check_error(error)
+
+
+@pytest.mark.parametrize("name", [
+    "messages", "message", "role", "content", "reasoning_content", "tools", "template",
+    "add_generation_prompt", "continue_final_message", "a_variable",
+])
+def test_odd_arguments_of_a_chat_template(tmp_path, folder, name):
+    chat_folder = shutil.copytree(folder, tmp_path / "chat")
+    (chat_folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+        "{{ tools }}{{ a_variable }}"
+    )
+    tokenizer = Tokenizer.from_dir(chat_folder)
+    good = {"role": "user", "content": "Hi"}
+    answered = 0
+    for value in odd_values():
+        messages = {"messages": value, "message": [value]}.get(name, [good | {name: value}])
+        options = {} if name in ("messages", "message", *good) else {name: value}
+        try:
+            text = tokenizer.apply_chat_template(messages, **options)
+        except ExlLoaderError as error:
+            check_error(error)
+        else:
+            assert isinstance(text, str) and tokenizer.encode(text)
+            answered += 1
+    assert answered or name in ("messages", "message")
+
+
+@pytest.mark.parametrize("name", ["add_bos", "special", "skip_special"])
+def test_odd_flags_of_a_tokenizer(folder, name):
+    tokenizer = Tokenizer.from_dir(folder)
+    for value in odd_values():
+        try:
+            if name == "skip_special":
+                tokenizer.decode([1, 5], skip_special=value)
+            else:
+                tokenizer.encode("Hi", **{name: value})
+        except InvalidSettings as error:
+            assert name in str(error)
+
+
+@pytest.mark.parametrize("name", [
+    "model_dir", "out_dir", "bits", "head_bits", "calibration", "calibration_rows",
+    "calibration_row_len", "progress",
+])
+def test_odd_options_of_a_conversion_are_refused(tmp_path, name):
+    for value in odd_values():
+        if value is None and name in ("calibration", "progress"):
+            continue
+        # No model is there: what is taken for right ends before any work.
+        options = {"model_dir": tmp_path / "none", "out_dir": tmp_path / "out", name: value}
+        with pytest.raises(ExlLoaderError) as caught:
+            convert(**options)
+        check_error(caught.value)
+    assert not (tmp_path / "out").exists()
 
 
 # Settings by name

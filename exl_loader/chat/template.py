@@ -85,6 +85,7 @@ class ChatTemplates:
             InvalidTokenizer: no such template, it is broken, refuses the conversation,
                 tries what the sandbox forbids, or does not end in time.
         """
+        _check_options(tools, add_generation_prompt, continue_final_message, name)
         if continue_final_message and add_generation_prompt:
             raise InvalidSettings(
                 "continue_final_message", expected="add_generation_prompt=False beside it",
@@ -125,12 +126,29 @@ class ChatTemplates:
             name = "tool_use" if tools and "tool_use" in self.sources else "default"
         if name not in self.sources:
             raise InvalidTokenizer(
-                f"{self.where}: {name!r}",
+                f"{self.where}: {shown(name)}",
                 expected=f"one of {sorted(self.sources)}" if self.sources else "a template",
                 actual="no such template" if self.sources else "none in this folder",
                 remedy=_REMEDY,
             )
         return name
+
+
+def _check_options(
+    tools: Any, add_generation_prompt: Any, continue_final_message: Any, name: Any
+) -> None:
+    """Raise InvalidSettings for an option of `render` that is of another kind."""
+    wanted = (
+        ("tools", tools, (list, tuple, type(None)), "a list of JSON schemas, or None"),
+        ("add_generation_prompt", add_generation_prompt, (bool, type(None)),
+         "true, false or None"),
+        ("continue_final_message", continue_final_message, (bool, str),
+         "true, false or the key that is continued"),
+        ("template", name, (str, type(None)), "the name of a template, or None"),
+    )
+    for option, value, kinds, expected in wanted:
+        if not isinstance(value, kinds):
+            raise InvalidSettings(option, expected=expected, actual=shown(value))
 
 
 def _plain(value: Any, what: str) -> Any:

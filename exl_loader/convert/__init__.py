@@ -52,8 +52,13 @@ def convert(
         ModelNotFound, InvalidConfig, UnsupportedArchitecture, InvalidCheckpoint,
         InvalidTokenizer: the source folder cannot be used.
     """
+    from ..reservation.options import check_folder, check_path
     from .pipeline import ConvertSettings, run
 
+    check_folder("model_dir", model_dir)
+    check_folder("out_dir", out_dir)
+    if calibration is not None:
+        check_path("calibration", calibration)
     settings = ConvertSettings(
         bits=bits,
         head_bits=head_bits,

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..errors import InvalidSettings
 from ..formats.packed import LinearPlan
 from ..json_keys import read_json_object
-from ..progress import NullProgress, Progress, task
+from ..progress import Progress, checked_progress, task
+from ..rope import MAX_POSITIONS
+from ..setting_values import check_integer, check_number, invalid
 from ..tokenizer import Tokenizer
 from .activations import Activations
 from .allocation import Option, allocate
@@ -28,10 +29,19 @@ from .calibration import calibration_rows, calibration_text
 from .gptq import PreparedHessian, quantize, relative_error
 from .packing import dequantize, exl2_tensors, stored_bits
 from .source import Source, input_groups
-from .writer import ShardWriter, check_out_dir, copy_other_files, new_folder, write_config
+from .writer import (
+    ShardWriter,
+    check_other_files,
+    check_out_dir,
+    copy_other_files,
+    new_folder,
+    write_config,
+)
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 HEAD_WIDTHS = (6, 8)
+# More rows than any text of 64 MiB has.
+MAX_ROWS = 1 << 22
 # Small groups cost a scale more often and pay where few levels are left.
 GROUP_SIZES = (32, 64, 128)
 HEAD_GROUP_SIZE = 128
@@ -51,15 +61,11 @@ class ConvertSettings:
     row_len: int
 
     def __post_init__(self) -> None:
-        _check("bits", 2 <= self.bits <= 16, "a number from 2 to 16", self.bits)
-        _check("head_bits", self.head_bits in HEAD_WIDTHS, "6 or 8", self.head_bits)
-        _check("calibration rows", self.num_rows >= 1, "at least 1", self.num_rows)
-        _check("calibration row length", self.row_len >= 16, "at least 16", self.row_len)
-
-
-def _check(name: str, is_right: bool, expected: str, actual: object) -> None:
-    if not is_right:
-        raise InvalidSettings(name, expected=expected, actual=actual)
+        check_number("bits", self.bits, 2, 16)
+        if type(self.head_bits) is not int or self.head_bits not in HEAD_WIDTHS:
+            raise invalid("head_bits", " or ".join(map(str, HEAD_WIDTHS)), self.head_bits)
+        check_integer("calibration_rows", self.num_rows, 1, MAX_ROWS)
+        check_integer("calibration_row_len", self.row_len, 16, MAX_POSITIONS)
 
 
 @dataclass(frozen=True)
@@ -94,10 +100,12 @@ def run(
     model_dir: Path, out_dir: Path, settings: ConvertSettings, progress: Progress | None
 ) -> Conversion:
     """Convert a model; see `convert`."""
+    progress = checked_progress(progress)
     check_out_dir(out_dir)
+    check_other_files(model_dir)
     source = Source(model_dir)
     try:
-        return _Pipeline(model_dir, source, settings, progress or NullProgress()).run(out_dir)
+        return _Pipeline(model_dir, source, settings, progress).run(out_dir)
     finally:
         source.close()
 

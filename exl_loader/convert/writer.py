@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from ..checkpoint.files import folder_names
 from ..errors import InvalidSettings, printable
-from ..untrusted_files import TOKENIZER_BYTES
+from ..untrusted_files import TOKENIZER_BYTES, open_regular
 
 _log = logging.getLogger("exl_loader")
 
@@ -36,8 +37,14 @@ def check_out_dir(out_dir: Path) -> None:
     Raises:
         InvalidSettings: `out_dir` is a file or a folder that is not empty.
     """
-    if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
-        return
+    try:
+        if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
+            return
+    except OSError as error:
+        raise InvalidSettings(
+            f"output folder {out_dir}", expected="a path where a folder can be made",
+            actual=error.strerror, remedy="Choose another folder",
+        ) from None
     raise InvalidSettings(
         f"output folder {out_dir}",
         expected="a path where nothing is yet",
@@ -117,12 +124,7 @@ class ShardWriter:
 
 def copy_other_files(model_dir: Path, folder: Path) -> None:
     """Copy tokenizer, generation config and whatever else lies beside the weights."""
-    for path in sorted(model_dir.iterdir()):
-        is_weights = path.suffix in _LEFT_BEHIND_SUFFIXES or path.name.endswith(".index.json")
-        if not path.is_file() or (
-            is_weights or path.name in _LEFT_BEHIND_NAMES or path.name.startswith(".")
-        ):
-            continue
+    for path in _other_files(model_dir):
         if path.stat().st_size > TOKENIZER_BYTES:
             _log.warning(
                 "%s was not copied: %d bytes are more than any file of a tokenizer has",
@@ -130,6 +132,28 @@ def copy_other_files(model_dir: Path, folder: Path) -> None:
             )
             continue
         shutil.copyfile(path, folder / path.name)
+
+
+def check_other_files(model_dir: Path) -> None:
+    """Check that `copy_other_files` can read its files, before hours of work.
+
+    Raises:
+        InvalidSettings: one of them cannot be read, or is no regular file.
+    """
+    for path in _other_files(model_dir):
+        open_regular(
+            path, error=InvalidSettings, missing=InvalidSettings,
+            remedy="Take it out of the model's folder",
+        ).close()
+
+
+def _other_files(model_dir: Path) -> list[Path]:
+    return [
+        path for path in (model_dir / name for name in folder_names(model_dir))
+        if not (os.path.isdir(path) or path.name.startswith("."))
+        and not (path.suffix in _LEFT_BEHIND_SUFFIXES or path.name.endswith(".index.json"))
+        and path.name not in _LEFT_BEHIND_NAMES
+    ]
 
 
 def write_config(config: Mapping[str, Any], quantization: Mapping[str, Any], folder: Path) -> None:

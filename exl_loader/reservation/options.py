@@ -95,9 +95,23 @@ def check_count(name: str, value: Any, least: int, most: int) -> None:
 
 
 def check_folder(name: str, value: Any) -> None:
-    """Raise InvalidSettings unless `value` is a path."""
+    """Raise InvalidSettings unless `value` is a path, as text or a path object."""
+    check_path(name, value, "folder")
+
+
+def check_path(name: str, value: Any, kind: str = "file") -> None:
+    """Raise InvalidSettings unless `value` is the path of a file, as text or a path object."""
     if not isinstance(value, (str, os.PathLike)) or isinstance(os.fspath(value), bytes):
-        raise InvalidSettings(name, expected="the path of a folder", actual=shown(value))
+        raise InvalidSettings(name, expected=f"the path of a {kind}", actual=shown(value))
+    try:
+        encoded = os.fsencode(value)
+    except ValueError:
+        encoded = b"\0"
+    if b"\0" in encoded:
+        raise InvalidSettings(
+            name, expected=f"the path of a {kind}",
+            actual=f"{shown(os.fspath(value))}, which no file system can hold",
+        )
 
 
 def refuse_unknown(function: Callable[..., Any], unknown: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..chat.template import ChatTemplates
 from ..errors import InvalidSettings, InvalidTokenizer, is_text
-from ..setting_values import whole_numbers
+from ..setting_values import check_flag, whole_numbers
 from ..untrusted_files import is_there
 from . import roles, vocab_merges
 from .backend import Backend
@@ -102,6 +102,9 @@ class Tokenizer:
         if not isinstance(text, str):
             raise InvalidSettings("text to encode", expected="a string",
                                   actual=type(text).__name__)
+        if add_bos is not None:
+            check_flag("add_bos", add_bos)
+        check_flag("special", special)
         if not is_text(text):
             # Neither library takes surrogates. Two halves of a character become the character.
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -167,6 +170,7 @@ class Tokenizer:
         Raises:
             InvalidSettings: `ids` is something else.
         """
+        check_flag("skip_special", skip_special)
         checked = whole_numbers("ids", ids, "token ids")
         if self._backend.bytes_known:
             text = self._backend.decode(checked, skip_special)
