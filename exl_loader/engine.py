@@ -134,7 +134,7 @@ class LoadedModel:
         Args:
             prompt: text (encoded as the folder says, without an end token) or token ids.
             settings: `SamplingSettings`, or a dict with the web UI's names.
-            progress: told about the prompt's tokens.
+            progress: told about the prompt's tokens, in the model's own thread.
             more_settings: settings by name, such as `max_new_tokens=5`; they win over
                 `settings`.
 

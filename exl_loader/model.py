@@ -191,10 +191,15 @@ class Model:
             cache: in place of the model's own.
             ops: device -> operations in place of the model's own.
         """
-        return Model(
+        model = Model(
             self._blueprint, self._weights, self._workspaces, cache, ops or self._ops,
             **self._rope_options,
         )
+        # One record for both, because the frequencies of a slot are in the shared workspace;
+        # the new model has just written them anew.
+        self._slot_rope_len[:] = model._slot_rope_len
+        model._slot_rope_len = self._slot_rope_len
+        return model
 
     def rope_class(self, rope_len: int) -> int:
         """Return a number that is the same for lengths with the same RoPE frequencies."""

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from tiny import write_tiny_model
 
 from exl_loader import load
 from exl_loader.cli import main
@@ -99,6 +101,22 @@ def test_memory_is_what_the_plan_says_and_is_given_back(model):
     per_token = sum(kind.bytes_per_token(2, 64) for kind in plan.others) * 5
     assert plan.extra_bytes == per_token * 256
     assert live_bytes() == before
+
+
+def test_a_second_comparison_gives_the_same_with_dynamic_rope(tmp_path):
+    """All lanes write each slot's frequencies to one workspace."""
+    folder = write_tiny_model(
+        tmp_path / "model", max_position_embeddings=64,
+        rope_scaling={"rope_type": "dynamic", "factor": 2.0},
+    )
+    config = ModelConfig.from_dir(folder)
+    plan = plan_evaluation(str(folder), parse_cache_types("q8"), config=config, ctx_size=256)
+    ids = [7 * i % 250 + 3 for i in range(200)]
+    with load(folder, ctx_size=256) as loaded:
+        logits = loaded.prompt_logits(ids)
+        first = evaluate(loaded, plan, ids)
+        assert evaluate(loaded, plan, ids) == first
+        assert torch.equal(loaded.prompt_logits(ids), logits)
 
 
 def test_a_model_that_was_unloaded_gives_the_caches_back():

@@ -21,7 +21,8 @@ from fake_model import fake_engine, settle
 
 import exl_loader
 from exl_loader import engine as engine_module
-from exl_loader.errors import InvalidCall, ModelUnloaded
+from exl_loader.errors import InsufficientMemory, InvalidCall, ModelUnloaded
+from exl_loader.generation import exchange
 from exl_loader.generation import generation as generation_module
 from exl_loader.memory import live_bytes
 
@@ -402,6 +403,78 @@ def test_an_error_of_a_callback_ends_its_own_request_alone(method):
     with pytest.raises(OSError, match="terminal"):
         list(engine.generate_ids([5], GREEDY, progress=Failing(lambda: None)))
     assert [first, *other] == [11, 12, 13, 14]
+    assert cache.num_free_pages == cache.num_pages
+
+
+# Waiting
+
+
+def test_a_wait_in_intervals_lasts_as_long_as_the_step(monkeypatch):
+    """On Windows, where a lock's wait cannot be interrupted, callers look up at times."""
+    monkeypatch.setattr(exchange, "POLL_S", 0.001)
+    engine, model, _ = fake_engine(count_up)
+    model.before_call = lambda: time.sleep(0.02)
+    assert list(engine.generate_ids([5], GREEDY)) == [6, 7, 8, 9]
+    assert within(60, engine.unload)
+
+
+def test_a_thread_that_the_system_refuses_is_an_error_and_no_hang(monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("can't start new thread")
+
+    engine, _, cache = fake_engine(count_up)
+    generation = engine.generate_ids([5], GREEDY)
+    with monkeypatch.context() as patched:
+        patched.setattr(_thread, "start_new_thread", refuse)
+        with pytest.raises(InsufficientMemory, match="thread.*refused it"):
+            next(generation)
+        other, _, _ = fake_engine(count_up)
+        other.unload()
+        assert other.allocated_bytes() == 0
+    del generation
+    assert list(engine.generate_ids([5], GREEDY)) == [6, 7, 8, 9]
+    assert cache.num_free_pages == cache.num_pages
+
+
+def test_a_fault_of_the_scheduler_itself_ends_the_waits(monkeypatch):
+    """Whatever it is: every caller gets an error that names it, and unloading ends."""
+    engine, _, _ = fake_engine(count_up)
+    next(engine.generate_ids([5], GREEDY))
+
+    def fail():
+        raise AssertionError("a page is given back twice")
+
+    monkeypatch.setattr(engine._generator._scheduler, "step", fail)
+    for _ in range(2):
+        with pytest.raises(ModelUnloaded, match="AssertionError: a page is given back twice"):
+            list(engine.generate_ids([5], GREEDY))
+    assert within(60, engine.unload)
+    assert engine.allocated_bytes() == 0
+
+
+def test_all_waiting_callers_of_one_request_are_woken():
+    """One thread reads, another closes: neither waits for a message that the other took."""
+    engine, model, cache = fake_engine(count_up)
+    inside, go_on = threading.Event(), threading.Event()
+
+    def pause():
+        inside.set()
+        assert go_on.wait(60)
+
+    model.before_call = pause
+    generation = engine.generate_ids([5], GREEDY)
+    works = [lambda: list(generation), generation.close, generation.close]
+    threads = [threading.Thread(target=work, daemon=True) for work in works]
+    threads[0].start()
+    assert inside.wait(60)
+    for thread in threads[1:]:
+        thread.start()
+    while len(generation._job._waiters) < 3:
+        time.sleep(0.001)
+    go_on.set()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
     assert cache.num_free_pages == cache.num_pages
 
 
