@@ -176,6 +176,14 @@ def test_other_methods_are_refused_by_name(tmp_path, method):
         format_of(tmp_path / "m", "a.qweight", config)
 
 
+@pytest.mark.parametrize("method", [5, ["gptq"], {"a": 1}, "x" * 5000])
+def test_a_method_that_is_no_name_is_refused(tmp_path, method):
+    config = {"quantization_config": {"quant_method": method}}
+    with pytest.raises(UnsupportedFormat, match="^quant_method .") as caught:
+        format_of(tmp_path / "m", "a.qweight", config)
+    assert len(str(caught.value)) < 400
+
+
 def test_exl3_is_told_by_its_tensors(tmp_path):
     with pytest.raises(UnsupportedFormat, match="exl3"):
         format_of(tmp_path / "m", "a.trellis")

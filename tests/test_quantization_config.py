@@ -188,3 +188,32 @@ def test_settings_of_a_file_of_their_own_are_checked_as_well(tmp_path):
     (tmp_path / "m/quantize_config.json").write_text(json.dumps({"bits": 4, "rotation": "x"}))
     with pytest.raises(UnsupportedFormat, match="^rotation in"):
         Checkpoint.open(tmp_path / "m")
+
+
+def test_settings_of_auto_rounds_own_file(tmp_path):
+    write_folder(tmp_path / "m", {"a.qweight": torch.zeros(1)}, {})
+    settings = {"quant_method": "auto-round", "packing_format": "auto_round:gptqmodel", "bits": 2}
+    (tmp_path / "m/quantization_config.json").write_text(json.dumps(settings))
+    with Checkpoint.open(tmp_path / "m") as checkpoint:
+        assert (checkpoint.quantization.layout, checkpoint.quantization.bits) == ("gptq_v2", 2)
+    config = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (tmp_path / "m/config.json").write_text(json.dumps(config))
+    with Checkpoint.open(tmp_path / "m") as checkpoint:
+        assert (checkpoint.quantization.method, checkpoint.quantization.bits) == ("gptq", 4)
+
+
+def test_the_layout_of_config_json_wins_over_the_file_of_its_own(tmp_path):
+    own = {"quant_method": "gptq", "checkpoint_format": "gptq_v2", "bits": 4}
+    write_folder(tmp_path / "m", {"a.qweight": torch.zeros(1)}, {"quantization_config": own})
+    (tmp_path / "m/quantize_config.json").write_text('{"format": "gptq", "group_size": 64}')
+    with Checkpoint.open(tmp_path / "m") as checkpoint:
+        assert checkpoint.quantization.layout == "gptq_v2"
+        assert checkpoint.quantization.group_size == 64
+
+
+def test_a_file_of_another_method_says_nothing(tmp_path):
+    own = {"quant_method": "exl2", "bits": 4.5}
+    write_folder(tmp_path / "m", {"a.q_weight": torch.zeros(1)}, {"quantization_config": own})
+    (tmp_path / "m/quantize_config.json").write_text('{"bits": 4, "rotation": "hadamard"}')
+    with Checkpoint.open(tmp_path / "m") as checkpoint:
+        assert checkpoint.quantization.values == own

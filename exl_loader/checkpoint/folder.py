@@ -231,7 +231,7 @@ def format_of(names: Iterable[str], quantization: Quantization) -> str:
         undeclared = "exl3" if "trellis" in endings else "compressed-tensors"
         declared = quantization.values.get("quant_method", undeclared)
         raise UnsupportedFormat(
-            f"quant_method {shown(declared)[1:-1]}",
+            f"quant_method {shown(str(declared))[1:-1]}",
             expected="exl2, gptq, auto-round or unquantised weights",
             remedy="Use a version of the model in one of these formats",
         )

@@ -109,16 +109,18 @@ class Quantization:
 
     @classmethod
     def from_dir(cls, folder: Path) -> Quantization:
-        """Merge `quantization_config` of config.json over `quantize_config.json`.
+        """Merge `quantization_config` of config.json over the files that have it alone.
 
-        A `quantize_config.json` without a method is AutoGPTQ's.
+        `quantize_config.json` is AutoGPTQ's where it names no method, and
+        `quantization_config.json` is auto-round's.
 
         Raises:
             InvalidConfig: either file is no JSON object, or a setting has the wrong type.
         """
-        merged = _lower_keys(read_json_object_if_there(folder / "quantize_config.json"))
-        if merged:
-            merged.setdefault("quant_method", "gptq")
+        apart = _lower_keys(read_json_object_if_there(folder / "quantization_config.json"))
+        older = _lower_keys(read_json_object_if_there(folder / "quantize_config.json"))
+        if older:
+            apart = _merged(apart, {"quant_method": "gptq"} | older)
         own = read_json_object_if_there(folder / "config.json").get("quantization_config")
         if own is not None and not isinstance(own, dict):
             raise InvalidConfig(
@@ -126,7 +128,7 @@ class Quantization:
                 expected="an object",
                 actual=type(own).__name__,
             )
-        merged.update(_lower_keys(own or {}))
+        merged = _merged(apart, _lower_keys(own or {}))
         method = merged.get("quant_method") or merged.get("method")
         if method is not None:
             method = _plain(method)
@@ -322,6 +324,17 @@ def whole_number(value: Any) -> int | None:
     if isinstance(value, float) and value.is_integer() and abs(value) < 1 << 31:
         return int(value)
     return value if isinstance(value, int) and abs(value) < 1 << 31 else None
+
+
+def _merged(older: dict[str, Any], newer: dict[str, Any]) -> dict[str, Any]:
+    """Lay settings over older ones, which are left out where they are of another method."""
+    methods = [_plain(values.get("quant_method") or "") for values in (older, newer)]
+    if all(methods) and methods[0] != methods[1]:
+        return newer
+    layout = ("format", "checkpoint_format")
+    if any(key in newer for key in layout):
+        older = {key: value for key, value in older.items() if key not in layout}
+    return older | newer
 
 
 def _plain(name: Any) -> str:

@@ -28,7 +28,9 @@ DEFAULT_SHARD_BYTES = 8192 << 20
 _LEFT_BEHIND_SUFFIXES = frozenset(
     ".safetensors .bin .pt .pth .ckpt .gguf .h5 .msgpack .onnx .partial".split()
 )
-_LEFT_BEHIND_NAMES = frozenset({"config.json", "quantize_config.json", "quant_config.json"})
+_LEFT_BEHIND_NAMES = frozenset(
+    {"config.json", "quantize_config.json", "quant_config.json", "quantization_config.json"}
+)
 
 
 def check_out_dir(out_dir: Path) -> None:
