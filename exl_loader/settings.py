@@ -146,7 +146,8 @@ class SamplingSettings:
         logprobs: note how likely each token was, and so many of the likeliest; 0 is off.
         ban_eos_token: never end the text; max_new_tokens alone does.
         skip_special_tokens: leave special tokens out of the text.
-        stop_strings: the text ends before the first of them; none of it is shown.
+        stop_strings: the text ends before the first of them; none of it is shown. Special tokens
+            count as text whether or not they are shown.
         stop_token_ids: token ids that end the text, besides the model's own.
 
     Raises:

@@ -122,7 +122,7 @@ class _Pipeline:
         self.layers = source.blueprint.layers
         self.dataset, text = calibration_text(settings.calibration)
         row_len = min(settings.row_len, source.config.max_position_embeddings)
-        encode = Tokenizer.from_dir(model_dir).encode
+        encode = Tokenizer.from_dir(model_dir).prompt_ids
         self.rows = calibration_rows(encode, text, settings.num_rows, row_len)
 
     def run(self, out_dir: Path) -> Conversion:
