@@ -7,9 +7,9 @@
 
 #include <cstdint>
 
-// Functions that CPU code and kernels share. Both CUDA compilers let a kernel call only what is
-// declared for the device, and let it read a constexpr array only where the array is local to
-// such a function: a namespace-scope array is a host variable, which a kernel cannot reach.
+// Functions that CPU code and kernels share. A kernel may call only what is declared for the
+// device. A table has to be local to such a function: for nvcc a namespace-scope array belongs to
+// the CPU, and a kernel may use no element of it whose index is not a constant.
 #if defined(__CUDACC__)
 #define EXL_HOST_DEVICE __host__ __device__
 #else

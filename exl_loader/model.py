@@ -102,6 +102,9 @@ class Model:
         self._max_pages = first["page_table"].shape[1]
         self._slot_rope_len = [1] * self.max_batch_size
         self._steps: dict[tuple[int, int, LogitsMode, bool], Step] = {}
+        for stage in self._stages:
+            # Another thread than the one that loads may run the steps.
+            stage.host.finish()
 
     def forward(
         self,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
+import struct
 import subprocess
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
 from exl_loader.kernels.cuda import toolchain
+from exl_loader.kernels.cuda.nvrtc_cc import Nvrtc
 from exl_loader.kernels.cuda.toolchain import CudaCompiler, find_cuda_compilers
 from exl_loader.kernels.toolchain import Compiler
 
@@ -59,6 +63,48 @@ def sample_root(folder: Path, names: tuple[str, ...] = ("samples",)) -> Path:
     for name in names:
         shutil.copy(SAMPLES, folder / "cuda" / f"{name}.cu")
     return folder
+
+
+# BPT, whose one form in compiled code is BPT.TRAP: the lowest 12 bits of a 16-byte instruction,
+# the same from compute capability 7.5 to 12.1 (nvdisasm -hex).
+_TRAP_OPCODE = 0x95C
+
+
+def traps_of(cubin: bytes) -> dict[str, int]:
+    """Count the traps in the machine code of each kernel, from an optimised cubin.
+
+    Where functions are not inlined, each also ends with one that is never reached.
+    """
+    found = {}
+    for name, code in _sections(cubin):
+        if name.startswith(".text."):
+            words = memoryview(code).cast("H")[::8]
+            found[name.removeprefix(".text.")] = sum(
+                word & 0xFFF == _TRAP_OPCODE for word in words
+            )
+    return found
+
+
+def _sections(elf: bytes) -> Iterator[tuple[str, bytes]]:
+    """Name and contents of an ELF file's sections (64 bits, little-endian)."""
+    (table,) = struct.unpack_from("<Q", elf, 40)
+    size, count, names_at = struct.unpack_from("<HHH", elf, 58)
+    headers = [struct.unpack_from("<IIQQQQ", elf, table + i * size) for i in range(count)]
+    names = headers[names_at][4]
+    for header in headers:
+        start = names + header[0]
+        yield elf[start : elf.index(b"\0", start)].decode(), elf[header[4] : header[4] + header[5]]
+
+
+class KeepingNvrtc(Nvrtc):
+    """NVRTC that also keeps the PTX of the cubin which it compiled last."""
+
+    ptx = ""
+
+    def _text(self, function: str, program: ctypes.c_void_p) -> bytes:
+        if function == "nvrtcGetCUBIN":
+            self.ptx = super()._text("nvrtcGetPTX", program).rstrip(b"\0").decode()
+        return super()._text(function, program)
 
 
 def resource_report(words: str) -> dict[str, dict[str, int]]:

@@ -101,6 +101,11 @@ def test_impossible_launches_are_refused(built, grid, block, shared, words):
         built.prepare("grid_kernel", grid, block, shared, ctypes.c_void_p())
 
 
+def test_more_threads_than_a_kernel_is_compiled_for_are_refused(built):
+    with pytest.raises(EmulationError, match="rope_kernel: 160 threads a block, of 128"):
+        built.prepare("rope_kernel", (1, 1, 1), 160, 0)
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [

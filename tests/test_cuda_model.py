@@ -425,3 +425,12 @@ def test_a_draft_model_guesses_without_rows(emulated, tmp_path, monkeypatch):
                          model_draft=tmp_path / "d") as model:
         assert list(model.generate_ids(IDS, GREEDY)) == plain
     assert not fetched
+
+
+def test_a_model_is_there_for_every_thread_when_it_is_made(emulated, tmp_path):
+    """A thread with a stream of its own does not wait for what the loading thread has issued."""
+    write_quantized_model(tmp_path / "m", "exl2", config={"num_hidden_layers": 1})
+    finished = []
+    emulated.host.finish = lambda: finished.append(emulated.host._launcher.launches)
+    build_model(tmp_path / "m", emulated, device=DEVICE)
+    assert finished == [emulated.host._launcher.launches]

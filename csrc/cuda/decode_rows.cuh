@@ -112,7 +112,7 @@ struct Pass {
 
 __device__ __forceinline__ Passes::Passes(const AttentionCall& call, const DecodeLaunch& launch,
                                           const RowGroup& group)
-    : count(0), arrivals(0) {
+    : low_row(0), change(0), high_row(0), count(0), arrivals(0) {
     if (group.count <= 0) return;
     const int window = static_cast<int>(call.shape.window);
     low_row = group.position(0);

@@ -169,6 +169,11 @@ struct TileState {
         left = start.state >> 8;
         group = start.group + (left > 0 ? 1 : 0);
         look_ahead(w);
+        // A split that begins with a group opens it before its first block. A compiler does not
+        // know that, and without these values would read registers that nothing has set.
+        zeros = 0;
+#pragma unroll
+        for (int q = 0; q < 4; ++q) scales[q] = 0.0f;
         if (left == 0) return;
         // A group that began before this split: its header is not in what the warp reads.
         const uint8_t* header = tile + start.header;

@@ -47,6 +47,12 @@ class Host(Protocol):
     def write(self, tensor: torch.Tensor, values: np.ndarray[Any, Any]) -> None:
         """Set a tensor, before operations that are issued from now on."""
 
+    def finish(self) -> None:
+        """Wait for everything that this thread has issued.
+
+        Operations that another thread issues afterwards, on whatever stream, see the results.
+        """
+
     def receive(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Copy a tensor of another device's into one of this device's.
 
@@ -97,6 +103,9 @@ class SharedMemory:
 
     def write(self, tensor: torch.Tensor, values: np.ndarray[Any, Any]) -> None:
         tensor.numpy()[...] = values
+
+    def finish(self) -> None:
+        return
 
     def receive(self, source: torch.Tensor, target: torch.Tensor) -> None:
         target.copy_(source)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,40 @@ SHARED_LIMIT_BYTES = 64 << 10
 _MAX_THREADS = 1024
 _MAX_GRID = (2**31 - 1, 65535, 65535)
 
+# Kernel -> threads of its __launch_bounds__, which the host's compiler does not see. A card
+# refuses a block with more. tests/test_cuda_build.py holds them against the compiled kernels.
+_LAUNCH_BOUNDS = {
+    r"attention_(decode|prefill)_\w+": 256,
+    r"attention_generic": 128,
+    r"cache_write": 256,
+    r"dense_decode_\w+": 512,
+    r"dense_prefill_\w+": 128,
+    r"dense_prepare_\w+": 256,
+    r"linear_decode_\w+": 512,
+    r"linear_prefill_\w+": 256,
+    r"quantize_(rows|pairs)": 128,
+    r"pack_(exl2|gptq)": 128,
+    r"embed|gather_rows|scatter_add_rows|gate|add|softcap|moe_sum": 256,
+    r"moe_route": 32,
+    r"rms_norm": 512,
+    r"rms_norm_heads|rope|rope_table": 128,
+    r"(survey|count|take)_logits": 512,
+}
+
 _KINDS: dict[str, tuple[type, ...]] = {
     "p": (ctypes.c_void_p,),
     "i": (ctypes.c_int32, ctypes.c_uint32, ctypes.c_int64, ctypes.c_uint64, ctypes.c_bool),
     "f": (ctypes.c_float, ctypes.c_double),
     "s": (ctypes.Structure,),
 }
+
+
+def launch_bound(kernel: str) -> int:
+    """Return the most threads of a block of a kernel; 1024 where it names no bound."""
+    return next(
+        (threads for pattern, threads in _LAUNCH_BOUNDS.items()
+         if re.fullmatch(f"({pattern})_kernel", kernel)), _MAX_THREADS,
+    )
 
 
 class EmulationError(Exception):
@@ -162,6 +191,8 @@ class EmulatedLauncher:
     ) -> None:
         if block % 32 or not 0 < block <= _MAX_THREADS:
             raise EmulationError(f"{name}: {block} threads a block, not whole warps up to 1024")
+        if block > launch_bound(name):
+            raise EmulationError(f"{name}: {block} threads a block, of {launch_bound(name)}")
         if not all(0 < n <= limit for n, limit in zip(grid, _MAX_GRID, strict=True)):
             raise EmulationError(f"{name}: a grid of {grid}, beyond 1 to {_MAX_GRID}")
         if not 0 <= shared_bytes <= self.shared_limit_bytes:

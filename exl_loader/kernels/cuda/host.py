@@ -98,6 +98,9 @@ class CardHost:
     def write(self, tensor: torch.Tensor, values: np.ndarray[Any, Any]) -> None:
         tensor.copy_(torch.from_numpy(values).to(tensor.dtype))
 
+    def finish(self) -> None:
+        self.wait(self.mark())
+
     def receive(self, source: torch.Tensor, target: torch.Tensor) -> None:
         # Between cards PyTorch copies on the source's current stream, with events that hold it
         # until the target's stream has come here and the target's until the copy is done. From
