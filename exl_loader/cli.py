@@ -18,7 +18,8 @@ import traceback
 from collections.abc import Sequence
 
 from . import __version__
-from .errors import ExlLoaderError, known_line, printable
+from .errors import ExlLoaderError, known_line
+from .terminal import TerminalFormatter, for_terminal
 
 # name -> (module, what the overview says)
 COMMANDS = {
@@ -70,7 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: list[str]) -> int:
     """Run one subcommand; every error becomes a line on stderr and an exit code."""
     _open_streams()
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(TerminalFormatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     # Generated text may hold characters that a redirected stdout's code page lacks.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -127,8 +130,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _report(line: str, verbose: bool, details: str | None = None) -> None:
-    print(f"error: {printable(line)}", file=sys.stderr)
+    print(f"error: {for_terminal(line)}", file=sys.stderr)
     if verbose:
         if details:
-            print(details, file=sys.stderr)
-        traceback.print_exc()
+            print(for_terminal(details), file=sys.stderr)
+        print(for_terminal(traceback.format_exc()), end="", file=sys.stderr)

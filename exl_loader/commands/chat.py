@@ -12,6 +12,7 @@ from ..chat.fitting import context_notice, fit_messages
 from ..errors import ExlLoaderError, InvalidSettings
 from ..progress import NullProgress, Progress, default_progress
 from ..settings import SamplingSettings
+from ..terminal import TerminalWriter
 from ..untrusted_files import TEXT_BYTES
 from .model_options import (
     add_load_arguments,
@@ -184,7 +185,7 @@ def _piped_lines() -> Iterator[str]:
             raise InvalidSettings(
                 "stdin", expected=f"messages of less than {TEXT_BYTES} characters", actual="more"
             )
-        print(line.strip())
+        TerminalWriter(sys.stdout).write(line.strip() + "\n")
         if not line:
             return
         yield line.strip()
@@ -202,12 +203,13 @@ def _answer(chat: Chat, line: str, *, stoppable: bool) -> bool:
     Args:
         stoppable: Ctrl-C ends the answer, and not the program.
     """
-    print(MODEL, end="", flush=True)
+    writer = TerminalWriter(sys.stdout)
+    writer.write(MODEL)
     try:
         for piece in chat.ask(line):
             _show_notices(chat)
-            print(piece, end="", flush=True)
-        print(flush=True)
+            writer.write(piece)
+        writer.write("\n")
         _show_notices(chat)
     except KeyboardInterrupt:
         if not stoppable:

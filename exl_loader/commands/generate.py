@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .. import windows
 from ..chat.fitting import context_notice
 from ..progress import MIB, default_progress
+from ..terminal import TerminalWriter
 from .model_options import (
     DEMO_MODEL,
     add_load_arguments,
@@ -86,10 +87,12 @@ def _prompt(args: argparse.Namespace) -> str:
 def _stream(generation: Generation[str], echo: str) -> None:
     """Print pieces as they come. A prompt that the user has not seen is printed first."""
     last = echo
-    print(echo, end="", flush=True)
+    writer = TerminalWriter(sys.stdout)
+    writer.write(echo)
     for piece in generation:
-        print(piece, end="", flush=True)
+        writer.write(piece)
         last = piece
+    writer.end()
     if not last.endswith("\n"):
         print()
 
