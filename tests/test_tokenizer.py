@@ -327,6 +327,21 @@ def test_a_post_processors_tokens_are_added_as_transformers_adds_them(
     assert tokenizer.prompt_ids("<s>Hello").count(bos) == 1
 
 
+def test_a_cut_prompt_keeps_all_that_the_folder_puts_before_a_text(folders, tmp_path):
+    folder = write_framed(tmp_path / "model", folders["json_qwen"], {}, FRAMES["two"])
+    tokenizer = Tokenizer.from_dir(folder)
+    first = [tokenizer.token_id("<s>"), tokenizer.token_id("<|user|>")]
+    ids = tokenizer.prompt_ids("one two three four five six seven")
+    assert ids[:2] == first
+    for text in ("<s>one", "<s><|user|>one", "<s><s>one", "one"):
+        assert tokenizer.prompt_ids(text) == [*first, *tokenizer.encode("one", add_bos=False)]
+    for length in range(3, len(ids)):
+        assert tokenizer.cut_left(ids, length) == [*first, *ids[2 - length :]]
+    assert tokenizer.cut_left(ids, 2) == ids[-2:]
+    # Without the second token of the frame the BOS token alone stays.
+    assert tokenizer.cut_left([first[0], *ids[2:]], 3) == [first[0], *ids[-2:]]
+
+
 @pytest.mark.parametrize(("files", "expected"), [
     ({}, "<s>"),
     ({"config.json": {"bos_token_id": 704}}, "<s>"),
