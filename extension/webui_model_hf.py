@@ -9,12 +9,30 @@ from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, Pr
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from exl_loader.chat.fitting import context_notice
+from exl_loader.errors import InvalidConfig
 
 from . import host, loading
 from .request import shortened, without_padding
 
 if TYPE_CHECKING:
     from exl_loader.engine import LoadedModel
+
+
+def _config(model_dir: str) -> PretrainedConfig:
+    """Read a folder's config.json as transformers does.
+
+    Raises:
+        InvalidConfig: transformers cannot, though the engine could.
+    """
+    try:
+        values, _ = PretrainedConfig.get_config_dict(model_dir)
+        return PretrainedConfig.from_dict(values)
+    except Exception as error:
+        raise InvalidConfig(
+            f"config.json of {model_dir}", expected="what transformers can read",
+            actual=f"{type(error).__name__}: {error}",
+            remedy="Download it again, or choose ExLlamav2, which does not ask transformers",
+        ) from error
 
 
 class Exllamav3HF(PreTrainedModel, GenerationMixin):
@@ -33,8 +51,7 @@ class Exllamav3HF(PreTrainedModel, GenerationMixin):
     _is_stateful = True
 
     def __init__(self, loaded: LoadedModel) -> None:
-        values, _ = PretrainedConfig.get_config_dict(loaded.reservation.model_dir)
-        super().__init__(PretrainedConfig.from_dict(values))
+        super().__init__(_config(loaded.reservation.model_dir))
         self.loaded = loaded
         self.generation_config = GenerationConfig()
         self._rope_len: int | None = None

@@ -267,3 +267,13 @@ def test_errors_that_are_no_files_stay_the_web_uis(api, monkeypatch):
 def test_options_that_no_loader_has_are_said(api, capsys):
     assert api.load(cache_4bits=True)[0] == 200
     assert "options that are unknown: cache_4bits" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["abc", []])
+def test_a_config_that_transformers_alone_cannot_read_is_named(api, value):
+    path = api.models / "tiny" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"torch_dtype": value}))
+    assert api.load() == (200, "OK")
+    status, answer = api.load(loader="ExLlamav2_HF")
+    assert status == 500 and "config.json of " in answer["detail"]
+    assert "choose ExLlamav2" in answer["detail"] and loading.current() is None
