@@ -373,21 +373,26 @@ def _savings(reservation: Reservation) -> str:
         bits = CACHE_BITS.get(cache_type, cache_type)
         saved = f"saves {amount(whole - nbytes)}" if nbytes < whole else "saves nothing"
         buttons.append(_button(
-            f"0 {cache_type}", f"Choose {bits} cache, {saved}", f"<b>{escape(bits)}</b>", saved,
+            f"0 {cache_type}", f"Choose {bits} cache, {saved}",
+            f"<b>{escape(bits)} cache</b>", saved,
             chosen=cache_type == reservation.cache_type,
         ))
     return (
         '<div class="exl-choices" role="group" aria-label="What each cache type saves">'
-        f'<p class="exl-soft">Cache</p><div>{"".join(buttons)}</div></div>'
+        f'<div>{"".join(buttons)}</div></div>'
     )
 
 
 def _choices(reservation: Reservation) -> str:
     """Offer the largest contexts as buttons."""
+    length = reservation.stretched_length
     buttons = "".join(_choice(reservation, *named) for named in CACHE_BITS.items())
+    whole = ""
+    if any(most > length for most in reservation.largest_ctx_size.values()):
+        whole = f" (the model's whole length is {length:,})"
     return (
         '<div class="exl-choices" role="group" aria-label="Largest context that fits">'
-        f'<p class="exl-soft">Largest context that fits</p><div>{buttons}</div></div>'
+        f'<p class="exl-soft">Largest context that fits{whole}</p><div>{buttons}</div></div>'
     )
 
 
@@ -396,10 +401,9 @@ def _choice(reservation: Reservation, cache_type: str, bits: str) -> str:
     if not most:
         return f'<button type="button" disabled><b>none</b><small>{bits} cache</small></button>'
     tokens = largest_choice(most, reservation.stretched_length)
-    whole = ", whole length" if most > tokens else ""
     return _button(
         f"{tokens} {cache_type}", f"Choose {tokens:,} tokens of context, {bits} cache",
-        f"<b>{tokens:,} tokens</b>", f"{bits} cache{whole}",
+        f"<b>{tokens:,} tokens</b>", f"{bits} cache",
         chosen=(tokens, cache_type) == (reservation.ctx_size, reservation.cache_type),
     )
 

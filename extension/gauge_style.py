@@ -92,7 +92,7 @@ _RULES = """\
 .exl-gauge .exl-choices { margin-top: 0.6em; }
 .exl-gauge .exl-choices > div { display: flex; flex-wrap: wrap; gap: 0.4em; margin-top: 0.25em; }
 .exl-gauge .exl-choices > div > button { flex: 1 1 8.5em; min-width: 0; text-align: left;
-  font: inherit; font-weight: 400; padding: 0.3em 0.7em; border-radius: 8px;
+  font: inherit; font-weight: 400; padding: 0.3em 0.5em; border-radius: 8px;
   border: 1px solid var(--exl-line);
   background: var(--exl-card); box-shadow: none; margin: 0; cursor: pointer; }
 .exl-gauge .exl-choices > div > button b { display: block; font-weight: 650;

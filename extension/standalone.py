@@ -42,13 +42,15 @@ FONTS = ("system-ui", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
 MONO_FONTS = ("ui-monospace", "Cascadia Code", "Consolas", "DejaVu Sans Mono", "monospace")
 
 PAGE_STYLE = """\
+.exl-title { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 1em; }
 .exl-title > h1.exl-name { font-size: 1.35rem; margin: 0; font-weight: 680; }
-.exl-title > p.exl-about { margin: 0.15em 0 0; color: var(--body-text-color-subdued); }
+.exl-title > p.exl-about { margin: 0; color: var(--body-text-color-subdued); }
 .exl-text textarea { font-family: var(--font-mono); font-size: 0.86rem; line-height: 1.5; }
 .exl-stats { color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; }
 #exl_pick, #exl_details, #exl_ask { display: none; }
 #exl_gauge, #exl_progress, #exl_status, #exl_problem, #exl_gauge > div, #exl_progress > div,
 #exl_status > div { padding: 0; }
+#exl_model_row { align-items: end; }
 footer { display: none !important; }
 """
 

@@ -41,15 +41,16 @@ class PanelView:
 
     def __init__(self, session: Session, first: LoadOptions) -> None:
         self._session = session
-        self.model_dir = gr.Textbox(
-            first.model_dir, label="Model folder", elem_id="exl_model_dir", max_lines=1,
-            info="A folder with config.json and *.safetensors (EXL2, GPTQ or unquantised)",
-        )
+        with gr.Row(elem_id="exl_model_row"):
+            self.model_dir = gr.Textbox(
+                first.model_dir, label="Model folder", elem_id="exl_model_dir", max_lines=1,
+                min_width=260, info="EXL2, GPTQ or unquantised: config.json and *.safetensors",
+            )
+            self.load = gr.Button(
+                "Load", variant="primary", elem_id="exl_load", min_width=90, scale=0)
+            self.unload = gr.Button("Unload", elem_id="exl_unload", min_width=90, scale=0)
         # The folder that the slider speaks of: leaving the field is not always a change.
         self.known_dir = gr.State(first.model_dir)
-        with gr.Row():
-            self.load = gr.Button("Load", variant="primary", elem_id="exl_load", min_width=120)
-            self.unload = gr.Button("Unload", elem_id="exl_unload", min_width=120)
         self.ctx_size = _ctx_slider(first)
         # Right below the slider, where the eye is while the context is dragged.
         self.progress = gr.HTML(visible=False, elem_id="exl_progress", padding=False)

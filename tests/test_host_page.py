@@ -72,7 +72,7 @@ def test_choose_toggle_gauge_load_and_refuse(page, server):
     page.expect(page.page.get_by_label("cache_4bit")).to_be_checked()
     page.gauge.locator("summary").click()
     page.load()
-    page.shoot("host-model-tab")
+    page.shoot("host-model-tab", clip={"x": 0, "y": 0, "width": 1400, "height": 1000})
     assert server.info()["loader"] == "ExLlamav2"
     page.cache_type.fill("q3")
     page.cache_type.press("Enter")
