@@ -15,6 +15,7 @@ from .architectures import ACTIVATIONS, ALIASES, ARCHITECTURES, Architecture
 from .errors import ModelNotFound, UnsupportedArchitecture, shown
 from .json_keys import Keys, read_json_object, read_json_object_if_there
 from .rope import MAX_POSITIONS, RopeConfig, parse_rope
+from .warn import warn_once
 
 # Several times the largest models there are: what is beyond is damage, not a model.
 GGUF_REMEDY = "Use llama.cpp for it, in the web UI the loader of that name"
@@ -26,6 +27,18 @@ MAX_LAYERS = 1024
 MAX_HEADS = 1024
 MAX_HEAD_DIM = 1024
 MAX_EXPERTS = 1024
+
+# Keys with which other architectures change the forward pass -> values that change nothing. The
+# classes of transformers that this engine follows have no use for them.
+_OTHER_ARCHITECTURES = {
+    "embedding_multiplier": (1,), "residual_multiplier": (1,), "logits_scaling": (1,),
+    "attention_multiplier": (), "logit_scale": (1,), "scale_emb": (1,), "scale_depth": (),
+    "dim_model_base": (), "use_qk_norm": (False,), "qk_layernorm": (False,),
+    "use_bidirectional_attention": (False,), "is_causal": (True,), "clip_qkv": (),
+    "alibi": (False,), "attn_logit_softcapping": (), "final_logit_softcapping": (),
+    "no_rope_layers": ([],), "attention_chunk_size": (), "attn_temperature_tuning": (False,),
+    "use_parallel_residual": (False,), "parallel_attn": (False,),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -120,6 +133,17 @@ class ModelConfig:
     ) -> ModelConfig:
         """Read the configuration out of parsed JSON; see `from_dir`."""
         architecture = _architecture(Keys(values, where))
+        foreign = [
+            key for key, neutral in _OTHER_ARCHITECTURES.items()
+            if values.get(key) is not None and values[key] not in neutral
+            and key not in architecture.defaults
+        ]
+        if foreign:
+            warn_once(
+                f"{where}: {architecture.name} has no use for {', '.join(foreign)}; if the model "
+                "was trained with it, the output is wrong"
+            )
+        values = {key: value for key, value in values.items() if key not in foreign}
         keys = Keys(values, where, architecture.defaults)
         dimensions = _dimensions(keys)
         head_dim = dimensions["head_dim"]
