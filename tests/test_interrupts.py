@@ -545,6 +545,26 @@ def test_a_forked_child_gets_an_error_and_can_exit(tiny_model_dir):
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "parent done\n", "")
 
 
+FORK_IN_CALLBACK = """
+import os
+from test_interrupts import GREEDY, CallingProgress, count_up, fake_engine
+
+children = []
+engine, _, _ = fake_engine(count_up)
+progress = CallingProgress(lambda: children.append(os.fork()))
+assert list(engine.generate_ids([5], GREEDY, progress=progress)) == [6, 7, 8, 9]
+_, status = os.waitpid(children[0], 0)
+print(os.waitstatus_to_exitcode(status))
+"""
+
+
+@posix
+def test_a_child_forked_in_a_callback_ends():
+    """It has the model's thread alone, whose callers exist in the parent only."""
+    ended = run_script(FORK_IN_CALLBACK)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "0\n", "")
+
+
 END = """
 import threading, time
 import exl_loader

@@ -231,6 +231,10 @@ class ModelThread:
                 self._receive_all()
                 if not self._scheduler.step():
                     return True
+                if self._is_forked:
+                    # A callback has forked, and this is the child. Its only thread is this
+                    # one, from which nothing leads back to the program.
+                    os._exit(0)
         except BaseException as error:
             # The scheduler ends what fails by itself, so its state cannot be relied on here.
             drop_locals(error)
