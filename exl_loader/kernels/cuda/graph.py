@@ -21,6 +21,7 @@ _NON_BLOCKING = 1
 # spoil the capture, whichever thread makes them.
 _RELAXED = 2
 
+
 class Graph:
     """A captured step; calling it launches the step on the current stream.
 
@@ -74,7 +75,7 @@ def record_graph(
         InsufficientMemory: the card has no room for the graph.
     """
     driver = context.driver
-    # Retained for the graph; this also makes sure that the graph outlives no context.
+    # Retained once more, so that the context exists as long as the graph.
     own = Context(driver, int(card.partition(":")[2]))
     try:
         with own.releases.held_back(), _no_garbage_collection(), own, _own_stream(own) as side:
