@@ -173,6 +173,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-browser", action="store_true", help="print the address alone")
     args = parser.parse_args(arguments)
     session = Session()
+    # A script's shell lets what it starts in the background ignore the signal.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return serve(session, args)
     except KeyboardInterrupt:

@@ -16,7 +16,7 @@ from builds import is_running, wait_for
 from exl_loader.chat import renderer, sandbox
 from exl_loader.chat.renderer import Renderer, RenderError, TemplateRefusal
 from exl_loader.chat.template import ChatTemplates
-from exl_loader.errors import InvalidTokenizer
+from exl_loader.errors import ExlLoaderError, InvalidTokenizer
 
 REPO = Path(__file__).resolve().parents[1]
 MESSAGES = [{"role": "user", "content": "a\r\n\tb 🎉 \ud800 <i>'ß'</i>"}]
@@ -365,6 +365,23 @@ def test_a_jinja2_that_is_not_found_is_told(fresh, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(RenderError, match="process that renders it"):
         fresh.render("{{ 1 }}", {})
+
+
+def test_a_conversation_that_nests_too_deeply_is_told(fresh):
+    nested: list = []
+    for _ in range(100_000):
+        nested = [nested]
+    with pytest.raises(RenderError, match="nests too deeply"):
+        fresh.render("{{ 1 }}", {"messages": nested})
+    for depth in range(900, 1000):
+        value: list = []
+        for _ in range(depth):
+            value = [value]
+        try:
+            assert ChatTemplates({"default": "{{ 1 }}"}).render(
+                [{"role": "user", "content": value}]) == "1"
+        except ExlLoaderError:
+            continue
 
 
 def test_what_is_sent_is_json():

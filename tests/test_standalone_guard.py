@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +21,7 @@ from extension.standalone_guard import (
     host_name,
 )
 
+REPO = Path(__file__).resolve().parents[1]
 OWN = "127.0.0.1:7860"
 
 
@@ -251,3 +257,20 @@ def test_the_served_page_answers_this_machine(port, host):
     host = host.replace("PORT", str(port))
     code, _ = status(port, f"GET /config HTTP/1.1\nHost: {host}\nOrigin: http://{host}\n\n")
     assert code == 200
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_an_interrupt_ends_the_page_that_a_script_started(port):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "extension.standalone", "--no-browser"], cwd=REPO, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        env={**os.environ, "EXL_LOADER_REFERENCE": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
+    try:
+        assert "127.0.0.1" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.communicate()

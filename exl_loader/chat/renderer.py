@@ -62,7 +62,10 @@ class Renderer:
             TemplateRefusal: the template does not accept the conversation.
             RenderError: it is broken, tries what the sandbox forbids, or reached a limit.
         """
-        body = json.dumps({"source": source, "context": context}).encode("ascii")
+        try:
+            body = json.dumps({"source": source, "context": context}).encode("ascii")
+        except RecursionError:
+            raise RenderError("the conversation nests too deeply") from None
         with self._lock:
             for _ in range(3):
                 answer = self._ask(body)
