@@ -38,10 +38,11 @@ INDEX = "model.safetensors.index.json"
 JSON_FILES = (
     "config.json", "generation_config.json", "quantize_config.json", INDEX, "tokenizer.json",
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.json",
+    "chat_template.json", "vocab.json",
 )
 OTHER_FILES = (
     SHARD, "tokenizer.model", "chat_template.jinja", "additional_chat_templates/tool.jinja",
+    "merges.txt",
 )
 
 # What stands in place of a value, as JSON's text: much of it no Python program could write.
@@ -75,6 +76,10 @@ def full_folder(tmp_path_factory) -> Path:
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tool.jinja").write_text(TEMPLATE)
+    vocab = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    (folder / "merges.txt").write_text("#version: 0.2\nt h\n")
+    vocab["th"] = len(vocab)
+    (folder / "vocab.json").write_text(json.dumps(vocab))
     train_sentencepiece(folder / "tokenizer.model", "bpe", vocab_size=700)
     return folder
 
@@ -131,6 +136,8 @@ def files_for(folder: Path, name: str) -> Path:
     """Remove what stands in the way of a file's being read, and return its path."""
     hides = {
         "tokenizer.model": ["tokenizer.json"],
+        "vocab.json": ["tokenizer.json", "tokenizer.model"],
+        "merges.txt": ["tokenizer.json", "tokenizer.model"],
         "chat_template.json": ["chat_template.jinja", "additional_chat_templates"],
     }
     for other in hides.get(name, []):
@@ -141,8 +148,10 @@ def files_for(folder: Path, name: str) -> Path:
 
 def test_the_folder_is_right(folder):
     assert errors_of(folder) == []
-    files_for(folder, "tokenizer.model")
-    files_for(folder, "chat_template.json")
+    for name in ("tokenizer.model", "chat_template.json"):
+        files_for(folder, name)
+        assert errors_of(folder) == []
+    (folder / "tokenizer.model").unlink()
     assert errors_of(folder) == []
 
 
