@@ -29,6 +29,7 @@ from .nodes import (
     repeat,
     without_linear_recursion,
 )
+from .reach import MAX_RULES, reach
 
 # Repeats are written out by llguidance: a larger number would be a typing error or an attack.
 MAX_REPEATS = 10_000
@@ -74,6 +75,12 @@ def gbnf_to_lark(text: str, leading_space: bool = False) -> str:
     return write_lark(cut_into_lexemes(rules, _START), _START, rules)
 
 
+def _count(digits: str) -> int:
+    """Read a number of repeats; one of very many digits is just too many."""
+    digits = digits.lstrip("0") or "0"
+    return int(digits) if len(digits) <= len(str(MAX_REPEATS)) else MAX_REPEATS + 1
+
+
 class _Reader:
     """Reads rules from left to right."""
 
@@ -83,6 +90,8 @@ class _Reader:
         self._depth = 0
         self._first_use: dict[str, int] = {}
         self._rules: Rules = {}
+        self._current = ""
+        self._uses: dict[str, set[str]] = {}
 
     def read(self) -> Rules:
         """All rules, among them one named `root` and each that is used."""
@@ -95,6 +104,8 @@ class _Reader:
                 raise self._error(f"there is no rule {name}", at)
         if "root" not in self._rules:
             raise GbnfError("there is no rule root")
+        if reach("root", self._uses, {}) > MAX_RULES:
+            raise GbnfError(f"rules that lead through more than {MAX_RULES} others")
         return self._rules
 
     def _rule(self) -> None:
@@ -104,6 +115,7 @@ class _Reader:
         self._skip(_SPACE_AND_LINES)
         if name in self._rules:
             raise self._error(f"a second rule {name}", begin)
+        self._current = name
         self._rules[name] = self._alternatives(_SPACE)
         if self._at < len(self._text) and self._text[self._at] not in "\r\n":
             raise self._error(f"{self._text[self._at]!r} makes no sense here")
@@ -141,6 +153,7 @@ class _Reader:
             return None
         begin, name = self._at, self._name()
         self._first_use.setdefault(name, begin)
+        self._uses.setdefault(self._current, set()).add(name)
         return Use(name)
 
     def _group(self) -> Node:
@@ -203,11 +216,11 @@ class _Reader:
         return ord(_ESCAPED[letter])
 
     def _repeated(self, item: Node, space: re.Pattern[str]) -> Node:
-        while True:
+        for _ in range(MAX_DEPTH):
             written = _REPEAT.match(self._text, self._at)
             if written:
-                low = int(written[1])
-                high = int(written[3]) if written[3] else None if written[2] else low
+                low = _count(written[1])
+                high = _count(written[3]) if written[3] else None if written[2] else low
                 if max(low, high or 0) > MAX_REPEATS or (high is not None and high < low):
                     raise self._error(f"{written[0]} is no range up to {MAX_REPEATS}")
                 item = repeat(item, low, high)
@@ -218,6 +231,7 @@ class _Reader:
             else:
                 return item
             self._skip(space)
+        raise self._error(f"{MAX_DEPTH} repetitions of one part")
 
     def _name(self) -> str:
         match = _NAME.match(self._text, self._at)

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from ..errors import ExlLoaderError, InvalidSettings
 from ..settings import SamplingSettings
 from .gbnf import GbnfError, gbnf_to_lark
+from .reach import schema_problem
 
 if TYPE_CHECKING:
     from ..tokenizer import Tokenizer
@@ -81,6 +82,8 @@ class Grammars:
             lark = gbnf_to_lark(text, space) if settings.grammar_string else _json_lark(text, space)
         except GbnfError as error:
             raise _bad_grammar(name, str(error), str(error)) from None
+        except RecursionError:
+            raise _bad_grammar(name, "nested too deeply", "") from None
         with _typed(name):
             # For a wrong grammar it returns a matcher that is in an error state.
             matcher = llguidance.LLMatcher(
@@ -266,6 +269,9 @@ def _typed(name: str) -> Iterator[None]:
 def _json_lark(schema: str, leading_space: bool) -> str:
     """Lark of a JSON schema, given as text."""
     value = json.loads(schema)
+    problem = schema_problem(value)
+    if problem is not None:
+        raise _bad_grammar("json_schema", problem, "")
     # The library's own options, which a schema may bring along.
     options = value.setdefault("x-guidance", {})
     if isinstance(options, dict) and "whitespace_flexible" not in options:
