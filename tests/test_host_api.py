@@ -158,6 +158,8 @@ def test_a_load_during_a_generation_ends_it_and_serves_the_next(server, greedy_t
     assert server.load(ctx_size=512, cache_4bit=True) == "OK"
     try:
         list(pieces)
+    except StreamError as error:
+        assert "unloaded" in str(error)
     except (OSError, ValueError):
         pass  # The web UI may end the stream with an error of its own.
     assert server.text() == greedy_text and server.info()["model_name"] == "demo"
