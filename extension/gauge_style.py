@@ -25,7 +25,7 @@ _RULES = """\
 .exl-gauge { color: var(--exl-text); background: var(--exl-card); font-size: 0.875rem;
   border: 1px solid var(--exl-line); border-radius: 12px; padding: 0.7em 0.9em; line-height: 1.4;
   font-family: var(--font, system-ui, "Segoe UI", Roboto, "Noto Sans", sans-serif);
-  overflow-wrap: anywhere; }
+  overflow-wrap: anywhere; container-type: inline-size; }
 .exl-gauge * { box-sizing: border-box; color: inherit; }
 .exl-gauge dd { font-variant-numeric: tabular-nums; }
 .exl-gauge p, .exl-gauge dl, .exl-gauge dd, .exl-gauge h4 { margin: 0; padding: 0; }
@@ -90,9 +90,12 @@ _RULES = """\
   grid-template-columns: max-content 1fr; }
 .exl-gauge .exl-proof dd { text-align: right; }
 .exl-gauge .exl-choices { margin-top: 0.6em; }
-.exl-gauge .exl-choices > div { display: flex; flex-wrap: wrap; gap: 0.4em; margin-top: 0.25em; }
-.exl-gauge .exl-choices > div > button { flex: 1 1 8.5em; min-width: 0; text-align: left;
-  font: inherit; font-weight: 400; padding: 0.3em 0.5em; border-radius: 8px;
+.exl-gauge .exl-choices > div { display: grid; gap: 0.4em; margin-top: 0.25em;
+  grid-template-columns: repeat(4, minmax(0, 1fr)); }
+@container (max-width: 28em) { .exl-gauge .exl-choices > div {
+  grid-template-columns: repeat(2, minmax(0, 1fr)); } }
+.exl-gauge .exl-choices > div > button { min-width: 0; text-align: left;
+  font: inherit; font-weight: 400; padding: 0.3em 0.4em; border-radius: 8px;
   border: 1px solid var(--exl-line);
   background: var(--exl-card); box-shadow: none; margin: 0; cursor: pointer; }
 .exl-gauge .exl-choices > div > button b { display: block; font-weight: 650;
