@@ -95,7 +95,7 @@ class Server:
                 if self._has_page:
                     # Stock Gradio gives up a page that does not answer it within 3 s, as it may
                     # not where a browser asks for everything at once.
-                    urllib.request.urlopen(self.address, timeout=60).close()
+                    urllib.request.urlopen(self.address, timeout=300).close()
                 return self
             except OSError:
                 time.sleep(0.5)
@@ -105,7 +105,7 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self._process.send_signal(signal.SIGTERM)
         try:
-            self._process.wait(20)
+            self._process.wait(60)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -115,7 +115,7 @@ class Server:
         """The log so far."""
         return self.log.read_text(errors="replace")
 
-    def wait_for(self, text: str, timeout_s: float = 60) -> None:
+    def wait_for(self, text: str, timeout_s: float = 300) -> None:
         """Wait until the log has a text."""
         deadline = time.monotonic() + timeout_s
         while text not in self.said():
@@ -129,7 +129,7 @@ class Server:
         return [int(reserved.replace(",", "")) for reserved, _ in lines]
 
     def get(self, path: str):
-        with urllib.request.urlopen(self._url(path), timeout=60) as answer:
+        with urllib.request.urlopen(self._url(path), timeout=300) as answer:
             return json.load(answer)
 
     def post(self, path: str, **body):
@@ -142,7 +142,7 @@ class Server:
         request = urllib.request.Request(
             self._url(path), json.dumps(body).encode(), {"Content-Type": "application/json"})
         try:
-            with urllib.request.urlopen(request, timeout=240) as answer:
+            with urllib.request.urlopen(request, timeout=300) as answer:
                 return answer.status, json.load(answer)
         except urllib.error.HTTPError as error:
             text = error.read().decode(errors="replace")
@@ -163,7 +163,7 @@ class Server:
 
     def stream(self, **changes) -> Iterator[str]:
         """A completion's text in pieces; closing it hangs up."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
         connection.request("POST", "/v1/completions", json.dumps(GREEDY | changes | {
             "stream": True}), {"Content-Type": "application/json"})
         answer = connection.getresponse()

@@ -32,7 +32,7 @@ def serve(**environ):
         yield address[0]
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(300)
 
 
 class Page:

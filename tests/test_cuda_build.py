@@ -160,12 +160,12 @@ def spawn_build(sources, python):
 def test_killed_build_heals(cache, sources, nvrtc, slow_python):
     python, log = slow_python
     victim = spawn_build(sources, python)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while not log.read_text():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
     victim.send_signal(signal.SIGKILL)
-    victim.communicate(timeout=30)
+    victim.communicate(timeout=300)
     assert find_partials(cache), "the victim was killed too late to prove anything"
     entry = build_entry(cuda_spec((9, 0), compiler=nvrtc, root=sources))
     assert len(entry.files) == 2 and find_partials(cache) == []
@@ -175,7 +175,7 @@ def test_killed_build_heals(cache, sources, nvrtc, slow_python):
 def test_two_processes_build_once(cache, sources, nvrtc, slow_python):
     python, log = slow_python
     processes = [spawn_build(sources, python) for _ in range(2)]
-    answers = [process.communicate(timeout=60)[0].strip() for process in processes]
+    answers = [process.communicate(timeout=300)[0].strip() for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert answers[0] == answers[1] and Path(answers[0]).is_dir()
     assert log.read_text().count("\n") == 2

@@ -157,7 +157,7 @@ def in_thread(work, *args):
 
     thread = threading.Thread(target=run)
     thread.start()
-    thread.join(60)
+    thread.join(300)
     assert not thread.is_alive()
     result, error = outcome[0]
     if error is not None:

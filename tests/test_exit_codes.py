@@ -173,7 +173,7 @@ def test_pythons_own_end_does_not_complain_about_the_reader():
     process.stdout.close()
     assert process.stderr.read() == ""
     process.stderr.close()
-    assert process.wait(timeout=60) == cli.EXIT_READER_GONE
+    assert process.wait(timeout=300) == cli.EXIT_READER_GONE
 
 
 def interrupted(args):
@@ -213,7 +213,7 @@ def test_ctrl_c_ends_generate(tiny_model_dir):
     ) as process:
         assert process.stdout.read(1)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
         assert process.returncode == -signal.SIGINT
         assert b"Traceback" not in errors and b"Exception" not in errors
 
@@ -273,7 +273,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tiny_model_dir):
         os.write(chat.input, b"\x03")
         chat.read_to(r"\[stopped\]")
         os.write(chat.input, b"/exit\n")
-        _, errors = chat.process.communicate(timeout=60)
+        _, errors = chat.process.communicate(timeout=300)
         assert chat.process.returncode == 0
         assert HELP in errors and "Traceback" not in errors
 
@@ -285,6 +285,6 @@ def test_ctrl_c_ends_a_chat_whose_messages_come_from_a_pipe(tiny_model_dir):
         os.write(chat.input, b"hi\nyou\n")
         chat.read_to("model> .")
         chat.process.send_signal(signal.SIGINT)
-        rest, errors = chat.process.communicate(timeout=60)
+        rest, errors = chat.process.communicate(timeout=300)
         assert chat.process.returncode == -signal.SIGINT
         assert "you>" not in rest and "Traceback" not in errors

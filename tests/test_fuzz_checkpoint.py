@@ -265,7 +265,7 @@ def run(folders, damage, seed: int, tmp_path: Path) -> tuple[int, int]:
     return refused, loaded
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_damage_is_refused_or_harmless(models, damage, tmp_path):
     refused = loaded = 0

@@ -29,7 +29,7 @@ STATE = sorted(request.SAMPLERS | {
     "auto_max_new_tokens", "custom_stopping_strings", "stop_strings",
 })
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 def json_values() -> list:

@@ -28,7 +28,7 @@ from exl_loader.reservation import plan
 from exl_loader.tokenizer import Tokenizer
 from extension.recognise import is_quantised
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 MESSAGES = [{"role": "user", "content": "Hi"}]

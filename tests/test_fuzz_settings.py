@@ -32,7 +32,7 @@ OPTIONS = [
     if parameter.kind is not parameter.VAR_KEYWORD
 ]
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("error")]
+pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("error")]
 
 
 @pytest.fixture(scope="module")

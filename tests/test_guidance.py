@@ -72,7 +72,7 @@ def test_guided_and_plain_texts_run_side_by_side(model):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(300)
     assert [together[i] for i in range(6)] == alone
 
 

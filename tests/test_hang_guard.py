@@ -61,7 +61,7 @@ def run(tmp_path):
         return subprocess.run(
             [sys.executable, "-m", "pytest", "-p", "conftest", "-p", "short_grace",
              "-p", "no:cacheprovider", "-p", "no:hypothesispytest", *arguments],
-            cwd=tmp_path, capture_output=True, text=True, env=environ, timeout=120,
+            cwd=tmp_path, capture_output=True, text=True, env=environ, timeout=300,
         )
 
     return call

@@ -135,8 +135,8 @@ def test_a_request_that_hangs_up_stops_itself_and_no_other(server):
         other = pool.submit(lambda: "".join(server.stream(**staying, **slow)))
         assert next(leaving) is not None and next(leaving) is not None
         leaving.close()
-        assert other.result(60) == expected
-    deadline = time.monotonic() + 30
+        assert other.result(300) == expected
+    deadline = time.monotonic() + 300
     while server.said().count("Output generated") < written + 2:
         assert time.monotonic() < deadline, server.said()[-2000:]
         time.sleep(0.2)

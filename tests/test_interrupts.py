@@ -246,7 +246,7 @@ def test_an_interrupt_of_a_with_block_leaves_no_thread():
     for at in chosen:
         interrupted_at(block, fake_engine(count_up)[0], at)
     gc.collect()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while _thread._count() > threads and time.monotonic() < deadline:
         time.sleep(0.01)
     assert _thread._count() <= threads
@@ -341,7 +341,7 @@ def test_an_interrupt_of_a_load_gives_everything_back(count, tiny_model_dir):
         ):
             load()
         gc.collect()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while live_bytes() != before and time.monotonic() < deadline:
             time.sleep(0.01)
         assert live_bytes() == before
@@ -459,21 +459,21 @@ def test_all_waiting_callers_of_one_request_are_woken():
 
     def pause():
         inside.set()
-        assert go_on.wait(60)
+        assert go_on.wait(300)
 
     model.before_call = pause
     generation = engine.generate_ids([5], GREEDY)
     works = [lambda: list(generation), generation.close, generation.close]
     threads = [threading.Thread(target=work, daemon=True) for work in works]
     threads[0].start()
-    assert inside.wait(60)
+    assert inside.wait(300)
     for thread in threads[1:]:
         thread.start()
     while len(generation._job._waiters) < 3:
         time.sleep(0.001)
     go_on.set()
     for thread in threads:
-        thread.join(60)
+        thread.join(300)
         assert not thread.is_alive()
     assert cache.num_free_pages == cache.num_pages
 
@@ -578,7 +578,7 @@ def read():
         began.set()
 
 threading.Thread(target=read, daemon=True).start()
-assert began.wait(60)
+assert began.wait(300)
 print("end", flush=True)
 """
 

@@ -105,7 +105,7 @@ class Child:
 
     def close(self) -> None:
         self.process.stdin.close()
-        self.process.wait(30)
+        self.process.wait(300)
         self.process.stdout.close()
         self.process.stderr.close()
 

@@ -157,7 +157,7 @@ def test_two_loads_at_once_keep_the_limit_together(tiny_model_dir, monkeypatch, 
 
     total = exl_loader.plan(tiny_model_dir, CTX).total_bytes
     monkeypatch.setenv("EXL_LOADER_MEMORY_LIMIT", str(2 * total - 1))
-    both_planned, allocate = threading.Barrier(2, timeout=30), loader.allocate
+    both_planned, allocate = threading.Barrier(2, timeout=300), loader.allocate
 
     def wait_and_allocate(*arguments):
         both_planned.wait()

@@ -199,7 +199,7 @@ def test_two_loads_at_once_are_refused(tiny_model_dir, monkeypatch):
     go, real_load = threading.Event(), exl_loader.loader.load
 
     def slow(*args, **options):
-        go.wait(30)
+        go.wait(300)
         return real_load(*args, **options)
 
     monkeypatch.setattr(exl_loader.loader, "load", slow)

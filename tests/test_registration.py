@@ -426,6 +426,6 @@ def test_the_hook_registers_before_the_model_loads(tmp_path, model):
         "runpy.run_path('server.py', run_name='__main__')\n"
     )
     result = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True,
-                            text=True, timeout=240)
+                            text=True, timeout=300)
     assert "loader ExLlamav2 ctx 8192 4bit True model Exllamav3Model" in result.stdout, result
     assert result.stdout.rstrip().endswith("up")

@@ -215,7 +215,7 @@ def port():
 
 def status(port, request):
     """Send the text of a request; returns the status code of the answer and its text."""
-    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=300) as connection:
         connection.sendall(request.replace("\n", "\r\n").encode("latin-1"))
         answer = b""
         while b"\r\n\r\n" not in answer:
@@ -270,7 +270,7 @@ def test_an_interrupt_ends_the_page_that_a_script_started(port):
     try:
         assert "127.0.0.1" in process.stdout.readline()
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
+        assert process.wait(300) == 0
     finally:
         process.kill()
         process.communicate()

@@ -22,7 +22,7 @@ from exl_loader.untrusted_files import is_there, read_bytes, read_text
 
 LIMIT = 1000
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.mark.parametrize("kind", SPECIAL_FILES)

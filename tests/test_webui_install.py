@@ -59,7 +59,7 @@ def snapshot(root: Path) -> dict[str, str | None]:
 def start(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     python = root / "venv" / "bin" / "python"
     return subprocess.run([str(python), "server.py", *arguments], cwd=root, capture_output=True,
-                          text=True, timeout=240, env=host.clean_environment())
+                          text=True, timeout=300, env=host.clean_environment())
 
 
 def test_install_twice_and_uninstall(webui, capsys, monkeypatch):

@@ -71,7 +71,7 @@ def test_pages_see_how_far_a_load_is(page, monkeypatch):
             progress.start(name, None if "import" in name else 200, "")
             progress.advance(name, 30)
             began.set()
-            assert go.wait(60)
+            assert go.wait(300)
             go.clear()
         return load(*args, progress=progress, **options)
 
@@ -81,7 +81,7 @@ def test_pages_see_how_far_a_load_is(page, monkeypatch):
     loads = threading.Thread(
         target=lambda: list(page.menu.load_model_wrapper("tiny", "ExLlamav2", autoload=True)))
     loads.start()
-    assert began.wait(60)
+    assert began.wait(300)
     opened = host_panel._follow_running_load("llama.cpp")
     for following in (asked, opened):
         assert "Importing PyTorch" in next(following)

@@ -329,6 +329,6 @@ def test_output_survives_a_code_page(tiny_model, encoding, arguments, code):
     environ = {**os.environ, "PYTHONIOENCODING": f"{encoding}:strict", "PYTHONUTF8": "0",
                "PYTHONPATH": str(REPO)}
     done = subprocess.run([sys.executable, "-m", "exl_loader", *arguments], cwd=folder.parent,
-                          env=environ, capture_output=True, timeout=200)
+                          env=environ, capture_output=True, timeout=300)
     assert b"UnicodeEncodeError" not in done.stderr and done.returncode == code, done.stderr
     assert done.stdout if code == 0 else done.stderr
