@@ -50,7 +50,7 @@ def chain_of_rules(count: int, body: str) -> str:
     return "\n".join([*rules, f'r{count} ::= "a"', "root ::= r0"])
 
 
-BODIES = ["{}", '"x" {} | "(" root ")"', "({})?"]
+BODIES = ['"y" {}', '"x" {} | "(" root ")"', "({})?"]
 
 
 @pytest.mark.parametrize("body", BODIES)
@@ -59,6 +59,17 @@ def test_a_chain_of_rules(body):
     for count in (MAX_RULES, 20 * MAX_RULES):
         with pytest.raises(GbnfError, match=f"more than {MAX_RULES} others"):
             gbnf_to_lark(chain_of_rules(count, body))
+
+
+@pytest.mark.parametrize("count", [3, 20 * MAX_RULES])
+def test_a_chain_of_names_is_the_rule_at_its_end(count):
+    assert gbnf_to_lark(chain_of_rules(count, "{}")) == gbnf_to_lark('root ::= "a"')
+
+
+def test_names_in_a_circle_are_no_text(single_bytes):
+    circle = "root ::= a\na ::= b\nb ::= c\nc ::= a"
+    with pytest.raises((GbnfError, InvalidSettings)):
+        Grammars(single_bytes, 288, [2]).matcher(SamplingSettings(grammar_string=circle))
 
 
 def test_many_rules_that_lead_nowhere_are_no_chain():

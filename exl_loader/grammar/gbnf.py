@@ -27,6 +27,8 @@ from .nodes import (
     choice,
     concat,
     repeat,
+    uses,
+    without_aliases,
     without_linear_recursion,
 )
 from .reach import MAX_RULES, reach
@@ -90,8 +92,6 @@ class _Reader:
         self._depth = 0
         self._first_use: dict[str, int] = {}
         self._rules: Rules = {}
-        self._current = ""
-        self._uses: dict[str, set[str]] = {}
 
     def read(self) -> Rules:
         """All rules, among them one named `root` and each that is used."""
@@ -104,9 +104,10 @@ class _Reader:
                 raise self._error(f"there is no rule {name}", at)
         if "root" not in self._rules:
             raise GbnfError("there is no rule root")
-        if reach("root", self._uses, {}) > MAX_RULES:
+        rules = without_aliases(self._rules)
+        if reach("root", {name: uses(body) for name, body in rules.items()}, {}) > MAX_RULES:
             raise GbnfError(f"rules that lead through more than {MAX_RULES} others")
-        return self._rules
+        return rules
 
     def _rule(self) -> None:
         begin, name = self._at, self._name()
@@ -115,7 +116,6 @@ class _Reader:
         self._skip(_SPACE_AND_LINES)
         if name in self._rules:
             raise self._error(f"a second rule {name}", begin)
-        self._current = name
         self._rules[name] = self._alternatives(_SPACE)
         if self._at < len(self._text) and self._text[self._at] not in "\r\n":
             raise self._error(f"{self._text[self._at]!r} makes no sense here")
@@ -153,7 +153,6 @@ class _Reader:
             return None
         begin, name = self._at, self._name()
         self._first_use.setdefault(name, begin)
-        self._uses.setdefault(self._current, set()).add(name)
         return Use(name)
 
     def _group(self) -> Node:

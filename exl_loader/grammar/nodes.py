@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -121,6 +121,50 @@ def repeat(item: Node, low: int, high: int | None) -> Node:
     if high == 0 or item == EMPTY:
         return EMPTY
     return item if (low, high) == (1, 1) else Repeat(item, low, high)
+
+
+def without_aliases(rules: Rules) -> Rules:
+    """Put what it leads to in the place of every rule that is only the name of another.
+
+    Rules that lead to each other in a circle of names stay.
+    """
+    target: dict[str, str] = {}
+    for name in rules:
+        path = {name: None}
+        end = name
+        while end not in target and isinstance(body := rules.get(end), Use):
+            if body.name in path:
+                break
+            end = body.name
+            path[end] = None
+        target.update(dict.fromkeys(path, target.get(end, end)))
+    return {name: _renamed(body, target) for name, body in rules.items()}
+
+
+def _renamed(node: Node, target: Mapping[str, str]) -> Node:
+    if isinstance(node, Use):
+        return Use(target.get(node.name, node.name))
+    if isinstance(node, Concat):
+        return concat(_renamed(item, target) for item in node.items)
+    if isinstance(node, Choice):
+        return choice(_renamed(option, target) for option in node.options)
+    if isinstance(node, Repeat):
+        return repeat(_renamed(node.item, target), node.low, node.high)
+    return node
+
+
+def uses(node: Node) -> set[str]:
+    """Return the rules that a tree names."""
+    if isinstance(node, Use):
+        return {node.name}
+    inner: tuple[Node, ...] = ()
+    if isinstance(node, Concat):
+        inner = node.items
+    elif isinstance(node, Choice):
+        inner = node.options
+    elif isinstance(node, Repeat):
+        inner = (node.item,)
+    return set().union(*map(uses, inner))
 
 
 def without_linear_recursion(name: str, body: Node) -> Node:
