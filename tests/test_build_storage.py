@@ -35,7 +35,7 @@ def test_unwritable_cache_is_an_error_with_a_remedy(tmp_path, kernel_sources, mo
         store.writable_dir(environ)
 
 
-def test_falls_back_to_temporary_files_where_home_cannot_be_written(tmp_path, monkeypatch):
+def test_falls_back_to_temporary_files_where_home_cannot_be_written(tmp_path, monkeypatch, caplog):
     (tmp_path / "home").write_text("a file, so that nothing can be created in it")
     monkeypatch.setattr(store.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
     monkeypatch.setattr(
@@ -43,6 +43,8 @@ def test_falls_back_to_temporary_files_where_home_cannot_be_written(tmp_path, mo
     )
     directory = store.writable_dir({})
     assert directory.parent == tmp_path / "tmp"
+    (record,) = caplog.records
+    assert str(directory) in record.message and str(tmp_path / "home") in record.message
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
 
 

@@ -135,6 +135,8 @@ def writable_dir(environ: Mapping[str, str] = os.environ) -> Path:
         if reason is None and not os.access(directory, os.W_OK | os.X_OK):
             reason = "not writable"
         if reason is None:
+            if reasons:
+                _log.warning("Compiled kernels are kept in %s, because %s", directory, reasons[0])
             return directory
         reasons.append(f"{directory}: {reason}")
     raise KernelBuildError(
