@@ -99,6 +99,18 @@ class HostPage:
             self.page.wait_for_timeout(100)
         raise AssertionError(f"{locator} is not to be seen")
 
+    def watch_progress(self) -> None:
+        """Keep what the page shows of the loads from here on."""
+        self.page.evaluate("""() => { window.seen = [];
+            new MutationObserver(() => {
+              const text = document.querySelector('#exl_progress section')?.innerText;
+              if (text) window.seen.push(text);
+            }).observe(document.querySelector('#exl_progress'),
+                       {childList: true, subtree: true, characterData: true}); }""")
+
+    def seen_progress(self) -> list[str]:
+        return self.page.evaluate("window.seen")
+
     def load(self) -> None:
         # A model that is loaded already is measured as well: it is the next load that counts.
         before = len(self._server.reserved_bytes())

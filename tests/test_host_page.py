@@ -71,7 +71,11 @@ def test_choose_toggle_gauge_load_and_refuse(page, server):
     page.gauge.get_by_role("button", name="1,024 tokens of context, 4-bit cache").click()
     page.expect(page.page.get_by_label("cache_4bit")).to_be_checked()
     page.gauge.locator("summary").click()
+    page.watch_progress()
     page.load()
+    page.expect(page.page.locator("#exl_progress")).to_be_hidden()
+    assert any("reading weights" in text.lower() or "loading" in text.lower()
+               for text in page.seen_progress())
     page.shoot("host-model-tab", clip={"x": 0, "y": 0, "width": 1400, "height": 1000})
     assert server.info()["loader"] == "ExLlamav2"
     page.cache_type.fill("q3")
