@@ -7,7 +7,6 @@ raises leaves the memory as it found it.
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from .reservation.placement import DRAFT_PREFIX
 from .reservation.text import refusal
 from .torch_threads import torch_on_one_thread
 from .tracebacks import drop_locals
+from .warn import warn
 from .workspace import DEFAULT_CHUNK_SIZE, DEFAULT_MAX_BATCH_SIZE
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from .model import Model
     from .tokenizer import Tokenizer
 
-_log = logging.getLogger("exl_loader")
 
 
 def load(
@@ -131,7 +130,7 @@ def _load_planned(
     if not plan.reservation.fits:
         raise refusal(plan.reservation)
     if plan.reservation.length_warning is not None:
-        _log.warning("%s", plan.reservation.length_warning.text)
+        warn(plan.reservation.length_warning.text)
     from .engine import LoadedModel
 
     tokenizer = _tokenizer(Path(plan.reservation.model_dir))
@@ -157,7 +156,7 @@ def _load_planned(
             drafter = DraftModel(draft, draft_cache, draft_max, vocab_size)
         loaded = LoadedModel(model, cache, tokenizer, plan.reservation, buffers, drafter)
         if loaded.tokenizer_warning:
-            _log.warning("%s: %s", plan.reservation.model_dir, loaded.tokenizer_warning)
+            warn(f"{plan.reservation.model_dir}: {loaded.tokenizer_warning}")
         kept.pop_all()
     return loaded
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from exl_loader.errors import printable
+
 LOADERS = ("ExLlamav2", "ExLlamav2_HF")
 # Where `registration` puts the stopping strings of a chat into a request's state.
 CHAT_STOPS = "exl_loader_stopping_strings"
@@ -57,7 +59,7 @@ def say(message: str, *, level: str = "warning") -> None:
     """
     found = sys.modules.get("modules.logging_colors")
     logger = getattr(found, "logger", None)
-    line = f"exl_loader: {message}"
+    line = f"exl_loader: {printable(message)}"
     if logger is None:
         print(line, file=sys.stderr, flush=True)
     else:

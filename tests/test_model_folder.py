@@ -310,3 +310,14 @@ def test_an_exl2_layer_may_lie_in_a_model_file(tmp_path):
     shutil.move(folder / "output.safetensors", folder / "model.safetensors")
     stale_index(folder)
     assert torch.equal(logits(folder), right)
+
+
+def test_a_warning_escapes_what_no_stream_can_print(tmp_path, caplog):
+    folder = tmp_path / "model"
+    write_quantized_model(folder, "exl2")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "f\ud800p\x1b[31m"}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert plan(folder, ctx_size=256).fits
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert "\\ud800" in message and "\x1b" not in message and message.encode()

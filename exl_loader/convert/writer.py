@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import tempfile
@@ -16,10 +15,9 @@ import torch
 from safetensors.torch import save_file
 
 from ..checkpoint.files import folder_names
-from ..errors import InvalidSettings, printable
+from ..errors import InvalidSettings
 from ..untrusted_files import TOKENIZER_BYTES, open_regular
-
-_log = logging.getLogger("exl_loader")
+from ..warn import warn
 
 # What exllamav2 writes at most into one file.
 DEFAULT_SHARD_BYTES = 8192 << 20
@@ -128,9 +126,9 @@ def copy_other_files(model_dir: Path, folder: Path) -> None:
     """Copy tokenizer, generation config and whatever else lies beside the weights."""
     for path in _other_files(model_dir):
         if path.stat().st_size > TOKENIZER_BYTES:
-            _log.warning(
-                "%s was not copied: %d bytes are more than any file of a tokenizer has",
-                printable(str(path)), path.stat().st_size,
+            warn(
+                f"{path} was not copied: {path.stat().st_size} bytes are more than any file of a "
+                "tokenizer has"
             )
             continue
         shutil.copyfile(path, folder / path.name)

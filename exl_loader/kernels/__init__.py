@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidSettings, KernelBuildError
+from ..warn import warn
 
 if TYPE_CHECKING:
     from ..progress import Progress
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 REFERENCE_ENV = "EXL_LOADER_REFERENCE"
 
-_log = logging.getLogger("exl_loader")
 _warned = False
 
 
@@ -137,7 +136,7 @@ def _warn_of_reference() -> None:
 
     if not _warned:
         _warned = True
-        _log.warning(
-            "No C++ compiler was found, so slow reference operations are used. %s.",
-            compiler_remedy(),
+        warn(
+            "No C++ compiler was found, so slow reference operations are used. "
+            f"{compiler_remedy()}."
         )

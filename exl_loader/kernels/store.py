@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
@@ -30,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import KernelBuildError
+from ..warn import warn
 from . import ownership
 from .spec import BuildSpec
 
@@ -40,7 +40,6 @@ _MAX_MARKER_BYTES = 1 << 16
 # What builds leave in a folder of kernels: entries, unfinished ones, locks and heartbeats.
 _ENTRY_NAME = re.compile(r"(cpu|cuda_sm_\w+)-[0-9a-f]{16}(\..*)?$", re.DOTALL)
 
-_log = logging.getLogger("exl_loader")
 
 _SCANNER_PAUSES_S = (0.1, 0.2, 0.4, 0.8, 1.6)
 
@@ -122,7 +121,7 @@ def writable_dir(environ: Mapping[str, str] = os.environ) -> Path:
     Raises:
         KernelBuildError: none can be.
     """
-    reasons = []
+    reasons: list[str] = []
     for directory in kernel_dirs(environ):
         try:
             reason = _why_unsafe(directory)
@@ -136,7 +135,7 @@ def writable_dir(environ: Mapping[str, str] = os.environ) -> Path:
             reason = "not writable"
         if reason is None:
             if reasons:
-                _log.warning("Compiled kernels are kept in %s, because %s", directory, reasons[0])
+                warn(f"Compiled kernels are kept in {directory}, because {reasons[0]}")
             return directory
         reasons.append(f"{directory}: {reason}")
     raise KernelBuildError(
@@ -203,9 +202,9 @@ def _make_sticky(folder: Path) -> bool:
         folder.chmod(stat.S_IMODE(status.st_mode) | stat.S_ISVTX)
     except OSError:
         return False
-    _log.warning(
-        "Other users could exchange what lies in %s, compiled kernels among it. The folder got "
-        "the sticky bit (chmod +t).", folder,
+    warn(
+        f"Other users could exchange what lies in {folder}, compiled kernels among it. The "
+        "folder got the sticky bit (chmod +t)."
     )
     return True
 
@@ -235,11 +234,10 @@ def _empty(directory: Path) -> None:
     with contextlib.suppress(OSError):
         aside.rmdir()
     left = [path.name for path in directory.iterdir() if path.name.startswith("distrusted-")]
-    _log.warning(
-        "Others could write in the folder of compiled kernels %s. It was closed and emptied, and "
-        "kernels are compiled anew.%s", directory,
-        f" What is no kernel, or could not be removed, is there as {sorted(left)[:3]}."
-        if left else "",
+    kept = f" What is no kernel, or could not be removed, is there as {sorted(left)[:3]}."
+    warn(
+        f"Others could write in the folder of compiled kernels {directory}. It was closed and "
+        f"emptied, and kernels are compiled anew.{kept if left else ''}"
     )
 
 

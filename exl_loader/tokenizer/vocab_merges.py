@@ -8,17 +8,15 @@ transformers 5.
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidTokenizer
 from ..json_keys import read_json_object
 from ..untrusted_files import TOKENIZER_BYTES, is_there, read_text
+from ..warn import warn
 from .backend import SPACE_MARK
 from .files import MAX_TOKEN_ID, REMEDY, TokenizerConfig, is_id
-
-_log = logging.getLogger("exl_loader")
 
 VOCAB, MERGES = "vocab.json", "merges.txt"
 
@@ -80,10 +78,10 @@ def build(folder: Path, config: TokenizerConfig, placed: dict[str, int]) -> Any:
         ])
     else:
         if config.tokenizer_class not in _LIKE_GPT2:
-            _log.warning(
-                "%s has %s and %s, which do not say how text is cut before merging: GPT-2's rule "
-                "is used. Copy the original model's tokenizer.json into the folder if it has one",
-                folder, VOCAB, MERGES,
+            warn(
+                f"{folder} has {VOCAB} and {MERGES}, which do not say how text is cut before "
+                "merging: GPT-2's rule is used. Copy the original model's tokenizer.json into "
+                "the folder if it has one"
             )
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
     tokenizer.decoder = decoders.ByteLevel()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +10,13 @@ import torch
 from ...devices.cuda_taken import remember_taken
 from ...errors import DeviceError, InsufficientMemory
 from ...table import ALIGNMENT
+from ...warn import warn
 
 if TYPE_CHECKING:
     import numpy as np
 
     from .launcher import Launcher
 
-_log = logging.getLogger("exl_loader")
 
 
 class CardInputs:
@@ -116,9 +115,9 @@ class CardHost:
             self._failures += 1
             self.captures = self._failures < CAPTURE_TRIES
             if not self.captures:
-                _log.warning(
-                    "Steps are not captured as graphs, and decoding is slower: %d captures in a "
-                    "row failed, the last with: %s", self._failures, error,
+                warn(
+                    "Steps are not captured as graphs, and decoding is slower: "
+                    f"{self._failures} captures in a row failed, the last with: {error}"
                 )
             return None
         self._failures = 0
