@@ -270,3 +270,11 @@ def load_layer(folder: Path, in_features: int, out_features: int, name: str = "l
         plan = plan_linear(checkpoint, name, in_features, out_features, **options)
         layer = pack_linear(plan, checkpoint, allocate(plan), PackingOps)
         return plan, layer, reference_weight(plan, checkpoint)
+
+
+def warnings_of_weights(caplog) -> list[str]:
+    """Return the logged warnings, without the one that a folder of these has no tokenizer."""
+    return [
+        record.getMessage() for record in caplog.records
+        if "has no tokenizer files" not in record.getMessage()
+    ]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from auto_round_writer import IDS, VARIANTS
 from filelock import FileLock
+from makers import warnings_of_weights
 
 from exl_loader import load, plan
 from exl_loader.checkpoint import Checkpoint, is_quantised
@@ -76,5 +77,4 @@ def test_logits_are_those_of_the_weights_that_auto_round_measured(written, name,
     with load(written / name, ctx_size=256, cache_type="fp32", device="cpu") as model:
         found = model.prompt_logits(IDS)
     assert float((found - expected).norm() / expected.norm()) < 0.01
-    told = [record for record in caplog.records if record.module == "warn"]
-    assert not told, "nothing of auto-round's own settings is unknown"
+    assert not warnings_of_weights(caplog), "nothing of auto-round's own settings is unknown"
