@@ -128,6 +128,7 @@ CHANGES = {
     "link flags": {"link_flags": ("-shared", "-s")},
     "cpu features": {"cpu_features": ("x86_64", "avx2", "avx512f")},
     "include path": {"include_dirs": (".", "cpu")},
+    "what a CUDA compiler makes": {"device_suffix": ".ptx"},
 }
 
 

@@ -71,8 +71,8 @@ def read_folder(model_dir: Path) -> Folder:
     format = format_of(headers, quantization)
     if format == "exl2" and quantization.method not in (None, "exl2"):
         warn_once(
-            f"{quantization.where} declares {shown(quantization.method)}, but the weights are "
-            "EXL2: the settings are another model's and are ignored"
+            f"{quantization.where} declares {shown(quantization.method)[1:-1]}, but the weights "
+            "are EXL2: the settings are another model's and are ignored"
         )
         quantization = Quantization()
     if format != "dense":

@@ -94,6 +94,7 @@ class BuildSpec:
         put(*(part for variable in self.environment for part in variable))
         put(*self.flags)
         put(*self.link_flags)
+        put(self.device_suffix)
         put(*self.cpu_features)
         put(*self.include_dirs)
         for group in (self.sources, self.headers):

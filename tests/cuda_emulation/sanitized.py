@@ -20,7 +20,7 @@ RUNTIMES = ("libasan.so", "libubsan.so")
 EXIT_CODE = 99
 
 # Of a test's cases the first runs, and one in so many of the others.
-ONE_IN = 6
+ONE_IN = 12
 
 
 @lru_cache
