@@ -154,11 +154,34 @@ def tiny_model(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def tiny_model_dir(tmp_path_factory) -> Path:
-    """One small random Llama with a tokenizer, shared by all tests that only read it."""
+def _tiny_model_files(tmp_path_factory) -> dict[Path, bytes]:
+    """The files of `tiny_model_dir` as they were written."""
     from tiny import write_tiny_model
 
-    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+    folder = write_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+    return {path: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(_tiny_model_files) -> Path:
+    """One small random Llama with a tokenizer, shared by all tests that only read it."""
+    return next(iter(_tiny_model_files)).parent
+
+
+@pytest.fixture(autouse=True)
+def _shared_model_is_only_read(request):
+    """Fail a test that changes `tiny_model_dir`, and restore the folder for the others."""
+    yield
+    if "tiny_model_dir" not in request.fixturenames:
+        return
+    files = request.getfixturevalue("_tiny_model_files")
+    folder = request.getfixturevalue("tiny_model_dir")
+    changed = set(folder.iterdir()) ^ set(files)
+    for path, data in files.items():
+        if not path.exists() or path.read_bytes() != data:
+            changed.add(path)
+            path.write_bytes(data)
+    assert not changed, "other tests read this folder: change one that `tiny_model` makes"
 
 
 @pytest.fixture(scope="module")

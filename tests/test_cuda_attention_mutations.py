@@ -151,12 +151,12 @@ def passes(launcher, check) -> bool:
     return process.exitcode == 0
 
 
-@pytest.mark.parametrize("change", some_of(ATTENTION, 10), ids=lambda change: change[1][:40])
+@pytest.mark.parametrize("change", some_of(ATTENTION, 20), ids=lambda change: change[1][:40])
 def test_a_mistake_in_attention_is_noticed(tmp_path, change):
     assert not passes(built_from(tmp_path, change=change), check_attention)
 
 
-@pytest.mark.parametrize("change", some_of(WRITING, 5), ids=lambda change: change[1][:40])
+@pytest.mark.parametrize("change", some_of(WRITING, 12), ids=lambda change: change[1][:40])
 def test_a_mistake_in_writing_is_noticed(tmp_path, change):
     assert not passes(built_from(tmp_path, change=change), check_writing)
 

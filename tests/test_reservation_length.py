@@ -98,24 +98,20 @@ def test_a_stretched_model_is_planned_without_a_warning(tmp_path):
     assert found.to_dict()["stretched_length"] == 4096
 
 
-def test_loading_beyond_the_own_length_is_a_warning(tiny_model_dir, caplog, monkeypatch):
-    config = tiny_model_dir / "config.json"
-    values = json.loads(config.read_text()) | {"max_position_embeddings": 512}
-    config.write_text(json.dumps(values))
-    exl_loader.load(tiny_model_dir, ctx_size=512, device="cpu").unload()
+def test_loading_beyond_the_own_length_is_a_warning(tiny_model, caplog):
+    folder = tiny_model(max_position_embeddings=512)
+    exl_loader.load(folder, ctx_size=512, device="cpu").unload()
     assert "own length" not in caplog.text
-    exl_loader.load(tiny_model_dir, ctx_size=768, device="cpu").unload()
+    exl_loader.load(folder, ctx_size=768, device="cpu").unload()
     assert "768 tokens is beyond the model's own length of 512 tokens" in caplog.text
 
 
-def test_every_command_that_loads_takes_the_settings_of_the_advice(tiny_model_dir, capsys):
-    config = tiny_model_dir / "config.json"
-    values = json.loads(config.read_text()) | {"max_position_embeddings": 256}
-    config.write_text(json.dumps(values))
+def test_every_command_that_loads_takes_the_settings_of_the_advice(tiny_model, tmp_path, capsys):
+    folder = tiny_model(max_position_embeddings=256)
     options = ["--ctx-size", "512", "--compress-pos-emb", "2"]
-    assert main(["generate", str(tiny_model_dir), "--max-new-tokens", "2", *options]) == 0
-    text = tiny_model_dir / "text"
+    assert main(["generate", str(folder), "--max-new-tokens", "2", *options]) == 0
+    text = tmp_path / "text"
     text.write_text("some words " * 40)
-    assert main(["eval", str(tiny_model_dir), "--text", str(text), "--tokens", "20",
+    assert main(["eval", str(folder), "--text", str(text), "--tokens", "20",
                  "--cache-type", "q4", *options]) == 0
     assert "own length" not in capsys.readouterr().err
