@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -173,4 +174,5 @@ class HostPage:
 
 
 def _letters(text: str) -> str:
-    return "".join(text.split())
+    """Leave out spaces, and what Markdown takes for marks once it sees their end."""
+    return re.sub(r"[\s_*`#~]", "", text)
