@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from tiny import write_tiny_model
-from webui_double import write_host
+from webui_double import forget_host, write_host
 
 from exl_loader.errors import ExlLoaderError
 from extension import loading, registration
@@ -51,13 +51,7 @@ def api(tmp_path, monkeypatch):
     yield SimpleNamespace(
         models=models, ask=ask, load=load, stream=stream, shared=sys.modules["modules.shared"],
         info=lambda: client.get("/info").json())
-    if loading.current() is not None:
-        loading.current().unload()
-        loading.forget(loading.current())
-    registration.unregister()
-    for name in [n for n in sys.modules if n == "modules" or n.startswith("modules.")]:
-        del sys.modules[name]
-    importlib.invalidate_caches()
+    forget_host()
 
 
 def test_a_load_and_a_request_that_succeed_are_as_ever(api):

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from tiny import write_tiny_model
-from webui_double import write_host
+from webui_double import forget_host, write_host
 
 from extension import early, loading, panel, recognise, registration
 
@@ -31,13 +31,7 @@ def host(tmp_path, monkeypatch):
             root=root, **{name: importlib.import_module(f"modules.{name}") for name in names})
 
     yield make
-    if loading.current() is not None:
-        loading.current().unload()
-        loading.forget(loading.current())
-    registration.unregister()
-    for name in [n for n in sys.modules if n == "modules" or n.startswith("modules.")]:
-        del sys.modules[name]
-    importlib.invalidate_caches()
+    forget_host()
 
 
 @pytest.fixture

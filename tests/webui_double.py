@@ -6,7 +6,11 @@ As in ../shared/webui-contract.md: tables and caches, a dispatch dict that is lo
 
 from __future__ import annotations
 
+import importlib
+import sys
 from pathlib import Path
+
+from extension import loading, registration
 
 SHARED = '''
 import argparse, copy, os, sys
@@ -355,3 +359,14 @@ def write_host(root: Path, **changes: tuple[str, str]) -> Path:
         path.write_text(text.replace(old, new) if old else text)
     (root / "user_data" / "models").mkdir(parents=True, exist_ok=True)
     return root
+
+
+def forget_host() -> None:
+    """Unload our model, take the plugin out, and forget the double's modules."""
+    if loading.current() is not None:
+        loading.current().unload()
+        loading.forget(loading.current())
+    registration.unregister()
+    for name in [n for n in sys.modules if n == "modules" or n.startswith("modules.")]:
+        del sys.modules[name]
+    importlib.invalidate_caches()
