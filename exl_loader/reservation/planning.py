@@ -193,7 +193,10 @@ def planned(request: PlanRequest) -> Iterator[PlannedModel]:
             devices=tuple(_record(share, segments) for share in shares),
             largest_ctx_size=largest,
             bytes_by_cache_type={
-                name: sum(share.total_bytes for share in placer.place(ctx_size, run))
+                name: sum(
+                    share.total_bytes
+                    for share in (shares if run == options else placer.place(ctx_size, run))
+                )
                 for name, run in by_type.items()
             },
             model_draft=os.fspath(request.model_draft) if request.model_draft else None,
