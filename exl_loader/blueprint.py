@@ -22,7 +22,7 @@ from .architectures import (
     V_PROJ,
     Architecture,
 )
-from .errors import InvalidCheckpoint, UnsupportedFormat, shown
+from .errors import InvalidCheckpoint, UnsupportedFormat, shown_names
 from .formats import LINEAR_TENSORS, has_linear, plan_linear
 from .formats.common import FLOAT_DTYPES, WRONG_FILE, expect
 from .formats.packed import LinearPlan
@@ -189,11 +189,10 @@ class Blueprint:
             if not used and name not in norms and not name.endswith(_COMPUTED_ANEW):
                 unused.append(name)
         if unused:
-            more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
             warn_once(
                 f"{checkpoint.model_dir}: these tensors are ignored, because "
                 f"{self.architecture.name} has no use for them: "
-                f"{', '.join(shown(name)[1:-1] for name in sorted(unused)[:3])}{more}"
+                f"{shown_names(sorted(unused))}"
             )
 
     def linears(self) -> Iterator[LinearPlan]:

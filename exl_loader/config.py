@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .architectures import ACTIVATIONS, ALIASES, ARCHITECTURES, Architecture
-from .errors import ModelNotFound, UnsupportedArchitecture, shown
+from .errors import ModelNotFound, UnsupportedArchitecture, shown_name
 from .json_keys import Keys, read_json_object, read_json_object_if_there
 from .rope import MAX_POSITIONS, RopeConfig, parse_rope
 from .warn import warn_once
@@ -219,7 +219,7 @@ def _architecture(keys: Keys) -> Architecture:
     raise UnsupportedArchitecture(
         f"the architecture of {keys.where}",
         expected=f"one of {', '.join(ARCHITECTURES)}",
-        actual=shown(f"{found}, model_type {model_type}", 200)[1:-1],
+        actual=shown_name(f"{found}, model_type {model_type}", 200),
         remedy="Choose a model of a supported architecture",
     )
 

@@ -7,6 +7,7 @@ output goes into `details`.
 
 import re
 import reprlib
+from collections.abc import Sequence
 from typing import Any
 
 # Control characters, which could drive a terminal; lone surrogates, which no stream can write;
@@ -62,6 +63,18 @@ def shown(value: Any, limit: int = 80) -> str:
     """
     text = printable(_ShortRepr(limit).repr(value))
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def shown_name(name: str, limit: int = 80) -> str:
+    """Return what a message says of a file's or a tensor's name: itself, without quotes."""
+    text = printable(name)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def shown_names(names: Sequence[str], most: int = 3) -> str:
+    """List names for a message: the first `most`, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(shown_name, names[:most])) + more
 
 
 class ExlLoaderError(Exception):

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import ExlLoaderError, InvalidCheckpoint, UnsupportedFormat, shown
+from ..errors import ExlLoaderError, InvalidCheckpoint, UnsupportedFormat, shown_name, shown_names
 from ..json_keys import read_json_object_if_there
 from ..warn import warn_once
 from .files import (
@@ -71,7 +71,7 @@ def read_folder(model_dir: Path) -> Folder:
     format = format_of(headers, quantization)
     if format == "exl2" and quantization.method not in (None, "exl2"):
         warn_once(
-            f"{quantization.where} declares {shown(quantization.method)[1:-1]}, but the weights "
+            f"{quantization.where} declares {shown_name(quantization.method)}, but the weights "
             "are EXL2: the settings are another model's and are ignored"
         )
         quantization = Quantization()
@@ -82,8 +82,8 @@ def read_folder(model_dir: Path) -> Folder:
     unused = sorted(set(files.found) - set(chosen))
     if unused:
         warn_once(
-            f"{model_dir}: the weights are read from {_listed(chosen)}; ignored: "
-            f"{_listed(unused)}"
+            f"{model_dir}: the weights are read from {shown_names(chosen)}; ignored: "
+            f"{shown_names(unused)}"
         )
     return Folder(with_body_prefix(headers), identities, format, quantization)
 
@@ -192,11 +192,6 @@ def _endings(names: Iterable[str]) -> set[str]:
     return {name.rsplit(".", 1)[-1] for name in names}
 
 
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(shown(name)[1:-1] for name in names[:3]) + more
-
-
 def with_body_prefix(headers: Mapping[str, TensorHeader]) -> Headers:
     """Name tensors as in a causal language model.
 
@@ -231,7 +226,7 @@ def format_of(names: Iterable[str], quantization: Quantization) -> str:
         undeclared = "exl3" if "trellis" in endings else "compressed-tensors"
         declared = quantization.values.get("quant_method", undeclared)
         raise UnsupportedFormat(
-            f"quant_method {shown(str(declared))[1:-1]}",
+            f"quant_method {shown_name(str(declared))}",
             expected="exl2, gptq, auto-round or unquantised weights",
             remedy="Use a version of the model in one of these formats",
         )
