@@ -1,0 +1,46 @@
+"""Nothing was lost: logits, texts, plans and error types are those of the golden record."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from golden_cases import CASES, Bench  # noqa: E402
+from golden_record import Record, machine  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def record():
+    return Record()
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    return Bench(tmp_path_factory.mktemp("golden"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Sums of PyTorch's own operations are split over threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_record_has_every_case_and_no_other(record):
+    assert set(record.cases) == set(CASES)
+    assert record.path.stat().st_size < 400_000
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_was_lost(name, record, bench):
+    result = CASES[name](bench)
+    differences = record.differences(name, result)
+    assert not differences, "\n".join(differences)
+    if result.bits and not record.knows_this_machine:
+        pytest.skip(
+            "compared within bounds alone: the record has no bits of this machine "
+            f"({machine()}); see golden_cases.py to add them"
+        )
