@@ -80,7 +80,7 @@ def main() -> int:
     check_arguments(parser, args, further)
     if args.webui:
         # It has an environment of its own; ours is not needed.
-        from exl_loader.webui_install import command
+        from extension.install import command
 
         return command.main(args.webui, further)
     ensure_environment(test=args.test)
@@ -127,9 +127,10 @@ def demo(page_arguments: list[str]) -> int:
     if code != 0:
         return code
     if not (page_arguments or sys.stdout.isatty()):
-        say(f"no terminal: the page was not opened; {venv_python()} -m extension.standalone does")
+        say("no terminal: the page was not opened; "
+            f"{venv_python()} -m extension.page.standalone does")
         return 0
-    return run_in_environment(["-m", "extension.standalone", *page_arguments])
+    return run_in_environment(["-m", "extension.page.standalone", *page_arguments])
 
 
 def write_text(arguments: list[str]) -> int:
@@ -155,7 +156,7 @@ def run_in_environment(arguments: list[str]) -> int:
 
 def run_child(command: list[str], **options) -> subprocess.CompletedProcess[str]:
     """Run a step of the set-up, which is given time to end where we are interrupted."""
-    from exl_loader.webui_install import children
+    from extension.install import children
 
     return children.run(command, **options)
 

@@ -21,10 +21,10 @@ sys.path[:0] = [str(REPO), str(REPO / "tests")]
 
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
-from sparse import GROUP_ROWS, exl2_tensors  # noqa: E402
-from tiny import CONFIG  # noqa: E402
 
 import exl_loader  # noqa: E402
+from support.sparse import GROUP_ROWS, exl2_tensors  # noqa: E402
+from support.tiny import CONFIG  # noqa: E402
 
 GEOMETRY = {
     "vocab_size": 32000,

@@ -26,22 +26,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
 from exl_loader import load
-from exl_loader.cache import BITS_NAMES, CacheType
+from exl_loader.backends.reference.ops import cache_round_trip
+from exl_loader.cache.layout import BITS_NAMES, CacheType
+from exl_loader.cache.paging import PagedCache
+from exl_loader.checkpoint.config import ModelConfig
+from exl_loader.commands.evaluation import Lane, Result, bos_ids, run_lanes, run_window, windows_of
+from exl_loader.commands.evaluation_plan import plan_evaluation
 from exl_loader.commands.model_options import DEMO_MODEL
-from exl_loader.config import ModelConfig
-from exl_loader.evaluation import (
-    Lane,
-    Result,
-    bos_ids,
-    run_lanes,
-    run_window,
-    windows_of,
-)
-from exl_loader.evaluation_plan import plan_evaluation
-from exl_loader.kernels.reference import cache_round_trip
-from exl_loader.key_bias import remove_from, split_bias
-from exl_loader.paging import PagedCache
-from exl_loader.progress import default_progress, task
+from exl_loader.model.key_bias import remove_from, split_bias
+from exl_loader.utils.progress import default_progress, task
 
 # What exllamav2 called its types, as bits of keys and of values.
 PEER_TYPES = {"exllamav2 Q8": (8, 8), "exllamav2 Q6": (8, 4), "exllamav2 Q4": (4, 4)}
@@ -141,7 +134,7 @@ def measure_model(tokens: int) -> tuple[list[Result], int]:
         the results, and how many tokens were predicted.
     """
     from demo_corpus import collect
-    from exl_loader.kernels import get_ops
+    from exl_loader.backends import get_ops
 
     names = ["fp32", *(f"{BITS_NAMES[k]}_{BITS_NAMES[v]}"
                        for k, v in itertools.product(SHOWN_BITS, repeat=2))]

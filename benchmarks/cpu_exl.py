@@ -17,8 +17,8 @@ import torch  # noqa: E402
 from cpu_worker import FILL_TOKENS, random_ids, serve  # noqa: E402
 
 import exl_loader  # noqa: E402
-from exl_loader.cache import PAGE_LEN  # noqa: E402
-from exl_loader.kernels import get_ops  # noqa: E402
+from exl_loader.backends import get_ops  # noqa: E402
+from exl_loader.cache.layout import PAGE_LEN  # noqa: E402
 
 assert FILL_TOKENS == PAGE_LEN, "one page is computed, the others are copies of it"
 

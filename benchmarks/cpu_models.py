@@ -21,11 +21,11 @@ import torch  # noqa: E402
 from llama_shapes import layer_linears  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from exl_loader.blueprint import Blueprint  # noqa: E402
-from exl_loader.cache import CacheType  # noqa: E402
+from exl_loader.cache.layout import CacheType  # noqa: E402
 from exl_loader.checkpoint import Checkpoint  # noqa: E402
-from exl_loader.config import ModelConfig  # noqa: E402
+from exl_loader.checkpoint.config import ModelConfig  # noqa: E402
 from exl_loader.formats import reference_weight  # noqa: E402
+from exl_loader.model.blueprint import Blueprint  # noqa: E402
 
 # The 1.1 B geometry that many small models share.
 GEOMETRY = {

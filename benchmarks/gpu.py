@@ -32,12 +32,12 @@ import torch  # noqa: E402
 from gpu_models import GEOMETRIES, write_model  # noqa: E402
 
 import exl_loader  # noqa: E402
-from exl_loader.cache import CacheType  # noqa: E402
+from exl_loader.cache.layout import CacheType  # noqa: E402
 from exl_loader.checkpoint import Checkpoint  # noqa: E402
-from exl_loader.config import ModelConfig  # noqa: E402
-from exl_loader.evaluation import Lane, run_lanes  # noqa: E402
-from exl_loader.evaluation_plan import plan_evaluation  # noqa: E402
-from exl_loader.sampling import argmax  # noqa: E402
+from exl_loader.checkpoint.config import ModelConfig  # noqa: E402
+from exl_loader.commands.evaluation import Lane, run_lanes  # noqa: E402
+from exl_loader.commands.evaluation_plan import plan_evaluation  # noqa: E402
+from exl_loader.generation.sampling import argmax  # noqa: E402
 
 CACHE_TYPES = ("fp16", "q8", "q6", "q4")
 DEPTHS = (0, 4096, 16384, 32768)

@@ -21,10 +21,10 @@ sys.path[:0] = [str(REPO)]
 
 import numpy as np  # noqa: E402
 
-from exl_loader.grammar.masks import Grammars  # noqa: E402
-from exl_loader.sampling import Sampler, TokenRoles  # noqa: E402
-from exl_loader.settings import SamplingSettings  # noqa: E402
-from exl_loader.tokenizer import Tokenizer  # noqa: E402
+from exl_loader.generation.grammar.masks import Grammars  # noqa: E402
+from exl_loader.generation.sampling import Sampler, TokenRoles  # noqa: E402
+from exl_loader.generation.settings import SamplingSettings  # noqa: E402
+from exl_loader.text.tokenizer import Tokenizer  # noqa: E402
 
 # llama.cpp's grammars/json.gbnf describes the same texts.
 JSON_GBNF = r"""

@@ -20,14 +20,14 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO), str(REPO / "tests")]
 
 import torch  # noqa: E402
-from kernel_cases import compiled_ops, dense_linear, packed_linear  # noqa: E402
 from read_bandwidth import BUFFER_BYTES as ROUND_BYTES  # noqa: E402
 from read_bandwidth import Bandwidth  # noqa: E402
 
-from exl_loader.devices.cpu import CpuDevice  # noqa: E402
-from exl_loader.kernels.native import default_threads  # noqa: E402
-from exl_loader.kernels.reference import ReferenceOps  # noqa: E402
-from exl_loader.kernels.scratch import linear_scratch_bytes  # noqa: E402
+from exl_loader.backends.cpu.device import CpuDevice  # noqa: E402
+from exl_loader.backends.cpu.library import default_threads  # noqa: E402
+from exl_loader.backends.reference.ops import ReferenceOps  # noqa: E402
+from exl_loader.backends.scratch import linear_scratch_bytes  # noqa: E402
+from support.kernel_cases import compiled_ops, dense_linear, packed_linear  # noqa: E402
 
 # (in_features, out_features, bits, group size): a Llama of 1.1 B parameters, then widths.
 DECODE = [

@@ -20,14 +20,13 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO), str(REPO / "tests")]
 
-from sparse import LLAMA_2_7B, write_sparse_exl2  # noqa: E402
-
 import exl_loader  # noqa: E402
+from exl_loader.backends.build.build import build  # noqa: E402
+from exl_loader.backends.build.spec import cpu_spec  # noqa: E402
 from exl_loader.checkpoint import Checkpoint  # noqa: E402
-from exl_loader.kernels.build import build  # noqa: E402
-from exl_loader.kernels.spec import cpu_spec  # noqa: E402
-from exl_loader.progress import NullProgress  # noqa: E402
-from extension.panel import LoadOptions, plan_html  # noqa: E402
+from exl_loader.utils.progress import NullProgress  # noqa: E402
+from extension.panel.panel import LoadOptions, plan_html  # noqa: E402
+from support.sparse import LLAMA_2_7B, write_sparse_exl2  # noqa: E402
 
 # 37 tensors a layer and 7 around them.
 LAYERS = 54

@@ -15,8 +15,8 @@ if str(REPO) not in sys.path:
 
 import torch  # noqa: E402
 
-from exl_loader.devices.cpu import CpuDevice  # noqa: E402
-from exl_loader.kernels.spec import require_cpu_spec  # noqa: E402
+from exl_loader.backends.build.spec import require_cpu_spec  # noqa: E402
+from exl_loader.backends.cpu.device import CpuDevice  # noqa: E402
 
 # Several times a last-level cache of 32 MiB, in whole claims of read_bandwidth.cpp.
 BUFFER_BYTES = 150_000_000

@@ -109,8 +109,8 @@ class Contestant:
 def work(checkout: str, vocab_size: int) -> None:
     """Answer lines of [case, kind of row] until there are no more."""
     sys.path.insert(0, checkout)
-    from exl_loader.sampling import Sampler, TokenRoles
-    from exl_loader.settings import SamplingSettings
+    from exl_loader.generation.sampling import Sampler, TokenRoles
+    from exl_loader.generation.settings import SamplingSettings
 
     # As reading a model's tensors does: the C library keeps more of what it is given back, and
     # fresh pages would take longer than most samplers.

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .loader import load as load
-    from .reservation import plan as plan
+    from .memory.reservation import plan as plan
 
 __version__ = "0.1.0"
 
 __all__ = ["load", "plan"]
 
 # Imported when first asked for: importing the package has no side effects and costs nothing.
-_HOMES = {"load": "loader", "plan": "reservation"}
+_HOMES = {"load": "loader", "plan": "memory.reservation"}
 
 
 def __getattr__(name: str) -> Any:

@@ -8,26 +8,26 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from .errors import InsufficientMemory
+from .cache.paging import PagedCache
 from .generation.generation import IdGeneration, TextGeneration
 from .generation.generator import Generator
 from .generation.logprobs import TokenLogprobs, token_logprobs
 from .generation.prompts import Prompt
 from .generation.request import RequestReader
-from .memory import capacity, is_out_of_memory
-from .paging import PagedCache
-from .progress import Progress
-from .setting_values import check_integer, plain
-from .settings import SamplingSettings
+from .generation.settings import SamplingSettings
+from .memory.buffers import capacity, is_out_of_memory
+from .utils.errors import InsufficientMemory
+from .utils.progress import Progress
+from .utils.setting_values import check_integer, plain
 
 if TYPE_CHECKING:
-    from .config import ModelConfig
+    from .checkpoint.config import ModelConfig
     from .generation.draft_model import DraftModel
     from .generation.forward_model import ForwardModel
-    from .memory import Buffers
-    from .model import Model
-    from .reservation import Reservation
-    from .tokenizer import Tokenizer
+    from .memory.buffers import Buffers
+    from .memory.reservation import Reservation
+    from .model.forward import Model
+    from .text.tokenizer import Tokenizer
 
 Settings = SamplingSettings | Mapping[str, Any] | None
 T = TypeVar("T")

@@ -15,31 +15,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cache import CacheType
-from .devices import device_kind
-from .errors import DeviceError, InsufficientMemory
+from .backends.devices import device_kind
+from .cache.layout import CacheType
+from .cache.paging import PagedCache
 from .generation.draft_model import DEFAULT_DRAFT_MAX, MAX_DRAFT_MAX, DraftModel, check_vocabularies
-from .memory import Buffers, allocate, is_out_of_memory, trim_heap
-from .paging import PagedCache
-from .progress import Progress, checked_progress, task
-from .reservation import PlannedModel, PlanRequest, planned
-from .reservation.options import CtxSize, check_count, chosen_devices, refuse_unknown
-from .reservation.placement import DRAFT_PREFIX
-from .reservation.text import refusal
-from .torch_threads import torch_on_one_thread
-from .tracebacks import drop_locals
-from .warn import warn
-from .workspace import DEFAULT_CHUNK_SIZE, DEFAULT_MAX_BATCH_SIZE
+from .memory.buffers import Buffers, allocate, is_out_of_memory, trim_heap
+from .memory.reservation import PlannedModel, PlanRequest, planned
+from .memory.reservation.options import CtxSize, check_count, chosen_devices, refuse_unknown
+from .memory.reservation.placement import DRAFT_PREFIX
+from .memory.reservation.text import refusal
+from .model.workspace import DEFAULT_CHUNK_SIZE, DEFAULT_MAX_BATCH_SIZE
+from .utils.errors import DeviceError, InsufficientMemory
+from .utils.progress import Progress, checked_progress, task
+from .utils.torch_threads import torch_on_one_thread
+from .utils.tracebacks import drop_locals
+from .utils.warn import warn
 
 if TYPE_CHECKING:
     import torch
 
-    from .blueprint import Blueprint
+    from .backends.base import Ops
     from .checkpoint import Checkpoint
     from .engine import LoadedModel
-    from .kernels.interface import Ops
-    from .model import Model
-    from .tokenizer import Tokenizer
+    from .model.blueprint import Blueprint
+    from .model.forward import Model
+    from .text.tokenizer import Tokenizer
 
 
 
@@ -189,7 +189,7 @@ def _open_ops(names: Sequence[str], progress: Progress) -> dict[str, Ops]:
     Raises:
         As `kernels.get_ops`; what a device refused names it.
     """
-    from .kernels import get_ops
+    from .backends import get_ops
 
     opened: dict[str, Ops] = {}
     for name in names:
@@ -237,7 +237,7 @@ def _lend(ops: Any, device: str, buffers: Buffers) -> Iterator[None]:
 
 def _tokenizer(model_dir: Path) -> Tokenizer | None:
     """Open the folder's tokenizer; a folder without one runs on token ids alone."""
-    from .tokenizer import Tokenizer, has_tokenizer
+    from .text.tokenizer import Tokenizer, has_tokenizer
 
     return Tokenizer.from_dir(model_dir) if has_tokenizer(model_dir) else None
 
@@ -256,8 +256,8 @@ class _Reading:
         self, blueprint: Blueprint, checkpoint: Checkpoint, ctx_size: int, prefix: str = ""
     ) -> tuple[Model, PagedCache]:
         """Read a model's weights into their views; its tensors' names start with `prefix`."""
-        from .model import Model
-        from .weights import load_weights
+        from .model.forward import Model
+        from .model.weights import load_weights
 
         cache = PagedCache.of_views(
             self._views("cache", prefix), "cache", self.cache_type,

@@ -58,7 +58,7 @@ def activate(name: str) -> ModuleType:
     """Make plugin and engine importable; a second call changes nothing.
 
     Args:
-        name: of the plugin's module that is wanted.
+        name: of a module of `webui/`.
 
     Returns:
         that module.
@@ -78,4 +78,4 @@ def activate(name: str) -> ModuleType:
         package = importlib.util.module_from_spec(spec)
         sys.modules[PACKAGE] = package
         spec.loader.exec_module(package)
-    return importlib.import_module(f"{PACKAGE}.{name}")
+    return importlib.import_module(f"{PACKAGE}.webui.{name}")

@@ -55,8 +55,7 @@ REPO = Path(__file__).resolve().parent.parent
 os.environ["EXL_LOADER_CACHE_DIR"] = str(REPO / "build" / "test-cache")
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import exhaustive  # noqa: E402  (beside this file)
-import timing  # noqa: E402
+from support import exhaustive, timing  # noqa: E402  (in this folder)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -130,8 +129,8 @@ def fixtures_dir() -> Path:
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch):
     """Keep the machine's cards out of the tests: `auto` is the CPU."""
-    monkeypatch.setattr("exl_loader.reservation.options.auto_cards", lambda: ())
-    monkeypatch.setattr("exl_loader.devices.cuda.card_memory", lambda card: None)
+    monkeypatch.setattr("exl_loader.memory.reservation.options.auto_cards", lambda: ())
+    monkeypatch.setattr("exl_loader.backends.cuda.device.card_memory", lambda card: None)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -145,7 +144,7 @@ def _old_objects_are_collected_once():
 @pytest.fixture
 def tiny_model(tmp_path):
     """Return a maker of small random Llama folders: `tiny_model(name="m", **config) -> Path`."""
-    from tiny import write_tiny_model
+    from support.tiny import write_tiny_model
 
     def make(name: str = "tiny", **options) -> Path:
         return write_tiny_model(tmp_path / name, **options)
@@ -156,7 +155,7 @@ def tiny_model(tmp_path):
 @pytest.fixture(scope="session")
 def _tiny_model_files(tmp_path_factory) -> dict[Path, bytes]:
     """The files of `tiny_model_dir` as they were written."""
-    from tiny import write_tiny_model
+    from support.tiny import write_tiny_model
 
     folder = write_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
     return {path: path.read_bytes() for path in folder.iterdir()}
@@ -187,9 +186,8 @@ def _shared_model_is_only_read(request):
 @pytest.fixture(scope="module")
 def single_bytes(tmp_path_factory):
     """A tokenizer whose every token is one byte, so that a text has one way to be written."""
-    from tiny import write_tokenizer
-
-    from exl_loader.tokenizer import Tokenizer
+    from exl_loader.text.tokenizer import Tokenizer
+    from support.tiny import write_tokenizer
 
     folder = tmp_path_factory.mktemp("bytes")
     write_tokenizer(folder, 288)
@@ -202,7 +200,7 @@ def no_other_model(monkeypatch):
     any time, when a thread ends or the collector runs."""
     import weakref
 
-    from exl_loader import memory
+    from exl_loader.memory import buffers as memory
 
     monkeypatch.setattr(memory, "_live", weakref.WeakKeyDictionary())
 
@@ -219,7 +217,7 @@ def kernel_cache(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def kernel_sources(tmp_path) -> Path:
     """Small sources of a library, in a folder whose name needs quoting."""
-    from builds import write_sources
+    from support.builds import write_sources
 
     return write_sources(tmp_path / "the $sources: (here)")
 
@@ -227,7 +225,7 @@ def kernel_sources(tmp_path) -> Path:
 @pytest.fixture
 def counting_compiler(tmp_path, monkeypatch) -> Path:
     """A compiler that writes down what it compiles, slowly enough to be interrupted."""
-    from builds import write_compiler
+    from support.builds import write_compiler
 
     log = tmp_path / "compiled.log"
     log.touch()
@@ -242,7 +240,7 @@ def hanging_compiler(tmp_path, monkeypatch) -> tuple[Path, Path]:
 
     Returns that file, and one to which the processes that hang write their ids.
     """
-    from builds import write_compiler
+    from support.builds import write_compiler
 
     hang, running = tmp_path / "hang", tmp_path / "running"
     hang.touch()
@@ -258,7 +256,7 @@ def hanging_compiler(tmp_path, monkeypatch) -> tuple[Path, Path]:
 @pytest.fixture(params=["nvrtc", "nvcc"])
 def compiler(request):
     """Each CUDA compiler of the machine."""
-    from cuda_sources import cuda_compiler
+    from support.cuda_sources import cuda_compiler
 
     found = cuda_compiler(request.param)
     if found is None:
@@ -269,8 +267,9 @@ def compiler(request):
 @pytest.fixture(scope="module")
 def browser():
     """Headless Chromium."""
-    from host_page import CHROMIUM, FLAGS
     from playwright.sync_api import sync_playwright
+
+    from support.host_page import CHROMIUM, FLAGS
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
@@ -295,9 +294,9 @@ def machine(monkeypatch):
     """Main memory that is as free as a test says, whatever this machine has."""
     import torch  # noqa: F401  (what a process that loads has in memory already)
 
-    from exl_loader import devices
-    from exl_loader.devices import Capacity
-    from exl_loader.devices.cpu import CpuDevice
+    from exl_loader.backends import devices
+    from exl_loader.backends.cpu.device import CpuDevice
+    from exl_loader.backends.device import Capacity
 
     def make(free_bytes: int, capacity_bytes: int = 1 << 36, processes=()):
         class Machine(CpuDevice):
@@ -315,9 +314,8 @@ def machine(monkeypatch):
 @pytest.fixture(scope="session")
 def webui():
     """The folder of the real text-generation-webui, with the plugin in it meanwhile."""
-    from host_server import PYTHON, WEBUI, tracked
-
-    from exl_loader.webui_install import command, host
+    from extension.install import command, host
+    from support.host_server import PYTHON, WEBUI, tracked
 
     if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1":
         pytest.skip("one web UI for several processes; without -n it is tested")
@@ -333,7 +331,7 @@ def webui():
 @pytest.fixture(scope="session")
 def host_models(tmp_path_factory) -> Path:
     """A folder of models for the real web UI: the shipped one, as `demo`."""
-    from host_server import copy_demo
+    from support.host_server import copy_demo
 
     return copy_demo(tmp_path_factory.mktemp("host") / "models", "demo")
 
@@ -341,9 +339,8 @@ def host_models(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def greedy_text() -> str:
     """What the engine itself writes for the real web UI's tests."""
-    from host_server import DEMO, GREEDY, PROMPT
-
     import exl_loader
+    from support.host_server import DEMO, GREEDY, PROMPT
 
     settings = {"temperature": 0, "max_new_tokens": GREEDY["max_tokens"]}
     with exl_loader.load(DEMO, ctx_size=512, cache_type="q4") as model:

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 import torch
-from conftest import REPO
 
 import exl_loader
+from conftest import REPO
 from exl_loader.convert.calibration import _DEFAULT_FILES
 
 DEMO = REPO / "exl_loader" / "demo_model"

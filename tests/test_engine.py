@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import exl_loader
-from exl_loader.errors import ExlLoaderError, ModelUnloaded, PromptTooLong
+from exl_loader.utils.errors import ExlLoaderError, ModelUnloaded, PromptTooLong
 
 FIXTURES = ("llama-mid", "llama-low")
 SETTINGS = {"temperature": 0.9, "top_k": 30, "seed": 11, "max_new_tokens": 24,

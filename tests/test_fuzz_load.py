@@ -17,15 +17,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from makers import write_quantized_model
 from safetensors.torch import save_file
-from tiny import write_tiny_model, write_tokenizer
 
 import exl_loader
-from exl_loader import memory
-from exl_loader.errors import ExlLoaderError
 from exl_loader.formats import reference_weight
-from exl_loader.reservation import PlanRequest, planned
+from exl_loader.memory import buffers as memory
+from exl_loader.memory.reservation import PlanRequest, planned
+from exl_loader.utils.errors import ExlLoaderError
+from support.makers import write_quantized_model
+from support.tiny import write_tiny_model, write_tokenizer
 
 CTX = 64
 IDS = [1, 5, 77, 130, 12, 40, 41, 250, 3]

@@ -6,8 +6,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from golden_cases import CASES, Bench  # noqa: E402
-from golden_record import Record, machine  # noqa: E402
+from support.golden_cases import CASES, Bench  # noqa: E402
+from support.golden_record import Record, machine  # noqa: E402
 
 
 @pytest.fixture(scope="module")

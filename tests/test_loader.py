@@ -10,15 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from makers import write_quantized_model
-from tiny import write_tiny_model
 
 import exl_loader
-from exl_loader import devices, kernels, memory
+from exl_loader import backends as kernels
+from exl_loader.backends import devices
+from exl_loader.backends.cpu.device import CpuDevice
+from exl_loader.backends.device import Capacity
 from exl_loader.checkpoint import Checkpoint
-from exl_loader.devices import Capacity
-from exl_loader.devices.cpu import CpuDevice
-from exl_loader.errors import (
+from exl_loader.memory import buffers as memory
+from exl_loader.utils.errors import (
     ExlLoaderError,
     InsufficientMemory,
     InvalidCheckpoint,
@@ -26,7 +26,9 @@ from exl_loader.errors import (
     KernelBuildError,
     ModelUnloaded,
 )
-from exl_loader.progress import NullProgress
+from exl_loader.utils.progress import NullProgress
+from support.makers import write_quantized_model
+from support.tiny import write_tiny_model
 
 CTX = 600
 IDS = [1, 50, 99, 7, 200, 31]
@@ -378,7 +380,9 @@ def test_a_broken_tokenizer(tiny_model, nothing_left, content):
     loads(folder)
 
 
-@pytest.mark.parametrize("step", ["exl_loader.model.Model", "exl_loader.engine.LoadedModel"])
+@pytest.mark.parametrize(
+    "step", ["exl_loader.model.forward.Model", "exl_loader.engine.LoadedModel"]
+)
 def test_failure_after_the_weights(tiny_model_dir, monkeypatch, nothing_left, step):
     def broken(*arguments, **options):
         raise RuntimeError("a bug")

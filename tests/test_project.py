@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-REPO = Path(__file__).resolve().parents[1]
+from support import REPO
 
 
 def run(*arguments, **options):
@@ -84,7 +84,7 @@ def test_wheel_has_the_kernel_sources_and_the_model(wheel):
 def test_installed_package_finds_its_kernel_sources(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = (
-        "from exl_loader.kernels.spec import csrc_dir, cpu_spec\n"
+        "from exl_loader.backends.build.spec import csrc_dir, cpu_spec\n"
         "spec = cpu_spec()\n"
         "print(csrc_dir(), spec.key if spec else 'none')\n"
     )

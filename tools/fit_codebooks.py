@@ -22,8 +22,8 @@ import torch
 # A checkout works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from exl_loader.cache import GROUP
-from exl_loader.kernels.reference_codec import levels, rotate, search_groups
+from exl_loader.backends.reference.codec import levels, rotate, search_groups
+from exl_loader.cache.layout import GROUP
 
 HEAD_DIM = 128
 UNIT = 128

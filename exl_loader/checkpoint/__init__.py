@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
 
-from ..errors import InvalidCheckpoint, UnsupportedFormat
+from ..utils.errors import InvalidCheckpoint, UnsupportedFormat
 from .folder import is_quantised, read_folder
 from .quantization import Quantization
 from .safetensors_header import (

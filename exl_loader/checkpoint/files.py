@@ -7,14 +7,9 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ..errors import (
-    InvalidCheckpoint,
-    ModelNotFound,
-    UnsupportedFormat,
-    shown,
-)
-from ..json_keys import read_json_object_if_there
-from ..untrusted_files import INDEX_BYTES
+from ..utils.errors import InvalidCheckpoint, ModelNotFound, UnsupportedFormat, shown
+from ..utils.json_keys import read_json_object_if_there
+from ..utils.untrusted_files import INDEX_BYTES
 
 INDEX_NAME = "model.safetensors.index.json"
 WHOLE_NAME = "model.safetensors"

@@ -12,9 +12,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import ExlLoaderError, InvalidCheckpoint, UnsupportedFormat, shown_name, shown_names
-from ..json_keys import read_json_object_if_there
-from ..warn import warn_once
+from ..utils.errors import (
+    ExlLoaderError,
+    InvalidCheckpoint,
+    UnsupportedFormat,
+    shown_name,
+    shown_names,
+)
+from ..utils.json_keys import read_json_object_if_there
+from ..utils.warn import warn_once
 from .files import (
     all_files,
     candidates,

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import InvalidConfig, UnsupportedFormat, shown
-from ..json_keys import read_json_object_if_there
-from ..warn import warn_once
+from ..utils.errors import InvalidConfig, UnsupportedFormat, shown
+from ..utils.json_keys import read_json_object_if_there
+from ..utils.warn import warn_once
 
 GPTQ_METHODS = frozenset({"gptq", "gptqmodel", "auto_gptq", "autogptq"})
 AUTO_ROUND_METHODS = frozenset({"auto_round", "autoround", "intel/auto_round"})

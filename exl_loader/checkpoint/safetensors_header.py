@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from ..errors import InvalidCheckpoint, shown
-from ..json_keys import InvalidJson, parse_json
-from ..untrusted_files import open_regular
+from ..utils.errors import InvalidCheckpoint, shown
+from ..utils.json_keys import InvalidJson, parse_json
+from ..utils.untrusted_files import open_regular
 
 # Name in a file -> (our name, bits). What this engine cannot use has a name all the same, so
 # that a tensor nobody asks for does not keep a model from loading.

@@ -7,13 +7,13 @@ import json
 import time
 from typing import Any
 
-from ..kernels.build import build, build_entry
-from ..kernels.cuda.arch import arch_name, parse_archs
-from ..kernels.cuda.driver import driver_release
-from ..kernels.cuda.spec import cuda_spec
-from ..kernels.spec import require_cpu_spec
-from ..kernels.store import discard, find_built, find_entry
-from ..progress import default_progress
+from ..backends.build.build import build, build_entry
+from ..backends.build.spec import require_cpu_spec
+from ..backends.build.store import discard, find_built, find_entry
+from ..backends.cuda.arch import arch_name, parse_archs
+from ..backends.cuda.driver import driver_release
+from ..backends.cuda.spec import cuda_spec
+from ..utils.progress import default_progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..chat.fitting import context_notice, fit_messages
-from ..errors import ExlLoaderError, InvalidSettings
-from ..progress import NullProgress, Progress, default_progress
-from ..settings import SamplingSettings
-from ..terminal import TerminalWriter
-from ..untrusted_files import TEXT_BYTES
+from ..generation.settings import SamplingSettings
+from ..text.chat.fitting import context_notice, fit_messages
+from ..utils.errors import ExlLoaderError, InvalidSettings
+from ..utils.progress import NullProgress, Progress, default_progress
+from ..utils.terminal import TerminalWriter
+from ..utils.untrusted_files import TEXT_BYTES
 from .model_options import (
     add_load_arguments,
     add_sampling_arguments,

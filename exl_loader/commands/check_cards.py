@@ -10,7 +10,7 @@ import json
 import time
 from typing import Any
 
-from ..errors import ExlLoaderError
+from ..utils.errors import ExlLoaderError
 
 
 def check(index: int) -> dict[str, Any] | None:
@@ -20,10 +20,10 @@ def check(index: int) -> dict[str, Any] | None:
         `card`, and either `milliseconds` or what is wrong: `thing`, `actual`, `remedy`. None
         where the kernels are not compiled yet.
     """
-    from ..kernels.cuda.driver import Driver, driver_release
-    from ..kernels.cuda.ops import open_ops
-    from ..kernels.cuda.spec import cuda_spec
-    from ..kernels.store import find_entry
+    from ..backends.build.store import find_entry
+    from ..backends.cuda.driver import Driver, driver_release
+    from ..backends.cuda.ops import open_ops
+    from ..backends.cuda.spec import cuda_spec
 
     name = f"cuda:{index}"
     try:

@@ -10,13 +10,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from extension.install import command
+
 from .. import __version__
-from ..devices.cuda import query_nvidia_smi
-from ..errors import ExlLoaderError
-from ..kernels import REFERENCE_ENV, toolchain
-from ..kernels.spec import cpu_spec
-from ..kernels.store import find_built, kernel_dirs, list_built, writable_dir
-from ..webui_install import command
+from ..backends import REFERENCE_ENV
+from ..backends.build import toolchain
+from ..backends.build.spec import cpu_spec
+from ..backends.build.store import find_built, kernel_dirs, list_built, writable_dir
+from ..backends.cuda.device import query_nvidia_smi
+from ..utils.errors import ExlLoaderError
 from .doctor_cuda import cuda_rows, examine_cuda
 
 # What the engine imports; `extension` needs gradio besides.

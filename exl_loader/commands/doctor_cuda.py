@@ -8,12 +8,12 @@ import subprocess
 import sys
 from typing import Any
 
-from ..errors import DeviceError, ExlLoaderError
-from ..kernels.cuda.arch import arch_name, check_capability
-from ..kernels.cuda.driver import driver_release
-from ..kernels.cuda.spec import cuda_spec
-from ..kernels.cuda.toolchain import KINDS, find_cuda_compilers
-from ..kernels.store import find_entry
+from ..backends.build.store import find_entry
+from ..backends.cuda.arch import arch_name, check_capability
+from ..backends.cuda.driver import driver_release
+from ..backends.cuda.spec import cuda_spec
+from ..backends.cuda.toolchain import KINDS, find_cuda_compilers
+from ..utils.errors import DeviceError, ExlLoaderError
 
 # Importing PyTorch and making a context take seconds, and a driver in trouble may not answer.
 _CHECK_SECONDS = 120

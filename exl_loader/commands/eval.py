@@ -9,14 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import ModelConfig
-from ..errors import InvalidSettings
-from ..progress import MIB, default_progress
+from ..checkpoint.config import ModelConfig
+from ..utils.errors import InvalidSettings
+from ..utils.progress import MIB, default_progress
 from .model_options import DEMO_MODEL, add_rope_arguments, folder, read_text
 
 if TYPE_CHECKING:
-    from ..evaluation import Result
-    from ..evaluation_plan import EvaluationPlan
+    from .evaluation import Result
+    from .evaluation_plan import EvaluationPlan
 
 HEADINGS = (
     "cache", "perplexity", "KL mean", "+-", "median", "99.9 %", "largest", "same top", "MiB",
@@ -58,9 +58,9 @@ def run(args: argparse.Namespace) -> int:
         ExlLoaderError: the folder, the text or an option is wrong, or the model with all
             caches does not fit.
     """
-    from ..evaluation import evaluate
-    from ..evaluation_plan import parse_cache_types, plan_evaluation
     from ..loader import load
+    from .evaluation import evaluate
+    from .evaluation_plan import parse_cache_types, plan_evaluation
 
     text = read_text(args.text, "--text")
     if args.tokens is not None and args.tokens < 2:

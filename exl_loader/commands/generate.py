@@ -8,10 +8,10 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from .. import windows
-from ..chat.fitting import context_notice
-from ..progress import MIB, default_progress
-from ..terminal import TerminalWriter
+from ..text.chat.fitting import context_notice
+from ..utils import windows
+from ..utils.progress import MIB, default_progress
+from ..utils.terminal import TerminalWriter
 from .model_options import (
     DEMO_MODEL,
     add_load_arguments,

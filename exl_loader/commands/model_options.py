@@ -9,12 +9,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from .. import untrusted_files
-from ..errors import InvalidSettings
 from ..generation.draft_model import DEFAULT_DRAFT_MAX
-from ..progress import Progress
-from ..settings import SamplingSettings
-from ..untrusted_files import TEXT_BYTES
+from ..generation.settings import SamplingSettings
+from ..utils import untrusted_files
+from ..utils.errors import InvalidSettings
+from ..utils.progress import Progress
+from ..utils.untrusted_files import TEXT_BYTES
 
 if TYPE_CHECKING:
     from ..engine import LoadedModel

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 
-from ..reservation import plan
-from ..reservation.text import render
-from ..workspace import DEFAULT_CHUNK_SIZE, DEFAULT_MAX_BATCH_SIZE
+from ..memory.reservation import plan
+from ..memory.reservation.text import render
+from ..model.workspace import DEFAULT_CHUNK_SIZE, DEFAULT_MAX_BATCH_SIZE
 from .model_options import add_draft_arguments, add_rope_arguments, ctx_size, folder
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..progress import Progress
+    from ..utils.progress import Progress
     from .pipeline import Conversion
 
 
@@ -52,7 +52,7 @@ def convert(
         ModelNotFound, InvalidConfig, UnsupportedArchitecture, InvalidCheckpoint,
         InvalidTokenizer: the source folder cannot be used.
     """
-    from ..reservation.options import check_folder, check_path
+    from ..memory.reservation.options import check_folder, check_path
     from .pipeline import ConvertSettings, run
 
     check_folder("model_dir", model_dir)

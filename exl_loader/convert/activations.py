@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 
-from ..blueprint import EMBEDDING, LayerPlan
-from ..cache import PAGE_LEN, CacheLayer, CacheType, cache_specs, pages_for
+from ..backends.base import Batch
+from ..backends.reference.ops import ReferenceOps, dense_weight
+from ..cache.layout import PAGE_LEN, CacheLayer, CacheType, cache_specs, pages_for
+from ..checkpoint.rope import inv_freq
 from ..formats import pack_linear
 from ..formats.packed import TILE_COLUMNS, DenseLinear, PackedLinear
-from ..kernels.interface import Batch
-from ..kernels.reference import ReferenceOps, dense_weight
-from ..layers import build_layer, decoder_layer
-from ..rope import inv_freq
-from ..table import TensorSpec
-from ..weights import Weights
-from ..workspace import RowViews, workspace_specs
+from ..model.blueprint import EMBEDDING, LayerPlan
+from ..model.layers import build_layer, decoder_layer
+from ..model.weights import Weights
+from ..model.workspace import RowViews, workspace_specs
+from ..utils.table import TensorSpec
 from .gptq import Hessian
 from .source import Source, input_groups
 

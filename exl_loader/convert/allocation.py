@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..errors import InvalidSettings
+from ..utils.errors import InvalidSettings
 
 
 @dataclass(frozen=True)

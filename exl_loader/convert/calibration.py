@@ -6,8 +6,8 @@ import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import InvalidSettings
-from ..untrusted_files import TEXT_BYTES, read_text
+from ..utils.errors import InvalidSettings
+from ..utils.untrusted_files import TEXT_BYTES, read_text
 
 # Code with long docstrings, and prose (`topics.py` is Python's own manual as text): what is
 # on every machine that runs this. None of them is among the demo model's held-out files.

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..checkpoint.rope import MAX_POSITIONS
 from ..formats.packed import LinearPlan
-from ..json_keys import read_json_object
-from ..progress import Progress, checked_progress, task
-from ..rope import MAX_POSITIONS
-from ..setting_values import check_integer, check_number, invalid
-from ..tokenizer import Tokenizer
+from ..text.tokenizer import Tokenizer
+from ..utils.json_keys import read_json_object
+from ..utils.progress import Progress, checked_progress, task
+from ..utils.setting_values import check_integer, check_number, invalid
 from .activations import Activations
 from .allocation import Option, allocate
 from .calibration import calibration_rows, calibration_text

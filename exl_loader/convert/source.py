@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from ..blueprint import EMBEDDING, Blueprint, ExpertsPlan, LayerPlan
 from ..checkpoint import Checkpoint
-from ..config import ModelConfig
-from ..errors import InvalidCheckpoint, UnsupportedFormat
+from ..checkpoint.config import ModelConfig
 from ..formats import reference_weight
 from ..formats.packed import LinearPlan
+from ..model.blueprint import EMBEDDING, Blueprint, ExpertsPlan, LayerPlan
+from ..utils.errors import InvalidCheckpoint, UnsupportedFormat
 
 _DAMAGED = "Download the files of this model again"
 

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..errors import InvalidCheckpoint
+from ..backends.cuda.layout import StreamLinear
+from ..utils.errors import InvalidCheckpoint
 from .dense import dense_weight, pack_dense_linear, plan_dense
 from .exl2 import exl2_weight, pack_exl2_linear, plan_exl2
 from .gptq import gptq_weight, pack_gptq_linear, plan_gptq
 from .packed import DenseLinear, LinearPlan, PackedLinear
-from .packed_cuda import StreamLinear
 
 if TYPE_CHECKING:
     import torch
 
+    from ..backends.base import Ops
     from ..checkpoint import Checkpoint
-    from ..kernels.interface import Ops
 
 __all__ = [
     "LINEAR_TENSORS",

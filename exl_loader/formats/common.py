@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from ..errors import InvalidCheckpoint, UnsupportedFormat
-from ..table import TensorSpec
+from ..backends.cuda.layout import is_cuda, stream_shapes
+from ..utils.errors import InvalidCheckpoint, UnsupportedFormat
+from ..utils.table import TensorSpec
 from .packed import TILE_COLUMNS, QuantizedSizes
-from .packed_cuda import is_cuda, stream_shapes
 
 if TYPE_CHECKING:
     import torch

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..checkpoint import Checkpoint
-    from ..table import TensorSpec
+    from ..utils.table import TensorSpec
 
 # Read in pieces: a whole embedding beside its resident copy would double a load's peak.
 PIECE_BYTES = 16 << 20

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from ..errors import InvalidCheckpoint, UnsupportedFormat
+from ..backends.cuda.layout import StreamLinear
+from ..utils.errors import InvalidCheckpoint, UnsupportedFormat
 from .common import (
     WRONG_FILE,
     expect,
@@ -31,14 +32,13 @@ from .common import (
     require_finite,
 )
 from .packed import BIT_PLANES, BLOCK_ROWS, LinearPlan, PackedLinear, QuantizedSizes
-from .packed_cuda import StreamLinear
 
 if TYPE_CHECKING:
     import torch
 
+    from ..backends.base import Ops
+    from ..backends.cuda.pack import StreamOps
     from ..checkpoint import Checkpoint
-    from ..kernels.interface import Ops
-    from .pack_cuda import StreamOps
 
 # A tail group of n rows takes ceil(n * bits / 32) words on disk and `bits` words a block of
 # 32 here, so it can grow by at most 7 words; which it is stands in the values.
@@ -170,7 +170,7 @@ def read_scales(
     import numpy as np
     import torch
 
-    from .planes import unpack_stream
+    from ..backends.reference.planes import unpack_stream
 
     name = f"{plan.source}.q_scale_max"
     scale_max = checkpoint.read(name)
@@ -218,8 +218,8 @@ def pack_exl2_linear(
     """Read an EXL2 layer into its resident tensors; see `formats.pack_linear`."""
     import torch
 
-    from .pack_cuda import pack_exl2_streams
-    from .planes import group_table
+    from ..backends.cuda.pack import pack_exl2_streams
+    from ..backends.reference.planes import group_table
 
     groups = read_groups(plan, checkpoint)
     perm = read_perm(plan, checkpoint)
@@ -256,7 +256,7 @@ def exl2_weight(plan: LinearPlan, checkpoint: Checkpoint) -> torch.Tensor:
     import numpy as np
     import torch
 
-    from .planes import unpack_stream
+    from ..backends.reference.planes import unpack_stream
 
     words = checkpoint.read(f"{plan.source}.q_weight").numpy().view(np.uint32)
     groups = read_groups(plan, checkpoint)

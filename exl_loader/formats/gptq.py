@@ -22,8 +22,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from ..errors import InvalidCheckpoint, UnsupportedFormat
-from ..warn import warn_once
+from ..backends.cuda.layout import StreamLinear, blocks_for, is_cuda
+from ..utils.errors import InvalidCheckpoint, UnsupportedFormat
+from ..utils.warn import warn_once
 from . import awq_packing
 from .common import (
     FLOAT_DTYPES,
@@ -39,14 +40,13 @@ from .common import (
 )
 from .dense import dense_specs, fill_dense
 from .packed import BLOCK_ROWS, DenseLinear, LinearPlan, PackedLinear, QuantizedSizes
-from .packed_cuda import StreamLinear, blocks_for, is_cuda
 
 if TYPE_CHECKING:
     import torch
 
+    from ..backends.base import Ops
+    from ..backends.cuda.pack import StreamOps
     from ..checkpoint import Checkpoint
-    from ..kernels.interface import Ops
-    from .pack_cuda import StreamOps
 
 WIDTHS = (2, 3, 4, 8)
 USUAL_GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
@@ -324,8 +324,8 @@ def pack_gptq_linear(
     """Read a GPTQ layer into its resident tensors; see `formats.pack_linear`."""
     import torch
 
-    from .pack_cuda import pack_gptq_streams
-    from .planes import group_table
+    from ..backends.cuda.pack import pack_gptq_streams
+    from ..backends.reference.planes import group_table
 
     if "weight" in tensors:
         return _pack_as_dense(plan, checkpoint, tensors)
@@ -389,7 +389,7 @@ def gptq_weight(plan: LinearPlan, checkpoint: Checkpoint) -> torch.Tensor:
     import numpy as np
     import torch
 
-    from .planes import unpack_stream
+    from ..backends.reference.planes import unpack_stream
 
     words = read_codes(plan, checkpoint).numpy().view(np.uint32)
     codes = torch.from_numpy(unpack_stream(words, plan.options["bits"], plan.in_features))

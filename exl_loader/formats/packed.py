@@ -41,7 +41,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..table import TensorSpec
+from ..utils.table import TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -108,7 +108,7 @@ class LinearPlan:
 class PackedLinear:
     """A quantised linear layer on its device, in the layout above.
 
-    `native` is the compiled operations' own description of it (`kernels/native.py`).
+    `native` is the compiled operations' own description of it (`backends/cpu/library.py`).
     """
 
     in_features: int

@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..cache import PAGE_LEN
-from ..errors import CacheFull, InvalidSettings
-from ..paging import PagedCache, Sequence
-from ..sampling import argmax
+from ..cache.layout import PAGE_LEN
+from ..cache.paging import PagedCache, Sequence
+from ..utils.errors import CacheFull, InvalidSettings
 from .jobs import Job
+from .sampling import argmax
 
 if TYPE_CHECKING:
-    from ..tokenizer import Tokenizer
+    from ..text.tokenizer import Tokenizer
     from .forward_model import ForwardModel
 
 DEFAULT_DRAFT_MAX = 4

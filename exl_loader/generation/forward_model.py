@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from ..paging import Sequence as CacheSequence
+from ..cache.paging import Sequence as CacheSequence
 
 if TYPE_CHECKING:
     import numpy.typing as npt

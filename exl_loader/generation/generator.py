@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from ..paging import PagedCache
-from ..tracebacks import drop_locals
+from ..cache.paging import PagedCache
+from ..utils.tracebacks import drop_locals
 from .exchange import Exchange
 from .forward_model import ForwardModel
 from .model_thread import ModelThread

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from ..paging import Sequence as CacheSequence
-from ..progress import NullProgress, Progress
-from ..sampling import Sampler
-from ..settings import SamplingSettings
-from ..tracebacks import drop_locals
+from ..cache.paging import Sequence as CacheSequence
+from ..utils.progress import NullProgress, Progress
+from ..utils.tracebacks import drop_locals
 from .exchange import Exchange
 from .logprobs import TokenLogprobs, token_logprobs
 from .prompt_lookup import look_up
+from .sampling import Sampler
+from .settings import SamplingSettings
 from .text_stream import TextStream
 
 # Why a generation ended.

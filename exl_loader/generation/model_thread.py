@@ -20,8 +20,8 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from ..errors import InsufficientMemory, InvalidCall, ModelForked, ModelUnloaded
-from ..tracebacks import drop_locals
+from ..utils.errors import InsufficientMemory, InvalidCall, ModelForked, ModelUnloaded
+from ..utils.tracebacks import drop_locals
 from .exchange import Exchange, sleep, wake_all
 from .scheduler import Scheduler
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from ..errors import InvalidSettings, PromptTooLong, shown
-from ..setting_values import whole_numbers
-from ..tokenizer import no_tokenizer
+from ..text.tokenizer import no_tokenizer
+from ..utils.errors import InvalidSettings, PromptTooLong, shown
+from ..utils.setting_values import whole_numbers
 
 if TYPE_CHECKING:
-    from ..config import ModelConfig
-    from ..tokenizer import Tokenizer
+    from ..checkpoint.config import ModelConfig
+    from ..text.tokenizer import Tokenizer
 
 Prompt = str | Iterable[int]
 

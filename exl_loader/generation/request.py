@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from ..errors import InvalidSettings
-from ..grammar.masks import Grammars
-from ..progress import Progress, checked_progress
-from ..sampling import Sampler, TokenRoles
-from ..settings import SamplingSettings
+from ..utils.errors import InvalidSettings
+from ..utils.progress import Progress, checked_progress
+from .grammar.masks import Grammars
 from .jobs import Job, NegativeText
 from .prompts import Prompt, PromptReader
+from .sampling import Sampler, TokenRoles
+from .settings import SamplingSettings
 from .text_stream import TextStream
 
 if TYPE_CHECKING:
-    from ..config import ModelConfig
-    from ..tokenizer import Tokenizer
+    from ..checkpoint.config import ModelConfig
+    from ..text.tokenizer import Tokenizer
 
 
 class RequestReader:

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..cache import PAGE_LEN, pages_for
-from ..errors import CacheFull, InsufficientMemory
-from ..memory import is_out_of_memory
-from ..paging import PagedCache
-from ..paging import Sequence as CacheSequence
-from ..sampling import guide
-from ..tracebacks import drop_locals
+from ..cache.layout import PAGE_LEN, pages_for
+from ..cache.paging import PagedCache
+from ..cache.paging import Sequence as CacheSequence
+from ..memory.buffers import is_out_of_memory
+from ..utils.errors import CacheFull, InsufficientMemory
+from ..utils.tracebacks import drop_locals
 from .exchange import Exchange
 from .forward_model import ForwardModel
 from .jobs import CANCELLED, FAILED, Job
+from .sampling import guide
 from .work import Work
 
 if TYPE_CHECKING:

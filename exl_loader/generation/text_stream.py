@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from ..tokenizer import StreamDecoder
+from ..text.tokenizer import StreamDecoder
 
 
 class StopStrings:

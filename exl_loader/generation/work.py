@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from ..paging import PagedCache
+from ..cache.paging import PagedCache
 from .exchange import Exchange
 from .forward_model import ForwardModel
 

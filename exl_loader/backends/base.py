@@ -1,0 +1,186 @@
+"""The operations of the engine: one signature each, kept by every implementation.
+
+`reference.ReferenceOps` defines them in plain torch; `ops.CompiledOps` calls the compiled
+kernels. Rules that hold for all of them:
+
+- Activations are float32, contiguous, row-major; a row is one token.
+- Outputs are given by the caller (views into the workspace) and written in place; an
+  implementation allocates nothing per call (the reference may).
+- A row's result does not depend on which other rows are in the call, nor on the number of
+  threads, bit for bit. So a request gives the same text whatever runs beside it.
+- `scratch` is a uint8 workspace view, at least as long as `scratch.py` says for the call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..cache.layout import CacheLayer
+    from ..formats.packed import DenseLinear, PackedLinear
+
+    Linear = PackedLinear | DenseLinear
+
+
+@dataclass
+class Batch:
+    """Rows of one forward pass: S sequences of different lengths, one behind the other.
+
+    Args:
+        positions: int32 [T], position of each row in its sequence.
+        q_start: int32 [S + 1], first row of each sequence, then T.
+        past_len: int32 [S], tokens of each sequence that the cache holds already.
+        page_table: int32 [S, max_pages], page numbers of each sequence in order.
+        max_total_len: largest past_len + q_len in the batch (an int, so that no
+            implementation has to look into device memory).
+        inv_freq: float32 [S, rotary_dim / 2], RoPE's frequencies of each sequence, and
+        rope_factor, that on its table; for layers with a key bias, None where none has one.
+    """
+
+    positions: torch.Tensor
+    q_start: torch.Tensor
+    past_len: torch.Tensor
+    page_table: torch.Tensor
+    max_total_len: int
+    inv_freq: torch.Tensor | None = None
+    rope_factor: float = 1.0
+
+    @property
+    def num_rows(self) -> int:
+        return self.positions.shape[0]
+
+    @property
+    def num_sequences(self) -> int:
+        return self.past_len.shape[0]
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What an attention layer is, apart from its weights.
+
+    Args:
+        num_heads: query heads.
+        num_kv_heads: key/value heads; divides num_heads.
+        head_dim: elements a head.
+        scale: factor on the dot product, before the soft cap.
+        softcap: cap * tanh(score / cap) is applied where it is not 0.
+        window: a row sees the `window` newest positions, itself included; 0 is all.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    softcap: float = 0.0
+    window: int = 0
+
+
+class Ops(Protocol):
+    """Every operation of a forward pass."""
+
+    name: str
+
+    def embed(self, ids: torch.Tensor, table: torch.Tensor | DenseLinear, factor: float,
+              out: torch.Tensor) -> None:
+        """out[t] = table[ids[t]] * factor.
+
+        Args:
+            ids: int32 [T]. table: [vocab, hidden] in float16, bfloat16 or float32, or the
+            head itself where word embeddings are tied. out: float32 [T, hidden].
+        """
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float,
+                 out: torch.Tensor) -> None:
+        """out = x / sqrt(mean(x^2) + eps) * weight, per row.
+
+        Args:
+            x, out: float32 [R, D], may be the same tensor. weight: float32 [D] (an offset
+            such as Gemma's + 1 is already inside).
+        """
+
+    def linear(self, x: torch.Tensor, w: Linear, out: torch.Tensor, scratch: torch.Tensor,
+               add: bool = False) -> None:
+        """out = x @ W + bias, or out += x @ W + bias where `add`.
+
+        Args:
+            x: float32 [T, in_features]. out: float32 [T, >= out_features], of which the
+            first out_features columns are written (its row stride is respected).
+        """
+
+    def rope_table(self, positions: torch.Tensor, inv_freq: torch.Tensor, factor: float,
+                   out: torch.Tensor) -> None:
+        """Angles: out[t, 0, i] = cos(positions[t] * inv_freq[i]) * factor, out[t, 1, i] the sine.
+
+        Args:
+            positions: int32 [T]. inv_freq: float32 [rotary_dim / 2]. out: float32
+            [T, 2, rotary_dim / 2]. Angles are exact to float32 rounding at any position.
+        """
+
+    def rope(self, x: torch.Tensor, table: torch.Tensor) -> None:
+        """Rotate heads in place, Hugging Face's half-split order.
+
+        Args:
+            x: float32 [T, heads, head_dim]. table: from `rope_table`; elements from
+            rotary_dim on stay as they are.
+        """
+
+    def write_cache(self, k: torch.Tensor, v: torch.Tensor, layer: CacheLayer, batch: Batch,
+                    scratch: torch.Tensor) -> None:
+        """Store keys and values of the batch's rows at past_len.. of their sequences.
+
+        Args:
+            k, v: float32 [T, num_kv_heads, head_dim], keys after RoPE, without what
+            `layer.key_bias` holds.
+        """
+
+    def attention(self, q: torch.Tensor, layer: CacheLayer, batch: Batch,
+                  shape: AttentionShape, out: torch.Tensor, scratch: torch.Tensor) -> None:
+        """Causal attention of the rows over their sequences' cache (rows already written).
+
+        Scores get what `layer.key_bias` adds to them, in implementations with an attribute
+        `takes_key_bias`; others are never given one.
+
+        Args:
+            q, out: float32 [T, num_heads, head_dim]; q is overwritten.
+        """
+
+    def gate(self, gate: torch.Tensor, up: torch.Tensor, activation: str,
+             out: torch.Tensor) -> None:
+        """out = activation(gate) * up, float32 [T, D]; activation: `silu`, `gelu_tanh`, `gelu`."""
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """x += y, float32, same shape."""
+
+    def softcap(self, x: torch.Tensor, cap: float) -> None:
+        """x = cap * tanh(x / cap) in place, float32 [T, D]."""
+
+    def moe_route(self, router_logits: torch.Tensor, top_k: int, normalize: bool,
+                  weights: torch.Tensor, experts: torch.Tensor) -> None:
+        """Softmax over experts, then the top_k, renormalised to sum 1 where `normalize`.
+
+        Args:
+            router_logits: float32 [T, E]. weights: float32 [T, top_k], falling.
+            experts: int32 [T, top_k]. Equal logits: the lower expert first.
+        """
+
+    def gather_rows(self, x: torch.Tensor, rows: torch.Tensor, out: torch.Tensor) -> None:
+        """out[i] = x[rows[i]]. rows: int32 [R]. float32 [*, D]."""
+
+    def scatter_add_rows(self, x: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor,
+                         out: torch.Tensor) -> None:
+        """out[rows[i]] += weights[i] * x[i]; a row stands in `rows` at most once a call."""
+
+    def pack_exl2(self, q_weight: torch.Tensor, groups: torch.Tensor,
+                  codes: torch.Tensor) -> None:
+        """EXL2's `q_weight` int32 [R, N] into `codes` uint8 [tiles, tile_bytes] (packed.py).
+
+        Args:
+            groups: int32 [G, 4], the packed layout's group table.
+        """
+
+    def pack_gptq(self, qweight: torch.Tensor, bits: int, perm: torch.Tensor | None,
+                  groups: torch.Tensor, codes: torch.Tensor) -> None:
+        """GPTQ's `qweight` int32 [K * bits / 32, N], rows in the order of `perm`, into `codes`."""

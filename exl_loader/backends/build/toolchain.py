@@ -1,0 +1,360 @@
+"""Find what compiles the kernels: a C++ compiler, ninja, and what this CPU can do.
+
+Nothing here compiles or writes. No PyTorch: `doctor` and the warm path of a load come here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ...utils.errors import KernelBuildError
+
+# A compiler that does not say its version within this time is not going to compile either.
+PROBE_TIMEOUT_S = 20.0
+# GCC answers with 300 bytes.
+MAX_PROBE_BYTES = 1 << 20
+
+CANDIDATES = ("g++", "clang++", "c++")
+# The pip package of the compiler of Zig, which is clang with all that it needs.
+ZIG_PACKAGE = "ziglang"
+
+_MSVC_COMPONENT = "Microsoft.VisualStudio.Component.VC.Tools.x86.x64"
+_MSVC_DEFAULT = "Microsoft.VCToolsVersion.default.txt"
+# The installer by itself installs no compiler.
+_MSVC_INSTALL = (
+    "winget install Microsoft.VisualStudio.2022.BuildTools --override \"--passive --wait "
+    "--add Microsoft.VisualStudio.Workload.VCTools --includeRecommended\""
+)
+
+# (ids in /etc/os-release, command): what a person types to get a compiler.
+_LINUX_PACKAGES = (
+    (("debian", "ubuntu"), "sudo apt install g++"),
+    (("fedora", "rhel", "centos"), "sudo dnf install gcc-c++"),
+    (("arch",), "sudo pacman -S gcc"),
+    (("suse", "opensuse"), "sudo zypper install gcc-c++"),
+    (("alpine",), "sudo apk add g++"),
+)
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A C++ or CUDA compiler that answered.
+
+    Args:
+        command: program and leading arguments, e.g. `("ccache", "g++")`.
+        kind: `gcc`, `clang`, `msvc`, `nvcc` or `nvrtc`: which language of flags it takes.
+        version: the line with which it names itself.
+        environment_script: batch file that sets up an MSVC compiler outside its own prompt.
+        identity: tells apart programs that name themselves alike; see `program_identity`.
+    """
+
+    command: tuple[str, ...]
+    kind: str
+    version: str
+    environment_script: str | None = None
+    identity: tuple[str, ...] = ()
+
+
+# Environment variables that change what a compiler makes, or where it looks for headers,
+# libraries and its own parts. GCC's manual ("Environment Variables Affecting GCC"), clang's
+# driver, nvcc's manual ("Environment Variables"), MSVC's documentation (CL and LINK), and the
+# compiler wrapper of Nix.
+_COMPILER_VARIABLES = frozenset({
+    "CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "COMPILER_PATH", "LIBRARY_PATH",
+    "GCC_EXEC_PREFIX", "GCC_ROOT", "SOURCE_DATE_EPOCH", "COLLECT_GCC_OPTIONS",
+    "CCC_OVERRIDE_OPTIONS", "CCC_ADD_ARGS", "CLANG_CONFIG_FILE_SYSTEM_DIR",
+    "CLANG_CONFIG_FILE_USER_DIR", "CLANG_NO_DEFAULT_CONFIG", "LD_RUN_PATH", "LDEMULATION",
+    "SDKROOT", "DEVELOPER_DIR", "MACOSX_DEPLOYMENT_TARGET", "CL", "_CL_", "LINK", "_LINK_",
+    "INCLUDE", "LIB", "LIBPATH", "EXTERNAL_INCLUDE",
+})
+_COMPILER_PREFIXES = ("NVCC_", "NIX_", "ZIG_", "CCACHE_COMPILER", "CCACHE_PREFIX")
+# These make a compiler write further files.
+_UNWANTED_VARIABLES = frozenset({
+    "DEPENDENCIES_OUTPUT", "SUNPRO_DEPENDENCIES", "GCC_COMPARE_DEBUG", "CC_PRINT_OPTIONS",
+    "CC_PRINT_OPTIONS_FILE", "CC_PRINT_HEADERS", "CC_PRINT_HEADERS_FILE", "CC_LOG_DIAGNOSTICS",
+    "CC_LOG_DIAGNOSTICS_FILE",
+})
+
+
+def compiler_variables(environ: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """Name the environment variables that change what a compiler makes, sorted.
+
+    They are part of a build's key. They are not removed from a compiler's environment, because
+    the compilers of some systems (Nix, Guix, an HPC cluster's modules) find nothing without.
+    """
+    return tuple(sorted(
+        (name, value) for name, value in environ.items()
+        if value and (name in _COMPILER_VARIABLES or name.startswith(_COMPILER_PREFIXES))
+    ))
+
+
+def compiler_environment(
+    environ: Mapping[str, str], variables: tuple[tuple[str, str], ...]
+) -> dict[str, str]:
+    """Make a compiler's environment: of what changes its work, just these variables."""
+    kept = {
+        name: value for name, value in environ.items()
+        if name not in _COMPILER_VARIABLES and name not in _UNWANTED_VARIABLES
+        and not name.startswith(_COMPILER_PREFIXES)
+    }
+    return {**kept, **dict(variables)}
+
+
+def program_identity(
+    command: tuple[str, ...], environ: Mapping[str, str] = os.environ
+) -> tuple[str, ...]:
+    """Say which programs a command consists of: path, size and time of each file it names.
+
+    A script around a compiler says the compiler's version, whatever options it adds.
+    """
+    found = []
+    for number, word in enumerate(command):
+        if word.startswith("-"):
+            continue
+        path = shutil.which(word, path=environ.get("PATH")) if number < 2 else word
+        try:
+            real = os.path.realpath(path or word)
+            status = os.stat(real)
+        except (OSError, ValueError):
+            continue
+        if stat.S_ISREG(status.st_mode):
+            found.append(f"{real} {status.st_size} {status.st_mtime_ns}")
+    return tuple(found)
+
+
+def find_compiler(environ: Mapping[str, str] = os.environ) -> Compiler | None:
+    """Find the C++ compiler to use: `CXX` where it is set, else what the machine has.
+
+    That is Visual Studio's on Windows, then what the PATH has, then pip's `ziglang`.
+
+    Returns:
+        The compiler, or None where the machine has none.
+
+    Raises:
+        KernelBuildError: `CXX` is set to something that does not answer as a compiler.
+    """
+    chosen = environ.get("CXX", "").strip()
+    if chosen:
+        compiler = _probe(_split_command(chosen), environ)
+        if compiler is None:
+            raise KernelBuildError(
+                f"CXX is set to {chosen!r}",
+                expected="a C++ compiler that answers to --version",
+                actual="none",
+                remedy="Correct CXX, or unset it to use g++ or clang++ from the PATH",
+            )
+        return compiler
+    if sys.platform == "win32":
+        msvc = _find_msvc(environ)
+        if msvc is not None:
+            return msvc
+    for name in CANDIDATES:
+        path = shutil.which(name, path=environ.get("PATH"))
+        compiler = _probe((path,), environ) if path else None
+        if compiler is not None:
+            return compiler
+    return _find_zig()
+
+
+def _find_zig() -> Compiler | None:
+    """Find what `pip install ziglang` brings, which needs neither a system's rights nor its
+    packages."""
+    if importlib.util.find_spec(ZIG_PACKAGE) is None:
+        return None
+    compiler = _probe((sys.executable, "-m", ZIG_PACKAGE, "c++"))
+    if compiler is None:
+        return None
+    from importlib import metadata
+
+    # It names the clang in it, and not itself.
+    version = f"zig {metadata.version(ZIG_PACKAGE)}, {compiler.version}"
+    return replace(compiler, version=version)
+
+
+def _split_command(text: str) -> tuple[str, ...]:
+    """Split `ccache g++`; a path with spaces that exists is one program."""
+    words = (text,) if os.path.exists(text) else shlex.split(text, posix=os.name == "posix")
+    program, *arguments = words
+    # ninja runs the compiler in a folder of its own.
+    return (os.path.abspath(program) if os.path.dirname(program) else program, *arguments)
+
+
+def _probe(
+    command: tuple[str, ...], environ: Mapping[str, str] = os.environ
+) -> Compiler | None:
+    """Ask a gcc or clang for its version; None where it does not answer like one."""
+    answer = command_output([*command, "--version"])
+    if not answer:
+        return None
+    version = answer.splitlines()[0].strip()
+    kind = "clang" if "clang" in answer else "gcc"
+    return Compiler(command, kind, version, identity=program_identity(command, environ))
+
+
+def command_output(command: list[str]) -> str | None:
+    """Return what a command writes to stdout.
+
+    Returns:
+        None where it cannot be run, fails, takes longer than `PROBE_TIMEOUT_S` or writes more
+        than `MAX_PROBE_BYTES`.
+    """
+    try:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+    except OSError:
+        return None
+    read: list[bytes] = []
+    # A thread, because a child of the command may keep the pipe open after the command ended.
+    reader = threading.Thread(target=_read_probe, args=(process, read), daemon=True)
+    reader.start()
+    reader.join(PROBE_TIMEOUT_S)
+    process.kill()
+    code = process.wait()
+    if not read or code != 0:
+        return None
+    return read[0].decode("utf-8", "replace").replace("\r\n", "\n")
+
+
+def _read_probe(process: subprocess.Popen[bytes], read: list[bytes]) -> None:
+    """Read a command's output and wait for its end; leaves `read` empty where it is too much."""
+    assert process.stdout is not None
+    with process.stdout as pipe:
+        output = pipe.read(MAX_PROBE_BYTES + 1)
+    if len(output) <= MAX_PROBE_BYTES:
+        process.wait()
+        read.append(output)
+
+
+def _find_msvc(environ: Mapping[str, str]) -> Compiler | None:
+    """Find Visual Studio's compiler by vswhere, Microsoft's fixed place to ask.
+
+    The compiler's folder carries its version, so that no process but vswhere is started.
+    """
+    program_files = environ.get("ProgramFiles(x86)", r"C:\Program Files (x86)")
+    vswhere = Path(program_files) / "Microsoft Visual Studio" / "Installer" / "vswhere.exe"
+    if not vswhere.exists():
+        return None
+    answer = command_output(
+        [str(vswhere), "-latest", "-products", "*", "-requires", _MSVC_COMPONENT]
+        + ["-property", "installationPath", "-utf8"]
+    )
+    if not answer or not answer.strip():
+        return None
+    root = Path(answer.splitlines()[0].strip()) / "VC"
+    build = root / "Auxiliary" / "Build"
+    script = build / "vcvars64.bat"
+    try:
+        # Of several the one whose headers and libraries the script names.
+        release = (build / _MSVC_DEFAULT).read_text(encoding="utf-8-sig").strip()
+    except OSError:
+        return None
+    compiler = root / "Tools" / "MSVC" / release / "bin" / "Hostx64" / "x64" / "cl.exe"
+    if not compiler.exists() or not script.exists():
+        return None
+    version = f"MSVC {release}"
+    command = (str(compiler),)
+    return Compiler(command, "msvc", version, str(script), program_identity(command, environ))
+
+
+def find_ninja() -> str | None:
+    """Find ninja: the pip package's binary first, since its version is the pinned one."""
+    try:
+        import ninja
+    except ImportError:
+        return shutil.which("ninja")
+    name = "ninja.exe" if sys.platform == "win32" else "ninja"
+    packaged = Path(ninja.BIN_DIR) / name
+    return str(packaged) if packaged.exists() else shutil.which("ninja")
+
+
+def cpu_features() -> tuple[str, ...]:
+    """Name what this CPU's instruction set has, sorted, with the machine type first.
+
+    Linux: all flags of /proc/cpuinfo's first processor (the kernel shows only what every
+    processor has). macOS: sysctl. Windows: the features that MSVC's /arch distinguishes.
+    """
+    if sys.platform == "linux":
+        features = _linux_features(Path("/proc/cpuinfo"))
+    elif sys.platform == "darwin":
+        features = _mac_features()
+    elif sys.platform == "win32":
+        features = _windows_features()
+    else:
+        features = set()
+    return (platform.machine().lower(), *sorted(features))
+
+
+def _linux_features(cpuinfo: Path) -> set[str]:
+    """Flags of the first processor; reading on would cost time on machines with hundreds."""
+    try:
+        with cpuinfo.open(encoding="ascii", errors="replace") as lines:
+            for line in lines:
+                name, _, value = line.partition(":")
+                if name.strip() in ("flags", "Features"):
+                    return set(value.split())
+    except OSError:
+        pass
+    return set()
+
+
+def _mac_features() -> set[str]:
+    features: set[str] = set()
+    for name in ("machdep.cpu.brand_string", "machdep.cpu.features", "machdep.cpu.leaf7_features"):
+        answer = command_output(["/usr/sbin/sysctl", "-n", name]) or ""
+        features.update(answer.lower().split())
+    return features
+
+
+def _windows_features() -> set[str]:
+    import ctypes
+
+    # PF_AVX_..., PF_AVX2_... and PF_AVX512F_INSTRUCTIONS_AVAILABLE of winnt.h.
+    numbers = {"avx": 39, "avx2": 40, "avx512f": 41}
+    present = ctypes.windll.kernel32.IsProcessorFeaturePresent  # type: ignore[attr-defined,unused-ignore]
+    return {name for name, number in numbers.items() if present(number)}
+
+
+def cpu_name() -> str:
+    """Name the CPU as its maker does, for people."""
+    if sys.platform == "linux":
+        try:
+            text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+        except OSError:
+            text = ""
+        for line in text.splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def compiler_remedy() -> str:
+    """Say what to install on this machine to get a C++ compiler."""
+    if sys.platform == "darwin":
+        return "Install Apple's command line tools: xcode-select --install"
+    if sys.platform == "win32":
+        return (
+            f'Install a C++ compiler: "{sys.executable}" -m pip install {ZIG_PACKAGE} (100 MB), '
+            "or Visual Studio Build Tools with 'Desktop development with C++': " + _MSVC_INSTALL
+        )
+    try:
+        release = platform.freedesktop_os_release()
+    except OSError:
+        release = {}
+    names = [release.get("ID", ""), *release.get("ID_LIKE", "").split()]
+    for name in names:
+        for ids, command in _LINUX_PACKAGES:
+            if name in ids:
+                return f"Install a C++ compiler: {command}"
+    return "Install a C++ compiler (the package g++ or gcc-c++ of your system)"

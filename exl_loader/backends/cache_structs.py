@@ -1,0 +1,109 @@
+"""A cache, a batch and an attention's shape as the structs that kernels read.
+
+They are csrc/cache_codec.h, field by field; the CPU's kernels take pointers to them, those of a
+card take them by value.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING
+
+from ..cache.layout import MAX_BIAS_PAIRS, PAGE_LEN, code_bytes, num_groups
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..cache.layout import CacheLayer, KeyBias
+    from .base import AttentionShape, Batch
+
+_I32, _I64, _F32, _P = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+
+
+class HalfStruct(ctypes.Structure):
+    """ExlCacheHalf: keys or values of a layer."""
+
+    _fields_ = [("codes", _P), ("scales", _P), ("bits", _I32)]
+
+
+class CacheLayerStruct(ctypes.Structure):
+    """ExlCacheLayer."""
+
+    _fields_ = [("k", HalfStruct), ("v", HalfStruct), ("num_kv_heads", _I64), ("head_dim", _I64)]
+
+
+class BatchStruct(ctypes.Structure):
+    """ExlBatch."""
+
+    _fields_ = [("q_start", _P), ("past_len", _P), ("page_table", _P), ("num_sequences", _I64),
+                ("max_pages", _I64)]
+
+
+class KeyBiasStruct(ctypes.Structure):
+    """ExlKeyBias."""
+
+    _fields_ = [("pairs", _P), ("first", _P), ("second", _P), ("inv_freq", _P),
+                ("num_pairs", _I64), ("half", _I64), ("rope_factor", _F32)]
+
+
+class ShapeStruct(ctypes.Structure):
+    """ExlAttentionShape."""
+
+    _fields_ = [("num_heads", _I64), ("window", _I64), ("scale", _F32), ("softcap", _F32)]
+
+
+def cache_layer_struct(layer: CacheLayer, head_dim: int) -> CacheLayerStruct:
+    """A layer's part of the cache. It holds addresses: the layer must outlive it."""
+    kind = layer.cache_type
+    return CacheLayerStruct(
+        _half(layer.k_codes, layer.k_scales, kind.k_bits, head_dim),
+        _half(layer.v_codes, layer.v_scales, kind.v_bits, head_dim),
+        layer.k_codes.shape[1], head_dim,
+    )  # fmt: skip
+
+
+def batch_struct(batch: Batch) -> BatchStruct:
+    """A batch's lengths and pages. It holds addresses: the batch must outlive it."""
+    table = batch.page_table
+    assert table.is_contiguous() and batch.q_start.is_contiguous()
+    assert batch.past_len.is_contiguous()
+    return BatchStruct(
+        batch.q_start.data_ptr(), batch.past_len.data_ptr(), table.data_ptr(), *table.shape
+    )
+
+
+def key_bias_struct(bias: KeyBias | None, batch: Batch) -> KeyBiasStruct:
+    """A layer's key bias with a batch's frequencies; no pairs where there is none.
+
+    It holds addresses: both must outlive it.
+    """
+    if bias is None:
+        return KeyBiasStruct()
+    frequencies, (_, num_pairs) = batch.inv_freq, bias.pairs.shape
+    assert frequencies is not None and frequencies.is_contiguous()
+    assert frequencies.shape == (batch.num_sequences, bias.half)
+    assert num_pairs <= MAX_BIAS_PAIRS
+    for tensor in (bias.pairs, bias.first, bias.second):
+        assert tensor.shape == bias.pairs.shape and tensor.is_contiguous()
+    return KeyBiasStruct(
+        bias.pairs.data_ptr(), bias.first.data_ptr(), bias.second.data_ptr(),
+        frequencies.data_ptr(), num_pairs, bias.half, batch.rope_factor,
+    )  # fmt: skip
+
+
+def shape_struct(shape: AttentionShape) -> ShapeStruct:
+    """What of `shape` a kernel does not read off the cache."""
+    return ShapeStruct(shape.num_heads, shape.window, shape.scale, shape.softcap)
+
+
+def _half(codes: torch.Tensor, scales: torch.Tensor | None, bits: int,
+          head_dim: int) -> HalfStruct:
+    pages, heads = codes.shape[:2]
+    width = code_bytes(head_dim, bits) // codes.element_size()
+    assert codes.shape == (pages, heads, PAGE_LEN, width) and codes.is_contiguous()
+    if scales is None:
+        assert num_groups(head_dim, bits) == 0
+        return HalfStruct(codes.data_ptr(), None, bits)
+    assert scales.shape == (pages, heads, PAGE_LEN, num_groups(head_dim, bits))
+    assert scales.is_contiguous()
+    return HalfStruct(codes.data_ptr(), scales.data_ptr(), bits)

@@ -1,0 +1,293 @@
+"""A card's kernels against the reference, before a model is loaded.
+
+A driver with a fault, a card that overheats or a kernel that a new architecture runs otherwise
+than it was meant to must not show as a text that makes no sense. So the first time that a
+process opens a card's kernels, each family of operations runs once on numbers of its own, and
+the results are held against `ReferenceOps` on the CPU. `doctor` shows what came of it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ...cache.layout import PAGE_LEN, CacheLayer, CacheType
+from ...memory.buffers import allocate
+from ...utils.errors import DeviceError
+from ...utils.table import place
+from ...utils.tracebacks import drop_locals
+from ..base import Batch
+from ..reference import fp16 as reference_fp16
+from ..reference.codec import dequantize, rotate_back
+from ..reference.ops import ReferenceOps
+from . import streams
+from .layout import StreamLinear, group_table, window_table
+from .scratch_sampling import HEADER_WORDS
+from .self_check_plan import (
+    CACHE_TYPES,
+    GROUPS,
+    IN_FEATURES,
+    OUT_FEATURES,
+    PAGES,
+    PAST,
+    PROMPT,
+    SHAPE,
+    VOCAB,
+    cache_shapes,
+    check_specs,
+)
+
+if TYPE_CHECKING:
+    from ..host import Host
+
+# Relative L2 errors. Activations of products have 15 bits, attention multiplies float16, norms
+# are float32; a cache loses what its type does on normal data (docs/cache_quality.md).
+_PRODUCT_BOUND, _ATTENTION_BOUND, _NORM_BOUND = 5e-4, 4e-3, 1e-5
+_WRITE_BOUNDS = {4: 0.1, 16: 1e-4}
+
+_REMEDY = (
+    "Nothing was loaded. Update NVIDIA's driver and run `exl_loader build --force`; if that "
+    "does not help, run on the CPU (device='cpu') and report what `exl_loader doctor --json` says"
+)
+
+
+def check_card(ops: Any, name: str) -> None:
+    """Run a card's operations once and compare.
+
+    What memory it takes, less than 2 MiB, is given back.
+
+    Args:
+        ops: `CudaOps` of the card.
+        name: of the card, such as `cuda:0`.
+
+    Raises:
+        DeviceError: a result is wrong, or a kernel failed.
+        InsufficientMemory: the card has not even so much memory left.
+    """
+    buffers = allocate(place(check_specs(name)).values())
+    # Hundreds of small operations of the reference: on a busy machine threads would wait for
+    # each other a hundred times as long as they compute.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        _Check(ops, name, buffers.views("workspace")).run()
+    except BaseException as error:
+        drop_locals(error)  # which are views of the buffer
+        if not isinstance(error, RuntimeError):
+            raise
+        # PyTorch's word for a kernel that failed, at the copy that waits for it.
+        raise _refusal(name, "kernels that run to their end", str(error)) from error
+    finally:
+        torch.set_num_threads(threads)
+        buffers.release()
+
+
+def _refusal(name: str, expected: str, actual: str) -> DeviceError:
+    return DeviceError(
+        f"{name}: its kernels, checked before use", expected=expected, actual=actual,
+        remedy=_REMEDY,
+    )
+
+
+class _Check:
+    """One run of the check, in memory of the card.
+
+    Args:
+        ops, name: as `check_card`'s. views: of `_specs`, by name.
+    """
+
+    def __init__(self, ops: Any, name: str, views: dict[str, torch.Tensor]):
+        self.ops, self.name, self.views = ops, name, views
+        self.host: Host = ops.host
+        self.reference = ReferenceOps()
+        self.rng = np.random.default_rng(20)
+
+    def run(self) -> None:
+        self._norm()
+        self._turns()
+        self._products()
+        for cache_type in CACHE_TYPES:
+            self._attention(cache_type)
+        self._top_logits()
+
+    def _put(self, role: str, values: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """Bring values to a view's elements from `first` on; return these as the card's tensor."""
+        view = self.views[role].flatten()[first : first + values.numel()].view(values.shape)
+        self.host.write(view, values.numpy())
+        return view
+
+    def _get(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(self.host.read(tensor).copy())
+
+    def _normal(self, *shape: int) -> torch.Tensor:
+        return torch.from_numpy(self.rng.standard_normal(shape, np.float32))
+
+    def _compare(self, what: str, actual: torch.Tensor, expected: torch.Tensor,
+                 bound: float) -> None:
+        wanted = expected.double()
+        error = float((actual.double() - wanted).norm() / wanted.norm())
+        if not error <= bound:  # NaN is no match
+            raise _refusal(self.name, f"{what} within {bound:.0e} of the CPU's",
+                           f"a relative error of {error:.2g}")
+
+    def _norm(self) -> None:
+        x, weight = self._normal(3, IN_FEATURES), self._normal(IN_FEATURES)
+        expected = torch.empty_like(x)
+        self.reference.rms_norm(x, weight, 1e-5, expected)
+        out = self.views["normed"][:3]
+        self.ops.rms_norm(self._put("x", x), self._put("norm", weight), 1e-5, out)
+        self._compare("a norm", self._get(out), expected, _NORM_BOUND)
+
+    def _turns(self) -> None:
+        """RoPE at a far position, and a gate."""
+        positions = torch.tensor([3, 100_003], dtype=torch.int32)
+        frequencies = (1e4 ** -(torch.arange(SHAPE.head_dim // 2) / (SHAPE.head_dim // 2))).float()
+        expected = torch.empty(2, 2, SHAPE.head_dim // 2)
+        self.reference.rope_table(positions, frequencies, 1.0, expected)
+        table = self.views["rope_table"][:2]
+        self.ops.rope_table(self._put("integers", positions), self._put("inv_freq", frequencies),
+                            1.0, table)
+        self._compare("RoPE's angles", self._get(table), expected, _NORM_BOUND)
+        heads = self._normal(2, SHAPE.num_heads, SHAPE.head_dim)
+        turned = self._put("q", heads)
+        self.ops.rope(turned, table)
+        self.reference.rope(heads, expected)
+        self._compare("RoPE", self._get(turned), heads, _NORM_BOUND)
+        gate, up = self._normal(2, 3, IN_FEATURES)
+        out, gated = self._put("x", gate), torch.empty_like(gate)
+        self.ops.gate(out, self._put("normed", up), "silu", out)
+        self.reference.gate(gate, up, "silu", gated)
+        self._compare("a gate", self._get(out), gated, _NORM_BOUND)
+
+    def _top_logits(self) -> None:
+        """The likeliest tokens of a row, in order."""
+        row, out = self._normal(1, VOCAB), self.views["top_logits"]
+        self.ops.top_logits(self._put("logits", row), VOCAB, out, self.views["scratch"])
+        words = self._get(out)[0].numpy()
+        ids = words[HEADER_WORDS : HEADER_WORDS + max(int(words[1]), 1)]
+        if not np.array_equal(ids, np.argsort(-row[0].numpy(), kind="stable")[: len(ids)]):
+            raise _refusal(self.name, "the likeliest tokens in order", "others")
+
+    def _products(self) -> None:
+        """A layer packed on the card, bit for bit, and products of one row and of a prompt."""
+        table = group_table(list(GROUPS), zeros=False)
+        codes = np.concatenate([self.rng.integers(0, 1 << bits, (rows, OUT_FEATURES), np.uint8)
+                                for bits, rows in GROUPS])
+        scales = self.rng.uniform(0.001, 0.02, (len(GROUPS), OUT_FEATURES)).astype(np.float16)
+        layer = self._pack(codes, scales, table)
+        weight = np.concatenate([
+            scales[index].astype(np.float64) * (codes[first : first + rows] - float(1 << bits - 1))
+            for index, (bits, first, rows, _) in enumerate(table)
+        ])
+        for rows, what in ((1, "a product of one row"), (PROMPT, "a prompt's product")):
+            x, out = self._normal(rows, IN_FEATURES), self.views["product"][:rows]
+            self.ops.linear(self._put("x", x), layer, out, self.views["scratch"])
+            expected = torch.from_numpy(x.numpy() @ weight)
+            self._compare(what, self._get(out), expected, _PRODUCT_BOUND)
+
+    def _pack(self, codes: np.ndarray[Any, Any], scales: np.ndarray[Any, Any],
+              table: list[tuple[int, int, int, int]]) -> StreamLinear:
+        windows = window_table(table, zeros=False)
+        groups = self._put("groups", torch.tensor(table, dtype=torch.int32))
+        layer = StreamLinear(
+            IN_FEATURES, OUT_FEATURES, self.views["codes"], groups,
+            self._put("windows", torch.tensor(windows, dtype=torch.int32)), windows,
+        )
+        expected = np.empty(tuple(layer.codes.shape), np.uint8)
+        streams.pack_streams(codes, scales, None, np.array(table, np.int32), expected)
+        staging, self.ops.staging = self.ops.staging, self.views["staging"]
+        try:
+            words = torch.from_numpy(_exl2_words(codes, table))
+            self.ops.pack_exl2_streams(words, torch.from_numpy(scales), groups, layer.codes)
+        finally:
+            self.ops.staging = staging
+        differing = int((self._get(layer.codes).numpy() != expected).sum())
+        if differing:
+            raise _refusal(self.name, f"{expected.size} bytes of a packed layer as on the CPU",
+                           f"{differing} others")
+        return layer
+
+    def _attention(self, cache_type: str) -> None:
+        """A prompt behind a text and a token behind that: written, then attended."""
+        kind = CacheType.parse(cache_type)
+        layer, scratch = self._cache(cache_type, kind), self.views["scratch"]
+        for past, rows, what in ((PAST, PROMPT, "a prompt"), (PAST + PROMPT, 1, "a token")):
+            q = self._normal(rows, SHAPE.num_heads, SHAPE.head_dim)
+            k, v = self._normal(2, rows, SHAPE.num_kv_heads, SHAPE.head_dim)
+            here, there = self._batches(past, rows)
+            self.ops.write_cache(self._put("k", k), self._put("v", v), layer, there, scratch)
+            written = self._read_back(layer)
+            for half, x in (("k", k), ("v", v)):
+                self._compare(f"{half} of {what} in a {kind} cache", _stored(written, half, here),
+                              x, _WRITE_BOUNDS[kind.k_bits])
+            expected, out = torch.empty_like(q), self.views["attended"][:rows]
+            self.reference.attention(q.clone(), written, here, SHAPE, expected, scratch)
+            self.ops.attention(self._put("q", q), layer, there, SHAPE, out, scratch)
+            self._compare(f"attention of {what} over a {kind} cache", self._get(out), expected,
+                          _ATTENTION_BOUND)
+
+    def _cache(self, cache_type: str, kind: CacheType) -> CacheLayer:
+        """A cache on the card that holds a text."""
+        tensors: dict[str, torch.Tensor] = {}
+        for role, (dtype, shape) in cache_shapes(kind).items():
+            if dtype == "int16":
+                values = reference_fp16.encode(self._normal(*shape).flatten(0, 2)).view(shape)
+            elif dtype == "float16":
+                values = self._normal(*shape).half()
+            else:
+                values = torch.from_numpy(self.rng.integers(0, 256, shape, np.uint8))
+            tensors[role] = self._put(f"{cache_type}.{role}", values)
+        return CacheLayer(
+            tensors["k_codes"], tensors.get("k_scales"), tensors["v_codes"],
+            tensors.get("v_scales"), kind,
+        )  # fmt: skip
+
+    def _read_back(self, layer: CacheLayer) -> CacheLayer:
+        scales = layer.k_scales, layer.v_scales
+        k_scales, v_scales = (None if part is None else self._get(part) for part in scales)
+        return CacheLayer(self._get(layer.k_codes), k_scales, self._get(layer.v_codes), v_scales,
+                          layer.cache_type)
+
+    def _batches(self, past: int, rows: int) -> tuple[Batch, Batch]:
+        """One sequence whose pages are in disorder, on the CPU and on the card."""
+        values = [
+            torch.arange(past, past + rows, dtype=torch.int32),
+            torch.tensor([0, rows], dtype=torch.int32),
+            torch.tensor([past], dtype=torch.int32),
+            torch.arange(PAGES - 1, -1, -1, dtype=torch.int32)[None],
+        ]
+        placed, first = [], 0
+        for part in values:
+            placed.append(self._put("integers", part, first))
+            first += part.numel()
+        here, there = (
+            Batch(positions, q_start, past_len, page_table, past + rows)
+            for positions, q_start, past_len, page_table in (values, placed)
+        )
+        return here, there
+
+
+def _stored(layer: CacheLayer, half: str, batch: Batch) -> torch.Tensor:
+    """What a cache on the CPU has of a batch's rows, as float32 [T, kv_heads, head_dim]."""
+    positions = batch.positions.long()
+    place = batch.page_table[0].long()[positions // PAGE_LEN], slice(None), positions % PAGE_LEN
+    codes, scales = getattr(layer, f"{half}_codes")[place], getattr(layer, f"{half}_scales")
+    flat = codes.flatten(0, 1)
+    if scales is None:
+        return reference_fp16.decode(flat).view(codes.shape)
+    values = dequantize(flat, scales[place].flatten(0, 1), SHAPE.head_dim, layer.cache_type.k_bits)
+    return rotate_back(values.double()).view(*codes.shape[:2], -1)
+
+
+def _exl2_words(codes: np.ndarray[Any, Any],
+                table: list[tuple[int, int, int, int]]) -> np.ndarray[Any, Any]:
+    """Codes uint8 [K, N] as EXL2's `q_weight`, int32: each column one run of bits a group."""
+    words = []
+    for bits, first, rows, _ in table:
+        fields = codes[first : first + rows, None] >> np.arange(bits, dtype=np.uint8)[:, None] & 1
+        stream = fields.reshape(rows * bits // 32, 32, -1).astype(np.uint32)
+        places = np.arange(32, dtype=np.uint32)[:, None]
+        words.append((stream << places).sum(axis=1, dtype=np.uint32))
+    return np.concatenate(words).view(np.int32)

@@ -1,0 +1,122 @@
+"""The definition of writing the key/value cache and of attention over it.
+
+What is stored, and why attention needs no more than one rotation of its queries and one of
+its output, is said in `reference_codec.py`; what `_bias_scores` is, in `key_bias.py`. Sums run
+in float64.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...cache.layout import PAGE_LEN
+from . import fp16 as reference_fp16
+from .codec import cache_round_trip, dequantize, quantize, rotate, rotate_back
+
+if TYPE_CHECKING:
+    from ...cache.layout import CacheLayer, KeyBias
+    from ..base import AttentionShape, Batch
+
+__all__ = ["attention", "cache_round_trip", "write_cache"]
+
+
+def _bounds(batch: Batch, sequence: int) -> tuple[int, int, int]:
+    """First row of a sequence, one past its last row, and its past_len."""
+    first, end = batch.q_start[sequence : sequence + 2].tolist()
+    return first, end, int(batch.past_len[sequence])
+
+
+def _places(batch: Batch, sequence: int, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Page and token within the page of a sequence's positions first..end."""
+    positions = torch.arange(first, end)
+    return batch.page_table[sequence].long()[positions // PAGE_LEN], positions % PAGE_LEN
+
+
+def _write(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor | None, bits: int,
+           pages: torch.Tensor, tokens: torch.Tensor) -> None:
+    """Write x, float32 [T, kv_heads, head_dim], to tokens of pages."""
+    if scales is None:
+        stored = x if bits == 32 else reference_fp16.encode(x.flatten(0, 1)).view(x.shape)
+        codes[pages, :, tokens] = stored
+        return
+    packed, group_scales = quantize(rotate(x.double()).float().flatten(0, 1), bits)
+    codes[pages, :, tokens] = packed.unflatten(0, x.shape[:2])
+    scales[pages, :, tokens] = group_scales.unflatten(0, x.shape[:2])
+
+
+def write_cache(k: torch.Tensor, v: torch.Tensor, layer: CacheLayer, batch: Batch) -> None:
+    """Define `Ops.write_cache`."""
+    kind = layer.cache_type
+    for s in range(batch.num_sequences):
+        first, end, past = _bounds(batch, s)
+        pages, tokens = _places(batch, s, past, past + end - first)
+        _write(k[first:end], layer.k_codes, layer.k_scales, kind.k_bits, pages, tokens)
+        _write(v[first:end], layer.v_codes, layer.v_scales, kind.v_bits, pages, tokens)
+
+
+def _read(codes: torch.Tensor, scales: torch.Tensor | None, head_dim: int, bits: int,
+          pages: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Read tokens of pages as stored (rotated), float64 [T, kv_heads, head_dim]."""
+    stored = codes[pages, :, tokens]
+    if bits == 32:
+        return stored.double()
+    if scales is None:
+        flat = reference_fp16.decode(stored.flatten(0, 1))
+        return flat.unflatten(0, stored.shape[:2]).double()
+    flat = dequantize(stored.flatten(0, 1), scales[pages, :, tokens].flatten(0, 1), head_dim, bits)
+    return flat.unflatten(0, stored.shape[:2]).double()
+
+
+def attention(q: torch.Tensor, layer: CacheLayer, batch: Batch, shape: AttentionShape,
+              out: torch.Tensor) -> None:
+    """Define `Ops.attention`."""
+    kind = layer.cache_type
+    for s in range(batch.num_sequences):
+        first, end, past = _bounds(batch, s)
+        total = past + end - first
+        start = max(0, past + 1 - shape.window) if shape.window else 0
+        places = _places(batch, s, start, total)
+        k = _read(layer.k_codes, layer.k_scales, shape.head_dim, kind.k_bits, *places)
+        v = _read(layer.v_codes, layer.v_scales, shape.head_dim, kind.v_bits, *places)
+        rows = q[first:end].double()
+        added = _bias_scores(rows, layer.key_bias, batch, s, range(start, total), shape)
+        rotated = rotate(rows) if kind.k_rotated else rows
+        result = _attend(rotated, k, v, added, past - start, shape)
+        out[first:end] = rotate_back(result) if kind.v_rotated else result
+
+
+def _bias_scores(q: torch.Tensor, bias: KeyBias | None, batch: Batch, sequence: int,
+                 positions: range, shape: AttentionShape) -> torch.Tensor | float:
+    """Return what a layer's key bias adds to q @ k, float64 [heads, T, positions]."""
+    if bias is None:
+        return 0.0
+    assert batch.inv_freq is not None
+    sharing = shape.num_heads // shape.num_kv_heads
+    first, second, pairs = (
+        x.repeat_interleave(sharing, dim=0) for x in (bias.first, bias.second, bias.pairs.long())
+    )
+    index = pairs.expand(len(q), -1, -1)
+    q1, q2 = q.gather(2, index), q.gather(2, index + bias.half)
+    frequencies = batch.inv_freq[sequence].double()[pairs]
+    angles = torch.tensor(positions, dtype=torch.float64)[:, None, None] * frequencies
+    added = torch.einsum("thi,nhi->htn", q1 * first + q2 * second, angles.cos())
+    added += torch.einsum("thi,nhi->htn", q2 * first - q1 * second, angles.sin())
+    return added * batch.rope_factor
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, added: torch.Tensor | float,
+            first: int, shape: AttentionShape) -> torch.Tensor:
+    """Rows q [T, heads, d], the first at place `first` among the keys [N, kv_heads, d]."""
+    sharing = shape.num_heads // shape.num_kv_heads
+    k, v = (x.repeat_interleave(sharing, dim=1) for x in (k, v))
+    scores = (torch.einsum("thd,nhd->htn", q, k) + added) * shape.scale
+    if shape.softcap:
+        scores = shape.softcap * torch.tanh(scores / shape.softcap)
+    distance = torch.arange(first, first + len(q))[:, None] - torch.arange(len(k))
+    hidden = distance < 0
+    if shape.window:
+        hidden |= distance >= shape.window
+    scores.masked_fill_(hidden, -torch.inf)
+    return torch.einsum("htn,nhd->thd", scores.softmax(dim=-1), v)

@@ -1,0 +1,246 @@
+"""The definition of the quantised cache: rotation, grids, search, bytes.
+
+A quantised vector x of one head is kept as codes and scales of y = H (s * x), where s are
+fixed signs and H is an orthonormal Hadamard transform over blocks of the largest power of
+two that divides head_dim. The rotation spreads what a few channels hold over all of them,
+and a dot product does not change when both sides are rotated. So queries are rotated once,
+attention runs on what is stored, and its output is rotated back once.
+
+Every group of 32 elements of y has one float16 scale, and
+
+    y = scale * level
+
+    bits 8   level = (code - 128) / 128
+    bits 6   level = (code - 32) / 32
+    bits 4   level = CODEBOOKS[table][code] / 128, table = lowest bit of the scale's float16
+
+The levels are lopsided on purpose, and the scale is signed: its sign mirrors them. Together
+with the table this gives each group of 4-bit codes a choice of four grids, and it costs
+neither a bit of memory (the lowest bit of a scale moves it by 0.1 %) nor an operation in a
+dot product. The writer tries scales around the largest magnitude and keeps the one with the
+least squared error, then fits the scale to its codes by least squares.
+
+The codebooks were found by Lloyd's iteration under this search, over rotated normal vectors
+and rotated normal vectors with 3, 5 or 8 outlier channels (factors 20 to 40), each kind's
+error relative to its own: `tools/fit_codebooks.py`.
+
+Bytes: the codes of a group are cut into bit planes, 8 = (8), 6 = (4 high, 2 low), 4 = (4).
+Byte i of a plane of w bits holds elements i, i + m, i + 2m, ... from its lowest bits on,
+where m is the plane's length in bytes. So whole registers unpack with one shift.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+
+from ...cache.layout import CODE_STEP, CacheType, code_bytes, group_sizes
+from . import fp16 as reference_fp16
+
+CODEBOOKS = (
+    (-127, -105, -88, -71, -56, -41, -26, -13, 1, 14, 27, 42, 57, 73, 91, 111),
+    (-127, -99, -79, -62, -47, -32, -19, -5, 9, 23, 37, 52, 68, 86, 106, 127),
+)
+PLANES = {8: (8,), 6: (4, 2), 4: (4,)}
+
+# Scales that the writer tries: first and last factor on a group's largest magnitude, and
+# how many. Each is tried with both signs and all tables. The uniform grids gain by luck: of
+# many scales a little above the magnitude, one happens to meet most elements.
+SEARCH_RANGE = {8: (0.99, 1.08), 6: (0.95, 1.16), 4: (0.82, 1.14)}
+SEARCH_STEPS = {8: 24, 6: 24, 4: 8}
+REFITS = 1
+_LARGEST_HALF = 65504.0
+
+
+def rotation_block(head_dim: int) -> int:
+    """Return the length of a Hadamard block: the largest power of two dividing head_dim."""
+    return head_dim & -head_dim
+
+
+def rotation_sign(index: int) -> int:
+    """Return the sign, 1 or -1, that element `index` of a head gets before the transform."""
+    mixed = (index * 0x9E3779B1) & 0xFFFFFFFF
+    mixed = ((mixed ^ (mixed >> 15)) * 0x85EBCA77) & 0xFFFFFFFF
+    return -1 if (mixed >> 16) & 1 else 1
+
+
+@lru_cache(maxsize=16)
+def rotation_matrix(head_dim: int) -> torch.Tensor:
+    """Return R, float64 [head_dim, head_dim], orthonormal: a stored vector is x @ R."""
+    block = torch.ones(1, 1, dtype=torch.float64)
+    size = rotation_block(head_dim)
+    while block.shape[0] < size:
+        block = torch.cat([torch.cat([block, block], 1), torch.cat([block, -block], 1)])
+    signs = torch.tensor([rotation_sign(i) for i in range(head_dim)], dtype=torch.float64)
+    hadamard = torch.block_diag(*[block] * (head_dim // size)) / math.sqrt(size)
+    return signs[:, None] * hadamard
+
+
+def rotate(x: torch.Tensor) -> torch.Tensor:
+    """Rotate the last dimension; float64 in, float64 out."""
+    return x @ rotation_matrix(x.shape[-1])
+
+
+def rotate_back(y: torch.Tensor) -> torch.Tensor:
+    """Undo `rotate`."""
+    return y @ rotation_matrix(y.shape[-1]).T
+
+
+def levels(bits: int) -> torch.Tensor:
+    """Return what the codes stand for, float32 [tables, 2^bits], each table rising."""
+    if bits == 4:
+        return torch.tensor(CODEBOOKS, dtype=torch.float32) / 128
+    half = 2 ** (bits - 1)
+    return torch.arange(-half, half, dtype=torch.float32)[None] / half
+
+
+def _as_half(scale: torch.Tensor, table: torch.Tensor | int, bits: int) -> torch.Tensor:
+    """Round scales to float16, with the table in the lowest bit where there are tables."""
+    half = scale.clamp(-_LARGEST_HALF, _LARGEST_HALF).half()
+    if bits == 4:
+        half = ((half.view(torch.int16) & ~1) | table).view(torch.float16)
+    return half
+
+
+class GroupSearch:
+    """The best codes and scales found so far for groups y, float32 [n, elements].
+
+    `grids` are the levels to choose from, float32 [tables, 2^bits].
+    """
+
+    def __init__(self, y: torch.Tensor, bits: int, grids: torch.Tensor) -> None:
+        self.y, self.bits, self.levels = y, bits, grids
+        self.codes = torch.zeros(y.shape, dtype=torch.uint8)
+        # NaN stays where no attempt has a finite error, so that a fault in y shows.
+        self.scales = torch.full((y.shape[0], 1), torch.nan, dtype=torch.float16)
+        self.tables = torch.zeros(y.shape[0], 1, dtype=torch.int16)
+        self.errors = torch.full((y.shape[0], 1), torch.inf)
+
+    def attempt(self, scale: torch.Tensor, table: int, where: torch.Tensor | None = None) -> None:
+        """Round y to the grid of this scale [n, 1] and table; keep it where it is better."""
+        half = _as_half(scale, table, self.bits)
+        grid, exact = self.levels[table], half.float()
+        inverse = torch.where(exact == 0, 0.0, 1 / exact)
+        codes = torch.bucketize(self.y * inverse, (grid[1:] + grid[:-1]) / 2)
+        errors = (grid[codes] * exact - self.y).square().sum(dim=1, keepdim=True)
+        better = errors < self.errors
+        if where is not None:
+            better &= where
+        self.codes = torch.where(better, codes.to(torch.uint8), self.codes)
+        self.scales = torch.where(better, half, self.scales)
+        self.tables = torch.where(better, table, self.tables)
+        self.errors = torch.where(better, errors, self.errors)
+
+    def refit(self) -> None:
+        """Fit each scale to its codes by least squares, and try that."""
+        tables = self.tables.clone()
+        values = self.levels[tables.long(), self.codes.long()]
+        norms = values.square().sum(dim=1, keepdim=True)
+        scale = (values * self.y).sum(dim=1, keepdim=True) / norms.clamp(min=1e-30)
+        for table in range(len(self.levels)):
+            self.attempt(scale, table, where=tables == table)
+
+
+def search_groups(
+    y: torch.Tensor, bits: int, grids: torch.Tensor | None = None
+) -> GroupSearch:
+    """Find codes and scales of groups y, float32 [n, elements].
+
+    `grids` stands in for `levels(bits)` where other ones are tried.
+    """
+    search = GroupSearch(y, bits, levels(bits) if grids is None else grids)
+    largest = y.abs().amax(dim=1, keepdim=True)
+    (first, last), steps = SEARCH_RANGE[bits], SEARCH_STEPS[bits]
+    for table in range(len(search.levels)):
+        for sign in (1, -1):
+            for step in range(steps):
+                factor = first + (last - first) * step / (steps - 1)
+                search.attempt(largest * (sign * factor), table)
+    for _ in range(REFITS):
+        search.refit()
+    return search
+
+
+def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes uint8 [n, elements] into bytes uint8 [n, padded elements * bits / 8]."""
+    padding = -codes.shape[1] % CODE_STEP
+    codes = torch.nn.functional.pad(codes, (0, padding))
+    planes, shift = [], bits
+    for width in PLANES[bits]:
+        shift -= width
+        fields = ((codes >> shift) & (2**width - 1)).unflatten(1, (8 // width, -1))
+        plane = torch.zeros_like(fields[:, 0])
+        for i in range(8 // width):
+            plane |= fields[:, i] << (i * width)
+        planes.append(plane)
+    return torch.cat(planes, dim=1)
+
+
+def unpack_codes(data: torch.Tensor, elements: int, bits: int) -> torch.Tensor:
+    """The inverse of `pack_codes`: int64 codes [n, elements]."""
+    padded = -(-elements // CODE_STEP) * CODE_STEP
+    codes = torch.zeros(data.shape[0], padded, dtype=torch.int64)
+    start = 0
+    for width in PLANES[bits]:
+        length = padded * width // 8
+        plane = data[:, start : start + length].long()
+        fields = [(plane >> (i * width)) & (2**width - 1) for i in range(8 // width)]
+        codes = (codes << width) | torch.cat(fields, dim=1)
+        start += length
+    return codes[:, :elements]
+
+
+def quantize(y: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise rotated vectors.
+
+    Args:
+        y: float32 [n, head_dim].
+        bits: 8, 6 or 4.
+
+    Returns:
+        codes uint8 [n, code_bytes] and scales float16 [n, groups].
+    """
+    groups = [search_groups(part, bits) for part in y.split(group_sizes(y.shape[1]), dim=1)]
+    codes = torch.cat([pack_codes(group.codes, bits) for group in groups], dim=1)
+    return codes, torch.cat([group.scales for group in groups], dim=1)
+
+
+def dequantize(
+    codes: torch.Tensor, scales: torch.Tensor, head_dim: int, bits: int
+) -> torch.Tensor:
+    """Return the rotated vectors, float32 [n, head_dim], of `quantize`'s codes and scales."""
+    sizes = group_sizes(head_dim)
+    tables = (scales.view(torch.int16) & 1).long() if bits == 4 else torch.zeros_like(scales).long()
+    parts = codes.split([code_bytes(size, bits) for size in sizes], dim=1)
+    grid = levels(bits)
+    groups = []
+    for i, (part, size) in enumerate(zip(parts, sizes, strict=True)):
+        own = slice(i, i + 1)
+        group_levels = grid[tables[:, own], unpack_codes(part, size, bits)]
+        groups.append(group_levels * scales[:, own].float())
+    return torch.cat(groups, dim=1)
+
+
+def cache_round_trip(
+    x: torch.Tensor, cache_type: str | CacheType, *, values: bool = False
+) -> torch.Tensor:
+    """Return what the cache gives back for vectors written to it.
+
+    Args:
+        x: float32 [n, head_dim].
+        cache_type: as in `CacheType.parse`.
+        values: for a mixed type, whether x are values; keys otherwise.
+
+    Returns:
+        float32 [n, head_dim], in the space of x.
+    """
+    parsed = CacheType.parse(cache_type)
+    bits = parsed.v_bits if values else parsed.k_bits
+    if bits == 32:
+        return x.clone()
+    if bits == 16:
+        return reference_fp16.decode(reference_fp16.encode(x))
+    codes, scales = quantize(rotate(x.double()).float(), bits)
+    return rotate_back(dequantize(codes, scales, x.shape[1], bits).double()).float()

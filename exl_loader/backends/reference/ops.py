@@ -1,0 +1,125 @@
+"""The definition of every operation, in plain torch: slow, and what kernels are held against.
+
+Sums run in float64 and are rounded once, so that what these operations define is the exact
+value and not one of many float32 summation orders. They also serve where no compiler is at
+hand. Contracts are in `interface.py`; quantised matrices are decoded anew in every call.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from ...formats.packed import DenseLinear, PackedLinear
+from . import cache as reference_cache
+from . import planes
+from .codec import cache_round_trip as cache_round_trip
+
+if TYPE_CHECKING:
+    from ...cache.layout import CacheLayer
+    from ..base import AttentionShape, Batch, Linear
+
+
+def dense_weight(w: DenseLinear) -> torch.Tensor:
+    """Return the matrix of a dense layer, [in_features, out_features] in its own dtype."""
+    rows = w.weight.transpose(0, 1).reshape(w.in_features, -1)
+    return rows[:, : w.out_features]
+
+
+def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
+    """Apply an activation by the name that `Ops.gate` takes."""
+    if activation == "silu":
+        return F.silu(x)
+    if activation == "gelu":
+        return F.gelu(x)
+    assert activation == "gelu_tanh", activation
+    return F.gelu(x, approximate="tanh")
+
+
+class ReferenceOps:
+    """Every operation of `interface.Ops`, by its definition."""
+
+    name = "reference"
+    takes_key_bias = True
+
+    def embed(self, ids: torch.Tensor, table: torch.Tensor | DenseLinear, factor: float,
+              out: torch.Tensor) -> None:
+        rows = ids.long()
+        if isinstance(table, DenseLinear):
+            lanes = table.weight.shape[2]
+            picked = table.weight[rows // lanes, :, rows % lanes]
+        else:
+            picked = table[rows]
+        torch.mul(picked.float(), factor, out=out)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float,
+                 out: torch.Tensor) -> None:
+        exact = x.double()
+        scale = torch.rsqrt(exact.square().mean(dim=-1, keepdim=True) + eps)
+        out.copy_(exact * scale * weight)
+
+    def linear(self, x: torch.Tensor, w: Linear, out: torch.Tensor, scratch: torch.Tensor,
+               add: bool = False) -> None:
+        weight = planes.dequantize(w) if isinstance(w, PackedLinear) else dense_weight(w)
+        product = x.double() @ weight.double()
+        if w.bias is not None:
+            product += w.bias
+        target = out[:, : w.out_features]
+        target.copy_(product + target if add else product)
+
+    def rope_table(self, positions: torch.Tensor, inv_freq: torch.Tensor, factor: float,
+                   out: torch.Tensor) -> None:
+        # A float32 product is off by 1e-4 rad and more beyond a few thousand positions.
+        angles = positions.double()[:, None] * inv_freq.double()
+        out[:, 0] = angles.cos() * factor
+        out[:, 1] = angles.sin() * factor
+
+    def rope(self, x: torch.Tensor, table: torch.Tensor) -> None:
+        half = table.shape[2]
+        cos, sin = table[:, None, 0], table[:, None, 1]
+        first, second = x[..., :half].clone(), x[..., half : 2 * half].clone()
+        x[..., :half] = first * cos - second * sin
+        x[..., half : 2 * half] = second * cos + first * sin
+
+    def write_cache(self, k: torch.Tensor, v: torch.Tensor, layer: CacheLayer, batch: Batch,
+                    scratch: torch.Tensor) -> None:
+        reference_cache.write_cache(k, v, layer, batch)
+
+    def attention(self, q: torch.Tensor, layer: CacheLayer, batch: Batch,
+                  shape: AttentionShape, out: torch.Tensor, scratch: torch.Tensor) -> None:
+        reference_cache.attention(q, layer, batch, shape, out)
+
+    def gate(self, gate: torch.Tensor, up: torch.Tensor, activation: str,
+             out: torch.Tensor) -> None:
+        out.copy_(activate(gate.double(), activation) * up)
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        x += y
+
+    def softcap(self, x: torch.Tensor, cap: float) -> None:
+        x.copy_(cap * torch.tanh(x.double() / cap))
+
+    def moe_route(self, router_logits: torch.Tensor, top_k: int, normalize: bool,
+                  weights: torch.Tensor, experts: torch.Tensor) -> None:
+        # Sorted by logits: probabilities may round to the same value where logits differ.
+        ordered, order = router_logits.sort(dim=-1, descending=True, stable=True)
+        chosen = ordered.double().softmax(dim=-1)[:, :top_k]
+        weights.copy_(chosen / chosen.sum(dim=-1, keepdim=True) if normalize else chosen)
+        experts.copy_(order[:, :top_k])
+
+    def gather_rows(self, x: torch.Tensor, rows: torch.Tensor, out: torch.Tensor) -> None:
+        out.copy_(x[rows.long()])
+
+    def scatter_add_rows(self, x: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor,
+                         out: torch.Tensor) -> None:
+        out[rows.long()] += x * weights[:, None]
+
+    def pack_exl2(self, q_weight: torch.Tensor, groups: torch.Tensor,
+                  codes: torch.Tensor) -> None:
+        planes.pack_exl2(q_weight, groups, codes)
+
+    def pack_gptq(self, qweight: torch.Tensor, bits: int, perm: torch.Tensor | None,
+                  groups: torch.Tensor, codes: torch.Tensor) -> None:
+        planes.pack_gptq(qweight, bits, perm, groups, codes)

@@ -1,0 +1,221 @@
+"""The packed layout of `packed.py` in numpy: codes in, codes out, weights back.
+
+This is the reference that compiled kernels are held against. It works on whole rows of
+columns as 32-bit words: the four codes that one register has for a column are one word, so
+that splitting codes into bit planes is shifting and masking, and a tile is 16 words of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...formats.packed import BIT_PLANES, BLOCK_ROWS, TILE_COLUMNS
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...formats.packed import PackedLinear
+
+Array = np.ndarray[Any, Any]
+
+REGISTERS = 8
+REGISTER_ROWS = 4
+BLOCK_BIT_BYTES = BLOCK_ROWS * TILE_COLUMNS // 8
+# Words of one pass: its few temporaries stay within a second-level cache.
+CHUNK_WORDS = 1 << 15
+
+
+def group_table(bits: Iterable[int], rows: Iterable[int]) -> Array:
+    """Lay groups out in a tile.
+
+    Args:
+        bits: width of each group's codes. rows: rows of each group, without fill.
+
+    Returns:
+        int32 [G, 4]: bits, first stored row, rows, byte offset of the first block in a tile.
+    """
+    table, first, offset = [], 0, 0
+    for width, count in zip(bits, rows, strict=True):
+        table.append((width, first, count, offset))
+        first += count
+        offset += -(-count // BLOCK_ROWS) * width * BLOCK_BIT_BYTES
+    return np.array(table, dtype=np.int32).reshape(-1, 4)
+
+
+def unpack_stream(words: Array, bits: int, rows: int) -> Array:
+    """Read codes of `bits` bits that stand one behind the other, least significant bit first.
+
+    Args:
+        words: uint32 [W, N], one stream a column, W >= ceil(rows * bits / 32).
+
+    Returns:
+        uint8 [rows, N].
+    """
+    blocks, columns = -(-rows // BLOCK_ROWS), words.shape[1]
+    if words.shape[0] < blocks * bits:
+        fill = np.zeros((blocks * bits - words.shape[0], columns), np.uint32)
+        words = np.concatenate([words, fill])
+    stream = words[: blocks * bits].reshape(blocks, bits, columns)
+    codes = np.empty((blocks, BLOCK_ROWS, columns), np.uint8)
+    for row in range(BLOCK_ROWS):
+        word, shift = divmod(row * bits, 32)
+        field = stream[:, word] >> shift
+        if shift + bits > 32:
+            field |= stream[:, word + 1] << (32 - shift)
+        codes[:, row] = field & ((1 << bits) - 1)
+    return codes.reshape(-1, columns)[:rows]
+
+
+def split_planes(codes: Array, bits: int) -> Array:
+    """Split codes into the bit planes of `packed.py`.
+
+    Args:
+        codes: uint8 [blocks * 32, C].
+
+    Returns:
+        uint32 [blocks, bits, C]: per block `bits` vectors; a word holds one column's four
+        bytes of a vector.
+    """
+    quads = codes.reshape(-1, REGISTERS, REGISTER_ROWS, codes.shape[1]).astype(np.uint32)
+    registers: Array = quads[:, :, 0]
+    for row in range(1, REGISTER_ROWS):
+        registers = registers | quads[:, :, row] << (8 * row)
+    planes, shift = [], bits
+    for width in BIT_PLANES[bits]:
+        shift -= width
+        fields = (registers >> shift) & ((1 << width) - 1) * 0x01010101
+        fields = fields.reshape(len(fields), width, 8 // width, -1)
+        plane = fields[:, :, 0]
+        for i in range(1, 8 // width):
+            plane = plane | fields[:, :, i] << (i * width)
+        planes.append(plane)
+    return np.concatenate(planes, axis=1)
+
+
+def join_planes(vectors: Array, bits: int) -> Array:
+    """Undo `split_planes`: uint32 [blocks, bits, C] to uint8 [blocks * 32, C]."""
+    blocks, _, columns = vectors.shape
+    registers = np.zeros((blocks, REGISTERS, columns), np.uint32)
+    first, shift = 0, bits
+    for width in BIT_PLANES[bits]:
+        shift -= width
+        plane = vectors[:, first : first + width]
+        first += width
+        fields = np.stack([plane >> (i * width) for i in range(8 // width)], axis=2)
+        fields &= ((1 << width) - 1) * 0x01010101
+        registers |= fields.reshape(blocks, REGISTERS, columns) << shift
+    rows = [(registers >> (8 * row)).astype(np.uint8) for row in range(REGISTER_ROWS)]
+    return np.stack(rows, axis=2).reshape(-1, columns)
+
+
+def _store(codes: Array, bits: int, offset: int, tiles: Array) -> None:
+    """Write stored rows into every tile at `offset`, filling up rows and columns.
+
+    Args:
+        codes: uint8 [rows, N]. tiles: uint8 [tiles, tile_bytes], written in place.
+    """
+    columns = min(codes.shape[1], len(tiles) * TILE_COLUMNS)
+    blocks = -(-len(codes) // BLOCK_ROWS)
+    full = np.zeros((blocks * BLOCK_ROWS, len(tiles) * TILE_COLUMNS), np.uint8)
+    full[: len(codes), :columns] = codes[:, :columns]
+    full[len(codes) :] = 1 << (bits - 1)
+    vectors = split_planes(full, bits).reshape(blocks, bits, len(tiles), TILE_COLUMNS)
+    packed = vectors.transpose(2, 0, 1, 3).reshape(len(tiles), -1).view(np.uint8)
+    tiles[:, offset : offset + packed.shape[1]] = packed
+
+
+def _chunks(rows: int, columns: int) -> Iterable[tuple[int, int]]:
+    """Cut rows into ranges of whole blocks that are comfortable to work on."""
+    step = max(1, CHUNK_WORDS // max(1, columns * REGISTERS)) * BLOCK_ROWS
+    return ((first, min(first + step, rows)) for first in range(0, rows, step))
+
+
+def pack_exl2(q_weight: torch.Tensor, groups: torch.Tensor, codes: torch.Tensor) -> None:
+    """Repack EXL2's codes; the definition of `Ops.pack_exl2`.
+
+    Args:
+        q_weight: int32 [R, N], as on disk. groups: int32 [G, 4], see `group_table`.
+        codes: uint8 [tiles, tile_bytes], written in full. Columns beyond N and bytes beyond
+            the last block become zero.
+    """
+    words, tiles = q_weight.numpy().view(np.uint32), codes.numpy()
+    tiles[:] = 0
+    for bits, _, rows, offset in groups.tolist():
+        for first, end in _chunks(rows, words.shape[1]):
+            # Groups follow each other on disk as in a tile: 64 bytes there are one word here.
+            word = (offset + first * bits // BLOCK_ROWS * BLOCK_BIT_BYTES) // BLOCK_BIT_BYTES
+            length = -(-(end - first) * bits // 32)
+            stream = unpack_stream(words[word : word + length], bits, end - first)
+            _store(stream, bits, word * BLOCK_BIT_BYTES, tiles)
+
+
+def pack_gptq(
+    qweight: torch.Tensor,
+    bits: int,
+    perm: torch.Tensor | None,
+    groups: torch.Tensor,
+    codes: torch.Tensor,
+) -> None:
+    """Repack GPTQ's codes; the definition of `Ops.pack_gptq`.
+
+    Args:
+        qweight: int32 [K * bits / 32, N], as on disk. perm: int32 [K], stored row r takes
+            input channel perm[r]; None is the identity.
+        groups: int32 [G, 4], see `group_table`.
+        codes: uint8 [tiles, tile_bytes], written in full. Columns beyond N and bytes beyond
+            the last block become zero.
+    """
+    words, tiles = qweight.numpy().view(np.uint32), codes.numpy()
+    tiles[:] = 0
+    channels = unpack_stream(words, bits, len(words) * 32 // bits)
+    if perm is not None:
+        channels = channels[perm.numpy()]
+    for _, start, rows, offset in groups.tolist():
+        for first, end in _chunks(rows, words.shape[1]):
+            place = offset + first // BLOCK_ROWS * bits * BLOCK_BIT_BYTES
+            _store(channels[start + first : start + end], bits, place, tiles)
+
+
+def unpack_codes(linear: PackedLinear) -> Array:
+    """Read all codes of a packed layer.
+
+    Returns:
+        uint8 [in_features, tiles * 16], rows in stored order, padding columns included.
+    """
+    tiles = linear.codes.numpy()
+    rows_of_groups = []
+    for bits, _, rows, offset in linear.groups.tolist():
+        blocks = -(-rows // BLOCK_ROWS)
+        packed = tiles[:, offset : offset + blocks * bits * BLOCK_BIT_BYTES]
+        vectors = np.ascontiguousarray(packed).view(np.uint32)
+        vectors = vectors.reshape(len(tiles), blocks, bits, TILE_COLUMNS).transpose(1, 2, 0, 3)
+        codes = join_planes(vectors.reshape(blocks, bits, -1), bits)
+        rows_of_groups.append(codes[:rows])
+    return np.concatenate(rows_of_groups)
+
+
+def dequantize(linear: PackedLinear) -> torch.Tensor:
+    """Decode a packed layer, exactly: a code less its zero has 9 bits beside a half's 11.
+
+    Returns:
+        float32 [in_features, out_features], input channels in their original order. EXL2's
+        values are rounded to float16, as `packed.py` says.
+    """
+    import torch
+
+    codes = unpack_codes(linear)
+    weight = np.empty((linear.in_features, linear.out_features), np.float32)
+    channels = None if linear.perm is None else linear.perm.numpy()
+    for group, (bits, first, rows, _) in enumerate(linear.groups.tolist()):
+        scales = linear.scales[:, group].reshape(-1)[: linear.out_features].float().numpy()
+        zero: Any = 1 << (bits - 1)
+        if linear.zeros is not None:
+            zero = linear.zeros[:, group].reshape(-1)[: linear.out_features].short().numpy()
+        stored = codes[first : first + rows, : linear.out_features].astype(np.int16)
+        target = slice(first, first + rows) if channels is None else channels[first : first + rows]
+        values = (stored - zero) * scales
+        weight[target] = values.astype(np.float16) if linear.zeros is None else values
+    return torch.from_numpy(weight)

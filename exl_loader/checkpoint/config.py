@@ -1,0 +1,315 @@
+"""`config.json` as one frozen, validated record, in either of Hugging Face's layouts.
+
+Everything after this module multiplies these numbers without looking at them again, so
+each is checked here: type, range, and that they agree with each other.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..utils.errors import ModelNotFound, UnsupportedArchitecture, shown_name
+from ..utils.json_keys import Keys, read_json_object, read_json_object_if_there
+from ..utils.warn import warn_once
+from .architectures import ACTIVATIONS, ALIASES, ARCHITECTURES, Architecture
+from .rope import MAX_POSITIONS, RopeConfig, parse_rope
+
+# Several times the largest models there are: what is beyond is damage, not a model.
+GGUF_REMEDY = "Use llama.cpp for it, in the web UI the loader of that name"
+
+MAX_VOCAB_SIZE = 1 << 22
+MAX_HIDDEN_SIZE = 1 << 17
+MAX_INTERMEDIATE_SIZE = 1 << 19
+MAX_LAYERS = 1024
+MAX_HEADS = 1024
+MAX_HEAD_DIM = 1024
+MAX_EXPERTS = 1024
+
+# Keys with which other architectures change the forward pass -> values that change nothing. The
+# classes of transformers that this engine follows have no use for them.
+_OTHER_ARCHITECTURES = {
+    "embedding_multiplier": (1,), "residual_multiplier": (1,), "logits_scaling": (1,),
+    "attention_multiplier": (), "logit_scale": (1,), "scale_emb": (1,), "scale_depth": (),
+    "dim_model_base": (), "use_qk_norm": (False,), "qk_layernorm": (False,),
+    "use_bidirectional_attention": (False,), "is_causal": (True,), "clip_qkv": (),
+    "alibi": (False,), "attn_logit_softcapping": (), "final_logit_softcapping": (),
+    "no_rope_layers": ([],), "attention_chunk_size": (), "attn_temperature_tuning": (False,),
+    "use_parallel_residual": (False,), "parallel_attn": (False,),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a model is, without its weights. Names are Hugging Face's unless noted.
+
+    Args:
+        architecture: a key of `architectures.ARCHITECTURES`.
+        hidden_act: as `Ops.gate` takes it (`silu`, `gelu`, `gelu_tanh`).
+        bos_token_id: None where the model has none.
+        eos_token_ids: from `config.json`, then what `generation_config.json` adds.
+        sliding_window: the window of the layers that have one; None where none has.
+        layer_windows: window of each layer, 0 where it sees everything.
+        attn_logit_softcapping, final_logit_softcapping: 0.0 where there is none.
+        query_pre_attn_scalar: attention scores are scaled by its inverse square root
+            (head_dim in most architectures).
+        num_local_experts, num_experts_per_tok: 0 where the MLP is dense.
+        rope: the rotary embedding.
+        quantization: `quantization_config`, empty where there is none.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    hidden_act: str
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    sliding_window: int | None
+    layer_windows: tuple[int, ...]
+    attn_logit_softcapping: float
+    final_logit_softcapping: float
+    query_pre_attn_scalar: float
+    num_local_experts: int
+    num_experts_per_tok: int
+    rope: RopeConfig
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    quantization: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_dir(cls, path: str | Path) -> ModelConfig:
+        """Read the configuration of a model folder.
+
+        Raises:
+            ModelNotFound: there is no such folder, or it has no `config.json`.
+            InvalidConfig: the file cannot be read, or a value is missing, of the wrong type,
+                absurd, or contradicts another.
+            UnsupportedArchitecture: the model is of a kind that is not in `ARCHITECTURES`.
+        """
+        folder = Path(path)
+        # Unlike Path.is_dir, this raises nothing where the name is too long or a folder closed.
+        if not os.path.isdir(folder):
+            if folder.suffix.lower() == ".gguf" and os.path.exists(folder):
+                raise ModelNotFound(
+                    str(folder), expected="a model folder with config.json and *.safetensors",
+                    actual="a GGUF file, which is llama.cpp's", remedy=GGUF_REMEDY,
+                )
+            raise ModelNotFound(
+                str(folder), expected="a model folder",
+                actual="a file" if os.path.exists(folder) else "nothing there",
+                remedy="Give the folder that holds config.json and the *.safetensors files",
+            )
+        config_path = folder / "config.json"
+        try:
+            values = read_json_object(config_path)
+        except ModelNotFound:
+            raise _no_model(folder) from None
+        generation_path = folder / "generation_config.json"
+        generation = read_json_object_if_there(generation_path)
+        return cls.from_dict(
+            values,
+            where=str(config_path),
+            generation=Keys(generation, str(generation_path)),
+        )
+
+    @property
+    def own_length(self) -> int:
+        """The model's own length in tokens, with the RoPE scaling of its config."""
+        return self.rope.own_length
+
+    @classmethod
+    def from_dict(
+        cls, values: dict[str, Any], *, where: str = "config.json", generation: Keys | None = None
+    ) -> ModelConfig:
+        """Read the configuration out of parsed JSON; see `from_dir`."""
+        architecture = _architecture(Keys(values, where))
+        foreign = [
+            key for key, neutral in _OTHER_ARCHITECTURES.items()
+            if values.get(key) is not None and values[key] not in neutral
+            and key not in architecture.defaults
+        ]
+        if foreign:
+            warn_once(
+                f"{where}: {architecture.name} has no use for {', '.join(foreign)}; if the model "
+                "was trained with it, the output is wrong"
+            )
+        values = {key: value for key, value in values.items() if key not in foreign}
+        keys = Keys(values, where, architecture.defaults)
+        dimensions = _dimensions(keys)
+        head_dim = dimensions["head_dim"]
+        num_layers = dimensions["num_hidden_layers"]
+        max_position_embeddings = keys.required_integer(
+            "max_position_embeddings", 2, MAX_POSITIONS
+        )
+        windows = _layer_windows(keys, architecture, num_layers)
+        scalar = float(head_dim)
+        if architecture.query_pre_attn_scalar:
+            scalar = keys.required_number("query_pre_attn_scalar", 1e-3, 1e6)
+        bos_token_ids = _token_ids(keys, "bos_token_id", dimensions["vocab_size"])
+        return cls(
+            architecture=architecture.name,
+            **dimensions,
+            **_experts(keys, architecture),
+            rms_norm_eps=keys.required_number("rms_norm_eps", 0.0, 1.0),
+            max_position_embeddings=max_position_embeddings,
+            tie_word_embeddings=bool(keys.boolean("tie_word_embeddings")),
+            hidden_act=_activation(keys, architecture),
+            bos_token_id=bos_token_ids[0] if bos_token_ids else None,
+            eos_token_ids=_eos_token_ids(keys, generation, dimensions["vocab_size"]),
+            sliding_window=max(windows) or None,
+            layer_windows=windows,
+            attn_logit_softcapping=keys.number("attn_logit_softcapping", 0.0, 1e6) or 0.0,
+            final_logit_softcapping=keys.number("final_logit_softcapping", 0.0, 1e6) or 0.0,
+            query_pre_attn_scalar=scalar,
+            rope=parse_rope(
+                keys, head_dim, max_position_embeddings, architecture.longrope_aliases
+            ),
+            attention_bias=bool(keys.boolean("attention_bias")),
+            mlp_bias=bool(keys.boolean("mlp_bias")),
+            quantization=keys.mapping("quantization_config") or {},
+        )
+
+
+def _no_model(folder: Path) -> ModelNotFound:
+    """The error for a folder without config.json, by what it holds instead."""
+    try:
+        is_gguf = any(name.lower().endswith(".gguf") for name in os.listdir(folder))
+    except OSError:
+        is_gguf = False
+    return ModelNotFound(
+        str(folder), expected="a model folder with config.json and *.safetensors",
+        actual="GGUF, which is llama.cpp's" if is_gguf else "no config.json",
+        remedy=GGUF_REMEDY if is_gguf else
+        "Give the model's own folder, or download what is missing",
+    )
+
+
+def _architecture(keys: Keys) -> Architecture:
+    """Find the table entry: by class name, or by `model_type` where no class with a head is named.
+
+    Folders of a model without its head name its body (`LlamaModel`), folders of some converters
+    nothing at all.
+    """
+    value = keys.raw("architectures")
+    names = [] if value is None else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise keys.fail("architectures", "a list of class names")
+    for name in names:
+        name = ALIASES.get(name, name)
+        if name in ARCHITECTURES:
+            return ARCHITECTURES[name]
+    model_type = keys.text("model_type")
+    if all(name.endswith("Model") for name in names):
+        bodies = {name.removesuffix("Model") + "ForCausalLM" for name in names}
+        for architecture in ARCHITECTURES.values():
+            known = architecture.model_type == model_type
+            if known or (model_type is None and architecture.name in bodies):
+                return architecture
+    found = ", ".join(names) or "no class"
+    raise UnsupportedArchitecture(
+        f"the architecture of {keys.where}",
+        expected=f"one of {', '.join(ARCHITECTURES)}",
+        actual=shown_name(f"{found}, model_type {model_type}", 200),
+        remedy="Choose a model of a supported architecture",
+    )
+
+
+def _dimensions(keys: Keys) -> dict[str, int]:
+    hidden_size = keys.required_integer("hidden_size", 1, MAX_HIDDEN_SIZE)
+    num_heads = keys.required_integer("num_attention_heads", 1, MAX_HEADS)
+    num_kv_heads = keys.integer("num_key_value_heads", 1, MAX_HEADS) or num_heads
+    if num_heads % num_kv_heads:
+        raise keys.fail("num_key_value_heads", f"a divisor of num_attention_heads ({num_heads})")
+    head_dim = keys.integer("head_dim", 1, MAX_HEAD_DIM)
+    if head_dim is None:
+        head_dim, rest = divmod(hidden_size, num_heads)
+        if rest or not 1 <= head_dim <= MAX_HEAD_DIM:
+            raise keys.fail(
+                "hidden_size",
+                f"num_attention_heads ({num_heads}) times a head_dim of at most {MAX_HEAD_DIM}",
+            )
+    return {
+        "vocab_size": keys.required_integer("vocab_size", 1, MAX_VOCAB_SIZE),
+        "hidden_size": hidden_size,
+        "intermediate_size": keys.required_integer(
+            "intermediate_size", 1, MAX_INTERMEDIATE_SIZE
+        ),
+        "num_hidden_layers": keys.required_integer("num_hidden_layers", 1, MAX_LAYERS),
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_kv_heads,
+        "head_dim": head_dim,
+    }
+
+
+def _experts(keys: Keys, architecture: Architecture) -> dict[str, int]:
+    if architecture.experts is None:
+        return {"num_local_experts": 0, "num_experts_per_tok": 0}
+    num_experts = keys.required_integer("num_local_experts", 1, MAX_EXPERTS)
+    return {
+        "num_local_experts": num_experts,
+        "num_experts_per_tok": keys.required_integer("num_experts_per_tok", 1, num_experts),
+    }
+
+
+def _activation(keys: Keys, architecture: Architecture) -> str:
+    name = keys.text(architecture.activation_key)
+    if name is None or name not in ACTIVATIONS:
+        raise keys.fail(architecture.activation_key, f"one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def _layer_windows(keys: Keys, architecture: Architecture, num_layers: int) -> tuple[int, ...]:
+    """Find each layer's window; a row sees the `window` newest positions, itself included."""
+    rule = architecture.window
+    window = None if rule == "none" else keys.integer("sliding_window", 0, MAX_POSITIONS)
+    if rule == "upper" and not keys.boolean("use_sliding_window"):
+        window = None
+    if not window:
+        return (0,) * num_layers
+    if rule == "uniform":
+        return (window,) * num_layers
+    layer_types = keys.raw("layer_types")
+    if layer_types is None and rule == "upper":
+        first = keys.required_integer("max_window_layers", 0, MAX_LAYERS)
+        return tuple(window if i >= first else 0 for i in range(num_layers))
+    if layer_types is None:
+        return tuple(window if i % 2 == 0 else 0 for i in range(num_layers))
+    known = {"sliding_attention": window, "full_attention": 0}
+    if (
+        not isinstance(layer_types, list)
+        or len(layer_types) != num_layers
+        or not all(isinstance(name, str) and name in known for name in layer_types)
+    ):
+        raise keys.fail("layer_types", f"{num_layers} times {' or '.join(known)}")
+    return tuple(known[name] for name in layer_types)
+
+
+def _token_ids(keys: Keys, key: str, vocab_size: int) -> list[int]:
+    """Read one id or a list of ids; those outside the vocabulary can never occur."""
+    value = keys.raw(key)
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise keys.fail(key, "a token id or a list of them")
+    return [i for i in ids if 0 <= i < vocab_size]
+
+
+def _eos_token_ids(keys: Keys, generation: Keys | None, vocab_size: int) -> tuple[int, ...]:
+    """Read what both files name; the class's default where neither has the key."""
+    named = [
+        where for where in (keys, generation)
+        if where is not None and "eos_token_id" in where.values
+    ]
+    ids: list[int] = []
+    for where in named or [keys]:
+        ids += _token_ids(where, "eos_token_id", vocab_size)
+    return tuple(dict.fromkeys(ids))

@@ -1,0 +1,307 @@
+"""Rotary position embeddings: the frequencies of every scaling scheme, in plain floats.
+
+Formulas and key names are those of `transformers` (`modeling_rope_utils.py`, version 5.23);
+the papers are named at each scheme. `transformers` computes in float32 and this in double,
+so values agree to float32 rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..utils.errors import InvalidConfig, InvalidSettings, shown
+from ..utils.json_keys import Keys
+
+MAX_POSITIONS = (1 << 31) - 1
+MAX_FACTOR = 1e6
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """The rotary embedding of a model, Hugging Face's key names word for word.
+
+    Args:
+        rope_type: a key of `ROPE_TYPES`.
+        rope_theta: base of the frequencies.
+        rotary_dim: rotated elements of a head, the first ones; even.
+        max_position_embeddings: the model's own length in tokens.
+        original_max_position_embeddings: its length before the scheme stretched it.
+        The rest belongs to single schemes and is None (or empty) elsewhere.
+    """
+
+    rope_type: str
+    rope_theta: float
+    rotary_dim: int
+    max_position_embeddings: int
+    original_max_position_embeddings: int
+    factor: float | None = None
+    attention_factor: float | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+    @property
+    def own_length(self) -> int:
+        """The model's own length in tokens, with the scaling of its config.
+
+        Beside a factor of linear, dynamic or yarn scaling `max_position_embeddings` may be the
+        length before scaling, as the documentation of transformers asks for.
+        """
+        if self.rope_type not in ("linear", "dynamic", "yarn"):
+            return self.max_position_embeddings
+        scaled = int(self.original_max_position_embeddings * (self.factor or 1.0))
+        return min(MAX_POSITIONS, max(self.max_position_embeddings, scaled))
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether frequencies depend on the length a sequence is meant to reach."""
+        return self.rope_type in ("dynamic", "longrope")
+
+    def length_class(self, rope_len: int) -> int:
+        """Return a number that is the same for lengths with the same frequencies."""
+        if self.rope_type == "dynamic":
+            return max(rope_len, self.max_position_embeddings)
+        if self.rope_type == "longrope":
+            return int(rope_len > self.original_max_position_embeddings)
+        return 0
+
+
+def inv_freq(
+    config: RopeConfig,
+    rope_len: int,
+    *,
+    alpha_value: float = 1.0,
+    compress_pos_emb: float = 1.0,
+) -> tuple[list[float], float]:
+    """Compute the rotation per token of each pair of elements.
+
+    Args:
+        config: the model's rotary embedding.
+        rope_len: tokens the sequence is meant to reach. It picks the short or long factors
+            of longrope and the base of dynamic scaling, once for a sequence, so that its
+            chunks agree with one pass.
+        alpha_value: NTK-aware scaling: the base is multiplied by
+            alpha ** (rotary_dim / (rotary_dim - 2)), so that the slowest frequency is
+            divided by alpha and the fastest stays.
+        compress_pos_emb: positions are divided by this, on top of the model's own scheme.
+
+    Returns:
+        rotary_dim / 2 frequencies in radians a token, fastest first, and the factor on
+        cosine and sine.
+
+    Raises:
+        InvalidSettings: alpha_value or compress_pos_emb is no number in (0, 1e6].
+    """
+    check_scaling(alpha_value, compress_pos_emb)
+    theta = config.rope_theta * _ntk(alpha_value, config.rotary_dim)
+    frequencies, factor = ROPE_TYPES[config.rope_type](config, theta, rope_len)
+    return [f / compress_pos_emb for f in frequencies], factor
+
+
+def check_scaling(alpha_value: Any, compress_pos_emb: Any) -> None:
+    """Raise InvalidSettings unless both are numbers from 1e-6 to 1e6."""
+    for name, value in (("alpha_value", alpha_value), ("compress_pos_emb", compress_pos_emb)):
+        valid = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not valid or not 1 / MAX_FACTOR <= value <= MAX_FACTOR:
+            raise InvalidSettings(
+                name, expected=f"a number above 0, from {1 / MAX_FACTOR:g} to {MAX_FACTOR:g}",
+                actual=shown(value), remedy="1 leaves the model as it is",
+            )
+
+
+def _ntk(alpha: float, dim: int) -> float:
+    return alpha ** (dim / (dim - 2))
+
+
+def _plain(dim: int, theta: float) -> list[float]:
+    return [theta ** (-i / dim) for i in range(0, dim, 2)]
+
+
+def _default(config: RopeConfig, theta: float, rope_len: int) -> tuple[list[float], float]:
+    """Su et al., RoFormer, arXiv:2104.09864."""
+    return _plain(config.rotary_dim, theta), 1.0
+
+
+def _linear(config: RopeConfig, theta: float, rope_len: int) -> tuple[list[float], float]:
+    """Position interpolation, Chen et al., arXiv:2306.15595."""
+    assert config.factor is not None
+    return [f / config.factor for f in _plain(config.rotary_dim, theta)], 1.0
+
+
+def _dynamic(config: RopeConfig, theta: float, rope_len: int) -> tuple[list[float], float]:
+    """NTK-aware scaling that grows with the length beyond the model's own."""
+    assert config.factor is not None
+    length = max(rope_len, config.max_position_embeddings)
+    stretch = config.factor * length / config.max_position_embeddings - (config.factor - 1)
+    return _plain(config.rotary_dim, theta * _ntk(stretch, config.rotary_dim)), 1.0
+
+
+def _llama3(config: RopeConfig, theta: float, rope_len: int) -> tuple[list[float], float]:
+    """Llama 3.1: slow frequencies are divided by `factor`, fast ones kept, smooth between."""
+    assert config.factor and config.low_freq_factor and config.high_freq_factor
+    low, high = config.low_freq_factor, config.high_freq_factor
+    frequencies = []
+    for plain in _plain(config.rotary_dim, theta):
+        turns = config.original_max_position_embeddings * plain / (2 * math.pi)
+        keep = min(1.0, max(0.0, (turns - low) / (high - low)))
+        frequencies.append(plain * (keep + (1 - keep) / config.factor))
+    return frequencies, 1.0
+
+
+def _yarn(config: RopeConfig, theta: float, rope_len: int) -> tuple[list[float], float]:
+    """YaRN, Peng et al., arXiv:2309.00071."""
+    original = config.original_max_position_embeddings
+    factor = config.factor or config.max_position_embeddings / original
+    dim = config.rotary_dim
+
+    def pair_with_turns(turns: float) -> float:
+        return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = pair_with_turns(config.beta_fast or 32.0)
+    high = pair_with_turns(config.beta_slow or 1.0)
+    if config.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001
+    frequencies = []
+    for i, plain in enumerate(_plain(dim, theta)):
+        interpolate = min(1.0, max(0.0, (i - low) / (high - low)))
+        frequencies.append(plain * (1 - interpolate + interpolate / factor))
+    return frequencies, _yarn_attention_factor(config, factor)
+
+
+def _yarn_attention_factor(config: RopeConfig, factor: float) -> float:
+    def magnitude(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if config.attention_factor is not None:
+        return config.attention_factor
+    if config.mscale and config.mscale_all_dim:
+        return magnitude(config.mscale) / magnitude(config.mscale_all_dim)
+    return magnitude(1.0)
+
+
+def _longrope(config: RopeConfig, theta: float, rope_len: int) -> tuple[list[float], float]:
+    """LongRoPE, Ding et al., arXiv:2402.13753."""
+    original = config.original_max_position_embeddings
+    divisors = config.long_factor if rope_len > original else config.short_factor
+    attention_factor = config.attention_factor
+    if attention_factor is None:
+        factor = config.factor or config.max_position_embeddings / original
+        stretch = math.log(factor) / math.log(original) if factor > 1 else 0.0
+        attention_factor = math.sqrt(1 + stretch)
+    plain = _plain(config.rotary_dim, theta)
+    return [f / d for f, d in zip(plain, divisors, strict=True)], attention_factor
+
+
+ROPE_TYPES = {
+    "default": _default,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+}
+
+
+def parse_rope(keys: Keys, head_dim: int, max_position_embeddings: int,
+               longrope_aliases: tuple[str, ...] = ()) -> RopeConfig:
+    """Read the rotary embedding out of a config, in either layout.
+
+    Transformers 4 has `rope_theta` at top level and `rope_scaling` (or null) beside it;
+    transformers 5 has both in `rope_parameters`, which may be nested by layer type.
+
+    Args:
+        keys: the whole config.
+        head_dim: elements a head.
+        max_position_embeddings: the model's own length.
+        longrope_aliases: other names of `longrope` in this architecture.
+
+    Raises:
+        InvalidConfig: an unknown scheme, or one whose values are missing or make no sense.
+    """
+    scheme = keys.mapping("rope_scaling") or keys.mapping("rope_parameters") or {}
+    inherited = {
+        name: keys.raw(name)
+        for name in ("rope_theta", "partial_rotary_factor")
+        if keys.raw(name) is not None
+    }
+    rope = Keys(_flatten(keys, scheme), f"the RoPE settings of {keys.where}", inherited)
+    rope_type = rope.text("rope_type") or rope.text("type") or "default"
+    if rope_type in longrope_aliases:
+        rope_type = "longrope"
+    if rope_type not in ROPE_TYPES:
+        raise rope.fail("rope_type", f"one of {', '.join(ROPE_TYPES)}", rope_type)
+    partial = rope.number("partial_rotary_factor", 1e-3, 1.0)
+    rotary_dim = int(head_dim * (1.0 if partial is None else partial))
+    if rotary_dim % 2 or rotary_dim < 4:
+        raise rope.fail("partial_rotary_factor", "an even number of rotated elements, 4 or more",
+                        f"{rotary_dim} of a head's {head_dim}")
+    # The top level wins: Phi-3 keeps the value there, and transformers reads it so.
+    original = (
+        keys.integer("original_max_position_embeddings", 2, MAX_POSITIONS)
+        or rope.integer("original_max_position_embeddings", 2, MAX_POSITIONS)
+        or max_position_embeddings
+    )
+    return RopeConfig(
+        rope_type=rope_type,
+        rope_theta=rope.required_number("rope_theta", 1.001, 1e15),
+        rotary_dim=rotary_dim,
+        max_position_embeddings=max_position_embeddings,
+        original_max_position_embeddings=original,
+        **_scheme_values(rope, rope_type, rotary_dim // 2),
+    )
+
+
+def _flatten(keys: Keys, scheme: dict[str, Any]) -> Mapping[str, Any]:
+    """Unwrap settings nested by layer type, which this engine needs to be all the same."""
+    nested = [value for value in scheme.values() if isinstance(value, dict)]
+    if not nested:
+        return scheme
+    if any(value != nested[0] for value in nested[1:]) or len(nested) != len(scheme):
+        raise InvalidConfig(
+            f"rope_parameters in {keys.where}",
+            expected="the same RoPE settings in all layers",
+            actual=f"different ones for {', '.join(map(str, scheme))}",
+            remedy="Models with a rotary embedding per layer type are not supported",
+        )
+    return nested[0]
+
+
+def _scheme_values(rope: Keys, rope_type: str, num_pairs: int) -> dict[str, Any]:
+    """Read what belongs to one scheme; keys of other schemes are ignored."""
+    if rope_type == "default":
+        return {}
+    if rope_type in ("linear", "dynamic"):
+        return {"factor": rope.required_number("factor", 1e-3, MAX_FACTOR)}
+    if rope_type == "llama3":
+        low = rope.required_number("low_freq_factor", 1e-3, MAX_FACTOR)
+        high = rope.required_number("high_freq_factor", 1e-3, MAX_FACTOR)
+        if high <= low:
+            raise rope.fail("high_freq_factor", f"more than low_freq_factor ({low:g})")
+        factor = rope.required_number("factor", 1e-3, MAX_FACTOR)
+        return {"factor": factor, "low_freq_factor": low, "high_freq_factor": high}
+    values: dict[str, Any] = {
+        "factor": rope.number("factor", 1e-3, MAX_FACTOR),
+        "attention_factor": rope.number("attention_factor", 1e-6, MAX_FACTOR),
+    }
+    if rope_type == "yarn":
+        for name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
+            values[name] = rope.number(name, 0.0, MAX_FACTOR)
+        values["truncate"] = rope.boolean("truncate") is not False
+        return values
+    for name in ("short_factor", "long_factor"):
+        values[name] = rope.numbers(name, num_pairs, 1e-6, MAX_FACTOR)
+        if values[name] is None:
+            raise rope.fail(name, f"a list of {num_pairs} numbers")
+    return values

@@ -1,0 +1,137 @@
+"""The command line's frame: finds the subcommand, and turns errors into one readable line.
+
+A subcommand is a module with `add_arguments(parser)` and `run(args) -> exit code`. Only the
+one that was asked for is imported, so that `doctor` works where another one cannot. What exit
+codes mean stands in `EXIT_CODES`, which `--help` shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+
+from .. import __version__
+from ..utils.errors import ExlLoaderError, known_line
+from ..utils.terminal import TerminalFormatter, for_terminal
+
+# name -> (module, what the overview says)
+COMMANDS = {
+    "generate": ("exl_loader.commands.generate", "write text that follows a prompt"),
+    "chat": ("exl_loader.commands.chat", "talk to a model in the terminal"),
+    "plan": ("exl_loader.commands.plan", "compute the memory a model will take, without loading"),
+    "eval": ("exl_loader.commands.eval", "measure what cache types cost in quality on a text"),
+    "convert": ("exl_loader.commands.convert", "quantise a model folder to EXL2"),
+    "build": ("exl_loader.commands.build", "compile the kernels ahead of the first load"),
+    "doctor": ("exl_loader.commands.doctor", "say what this machine has and what is missing"),
+}
+
+EXIT_ERROR = 1
+EXIT_INTERRUPTED = 130
+# What a shell says of a program that SIGPIPE ended.
+EXIT_READER_GONE = 141
+
+EXIT_CODES = """\
+exit codes:
+  0    done; of plan: the model fits, or the plan says that it does not
+  1    an error, in one line on stderr: a wrong folder or option, a model that does not fit,
+       kernels that do not compile. Of doctor: something is missing. Of chat, where messages
+       come from a pipe or a file: one of them got no answer
+  2    wrong usage
+  130  interrupted by Ctrl-C
+  141  whoever read the output is gone, as with `| head`
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand.
+
+    Args:
+        argv: arguments without the program's name; those of the process where None, which
+            then also ends as Ctrl-C ends a program.
+
+    Returns:
+        The exit code, see `EXIT_CODES`.
+    """
+    code = _run(sys.argv[1:] if argv is None else list(argv))
+    if code == EXIT_INTERRUPTED and argv is None and os.name == "posix":
+        # A shell goes on with its loop or script after an exit code of 130, and ends it, as
+        # Ctrl-C is meant, after a program that the signal ended.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    return code
+
+
+def _run(argv: list[str]) -> int:
+    """Run one subcommand; every error becomes a line on stderr and an exit code."""
+    _open_streams()
+    handler = logging.StreamHandler()
+    handler.setFormatter(TerminalFormatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    # Generated text may hold characters that a redirected stdout's code page lacks.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    verbose = "--verbose" in argv
+    try:
+        args = parse(argv)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
+    except ExlLoaderError as error:
+        _report(str(error), verbose, error.details)
+    except KeyboardInterrupt:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Python's own flush at exit must not complain about that once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_READER_GONE
+    except Exception as error:
+        hint = "" if verbose else " (this is a bug of exl_loader; --verbose shows where)"
+        _report(known_line(error) or f"{type(error).__name__}: {error}{hint}", verbose)
+    return EXIT_ERROR
+
+
+def _open_streams() -> None:
+    """Put what reads and writes nothing in place of standard streams that were closed."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse arguments; `run` of the result is the subcommand's function."""
+    parser = argparse.ArgumentParser(
+        prog="exl_loader", description="Run EXL2 and GPTQ models, and plan the memory they take.",
+        epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"exl_loader {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    for name, (module_name, summary) in COMMANDS.items():
+        description = summary[0].upper() + summary[1:]
+        subparser = subparsers.add_parser(name, help=summary, description=description)
+        subparser.add_argument(
+            "--verbose", action="store_true", help="on an error, show its details and traceback"
+        )
+        if name == chosen:
+            module = importlib.import_module(module_name)
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    return parser.parse_args(argv)
+
+
+def _report(line: str, verbose: bool, details: str | None = None) -> None:
+    print(f"error: {for_terminal(line)}", file=sys.stderr)
+    if verbose:
+        if details:
+            print(for_terminal(details), file=sys.stderr)
+        print(for_terminal(traceback.format_exc()), end="", file=sys.stderr)

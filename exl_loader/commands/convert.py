@@ -1,0 +1,74 @@
+"""`python -m exl_loader convert SRC DST`: arguments and what is printed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..utils.progress import default_progress
+
+if TYPE_CHECKING:
+    from ..convert.pipeline import Conversion
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommand's arguments to its parser."""
+    parser.add_argument("source", type=Path, metavar="SRC", help="unquantised model folder")
+    parser.add_argument("target", type=Path, metavar="DST", help="EXL2 folder to make")
+    parser.add_argument(
+        "--bits", type=float, default=4.5, help="average bits per weight (default: 4.5)"
+    )
+    parser.add_argument(
+        "--head-bits", type=int, default=6, choices=(6, 8), help="bits of the output head"
+    )
+    parser.add_argument(
+        "--calibration", type=Path, metavar="FILE",
+        help="text like what the model will be used on (default: Python's standard library)",
+    )
+    parser.add_argument(
+        "--calibration-rows", type=int, default=64, metavar="N", help="rows of text (default: 64)"
+    )
+    parser.add_argument(
+        "--calibration-row-len", type=int, default=512, metavar="N",
+        help="tokens in a row (default: 512)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert, print what was chosen, and return the exit code.
+
+    Raises:
+        ExlLoaderError: see `convert`.
+    """
+    from ..convert import convert
+
+    result = convert(
+        args.source,
+        args.target,
+        bits=args.bits,
+        head_bits=args.head_bits,
+        calibration=args.calibration,
+        calibration_rows=args.calibration_rows,
+        calibration_row_len=args.calibration_row_len,
+        progress=default_progress(),
+    )
+    print(json.dumps(result.as_dict(), indent=2) if args.json else describe(result))
+    return 0
+
+
+def describe(result: Conversion) -> str:
+    """Write what a person wants to know after a conversion, a few lines."""
+    widths = Counter(choice.bits for choice in result.layers.values())
+    layers = ", ".join(f"{count} x {bits} bit" for bits, count in sorted(widths.items()))
+    return "\n".join(
+        [
+            f"{result.out_dir}: {result.bits_per_weight:.2f} bits per weight, "
+            f"{result.file_bytes / 2**20:.1f} MiB of weights",
+            f"layers: {layers}; head: {result.head_bits} bit",
+            f"calibration: {result.calibration_tokens} tokens; {result.seconds:.0f} s",
+        ]
+    )

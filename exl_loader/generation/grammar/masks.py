@@ -1,0 +1,288 @@
+"""Grammars that a request's text must follow, through llguidance, an optional package.
+
+Nothing of it is imported before a request has a grammar. The grammar describes the text as it
+is shown: where decoding drops the space that a first token begins with, one is allowed there.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...utils.errors import ExlLoaderError, InvalidSettings
+from ..settings import SamplingSettings
+from .gbnf import GbnfError, gbnf_to_lark
+from .reach import schema_problem
+
+if TYPE_CHECKING:
+    from ...text.tokenizer import Tokenizer
+
+# Between JSON's tokens, as llama.cpp has it. Without a bound, a model that is unsure can go on
+# with spaces until its tokens are spent.
+_JSON_SPACE = r" |\n{1,2}[ \t]{0,20}"
+
+# Put before a text that is in the midst of one: it joins with nothing that follows.
+_BEFORE = "\x02"
+
+# For tokens of more than 1024 bytes the library panics.
+_LONGEST_TOKEN_BYTES = 1000
+
+# Where lexemes.py leaves lexemes of one character, a mask visits far more items than those for
+# which the library's own limits are meant.
+_MAX_ITEMS_IN_ROW = 20_000
+_MAX_ITEMS_IN_STEP = 1_000_000
+_STEP_LEXER_FUEL = 10_000_000
+
+
+class Grammars:
+    """Makes the matchers of one model. Every method may be called from any thread.
+
+    Args:
+        tokenizer: None where the model has none; then a grammar is an error.
+        vocab_size: ids from here on are never drawn.
+        eos_ids: ids that end a text.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer | None, vocab_size: int, eos_ids: Iterable[int]
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._eos_ids = tuple(i for i in eos_ids if i < vocab_size)
+        self._lock = threading.Lock()
+        self._table: Any = None
+
+    def matcher(
+        self, settings: SamplingSettings, goes_on: bool = False
+    ) -> GrammarMatcher | None:
+        """Return what keeps a request's text to its grammar, None where it has none.
+
+        Args:
+            goes_on: the text goes on from another one, so its first space is shown.
+
+        Raises:
+            InvalidSettings: the grammar is wrong (`details` has the library's words), or
+                llguidance is missing or cannot be used with this model.
+        """
+        name = "grammar_string" if settings.grammar_string else "json_schema"
+        text = getattr(settings, name)
+        if not text:
+            return None
+        llguidance = _import_library(name)
+        table = self._token_table(llguidance, name)
+        assert self._tokenizer is not None
+        space = self._tokenizer.strips_space and not goes_on
+        try:
+            lark = gbnf_to_lark(text, space) if settings.grammar_string else _json_lark(text, space)
+        except GbnfError as error:
+            raise _bad_grammar(name, str(error), str(error)) from None
+        except RecursionError:
+            raise _bad_grammar(name, "nested too deeply", "") from None
+        with _typed(name):
+            # For a wrong grammar it returns a matcher that is in an error state.
+            matcher = llguidance.LLMatcher(
+                table, llguidance.LLMatcher.grammar_from_lark(lark), log_level=0,
+                limits=llguidance.LLParserLimits(
+                    max_items_in_row=_MAX_ITEMS_IN_ROW, step_max_items=_MAX_ITEMS_IN_STEP,
+                    step_lexer_fuel=_STEP_LEXER_FUEL,
+                ),
+            )
+        if matcher.is_error():
+            words = str(matcher.get_error())
+            raise _bad_grammar(name, words.splitlines()[0][:200], words)
+        eos_ids = () if settings.ban_eos_token else self._eos_ids
+        return GrammarMatcher(name, matcher, self._vocab_size, eos_ids)
+
+    def _token_table(self, llguidance: Any, name: str) -> Any:
+        """The library's form of the vocabulary, made once: a second for 150,000 tokens."""
+        if self._tokenizer is None or not self._tokenizer.bytes_known:
+            raise InvalidSettings(
+                name, expected="a model whose tokens are known byte by byte",
+                actual="no tokenizer" if self._tokenizer is None else "another kind of tokenizer",
+                remedy=f"Leave {name} empty for this model",
+            )
+        with self._lock:
+            if self._table is None:
+                vocabulary = _Vocabulary(self._tokenizer, self._vocab_size, self._eos_ids)
+                with _typed(name):
+                    self._table = llguidance.LLTokenizer(
+                        llguidance.TokenizerWrapper(vocabulary), n_vocab=self._vocab_size + 1,
+                        eos_token=self._vocab_size,
+                    )
+            return self._table
+
+
+class GrammarMatcher:
+    """Where one text stands in its grammar. For one thread at a time.
+
+    Args:
+        name: of the setting, for errors.
+        matcher: llguidance's, at the beginning.
+        vocab_size: ids below may be drawn.
+        eos_ids: ids to allow where the grammar may end; none where nothing ends a text early.
+
+    Attributes:
+        allowed_ids: int64, rising: the tokens that may come next; at least one unless
+            `complete`.
+        complete: nothing can be added.
+
+    Raises:
+        InvalidSettings: no token of the vocabulary can begin the text.
+    """
+
+    def __init__(
+        self, name: str, matcher: Any, vocab_size: int, eos_ids: Iterable[int]
+    ) -> None:
+        self._name = name
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+        self._eos_ids = np.array(list(eos_ids), np.int64)
+        self.complete = False
+        self.allowed_ids = self._next_ids()
+        if not len(self.allowed_ids):
+            raise _bad_grammar(name, "it allows no text", "")
+
+    def accept(self, token_id: int) -> None:
+        """Go on with a token out of `allowed_ids`.
+
+        Raises:
+            InvalidSettings: the grammar takes too much to follow, or no token of the
+                vocabulary can go on.
+        """
+        if token_id in self._eos_ids:
+            self.complete = True
+            return
+        with _typed(self._name):
+            taken = self._matcher.consume_token(token_id)
+        if not taken:
+            raise self._lost()
+        self.allowed_ids = self._next_ids()
+
+    def _next_ids(self) -> npt.NDArray[np.int64]:
+        with _typed(self._name):
+            bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        allowed = np.unpackbits(bits, bitorder="little")
+        if self._matcher.is_error():
+            raise self._lost()
+        may_end, allowed = bool(allowed[self._vocab_size]), allowed[: self._vocab_size]
+        self.complete = may_end and not allowed.any()
+        if may_end:
+            allowed[self._eos_ids] = 1
+        elif not allowed.any():
+            raise self._lost()
+        return np.flatnonzero(allowed)
+
+    def _lost(self) -> InvalidSettings:
+        words = str(self._matcher.get_error())
+        problem = words.splitlines()[0][:200] if words else "no token of the model fits in"
+        return _bad_grammar(self._name, problem, words)
+
+
+class _Vocabulary:
+    """A tokenizer as llguidance wants to see it: bytes by id, and an end token of its own.
+
+    The end token comes behind the vocabulary, because a model may have several or none.
+    Special tokens are empty, which no grammar allows: they are no text. So are tokens that the
+    library has no room for.
+    """
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Iterable[int]) -> None:
+        hidden = tokenizer.special_ids | frozenset(eos_ids)
+        tokens = [b"" if i in hidden else tokenizer.token_bytes(i) for i in range(vocab_size)]
+        self.tokens = [b"" if len(token) > _LONGEST_TOKEN_BYTES else token for token in tokens]
+        self.tokens.append(b"<end>")
+        self.eos_token_id = vocab_size
+        self.special_token_ids = [vocab_size]
+        self._tokenizer = tokenizer
+        self._ids = {token: i for i, token in enumerate(self.tokens[:-1]) if token}
+        self._longest = max(map(len, self._ids), default=0)
+
+    def __call__(self, text: str) -> list[int]:
+        """Cut up text in the midst of a text: where a grammar leaves no choice, the library
+        allows these tokens only. They must be the text's bytes, no space before it."""
+        ids = self._tokenizer.encode(_BEFORE + text, add_bos=False, special=False)
+        pieces = [self._tokenizer.token_bytes(i) for i in ids]
+        before, wanted = _BEFORE.encode(), text.encode("utf-8", "replace")
+        for count in range(1, len(ids) + 1):
+            if b"".join(pieces[:count]).endswith(before):
+                if b"".join(pieces[count:]) == wanted:
+                    return ids[count:]
+                break
+        return self._greedy(wanted)
+
+    def _greedy(self, text: bytes) -> list[int]:
+        """Longest tokens first, for tokenizers that change what they read."""
+        ids, place = [], 0
+        while place < len(text):
+            lengths = range(min(self._longest, len(text) - place), 0, -1)
+            length = next((n for n in lengths if text[place : place + n] in self._ids), 0)
+            if not length:
+                break
+            ids.append(self._ids[text[place : place + length]])
+            place += length
+        return ids
+
+
+def _import_library(name: str) -> Any:
+    try:
+        import llguidance
+    except ImportError as error:
+        raise InvalidSettings(
+            name, expected="the package llguidance", actual="none that can be imported",
+            remedy="Install it: pip install llguidance", details=str(error),
+        ) from None
+    return llguidance
+
+
+@contextmanager
+def _typed(name: str) -> Iterator[None]:
+    """Turn what the library raises about the grammar of a setting into InvalidSettings.
+
+    A panic of its compiled code arrives as a PanicException, which is no Exception. An older
+    release lacks functions and arguments.
+    """
+    try:
+        yield
+    except (ExlLoaderError, MemoryError):
+        raise
+    except (AttributeError, TypeError) as error:
+        raise InvalidSettings(
+            name, expected="the package llguidance, 1.9 or newer",
+            actual=f"one that does not do what is asked: {str(error)[:200]}",
+            remedy="Upgrade it: pip install --upgrade llguidance", details=str(error),
+        ) from error
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        words = str(error) or type(error).__name__
+        raise _bad_grammar(name, words.splitlines()[0][:200], words) from error
+
+
+def _json_lark(schema: str, leading_space: bool) -> str:
+    """Lark of a JSON schema, given as text."""
+    value = json.loads(schema)
+    problem = schema_problem(value)
+    if problem is not None:
+        raise _bad_grammar("json_schema", problem, "")
+    # The library's own options, which a schema may bring along.
+    options = value.setdefault("x-guidance", {})
+    if isinstance(options, dict) and "whitespace_flexible" not in options:
+        options.setdefault("whitespace_pattern", _JSON_SPACE)
+    space = '" "? ' if leading_space else ""
+    return f"%llguidance {{}}\nstart: {space}value\nvalue: %json {json.dumps(value)}\n"
+
+
+def _bad_grammar(name: str, problem: str, details: str) -> InvalidSettings:
+    wanted = "a GBNF grammar" if name == "grammar_string" else "a JSON schema"
+    return InvalidSettings(
+        name, expected=f"{wanted} that can be followed", actual=problem,
+        remedy="Correct it, or leave it empty", details=details,
+    )

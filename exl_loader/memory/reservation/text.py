@@ -1,0 +1,176 @@
+"""A reservation for a person to read: a table, and a refusal that says what would fit."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+from ...backends.device import Process
+from ...backends.devices import device_kind
+from ...utils.errors import InsufficientMemory
+from .records import DeviceReservation, Reservation
+
+GIB = 1 << 30
+MIB = 1 << 20
+PROCESSES_SHOWN = 3
+TEXT_WIDTH = 79
+
+
+def amount(nbytes: int) -> str:
+    """Write bytes as a person reads them: `3.21 GiB`, `18.5 MiB`, `640 bytes`."""
+    if abs(nbytes) >= GIB:
+        return f"{nbytes / GIB:.2f} GiB"
+    if abs(nbytes) >= MIB // 10:
+        return f"{nbytes / MIB:.1f} MiB"
+    return f"{nbytes} byte" if abs(nbytes) == 1 else f"{nbytes} bytes"
+
+
+def render(reservation: Reservation) -> str:
+    """Lay a reservation out as a table: a column a device, a row a part, then the verdict."""
+    devices = reservation.devices
+    rows = [
+        ("", [device.device for device in devices]),
+        ("layers", [f"{d.first_layer}-{d.end_layer - 1}" for d in devices]),
+        ("weights", [amount(d.weights_bytes) for d in devices]),
+        ("cache", [amount(d.cache_bytes) for d in devices]),
+        ("workspace", [amount(d.workspace_bytes) for d in devices]),
+        ("total", [amount(d.total_bytes) for d in devices]),
+        *_draft_row(devices),
+        ("outside", [_overhead(d) for d in devices]),
+        ("free", [amount(d.free_bytes) for d in devices]),
+        ("of", [amount(d.capacity_bytes) for d in devices]),
+        ("held by others", [amount(d.other_bytes) for d in devices]),
+    ]
+    if any(d.limit_bytes is not None for d in devices):
+        limits = ["none" if d.limit_bytes is None else amount(d.limit_bytes) for d in devices]
+        rows.append(("limit", limits))
+    rows.append(("verdict", [_verdict(d) for d in devices]))
+    if len(devices) > 1:
+        overall = amount(reservation.total_bytes)
+        for name, cells in rows:
+            cells.append({"": "all", "total": overall}.get(name, ""))
+    widths = [max(len(cells[i]) for _, cells in rows) for i in range(len(rows[0][1]))]
+    lines = [
+        f"{name:<15}"
+        + "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+        for name, cells in rows
+    ]
+    warning = reservation.length_warning
+    warned = []
+    if warning is not None:
+        warned = [*textwrap.wrap(f"Warning: {warning.text}", TEXT_WIDTH), ""]
+    return "\n".join(
+        [_headline(reservation), "", *lines, "", *warned, *_largest(reservation)]
+    )
+
+
+def _headline(reservation: Reservation) -> str:
+    return (
+        f"{reservation.model_dir}\n{reservation.architecture}, {reservation.format}, "
+        f"{reservation.num_layers} layers; {reservation.ctx_size:,} tokens of context, "
+        f"cache {reservation.cache_type}"
+    )
+
+
+def _draft_row(devices: Sequence[DeviceReservation]) -> list[tuple[str, list[str]]]:
+    if not any(d.draft_bytes for d in devices):
+        return []
+    return [("of it draft", [amount(d.draft_bytes) for d in devices])]
+
+
+def _overhead(device: DeviceReservation) -> str:
+    return amount(device.overhead_bytes) + ("" if device.overhead_measured else " (assumed)")
+
+
+def _verdict(device: DeviceReservation) -> str:
+    if device.fits:
+        return f"fits, {amount(device.spare_bytes)} to spare"
+    return f"does not fit, {amount(device.missing_bytes)} missing"
+
+
+def _largest(reservation: Reservation) -> list[str]:
+    lines = ["Largest context that fits"]
+    is_stretched = reservation.stretched_length > reservation.own_length
+    beyond = "beyond the model's " + ("stretched length" if is_stretched else "own length")
+    for name, tokens in reservation.largest_ctx_size.items():
+        note = f" ({beyond})" if tokens > reservation.stretched_length else ""
+        lines.append(f"  {name:<9}{tokens:>12,} tokens{note}" if tokens else f"  {name:<9}none")
+    return lines
+
+
+def refusal(reservation: Reservation) -> InsufficientMemory:
+    """Say why a reservation cannot be kept, and what could be.
+
+    Returns:
+        an error with needed, free and missing bytes of each device and part, cache types that
+        would fit at this context, the largest context at this cache type, and other
+        processes that hold memory, where the system tells.
+    """
+    short = [device for device in reservation.devices if not device.fits]
+    assert short, "a reservation that fits is not refused"
+    needed = "; ".join(_needed(device) for device in short)
+    found = "; ".join(_found(device) for device in short)
+    error = InsufficientMemory(
+        f"{', '.join(device.device for device in short)}: a context of {reservation.ctx_size} "
+        f"tokens with cache {reservation.cache_type} does not fit",
+        expected=needed,
+        actual=found,
+        remedy=" ".join([*_ways_out(reservation), *_holders(short)]),
+        details=render(reservation),
+    )
+    error.reservation = reservation
+    return error
+
+
+def _limited(device: DeviceReservation) -> bool:
+    """Whether the buffers alone exceed a limit of the user's own, and not only what is free."""
+    limit = device.limit_bytes
+    return limit is not None and device.missing_bytes == device.total_bytes - limit
+
+
+def _needed(device: DeviceReservation) -> str:
+    parts = (
+        f"weights {amount(device.weights_bytes)}, cache {amount(device.cache_bytes)}, "
+        f"workspace {amount(device.workspace_bytes)}"
+    )
+    # A limit is set on the buffers, so that what lies outside them is no part of the sum.
+    if _limited(device):
+        return f"{amount(device.total_bytes)} ({parts})"
+    return f"{amount(device.needed_bytes)} ({parts}, outside {amount(device.overhead_bytes)})"
+
+
+def _found(device: DeviceReservation) -> str:
+    # What the system has: `free_bytes` is no more than the limit, which is not in the way here.
+    lent = f"{amount(device.needed_bytes - device.missing_bytes)} free"
+    if _limited(device):
+        lent = f"a limit of {amount(device.limit_bytes or 0)}"
+    return f"{lent}, {amount(device.missing_bytes)} missing"
+
+
+def _ways_out(reservation: Reservation) -> list[str]:
+    largest, ctx_size = reservation.largest_ctx_size, reservation.ctx_size
+    ways = []
+    fitting = [name for name, tokens in largest.items() if tokens >= ctx_size]
+    if fitting:
+        ways.append(f"At this context these cache types fit: {', '.join(fitting)}.")
+    else:
+        ways.append("At this context no cache type fits.")
+    tokens = largest[reservation.cache_type]
+    if tokens:
+        ways.append(f"With cache {reservation.cache_type} the largest context is {tokens} tokens.")
+    elif not any(largest.values()):
+        ways.append("Not even the shortest context fits: choose a model with fewer bits.")
+    return ways
+
+
+def _holders(short: list[DeviceReservation]) -> list[str]:
+    """Name the largest holders of each device that is short."""
+    found: list[Process] = []
+    for device in short:
+        if _limited(device):
+            continue  # a limit of the user's own stands in the way, nobody else
+        found += device_kind(device.device).processes(device.device, PROCESSES_SHOWN)
+    if not found:
+        return []
+    names = ", ".join(f"{p.name} (pid {p.pid}) {amount(p.held_bytes)}" for p in found)
+    return [f"Other processes hold memory: {names}."]

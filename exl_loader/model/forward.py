@@ -1,0 +1,303 @@
+"""The forward pass: rows of one or several sequences in, logits out, inside the workspace.
+
+What runs on a device is a `stages.Stage`; a model is its stages in order, and the host's side
+of a step: what it writes for the operations and reads of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy.typing as npt
+import torch
+
+from ..backends.base import Ops
+from ..cache.layout import PAGE_LEN
+from ..cache.paging import PagedCache, Sequence
+from ..checkpoint.rope import inv_freq
+from ..generation.sampling import LazyRow
+from ..generation.sampling.candidates import Floats
+from ..utils.errors import CacheFull, InvalidSettings
+from .blueprint import Blueprint
+from .likeliest import LikeliestTokens
+from .stages import Stage, StageStep, take_key_biases
+from .weights import Weights
+
+LogitsMode = Literal["last", "all", "none"]
+
+# Recorded steps that are kept. Decoding needs one a batch size; the others are the odd last
+# chunks of prompts, which come again rarely and cost little beside their own work.
+MAX_STEPS = 32
+
+
+@dataclass(frozen=True)
+class Step:
+    """A recorded forward pass of one shape: its part on each device, and where logits are left."""
+
+    parts: tuple[StageStep, ...]
+    logits: torch.Tensor
+
+
+class Model:
+    """A loaded model. One thread at a time may call `forward`.
+
+    Args:
+        blueprint: what the model is, and which device each part is on.
+        weights: its weights.
+        workspaces: device -> views of its `workspace_specs`, by name.
+        cache: the key/value cache.
+        ops: device -> its operations.
+        alpha_value, compress_pos_emb: see `rope.inv_freq`.
+
+    Attributes:
+        sampled_vocab_size: ids from here on stand for nothing and are never drawn.
+
+    Raises:
+        InvalidSettings: alpha_value or compress_pos_emb out of range.
+    """
+
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        weights: Weights,
+        workspaces: Mapping[str, Mapping[str, torch.Tensor]],
+        cache: PagedCache,
+        ops: Mapping[str, Ops],
+        *,
+        alpha_value: float = 1.0,
+        compress_pos_emb: float = 1.0,
+    ):
+        self.config, devices = blueprint.config, blueprint.device_map.devices
+        first, last = workspaces[devices[0]], workspaces[devices[-1]]
+        self.chunk_size = first["ids"].shape[0]
+        self.max_batch_size = first["past_len"].shape[0]
+        self.logits_rows = last["logits"].shape[0]
+        self.sampled_vocab_size = self.config.vocab_size
+        self._blueprint, self._weights = blueprint, weights
+        self._workspaces, self._ops = workspaces, ops
+        if weights.key_biases is None:
+            weights.key_biases = take_key_biases(blueprint, weights, ops, workspaces)
+        for layer, key_bias in zip(cache.layers, weights.key_biases, strict=True):
+            layer.key_bias = key_bias
+        self._rope_options = {"alpha_value": alpha_value, "compress_pos_emb": compress_pos_emb}
+        frequencies, rope_factor = inv_freq(self.config.rope, 1, **self._rope_options)
+        self._stages = [
+            Stage(blueprint, device, weights, cache.layers, ops[device], workspaces[device],
+                  rope_factor)
+            for device in devices
+        ]
+        self._inputs = [stage.inputs for stage in self._stages]
+        for inputs in self._inputs:
+            inputs.arrays["inv_freq"][:] = frequencies
+        # Of the last stage: its head leaves them there.
+        self._host, self._logits_there = self._stages[-1].host, last["logits"]
+        self._logits = self._host.mirror(self._logits_there)
+        self._likeliest = (
+            LikeliestTokens(self._host, last["top_logits"]) if "top_logits" in last else None
+        )
+        self._max_pages = first["page_table"].shape[1]
+        self._slot_rope_len = [1] * self.max_batch_size
+        self._steps: dict[tuple[int, int, LogitsMode, bool], Step] = {}
+        for stage in self._stages:
+            # Another thread than the one that loads may run the steps.
+            stage.host.finish()
+
+    def forward(
+        self,
+        entries: SequenceOf[tuple[Sequence, list[int]]],
+        logits: LogitsMode = "last",
+    ) -> torch.Tensor:
+        """Run new tokens of one or several sequences and advance their `past_len`.
+
+        Args:
+            entries: sequences, each with the ids that follow its `past_len` tokens and with
+                pages for them. At most `max_batch_size` sequences, `chunk_size` ids in all.
+            logits: `last` for one row a sequence, `all` for a row an id (then at most
+                `logits_rows` ids), `none` to fill the cache alone.
+
+        Returns:
+            float32 [rows, vocab_size] on the CPU, a view that is valid until the next call;
+            no rows for `none`.
+
+        Raises:
+            InvalidSettings: an id outside the vocabulary, or no ids.
+            CacheFull: a sequence has too few pages.
+        """
+        out = self._fetch(self._run(entries, logits, False))
+        _advance(entries)
+        return out
+
+    def forward_rows(
+        self,
+        entries: SequenceOf[tuple[Sequence, list[int]]],
+        logits: LogitsMode = "last",
+    ) -> list[npt.ArrayLike]:
+        """Do the same for samplers, which mostly need the likeliest tokens alone.
+
+        Returns:
+            float32 [vocab_size] for each row, those of a card as a `LazyRow`; valid until the
+            next call.
+        """
+        if self._likeliest is None or logits == "none":
+            return list(self.forward(entries, logits).numpy())
+        there = self._run(entries, logits, True)
+        found = self._likeliest.read(len(there), self.sampled_vocab_size)
+        _advance(entries)
+        return [
+            LazyRow(partial(self._fetch_row, there, row), tokens)
+            for row, tokens in enumerate(found)
+        ]
+
+    def _run(
+        self, entries: SequenceOf[tuple[Sequence, list[int]]], logits: LogitsMode,
+        likeliest: bool,
+    ) -> torch.Tensor:
+        """Run a step, which may also find the likeliest tokens of its rows of logits.
+
+        Returns:
+            The logits where they are.
+        """
+        num_rows = sum(len(ids) for _, ids in entries)
+        assert 0 < len(entries) <= self.max_batch_size and num_rows <= self.chunk_size
+        assert logits != "all" or num_rows <= self.logits_rows
+        self._check(entries)
+        step = self._step(num_rows, len(entries), logits, likeliest)
+        self._send_inputs(entries, step)
+        if self.config.rope.depends_on_length:
+            self._angles_by_length(entries)
+        for part in step.parts:
+            part.run()
+        return step.logits
+
+    def _fetch(self, there: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """Bring rows of logits over, the first of which is the workspace's `first`."""
+        out = self._logits[first : first + len(there)]
+        if len(out):
+            self._host.collect(there, out)
+        return out
+
+    def _fetch_row(self, there: torch.Tensor, row: int) -> Floats:
+        values: Floats = self._fetch(there[row : row + 1], row).numpy()[0]
+        return values
+
+    def with_cache(self, cache: PagedCache, ops: Mapping[str, Ops] | None = None) -> Model:
+        """Return the same model over another cache, to compare caches.
+
+        Both share weights and workspace: a call of one ends what the other's logits are
+        valid for, and only one may run at a time.
+
+        Args:
+            cache: in place of the model's own.
+            ops: device -> operations in place of the model's own.
+        """
+        model = Model(
+            self._blueprint, self._weights, self._workspaces, cache, ops or self._ops,
+            **self._rope_options,
+        )
+        # One record for both, because the frequencies of a slot are in the shared workspace;
+        # the new model has just written them anew.
+        self._slot_rope_len[:] = model._slot_rope_len
+        model._slot_rope_len = self._slot_rope_len
+        return model
+
+    def rope_class(self, rope_len: int) -> int:
+        """Return a number that is the same for lengths with the same RoPE frequencies."""
+        return self.config.rope.length_class(rope_len)
+
+    def _check(self, entries: SequenceOf[tuple[Sequence, list[int]]]) -> None:
+        """Refuse what would make an operation read or write outside its tensors."""
+        vocab_size = self.config.vocab_size
+        for sequence, ids in entries:
+            if not ids or min(ids) < 0 or max(ids) >= vocab_size:
+                raise InvalidSettings(
+                    "token ids", expected=f"one or more from 0 to {vocab_size - 1}",
+                    actual=f"{min(ids)} to {max(ids)}" if ids else "none",
+                    remedy="The prompt may come from another model's tokenizer",
+                )
+            pages = min(len(sequence.pages), self._max_pages)
+            if sequence.past_len + len(ids) > pages * PAGE_LEN:
+                raise CacheFull(
+                    "the key/value cache", expected=f"pages for {sequence.past_len + len(ids)} "
+                    "tokens", actual=f"{pages * PAGE_LEN}", remedy="Load with a larger ctx_size",
+                )
+
+    def _send_inputs(self, entries: SequenceOf[tuple[Sequence, list[int]]], step: Step) -> None:
+        """Tell every device what it needs to know of the step."""
+        for inputs in self._inputs:
+            inputs.begin()
+            self._write(inputs.arrays, entries)
+        if self.config.rope.depends_on_length:
+            self._write_frequencies(entries)
+        longest = max(sequence.past_len + len(ids) for sequence, ids in entries)
+        for part, inputs in zip(step.parts, self._inputs, strict=True):
+            part.batch.max_total_len = longest
+            inputs.send()
+
+    def _write(
+        self, host: Mapping[str, Any], entries: SequenceOf[tuple[Sequence, list[int]]]
+    ) -> None:
+        first = 0
+        host["q_start"][0] = 0
+        for slot, (sequence, ids) in enumerate(entries):
+            past_len, end = sequence.past_len, first + len(ids)
+            host["ids"][first:end] = ids
+            host["positions"][first:end] = range(past_len, past_len + len(ids))
+            host["q_start"][slot + 1] = end
+            if "head_rows" in host:
+                host["head_rows"][slot] = end - 1
+            host["past_len"][slot] = past_len
+            pages = sequence.pages[: self._max_pages]
+            host["page_table"][slot, : len(pages)] = pages
+            first = end
+
+    def _write_frequencies(self, entries: SequenceOf[tuple[Sequence, list[int]]]) -> None:
+        for slot, (sequence, _) in enumerate(entries):
+            if sequence.rope_len != self._slot_rope_len[slot]:
+                frequencies, _ = inv_freq(
+                    self.config.rope, sequence.rope_len, **self._rope_options
+                )
+                for inputs in self._inputs:
+                    inputs.arrays["inv_freq"][slot] = frequencies
+                self._slot_rope_len[slot] = sequence.rope_len
+
+    def _angles_by_length(self, entries: SequenceOf[tuple[Sequence, list[int]]]) -> None:
+        """Compute the angles of rows whose frequencies are those of their own sequence."""
+        first = 0
+        for slot, (_, ids) in enumerate(entries):
+            end = first + len(ids)
+            for stage in self._stages:
+                stage.angles(first, end, slot)
+            first = end
+
+    def _step(
+        self, num_rows: int, num_sequences: int, logits: LogitsMode, likeliest: bool
+    ) -> Step:
+        key = (num_rows, num_sequences, logits, likeliest)
+        step = self._steps.get(key)
+        if step is None:
+            if len(self._steps) >= MAX_STEPS:
+                self._steps.pop(next(iter(self._steps)))
+            step = self._steps[key] = self._record(*key)
+        return step
+
+    def _record(
+        self, num_rows: int, num_sequences: int, logits: LogitsMode, likeliest: bool
+    ) -> Step:
+        rows = {"last": num_sequences, "all": num_rows, "none": 0}[logits]
+        out = self._logits_there[:rows]
+        parts: list[StageStep] = []
+        for stage in self._stages:
+            head = out if rows and stage is self._stages[-1] else None
+            before = parts[-1] if parts else None
+            sampled = self.sampled_vocab_size if likeliest and head is not None else 0
+            parts.append(stage.record(num_rows, num_sequences, head, before, sampled))
+        return Step(tuple(parts), out)
+
+
+def _advance(entries: SequenceOf[tuple[Sequence, list[int]]]) -> None:
+    for sequence, ids in entries:
+        sequence.past_len += len(ids)

@@ -1,0 +1,265 @@
+"""Text to token ids and back, whatever files a folder has for it.
+
+The first of these is used, as in transformers: `tokenizer.json`, `tokenizer.model`, `vocab.json`
+with `merges.txt`. Which tokens begin and end a text, and which are special, stands in `roles`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ...utils.errors import InvalidSettings, InvalidTokenizer, is_text
+from ...utils.setting_values import check_flag, whole_numbers
+from ...utils.untrusted_files import is_there
+from ..chat.template import ChatTemplates
+from . import roles, vocab_merges
+from .backend import Backend
+from .files import TokenizerConfig, read_tokenizer_config
+from .hf import TokenizersBackend
+from .spm import SentencePieceBackend
+from .stream import StreamDecoder, clean_up
+
+__all__ = ["StreamDecoder", "Tokenizer", "has_tokenizer", "no_tokenizer"]
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a model folder has files that `Tokenizer.from_dir` reads."""
+    single = any(is_there(folder / name) for name in ("tokenizer.json", "tokenizer.model"))
+    return single or vocab_merges.has_vocab_and_merges(folder)
+
+
+def no_tokenizer(thing: str) -> InvalidTokenizer:
+    """Make the error for text where the model folder has no tokenizer."""
+    return InvalidTokenizer(
+        thing, expected="tokenizer.json, tokenizer.model, or vocab.json with merges.txt in the "
+        "model folder", actual="none of them",
+        remedy="Copy the tokenizer files of the original model into the folder",
+    )
+
+
+class Tokenizer:
+    """A folder's tokenizer. Safe to use from several threads.
+
+    Args:
+        backend: the vocabulary.
+        config: the folder's settings.
+
+    Attributes:
+        vocab_size: one more than the largest token id.
+        bos_token_id: None where the model has no such token.
+        eos_token_ids: ids of the tokenizer's own end token; perhaps none.
+        add_bos_token: `encode` puts the BOS token first unless told otherwise.
+        special_tokens: `bos_token`, `eos_token`, ... -> text.
+    """
+
+    def __init__(self, backend: Backend, config: TokenizerConfig) -> None:
+        self._backend = backend
+        self._config = config
+        self.vocab_size = backend.vocab_size
+        self.special_tokens = roles.named_tokens(config, backend)
+        self.bos_token_id = roles.bos_id(config, backend, self.special_tokens)
+        eos_token = self.special_tokens.get("eos_token")
+        self.eos_token_id = None if eos_token is None else backend.token_id(eos_token)
+        self.eos_token_ids = () if self.eos_token_id is None else (self.eos_token_id,)
+        self._prefix_ids, self._suffix_ids = roles.frame(
+            config, backend, self.bos_token_id, self.eos_token_id
+        )
+        self.add_bos_token = self.bos_token_id in self._prefix_ids
+
+    @classmethod
+    def from_dir(cls, path: str | Path) -> Tokenizer:
+        """Open the tokenizer of a model folder.
+
+        Raises:
+            InvalidTokenizer: the folder has none, or one of its files is broken.
+        """
+        folder = Path(path)
+        config = read_tokenizer_config(folder)
+        if is_there(folder / "tokenizer.json"):
+            return cls(TokenizersBackend.from_json(folder / "tokenizer.json", config), config)
+        if is_there(folder / "tokenizer.model"):
+            return cls(SentencePieceBackend(folder / "tokenizer.model", config), config)
+        if vocab_merges.has_vocab_and_merges(folder):
+            return cls(TokenizersBackend.from_vocab_and_merges(folder, config), config)
+        raise no_tokenizer(str(folder))
+
+    def encode(self, text: str, add_bos: bool | None = None, special: bool = True) -> list[int]:
+        """Turn text into token ids.
+
+        Args:
+            text: any string; a lone surrogate becomes a replacement character.
+            add_bos: True or False: begin with the BOS token (where there is one) or not,
+                and put nothing else around the text. None: what the folder says, which may
+                be an EOS token at the end as well.
+            special: recognise special tokens written in the text; else they are plain text.
+
+        Raises:
+            InvalidSettings: text is not a string.
+        """
+        if not isinstance(text, str):
+            raise InvalidSettings("text to encode", expected="a string",
+                                  actual=type(text).__name__)
+        if add_bos is not None:
+            check_flag("add_bos", add_bos)
+        check_flag("special", special)
+        if not is_text(text):
+            # Neither library takes surrogates. Two halves of a character become the character.
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        ids = self._backend.encode(text, special)
+        if add_bos is None:
+            return [*self._prefix_ids, *ids, *self._suffix_ids]
+        return [self.bos_token_id, *ids] if add_bos and self.bos_token_id is not None else ids
+
+    def prompt_ids(self, text: str, add_bos: bool | None = None) -> list[int]:
+        """Encode a prompt: what the folder puts before a text comes first, exactly once.
+
+        A BOS token that the text itself begins with (`<s>...`, as templates write it) counts as
+        that token. Nothing is put behind the prompt, because the model goes on there.
+
+        Args:
+            text: any string.
+            add_bos: True: begin with the BOS token, where the model has one. False: add nothing;
+                a BOS token in the text stays. None: what the folder says.
+
+        Raises:
+            InvalidSettings: text is not a string.
+        """
+        ids = self.encode(text, add_bos=False)
+        bos = self.bos_token_id
+        if bos is None:
+            return ids if add_bos is not None else [*self._prefix_ids, *ids]
+        prefix = list(self._prefix_ids) if add_bos is None else [bos] if add_bos else []
+        while ids[:2] == [bos, bos]:
+            del ids[0]
+        if ids[: len(prefix)] == prefix:
+            return ids
+        if bos in prefix and ids[:1] == [bos]:
+            del ids[0]
+        return [*prefix, *ids]
+
+    def cut_left(self, ids: Sequence[int], length: int) -> list[int]:
+        """Cut a prompt to its last tokens; what the folder puts before a text stays.
+
+        Args:
+            ids: the prompt.
+            length: tokens to keep, 1 or more; the BOS token is one of them where there is
+                room for another token.
+
+        Returns:
+            The prompt, at most `length` tokens.
+        """
+        length = max(1, length)
+        if len(ids) <= length:
+            return list(ids)
+        kept = list(self._prefix_ids)
+        if not kept or list(ids[: len(kept)]) != kept:
+            kept = [] if self.bos_token_id is None else [self.bos_token_id]
+        if length <= len(kept) or list(ids[: len(kept)]) != kept:
+            kept = []
+        return [*kept, *ids[len(ids) - length + len(kept) :]]
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """Turn token ids into text, the same as `stream` shows of them.
+
+        Ids outside the vocabulary are left out. Bytes that are no UTF-8 become replacement
+        characters.
+
+        Raises:
+            InvalidSettings: `ids` is something else.
+        """
+        check_flag("skip_special", skip_special)
+        checked = whole_numbers("ids", ids, "token ids")
+        if self._backend.bytes_known:
+            text = self._backend.decode(checked, skip_special)
+            return clean_up(text) if self._backend.cleans_up else text
+        # What a token of other vocabularies adds to the text depends on its neighbours.
+        stream = StreamDecoder(self._backend, skip_special)
+        return "".join(map(stream.push, checked)) + stream.flush()
+
+    def stream(self, skip_special: bool = True, behind: Sequence[int] = ()) -> StreamDecoder:
+        """Begin to decode one token at a time.
+
+        Args:
+            skip_special: leave special tokens out.
+            behind: ids of the text that the new one goes on from. Where a tokenizer drops a
+                text's first space, as Llama 2's does, that is no first space any more.
+        """
+        stream = StreamDecoder(self._backend, skip_special)
+        last_word = next((i for i in reversed(behind) if i not in self.special_ids), None)
+        if last_word is not None:
+            stream.go_on_from(last_word)
+        return stream
+
+    def stop_ids(self, model_ids: Iterable[int]) -> set[int]:
+        """Return the ids that end a text; see `roles`.
+
+        Args:
+            model_ids: `ModelConfig.eos_token_ids` of the folder.
+        """
+        return roles.stop_ids(self._config, self._backend, self.eos_token_id, model_ids)
+
+    def token_id(self, content: str) -> int | None:
+        """Return the id of a token by its text, None where there is no such token."""
+        # A lone surrogate is no text, so no token has it.
+        return self._backend.token_id(content) if is_text(content) else None
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Bytes of one token, for tokenizers with `bytes_known`; empty where it has no text."""
+        return self._backend.token_bytes(token_id)
+
+    @property
+    def bytes_known(self) -> bool:
+        """Decoded text is the bytes of its tokens joined."""
+        return self._backend.bytes_known
+
+    @property
+    def strips_space(self) -> bool:
+        """Decoding drops one space from the start of the text."""
+        return self._backend.strips_space
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of all special tokens."""
+        return self._backend.special_ids
+
+    @cached_property
+    def chat_templates(self) -> ChatTemplates:
+        """The folder's chat templates; perhaps none."""
+        return ChatTemplates.from_dir(self._config.folder, self._config.values)
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | str = False,
+        template: str | None = None,
+        **variables: Any,
+    ) -> str:
+        """Write a conversation as the prompt that the model was trained on.
+
+        Encode the result with `add_bos=False`: templates write the BOS token themselves.
+
+        Args:
+            messages: `{"role": ..., "content": ...}` in order.
+            tools: JSON schemas of functions the model may call.
+            add_generation_prompt: end with the header of the model's answer; None means yes,
+                unless the final message is continued.
+            continue_final_message: end inside the last message, so that the model writes on
+                from its last character; a string names another key than `content`.
+            template: name of one of the folder's templates; None is the default one.
+            variables: further variables of the template, e.g. `enable_thinking`.
+
+        Raises:
+            InvalidTokenizer: there is no such template, or it cannot be rendered.
+            InvalidSettings: messages are none, or the final one cannot be continued.
+        """
+        return self.chat_templates.render(
+            messages, tools=tools, add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message, name=template,
+            **{**self.special_tokens, **variables},
+        )

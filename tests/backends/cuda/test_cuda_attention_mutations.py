@@ -1,0 +1,166 @@
+"""Kernels of attention and of cache writing with one wrong expression each: the comparisons
+must notice."""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+
+import pytest
+from test_cuda_attention import (
+    DECODE_TOLERANCE,
+    FLOAT_TOLERANCE,
+    TOLERANCE,
+    assert_like_reference,
+)
+from test_cuda_attention_bias import assert_like_reference as with_bias
+from test_cuda_cache import REFERENCE, bytes_of, written
+
+from exl_loader.backends.build.toolchain import find_compiler
+from support.cache_layers import make_batch, random_rows
+from support.cuda_attention_cases import attention_target, built_from, shape_of
+from support.exhaustive import some_of
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_compiler() is None, reason="needs g++ or clang++"),
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="a mistake may crash: it runs in a fork"),
+]
+
+ORDERS = (("forward", 0), ("reverse", 0), ("shuffled", 5))
+
+ATTENTION = [
+    ("decode_products.cuh", "lane % 4 / 2), half = lane % 2", "lane % 4 / 2), half = 0"),
+    ("decode_products.cuh", "const uint32_t selector = i % 2 ? 0x7362 : 0x5140;",
+     "const uint32_t selector = i % 2 ? 0x5140 : 0x7362;"),
+    ("decode_products.cuh", "const int tokens[4] = {token, token + 1, token + 8, token + 9};",
+     "const int tokens[4] = {token, token + 1, token + 8, token + 10};"),
+    ("decode_gather.cuh", "row = 2 * t + j % 2, token = first_token + i * 16 + j / 2 * 8 + g;",
+     "row = 2 * t + j % 2, token = first_token + i * 16 + j / 2 * 8 + t;"),
+    ("decode_rows.cuh", "each == 1 ? end : end / each) - first + 1;",
+     "each == 1 ? end : end / each) - first;"),
+    ("decode_rows.cuh", "min(q_len, launch.rows - place)", "q_len"),
+    ("decode_split.cuh", "if (end < kTile) clear_tokens<kTile, kBits>(tile, end);", ""),
+    ("decode_products.cuh", "high[i] = low[i] = start;", "high[i] = low[i] = 0;"),
+    ("decode_gather.cuh", "theirs[n] = exp2_fast(other - finite_base(largest[n]));",
+     "theirs[n] = 1.0f;"),
+    ("decode_rows.cuh", "atomic_add(counter, 1) == arrivals - 1;",
+     "atomic_add(counter, 1) == arrivals - 2;"),
+    ("decode_split.cuh", "warp_sync();  // what other lanes copied is there", ""),
+    ("decode_products.cuh", "block_sync();  // fragments are read by all", ""),
+    ("prefill_tile.cuh", "lane % 16 * kStride + lane / 16 * 8;\n    const uint16_t* key",
+     "lane % 16 * kStride;\n    const uint16_t* key"),
+    ("prefill_tile.cuh", "+ j % 2;\n                if (!sees",
+     "+ j / 2;\n                if (!sees"),
+    ("attention_prefill.cu", "block_sync();  // packed values are there; keys are no longer read",
+     "warp_sync();"),
+    ("attention_prefill.cu", "block_sync();  // keys are unpacked; packed ones are no longer read",
+     "warp_sync();"),
+    ("attention.cuh", "window == 0 || position - token < window",
+     "window == 0 || position - token <= window"),
+    ("attention.cuh", "token <= position &&", "token < position &&"),
+    ("attention.cuh", "return first + count - 1 <= low &&", "return first + count - 2 <= low &&"),
+    ("attention.cuh", "high - first < window);", "low - first <= window);"),
+    ("cache_tile.cuh", "+ byte + high * 16;", "+ byte + high * 8;"),
+    ("cache_tile.cuh", "return group * kGroup + byte + high * 8;",
+     "return group * kGroup + byte + high * 4;"),
+    ("cache_tile.cuh", "bits | bits >> 15", "bits | bits >> 16"),
+    ("cache_rotate.cuh", "lane & step ? partner - x[i]", "lane & step ? x[i] - partner"),
+    ("attention_generic.cu", "if (first > 0 && head_dim - first < 16) first -= kGroup;", ""),
+    ("attention_generic.cu", "fmaf(waves[2 * i], wave.x,", "fmaf(waves[i], wave.x,"),
+    ("key_bias.cuh", "(kTile / 8) * 8 + item % 32 / 4;", "(kTile / 8) * 8 + item % 8;"),
+    ("key_bias.cuh", "fmaf(b, cosine, -(a * sine))", "fmaf(b, cosine, a * sine)"),
+    ("key_bias.cuh", "const int source = step * kStepPairs +", "const int source ="),
+    ("key_bias.cuh", "x.x - rounded.x, x.y - rounded.y", "0.0f, 0.0f"),
+    ("key_bias.cuh", "memory.key_factors[index] = key_factor * inverse;",
+     "memory.key_factors[index] = 1.0f;"),
+    ("key_bias.cuh", "Softening(call.shape).factor * call.bias.rope_factor;",
+     "Softening(call.shape).factor;"),
+    ("key_bias.cuh", "bias.inv_freq[sequence * bias.half +", "bias.inv_freq["),
+    ("decode_products.cuh", "waves[i * 64 + 32];", "waves[i * 64];"),
+    ("prefill_tile.cuh", "{key_factors[0], key_factors[8]};",
+     "{key_factors[0], key_factors[0]};"),
+]
+
+WRITING = [
+    ("cache_write.cu", "code = value > thresholds[code + step - 1]",
+     "code = value > thresholds[code + step]"),
+    ("cache_write.cu", "(lane_id() + field * bytes) & 31", "(lane_id() + field * 8) & 31"),
+    ("cache_write.cu", "candidate % kSigned >= kSearch.steps", "candidate % 2 == 1"),
+    ("cache_write.cu", "error == trial.error && other < lane", "false"),
+    ("cache_write.cu", "const int code = i < 16 ?", "const int code = i < 15 ?"),
+    ("cache_write.cu", "block_sync();  // the signs are in, and the codebooks", ""),
+    ("cache_write.cu", "for (int i = 0; i < kRefits; ++i)", "for (int i = 0; i < 0; ++i)"),
+    ("cache_rotate.cuh", "first = i / step * (2 * step) + i % step",
+     "first = i / step * step + i % step"),
+    ("cache_rotate.cuh", "block_sync();  // the next stage reads what other threads wrote", ""),
+    ("cache_rotate.cuh", "kPageLen + position % kPageLen", "kPageLen + position % 255"),
+]
+
+
+def check_attention(ops):
+    """A few calls that together reach every line of the kernels."""
+    for cache_type in ("q4", "q6", "fp16_q8", "q8_fp16"):
+        batch = make_batch([600, 0, 300], [1, 50, 3])
+        assert_like_reference(ops, cache_type, batch, shape_of(4, 2, 80, window=290))
+        assert_like_reference(ops, cache_type, batch, shape_of(4, 2, 128), seed=3)
+    assert_like_reference(ops, "fp16", make_batch([600, 0], [1, 20]), shape_of(2, 1, 72),
+                          FLOAT_TOLERANCE)
+    many = make_batch([1100, 30], [1, 1])
+    assert_like_reference(ops, "q4", many, shape_of(2, 1, 64), DECODE_TOLERANCE)
+    biased = make_batch([300, 0, 90], [1, 50, 3])
+    for cache_type, head_dim, tolerance in (("q4", 128, TOLERANCE), ("q4", 72, FLOAT_TOLERANCE)):
+        with_bias(ops, cache_type, biased, shape_of(4, 2, head_dim), 9, tolerance)
+    with_bias(ops, "q8", make_batch([300, 90], [1, 3]), shape_of(4, 2, 64), 9, DECODE_TOLERANCE)
+    # A tile that a warp's first row still sees whole, and its last row does not.
+    assert_like_reference(ops, "q8", make_batch([130], [40]), shape_of(2, 1, 128, window=100))
+    # More drafts than one launch has room for, behind a prompt.
+    assert_like_reference(ops, "q4", make_batch([40, 700, 300], [35, 20, 5]), shape_of(4, 2, 64))
+    # One row behind another's tile: what the first must not see, and no more than that.
+    assert_like_reference(ops, "q8", make_batch([223], [2]), shape_of(2, 1, 128), DECODE_TOLERANCE)
+    assert_like_reference(ops, "q8", make_batch([300, 111], [2, 40]),
+                          shape_of(2, 1, 128, window=33))
+
+
+def check_writing(ops):
+    for head_dim in (80, 128, 72):
+        batch = make_batch([0, 250], [30, 10])
+        k, v = (random_rows(40, 2, head_dim, seed) for seed in (1, 2))
+        for cache_type in ("q8", "q6", "q4", "fp16"):
+            ours, theirs = (written(w, cache_type, k, v, batch) for w in (ops, REFERENCE))
+            differ = (bytes_of(ours, "k_codes") != bytes_of(theirs, "k_codes")).any(dim=-1)
+            assert differ.sum() <= 2
+
+
+def passes(launcher, check) -> bool:
+    """Run the comparisons in a process of their own, which a mistake may crash."""
+
+    def run() -> None:
+        faulthandler.disable()
+        try:
+            for order, seed in ORDERS:
+                launcher.set_order(order, seed)
+                check(attention_target(launcher))
+        except BaseException:
+            os._exit(1)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join()
+    return process.exitcode == 0
+
+
+@pytest.mark.parametrize("change", some_of(ATTENTION, 20), ids=lambda change: change[1][:40])
+def test_a_mistake_in_attention_is_noticed(tmp_path, change):
+    assert not passes(built_from(tmp_path, change=change), check_attention)
+
+
+@pytest.mark.parametrize("change", some_of(WRITING, 12), ids=lambda change: change[1][:40])
+def test_a_mistake_in_writing_is_noticed(tmp_path, change):
+    assert not passes(built_from(tmp_path, change=change), check_writing)
+
+
+def test_without_a_mistake_nothing_is_noticed(tmp_path):
+    launcher = built_from(tmp_path)
+    assert passes(launcher, check_attention) and passes(launcher, check_writing)

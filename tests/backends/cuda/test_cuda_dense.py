@@ -1,0 +1,158 @@
+"""Unquantised CUDA matrix products against float64, emulated, and on a card where there is one.
+
+Activations are split in two for tensor cores, so that what is lost is known: see
+csrc/cuda/linear_dense.cuh.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from exl_loader.backends.cuda import ops_dense
+from exl_loader.backends.reference.ops import dense_weight
+from exl_loader.formats.packed import DenseLinear
+from support.cuda_emulation import EmulatedLauncher
+from support.cuda_emulation.launcher import FOLDER, REPO, emulation_spec
+from support.cuda_linear_cases import linear_ops, product
+from support.cuda_targets import TARGETS, Target, emulated_launcher, target
+from support.kernel_cases import dense_linear, random_rows
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+HALF_ULP = 2.0**-24
+# What two numbers of a type may miss of an activation, of its own size.
+SPLIT = {torch.float32: 0.0, torch.float16: 2.0**-22, torch.bfloat16: 2.0**-18}
+# ... and of the largest of its row: float16 ends at 2^-24, and the largest is 2^14.
+FLOOR = {torch.float32: 0.0, torch.float16: 2.0**-39, torch.bfloat16: 0.0}
+RELATIVE_ERROR = 1e-5
+
+
+@pytest.fixture(params=TARGETS)
+def ops(request):
+    return target(request.param, linear_ops)
+
+
+@pytest.fixture
+def emulated():
+    return target("forward", linear_ops)
+
+
+def assert_exact(ops, x, w):
+    """Compare with float64: what splitting loses, and a rounding a term of all that is summed."""
+    weight, dtype = dense_weight(w).double(), w.weight.dtype
+    exact, magnitude = x.double() @ weight, x.double().abs() @ weight.abs()
+    largest = x.double().abs().amax(dim=1, keepdim=True)
+    bound = ((w.in_features + 34) * HALF_ULP + SPLIT[dtype]) * magnitude
+    bound += FLOOR[dtype] * largest * weight.abs().sum(dim=0)
+    if w.bias is not None:
+        exact, bound = exact + w.bias, bound + HALF_ULP * w.bias.abs()
+    actual = product(ops, x, w)
+    # Results below float32's smallest normal number are rounded in steps of 2^-149.
+    assert ((actual.double() - exact).abs() <= bound + 2.0**-149).all()
+    return actual, exact
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 2, 8, 9, 33, 70])
+def test_dense_product(ops, dtype, rows):
+    """Parts, stages, blocks and vectors that end early; columns of half a tile, of many tiles."""
+    shapes = ((600, 50), (64, 8), (33, 160), (258, 20), (1300, 30))
+    for in_features, out_features in shapes:
+        w = dense_linear(in_features, out_features, dtype, bias=rows % 2 == 0)
+        x = random_rows(rows, in_features)
+        actual, exact = assert_exact(ops, x, w)
+        assert (actual - exact).norm() <= RELATIVE_ERROR * exact.norm()
+        before = random_rows(rows, out_features, seed=4)
+        assert torch.equal(product(ops, x, w, add_to=before), before + actual)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_do_not_depend_on_company(ops, dtype):
+    w = dense_linear(552, 140, dtype, bias=True)
+    x = random_rows(200, 552)
+    whole = product(ops, x, w)
+    for first, end in ((0, 1), (7, 9), (20, 28), (30, 39), (60, 100), (64, 130), (3, 35)):
+        assert torch.equal(product(ops, x[first:end].clone(), w), whole[first:end])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_columns_beyond_the_layer_and_no_rows(ops, dtype):
+    for out_features in (1, 16, 17, 129):
+        w = dense_linear(40, out_features, dtype)
+        for rows in (0, 3, 40):
+            assert product(ops, random_rows(rows, 40), w, columns=3).shape == (rows, out_features)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_more_rows_than_a_pass_takes(emulated, monkeypatch, dtype):
+    w, x = dense_linear(96, 40, dtype), random_rows(150, 96)
+    whole = product(emulated, x, w)
+    monkeypatch.setattr(ops_dense, "DENSE_PASS_ROWS", 67)
+    assert torch.equal(product(emulated, x, w), whole)
+
+
+def test_blocks_of_any_number_of_warps_give_the_same_bits(emulated, monkeypatch):
+    """4, 8 and 16 warps: parts in one turn and in several, the last one short."""
+    w, launcher = dense_linear(256 * 10 + 40, 20, torch.float16), emulated_launcher()
+    x, results = random_rows(3, w.in_features), []
+    monkeypatch.setattr(launcher, "shared_limit_bytes", 227 << 10)
+    for multiprocessors, smallest in ((1000, 4), (1, 8), (1, 4)):
+        monkeypatch.setattr(launcher, "multiprocessors", multiprocessors)
+        monkeypatch.setattr(ops_dense, "_DECODE_WARPS", (smallest,))
+        results.append(product(emulated, x, w))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [8, 40])
+def test_extreme_values(ops, dtype, rows):
+    """Activations of every size within a row, and weights from the largest to the smallest."""
+    w = dense_linear(600, 24, dtype)
+    x = random_rows(rows, 600)
+    flat = w.weight.view(-1)
+    limits = torch.finfo(torch.float16)
+    flat[:400] = torch.tensor([limits.max, -limits.max, limits.tiny, 2.0**-24]).repeat(100)
+    sizes = torch.logspace(-12, 4, 600).flip(0)
+    x[0], x[1], x[2] = 0.0, x[1] * sizes, x[2] * 1e-38
+    x[3] *= 1e30
+    x[4, :256], x[5, 256:] = 1e-20, 0.0
+    x[6, 17], x[7, 3] = 3e4 * limits.max, -2.0**-149
+    actual, _ = assert_exact(ops, x, w)
+    assert (actual[0] == 0).all() and actual.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_faulty_activations_show_in_their_own_row_alone(ops, dtype):
+    w, x = dense_linear(300, 24, dtype), random_rows(40, 300)
+    w.weight[w.weight == 0] = 1.0
+    whole = product(ops, x, w)
+    x[3, 200], x[11, 5], x[12, 299] = float("nan"), float("inf"), float("-inf")
+    for rows in (slice(0, 40), slice(3, 4), slice(11, 13)):
+        out = product(ops, x[rows].clone(), w)
+        bad = ~x[rows].isfinite().all(dim=1)
+        assert not out[bad].isfinite().any() and torch.equal(out[~bad], whole[rows][~bad])
+    assert product(ops, x, w)[11].isinf().all()
+
+
+@pytest.mark.slow
+def test_bfloat16_without_tensor_cores(tmp_path):
+    """What compute capability 7.5 runs: products by fma in every type but float16."""
+    shutil.copytree(REPO / "csrc", tmp_path / "csrc")
+    shutil.copytree(REPO / FOLDER, tmp_path / FOLDER)
+    names = tmp_path / FOLDER / "platform_names.h"
+    text, has = names.read_text(), "constexpr bool kHasBf16Mma = "
+    assert f"{has}true" in text
+    names.write_text(text.replace(f"{has}true", f"{has}false"))
+    sources = sorted((tmp_path / "csrc" / "cuda").glob("linear_dense_*.cu"))
+    launcher = EmulatedLauncher(emulation_spec(sources, tmp_path), order="shuffled")
+    ops = Target(linear_ops(launcher), None)
+    for in_features, out_features in ((600, 50), (33, 160)):
+        w = dense_linear(in_features, out_features, torch.bfloat16, bias=True)
+        plain = DenseLinear(in_features, out_features, w.weight.float(), w.bias)
+        x = random_rows(70, in_features)
+        whole = product(ops, x, w)
+        # The same sums in the same order as with the same weights in float32.
+        assert torch.equal(whole, product(ops, x, plain))
+        assert torch.equal(product(ops, x[5:8].clone(), w), whole[5:8])

@@ -1,0 +1,265 @@
+"""The CUDA layout: every width written out, round trips, and the packing kernels bit for bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from exl_loader.backends.cuda import streams
+from exl_loader.backends.cuda.layout import group_table, splits_for, window_table
+from exl_loader.backends.cuda.scratch_linear import least_staging_bytes
+from exl_loader.checkpoint import Checkpoint
+from exl_loader.formats import StreamLinear, pack_linear, plan_linear, reference_weight
+from exl_loader.formats.packed import BIT_PLANES
+from support.cuda_linear_cases import linear_ops
+from support.cuda_targets import EMULATED, TARGETS, target
+from support.makers import allocate, make_exl2_layer, make_gptq_layer, pack_stream, write_layer
+
+WIDTHS = sorted(BIT_PLANES)
+
+
+def block_byte(codes: np.ndarray, bits: int, byte: int) -> int:
+    """Compute one byte of a block from the words of packed_cuda.py.
+
+    Args:
+        codes: [32 rows, 32 columns]. byte: position within the block's 128 * bits bytes.
+    """
+    low_bits = bits
+    for width in BIT_PLANES[bits]:
+        low_bits -= width
+        if byte < 128 * width:
+            break
+        byte -= 128 * width
+    if width == 8:
+        half, byte = divmod(byte, 512)
+        lane, byte = divmod(byte, 16)
+        word = 4 * half + byte // 4
+    else:
+        lane, byte = divmod(byte, 4 * width)
+        word = byte // 4
+    result = 0
+    for i in range(8 // width):
+        register = word + width * i
+        column = 16 * (register // 4) + 8 * (register % 2) + lane // 4
+        row = 8 * (lane % 4) + 4 * (register // 2 % 2) + byte % 4
+        code = int(codes[row, column])
+        result |= (code >> low_bits & (1 << width) - 1) << (i * width)
+    return result
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_every_byte_stands_where_the_layout_says(bits):
+    codes = np.random.default_rng(bits).integers(0, 1 << bits, (32, 32)).astype(np.uint8)
+    expected = [block_byte(codes, bits, i) for i in range(128 * bits)]
+    assert streams.pack_block(codes, bits).tolist() == expected
+
+
+def test_a_lane_written_out_by_hand():
+    # Four bits; lane 5 has columns 1, 9, 17, 25 and rows 8..15. Word 0 is column 1, rows
+    # 8..11, with column 17 in the high nibbles; word 3 column 9, rows 12..15, with column 25.
+    codes = np.zeros((32, 32), np.uint8)
+    codes[8:12, 1], codes[8:12, 17] = [1, 2, 3, 4], [5, 6, 7, 8]
+    codes[12:16, 9], codes[12:16, 25] = [9, 10, 11, 12], [13, 14, 15, 1]
+    lane = streams.pack_block(codes, 4)[16 * 5 : 16 * 6]
+    assert lane.tolist() == [0x51, 0x62, 0x73, 0x84] + [0] * 8 + [0xD9, 0xEA, 0xFB, 0x1C]
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_blocks_round_trip(bits):
+    codes = np.random.default_rng(bits).integers(0, 1 << bits, (32, 32)).astype(np.uint8)
+    assert (streams.unpack_block(streams.pack_block(codes, bits), bits) == codes).all()
+
+
+def test_header_order_gives_a_lane_its_four_columns():
+    ordered = streams.lane_order(np.arange(32))
+    assert ordered[:8].tolist() == [0, 8, 16, 24, 1, 9, 17, 25]
+    assert (streams.column_order(ordered) == np.arange(32)).all()
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(WIDTHS), st.integers(1, 12)), min_size=1, max_size=6),
+    st.integers(0, 31), st.booleans(),
+)  # fmt: skip
+@settings(max_examples=60)
+def test_windows_say_how_to_begin(groups, missing, zeros):
+    """Walk a stream block by block, and compare at each window."""
+    sizes = [(bits, 32 * blocks) for bits, blocks in groups]
+    sizes[-1] = (sizes[-1][0], sizes[-1][1] - missing)
+    table, header = group_table(sizes, zeros), 96 if zeros else 64
+    walked, place, count = [], 0, 0
+    for group, (bits, blocks) in enumerate(groups):
+        assert table[group][0] == bits and table[group][3] == place
+        start = place
+        place += header
+        for block in range(blocks):
+            if count % 4 == 0 and block == 0:
+                walked.append((start, group, 0, start))
+            elif count % 4 == 0:
+                walked.append((place, group, bits | (blocks - block) << 8, start))
+            place += 128 * bits
+            count += 1
+    assert window_table(table, zeros) == [*walked, (place, len(groups), 0, place)]
+
+
+def test_splits():
+    assert splits_for(4096, 4096) == 16  # 128 tiles
+    assert splits_for(4096, 11008) == 8  # 344
+    assert splits_for(4096, 32000) == 4  # 1000
+    assert splits_for(4096, 128256) == 1  # 4008
+    assert splits_for(256, 32) == 2 and splits_for(100, 32) == 1  # no more than windows
+
+
+def check_kernel(order, groups, codes, words, zeros=False, perm=None):
+    """Pack on a buffer of rubbish, and by the definition.
+
+    Args:
+        groups: (bits, rows). codes: uint8 [in_features, N] in stored order. words: as on disk.
+    """
+    rng, columns = np.random.default_rng(1), codes.shape[1]
+    scales = rng.normal(size=(len(groups), columns)).astype(np.float16)
+    points = rng.integers(0, 256, scales.shape).astype(np.uint8) if zeros else None
+    table = torch.tensor(group_table(groups, zeros), dtype=torch.int32)
+    tile_bytes = window_table(table.tolist(), zeros)[-1][0] + 128
+    expected = torch.full((-(-columns // 32), tile_bytes), 0x55, dtype=torch.uint8)
+    streams.pack_streams(codes, scales, points, table.numpy(), expected.numpy())
+    ops, packed = target(order, linear_ops).ops, torch.full_like(expected, 0xAA)
+    if points is None:
+        ops.pack_exl2_streams(words, torch.from_numpy(scales), table, packed)
+    else:
+        ops.pack_gptq_streams(words, torch.from_numpy(scales), torch.from_numpy(points), perm,
+                              table, packed)
+    assert torch.equal(packed, expected)
+
+
+EXL2_GROUPS = [
+    *([(bits, 128), (bits, 96)] for bits in WIDTHS),
+    *([(bits, 32), (bits, rows)] for bits in WIDTHS for rows in (1, 31, 33)),
+    [(8, 32), (6, 64), (5, 32), (4, 128), (3, 32), (2, 64)],
+    [(4, 32)] * 40,
+]
+
+
+@pytest.mark.parametrize("groups", EXL2_GROUPS, ids=str)
+@pytest.mark.parametrize("columns", [32, 50, 200])
+@pytest.mark.parametrize("order", EMULATED)
+def test_exl2_kernel_is_the_definition(groups, columns, order):
+    rng = np.random.default_rng(columns)
+    codes = [rng.integers(0, 1 << bits, (rows, columns)).astype(np.uint8) for bits, rows in groups]
+    parts = zip(codes, groups, strict=True)
+    words = torch.from_numpy(np.concatenate([pack_stream(c, bits) for c, (bits, _) in parts]))
+    check_kernel(order, groups, np.concatenate(codes), words)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("columns", [32, 50, 200])
+def test_gptq_kernel_is_the_definition(bits, act_order, columns):
+    rng = np.random.default_rng(bits)
+    groups = [(bits, 128), (bits, 128), (bits, 64)]
+    codes = rng.integers(0, 1 << bits, (320, columns)).astype(np.uint8)
+    perm = torch.from_numpy(rng.permutation(320).astype(np.int32)) if act_order else None
+    order = np.arange(320) if perm is None else perm.numpy()
+    words = torch.from_numpy(pack_stream(codes, bits))
+    check_kernel("reverse", groups, codes[order], words, zeros=True, perm=perm)
+
+
+def load_layer_with(ops, folder, in_features, out_features, device=None, **options):
+    """Plan a layer for a card and pack it there, with room for one tile at a time.
+
+    Returns:
+        the layer, its tensors on the host; its weight decoded from the checkpoint.
+    """
+    ops.staging = torch.empty(least_staging_bytes(in_features), dtype=torch.uint8, device=device)
+    with Checkpoint.open(folder) as checkpoint:
+        plan = plan_linear(checkpoint, "layer", in_features, out_features, device="cuda:0",
+                           **options)
+        tensors = {role: tensor.to(device or "cpu") for role, tensor in allocate(plan).items()}
+        layer = pack_linear(plan, checkpoint, tensors, ops)
+        assert isinstance(layer, StreamLinear)
+        for name in ("codes", "groups", "perm"):
+            tensor = getattr(layer, name)
+            setattr(layer, name, None if tensor is None else tensor.cpu())
+        return layer, reference_weight(plan, checkpoint)
+
+
+def load_on_card(folder, in_features, out_features, order, **options):
+    """Return a layer, its weight from the card's tensors, and from the checkpoint."""
+    there = target(order, linear_ops)
+    ops = there.ops if there.device is None else linear_ops(there.ops.launcher)
+    layer, weight = load_layer_with(ops, folder, in_features, out_features, there.device,
+                                    **options)
+    return layer, streams.dequantize(layer), weight
+
+
+@pytest.mark.parametrize("order", TARGETS)
+@pytest.mark.parametrize("seed", range(6))
+def test_exl2_layers_from_a_checkpoint(tmp_path, seed, order):
+    rng = np.random.default_rng()
+    in_features, out_features = int(rng.integers(1, 500)), int(rng.integers(1, 200))
+    print(in_features, out_features)
+    tensors, weight = make_exl2_layer(rng, in_features, out_features, bias=bool(seed % 2))
+    folder = write_layer(tmp_path / "m", tensors)
+    layer, decoded, reference = load_on_card(folder, in_features, out_features, order)
+    assert torch.equal(decoded, weight) and torch.equal(reference, weight)
+    assert (layer.bias is not None) == bool(seed % 2)
+
+
+@pytest.mark.parametrize("order", TARGETS)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("group_size", [64, -1])
+def test_gptq_layers_from_a_checkpoint(tmp_path, bits, act_order, group_size, order):
+    tensors, weight = make_gptq_layer(
+        np.random.default_rng(bits), 320, 72, bits=bits, group_size=group_size,
+        act_order=act_order,
+    )
+    folder = write_layer(tmp_path / "m", tensors, bits=bits, group_size=group_size,
+                         desc_act=act_order)
+    layer, decoded, reference = load_on_card(folder, 320, 72, order)
+    assert torch.equal(decoded, weight) and torch.equal(reference, weight)
+    assert (layer.perm is not None) == (act_order and group_size != -1)
+
+
+def test_part_of_a_fused_tensor(tmp_path):
+    tensors, weight = make_gptq_layer(np.random.default_rng(3), 128, 96, group_size=64)
+    folder = write_layer(tmp_path / "m", tensors, group_size=64)
+    _, decoded, _ = load_on_card(folder, 128, 40, "forward", rows=(24, 64))
+    assert torch.equal(decoded, weight[:, 24:64])
+
+
+def test_plan_is_what_the_header_says(tmp_path):
+    tensors, _ = make_exl2_layer(np.random.default_rng(0), 200, 50, [(4, 128), (3, 72)],
+                                 bias=True)
+    with Checkpoint.open(write_layer(tmp_path / "m", tensors)) as checkpoint:
+        plan = plan_linear(checkpoint, "layer", 200, 50, device="cuda:1")
+    words = tensors["q_weight"].shape[0]
+    assert {role: (spec.dtype, spec.shape) for role, spec in plan.specs.items()} == {
+        "codes": ("uint8", (2, 128 * (words + 7) + 2 * 64)),
+        "groups": ("int32", (2, 4)),
+        "windows": ("int32", (3, 4)),
+        "perm": ("int32", (200,)),
+        "bias": ("float32", (50,)),
+    }
+    assert {spec.device for spec in plan.specs.values()} == {"cuda:1"}
+
+
+def test_plan_of_gptq_counts_zero_points(tmp_path):
+    tensors, _ = make_gptq_layer(np.random.default_rng(0), 200, 50, group_size=64, g_idx=False)
+    with Checkpoint.open(write_layer(tmp_path / "m", tensors, group_size=64)) as checkpoint:
+        plan = plan_linear(checkpoint, "layer", 200, 50, device="cuda:0")
+    assert {role: spec.shape for role, spec in plan.specs.items()} == {
+        "codes": (2, 128 * 7 * 4 + 4 * 96), "groups": (4, 4), "windows": (3, 4),
+    }  # fmt: skip
+
+
+def test_packing_needs_room_for_one_tile(tmp_path):
+    tensors, _ = make_exl2_layer(np.random.default_rng(0), 256, 64, [(8, 256)])
+    ops = target("forward", linear_ops).ops
+    with Checkpoint.open(write_layer(tmp_path / "m", tensors)) as checkpoint:
+        plan = plan_linear(checkpoint, "layer", 256, 64, device="cuda:0")
+        ops.staging = torch.empty(least_staging_bytes(256) // 2, dtype=torch.uint8)
+        with pytest.raises(AssertionError):
+            pack_linear(plan, checkpoint, allocate(plan), ops)

@@ -1,0 +1,133 @@
+"""The reference operations against other definitions: torch's own modules, or a loop."""
+
+import math
+
+import pytest
+
+torch = pytest.importorskip("torch")
+import torch.nn.functional as F  # noqa: E402
+
+from exl_loader.backends.reference.ops import ReferenceOps, dense_weight  # noqa: E402
+from exl_loader.formats.packed import TILE_COLUMNS, DenseLinear  # noqa: E402
+
+OPS = ReferenceOps()
+NO_SCRATCH = torch.empty(0, dtype=torch.uint8)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def dense(weight, bias=None):
+    """A layer from a weight [out_features, in_features] as checkpoints have it."""
+    out_features, in_features = weight.shape
+    tiles = -(-out_features // TILE_COLUMNS)
+    full = weight.new_zeros(tiles * TILE_COLUMNS, in_features)
+    full[:out_features] = weight
+    tiled = full.view(tiles, TILE_COLUMNS, in_features).transpose(1, 2).contiguous()
+    return DenseLinear(in_features, out_features, tiled, bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_embed_from_a_table_and_from_a_tied_head(dtype):
+    table = randn(37, 20).to(dtype)
+    ids = torch.tensor([0, 36, 15, 16, 36], dtype=torch.int32)
+    expected = table[ids.long()].float() * 2.5
+    for source in (table, dense(table)):
+        out = torch.empty(5, 20)
+        OPS.embed(ids, source, 2.5, out)
+        assert torch.equal(out, expected)
+
+
+def test_rms_norm_in_place():
+    x, weight = randn(7, 50) * 30, randn(50, seed=1)
+    expected = F.rms_norm(x, (50,), weight, 1e-5)
+    OPS.rms_norm(x, weight, 1e-5, x)
+    torch.testing.assert_close(x, expected)
+
+
+@pytest.mark.parametrize("out_features", [16, 37])
+def test_linear_writes_its_columns_and_adds(out_features):
+    weight, bias, x = randn(out_features, 24), randn(out_features, seed=1), randn(5, 24, seed=2)
+    layer, expected = dense(weight, bias), F.linear(x, weight, bias)
+    assert torch.equal(dense_weight(layer), weight.t())
+    out = torch.full((5, out_features + 3), 7.0)
+    OPS.linear(x, layer, out, NO_SCRATCH)
+    torch.testing.assert_close(out[:, :out_features], expected)
+    OPS.linear(x, layer, out, NO_SCRATCH, True)
+    torch.testing.assert_close(out[:, :out_features], 2 * expected)
+    assert (out[:, out_features:] == 7).all()
+
+
+@pytest.mark.parametrize("position", [0, 1, 1000, 131071, 2**31 - 1])
+def test_rope_angles_stay_exact_far_out(position):
+    frequencies = torch.tensor([1.0, 0.3, 1e-5])
+    out = torch.empty(1, 2, 3)
+    OPS.rope_table(torch.tensor([position], dtype=torch.int32), frequencies, 1.25, out)
+    for i, frequency in enumerate(frequencies.tolist()):
+        angle = math.fmod(position * frequency, 2 * math.pi)
+        assert out[0, 0, i].item() == pytest.approx(1.25 * math.cos(angle), abs=3e-7)
+        assert out[0, 1, i].item() == pytest.approx(1.25 * math.sin(angle), abs=3e-7)
+
+
+def test_rope_turns_pairs_and_leaves_the_rest():
+    x, half = randn(3, 2, 10), 4
+    angles = randn(3, half, seed=1)
+    table = torch.stack([angles.cos(), angles.sin()], dim=1)
+    before = x.clone()
+    OPS.rope(x, table)
+    pairs = torch.complex(before[..., :half], before[..., half : 2 * half])
+    turned = pairs * torch.exp(1j * angles)[:, None]
+    torch.testing.assert_close(x[..., :half], turned.real)
+    torch.testing.assert_close(x[..., half : 2 * half], turned.imag)
+    assert torch.equal(x[..., 2 * half :], before[..., 2 * half :])
+
+
+@pytest.mark.parametrize("activation, function", [
+    ("silu", F.silu), ("gelu", F.gelu), ("gelu_tanh", lambda x: F.gelu(x, approximate="tanh")),
+])
+def test_gate_may_overwrite_its_input(activation, function):
+    gate, up = randn(4, 9) * 4, randn(4, 9, seed=1)
+    expected = function(gate) * up
+    OPS.gate(gate, up, activation, gate)
+    torch.testing.assert_close(gate, expected)
+
+
+def test_softcap():
+    x = torch.tensor([[0.0, 1.0, -300.0]])
+    OPS.softcap(x, 30.0)
+    torch.testing.assert_close(x, torch.tensor([[0.0, 30 * math.tanh(1 / 30), -30.0]]))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_moe_route(normalize):
+    logits = torch.tensor([[1.0, 3.0, 3.0, 0.0], [2.0, 2.0, 2.0, 2.0], [-1e9, 5.0, 1e9, 0.0]])
+    weights, experts = torch.empty(3, 2), torch.empty(3, 2, dtype=torch.int32)
+    OPS.moe_route(logits, 2, normalize, weights, experts)
+    assert experts.tolist() == [[1, 2], [0, 1], [2, 1]]
+    expected = logits.softmax(-1).gather(1, experts.long())
+    if normalize:
+        expected = expected / expected.sum(-1, keepdim=True)
+    torch.testing.assert_close(weights, expected)
+
+
+def test_rows_out_and_back():
+    x = randn(6, 5)
+    rows, weights = torch.tensor([4, 0, 5], dtype=torch.int32), torch.tensor([2.0, -1.0, 0.5])
+    picked, out = torch.empty(3, 5), torch.ones(6, 5)
+    OPS.gather_rows(x, rows, picked)
+    assert torch.equal(picked, x[[4, 0, 5]])
+    OPS.scatter_add_rows(picked, rows, weights, out)
+    expected = torch.ones(6, 5)
+    for row, weight in zip(rows.tolist(), weights.tolist(), strict=True):
+        expected[row] += weight * x[row]
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 9, 64])
+def test_a_row_does_not_depend_on_its_neighbours(rows):
+    x, layer = randn(64, 96), dense(randn(70, 96, seed=1))
+    whole, part = torch.empty(64, 70), torch.empty(rows, 70)
+    OPS.linear(x, layer, whole, NO_SCRATCH)
+    OPS.linear(x[:rows], layer, part, NO_SCRATCH)
+    assert torch.equal(part, whole[:rows])

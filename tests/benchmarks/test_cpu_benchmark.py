@@ -1,0 +1,142 @@
+"""benchmarks/cpu.py on a tiny model, without llama.cpp: its models, its runs, its report."""
+
+from __future__ import annotations
+
+import json
+import sys
+from xml.dom import minidom
+
+import pytest
+import torch
+
+from support import REPO
+
+BENCHMARKS = REPO / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import cpu  # noqa: E402
+import cpu_models  # noqa: E402
+from cpu_plot import nice_step, write_picture  # noqa: E402
+from cpu_report import (  # noqa: E402
+    Results,
+    nearest,
+    read_share,
+    speed_ratio,
+    step_bytes,
+    straight_line,
+    tables,
+    update_document,
+)
+
+TINY = cpu_models.GEOMETRY | {
+    "vocab_size": 320, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 4096,
+}  # fmt: skip
+
+
+def test_the_model_has_4_5_to_4_9_bits():
+    # A layer, and the head's share of one in 22.
+    config = cpu_models.GEOMETRY | {"num_hidden_layers": 1, "vocab_size": 32000 // 22 // 32 * 32}
+    tensors = cpu_models.exl2_tensors(config, torch.Generator().manual_seed(0))
+    assert 4.5 <= cpu_models.bits_per_weight(tensors) <= 4.9
+
+
+def test_decoded_weights_are_the_models(tmp_path):
+    folder = cpu_models.write_exl2(tmp_path / "exl2", TINY)
+    decoded = dict(cpu_models.decoded_tensors(folder))
+    assert decoded["model.layers.0.mlp.down_proj.weight"].shape == (128, 256)
+    assert decoded["lm_head.weight"].shape == (320, 128)
+    assert len(decoded) == 2 + 2 + 7 + 1
+    for name, weight in decoded.items():
+        assert weight.dtype == torch.float16 and weight.isfinite().all(), name
+    # Activations keep their size: weights of about 1 / sqrt(in_features).
+    assert 0.5 < decoded["model.layers.0.mlp.up_proj.weight"].float().std() * 128**0.5 < 2
+
+
+def test_measures_merges_and_reports(tmp_path, capsys):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(TINY))
+    results = tmp_path / "results.json"
+    common = ["--config", str(config), "--work", str(tmp_path), "--json", str(results),
+              "--picture", str(tmp_path / "picture.svg"), "--rounds", "1",
+              "--document", str(tmp_path / "none.md")]  # fmt: skip
+    cpu.main([*common, "--part", "speed", "--cache", "q4", "--depth", "300"])
+    cpu.main([*common, "--part", "load"])
+    records = json.loads(results.read_text())
+    assert {(r["what"], r["cache"], r.get("depth")) for r in records} == {
+        ("decode", "q4", 300), ("decode", "fp16", 300), ("prefill", "q4", 300),
+        ("prefill", "fp16", 300), ("load", "fp16", None),
+    }  # fmt: skip
+    assert all(min(r["seconds"]) > 0 for r in records)
+    (load,) = [r for r in records if r["what"] == "load"]
+    for seconds, tasks in zip(load["seconds"], load["tasks"], strict=True):
+        assert set(tasks) == {"reserving memory", "loading weights"}
+        assert 0 < sum(tasks.values()) < seconds
+    printed = capsys.readouterr().out
+    assert "Our quantised caches beside our own fp16" in printed
+    assert "reading and repacking alone" in printed
+
+
+def record(engine: str, weights: str, seconds: list[float], **fields) -> dict:
+    return {
+        "what": "decode", "engine": engine, "weights": weights, "cache": "q4", "depth": 100,
+        "beside": "q4", "tokens": 10, "seconds": seconds,
+        "read_bytes_per_s": [5000.0] * len(seconds),
+        "weight_bytes_per_token": 500, "cache_bytes_per_token": 2.0, **fields,
+    }  # fmt: skip
+
+
+def test_ratios_are_of_pairs(tmp_path):
+    ours = record("exl_loader", "EXL2", [1.0, 2.0, 4.0])
+    theirs = record("llama.cpp", "Q4_0", [2.0, 8.0, 4.0])
+    assert speed_ratio(ours, theirs) == (2.0, 1.0, 4.0)
+    assert step_bytes(ours) == 500 + 2 * 105
+    assert read_share(ours) == pytest.approx(710 * 10 / 2 / 5000)
+
+
+def test_the_nearest_size_is_compared():
+    assert nearest({"EXL2": 600, "Q4_0": 590, "Q4_K_M": 640}) == "Q4_0"
+    assert nearest({"EXL2": 630, "Q4_0": 590, "Q4_K_M": 640}) == "Q4_K_M"
+    assert nearest({"EXL2": 600}) is None
+
+
+def test_a_new_result_takes_the_old_ones_place(tmp_path):
+    path = tmp_path / "r.json"
+    results = Results(path)
+    results.put(record("exl_loader", "EXL2", [1.0]))
+    results.put(record("exl_loader", "EXL2", [2.0]))
+    results.put(record("exl_loader", "EXL2", [3.0], depth=200))
+    results.write()
+    read = Results.read(path)
+    assert [r["seconds"] for r in read.select(engine="exl_loader")] == [[2.0], [3.0]]
+
+
+def test_table_and_picture(tmp_path):
+    results = Results(tmp_path / "r.json")
+    for beside in ("q4", "curve"):
+        for depth in (0, 2048):
+            ours = record("exl_loader", "EXL2", [1.0, 1.0], depth=depth, beside=beside)
+            results.put(ours)
+            results.put(record("llama.cpp", "Q4_0", [3.0, 3.0], depth=depth, beside=beside))
+    document = tmp_path / "d.md"
+    document.write_text("before\n<!-- cpu -->\nold\n<!-- end cpu -->\nafter\n")
+    update_document(results, document)
+    assert document.read_text() == (
+        f"before\n<!-- cpu -->\n{tables(results)}\n<!-- end cpu -->\nafter\n"
+    )
+    assert "| q4 | 2,048 | 10.0 | Q4_0 3.3 | 3.00 (3.00 to 3.00) | ≥ 2.5 |" in tables(results)
+    picture = tmp_path / "p.svg"
+    write_picture(results, picture)
+    drawn = minidom.parse(str(picture))
+    assert len(drawn.getElementsByTagName("polyline")) == 2
+    assert len(drawn.getElementsByTagName("rect")) == 1 + 2
+
+
+def test_distance_from_a_straight_line():
+    assert straight_line({0: 20.0, 1000: 22.0, 3000: 26.0}) == pytest.approx((0.002, 20.0, 0.0))
+    assert straight_line({0: 10.0, 1000: 10.0, 2000: 40.0})[2] > 0.3
+
+
+@pytest.mark.parametrize("largest, steps, step", [(42, 5, 10), (9.9, 5, 2), (1.0, 5, 0.2)])
+def test_axis_steps(largest, steps, step):
+    assert nice_step(largest, steps) == pytest.approx(step)

@@ -1,0 +1,236 @@
+"""`python -m exl_loader eval`, and the divergence of cache types on the shipped model."""
+
+from __future__ import annotations
+
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from exl_loader import load
+from exl_loader.checkpoint.config import ModelConfig
+from exl_loader.commands.cli import main
+from exl_loader.commands.eval import render
+from exl_loader.commands.evaluation import Divergence, evaluate, windows_of
+from exl_loader.commands.evaluation_plan import parse_cache_types, plan_evaluation
+from exl_loader.commands.model_options import DEMO_MODEL
+from exl_loader.memory.buffers import live_bytes
+from exl_loader.utils.errors import InsufficientMemory, InvalidSettings, ModelUnloaded
+from support.tiny import write_tiny_model
+
+CONFIG = ModelConfig.from_dir(DEMO_MODEL)
+TEXT = "import os\n\n\ndef read(path):\n    with open(path) as file:\n        return file.read()\n"
+
+
+def planned(names, ctx_size=256, **options):
+    return plan_evaluation(
+        str(DEMO_MODEL), parse_cache_types(names), config=CONFIG, ctx_size=ctx_size, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def model():
+    with load(DEMO_MODEL, ctx_size=256) as loaded:
+        yield loaded
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.py"
+    path.write_text(TEXT * 12, encoding="utf-8")
+    return path
+
+
+def test_figures_are_those_of_separately_loaded_models(model):
+    ids = model.encode(TEXT * 5, add_bos=False)
+    bos = model.tokenizer.bos_token_id
+    results = evaluate(model, planned("q4"), ids)
+    assert [result.cache_type for result in results] == ["fp16", "q4"]
+    nats, agreeing, losses = [], 0, {"fp16": [], "q4": []}
+    with load(DEMO_MODEL, ctx_size=256, cache_type="q4") as other:
+        for window in windows_of(ids, [bos], 256):
+            logs = {}
+            for name, one in (("fp16", model), ("q4", other)):
+                rows = one.prompt_logits(window[:-1]).double()
+                logs[name] = rows.log_softmax(dim=-1)
+                losses[name] += (-logs[name][range(len(rows)), window[1:]]).tolist()
+            p, q = logs["fp16"], logs["q4"]
+            nats += (p.exp() * (p - q)).sum(-1).tolist()
+            agreeing += int((p.argmax(-1) == q.argmax(-1)).sum())
+    assert len(nats) == len(ids)
+    for result in results:
+        expected = math.exp(sum(losses[result.cache_type]) / len(ids))
+        assert result.perplexity == pytest.approx(expected, rel=1e-9)
+    assert results[0].divergence is None
+    found = results[1].divergence
+    assert found.mean == pytest.approx(np.mean(nats), rel=1e-5)
+    assert found.median == pytest.approx(np.median(nats), rel=1e-5)
+    assert found.percentile_99_9 == pytest.approx(np.percentile(nats, 99.9), rel=1e-5)
+    assert found.largest == pytest.approx(max(nats), rel=1e-5)
+    assert found.top1_agreement == agreeing / len(ids)
+
+
+def test_more_bits_keep_more(model):
+    ids = model.encode(TEXT * 6, add_bos=False)
+    results = evaluate(model, planned("q4,q6,q8,fp32"), ids)[1:]
+    means = [result.divergence.mean for result in results]
+    assert means == sorted(means, reverse=True)
+    assert 0 < means[-1] < 1e-7 and means[2] < 1e-4 and means[0] < 1e-2
+
+
+def test_memory_is_what_the_plan_says_and_is_given_back(model):
+    before = live_bytes()
+    plan = planned("q8,q4")
+    seen = []
+
+    class Watching:
+        def start(self, *_):
+            pass
+
+        def advance(self, *_):
+            seen.append(live_bytes())
+
+        def finish(self, *_):
+            pass
+
+    evaluate(model, plan, model.encode(TEXT, add_bos=False), Watching())
+    assert set(seen) == {before + plan.extra_bytes}
+    per_token = sum(kind.bytes_per_token(2, 64) for kind in plan.others) * 5
+    assert plan.extra_bytes == per_token * 256
+    assert live_bytes() == before
+
+
+def test_a_second_comparison_gives_the_same_with_dynamic_rope(tmp_path):
+    """All lanes write each slot's frequencies to one workspace."""
+    folder = write_tiny_model(
+        tmp_path / "model", max_position_embeddings=64,
+        rope_scaling={"rope_type": "dynamic", "factor": 2.0},
+    )
+    config = ModelConfig.from_dir(folder)
+    plan = plan_evaluation(str(folder), parse_cache_types("q8"), config=config, ctx_size=256)
+    ids = [7 * i % 250 + 3 for i in range(200)]
+    with load(folder, ctx_size=256) as loaded:
+        logits = loaded.prompt_logits(ids)
+        first = evaluate(loaded, plan, ids)
+        assert evaluate(loaded, plan, ids) == first
+        assert torch.equal(loaded.prompt_logits(ids), logits)
+
+
+def test_a_model_that_was_unloaded_gives_the_caches_back():
+    with load(DEMO_MODEL, ctx_size=256) as loaded:
+        ids = loaded.encode(TEXT, add_bos=False)
+    before = live_bytes()
+    with pytest.raises(ModelUnloaded):
+        evaluate(loaded, planned("q4"), ids)
+    assert live_bytes() == before
+
+
+def test_caches_that_do_not_fit_are_refused_before_anything_is_taken():
+    alone = planned("fp16").reservation.devices[0].total_bytes
+    exact = planned("q4").extra_bytes + alone
+    assert planned("q4", memory_limit=str(exact)).extra_bytes == exact - alone
+    with pytest.raises(InsufficientMemory, match="1 bytes fewer"):
+        planned("q4", memory_limit=str(exact - 1))
+
+
+@pytest.mark.parametrize("bos", [[], [1]])
+@pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 16, 17])
+def test_every_token_is_predicted_once(bos, count):
+    ids = list(range(10, 10 + count))
+    windows = list(windows_of(ids, bos, 8))
+    targets = [target for window in windows for target in window[1:]]
+    assert targets == ids[0 if bos else 1 :]
+    for window in windows:
+        assert 2 <= len(window) <= 9
+        assert window[: len(bos)] == bos
+
+
+def test_divergence_of_known_numbers():
+    found = Divergence.of(np.array([0.0, 1.0, 2.0, 5.0]), 3)
+    assert (found.mean, found.median, found.largest) == (2.0, 1.5, 5.0)
+    assert found.top1_agreement == 0.75
+    assert found.standard_error == pytest.approx(np.std([0, 1, 2, 5], ddof=1) / 2)
+    assert found.percentile_99_9 == pytest.approx(4.991)
+
+
+def test_cache_types_are_read_as_elsewhere():
+    assert [str(kind) for kind in parse_cache_types("q4,Q8_q4,fp16,q4")] == ["q4", "q8_q4"]
+    with pytest.raises(InvalidSettings, match="cache_type"):
+        parse_cache_types("q4,q5")
+
+
+def test_a_type_that_needs_more_workspace_is_refused(monkeypatch):
+    def plan(model_dir, ctx_size, cache_type, **_):
+        nbytes = 100 + (str(cache_type) == "q4")
+        device = SimpleNamespace(workspace_bytes=nbytes, device="cpu")
+        return SimpleNamespace(devices=(device,), ctx_size=256)
+
+    monkeypatch.setattr("exl_loader.commands.evaluation_plan.plan", plan)
+    with pytest.raises(InvalidSettings, match="q4 needs 101 bytes, 100 are there"):
+        planned("q4")
+
+
+def test_the_command_prints_json(text_file, capsys):
+    arguments = ["eval", "--text", str(text_file), "--cache-type", "q4,q8_q4", "--json"]
+    assert main([*arguments, "--ctx-size", "256", "--tokens", "300"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [result["cache_type"] for result in report["results"]] == ["fp16", "q4", "q8_q4"]
+    assert report["tokens"] == 300 and report["ctx_size"] == 256
+    means = [result["divergence"]["mean"] for result in report["results"][1:]]
+    assert means[0] > means[1] > 0
+    plan = planned("q4,q8_q4")
+    assert report["other_caches_bytes"] == plan.extra_bytes
+    assert report["reserved_bytes"] == plan.extra_bytes + plan.reservation.devices[0].total_bytes
+
+
+def test_the_command_prints_a_table(text_file, capsys):
+    arguments = ["eval", "--text", str(text_file), "--cache-type", "fp16", "--tokens", "64"]
+    assert main([*arguments, "--ctx-size", "256"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("64 tokens in windows of 256")
+    assert lines[1].split()[:2] == ["cache", "perplexity"]
+    name, perplexity, _ = lines[2].split()
+    assert name == "fp16" and float(perplexity) > 1
+    assert len(lines) == 4
+
+
+def test_columns_stand_below_each_other():
+    divergence = dict(mean=0.001, standard_error=1e-5, median=0.0005, percentile_99_9=0.01,
+                      largest=0.1, top1_agreement=0.975)
+    results = [
+        {"cache_type": "fp16", "perplexity": 7.5, "cache_bytes": 1 << 20, "divergence": None},
+        {"cache_type": "q8_q4", "perplexity": 17.25, "cache_bytes": 1 << 19,
+         "divergence": divergence},
+    ]
+    text = render({"tokens": 5, "ctx_size": 4, "results": results, "reserved_bytes": 3 << 20,
+                   "other_caches_bytes": 1 << 19, "seconds": 1.5})
+    table = text.splitlines()[1:4]
+    assert len({len(line) for line in table}) == 1
+    assert "97.50%" in table[2] and "1.00e-03" in table[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--cache-type", "q5"], "cache_type"),
+        (["--tokens", "1"], "--tokens"),
+        (["--memory-limit", "1KiB"], "cpu"),
+        (["--ctx-size", "0"], "ctx_size"),
+    ],
+)
+def test_mistakes_are_one_readable_line(text_file, capsys, options, named):
+    assert main(["eval", "--text", str(text_file), *options]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("error: ")
+    assert named in captured.err and len(captured.err.splitlines()) == 1
+
+
+def test_a_text_without_tokens_or_file_is_named(tmp_path, capsys):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    for path, named in ((empty, "the text"), (tmp_path / "none.txt", "--text")):
+        assert main(["eval", "--text", str(path), "--ctx-size", "256"]) == 1
+        assert named in capsys.readouterr().err

@@ -1,0 +1,152 @@
+"""What the browser does by itself: the toggles and the cache type in step, drawings in order."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from extension.panel import page_script
+from extension.panel.panel import CACHE_TYPE_ALIASES, plain_cache_type, toggles_for
+from support.host_page import CHROMIUM
+from support.quick_clicks import (
+    GAUGE_NAMES,
+    LATE_ANSWERS,
+    after_the_last_click,
+    start_clicking,
+    until_all_is_answered,
+)
+
+pytest.importorskip("playwright.sync_api")
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no chromium")]
+
+TYPES = ["fp16", "q8", "q6", "q4", "q8_q4", *CACHE_TYPE_ALIASES, " Q4 ", "toString", "q3<b>", ""]
+KEEP = {"__type__": "update"}
+
+
+@pytest.fixture(scope="module")
+def blank(browser):
+    page = browser.new_page()
+    yield page
+    page.close()
+
+
+def run(page, source, *values):
+    return page.evaluate(f"values => ({source})(...values)", list(values))
+
+
+def after(answer, before):
+    return [old if new == KEEP else new for new, old in zip(answer, before, strict=True)]
+
+
+def in_step(on8, on4, cache_type):
+    return (on8, on4) == toggles_for(plain_cache_type(cache_type or "fp16"))[:2]
+
+
+SOURCES = {"cache_8bit": page_script.follow_toggle("cache_8bit"),
+           "cache_4bit": page_script.follow_toggle("cache_4bit"),
+           "cache_type": page_script.follow_cache_type()}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_whatever_the_fields_hold_they_are_in_step_afterwards(blank, name):
+    for before in itertools.product((True, False), (True, False), [*TYPES, None]):
+        answer = run(blank, SOURCES[name], *before)
+        assert in_step(*after(answer, before)), (before, answer)
+        # What is in step stays as it is, so no answer is answered.
+        assert (answer == [KEEP] * 3) == in_step(*before), (before, answer)
+
+
+@pytest.mark.parametrize(("name", "before", "expected"), [
+    ("cache_8bit", (True, False, "fp16"), [True, False, "q8"]),
+    ("cache_8bit", (True, True, "q4"), [True, False, "q8"]),
+    ("cache_4bit", (True, True, "q8_0"), [False, True, "q4"]),
+    ("cache_4bit", (False, True, "q8_q4"), [False, True, "q4"]),
+    ("cache_4bit", (False, False, "q4"), [False, False, "fp16"]),
+    ("cache_8bit", (False, False, "fp8"), [False, False, "fp16"]),
+    ("cache_type", (False, False, "q8_0"), [True, False, "q8_0"]),
+    ("cache_type", (True, False, "q6"), [False, False, "q6"]),
+    ("cache_type", (True, False, "q4_0"), [False, True, "q4_0"]),
+])
+def test_a_click_means_what_it_says(blank, name, before, expected):
+    assert run(blank, SOURCES[name], *before) == expected
+
+
+def test_only_a_pick_of_the_gauge_is_one(blank):
+    source = page_script.follow_pick()
+    assert run(blank, source, "4096 q8 1763800000000") == [4096, "q8"]
+    assert run(blank, source, "0 q4 1763800000000") == [KEEP, "q4"]
+    for text in ("", None, "4096", "x q4", "4096 q5", "-1 q4", "99999999999 q4", "1_000 q4",
+                 "4096 <b> 1", "٣ q4", "4096 q4<b>"):
+        assert run(blank, source, text) == [KEEP, KEEP], text
+
+
+def test_one_drawing_at_a_time_and_the_last_one_after_the_last_change(browser):
+    page = browser.new_page()
+    ask, arrived = page_script.ask_for_drawing(), page_script.drawing_arrived()
+    drawing, due, chosen = False, False, random.Random()
+    for _ in range(200):
+        if chosen.random() < 0.6:
+            asked = run(page, ask) != KEEP
+            assert asked != drawing, "a second one is not asked for before the first arrives"
+            drawing, due = True, due or not asked
+        elif drawing:
+            again = run(page, arrived) != KEEP
+            assert again == due, "what changed meanwhile is drawn, and nothing else"
+            drawing, due = again, False
+    page.close()
+
+
+def test_a_drawing_that_never_arrives_does_not_end_them(browser):
+    page = browser.new_page()
+    page.evaluate("Date.now = () => window.now ?? 1e12")
+    ask = page_script.ask_for_drawing()
+    assert run(page, ask) == "1" and run(page, ask) == KEEP
+    page.evaluate(f"window.now = 1e12 + {page_script.LOST_AFTER_MS} + 1")
+    assert run(page, ask) == "2"
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    """The standalone page with two models to choose from, served in this process."""
+    pytest.importorskip("gradio")
+    from extension.page.session import Session
+    from extension.page.standalone import launch, make_page
+    from extension.panel.panel import LoadOptions
+    from support.tiny import write_tiny_model
+
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("one", "another"):
+        write_tiny_model(folder / name)
+    page = make_page(Session(), LoadOptions(str(folder / "one")))
+    yield launch(page), folder
+    page.close()
+
+
+def test_quick_clicks_and_another_model_leave_fields_and_gauge_in_agreement(browser, address):
+    url, folder = address
+    page = browser.new_page()
+    page.add_init_script(LATE_ANSWERS)
+    page.goto(url)
+    page.locator("#exl_gauge .exl-gauge").wait_for()
+    until_all_is_answered(page)
+    toggles = [f"#exl_cache_{bits}bit input" for bits in (8, 4)]
+    field = page.locator("#exl_model_dir textarea, #exl_model_dir input")
+    seed = random.randrange(1 << 30)
+    for turn in range(8):
+        start_clicking(page, toggles, seed + turn)
+        name = ("another", "one")[turn % 2]
+        field.fill(str(folder / name))
+        field.press("Enter")
+        after_the_last_click(page)
+        on8, on4 = (page.locator(selector).is_checked() for selector in toggles)
+        cache_type = page.locator("#exl_cache_type input").input_value()
+        assert (on8, on4, cache_type) == toggles_for(cache_type), f"seed {seed}, turn {turn}"
+        until_all_is_answered(page)
+        shown = page.locator("#exl_gauge .exl-model").inner_text()
+        assert page.locator("#exl_cache_type input").input_value() == cache_type
+        assert GAUGE_NAMES[cache_type] in shown and name in shown, f"seed {seed}, turn {turn}"
+    page.close()

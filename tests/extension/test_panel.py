@@ -1,0 +1,222 @@
+"""The panel's rules: toggles in step, old settings honoured, a gauge for whatever is chosen."""
+
+import json
+import os
+import shutil
+import sys
+
+import pytest
+
+import exl_loader
+from exl_loader.checkpoint import Checkpoint
+from exl_loader.memory.buffers import live_bytes
+from exl_loader.utils.errors import InvalidSettings, ModelNotFound, ModelUnloaded, PromptTooLong
+from extension.page.session import Session
+from extension.panel import panel
+from extension.panel.panel import LoadOptions, plan_html, reachable_length, reserve
+from support.counting import count
+from support.sparse import LLAMA_2_7B, exl2_tensors, write_sparse_exl2
+from support.tiny import CONFIG
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"cache_8bit": True}, "q8"),
+        ({"cache_4bit": True, "cache_type": "fp16"}, "q4"),
+        ({"cache_4bit": True, "cache_8bit": True}, "q8"),
+        ({"cache_8bit": True, "cache_type": "q4"}, "q4"),
+        ({"cache_type": " Q6 "}, "q6"),
+        ({"cache_type": "q8_0"}, "q8"),
+        ({"cache_type": "FP8", "cache_4bit": True}, "q8"),
+        ({"cache_type": None, "cache_8bit": None}, "fp16"),
+        ({}, "fp16"),
+    ],
+)
+def test_saved_values_that_disagree_are_resolved(values, expected):
+    assert LoadOptions.from_values(values).cache_type == expected
+
+
+def test_options_from_a_page_are_the_planners_arguments():
+    options = LoadOptions.from_values({
+        "model_dir": " /m ", "ctx_size": 4096.0, "cache_type": "q4", "alpha_value": "2.5",
+        "compress_pos_emb": None, "gpu_split": "", "loader": "ExLlamav2",
+    })
+    assert options == LoadOptions("/m", 4096, "q4", 2.5)
+    assert options.arguments() == {
+        "ctx_size": 4096, "cache_type": "q4", "alpha_value": 2.5, "compress_pos_emb": 1.0,
+        "gpu_split": None,
+    }
+    assert LoadOptions.from_values({"model_dir": " ~/m "}).model_dir == os.path.expanduser("~/m")
+    empty = LoadOptions.from_values({"ctx_size": 0, "alpha_value": "", "model_dir": None})
+    assert empty == LoadOptions("") and empty.arguments()["ctx_size"] is None
+
+
+def test_gauge_shows_the_plan_and_follows_every_option(tiny_model_dir):
+    seen = set()
+    for options in (LoadOptions(str(tiny_model_dir)), LoadOptions(str(tiny_model_dir), 4096),
+                    LoadOptions(str(tiny_model_dir), 4096, "q4")):
+        html = plan_html(options)
+        assert f"{reserve(options).ctx_size:,} tokens of context" in html
+        seen.add(html)
+    assert len(seen) == 3
+    length = reachable_length(LoadOptions(str(tiny_model_dir)))
+    stretched = LoadOptions(str(tiny_model_dir), alpha_value=2.0)
+    assert reachable_length(stretched) == 2 * length
+
+
+def test_gauge_of_a_7b_needs_few_calls_a_tensor(tmp_path):
+    folder = write_sparse_exl2(tmp_path / "large", shards=4, **LLAMA_2_7B)
+    options = LoadOptions(str(folder), 4096, "q4")
+
+    def work():
+        assert "4,096 tokens of context" in plan_html(options)
+
+    work()
+    # 82 a tensor when this was written; benchmarks/planning_cpu.py has its time.
+    assert count(work).calls < 150 * len(exl2_tensors(CONFIG | LLAMA_2_7B, 4, 6))
+
+
+def test_gauge_never_touches_a_weight(tiny_model_dir, monkeypatch):
+    def read(*_, **__):
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr(Checkpoint, "read", read)
+    monkeypatch.setattr(Checkpoint, "read_rows", read)
+    assert "Fits" in plan_html(LoadOptions(str(tiny_model_dir)))
+
+
+def test_what_cannot_be_planned_is_one_message(tmp_path, tiny_model):
+    assert "Choose a model folder" in plan_html(LoadOptions(""))
+    assert "Cannot be loaded" in plan_html(LoadOptions(str(tmp_path / "nowhere")))
+    folder = tiny_model("broken")
+    html = plan_html(LoadOptions(str(folder), cache_type="q3<b>"))
+    assert "Cannot be loaded" in html and "q3&lt;b&gt;" in html
+    (folder / "config.json").write_text(json.dumps({"architectures": ["<b>X</b>"]}))
+    html = plan_html(LoadOptions(str(folder)))
+    assert "Cannot be loaded" in html and "<b>X</b>" not in html
+    shutil.rmtree(folder)
+    with pytest.raises(ModelNotFound):
+        reserve(LoadOptions(str(folder)))
+
+
+def loaded(session, options):
+    session.start_load(options)
+    *shown, last = session.follow()
+    return shown, last
+
+
+def test_session_loads_shows_and_gives_back(tiny_model_dir):
+    before = live_bytes()
+    session = Session()
+    shown, problem = loaded(session, LoadOptions(str(tiny_model_dir), 512))
+    assert problem == "" and all("progressbar" in html for html in shown)
+    options = session.options
+    gauge = session.gauge(options)
+    assert "Measured equals reserved" in gauge
+    # Other options: the gauge shows what they would take instead of the model in memory.
+    other = session.gauge(LoadOptions(str(tiny_model_dir), 1024))
+    assert "1,024 tokens of context" in other and "Measured" not in other
+    text = "".join(session.continue_text("ab", {"max_new_tokens": 4, "seed": 1}))
+    assert text == "".join(session.continue_text("ab", {"max_new_tokens": 4, "seed": 1}))
+    session.unload()
+    session.unload()
+    assert live_bytes() == before and session.options is None
+    with pytest.raises(ModelUnloaded):
+        session.continue_text("ab", {})
+
+
+def test_long_conversation_loses_its_oldest_questions_with_their_answers(tiny_model):
+    folder = tiny_model("talker")
+    config = folder / "tokenizer_config.json"
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": template}))
+    session = Session()
+    assert not session.has_template
+    loaded(session, LoadOptions(str(folder), 256))
+    assert session.has_template
+    # One token a byte: three of these fit into 256 tokens, seven do not.
+    roles = ("user", "assistant") * 3 + ("user",)
+    talk = [{"role": role, "content": f"{i}" * 40} for i, role in enumerate(roles)]
+    notices = []
+    with session.answer(talk, {"max_new_tokens": 2}, notices) as generation:
+        prompt = session.model.decode(generation.prompt_ids)
+        assert len(list(generation)) <= 2 and generation.finish_reason is not None
+    assert "the 2 oldest messages were left out" in notices[0] and len(notices) == 1
+    assert prompt.startswith("user: 2222") and prompt.rstrip().endswith("6666")
+    with pytest.raises(PromptTooLong):
+        session.answer([{"role": "user", "content": "x" * 300}], {})
+    session.unload()
+
+
+def test_plan_beside_a_loaded_model_counts_on_its_memory(tiny_model_dir, monkeypatch):
+    options = LoadOptions(str(tiny_model_dir), 2048)
+    total = reserve(options).total_bytes + live_bytes()
+    monkeypatch.setenv("EXL_LOADER_MEMORY_LIMIT", str(total + 1000))
+    with exl_loader.load(options.model_dir, **options.arguments()):
+        assert not exl_loader.plan(options.model_dir, **options.arguments()).fits
+        assert reserve(options).fits
+        largest = reserve(options).largest_ctx_size["fp16"]
+    assert largest == reserve(options).largest_ctx_size["fp16"] == 2048
+
+
+def test_failed_load_is_one_message_and_holds_nothing(tiny_model_dir, monkeypatch):
+    before = live_bytes()
+    session = Session()
+    loaded(session, LoadOptions(str(tiny_model_dir), 512))
+    monkeypatch.setenv("EXL_LOADER_MEMORY_LIMIT", "1MiB")
+    _, problem = loaded(session, LoadOptions(str(tiny_model_dir), 32768))
+    assert "does not fit" in problem and "<details>" in problem
+    # The model that was there has made room.
+    assert session.model is None and live_bytes() == before
+    _, problem = loaded(session, LoadOptions(str(tiny_model_dir / "nowhere")))
+    assert problem.count("<section") == 1
+
+
+def test_unexpected_error_is_told_with_its_place_folded(tiny_model_dir, monkeypatch):
+    import exl_loader.loader
+
+    def broken(*_, **__):
+        raise ZeroDivisionError("our own <mistake>")
+
+    monkeypatch.setattr(exl_loader.loader, "load", broken)
+    session = Session()
+    _, problem = loaded(session, LoadOptions(str(tiny_model_dir)))
+    assert "Unexpected ZeroDivisionError: our own &lt;mistake&gt;" in problem
+    assert problem.index("<details>") < problem.index("in broken")
+
+
+def test_two_loads_at_once_are_refused(tiny_model_dir, monkeypatch):
+    import threading
+
+    import exl_loader.loader
+
+    go, real_load = threading.Event(), exl_loader.loader.load
+
+    def slow(*args, **options):
+        go.wait(300)
+        return real_load(*args, **options)
+
+    monkeypatch.setattr(exl_loader.loader, "load", slow)
+    session = Session()
+    session.start_load(LoadOptions(str(tiny_model_dir), 512))
+    with pytest.raises(InvalidSettings, match="one load at a time"):
+        session.start_load(LoadOptions(str(tiny_model_dir), 1024))
+    go.set()
+    session.unload()
+    assert not session.loading and session.model is None
+
+
+def test_panel_needs_neither_gradio_nor_pytorch(tiny_model_dir):
+    import subprocess
+
+    code = (
+        "import sys\n"
+        "from extension.panel.panel import LoadOptions, plan_html\n"
+        f"assert 'Fits' in plan_html(LoadOptions({str(tiny_model_dir)!r}))\n"
+        "print({'gradio', 'torch'} & set(sys.modules))\n"
+    )
+    folder = panel.__file__.rpartition("extension")[0]
+    answer = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True,
+                            text=True, check=True)
+    assert answer.stdout.strip() == "set()"

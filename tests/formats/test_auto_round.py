@@ -1,0 +1,81 @@
+"""Folders of a real writer: what auto-round stores is what auto-round measured."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+
+from exl_loader import load, plan
+from exl_loader.checkpoint import Checkpoint, is_quantised
+from exl_loader.formats import plan_linear, reference_weight
+from support import REPO
+from support.auto_round_writer import IDS, VARIANTS
+from support.makers import warnings_of_weights
+
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("auto_round") is None, reason="auto-round is not installed"
+    ),
+    pytest.mark.slow,
+    pytest.mark.timeout(1200),
+]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory, request) -> Path:
+    """The folders of all variants, written once for all of pytest's processes."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if hasattr(request.config, "workerinput") else root
+    folder = root / "auto_round"
+    with FileLock(root / "auto_round.lock"):
+        if not folder.exists():
+            made = tmp_path_factory.mktemp("auto_round_unfinished")
+            _write(made)
+            made.rename(folder)
+    return folder
+
+
+def _write(folder: Path) -> None:
+    writer = REPO / "tests" / "support" / "auto_round_writer.py"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home")}
+    done = subprocess.run(
+        [sys.executable, writer, folder], cwd=folder, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_weights_are_those_that_auto_round_measured(written, name):
+    folder, variant = written / name, VARIANTS[name]
+    assert is_quantised(folder) and plan(folder, ctx_size=256).format == "gptq"
+    measured = torch.load(folder / "dequantised.pt")
+    widths = set()
+    with Checkpoint.open(folder) as checkpoint:
+        for key, value in measured.items():
+            if "_proj" not in key:
+                continue
+            layer = plan_linear(checkpoint, key.removesuffix(".weight"), *value.t().shape)
+            found = reference_weight(layer, checkpoint).t()
+            widths.add(layer.options.get("bits", 16))
+            # Measured in bfloat16. A zero point that is one off moves a weight by a step, which
+            # is a 256th of the largest at least.
+            step = float(value.abs().max()) / 1024
+            torch.testing.assert_close(found, value.float(), rtol=2**-7, atol=step)
+    assert widths == {variant.bits} | ({8, 16} if variant.layers else set())
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_are_those_of_the_weights_that_auto_round_measured(written, name, caplog):
+    expected = torch.load(written / name / "logits.pt")
+    with load(written / name, ctx_size=256, cache_type="fp32", device="cpu") as model:
+        found = model.prompt_logits(IDS)
+    assert float((found - expected).norm() / expected.norm()) < 0.01
+    assert not warnings_of_weights(caplog), "nothing of auto-round's own settings is unknown"

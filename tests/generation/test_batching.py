@@ -1,0 +1,246 @@
+"""Several requests at once: their order, their fairness, and that none disturbs another."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+import exl_loader
+from exl_loader.generation.scheduler import MAX_AHEAD
+from exl_loader.utils.errors import CacheFull
+from support.fake_model import fake_engine
+
+GREEDY = {"temperature": 0, "ban_eos_token": True}
+
+
+def next_of(text: list[int]) -> int:
+    return (text[-1] + 1) % 900 + 1
+
+
+def run_all(*works: Callable[[], object]) -> None:
+    """Run them in threads of their own; an error in one of them is an error here."""
+    errors: list[BaseException] = []
+
+    def guarded(work: Callable[[], object]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(300)
+        assert not thread.is_alive(), "deadlock"
+    if errors:
+        raise errors[0]
+
+
+def ids(engine, prompt, count):
+    return engine.generate_ids(prompt, GREEDY | {"max_new_tokens": count})
+
+
+def until_all_are_there(engine, count: int) -> Callable[[], None]:
+    """A wait for all requests, for the first pass, which is else over before others begin."""
+    scheduler, began = engine._generator._scheduler, []
+    inbox = engine._generator._thread._inbox
+
+    def sent() -> int:
+        return len(scheduler.waiting) + len(scheduler.active) + inbox.qsize()
+
+    def wait() -> None:
+        deadline = time.monotonic() + 300
+        while not began and sent() < count:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        began.append(True)
+
+    return wait
+
+
+def test_requests_that_do_not_fit_wait_in_order():
+    """A later one that would fit does not overtake an earlier one that does not."""
+    engine, model, cache = fake_engine(next_of, 1000, ctx_size=1024)
+    running = ids(engine, [5] * 400, 100)
+    next(running)
+    large, small = ids(engine, [300] * 600, 50), ids(engine, [700], 5)
+    for generation in (large, small):
+        generation._began = True
+        engine._generator._thread._send(generation._job)
+    # 2 pages are held; the large one needs 3, the small one 1.
+    for _ in range(5):
+        next(running)
+    assert large.stats.new_tokens == 0 and small.stats.new_tokens == 0
+    running.close()
+    assert len(list(small)) == 5 and large._job.sequence is not None
+    assert len(list(large)) == 50
+    assert cache.num_free_pages == 4
+
+
+def test_more_requests_than_slots():
+    engine, model, cache = fake_engine(next_of, 1000, ctx_size=4096, max_batch_size=2)
+    model.before_call = until_all_are_there(engine, 7)
+    results: dict[int, list[int]] = {}
+    run_all(*(
+        lambda i=i: results.__setitem__(i, list(ids(engine, [50 * i + 1], 20))) for i in range(7)
+    ))
+    for i in range(7):
+        assert results[i] == list(range(50 * i + 3, 50 * i + 43, 2))
+    assert max(map(len, model.calls)) == 2
+    assert cache.num_free_pages == 16
+
+
+def test_what_could_never_fit_is_refused_while_others_run():
+    engine, model, cache = fake_engine(next_of, 1000, ctx_size=1024, pages=2)
+    running = ids(engine, [5], 100)
+    next(running)
+    with pytest.raises(CacheFull, match="room for a text of 900 tokens.*larger ctx_size"):
+        list(ids(engine, [7], 899))
+    assert len(list(running)) == 99
+
+
+def test_a_stream_goes_on_between_the_chunks_of_a_prompt():
+    engine, model, cache = fake_engine(next_of, 1000, ctx_size=4096)
+    stream = ids(engine, [5], 200)
+    next(stream)
+    model.calls.clear()
+    arrived, unread = threading.Event(), []
+    model.before_call = lambda: unread.append(
+        MAX_AHEAD if stream._job.finished else len(stream._job.output)
+    )
+
+    def read():
+        for _ in stream:
+            arrived.set()
+
+    def ask():
+        assert arrived.wait(300)
+        assert len(list(ids(engine, [9] * 640, 10))) == 10
+
+    run_all(read, ask)
+    chunks = [i for i, call in enumerate(model.calls) if call[0] > 1]
+    assert len(chunks) == 40
+    for first, second in zip(chunks, chunks[1:]):  # noqa: B905
+        # Unless the machine does not let the reader run, which has tokens lying ready then.
+        assert second - first == 2 or unread[second] >= MAX_AHEAD
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one():
+    engine, model, cache = fake_engine(next_of, 1000, ctx_size=8192)
+    long, short = ids(engine, [9] * 3200, 2), ids(engine, [700] * 20, 2)
+    done = []
+    began = threading.Event()
+    model.before_call = began.set
+
+    def ask_short():
+        assert began.wait(300)
+        list(short)
+        done.append(("short", sum(map(sum, model.calls))))
+
+    def ask_long():
+        list(long)
+        done.append(("long", sum(map(sum, model.calls))))
+
+    run_all(ask_long, ask_short)
+    assert [name for name, _ in done] == ["short", "long"]
+
+
+def test_each_is_stopped_alone():
+    engine, model, cache = fake_engine(next_of, 1000, ctx_size=2048)
+    one, two = ids(engine, [5], 60), ids(engine, [300], 60)
+    for _ in range(3):
+        next(one)
+        next(two)
+    one.stop()
+    assert len(list(two)) == 57
+    assert list(one)[2:] == [] and one.finish_reason == "cancelled"
+    assert two.finish_reason == "length"
+    assert cache.num_free_pages == 8
+
+
+def test_an_error_ends_only_the_request_it_belongs_to():
+    """A joint pass that fails is run again for each of its requests."""
+    engine, model, cache = fake_engine(next_of, 1000, ctx_size=2048)
+    whole = model._forward
+
+    def damaged(entries, logits):
+        for sequence, _ in entries:
+            if model.read(sequence)[:1] == [300] and sequence.past_len > 5:
+                raise RuntimeError("this one")
+        return whole(entries, logits)
+
+    model._forward = damaged
+    good, bad = ids(engine, [5], 40), ids(engine, [300], 40)
+    results = {}
+
+    def read_bad():
+        with pytest.raises(RuntimeError, match="this one"):
+            for token_id in bad:
+                results.setdefault("bad", []).append(token_id)
+
+    run_all(lambda: results.__setitem__("good", list(good)), read_bad)
+    assert results["good"] == list(range(7, 87, 2))
+    assert len(results["bad"]) == 6 and bad.finish_reason == "failed"
+    assert cache.num_free_pages == 8
+
+
+SAMPLED = {"temperature": 0.9, "top_p": 0.9, "repetition_penalty": 1.1, "max_new_tokens": 40,
+           "ban_eos_token": True}
+
+
+@pytest.mark.parametrize("cache_type", ["fp16", "q4"])
+def test_the_same_seed_gives_the_same_text_whatever_runs_beside_it(tiny_model_dir, cache_type):
+    """On the compiled kernels, in chunks of other sizes, with eight in a pass."""
+    requests = [
+        ([(7 * i + j * j) % 250 + 3 for j in range(5 + 37 * i)], SAMPLED | {"seed": i})
+        for i in range(12)
+    ]
+    with exl_loader.load(tiny_model_dir, ctx_size=8192, cache_type=cache_type) as model:
+        alone = [list(model.generate_ids(*request)) for request in requests]
+        model.prompt_logits([5] * 8192)
+        passes = []
+        wait, forward = until_all_are_there(model, 12), model._generator._scheduler.model.forward
+
+        def counted(entries, logits="last"):
+            wait()
+            passes.append(len(entries))
+            return forward(entries, logits)
+
+        model._generator._scheduler.model.forward = counted
+        together: dict[int, list[int]] = {}
+        run_all(*(
+            lambda i=i: together.__setitem__(i, list(model.generate_ids(*requests[i])))
+            for i in range(12)
+        ))
+        # The wrapped method would keep the model, and its buffers, until garbage is collected.
+        del model._generator._scheduler.model.forward
+        assert [together[i] for i in range(12)] == alone
+        assert max(passes) == 8
+        assert model.allocated_bytes() == model.reservation.total_bytes
+
+
+def test_a_stream_goes_on_between_the_chunks_of_an_evaluation():
+    engine, model, cache = fake_engine(next_of, 1000, ctx_size=4096)
+    stream = ids(engine, [5], 300)
+    next(stream)
+    model.calls.clear()
+    texts, unread = {}, []
+    model.before_call = lambda: unread.append(
+        MAX_AHEAD if stream._job.finished else len(stream._job.output)
+    )
+    run_all(
+        lambda: texts.__setitem__("logits", engine.prompt_logits([7] * 800)),
+        lambda: texts.__setitem__("stream", list(stream)),
+        lambda: texts.__setitem__("other", list(ids(engine, [9] * 320, 5))),
+    )
+    assert texts["logits"].argmax(dim=1).tolist() == [9] * 800
+    assert len(texts["stream"]) == 299 and len(texts["other"]) == 5
+    chunks = [i for i, call in enumerate(model.calls) if max(call) > 1]
+    assert len(chunks) == 100 + 20
+    for first, second in zip(chunks, chunks[1:]):  # noqa: B905
+        assert second > first + 1 or unread[second] >= MAX_AHEAD
+    assert cache.num_free_pages == 16

@@ -1,0 +1,209 @@
+"""Sampling with the common settings: the distribution, the draw, seeds, damaged logits."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from exl_loader.generation.sampling import Candidates, Sampler, TokenRoles, draw
+from exl_loader.generation.settings import SamplingSettings
+from exl_loader.utils.errors import InvalidCheckpoint
+
+
+def defined_distribution(logits, history, options: SamplingSettings, banned=()) -> dict[int, float]:
+    """The distribution by definition: plain Python, one token at a time, in double precision."""
+    row = [float(x) for x in logits]
+    if options.repetition_penalty != 1:
+        for i in set(list(history)[-options.repetition_penalty_range :]):
+            penalty = np.float32(options.repetition_penalty)
+            seen = np.float32(row[i])
+            row[i] = float(seen / penalty if seen > 0 else seen * penalty)
+    ranked = sorted((i for i in range(len(row)) if i not in banned), key=lambda i: (-row[i], i))
+    if options.greedy:
+        return {ranked[0]: 1.0}
+    if options.top_k > 0:
+        ranked = ranked[: options.top_k]
+    weights = {i: math.exp((row[i] - row[ranked[0]]) / options.temperature) for i in ranked}
+    total = math.fsum(weights.values())
+    probabilities = {i: weight / total for i, weight in weights.items()}
+    if options.top_p < 1:
+        kept, reached = {}, 0.0
+        for i in ranked:
+            if kept and reached >= options.top_p:
+                break
+            kept[i] = probabilities[i]
+            reached += probabilities[i]
+        probabilities = kept
+    if options.min_p > 0:
+        largest = max(probabilities.values())
+        probabilities = {i: p for i, p in probabilities.items() if p >= options.min_p * largest}
+    total = math.fsum(probabilities.values())
+    return {i: p / total for i, p in probabilities.items()}
+
+
+def sampled_distribution(logits, history, options, banned=()) -> dict[int, float]:
+    """The distribution that a sampler really draws from."""
+    sampler = Sampler(options, 0, TokenRoles(banned_ids=tuple(banned)))
+    left = sampler.candidates(logits, history)
+    if options.greedy:
+        return {sampler.sample(logits, history): 1.0}
+    weights = np.exp(left.logits.astype(np.float64) - float(left.logits.max()))
+    pairs = zip(left.ids, weights / weights.sum(), strict=True)
+    return {int(i): float(p) for i, p in pairs if p > 0}
+
+
+# Multiples of an eighth: ties are common, and no rounding decides who is in.
+LOGITS = st.lists(
+    st.integers(-80, 80).map(lambda n: n / 8), min_size=1, max_size=400
+)
+
+
+@settings(max_examples=300)
+@given(data=st.data())
+def test_the_distribution_is_the_defined_one(data):
+    logits = np.array(data.draw(LOGITS), np.float32)
+    size = len(logits)
+    options = SamplingSettings(
+        temperature=data.draw(st.sampled_from([0.25, 0.5, 1.0, 2.0])),
+        top_k=data.draw(st.integers(0, 2 * size)),
+        # Sums of these distributions do not hit these numbers.
+        top_p=data.draw(st.sampled_from([1.0, 0.0, 0.1234567, 0.5432167, 0.9123457])),
+        min_p=data.draw(st.sampled_from([0.0, 0.0123457, 0.3141593])),
+        repetition_penalty=data.draw(st.sampled_from([1.0, 1.25, 2.0])),
+        repetition_penalty_range=data.draw(st.integers(0, 6)),
+    )
+    history = data.draw(st.lists(st.integers(0, size - 1), max_size=8))
+    banned = data.draw(st.sets(st.integers(0, size - 1), max_size=size - 1))
+    expected = defined_distribution(logits, history, options, banned)
+    actual = sampled_distribution(logits, history, options, banned)
+    assert actual.keys() == expected.keys()
+    for token, probability in expected.items():
+        assert actual[token] == pytest.approx(probability, rel=1e-5)
+
+
+@settings(max_examples=100)
+@given(logits=LOGITS, uniform=st.floats(0, 1, exclude_max=True))
+def test_the_draw_inverts_the_summed_probability(logits, uniform):
+    row = np.array(logits, np.float32)
+    token = draw(Candidates.of_row(row), uniform)
+    weights = np.exp(row.astype(np.float64) - row.max())
+    reached = np.cumsum(weights) / weights.sum()
+    below = reached[token - 1] if token else 0.0
+    assert below - 1e-6 <= uniform <= reached[token] + 1e-6
+
+
+def test_draws_follow_the_distribution():
+    logits = np.random.default_rng().standard_normal(300).astype(np.float32)
+    options = SamplingSettings(top_k=20, seed=int(np.random.default_rng().integers(1 << 40)))
+    expected = defined_distribution(logits, [], options)
+    sampler, draws = Sampler(options), 20000
+    counts = np.bincount([sampler.sample(logits, []) for _ in range(draws)], minlength=300)
+    assert set(np.flatnonzero(counts)) <= set(expected)
+    chi_square = sum((counts[i] - draws * p) ** 2 / (draws * p) for i, p in expected.items())
+    # 19 degrees of freedom: mean 19, standard deviation 6.2; eight of them never by chance.
+    assert chi_square < 19 + 8 * 6.2
+
+
+def test_the_last_random_number_does_not_draw_a_banned_token():
+    row = np.full(1000, -np.inf, np.float32)
+    row[:500] = 0
+    largest = float(np.nextafter(1.0, 0.0))
+    assert draw(Candidates.of_row(row), largest) == 499
+    assert draw(Candidates.of_row(row[::-1].copy()), 0.0) == 500
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"top_k": 1}, {"top_k": 1, "top_p": 0.5}])
+def test_greedy_takes_the_lowest_of_equal_ids(options):
+    row = np.array([0, 3, 1, 3, 3], np.float32)
+    for seed in range(5):
+        assert Sampler(SamplingSettings(**options), seed).sample(row, []) == 1
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-300, 1e-3])
+def test_a_tiny_temperature_is_greedy(temperature):
+    row = np.array([1, 9, 2, 8.5], np.float32)
+    assert Sampler(SamplingSettings(temperature=temperature), 1).sample(row, []) == 1
+
+
+def test_a_huge_temperature_is_uniform():
+    row = np.array([1, 9, -5, 3], np.float32)
+    actual = sampled_distribution(row, [], SamplingSettings(temperature=1e30))
+    assert actual == pytest.approx(dict.fromkeys(range(4), 0.25))
+
+
+def test_top_k_of_equal_logits_keeps_the_lowest_ids():
+    row = np.zeros(5000, np.float32)
+    row[4000] = 1
+    kept = sampled_distribution(row, [], SamplingSettings(top_k=5))
+    assert sorted(kept) == [0, 1, 2, 3, 4000]
+
+
+def test_top_p_over_a_flat_vocabulary():
+    """Far more survivors than the first look takes."""
+    row = np.zeros(20000, np.float32)
+    kept = sampled_distribution(row, [], SamplingSettings(top_p=0.50001))
+    assert sorted(kept) == list(range(10001))
+
+
+def test_the_given_row_stays_as_it_is():
+    row = np.random.default_rng(1).standard_normal(100).astype(np.float32)
+    before = row.copy()
+    options = SamplingSettings(repetition_penalty=2.0, top_k=3)
+    Sampler(options, 1, TokenRoles(banned_ids=(5,))).sample(row, [1, 2, 3])
+    assert (row == before).all()
+
+
+def test_the_repetition_penalty_counts_the_last_tokens_only():
+    row = np.array([2, 2, 2, -2], np.float32)
+    options = SamplingSettings(repetition_penalty=2.0, repetition_penalty_range=2)
+    actual = sampled_distribution(row, [0, 1, 3, 3, 1], options)
+    weights = np.exp([2, 1, 2, -4.0])
+    assert actual == pytest.approx(dict(enumerate(weights / weights.sum())))
+
+
+def test_padding_is_never_drawn():
+    row = np.zeros(100, np.float32)
+    row[90:] = 50
+    for options in ({}, {"temperature": 0}, {"top_k": 5}, {"repetition_penalty": 1.5}):
+        sampler = Sampler(SamplingSettings(**options), 3, TokenRoles(vocab_size=90))
+        assert all(sampler.sample(row, [95, 1]) < 90 for _ in range(20))
+
+
+def test_the_same_seed_gives_the_same_tokens():
+    row = np.random.default_rng(2).standard_normal(1000).astype(np.float32)
+
+    def tokens(sampler: Sampler) -> list[int]:
+        return [sampler.sample(row, []) for _ in range(50)]
+
+    options = SamplingSettings(seed=7)
+    assert tokens(Sampler(options)) == tokens(Sampler(options))
+    assert tokens(Sampler(options)) != tokens(Sampler(options, seed=8))
+    random = Sampler(SamplingSettings())
+    assert tokens(random) == tokens(Sampler(SamplingSettings(), seed=random.seed))
+    assert Sampler(SamplingSettings()).seed != random.seed
+
+
+def test_the_generator_is_the_same_on_every_machine():
+    """Recorded once: a seed that a user noted down must not change its text."""
+    row = np.zeros(1000, np.float32)
+    sampler = Sampler(SamplingSettings(seed=1234))
+    assert [sampler.sample(row, []) for _ in range(5)] == [557, 223, 293, 579, 811]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"top_k": 3}])
+def test_damaged_logits_are_an_error(value, options):
+    row = np.zeros(100, np.float32)
+    row[40] = value
+    with pytest.raises(InvalidCheckpoint, match="NaN or infinity"):
+        Sampler(SamplingSettings(**options), 1).sample(row, [])
+
+
+def test_large_finite_logits_are_none():
+    row = np.full(100, 3e38, np.float32)
+    row[7] = 3.2e38
+    assert Sampler(SamplingSettings(), 1).sample(row, []) == 7

@@ -1,0 +1,269 @@
+"""Sampling from a row's likeliest tokens: the very tokens that the whole row gives, or a fetch."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from exl_loader.generation.sampling import LazyRow, Sampler, TokenRoles, argmax
+from exl_loader.generation.sampling.rest import Rest
+from exl_loader.generation.settings import SAMPLER_PRIORITY, SamplingSettings
+from exl_loader.utils.errors import InvalidCheckpoint, InvalidSettings
+from support.top_logits_defined import CountedRow, defined_likeliest
+
+HISTORY = np.array([5, 3, 5, 17, 250, 3, 5, 9000, 17, 5, 3, 5], np.int64)
+MANY = 152_064
+
+
+def peaked_row(seed, size=MANY, scale=2.5, peak=15.0):
+    """Logits as of a model that knows what it says: a few tokens far above a broad rest."""
+    rng = np.random.default_rng(seed)
+    row = (rng.normal(size=size) * scale).astype(np.float32)
+    best = rng.integers(0, size, 40)
+    row[best] += (peak + 4 - 0.3 * np.arange(40)).astype(np.float32)
+    return row
+
+
+def both_ways(row, options, roles=None, likeliest=None, draws=3):
+    """Draw from a whole row and from its likeliest tokens; returns how often it was fetched.
+
+    Tokens, what they are drawn from, and the generators afterwards are equal, or the same error
+    is raised.
+    """
+    roles = roles or {}
+    roles = TokenRoles(vocab_size=len(row), **roles)
+    if likeliest is None:
+        likeliest = defined_likeliest(row)
+    whole, partial = (Sampler(options, seed=7, roles=roles) for _ in range(2))
+    fetches = 0
+    for _ in range(draws):
+        lazy = CountedRow(row, likeliest)
+        try:
+            expected = whole.sample(row, HISTORY)
+        except InvalidSettings:
+            with pytest.raises(InvalidSettings):
+                partial.sample(lazy, HISTORY)
+            return fetches + lazy.fetches
+        assert partial.sample(lazy, HISTORY) == expected
+        fetches += lazy.fetches
+    here, there = (s.candidates(r, HISTORY) for s, r in ((whole, row), (partial, lazy)))
+    assert there.rest is None and there.is_sorted == here.is_sorted or options.greedy
+    if options.greedy:
+        assert here.ids[here.logits.argmax()] == there.ids[there.logits.argmax()]
+    else:
+        assert np.array_equal(here.ids, there.ids) and np.array_equal(here.logits, there.logits)
+    assert whole._random.random() == partial._random.random()
+    return fetches
+
+
+TYPICAL = {
+    "greedy": {"temperature": 0},
+    "web UI": {"temperature": 0.7, "top_p": 0.95, "top_k": 50},
+    "top_k": {"top_k": 40},
+    "top_p": {"top_p": 0.9},
+    "top_p, cool": {"temperature": 0.6, "top_p": 0.95},
+    "top_p, hot": {"temperature": 1.2, "top_k": 100, "top_p": 0.8},
+    "min_p": {"min_p": 0.05},
+    "min_p first": {"min_p": 0.05, "temperature": 1.5, "temperature_last": True},
+    "penalties": {"repetition_penalty": 1.15, "presence_penalty": 0.5, "frequency_penalty": 0.2,
+                  "top_p": 0.9, "min_p": 0.02},
+    "penalties, greedy": {"repetition_penalty": 1.2, "do_sample": False},
+    "dry, xtc": {"dry_multiplier": 0.8, "min_p": 0.02, "xtc_probability": 0.5},
+    "typical of few": {"top_k": 200, "typical_p": 0.9, "tfs": 0.95, "smoothing_factor": 0.2,
+                       "sampler_priority": ["top_k", "typical_p", "tfs", "quadratic_sampling"]},
+    "top_a": {"top_a": 0.2},
+    "epsilon": {"epsilon_cutoff": 9},
+    "mirostat": {"mirostat_mode": 2, "mirostat_tau": 3},
+    "adaptive": {"min_p": 0.05, "adaptive_target": 0.4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TYPICAL)
+def test_typical_settings_need_no_row(name):
+    fetches = sum(
+        both_ways(peaked_row(seed), SamplingSettings(**TYPICAL[name]),
+                  {"banned_ids": (2,)} if seed % 2 else None)
+        for seed in range(4)
+    )
+    assert fetches == 0
+
+
+NEEDY = {
+    "no filter": {"temperature": 0.8},
+    "dynamic temperature": {"dynamic_temperature": True, "dynatemp_high": 2.0, "top_k": 40},
+    "sigma": {"top_n_sigma": 1.0},
+    "typical": {"typical_p": 0.9},
+    "rewarded repetition": {"repetition_penalty": 0.9, "top_k": 10},
+    "rewarded presence": {"presence_penalty": -0.5, "top_k": 10},
+    "bias": {"logit_bias": [(7, 1.0)], "top_k": 10},
+    "n-grams": {"no_repeat_ngram_size": 2, "top_k": 10},
+    "k beyond": {"top_k": 2000},
+}
+
+
+@pytest.mark.parametrize("name", NEEDY)
+def test_what_needs_the_row_gets_it(name):
+    assert both_ways(peaked_row(1), SamplingSettings(**NEEDY[name]), draws=2) == 2
+
+
+def test_a_flat_distribution_needs_the_row():
+    row = (np.random.default_rng(3).normal(size=20_000) * 0.3).astype(np.float32)
+    assert both_ways(row, SamplingSettings(top_p=0.9), draws=1) == 1
+    assert both_ways(row, SamplingSettings(temperature=0), draws=1) == 0
+    assert both_ways(np.zeros(5000, np.float32), SamplingSettings(temperature=0), draws=1) == 1
+
+
+def test_a_constraint_needs_the_row():
+    class Constraint:
+        allowed_ids, complete = np.array([4, 9]), False
+
+        def accept(self, token_id):
+            assert token_id in (4, 9)
+
+    row = peaked_row(2)
+    lazy = CountedRow(row, defined_likeliest(row))
+    roles = TokenRoles(vocab_size=len(row))
+    Sampler(SamplingSettings(top_k=5), 1, roles, Constraint()).sample(lazy, HISTORY)
+    assert lazy.fetches == 1
+
+
+def test_bans_of_all_known_tokens_need_the_row():
+    row = peaked_row(4, size=3000)
+    likeliest = defined_likeliest(row, most=20)
+    banned = {"banned_ids": tuple(likeliest.ids.tolist())}
+    for options in ({"top_k": 3}, {"top_p": 0.9}, {"temperature": 0}):
+        assert both_ways(row, SamplingSettings(**options), banned, likeliest, draws=1) == 1
+    everything = {"banned_ids": tuple(range(3000))}
+    both_ways(row, SamplingSettings(top_k=3), everything, likeliest)
+
+
+def test_another_vocabulary_needs_the_row():
+    """Known tokens may be padding, and the others' sum is one of more tokens."""
+    row = peaked_row(5)
+    lazy = CountedRow(row, defined_likeliest(row))
+    sampler = Sampler(SamplingSettings(top_k=3), 1, TokenRoles(vocab_size=len(row) - 400))
+    assert sampler.sample(lazy, HISTORY) < len(row) - 400
+    assert lazy.fetches == 1
+
+
+def test_damaged_logits_are_an_error():
+    row = peaked_row(6, size=3000)
+    row[17] = np.nan
+    sampler = Sampler(SamplingSettings(top_k=3), 1, TokenRoles(vocab_size=3000))
+    with pytest.raises(InvalidCheckpoint, match="NaN"):
+        sampler.sample(CountedRow(row, None), HISTORY)
+
+
+# Multiples of an eighth: ties everywhere, also where the known tokens end.
+ROWS = st.one_of(
+    st.lists(st.integers(-60, 60), min_size=30, max_size=400).map(
+        lambda values: np.array(values, np.float32) / 8
+    ),
+    st.builds(
+        lambda seed, scale: (np.random.default_rng(seed).standard_t(3, 600) * scale).astype("f4"),
+        st.integers(0, 10**6), st.floats(0.1, 10),
+    ),
+    st.builds(lambda seed, peak: peaked_row(seed, 2000, 1.0, peak), st.integers(0, 10**6),
+              st.floats(-5, 20)),
+)  # fmt: skip
+# What a rest suits, and what always needs the row where it comes before a filter.
+SUITABLE = st.fixed_dictionaries({"sampler_priority": st.one_of(
+    st.just([]), st.permutations(SAMPLER_PRIORITY),
+)}, optional={
+    "temperature": st.one_of(st.just(0.0), st.floats(0.05, 2)),
+    "temperature_last": st.booleans(),
+    "top_k": st.integers(1, 60),
+    "top_p": st.floats(0.05, 0.99),
+    "min_p": st.floats(0.001, 0.5),
+    "top_a": st.floats(0.01, 0.9),
+    "epsilon_cutoff": st.floats(0.1, 300),
+    "repetition_penalty": st.floats(1, 1.5),
+    "presence_penalty": st.floats(0, 2),
+    "frequency_penalty": st.floats(0, 1),
+    "dry_multiplier": st.floats(0.1, 2),
+    "mirostat_mode": st.just(2),
+    "mirostat_tau": st.floats(0.5, 6),
+    "logit_bias": st.lists(st.tuples(st.integers(0, 29), st.floats(-3, 0)), max_size=2),
+})  # fmt: skip
+OTHERS = st.fixed_dictionaries({}, optional={
+    "typical_p": st.floats(0.2, 0.95),
+    "tfs": st.floats(0.3, 0.99),
+    "repetition_penalty": st.floats(0.9, 1.5),
+    "presence_penalty": st.floats(-0.2, 2),
+    "encoder_repetition_penalty": st.floats(0.9, 1.2),
+    "xtc_probability": st.floats(0.1, 1),
+    "adaptive_target": st.floats(0.1, 0.9),
+    "no_repeat_ngram_size": st.integers(2, 3),
+    "logit_bias": st.lists(st.tuples(st.integers(0, 29), st.floats(-3, 0.5)), max_size=2),
+})
+OPTIONS = st.builds(lambda a, b: a | b, SUITABLE, st.one_of(st.just({}), st.just({}), OTHERS))
+
+
+@settings(max_examples=400)
+@given(row=ROWS, options=OPTIONS, most=st.integers(20, 250), error=st.floats(-1e-5, 1e-5),
+       banned=st.lists(st.integers(0, 29), max_size=3))
+def test_any_settings_give_the_tokens_of_the_whole_row(row, options, most, error, banned):
+    likeliest = defined_likeliest(row, most, error)
+    if likeliest is not None:
+        both_ways(row, SamplingSettings(**options), {"banned_ids": tuple(banned)}, likeliest)
+
+
+@settings(max_examples=100)
+@given(seed=st.integers(0, 10**6), place=st.integers(1, 300), nudge=st.integers(-2, 2),
+       temperature=st.sampled_from([0.5, 1.0, 1.3]), error=st.floats(-1e-5, 1e-5))
+def test_a_share_at_its_very_limit_gives_the_tokens_of_the_whole_row(
+    seed, place, nudge, temperature, error
+):
+    """top_p where the sum of the likeliest ones is exactly that, or a float beside it."""
+    row = (np.random.default_rng(seed).normal(size=2500) * 3).astype(np.float32)
+    scaled = row / np.float32(temperature)
+    weight = np.sort(np.exp(scaled - scaled.max()).astype(np.float64))[::-1]
+    top_p = float(weight[:place].sum() / weight.sum())
+    for _ in range(abs(nudge)):
+        top_p = math.nextafter(top_p, math.copysign(2, nudge))
+    if 0 < top_p < 1:
+        options = SamplingSettings(top_p=top_p, temperature=temperature)
+        both_ways(row, options, None, defined_likeliest(row, error=error), draws=1)
+
+
+@settings(max_examples=200)
+@given(logits=st.lists(st.floats(-300, 300, width=32), min_size=1, max_size=40),
+       temperatures=st.lists(st.floats(0.02, 20), max_size=2), falls=st.integers(0, 5))
+def test_the_sum_of_others_lies_where_it_is_said_to(logits, temperatures, falls):
+    others = np.array(logits, np.float32)
+    largest = float(others.max()) + 1.0
+    weight_sum = float(np.exp(others - np.float32(largest)).sum(dtype=np.float32))
+    rest = Rest.of_sum(len(others), others.max(), largest, weight_sum)
+    for temperature in temperatures:
+        divisor = np.float32(temperature)
+        others, largest = others / divisor, largest / float(divisor)
+        rest = rest.divided(divisor, largest)
+    falls = min(falls, len(others))
+    others[:falls] -= 5.0
+    rest = rest.lowered(falls)
+    assert others.max() <= rest.bound and rest.count == len(others)
+    low, high = rest.weight_range(largest)
+    exact = math.fsum(math.exp(float(x) - largest) for x in others)
+    assert low * (1 - 1e-12) - 1e-38 <= exact <= high * (1 + 1e-12)
+
+
+def test_the_likeliest_id_of_a_smaller_vocabulary():
+    row = peaked_row(8, size=4000)
+    lazy = CountedRow(row, defined_likeliest(row))
+    best = int(row.argmax())
+    assert argmax(row, 4000) == argmax(lazy, 4000) == best
+    assert argmax(lazy, best) == argmax(row, best) and lazy.fetches == 0
+    none_known = int(lazy.likeliest.ids.min())
+    assert argmax(lazy, none_known) == row[:none_known].argmax() and lazy.fetches == 1
+
+
+def test_a_row_is_fetched_once():
+    lazy = CountedRow(np.arange(5, dtype=np.float32), None)
+    copy = np.array(lazy)
+    copy[0] = 9
+    assert np.asarray(lazy)[0] == 0 and np.asarray(lazy, np.float64).dtype == np.float64
+    assert lazy.fetches == 1 and isinstance(lazy, LazyRow)

@@ -1,0 +1,56 @@
+"""Loading takes what it allocates and, on the way, one tensor of the file: seen from /proc."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from support import REPO
+
+sys.path.insert(0, str(REPO / "benchmarks"))
+
+import cpu_models  # noqa: E402
+
+from support import REPO
+
+# A head of 37 MiB beside layers of 2 to 8.
+CONFIG = cpu_models.GEOMETRY | {
+    "hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 3,
+    "num_attention_heads": 24,
+}  # fmt: skip
+# Modules that loading imports, objects that remain, and a layer's scales on their way.
+ALLOWANCE_BYTES = 28 << 20
+
+CHILD = """
+import re, sys
+import torch
+from exl_loader.backends import get_ops
+import exl_loader
+
+def status(key):
+    with open("/proc/self/status") as file:
+        return int(re.search(key + r":\\s+(\\d+)", file.read())[1]) * 1024
+
+get_ops("cpu")
+torch.set_num_threads(1)
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # the peak begins anew
+before = status("VmRSS")
+model = exl_loader.load(sys.argv[1], ctx_size=256)
+print(status("VmHWM") - before, model.allocated_bytes())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the peak")
+def test_loading_holds_one_tensor_beside_the_weights(tmp_path):
+    folder = cpu_models.write_exl2(tmp_path / "model", CONFIG)
+    head_bytes = CONFIG["hidden_size"] * CONFIG["vocab_size"] * 6 // 8
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, str(folder)], capture_output=True, text=True, cwd=REPO,
+        check=True,
+    )  # fmt: skip
+    peak, allocated = map(int, child.stdout.split())
+    assert peak > allocated  # or nothing was measured
+    assert peak <= allocated + head_bytes + ALLOWANCE_BYTES

@@ -1,0 +1,126 @@
+"""docs/reservation.md: its worked example is recomputed, row by row.
+
+Where a kernel's scratch changes, `python tests/memory/test_reservation_doc.py` writes the
+new numbers.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from exl_loader.memory.reservation import PlanRequest, plan, planned
+from support import REPO
+from support.sparse import LLAMA_2_7B, write_sparse_exl2
+
+DOCUMENT = REPO / "docs" / "reservation.md"
+CTX = 18432
+LAYERS, HIDDEN, INNER, VOCAB = 32, 4096, 11008, 32000
+ROWS, SEQUENCES, LOGITS_ROWS = 256, 8, 32
+# (inputs, outputs) of a layer's seven linears.
+LINEARS = [(HIDDEN, HIDDEN)] * 4 + [(HIDDEN, INNER)] * 2 + [(INNER, HIDDEN)]
+
+
+def written_rows() -> dict[str, int]:
+    rows = re.findall(r"^\| ([^|]+) \| ([\d,]+) \| [^|]+ \|$", DOCUMENT.read_text(), re.MULTILINE)
+    return {name.strip("* "): int(number.replace(",", "")) for name, number in rows}
+
+
+def derived_rows(scratch_bytes: int) -> dict[str, int]:
+    """Recompute the example from the document's formulas, without the engine's code."""
+
+    def tiles(n: int) -> int:
+        return -(-n // 16)
+
+    def codes(k: int, n: int, bits: int) -> int:
+        return 64 * tiles(n) * (k * bits // 32)
+
+    def aligned(n: int) -> int:
+        return -(-n // 64) * 64
+
+    heads = [(HIDDEN, VOCAB)]
+    every = LINEARS * LAYERS + heads
+    groups = [k // 128 for k, _ in every]
+    elements = CTX * LAYERS * HIDDEN
+    rows = {
+        "codes of the layers": LAYERS * sum(codes(k, n, 4) for k, n in LINEARS),
+        "codes of the head": codes(HIDDEN, VOCAB, 6),
+        "scales": sum(32 * tiles(n) * g for (_, n), g in zip(every, groups, strict=True)),
+        "group tables": sum(aligned(16 * g) for g in groups),
+        "permutations": sum(4 * k for k, _ in every),
+        "norms": 4 * HIDDEN * (2 * LAYERS + 1),
+        "embedding": 2 * VOCAB * HIDDEN,
+        "hidden state, queries, keys, values, attention": 6 * 4 * ROWS * HIDDEN,
+        "gate, up": 2 * 4 * ROWS * INNER,
+        "rotary angles": 4 * ROWS * 128,
+        "logits and their rows": 4 * LOGITS_ROWS * (VOCAB + HIDDEN + 1),
+        "ids, positions, page tables": 4 * (2 * ROWS + 72 * SEQUENCES + 64 * SEQUENCES)
+        + aligned(4 * (SEQUENCES + 1))
+        + aligned(4 * SEQUENCES),
+        "scratch": scratch_bytes,
+    }
+    names = list(rows)
+    rows["weights"] = sum(rows[name] for name in names[:7])
+    rows["workspace"] = sum(rows[name] for name in names[7:])
+    for bits in (4, 8):
+        rows[f"cache in {bits} bits"] = elements * (2 * bits + 1) // 8
+        rows[f"total in {bits} bits"] = (
+            rows["weights"] + rows["workspace"] + rows[f"cache in {bits} bits"]
+        )
+    return rows
+
+
+@pytest.fixture
+def seven_b(tmp_path, monkeypatch):
+    monkeypatch.setenv("EXL_LOADER_THREADS", "8")
+    return write_sparse_exl2(tmp_path / "7b", **LLAMA_2_7B)
+
+
+def scratch_of(folder: Path) -> int:
+    with planned(PlanRequest(folder, CTX, "q4", device="cpu")) as model:
+        (found,) = (
+            placement.spec.nbytes
+            for segment in model.segments
+            for placement in segment.placements
+            if placement.spec.name == "scratch"
+        )
+    return found
+
+
+def test_the_document_says_what_its_formulas_give(seven_b):
+    assert written_rows() == derived_rows(scratch_of(seven_b))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_plan_says_what_the_document_says(seven_b, bits):
+    written, found = written_rows(), plan(seven_b, CTX, f"q{bits}")
+    assert found.weights_bytes == written["weights"]
+    assert found.cache_bytes == written[f"cache in {bits} bits"]
+    assert found.workspace_bytes == written["workspace"]
+    assert found.total_bytes == written[f"total in {bits} bits"]
+
+
+def test_the_difference_in_the_text(seven_b):
+    written = written_rows()
+    difference = written["total in 8 bits"] - written["total in 4 bits"]
+    assert f"{difference:,} bytes" in DOCUMENT.read_text()
+
+
+def rewrite() -> None:
+    """Put the numbers of today into the document."""
+    os.environ["EXL_LOADER_THREADS"] = "8"
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch_bytes = scratch_of(write_sparse_exl2(Path(temporary) / "7b", **LLAMA_2_7B))
+    text = DOCUMENT.read_text()
+    for name, number in derived_rows(scratch_bytes).items():
+        row = rf"^(\| \**{re.escape(name)}\** \| )[\d,]+ \|"
+        text = re.sub(row, rf"\g<1>{number:,} |", text, flags=re.MULTILINE)
+    DOCUMENT.write_text(text)
+
+
+if __name__ == "__main__":
+    rewrite()

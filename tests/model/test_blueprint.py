@@ -1,0 +1,182 @@
+import json
+
+import pytest
+
+from exl_loader.checkpoint import Checkpoint
+from exl_loader.checkpoint.config import ModelConfig
+from exl_loader.model.blueprint import Blueprint, ExpertsPlan
+from exl_loader.utils.errors import ExlLoaderError, InvalidCheckpoint, UnsupportedFormat
+from exl_loader.utils.table import DeviceMap, place
+from support.tiny import CONFIG, tensor_shapes, write_tiny_model
+
+LAYER = "model.layers.1"
+
+
+def blueprint_of(folder, device_map=None):
+    with Checkpoint.open(folder) as checkpoint:
+        return Blueprint.from_checkpoint(ModelConfig.from_dir(folder), checkpoint, device_map)
+
+
+def rewrite(folder, change):
+    """Save the folder's tensors again after `change(tensors)`."""
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    return folder
+
+
+def test_specs_name_every_tensor_once(tiny_model):
+    blueprint = blueprint_of(tiny_model())
+    specs = blueprint.specs()
+    assert {spec.name for spec in specs} == set(tensor_shapes(CONFIG))
+    assert all(spec.segment == "weights" and spec.device == "cpu" for spec in specs)
+    dtypes = {spec.name: spec.dtype for spec in specs}
+    assert dtypes["model.norm.weight"] == "float32"
+    assert dtypes["model.embed_tokens.weight"] == dtypes["lm_head.weight"] == "float16"
+
+
+def test_a_tied_head_is_there_once(tiny_model):
+    tied = blueprint_of(tiny_model("tied", tie_word_embeddings=True))
+    apart = blueprint_of(tiny_model("apart"))
+    assert tied.embedding is None and tied.head.source == "model.embed_tokens"
+    table = CONFIG["vocab_size"] * CONFIG["hidden_size"] * 2
+    total_tied, total_apart = (sum(s.nbytes for s in b.specs()) for b in (tied, apart))
+    assert total_tied == total_apart - table
+
+
+def test_a_head_of_its_own_wins_over_tying(tiny_model):
+    folder = tiny_model()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    blueprint = blueprint_of(folder)
+    assert blueprint.embedding is not None and blueprint.head.source == "lm_head"
+
+
+def test_devices(tiny_model):
+    devices = DeviceMap("cuda:0", ("cuda:0", "cuda:1"), "cuda:1")
+    blueprint = blueprint_of(tiny_model("tied", tie_word_embeddings=True), devices)
+    of = {(spec.name, spec.device) for spec in blueprint.specs()}
+    assert ("model.layers.0.mlp.up_proj.weight", "cuda:0") in of
+    assert ("model.layers.1.input_layernorm.weight", "cuda:1") in of
+    # Both ends need the table: a tied head cannot serve an embedding elsewhere.
+    assert {("model.embed_tokens.weight", "cuda:0"), ("lm_head.weight", "cuda:1")} <= of
+    assert {key[0] for key in place(blueprint.specs())} == {"cuda:0", "cuda:1"}
+
+
+def test_fixture_layers_are_exl2(fixtures_dir):
+    blueprint = blueprint_of(fixtures_dir / "llama-low")
+    assert {linear.format for linear in blueprint.linears()} == {"exl2"}
+    assert len(list(blueprint.linears())) == 3 * 7 + 1
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", False),
+        ("model.layers.0.self_attn.q_proj.input_scale", True),
+        ("model.layers.1.mlp.shared_expert.up_proj.weight", True),
+        ("mtp.layers.0.mlp.up_proj.weight", True),
+    ],
+)
+def test_unknown_tensors_are_ignored(tiny_model, caplog, name, told):
+    import torch
+
+    folder = tiny_model()
+    before = blueprint_of(folder).specs()
+    rewrite(folder, lambda t: t.update({name: torch.ones(16)}))
+    assert blueprint_of(folder).specs() == before
+    assert [name in record.message for record in caplog.records] == [True] * told
+
+
+@pytest.mark.parametrize("name", ["lora_A", "lora_B.weight", "lora_a.default.weight"])
+def test_an_adapter_beside_the_weights_is_refused(tmp_path, name):
+    import torch
+
+    folder = write_tiny_model(tmp_path / "m", tokenizer=False)
+    name = f"{LAYER}.mlp.up_proj.{name}"
+    rewrite(folder, lambda t: t.update({name: torch.ones(4, 4)}))
+    with pytest.raises(UnsupportedFormat, match=f"^{name}: an adapter"):
+        blueprint_of(folder)
+
+
+@pytest.mark.parametrize("name", tensor_shapes(CONFIG))
+def test_a_missing_tensor_is_named(name, tmp_path):
+    folder = rewrite(write_tiny_model(tmp_path / "m", tokenizer=False), lambda t: t.pop(name))
+    with pytest.raises(InvalidCheckpoint, match=name.removesuffix(".weight")):
+        blueprint_of(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", f"{LAYER}.input_layernorm.weight",
+             f"{LAYER}.mlp.up_proj.weight", "lm_head.weight"]
+)
+@pytest.mark.parametrize("change", ["rows", "columns", "dtype"])
+def test_a_wrong_shape_or_dtype_is_named(name, change, tiny_model):
+    import torch
+
+    changes = {
+        "rows": lambda x: x[:-1].contiguous(),
+        "columns": lambda x: torch.cat([x, x], dim=-1),
+        "dtype": lambda x: x.to(torch.int32),
+    }
+    folder = rewrite(tiny_model(), lambda t: t.update({name: changes[change](t[name])}))
+    with pytest.raises(ExlLoaderError, match=name.removesuffix(".weight")):
+        blueprint_of(folder)
+
+
+def test_a_config_of_fewer_layers_is_not_this_models(tiny_model):
+    folder = tiny_model()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    with pytest.raises(InvalidCheckpoint, match=r"layers\.1\..*of 1 layers has, found one norm"):
+        blueprint_of(folder)
+
+
+def test_a_norm_of_another_architecture_is_refused(tiny_model):
+    import torch
+
+    name = f"{LAYER}.self_attn.q_norm.weight"
+    folder = rewrite(tiny_model(), lambda t: t.update({name: torch.ones(32)}))
+    with pytest.raises(InvalidCheckpoint, match="q_norm.*LlamaForCausalLM"):
+        blueprint_of(folder)
+
+
+def test_a_required_bias_must_be_there(tiny_model):
+    folder = tiny_model(architectures=["Qwen2ForCausalLM"])
+    with pytest.raises(InvalidCheckpoint, match="q_proj.bias"):
+        blueprint_of(folder)
+
+
+def test_a_bias_that_nobody_asked_for_is_taken(tiny_model):
+    import torch
+
+    name = f"{LAYER}.mlp.down_proj.bias"
+    folder = rewrite(tiny_model(), lambda t: t.update({name: torch.zeros(64)}))
+    assert name in {spec.name for spec in blueprint_of(folder).specs()}
+
+
+def test_experts(tmp_path):
+    pytest.importorskip("transformers")
+    from support.hf_models import make_model
+
+    make_model("mixtral", 0, tmp_path / "m")
+    blueprint = blueprint_of(tmp_path / "m")
+    mlp = blueprint.layers[0].mlp
+    assert isinstance(mlp, ExpertsPlan) and len(mlp.experts) == 5
+    assert mlp.router.name == "model.layers.0.block_sparse_moe.gate"
+    up = mlp.experts[4].up
+    assert up.name.endswith("experts.4.w3") and (up.in_features, up.out_features) == (96, 168)
+
+
+def test_fused_sources_are_cut_in_order(tmp_path):
+    pytest.importorskip("transformers")
+    from support.hf_models import make_model
+
+    make_model("phi3-longrope", 0, tmp_path / "m")
+    layer = blueprint_of(tmp_path / "m").layers[0]
+    assert [p.rows for p in (layer.q, layer.k, layer.v)] == [(0, 128), (128, 192), (192, 256)]
+    assert layer.o.rows is None
+    assert [layer.mlp.gate.rows, layer.mlp.up.rows] == [(0, 168), (168, 336)]

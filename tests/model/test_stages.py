@@ -1,0 +1,37 @@
+"""A model on several devices gives the bits that it gives on one. No card is needed here.
+
+The devices are `cpu`, `cpu:1` and so on: main memory in buffers of their own, and the same
+operations. `test_cuda_stages.py` has the same on emulated cards.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from exl_loader.backends import get_ops  # noqa: E402
+from support.hf_models import make_model  # noqa: E402
+from support.model_builder import build_model, run_chunks, split, together  # noqa: E402
+
+# Tied embeddings, biases of keys, experts, soft caps with windows, frequencies by length,
+# fused sources with norms of heads.
+NAMES = ["llama-tied", "qwen2", "mixtral", "gemma2", "phi3-longrope", "llama-dynamic", "qwen3"]
+IDS = [(7 * i * i + 3) % 331 for i in range(44)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_split_model_gives_the_bits_of_one_device(name, tmp_path):
+    make_model(name, 3, tmp_path / "m", "float16")
+    ops, options = get_ops("cpu"), {"cache_type": "q4", "sequences": 3}
+    found = []
+    for devices in (split(3), split(1, 2), split(1, 1, 1)):
+        model, cache = build_model(tmp_path / "m", ops, device=devices, **options)
+        assert len(model._stages) == len(devices.devices)
+        found.append([
+            run_chunks(model, cache, IDS, 17), run_chunks(model, cache, IDS[:20], 1, total=44),
+            together(model, cache, [IDS, IDS[20:], IDS[10:30]]),
+        ])
+    for others in found[1:]:
+        assert all(map(torch.equal, others, found[0]))

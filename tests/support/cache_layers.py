@@ -1,0 +1,97 @@
+"""Cache layers, batches and random rows for tests of the attention operations."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import torch
+
+from exl_loader.backends.base import AttentionShape, Batch
+from exl_loader.backends.scratch import attention_scratch_bytes
+from exl_loader.cache.layout import CacheLayer, CacheType, cache_specs, pages_for
+
+
+def make_layer(cache_type: str, num_pages: int, num_kv_heads: int, head_dim: int) -> CacheLayer:
+    """Allocate a layer and fill it with bytes that are NaN where they are read as floats."""
+    kind = CacheType.parse(cache_type)
+    config = SimpleNamespace(
+        num_hidden_layers=1, num_key_value_heads=num_kv_heads, head_dim=head_dim
+    )
+    tensors = {}
+    for spec in cache_specs(config, num_pages, kind):
+        tensor = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype))
+        tensor.view(torch.uint8).fill_(0xFF)
+        tensors[spec.name.split(".")[-1]] = tensor
+    return CacheLayer(
+        tensors["k_codes"], tensors.get("k_scales"), tensors["v_codes"], tensors.get("v_scales"),
+        kind,
+    )  # fmt: skip
+
+
+def make_batch(past_lens: list[int], q_lens: list[int], seed: int = 0) -> Batch:
+    """Give each sequence its own pages, in random order."""
+    totals = [past + new for past, new in zip(past_lens, q_lens, strict=True)]
+    counts = [pages_for(total) for total in totals]
+    pages = list(range(sum(counts)))
+    random.Random(seed).shuffle(pages)
+    table = torch.full((len(totals), max(counts)), -1, dtype=torch.int32)
+    for s, count in enumerate(counts):
+        table[s, :count] = torch.tensor([pages.pop() for _ in range(count)])
+    starts = [0]
+    for new in q_lens:
+        starts.append(starts[-1] + new)
+    positions = [
+        torch.arange(past, total) for past, total in zip(past_lens, totals, strict=True)
+    ]
+    return Batch(
+        positions=torch.cat(positions).int(),
+        q_start=torch.tensor(starts, dtype=torch.int32),
+        past_len=torch.tensor(past_lens, dtype=torch.int32),
+        page_table=table,
+        max_total_len=max(totals),
+    )
+
+
+def part(batch: Batch, past_lens: list[int], q_lens: list[int]) -> Batch:
+    """Return a batch on the same pages with other lengths."""
+    other = make_batch(past_lens, q_lens)
+    other.page_table = batch.page_table
+    return other
+
+
+def one_of(batch: Batch, sequence: int) -> Batch:
+    """Return a batch of one of the sequences alone."""
+    first, end = batch.q_start[sequence : sequence + 2].tolist()
+    return Batch(
+        positions=batch.positions[first:end].contiguous(),
+        q_start=torch.tensor([0, end - first], dtype=torch.int32),
+        past_len=batch.past_len[sequence : sequence + 1].contiguous(),
+        page_table=batch.page_table[sequence : sequence + 1].contiguous(),
+        max_total_len=int(batch.past_len[sequence]) + end - first,
+    )
+
+
+def random_rows(rows: int, heads: int, head_dim: int, seed: int) -> torch.Tensor:
+    """Return normal float32 [rows, heads, head_dim] with one channel ten times as large."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, heads, head_dim, generator=generator)
+    x[..., seed % head_dim] *= 10
+    return x
+
+
+def attend(ops, q: torch.Tensor, layer: CacheLayer, batch: Batch,
+           shape: AttentionShape) -> torch.Tensor:
+    """Call `attention` in exactly the scratch that scratch.py promises suffices."""
+    nbytes = attention_scratch_bytes(
+        batch.num_rows, batch.num_sequences, batch.max_total_len, shape, layer.cache_type
+    )
+    scratch = torch.full((nbytes,), 0xFF, dtype=torch.uint8)
+    out = torch.full_like(q, torch.nan)
+    ops.attention(q.clone(), layer, batch, shape, out, scratch)
+    return out
+
+
+def write(ops, k: torch.Tensor, v: torch.Tensor, layer: CacheLayer, batch: Batch) -> None:
+    """Call `write_cache`."""
+    ops.write_cache(k, v, layer, batch, torch.empty(0, dtype=torch.uint8))

@@ -1,0 +1,127 @@
+"""Cache layers, batches and calls for the tests of attention and cache writing on CUDA."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from exl_loader.backends.base import AttentionShape, Batch
+from exl_loader.backends.cuda.ops_attention import CudaAttentionOps
+from exl_loader.backends.cuda.scratch import COUNTER_BYTES, attention_scratch_bytes
+from exl_loader.backends.reference import fp16 as reference_fp16
+from exl_loader.backends.reference.ops import ReferenceOps
+from exl_loader.cache.layout import PAGE_LEN, CacheLayer, pages_for
+from support.cache_layers import make_layer
+from support.cuda_emulation import EmulatedLauncher
+from support.cuda_emulation.launcher import FOLDER, REPO, emulation_spec
+from support.cuda_targets import Target
+
+SOURCES = ("cache_write", "attention_decode", "attention_decode_padded", "attention_prefill",
+           "attention_generic")
+REFERENCE = ReferenceOps()
+
+
+def shape_of(heads: int, kv_heads: int, head_dim: int, *, softcap: float = 0.0,
+             window: int = 0, scale: float | None = None) -> AttentionShape:
+    factor = head_dim**-0.5 if scale is None else scale
+    return AttentionShape(heads, kv_heads, head_dim, factor, softcap, window)
+
+
+def _fill(codes: torch.Tensor, scales: torch.Tensor | None, generator: torch.Generator) -> None:
+    if codes.dtype == torch.uint8:
+        codes.random_(0, 256, generator=generator)
+        assert scales is not None
+        scales.copy_(torch.randn(scales.shape, generator=generator))
+        return
+    x = torch.randn(codes.shape, generator=generator)
+    codes.copy_(x if codes.dtype == torch.float32
+                else reference_fp16.encode(x.flatten(0, -2)).view(x.shape))
+
+
+def random_layer(cache_type: str, batch: Batch, shape: AttentionShape, seed: int = 0,
+                 magnitude: float = 1.0) -> CacheLayer:
+    """Return a layer with random contents for every token of the batch, and NaN behind them.
+
+    Contents are drawn as they are stored: quantising them first would take longer than all
+    the rest.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    pages = int(batch.page_table.max()) + 1
+    layer = make_layer(cache_type, pages, shape.num_kv_heads, shape.head_dim)
+    nothing = make_layer(cache_type, 1, shape.num_kv_heads, shape.head_dim)
+    _fill(layer.k_codes, layer.k_scales, generator)
+    _fill(layer.v_codes, layer.v_scales, generator)
+    if layer.k_scales is not None:
+        layer.k_scales *= magnitude
+    ends: dict[int, int] = {}
+    for s, past in enumerate(batch.past_len.tolist()):
+        total = past + int(batch.q_start[s + 1] - batch.q_start[s])
+        page = int(batch.page_table[s, pages_for(total) - 1])
+        ends[page] = max(ends.get(page, 0), (total - 1) % PAGE_LEN + 1)
+    names = ("k_codes", "k_scales", "v_codes", "v_scales")
+    for tensor, poison in ((getattr(layer, n), getattr(nothing, n)) for n in names):
+        for page, end in ends.items():
+            if tensor is not None:
+                tensor[page, :, end:] = poison[0, :, end:]
+    return layer
+
+
+def scratch_for(q: torch.Tensor, batch: Batch, shape: AttentionShape,
+                layer: CacheLayer) -> torch.Tensor:
+    """Return exactly what is reserved: counters of zero, then garbage."""
+    nbytes = attention_scratch_bytes(
+        q.shape[0], batch.num_sequences, batch.page_table.shape[1] * PAGE_LEN, shape,
+        layer.cache_type,
+    )
+    scratch = torch.full((nbytes,), 0xFF, dtype=torch.uint8)
+    scratch[:COUNTER_BYTES] = 0
+    return scratch
+
+
+def attend(target: Target, q: torch.Tensor, layer: CacheLayer, batch: Batch,
+           shape: AttentionShape) -> torch.Tensor:
+    """Call `attention` in exactly the scratch that is reserved for it."""
+    scratch = scratch_for(q, batch, shape, layer)
+    out = torch.full_like(q, torch.nan)
+    target.attention(q.clone(), layer, batch, shape, out, scratch)
+    assert not scratch[:COUNTER_BYTES].any(), "counters are zero again"
+    return out
+
+
+def expected_of(q: torch.Tensor, layer: CacheLayer, batch: Batch,
+                shape: AttentionShape) -> torch.Tensor:
+    out = torch.empty_like(q)
+    REFERENCE.attention(q.clone(), layer, batch, shape, out, torch.empty(0))
+    return out
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.double() - expected).norm() / expected.double().norm())
+
+
+def built_from(folder: Path, *, change: tuple[str, str, str] | None = None,
+               names: Sequence[str] = SOURCES) -> EmulatedLauncher:
+    """Build kernels from a copy in `folder`, those of attention or of other sources.
+
+    Args:
+        names: of the sources.
+        change: a file under csrc/cuda, what stands there exactly once, and what shall instead.
+    """
+    for name in ("csrc", FOLDER):
+        shutil.copytree(REPO / name, folder / name, dirs_exist_ok=True,
+                        ignore=shutil.ignore_patterns("__pycache__", "cpu"))
+    if change is not None:
+        file, old, new = change
+        path = folder / "csrc" / "cuda" / file
+        text = path.read_text()
+        assert text.count(old) == 1, f"{file}: {text.count(old)} times {old!r}"
+        path.write_text(text.replace(old, new))
+    sources = [folder / "csrc" / "cuda" / f"{name}.cu" for name in names]
+    return EmulatedLauncher(emulation_spec(sources, root=folder))
+
+
+def attention_target(launcher: EmulatedLauncher) -> Target:
+    return Target(CudaAttentionOps(launcher), None)

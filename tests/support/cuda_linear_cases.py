@@ -1,0 +1,126 @@
+"""Random layers in the CUDA layout, and what the kernels make of them by definition."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from exl_loader.backends.cuda import streams
+from exl_loader.backends.cuda.layout import StreamLinear, group_table, window_table
+from exl_loader.backends.cuda.ops_linear import LinearOps
+from exl_loader.backends.cuda.scratch import COUNTER_BYTES
+from exl_loader.backends.cuda.scratch_linear import linear_scratch_bytes
+from exl_loader.formats.common import quantized_specs
+from exl_loader.formats.packed import QuantizedSizes
+
+# 15 bits: see csrc/cuda/linear_layout.cuh.
+LARGEST_ACTIVATION = np.float32(127 * 128)
+WINDOW_ROWS = 128
+
+
+def linear_ops(launcher) -> LinearOps:
+    """Return the operations on a launcher, with little staging, so that packing takes turns."""
+    ops = LinearOps(launcher)
+    ops.staging = torch.empty(1 << 16, dtype=torch.uint8)
+    return ops
+
+
+def scratch_for(rows: int, w) -> torch.Tensor:
+    """Return scratch for a product, exactly as long as it says, full of rubbish."""
+    nbytes = COUNTER_BYTES + linear_scratch_bytes(rows, w.in_features, w.out_features)
+    return torch.full((nbytes,), 0x7B, dtype=torch.uint8)
+
+
+def product(ops, x, w, *, add_to=None, columns=0):
+    """Multiply into a wider view, so that writing outside the columns would show.
+
+    Args:
+        ops: a `Target`. add_to: what stands in the output, to be added to; None: rubbish does.
+        columns: of the output, beyond the layer's.
+    """
+    marker = 12345.0
+    wide = torch.full((len(x), w.out_features + 7 + columns), marker)
+    if add_to is not None:
+        wide[:, : w.out_features] = add_to
+    view = wide[:, : w.out_features + columns]
+    ops.linear(x, w, view, scratch_for(len(x), w), add_to is not None)
+    assert (wide[:, w.out_features :] == marker).all()
+    return wide[:, : w.out_features].contiguous()
+
+
+def stream_linear(
+    groups: list[tuple[int, int]],
+    out_features: int,
+    *,
+    seed: int = 0,
+    zeros: bool = False,
+    perm: bool = False,
+    bias: bool = False,
+) -> StreamLinear:
+    """Make a random layer; arguments as `kernel_cases.packed_linear`."""
+    rng = np.random.default_rng(seed)
+    in_features = sum(rows for _, rows in groups)
+    table, scales = group_table(groups, zeros), np.empty((len(groups), out_features), np.float16)
+    scales[:] = rng.uniform(0.001, 0.021, scales.shape)
+    codes = np.concatenate(
+        [rng.integers(0, 1 << bits, (rows, out_features), np.uint8) for bits, rows in groups]
+    )
+    points = None
+    if zeros:
+        limits = np.array([1 << bits for bits, _ in groups])[:, None]
+        points = (rng.uniform(size=scales.shape) * limits).astype(np.uint8)
+    words = sum(-(-rows // 32) * bits for bits, rows in groups)
+    sizes = QuantizedSizes(out_features, in_features, words, len(groups), zeros, perm)
+    specs = quantized_specs("w", sizes, "cuda:0")
+    packed = torch.empty(specs["codes"].shape, dtype=torch.uint8)
+    group_tensor = torch.tensor(table, dtype=torch.int32)
+    streams.pack_streams(codes, scales, points, group_tensor.numpy(), packed.numpy())
+    windows = window_table(table, zeros)
+    g = torch.Generator().manual_seed(seed)
+    return StreamLinear(
+        in_features,
+        out_features,
+        packed,
+        group_tensor,
+        torch.tensor(windows, dtype=torch.int32),
+        windows,
+        zeros=zeros,
+        perm=torch.randperm(in_features, generator=g).int() if perm else None,
+        bias=torch.randn(out_features, generator=g) if bias else None,
+    )
+
+
+def quantised_product(x: torch.Tensor, w: StreamLinear) -> tuple[np.ndarray, np.ndarray]:
+    """Multiply by the kernels' own definition (csrc/cuda/linear_stream.cuh), in float64.
+
+    Returns:
+        The product float64 [T, N], and per element the sum of its terms' magnitudes, which
+        bounds what float32 summation may be off by.
+    """
+    codes, scales, zeros = streams.unpack_streams(w)
+    order = np.arange(w.in_features) if w.perm is None else w.perm.numpy()
+    stored = x.numpy()[:, order]
+    total = np.zeros((len(stored), w.out_features))
+    magnitude = np.zeros_like(total)
+    for window in range(0, w.in_features, WINDOW_ROWS):
+        end = min(window + WINDOW_ROWS, w.in_features)
+        largest = np.abs(stored[:, window:end]).max(axis=1, keepdims=True)
+        inverse = np.divide(LARGEST_ACTIVATION, largest, where=largest >= 1e-30,
+                            out=np.zeros_like(largest))
+        integers = np.rint(stored[:, window:end] * inverse).astype(np.float64)
+        x_scale = (largest / LARGEST_ACTIVATION).astype(np.float64)
+        for group, (bits, first, rows, _) in enumerate(w.groups.tolist()):
+            a, b = max(first, window), min(first + rows, end)
+            if a >= b:
+                continue
+            zero = 1 << (bits - 1) if zeros is None else zeros[group, : w.out_features]
+            values = codes[a:b, : w.out_features].astype(np.float64) - zero
+            scale = scales[group, : w.out_features].astype(np.float64)
+            term = scale * x_scale * (integers[:, a - window : b - window] @ values)
+            total += term
+            magnitude += np.abs(term)
+    if w.bias is not None:
+        total += w.bias.numpy()
+        magnitude += np.abs(w.bias.numpy())
+    return total, magnitude
+

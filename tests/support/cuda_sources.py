@@ -1,0 +1,134 @@
+"""Source trees and compilers for tests of the CUDA build; no card is needed for any of it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import struct
+import subprocess
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+from exl_loader.backends.build.toolchain import Compiler
+from exl_loader.backends.cuda import toolchain
+from exl_loader.backends.cuda.nvrtc_cc import Nvrtc
+from exl_loader.backends.cuda.toolchain import CudaCompiler, find_cuda_compilers
+from support import REPO
+
+SAMPLES = REPO / "tests" / "support" / "cuda_emulation" / "samples.cu"
+
+
+@lru_cache
+def cuda_compiler(kind: str) -> CudaCompiler | None:
+    """The machine's compiler of one kind, `nvrtc` or `nvcc`."""
+    return next(find_cuda_compilers({**os.environ, toolchain.COMPILER_ENV: kind}), None)
+
+
+def hide_compilers(monkeypatch, folder: Path) -> dict[str, str]:
+    """Make a machine without anything: no packages, no toolkit but `CUDA_HOME`, an empty PATH.
+
+    Returns:
+        Its environment.
+    """
+    monkeypatch.setattr(toolchain, "_package_folders", lambda name: [])
+    monkeypatch.setattr(
+        toolchain, "_toolkits",
+        lambda environ: [Path(environ["CUDA_HOME"])] if "CUDA_HOME" in environ else [],
+    )
+    return {"PATH": str(folder / "nothing")}
+
+
+def make_nvrtc(folder: Path, release: tuple[int, int]) -> Path:
+    """Files that look like NVRTC of a release, for Linux; opening them fails."""
+    folder.mkdir(parents=True)
+    major, minor = release
+    (folder / f"libnvrtc.so.{major}").write_bytes(b"1234")
+    (folder / f"libnvrtc-builtins.so.{major}.{minor}").write_bytes(b"")
+    return folder / f"libnvrtc.so.{major}"
+
+
+def fake_compiler(**changes) -> CudaCompiler:
+    """A compiler that is not there, for keys."""
+    fields = {"command": ("nvcc",), "kind": "nvcc", "version": "nvcc V13.0.88 with g++ 12"}
+    return CudaCompiler(Compiler(**{**fields, **changes}), (13, 0), Path("nvcc"))
+
+
+def sample_root(folder: Path, names: tuple[str, ...] = ("samples",)) -> Path:
+    """A source folder of platform.cuh and the emulation's sample kernels, under these names."""
+    shutil.copytree(REPO / "csrc" / "cuda" / "nvrtc", folder / "cuda" / "nvrtc")
+    shutil.copy(REPO / "csrc" / "cuda" / "platform.cuh", folder / "cuda")
+    for name in names:
+        shutil.copy(SAMPLES, folder / "cuda" / f"{name}.cu")
+    return folder
+
+
+# BPT, whose one form in compiled code is BPT.TRAP: the lowest 12 bits of a 16-byte instruction,
+# the same from compute capability 7.5 to 12.1 (nvdisasm -hex).
+_TRAP_OPCODE = 0x95C
+
+
+def traps_of(cubin: bytes) -> dict[str, int]:
+    """Count the traps in the machine code of each kernel, from an optimised cubin.
+
+    Where functions are not inlined, each also ends with one that is never reached.
+    """
+    found = {}
+    for name, code in _sections(cubin):
+        if name.startswith(".text."):
+            words = memoryview(code).cast("H")[::8]
+            found[name.removeprefix(".text.")] = sum(
+                word & 0xFFF == _TRAP_OPCODE for word in words
+            )
+    return found
+
+
+def _sections(elf: bytes) -> Iterator[tuple[str, bytes]]:
+    """Name and contents of an ELF file's sections (64 bits, little-endian)."""
+    (table,) = struct.unpack_from("<Q", elf, 40)
+    size, count, names_at = struct.unpack_from("<HHH", elf, 58)
+    headers = [struct.unpack_from("<IIQQQQ", elf, table + i * size) for i in range(count)]
+    names = headers[names_at][4]
+    for header in headers:
+        start = names + header[0]
+        yield elf[start : elf.index(b"\0", start)].decode(), elf[header[4] : header[4] + header[5]]
+
+
+class KeepingNvrtc(Nvrtc):
+    """NVRTC that also keeps the PTX of the cubin which it compiled last."""
+
+    ptx = ""
+
+    def _text(self, function: str, program: ctypes.c_void_p) -> bytes:
+        if function == "nvrtcGetCUBIN":
+            self.ptx = super()._text("nvrtcGetPTX", program).rstrip(b"\0").decode()
+        return super()._text(function, program)
+
+
+def resource_report(words: str) -> dict[str, dict[str, int]]:
+    """Read what `-Xptxas -v` says of each kernel: registers, stack and spilled bytes."""
+    report: dict[str, dict[str, int]] = {}
+    name = ""
+    for line in words.splitlines():
+        if match := re.search(r"Compiling entry function '(\w+)'", line):
+            name = match[1]
+            report[name] = {}
+        elif match := re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line
+        ):
+            # Lines of functions that are called rather than inlined name no kernel.
+            report.setdefault(name, {})["stack"] = int(match[1])
+            report[name]["spilled"] = int(match[2]) + int(match[3])
+        elif match := re.search(r"Used (\d+) registers", line):
+            report[name]["registers"] = int(match[1])
+    return report
+
+
+def kernels_of(source: Path) -> list[str]:
+    """Names of the kernels that a source registers, macros expanded by the host compiler."""
+    command = ["g++", "-x", "c++", "-std=c++17", "-E", "-P", "-DEXL_CUDA_EMULATION"]
+    command += ["-I", str(REPO / "csrc"), "-I", str(REPO / "tests" / "support"), str(source)]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return re.findall(r"register_(\w+)\(", text)

@@ -1,0 +1,89 @@
+"""CUDA operations wherever they can run: emulated on the CPU, and on a card where there is one.
+
+Tests are written once: they hand CPU tensors to a `Target`, which brings them over, runs the
+operation and brings what it wrote back.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+
+from exl_loader.cache.layout import KeyBias
+
+# Lanes, warps and blocks in two orders: what needs a barrier that is not there differs.
+EMULATED = ["forward", "shuffled"]
+TARGETS = [*EMULATED, pytest.param("gpu", marks=pytest.mark.gpu)]
+
+
+class Target:
+    """The operations of `ops` on CPU tensors.
+
+    Args:
+        ops: the operations, or an object with some `prepare_...` of them.
+        device: where they run; None where host and device are one memory.
+    """
+
+    def __init__(self, ops: Any, device: str | None):
+        self.ops = ops
+        self.device = device
+
+    def __getattr__(self, operation: str):
+        prepare = getattr(self.ops, f"prepare_{operation}")
+
+        def run(*args: Any) -> None:
+            there: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+            prepare(*(self._over(arg, there) for arg in args))()
+            for here, moved in there.values():
+                if here is not moved:
+                    here.copy_(moved)
+
+        return run
+
+    def _over(self, arg: Any, there: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> Any:
+        if isinstance(arg, torch.Tensor):
+            if id(arg) not in there:
+                there[id(arg)] = arg, arg if self.device is None else arg.to(self.device)
+            return there[id(arg)][1]
+        if is_dataclass(arg) and not isinstance(arg, type):
+            moved = {f.name: self._over(getattr(arg, f.name), there) for f in fields(arg)
+                     if isinstance(getattr(arg, f.name), (torch.Tensor, KeyBias))}
+            return replace(arg, **moved)
+        return arg
+
+
+@functools.cache
+def emulated_launcher() -> Any:
+    """The project's kernels on the CPU, built once a process."""
+    from support.cuda_emulation import EmulatedLauncher
+
+    return EmulatedLauncher()
+
+
+@functools.cache
+def card_ops() -> Any:
+    """The first card's operations, with little staging, so that packing takes turns."""
+    from exl_loader.backends import get_ops
+
+    ops: Any = get_ops("cuda:0")
+    ops.staging = torch.empty(1 << 16, dtype=torch.uint8, device="cuda:0")
+    return ops
+
+
+def target(name: str, make: Any) -> Target:
+    """Return the target of one of `TARGETS`.
+
+    Args:
+        make: makes operations of a launcher.
+    """
+    if name == "gpu":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        return Target(card_ops(), "cuda:0")
+    launcher = emulated_launcher()
+    launcher.set_order(name, seed=1)
+    return Target(make(launcher), None)

@@ -1,0 +1,92 @@
+"""A `Model` straight from a folder, without the loader: what tests of the forward pass need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from exl_loader.cache.layout import CacheLayer, CacheType, cache_specs, pages_for
+from exl_loader.cache.paging import PagedCache
+from exl_loader.checkpoint import Checkpoint
+from exl_loader.checkpoint.config import ModelConfig
+from exl_loader.loader import staging
+from exl_loader.memory.buffers import allocate
+from exl_loader.model.blueprint import Blueprint
+from exl_loader.model.forward import Model
+from exl_loader.model.weights import load_weights
+from exl_loader.model.workspace import workspace_specs
+from exl_loader.utils.table import DeviceMap, place
+
+CACHE_TENSORS = ("k_codes", "k_scales", "v_codes", "v_scales")
+
+
+def build_model(
+    folder: Path, ops, *, cache_type: str = "fp32", ctx_size: int = 512, sequences: int = 1,
+    chunk_size: int = 128, logits_rows: int = 128, device: str | DeviceMap = "cpu", **options,
+) -> tuple[Model, PagedCache]:
+    """Build a model and a cache that holds `sequences` texts of `ctx_size` tokens.
+
+    `ops` are those of every device, or each device's by name.
+    """
+    config, kind = ModelConfig.from_dir(folder), CacheType.parse(cache_type)
+    num_pages = pages_for(ctx_size) * sequences
+    with Checkpoint.open(folder) as checkpoint:
+        devices = device
+        if isinstance(device, str):
+            devices = DeviceMap.single(device, config.num_hidden_layers)
+        by_name = ops if isinstance(ops, dict) else dict.fromkeys(devices.devices, ops)
+        on_device = {name: by_name[name] for name in devices.devices}
+        blueprint = Blueprint.from_checkpoint(config, checkpoint, devices)
+        workspace = workspace_specs(
+            blueprint, ctx_size=ctx_size, cache_type=kind, chunk_size=chunk_size,
+            max_batch_size=sequences, logits_rows=logits_rows,
+        )
+        cache_tensors = cache_specs(config, num_pages, kind, devices)
+        buffers = allocate(place([*blueprint.specs(), *cache_tensors, *workspace]).values())
+        with staging(on_device, buffers):
+            weights = load_weights(blueprint, checkpoint, buffers.views("weights"), on_device)
+    views = buffers.views("cache")
+    layers = [
+        CacheLayer(*(views.get(f"cache.{i}.{name}") for name in CACHE_TENSORS), kind)
+        for i in range(config.num_hidden_layers)
+    ]
+    cache = PagedCache(layers, num_pages)
+    workspaces = {name: buffers.views("workspace", name) for name in devices.devices}
+    return Model(blueprint, weights, workspaces, cache, on_device, **options), cache
+
+
+def run_chunks(
+    model: Model, cache: PagedCache, ids: list[int], chunk: int, total: int | None = None
+):
+    """Return the logits of all of `ids`, float32 [T, vocab], fed `chunk` ids at a time.
+
+    `total` is the length that the text is meant to reach, that of `ids` where None.
+    """
+    import torch
+
+    sequence = cache.acquire(total or len(ids))
+    rows = [
+        model.forward([(sequence, ids[first : first + chunk])], "all").clone()
+        for first in range(0, len(ids), chunk)
+    ]
+    cache.release(sequence)
+    return torch.cat(rows)
+
+
+def split(*counts: int, kind: str = "cpu") -> DeviceMap:
+    """Put so many layers on the first device, the second, ..."""
+    names = [f"{kind}:{i}" for i, count in enumerate(counts) for _ in range(count)]
+    return DeviceMap(names[0], tuple(names), names[-1])
+
+
+def together(model, cache, texts, steps=5):
+    """Feed texts in the same steps: a few ids of each, then one at a time; all last rows."""
+    sequences = [cache.acquire(len(ids)) for ids in texts]
+    rows = [model.forward([(s, ids[:7]) for s, ids in zip(sequences, texts, strict=True)]).clone()]
+    for step in range(7, 7 + steps):
+        entries = [(s, [ids[step]]) for s, ids in zip(sequences, texts, strict=True)]
+        rows.append(model.forward(entries).clone())
+    for sequence in sequences:
+        cache.release(sequence)
+    return torch.stack(rows)

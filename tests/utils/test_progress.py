@@ -1,0 +1,94 @@
+import io
+
+import pytest
+
+from exl_loader.utils.progress import (
+    NullProgress,
+    PlainProgress,
+    RichProgress,
+    default_progress,
+    format_count,
+    task,
+)
+
+
+class FakeClock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_counts_are_written_for_people():
+    assert format_count(3, 8, "units") == "3/8 units"
+    assert format_count(3, None, "tokens") == "3 tokens"
+    assert format_count(3 << 20, 96 << 20, "bytes") == "3.0/96.0 MiB"
+    assert format_count(3 << 19, None, "bytes") == "1.5 MiB"
+
+
+def test_plain_is_silent_about_short_work():
+    stream, clock = io.StringIO(), FakeClock()
+    progress = PlainProgress(stream, clock)
+    progress.start("loading", 10, "bytes")
+    progress.advance("loading", 10)
+    clock.now += 0.9
+    progress.finish("loading")
+    assert stream.getvalue() == ""
+
+
+def test_plain_writes_few_lines_about_long_work():
+    stream, clock = io.StringIO(), FakeClock()
+    progress = PlainProgress(stream, clock)
+    progress.start("prefill", 1000, "tokens")
+    for _ in range(1000):
+        clock.now += 0.02
+        progress.advance("prefill")
+    progress.finish("prefill")
+    lines = stream.getvalue().splitlines()
+    # 20 s of work: lines after 1, 6, 11 and 16 s, and the last one.
+    assert len(lines) == 5
+    assert lines[0].startswith("prefill: ") and lines[0].endswith("/1000 tokens")
+    assert lines[-1] == "prefill: 1000/1000 tokens in 20.0 s"
+
+
+@pytest.mark.parametrize("make", [NullProgress, PlainProgress, RichProgress])
+def test_unknown_tasks_never_fail_the_work(make):
+    progress = make()
+    assert progress.advance("never started", 3) is None
+    assert progress.finish("never started") is None
+
+
+def test_rich_draws_and_leaves_nothing_behind(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    stream = Terminal()
+    progress = RichProgress(stream)
+    progress.start("compiling", 4, "units")
+    progress.advance("compiling", 2)
+    progress.start("compiling", 4, "units")
+    progress.advance("compiling", 3)
+    progress._display.refresh()
+    progress.finish("compiling")
+    assert "3/4 units" in stream.getvalue()
+    assert progress._display is None
+
+
+def test_task_finishes_on_errors():
+    stream, clock = io.StringIO(), FakeClock()
+    progress = PlainProgress(stream, clock)
+    with pytest.raises(ValueError), task(progress, "loading", 4 << 20, "bytes") as advance:
+        clock.now += 3.0
+        advance(1 << 20)
+        raise ValueError
+    assert stream.getvalue().splitlines()[-1] == "loading: 1.0/4.0 MiB in 3.0 s"
+
+
+def test_default_follows_the_stream():
+    assert isinstance(default_progress(Terminal()), RichProgress)
+    assert isinstance(default_progress(io.StringIO()), PlainProgress)
