@@ -15,8 +15,8 @@ from .generation.logprobs import TokenLogprobs, token_logprobs
 from .generation.prompts import Prompt
 from .generation.request import RequestReader
 from .generation.settings import SamplingSettings
-from .memory.buffers import capacity, is_out_of_memory
-from .utils.errors import InsufficientMemory
+from .memory.buffers import capacity
+from .utils.errors import InsufficientMemory, is_out_of_memory
 from .utils.progress import Progress
 from .utils.setting_values import check_integer, plain
 

@@ -19,13 +19,13 @@ from .backends.devices import device_kind
 from .cache.layout import CacheType
 from .cache.paging import PagedCache
 from .generation.draft_model import DEFAULT_DRAFT_MAX, MAX_DRAFT_MAX, DraftModel, check_vocabularies
-from .memory.buffers import Buffers, allocate, is_out_of_memory, trim_heap
+from .memory.buffers import Buffers, allocate, trim_heap
 from .memory.reservation import PlannedModel, PlanRequest, planned
 from .memory.reservation.options import CtxSize, check_count, chosen_devices, refuse_unknown
 from .memory.reservation.placement import DRAFT_PREFIX
 from .memory.reservation.text import refusal
 from .model.workspace import DEFAULT_CHUNK_SIZE, DEFAULT_MAX_BATCH_SIZE
-from .utils.errors import DeviceError, InsufficientMemory
+from .utils.errors import DeviceError, InsufficientMemory, is_out_of_memory
 from .utils.progress import Progress, checked_progress, task
 from .utils.torch_threads import torch_on_one_thread
 from .utils.tracebacks import drop_locals
@@ -259,7 +259,7 @@ class _Reading:
         from .model.forward import Model
         from .model.weights import load_weights
 
-        cache = PagedCache.of_views(
+        cache = PagedCache.from_views(
             self._views("cache", prefix), "cache", self.cache_type,
             blueprint.config.num_hidden_layers, ctx_size,
         )

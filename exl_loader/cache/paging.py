@@ -1,10 +1,9 @@
-"""Pages of the key/value cache: who holds them, and how texts share them. No PyTorch."""
+"""Pages of the key/value cache: which sequences hold them, and how texts share them. No PyTorch."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -20,14 +19,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(eq=False)
-class Sequence:
-    """The pages and the progress of one text.
+class PagedSequence:
+    """The pages of one text, and how much of the text the cache holds.
 
     Args:
         pages: page numbers in the order of the text.
-        past_len: tokens that the cache holds; the forward pass advances it.
-        rope_len: the length the text is meant to reach, which picks RoPE's frequencies.
-        keys: RoPE's root key, then those of the full pages that can be found by content.
+        past_len: number of tokens that the cache holds; the forward pass advances it.
+        rope_len: the length that the text may reach, in tokens; it selects RoPE's frequencies.
+        keys: the root key, then the key of each full page that other sequences can find.
     """
 
     pages: list[int] = field(default_factory=list)
@@ -37,42 +36,45 @@ class Sequence:
 
     @property
     def capacity(self) -> int:
-        """Tokens that the sequence's pages can hold."""
+        """Number of tokens that the sequence's pages can hold."""
         return len(self.pages) * PAGE_LEN
 
 
 class PagedCache:
-    """Lends pages of the cache to sequences. Not thread-safe: one engine thread calls it.
+    """Lends pages of the cache to sequences. Not thread-safe: only the model's thread calls it.
 
-    Full pages are shared by content: sequences that begin alike hold the same pages, and a
-    page counts its holders. What a text has stored stays findable after it has ended, until
-    its pages are needed: empty ones are lent first, then those used least recently. Of a
-    page that agrees only in part, or is still being written, the tokens that agree are
-    copied; so nobody ever writes to a page that another sequence holds.
+    Full pages are shared by content: sequences with the same beginning hold the same pages, and
+    each page counts its holders. A released page keeps its content and can be found by it until
+    the page is lent again. Empty pages are lent first, then the least recently used ones. If a
+    page agrees only in part, or is still being written, its agreeing tokens are copied.
+    Therefore no sequence ever writes to a page that another sequence holds.
 
     Args:
         layers: the cache of each decoder layer.
-        num_pages: pages that each of these layers has.
+        num_pages: number of pages of each layer.
     """
 
-    def __init__(self, layers: SequenceOf[CacheLayer], num_pages: int) -> None:
+    def __init__(self, layers: Sequence[CacheLayer], num_pages: int) -> None:
         self.layers = list(layers)
         self.num_pages = num_pages
         self._holders = [0] * num_pages
-        # In the order in which they will be lent.
+        # In the order in which the pages will be lent.
         self._free = OrderedDict.fromkeys(range(num_pages))
         self._index = PageIndex(PAGE_LEN)
 
     @classmethod
-    def of_views(
+    def from_views(
         cls, views: Mapping[str, torch.Tensor], prefix: str, cache_type: CacheType,
         num_layers: int, ctx_size: int,
     ) -> PagedCache:
-        """Make a cache of the tensors that `cache.cache_specs` plans.
+        """Make a cache from the tensors that `layout.cache_specs` plans.
 
         Args:
-            views: by name. prefix: what stands there for `cache`.
-            ctx_size: tokens that the tensors have pages for.
+            views: the tensors by name.
+            prefix: the first part of their names, such as `cache`.
+            cache_type: how keys and values are stored.
+            num_layers: number of decoder layers.
+            ctx_size: number of tokens that the tensors have pages for.
         """
         layers = [
             CacheLayer(
@@ -88,29 +90,33 @@ class PagedCache:
 
     @property
     def num_free_pages(self) -> int:
-        """Pages that no sequence holds."""
+        """Number of pages that no sequence holds."""
         return len(self._free)
 
     def acquire(
-        self, num_tokens: int, prompt_ids: SequenceOf[int] = (), rope_class: int = 0
-    ) -> Sequence:
-        """Start a sequence with room for `num_tokens` tokens in all, and that as rope_len.
+        self, num_tokens: int, prompt_ids: Sequence[int] = (), rope_class: int = 0
+    ) -> PagedSequence:
+        """Start a sequence with room for `num_tokens` tokens, which becomes its rope_len.
 
         Args:
-            num_tokens: tokens that the text may reach.
-            prompt_ids: its beginning. What the cache holds of it is reused: past_len starts
-                behind that. The last id is left in any case, for its logits.
+            num_tokens: number of tokens that the text may reach.
+            prompt_ids: the beginning of the text. Tokens that the cache already holds are
+                reused, and past_len starts after them. The last id is never reused, because
+                its logits have to be computed.
             rope_class: `RopeConfig.length_class` of num_tokens.
 
+        Returns:
+            The sequence, which holds its pages until `release`.
+
         Raises:
-            CacheFull: too few pages are free; nothing has been taken.
+            CacheFull: too few pages are free; no page has been taken.
         """
         assert len(prompt_ids) <= num_tokens, (len(prompt_ids), num_tokens)
         ids, root = as_ids(prompt_ids[:-1]), root_key(rope_class)
         shared, keys = self._index.full_pages(root, ids)
         for page in shared:
             self._hold(page)
-        sequence = Sequence(shared, len(shared) * PAGE_LEN, num_tokens, [root, *keys])
+        sequence = PagedSequence(shared, len(shared) * PAGE_LEN, num_tokens, [root, *keys])
         source, count = self._index.nearest(sequence.keys[-1], ids[sequence.past_len :])
         try:
             fresh = self._take(pages_for(num_tokens) - len(shared), num_tokens, source, count)
@@ -122,13 +128,14 @@ class PagedCache:
         return sequence
 
     def advance(
-        self, sequence: Sequence, prompt_ids: SequenceOf[int] | npt.NDArray[np.int64]
+        self, sequence: PagedSequence, prompt_ids: Sequence[int] | npt.NDArray[np.int64]
     ) -> None:
-        """Skip what others have stored since the sequence was acquired.
+        """Reuse tokens that other sequences have stored since this one was acquired.
 
         Args:
-            sequence: committed as far as it is.
-            prompt_ids: its text; the last id is left for its logits.
+            sequence: all of its full pages are committed.
+            prompt_ids: the text; the last id is never reused, because its logits have to be
+                computed.
         """
         first = (len(sequence.keys) - 1) * PAGE_LEN
         assert first == sequence.past_len // PAGE_LEN * PAGE_LEN, "not committed"
@@ -138,13 +145,14 @@ class PagedCache:
             self._exchange(sequence, len(sequence.keys) - 1, page)
             sequence.keys.append(key)
         sequence.past_len = max(sequence.past_len, first + len(shared) * PAGE_LEN)
-        rest = ids[len(shared) * PAGE_LEN :]
-        self._copy(sequence, *self._index.nearest(sequence.keys[-1], rest))
+        remaining = ids[len(shared) * PAGE_LEN :]
+        self._copy(sequence, *self._index.nearest(sequence.keys[-1], remaining))
 
-    def commit(self, sequence: Sequence, ids: SequenceOf[int] | npt.NDArray[np.int64]) -> None:
-        """Let others find what the sequence has stored.
+    def commit(self, sequence: PagedSequence, ids: Sequence[int] | npt.NDArray[np.int64]) -> None:
+        """Let other sequences find the tokens that this one has stored.
 
         Args:
+            sequence: holds the pages.
             ids: its text, at least past_len ids.
         """
         stored = as_ids(ids[: sequence.past_len])
@@ -152,65 +160,56 @@ class PagedCache:
         for first in range(known_len, len(stored) - PAGE_LEN + 1, PAGE_LEN):
             page_ids = stored[first : first + PAGE_LEN]
             self._commit_page(sequence, first // PAGE_LEN, page_ids)
-        rest = stored[(len(sequence.keys) - 1) * PAGE_LEN :]
-        if len(rest):
+        remaining = stored[(len(sequence.keys) - 1) * PAGE_LEN :]
+        if len(remaining):
             page = sequence.pages[len(sequence.keys) - 1]
-            self._index.put(page, sequence.keys[-1], rest)
+            self._index.put(page, sequence.keys[-1], remaining)
 
-    def extend(self, sequence: Sequence, num_tokens: int) -> None:
-        """Make room for `num_tokens` tokens in all; what is there already stays.
-
-        Raises:
-            CacheFull: too few pages are free; the sequence is as it was.
-        """
-        missing = pages_for(num_tokens) - len(sequence.pages)
-        if missing > 0:
-            sequence.pages += self._take(missing, num_tokens)
-
-    def release(self, sequence: Sequence) -> None:
-        """Give the sequence's pages back. It is empty afterwards; twice does no harm."""
-        # A text's end goes first: without its beginning it would be of no use.
+    def release(self, sequence: PagedSequence) -> None:
+        """Return the sequence's pages and empty it; a second call does nothing."""
+        # The end of the text is lent again first, because it cannot be reused without its
+        # beginning.
         for page in reversed(sequence.pages):
             self._drop_holder(page)
         sequence.pages = []
         sequence.keys = []
         sequence.past_len = 0
 
-    def _commit_page(self, sequence: Sequence, place: int, page_ids: Ids) -> None:
-        page, parent = sequence.pages[place], sequence.keys[-1]
+    def _commit_page(self, sequence: PagedSequence, index: int, page_ids: Ids) -> None:
+        page, parent = sequence.pages[index], sequence.keys[-1]
         key = next_key(parent, page_ids)
         known = self._index.find(key)
         if known is None:
             self._index.put(page, parent, page_ids)
         else:
-            # Another sequence has stored the same meanwhile.
-            self._exchange(sequence, place, known)
+            # Another sequence has stored the same tokens in the meantime.
+            self._exchange(sequence, index, known)
         sequence.keys.append(key)
 
-    def _exchange(self, sequence: Sequence, place: int, page: int) -> None:
-        """Hold `page` in place of a page of the sequence's own, which becomes free."""
+    def _exchange(self, sequence: PagedSequence, index: int, page: int) -> None:
+        """Replace a page of the sequence by `page`, which has the same content, and free it."""
         self._hold(page)
-        own, sequence.pages[place] = sequence.pages[place], page
+        own, sequence.pages[index] = sequence.pages[index], page
         self._index.drop(own)
         self._drop_holder(own)
 
-    def _copy(self, sequence: Sequence, source: int | None, count: int) -> None:
-        """Start the page that past_len is in with `count` tokens of another page."""
-        place = sequence.past_len // PAGE_LEN
+    def _copy(self, sequence: PagedSequence, source: int | None, count: int) -> None:
+        """Copy `count` tokens of page `source` to the page that contains past_len."""
+        index = sequence.past_len // PAGE_LEN
         if source is None or count <= sequence.past_len % PAGE_LEN:
             return
-        target = sequence.pages[place]
+        target = sequence.pages[index]
         if target != source:
             for layer in self.layers:
                 layer.copy_tokens(source, target, count)
-        sequence.past_len = place * PAGE_LEN + count
+        sequence.past_len = index * PAGE_LEN + count
 
     def _hold(self, page: int) -> None:
         self._free.pop(page, None)
         self._holders[page] += 1
 
     def _drop_holder(self, page: int) -> None:
-        assert self._holders[page] > 0, f"page {page} is given back twice"
+        assert self._holders[page] > 0, f"page {page} is released twice"
         self._holders[page] -= 1
         if self._holders[page] == 0:
             self._free[page] = None
@@ -220,10 +219,16 @@ class PagedCache:
     def _take(
         self, count: int, num_tokens: int, source: int | None = None, source_len: int = 0
     ) -> list[int]:
-        """Lend free pages.
+        """Lend `count` free pages.
 
-        `source` is a page of which `source_len` tokens are about to be copied to the first of
-        them. It is that page itself where it holds nothing more, or where all are needed.
+        Args:
+            num_tokens: the length of the text, for the error message.
+            source: a page whose first `source_len` tokens will be copied to the first lent
+                page. If it is free and holds no further tokens, or if every free page is
+                needed, it is itself the first lent page.
+
+        Raises:
+            CacheFull: fewer pages are free; no page has been taken.
         """
         if count > len(self._free):
             raise CacheFull(

@@ -165,7 +165,7 @@ def run_lanes(
         assert isinstance(model, Model)
         lanes = [Lane(REFERENCE_TYPE, model, cache)]
         for other in planned.others:
-            own = PagedCache.of_views(
+            own = PagedCache.from_views(
                 buffers.views("cache"), f"{other}.cache", other,
                 model.config.num_hidden_layers, loaded.ctx_size,
             )

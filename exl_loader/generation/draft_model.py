@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..cache.layout import PAGE_LEN
-from ..cache.paging import PagedCache, Sequence
+from ..cache.paging import PagedCache, PagedSequence
 from ..utils.errors import CacheFull, InvalidSettings
 from .jobs import Job
 from .sampling import argmax
@@ -31,7 +31,7 @@ class _Text:
     `guessed` are the ids that the cache holds behind the first `past_len` ids.
     """
 
-    sequence: Sequence | None
+    sequence: PagedSequence | None
     guessed: list[int]
 
 
@@ -114,7 +114,7 @@ class DraftModel:
                 text = self._texts[job] = _Text(None, [])
         return text
 
-    def _acquire(self, job: Job) -> Sequence | None:
+    def _acquire(self, job: Job) -> PagedSequence | None:
         ids = job.history
         max_tokens = min(job.max_tokens, self._cache.num_pages * PAGE_LEN)
         if ids.max() >= self._vocab_size or len(ids) > max_tokens:
@@ -126,7 +126,7 @@ class DraftModel:
         except CacheFull:
             return None
 
-    def _read(self, sequences: Mapping[Job, Sequence]) -> dict[Job, int]:
+    def _read(self, sequences: Mapping[Job, PagedSequence]) -> dict[Job, int]:
         """Read what is missing of the texts, and guess the next id of those that are complete."""
         missing = {
             job: job.history[sequence.past_len :].tolist() for job, sequence in sequences.items()
@@ -141,7 +141,7 @@ class DraftModel:
         return {job: i for job, i in found.items() if len(entries[job]) == len(missing[job])}
 
     def _step(
-        self, sequences: Mapping[Job, Sequence], entries: Mapping[Job, list[int]]
+        self, sequences: Mapping[Job, PagedSequence], entries: Mapping[Job, list[int]]
     ) -> dict[Job, int]:
         """Run ids of some texts, and return the likeliest id behind each."""
         if not entries:

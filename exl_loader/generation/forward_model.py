@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from ..cache.paging import Sequence as CacheSequence
+from ..cache.paging import PagedSequence
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -21,13 +21,13 @@ class ForwardModel(Protocol):
 
     def forward(
         self,
-        entries: Sequence[tuple[CacheSequence, list[int]]],
+        entries: Sequence[tuple[PagedSequence, list[int]]],
         logits: Literal["last", "all", "none"] = "last",
     ) -> torch.Tensor: ...
 
     def forward_rows(
         self,
-        entries: Sequence[tuple[CacheSequence, list[int]]],
+        entries: Sequence[tuple[PagedSequence, list[int]]],
         logits: Literal["last", "all", "none"] = "last",
     ) -> list[npt.ArrayLike]: ...
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from ..cache.paging import Sequence as CacheSequence
+from ..cache.paging import PagedSequence
 from ..utils.progress import NullProgress, Progress
 from ..utils.tracebacks import drop_locals
 from .exchange import Exchange
@@ -67,7 +67,7 @@ class NegativeText:
 
     ids: list[int]
     max_tokens: int
-    sequence: CacheSequence | None = None
+    sequence: PagedSequence | None = None
 
 
 @dataclass(eq=False)
@@ -104,7 +104,7 @@ class Job(Exchange[tuple[int, str]]):
 
     def __post_init__(self) -> None:
         super().__init__()
-        self.sequence: CacheSequence | None = None
+        self.sequence: PagedSequence | None = None
         self.tail = ""
         self.finish_reason: str | None = None
         self.logprobs: list[TokenLogprobs] = []
@@ -141,9 +141,9 @@ class Job(Exchange[tuple[int, str]]):
         return 1 if self.negative is None else 2
 
     @property
-    def texts(self) -> list[tuple[CacheSequence, Sequence[int] | npt.NDArray[np.int64]]]:
+    def texts(self) -> list[tuple[PagedSequence, Sequence[int] | npt.NDArray[np.int64]]]:
         """Each sequence with all of its ids, the prompt's own first; none before `begin`."""
-        texts: list[tuple[CacheSequence, Sequence[int] | npt.NDArray[np.int64]]] = []
+        texts: list[tuple[PagedSequence, Sequence[int] | npt.NDArray[np.int64]]] = []
         if self.sequence is not None:
             texts.append((self.sequence, self.history))
         if self.negative is not None and self.negative.sequence is not None:
@@ -166,7 +166,7 @@ class Job(Exchange[tuple[int, str]]):
         new_left = self.settings.max_new_tokens - self.stats.new_tokens - 1
         return max(0, min(limit, new_left, self.max_tokens - self._num_tokens - 1))
 
-    def begin(self, sequences: Sequence[CacheSequence]) -> None:
+    def begin(self, sequences: Sequence[PagedSequence]) -> None:
         """Start on the prompt, behind what its sequence holds of it already.
 
         Args:

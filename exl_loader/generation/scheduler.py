@@ -13,10 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..cache.layout import PAGE_LEN, pages_for
-from ..cache.paging import PagedCache
-from ..cache.paging import Sequence as CacheSequence
-from ..memory.buffers import is_out_of_memory
-from ..utils.errors import CacheFull, InsufficientMemory
+from ..cache.paging import PagedCache, PagedSequence
+from ..utils.errors import CacheFull, InsufficientMemory, is_out_of_memory
 from ..utils.tracebacks import drop_locals
 from .exchange import Exchange
 from .forward_model import ForwardModel
@@ -252,12 +250,12 @@ class Scheduler:
         negative_pages = pages_for(job.negative.max_tokens) if job.negative is not None else 0
         return pages_for(job.max_tokens) + negative_pages
 
-    def _acquire(self, job: Job) -> list[CacheSequence]:
+    def _acquire(self, job: Job) -> list[PagedSequence]:
         """Take the pages of all texts of a job, or of none."""
         wanted = [(job.max_tokens, job.prompt_ids)]
         if job.negative is not None:
             wanted.append((job.negative.max_tokens, job.negative.ids))
-        taken: list[CacheSequence] = []
+        taken: list[PagedSequence] = []
         try:
             for max_tokens, ids in wanted:
                 rope_class = self.model.rope_class(max_tokens)
@@ -426,6 +424,6 @@ def _guided(job: Job, rows: list[npt.ArrayLike], place: int) -> npt.ArrayLike:
     return guide(positive, negative, job.settings.guidance_scale)
 
 
-def _missing(sequence: CacheSequence, ids: Ids) -> list[int]:
+def _missing(sequence: PagedSequence, ids: Ids) -> list[int]:
     """Ids of a text that the cache does not hold yet."""
     return [int(i) for i in ids[sequence.past_len :]]

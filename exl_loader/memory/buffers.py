@@ -120,14 +120,6 @@ def capacity(device: str) -> Capacity:
     return device_kind(device).capacity(device)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether the system refused memory: PyTorch's CPU allocator has no type for that.
-
-    Its words go on as the system's do: "can't allocate memory", "not enough memory".
-    """
-    return isinstance(error, MemoryError) or "DefaultCPUAllocator: " in str(error)
-
-
 def trim_heap() -> None:
     """Give memory that was freed back to the system.
 

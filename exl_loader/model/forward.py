@@ -6,8 +6,7 @@ of a step: what it writes for the operations and reads of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -17,7 +16,7 @@ import torch
 
 from ..backends.base import Ops
 from ..cache.layout import PAGE_LEN
-from ..cache.paging import PagedCache, Sequence
+from ..cache.paging import PagedCache, PagedSequence
 from ..checkpoint.rope import inv_freq
 from ..generation.sampling import LazyRow
 from ..generation.sampling.candidates import Floats
@@ -108,7 +107,7 @@ class Model:
 
     def forward(
         self,
-        entries: SequenceOf[tuple[Sequence, list[int]]],
+        entries: Sequence[tuple[PagedSequence, list[int]]],
         logits: LogitsMode = "last",
     ) -> torch.Tensor:
         """Run new tokens of one or several sequences and advance their `past_len`.
@@ -133,7 +132,7 @@ class Model:
 
     def forward_rows(
         self,
-        entries: SequenceOf[tuple[Sequence, list[int]]],
+        entries: Sequence[tuple[PagedSequence, list[int]]],
         logits: LogitsMode = "last",
     ) -> list[npt.ArrayLike]:
         """Do the same for samplers, which mostly need the likeliest tokens alone.
@@ -153,7 +152,7 @@ class Model:
         ]
 
     def _run(
-        self, entries: SequenceOf[tuple[Sequence, list[int]]], logits: LogitsMode,
+        self, entries: Sequence[tuple[PagedSequence, list[int]]], logits: LogitsMode,
         likeliest: bool,
     ) -> torch.Tensor:
         """Run a step, which may also find the likeliest tokens of its rows of logits.
@@ -208,7 +207,7 @@ class Model:
         """Return a number that is the same for lengths with the same RoPE frequencies."""
         return self.config.rope.length_class(rope_len)
 
-    def _check(self, entries: SequenceOf[tuple[Sequence, list[int]]]) -> None:
+    def _check(self, entries: Sequence[tuple[PagedSequence, list[int]]]) -> None:
         """Refuse what would make an operation read or write outside its tensors."""
         vocab_size = self.config.vocab_size
         for sequence, ids in entries:
@@ -225,7 +224,7 @@ class Model:
                     "tokens", actual=f"{pages * PAGE_LEN}", remedy="Load with a larger ctx_size",
                 )
 
-    def _send_inputs(self, entries: SequenceOf[tuple[Sequence, list[int]]], step: Step) -> None:
+    def _send_inputs(self, entries: Sequence[tuple[PagedSequence, list[int]]], step: Step) -> None:
         """Tell every device what it needs to know of the step."""
         for inputs in self._inputs:
             inputs.begin()
@@ -238,7 +237,7 @@ class Model:
             inputs.send()
 
     def _write(
-        self, host: Mapping[str, Any], entries: SequenceOf[tuple[Sequence, list[int]]]
+        self, host: Mapping[str, Any], entries: Sequence[tuple[PagedSequence, list[int]]]
     ) -> None:
         first = 0
         host["q_start"][0] = 0
@@ -254,7 +253,7 @@ class Model:
             host["page_table"][slot, : len(pages)] = pages
             first = end
 
-    def _write_frequencies(self, entries: SequenceOf[tuple[Sequence, list[int]]]) -> None:
+    def _write_frequencies(self, entries: Sequence[tuple[PagedSequence, list[int]]]) -> None:
         for slot, (sequence, _) in enumerate(entries):
             if sequence.rope_len != self._slot_rope_len[slot]:
                 frequencies, _ = inv_freq(
@@ -264,7 +263,7 @@ class Model:
                     inputs.arrays["inv_freq"][slot] = frequencies
                 self._slot_rope_len[slot] = sequence.rope_len
 
-    def _angles_by_length(self, entries: SequenceOf[tuple[Sequence, list[int]]]) -> None:
+    def _angles_by_length(self, entries: Sequence[tuple[PagedSequence, list[int]]]) -> None:
         """Compute the angles of rows whose frequencies are those of their own sequence."""
         first = 0
         for slot, (_, ids) in enumerate(entries):
@@ -298,6 +297,6 @@ class Model:
         return Step(tuple(parts), out)
 
 
-def _advance(entries: SequenceOf[tuple[Sequence, list[int]]]) -> None:
+def _advance(entries: Sequence[tuple[PagedSequence, list[int]]]) -> None:
     for sequence, ids in entries:
         sequence.past_len += len(ids)

@@ -214,3 +214,12 @@ class ModelForked(ModelUnloaded):
 
 class InvalidCall(ExlLoaderError):
     """A call that would wait for itself, made in a callback of the model's own thread."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether the system refused memory.
+
+    PyTorch's CPU allocator raises a RuntimeError, whose text continues as the system's does:
+    "can't allocate memory", "not enough memory".
+    """
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator: " in str(error)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import exl_loader
-from exl_loader.cache.paging import Sequence
+from exl_loader.cache.paging import PagedSequence
 from exl_loader.engine import LoadedModel
 from exl_loader.generation.jobs import Job
 from exl_loader.utils.errors import InvalidSettings, PromptTooLong
@@ -157,7 +157,7 @@ def test_thousands_of_requests_from_sixteen_threads(name, longest, tiny_model_di
     counts = {kind: sum(w.counts[kind] for w in workers) for kind in workers[0].counts}
     assert sum(counts.values()) == NUM_REQUESTS
     assert min(counts.values()) >= 20, counts
-    assert alive(Job) == 0 and alive(Sequence) == 0
+    assert alive(Job) == 0 and alive(PagedSequence) == 0
 
 
 def soak(model: LoadedModel, texts: list[tuple[Request, list[int]]]) -> list[Worker]:
