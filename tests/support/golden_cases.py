@@ -20,6 +20,8 @@ import contextlib
 import gc
 import io
 import json
+import logging
+import os
 import runpy
 import shutil
 import sys
@@ -60,14 +62,16 @@ from support.sparse import LLAMA_2_7B, write_sparse_exl2
 from support.tiny import CONFIG, tensor_shapes, write_tiny_model, write_tokenizer
 
 DEMO = Path(exl_loader.__file__).parent / "demo_model"
+SHARED_FIXTURES = DEMO.parents[2] / "shared" / "fixtures"
+FIXTURES = ("llama-low", "llama-mid")
 CARD = "cuda:0"
+EMULATED_DEVICES = {"emulated": CARD, "two-cards": f"{CARD},cuda:1", "cpu-card": f"cpu,{CARD}"}
 GIB = 1 << 30
 
 # Over a page of the cache (256 tokens) and any window (24) and original length (32).
 IDS = [3 + (7 * i * i + 11 * i) % 280 for i in range(262)]
 SHORT_IDS = IDS[:35]
 STEPS = 4
-NEW_TOKENS = 12
 EOS = 2
 SAMPLE_COLUMNS = 32
 
@@ -79,6 +83,10 @@ BOUNDS = {"fp32": 2e-2, "fp16": 2e-2, "q8": 3e-2, "q6": 4e-2, "q8_q4": 8e-2, "q4
 REFERENCE_BOUNDS = {"fp32": 1e-4, "fp16": 2e-3}
 
 
+class NotHere(Exception):
+    """A case needs files that this machine does not have."""
+
+
 class Bench:
     """Where cases find their models: each is written when first asked for.
 
@@ -88,12 +96,21 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._cards: Any = None
 
     def model(self, name: str) -> Path:
-        """Return the folder of one of `MODELS`, or of the demo model."""
+        """Return the folder of one of `MODELS`, of the demo model, or of a reference model.
+
+        Raises:
+            NotHere: the reference models are not on this machine.
+        """
         if name == "demo":
             return DEMO
+        if name in FIXTURES:
+            named = os.environ.get("EXL_LOADER_FIXTURES")
+            folder = (Path(named) if named else SHARED_FIXTURES) / name
+            if not folder.is_dir():
+                raise NotHere(f"no reference models at {folder.parent}; set EXL_LOADER_FIXTURES")
+            return folder
         folder = self.folder / name
         if not folder.exists():
             MODELS[name](folder)
@@ -101,16 +118,20 @@ class Bench:
 
     @contextlib.contextmanager
     def backend(self, name: str) -> Iterator[str]:
-        """Compute with `cpu`, `reference` or `emulated`; yields the device's name."""
+        """Compute on a backend; yields the names of its devices.
+
+        Args:
+            name: `cpu`, `reference`, `emulated` (a card), `two-cards` or `cpu-card`.
+        """
         with pytest.MonkeyPatch.context() as patch:
             patch.delenv("EXL_LOADER_REFERENCE", raising=False)
             if name == "reference":
                 patch.setenv("EXL_LOADER_REFERENCE", "1")
-            if name == "emulated":
-                from support.emulated_cuda import emulated_ops, install
+            if name in EMULATED_DEVICES:
+                from support.emulated_cuda import EmulatedCards
 
-                install(patch, emulated_ops())
-            yield CARD if name == "emulated" else "cpu"
+                EmulatedCards(2).install(patch)
+            yield EMULATED_DEVICES.get(name, "cpu")
 
 
 # Models
@@ -272,13 +293,17 @@ def sample(rows: np.ndarray) -> np.ndarray:
 def logits_case(bench: Bench, model: str, backend: str, cache_type: str) -> Result:
     """Logits of a prompt, as a whole and in chunks, of steps behind it, and a greedy text."""
     folder = bench.model(model)
-    ids = IDS if backend == "cpu" else SHORT_IDS
+    ids, new_tokens = (IDS, 12) if backend == "cpu" else (SHORT_IDS, 6)
     bounds = {**BOUNDS, **REFERENCE_BOUNDS} if backend == "reference" else BOUNDS
     result = Result(bound=bounds[cache_type])
     with bench.backend(backend) as device:
-        options = {"ctx_size": 512, "cache_type": cache_type, "device": device}
-        with exl_loader.load(folder, max_batch_size=2, **options) as loaded:
-            result.exact["bytes"] = loaded.reservation.total_bytes
+        options = {"ctx_size": 512, "cache_type": cache_type, "device": device,
+                   "max_batch_size": 2}
+        if "," in device:
+            options |= _split(folder, options)
+        with exl_loader.load(folder, **options) as loaded:
+            result.exact["bytes"] = {
+                used.device: used.total_bytes for used in loaded.reservation.devices}
             result.exact["allocated"] = loaded.allocated_bytes()
             whole = loaded.prompt_logits(ids).numpy()
             steps = np.stack([
@@ -286,10 +311,10 @@ def logits_case(bench: Bench, model: str, backend: str, cache_type: str) -> Resu
                 for count in range(len(ids) - STEPS, len(ids) + 1)
             ])
             answer = list(loaded.generate_ids(
-                ids, temperature=0, max_new_tokens=NEW_TOKENS, ban_eos_token=True))
+                ids, temperature=0, max_new_tokens=new_tokens, ban_eos_token=True))
             behind = loaded.prompt_logits([*ids, *answer]).numpy()[len(ids) - 1 : -1]
-            texts = _together(loaded, [ids, ids[5:]])
-        with exl_loader.load(folder, chunk_size=29, **options) as loaded:
+            texts = _together(loaded, [ids, ids[5:]], new_tokens)
+        with exl_loader.load(folder, **options | {"chunk_size": 29}) as loaded:
             chunks = loaded.prompt_logits(ids).numpy()
     result.bits = {
         "whole": sha256(whole), "chunks": sha256(chunks), "steps": sha256(steps),
@@ -300,10 +325,17 @@ def logits_case(bench: Bench, model: str, backend: str, cache_type: str) -> Resu
     return result
 
 
-def _together(loaded: Any, prompts: list[list[int]]) -> list[list[int]]:
+def _split(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Give options with which the first of two devices has no room for all layers."""
+    first, _ = options["device"].split(",")
+    alone = exl_loader.plan(folder, **options | {"device": first, "chunk_size": 256})
+    return {"chunk_size": 256, "gpu_split": [(alone.total_bytes - 1) / GIB, 1]}
+
+
+def _together(loaded: Any, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
     """Generate at the same time: one greedy text, and one sampled."""
     settings = [{"temperature": 0}, {"temperature": 0.8, "seed": 5}]
-    more = {"max_new_tokens": NEW_TOKENS, "ban_eos_token": True}
+    more = {"max_new_tokens": new_tokens, "ban_eos_token": True}
     generations = [
         loaded.generate_ids(prompt, chosen, **more)
         for prompt, chosen in zip(prompts, settings, strict=True)
@@ -328,6 +360,7 @@ CACHE_TYPES = tuple(BOUNDS)
 EMULATED = (("llama-exl2", "q4"), ("llama-gptq", "q8"), ("qwen2-gptq", "fp16"),
             ("mixtral-exl2", "q8_q4"), ("gemma2-dense", "fp32"), ("qwen3-exl2", "q6"),
             ("phi3-dense", "q4_q8"))
+SPLIT = (("mistral-dense", "two-cards", "q8"), ("llama-exl2", "cpu-card", "fp16"))
 
 
 def logits_cases() -> Iterator[tuple[str, str, str]]:
@@ -342,6 +375,10 @@ def logits_cases() -> Iterator[tuple[str, str, str]]:
     yield "demo", "cpu", "q4"
     for model, cache_type in EMULATED:
         yield model, "emulated", cache_type
+    yield from SPLIT
+    for model in FIXTURES:
+        yield model, "cpu", "fp16"
+        yield model, "cpu", "q6"
 
 
 # Texts
@@ -549,11 +586,11 @@ def plan_options(bench: Bench, model: str) -> Iterator[tuple[str, dict[str, Any]
     yield "card", card | {"ctx_size": 4096, "cache_type": "q8_q4"}
     yield "card fp32", card | {"ctx_size": 300, "cache_type": "fp32", "max_batch_size": 1,
                                "chunk_size": 64}
-    whole = exl_loader.plan(bench.model(model), 1024, "q4_q8", chunk_size=256, **card)
-    for name, first in (("two cards", CARD), ("cpu and card", "cpu")):
+    for name, first, whole in (("two cards", CARD, card), ("cpu and card", "cpu", cpu)):
+        both = exl_loader.plan(bench.model(model), 1024, "q4_q8", chunk_size=256, **whole)
         yield name, {
             "device": [first, "cuda:1"], "vram": ["1000GiB", "1000GiB"], "chunk_size": 256,
-            "gpu_split": [0.8 * whole.total_bytes / GIB, 20], "ctx_size": 1024,
+            "gpu_split": [(both.total_bytes - 1) / GIB, 20], "ctx_size": 1024,
             "cache_type": "q4_q8",
         }
     draft = bench.model("llama-gptq" if model != "llama-gptq" else "llama-exl2")
@@ -795,7 +832,7 @@ def errors_case(bench: Bench) -> Result:
 CASES: dict[str, Callable[[Bench], Result]] = {
     "errors": errors_case,
     "tokens": tokens_case,
-    **{f"plan {model}": partial(plan_case, model=model) for model in (*MODELS, "demo")},
+    **{f"plan {model}": partial(plan_case, model=model) for model in (*MODELS, "demo", *FIXTURES)},
     **{
         f"logits {model} {backend} {cache_type}": partial(
             logits_case, model=model, backend=backend, cache_type=cache_type)
@@ -818,7 +855,9 @@ def main() -> int:
     action.add_argument("--write", action="store_true", help="record the cases anew")
     action.add_argument("--list", action="store_true", help="name the cases")
     parser.add_argument("--only", metavar="TEXT", default="", help="cases with this in their name")
-    parser.add_argument("--times", action="store_true", help="print the seconds of each case")
+    parser.add_argument("--times", action="store_true", help="print the CPU time of each case")
+    parser.add_argument(
+        "--march", metavar="NAME", help="compile for this processor, as on another machine")
     args = parser.parse_args()
     names = [name for name in CASES if args.only in name]
     if args.list:
@@ -828,6 +867,9 @@ def main() -> int:
     # As tests/conftest.py does: a failed load looks through everything that may be garbage.
     gc.collect()
     gc.freeze()
+    if args.march:
+        os.environ["EXL_LOADER_MARCH"] = args.march
+    logging.getLogger("exl_loader").setLevel(logging.ERROR)
     record = Record()
     known = record.knows_this_machine
     differing = 0
@@ -835,16 +877,19 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
         for name in names:
-            start = time.perf_counter()
+            start = time.process_time()
             try:
                 result = CASES[name](bench)
+            except NotHere as missing:
+                print(f"{name}: left out, {missing}")
+                continue
             except Exception as error:
                 traceback.print_exc()
                 print(f"{name}: failed with {type(error).__name__}: {error}")
                 differing += 1
                 continue
             if args.times:
-                print(f"{time.perf_counter() - start:6.2f} s  {name}")
+                print(f"{time.process_time() - start:6.2f} s  {name}")
             differences = record.differences(name, result)
             differing += bool(differences)
             if args.write:
