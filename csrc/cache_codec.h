@@ -1,15 +1,22 @@
 // The quantised key/value cache: constants and structs that Python and C++ share.
 //
-// What codes and scales mean, and in which order bytes stand, is defined in
-// exl_loader/kernels/reference_codec.py; the tensors' shapes are in exl_loader/cache.py.
-// kernels/ops_attention.py mirrors the structs.
+// Purpose: one definition of the cache's layout for the CPU library and the CUDA kernels. The
+// reference codec in Python defines the meaning of codes and scales and the order of bytes;
+// CacheLayer defines the shapes of the tensors. ctypes mirrors of the structs below have the
+// same fields in the same order.
+//
+// Layout of one token of one head: groups of kGroup elements consecutively. A group of b-bit
+// codes is stored as bit planes, the highest bits first: 8 bits as one plane, 4 bits as one
+// plane, 6 bits as a plane of 4 and a plane of 2. A plane of w bits with n codes has n * w / 8
+// bytes; byte i holds codes i, i + bytes, i + 2 * bytes, ... from its lowest bits on.
 #pragma once
 
 #include <cstdint>
 
-// Functions that CPU code and kernels share. A kernel may call only what is declared for the
-// device. A table has to be local to such a function: for nvcc a namespace-scope array belongs to
-// the CPU, and a kernel may use no element of it whose index is not a constant.
+// Marks a function that the CPU library and kernels share. A kernel may call only functions that
+// are declared for the device. A table must be local to such a function because nvcc places an
+// array of namespace scope on the CPU, and a kernel may then read only elements whose index is a
+// constant.
 #if defined(__CUDACC__)
 #define EXL_HOST_DEVICE __host__ __device__
 #else
@@ -19,10 +26,11 @@
 namespace exl {
 
 constexpr int kPageLen = 256;  // tokens
-constexpr int kGroup = 32;     // elements of a scale
-constexpr int kCodeStep = 8;   // codes of a short last group are padded to this
+constexpr int kGroup = 32;  // elements that share one scale
+constexpr int kCodeStep = 8;  // a short last group is padded to a multiple of this number of codes
 
-// Levels of 4-bit codes in units of 1/128 of the scale, by the lowest bit of the scale.
+// Levels of 4-bit codes in units of 1/128 of the scale. The lowest bit of the scale selects the
+// table.
 constexpr int kTables = 2;
 constexpr int kLevels = 16;
 EXL_HOST_DEVICE constexpr int codebook_level(int table, int code) {
@@ -34,7 +42,7 @@ EXL_HOST_DEVICE constexpr int codebook_level(int table, int code) {
 }
 constexpr float kCodebookUnit = 1.0f / 128;
 
-// The scales that the writer tries: evenly spaced factors on a group's largest magnitude.
+// The scales that the writer tries: evenly spaced factors times a group's largest magnitude.
 struct ScaleSearch {
     float first, last;
     int steps;
@@ -46,19 +54,20 @@ EXL_HOST_DEVICE constexpr ScaleSearch scale_search(int bits) {
 }
 constexpr int kRefits = 1;
 
-// The sign that an element of a head gets before the Hadamard transform.
+// True if an element of a head is negated before the Hadamard transform.
 EXL_HOST_DEVICE constexpr bool rotation_negates(uint32_t index) {
     uint32_t mixed = index * 0x9E3779B1u;
     mixed = (mixed ^ (mixed >> 15)) * 0x85EBCA77u;
     return (mixed >> 16) & 1u;
 }
 
-// 16 bits, see reference_fp16.py: value = code * scale / kBlockUnit, the scale in the lowest
-// bits of the first 16 codes. Elements [first, first + this) share a scale.
+// Cache of 16 bits: value = code * scale / kBlockUnit, where the float16 scale is stored in the
+// lowest bits of the first 16 codes. Elements [first, first + block_elements) share a scale.
 constexpr float kBlockUnit = 32768.0f;
 constexpr float kLargestBlockCode = 32766.0f;
 EXL_HOST_DEVICE constexpr int block_elements(int head_dim, int first) {
-    // What is left behind a whole group may be too short for a scale of its own.
+    // A remainder of fewer than 16 elements could not hold the bits of a scale of its own, so it
+    // joins the group before it.
     const int left = head_dim - first;
     return left >= kGroup + 16 || left == kGroup ? kGroup : left;
 }
@@ -70,7 +79,7 @@ EXL_HOST_DEVICE constexpr int num_groups(int head_dim, int bits) {
 EXL_HOST_DEVICE constexpr int padded_codes(int elements) {
     return (elements + kCodeStep - 1) / kCodeStep * kCodeStep;
 }
-// Bytes of one head's codes for one token.
+// Bytes of the codes of one head of one token.
 EXL_HOST_DEVICE constexpr int code_bytes(int head_dim, int bits) {
     return (is_quantized(bits) ? padded_codes(head_dim) : head_dim) * bits / 8;
 }
@@ -79,11 +88,11 @@ EXL_HOST_DEVICE constexpr int code_bytes(int head_dim, int bits) {
 
 extern "C" {
 
-// Keys or values of one layer.
+// The keys or the values of one layer.
 struct ExlCacheHalf {
-    void* codes;       // [pages, kv_heads, kPageLen, code_bytes]
-    uint16_t* scales;  // float16 [pages, kv_heads, kPageLen, groups]; null where bits >= 16
-    int32_t bits;      // 4, 6, 8, 16 (blocks) or 32 (float32)
+    void* codes;  // [pages, kv_heads, kPageLen, code_bytes(head_dim, bits)]
+    uint16_t* scales;  // float16 [pages, kv_heads, kPageLen, num_groups]; null if bits >= 16
+    int32_t bits;  // 4, 6, 8, 16 (int16 codes with embedded scales) or 32 (float32)
 };
 
 struct ExlCacheLayer {
@@ -93,31 +102,32 @@ struct ExlCacheLayer {
     int64_t head_dim;
 };
 
-// interface.Batch.
+// The sequences of one call; mirrors Batch. Rows [q_start[s], q_start[s + 1]) belong to sequence
+// s and stand at positions past_len[s] and later.
 struct ExlBatch {
     const int32_t* q_start;     // [num_sequences + 1]
     const int32_t* past_len;    // [num_sequences]
-    const int32_t* page_table;  // [num_sequences, max_pages]
+    const int32_t* page_table;  // [num_sequences, max_pages]: page numbers
     int64_t num_sequences;
     int64_t max_pages;
 };
 
-// key_bias.KeyBias, with a batch's frequencies.
+// A layer's key bias with the RoPE frequencies of a batch; mirrors KeyBias.
 struct ExlKeyBias {
-    const int32_t* pairs;   // [kv_heads, num_pairs]: element i of a pair (i, half + i)
-    const float* first;     // [kv_heads, num_pairs]: the bias of element i
-    const float* second;    // the same of element half + i
+    const int32_t* pairs;  // [kv_heads, num_pairs]: element i of a pair (i, half + i)
+    const float* first;  // [kv_heads, num_pairs]: bias of element i
+    const float* second;  // [kv_heads, num_pairs]: bias of element half + i
     const float* inv_freq;  // [num_sequences, half]
     int64_t num_pairs;
     int64_t half;
     float rope_factor;
 };
 
-// interface.AttentionShape, apart from what ExlCacheLayer has.
+// Mirrors AttentionShape, without the fields that ExlCacheLayer has.
 struct ExlAttentionShape {
     int64_t num_heads;
-    int64_t window;  // 0: all
+    int64_t window;  // number of tokens that a row sees; 0: all
     float scale;
-    float softcap;  // 0: none
+    float softcap;  // 0: no soft cap
 };
 }

@@ -1,7 +1,12 @@
-// Linear layers as they lie in memory: constants and structs that Python and C++ share.
+// Packed and dense linear layers: constants and structs that Python and C++ share.
 //
-// The packed layout is described in exl_loader/formats/packed.py, word for word what is
-// meant here; kernels/native.py mirrors the structs.
+// Purpose: one definition of the layout in which the CPU keeps a layer's weights. The packed
+// layout is that of PackedLinear in the formats package; ctypes mirrors of the structs below
+// have the same fields in the same order.
+//
+// Layout: a layer is cut into tiles of 16 columns. A tile holds its groups consecutively; a
+// group holds blocks of 32 stored rows, the last one padded. A block of b-bit codes is b vectors
+// of 64 bytes, in one or two bit planes (cpu/unpack.h). Stored row r is input channel perm[r].
 #pragma once
 
 #include <cstdint>
@@ -10,19 +15,19 @@ namespace exl {
 
 constexpr int kTileColumns = 16;
 constexpr int kBlockRows = 32;
-// A register is 4 rows of 16 columns, one byte a code: 8 of them a block.
+// A register is 4 rows of 16 columns with one byte for each code: a block has 8 of them.
 constexpr int kRegisterRows = 4;
 constexpr int kRegisterBytes = kTileColumns * kRegisterRows;
 constexpr int kBlockRegisters = kBlockRows / kRegisterRows;
-// Bytes of a block of b-bit codes are b times this.
+// A block of b-bit codes has b times this number of bytes.
 constexpr int kBlockBitBytes = kBlockRows * kTileColumns / 8;
 
-// A row of the group table.
+// A row of the group table: rows [first_row, first_row + rows) have codes of `bits` bits.
 struct Group {
     int32_t bits;
     int32_t first_row;
     int32_t rows;
-    int32_t offset;  // bytes from the start of a tile
+    int32_t offset;  // in bytes, from the start of a tile
 };
 
 }  // namespace exl
@@ -36,11 +41,11 @@ struct ExlPackedLinear {
     int64_t tile_bytes;
     int64_t num_groups;
     const uint8_t* codes;      // [tiles, tile_bytes]
-    const uint16_t* scales;    // float16 [tiles, num_groups, 16]
-    const uint8_t* zeros;      // [tiles, num_groups, 16], or null: 2^(bits - 1)
+    const uint16_t* scales;  // float16 [tiles, num_groups, 16]
+    const uint8_t* zeros;  // [tiles, num_groups, 16]; null: every zero point is 2^(bits - 1)
     const exl::Group* groups;  // [num_groups]
-    const int32_t* perm;       // [in_features], or null: identity
-    const float* bias;         // [out_features], or null
+    const int32_t* perm;  // [in_features]; null: the identity
+    const float* bias;  // [out_features]; null: no bias
 };
 
 enum ExlDtype : int32_t { kExlFloat32 = 0, kExlFloat16 = 1, kExlBfloat16 = 2 };
@@ -49,8 +54,8 @@ struct ExlDenseLinear {
     int64_t in_features;
     int64_t out_features;
     int64_t tiles;
-    const void* weight;  // [tiles, in_features, 16]
-    const float* bias;   // [out_features], or null
+    const void* weight;  // dtype [tiles, in_features, 16]
+    const float* bias;  // [out_features]; null: no bias
     int64_t dtype;       // ExlDtype
 };
 }

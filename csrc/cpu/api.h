@@ -1,4 +1,5 @@
-// What the library exports. Other systems export every function; Windows only what says so.
+// Marks the functions that the library exports. On Windows a function is exported only if it is
+// marked; other systems export every function.
 #pragma once
 
 #if defined(_WIN32)

@@ -1,43 +1,53 @@
-// Attention over the packed cache: what its parts share.
+// Attention over the packed cache: declarations shared by the attention sources.
 //
-// A query row (one query head of one token) sees keys [low, high). Positions are cut into
-// splits of kSplitTokens and these into tiles, at fixed places of the sequence. Within a
-// split a row keeps a running maximum, a sum and a weighted sum of values, tile after tile;
-// splits are then merged in order. Every step works on one row with a fixed order of
-// operations, so a row's result is the same bits whether it is computed alone or among
-// others, by one thread or many, decoding or in prefill.
+// Purpose: out = softmax(scale * q . k) v for every query row (one query head of one token),
+// which sees the keys at positions [low, high).
+//
+// Order of operations: positions are cut into kv_splits of kKvSplitTokens tokens and these into
+// tiles of kTileTokens tokens, both at fixed positions of the sequence. Within a kv_split a row
+// keeps a running maximum, a sum of weights and a weighted sum of values, updated tile by tile;
+// kv_splits are merged in order. Every step works on one row with a fixed order of operations,
+// so a row's result has the same bits if it is computed alone or among others, by one thread or
+// by many, in decoding or in prefill.
+//
+// Layout of an expanded tile: a tile holds up to kTileTokens tokens of one head and lies within
+// one page. Keys are [head_dim][kTileTokens], so that a score is a sum down a column and needs
+// no sum across lanes. Values are [token][value_stride(head_dim)]. Both stay rotated, as they
+// are stored.
 #pragma once
 
 #include "attention_tile.h"
 
 namespace exl {
 
-// Tokens of a split: two pages are some 20 us of work for 8 heads, worth a thread's claim.
-constexpr int kSplitTokens = 512;
-static_assert(kSplitTokens % kTileTokens == 0, "a split is whole tiles");
+// Tokens of a kv_split: two pages are about 20 us of work for 8 heads, enough to be worth the
+// cost of claiming a task.
+constexpr int kKvSplitTokens = 512;
+static_assert(kKvSplitTokens % kTileTokens == 0, "a split is whole tiles");
 
-// Rows of one prefill task: enough that expanding a tile is small beside using it.
+// Rows of one prefill task: enough that the time to expand a tile is small beside its use.
 constexpr int kTaskRows = 128;
 
-// What a row has gathered from some of its keys.
+// Running results of some rows over a part of their keys.
 struct Partial {
-    float* sums;     // [rows, value_stride]: sum of exp(score - largest) * value
-    float* totals;   // [rows, kLanes]: sum of exp(score - largest), lane by lane
-    float* largest;  // [rows]: largest score, -inf where no key was visible
+    float* sums;  // [rows, value_stride]: sum of exp(score - largest) * value
+    float* totals;  // [rows, kLanes]: sum of exp(score - largest), one partial sum per lane
+    float* largest;  // [rows]: largest score; -inf while no key was visible
 };
 
 struct BiasRows;  // key_bias.h
 
-// Rows of one key/value head of one sequence. Queries are rotated where keys are, and scaled.
+// Rows of one key/value head of one sequence. Queries are multiplied by the scale, and rotated
+// if the cache stores rotated keys.
 struct Rows {
     int64_t count;
     const float* queries;            // [count, head_dim]
-    const int32_t* low;              // [count]: first position that a row sees
-    const int32_t* high;             // [count]: one past the last
-    const BiasRows* bias = nullptr;  // what a key bias adds, if anything
+    const int32_t* low;  // [count]: first visible position
+    const int32_t* high;  // [count]: one past the last visible position
+    const BiasRows* bias = nullptr;  // the key bias of these rows; null: none
 };
 
-// Where a sequence's head lies in the cache.
+// Location of one key/value head of one sequence in the cache.
 struct Head {
     const ExlCacheLayer* layer;
     const int32_t* pages;
@@ -45,7 +55,7 @@ struct Head {
     float softcap;
 };
 
-// Memory of attend(): keys [head_dim, kTileTokens], values [kTileTokens, value_stride],
+// Tile buffers of attend(): keys [head_dim, kTileTokens], values [kTileTokens, value_stride],
 // scores [rows, kTileTokens].
 struct TileScratch {
     float* keys;
@@ -53,11 +63,12 @@ struct TileScratch {
     float* scores;
 };
 
-// Attends rows to positions [first, end), within one split, from nothing into `partial`.
+// Attends the rows to positions [first, end), which lie within one kv_split. Overwrites
+// `partial`.
 void attend(const Head& head, const Rows& rows, int32_t first, int32_t end,
             const TileScratch& scratch, const Partial& partial);
 
-// Adds row `from` of one partial, of later positions, to row `into` of another.
+// Merges row `from_row` of `from`, which covers later positions, into row `into_row` of `into`.
 void merge_row(const Partial& into, int64_t into_row, const Partial& from, int64_t from_row,
                int stride);
 

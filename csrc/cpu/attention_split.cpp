@@ -1,8 +1,14 @@
-// One split of attention: scores, softmax and weighted sums, tile by tile. See attention.h.
+// Attention over one kv_split: scores, softmax and weighted sums, tile by tile. See attention.h.
 //
-// Both products keep a block of kBlockRows rows x kBlockVectors vectors in registers and run
-// down the common dimension with one broadcast and one multiply-add a row and vector. Each
-// score and each sum is thereby one chain of multiply-adds in a fixed order.
+// Layout: a tile of keys [head_dim, kTileTokens] and of values [kTileTokens, value_stride];
+// scores [rows, kTileTokens].
+//
+// Work: the calling thread handles all rows of a task. Both products keep a block of kBlockRows
+// rows x kBlockVectors vectors in registers and run along the common dimension with one broadcast
+// and one multiply-add per row and vector. Each score and each sum is therefore one chain of
+// multiply-adds in a fixed order.
+//
+// Precondition: [first, end) lies within one kv_split.
 #include <cmath>
 #include <cstring>
 #include <optional>
@@ -15,11 +21,11 @@ namespace exl {
 namespace {
 
 #if defined(EXL_AVX512)
-// 16 sums, 2 operands and a broadcast in 32 registers.
+// Of 32 registers, 16 hold sums, 2 operands and 1 a broadcast.
 constexpr int kBlockRows = 8;
 constexpr int kBlockVectors = 2;
 #else
-// 4 rows of 16 lanes are 8 of AVX2's 16 registers.
+// 4 rows of 16 lanes use 8 of AVX2's 16 registers.
 constexpr int kBlockRows = 4;
 constexpr int kBlockVectors = 1;
 #endif
@@ -54,17 +60,17 @@ template <int Vectors, bool Add>
 void multiply_columns(int64_t rows, const float* a, int64_t a_stride, const float* b,
                       int64_t b_stride, int depth, float* c, int64_t c_stride) {
     int64_t row = 0;
-    const auto at = [&](auto block) {
+    const auto multiply_rows = [&](auto block) {
         multiply_block<decltype(block)::value, Vectors, Add>(
             a + row * a_stride, a_stride, b, b_stride, depth, c + row * c_stride, c_stride);
         row += decltype(block)::value;
     };
-    while (rows - row >= kBlockRows) at(std::integral_constant<int, kBlockRows>());
+    while (rows - row >= kBlockRows) multiply_rows(std::integral_constant<int, kBlockRows>());
     if constexpr (kBlockRows > 4) {
-        if (rows - row >= 4) at(std::integral_constant<int, 4>());
+        if (rows - row >= 4) multiply_rows(std::integral_constant<int, 4>());
     }
-    if (rows - row >= 2) at(std::integral_constant<int, 2>());
-    if (rows - row >= 1) at(std::integral_constant<int, 1>());
+    if (rows - row >= 2) multiply_rows(std::integral_constant<int, 2>());
+    if (rows - row >= 1) multiply_rows(std::integral_constant<int, 1>());
 }
 
 // c[rows, vectors * 16] = (Add ? c : 0) + a[rows, depth] b[depth, vectors * 16].
@@ -94,10 +100,10 @@ EXL_INLINE void scale_row(float* sums, int stride, float* totals, float factor) 
     store(totals, load(totals) * f);
 }
 
-// Turns one row's scores into weights; keys [low, high) of the tile are visible, the others
-// get exactly 0. Brings what the row gathered so far to the new maximum.
-void soften(float* scores, int low, int high, float softcap, const Partial& partial, int64_t row,
-            int stride) {
+// Turns the scores of one row into weights. Keys [low, high) of the tile are visible; the others
+// get exactly 0. Rescales the row's running sums if the maximum rises.
+void softmax_tile(float* scores, int low, int high, float softcap, const Partial& partial,
+                  int64_t row, int stride) {
     if (low >= high) {
         std::memset(scores, 0, kTileTokens * sizeof(float));
         return;
@@ -123,7 +129,7 @@ void soften(float* scores, int low, int high, float softcap, const Partial& part
     for (int i = 0; i < kTileTokens; i += kLanes) {
         store(scores + i, exp(load(scores + i) - shift));
     }
-    // exp() ends at 2^-126; a key that is not visible weighs nothing.
+    // exp() returns at least 2^-126, but a key that is not visible must have the weight 0.
     for (int t = 0; t < low; ++t) scores[t] = 0.0f;
     for (int t = high; t < kTileTokens; ++t) scores[t] = 0.0f;
     F32x16 total = load(totals);
@@ -131,7 +137,8 @@ void soften(float* scores, int low, int high, float softcap, const Partial& part
     store(totals, total);
 }
 
-EXL_INLINE int within(int32_t position, int32_t first, int count) {
+// Number of the `count` tokens from `first` on that lie before `position`.
+EXL_INLINE int tokens_before(int32_t position, int32_t first, int count) {
     return position <= first ? 0 : position - first >= count ? count : position - first;
 }
 
@@ -150,10 +157,10 @@ void attend(const Head& head, const Rows& rows, int32_t first, int32_t end,
     for (int32_t tile = first_tile; tile < end; tile += kTileTokens) {
         const int tokens = end - tile < kTileTokens ? end - tile : kTileTokens;
         const int64_t page = head.pages[tile / kPageLen];
-        const int64_t place =
+        const int64_t token_index =
             (page * head.layer->num_kv_heads + head.index) * kPageLen + tile % kPageLen;
-        expand_keys(head.layer->k, place, tokens, head_dim, scratch.keys);
-        expand_values(head.layer->v, place, tokens, head_dim, scratch.values);
+        expand_keys(head.layer->k, token_index, tokens, head_dim, scratch.keys);
+        expand_values(head.layer->v, token_index, tokens, head_dim, scratch.values);
         const int vectors = (tokens + kLanes - 1) / kLanes;
         multiply<false>(rows.count, vectors, rows.queries, head_dim, scratch.keys, kTileTokens,
                         head_dim, scratch.scores, kTileTokens);
@@ -164,8 +171,10 @@ void attend(const Head& head, const Rows& rows, int32_t first, int32_t end,
                            kTileTokens, rows.bias->depth(), scratch.scores, kTileTokens);
         }
         for (int64_t r = 0; r < rows.count; ++r) {
-            soften(scratch.scores + r * kTileTokens, within(rows.low[r], tile, tokens),
-                   within(rows.high[r], tile, tokens), head.softcap, partial, r, stride);
+            softmax_tile(scratch.scores + r * kTileTokens,
+                         tokens_before(rows.low[r], tile, tokens),
+                         tokens_before(rows.high[r], tile, tokens), head.softcap, partial, r,
+                         stride);
         }
         multiply<true>(rows.count, stride / kLanes, scratch.scores, kTileTokens, scratch.values,
                        stride, tokens, partial.sums, stride);
@@ -178,22 +187,24 @@ void merge_row(const Partial& into, int64_t into_row, const Partial& from, int64
     const float* from_totals = from.totals + from_row * kLanes;
     float* into_sums = into.sums + into_row * stride;
     float* into_totals = into.totals + into_row * kLanes;
-    const float theirs = from.largest[from_row];
-    float& ours = into.largest[into_row];
-    if (theirs == minus_infinity()) return;
-    if (ours == minus_infinity()) {
+    const float from_largest = from.largest[from_row];
+    float& into_largest = into.largest[into_row];
+    if (from_largest == minus_infinity()) return;
+    if (into_largest == minus_infinity()) {
         std::memcpy(into_sums, from_sums, stride * sizeof(float));
         std::memcpy(into_totals, from_totals, kLanes * sizeof(float));
-        ours = theirs;
+        into_largest = from_largest;
         return;
     }
-    const float top = theirs > ours ? theirs : ours;
-    const F32x16 keep = broadcast(exp_of(ours - top)), add = broadcast(exp_of(theirs - top));
+    const float top = from_largest > into_largest ? from_largest : into_largest;
+    const F32x16 into_factor = broadcast(exp_of(into_largest - top));
+    const F32x16 from_factor = broadcast(exp_of(from_largest - top));
     for (int i = 0; i < stride; i += kLanes) {
-        store(into_sums + i, fma(load(from_sums + i), add, load(into_sums + i) * keep));
+        const F32x16 kept = load(into_sums + i) * into_factor;
+        store(into_sums + i, fma(load(from_sums + i), from_factor, kept));
     }
-    store(into_totals, fma(load(from_totals), add, load(into_totals) * keep));
-    ours = top;
+    store(into_totals, fma(load(from_totals), from_factor, load(into_totals) * into_factor));
+    into_largest = top;
 }
 
 }  // namespace exl

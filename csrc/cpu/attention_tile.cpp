@@ -1,7 +1,12 @@
-// Expanding tiles of the packed cache, see attention_tile.h.
+// Expansion of tiles of the packed cache to float32.
 //
-// Bytes of codes are transposed before they become floats: 16 tokens x 16 bytes take 64
-// shuffles, where the 256 or 512 floats that they hold would take ten times as many.
+// Layout: input as ExlCacheHalf (cache_codec.h), output as in attention.h.
+//
+// Work: the calling thread expands one tile, 16 tokens at a time for keys. Bytes of codes are
+// transposed before they become floats: 16 tokens x 16 bytes take 64 shuffles, and the 256 or
+// 512 floats of these bytes would take ten times as many.
+//
+// Precondition: the tokens of a call lie within one page.
 #include "attention_tile.h"
 
 #include <cstring>
@@ -21,7 +26,7 @@ constexpr Codebooks kBooks;
 
 constexpr int smaller(int a, int b) { return a < b ? a : b; }
 
-// level = (code - 2^(bits-1)) / 2^(bits-1), times the scale: one fused operation.
+// value = level * scale with level = (code - 2^(bits-1)) / 2^(bits-1), as one fused operation.
 template <int Bits>
 struct Uniform {
     F32x16 factor, offset;
@@ -33,12 +38,12 @@ struct Uniform {
 
 // ---- keys ----
 
-// Scales of one group for 16 tokens, `groups` apart.
+// Reads the scales of one group for 16 tokens, which are `groups` apart.
 EXL_INLINE void gather_scales(const uint16_t* scales, int64_t groups, uint16_t* out) {
     for (int j = 0; j < kLanes; ++j) out[j] = scales[j * groups];
 }
 
-// One group of 16 tokens; out[e * kTileTokens] is element e.
+// Expands one group of 16 tokens; out[e * kTileTokens] receives element e.
 template <int Bits>
 EXL_INLINE void key_group(const uint8_t* codes, int64_t row_bytes, const uint16_t* halves,
                           int elements, float* out) {
@@ -57,7 +62,7 @@ EXL_INLINE void key_group(const uint8_t* codes, int64_t row_bytes, const uint16_
         return;
     }
     alignas(64) uint8_t bytes[256];
-    const int columns = stored / 2;  // of the plane of 4 bits
+    const int columns = stored / 2;  // bytes of the plane of 4 bits
     transpose_bytes(codes, row_bytes, columns, bytes);
     const I32x16 nibble = broadcast(int32_t{15});
     if constexpr (Bits == 4) {
@@ -88,18 +93,19 @@ EXL_INLINE void key_group(const uint8_t* codes, int64_t row_bytes, const uint16_
 }
 
 template <int Bits>
-void quantized_keys(const ExlCacheHalf& keys, int64_t place, int tokens, int head_dim,
-                    float* out) {
+void quantized_keys(const ExlCacheHalf& keys, int64_t token_index, int tokens,
+                    int head_dim, float* out) {
     const int64_t row_bytes = code_bytes(head_dim, Bits), groups = num_groups(head_dim, Bits);
     for (int t = 0; t < tokens; t += kLanes) {
-        const uint8_t* codes = static_cast<const uint8_t*>(keys.codes) + (place + t) * row_bytes;
-        const uint16_t* scales = keys.scales + (place + t) * groups;
+        const uint8_t* codes =
+            static_cast<const uint8_t*>(keys.codes) + (token_index + t) * row_bytes;
+        const uint16_t* scales = keys.scales + (token_index + t) * groups;
         for (int g = 0; g < groups; ++g) {
             uint16_t halves[kLanes];
             gather_scales(scales + g, groups, halves);
             const int elements = smaller(kGroup, head_dim - g * kGroup);
             float* group_out = out + g * kGroup * kTileTokens + t;
-            // Two calls, so that the common one is compiled for its constant.
+            // Two calls, so that the common case is compiled for a constant.
             if (elements == kGroup) {
                 key_group<Bits>(codes, row_bytes, halves, kGroup, group_out);
             } else {
@@ -110,7 +116,7 @@ void quantized_keys(const ExlCacheHalf& keys, int64_t place, int tokens, int hea
     }
 }
 
-// One scale's elements [first, first + count) of 16 tokens, 16 bits.
+// Expands elements [first, first + count) of 16 tokens, which share a scale; cache of 16 bits.
 EXL_INLINE void key_block(const int16_t* rows, int head_dim, int first, int count, float* out) {
     constexpr int kStep = 8;  // elements of one transposition
     uint16_t halves[kLanes];
@@ -132,8 +138,9 @@ EXL_INLINE void key_block(const int16_t* rows, int head_dim, int first, int coun
     }
 }
 
-void half_keys(const ExlCacheHalf& keys, int64_t place, int tokens, int head_dim, float* out) {
-    const int16_t* codes = static_cast<const int16_t*>(keys.codes) + place * head_dim;
+void half_keys(const ExlCacheHalf& keys, int64_t token_index, int tokens,
+               int head_dim, float* out) {
+    const int16_t* codes = static_cast<const int16_t*>(keys.codes) + token_index * head_dim;
     if (head_dim < kLanes) {
         for (int i = 0; i < tokens * head_dim; ++i) {
             const uint16_t half = static_cast<uint16_t>(codes[i]);
@@ -149,8 +156,9 @@ void half_keys(const ExlCacheHalf& keys, int64_t place, int tokens, int head_dim
     }
 }
 
-void float_keys(const ExlCacheHalf& keys, int64_t place, int tokens, int head_dim, float* out) {
-    const float* rows = static_cast<const float*>(keys.codes) + place * head_dim;
+void float_keys(const ExlCacheHalf& keys, int64_t token_index, int tokens,
+                int head_dim, float* out) {
+    const float* rows = static_cast<const float*>(keys.codes) + token_index * head_dim;
     for (int t = 0; t < tokens; ++t) {
         for (int e = 0; e < head_dim; ++e) out[e * kTileTokens + t] = rows[t * head_dim + e];
     }
@@ -166,7 +174,7 @@ EXL_INLINE uint64_t load_word(const uint8_t* p) {
     return word;
 }
 
-// The codes of a short group, one a byte, in order.
+// Unpacks the codes of a short group to one byte each, in order.
 template <int Bits>
 void unpack_codes(const uint8_t* data, int stored, uint8_t* out) {
     if (Bits == 8) {
@@ -184,7 +192,7 @@ void unpack_codes(const uint8_t* data, int stored, uint8_t* out) {
     }
 }
 
-// The 32 codes of a whole group, one a byte, in order; 6 bits.
+// Unpacks the 32 codes of a whole group of 6 bits to one byte each, in order.
 EXL_INLINE void unpack_six_bits(const uint8_t* data, uint8_t* out) {
     const uint64_t low = load_word(data + 16);
     for (int i = 0; i < 4; ++i) {
@@ -194,7 +202,7 @@ EXL_INLINE void unpack_six_bits(const uint8_t* data, uint8_t* out) {
     }
 }
 
-// A vector of values from 16 codes of one byte each.
+// Converts 16 codes of one byte each to values.
 template <int Bits>
 struct Values;
 
@@ -244,11 +252,11 @@ void short_value_group(const uint8_t* codes, const Values<Bits>& values, int ele
 }
 
 template <int Bits>
-void quantized_values(const ExlCacheHalf& values, int64_t place, int tokens, int head_dim,
-                      float* out) {
+void quantized_values(const ExlCacheHalf& values, int64_t token_index, int tokens,
+                      int head_dim, float* out) {
     const int64_t row_bytes = code_bytes(head_dim, Bits), groups = num_groups(head_dim, Bits);
-    const uint8_t* rows = static_cast<const uint8_t*>(values.codes) + place * row_bytes;
-    const uint16_t* scales = values.scales + place * groups;
+    const uint8_t* rows = static_cast<const uint8_t*>(values.codes) + token_index * row_bytes;
+    const uint16_t* scales = values.scales + token_index * groups;
     for (int t = 0; t < tokens; ++t) {
         const uint8_t* codes = rows + t * row_bytes;
         float* row = out + t * value_stride(head_dim);
@@ -266,7 +274,7 @@ void quantized_values(const ExlCacheHalf& values, int64_t place, int tokens, int
     }
 }
 
-// One scale's elements, 16 bits; out is filled up to a whole vector.
+// Expands the elements that share a scale, cache of 16 bits. Pads `out` to a whole vector.
 EXL_INLINE void value_block(const int16_t* codes, int count, float* out) {
     const F32x16 factor = broadcast(float_of_half(lowest_bits(codes)) * (1.0f / kBlockUnit));
     int e = 0;
@@ -274,14 +282,14 @@ EXL_INLINE void value_block(const int16_t* codes, int count, float* out) {
         store(out + e, to_float(load_int16(codes + e)) * factor);
     }
     if (e == count) return;
-    int16_t rest[kLanes] = {};
-    std::memcpy(rest, codes + e, static_cast<size_t>(count - e) * sizeof(int16_t));
-    store(out + e, to_float(load_int16(rest)) * factor);
+    int16_t tail[kLanes] = {};
+    std::memcpy(tail, codes + e, static_cast<size_t>(count - e) * sizeof(int16_t));
+    store(out + e, to_float(load_int16(tail)) * factor);
 }
 
-void half_values(const ExlCacheHalf& values, int64_t place, int tokens, int head_dim,
-                 float* out) {
-    const int16_t* rows = static_cast<const int16_t*>(values.codes) + place * head_dim;
+void half_values(const ExlCacheHalf& values, int64_t token_index, int tokens,
+                 int head_dim, float* out) {
+    const int16_t* rows = static_cast<const int16_t*>(values.codes) + token_index * head_dim;
     for (int t = 0; t < tokens; ++t) {
         const int16_t* row = rows + t * head_dim;
         float* row_out = out + t * value_stride(head_dim);
@@ -298,9 +306,9 @@ void half_values(const ExlCacheHalf& values, int64_t place, int tokens, int head
     }
 }
 
-void float_values(const ExlCacheHalf& values, int64_t place, int tokens, int head_dim,
-                  float* out) {
-    const float* rows = static_cast<const float*>(values.codes) + place * head_dim;
+void float_values(const ExlCacheHalf& values, int64_t token_index, int tokens,
+                  int head_dim, float* out) {
+    const float* rows = static_cast<const float*>(values.codes) + token_index * head_dim;
     for (int t = 0; t < tokens; ++t) {
         float* row_out = out + t * value_stride(head_dim);
         for (int e = 0; e < value_stride(head_dim); ++e) {
@@ -311,24 +319,25 @@ void float_values(const ExlCacheHalf& values, int64_t place, int tokens, int hea
 
 }  // namespace
 
-void expand_keys(const ExlCacheHalf& keys, int64_t place, int tokens, int head_dim, float* out) {
+void expand_keys(const ExlCacheHalf& keys, int64_t token_index, int tokens,
+                 int head_dim, float* out) {
     switch (keys.bits) {
-        case 4: return quantized_keys<4>(keys, place, tokens, head_dim, out);
-        case 6: return quantized_keys<6>(keys, place, tokens, head_dim, out);
-        case 8: return quantized_keys<8>(keys, place, tokens, head_dim, out);
-        case 16: return half_keys(keys, place, tokens, head_dim, out);
-        default: return float_keys(keys, place, tokens, head_dim, out);
+        case 4: return quantized_keys<4>(keys, token_index, tokens, head_dim, out);
+        case 6: return quantized_keys<6>(keys, token_index, tokens, head_dim, out);
+        case 8: return quantized_keys<8>(keys, token_index, tokens, head_dim, out);
+        case 16: return half_keys(keys, token_index, tokens, head_dim, out);
+        default: return float_keys(keys, token_index, tokens, head_dim, out);
     }
 }
 
-void expand_values(const ExlCacheHalf& values, int64_t place, int tokens, int head_dim,
-                   float* out) {
+void expand_values(const ExlCacheHalf& values, int64_t token_index, int tokens,
+                   int head_dim, float* out) {
     switch (values.bits) {
-        case 4: return quantized_values<4>(values, place, tokens, head_dim, out);
-        case 6: return quantized_values<6>(values, place, tokens, head_dim, out);
-        case 8: return quantized_values<8>(values, place, tokens, head_dim, out);
-        case 16: return half_values(values, place, tokens, head_dim, out);
-        default: return float_values(values, place, tokens, head_dim, out);
+        case 4: return quantized_values<4>(values, token_index, tokens, head_dim, out);
+        case 6: return quantized_values<6>(values, token_index, tokens, head_dim, out);
+        case 8: return quantized_values<8>(values, token_index, tokens, head_dim, out);
+        case 16: return half_values(values, token_index, tokens, head_dim, out);
+        default: return float_values(values, token_index, tokens, head_dim, out);
     }
 }
 

@@ -14,16 +14,17 @@ namespace exl {
 constexpr int kTileTokens = 64;
 static_assert(kPageLen % kTileTokens == 0, "a tile lies within one page");
 
-// Floats of one expanded value: head_dim filled up to whole vectors, with zeros.
+// Floats of one expanded value: head_dim rounded up to whole vectors, padded with zeros.
 constexpr int value_stride(int head_dim) { return (head_dim + kLanes - 1) / kLanes * kLanes; }
 
-// Expands the keys of `tokens` tokens from `place` on, counted in tokens of
-// [pages, kv_heads, kPageLen]. Tokens are rounded up to kLanes; what stands in those beyond
-// is finite or not as it happens to be.
-void expand_keys(const ExlCacheHalf& keys, int64_t place, int tokens, int head_dim, float* out);
+// Expands the keys of `tokens` tokens. token_index counts tokens of [pages, kv_heads, kPageLen].
+// The number of tokens is rounded up to kLanes; the columns beyond `tokens` receive unspecified
+// values, possibly not finite. out [head_dim, kTileTokens].
+void expand_keys(const ExlCacheHalf& keys, int64_t token_index, int tokens,
+                 int head_dim, float* out);
 
-// Expands the values of exactly `tokens` tokens.
-void expand_values(const ExlCacheHalf& values, int64_t place, int tokens, int head_dim,
-                   float* out);
+// Expands the values of exactly `tokens` tokens. out [tokens, value_stride(head_dim)].
+void expand_values(const ExlCacheHalf& values, int64_t token_index, int tokens,
+                   int head_dim, float* out);
 
 }  // namespace exl

@@ -1,5 +1,10 @@
-// The rotation of reference_codec.py: signs, then an orthonormal Hadamard transform over
-// blocks of the largest power of two that divides head_dim.
+// The rotation of quantised keys and values on the CPU.
+//
+// Purpose: spread outliers over a head before quantisation. Elements get fixed signs
+// (rotation_negates), then each block of the largest power of two that divides head_dim gets an
+// orthonormal Hadamard transform. The reference codec in Python is the definition.
+//
+// Layout: one head, float32 [head_dim], contiguous. Work: the calling thread transforms one head.
 #pragma once
 
 #include <cmath>
@@ -10,7 +15,8 @@
 namespace exl {
 
 #if defined(EXL_AVX512)
-// One stage of the transform: partners are `Swap`ped, lanes in `Minus` subtract.
+// One step of the transform: `partner` is x with its lanes exchanged; the lanes set in Minus
+// subtract.
 template <int Minus>
 EXL_INLINE __m512 butterfly(__m512 x, __m512 partner) {
     return _mm512_mask_sub_ps(_mm512_add_ps(partner, x), static_cast<__mmask16>(Minus), partner,
@@ -25,7 +31,7 @@ EXL_INLINE F32x16 hadamard16(F32x16 a) {
     return {x};
 }
 #else
-// A Hadamard transform over 16 lanes, not scaled.
+// A Hadamard transform over 16 lanes, without the factor 1 / 4.
 EXL_INLINE F32x16 hadamard16(F32x16 a) {
     float x[kLanes];
     store(x, a);
@@ -41,7 +47,7 @@ EXL_INLINE F32x16 hadamard16(F32x16 a) {
 }
 #endif
 
-// x[0, size), size a power of two, not scaled.
+// Transforms x[0, size), size a power of two, without the factor 1 / sqrt(size).
 inline void hadamard(float* x, int size) {
     int step = 1;
     if (size >= kLanes) {
@@ -67,7 +73,7 @@ inline void hadamard(float* x, int size) {
     }
 }
 
-// Largest power of two that divides head_dim.
+// The largest power of two that divides head_dim.
 constexpr int rotation_block(int head_dim) { return head_dim & -head_dim; }
 
 inline void hadamard_blocks(float* x, int head_dim) {
@@ -75,14 +81,14 @@ inline void hadamard_blocks(float* x, int head_dim) {
     for (int i = 0; i < head_dim; i += block) hadamard(x + i, block);
 }
 
-// out = in * factor, rotated; head_dim elements, in and out may not overlap.
+// out = rotation(in * factor), head_dim elements each; in and out must not overlap.
 inline void rotate(const float* in, int head_dim, float factor, float* out) {
     const float plus = factor / std::sqrt(static_cast<float>(rotation_block(head_dim)));
     for (int i = 0; i < head_dim; ++i) out[i] = in[i] * (rotation_negates(i) ? -plus : plus);
     hadamard_blocks(out, head_dim);
 }
 
-// x * factor, rotated back, into out; x is overwritten.
+// out = inverse rotation(x * factor), head_dim elements each; x is overwritten.
 inline void rotate_back(float* x, int head_dim, float factor, float* out) {
     hadamard_blocks(x, head_dim);
     const float plus = factor / std::sqrt(static_cast<float>(rotation_block(head_dim)));

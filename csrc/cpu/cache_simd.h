@@ -1,4 +1,8 @@
-// What the cache needs beyond simd.h: table look-ups, bit fields and transposed loads.
+// Vector operations that only the cache codec needs, beyond simd.h: table lookups, bit fields and
+// transposed loads.
+//
+// Layout: as in simd.h, vectors of 16 lanes in registers. One spelling of every operation for
+// AVX-512, AVX2 and portable C++, with the same results bit for bit.
 #pragma once
 
 #include "simd.h"
@@ -30,19 +34,20 @@ EXL_INLINE I32x16 operator|(I32x16 a, I32x16 b) { return {_mm512_or_si512(a.v, b
 EXL_INLINE I32x16 shift_right(I32x16 a, int bits) {
     return {_mm512_srl_epi32(a.v, _mm_cvtsi32_si128(bits))};
 }
-// table[index], 16 entries; index must be in range.
+// table[index] for a table of 16 entries. Precondition: 0 <= index < 16.
 EXL_INLINE F32x16 lookup16(const float* table, I32x16 index) {
     return {_mm512_permutexvar_ps(index.v, _mm512_loadu_ps(table))};
 }
-// table[index], 32 entries.
+// table[index] for a table of 32 entries. Precondition: 0 <= index < 32.
 EXL_INLINE F32x16 lookup32(const float* table, I32x16 index) {
     return {_mm512_permutex2var_ps(_mm512_loadu_ps(table), index.v, _mm512_loadu_ps(table + 16))};
 }
 EXL_INLINE I32x16 load_int16(const int16_t* p) {
     return {_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
-// How many of 15 rising thresholds lie below x: the nearest of 16 levels, where the
-// thresholds are their midpoints. thresholds[15] is not looked at.
+// Number of the 15 rising thresholds that are below x. If the thresholds are the midpoints of 16
+// levels, this is the index of the nearest level. thresholds[15] is not used, but must be
+// readable.
 EXL_INLINE I32x16 count_below(const float* thresholds, F32x16 x) {
     const __m512 all = _mm512_loadu_ps(thresholds);
     __m512i count = _mm512_setzero_si512();
@@ -67,7 +72,8 @@ EXL_INLINE I32x16 shift_right(I32x16 a, int bits) {
     const __m128i count = _mm_cvtsi32_si128(bits);
     return {_mm256_srl_epi32(a.lo, count), _mm256_srl_epi32(a.hi, count)};
 }
-// One of two by an index bit, shifted up to where the blend looks.
+// Selects `one` where bit `Bit` of the index is set. The shift moves that bit to the sign, which
+// the blend reads.
 template <int Bit>
 EXL_INLINE __m256 choose(__m256 zero, __m256 one, __m256i index) {
     return _mm256_blendv_ps(zero, one, _mm256_castsi256_ps(_mm256_slli_epi32(index, 31 - Bit)));
@@ -136,12 +142,12 @@ EXL_INLINE float float_of_half(uint16_t half) {
 #endif
 }
 
-// The lowest bits of 16 numbers, that of p[i] in bit i.
+// The lowest bits of 16 numbers: bit i of the result is the lowest bit of p[i].
 EXL_INLINE uint16_t lowest_bits(const int16_t* p) {
 #if defined(EXL_SSE2)
     const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8));
-    // The lowest bit becomes the sign, which saturation to a byte keeps.
+        // The shift makes the lowest bit the sign, which saturation to a byte keeps.
     return static_cast<uint16_t>(_mm_movemask_epi8(
         _mm_packs_epi16(_mm_slli_epi16(low, 15), _mm_slli_epi16(high, 15))));
 #else
@@ -151,8 +157,8 @@ EXL_INLINE uint16_t lowest_bits(const int16_t* p) {
 #endif
 }
 
-// out[16 * i + j] = byte i of row j, for 16 rows `stride` bytes apart and i < count <= 16.
-// Nothing beyond a row's `count` bytes is read; out has 256 bytes.
+// out[16 * i + j] = byte i of row j, for 16 rows that are `stride` bytes apart and
+// i < count <= 16. Reads only the first `count` bytes of a row. out has 256 bytes.
 EXL_INLINE void transpose_bytes(const uint8_t* rows, int64_t stride, int count, uint8_t* out) {
 #if defined(EXL_SSE2)
     __m128i r[16], t[16];
@@ -171,8 +177,8 @@ EXL_INLINE void transpose_bytes(const uint8_t* rows, int64_t stride, int count, 
             r[j] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row));
         }
     }
-    // A perfect shuffle of rows j and j + 8 rotates the bits of the place (row, byte) by
-    // one; four of them exchange row and byte.
+    // Interleaving rows j and j + 8 rotates the bits of the index (row, byte) by one position;
+    // four rounds exchange row and byte.
     for (int round = 0; round < 4; ++round) {
         for (int j = 0; j < 8; ++j) {
             t[2 * j] = _mm_unpacklo_epi8(r[j], r[j + 8]);
@@ -190,7 +196,7 @@ EXL_INLINE void transpose_bytes(const uint8_t* rows, int64_t stride, int count, 
 #endif
 }
 
-// out[16 * i + j] = element i of row j, for 16 rows of 8 16-bit elements, `stride` elements
+// out[16 * i + j] = element i of row j, for 16 rows of 8 elements of 16 bits, `stride` elements
 // apart.
 EXL_INLINE void transpose_int16(const int16_t* rows, int64_t stride, int16_t* out) {
 #if defined(EXL_SSE2)

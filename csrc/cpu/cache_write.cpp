@@ -1,11 +1,14 @@
-// Keys and values into the cache: rotation, search of each group's scale, packing.
+// Writes keys and values into the cache: rotation, search of each group's scale, packing.
 //
-// Layout and search are defined in exl_loader/kernels/reference_codec.py. Work: one head of
-// one row, keys and values alike; everything a head needs is on the stack.
+// Layout: input float32 [rows, kv_heads, head_dim]; output as ExlCacheHalf (cache_codec.h). The
+// reference codec in Python defines the search.
 //
-// Cost: up to 49 roundings of each group (48 candidates, 32 of 4 bits, and a refit), some 50
-// operations an element of 4 bits on AVX-512; beside a layer's matrix products that is under
-// one percent.
+// Work per thread: a task is one head of one row, of keys or of values; all its buffers are on
+// the stack. Each group is rounded up to 49 times (48 candidates, or 32 with 4 bits, and a
+// refit), which is about 50 operations per element of 4 bits on AVX-512. That is below one
+// percent of a layer's matrix products.
+//
+// Precondition: head_dim <= kMaxHeadDim.
 #include <cmath>
 #include <cstring>
 
@@ -17,14 +20,14 @@
 namespace exl {
 namespace {
 
-constexpr int kMaxHeadDim = 1024;  // config.MAX_HEAD_DIM
+constexpr int kMaxHeadDim = 1024;  // MAX_HEAD_DIM in Python
 constexpr int kVectors = kGroup / kLanes;
 // Heads that are worth a second thread: about 2 us each.
 constexpr int64_t kHeadsPerTask = 2;
 constexpr float kLargestHalf = 65504.0f;
 constexpr uint16_t kHalfNaN = 0x7e00;
 
-// Rounds kLanes scales to float16 and says what the halves are worth.
+// Rounds kLanes scales to float16; `exact` receives the float32 values of the results.
 void round_scales(const float* scales, uint16_t* halves, float* exact) {
     const F32x16 bounded =
         max(broadcast(-kLargestHalf), min(broadcast(kLargestHalf), load(scales)));
@@ -32,7 +35,7 @@ void round_scales(const float* scales, uint16_t* halves, float* exact) {
     store(exact, load_half(halves));
 }
 
-// The same with `table` in the lowest bit, where codes have tables.
+// Also stores `table` in the lowest bit, for codes that have two tables.
 template <int Bits>
 void round_scales(const float* scales, int table, uint16_t* halves, float* exact) {
     round_scales(scales, halves, exact);
@@ -43,8 +46,9 @@ void round_scales(const float* scales, int table, uint16_t* halves, float* exact
     store(exact, load_half(halves));
 }
 
-// The least of kLanes errors, with its lane in the lowest bits: sixteen comparisons would be
-// sixteen tosses of a coin. The bits lost, 2^-19 of the error, decide nothing that matters.
+// The least of kLanes errors with its lane number in the lowest bits. This avoids sixteen
+// comparisons with unpredictable branches. The lost bits, 2^-19 of the error, change the choice
+// only between errors that are practically equal.
 EXL_INLINE float least_with_lane(F32x16 errors) {
     constexpr int32_t kLaneBits = kLanes - 1;
     int32_t numbers[kLanes];
@@ -58,7 +62,7 @@ EXL_INLINE int lane_of(float marked) {
     return bits & (kLanes - 1);
 }
 
-// The grid of one table.
+// The levels of one table.
 template <int Bits>
 struct Grid {
     static constexpr float kHalf = 1 << (Bits - 1);
@@ -92,19 +96,19 @@ struct Grid<4> {
     F32x16 nearest_level(F32x16 x) const { return level(nearest(x)); }
 };
 
-// A scale that was tried: its float16, what that is worth, its table, the squared error.
+// A candidate scale: its float16 bits, their float32 value, its table, the squared error.
 struct Trial {
-    uint16_t half = kHalfNaN;  // stays where no trial has a finite error
+    uint16_t half = kHalfNaN;  // remains if no candidate has a finite error
     float exact = 0.0f;
     int table = 0;
     float error = INFINITY;
 };
 
-// One group and the grids that it may be rounded to.
+// One group and the grids to which it may be rounded.
 template <int Bits>
 struct GroupSearch {
     F32x16 y[kVectors];
-    F32x16 counts[kVectors];  // 1 where a lane is an element, 0 where it fills up the group
+    F32x16 counts[kVectors];  // 1 for an element, 0 for padding of the group
     const Grid<Bits>* grids;
 
     EXL_INLINE I32x16 codes(const Trial& trial, int i) const {
@@ -122,8 +126,8 @@ struct GroupSearch {
         return sum(errors);
     }
 
-    // The best of kLanes scales, if it is better than `best`: each lane is one scale, so that
-    // errors add up without a sum across lanes.
+    // Tries kLanes scales and replaces `best` if one of them has a smaller error. Each lane is one
+    // scale, so that errors are summed without a sum across lanes.
     void search(const float* y, int elements, const float* scales, int table,
                 Trial* best) const {
         uint16_t halves[kLanes];
@@ -138,13 +142,13 @@ struct GroupSearch {
             const F32x16 difference = fma(level, minus, element);
             sums = fma(difference, difference, sums);
         }
-        const float least = least_with_lane(sums);
-        if (!(least < best->error)) return;
-        const int lane = lane_of(least);
-        *best = {halves[lane], exact[lane], table, least};
+        const float min_grain = least_with_lane(sums);
+        if (!(min_grain < best->error)) return;
+        const int lane = lane_of(min_grain);
+        *best = {halves[lane], exact[lane], table, min_grain};
     }
 
-    // Fits the scale to the codes by least squares, and takes that if it is better.
+    // Fits the scale to the codes by least squares and keeps it if the error is smaller.
     void refit(Trial* best) const {
         F32x16 products = broadcast(0.0f), norms = broadcast(0.0f);
         for (int i = 0; i < kVectors; ++i) {
@@ -166,7 +170,7 @@ struct GroupSearch {
 
 template <int Bits>
 struct Quantizer {
-    // Scales of both signs that are tried with each table.
+    // Candidate scales of both signs, for each table.
     static constexpr ScaleSearch kSearch = scale_search(Bits);
     static constexpr int kCandidates = 2 * kSearch.steps;
     static_assert(kCandidates % kLanes == 0, "candidates fill whole vectors");
@@ -176,13 +180,13 @@ struct Quantizer {
 
     Quantizer() {
         for (int i = 0; i < kSearch.steps; ++i) {
-            const float share = static_cast<float>(i) / (kSearch.steps - 1);
-            factors[i] = kSearch.first + (kSearch.last - kSearch.first) * share;
+            const float fraction = static_cast<float>(i) / (kSearch.steps - 1);
+            factors[i] = kSearch.first + (kSearch.last - kSearch.first) * fraction;
             factors[kSearch.steps + i] = -factors[i];
         }
     }
 
-    // y: kGroup floats, of which `elements` count and the others are zero.
+    // y: kGroup floats, of which the first `elements` count and the others are zero.
     void run(const float* y, int elements, uint8_t* codes, uint16_t* scale) const {
         GroupSearch<Bits> group;
         float counts[kGroup];
@@ -217,8 +221,8 @@ struct Quantizer {
     }
 };
 
-// Adds the plane of `width` bits that ends `shift` bits above the codes' lowest bit. Returns
-// the first byte behind it.
+// Writes the plane of `width` bits that begins at bit `shift` of the codes. Returns the address
+// after the plane.
 uint8_t* pack_plane(const uint8_t* codes, int count, int width, int shift, uint8_t* out) {
     const int bytes = count * width / 8;
     for (int i = 0; i < bytes; ++i) {
@@ -254,7 +258,7 @@ void quantize_head(const float* x, int head_dim, uint8_t* codes, uint16_t* scale
     }
 }
 
-// float16 a little above the largest magnitude of x; NaN where an element is not finite.
+// A float16 slightly above the largest magnitude of x; NaN if an element is not finite.
 uint16_t shared_scale(const float* x, int count) {
     float largest = 0.0f;
     bool finite = true;
@@ -270,11 +274,11 @@ uint16_t shared_scale(const float* x, int count) {
     return finite ? halves[0] : kHalfNaN;
 }
 
-// Codes of elements that share a scale; see reference_fp16.py.
+// Encodes elements that share a scale, for the cache of 16 bits (cache_codec.h).
 void encode_block(const float* x, int count, int16_t* out) {
     const uint16_t scale = shared_scale(x, count);
     const float exact = half_to_float(scale);
-    const bool usable = exact > 0.0f;  // not zero, not NaN
+    const bool usable = exact > 0.0f;  // neither zero nor NaN
     const F32x16 inverse = broadcast(usable ? kBlockUnit / exact : 0.0f);
     for (int first = 0; first < count; first += kLanes) {
         const int left = count - first < kLanes ? count - first : kLanes;
@@ -305,10 +309,11 @@ void half_head(const float* x, int head_dim, int16_t* out) {
     }
 }
 
-// Writes one head to the token that stands at `place` of [pages, kv_heads, kPageLen].
-void write_head(const ExlCacheHalf& half, const float* x, int head_dim, int64_t place) {
-    uint8_t* codes = static_cast<uint8_t*>(half.codes) + place * code_bytes(head_dim, half.bits);
-    uint16_t* scales = half.scales + place * num_groups(head_dim, half.bits);
+// Writes one head of one token. token_index counts tokens of [pages, kv_heads, kPageLen].
+void write_head(const ExlCacheHalf& half, const float* x, int head_dim, int64_t token_index) {
+    uint8_t* codes =
+        static_cast<uint8_t*>(half.codes) + token_index * code_bytes(head_dim, half.bits);
+    uint16_t* scales = half.scales + token_index * num_groups(head_dim, half.bits);
     switch (half.bits) {
         case 4: return quantize_head<4>(x, head_dim, codes, scales);
         case 6: return quantize_head<6>(x, head_dim, codes, scales);
@@ -318,7 +323,7 @@ void write_head(const ExlCacheHalf& half, const float* x, int head_dim, int64_t 
     }
 }
 
-// The sequence that a row belongs to.
+// Returns the sequence of a row.
 int64_t sequence_of(const ExlBatch& batch, int64_t row) {
     int64_t s = 0;
     while (row >= batch.q_start[s + 1]) ++s;
@@ -328,7 +333,10 @@ int64_t sequence_of(const ExlBatch& batch, int64_t row) {
 }  // namespace
 }  // namespace exl
 
-// k, v: float32 [rows, kv_heads, head_dim].
+// Writes the keys and values of all rows of a batch into a layer's cache.
+//
+// layer, batch: see cache_codec.h. k, v: float32 [rows, kv_heads, head_dim] with
+// rows = batch->q_start[num_sequences].
 EXL_API void exl_write_cache(const ExlCacheLayer* layer, const ExlBatch* batch, const float* k,
                              const float* v) {
     using namespace exl;
@@ -344,10 +352,10 @@ EXL_API void exl_write_cache(const ExlCacheLayer* layer, const ExlBatch* batch, 
             const int64_t position = batch->past_len[s] + row - batch->q_start[s];
             const int64_t page =
                 batch->page_table[s * batch->max_pages + position / kPageLen];
-            const int64_t place = (page * heads + head) * kPageLen + position % kPageLen;
+            const int64_t token_index = (page * heads + head) * kPageLen + position % kPageLen;
             const bool values = item % 2;
             const float* x = (values ? v : k) + (row * heads + head) * head_dim;
-            write_head(values ? layer->v : layer->k, x, head_dim, place);
+            write_head(values ? layer->v : layer->k, x, head_dim, token_index);
         }
     });
 }

@@ -1,7 +1,7 @@
-// Operations on single elements: gates, sums, soft caps. float32, contiguous.
+// Elementwise operations: gates, sums, soft caps.
 //
-// Work: runs of elements, a multiple of 16, split over threads. A tail goes through the same
-// vector code, so an element's result does not depend on where it stands.
+// Layout: float32, contiguous. Work per thread: runs of elements, a multiple of 16. The tail is
+// computed by the same vector code, so an element's result does not depend on its position.
 #include <cmath>
 
 #include "api.h"
@@ -11,12 +11,12 @@
 namespace exl {
 namespace {
 
-// Elements that are worth a claim of work: some 5 us of reading and writing.
+// Elements that are worth the cost of a claim: about 5 us of reading and writing.
 constexpr int64_t kElementsPerTask = 16 * 1024;
 
-// Runs f(offset, count) over [0, count) in steps of 16; count is below 16 in the tail alone.
+// Calls f(offset, count) over the elements in steps of 16; count is below 16 only in the tail.
 template <class Function>
-void each_vector(int64_t elements, const Function& f) {
+void for_each_vector(int64_t elements, const Function& f) {
     const int64_t vectors = (elements + kLanes - 1) / kLanes;
     parallel_for(vectors, balanced_grain(vectors, kElementsPerTask / kLanes),
                  [&](int64_t first, int64_t end, int) {
@@ -42,7 +42,7 @@ EXL_INLINE F32x16 silu(F32x16 x) {
     return x / (one + exp(broadcast(0.0f) - x));
 }
 
-// x/2 (1 + tanh u) = x / (1 + e^-2u), which does not cancel for negative u.
+// x/2 (1 + tanh u) = x / (1 + e^-2u); the second form has no cancellation for negative x.
 EXL_INLINE F32x16 gelu_tanh(F32x16 x) {
     constexpr float kMinusTwoRootTwoOverPi = -1.5957691216f;  // -2 sqrt(2 / pi)
     constexpr float kCubic = 0.044715f;
@@ -50,7 +50,7 @@ EXL_INLINE F32x16 gelu_tanh(F32x16 x) {
     return x / (broadcast(1.0f) + exp(broadcast(kMinusTwoRootTwoOverPi) * inner));
 }
 
-// x/2 erfc(-x / sqrt 2), which does not cancel for negative x.
+// x/2 erfc(-x / sqrt 2), which has no cancellation for negative x.
 EXL_INLINE F32x16 gelu(F32x16 x) {
     constexpr float kMinusRootHalf = -0.70710678f;
     float lanes[kLanes];
@@ -62,9 +62,9 @@ EXL_INLINE F32x16 gelu(F32x16 x) {
 template <class Activation>
 void gate_with(const float* gate, const float* up, float* out, int64_t elements,
                const Activation& activation) {
-    each_vector(elements, [&](int64_t at, int64_t count) {
-        const F32x16 activated = activation(load_up_to(gate + at, count));
-        store_up_to(out + at, activated * load_up_to(up + at, count), count);
+    for_each_vector(elements, [&](int64_t offset, int64_t count) {
+        const F32x16 activated = activation(load_up_to(gate + offset, count));
+        store_up_to(out + offset, activated * load_up_to(up + offset, count), count);
     });
 }
 
@@ -73,7 +73,7 @@ void gate_with(const float* gate, const float* up, float* out, int64_t elements,
 
 enum Activation : int32_t { kSilu = 0, kGeluTanh = 1, kGelu = 2 };
 
-// out = activation(gate) * up. out may be gate or up.
+// out = activation(gate) * up; gate, up, out: float32 [elements]. out may be gate or up.
 EXL_API void exl_gate(const float* gate, const float* up, float* out, int64_t elements,
                       int32_t activation) {
     using namespace exl;
@@ -87,19 +87,20 @@ EXL_API void exl_gate(const float* gate, const float* up, float* out, int64_t el
     }
 }
 
-// x += y.
+// x += y; x, y: float32 [elements].
 EXL_API void exl_add(float* x, const float* y, int64_t elements) {
     using namespace exl;
-    each_vector(elements, [&](int64_t at, int64_t count) {
-        store_up_to(x + at, load_up_to(x + at, count) + load_up_to(y + at, count), count);
+    for_each_vector(elements, [&](int64_t offset, int64_t count) {
+        const F32x16 sum = load_up_to(x + offset, count) + load_up_to(y + offset, count);
+        store_up_to(x + offset, sum, count);
     });
 }
 
-// x = cap * tanh(x / cap).
+// x = cap * tanh(x / cap); x: float32 [elements].
 EXL_API void exl_softcap(float* x, float cap, int64_t elements) {
     using namespace exl;
     const F32x16 caps = broadcast(cap);
-    each_vector(elements, [&](int64_t at, int64_t count) {
-        store_up_to(x + at, caps * tanh(load_up_to(x + at, count) / caps), count);
+    for_each_vector(elements, [&](int64_t offset, int64_t count) {
+        store_up_to(x + offset, caps * tanh(load_up_to(x + offset, count) / caps), count);
     });
 }

@@ -1,4 +1,4 @@
-// Key biases in attention, see key_bias.h.
+// The contribution of key biases to scores. See key_bias.h.
 #include "key_bias.h"
 
 #include <cmath>
@@ -17,9 +17,9 @@ void set_bias_row(const ExlKeyBias& bias, int64_t head, const float* query, floa
                   int64_t row, BiasRows* rows) {
     float* factors = rows->factors + row * rows->depth();
     for (int i = 0; i < rows->num_pairs; ++i) {
-        const int64_t place = head * bias.num_pairs + i;
-        const int32_t pair = bias.pairs[place];
-        const float first = bias.first[place] * scale, second = bias.second[place] * scale;
+        const int64_t index = head * bias.num_pairs + i;
+        const int32_t pair = bias.pairs[index];
+        const float first = bias.first[index] * scale, second = bias.second[index] * scale;
         const float q1 = query[pair], q2 = query[bias.half + pair];
         factors[2 * i] = q1 * first + q2 * second;
         factors[2 * i + 1] = q2 * first - q1 * second;
@@ -27,7 +27,7 @@ void set_bias_row(const ExlKeyBias& bias, int64_t head, const float* query, floa
 }
 
 BiasWaves::BiasWaves(const BiasRows& rows, int32_t first_tile) : num_pairs_(rows.num_pairs) {
-    const int32_t split = first_tile / kSplitTokens * kSplitTokens;
+    const int32_t split = first_tile / kKvSplitTokens * kKvSplitTokens;
     for (int i = 0; i < num_pairs_; ++i) {
         const double frequency = rows.frequencies[i];
         cos_[i] = std::cos(split * frequency);

@@ -1,46 +1,52 @@
-// What a layer's key bias adds to scores, where keys are stored without it.
+// The contribution of a layer's key bias to scores, if keys are stored without the bias.
 //
-// The formula is in exl_loader/key_bias.py: for each pair of bias elements two more terms of a
-// dot product, factors of the query row times the cosine and sine of position * frequency. So
-// a tile of scores gets one more product, [rows, 2 * pairs] x [2 * pairs, kTileTokens].
+// Purpose: for each pair of bias elements the score gains two terms of a dot product: factors
+// that depend on the query row, times the cosine and the sine of position * frequency. A tile of
+// scores therefore gets one more product, [rows, 2 * pairs] x [2 * pairs, kTileTokens].
+// ExlKeyBias describes the bias; KeyBias in Python derives the formula.
+//
+// Work: the thread that attends a task prepares the factors of its rows (BiasRows) and walks
+// along the kv_split with the waves (BiasWaves). Precondition: at most kMaxBiasPairs pairs per
+// key/value head and kTaskRows rows per task, which Python checks before it plans a key bias.
 #pragma once
 
 #include "attention.h"
 
 namespace exl {
 
-constexpr int kMaxBiasPairs = 32;  // cache.MAX_BIAS_PAIRS
+constexpr int kMaxBiasPairs = 32;  // MAX_BIAS_PAIRS in Python
 
-// The rows of a task; some 32 KiB, on its thread's stack.
+// The key bias of a task's rows; about 32 KiB on the stack of its thread.
 struct BiasRows {
     int num_pairs;
     double frequencies[kMaxBiasPairs];
-    float factors[kTaskRows * 2 * kMaxBiasPairs];  // [rows, num_pairs, (cosine's, sine's)]
+    float factors[kTaskRows * 2 * kMaxBiasPairs];  // [rows, num_pairs, 2 (cosine, sine)]
     int depth() const { return 2 * num_pairs; }
 };
 
-// Begins the rows of one key/value head of one sequence.
+// Prepares `rows` for one key/value head of one sequence; factors are set by set_bias_row.
 void begin_bias(const ExlKeyBias& bias, int64_t sequence, int64_t head, BiasRows* rows);
 
-// Computes the factors of a row from its query [head_dim], as it is behind RoPE.
+// Computes the factors of one row from its query [head_dim], after RoPE.
 void set_bias_row(const ExlKeyBias& bias, int64_t head, const float* query, float scale,
                   int64_t row, BiasRows* rows);
 
-// Cosines and sines along a split, tile by tile.
+// Cosines and sines along a kv_split, tile by tile.
 //
-// Angles begin with an exact one at the split's first position, wherever the caller begins, and
-// go on by complex products in double: so a position has the same bits in every call.
+// Angles start with an exact value at the first position of the kv_split, even if the caller
+// starts at a later tile, and advance by complex products in float64. A position therefore has
+// the same bits in every call.
 class BiasWaves {
   public:
     BiasWaves(const BiasRows& rows, int32_t first_tile);
-    // out [2 * pairs, kTileTokens]: the next tile's.
+    // Computes the next tile's waves: out [2 * pairs, kTileTokens].
     void next(float* out);
 
   private:
     void advance(int pair);
 
     int num_pairs_;
-    double cos_[kMaxBiasPairs], sin_[kMaxBiasPairs];            // at the next position
+    double cos_[kMaxBiasPairs], sin_[kMaxBiasPairs];  // at the next position
     double cos_step_[kMaxBiasPairs], sin_step_[kMaxBiasPairs];  // of kLanes positions
     float cos_lanes_[kMaxBiasPairs * kLanes], sin_lanes_[kMaxBiasPairs * kLanes];
 };

@@ -1,15 +1,19 @@
-// The quantised matrix product for many rows: prefill.
+// The quantised matrix product for many rows (prefill). See linear.h for the arithmetic.
 //
-// Bound by integer dot products. A thread takes a panel of kPanelTiles tiles; for kChunkRows
-// stored rows at a time it unpacks the panel's codes once into its scratch,
+// Purpose: unpack each code once for all rows; the time is bound by integer dot products.
+//
+// Layout of the scratch of a thread: unpacked codes of a panel
 //     [stored rows / 4][tile of the panel][64 bytes],
-// and runs all blocks of activation rows over them. The inner kernel holds the sums of
-// kMicroRows rows (each of two planes) and kPanelTiles tiles in registers: per step it loads
-// one vector of codes a tile and one word of activations a plane for rows * planes * tiles
-// dot products. After each span the
-// integers are scaled and added to float32 sums [row][panel column], also in scratch.
+// then float32 sums [row][panel column].
 //
-// Preconditions: rows <= kPassRows, activations in blocks of kMicroRows.
+// Work per thread: a panel of kPanelTiles tiles. For kChunkRows stored rows at a time, the thread
+// unpacks the panel's codes into its scratch and multiplies them with all blocks of activation
+// rows. The inner kernel holds the sums of kMicroRows rows (two planes each) and kPanelTiles
+// tiles in registers: each step loads one vector of codes per tile and one word of activations
+// per plane for rows * planes * tiles dot products. After each span the integers are scaled and
+// added to the float32 sums.
+//
+// Preconditions: rows <= kPassRows; activations in blocks of kMicroRows.
 #include <cstring>
 
 #include "linear.h"
@@ -23,15 +27,16 @@ template <int Bits>
 void unpack_span(const uint8_t* codes, int blocks, uint8_t* buffer) {
     constexpr int kStep = kPanelTiles * kRegisterBytes;
     for (int block = 0; block < blocks; ++block) {
-        unrolled<kBlockRegisters>(
-            [&](auto j) EXL_INLINED { store_codes(buffer + j * kStep, block_register<Bits, j>(codes)); });
+        unrolled<kBlockRegisters>([&](auto j) EXL_INLINED {
+            store_codes(buffer + j * kStep, block_register<Bits, j>(codes));
+        });
         codes += Bits * kBlockBitBytes;
         buffer += kBlockRegisters * kStep;
     }
 }
 
-// A panel's share of the layer. A last panel may have fewer tiles than kPanelTiles: the
-// missing ones repeat the last, and their sums are never stored.
+// The tiles of one panel. If the last panel has fewer tiles than kPanelTiles, the missing ones
+// repeat the last tile and their sums are not stored.
 struct Panel {
     const uint8_t* codes[kPanelTiles];
     const uint16_t* scales[kPanelTiles];
@@ -51,12 +56,13 @@ Panel find_panel(const ExlPackedLinear& w, int64_t panel) {
     return p;
 }
 
-// One span: Rows rows x kPanelTiles tiles. x is [rows / 4][Rows][kPlanes] words, sums
-// [Rows][kPanelColumns].
+// Multiplies one span: Rows rows x kPanelTiles tiles. x is [rows / 4][Rows][kPlanes] words, sums
+// is [Rows][kPanelColumns].
 template <int Rows, bool Wide>
 void multiply_span(const Panel& panel, const Span& span, const uint8_t* codes, const int32_t* x,
                    const float* x_scales, const int32_t* x_negative_sums, float* sums) {
-    // Indexed by constants only (`unrolled`): what a running index touches stays in memory.
+    // Indexed by constants only (`unrolled`), because an array with a running index would live in
+    // memory.
     constexpr int kWords = Rows * kPlanes;
     I32x16 acc[kWords][kPanelTiles];
     F32x16 scales[kPanelTiles];
@@ -73,7 +79,8 @@ void multiply_span(const Panel& panel, const Span& span, const uint8_t* codes, c
     });
     for (int step = 0; step < span.rows / kRegisterRows; ++step) {
         U8x64 c[kPanelTiles];
-        unrolled<kPanelTiles>([&](auto j) EXL_INLINED { c[j] = load_codes(codes + j * kRegisterBytes); });
+        unrolled<kPanelTiles>(
+            [&](auto j) EXL_INLINED { c[j] = load_codes(codes + j * kRegisterBytes); });
         unrolled<kWords>([&](auto i) EXL_INLINED {
             const int32_t word = x[i];
             unrolled<kPanelTiles>(
@@ -85,14 +92,14 @@ void multiply_span(const Panel& panel, const Span& span, const uint8_t* codes, c
     unrolled<Rows>([&](auto r) EXL_INLINED {
         const F32x16 x_scale = broadcast(x_scales[r]);
         unrolled<kPanelTiles>([&](auto j) EXL_INLINED {
-            float* place = sums + r * kPanelColumns + j * kTileColumns;
+            float* target = sums + r * kPanelColumns + j * kTileColumns;
             const I32x16 sum = join_planes(acc[kPlanes * r][j], acc[kPlanes * r + 1][j]);
-            store(place, fma(to_float(sum), scales[j] * x_scale, load(place)));
+            store(target, fma(to_float(sum), scales[j] * x_scale, load(target)));
         });
     });
 }
 
-// Spans [first, end) for the block of Rows rows that begins at row `block`.
+// Multiplies spans [first, end) for the block of Rows rows that begins at row `block`.
 template <int Rows>
 void multiply_block(const Panel& panel, const Activations& a, int64_t first, int64_t end,
                     int64_t block, const uint8_t* codes, float* sums) {
@@ -113,7 +120,7 @@ void multiply_block(const Panel& panel, const Activations& a, int64_t first, int
 using MultiplyBlock = void (*)(const Panel&, const Activations&, int64_t, int64_t, int64_t,
                                const uint8_t*, float*);
 
-// multiply_block for 1 .. kMicroRows rows.
+// multiply_block for 1 to kMicroRows rows.
 struct MultiplyTable {
     MultiplyBlock entry[kMicroRows + 1] = {};
     MultiplyTable() {
@@ -126,12 +133,12 @@ void unpack_chunk(const Panel& panel, const Activations& a, int64_t first, int64
                   uint8_t* buffer) {
     for (int64_t s = first; s < end; ++s) {
         const Span& span = a.spans[s];
-        uint8_t* place =
+        uint8_t* target =
             buffer + int64_t{span.first_row - a.spans[first].first_row} * kPanelColumns;
         for (int j = 0; j < kPanelTiles; ++j) {
             with_bits(span.bits, [&](auto b) EXL_INLINED {
                 unpack_span<b>(panel.codes[j] + span.offset, span.rows / kBlockRows,
-                               place + j * kRegisterBytes);
+                               target + j * kRegisterBytes);
             });
         }
     }
@@ -169,12 +176,12 @@ void multiply_panel(const ExlPackedLinear& w, const Activations& a, int64_t p, i
 }  // namespace
 
 void linear_buffered(const ExlPackedLinear& w, const Activations& a, int64_t rows, Output out,
-                     uint8_t* scratch, int64_t most_threads) {
+                     uint8_t* scratch, int64_t max_threads) {
     const int64_t panels = (w.tiles + kPanelTiles - 1) / kPanelTiles;
     parallel_for(panels, balanced_grain(panels, 1), [&](int64_t first, int64_t end, int thread) {
-        uint8_t* own = scratch + thread * buffered_scratch_bytes();
-        for (int64_t p = first; p < end; ++p) multiply_panel(w, a, p, rows, out, own);
-    }, most_threads);
+        uint8_t* thread_scratch = scratch + thread * buffered_scratch_bytes();
+        for (int64_t p = first; p < end; ++p) multiply_panel(w, a, p, rows, out, thread_scratch);
+    }, max_threads);
 }
 
 }  // namespace exl

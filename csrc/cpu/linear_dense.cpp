@@ -1,13 +1,15 @@
-// The matrix product of unquantised layers.
+// The matrix product of unquantised layers (ExlDenseLinear, packed.h).
 //
-// Weights are [tile][k][16] in float16, bfloat16 or float32 and become float32 in registers;
-// products are summed in float32, in the order of k, in one chain per output, so that a row's
-// result depends on neither the number of rows nor of threads. Several tiles and rows run
-// side by side to hide the latency of a chain.
+// Layout: weights [tile][k][16] in float16, bfloat16 or float32, which become float32 in
+// registers. Activations of more than one row are first regrouped in scratch as
+// [block of r rows][k][r], so that a step of the inner loop reads r neighbours.
 //
-// Activations of more than one row are first regrouped in scratch as [block of r rows][k][r],
-// so that a step of the inner loop reads r neighbours. Work: a thread takes panels of tiles
-// and runs all blocks of rows over one.
+// Arithmetic: products are summed in float32 in the order of k, in one chain per output, so a
+// row's result depends neither on the number of rows nor of threads. Several tiles and rows are
+// computed together to hide the latency of a chain.
+//
+// Work per thread: panels of tiles; for each panel all blocks of rows.
+// Precondition: scratch for min(rows, kDensePassRows) rows if rows > 1.
 #include <algorithm>
 
 #include "api.h"
@@ -18,20 +20,21 @@
 namespace exl {
 namespace {
 
-// Rows side by side; with two tiles 24 of 32 registers hold sums. AVX2 has 16, two a tile.
+// Rows computed together. With two tiles, 24 of 32 registers hold sums; AVX2 has 16 registers and
+// needs two per tile.
 #if defined(EXL_AVX512)
 constexpr int kDenseRows = 12;
 #else
 constexpr int kDenseRows = 4;
 #endif
-// Rows that share one pass over the weights (10 blocks of 12): enough arithmetic for each
-// byte of weights, and scratch stays in proportion.
+// Rows that share one pass over the weights (10 blocks of 12): enough arithmetic for each byte of
+// weights, with a moderate size of the scratch.
 constexpr int64_t kDensePassRows = 120;
-// Bytes of weights, or elements to regroup, that are worth a claim of work.
+// Bytes of weights, or elements to regroup, that are worth the cost of a claim.
 constexpr int64_t kBytesPerTask = 32 * 1024;
 constexpr int64_t kElementsPerTask = 16 * 1024;
 
-// Tiles side by side for a number of rows: at least 4 chains, at most the sums that fit into
+// Tiles computed together for a number of rows: at least 4 chains, at most the sums that fit into
 // registers (24 of 32 with AVX-512, 4 pairs of 16 with AVX2).
 constexpr int tiles_for(int rows) {
     const int sums = kDenseRows * kPanelTiles;
@@ -51,7 +54,7 @@ struct Bfloat16 {
     static EXL_INLINE F32x16 get(const Storage* p) { return load_bfloat16(p); }
 };
 
-// Stores rows of one tile, as many columns as there are.
+// Stores rows of one tile; columns beyond out_features do not exist.
 void store_tile(const ExlDenseLinear& w, int64_t tile, const F32x16* results, int rows,
                 const Output& out) {
     const int64_t column = tile * kTileColumns;
@@ -63,29 +66,32 @@ void store_tile(const ExlDenseLinear& w, int64_t tile, const F32x16* results, in
     }
 }
 
-// Rows [row, row + Rows) of the output's panel. x is [k][Rows].
+// Multiplies rows [row, row + Rows) with one panel of the output. x is [k][Rows].
 template <class Type, int Rows>
 void multiply_panel(const ExlDenseLinear& w, const float* x, int64_t panel, Output out) {
     constexpr int kTiles = tiles_for(Rows);
     using Storage = typename Type::Storage;
     const Storage* weight[kTiles];
     for (int j = 0; j < kTiles; ++j) {
-        // A last panel with fewer tiles repeats the last one and does not store it.
+        // A last panel with fewer tiles repeats the last tile and does not store it.
         const int64_t tile = std::min(panel * kTiles + j, w.tiles - 1);
         weight[j] = static_cast<const Storage*>(w.weight) + tile * w.in_features * kTileColumns;
     }
     F32x16 sums[Rows][kTiles];
-    unrolled<Rows * kTiles>([&](auto i) EXL_INLINED { sums[i / kTiles][i % kTiles] = broadcast(0.0f); });
+    unrolled<Rows * kTiles>(
+        [&](auto i) EXL_INLINED { sums[i / kTiles][i % kTiles] = broadcast(0.0f); });
     for (int64_t k = 0; k < w.in_features; ++k) {
         F32x16 weights[kTiles];
-        unrolled<kTiles>([&](auto j) EXL_INLINED { weights[j] = Type::get(weight[j] + k * kTileColumns); });
+        unrolled<kTiles>(
+            [&](auto j) EXL_INLINED { weights[j] = Type::get(weight[j] + k * kTileColumns); });
         unrolled<Rows>([&](auto r) EXL_INLINED {
             const F32x16 value = broadcast(x[k * Rows + r]);
             unrolled<kTiles>(
                 [&](auto j) EXL_INLINED { sums[r][j] = fma(weights[j], value, sums[r][j]); });
         });
     }
-    // By way of memory: storing with its branches once and not Rows * kTiles times inline.
+    // Through memory, so that the code of storing with its branches exists once and not
+    // Rows * kTiles times inline.
     F32x16 results[kTiles][Rows];
     unrolled<Rows * kTiles>([&](auto i) EXL_INLINED {
         results[i % kTiles][i / kTiles] = sums[i / kTiles][i % kTiles];
@@ -101,7 +107,8 @@ template <class Type>
 struct PanelTable {
     MultiplyPanel entry[kDenseRows + 1] = {};
     PanelTable() {
-        unrolled<kDenseRows>([&](auto i) EXL_INLINED { entry[i + 1] = multiply_panel<Type, i + 1>; });
+        unrolled<kDenseRows>(
+            [&](auto i) EXL_INLINED { entry[i + 1] = multiply_panel<Type, i + 1>; });
     }
 };
 
@@ -116,7 +123,7 @@ MultiplyPanel panel_function(const ExlDenseLinear& w, int64_t rows) {
     }
 }
 
-// All rows over tiles [first, end), in units of the panel that a block of rows takes.
+// Multiplies all rows with tiles [first, end), in steps of the panel of a block of rows.
 void multiply_tiles(const ExlDenseLinear& w, const float* x, int64_t rows, int64_t first,
                     int64_t end, const Output& out) {
     for (int64_t row = 0; row < rows; row += kDenseRows) {
@@ -130,12 +137,12 @@ void multiply_tiles(const ExlDenseLinear& w, const float* x, int64_t rows, int64
     }
 }
 
-// Rows of x to [block][k][rows of the block].
+// Regroups rows of x as [block][k][rows of the block].
 void regroup(const float* x, int64_t rows, int64_t in_features, float* grouped) {
     const int64_t blocks = (rows + kDenseRows - 1) / kDenseRows;
     const int64_t block_elements = kDenseRows * in_features;
-    const int64_t least = (kElementsPerTask + block_elements - 1) / block_elements;
-    parallel_for(blocks, least, [&](int64_t first, int64_t end, int) {
+    const int64_t min_grain = (kElementsPerTask + block_elements - 1) / block_elements;
+    parallel_for(blocks, min_grain, [&](int64_t first, int64_t end, int) {
         for (int64_t block = first; block < end; ++block) {
             const int64_t row = block * kDenseRows;
             const int64_t count = std::min<int64_t>(rows - row, kDenseRows);
@@ -152,8 +159,10 @@ void regroup(const float* x, int64_t rows, int64_t in_features, float* grouped) 
 }  // namespace
 }  // namespace exl
 
-// x float32 [rows, in_features], out float32 [rows, out_stride]. Returns 0, or -1 where
-// scratch is too short.
+// out = x @ W + bias, or out += x @ W + bias if `add`.
+//
+// x: float32 [rows, in_features]; out: float32 [rows, out_stride]; scratch: uint8
+// [scratch_bytes]. Returns 0, or -1 if the scratch is too small.
 EXL_API int exl_linear_dense(const float* x, int64_t rows, const ExlDenseLinear* w, float* out,
                              int64_t out_stride, int add, uint8_t* scratch,
                              int64_t scratch_bytes) {
@@ -161,12 +170,12 @@ EXL_API int exl_linear_dense(const float* x, int64_t rows, const ExlDenseLinear*
     const int64_t pass = std::min(rows, kDensePassRows);
     const int64_t needed = rows == 1 ? 0 : pass * w->in_features * 4;
     if (needed > scratch_bytes) return -1;
-    // Work is cut in steps of 4 tiles, which every panel width divides.
+    // Work is cut into steps of 4 tiles, which every panel width divides.
     constexpr int64_t kStepTiles = 4;
     const int64_t steps = (w->tiles + kStepTiles - 1) / kStepTiles;
     const int64_t element_bytes = w->dtype == kExlFloat32 ? 4 : 2;
     const int64_t step_bytes = kStepTiles * kTileColumns * w->in_features * element_bytes;
-    const int64_t least = (kBytesPerTask + step_bytes - 1) / step_bytes;
+    const int64_t min_grain = (kBytesPerTask + step_bytes - 1) / step_bytes;
     for (int64_t first_row = 0; first_row < rows; first_row += kDensePassRows) {
         const int64_t count = std::min(rows - first_row, kDensePassRows);
         const Output output = {out + first_row * out_stride, out_stride, add != 0};
@@ -176,7 +185,7 @@ EXL_API int exl_linear_dense(const float* x, int64_t rows, const ExlDenseLinear*
             regroup(source, count, w->in_features, grouped);
             source = grouped;
         }
-        parallel_for(steps, balanced_grain(steps, least), [&](int64_t first, int64_t end, int) {
+        parallel_for(steps, balanced_grain(steps, min_grain), [&](int64_t first, int64_t end, int) {
             const int64_t last = std::min(end * kStepTiles, w->tiles);
             multiply_tiles(*w, source, count, first * kStepTiles, last, output);
         });

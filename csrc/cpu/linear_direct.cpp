@@ -1,11 +1,11 @@
-// The quantised matrix product for few rows: decoding.
+// The quantised matrix product for few rows (decoding). See linear.h for the arithmetic.
 //
-// Bound by memory: codes are read once, from each tile's start to its end, unpacked in
-// registers and multiplied at once. Layout of codes: formats/packed.py; of activations:
-// linear.h. Work: a thread takes runs of tiles; for a tile it keeps the sums of all its rows
-// in registers.
+// Purpose: read the codes once at the speed of memory, from each tile's start to its end, unpack
+// them in registers and multiply immediately.
 //
-// Preconditions: rows <= kDirectRows, activations in one block of direct_rows(rows).
+// Layout: codes as ExlPackedLinear (packed.h), activations as Activations (linear.h).
+// Work per thread: runs of tiles; the sums of all rows of a tile are held in registers.
+// Preconditions: rows <= kDirectRows; activations in one block of direct_rows(rows) rows.
 #include "linear.h"
 #include "threads.h"
 #include "unpack.h"
@@ -13,15 +13,15 @@
 namespace exl {
 namespace {
 
-// Bytes of codes that a claim of work is worth at least: about 2 us of memory traffic.
+// Bytes of codes that are worth the cost of a claim: about 2 us of memory traffic.
 constexpr int64_t kBytesPerTask = 32 * 1024;
 
-// Odd widths, and those of many dot products a byte or of two planes of several bits, leave the
-// processor too little sight of the memory ahead: asking for it gains 4 to 25 %. 4 and 8 bits
-// gain nothing (measured on Zen 4, with huge pages).
+// For these numbers of bits the processor does not issue loads far enough ahead: odd ones, those
+// with many dot products per byte, and those with two planes of several bits. Prefetching gains
+// 4 to 25 %; for 4 and 8 bits it gains nothing (measured on Zen 4 with huge pages).
 template <int Bits>
 constexpr bool kPrefetched = Bits != 4 && Bits != 8;
-// Half a page, about 100 ns of decoding. Beyond the end of the codes it asks in vain.
+// Half a page, about 100 ns of decoding. Prefetching beyond the end of the codes has no effect.
 constexpr int kPrefetchBytes = 2048;
 
 struct Tile {
@@ -30,38 +30,39 @@ struct Tile {
     const uint8_t* zeros;
 };
 
-// zero[group, n] * negative_sum; where there are no zeros, zero is 2^(Bits - 1).
+// zero[group, n] * negative_sum; without zero points, zero is 2^(Bits - 1).
 template <int Bits>
 EXL_INLINE I32x16 zero_term(const uint8_t* zeros, int group, int32_t negative_sum) {
     if (zeros == nullptr) return broadcast(negative_sum * (1 << (Bits - 1)));
     return load_bytes(zeros + group * kTileColumns) * broadcast(negative_sum);
 }
 
-// Sums that may run side by side: 16 of 32 registers, with codes and activations beside them.
-constexpr int kMostSums = 16;
+// Sums that may be held together: 16 of 32 registers, which leaves room for codes and activations.
+constexpr int kMaxSums = 16;
 
-// How the codes of a span become sums. Where a wide code costs nothing, codes stay as far up in
-// their bytes as they were packed, which saves shifts; every place then has sums of its own,
-// which are shifted down in the end, exactly.
+// How the codes of a span become sums. If a wide code costs nothing, codes are used without a
+// shift down in their bytes, which saves shifts. Every shift then has its own sums, which are
+// shifted down at the end, exactly.
 template <int Bits, int Rows>
-struct SpanPlan {
+struct SpanLayout {
     static constexpr int kSums = Rows * kPlanes;
-    static constexpr int kPlaces = 8 / high_width(Bits);
-    static constexpr bool kResting =
-        kWideDotIsFree && kPlaces == 2 && kPlaces * kSums <= kMostSums;
-    // With few rows several sums per row run side by side, because a dot product's result takes
-    // 4 to 5 cycles and one can start every cycle.
-    static constexpr int kChains = kResting ? kPlaces : kSums >= 4 ? 1 : 4 / kSums;
+    static constexpr int kFields = 8 / high_width(Bits);
+    static constexpr bool kUnshifted =
+        kWideDotIsFree && kFields == 2 && kFields * kSums <= kMaxSums;
+    // With few rows several sums per row run in parallel, because the latency of a dot product is
+    // 4 to 5 cycles and one can start in every cycle.
+    static constexpr int kChains = kUnshifted ? kFields : kSums >= 4 ? 1 : 4 / kSums;
 
-    static constexpr int place(int index) { return kResting ? resting_place(Bits, index) : 0; }
+    static constexpr int up_shift(int index) { return kUnshifted ? unshifted_up(Bits, index) : 0; }
 };
 
 // Adds one span of one tile to the integer sums of its rows.
 template <int Bits, int Rows>
 EXL_INLINE void span_sums(const uint8_t* codes, const int32_t* x, int blocks, I32x16* sums) {
-    using Plan = SpanPlan<Bits, Rows>;
-    constexpr int kSums = Plan::kSums, kChains = Plan::kChains;
-    // Indexed by constants only (`unrolled`): what a running index touches stays in memory.
+    using Layout = SpanLayout<Bits, Rows>;
+    constexpr int kSums = Layout::kSums, kChains = Layout::kChains;
+    // Indexed by constants only (`unrolled`), because an array with a running index would live in
+    // memory.
     I32x16 partial[kChains][kSums];
     unrolled<kChains * kSums>([&](auto i) EXL_INLINED {
         constexpr bool kFirst = i < kSums && i % kPlanes == 1;
@@ -72,11 +73,11 @@ EXL_INLINE void span_sums(const uint8_t* codes, const int32_t* x, int blocks, I3
             for (int i = 0; i < Bits; ++i) prefetch(codes + kPrefetchBytes + i * kRegisterBytes);
         }
         unrolled<kBlockRegisters>([&](auto j) EXL_INLINED {
-            constexpr int kPlace = Plan::place(j);
-            const U8x64 c = block_register<Bits, j, kPlace>(codes);
+            constexpr int kUp = Layout::up_shift(j);
+            const U8x64 c = block_register<Bits, j, kUp>(codes);
             unrolled<kSums>([&](auto i) EXL_INLINED {
                 I32x16& sum = partial[j % kChains][i];
-                sum = dot<(Bits + kPlace > 7)>(sum, c, x[j * kSums + i]);
+                sum = dot<(Bits + kUp > 7)>(sum, c, x[j * kSums + i]);
             });
         });
         codes += Bits * kBlockBitBytes;
@@ -84,7 +85,7 @@ EXL_INLINE void span_sums(const uint8_t* codes, const int32_t* x, int blocks, I3
     }
     unrolled<kChains * kSums>([&](auto i) EXL_INLINED {
         I32x16& sum = partial[i / kSums][i % kSums];
-        sum = shift_right_signed<Plan::place(i / kSums)>(sum);
+        sum = shift_right_signed<Layout::up_shift(i / kSums)>(sum);
         if constexpr (i >= kSums) partial[0][i % kSums] = partial[0][i % kSums] + sum;
     });
     unrolled<Rows>([&](auto r) EXL_INLINED {
@@ -92,7 +93,7 @@ EXL_INLINE void span_sums(const uint8_t* codes, const int32_t* x, int blocks, I3
     });
 }
 
-// Adds spans [first, end), all of Bits bits, to the sums of one tile.
+// Adds spans [first, end), all of Bits bits, to the float32 sums of one tile.
 template <int Bits, int Rows>
 void add_spans(const Tile& tile, const Activations& a, int64_t first, int64_t end,
                F32x16* totals) {
@@ -129,7 +130,9 @@ void multiply_tile(const ExlPackedLinear& w, const Activations& a, int64_t t, in
         const int bits = a.spans[first].bits;
         int64_t end = first + 1;
         while (end < a.num_spans && a.spans[end].bits == bits) ++end;
-        with_bits(bits, [&](auto b) EXL_INLINED { add_spans<b, Rows>(tile, a, first, end, totals); });
+        with_bits(bits, [&](auto b) EXL_INLINED {
+            add_spans<b, Rows>(tile, a, first, end, totals);
+        });
         first = end;
     }
     const int64_t column = t * kTileColumns;
@@ -142,8 +145,8 @@ void multiply_tile(const ExlPackedLinear& w, const Activations& a, int64_t t, in
 
 template <int Rows>
 void multiply(const ExlPackedLinear& w, const Activations& a, int64_t rows, const Output& out) {
-    const int64_t least = (kBytesPerTask + w.tile_bytes - 1) / w.tile_bytes;
-    parallel_for(w.tiles, balanced_grain(w.tiles, least), [&](int64_t first, int64_t end, int) {
+    const int64_t min_grain = (kBytesPerTask + w.tile_bytes - 1) / w.tile_bytes;
+    parallel_for(w.tiles, balanced_grain(w.tiles, min_grain), [&](int64_t first, int64_t end, int) {
         for (int64_t t = first; t < end; ++t) multiply_tile<Rows>(w, a, t, rows, out);
     });
 }

@@ -1,7 +1,8 @@
-// The quantised matrix product's entry: carves the scratch, quantises, multiplies.
+// Entry of the quantised matrix product: cuts the scratch, quantises, multiplies.
 //
-// Rows go in passes of kPassRows. Scratch of a pass, each part aligned to 64 bytes: spans,
-// activation codes, scales, sums, then one buffer a thread (kernels/scratch.py).
+// Work: rows in passes of kPassRows. Scratch of a pass, each part aligned to 64 bytes: spans,
+// activation codes, scales, sums, then one buffer per thread. Python computes the same sizes
+// when it plans the workspace.
 #include <algorithm>
 
 #include "api.h"
@@ -29,12 +30,14 @@ struct Carver {
 }  // namespace
 }  // namespace exl
 
-// x float32 [rows, in_features], out float32 [rows, out_stride]. Returns 0, or -1 where
-// scratch is too short.
+// out = x @ W + bias, or out += x @ W + bias if `add`.
+//
+// x: float32 [rows, in_features]; out: float32 [rows, out_stride]; scratch: uint8
+// [scratch_bytes]. Returns 0, or -1 if the scratch is too small.
 EXL_API int exl_linear(const float* x, int64_t rows, const ExlPackedLinear* w, float* out,
                        int64_t out_stride, int add, uint8_t* scratch, int64_t scratch_bytes) {
     using namespace exl;
-    const int64_t most_rows = std::min<int64_t>(
+    const int64_t max_rows = std::min<int64_t>(
         rows <= kDirectRows ? direct_rows(rows) : rows, kPassRows);
     int64_t blocks = 0;
     for (int64_t g = 0; g < w->num_groups; ++g) {
@@ -43,12 +46,12 @@ EXL_API int exl_linear(const float* x, int64_t rows, const ExlPackedLinear* w, f
     Carver carver = {scratch, scratch + scratch_bytes};
     Span* spans = carver.take<Span>(blocks);
     Activations a = {};
-    a.codes = carver.take<int8_t>(most_rows * blocks * kBlockRows * kPlanes);
-    a.scales = carver.take<float>(most_rows * blocks);
-    a.negative_sums = carver.take<int32_t>(most_rows * blocks);
+    a.codes = carver.take<int8_t>(max_rows * blocks * kBlockRows * kPlanes);
+    a.scales = carver.take<float>(max_rows * blocks);
+    a.negative_sums = carver.take<int32_t>(max_rows * blocks);
     uint8_t* buffers = carver.next;
-    const int64_t most_threads = (carver.end - buffers) / buffered_scratch_bytes();
-    if (buffers > carver.end || (rows > kDirectRows && most_threads < 1)) return -1;
+    const int64_t max_threads = (carver.end - buffers) / buffered_scratch_bytes();
+    if (buffers > carver.end || (rows > kDirectRows && max_threads < 1)) return -1;
     a.spans = spans;
     a.num_spans = cut_spans(*w, spans, &a.stored_rows);
     for (int64_t first = 0; first < rows; first += kPassRows) {
@@ -62,7 +65,7 @@ EXL_API int exl_linear(const float* x, int64_t rows, const ExlPackedLinear* w, f
         } else {
             a.block_rows = kMicroRows;
             quantize(*w, source, count, count, a);
-            linear_buffered(*w, a, count, output, buffers, most_threads);
+            linear_buffered(*w, a, count, output, buffers, max_threads);
         }
     }
     return 0;

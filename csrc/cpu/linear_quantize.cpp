@@ -1,11 +1,12 @@
-// Activations to two planes of int8, once per call of a quantised matrix product.
+// Quantises activations to two planes of int8, once per call of a quantised matrix product.
 //
-// Each span (see linear.h) of each row: gathered through the permutation, divided by its
-// largest magnitude / kLargestActivation, rounded to nearest even and split into planes. Rows
-// that fill up a block are zero. A span with a NaN or an infinity gets the scale NaN, so the
-// fault shows in the output instead of vanishing in integers.
+// Each span (see linear.h) of each row is gathered through the permutation, divided by its
+// largest magnitude / kLargestActivation, rounded to nearest even and separated into planes.
+// Rows that pad a block are zero. A span with a NaN or an infinity gets the scale NaN, so that
+// the fault shows in the output instead of vanishing in integers.
 //
-// Work: one row of one call at a time, rows split over threads where there are many.
+// Layout: input float32 [rows, in_features], output as Activations (linear.h).
+// Work per thread: whole rows; several threads only for many elements.
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -17,22 +18,23 @@ namespace exl {
 namespace {
 
 constexpr float kLargest = kLargestActivation;
-// Below this a span counts as zero: kLargest / magnitude has to stay finite, and nothing that
-// small can matter beside other spans.
+// Below this magnitude a span is treated as zero, because kLargest / magnitude must stay finite
+// (3.4e38). A contribution that small cannot matter beside other spans.
 constexpr float kSmallestMagnitude = 1e-30f;
 // Elements that are worth a second thread: about 2 us of work.
 constexpr int64_t kElementsPerTask = 4096;
 
-// The largest magnitude, as the bits of a float: for these, the order of integers is the
-// order of numbers, with infinity and NaN above all.
+// The largest magnitude as the bits of a float. For non-negative floats the order of the bits is
+// the order of the numbers, with infinity and NaN above all.
 EXL_INLINE int32_t largest_magnitude_bits(const float* x, int count) {
     I32x16 bits = broadcast(int32_t{0});
     for (int i = 0; i < count; i += kLanes) bits = max(bits, magnitude_bits(load(x + i)));
     return largest(bits);
 }
 
-// Quantises `count` floats (a multiple of kBlockRows), writes pairs of words of four at
-// `stride` words. Returns the scale; the sum of the integers goes to *negative_sum, negated.
+// Quantises `count` floats, a multiple of kBlockRows. Writes, for every 4 rows, a word of each
+// plane at a distance of `stride` words. Returns the scale; *negative_sum receives the negated sum
+// of the integers.
 float quantize_span(const float* x, int count, int32_t* words, int64_t stride,
                     int32_t* negative_sum) {
     constexpr int kWords = kLanes / kRegisterRows;
@@ -60,9 +62,9 @@ float quantize_span(const float* x, int count, int32_t* words, int64_t stride,
         store_bytes(reinterpret_cast<int8_t*>(quads[1]),
                     whole - shift_left(high, kPlaneShift));
         for (int j = 0; j < kWords; ++j) {
-            int32_t* place = words + (i / kRegisterRows + j) * stride;
-            place[0] = quads[0][j];
-            place[1] = quads[1][j];
+            int32_t* quad = words + (i / kRegisterRows + j) * stride;
+            quad[0] = quads[0][j];
+            quad[1] = quads[1][j];
         }
     }
     *negative_sum = -sum(total);
@@ -94,9 +96,9 @@ void quantize_row(const ExlPackedLinear& w, const float* x, const Activations& a
             }
             for (int i = span.source_rows; i < span.rows; ++i) gathered[i] = 0.0f;
         }
-        scales[s * stride] = quantize_span(values, span.rows,
-                                           words + span.first_row / kRegisterRows * stride * kPlanes,
-                                           stride * kPlanes, sums + s * stride);
+        int32_t* span_words = words + span.first_row / kRegisterRows * stride * kPlanes;
+        scales[s * stride] = quantize_span(values, span.rows, span_words, stride * kPlanes,
+                                           sums + s * stride);
     }
 }
 
@@ -124,8 +126,8 @@ int64_t cut_spans(const ExlPackedLinear& w, Span* spans, int64_t* stored_rows) {
 
 void quantize(const ExlPackedLinear& w, const float* x, int64_t rows, int64_t padded_rows,
               const Activations& a) {
-    const int64_t least = (kElementsPerTask + w.in_features - 1) / w.in_features;
-    parallel_for(padded_rows, balanced_grain(padded_rows, least),
+    const int64_t min_grain = (kElementsPerTask + w.in_features - 1) / w.in_features;
+    parallel_for(padded_rows, balanced_grain(padded_rows, min_grain),
                  [&](int64_t first, int64_t end, int) {
                      for (int64_t row = first; row < end; ++row) {
                          const float* source = row < rows ? x + row * w.in_features : nullptr;

@@ -1,7 +1,7 @@
-// RMSNorm: out = x / sqrt(mean(x^2) + eps) * weight, per row. float32, contiguous.
+// RMSNorm: out = x / sqrt(mean(x^2) + eps) * weight, for each row.
 //
-// Work: whole rows, split over threads. The sum of squares runs in 64 chains of fixed order,
-// so a row's result does not depend on the other rows.
+// Layout: float32, contiguous. Work per thread: whole rows. The sum of squares has 64 chains of
+// fixed order, so a row's result does not depend on the other rows.
 #include <cmath>
 
 #include "api.h"
@@ -46,12 +46,12 @@ void normalize(const float* x, const float* weight, float scale, int64_t size, f
 }  // namespace
 }  // namespace exl
 
-// x, out [rows, size], may be the same; weight [size].
+// x, out: float32 [rows, size], may be the same buffer; weight: float32 [size].
 EXL_API void exl_rms_norm(const float* x, const float* weight, float eps, int64_t rows,
                           int64_t size, float* out) {
     using namespace exl;
-    const int64_t least = (kElementsPerTask + size - 1) / size;
-    parallel_for(rows, balanced_grain(rows, least), [&](int64_t first, int64_t end, int) {
+    const int64_t min_grain = (kElementsPerTask + size - 1) / size;
+    parallel_for(rows, balanced_grain(rows, min_grain), [&](int64_t first, int64_t end, int) {
         for (int64_t row = first; row < end; ++row) {
             const float* source = x + row * size;
             const double mean = static_cast<double>(sum_of_squares(source, size)) / size;

@@ -1,12 +1,13 @@
-// Repacking at load: EXL2's and GPTQ's codes into the layout of formats/packed.py.
+// Repacking at load: codes of EXL2 and GPTQ files into the layout of ExlPackedLinear (packed.h).
 //
-// On disk a column is a bit stream along the rows, least significant bit first, columns side
-// by side in 32-bit words; 32 rows of b bits are b words. So 16 columns of a word row are one
-// vector, and everything here is shifts and masks of such vectors. formats/planes.py is the
-// definition, met bit for bit.
+// Layout of the files: a column is a bit stream along the rows, least significant bit first, and
+// columns are adjacent in 32-bit words; 32 rows of b bits are b words. 16 columns of a word row
+// are therefore one vector, and packing consists of shifts and masks of such vectors. The bit
+// planes defined in the formats package of Python are matched bit for bit.
 //
-// Work: blocks of 32 stored rows over all tiles, so that reading follows the file. Columns
-// that the file lacks become 0, rows that fill up a group 2^(bits - 1).
+// Work per thread: blocks of 32 stored rows over all tiles, so that reading follows the file.
+// Padding: columns beyond the file are 0, rows that pad a group are 2^(bits - 1), the value of
+// the default zero point.
 #include <algorithm>
 #include <cstring>
 
@@ -26,7 +27,7 @@ struct Source {
     int64_t columns;
 };
 
-// 16 columns of a word row from `column` on, 0 where the file has none.
+// Reads 16 columns of a word row from `column` on; columns beyond the file are 0.
 EXL_INLINE void read_words(const Source& s, int64_t row, int64_t column, Words& out) {
     const uint32_t* place = s.words + row * s.columns + column;
     if (row < s.word_rows && column + kTileColumns <= s.columns) {
@@ -37,7 +38,7 @@ EXL_INLINE void read_words(const Source& s, int64_t row, int64_t column, Words& 
     for (int64_t i = 0; i < kTileColumns; ++i) out[i] = i < left ? place[i] : 0;
 }
 
-// Codes of 32 rows, one a word, into the block's bit planes.
+// Writes the codes of 32 rows, one per word, into the bit planes of a block.
 template <int Bits>
 void write_block(const Words (&codes)[kBlockRows], uint8_t* block) {
     Words registers[kBlockRegisters];
@@ -74,7 +75,7 @@ void fill_rows(Words (&codes)[kBlockRows], int first, int bits) {
     }
 }
 
-// A block whose rows follow each other in the file from word row `word` on.
+// Packs a block whose rows are consecutive in the file, from word row `word` on.
 template <int Bits>
 void pack_sequential(const Source& s, int64_t word, int rows, int64_t column, uint8_t* block) {
     Words words[Bits + 1] = {};
@@ -93,7 +94,7 @@ void pack_sequential(const Source& s, int64_t word, int rows, int64_t column, ui
     write_block<Bits>(codes, block);
 }
 
-// A block whose rows are the given input channels.
+// Packs a block whose rows are the given input channels.
 template <int Bits>
 void pack_gathered(const Source& s, const int32_t* channels, int rows, int64_t column,
                    uint8_t* block) {
@@ -105,7 +106,7 @@ void pack_gathered(const Source& s, const int32_t* channels, int rows, int64_t c
         read_words(s, bit / 32, column, low);
         if (shift + Bits > 32) read_words(s, bit / 32 + 1, column, high);
         for (int i = 0; i < kTileColumns; ++i) {
-            // 64 bits wide, because a shift by 32 is what shift = 0 would ask for.
+            // 64 bits wide, because shift = 0 would otherwise need a shift by 32.
             const uint64_t both = low[i] | static_cast<uint64_t>(high[i]) << 32;
             codes[row][i] = static_cast<uint32_t>(both >> shift) & ((1u << Bits) - 1);
         }
@@ -114,9 +115,10 @@ void pack_gathered(const Source& s, const int32_t* channels, int rows, int64_t c
     write_block<Bits>(codes, block);
 }
 
-// Calls pack(group, first row within it, rows, column, place) for every block and tile.
+// Calls pack(group, first row within the group, rows, column, block address) for every block of
+// every tile.
 template <class Pack>
-void each_block(const Group* groups, int64_t num_groups, uint8_t* codes, int64_t tiles,
+void for_each_block(const Group* groups, int64_t num_groups, uint8_t* codes, int64_t tiles,
                 int64_t tile_bytes, const Pack& pack) {
     int64_t blocks = 0, used_bytes = 0;
     for (int64_t g = 0; g < num_groups; ++g) {
@@ -150,15 +152,18 @@ void each_block(const Group* groups, int64_t num_groups, uint8_t* codes, int64_t
 }  // namespace
 }  // namespace exl
 
-// q_weight [word_rows, columns] as on disk, groups one behind the other.
+// Packs a layer of an EXL2 file, whose groups are consecutive.
+//
+// q_weight: uint32 [word_rows, columns] as in the file; groups [num_groups]; codes: uint8
+// [tiles, tile_bytes], written.
 EXL_API void exl_pack_exl2(const uint32_t* q_weight, int64_t word_rows, int64_t columns,
                            const exl::Group* groups, int64_t num_groups, uint8_t* codes,
                            int64_t tiles, int64_t tile_bytes) {
     using namespace exl;
     const Source source = {q_weight, word_rows, columns};
-    each_block(groups, num_groups, codes, tiles, tile_bytes,
+    for_each_block(groups, num_groups, codes, tiles, tile_bytes,
                [&](const Group& group, int row, int rows, int64_t column, uint8_t* place) {
-                   // A word row on disk is 64 bytes of a tile, in the same order.
+                   // A word row of the file is 64 bytes of a tile, in the same order.
                    const int64_t word =
                        group.offset / kBlockBitBytes + row / kBlockRows * group.bits;
                    with_bits(group.bits, [&](auto bits) EXL_INLINED {
@@ -167,14 +172,17 @@ EXL_API void exl_pack_exl2(const uint32_t* q_weight, int64_t word_rows, int64_t 
                });
 }
 
-// qweight [word_rows, columns] as on disk; stored row r is input channel perm[r], or r where
-// perm is null.
+// Packs a layer of a GPTQ file.
+//
+// qweight: uint32 [word_rows, columns] as in the file; perm: int32 [in_features], stored row r is
+// input channel perm[r], or r if perm is null; groups [num_groups]; codes: uint8
+// [tiles, tile_bytes], written.
 EXL_API void exl_pack_gptq(const uint32_t* qweight, int64_t word_rows, int64_t columns,
                            const int32_t* perm, const exl::Group* groups, int64_t num_groups,
                            uint8_t* codes, int64_t tiles, int64_t tile_bytes) {
     using namespace exl;
     const Source source = {qweight, word_rows, columns};
-    each_block(groups, num_groups, codes, tiles, tile_bytes,
+    for_each_block(groups, num_groups, codes, tiles, tile_bytes,
                [&](const Group& group, int row, int rows, int64_t column, uint8_t* place) {
                    int32_t channels[kBlockRows];
                    for (int i = 0; i < rows; ++i) {

@@ -1,7 +1,7 @@
-// Rotary position embedding: the table of angles and the rotation. float32, contiguous.
+// Rotary position embedding: the table of cosines and sines, and the rotation.
 //
-// Angles are computed in double: at position 10^6 a float32 product is off by 0.03 rad. Work:
-// whole rows (tokens), split over threads.
+// Layout: float32, contiguous. Angles are computed in float64 because at position 10^6 a float32
+// product has an error of 0.03 rad. Work per thread: whole rows (tokens).
 #include <cmath>
 
 #include "api.h"
@@ -11,11 +11,12 @@
 namespace exl {
 namespace {
 
-// A sine and cosine take some 40 ns, an element of a rotation well under one.
+// Work that is worth the cost of a claim: a sine and cosine take about 40 ns, an element of a
+// rotation well under one.
 constexpr int64_t kAnglesPerTask = 256;
 constexpr int64_t kElementsPerTask = 16 * 1024;
 
-// (first, second) * e^(i angle), `count` pairs.
+// (first, second) *= e^(i angle), for 16 pairs.
 EXL_INLINE void rotate(F32x16& first, F32x16& second, F32x16 cos, F32x16 sin) {
     const F32x16 a = first * cos - second * sin;
     second = second * cos + first * sin;
@@ -42,12 +43,14 @@ void rotate_head(float* x, const float* cos, const float* sin, int64_t half) {
 }  // namespace
 }  // namespace exl
 
-// out [rows, 2, half]: cos, then sin, of positions[row] * inv_freq[i], times factor.
+// Computes out[row] = (cos, sin) of positions[row] * inv_freq[i], times `factor`.
+//
+// positions: int32 [rows]; inv_freq: float32 [half]; out: float32 [rows, 2, half].
 EXL_API void exl_rope_table(const int32_t* positions, const float* inv_freq, float factor,
                             int64_t rows, int64_t half, float* out) {
     using namespace exl;
-    const int64_t least = (kAnglesPerTask + half - 1) / half;
-    parallel_for(rows, balanced_grain(rows, least), [&](int64_t first, int64_t end, int) {
+    const int64_t min_grain = (kAnglesPerTask + half - 1) / half;
+    parallel_for(rows, balanced_grain(rows, min_grain), [&](int64_t first, int64_t end, int) {
         for (int64_t row = first; row < end; ++row) {
             float* cos = out + row * 2 * half;
             float* sin = cos + half;
@@ -60,13 +63,15 @@ EXL_API void exl_rope_table(const int32_t* positions, const float* inv_freq, flo
     });
 }
 
-// x [rows, heads, head_dim] in place; element i of a head goes with element half + i.
+// Rotates x in place: element i of a head is paired with element half + i.
+//
+// x: float32 [rows, heads, head_dim]; table: float32 [rows, 2, half] of exl_rope_table.
 EXL_API void exl_rope(float* x, const float* table, int64_t rows, int64_t heads,
                       int64_t head_dim, int64_t half) {
     using namespace exl;
     const int64_t row_elements = heads * head_dim;
-    const int64_t least = (kElementsPerTask + row_elements - 1) / row_elements;
-    parallel_for(rows, balanced_grain(rows, least), [&](int64_t first, int64_t end, int) {
+    const int64_t min_grain = (kElementsPerTask + row_elements - 1) / row_elements;
+    parallel_for(rows, balanced_grain(rows, min_grain), [&](int64_t first, int64_t end, int) {
         for (int64_t row = first; row < end; ++row) {
             const float* cos = table + row * 2 * half;
             for (int64_t head = 0; head < heads; ++head) {

@@ -1,7 +1,8 @@
 // Operations on whole rows: embedding, gathering, scattering, and the choice of experts.
 //
-// Work: rows split over threads. Row numbers are checked before anything is written: a wrong
-// one returns -1 instead of reading foreign memory.
+// Layout: float32, contiguous; embedding tables of any ExlDtype. Work per thread: whole rows.
+// Row numbers are checked before anything is written; a wrong number returns -1 so that memory
+// outside of a tensor is never read.
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -24,12 +25,12 @@ bool within(const int32_t* rows, int64_t count, int64_t limit) {
     return true;
 }
 
-// Element `at` (in elements of its dtype) of a table as float32.
-EXL_INLINE float element(const void* table, int64_t dtype, int64_t at) {
+// Element `index` of a table, as float32.
+EXL_INLINE float element(const void* table, int64_t dtype, int64_t index) {
     switch (dtype) {
-        case kExlFloat16: return half_to_float(static_cast<const uint16_t*>(table)[at]);
-        case kExlBfloat16: return bfloat16_to_float(static_cast<const uint16_t*>(table)[at]);
-        default: return static_cast<const float*>(table)[at];
+        case kExlFloat16: return half_to_float(static_cast<const uint16_t*>(table)[index]);
+        case kExlBfloat16: return bfloat16_to_float(static_cast<const uint16_t*>(table)[index]);
+        default: return static_cast<const float*>(table)[index];
     }
 }
 
@@ -41,14 +42,15 @@ void copy_row(const void* table, int64_t dtype, int64_t start, int64_t step, int
 }
 
 template <class Function>
-void each_row(int64_t rows, int64_t size, const Function& f) {
-    const int64_t least = (kElementsPerTask + size - 1) / size;
-    parallel_for(rows, balanced_grain(rows, least), [&](int64_t first, int64_t end, int) {
+void for_each_row(int64_t rows, int64_t size, const Function& f) {
+    const int64_t min_grain = (kElementsPerTask + size - 1) / size;
+    parallel_for(rows, balanced_grain(rows, min_grain), [&](int64_t first, int64_t end, int) {
         for (int64_t row = first; row < end; ++row) f(row);
     });
 }
 
-// The expert after (logit, index) in falling order of logits, lower index first among equals.
+// The expert after (logit, index) in falling order of logits; among equal logits the lower index
+// comes first. -1 if there is none.
 int64_t next_expert(const float* logits, int64_t experts, float logit, int64_t index) {
     int64_t best = -1;
     for (int64_t e = 0; e < experts; ++e) {
@@ -72,7 +74,7 @@ void route_row(const float* logits, int64_t experts, int64_t top_k, bool normali
     double chosen_total = 0.0;
     for (int64_t k = 0; k < top_k; ++k) {
         index = next_expert(logits, experts, logit, index);
-        // Only NaN leaves nothing to choose; the weights become NaN as well.
+        // Only NaN leaves no expert to choose; the weights then become NaN as well.
         if (index < 0) index = k;
         logit = logits[index];
         chosen[k] = static_cast<int32_t>(index);
@@ -88,25 +90,28 @@ void route_row(const float* logits, int64_t experts, int64_t top_k, bool normali
 }  // namespace
 }  // namespace exl
 
-// out[t] = table[ids[t]] * factor; table [vocab, size] of an ExlDtype. Returns 0, or -1 where
-// an id is not within the table.
+// out[t] = table[ids[t]] * factor. Returns 0, or -1 if an id is outside of the table.
+//
+// ids: int32 [rows]; table: dtype [vocab, size]; out: float32 [rows, size].
 EXL_API int exl_embed(const int32_t* ids, int64_t rows, const void* table, int64_t dtype,
                       int64_t vocab, int64_t size, float factor, float* out) {
     using namespace exl;
     if (!within(ids, rows, vocab)) return -1;
-    each_row(rows, size, [&](int64_t t) {
+    for_each_row(rows, size, [&](int64_t t) {
         copy_row(table, dtype, ids[t] * size, 1, size, factor, out + t * size);
     });
     return 0;
 }
 
-// The same from a head in tiles: row id is lane id % 16 of tile id / 16.
+// exl_embed from a head in tiles: row id is column id % 16 of tile id / 16.
+//
+// ids: int32 [rows]; out: float32 [rows, table->in_features].
 EXL_API int exl_embed_tiled(const int32_t* ids, int64_t rows, const ExlDenseLinear* table,
                             float factor, float* out) {
     using namespace exl;
     const int64_t size = table->in_features;
     if (!within(ids, rows, table->out_features)) return -1;
-    each_row(rows, size, [&](int64_t t) {
+    for_each_row(rows, size, [&](int64_t t) {
         const int64_t tile = ids[t] / kTileColumns, lane = ids[t] % kTileColumns;
         copy_row(table->weight, table->dtype, tile * size * kTileColumns + lane, kTileColumns,
                  size, factor, out + t * size);
@@ -114,36 +119,44 @@ EXL_API int exl_embed_tiled(const int32_t* ids, int64_t rows, const ExlDenseLine
     return 0;
 }
 
-// out[i] = x[rows[i]]; x [x_rows, size], out [count, size].
+// out[i] = x[rows[i]]. Returns 0, or -1 if a row is outside of x.
+//
+// x: float32 [x_rows, size]; rows: int32 [count]; out: float32 [count, size].
 EXL_API int exl_gather_rows(const float* x, int64_t x_rows, const int32_t* rows, int64_t count,
                             int64_t size, float* out) {
     using namespace exl;
     if (!within(rows, count, x_rows)) return -1;
-    each_row(count, size, [&](int64_t i) {
+    for_each_row(count, size, [&](int64_t i) {
         std::memcpy(out + i * size, x + rows[i] * size, sizeof(float) * size);
     });
     return 0;
 }
 
-// out[rows[i]] += weights[i] * x[i]; x [count, size], out [out_rows, size], rows distinct.
+// out[rows[i]] += weights[i] * x[i]. Returns 0, or -1 if a row is outside of out.
+//
+// x: float32 [count, size]; rows: int32 [count], distinct; weights: float32 [count]; out: float32
+// [out_rows, size].
 EXL_API int exl_scatter_add_rows(const float* x, const int32_t* rows, const float* weights,
                                  int64_t count, int64_t size, float* out, int64_t out_rows) {
     using namespace exl;
     if (!within(rows, count, out_rows)) return -1;
-    each_row(count, size, [&](int64_t i) {
+    for_each_row(count, size, [&](int64_t i) {
         float* target = out + rows[i] * size;
         for (int64_t j = 0; j < size; ++j) target[j] += weights[i] * x[i * size + j];
     });
     return 0;
 }
 
-// Softmax over experts and the top_k of them. logits [rows, experts], weights and chosen
-// [rows, top_k], top_k <= experts.
+// Chooses the top_k experts of each row and their weights: a softmax over all experts, divided by
+// the sum of the chosen weights if `normalize`.
+//
+// logits: float32 [rows, experts]; weights: float32 and chosen: int32 [rows, top_k];
+// top_k <= experts.
 EXL_API void exl_moe_route(const float* logits, int64_t rows, int64_t experts, int64_t top_k,
                            int normalize, float* weights, int32_t* chosen) {
     using namespace exl;
-    const int64_t least = (kRoutesPerTask + experts - 1) / experts;
-    parallel_for(rows, balanced_grain(rows, least), [&](int64_t first, int64_t end, int) {
+    const int64_t min_grain = (kRoutesPerTask + experts - 1) / experts;
+    parallel_for(rows, balanced_grain(rows, min_grain), [&](int64_t first, int64_t end, int) {
         for (int64_t row = first; row < end; ++row) {
             route_row(logits + row * experts, experts, top_k, normalize != 0,
                       weights + row * top_k, chosen + row * top_k);

@@ -1,12 +1,15 @@
-// Sixteen lanes of whatever the machine has.
+// Sixteen lanes of 32 bits on any processor.
 //
 // Purpose: one spelling of the vector operations that the kernels need, so that a kernel is
-// written once. A tile is 16 columns wide, so the unit is 16 lanes of 32 bits: one AVX-512
-// register, two AVX2 registers, or an array that the compiler vectorises as it can. The
-// choice is made by the target macros: the library is compiled for the machine at hand.
+// written once. A tile has 16 columns, so the unit is 16 lanes of 32 bits: one AVX-512
+// register, two AVX2 registers, or an array that the compiler vectorises. The target macros
+// select the variant because the library is compiled for the machine that runs it.
 //
-// Integer results are the same on every target, bit for bit. Floating point differs only
-// where a target has no fused multiply-add.
+// Layout: F32x16 and I32x16 hold 16 lanes; U8x64 holds 64 codes of one byte,
+// [16 columns][4 rows].
+//
+// Integer results are the same bits on every target. Floating-point results differ only on a
+// target without a fused multiply-add.
 #pragma once
 
 #include <cmath>
@@ -18,17 +21,17 @@
 #define EXL_AVX512 1
 #include <immintrin.h>
 #elif defined(__AVX2__) && (defined(_MSC_VER) || (defined(__FMA__) && defined(__F16C__)))
-// MSVC names neither of the two: its /arch:AVX2 stands for both.
+// MSVC defines neither __FMA__ nor __F16C__; its /arch:AVX2 implies both.
 #define EXL_AVX2 1
 #include <immintrin.h>
 #endif
 
 #if defined(__GNUC__) && !defined(__clang__)
-// GCC 12's own intrinsics start from a deliberately undefined register and then warn of it.
+// GCC 12's own intrinsics start from a deliberately undefined register and then warn about it.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-// Partial redundancy elimination splits the integer sums of a loop in two, and then half of
-// them live in memory: prefill at half its speed (GCC 12).
+// Partial redundancy elimination cuts the integer sums of a loop into two sets, half of which
+// then live in memory; prefill runs at half its speed (GCC 12).
 #pragma GCC optimize("no-tree-pre")
 #endif
 
@@ -37,18 +40,18 @@
 #define EXL_INLINED
 #else
 #define EXL_INLINE inline __attribute__((always_inline))
-// After a lambda's parameters. Inlined early, what it captures can live in registers; GCC
-// leaves arrays of sums in memory where inlining comes late.
+// Follows a lambda's parameters. If the lambda is inlined early, its captures can live in
+// registers; if it is inlined late, GCC leaves arrays of sums in memory.
 #define EXL_INLINED __attribute__((always_inline))
 #endif
 
 namespace exl {
 
-// Lanes of a vector, which is also the width of a tile.
+// Lanes of a vector; also the number of columns of a tile.
 constexpr int kLanes = 16;
 
-// float16 to float32 without hardware: the exponent is moved by a multiplication, which
-// also gets subnormal numbers right; infinities and NaN (exponent 31) are mended after it.
+// Converts float16 to float32 without hardware. A multiplication moves the exponent, which is
+// right for subnormal numbers too; infinities and NaN (exponent 31) are corrected after it.
 EXL_INLINE float half_to_float(uint16_t half) {
     const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
     uint32_t bits = static_cast<uint32_t>(half & 0x7fffu) << 13;
@@ -81,7 +84,7 @@ EXL_INLINE float bfloat16_to_float(uint16_t value) {
 
 namespace exl {
 
-// Asks for a line of memory ahead of its use; any address is allowed.
+// Requests a cache line ahead of its use. Any address is allowed, also an invalid one.
 EXL_INLINE void prefetch(const uint8_t* p) {
 #if defined(__GNUC__)
     __builtin_prefetch(p);
@@ -92,7 +95,8 @@ EXL_INLINE void prefetch(const uint8_t* p) {
 #endif
 }
 
-// The first `count` (below 16) elements, zero beyond; nothing outside them is touched.
+// Loads or stores the first `count` (below 16) elements; the other lanes are zero. Memory outside
+// these elements is not accessed.
 EXL_INLINE F32x16 load_part(const float* p, int64_t count) {
     float lanes[kLanes] = {};
     std::memcpy(lanes, p, sizeof(float) * static_cast<size_t>(count));

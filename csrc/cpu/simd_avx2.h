@@ -1,4 +1,4 @@
-// simd.h on AVX2 with FMA and F16C: two registers of eight lanes.
+// simd.h for AVX2 with FMA and F16C: two registers of eight lanes. See simd.h.
 #pragma once
 
 namespace exl {
@@ -9,7 +9,7 @@ struct F32x16 {
 struct I32x16 {
     __m256i lo, hi;
 };
-// 64 codes of one byte: [column 0..15][4 rows], see formats/packed.py.
+// 64 codes of one byte: [16 columns][4 rows].
 struct U8x64 {
     __m256i lo, hi;
 };
@@ -57,7 +57,7 @@ EXL_INLINE F32x16 max(F32x16 a, F32x16 b) {
 EXL_INLINE F32x16 min(F32x16 a, F32x16 b) {
     return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)};
 }
-// a * b + c, rounded once where the target can.
+// a * b + c with one rounding.
 EXL_INLINE F32x16 fma(F32x16 a, F32x16 b, F32x16 c) {
     return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
 }
@@ -73,7 +73,7 @@ EXL_INLINE float largest(F32x16 a) {
     v = _mm_max_ps(v, _mm_movehl_ps(v, v));
     return _mm_cvtss_f32(_mm_max_ss(v, _mm_movehdup_ps(v)));
 }
-// Nearest whole number, ties to even.
+// Rounds to the nearest whole number, ties to even.
 EXL_INLINE F32x16 round(F32x16 a) {
     constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
     return {_mm256_round_ps(a.lo, kNearest), _mm256_round_ps(a.hi, kNearest)};
@@ -89,7 +89,7 @@ EXL_INLINE I32x16 load_bytes(const uint8_t* p) {
     const __m128i bytes = load128(p);
     return {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};
 }
-// The low byte of every lane, which holds -128 .. 127.
+// Stores the low byte of every lane. Precondition: lanes are in -128..127.
 EXL_INLINE void store_bytes(int8_t* p, I32x16 a) {
     const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.lo, a.hi), 0xd8);
     const __m128i bytes =
@@ -131,7 +131,7 @@ EXL_INLINE I32x16 shift_left(I32x16 a, int bits) {
 EXL_INLINE F32x16 to_float(I32x16 a) {
     return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)};
 }
-// Nearest, ties to even.
+// Rounds to the nearest whole number, ties to even.
 EXL_INLINE I32x16 to_int(F32x16 a) { return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)}; }
 EXL_INLINE F32x16 as_float(I32x16 a) {
     return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)};
@@ -139,7 +139,7 @@ EXL_INLINE F32x16 as_float(I32x16 a) {
 EXL_INLINE I32x16 as_int(F32x16 a) {
     return {_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)};
 }
-// The bits without the sign.
+// The bits of the magnitude, without the sign.
 EXL_INLINE I32x16 magnitude_bits(F32x16 a) {
     const I32x16 bits = as_int(a);
     const __m256i mask = _mm256_set1_epi32(0x7fffffff);
@@ -151,7 +151,7 @@ EXL_INLINE void store_codes(uint8_t* p, U8x64 a) {
     store256(p, a.lo);
     store256(p + 32, a.hi);
 }
-// Shifts of every byte; what comes in are bits of neighbours, which a mask has to remove.
+// Shift every byte. Bits of the neighbouring bytes are shifted in; the caller must mask them.
 template <int Bits>
 EXL_INLINE U8x64 shift_bytes_right(U8x64 a) {
     return {_mm256_srli_epi16(a.lo, Bits), _mm256_srli_epi16(a.hi, Bits)};
@@ -174,7 +174,7 @@ EXL_INLINE U8x64 and_or(U8x64 a, U8x64 b, U8x64 c) {
     return {_mm256_or_si256(both.lo, c.lo), _mm256_or_si256(both.hi, c.hi)};
 }
 
-// Whether dot<true> costs no more than dot<false>.
+// True if dot<true> costs no more than dot<false>.
 #if defined(__AVXVNNI__)
 constexpr bool kWideDotIsFree = true;
 #else
@@ -186,8 +186,8 @@ EXL_INLINE __m256i dot256(__m256i acc, __m256i codes, __m256i x) {
 #if defined(__AVXVNNI__)
     return _mm256_dpbusd_avx_epi32(acc, codes, x);
 #else
-    // vpmaddubsw saturates at 2^15: 2 * 127 * 127 fits, 2 * 255 * 127 does not, so the top
-    // bit of a wide code goes by itself (2 * 128 * 127 fits as well).
+    // vpmaddubsw saturates at 2^15: 2 * 127 * 127 fits but 2 * 255 * 127 does not, so the top bit
+    // of a wide code is multiplied separately (2 * 128 * 127 fits as well).
     const __m256i ones = _mm256_set1_epi16(1);
     __m256i low = codes;
     if constexpr (Wide) {
@@ -199,8 +199,8 @@ EXL_INLINE __m256i dot256(__m256i acc, __m256i codes, __m256i x) {
     return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(low, x), ones));
 #endif
 }
-// acc[column] += sum over 4 rows of codes[column][row] * x[row]. `x4` holds four signed
-// bytes, none of them -128. Wide says that codes may exceed 127.
+// acc[column] += sum over 4 rows of codes[column][row] * x[row]. `x4` holds four signed bytes,
+// none of them -128, the first row in the lowest byte. Wide: codes may exceed 127.
 template <bool Wide>
 EXL_INLINE I32x16 dot(I32x16 acc, U8x64 codes, int32_t x4) {
     const __m256i x = _mm256_set1_epi32(x4);

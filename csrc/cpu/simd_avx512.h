@@ -1,4 +1,5 @@
-// simd.h on AVX-512 (F, BW, VL, DQ; VNNI where the machine has it).
+// simd.h for AVX-512 (F, BW, VL, DQ, and VNNI if the processor has it): one register of sixteen
+// lanes. See simd.h.
 #pragma once
 
 namespace exl {
@@ -9,7 +10,7 @@ struct F32x16 {
 struct I32x16 {
     __m512i v;
 };
-// 64 codes of one byte: [column 0..15][4 rows], see formats/packed.py.
+// 64 codes of one byte: [16 columns][4 rows].
 struct U8x64 {
     __m512i v;
 };
@@ -34,13 +35,13 @@ EXL_INLINE F32x16 operator*(F32x16 a, F32x16 b) { return {_mm512_mul_ps(a.v, b.v
 EXL_INLINE F32x16 operator/(F32x16 a, F32x16 b) { return {_mm512_div_ps(a.v, b.v)}; }
 EXL_INLINE F32x16 max(F32x16 a, F32x16 b) { return {_mm512_max_ps(a.v, b.v)}; }
 EXL_INLINE F32x16 min(F32x16 a, F32x16 b) { return {_mm512_min_ps(a.v, b.v)}; }
-// a * b + c, rounded once where the target can.
+// a * b + c with one rounding.
 EXL_INLINE F32x16 fma(F32x16 a, F32x16 b, F32x16 c) {
     return {_mm512_fmadd_ps(a.v, b.v, c.v)};
 }
 EXL_INLINE float sum(F32x16 a) { return _mm512_reduce_add_ps(a.v); }
 EXL_INLINE float largest(F32x16 a) { return _mm512_reduce_max_ps(a.v); }
-// Nearest whole number, ties to even.
+// Rounds to the nearest whole number, ties to even.
 EXL_INLINE F32x16 round(F32x16 a) {
     return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT)};
 }
@@ -51,7 +52,7 @@ EXL_INLINE I32x16 broadcast(int32_t a) { return {_mm512_set1_epi32(a)}; }
 EXL_INLINE I32x16 load_bytes(const uint8_t* p) {
     return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
-// The low byte of every lane.
+// Stores the low byte of every lane. Precondition: lanes are in -128..127.
 EXL_INLINE void store_bytes(int8_t* p, I32x16 a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
 }
@@ -69,18 +70,18 @@ EXL_INLINE I32x16 shift_left(I32x16 a, int bits) {
     return {_mm512_sll_epi32(a.v, _mm_cvtsi32_si128(bits))};
 }
 EXL_INLINE F32x16 to_float(I32x16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
-// Nearest, ties to even.
+// Rounds to the nearest whole number, ties to even.
 EXL_INLINE I32x16 to_int(F32x16 a) { return {_mm512_cvtps_epi32(a.v)}; }
 EXL_INLINE F32x16 as_float(I32x16 a) { return {_mm512_castsi512_ps(a.v)}; }
 EXL_INLINE I32x16 as_int(F32x16 a) { return {_mm512_castps_si512(a.v)}; }
-// The bits without the sign.
+// The bits of the magnitude, without the sign.
 EXL_INLINE I32x16 magnitude_bits(F32x16 a) {
     return {_mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7fffffff))};
 }
 
 EXL_INLINE U8x64 load_codes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 EXL_INLINE void store_codes(uint8_t* p, U8x64 a) { _mm512_storeu_si512(p, a.v); }
-// Shifts of every byte; what comes in are bits of neighbours, which a mask has to remove.
+// Shift every byte. Bits of the neighbouring bytes are shifted in; the caller must mask them.
 template <int Bits>
 EXL_INLINE U8x64 shift_bytes_right(U8x64 a) {
     return {_mm512_srli_epi16(a.v, Bits)};
@@ -99,23 +100,23 @@ EXL_INLINE U8x64 and_or(U8x64 a, U8x64 b, U8x64 c) {
     return {_mm512_ternarylogic_epi32(a.v, b.v, c.v, 0xea)};
 }
 
-// Whether dot<true> costs no more than dot<false>.
+// True if dot<true> costs no more than dot<false>.
 #if defined(__AVX512VNNI__)
 constexpr bool kWideDotIsFree = true;
 #else
 constexpr bool kWideDotIsFree = false;
 #endif
 
-// acc[column] += sum over 4 rows of codes[column][row] * x[row]. `x4` holds four signed
-// bytes, none of them -128. Wide says that codes may exceed 127.
+// acc[column] += sum over 4 rows of codes[column][row] * x[row]. `x4` holds four signed bytes,
+// none of them -128, the first row in the lowest byte. Wide: codes may exceed 127.
 template <bool Wide>
 EXL_INLINE I32x16 dot(I32x16 acc, U8x64 codes, int32_t x4) {
     const __m512i x = _mm512_set1_epi32(x4);
 #if defined(__AVX512VNNI__)
     return {_mm512_dpbusd_epi32(acc.v, codes.v, x)};
 #else
-    // vpmaddubsw saturates at 2^15: 2 * 127 * 127 fits, 2 * 255 * 127 does not, so the top
-    // bit of a wide code goes by itself (2 * 128 * 127 fits as well).
+    // vpmaddubsw saturates at 2^15: 2 * 127 * 127 fits but 2 * 255 * 127 does not, so the top bit
+    // of a wide code is multiplied separately (2 * 128 * 127 fits as well).
     const __m512i ones = _mm512_set1_epi16(1);
     __m512i low = codes.v;
     if constexpr (Wide) {

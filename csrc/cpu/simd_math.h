@@ -1,14 +1,14 @@
-// Exponentials on sixteen lanes.
+// Exponentials on sixteen lanes, beyond simd.h.
 //
-// Every function is the same in each lane and has no branches, so an element's result does
-// not depend on where it stands.
+// Every function computes each lane in the same way and has no branches, so an element's result
+// does not depend on its lane.
 #pragma once
 
 #include "simd.h"
 
 namespace exl {
 
-// x = n ln 2 + r with |r| <= ln 2 / 2: gives 2^n and expm1(r), from which exp, expm1 and tanh
+// x = n ln 2 + r with |r| <= ln 2 / 2. Holds 2^n and expm1(r), from which exp, expm1 and tanh
 // follow without cancellation.
 struct Exponential {
     F32x16 power;
@@ -16,14 +16,14 @@ struct Exponential {
 };
 
 EXL_INLINE Exponential split_exponential(F32x16 x) {
-    // ln(2^-126) and ln(2^127): 2^n stays a normal number. NaN passes through min and max,
-    // which return their second operand if one is NaN.
+    // The limits are ln(2^-126) and ln(2^127), so that 2^n is a normal number. NaN passes through
+    // min and max because both return their second operand if an operand is NaN.
     x = max(broadcast(-87.33654f), min(broadcast(88.02969f), x));
     const F32x16 n = round(x * broadcast(1.44269504f));
-    // ln 2 = 0x1.62ep-1 + rest; the first has 12 bits, so n times it is exact.
+    // ln 2 = 0x1.62ep-1 + remainder. The first has 12 bits, so n times it is exact.
     F32x16 r = fma(n, broadcast(-0x1.62ep-1f), x);
     r = fma(n, broadcast(-0x1.0bfbe8p-15f), r);
-    // Taylor series: the first term left out, r^7 / 8! relative to r, is below 2^-25.
+    // Taylor series. The first omitted term, r^7 / 8! relative to r, is below 2^-25.
     F32x16 p = broadcast(1.0f / 5040);
     p = fma(p, r, broadcast(1.0f / 720));
     p = fma(p, r, broadcast(1.0f / 120));
@@ -36,15 +36,15 @@ EXL_INLINE Exponential split_exponential(F32x16 x) {
     return {as_float(shift_left(exponent, kMantissaBits)), p};
 }
 
-// e^x within 2 units in the last place; e^-87.3 (1.2e-38) below that, 2^127 above 88.03.
+// e^x within 2 units in the last place; e^-87.3 (1.2e-38) for smaller x, 2^127 for x above 88.03.
 EXL_INLINE F32x16 exp(F32x16 x) {
     const Exponential e = split_exponential(x);
     return fma(e.power, e.expm1, e.power);
 }
 
-// tanh within 4 units in the last place, also near zero.
+// tanh(x) within 4 units in the last place, also near zero.
 EXL_INLINE F32x16 tanh(F32x16 x) {
-    // Beyond 15, tanh is 1 to float32 rounding, and expm1 would overflow later on.
+    // Beyond 15, tanh is 1 after rounding to float32, and expm1 would overflow for larger x.
     const F32x16 bounded = max(broadcast(-15.0f), min(broadcast(15.0f), x));
     const Exponential e = split_exponential(bounded + bounded);
     const F32x16 expm1 = fma(e.power, e.expm1, e.power - broadcast(1.0f));

@@ -1,4 +1,4 @@
-// simd.h in plain C++: arrays of 16 that the compiler vectorises for whatever it targets.
+// simd.h in plain C++: arrays of 16 that the compiler vectorises for its target. See simd.h.
 #pragma once
 
 namespace exl {
@@ -9,7 +9,7 @@ struct F32x16 {
 struct I32x16 {
     int32_t v[kLanes];
 };
-// 64 codes of one byte: [column 0..15][4 rows], see formats/packed.py.
+// 64 codes of one byte: [16 columns][4 rows].
 struct U8x64 {
     uint8_t v[4 * kLanes];
 };
@@ -21,7 +21,7 @@ EXL_INLINE Result lanes(const Function& function) {
     return r;
 }
 
-// float32 to float16, nearest even, without hardware.
+// Converts float32 to float16 without hardware, to nearest, ties to even.
 EXL_INLINE uint16_t float_to_half(float value) {
     uint32_t bits;
     std::memcpy(&bits, &value, 4);
@@ -29,7 +29,7 @@ EXL_INLINE uint16_t float_to_half(float value) {
     bits &= 0x7fffffffu;
     if (bits > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
     if (bits >= 0x47800000u) return static_cast<uint16_t>(sign | 0x7c00u);  // 65536 and above
-    if (bits < 0x38800000u) {  // below 2^-14: the adder rounds at 2^-24, a subnormal's step
+    if (bits < 0x38800000u) {  // below 2^-14: the addition rounds at 2^-24, a subnormal's step
         float magnitude;
         std::memcpy(&magnitude, &bits, 4);
         magnitude += 0.5f;  // 0.5 has its last bit at 2^-24
@@ -76,8 +76,8 @@ EXL_INLINE F32x16 max(F32x16 a, F32x16 b) {
 EXL_INLINE F32x16 min(F32x16 a, F32x16 b) {
     return lanes<F32x16>([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
 }
-// a * b + c, rounded once where the target can: a call of the library's fmaf would cost more
-// than the product.
+// a * b + c, with one rounding if the target has a fused multiply-add. A call of the library's
+// fmaf would cost more than the product.
 EXL_INLINE F32x16 fma(F32x16 a, F32x16 b, F32x16 c) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
     return lanes<F32x16>([&](int i) { return __builtin_fmaf(a.v[i], b.v[i], c.v[i]); });
@@ -95,7 +95,7 @@ EXL_INLINE float largest(F32x16 a) {
     for (int i = 1; i < kLanes; ++i) a.v[0] = a.v[i] > a.v[0] ? a.v[i] : a.v[0];
     return a.v[0];
 }
-// Nearest whole number, ties to even.
+// Rounds to the nearest whole number, ties to even.
 EXL_INLINE F32x16 round(F32x16 a) {
     return lanes<F32x16>([&](int i) { return std::nearbyint(a.v[i]); });
 }
@@ -112,7 +112,7 @@ EXL_INLINE I32x16 broadcast(int32_t a) {
 EXL_INLINE I32x16 load_bytes(const uint8_t* p) {
     return lanes<I32x16>([=](int i) { return static_cast<int32_t>(p[i]); });
 }
-// The low byte of every lane.
+// Stores the low byte of every lane. Precondition: lanes are in -128..127.
 EXL_INLINE void store_bytes(int8_t* p, I32x16 a) {
     for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int8_t>(a.v[i]);
 }
@@ -148,7 +148,7 @@ EXL_INLINE I32x16 shift_left(I32x16 a, int bits) {
 EXL_INLINE F32x16 to_float(I32x16 a) {
     return lanes<F32x16>([&](int i) { return static_cast<float>(a.v[i]); });
 }
-// Nearest, ties to even.
+// Rounds to the nearest whole number, ties to even.
 EXL_INLINE I32x16 to_int(F32x16 a) {
     return lanes<I32x16>([&](int i) { return static_cast<int32_t>(std::lrint(a.v[i])); });
 }
@@ -162,7 +162,7 @@ EXL_INLINE I32x16 as_int(F32x16 a) {
     std::memcpy(r.v, a.v, sizeof(r.v));
     return r;
 }
-// The bits without the sign.
+// The bits of the magnitude, without the sign.
 EXL_INLINE I32x16 magnitude_bits(F32x16 a) {
     const I32x16 bits = as_int(a);
     return lanes<I32x16>([&](int i) { return bits.v[i] & 0x7fffffff; });
@@ -174,7 +174,8 @@ EXL_INLINE U8x64 load_codes(const uint8_t* p) {
     return r;
 }
 EXL_INLINE void store_codes(uint8_t* p, U8x64 a) { std::memcpy(p, a.v, sizeof(a.v)); }
-// Shifts of every byte; a mask follows, because vectors bring in bits of neighbours.
+// Shift every byte. The caller must mask the result because vector targets shift in bits of the
+// neighbouring bytes.
 template <int Bits>
 EXL_INLINE U8x64 shift_bytes_right(U8x64 a) {
     for (auto& byte : a.v) byte = static_cast<uint8_t>(byte >> Bits);
@@ -203,11 +204,11 @@ EXL_INLINE U8x64 and_or(U8x64 a, U8x64 b, U8x64 c) {
     return c;
 }
 
-// Whether dot<true> costs no more than dot<false>.
+// True if dot<true> costs no more than dot<false>.
 constexpr bool kWideDotIsFree = true;
 
-// acc[column] += sum over 4 rows of codes[column][row] * x[row]. `x4` holds four signed
-// bytes, the first row in the lowest.
+// acc[column] += sum over 4 rows of codes[column][row] * x[row]. `x4` holds four signed bytes,
+// the first row in the lowest byte.
 template <bool Wide>
 EXL_INLINE I32x16 dot(I32x16 acc, U8x64 codes, int32_t x4) {
     int16_t x[4];

@@ -1,12 +1,11 @@
-// The thread pool behind threads.h.
+// The thread pool of threads.h.
 //
-// One job at a time: `call` serialises callers. A job's chunks are claimed by counting
-// `unclaimed` down; whoever wins a claim may read the job's fields, because the job cannot be
-// replaced before that chunk is counted in `finished`. A worker that wakes late finds nothing
-// to claim and touches nothing, so the caller never waits for a worker that has not begun.
+// One job at a time: the mutex `call` serialises callers. Threads claim a job's chunks by counting
+// `unclaimed` down. A thread that has a claim may read the job's fields because the job cannot be
+// replaced before that chunk is counted in `finished`. A worker that wakes late finds no chunk to
+// claim and reads nothing, so the caller never waits for a worker that has not started.
 //
-// The pool is never destroyed: workers may still spin while the process exits, and what they
-// look at must stay there.
+// The pool is never destroyed because workers may still spin while the process exits.
 #include "api.h"
 #include "threads.h"
 
@@ -29,13 +28,13 @@
 namespace exl {
 namespace {
 
-// How long a worker spins after its last job before it sleeps. Between two operations of a
-// decode step lie a few microseconds of Python; a sleeping worker costs some 50 us to wake.
+// How long a worker spins after its last job before it sleeps. Between two operations of a decode
+// step there are a few microseconds of Python; to wake a sleeping worker costs about 50 us.
 constexpr auto kSpin = std::chrono::microseconds(100);
-// Pauses between two looks at the clock: a pause is 10 to 140 cycles, a look about 80.
-constexpr int kPausesPerLook = 16;
-// Pauses after which a caller that waits for a worker gives its core away: the worker has
-// been preempted, perhaps by this very caller.
+// Pauses between two reads of the clock: a pause takes 10 to 140 cycles, a read about 80.
+constexpr int kPausesPerClockRead = 16;
+// Pauses after which a caller that waits for a worker yields its core, because the worker has
+// been preempted, possibly by the caller itself.
 constexpr int kPausesBeforeYield = 2000;
 
 inline void pause() {
@@ -65,10 +64,10 @@ struct Pool {
 };
 
 std::atomic<Pool*> pool{new Pool};
-std::atomic<int> wanted_threads{1};
+std::atomic<int> requested_threads{1};
 
 #if defined(__unix__) || defined(__APPLE__)
-// A forked child has none of the workers and perhaps a locked mutex: it starts afresh.
+// A forked child has no workers and possibly a locked mutex, so it starts with a new pool.
 void forget_pool() { pool.store(new Pool); }
 const int fork_handler = pthread_atfork(nullptr, nullptr, forget_pool);
 #endif
@@ -88,23 +87,23 @@ void drain(Pool& p, int thread) {
     }
 }
 
-bool something_to_do(const Pool& p) {
+bool has_work(const Pool& p) {
     return p.unclaimed.load(std::memory_order_seq_cst) > 0 || p.stopping.load();
 }
 
 void wait_for_work(Pool& p) {
     const auto start = std::chrono::steady_clock::now();
     do {
-        for (int i = 0; i < kPausesPerLook; ++i) {
-            if (something_to_do(p)) return;
+        for (int i = 0; i < kPausesPerClockRead; ++i) {
+            if (has_work(p)) return;
             pause();
         }
     } while (std::chrono::steady_clock::now() - start < kSpin);
     std::unique_lock<std::mutex> lock(p.sleep);
-    // Counted before the last look and looked at by the caller after publishing (both
-    // sequentially consistent): one of the two sees the other.
+    // The worker counts itself before its last check; the caller publishes a job before it reads
+    // this counter. Both are sequentially consistent, so at least one of them sees the other.
     p.sleeping.fetch_add(1);
-    p.wake.wait(lock, [&] { return something_to_do(p); });
+    p.wake.wait(lock, [&] { return has_work(p); });
     p.sleeping.fetch_sub(1);
 }
 
@@ -121,10 +120,10 @@ void wake_sleepers(Pool& p) {
     p.wake.notify_all();
 }
 
-// Brings the number of workers to what set_threads asked for, or to the job's own bound, so
-// that no worker has a higher number. `call` is held.
-void resize(Pool& p, int64_t most_threads) {
-    const int64_t threads = std::min<int64_t>(wanted_threads.load(), most_threads);
+// Adjusts the number of workers to the number requested by exl_set_threads, or to the job's own
+// bound if that is lower, so that no worker has a higher number. Precondition: `call` is held.
+void resize(Pool& p, int64_t max_threads) {
+    const int64_t threads = std::min<int64_t>(requested_threads.load(), max_threads);
     const size_t workers = static_cast<size_t>(threads - 1);
     if (p.workers.size() == workers) return;
     p.stopping.store(true);
@@ -137,24 +136,24 @@ void resize(Pool& p, int64_t most_threads) {
             p.workers.emplace_back(work, &p, static_cast<int>(p.workers.size()) + 1);
         }
     } catch (const std::system_error&) {
-        // The system gives no more threads: go on with those there are.
-        wanted_threads.store(static_cast<int>(p.workers.size()) + 1);
+        // The system provides no more threads: continue with the existing ones.
+        requested_threads.store(static_cast<int>(p.workers.size()) + 1);
     }
 }
 
 }  // namespace
 
-void parallel(int64_t items, int64_t grain, Task task, void* context, int64_t most_threads) {
+void parallel(int64_t items, int64_t grain, Task task, void* context, int64_t max_threads) {
     if (items <= 0) return;
     const int64_t chunks = (items + grain - 1) / grain;
-    if (chunks == 1 || most_threads <= 1 ||
-        wanted_threads.load(std::memory_order_relaxed) == 1) {
+    if (chunks == 1 || max_threads <= 1 ||
+        requested_threads.load(std::memory_order_relaxed) == 1) {
         task(context, 0, items, 0);
         return;
     }
     Pool& p = *pool.load();
     std::lock_guard<std::mutex> lock(p.call);
-    resize(p, most_threads);
+    resize(p, max_threads);
     p.task = task;
     p.context = context;
     p.items = items;
@@ -173,19 +172,19 @@ void parallel(int64_t items, int64_t grain, Task task, void* context, int64_t mo
     }
 }
 
-int num_threads() { return wanted_threads.load(std::memory_order_relaxed); }
+int num_threads() { return requested_threads.load(std::memory_order_relaxed); }
 
-int64_t balanced_grain(int64_t items, int64_t least) {
+int64_t balanced_grain(int64_t items, int64_t min_grain) {
     constexpr int64_t kChunksPerThread = 8;
     const int64_t chunks = kChunksPerThread * num_threads();
     const int64_t grain = (items + chunks - 1) / chunks;
-    return grain > least ? grain : least;
+    return grain > min_grain ? grain : min_grain;
 }
 
 }  // namespace exl
 
-// Threads of later calls, at least 1 (the caller). Returns the number now in force.
+// Sets the number of threads of later calls, at least 1 (the caller). Returns the number in force.
 EXL_API int exl_set_threads(int threads) {
-    exl::wanted_threads.store(threads < 1 ? 1 : threads);
+    exl::requested_threads.store(threads < 1 ? 1 : threads);
     return exl::num_threads();
 }

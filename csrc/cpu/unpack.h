@@ -1,7 +1,8 @@
-// From bit planes to registers of one byte a code.
+// Unpacking of bit planes into registers with one byte for each code.
 //
-// A block of b-bit codes is b vectors of 64 bytes. A plane of w bits is w of them; register j
-// of it is field j % (8 / w) of vector j / (8 / w). See formats/packed.py.
+// Layout: a block of b-bit codes (packed.h) is b vectors of 64 bytes, in a high and a low plane
+// of high_width(b) and b - high_width(b) bits. A plane of w bits is w vectors; its register j is
+// field j % (8 / w) of vector j / (8 / w).
 #pragma once
 
 #include <type_traits>
@@ -15,7 +16,8 @@ constexpr int high_width(int bits) {
     return bits == 8 ? 8 : bits >= 4 ? 4 : 2;
 }
 
-// Shifts bytes right by Shift, or left where it is negative; bits of neighbours come in.
+// Shifts bytes right by Shift, or left if Shift is negative. Bits of neighbouring bytes are
+// shifted in.
 template <int Shift>
 EXL_INLINE U8x64 shifted(U8x64 a) {
     if constexpr (Shift > 0) return shift_bytes_right<Shift>(a);
@@ -23,7 +25,7 @@ EXL_INLINE U8x64 shifted(U8x64 a) {
     return a;
 }
 
-// Register Index of a plane of Width bits that begins at `plane`, moved up by Up bits.
+// Register Index of a plane of Width bits that begins at `plane`, shifted left by Up bits.
 template <int Width, int Up, int Index>
 EXL_INLINE U8x64 plane_register(const uint8_t* plane) {
     constexpr int kFields = 8 / Width;
@@ -37,7 +39,7 @@ EXL_INLINE U8x64 plane_register(const uint8_t* plane) {
     }
 }
 
-// The same, together with `other`.
+// plane_register combined with `other` by a bitwise or.
 template <int Width, int Up, int Index>
 EXL_INLINE U8x64 plane_register_or(const uint8_t* plane, U8x64 other) {
     constexpr int kFields = 8 / Width;
@@ -47,7 +49,7 @@ EXL_INLINE U8x64 plane_register_or(const uint8_t* plane, U8x64 other) {
     return and_or(shifted<kShift>(vector), mask<kMask>(), other);
 }
 
-// Register Index (of 8) of a block of Bits-bit codes, moved up by Up bits.
+// Register Index (of 8) of a block of Bits-bit codes, shifted left by Up bits.
 template <int Bits, int Index, int Up = 0>
 EXL_INLINE U8x64 block_register(const uint8_t* block) {
     constexpr int kHigh = high_width(Bits);
@@ -60,15 +62,15 @@ EXL_INLINE U8x64 block_register(const uint8_t* block) {
     }
 }
 
-// How far up a code of register Index stands where its high plane's field is not moved, or as
-// little as the low plane needs: what is saved is a shift of almost every register.
-constexpr int resting_place(int bits, int index) {
+// Left shift of a code of register Index if the field of its high plane is used without a shift,
+// or the smallest shift that the low plane allows. This saves a shift for almost every register.
+constexpr int unshifted_up(int bits, int index) {
     const int high = high_width(bits);
-    const int place = index % (8 / high) * high - (bits - high);
-    return place > 0 ? place : 0;
+    const int up = index % (8 / high) * high - (bits - high);
+    return up > 0 ? up : 0;
 }
 
-// Calls f(integral_constant<Bits>) for the width that a group has.
+// Calls f(integral_constant<Bits>) for the number of bits of a group.
 template <class Function>
 EXL_INLINE void with_bits(int bits, const Function& f) {
     switch (bits) {
