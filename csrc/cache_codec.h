@@ -13,15 +13,7 @@
 
 #include <cstdint>
 
-// Marks a function that the CPU library and kernels share. A kernel may call only functions that
-// are declared for the device. A table must be local to such a function because nvcc places an
-// array of namespace scope on the CPU, and a kernel may then read only elements whose index is a
-// constant.
-#if defined(__CUDACC__)
-#define EXL_HOST_DEVICE __host__ __device__
-#else
-#define EXL_HOST_DEVICE
-#endif
+#include "common.h"
 
 namespace exl {
 
@@ -74,10 +66,10 @@ EXL_HOST_DEVICE constexpr int block_elements(int head_dim, int first) {
 
 EXL_HOST_DEVICE constexpr bool is_quantized(int bits) { return bits < 16; }
 EXL_HOST_DEVICE constexpr int num_groups(int head_dim, int bits) {
-    return is_quantized(bits) ? (head_dim + kGroup - 1) / kGroup : 0;
+    return is_quantized(bits) ? ceil_div(head_dim, kGroup) : 0;
 }
 EXL_HOST_DEVICE constexpr int padded_codes(int elements) {
-    return (elements + kCodeStep - 1) / kCodeStep * kCodeStep;
+    return round_up(elements, kCodeStep);
 }
 // Bytes of the codes of one head of one token.
 EXL_HOST_DEVICE constexpr int code_bytes(int head_dim, int bits) {

@@ -11,6 +11,8 @@
 
 #include <cstdint>
 
+#include "common.h"
+
 namespace exl {
 
 constexpr int kTileColumns = 16;

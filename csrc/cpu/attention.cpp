@@ -21,6 +21,7 @@
 
 #include "cache_rotate.h"
 #include "key_bias.h"
+#include "scratch.h"
 #include "threads.h"
 
 namespace exl {
@@ -28,7 +29,6 @@ namespace {
 
 // Sequences of one decode pass; the numbers of their first slots are in an array on the stack.
 constexpr int kPassSequences = 64;
-constexpr int64_t kLineBytes = 64;
 
 struct Call {
     const ExlCacheLayer& layer;
@@ -56,22 +56,10 @@ struct Call {
     }
 };
 
-// Cuts memory from an address on into arrays that each begin a cache line. Starting from address
-// 0, it measures the number of bytes.
-struct Carver {
-    uintptr_t next;
-    template <class T>
-    T* take(int64_t count) {
-        T* taken = reinterpret_cast<T*>(next);
-        const int64_t lines =
-            (count * static_cast<int64_t>(sizeof(T)) + kLineBytes - 1) / kLineBytes;
-        next += static_cast<uintptr_t>(lines * kLineBytes);
-        return taken;
-    }
-    Partial take_partial(int64_t rows, int stride) {
-        return {take<float>(rows * stride), take<float>(rows * kLanes), take<float>(rows)};
-    }
-};
+Partial take_partial(ScratchCutter& cutter, int64_t rows, int stride) {
+    return {cutter.take<float>(rows * stride), cutter.take<float>(rows * kLanes),
+            cutter.take<float>(rows)};
+}
 
 // Scratch of one thread.
 struct ThreadScratch {
@@ -85,16 +73,16 @@ struct ThreadScratch {
 
     ThreadScratch(const Call& call, uintptr_t memory) {
         const int64_t rows = call.task_rows();
-        Carver carver{memory};
-        tile.keys = carver.take<float>(int64_t{call.head_dim()} * kTileTokens);
-        tile.values = carver.take<float>(int64_t{kTileTokens} * call.stride());
-        tile.scores = carver.take<float>(rows * kTileTokens);
-        queries = carver.take<float>(rows * call.head_dim());
-        low = carver.take<int32_t>(rows);
-        high = carver.take<int32_t>(rows);
-        kv_split = carver.take_partial(rows, call.stride());
-        whole = carver.take_partial(rows, call.stride());
-        end = carver.next;
+        ScratchCutter cutter{memory};
+        tile.keys = cutter.take<float>(int64_t{call.head_dim()} * kTileTokens);
+        tile.values = cutter.take<float>(int64_t{kTileTokens} * call.stride());
+        tile.scores = cutter.take<float>(rows * kTileTokens);
+        queries = cutter.take<float>(rows * call.head_dim());
+        low = cutter.take<int32_t>(rows);
+        high = cutter.take<int32_t>(rows);
+        kv_split = take_partial(cutter, rows, call.stride());
+        whole = take_partial(cutter, rows, call.stride());
+        end = cutter.next;
     }
 };
 
@@ -102,9 +90,9 @@ int64_t thread_bytes(const Call& call) {
     return static_cast<int64_t>(ThreadScratch(call, 0).end);
 }
 int64_t slot_bytes(const Call& call) {
-    Carver carver{0};
-    carver.take_partial(call.shape.num_heads, call.stride());
-    return static_cast<int64_t>(carver.next);
+    ScratchCutter cutter{0};
+    take_partial(cutter, call.shape.num_heads, call.stride());
+    return static_cast<int64_t>(cutter.next);
 }
 uintptr_t address(const uint8_t* memory, int64_t offset) {
     return reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(offset);
@@ -198,7 +186,7 @@ void prefill_task(const Call& call, int64_t s, int64_t first, int64_t tokens, in
 int64_t prefill_blocks(const Call& call, int64_t s) {
     const int64_t rows = call.batch.q_start[s + 1] - call.batch.q_start[s];
     if (rows <= 1) return 0;
-    return (rows + call.tokens_per_task() - 1) / call.tokens_per_task();
+    return ceil_div(rows, call.tokens_per_task());
 }
 
 void prefill(const Call& call, uint8_t* memory, int64_t max_threads) {
@@ -240,8 +228,8 @@ int64_t num_kv_splits(const Call& call, int64_t s) {
 }
 
 Partial slot(const Call& call, uint8_t* slots, int64_t index) {
-    Carver carver{address(slots, index * slot_bytes(call))};
-    return carver.take_partial(call.shape.num_heads, call.stride());
+    ScratchCutter cutter{address(slots, index * slot_bytes(call))};
+    return take_partial(cutter, call.shape.num_heads, call.stride());
 }
 
 Partial rows_from(const Partial& partial, int64_t row, int stride) {

@@ -16,9 +16,16 @@
 // are stored.
 #pragma once
 
-#include "attention_tile.h"
+#include "cache_codec.h"
+#include "cache_simd.h"
 
 namespace exl {
+
+constexpr int kTileTokens = 64;
+static_assert(kPageLen % kTileTokens == 0, "a tile lies within one page");
+
+// Floats of one expanded value: head_dim rounded up to whole vectors, padded with zeros.
+constexpr int value_stride(int head_dim) { return round_up(head_dim, kLanes); }
 
 // Tokens of a kv_split: two pages are about 20 us of work for 8 heads, enough to be worth the
 // cost of claiming a task.
@@ -62,6 +69,16 @@ struct TileScratch {
     float* values;
     float* scores;
 };
+
+// Expands the keys of `tokens` tokens. token_index counts tokens of [pages, kv_heads, kPageLen].
+// The number of tokens is rounded up to kLanes; the columns beyond `tokens` receive unspecified
+// values, possibly not finite. out [head_dim, kTileTokens].
+void expand_keys(const ExlCacheHalf& keys, int64_t token_index, int tokens,
+                 int head_dim, float* out);
+
+// Expands the values of exactly `tokens` tokens. out [tokens, value_stride(head_dim)].
+void expand_values(const ExlCacheHalf& values, int64_t token_index, int tokens,
+                   int head_dim, float* out);
 
 // Attends the rows to positions [first, end), which lie within one kv_split. Overwrites
 // `partial`.

@@ -161,7 +161,7 @@ void attend(const Head& head, const Rows& rows, int32_t first, int32_t end,
             (page * head.layer->num_kv_heads + head.index) * kPageLen + tile % kPageLen;
         expand_keys(head.layer->k, token_index, tokens, head_dim, scratch.keys);
         expand_values(head.layer->v, token_index, tokens, head_dim, scratch.values);
-        const int vectors = (tokens + kLanes - 1) / kLanes;
+        const int vectors = ceil_div(tokens, kLanes);
         multiply<false>(rows.count, vectors, rows.queries, head_dim, scratch.keys, kTileTokens,
                         head_dim, scratch.scores, kTileTokens);
         if (waves) {

@@ -7,7 +7,7 @@
 // 512 floats of these bytes would take ten times as many.
 //
 // Precondition: the tokens of a call lie within one page.
-#include "attention_tile.h"
+#include "attention.h"
 
 #include <cstring>
 
@@ -246,7 +246,7 @@ void short_value_group(const uint8_t* codes, const Values<Bits>& values, int ele
     for (int i = 0; i < elements; i += kLanes) {
         const int count = smaller(kLanes, elements - i);
         float lanes[kLanes] = {};
-        store_lanes(lanes, values.value(load_bytes(unpacked + i)), count);
+        store_part(lanes, values.value(load_bytes(unpacked + i)), count);
         store(out + i, load(lanes));
     }
 }

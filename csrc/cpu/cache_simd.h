@@ -16,17 +16,6 @@
 
 namespace exl {
 
-EXL_INLINE void store_lanes(float* out, F32x16 a, int count) {
-    float lanes[kLanes];
-    store(lanes, a);
-    std::memcpy(out, lanes, static_cast<size_t>(count) * sizeof(float));
-}
-EXL_INLINE F32x16 load_lanes(const float* p, int count) {
-    float lanes[kLanes] = {};
-    std::memcpy(lanes, p, static_cast<size_t>(count) * sizeof(float));
-    return load(lanes);
-}
-
 #if defined(EXL_AVX512)
 
 EXL_INLINE I32x16 operator&(I32x16 a, I32x16 b) { return {_mm512_and_si512(a.v, b.v)}; }

@@ -282,7 +282,7 @@ void encode_block(const float* x, int count, int16_t* out) {
     const F32x16 inverse = broadcast(usable ? kBlockUnit / exact : 0.0f);
     for (int first = 0; first < count; first += kLanes) {
         const int left = count - first < kLanes ? count - first : kLanes;
-        F32x16 steps = usable ? load_lanes(x + first, left) * inverse : inverse;
+        F32x16 steps = usable ? load_part(x + first, left) * inverse : inverse;
         steps = max(broadcast(-kLargestBlockCode), min(broadcast(kLargestBlockCode), steps));
         if (first == 0) {
             float bits[kLanes];
@@ -299,7 +299,7 @@ void encode_block(const float* x, int count, int16_t* out) {
 void half_head(const float* x, int head_dim, int16_t* out) {
     if (head_dim < kLanes) {
         uint16_t halves[kLanes];
-        store_half(halves, load_lanes(x, head_dim));
+        store_half(halves, load_part(x, head_dim));
         std::memcpy(out, halves, static_cast<size_t>(head_dim) * sizeof(uint16_t));
         return;
     }

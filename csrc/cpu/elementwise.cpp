@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "api.h"
+#include "common.h"
 #include "simd_math.h"
 #include "threads.h"
 
@@ -17,7 +18,7 @@ constexpr int64_t kElementsPerTask = 16 * 1024;
 // Calls f(offset, count) over the elements in steps of 16; count is below 16 only in the tail.
 template <class Function>
 void for_each_vector(int64_t elements, const Function& f) {
-    const int64_t vectors = (elements + kLanes - 1) / kLanes;
+    const int64_t vectors = ceil_div(elements, kLanes);
     parallel_for(vectors, balanced_grain(vectors, kElementsPerTask / kLanes),
                  [&](int64_t first, int64_t end, int) {
                      const int64_t full = end * kLanes <= elements ? end : end - 1;

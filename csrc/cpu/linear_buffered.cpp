@@ -177,7 +177,7 @@ void multiply_panel(const ExlPackedLinear& w, const Activations& a, int64_t p, i
 
 void linear_buffered(const ExlPackedLinear& w, const Activations& a, int64_t rows, Output out,
                      uint8_t* scratch, int64_t max_threads) {
-    const int64_t panels = (w.tiles + kPanelTiles - 1) / kPanelTiles;
+    const int64_t panels = ceil_div(w.tiles, kPanelTiles);
     parallel_for(panels, balanced_grain(panels, 1), [&](int64_t first, int64_t end, int thread) {
         uint8_t* thread_scratch = scratch + thread * buffered_scratch_bytes();
         for (int64_t p = first; p < end; ++p) multiply_panel(w, a, p, rows, out, thread_scratch);

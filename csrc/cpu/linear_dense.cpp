@@ -139,9 +139,9 @@ void multiply_tiles(const ExlDenseLinear& w, const float* x, int64_t rows, int64
 
 // Regroups rows of x as [block][k][rows of the block].
 void regroup(const float* x, int64_t rows, int64_t in_features, float* grouped) {
-    const int64_t blocks = (rows + kDenseRows - 1) / kDenseRows;
+    const int64_t blocks = ceil_div(rows, kDenseRows);
     const int64_t block_elements = kDenseRows * in_features;
-    const int64_t min_grain = (kElementsPerTask + block_elements - 1) / block_elements;
+    const int64_t min_grain = ceil_div(kElementsPerTask, block_elements);
     parallel_for(blocks, min_grain, [&](int64_t first, int64_t end, int) {
         for (int64_t block = first; block < end; ++block) {
             const int64_t row = block * kDenseRows;
@@ -172,10 +172,10 @@ EXL_API int exl_linear_dense(const float* x, int64_t rows, const ExlDenseLinear*
     if (needed > scratch_bytes) return -1;
     // Work is cut into steps of 4 tiles, which every panel width divides.
     constexpr int64_t kStepTiles = 4;
-    const int64_t steps = (w->tiles + kStepTiles - 1) / kStepTiles;
+    const int64_t steps = ceil_div(w->tiles, kStepTiles);
     const int64_t element_bytes = w->dtype == kExlFloat32 ? 4 : 2;
     const int64_t step_bytes = kStepTiles * kTileColumns * w->in_features * element_bytes;
-    const int64_t min_grain = (kBytesPerTask + step_bytes - 1) / step_bytes;
+    const int64_t min_grain = ceil_div(kBytesPerTask, step_bytes);
     for (int64_t first_row = 0; first_row < rows; first_row += kDensePassRows) {
         const int64_t count = std::min(rows - first_row, kDensePassRows);
         const Output output = {out + first_row * out_stride, out_stride, add != 0};

@@ -145,7 +145,7 @@ void multiply_tile(const ExlPackedLinear& w, const Activations& a, int64_t t, in
 
 template <int Rows>
 void multiply(const ExlPackedLinear& w, const Activations& a, int64_t rows, const Output& out) {
-    const int64_t min_grain = (kBytesPerTask + w.tile_bytes - 1) / w.tile_bytes;
+    const int64_t min_grain = ceil_div(kBytesPerTask, w.tile_bytes);
     parallel_for(w.tiles, balanced_grain(w.tiles, min_grain), [&](int64_t first, int64_t end, int) {
         for (int64_t t = first; t < end; ++t) multiply_tile<Rows>(w, a, t, rows, out);
     });

@@ -7,28 +7,9 @@
 
 #include "api.h"
 #include "linear.h"
+#include "scratch.h"
 #include "threads.h"
 
-namespace exl {
-namespace {
-
-constexpr int64_t kAlignment = 64;
-
-struct Carver {
-    uint8_t* next;
-    uint8_t* end;
-
-    template <class T>
-    T* take(int64_t count) {
-        uint8_t* place = next;
-        next += (count * static_cast<int64_t>(sizeof(T)) + kAlignment - 1) / kAlignment *
-                kAlignment;
-        return reinterpret_cast<T*>(place);
-    }
-};
-
-}  // namespace
-}  // namespace exl
 
 // out = x @ W + bias, or out += x @ W + bias if `add`.
 //
@@ -41,17 +22,18 @@ EXL_API int exl_linear(const float* x, int64_t rows, const ExlPackedLinear* w, f
         rows <= kDirectRows ? direct_rows(rows) : rows, kPassRows);
     int64_t blocks = 0;
     for (int64_t g = 0; g < w->num_groups; ++g) {
-        blocks += (w->groups[g].rows + kBlockRows - 1) / kBlockRows;
+        blocks += ceil_div(w->groups[g].rows, kBlockRows);
     }
-    Carver carver = {scratch, scratch + scratch_bytes};
-    Span* spans = carver.take<Span>(blocks);
+    ScratchCutter cutter = {reinterpret_cast<uintptr_t>(scratch)};
+    Span* spans = cutter.take<Span>(blocks);
     Activations a = {};
-    a.codes = carver.take<int8_t>(max_rows * blocks * kBlockRows * kPlanes);
-    a.scales = carver.take<float>(max_rows * blocks);
-    a.negative_sums = carver.take<int32_t>(max_rows * blocks);
-    uint8_t* buffers = carver.next;
-    const int64_t max_threads = (carver.end - buffers) / buffered_scratch_bytes();
-    if (buffers > carver.end || (rows > kDirectRows && max_threads < 1)) return -1;
+    a.codes = cutter.take<int8_t>(max_rows * blocks * kBlockRows * kPlanes);
+    a.scales = cutter.take<float>(max_rows * blocks);
+    a.negative_sums = cutter.take<int32_t>(max_rows * blocks);
+    uint8_t* buffers = reinterpret_cast<uint8_t*>(cutter.next);
+    const int64_t buffers_bytes = scratch + scratch_bytes - buffers;
+    const int64_t max_threads = buffers_bytes / buffered_scratch_bytes();
+    if (buffers_bytes < 0 || (rows > kDirectRows && max_threads < 1)) return -1;
     a.spans = spans;
     a.num_spans = cut_spans(*w, spans, &a.stored_rows);
     for (int64_t first = 0; first < rows; first += kPassRows) {

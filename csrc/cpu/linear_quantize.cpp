@@ -112,7 +112,7 @@ int64_t cut_spans(const ExlPackedLinear& w, Span* spans, int64_t* stored_rows) {
         for (int32_t first = 0; first < group.rows; first += kSpanRows) {
             const int32_t left = group.rows - first;
             const int32_t source_rows = left < kSpanRows ? left : kSpanRows;
-            const int32_t rows = (source_rows + kBlockRows - 1) / kBlockRows * kBlockRows;
+            const int32_t rows = round_up(source_rows, kBlockRows);
             const int32_t offset =
                 group.offset + first / kBlockRows * group.bits * kBlockBitBytes;
             spans[count++] = {row,  rows,       static_cast<int32_t>(g), group.bits, offset,
@@ -126,7 +126,7 @@ int64_t cut_spans(const ExlPackedLinear& w, Span* spans, int64_t* stored_rows) {
 
 void quantize(const ExlPackedLinear& w, const float* x, int64_t rows, int64_t padded_rows,
               const Activations& a) {
-    const int64_t min_grain = (kElementsPerTask + w.in_features - 1) / w.in_features;
+    const int64_t min_grain = ceil_div(kElementsPerTask, w.in_features);
     parallel_for(padded_rows, balanced_grain(padded_rows, min_grain),
                  [&](int64_t first, int64_t end, int) {
                      for (int64_t row = first; row < end; ++row) {

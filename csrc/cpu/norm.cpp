@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "api.h"
+#include "common.h"
 #include "simd.h"
 #include "threads.h"
 
@@ -50,7 +51,7 @@ void normalize(const float* x, const float* weight, float scale, int64_t size, f
 EXL_API void exl_rms_norm(const float* x, const float* weight, float eps, int64_t rows,
                           int64_t size, float* out) {
     using namespace exl;
-    const int64_t min_grain = (kElementsPerTask + size - 1) / size;
+    const int64_t min_grain = ceil_div(kElementsPerTask, size);
     parallel_for(rows, balanced_grain(rows, min_grain), [&](int64_t first, int64_t end, int) {
         for (int64_t row = first; row < end; ++row) {
             const float* source = x + row * size;

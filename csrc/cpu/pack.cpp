@@ -29,13 +29,13 @@ struct Source {
 
 // Reads 16 columns of a word row from `column` on; columns beyond the file are 0.
 EXL_INLINE void read_words(const Source& s, int64_t row, int64_t column, Words& out) {
-    const uint32_t* place = s.words + row * s.columns + column;
+    const uint32_t* source = s.words + row * s.columns + column;
     if (row < s.word_rows && column + kTileColumns <= s.columns) {
-        std::memcpy(out, place, sizeof(out));
+        std::memcpy(out, source, sizeof(out));
         return;
     }
     const int64_t left = row < s.word_rows ? s.columns - column : 0;
-    for (int64_t i = 0; i < kTileColumns; ++i) out[i] = i < left ? place[i] : 0;
+    for (int64_t i = 0; i < kTileColumns; ++i) out[i] = i < left ? source[i] : 0;
 }
 
 // Writes the codes of 32 rows, one per word, into the bit planes of a block.
@@ -79,7 +79,7 @@ void fill_rows(Words (&codes)[kBlockRows], int first, int bits) {
 template <int Bits>
 void pack_sequential(const Source& s, int64_t word, int rows, int64_t column, uint8_t* block) {
     Words words[Bits + 1] = {};
-    const int count = (rows * Bits + 31) / 32;
+    const int count = ceil_div(rows * Bits, 32);
     for (int i = 0; i < count; ++i) read_words(s, word + i, column, words[i]);
     Words codes[kBlockRows];
     unrolled<kBlockRows>([&](auto row) EXL_INLINED {
@@ -122,18 +122,18 @@ void for_each_block(const Group* groups, int64_t num_groups, uint8_t* codes, int
                 int64_t tile_bytes, const Pack& pack) {
     int64_t blocks = 0, used_bytes = 0;
     for (int64_t g = 0; g < num_groups; ++g) {
-        const int64_t count = (groups[g].rows + kBlockRows - 1) / kBlockRows;
+        const int64_t count = ceil_div(groups[g].rows, kBlockRows);
         blocks += count;
         used_bytes += count * groups[g].bits * kBlockBitBytes;
     }
     parallel_for(blocks, balanced_grain(blocks, 1), [&](int64_t first, int64_t end, int) {
         int64_t g = 0, base = 0;
         for (int64_t block = first; block < end; ++block) {
-            int64_t count = (groups[g].rows + kBlockRows - 1) / kBlockRows;
+            int64_t count = ceil_div(groups[g].rows, kBlockRows);
             while (block - base >= count) {
                 base += count;
                 ++g;
-                count = (groups[g].rows + kBlockRows - 1) / kBlockRows;
+                count = ceil_div(groups[g].rows, kBlockRows);
             }
             const Group& group = groups[g];
             const int row = static_cast<int>(block - base) * kBlockRows;
@@ -162,12 +162,12 @@ EXL_API void exl_pack_exl2(const uint32_t* q_weight, int64_t word_rows, int64_t 
     using namespace exl;
     const Source source = {q_weight, word_rows, columns};
     for_each_block(groups, num_groups, codes, tiles, tile_bytes,
-               [&](const Group& group, int row, int rows, int64_t column, uint8_t* place) {
+               [&](const Group& group, int row, int rows, int64_t column, uint8_t* block) {
                    // A word row of the file is 64 bytes of a tile, in the same order.
                    const int64_t word =
                        group.offset / kBlockBitBytes + row / kBlockRows * group.bits;
                    with_bits(group.bits, [&](auto bits) EXL_INLINED {
-                       pack_sequential<bits>(source, word, rows, column, place);
+                       pack_sequential<bits>(source, word, rows, column, block);
                    });
                });
 }
@@ -183,14 +183,14 @@ EXL_API void exl_pack_gptq(const uint32_t* qweight, int64_t word_rows, int64_t c
     using namespace exl;
     const Source source = {qweight, word_rows, columns};
     for_each_block(groups, num_groups, codes, tiles, tile_bytes,
-               [&](const Group& group, int row, int rows, int64_t column, uint8_t* place) {
+               [&](const Group& group, int row, int rows, int64_t column, uint8_t* block) {
                    int32_t channels[kBlockRows];
                    for (int i = 0; i < rows; ++i) {
                        const int stored = group.first_row + row + i;
                        channels[i] = perm ? perm[stored] : stored;
                    }
                    with_bits(group.bits, [&](auto bits) EXL_INLINED {
-                       pack_gathered<bits>(source, channels, rows, column, place);
+                       pack_gathered<bits>(source, channels, rows, column, block);
                    });
                });
 }

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "api.h"
+#include "common.h"
 #include "simd.h"
 #include "threads.h"
 
@@ -49,7 +50,7 @@ void rotate_head(float* x, const float* cos, const float* sin, int64_t half) {
 EXL_API void exl_rope_table(const int32_t* positions, const float* inv_freq, float factor,
                             int64_t rows, int64_t half, float* out) {
     using namespace exl;
-    const int64_t min_grain = (kAnglesPerTask + half - 1) / half;
+    const int64_t min_grain = ceil_div(kAnglesPerTask, half);
     parallel_for(rows, balanced_grain(rows, min_grain), [&](int64_t first, int64_t end, int) {
         for (int64_t row = first; row < end; ++row) {
             float* cos = out + row * 2 * half;
@@ -70,7 +71,7 @@ EXL_API void exl_rope(float* x, const float* table, int64_t rows, int64_t heads,
                       int64_t head_dim, int64_t half) {
     using namespace exl;
     const int64_t row_elements = heads * head_dim;
-    const int64_t min_grain = (kElementsPerTask + row_elements - 1) / row_elements;
+    const int64_t min_grain = ceil_div(kElementsPerTask, row_elements);
     parallel_for(rows, balanced_grain(rows, min_grain), [&](int64_t first, int64_t end, int) {
         for (int64_t row = first; row < end; ++row) {
             const float* cos = table + row * 2 * half;

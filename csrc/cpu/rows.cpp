@@ -43,7 +43,7 @@ void copy_row(const void* table, int64_t dtype, int64_t start, int64_t step, int
 
 template <class Function>
 void for_each_row(int64_t rows, int64_t size, const Function& f) {
-    const int64_t min_grain = (kElementsPerTask + size - 1) / size;
+    const int64_t min_grain = ceil_div(kElementsPerTask, size);
     parallel_for(rows, balanced_grain(rows, min_grain), [&](int64_t first, int64_t end, int) {
         for (int64_t row = first; row < end; ++row) f(row);
     });
@@ -155,7 +155,7 @@ EXL_API int exl_scatter_add_rows(const float* x, const int32_t* rows, const floa
 EXL_API void exl_moe_route(const float* logits, int64_t rows, int64_t experts, int64_t top_k,
                            int normalize, float* weights, int32_t* chosen) {
     using namespace exl;
-    const int64_t min_grain = (kRoutesPerTask + experts - 1) / experts;
+    const int64_t min_grain = ceil_div(kRoutesPerTask, experts);
     parallel_for(rows, balanced_grain(rows, min_grain), [&](int64_t first, int64_t end, int) {
         for (int64_t row = first; row < end; ++row) {
             route_row(logits + row * experts, experts, top_k, normalize != 0,

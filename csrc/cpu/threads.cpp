@@ -7,6 +7,7 @@
 //
 // The pool is never destroyed because workers may still spin while the process exits.
 #include "api.h"
+#include "common.h"
 #include "threads.h"
 
 #include <algorithm>
@@ -145,7 +146,7 @@ void resize(Pool& p, int64_t max_threads) {
 
 void parallel(int64_t items, int64_t grain, Task task, void* context, int64_t max_threads) {
     if (items <= 0) return;
-    const int64_t chunks = (items + grain - 1) / grain;
+    const int64_t chunks = ceil_div(items, grain);
     if (chunks == 1 || max_threads <= 1 ||
         requested_threads.load(std::memory_order_relaxed) == 1) {
         task(context, 0, items, 0);
@@ -177,7 +178,7 @@ int num_threads() { return requested_threads.load(std::memory_order_relaxed); }
 int64_t balanced_grain(int64_t items, int64_t min_grain) {
     constexpr int64_t kChunksPerThread = 8;
     const int64_t chunks = kChunksPerThread * num_threads();
-    const int64_t grain = (items + chunks - 1) / chunks;
+    const int64_t grain = ceil_div(items, chunks);
     return grain > min_grain ? grain : min_grain;
 }
 

@@ -101,7 +101,7 @@ def write_cache_scratch_bytes(rows: int, shape: AttentionShape, cache_type: Cach
     return 0
 
 
-# Constants of csrc/cpu/attention.h and attention_tile.h.
+# Constants of csrc/cpu/attention.h.
 _TILE_TOKENS = 64
 _SPLIT_TOKENS = 512
 _TASK_ROWS = 128
