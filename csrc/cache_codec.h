@@ -118,7 +118,7 @@ struct ExlKeyBias {
 // Mirrors AttentionShape, without the fields that ExlCacheLayer has.
 struct ExlAttentionShape {
     int64_t num_heads;
-    int64_t window;  // number of tokens that a row sees; 0: all
+    int64_t sliding_window;  // number of tokens that a row sees; 0: all
     float scale;
     float softcap;  // 0: no soft cap
 };

@@ -47,7 +47,7 @@ struct Call {
     }
     int64_t task_rows() const { return tokens_per_task() * heads_per_kv(); }
     int32_t low(int32_t position) const {
-        const int64_t low = shape.window ? position + 1 - shape.window : 0;
+        const int64_t low = shape.sliding_window ? position + 1 - shape.sliding_window : 0;
         return low > 0 ? static_cast<int32_t>(low) : 0;
     }
     Head head(int64_t sequence, int64_t index) const {

@@ -1,9 +1,10 @@
-// Cosines and sines of angles of RoPE, exact to float32's rounding at any position.
+// Cosines and sines of RoPE angles, exact to float32 rounding at any position.
 //
-// position * frequency in float64, which holds the product of two 24-bit numbers exactly, and
-// the same for taking whole quarter turns off; the sine and cosine of the rest, at most pi / 4,
-// in float32. That is five float64 operations an angle, which also cards with a 64th of the
-// float32 rate do in passing.
+// Purpose: one definition for the kernels that compute angles. position * frequency is computed
+// in float64, which holds the product of two 24-bit numbers exactly; whole quarter turns are
+// subtracted in float64 too; the sine and cosine of the remainder, at most pi / 4, are computed
+// in float32. An angle needs five float64 operations, which is cheap even on cards whose
+// float64 rate is a 64th of the float32 rate.
 #pragma once
 
 #include "cuda/platform.cuh"
@@ -13,7 +14,7 @@ namespace exl {
 constexpr double kTwoOverPi = 0.63661977236758134308;
 constexpr double kHalfPi = 1.57079632679489661923;
 
-// Taylor's series; the first term left out is below 2e-9 for |x| <= pi / 4.
+// Taylor series; the first omitted term is below 2e-9 for |x| <= pi / 4.
 __device__ __forceinline__ float sine_of_rest(float x) {
     const float s = x * x;
     float p = 1.0f / 362880.0f;
@@ -32,10 +33,10 @@ __device__ __forceinline__ float cosine_of_rest(float x) {
     return fmaf(p, s, 1.0f);
 }
 
-// Cosine (x) and sine (y) of position * frequency.
+// Returns the cosine (x) and the sine (y) of position * frequency.
 __device__ __forceinline__ float2 wave_at(int position, float frequency) {
     const double angle = static_cast<double>(position) * frequency;
-    // To the nearest whole quarter turn; positions of 31 bits at frequencies <= 1 fit.
+    // Rounds to the nearest whole quarter turn. Positions of 31 bits at frequencies <= 1 fit.
     const long long turns = llrint(angle * kTwoOverPi);
     const float rest = static_cast<float>(fma(-static_cast<double>(turns), kHalfPi, angle));
     float cosine = cosine_of_rest(rest), sine = sine_of_rest(rest);

@@ -1,4 +1,8 @@
-// What the attention kernels share: their call, what a row sees, how its result is finished.
+// Declarations shared by the attention kernels: arguments, visibility of tokens, scaling of
+// scores, and the first and last step of a row.
+//
+// Layout: queries and outputs float32 [rows, num_heads, head_dim]; the cache as ExlCacheLayer. A
+// row in registers is spread over a warp: lane i holds elements i, i + 32, i + 64, ...
 #pragma once
 
 #include "cuda/cache_rotate.cuh"
@@ -6,55 +10,57 @@
 
 namespace exl {
 
-// Rows of a sequence up to which attention_decode.cu serves it; longer ones are prefill's. So
-// which kernel a row comes through depends on its own sequence alone. Drafts may be this long
-// (draft_model.py) and still give the bits of single tokens.
+// Sequences with up to this number of rows are served by attention_decode.cu, longer ones by
+// prefill. The kernel of a row therefore depends only on its own sequence. Drafts may have this
+// number of rows and still give the same bits as single tokens.
 constexpr int kDecodeRows = 32;
 
 struct AttentionCall {
     ExlCacheLayer layer;
     ExlBatch batch;
     ExlAttentionShape shape;
-    ExlKeyBias bias;      // no pairs where the layer has none
-    int64_t bias_begin;   // of BiasMemory in a block's shared memory
+    ExlKeyBias bias;  // num_pairs is 0 if the layer has none
+    int64_t bias_begin;  // offset of BiasMemory in a block's shared memory
     const float* q;  // [rows, num_heads, head_dim]
-    float* out;      // the same shape
+    float* out;  // [rows, num_heads, head_dim]
 };
 
-// Scores become exponents of 2: the factor on a dot product, and what follows it.
-struct Softening {
-    float factor;  // on q . k
-    float cap;     // 0, or cap * log2(e) on tanh(factor * q . k)
-    __device__ __forceinline__ explicit Softening(const ExlAttentionShape& shape)
+// Converts a dot product q . k to an exponent of 2, with the scale and the soft cap.
+struct ScoreTransform {
+    float factor;  // of q . k
+    float cap;  // 0, or cap * log2(e), which multiplies tanh(factor * q . k)
+    __device__ __forceinline__ explicit ScoreTransform(const ExlAttentionShape& shape)
         : factor(shape.softcap != 0.0f ? shape.scale / shape.softcap : shape.scale * kLog2E),
           cap(shape.softcap * kLog2E) {}
     __device__ __forceinline__ bool caps() const { return cap != 0.0f; }
-    // tanh(x) = 1 - 2 / (1 + e^2x); its error, 1e-7, is far below that of x.
+    // tanh(x) = 1 - 2 / (1 + e^2x). Its error, 1e-7, is far below that of x.
     __device__ __forceinline__ float capped(float x) const {
         return cap * (1.0f - 2.0f / (1.0f + exp2_fast(x * (2.0f * kLog2E))));
     }
     __device__ __forceinline__ float operator()(float x) const { return caps() ? capped(x) : x; }
 };
 
-// Row `position` sees tokens up to itself, `window` of them where there is one.
-__device__ __forceinline__ bool sees(int position, int token, int window) {
-    return token <= position && (window == 0 || position - token < window);
+// True if the row at `position` sees `token`: tokens up to its own position, at most
+// `sliding_window` of them (0: all).
+__device__ __forceinline__ bool is_visible(int position, int token, int sliding_window) {
+    return token <= position && (sliding_window == 0 || position - token < sliding_window);
 }
-// Whether rows from `low` to `high` all see `count` tokens from `first` on: most tiles of a long
-// text, whose scores nobody has to look at one by one then.
-__device__ __forceinline__ bool all_see(int low, int high, int first, int count, int window) {
-    return first + count - 1 <= low && (window == 0 || high - first < window);
+// True if all rows from position `low` to `high` see `count` tokens from `first` on. This holds
+// for most tiles of a long text, whose scores then need no mask.
+__device__ __forceinline__ bool all_visible(int low, int high, int first, int count,
+                                            int sliding_window) {
+    return first + count - 1 <= low && (sliding_window == 0 || high - first < sliding_window);
 }
-__device__ __forceinline__ int first_seen(int position, int window) {
-    return window == 0 ? 0 : max(0, position + 1 - window);
+__device__ __forceinline__ int first_visible(int position, int sliding_window) {
+    return sliding_window == 0 ? 0 : max(0, position + 1 - sliding_window);
 }
 
-// What the maximum is taken as where nothing was visible: -inf - -inf would be NaN.
+// The maximum to subtract. 0 if nothing was visible, because -inf - -inf would be NaN.
 __device__ __forceinline__ float finite_base(float largest) {
     return largest == -infinity() ? 0.0f : largest;
 }
 
-// Writes one row's weighted sum of values, spread over a warp, times `factor`.
+// Writes the weighted sum of values of one row, spread over a warp, times `factor`.
 template <int kRegisters>
 __device__ __forceinline__ void store_row(const AttentionCall& call, int64_t row, int head,
                                           float (&x)[kRegisters], float factor) {
@@ -74,7 +80,7 @@ __device__ __forceinline__ const float* query_of(const AttentionCall& call, int6
                                                  int head) {
     return call.q + (row * call.shape.num_heads + head) * call.layer.head_dim;
 }
-// Reads one row's query, rotated where keys are, spread over a warp.
+// Reads the query of one row, spread over a warp; rotated if the cache stores rotated keys.
 template <int kRegisters>
 __device__ __forceinline__ void load_query(const AttentionCall& call, int64_t row, int head,
                                            float (&x)[kRegisters]) {
@@ -88,7 +94,8 @@ __device__ __forceinline__ void load_query(const AttentionCall& call, int64_t ro
     if (is_quantized(call.layer.k.bits)) rotate_of_warp(x, head_dim);
 }
 
-// What brings a query into float16's range, over the warp: 1 / its largest magnitude.
+// Returns the largest magnitude of a query; division by it brings the query into the range of
+// float16.
 template <int kRegisters>
 __device__ __forceinline__ float largest_of_warp(const float (&x)[kRegisters]) {
     float largest = 0.0f;

@@ -1,30 +1,39 @@
-// Attention of few query rows over a long cache: what decoding is, with or without drafts.
+// Attention of few query rows over a long cache: decoding, with or without drafts.
 //
-// Reading the cache once, at the memory's speed, is all that matters. A block takes one key/
-// value head of one sequence, up to 8 query rows that share it (query heads x rows), and one
-// split of the tokens; its warps take tiles of kTile tokens in turn, each through a ring of
-// its own in shared memory, filled ahead by asynchronous copies. Nothing unpacked is stored.
+// Purpose: read the cache once at the speed of memory. Nothing unpacked is stored.
 //
-// Keys stay integers: a group of 32 elements of 16 tokens is the A operand of m16n8k32, and
-// queries, as two bytes of 15 bits of their row's largest magnitude, are B. So scores are as
-// exact as the cache, however large keys are; a group's sum meets its scale in float32.
-// Values times their scales become float16, A of m16n8k16 (16 elements x 16 tokens), and
-// weights are B. Both unpack without a sum across lanes, since a product does not care in
-// which order its elements stand.
+// Layout: the cache as ExlCacheLayer, queries and outputs [rows, num_heads, head_dim]. head_dim
+// is 64, 128 or 256.
 //
-// Splits: whole pages, at fixed places of the sequence. How many pages a split has depends on
-// how much its row sees, at most `most_splits` of them, so the launch is the same for every
-// length. A row's softmax runs over tiles in a fixed order, tiles that it does not see change
-// nothing, and a call whose rows differ in the pages of their splits treats them one after the
-// other: a row's result is the same bits alone, in a batch, or among drafts.
+// Work per block: one key/value head of one sequence, up to 8 query rows that share it (query
+// heads x rows), and one kv_split of the tokens. Work per warp: every n-th tile of kTile tokens,
+// each through the warp's own ring in shared memory, which asynchronous copies fill ahead.
 //
-// Where a row has several splits, each leaves its sums in `partials`, float32
-// [rows of the launch, num_heads, slots, head_dim + 2] (sums, largest, total); the last block of
-// a key/value head to arrive, which a counter tells, adds them in order.
+// Arithmetic: keys stay integers. A group of 32 elements of 16 tokens is the A operand of
+// m16n8k32; queries, as two bytes with 15 bits relative to the largest magnitude of their row,
+// are B. Scores are therefore as exact as the cache, even if keys are large; the integer sum of a
+// group is multiplied by its scale in float32. Values times their scales become float16, A of
+// m16n8k16 (16 elements x 16 tokens), and weights are B. Both are unpacked without a sum across
+// lanes, because the order of elements does not matter to a product.
 //
-// Grid: splits, kv_heads * groups of 8 rows, sequences. Shared memory: queries as B fragments
-// [kHeadDim / 32][32 lanes] of 16 bytes, rows float32 [8, kHeadDim], RowData, then per warp
-// `units` slots of a tile's keys or values, which merging warps reuses; BiasMemory.
+// Kv_splits: whole pages at fixed positions of the sequence. The number of pages of a kv_split
+// depends on the number of tokens that its row sees, so that there are at most `max_kv_splits`
+// and the launch is the same for every length. A row's softmax runs over tiles in a fixed order
+// and tiles outside of its view change nothing. If the rows of a block differ in the number of
+// pages of their kv_splits, the block handles them in two passes. A row's result therefore has
+// the same bits alone, in a batch, or among drafts.
+//
+// If a row has several kv_splits, each stores its sums in `partials`, float32
+// [rows of the launch, num_heads, slots, head_dim + 2] (sums, largest, total). A counter
+// identifies the last block of a key/value head to finish; that block merges them in order.
+//
+// Grid: kv_splits, kv_heads * groups of 8 rows, sequences.
+//
+// Shared memory: queries as B fragments [kHeadDim / 32][32 lanes] of 16 bytes; rows float32
+// [8, kHeadDim]; RowData; then per warp a ring of `units` slots, each for the keys or values of a
+// tile, reused by merge_warps; BiasMemory.
+//
+// Preconditions: cache of 4, 6, 8 or 16 bits; `units` is 1, 2 or 4; counters are zero.
 #include "cuda/decode_split.cuh"
 
 namespace exl {

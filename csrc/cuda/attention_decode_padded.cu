@@ -1,6 +1,5 @@
-// attention_decode.cu for the heads that no kernel there is made for: other multiples of 16 up
-// to 256, filled up with elements that are not there. A file of its own, so that both compile
-// at the same time.
+// attention_decode.cu for other head sizes: multiples of 16 up to 256, padded with elements that
+// do not exist. A separate file so that both are compiled at the same time.
 #include "cuda/decode_split.cuh"
 
 namespace exl {

@@ -1,64 +1,73 @@
-// Attention of a prompt's rows: tiles of the cache, unpacked once for many rows.
+// Attention of a prompt's rows: each tile of the cache is unpacked once for many rows.
 //
-// A block takes one key/value head of one sequence and `16 * warps` query rows that share it
-// (tokens x query heads). Tile by tile of kTile tokens, keys are unpacked to float16 in shared
-// memory and multiplied (m16n8k16; a warp has 16 rows, queries are A), scores are softened and
-// become weights in registers, and values go the same way through the same memory. Packed
-// tiles are copied ahead: values while keys are multiplied, the next keys while values are.
-// Queries are normalised, so that float16 holds them whatever their size.
+// Layout: the cache as ExlCacheLayer, queries and outputs [rows, num_heads, head_dim].
 //
-// Elements stay in the order in which units are unpacked; queries are stored in the keys'
-// order, and the result's order is undone when it is written.
+// Work per block: one key/value head of one sequence and `16 * warps` query rows that share it
+// (tokens x query heads). For each tile of kTile tokens the block unpacks keys to float16 in
+// shared memory, multiplies them with the queries (m16n8k16, queries are A), turns scores into
+// weights in registers, and does the same with values in the same tile buffer. Packed tiles are
+// copied ahead: values while keys are multiplied, the next keys while values are multiplied.
+// Work per warp: 16 rows.
 //
-// Tiles stand at fixed places of the sequence and those that a row does not see change nothing
-// about it, so a row's result does not depend on the other rows.
+// Queries are normalised by their largest magnitude so that float16 can hold them.
 //
-// Grid: groups of rows, kv_heads, sequences. Shared memory: queries float16 [rows][kHeadDim +
-// 8], a tile float16 [kTile][kHeadDim + 8], packed codes and scales of a tile, BiasMemory; at the
-// end float32 [warps][8][kHeadDim] over all that.
+// Elements stay in the order in which units are unpacked (element_of). Queries are stored in the
+// keys' order, and results are written back in the order of the head.
+//
+// Tiles are at fixed positions of the sequence and tiles that a row does not see do not change
+// its sums, so a row's result does not depend on the other rows.
+//
+// Grid: groups of rows, kv_heads, sequences.
+//
+// Shared memory: queries float16 [rows][kHeadDim + 8]; tile buffer float16 [kTile][kHeadDim + 8];
+// packed codes and scales of a tile; BiasMemory. At the end float32 [warps][8][kHeadDim] over
+// all of it.
+//
+// Preconditions: cache of 4, 6, 8 or 16 bits; head_dim a multiple of 16, at most kHeadDim.
 #include "cuda/prefill_tile.cuh"
 
 namespace exl {
 
 constexpr int kPrefillThreads = 256;
 
-// The rows of a block, counted over the sequence's rows x the heads that share a kv head.
+// The rows of a block, counted over the sequence's rows x the query heads of a key/value head.
 struct PrefillRows {
-    int sequence, kv_head, sharing, first, count;  // count: of the sequence, 0: not a prompt
+    int sequence, kv_head, heads_per_kv, first;
+    int count;  // of the sequence; 0 if it is decoded
     int past, q_first;
     __device__ __forceinline__ PrefillRows(const AttentionCall& call, int rows_of_block) {
         sequence = blockIdx.z;
         kv_head = blockIdx.y;
-        sharing = static_cast<int>(call.shape.num_heads / call.layer.num_kv_heads);
+        heads_per_kv = static_cast<int>(call.shape.num_heads / call.layer.num_kv_heads);
         q_first = call.batch.q_start[sequence];
         past = call.batch.past_len[sequence];
         const int q_len = call.batch.q_start[sequence + 1] - q_first;
-        count = q_len > kDecodeRows ? q_len * sharing : 0;
+        count = q_len > kDecodeRows ? q_len * heads_per_kv : 0;
         first = blockIdx.x * rows_of_block;
     }
     __device__ __forceinline__ bool exists(int row) const { return row < count; }
-    __device__ __forceinline__ int token(int row) const { return row / sharing; }
-    __device__ __forceinline__ int position(int row) const { return past + row / sharing; }
+    __device__ __forceinline__ int token(int row) const { return row / heads_per_kv; }
+    __device__ __forceinline__ int position(int row) const { return past + row / heads_per_kv; }
     __device__ __forceinline__ int head(int row) const {
-        return kv_head * sharing + row % sharing;
+        return kv_head * heads_per_kv + row % heads_per_kv;
     }
 };
 
-// A warp's own rows as float16, in the keys' order; returns the factors on scores, behind
-// add_bias, of the two rows g and g + 8 that a lane will have.
+// Writes a warp's rows to shared memory as float16 in the keys' order. Returns the factors that
+// multiply scores after add_bias, for rows g and g + 8 of this lane.
 template <int kHeadDim>
-__device__ float2 stage_rows(const AttentionCall& call, const PrefillRows& rows, int first_row,
-                             uint16_t* queries, const BiasMemory& bias) {
+__device__ float2 prepare_queries(const AttentionCall& call, const PrefillRows& rows, int first_row,
+                                  uint16_t* queries, const BiasMemory& bias) {
     const int head_dim = static_cast<int>(call.layer.head_dim), lane = lane_id();
     const int bits = call.layer.k.bits;
     float2 factors = make_float2(0.0f, 0.0f);
-    const float unit = Softening(call.shape).factor / unit_factor(bits);
-    // Where an element stands in the keys' order.
-    int places[kHeadDim / 32];
+    const float unit = ScoreTransform(call.shape).factor / unit_factor(bits);
+    // The element at each position of the keys' order.
+    int elements[kHeadDim / 32];
     for (int i = 0; i < kHeadDim / 32; ++i) {
-        const int place = lane + 32 * i;
-        const bool known = place / kUnit * kUnit < head_dim;
-        places[i] = known ? element_of(bits, head_dim, place / kUnit, place % kUnit) : -1;
+        const int position = lane + 32 * i;
+        const bool exists = position / kUnit * kUnit < head_dim;
+        elements[i] = exists ? element_of(bits, head_dim, position / kUnit, position % kUnit) : -1;
     }
 #pragma unroll 1
     for (int row = 0; row < kWarpRows; ++row) {
@@ -70,14 +79,14 @@ __device__ float2 stage_rows(const AttentionCall& call, const PrefillRows& rows,
         const float largest = largest_of_warp(x);
         const float inverse = largest > 0.0f ? 1.0f / largest : 0.0f;
         uint16_t* out = queries + row * PrefillMemory<kHeadDim>::kStride;
-        // The row in its own order first; then each lane picks what belongs to its places.
+        // Write the row in its own order first; then each lane picks the elements of its positions.
 #pragma unroll
         for (int i = 0; i < kHeadDim / 32; ++i) out[lane + 32 * i] = float_to_half(x[i] * inverse);
         warp_sync();
         uint16_t picked[kHeadDim / 32];
 #pragma unroll
-        for (int i = 0; i < kHeadDim / 32; ++i) picked[i] = places[i] < 0 ? 0 : out[places[i]];
-        warp_sync();  // all have picked
+        for (int i = 0; i < kHeadDim / 32; ++i) picked[i] = elements[i] < 0 ? 0 : out[elements[i]];
+        warp_sync();  // all lanes have picked their elements
 #pragma unroll
         for (int i = 0; i < kHeadDim / 32; ++i) out[lane + 32 * i] = picked[i];
         float factor = largest * unit;
@@ -86,8 +95,8 @@ __device__ float2 stage_rows(const AttentionCall& call, const PrefillRows& rows,
                                  ? query_of(call, rows.q_first + rows.token(first_row + row),
                                             rows.head(first_row + row))
                                  : nullptr;
-            factor = stage_bias_row(call, rows.kv_head, q, factor,
-                                    warp_id() * kWarpRows + row, bias);
+            factor =
+                prepare_bias_row(call, rows.kv_head, q, factor, warp_id() * kWarpRows + row, bias);
         }
         if (row == lane / 4) factors.x = factor;
         if (row == lane / 4 + 8) factors.y = factor;
@@ -95,7 +104,7 @@ __device__ float2 stage_rows(const AttentionCall& call, const PrefillRows& rows,
     return factors;
 }
 
-// A warp's rows to `out`, eight at a time through shared memory of its own.
+// Writes a warp's rows to `out`, eight at a time through the warp's own part of shared memory.
 template <int kHeadDim>
 __device__ void store_rows(const AttentionCall& call, const PrefillRows& rows, int first_row,
                            PrefillSums<kHeadDim>& sums, float* memory) {
@@ -111,8 +120,8 @@ __device__ void store_rows(const AttentionCall& call, const PrefillRows& rows, i
             if (i * 8 / kUnit * kUnit >= head_dim) continue;
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
-                const int place = i * 8 + 2 * t + j;
-                const int element = element_of(bits, head_dim, place / kUnit, place % kUnit);
+                const int position = i * 8 + 2 * t + j;
+                const int element = element_of(bits, head_dim, position / kUnit, position % kUnit);
                 memory[g * kHeadDim + element] = sums.o[i][2 * part + j];
             }
         }
@@ -130,7 +139,7 @@ __device__ void store_rows(const AttentionCall& call, const PrefillRows& rows, i
             store_row(call, rows.q_first + rows.token(index), rows.head(index), x,
                       1.0f / (row_total * unit_factor(bits)));
         }
-        warp_sync();  // before the next part overwrites them
+        warp_sync();  // rows were read before the next part overwrites them
     }
 }
 
@@ -141,15 +150,15 @@ __device__ __forceinline__ void attention_prefill(const AttentionCall& call, cha
     if (rows.first >= rows.count) return;
     const PrefillMemory<kHeadDim> memory(shared, block_rows, kTile);
     const int head_dim = static_cast<int>(call.layer.head_dim);
-    const int window = static_cast<int>(call.shape.window);
+    const int sliding_window = static_cast<int>(call.shape.sliding_window);
     const TileBytes k_bytes(call.layer.k.bits, head_dim), v_bytes(call.layer.v.bits, head_dim);
     const int last = rows.position(min(rows.first + block_rows, rows.count) - 1);
-    const int first_tile = first_seen(rows.position(rows.first), window) / kTile;
+    const int first_tile = first_visible(rows.position(rows.first), sliding_window) / kTile;
     const auto copy = [&](const ExlCacheHalf& half, const TileBytes& bytes, int tile) {
         if (tile * kTile <= last) {
-            const int64_t place = place_of(call.batch, rows.sequence, call.layer.num_kv_heads,
-                                           rows.kv_head, tile * kTile);
-            copy_tile(half, bytes, place, kTile, memory.packed, threadIdx.x, blockDim.x);
+            const int64_t token_index = token_index_of(
+                call.batch, rows.sequence, call.layer.num_kv_heads, rows.kv_head, tile * kTile);
+            copy_tile(half, bytes, token_index, kTile, memory.packed, threadIdx.x, blockDim.x);
         }
         copy_async_commit();
     };
@@ -159,41 +168,41 @@ __device__ __forceinline__ void attention_prefill(const AttentionCall& call, cha
     uint16_t* queries =
         memory.queries + warp_id() * kWarpRows * PrefillMemory<kHeadDim>::kStride;
     const BiasMemory bias(call, shared, block_rows);
-    const float2 factors = stage_rows<kHeadDim>(call, rows, warp_row, queries, bias);
-    if (bias.pairs != 0) stage_waves<kTile>(call.bias, rows.sequence, rows.kv_head, bias);
+    const float2 factors = prepare_queries<kHeadDim>(call, rows, warp_row, queries, bias);
+    if (bias.pairs != 0) prepare_waves<kTile>(call.bias, rows.sequence, rows.kv_head, bias);
     int positions[2];
     for (int i = 0; i < 2; ++i) {
         const int row = warp_row + lane_id() / 4 + 8 * i;
         positions[i] = rows.exists(row) ? rows.position(row) : -1;
     }
-    // A warp beyond the last row has low_row > high_row, and nothing that anyone reads.
+    // A warp beyond the last row has low_row > high_row; its results are not stored.
     const int low_row = rows.position(warp_row);
     const int high_row = rows.position(min(warp_row + kWarpRows, rows.count) - 1);
-    const Softening soften(call.shape);
+    const ScoreTransform transform(call.shape);
     PrefillSums<kHeadDim> sums;
     for (int tile = first_tile; tile * kTile <= last; ++tile) {
         const int end = last + 1 - tile * kTile;
         float scores[kTile / 8][4];
         copy_async_wait<0>();
-        block_sync();  // packed keys are there; the last values are no longer read
+        block_sync();  // packed keys have arrived; the last values are no longer read
         expand_tile<kHeadDim, kTile>(memory, k_bytes, call.layer.k.bits, head_dim, end);
-        block_sync();  // keys are unpacked; packed ones are no longer read
+        block_sync();  // keys are unpacked; packed keys are no longer read
         copy(call.layer.v, v_bytes, tile);
         multiply_keys<kHeadDim, kTile>(queries, memory.tile, scores);
         if (call.bias.num_pairs != 0) {
             add_bias<kTile>(BiasMemory(call, shared, block_rows), tile * kTile, scores);
         }
-        const bool all = all_see(low_row, high_row, tile * kTile, kTile, window);
-        soften_tile<kHeadDim, kTile>(scores, tile * kTile, all, soften, window, positions,
-                                     factors, sums);
+        const bool all = all_visible(low_row, high_row, tile * kTile, kTile, sliding_window);
+        softmax_tile<kHeadDim, kTile>(scores, tile * kTile, all, transform, sliding_window,
+                                      positions, factors, sums);
         copy_async_wait<0>();
-        block_sync();  // packed values are there; keys are no longer read
+        block_sync();  // packed values have arrived; keys are no longer read
         expand_tile<kHeadDim, kTile>(memory, v_bytes, call.layer.v.bits, head_dim, end);
-        block_sync();  // values are unpacked; packed ones are no longer read
+        block_sync();  // values are unpacked; packed values are no longer read
         copy(call.layer.k, k_bytes, tile + 1);
         multiply_values<kHeadDim, kTile>(scores, memory.tile, sums.o);
     }
-    block_sync();  // the last values are no longer read: rows go there
+    block_sync();  // the last values are no longer read; rows overwrite them
     store_rows<kHeadDim>(call, rows, warp_row, sums,
                          reinterpret_cast<float*>(shared) + warp_id() * 8 * kHeadDim);
 }

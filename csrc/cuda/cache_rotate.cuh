@@ -1,8 +1,9 @@
-// The rotation of reference_codec.py by one warp, and where a batch's rows lie.
+// The rotation of heads (the reference codec in Python is the definition), and the location of a
+// batch's rows.
 //
-// A head of up to 32 * kRegisters elements lies across a warp: lane i has elements i, i + 32,
-// i + 64, ... So stages of the Hadamard transform below 32 are shuffles and the others need
-// none, and reading or writing it is coalesced.
+// Layout: a head of up to 32 * kRegisters elements is spread over a warp; lane i holds elements
+// i, i + 32, i + 64, ... The steps of the Hadamard transform below 32 are therefore shuffles, the
+// others need no exchange, and reads and writes are coalesced. Longer heads are in shared memory.
 #pragma once
 
 #include "cache_codec.h"
@@ -12,7 +13,7 @@ namespace exl {
 
 __device__ __forceinline__ float infinity() { return bits_float(0x7F800000u); }
 
-// Largest power of two that divides head_dim.
+// The largest power of two that divides head_dim.
 __device__ __forceinline__ int rotation_block(int head_dim) { return head_dim & -head_dim; }
 
 template <int kRegisters>
@@ -43,7 +44,7 @@ __device__ __forceinline__ float rotation_factor(int head_dim, int element) {
     return rotation_negates(static_cast<uint32_t>(element)) ? -size : size;
 }
 
-// Elements beyond head_dim must be zero, and stay so.
+// Rotates or rotates back. Elements beyond head_dim must be zero and stay zero.
 template <int kRegisters>
 __device__ __forceinline__ void rotate_of_warp(float (&x)[kRegisters], int head_dim) {
 #pragma unroll
@@ -57,8 +58,8 @@ __device__ __forceinline__ void rotate_back_of_warp(float (&x)[kRegisters], int 
     for (int i = 0; i < kRegisters; ++i) x[i] *= rotation_factor(head_dim, lane_id() + 32 * i);
 }
 
-// The same by a block, for heads of any length: x[head_dim] in shared memory, not scaled.
-// All of x must have been written before a barrier; ends with one.
+// The Hadamard transform by a block, for heads of any size: x [head_dim] in shared memory, not
+// scaled. Precondition: a barrier after the last write to x. Ends with a barrier.
 __device__ __forceinline__ void hadamard_of_block(float* x, int head_dim) {
     const int block = rotation_block(head_dim);
     for (int step = 1; step < block; step *= 2) {
@@ -68,20 +69,20 @@ __device__ __forceinline__ void hadamard_of_block(float* x, int head_dim) {
             x[first] = a + b;
             x[first + step] = a - b;
         }
-        block_sync();  // the next stage reads what other threads wrote
+        block_sync();  // the next step reads what other threads wrote
     }
 }
 
-// The sequence that a row belongs to.
+// Returns the sequence of a row.
 __device__ __forceinline__ int sequence_of(const ExlBatch& batch, int row) {
     int sequence = 0;
     while (row >= batch.q_start[sequence + 1]) ++sequence;
     return sequence;
 }
 
-// Where a token of a head lies, counted in tokens of [pages, kv_heads, kPageLen].
-__device__ __forceinline__ int64_t place_of(const ExlBatch& batch, int sequence,
-                                            int64_t num_kv_heads, int kv_head, int position) {
+// Index of a token of a head, counted in tokens of [pages, kv_heads, kPageLen].
+__device__ __forceinline__ int64_t token_index_of(const ExlBatch& batch, int sequence,
+                                                  int64_t num_kv_heads, int kv_head, int position) {
     const int64_t page = batch.page_table[sequence * batch.max_pages + position / kPageLen];
     return (page * num_kv_heads + kv_head) * kPageLen + position % kPageLen;
 }

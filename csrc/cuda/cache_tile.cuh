@@ -1,14 +1,14 @@
-// The packed cache as float16, on its way into tensor cores.
+// Conversion of the packed cache to operands of tensor cores.
 //
-// A head is handled in units of 16 elements: unit u is half of group u / 2 of 32 elements, or
-// all of a last group of 16. A unit's bytes are what one thread can load and unpack by itself,
-// so elements come out in the order of the bytes and not of the head: `element_of` names them.
-// A dot product does not care, as long as queries (and outputs) follow the same order.
+// Layout: a head is handled in units of 16 elements. Unit u is half of group u / 2 of 32
+// elements, or all of a last group of 16. One thread can load and unpack a unit by itself, so
+// elements come in the order of the bytes and not of the head: `element_of` maps the order. A
+// dot product gives the same result if queries (and outputs) follow the same order.
 //
-// Levels of 4, 6 and 8 bits are unpacked as bytes in units of 1/128, shifted by 128; a byte b
-// behind 0x64 is the float16 1024 + b. One multiply-add turns that into level / 16 (exact: 8
-// times the level in [-1, 1)), and one product with the group's scale into the value, times
-// kLevelUnit. That keeps scales from 1e-5 to 8191 away from float16's ends.
+// Levels of 4, 6 and 8 bits are unpacked to bytes in units of 1/128, plus 128. A byte b with
+// the high byte 0x64 is the float16 1024 + b. One multiply-add converts that to level / 16 (exact:
+// 8 times the level in [-1, 1)), and one product with the group's scale gives the value times
+// kLevelUnit. The factor 8 keeps scales from 1e-5 to 8191 away from the limits of float16.
 #pragma once
 
 #include "cache_codec.h"
@@ -18,26 +18,26 @@ namespace exl {
 
 constexpr int kUnit = 16;
 constexpr float kLevelUnit = 8.0f;
-constexpr uint32_t kSixteenth = 0x2C002C00u;        // 1/16, twice
-constexpr uint32_t kMinusShift = 0xD480D480u;       // -(1024 + 128) / 16
-constexpr uint32_t kExponentBytes = 0x64646464u;    // the high byte of 1024 + b
+constexpr uint32_t kSixteenth = 0x2C002C00u;  // 1/16, twice
+constexpr uint32_t kMinusShift = 0xD480D480u;  // -(1024 + 128) / 16, twice
+constexpr uint32_t kExponentBytes = 0x64646464u;  // the high byte of the float16 1024 + b
 constexpr float kLog2E = 1.4426950408889634f;
 
-// What a stored value is multiplied with to be what expand_... gives.
+// The factor between a stored value and the result of expand_unit.
 __device__ __forceinline__ float unit_factor(int bits) { return bits < 16 ? kLevelUnit : 1.0f; }
 
-// The element of a head that stands at place `i` of a unit.
+// The element of a head at position `i` of a unit.
 __device__ __forceinline__ int element_of(int bits, int head_dim, int unit, int i) {
     if (bits >= 8) return unit * kUnit + i;
     const int group = unit / 2, half = unit % 2;
-    // 4 bits come out as pairs of a byte's two codes, 6 bits as four low and four high codes.
+    // 4 bits are unpacked as pairs of a byte's two codes, 6 bits as four low and four high codes.
     const int byte = bits == 4 ? i / 2 : i / 8 * 4 + i % 4;
     const int high = bits == 4 ? i % 2 : i / 4 % 2;
     if (head_dim - group * kGroup >= kGroup) return group * kGroup + half * 8 + byte + high * 16;
     return group * kGroup + byte + high * 8;
 }
 
-// Four levels of a codebook as bytes, shifted by 128.
+// Four levels of a codebook as bytes, plus 128.
 EXL_HOST_DEVICE constexpr uint32_t codebook_word(int table, int word) {
     uint32_t bytes = 0;
     for (int i = 0; i < 4; ++i) {
@@ -50,7 +50,7 @@ constexpr uint32_t kTable00 = codebook_word(0, 0), kTable01 = codebook_word(0, 1
                    kTable10 = codebook_word(1, 0), kTable11 = codebook_word(1, 1),
                    kTable12 = codebook_word(1, 2), kTable13 = codebook_word(1, 3);
 
-// The 16 levels of one table, in registers; every byte is exclusive-or'd with kFlip's.
+// The 16 levels of one table in registers, combined with kFlip by exclusive or.
 template <uint32_t kFlip = 0>
 struct Codebook {
     uint32_t words[4];
@@ -61,9 +61,9 @@ struct Codebook {
         words[2] = second ? kTable12 ^ kFlip : kTable02 ^ kFlip;
         words[3] = second ? kTable13 ^ kFlip : kTable03 ^ kFlip;
     }
-    // The levels of eight codes: those of the low four nibbles, and of the high four. A byte
-    // permutation looks up three bits of a code in each half of the table; the fourth bit
-    // then chooses between the halves.
+    // Returns the levels of eight codes: those of the low four nibbles and of the high four. A
+    // byte permutation looks up three bits of a code in each half of the table; the fourth bit
+    // selects the half.
     __device__ __forceinline__ void look_up(uint32_t codes, uint32_t (&levels)[2]) const {
         const uint32_t index = codes & 0x77777777u;
         const uint32_t choice = (codes >> 1 & 0x44444444u) | 0x32103210u;
@@ -78,8 +78,8 @@ __device__ __forceinline__ uint32_t shared_word(const uint8_t* row, int offset) 
     return *reinterpret_cast<const uint32_t*>(row + offset);
 }
 
-// Half a unit, eight elements, as bytes in units of 1/128: shifted by 128, or with kFlip of
-// 0x80808080 signed. row: a token's codes in shared memory. scale: the group's, as bits.
+// Unpacks half a unit, eight elements, to bytes in units of 1/128: plus 128, or signed if kFlip
+// is 0x80808080. row: a token's codes in shared memory.
 template <int kBits, uint32_t kFlip = 0>
 __device__ __forceinline__ void unpack_half_unit(const uint8_t* row, int head_dim, int unit,
                                                  int half, const Codebook<kFlip>& codebook,
@@ -90,8 +90,8 @@ __device__ __forceinline__ void unpack_half_unit(const uint8_t* row, int head_di
     } else if constexpr (kBits == 4) {
         codebook.look_up(shared_word(row, unit * (kUnit / 2) + half * 4), levels);
     } else {
-        // A group's plane of 4 bits, then its plane of 2 bits, of which a byte has the low
-        // bits of elements b, b + 8, b + 16, b + 24 (b + 4 and so on in a short group).
+        // The plane of 4 bits of a group is followed by its plane of 2 bits, whose byte b has the
+        // low bits of elements b, b + 8, b + 16, b + 24 (b, b + 4, ... in a short group).
         const int group = unit / 2;
         const bool whole = head_dim - group * kGroup >= kGroup;
         const int first = group * (kGroup * 6 / 8);
@@ -103,7 +103,7 @@ __device__ __forceinline__ void unpack_half_unit(const uint8_t* row, int head_di
     }
 }
 
-// Two levels that stand in a word of four as two float16, times 8: low = bytes 0, 1.
+// Converts two levels of a word of four to float16, times 8: low = bytes 0, 1; high = bytes 2, 3.
 __device__ __forceinline__ uint32_t low_levels(uint32_t bytes) {
     return h2_fma(byte_perm(bytes, kExponentBytes, 0x4140), kSixteenth, kMinusShift);
 }
@@ -111,13 +111,13 @@ __device__ __forceinline__ uint32_t high_levels(uint32_t bytes) {
     return h2_fma(byte_perm(bytes, kExponentBytes, 0x4342), kSixteenth, kMinusShift);
 }
 
-// ---- 16 bits: codes whose lowest bits hold the scale, see reference_fp16.py ----
+// ---- 16 bits: codes whose lowest bits hold the scale, see cache_codec.h ----
 
-// The scale of the group that a unit belongs to, divided by kBlockUnit.
+// The scale of the group of a unit, divided by kBlockUnit.
 __device__ __forceinline__ float block_factor(const uint8_t* row, int unit) {
     const auto* words = reinterpret_cast<const uint4*>(row + unit / 2 * (kGroup * 2));
     const uint4 a = words[0], b = words[1];
-    // Code 2i stands in the low half of word i, code 2i + 1 in the high half.
+    // Code 2i is the low half of word i, code 2i + 1 the high half.
     const uint32_t bits = (a.x & 0x10001u) | (a.y & 0x10001u) << 2 | (a.z & 0x10001u) << 4 |
                           (a.w & 0x10001u) << 6 | (b.x & 0x10001u) << 8 |
                           (b.y & 0x10001u) << 10 | (b.z & 0x10001u) << 12 |
@@ -125,7 +125,8 @@ __device__ __forceinline__ float block_factor(const uint8_t* row, int unit) {
     return half_to_float(static_cast<uint16_t>(bits | bits >> 15)) * (1.0f / kBlockUnit);
 }
 
-// Two codes as float32. The bits of code + 2^15 behind 0x4B00 are the float 2^23 + 2^15 + code.
+// Converts two codes to float32. The bits of code + 2^15 with the high half 0x4B00 are the
+// float 2^23 + 2^15 + code.
 __device__ __forceinline__ float2 block_values(uint32_t codes, float factor) {
     const uint32_t shifted = codes ^ 0x80008000u;
     const float base = -8421376.0f * factor;  // exact: factor has 11 bits, 2^23 + 2^15 has 9
@@ -136,7 +137,8 @@ __device__ __forceinline__ float2 block_values(uint32_t codes, float factor) {
 
 // ---- Whole units ----
 
-// A unit as eight pairs of float16, times unit_factor. row, scales: of a token, in shared memory.
+// Expands a unit to eight pairs of float16, times unit_factor. row, scales: of a token, in shared
+// memory.
 template <int kBits>
 __device__ __forceinline__ void expand_unit(const uint8_t* row, const uint16_t* scales,
                                             int head_dim, int unit, uint32_t (&pairs)[8]) {
@@ -167,38 +169,38 @@ __device__ __forceinline__ void expand_unit(const uint8_t* row, const uint16_t* 
     }
 }
 
-// ---- Where things lie ----
+// ---- Copies to shared memory ----
 
-// Tiles of a page's head on their way into shared memory.
+// Sizes of one token of one head in a packed tile.
 struct TileBytes {
-    int codes;   // bytes of a token's codes
-    int groups;  // scales of a token
+    int codes;  // bytes of a token's codes
+    int groups;  // number of a token's scales
     __device__ __forceinline__ TileBytes(int bits, int head_dim)
         : codes(code_bytes(head_dim, bits)), groups(num_groups(head_dim, bits)) {}
 };
 
-// Starts copying `tokens` tokens (a multiple of 16) from `place` on, counted in tokens of
-// [pages, kv_heads, kPageLen]: codes, then scales behind them. `threads` threads take part.
+// Starts copying `tokens` tokens, a multiple of 16: codes, followed by scales. token_index counts
+// tokens of [pages, kv_heads, kPageLen]. `threads` threads take part.
 __device__ __forceinline__ void copy_tile(const ExlCacheHalf& half, const TileBytes& bytes,
-                                          int64_t place, int tokens, uint8_t* shared,
+                                          int64_t token_index, int tokens, uint8_t* shared,
                                           int thread, int threads) {
-    const auto* codes = static_cast<const uint8_t*>(half.codes) + place * bytes.codes;
+    const auto* codes = static_cast<const uint8_t*>(half.codes) + token_index * bytes.codes;
     const int code_chunks = tokens * bytes.codes / 16;
     for (int i = thread; i < code_chunks; i += threads) {
         copy_async16(shared + 16 * i, codes + 16 * i);
     }
-    const auto* scales = reinterpret_cast<const uint8_t*>(half.scales + place * bytes.groups);
-    uint8_t* behind = shared + tokens * bytes.codes;
+    const auto* scales = reinterpret_cast<const uint8_t*>(half.scales + token_index * bytes.groups);
+    uint8_t* shared_scales = shared + tokens * bytes.codes;
     const int scale_chunks = tokens * bytes.groups / 8;
     for (int i = thread; i < scale_chunks; i += threads) {
-        copy_async16(behind + 16 * i, scales + 16 * i);
+        copy_async16(shared_scales + 16 * i, scales + 16 * i);
     }
 }
 
-// The same by one warp, for heads of kHeadDim elements and kBits: no more instructions than
-// copies, since all offsets are constants.
+// copy_tile by one warp for heads of kHeadDim elements and kBits. All offsets are constants, so
+// there are no more instructions than copies.
 template <int kTokens, int kHeadDim, int kBits>
-__device__ __forceinline__ void copy_whole_tile(const ExlCacheHalf& half, int64_t place,
+__device__ __forceinline__ void copy_whole_tile(const ExlCacheHalf& half, int64_t token_index,
                                                 uint8_t* shared) {
     constexpr int kPass = 32 * 16;
     constexpr int kCodes = kTokens * code_bytes(kHeadDim, kBits);
@@ -206,7 +208,7 @@ __device__ __forceinline__ void copy_whole_tile(const ExlCacheHalf& half, int64_
     static_assert(kScales <= kPass && kScales % 16 == 0 && kCodes % 16 == 0);
     const int lane = lane_id();
     const auto* codes = static_cast<const uint8_t*>(half.codes) +
-                        place * code_bytes(kHeadDim, kBits) + lane * 16;
+                        token_index * code_bytes(kHeadDim, kBits) + lane * 16;
     uint8_t* target = shared + lane * 16;
 #pragma unroll
     for (int i = 0; i + kPass <= kCodes; i += kPass) copy_async16(target + i, codes + i);
@@ -216,7 +218,7 @@ __device__ __forceinline__ void copy_whole_tile(const ExlCacheHalf& half, int64_
     }
     if (lane * 16 < kScales) {
         const auto* scales = reinterpret_cast<const uint8_t*>(
-            half.scales + place * num_groups(kHeadDim, kBits));
+            half.scales + token_index * num_groups(kHeadDim, kBits));
         copy_async16(target + kCodes, scales + lane * 16);
     }
 }

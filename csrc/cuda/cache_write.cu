@@ -1,25 +1,29 @@
-// Keys and values into the cache: rotation, search of each group's scale, packing.
+// Writes keys and values into the cache: rotation, search of each group's scale, packing.
 //
-// Layout and search are defined in exl_loader/kernels/reference_codec.py and
-// reference_fp16.py. A block writes one head of one row, keys (even blocks) or values (odd
-// ones): its threads rotate the head in shared memory, then each warp writes groups of 32
-// elements. In the search a lane is a scale that is tried, in the reference's order, so that
-// errors add up without sums across lanes; 32 candidates are one pass over the group.
+// Layout: input float32 [rows, kv_heads, head_dim]; output as ExlCacheLayer (cache_codec.h). The
+// reference codec in Python defines the search.
 //
-// A group costs some 20 instructions an element and pass: 700 in all for 4 bits, where each
-// round of the binary search over a codebook's thresholds is one conflict-free read of shared
-// memory (32 thresholds of both tables are 32 banks).
+// Work per block: one head of one row, keys (even blocks in y) or values (odd ones). Its threads
+// rotate the head in shared memory. Work per warp: groups of 32 elements. In the search a lane is
+// one candidate scale, in the order of the reference, so that errors are summed without sums
+// across lanes; 32 candidates take one pass over the group.
 //
-// Shared memory: the head (float32, a multiple of 32 elements), then thresholds and levels of
-// both tables, 64 floats. At least 64 threads.
+// A group costs about 20 instructions per element and pass, 700 in all for 4 bits. Each round of
+// the binary search over a codebook's thresholds is one conflict-free read of shared memory,
+// because the 32 thresholds of both tables are in 32 banks.
+//
+// Shared memory: the head (float32, padded to a multiple of 32 elements), then thresholds and
+// levels of both tables, 64 floats.
+//
+// Precondition: at least 64 threads per block, one for each of these floats.
 #include "cuda/cache_rotate.cuh"
-#include "cuda/rope.cuh"
+#include "cuda/row_functions.cuh"
 
-// RoPE of a step's queries and keys, and their norms where a model has those. Queries are
-// rotated in place, keys on their way into the cache.
+// RoPE of a step's queries and keys, and their norms in models that have them. Queries are
+// rotated in place, keys before they are written to the cache.
 struct RopeCall {
-    float* q;            // [rows, q_heads, head_dim]
-    const float* table;  // [rows, 2, half]: cos, then sin; null where keys come rotated
+    float* q;  // [rows, q_heads, head_dim]
+    const float* table;  // [rows, 2, half]: cos, then sin; null if keys are already rotated
     const float* q_weight;
     const float* k_weight;  // [head_dim], or null
     int32_t q_heads;
@@ -37,13 +41,13 @@ constexpr uint32_t kHalfNaN = 0x7E00;
 EXL_HOST_DEVICE constexpr float level_of(int table, int code) {
     return codebook_level(table, code) * kCodebookUnit;
 }
-// What is above threshold i has code i + 1 or more; the last is never looked at.
+// A value above threshold i has code i + 1 or more. The last threshold is not used.
 EXL_HOST_DEVICE constexpr float threshold_of(int table, int code) {
     return code + 1 < kLevels ? 0.5f * (level_of(table, code) + level_of(table, code + 1)) : 0.0f;
 }
 
-// Thresholds [table][code], then levels. Each value is a constant of the code, so that no
-// table in global memory has to be read first.
+// Writes thresholds [table][code], then levels [table][code]. Each value is a constant in the
+// code, so that no table is read from global memory.
 __device__ __forceinline__ void fill_codebooks(float* codebooks) {
     const int thread = threadIdx.x;
 #pragma unroll
@@ -54,7 +58,7 @@ __device__ __forceinline__ void fill_codebooks(float* codebooks) {
     }
 }
 
-// A grid of codes; `values` are x / scale. Ties go to the lower code, as in the reference.
+// A grid of codes; `value` is x / scale. Ties go to the lower code, as in the reference.
 template <int kBits>
 struct Grid {
     static constexpr float kHalf = 1 << (kBits - 1);
@@ -85,7 +89,7 @@ struct Grid<4> {
     }
 };
 
-// A scale as float16 bits, with the table in the lowest bit where codes have tables.
+// A scale as float16 bits, with the table in its lowest bit if codes have tables.
 template <int kBits>
 __device__ __forceinline__ uint32_t scale_bits(float scale, int table) {
     const uint32_t bits = float_to_half(fmaxf(-kLargestHalf, fminf(kLargestHalf, scale)));
@@ -95,14 +99,15 @@ __device__ __forceinline__ float inverse_of(float exact) {
     return exact == 0.0f ? 0.0f : 1.0f / exact;
 }
 
-// The best scale so far. Without a finite error the scale stays NaN, so that a fault shows.
+// The best scale so far. Without a finite error the scale remains NaN, so that a fault shows.
 struct Trial {
     float error;
     uint32_t bits;
     int table;
 };
 
-// The trial of the lane with the least error, the lowest of equals; the same in every lane.
+// The candidate of the lane with the least error, the lowest lane among equals; the same in every
+// lane.
 __device__ __forceinline__ Trial least_of_warp(Trial trial) {
     int lane = lane_id();
 #pragma unroll
@@ -119,7 +124,7 @@ __device__ __forceinline__ Trial least_of_warp(Trial trial) {
     return trial;
 }
 
-// Tries every scale and table; y: kGroup elements in shared memory, `elements` of them count.
+// Tries every scale and table. y: kGroup elements in shared memory, of which `elements` count.
 template <int kBits>
 __device__ Trial search(const float* y, int elements, float largest, const float* codebooks) {
     constexpr ScaleSearch kSearch = scale_search(kBits);
@@ -129,8 +134,8 @@ __device__ Trial search(const float* y, int elements, float largest, const float
     for (int first = 0; first < kCandidates; first += 32) {
         const int candidate = first + lane_id();
         const int table = candidate / kSigned % kTables, step = candidate % kSearch.steps;
-        const float share = static_cast<float>(step) / (kSearch.steps - 1);
-        const float factor = kSearch.first + (kSearch.last - kSearch.first) * share;
+        const float fraction = static_cast<float>(step) / (kSearch.steps - 1);
+        const float factor = kSearch.first + (kSearch.last - kSearch.first) * fraction;
         const bool negative = candidate % kSigned >= kSearch.steps;
         Trial trial{0.0f, scale_bits<kBits>(largest * (negative ? -factor : factor), table), table};
         const float exact = half_to_float(static_cast<uint16_t>(trial.bits));
@@ -148,8 +153,8 @@ __device__ Trial search(const float* y, int elements, float largest, const float
     return best;
 }
 
-// Fits the scale to its codes by least squares and takes that if it is better. value: this
-// lane's element, 0 beyond the group's.
+// Fits the scale to its codes by least squares and keeps it if the error is smaller. value: this
+// lane's element, 0 beyond the group.
 template <int kBits>
 __device__ void refit(Trial* best, float value, bool counts, const float* codebooks) {
     const Grid<kBits> grid(codebooks, best->table);
@@ -168,7 +173,7 @@ __device__ void refit(Trial* best, float value, bool counts, const float* codebo
     }
 }
 
-// The plane of kWidth bits that starts at bit kShift of the codes, one byte a lane.
+// Writes the plane of kWidth bits that begins at bit kShift of the codes, one byte per lane.
 template <int kWidth, int kShift>
 __device__ __forceinline__ uint8_t* pack_plane(uint32_t code, int count, uint8_t* out) {
     const int bytes = count * kWidth / 8;
@@ -182,7 +187,7 @@ __device__ __forceinline__ uint8_t* pack_plane(uint32_t code, int count, uint8_t
     return out + bytes;
 }
 
-// One group by one warp; y: the rotated head in shared memory.
+// Writes one group, by one warp. y: the rotated head in shared memory.
 template <int kBits>
 __device__ void write_group(const float* y, int head_dim, int group, const float* codebooks,
                             uint8_t* codes, uint16_t* scales) {
@@ -193,9 +198,9 @@ __device__ void write_group(const float* y, int head_dim, int group, const float
     for (int i = 0; i < kRefits; ++i) refit<kBits>(&best, value, counts, codebooks);
     const float exact = half_to_float(static_cast<uint16_t>(best.bits));
     const Grid<kBits> grid(codebooks, best.table);
-    const bool faulty = !(best.error < infinity());
+    const bool has_error = !(best.error < infinity());
     const uint32_t code =
-        counts && !faulty ? static_cast<uint32_t>(grid.nearest(value * inverse_of(exact))) : 0;
+        counts && !has_error ? static_cast<uint32_t>(grid.nearest(value * inverse_of(exact))) : 0;
     const int stored = padded_codes(elements);
     uint8_t* out = codes + group * code_bytes(kGroup, kBits);
     if constexpr (kBits == 6) {
@@ -206,7 +211,7 @@ __device__ void write_group(const float* y, int head_dim, int group, const float
     if (lane_id() == 0) scales[group] = static_cast<uint16_t>(best.bits);
 }
 
-// The elements that share a scale from `first` on, by one warp; at most 47.
+// Writes `count` elements that share a scale, at most 47, by one warp; cache of 16 bits.
 __device__ void write_block(const float* x, int count, int16_t* out) {
     const int lane = lane_id();
     float largest = 0.0f;
@@ -216,7 +221,7 @@ __device__ void write_block(const float* x, int count, int16_t* out) {
         finite = finite && fabsf(x[i]) < infinity();
     }
     finite = ballot(finite) == 0xFFFFFFFFu;
-    // 2^-10 is more than float16 rounds off, 2^-25 more than its subnormal numbers do.
+    // 2^-10 exceeds the rounding error of float16, 2^-25 that of its subnormal numbers.
     const float above = fminf(fmaf(warp_max(largest), 1.0f + 0x1p-10f, 0x1p-25f), kLargestHalf);
     const uint32_t bits = finite ? float_to_half(above) : kHalfNaN;
     const float exact = half_to_float(static_cast<uint16_t>(bits));
@@ -251,7 +256,7 @@ __device__ void write_quantized(float* y, int head_dim, float* codebooks, uint8_
                                 uint16_t* scales) {
     for (int i = threadIdx.x; i < head_dim; i += blockDim.x) y[i] *= rotation_factor(head_dim, i);
     if (kBits == 4) fill_codebooks(codebooks);
-    block_sync();  // the signs are in, and the codebooks
+    block_sync();  // signs and codebooks are complete
     hadamard_of_block(y, head_dim);
     const int warps = static_cast<int>(blockDim.x) / 32;
     for (int group = warp_id(); group < num_groups(head_dim, kBits); group += warps) {
@@ -259,19 +264,21 @@ __device__ void write_quantized(float* y, int head_dim, float* codebooks, uint8_
     }
 }
 
-// A warp a query head, `first` and on.
+// Rotates query heads from `first` on, one head per warp.
 __device__ __forceinline__ void rotate_queries(const RopeCall& rope, int head_dim, int row,
                                                int first) {
     const int head = first + warp_id();
-    if (head >= rope.q_heads) return;  // whole warps
+    if (head >= rope.q_heads) return;  // whole warps leave
     const float* cos = rope.table + static_cast<int64_t>(row) * 2 * rope.half;
     float* x = rope.q + (static_cast<int64_t>(row) * rope.q_heads + head) * head_dim;
     rotate_head(x, cos, cos + rope.half, head_dim, rope.half, rope.q_weight, rope.eps);
 }
 
-// k, v: float32 [rows, kv_heads, head_dim]. Grid x: rows, of which a call may have more than a
-// card takes blocks in y. Grid y: 2 * kv_heads, then, where `rope` has a table, a block for as
-// many query heads as it has warps.
+// Writes the keys and values of all rows, and rotates queries if `rope` has a table.
+//
+// k, v: float32 [rows, kv_heads, head_dim]. Grid x: rows, because their number may exceed the
+// limit of y. Grid y: 2 * kv_heads, then, if `rope` has a table, blocks for as many query heads
+// as a block has warps.
 extern "C" __global__ void __launch_bounds__(kWriteThreads)
     cache_write_kernel(ExlCacheLayer layer, ExlBatch batch, const float* k, const float* v,
                        RopeCall rope) {
@@ -288,13 +295,13 @@ extern "C" __global__ void __launch_bounds__(kWriteThreads)
                      (static_cast<int64_t>(row) * layer.num_kv_heads + head) * head_dim;
     const int sequence = sequence_of(batch, row);
     const int position = batch.past_len[sequence] + row - batch.q_start[sequence];
-    const int64_t place = place_of(batch, sequence, layer.num_kv_heads, head, position);
-    auto* codes = static_cast<uint8_t*>(half.codes) + place * code_bytes(head_dim, half.bits);
-    uint16_t* scales = half.scales + place * num_groups(head_dim, half.bits);
+    const int64_t token_index = token_index_of(batch, sequence, layer.num_kv_heads, head, position);
+    auto* codes = static_cast<uint8_t*>(half.codes) + token_index * code_bytes(head_dim, half.bits);
+    uint16_t* scales = half.scales + token_index * num_groups(head_dim, half.bits);
     const int padded = (head_dim + kGroup - 1) / kGroup * kGroup;
     float* codebooks = memory + padded;
     for (int i = threadIdx.x; i < padded; i += blockDim.x) memory[i] = i < head_dim ? x[i] : 0.0f;
-    block_sync();  // the head is in
+    block_sync();  // the head is complete
     if (rope.table != nullptr && blockIdx.y % 2 == 0) {
         const float* cos = rope.table + static_cast<int64_t>(row) * 2 * rope.half;
         if (warp_id() == 0) {

@@ -1,20 +1,20 @@
-// Decoding's softmax: scores into weights, and what warps have gathered into rows.
+// Softmax of decoding: scores to weights, and the running sums of warps to rows.
 //
-// See attention_decode.cu. g = lane / 4, t = lane % 4.
+// See attention_decode.cu for layout, work and preconditions. g = lane / 4, t = lane % 4.
 #pragma once
 
 #include "cuda/decode_rows.cuh"
 
 namespace exl {
 
-// What a warp's rows have gathered; lane (g, t) has rows 2t and 2t + 1, totals of its own
-// tokens alone.
+// Running sums of a warp's rows. Lane (g, t) has rows 2t and 2t + 1; `totals` covers only the
+// tokens of this lane.
 template <int kHeadDim>
-struct Gathered {
+struct DecodeSums {
     float o[kHeadDim / 16][4];
     float largest[2], totals[2];
 
-    __device__ __forceinline__ Gathered() {
+    __device__ __forceinline__ DecodeSums() {
 #pragma unroll
         for (int i = 0; i < kHeadDim / 16; ++i) o[i][0] = o[i][1] = o[i][2] = o[i][3] = 0.0f;
         largest[0] = largest[1] = -infinity();
@@ -29,10 +29,10 @@ struct Gathered {
         totals[0] *= factors[0];
         totals[1] *= factors[1];
     }
-    // Brings both rows to new maxima, which are no less than the old ones.
+    // Rescales both rows to new maxima, which are not below the old ones.
     __device__ __forceinline__ void raise(const float (&to)[2]) {
         const bool same = to[0] == largest[0] && to[1] == largest[1];
-        if (ballot(!same) == 0) return;  // factors would be 1
+        if (ballot(!same) == 0) return;  // all factors would be 1
         float factors[2];
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
@@ -43,26 +43,27 @@ struct Gathered {
     }
 };
 
-// Scores of a tile into weights, as B fragments of its groups of 16 tokens. all: every row of
-// the pass sees all of the tile.
+// Turns the scores of a tile into weights, as B fragments of its groups of 16 tokens. all: every
+// row of the pass sees all of the tile.
 template <int kHeadDim, int kTile>
-__device__ __forceinline__ void weights_of(float (&scores)[kTile / 16][4], int first_token,
-                                           bool all, const Softening& soften, int window,
-                                           const RowData& data, Gathered<kHeadDim>& gathered,
-                                           uint32_t (&weights)[kTile / 16][2]) {
+__device__ __forceinline__ void softmax_tile(float (&scores)[kTile / 16][4], int first_token,
+                                             bool all, const ScoreTransform& transform,
+                                             int sliding_window, const RowData& data,
+                                             DecodeSums<kHeadDim>& sums,
+                                             uint32_t (&weights)[kTile / 16][2]) {
     const int g = lane_id() / 4, t = lane_id() % 4;
-    float largest[2] = {gathered.largest[0], gathered.largest[1]};
+    float largest[2] = {sums.largest[0], sums.largest[1]};
     const float factors[2] = {data.factors[2 * t], data.factors[2 * t + 1]};
 #pragma unroll
     for (int i = 0; i < kTile / 16; ++i) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) scores[i][j] *= factors[j % 2];
     }
-    if (soften.caps()) {
+    if (transform.caps()) {
 #pragma unroll
         for (int i = 0; i < kTile / 16; ++i) {
 #pragma unroll
-            for (int j = 0; j < 4; ++j) scores[i][j] = soften.capped(scores[i][j]);
+            for (int j = 0; j < 4; ++j) scores[i][j] = transform.capped(scores[i][j]);
         }
     }
     if (!all) {
@@ -71,7 +72,8 @@ __device__ __forceinline__ void weights_of(float (&scores)[kTile / 16][4], int f
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 const int row = 2 * t + j % 2, token = first_token + i * 16 + j / 2 * 8 + g;
-                if (!sees(data.positions[row], token, window)) scores[i][j] = -infinity();
+                const bool visible = is_visible(data.positions[row], token, sliding_window);
+                if (!visible) scores[i][j] = -infinity();
             }
         }
     }
@@ -85,71 +87,72 @@ __device__ __forceinline__ void weights_of(float (&scores)[kTile / 16][4], int f
         largest[0] = fmaxf(largest[0], shfl_xor(largest[0], mask));
         largest[1] = fmaxf(largest[1], shfl_xor(largest[1], mask));
     }
-    gathered.raise(largest);
+    sums.raise(largest);
     const float base[2] = {finite_base(largest[0]), finite_base(largest[1])};
 #pragma unroll
     for (int i = 0; i < kTile / 16; ++i) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             scores[i][j] = exp2_fast(scores[i][j] - base[j % 2]);
-            gathered.totals[j % 2] += scores[i][j];
+            sums.totals[j % 2] += scores[i][j];
         }
         weights[i][0] = transpose_matrix(floats_to_half2(scores[i][0], scores[i][1]));
         weights[i][1] = transpose_matrix(floats_to_half2(scores[i][2], scores[i][3]));
     }
 }
 
-// Adds what warps gathered, in a tree whose order is that of the warps; warp 0 has the result.
+// Merges the sums of all warps in a tree of fixed order; warp 0 has the result.
 template <int kHeadDim>
-__device__ __forceinline__ void merge_warps(Gathered<kHeadDim>& mine, float* memory) {
+__device__ __forceinline__ void merge_warps(DecodeSums<kHeadDim>& sums, float* memory) {
     constexpr int kFloats = kHeadDim / 16 * 4 + 4;
     const int warps = static_cast<int>(blockDim.x) / 32, warp = warp_id();
     for (int step = 1; step < warps; step *= 2) {
         float* slot = memory + warp / (2 * step) * kFloats * 32 + lane_id();
-        block_sync();  // rings, or what the last round wrote, are no longer read
+        block_sync();  // rings, or the sums of the last round, are no longer read
         if (warp % (2 * step) == step) {
 #pragma unroll
-            for (int i = 0; i < kHeadDim / 4; ++i) slot[i * 32] = mine.o[i / 4][i % 4];
+            for (int i = 0; i < kHeadDim / 4; ++i) slot[i * 32] = sums.o[i / 4][i % 4];
 #pragma unroll
             for (int n = 0; n < 2; ++n) {
-                slot[(kFloats - 4 + n) * 32] = mine.largest[n];
-                slot[(kFloats - 2 + n) * 32] = mine.totals[n];
+                slot[(kFloats - 4 + n) * 32] = sums.largest[n];
+                slot[(kFloats - 2 + n) * 32] = sums.totals[n];
             }
         }
-        block_sync();  // slots are written
+        block_sync();  // the sums in the slots are complete
         if (warp % (2 * step) == 0) {
-            float largest[2], theirs[2];
+            float largest[2], other_factors[2];
 #pragma unroll
             for (int n = 0; n < 2; ++n) {
                 const float other = slot[(kFloats - 4 + n) * 32];
-                largest[n] = fmaxf(mine.largest[n], other);
-                theirs[n] = exp2_fast(other - finite_base(largest[n]));
+                largest[n] = fmaxf(sums.largest[n], other);
+                other_factors[n] = exp2_fast(other - finite_base(largest[n]));
             }
-            mine.raise(largest);
+            sums.raise(largest);
 #pragma unroll
             for (int i = 0; i < kHeadDim / 4; ++i) {
-                mine.o[i / 4][i % 4] = fmaf(slot[i * 32], theirs[i % 2], mine.o[i / 4][i % 4]);
+                sums.o[i / 4][i % 4] =
+                    fmaf(slot[i * 32], other_factors[i % 2], sums.o[i / 4][i % 4]);
             }
 #pragma unroll
             for (int n = 0; n < 2; ++n) {
-                mine.totals[n] = fmaf(slot[(kFloats - 2 + n) * 32], theirs[n], mine.totals[n]);
+                sums.totals[n] =
+                    fmaf(slot[(kFloats - 2 + n) * 32], other_factors[n], sums.totals[n]);
             }
         }
     }
 }
 
-// Warp 0's fragments become rows in shared memory.
+// Writes warp 0's fragments to shared memory as rows.
 template <int kHeadDim>
-__device__ __forceinline__ void spread_rows(const AttentionCall& call,
-                                            Gathered<kHeadDim>& gathered,
-                                            const Memory<kHeadDim>& memory) {
+__device__ __forceinline__ void spread_rows(const AttentionCall& call, DecodeSums<kHeadDim>& sums,
+                                            const DecodeMemory<kHeadDim>& memory) {
     constexpr int kHalves = kHeadDim / 64;
     const int g = lane_id() / 4, t = lane_id() % 4;
     const int head_dim = static_cast<int>(call.layer.head_dim);
 #pragma unroll
     for (int mask = 4; mask < 32; mask *= 2) {
-        gathered.totals[0] += shfl_xor(gathered.totals[0], mask);
-        gathered.totals[1] += shfl_xor(gathered.totals[1], mask);
+        sums.totals[0] += shfl_xor(sums.totals[0], mask);
+        sums.totals[1] += shfl_xor(sums.totals[1], mask);
     }
 #pragma unroll
     for (int i = 0; i < kHeadDim / 16; ++i) {
@@ -157,16 +160,16 @@ __device__ __forceinline__ void spread_rows(const AttentionCall& call,
         if (half / 2 * kUnit >= head_dim) continue;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            const int place = half % 2 * 8 + i % 4 * 2 + j / 2;
-            const int element = element_of(call.layer.v.bits, head_dim, half / 2, place);
-            memory.rows[(2 * t + j % 2) * kHeadDim + element] = gathered.o[i][j];
+            const int position_in_unit = half % 2 * 8 + i % 4 * 2 + j / 2;
+            const int element = element_of(call.layer.v.bits, head_dim, half / 2, position_in_unit);
+            memory.rows[(2 * t + j % 2) * kHeadDim + element] = sums.o[i][j];
         }
     }
     if (g == 0) {
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
-            memory.data->largest[2 * t + n] = gathered.largest[n];
-            memory.data->totals[2 * t + n] = gathered.totals[n];
+            memory.data->largest[2 * t + n] = sums.largest[n];
+            memory.data->totals[2 * t + n] = sums.totals[n];
         }
     }
 }

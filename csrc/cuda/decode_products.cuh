@@ -1,8 +1,9 @@
-// Decoding's products: queries and keys as integers, values as float16.
+// Products of decoding: queries and keys as integers, values as float16.
 //
-// See attention_decode.cu. Fragments are laid out as platform.cuh says; g = lane / 4, t = lane %
-// 4. A lane loads whole words of packed codes, unpacks what they hold, and that is its part of
-// the fragment: only the order of elements along the product is unusual.
+// See attention_decode.cu for work and preconditions. Fragments are laid out as described in
+// platform.cuh, with g = lane / 4 and t = lane % 4. A lane loads whole words of packed codes; the
+// unpacked elements are its part of the fragment. Only the order of elements along the product is
+// unusual (element_of).
 #pragma once
 
 #include "cuda/decode_rows.cuh"
@@ -10,19 +11,20 @@
 
 namespace exl {
 
-// Queries as integers: 128 * high + low, high in -127..127 and low in -64..63.
+// Queries as integers: 128 * high + low, with high in -127..127 and low in -64..63.
 constexpr float kQueryUnit = 127.0f * 128.0f;
-// An int32 sum below 2^22 that begins here is, as bits, the float32 kSumBase + sum.
+// kSumStart is the bits of the float32 kSumBase = 1.5 * 2^23. If an int32 sum below 2^22 starts
+// from it, the bits of the result are the float32 kSumBase + sum.
 constexpr int32_t kSumStart = 0x4B400000;
 constexpr float kSumBase = 12582912.0f;
 constexpr uint32_t kSigned = 0x80808080u;
 
-// What an integer product with a key is worth.
+// The factor that converts an integer product with a key.
 __device__ __forceinline__ float key_unit(int bits) {
     return 1.0f / (kQueryUnit * (is_quantized(bits) ? 128.0f : kBlockUnit));
 }
 
-// Four elements as high and low bytes.
+// Converts four elements to high and low bytes.
 __device__ __forceinline__ uint2 query_bytes(const float (&x)[4]) {
     uint32_t high = 0, low = 0;
 #pragma unroll
@@ -37,15 +39,16 @@ __device__ __forceinline__ uint2 query_bytes(const float (&x)[4]) {
 
 template <int kHeadDim>
 __device__ __forceinline__ BiasMemory bias_of(const AttentionCall& call,
-                                              const Memory<kHeadDim>& memory) {
+                                              const DecodeMemory<kHeadDim>& memory) {
     return {call, reinterpret_cast<char*>(memory.queries), kRows};
 }
 
-// Rows of the pass become B fragments; the others zeros.
+// Writes the rows of the pass as B fragments; other rows as zeros.
 template <int kHeadDim, int kTile>
-__device__ __forceinline__ void stage_queries(const AttentionCall& call, const DecodeLaunch& launch,
-                              const RowGroup& group, const Pass& pass,
-                              const Memory<kHeadDim>& memory) {
+__device__ __forceinline__ void prepare_queries(const AttentionCall& call,
+                                                const DecodeLaunch& launch, const RowGroup& group,
+                                                const Pass& pass,
+                                                const DecodeMemory<kHeadDim>& memory) {
     const int warps = static_cast<int>(blockDim.x) / 32;
     for (int row = warp_id(); row < kRows; row += warps) {
         float x[kHeadDim / 32] = {};
@@ -61,12 +64,12 @@ __device__ __forceinline__ void stage_queries(const AttentionCall& call, const D
         for (int i = 0; i < kHeadDim / 32; ++i) {
             memory.rows[row * kHeadDim + lane_id() + 32 * i] = x[i] * inverse;
         }
-        float factor = largest * Softening(call.shape).factor * key_unit(call.layer.k.bits);
+        float factor = largest * ScoreTransform(call.shape).factor * key_unit(call.layer.k.bits);
         if (call.bias.num_pairs != 0) {
             const float* q = active ? query_of(call, group.q_first + group.token(row),
                                                group.head(row))
                                     : nullptr;
-            factor = stage_bias_row(call, group.kv_head, q, factor, row, bias_of(call, memory));
+            factor = prepare_bias_row(call, group.kv_head, q, factor, row, bias_of(call, memory));
         }
         if (lane_id() == 0) {
             memory.data->factors[row] = factor;
@@ -74,9 +77,9 @@ __device__ __forceinline__ void stage_queries(const AttentionCall& call, const D
         }
     }
     if (call.bias.num_pairs != 0) {
-        stage_waves<kTile>(call.bias, group.sequence, group.kv_head, bias_of(call, memory));
+        prepare_waves<kTile>(call.bias, group.sequence, group.kv_head, bias_of(call, memory));
     }
-    block_sync();  // rows are read by all
+    block_sync();  // rows are read by all threads
     const int head_dim = static_cast<int>(call.layer.head_dim);
     for (int item = threadIdx.x; item < kHeadDim / kGroup * 32; item += blockDim.x) {
         const int lane = item % 32, unit = item / 32 * 2 + lane % 4 / 2;
@@ -89,13 +92,13 @@ __device__ __forceinline__ void stage_queries(const AttentionCall& call, const D
         const uint2 first = query_bytes(x[0]), second = query_bytes(x[1]);
         memory.queries[item] = make_uint4(first.x, second.x, first.y, second.y);
     }
-    block_sync();  // fragments are read by all
+    block_sync();  // fragments are read by all threads
 }
 
-// Adds to a tile's scores what the key bias does.
+// Adds the contribution of the key bias to the scores of a tile.
 template <int kHeadDim, int kTile>
 __device__ __forceinline__ void add_bias(const AttentionCall& call,
-                                         const Memory<kHeadDim>& memory, int first_token,
+                                         const DecodeMemory<kHeadDim>& memory, int first_token,
                                          float (&scores)[kTile / 16][4]) {
     const BiasMemory bias = bias_of(call, memory);
     const int lane = lane_id();
@@ -108,7 +111,7 @@ __device__ __forceinline__ void add_bias(const AttentionCall& call,
     }
 #pragma unroll 1
     for (int step = 0; step < bias.steps; ++step) {
-        const TurnedFactors rows(bias.factors[step * 32 + lane], wave, step);
+        const RotatedFactors rows(bias.factors[step * 32 + lane], wave, step);
         const uint4* waves = bias.waves + step * kTile * 4 + lane;
 #pragma unroll
         for (int i = 0; i < kTile / 16; ++i) {
@@ -122,7 +125,7 @@ __device__ __forceinline__ void add_bias(const AttentionCall& call,
     }
 }
 
-// A tile in shared memory. Where heads are whole, all strides are constants.
+// A packed tile in shared memory. If heads are whole, all strides are constants.
 template <int kHeadDim, int kTile, bool kWhole>
 struct Tile {
     uint8_t* memory;
@@ -136,15 +139,15 @@ struct Tile {
     }
     template <int kBits>
     __device__ __forceinline__ uint16_t* scales(int token) const {
-        uint8_t* behind = memory + kTile * code_bytes(head_dim(), kBits);
-        return reinterpret_cast<uint16_t*>(behind) + token * num_groups(head_dim(), kBits);
+        uint8_t* scales_of_tile = memory + kTile * code_bytes(head_dim(), kBits);
+        return reinterpret_cast<uint16_t*>(scales_of_tile) + token * num_groups(head_dim(), kBits);
     }
     __device__ __forceinline__ bool has(int unit) const {
         return kWhole || unit * kUnit < runtime_head_dim;
     }
 };
 
-// A group's integer products of 16 tokens with the queries' high and low bytes.
+// Integer products of a group of 16 tokens with the high and the low bytes of queries.
 struct Products {
     int32_t high[4], low[4];
     __device__ __forceinline__ explicit Products(int32_t start) {
@@ -153,8 +156,8 @@ struct Products {
     }
 };
 
-// Lane (g, t) has eight elements of a group of tokens g and g + 8: half t % 2 of unit t / 2.
-// d[0], d[1] are token g, rows 2t and 2t + 1; d[2], d[3] token g + 8.
+// Adds the scores of a group of elements. Lane (g, t) has eight elements of tokens g and g + 8:
+// half t % 2 of unit t / 2. d[0], d[1] are token g, rows 2t and 2t + 1; d[2], d[3] token g + 8.
 template <int kBits, typename Tile>
 __device__ __forceinline__ void score_group(const Tile& tile, int token, int group,
                                             const uint4& query, float (&d)[4]) {
@@ -184,8 +187,8 @@ __device__ __forceinline__ void score_group(const Tile& tile, int token, int gro
     }
 }
 
-// The same of 16 bits: 256 * (signed) high byte + (unsigned) low byte. The first two lanes of
-// a token have the codes that hold the scale.
+// score_group for 16 bits: a code is 256 * (signed) high byte + (unsigned) low byte. The first two
+// lanes of a token have the codes that hold the scale.
 template <typename Tile>
 __device__ __forceinline__ void score_block(const Tile& tile, int token, int group,
                                             const uint4& query, float (&d)[4]) {
@@ -229,8 +232,8 @@ template <int kHeadDim, int kBits, typename Tile>
 __device__ __forceinline__ void score_tokens(const Tile& tile, int first_token,
                                              const uint4* queries, float (&d)[4]) {
     const int token = first_token + lane_id() / 4;
-    // One group at a time: more would want more registers than two blocks leave each other, and
-    // other warps fill the gaps.
+    // One group at a time: more would need more registers than a thread has with two blocks per
+    // multiprocessor, and other warps hide the latency.
 #pragma unroll 1
     for (int group = 0; group < kHeadDim / kGroup; ++group) {
         if (!tile.has(2 * group)) break;
@@ -243,7 +246,7 @@ __device__ __forceinline__ void score_tokens(const Tile& tile, int first_token,
     }
 }
 
-// What unpacks one unit of four tokens: two scales a word, and the tokens' codebooks.
+// Scales for one unit of four tokens, two per word, and the tokens' codebooks.
 template <int kBits>
 struct UnitScales {
     uint32_t first, second;
@@ -259,7 +262,7 @@ struct UnitScales {
           codebooks{Codebook<>(a), Codebook<>(b), Codebook<>(c), Codebook<>(d)} {}
 };
 
-// o[i] += weights x values of half a unit of 16 tokens, i counting pairs of elements.
+// o[i] += weights x values of half a unit of 16 tokens; i counts pairs of elements.
 template <int kBits, typename Tile>
 __device__ __forceinline__ void weigh_half_unit(const Tile& tile, const int (&tokens)[4],
                                                 const UnitScales<kBits>& scales, int unit,
@@ -273,7 +276,7 @@ __device__ __forceinline__ void weigh_half_unit(const Tile& tile, const int (&to
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        // Elements 2i and 2i + 1: the bytes of two tokens side by side.
+        // Elements 2i and 2i + 1, with the bytes of two tokens adjacent.
         const uint32_t selector = i % 2 ? 0x7362 : 0x5140;
         const uint32_t x = byte_perm(levels[0][i / 2], levels[1][i / 2], selector);
         const uint32_t y = byte_perm(levels[2][i / 2], levels[3][i / 2], selector);
@@ -284,7 +287,7 @@ __device__ __forceinline__ void weigh_half_unit(const Tile& tile, const int (&to
     }
 }
 
-// The same of 16 bits.
+// weigh_half_unit for 16 bits.
 template <typename Tile>
 __device__ __forceinline__ void weigh_half_block(const Tile& tile, const int (&tokens)[4],
                                                  int unit, int half,
@@ -314,9 +317,9 @@ __device__ __forceinline__ void weigh_half_block(const Tile& tile, const int (&t
     }
 }
 
-// Adds 16 tokens' values times their weights (B fragments). Lane (g, t) has tokens 2t, 2t + 1,
-// 2t + 8, 2t + 9 and half units g * kHalves.. (of what a head lacks, the first unit instead:
-// those sums are not used).
+// Adds the values of 16 tokens times their weights (B fragments). Lane (g, t) has tokens 2t,
+// 2t + 1, 2t + 8, 2t + 9 and half units from g * kHalves on. Units that a head lacks are replaced
+// by the first unit; their sums are not used.
 template <int kHeadDim, int kBits, typename Tile>
 __device__ __forceinline__ void weigh_tokens(const Tile& tile, int first_token,
                                              const uint32_t (&weights)[2],
@@ -325,30 +328,31 @@ __device__ __forceinline__ void weigh_tokens(const Tile& tile, int first_token,
     const unsigned g = lane_id() / 4;
     const int token = first_token + lane_id() % 4 * 2;
     const int tokens[4] = {token, token + 1, token + 8, token + 9};
-    // Halves of a unit: two, but where a lane has no more than one.
+    // A lane has two halves of a unit, or only one.
     constexpr int kInUnit = kHalves > 1 ? 2 : 1;
 #pragma unroll
     for (int h = 0; h < kHalves; h += kInUnit) {
         const int unit = static_cast<int>((g * kHalves + h) / 2);
-        const int known = tile.has(unit) ? unit : 0;
+        const int existing_unit = tile.has(unit) ? unit : 0;
         const int first_half = kHalves > 1 ? 0 : static_cast<int>(g % 2);
         if constexpr (kBits == 16) {
 #pragma unroll
             for (int i = 0; i < kInUnit; ++i) {
-                weigh_half_block(tile, tokens, known, first_half + i, weights, o + 4 * (h + i));
+                weigh_half_block(tile, tokens, existing_unit, first_half + i, weights,
+                                 o + 4 * (h + i));
             }
         } else {
-            const UnitScales<kBits> scales(tile, tokens, known);
+            const UnitScales<kBits> scales(tile, tokens, existing_unit);
 #pragma unroll
             for (int i = 0; i < kInUnit; ++i) {
-                weigh_half_unit<kBits>(tile, tokens, scales, known, first_half + i, weights,
+                weigh_half_unit<kBits>(tile, tokens, scales, existing_unit, first_half + i, weights,
                                        o + 4 * (h + i));
             }
         }
     }
 }
 
-// Makes zeros of values that were never written: their weights are 0, but they may be NaN.
+// Sets values that were never written to zero. Their weights are 0, but the values may be NaN.
 template <int kTile, int kBits, typename Tile>
 __device__ __forceinline__ void clear_tokens(const Tile& tile, int first) {
     const int head_dim = tile.head_dim();

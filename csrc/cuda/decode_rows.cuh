@@ -1,28 +1,29 @@
-// Decoding's rows: which a block has, where their tokens are split, and how splits are added.
+// Rows of decoding: the rows of a block, the kv_splits of their tokens, and the merge of
+// kv_splits.
 //
-// See attention_decode.cu.
+// See attention_decode.cu for layout, work and preconditions.
 #pragma once
 
 #include "cuda/attention.cuh"
 
 namespace exl {
 
-constexpr int kRows = 8;  // columns of an mma
+constexpr int kRows = 8;  // columns of the B operand of an mma
 
 struct DecodeLaunch {
     float* partials;
-    int32_t* counters;  // zero before and after
-    int32_t first_row;    // of the batch's decoding rows, counted without prompts
-    int32_t rows;         // that `partials` has room for; others have a launch of their own
-    int32_t slots;        // partials of a row
-    int32_t most_splits;  // of a row, not counting one more that a window may touch
-    int32_t units;        // slots of a warp's ring: 1, 2 or 4
-    int32_t sharing;      // query heads of a kv head
-    int32_t groups;       // of 8 rows of a kv head and sequence
+    int32_t* counters;  // [sequences, kv_heads * groups]; zero before and after a launch
+    int32_t first_row;  // of the batch's decoding rows, not counting those of prompts
+    int32_t rows;  // room of `partials`; further rows have a launch of their own
+    int32_t slots;  // partials of a row
+    int32_t max_kv_splits;  // of a row, not counting one more that a sliding window may touch
+    int32_t units;  // slots of a warp's ring: 1, 2 or 4
+    int32_t heads_per_kv;  // query heads per key/value head
+    int32_t groups;  // number of groups of 8 rows, per key/value head and sequence
 };
 
 struct RowData {
-    float factors[kRows];    // on scores
+    float factors[kRows];  // that multiply scores
     int32_t positions[kRows];  // -1: no such row
     float largest[kRows];
     float totals[kRows];
@@ -30,14 +31,14 @@ struct RowData {
     int32_t padding[3];
 };
 
-// Where the tokens that a row sees are cut.
-struct Splits {
-    int pages;  // of one
-    int first;  // its number, counted from the sequence's beginning
+// The kv_splits of the tokens that a row sees.
+struct KvSplits {
+    int pages;  // of one kv_split
+    int first;  // number of the first kv_split, counted from the start of the sequence
     int count;
-    __device__ __forceinline__ Splits(int position, int window, int most_splits) {
-        const unsigned low = first_seen(position, window), last = position;
-        const unsigned seen = (last - low + kPageLen) / kPageLen, most = most_splits;
+    __device__ __forceinline__ KvSplits(int position, int sliding_window, int max_kv_splits) {
+        const unsigned low = first_visible(position, sliding_window), last = position;
+        const unsigned seen = (last - low + kPageLen) / kPageLen, most = max_kv_splits;
         const unsigned each = seen <= most ? 1 : (seen + most - 1) / most;
         const unsigned begin = low / kPageLen, end = last / kPageLen;
         pages = static_cast<int>(each);
@@ -46,66 +47,69 @@ struct Splits {
     }
 };
 
-// The rows of a block: `first_row`.. of the sequence's rows x the heads that share a kv head.
+// The rows of a block: `count` rows from `first_row` on, counted over the sequence's rows x the
+// query heads of a key/value head.
 struct RowGroup {
-    int sequence, kv_head, sharing;
+    int sequence, kv_head, heads_per_kv;
     int first_row, count;
     int past, q_first;
-    int place;  // of the sequence's first row among the launch's rows, may be below 0
+    // Index of the sequence's first row among the launch's rows; may be negative.
+    int first_launch_row;
     __device__ __forceinline__ RowGroup(const AttentionCall& call, const DecodeLaunch& launch) {
         sequence = blockIdx.z;
-        sharing = launch.sharing;
-        // Divisions take longer than what they spare where there is nothing to divide.
+        heads_per_kv = launch.heads_per_kv;
+        // A division takes longer than this test, and mostly there is nothing to divide.
         kv_head = launch.groups == 1 ? blockIdx.y : blockIdx.y / launch.groups;
         const int begin = (static_cast<int>(blockIdx.y) - kv_head * launch.groups) * kRows;
         q_first = call.batch.q_start[sequence];
         past = call.batch.past_len[sequence];
         const int q_len = call.batch.q_start[sequence + 1] - q_first;
-        place = -launch.first_row;
+        first_launch_row = -launch.first_row;
         for (int i = 0; i < sequence; ++i) {
             const int rows = call.batch.q_start[i + 1] - call.batch.q_start[i];
-            place += rows <= kDecodeRows ? rows : 0;
+            first_launch_row += rows <= kDecodeRows ? rows : 0;
         }
-        const int end = min(begin + kRows, min(q_len, launch.rows - place) * sharing);
-        first_row = max(begin, -place * sharing);
+        const int end =
+            min(begin + kRows, min(q_len, launch.rows - first_launch_row) * heads_per_kv);
+        first_row = max(begin, -first_launch_row * heads_per_kv);
         count = q_len <= kDecodeRows ? end - first_row : 0;
     }
     __device__ __forceinline__ int token(int row) const {
         const int index = first_row + row;
-        return index < sharing ? 0 : index / sharing;
+        return index < heads_per_kv ? 0 : index / heads_per_kv;
     }
     __device__ __forceinline__ int position(int row) const { return past + token(row); }
     __device__ __forceinline__ int head(int row) const {
-        return kv_head * sharing + first_row + row - token(row) * sharing;
+        return kv_head * heads_per_kv + first_row + row - token(row) * heads_per_kv;
     }
 };
 
-// A group's rows, cut where the pages of their splits change: mostly it is one pass.
+// The rows of a group, cut where the number of pages of their kv_splits changes; mostly one pass.
 struct Passes {
     int low_row, change, high_row;  // positions; `change` begins the second pass
-    int count, arrivals;            // blocks that have a split of a pass; 0 without rows
+    int count, arrivals;  // arrivals: blocks that have a kv_split of a pass; 0 without rows
     __device__ __forceinline__ Passes(const AttentionCall& call, const DecodeLaunch& launch,
                                       const RowGroup& group);
 };
 
-// Rows of a group whose splits have the same number of pages.
+// Rows of a group whose kv_splits have the same number of pages.
 struct Pass {
-    int pages, first, end;   // splits
-    int low_row, low, high;  // the first row's position; tokens that are seen
+    int pages, first, end;  // first, end: kv_splits
+    int low_row, low, high;  // position of the first row; visible tokens [low, high)
     __device__ __forceinline__ Pass(const AttentionCall& call, const DecodeLaunch& launch,
                                     const Passes& passes, int index)
         : low_row(index == 0 ? passes.low_row : passes.change) {
         const int high_row = index == 0 ? passes.change - 1 : passes.high_row;
-        const int window = static_cast<int>(call.shape.window);
-        const Splits lowest(low_row, window, launch.most_splits);
+        const int sliding_window = static_cast<int>(call.shape.sliding_window);
+        const KvSplits lowest(low_row, sliding_window, launch.max_kv_splits);
         pages = lowest.pages;
         first = lowest.first;
         end = lowest.first + lowest.count;
         if (high_row != low_row) {
-            const Splits highest(high_row, window, launch.most_splits);
+            const KvSplits highest(high_row, sliding_window, launch.max_kv_splits);
             end = highest.first + highest.count;
         }
-        low = first_seen(low_row, window);
+        low = first_visible(low_row, sliding_window);
         high = high_row + 1;
     }
 };
@@ -114,14 +118,15 @@ __device__ __forceinline__ Passes::Passes(const AttentionCall& call, const Decod
                                           const RowGroup& group)
     : low_row(0), change(0), high_row(0), count(0), arrivals(0) {
     if (group.count <= 0) return;
-    const int window = static_cast<int>(call.shape.window);
+    const int sliding_window = static_cast<int>(call.shape.sliding_window);
     low_row = group.position(0);
     high_row = group.position(group.count - 1);
     change = high_row + 1;
     if (high_row != low_row) {
-        const int pages = Splits(low_row, window, launch.most_splits).pages;
+        const int pages = KvSplits(low_row, sliding_window, launch.max_kv_splits).pages;
         change = low_row + 1;
-        while (change <= high_row && Splits(change, window, launch.most_splits).pages == pages) {
+        while (change <= high_row &&
+               KvSplits(change, sliding_window, launch.max_kv_splits).pages == pages) {
             ++change;
         }
     }
@@ -132,14 +137,14 @@ __device__ __forceinline__ Passes::Passes(const AttentionCall& call, const Decod
     }
 }
 
-// A block's shared memory.
+// The parts of a block's shared memory.
 template <int kHeadDim>
-struct Memory {
-    uint4* queries;  // high bytes of a lane's eight elements, then their low bytes
+struct DecodeMemory {
+    uint4* queries;  // of a lane's eight elements: high bytes, then low bytes
     float* rows;
     RowData* data;
     uint8_t* ring;
-    __device__ __forceinline__ explicit Memory(char* memory) {
+    __device__ __forceinline__ explicit DecodeMemory(char* memory) {
         queries = reinterpret_cast<uint4*>(memory);
         rows = reinterpret_cast<float*>(memory + kHeadDim / kGroup * 32 * sizeof(uint4));
         data = reinterpret_cast<RowData*>(rows + kRows * kHeadDim);
@@ -147,27 +152,31 @@ struct Memory {
     }
 };
 
-// Where a row's partials begin.
+// Address of the first partial of a row.
 __device__ __forceinline__ float* partials_of(const AttentionCall& call,
                                               const DecodeLaunch& launch, const RowGroup& group,
                                               int row) {
-    const int64_t index = static_cast<int64_t>(group.place + group.token(row)) *
-                              call.shape.num_heads + group.head(row);
+    const int64_t index =
+        static_cast<int64_t>(group.first_launch_row + group.token(row)) * call.shape.num_heads +
+        group.head(row);
     return launch.partials + index * launch.slots * (call.layer.head_dim + 2);
 }
 
-// Rows of this split to where they belong: to `out` where it is their only one.
+// Stores the sums of the rows of this kv_split: in `out` if it is a row's only kv_split, otherwise
+// in `partials`.
 template <int kHeadDim>
-__device__ __forceinline__ void leave_rows(const AttentionCall& call, const DecodeLaunch& launch,
-                           const RowGroup& group, int split, const Memory<kHeadDim>& memory) {
+__device__ __forceinline__ void store_partials(const AttentionCall& call,
+                                               const DecodeLaunch& launch, const RowGroup& group,
+                                               int kv_split, const DecodeMemory<kHeadDim>& memory) {
     const int warps = static_cast<int>(blockDim.x) / 32, lane = lane_id();
     const int head_dim = static_cast<int>(call.layer.head_dim);
     for (int row = warp_id(); row < group.count; row += warps) {
         const int position = memory.data->positions[row];
         if (position < 0) continue;
-        const Splits splits(position, static_cast<int>(call.shape.window), launch.most_splits);
-        const int slot = split - splits.first;
-        if (slot < 0 || slot >= splits.count) continue;
+        const KvSplits kv_splits(position, static_cast<int>(call.shape.sliding_window),
+                                 launch.max_kv_splits);
+        const int slot = kv_split - kv_splits.first;
+        if (slot < 0 || slot >= kv_splits.count) continue;
         float x[kHeadDim / 32];
 #pragma unroll
         for (int i = 0; i < kHeadDim / 32; ++i) {
@@ -175,7 +184,7 @@ __device__ __forceinline__ void leave_rows(const AttentionCall& call, const Deco
             x[i] = element < head_dim ? memory.rows[row * kHeadDim + element] : 0.0f;
         }
         const float largest = memory.data->largest[row], total = memory.data->totals[row];
-        if (splits.count == 1) {
+        if (kv_splits.count == 1) {
             store_row(call, group.q_first + group.token(row), group.head(row), x,
                       1.0f / (total * unit_factor(call.layer.v.bits)));
             continue;
@@ -192,10 +201,10 @@ __device__ __forceinline__ void leave_rows(const AttentionCall& call, const Deco
     }
 }
 
-// Adds a row's splits in order, by one warp.
+// Merges the kv_splits of a row in order, by one warp.
 template <int kHeadDim>
-__device__ void combine_row(const AttentionCall& call, const DecodeLaunch& launch,
-                            const RowGroup& group, int row, int count) {
+__device__ void merge_kv_splits_of_row(const AttentionCall& call, const DecodeLaunch& launch,
+                                       const RowGroup& group, int row, int count) {
     const int lane = lane_id(), head_dim = static_cast<int>(call.layer.head_dim);
     const float* partial = partials_of(call, launch, group, row);
     const int stride = head_dim + 2;
@@ -209,19 +218,19 @@ __device__ void combine_row(const AttentionCall& call, const DecodeLaunch& launc
     for (int first = 0; first < count; first += 32) {
         float weight = 0.0f;
         if (first + lane < count) {
-            const float* ends = partial + (first + lane) * stride + head_dim;
-            weight = exp2_fast(load_cg(ends) - largest);
-            total = fmaf(weight, load_cg(ends + 1), total);
+            const float* largest_and_total = partial + (first + lane) * stride + head_dim;
+            weight = exp2_fast(load_cg(largest_and_total) - largest);
+            total = fmaf(weight, load_cg(largest_and_total + 1), total);
         }
-        const int here = min(32, count - first);
+        const int pass_count = min(32, count - first);
 #pragma unroll 4
-        for (int i = 0; i < here; ++i) {
-            const float share = shfl(weight, i);
+        for (int i = 0; i < pass_count; ++i) {
+            const float kv_split_weight = shfl(weight, i);
             const float* sums = partial + (first + i) * stride;
 #pragma unroll
             for (int k = 0; k < kHeadDim / 32; ++k) {
                 const int element = lane + 32 * k;
-                if (element < head_dim) x[k] = fmaf(share, load_cg(sums + element), x[k]);
+                if (element < head_dim) x[k] = fmaf(kv_split_weight, load_cg(sums + element), x[k]);
             }
         }
     }
@@ -230,26 +239,29 @@ __device__ void combine_row(const AttentionCall& call, const DecodeLaunch& launc
               1.0f / (total * unit_factor(call.layer.v.bits)));
 }
 
-// The last block of a group of rows to come here adds their splits.
+// Merges the kv_splits of a group of rows, in the last block of the group to arrive.
 template <int kHeadDim>
-__device__ __forceinline__ void combine(const AttentionCall& call, const DecodeLaunch& launch,
-                                        const Memory<kHeadDim>& memory) {
+__device__ __forceinline__ void merge_kv_splits(const AttentionCall& call,
+                                                const DecodeLaunch& launch,
+                                                const DecodeMemory<kHeadDim>& memory) {
     const RowGroup group(call, launch);
     const int arrivals = Passes(call, launch, group).arrivals;
     if (arrivals < 2) return;
     int32_t* counter = launch.counters + blockIdx.z * gridDim.y + blockIdx.y;
     thread_fence();
-    block_sync();  // the whole block's partials are out
+    block_sync();  // the partials of the whole block are written
     if (threadIdx.x == 0) memory.data->is_last = atomic_add(counter, 1) == arrivals - 1;
-    block_sync();  // is_last is read by all
+    block_sync();  // is_last is read by all threads
     if (!memory.data->is_last) return;
     thread_fence();
     if (threadIdx.x == 0) *counter = 0;
     const int warps = static_cast<int>(blockDim.x) / 32;
     for (int row = warp_id(); row < group.count; row += warps) {
-        const Splits splits(group.position(row), static_cast<int>(call.shape.window),
-                            launch.most_splits);
-        if (splits.count > 1) combine_row<kHeadDim>(call, launch, group, row, splits.count);
+        const KvSplits kv_splits(group.position(row), static_cast<int>(call.shape.sliding_window),
+                                 launch.max_kv_splits);
+        if (kv_splits.count > 1) {
+            merge_kv_splits_of_row<kHeadDim>(call, launch, group, row, kv_splits.count);
+        }
     }
 }
 

@@ -1,6 +1,6 @@
-// Decoding's main loop: a warp's tiles, a block's split, and the kernel around them.
+// Main loop of decoding: the tiles of a warp, the kv_split of a block, and the kernel.
 //
-// See attention_decode.cu.
+// See attention_decode.cu for layout, work and preconditions.
 #pragma once
 
 #include "cuda/decode_gather.cuh"
@@ -11,7 +11,7 @@ namespace exl {
 
 constexpr int kThreads = 256;
 
-// A warp's way through its tiles: keys and values in turn, `units` copies ahead.
+// The ring of a warp: its tiles in order, keys and values in turn, `units` copies ahead.
 template <int kHeadDim, int kTile, bool kWhole>
 struct Ring {
     const AttentionCall& call;
@@ -29,7 +29,7 @@ struct Ring {
                                  v_bytes.codes + 2 * v_bytes.groups);
         memory = rings + warp_id() * units * slot_bytes;
     }
-    // Tiles of [first, end) tokens; which warp has which depends on their place alone.
+    // Starts on the tiles of tokens [first, end). The position of a tile alone decides its warp.
     __device__ __forceinline__ void begin(int first, int end) {
         step = static_cast<int>(blockDim.x) / 32;
         const int tiles_begin = first / kTile, tiles_end = (end + kTile - 1) / kTile;
@@ -46,27 +46,28 @@ struct Ring {
     }
     __device__ __forceinline__ void issue(int unit) {
         if (unit < 2 * count) {
-            const int64_t place = place_of(call.batch, group.sequence, call.layer.num_kv_heads,
-                                           group.kv_head, token(unit / 2));
+            const int64_t token_index =
+                token_index_of(call.batch, group.sequence, call.layer.num_kv_heads, group.kv_head,
+                               token(unit / 2));
             if (unit % 2) {
-                copy(call.layer.v, v_bytes, place, slot(unit));
+                copy(call.layer.v, v_bytes, token_index, slot(unit));
             } else {
-                copy(call.layer.k, k_bytes, place, slot(unit));
+                copy(call.layer.k, k_bytes, token_index, slot(unit));
             }
         }
         copy_async_commit();
     }
     static __device__ __forceinline__ void copy(const ExlCacheHalf& half, const TileBytes& bytes,
-                                                int64_t place, uint8_t* target) {
+                                                int64_t token_index, uint8_t* target) {
         if constexpr (kWhole) {
             switch (half.bits) {
-                case 4: return copy_whole_tile<kTile, kHeadDim, 4>(half, place, target);
-                case 6: return copy_whole_tile<kTile, kHeadDim, 6>(half, place, target);
-                case 8: return copy_whole_tile<kTile, kHeadDim, 8>(half, place, target);
-                default: return copy_whole_tile<kTile, kHeadDim, 16>(half, place, target);
+                case 4: return copy_whole_tile<kTile, kHeadDim, 4>(half, token_index, target);
+                case 6: return copy_whole_tile<kTile, kHeadDim, 6>(half, token_index, target);
+                case 8: return copy_whole_tile<kTile, kHeadDim, 8>(half, token_index, target);
+                default: return copy_whole_tile<kTile, kHeadDim, 16>(half, token_index, target);
             }
         } else {
-            copy_tile(half, bytes, place, kTile, target, lane_id(), 32);
+            copy_tile(half, bytes, token_index, kTile, target, lane_id(), 32);
         }
     }
     __device__ __forceinline__ Tile<kHeadDim, kTile, kWhole> wait(int unit) const {
@@ -77,11 +78,11 @@ struct Ring {
         } else {
             copy_async_wait<0>();
         }
-        warp_sync();  // what other lanes copied is there
+        warp_sync();  // what other lanes copied is visible
         return {slot(unit), static_cast<int>(call.layer.head_dim)};
     }
     __device__ __forceinline__ void release(int unit) {
-        warp_sync();  // all lanes are done with it
+        warp_sync();  // no lane reads the slot any more
         issue(unit + units);
     }
 };
@@ -95,14 +96,14 @@ __device__ __forceinline__ void score_tile(const Tile& tile, const uint4* querie
         score_tokens<kHeadDim, kBits>(tile, i * 16, queries, scores[i]);
     }
 }
-// Tokens from `end` on were never written.
+// Adds a tile's values. Tokens from `end` on were never written.
 template <int kHeadDim, int kTile, int kBits, typename Tile>
 __device__ __forceinline__ void weigh_tile(const Tile& tile, int end,
                                            const uint32_t (&weights)[kTile / 16][2],
                                            float (&o)[kHeadDim / 16][4]) {
     if (end < kTile) clear_tokens<kTile, kBits>(tile, end);
     static_assert(kTile <= 32);
-    // Not unrolled: both halves at once would want more registers than there are.
+    // Not unrolled, because both halves at once would need more registers than a thread has.
 #pragma unroll 1
     for (int first = 0; first < kTile; first += 16) {
         const bool later = first != 0;
@@ -112,14 +113,14 @@ __device__ __forceinline__ void weigh_tile(const Tile& tile, int end,
     }
 }
 
-// A warp's tiles of its ring.
+// Attends the tiles of a warp's ring.
 template <int kHeadDim, int kTile, bool kWhole>
 __device__ __forceinline__ void attend_tiles(const AttentionCall& call,
-                                             Ring<kHeadDim, kTile, kWhole>& ring,
-                                             const Pass& pass, const Memory<kHeadDim>& memory,
-                                             Gathered<kHeadDim>& gathered) {
-    const Softening soften(call.shape);
-    const int window = static_cast<int>(call.shape.window);
+                                             Ring<kHeadDim, kTile, kWhole>& ring, const Pass& pass,
+                                             const DecodeMemory<kHeadDim>& memory,
+                                             DecodeSums<kHeadDim>& sums) {
+    const ScoreTransform transform(call.shape);
+    const int sliding_window = static_cast<int>(call.shape.sliding_window);
     for (int tile = 0; tile < ring.count; ++tile) {
         float scores[kTile / 16][4];
         uint32_t weights[kTile / 16][2];
@@ -133,44 +134,44 @@ __device__ __forceinline__ void attend_tiles(const AttentionCall& call,
         ring.release(2 * tile);
         const int first = ring.token(tile);
         if (call.bias.num_pairs != 0) add_bias<kHeadDim, kTile>(call, memory, first, scores);
-        const bool all = all_see(pass.low_row, pass.high - 1, first, kTile, window);
-        weights_of<kHeadDim, kTile>(scores, first, all, soften, window, *memory.data, gathered,
-                                    weights);
+        const bool all = all_visible(pass.low_row, pass.high - 1, first, kTile, sliding_window);
+        softmax_tile<kHeadDim, kTile>(scores, first, all, transform, sliding_window, *memory.data,
+                                      sums, weights);
         const auto values = ring.wait(2 * tile + 1);
         const int end = pass.high - first;
         switch (call.layer.v.bits) {
-            case 4: weigh_tile<kHeadDim, kTile, 4>(values, end, weights, gathered.o); break;
-            case 6: weigh_tile<kHeadDim, kTile, 6>(values, end, weights, gathered.o); break;
-            case 8: weigh_tile<kHeadDim, kTile, 8>(values, end, weights, gathered.o); break;
-            default: weigh_tile<kHeadDim, kTile, 16>(values, end, weights, gathered.o);
+            case 4: weigh_tile<kHeadDim, kTile, 4>(values, end, weights, sums.o); break;
+            case 6: weigh_tile<kHeadDim, kTile, 6>(values, end, weights, sums.o); break;
+            case 8: weigh_tile<kHeadDim, kTile, 8>(values, end, weights, sums.o); break;
+            default: weigh_tile<kHeadDim, kTile, 16>(values, end, weights, sums.o);
         }
         ring.release(2 * tile + 1);
     }
     copy_async_wait<0>();
 }
 
-// One split of the rows of one pass.
+// Attends one kv_split of the rows of one pass.
 template <int kHeadDim, int kTile, bool kWhole>
-__device__ __forceinline__ void attend_split(const AttentionCall& call,
-                                             const DecodeLaunch& launch, const RowGroup& group,
-                                             const Pass& pass, int split,
-                                             const Memory<kHeadDim>& memory) {
+__device__ __forceinline__ void attend_kv_split(const AttentionCall& call,
+                                                const DecodeLaunch& launch, const RowGroup& group,
+                                                const Pass& pass, int kv_split,
+                                                const DecodeMemory<kHeadDim>& memory) {
     const int length = pass.pages * kPageLen;
     Ring<kHeadDim, kTile, kWhole> ring(call, group, launch.units, memory.ring);
-    ring.begin(max(split * length, pass.low), min((split + 1) * length, pass.high));
-    stage_queries<kHeadDim, kTile>(call, launch, group, pass, memory);
-    Gathered<kHeadDim> gathered;
-    attend_tiles<kHeadDim, kTile, kWhole>(call, ring, pass, memory, gathered);
-    merge_warps<kHeadDim>(gathered, reinterpret_cast<float*>(memory.ring));
-    if (warp_id() == 0) spread_rows<kHeadDim>(call, gathered, memory);
+    ring.begin(max(kv_split * length, pass.low), min((kv_split + 1) * length, pass.high));
+    prepare_queries<kHeadDim, kTile>(call, launch, group, pass, memory);
+    DecodeSums<kHeadDim> sums;
+    attend_tiles<kHeadDim, kTile, kWhole>(call, ring, pass, memory, sums);
+    merge_warps<kHeadDim>(sums, reinterpret_cast<float*>(memory.ring));
+    if (warp_id() == 0) spread_rows<kHeadDim>(call, sums, memory);
 }
 
-// kWhole: heads have exactly kHeadDim elements. What is needed again behind a split is read
-// again: kept, it would cost the loop over tiles its registers.
+// kWhole: heads have exactly kHeadDim elements. Values that are needed after a kv_split are
+// computed again, because keeping them would cost registers in the loop over tiles.
 template <int kHeadDim, int kTile, bool kWhole>
 __device__ __forceinline__ void attention_decode(const AttentionCall& call,
                                                  const DecodeLaunch& launch, char* shared) {
-    const Memory<kHeadDim> memory(shared);
+    const DecodeMemory<kHeadDim> memory(shared);
     const int arrivals = Passes(call, launch, RowGroup(call, launch)).arrivals;
     if (static_cast<int>(blockIdx.x) >= arrivals) return;
 #pragma unroll 1
@@ -180,21 +181,21 @@ __device__ __forceinline__ void attention_decode(const AttentionCall& call,
             const Passes passes(call, launch, group);
             if (i >= passes.count) break;
             const Pass pass(call, launch, passes, i);
-            const int split = pass.first + blockIdx.x;
-            if (split >= pass.end) continue;
-            block_sync();  // the first pass's shared memory is no longer read
-            attend_split<kHeadDim, kTile, kWhole>(call, launch, group, pass, split, memory);
+            const int kv_split = pass.first + blockIdx.x;
+            if (kv_split >= pass.end) continue;
+            block_sync();  // the first pass no longer reads shared memory
+            attend_kv_split<kHeadDim, kTile, kWhole>(call, launch, group, pass, kv_split, memory);
         }
-        block_sync();  // rows are read by all
+        block_sync();  // rows are read by all warps
         const RowGroup group(call, launch);
         const Pass pass(call, launch, Passes(call, launch, group), i);
-        leave_rows<kHeadDim>(call, launch, group, pass.first + blockIdx.x, memory);
+        store_partials<kHeadDim>(call, launch, group, pass.first + blockIdx.x, memory);
     }
-    combine<kHeadDim>(call, launch, memory);
+    merge_kv_splits<kHeadDim>(call, launch, memory);
 }
 
-// Blocks of a multiprocessor, which bounds the registers of a thread. Compute capability 7.5 has
-// shared memory for one.
+// Blocks per multiprocessor, which limit the registers of a thread. Compute capability 7.5 has
+// shared memory for only one.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 constexpr int kBlocks = 1;
 #else

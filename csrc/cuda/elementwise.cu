@@ -1,8 +1,9 @@
-// Operations on single elements: gates, sums, soft caps. float32, contiguous.
+// Elementwise operations: gates, sums, soft caps.
 //
-// A thread an element, in neighbouring order: these are a few microseconds beside the products
-// around them, and bound by memory.
-#include "cuda/activation.cuh"
+// Layout: float32, contiguous. Work: one element per thread, neighbours adjacent. The kernels are
+// bound by memory and take a few microseconds beside the products around them. Grid: blocks of
+// kThreads elements. No shared memory.
+#include "cuda/row_functions.cuh"
 
 namespace exl {
 
@@ -14,7 +15,7 @@ __device__ __forceinline__ int64_t element_index() {
 
 }  // namespace exl
 
-// out = activation(gate) * up. out may be gate or up.
+// out = activation(gate) * up; gate, up, out: float32 [elements]. out may be gate or up.
 extern "C" __global__ void __launch_bounds__(exl::kThreads)
     gate_kernel(const float* gate, const float* up, float* out, int64_t elements,
                 int32_t activation) {
@@ -23,7 +24,7 @@ extern "C" __global__ void __launch_bounds__(exl::kThreads)
 }
 EXL_KERNEL(gate_kernel);
 
-// x += y.
+// x += y; x, y: float32 [elements].
 extern "C" __global__ void __launch_bounds__(exl::kThreads)
     add_kernel(float* x, const float* y, int64_t elements) {
     const int64_t i = exl::element_index();
@@ -31,7 +32,7 @@ extern "C" __global__ void __launch_bounds__(exl::kThreads)
 }
 EXL_KERNEL(add_kernel);
 
-// x = cap * tanh(x / cap).
+// x = cap * tanh(x / cap); x: float32 [elements].
 extern "C" __global__ void __launch_bounds__(exl::kThreads)
     softcap_kernel(float* x, float cap, int64_t elements) {
     const int64_t i = exl::element_index();

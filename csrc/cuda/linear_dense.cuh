@@ -1,23 +1,24 @@
-// Matrix products of unquantised layers (routers, heads, models that are not quantised): what
-// decoding and prefill share, which is all of the arithmetic.
+// Matrix products of unquantised layers (routers, heads, unquantised models): the arithmetic, which
+// decoding and prefill share.
 //
-// Weights are [tile][k][16] in float16, bfloat16 or float32 (formats/packed.py). A *block* is 16
-// k of a tile, one run of bytes; a *stage* 32 k, what is copied at a time; a *part* 256 k.
+// Layout: weights [tile][k][16] in float16, bfloat16 or float32 (ExlDenseLinear in packed.h). A
+// *block* is 16 k of a tile, consecutive bytes; a *slice* is 32 k, the unit of copies; a *part* is
+// 256 k.
 //
-// float16 and bfloat16 go through tensor cores: weights are the A operand (16 columns x 16 k),
-// activations the B operand, whose 8 columns are rows. An activation is the sum of two numbers
-// of the weights' type, high and low, each multiplied by itself and added to the same float32:
-// what is lost of it is at most 2^-22 (float16) or 2^-18 (bfloat16) of its size. A row is scaled
-// by a power of two for each part, so that its largest is a number that both can hold; what
-// float16 cannot hold beside it is below 2^-39 of the largest.
+// Tensor cores (float16 and bfloat16): weights are the A operand (16 columns x 16 k), activations
+// the B operand, whose 8 columns are rows. An activation is the sum of two numbers of the weights'
+// type, high and low, which are multiplied separately and added to the same float32. The lost
+// remainder is at most 2^-22 (float16) or 2^-18 (bfloat16) of the activation. A row is scaled by a
+// power of two for each part, so that its largest magnitude is representable; activations that
+// float16 cannot represent then are below 2^-39 of the largest.
 //
-// Tensor cores cut off what they add rather than rounding it, so a sum within them is as short
-// as a part: 32 additions. Parts are scaled back and added in order in float32. With float32,
-// and with bfloat16 where tensor cores do not know it (compute capability 7.5), a part is summed
-// by fma in the order of k, and the rest is the same.
+// Tensor cores truncate their sums instead of rounding them, so a sum within them is only as long
+// as a part: 32 additions. Parts are scaled back and added in order in float32. For float32, and
+// for bfloat16 on cards without such tensor cores (compute capability 7.5), a part is summed by
+// fma in the order of k, and the rest is the same.
 //
-// So a row has the same bits whatever rows go with it, in decoding and in prefill: a product of
-// fragments depends on its own row alone, and all additions are in the order of k.
+// A row has the same bits whatever rows are computed with it, in decoding and in prefill, because
+// a product of fragments depends only on its own row and all additions are in the order of k.
 #pragma once
 
 #include "cuda/platform.cuh"
@@ -26,28 +27,29 @@
 namespace exl {
 
 constexpr int kBlockK = 16;
-constexpr int kStageBlocks = 2;
-constexpr int kStageK = kStageBlocks * kBlockK;
-constexpr int kPartStages = 8;
-constexpr int kPartK = kPartStages * kStageK;
+constexpr int kSliceBlocks = 2;
+constexpr int kSliceK = kSliceBlocks * kBlockK;
+constexpr int kPartSlices = 8;
+constexpr int kPartK = kPartSlices * kSliceK;
 constexpr int kPartBlocks = kPartK / kBlockK;
-// Rows of activations of one product of fragments.
+// Rows of activations of one product of fragments: the columns of the B operand.
 constexpr int kFragmentRows = 8;
 constexpr int kChunkBytes = 16;
 
 __device__ __forceinline__ int dense_parts(int in_features) {
     return (in_features + kPartK - 1) / kPartK;
 }
-__device__ __forceinline__ int dense_stages(int in_features) {
-    return (in_features + kStageK - 1) / kStageK;
+__device__ __forceinline__ int dense_slices(int in_features) {
+    return (in_features + kSliceK - 1) / kSliceK;
 }
 
-// Powers of two, one the other's inverse.
+// A power of two and its inverse.
 struct RowScale {
     float scale, inverse;
 };
 
-// `largest` comes between 2^kExponent and twice that, as far as both factors are normal.
+// Returns a scale that brings `largest` between 2^kExponent and twice that, as far as both factors
+// are normal numbers.
 template <int kExponent>
 __device__ __forceinline__ RowScale scale_to(float largest) {
     const int exponent = static_cast<int>(float_bits(largest) >> 23);
@@ -59,7 +61,7 @@ __device__ __forceinline__ RowScale scale_to(float largest) {
 struct Float16 {
     using Weight = uint16_t;
     static constexpr bool kTensorCores = true;
-    // Half of what float16 ends at: rounding up must not reach it.
+    // Half of the largest power of two in float16, so that rounding up cannot reach infinity.
     static constexpr int kExponent = 14;
     static __device__ __forceinline__ uint32_t pack(float low, float high) {
         return floats_to_half2(low, high);
@@ -96,27 +98,27 @@ struct Float32 {
     static __device__ __forceinline__ float value(float weight) { return weight; }
 };
 
-// How blocks lie in shared memory, what activations become, and how both are multiplied.
+// The position of blocks in shared memory, the conversion of activations, and their product.
 //
-// Four activations of a row, k = 4 * t .. + 3 of a block, become the 16 bytes that lane
-// 4 * row + t multiplies with: the mma's fragments with their k in an order of its own, in which
-// the weights are read too.
+// Four activations of a row, k = 4 * t .. 4 * t + 3 of a block, become the 16 bytes of lane
+// 4 * row + t: the fragments of the mma with their k in an unusual order, in which the weights are
+// read as well.
 template <class Type, bool kTensorCores = Type::kTensorCores>
 struct Product {
     static constexpr int kBlockBytes = kBlockK * kTileColumns * 2;
 
-    // Where the i-th 16 bytes of a block are kept: k = i / 2, columns 8 * (i % 2) .. + 7. Four
-    // matrices of 8 k x 8 columns, one a register of the fragment; matrix m is (columns m % 2,
-    // k % 4 / 2 = m / 2). The rows of a matrix are turned by 2 * m, so that neither 8 lanes that
-    // copy nor 8 that read a matrix meet in a bank.
-    static __device__ __forceinline__ int place(int i) {
+    // Byte offset of the i-th 16 bytes of a block, which are k = i / 2, columns 8 * (i % 2) .. + 7.
+    // A block is four matrices of 8 k x 8 columns, one per register of the fragment; matrix m has
+    // columns m % 2 and k % 4 / 2 = m / 2. The rows of a matrix are rotated by 2 * m, so that
+    // neither 8 lanes that copy nor 8 lanes that read a matrix collide in a bank.
+    static __device__ __forceinline__ int chunk_offset(int i) {
         const int k = i / 2, matrix = i % 2 + k / 2 % 2 * 2, row = k / 4 * 2 + k % 2;
         return (matrix * 8 + (row ^ (2 * matrix))) * kChunkBytes;
     }
     static __device__ __forceinline__ RowScale row_scale(float largest) {
         return scale_to<Type::kExponent>(largest);
     }
-    // An infinity stays one: it has no low part, which would be no number.
+    // An infinity has no low part, because inf - inf would be NaN.
     static __device__ __forceinline__ uint4 prepare(float4 v, float scale, float largest) {
         const float values[4] = {mul_rn(v.x, scale), mul_rn(v.y, scale), mul_rn(v.z, scale),
                                  mul_rn(v.w, scale)};
@@ -131,8 +133,9 @@ struct Product {
         }
         return make_uint4(high[0], high[1], low[0], low[1]);
     }
-    // Adds a block of each of kTiles tiles, `stride` bytes apart, times 8 rows each of kRowTiles:
-    // d[i] of a lane is column lane / 4 + 8 * (i / 2), row 2 * (lane % 4) + i % 2.
+    // Adds the product of one block of each of kTiles tiles, `stride` bytes apart, with 8 rows of
+    // each of kRowTiles: d[i] of a lane is column lane / 4 + 8 * (i / 2) and row
+    // 2 * (lane % 4) + i % 2.
     template <int kTiles, int kRowTiles>
     static __device__ __forceinline__ void multiply(const char* blocks, int stride,
                                                     const uint4 (&x)[kRowTiles],
@@ -153,13 +156,13 @@ struct Product {
     }
 };
 
-// The same without tensor cores; blocks as in device memory, activations as they are.
+// Product without tensor cores: blocks as in device memory, activations unchanged.
 template <class Type>
 struct Product<Type, false> {
     using Weight = typename Type::Weight;
     static constexpr int kBlockBytes = kBlockK * kTileColumns * sizeof(Weight);
 
-    static __device__ __forceinline__ int place(int i) { return i * kChunkBytes; }
+    static __device__ __forceinline__ int chunk_offset(int i) { return i * kChunkBytes; }
     static __device__ __forceinline__ RowScale row_scale(float) { return {1.0f, 1.0f}; }
     static __device__ __forceinline__ uint4 prepare(float4 v, float, float) {
         return make_uint4(float_bits(v.x), float_bits(v.y), float_bits(v.z), float_bits(v.w));
@@ -177,8 +180,8 @@ struct Product<Type, false> {
 #pragma unroll
                 for (int i = 0; i < 2 * kRowTiles; ++i) {
                     const uint4& v = x[i / 2];
-                    const uint32_t mine = e == 0 ? v.x : e == 1 ? v.y : e == 2 ? v.z : v.w;
-                    values[i / 2][i % 2] = bits_float(shfl(mine, (row + i % 2) * 4 + t));
+                    const uint32_t element = e == 0 ? v.x : e == 1 ? v.y : e == 2 ? v.z : v.w;
+                    values[i / 2][i % 2] = bits_float(shfl(element, (row + i % 2) * 4 + t));
                 }
 #pragma unroll
                 for (int tile = 0; tile < kTiles; ++tile) {
@@ -196,24 +199,25 @@ struct Product<Type, false> {
     }
 };
 
-// Copies a stage of a tile, `tile` being its beginning in device memory, as the calling warp.
+// Copies a slice of a tile, by the calling warp. `tile` is the start of the tile in device memory.
 template <class Type>
-__device__ __forceinline__ void copy_stage(char* stage, const void* tile, int k, int in_features,
+__device__ __forceinline__ void copy_slice(char* slice, const void* tile, int k, int in_features,
                                            bool valid = true) {
     constexpr int kBytes = kTileColumns * sizeof(typename Type::Weight);
     constexpr int kCopies = Product<Type>::kBlockBytes / (32 * kChunkBytes);
     const char* source = static_cast<const char*>(tile) + static_cast<int64_t>(k) * kBytes;
 #pragma unroll
-    for (int i = 0; i < kStageBlocks * kCopies; ++i) {
+    for (int i = 0; i < kSliceBlocks * kCopies; ++i) {
         const int block = i / kCopies, chunk = i % kCopies * 32 + lane_id();
         const int row = k + block * kBlockK + chunk * kChunkBytes / kBytes;
-        copy_async16(stage + block * Product<Type>::kBlockBytes + Product<Type>::place(chunk),
-                     source + block * Product<Type>::kBlockBytes + chunk * kChunkBytes,
-                     valid && row < in_features);
+        copy_async16(
+            slice + block * Product<Type>::kBlockBytes + Product<Type>::chunk_offset(chunk),
+            source + block * Product<Type>::kBlockBytes + chunk * kChunkBytes,
+            valid && row < in_features);
     }
 }
 
-// x[k .. k + 3] of a row, zero where it has ended. `aligned`: 16 bytes can be read at once.
+// x[k .. k + 3] of a row, zero beyond its end. aligned: 16 bytes can be read at once.
 __device__ __forceinline__ float4 load_inputs(const float* row, int k, int in_features,
                                               bool aligned) {
     float4 v = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -245,8 +249,8 @@ struct DenseOutput {
     __device__ __forceinline__ void store(float value, int row, int column) const {
         if (row >= rows || column >= out_features) return;
         if (bias != nullptr) value = add_rn(value, bias[column]);
-        float* place = out + row * stride + column;
-        *place = add ? add_rn(*place, value) : value;
+        float* chunk_offset = out + row * stride + column;
+        *chunk_offset = add ? add_rn(*chunk_offset, value) : value;
     }
 };
 

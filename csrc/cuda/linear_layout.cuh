@@ -1,6 +1,11 @@
-// Quantised layers as they lie in device memory: constants and structs shared by packing,
-// quantising and multiplying. The layout is exl_loader/formats/packed_cuda.py, word for word
-// what is meant here; kernels/cuda/ops_linear.py mirrors the structs.
+// Quantised layers on a card: constants and structs shared by packing, quantising and multiplying.
+//
+// Layout: StreamLinear in the formats package of Python is the definition; ctypes mirrors of the
+// structs below have the same fields in the same order. A layer is cut into tiles of 32 columns,
+// and each tile is one stream of bytes that a warp reads from start to end. Per group the stream
+// has a header (float16 scales, then zero points if the layer has them) and blocks of 32 stored
+// rows. A *row_block* is 128 stored rows (4 blocks), the rows that share one activation scale. A
+// *row_split* is a range of row_blocks that one warp reads.
 #pragma once
 
 #include "cuda/platform.cuh"
@@ -9,44 +14,44 @@ namespace exl {
 
 constexpr int kStreamColumns = 32;
 constexpr int kStreamBlockRows = 32;
-// Bytes of a block of b-bit codes are b times this.
+// A block of b-bit codes has b times this number of bytes.
 constexpr int kStreamBitBytes = kStreamBlockRows * kStreamColumns / 8;
 constexpr int kScaleBytes = 2 * kStreamColumns;
 constexpr int kZeroBytes = kStreamColumns;
-constexpr int kWindowBlocks = 4;
-constexpr int kWindowRows = kWindowBlocks * kStreamBlockRows;
-constexpr int kMaxSplits = 16;
+constexpr int kBlocksPerRowBlock = 4;
+constexpr int kRowBlockRows = kBlocksPerRowBlock * kStreamBlockRows;
+constexpr int kMaxRowSplits = 16;
 
-// A row of `groups`.
+// One group: rows [first_row, first_row + rows).
 struct alignas(16) StreamGroup {
     int32_t bits;
     int32_t first_row;
     int32_t rows;
-    int32_t offset;  // of its header, bytes from the start of a tile
+    int32_t offset;  // of the group's header, in bytes from the start of a tile
 };
 
-// A row of `windows`: how to begin reading there.
-struct alignas(16) StreamPlace {
-    int32_t offset;  // bytes from the start of a tile
-    int32_t group;   // under way, or the next one
-    int32_t state;   // bits | blocks left << 8 of the group under way; 0: a header comes first
-    int32_t header;  // of the group under way
+// A position in a stream at which a reader can start.
+struct alignas(16) StreamPosition {
+    int32_t offset;  // in bytes, from the start of a tile
+    int32_t group;  // the group that has begun, or the next group
+    int32_t state;  // bits | remaining blocks << 8 of the group that has begun; 0: a header follows
+    int32_t header;  // offset of the header of the group that has begun
 };
 
 struct alignas(16) StreamLayer {
     const uint8_t* codes;       // [tiles, tile_bytes]
     const StreamGroup* groups;  // [num_groups]
-    const StreamPlace* windows; // [windows + 1]
-    const int32_t* perm;        // [in_features], or null: identity
-    const float* bias;          // [out_features], or null
+    const StreamPosition* row_blocks;  // [row_blocks + 1]
+    const int32_t* perm;  // [in_features]; null: the identity
+    const float* bias;  // [out_features]; null: no bias
     int64_t tile_bytes;
     int32_t in_features;
     int32_t out_features;
     int32_t num_groups;
-    int32_t zeros;   // 1: headers hold zero points
-    int32_t splits;  // split s: windows [W * s / splits, W * (s + 1) / splits)
-    int32_t window_bytes;  // most that a window takes of a stream
-    StreamPlace starts[kMaxSplits + 1];  // of the splits, then the end
+    int32_t zeros;  // 1 if headers hold zero points
+    int32_t row_splits;       // split s: row_blocks [R * s / row_splits, R * (s + 1) / row_splits)
+    int32_t row_block_bytes;  // the largest number of stream bytes of a row_block
+    StreamPosition starts[kMaxRowSplits + 1];  // of the row_splits, then the end
 };
 
 __device__ __forceinline__ int stream_tiles(int out_features) {
@@ -55,43 +60,43 @@ __device__ __forceinline__ int stream_tiles(int out_features) {
 __device__ __forceinline__ int stream_blocks(int in_features) {
     return (in_features + kStreamBlockRows - 1) / kStreamBlockRows;
 }
-__device__ __forceinline__ int stream_windows(int in_features) {
-    return (in_features + kWindowRows - 1) / kWindowRows;
+__device__ __forceinline__ int stream_row_blocks(int in_features) {
+    return (in_features + kRowBlockRows - 1) / kRowBlockRows;
 }
 
-// Quantised activations of `rows` rows, as linear_quantize.cu writes them.
+// Quantised activations of `rows` rows, written by linear_quantize.cu.
 //
-// An activation is 128 * high + low times a scale for each row and window, high and low int8.
-// `codes` is [row][block][high, low][32 stored rows]; `notes` is [row][window] of Note.
+// An activation is (128 * high + low) times a scale for each row and row_block; high and low are
+// int8. `codes` is [row][block][high, low][32 stored rows].
 constexpr int kPlaneShift = 7;
 constexpr int kBlockCodeBytes = 2 * kStreamBlockRows;
-constexpr int kWindowCodeBytes = kWindowBlocks * kBlockCodeBytes;
+constexpr int kRowBlockCodeBytes = kBlocksPerRowBlock * kBlockCodeBytes;
 
-// Sums are negated: they stand for zero points, which are taken off.
-struct alignas(16) Note {
+// Scale and sums of one row of activations in one row_block. Sums are negated because they multiply
+// zero points, which are subtracted.
+struct alignas(16) ActivationScale {
     float scale;
-    int32_t negative_sum;  // of the window's integers
-    int32_t negative_block_sums[kWindowBlocks];
+    int32_t negative_sum;  // of the integers of the row_block
+    int32_t negative_block_sums[kBlocksPerRowBlock];
     int32_t unused[2];
 };
 
 struct QuantizedRows {
     const uint8_t* codes;
-    const Note* notes;
+    const ActivationScale* activation_scales;
     int32_t rows;
 };
 
-// Which bit of a byte the lowest bit of a code has in the registers of matrix m (columns
-// 16 * m ..): codes are moved only as far as they have to be, and the power of two goes into
-// the scale. Within a matrix all codes stand alike, and none beyond its byte.
+// Bit position of the lowest bit of a code within its byte in the registers of matrix m (columns
+// 16 * m and on). Codes are shifted only as far as necessary, and the power of two is divided out
+// with the scale. Within a matrix all codes have the same shift, and none exceeds its byte.
 template <int Bits>
 __device__ __forceinline__ constexpr int code_shift(int m) {
     return m == 0 ? (Bits == 3 ? 1 : 0)
                   : (Bits == 8 ? 0 : Bits == 6 ? 2 : Bits == 2 || Bits == 4 ? 4 : 3);
 }
 
-// Calls `run(std::integral_constant-like<Bits>)` for the width of a group, the same in all
-// lanes.
+// Calls `run(Width<bits>())`, so that the number of bits is a constant; the same in all lanes.
 template <int Value>
 struct Width {
     static constexpr int value = Value;

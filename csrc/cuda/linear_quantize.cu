@@ -1,8 +1,8 @@
-// Activations to two planes of int8 (linear_quantize.cuh), once per input of quantised matrix
-// products.
+// Quantises activations to two planes of int8 (linear_quantize.cuh), once per input of quantised
+// matrix products.
 //
-// Work: a warp a window; grid.x windows, grid.y rows. For experts grid.y counts (row, choice)
-// pairs, each with the permutation of the expert it was given.
+// Layout: input float32 rows, output as QuantizedRows (linear_layout.cuh). Work per warp: one
+// row_block. Grid: x: row_blocks, y: rows, or (row, choice) pairs for experts. No shared memory.
 #include "cuda/linear_quantize.cuh"
 
 namespace {
@@ -13,37 +13,41 @@ constexpr int kQuantizeThreads = 128;
 
 }  // namespace
 
-// x float32 [rows, in_features]; perm int32 [in_features] or null; codes and notes as
-// QuantizedRows says.
+// Quantises rows.
+//
+// x: float32 [rows, in_features]; perm: int32 [in_features] or null; codes: uint8
+// [rows][block][64]; activation_scales: [rows][row_block].
 extern "C" __global__ void __launch_bounds__(kQuantizeThreads)
-    quantize_rows_kernel(const float* x, const int32_t* perm, int32_t in_features,
-                         uint8_t* codes, Note* notes) {
-    const int window = static_cast<int>(blockIdx.x) * (kQuantizeThreads / 32) + warp_id();
-    const int windows = stream_windows(in_features);
-    if (window >= windows) return;
+    quantize_rows_kernel(const float* x, const int32_t* perm, int32_t in_features, uint8_t* codes,
+                         ActivationScale* activation_scales) {
+    const int row_block = static_cast<int>(blockIdx.x) * (kQuantizeThreads / 32) + warp_id();
+    const int row_blocks = stream_row_blocks(in_features);
+    if (row_block >= row_blocks) return;
     const int64_t row = blockIdx.y;
     const float* source = x + row * in_features;
-    quantize_row_window([&](int channel) { return source[channel]; }, perm, in_features, window,
+    gather_and_quantize([&](int channel) { return source[channel]; }, perm, in_features, row_block,
                         codes + row * stream_blocks(in_features) * kBlockCodeBytes,
-                        notes + row * windows);
+                        activation_scales + row * row_blocks);
 }
 EXL_KERNEL(quantize_rows_kernel);
 
-// The same for experts: pair p is row p / pairs_per_row of x, and goes to expert experts[p] of
-// `layers`. pairs_per_row is top_k where the pairs of a token share its row, 1 where each has
-// a row of its own.
+// Quantises rows for experts: pair p is row p / pairs_per_row of x, with the permutation of expert
+// experts[p]. pairs_per_row is top_k if the pairs of a token share its row, 1 if each has its own.
+//
+// x: float32 [rows, in_features]; layers: [experts] StreamLayer; experts: int32 [pairs]; codes:
+// uint8 [pairs][block][64]; activation_scales: [pairs][row_block].
 extern "C" __global__ void __launch_bounds__(kQuantizeThreads)
     quantize_pairs_kernel(const float* x, const StreamLayer* layers, const int32_t* experts,
                           int32_t pairs_per_row, int32_t in_features, uint8_t* codes,
-                          Note* notes) {
-    const int window = static_cast<int>(blockIdx.x) * (kQuantizeThreads / 32) + warp_id();
-    const int windows = stream_windows(in_features);
-    if (window >= windows) return;
+                          ActivationScale* activation_scales) {
+    const int row_block = static_cast<int>(blockIdx.x) * (kQuantizeThreads / 32) + warp_id();
+    const int row_blocks = stream_row_blocks(in_features);
+    if (row_block >= row_blocks) return;
     const int64_t pair = blockIdx.y;
     const float* source = x + pair / pairs_per_row * in_features;
-    quantize_row_window([&](int channel) { return source[channel]; },
-                        layers[experts[pair]].perm, in_features, window,
+    gather_and_quantize([&](int channel) { return source[channel]; }, layers[experts[pair]].perm,
+                        in_features, row_block,
                         codes + pair * stream_blocks(in_features) * kBlockCodeBytes,
-                        notes + pair * windows);
+                        activation_scales + pair * row_blocks);
 }
 EXL_KERNEL(quantize_pairs_kernel);

@@ -1,26 +1,28 @@
-// Activations to two planes of int8.
+// Quantisation of one row_block of activations to two planes of int8.
 //
-// Each window (128 stored rows) of a row: gathered through the permutation, divided by its
-// largest magnitude / kLargestActivation, rounded to nearest even and split into planes, as
-// csrc/cpu/linear_quantize.cpp does it. A window with a NaN or an infinity gets the scale NaN,
-// so the fault shows in the output instead of vanishing in integers.
+// Purpose: one definition for the kernels that quantise. Each row_block (128 stored rows) of a row
+// is gathered through the permutation, divided by its largest magnitude / kLargestActivation,
+// rounded to nearest even and separated into planes, as in cpu/linear_quantize.cpp. A row_block
+// with a NaN or an infinity gets the scale NaN, so that the fault shows in the output instead of
+// vanishing in integers.
 //
-// A warp a window, a lane four stored rows.
+// Layout: output as QuantizedRows (linear_layout.cuh). Work per warp: one row_block; a lane has
+// four stored rows.
 #pragma once
 
 #include "cuda/linear_layout.cuh"
 
 namespace exl {
 
-// High planes up to 127, low planes in -64..63.
+// The largest value has 127 in its high plane; low planes are in -64..63.
 constexpr float kLargestActivation = 127 << kPlaneShift;
-// Below this a window counts as zero: kLargestActivation / magnitude has to stay finite, and
-// nothing that small can matter beside other windows.
+// Below this magnitude a row_block is treated as zero, because kLargestActivation / magnitude must
+// stay finite (3.4e38). A contribution that small cannot matter beside other row_blocks.
 constexpr float kSmallestMagnitude = 1e-30f;
 constexpr int kLaneRows = 4;
 
-// The largest magnitude, as the bits of a float: for these, the order of integers is the
-// order of numbers, with infinity and NaN above all.
+// The largest magnitude as the bits of a float. For non-negative floats the order of the bits is
+// the order of the numbers, with infinity and NaN above all.
 __device__ __forceinline__ float largest_magnitude(const float (&x)[kLaneRows]) {
     int32_t bits = 0;
 #pragma unroll
@@ -32,9 +34,10 @@ __device__ __forceinline__ float largest_magnitude(const float (&x)[kLaneRows]) 
     return bits_float(static_cast<uint32_t>(bits));
 }
 
-// codes and note are those of this window; blocks of it from `blocks` on do not exist.
-__device__ __forceinline__ void quantize_window(const float (&x)[kLaneRows], int blocks,
-                                                uint8_t* codes, Note* note) {
+// codes, activation_scale: of this row_block, whose blocks from `blocks` on do not exist.
+__device__ __forceinline__ void quantize_row_block(const float (&x)[kLaneRows], int blocks,
+                                                   uint8_t* codes,
+                                                   ActivationScale* activation_scale) {
     const float magnitude = largest_magnitude(x);
     const bool finite = float_bits(magnitude) < 0x7F800000u;
     const bool usable = finite && magnitude >= kSmallestMagnitude;
@@ -59,32 +62,34 @@ __device__ __forceinline__ void quantize_window(const float (&x)[kLaneRows], int
         words[lane_id() % 8] = high;
         words[8 + lane_id() % 8] = low;
     }
-    if (lane_id() % 8 == 0) note->negative_block_sums[block] = -sum;
+    if (lane_id() % 8 == 0) activation_scale->negative_block_sums[block] = -sum;
     if (lane_id() == 0) {
-        note->scale = !finite ? bits_float(0x7FC00000u)
-                      : usable ? magnitude / kLargestActivation : 0.0f;
-        note->negative_sum = -total;
+        activation_scale->scale = !finite  ? bits_float(0x7FC00000u)
+                                  : usable ? magnitude / kLargestActivation
+                                           : 0.0f;
+        activation_scale->negative_sum = -total;
     }
 }
 
-// Window `window` of a row, into `codes` and `notes` of that row. value(channel) is an element of
-// it.
+// Gathers and quantises one row_block of a row. value(channel): an element of the row. codes,
+// activation_scales: of the row.
 template <class Value>
-__device__ __forceinline__ void quantize_row_window(const Value& value, const int32_t* perm,
-                                                    int in_features, int window,
-                                                    uint8_t* codes, Note* notes) {
-    const int first = window * kWindowRows + lane_id() * kLaneRows;
+__device__ __forceinline__ void gather_and_quantize(const Value& value, const int32_t* perm,
+                                                    int in_features, int row_block, uint8_t* codes,
+                                                    ActivationScale* activation_scales) {
+    const int first = row_block * kRowBlockRows + lane_id() * kLaneRows;
     float values[kLaneRows];
 #pragma unroll
     for (int i = 0; i < kLaneRows; ++i) {
         const int stored = first + i;
-        const bool there = stored < in_features;
-        const int channel = there && perm != nullptr ? perm[stored] : stored;
-        values[i] = there ? value(channel) : 0.0f;
+        const bool exists = stored < in_features;
+        const int channel = exists && perm != nullptr ? perm[stored] : stored;
+        values[i] = exists ? value(channel) : 0.0f;
     }
-    const int blocks = min(kWindowBlocks, stream_blocks(in_features) - window * kWindowBlocks);
-    quantize_window(values, blocks, codes + static_cast<int64_t>(window) * kWindowCodeBytes,
-                    notes + window);
+    const int blocks =
+        min(kBlocksPerRowBlock, stream_blocks(in_features) - row_block * kBlocksPerRowBlock);
+    quantize_row_block(values, blocks, codes + static_cast<int64_t>(row_block) * kRowBlockCodeBytes,
+                       activation_scales + row_block);
 }
 
 }  // namespace exl

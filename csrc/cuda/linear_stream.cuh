@@ -1,39 +1,41 @@
-// The inner part of quantised matrix products, shared by decoding and prefill: a warp, one
-// tile of 32 columns, up to 4 * kRowTiles rows of activations.
+// The inner part of quantised matrix products, shared by decoding and prefill: one warp, one tile
+// of 32 columns, up to 4 * kRowTiles rows of activations.
 //
-// Codes are the A operand (16 columns x 32 stored rows a matrix, two matrices a block),
-// unsigned bytes; activations the B operand, signed bytes, whose 8 columns are (row, plane)
-// pairs: column 2 * r + p. So a lane's accumulators are both planes of one row for two
-// columns, and joining the planes needs no other lane: lane L has columns L / 4 + 8 * q,
+// Layout: the stream of a tile as StreamLayer, activations as QuantizedRows (linear_layout.cuh).
+// Codes are the A operand (16 columns x 32 stored rows per matrix, two matrices per block),
+// unsigned bytes. Activations are the B operand, signed bytes, whose 8 columns are (row, plane)
+// pairs: column 2 * r + p. A lane's accumulators are therefore both planes of one row for two
+// columns, and joining the planes needs no other lane. Lane L has columns L / 4 + 8 * q,
 // q = 0..3, and rows 4 * n + L % 4 for row tile n.
 //
-// Integer sums of a *span* (rows of one group within one window) are exact, whatever the order.
-// Then, once per span and in the order of spans,
+// Arithmetic: the integer sums of a *span* (rows of one group within one row_block) are exact in
+// any order. Then, once per span and in the order of spans,
 //     acc = fma(float(128 * high + low - zero * x_sum), scale * x_scale, acc).
-// |128 * high + low| <= 128 rows * 255 * 16256 < 2^30, and as much for the zero points, so
-// int32 holds the difference. Every number a lane computes depends on its row alone.
+// |128 * high + low| <= 128 rows * 255 * 16256 < 2^30, and the zero point's term has the same
+// bound, so that the difference fits into an int32. Every number of a lane depends only on its row.
 #pragma once
 
 #include "cuda/linear_layout.cuh"
 
 namespace exl {
 
-// Where codes are read: bytes of a stream from the start of a split on, in a ring of shared
-// memory that asynchronous copies fill ahead of the reader.
+// Reader of the bytes of a stream from the start of a row_split on, through a ring in shared memory
+// that asynchronous copies fill ahead.
 //
-// A chunk is as long as the longest block, so that one more is all that a block can need. It
-// is 32 bytes a lane. Two slots hold what is being read (a block may lie in two chunks), all
-// others are under way: 2 KiB a warp of a shallow ring, 6 KiB of a deep one. Which one it is the
-// launch says: kernels of their own would take a compiler as long again.
+// A chunk is as long as the longest block (8 bits), 32 bytes per lane, so that a block needs at
+// most one more chunk. Two slots hold the bytes being read, because a block may lie in two chunks;
+// all others are in flight: 2 KiB per warp with a shallow ring, 6 KiB with a deep one. The launch
+// chooses the depth at run time because separate kernels would double the compile time.
 constexpr int kChunkBytes = 8 * kStreamBitBytes;
-// What every card has room for, and cards with 160 KiB of shared memory a block and more.
+// kShallowChunks fit on every card, kDeepChunks on cards with at least 160 KiB of shared memory per
+// block.
 constexpr int kShallowChunks = 4;
 constexpr int kDeepChunks = 8;
 
 class RingReader {
 public:
-    // A ring of `chunks`, and `length` bytes from `source` on, both multiples of 16. Starts
-    // reading.
+    // Starts reading `length` bytes from `source` on, through a ring of `chunks`. Precondition:
+    // source and length are multiples of 16.
     __device__ __forceinline__ RingReader(char* ring, int chunks, const uint8_t* source,
                                           uint32_t length)
         : ring_(ring), source_(source + lane_id() * 16), length_(length),
@@ -41,8 +43,8 @@ public:
 #pragma unroll 1
         for (int i = 0; i < chunks - kReadChunks; ++i) copy_next();
     }
-    // Makes bytes below `end` readable, and gives up what lies before the reader's position,
-    // which is at least `end` less a chunk.
+    // Makes bytes below `end` readable and releases the bytes before the reader's position, which
+    // is at least `end` minus a chunk.
     __device__ __forceinline__ void await(uint32_t end) {
         if (ready_ >= end) return;
         if (mask_ == kDeepChunks * kChunkBytes - 1) {
@@ -50,7 +52,7 @@ public:
         } else {
             copy_async_wait<kShallowChunks - kReadChunks - 1>();
         }
-        warp_sync();  // all lanes' copies of a chunk are in, all reads of the oldest done
+        warp_sync();  // all copies of a chunk have arrived, all reads of the oldest one are done
         copy_next();
         ready_ += kChunkBytes;
     }
@@ -58,8 +60,8 @@ public:
         copy_async_wait<0>();
         warp_sync();
     }
-    __device__ __forceinline__ const char* at(uint32_t place) const {
-        return ring_ + (place & mask_);
+    __device__ __forceinline__ const char* at(uint32_t offset) const {
+        return ring_ + (offset & mask_);
     }
 
 private:
@@ -81,11 +83,11 @@ private:
     uint32_t ready_ = 0;
 };
 
-// The same for a piece of a stream that lies in shared memory as a whole.
+// Reader of a piece of a stream that is completely in shared memory.
 struct PlainReader {
     const char* start;
     __device__ __forceinline__ void await(uint32_t) {}
-    __device__ __forceinline__ const char* at(uint32_t place) const { return start + place; }
+    __device__ __forceinline__ const char* at(uint32_t offset) const { return start + offset; }
 };
 
 // Adds a plane of kWidth bits, whose lowest is bit kLow of the codes, to the registers.
@@ -103,53 +105,53 @@ __device__ __forceinline__ void add_plane(const uint32_t (&words)[kWidth],
     }
 }
 
-// This lane's words of a plane that begins at `place`.
+// Reads this lane's words of the plane that begins at `offset`.
 template <int kWidth, class Reader>
-__device__ __forceinline__ void read_plane(const Reader& reader, uint32_t place,
+__device__ __forceinline__ void read_plane(const Reader& reader, uint32_t offset,
                                            uint32_t (&words)[kWidth]) {
     if constexpr (kWidth == 1) {
-        words[0] = *reinterpret_cast<const uint32_t*>(reader.at(place + lane_id() * 4));
+        words[0] = *reinterpret_cast<const uint32_t*>(reader.at(offset + lane_id() * 4));
     } else if constexpr (kWidth == 2) {
-        const uint2 v = *reinterpret_cast<const uint2*>(reader.at(place + lane_id() * 8));
+        const uint2 v = *reinterpret_cast<const uint2*>(reader.at(offset + lane_id() * 8));
         words[0] = v.x, words[1] = v.y;
     } else {
 #pragma unroll
         for (int i = 0; i < kWidth; i += 4) {
-            const uint4 v = *reinterpret_cast<const uint4*>(
-                reader.at(place + i * 128 + lane_id() * 16));
+            const uint4 v =
+                *reinterpret_cast<const uint4*>(reader.at(offset + i * 128 + lane_id() * 16));
             words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
         }
     }
 }
 
-// A fragments of the block at `place`: matrix 0 has the tile's first 16 columns.
+// Reads the A fragments of the block at `offset`; matrix 0 has the tile's first 16 columns.
 template <int Bits, class Reader>
-__device__ __forceinline__ void read_block(const Reader& reader, uint32_t place,
+__device__ __forceinline__ void read_block(const Reader& reader, uint32_t offset,
                                            uint32_t (&registers)[2][4]) {
     constexpr int kHigh = Bits == 2 || Bits == 3 ? 2 : Bits == 8 ? 8 : 4;
     constexpr int kLow = Bits - kHigh;
 #pragma unroll
     for (int j = 0; j < 8; ++j) registers[j / 4][j % 4] = 0;
     uint32_t high[kHigh];
-    read_plane(reader, place, high);
+    read_plane(reader, offset, high);
     add_plane<Bits, kHigh, kLow>(high, registers);
     if constexpr (kLow > 0) {
         uint32_t low[kLow];
-        read_plane(reader, place + kHigh * kStreamBitBytes, low);
+        read_plane(reader, offset + kHigh * kStreamBitBytes, low);
         add_plane<Bits, kLow, 0>(low, registers);
     }
 }
 
-// What a warp knows of the tile it reads. All lanes agree but on scales and zeros, which are
-// those of the lane's four columns.
+// The state of a warp in the stream of its tile. It is the same in all lanes except for scales and
+// zeros, which belong to the lane's four columns.
 struct TileState {
-    uint32_t place;  // of the next byte to read, from where the reader begins
-    int group;       // the next one
+    uint32_t offset;  // of the next byte to read, from the start of the reader
+    int group;  // the next group
     int bits;
-    int left;        // blocks of the group under way
+    int left;  // remaining blocks of the group that has begun
     StreamGroup next;
     float scales[4];
-    uint32_t zeros;  // four bytes
+    uint32_t zeros;  // of four columns, one byte each
 
     __device__ __forceinline__ void look_ahead(const StreamLayer& w) {
         next = w.groups[min(group, w.num_groups - 1)];
@@ -160,22 +162,22 @@ struct TileState {
         scales[0] = low.x, scales[1] = low.y, scales[2] = high.x, scales[3] = high.y;
         zeros = w.zeros ? points : 0x01010101u << (bits - 1);
     }
-    // At the start of a split; `tile` is the tile's stream.
-    __device__ __forceinline__ void begin(const StreamLayer& w, const StreamPlace& start,
+    // Starts at a row_split; `tile` is the tile's stream.
+    __device__ __forceinline__ void begin(const StreamLayer& w, const StreamPosition& start,
                                           const uint8_t* tile) {
         const int column = lane_id() / 4;
-        place = 0;
+        offset = 0;
         bits = start.state & 0xFF;
         left = start.state >> 8;
         group = start.group + (left > 0 ? 1 : 0);
         look_ahead(w);
-        // A split that begins with a group opens it before its first block. A compiler does not
-        // know that, and without these values would read registers that nothing has set.
+        // If a row_split begins with a group, open_group sets these values before the first block.
+        // They are set here because the compiler cannot know that and would warn.
         zeros = 0;
 #pragma unroll
         for (int q = 0; q < 4; ++q) scales[q] = 0.0f;
         if (left == 0) return;
-        // A group that began before this split: its header is not in what the warp reads.
+        // The group began before this row_split, so its header is not in the bytes of the reader.
         const uint8_t* header = tile + start.header;
         const uint32_t points = w.zeros ? load_nc4(header + kScaleBytes + column * 4) : 0;
         set_header(w, load_nc8(header + column * 8), points);
@@ -188,20 +190,22 @@ struct TileState {
         left = stream_blocks(next.rows);
         ++group;
         look_ahead(w);
-        reader.await(place + size);
-        const uint2 halves = *reinterpret_cast<const uint2*>(reader.at(place + column * 8));
+        reader.await(offset + size);
+        const uint2 halves = *reinterpret_cast<const uint2*>(reader.at(offset + column * 8));
         const uint32_t points =
-            w.zeros ? *reinterpret_cast<const uint32_t*>(reader.at(place + kScaleBytes + column * 4))
-                    : 0;
+            w.zeros
+                ? *reinterpret_cast<const uint32_t*>(reader.at(offset + kScaleBytes + column * 4))
+                : 0;
         set_header(w, halves, points);
-        place += size;
+        offset += size;
     }
 };
 
-// Blocks [first, first + count) of a window, all of one group, added to `acc`.
+// Adds blocks [first, first + count) of a row_block, all of one group, to `acc`.
 //
-// Rows gives activations: fragments(block, x) this lane's B fragments of a block, for each row
-// tile, blocks in order; note(n) the Note of this lane's row in row tile n.
+// Rows provides activations: fragments(block, x) loads this lane's B fragments of a block for each
+// row tile, called for blocks in order; activation_scale(n) is that of this lane's row in row
+// tile n.
 template <int Bits, int kRowTiles, class Reader, class Rows>
 __device__ __forceinline__ void add_span(TileState& state, Reader& reader, Rows& rows,
                                          int first, int count, float (&acc)[kRowTiles][4]) {
@@ -214,24 +218,26 @@ __device__ __forceinline__ void add_span(TileState& state, Reader& reader, Rows&
     int32_t minus[kRowTiles];
 #pragma unroll
     for (int n = 0; n < kRowTiles; ++n) {
-        const Note* note = rows.note(n);
-        const int2 whole = *reinterpret_cast<const int2*>(note);
+        const ActivationScale* activation_scale = rows.activation_scale(n);
+        const int2 whole = *reinterpret_cast<const int2*>(activation_scale);
         x_scales[n] = bits_float(static_cast<uint32_t>(whole.x));
         minus[n] = whole.y;
-        if (count == kWindowBlocks) continue;
-        minus[n] = note->negative_block_sums[first];
+        if (count == kBlocksPerRowBlock) continue;
+        minus[n] = activation_scale->negative_block_sums[first];
 #pragma unroll 1
-        for (int i = 1; i < count; ++i) minus[n] += note->negative_block_sums[first + i];
+        for (int i = 1; i < count; ++i) {
+            minus[n] += activation_scale->negative_block_sums[first + i];
+        }
     }
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
         uint2 x[kRowTiles];
         rows.fragments(first + i, x);
-        const uint32_t end = state.place + Bits * kStreamBitBytes;
+        const uint32_t end = state.offset + Bits * kStreamBitBytes;
         reader.await(end);
         uint32_t codes[2][4];
-        read_block<Bits>(reader, state.place, codes);
-        state.place = end;
+        read_block<Bits>(reader, state.offset, codes);
+        state.offset = end;
 #pragma unroll
         for (int n = 0; n < kRowTiles; ++n) {
             const uint32_t b[2] = {x[n].x, x[n].y};
@@ -254,11 +260,11 @@ __device__ __forceinline__ void add_span(TileState& state, Reader& reader, Rows&
     }
 }
 
-// All of one window, which has `blocks` blocks.
+// Adds one row_block, which has `blocks` blocks.
 template <int kRowTiles, class Reader, class Rows>
-__device__ __forceinline__ void add_window(const StreamLayer& w, TileState& state,
-                                           Reader& reader, Rows& rows, int blocks,
-                                           float (&acc)[kRowTiles][4]) {
+__device__ __forceinline__ void add_row_block(const StreamLayer& w, TileState& state,
+                                              Reader& reader, Rows& rows, int blocks,
+                                              float (&acc)[kRowTiles][4]) {
     for (int block = 0; block < blocks;) {
         if (state.left == 0) state.open_group(w, reader);
         const int count = min(state.left, blocks - block);
@@ -270,7 +276,7 @@ __device__ __forceinline__ void add_window(const StreamLayer& w, TileState& stat
     }
 }
 
-// Adds bias and what stands in `out`.
+// Stores `value` plus the bias and, if `add`, the present content of `out`.
 __device__ __forceinline__ void store_output(float value, const StreamLayer& w, int column,
                                              float* out, bool add) {
     if (w.bias != nullptr) value = add_rn(value, w.bias[column]);

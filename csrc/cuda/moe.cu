@@ -1,7 +1,8 @@
-// Mixture of experts: the choice of experts, and the sum of what the chosen ones made.
+// Mixture of experts: the choice of experts, and the weighted sum of their outputs.
 //
-// Choice: a warp a row, since a router has 8 to 128 experts. Its order is the reference's:
-// falling logits, the lower expert first among equals.
+// Layout: float32 and int32, contiguous. Work of the choice: one warp per row, because a router has
+// 8 to 128 experts. Experts are ordered as in the reference: by falling logits, and by number among
+// equal logits. Work of the sum: one element per thread. No shared memory.
 #include "cuda/platform.cuh"
 
 namespace exl {
@@ -15,33 +16,36 @@ struct Choice {
     int expert;  // kNone: no expert
 };
 
-__device__ __forceinline__ bool before(const Choice& a, const Choice& b) {
+__device__ __forceinline__ bool precedes(const Choice& a, const Choice& b) {
     if (b.expert == kNone) return a.expert != kNone;
     if (a.expert == kNone) return false;
     return a.logit > b.logit || (a.logit == b.logit && a.expert < b.expert);
 }
 
-// The expert behind `last` in the order of choice, the same in every lane. NaN is never chosen.
+// The expert after `last` in the order of choice, the same in every lane. NaN is never chosen.
 __device__ __forceinline__ Choice next_expert(const float* logits, int experts, Choice last) {
     Choice best{0.0f, kNone};
     for (int e = lane_id(); e < experts; e += 32) {
         const float logit = logits[e];
-        const bool later = logit < last.logit || (logit == last.logit && e > last.expert);
+        const bool follows_last = logit < last.logit || (logit == last.logit && e > last.expert);
         const Choice candidate{logit, e};
-        if (later && before(candidate, best)) best = candidate;
+        if (follows_last && precedes(candidate, best)) best = candidate;
     }
 #pragma unroll
     for (int mask = 16; mask > 0; mask >>= 1) {
         const Choice other{shfl_xor(best.logit, mask), shfl_xor(best.expert, mask)};
-        if (before(other, best)) best = other;
+        if (precedes(other, best)) best = other;
     }
     return best;
 }
 
 }  // namespace exl
 
-// Softmax over experts and the top_k of them. logits [rows, experts]; weights and chosen
-// [rows, top_k]. A block of one warp a row.
+// Chooses the top_k experts of each row and their weights: a softmax over all experts, divided by
+// the sum of the chosen weights if `normalize`.
+//
+// logits: float32 [rows, experts]; weights: float32 and chosen: int32 [rows, top_k];
+// top_k <= experts. grid.x: rows, one warp each.
 extern "C" __global__ void __launch_bounds__(exl::kRouteThreads)
     moe_route_kernel(const float* logits, int32_t experts, int32_t top_k, int32_t normalize,
                      float* weights, int32_t* chosen) {
@@ -60,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(exl::kRouteThreads)
     float chosen_total = 0.0f;
     for (int k = 0; k < top_k; ++k) {
         const Choice next = next_expert(logits, experts, last);
-        // Only NaN leaves nothing to choose; the weights become NaN as well.
+        // Only NaN leaves no expert to choose; the weights then become NaN as well.
         last.expert = next.expert == kNone ? k : next.expert;
         last.logit = logits[last.expert];
         const float power = expf(last.logit - largest);
@@ -76,9 +80,11 @@ extern "C" __global__ void __launch_bounds__(exl::kRouteThreads)
 }
 EXL_KERNEL(moe_route_kernel);
 
-// out[t] += sum over k of weights[t, k] * x[t * top_k + k], in rising order of experts, as
-// scatter_add_rows adds one expert after the other: the same bits. x [rows * top_k, size],
-// weights and experts [rows, top_k], out [rows, size]. grid.x rows, grid.y pieces of a row.
+// out[t] += sum over k of weights[t, k] * x[t * top_k + k], in rising order of experts. This is the
+// order in which scatter_add_rows adds one expert after the other, so the bits are the same.
+//
+// x: float32 [rows * top_k, size]; weights: float32 and experts: int32 [rows, top_k]; out: float32
+// [rows, size]. grid.x: rows, grid.y: pieces of kSumThreads elements.
 extern "C" __global__ void __launch_bounds__(exl::kSumThreads)
     moe_sum_kernel(const float* x, const float* weights, const int32_t* experts, int32_t top_k,
                    int32_t size, float* out) {

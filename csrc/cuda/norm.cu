@@ -1,17 +1,17 @@
-// RMSNorm: out = x / sqrt(mean(x^2) + eps) * weight, per row. float32, contiguous.
+// RMSNorm: out = x / sqrt(mean(x^2) + eps) * weight, for each row.
 //
-// Rows of a model's width: a block each, so that the one row of a decode step is read by many
-// threads at once. Rows of a head's width: a warp each. Which of the two depends on the width
-// alone (kernels/cuda/ops_rows.py), so a row's result does not depend on the other rows.
-// Reads of a row happen before its writes: x and out may be the same.
-#include "cuda/norm.cuh"
+// Layout: float32, contiguous. Work: rows of a model's width have one block each, so that the
+// single row of a decode step is read by many threads; rows of a head's width have one warp each.
+// Only the width decides which of the two kernels is launched, so a row's result does not depend
+// on the other rows. A row is read before it is written: x and out may be the same.
+#include "cuda/row_functions.cuh"
 
 namespace exl {
 
 constexpr int kRowThreads = 512;
 constexpr int kHeadThreads = 128;
 
-// Over the block, in warp order; every thread gets it. `partials` has a float a warp.
+// Sum over the block in the order of warps; every thread gets it. `partials`: a float per warp.
 __device__ __forceinline__ float block_sum(float value, float* partials) {
     const float sum = warp_sum(value);
     if (lane_id() == 0) partials[warp_id()] = sum;
@@ -23,7 +23,10 @@ __device__ __forceinline__ float block_sum(float value, float* partials) {
 
 }  // namespace exl
 
-// A block a row; shared: a float a warp.
+// RMSNorm with one block per row.
+//
+// x, out: float32 [rows, size]; weight: float32 [size]. grid.x: rows. Shared memory: a float per
+// warp.
 extern "C" __global__ void __launch_bounds__(exl::kRowThreads)
     rms_norm_kernel(const float* x, const float* weight, float eps, int32_t size, float* out) {
     using namespace exl;
@@ -39,13 +42,13 @@ extern "C" __global__ void __launch_bounds__(exl::kRowThreads)
 }
 EXL_KERNEL(rms_norm_kernel);
 
-// A warp a row.
+// RMSNorm with one warp per row. x, out: float32 [rows, size]; weight: float32 [size].
 extern "C" __global__ void __launch_bounds__(exl::kHeadThreads)
     rms_norm_heads_kernel(const float* x, const float* weight, float eps, int64_t rows,
                           int32_t size, float* out) {
     using namespace exl;
     const int64_t row = static_cast<int64_t>(blockIdx.x) * (kHeadThreads / 32) + warp_id();
-    if (row >= rows) return;  // whole warps
+    if (row >= rows) return;  // whole warps leave
     const float* source = x + row * size;
     const float scale = norm_scale_of_warp(source, size, eps);
     for (int i = lane_id(); i < size; i += 32) {

@@ -1,13 +1,13 @@
-// Repacking at load: EXL2's and GPTQ's tensors into streams (linear_layout.cuh).
+// Repacking at load: tensors of EXL2 and GPTQ files into streams (linear_layout.cuh).
 //
-// On disk a column is a bit stream along the rows, least significant bit first, columns side
-// by side in 32-bit words; 32 rows of b bits are b words. formats/streams.py is the
-// definition, met bit for bit. A launch takes some columns of a layer, whose tensors lie on
-// the device one column range wide.
+// Layout of the files: a column is a bit stream along the rows, least significant bit first, and
+// columns are adjacent in 32-bit words; 32 rows of b bits are b words. The streams defined in the
+// formats package of Python are matched bit for bit. A launch takes a range of a layer's columns;
+// the file's tensors on the device hold just these columns.
 //
-// Work: a warp a block of 32 rows x 32 columns: grid.x blocks of the layer, grid.y groups of
-// kPackWarps tiles. A lane unpacks its column, then the warp trades columns for fragments
-// through shared memory.
+// Work per warp: one block of 32 rows x 32 columns. grid.x: blocks of the layer, grid.y: groups of
+// kPackWarps tiles. A lane unpacks its column, then the warp transposes columns to fragments
+// through shared memory: kColumnStride words per column, for each warp.
 #include "cuda/linear_layout.cuh"
 
 namespace {
@@ -17,36 +17,37 @@ using namespace exl;
 constexpr int kPackWarps = 4;
 constexpr int kPackThreads = 32 * kPackWarps;
 constexpr int kQuads = kStreamBlockRows / 4;
-// Words from one column's eight to the next one's: odd, so that columns are in other banks.
+// Distance in words between the 8 words of neighbouring columns: odd, so that columns are in
+// different banks.
 constexpr int kColumnStride = kQuads + 1;
 
 struct PackSource {
-    const uint32_t* words;   // [word rows, columns]
+    const uint32_t* words;  // [word_rows, columns]
     const uint16_t* scales;  // float16 [num_groups, columns]
-    const uint8_t* zeros;    // [num_groups, columns], or null
+    const uint8_t* zeros;  // [num_groups, columns], or null
     int64_t word_rows;
     int columns;
 };
 
-// Where a block of the layer belongs.
-struct PackPlace {
+// The group of a block, and the block's index in it.
+struct PackTarget {
     StreamGroup group;
     int index;  // of the group
     int block;  // within the group
 };
 
-// All lanes look, one finds.
-__device__ __forceinline__ PackPlace find_block(const StreamGroup* groups, int num_groups,
-                                                int block) {
+// Finds the group of a block: lanes test 32 groups at a time, and exactly one lane finds it.
+__device__ __forceinline__ PackTarget find_block(const StreamGroup* groups, int num_groups,
+                                                 int block) {
     const int row = block * kStreamBlockRows;
     for (int first = 0;; first += 32) {
-        const int mine = first + lane_id();
-        bool here = false;
-        if (mine < num_groups) {
-            const StreamGroup group = groups[mine];
-            here = row >= group.first_row && row < group.first_row + group.rows;
+        const int candidate = first + lane_id();
+        bool contains = false;
+        if (candidate < num_groups) {
+            const StreamGroup group = groups[candidate];
+            contains = row >= group.first_row && row < group.first_row + group.rows;
         }
-        const uint32_t found = exl::ballot(here);
+        const uint32_t found = exl::ballot(contains);
         if (found == 0) continue;
         const int index = first + count_ones((found & (0u - found)) - 1);
         const StreamGroup group = groups[index];
@@ -58,7 +59,7 @@ __device__ __forceinline__ uint32_t word_at(const PackSource& s, int64_t row, in
     return row < s.word_rows && column < s.columns ? s.words[row * s.columns + column] : 0;
 }
 
-// Code of `bits` bits that begins at bit `bit` of a column's stream.
+// Reads the code of Bits bits at bit `bit` of a column's stream.
 template <int Bits>
 __device__ __forceinline__ uint32_t code_at(const PackSource& s, int64_t bit, int column) {
     const uint32_t low = word_at(s, bit / 32, column);
@@ -67,7 +68,7 @@ __device__ __forceinline__ uint32_t code_at(const PackSource& s, int64_t bit, in
     return funnel_shift_right(low, high, shift) & ((1u << Bits) - 1);
 }
 
-// The block's planes, from registers j = 0..7 of this lane.
+// Writes the planes of a block from registers j = 0..7 of this lane.
 template <int Bits>
 __device__ __forceinline__ void write_planes(const uint32_t (&registers)[8], uint8_t* block) {
     constexpr int kHigh = Bits == 3 || Bits == 2 ? 2 : Bits == 8 ? 8 : 4;
@@ -87,9 +88,10 @@ __device__ __forceinline__ void write_planes(const uint32_t (&registers)[8], uin
                 const uint32_t field = registers[j] >> shift & ((1u << width) - 1) * 0x01010101u;
                 word |= field << (width * (j / width));
             }
-            // Words 4..7 of the plane of 8 bits lie behind words 0..3 of all lanes.
-            const int at = width == 8 ? i / 4 * 128 + lane_id() * 4 + i % 4 : lane_id() * width + i;
-            reinterpret_cast<uint32_t*>(block)[at] = word;
+            // In the plane of 8 bits, words 4..7 of all lanes follow words 0..3 of all lanes.
+            const int index =
+                width == 8 ? i / 4 * 128 + lane_id() * 4 + i % 4 : lane_id() * width + i;
+            reinterpret_cast<uint32_t*>(block)[index] = word;
         }
         block += width * kStreamBitBytes;
     }
@@ -109,7 +111,7 @@ __device__ __forceinline__ void pack_block(uint32_t* shared, int rows, uint8_t* 
         }
         shared[column * kColumnStride + quad] = word;
     }
-    warp_sync();  // columns are written, fragments are read
+    warp_sync();  // columns are written before fragments are read
     uint32_t registers[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
@@ -119,17 +121,18 @@ __device__ __forceinline__ void pack_block(uint32_t* shared, int rows, uint8_t* 
     write_planes<Bits>(registers, block);
 }
 
-// A lane its own column.
+// Writes the header of a group; each lane handles its own column.
 __device__ __forceinline__ void write_header(const PackSource& s, int group, int column,
                                              uint8_t* header) {
     const int element = 4 * (lane_id() % 8) + lane_id() / 8;
-    const bool there = column < s.columns;
-    const int64_t at = static_cast<int64_t>(group) * s.columns + column;
-    reinterpret_cast<uint16_t*>(header)[element] = there ? s.scales[at] : 0;
-    if (s.zeros != nullptr) header[kScaleBytes + element] = there ? s.zeros[at] : 0;
+    const bool exists = column < s.columns;
+    const int64_t index = static_cast<int64_t>(group) * s.columns + column;
+    reinterpret_cast<uint16_t*>(header)[element] = exists ? s.scales[index] : 0;
+    if (s.zeros != nullptr) header[kScaleBytes + element] = exists ? s.zeros[index] : 0;
 }
 
-// read_code(width, place, word offset of the group, row within the block, column)
+// Packs the block of this warp. read_code(width, target, word offset of the group, row of the
+// group, column) returns a code.
 template <class ReadCode>
 __device__ __forceinline__ void pack_streams(const PackSource& s, const StreamGroup* groups,
                                              int num_groups, uint8_t* codes, int64_t tile_bytes,
@@ -138,42 +141,47 @@ __device__ __forceinline__ void pack_streams(const PackSource& s, const StreamGr
     auto* shared = reinterpret_cast<uint32_t*>(memory) + warp_id() * 32 * kColumnStride;
     const int tile = static_cast<int>(blockIdx.y) * kPackWarps + warp_id();
     if (tile >= stream_tiles(s.columns)) return;
-    const PackPlace place = find_block(groups, num_groups, static_cast<int>(blockIdx.x));
+    const PackTarget target = find_block(groups, num_groups, static_cast<int>(blockIdx.x));
     const int column = tile * kStreamColumns + lane_id();
     const int header = kScaleBytes + (s.zeros != nullptr ? kZeroBytes : 0);
-    uint8_t* start = codes + tile * tile_bytes + place.group.offset;
-    if (place.block == 0) write_header(s, place.index, column, start);
-    start += header + place.block * place.group.bits * kStreamBitBytes;
-    // Without headers, 32 columns of a word on disk are 128 bytes of a stream.
-    const int64_t words = (place.group.offset - place.index * header) / kStreamBitBytes;
-    const int rows = min(kStreamBlockRows, place.group.rows - place.block * kStreamBlockRows);
-    with_width(place.group.bits, [&](auto width) {
+    uint8_t* start = codes + tile * tile_bytes + target.group.offset;
+    if (target.block == 0) write_header(s, target.index, column, start);
+    start += header + target.block * target.group.bits * kStreamBitBytes;
+    // Without headers, 32 columns of a word of the file are 128 bytes of a stream.
+    const int64_t words = (target.group.offset - target.index * header) / kStreamBitBytes;
+    const int rows = min(kStreamBlockRows, target.group.rows - target.block * kStreamBlockRows);
+    with_width(target.group.bits, [&](auto width) {
         constexpr int kBits = decltype(width)::value;
         pack_block<kBits>(shared, rows, start, [&](int row) {
-            return read_code(width, place, words, place.block * kStreamBlockRows + row, column);
+            return read_code(width, target, words, target.block * kStreamBlockRows + row, column);
         });
     });
 }
 
 }  // namespace
 
-// q_weight [word_rows, columns] of a layer's columns, groups one behind the other; scales
-// float16 [num_groups, columns]. codes: the stream of the first tile.
+// Packs columns of a layer of an EXL2 file, whose groups are consecutive.
+//
+// q_weight: uint32 [word_rows, columns] and scales: float16 [num_groups, columns] of these columns;
+// groups: [num_groups]; codes: uint8 [tiles, tile_bytes], from the first tile of these columns on.
 extern "C" __global__ void __launch_bounds__(kPackThreads)
     pack_exl2_kernel(const uint32_t* q_weight, int64_t word_rows, int32_t columns,
                      const uint16_t* scales, const StreamGroup* groups, int32_t num_groups,
                      uint8_t* codes, int64_t tile_bytes) {
     const PackSource source = {q_weight, scales, nullptr, word_rows, columns};
     pack_streams(source, groups, num_groups, codes, tile_bytes,
-                 [&](auto width, const PackPlace&, int64_t words, int row, int column) {
+                 [&](auto width, const PackTarget&, int64_t words, int row, int column) {
                      constexpr int kBits = decltype(width)::value;
                      return code_at<kBits>(source, words * 32 + int64_t{row} * kBits, column);
                  });
 }
 EXL_KERNEL(pack_exl2_kernel);
 
-// qweight [word_rows, columns] of a layer's columns; stored row r is input channel perm[r], or
-// r where perm is null. zeros uint8 [num_groups, columns], offsets added.
+// Packs columns of a layer of a GPTQ file.
+//
+// qweight: uint32 [word_rows, columns]; scales: float16 and zeros: uint8 (with the file's offset
+// added) [num_groups, columns]; perm: int32 [in_features], stored row r is input channel perm[r],
+// or r if perm is null; groups: [num_groups]; codes: uint8 [tiles, tile_bytes].
 extern "C" __global__ void __launch_bounds__(kPackThreads)
     pack_gptq_kernel(const uint32_t* qweight, int64_t word_rows, int32_t columns,
                      const uint16_t* scales, const uint8_t* zeros, const int32_t* perm,
@@ -181,9 +189,9 @@ extern "C" __global__ void __launch_bounds__(kPackThreads)
                      int64_t tile_bytes) {
     const PackSource source = {qweight, scales, zeros, word_rows, columns};
     pack_streams(source, groups, num_groups, codes, tile_bytes,
-                 [&](auto width, const PackPlace& place, int64_t, int row, int column) {
+                 [&](auto width, const PackTarget& target, int64_t, int row, int column) {
                      constexpr int kBits = decltype(width)::value;
-                     const int stored = place.group.first_row + row;
+                     const int stored = target.group.first_row + row;
                      const int64_t channel = perm != nullptr ? perm[stored] : stored;
                      return code_at<kBits>(source, channel * kBits, column);
                  });

@@ -1,22 +1,26 @@
-// What device code may use besides plain C++17: the one header that kernels include first.
+// Functions that device code may use besides plain C++17; every kernel file includes this header.
 //
-// Two worlds offer the same names. Here are those of the GPU (nvcc and NVRTC, compute
-// capability 7.5 and up); where EXL_CUDA_EMULATION is defined, tests/cuda_emulation gives
-// them on the CPU, where kernels are run against the reference. Nothing else may be called:
-// no CUDA header (NVRTC has to work where there is none), no cooperative groups, no CCCL.
+// Purpose: the same names exist twice. This file has the implementation for GPUs (nvcc and NVRTC,
+// compute capability 7.5 and newer). If EXL_CUDA_EMULATION is defined, tests/cuda_emulation
+// implements the names on the CPU, where kernels are compared with the reference. Kernels call
+// nothing else: no CUDA header (NVRTC must work without an installed toolkit), no cooperative
+// groups, no CCCL.
 //
+// Rules for kernel files:
 // - Includes are relative to csrc/: "cuda/platform.cuh", "cache_codec.h".
-// - Kernels live in namespace exl: outside of it, `ballot` is also something of CUDA's own.
+// - Kernels are in namespace exl, because `ballot` and other names also exist in CUDA outside
+//   of it.
 // - A kernel is `extern "C" __global__ void __launch_bounds__(N) foo_kernel(...)`, followed by
-//   EXL_KERNEL(foo_kernel); blocks are one-dimensional, whole warps.
-// - Shared memory is dynamic: EXL_SHARED(char, memory); its size is the launcher's.
-// - Every lane of a warp reaches each shuffle, ballot, mma, load_matrix and warp_sync; every
-//   thread of a block each block_sync. The emulation refuses anything else.
-// - float16 and bfloat16 are bits: uint16_t one, uint32_t two (the first in the low half).
-// - fmaf where two kernels must agree bit for bit: nvcc joins a * b + c as it likes.
-//   mul_rn and add_rn are never joined.
+//   EXL_KERNEL(foo_kernel). Blocks are one-dimensional and consist of whole warps.
+// - Shared memory is dynamic: EXL_SHARED(char, memory). The launcher chooses its size.
+// - Every lane of a warp must reach each shuffle, ballot, mma, load_matrix and warp_sync; every
+//   thread of a block must reach each block_sync. The emulation raises an error otherwise.
+// - float16 and bfloat16 are bits: one value in a uint16_t, two in a uint32_t (the first in the
+//   low half).
+// - If two kernels must give the same bits, use fmaf, mul_rn and add_rn: nvcc may contract
+//   a * b + c into a fused operation, but it never contracts these.
 //
-// PTX fragments and instructions: PTX ISA 8.x, sections named beside them.
+// PTX fragments and instructions are those of the PTX ISA 8.x; comments name its sections.
 #pragma once
 
 #include <cstdint>
@@ -27,9 +31,9 @@
 
 #else
 
-// Kernels are found by their names; only the emulation has to be told of them.
+// Kernels are found by name; only the emulation needs a registration.
 #define EXL_KERNEL(kernel) static_assert(true, "")
-// One name for all: a translation unit may not declare it with two types.
+// One name for all types, because a translation unit may not declare the array with two types.
 #define EXL_SHARED(type, name)                                                                 \
     extern __shared__ __align__(16) char exl_shared_memory[];                                  \
     type* const name = reinterpret_cast<type*>(exl_shared_memory)
@@ -46,7 +50,7 @@ __device__ __forceinline__ int warp_id() { return threadIdx.x >> 5; }
 __device__ __forceinline__ void warp_sync() { __syncwarp(); }
 __device__ __forceinline__ void block_sync() { __syncthreads(); }
 
-// T: 4 or 8 bytes, an arithmetic type.
+// T: an arithmetic type of 4 or 8 bytes.
 template <typename T>
 __device__ __forceinline__ T shfl(T value, int source_lane) {
     return __shfl_sync(kFullMask, value, source_lane);
@@ -55,7 +59,7 @@ template <typename T>
 __device__ __forceinline__ T shfl_xor(T value, int lane_mask) {
     return __shfl_xor_sync(kFullMask, value, lane_mask);
 }
-// Lanes whose source is beyond the warp keep their own value.
+// A lane whose source is outside of the warp keeps its own value.
 template <typename T>
 __device__ __forceinline__ T shfl_down(T value, int delta) {
     return __shfl_down_sync(kFullMask, value, delta);
@@ -70,7 +74,8 @@ __device__ __forceinline__ uint32_t ballot(bool predicate) {
 
 // ---- Memory --------------------------------------------------------------------------------
 
-// Returns the value before. Integers only: sums of floats must not depend on who comes first.
+// Returns the previous value. Only for integers, because a sum of floats must not depend on the
+// order in which threads arrive.
 __device__ __forceinline__ int32_t atomic_add(int32_t* address, int32_t value) {
     return atomicAdd(address, value);
 }
@@ -79,7 +84,8 @@ __device__ __forceinline__ uint32_t atomic_add(uint32_t* address, uint32_t value
 }
 __device__ __forceinline__ void thread_fence() { __threadfence(); }
 
-// Read-only data that is read once: past L1, which it would only churn. 16, 8, 4 bytes, aligned.
+// Load read-only data that is read once; the L1 cache is bypassed so that useful lines stay in it.
+// 16, 8 and 4 bytes, aligned.
 __device__ __forceinline__ uint4 load_nc16(const void* source) {
     uint4 v;
     asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -100,7 +106,7 @@ __device__ __forceinline__ uint32_t load_nc4(const void* source) {
     return v;
 }
 
-// Data that another block wrote during this launch: L1 may hold what was there before.
+// Load data that another block wrote during this launch; L1 may hold the previous content.
 __device__ __forceinline__ uint4 load_cg16(const void* source) {
     uint4 v;
     asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -123,8 +129,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Copies 16 bytes (aligned) to shared memory beside what else goes on; zeros where `valid` is
-// false, and the source is not read then. Readable after copy_async_wait and a barrier.
+// Copies 16 bytes (aligned) to shared memory asynchronously. If `valid` is false, writes zeros and
+// does not read the source. The bytes are readable after copy_async_wait and a barrier.
 __device__ __forceinline__ void copy_async16(void* shared, const void* source, bool valid = true) {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
@@ -140,7 +146,7 @@ __device__ __forceinline__ void copy_async_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
-// Waits until at most `kPending` of this thread's committed groups are still under way.
+// Waits until at most `kPending` of this thread's committed groups are still in flight.
 template <int kPending>
 __device__ __forceinline__ void copy_async_wait() {
 #if __CUDA_ARCH__ >= 800
@@ -149,8 +155,8 @@ __device__ __forceinline__ void copy_async_wait() {
 }
 
 // ---- Tensor cores --------------------------------------------------------------------------
-// Fragments (PTX ISA, "Matrix fragments for mma.m16n8k32" and "m16n8k16"), g = lane / 4 and
-// t = lane % 4; all add to d:
+// Layout of fragments (PTX ISA, "Matrix fragments for mma.m16n8k32" and "m16n8k16"), with
+// g = lane / 4 and t = lane % 4. All functions add to d.
 //   8 bits   a[i]: row g + 8 * (i % 2), k = 4 * t + 16 * (i / 2) + 0..3 (low byte first)
 //            b[i]: column g,            k = 4 * t + 16 * i + 0..3
 //   16 bits  a[i]: row g + 8 * (i % 2), k = 2 * t + 8 * (i / 2) + 0..1 (low half first)
@@ -169,7 +175,7 @@ __device__ __forceinline__ void copy_async_wait() {
                  : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])                              \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
-// Compute capability 7.5 has m8n8k16 alone, whose fragments are quarters of the above.
+// Compute capability 7.5 has only m8n8k16, whose fragments are quarters of the above.
 #define EXL_MMA_8BIT_BODY(atype, btype)                                                        \
     _Pragma("unroll") for (int i = 0; i < 4; i++) {                                            \
         asm volatile("mma.sync.aligned.m8n8k16.row.col.s32." atype "." btype                   \
@@ -203,7 +209,7 @@ __device__ __forceinline__ void mma_f16_16x8x16(float (&d)[4], const uint32_t (&
 #endif
 }
 
-// Only where kHasBf16Mma: kernels for compute capability 7.5 must not be launched with it.
+// Requires kHasBf16Mma: must not be launched on compute capability 7.5.
 #if __CUDA_ARCH__ >= 800
 constexpr bool kHasBf16Mma = true;
 #else
@@ -222,9 +228,9 @@ __device__ __forceinline__ void mma_bf16_16x8x16(float (&d)[4], const uint32_t (
 #endif
 }
 
-// Reads four 8x8 matrices of 16-bit elements from shared memory (PTX ISA, ldmatrix): lane i
-// gives the address of row i % 8 (16 bytes, aligned) of matrix i / 8, and gets of each matrix
-// the elements 2 * (lane % 4) + 0..1 of row lane / 4; transposed: of column lane / 4.
+// Reads four 8x8 matrices of 16-bit elements from shared memory (PTX ISA, ldmatrix). Lane i
+// passes the address of row i % 8 (16 bytes, aligned) of matrix i / 8 and receives, of each
+// matrix, elements 2 * (lane % 4) + 0..1 of row lane / 4; transposed: of column lane / 4.
 __device__ __forceinline__ void load_matrix_x4(uint32_t (&d)[4], const void* shared_row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
@@ -239,8 +245,8 @@ __device__ __forceinline__ void load_matrix_x4_transposed(uint32_t (&d)[4],
                  : "memory");
 }
 
-// Transposes an 8x8 matrix of 16-bit elements across the warp (PTX ISA, movmatrix): lane i has
-// elements 2 * (i % 4) + 0..1 of row i / 4, and gets those of column i / 4.
+// Transposes an 8x8 matrix of 16-bit elements across the warp (PTX ISA, movmatrix). Lane i passes
+// elements 2 * (i % 4) + 0..1 of row i / 4 and receives those of column i / 4.
 __device__ __forceinline__ uint32_t transpose_matrix(uint32_t a) {
     uint32_t d;
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
@@ -249,7 +255,7 @@ __device__ __forceinline__ uint32_t transpose_matrix(uint32_t a) {
 
 // ---- Integers ------------------------------------------------------------------------------
 
-// c + the dot product of four unsigned with four signed bytes; of four signed with four signed.
+// c + the dot product of four bytes: unsigned times signed, and signed times signed.
 __device__ __forceinline__ int32_t dp4a_us(uint32_t a, uint32_t b, int32_t c) {
     int32_t d;
     asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
@@ -258,8 +264,8 @@ __device__ __forceinline__ int32_t dp4a_us(uint32_t a, uint32_t b, int32_t c) {
 __device__ __forceinline__ int32_t dp4a_ss(uint32_t a, uint32_t b, int32_t c) {
     return __dp4a(static_cast<int>(a), static_cast<int>(b), c);
 }
-// Byte i of the result is byte (selector >> 4 * i) & 7 of b:a; bit 3 of a nibble asks for its
-// sign bit, eight times.
+// Byte i of the result is byte (selector >> 4 * i) & 7 of b:a. If bit 3 of a nibble of the
+// selector is set, the byte is filled with the sign bit of that byte.
 __device__ __forceinline__ uint32_t byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
     return __byte_perm(a, b, selector);
 }
@@ -277,10 +283,10 @@ __device__ __forceinline__ uint32_t float_bits(float value) { return __float_as_
 __device__ __forceinline__ float bits_float(uint32_t bits) { return __uint_as_float(bits); }
 __device__ __forceinline__ float mul_rn(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ float add_rn(float a, float b) { return __fadd_rn(a, b); }
-// To the nearest integer, ties to even.
+// Rounds to the nearest integer, ties to even.
 __device__ __forceinline__ int32_t round_int(float value) { return __float2int_rn(value); }
 
-// Within 2 ulp; exp2_fast flushes results below 2^-126 to zero.
+// Approximations within 2 units in the last place. exp2_fast flushes results below 2^-126 to zero.
 __device__ __forceinline__ float exp2_fast(float value) {
     float result;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
@@ -302,7 +308,7 @@ __device__ __forceinline__ float half_to_float(uint16_t bits) {
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
     return value;
 }
-// To nearest, ties to even; what is too large becomes infinity.
+// Rounds to nearest, ties to even; values beyond the range become infinity.
 __device__ __forceinline__ uint16_t float_to_half(float value) {
     uint16_t bits;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
@@ -327,7 +333,7 @@ __device__ __forceinline__ float bf16_to_float(uint16_t bits) {
 __device__ __forceinline__ float2 bf162_to_float2(uint32_t bits) {
     return make_float2(bits_float(bits << 16), bits_float(bits & 0xFFFF0000u));
 }
-// To nearest, ties to even. In integers, since compute capability 7.5 has no instruction.
+// Rounds to nearest, ties to even. In integers, because compute capability 7.5 has no instruction.
 __device__ __forceinline__ uint16_t float_to_bf16(float value) {
     const uint32_t bits = float_bits(value);
     if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return static_cast<uint16_t>(bits >> 16 | 0x40u);
@@ -343,7 +349,7 @@ __device__ __forceinline__ uint32_t floats_to_bf162(float low, float high) {
 #endif
 }
 
-// Two float16 at once; h2_fma rounds once.
+// Operations on two float16 at once; h2_fma rounds once.
 __device__ __forceinline__ uint32_t h2_fma(uint32_t a, uint32_t b, uint32_t c) {
     uint32_t d;
     asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
@@ -371,7 +377,8 @@ __device__ __forceinline__ uint32_t h2_mul(uint32_t a, uint32_t b) {
 
 namespace exl {
 
-// Over the warp, the same bits in every lane: the tree is the same whatever the lane.
+// Reductions over the warp. Every lane gets the same bits, because the tree is the same for all
+// lanes.
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
     for (int mask = 16; mask > 0; mask >>= 1) value += shfl_xor(value, mask);

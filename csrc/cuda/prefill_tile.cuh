@@ -1,5 +1,6 @@
-// A prompt's rows and a tile of the cache: keys and values to float16 in shared memory, scores,
-// weights, and what the rows gather of values. What a lane holds of scores: see multiply_keys.
+// Prefill attention of one tile of the cache: expansion of keys and values to float16 in shared
+// memory, scores, weights, and the running sums of rows. See attention_prefill.cu for layout,
+// work and preconditions; the fragment layout of scores is described at multiply_keys.
 #pragma once
 
 #include "cuda/key_bias.cuh"
@@ -7,7 +8,9 @@
 namespace exl {
 
 constexpr int kWarpRows = 16;
-constexpr int kPadding = 8;  // halves of a row, so that load_matrix meets no bank twice
+// Number of float16 appended to each row: 16 bytes, so that the 8 rows of a load_matrix are in
+// different banks.
+constexpr int kPadding = 8;
 
 template <int kHeadDim>
 struct PrefillMemory {
@@ -21,7 +24,7 @@ struct PrefillMemory {
           packed(reinterpret_cast<uint8_t*>(tile + tile_tokens * kStride)) {}
 };
 
-// A packed tile to float16 by the whole block; tokens from `end` on become zeros.
+// Expands a packed tile to float16, by the whole block. Tokens from `end` on become zeros.
 template <int kHeadDim, int kTile, int kBits>
 __device__ __forceinline__ void expand_tile(const PrefillMemory<kHeadDim>& memory,
                                             const TileBytes& bytes, int head_dim, int end) {
@@ -51,8 +54,8 @@ __device__ void expand_tile(const PrefillMemory<kHeadDim>& memory, const TileByt
     }
 }
 
-// Scores of a warp's 16 rows with a tile of keys: lane (g, t) has rows g (0, 1) and g + 8
-// (2, 3), tokens 8 * i + 2t and + 1.
+// Multiplies a warp's 16 rows with a tile of keys. Lane (g, t) gets the scores of rows g (0, 1)
+// and g + 8 (2, 3), tokens 8 * i + 2t and + 1.
 template <int kHeadDim, int kTile>
 __device__ __forceinline__ void multiply_keys(const uint16_t* queries, const uint16_t* keys,
                                               float (&scores)[kTile / 8][4]) {
@@ -79,7 +82,7 @@ __device__ __forceinline__ void multiply_keys(const uint16_t* queries, const uin
     }
 }
 
-// Adds to a tile's scores what the key bias does.
+// Adds the contribution of the key bias to the scores of a tile.
 template <int kTile>
 __device__ __forceinline__ void add_bias(const BiasMemory& bias, int first_token,
                                          float (&scores)[kTile / 8][4]) {
@@ -95,8 +98,8 @@ __device__ __forceinline__ void add_bias(const BiasMemory& bias, int first_token
 #pragma unroll 1
     for (int step = 0; step < bias.steps; ++step) {
         const float4* factors = bias.factors + (group * bias.steps + step) * 32 + lane;
-        const TurnedFactors upper(factors[0], wave, step);
-        const TurnedFactors lower(factors[bias.steps * 32], wave, step);
+        const RotatedFactors upper(factors[0], wave, step);
+        const RotatedFactors lower(factors[bias.steps * 32], wave, step);
         const uint32_t high[4] = {upper.high[0], lower.high[0], upper.high[1], lower.high[1]};
         const uint32_t low[4] = {upper.low[0], lower.low[0], upper.low[1], lower.low[1]};
         const uint4* waves = bias.waves + step * kTile * 4 + lane;
@@ -111,7 +114,7 @@ __device__ __forceinline__ void add_bias(const BiasMemory& bias, int first_token
     }
 }
 
-// What a warp's rows have gathered; totals of a lane's own tokens alone.
+// Running sums of a warp's rows. `totals` covers only the tokens of this lane.
 template <int kHeadDim>
 struct PrefillSums {
     float o[kHeadDim / 8][4];
@@ -124,7 +127,7 @@ struct PrefillSums {
     }
     __device__ __forceinline__ void raise(const float (&to)[2]) {
         const bool same = to[0] == largest[0] && to[1] == largest[1];
-        if (ballot(!same) == 0) return;  // factors would be 1
+        if (ballot(!same) == 0) return;  // all factors would be 1
         float factors[2];
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
@@ -140,23 +143,23 @@ struct PrefillSums {
     }
 };
 
-// Scores into weights in place. all: every row of the warp sees all of the tile.
+// Turns scores into weights in place. all: every row of the warp sees all of the tile.
 template <int kHeadDim, int kTile>
-__device__ __forceinline__ void soften_tile(float (&scores)[kTile / 8][4], int first_token,
-                                            bool all, const Softening& soften, int window,
-                                            const int (&positions)[2], const float2& factors,
-                                            PrefillSums<kHeadDim>& sums) {
+__device__ __forceinline__ void softmax_tile(float (&scores)[kTile / 8][4], int first_token,
+                                             bool all, const ScoreTransform& transform,
+                                             int sliding_window, const int (&positions)[2],
+                                             const float2& factors, PrefillSums<kHeadDim>& sums) {
     float largest[2] = {sums.largest[0], sums.largest[1]};
 #pragma unroll
     for (int i = 0; i < kTile / 8; ++i) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) scores[i][j] *= j / 2 ? factors.y : factors.x;
     }
-    if (soften.caps()) {
+    if (transform.caps()) {
 #pragma unroll
         for (int i = 0; i < kTile / 8; ++i) {
 #pragma unroll
-            for (int j = 0; j < 4; ++j) scores[i][j] = soften.capped(scores[i][j]);
+            for (int j = 0; j < 4; ++j) scores[i][j] = transform.capped(scores[i][j]);
         }
     }
     if (!all) {
@@ -165,7 +168,8 @@ __device__ __forceinline__ void soften_tile(float (&scores)[kTile / 8][4], int f
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 const int token = first_token + 8 * i + lane_id() % 4 * 2 + j % 2;
-                if (!sees(positions[j / 2], token, window)) scores[i][j] = -infinity();
+                if (!is_visible(positions[j / 2], token, sliding_window))
+                    scores[i][j] = -infinity();
             }
         }
     }

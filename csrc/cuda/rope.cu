@@ -1,9 +1,9 @@
-// Rotary position embedding: the table of angles, and the rotation of queries and keys.
+// Rotary position embedding: the table of cosines and sines, and the rotation of queries and keys.
 //
-// Rotation: a warp a head. A recorded step rotates queries and keys on the keys' way into the
-// cache instead (cache_write.cu), by the same function.
+// Layout: float32, contiguous. Work: one angle per thread; one head per warp. A recorded step
+// rotates queries and keys in cache_write.cu instead, by the same function. No shared memory.
 #include "cuda/angles.cuh"
-#include "cuda/rope.cuh"
+#include "cuda/row_functions.cuh"
 
 namespace exl {
 
@@ -11,7 +11,9 @@ constexpr int kThreads = 128;
 
 }  // namespace exl
 
-// out [rows, 2, half]: cos, then sin, of positions[row] * inv_freq[i], times factor.
+// Computes out[row] = (cos, sin) of positions[row] * inv_freq[i], times `factor`.
+//
+// positions: int32 [rows]; inv_freq: float32 [half]; out: float32 [rows, 2, half].
 extern "C" __global__ void __launch_bounds__(exl::kThreads)
     rope_table_kernel(const int32_t* positions, const float* inv_freq, float factor,
                       int32_t rows, int32_t half, float* out) {
@@ -26,13 +28,15 @@ extern "C" __global__ void __launch_bounds__(exl::kThreads)
 }
 EXL_KERNEL(rope_table_kernel);
 
-// x [rows, heads, head_dim] in place. A warp a head.
+// Rotates x in place, one head per warp.
+//
+// x: float32 [rows, heads, head_dim]; table: float32 [rows, 2, half] of rope_table_kernel.
 extern "C" __global__ void __launch_bounds__(exl::kThreads)
     rope_kernel(float* x, const float* table, int32_t rows, int32_t heads, int32_t head_dim,
                 int32_t half) {
     using namespace exl;
     const int64_t warp = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + warp_id();
-    if (warp >= static_cast<int64_t>(rows) * heads) return;  // whole warps
+    if (warp >= static_cast<int64_t>(rows) * heads) return;  // whole warps leave
     const int64_t row = warp / heads;
     const float* cos = table + row * 2 * half;
     rotate_head(x + warp * head_dim, cos, cos + half, head_dim, half, nullptr, 0.0f);

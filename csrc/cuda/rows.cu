@@ -1,7 +1,8 @@
-// Operations on whole rows: embedding, gathering, scattering. Row numbers were checked on the
-// host (model.py) or made by it.
+// Operations on whole rows: embedding, gathering, scattering.
 //
-// Work: grid.x over rows, grid.y over pieces of kThreads elements of a row.
+// Layout: float32, contiguous; embedding tables of any ExlDtype. Work: grid.x: rows, grid.y: pieces
+// of kThreads elements of a row. Precondition: row numbers are valid; the caller has checked them
+// on the CPU. No shared memory.
 #include "cuda/platform.cuh"
 #include "packed.h"
 
@@ -13,18 +14,20 @@ __device__ __forceinline__ int element_of_row() {
     return static_cast<int>(blockIdx.y) * kThreads + threadIdx.x;
 }
 
-// Element `at` (in elements of its dtype) of a table as float32.
-__device__ __forceinline__ float element(const void* table, int32_t dtype, int64_t at) {
-    if (dtype == kExlFloat16) return half_to_float(static_cast<const uint16_t*>(table)[at]);
-    if (dtype == kExlBfloat16) return bf16_to_float(static_cast<const uint16_t*>(table)[at]);
-    return static_cast<const float*>(table)[at];
+// Element `index` of a table, as float32.
+__device__ __forceinline__ float element(const void* table, int32_t dtype, int64_t index) {
+    if (dtype == kExlFloat16) return half_to_float(static_cast<const uint16_t*>(table)[index]);
+    if (dtype == kExlBfloat16) return bf16_to_float(static_cast<const uint16_t*>(table)[index]);
+    return static_cast<const float*>(table)[index];
 }
 
 }  // namespace exl
 
-// out[t] = table[ids[t]] * factor. table of an ExlDtype: row id starts at element
+// out[t] = table[ids[t]] * factor.
+//
+// ids: int32 [rows]; out: float32 [rows, size]. Row id of the table starts at element
 // (id / lanes) * lanes * size + id % lanes, and its elements are `lanes` apart: lanes is 1 for
-// [vocab, size], the columns of a tile for a head [tiles, size, lanes].
+// [vocab, size], and the number of columns of a tile for a head [tiles, size, lanes].
 extern "C" __global__ void __launch_bounds__(exl::kThreads)
     embed_kernel(const int32_t* ids, const void* table, int32_t dtype, int32_t lanes,
                  int32_t size, float factor, float* out) {
@@ -38,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(exl::kThreads)
 }
 EXL_KERNEL(embed_kernel);
 
-// out[i] = x[rows[i]]; float32 [*, size].
+// out[i] = x[rows[i]]; x: float32 [x_rows, size]; rows: int32 [count]; out: float32 [count, size].
 extern "C" __global__ void __launch_bounds__(exl::kThreads)
     gather_rows_kernel(const float* x, const int32_t* rows, int32_t size, float* out) {
     using namespace exl;
@@ -49,7 +52,8 @@ extern "C" __global__ void __launch_bounds__(exl::kThreads)
 }
 EXL_KERNEL(gather_rows_kernel);
 
-// out[rows[i]] += weights[i] * x[i]; rows distinct.
+// out[rows[i]] += weights[i] * x[i]; x: float32 [count, size]; rows: int32 [count], distinct;
+// weights: float32 [count]; out: float32 [out_rows, size].
 extern "C" __global__ void __launch_bounds__(exl::kThreads)
     scatter_add_rows_kernel(const float* x, const int32_t* rows, const float* weights,
                             int32_t size, float* out) {

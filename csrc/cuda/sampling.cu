@@ -1,25 +1,30 @@
-// The largest logits of each row in order, and the sum of all others: what a sampler needs of a
-// row of 32k to 256k logits, in 8 KiB instead of up to a MiB.
+// The largest logits of each row in order, and the sum of all others.
 //
-// Logits are told apart by their distance to the row's largest, in bins of 1/64 up to 32; what
-// is further away has less than 1e-13 of its probability. Of the bins, as many from the first
-// are taken as hold kMost logits or fewer, so equal logits are taken together or not at all.
-// Bins are a monotone function of the logit in float32 as well: every logit that is taken is
-// larger than every other one.
+// Purpose: give a sampler what it needs of a row of 32k to 256k logits in 8 KiB instead of up to a
+// MiB.
 //
-// Three launches, because each needs what all blocks of the one before have found:
-//   survey_logits_kernel   the largest logit, and whether all are finite
-//   count_logits_kernel    how many are in each bin
-//   take_logits_kernel     takes them, sums the others; a row's last block sorts
-// Work: grid.x blocks share a row tile by tile (kernels/cuda/ops_sampling.py), grid.y rows.
-// Sums are added in an order that the row's width alone decides.
+// Logits are sorted into bins by their distance to the row's largest logit: 2048 bins of 1/64, up
+// to a distance of 32, where a logit has less than 1e-13 of the largest probability. The bins from
+// the first on are taken as long as they hold at most kMaxTaken logits in total, so equal logits
+// are taken together or not at all. Bins are a monotone function of the logit in float32 as well,
+// so every taken logit is larger than every other one.
 //
-// Scratch of a row (words of 4 bytes; kScratchWords before those of blocks):
-//   keys[kMost], counts[kBins], taken, arrived, 2 unused, largest[blocks], others[blocks],
-//   up to a multiple of 4
-// Result of a row: all_finite, number taken, largest, sum of exp(logit - largest) of the others;
-// ids[kMost], logits[kMost], falling, equal ones by rising id. Of a row that is not finite:
-// nothing is taken.
+// Three launches, because each needs the results of all blocks of the one before:
+//   survey_logits_kernel   finds the largest logit, and whether all are finite
+//   count_logits_kernel    counts the logits of each bin
+//   take_logits_kernel     takes logits and sums the others; the last block of a row sorts
+//
+// Work: grid.x blocks share a row tile by tile, grid.y rows. Sums are added in an order that
+// depends only on the row's width.
+//
+// Layout of the scratch of a row (words of 4 bytes; kScratchWords before those of blocks):
+//   keys[kMaxTaken], counts[kBins], taken, arrived, 2 unused, largest[blocks], others[blocks],
+//   padded to a multiple of 4
+// Layout of the result of a row: all_finite, number taken, largest, sum of exp(logit - largest) of
+// the others; ids[kMaxTaken], logits[kMaxTaken], by falling logits and by rising ids among equal
+// ones. If a row is not finite, nothing is taken.
+//
+// Shared memory: survey kWarps floats; count kBins int32; take kMaxTaken keys of 8 bytes.
 #include "cuda/platform.cuh"
 
 namespace exl {
@@ -28,13 +33,13 @@ constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int kPerThread = 8;
 constexpr int kTile = kPerThread * kThreads;
-constexpr int kMost = 2 * kThreads;  // a pair a thread is what the sort wants
+constexpr int kMaxTaken = 2 * kThreads;  // the sort handles a pair per thread
 constexpr int kBins = 2048;
 constexpr float kBinsPerUnit = 64.0f;
 constexpr int kBinsPerThread = kBins / kThreads;
-constexpr int kScratchWords = 2 * kMost + kBins + 4;
+constexpr int kScratchWords = 2 * kMaxTaken + kBins + 4;
 constexpr int kHeaderWords = 4;
-constexpr uint64_t kNothing = ~0ull;  // behind every key
+constexpr uint64_t kNothing = ~0ull;  // sorts after every key
 
 __device__ __forceinline__ float infinity() { return bits_float(0x7F800000u); }
 
@@ -51,13 +56,14 @@ __device__ __forceinline__ RowScratch scratch_of_row(int32_t* scratch) {
     const int blocks = gridDim.x;
     const int row_words = kScratchWords + (2 * blocks + 3) / 4 * 4;  // keys are read by fours
     int32_t* words = scratch + static_cast<int64_t>(blockIdx.y) * row_words;
-    int32_t* counts = words + 2 * kMost;
+    int32_t* counts = words + 2 * kMaxTaken;
     float* floats = reinterpret_cast<float*>(words + kScratchWords);
     return {reinterpret_cast<uint64_t*>(words), counts, counts + kBins, counts + kBins + 1,
             floats, floats + blocks};
 }
 
-// Infinite where a logit of the row is not finite; the same in every lane. Called by whole warps.
+// The largest logit of a row; infinite if a logit is not finite. The same in every lane. Must be
+// called by whole warps.
 __device__ __forceinline__ float largest_of_row(const float* largest) {
     float result = -infinity();
     for (int block = lane_id(); block < static_cast<int>(gridDim.x); block += 32) {
@@ -66,13 +72,13 @@ __device__ __forceinline__ float largest_of_row(const float* largest) {
     return warp_max(result);
 }
 
-// kBins or more where it is not among them.
+// The bin of a logit; kBins if it is beyond the last bin.
 __device__ __forceinline__ int bin_of(float logit, float largest) {
     const float distance = (largest - logit) * kBinsPerUnit;
     return distance < static_cast<float>(kBins) ? static_cast<int>(distance) : kBins;
 }
 
-// Rises where the logit falls, and with the id of equal logits; both zeros are equal.
+// A key that rises as the logit falls, and rises with the id of equal logits; both zeros are equal.
 __device__ __forceinline__ uint64_t key_of(float logit, int id) {
     const uint32_t bits = float_bits(logit + 0.0f);
     const uint32_t falling = bits & 0x80000000u ? bits : ~bits & 0x7FFFFFFFu;
@@ -83,8 +89,8 @@ __device__ __forceinline__ float logit_of(uint64_t key) {
     return bits_float(falling & 0x80000000u ? falling : ~falling & 0x7FFFFFFFu);
 }
 
-// Calls use(id, logit) for this thread's logits of the block's tiles. A tile's are read before
-// the first is used: what `use` writes might be one of them, for all the compiler knows.
+// Calls use(id, logit) for this thread's logits of the block's tiles. All logits of a tile are read
+// before the first is used, because the compiler must assume that `use` writes to them.
 template <typename Use>
 __device__ __forceinline__ void each_logit(const float* row, int size, Use use) {
     for (int tile = blockIdx.x * kTile; tile < size; tile += gridDim.x * kTile) {
@@ -103,26 +109,27 @@ __device__ __forceinline__ void each_logit(const float* row, int size, Use use) 
     }
 }
 
-// How many bins from the first hold kMost logits or fewer, and how many these are. `words` is
-// shared, kWarps + 2 of them.
+// Returns the number of bins to take, and the number of logits in them. `words` is shared memory of
+// kWarps + 2 words.
 __device__ __forceinline__ int2 choose_bins(const int32_t* counts, int32_t* words) {
     const int first = threadIdx.x * kBinsPerThread;
     int sum = 0;
     for (int i = 0; i < kBinsPerThread; ++i) sum += counts[first + i];
-    int before = sum;  // inclusive in the warp, at first
+    int before = sum;  // first inclusive, within the warp
     for (int delta = 1; delta < 32; delta <<= 1) {
         const int lower = shfl_up(before, delta);
         if (lane_id() >= delta) before += lower;
     }
     if (lane_id() == 31) words[warp_id()] = before;
-    block_sync();  // the warps' sums are read by those behind them
+    block_sync();  // the sums of the warps are read by later warps
     before -= sum;
     for (int warp = 0; warp < warp_id(); ++warp) before += words[warp];
-    // Exactly one thread has the bin that is too much; where none is, the last thread's word.
+    // Exactly one thread has the first bin that exceeds the limit; if there is none, the last
+    // thread writes.
     int bins = first;
     int end = before;
-    while (bins < first + kBinsPerThread && end + counts[bins] <= kMost) end += counts[bins++];
-    if (before <= kMost && (bins < first + kBinsPerThread || bins == kBins)) {
+    while (bins < first + kBinsPerThread && end + counts[bins] <= kMaxTaken) end += counts[bins++];
+    if (before <= kMaxTaken && (bins < first + kBinsPerThread || bins == kBins)) {
         words[kWarps] = bins;
         words[kWarps + 1] = end;
     }
@@ -130,19 +137,20 @@ __device__ __forceinline__ int2 choose_bins(const int32_t* counts, int32_t* word
     return make_int2(words[kWarps], words[kWarps + 1]);
 }
 
-// Rising; `size` a power of two up to kMost. Bitonic: a pair a thread a step.
+// Sorts `size` keys in rising order, size a power of two up to kMaxTaken. Bitonic: one pair per
+// thread and step.
 __device__ __forceinline__ void sort_keys(uint64_t* keys, int size) {
     const int thread = threadIdx.x;
     for (int run = 2; run <= size; run <<= 1) {
-        for (int apart = run >> 1; apart > 0; apart >>= 1) {
+        for (int distance = run >> 1; distance > 0; distance >>= 1) {
             block_sync();  // each step reads what others wrote in the one before
-            const int low = 2 * thread - (thread & (apart - 1));
+            const int low = 2 * thread - (thread & (distance - 1));
             if (low < size) {
                 const uint64_t a = keys[low];
-                const uint64_t b = keys[low + apart];
+                const uint64_t b = keys[low + distance];
                 if ((a > b) == ((low & run) == 0)) {
                     keys[low] = b;
-                    keys[low + apart] = a;
+                    keys[low + distance] = a;
                 }
             }
         }
@@ -152,14 +160,16 @@ __device__ __forceinline__ void sort_keys(uint64_t* keys, int size) {
 
 }  // namespace exl
 
-// Also empties the row's counts. logits: float32, rows `stride` apart, of which `size` count.
+// Finds the largest logit of each block's part of a row. Also clears the row's counts.
+//
+// logits: float32, `size` columns, rows `stride` apart; scratch: see the layout above.
 extern "C" __global__ void __launch_bounds__(exl::kThreads)
     survey_logits_kernel(const float* logits, int64_t stride, int32_t size, int32_t* scratch) {
     using namespace exl;
-    EXL_SHARED(float, of_warps);
-    const RowScratch mine = scratch_of_row(scratch);
+    EXL_SHARED(float, warp_results);
+    const RowScratch row_scratch = scratch_of_row(scratch);
     for (int i = blockIdx.x * kThreads + threadIdx.x; i < kBins + 2; i += gridDim.x * kThreads) {
-        mine.counts[i] = 0;
+        row_scratch.counts[i] = 0;
     }
     float largest = -infinity();
     each_logit(logits + blockIdx.y * stride, size, [&](int, float logit) {
@@ -167,11 +177,11 @@ extern "C" __global__ void __launch_bounds__(exl::kThreads)
         largest = fmaxf(largest, finite ? logit : infinity());
     });
     largest = warp_max(largest);
-    if (lane_id() == 0) of_warps[warp_id()] = largest;
-    block_sync();  // of_warps is read by the first thread
+    if (lane_id() == 0) warp_results[warp_id()] = largest;
+    block_sync();  // warp_results are read by the first thread
     if (threadIdx.x != 0) return;
-    for (int warp = 1; warp < kWarps; ++warp) largest = fmaxf(largest, of_warps[warp]);
-    mine.largest[blockIdx.x] = largest;
+    for (int warp = 1; warp < kWarps; ++warp) largest = fmaxf(largest, warp_results[warp]);
+    row_scratch.largest[blockIdx.x] = largest;
 }
 EXL_KERNEL(survey_logits_kernel);
 
@@ -179,8 +189,8 @@ extern "C" __global__ void __launch_bounds__(exl::kThreads)
     count_logits_kernel(const float* logits, int64_t stride, int32_t size, int32_t* scratch) {
     using namespace exl;
     EXL_SHARED(int32_t, counts);
-    const RowScratch mine = scratch_of_row(scratch);
-    const float largest = largest_of_row(mine.largest);
+    const RowScratch row_scratch = scratch_of_row(scratch);
+    const float largest = largest_of_row(row_scratch.largest);
     if (largest == infinity()) return;
     for (int bin = threadIdx.x; bin < kBins; bin += kThreads) counts[bin] = 0;
     block_sync();  // all are 0 before any is counted
@@ -190,7 +200,7 @@ extern "C" __global__ void __launch_bounds__(exl::kThreads)
     });
     block_sync();  // the block's counts are complete
     for (int bin = threadIdx.x; bin < kBins; bin += kThreads) {
-        if (counts[bin] != 0) atomic_add(mine.counts + bin, counts[bin]);
+        if (counts[bin] != 0) atomic_add(row_scratch.counts + bin, counts[bin]);
     }
 }
 EXL_KERNEL(count_logits_kernel);
@@ -199,45 +209,45 @@ extern "C" __global__ void __launch_bounds__(exl::kThreads)
     take_logits_kernel(const float* logits, int64_t stride, int32_t size, int32_t* scratch,
                        int32_t* out) {
     using namespace exl;
-    EXL_SHARED(uint64_t, keys);  // and before the sort, kWarps + 3 words
+    EXL_SHARED(uint64_t, keys);  // before the sort, kWarps + 3 words
     int32_t* words = reinterpret_cast<int32_t*>(keys);
-    const RowScratch mine = scratch_of_row(scratch);
-    const float largest = largest_of_row(mine.largest);
+    const RowScratch row_scratch = scratch_of_row(scratch);
+    const float largest = largest_of_row(row_scratch.largest);
     const bool finite = largest < infinity();
-    const int2 choice = choose_bins(mine.counts, words);
+    const int2 choice = choose_bins(row_scratch.counts, words);
     const int bins = finite ? choice.x : 0;
     const int taken = finite ? choice.y : 0;
     float others = 0.0f;
     each_logit(logits + blockIdx.y * stride, size, [&](int id, float logit) {
         if (!finite) return;
         if (bin_of(logit, largest) < bins) {
-            mine.keys[atomic_add(mine.taken, 1)] = key_of(logit, id);
+            row_scratch.keys[atomic_add(row_scratch.taken, 1)] = key_of(logit, id);
         } else {
             others += expf(logit - largest);
         }
     });
     others = warp_sum(others);
-    block_sync();  // the choice has been read: its words are free
-    float* of_warps = reinterpret_cast<float*>(words);
-    if (lane_id() == 0) of_warps[warp_id()] = others;
-    thread_fence();  // this thread's keys are there before the block is counted
-    block_sync();    // of_warps is read by the first thread
+    block_sync();  // the choice has been read, so its words are free
+    float* warp_results = reinterpret_cast<float*>(words);
+    if (lane_id() == 0) warp_results[warp_id()] = others;
+    thread_fence();  // this thread's keys are visible before the block is counted
+    block_sync();  // warp_results are read by the first thread
     if (threadIdx.x == 0) {
         others = 0.0f;
-        for (int warp = 0; warp < kWarps; ++warp) others += of_warps[warp];
-        mine.others[blockIdx.x] = others;
+        for (int warp = 0; warp < kWarps; ++warp) others += warp_results[warp];
+        row_scratch.others[blockIdx.x] = others;
         thread_fence();
-        words[kWarps] = atomic_add(mine.arrived, 1);
+        words[kWarps] = atomic_add(row_scratch.arrived, 1);
     }
-    block_sync();  // who is last is known to all
+    block_sync();  // all threads know the last block
     if (words[kWarps] != static_cast<int>(gridDim.x) - 1) return;
     thread_fence();
 
-    out += static_cast<int64_t>(blockIdx.y) * (kHeaderWords + 2 * kMost);
+    out += static_cast<int64_t>(blockIdx.y) * (kHeaderWords + 2 * kMaxTaken);
     if (threadIdx.x == 0) {
         others = 0.0f;
         for (int block = 0; block < static_cast<int>(gridDim.x); ++block) {
-            others += load_cg(mine.others + block);
+            others += load_cg(row_scratch.others + block);
         }
         out[0] = finite;
         out[1] = taken;
@@ -245,16 +255,17 @@ extern "C" __global__ void __launch_bounds__(exl::kThreads)
         out[3] = static_cast<int32_t>(float_bits(others));
     }
     block_sync();  // words are read before keys take their place
-    const int place = 2 * threadIdx.x;
-    const uint4 pair = load_cg16(mine.keys + place);
-    keys[place] = place < taken ? static_cast<uint64_t>(pair.y) << 32 | pair.x : kNothing;
-    keys[place + 1] = place + 1 < taken ? static_cast<uint64_t>(pair.w) << 32 | pair.z : kNothing;
+    const int pair_index = 2 * threadIdx.x;
+    const uint4 pair = load_cg16(row_scratch.keys + pair_index);
+    keys[pair_index] = pair_index < taken ? static_cast<uint64_t>(pair.y) << 32 | pair.x : kNothing;
+    keys[pair_index + 1] =
+        pair_index + 1 < taken ? static_cast<uint64_t>(pair.w) << 32 | pair.z : kNothing;
     int width = 2;
     while (width < taken) width <<= 1;
     sort_keys(keys, width);
     for (int i = threadIdx.x; i < taken; i += kThreads) {
         out[kHeaderWords + i] = static_cast<int32_t>(keys[i] & 0xFFFFFFFFu);
-        out[kHeaderWords + kMost + i] = static_cast<int32_t>(float_bits(logit_of(keys[i])));
+        out[kHeaderWords + kMaxTaken + i] = static_cast<int32_t>(float_bits(logit_of(keys[i])));
     }
 }
 EXL_KERNEL(take_logits_kernel);

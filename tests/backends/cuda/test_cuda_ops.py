@@ -199,15 +199,16 @@ def test_no_rows_are_no_launch(ops):
 
 # A file of csrc/cuda, what stands there once, and a mistake in its place.
 MUTATIONS = [
-    ("norm.cuh", "for (int i = thread; i < size;", "for (int i = thread + 1; i < size;"),
-    ("norm.cuh", "sum_of_squares / static_cast<float>(size) + eps", "sum_of_squares + eps"),
+    ("row_functions.cuh", "for (int i = thread; i < size;", "for (int i = thread + 1; i < size;"),
+    ("row_functions.cuh", "sum_of_squares / static_cast<float>(size) + eps",
+     "sum_of_squares + eps"),
     ("norm.cu", "    block_sync();  // partials are read by all\n", ""),
     ("norm.cu", "warp < static_cast<int>(blockDim.x) / 32", "warp < 15"),
     ("norm.cu", "(int i = lane_id(); i < size; i += 32)", "(int i = lane_id(); i < 32; i += 32)"),
-    ("rope.cu", "if (turns & 2)", "if (turns & 4)"),
-    ("rope.cu", "        cosine = -sine;", "        cosine = sine;"),
-    ("rope.cuh", "mul_rn(first, sin[i])", "mul_rn(first, sin[0])"),
-    ("rope.cuh", "x[half + i] = fmaf", "x[half] = fmaf"),
+    ("angles.cuh", "if (turns & 2)", "if (turns & 4)"),
+    ("angles.cuh", "        cosine = -sine;", "        cosine = sine;"),
+    ("row_functions.cuh", "mul_rn(first, sin[i])", "mul_rn(first, sin[0])"),
+    ("row_functions.cuh", "x[half + i] = fmaf", "x[half] = fmaf"),
     ("rope.cu", "const float* cos = table + row * 2 * half;", "const float* cos = table;"),
     ("rows.cu", "id / lanes * lanes * size + id % lanes", "id / lanes * lanes * size + id"),
     ("rows.cu", "const int64_t source = rows[blockIdx.x];", "const int64_t source = blockIdx.x;"),

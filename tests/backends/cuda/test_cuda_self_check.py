@@ -18,7 +18,7 @@ from support.exhaustive import some_of
 
 # A source that the check runs, one wrong expression of it, and what of the error names it.
 MISTAKES = [
-    ("norm", ("norm.cuh", "/ static_cast<float>(size)", "/ static_cast<float>(size + 1)"),
+    ("norm", ("row_functions.cuh", "/ static_cast<float>(size)", "/ static_cast<float>(size + 1)"),
      "a norm"),
     ("rope", ("angles.cuh", "if (turns & 2)", "if (turns & 4)"), "RoPE's angles"),
     ("sampling", ("sampling.cu", "bits & 0x80000000u ? bits : ~bits",
@@ -30,10 +30,10 @@ MISTAKES = [
                         "const int row = 4 * half + g / 2"), "a prompt's product"),
     ("cache_write", ("cache_write.cu", "(lane_id() + field * bytes) & 31",
                      "(lane_id() + field * 8) & 31"), "k of a prompt in a q4 cache"),
-    ("attention_prefill", ("prefill_tile.cuh", "+ j % 2;\n                if (!sees",
-                           "+ j / 2;\n                if (!sees"), "attention of a prompt"),
-    ("attention_decode", ("decode_gather.cuh", "theirs[n] = exp2_fast(other -",
-                          "theirs[n] = exp2_fast(1.0f + other -"), "attention of a token"),
+    ("attention_prefill", ("prefill_tile.cuh", "+ j % 2;\n                if (!is_visible",
+                           "+ j / 2;\n                if (!is_visible"), "attention of a prompt"),
+    ("attention_decode", ("decode_gather.cuh", "other_factors[n] = exp2_fast(other -",
+                          "other_factors[n] = exp2_fast(1.0f + other -"), "attention of a token"),
     ("attention_decode", ("decode_rows.cuh", "atomic_add(counter, 1) == arrivals - 1;",
                           "atomic_add(counter, 1) == arrivals;"), "attention of a token"),
 ]

@@ -1,0 +1,76 @@
+// Functions of rows that several kernels apply: gated activations, RMSNorm, rotary embedding.
+//
+// Purpose: one definition of each, so that a fused kernel gives the same bits as separate ones.
+// Layout: float32, a row or a head contiguous. Work: as each function says; no shared memory.
+#pragma once
+
+#include "cuda/platform.cuh"
+
+namespace exl {
+
+// ---- Gated activations -----------------------------------------------------------------------
+
+enum Activation : int32_t { kSilu = 0, kGeluTanh = 1, kGelu = 2 };
+
+__device__ __forceinline__ float activated(float x, int32_t activation) {
+    if (activation == kSilu) return x / (1.0f + expf(-x));
+    if (activation == kGeluTanh) {
+        // x/2 (1 + tanh u) = x / (1 + e^-2u); the second form has no cancellation for negative x.
+        constexpr float kMinusTwoRootTwoOverPi = -1.5957691216f;  // -2 sqrt(2 / pi)
+        constexpr float kCubic = 0.044715f;
+        const float inner = fmaf(kCubic * x * x, x, x);
+        return x / (1.0f + expf(kMinusTwoRootTwoOverPi * inner));
+    }
+    // x/2 erfc(-x / sqrt 2), which has no cancellation for negative x.
+    constexpr float kMinusRootHalf = -0.70710678f;
+    return 0.5f * x * erfcf(kMinusRootHalf * x);
+}
+
+// ---- RMSNorm ---------------------------------------------------------------------------------
+
+// One thread's part of the sum of squares of x [size]: every `threads`-th element.
+__device__ __forceinline__ float part_of_squares(const float* x, int size, int thread,
+                                                 int threads) {
+    float sum = 0.0f;
+    for (int i = thread; i < size; i += threads) sum = fmaf(x[i], x[i], sum);
+    return sum;
+}
+
+__device__ __forceinline__ float norm_scale(float sum_of_squares, int size, float eps) {
+    return 1.0f / sqrtf(sum_of_squares / static_cast<float>(size) + eps);
+}
+
+__device__ __forceinline__ float normalized(float x, float scale, float weight) {
+    return mul_rn(mul_rn(x, scale), weight);
+}
+
+// The scale of a row x [size] that one warp handles; every lane gets it.
+__device__ __forceinline__ float norm_scale_of_warp(const float* x, int size, float eps) {
+    return norm_scale(warp_sum(part_of_squares(x, size, lane_id(), 32)), size, eps);
+}
+
+// ---- Rotary embedding ------------------------------------------------------------------------
+
+// Rotates one head x [head_dim] in place, by one warp; each lane handles pairs. If `weight` is not
+// null, the head is normalised first (Qwen3), as in rms_norm_heads_kernel.
+__device__ __forceinline__ void rotate_head(float* x, const float* cos, const float* sin,
+                                            int head_dim, int half, const float* weight,
+                                            float eps) {
+    float scale = 1.0f;
+    if (weight != nullptr) scale = norm_scale_of_warp(x, head_dim, eps);
+    for (int i = lane_id(); i < half; i += 32) {
+        float first = x[i], second = x[half + i];
+        if (weight != nullptr) {
+            first = normalized(first, scale, weight[i]);
+            second = normalized(second, scale, weight[half + i]);
+        }
+        x[i] = fmaf(first, cos[i], -mul_rn(second, sin[i]));
+        x[half + i] = fmaf(second, cos[i], mul_rn(first, sin[i]));
+    }
+    if (weight == nullptr) return;
+    for (int i = 2 * half + lane_id(); i < head_dim; i += 32) {
+        x[i] = normalized(x[i], scale, weight[i]);
+    }
+}
+
+}  // namespace exl
