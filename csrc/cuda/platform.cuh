@@ -1,7 +1,7 @@
 // Functions that device code may use besides plain C++17; every kernel file includes this header.
 //
 // Purpose: the same names exist twice. This file has the implementation for GPUs (nvcc and NVRTC,
-// compute capability 7.5 and newer). If EXL_CUDA_EMULATION is defined, tests/cuda_emulation
+// compute capability 7.5 and newer). If EXL_CUDA_EMULATION is defined, the emulation
 // implements the names on the CPU, where kernels are compared with the reference. Kernels call
 // nothing else: no CUDA header (NVRTC must work without an installed toolkit), no cooperative
 // groups, no CCCL.
