@@ -75,11 +75,12 @@ STEPS = 4
 EOS = 2
 SAMPLE_COLUMNS = 32
 
-# Largest relative error between two machines. Compiled kernels round activations to integers,
-# at places that another order of summation moves; a code of a quantised cache that flips is one
-# step of so many bits. The reference computes in float32.
-BOUNDS = {"fp32": 2e-2, "fp16": 2e-2, "q8": 3e-2, "q6": 4e-2, "q8_q4": 8e-2, "q4_q8": 8e-2,
-          "q4": 8e-2}
+# Largest relative error between two machines. Compiled kernels round activations to integers, at
+# places that another order of summation moves; a code of a quantised cache that flips is one
+# step of so many bits. The reference computes in float32. Measured between kernels for AVX2 and
+# for AVX-512 with VNNI: 0. Attention scores scaled by 2 % too much: 0.02 to 0.06.
+BOUNDS = {"fp32": 5e-3, "fp16": 5e-3, "q8": 1e-2, "q6": 2e-2, "q8_q4": 4e-2, "q4_q8": 4e-2,
+          "q4": 4e-2}
 REFERENCE_BOUNDS = {"fp32": 1e-4, "fp16": 2e-3}
 
 
