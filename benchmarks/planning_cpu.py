@@ -44,10 +44,10 @@ def tasks(folder: Path) -> dict[str, Callable[[], object]]:
         assert len(Checkpoint.open(large).headers) > 2000
 
     def one_device() -> None:
-        assert exl_loader.plan(large, 18432, "q4").ctx_size == 18432
+        assert exl_loader.plan(large, ctx_size=18432, cache_type="q4").ctx_size == 18432
 
     def four_devices() -> None:
-        assert exl_loader.plan(large, 18432, "q4", vram=VRAM).ctx_size == 18432
+        assert exl_loader.plan(large, ctx_size=18432, cache_type="q4", vram=VRAM).ctx_size == 18432
 
     def gauge() -> None:
         assert "4,096 tokens of context" in plan_html(options)

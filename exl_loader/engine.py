@@ -15,7 +15,9 @@ from .generation.logprobs import TokenLogprobs, token_logprobs
 from .generation.prompts import Prompt
 from .generation.request import RequestReader
 from .generation.settings import SamplingSettings
+from .generation.text_stream import TextStream
 from .memory.buffers import capacity
+from .text.chat.fitting import FittedMessages, context_notice, fit_messages
 from .utils.errors import InsufficientMemory, is_out_of_memory
 from .utils.progress import Progress
 from .utils.setting_values import check_integer, plain
@@ -125,6 +127,48 @@ class LoadedModel:
         text = self.apply_chat_template(messages, **options)
         return self.tokenizer.prompt_ids(text, add_bos=False)
 
+    def fit_messages(
+        self, messages: Sequence[Mapping[str, str]], max_new_tokens: int
+    ) -> FittedMessages:
+        """Write a conversation as a prompt that leaves room for an answer.
+
+        The oldest messages are left out where the context is too short for all of them.
+
+        Args:
+            messages: questions and answers in turn, a question last.
+            max_new_tokens: tokens of the answer.
+
+        Returns:
+            The prompt's ids, how many messages were left out, and a notice that says so.
+        """
+        return fit_messages(messages, self.chat_ids, self.ctx_size, max_new_tokens)
+
+    def context_notice(self, new_tokens: int, ctx_size: int | None = None) -> str:
+        """Say that an answer ended because the context is full.
+
+        Args:
+            new_tokens: tokens of the answer.
+            ctx_size: tokens that prompt and answer were allowed; all of the context where None.
+        """
+        return context_notice(self.ctx_size if ctx_size is None else ctx_size, new_tokens)
+
+    def text_stream(
+        self, prompt_ids: Sequence[int] = (), *, stop_strings: Sequence[str] = (),
+        skip_special_tokens: bool = True,
+    ) -> TextStream:
+        """Make a decoder for ids that come one by one, as from `generate_ids`.
+
+        Args:
+            prompt_ids: the ids before them, from whose last character the text goes on; none
+                for a text of its own.
+            stop_strings: texts that end the text.
+            skip_special_tokens: leave special tokens out of the text.
+
+        Raises:
+            InvalidTokenizer: the model has no tokenizer.
+        """
+        return TextStream(self.tokenizer.stream(skip_special_tokens, prompt_ids), stop_strings)
+
     def generate(
         self, prompt: Prompt, settings: Settings = None, *, progress: Progress | None = None,
         **more_settings: Any,
@@ -226,6 +270,28 @@ class LoadedModel:
 
         self._generator.evaluate(prompt_ids, reach, "last", keep)
         return result
+
+    def filtered_logits(self, ids: Iterable[int], settings: Settings = None) -> torch.Tensor:
+        """Compute the logits behind the last token of a text as the samplers leave them.
+
+        Args:
+            ids: 1 to `ctx_size` token ids, used as they are.
+            settings: `SamplingSettings`, or a dict with the web UI's names.
+
+        Returns:
+            float32 [vocab_size] on the CPU, memory of the caller's own; -inf for tokens that
+            cannot be drawn. The softmax is the distribution that `generate` draws from.
+
+        Raises:
+            As `next_logits`. InvalidSettings: a setting makes no sense.
+        """
+        prompt_ids = self._whole_prompt(ids)
+        sampler = self._requests.sampler(prompt_ids, SamplingSettings.from_dict(settings))
+        row = self.next_logits(prompt_ids)
+        left = sampler.candidates(row.numpy(), prompt_ids)
+        filtered = torch.full_like(row, float("-inf"))
+        filtered[torch.as_tensor(left.ids)] = torch.as_tensor(left.logits, dtype=torch.float32)
+        return filtered
 
     def prompt_logprobs(self, ids: Iterable[int], count: int = 0) -> list[TokenLogprobs | None]:
         """Compute how likely each token of a prompt was behind those before it.

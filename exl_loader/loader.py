@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, Any
 from .backends.devices import device_kind
 from .cache.layout import CacheType
 from .cache.paging import PagedCache
-from .generation.draft_model import DEFAULT_DRAFT_MAX, MAX_DRAFT_MAX, DraftModel, check_vocabularies
+from .generation.draft_model import DraftModel, check_vocabularies
 from .memory.buffers import Buffers, allocate, trim_heap
-from .memory.reservation import PlannedModel, PlanRequest, planned
-from .memory.reservation.options import CtxSize, check_count, chosen_devices, refuse_unknown
+from .memory.reservation import LoadOptions, PlannedModel, planned
+from .memory.reservation.budgets import chosen_devices
 from .memory.reservation.placement import DRAFT_PREFIX
 from .memory.reservation.text import refusal
-from .model.workspace import DEFAULT_CHUNK_SIZE, DEFAULT_MAX_BATCH_SIZE
 from .utils.errors import DeviceError, InsufficientMemory, is_out_of_memory
 from .utils.progress import Progress, checked_progress, task
 from .utils.torch_threads import torch_on_one_thread
@@ -33,81 +32,51 @@ from .utils.warn import warn
 
 if TYPE_CHECKING:
     import torch
+    from typing_extensions import Unpack
 
     from .backends.base import Ops
     from .checkpoint import Checkpoint
     from .engine import LoadedModel
+    from .memory.reservation.options import LoadKeywords
     from .model.blueprint import Blueprint
     from .model.forward import Model
     from .text.tokenizer import Tokenizer
 
 
-
 def load(
     model_dir: str | os.PathLike[str],
     *,
-    ctx_size: CtxSize = None,
-    cache_type: str | CacheType = "fp16",
-    device: str | Sequence[str] = "auto",
-    gpu_split: str | Sequence[float] | None = None,
-    memory_limit: int | str | None = None,
-    chunk_size: int = DEFAULT_CHUNK_SIZE,
-    max_batch_size: int = DEFAULT_MAX_BATCH_SIZE,
-    alpha_value: float = 1.0,
-    compress_pos_emb: float = 1.0,
-    model_draft: str | os.PathLike[str] | None = None,
-    ctx_size_draft: int = 0,
-    draft_max: int = DEFAULT_DRAFT_MAX,
     progress: Progress | None = None,
-    **unknown: Any,
+    **options: Unpack[LoadKeywords],
 ) -> LoadedModel:
     """Load a model folder (EXL2, GPTQ or unquantised safetensors).
 
-    What it allocates is what `plan()` says with the same arguments, to the byte, and nothing
-    more is allocated later. The kernels are compiled on the first load.
+    It allocates what `plan` says with the same options, to the byte, and nothing later. The
+    kernels are compiled on the first load.
+
+    The logger `exl_loader` warns of a context beyond the model's own length (see
+    `Reservation.length_warning`) and of a folder without a tokenizer (see
+    `LoadedModel.tokenizer_warning`).
 
     Args:
-        model_dir, ctx_size, cache_type, device, gpu_split, memory_limit, chunk_size,
-        max_batch_size, alpha_value, compress_pos_emb, model_draft, ctx_size_draft: see
-            `plan`.
-        draft_max: most tokens that the draft model guesses at a time. Texts are the same with
-            and without it.
+        model_dir: folder with config.json and *.safetensors.
         progress: told what takes long: importing PyTorch, compiling, reserving memory, reading
             weights.
-
-    A context beyond the model's own length is a warning of the logger `exl_loader`; see
-    `Reservation.length_warning`. So is a folder without a tokenizer; see
-    `LoadedModel.tokenizer_warning`.
+        options: see `LoadOptions`.
 
     Raises:
-        InsufficientMemory: it does not fit; nothing was read and nothing taken.
+        InsufficientMemory: the model does not fit. Nothing was read and no memory was taken.
         ExlLoaderError: the folder or an option is wrong; see `plan`. InvalidTokenizer: the
             folder has a tokenizer that cannot be used. KernelBuildError: the kernels do not
             compile. In every case all memory has been given back.
     """
-    refuse_unknown(load, unknown)
     progress = checked_progress(progress)
-    check_count("draft_max", draft_max, 1, MAX_DRAFT_MAX)
-    request = PlanRequest(
-        model_dir,
-        ctx_size,
-        cache_type,
-        device=device,
-        gpu_split=gpu_split,
-        memory_limit=memory_limit,
-        chunk_size=chunk_size,
-        max_batch_size=max_batch_size,
-        alpha_value=alpha_value,
-        compress_pos_emb=compress_pos_emb,
-        model_draft=model_draft,
-        ctx_size_draft=ctx_size_draft,
-    )
+    chosen = LoadOptions.from_keywords("load", options)
     try:
         _import_torch(progress)
-        _open_devices(request)
-        with planned(request) as plan, torch_on_one_thread():
-            rope_options = {"alpha_value": alpha_value, "compress_pos_emb": compress_pos_emb}
-            return _load_planned(plan, rope_options, draft_max, progress)
+        _open_devices(model_dir, chosen)
+        with planned(model_dir, chosen) as plan, torch_on_one_thread():
+            return _load_planned(plan, chosen, progress)
     except BaseException as error:
         drop_locals(error)
         gc.collect()
@@ -124,7 +93,7 @@ def _import_torch(progress: Progress) -> None:
 
 
 def _load_planned(
-    plan: PlannedModel, rope_options: dict[str, float], draft_max: int, progress: Progress
+    plan: PlannedModel, options: LoadOptions, progress: Progress
 ) -> LoadedModel:
     """Go through the steps that need PyTorch, the cheap ones that can fail first."""
     if not plan.reservation.fits:
@@ -144,7 +113,7 @@ def _load_planned(
         buffers = allocate(plan.segments, progress)
         kept.callback(buffers.release)
         reading = _Reading(buffers, ops, CacheType.parse(plan.reservation.cache_type),
-                           rope_options, progress)
+                           options, progress)
         ctx_size = plan.reservation.ctx_size
         model, cache = reading.model(plan.blueprint, plan.checkpoint, ctx_size)
         drafter = None
@@ -153,7 +122,7 @@ def _load_planned(
                 plan.draft.blueprint, plan.draft.checkpoint, plan.draft.ctx_size, DRAFT_PREFIX
             )
             vocab_size = min(model.config.vocab_size, draft.config.vocab_size)
-            drafter = DraftModel(draft, draft_cache, draft_max, vocab_size)
+            drafter = DraftModel(draft, draft_cache, options.draft_max, vocab_size)
         loaded = LoadedModel(model, cache, tokenizer, plan.reservation, buffers, drafter)
         if loaded.tokenizer_warning:
             warn(f"{plan.reservation.model_dir}: {loaded.tokenizer_warning}")
@@ -161,7 +130,7 @@ def _load_planned(
     return loaded
 
 
-def _open_devices(request: PlanRequest) -> None:
+def _open_devices(model_dir: str | os.PathLike[str], options: LoadOptions) -> None:
     """Take what running takes of the devices outside our buffers, so that the plan measures it.
 
     Of several devices only those are opened that a plan has given something.
@@ -169,10 +138,10 @@ def _open_devices(request: PlanRequest) -> None:
     Raises:
         InsufficientMemory: the model does not fit anyway; no device was touched for it.
     """
-    names = chosen_devices(request.device, request.gpu_split)
+    names = chosen_devices(options.device, options.gpu_split)
     # A device that takes more than was assumed may hand layers on to one that is closed.
     while any(not device_kind(name).is_open(name) for name in names):
-        with planned(request) as plan:
+        with planned(model_dir, options) as plan:
             if not plan.reservation.fits:
                 raise refusal(plan.reservation)
             used = [device.device for device in plan.reservation.devices]
@@ -249,7 +218,7 @@ class _Reading:
     buffers: Buffers
     ops: Mapping[str, Ops]
     cache_type: CacheType
-    rope_options: dict[str, float]
+    options: LoadOptions
     progress: Progress
 
     def model(
@@ -287,8 +256,8 @@ class _Reading:
         }
         return Model(
             blueprint, weights, workspaces, cache, self.ops,
-            alpha_value=self.rope_options["alpha_value"],
-            compress_pos_emb=self.rope_options["compress_pos_emb"],
+            alpha_value=self.options.alpha_value,
+            compress_pos_emb=self.options.compress_pos_emb,
         ), cache
 
     def _views(

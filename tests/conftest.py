@@ -129,7 +129,7 @@ def fixtures_dir() -> Path:
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch):
     """Keep the machine's cards out of the tests: `auto` is the CPU."""
-    monkeypatch.setattr("exl_loader.memory.reservation.options.auto_cards", lambda: ())
+    monkeypatch.setattr("exl_loader.memory.reservation.budgets.auto_cards", lambda: ())
     monkeypatch.setattr("exl_loader.backends.cuda.device.card_memory", lambda card: None)
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 import exl_loader
 from exl_loader.formats import reference_weight
 from exl_loader.memory import buffers as memory
-from exl_loader.memory.reservation import PlanRequest, planned
+from exl_loader.memory.reservation import LoadOptions, planned
 from exl_loader.utils.errors import ExlLoaderError
 from support.makers import write_quantized_model
 from support.tiny import write_tiny_model, write_tokenizer
@@ -164,7 +164,7 @@ def originals(tmp_path_factory) -> Path:
 def decoded_logits(folder: Path, copy: Path) -> torch.Tensor:
     """Logits of the weights that a folder describes, without its packed layout."""
     tensors = {}
-    with planned(PlanRequest(folder, CTX, "fp32")) as model:
+    with planned(folder, LoadOptions(ctx_size=CTX, cache_type="fp32")) as model:
         blueprint, checkpoint = model.blueprint, model.checkpoint
         for plan in blueprint.linears():
             if plan.source == plan.name:

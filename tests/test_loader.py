@@ -89,7 +89,7 @@ class Recorder(NullProgress):
 
 def check_kept(model, folder, **options) -> None:
     """Planned, allocated and existing bytes are the same number."""
-    total = exl_loader.plan(folder, CTX, **options).total_bytes
+    total = exl_loader.plan(folder, ctx_size=CTX, **options).total_bytes
     assert model.allocated_bytes() == total == model.reservation.total_bytes
     assert memory.live_bytes() == total
 
@@ -157,7 +157,7 @@ def test_two_models_at_once_and_each_alone(tiny_model, nothing_left):
 def test_two_loads_at_once_keep_the_limit_together(tiny_model_dir, monkeypatch, nothing_left):
     from exl_loader import loader
 
-    total = exl_loader.plan(tiny_model_dir, CTX).total_bytes
+    total = exl_loader.plan(tiny_model_dir, ctx_size=CTX).total_bytes
     monkeypatch.setenv("EXL_LOADER_MEMORY_LIMIT", str(2 * total - 1))
     both_planned, allocate = threading.Barrier(2, timeout=300), loader.allocate
 
@@ -213,7 +213,7 @@ def test_several_devices_run_as_planned(tiny_model_dir, nothing_left):
         alone = model.prompt_logits(IDS)
         total = model.allocated_bytes()
     split = {"device": ["cpu:0", "cpu:1"], "gpu_split": [0.9 * total / 2**30, 1.0]}
-    planned = exl_loader.plan(tiny_model_dir, CTX, **split)
+    planned = exl_loader.plan(tiny_model_dir, ctx_size=CTX, **split)
     assert [(d.first_layer, d.end_layer) for d in planned.devices] == [(0, 1), (1, 2)]
     with exl_loader.load(tiny_model_dir, ctx_size=CTX, **split) as model:
         assert model.prompt_logits(IDS).equal(alone)

@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint.config import ModelConfig
 from ..utils.errors import InvalidSettings
 from ..utils.progress import MIB, default_progress
-from .model_options import DEMO_MODEL, add_rope_arguments, folder, read_text
+from .model_options import add_model_argument, add_options, read_text
 
 if TYPE_CHECKING:
     from .evaluation import Result
     from .evaluation_plan import EvaluationPlan
+
+# The options of `load` that this command has as well.
+SHARED_OPTIONS = ("memory_limit", "alpha_value", "compress_pos_emb")
 
 HEADINGS = (
     "cache", "perplexity", "KL mean", "+-", "median", "99.9 %", "largest", "same top", "MiB",
@@ -25,10 +28,7 @@ HEADINGS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommand's arguments to its parser."""
-    parser.add_argument(
-        "model", nargs="?", metavar="MODEL", default=str(DEMO_MODEL), type=folder,
-        help="model folder; the small model that is shipped where none is given",
-    )
+    add_model_argument(parser)
     parser.add_argument(
         "--text", required=True, metavar="FILE", help="UTF-8 text to evaluate on; - is stdin"
     )
@@ -41,12 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ctx-size", type=int, metavar="N",
         help="tokens of a window; the model's own length up to 8192",
     )
-    add_rope_arguments(parser)
+    add_options(parser, SHARED_OPTIONS)
     parser.add_argument(
         "--tokens", type=int, metavar="N", help="evaluate the text's first N tokens only"
-    )
-    parser.add_argument(
-        "--memory-limit", metavar="SIZE", help="most memory to take, e.g. 8GiB"
     )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..backends.devices import device_kind
 from ..cache.layout import CacheType, cache_specs, pages_for
 from ..memory.reservation import Reservation, plan
-from ..memory.reservation.options import chosen_devices
+from ..memory.reservation.budgets import chosen_devices
 from ..utils.errors import InsufficientMemory, InvalidSettings
 from ..utils.table import DeviceMap, Segment, TensorSpec, place
 
@@ -77,8 +77,9 @@ def plan_evaluation(
     """
     device = chosen_devices("auto", None)[0]
     reservation = plan(
-        model_dir, ctx_size, REFERENCE_TYPE, device=device, memory_limit=memory_limit,
-        alpha_value=alpha_value, compress_pos_emb=compress_pos_emb,
+        model_dir, ctx_size=ctx_size, cache_type=REFERENCE_TYPE, device=device,
+        memory_limit=memory_limit, alpha_value=alpha_value,
+        compress_pos_emb=compress_pos_emb,
     )
     _check_workspace(reservation, model_dir, others, memory_limit)
     specs = [
@@ -110,7 +111,8 @@ def _check_workspace(
     (lent,) = reservation.devices
     for other in others:
         (own,) = plan(
-            model_dir, reservation.ctx_size, other, device=lent.device, memory_limit=memory_limit
+            model_dir, ctx_size=reservation.ctx_size, cache_type=other, device=lent.device,
+            memory_limit=memory_limit,
         ).devices
         if own.workspace_bytes > lent.workspace_bytes:
             raise InvalidSettings(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from ..generation.draft_model import DEFAULT_DRAFT_MAX
 from ..generation.settings import SamplingSettings
+from ..memory.reservation.options import LoadOptions
 from ..utils import untrusted_files
 from ..utils.errors import InvalidSettings
 from ..utils.progress import Progress
@@ -29,61 +30,35 @@ UTF8 = "utf-8-sig"
 TERMINAL_DEFAULTS = {"temperature": 0.7, "top_k": 40, "top_p": 0.9}
 
 
-def add_load_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the model folder and the options of loading it."""
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the model folder."""
     parser.add_argument(
         "model", nargs="?", metavar="MODEL", default=str(DEMO_MODEL), type=folder,
-        help="model folder; the small model that is shipped where none is given",
-    )
-    parser.add_argument(
-        "--ctx-size", type=ctx_size, metavar="N",
-        help="tokens of context, or auto for the most that fits; the model's own up to 8192",
-    )
-    parser.add_argument(
-        "--cache-type", default="fp16", metavar="TYPE",
-        help="key/value cache: fp16, q8, q6, q4, or keys and values apart such as q8_q4",
-    )
-    parser.add_argument(
-        "--device", default="auto",
-        help="cpu, a card such as cuda:0, or several, cuda:0,cuda:1, over which layers are split; "
-        "auto (default) is the cards that can run models, as many as it takes, else the CPU",
-    )
-    parser.add_argument(
-        "--gpu-split", metavar="GIB,GIB", help="GiB to use of each card, such as 20,24"
-    )
-    parser.add_argument(
-        "--memory-limit", metavar="SIZE", help="most memory to take, e.g. 8GiB"
-    )
-    add_rope_arguments(parser)
-    add_draft_arguments(parser)
-    parser.add_argument(
-        "--draft-max", type=int, default=DEFAULT_DRAFT_MAX, metavar="N",
-        help="tokens that the draft model guesses at a time (default %(default)s)",
+        help="model folder; without one the small model that comes with exl_loader",
     )
 
 
-def add_rope_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the RoPE settings, which stretch a model beyond its own length."""
-    parser.add_argument(
-        "--alpha-value", type=float, default=1.0, metavar="N",
-        help="NTK factor of RoPE: about 2.6 for twice the model's own length",
-    )
-    parser.add_argument(
-        "--compress-pos-emb", type=float, default=1.0, metavar="N",
-        help="divide positions by N: 2 for twice the model's own length",
-    )
+def add_load_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the model folder and all options of `load`."""
+    add_model_argument(parser)
+    add_options(parser, LoadOptions.names("load"))
 
 
-def add_draft_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what a draft model takes part in the plan with."""
-    parser.add_argument(
-        "--model-draft", metavar="FOLDER", type=folder,
-        help="smaller model with the same vocabulary that guesses ahead; the text stays the same",
-    )
-    parser.add_argument(
-        "--ctx-size-draft", type=int, default=0, metavar="N",
-        help="tokens of context of the draft model; 0 (default) is the model's",
-    )
+def add_options(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
+    """Add options of `LoadOptions` as flags, such as `--ctx-size` for `ctx_size`."""
+    for name in names:
+        option = LoadOptions.OPTIONS[name]
+        default = "" if option.default is None else f" (default {option.default})"
+        parser.add_argument(
+            "--" + name.replace("_", "-"), metavar=option.metavar, default=option.default,
+            type=_READERS.get(name) or _NUMBERS.get(type(option.default), str),
+            help=option.help + default,
+        )
+
+
+def chosen_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that `add_options` added, as keywords of `plan` or `load`."""
+    return {name: value for name, value in vars(args).items() if name in LoadOptions.OPTIONS}
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -130,13 +105,7 @@ def open_model(args: argparse.Namespace, progress: Progress) -> LoadedModel:
     """Load the model that the arguments name."""
     from ..loader import load
 
-    return load(
-        args.model, ctx_size=args.ctx_size, cache_type=args.cache_type, device=args.device,
-        gpu_split=args.gpu_split, memory_limit=args.memory_limit, progress=progress,
-        model_draft=args.model_draft, ctx_size_draft=args.ctx_size_draft,
-        draft_max=args.draft_max, alpha_value=args.alpha_value,
-        compress_pos_emb=args.compress_pos_emb,
-    )
+    return load(args.model, progress=progress, **chosen_options(args))
 
 
 def read_text(path: str, what: str) -> str:
@@ -191,3 +160,8 @@ def ctx_size(text: str) -> int | str:
         raise argparse.ArgumentTypeError(
             f"expected a number of tokens such as 32768, or auto, found {text!r}"
         ) from None
+
+
+# How the command line reads an option's text; by the type of its default where not listed.
+_READERS: dict[str, Callable[[str], Any]] = {"ctx_size": ctx_size, "model_draft": folder}
+_NUMBERS: dict[type, Callable[[str], Any]] = {int: int, float: float}

@@ -52,11 +52,11 @@ def convert(
         ModelNotFound, InvalidConfig, UnsupportedArchitecture, InvalidCheckpoint,
         InvalidTokenizer: the source folder cannot be used.
     """
-    from ..memory.reservation.options import check_folder, check_path
+    from ..utils.setting_values import check_path
     from .pipeline import ConvertSettings, run
 
-    check_folder("model_dir", model_dir)
-    check_folder("out_dir", out_dir)
+    check_path("model_dir", model_dir, "folder")
+    check_path("out_dir", out_dir, "folder")
     if calibration is not None:
         check_path("calibration", calibration)
     settings = ConvertSettings(

@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from ..text.tokenizer import Tokenizer
     from .forward_model import ForwardModel
 
-DEFAULT_DRAFT_MAX = 4
-MAX_DRAFT_MAX = 31
-
 
 @dataclass(eq=False)
 class _Text:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ..utils.errors import InvalidSettings
@@ -72,6 +72,18 @@ class RequestReader:
         prompt_ids = self._prompts.checked(ids)
         self._prompts.check_length(len(prompt_ids), len(prompt_ids))
         return prompt_ids
+
+    def sampler(self, prompt_ids: Sequence[int], settings: SamplingSettings) -> Sampler:
+        """Make the sampler of a text, without a grammar.
+
+        Raises:
+            InvalidSettings: DRY has breakers, which are text, and the model has no tokenizer.
+        """
+        roles = TokenRoles.of_request(
+            settings, self._tokenizer, vocab_size=self.sampled_vocab_size,
+            eos_ids=self.eos_token_ids, prompt_ids=prompt_ids,
+        )
+        return Sampler(settings, roles=roles)
 
     def job(
         self, prompt: Prompt, settings: SamplingSettings, progress: Progress | None,

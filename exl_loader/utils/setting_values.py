@@ -6,6 +6,7 @@ import difflib
 import json
 import math
 import operator
+import os
 import re
 from collections.abc import Collection, Mapping, Sequence, Set
 from typing import Any
@@ -65,6 +66,25 @@ def check_flag(name: str, value: Any) -> None:
     """Raise InvalidSettings where this is neither true nor false."""
     if not isinstance(value, bool):
         raise invalid(name, "true or false", value)
+
+
+def check_path(name: str, value: Any, kind: str = "file") -> None:
+    """Raise InvalidSettings where this is no path of a file or folder, text or a path object.
+
+    Args:
+        kind: `file` or `folder`, for the message; nothing is looked up.
+    """
+    if not isinstance(value, (str, os.PathLike)) or isinstance(os.fspath(value), bytes):
+        raise invalid(name, f"the path of a {kind}", value)
+    try:
+        encoded = os.fsencode(value)
+    except ValueError:
+        encoded = b"\0"
+    if b"\0" in encoded:
+        raise InvalidSettings(
+            name, expected=f"the path of a {kind}",
+            actual=f"{shown(os.fspath(value))}, which no file system can hold",
+        )
 
 
 def check_text(name: str, value: Any) -> None:

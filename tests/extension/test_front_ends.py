@@ -155,5 +155,7 @@ def test_the_real_web_ui_agrees_as_well(webui, host_models):
                 text = server.text(max_tokens=TOKENS, ban_eos_token=True)
                 assert Answer(text, server.reserved_bytes()[-1]) == expected._replace(
                     token_ids=None)
-                planned = exl_loader.plan(host_models / "demo", CTX_SIZE, cache_type)
+                planned = exl_loader.plan(
+                    host_models / "demo", ctx_size=CTX_SIZE, cache_type=cache_type
+                )
                 assert server.reserved_bytes()[-1] == planned.total_bytes

@@ -71,7 +71,8 @@ def test_a_draft_model_changes_the_reservation_and_no_text(server, greedy_text, 
     assert load == "OK" and server.text() == greedy_text
     # v4.8 took the draft model's own context out of the page and the API.
     had = "'ctx_size_draft'" in (server.root / "modules/loaders.py").read_text()
-    planned = exl_loader.plan(host_models / "demo", 512, "q4", ctx_size_draft=256 if had else 0,
+    planned = exl_loader.plan(host_models / "demo", ctx_size=512, cache_type="q4",
+                              ctx_size_draft=256 if had else 0,
                               model_draft=host_models / "demo")
     assert server.reserved_bytes()[-1] == planned.total_bytes
     # What was asked for another load is forgotten; up to v4.3 the web UI keeps it.
@@ -184,7 +185,7 @@ def test_spellings_of_the_cache_type(server, host_models, args, cache_type):
     plain = {"cache_type": "fp16", "cache_8bit": False, "cache_4bit": False}
     assert server.load(ctx_size=512, **plain | args) == "OK"
     assert server.reserved_bytes()[-1] == exl_loader.plan(
-        host_models / "demo", 512, cache_type).total_bytes
+        host_models / "demo", ctx_size=512, cache_type=cache_type).total_bytes
 
 
 def test_refusals_leave_no_model_and_the_reason_in_the_log(server, host_models):

@@ -40,7 +40,7 @@ def address():
 @pytest.fixture(scope="module")
 def tight_address():
     """With the whole context 8 bits a cache element just fit, and 16 do not."""
-    least = plan(DEMO_MODEL, 1024, "q8").total_bytes
+    least = plan(DEMO_MODEL, ctx_size=1024, cache_type="q8").total_bytes
     yield from serve(EXL_LOADER_MEMORY_LIMIT=str(least + 600_000))
 
 

@@ -207,9 +207,9 @@ def test_its_memory_is_in_the_plan(
     tiny_model_dir, draft_dir, nothing_left, ctx_size_draft, cache_type
 ):
     options = {"cache_type": cache_type, "model_draft": draft_dir, "ctx_size_draft": ctx_size_draft}
-    plan = exl_loader.plan(tiny_model_dir, CTX, **options)
-    alone = exl_loader.plan(tiny_model_dir, CTX, cache_type)
-    draft = exl_loader.plan(draft_dir, ctx_size_draft or CTX, cache_type)
+    plan = exl_loader.plan(tiny_model_dir, ctx_size=CTX, **options)
+    alone = exl_loader.plan(tiny_model_dir, ctx_size=CTX, cache_type=cache_type)
+    draft = exl_loader.plan(draft_dir, ctx_size=ctx_size_draft or CTX, cache_type=cache_type)
     for part in ("weights_bytes", "cache_bytes", "workspace_bytes", "total_bytes"):
         assert getattr(plan, part) == getattr(alone, part) + getattr(draft, part)
     assert plan.devices[0].draft_bytes == draft.total_bytes
@@ -222,24 +222,26 @@ def test_its_memory_is_in_the_plan(
 
 
 def test_both_have_to_fit(tiny_model_dir, draft_dir, nothing_left):
-    total = exl_loader.plan(tiny_model_dir, CTX, model_draft=draft_dir).total_bytes
+    total = exl_loader.plan(tiny_model_dir, ctx_size=CTX, model_draft=draft_dir).total_bytes
     options = {"ctx_size": CTX, "model_draft": draft_dir}
     with pytest.raises(InsufficientMemory) as caught:
         exl_loader.load(tiny_model_dir, memory_limit=total - 1, **options)
     assert caught.value.reservation.devices[0].missing_bytes == 1
     exl_loader.load(tiny_model_dir, memory_limit=total, **options).unload()
-    alone = exl_loader.plan(tiny_model_dir, "auto", memory_limit=total)
-    both = exl_loader.plan(tiny_model_dir, "auto", memory_limit=total, model_draft=draft_dir)
+    alone = exl_loader.plan(tiny_model_dir, ctx_size="auto", memory_limit=total)
+    both = exl_loader.plan(
+        tiny_model_dir, ctx_size="auto", memory_limit=total, model_draft=draft_dir
+    )
     assert both.fits and both.ctx_size < alone.ctx_size
 
 
 def test_layers_are_split_beside_a_draft(tiny_model_dir, draft_dir):
     """It lives where the first layer does, and every device keeps its limit."""
     options = {"device": "cuda:0,cuda:1", "vram": "2GiB,2GiB", "model_draft": draft_dir}
-    whole = exl_loader.plan(tiny_model_dir, CTX, **options)
+    whole = exl_loader.plan(tiny_model_dir, ctx_size=CTX, **options)
     assert [d.device for d in whole.devices] == ["cuda:0"]
     limit = whole.total_bytes - 1
-    split = exl_loader.plan(tiny_model_dir, CTX, memory_limit=limit, **options)
+    split = exl_loader.plan(tiny_model_dir, ctx_size=CTX, memory_limit=limit, **options)
     assert split.fits and [d.end_layer for d in split.devices] == [1, 2]
     assert [d.draft_bytes > 0 for d in split.devices] == [True, False]
 

@@ -163,7 +163,7 @@ def peak():
     return int(line.split()[1]) * 1024
 
 backends.get_ops("cpu")
-device = exl_loader.plan(sys.argv[1], 512).devices[0]
+device = exl_loader.plan(sys.argv[1], ctx_size=512).devices[0]
 before = peak()
 exl_loader.load(sys.argv[1], ctx_size=512)
 print(json.dumps([peak() - before - device.total_bytes, device.overhead_bytes]))

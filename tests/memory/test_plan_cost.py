@@ -37,13 +37,13 @@ def counted(**options):
         nonlocal calls
         calls += event in ("call", "c_call")
     sys.setprofile(note)
-    exl_loader.plan(sys.argv[1], 18432, "q4", **options)
+    exl_loader.plan(sys.argv[1], ctx_size=18432, cache_type="q4", **options)
     sys.setprofile(None)
     return calls
-exl_loader.plan(sys.argv[1], 18432, "q4")
+exl_loader.plan(sys.argv[1], ctx_size=18432, cache_type="q4")
 opened.clear()
 before = bytes_read()
-exl_loader.plan(sys.argv[1], 18432, "q4")
+exl_loader.plan(sys.argv[1], ctx_size=18432, cache_type="q4")
 after = bytes_read()
 files = [os.path.basename(path) for path in opened if path.startswith(sys.argv[1] + os.sep)]
 print(json.dumps({

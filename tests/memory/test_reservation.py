@@ -13,16 +13,15 @@ from hypothesis import strategies as st
 
 import exl_loader
 from exl_loader.backends.cpu.device import CpuDevice
-from exl_loader.cache.layout import PAGE_LEN, pages_for
+from exl_loader.cache.layout import PAGE_LEN, CacheType, pages_for
 from exl_loader.checkpoint import Checkpoint
 from exl_loader.checkpoint.config import ModelConfig
 from exl_loader.memory import buffers as memory
-from exl_loader.memory.reservation import PlanRequest, plan, planned
-from exl_loader.memory.reservation.options import run_options
+from exl_loader.memory.reservation import LoadOptions, plan, planned
+from exl_loader.memory.reservation.options import RunOptions
 from exl_loader.memory.reservation.placement import segments_of
 from exl_loader.memory.reservation.text import render
 from exl_loader.model.blueprint import Blueprint
-from exl_loader.model.workspace import DEFAULT_MAX_BATCH_SIZE
 from exl_loader.utils.errors import InsufficientMemory, InvalidSettings
 from exl_loader.utils.table import ALIGNMENT, DeviceMap, TensorSpec, place
 from support.sparse import write_sparse_exl2
@@ -76,10 +75,11 @@ def test_plan_is_table_is_allocator(
     with tempfile.TemporaryDirectory() as temporary:
         folder = write_sparse_exl2(Path(temporary) / "m", bits=bits, shards=2, **config)
         options = {"chunk_size": chunk_size, "max_batch_size": max_batch_size}
-        total = plan(folder, ctx_size, "_".join(pair), **options).total_bytes
+        total = plan(folder, ctx_size=ctx_size, cache_type="_".join(pair), **options).total_bytes
         limits = split_limits(data.draw, total, num_devices)
         options |= {"device": names, "gpu_split": [limit / GIB for limit in limits]}
-        with planned(PlanRequest(folder, ctx_size, "_".join(pair), **options)) as model:
+        chosen = LoadOptions(ctx_size=ctx_size, cache_type="_".join(pair), **options)
+        with planned(folder, chosen) as model:
             reservation, segments = model.reservation, model.segments
         buffers = memory.allocate(segments)
     specs = [placement.spec for segment in segments for placement in segment.placements]
@@ -102,7 +102,9 @@ def test_cache_bytes_are_exactly_the_bits(config, ctx_size):
     with tempfile.TemporaryDirectory() as temporary:
         folder = write_sparse_exl2(Path(temporary) / "m", **config)
         names = [*CACHE_TYPES, "q8_q4", "q4_q6"]
-        found = {name: plan(folder, ctx_size, name).cache_bytes for name in names}
+        found = {
+            name: plan(folder, ctx_size=ctx_size, cache_type=name).cache_bytes for name in names
+        }
     assert found["q4"] * 85 == found["q8"] * 45
     assert found["q4"] * 160 == found["fp16"] * 45
     tokens = pages_for(ctx_size) * PAGE_LEN
@@ -116,7 +118,8 @@ def test_cache_bytes_are_exactly_the_bits(config, ctx_size):
 
 def fits_somehow(folder: Path, ctx_size: int, names: list[str], limits: list[int]) -> bool:
     """Try every contiguous split, devices in order, by laying out each one's whole table."""
-    config, options = ModelConfig.from_dir(folder), run_options("q4", 64, DEFAULT_MAX_BATCH_SIZE)
+    config = ModelConfig.from_dir(folder)
+    options = RunOptions(CacheType.parse("q4"), 64, LoadOptions().max_batch_size)
     cuts = range(config.num_hidden_layers + 1)
     with Checkpoint.open(folder) as checkpoint:
         for inner in itertools.combinations_with_replacement(cuts, len(names) - 1):
@@ -140,10 +143,11 @@ def test_a_split_is_found_exactly_where_there_is_one(config, num_devices, data):
     names = [f"cpu:{i}" for i in range(num_devices)]
     with tempfile.TemporaryDirectory() as temporary:
         folder = write_sparse_exl2(Path(temporary) / "m", **config)
-        total = plan(folder, 600, "q4", chunk_size=64).total_bytes
+        total = plan(folder, ctx_size=600, cache_type="q4", chunk_size=64).total_bytes
         limits = split_limits(data.draw, total, num_devices)
         found = plan(
-            folder, 600, "q4", chunk_size=64, device=names, gpu_split=[n / GIB for n in limits]
+            folder, ctx_size=600, cache_type="q4", chunk_size=64, device=names,
+            gpu_split=[n / GIB for n in limits],
         )
         assert found.fits == fits_somehow(folder, 600, names, limits)
 
@@ -154,11 +158,12 @@ def test_the_largest_context_fits_and_one_page_more_does_not(config, cards, data
     with tempfile.TemporaryDirectory() as temporary:
         folder = write_sparse_exl2(Path(temporary) / "m", **config)
         sizes = [data.draw(st.integers(514 * MIB, 1024 * MIB)) for _ in range(cards)]
-        found = plan(folder, 1, "q8_q4", vram=sizes)
+        found = plan(folder, ctx_size=1, cache_type="q8_q4", vram=sizes)
         for cache_type, tokens in found.largest_ctx_size.items():
             assert tokens % PAGE_LEN == 0
-            assert tokens == 0 or plan(folder, tokens, cache_type, vram=sizes).fits
-            assert not plan(folder, tokens + 1, cache_type, vram=sizes).fits
+            options = {"cache_type": cache_type, "vram": sizes}
+            assert tokens == 0 or plan(folder, ctx_size=tokens, **options).fits
+            assert not plan(folder, ctx_size=tokens + 1, **options).fits
         assert set(found.largest_ctx_size) == {*CACHE_TYPES, "q8_q4"}
 
 
@@ -166,23 +171,23 @@ def test_the_largest_context_fits_and_one_page_more_does_not(config, cards, data
 def test_bytes_by_cache_type_are_those_of_a_plan_with_it(tmp_path, draft):
     folder = write_sparse_exl2(tmp_path / "m", num_hidden_layers=4)
     options = {"model_draft": folder, "ctx_size_draft": 300} if draft else {}
-    found = plan(folder, 5000, "q8_q4", **options)
+    found = plan(folder, ctx_size=5000, cache_type="q8_q4", **options)
     assert set(found.bytes_by_cache_type) == {*CACHE_TYPES, "q8_q4"}
     for cache_type, nbytes in found.bytes_by_cache_type.items():
-        assert nbytes == plan(folder, 5000, cache_type, **options).total_bytes
+        assert nbytes == plan(folder, ctx_size=5000, cache_type=cache_type, **options).total_bytes
     assert found.to_dict()["bytes_by_cache_type"] == found.bytes_by_cache_type
 
 
 def test_split_without_room_for_a_layer_skips_that_card(tmp_path):
     folder = write_sparse_exl2(tmp_path / "m", num_hidden_layers=4)
-    found = plan(folder, 256, vram=["1MiB", "600MiB", "600MiB"])
+    found = plan(folder, ctx_size=256, vram=["1MiB", "600MiB", "600MiB"])
     assert [device.device for device in found.devices] == ["cuda:1"]
     assert found.fits
 
 
 def test_what_fits_nowhere_shows_its_shortfall_on_the_last_card(tmp_path):
     folder = write_sparse_exl2(tmp_path / "m", num_hidden_layers=4)
-    found = plan(folder, 256, vram=["1MiB", "513MiB"])
+    found = plan(folder, ctx_size=256, vram=["1MiB", "513MiB"])
     assert not found.fits
     assert found.devices[-1].device == "cuda:1"
     assert found.devices[-1].missing_bytes > 0
@@ -196,38 +201,38 @@ def test_context_defaults(tmp_path, machine):
     assert plan(short).ctx_size == 2048
     assert plan(short, compress_pos_emb=2.0).ctx_size == 4096
     assert plan(short, alpha_value=8.0).ctx_size == 8192
-    assert plan(folder, "auto").ctx_size == 32768
+    assert plan(folder, ctx_size="auto").ctx_size == 32768
     machine(free_bytes=4 * MIB)
-    found = plan(folder, "auto", "q6")
+    found = plan(folder, ctx_size="auto", cache_type="q6")
     assert found.ctx_size == found.largest_ctx_size["q6"] < 32768
-    assert found.fits and not plan(folder, found.ctx_size + 1, "q6").fits
+    assert found.fits and not plan(folder, ctx_size=found.ctx_size + 1, cache_type="q6").fits
     machine(free_bytes=MIB // 8)
-    assert plan(folder, "auto").ctx_size == PAGE_LEN
-    assert not plan(folder, "auto").fits
+    assert plan(folder, ctx_size="auto").ctx_size == PAGE_LEN
+    assert not plan(folder, ctx_size="auto").fits
 
 
 def test_the_limit_may_be_the_reservation_itself(tmp_path):
     folder = write_sparse_exl2(tmp_path / "m")
-    total = plan(folder, 5000, "q4").total_bytes
-    exact = plan(folder, 5000, "q4", memory_limit=total)
+    total = plan(folder, ctx_size=5000, cache_type="q4").total_bytes
+    exact = plan(folder, ctx_size=5000, cache_type="q4", memory_limit=total)
     assert exact.fits and exact.devices[0].spare_bytes == 0
     assert exact.largest_ctx_size["q4"] == pages_for(5000) * PAGE_LEN
-    short = plan(folder, 5000, "q4", memory_limit=total - 1)
+    short = plan(folder, ctx_size=5000, cache_type="q4", memory_limit=total - 1)
     assert not short.fits and short.devices[0].missing_bytes == 1
 
 
 def test_the_environment_sets_the_capacity(tmp_path, machine, no_other_model, monkeypatch):
     folder = write_sparse_exl2(tmp_path / "m")
     machine(GIB)
-    total = plan(folder, 5000).total_bytes
+    total = plan(folder, ctx_size=5000).total_bytes
     monkeypatch.setenv("EXL_LOADER_MEMORY_LIMIT", str(total))
-    device = plan(folder, 5000).devices[0]
+    device = plan(folder, ctx_size=5000).devices[0]
     assert device.fits and device.spare_bytes == 0
     assert device.capacity_bytes == device.free_bytes == total
     monkeypatch.setenv("EXL_LOADER_MEMORY_LIMIT", str(total - 1))
-    assert plan(folder, 5000).devices[0].missing_bytes == 1
-    assert plan(folder, 5000, memory_limit=100).devices[0].limit_bytes == 100
-    assert plan(folder, 5000, vram="24GiB").devices[0].limit_bytes is None
+    assert plan(folder, ctx_size=5000).devices[0].missing_bytes == 1
+    assert plan(folder, ctx_size=5000, memory_limit=100).devices[0].limit_bytes == 100
+    assert plan(folder, ctx_size=5000, vram="24GiB").devices[0].limit_bytes is None
 
 
 def test_a_plan_for_the_model_that_takes_the_loaded_ones_place(
@@ -235,25 +240,25 @@ def test_a_plan_for_the_model_that_takes_the_loaded_ones_place(
 ):
     folder = write_sparse_exl2(tmp_path / "m")
     machine(64 * MIB, capacity_bytes=128 * MIB)
-    before = plan(folder, 4096)
+    before = plan(folder, ctx_size=4096)
     specs = [TensorSpec("t", "weights", "uint8", (8 * MIB,))]
     buffers = memory.allocate(place(specs).values())
-    after = plan(folder, 4096, replacing=True)
+    after = plan(folder, ctx_size=4096, replacing=True)
     assert after.devices[0].free_bytes == before.devices[0].free_bytes + 8 * MIB
     limit = before.total_bytes
     monkeypatch.setenv("EXL_LOADER_MEMORY_LIMIT", str(limit))
-    assert plan(folder, 4096, replacing=True).fits
-    assert not plan(folder, 4096).fits
+    assert plan(folder, ctx_size=4096, replacing=True).fits
+    assert not plan(folder, ctx_size=4096).fits
     monkeypatch.setenv("EXL_LOADER_MEMORY_LIMIT", str(limit - 1))
-    assert plan(folder, 4096, replacing=True).devices[0].missing_bytes == 1
+    assert plan(folder, ctx_size=4096, replacing=True).devices[0].missing_bytes == 1
     buffers.release()
 
 
 def test_gpu_split_limits_our_buffers(tmp_path):
     folder = write_sparse_exl2(tmp_path / "m", num_hidden_layers=4)
-    whole = plan(folder, 1024, vram="24GiB")
+    whole = plan(folder, ctx_size=1024, vram="24GiB")
     share = (whole.workspace_bytes + whole.cache_bytes // 2 + whole.weights_bytes // 2) / GIB
-    found = plan(folder, 1024, vram="24GiB,24GiB", gpu_split=f"{share},1")
+    found = plan(folder, ctx_size=1024, vram="24GiB,24GiB", gpu_split=f"{share},1")
     assert [d.device for d in found.devices] == ["cuda:0", "cuda:1"]
     assert found.devices[0].total_bytes <= int(share * GIB) == found.devices[0].limit_bytes
     assert found.devices[1].limit_bytes == GIB
@@ -304,12 +309,12 @@ def test_settings_that_make_no_sense(tmp_path, options, named):
 
 def test_a_huge_context_is_an_answer_and_no_crash(tmp_path):
     folder = write_sparse_exl2(tmp_path / "m")
-    found = plan(folder, (1 << 31) - 1)
+    found = plan(folder, ctx_size=(1 << 31) - 1)
     assert not found.fits and found.cache_bytes > 1 << 38
 
 
 def test_json_names_are_the_attributes(tmp_path):
-    found = plan(write_sparse_exl2(tmp_path / "m"), 3000, "q8_q4")
+    found = plan(write_sparse_exl2(tmp_path / "m"), ctx_size=3000, cache_type="q8_q4")
     values = json.loads(json.dumps(found.to_dict()))
     assert values["model_dir"] == str(tmp_path / "m")
     for name, value in values.items():
@@ -328,7 +333,7 @@ def test_json_names_are_the_attributes(tmp_path):
 
 def test_load_refuses_before_a_weight_is_read_or_a_buffer_exists(tmp_path, machine, monkeypatch):
     folder = write_sparse_exl2(tmp_path / "m")
-    total = plan(folder, 4096, "q4").total_bytes
+    total = plan(folder, ctx_size=4096, cache_type="q4").total_bytes
     monkeypatch.setattr(Checkpoint, "_read", lambda *_: pytest.fail("a weight was read"))
     monkeypatch.setattr(CpuDevice, "empty", lambda *_: pytest.fail("a buffer was taken"))
     machine(GIB)
@@ -340,11 +345,13 @@ def test_load_refuses_before_a_weight_is_read_or_a_buffer_exists(tmp_path, machi
 def test_free_memory_holds_the_overhead_as_well(tmp_path, machine):
     folder = write_sparse_exl2(tmp_path / "m")
     machine(GIB)
-    needed, total = plan(folder, 4096).devices[0].needed_bytes, plan(folder, 4096).total_bytes
+    (device,) = plan(folder, ctx_size=4096).devices
+    needed, total = device.needed_bytes, device.total_bytes
     assert needed > total
     machine(needed)
-    assert plan(folder, 4096).fits and plan(folder, 4096).devices[0].spare_bytes == 0
+    exact = plan(folder, ctx_size=4096)
+    assert exact.fits and exact.devices[0].spare_bytes == 0
     machine(needed - 1)
-    assert plan(folder, 4096).devices[0].missing_bytes == 1
+    assert plan(folder, ctx_size=4096).devices[0].missing_bytes == 1
     # A limit that is no tighter than the system's free memory does not hide the overhead.
-    assert not plan(folder, 4096, memory_limit=total).fits
+    assert not plan(folder, ctx_size=4096, memory_limit=total).fits

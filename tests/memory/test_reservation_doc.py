@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from exl_loader.memory.reservation import PlanRequest, plan, planned
+from exl_loader.memory.reservation import LoadOptions, plan, planned
 from support import REPO
 from support.sparse import LLAMA_2_7B, write_sparse_exl2
 
@@ -81,7 +81,7 @@ def seven_b(tmp_path, monkeypatch):
 
 
 def scratch_of(folder: Path) -> int:
-    with planned(PlanRequest(folder, CTX, "q4", device="cpu")) as model:
+    with planned(folder, LoadOptions(ctx_size=CTX, cache_type="q4", device="cpu")) as model:
         (found,) = (
             placement.spec.nbytes
             for segment in model.segments
@@ -97,7 +97,7 @@ def test_the_document_says_what_its_formulas_give(seven_b):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_plan_says_what_the_document_says(seven_b, bits):
-    written, found = written_rows(), plan(seven_b, CTX, f"q{bits}")
+    written, found = written_rows(), plan(seven_b, ctx_size=CTX, cache_type=f"q{bits}")
     assert found.weights_bytes == written["weights"]
     assert found.cache_bytes == written[f"cache in {bits} bits"]
     assert found.workspace_bytes == written["workspace"]

@@ -93,7 +93,7 @@ def test_a_plan_warns_in_words_and_in_json(tmp_path, capsys):
 
 def test_a_stretched_model_is_planned_without_a_warning(tmp_path):
     folder = write_sparse_exl2(tmp_path / "m", max_position_embeddings=2048)
-    found = plan(folder, 4096, compress_pos_emb=2)
+    found = plan(folder, ctx_size=4096, compress_pos_emb=2)
     assert found.length_warning is None and found.stretched_length == 4096
     assert found.to_dict()["stretched_length"] == 4096
 

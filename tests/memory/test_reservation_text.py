@@ -17,7 +17,7 @@ CACHE_TYPES = ("fp16", "q8", "q6", "q4")
 def test_table_for_a_person(tmp_path, machine):
     folder = write_sparse_exl2(tmp_path / "m", **LLAMA_2_7B)
     machine(free_bytes=7 * GIB, capacity_bytes=8 * GIB)
-    found = plan(folder, 18432, "q4")
+    found = plan(folder, ctx_size=18432, cache_type="q4")
     text = render(found)
     (device,) = found.devices
     for part in ("weights", "cache", "workspace", "total", "overhead"):
@@ -27,9 +27,9 @@ def test_table_for_a_person(tmp_path, machine):
     assert f"fits, {amount(device.spare_bytes)} to spare" in text
     for name, tokens in found.largest_ctx_size.items():
         assert f"{name} " in text and f"{tokens:,} tokens" in text
-    assert "does not fit" in render(plan(folder, 18432, "fp16"))
+    assert "does not fit" in render(plan(folder, ctx_size=18432, cache_type="fp16"))
     assert max(map(len, text.splitlines()[1:])) < 80
-    split = plan(folder, 18432, "q4", vram="4GiB,4GiB")
+    split = plan(folder, ctx_size=18432, cache_type="q4", vram="4GiB,4GiB")
     two = render(split)
     assert "cuda:0" in two and "cuda:1" in two and amount(split.total_bytes) in two
 
@@ -37,7 +37,7 @@ def test_table_for_a_person(tmp_path, machine):
 def test_refusal_says_what_is_missing_and_what_would_fit(tmp_path, machine):
     folder = write_sparse_exl2(tmp_path / "m", **LLAMA_2_7B)
     machine(8 * GIB, processes=[Process(4321, "firefox", 3 * GIB), Process(7, "x", MIB)])
-    found = plan(folder, 18432, "fp16")
+    found = plan(folder, ctx_size=18432, cache_type="fp16")
     error = refusal(found)
     (device,) = found.devices
     assert isinstance(error, InsufficientMemory) and error.reservation is found
@@ -52,7 +52,7 @@ def test_refusal_says_what_is_missing_and_what_would_fit(tmp_path, machine):
     ):
         assert amount(nbytes) in text
     assert "8.00 GiB free" in text and "18432 tokens" in text and "\n" not in text
-    fitting = [name for name in CACHE_TYPES if plan(folder, 18432, name).fits]
+    fitting = [name for name in CACHE_TYPES if plan(folder, ctx_size=18432, cache_type=name).fits]
     assert fitting == ["q6", "q4"]
     assert "these cache types fit: q6, q4." in text
     assert f"the largest context is {found.largest_ctx_size['fp16']} tokens" in text
@@ -63,7 +63,7 @@ def test_refusal_says_what_is_missing_and_what_would_fit(tmp_path, machine):
 def test_refusal_by_a_limit_blames_no_other_process(tmp_path, machine):
     machine(64 * GIB, processes=[Process(4321, "firefox", 3 * GIB)])
     folder = write_sparse_exl2(tmp_path / "m", **LLAMA_2_7B)
-    text = str(refusal(plan(folder, 18432, "q4", memory_limit="2GiB")))
+    text = str(refusal(plan(folder, ctx_size=18432, cache_type="q4", memory_limit="2GiB")))
     assert "a limit of 2.00 GiB" in text and "firefox" not in text
     assert "Not even the shortest context fits" in text and "no cache type fits" in text
 
@@ -71,15 +71,16 @@ def test_refusal_by_a_limit_blames_no_other_process(tmp_path, machine):
 def test_what_is_needed_less_what_was_found_is_what_is_missing(tmp_path, machine):
     folder = write_sparse_exl2(tmp_path / "m", **LLAMA_2_7B)
     machine(64 * GIB)
-    (device,) = plan(folder, 18432, "q4").devices
+    (device,) = plan(folder, ctx_size=18432, cache_type="q4").devices
     total, overhead = amount(device.total_bytes), amount(device.overhead_bytes)
     # A limit is set on the buffers: what lies outside them is no part of the sum.
-    text = str(refusal(plan(folder, 18432, "q4", memory_limit=device.total_bytes - 1)))
+    limits = {"ctx_size": 18432, "cache_type": "q4", "memory_limit": device.total_bytes}
+    text = str(refusal(plan(folder, **limits | {"memory_limit": device.total_bytes - 1})))
     assert f"expected {total} (" in text and "outside" not in text
     assert f"found a limit of {amount(device.total_bytes - 1)}, 1 byte missing" in text
     # A limit that holds does not cut what the system has free.
     machine(device.needed_bytes - MIB)
-    text = str(refusal(plan(folder, 18432, "q4", memory_limit=device.total_bytes)))
+    text = str(refusal(plan(folder, **limits)))
     assert f"expected {amount(device.needed_bytes)} (" in text and f"outside {overhead}" in text
     assert f"found {amount(device.needed_bytes - MIB)} free, 1.0 MiB missing" in text
 

@@ -120,7 +120,7 @@ def run(script: str, *arguments: object) -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 def test_two_processes_at_once_on_a_machine_with_memory_for_one(tmp_path, tiny_model_dir):
-    needed = plan(tiny_model_dir, CTX).total_bytes
+    needed = plan(tiny_model_dir, ctx_size=CTX).total_bytes
     assert needed > 20 * PIECE_BYTES
     ledger = tmp_path / "ledger"
     ledger.mkdir()
@@ -152,7 +152,7 @@ def size(path: Path) -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="sets the limit of an address space")
 def test_two_loads_at_once_in_an_address_space_with_room_for_one(tiny_model_dir):
     ctx_size = 5 << 19
-    assert plan(tiny_model_dir, ctx_size).total_bytes > 400 << 20
+    assert plan(tiny_model_dir, ctx_size=ctx_size).total_bytes > 400 << 20
     process = run(ONE_ADDRESS_SPACE, tiny_model_dir, ctx_size)
     out, words = process.communicate()
     assert process.returncode == 0, words

@@ -47,7 +47,7 @@ import pytest
 import torch
 
 import exl_loader
-from exl_loader.memory.reservation import PlanRequest, planned
+from exl_loader.memory.reservation import LoadOptions, planned
 from exl_loader.utils.errors import ExlLoaderError
 from support.broken import edit_config, edit_header, edit_tensors
 from support.golden_record import Record, Result, machine, sha256
@@ -588,7 +588,9 @@ def plan_options(bench: Bench, model: str) -> Iterator[tuple[str, dict[str, Any]
     yield "card fp32", card | {"ctx_size": 300, "cache_type": "fp32", "max_batch_size": 1,
                                "chunk_size": 64}
     for name, first, whole in (("two cards", CARD, card), ("cpu and card", "cpu", cpu)):
-        both = exl_loader.plan(bench.model(model), 1024, "q4_q8", chunk_size=256, **whole)
+        both = exl_loader.plan(
+            bench.model(model), ctx_size=1024, cache_type="q4_q8", chunk_size=256, **whole
+        )
         yield name, {
             "device": [first, "cuda:1"], "vram": ["1000GiB", "1000GiB"], "chunk_size": 256,
             "gpu_split": [(both.total_bytes - 1) / GIB, 20], "ctx_size": 1024,
@@ -609,7 +611,7 @@ def plan_case(bench: Bench, model: str) -> Result:
 
 def _plan(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Plan; the table's hash is given with and without names, so that a rename shows as one."""
-    with planned(PlanRequest(folder, **options)) as model:
+    with planned(folder, LoadOptions(**options)) as model:
         reservation = model.reservation
         names, layout = [], []
         for segment in model.segments:

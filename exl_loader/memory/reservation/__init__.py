@@ -3,12 +3,13 @@
 See docs/reservation.md for every term.
 """
 
-from .planning import PlannedModel, PlanRequest, plan, planned
+from .options import LoadOptions
+from .planning import PlannedModel, plan, planned
 from .records import DeviceReservation, Reservation
 
 __all__ = [
     "DeviceReservation",
-    "PlanRequest",
+    "LoadOptions",
     "PlannedModel",
     "Reservation",
     "plan",

@@ -1,32 +1,266 @@
-"""Which devices a plan may use and what each lends: from settings to budgets."""
+"""The options of `plan` and `load`: each one once, with its type, default, bounds and help.
+
+The command line, the panel and the web UI's flags are made from `LoadOptions.OPTIONS`.
+"""
 
 from __future__ import annotations
 
-import inspect
-import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, TypedDict
 
-from ...backends.cuda.device import auto_cards
-from ...backends.device import Capacity
-from ...backends.devices import device_kind
-from ...cache.layout import CacheType
-from ...checkpoint.rope import MAX_POSITIONS
+from ...cache.layout import PAGE_LEN, CacheType
+from ...checkpoint.config import ModelConfig
+from ...checkpoint.rope import MAX_FACTOR, MAX_POSITIONS, check_scaling
+from ...model.workspace import DEFAULT_CHUNK_SIZE, DEFAULT_MAX_BATCH_SIZE
 from ...utils.errors import InvalidSettings, shown
-from ...utils.setting_values import unknown_name
-from ..buffers import capacity, environment_limit, live_bytes, parse_bytes
-
-GIB = 1 << 30
+from ...utils.setting_values import check_flag, check_integer, check_path, unknown_name
+from .length import stretched_length
 
 # Most tokens of context where the user names none.
 DEFAULT_CTX_SIZE = 8192
-MAX_CHUNK_SIZE = 1 << 16
-MAX_BATCH_SIZE = 1 << 10
-MAX_DEVICES = 64
 
 CtxSize = int | str | None
+Function = Literal["plan", "load"]
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a front end shows and checks of one option.
+
+    Args:
+        default: its value where the user gives none.
+        help: one line for the command line and for pages, without a full stop.
+        metavar: what stands for the value in the command line's help; None for a flag.
+        unit: what a number counts: `tokens`, `sequences`, `GiB`, `bytes`; empty for a factor.
+        least, most: the bounds of a number; None where the value is no number.
+        step: the step of a slider; None where a page has no slider for it.
+        choices: the values that a menu offers. `cache_type` takes others as well.
+        only: the function that has this option, where the other one does not.
+    """
+
+    default: Any
+    help: str
+    metavar: str | None = None
+    unit: str = ""
+    least: float | None = None
+    most: float | None = None
+    step: float | None = None
+    choices: tuple[str, ...] = ()
+    only: Function | None = None
+
+
+def _option(default: Any, help: str, metavar: str | None = None, **more: Any) -> Any:
+    option = Option(default, help, metavar, **more)
+    return field(default=default, metadata={"option": option})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """How a model is planned and loaded. The field names are the keywords of `plan` and `load`.
+
+    An object may hold any values, as a person typed them: `check` finds those that make no
+    sense, and `plan` and `load` call it.
+
+    Attributes:
+        ctx_size: tokens of context. None is the model's own length, at most 8192. `auto` is
+            the most that fits, at most the model's own length.
+        cache_type: `fp16`, `q8`, `q6`, `q4`, or keys and values apart such as `q8_q4`.
+        device: `auto` (as many of the cards that can run models as the model needs, else the
+            CPU), a device's name, or several names, over which layers are split in order.
+        gpu_split: GiB that our buffers may take of each device, such as `20,24`.
+        vram: of `plan` alone. Bytes of cards that need not be here, such as `24GiB,12GiB`.
+        memory_limit: most bytes that our buffers may take of each device, such as `24GiB`.
+        chunk_size: most tokens in one forward pass; at least `max_batch_size`.
+        max_batch_size: most sequences in one forward pass.
+        alpha_value: NTK factor of RoPE, which stretches the model's own length.
+        compress_pos_emb: factor that positions are divided by, which stretches it too.
+        replacing: of `plan` alone. Plan as if every model that this process has loaded had
+            been unloaded.
+        model_draft: folder of a smaller model with the same vocabulary that guesses how texts
+            go on. It lives as a whole on the first device. None or empty for none. Texts are
+            the same with and without it.
+        ctx_size_draft: the draft model's tokens of context; 0 for as many as the model's.
+        draft_max: of `load` alone. Most tokens that the draft model guesses at a time.
+    """
+
+    OPTIONS: ClassVar[Mapping[str, Option]]
+
+    ctx_size: CtxSize = _option(
+        None,
+        "tokens of context, or auto for the most that fits; by default the model's own length, "
+        f"at most {DEFAULT_CTX_SIZE}",
+        "N|auto", unit="tokens", least=1, most=MAX_POSITIONS, step=PAGE_LEN,
+    )
+    cache_type: str | CacheType = _option(
+        "fp16", "key/value cache: fp16, q8, q6, q4, or keys and values apart such as q8_q4",
+        "TYPE", choices=("fp16", "q8", "q6", "q4"),
+    )
+    device: str | Sequence[str] = _option(
+        "auto",
+        "cpu, a card such as cuda:0, or several such as cuda:0,cuda:1, over which layers are "
+        "split; auto is as many of the cards that can run models as the model needs, else the CPU",
+        "DEVICE",
+    )
+    gpu_split: str | Sequence[float] | None = _option(
+        None, "GiB to use of each card, such as 20,24", "GIB,...", unit="GiB"
+    )
+    vram: int | str | Sequence[int | str] | None = _option(
+        None, "plan for cards of this size that are not here, such as 24GiB or 24GiB,12GiB",
+        "SIZE,...", unit="bytes", only="plan",
+    )
+    memory_limit: int | str | None = _option(
+        None, "most memory to take of each device, such as 8GiB", "SIZE", unit="bytes"
+    )
+    chunk_size: int = _option(
+        DEFAULT_CHUNK_SIZE, "most tokens in one forward pass", "N",
+        unit="tokens", least=1, most=1 << 16,
+    )
+    max_batch_size: int = _option(
+        DEFAULT_MAX_BATCH_SIZE, "most sequences in one forward pass", "N",
+        unit="sequences", least=1, most=1 << 10,
+    )
+    alpha_value: float = _option(
+        1.0, "NTK factor of RoPE: about 2.6 for twice the model's own length", "N",
+        least=1 / MAX_FACTOR, most=MAX_FACTOR, step=0.05,
+    )
+    compress_pos_emb: float = _option(
+        1.0, "divide positions by N: 2 for twice the model's own length", "N",
+        least=1 / MAX_FACTOR, most=MAX_FACTOR, step=0.1,
+    )
+    replacing: bool = _option(
+        False, "plan as if the models that this process has loaded had been unloaded",
+        only="plan",
+    )
+    model_draft: str | os.PathLike[str] | None = _option(
+        None,
+        "smaller model with the same vocabulary that guesses ahead; the text stays the same",
+        "FOLDER",
+    )
+    ctx_size_draft: int = _option(
+        0, "tokens of context of the draft model; 0 is as many as the model's", "N",
+        unit="tokens", least=0, most=MAX_POSITIONS,
+    )
+    draft_max: int = _option(
+        4, "most tokens that the draft model guesses at a time", "N",
+        unit="tokens", least=1, most=31, only="load",
+    )
+
+    @classmethod
+    def names(cls, function: Function) -> tuple[str, ...]:
+        """Return the names of the options that `plan` or `load` has."""
+        return tuple(
+            name for name, option in cls.OPTIONS.items() if option.only in (None, function)
+        )
+
+    @classmethod
+    def from_keywords(cls, function: Function, keywords: Mapping[str, Any]) -> LoadOptions:
+        """Take the keywords of a call of `plan` or `load`.
+
+        Raises:
+            InvalidSettings: the function has no option of that name. A similar one is named.
+        """
+        known = cls.names(function)
+        for name in keywords:
+            if name in cls.OPTIONS and name not in known:
+                raise InvalidSettings(
+                    f"{function}: option {name!r}", expected=f"an option of {function}",
+                    actual=f"an option of {cls.OPTIONS[name].only} alone", remedy="Leave it out",
+                )
+            if name not in known:
+                raise unknown_name(f"{function}: option", name, known)
+        return LoadOptions(**keywords)
+
+    def for_plan(self) -> dict[str, Any]:
+        """Return the keywords for `plan`: its options that are not at their defaults."""
+        return self._keywords("plan")
+
+    def for_load(self) -> dict[str, Any]:
+        """Return the keywords for `load`: its options that are not at their defaults."""
+        return self._keywords("load")
+
+    def _keywords(self, function: Function) -> dict[str, Any]:
+        values = {name: getattr(self, name) for name in self.names(function)}
+        defaults = self.OPTIONS
+        return {name: value for name, value in values.items() if value != defaults[name].default}
+
+    def check(self) -> None:
+        """Check what can be judged without the model folder and without the devices.
+
+        Raises:
+            InvalidSettings: an option makes no sense. It is named.
+        """
+        if self.model_draft is not None:
+            check_path("model_draft", self.model_draft, "folder")
+        check_flag("replacing", self.replacing)
+        if isinstance(self.ctx_size, str) and self.ctx_size != "auto":
+            raise InvalidSettings(
+                "ctx_size", expected="a number of tokens or auto", actual=shown(self.ctx_size)
+            )
+        counts = ["chunk_size", "max_batch_size", "ctx_size_draft", "draft_max"]
+        if not (self.ctx_size is None or self.ctx_size == "auto"):
+            counts.append("ctx_size")
+        for name in counts:
+            option = self.OPTIONS[name]
+            assert option.least is not None and option.most is not None
+            check_integer(name, getattr(self, name), int(option.least), int(option.most))
+        check_scaling(self.alpha_value, self.compress_pos_emb)
+        if self.chunk_size < self.max_batch_size:
+            raise InvalidSettings(
+                "chunk_size",
+                expected=f"at least max_batch_size ({self.max_batch_size}): one row a sequence",
+                actual=self.chunk_size,
+            )
+        CacheType.parse(self.cache_type)
+
+    def stretched_length(self, model_dir: str | os.PathLike[str]) -> int:
+        """Return the model's own length in tokens, as far as the RoPE options stretch it.
+
+        Raises:
+            InvalidSettings: a RoPE option makes no sense.
+            ModelNotFound, InvalidConfig, UnsupportedArchitecture: of the folder's config.json.
+        """
+        check_scaling(self.alpha_value, self.compress_pos_emb)
+        check_path("model_dir", model_dir, "folder")
+        config = ModelConfig.from_dir(Path(model_dir))
+        return stretched_length(config, self.alpha_value, self.compress_pos_emb)
+
+
+LoadOptions.OPTIONS = MappingProxyType(
+    {entry.name: entry.metadata["option"] for entry in fields(LoadOptions)}
+)
+
+
+class SharedKeywords(TypedDict, total=False):
+    """The keywords of `plan` and `load`, for editors and type checkers; see `LoadOptions`."""
+
+    ctx_size: CtxSize
+    cache_type: str | CacheType
+    device: str | Sequence[str]
+    gpu_split: str | Sequence[float] | None
+    memory_limit: int | str | None
+    chunk_size: int
+    max_batch_size: int
+    alpha_value: float
+    compress_pos_emb: float
+    model_draft: str | os.PathLike[str] | None
+    ctx_size_draft: int
+
+
+class PlanKeywords(SharedKeywords, total=False):
+    """The keywords of `plan`."""
+
+    vram: int | str | Sequence[int | str] | None
+    replacing: bool
+
+
+class LoadKeywords(SharedKeywords, total=False):
+    """The keywords of `load`, apart from `progress`."""
+
+    draft_max: int
 
 
 @dataclass(frozen=True)
@@ -36,243 +270,3 @@ class RunOptions:
     cache_type: CacheType
     chunk_size: int
     max_batch_size: int
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What one device lends.
-
-    Args:
-        device: its name. capacity: its memory now, by the system.
-        limit_bytes: most that this model's buffers may take of it; None without a limit.
-        overhead_bytes: taken outside our buffers by running there at all.
-        overhead_measured: False where that is assumed.
-    """
-
-    device: str
-    capacity: Capacity
-    limit_bytes: int | None
-    overhead_bytes: int
-    overhead_measured: bool
-
-    def spare_bytes(self, total_bytes: int, overhead_bytes: int) -> int:
-        """Return what stays free beside so many bytes; negative where they do not fit.
-
-        A limit is set on what we reserve, not on what the system adds.
-        """
-        spare = self.capacity.free_bytes - total_bytes - overhead_bytes
-        return spare if self.limit_bytes is None else min(spare, self.limit_bytes - total_bytes)
-
-    def limited(self) -> Capacity:
-        """Return the device as the limit leaves it: its capacity is then the limit."""
-        if self.limit_bytes is None or self.limit_bytes >= self.capacity.capacity_bytes:
-            return self.capacity
-        return Capacity(self.limit_bytes, min(self.limit_bytes, self.capacity.free_bytes))
-
-
-def run_options(cache_type: str | CacheType, chunk_size: Any, max_batch_size: Any) -> RunOptions:
-    """Check the options of a run.
-
-    Raises:
-        InvalidSettings: one of them makes no sense; it is named.
-    """
-    check_count("chunk_size", chunk_size, 1, MAX_CHUNK_SIZE)
-    check_count("max_batch_size", max_batch_size, 1, MAX_BATCH_SIZE)
-    if chunk_size < max_batch_size:
-        raise InvalidSettings(
-            "chunk_size",
-            expected=f"at least max_batch_size ({max_batch_size}): one row a sequence",
-            actual=chunk_size,
-        )
-    return RunOptions(CacheType.parse(cache_type), chunk_size, max_batch_size)
-
-
-def check_count(name: str, value: Any, least: int, most: int) -> None:
-    """Raise InvalidSettings unless `value` is an int from `least` to `most`."""
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise InvalidSettings(
-            name, expected=f"a whole number from {least} to {most}", actual=shown(value)
-        )
-
-
-def check_folder(name: str, value: Any) -> None:
-    """Raise InvalidSettings unless `value` is a path, as text or a path object."""
-    check_path(name, value, "folder")
-
-
-def check_path(name: str, value: Any, kind: str = "file") -> None:
-    """Raise InvalidSettings unless `value` is the path of a file, as text or a path object."""
-    if not isinstance(value, (str, os.PathLike)) or isinstance(os.fspath(value), bytes):
-        raise InvalidSettings(name, expected=f"the path of a {kind}", actual=shown(value))
-    try:
-        encoded = os.fsencode(value)
-    except ValueError:
-        encoded = b"\0"
-    if b"\0" in encoded:
-        raise InvalidSettings(
-            name, expected=f"the path of a {kind}",
-            actual=f"{shown(os.fspath(value))}, which no file system can hold",
-        )
-
-
-def refuse_unknown(function: Callable[..., Any], unknown: Mapping[str, Any]) -> None:
-    """Raise InvalidSettings for the first keyword that a function does not have."""
-    for name in unknown:
-        known = [
-            parameter.name for parameter in inspect.signature(function).parameters.values()
-            if parameter.kind is not parameter.VAR_KEYWORD
-        ]
-        raise unknown_name(f"{function.__name__}: option", name, known)
-
-
-def check_ctx_size(ctx_size: CtxSize) -> None:
-    """Raise InvalidSettings unless it is None, `auto` or a number of tokens."""
-    if ctx_size is None:
-        return
-    if isinstance(ctx_size, str):
-        if ctx_size == "auto":
-            return
-        raise InvalidSettings(
-            "ctx_size", expected="a number of tokens or auto", actual=shown(ctx_size)
-        )
-    check_count("ctx_size", ctx_size, 1, MAX_POSITIONS)
-
-
-def budgets(
-    device: str | Sequence[str],
-    gpu_split: str | Sequence[float] | None,
-    vram: int | str | Sequence[int | str] | None,
-    memory_limit: int | str | None,
-    *,
-    replacing: bool = False,
-) -> list[Budget]:
-    """Say which devices a plan may use, in order, and what each lends.
-
-    Args:
-        device: `auto` (the cards that `gpu_split` or `vram` speak of, else those that can run
-            the model's kernels, as many as it needs, else the CPU), a name, or several names,
-            over which the layers are split in this order.
-        gpu_split: GiB that our buffers may take of each device, as `20,24` or numbers.
-        vram: plan for cards of this size that are not here, as `24GiB`, `24GiB,12GiB` or a list.
-        memory_limit: most that our buffers may take of each device, as the environment's
-            limit is.
-        replacing: as if the buffers that this process holds had been given back.
-
-    Raises:
-        InvalidSettings: no such device, or settings that contradict each other.
-    """
-    split = _gib_list(gpu_split)
-    sizes = _size_list(vram)
-    names = _device_names(device, max(len(split), len(sizes)))
-    for setting, values in (("gpu_split", split), ("vram", sizes)):
-        if values and len(values) != len(names):
-            raise InvalidSettings(
-                setting,
-                expected=f"{len(names)} values, one for each of {', '.join(names)}",
-                actual=len(values),
-            )
-    overall = None if memory_limit is None else parse_bytes(memory_limit, "memory_limit")
-    found = []
-    for i, name in enumerate(names):
-        limits = [overall, split[i] if split else None]
-        limit = min((limit for limit in limits if limit is not None), default=None)
-        if sizes:
-            found.append(_absent(name, sizes[i], limit))
-        else:
-            found.append(_present(name, limit, live_bytes(name) if replacing else 0))
-    return found
-
-
-def _absent(name: str, size: int, limit: int | None) -> Budget:
-    """Budget of a device that is not here, all of it free."""
-    overhead_bytes, measured = device_kind(name).overhead(name)
-    # Not even a card that is here tells what another one would take.
-    measured = measured and not name.startswith("cuda")
-    return Budget(name, Capacity(size, size), limit, overhead_bytes, measured)
-
-
-def _present(name: str, limit: int | None, given_back: int) -> Budget:
-    """Budget of a device that is here, with so many of our bytes given back."""
-    environment = environment_limit(name, given_back)
-    if environment is not None:
-        limit = environment if limit is None else min(limit, environment)
-    overhead_bytes, measured = device_kind(name).overhead(name)
-    return Budget(name, _without(capacity(name), given_back), limit, overhead_bytes, measured)
-
-
-def _without(now: Capacity, held_bytes: int) -> Capacity:
-    """Return a device's capacity as it will be when our buffers have been given back."""
-    free_bytes = min(now.capacity_bytes, now.free_bytes + held_bytes)
-    return Capacity(now.capacity_bytes, free_bytes, max(0, now.own_bytes - held_bytes))
-
-
-def chosen_devices(
-    device: str | Sequence[str], gpu_split: str | Sequence[float] | None
-) -> list[str]:
-    """Name the devices that `budgets` answers for, for what is here.
-
-    Raises:
-        InvalidSettings: no such device.
-    """
-    return _device_names(device, len(_gib_list(gpu_split)))
-
-
-def _device_names(device: str | Sequence[str], num_cards: int) -> list[str]:
-    if isinstance(device, str):
-        names = [name.strip() for name in device.split(",")]
-    elif isinstance(device, Sequence) and all(isinstance(name, str) for name in device):
-        names = list(device)
-    else:
-        raise InvalidSettings("device", expected="a device's name, or several",
-                              actual=shown(device))
-    if names == ["auto"]:
-        names = [f"cuda:{i}" for i in range(num_cards)] or [*auto_cards()] or ["cpu"]
-    names = ["cuda:0" if name == "cuda" else name for name in names]
-    if not names or len(names) > MAX_DEVICES or len(set(names)) != len(names):
-        raise InvalidSettings(
-            "device",
-            expected=f"one to {MAX_DEVICES} devices, each once",
-            actual=", ".join(map(str, names[:8])) or "none",
-        )
-    for name in names:
-        device_kind(name)
-    return names
-
-
-def _gib_list(value: str | Sequence[float] | None) -> list[int]:
-    found = []
-    for part in _listed("gpu_split", value):
-        try:
-            gib = float(part)
-        except (TypeError, ValueError, OverflowError):
-            gib = math.nan
-        if isinstance(part, bool) or not 0 < gib < 1 << 20:
-            raise InvalidSettings(
-                "gpu_split", expected="GiB for each device, such as 20,24", actual=shown(value)
-            )
-        found.append(int(gib * GIB))
-    return found
-
-
-def _size_list(value: int | str | Sequence[int | str] | None) -> list[int]:
-    return [parse_bytes(part, "vram") for part in _listed("vram", value)]
-
-
-def _listed(name: str, value: Any) -> list[Any]:
-    """Return the values of a setting that is one value for each device, at most MAX_DEVICES."""
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return []
-    if isinstance(value, str):
-        parts: list[Any] = value.split(",")
-    elif isinstance(value, (int, float)):
-        parts = [value]
-    elif isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray, memoryview)):
-        parts = list(value)
-    else:
-        raise InvalidSettings(
-            name, expected="one value for each device, as text with commas or a list",
-            actual=shown(value),
-        )
-    if len(parts) > MAX_DEVICES:
-        raise InvalidSettings(name, expected=f"at most {MAX_DEVICES} values", actual=len(parts))
-    return parts

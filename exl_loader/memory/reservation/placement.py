@@ -12,7 +12,8 @@ from ...cache.layout import CacheType, cache_specs, pages_for
 from ...model.blueprint import Blueprint
 from ...model.workspace import workspace_specs
 from ...utils.table import DeviceMap, Segment, TensorSpec, place
-from .options import Budget, RunOptions
+from .budgets import Budget
+from .options import RunOptions
 from .search import largest_fitting
 from .staging import staging_bytes
 

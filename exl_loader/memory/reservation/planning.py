@@ -7,55 +7,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ...cache.layout import PAGE_LEN, CacheType
 from ...checkpoint import Checkpoint
 from ...checkpoint.config import ModelConfig
-from ...checkpoint.rope import MAX_POSITIONS, check_scaling
 from ...model.blueprint import Blueprint
-from ...model.workspace import DEFAULT_CHUNK_SIZE, DEFAULT_MAX_BATCH_SIZE
-from ...utils.setting_values import check_flag
+from ...utils.setting_values import check_path
 from ...utils.table import Segment
+from .budgets import Budget, budgets
 from .length import stretched_length
-from .options import (
-    DEFAULT_CTX_SIZE,
-    Budget,
-    CtxSize,
-    RunOptions,
-    budgets,
-    check_count,
-    check_ctx_size,
-    check_folder,
-    refuse_unknown,
-    run_options,
-)
+from .options import DEFAULT_CTX_SIZE, LoadOptions, PlanKeywords, RunOptions
 from .placement import Placer, Run, Share, segments_of
 from .records import DeviceReservation, Reservation
 from .search import largest_fitting
 
-# The types a plan always answers for: 16, 8, 6 and 4 bits.
-SHOWN_CACHE_TYPES = ("fp16", "q8", "q6", "q4")
-
-
-@dataclass(frozen=True)
-class PlanRequest:
-    """What is asked of `planned`; the fields are the arguments of `plan`."""
-
-    model_dir: str | os.PathLike[str]
-    ctx_size: CtxSize = None
-    cache_type: str | CacheType = "fp16"
-    device: str | Sequence[str] = "auto"
-    gpu_split: str | Sequence[float] | None = None
-    vram: int | str | Sequence[int | str] | None = None
-    memory_limit: int | str | None = None
-    chunk_size: int = DEFAULT_CHUNK_SIZE
-    max_batch_size: int = DEFAULT_MAX_BATCH_SIZE
-    alpha_value: float = 1.0
-    compress_pos_emb: float = 1.0
-    replacing: bool = False
-    model_draft: str | os.PathLike[str] | None = None
-    ctx_size_draft: int = 0
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
@@ -77,153 +45,104 @@ class PlannedModel:
 
 
 def plan(
-    model_dir: str | os.PathLike[str],
-    ctx_size: CtxSize = None,
-    cache_type: str | CacheType = "fp16",
-    *,
-    device: str | Sequence[str] = "auto",
-    gpu_split: str | Sequence[float] | None = None,
-    vram: int | str | Sequence[int | str] | None = None,
-    memory_limit: int | str | None = None,
-    chunk_size: int = DEFAULT_CHUNK_SIZE,
-    max_batch_size: int = DEFAULT_MAX_BATCH_SIZE,
-    alpha_value: float = 1.0,
-    compress_pos_emb: float = 1.0,
-    replacing: bool = False,
-    model_draft: str | os.PathLike[str] | None = None,
-    ctx_size_draft: int = 0,
-    **unknown: Any,
+    model_dir: str | os.PathLike[str], **options: Unpack[PlanKeywords]
 ) -> Reservation:
-    """Compute the memory a model will take, exactly, without loading it.
+    """Compute the memory that a model will take, exactly, without loading it.
 
-    `load()` with the same arguments allocates exactly `total_bytes` on each device.
+    `load` with the same options allocates exactly `total_bytes` on each device. No weight is
+    read and PyTorch is not imported.
 
     Args:
         model_dir: folder with config.json and *.safetensors.
-        ctx_size: tokens of context; None for the model's own length capped at 8192, `auto`
-            for the largest that fits, capped by the model's own length.
-        cache_type: `fp16`, `q8`, `q6`, `q4`, or keys and values apart such as `q8_q4`.
-        device: `auto` (as many of the cards that can run models as it takes, else the CPU), a
-            device's name, or several, over which layers are split in order.
-        gpu_split: GiB that our buffers may take of each device, such as `20,24`.
-        vram: plan for cards of this size that need not be here, such as `24GiB`.
-        memory_limit: most bytes that our buffers may take of each device, or `24GiB`.
-        chunk_size: most tokens in one forward pass.
-        max_batch_size: most sequences in one forward pass.
-        alpha_value, compress_pos_emb: stretch the model's own length for `auto` and None.
-        replacing: plan as if every model that this process has loaded had been unloaded.
-        model_draft: folder of a smaller model with the same vocabulary, which guesses how
-            texts go on; as a whole on the first device. None or empty for none.
-        ctx_size_draft: its tokens of context; 0 for as many as the model's.
-        unknown: none; any other keyword is an error that names a similar one.
+        options: see `LoadOptions`.
 
     Returns:
-        the reservation, which may not fit: see its `fits`.
+        The reservation. It may not fit: see its `fits`.
 
     Raises:
         ModelNotFound, InvalidConfig, UnsupportedArchitecture, InvalidCheckpoint,
         UnsupportedFormat: the folder cannot be planned.
-        InvalidSettings: an option makes no sense, or there is no such device.
+        InvalidSettings: an option makes no sense or is unknown, or there is no such device.
     """
-    refuse_unknown(plan, unknown)
-    request = PlanRequest(
-        model_dir,
-        ctx_size,
-        cache_type,
-        device=device,
-        gpu_split=gpu_split,
-        vram=vram,
-        memory_limit=memory_limit,
-        chunk_size=chunk_size,
-        max_batch_size=max_batch_size,
-        alpha_value=alpha_value,
-        compress_pos_emb=compress_pos_emb,
-        replacing=replacing,
-        model_draft=model_draft,
-        ctx_size_draft=ctx_size_draft,
-    )
-    with planned(request) as model:
+    with planned(model_dir, LoadOptions.from_keywords("plan", options)) as model:
         return model.reservation
 
 
 @contextmanager
-def planned(request: PlanRequest) -> Iterator[PlannedModel]:
+def planned(
+    model_dir: str | os.PathLike[str], options: LoadOptions
+) -> Iterator[PlannedModel]:
     """Plan as `plan` does, and keep the checkpoint open for the block."""
-    check_folder("model_dir", request.model_dir)
-    if request.model_draft is not None:
-        check_folder("model_draft", request.model_draft)
-    check_flag("replacing", request.replacing)
-    check_ctx_size(request.ctx_size)
-    check_scaling(request.alpha_value, request.compress_pos_emb)
-    options = run_options(request.cache_type, request.chunk_size, request.max_batch_size)
-    devices = budgets(
-        request.device,
-        request.gpu_split,
-        request.vram,
-        request.memory_limit,
-        replacing=request.replacing,
+    check_path("model_dir", model_dir, "folder")
+    options.check()
+    run = RunOptions(
+        CacheType.parse(options.cache_type), options.chunk_size, options.max_batch_size
     )
-    config = ModelConfig.from_dir(Path(request.model_dir))
+    devices = budgets(
+        options.device, options.gpu_split, options.vram, options.memory_limit,
+        replacing=options.replacing,
+    )
+    config = ModelConfig.from_dir(Path(model_dir))
     with ExitStack() as files:
-        checkpoint = files.enter_context(Checkpoint.open(request.model_dir))
-        draft_placer = _draft_placer(request, devices, files)
-        placer = Placer(config, checkpoint, devices, draft_placer, request.ctx_size_draft)
+        checkpoint = files.enter_context(Checkpoint.open(model_dir))
+        draft_placer = _draft_placer(options, devices, files)
+        placer = Placer(config, checkpoint, devices, draft_placer, options.ctx_size_draft)
+        shown_types = LoadOptions.OPTIONS["cache_type"].choices
         by_type = {
-            name: replace(options, cache_type=CacheType.parse(name))
-            for name in dict.fromkeys((*SHOWN_CACHE_TYPES, str(options.cache_type)))
+            name: replace(run, cache_type=CacheType.parse(name))
+            for name in dict.fromkeys((*shown_types, str(run.cache_type)))
         }
-        largest = {name: _largest_ctx_size(placer, run) for name, run in by_type.items()}
-        ctx_size = _chosen_ctx_size(request, config, largest[str(options.cache_type)])
-        shares = placer.place(ctx_size, options)
+        largest = {name: _largest_ctx_size(placer, other) for name, other in by_type.items()}
+        ctx_size = _chosen_ctx_size(options, config, largest[str(run.cache_type)])
+        shares = placer.place(ctx_size, run)
         blueprint = placer.blueprint(placer.device_map(shares))
         draft = placer.draft_run(shares, ctx_size)
-        segments = segments_of(blueprint, ctx_size, options, draft)
+        segments = segments_of(blueprint, ctx_size, run, draft)
         reservation = Reservation(
-            model_dir=os.fspath(request.model_dir),
+            model_dir=os.fspath(model_dir),
             architecture=config.architecture,
             format=checkpoint.format,
             num_layers=config.num_hidden_layers,
             own_length=config.own_length,
-            alpha_value=float(request.alpha_value),
-            compress_pos_emb=float(request.compress_pos_emb),
+            alpha_value=float(options.alpha_value),
+            compress_pos_emb=float(options.compress_pos_emb),
             ctx_size=ctx_size,
-            cache_type=str(options.cache_type),
-            chunk_size=options.chunk_size,
-            max_batch_size=options.max_batch_size,
+            cache_type=str(run.cache_type),
+            chunk_size=run.chunk_size,
+            max_batch_size=run.max_batch_size,
             devices=tuple(_record(share, segments) for share in shares),
             largest_ctx_size=largest,
             bytes_by_cache_type={
                 name: sum(
                     share.total_bytes
-                    for share in (shares if run == options else placer.place(ctx_size, run))
+                    for share in (shares if other == run else placer.place(ctx_size, other))
                 )
-                for name, run in by_type.items()
+                for name, other in by_type.items()
             },
-            model_draft=os.fspath(request.model_draft) if request.model_draft else None,
+            model_draft=os.fspath(options.model_draft) if options.model_draft else None,
             ctx_size_draft=draft.ctx_size if draft is not None else 0,
         )
         yield PlannedModel(reservation, blueprint, tuple(segments.values()), checkpoint, draft)
 
 
 def _draft_placer(
-    request: PlanRequest, devices: Sequence[Budget], files: ExitStack
+    options: LoadOptions, devices: Sequence[Budget], files: ExitStack
 ) -> Placer | None:
     """Open the draft model, if any, for as long as `files` stay open."""
-    check_count("ctx_size_draft", request.ctx_size_draft, 0, MAX_POSITIONS)
-    if not request.model_draft:
+    if not options.model_draft:
         return None
-    config = ModelConfig.from_dir(Path(request.model_draft))
-    checkpoint = files.enter_context(Checkpoint.open(request.model_draft))
+    config = ModelConfig.from_dir(Path(options.model_draft))
+    checkpoint = files.enter_context(Checkpoint.open(options.model_draft))
     return Placer(config, checkpoint, devices)
 
 
-def _chosen_ctx_size(request: PlanRequest, config: ModelConfig, largest: int) -> int:
-    length = stretched_length(config, request.alpha_value, request.compress_pos_emb)
-    if request.ctx_size is None:
+def _chosen_ctx_size(options: LoadOptions, config: ModelConfig, largest: int) -> int:
+    length = stretched_length(config, options.alpha_value, options.compress_pos_emb)
+    if options.ctx_size is None:
         return min(length, DEFAULT_CTX_SIZE)
-    if isinstance(request.ctx_size, str):  # auto; where nothing fits, one page shows by how much
+    if isinstance(options.ctx_size, str):  # auto; where nothing fits, one page shows by how much
         return min(length, largest or PAGE_LEN)
-    return request.ctx_size
+    return options.ctx_size
 
 
 def _largest_ctx_size(placer: Placer, options: RunOptions) -> int:

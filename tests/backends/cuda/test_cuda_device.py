@@ -22,8 +22,8 @@ from exl_loader.backends.cuda import nvml, taken  # noqa: E402
 from exl_loader.backends.cuda.device import MIB, CudaDevice  # noqa: E402
 from exl_loader.backends.device import Capacity  # noqa: E402
 from exl_loader.loader import _open_devices as open_devices  # noqa: E402
-from exl_loader.memory.reservation import PlanRequest  # noqa: E402
-from exl_loader.memory.reservation.options import chosen_devices  # noqa: E402
+from exl_loader.memory.reservation import LoadOptions  # noqa: E402
+from exl_loader.memory.reservation.budgets import chosen_devices  # noqa: E402
 from exl_loader.utils.errors import (  # noqa: E402
     InsufficientMemory,
     InvalidSettings,
@@ -54,7 +54,7 @@ def smi(tmp_path, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     cuda.auto_cards.cache_clear()
     cuda._can_run.cache_clear()
-    monkeypatch.setattr("exl_loader.memory.reservation.options.auto_cards", cuda.auto_cards)
+    monkeypatch.setattr("exl_loader.memory.reservation.budgets.auto_cards", cuda.auto_cards)
     yield
     cuda.auto_cards.cache_clear()
     cuda._can_run.cache_clear()
@@ -151,9 +151,9 @@ def test_what_was_measured_is_in_the_plan_of_a_model(smi, torch_with_cuda, card_
                                                     tiny_model_dir, monkeypatch):
     monkeypatch.setitem(devices.KINDS, "cuda", CudaDevice())
     devices.KINDS["cuda"].open("cuda:0")
-    assumed = exl_loader.plan(tiny_model_dir, 512, device="cuda:0").devices[0]
+    assumed = exl_loader.plan(tiny_model_dir, ctx_size=512, device="cuda:0").devices[0]
     take("cuda:0", 23 * MIB)
-    measured = exl_loader.plan(tiny_model_dir, 512, device="cuda:0").devices[0]
+    measured = exl_loader.plan(tiny_model_dir, ctx_size=512, device="cuda:0").devices[0]
     assert (assumed.overhead_measured, measured.overhead_measured) == (False, True)
     assert assumed.overhead_bytes - measured.overhead_bytes == ASSUMED - 23 * MIB
     assert assumed.total_bytes == measured.total_bytes
@@ -236,11 +236,11 @@ def test_only_cards_that_hold_layers_are_opened(
     smi, torch_with_cuda, tiny_model_dir, monkeypatch
 ):
     monkeypatch.setitem(devices.KINDS, "cuda", CudaDevice())
-    request = PlanRequest(tiny_model_dir, 512, gpu_split="18,3")
-    open_devices(request)
+    options = LoadOptions(ctx_size=512, gpu_split="18,3")
+    open_devices(tiny_model_dir, options)
     assert torch_with_cuda.open == {0}
-    total = exl_loader.plan(tiny_model_dir, 512, device="cuda:0").total_bytes
-    open_devices(replace(request, gpu_split=[(total - 1) / 2**30, 3]))
+    total = exl_loader.plan(tiny_model_dir, ctx_size=512, device="cuda:0").total_bytes
+    open_devices(tiny_model_dir, replace(options, gpu_split=[(total - 1) / 2**30, 3]))
     assert torch_with_cuda.open == {0, 1}
 
 

@@ -22,9 +22,12 @@ from exl_loader.checkpoint.config import (
     MAX_VOCAB_SIZE,
 )
 from exl_loader.formats.packed import DenseLinear
-from exl_loader.memory.reservation.options import MAX_BATCH_SIZE, MAX_CHUNK_SIZE
+from exl_loader.memory.reservation import LoadOptions
 from support.cuda_linear_cases import stream_linear
 from support.cuda_targets import emulated_launcher
+
+MAX_BATCH_SIZE = int(LoadOptions.OPTIONS["max_batch_size"].most)
+MAX_CHUNK_SIZE = int(LoadOptions.OPTIONS["chunk_size"].most)
 
 LIMITS = (2**31 - 1, 65535, 65535)
 

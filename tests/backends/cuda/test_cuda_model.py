@@ -59,7 +59,7 @@ def relative_error(actual, expected):
 
 def run(folder, device, ids=IDS, **options):
     """Return a text's logits and its greedy continuation; memory is as planned throughout."""
-    total = exl_loader.plan(folder, CTX, device=device, **options).total_bytes
+    total = exl_loader.plan(folder, ctx_size=CTX, device=device, **options).total_bytes
     with exl_loader.load(folder, ctx_size=CTX, device=device, **options) as model:
         assert model.allocated_bytes() == total == model.reservation.total_bytes
         logits = model.prompt_logits(ids)

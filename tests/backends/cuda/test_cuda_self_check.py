@@ -168,7 +168,7 @@ def test_a_load_that_is_checked_allocates_what_was_planned(opened, tmp_path, mon
     card = CapturingLauncher(Card())
     monkeypatch.setattr(cuda_ops, "CardHost", lambda name, launcher: EmulatedHost(card))
     opened.append(card)
-    total = exl_loader.plan(tmp_path / "m", 256, device="cuda:0").total_bytes
+    total = exl_loader.plan(tmp_path / "m", ctx_size=256, device="cuda:0").total_bytes
     with exl_loader.load(tmp_path / "m", ctx_size=256, device="cuda:0") as model:
         assert cuda_ops._checked == {0}
         assert model.allocated_bytes() == total == memory.live_bytes()

@@ -40,10 +40,10 @@ def nothing_left(no_other_model):
 
 def gpu_split(folder, first_layers, **options):
     """Return what the web UI's field would say for so many layers on the first of two cards."""
-    total = exl_loader.plan(folder, CTX, device="cuda:0", **options).total_bytes
+    total = exl_loader.plan(folder, ctx_size=CTX, device="cuda:0", **options).total_bytes
     for part in range(95, 0, -4):
         text = f"{total * part / 100 / GIB:.9f},24"
-        devices = exl_loader.plan(folder, CTX, gpu_split=text, **options).devices
+        devices = exl_loader.plan(folder, ctx_size=CTX, gpu_split=text, **options).devices
         if devices[0].device == "cuda:0" and devices[0].end_layer == first_layers:
             return text
     raise AssertionError("no such split")
@@ -51,7 +51,7 @@ def gpu_split(folder, first_layers, **options):
 
 def run(folder, ids=IDS, **options):
     """Return a text's logits and its greedy continuation; memory is as planned on each device."""
-    planned = exl_loader.plan(folder, CTX, **options)
+    planned = exl_loader.plan(folder, ctx_size=CTX, **options)
     with exl_loader.load(folder, ctx_size=CTX, **options) as model:
         for device in planned.devices:
             assert memory.live_bytes(device.device) == device.total_bytes
@@ -251,9 +251,9 @@ def test_two_models_on_the_same_two_cards(cards, tmp_path, nothing_left):
 def test_a_card_and_main_memory(cards, tmp_path, nothing_left, device):
     write_quantized_model(tmp_path / "m", "exl2")
     expected, _ = run(tmp_path / "m", device="cpu")
-    total = exl_loader.plan(tmp_path / "m", CTX, device="cuda:0").total_bytes
+    total = exl_loader.plan(tmp_path / "m", ctx_size=CTX, device="cuda:0").total_bytes
     limits = [0.8 * total / GIB, 24]
-    planned = exl_loader.plan(tmp_path / "m", CTX, device=device, gpu_split=limits)
+    planned = exl_loader.plan(tmp_path / "m", ctx_size=CTX, device=device, gpu_split=limits)
     (main_memory,) = (d for d in planned.devices if d.device == "cpu")
     assert main_memory.overhead_bytes > 3 * 4096  # what is read on its way, not pages alone
     logits, answer = run(tmp_path / "m", device=device, gpu_split=limits)
@@ -269,13 +269,13 @@ def test_a_card_that_is_too_small_is_named(tmp_path, monkeypatch, nothing_left):
         cards.memory.granularity_bytes = 4096  # or a page of a card would hold the whole model
         cards.install(monkeypatch)
         exl_loader.load(tmp_path / "m", ctx_size=CTX, device=device).unload()
-        return exl_loader.plan(tmp_path / "m", CTX, device=device).devices
+        return exl_loader.plan(tmp_path / "m", ctx_size=CTX, device=device).devices
 
     (whole,) = load([GIB, 0])
     first, second = load([whole.needed_bytes - 1, GIB])
     assert (first.end_layer, second.end_layer) == (2, 3)
     monkeypatch.setattr(
-        "exl_loader.memory.reservation.options.auto_cards", lambda: tuple(TWO.split(","))
+        "exl_loader.memory.reservation.budgets.auto_cards", lambda: tuple(TWO.split(","))
     )
     assert [d.end_layer for d in load([whole.needed_bytes - 1, GIB], "auto")] == [2, 3]
     assert len(load([whole.needed_bytes, GIB], "auto")) == 1

@@ -61,7 +61,7 @@ def free_bytes():
 @pytest.mark.parametrize("cache_type", ["fp16", "q4"])
 def test_the_driver_sees_what_was_reserved(folder, cache_type):
     before = free_bytes()
-    planned = exl_loader.plan(folder, CTX, cache_type, device=DEVICE)
+    planned = exl_loader.plan(folder, ctx_size=CTX, cache_type=cache_type, device=DEVICE)
     with exl_loader.load(folder, ctx_size=CTX, cache_type=cache_type, device=DEVICE) as model:
         taken = before - free_bytes()
         assert model.reservation.total_bytes == planned.total_bytes == model.allocated_bytes()
@@ -72,7 +72,7 @@ def test_the_driver_sees_what_was_reserved(folder, cache_type):
 
 def test_two_full_contexts_within_the_reservation(folder):
     """Two answers up to the last token of the context, the limit at what was reserved."""
-    total = exl_loader.plan(folder, CTX, "q4", device=DEVICE).total_bytes
+    total = exl_loader.plan(folder, ctx_size=CTX, cache_type="q4", device=DEVICE).total_bytes
     settings = {"max_new_tokens": CTX, "ban_eos_token": True, "temperature": 0}
     with exl_loader.load(folder, ctx_size=CTX, cache_type="q4", device=DEVICE,
                          memory_limit=total) as model:
