@@ -18,11 +18,11 @@
 namespace exl {
 
 constexpr int kPageLen = 256;  // tokens
-constexpr int kGroup = 32;  // elements that share one scale
-constexpr int kCodeStep = 8;  // a short last group is padded to a multiple of this number of codes
+constexpr int kGroup = 32;     // elements that share one scale
+constexpr int kCodeStep = 8;   // a short last group is padded to a multiple of this number of codes
 
 // Levels of 4-bit codes in units of 1/128 of the scale. The lowest bit of the scale selects the
-// table.
+// table. tools/fit_codebooks.py found the levels.
 constexpr int kTables = 2;
 constexpr int kLevels = 16;
 EXL_HOST_DEVICE constexpr int codebook_level(int table, int code) {
@@ -34,7 +34,8 @@ EXL_HOST_DEVICE constexpr int codebook_level(int table, int code) {
 }
 constexpr float kCodebookUnit = 1.0f / 128;
 
-// The scales that the writer tries: evenly spaced factors times a group's largest magnitude.
+// The scales that the writer tries: evenly spaced factors times a group's largest magnitude. The
+// reference codec describes how range and steps were chosen.
 struct ScaleSearch {
     float first, last;
     int steps;
@@ -48,6 +49,7 @@ constexpr int kRefits = 1;
 
 // True if an element of a head is negated before the Hadamard transform.
 EXL_HOST_DEVICE constexpr bool rotation_negates(uint32_t index) {
+    // Any well mixed bits would do; these multipliers are odd primes, as in common hash functions.
     uint32_t mixed = index * 0x9E3779B1u;
     mixed = (mixed ^ (mixed >> 15)) * 0x85EBCA77u;
     return (mixed >> 16) & 1u;
@@ -55,8 +57,8 @@ EXL_HOST_DEVICE constexpr bool rotation_negates(uint32_t index) {
 
 // Cache of 16 bits: value = code * scale / kBlockUnit, where the float16 scale is stored in the
 // lowest bits of the first 16 codes. Elements [first, first + block_elements) share a scale.
-constexpr float kBlockUnit = 32768.0f;
-constexpr float kLargestBlockCode = 32766.0f;
+constexpr float kBlockUnit = 32768.0f;         // 2^15, one more than the largest int16
+constexpr float kLargestBlockCode = 32766.0f;  // stays an int16 with its lowest bit set
 EXL_HOST_DEVICE constexpr int block_elements(int head_dim, int first) {
     // A remainder of fewer than 16 elements could not hold the bits of a scale of its own, so it
     // joins the group before it.
@@ -82,9 +84,9 @@ extern "C" {
 
 // The keys or the values of one layer.
 struct ExlCacheHalf {
-    void* codes;  // [pages, kv_heads, kPageLen, code_bytes(head_dim, bits)]
+    void* codes;       // [pages, kv_heads, kPageLen, code_bytes(head_dim, bits)]
     uint16_t* scales;  // float16 [pages, kv_heads, kPageLen, num_groups]; null if bits >= 16
-    int32_t bits;  // 4, 6, 8, 16 (int16 codes with embedded scales) or 32 (float32)
+    int32_t bits;      // 4, 6, 8, 16 (int16 codes with embedded scales) or 32 (float32)
 };
 
 struct ExlCacheLayer {
@@ -106,9 +108,9 @@ struct ExlBatch {
 
 // A layer's key bias with the RoPE frequencies of a batch; mirrors KeyBias.
 struct ExlKeyBias {
-    const int32_t* pairs;  // [kv_heads, num_pairs]: element i of a pair (i, half + i)
-    const float* first;  // [kv_heads, num_pairs]: bias of element i
-    const float* second;  // [kv_heads, num_pairs]: bias of element half + i
+    const int32_t* pairs;   // [kv_heads, num_pairs]: element i of a pair (i, half + i)
+    const float* first;     // [kv_heads, num_pairs]: bias of element i
+    const float* second;    // [kv_heads, num_pairs]: bias of element half + i
     const float* inv_freq;  // [num_sequences, half]
     int64_t num_pairs;
     int64_t half;

@@ -43,11 +43,11 @@ struct ExlPackedLinear {
     int64_t tile_bytes;
     int64_t num_groups;
     const uint8_t* codes;      // [tiles, tile_bytes]
-    const uint16_t* scales;  // float16 [tiles, num_groups, 16]
-    const uint8_t* zeros;  // [tiles, num_groups, 16]; null: every zero point is 2^(bits - 1)
+    const uint16_t* scales;    // float16 [tiles, num_groups, 16]
+    const uint8_t* zeros;      // [tiles, num_groups, 16]; null: every zero point is 2^(bits - 1)
     const exl::Group* groups;  // [num_groups]
-    const int32_t* perm;  // [in_features]; null: the identity
-    const float* bias;  // [out_features]; null: no bias
+    const int32_t* perm;       // [in_features]; null: the identity
+    const float* bias;         // [out_features]; null: no bias
 };
 
 enum ExlDtype : int32_t { kExlFloat32 = 0, kExlFloat16 = 1, kExlBfloat16 = 2 };
@@ -57,7 +57,7 @@ struct ExlDenseLinear {
     int64_t out_features;
     int64_t tiles;
     const void* weight;  // dtype [tiles, in_features, 16]
-    const float* bias;  // [out_features]; null: no bias
+    const float* bias;   // [out_features]; null: no bias
     int64_t dtype;       // ExlDtype
 };
 }

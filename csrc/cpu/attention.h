@@ -30,15 +30,15 @@ constexpr int value_stride(int head_dim) { return round_up(head_dim, kLanes); }
 // Tokens of a kv_split: two pages are about 20 us of work for 8 heads, enough to be worth the
 // cost of claiming a task.
 constexpr int kKvSplitTokens = 512;
-static_assert(kKvSplitTokens % kTileTokens == 0, "a split is whole tiles");
+static_assert(kKvSplitTokens % kTileTokens == 0, "a kv_split is whole tiles");
 
 // Rows of one prefill task: enough that the time to expand a tile is small beside its use.
 constexpr int kTaskRows = 128;
 
 // Running results of some rows over a part of their keys.
 struct Partial {
-    float* sums;  // [rows, value_stride]: sum of exp(score - largest) * value
-    float* totals;  // [rows, kLanes]: sum of exp(score - largest), one partial sum per lane
+    float* sums;     // [rows, value_stride]: sum of exp(score - largest) * value
+    float* totals;   // [rows, kLanes]: sum of exp(score - largest), one partial sum per lane
     float* largest;  // [rows]: largest score; -inf while no key was visible
 };
 
@@ -49,8 +49,8 @@ struct BiasRows;  // key_bias.h
 struct Rows {
     int64_t count;
     const float* queries;            // [count, head_dim]
-    const int32_t* low;  // [count]: first visible position
-    const int32_t* high;  // [count]: one past the last visible position
+    const int32_t* low;              // [count]: first visible position
+    const int32_t* high;             // [count]: one past the last visible position
     const BiasRows* bias = nullptr;  // the key bias of these rows; null: none
 };
 

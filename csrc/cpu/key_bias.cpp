@@ -27,11 +27,11 @@ void set_bias_row(const ExlKeyBias& bias, int64_t head, const float* query, floa
 }
 
 BiasWaves::BiasWaves(const BiasRows& rows, int32_t first_tile) : num_pairs_(rows.num_pairs) {
-    const int32_t split = first_tile / kKvSplitTokens * kKvSplitTokens;
+    const int32_t split_first = first_tile / kKvSplitTokens * kKvSplitTokens;
     for (int i = 0; i < num_pairs_; ++i) {
         const double frequency = rows.frequencies[i];
-        cos_[i] = std::cos(split * frequency);
-        sin_[i] = std::sin(split * frequency);
+        cos_[i] = std::cos(split_first * frequency);
+        sin_[i] = std::sin(split_first * frequency);
         cos_step_[i] = std::cos(kLanes * frequency);
         sin_step_[i] = std::sin(kLanes * frequency);
         const double cos_one = std::cos(frequency), sin_one = std::sin(frequency);
@@ -43,7 +43,7 @@ BiasWaves::BiasWaves(const BiasRows& rows, int32_t first_tile) : num_pairs_(rows
             s = s * cos_one + c * sin_one;
             c = next;
         }
-        for (int32_t skipped = split; skipped < first_tile; skipped += kLanes) advance(i);
+        for (int32_t skipped = split_first; skipped < first_tile; skipped += kLanes) advance(i);
     }
 }
 

@@ -46,7 +46,7 @@ class BiasWaves {
     void advance(int pair);
 
     int num_pairs_;
-    double cos_[kMaxBiasPairs], sin_[kMaxBiasPairs];  // at the next position
+    double cos_[kMaxBiasPairs], sin_[kMaxBiasPairs];            // at the next position
     double cos_step_[kMaxBiasPairs], sin_step_[kMaxBiasPairs];  // of kLanes positions
     float cos_lanes_[kMaxBiasPairs * kLanes], sin_lanes_[kMaxBiasPairs * kLanes];
 };

@@ -59,7 +59,7 @@ struct Span {
     int32_t rows;  // a multiple of kBlockRows
     int32_t group;
     int32_t bits;
-    int32_t offset;  // in bytes, from the start of a tile
+    int32_t offset;      // in bytes, from the start of a tile
     int32_t source_row;  // first_row without the padding
     int32_t source_rows;
 };

@@ -12,6 +12,7 @@
 namespace exl {
 namespace {
 
+// Elements that are worth the cost of a claim: about 5 us of reading and writing.
 constexpr int64_t kElementsPerTask = 16 * 1024;
 
 float sum_of_squares(const float* x, int64_t size) {

@@ -176,6 +176,7 @@ void parallel(int64_t items, int64_t grain, Task task, void* context, int64_t ma
 int num_threads() { return requested_threads.load(std::memory_order_relaxed); }
 
 int64_t balanced_grain(int64_t items, int64_t min_grain) {
+    // A thread that is half as fast as the others then delays the end by at most 1/8.
     constexpr int64_t kChunksPerThread = 8;
     const int64_t chunks = kChunksPerThread * num_threads();
     const int64_t grain = ceil_div(items, chunks);

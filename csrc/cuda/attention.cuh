@@ -19,16 +19,16 @@ struct AttentionCall {
     ExlCacheLayer layer;
     ExlBatch batch;
     ExlAttentionShape shape;
-    ExlKeyBias bias;  // num_pairs is 0 if the layer has none
+    ExlKeyBias bias;     // num_pairs is 0 if the layer has none
     int64_t bias_begin;  // offset of BiasMemory in a block's shared memory
-    const float* q;  // [rows, num_heads, head_dim]
-    float* out;  // [rows, num_heads, head_dim]
+    const float* q;      // [rows, num_heads, head_dim]
+    float* out;          // [rows, num_heads, head_dim]
 };
 
 // Converts a dot product q . k to an exponent of 2, with the scale and the soft cap.
 struct ScoreTransform {
     float factor;  // of q . k
-    float cap;  // 0, or cap * log2(e), which multiplies tanh(factor * q . k)
+    float cap;     // 0, or cap * log2(e), which multiplies tanh(factor * q . k)
     __device__ __forceinline__ explicit ScoreTransform(const ExlAttentionShape& shape)
         : factor(shape.softcap != 0.0f ? shape.scale / shape.softcap : shape.scale * kLog2E),
           cap(shape.softcap * kLog2E) {}

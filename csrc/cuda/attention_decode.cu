@@ -34,7 +34,7 @@
 // tile, reused by merge_warps; BiasMemory.
 //
 // Preconditions: cache of 4, 6, 8 or 16 bits; `units` is 1, 2 or 4; counters are zero.
-#include "cuda/decode_split.cuh"
+#include "cuda/decode_loop.cuh"
 
 namespace exl {
 

@@ -1,6 +1,6 @@
 // attention_decode.cu for other head sizes: multiples of 16 up to 256, padded with elements that
 // do not exist. A separate file so that both are compiled at the same time.
-#include "cuda/decode_split.cuh"
+#include "cuda/decode_loop.cuh"
 
 namespace exl {
 

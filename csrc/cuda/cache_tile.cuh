@@ -18,8 +18,8 @@ namespace exl {
 
 constexpr int kUnit = 16;
 constexpr float kLevelUnit = 8.0f;
-constexpr uint32_t kSixteenth = 0x2C002C00u;  // 1/16, twice
-constexpr uint32_t kMinusShift = 0xD480D480u;  // -(1024 + 128) / 16, twice
+constexpr uint32_t kSixteenth = 0x2C002C00u;      // 1/16, twice
+constexpr uint32_t kMinusShift = 0xD480D480u;     // -(1024 + 128) / 16, twice
 constexpr uint32_t kExponentBytes = 0x64646464u;  // the high byte of the float16 1024 + b
 constexpr float kLog2E = 1.4426950408889634f;
 
@@ -173,7 +173,7 @@ __device__ __forceinline__ void expand_unit(const uint8_t* row, const uint16_t* 
 
 // Sizes of one token of one head in a packed tile.
 struct TileBytes {
-    int codes;  // bytes of a token's codes
+    int codes;   // bytes of a token's codes
     int groups;  // number of a token's scales
     __device__ __forceinline__ TileBytes(int bits, int head_dim)
         : codes(code_bytes(head_dim, bits)), groups(num_groups(head_dim, bits)) {}

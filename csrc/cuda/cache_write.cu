@@ -22,7 +22,7 @@
 // RoPE of a step's queries and keys, and their norms in models that have them. Queries are
 // rotated in place, keys before they are written to the cache.
 struct RopeCall {
-    float* q;  // [rows, q_heads, head_dim]
+    float* q;            // [rows, q_heads, head_dim]
     const float* table;  // [rows, 2, half]: cos, then sin; null if keys are already rotated
     const float* q_weight;
     const float* k_weight;  // [head_dim], or null
@@ -298,7 +298,7 @@ extern "C" __global__ void __launch_bounds__(kWriteThreads)
     const int64_t token_index = token_index_of(batch, sequence, layer.num_kv_heads, head, position);
     auto* codes = static_cast<uint8_t*>(half.codes) + token_index * code_bytes(head_dim, half.bits);
     uint16_t* scales = half.scales + token_index * num_groups(head_dim, half.bits);
-    const int padded = (head_dim + kGroup - 1) / kGroup * kGroup;
+    const int padded = round_up(head_dim, kGroup);
     float* codebooks = memory + padded;
     for (int i = threadIdx.x; i < padded; i += blockDim.x) memory[i] = i < head_dim ? x[i] : 0.0f;
     block_sync();  // the head is complete

@@ -11,19 +11,19 @@ namespace exl {
 constexpr int kRows = 8;  // columns of the B operand of an mma
 
 struct DecodeLaunch {
-    float* partials;
-    int32_t* counters;  // [sequences, kv_heads * groups]; zero before and after a launch
-    int32_t first_row;  // of the batch's decoding rows, not counting those of prompts
-    int32_t rows;  // room of `partials`; further rows have a launch of their own
-    int32_t slots;  // partials of a row
+    float* partials;        // [rows, num_heads, slots, head_dim + 2]: sums, largest, total
+    int32_t* counters;      // [sequences, kv_heads * groups]; zero before and after a launch
+    int32_t first_row;      // of the batch's decoding rows, not counting those of prompts
+    int32_t rows;           // room of `partials`; further rows have a launch of their own
+    int32_t slots;          // partials of a row
     int32_t max_kv_splits;  // of a row, not counting one more that a sliding window may touch
-    int32_t units;  // slots of a warp's ring: 1, 2 or 4
-    int32_t heads_per_kv;  // query heads per key/value head
-    int32_t groups;  // number of groups of 8 rows, per key/value head and sequence
+    int32_t units;          // slots of a warp's ring: 1, 2 or 4
+    int32_t heads_per_kv;   // query heads per key/value head
+    int32_t groups;         // number of groups of 8 rows, per key/value head and sequence
 };
 
 struct RowData {
-    float factors[kRows];  // that multiply scores
+    float factors[kRows];      // that multiply scores
     int32_t positions[kRows];  // -1: no such row
     float largest[kRows];
     float totals[kRows];
@@ -38,8 +38,8 @@ struct KvSplits {
     int count;
     __device__ __forceinline__ KvSplits(int position, int sliding_window, int max_kv_splits) {
         const unsigned low = first_visible(position, sliding_window), last = position;
-        const unsigned seen = (last - low + kPageLen) / kPageLen, most = max_kv_splits;
-        const unsigned each = seen <= most ? 1 : (seen + most - 1) / most;
+        const unsigned seen = (last - low + kPageLen) / kPageLen, limit = max_kv_splits;
+        const unsigned each = seen <= limit ? 1 : ceil_div(seen, limit);
         const unsigned begin = low / kPageLen, end = last / kPageLen;
         pages = static_cast<int>(each);
         first = static_cast<int>(each == 1 ? begin : begin / each);
@@ -94,7 +94,7 @@ struct Passes {
 
 // Rows of a group whose kv_splits have the same number of pages.
 struct Pass {
-    int pages, first, end;  // first, end: kv_splits
+    int pages, first, end;   // first, end: kv_splits
     int low_row, low, high;  // position of the first row; visible tokens [low, high)
     __device__ __forceinline__ Pass(const AttentionCall& call, const DecodeLaunch& launch,
                                     const Passes& passes, int index)

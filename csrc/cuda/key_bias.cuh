@@ -34,14 +34,14 @@ constexpr int kStepPairs = 8;  // pairs of one product: m16n8k16 has 16 k, a cos
 struct BiasMemory {
     float* frequencies;  // [kMaxBiasPairs], zeros after the last pair
     float* key_factors;  // [rows]
-    float4* factors;  // [rows / 8][steps][32]: a, b of pairs t and t + 4, of row g
-    uint4* waves;  // [steps][tokens / 8][32]: high, high, low, low of token g
+    float4* factors;     // [rows / 8][steps][32]: a, b of pairs t and t + 4, of row g
+    uint4* waves;        // [steps][tokens / 8][32]: high, high, low, low of token g
     int pairs, steps;
 
     // rows: of the block, a multiple of 8. shared: the block's shared memory.
     __device__ __forceinline__ BiasMemory(const AttentionCall& call, char* shared, int rows)
         : pairs(static_cast<int>(call.bias.num_pairs)),
-          steps((pairs + kStepPairs - 1) / kStepPairs) {
+          steps(ceil_div(pairs, kStepPairs)) {
         frequencies = reinterpret_cast<float*>(shared + call.bias_begin);
         key_factors = frequencies + kMaxBiasPairs;
         factors = reinterpret_cast<float4*>(key_factors + rows);

@@ -32,7 +32,7 @@ constexpr int kMaxLayers = 3;
 // Source of a single row; x and other are float32 [in_features].
 enum RowKind : int32_t {
     kPlainRow = 0,  // x
-    kNormRow = 1,  // rms_norm(x) with weights `other`; block 0 also stores it in `normed`
+    kNormRow = 1,   // rms_norm(x) with weights `other`; block 0 also stores it in `normed`
     kGatedRow = 2,  // kGatedRow + a: activation a of x, times `other`
 };
 struct RowSource {

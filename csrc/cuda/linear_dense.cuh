@@ -29,18 +29,20 @@ namespace exl {
 constexpr int kBlockK = 16;
 constexpr int kSliceBlocks = 2;
 constexpr int kSliceK = kSliceBlocks * kBlockK;
+// 8 slices are 16 products of 16 k with two numbers per activation: 32 additions.
 constexpr int kPartSlices = 8;
 constexpr int kPartK = kPartSlices * kSliceK;
 constexpr int kPartBlocks = kPartK / kBlockK;
 // Rows of activations of one product of fragments: the columns of the B operand.
 constexpr int kFragmentRows = 8;
+// Bytes of one asynchronous copy.
 constexpr int kChunkBytes = 16;
 
 __device__ __forceinline__ int dense_parts(int in_features) {
-    return (in_features + kPartK - 1) / kPartK;
+    return ceil_div(in_features, kPartK);
 }
 __device__ __forceinline__ int dense_slices(int in_features) {
-    return (in_features + kSliceK - 1) / kSliceK;
+    return ceil_div(in_features, kSliceK);
 }
 
 // A power of two and its inverse.
@@ -239,8 +241,8 @@ __device__ __forceinline__ float largest_of(const float4& v) {
 }
 
 struct DenseOutput {
-    const float* bias;
-    float* out;
+    const float* bias;  // [out_features]; null: no bias
+    float* out;         // [rows, stride]
     int64_t stride;
     int out_features;
     int rows;

@@ -16,6 +16,7 @@
 namespace exl {
 
 constexpr int kMaxDecodeThreads = 512;
+// 6 slices of 16-bit weights or 3 slices of float32, 1 or 2 KiB each; one slice is being read.
 constexpr int kRingBytes = 6144;
 constexpr int kPassOutputs = kFragmentRows * kTileColumns;
 

@@ -24,6 +24,7 @@ constexpr int kWarpRows = kWarpRowTiles * kFragmentRows;
 constexpr int kPrefillTiles = 2 * kWarpTiles;
 constexpr int kPrefillRows = 2 * kWarpRows;
 constexpr int kSliceChunks = kSliceK / 4;
+// Shared memory that every card gives a block without a request for more.
 constexpr int kPrefillBytes = 48 << 10;
 constexpr int kPrefillColumns = kPrefillTiles * kTileColumns;
 // Floats per row of results. The padding of 4 spreads the 4 pairs of rows x 8 columns that a warp
@@ -122,7 +123,7 @@ __device__ __forceinline__ void dense_prefill(const uint4* inputs, const float* 
     const int first_row = static_cast<int>(blockIdx.x) * kPrefillRows;
     const int first_tile = static_cast<int>(blockIdx.y) * kPrefillTiles;
     const int tile = warp_id() / 2 * kWarpTiles, row = warp_id() % 2 * kWarpRows;
-    const int tiles = (output.out_features + kTileColumns - 1) / kTileColumns;
+    const int tiles = ceil_div(output.out_features, kTileColumns);
     const int slices = dense_slices(in_features), parts = dense_parts(in_features);
     const auto copy = [&](int slice) {
         if (slice < slices) {

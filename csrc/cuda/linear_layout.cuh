@@ -8,6 +8,7 @@
 // *row_split* is a range of row_blocks that one warp reads.
 #pragma once
 
+#include "common.h"
 #include "cuda/platform.cuh"
 
 namespace exl {
@@ -39,11 +40,11 @@ struct alignas(16) StreamPosition {
 };
 
 struct alignas(16) StreamLayer {
-    const uint8_t* codes;       // [tiles, tile_bytes]
-    const StreamGroup* groups;  // [num_groups]
+    const uint8_t* codes;              // [tiles, tile_bytes]
+    const StreamGroup* groups;         // [num_groups]
     const StreamPosition* row_blocks;  // [row_blocks + 1]
-    const int32_t* perm;  // [in_features]; null: the identity
-    const float* bias;  // [out_features]; null: no bias
+    const int32_t* perm;               // [in_features]; null: the identity
+    const float* bias;                 // [out_features]; null: no bias
     int64_t tile_bytes;
     int32_t in_features;
     int32_t out_features;
@@ -55,20 +56,20 @@ struct alignas(16) StreamLayer {
 };
 
 __device__ __forceinline__ int stream_tiles(int out_features) {
-    return (out_features + kStreamColumns - 1) / kStreamColumns;
+    return ceil_div(out_features, kStreamColumns);
 }
 __device__ __forceinline__ int stream_blocks(int in_features) {
-    return (in_features + kStreamBlockRows - 1) / kStreamBlockRows;
+    return ceil_div(in_features, kStreamBlockRows);
 }
 __device__ __forceinline__ int stream_row_blocks(int in_features) {
-    return (in_features + kRowBlockRows - 1) / kRowBlockRows;
+    return ceil_div(in_features, kRowBlockRows);
 }
 
 // Quantised activations of `rows` rows, written by linear_quantize.cu.
 //
 // An activation is (128 * high + low) times a scale for each row and row_block; high and low are
 // int8. `codes` is [row][block][high, low][32 stored rows].
-constexpr int kPlaneShift = 7;
+constexpr int kPlaneShift = 7;  // an int8 has 7 bits beside its sign
 constexpr int kBlockCodeBytes = 2 * kStreamBlockRows;
 constexpr int kRowBlockCodeBytes = kBlocksPerRowBlock * kBlockCodeBytes;
 
@@ -82,8 +83,8 @@ struct alignas(16) ActivationScale {
 };
 
 struct QuantizedRows {
-    const uint8_t* codes;
-    const ActivationScale* activation_scales;
+    const uint8_t* codes;                      // [rows, blocks, 2, 32]
+    const ActivationScale* activation_scales;  // [rows, row_blocks]
     int32_t rows;
 };
 

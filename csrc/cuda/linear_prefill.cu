@@ -5,8 +5,8 @@
 // Work per block: 4 tiles (128 columns) and 8 * kRowTiles rows. Work per warp: one tile and one
 // half of the rows, through all row_blocks of the layer. The block copies activations and streams
 // of a row_block into shared memory, one row_block ahead of the one it multiplies; a warp expands
-// codes from there to fragments. Integers, roundings and row_splits are those of decoding: at the
-// end of each row_split the running sums are added to the totals and start from zero. A row
+// codes from shared memory to fragments. Integers, roundings and row_splits are those of decoding:
+// at the end of each row_split the running sums are added to the totals and start from zero. A row
 // therefore has the same bits in prefill and in decoding.
 //
 // Registers: for 64 rows a lane has 64 integer sums, 32 running sums and 32 totals.

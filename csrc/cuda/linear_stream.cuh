@@ -69,9 +69,9 @@ private:
 
     __device__ __forceinline__ void copy_next() {
         char* slot = ring_ + (next_ & mask_) + lane_id() * 16;
-        const uint32_t mine = next_ + lane_id() * 16;
-        copy_async16(slot, source_ + next_, mine < length_);
-        copy_async16(slot + 512, source_ + next_ + 512, mine + 512 < length_);
+        const uint32_t lane_start = next_ + lane_id() * 16;
+        copy_async16(slot, source_ + next_, lane_start < length_);
+        copy_async16(slot + 512, source_ + next_ + 512, lane_start + 512 < length_);
         copy_async_commit();
         next_ += kChunkBytes;
     }
@@ -146,7 +146,7 @@ __device__ __forceinline__ void read_block(const Reader& reader, uint32_t offset
 // zeros, which belong to the lane's four columns.
 struct TileState {
     uint32_t offset;  // of the next byte to read, from the start of the reader
-    int group;  // the next group
+    int group;        // the next group
     int bits;
     int left;  // remaining blocks of the group that has begun
     StreamGroup next;

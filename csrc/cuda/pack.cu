@@ -22,9 +22,9 @@ constexpr int kQuads = kStreamBlockRows / 4;
 constexpr int kColumnStride = kQuads + 1;
 
 struct PackSource {
-    const uint32_t* words;  // [word_rows, columns]
+    const uint32_t* words;   // [word_rows, columns]
     const uint16_t* scales;  // float16 [num_groups, columns]
-    const uint8_t* zeros;  // [num_groups, columns], or null
+    const uint8_t* zeros;    // [num_groups, columns], or null
     int64_t word_rows;
     int columns;
 };

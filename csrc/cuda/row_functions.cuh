@@ -1,7 +1,8 @@
 // Functions of rows that several kernels apply: gated activations, RMSNorm, rotary embedding.
 //
 // Purpose: one definition of each, so that a fused kernel gives the same bits as separate ones.
-// Layout: float32, a row or a head contiguous. Work: as each function says; no shared memory.
+// Layout: float32, a row or a head contiguous. Work: one thread or one warp, see each function. No
+// shared memory.
 #pragma once
 
 #include "cuda/platform.cuh"

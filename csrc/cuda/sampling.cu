@@ -185,6 +185,8 @@ extern "C" __global__ void __launch_bounds__(exl::kThreads)
 }
 EXL_KERNEL(survey_logits_kernel);
 
+// Counts the logits of each bin. logits, scratch: as for survey_logits_kernel, which must run
+// before.
 extern "C" __global__ void __launch_bounds__(exl::kThreads)
     count_logits_kernel(const float* logits, int64_t stride, int32_t size, int32_t* scratch) {
     using namespace exl;
@@ -205,6 +207,10 @@ extern "C" __global__ void __launch_bounds__(exl::kThreads)
 }
 EXL_KERNEL(count_logits_kernel);
 
+// Takes the largest logits, sums the others, and sorts in the last block of a row.
+//
+// logits, scratch: as for count_logits_kernel, which must run before; out: int32
+// [rows, kHeaderWords + 2 * kMaxTaken], see the layout above.
 extern "C" __global__ void __launch_bounds__(exl::kThreads)
     take_logits_kernel(const float* logits, int64_t stride, int32_t size, int32_t* scratch,
                        int32_t* out) {
@@ -231,7 +237,7 @@ extern "C" __global__ void __launch_bounds__(exl::kThreads)
     float* warp_results = reinterpret_cast<float*>(words);
     if (lane_id() == 0) warp_results[warp_id()] = others;
     thread_fence();  // this thread's keys are visible before the block is counted
-    block_sync();  // warp_results are read by the first thread
+    block_sync();    // warp_results are read by the first thread
     if (threadIdx.x == 0) {
         others = 0.0f;
         for (int warp = 0; warp < kWarps; ++warp) others += warp_results[warp];

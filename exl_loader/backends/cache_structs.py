@@ -49,7 +49,7 @@ class KeyBiasStruct(ctypes.Structure):
 class ShapeStruct(ctypes.Structure):
     """ExlAttentionShape."""
 
-    _fields_ = [("num_heads", _I64), ("window", _I64), ("scale", _F32), ("softcap", _F32)]
+    _fields_ = [("num_heads", _I64), ("sliding_window", _I64), ("scale", _F32), ("softcap", _F32)]
 
 
 def cache_layer_struct(layer: CacheLayer, head_dim: int) -> CacheLayerStruct:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 MAX_LAYERS = 3
 
 
-class PlaceStruct(ctypes.Structure):
-    """`StreamPlace`."""
+class PositionStruct(ctypes.Structure):
+    """`StreamPosition`."""
 
     _fields_ = [
         ("offset", ctypes.c_int32),
@@ -31,7 +31,7 @@ class LayerStruct(ctypes.Structure):
     _fields_ = [
         ("codes", ctypes.c_void_p),
         ("groups", ctypes.c_void_p),
-        ("windows", ctypes.c_void_p),
+        ("row_blocks", ctypes.c_void_p),
         ("perm", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("tile_bytes", ctypes.c_int64),
@@ -39,11 +39,11 @@ class LayerStruct(ctypes.Structure):
         ("out_features", ctypes.c_int32),
         ("num_groups", ctypes.c_int32),
         ("zeros", ctypes.c_int32),
-        ("splits", ctypes.c_int32),
-        ("window_bytes", ctypes.c_int32),
-        # The compiler puts places on multiples of 16; these 8 bytes do so here.
+        ("row_splits", ctypes.c_int32),
+        ("row_block_bytes", ctypes.c_int32),
+        # The compiler aligns positions to 16 bytes; these 8 bytes do so in ctypes.
         ("unused", ctypes.c_int64),
-        ("starts", PlaceStruct * (MAX_SPLITS + 1)),
+        ("starts", PositionStruct * (MAX_SPLITS + 1)),
     ]
 
 
@@ -55,7 +55,7 @@ class RowsStruct(ctypes.Structure):
 
     _fields_ = [
         ("codes", ctypes.c_void_p),
-        ("notes", ctypes.c_void_p),
+        ("activation_scales", ctypes.c_void_p),
         ("rows", ctypes.c_int32),
     ]
 
@@ -85,7 +85,7 @@ class DecodeStruct(ctypes.Structure):
         ("ring_chunks", ctypes.c_int32),
         ("x", RowsStruct),
         ("row", RowSourceStruct),
-        # A struct that holds places is as long as a multiple of 16.
+        # The size of a struct that holds positions is a multiple of 16.
         ("unused", ctypes.c_int64),
     ]
 
@@ -104,8 +104,8 @@ def _layer_struct(w: StreamLinear) -> LayerStruct:
     assert len(w.host_windows) == windows + 1 == w.windows.shape[0]
     assert w.perm is None or w.perm.shape == (w.in_features,)
     offsets = [place[0] for place in w.host_windows]
-    starts = (PlaceStruct * (MAX_SPLITS + 1))(
-        *(PlaceStruct(*w.host_windows[windows * s // splits]) for s in range(splits + 1))
+    starts = (PositionStruct * (MAX_SPLITS + 1))(
+        *(PositionStruct(*w.host_windows[windows * s // splits]) for s in range(splits + 1))
     )
     return LayerStruct(
         address(w.codes), address(w.groups), address(w.windows), address(w.perm),
@@ -135,7 +135,7 @@ class ExpertLayers:
 
         structs = (LayerStruct * len(layers))(*(layer_struct(w) for w in layers))
         self.in_features, self.out_features = layers[0].in_features, layers[0].out_features
-        self.splits = structs[0].splits
+        self.row_splits = structs[0].row_splits
         assert all(w.in_features == self.in_features for w in layers)
         assert all(w.out_features == self.out_features for w in layers)
         raw = torch.frombuffer(bytearray(structs), dtype=torch.uint8)

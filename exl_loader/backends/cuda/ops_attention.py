@@ -42,7 +42,7 @@ _I32, _I64, _F32, _P = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_
 _MOST_COUNTERS = COUNTER_BYTES // ctypes.sizeof(_I32)
 _FLOAT_BYTES = ctypes.sizeof(_F32)
 _WARP = 32
-_ROWS = 8  # of a block of attention_decode.cu
+_ROWS = 8  # kRows of csrc/cuda/decode_rows.cuh
 _GENERIC_THREADS = 128
 _WRITE_WARPS = 8
 _CODEBOOK_FLOATS = 64
@@ -69,11 +69,11 @@ class _Rope(ctypes.Structure):
 
 
 class _Decode(ctypes.Structure):
-    """DecodeLaunch of csrc/cuda/attention_decode.cu."""
+    """DecodeLaunch of csrc/cuda/decode_rows.cuh."""
 
     _fields_ = [("partials", _P), ("counters", _P), ("first_row", _I32), ("rows", _I32),
-                ("slots", _I32), ("most_splits", _I32), ("units", _I32), ("sharing", _I32),
-                ("groups", _I32)]
+                ("slots", _I32), ("max_kv_splits", _I32), ("units", _I32),
+                ("heads_per_kv", _I32), ("groups", _I32)]
 
 
 class CudaAttentionOps:

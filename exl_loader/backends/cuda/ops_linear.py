@@ -148,8 +148,8 @@ class LinearOps(PackOps, DenseOps):
             _P(x.data_ptr()), layers.address, _P(address(experts)), _I32(share), _I32(features),
             codes, notes,
         )
-        warps = max(_LEAST_DECODE_WARPS, layers.splits)
-        blocks = -(-tiles_for(layers.out_features) * layers.splits // warps)
+        warps = max(_LEAST_DECODE_WARPS, layers.row_splits)
+        blocks = -(-tiles_for(layers.out_features) * layers.row_splits // warps)
         multiply = self.launcher.prepare(
             "linear_decode_pairs_kernel", (blocks, pairs, 1), warps * _WARP, warps * _RING_BYTES,
             layers.address, _P(address(experts)), codes, notes, _P(out.data_ptr()),
@@ -196,7 +196,7 @@ class LinearOps(PackOps, DenseOps):
 
         With twice as many blocks as multiprocessors, larger ones leave none without work.
         """
-        blocks = sum(-(-tiles_for(w.out_features) * w.splits // MAX_SPLITS) for w in layers)
+        blocks = sum(-(-tiles_for(w.out_features) * w.row_splits // MAX_SPLITS) for w in layers)
         enough = blocks >= 2 * self.launcher.multiprocessors
         fits = self._row_fits(MAX_SPLITS, layers[0].in_features)
         return MAX_SPLITS if enough and fits else _decode_warps(layers)
@@ -213,7 +213,7 @@ class LinearOps(PackOps, DenseOps):
             row_bytes = _row_bytes(layers[0].in_features)
         first_block = [0]
         for layer in layers:
-            tiles_a_block = warps // layer.splits
+            tiles_a_block = warps // layer.row_splits
             first_block.append(first_block[-1] + -(-tiles_for(layer.out_features) // tiles_a_block))
         call = DecodeStruct(
             (LayerStruct * MAX_LAYERS)(*layers),
@@ -232,7 +232,7 @@ class LinearOps(PackOps, DenseOps):
         columns = -(-tiles_for(layer.out_features) // _PREFILL_TILES)
         for block_rows in _PREFILL_ROWS:
             shared_bytes = 2 * (
-                block_rows * _PREFILL_ROW_BYTES + _PREFILL_TILES * layer.window_bytes
+                block_rows * _PREFILL_ROW_BYTES + _PREFILL_TILES * layer.row_block_bytes
             )
             blocks = -(-x.rows // block_rows)
             fills = blocks * columns >= self.launcher.multiprocessors
@@ -257,7 +257,7 @@ def _checked_structs(x: torch.Tensor, layers: Sequence[StreamLinear],
 
 def _decode_warps(layers: Sequence[LayerStruct]) -> int:
     """Warps of a block that decodes: one a split, and several tiles where there are few."""
-    return max(_LEAST_DECODE_WARPS, *(layer.splits for layer in layers))
+    return max(_LEAST_DECODE_WARPS, *(layer.row_splits for layer in layers))
 
 
 def _row_bytes(in_features: int) -> int:

@@ -86,7 +86,8 @@ def packed_right(ops, tmp_path):
 MUTATIONS = [
     (decoded_right, "linear_stream.cuh", "offset & mask_", "offset & (mask_ / 2)"),
     (decoded_right, "linear_stream.cuh", "kReadChunks = 2", "kReadChunks = 1"),
-    (decoded_right, "linear_stream.cuh", "mine + 512 < length_", "mine + 544 < length_"),
+    (decoded_right, "linear_stream.cuh", "lane_start + 512 < length_",
+     "lane_start + 544 < length_"),
     (decoded_right, "linear_stream.cuh", "* (minus[n] * (1 << shift))", "* minus[n]"),
     (decoded_right, "linear_stream.cuh", "(left > 0 ? 1 : 0)", "0"),
     (decoded_right, "linear_stream.cuh", "if (count == kBlocksPerRowBlock) continue;", "continue;"),

@@ -32,7 +32,7 @@ MISTAKES = [
                      "(lane_id() + field * 8) & 31"), "k of a prompt in a q4 cache"),
     ("attention_prefill", ("prefill_tile.cuh", "+ j % 2;\n                if (!is_visible",
                            "+ j / 2;\n                if (!is_visible"), "attention of a prompt"),
-    ("attention_decode", ("decode_gather.cuh", "other_factors[n] = exp2_fast(other -",
+    ("attention_decode", ("decode_softmax.cuh", "other_factors[n] = exp2_fast(other -",
                           "other_factors[n] = exp2_fast(1.0f + other -"), "attention of a token"),
     ("attention_decode", ("decode_rows.cuh", "atomic_add(counter, 1) == arrivals - 1;",
                           "atomic_add(counter, 1) == arrivals;"), "attention of a token"),

@@ -3,7 +3,7 @@
 // See attention_decode.cu for layout, work and preconditions.
 #pragma once
 
-#include "cuda/decode_gather.cuh"
+#include "cuda/decode_softmax.cuh"
 #include "cuda/decode_products.cuh"
 #include "cuda/decode_rows.cuh"
 
@@ -32,10 +32,10 @@ struct Ring {
     // Starts on the tiles of tokens [first, end). The position of a tile alone decides its warp.
     __device__ __forceinline__ void begin(int first, int end) {
         step = static_cast<int>(blockDim.x) / 32;
-        const int tiles_begin = first / kTile, tiles_end = (end + kTile - 1) / kTile;
+        const int tiles_begin = first / kTile, tiles_end = ceil_div(end, kTile);
         const int offset = (warp_id() - tiles_begin % step + step) % step;
         first_tile = tiles_begin + offset;
-        count = first_tile < tiles_end ? (tiles_end - first_tile + step - 1) / step : 0;
+        count = first_tile < tiles_end ? ceil_div(tiles_end - first_tile, step) : 0;
         for (int unit = 0; unit < units; ++unit) issue(unit);
     }
     __device__ __forceinline__ int token(int tile) const {
