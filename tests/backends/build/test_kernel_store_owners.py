@@ -270,7 +270,7 @@ with open(entry / "complete.json", "w") as file:
 OPEN = """
 import sys
 from pathlib import Path
-from exl_loader.backends import spec
+from exl_loader.backends.build import spec
 sources = Path(sys.argv[1])
 spec.csrc_dir = lambda: sources
 from exl_loader.backends import open_library
