@@ -30,7 +30,7 @@ from exl_loader.backends.reference.ops import cache_round_trip
 from exl_loader.cache.layout import BITS_NAMES, CacheType
 from exl_loader.cache.paging import PagedCache
 from exl_loader.checkpoint.config import ModelConfig
-from exl_loader.commands.evaluation import Lane, Result, bos_ids, run_lanes, run_window, windows_of
+from exl_loader.commands.evaluation import Lane, Result, bos_ids, cut_text, run_lanes, run_piece
 from exl_loader.commands.evaluation_plan import plan_evaluation
 from exl_loader.commands.model_options import DEMO_MODEL
 from exl_loader.model.key_bias import remove_from, split_bias
@@ -146,14 +146,14 @@ def measure_model(tokens: int) -> tuple[list[Result], int]:
     text = "\n".join(file.text for file in collect().held_out)
     with load(DEMO_MODEL, ctx_size=planned.reservation.ctx_size) as loaded:
         ids = loaded.encode(text, add_bos=False, special=False)[:tokens]
-        windows = list(windows_of(ids, bos_ids(loaded), loaded.ctx_size))
-        total = sum(len(window) - 1 for window in windows)
+        pieces = list(cut_text(ids, bos_ids(loaded), loaded.ctx_size))
+        total = sum(len(piece) - 1 for piece in pieces)
         results: list[Result] = []
 
         def compare(lanes: list[Lane]) -> Iterator[int]:
             add_peer_lanes(lanes, get_ops())
-            for window in windows:
-                yield from run_window(lanes, window, loaded.ctx_size)
+            for piece in pieces:
+                yield from run_piece(lanes, piece, loaded.ctx_size)
             results.extend(lane.result() for lane in lanes)
 
         with task(default_progress(), "evaluating", total, "tokens") as advance:

@@ -20,21 +20,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommand's arguments to its parser."""
     parser.add_argument(
         "--cuda-arch", metavar="ARCH",
-        help="compile the CUDA kernels instead, for cards of this kind or these kinds: "
-        "sm_90, 8.6, sm_80,sm_86, all",
+        help="compile the CUDA kernels instead, for one or more architectures such as sm_90, 8.6, "
+        "sm_80,sm_86 or all",
     )
     parser.add_argument(
-        "--force", action="store_true", help="compile even where a finished build exists"
+        "--force", action="store_true", help="compile again where a finished build exists"
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Build, and say where the result is and how long that took.
+    """Build, and print where the result is and how long that took.
 
     Raises:
-        KernelBuildError: no compiler, or the kernels do not compile.
-        InvalidSettings: `--cuda-arch` names something that is no architecture.
+        KernelBuildError: there is no compiler, or the kernels do not compile.
+        InvalidSettings: `--cuda-arch` names no architecture.
     """
     if args.cuda_arch is not None:
         return _run_cuda(args.cuda_arch, args.force, args.json)
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_cuda(archs: str, force: bool, as_json: bool) -> int:
-    """Build the CUDA kernels for each architecture; no card has to be there."""
+    """Build the CUDA kernels for each architecture. No card is needed."""
     driver = driver_release()
     results = []
     for capability in parse_archs(archs):

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from ..generation.generation import TextGeneration
 
 YOU, MODEL = "you> ", "model> "
-HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
+HELP = "/reset forgets the conversation, /exit or Ctrl-D quits, Ctrl-C stops an answer"
 
-# For models without a template: what most untrained ones can follow.
+# The prompt's format for models without a chat template. Most base models can follow it.
 PLAIN_ROLES = {"system": "System", "user": "User", "assistant": "Assistant"}
 PLAIN_STOPS = ("\nUser:", "\nSystem:")
 
@@ -37,41 +37,43 @@ PLAIN_STOPS = ("\nUser:", "\nSystem:")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommand's arguments to its parser."""
     add_load_arguments(parser)
-    parser.add_argument("--system", metavar="TEXT", help="what the model is told first")
+    parser.add_argument(
+        "--system", metavar="TEXT", help="system message, which comes before the conversation"
+    )
     add_sampling_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read lines, answer each; until the input ends.
+    """Answer one line after the other until the input ends.
 
     Returns:
-        The exit code: 1 where messages came from a pipe or a file and one got no answer. A
-        person at a terminal has seen it.
+        The exit code: 1 where messages came from a pipe or a file and one got no answer. At a
+        terminal it is 0, because the person has seen the error.
 
     Raises:
         ExlLoaderError: the folder or an option is wrong, the model has no tokenizer, or the
-            input is no UTF-8.
+            input is not UTF-8.
     """
     settings = sampling_settings(args)
     progress = default_progress()
-    talks = sys.stdin.isatty()
+    is_terminal = sys.stdin.isatty()
     failed = False
     with open_model(args, progress) as model:
         chat = Chat(model, settings, args.system, progress)
         if not chat.has_template:
-            print("this model has no chat template; using plain User:/Assistant: lines",
+            print("this model has no chat template; the prompt has plain User:/Assistant: lines",
                   file=sys.stderr)
-        if talks:
+        if is_terminal:
             print(HELP, file=sys.stderr)
-        lines = _typed_lines() if talks else _piped_lines()
+        lines = _typed_lines() if is_terminal else _piped_lines()
         for line in lines:
             if line == "/exit":
                 break
             if line == "/reset":
                 chat.reset()
-            elif line and not _answer(chat, line, stoppable=talks):
+            elif line and not _answer(chat, line, stoppable=is_terminal):
                 failed = True
-    return 1 if failed and not talks else 0
+    return 1 if failed and not is_terminal else 0
 
 
 class Chat:
@@ -79,13 +81,14 @@ class Chat:
 
     Args:
         model: has a tokenizer.
-        settings: of every answer.
-        system: the system message, None for none.
-        progress: told about long prompts.
+        settings: the settings of every answer.
+        system: the system message; None for none.
+        progress: gets the tokens of prompts.
 
     Attributes:
         messages: the conversation, without the system message.
-        notices: what was left out or cut off since the list was emptied, a line each.
+        notices: one line for each message that was left out and each answer that was cut off
+            since the list was last emptied.
     """
 
     def __init__(
@@ -102,18 +105,19 @@ class Chat:
         self.notices: list[str] = []
 
     def reset(self) -> None:
-        """Forget all but the system message."""
+        """Forget everything but the system message."""
         self.messages = []
 
     def ask(self, text: str):
-        """Yield the answer's pieces; it joins the conversation, as far as it was read.
+        """Yield the answer piece by piece.
 
-        Messages are dropped from the oldest on until the answer asked for fits into the
-        context; `notices` says so, and where an answer ends because the context is full.
+        What the caller has read of the answer becomes part of the conversation. The oldest
+        messages are dropped until the answer has room in the context. `notices` reports that,
+        and an answer that ends because the context is full.
 
         Raises:
-            PromptTooLong: this message alone is too long; the conversation is as before.
-            ExlLoaderError: the template refuses the conversation, which is as before.
+            PromptTooLong: this message alone is too long. The conversation is unchanged.
+            ExlLoaderError: the template refuses the conversation, which is unchanged.
         """
         before = list(self.messages)
         self.messages.append({"role": "user", "content": text})
@@ -155,7 +159,7 @@ class Chat:
 
 
 def _typed_lines() -> Iterator[str]:
-    """Read messages that a person types; Ctrl-C drops a line."""
+    """Read messages that a person types. Ctrl-C discards a line."""
     while True:
         try:
             yield input(YOU).strip()
@@ -167,10 +171,10 @@ def _typed_lines() -> Iterator[str]:
 
 
 def _piped_lines() -> Iterator[str]:
-    """Read messages from a pipe or a file, and write each down: nobody saw it being typed.
+    """Read messages from a pipe or a file, and print each one, because nobody typed it there.
 
     Raises:
-        InvalidSettings: the input is no UTF-8, or a line has more characters than any text.
+        InvalidSettings: the input is not UTF-8, or a line is longer than any text may be.
     """
     use_utf8(sys.stdin)
     while True:
@@ -183,7 +187,7 @@ def _piped_lines() -> Iterator[str]:
             ) from None
         if len(line) == TEXT_BYTES:
             raise InvalidSettings(
-                "stdin", expected=f"messages of less than {TEXT_BYTES} characters", actual="more"
+                "stdin", expected=f"messages of fewer than {TEXT_BYTES} characters", actual="more"
             )
         TerminalWriter(sys.stdout).write(line.strip() + "\n")
         if not line:
@@ -198,10 +202,13 @@ def _show_notices(chat: Chat) -> None:
 
 
 def _answer(chat: Chat, line: str, *, stoppable: bool) -> bool:
-    """Print the answer to a message, or why there is none; returns whether there was one.
+    """Print the answer to a message, or the error instead of one.
 
     Args:
-        stoppable: Ctrl-C ends the answer, and not the program.
+        stoppable: Ctrl-C ends the answer and not the program.
+
+    Returns:
+        True where there was an answer.
     """
     writer = TerminalWriter(sys.stdout)
     writer.write(MODEL)

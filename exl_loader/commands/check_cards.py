@@ -1,7 +1,7 @@
-"""`python -m exl_loader.commands.check_cards`: a line of JSON for each card that was checked.
+"""`python -m exl_loader.commands.check_cards`: print a line of JSON for each card checked.
 
-`doctor` runs it as a process of its own: a card that fails takes its process with it, and
-PyTorch and a context on the card are nothing that `doctor` needs for the rest.
+`doctor` runs this as a process of its own, because a card that fails ends its process, and
+because only this check needs PyTorch and a context on the card.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from ..utils.errors import ExlLoaderError
 
 
 def check(index: int) -> dict[str, Any] | None:
-    """Open a card's kernels, which checks them; compiles nothing.
+    """Open a card's kernels, which checks them. Nothing is compiled.
+
+    Args:
+        index: the card's number, as in `cuda:0`.
 
     Returns:
         `card`, and either `milliseconds` or what is wrong: `thing`, `actual`, `remedy`. None

@@ -1,8 +1,8 @@
-"""The command line's frame: finds the subcommand, and turns errors into one readable line.
+"""Find the subcommand, run it, and print errors as one readable line.
 
 A subcommand is a module with `add_arguments(parser)` and `run(args) -> exit code`. Only the
-one that was asked for is imported, so that `doctor` works where another one cannot. What exit
-codes mean stands in `EXIT_CODES`, which `--help` shows.
+chosen one is imported, so that `doctor` works where a package that another one needs is
+missing. `EXIT_CODES`, which `--help` shows, has the meaning of the exit codes.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from .. import __version__
 from ..utils.errors import ExlLoaderError, known_line
 from ..utils.terminal import TerminalFormatter, for_terminal
 
-# name -> (module, what the overview says)
+# name -> (module, its line in the overview)
 COMMANDS = {
     "generate": ("exl_loader.commands.generate", "write text that follows a prompt"),
     "chat": ("exl_loader.commands.chat", "talk to a model in the terminal"),
-    "plan": ("exl_loader.commands.plan", "compute the memory a model will take, without loading"),
-    "eval": ("exl_loader.commands.eval", "measure what cache types cost in quality on a text"),
+    "plan": ("exl_loader.commands.plan", "compute the memory that a model will take"),
+    "eval": ("exl_loader.commands.eval", "measure how much quality each cache type loses"),
     "convert": ("exl_loader.commands.convert", "quantise a model folder to EXL2"),
     "build": ("exl_loader.commands.build", "compile the kernels ahead of the first load"),
-    "doctor": ("exl_loader.commands.doctor", "say what this machine has and what is missing"),
+    "doctor": ("exl_loader.commands.doctor", "report what this machine has and what is missing"),
 }
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
-# What a shell says of a program that SIGPIPE ended.
+# The exit code that a shell reports for a program that SIGPIPE ended.
 EXIT_READER_GONE = 141
 
 EXIT_CODES = """\
 exit codes:
-  0    done; of plan: the model fits, or the plan says that it does not
-  1    an error, in one line on stderr: a wrong folder or option, a model that does not fit,
-       kernels that do not compile. Of doctor: something is missing. Of chat, where messages
-       come from a pipe or a file: one of them got no answer
+  0    success; for plan, whether or not the model fits
+  1    an error, printed as one line on stderr: a wrong folder or option, a model that does not
+       fit, kernels that do not compile. For doctor: something is missing. For chat with
+       messages from a pipe or a file: one of them got no answer
   2    wrong usage
   130  interrupted by Ctrl-C
-  141  whoever read the output is gone, as with `| head`
+  141  the reader of the output has closed it, as `| head` does
 """
 
 
@@ -53,23 +53,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand.
 
     Args:
-        argv: arguments without the program's name; those of the process where None, which
-            then also ends as Ctrl-C ends a program.
+        argv: arguments without the program's name. None takes those of the process. Then
+            Ctrl-C also ends the process by its signal.
 
     Returns:
         The exit code, see `EXIT_CODES`.
     """
     code = _run(sys.argv[1:] if argv is None else list(argv))
     if code == EXIT_INTERRUPTED and argv is None and os.name == "posix":
-        # A shell goes on with its loop or script after an exit code of 130, and ends it, as
-        # Ctrl-C is meant, after a program that the signal ended.
+        # The shell ends its loop or script only after a program that the signal itself ended.
+        # After an exit code of 130 it would run the next command.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
     return code
 
 
 def _run(argv: list[str]) -> int:
-    """Run one subcommand; every error becomes a line on stderr and an exit code."""
+    """Run one subcommand and turn every error into a line on stderr and an exit code."""
     _open_streams()
     handler = logging.StreamHandler()
     handler.setFormatter(TerminalFormatter("%(levelname)s: %(message)s"))
@@ -91,17 +91,17 @@ def _run(argv: list[str]) -> int:
             sys.stdout.flush()
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # Python's own flush at exit must not complain about that once more.
+        # Otherwise Python's own flush at exit would report the same error again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_READER_GONE
     except Exception as error:
-        hint = "" if verbose else " (this is a bug of exl_loader; --verbose shows where)"
+        hint = "" if verbose else " (this is a bug in exl_loader; --verbose shows where)"
         _report(known_line(error) or f"{type(error).__name__}: {error}{hint}", verbose)
     return EXIT_ERROR
 
 
 def _open_streams() -> None:
-    """Put what reads and writes nothing in place of standard streams that were closed."""
+    """Replace standard streams that were closed by the null device."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""`python -m exl_loader convert SRC DST`: arguments and what is printed."""
+"""`python -m exl_loader convert SRC DST`: quantise a model folder to EXL2."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bits", type=float, default=4.5, help="average bits per weight (default: 4.5)"
     )
     parser.add_argument(
-        "--head-bits", type=int, default=6, choices=(6, 8), help="bits of the output head"
+        "--head-bits", type=int, default=6, choices=(6, 8),
+        help="bits of the output head (default: %(default)s)",
     )
     parser.add_argument(
         "--calibration", type=Path, metavar="FILE",
-        help="text like what the model will be used on (default: Python's standard library)",
+        help="text similar to what the model will be used for (default: Python's standard "
+        "library)",
     )
     parser.add_argument(
-        "--calibration-rows", type=int, default=64, metavar="N", help="rows of text (default: 64)"
+        "--calibration-rows", type=int, default=64, metavar="N",
+        help="rows of calibration text (default: 64)",
     )
     parser.add_argument(
         "--calibration-row-len", type=int, default=512, metavar="N",
@@ -39,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert, print what was chosen, and return the exit code.
+    """Convert, and print what was chosen.
 
     Raises:
         ExlLoaderError: see `convert`.
@@ -61,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def describe(result: Conversion) -> str:
-    """Write what a person wants to know after a conversion, a few lines."""
+    """Describe the result of a conversion in a few lines."""
     widths = Counter(choice.bits for choice in result.layers.values())
     layers = ", ".join(f"{count} x {bits} bit" for bits, count in sorted(widths.items()))
     return "\n".join(

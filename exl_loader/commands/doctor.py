@@ -1,4 +1,4 @@
-"""`python -m exl_loader doctor`: what this machine has, what is missing, what to do about it."""
+"""`python -m exl_loader doctor`: report what this machine has and how to add what is missing."""
 
 from __future__ import annotations
 
@@ -10,18 +10,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from extension.install import command
-
 from .. import __version__
 from ..backends import REFERENCE_ENV
 from ..backends.build import toolchain
 from ..backends.build.spec import cpu_spec
 from ..backends.build.store import find_built, kernel_dirs, list_built, writable_dir
 from ..backends.cuda.device import query_nvidia_smi
-from ..utils.errors import ExlLoaderError
+from ..utils.errors import ExlLoaderError, InvalidSettings
 from .doctor_cuda import cuda_rows, examine_cuda
 
-# What the engine imports; `extension` needs gradio besides.
+# The packages that the engine imports. `extension` needs gradio as well.
 REQUIRED_PACKAGES = (
     "torch",
     "safetensors",
@@ -36,7 +34,7 @@ REQUIRED_PACKAGES = (
 )
 OPTIONAL_PACKAGES = ("gradio", "transformers")
 
-# Instruction sets that decide which kernels are compiled; JSON lists every feature.
+# Instruction sets that decide which kernels are compiled. The JSON report lists every feature.
 NOTABLE_FEATURES = (
     "avx2",
     "fma",
@@ -55,14 +53,14 @@ NOTABLE_FEATURES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommand's arguments to its parser."""
-    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--webui", type=Path, metavar="PATH",
-                        help="look at the loader in a text-generation-webui instead")
-    parser.add_argument("--python", type=Path, help="the Python that runs that web UI")
+                        help="examine the loader in this text-generation-webui instead")
+    parser.add_argument("--python", type=Path, help="the Python that runs the web UI")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what was found; the exit code is 1 where something is missing."""
+    """Print a report. The exit code is 1 where something is missing."""
     if args.webui is not None:
         return _run_webui(args.webui, args.python, args.json)
     report = examine()
@@ -71,7 +69,22 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_webui(webui: Path, python: Path | None, as_json: bool) -> int:
-    """Print what keeps the loader from working in a web UI; exit code 1 where anything does."""
+    """Print what keeps the loader from working in a web UI. The exit code is 1 where anything does.
+
+    Raises:
+        InvalidSettings: the extension is not part of this installation.
+    """
+    try:
+        # Not at the top of the file: the installed package has the engine alone.
+        from extension.install import command
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "extension":
+            raise
+        raise InvalidSettings(
+            "--webui", expected="a checkout of exl_loader, which has the web UI's extension",
+            actual="an installed package, which has the engine alone",
+            remedy="Run doctor in the checkout that install.py was run from",
+        ) from None
     found = command.problems(webui, python)
     if as_json:
         print(json.dumps({"problems": [vars(problem) for problem in found]}, indent=2))
@@ -81,10 +94,10 @@ def _run_webui(webui: Path, python: Path | None, as_json: bool) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """Look at the machine. Compiles nothing, and imports no package that it reports on.
+    """Examine the machine. Nothing is compiled, and none of the reported packages is imported.
 
     Returns:
-        `problems` is a list of {problem, remedy}; the other keys are findings.
+        `problems`, a list of {problem, remedy}, and what was found, by subject.
     """
     problems: list[dict[str, str]] = []
     packages = {name: _version(name) for name in REQUIRED_PACKAGES + OPTIONAL_PACKAGES}
@@ -133,7 +146,7 @@ def _problem(error: ExlLoaderError) -> dict[str, str]:
 def _examine_compiler(
     problems: list[dict[str, str]], has_cards: bool
 ) -> dict[str, Any] | None:
-    """What compiles the CPU's kernels; none is a problem where no card runs models."""
+    """Report the compiler of the CPU kernels. None is a problem unless a card can run models."""
     try:
         compiler = toolchain.find_compiler()
     except ExlLoaderError as error:
@@ -144,7 +157,7 @@ def _examine_compiler(
             return None
         problems.append(
             {
-                "problem": "no C++ compiler: slow reference operations will be used",
+                "problem": "no C++ compiler, so models run on the slow reference operations",
                 "remedy": toolchain.compiler_remedy(),
             }
         )
@@ -157,7 +170,7 @@ def _examine_compiler(
 
 
 def _examine_kernels(problems: list[dict[str, str]]) -> dict[str, Any]:
-    """Where kernels are kept, which are there, and whether this version's are among them."""
+    """Report the folder of compiled kernels, its builds, and the build of this version."""
     current = None
     folder = str(kernel_dirs()[0])
     try:
@@ -178,10 +191,10 @@ def _examine_kernels(problems: list[dict[str, str]]) -> dict[str, Any]:
 
 
 def find_gpus() -> list[dict[str, Any]]:
-    """List NVIDIA GPUs as their driver names them; empty without a driver."""
+    """List NVIDIA GPUs under their driver's names; [] without a driver."""
     query = "--query-gpu=compute_cap,memory.total,driver_version,name"
     return [
-        # nvidia-smi counts memory in MiB.
+        # nvidia-smi reports memory in MiB.
         {
             "name": name,
             "memory_bytes": int(memory) << 20,
@@ -194,7 +207,7 @@ def find_gpus() -> list[dict[str, Any]]:
 
 
 def describe(report: dict[str, Any]) -> str:
-    """Write the findings for people."""
+    """Write a report as text for a person."""
     cpu, compiler, kernels = report["cpu"], report["compiler"], report["kernels"]
     notable = [name for name in NOTABLE_FEATURES if name in cpu["features"]]
     gpus = [
@@ -202,7 +215,9 @@ def describe(report: dict[str, Any]) -> str:
         for gpu in report["gpus"]
     ]
     packages = [f"{name} {version}" for name, version in report["packages"].items() if version]
-    current = kernels["current"] or "not compiled yet (first load, or: exl_loader build)"
+    current = kernels["current"] or (
+        "not compiled yet (the first load compiles them, or: exl_loader build)"
+    )
     rows = [
         ("exl_loader", f"{report['exl_loader']}, Python {report['python']}, {report['system']}"),
         ("CPU", f"{cpu['name']}, {cpu['threads']} threads"),

@@ -1,4 +1,4 @@
-"""What `doctor` says of CUDA: driver, compilers, and kernels for the cards that are there."""
+"""The part of `doctor` about CUDA: driver, compilers, and the kernels of this machine's cards."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from ..backends.cuda.spec import cuda_spec
 from ..backends.cuda.toolchain import KINDS, find_cuda_compilers
 from ..utils.errors import DeviceError, ExlLoaderError
 
-# Importing PyTorch and making a context take seconds, and a driver in trouble may not answer.
+# Importing PyTorch and creating a context take seconds, and a broken driver may not answer.
 _CHECK_SECONDS = 120
 
 
 def examine_cuda(gpus: list[dict[str, Any]]) -> tuple[dict[str, Any], list[ExlLoaderError]]:
-    """Look at what CUDA kernels need; compiles nothing.
+    """Examine what CUDA kernels need. Nothing is compiled.
 
     Args:
-        gpus: of `doctor.find_gpus`.
+        gpus: from `doctor.find_gpus`.
 
     Returns:
-        Findings (`driver`, `compilers`, `kernels`, `checks`), and what is wrong: only a machine
-        with a card misses anything.
+        A report (`driver`, `compilers`, `kernels`, `checks`), and the problems. Without a card
+        nothing is missing.
     """
     errors: list[ExlLoaderError] = []
     driver = driver_release()
@@ -66,10 +66,10 @@ def examine_cuda(gpus: list[dict[str, Any]]) -> tuple[dict[str, Any], list[ExlLo
 
 
 def _check_cards() -> list[dict[str, Any]]:
-    """Let every card whose kernels are compiled compute something, see `check_cards`.
+    """Check the kernels of every card for which they are compiled; see `check_cards`.
 
     Raises:
-        DeviceError: the check did not come to its end.
+        DeviceError: the check failed or did not finish in time.
     """
     command = [sys.executable, "-m", "exl_loader.commands.check_cards"]
     try:
@@ -80,14 +80,14 @@ def _check_cards() -> list[dict[str, Any]]:
     except (OSError, subprocess.SubprocessError) as error:
         words = str(getattr(error, "stderr", None) or error).strip().splitlines()
         raise DeviceError(
-            "check of the cards' kernels", actual=words[-1] if words else str(error),
+            "the check of the CUDA kernels", actual=words[-1] if words else str(error),
             remedy="Update NVIDIA's driver, or run on the CPU: device='cpu'",
         ) from error
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 def _kernels_for(gpu: dict[str, Any], driver: tuple[int, int] | None) -> dict[str, Any]:
-    """Which compiler serves a card, and whether its work is done already.
+    """Report a card's compiler and its compiled kernels.
 
     Raises:
         KernelBuildError: the card is too old, or nothing compiles for it.
@@ -104,16 +104,19 @@ def _kernels_for(gpu: dict[str, Any], driver: tuple[int, int] | None) -> dict[st
 
 
 def cuda_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """The findings as lines of name and value."""
+    """Return the report as rows of name and value."""
     rows = [("CUDA driver", report["driver"] or "none")]
     first: dict[str, str] = {}
     for found in report["compilers"]:
         first.setdefault(found["kind"], f"{found['version']}, {found['path']}")
     rows += [(kind, first.get(kind, "none")) for kind in KINDS]
     for kernels in report["kernels"]:
-        ahead = f"not compiled yet (first load, or: exl_loader build --cuda-arch {kernels['arch']})"
-        rows.append((f"for {kernels['arch']}", kernels["current"] or ahead))
+        current = kernels["current"] or (
+            "not compiled yet (the first load compiles them, or: exl_loader build --cuda-arch "
+            f"{kernels['arch']})"
+        )
+        rows.append((f"for {kernels['arch']}", current))
     for check in report["checks"]:
-        good = f"kernels compute what they should, opened in {check.get('milliseconds')} ms"
+        good = f"kernels checked, opened in {check.get('milliseconds')} ms"
         rows.append((check["card"], check.get("actual") or good))
     return rows

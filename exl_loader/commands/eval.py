@@ -1,4 +1,4 @@
-"""`python -m exl_loader eval`: what cache types cost in quality, on a text of one's own."""
+"""`python -m exl_loader eval`: measure how much quality each cache type loses on a text."""
 
 from __future__ import annotations
 
@@ -30,51 +30,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommand's arguments to its parser."""
     add_model_argument(parser)
     parser.add_argument(
-        "--text", required=True, metavar="FILE", help="UTF-8 text to evaluate on; - is stdin"
+        "--text", required=True, metavar="FILE", help="UTF-8 text to evaluate on; - for stdin"
     )
     parser.add_argument(
         "--cache-type", default="q8,q6,q4", metavar="TYPE,...",
         help="cache types to compare with fp16, such as q4 or q8,q8_q4 (default %(default)s); "
-        "fp16 alone computes its perplexity",
+        "fp16 computes the perplexity of fp16 alone",
     )
     parser.add_argument(
         "--ctx-size", type=int, metavar="N",
-        help="tokens of a window; the model's own length up to 8192",
+        help="tokens of context of a piece of the text; by default the model's own length, at most "
+        "8192",
     )
     add_options(parser, SHARED_OPTIONS)
     parser.add_argument(
-        "--tokens", type=int, metavar="N", help="evaluate the text's first N tokens only"
+        "--tokens", type=int, metavar="N", help="evaluate the first N tokens of the text only"
     )
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, and print a row for every cache type.
 
     Raises:
-        ExlLoaderError: the folder, the text or an option is wrong, or the model with all
-            caches does not fit.
+        ExlLoaderError: the folder, the text or an option is wrong, or the model does not fit
+            together with all caches.
     """
     from ..loader import load
     from .evaluation import evaluate
-    from .evaluation_plan import parse_cache_types, plan_evaluation
+    from .evaluation_plan import REFERENCE_TYPE, parse_cache_types, plan_evaluation
 
     text = read_text(args.text, "--text")
     if args.tokens is not None and args.tokens < 2:
         raise InvalidSettings("--tokens", expected="2 or more", actual=str(args.tokens))
+    options = {name: getattr(args, name) for name in ("ctx_size", *SHARED_OPTIONS)}
     planned = plan_evaluation(
         args.model, parse_cache_types(args.cache_type),
-        config=ModelConfig.from_dir(Path(args.model)),
-        ctx_size=args.ctx_size, memory_limit=args.memory_limit,
-        alpha_value=args.alpha_value, compress_pos_emb=args.compress_pos_emb,
+        config=ModelConfig.from_dir(Path(args.model)), **options,
     )
     progress = default_progress()
     began = time.perf_counter()
-    with load(
-        args.model, ctx_size=planned.reservation.ctx_size, cache_type="fp16",
-        device=planned.reservation.devices[0].device, memory_limit=args.memory_limit,
-        alpha_value=args.alpha_value, compress_pos_emb=args.compress_pos_emb, progress=progress,
-    ) as model:
+    options |= {
+        "ctx_size": planned.reservation.ctx_size, "cache_type": REFERENCE_TYPE,
+        "device": planned.reservation.devices[0].device,
+    }
+    with load(args.model, progress=progress, **options) as model:
         ids = model.encode(text, add_bos=False, special=False)[: args.tokens]
         results = evaluate(model, planned, ids, progress)
     report = _report(args, planned, len(ids), results) | {
@@ -100,7 +100,7 @@ def _report(
 
 
 def render(report: dict[str, Any]) -> str:
-    """Write a report for people."""
+    """Write a report as a table for a person."""
     rows = [list(HEADINGS)]
     for result in report["results"]:
         row = [result["cache_type"], f"{result['perplexity']:.4f}"]
@@ -119,9 +119,9 @@ def render(report: dict[str, Any]) -> str:
         for row in rows
     ]
     return "\n".join([
-        f"{report['tokens']} tokens in windows of {report['ctx_size']}; KL is the "
-        "Kullback-Leibler divergence from the fp16 cache in nats a token",
+        f"{report['tokens']} tokens in pieces of {report['ctx_size']}; KL is the "
+        "Kullback-Leibler divergence from the fp16 cache in nats per token",
         *(line.rstrip() for line in lines),
-        f"took {report['reserved_bytes'] / MIB:.1f} MiB, {report['other_caches_bytes'] / MIB:.1f} "
-        f"of them for the other caches, and {report['seconds']:.1f} s",
+        f"took {report['seconds']:.1f} s and {report['reserved_bytes'] / MIB:.1f} MiB, of which "
+        f"{report['other_caches_bytes'] / MIB:.1f} MiB were the other caches",
     ])  # fmt: skip

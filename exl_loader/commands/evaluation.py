@@ -1,13 +1,14 @@
-"""What a cache type costs in quality: perplexity, and divergence from the fp16 cache.
+"""Measure the quality that a cache type loses: perplexity, and divergence from the fp16 cache.
 
-One model is loaded with the fp16 cache, and beside it a cache of each other type; weights
-and workspace are shared. A text goes through all of them in step, a few rows at a time, so
-that no more logits exist than the workspace holds.
+One model is loaded with the fp16 cache and with a cache of each other type. All types share
+the weights and the workspace. The text runs through all caches in step, a few rows at a time,
+so that the logits fit into the workspace.
 
-The divergence of a token is the Kullback-Leibler divergence, in nats, of what the model
-predicts with a cache type from what it predicts with fp16: sum over the vocabulary of
-p_fp16 * (log p_fp16 - log p). It compares whole distributions, so it ranks types where
-perplexity, which looks at one token of each and may improve by luck, does not.
+The divergence of a token is the Kullback-Leibler divergence, in nats, of the model's prediction
+with a cache type from its prediction with fp16: the sum over the vocabulary of
+p_fp16 * (log p_fp16 - log p). It compares whole distributions. It therefore ranks cache types
+where perplexity does not, because perplexity looks at one token of each distribution and may
+improve by luck.
 """
 
 from __future__ import annotations
@@ -32,18 +33,18 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Logits that are compared at a time, in float64: some 40 MiB with everything in between.
+# Logits that are compared at a time, in float64: about 40 MiB with all intermediate results.
 _COMPARED_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """The divergence of a cache type from fp16, over the tokens of a text.
+    """The divergence of a cache type from fp16 over the tokens of a text.
 
     Args:
-        mean, median, percentile_99_9, largest: nats a token.
-        standard_error: of the mean, as if tokens were independent.
-        top1_agreement: share of tokens whose likeliest follower is the same.
+        mean, median, percentile_99_9, largest: nats per token.
+        standard_error: of the mean, as if the tokens were independent.
+        top1_agreement: share of the tokens for which both predict the same next token.
     """
 
     mean: float
@@ -54,8 +55,13 @@ class Divergence:
     top1_agreement: float
 
     @classmethod
-    def of(cls, nats: np.ndarray, agreeing: int) -> Divergence:
-        """Summarise nats, float [tokens], and how many tokens agree."""
+    def from_nats(cls, nats: np.ndarray, agreeing: int) -> Divergence:
+        """Summarise the divergence of each token.
+
+        Args:
+            nats: float [tokens].
+            agreeing: tokens for which both predict the same next token.
+        """
         error = nats.std(ddof=1) / len(nats) ** 0.5 if len(nats) > 1 else 0.0
         return cls(
             mean=float(nats.mean()),
@@ -69,13 +75,13 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Result:
-    """What one cache type gave.
+    """The result of one cache type.
 
     Args:
         cache_type: its name.
         cache_bytes: bytes of its cache.
         perplexity: exp of the mean negative log likelihood of the text's tokens.
-        divergence: None for the reference itself.
+        divergence: from fp16; None for fp16 itself.
     """
 
     cache_type: str
@@ -92,32 +98,32 @@ def evaluate(
 ) -> list[Result]:
     """Run a text through every cache type.
 
-    The text is cut into windows of the whole context, each on its own, with the tokenizer's
-    BOS token before each where it adds one.
+    The text is cut into pieces as long as the context. Each piece is evaluated on its own,
+    after the BOS token where the tokenizer adds one.
 
     Args:
         loaded: the model, loaded as `planned.reservation` says.
-        planned: which types to compare.
+        planned: the types to compare.
         ids: the text's ids, without BOS.
-        progress: told the tokens.
+        progress: gets the tokens.
 
     Returns:
-        the reference's result, then the others' in the plan's order.
+        The result of fp16, then those of the other types in the plan's order.
 
     Raises:
-        InvalidSettings: fewer than two ids to predict one from another.
-        InsufficientMemory: memory for the other caches has vanished since the plan.
+        InvalidSettings: there are fewer than two ids, so that none is predicted from another.
+        InsufficientMemory: memory for the other caches was taken by others since the plan.
     """
     bos = bos_ids(loaded)
-    windows = list(windows_of(ids, bos, loaded.ctx_size))
-    if not windows:
+    pieces = list(cut_text(ids, bos, loaded.ctx_size))
+    if not pieces:
         raise InvalidSettings("the text", expected="two tokens or more", actual=f"{len(ids)}")
-    total = sum(len(window) - 1 for window in windows)
+    total = sum(len(piece) - 1 for piece in pieces)
     results: list[Result] = []
 
     def compare(lanes: list[Lane]) -> Iterator[int]:
-        for window in windows:
-            yield from run_window(lanes, window, loaded.ctx_size)
+        for piece in pieces:
+            yield from run_piece(lanes, piece, loaded.ctx_size)
         results.extend(lane.result() for lane in lanes)
 
     with task(progress or NullProgress(), "evaluating", total, "tokens") as advance:
@@ -127,40 +133,43 @@ def evaluate(
 
 
 def bos_ids(loaded: LoadedModel) -> list[int]:
+    """Return the BOS id that the tokenizer puts before a text, in a list; [] for none."""
     tokenizer = loaded.tokenizer
     if not tokenizer.add_bos_token or tokenizer.bos_token_id is None:
         return []
     return [tokenizer.bos_token_id]
 
 
-def windows_of(ids: Sequence[int], bos: list[int], ctx_size: int) -> Iterator[list[int]]:
-    """Cut ids so that each is predicted once; a window's last id is a target alone.
+def cut_text(ids: Sequence[int], bos: list[int], ctx_size: int) -> Iterator[list[int]]:
+    """Cut ids into pieces so that each id is predicted once.
 
-    Without BOS nothing predicts the first.
+    The last id of a piece is only predicted and never an input. Without BOS the first id of
+    the text is not predicted.
     """
     for first in range(0, len(ids), ctx_size):
-        window = bos + list(ids[first : first + ctx_size + 1 - len(bos)])
-        if len(window) > 1:
-            yield window
+        piece = bos + list(ids[first : first + ctx_size + 1 - len(bos)])
+        if len(piece) > 1:
+            yield piece
 
 
 def run_lanes(
     loaded: LoadedModel, planned: EvaluationPlan, use: Callable[[list[Lane]], Iterator[T]]
 ) -> Iterator[T]:
-    """Take the other caches, and work with a lane for each cache type.
+    """Allocate the other caches, and call `use` with a lane for each cache type.
 
     Args:
-        loaded: its generations wait until the work has ended.
-        planned: which types there are.
-        use: called with the lanes, the reference first; it runs in the model's thread and
-            the lanes end with it.
+        loaded: the model. Its generations wait until `use` has ended.
+        planned: the cache types.
+        use: called with the lanes, that of fp16 first. It runs in the model's thread. The
+            caches are released when it has ended.
 
     Yields:
         What `use` yields.
 
     Raises:
-        InsufficientMemory: memory for the other caches has vanished since the plan.
+        InsufficientMemory: memory for the other caches was taken by others since the plan.
     """
+
     def steps(model: ForwardModel, cache: PagedCache) -> Iterator[T]:
         assert isinstance(model, Model)
         lanes = [Lane(REFERENCE_TYPE, model, cache)]
@@ -172,7 +181,7 @@ def run_lanes(
             lanes.append(Lane(str(other), model.with_cache(own), own))
         yield from use(lanes)
 
-    # Taken before the model's thread is asked, which it would keep waiting.
+    # Allocated here and not in the model's thread, where running generations would wait for it.
     buffers = allocate([planned.caches] if planned.caches is not None else [])
     try:
         yield from loaded.run_alone(steps)
@@ -181,10 +190,12 @@ def run_lanes(
 
 
 class Lane:
-    """One cache type on its way through a text.
+    """One cache type while a text runs through it, and its sums.
 
     Args:
-        name: the type's name. model: runs over `cache`.
+        name: the type's name.
+        model: the forward pass over `cache`.
+        cache: a key/value cache of this type.
     """
 
     def __init__(self, name: str, model: Model, cache: PagedCache) -> None:
@@ -194,17 +205,17 @@ class Lane:
         self._loss, self._count = 0.0, 0
 
     def add(self, loss: torch.Tensor) -> None:
-        """Count tokens by their negative log likelihoods, [tokens]."""
+        """Add the negative log likelihoods of tokens, [tokens]."""
         self._loss += loss.sum().item()
         self._count += len(loss)
 
     def add_divergence(self, nats: torch.Tensor, agreeing: torch.Tensor) -> None:
-        """Count tokens by their divergence, [tokens], and agreement, bool [tokens]."""
+        """Add the divergences of tokens, [tokens], and their agreement, bool [tokens]."""
         self._nats.append(nats.float().numpy())
         self._agreeing += int(agreeing.sum())
 
     def result(self) -> Result:
-        """Summarise what was counted."""
+        """Summarise the sums."""
         nbytes = sum(
             tensor.nbytes
             for layer in self.cache.layers
@@ -213,14 +224,15 @@ class Lane:
         )
         divergence = None
         if self._nats:
-            divergence = Divergence.of(np.concatenate(self._nats).astype(float), self._agreeing)
+            nats = np.concatenate(self._nats).astype(float)
+            divergence = Divergence.from_nats(nats, self._agreeing)
         perplexity = float(np.exp(self._loss / self._count))
         return Result(self.name, nbytes, perplexity, divergence)
 
 
-def run_window(lanes: list[Lane], window: list[int], ctx_size: int) -> Iterator[int]:
-    """Run a window through all lanes in step; yields how many tokens were done."""
-    inputs, targets = window[:-1], torch.tensor(window[1:])
+def run_piece(lanes: list[Lane], piece: list[int], ctx_size: int) -> Iterator[int]:
+    """Run a piece of a text through all lanes in step; yields numbers of finished tokens."""
+    inputs, targets = piece[:-1], torch.tensor(piece[1:])
     rope_class = lanes[0].model.rope_class(ctx_size)
     sequences = [lane.cache.acquire(ctx_size, (), rope_class) for lane in lanes]
     step = min(lanes[0].model.logits_rows, lanes[0].model.chunk_size)
@@ -233,7 +245,7 @@ def run_window(lanes: list[Lane], window: list[int], ctx_size: int) -> Iterator[
                 rows = lane.model.forward([(sequence, chunk)], "all")
                 _count(lane, rows, wanted, reference)
                 if reference is None and len(lanes) > 1:
-                    # The rows are the workspace's, which the next lane writes to.
+                    # The next lane overwrites the workspace, which holds these rows.
                     reference = rows.clone()
             yield len(chunk)
     finally:
@@ -244,7 +256,7 @@ def run_window(lanes: list[Lane], window: list[int], ctx_size: int) -> Iterator[
 def _count(
     lane: Lane, rows: torch.Tensor, wanted: torch.Tensor, reference: torch.Tensor | None
 ) -> None:
-    """Count rows of logits [tokens, vocab_size], compared with the reference's if given."""
+    """Add rows of logits, [tokens, vocab_size], compared with `reference` if given."""
     step = max(1, _COMPARED_ELEMENTS // rows.shape[1])
     for first in range(0, len(rows), step):
         part = slice(first, first + step)
@@ -252,6 +264,6 @@ def _count(
         lane.add(-logs.gather(1, wanted[part, None]).squeeze(1))
         if reference is not None:
             theirs = reference[part].double().log_softmax(dim=-1)
-            # Rounding may leave a divergence of nothing a little below zero.
+            # Rounding may make a divergence of zero slightly negative.
             nats = (theirs.exp() * (theirs - logs)).sum(dim=-1).clamp(min=0)
             lane.add_divergence(nats, logs.argmax(dim=-1) == theirs.argmax(dim=-1))

@@ -1,13 +1,13 @@
-"""The memory of comparing cache types: a model with the fp16 cache and all others beside it.
+"""Plan the memory of an evaluation: a model with the fp16 cache, and a cache of each other type.
 
-No PyTorch; see `evaluation.py` for what is done with it.
+No PyTorch. `evaluation.py` runs the evaluation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..backends.devices import device_kind
 from ..cache.layout import CacheType, cache_specs, pages_for
@@ -27,9 +27,10 @@ class EvaluationPlan:
     """The memory of an evaluation.
 
     Args:
-        reservation: of the model with the fp16 cache.
+        reservation: the model with the fp16 cache.
         others: the other cache types, each once.
-        caches: the table of their caches, laid out as one buffer; None where there are none.
+        caches: the caches of the other types, laid out as one buffer; None where there are
+            none.
     """
 
     reservation: Reservation
@@ -38,12 +39,12 @@ class EvaluationPlan:
 
     @property
     def extra_bytes(self) -> int:
-        """Bytes of the other types' caches."""
+        """Bytes of the caches of the other types."""
         return self.caches.nbytes if self.caches is not None else 0
 
 
 def parse_cache_types(text: str) -> tuple[CacheType, ...]:
-    """Read a list such as `q4,q8_q4`; the reference type and repetitions are left out.
+    """Read a list such as `q4,q8_q4`, without the reference type and without repetitions.
 
     Raises:
         InvalidSettings: a name is unknown.
@@ -58,30 +59,24 @@ def plan_evaluation(
     others: Sequence[CacheType],
     *,
     config: ModelConfig,
-    ctx_size: int | None = None,
-    memory_limit: str | None = None,
-    alpha_value: float = 1.0,
-    compress_pos_emb: float = 1.0,
+    **options: Any,
 ) -> EvaluationPlan:
-    """Plan the model with the fp16 cache and all other caches beside it.
+    """Plan the model with the fp16 cache, and a cache of each other type beside it.
 
     Args:
-        model_dir, ctx_size, memory_limit, alpha_value, compress_pos_emb: see
-            `reservation.plan`.
-        others: cache types to compare.
+        model_dir: the model folder.
+        others: the cache types to compare with fp16.
         config: the folder's.
+        options: of `plan`, but for `cache_type` and `device`.
 
     Raises:
-        InsufficientMemory: they do not fit together; nothing was taken.
-        ExlLoaderError: see `reservation.plan`.
+        InsufficientMemory: model and caches do not fit together. No memory was taken.
+        ExlLoaderError: see `plan`.
     """
     device = chosen_devices("auto", None)[0]
-    reservation = plan(
-        model_dir, ctx_size=ctx_size, cache_type=REFERENCE_TYPE, device=device,
-        memory_limit=memory_limit, alpha_value=alpha_value,
-        compress_pos_emb=compress_pos_emb,
-    )
-    _check_workspace(reservation, model_dir, others, memory_limit)
+    options["device"] = device
+    reservation = plan(model_dir, cache_type=REFERENCE_TYPE, **options)
+    _check_workspace(reservation, model_dir, others, options)
     specs = [
         spec
         for cache_type in others
@@ -98,27 +93,25 @@ def plan_evaluation(
             f"{device}: no room for the caches of all types at once",
             expected=f"{total} bytes free, {planned.extra_bytes} of them for other caches",
             actual=f"{needed - spare} bytes fewer",
-            remedy="Compare fewer cache types at a time, or lower --ctx-size",
+            remedy="Compare fewer cache types at a time, or choose a smaller --ctx-size",
         )
     return planned
 
 
 def _check_workspace(
     reservation: Reservation, model_dir: str, others: Sequence[CacheType],
-    memory_limit: str | None,
+    options: Mapping[str, Any],
 ) -> None:
-    """Refuse a type that needs more workspace than the fp16 cache, which all share."""
+    """Refuse a type that needs more workspace than fp16, because all types share one workspace."""
     (lent,) = reservation.devices
+    chosen = {**options, "ctx_size": reservation.ctx_size}
     for other in others:
-        (own,) = plan(
-            model_dir, ctx_size=reservation.ctx_size, cache_type=other, device=lent.device,
-            memory_limit=memory_limit,
-        ).devices
+        (own,) = plan(model_dir, cache_type=other, **chosen).devices
         if own.workspace_bytes > lent.workspace_bytes:
             raise InvalidSettings(
                 "--cache-type", expected=f"types that run in the workspace of {REFERENCE_TYPE}",
-                actual=f"{other} needs {own.workspace_bytes} bytes, {lent.workspace_bytes} are "
-                "there", remedy="Lower --ctx-size",
+                actual=f"{other}, which needs {own.workspace_bytes} bytes instead of "
+                f"{lent.workspace_bytes}", remedy="Choose a smaller --ctx-size",
             )
 
 

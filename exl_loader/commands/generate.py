@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..engine import LoadedModel
     from ..generation.generation import Generation
 
-# The shipped model has read nothing but Python.
+# The demo model was trained on Python sources alone.
 DEMO_PROMPT = "import os\n\n\ndef read_lines(path):\n"
 OTHER_PROMPT = "Once upon a time"
 
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="text to continue")
     prompt.add_argument(
-        "--prompt-file", metavar="FILE", help="file with the text to continue; - is stdin"
+        "--prompt-file", metavar="FILE", help="file with the text to continue; - for stdin"
     )
     add_sampling_arguments(parser)
     parser.add_argument("--stats", action="store_true", help="print speed and memory to stderr")
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generate, streaming to stdout.
+    """Generate text and print it to stdout as it comes.
 
     Raises:
         ExlLoaderError: the folder, an option or the prompt is wrong.
@@ -85,7 +85,11 @@ def _prompt(args: argparse.Namespace) -> str:
 
 
 def _stream(generation: Generation[str], echo: str) -> None:
-    """Print pieces as they come. A prompt that the user has not seen is printed first."""
+    """Print pieces as they come.
+
+    Args:
+        echo: a prompt that the user did not type, printed first; empty for none.
+    """
     last = echo
     writer = TerminalWriter(sys.stdout)
     writer.write(echo)
@@ -122,13 +126,13 @@ def _readable(result: dict[str, Any]) -> str:
         f" ({result['finish_reason']})",
         f"loaded in {result['load_s']:.1f} s",
         f"model {result['allocated_bytes'] / MIB:.1f} MiB",
-        f"process peak {result['peak_memory_bytes'] / MIB:.1f} MiB",
+        f"peak of the process {result['peak_memory_bytes'] / MIB:.1f} MiB",
     ]
     return "; ".join(parts)
 
 
 def peak_memory_bytes() -> int:
-    """Most memory that this process has held so far."""
+    """Return the most bytes of memory that this process has held so far."""
     if sys.platform == "win32":
         return windows.process_memory()[1]
     import resource

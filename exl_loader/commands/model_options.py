@@ -1,4 +1,4 @@
-"""Arguments that every subcommand which generates text takes."""
+"""Arguments that several subcommands share: the model, the options of loading, the sampling."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "demo_model"
 
-# Some editors begin a file with a byte order mark, which is no part of the text.
+# Some editors write a byte order mark at the start of a file. It is no part of the text.
 UTF8 = "utf-8-sig"
 
-# The web UI's neutral defaults show a model's whole distribution; a person at a terminal
-# wants its better part.
+# The defaults of `SamplingSettings`, which are the web UI's, keep every token. In a terminal
+# the likelier tokens give better text.
 TERMINAL_DEFAULTS = {"temperature": 0.7, "top_k": 40, "top_p": 0.9}
 
 
@@ -62,17 +62,17 @@ def chosen_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of continuing a text."""
+    """Add the sampling options."""
     defaults = SamplingSettings(**TERMINAL_DEFAULTS)  # type: ignore[arg-type]
     options: tuple[tuple[str, type, str], ...] = (
-        ("max_new_tokens", int, "tokens to write at most"),
-        ("temperature", float, "0 always takes the likeliest token"),
+        ("max_new_tokens", int, "most tokens to write"),
+        ("temperature", float, "0 always chooses the likeliest token"),
         ("top_k", int, "keep the k likeliest tokens; 0 keeps all"),
         ("top_p", float, "keep the likeliest tokens up to this probability"),
-        ("min_p", float, "keep tokens at least this share as likely as the likeliest"),
-        ("repetition_penalty", float, "above 1 avoids tokens that occurred"),
-        ("repetition_penalty_range", int, "how many of the last tokens count; 0 is all"),
-        ("seed", int, "the same seed gives the same text; -1 is a random one"),
+        ("min_p", float, "keep tokens with this share of the largest probability or more"),
+        ("repetition_penalty", float, "above 1 makes tokens that occurred before less likely"),
+        ("repetition_penalty_range", int, "tokens that the penalty looks back; 0 is all"),
+        ("seed", int, "the same seed gives the same text; -1 for a random seed"),
     )
     for name, kind, meaning in options:
         default = getattr(defaults, name)
@@ -81,16 +81,16 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"{meaning} (default {default})",
         )
     parser.add_argument(
-        "--ban-eos-token", action="store_true", help="write on where the model would end"
+        "--ban-eos-token", action="store_true", help="continue where the model would end the text"
     )
     parser.add_argument(
         "--stop", dest="stop_strings", action="append", default=[], metavar="TEXT",
-        help="end before this text; may be given several times",
+        help="end before this text; may be repeated",
     )
 
 
 def sampling_settings(args: argparse.Namespace) -> SamplingSettings:
-    """Settings from the arguments.
+    """Return the settings that the arguments ask for.
 
     Raises:
         InvalidSettings: a value makes no sense.
@@ -116,12 +116,12 @@ def read_text(path: str, what: str) -> str:
         what: the option, for errors.
 
     Raises:
-        InvalidSettings: it cannot be read, is no regular file, or has more than 64 MiB.
+        InvalidSettings: it cannot be read, is no regular file, or is larger than 64 MiB.
     """
     if path != "-":
         return untrusted_files.read_text(
             os.path.expanduser(path), TEXT_BYTES, error=InvalidSettings, missing=InvalidSettings,
-            remedy=f"Give {what} a UTF-8 text file, or - to read what a pipe brings",
+            remedy=f"Give {what} a UTF-8 text file, or - to read a pipe",
         )
     try:
         use_utf8(sys.stdin)
@@ -137,21 +137,21 @@ def read_text(path: str, what: str) -> str:
 
 
 def use_utf8(stream: TextIO) -> None:
-    """Read a standard stream as UTF-8, and let nothing else through.
+    """Have a standard stream read as UTF-8, with an error for any other bytes.
 
-    By itself it follows the locale, and takes any bytes where there is none.
+    Otherwise its encoding follows the locale, and without a locale any bytes are accepted.
     """
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(encoding=UTF8)
 
 
 def folder(text: str) -> str:
-    """Read a folder's name; `--option=~/name` reaches us with a tilde that no shell took."""
+    """Read a folder's name. The shell leaves the tilde of `--option=~/name` to us."""
     return os.path.expanduser(text)
 
 
 def ctx_size(text: str) -> int | str:
-    """Read a number of tokens, or `auto`; `plan` judges the number."""
+    """Read a number of tokens, or `auto`. `plan` checks the number."""
     if text == "auto":
         return text
     try:

@@ -185,6 +185,12 @@ def test_doctor_reports_a_cache_that_cannot_be_written(healthy, monkeypatch, tmp
     assert "Set EXL_LOADER_CACHE_DIR" in capsys.readouterr().out
 
 
+def test_doctor_without_the_extension_says_so(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "extension.install", None)
+    assert cli.main(["doctor", "--webui", "folder"]) == cli.EXIT_ERROR
+    assert "an installed package, which has the engine alone" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell script stands in for nvidia-smi")
 def test_doctor_reads_nvidia_smi(tmp_path, monkeypatch):
     script = tmp_path / "nvidia-smi"

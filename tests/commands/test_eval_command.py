@@ -14,7 +14,7 @@ from exl_loader import load
 from exl_loader.checkpoint.config import ModelConfig
 from exl_loader.commands.cli import main
 from exl_loader.commands.eval import render
-from exl_loader.commands.evaluation import Divergence, evaluate, windows_of
+from exl_loader.commands.evaluation import Divergence, cut_text, evaluate
 from exl_loader.commands.evaluation_plan import parse_cache_types, plan_evaluation
 from exl_loader.commands.model_options import DEMO_MODEL
 from exl_loader.memory.buffers import live_bytes
@@ -51,12 +51,12 @@ def test_figures_are_those_of_separately_loaded_models(model):
     assert [result.cache_type for result in results] == ["fp16", "q4"]
     nats, agreeing, losses = [], 0, {"fp16": [], "q4": []}
     with load(DEMO_MODEL, ctx_size=256, cache_type="q4") as other:
-        for window in windows_of(ids, [bos], 256):
+        for piece in cut_text(ids, [bos], 256):
             logs = {}
             for name, one in (("fp16", model), ("q4", other)):
-                rows = one.prompt_logits(window[:-1]).double()
+                rows = one.prompt_logits(piece[:-1]).double()
                 logs[name] = rows.log_softmax(dim=-1)
-                losses[name] += (-logs[name][range(len(rows)), window[1:]]).tolist()
+                losses[name] += (-logs[name][range(len(rows)), piece[1:]]).tolist()
             p, q = logs["fp16"], logs["q4"]
             nats += (p.exp() * (p - q)).sum(-1).tolist()
             agreeing += int((p.argmax(-1) == q.argmax(-1)).sum())
@@ -140,16 +140,16 @@ def test_caches_that_do_not_fit_are_refused_before_anything_is_taken():
 @pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 16, 17])
 def test_every_token_is_predicted_once(bos, count):
     ids = list(range(10, 10 + count))
-    windows = list(windows_of(ids, bos, 8))
-    targets = [target for window in windows for target in window[1:]]
+    pieces = list(cut_text(ids, bos, 8))
+    targets = [target for piece in pieces for target in piece[1:]]
     assert targets == ids[0 if bos else 1 :]
-    for window in windows:
-        assert 2 <= len(window) <= 9
-        assert window[: len(bos)] == bos
+    for piece in pieces:
+        assert 2 <= len(piece) <= 9
+        assert piece[: len(bos)] == bos
 
 
 def test_divergence_of_known_numbers():
-    found = Divergence.of(np.array([0.0, 1.0, 2.0, 5.0]), 3)
+    found = Divergence.from_nats(np.array([0.0, 1.0, 2.0, 5.0]), 3)
     assert (found.mean, found.median, found.largest) == (2.0, 1.5, 5.0)
     assert found.top1_agreement == 0.75
     assert found.standard_error == pytest.approx(np.std([0, 1, 2, 5], ddof=1) / 2)
@@ -169,7 +169,7 @@ def test_a_type_that_needs_more_workspace_is_refused(monkeypatch):
         return SimpleNamespace(devices=(device,), ctx_size=256)
 
     monkeypatch.setattr("exl_loader.commands.evaluation_plan.plan", plan)
-    with pytest.raises(InvalidSettings, match="q4 needs 101 bytes, 100 are there"):
+    with pytest.raises(InvalidSettings, match="q4, which needs 101 bytes instead of 100"):
         planned("q4")
 
 
@@ -190,7 +190,7 @@ def test_the_command_prints_a_table(text_file, capsys):
     arguments = ["eval", "--text", str(text_file), "--cache-type", "fp16", "--tokens", "64"]
     assert main([*arguments, "--ctx-size", "256"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("64 tokens in windows of 256")
+    assert lines[0].startswith("64 tokens in pieces of 256")
     assert lines[1].split()[:2] == ["cache", "perplexity"]
     name, perplexity, _ = lines[2].split()
     assert name == "fp16" and float(perplexity) > 1

@@ -14,7 +14,7 @@ from ...model.workspace import workspace_specs
 from ...utils.table import DeviceMap, Segment, TensorSpec, place
 from .budgets import Budget
 from .options import RunOptions
-from .search import largest_fitting
+from .split import largest_fitting
 from .staging import staging_bytes
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from .length import stretched_length
 from .options import DEFAULT_CTX_SIZE, LoadOptions, PlanKeywords, RunOptions
 from .placement import Placer, Run, Share, segments_of
 from .records import DeviceReservation, Reservation
-from .search import largest_fitting
+from .split import largest_fitting
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -1,0 +1,120 @@
+"""Splitting layers over devices by bytes, and the search for the most that fits."""
+
+from __future__ import annotations
+
+import itertools
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from exl_loader.memory.reservation.split import largest_fitting, split
+
+
+class Costs:
+    """The bytes of a range of layers, as a model's are made.
+
+    Layers add up, the embedding stands with the first and the head with the last, and the
+    workspace is as large as the largest layer needs.
+    """
+
+    def __init__(self, layers, workspaces, embedding, head):
+        self.layers, self.workspaces = layers, workspaces
+        self.embedding, self.head = embedding, head
+
+    def __call__(self, first, end):
+        assert 0 <= first < end <= len(self.layers), "an empty range has no cost"
+        return (
+            sum(self.layers[first:end]) + max(self.workspaces[first:end])
+            + (self.embedding if first == 0 else 0)
+            + (self.head if end == len(self.layers) else 0)
+        )
+
+
+@st.composite
+def problems(draw):
+    """Draw the costs of a model on 1 to 4 devices, and what each device lends."""
+    num_layers, num_devices = draw(st.integers(1, 8)), draw(st.integers(1, 4))
+    sizes = st.lists(st.integers(0, 100), min_size=num_layers, max_size=num_layers)
+    ends = st.integers(0, 200)
+    costs = [
+        Costs(draw(sizes), draw(sizes), draw(ends), draw(ends)) for _ in range(num_devices)
+    ]
+    budgets = draw(
+        st.lists(st.integers(0, 800), min_size=num_devices, max_size=num_devices)
+    )
+    return costs, budgets, num_layers
+
+
+def fits(ranges, costs, budgets) -> bool:
+    return all(
+        not layers or cost(layers.start, layers.stop) <= budget
+        for layers, cost, budget in zip(ranges, costs, budgets, strict=True)
+    )
+
+
+def contiguous_splits(num_layers, num_devices):
+    cuts = range(num_layers + 1)
+    for inner in itertools.combinations_with_replacement(cuts, num_devices - 1):
+        edges = [0, *inner, num_layers]
+        yield [range(first, end) for first, end in itertools.pairwise(edges)]
+
+
+@given(problems())
+def test_every_layer_is_assigned_once_in_order(problem):
+    costs, budgets, num_layers = problem
+    ranges = split(costs, budgets, num_layers)
+    assert len(ranges) == len(budgets)
+    assert [layer for layers in ranges for layer in layers] == list(range(num_layers))
+
+
+@given(problems())
+def test_a_split_fits_where_any_split_does(problem):
+    costs, budgets, num_layers = problem
+    every = contiguous_splits(num_layers, len(budgets))
+    possible = any(fits(ranges, costs, budgets) for ranges in every)
+    assert fits(split(costs, budgets, num_layers), costs, budgets) == possible
+
+
+@given(problems())
+def test_each_device_before_the_last_holds_what_fits_and_no_layer_more_would(problem):
+    costs, budgets, num_layers = problem
+    *before, _ = zip(split(costs, budgets, num_layers), costs, budgets, strict=True)
+    for layers, cost, budget in before:
+        assert not layers or cost(layers.start, layers.stop) <= budget
+        if layers.stop < num_layers:
+            assert cost(layers.start, layers.stop + 1) > budget
+
+
+def test_the_last_device_takes_the_rest_though_it_does_not_fit():
+    cost = Costs([10] * 4, [0] * 4, 0, 0)
+    assert split([cost] * 3, [20, 5, 5], 4) == [range(2), range(2, 2), range(2, 4)]
+
+
+@given(
+    st.integers(0, 1 << 45), st.lists(st.integers(0, 1 << 40), min_size=1, max_size=60)
+)
+def test_search_finds_the_last_count_that_fits(free, steps):
+    needs = list(itertools.accumulate(steps))
+    calls = []
+
+    def headroom(count: int) -> int:
+        calls.append(count)
+        return free - needs[count - 1]
+
+    expected = sum(need <= free for need in needs)
+    assert largest_fitting(headroom, len(needs)) == expected
+    assert len(calls) <= 3 * len(needs).bit_length() + 2
+
+
+def test_search_on_a_straight_line_needs_few_calls():
+    calls = []
+    assert largest_fitting(lambda n: calls.append(n) or 10**15 - 7_000_003 * n, 1 << 40) == (
+        10**15 // 7_000_003
+    )
+    assert len(calls) <= 6
+
+
+def test_search_among_no_counts_and_with_none_or_all_fitting():
+    assert largest_fitting(lambda count: -1, 9) == 0
+    assert largest_fitting(lambda count: 1, 0) == 0
+    assert largest_fitting(lambda count: 1, 9) == 9
