@@ -25,6 +25,8 @@ from .safetensors_header import (
 if TYPE_CHECKING:
     import torch
 
+    from .config import ModelConfig
+
 __all__ = ["Checkpoint", "TensorHeader", "is_quantised"]
 
 
@@ -56,14 +58,21 @@ class Checkpoint:
         self._files: dict[Path, BinaryIO] = {}
 
     @classmethod
-    def open(cls, model_dir: str | os.PathLike[str]) -> Checkpoint:
+    def open(
+        cls, model_dir: str | os.PathLike[str], config: ModelConfig | None = None
+    ) -> Checkpoint:
         """Read and validate the headers of a model folder's weight files.
+
+        Args:
+            model_dir: the folder.
+            config: the folder's, where it has been read already; else config.json is read for
+                the number of layers and the quantization config.
 
         Raises:
             ExlLoaderError: as `folder.read_folder`.
         """
         folder = Path(model_dir)
-        found = read_folder(folder)
+        found = read_folder(folder, config)
         return cls(folder, found.headers, found.identities, found.format, found.quantization)
 
     def header(self, name: str) -> TensorHeader:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..utils.errors import (
     ExlLoaderError,
@@ -31,6 +32,9 @@ from .files import (
 )
 from .quantization import Quantization
 from .safetensors_header import FileIdentity, TensorHeader, read_header
+
+if TYPE_CHECKING:
+    from .config import ModelConfig
 
 QUANTISED_FORMATS = ("exl2", "gptq")
 # Names that stand under `model.` in a causal language model, and at the top where the file
@@ -58,8 +62,12 @@ class Folder:
     quantization: Quantization
 
 
-def read_folder(model_dir: Path) -> Folder:
+def read_folder(model_dir: Path, config: ModelConfig | None = None) -> Folder:
     """Find out what a folder is.
+
+    Args:
+        model_dir: the folder.
+        config: the folder's, where it has been read already.
 
     Raises:
         ModelNotFound: no folder, or no weights in it.
@@ -70,8 +78,9 @@ def read_folder(model_dir: Path) -> Folder:
         UnsupportedFormat: pickle files, GGUF, another quantization method, or settings of a
             known one that this engine does not implement.
     """
-    files = _Files(model_dir)
-    quantization = Quantization.from_dir(model_dir)
+    files = _Files(model_dir, None if config is None else config.num_hidden_layers)
+    declared = None if config is None else config.quantization
+    quantization = Quantization.from_dir(model_dir, declared)
     chosen, whole = files.choose(quantization)
     headers, identities = files.read(chosen)
     format = format_of(headers, quantization)
@@ -120,8 +129,9 @@ def is_quantised(model_dir: str | os.PathLike[str]) -> bool:
 class _Files:
     """The safetensors files of a folder; every header is read once."""
 
-    def __init__(self, model_dir: Path) -> None:
+    def __init__(self, model_dir: Path, num_layers: int | None = None) -> None:
         self.model_dir = model_dir
+        self._known_num_layers = num_layers
         self.found = weight_names(model_dir)
         self._read: dict[str, tuple[list[TensorHeader], FileIdentity]] = {}
 
@@ -185,6 +195,8 @@ class _Files:
         return not {"qweight", "q_weight"}.isdisjoint(_endings(self.read(names)[0]))
 
     def _num_layers(self) -> int | None:
+        if self._known_num_layers is not None:
+            return self._known_num_layers
         try:
             value = read_json_object_if_there(self.model_dir / "config.json")
         except ExlLoaderError:

@@ -108,8 +108,13 @@ class Quantization:
     where: str = "the quantization config"
 
     @classmethod
-    def from_dir(cls, folder: Path) -> Quantization:
+    def from_dir(cls, folder: Path, declared: dict[str, Any] | None = None) -> Quantization:
         """Merge `quantization_config` of config.json over the files that have it alone.
+
+        Args:
+            folder: the model folder.
+            declared: the `quantization_config` of config.json, empty where there is none; read
+                from the file where None.
 
         `quantize_config.json` is AutoGPTQ's where it names no method, and
         `quantization_config.json` is auto-round's.
@@ -121,7 +126,9 @@ class Quantization:
         older = _lower_keys(read_json_object_if_there(folder / "quantize_config.json"))
         if older:
             apart = _merged(apart, {"quant_method": "gptq"} | older)
-        own = read_json_object_if_there(folder / "config.json").get("quantization_config")
+        own: Any = declared
+        if own is None:
+            own = read_json_object_if_there(folder / "config.json").get("quantization_config")
         if own is not None and not isinstance(own, dict):
             raise InvalidConfig(
                 f"quantization_config in {folder / 'config.json'}",

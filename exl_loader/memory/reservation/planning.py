@@ -84,7 +84,7 @@ def planned(
     )
     config = ModelConfig.from_dir(Path(model_dir))
     with ExitStack() as files:
-        checkpoint = files.enter_context(Checkpoint.open(model_dir))
+        checkpoint = files.enter_context(Checkpoint.open(model_dir, config))
         draft_placer = _draft_placer(options, devices, files)
         placer = Placer(config, checkpoint, devices, draft_placer, options.ctx_size_draft)
         shown_types = LoadOptions.OPTIONS["cache_type"].choices
@@ -132,7 +132,7 @@ def _draft_placer(
     if not options.model_draft:
         return None
     config = ModelConfig.from_dir(Path(options.model_draft))
-    checkpoint = files.enter_context(Checkpoint.open(options.model_draft))
+    checkpoint = files.enter_context(Checkpoint.open(options.model_draft, config))
     return Placer(config, checkpoint, devices)
 
 
