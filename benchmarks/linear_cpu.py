@@ -23,10 +23,10 @@ import torch  # noqa: E402
 from read_bandwidth import BUFFER_BYTES as ROUND_BYTES  # noqa: E402
 from read_bandwidth import Bandwidth  # noqa: E402
 
-from exl_loader.backends.cpu.device import CpuDevice  # noqa: E402
 from exl_loader.backends.cpu.library import default_threads  # noqa: E402
+from exl_loader.backends.cpu.memory import MainMemory  # noqa: E402
+from exl_loader.backends.cpu.scratch import linear_scratch_bytes  # noqa: E402
 from exl_loader.backends.reference.ops import ReferenceOps  # noqa: E402
-from exl_loader.backends.scratch import linear_scratch_bytes  # noqa: E402
 from support.kernel_cases import compiled_ops, dense_linear, packed_linear  # noqa: E402
 
 # (in_features, out_features, bits, group size): a Llama of 1.1 B parameters, then widths.
@@ -89,7 +89,7 @@ def decode(ops, clock, bandwidth: Bandwidth, make, rows: int = 1) -> dict:
 
 def place_together(layers) -> None:
     """Move layers into one buffer of the kind that a model's weights lie in."""
-    buffer, _ = CpuDevice().empty("cpu", sum(_weight_bytes(w) + 2 * ALIGNMENT for w in layers))
+    buffer, _ = MainMemory().empty("cpu", sum(_weight_bytes(w) + 2 * ALIGNMENT for w in layers))
     offset = 0
     for w in layers:
         for role in ("weight",) if hasattr(w, "weight") else ("codes", "scales"):

@@ -16,7 +16,7 @@ if str(REPO) not in sys.path:
 import torch  # noqa: E402
 
 from exl_loader.backends.build.spec import require_cpu_spec  # noqa: E402
-from exl_loader.backends.cpu.device import CpuDevice  # noqa: E402
+from exl_loader.backends.cpu.memory import MainMemory  # noqa: E402
 
 # Several times a last-level cache of 32 MiB, in whole claims of read_bandwidth.cpp.
 BUFFER_BYTES = 150_000_000
@@ -48,7 +48,7 @@ class Bandwidth:
         self._sum = opened.read_bandwidth_sum
         self._sum.argtypes = [ctypes.c_void_p, ctypes.c_int64]
         # The memory that weights lie in, with its huge pages: small ones cost a sixth.
-        buffer, self._owner = CpuDevice().empty("cpu", BUFFER_BYTES)
+        buffer, self._owner = MainMemory().empty("cpu", BUFFER_BYTES)
         words = BUFFER_BYTES // 4 // CLAIM_WORDS * CLAIM_WORDS
         self._data = buffer.view(torch.int32)[:words].fill_(1)
 

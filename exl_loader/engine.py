@@ -21,6 +21,7 @@ from .text.chat.fitting import FittedMessages, context_notice, fit_messages
 from .utils.errors import InsufficientMemory, is_out_of_memory
 from .utils.progress import Progress
 from .utils.setting_values import check_integer, plain
+from .utils.table import MAIN_MEMORY
 
 if TYPE_CHECKING:
     from .checkpoint.config import ModelConfig
@@ -332,7 +333,7 @@ class LoadedModel:
             InsufficientMemory: there is less.
         """
         nbytes = 4 * count * self.config.vocab_size
-        free_bytes = capacity("cpu").free_bytes
+        free_bytes = capacity(MAIN_MEMORY).free_bytes
         try:
             # Linux promises more than there is, and ends the process that believes it.
             if nbytes <= free_bytes:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .backends.devices import device_kind
+from .backends import backend_of, get_ops
 from .cache.layout import CacheType
 from .cache.paging import PagedCache
 from .generation.draft_model import DraftModel, check_vocabularies
@@ -140,30 +140,28 @@ def _open_devices(model_dir: str | os.PathLike[str], options: LoadOptions) -> No
     """
     names = chosen_devices(options.device, options.gpu_split)
     # A device that takes more than was assumed may hand layers on to one that is closed.
-    while any(not device_kind(name).is_open(name) for name in names):
+    while any(not backend_of(name).is_initialized(name) for name in names):
         with planned(model_dir, options) as plan:
             if not plan.reservation.fits:
                 raise refusal(plan.reservation)
             used = [device.device for device in plan.reservation.devices]
-        closed = [name for name in used if not device_kind(name).is_open(name)]
+        closed = [name for name in used if not backend_of(name).is_initialized(name)]
         if not closed:
             return
         for name in closed:
-            device_kind(name).open(name)
+            backend_of(name).initialize(name)
 
 
 def _open_ops(names: Sequence[str], progress: Progress) -> dict[str, Ops]:
     """Return each device's operations, compiled where that was not done yet.
 
     Raises:
-        As `kernels.get_ops`; what a device refused names it.
+        As `Backend.open`; what a device refused names it.
     """
-    from .backends import get_ops
-
     opened: dict[str, Ops] = {}
     for name in names:
         try:
-            opened[name] = get_ops("cpu" if name.startswith("cpu") else name, progress)
+            opened[name] = get_ops(name, progress)
         except (DeviceError, InsufficientMemory) as error:
             if name in error.thing:
                 raise

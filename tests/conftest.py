@@ -129,7 +129,7 @@ def fixtures_dir() -> Path:
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch):
     """Keep the machine's cards out of the tests: `auto` is the CPU."""
-    monkeypatch.setattr("exl_loader.memory.reservation.budgets.auto_cards", lambda: ())
+    monkeypatch.setattr("exl_loader.backends.cuda.backend.auto_cards", lambda: ())
     monkeypatch.setattr("exl_loader.backends.cuda.device.card_memory", lambda card: None)
 
 
@@ -294,19 +294,19 @@ def machine(monkeypatch):
     """Main memory that is as free as a test says, whatever this machine has."""
     import torch  # noqa: F401  (what a process that loads has in memory already)
 
-    from exl_loader.backends import devices
-    from exl_loader.backends.cpu.device import CpuDevice
-    from exl_loader.backends.device import Capacity
+    from exl_loader.backends import BACKENDS
+    from exl_loader.backends.base import Capacity
+    from exl_loader.backends.cpu.backend import CpuBackend
 
     def make(free_bytes: int, capacity_bytes: int = 1 << 36, processes=()):
-        class Machine(CpuDevice):
+        class Machine(CpuBackend):
             def capacity(self, name):
                 return Capacity(capacity_bytes, free_bytes, 0)
 
             def processes(self, name, limit):
                 return list(processes)[:limit]
 
-        monkeypatch.setitem(devices.KINDS, "cpu", Machine())
+        monkeypatch.setitem(BACKENDS, "cpu", Machine())
 
     return make
 

@@ -12,10 +12,9 @@ import pytest
 import torch
 
 import exl_loader
-from exl_loader import backends as kernels
-from exl_loader.backends import devices
-from exl_loader.backends.cpu.device import CpuDevice
-from exl_loader.backends.device import Capacity
+from exl_loader.backends import BACKENDS
+from exl_loader.backends.base import Capacity
+from exl_loader.backends.cpu.backend import CpuBackend
 from exl_loader.checkpoint import Checkpoint
 from exl_loader.memory import buffers as memory
 from exl_loader.utils.errors import (
@@ -241,7 +240,7 @@ def loads(folder, expected=None):
     return logits
 
 
-class Failing(CpuDevice):
+class Failing(CpuBackend):
     """Main memory that fails in a chosen way at its n-th buffer."""
 
     def __init__(self, fail_at: int, how: str) -> None:
@@ -280,7 +279,7 @@ def test_failure_at_each_allocation(
 ):
     expected = loads(tiny_model_dir)
     with monkeypatch.context() as patch:
-        patch.setitem(devices.KINDS, "cpu", Failing(fail_at, how))
+        patch.setitem(BACKENDS, "cpu", Failing(fail_at, how))
         caught = fails(tiny_model_dir, error)
     if error is InsufficientMemory:
         assert "Everything taken was given back" in str(caught)
@@ -365,7 +364,7 @@ def test_kernels_that_do_not_build(tiny_model_dir, monkeypatch, nothing_left):
         raise KernelBuildError("the compiler", actual="it says no")
 
     with monkeypatch.context() as patch:
-        patch.setattr(kernels, "get_ops", broken)
+        patch.setattr("exl_loader.loader.get_ops", broken)
         fails(tiny_model_dir, KernelBuildError)
     loads(tiny_model_dir)
 

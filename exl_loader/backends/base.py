@@ -1,14 +1,16 @@
-"""The operations of the engine: one signature each, kept by every implementation.
+"""What the engine asks of a kind of device: its memory, and the operations of a forward pass.
 
-`reference.ReferenceOps` defines them in plain torch; `ops.CompiledOps` calls the compiled
-kernels. Rules that hold for all of them:
+`Backend` is one object a kind of device: memory, sizes of what its operations need, and
+`open`, which returns the `Ops` of one device. `Ops` has one signature for each operation.
+`reference.ops.ReferenceOps` defines the operations in plain torch; `cpu` and `cuda` call
+compiled kernels. These rules hold for all of them:
 
 - Activations are float32, contiguous, row-major; a row is one token.
-- Outputs are given by the caller (views into the workspace) and written in place; an
-  implementation allocates nothing per call (the reference may).
+- The caller gives the outputs (views into the workspace) and an operation writes them in place.
+  An implementation allocates nothing in a call (the reference may).
 - A row's result does not depend on which other rows are in the call, nor on the number of
   threads, bit for bit. So a request gives the same text whatever runs beside it.
-- `scratch` is a uint8 workspace view, at least as long as `scratch.py` says for the call.
+- `scratch` is a uint8 view of the workspace with at least `Backend.scratch_bytes` bytes.
 """
 
 from __future__ import annotations
@@ -19,10 +21,47 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import torch
 
-    from ..cache.layout import CacheLayer
+    from ..cache.layout import CacheLayer, CacheType
     from ..formats.packed import DenseLinear, PackedLinear
+    from ..utils.progress import Progress
 
     Linear = PackedLinear | DenseLinear
+
+# Name -> dtype (a key of `table.DTYPE_BYTES`) and shape of a tensor.
+Shapes = dict[str, tuple[str, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """A device's memory at this moment, in bytes.
+
+    Args:
+        capacity_bytes: all of the device's memory, or the most of it that may be used.
+        free_bytes: what can be taken now without pushing anything else out.
+        own_bytes: what this process holds already.
+        touchable_bytes: how much of the memory that `Backend.empty` has promised can be touched
+            now; None for as much as is free. More than is free where address space is the
+            limit, because promised memory has its addresses already.
+    """
+
+    capacity_bytes: int
+    free_bytes: int
+    own_bytes: int = 0
+    touchable_bytes: int | None = None
+
+    @property
+    def other_bytes(self) -> int:
+        """Held by other processes, the desktop and the system."""
+        return max(0, self.capacity_bytes - self.free_bytes - self.own_bytes)
+
+
+@dataclass(frozen=True)
+class Process:
+    """Another process that holds memory of a device."""
+
+    pid: int
+    name: str
+    held_bytes: int
 
 
 @dataclass
@@ -76,6 +115,115 @@ class AttentionShape:
     scale: float
     softcap: float = 0.0
     window: int = 0
+
+
+@dataclass(frozen=True)
+class StepSizes:
+    """The largest step of a model on one device, as far as scratch and workspace depend on it.
+
+    Args:
+        rows: most rows of a step, of all its sequences together.
+        logits_rows: most rows of logits; 0 on a device without the output head.
+        max_batch_size: most sequences of a step.
+        ctx_size: tokens of the longest sequence.
+        cache_type: bits of keys and values.
+        attention: the layers' attention; a sliding window is not counted.
+        products: (rows, in_features, out_features) of every linear layer, the head's included.
+        vocab_size: logits of a row.
+        num_layers: decoder layers on the device.
+        num_experts: experts of a layer; 0 where layers have none.
+    """
+
+    rows: int
+    logits_rows: int
+    max_batch_size: int
+    ctx_size: int
+    cache_type: CacheType
+    attention: AttentionShape
+    products: frozenset[tuple[int, int, int]]
+    vocab_size: int
+    num_layers: int
+    num_experts: int
+
+
+class Backend(Protocol):
+    """A kind of device. `device` is `cpu`, `cpu:1`, `cuda:0`, ...; one object serves them all."""
+
+    kind: str
+    """What a device's name begins with, such as `cuda`."""
+
+    default_device: str
+    """The device that `kind` alone names, such as `cuda:0`."""
+
+    is_main_memory: bool
+    """Whether the devices' memory is the machine's main memory, which every process uses."""
+
+    alignment_bytes: int
+    """Every tensor in a buffer starts at a multiple of this many bytes."""
+
+    granularity_bytes: int
+    """A buffer takes a multiple of this many bytes."""
+
+    taken_by_touch: bool
+    """Whether `empty` only promises memory, which `touch` takes."""
+
+    def auto_devices(self, count: int = 0) -> list[str]:
+        """Name the devices of this kind that `device="auto"` may use, in order.
+
+        Args:
+            count: the first so many, here or not; 0 for those that are here and can run models.
+        """
+
+    def initialize(self, device: str) -> None:
+        """Take now what running on the device takes outside our buffers; twice is once.
+
+        Raises:
+            InvalidSettings: there is no such device.
+        """
+
+    def is_initialized(self, device: str) -> bool:
+        """Whether `initialize` has run, so that `capacity` and `overhead` are measured."""
+
+    def capacity(self, device: str) -> Capacity:
+        """Ask the system; raises InvalidSettings where there is no such device."""
+
+    def overhead(self, device: str) -> tuple[int, bool]:
+        """Bytes that running on the device takes outside our buffers; True if measured."""
+
+    def processes(self, device: str, limit: int) -> list[Process]:
+        """The other processes that hold most of the memory, largest first; [] where unknown."""
+
+    def empty(self, device: str, nbytes: int) -> tuple[torch.Tensor, object]:
+        """Take one buffer.
+
+        Returns:
+            A uint8 tensor [nbytes], and the object whose life is that of the memory.
+
+        Raises:
+            MemoryError: the system refused.
+        """
+
+    def touch(self, buffer: torch.Tensor) -> None:
+        """Make the memory of a buffer, or of a piece of one, really taken."""
+
+    def scratch_bytes(self, step: StepSizes) -> int:
+        """Return the most scratch that any operation of such steps needs."""
+
+    def workspace_specs(self, step: StepSizes) -> Shapes:
+        """Return the tensors that only operations of this kind need in the workspace."""
+
+    def open(self, device: str, progress: Progress | None = None) -> Ops:
+        """Return a device's operations, compiling their kernels where that was not done yet.
+
+        Args:
+            progress: shows compiling, as units done of all.
+
+        Raises:
+            InvalidSettings: no operations for this device.
+            KernelBuildError: the kernels do not compile or do not open.
+            DeviceError: the device cannot be used.
+            InsufficientMemory: the device has no room for the kernels.
+        """
 
 
 class Ops(Protocol):

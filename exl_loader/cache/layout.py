@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..utils.errors import InvalidSettings, shown
-from ..utils.table import DeviceMap, TensorSpec
+from ..utils.table import MAIN_MEMORY, DeviceMap, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +47,8 @@ _UNPACKED_DTYPES = {32: "float32", 16: "int16"}
 # Pairs of a key bias that attention can add, of each key/value head: csrc/cpu/key_bias.h and
 # csrc/cuda/key_bias.cuh have room for so many.
 MAX_BIAS_PAIRS = 32
+# Query heads of one key/value head with such a bias: csrc/cpu/attention.h has room for so many.
+MAX_BIAS_SHARING = 128
 
 # Codes of a short last group are padded to this, so that 6 bits end on a whole byte.
 CODE_STEP = 8
@@ -149,9 +151,9 @@ def cache_specs(
         config: gives num_hidden_layers, num_key_value_heads and head_dim.
         num_pages: pages of `PAGE_LEN` tokens, shared by all sequences.
         cache_type: how keys and values are kept.
-        device_map: the device of each layer; the CPU where it is None.
+        device_map: the device of each layer; main memory where it is None.
     """
-    devices = (device_map or DeviceMap.single("cpu", config.num_hidden_layers)).layers
+    devices = (device_map or DeviceMap.single(MAIN_MEMORY, config.num_hidden_layers)).layers
     tokens = (num_pages, config.num_key_value_heads, PAGE_LEN)
     specs: list[TensorSpec] = []
     for layer, device in enumerate(devices):

@@ -24,11 +24,12 @@ def check(index: int) -> dict[str, Any] | None:
         where the kernels are not compiled yet.
     """
     from ..backends.build.store import find_entry
+    from ..backends.cuda.device import card_name
     from ..backends.cuda.driver import Driver, driver_release
     from ..backends.cuda.ops import open_ops
     from ..backends.cuda.spec import cuda_spec
 
-    name = f"cuda:{index}"
+    name = card_name(index)
     try:
         spec = cuda_spec(Driver().capability(index), driver=driver_release())
         if find_entry(spec) is None:

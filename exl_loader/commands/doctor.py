@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..backends import REFERENCE_ENV
 from ..backends.build import toolchain
 from ..backends.build.spec import cpu_spec
 from ..backends.build.store import find_built, kernel_dirs, list_built, writable_dir
 from ..backends.cuda.device import query_nvidia_smi
+from ..backends.reference import reference_is_forced
 from ..utils.errors import ExlLoaderError, InvalidSettings
 from .doctor_cuda import cuda_rows, examine_cuda
 
@@ -186,7 +186,7 @@ def _examine_kernels(problems: list[dict[str, str]]) -> dict[str, Any]:
             {"folder": str(entry.directory), "total_bytes": entry.total_bytes}
             for entry in list_built()
         ],
-        "reference_forced": os.environ.get(REFERENCE_ENV, "") not in ("", "0"),
+        "reference_forced": reference_is_forced(),
     }
 
 

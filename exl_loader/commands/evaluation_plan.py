@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..backends.devices import device_kind
+from ..backends import backend_of
 from ..cache.layout import CacheType, cache_specs, pages_for
 from ..memory.reservation import Reservation, plan
 from ..memory.reservation.budgets import chosen_devices
+from ..memory.segments import Segment, place
 from ..utils.errors import InsufficientMemory, InvalidSettings
-from ..utils.table import DeviceMap, Segment, TensorSpec, place
+from ..utils.table import DeviceMap, TensorSpec
 
 if TYPE_CHECKING:
     from ..checkpoint.config import ModelConfig
@@ -84,7 +85,7 @@ def plan_evaluation(
     ]
     caches = place(specs)[device, "cache"] if specs else None
     planned = EvaluationPlan(reservation, tuple(others), caches)
-    step = device_kind(device).granularity_bytes
+    step = backend_of(device).granularity_bytes
     needed = -(-planned.extra_bytes // step) * step
     spare = reservation.devices[0].spare_bytes
     if reservation.fits and spare < needed:

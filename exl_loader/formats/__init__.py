@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..backends.cuda.layout import StreamLinear
 from ..utils.errors import InvalidCheckpoint
+from ..utils.table import MAIN_MEMORY
 from .dense import dense_weight, pack_dense_linear, plan_dense
 from .exl2 import exl2_weight, pack_exl2_linear, plan_exl2
 from .gptq import gptq_weight, pack_gptq_linear, plan_gptq
@@ -52,7 +53,7 @@ def plan_linear(
     in_features: int,
     out_features: int,
     *,
-    device: str = "cpu",
+    device: str = MAIN_MEMORY,
     source: str | None = None,
     rows: tuple[int, int] | None = None,
     bias: bool | None = None,

@@ -16,11 +16,11 @@ from collections.abc import Iterable
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from ..backends.device import Capacity
-from ..backends.devices import device_kind
+from ..backends import backend_of
+from ..backends.base import Capacity
 from ..utils.errors import InsufficientMemory, InvalidSettings, shown
 from ..utils.progress import NullProgress, Progress, task
-from ..utils.table import Segment
+from .segments import Segment
 
 if TYPE_CHECKING:
     import torch
@@ -117,7 +117,7 @@ def capacity(device: str) -> Capacity:
     Raises:
         InvalidSettings: there is no such device.
     """
-    return device_kind(device).capacity(device)
+    return backend_of(device).capacity(device)
 
 
 def trim_heap() -> None:
@@ -172,16 +172,16 @@ class Buffers:
         self._buffers.clear()
 
     def _take(self, segment: Segment, advance) -> None:
-        kind = device_kind(segment.device)
-        buffer, owner = kind.empty(segment.device, segment.nbytes)
+        backend = backend_of(segment.device)
+        buffer, owner = backend.empty(segment.device, segment.nbytes)
         _live[owner] = (segment.device, segment.nbytes)
         for first in range(0, segment.nbytes, TOUCH_BYTES):
             piece = buffer[first : first + TOUCH_BYTES]
-            left = kind.capacity(segment.device)
+            left = backend.capacity(segment.device)
             left_bytes = left.free_bytes if left.touchable_bytes is None else left.touchable_bytes
-            if kind.taken_by_touch and left_bytes < piece.nbytes:
+            if backend.taken_by_touch and left_bytes < piece.nbytes:
                 raise MemoryError("another process took it meanwhile")
-            kind.touch(piece)
+            backend.touch(piece)
             advance(piece.nbytes)
         self._buffers[segment.device, segment.name] = (segment, buffer)
 
@@ -190,7 +190,7 @@ def allocate(segments: Iterable[Segment], progress: Progress | None = None) -> B
     """Take one buffer for every segment, all or none; one call at a time.
 
     Args:
-        segments: from `table.place`; each (device, name) once.
+        segments: from `segments.place`; each (device, name) once.
         progress: told the bytes taken.
 
     Raises:
@@ -240,7 +240,7 @@ def _try_take(buffers: Buffers, segment: Segment, advance) -> str | None:
 
 
 def _vanished(segment: Segment, refusal: str) -> InsufficientMemory:
-    free = device_kind(segment.device).capacity(segment.device).free_bytes
+    free = backend_of(segment.device).capacity(segment.device).free_bytes
     return InsufficientMemory(
         f"{segment.device}: no memory for the {segment.name} buffer",
         expected=f"{segment.nbytes} bytes, which the plan saw free",

@@ -26,7 +26,7 @@ from ..formats import LINEAR_TENSORS, has_linear, plan_linear
 from ..formats.common import FLOAT_DTYPES, WRONG_FILE, expect
 from ..formats.packed import LinearPlan
 from ..utils.errors import InvalidCheckpoint, UnsupportedFormat, shown_names
-from ..utils.table import DeviceMap, TensorSpec
+from ..utils.table import MAIN_MEMORY, DeviceMap, TensorSpec
 from ..utils.warn import warn_once
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class Blueprint:
             UnsupportedFormat: a layer is stored in a way this engine does not read, or has an
                 adapter beside it.
         """
-        devices = device_map or DeviceMap.single("cpu", config.num_hidden_layers)
+        devices = device_map or DeviceMap.single(MAIN_MEMORY, config.num_hidden_layers)
         assert len(devices.layers) == config.num_hidden_layers
         planner = _Planner(config, checkpoint)
         embedding: TensorSpec | None = planner.embedding(devices.embed)

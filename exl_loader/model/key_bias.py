@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..backends.host import Host, host_of
-from ..cache.layout import MAX_BIAS_PAIRS, KeyBias
+from ..cache.layout import MAX_BIAS_PAIRS, MAX_BIAS_SHARING, KeyBias
 
 if TYPE_CHECKING:
     from ..backends.base import AttentionShape, Linear, Ops
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 # What may stay in the projection: a share of the keys' own mean square, by which it adds to
 # the squared error of a quantised cache.
 KEPT_SHARE = 0.05
-# csrc/cpu/attention.h has room for so many query heads of one key head.
-MAX_SHARING = 128
 _PROBE_ROWS = 8
 
 
@@ -98,7 +96,7 @@ def take_key_bias(
     """
     if not getattr(ops, "takes_key_bias", False) or k.bias is None:
         return None
-    if shape.num_heads // shape.num_kv_heads > MAX_SHARING:
+    if shape.num_heads // shape.num_kv_heads > MAX_BIAS_SHARING:
         return None
     host, heads = host_of(ops), (shape.num_kv_heads, shape.head_dim)
     stored = torch.from_numpy(host.read(k.bias).copy())

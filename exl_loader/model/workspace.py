@@ -7,13 +7,12 @@ no response, however long, needs a byte more than the first token did.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..backends import scratch
-from ..backends.base import AttentionShape
+from ..backends import backend_of
+from ..backends.base import AttentionShape, Shapes, StepSizes
 from ..cache.layout import MAX_BIAS_PAIRS, CacheType, pages_for
 from ..utils.table import TensorSpec
 
@@ -63,15 +62,15 @@ def workspace_specs(
             **_row_tensors(blueprint, chunk_size),
         }
         if has_head:
-            tensors.update(_head_tensors(blueprint, logits_rows, device))
-        if blueprint.config.num_local_experts and device.startswith("cuda"):
-            tensors["expert_tables"] = _expert_tables(blueprint, device)
-        tensors.update(_key_biases(blueprint, device))
-        nbytes = scratch_bytes(
+            tensors.update(_head_tensors(blueprint, logits_rows))
+        backend = backend_of(device)
+        step = step_sizes(
             blueprint, device, rows=chunk_size, logits_rows=logits_rows,
             max_batch_size=max_batch_size, ctx_size=ctx_size, cache_type=cache_type,
         )
-        tensors["scratch"] = ("uint8", (nbytes,))
+        tensors.update(backend.workspace_specs(step))
+        tensors.update(_key_biases(blueprint, device))
+        tensors["scratch"] = ("uint8", (backend.scratch_bytes(step),))
         specs += [
             TensorSpec(name, "workspace", dtype, shape, device)
             for name, (dtype, shape) in tensors.items()
@@ -79,15 +78,12 @@ def workspace_specs(
     return specs
 
 
-Tensors = dict[str, tuple[str, tuple[int, ...]]]
-
-
 # What the host writes for a step. Neighbours in the workspace, so that one copy brings all of
 # it to a device.
 INPUTS = ("ids", "positions", "q_start", "past_len", "page_table", "inv_freq", "head_rows")
 
 
-def _input_tensors(blueprint: Blueprint, rows: int, sequences: int, max_pages: int) -> Tensors:
+def _input_tensors(blueprint: Blueprint, rows: int, sequences: int, max_pages: int) -> Shapes:
     """List `INPUTS` but for the head's."""
     return {
         "ids": ("int32", (rows,)),
@@ -99,13 +95,13 @@ def _input_tensors(blueprint: Blueprint, rows: int, sequences: int, max_pages: i
     }
 
 
-def _row_tensors(blueprint: Blueprint, rows: int) -> Tensors:
+def _row_tensors(blueprint: Blueprint, rows: int) -> Shapes:
     config = blueprint.config
     hidden = config.hidden_size
     q_size = config.num_attention_heads * config.head_dim
     kv_size = config.num_key_value_heads * config.head_dim
     pairs = config.rope.rotary_dim // 2
-    tensors: Tensors = {
+    tensors: Shapes = {
         "x": ("float32", (rows, hidden)),
         "h": ("float32", (rows, hidden)),
         "q": ("float32", (rows, q_size)),
@@ -127,29 +123,15 @@ def _row_tensors(blueprint: Blueprint, rows: int) -> Tensors:
     return tensors
 
 
-def _head_tensors(blueprint: Blueprint, rows: int, device: str) -> Tensors:
+def _head_tensors(blueprint: Blueprint, rows: int) -> Shapes:
     config = blueprint.config
-    tensors: Tensors = {
+    return {
         "head_x": ("float32", (rows, config.hidden_size)),
         "logits": ("float32", (rows, config.vocab_size)),
     }
-    if device.startswith("cuda"):
-        from ..backends.cuda.scratch_sampling import RESULT_WORDS
-
-        tensors["top_logits"] = ("int32", (rows, RESULT_WORDS))
-    return tensors
 
 
-def _expert_tables(blueprint: Blueprint, device: str) -> tuple[str, tuple[int, ...]]:
-    """A description of each expert's three projections, for each layer of a card."""
-    from ..backends.cuda.linear_structs import LayerStruct
-
-    layers = sum(layer.device == device for layer in blueprint.layers)
-    row_bytes = blueprint.config.num_local_experts * ctypes.sizeof(LayerStruct)
-    return "uint8", (layers, 3, row_bytes)
-
-
-def _key_biases(blueprint: Blueprint, device: str) -> Tensors:
+def _key_biases(blueprint: Blueprint, device: str) -> Shapes:
     """Room for what attention adds of each layer's key bias: how much is known after loading."""
     layers = [layer for layer in blueprint.layers if layer.device == device]
     if not any("bias" in layer.k.specs and layer.k_norm is None for layer in layers):
@@ -158,7 +140,7 @@ def _key_biases(blueprint: Blueprint, device: str) -> Tensors:
     return {"key_biases": ("int32", (len(layers), 3, words))}
 
 
-def scratch_bytes(
+def step_sizes(
     blueprint: Blueprint,
     device: str,
     *,
@@ -167,27 +149,31 @@ def scratch_bytes(
     max_batch_size: int,
     ctx_size: int,
     cache_type: CacheType,
-) -> int:
-    """Find the most scratch any operation of a step needs on a device, in bytes."""
-    config, sizes = blueprint.config, scratch.sizes_for(device)
-    widths = {
+) -> StepSizes:
+    """Return what the largest step of a device is; arguments as those of `workspace_specs`."""
+    config = blueprint.config
+    layers = [layer for layer in blueprint.layers if layer.device == device]
+    products = {
         (rows, linear.stored_rows, linear.out_features)
-        for layer in blueprint.layers
-        if layer.device == device
+        for layer in layers
         for linear in layer.linears()
     }
-    top_logits = 0
-    if device == blueprint.device_map.head:
-        widths.add((logits_rows, config.hidden_size, config.vocab_size))
-        top_logits = sizes.top_logits(logits_rows, config.vocab_size)
-    shape = AttentionShape(
-        config.num_attention_heads, config.num_key_value_heads, config.head_dim, 1.0
-    )
-    return max(
-        *(sizes.linear(*width) for width in widths),
-        sizes.write_cache(rows, shape, cache_type),
-        sizes.attention(rows, max_batch_size, ctx_size, shape, cache_type),
-        top_logits,
+    has_head = device == blueprint.device_map.head
+    if has_head:
+        products.add((logits_rows, config.hidden_size, config.vocab_size))
+    return StepSizes(
+        rows=rows,
+        logits_rows=logits_rows if has_head else 0,
+        max_batch_size=max_batch_size,
+        ctx_size=ctx_size,
+        cache_type=cache_type,
+        attention=AttentionShape(
+            config.num_attention_heads, config.num_key_value_heads, config.head_dim, 1.0
+        ),
+        products=frozenset(products),
+        vocab_size=config.vocab_size,
+        num_layers=len(layers),
+        num_experts=config.num_local_experts,
     )
 
 

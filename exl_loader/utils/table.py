@@ -7,7 +7,6 @@ table, so predicted and allocated agree by construction. Integers only; no PyTor
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 DTYPE_BYTES = {
@@ -23,9 +22,8 @@ DTYPE_BYTES = {
 
 SEGMENTS = ("weights", "cache", "workspace")
 
-# Every tensor starts on a multiple of this many bytes: one cache line and one AVX-512
-# register on the CPU; the CUDA driver's own granularity (256) for coalesced loads.
-ALIGNMENT = {"cpu": 64, "cuda": 256}
+# The device that every machine has: the default of what names none.
+MAIN_MEMORY = "cpu"
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class TensorSpec:
     segment: str
     dtype: str
     shape: tuple[int, ...]
-    device: str = "cpu"
+    device: str = MAIN_MEMORY
 
     @property
     def nbytes(self) -> int:
@@ -75,49 +73,3 @@ class DeviceMap:
     def devices(self) -> tuple[str, ...]:
         """Every device used, each once, in the order in which a token visits them."""
         return tuple(dict.fromkeys((self.embed, *self.layers, self.head)))
-
-
-@dataclass(frozen=True)
-class Placement:
-    """A tensor spec and where it starts in its segment's buffer, in bytes."""
-
-    spec: TensorSpec
-    offset: int
-
-
-@dataclass(frozen=True)
-class Segment:
-    """One buffer of one device: its placements in order and its size in bytes."""
-
-    device: str
-    name: str
-    placements: tuple[Placement, ...]
-    nbytes: int
-
-
-def align(nbytes: int, device: str) -> int:
-    """Round a byte count up to the device's alignment."""
-    step = ALIGNMENT[device.split(":")[0]]
-    return -(-nbytes // step) * step
-
-
-def place(specs: Iterable[TensorSpec]) -> dict[tuple[str, str], Segment]:
-    """Lay specs out one behind the other, each aligned.
-
-    Returns:
-        (device, segment name) -> Segment. Only segments that have tensors appear.
-    """
-    offsets: dict[tuple[str, str], int] = {}
-    placements: dict[tuple[str, str], list[Placement]] = {}
-    seen: set[tuple[str, str, str]] = set()
-    for spec in specs:
-        key = (spec.device, spec.segment)
-        assert spec.segment in SEGMENTS, spec
-        assert (*key, spec.name) not in seen, f"{spec.name} stands twice in {key}"
-        seen.add((*key, spec.name))
-        offset = offsets.get(key, 0)
-        placements.setdefault(key, []).append(Placement(spec, offset))
-        offsets[key] = offset + align(spec.nbytes, spec.device)
-    return {
-        key: Segment(key[0], key[1], tuple(placements[key]), offsets[key]) for key in placements
-    }

@@ -170,7 +170,7 @@ def _verdict_text(reservation: Reservation, measured_bytes: int | None) -> str:
 
 def _device_needs(device: DeviceReservation, *, alone: bool) -> str:
     needed = _needed_bytes(device)
-    label = "" if alone else f"{_label(device)} "
+    label = "" if alone else f"{device.memory_name} "
     return f"{label}needs {_needs_and_free(needed, needed + device.spare_bytes)}"
 
 
@@ -224,16 +224,12 @@ def _kind(reservation: Reservation) -> str:
     return f"{architecture}, {reservation.format.upper()}, {reservation.num_layers} layers"
 
 
-def _label(device: DeviceReservation) -> str:
-    return "main memory" if device.device.startswith("cpu") else device.device
-
-
 def _device(device: DeviceReservation, *, alone: bool) -> str:
     """Draw one device: its bar, where its memory ends, and the model enlarged where small."""
     parts = _parts(device)
     used = sum(nbytes for _, _, nbytes in parts)
     scale = max(device.capacity_bytes, used)
-    label, edge = _label(device), device.capacity_bytes / scale
+    label, edge = device.memory_name, device.capacity_bytes / scale
     head = ""
     if not alone:
         layers = f"{label}, layers {device.first_layer} to {device.end_layer - 1}"
@@ -295,7 +291,7 @@ def _listed(device: DeviceReservation) -> list[Part]:
 
 def _device_details(device: DeviceReservation, *, alone: bool) -> str:
     """List a device's parts with their bytes."""
-    heading = "" if alone else f"<h4>{escape(_label(device))}</h4>"
+    heading = "" if alone else f"<h4>{escape(device.memory_name)}</h4>"
     note = ""
     if _limit_rules(device):
         note = (

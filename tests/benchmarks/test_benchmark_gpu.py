@@ -17,13 +17,13 @@ sys.path.insert(0, str(REPO / "benchmarks"))
 
 import gpu  # noqa: E402
 
-from exl_loader.memory.reservation import budgets  # noqa: E402
-
 
 def test_dry_run(tmp_path, monkeypatch, capsys):
     ops = emulated_ops()
     install(monkeypatch, ops)
-    monkeypatch.setattr(budgets, "auto_cards", lambda: ("cuda:0",))
+    monkeypatch.setattr(
+        "exl_loader.backends.cuda.backend.auto_cards", lambda: ("cuda:0",)
+    )
     rows = gpu.main([
         "--dry", "--no-peer", "--bandwidth", "1e9", "--folder", str(tmp_path),
         "--json", str(tmp_path / "rows.json"),

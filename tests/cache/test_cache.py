@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exl_loader.cache.layout import PAGE_LEN, CacheType, cache_specs, group_sizes, num_groups
+from exl_loader.memory.segments import place
 from exl_loader.utils.errors import InvalidSettings
-from exl_loader.utils.table import DeviceMap, place
+from exl_loader.utils.table import DeviceMap
 
 NAMES = ("fp32", "fp16", "q8", "q6", "q4")
 QUANTIZED = {"q8": 8, "q6": 6, "q4": 4}

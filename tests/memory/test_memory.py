@@ -12,14 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exl_loader.backends import devices
-from exl_loader.backends.cpu.device import ASSUMED_RUNTIME_BYTES, CpuDevice
+from exl_loader.backends import BACKENDS
+from exl_loader.backends.base import Capacity, Process
+from exl_loader.backends.cpu.backend import CpuBackend
+from exl_loader.backends.cpu.memory import ASSUMED_RUNTIME_BYTES
 from exl_loader.backends.cuda.device import ASSUMED_CONTEXT_BYTES, CudaDevice
 from exl_loader.backends.cuda.device_taken import ASSUMED_GRAPH_BYTES
-from exl_loader.backends.device import Capacity, Process
 from exl_loader.memory import buffers as memory
+from exl_loader.memory.segments import place
 from exl_loader.utils.errors import InsufficientMemory, InvalidSettings
-from exl_loader.utils.table import TensorSpec, place
+from exl_loader.utils.table import TensorSpec
 
 GIB = 1 << 30
 
@@ -33,7 +35,7 @@ def resident_bytes() -> int:
 def machine(tmp_path):
     """A machine of 16 GiB, 8 of them free, whose files a test may add to."""
 
-    def make(cgroup: str = "", **files: str) -> CpuDevice:
+    def make(cgroup: str = "", **files: str) -> CpuBackend:
         proc, cgroups = tmp_path / "proc", tmp_path / "cgroup"
         (proc / "self").mkdir(parents=True)
         cgroups.mkdir()
@@ -46,7 +48,7 @@ def machine(tmp_path):
             file = cgroups / path
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text)
-        return CpuDevice(str(proc), str(cgroups))
+        return CpuBackend(str(proc), str(cgroups))
 
     return make
 
@@ -200,9 +202,9 @@ def test_the_environments_limit_is_for_all_models_together(monkeypatch):
 def test_libraries_count_until_they_are_loaded(monkeypatch):
     import torch  # noqa: F401
 
-    assert CpuDevice().overhead("cpu") == (0, True)
+    assert CpuBackend().overhead("cpu") == (0, True)
     monkeypatch.delitem(sys.modules, "torch")
-    assert CpuDevice().overhead("cpu") == (ASSUMED_RUNTIME_BYTES, False)
+    assert CpuBackend().overhead("cpu") == (ASSUMED_RUNTIME_BYTES, False)
 
 
 def test_views_have_the_tables_dtypes_shapes_and_places():
@@ -276,7 +278,7 @@ def test_memory_is_taken_at_once_and_goes_back():
     assert resident_bytes() - before < 1 << 20
 
 
-class Failing(CpuDevice):
+class Failing(CpuBackend):
     """Main memory whose n-th buffer is refused, or which shrinks when it is touched."""
 
     def __init__(self, fail_at: int, how: str) -> None:
@@ -307,7 +309,7 @@ def test_a_refused_buffer_gives_all_back(monkeypatch, fail_at, how):
         TensorSpec("t", name, "uint8", (1 << 20,)) for name in ("weights", "cache", "workspace")
     )
     before = memory.live_bytes()
-    monkeypatch.setitem(devices.KINDS, "cpu", Failing(fail_at, how))
+    monkeypatch.setitem(BACKENDS, "cpu", Failing(fail_at, how))
     with pytest.raises(InsufficientMemory) as caught:
         memory.allocate(segments.values())
     # The exception is still held here, as a host would hold it to show it.
@@ -321,7 +323,7 @@ def test_a_refused_buffer_gives_all_back(monkeypatch, fail_at, how):
 def test_an_interrupted_allocation_gives_all_back(monkeypatch):
     segments = place(TensorSpec("t", name, "uint8", (9,)) for name in ("weights", "cache"))
     before = memory.live_bytes()
-    monkeypatch.setitem(devices.KINDS, "cpu", Failing(2, "interrupt"))
+    monkeypatch.setitem(BACKENDS, "cpu", Failing(2, "interrupt"))
     try:
         memory.allocate(segments.values())
     except KeyboardInterrupt:
@@ -332,7 +334,7 @@ def test_an_interrupted_allocation_gives_all_back(monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux says how memory is mapped")
 def test_buffers_may_have_huge_pages():
     """Linux gives them to private mappings that ask; to shared ones only where set up so."""
-    buffer, _ = CpuDevice().empty("cpu", 4 << 20)
+    buffer, _ = CpuBackend().empty("cpu", 4 << 20)
     with open("/proc/self/smaps") as file:
         text = file.read()
     entries = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) .*?^VmFlags:(.*?)$", text, re.M | re.S)

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import exl_loader
-from exl_loader.backends.cpu.device import CpuDevice
+from exl_loader.backends import backend_of
+from exl_loader.backends.cpu.backend import CpuBackend
 from exl_loader.cache.layout import PAGE_LEN, CacheType, pages_for
 from exl_loader.checkpoint import Checkpoint
 from exl_loader.checkpoint.config import ModelConfig
@@ -21,9 +22,10 @@ from exl_loader.memory.reservation import LoadOptions, plan, planned
 from exl_loader.memory.reservation.options import RunOptions
 from exl_loader.memory.reservation.placement import segments_of
 from exl_loader.memory.reservation.text import render
+from exl_loader.memory.segments import place
 from exl_loader.model.blueprint import Blueprint
 from exl_loader.utils.errors import InsufficientMemory, InvalidSettings
-from exl_loader.utils.table import ALIGNMENT, DeviceMap, TensorSpec, place
+from exl_loader.utils.table import DeviceMap, TensorSpec
 from support.sparse import write_sparse_exl2
 
 GIB, MIB = 1 << 30, 1 << 20
@@ -48,7 +50,7 @@ def geometries(draw, head_dims=(32, 64, 80, 96, 100, 128, 256)):
 
 def aligned_sum(specs, device: str, segment: str) -> int:
     """Sum a segment by hand: every tensor rounded up to the device's alignment."""
-    step = ALIGNMENT[device.split(":")[0]]
+    step = backend_of(device).alignment_bytes
     sizes = (s.nbytes for s in specs if (s.device, s.segment) == (device, segment))
     return sum(-(-nbytes // step) * step for nbytes in sizes)
 
@@ -335,7 +337,7 @@ def test_load_refuses_before_a_weight_is_read_or_a_buffer_exists(tmp_path, machi
     folder = write_sparse_exl2(tmp_path / "m")
     total = plan(folder, ctx_size=4096, cache_type="q4").total_bytes
     monkeypatch.setattr(Checkpoint, "_read", lambda *_: pytest.fail("a weight was read"))
-    monkeypatch.setattr(CpuDevice, "empty", lambda *_: pytest.fail("a buffer was taken"))
+    monkeypatch.setattr(CpuBackend, "empty", lambda *_: pytest.fail("a buffer was taken"))
     machine(GIB)
     with pytest.raises(InsufficientMemory) as caught:
         exl_loader.load(folder, ctx_size=4096, cache_type="q4", memory_limit=total - 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from exl_loader.backends.device import Process
+from exl_loader.backends.base import Process
 from exl_loader.memory.reservation import plan
 from exl_loader.memory.reservation.text import amount, refusal, render
 from exl_loader.utils.errors import InsufficientMemory

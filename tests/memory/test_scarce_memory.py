@@ -22,17 +22,17 @@ SHARED_MACHINE = """
 import os, random, sys, time
 from pathlib import Path
 import exl_loader
-from exl_loader.backends import devices
+from exl_loader.backends import BACKENDS
 from exl_loader.memory import buffers as memory
-from exl_loader.backends.device import Capacity
-from exl_loader.backends.cpu.device import CpuDevice
+from exl_loader.backends.base import Capacity
+from exl_loader.backends.cpu.backend import CpuBackend
 from exl_loader.utils.errors import InsufficientMemory
 
 ledger, total, folder, ctx_size = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 own = ledger / f"held-{os.getpid()}"
 memory.TOUCH_BYTES = int(sys.argv[5])
 
-class SharedMachine(CpuDevice):
+class SharedMachine(CpuBackend):
     def capacity(self, name):
         held = sum(path.stat().st_size for path in ledger.glob("held-*"))
         return Capacity(total, max(0, total - held), 0)
@@ -54,7 +54,7 @@ def load():
         own.unlink()
         print("refused:", error, flush=True)
 
-devices.KINDS["cpu"] = SharedMachine()
+BACKENDS["cpu"] = SharedMachine()
 import torch
 assert exl_loader.plan(folder, ctx_size).fits
 (ledger / f"planned-{os.getpid()}").touch()

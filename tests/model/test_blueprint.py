@@ -4,9 +4,10 @@ import pytest
 
 from exl_loader.checkpoint import Checkpoint
 from exl_loader.checkpoint.config import ModelConfig
+from exl_loader.memory.segments import place
 from exl_loader.model.blueprint import Blueprint, ExpertsPlan
 from exl_loader.utils.errors import ExlLoaderError, InvalidCheckpoint, UnsupportedFormat
-from exl_loader.utils.table import DeviceMap, place
+from exl_loader.utils.table import DeviceMap
 from support.tiny import CONFIG, tensor_shapes, write_tiny_model
 
 LAYER = "model.layers.1"

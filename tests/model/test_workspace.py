@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from exl_loader.backends import scratch
+from exl_loader.backends.cpu import scratch
 from exl_loader.cache.layout import CacheType
 from exl_loader.checkpoint import Checkpoint
 from exl_loader.checkpoint.config import ModelConfig

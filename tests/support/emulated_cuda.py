@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
-from exl_loader.backends.cpu.device import CpuDevice
+from exl_loader.backends.base import Capacity
+from exl_loader.backends.cpu.memory import MainMemory
+from exl_loader.backends.cuda.backend import CudaBackend
 from exl_loader.backends.cuda.host import CardHost, CardInputs
-from exl_loader.backends.device import Capacity
 from exl_loader.memory.buffers import live_bytes
 from exl_loader.utils.errors import DeviceError
 from support.cuda_targets import emulated_launcher
@@ -30,7 +31,7 @@ from support.cuda_targets import emulated_launcher
 DEVICE = "cuda:0"
 
 
-class EmulatedCard(CpuDevice):
+class EmulatedCard(MainMemory, CudaBackend):
     """Main memory in the place of cards'; which of it is which card's.
 
     Args:
@@ -273,10 +274,10 @@ def install(monkeypatch: Any, ops: Any) -> None:
 
 
 def _install(monkeypatch: Any, cards: EmulatedCard, open_ops: Callable[..., Any]) -> None:
-    from exl_loader.backends import devices
+    from exl_loader.backends import BACKENDS
     from exl_loader.backends.cuda import ops as cuda_ops
 
-    monkeypatch.setitem(devices.KINDS, "cuda", cards)
+    monkeypatch.setitem(BACKENDS, "cuda", cards)
     monkeypatch.setattr(cuda_ops, "open_ops", open_ops)
 
 

@@ -14,8 +14,8 @@ import torch
 from exl_loader.backends.build.build import build
 from exl_loader.backends.build.spec import cpu_spec
 from exl_loader.backends.cpu.ops import CompiledOps
+from exl_loader.backends.cpu.scratch import linear_scratch_bytes
 from exl_loader.backends.reference import planes
-from exl_loader.backends.scratch import linear_scratch_bytes
 from exl_loader.formats.packed import DenseLinear, PackedLinear
 
 # Scratch is sized for this many threads: conftest leaves EXL_LOADER_THREADS alone, and the

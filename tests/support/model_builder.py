@@ -12,11 +12,12 @@ from exl_loader.checkpoint import Checkpoint
 from exl_loader.checkpoint.config import ModelConfig
 from exl_loader.loader import staging
 from exl_loader.memory.buffers import allocate
+from exl_loader.memory.segments import place
 from exl_loader.model.blueprint import Blueprint
 from exl_loader.model.forward import Model
 from exl_loader.model.weights import load_weights
 from exl_loader.model.workspace import workspace_specs
-from exl_loader.utils.table import DeviceMap, place
+from exl_loader.utils.table import DeviceMap
 
 CACHE_TENSORS = ("k_codes", "k_scales", "v_codes", "v_scales")
 

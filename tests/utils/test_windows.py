@@ -19,7 +19,7 @@ from exl_loader.backends.build import store, toolchain
 from exl_loader.backends.build.spec import compile_flags, csrc_dir, link_flags
 from exl_loader.backends.build.toolchain import Compiler
 from exl_loader.backends.cpu import ops
-from exl_loader.backends.cpu.device import CpuDevice, vm_stat_free_bytes
+from exl_loader.backends.cpu.memory import MainMemory, vm_stat_free_bytes
 from exl_loader.backends.cuda import toolchain as cuda_toolchain
 from exl_loader.backends.cuda.spec import cuda_spec
 from exl_loader.commands import doctor
@@ -230,7 +230,7 @@ def test_processors_of_one_core_count_once(monkeypatch, allowed, cores):
 def test_memory_is_what_windows_says(on_windows, monkeypatch, tmp_path):
     monkeypatch.setattr(windows, "machine_memory", lambda: (32 << 30, 20 << 30))
     monkeypatch.setattr(windows, "process_memory", lambda: (1 << 30, 2 << 30))
-    found = CpuDevice(proc=str(tmp_path), cgroups=str(tmp_path)).capacity("cpu")
+    found = MainMemory(proc=str(tmp_path), cgroups=str(tmp_path)).capacity("cpu")
     assert (found.capacity_bytes, found.free_bytes) == (32 << 30, 20 << 30)
     assert found.own_bytes == 1 << 30
 

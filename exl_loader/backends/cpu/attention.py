@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from typing import TYPE_CHECKING
 
-from ...model.key_bias import MAX_SHARING
+from ...cache.layout import MAX_BIAS_SHARING
 from ..cache_structs import batch_struct, cache_layer_struct, key_bias_struct, shape_struct
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class AttentionOps:
         assert q.shape[1:] == (shape.num_heads, shape.head_dim) and out.shape == q.shape
         bias = None
         if layer.key_bias is not None:
-            assert shape.num_heads // shape.num_kv_heads <= MAX_SHARING
+            assert shape.num_heads // shape.num_kv_heads <= MAX_BIAS_SHARING
             bias = ctypes.byref(key_bias_struct(layer.key_bias, batch))
         status = self._attention(
             self._layer(layer, shape.head_dim), ctypes.byref(batch_struct(batch)),

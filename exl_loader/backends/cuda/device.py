@@ -10,15 +10,22 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from ...utils.errors import ExlLoaderError, InvalidSettings
-from ..device import Capacity, Process
+from ..base import Capacity, Process
+from ..reference import reference_is_forced
 from .device_taken import ASSUMED_GRAPH_BYTES, ASSUMED_KERNEL_BYTES, held_taken, known_taken
 from .nvml import card_count, card_memory, card_uuid
 
+if TYPE_CHECKING:
+    import torch
+
 MIB = 1 << 20
+
+# Tensors start on multiples of the driver's own granularity, for coalesced loads.
+ALIGNMENT_BYTES = 256
 
 # A CUDA context, its library handles and kernel modules. Between 250 and 500 MiB by card
 # and driver; where no context of ours exists to measure, the upper end is assumed, and the
@@ -44,71 +51,71 @@ class CudaDevice:
         # Card -> what its context was seen to take when it was made.
         self._context_bytes: dict[str, int] = {}
 
-    def open(self, name: str) -> None:
+    def initialize(self, device: str) -> None:
         """Make the context, and measure what it takes.
 
         Raises:
             InvalidSettings: this PyTorch has no CUDA, or there is no such card.
         """
-        if self.is_open(name):
+        if self.is_initialized(device):
             return
         import torch
 
-        if not torch.cuda.is_available() or _index(name) >= torch.cuda.device_count():
+        if not torch.cuda.is_available() or card_index(device) >= torch.cuda.device_count():
             raise InvalidSettings(
-                f"device {name}",
+                f"device {device}",
                 expected="a card that PyTorch sees",
                 actual=f"PyTorch {torch.__version__} sees "
                 f"{torch.cuda.device_count() if torch.cuda.is_available() else 'no cards'}",
                 remedy="Install PyTorch for CUDA and NVIDIA's driver, or choose device='cpu'",
             )
-        before = _smi_memory(name)
-        torch.cuda.synchronize(_index(name))
-        free, _ = torch.cuda.mem_get_info(_index(name))
-        self._context_bytes[name] = 0 if before is None else max(0, before.free_bytes - free)
+        before = _smi_memory(device)
+        torch.cuda.synchronize(card_index(device))
+        free, _ = torch.cuda.mem_get_info(card_index(device))
+        self._context_bytes[device] = 0 if before is None else max(0, before.free_bytes - free)
 
-    def is_open(self, name: str) -> bool:
+    def is_initialized(self, device: str) -> bool:
         """Whether this process has a context on the card."""
-        return name in self._context_bytes or _torch_in_use(name) is not None
+        return device in self._context_bytes or _torch_in_use(device) is not None
 
-    def capacity(self, name: str) -> Capacity:
+    def capacity(self, device: str) -> Capacity:
         """Ask PyTorch if it holds a context there, else `nvidia-smi`.
 
         What our context takes counts as free: it stands in `overhead`.
         """
-        torch = _torch_in_use(name)
+        torch = _torch_in_use(device)
         if torch is not None:
-            free, total = torch.cuda.mem_get_info(_index(name))
-            own = torch.cuda.memory_reserved(_index(name)) + _held_bytes(name)
-            own += held_taken(name)
-            return Capacity(total, free + self._context_bytes.get(name, 0), own)
-        found = _smi_memory(name)
+            free, total = torch.cuda.mem_get_info(card_index(device))
+            own = torch.cuda.memory_reserved(card_index(device)) + _held_bytes(device)
+            own += held_taken(device)
+            return Capacity(total, free + self._context_bytes.get(device, 0), own)
+        found = _smi_memory(device)
         if found is not None:
             return found
         raise InvalidSettings(
-            f"device {name}",
+            f"device {device}",
             expected="an NVIDIA card that nvidia-smi lists",
             actual="none of that number",
             remedy="Use device='cpu', or vram='24GiB' to plan for a card that is not here.",
         )
 
-    def overhead(self, name: str) -> tuple[int, bool]:
+    def overhead(self, device: str) -> tuple[int, bool]:
         """What the context, kernels and graphs take, measured or as far as that goes assumed.
 
         A context that somebody else of this process has made is in what is not free already.
         """
-        taken = known_taken(name)
-        if not self.is_open(name):
+        taken = known_taken(device)
+        if not self.is_initialized(device):
             return ASSUMED_CONTEXT_BYTES + (taken or ASSUMED_GRAPH_BYTES), False
         if taken is None:
             taken = ASSUMED_KERNEL_BYTES + ASSUMED_GRAPH_BYTES
-            return self._context_bytes.get(name, 0) + taken, False
-        return self._context_bytes.get(name, 0) + taken, True
+            return self._context_bytes.get(device, 0) + taken, False
+        return self._context_bytes.get(device, 0) + taken, True
 
-    def processes(self, name: str, limit: int) -> list[Process]:
+    def processes(self, device: str, limit: int) -> list[Process]:
         """Return the other compute processes on the card, as far as the driver tells."""
         rows = query_nvidia_smi(
-            "--query-compute-apps=pid,used_memory,process_name", f"--id={_smi_id(name)}", cells=3
+            "--query-compute-apps=pid,used_memory,process_name", f"--id={_smi_id(device)}", cells=3
         )
         found = [
             Process(int(pid), process, int(used) * MIB)
@@ -117,22 +124,28 @@ class CudaDevice:
         ]
         return sorted(found, key=lambda process: -process.held_bytes)[:limit]
 
-    def empty(self, name: str, nbytes: int) -> tuple[Any, Any]:
+    def empty(self, device: str, nbytes: int) -> tuple[torch.Tensor, object]:
         """Take a buffer from the driver: PyTorch's allocator would round it up and keep it."""
         import torch
 
         from .memory import CardMemory
 
-        memory = CardMemory(_index(name), nbytes)
-        return torch.as_tensor(memory, device=name), memory
+        memory = CardMemory(card_index(device), nbytes)
+        return torch.as_tensor(memory, device=device), memory
 
-    def touch(self, buffer: Any) -> None:
+    def touch(self, buffer: torch.Tensor) -> None:
         """Device memory is taken when it is allocated; zeros, as on the CPU."""
         buffer.zero_()
 
 
-def _index(name: str) -> int:
+def card_index(name: str) -> int:
+    """Return a card's number, as PyTorch counts."""
     return int(name.partition(":")[2] or 0)
+
+
+def card_name(index: int) -> str:
+    """Name a card by its number."""
+    return f"cuda:{index}"
 
 
 def _torch_in_use(name: str) -> Any:
@@ -140,13 +153,13 @@ def _torch_in_use(name: str) -> Any:
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return None
-    return torch if torch._C._cuda_hasPrimaryContext(_index(name)) else None
+    return torch if torch._C._cuda_hasPrimaryContext(card_index(name)) else None
 
 
 def _held_bytes(name: str) -> int:
     from .memory import held_bytes
 
-    return held_bytes(_index(name))
+    return held_bytes(card_index(name))
 
 
 @functools.cache
@@ -156,10 +169,10 @@ def auto_cards() -> tuple[str, ...]:
     A card counts where PyTorch is built for CUDA, the driver lists the card, it is new enough,
     and something here compiles kernels for it. PyTorch is not imported to find out.
     """
-    if os.environ.get("EXL_LOADER_REFERENCE", "") not in ("", "0") or not _torch_has_cuda():
+    if reference_is_forced() or not _torch_has_cuda():
         return ()
     rows = query_nvidia_smi("--query-gpu=index,uuid,compute_cap", cells=3)
-    names = (f"cuda:{index}" for index in range(len(rows)))
+    names = map(card_name, range(len(rows)))
     return tuple(name for name in names if _can_run(_capability(_smi_id(name), rows)))
 
 
@@ -208,7 +221,7 @@ def _smi_id(name: str) -> str:
     It counts along the bus and knows nothing of CUDA_VISIBLE_DEVICES; CUDA counts the fastest
     card first unless CUDA_DEVICE_ORDER says otherwise.
     """
-    index = _index(name)
+    index = card_index(name)
     uuid = _uuid(index)
     if uuid is not None:
         return uuid

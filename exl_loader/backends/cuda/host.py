@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...utils.errors import DeviceError, InsufficientMemory
-from ...utils.table import ALIGNMENT
 from ...utils.warn import warn
+from .device import ALIGNMENT_BYTES
 from .device_taken import remember_taken
 
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ def _span(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
     lowest = min(tensors.values(), key=lambda tensor: tensor.data_ptr())
     first = lowest.data_ptr()
     end = max(tensor.data_ptr() + tensor.nbytes for tensor in tensors.values())
-    held = sum(-(-t.nbytes // ALIGNMENT["cuda"]) * ALIGNMENT["cuda"] for t in tensors.values())
+    step = ALIGNMENT_BYTES
+    held = sum(-(-t.nbytes // step) * step for t in tensors.values())
     storage = lowest.untyped_storage()
     same = all(t.untyped_storage().data_ptr() == storage.data_ptr() for t in tensors.values())
     assert same and end - first <= held, "inputs are no neighbours"

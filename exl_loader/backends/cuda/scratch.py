@@ -34,7 +34,7 @@ def write_cache_scratch_bytes(rows: int, shape: AttentionShape, cache_type: Cach
 def attention_scratch_bytes(
     rows: int, max_batch_size: int, ctx_size: int, shape: AttentionShape, cache_type: CacheType
 ) -> int:
-    """Return what `attention` needs; arguments as those of `backends/scratch.py`."""
+    """Return what `attention` needs; arguments as those of `backends/cpu/scratch.py`."""
     return COUNTER_BYTES + scratch_attention.attention_scratch_bytes(
         rows, max_batch_size, ctx_size, shape, cache_type
     )

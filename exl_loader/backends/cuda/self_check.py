@@ -15,8 +15,8 @@ import torch
 
 from ...cache.layout import PAGE_LEN, CacheLayer, CacheType
 from ...memory.buffers import allocate
+from ...memory.segments import place
 from ...utils.errors import DeviceError
-from ...utils.table import place
 from ...utils.tracebacks import drop_locals
 from ..base import Batch
 from ..reference import fp16 as reference_fp16

@@ -7,7 +7,7 @@ from ...formats.common import quantized_specs
 from ...formats.packed import QuantizedSizes
 from ...utils.table import TensorSpec
 from ..base import AttentionShape
-from ..scratch import sizes_for
+from . import scratch as sizes
 from .scratch_sampling import RESULT_WORDS
 
 # Rows of a prompt, one more than are decoded, and where it begins: it crosses a page, and
@@ -34,13 +34,13 @@ def _linear_specs(name: str) -> dict[str, TensorSpec]:
 
 def check_specs(name: str) -> list[TensorSpec]:
     """List what the check takes of a card, all of it as one segment."""
-    sizes, tokens, rows = sizes_for(name), PAGES * PAGE_LEN, PROMPT + 1
+    tokens, rows = PAGES * PAGE_LEN, PROMPT + 1
     kinds = [CacheType.parse(cache_type) for cache_type in CACHE_TYPES]
     scratch = max(
-        sizes.linear(rows, IN_FEATURES, OUT_FEATURES),
-        *(sizes.attention(rows, 1, tokens, SHAPE, kind) for kind in kinds),
-        *(sizes.write_cache(rows, SHAPE, kind) for kind in kinds),
-        sizes.top_logits(1, VOCAB),
+        sizes.linear_scratch_bytes(rows, IN_FEATURES, OUT_FEATURES),
+        *(sizes.attention_scratch_bytes(rows, 1, tokens, SHAPE, kind) for kind in kinds),
+        *(sizes.write_cache_scratch_bytes(rows, SHAPE, kind) for kind in kinds),
+        sizes.top_logits_scratch_bytes(1, VOCAB),
     )
     heads = (SHAPE.num_heads, SHAPE.head_dim)
     kv_heads = (SHAPE.num_kv_heads, SHAPE.head_dim)

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...backends.cuda.device import auto_cards
-from ...backends.device import Capacity
-from ...backends.devices import device_kind
+from ...backends import auto_devices, backend_of, full_name
+from ...backends.base import Capacity
 from ...utils.errors import InvalidSettings, shown
 from ..buffers import capacity, environment_limit, live_bytes, parse_bytes
 
@@ -97,9 +96,10 @@ def budgets(
 
 def _absent(name: str, size: int, limit: int | None) -> Budget:
     """Budget of a device that is not here, all of it free."""
-    overhead_bytes, measured = device_kind(name).overhead(name)
-    # Not even a card that is here tells what another one would take.
-    measured = measured and not name.startswith("cuda")
+    backend = backend_of(name)
+    overhead_bytes, measured = backend.overhead(name)
+    # Main memory's overhead is this process's own. That of a card says nothing of another card.
+    measured = measured and backend.is_main_memory
     return Budget(name, Capacity(size, size), limit, overhead_bytes, measured)
 
 
@@ -108,7 +108,7 @@ def _present(name: str, limit: int | None, given_back: int) -> Budget:
     environment = environment_limit(name, given_back)
     if environment is not None:
         limit = environment if limit is None else min(limit, environment)
-    overhead_bytes, measured = device_kind(name).overhead(name)
+    overhead_bytes, measured = backend_of(name).overhead(name)
     return Budget(name, _without(capacity(name), given_back), limit, overhead_bytes, measured)
 
 
@@ -138,8 +138,8 @@ def _device_names(device: str | Sequence[str], num_cards: int) -> list[str]:
         raise InvalidSettings("device", expected="a device's name, or several",
                               actual=shown(device))
     if names == ["auto"]:
-        names = [f"cuda:{i}" for i in range(num_cards)] or [*auto_cards()] or ["cpu"]
-    names = ["cuda:0" if name == "cuda" else name for name in names]
+        names = auto_devices(num_cards)
+    names = [full_name(name) for name in names]
     if not names or len(names) > MAX_DEVICES or len(set(names)) != len(names):
         raise InvalidSettings(
             "device",
@@ -147,7 +147,7 @@ def _device_names(device: str | Sequence[str], num_cards: int) -> list[str]:
             actual=", ".join(map(str, names[:8])) or "none",
         )
     for name in names:
-        device_kind(name)
+        backend_of(name)
     return names
 
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from ...backends.devices import device_kind
+from ...backends import backend_of
 from ...cache.layout import CacheType, cache_specs, pages_for
 from ...model.blueprint import Blueprint
 from ...model.workspace import workspace_specs
-from ...utils.table import DeviceMap, Segment, TensorSpec, place
+from ...utils.table import DeviceMap, TensorSpec
+from ..segments import Segment, place
 from .budgets import Budget
 from .options import RunOptions
 from .split import largest_fitting
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 
 # Before the names of a draft model's tensors, which lie in the model's own buffers.
 DRAFT_PREFIX = "draft."
+
+# Number of a device that no plan uses: it holds the head of a model whose first layers are
+# measured.
+ELSEWHERE = 9999
 
 
 @dataclass(frozen=True)
@@ -119,8 +124,8 @@ class Placer:
         self._staging_bytes = staging_bytes(whole, checkpoint)
         if draft is not None:
             self._staging_bytes = max(self._staging_bytes, draft._staging_bytes)
-        kinds = (budget.device for budget in budgets if _kind(budget.device) == "cpu")
-        self._staged_on = next(kinds, None)
+        names = (budget.device for budget in budgets)
+        self._staged_on = next((n for n in names if backend_of(n).is_main_memory), None)
 
     def blueprint(self, device_map: DeviceMap) -> Blueprint:
         """Plan the weights for a device map, once each."""
@@ -156,8 +161,8 @@ class Placer:
     def most_pages(self, options: RunOptions) -> int:
         """Return more cache pages than could fit if the cache were all there is."""
         free = sum(budget.capacity.free_bytes for budget in self.budgets)
-        page = place(cache_specs(self.config, 1, options.cache_type))["cpu", "cache"].nbytes
-        return free // page + 1
+        (page,) = place(cache_specs(self.config, 1, options.cache_type)).values()
+        return free // page.nbytes + 1
 
     def draft_run(self, shares: Sequence[Share], ctx_size: int) -> Run | None:
         """Return what the draft model will be beside these shares; None without one."""
@@ -196,10 +201,10 @@ class Placer:
             # Every tensor is aligned by itself, so a buffer for both is the sum of two.
             weights, cache, workspace = (a + b for a, b in zip(buffers, more, strict=True))
             buffers, draft_bytes = (weights, cache, workspace), sum(more)
-        step = device_kind(device).granularity_bytes
+        step = backend_of(device).granularity_bytes
         overhead = budget.overhead_bytes + sum(-nbytes % step for nbytes in buffers)
         # Weights of cards pass through main memory as well; several shares of it do so once.
-        if device == self._staged_on or (_kind(device) == "cpu" and first == 0):
+        if device == self._staged_on or (first == 0 and backend_of(device).is_main_memory):
             overhead += self._staging_bytes
         return Share(budget, first, end, *buffers, overhead, draft_bytes)
 
@@ -215,7 +220,7 @@ class Placer:
 
     def _layer_cache_bytes(self, device: str, pages: int, options: RunOptions) -> int:
         """Lay out one layer's cache."""
-        key = (_kind(device), pages, options.cache_type)
+        key = (backend_of(device).kind, pages, options.cache_type)
         if key not in self._cache_bytes:
             one_layer = replace(self.config, num_hidden_layers=1)
             on_device = DeviceMap.single(device, 1)
@@ -230,7 +235,7 @@ class Placer:
         has_head = end == self.config.num_hidden_layers
         widths = frozenset(self._widths[first:end])
         num_layers = end - first if self._layers_have_rooms else 0
-        key = (_kind(device), has_head, widths, num_layers, ctx_size, options)
+        key = (backend_of(device).kind, has_head, widths, num_layers, ctx_size, options)
         if key not in self._workspace_bytes:
             part = self._part(device, first, end)
             placed = place(_workspace(part, ctx_size, options))
@@ -239,7 +244,7 @@ class Placer:
 
     def _whole(self, device: str) -> Blueprint:
         """Plan everything on one device of this kind."""
-        kind = _kind(device)
+        kind = backend_of(device).kind
         if kind not in self._wholes:
             where = DeviceMap.single(device, self.config.num_hidden_layers)
             self._wholes[kind] = self.blueprint(where)
@@ -251,14 +256,14 @@ class Placer:
         It does not look at the embedding.
         """
         whole, num_layers = self._whole(device), self.config.num_hidden_layers
-        here, elsewhere = whole.device_map.embed, f"{_kind(device)}:elsewhere"
+        here, elsewhere = whole.device_map.embed, f"{backend_of(device).kind}:{ELSEWHERE}"
         head = here if end == num_layers else elsewhere
         device_map = DeviceMap(here, (here,) * (end - first), head)
         return replace(whole, device_map=device_map, layers=whole.layers[first:end])
 
     def _weights_bytes(self, device: str, first: int, end: int) -> int:
         """Sum the weights of a layer range and, at either end, of embedding and head."""
-        kind = _kind(device)
+        kind = backend_of(device).kind
         if (first, end) == (0, self.config.num_hidden_layers):
             if kind not in self._whole_bytes:
                 whole = self._whole(device)
@@ -289,10 +294,6 @@ class Placer:
         }
         layers = accumulate((sizes[name] for name in names[:num_layers]), initial=0)
         return sizes[names[-2]], list(layers), sizes[names[-1]]
-
-
-def _kind(device: str) -> str:
-    return device.partition(":")[0]
 
 
 def _workspace(blueprint: Blueprint, ctx_size: int, options: RunOptions) -> list[TensorSpec]:

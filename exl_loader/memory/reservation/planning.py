@@ -14,7 +14,7 @@ from ...checkpoint import Checkpoint
 from ...checkpoint.config import ModelConfig
 from ...model.blueprint import Blueprint
 from ...utils.setting_values import check_path
-from ...utils.table import Segment
+from ..segments import Segment
 from .budgets import Budget, budgets
 from .length import stretched_length
 from .options import DEFAULT_CTX_SIZE, LoadOptions, PlanKeywords, RunOptions

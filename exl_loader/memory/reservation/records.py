@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ...backends import backend_of
 from .length import LengthWarning, length_warning, stretched
 
 
@@ -44,6 +45,11 @@ class DeviceReservation:
     limit_bytes: int | None
     spare_bytes: int
     draft_bytes: int = 0
+
+    @property
+    def memory_name(self) -> str:
+        """What a person calls the memory: `main memory`, or the name of a card."""
+        return "main memory" if backend_of(self.device).is_main_memory else self.device
 
     @property
     def total_bytes(self) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from ...backends.device import Process
-from ...backends.devices import device_kind
+from ...backends import backend_of
+from ...backends.base import Process
 from ...utils.errors import InsufficientMemory
 from .records import DeviceReservation, Reservation
 
@@ -169,7 +169,7 @@ def _holders(short: list[DeviceReservation]) -> list[str]:
     for device in short:
         if _limited(device):
             continue  # a limit of the user's own stands in the way, nobody else
-        found += device_kind(device.device).processes(device.device, PROCESSES_SHOWN)
+        found += backend_of(device.device).processes(device.device, PROCESSES_SHOWN)
     if not found:
         return []
     names = ", ".join(f"{p.name} (pid {p.pid}) {amount(p.held_bytes)}" for p in found)

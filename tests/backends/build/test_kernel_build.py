@@ -9,10 +9,11 @@ import sys
 
 import pytest
 
-from exl_loader import backends as kernels
+from exl_loader.backends import get_ops
 from exl_loader.backends.build import store, supervise, toolchain
 from exl_loader.backends.build.build import TASK, build, ninja_file
 from exl_loader.backends.build.spec import BuildSpec, compile_flags, cpu_spec
+from exl_loader.backends.cpu.open import open_library
 from exl_loader.utils.errors import InvalidSettings, KernelBuildError
 from exl_loader.utils.progress import NullProgress
 from support.builds import REPO, Recorder, find_partials, needs_compiler, works, write_compiler
@@ -322,10 +323,10 @@ def test_a_compiler_that_answers_without_end_is_none(tmp_path, monkeypatch):
 
 def test_no_compiler_means_reference_and_one_warning(kernel_cache, monkeypatch, caplog):
     monkeypatch.setattr("exl_loader.backends.build.spec.find_compiler", lambda environ: None)
-    monkeypatch.setattr(kernels, "_warned", False)
+    monkeypatch.setattr("exl_loader.backends.cpu.open._warned", False)
     with caplog.at_level(logging.WARNING, logger="exl_loader"):
-        assert kernels.get_ops().name == "reference"
-        assert kernels.get_ops().name == "reference"
+        assert get_ops().name == "reference"
+        assert get_ops().name == "reference"
     assert len(caplog.records) == 1
     assert toolchain.compiler_remedy() in caplog.text
 
@@ -354,15 +355,14 @@ def test_remedy_names_the_package(monkeypatch, release, command):
 
 
 def test_reference_can_be_forced(kernel_cache, monkeypatch):
-    assert kernels.get_ops(force_reference=True).name == "reference"
     monkeypatch.setenv("EXL_LOADER_REFERENCE", "1")
-    assert kernels.get_ops().name == "reference"
+    assert get_ops().name == "reference"
     assert not kernel_cache.exists()
 
 
 def test_unknown_device_is_refused():
     with pytest.raises(InvalidSettings, match="abacus"):
-        kernels.get_ops("abacus")
+        get_ops("abacus")
 
 
 @needs_compiler
@@ -373,7 +373,7 @@ def test_library_that_does_not_open_is_built_anew(kernel_cache, kernel_sources, 
     good = library.read_bytes()
     library.write_bytes(b"not a library, but sealed as one")
     store.seal(library.parent, library.name)
-    assert kernels.open_library().exl_answer() == 42
+    assert open_library().exl_answer() == 42
     assert library.read_bytes() == good
 
 
@@ -395,7 +395,7 @@ def test_library_that_lacks_a_function_is_built_anew_once(
     library = build(cpu_spec(kernel_sources))
     library.write_bytes(foreign)
     store.seal(library.parent, library.name)
-    assert kernels.get_ops() == 42
+    assert get_ops() == 42
     assert library.read_bytes() != foreign
 
 
@@ -405,4 +405,4 @@ def test_library_that_lacks_functions_whenever_it_is_built(
 ):
     monkeypatch.setattr("exl_loader.backends.build.spec.csrc_dir", lambda: kernel_sources)
     with pytest.raises(KernelBuildError, match=r"without exl_set_threads, .*exl_attention"):
-        kernels.get_ops()
+        get_ops()

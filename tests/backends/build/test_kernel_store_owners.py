@@ -273,7 +273,7 @@ from pathlib import Path
 from exl_loader.backends.build import spec
 sources = Path(sys.argv[1])
 spec.csrc_dir = lambda: sources
-from exl_loader.backends import open_library
+from exl_loader.backends.cpu.open import open_library
 print(open_library().exl_answer())
 """
 

@@ -10,10 +10,10 @@ import torch
 from exl_loader.backends import get_ops
 from exl_loader.backends.base import AttentionShape
 from exl_loader.backends.cpu.library import default_threads
+from exl_loader.backends.cpu.scratch import attention_scratch_bytes
 from exl_loader.backends.reference import fp16 as reference_fp16
 from exl_loader.backends.reference.codec import dequantize
 from exl_loader.backends.reference.ops import ReferenceOps
-from exl_loader.backends.scratch import attention_scratch_bytes
 from exl_loader.cache.layout import PAGE_LEN
 from support.cache_layers import attend, make_batch, make_layer, one_of, part, random_rows, write
 from support.kernel_cases import compiled_ops

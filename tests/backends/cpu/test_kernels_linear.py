@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
+from exl_loader.backends.cpu.scratch import linear_scratch_bytes
 from exl_loader.backends.reference.ops import ReferenceOps, dense_weight
-from exl_loader.backends.scratch import linear_scratch_bytes
 from support.kernel_cases import (
     MAX_THREADS,
     compiled_ops,

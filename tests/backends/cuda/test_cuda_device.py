@@ -14,13 +14,14 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import exl_loader  # noqa: E402
-from exl_loader.backends import devices  # noqa: E402
+from exl_loader.backends import BACKENDS  # noqa: E402
+from exl_loader.backends.base import Capacity  # noqa: E402
 from exl_loader.backends.build.store import kernel_dirs  # noqa: E402
 from exl_loader.backends.cuda import device as cuda  # noqa: E402
 from exl_loader.backends.cuda import device_taken as cuda_taken  # noqa: E402
 from exl_loader.backends.cuda import nvml, taken  # noqa: E402
-from exl_loader.backends.cuda.device import MIB, CudaDevice  # noqa: E402
-from exl_loader.backends.device import Capacity  # noqa: E402
+from exl_loader.backends.cuda.backend import CudaBackend  # noqa: E402
+from exl_loader.backends.cuda.device import MIB  # noqa: E402
 from exl_loader.loader import _open_devices as open_devices  # noqa: E402
 from exl_loader.memory.reservation import LoadOptions  # noqa: E402
 from exl_loader.memory.reservation.budgets import chosen_devices  # noqa: E402
@@ -54,7 +55,7 @@ def smi(tmp_path, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     cuda.auto_cards.cache_clear()
     cuda._can_run.cache_clear()
-    monkeypatch.setattr("exl_loader.memory.reservation.budgets.auto_cards", cuda.auto_cards)
+    monkeypatch.setattr("exl_loader.backends.cuda.backend.auto_cards", cuda.auto_cards)
     yield
     cuda.auto_cards.cache_clear()
     cuda._can_run.cache_clear()
@@ -92,21 +93,21 @@ def torch_with_cuda(monkeypatch):
 
 
 def test_a_context_is_measured_and_stands_in_the_overhead(smi, torch_with_cuda):
-    device = CudaDevice()
-    assert not device.is_open("cuda:0") and device.overhead("cuda:0")[1] is False
+    device = CudaBackend()
+    assert not device.is_initialized("cuda:0") and device.overhead("cuda:0")[1] is False
     before = device.capacity("cuda:0")
-    device.open("cuda:0")
-    assert device.is_open("cuda:0") and not device.is_open("cuda:1")
+    device.initialize("cuda:0")
+    assert device.is_initialized("cuda:0") and not device.is_initialized("cuda:1")
     assert device.overhead("cuda:0") == (300 * MIB + ASSUMED, False)
     assert device.capacity("cuda:0") == before
-    device.open("cuda:0")
+    device.initialize("cuda:0")
     assert device.overhead("cuda:0") == (300 * MIB + ASSUMED, False)
 
 
 def test_a_context_of_somebody_elses_is_no_overhead_of_ours(smi, torch_with_cuda):
     torch_with_cuda.open.add(0)
     torch_with_cuda.reserved = 5 * MIB
-    device = CudaDevice()
+    device = CudaBackend()
     assert device.overhead("cuda:0") == (ASSUMED, False)
     assert device.capacity("cuda:0") == Capacity(24576 * MIB, 20000 * MIB, 5 * MIB)
 
@@ -133,8 +134,8 @@ def restart():
 
 
 def test_what_was_measured_is_in_the_next_plan(smi, torch_with_cuda, card_uuids):
-    device = CudaDevice()
-    device.open("cuda:0")
+    device = CudaBackend()
+    device.initialize("cuda:0")
     take("cuda:0", 7 * MIB, graphs=0)  # kernels alone say nothing of graphs
     assert device.overhead("cuda:0") == (300 * MIB + ASSUMED, False)
     assert device.capacity("cuda:0").own_bytes == 7 * MIB
@@ -149,8 +150,8 @@ def test_what_was_measured_is_in_the_next_plan(smi, torch_with_cuda, card_uuids)
 
 def test_what_was_measured_is_in_the_plan_of_a_model(smi, torch_with_cuda, card_uuids,
                                                     tiny_model_dir, monkeypatch):
-    monkeypatch.setitem(devices.KINDS, "cuda", CudaDevice())
-    devices.KINDS["cuda"].open("cuda:0")
+    monkeypatch.setitem(BACKENDS, "cuda", CudaBackend())
+    BACKENDS["cuda"].initialize("cuda:0")
     assumed = exl_loader.plan(tiny_model_dir, ctx_size=512, device="cuda:0").devices[0]
     take("cuda:0", 23 * MIB)
     measured = exl_loader.plan(tiny_model_dir, ctx_size=512, device="cuda:0").devices[0]
@@ -163,10 +164,10 @@ def test_the_next_process_knows_what_was_measured(smi, torch_with_cuda, card_uui
     take("cuda:0", 9 * MIB)
     cuda_taken.remember_taken("cuda:0")
     restart()
-    device = CudaDevice()
+    device = CudaBackend()
     # No context yet: that is assumed.
     assert device.overhead("cuda:0") == (cuda.ASSUMED_CONTEXT_BYTES + 9 * MIB, False)
-    device.open("cuda:0")
+    device.initialize("cuda:0")
     assert device.overhead("cuda:0") == (309 * MIB, True)
     # The largest figure stays.
     take("cuda:0", 5 * MIB)
@@ -223,7 +224,7 @@ def test_figures_of_many_cards_stay_few(card_uuids):
 def test_a_card_that_torch_does_not_see_is_refused(smi, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InvalidSettings, match="PyTorch for CUDA"):
-        CudaDevice().open("cuda:0")
+        CudaBackend().initialize("cuda:0")
 
 
 def test_a_model_that_cannot_fit_touches_no_card(smi, tiny_model_dir, torch_with_cuda):
@@ -235,7 +236,7 @@ def test_a_model_that_cannot_fit_touches_no_card(smi, tiny_model_dir, torch_with
 def test_only_cards_that_hold_layers_are_opened(
     smi, torch_with_cuda, tiny_model_dir, monkeypatch
 ):
-    monkeypatch.setitem(devices.KINDS, "cuda", CudaDevice())
+    monkeypatch.setitem(BACKENDS, "cuda", CudaBackend())
     options = LoadOptions(ctx_size=512, gpu_split="18,3")
     open_devices(tiny_model_dir, options)
     assert torch_with_cuda.open == {0}
@@ -245,7 +246,7 @@ def test_only_cards_that_hold_layers_are_opened(
 
 
 def test_other_processes_leave_this_one_out(smi):
-    assert [process.pid for process in CudaDevice().processes("cuda:0", 5)] == [41]
+    assert [process.pid for process in CudaBackend().processes("cuda:0", 5)] == [41]
 
 
 @pytest.mark.parametrize(("visible", "free"), [
@@ -253,7 +254,7 @@ def test_other_processes_leave_this_one_out(smi):
 ])  # fmt: skip
 def test_visible_devices_renumber_cards(smi, monkeypatch, visible, free):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert CudaDevice().capacity("cuda:0").free_bytes == free * MIB
+    assert CudaBackend().capacity("cuda:0").free_bytes == free * MIB
 
 
 @pytest.mark.parametrize(("order", "free"), [("", (4000, 20000)), ("PCI_BUS_ID", (1, 2))])
@@ -274,7 +275,7 @@ def test_several_cards_are_counted_as_cuda_counts_them(smi, monkeypatch, order, 
     monkeypatch.setattr("exl_loader.backends.cuda.driver.Driver", Driver)
     monkeypatch.setenv("CUDA_DEVICE_ORDER", order)
     cuda._uuid.cache_clear()
-    found = [CudaDevice().capacity(f"cuda:{i}").free_bytes for i in range(2)]
+    found = [CudaBackend().capacity(f"cuda:{i}").free_bytes for i in range(2)]
     cuda._uuid.cache_clear()
     assert found == [count * MIB for count in free]
 
@@ -282,7 +283,7 @@ def test_several_cards_are_counted_as_cuda_counts_them(smi, monkeypatch, order, 
 def test_a_hidden_card_is_none(smi, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(InvalidSettings, match="cuda:1"):
-        CudaDevice().capacity("cuda:1")
+        CudaBackend().capacity("cuda:1")
 
 
 class FakeNvml:
@@ -352,9 +353,9 @@ def test_memory_by_the_monitoring_library(opened_nvml, smi, monkeypatch):
     assert nvml.card_uuid("0") is None
     assert nvml.card_count() == 2
     monkeypatch.setattr(cuda, "card_memory", nvml.card_memory)
-    assert CudaDevice().capacity("cuda:1") == Capacity(900, 700)
+    assert CudaBackend().capacity("cuda:1") == Capacity(900, 700)
     # What it does not know, nvidia-smi may.
-    assert CudaDevice().capacity("cuda:0").free_bytes == 20000 * MIB
+    assert CudaBackend().capacity("cuda:0").free_bytes == 20000 * MIB
 
 
 @pytest.mark.parametrize("library", [None, FakeNvml(fails=9)])
@@ -436,14 +437,15 @@ def test_pytorchs_build_is_read_without_importing_it(monkeypatch, tmp_path, text
 def test_a_buffer_that_fills_the_card_is_kept(monkeypatch):
     """Device memory is taken when it is allocated: what is free afterwards says nothing."""
     from exl_loader.memory import buffers as memory
-    from exl_loader.utils.table import TensorSpec, place
+    from exl_loader.memory.segments import place
+    from exl_loader.utils.table import TensorSpec
     from support.emulated_cuda import EmulatedCard
 
     class Full(EmulatedCard):
         def capacity(self, name):
             return Capacity(1 << 30, 0)
 
-    monkeypatch.setitem(devices.KINDS, "cuda", Full())
+    monkeypatch.setitem(BACKENDS, "cuda", Full())
     segments = place([TensorSpec("t", "cache", "uint8", (1 << 20,), "cuda:0")])
     buffers = memory.allocate(segments.values())
     assert buffers.allocated_bytes() == 1 << 20

@@ -329,7 +329,7 @@ def test_a_card_needs_no_cpp_compiler(emulated, tmp_path, monkeypatch):
 
     for module in ("toolchain", "spec", "cuda.toolchain"):
         monkeypatch.setattr(f"exl_loader.backends.{module}.find_compiler", none)
-    monkeypatch.setattr("exl_loader.backends.open_library", none)
+    monkeypatch.setattr("exl_loader.backends.cpu.open.open_library", none)
     settings = {"max_new_tokens": 4, "top_k": 5, "repetition_penalty": 1.2, "seed": 3,
                 "guidance_scale": 1.5, "negative_prompt": "no", "ban_eos_token": True}
     with exl_loader.load(tmp_path / "m", ctx_size=CTX, device=DEVICE, cache_type="q4",

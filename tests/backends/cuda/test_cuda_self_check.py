@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from exl_loader.backends import devices, get_ops
+from exl_loader.backends import BACKENDS, get_ops
 from exl_loader.backends.cuda import ops as cuda_ops
 from exl_loader.backends.cuda import self_check
 from exl_loader.commands import check_cards
@@ -78,7 +78,7 @@ def _has(launcher, name):
 def opened(monkeypatch):
     """Let `get_ops("cuda:0")` open the card that is put into the list last."""
     cards = []
-    monkeypatch.setitem(devices.KINDS, "cuda", EmulatedCard())
+    monkeypatch.setitem(BACKENDS, "cuda", EmulatedCard())
     monkeypatch.setattr(cuda_ops, "open_launcher", lambda index, stream, progress: cards[-1])
     monkeypatch.setattr(cuda_ops, "_checked", set())
     return cards

@@ -1,54 +1,15 @@
 """Scratch memory of each operation, in bytes; integers only, no PyTorch.
 
-`workspace.scratch_bytes` takes the largest for a model. The reference operations need none.
+`CpuBackend.scratch_bytes` takes the largest. The reference operations need none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..cache.layout import CacheType
-    from .base import AttentionShape
-
-
-@dataclass(frozen=True)
-class ScratchSizes:
-    """The scratch bytes of a kind of device's operations.
-
-    Args:
-        linear: of (rows, in_features, out_features).
-        write_cache: of (rows, shape, cache_type).
-        attention: of (rows, max_batch_size, ctx_size, shape, cache_type).
-        top_logits: of (rows, vocab_size).
-    """
-
-    linear: Callable[[int, int, int], int]
-    write_cache: Callable[[int, AttentionShape, CacheType], int]
-    attention: Callable[[int, int, int, AttentionShape, CacheType], int]
-    top_logits: Callable[[int, int], int]
-
-
-def sizes_for(device: str) -> ScratchSizes:
-    """Return the sizes for a device such as `cpu` or `cuda:0`."""
-    if device.startswith("cuda"):
-        from .cuda import scratch
-
-        return ScratchSizes(
-            scratch.linear_scratch_bytes,
-            scratch.write_cache_scratch_bytes,
-            scratch.attention_scratch_bytes,
-            scratch.top_logits_scratch_bytes,
-        )
-    return ScratchSizes(
-        lambda rows, in_features, out_features: linear_scratch_bytes(rows, in_features),
-        write_cache_scratch_bytes,
-        attention_scratch_bytes,
-        # Rows are in main memory, where samplers take what they want.
-        lambda rows, vocab_size: 0,
-    )
+    from ...cache.layout import CacheType
+    from ..base import AttentionShape
 
 
 # Constants of csrc/cpu/linear.h and linear_dense.cpp, in the largest form any target has.
@@ -75,7 +36,7 @@ def linear_scratch_bytes(rows: int, in_features: int) -> int:
 
 
 def _packed_scratch_bytes(rows: int, in_features: int) -> int:
-    from .cpu.library import default_threads
+    from .library import default_threads
 
     blocks = -(-in_features // _BLOCK_ROWS)
     held_rows = min(max(rows, _MAX_DIRECT_ROWS), _PASS_ROWS)
@@ -123,7 +84,7 @@ def attention_scratch_bytes(
         max_batch_size: sequences of a call.
         ctx_size: tokens of the longest sequence.
     """
-    from .cpu.library import default_threads
+    from .library import default_threads
 
     sharing = shape.num_heads // shape.num_kv_heads
     task_rows = max(1, _TASK_ROWS // sharing) * sharing

@@ -8,10 +8,13 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ...utils import windows
-from ..device import Capacity, Process
+from ..base import Capacity, Process
+
+if TYPE_CHECKING:
+    import torch
 
 # A cgroup without a limit says 2^63 rounded down to a page (v1) or "max" (v2).
 NO_LIMIT = 1 << 62
@@ -22,21 +25,18 @@ PAGE_BYTES = mmap.PAGESIZE
 ASSUMED_RUNTIME_BYTES = 256 << 20
 
 
-class CpuDevice:
-    """Main memory, by /proc and the cgroup files, or by what other systems have instead.
+class MainMemory:
+    """The memory part of `Backend`: /proc and the cgroup files, or what other systems have.
 
     Args:
         proc, cgroups: where they are mounted; tests bring trees of their own.
     """
 
-    granularity_bytes = PAGE_BYTES
-    taken_by_touch = True
-
     def __init__(self, proc: str = "/proc", cgroups: str = "/sys/fs/cgroup") -> None:
         self._proc = Path(proc)
         self._cgroups = Path(cgroups)
 
-    def capacity(self, name: str) -> Capacity:
+    def capacity(self, device: str) -> Capacity:
         """Return the narrowest of the machine, its cgroups and the process's address space."""
         own = self._own_bytes()
         bounds = [self._machine(), *self._cgroup_bounds()]
@@ -51,19 +51,19 @@ class CpuDevice:
             touchable_bytes=touchable_bytes,
         )
 
-    def open(self, name: str) -> None:
+    def initialize(self, device: str) -> None:
         """Import PyTorch: its libraries are what running takes."""
         import torch  # noqa: F401
 
-    def is_open(self, name: str) -> bool:
+    def is_initialized(self, device: str) -> bool:
         """Whether PyTorch is in memory."""
         return "torch" in sys.modules
 
-    def overhead(self, name: str) -> tuple[int, bool]:
+    def overhead(self, device: str) -> tuple[int, bool]:
         """Nothing once PyTorch is in memory, and its libraries until then."""
         return (0, True) if "torch" in sys.modules else (ASSUMED_RUNTIME_BYTES, False)
 
-    def processes(self, name: str, limit: int) -> list[Process]:
+    def processes(self, device: str, limit: int) -> list[Process]:
         """Return the processes with the most resident memory, this one left out."""
         found = []
         for folder in self._proc.glob("[0-9]*"):
@@ -75,7 +75,7 @@ class CpuDevice:
                 found.append(Process(int(folder.name), status.get("Name", "?"), held))
         return sorted(found, key=lambda process: -process.held_bytes)[:limit]
 
-    def empty(self, name: str, nbytes: int) -> tuple[Any, Any]:
+    def empty(self, device: str, nbytes: int) -> tuple[torch.Tensor, object]:
         """Map anonymous pages.
 
         Not malloc: a mapping starts on a page, asks for huge pages (fewer misses while every
@@ -99,7 +99,7 @@ class CpuDevice:
                 pass  # a kernel without huge pages serves small ones
         return torch.frombuffer(pages, dtype=torch.uint8)[:nbytes], pages
 
-    def touch(self, buffer: Any) -> None:
+    def touch(self, buffer: torch.Tensor) -> None:
         """Write one byte a page: what is only promised could be gone when it is needed."""
         buffer[::PAGE_BYTES] = 0
 

@@ -1,0 +1,115 @@
+"""From sources to the opened CPU operations; the reference where there is no compiler."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...utils.errors import KernelBuildError
+from ...utils.warn import warn
+
+if TYPE_CHECKING:
+    from ...utils.progress import Progress
+    from ..base import Ops
+
+_warned = False
+
+
+def open_compiled(progress: Progress | None = None) -> Ops:
+    """Return the compiled operations, or the reference with a warning without a compiler.
+
+    Raises:
+        KernelBuildError: the kernels do not compile or do not open.
+    """
+    library = open_library(progress)
+    if library is None:
+        return reference()
+    from .ops import CompiledOps, missing_symbols
+
+    if missing_symbols(library):
+        # Another program's library under the name of ours, or a linker that kept nothing.
+        _close(library)
+        library = open_library(progress, anew=True)
+        missing = missing_symbols(library) if library is not None else []
+        if library is None or missing:
+            raise KernelBuildError(
+                "compiled kernels", expected="every function that the engine calls",
+                actual=f"a library without {', '.join(missing) or 'any'}, compiled twice",
+                remedy="Choose another compiler: set CXX to g++ or clang++",
+            )
+    return CompiledOps(library)
+
+
+def reference() -> Ops:
+    """Return the reference operations."""
+    from ..reference.ops import ReferenceOps
+
+    return ReferenceOps()
+
+
+def open_library(
+    progress: Progress | None = None, *, anew: bool = False
+) -> ctypes.CDLL | None:
+    """Build and open the CPU kernels; None, and a warning, where there is no compiler.
+
+    Args:
+        progress: shows compiling.
+        anew: discard what was built before.
+
+    Raises:
+        KernelBuildError: the kernels do not compile or do not open.
+    """
+    from ..build.build import build
+    from ..build.spec import cpu_spec
+    from ..build.store import discard
+
+    spec = cpu_spec()
+    if spec is None:
+        _warn_of_reference()
+        return None
+    library = build(spec, progress)
+    if anew:
+        discard(library)
+        return _open(build(spec, progress))
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError:
+        # Whole, but not for this system (a folder shared by machines, say): once anew.
+        discard(library)
+        return _open(build(spec, progress))
+
+
+def _close(library: ctypes.CDLL) -> None:
+    """Unload a library: the system would return it once more for the same path."""
+    import _ctypes
+
+    # Any: each system has one of the two.
+    functions: Any = _ctypes
+    close = functions.FreeLibrary if os.name == "nt" else functions.dlclose
+    close(library._handle)
+
+
+def _open(library: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise KernelBuildError(
+            f"compiled kernels {library}",
+            actual=f"cannot be opened: {error}",
+            remedy="If that folder is on a file system mounted noexec, set "
+            "EXL_LOADER_CACHE_DIR to one that is not",
+        ) from error
+
+
+def _warn_of_reference() -> None:
+    global _warned
+    from ..build.toolchain import compiler_remedy
+
+    if not _warned:
+        _warned = True
+        warn(
+            "No C++ compiler was found, so slow reference operations are used. "
+            f"{compiler_remedy()}."
+        )

@@ -1,0 +1,51 @@
+"""Where tensors start in their buffers: alignment, order and sums."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from exl_loader.backends import backend_of
+from exl_loader.memory.segments import align, place
+from exl_loader.utils.table import DTYPE_BYTES, SEGMENTS, TensorSpec
+
+DEVICES = ("cpu", "cpu:1", "cuda:0", "cuda:1")
+
+specs_strategy = st.lists(
+    st.tuples(
+        st.sampled_from(SEGMENTS),
+        st.sampled_from(sorted(DTYPE_BYTES)),
+        st.lists(st.integers(0, 300), max_size=4).map(tuple),
+        st.sampled_from(DEVICES),
+    ),
+    max_size=40,
+).map(lambda rows: [TensorSpec(f"t{i}", *row) for i, row in enumerate(rows)])
+
+
+def test_align_rounds_up_to_the_device():
+    assert [align(n, "cpu") for n in (0, 1, 63, 64, 65)] == [0, 64, 64, 64, 128]
+    assert [align(n, "cuda:3") for n in (0, 1, 256, 257)] == [0, 256, 256, 512]
+
+
+@given(specs_strategy)
+def test_place_covers_every_spec_once_in_order_without_overlap(specs):
+    segments = place(specs)
+    placed = [p.spec for segment in segments.values() for p in segment.placements]
+    assert sorted(placed, key=lambda s: s.name) == sorted(specs, key=lambda s: s.name)
+    for (device, name), segment in segments.items():
+        assert (segment.device, segment.name) == (device, name)
+        end = 0
+        for p in segment.placements:
+            step = backend_of(device).alignment_bytes
+            assert p.offset % step == 0
+            assert 0 <= p.offset - end < step
+            end = p.offset + p.spec.nbytes
+        assert 0 <= segment.nbytes - end < step
+        assert segment.nbytes == sum(align(p.spec.nbytes, device) for p in segment.placements)
+
+
+def test_a_name_may_not_stand_twice_in_a_segment():
+    spec = TensorSpec("t", "weights", "uint8", (1,))
+    with pytest.raises(AssertionError, match="stands twice"):
+        place([spec, spec])

@@ -1,0 +1,85 @@
+"""The structure of the package: imports run downwards, and devices are told apart in one wing."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from support import REPO
+
+PACKAGE = REPO / "exl_loader"
+
+# A wing imports from itself and from wings further down. `loader` and `engine` are files; the
+# package's own `__init__.py` stands above all of them.
+WINGS = (
+    "commands", "loader", "engine", "convert", "memory", "model", "generation", "backends",
+    "cache", "formats", "text", "checkpoint", "utils",
+)
+# (importing file, imported wing) -> why this arrow runs up.
+UPWARD = {
+    ("backends/cuda/self_check.py", "memory"): "kernels are checked in a buffer that is counted",
+    ("formats/__init__.py", "backends"): "layouts of devices, which are to move there",
+    ("formats/common.py", "backends"): "layouts of devices, which are to move there",
+    ("formats/exl2.py", "backends"): "layouts of devices, which are to move there",
+    ("formats/gptq.py", "backends"): "layouts of devices, which are to move there",
+    ("formats/gptq_zeros.py", "backends"): "layouts of devices, which are to move there",
+}
+KIND = re.compile(r"(cpu|cuda)(:.*)?")
+# Files outside `backends/` with such a string, which tells no kinds apart, and what it is for.
+NAMED_KINDS = {
+    "utils/table.py": "the default device, in one place",
+    "commands/doctor.py": "keys of the JSON report",
+}
+
+
+@functools.cache
+def sources() -> list[tuple[Path, ast.Module]]:
+    return [
+        (path.relative_to(PACKAGE), ast.parse(path.read_text(encoding="utf-8")))
+        for path in sorted(PACKAGE.rglob("*.py"))
+    ]
+
+
+def wing_of(path: Path) -> str:
+    return path.parts[0].removesuffix(".py")
+
+
+def imported_wings(path: Path, tree: ast.Module) -> Iterator[str]:
+    """Name the wings that a file imports from, at its top or later, for types or to run."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or node.level == 0:
+            continue
+        # `level` 1 is the file's own folder.
+        above = path.parts[: len(path.parts) - node.level]
+        module = [*above, *(node.module.split(".") if node.module else [])]
+        yield from [module[0]] if module else [alias.name for alias in node.names]
+
+
+def test_imports_run_downwards():
+    upward = {
+        (path.as_posix(), wing)
+        for path, tree in sources()
+        if wing_of(path) in WINGS
+        for wing in imported_wings(path, tree)
+        if wing in WINGS and WINGS.index(wing) < WINGS.index(wing_of(path))
+    }
+    assert upward == set(UPWARD)
+
+
+def kinds_compared(tree: ast.Module) -> Iterator[str]:
+    """Find device kinds among a file's strings; what stands in docstrings is no code."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if KIND.fullmatch(node.value):
+                yield node.value
+
+
+def test_no_file_outside_backends_tells_kinds_of_devices_apart():
+    named = {
+        path.as_posix() for path, tree in sources()
+        if wing_of(path) != "backends" and any(kinds_compared(tree))
+    }
+    assert named == set(NAMED_KINDS)
