@@ -297,7 +297,7 @@ def test_the_command_line_takes_it(tiny_model_dir, draft_dir, capsys):
     plan = json.loads(capsys.readouterr().out)
     assert plan["ctx_size_draft"] == 300 and plan["devices"][0]["draft_bytes"] > 0
     assert cli.main(["plan", *model, *draft]) == 0
-    assert "of it draft" in capsys.readouterr().out
+    assert "draft model" in capsys.readouterr().out
     arguments = ["generate", *model, "--prompt", "def", "--max-new-tokens", "8",
                  "--temperature", "0", "--json"]
     assert cli.main([*arguments, *draft, "--draft-max", "2"]) == 0

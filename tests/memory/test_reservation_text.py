@@ -22,7 +22,7 @@ def test_table_for_a_person(tmp_path, machine):
     (device,) = found.devices
     for part in ("weights", "cache", "workspace", "total", "overhead"):
         assert amount(getattr(device, f"{part}_bytes")) in text
-    for word in ("weights", "cache", "workspace", "outside", "7.00 GiB", "8.00 GiB", "1.00 GiB"):
+    for word in ("weights", "cache", "workspace", "overhead", "7.00 GiB", "8.00 GiB", "1.00 GiB"):
         assert word in text
     assert f"fits, {amount(device.spare_bytes)} to spare" in text
     for name, tokens in found.largest_ctx_size.items():
@@ -76,12 +76,12 @@ def test_what_is_needed_less_what_was_found_is_what_is_missing(tmp_path, machine
     # A limit is set on the buffers: what lies outside them is no part of the sum.
     limits = {"ctx_size": 18432, "cache_type": "q4", "memory_limit": device.total_bytes}
     text = str(refusal(plan(folder, **limits | {"memory_limit": device.total_bytes - 1})))
-    assert f"expected {total} (" in text and "outside" not in text
+    assert f"expected {total} (" in text and "overhead" not in text
     assert f"found a limit of {amount(device.total_bytes - 1)}, 1 byte missing" in text
     # A limit that holds does not cut what the system has free.
     machine(device.needed_bytes - MIB)
     text = str(refusal(plan(folder, **limits)))
-    assert f"expected {amount(device.needed_bytes)} (" in text and f"outside {overhead}" in text
+    assert f"expected {amount(device.needed_bytes)} (" in text and f"overhead {overhead}" in text
     assert f"found {amount(device.needed_bytes - MIB)} free, 1.0 MiB missing" in text
 
 

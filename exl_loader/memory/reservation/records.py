@@ -1,4 +1,4 @@
-"""What a plan says: per device and in all, in bytes, and the same as JSON."""
+"""The result of a plan: bytes of each device and in all, and the same as JSON."""
 
 from __future__ import annotations
 
@@ -11,24 +11,26 @@ from .length import LengthWarning, length_warning, stretched
 
 @dataclass(frozen=True)
 class DeviceReservation:
-    """What a model will take of one device. All `_bytes` are exact integers.
+    """The memory that a model will take of one device. All `_bytes` are exact integers.
 
     Args:
         device: `cpu`, `cuda:0`, ...
-        first_layer, end_layer: the decoder layers it holds, first included, end not.
-        weights_bytes, cache_bytes, workspace_bytes: the three buffers, alignment included.
-        overhead_bytes: what is taken outside our buffers: rounding to the device's pages,
-            the runtime's own context, the largest tensor on its way through the CPU.
-        overhead_measured: False where a part of it could only be assumed (a card that is not
-            here, or on which this process has no context yet).
-        capacity_bytes: what the device has, or the limit if that is less.
-        free_bytes: what it lends now, at most the limit.
-        other_bytes: what other processes and the system hold of the capacity.
-        limit_bytes: most that the three buffers may take, by `memory_limit`, `gpu_split` or
+        first_layer, end_layer: the decoder layers on it, from the first up to the end, which is
+            not included.
+        weights_bytes, cache_bytes, workspace_bytes: the three buffers, with alignment.
+        overhead_bytes: memory outside our buffers: the rounding of each buffer to whole pages of
+            the device, the runtime's own context, and weights on their way through main memory.
+        overhead_measured: False where a part of it is assumed, because the card is not here or
+            because this process has no context on it yet.
+        capacity_bytes: the memory of the device, or the limit where that is less.
+        free_bytes: the memory that is free now, at most the limit.
+        other_bytes: the memory that other processes and the system hold.
+        limit_bytes: the most that the three buffers may take, by `memory_limit`, `gpu_split` or
             the environment; None without a limit.
-        spare_bytes: what stays free when all is taken; negative where it does not fit. A limit
-            has to hold the buffers, the system's free memory the buffers and the overhead.
-        draft_bytes: of the three buffers, what a draft model takes.
+        spare_bytes: the memory that stays free after the load; negative where the model does not
+            fit. A limit has to hold the buffers. The free memory has to hold the buffers and the
+            overhead.
+        draft_bytes: the part of the three buffers that a draft model takes.
     """
 
     device: str
@@ -53,17 +55,17 @@ class DeviceReservation:
 
     @property
     def total_bytes(self) -> int:
-        """The three buffers: what `LoadedModel.allocated_bytes()` will be on this device."""
+        """The three buffers, as `LoadedModel.allocated_bytes()` will measure them here."""
         return self.weights_bytes + self.cache_bytes + self.workspace_bytes
 
     @property
     def needed_bytes(self) -> int:
-        """The buffers and what lies outside them: what the system has to have free."""
+        """The buffers and the overhead: the memory that has to be free."""
         return self.total_bytes + self.overhead_bytes
 
     @property
     def missing_bytes(self) -> int:
-        """How much too little there is; 0 where it fits."""
+        """The bytes that are missing; 0 where the model fits."""
         return max(0, -self.spare_bytes)
 
     @property
@@ -71,7 +73,7 @@ class DeviceReservation:
         return self.spare_bytes >= 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields and sums under their own names."""
+        """Return all attributes and sums as JSON types."""
         sums = ("total_bytes", "needed_bytes", "missing_bytes", "fits")
         return asdict(self) | {name: getattr(self, name) for name in sums}
 
@@ -81,19 +83,23 @@ class Reservation:
     """The memory that a model will take, computed before anything is loaded.
 
     Args:
-        model_dir: the folder.
-        architecture, format: what the model is and how its weights are stored.
-        num_layers: decoder layers.
+        model_dir: the model folder.
+        architecture: the class name in config.json, such as `LlamaForCausalLM`.
+        format: how the weights are stored: `exl2`, `gptq` or `dense`.
+        num_layers: the number of decoder layers.
         own_length: the model's own length in tokens, with the RoPE scaling of its config.
-        alpha_value, compress_pos_emb: the RoPE settings in use.
-        ctx_size: tokens the cache is planned for.
-        cache_type: as `CacheType` writes it, e.g. `fp16` or `q8_q4`.
-        chunk_size: most tokens in one forward pass. max_batch_size: most sequences in one.
-        devices: one record a device that is used, in the order of the layers.
-        largest_ctx_size: cache type -> most tokens that fit now (0: not even one page), for
-            the types fp16, q8, q6, q4 and the one asked for.
-        bytes_by_cache_type: for the same types, the bytes of all buffers at this context.
-        model_draft, ctx_size_draft: the draft model's folder and context; None and 0 without.
+        alpha_value, compress_pos_emb: the RoPE options of the plan.
+        ctx_size: tokens of context.
+        cache_type: as `CacheType` writes it, such as `fp16` or `q8_q4`.
+        chunk_size: most tokens in one forward pass.
+        max_batch_size: most sequences in one forward pass.
+        devices: one record for each device that holds layers, in the order of the layers.
+        largest_ctx_size: cache type -> most tokens of context that fit now, 0 where not even one
+            page does. The types are fp16, q8, q6, q4 and the type of this plan.
+        bytes_by_cache_type: cache type -> bytes of all buffers with this context, for the same
+            types.
+        model_draft: the folder of the draft model; None without one.
+        ctx_size_draft: tokens of context of the draft model; 0 without one.
     """
 
     model_dir: str
@@ -115,12 +121,12 @@ class Reservation:
 
     @property
     def stretched_length(self) -> int:
-        """The model's own length in tokens, as far as the RoPE settings stretch it."""
+        """The model's own length in tokens, stretched by the RoPE options."""
         return stretched(self.own_length, self.alpha_value, self.compress_pos_emb)
 
     @property
     def length_warning(self) -> LengthWarning | None:
-        """What is wrong with a context beyond the stretched length; None within it."""
+        """A warning where the context is beyond the stretched length, else None."""
         return length_warning(
             self.ctx_size, self.own_length, self.alpha_value, self.compress_pos_emb
         )
@@ -147,7 +153,7 @@ class Reservation:
         return sum(device.total_bytes for device in self.devices)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON types, under the attributes' names."""
+        """Return all attributes and sums as JSON types."""
         sums = ("fits", "weights_bytes", "cache_bytes", "workspace_bytes", "total_bytes",
                 "stretched_length")
         warning = self.length_warning

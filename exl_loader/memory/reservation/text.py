@@ -1,4 +1,4 @@
-"""A reservation for a person to read: a table, and a refusal that says what would fit."""
+"""A reservation as text: a table, and the error for one that does not fit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def amount(nbytes: int) -> str:
 
 
 def render(reservation: Reservation) -> str:
-    """Lay a reservation out as a table: a column a device, a row a part, then the verdict."""
+    """Write a reservation as a table with a column for each device and a row for each part."""
     devices = reservation.devices
     rows = [
         ("", [device.device for device in devices]),
@@ -36,10 +36,10 @@ def render(reservation: Reservation) -> str:
         ("workspace", [amount(d.workspace_bytes) for d in devices]),
         ("total", [amount(d.total_bytes) for d in devices]),
         *_draft_row(devices),
-        ("outside", [_overhead(d) for d in devices]),
+        ("overhead", [_overhead(d) for d in devices]),
         ("free", [amount(d.free_bytes) for d in devices]),
-        ("of", [amount(d.capacity_bytes) for d in devices]),
-        ("held by others", [amount(d.other_bytes) for d in devices]),
+        ("capacity", [amount(d.capacity_bytes) for d in devices]),
+        ("other programs", [amount(d.other_bytes) for d in devices]),
     ]
     if any(d.limit_bytes is not None for d in devices):
         limits = ["none" if d.limit_bytes is None else amount(d.limit_bytes) for d in devices]
@@ -75,7 +75,7 @@ def _headline(reservation: Reservation) -> str:
 def _draft_row(devices: Sequence[DeviceReservation]) -> list[tuple[str, list[str]]]:
     if not any(d.draft_bytes for d in devices):
         return []
-    return [("of it draft", [amount(d.draft_bytes) for d in devices])]
+    return [("draft model", [amount(d.draft_bytes) for d in devices])]
 
 
 def _overhead(device: DeviceReservation) -> str:
@@ -99,12 +99,12 @@ def _largest(reservation: Reservation) -> list[str]:
 
 
 def refusal(reservation: Reservation) -> InsufficientMemory:
-    """Say why a reservation cannot be kept, and what could be.
+    """Return the error for a reservation that does not fit, with what would fit instead.
 
     Returns:
-        an error with needed, free and missing bytes of each device and part, cache types that
-        would fit at this context, the largest context at this cache type, and other
-        processes that hold memory, where the system tells.
+        The error. It names the needed, free and missing bytes of each device and part, the
+        cache types that fit at this context, the largest context with this cache type, and the
+        other processes that hold memory, where the system lists them.
     """
     short = [device for device in reservation.devices if not device.fits]
     assert short, "a reservation that fits is not refused"
@@ -123,7 +123,7 @@ def refusal(reservation: Reservation) -> InsufficientMemory:
 
 
 def _limited(device: DeviceReservation) -> bool:
-    """Whether the buffers alone exceed a limit of the user's own, and not only what is free."""
+    """Return True where the buffers exceed the user's limit by more than the free memory."""
     limit = device.limit_bytes
     return limit is not None and device.missing_bytes == device.total_bytes - limit
 
@@ -133,14 +133,14 @@ def _needed(device: DeviceReservation) -> str:
         f"weights {amount(device.weights_bytes)}, cache {amount(device.cache_bytes)}, "
         f"workspace {amount(device.workspace_bytes)}"
     )
-    # A limit is set on the buffers, so that what lies outside them is no part of the sum.
+    # A limit holds for the buffers alone, so the overhead is no part of the sum.
     if _limited(device):
         return f"{amount(device.total_bytes)} ({parts})"
-    return f"{amount(device.needed_bytes)} ({parts}, outside {amount(device.overhead_bytes)})"
+    return f"{amount(device.needed_bytes)} ({parts}, overhead {amount(device.overhead_bytes)})"
 
 
 def _found(device: DeviceReservation) -> str:
-    # What the system has: `free_bytes` is no more than the limit, which is not in the way here.
+    # The free memory of the system. `free_bytes` may be less, because it is at most the limit.
     lent = f"{amount(device.needed_bytes - device.missing_bytes)} free"
     if _limited(device):
         lent = f"a limit of {amount(device.limit_bytes or 0)}"
@@ -159,16 +159,16 @@ def _ways_out(reservation: Reservation) -> list[str]:
     if tokens:
         ways.append(f"With cache {reservation.cache_type} the largest context is {tokens} tokens.")
     elif not any(largest.values()):
-        ways.append("Not even the shortest context fits: choose a model with fewer bits.")
+        ways.append("Not even the shortest context fits. Choose a model with fewer bits.")
     return ways
 
 
 def _holders(short: list[DeviceReservation]) -> list[str]:
-    """Name the largest holders of each device that is short."""
+    """Name the processes that hold the most memory of each device that is too small."""
     found: list[Process] = []
     for device in short:
         if _limited(device):
-            continue  # a limit of the user's own stands in the way, nobody else
+            continue  # the user's own limit is too low, whatever other processes hold
         found += backend_of(device.device).processes(device.device, PROCESSES_SHOWN)
     if not found:
         return []
