@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..backends.cuda.layout import StreamLinear
 from ..utils.errors import InvalidCheckpoint
 from ..utils.table import MAIN_MEMORY
 from .dense import dense_weight, pack_dense_linear, plan_dense
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..backends.base import Ops
+    from ..backends.cuda.layout import StreamLinear
     from ..checkpoint import Checkpoint
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "DenseLinear",
     "LinearPlan",
     "PackedLinear",
-    "StreamLinear",
     "has_linear",
     "pack_linear",
     "plan_linear",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from ..backends.cuda.layout import is_cuda, stream_shapes
 from ..utils.errors import InvalidCheckpoint, UnsupportedFormat
 from ..utils.table import TensorSpec
 from .packed import TILE_COLUMNS, QuantizedSizes
@@ -36,7 +35,9 @@ def weight_spec(
 
 def quantized_specs(name: str, sizes: QuantizedSizes, device: str) -> dict[str, TensorSpec]:
     """Plan the tensors of a quantised layer but for its bias, as its device lays them out."""
-    shapes = stream_shapes(sizes) if is_cuda(device) else _tile_shapes(sizes)
+    from ..backends.cuda.layout import stream_shapes
+
+    shapes = stream_shapes(sizes) if device.split(":")[0] == "cuda" else _tile_shapes(sizes)
     if sizes.perm:
         shapes["perm"] = ("int32", (sizes.in_features,))
     return {

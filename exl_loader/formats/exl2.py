@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from ..backends.cuda.layout import StreamLinear
 from ..utils.errors import InvalidCheckpoint, UnsupportedFormat
 from .common import (
     WRONG_FILE,
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..backends.base import Ops
+    from ..backends.cuda.layout import StreamLinear
     from ..backends.cuda.pack import StreamOps
     from ..checkpoint import Checkpoint
 

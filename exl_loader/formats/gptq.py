@@ -22,8 +22,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from ..backends.cuda.layout import StreamLinear, blocks_for, is_cuda
 from ..utils.errors import InvalidCheckpoint, UnsupportedFormat
+from ..utils.integers import ceil_div
 from ..utils.warn import warn_once
 from . import awq_packing
 from .common import (
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..backends.base import Ops
+    from ..backends.cuda.layout import StreamLinear
     from ..backends.cuda.pack import StreamOps
     from ..checkpoint import Checkpoint
 
@@ -88,7 +89,7 @@ def plan_gptq(
             remedy=WRONG_FILE,
         )
     last_rows = in_features - (num_groups - 1) * group_size
-    blocks = (num_groups - 1) * blocks_for(group_size) + blocks_for(last_rows)
+    blocks = (num_groups - 1) * ceil_div(group_size, BLOCK_ROWS) + ceil_div(last_rows, BLOCK_ROWS)
     options = {
         "bits": bits,
         "group_size": group_size,
@@ -97,7 +98,7 @@ def plan_gptq(
         "layout": checkpoint.quantization.layout,
         "sym": checkpoint.quantization.sym,
     }
-    if is_cuda(device) and num_groups > 1 and group_size % BLOCK_ROWS:
+    if device.split(":")[0] == "cuda" and num_groups > 1 and group_size % BLOCK_ROWS:
         specs = dense_specs(name, "float16", in_features, out_features, device)
     else:
         sizes = QuantizedSizes(
@@ -242,7 +243,7 @@ def _group_rows(plan: LinearPlan, index: torch.Tensor) -> list[int]:
         # In a stream only the last group may end within a block.
         if "windows" in plan.specs and count % BLOCK_ROWS and group + 1 < len(rows):
             raise _uneven(plan, group, count)
-    blocks = [blocks_for(count) for count in rows]
+    blocks = [ceil_div(count, BLOCK_ROWS) for count in rows]
     if sum(blocks) > plan.options["blocks"]:
         group = max(range(len(rows)), key=lambda g: blocks[g] * BLOCK_ROWS - rows[g])
         raise _uneven(plan, group, rows[group])

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..backends.cuda.scratch_sampling import HEADER_WORDS, MOST_TAKEN
+from ..backends.cuda.top_logits import HEADER_WORDS, MOST_TAKEN
 from ..generation.sampling.candidates import Candidates
 from ..generation.sampling.rest import Rest
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from exl_loader.backends.base import AttentionShape, Batch
-from exl_loader.backends.cuda.ops_attention import CudaAttentionOps
-from exl_loader.backends.cuda.scratch import COUNTER_BYTES, attention_scratch_bytes
+from exl_loader.backends.cuda.attention import AttentionOps, attention_scratch_bytes
+from exl_loader.backends.cuda.launcher import COUNTER_BYTES
 from exl_loader.backends.reference import fp16 as reference_fp16
 from exl_loader.backends.reference.ops import ReferenceOps
 from exl_loader.cache.layout import PAGE_LEN, CacheLayer, pages_for
@@ -69,12 +69,10 @@ def random_layer(cache_type: str, batch: Batch, shape: AttentionShape, seed: int
     return layer
 
 
-def scratch_for(q: torch.Tensor, batch: Batch, shape: AttentionShape,
-                layer: CacheLayer) -> torch.Tensor:
+def scratch_for(q: torch.Tensor, batch: Batch, shape: AttentionShape) -> torch.Tensor:
     """Return exactly what is reserved: counters of zero, then garbage."""
     nbytes = attention_scratch_bytes(
-        q.shape[0], batch.num_sequences, batch.page_table.shape[1] * PAGE_LEN, shape,
-        layer.cache_type,
+        q.shape[0], batch.num_sequences, batch.page_table.shape[1] * PAGE_LEN, shape
     )
     scratch = torch.full((nbytes,), 0xFF, dtype=torch.uint8)
     scratch[:COUNTER_BYTES] = 0
@@ -84,7 +82,7 @@ def scratch_for(q: torch.Tensor, batch: Batch, shape: AttentionShape,
 def attend(target: Target, q: torch.Tensor, layer: CacheLayer, batch: Batch,
            shape: AttentionShape) -> torch.Tensor:
     """Call `attention` in exactly the scratch that is reserved for it."""
-    scratch = scratch_for(q, batch, shape, layer)
+    scratch = scratch_for(q, batch, shape)
     out = torch.full_like(q, torch.nan)
     target.attention(q.clone(), layer, batch, shape, out, scratch)
     assert not scratch[:COUNTER_BYTES].any(), "counters are zero again"
@@ -124,4 +122,4 @@ def built_from(folder: Path, *, change: tuple[str, str, str] | None = None,
 
 
 def attention_target(launcher: EmulatedLauncher) -> Target:
-    return Target(CudaAttentionOps(launcher), None)
+    return Target(AttentionOps(launcher), None)

@@ -5,29 +5,35 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from exl_loader.backends.cuda import streams
-from exl_loader.backends.cuda.layout import StreamLinear, group_table, window_table
-from exl_loader.backends.cuda.ops_linear import LinearOps
-from exl_loader.backends.cuda.scratch import COUNTER_BYTES
-from exl_loader.backends.cuda.scratch_linear import linear_scratch_bytes
+from exl_loader.backends.cuda.layout import (
+    ROW_BLOCK_ROWS,
+    StreamLinear,
+    group_table,
+    row_block_table,
+)
+from exl_loader.backends.cuda.linear import LinearOps, linear_scratch_bytes
+from exl_loader.backends.cuda.pack import PackOps, pack_streams, unpack_streams
 from exl_loader.formats.common import quantized_specs
 from exl_loader.formats.packed import QuantizedSizes
 
 # 15 bits: see csrc/cuda/linear_layout.cuh.
 LARGEST_ACTIVATION = np.float32(127 * 128)
-WINDOW_ROWS = 128
 
 
-def linear_ops(launcher) -> LinearOps:
-    """Return the operations on a launcher, with little staging, so that packing takes turns."""
-    ops = LinearOps(launcher)
+class LayerOps(LinearOps, PackOps):
+    """Operations with quantised layers."""
+
+
+def linear_ops(launcher) -> LayerOps:
+    """Return operations with an upload buffer so small that packing takes several rounds."""
+    ops = LayerOps(launcher)
     ops.staging = torch.empty(1 << 16, dtype=torch.uint8)
     return ops
 
 
 def scratch_for(rows: int, w) -> torch.Tensor:
     """Return scratch for a product, exactly as long as it says, full of rubbish."""
-    nbytes = COUNTER_BYTES + linear_scratch_bytes(rows, w.in_features, w.out_features)
+    nbytes = linear_scratch_bytes(rows, w.in_features)
     return torch.full((nbytes,), 0x7B, dtype=torch.uint8)
 
 
@@ -74,16 +80,16 @@ def stream_linear(
     specs = quantized_specs("w", sizes, "cuda:0")
     packed = torch.empty(specs["codes"].shape, dtype=torch.uint8)
     group_tensor = torch.tensor(table, dtype=torch.int32)
-    streams.pack_streams(codes, scales, points, group_tensor.numpy(), packed.numpy())
-    windows = window_table(table, zeros)
+    pack_streams(codes, scales, points, group_tensor.numpy(), packed.numpy())
+    positions = row_block_table(table, zeros)
     g = torch.Generator().manual_seed(seed)
     return StreamLinear(
         in_features,
         out_features,
         packed,
         group_tensor,
-        torch.tensor(windows, dtype=torch.int32),
-        windows,
+        torch.tensor(positions, dtype=torch.int32),
+        positions,
         zeros=zeros,
         perm=torch.randperm(in_features, generator=g).int() if perm else None,
         bias=torch.randn(out_features, generator=g) if bias else None,
@@ -97,26 +103,26 @@ def quantised_product(x: torch.Tensor, w: StreamLinear) -> tuple[np.ndarray, np.
         The product float64 [T, N], and per element the sum of its terms' magnitudes, which
         bounds what float32 summation may be off by.
     """
-    codes, scales, zeros = streams.unpack_streams(w)
+    codes, scales, zeros = unpack_streams(w)
     order = np.arange(w.in_features) if w.perm is None else w.perm.numpy()
     stored = x.numpy()[:, order]
     total = np.zeros((len(stored), w.out_features))
     magnitude = np.zeros_like(total)
-    for window in range(0, w.in_features, WINDOW_ROWS):
-        end = min(window + WINDOW_ROWS, w.in_features)
-        largest = np.abs(stored[:, window:end]).max(axis=1, keepdims=True)
+    for begin in range(0, w.in_features, ROW_BLOCK_ROWS):
+        end = min(begin + ROW_BLOCK_ROWS, w.in_features)
+        largest = np.abs(stored[:, begin:end]).max(axis=1, keepdims=True)
         inverse = np.divide(LARGEST_ACTIVATION, largest, where=largest >= 1e-30,
                             out=np.zeros_like(largest))
-        integers = np.rint(stored[:, window:end] * inverse).astype(np.float64)
+        integers = np.rint(stored[:, begin:end] * inverse).astype(np.float64)
         x_scale = (largest / LARGEST_ACTIVATION).astype(np.float64)
         for group, (bits, first, rows, _) in enumerate(w.groups.tolist()):
-            a, b = max(first, window), min(first + rows, end)
+            a, b = max(first, begin), min(first + rows, end)
             if a >= b:
                 continue
             zero = 1 << (bits - 1) if zeros is None else zeros[group, : w.out_features]
             values = codes[a:b, : w.out_features].astype(np.float64) - zero
             scale = scales[group, : w.out_features].astype(np.float64)
-            term = scale * x_scale * (integers[:, a - window : b - window] @ values)
+            term = scale * x_scale * (integers[:, a - begin : b - begin] @ values)
             total += term
             magnitude += np.abs(term)
     if w.bias is not None:

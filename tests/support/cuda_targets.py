@@ -24,7 +24,7 @@ class Target:
     """The operations of `ops` on CPU tensors.
 
     Args:
-        ops: the operations, or an object with some `prepare_...` of them.
+        ops: the operations, or an object with some of them.
         device: where they run; None where host and device are one memory.
     """
 
@@ -33,11 +33,11 @@ class Target:
         self.device = device
 
     def __getattr__(self, operation: str):
-        prepare = getattr(self.ops, f"prepare_{operation}")
+        call = getattr(self.ops, operation)
 
         def run(*args: Any) -> None:
             there: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-            prepare(*(self._over(arg, there) for arg in args))()
+            call(*(self._over(arg, there) for arg in args))
             for here, moved in there.values():
                 if here is not moved:
                     here.copy_(moved)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from exl_loader.backends.cuda.scratch_sampling import HEADER_WORDS, MOST_TAKEN, RESULT_WORDS
+from exl_loader.backends.cuda.top_logits import HEADER_WORDS, MOST_TAKEN, RESULT_WORDS
 from exl_loader.generation.sampling import Candidates, LazyRow
 from exl_loader.model.likeliest import read_result
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import TYPE_CHECKING
 
 from ...utils.errors import InvalidSettings
@@ -26,32 +25,36 @@ class CudaBackend(CudaDevice):
         return [card_name(index) for index in range(count)] or [*auto_cards()]
 
     def scratch_bytes(self, step: StepSizes) -> int:
-        from . import scratch
+        from .attention import attention_scratch_bytes
+        from .layout import least_upload_bytes
+        from .linear import linear_scratch_bytes
+        from .top_logits import top_logits_scratch_bytes
 
-        attention, rows = step.attention, step.rows
-        need = max(
-            *(scratch.linear_scratch_bytes(*product) for product in step.products),
-            scratch.write_cache_scratch_bytes(rows, attention, step.cache_type),
-            scratch.attention_scratch_bytes(
-                rows, step.max_batch_size, step.ctx_size, attention, step.cache_type
-            ),
-        )
-        if not step.logits_rows:
-            return need
-        return max(need, scratch.top_logits_scratch_bytes(step.logits_rows, step.vocab_size))
+        needs = [
+            attention_scratch_bytes(
+                step.rows, step.max_batch_size, step.ctx_size, step.attention
+            )
+        ]
+        for rows, in_features, _ in step.products:
+            needs.append(linear_scratch_bytes(rows, in_features))
+            # Scratch is the upload buffer while weights are read.
+            needs.append(least_upload_bytes(in_features))
+        if step.logits_rows:
+            needs.append(top_logits_scratch_bytes(step.logits_rows, step.vocab_size))
+        return max(needs)
 
     def workspace_specs(self, step: StepSizes) -> Shapes:
         """Return `top_logits`, results of that operation, and `expert_tables`: a description of
         each expert's three projections, for every layer."""
-        from .linear_structs import LayerStruct
-        from .scratch_sampling import RESULT_WORDS
+        from .moe import expert_table_shape
+        from .top_logits import RESULT_WORDS
 
         specs: Shapes = {}
         if step.logits_rows:
             specs["top_logits"] = ("int32", (step.logits_rows, RESULT_WORDS))
         if step.num_experts:
-            row_bytes = step.num_experts * ctypes.sizeof(LayerStruct)
-            specs["expert_tables"] = ("uint8", (step.num_layers, 3, row_bytes))
+            shape = expert_table_shape(step.num_layers, step.num_experts)
+            specs["expert_tables"] = ("uint8", shape)
         return specs
 
     def open(self, device: str, progress: Progress | None = None) -> Ops:

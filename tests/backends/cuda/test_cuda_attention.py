@@ -11,10 +11,14 @@ import ctypes
 import pytest
 import torch
 
-from exl_loader.backends.cuda import ops_attention, scratch_attention
-from exl_loader.backends.cuda.attention_plan import decode_plan, is_generic, prefill_plan
-from exl_loader.backends.cuda.ops_attention import CudaAttentionOps
-from exl_loader.backends.cuda.scratch import COUNTER_BYTES
+from exl_loader.backends.cuda import attention
+from exl_loader.backends.cuda.attention import (
+    AttentionOps,
+    decode_block,
+    is_generic,
+    prefill_block,
+)
+from exl_loader.backends.cuda.launcher import COUNTER_BYTES
 from exl_loader.cache.layout import PAGE_LEN, CacheType
 from exl_loader.checkpoint.config import MAX_HEADS
 from support.cache_layers import make_batch, one_of, part, random_rows
@@ -45,12 +49,12 @@ SHARED_LIMITS = (64 << 10, 99 << 10, 163 << 10, 227 << 10)
 
 @pytest.fixture(params=TARGETS)
 def ops(request):
-    return target(request.param, CudaAttentionOps)
+    return target(request.param, AttentionOps)
 
 
 @pytest.fixture
 def emulated():
-    return target("shuffled", CudaAttentionOps)
+    return target("shuffled", AttentionOps)
 
 
 def assert_like_reference(ops, cache_type, batch, shape, tolerance=TOLERANCE, seed=7):
@@ -111,7 +115,7 @@ def test_windows_and_soft_caps(ops, window, softcap):
 def test_lengths_around_tiles_pages_and_splits(ops, total):
     batch = make_batch([total - 1], [1])
     assert_like_reference(ops, "q4", batch, shape_of(4, 2, 64), DECODE_TOLERANCE)
-    if total > scratch_attention.DECODE_ROWS:
+    if total > attention.DECODE_ROWS:
         rows = min(total, 40)
         assert_like_reference(ops, "q4", make_batch([total - rows], [rows]), shape_of(2, 1, 128))
 
@@ -152,7 +156,7 @@ def test_a_row_is_the_same_bits_alone_or_among_others(ops, cache_type, head_dim,
 def test_drafts_are_the_same_bits_as_single_tokens(ops, monkeypatch, window, most):
     """Also where the rows of one call are cut differently: behind token 512 a split has two
     pages instead of one, if there may be two splits."""
-    monkeypatch.setattr(ops_attention, "most_splits", lambda kv_heads: most)
+    monkeypatch.setattr(attention, "most_kv_splits", lambda kv_heads: most)
     shape = shape_of(6, 2, 64, window=window)
     for past, rows in ((508, 8), (510, 3), (765, 20), (1010, 32)):
         batch = make_batch([past], [rows])
@@ -185,8 +189,10 @@ def test_a_launch_serves_every_length():
     batch = make_batch([1500, 900], [1, 1])
     layer = random_layer("q4", batch, shape)
     q, out = random_rows(2, 4, 64, 1), torch.empty(2, 4, 64)
-    scratch = scratch_for(q, batch, shape, layer)
-    launch = CudaAttentionOps(launcher).prepare_attention(q, layer, batch, shape, out, scratch)
+    scratch = scratch_for(q, batch, shape)
+    launches = []
+    AttentionOps(launcher, launches.append).attention(q, layer, batch, shape, out, scratch)
+    (launch,) = launches
     for past in ([1500, 900], [3, 0], [255, 256], [1023, 1]):
         batch.past_len.copy_(torch.tensor(past))
         launch()
@@ -207,7 +213,7 @@ def test_scratch_that_is_too_small_is_noticed(ops):
     batch = make_batch([700], [2])
     layer = random_layer("q4", batch, shape)
     q = random_rows(2, 4, 64, 0)
-    scratch = scratch_for(q, batch, shape, layer)[: COUNTER_BYTES + 1000].clone()
+    scratch = scratch_for(q, batch, shape)[: COUNTER_BYTES + 1000].clone()
     with pytest.raises(AssertionError, match="scratch"):
         ops.attention(q, layer, batch, shape, torch.empty_like(q), scratch)
 
@@ -248,10 +254,10 @@ def test_launches_fit_every_card(shared_limit, cache_type):
     kind = CacheType.parse(cache_type)
     for head_dim in range(16, 257, 16):
         assert not is_generic(head_dim, kind)
-        decode = decode_plan(head_dim, kind, shared_limit)
+        decode = decode_block(head_dim, kind, shared_limit)
         assert decode.shared_bytes <= shared_limit and decode.units in (1, 2, 4)
         assert decode.warps == 8 or shared_limit == SHARED_LIMITS[0]
-        prefill = prefill_plan(head_dim, kind, shared_limit, 132, 8, 4096)
+        prefill = prefill_block(head_dim, kind, shared_limit, 132, 8, 4096)
         assert prefill.shared_bytes <= shared_limit and prefill.rows == 16 * prefill.warps
 
 
@@ -271,21 +277,19 @@ def test_every_launch_that_a_card_may_choose(shared_limit, multiprocessors):
 @pytest.mark.parametrize("window", [0, 4096])
 def test_scratch_bytes(kv_heads, window):
     shape = shape_of(4 * kv_heads, kv_heads, 128, window=window)
-    kind = CacheType.parse("q4")
     for ctx_size in (1, 256, 257, 4096, 131072):
         pages = -(-ctx_size // PAGE_LEN)
-        one = scratch_attention.row_bytes(shape, pages)
-        need = scratch_attention.attention_scratch_bytes(256, 4, ctx_size, shape, kind)
-        assert need >= scratch_attention.HELD_ROWS * one
+        slots = attention.kv_split_slots(kv_heads, window, pages)
+        assert slots <= pages and slots <= attention.most_kv_splits(kv_heads) + 2
+        need = attention.attention_scratch_bytes(256, 4, ctx_size, shape) - COUNTER_BYTES
+        assert need >= attention.HELD_ROWS * attention._row_bytes(shape, slots)
         assert need == 0 if pages == 1 else need > 0
-        slots = scratch_attention.slots(kv_heads, window, pages)
-        assert slots <= pages and slots <= scratch_attention.most_splits(kv_heads) + 2
 
 
 def test_structs_are_as_long_as_the_kernels():
     """The emulation refuses a launch whose arguments differ; this one says which."""
-    assert ctypes.sizeof(ops_attention._Call) == 208
-    assert ctypes.sizeof(ops_attention._Decode) == 48
+    assert ctypes.sizeof(attention.AttentionStruct) == 208
+    assert ctypes.sizeof(attention.DecodeStruct) == 48
 
 
 @pytest.mark.slow
@@ -305,7 +309,7 @@ def test_more_sequences_than_counters_take_turns(ops, monkeypatch, sequences):
     q = random_rows(batch.num_rows, 6, 64, 5)
     at_once = attend(ops, q, layer, batch, shape)
     groups = -(-32 * 3 // 8)  # of the most rows that a sequence may have here
-    monkeypatch.setattr(ops_attention, "_MOST_COUNTERS", sequences * groups * 2)
+    monkeypatch.setattr(attention, "_MOST_COUNTERS", sequences * groups * 2)
     assert torch.equal(attend(ops, q, layer, batch, shape), at_once)
 
 

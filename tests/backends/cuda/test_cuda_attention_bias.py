@@ -11,8 +11,7 @@ import torch
 from test_cuda_attention import DECODE_TOLERANCE, FLOAT_TOLERANCE, SHARED_LIMITS, TOLERANCE
 
 from exl_loader.backends import get_ops
-from exl_loader.backends.cuda.attention_plan import decode_plan, prefill_plan
-from exl_loader.backends.cuda.ops_attention import CudaAttentionOps
+from exl_loader.backends.cuda.attention import AttentionOps, decode_block, prefill_block
 from exl_loader.cache.layout import MAX_BIAS_PAIRS, CacheType, KeyBias
 from support.cache_layers import make_batch, one_of, part, random_rows
 from support.cuda_attention_cases import (
@@ -33,7 +32,7 @@ SIZE = 100.0
 
 @pytest.fixture(params=TARGETS)
 def ops(request):
-    return target(request.param, CudaAttentionOps)
+    return target(request.param, AttentionOps)
 
 
 def give_bias(layer, batch, shape, pairs, *, half=None, factor=1.2, seed=0):
@@ -176,9 +175,11 @@ def test_a_launch_serves_every_length_and_frequency():
     shape, batch = shape_of(4, 2, 64), make_batch([1500, 900], [1, 1])
     layer, q = random_layer("q4", batch, shape), queries(batch, shape)
     give_bias(layer, batch, shape, 3)
-    out, scratch = torch.empty_like(q), scratch_for(q, batch, shape, layer)
-    card = CudaAttentionOps(emulated_launcher())
-    launch = card.prepare_attention(q, layer, batch, shape, out, scratch)
+    out, scratch = torch.empty_like(q), scratch_for(q, batch, shape)
+    launches = []
+    card = AttentionOps(emulated_launcher(), launches.append)
+    card.attention(q, layer, batch, shape, out, scratch)
+    (launch,) = launches
     for past in ([1500, 900], [3, 0], [1023, 1]):
         batch.past_len.copy_(torch.tensor(past))
         batch.inv_freq *= 0.7
@@ -192,12 +193,12 @@ def test_launches_fit_every_card(shared_limit, cache_type):
     kind = CacheType.parse(cache_type)
     for head_dim in range(16, 257, 16):
         for pairs in (1, 8, MAX_BIAS_PAIRS):
-            decode = decode_plan(head_dim, kind, shared_limit, pairs)
-            prefill = prefill_plan(head_dim, kind, shared_limit, 132, 8, 4096, pairs)
+            decode = decode_block(head_dim, kind, shared_limit, pairs)
+            prefill = prefill_block(head_dim, kind, shared_limit, 132, 8, 4096, pairs)
             for plan in (decode, prefill):
                 assert plan.bias_begin < plan.shared_bytes <= shared_limit
                 assert plan.bias_begin % 16 == 0
-            without = prefill_plan(head_dim, kind, shared_limit, 132, 8, 4096)
+            without = prefill_block(head_dim, kind, shared_limit, 132, 8, 4096)
             assert without.bias_begin == without.shared_bytes and without.warps >= 2
 
 
@@ -245,7 +246,7 @@ def test_a_quantised_cache_is_as_good_as_on_the_cpu(tmp_path, monkeypatch):
         # A view of the workspace, which is in the plan, and nothing of its own.
         assert len(storages) == 1 and layer.key_bias.pairs.untyped_storage().nbytes() > 1 << 16
     on_cpu, _ = errors_of_types(tmp_path / "m", get_ops(), "cpu", types, ids)
-    monkeypatch.setattr(CudaAttentionOps, "takes_key_bias", False)
+    monkeypatch.setattr(AttentionOps, "takes_key_bias", False)
     inside, layers = errors_of_types(tmp_path / "m", card, DEVICE, types, ids)
     assert all(layer.key_bias is None for layer in layers)
     for cache_type in types:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from exl_loader.backends.cuda.ops_attention import CudaAttentionOps
+from exl_loader.backends.cuda.attention import AttentionOps
 from exl_loader.backends.reference import fp16 as reference_fp16
 from exl_loader.backends.reference.codec import dequantize
 from exl_loader.backends.reference.ops import ReferenceOps
@@ -23,7 +23,7 @@ TENSORS = ("k_codes", "k_scales", "v_codes", "v_scales")
 
 @pytest.fixture(params=TARGETS)
 def ops(request):
-    return target(request.param, CudaAttentionOps)
+    return target(request.param, AttentionOps)
 
 
 def written(writer, cache_type, k, v, batch):

@@ -11,7 +11,7 @@ import shutil
 import pytest
 import torch
 
-from exl_loader.backends.cuda import ops_dense
+from exl_loader.backends.cuda import linear_dense
 from exl_loader.backends.reference.ops import dense_weight
 from exl_loader.formats.packed import DenseLinear
 from support.cuda_emulation import EmulatedLauncher
@@ -89,7 +89,7 @@ def test_columns_beyond_the_layer_and_no_rows(ops, dtype):
 def test_more_rows_than_a_pass_takes(emulated, monkeypatch, dtype):
     w, x = dense_linear(96, 40, dtype), random_rows(150, 96)
     whole = product(emulated, x, w)
-    monkeypatch.setattr(ops_dense, "DENSE_PASS_ROWS", 67)
+    monkeypatch.setattr(linear_dense, "PASS_ROWS", 67)
     assert torch.equal(product(emulated, x, w), whole)
 
 
@@ -100,7 +100,7 @@ def test_blocks_of_any_number_of_warps_give_the_same_bits(emulated, monkeypatch)
     monkeypatch.setattr(launcher, "shared_limit_bytes", 227 << 10)
     for multiprocessors, smallest in ((1000, 4), (1, 8), (1, 4)):
         monkeypatch.setattr(launcher, "multiprocessors", multiprocessors)
-        monkeypatch.setattr(ops_dense, "_DECODE_WARPS", (smallest,))
+        monkeypatch.setattr(linear_dense, "_DECODE_WARPS", (smallest,))
         results.append(product(emulated, x, w))
     assert all(torch.equal(result, results[0]) for result in results)
 

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from exl_loader.backends.base import AttentionShape, Batch
-from exl_loader.backends.cuda.ops_attention import CudaAttentionOps
-from exl_loader.backends.cuda.ops_linear import LinearOps
-from exl_loader.backends.cuda.ops_rows import RowOps
-from exl_loader.backends.cuda.ops_sampling import SamplingOps
-from exl_loader.backends.cuda.scratch import attention_scratch_bytes, linear_scratch_bytes
-from exl_loader.backends.cuda.scratch_sampling import RESULT_WORDS, top_logits_scratch_bytes
+from exl_loader.backends.cuda.attention import AttentionOps, attention_scratch_bytes
+from exl_loader.backends.cuda.linear import LinearOps, linear_scratch_bytes
+from exl_loader.backends.cuda.moe import MoeOps
+from exl_loader.backends.cuda.top_logits import (
+    RESULT_WORDS,
+    TopLogitsOps,
+    top_logits_scratch_bytes,
+)
 from exl_loader.cache.layout import CacheLayer, CacheType, code_bytes, num_groups
 from exl_loader.checkpoint.config import (
     MAX_HEADS,
@@ -45,6 +47,10 @@ class Shapes:
         assert all(0 < n <= limit for n, limit in zip(grid, LIMITS, strict=True)), (name, grid)
         self.grids.append(grid)
         return self.launcher.prepare(name, grid, block, shared_bytes, *args)
+
+
+def drop(launch):
+    """Run nothing."""
 
 
 @pytest.fixture
@@ -96,36 +102,34 @@ def batch_of(sequences, rows, pages=4):
 def test_attention_and_the_cache(shapes, cache_type, heads, kv_heads, head_dim, sequences, rows):
     shape = AttentionShape(heads, kv_heads, head_dim, 0.1, 0.0, 0)
     layer, batch = cache_layer(cache_type, shape, 4), batch_of(sequences, rows)
-    ops = CudaAttentionOps(shapes)
+    ops = AttentionOps(shapes, drop)
     q, k = floats(rows, heads, head_dim), floats(rows, kv_heads, head_dim)
-    scratch = nbytes(
-        attention_scratch_bytes(rows, sequences, 1024, shape, layer.cache_type)
-    )
-    ops.prepare_attention(q, layer, batch, shape, floats(*q.shape), scratch)
-    ops.prepare_write_cache(k, k, layer, batch, scratch)
+    scratch = nbytes(attention_scratch_bytes(rows, sequences, 1024, shape))
+    ops.attention(q, layer, batch, shape, floats(*q.shape), scratch)
+    ops.write_cache(k, k, layer, batch, scratch)
     if head_dim <= 512:
-        ops.prepare_rope_write_cache(q, k, k, floats(rows, 2, head_dim // 2), layer, batch)
+        ops.rope_write_cache(q, k, k, floats(rows, 2, head_dim // 2), layer, batch)
     assert len(shapes.grids) >= 3
 
 
 def test_rows(shapes):
     rows, size = MAX_CHUNK_SIZE, MAX_HIDDEN_SIZE
-    ops, x = RowOps(shapes), floats(MAX_CHUNK_SIZE, MAX_HIDDEN_SIZE)
-    ops.prepare_embed(integers(rows), floats(MAX_VOCAB_SIZE, size), 1.0, x)
+    ops, x = MoeOps(shapes, drop), floats(MAX_CHUNK_SIZE, MAX_HIDDEN_SIZE)
+    ops.embed(integers(rows), floats(MAX_VOCAB_SIZE, size), 1.0, x)
     for width in (64, size):
-        ops.prepare_rms_norm(floats(rows * MAX_HEADS if width == 64 else rows, width),
+        ops.rms_norm(floats(rows * MAX_HEADS if width == 64 else rows, width),
                              floats(width), 1e-5,
                              floats(rows * MAX_HEADS if width == 64 else rows, width))
-    ops.prepare_rope_table(integers(rows), floats(512), 1.0, floats(rows, 2, 512))
-    ops.prepare_rope(floats(rows, MAX_HEADS, 128), floats(rows, 2, 64))
+    ops.rope_table(integers(rows), floats(512), 1.0, floats(rows, 2, 512))
+    ops.rope(floats(rows, MAX_HEADS, 128), floats(rows, 2, 64))
     gate = floats(rows, MAX_INTERMEDIATE_SIZE)
-    ops.prepare_gate(gate, gate, "silu", gate)
-    ops.prepare_add(x, x)
-    ops.prepare_softcap(floats(MAX_BATCH_SIZE, MAX_VOCAB_SIZE), 30.0)
-    ops.prepare_gather_rows(x, integers(MAX_BATCH_SIZE), floats(MAX_BATCH_SIZE, size))
-    ops.prepare_scatter_add_rows(x, integers(rows), floats(rows), x)
-    ops.prepare_moe_route(floats(rows, 1024), 8, True, floats(rows, 8), integers(rows, 8))
-    ops.prepare_moe_sum(floats(8 * rows, size), floats(rows, 8), integers(rows, 8), x)
+    ops.gate(gate, gate, "silu", gate)
+    ops.add(x, x)
+    ops.softcap(floats(MAX_BATCH_SIZE, MAX_VOCAB_SIZE), 30.0)
+    ops.gather_rows(x, integers(MAX_BATCH_SIZE), floats(MAX_BATCH_SIZE, size))
+    ops.scatter_add_rows(x, integers(rows), floats(rows), x)
+    ops.moe_route(floats(rows, 1024), 8, True, floats(rows, 8), integers(rows, 8))
+    ops.moe_sum(floats(8 * rows, size), floats(rows, 8), integers(rows, 8), x)
     assert len(shapes.grids) == 12
 
 
@@ -135,8 +139,8 @@ def test_dense_products(shapes, rows, dtype):
     for features, outputs in ((MAX_HIDDEN_SIZE, MAX_VOCAB_SIZE), (MAX_INTERMEDIATE_SIZE, 4096)):
         weight = torch.empty((-(-outputs // 16), features, 16), dtype=dtype, device="meta")
         w = DenseLinear(features, outputs, weight)
-        scratch = nbytes(linear_scratch_bytes(rows, features, outputs))
-        LinearOps(shapes).prepare_linear(floats(rows, features), w, floats(rows, outputs), scratch,
+        scratch = nbytes(linear_scratch_bytes(rows, features))
+        LinearOps(shapes, drop).linear(floats(rows, features), w, floats(rows, outputs), scratch,
                                          False)
     assert shapes.grids
 
@@ -146,8 +150,8 @@ def test_quantised_products(shapes, rows):
     w = stream_linear([(4, 128)], 64)
     wide = stream_linear([(4, 32)], 1 << 17)
     for layer in (w, wide):
-        scratch = nbytes(linear_scratch_bytes(rows, layer.in_features, layer.out_features))
-        LinearOps(shapes).prepare_linear(
+        scratch = nbytes(linear_scratch_bytes(rows, layer.in_features))
+        LinearOps(shapes, drop).linear(
             floats(rows, layer.in_features), layer, floats(rows, layer.out_features), scratch,
             False,
         )
@@ -156,8 +160,8 @@ def test_quantised_products(shapes, rows):
 
 def test_the_likeliest_tokens(shapes):
     rows = MAX_BATCH_SIZE
-    scratch = nbytes((1 << 16) + top_logits_scratch_bytes(rows, MAX_VOCAB_SIZE))
-    SamplingOps(shapes).prepare_top_logits(
+    scratch = nbytes(top_logits_scratch_bytes(rows, MAX_VOCAB_SIZE))
+    TopLogitsOps(shapes, drop).top_logits(
         floats(rows, MAX_VOCAB_SIZE), MAX_VOCAB_SIZE, integers(rows, RESULT_WORDS), scratch
     )
     assert len(shapes.grids) == 3

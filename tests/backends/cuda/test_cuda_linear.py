@@ -14,13 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from exl_loader.backends.cuda import layout as packed_cuda
-from exl_loader.backends.cuda import ops_linear, streams
-from exl_loader.backends.cuda.linear_structs import LAYER_BYTES
-from exl_loader.backends.cuda.ops_linear import ExpertLayers
-from exl_loader.backends.cuda.ops_rows import RowOps
-from exl_loader.backends.cuda.scratch import COUNTER_BYTES
-from exl_loader.backends.cuda.scratch_linear import PASS_ROWS, linear_scratch_bytes
+from exl_loader.backends.cuda import layout, linear
+from exl_loader.backends.cuda.launcher import COUNTER_BYTES
+from exl_loader.backends.cuda.linear import PASS_ROWS, linear_scratch_bytes
+from exl_loader.backends.cuda.moe import ExpertLayers, MoeOps, expert_table_shape
+from exl_loader.backends.cuda.pack import dequantize
 from support.cuda_emulation.launcher import sanitized
 from support.cuda_emulation.sanitized import run_sanitized, runtimes
 from support.cuda_linear_cases import (
@@ -64,9 +62,8 @@ def assert_exact(ops, x, w):
     the sums after it; every rounding is at most half an ulp of the magnitudes' sum.
     """
     exact, magnitude = quantised_product(x, w)
-    windows = packed_cuda.windows_for(w.in_features)
-    spans = windows + len(w.groups)
-    bound = (spans + packed_cuda.MAX_SPLITS + 3) * HALF_ULP * magnitude + 1e-30
+    spans = layout.row_blocks_for(w.in_features) + len(w.groups)
+    bound = (spans + layout.MAX_ROW_SPLITS + 3) * HALF_ULP * magnitude + 1e-30
     difference = np.abs(product(ops, x, w).double().numpy() - exact)
     assert (difference <= bound).all(), (difference / bound).max()
 
@@ -84,7 +81,7 @@ def test_quantised_product_is_its_definition(ops, layout, rows):
 @pytest.mark.parametrize("zeros", [False, True])
 def test_any_number_of_splits(ops, monkeypatch, warps_wanted, zeros):
     """One warp reads everything; several tiles share a block; as many splits as there can be."""
-    monkeypatch.setattr(packed_cuda, "_WARPS_WANTED", warps_wanted)
+    monkeypatch.setattr(layout, "_WARPS_WANTED", warps_wanted)
     layouts = [[(8, 96), (6, 64), (5, 2016), (4, 1024), (3, 480), (2, 96)], [(4, 32)] * 40]
     for groups in [*layouts, [(8, 1111)]]:
         w = stream_linear(groups, 100, zeros=zeros, seed=warps_wanted)
@@ -118,7 +115,7 @@ def test_quantised_activations_cost_nothing_to_speak_of(ops, rows):
     x = torch.randn(rows, 1024, generator=torch.Generator().manual_seed(5))
     for zeros, bound in ((True, 7e-5), (False, 5e-4)):
         w = stream_linear([(4, 128)] * 8, 200, perm=True, zeros=zeros)
-        exact = x.double() @ streams.dequantize(w).double()
+        exact = x.double() @ dequantize(w).double()
         assert (product(ops, x, w) - exact).norm() / exact.norm() < bound
 
 
@@ -196,7 +193,7 @@ def test_blocks_that_make_a_row_are_large_where_there_are_many(emulated, monkeyp
 def test_more_rows_than_scratch_holds(emulated, monkeypatch):
     w, x = stream_linear([(5, 96)], 40, perm=True), random_rows(100, 96)
     whole = product(emulated, x, w)
-    monkeypatch.setattr(ops_linear, "PASS_ROWS", 37)
+    monkeypatch.setattr(linear, "PASS_ROWS", 37)
     assert torch.equal(product(emulated, x, w), whole)
 
 
@@ -206,12 +203,12 @@ def test_layers_of_one_input_share_a_launch(monkeypatch, order, rows):
     ops = target(order, linear_ops).ops
     layers = [stream_linear([(4, 128), (3, 300)], 96, seed=1, bias=True),
               stream_linear([(5, 64), (2, 364)], 200, seed=2)]
-    monkeypatch.setattr(packed_cuda, "_WARPS_WANTED", 2)
+    monkeypatch.setattr(layout, "_WARPS_WANTED", 2)
     layers.append(stream_linear([(6, 428)], 40, seed=3))
     x = random_rows(rows, 428)
     outs = [torch.full((rows, w.out_features + 3), 7.0) for w in layers]
     scratch = scratch_for(rows, layers[0])
-    ops.prepare_linears(x, layers, [out[:, :-3] for out in outs], scratch)()
+    ops.linears(x, layers, [out[:, :-3] for out in outs], scratch)
     for w, out in zip(layers, outs, strict=True):
         assert (out[:, -3:] == 7.0).all()
         assert torch.equal(out[:, :-3], product(target(order, linear_ops), x, w))
@@ -224,19 +221,18 @@ FUSED_GROUPS = [(4, 128), (3, 416)]
 @pytest.mark.parametrize("warps_wanted", [1, 10000])
 @pytest.mark.parametrize("perm", [True, False])
 def test_norm_and_products_of_a_row_in_one_launch(monkeypatch, order, warps_wanted, perm):
-    monkeypatch.setattr(packed_cuda, "_WARPS_WANTED", warps_wanted)
+    monkeypatch.setattr(layout, "_WARPS_WANTED", warps_wanted)
     launcher = target(order, linear_ops).ops.launcher
-    ops, rows = linear_ops(launcher), RowOps(launcher)
+    ops, rows = linear_ops(launcher), MoeOps(launcher)
     layers = [stream_linear(FUSED_GROUPS, n, seed=n, perm=perm) for n in (96, 40)]
     layers[1].perm = layers[0].perm
     x, weight = random_rows(1, 544), random_rows(1, 544, seed=3)[0]
     normed, fused = torch.empty(1, 544), torch.empty(1, 544)
-    rows.prepare_rms_norm(x, weight, 1e-6, normed)()
+    rows.rms_norm(x, weight, 1e-6, normed)
     expected, outs = ([torch.full((1, w.out_features), 2.0) for w in layers] for _ in range(2))
     scratch = scratch_for(1, layers[0])
-    ops.prepare_linears(normed, layers, expected, scratch, True)()
-    launch = ops.prepare_normed_linears(x, weight, 1e-6, fused, layers, outs, True)
-    launch()
+    ops.linears(normed, layers, expected, scratch, True)
+    assert ops.normed_linears(x, weight, 1e-6, fused, layers, outs, True)
     assert torch.equal(fused, normed)
     assert all(map(torch.equal, outs, expected))
 
@@ -245,14 +241,14 @@ def test_norm_and_products_of_a_row_in_one_launch(monkeypatch, order, warps_want
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
 def test_gate_and_product_of_a_row_in_one_launch(order, activation):
     launcher = target(order, linear_ops).ops.launcher
-    ops, rows = linear_ops(launcher), RowOps(launcher)
+    ops, rows = linear_ops(launcher), MoeOps(launcher)
     w = stream_linear(FUSED_GROUPS, 96, perm=True, bias=True)
     gate, up, gated = random_rows(1, 544), random_rows(1, 544, seed=3), torch.empty(1, 544)
-    rows.prepare_gate(gate, up, activation, gated)()
+    rows.gate(gate, up, activation, gated)
     expected, out = torch.full((1, 96), 2.0), torch.full((1, 96), 2.0)
     scratch = scratch_for(1, w)
-    ops.prepare_linear(gated, w, expected, scratch, True)()
-    ops.prepare_gated_linear(gate, up, activation, w, out, True)()
+    ops.linear(gated, w, expected, scratch, True)
+    assert ops.gated_linear(gate, up, activation, w, out, True)
     assert torch.equal(out, expected)
 
 
@@ -262,30 +258,32 @@ def test_what_cannot_be_one_launch_says_so(monkeypatch):
     narrow, wide = stream_linear([(4, 512)], 32), stream_linear(FUSED_GROUPS, 32)
     out, one, two = torch.empty(2, 32), torch.ones(1, 544), torch.ones(2, 544)
     h, small = torch.empty(2, 544), torch.ones(1, 512)
-    assert ops.prepare_normed_linears(small, small[0], 1e-6, h[:1, :512].clone(), [narrow],
-                                      [out[:1]]) is None
-    assert ops.prepare_normed_linears(two, two[0], 1e-6, h, [wide], [out]) is None
-    assert ops.prepare_normed_linears(one, two[0], 1e-6, one, [wide], [out[:1]]) is None
-    assert ops.prepare_gated_linear(two, two, "silu", wide, out) is None
-    assert ops.prepare_gated_linear(one, one, "silu", wide, out[:1]) is not None
+    before = out.fill_(7.0).clone()
+    normed = h[:1, :512].clone()
+    assert not ops.normed_linears(small, small[0], 1e-6, normed, [narrow], [out[:1]])
+    assert not ops.normed_linears(two, two[0], 1e-6, h, [wide], [out])
+    assert not ops.normed_linears(one, two[0], 1e-6, one, [wide], [out[:1]])
+    assert not ops.gated_linear(two, two, "silu", wide, out)
+    assert torch.equal(out, before)
+    assert ops.gated_linear(one, one, "silu", wide, out[:1])
     monkeypatch.setattr(launcher, "shared_limit_bytes", 33 << 10)
-    assert ops.prepare_gated_linear(one, one, "silu", wide, out[:1]) is None
+    assert not ops.gated_linear(one, one, "silu", wide, out[:1])
 
 
 @pytest.mark.parametrize("order", EMULATED)
 @pytest.mark.parametrize("share", [True, False])
 def test_experts_chosen_on_the_device(order, share):
-    ops = target(order, linear_ops).ops
+    ops = MoeOps(target(order, linear_ops).ops.launcher)
     experts = [stream_linear(groups, 72, seed=seed, perm=seed != 1, zeros=seed == 2)
                for seed, groups in enumerate([[(4, 200)], [(5, 128), (3, 72)], [(2, 200)]])]
     for w in experts[:2]:
         w.bias = torch.randn(72)
-    table = torch.empty(3 * LAYER_BYTES, dtype=torch.uint8)
+    table = torch.empty(expert_table_shape(1, 3)[2], dtype=torch.uint8)
     layers = ExpertLayers(experts, table)
     chosen = torch.tensor([[2, 0], [1, 2], [0, 1], [1, 1]], dtype=torch.int32)
     x = random_rows(4 if share else 8, 200)
     out, scratch = torch.empty(8, 72), scratch_for(8, experts[0])
-    ops.prepare_linear_pairs(x, layers, chosen, out, scratch)()
+    ops.linear_pairs(x, layers, chosen, out, scratch)
     for pair, expert in enumerate(chosen.flatten().tolist()):
         row = pair // 2 if share else pair
         single = product(target(order, linear_ops), x[row : row + 1].clone(), experts[expert])
@@ -328,9 +326,9 @@ def test_counters_in_scratch_are_left_alone(emulated):
 
 
 def test_scratch_grows_with_rows_and_stops():
-    sizes = [linear_scratch_bytes(rows, 4096, 4096) for rows in (1, 8, 256, PASS_ROWS, 9999)]
+    sizes = [linear_scratch_bytes(rows, 4096) for rows in (1, 8, 256, PASS_ROWS, 9999)]
     assert sizes == sorted(sizes) and sizes[-1] == sizes[-2]
-    assert linear_scratch_bytes(1, 4096, 4096) == 128 * 64 + 32 * 32
+    assert linear_scratch_bytes(1, 4096) == COUNTER_BYTES + 128 * 64 + 32 * 32
 
 
 MORE_SANITIZED = ("test_cuda_dense.py", "test_cuda_pack.py")

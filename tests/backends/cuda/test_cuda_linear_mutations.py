@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from exl_loader.backends.cuda import streams
+from exl_loader.backends.cuda.pack import dequantize
 from exl_loader.backends.reference.ops import dense_weight
 from support.cuda_emulation import EmulatedLauncher, EmulationError
 from support.cuda_emulation.launcher import FOLDER, REPO, emulation_spec
@@ -26,7 +26,7 @@ def error(ops, w, rows):
     """Relative distance of a product from its definition."""
     x, out = random_rows(rows, w.in_features), torch.zeros(rows, w.out_features)
     scratch = scratch_for(rows, w)
-    ops.prepare_linear(x, w, out, scratch)()
+    ops.linear(x, w, out, scratch)
     if hasattr(w, "codes"):
         exact = quantised_product(x, w)[0]
     else:
@@ -44,8 +44,8 @@ def made_right(ops, tmp_path):
     w = stream_linear([(4, 128), (3, 416)], 96, perm=True)
     x, other = random_rows(1, 544), random_rows(1, 544, seed=3)
     normed, outs = torch.empty(1, 544), [torch.zeros(1, 96) for _ in range(2)]
-    ops.prepare_normed_linears(x, other[0], 1e-6, normed, [w], outs[:1])()
-    ops.prepare_gated_linear(x, other, "gelu", w, outs[1])()
+    ops.normed_linears(x, other[0], 1e-6, normed, [w], outs[:1])
+    ops.gated_linear(x, other, "gelu", w, outs[1])
     rows = [x / x.square().mean().add(1e-6).sqrt() * other, torch.nn.functional.gelu(x) * other]
     if not torch.allclose(normed, rows[0], rtol=1e-5):
         return False
@@ -78,7 +78,7 @@ def packed_right(ops, tmp_path):
     ):  # fmt: skip
         folder = write_layer(tmp_path / name, tensors, **options)
         layer, _ = load_layer_with(ops, folder, len(weight), 70)
-        if not torch.equal(streams.dequantize(layer), weight):
+        if not torch.equal(dequantize(layer), weight):
             return False
     return True
 

@@ -12,8 +12,9 @@ import shutil
 import pytest
 import torch
 
+from exl_loader.backends.cuda.launcher import KernelOps
+from exl_loader.backends.cuda.moe import MoeOps
 from exl_loader.backends.cuda.ops import CudaOps
-from exl_loader.backends.cuda.ops_rows import RowOps
 from exl_loader.backends.host import SharedMemory
 from support.cache_layers import make_batch, make_layer
 from support.cuda_emulation import EmulatedLauncher
@@ -36,7 +37,7 @@ SIZES = [1, 31, 32, 33, 100, 512, 513, 1300]
 
 @pytest.fixture(params=TARGETS)
 def ops(request):
-    return target(request.param, RowOps)
+    return target(request.param, MoeOps)
 
 
 @pytest.fixture(params=TARGETS)
@@ -197,6 +198,15 @@ def test_no_rows_are_no_launch(ops):
     ops.gather_rows(empty, torch.empty(0, dtype=torch.int32), empty)
 
 
+def test_no_part_of_the_operations_overrides_another():
+    """`CudaOps` inherits from several classes: one name in two of them would hide a method."""
+    names = [
+        name for cls in CudaOps.__mro__ if issubclass(cls, KernelOps) for name in vars(cls)
+        if not name.startswith("__")
+    ]
+    assert len(names) == len(set(names))
+
+
 # A file of csrc/cuda, what stands there once, and a mistake in its place.
 MUTATIONS = [
     ("row_functions.cuh", "for (int i = thread; i < size;", "for (int i = thread + 1; i < size;"),
@@ -257,7 +267,7 @@ def test_a_mistake_in_a_kernel_is_noticed(tmp_path, change):
     def run():
         for order, seed in (("forward", 0), ("reverse", 0), ("shuffled", 5)):
             launcher.set_order(order, seed)
-            everything(Target(RowOps(launcher), None))
+            everything(Target(MoeOps(launcher), None))
 
     if change is None:
         run()

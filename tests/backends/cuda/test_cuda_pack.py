@@ -8,11 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exl_loader.backends.cuda import streams
-from exl_loader.backends.cuda.layout import group_table, splits_for, window_table
-from exl_loader.backends.cuda.scratch_linear import least_staging_bytes
+from exl_loader.backends.cuda import pack
+from exl_loader.backends.cuda.layout import (
+    StreamLinear,
+    group_table,
+    least_upload_bytes,
+    row_block_table,
+    row_splits_for,
+)
 from exl_loader.checkpoint import Checkpoint
-from exl_loader.formats import StreamLinear, pack_linear, plan_linear, reference_weight
+from exl_loader.formats import pack_linear, plan_linear, reference_weight
 from exl_loader.formats.packed import BIT_PLANES
 from support.cuda_linear_cases import linear_ops
 from support.cuda_targets import EMULATED, TARGETS, target
@@ -22,7 +27,7 @@ WIDTHS = sorted(BIT_PLANES)
 
 
 def block_byte(codes: np.ndarray, bits: int, byte: int) -> int:
-    """Compute one byte of a block from the words of packed_cuda.py.
+    """Compute one byte of a block from the words of layout.py.
 
     Args:
         codes: [32 rows, 32 columns]. byte: position within the block's 128 * bits bytes.
@@ -54,7 +59,7 @@ def block_byte(codes: np.ndarray, bits: int, byte: int) -> int:
 def test_every_byte_stands_where_the_layout_says(bits):
     codes = np.random.default_rng(bits).integers(0, 1 << bits, (32, 32)).astype(np.uint8)
     expected = [block_byte(codes, bits, i) for i in range(128 * bits)]
-    assert streams.pack_block(codes, bits).tolist() == expected
+    assert pack.pack_block(codes, bits).tolist() == expected
 
 
 def test_a_lane_written_out_by_hand():
@@ -63,20 +68,20 @@ def test_a_lane_written_out_by_hand():
     codes = np.zeros((32, 32), np.uint8)
     codes[8:12, 1], codes[8:12, 17] = [1, 2, 3, 4], [5, 6, 7, 8]
     codes[12:16, 9], codes[12:16, 25] = [9, 10, 11, 12], [13, 14, 15, 1]
-    lane = streams.pack_block(codes, 4)[16 * 5 : 16 * 6]
+    lane = pack.pack_block(codes, 4)[16 * 5 : 16 * 6]
     assert lane.tolist() == [0x51, 0x62, 0x73, 0x84] + [0] * 8 + [0xD9, 0xEA, 0xFB, 0x1C]
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_blocks_round_trip(bits):
     codes = np.random.default_rng(bits).integers(0, 1 << bits, (32, 32)).astype(np.uint8)
-    assert (streams.unpack_block(streams.pack_block(codes, bits), bits) == codes).all()
+    assert (pack.unpack_block(pack.pack_block(codes, bits), bits) == codes).all()
 
 
 def test_header_order_gives_a_lane_its_four_columns():
-    ordered = streams.lane_order(np.arange(32))
+    ordered = pack.lane_order(np.arange(32))
     assert ordered[:8].tolist() == [0, 8, 16, 24, 1, 9, 17, 25]
-    assert (streams.column_order(ordered) == np.arange(32)).all()
+    assert (pack.column_order(ordered) == np.arange(32)).all()
 
 
 @given(
@@ -101,15 +106,15 @@ def test_windows_say_how_to_begin(groups, missing, zeros):
                 walked.append((place, group, bits | (blocks - block) << 8, start))
             place += 128 * bits
             count += 1
-    assert window_table(table, zeros) == [*walked, (place, len(groups), 0, place)]
+    assert row_block_table(table, zeros) == [*walked, (place, len(groups), 0, place)]
 
 
 def test_splits():
-    assert splits_for(4096, 4096) == 16  # 128 tiles
-    assert splits_for(4096, 11008) == 8  # 344
-    assert splits_for(4096, 32000) == 4  # 1000
-    assert splits_for(4096, 128256) == 1  # 4008
-    assert splits_for(256, 32) == 2 and splits_for(100, 32) == 1  # no more than windows
+    assert row_splits_for(4096, 4096) == 16  # 128 tiles
+    assert row_splits_for(4096, 11008) == 8  # 344
+    assert row_splits_for(4096, 32000) == 4  # 1000
+    assert row_splits_for(4096, 128256) == 1  # 4008
+    assert row_splits_for(256, 32) == 2 and row_splits_for(100, 32) == 1  # no more than windows
 
 
 def check_kernel(order, groups, codes, words, zeros=False, perm=None):
@@ -122,9 +127,9 @@ def check_kernel(order, groups, codes, words, zeros=False, perm=None):
     scales = rng.normal(size=(len(groups), columns)).astype(np.float16)
     points = rng.integers(0, 256, scales.shape).astype(np.uint8) if zeros else None
     table = torch.tensor(group_table(groups, zeros), dtype=torch.int32)
-    tile_bytes = window_table(table.tolist(), zeros)[-1][0] + 128
+    tile_bytes = row_block_table(table.tolist(), zeros)[-1][0] + 128
     expected = torch.full((-(-columns // 32), tile_bytes), 0x55, dtype=torch.uint8)
-    streams.pack_streams(codes, scales, points, table.numpy(), expected.numpy())
+    pack.pack_streams(codes, scales, points, table.numpy(), expected.numpy())
     ops, packed = target(order, linear_ops).ops, torch.full_like(expected, 0xAA)
     if points is None:
         ops.pack_exl2_streams(words, torch.from_numpy(scales), table, packed)
@@ -172,7 +177,7 @@ def load_layer_with(ops, folder, in_features, out_features, device=None, **optio
     Returns:
         the layer, its tensors on the host; its weight decoded from the checkpoint.
     """
-    ops.staging = torch.empty(least_staging_bytes(in_features), dtype=torch.uint8, device=device)
+    ops.staging = torch.empty(least_upload_bytes(in_features), dtype=torch.uint8, device=device)
     with Checkpoint.open(folder) as checkpoint:
         plan = plan_linear(checkpoint, "layer", in_features, out_features, device="cuda:0",
                            **options)
@@ -191,7 +196,7 @@ def load_on_card(folder, in_features, out_features, order, **options):
     ops = there.ops if there.device is None else linear_ops(there.ops.launcher)
     layer, weight = load_layer_with(ops, folder, in_features, out_features, there.device,
                                     **options)
-    return layer, streams.dequantize(layer), weight
+    return layer, pack.dequantize(layer), weight
 
 
 @pytest.mark.parametrize("order", TARGETS)
@@ -260,6 +265,6 @@ def test_packing_needs_room_for_one_tile(tmp_path):
     ops = target("forward", linear_ops).ops
     with Checkpoint.open(write_layer(tmp_path / "m", tensors)) as checkpoint:
         plan = plan_linear(checkpoint, "layer", 256, 64, device="cuda:0")
-        ops.staging = torch.empty(least_staging_bytes(256) // 2, dtype=torch.uint8)
+        ops.staging = torch.empty(least_upload_bytes(256) // 2, dtype=torch.uint8)
         with pytest.raises(AssertionError):
             pack_linear(plan, checkpoint, allocate(plan), ops)

@@ -12,9 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from exl_loader.backends.cuda.ops_sampling import SamplingOps
-from exl_loader.backends.cuda.scratch import COUNTER_BYTES, top_logits_scratch_bytes
-from exl_loader.backends.cuda.scratch_sampling import HEADER_WORDS, MOST_TAKEN, RESULT_WORDS
+from exl_loader.backends.cuda.launcher import COUNTER_BYTES
+from exl_loader.backends.cuda.top_logits import (
+    HEADER_WORDS,
+    MOST_TAKEN,
+    RESULT_WORDS,
+    TopLogitsOps,
+    top_logits_scratch_bytes,
+)
 from exl_loader.model.likeliest import read_result
 from support.cuda_emulation import EmulatedLauncher
 from support.cuda_emulation.launcher import FOLDER, REPO, emulation_spec
@@ -28,7 +33,7 @@ WIDTHS = [1, 2, 31, 33, 1023, 1024, 1025, 4095, 4097, 9001, 32_000]
 
 @pytest.fixture(params=TARGETS)
 def ops(request):
-    return target(request.param, SamplingOps)
+    return target(request.param, TopLogitsOps)
 
 
 def run(ops, logits, vocab_size=None):
@@ -181,7 +186,7 @@ def test_a_mistake_in_a_kernel_is_noticed(tmp_path, change):
     def check():
         for order, seed in (("forward", 0), ("reverse", 0), ("shuffled", 5)):
             launcher.set_order(order, seed)
-            everything(Target(SamplingOps(launcher), None))
+            everything(Target(TopLogitsOps(launcher), None))
 
     if change is None:
         check()
