@@ -18,6 +18,7 @@
 namespace exl {
 
 constexpr int kPageLen = 256;  // tokens
+constexpr int kMaxBiasPairs = 32;  // MAX_BIAS_PAIRS in Python; a warp has one pair per lane
 constexpr int kGroup = 32;     // elements that share one scale
 constexpr int kCodeStep = 8;   // a short last group is padded to a multiple of this number of codes
 
@@ -46,6 +47,11 @@ EXL_HOST_DEVICE constexpr ScaleSearch scale_search(int bits) {
                        : ScaleSearch{0.82f, 1.14f, 8};
 }
 constexpr int kRefits = 1;
+constexpr float kLargestHalf = 65504.0f;  // the largest finite float16
+constexpr uint16_t kHalfNaN = 0x7e00;     // the scale of a group without a finite error
+
+// Elements of one Hadamard transform: the largest power of two that divides head_dim.
+EXL_HOST_DEVICE constexpr int rotation_block(int head_dim) { return head_dim & -head_dim; }
 
 // True if an element of a head is negated before the Hadamard transform.
 EXL_HOST_DEVICE constexpr bool rotation_negates(uint32_t index) {

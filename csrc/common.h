@@ -1,6 +1,8 @@
 // Small helpers that the CPU library and the CUDA kernels share.
 #pragma once
 
+#include <cstdint>
+
 // Marks a function that the CPU library and kernels share. A kernel may call only functions that
 // are declared for the device. A table must be local to such a function because nvcc places an
 // array of namespace scope on the CPU, and a kernel may then read only elements whose index is a
@@ -23,5 +25,12 @@ template <class A, class B>
 EXL_HOST_DEVICE constexpr auto round_up(A a, B b) {
     return ceil_div(a, b) * b;
 }
+
+// Activations of a gated MLP; the numbers are part of the ABI.
+enum Activation : int32_t { kSilu = 0, kGeluTanh = 1, kGelu = 2 };
+// gelu_tanh(x) = x/2 (1 + tanh u) with u = sqrt(2 / pi) (x + kGeluCubic x^3).
+constexpr float kGeluCubic = 0.044715f;
+constexpr float kMinusTwoRootTwoOverPi = -1.5957691216f;  // -2 sqrt(2 / pi)
+constexpr float kMinusRootHalf = -0.70710678f;            // -sqrt(1 / 2)
 
 }  // namespace exl

@@ -24,6 +24,19 @@ constexpr int kBlockRegisters = kBlockRows / kRegisterRows;
 // A block of b-bit codes has b times this number of bytes.
 constexpr int kBlockBitBytes = kBlockRows * kTileColumns / 8;
 
+// Bits of a code's high plane; the low plane has the others.
+EXL_HOST_DEVICE constexpr int high_width(int bits) {
+    return bits == 8 ? 8 : bits >= 4 ? 4 : 2;
+}
+
+// Quantised activations: 128 * high + low, two planes of int8. The largest value has 127 in its
+// high plane; low planes are in -64..63.
+constexpr int kPlaneShift = 7;
+constexpr int kLargestActivation = 127 << kPlaneShift;
+// Rows whose largest magnitude is below this are treated as zero, because kLargestActivation /
+// magnitude must stay finite (3.4e38). A contribution that small cannot matter beside others.
+constexpr float kSmallestMagnitude = 1e-30f;
+
 // A row of the group table: rows [first_row, first_row + rows) have codes of `bits` bits.
 struct Group {
     int32_t bits;

@@ -73,9 +73,6 @@ inline void hadamard(float* x, int size) {
     }
 }
 
-// The largest power of two that divides head_dim.
-constexpr int rotation_block(int head_dim) { return head_dim & -head_dim; }
-
 inline void hadamard_blocks(float* x, int head_dim) {
     const int block = rotation_block(head_dim);
     for (int i = 0; i < head_dim; i += block) hadamard(x + i, block);

@@ -24,8 +24,6 @@ constexpr int kMaxHeadDim = 1024;  // MAX_HEAD_DIM in Python
 constexpr int kVectors = kGroup / kLanes;
 // Heads that are worth a second thread: about 2 us each.
 constexpr int64_t kHeadsPerTask = 2;
-constexpr float kLargestHalf = 65504.0f;
-constexpr uint16_t kHalfNaN = 0x7e00;
 
 // Rounds kLanes scales to float16; `exact` receives the float32 values of the results.
 void round_scales(const float* scales, uint16_t* halves, float* exact) {

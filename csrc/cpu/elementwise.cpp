@@ -45,15 +45,12 @@ EXL_INLINE F32x16 silu(F32x16 x) {
 
 // x/2 (1 + tanh u) = x / (1 + e^-2u); the second form has no cancellation for negative x.
 EXL_INLINE F32x16 gelu_tanh(F32x16 x) {
-    constexpr float kMinusTwoRootTwoOverPi = -1.5957691216f;  // -2 sqrt(2 / pi)
-    constexpr float kCubic = 0.044715f;
-    const F32x16 inner = fma(broadcast(kCubic) * x * x, x, x);
+    const F32x16 inner = fma(broadcast(kGeluCubic) * x * x, x, x);
     return x / (broadcast(1.0f) + exp(broadcast(kMinusTwoRootTwoOverPi) * inner));
 }
 
 // x/2 erfc(-x / sqrt 2), which has no cancellation for negative x.
 EXL_INLINE F32x16 gelu(F32x16 x) {
-    constexpr float kMinusRootHalf = -0.70710678f;
     float lanes[kLanes];
     store(lanes, x);
     for (float& lane : lanes) lane = 0.5f * lane * std::erfc(kMinusRootHalf * lane);
@@ -71,8 +68,6 @@ void gate_with(const float* gate, const float* up, float* out, int64_t elements,
 
 }  // namespace
 }  // namespace exl
-
-enum Activation : int32_t { kSilu = 0, kGeluTanh = 1, kGelu = 2 };
 
 // out = activation(gate) * up; gate, up, out: float32 [elements]. out may be gate or up.
 EXL_API void exl_gate(const float* gate, const float* up, float* out, int64_t elements,

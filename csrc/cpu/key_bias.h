@@ -14,8 +14,6 @@
 
 namespace exl {
 
-constexpr int kMaxBiasPairs = 32;  // MAX_BIAS_PAIRS in Python
-
 // The key bias of a task's rows; about 32 KiB on the stack of its thread.
 struct BiasRows {
     int num_pairs;

@@ -29,9 +29,6 @@ namespace exl {
 // most 0.53e9, below 2^29, so that the sum and the zero point's term fit into an int32 together.
 constexpr int kSpanRows = 128;
 constexpr int kPlanes = 2;
-constexpr int kPlaneShift = 7;
-// The largest value has 127 in its high plane; low planes are in -64..63.
-constexpr int kLargestActivation = 127 << kPlaneShift;
 // Rows that share one pass over the weights. More rows would only enlarge the scratch.
 constexpr int kPassRows = 256;
 // Stored rows that are unpacked at a time: with two tiles 64 KiB, a small part of a second-level

@@ -18,9 +18,6 @@ namespace exl {
 namespace {
 
 constexpr float kLargest = kLargestActivation;
-// Below this magnitude a span is treated as zero, because kLargest / magnitude must stay finite
-// (3.4e38). A contribution that small cannot matter beside other spans.
-constexpr float kSmallestMagnitude = 1e-30f;
 // Elements that are worth a second thread: about 2 us of work.
 constexpr int64_t kElementsPerTask = 4096;
 

@@ -12,10 +12,6 @@
 
 namespace exl {
 
-constexpr int high_width(int bits) {
-    return bits == 8 ? 8 : bits >= 4 ? 4 : 2;
-}
-
 // Shifts bytes right by Shift, or left if Shift is negative. Bits of neighbouring bytes are
 // shifted in.
 template <int Shift>

@@ -11,11 +11,6 @@
 
 namespace exl {
 
-__device__ __forceinline__ float infinity() { return bits_float(0x7F800000u); }
-
-// The largest power of two that divides head_dim.
-__device__ __forceinline__ int rotation_block(int head_dim) { return head_dim & -head_dim; }
-
 template <int kRegisters>
 __device__ __forceinline__ void hadamard_of_warp(float (&x)[kRegisters], int block) {
     const int lane = lane_id();

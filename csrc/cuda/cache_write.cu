@@ -35,8 +35,6 @@ struct RopeCall {
 namespace exl {
 
 constexpr int kWriteThreads = 256;
-constexpr float kLargestHalf = 65504.0f;
-constexpr uint32_t kHalfNaN = 0x7E00;
 
 EXL_HOST_DEVICE constexpr float level_of(int table, int code) {
     return codebook_level(table, code) * kCodebookUnit;

@@ -3,9 +3,9 @@
 // See attention_decode.cu for layout, work and preconditions.
 #pragma once
 
-#include "cuda/decode_softmax.cuh"
 #include "cuda/decode_products.cuh"
 #include "cuda/decode_rows.cuh"
+#include "cuda/decode_softmax.cuh"
 
 namespace exl {
 

@@ -25,7 +25,6 @@
 
 namespace exl {
 
-constexpr int kMaxBiasPairs = 32;  // MAX_BIAS_PAIRS in Python; one pair per lane
 constexpr int kStepPairs = 8;  // pairs of one product: m16n8k16 has 16 k, a cosine and a sine each
 
 // The key bias in a block's shared memory; Python computes its size (bias_bytes). Factors and waves

@@ -21,9 +21,9 @@
 //
 // Preconditions: all layers of a launch have the same in_features and permutation; a block has a
 // multiple of row_splits warps; in a launch of several rows they are quantised.
-#include "cuda/row_functions.cuh"
 #include "cuda/linear_quantize.cuh"
 #include "cuda/linear_stream.cuh"
+#include "cuda/row_functions.cuh"
 
 namespace exl {
 

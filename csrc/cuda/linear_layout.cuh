@@ -8,8 +8,8 @@
 // *row_split* is a range of row_blocks that one warp reads.
 #pragma once
 
-#include "common.h"
 #include "cuda/platform.cuh"
+#include "packed.h"
 
 namespace exl {
 
@@ -69,7 +69,6 @@ __device__ __forceinline__ int stream_row_blocks(int in_features) {
 //
 // An activation is (128 * high + low) times a scale for each row and row_block; high and low are
 // int8. `codes` is [row][block][high, low][32 stored rows].
-constexpr int kPlaneShift = 7;  // an int8 has 7 bits beside its sign
 constexpr int kBlockCodeBytes = 2 * kStreamBlockRows;
 constexpr int kRowBlockCodeBytes = kBlocksPerRowBlock * kBlockCodeBytes;
 

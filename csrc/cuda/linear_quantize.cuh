@@ -14,11 +14,6 @@
 
 namespace exl {
 
-// The largest value has 127 in its high plane; low planes are in -64..63.
-constexpr float kLargestActivation = 127 << kPlaneShift;
-// Below this magnitude a row_block is treated as zero, because kLargestActivation / magnitude must
-// stay finite (3.4e38). A contribution that small cannot matter beside other row_blocks.
-constexpr float kSmallestMagnitude = 1e-30f;
 constexpr int kLaneRows = 4;
 
 // The largest magnitude as the bits of a float. For non-negative floats the order of the bits is

@@ -128,7 +128,7 @@ __device__ __forceinline__ void read_plane(const Reader& reader, uint32_t offset
 template <int Bits, class Reader>
 __device__ __forceinline__ void read_block(const Reader& reader, uint32_t offset,
                                            uint32_t (&registers)[2][4]) {
-    constexpr int kHigh = Bits == 2 || Bits == 3 ? 2 : Bits == 8 ? 8 : 4;
+    constexpr int kHigh = high_width(Bits);
     constexpr int kLow = Bits - kHigh;
 #pragma unroll
     for (int j = 0; j < 8; ++j) registers[j / 4][j % 4] = 0;

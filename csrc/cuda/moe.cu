@@ -54,7 +54,7 @@ extern "C" __global__ void __launch_bounds__(exl::kRouteThreads)
     logits += row * experts;
     weights += row * top_k;
     chosen += row * top_k;
-    const Choice above{bits_float(0x7F800000u), -1};
+    const Choice above{infinity(), -1};
     const Choice first = next_expert(logits, experts, above);
     const float largest = first.expert == kNone ? 0.0f : first.logit;
     float total = 0.0f;

@@ -71,7 +71,7 @@ __device__ __forceinline__ uint32_t code_at(const PackSource& s, int64_t bit, in
 // Writes the planes of a block from registers j = 0..7 of this lane.
 template <int Bits>
 __device__ __forceinline__ void write_planes(const uint32_t (&registers)[8], uint8_t* block) {
-    constexpr int kHigh = Bits == 3 || Bits == 2 ? 2 : Bits == 8 ? 8 : 4;
+    constexpr int kHigh = high_width(Bits);
     constexpr int kWidths[2] = {kHigh, Bits - kHigh};
     int shift = Bits;
 #pragma unroll

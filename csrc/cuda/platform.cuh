@@ -377,6 +377,8 @@ __device__ __forceinline__ uint32_t h2_mul(uint32_t a, uint32_t b) {
 
 namespace exl {
 
+__device__ __forceinline__ float infinity() { return bits_float(0x7F800000u); }
+
 // Reductions over the warp. Every lane gets the same bits, because the tree is the same for all
 // lanes.
 __device__ __forceinline__ float warp_sum(float value) {

@@ -5,25 +5,21 @@
 // shared memory.
 #pragma once
 
+#include "common.h"
 #include "cuda/platform.cuh"
 
 namespace exl {
 
 // ---- Gated activations -----------------------------------------------------------------------
 
-enum Activation : int32_t { kSilu = 0, kGeluTanh = 1, kGelu = 2 };
-
 __device__ __forceinline__ float activated(float x, int32_t activation) {
     if (activation == kSilu) return x / (1.0f + expf(-x));
     if (activation == kGeluTanh) {
         // x/2 (1 + tanh u) = x / (1 + e^-2u); the second form has no cancellation for negative x.
-        constexpr float kMinusTwoRootTwoOverPi = -1.5957691216f;  // -2 sqrt(2 / pi)
-        constexpr float kCubic = 0.044715f;
-        const float inner = fmaf(kCubic * x * x, x, x);
+        const float inner = fmaf(kGeluCubic * x * x, x, x);
         return x / (1.0f + expf(kMinusTwoRootTwoOverPi * inner));
     }
     // x/2 erfc(-x / sqrt 2), which has no cancellation for negative x.
-    constexpr float kMinusRootHalf = -0.70710678f;
     return 0.5f * x * erfcf(kMinusRootHalf * x);
 }
 

@@ -41,8 +41,6 @@ constexpr int kScratchWords = 2 * kMaxTaken + kBins + 4;
 constexpr int kHeaderWords = 4;
 constexpr uint64_t kNothing = ~0ull;  // sorts after every key
 
-__device__ __forceinline__ float infinity() { return bits_float(0x7F800000u); }
-
 struct RowScratch {
     uint64_t* keys;
     int32_t* counts;
