@@ -6,7 +6,7 @@ Nor does a row's result depend on the batch. A sequence with up to DECODE_ROWS r
 decoded, one with more is a prompt: two kernels, each of which ignores the other's sequences.
 
 Only decoding needs scratch memory. The tokens that a row sees are cut into kv_splits
-(csrc/cuda/decode_split.cuh), and each kv_split leaves its sums of head_dim float32, its largest
+(csrc/cuda/decode_rows.cuh), and each kv_split leaves its sums of head_dim float32, its largest
 score and its total. The sizes need no PyTorch.
 """
 
@@ -65,7 +65,7 @@ _MOST_SPLITS = 64
 # sequence start at different positions.
 _SLIDING_WINDOW_SPLITS = 2
 
-assert PAGE_LEN == 256, "kv_splits are whole pages, see decode_split.cuh"
+assert PAGE_LEN == 256, "kv_splits are whole pages, see decode_rows.cuh"
 
 
 def most_kv_splits(num_kv_heads: int) -> int:

@@ -13,7 +13,7 @@ from .launcher import WARP, KernelOps, pointer
 if TYPE_CHECKING:
     import torch
 
-# Activation of csrc/cuda/activation.cuh.
+# Activation of csrc/common.h.
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
 
 # Threads of the blocks of csrc/cuda/{norm,rope,elementwise,rows,moe}.cu.
