@@ -130,7 +130,7 @@ def fixtures_dir() -> Path:
 def _own_environment(monkeypatch):
     """Keep the machine's cards out of the tests: `auto` is the CPU."""
     monkeypatch.setattr("exl_loader.backends.cuda.backend.auto_cards", lambda: ())
-    monkeypatch.setattr("exl_loader.backends.cuda.device.card_memory", lambda card: None)
+    monkeypatch.setattr("exl_loader.backends.cuda.cards.card_memory", lambda card: None)
 
 
 @pytest.fixture(scope="module", autouse=True)

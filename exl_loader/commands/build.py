@@ -11,8 +11,8 @@ from ..backends.build.build import build, build_entry
 from ..backends.build.spec import require_cpu_spec
 from ..backends.build.store import discard, find_built, find_entry
 from ..backends.cuda.arch import arch_name, parse_archs
+from ..backends.cuda.compilers import cuda_spec
 from ..backends.cuda.driver import driver_release
-from ..backends.cuda.spec import cuda_spec
 from ..utils.progress import default_progress
 
 

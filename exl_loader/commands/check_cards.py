@@ -24,10 +24,10 @@ def check(index: int) -> dict[str, Any] | None:
         where the kernels are not compiled yet.
     """
     from ..backends.build.store import find_entry
-    from ..backends.cuda.device import card_name
+    from ..backends.cuda.cards import card_name
+    from ..backends.cuda.compilers import cuda_spec
     from ..backends.cuda.driver import Driver, driver_release
     from ..backends.cuda.ops import open_ops
-    from ..backends.cuda.spec import cuda_spec
 
     name = card_name(index)
     try:

@@ -14,7 +14,7 @@ from .. import __version__
 from ..backends.build import toolchain
 from ..backends.build.spec import cpu_spec
 from ..backends.build.store import find_built, kernel_dirs, list_built, writable_dir
-from ..backends.cuda.device import query_nvidia_smi
+from ..backends.cuda.cards import query_nvidia_smi
 from ..backends.reference import reference_is_forced
 from ..utils.errors import ExlLoaderError, InvalidSettings
 from .doctor_cuda import cuda_rows, examine_cuda

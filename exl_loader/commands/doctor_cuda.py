@@ -10,9 +10,8 @@ from typing import Any
 
 from ..backends.build.store import find_entry
 from ..backends.cuda.arch import arch_name, check_capability
+from ..backends.cuda.compilers import KINDS, cuda_spec, find_cuda_compilers
 from ..backends.cuda.driver import driver_release
-from ..backends.cuda.spec import cuda_spec
-from ..backends.cuda.toolchain import KINDS, find_cuda_compilers
 from ..utils.errors import DeviceError, ExlLoaderError
 
 # Importing PyTorch and creating a context take seconds, and a broken driver may not answer.

@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from exl_loader.backends.build.build import build_entry
-from exl_loader.backends.cuda import toolchain
-from exl_loader.backends.cuda.spec import cuda_spec
+from exl_loader.backends.cuda import compilers
+from exl_loader.backends.cuda.compilers import cuda_spec
 from exl_loader.commands import doctor_cuda
 from exl_loader.commands.doctor_cuda import cuda_rows, examine_cuda
 from support.cuda_sources import cuda_compiler, hide_compilers, sample_root
@@ -21,7 +21,7 @@ def card(capability, name="NVIDIA Something"):
 def bare(monkeypatch, tmp_path):
     for name, value in hide_compilers(monkeypatch, tmp_path).items():
         monkeypatch.setenv(name, value)
-    for name in (toolchain.COMPILER_ENV, "CUDA_HOME", "CXX"):
+    for name in (compilers.COMPILER_ENV, "CUDA_HOME", "CXX"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(doctor_cuda, "driver_release", lambda: (12, 8))
 
@@ -46,17 +46,17 @@ def test_old_card_is_named(bare):
 
 
 def test_wrong_setting_is_a_problem(bare, monkeypatch):
-    monkeypatch.setenv(toolchain.COMPILER_ENV, "gcc")
+    monkeypatch.setenv(compilers.COMPILER_ENV, "gcc")
     report, errors = examine_cuda([])
-    assert toolchain.COMPILER_ENV in str(errors[0]) and report["compilers"] == []
+    assert compilers.COMPILER_ENV in str(errors[0]) and report["compilers"] == []
 
 
 @pytest.mark.skipif(cuda_compiler("nvrtc") is None, reason="needs NVRTC")
 def test_kernels_that_are_compiled_are_found(tmp_path, monkeypatch):
     root = sample_root(tmp_path / "sources")
-    monkeypatch.setattr("exl_loader.backends.cuda.spec.csrc_dir", lambda: root)
+    monkeypatch.setattr("exl_loader.backends.cuda.compilers.csrc_dir", lambda: root)
     monkeypatch.setenv("EXL_LOADER_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv(toolchain.COMPILER_ENV, "nvrtc")
+    monkeypatch.setenv(compilers.COMPILER_ENV, "nvrtc")
     monkeypatch.setattr(doctor_cuda, "driver_release", lambda: None)
     passed = {"card": "cuda:0", "milliseconds": 7}
     monkeypatch.setattr(doctor_cuda, "_check_cards", lambda: [passed])

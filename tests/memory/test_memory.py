@@ -16,8 +16,8 @@ from exl_loader.backends import BACKENDS
 from exl_loader.backends.base import Capacity, Process
 from exl_loader.backends.cpu.backend import CpuBackend
 from exl_loader.backends.cpu.memory import ASSUMED_RUNTIME_BYTES
-from exl_loader.backends.cuda.device import ASSUMED_CONTEXT_BYTES, CudaDevice
-from exl_loader.backends.cuda.device_taken import ASSUMED_GRAPH_BYTES
+from exl_loader.backends.cuda.backend import ASSUMED_CONTEXT_BYTES, CudaBackend
+from exl_loader.backends.cuda.taken import ASSUMED_GRAPH_BYTES
 from exl_loader.memory import buffers as memory
 from exl_loader.memory.segments import place
 from exl_loader.utils.errors import InsufficientMemory, InvalidSettings
@@ -120,7 +120,7 @@ def test_cuda_by_the_drivers_tool(tmp_path, monkeypatch):
     tool.write_text(SMI)
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    cuda = CudaDevice()
+    cuda = CudaBackend()
     assert cuda.capacity("cuda:1") == Capacity(8192 << 20, 100 << 20)
     assert cuda.processes("cuda:0", 3) == [
         Process(42, "a, b", 700 << 20),

@@ -13,9 +13,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from exl_loader.backends.build.toolchain import Compiler
-from exl_loader.backends.cuda import toolchain
+from exl_loader.backends.cuda import compilers
+from exl_loader.backends.cuda.compilers import CudaCompiler, find_cuda_compilers
 from exl_loader.backends.cuda.nvrtc_cc import Nvrtc
-from exl_loader.backends.cuda.toolchain import CudaCompiler, find_cuda_compilers
 from support import REPO
 
 SAMPLES = REPO / "tests" / "support" / "cuda_emulation" / "samples.cu"
@@ -24,7 +24,7 @@ SAMPLES = REPO / "tests" / "support" / "cuda_emulation" / "samples.cu"
 @lru_cache
 def cuda_compiler(kind: str) -> CudaCompiler | None:
     """The machine's compiler of one kind, `nvrtc` or `nvcc`."""
-    return next(find_cuda_compilers({**os.environ, toolchain.COMPILER_ENV: kind}), None)
+    return next(find_cuda_compilers({**os.environ, compilers.COMPILER_ENV: kind}), None)
 
 
 def hide_compilers(monkeypatch, folder: Path) -> dict[str, str]:
@@ -33,9 +33,9 @@ def hide_compilers(monkeypatch, folder: Path) -> dict[str, str]:
     Returns:
         Its environment.
     """
-    monkeypatch.setattr(toolchain, "_package_folders", lambda name: [])
+    monkeypatch.setattr(compilers, "_package_folders", lambda name: [])
     monkeypatch.setattr(
-        toolchain, "_toolkits",
+        compilers, "_toolkits",
         lambda environ: [Path(environ["CUDA_HOME"])] if "CUDA_HOME" in environ else [],
     )
     return {"PATH": str(folder / "nothing")}

@@ -20,8 +20,8 @@ from exl_loader.backends.build.spec import compile_flags, csrc_dir, link_flags
 from exl_loader.backends.build.toolchain import Compiler
 from exl_loader.backends.cpu import ops
 from exl_loader.backends.cpu.memory import MainMemory, vm_stat_free_bytes
-from exl_loader.backends.cuda import toolchain as cuda_toolchain
-from exl_loader.backends.cuda.spec import cuda_spec
+from exl_loader.backends.cuda import compilers
+from exl_loader.backends.cuda.compilers import cuda_spec
 from exl_loader.commands import doctor
 from exl_loader.utils import windows
 from exl_loader.utils.errors import KernelBuildError
@@ -131,7 +131,7 @@ def test_nvrtc_is_known_by_the_names_it_has_on_windows(tmp_path):
     for name in ("nvrtc64_120_0.dll", "nvrtc64_120_0.alt.dll", "nvrtc-builtins64_128.dll",
                  "nvrtc-builtins64_128.alt.dll", "cudart64_12.dll", "torch_cuda.dll"):
         (tmp_path / name).touch()
-    assert cuda_toolchain._nvrtc_in(tmp_path) == [(tmp_path / "nvrtc64_120_0.dll", (12, 8))]
+    assert compilers._nvrtc_in(tmp_path) == [(tmp_path / "nvrtc64_120_0.dll", (12, 8))]
 
 
 @pytest.mark.skipif(cuda_compiler("nvrtc") is None, reason="needs NVRTC")
@@ -139,7 +139,7 @@ def test_where_nvrtc_is_nothing_asks_for_another_compiler(monkeypatch):
     def none(*_):
         raise AssertionError("a C++ compiler is wanted")
 
-    monkeypatch.setattr(cuda_toolchain, "find_compiler", none)
+    monkeypatch.setattr(compilers, "find_compiler", none)
     assert cuda_spec((8, 6), driver=(99, 0)).compiler.kind == "nvrtc"
 
 

@@ -2,24 +2,136 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import os
+import sys
+from typing import TYPE_CHECKING, Any
 
 from ...utils.errors import InvalidSettings
+from ..base import Capacity, Process
 from ..reference import reference_is_forced
-from .device import ALIGNMENT_BYTES, CudaDevice, auto_cards, card_index, card_name
+from .cards import auto_cards, card_index, card_name, query_nvidia_smi, smi_id, smi_memory
+from .driver import CardMemory, held_bytes
+from .taken import ASSUMED_GRAPH_BYTES, ASSUMED_KERNEL_BYTES, held_taken, known_taken
 
 if TYPE_CHECKING:
+    import torch
+
     from ...utils.progress import Progress
     from ..base import Ops, Shapes, StepSizes
 
+MIB = 1 << 20
 
-class CudaBackend(CudaDevice):
-    """`Backend` of `cuda:0`, `cuda:1`, ..."""
+# Tensors start at multiples of the driver's own granularity, for coalesced loads.
+ALIGNMENT_BYTES = 256
+
+# A CUDA context, its library handles and kernel modules. Between 250 and 500 MiB by card and
+# driver. Before there is a context to measure, the upper end is assumed, and the reservation
+# marks it as assumed.
+ASSUMED_CONTEXT_BYTES = 512 * MIB
+
+
+class CudaBackend:
+    """`Backend` of `cuda:0`, `cuda:1`, ...
+
+    PyTorch is asked only if this process already uses it on the card, because otherwise the
+    question itself would take hundreds of MiB of the card.
+    """
 
     kind = "cuda"
     default_device = card_name(0)
     is_main_memory = False
     alignment_bytes = ALIGNMENT_BYTES
+    # The driver allocates memory in pages of 2 MiB.
+    granularity_bytes = 2 * MIB
+    taken_by_touch = False
+
+    def __init__(self) -> None:
+        # Card -> what its context took when it was created.
+        self._context_bytes: dict[str, int] = {}
+
+    def initialize(self, device: str) -> None:
+        """Create the context, and measure what it takes.
+
+        Raises:
+            InvalidSettings: PyTorch has no CUDA, or there is no such card.
+        """
+        if self.is_initialized(device):
+            return
+        import torch
+
+        if not torch.cuda.is_available() or card_index(device) >= torch.cuda.device_count():
+            raise InvalidSettings(
+                f"device {device}",
+                expected="a card that PyTorch sees",
+                actual=f"PyTorch {torch.__version__} sees "
+                f"{torch.cuda.device_count() if torch.cuda.is_available() else 'no cards'}",
+                remedy="Install PyTorch for CUDA and NVIDIA's driver, or choose device='cpu'",
+            )
+        before = smi_memory(device)
+        torch.cuda.synchronize(card_index(device))
+        free, _ = torch.cuda.mem_get_info(card_index(device))
+        self._context_bytes[device] = 0 if before is None else max(0, before.free_bytes - free)
+
+    def is_initialized(self, device: str) -> bool:
+        """Tell whether this process has a context on the card."""
+        return device in self._context_bytes or _torch_in_use(device) is not None
+
+    def capacity(self, device: str) -> Capacity:
+        """Ask PyTorch if it has a context on the card, else `nvidia-smi`.
+
+        The memory of our context counts as free, because `overhead` has it.
+        """
+        torch = _torch_in_use(device)
+        if torch is not None:
+            free, total = torch.cuda.mem_get_info(card_index(device))
+            own = torch.cuda.memory_reserved(card_index(device)) + held_bytes(card_index(device))
+            own += held_taken(device)
+            return Capacity(total, free + self._context_bytes.get(device, 0), own)
+        found = smi_memory(device)
+        if found is not None:
+            return found
+        raise InvalidSettings(
+            f"device {device}",
+            expected="an NVIDIA card that nvidia-smi lists",
+            actual="none of that number",
+            remedy="Use device='cpu', or vram='24GiB' to plan for a card that is not here.",
+        )
+
+    def overhead(self, device: str) -> tuple[int, bool]:
+        """Return what the context, kernels and graphs take; True if all of it was measured.
+
+        A context that other code of this process has created is not free already.
+        """
+        taken = known_taken(device)
+        if not self.is_initialized(device):
+            return ASSUMED_CONTEXT_BYTES + (taken or ASSUMED_GRAPH_BYTES), False
+        if taken is None:
+            taken = ASSUMED_KERNEL_BYTES + ASSUMED_GRAPH_BYTES
+            return self._context_bytes.get(device, 0) + taken, False
+        return self._context_bytes.get(device, 0) + taken, True
+
+    def processes(self, device: str, limit: int) -> list[Process]:
+        """Return the other compute processes on the card, as far as the driver knows them."""
+        rows = query_nvidia_smi(
+            "--query-compute-apps=pid,used_memory,process_name", f"--id={smi_id(device)}", cells=3
+        )
+        found = [
+            Process(int(pid), process, int(used) * MIB)
+            for pid, used, process in rows
+            if used.isdigit() and int(pid) != os.getpid()
+        ]
+        return sorted(found, key=lambda process: -process.held_bytes)[:limit]
+
+    def empty(self, device: str, nbytes: int) -> tuple[torch.Tensor, object]:
+        """Take a buffer from the driver: PyTorch's allocator would round it up and keep it."""
+        import torch
+
+        memory = CardMemory(card_index(device), nbytes)
+        return torch.as_tensor(memory, device=device), memory
+
+    def touch(self, buffer: torch.Tensor) -> None:
+        """Fill with zeros, as on the CPU. Device memory is taken when it is allocated."""
+        buffer.zero_()
 
     def auto_devices(self, count: int = 0) -> list[str]:
         return [card_name(index) for index in range(count)] or [*auto_cards()]
@@ -45,7 +157,8 @@ class CudaBackend(CudaDevice):
 
     def workspace_specs(self, step: StepSizes) -> Shapes:
         """Return `top_logits`, results of that operation, and `expert_tables`: a description of
-        each expert's three projections, for every layer."""
+        each expert's three projections, for every layer.
+        """
         from .moe import expert_table_shape
         from .top_logits import RESULT_WORDS
 
@@ -65,3 +178,11 @@ class CudaBackend(CudaDevice):
         from . import ops
 
         return ops.open_ops(card_index(device), progress)
+
+
+def _torch_in_use(name: str) -> Any:
+    """Return PyTorch if this process has a context on the card; else None."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    return torch if torch._C._cuda_hasPrimaryContext(card_index(name)) else None

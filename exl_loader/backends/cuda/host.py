@@ -9,8 +9,8 @@ import torch
 
 from ...utils.errors import DeviceError, InsufficientMemory
 from ...utils.warn import warn
-from .device import ALIGNMENT_BYTES
-from .device_taken import remember_taken
+from .backend import ALIGNMENT_BYTES
+from .taken import remember_taken
 
 if TYPE_CHECKING:
     import numpy as np

@@ -11,10 +11,10 @@ from ...utils.progress import Progress
 from .attention import AttentionOps
 from .fusion import Recorded, issue_all
 from .host import CardHost
+from .kernels import open_launcher
 from .launcher import Launch, Launcher, run_now
 from .linear import LinearOps
 from .moe import MoeOps
-from .open import open_launcher
 from .pack import PackOps
 from .top_logits import TopLogitsOps
 
@@ -61,7 +61,7 @@ def open_ops(index: int, progress: Progress | None = None) -> Ops:
         progress: shows compiling.
 
     Raises:
-        As `open.open_launcher`. DeviceError: the kernels compute wrong results; nothing of the
+        As `kernels.open_launcher`. DeviceError: the kernels compute wrong results; nothing of the
         card is held then.
     """
 

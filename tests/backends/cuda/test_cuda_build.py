@@ -16,9 +16,9 @@ import pytest
 from exl_loader.backends.build import build as build_module
 from exl_loader.backends.build import store
 from exl_loader.backends.build.build import build_entry
-from exl_loader.backends.cuda import toolchain
+from exl_loader.backends.cuda import compilers
 from exl_loader.backends.cuda.arch import COMMON, arch_name
-from exl_loader.backends.cuda.spec import cuda_spec
+from exl_loader.backends.cuda.compilers import cuda_spec
 from exl_loader.commands import cli
 from exl_loader.utils.errors import KernelBuildError
 from support import ptx
@@ -39,7 +39,7 @@ from support.cuda_sources import (
 )
 from support.cuda_targets import emulated_launcher
 
-KINDS = toolchain.KINDS
+KINDS = compilers.KINDS
 SOURCES = sorted((REPO / "csrc" / "cuda").glob("*.cu"))
 
 # Every source compiles for every architecture in every run. Fully optimised, so that what
@@ -55,7 +55,7 @@ HASTY = "--Ofast-compile=max"
 def cache(tmp_path, monkeypatch):
     """An empty cache folder, for this process and its children."""
     monkeypatch.setenv("EXL_LOADER_CACHE_DIR", str(tmp_path / "a cache"))
-    for name in ("CXX", toolchain.COMPILER_ENV):
+    for name in ("CXX", compilers.COMPILER_ENV):
         monkeypatch.delenv(name, raising=False)
     return tmp_path / "a cache" / "kernels"
 
@@ -110,7 +110,7 @@ def test_build_makes_one_cubin_a_source(cache, sources, compiler):
 def test_build_for_a_card_that_no_compiler_knows_makes_ptx(cache, sources, compiler):
     spec = cuda_spec((99, 0), compiler=compiler, root=sources)
     entry = build_entry(spec)
-    newest = max(toolchain._own_capabilities(compiler))
+    newest = max(compilers._own_capabilities(compiler))
     assert entry.directory.name.startswith(f"cuda_compute_{newest[0]}{newest[1]}-")
     assert [path.name for path in entry.files] == ["one.ptx", "two.ptx"]
     for path in entry.files:
@@ -145,11 +145,11 @@ def spawn_build(sources, python):
     code = (
         "import sys, pathlib\n"
         "from exl_loader.backends.build.build import build_entry\n"
-        "from exl_loader.backends.cuda.spec import cuda_spec\n"
+        "from exl_loader.backends.cuda.compilers import cuda_spec\n"
         "sys.executable = sys.argv[2]\n"
         "print(build_entry(cuda_spec((9, 0), root=pathlib.Path(sys.argv[1]))).directory)\n"
     )
-    environ = {**os.environ, toolchain.COMPILER_ENV: "nvrtc"}
+    environ = {**os.environ, compilers.COMPILER_ENV: "nvrtc"}
     return subprocess.Popen(
         [sys.executable, "-c", code, str(sources), str(python)], cwd=REPO,
         stdout=subprocess.PIPE, text=True, env=environ,
@@ -209,17 +209,17 @@ def test_library_that_is_none_is_an_error(cache, sources, monkeypatch, tmp_path)
 
 def test_build_path_does_not_import_torch():
     code = (
-        "import sys, exl_loader.backends.cuda.open, exl_loader.commands.build\n"
-        "from exl_loader.backends.cuda import toolchain\n"
-        "list(toolchain.find_cuda_compilers())\n"
+        "import sys, exl_loader.backends.cuda.kernels, exl_loader.commands.build\n"
+        "from exl_loader.backends.cuda import compilers\n"
+        "list(compilers.find_cuda_compilers())\n"
         "assert 'torch' not in sys.modules\n"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=REPO).returncode == 0
 
 
 def test_build_command(cache, sources, nvrtc, monkeypatch, capsys):
-    monkeypatch.setattr("exl_loader.backends.cuda.spec.csrc_dir", lambda: sources)
-    monkeypatch.setenv(toolchain.COMPILER_ENV, "nvrtc")
+    monkeypatch.setattr("exl_loader.backends.cuda.compilers.csrc_dir", lambda: sources)
+    monkeypatch.setenv(compilers.COMPILER_ENV, "nvrtc")
     assert cli.main(["build", "--cuda-arch", "8.6", "--json"]) == 0
     (built,) = json.loads(capsys.readouterr().out)
     assert built["compiled"] and built["arch"] == "sm_86" and "NVRTC" in built["compiler"]

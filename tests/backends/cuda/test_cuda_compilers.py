@@ -7,14 +7,14 @@ import sys
 import pytest
 
 from exl_loader.backends.build.toolchain import command_output, find_compiler
-from exl_loader.backends.cuda import arch, toolchain
+from exl_loader.backends.cuda import arch, compilers
 from exl_loader.backends.cuda.arch import COMMON, known_capabilities, parse_archs, target_for
+from exl_loader.backends.cuda.compilers import cuda_spec
 from exl_loader.backends.cuda.nvrtc_cc import Nvrtc
-from exl_loader.backends.cuda.spec import cuda_spec
 from exl_loader.utils.errors import InvalidSettings, KernelBuildError
 from support.cuda_sources import fake_compiler, hide_compilers, make_nvrtc, sample_root
 
-KINDS = toolchain.KINDS
+KINDS = compilers.KINDS
 
 
 @pytest.fixture
@@ -100,15 +100,15 @@ def bare(monkeypatch, tmp_path):
 
 def test_nothing_there_says_what_to_install(bare):
     with pytest.raises(KernelBuildError, match="pip install nvidia-cuda-nvrtc ") as caught:
-        toolchain.choose_cuda_compiler((9, 0), bare)
+        compilers.choose_cuda_compiler((9, 0), bare)
     assert caught.value.actual == "none"
     with pytest.raises(KernelBuildError, match="pip install nvidia-cuda-nvrtc-cu12"):
-        toolchain.choose_cuda_compiler((9, 0), bare, driver=(12, 4))
+        compilers.choose_cuda_compiler((9, 0), bare, driver=(12, 4))
 
 
 def test_unknown_kind_is_refused(bare):
     with pytest.raises(InvalidSettings, match="nvrtc or nvcc, found 'clang'"):
-        toolchain.choose_cuda_compiler((9, 0), {**bare, toolchain.COMPILER_ENV: "clang"})
+        compilers.choose_cuda_compiler((9, 0), {**bare, compilers.COMPILER_ENV: "clang"})
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="names of Linux")
@@ -118,25 +118,25 @@ def test_packages_come_before_toolkits(bare, tmp_path, monkeypatch):
     toolkit = make_nvrtc(tmp_path / "toolkit" / "lib64", (12, 9))
     environ = {**bare, "CUDA_HOME": str(tmp_path / "toolkit")}
     monkeypatch.setattr(
-        toolchain, "_package_folders",
+        compilers, "_package_folders",
         lambda name: [tmp_path / "nvidia"] if name == "nvidia" else [],
     )
-    found = list(toolchain.find_cuda_compilers(environ))
+    found = list(compilers.find_cuda_compilers(environ))
     assert [one.path for one in found] == [package, older, toolkit]
     assert [one.cuda for one in found] == [(13, 5), (12, 6), (12, 9)]
     assert found[0].compiler.version == "NVRTC 13.5 (4 bytes)"
     # A driver takes cubins of its own generation and older ones.
-    assert toolchain.choose_cuda_compiler((9, 0), environ).path == package
-    assert toolchain.choose_cuda_compiler((9, 0), environ, (12, 2)).path == older
-    assert toolchain.choose_cuda_compiler((12, 0), environ, (12, 9)).path == toolkit
+    assert compilers.choose_cuda_compiler((9, 0), environ).path == package
+    assert compilers.choose_cuda_compiler((9, 0), environ, (12, 2)).path == older
+    assert compilers.choose_cuda_compiler((12, 0), environ, (12, 9)).path == toolkit
     with pytest.raises(KernelBuildError, match="NVRTC 13.5 .* is newer than the driver"):
-        toolchain.choose_cuda_compiler((12, 0), environ, (11, 8))
+        compilers.choose_cuda_compiler((12, 0), environ, (11, 8))
 
 
 def test_library_without_builtins_is_no_compiler(bare, tmp_path):
     library = make_nvrtc(tmp_path / "toolkit" / "lib64", (13, 0))
     library.with_name("libnvrtc-builtins.so.13.0").unlink()
-    assert not list(toolchain._find_nvrtc({**bare, "CUDA_HOME": str(tmp_path / "toolkit")}))
+    assert not list(compilers._find_nvrtc({**bare, "CUDA_HOME": str(tmp_path / "toolkit")}))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
@@ -148,9 +148,9 @@ def test_nvcc_needs_a_host_compiler(bare, tmp_path):
     nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.4, V12.4.131'\n")
     nvcc.chmod(0o755)
     environ = {**bare, "CUDA_HOME": str(tmp_path / "toolkit")}
-    assert not list(toolchain.find_cuda_compilers(environ))
+    assert not list(compilers.find_cuda_compilers(environ))
     environ["CXX"] = find_compiler().command[0]
-    (found,) = toolchain.find_cuda_compilers(environ)
+    (found,) = compilers.find_cuda_compilers(environ)
     assert found.cuda == (12, 4) and found.compiler.kind == "nvcc"
     assert found.compiler.version.startswith("nvcc V12.4.131 with ")
 
@@ -196,11 +196,11 @@ def with_nvcc(bare, tmp_path):
 def test_a_toolkit_that_is_too_old_is_refused_as_such(with_nvcc, release, is_old):
     environ = with_nvcc(release)
     if not is_old:
-        assert toolchain.choose_cuda_compiler((8, 0), environ).compiler.kind == "nvcc"
+        assert compilers.choose_cuda_compiler((8, 0), environ).compiler.kind == "nvcc"
         return
     message = f"of CUDA 11.8 or newer, found nvcc V{release}.1 with .* is too old"
     with pytest.raises(KernelBuildError, match=message):
-        toolchain.choose_cuda_compiler((8, 0), environ)
+        compilers.choose_cuda_compiler((8, 0), environ)
     with pytest.raises(KernelBuildError, match=message):
         cuda_spec((8, 0), environ=environ)
 
@@ -217,7 +217,7 @@ def test_a_toolkit_that_is_too_old_is_refused_as_such(with_nvcc, release, is_old
 ])  # fmt: skip
 def test_a_card_newer_than_the_table_runs(with_nvcc, sources, architectures, capability, name):
     environ = with_nvcc("13.9", architectures)
-    chosen = toolchain.choose_cuda_compiler(capability, environ, (13, 9))
+    chosen = compilers.choose_cuda_compiler(capability, environ, (13, 9))
     spec = cuda_spec(capability, compiler=chosen, root=sources)
     assert spec.name == f"cuda_{name}" and spec.flags[0] == f"-arch={name}"
     suffix = ".ptx" if name.startswith("compute") else ".cubin"
@@ -228,29 +228,29 @@ def test_a_card_newer_than_the_table_runs(with_nvcc, sources, architectures, cap
 def test_a_release_newer_than_the_table_is_asked(with_nvcc):
     """It may have dropped what older ones compiled for."""
     environ = with_nvcc("14.0", (80, 90, 130))
-    assert toolchain.choose_cuda_compiler((8, 6), environ).cuda == (14, 0)
+    assert compilers.choose_cuda_compiler((8, 6), environ).cuda == (14, 0)
     with pytest.raises(KernelBuildError, match="nvcc V14.0.1 .* does not know sm_75"):
-        toolchain.choose_cuda_compiler((7, 5), environ)
+        compilers.choose_cuda_compiler((7, 5), environ)
 
 
 @needs_shell
 def test_machine_code_is_preferred_to_ptx(with_nvcc, tmp_path, monkeypatch):
     older = make_nvrtc(tmp_path / "nvidia" / "cu12" / "lib", (12, 6))
     monkeypatch.setattr(
-        toolchain, "_package_folders",
+        compilers, "_package_folders",
         lambda name: [tmp_path / "nvidia"] if name == "nvidia" else [],
     )
     environ = with_nvcc("12.8")
-    assert toolchain.choose_cuda_compiler((9, 0), environ).path == older
-    assert toolchain.choose_cuda_compiler((12, 0), environ).compiler.kind == "nvcc"
+    assert compilers.choose_cuda_compiler((9, 0), environ).path == older
+    assert compilers.choose_cuda_compiler((12, 0), environ).compiler.kind == "nvcc"
     # The driver compiles PTX of its own release and of older ones.
-    assert toolchain.choose_cuda_compiler((13, 0), environ, (13, 0)).path == older
+    assert compilers.choose_cuda_compiler((13, 0), environ, (13, 0)).path == older
     with pytest.raises(KernelBuildError, match=r"its PTX is newer than the driver \(12.5\)"):
-        toolchain.choose_cuda_compiler((13, 0), environ, (12, 5))
+        compilers.choose_cuda_compiler((13, 0), environ, (12, 5))
 
 
 def test_compilers_say_which_architectures_they_know(compiler):
-    own = toolchain._own_capabilities(compiler)
+    own = compilers._own_capabilities(compiler)
     assert (7, 5) in own and (9, 0) in own and max(own) >= (12, 0)
     assert set(known_capabilities(compiler.cuda)) <= set(own)
 

@@ -17,11 +17,13 @@ import exl_loader  # noqa: E402
 from exl_loader.backends import BACKENDS  # noqa: E402
 from exl_loader.backends.base import Capacity  # noqa: E402
 from exl_loader.backends.build.store import kernel_dirs  # noqa: E402
-from exl_loader.backends.cuda import device as cuda  # noqa: E402
-from exl_loader.backends.cuda import device_taken as cuda_taken  # noqa: E402
-from exl_loader.backends.cuda import nvml, taken  # noqa: E402
-from exl_loader.backends.cuda.backend import CudaBackend  # noqa: E402
-from exl_loader.backends.cuda.device import MIB  # noqa: E402
+from exl_loader.backends.cuda import backend, cards, taken  # noqa: E402
+from exl_loader.backends.cuda.backend import MIB, CudaBackend  # noqa: E402
+from exl_loader.backends.cuda.cards import (  # noqa: E402
+    card_count,
+    card_memory,
+    card_uuid,
+)
 from exl_loader.loader import _open_devices as open_devices  # noqa: E402
 from exl_loader.memory.reservation import LoadOptions  # noqa: E402
 from exl_loader.memory.reservation.budgets import chosen_devices  # noqa: E402
@@ -31,7 +33,7 @@ from exl_loader.utils.errors import (  # noqa: E402
     KernelBuildError,
 )
 
-ASSUMED = cuda_taken.ASSUMED_KERNEL_BYTES + cuda_taken.ASSUMED_GRAPH_BYTES
+ASSUMED = taken.ASSUMED_KERNEL_BYTES + taken.ASSUMED_GRAPH_BYTES
 
 SMI = """#!/bin/sh
 case "$*" in
@@ -53,12 +55,12 @@ def smi(tmp_path, monkeypatch):
     monkeypatch.setenv("SMI_SECOND", "8.6")
     monkeypatch.setenv("SMI_PID", str(os.getpid()))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    cuda.auto_cards.cache_clear()
-    cuda._can_run.cache_clear()
-    monkeypatch.setattr("exl_loader.backends.cuda.backend.auto_cards", cuda.auto_cards)
+    cards.auto_cards.cache_clear()
+    cards._can_run.cache_clear()
+    monkeypatch.setattr("exl_loader.backends.cuda.backend.auto_cards", cards.auto_cards)
     yield
-    cuda.auto_cards.cache_clear()
-    cuda._can_run.cache_clear()
+    cards.auto_cards.cache_clear()
+    cards._can_run.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +68,7 @@ def nothing_measured(tmp_path, monkeypatch):
     """No kernels or graphs were measured, in this process or an earlier one."""
     monkeypatch.setenv("EXL_LOADER_CACHE_DIR", str(tmp_path / "a cache"))
     monkeypatch.setattr(taken, "_taken", {})
-    monkeypatch.setattr("exl_loader.backends.cuda.driver.driver_release", lambda: (13, 0))
+    monkeypatch.setattr("exl_loader.backends.cuda.taken.driver_release", lambda: (13, 0))
 
 
 @pytest.fixture
@@ -119,7 +121,7 @@ def test_a_context_of_somebody_elses_is_no_overhead_of_ours(smi, torch_with_cuda
 def card_uuids(monkeypatch):
     """Which card is which, as the monitoring library says."""
     uuids = {"0": "GPU-0", "1": "GPU-1"}
-    monkeypatch.setattr(cuda, "card_uuid", uuids.get)
+    monkeypatch.setattr(cards, "card_uuid", uuids.get)
     return uuids
 
 
@@ -162,16 +164,16 @@ def test_what_was_measured_is_in_the_plan_of_a_model(smi, torch_with_cuda, card_
 
 def test_the_next_process_knows_what_was_measured(smi, torch_with_cuda, card_uuids, monkeypatch):
     take("cuda:0", 9 * MIB)
-    cuda_taken.remember_taken("cuda:0")
+    taken.remember_taken("cuda:0")
     restart()
     device = CudaBackend()
     # No context yet: that is assumed.
-    assert device.overhead("cuda:0") == (cuda.ASSUMED_CONTEXT_BYTES + 9 * MIB, False)
+    assert device.overhead("cuda:0") == (backend.ASSUMED_CONTEXT_BYTES + 9 * MIB, False)
     device.initialize("cuda:0")
     assert device.overhead("cuda:0") == (309 * MIB, True)
     # The largest figure stays.
     take("cuda:0", 5 * MIB)
-    cuda_taken.remember_taken("cuda:0")
+    taken.remember_taken("cuda:0")
     assert device.overhead("cuda:0") == (309 * MIB, True)
     # Of the same card alone, and under the same driver.
     assert not device.overhead("cuda:1")[1]
@@ -179,7 +181,7 @@ def test_the_next_process_knows_what_was_measured(smi, torch_with_cuda, card_uui
     card_uuids["0"] = "GPU-9"
     assert not device.overhead("cuda:0")[1]
     card_uuids["0"] = "GPU-0"
-    monkeypatch.setattr("exl_loader.backends.cuda.driver.driver_release", lambda: (13, 1))
+    monkeypatch.setattr("exl_loader.backends.cuda.taken.driver_release", lambda: (13, 1))
     assert not device.overhead("cuda:0")[1]
 
 
@@ -189,36 +191,36 @@ def test_the_next_process_knows_what_was_measured(smi, torch_with_cuda, card_uui
 ])  # fmt: skip
 def test_a_damaged_file_of_figures_counts_as_none(smi, torch_with_cuda, card_uuids, text):
     take("cuda:0", 9 * MIB)
-    cuda_taken.remember_taken("cuda:0")
+    taken.remember_taken("cuda:0")
     restart()
     (path,) = kernel_dirs()[0].glob("*.json")
     path.write_text(text)
-    assert cuda_taken.known_taken("cuda:0") is None
+    assert taken.known_taken("cuda:0") is None
     take("cuda:0", 3 * MIB)
-    cuda_taken.remember_taken("cuda:0")
+    taken.remember_taken("cuda:0")
     restart()
-    assert cuda_taken.known_taken("cuda:0") == 3 * MIB
+    assert taken.known_taken("cuda:0") == 3 * MIB
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(card_uuids, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("EXL_LOADER_CACHE_DIR", str(tmp_path / "file"))
     take("cuda:0", 3 * MIB)
-    cuda_taken.remember_taken("cuda:0")
-    assert cuda_taken.known_taken("cuda:0") == 3 * MIB
+    taken.remember_taken("cuda:0")
+    assert taken.known_taken("cuda:0") == 3 * MIB
     restart()
-    assert cuda_taken.known_taken("cuda:0") is None
+    assert taken.known_taken("cuda:0") is None
 
 
 def test_figures_of_many_cards_stay_few(card_uuids):
     for index in range(100):
         card_uuids["0"] = f"GPU-{index}"
         take("cuda:0", MIB)
-        cuda_taken.remember_taken("cuda:0")
+        taken.remember_taken("cuda:0")
         restart()
     (path,) = kernel_dirs()[0].glob("*.json")
     assert path.read_text().count("GPU-") == 64
-    assert cuda_taken.known_taken("cuda:0") == MIB
+    assert taken.known_taken("cuda:0") == MIB
 
 
 def test_a_card_that_torch_does_not_see_is_refused(smi, monkeypatch):
@@ -270,13 +272,13 @@ def test_several_cards_are_counted_as_cuda_counts_them(smi, monkeypatch, order, 
 
     ids = [f"GPU-00000000-0000-0000-0000-00000000000{i}" for i in range(2)]
     held = {"0": 1, "1": 2, ids[0]: 4000, ids[1]: 20000}
-    monkeypatch.setattr(cuda, "card_count", lambda: 2)
-    monkeypatch.setattr(cuda, "card_memory", lambda card: (24576 * MIB, held[card] * MIB))
-    monkeypatch.setattr("exl_loader.backends.cuda.driver.Driver", Driver)
+    monkeypatch.setattr(cards, "card_count", lambda: 2)
+    monkeypatch.setattr(cards, "card_memory", lambda card: (24576 * MIB, held[card] * MIB))
+    monkeypatch.setattr("exl_loader.backends.cuda.cards.Driver", Driver)
     monkeypatch.setenv("CUDA_DEVICE_ORDER", order)
-    cuda._uuid.cache_clear()
+    cards._uuid.cache_clear()
     found = [CudaBackend().capacity(f"cuda:{i}").free_bytes for i in range(2)]
-    cuda._uuid.cache_clear()
+    cards._uuid.cache_clear()
     assert found == [count * MIB for count in free]
 
 
@@ -328,11 +330,11 @@ def opened_nvml(monkeypatch):
                 raise OSError(name)
             return library
 
-        nvml._opened.cache_clear()
-        monkeypatch.setattr(nvml.ctypes, "CDLL", open_library)
+        cards._opened.cache_clear()
+        monkeypatch.setattr(cards.ctypes, "CDLL", open_library)
 
     yield make
-    nvml._opened.cache_clear()
+    cards._opened.cache_clear()
 
 
 def test_a_monitoring_library_that_is_too_old_is_none(opened_nvml):
@@ -342,17 +344,17 @@ def test_a_monitoring_library_that_is_too_old_is_none(opened_nvml):
         nvmlInit = nvmlDeviceGetCount = nvmlDeviceGetMemoryInfo = staticmethod(lambda *_: 0)
 
     opened_nvml(OldNvml())
-    assert nvml.card_count() == 0 and nvml.card_memory("0") is None
+    assert card_count() == 0 and card_memory("0") is None
 
 
 def test_memory_by_the_monitoring_library(opened_nvml, smi, monkeypatch):
     opened_nvml(FakeNvml())
-    assert nvml.card_memory("1") == nvml.card_memory("GPU-1") == (900, 700)
-    assert nvml.card_memory("0") is None and nvml.card_memory("GPU-2") is None
-    assert nvml.card_uuid("1") == nvml.card_uuid("GPU-1") == "GPU-1"
-    assert nvml.card_uuid("0") is None
-    assert nvml.card_count() == 2
-    monkeypatch.setattr(cuda, "card_memory", nvml.card_memory)
+    assert card_memory("1") == card_memory("GPU-1") == (900, 700)
+    assert card_memory("0") is None and card_memory("GPU-2") is None
+    assert card_uuid("1") == card_uuid("GPU-1") == "GPU-1"
+    assert card_uuid("0") is None
+    assert card_count() == 2
+    monkeypatch.setattr(cards, "card_memory", card_memory)
     assert CudaBackend().capacity("cuda:1") == Capacity(900, 700)
     # What it does not know, nvidia-smi may.
     assert CudaBackend().capacity("cuda:0").free_bytes == 20000 * MIB
@@ -361,13 +363,13 @@ def test_memory_by_the_monitoring_library(opened_nvml, smi, monkeypatch):
 @pytest.mark.parametrize("library", [None, FakeNvml(fails=9)])
 def test_without_the_monitoring_library(opened_nvml, library):
     opened_nvml(library)
-    assert nvml.card_memory("1") is None and nvml.card_count() == 0
+    assert card_memory("1") is None and card_count() == 0
 
 
 @pytest.fixture
 def compiler(monkeypatch):
     """Whether something compiles for cards."""
-    from exl_loader.backends.cuda import toolchain
+    from exl_loader.backends.cuda import compilers
 
     def make(found):
         def choose(capability):
@@ -375,28 +377,28 @@ def compiler(monkeypatch):
             if not found:
                 raise KernelBuildError("CUDA compiler")
 
-        monkeypatch.setattr(toolchain, "choose_cuda_compiler", choose)
+        monkeypatch.setattr(compilers, "choose_cuda_compiler", choose)
 
     make(True)
     return make
 
 
 def test_auto_is_the_cards_that_can_run(smi, torch_with_cuda, compiler):
-    assert cuda.auto_cards() == ("cuda:0", "cuda:1")
+    assert cards.auto_cards() == ("cuda:0", "cuda:1")
     assert chosen_devices("auto", None) == ["cuda:0", "cuda:1"]
     assert chosen_devices("cpu", None) == ["cpu"]
     assert chosen_devices("auto", "20,8") == ["cuda:0", "cuda:1"]
     assert not torch_with_cuda.open
 
 
-@pytest.mark.parametrize(("visible", "cards"), [
+@pytest.mark.parametrize(("visible", "found"), [
     (None, ("cuda:1",)), ("1,0", ("cuda:0",)), ("0", ()), ("GPU-77,GPU-8a", ("cuda:0",)),
 ])  # fmt: skip
-def test_auto_leaves_old_cards_out(smi, torch_with_cuda, compiler, monkeypatch, visible, cards):
+def test_auto_leaves_old_cards_out(smi, torch_with_cuda, compiler, monkeypatch, visible, found):
     monkeypatch.setenv("SMI_CAPABILITY", "6.1")
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert cuda.auto_cards() == cards
+    assert cards.auto_cards() == found
 
 
 @pytest.mark.parametrize("missing", [
@@ -418,7 +420,7 @@ def test_auto_is_the_cpu_where_something_is_missing(
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     else:
         monkeypatch.setenv("EXL_LOADER_REFERENCE", "1")
-    assert cuda.auto_cards() == ()
+    assert cards.auto_cards() == ()
     assert chosen_devices("auto", None) == ["cpu"]
 
 
@@ -428,10 +430,10 @@ def test_auto_is_the_cpu_where_something_is_missing(
 ])  # fmt: skip
 def test_pytorchs_build_is_read_without_importing_it(monkeypatch, tmp_path, text, answer):
     (tmp_path / "version.py").write_text(f"__version__ = '2.9'\n{text}\n")
-    monkeypatch.delitem(cuda.sys.modules, "torch")
+    monkeypatch.delitem(cards.sys.modules, "torch")
     spec = types.SimpleNamespace(origin=str(tmp_path / "__init__.py"))
-    monkeypatch.setattr(cuda.importlib.util, "find_spec", lambda name: spec)
-    assert cuda._torch_has_cuda() is answer
+    monkeypatch.setattr(cards.importlib.util, "find_spec", lambda name: spec)
+    assert cards._torch_has_cuda() is answer
 
 
 def test_a_buffer_that_fills_the_card_is_kept(monkeypatch):

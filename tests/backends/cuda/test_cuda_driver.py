@@ -12,10 +12,9 @@ import pytest
 from exl_loader.backends.build.build import build, build_entry
 from exl_loader.backends.build.spec import BuildSpec
 from exl_loader.backends.build.toolchain import cpu_features, find_compiler
-from exl_loader.backends.cuda.driver import Driver, DriverLauncher, driver_release
-from exl_loader.backends.cuda.memory import CardMemory, held_bytes
-from exl_loader.backends.cuda.open import open_launcher
-from exl_loader.backends.cuda.spec import cuda_spec
+from exl_loader.backends.cuda.compilers import cuda_spec
+from exl_loader.backends.cuda.driver import CardMemory, Driver, driver_release, held_bytes
+from exl_loader.backends.cuda.kernels import DriverLauncher, open_launcher
 from exl_loader.backends.cuda.taken import taken_of
 from exl_loader.utils.errors import DeviceError, InsufficientMemory, KernelBuildError
 from support.cuda_emulation.launcher import FOLDER, REPO, emulation_spec
@@ -487,7 +486,7 @@ def test_no_such_card_is_an_error(library, fake, entry):
 
 
 def test_opening_builds_for_the_card(library, fake, root, tmp_path, monkeypatch):
-    monkeypatch.setattr("exl_loader.backends.cuda.spec.csrc_dir", lambda: root)
+    monkeypatch.setattr("exl_loader.backends.cuda.compilers.csrc_dir", lambda: root)
     environ = {**os.environ, "EXL_LOADER_CACHE_DIR": str(tmp_path)}
     fake.fake_configure(None, None, 8, 6, 13000)
     launcher = open_launcher(0, lambda: 0, environ=environ, library=library)

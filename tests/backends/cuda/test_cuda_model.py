@@ -325,7 +325,7 @@ def test_a_card_needs_no_cpp_compiler(emulated, tmp_path, monkeypatch):
     def none(*_):
         raise AssertionError("a C++ compiler is wanted")
 
-    for module in ("build.toolchain", "build.spec", "cuda.toolchain"):
+    for module in ("build.toolchain", "build.spec", "cuda.compilers"):
         monkeypatch.setattr(f"exl_loader.backends.{module}.find_compiler", none)
     monkeypatch.setattr("exl_loader.backends.cpu.open.open_library", none)
     settings = {"max_new_tokens": 4, "top_k": 5, "repetition_penalty": 1.2, "seed": 3,

@@ -7,8 +7,8 @@ import pytest
 
 from exl_loader.backends.build.build import build_entry
 from exl_loader.backends.cuda.arch import COMMON, OLDEST_CUDA, arch_name
+from exl_loader.backends.cuda.compilers import cuda_spec
 from exl_loader.backends.cuda.nvrtc_cc import NvrtcError
-from exl_loader.backends.cuda.spec import cuda_spec
 from exl_loader.utils.errors import KernelBuildError
 from support import ptx
 from support.cuda_ptx_table import CUDA_OF, since

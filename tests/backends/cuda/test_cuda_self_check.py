@@ -181,14 +181,14 @@ def test_a_load_that_is_checked_allocates_what_was_planned(opened, tmp_path, mon
 def compiled(monkeypatch):
     """A card whose kernels are compiled."""
     from exl_loader.backends.build import store
-    from exl_loader.backends.cuda import driver, spec
+    from exl_loader.backends.cuda import compilers, driver
 
     class Driver:
         def capability(self, index):
             return 9, 0
 
     monkeypatch.setattr(driver, "Driver", Driver)
-    monkeypatch.setattr(spec, "cuda_spec", lambda capability, driver: capability)
+    monkeypatch.setattr(compilers, "cuda_spec", lambda capability, driver: capability)
     monkeypatch.setattr(store, "find_entry", lambda found: found)
 
 

@@ -1,8 +1,9 @@
-"""Find what compiles CUDA kernels: NVRTC, which PyTorch brings along, or nvcc.
+"""Compilers of CUDA kernels: NVRTC, which PyTorch brings along, or nvcc; and what they build.
 
-NVRTC comes first: it needs no host compiler, and takes a tenth of the time. Nothing here
-opens a library or compiles; a warm load asks for a version only, and where the card or the
-compiler is newer than the table of `arch.py`, the compiler for its architectures.
+NVRTC comes first: it needs no host compiler, and takes a tenth of the time. Nothing here opens a
+library or compiles. A load whose kernels are compiled already asks for a version only and, if
+the card or the compiler is newer than the table of `arch.py`, asks the compiler for its
+architectures.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...utils.errors import InvalidSettings, KernelBuildError, shown
-from ..build.toolchain import Compiler, command_output, find_compiler, program_identity
+from ..build.spec import BuildSpec, csrc_dir
+from ..build.toolchain import (
+    Compiler,
+    command_output,
+    compiler_variables,
+    find_compiler,
+    program_identity,
+)
 from .arch import (
     OLDEST_CUDA,
     Capability,
@@ -41,15 +49,22 @@ _BUILTINS = re.compile(
 )
 _NVCC_RELEASE = re.compile(r"release (\d+)\.(\d+), (V\S+)")
 
+# Neither compiler gets a flag that lets kernels call functions of the CPU: with it, code that
+# reads a table of the CPU at run time would compile to a trap. csrc/cache_codec.h declares what
+# both share.
+_LANGUAGE = "-std=c++17"
+# <cstdint>, which NVRTC lacks.
+_NVRTC_INCLUDE = "cuda/nvrtc"
+
 
 @dataclass(frozen=True)
 class CudaCompiler:
     """A compiler of cubins.
 
     Args:
-        compiler: what ninja runs.
-        cuda: the CUDA release it belongs to.
-        path: NVRTC's library, or nvcc.
+        compiler: the command that ninja runs.
+        cuda: CUDA release of the compiler.
+        path: of NVRTC's library, or of nvcc.
     """
 
     compiler: Compiler
@@ -58,12 +73,12 @@ class CudaCompiler:
 
 
 def find_cuda_compilers(environ: Mapping[str, str] = os.environ) -> Iterator[CudaCompiler]:
-    """Name the machine's compilers of cubins, first choice first.
+    """List the machine's compilers of cubins, first choice first.
 
-    `EXL_LOADER_CUDA_COMPILER` leaves those of one kind, `nvrtc` or `nvcc`.
+    `EXL_LOADER_CUDA_COMPILER` restricts them to one kind, `nvrtc` or `nvcc`.
 
     Raises:
-        InvalidSettings: that variable says something else.
+        InvalidSettings: that variable has another value.
     """
     chosen = environ.get(COMPILER_ENV, "").strip()
     if chosen and chosen not in KINDS:
@@ -82,20 +97,20 @@ def choose_cuda_compiler(
     environ: Mapping[str, str] = os.environ,
     driver: Version | None = None,
 ) -> CudaCompiler:
-    """Choose what compiles for a card.
+    """Choose the compiler for a card.
 
     Args:
         capability: of the card.
         environ: see `find_cuda_compilers`.
-        driver: the CUDA release of the driver that will load the cubins: it takes those of
-            its own major release and of older ones.
+        driver: CUDA release of the driver that will load the cubins. It loads those of its own
+            major release and of older ones.
 
     Returns:
-        The first that makes machine code for the card; where none does, the first whose PTX the
-        driver compiles.
+        The first compiler that makes machine code for the card; if none does, the first whose
+        PTX the driver compiles.
 
     Raises:
-        KernelBuildError: none compiles for the card, with what to install.
+        KernelBuildError: none compiles for the card. The message says what to install.
     """
     seen, makes_ptx = [], []
     for found in find_cuda_compilers(environ):
@@ -125,8 +140,63 @@ def choose_cuda_compiler(
     )
 
 
+def cuda_spec(
+    capability: Capability,
+    *,
+    compiler: CudaCompiler | None = None,
+    root: Path | None = None,
+    environ: Mapping[str, str] = os.environ,
+    driver: Version | None = None,
+) -> BuildSpec:
+    """Describe the CUDA kernels' build for a card.
+
+    Args:
+        capability: of the card.
+        compiler: the compiler; that of `choose_cuda_compiler` if None.
+        root: folder of sources that contains `cuda/`; the project's own if None.
+        environ: see `find_cuda_compilers`.
+        driver: CUDA release of the driver that will load them.
+
+    Raises:
+        KernelBuildError: there is no compiler for this card, or sources are missing.
+    """
+    root = csrc_dir() if root is None else root
+    chosen = choose_cuda_compiler(capability, environ, driver) if compiler is None else compiler
+    target = target_of(chosen, capability)
+    assert target is not None, "the compiler does not know the card"
+    sources = sorted(f"cuda/{path.name}" for path in (root / "cuda").glob("*.cu"))
+    if not sources:
+        raise KernelBuildError(
+            f"kernel sources in {root / 'cuda'}", expected="*.cu", actual="none",
+            remedy="Install exl_loader again",
+        )
+    nvrtc = chosen.compiler.kind == "nvrtc"
+    headers = [*root.glob("*.h"), *(root / "cuda").glob("*.cuh")]
+    headers += (root / _NVRTC_INCLUDE).glob("*") if nvrtc else ()
+    return BuildSpec(
+        name=f"cuda_{target.name}",
+        root=root,
+        sources=tuple(sources),
+        headers=tuple(sorted(path.relative_to(root).as_posix() for path in headers)),
+        compiler=chosen.compiler,
+        flags=_flags(nvrtc, target),
+        link_flags=(),
+        cpu_features=(),
+        include_dirs=(".", _NVRTC_INCLUDE) if nvrtc else (".",),
+        # NVRTC reads no variables.
+        environment=() if nvrtc else compiler_variables(environ),
+        device_suffix=".ptx" if target.is_ptx else ".cubin",
+    )
+
+
+def _flags(nvrtc: bool, target: Target) -> tuple[str, ...]:
+    if nvrtc:
+        return f"--gpu-architecture={target.name}", _LANGUAGE
+    return f"-arch={target.name}", "-ptx" if target.is_ptx else "-cubin", _LANGUAGE
+
+
 def target_of(found: CudaCompiler, capability: Capability) -> Target | None:
-    """Choose what a compiler compiles to for a card; see `arch.target_for`."""
+    """Choose a compiler's target for a card; see `arch.target_for`."""
     known = known_capabilities(found.cuda)
     if not is_tabled(capability, found.cuda):
         known = _own_capabilities(found) or known
@@ -135,15 +205,15 @@ def target_of(found: CudaCompiler, capability: Capability) -> Target | None:
 
 @functools.cache
 def _own_capabilities(found: CudaCompiler) -> list[Capability]:
-    """Ask a compiler which architectures it knows, in a process of its own; [] without answer."""
+    """Ask a compiler, in a process of its own, for its architectures; [] without an answer."""
     option = "--list-gpu-code" if found.compiler.kind == "nvcc" else "--supported"
     words = command_output([*found.compiler.command, option]) or ""
-    # sm_90a is no architecture that other cards of its generation run.
+    # sm_90a is left out: other cards of its generation do not run it.
     return [capability_of(int(number)) for number in re.findall(r"\bsm_(\d+)\b", words)]
 
 
 def nvrtc_remedy(driver: Version | None = None) -> str:
-    """Say what to install to compile CUDA kernels; pip's names differ by CUDA release."""
+    """Return what to install to compile CUDA kernels; pip's names differ by CUDA release."""
     package = "nvidia-cuda-nvrtc"
     if driver is not None and driver[0] < 13:
         package += f"-cu{driver[0]}"
@@ -151,7 +221,7 @@ def nvrtc_remedy(driver: Version | None = None) -> str:
 
 
 def _find_nvrtc(environ: Mapping[str, str]) -> Iterator[CudaCompiler]:
-    """NVRTC of the pip packages and PyTorch, then of toolkits."""
+    """Find NVRTC of pip packages and PyTorch, then of toolkits."""
     seen = set()
     for folder in _library_folders(environ):
         for library, cuda in _nvrtc_in(folder):
@@ -161,13 +231,13 @@ def _find_nvrtc(environ: Mapping[str, str]) -> Iterator[CudaCompiler]:
 
 
 def _nvrtc_in(folder: Path) -> list[tuple[Path, Version]]:
-    """NVRTC in a folder, with the release that its built-in headers' file names."""
+    """Find NVRTC in a folder, with the release in the name of its built-in headers."""
     try:
         names = sorted(path.name for path in folder.iterdir())
     except OSError:
         return []
     releases = [match for match in map(_BUILTINS.fullmatch, names) if match]
-    # `libnvrtc.so.13` before `libnvrtc.so`: the latter may be a linker script.
+    # `libnvrtc.so.13` before `libnvrtc.so`, which may be a linker script.
     libraries = sorted((name for name in names if _NVRTC.fullmatch(name)), key=len, reverse=True)
     if not releases or not libraries:
         return []
@@ -179,7 +249,7 @@ def _nvrtc_compiler(library: Path, cuda: Version) -> Compiler:
     script = Path(__file__).with_name("nvrtc_cc.py")
     # -I -S: neither environment variables nor site-packages may change what it does.
     command = (sys.executable, "-I", "-S", str(script), "--library", str(library))
-    # The size tells apart what the release alone does not (13.0.48 and 13.0.88).
+    # The size distinguishes builds of one release (13.0.48 and 13.0.88).
     version = f"NVRTC {cuda[0]}.{cuda[1]} ({library.stat().st_size} bytes)"
     return Compiler(command, "nvrtc", version, identity=program_identity((str(library),)))
 
@@ -198,7 +268,7 @@ def _library_folders(environ: Mapping[str, str]) -> Iterator[Path]:
 
 
 def _package_folders(name: str) -> list[Path]:
-    """Folders of an installed package, which is not imported."""
+    """Return the folders of an installed package without importing it."""
     found = importlib.util.find_spec(name)
     return [Path(path) for path in (found.submodule_search_locations or ())] if found else []
 
@@ -212,9 +282,9 @@ def _toolkits(environ: Mapping[str, str]) -> Iterator[Path]:
 
 
 def _find_nvcc(environ: Mapping[str, str]) -> Iterator[CudaCompiler]:
-    """nvcc of a toolkit, the PATH or the pip packages; none without a host compiler.
+    """Find nvcc of a toolkit, the PATH or pip packages; none without a host compiler.
 
-    On Windows that has to be Visual Studio's.
+    On Windows the host compiler must be Visual Studio's.
     """
     host = find_compiler(environ)
     if host is None or (_WINDOWS and host.kind != "msvc"):
