@@ -37,7 +37,6 @@ from exl_loader.checkpoint import Checkpoint  # noqa: E402
 from exl_loader.checkpoint.config import ModelConfig  # noqa: E402
 from exl_loader.commands.evaluation import Lane, run_lanes  # noqa: E402
 from exl_loader.commands.evaluation_plan import plan_evaluation  # noqa: E402
-from exl_loader.generation.sampling import argmax  # noqa: E402
 
 CACHE_TYPES = ("fp16", "q8", "q6", "q4")
 DEPTHS = (0, 4096, 16384, 32768)
@@ -58,7 +57,7 @@ class Ours:
         sequence.past_len = depth
         for _ in range(steps):
             (row,) = self._model.forward_rows([(sequence, [token])])
-            token = argmax(row, self._model.config.vocab_size)
+            token = row.argmax(self._model.config.vocab_size)
         self._cache.release(sequence)
 
     def prefill(self, tokens: int) -> None:

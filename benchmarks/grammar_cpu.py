@@ -21,6 +21,7 @@ sys.path[:0] = [str(REPO)]
 
 import numpy as np  # noqa: E402
 
+from exl_loader.generation.forward_model import LogitsRow  # noqa: E402
 from exl_loader.generation.grammar.masks import Grammars  # noqa: E402
 from exl_loader.generation.sampling import Sampler, TokenRoles  # noqa: E402
 from exl_loader.generation.settings import SamplingSettings  # noqa: E402
@@ -81,7 +82,7 @@ def measure(grammars: Grammars, rows: np.ndarray, steps: int, **settings) -> tup
     for step in range(steps):
         allowed = None if matcher is None else matcher.allowed_ids
         began_s = time.perf_counter()
-        token_id = sampler.sample(rows[step % len(rows)], [1])
+        token_id = sampler.sample(LogitsRow(rows[step % len(rows)]), [1])
         times_s.append(time.perf_counter() - began_s)
         assert allowed is None or token_id in allowed
         if sampler.complete:

@@ -112,6 +112,11 @@ def work(checkout: str, vocab_size: int) -> None:
     from exl_loader.generation.sampling import Sampler, TokenRoles
     from exl_loader.generation.settings import SamplingSettings
 
+    try:
+        from exl_loader.generation.forward_model import LogitsRow as as_row
+    except ImportError:  # an older checkout, which samples from arrays
+        as_row = np.asarray
+
     # As reading a model's tensors does: the C library keeps more of what it is given back, and
     # fresh pages would take longer than most samplers.
     np.ones(7_000_000, np.float32)
@@ -137,9 +142,10 @@ def work(checkout: str, vocab_size: int) -> None:
         sampler = Sampler(SamplingSettings.from_dict(options), roles=roles)
         times_s, tokens = [], []
         for draw in range(DRAWS):
-            row = rows_of[kind][draw % NUM_ROWS]
+            values = rows_of[kind][draw % NUM_ROWS]
+            row = as_row(values)
             began_s = time.perf_counter()
-            token = int(np.argsort(row)[-1]) if case == SORT else sampler.sample(row, history)
+            token = int(np.argsort(values)[-1]) if case == SORT else sampler.sample(row, history)
             times_s.append(time.perf_counter() - began_s)
             tokens.append(token)
         print(json.dumps([min(times_s) * 1e3, tokens]), flush=True)

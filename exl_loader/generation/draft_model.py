@@ -14,7 +14,6 @@ from ..cache.layout import PAGE_LEN
 from ..cache.paging import PagedCache, PagedSequence
 from ..utils.errors import CacheFull, InvalidSettings
 from .jobs import Job
-from .sampling import argmax
 
 if TYPE_CHECKING:
     from ..text.tokenizer import Tokenizer
@@ -144,7 +143,7 @@ class DraftModel:
         if not entries:
             return {}
         rows = self._model.forward_rows([(sequences[job], ids) for job, ids in entries.items()])
-        likeliest = (argmax(row, self._vocab_size) for row in rows)
+        likeliest = (row.argmax(self._vocab_size) for row in rows)
         return dict(zip(entries, likeliest, strict=True))
 
 

@@ -13,6 +13,7 @@ from ..cache.paging import PagedSequence
 from ..utils.progress import NullProgress, Progress
 from ..utils.tracebacks import drop_locals
 from .exchange import Exchange
+from .forward_model import LogitsRow
 from .logprobs import TokenLogprobs, token_logprobs
 from .prompt_lookup import look_up
 from .sampling import Sampler
@@ -185,13 +186,13 @@ class Job(Exchange[tuple[int, str]]):
             self.stats.reused_tokens += count
             self.progress.advance("prompt", count)
 
-    def take_logits(self, logits: npt.ArrayLike) -> str | None:
-        """Draw the next token from its logits, float32 [vocab_size] or a `LazyRow`.
+    def take_logits(self, row: LogitsRow) -> str | None:
+        """Draw the next token from its logits.
 
         Returns:
             Why the job ends with this token, None where it goes on.
         """
-        token_id = self.sampler.sample(logits, self.history)
+        token_id = self.sampler.sample(row, self.history)
         self._count_token()
         if token_id in self.eos_ids:
             return EOS
@@ -202,8 +203,8 @@ class Job(Exchange[tuple[int, str]]):
         if self.negative is not None:
             self.negative.ids.append(token_id)
         if self.settings.logprobs:
-            row = np.asarray(logits)[: self.vocab_size]
-            self.logprobs.append(token_logprobs(row, token_id, self.settings.logprobs))
+            values = row.values[: self.vocab_size]
+            self.logprobs.append(token_logprobs(values, token_id, self.settings.logprobs))
         piece, found = self.text.push(token_id) if self.text is not None else ("", False)
         self.output.append((token_id, piece))
         if found:

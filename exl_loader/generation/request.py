@@ -115,7 +115,7 @@ class RequestReader:
         new_tokens = min(settings.max_new_tokens, self._ctx_size - longest)
         if negative is not None:
             negative.max_tokens += new_tokens
-        roles = TokenRoles.of_request(
+        roles = TokenRoles.from_request(
             settings, self._tokenizer, vocab_size=self.sampled_vocab_size,
             eos_ids=self.eos_token_ids, prompt_ids=prompt_ids,
         )

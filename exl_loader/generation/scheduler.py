@@ -17,7 +17,7 @@ from ..cache.paging import PagedCache, PagedSequence
 from ..utils.errors import CacheFull, InsufficientMemory, is_out_of_memory
 from ..utils.tracebacks import drop_locals
 from .exchange import Exchange
-from .forward_model import ForwardModel
+from .forward_model import ForwardModel, LogitsRow
 from .jobs import CANCELLED, FAILED, Job
 from .sampling import guide
 from .work import Work
@@ -354,7 +354,7 @@ class Scheduler:
         guesses = self.drafter.guess(wanted)
         return [draft or guesses.get(job, []) for job, draft in zip(jobs, drafts, strict=True)]
 
-    def _take(self, job: Job, rows: list[npt.ArrayLike], draft: list[int]) -> None:
+    def _take(self, job: Job, rows: list[LogitsRow], draft: list[int]) -> None:
         """Draw from the rows of a job as far as its draft holds good.
 
         Args:
@@ -363,13 +363,13 @@ class Scheduler:
         """
         try:
             reason = job.take_logits(_guided(job, rows, 0))
-            for place, expected in enumerate(draft, 1):
+            for index, expected in enumerate(draft, 1):
                 if reason is not None or job.history[-1] != expected:
                     break
                 for sequence, _ in job.texts:
                     sequence.past_len += 1
                 job.stats.accepted_tokens += 1
-                reason = job.take_logits(_guided(job, rows, place))
+                reason = job.take_logits(_guided(job, rows, index))
         except BaseException as error:
             self._fail(job, error)
             return
@@ -416,12 +416,12 @@ def no_memory_for_a_step() -> InsufficientMemory:
     )
 
 
-def _guided(job: Job, rows: list[npt.ArrayLike], place: int) -> npt.ArrayLike:
-    """The logits to draw from at a place, float32 [vocab_size]."""
+def _guided(job: Job, rows: list[LogitsRow], index: int) -> LogitsRow:
+    """Return the row to draw from: a row of the prompt, or with guidance a combined one."""
     if job.negative is None:
-        return rows[place]
-    positive, negative = np.asarray(rows[place]), np.asarray(rows[len(rows) // 2 + place])
-    return guide(positive, negative, job.settings.guidance_scale)
+        return rows[index]
+    negative = rows[len(rows) // 2 + index]
+    return LogitsRow(guide(rows[index].values, negative.values, job.settings.guidance_scale))
 
 
 def _missing(sequence: PagedSequence, ids: Ids) -> list[int]:

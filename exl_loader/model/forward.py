@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 
@@ -18,15 +19,12 @@ from ..backends.base import Ops
 from ..cache.layout import PAGE_LEN
 from ..cache.paging import PagedCache, PagedSequence
 from ..checkpoint.rope import inv_freq
-from ..generation.sampling import LazyRow
-from ..generation.sampling.candidates import Floats
+from ..generation.forward_model import LogitsMode, LogitsRow
 from ..utils.errors import CacheFull, InvalidSettings
 from .blueprint import Blueprint
-from .likeliest import LikeliestTokens
 from .stages import Stage, StageStep, take_key_biases
+from .top_logits import TopLogitsReader
 from .weights import Weights
-
-LogitsMode = Literal["last", "all", "none"]
 
 # Recorded steps that are kept. Decoding needs one a batch size; the others are the odd last
 # chunks of prompts, which come again rarely and cost little beside their own work.
@@ -95,8 +93,8 @@ class Model:
         # Of the last stage: its head leaves them there.
         self._host, self._logits_there = self._stages[-1].host, last["logits"]
         self._logits = self._host.mirror(self._logits_there)
-        self._likeliest = (
-            LikeliestTokens(self._host, last["top_logits"]) if "top_logits" in last else None
+        self._top_logits = (
+            TopLogitsReader(self._host, last["top_logits"]) if "top_logits" in last else None
         )
         self._max_pages = first["page_table"].shape[1]
         self._slot_rope_len = [1] * self.max_batch_size
@@ -134,37 +132,37 @@ class Model:
         self,
         entries: Sequence[tuple[PagedSequence, list[int]]],
         logits: LogitsMode = "last",
-    ) -> list[npt.ArrayLike]:
-        """Do the same for samplers, which mostly need the likeliest tokens alone.
+    ) -> list[LogitsRow]:
+        """Do the same, and return one row at a time.
 
         Returns:
-            float32 [vocab_size] for each row, those of a card as a `LazyRow`; valid until the
-            next call.
+            The rows, valid until the next call. If the device computes top logits, a row is
+            copied to the CPU only when its values are read.
         """
-        if self._likeliest is None or logits == "none":
-            return list(self.forward(entries, logits).numpy())
-        there = self._run(entries, logits, True)
-        found = self._likeliest.read(len(there), self.sampled_vocab_size)
+        if self._top_logits is None or logits == "none":
+            return [LogitsRow(row) for row in self.forward(entries, logits).numpy()]
+        on_device = self._run(entries, logits, True)
+        found = self._top_logits.read(len(on_device), self.sampled_vocab_size)
         _advance(entries)
         return [
-            LazyRow(partial(self._fetch_row, there, row), tokens)
-            for row, tokens in enumerate(found)
+            LogitsRow(partial(self._fetch_row, on_device, row), top_logits)
+            for row, top_logits in enumerate(found)
         ]
 
     def _run(
         self, entries: Sequence[tuple[PagedSequence, list[int]]], logits: LogitsMode,
-        likeliest: bool,
+        top_logits: bool,
     ) -> torch.Tensor:
-        """Run a step, which may also find the likeliest tokens of its rows of logits.
+        """Run a step, which may also compute the top logits of its rows.
 
         Returns:
-            The logits where they are.
+            The logits on their device.
         """
         num_rows = sum(len(ids) for _, ids in entries)
         assert 0 < len(entries) <= self.max_batch_size and num_rows <= self.chunk_size
         assert logits != "all" or num_rows <= self.logits_rows
         self._check(entries)
-        step = self._step(num_rows, len(entries), logits, likeliest)
+        step = self._step(num_rows, len(entries), logits, top_logits)
         self._send_inputs(entries, step)
         if self.config.rope.depends_on_length:
             self._angles_by_length(entries)
@@ -172,15 +170,15 @@ class Model:
             part.run()
         return step.logits
 
-    def _fetch(self, there: torch.Tensor, first: int = 0) -> torch.Tensor:
-        """Bring rows of logits over, the first of which is the workspace's `first`."""
-        out = self._logits[first : first + len(there)]
+    def _fetch(self, on_device: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """Copy rows of logits to the CPU, to the rows from `first` on."""
+        out = self._logits[first : first + len(on_device)]
         if len(out):
-            self._host.collect(there, out)
+            self._host.collect(on_device, out)
         return out
 
-    def _fetch_row(self, there: torch.Tensor, row: int) -> Floats:
-        values: Floats = self._fetch(there[row : row + 1], row).numpy()[0]
+    def _fetch_row(self, on_device: torch.Tensor, row: int) -> npt.NDArray[np.float32]:
+        values: npt.NDArray[np.float32] = self._fetch(on_device[row : row + 1], row).numpy()[0]
         return values
 
     def with_cache(self, cache: PagedCache, ops: Mapping[str, Ops] | None = None) -> Model:
@@ -273,9 +271,9 @@ class Model:
             first = end
 
     def _step(
-        self, num_rows: int, num_sequences: int, logits: LogitsMode, likeliest: bool
+        self, num_rows: int, num_sequences: int, logits: LogitsMode, top_logits: bool
     ) -> Step:
-        key = (num_rows, num_sequences, logits, likeliest)
+        key = (num_rows, num_sequences, logits, top_logits)
         step = self._steps.get(key)
         if step is None:
             if len(self._steps) >= MAX_STEPS:
@@ -284,7 +282,7 @@ class Model:
         return step
 
     def _record(
-        self, num_rows: int, num_sequences: int, logits: LogitsMode, likeliest: bool
+        self, num_rows: int, num_sequences: int, logits: LogitsMode, top_logits: bool
     ) -> Step:
         rows = {"last": num_sequences, "all": num_rows, "none": 0}[logits]
         out = self._logits_there[:rows]
@@ -292,7 +290,7 @@ class Model:
         for stage in self._stages:
             head = out if rows and stage is self._stages[-1] else None
             before = parts[-1] if parts else None
-            sampled = self.sampled_vocab_size if likeliest and head is not None else 0
+            sampled = self.sampled_vocab_size if top_logits and head is not None else 0
             parts.append(stage.record(num_rows, num_sequences, head, before, sampled))
         return Step(tuple(parts), out)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from exl_loader.generation.forward_model import LogitsRow
 from exl_loader.generation.sampling import Sampler, TokenRoles
 from exl_loader.generation.settings import SamplingSettings
 from exl_loader.generation.text_stream import TextStream
@@ -223,12 +224,12 @@ class Exllamav3Model:
         if hijack is None:
             return
         parsed = SamplingSettings.from_dict(chosen)
-        roles = TokenRoles.of_request(
+        roles = TokenRoles.from_request(
             parsed, self.loaded.tokenizer, vocab_size=self.config.vocab_size,
             eos_ids=self.loaded.eos_token_ids, prompt_ids=ids,
         )
         row = self.loaded.next_logits(ids)
-        left = Sampler(parsed, roles=roles).candidates(row.numpy(), ids)
+        left = Sampler(parsed, roles=roles).candidates(LogitsRow(row.numpy()), ids)
         scores = torch.full((1, row.shape[0]), float("-inf"))
         scores[0, torch.as_tensor(left.ids)] = torch.as_tensor(left.logits, dtype=torch.float32)
         hijack.global_scores = scores  # type: ignore[attr-defined]

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from exl_loader.generation.forward_model import LogitsRow
 from exl_loader.generation.sampling import Candidates, Sampler, TokenRoles, draw
 from exl_loader.generation.settings import SamplingSettings
 from exl_loader.utils.errors import InvalidCheckpoint
@@ -48,9 +49,9 @@ def defined_distribution(logits, history, options: SamplingSettings, banned=()) 
 def sampled_distribution(logits, history, options, banned=()) -> dict[int, float]:
     """The distribution that a sampler really draws from."""
     sampler = Sampler(options, 0, TokenRoles(banned_ids=tuple(banned)))
-    left = sampler.candidates(logits, history)
+    left = sampler.candidates(LogitsRow(logits), history)
     if options.greedy:
-        return {sampler.sample(logits, history): 1.0}
+        return {sampler.sample(LogitsRow(logits), history): 1.0}
     weights = np.exp(left.logits.astype(np.float64) - float(left.logits.max()))
     pairs = zip(left.ids, weights / weights.sum(), strict=True)
     return {int(i): float(p) for i, p in pairs if p > 0}
@@ -89,7 +90,7 @@ def test_the_distribution_is_the_defined_one(data):
 @given(logits=LOGITS, uniform=st.floats(0, 1, exclude_max=True))
 def test_the_draw_inverts_the_summed_probability(logits, uniform):
     row = np.array(logits, np.float32)
-    token = draw(Candidates.of_row(row), uniform)
+    token = draw(Candidates.from_row(row), uniform)
     weights = np.exp(row.astype(np.float64) - row.max())
     reached = np.cumsum(weights) / weights.sum()
     below = reached[token - 1] if token else 0.0
@@ -101,7 +102,8 @@ def test_draws_follow_the_distribution():
     options = SamplingSettings(top_k=20, seed=int(np.random.default_rng().integers(1 << 40)))
     expected = defined_distribution(logits, [], options)
     sampler, draws = Sampler(options), 20000
-    counts = np.bincount([sampler.sample(logits, []) for _ in range(draws)], minlength=300)
+    row = LogitsRow(logits)
+    counts = np.bincount([sampler.sample(row, []) for _ in range(draws)], minlength=300)
     assert set(np.flatnonzero(counts)) <= set(expected)
     chi_square = sum((counts[i] - draws * p) ** 2 / (draws * p) for i, p in expected.items())
     # 19 degrees of freedom: mean 19, standard deviation 6.2; eight of them never by chance.
@@ -112,21 +114,21 @@ def test_the_last_random_number_does_not_draw_a_banned_token():
     row = np.full(1000, -np.inf, np.float32)
     row[:500] = 0
     largest = float(np.nextafter(1.0, 0.0))
-    assert draw(Candidates.of_row(row), largest) == 499
-    assert draw(Candidates.of_row(row[::-1].copy()), 0.0) == 500
+    assert draw(Candidates.from_row(row), largest) == 499
+    assert draw(Candidates.from_row(row[::-1].copy()), 0.0) == 500
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"top_k": 1}, {"top_k": 1, "top_p": 0.5}])
 def test_greedy_takes_the_lowest_of_equal_ids(options):
     row = np.array([0, 3, 1, 3, 3], np.float32)
     for seed in range(5):
-        assert Sampler(SamplingSettings(**options), seed).sample(row, []) == 1
+        assert Sampler(SamplingSettings(**options), seed).sample(LogitsRow(row), []) == 1
 
 
 @pytest.mark.parametrize("temperature", [1e-45, 1e-300, 1e-3])
 def test_a_tiny_temperature_is_greedy(temperature):
     row = np.array([1, 9, 2, 8.5], np.float32)
-    assert Sampler(SamplingSettings(temperature=temperature), 1).sample(row, []) == 1
+    assert Sampler(SamplingSettings(temperature=temperature), 1).sample(LogitsRow(row), []) == 1
 
 
 def test_a_huge_temperature_is_uniform():
@@ -153,7 +155,7 @@ def test_the_given_row_stays_as_it_is():
     row = np.random.default_rng(1).standard_normal(100).astype(np.float32)
     before = row.copy()
     options = SamplingSettings(repetition_penalty=2.0, top_k=3)
-    Sampler(options, 1, TokenRoles(banned_ids=(5,))).sample(row, [1, 2, 3])
+    Sampler(options, 1, TokenRoles(banned_ids=(5,))).sample(LogitsRow(row), [1, 2, 3])
     assert (row == before).all()
 
 
@@ -170,14 +172,14 @@ def test_padding_is_never_drawn():
     row[90:] = 50
     for options in ({}, {"temperature": 0}, {"top_k": 5}, {"repetition_penalty": 1.5}):
         sampler = Sampler(SamplingSettings(**options), 3, TokenRoles(vocab_size=90))
-        assert all(sampler.sample(row, [95, 1]) < 90 for _ in range(20))
+        assert all(sampler.sample(LogitsRow(row), [95, 1]) < 90 for _ in range(20))
 
 
 def test_the_same_seed_gives_the_same_tokens():
     row = np.random.default_rng(2).standard_normal(1000).astype(np.float32)
 
     def tokens(sampler: Sampler) -> list[int]:
-        return [sampler.sample(row, []) for _ in range(50)]
+        return [sampler.sample(LogitsRow(row), []) for _ in range(50)]
 
     options = SamplingSettings(seed=7)
     assert tokens(Sampler(options)) == tokens(Sampler(options))
@@ -191,7 +193,7 @@ def test_the_generator_is_the_same_on_every_machine():
     """Recorded once: a seed that a user noted down must not change its text."""
     row = np.zeros(1000, np.float32)
     sampler = Sampler(SamplingSettings(seed=1234))
-    assert [sampler.sample(row, []) for _ in range(5)] == [557, 223, 293, 579, 811]
+    assert [sampler.sample(LogitsRow(row), []) for _ in range(5)] == [557, 223, 293, 579, 811]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -200,10 +202,10 @@ def test_damaged_logits_are_an_error(value, options):
     row = np.zeros(100, np.float32)
     row[40] = value
     with pytest.raises(InvalidCheckpoint, match="NaN or infinity"):
-        Sampler(SamplingSettings(**options), 1).sample(row, [])
+        Sampler(SamplingSettings(**options), 1).sample(LogitsRow(row), [])
 
 
 def test_large_finite_logits_are_none():
     row = np.full(100, 3e38, np.float32)
     row[7] = 3.2e38
-    assert Sampler(SamplingSettings(), 1).sample(row, []) == 7
+    assert Sampler(SamplingSettings(), 1).sample(LogitsRow(row), []) == 7

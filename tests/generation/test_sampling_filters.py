@@ -13,8 +13,7 @@ import support.samplers_defined as defined
 from exl_loader.generation.sampling import Candidates, curves, filters
 from exl_loader.generation.sampling.candidates import largest
 from exl_loader.generation.sampling.feedback import AdaptiveP, Mirostat
-from exl_loader.generation.sampling.selection import fewest
-from exl_loader.generation.sampling.values import measures
+from exl_loader.generation.sampling.numerics import fewest_reaching, measures
 
 VOCAB = 152_064
 
@@ -81,7 +80,7 @@ def random_row(seed: int, size: int, scale: float) -> np.ndarray:
 def check(name: str, value, row: np.ndarray, given: Candidates | None = None) -> None:
     sampler, definition, _ = CASES[name]
     before = row.copy()
-    actual = sampler(given or Candidates.of_row(row), value)
+    actual = sampler(given or Candidates.from_row(row), value)
     expected = defined.softmax(definition(row, value))
     np.testing.assert_allclose(distribution(actual, len(row)), expected, rtol=2e-4, atol=1e-30)
     assert (row == before).all()
@@ -102,7 +101,7 @@ def test_after_other_samplers(name, value):
     row = random_row(5, 500, 2.0)
     row[np.argsort(-row)[[0, 3, 7]]] = -np.inf
     check(name, value, row)
-    kept = largest(Candidates.of_row(row), 60)
+    kept = largest(Candidates.from_row(row), 60)
     rest = np.full_like(row, -np.inf)
     rest[kept.ids] = row[kept.ids]
     check(name, value, rest, kept)
@@ -113,7 +112,7 @@ def test_one_possible_token_stays(name):
     row = np.full(50, -np.inf, np.float32)
     row[7] = 3
     for value in CASES[name][2]:
-        actual = CASES[name][0](Candidates.of_row(row), value)
+        actual = CASES[name][0](Candidates.from_row(row), value)
         assert distribution(actual, 50)[7] == 1
         alone = actual.take(np.flatnonzero(actual.ids == 7))
         assert distribution(CASES[name][0](alone, value), 50)[7] == 1
@@ -128,7 +127,7 @@ def test_equal_logits_are_treated_alike(name):
 
 
 def test_of_equal_logits_the_lowest_ids_stay():
-    flat = Candidates.of_row(np.zeros(1000, np.float32))
+    flat = Candidates.from_row(np.zeros(1000, np.float32))
     assert filters.keep_top_k(flat, 3).ids.tolist() == [0, 1, 2]
     assert filters.keep_top_p(flat, 0.0025).ids.tolist() == [0, 1, 2]
     assert filters.keep_tail_free(flat, 0.5).ids.tolist() == list(range(1000))
@@ -140,7 +139,7 @@ def test_extreme_logits(name):
     row = np.array([-3e38, 0, 1e4, 2.9e38, 3e38, -1e-38], np.float32)
     for value in CASES[name][2]:
         with np.errstate(over="ignore"):
-            actual = distribution(CASES[name][0](Candidates.of_row(row), value), 6)
+            actual = distribution(CASES[name][0](Candidates.from_row(row), value), 6)
         assert np.isfinite(actual).all() and actual.sum() == pytest.approx(1)
 
 
@@ -154,7 +153,7 @@ def test_a_whole_vocabulary(name, value, scale):
     """The selections that avoid a full sort, and sums over many small numbers."""
     row = random_row(8, VOCAB, scale)
     expected = defined.softmax(CASES[name][1](row, value))
-    actual = distribution(CASES[name][0](Candidates.of_row(row), value), VOCAB)
+    actual = distribution(CASES[name][0](Candidates.from_row(row), value), VOCAB)
     # Rounding may decide about a token at the edge, and nothing else.
     assert np.abs(actual - expected).sum() < 1e-4
 
@@ -162,7 +161,7 @@ def test_a_whole_vocabulary(name, value, scale):
 @pytest.mark.parametrize(("name", "value"), PAIRS)
 def test_tokens_that_are_impossible_count_as_those_that_are_left_out(name, value):
     """A filter that keeps most of a vocabulary makes the others impossible."""
-    before = filters.keep_min_p(Candidates.of_row(random_row(9, 20_000, 0.5)), 0.05)
+    before = filters.keep_min_p(Candidates.from_row(random_row(9, 20_000, 0.5)), 0.05)
     assert len(before) == 20_000 and np.isneginf(before.logits).any()
     compressed = before.take(np.flatnonzero(before.logits > -np.inf))
     actual, expected = (CASES[name][0](given, value) for given in (before, compressed))
@@ -174,7 +173,7 @@ def test_xtc_spares_line_breaks_and_end_tokens():
     row = np.log(np.array([0.4, 0.3, 0.2, 0.1], np.float32))
     kept = {
         spared: filters.exclude_top_choices(
-            Candidates.of_row(row), 0.15, frozenset({spared})).ids.tolist()
+            Candidates.from_row(row), 0.15, frozenset({spared})).ids.tolist()
         for spared in range(5)
     }
     assert kept == {0: [0, 1, 2, 3], 1: [0, 1, 2, 3], 2: [2, 3], 3: [2, 3], 4: [2, 3]}
@@ -198,8 +197,8 @@ def test_the_fewest_keys_that_reach_a_sum(kind):
     reached = np.cumsum(weight[order], dtype=np.float64)
     for share in (0.001, 0.3, 0.77, 0.9999, 2.0):
         target = share * reached[-1]
-        place = min(int(np.searchsorted(reached, target)), size - 1)
-        assert fewest(keys, weight, target) == (keys[order[place]], place + 1)
+        index = min(int(np.searchsorted(reached, target)), size - 1)
+        assert fewest_reaching(keys, weight, target) == (keys[order[index]], index + 1)
 
 
 def test_measures():
@@ -219,7 +218,7 @@ def test_mirostat_follows_its_formulas():
     mirostat, mu = Mirostat(tau, eta), 2 * tau
     for _ in range(50):
         row = (rng.standard_normal(300) * 3).astype(np.float32)
-        kept = mirostat.apply(Candidates.of_row(row))
+        kept = mirostat.apply(Candidates.from_row(row))
         expected = defined.softmax(defined.mirostat_kept(row, mu))
         np.testing.assert_allclose(distribution(kept, 300), expected, rtol=1e-4, atol=1e-30)
         token = int(rng.choice(300, p=expected))
@@ -240,7 +239,7 @@ def test_adaptive_p_follows_its_formulas(target, decay):
         p = defined.softmax(row)
         distance = np.abs(p - np.clip(2 * target - drawn[0] / drawn[1], 0, 1)) / 0.3
         bent = np.where(row > -np.inf, 5 - 10 * distance**2 / (1 + distance), -np.inf)
-        given = largest(Candidates.of_row(row), 200)
+        given = largest(Candidates.from_row(row), 200)
         actual = sampler.apply(given)
         assert not actual.is_sorted and (np.diff(actual.ids) > 0).all()
         expected = defined.softmax(bent)

@@ -8,8 +8,9 @@ import torch
 from transformers.generation import logits_process as hf
 
 import support.samplers_defined as defined
-from exl_loader.generation.sampling import STAGES, Sampler, TokenRoles
-from exl_loader.generation.sampling.pipeline import chosen_stages
+from exl_loader.generation.forward_model import LogitsRow
+from exl_loader.generation.sampling import SAMPLERS, Sampler, TokenRoles
+from exl_loader.generation.sampling.pipeline import chosen_samplers
 from exl_loader.generation.settings import SAMPLER_PRIORITY, SamplingSettings
 from exl_loader.text.tokenizer import Tokenizer
 from exl_loader.utils.errors import InvalidSettings
@@ -20,7 +21,7 @@ from support.tiny import write_tokenizer
 
 
 def final_distribution(row, options, history=(), roles=None) -> dict[int, float]:
-    left = Sampler(SamplingSettings(**options), 1, roles).candidates(row, history)
+    left = Sampler(SamplingSettings(**options), 1, roles).candidates(LogitsRow(row), history)
     share = defined.softmax(left.logits)
     return {int(i): float(p) for i, p in zip(left.ids, share, strict=True) if p > 0}
 
@@ -28,7 +29,7 @@ def final_distribution(row, options, history=(), roles=None) -> dict[int, float]
 def test_every_sampler_has_its_place_in_the_default_order():
     # These two come last, whatever their place.
     names = [name for name in SAMPLER_PRIORITY if name not in ("mirostat", "adaptive_p")]
-    assert [stage.name for stage in STAGES] == names
+    assert [sampler.name for sampler in SAMPLERS] == names
 
 
 def test_samplers_run_in_the_order_of_the_priority():
@@ -48,13 +49,13 @@ def test_temperature_last_moves_all_that_bends_the_distribution():
         temperature_last=True, temperature=2, dynamic_temperature=True, smoothing_factor=1,
         min_p=0.1, no_repeat_ngram_size=2, sampler_priority="quadratic_sampling,min_p",
     )
-    assert [stage.name for stage in chosen_stages(settings)] == [
+    assert [sampler.name for sampler in chosen_samplers(settings)] == [
         "no_repeat_ngram", "min_p", "temperature", "dynamic_temperature", "quadratic_sampling",
     ]
 
 
 def test_samplers_that_are_off_cost_nothing():
-    assert chosen_stages(SamplingSettings()) == ()
+    assert chosen_samplers(SamplingSettings()) == ()
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
@@ -97,12 +98,12 @@ def test_all_samplers_at_once(seed):
 def test_xtc_happens_as_often_as_asked():
     row = np.log(np.array([0.4, 0.3, 0.2, 0.1], np.float32))
     sampler = Sampler(SamplingSettings(xtc_probability=0.3, xtc_threshold=0.15), 5)
-    happened = sum(len(sampler.candidates(row, [])) == 2 for _ in range(4000))
+    happened = sum(len(sampler.candidates(LogitsRow(row), [])) == 2 for _ in range(4000))
     # Mean 1200, standard deviation 29.
     assert abs(happened - 1200) < 6 * 29
     spared = TokenRoles(spared_ids=frozenset({1}))
     always = SamplingSettings(xtc_probability=1, xtc_threshold=0.15)
-    assert len(Sampler(always, 5, spared).candidates(row, [])) == 4
+    assert len(Sampler(always, 5, spared).candidates(LogitsRow(row), [])) == 4
 
 
 def test_mirostat_keeps_the_surprise_near_its_target():
@@ -119,17 +120,17 @@ def test_mirostat_keeps_the_surprise_near_its_target():
 
 def final_share(sampler: Sampler, row) -> float:
     """Draw, and return the token's probability among those it was drawn from."""
-    left = sampler.candidates(row, [])
-    token = sampler.sample(row, [])
+    left = sampler.candidates(LogitsRow(row), [])
+    token = sampler.sample(LogitsRow(row), [])
     return float(defined.softmax(left.logits)[left.ids == token][0])
 
 
 def test_requests_do_not_share_a_state():
     row = np.random.default_rng(12).standard_normal(400).astype(np.float32)
     settings = SamplingSettings(mirostat_mode=2, xtc_probability=0.5, xtc_threshold=0.01, seed=9)
-    alone = [Sampler(settings).sample(row, []) for _ in range(1)]
+    alone = [Sampler(settings).sample(LogitsRow(row), []) for _ in range(1)]
     one, two = Sampler(settings), Sampler(settings)
-    together = [(one.sample(row, []), two.sample(row, [])) for _ in range(30)]
+    together = [(one.sample(LogitsRow(row), []), two.sample(LogitsRow(row), [])) for _ in range(30)]
     assert together[0][0] == alone[0]
     assert all(first == second for first, second in together)
 
@@ -151,9 +152,10 @@ def test_penalties_count_where_the_likeliest_token_is_taken():
                     {"logit_bias": {0: -1}}):
         for way in ({"temperature": 0}, {"do_sample": False}, {"top_k": 1}):
             sampler = Sampler(SamplingSettings(**options, **way), 1)
-            assert sampler.sample(row, [0, 0]) == 1
+            assert sampler.sample(LogitsRow(row), [0, 0]) == 1
     reward = {"encoder_repetition_penalty": 1.1, "do_sample": False}
-    assert Sampler(SamplingSettings(**reward), 1, TokenRoles(prompt_ids=[1])).sample(row, []) == 1
+    sampler = Sampler(SamplingSettings(**reward), 1, TokenRoles(prompt_ids=[1]))
+    assert sampler.sample(LogitsRow(row), []) == 1
 
 
 def test_what_excludes_the_likeliest_token_does_not_count_there():
@@ -161,11 +163,11 @@ def test_what_excludes_the_likeliest_token_does_not_count_there():
     for options in ({"xtc_probability": 1}, {"typical_p": 0.01}, {"mirostat_mode": 2},
                     {"adaptive_target": 0.01}, {"smoothing_factor": 1, "smoothing_curve": 9}):
         for way in ({"temperature": 0}, {"do_sample": False}):
-            assert Sampler(SamplingSettings(**options, **way), 1).sample(row, []) == 1
+            assert Sampler(SamplingSettings(**options, **way), 1).sample(LogitsRow(row), []) == 1
 
 
 def test_bans_that_leave_nothing_are_an_error():
-    row = np.zeros(3, np.float32)
+    row = LogitsRow(np.zeros(3, np.float32))
     with pytest.raises(InvalidSettings, match="token bans.*Ban fewer tokens"):
         Sampler(SamplingSettings(), 1, TokenRoles(banned_ids=(0, 1, 2))).sample(row, [])
     with pytest.raises(InvalidSettings, match="token bans.*no_repeat_ngram_size"):
@@ -196,7 +198,7 @@ def spm_tokenizer(tmp_path_factory) -> Tokenizer:
 
 
 def roles_of(options, tokenizer, eos_ids=(2,)) -> TokenRoles:
-    return TokenRoles.of_request(
+    return TokenRoles.from_request(
         SamplingSettings(**options), tokenizer, vocab_size=300, eos_ids=eos_ids, prompt_ids=[7]
     )
 
@@ -253,8 +255,8 @@ def test_no_common_setting_sorts_the_vocabulary(options, scale):
     row = (rng.standard_normal(152_064) * scale).astype(np.float32)
     history = rng.integers(0, 152_064, 4000)
     sampler = Sampler(SamplingSettings(**options), 1)
-    sampler.sample(row, history)
-    counts = count(lambda: sampler.sample(row, history))
+    sampler.sample(LogitsRow(row), history)
+    counts = count(lambda: sampler.sample(LogitsRow(row), history))
     assert counts.sorted_elements < len(row) / 16
     # A loop over tokens in Python would be a thousand times more.
     assert counts.calls < 1000

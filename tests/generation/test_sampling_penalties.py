@@ -11,8 +11,12 @@ from transformers.generation import logits_process as hf
 
 import support.samplers_defined as defined
 from exl_loader.generation.sampling import Candidates, guide, penalties
-from exl_loader.generation.sampling.penalties import Past
-from exl_loader.generation.sampling.repeats import MAX_REPEAT, earlier_matches, longest_repeats
+from exl_loader.generation.sampling.penalties import (
+    MAX_REPEAT,
+    Past,
+    earlier_matches,
+    longest_repeats,
+)
 
 VOCAB = 200
 
@@ -40,15 +44,15 @@ def check(actual: Candidates, expected: np.ndarray) -> None:
 
 def some_of(row: np.ndarray) -> Candidates:
     """Half of the tokens, so that a part of the penalised ones is not there; sorted."""
-    places = np.argsort(-row, kind="stable")[: len(row) // 2]
-    return Candidates(places, row[places], len(row), is_sorted=True)
+    indices = np.argsort(-row, kind="stable")[: len(row) // 2]
+    return Candidates(indices, row[indices], len(row), is_sorted=True)
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.3, 4.0])
 def test_repetition(drawn, penalty):
     row, history = drawn
     expected = process(hf.RepetitionPenaltyLogitsProcessor(penalty), row, history)
-    for candidates in (Candidates.of_row(row), some_of(row)):
+    for candidates in (Candidates.from_row(row), some_of(row)):
         check(penalties.penalize_repetition(candidates, history, penalty), expected)
 
 
@@ -57,7 +61,7 @@ def test_encoder_repetition(drawn, penalty):
     row, prompt = drawn
     processor = hf.EncoderRepetitionPenaltyLogitsProcessor(penalty, torch.tensor(prompt)[None])
     expected = process(processor, row, [1, 2, 3])
-    for candidates in (Candidates.of_row(row), some_of(row)):
+    for candidates in (Candidates.from_row(row), some_of(row)):
         check(penalties.reward_encoder_tokens(candidates, np.unique(prompt), penalty), expected)
 
 
@@ -66,7 +70,7 @@ def test_encoder_repetition(drawn, penalty):
 def test_presence_and_frequency(drawn, penalty, penalty_range):
     row, history = drawn
     counts = np.bincount(history[-penalty_range:] if penalty_range else history, minlength=VOCAB)
-    for candidates in (Candidates.of_row(row), some_of(row)):
+    for candidates in (Candidates.from_row(row), some_of(row)):
         past = Past(history, penalty_range)
         check(penalties.penalize_presence(candidates, past, penalty), row - penalty * (counts > 0))
         check(penalties.penalize_frequency(candidates, past, penalty), row - penalty * counts)
@@ -77,7 +81,7 @@ def test_no_repeated_ngrams(drawn, size):
     row, history = drawn
     history = history % 4
     expected = process(hf.NoRepeatNGramLogitsProcessor(size), row, history)
-    for candidates in (Candidates.of_row(row), some_of(row)):
+    for candidates in (Candidates.from_row(row), some_of(row)):
         check(penalties.ban_repeated_ngrams(candidates, history, size), expected)
 
 
@@ -85,9 +89,9 @@ def test_biases_and_bans(drawn):
     row, _ = drawn
     expected = process(hf.SequenceBiasLogitsProcessor([[[3], 2.5], [[70], -9.0]]), row, [1])
     biases = ((3, 2.5), (70, -9.0), (VOCAB + 5, 1.0))
-    check(penalties.add_bias(Candidates.of_row(row), biases), expected)
+    check(penalties.add_bias(Candidates.from_row(row), biases), expected)
     expected = process(hf.SuppressTokensLogitsProcessor([0, 9]), row, [1])
-    check(penalties.ban(Candidates.of_row(row), (0, 9, VOCAB + 5)), expected)
+    check(penalties.ban(Candidates.from_row(row), (0, 9, VOCAB + 5)), expected)
 
 
 @pytest.mark.parametrize("length", [0, 1, 4095, 4096, 20_000])
@@ -102,7 +106,7 @@ def test_padding_in_the_history_does_nothing(drawn):
     """Ids beyond the sampled vocabulary, which a prompt may contain."""
     row, history = drawn
     padded = np.concatenate([history, [VOCAB, VOCAB + 9]])
-    candidates = Candidates.of_row(row)
+    candidates = Candidates.from_row(row)
     without = penalties.penalize_frequency(candidates, Past(history, 0), 1.0)
     check(penalties.penalize_frequency(candidates, Past(padded, 0), 1.0), without.logits)
     dried = penalties.penalize_repeats(
@@ -114,10 +118,10 @@ def test_penalties_never_make_a_token_impossible():
     row = np.zeros(4, np.float32)
     past = Past(np.array([0, 0, 1, 2, 3]), 0)
     for penalised in (
-        penalties.penalize_frequency(Candidates.of_row(row), past, 1e300),
-        penalties.add_bias(Candidates.of_row(row), [(0, -1e300)]),
+        penalties.penalize_frequency(Candidates.from_row(row), past, 1e300),
+        penalties.add_bias(Candidates.from_row(row), [(0, -1e300)]),
         penalties.penalize_repeats(
-            Candidates.of_row(row), np.zeros(60, np.int64), 5, 1e9, 1, np.empty(0, np.int64)),
+            Candidates.from_row(row), np.zeros(60, np.int64), 5, 1e9, 1, np.empty(0, np.int64)),
     ):
         assert np.isfinite(penalised.logits).all()
         assert penalised.logits[0] < -1e29
@@ -131,7 +135,7 @@ def penalised(ids, **options) -> dict[int, float]:
     breakers = np.array(sorted(options.pop("breakers", ())), np.int64)
     values = {"multiplier": 0.8, "base": 1.75, "allowed_length": 2, **options}
     actual = penalties.penalize_repeats(
-        Candidates.of_row(row), np.asarray(ids, np.int64), *values.values(), breakers)
+        Candidates.from_row(row), np.asarray(ids, np.int64), *values.values(), breakers)
     return {int(i): -float(actual.logits[i]) for i in np.flatnonzero(actual.logits)}
 
 

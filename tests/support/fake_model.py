@@ -11,6 +11,7 @@ import torch
 from exl_loader.cache.layout import PAGE_LEN, CacheLayer, CacheType, pages_for
 from exl_loader.cache.paging import PagedCache
 from exl_loader.engine import LoadedModel
+from exl_loader.generation.forward_model import LogitsRow
 
 
 class FakeModel:
@@ -50,7 +51,7 @@ class FakeModel:
 
     def forward_rows(self, entries, logits="last"):
         rows = self.forward(entries, logits)
-        return [] if rows is None else list(rows.numpy())
+        return [] if rows is None else [LogitsRow(row) for row in rows.numpy()]
 
     def _forward(self, entries, logits):
         assert 0 < len(entries) <= self.max_batch_size

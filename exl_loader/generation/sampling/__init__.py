@@ -1,25 +1,25 @@
-"""From a row of logits to a token.
+"""Draws tokens from rows of logits.
 
-    a grammar                             leaves out what it does not allow
-    biases and bans                       always first of the samplers
+For each token these run in order:
+
+    a grammar                             restricts the tokens
+    biases and bans                       always before the samplers
     penalties, curves, filters            in the order of `sampler_priority`
-    mirostat, adaptive-p                  last, because they learn from what is drawn
-    one draw                              from what remains
+    mirostat, adaptive-p                  last, because their state depends on the drawn token
+    one draw                              among the remaining candidates
 
-Every sampler is a pure function of `Candidates` in `penalties`, `curves` or `filters`, and
-`pipeline.STAGES` names them all; those in `feedback` have a state besides, one a request.
+Each sampler is a pure function of `Candidates` in `penalties`, `curves` or `filters`, and
+`pipeline.SAMPLERS` lists all of them. Samplers with a state per request are in `feedback`.
+To add a sampler, write its function, list it in `pipeline.SAMPLERS`, and add its settings to
+`SamplingSettings` and its name to `settings.SAMPLER_PRIORITY`.
 
-A row may stay on a device (`lazy_row`): then its likeliest tokens, and what is known of the
-others (`rest`), decide where they surely give what the whole row would give.
+If a device has computed the top logits of a row, they are tried first; `tail` decides whether
+they suffice.
 """
 
 from .candidates import Candidates, draw
-from .guidance import guide
-from .lazy_row import LazyRow, argmax
-from .pipeline import STAGES
-from .sampler import Sampler
-from .tokens import TokenRoles
+from .curves import guide
+from .pipeline import SAMPLERS
+from .sampler import Sampler, TokenRoles
 
-__all__ = [
-    "STAGES", "Candidates", "LazyRow", "Sampler", "TokenRoles", "argmax", "draw", "guide",
-]
+__all__ = ["SAMPLERS", "Candidates", "Sampler", "TokenRoles", "draw", "guide"]

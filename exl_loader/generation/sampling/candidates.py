@@ -1,7 +1,7 @@
-"""The tokens that may still be drawn, and what every sampler needs to know about them.
+"""The tokens that may still be drawn, and the draw.
 
-A vocabulary has up to 256k tokens and a step takes a few milliseconds, so nothing sorts all of
-it: what needs an order first selects the tokens that can matter.
+A vocabulary has up to 256,000 tokens and a step takes a few milliseconds, so nothing sorts all
+of it: a sampler that needs an order first selects the tokens that can matter.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from .rest import SUM_SLACK, Rest, Undecided
-from .selection import largest_places
-from .values import BLOCK, Floats, Ids, Mask, Places, total, weights
+from ..forward_model import TopLogits
+from .numerics import BLOCK, Floats, Ids, Indices, Mask, largest_indices, total, weights
+from .tail import Tail, require_same
 
 _HALF = np.float32(0.5)
 
-# Copies of fewer candidates stay in memory that the process has already.
+# Copies of fewer candidates fit into memory that the process already has.
 _MANY = 16_384
 
 
@@ -29,147 +29,156 @@ class Candidates:
     """Tokens that may still be drawn. No function changes its arrays.
 
     Args:
-        ids: int64 [n]; rising where not `is_sorted`.
+        ids: int64 [n]; rising unless `is_sorted`.
         logits: float32 [n]; -inf for impossible tokens.
-        num_tokens: how many tokens the vocabulary has, those that were filtered out included.
+        num_tokens: size of the vocabulary, tokens that were filtered out included.
         is_sorted: logits fall, equal ones by rising id.
-        rest: others of which less is known; then all that are likelier than its bound are
-            here, sorted, and what depends on the others raises `Undecided`. The first sampler
-            that leaves tokens out leaves all of these out, or raises.
+        tail: the other tokens of a row of which only the top logits are known. Then the
+            candidates are sorted, all tokens with larger logits than the tail's bound are among
+            them, and whatever needs more raises `Undecided`. The first sampler that removes
+            tokens removes the whole tail, or raises.
     """
 
     ids: Ids
     logits: Floats
     num_tokens: int
     is_sorted: bool = False
-    rest: Rest | None = None
+    tail: Tail | None = None
 
     @classmethod
-    def of_row(cls, row: Floats) -> Candidates:
-        """All tokens of a row of logits, float32 [vocab_size]."""
+    def from_row(cls, row: Floats) -> Candidates:
+        """Take all tokens of a row of logits, float32 [vocab_size]."""
         return cls(_all_ids(len(row)), row, len(row))
+
+    @classmethod
+    def from_top_logits(cls, top: TopLogits) -> Candidates:
+        """Take the tokens with the largest logits; the others are the tail."""
+        tail = Tail.from_weight_sum(
+            top.vocab_size - len(top.ids), top.logits[-1], float(top.logits[0]), top.weight_sum
+        )
+        return cls(top.ids, top.logits, top.vocab_size, is_sorted=True, tail=tail)
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def take(self, places: Places) -> Candidates:
-        """Keep the candidates at these places, which stand in their present order."""
-        return replace(self, ids=self.ids.take(places), logits=self.logits.take(places))
+    def take(self, indices: Indices) -> Candidates:
+        """Keep the candidates at these indices, which are in their present order."""
+        return replace(self, ids=self.ids.take(indices), logits=self.logits.take(indices))
 
     def keep(self, mask: Mask) -> Candidates:
-        """Keep the candidates that a mask, bool [n], names.
+        """Keep the candidates that a mask, bool [n], marks, and nothing of the tail.
 
-        Where most of many stay, the others become impossible instead of being left out: copying a
-        vocabulary's ids takes fresh pages, which cost more than all the rest of a sampler.
-
-        Of a rest nothing stays (`settle` comes before).
+        If most of many are kept, the others become impossible instead of being removed, because
+        a copy of a vocabulary's ids needs fresh pages of memory, which take longer than the
+        sampler itself. Callers check the tail with `require_tail_below` first.
         """
-        if self.rest is not None:
-            return self.take(np.flatnonzero(mask)).without_rest()
+        if self.tail is not None:
+            return self.take(np.flatnonzero(mask)).without_tail()
         few = len(self) < _MANY or 2 * np.count_nonzero(mask) < len(self)
         if few or self.is_sorted:
             return self.take(np.flatnonzero(mask))
-        # Infinity for those that stay and minus infinity for the others, without a branch.
+        # Infinity for tokens that are kept and minus infinity for the others, without a branch.
         bounds = np.subtract(mask, _HALF)
         bounds *= np.float32(np.inf)
         return replace(self, logits=np.minimum(self.logits, bounds, out=bounds))
 
     def head(self, count: int) -> Candidates:
-        """Keep the first candidates."""
+        """Keep the first `count` candidates."""
         return replace(self, ids=self.ids[:count], logits=self.logits[:count])
 
     def keep_from(self, floor: float, highest: float | None = None) -> Candidates:
-        """Keep the logits that reach `floor`, and the largest in any case.
+        """Keep logits of at least `floor`, and the largest one in any case.
 
         Args:
-            highest: given where the floor is somewhere from `floor` to this.
+            highest: if given, the floor is only known to lie between `floor` and this.
 
         Raises:
-            Undecided: it matters where, or some of the rest may reach it.
+            Undecided: the result depends on where, or the tail may contain such a logit.
         """
         largest = self.logits.max()
         bound = min(np.float32(floor), largest)
-        self.settle(bound)
+        self.require_tail_below(bound)
         mask = self.logits >= bound
         if highest is not None and highest > floor:
             other = self.logits >= min(np.float32(highest), largest)
-            if np.count_nonzero(other) != np.count_nonzero(mask):
-                raise Undecided
+            require_same(np.count_nonzero(mask), np.count_nonzero(other))
         return self.keep(mask)
 
-    def without_rest(self) -> Candidates:
-        """These alone, as samplers would leave them of a whole row: with rising ids."""
-        return self if self.rest is None else replace(self, rest=None).by_id()
+    def without_tail(self) -> Candidates:
+        """Drop the tail and sort by id, as samplers would leave the candidates of a whole row."""
+        return self if self.tail is None else replace(self, tail=None).by_id()
 
-    def settle(self, least: np.float32) -> None:
-        """Check that nothing of the rest has a logit of `least` or more.
+    def require_tail_below(self, least: np.float32) -> None:
+        """Check that the tail contains no logit of `least` or more.
 
         Raises:
-            Undecided: some may.
+            Undecided: it may contain one.
         """
-        if self.rest is not None and not least > self.rest.bound:
-            raise Undecided
+        if self.tail is not None:
+            self.tail.require_below(least)
 
     def totals(self, weight: Floats) -> tuple[float, float]:
-        """Sum `weights` of these and of the rest: between which numbers it lies."""
+        """Return an interval that contains the sum of weights over candidates and tail.
+
+        Args:
+            weight: `weights(self.logits)`.
+        """
         known = total(weight)
-        if self.rest is None:
+        if self.tail is None:
             return known, known
-        low, high = self.rest.weight_range(float(self.logits.max()))
-        return (known + low) * (1 - SUM_SLACK), (known + high) * (1 + SUM_SLACK)
+        return self.tail.add_to(known, float(self.logits.max()))
 
     def by_id(self) -> Candidates:
-        """The same with rising ids."""
+        """Return the same candidates by rising id."""
         if not self.is_sorted:
             return self
         return replace(self.take(np.argsort(self.ids)), is_sorted=False)
 
-    def locate(self, ids: Ids) -> tuple[Places, Mask]:
+    def locate(self, ids: Ids) -> tuple[Indices, Mask]:
         """Find tokens among candidates that are not sorted.
 
         Returns:
-            The places of those that are there, and bool [len(ids)] which those are.
+            The indices of the tokens that are candidates, and a mask, bool [len(ids)], of them.
         """
         assert not self.is_sorted
         if len(self) == self.num_tokens:
             found = (ids >= 0) & (ids < self.num_tokens)
             return ids[found], found
-        places = np.minimum(np.searchsorted(self.ids, ids), len(self) - 1)
-        found = self.ids[places] == ids
-        return places[found], found
+        indices = np.minimum(np.searchsorted(self.ids, ids), len(self) - 1)
+        found = self.ids[indices] == ids
+        return indices[found], found
 
-    def places_of(self, ids: Iterable[int]) -> Places:
-        """Places of a few tokens, of those that are there."""
+    def indices_of(self, ids: Iterable[int]) -> Indices:
+        """Return the indices of those of a few tokens that are candidates."""
         wanted = np.fromiter(ids, np.int64)
         if self.is_sorted:
             return np.flatnonzero(np.isin(self.ids, wanted))
         return self.locate(wanted)[0]
 
-    def with_logits(self, places: Places, values: Floats) -> Candidates:
-        """Change the logits at these places of candidates that are not sorted."""
+    def with_logits(self, indices: Indices, values: Floats) -> Candidates:
+        """Replace the logits at these indices of candidates that are not sorted."""
         assert not self.is_sorted
         logits = self.logits.copy()
-        logits[places] = values
+        logits[indices] = values
         return replace(self, logits=logits)
 
-
-    def find(self, ids: Ids) -> tuple[Places, Places]:
-        """Find the candidates, in whatever order, that are among many tokens.
+    def find(self, ids: Ids) -> tuple[Indices, Indices]:
+        """Find the candidates, in any order, that are among many tokens.
 
         Returns:
-            Their places, rising, and for each a place in `ids` where it stands.
+            Their indices, rising, and for each one an index in `ids` with the same token.
         """
         if len(ids) and ids.max() >= self.num_tokens:
             ids = np.minimum(ids, self.num_tokens)
-        # Places by token: what nothing was written to says something, and is found out below.
-        place_of = np.empty(self.num_tokens + 1, np.uint32)
-        place_of[ids] = np.arange(len(ids), dtype=np.uint32)
-        at = np.minimum(place_of[self.ids], np.uint32(len(ids) - 1))
-        places = np.flatnonzero(ids[at] == self.ids)
-        return places, at[places]
+        # Index by token. Uninitialised entries hold any index; the comparison below finds them.
+        index_of = np.empty(self.num_tokens + 1, np.uint32)
+        index_of[ids] = np.arange(len(ids), dtype=np.uint32)
+        at = np.minimum(index_of[self.ids], np.uint32(len(ids) - 1))
+        indices = np.flatnonzero(ids[at] == self.ids)
+        return indices, at[indices]
 
     def reordered(self, logits: Floats) -> Candidates:
-        """The same tokens with other logits, float32 [n], sorted."""
+        """Return the same tokens with other logits, float32 [n], sorted."""
         order = np.argsort(-logits, kind="stable")
         falling = logits[order]
         if np.any(falling[1:] == falling[:-1]):
@@ -185,46 +194,47 @@ def _all_ids(count: int) -> Ids:
 
 
 def log_totals(candidates: Candidates) -> tuple[float, float]:
-    """`log_total` of these and of the rest: between which numbers it lies."""
+    """Return an interval that contains `log_total` of candidates and tail."""
     low, high = candidates.totals(weights(candidates.logits))
     return math.log(low), math.log(high)
 
 
 def largest(candidates: Candidates, count: int) -> Candidates:
-    """The `count` largest logits, of equal ones those with the lowest ids; sorted.
+    """Keep the `count` largest logits, of equal ones those with the lowest ids; sorted.
 
     Raises:
-        Undecided: some of the rest may be among them.
+        Undecided: the tail may contain one of them.
     """
     if candidates.is_sorted:
         found = candidates.head(count)
     else:
         found = replace(
-            candidates.take(largest_places(candidates.logits, count)), is_sorted=True
+            candidates.take(largest_indices(candidates.logits, count)), is_sorted=True
         )
-    candidates.settle(found.logits[-1])
-    return replace(found, rest=None)
+    candidates.require_tail_below(found.logits[-1])
+    return replace(found, tail=None)
 
 
 def draw(candidates: Candidates, uniform: float) -> int:
-    """Take the token at which the summed probability passes `uniform`, in [0, 1)."""
+    """Draw a token: the first at which the summed probability exceeds `uniform`, in [0, 1)."""
     weight = weights(candidates.logits)
     if len(weight) < BLOCK:
-        place, _ = _pass(np.cumsum(weight, dtype=np.float64), uniform * float(weight.sum()))
-        return int(candidates.ids[place])
-    # Summed by blocks first: a running sum of a whole vocabulary would take a millisecond.
+        index, _ = _first_above(np.cumsum(weight, dtype=np.float64), uniform * float(weight.sum()))
+        return int(candidates.ids[index])
+    # Summed by blocks first, because a running sum of a whole vocabulary takes a millisecond.
     whole = len(weight) // BLOCK * BLOCK
     blocks = weight[:whole].reshape(-1, BLOCK).sum(axis=1)
-    reached = np.cumsum(np.append(blocks, weight[whole:].sum()), dtype=np.float64)
-    block, rest = _pass(reached, uniform * reached[-1])
+    sums = np.cumsum(np.append(blocks, weight[whole:].sum()), dtype=np.float64)
+    block, remaining = _first_above(sums, uniform * sums[-1])
     first = block * BLOCK
-    place, _ = _pass(np.cumsum(weight[first : first + BLOCK], dtype=np.float64), rest)
-    return int(candidates.ids[first + place])
+    inner = np.cumsum(weight[first : first + BLOCK], dtype=np.float64)
+    index, _ = _first_above(inner, remaining)
+    return int(candidates.ids[first + index])
 
 
-def _pass(reached: npt.NDArray[np.float64], target: float) -> tuple[int, float]:
-    """Find where a running sum passes the target, and what of the target is left there."""
-    # Rounding may lift the target to the whole sum: then the last place that adds to it.
-    last = int(np.searchsorted(reached, reached[-1], side="left"))
-    place = min(int(np.searchsorted(reached, target, side="right")), last)
-    return place, target - float(reached[place - 1]) if place else target
+def _first_above(sums: npt.NDArray[np.float64], target: float) -> tuple[int, float]:
+    """Find the first running sum above the target; also return the target minus the sum before."""
+    # Rounding may raise the target to the whole sum. Then it is the last index that adds to it.
+    last = int(np.searchsorted(sums, sums[-1], side="left"))
+    index = min(int(np.searchsorted(sums, target, side="right")), last)
+    return index, target - float(sums[index - 1]) if index else target

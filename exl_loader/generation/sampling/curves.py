@@ -1,4 +1,4 @@
-"""Samplers that bend the distribution: temperatures and smoothing."""
+"""Samplers that change the shape of the distribution: temperatures, smoothing, guidance."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 
 from .candidates import Candidates
-from .rest import Undecided
-from .values import measures
+from .numerics import Floats, log_total, measures
+from .tail import require_no_tail
 
-# Limits of what float32 divides by and holds.
+# The smallest divisor and the largest quotient that are safe in float32.
 _TINY = float(np.finfo(np.float32).tiny)
 _HUGE = 1e30
 
@@ -23,17 +23,16 @@ def apply_temperature(candidates: Candidates, temperature: float) -> Candidates:
     divisor = max(float(temperature), _TINY)
     logits = candidates.logits
     largest = float(logits.max())
-    rest = candidates.rest
+    tail = candidates.tail
     if abs(largest) / divisor > _HUGE:
-        # The largest must stay finite, or the rest would be infinity minus infinity.
+        # The largest quotient must be finite, because infinity minus infinity is NaN.
+        require_no_tail(tail)
         logits = logits - np.float32(largest)
-        if rest is not None:
-            raise Undecided
     with np.errstate(over="ignore"):
         divided = logits / np.float32(divisor)
-        if rest is not None:
-            rest = rest.divided(np.float32(divisor), float(divided.max()))
-    return replace(candidates, logits=divided, rest=rest)
+        if tail is not None:
+            tail = tail.divided(np.float32(divisor), float(divided.max()))
+    return replace(candidates, logits=divided, tail=tail)
 
 
 def apply_dynamic_temperature(
@@ -46,24 +45,24 @@ def apply_dynamic_temperature(
     """
     possible = int(np.count_nonzero(candidates.logits > -np.inf))
     _, _, entropy = measures(candidates.logits)
-    # Rounding may take the entropy out of its bounds.
+    # Rounding may move the entropy out of its range.
     share = min(1.0, max(0.0, entropy / math.log(possible))) if possible > 1 else 0.0
     return apply_temperature(candidates, low + (high - low) * share**exponent)
 
 
 def smooth(candidates: Candidates, factor: float, curve: float) -> Candidates:
-    """Bend the logits by a quadratic and a cubic term of their distance to the largest.
+    """Change the logits by a quadratic and a cubic term of their distance to the largest.
 
     With d = l - max(l): l' = max(l) - factor ((3 - curve) / 2 d^2 - (curve - 1) / 2 d^3)
     (kalomaze's quadratic sampling with a curve, as text-generation-webui defines it). Only
-    for a curve up to 3 do the tokens surely keep their order.
+    for a curve up to 3 do the tokens certainly keep their order.
     """
     if curve > 3:
         candidates = candidates.by_id()
     quadratic, cubic = (3 - curve) / 2 * factor, (curve - 1) / 2 * factor
     largest = candidates.logits.max()
     shifted = candidates.logits - largest
-    # Horner's form; an infinite distance gives infinity times zero, which is put right below.
+    # Horner's form. An infinite distance gives infinity times zero, which is corrected below.
     with np.errstate(over="ignore", invalid="ignore"):
         bent = shifted * np.float32(cubic)
         bent -= np.float32(quadratic)
@@ -73,3 +72,27 @@ def smooth(candidates: Candidates, factor: float, curve: float) -> Candidates:
     if shifted.min() == -np.inf:
         bent[np.isneginf(shifted)] = -np.inf
     return replace(candidates, logits=bent)
+
+
+def guide(logits: Floats, negative_logits: Floats, scale: float) -> Floats:
+    """Combine the logits of a prompt with those of its negative prompt.
+
+    With a = log softmax: a_negative + scale (a - a_negative) (Sanchez et al. 2023, "Stay on
+    topic with Classifier-Free Guidance", equation 7); a scale of 1 is the prompt alone.
+
+    Args:
+        logits, negative_logits: float32 [vocab_size].
+
+    Returns:
+        float32 [vocab_size], a new array.
+    """
+    positive = _log_softmax(logits)
+    negative = _log_softmax(negative_logits)
+    positive -= negative
+    positive *= np.float32(scale)
+    positive += negative
+    return positive
+
+
+def _log_softmax(logits: Floats) -> Floats:
+    return logits - np.float32(float(logits.max()) + log_total(logits))

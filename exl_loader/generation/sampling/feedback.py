@@ -1,8 +1,8 @@
-"""Samplers that learn from what is drawn. Each request has its own.
+"""Samplers with a state, which depends on the drawn tokens. Each request has its own.
 
-They come last, whatever their place in `sampler_priority`: what they learn is about the
-distribution that the token was drawn from. (In the web UI's own code they draw at their place,
-which switches off all that stands behind them.)
+They always run last, regardless of `sampler_priority`, because their state is about the
+distribution that the token was drawn from. (In the web UI's own code they draw in the order of
+`sampler_priority`, which disables all samplers after them.)
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ import numpy as np
 
 from ..settings import SamplingSettings
 from .candidates import Candidates, log_totals
-from .values import log_total, weights
+from .numerics import log_total, weights
 
-# Of adaptive-p's curve: the width of the favoured range, the height at its middle, and how
-# steeply it falls. Fixed in llama.cpp.
+# The curve of adaptive-p: the width of the favoured range, the height at its centre, and the
+# steepness. Constants of llama.cpp.
 _WIDTH, _PEAK, _SHARPNESS = 0.3, 5.0, 10.0
 
 
 class Feedback(Protocol):
-    """A sampler with a state: `apply` and then `observe`, once a token."""
+    """A sampler with a state. For each token, `apply` is called first and then `observe`."""
 
     def apply(self, candidates: Candidates) -> Candidates:
-        """Return what to draw from."""
+        """Return the candidates to draw from."""
 
     def observe(self, token_id: int) -> None:
-        """Learn which token was drawn."""
+        """Update the state by the drawn token."""
 
 
 class Mirostat:
-    """Keeps the surprise of a text near a target, by leaving the most surprising tokens out.
+    """Keeps the surprise of a text near a target by removing the most surprising tokens.
 
     Basu et al. 2020, "Mirostat: A Neural Text Decoding Algorithm that Directly Controls
-    Perplexity", with the limit applied to probabilities as they are (version 2).
+    Perplexity", version 2, which applies the limit to the probabilities directly.
 
     Args:
-        tau: the surprise to keep, in bits a token.
-        eta: how quickly the limit follows.
+        tau: target surprise in bits per token.
+        eta: learning rate of the limit.
 
     Attributes:
-        mu: tokens more surprising than so many bits are left out; begins at 2 tau.
+        mu: the limit in bits; more surprising tokens are removed. It starts at 2 tau.
     """
 
     def __init__(self, tau: float, eta: float) -> None:
@@ -53,14 +53,14 @@ class Mirostat:
         self._kept: Candidates | None = None
 
     def apply(self, candidates: Candidates) -> Candidates:
-        """Keep tokens with -log2 p <= mu, and the likeliest in any case."""
+        """Keep tokens with -log2 p <= mu, and the likeliest one in any case."""
         low, high = log_totals(candidates)
         from_largest = float(candidates.logits.max()) - self.mu * math.log(2)
         self._kept = candidates.keep_from(from_largest + low, from_largest + high)
         return self._kept
 
     def observe(self, token_id: int) -> None:
-        """mu' = mu - eta (-log2 p - tau), with p the token's probability among those kept."""
+        """Set mu' = mu - eta (-log2 p - tau), with p the token's probability among those kept."""
         assert self._kept is not None
         surprise = -_log_p(self._kept, token_id) / math.log(2)
         self.mu -= self._eta * (surprise - self._tau)
@@ -69,9 +69,9 @@ class Mirostat:
 class AdaptiveP:
     """Favours tokens whose probability is near a target.
 
-    With a the target that would bring the mean of the drawn probabilities back,
-    a = min(1, max(0, 2 target - mean)), and d = |p - a| / 0.3: l' = 5 - 10 d^2 / (1 + d). The
-    mean forgets by the factor `decay` a token and begins at the target (llama.cpp #17927).
+    l' = 5 - 10 d^2 / (1 + d) with d = |p - a| / 0.3 and a = min(1, max(0, 2 target - mean)).
+    The mean is that of the drawn tokens' probabilities. It starts at the target, and the weight
+    of earlier tokens falls by the factor `decay` per token (llama.cpp #17927).
 
     Args:
         target: above 0, at most 1.
@@ -86,7 +86,7 @@ class AdaptiveP:
         self._given: Candidates | None = None
 
     def apply(self, candidates: Candidates) -> Candidates:
-        """Bend the distribution; impossible tokens stay so."""
+        """Replace the logits by the curve; impossible tokens stay impossible."""
         self._given = candidates = candidates.by_id()
         wanted = 2 * self._target - self._sum_seen / self._num_seen
         distance = weights(candidates.logits)
@@ -99,14 +99,14 @@ class AdaptiveP:
         return replace(candidates, logits=bent)
 
     def observe(self, token_id: int) -> None:
-        """Count the probability that the token had before `apply`."""
+        """Add the probability that the token had before `apply` to the mean."""
         assert self._given is not None
         self._sum_seen = math.exp(_log_p(self._given, token_id)) + self._decay * self._sum_seen
         self._num_seen = 1 + self._decay * self._num_seen
 
 
-def feedback_of(settings: SamplingSettings) -> tuple[Feedback, ...]:
-    """Fresh ones of those that the settings switch on, in the order in which they run."""
+def chosen_feedback(settings: SamplingSettings) -> tuple[Feedback, ...]:
+    """Make the samplers with a state that the settings enable, in the order in which they run."""
     chosen: list[Feedback] = []
     if not settings.greedy and settings.adaptive_target > 0:
         chosen.append(AdaptiveP(settings.adaptive_target, settings.adaptive_decay))

@@ -1,4 +1,4 @@
-"""Samplers that leave tokens out. Each keeps the likeliest token at least, unless it says not.
+"""Samplers that remove tokens. Each keeps at least the likeliest token, unless it says otherwise.
 
 p are the probabilities of the candidates, H is their entropy in nats.
 """
@@ -11,11 +11,22 @@ from collections.abc import Set
 import numpy as np
 
 from .candidates import Candidates, largest, log_totals
-from .rest import Undecided
-from .selection import at_least, counts_reaching, fewest, largest_values
-from .values import Floats, Mask, log_total, measures, reached_at, total, weights
+from .numerics import (
+    Floats,
+    Mask,
+    at_least,
+    counts_reaching,
+    fewest_reaching,
+    index_reaching,
+    largest_values,
+    log_total,
+    measures,
+    total,
+    weights,
+)
+from .tail import require_no_tail, require_same
 
-# Tokens that are put in order first. They decide unless the distribution is very flat.
+# This many tokens are sorted first. They suffice unless the distribution is very flat.
 _TAIL_FREE_FIRST_COUNT = 2048
 
 
@@ -24,27 +35,25 @@ def keep_top_k(candidates: Candidates, top_k: int) -> Candidates:
 
     Fan et al. 2018, "Hierarchical Neural Story Generation".
     """
-    if candidates.rest is not None and top_k > len(candidates):
-        raise Undecided
+    if top_k > len(candidates):
+        require_no_tail(candidates.tail)
     return largest(candidates, min(top_k, len(candidates)))
 
 
 def keep_top_p(candidates: Candidates, top_p: float) -> Candidates:
     """Keep the fewest likeliest tokens whose probabilities sum to top_p or more.
 
-    A token stays where the sum of all likelier ones is below top_p, of equal ones those with
-    the lowest ids (Holtzman et al. 2019, "The Curious Case of Neural Text Degeneration").
+    A token is kept if the sum of all likelier ones is below top_p; of equal ones those with the
+    lowest ids (Holtzman et al. 2019, "The Curious Case of Neural Text Degeneration").
     """
     logits = candidates.logits
     weight = weights(logits)
     low, high = candidates.totals(weight)
     if candidates.is_sorted:
-        count, most = counts_reaching(weight, top_p * low, top_p * high)
-        if count != most:
-            raise Undecided
-        candidates.settle(logits[count - 1])
-        return candidates.head(count).without_rest()
-    return candidates.keep(at_least(logits, *fewest(logits, weight, top_p * low)))
+        count = require_same(*counts_reaching(weight, top_p * low, top_p * high))
+        candidates.require_tail_below(logits[count - 1])
+        return candidates.head(count).without_tail()
+    return candidates.keep(at_least(logits, *fewest_reaching(logits, weight, top_p * low)))
 
 
 def keep_min_p(candidates: Candidates, min_p: float) -> Candidates:
@@ -60,10 +69,10 @@ def keep_top_a(candidates: Candidates, top_a: float) -> Candidates:
 
 
 def keep_top_n_sigma(candidates: Candidates, num_sigmas: float) -> Candidates:
-    """Keep logits within so many standard deviations of the largest.
+    """Keep logits that are at most `num_sigmas` standard deviations below the largest.
 
-    Tang et al. 2024, "Top-nσ: Not All Logits Are You Need", with the standard deviation of a
-    sample. Impossible tokens do not count; the web UI's own code takes their logit for 0.
+    Tang et al. 2024, "Top-nσ: Not All Logits Are You Need", with the sample standard deviation.
+    Impossible tokens do not count; the web UI's own code counts them as logits of 0.
     """
     possible = candidates.logits
     if possible.min() == -np.inf:
@@ -90,9 +99,9 @@ def keep_eta(candidates: Candidates, epsilon: float) -> Candidates:
 def keep_typical(candidates: Candidates, mass: float) -> Candidates:
     """Keep the fewest most typical tokens whose probabilities sum to `mass` or more.
 
-    The most typical ones are those with the smallest |-ln p - H|; those that equal the last
-    one kept stay too (Meister et al. 2022, "Locally Typical Sampling"). The likeliest token
-    may go.
+    The most typical tokens are those with the smallest |-ln p - H|. Tokens that are as typical
+    as the last one are kept too (Meister et al. 2022, "Locally Typical Sampling"). The
+    likeliest token may be removed.
     """
     logits = candidates.logits
     weight, log_whole, entropy = measures(logits)
@@ -101,17 +110,17 @@ def keep_typical(candidates: Candidates, mass: float) -> Candidates:
     typicality = logits - np.float32(centre)
     np.abs(typicality, out=typicality)
     np.negative(typicality, out=typicality)
-    least, _ = fewest(typicality, weight, mass * math.exp(log_whole))
+    least, _ = fewest_reaching(typicality, weight, mass * math.exp(log_whole))
     return candidates.keep(typicality >= least)
 
 
 def keep_tail_free(candidates: Candidates, share: float) -> Candidates:
-    """Cut the tail off where the curve of the falling probabilities has lost its curvature.
+    """Remove the unlikeliest tokens, where the curve of falling probabilities is nearly straight.
 
-    With d_i = |p_i - 2 p_(i+1) + p_(i+2)| scaled to sum 1, over the whole vocabulary and with
-    0 for tokens filtered out before, the first token stays, and token i + 1 while
+    Let d_i = |p_i - 2 p_(i+1) + p_(i+2)|, scaled to sum 1, over the whole vocabulary, with p = 0
+    for tokens that were removed before. The first token is kept, and token i + 1 while
     d_1 + ... + d_i <= share (Phénix and Egan 2019, "Tail Free Sampling", centred as in
-    text-generation-webui). A flat curve has no tail.
+    text-generation-webui). If all d_i are 0, every token is kept.
     """
     weight = weights(candidates.logits)
     num_hidden = candidates.num_tokens - len(weight)
@@ -125,10 +134,10 @@ def keep_tail_free(candidates: Candidates, share: float) -> Candidates:
         seen = total(curvature)
         if is_whole and seen == 0:
             return candidates
-        # The differences of a falling tail that begins with w change by 2 w in all at most.
+        # The second differences of a falling sequence that starts at w sum to at most 2 w.
         unseen = 0.0 if is_whole else 2 * float(falling[-2])
-        kept = 1 + reached_at(curvature, share * seen, beyond=True)
-        if kept == 1 + reached_at(curvature, share * (seen + unseen), beyond=True):
+        kept = 1 + index_reaching(curvature, share * seen, beyond=True)
+        if kept == 1 + index_reaching(curvature, share * (seen + unseen), beyond=True):
             break
     if kept <= _TAIL_FREE_FIRST_COUNT or candidates.is_sorted:
         return largest(candidates, min(kept, len(candidates)))
@@ -136,7 +145,7 @@ def keep_tail_free(candidates: Candidates, share: float) -> Candidates:
 
 
 def _heaviest(logits: Floats, weight: Floats, falling: Floats) -> Mask:
-    """Where the weights are that stand in order in `falling`; of equal ones the likeliest."""
+    """Mark the tokens whose sorted weights are `falling`; of equal weights the likeliest ones."""
     mask = weight > falling[-1]
     equal = np.flatnonzero(weight == falling[-1])
     equal = equal[np.argsort(-logits[equal], kind="stable")]
@@ -147,11 +156,12 @@ def _heaviest(logits: Floats, weight: Floats, falling: Floats) -> Mask:
 def exclude_top_choices(
     candidates: Candidates, threshold: float, spared_ids: Set[int]
 ) -> Candidates:
-    """Leave out all tokens with p >= threshold except the least likely of them.
+    """Remove all tokens with p >= threshold except the least likely of them.
 
-    Nothing goes where one of them is spared: the web UI spares the line break and the end
-    token, which would otherwise become far likelier or rarer than the text wants (p-e-w 2024,
-    "Exclude Top Choices", text-generation-webui #6335). How often it happens is the caller's.
+    If one of the tokens to remove is in `spared_ids`, nothing is removed. The web UI spares the
+    line break and the end token, because their probability would otherwise be distorted
+    (p-e-w 2024, "Exclude Top Choices", text-generation-webui #6335). The caller applies this
+    with a probability.
     """
     logits = candidates.logits
     floor = -np.inf
@@ -161,9 +171,9 @@ def exclude_top_choices(
     above = np.flatnonzero(~keep)
     if len(above) < 2:
         return candidates
-    # Of equal ones the last: there ids rise, whether candidates are sorted or not.
+    # Of equal ones the last, because equal logits have rising ids, sorted or not.
     values = logits[above]
     keep[above[np.flatnonzero(values == values.min())[-1]]] = True
-    if not keep[candidates.places_of(spared_ids)].all():
+    if not keep[candidates.indices_of(spared_ids)].all():
         return candidates
     return candidates.keep(keep)

@@ -1,7 +1,7 @@
-"""Samplers that look at what was written: penalties and bans.
+"""Samplers that depend on the tokens so far: penalties and bans.
 
-Candidates are those at the sampler's place in the order, so a penalty that comes after a
-filter cannot bring a token back.
+Each one changes the candidates that earlier samplers have left, so a penalty that runs after a
+filter cannot restore a removed token.
 """
 
 from __future__ import annotations
@@ -14,27 +14,30 @@ import numpy as np
 import numpy.typing as npt
 
 from .candidates import Candidates
-from .repeats import earlier_matches, longest_repeats
-from .values import Floats, Ids
+from .numerics import Floats, Ids, Indices
 
-# Added or subtracted at most: a penalty makes a token as unlikely as can be, only a ban makes
-# it impossible.
+# The largest amount that is added or subtracted. A penalty makes a token very unlikely; only a
+# ban makes it impossible.
 _LARGEST = 1e30
 
-# Up to so many tokens, sorting them is quicker than counting over the whole vocabulary.
+# Up to this many tokens, sorting them is faster than counting over the whole vocabulary.
 _SORTED_UP_TO = 4096
+
+# Longer repeats count as this long, as in the web UI. The limit keeps the penalty finite, and
+# the rounds of `longest_repeats` few in a text that repeats itself.
+MAX_REPEAT = 50
 
 
 class Past:
-    """The tokens so far, and what several penalties want to know of them.
+    """The tokens so far, and counts that several penalties share.
 
     Args:
         ids: int64 [tokens so far], prompt included.
-        penalty_range: how many of the last ones count; 0 is all.
+        penalty_range: only this many of the last tokens count; 0 is all.
 
     Attributes:
         ids: all tokens.
-        recent: those that count.
+        recent: the tokens that count.
     """
 
     def __init__(self, ids: Ids, penalty_range: int) -> None:
@@ -43,7 +46,7 @@ class Past:
 
     @cached_property
     def counts(self) -> tuple[Ids, Ids]:
-        """Tokens that count, each once, and how often each occurs there."""
+        """The distinct tokens of `recent`, and how often each occurs."""
         if len(self.recent) < _SORTED_UP_TO:
             return np.unique(self.recent, return_counts=True)
         counts = np.bincount(self.recent)
@@ -55,23 +58,24 @@ def _change(
     candidates: Candidates, ids: Ids,
     change: Callable[[Floats, npt.NDArray], Floats],
 ) -> Candidates:
-    """Change the logits of those of the tokens that are candidates.
+    """Change the logits of the given tokens, as far as they are candidates.
 
     Args:
-        change: from their logits, and which of `ids` they are (a mask, or places), to new ones.
+        change: called with their logits and with a mask or indices of them in `ids`; returns
+            their new logits.
     """
     if len(ids) == 0:
         return candidates
-    if candidates.rest is not None:
-        # Only where the change makes no token likelier (`Stage.suits_rest`).
+    if candidates.tail is not None:
+        # Such a change makes no token likelier (`SamplerSpec.lowers_tail`).
         known, which = candidates.find(ids)
         logits = candidates.logits.copy()
         logits[known] = change(logits[known], which)
-        rest = candidates.rest.lowered(len(ids) - len(known))
-        return replace(candidates.reordered(logits), rest=rest)
+        tail = candidates.tail.lowered(len(ids) - len(known))
+        return replace(candidates.reordered(logits), tail=tail)
     candidates = candidates.by_id()
-    places, found = candidates.locate(ids)
-    return candidates.with_logits(places, change(candidates.logits[places], found))
+    indices, found = candidates.locate(ids)
+    return candidates.with_logits(indices, change(candidates.logits[indices], found))
 
 
 def _subtract(candidates: Candidates, ids: Ids, amounts: npt.NDArray) -> Candidates:
@@ -82,8 +86,8 @@ def _subtract(candidates: Candidates, ids: Ids, amounts: npt.NDArray) -> Candida
 def penalize_repetition(candidates: Candidates, ids: Ids, penalty: float) -> Candidates:
     """Divide positive logits of these tokens by the penalty, multiply negative ones.
 
-    Each counts once, however often it occurred (Keskar et al. 2019, "CTRL", section 4.1, with
-    transformers' multiplication where a logit is negative).
+    Each token counts once, however often it occurs (Keskar et al. 2019, "CTRL", section 4.1, with
+    transformers' multiplication of negative logits).
     """
     factor = np.float32(penalty)
     return _change(
@@ -93,9 +97,9 @@ def penalize_repetition(candidates: Candidates, ids: Ids, penalty: float) -> Can
 
 
 def reward_encoder_tokens(candidates: Candidates, ids: Ids, penalty: float) -> Candidates:
-    """Make the prompt's tokens likelier where the penalty is above 1.
+    """Make the prompt's tokens likelier if the penalty is above 1.
 
-    The repetition penalty with 1 / penalty (transformers'
+    This is the repetition penalty with 1 / penalty (transformers'
     EncoderRepetitionPenaltyLogitsProcessor, "hallucination penalty").
     """
     return penalize_repetition(candidates, ids, 1 / penalty)
@@ -119,10 +123,11 @@ def penalize_repeats(
 ) -> Candidates:
     """Make tokens less likely that would continue a sequence which occurred before (DRY).
 
-    Where the last n tokens stood before a token already, n being the most over all places and
-    at least `allowed_length`, multiplier base^(n - allowed_length) is subtracted from it.
-    Sequences do not reach over a breaker, and no breaker is penalised (p-e-w 2024, "Don't
-    Repeat Yourself", text-generation-webui #5677; n is limited to 50 as there).
+    For each token, n is the length of the longest end of the text that also stands directly
+    before an earlier occurrence of the token. If n is at least `allowed_length`,
+    multiplier base^(n - allowed_length) is subtracted from its logit. Sequences contain no
+    breaker, and no breaker is penalised (p-e-w 2024, "Don't Repeat Yourself",
+    text-generation-webui #5677, with its limit of 50 for n).
     """
     tokens, lengths = longest_repeats(ids, breaker_ids)
     long = lengths >= allowed_length
@@ -153,3 +158,58 @@ def add_bias(candidates: Candidates, biases: Sequence[tuple[int, float]]) -> Can
     """Add to the logits of single tokens (OpenAI's `logit_bias`)."""
     ids = np.array([token for token, _ in biases], np.int64)
     return _subtract(candidates, ids, np.array([-bias for _, bias in biases]))
+
+
+def earlier_matches(ids: Ids, length: int) -> Indices:
+    """Find the indices after each earlier occurrence of the last `length` tokens, rising.
+
+    All indices are compared at once, one token back per round, and those that no longer match
+    are dropped. A round costs what is left, and little is left after a few rounds.
+
+    Args:
+        ids: int64 [n]; occurrences may overlap the end of the text.
+        length: 0 matches everywhere.
+    """
+    next_index = np.arange(length, len(ids))
+    for back in range(1, min(length, len(ids)) + 1):
+        next_index = next_index[ids[next_index - back] == ids[-back]]
+    return next_index
+
+
+def longest_repeats(ids: Ids, breaker_ids: Ids) -> tuple[Ids, Ids]:
+    """Find the tokens that followed an earlier occurrence of the text's end.
+
+    Works in rounds, as `earlier_matches`.
+
+    Args:
+        ids: int64 [n].
+        breaker_ids: tokens that no repeat contains and that follow none.
+
+    Returns:
+        The distinct tokens, rising, and for each the length of the longest end of the text that
+        it followed, 1 to `MAX_REPEAT`.
+    """
+    limit = _repeat_limit(ids, breaker_ids)
+    if limit == 0:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    next_index = 1 + np.flatnonzero(ids[:-1] == ids[-1])
+    next_index = next_index[~np.isin(ids[next_index], breaker_ids)]
+    lengths = np.ones(len(next_index), np.int64)
+    alive = np.arange(len(next_index))
+    for length in range(2, limit + 1):
+        alive = alive[next_index[alive] >= length]
+        alive = alive[ids[next_index[alive] - length] == ids[-length]]
+        if len(alive) == 0:
+            break
+        lengths[alive] = length
+    tokens, where = np.unique(ids[next_index], return_inverse=True)
+    longest = np.zeros(len(tokens), np.int64)
+    np.maximum.at(longest, where, lengths)
+    return tokens, longest
+
+
+def _repeat_limit(ids: Ids, breaker_ids: Ids) -> int:
+    """Return how many of the last tokens a repeat may contain: those after the last breaker."""
+    end = ids[-MAX_REPEAT:]
+    breakers = np.flatnonzero(np.isin(end, breaker_ids))
+    return len(end) - 1 - int(breakers[-1]) if len(breakers) else len(end)

@@ -1,52 +1,111 @@
-"""Draws the tokens of one request."""
+"""Draws the tokens of one request from rows of logits."""
 
 from __future__ import annotations
 
 import math
 import secrets
-from typing import Protocol
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from ...utils.errors import InvalidCheckpoint
+from ...utils.errors import InvalidCheckpoint, InvalidSettings
+from ..forward_model import LogitsRow, TopLogits
 from ..settings import MAX_SEED, SamplingSettings
 from . import penalties
 from .candidates import Candidates, draw
-from .feedback import feedback_of
+from .feedback import chosen_feedback
+from .numerics import Floats, Ids
 from .penalties import Past
-from .pipeline import Step, chosen_stages, may_do_without_rest, run_stages
-from .rest import Undecided
-from .tokens import TokenRoles
-from .values import Floats, Ids
+from .pipeline import Step, chosen_samplers, run_samplers
+from .tail import Undecided, top_logits_may_suffice
+
+if TYPE_CHECKING:
+    from ...text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class TokenRoles:
+    """Tokens that are special to the samplers of one request.
+
+    Args:
+        vocab_size: ids from here on are padding and never drawn; None if there is no padding.
+        banned_ids: tokens that are never drawn.
+        prompt_ids: tokens that `encoder_repetition_penalty` applies to.
+        spared_ids: tokens that XTC never removes.
+        breaker_ids: tokens that end a repeat for DRY.
+    """
+
+    vocab_size: int | None = None
+    banned_ids: tuple[int, ...] = ()
+    prompt_ids: Sequence[int] = ()
+    spared_ids: frozenset[int] = frozenset()
+    breaker_ids: frozenset[int] = frozenset()
+
+    @classmethod
+    def from_request(
+        cls, settings: SamplingSettings, tokenizer: Tokenizer | None, *,
+        vocab_size: int, eos_ids: Iterable[int], prompt_ids: Sequence[int],
+    ) -> TokenRoles:
+        """Look up the tokens of a request.
+
+        Args:
+            settings: the request's settings.
+            tokenizer: None if the model has none.
+            vocab_size: number of ids that stand for tokens.
+            eos_ids: the model's end tokens.
+            prompt_ids: the prompt.
+
+        Raises:
+            InvalidSettings: DRY has breakers, which are text, and the model has no tokenizer.
+        """
+        eos_ids = tuple(eos_ids)
+        banned = set(settings.custom_token_bans)
+        if settings.ban_eos_token:
+            banned.update(eos_ids)
+        breakers: Iterable[int] = ()
+        if settings.dry_multiplier > 0 and settings.dry_sequence_breakers:
+            breakers = _breaker_ids(settings.dry_sequence_breakers, tokenizer)
+        spared = set(eos_ids)
+        if settings.xtc_probability > 0 and tokenizer is not None:
+            spared.update(tokenizer.encode("\n", add_bos=False)[-1:])
+        return cls(
+            vocab_size=vocab_size,
+            banned_ids=tuple(sorted(banned)),
+            prompt_ids=prompt_ids if settings.encoder_repetition_penalty != 1 else (),
+            spared_ids=frozenset(spared),
+            breaker_ids=frozenset(breakers),
+        )
 
 
 class Constraint(Protocol):
-    """Says from step to step which tokens may come, as a grammar does.
+    """Restricts the tokens of a text step by step, as a grammar does.
 
     Attributes:
-        allowed_ids: int64, rising; at least one before the end.
-        complete: nothing can be added.
+        allowed_ids: int64, rising: the tokens that may come next; at least one unless `complete`.
+        complete: True if the text cannot be continued.
     """
 
     allowed_ids: Ids
     complete: bool
 
     def accept(self, token_id: int) -> None:
-        """Go on with a token that was drawn."""
+        """Advance by a drawn token."""
 
 
 class Sampler:
-    """Draws the tokens of one request, with a generator and a state of its own.
+    """Draws the tokens of one request, with its own random generator and state.
 
     Args:
-        settings: how to draw.
-        seed: of the generator; where None, the settings' one, or a random one for -1.
-        roles: what must be known of the vocabulary and the prompt.
-        constraint: what alone may be drawn; None for everything.
+        settings: the request's settings.
+        seed: seed of the generator; None takes the settings' seed, and -1 a random one.
+        roles: the request's special tokens.
+        constraint: restricts the tokens that may be drawn; None for no restriction.
 
     Attributes:
-        seed: the seed in use, for drawing the same text again.
+        seed: the seed in use; with it the same text is drawn again.
     """
 
     def __init__(
@@ -61,27 +120,30 @@ class Sampler:
         self._banned_ids = np.array(roles.banned_ids, np.int64)
         self._breaker_ids = np.array(sorted(roles.breaker_ids), np.int64)
         self._prompt_ids = np.unique(np.array(roles.prompt_ids, np.int64))
-        self._stages = chosen_stages(settings)
-        self._feedback = feedback_of(settings)
-        self._may_do_without_rest = (
-            constraint is None and may_do_without_rest(settings, self._stages)
+        self._samplers = chosen_samplers(settings)
+        self._feedback = chosen_feedback(settings)
+        self._may_use_top_logits = (
+            constraint is None and top_logits_may_suffice(settings, self._samplers)
         )
-        # Philox: the same numbers for the same seed on every machine and numpy version.
+        # Philox gives the same numbers for the same seed on every machine and numpy version.
         self._random = np.random.Generator(np.random.Philox(self.seed))
 
-    def sample(self, logits: npt.ArrayLike, history: npt.ArrayLike) -> int:
+    def sample(self, row: LogitsRow, history: npt.ArrayLike) -> int:
         """Draw one token.
 
         Args:
-            logits: float32 [vocab_size] on the CPU, left as it is; or a `LazyRow`, which is
-                looked at only where its likeliest tokens do not decide. The token is the same.
+            row: the logits, which are not changed. Its values are read only if its top logits
+                do not determine the token.
             history: token ids so far, prompt included.
+
+        Returns:
+            The token's id.
 
         Raises:
             InvalidCheckpoint: logits are NaN or infinite.
             InvalidSettings: bans leave no token, or a grammar cannot be followed.
         """
-        left = self.candidates(logits, history)
+        left = self.candidates(row, history)
         if self._settings.greedy:
             token_id = int(left.ids[left.logits.argmax()])
         else:
@@ -94,55 +156,65 @@ class Sampler:
 
     @property
     def complete(self) -> bool:
-        """True where the constraint lets nothing more be drawn."""
+        """True if the constraint allows no further token."""
         return self._constraint is not None and self._constraint.complete
 
-    def candidates(self, logits: npt.ArrayLike, history: npt.ArrayLike) -> Candidates:
-        """What `sample` draws from; each call may take a random number (XTC).
+    def candidates(self, row: LogitsRow, history: npt.ArrayLike) -> Candidates:
+        """Return the candidates that `sample` draws from; XTC takes a random number in each call.
 
         Returns:
-            Candidates whose logits' softmax is the distribution; for greedy settings, those
-            whose largest logit is taken. They may share memory with `logits`.
+            Candidates, the softmax of whose logits is the distribution. For greedy settings,
+            the token with the largest logit is taken. They may share memory with the row.
         """
         past = Past(np.asarray(history, np.int64), self._settings.repetition_penalty_range)
-        likeliest = getattr(logits, "likeliest", None)
-        if likeliest is not None and self._suits(likeliest):
+        if row.top_logits is not None and self._may_use(row.top_logits):
             try:
-                return self._run(likeliest, past)
+                return self._run(Candidates.from_top_logits(row.top_logits), past)
             except Undecided:
                 pass
-        row = np.asarray(logits, dtype=np.float32)[: self._roles.vocab_size]
-        _check_finite(row)
-        candidates = Candidates.of_row(row)
+        values = row.values[: self._roles.vocab_size]
+        _check_finite(values)
+        candidates = Candidates.from_row(values)
         if self._constraint is not None:
             candidates = candidates.take(self._constraint.allowed_ids)
         return self._run(candidates, past)
 
-    def _suits(self, likeliest: Candidates) -> bool:
-        return self._may_do_without_rest and likeliest.num_tokens == self._roles.vocab_size
+    def _may_use(self, top: TopLogits) -> bool:
+        return self._may_use_top_logits and top.vocab_size == self._roles.vocab_size
 
     def _run(self, candidates: Candidates, past: Past) -> Candidates:
-        """Apply everything that the settings ask for.
+        """Apply all enabled samplers.
 
         Raises:
-            Undecided: the rest of the candidates matters; nothing has changed.
+            Undecided: the candidates' tail matters; no state has changed.
         """
         settings = self._settings
         candidates = penalties.add_bias(candidates, settings.logit_bias)
         candidates = penalties.ban(candidates, self._banned_ids)
-        left = run_stages(candidates, self._stages, Step(
+        left = run_samplers(candidates, self._samplers, Step(
             settings, past, self._prompt_ids, self._breaker_ids, self._roles.spared_ids,
             self._random.random,
         ))
         for feedback in self._feedback:
             left = feedback.apply(left)
-        return left.keep_from(math.inf) if left.rest is not None else left
+        return left.keep_from(math.inf) if left.tail is not None else left
 
 
 def _check_finite(row: Floats) -> None:
-    # NaN is the largest and the smallest of all, so two passes without a copy find everything.
+    # max and min propagate NaN, so two passes without a copy find every bad value.
     if not (np.isfinite(row.max()) and np.isfinite(row.min())):
         raise InvalidCheckpoint(
             "logits", expected="finite numbers", actual="NaN or infinity",
             remedy="The weights are damaged, or overflow in float16: download them again",
         )
+
+
+def _breaker_ids(texts: Iterable[str], tokenizer: Tokenizer | None) -> set[int]:
+    if tokenizer is None:
+        raise InvalidSettings(
+            "dry_sequence_breakers", expected="none, because the model has no tokenizer",
+            actual="text", remedy="Set dry_sequence_breakers to an empty list",
+        )
+    # Encoded after a letter, because many vocabularies have different tokens for the beginning
+    # of a text. Of several tokens the last one counts.
+    return {tokenizer.encode("a" + text, add_bos=False)[-1] for text in texts}

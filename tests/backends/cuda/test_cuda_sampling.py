@@ -20,13 +20,13 @@ from exl_loader.backends.cuda.top_logits import (
     TopLogitsOps,
     top_logits_scratch_bytes,
 )
-from exl_loader.model.likeliest import read_result
+from exl_loader.model.top_logits import read_result
 from support.cuda_emulation import EmulatedLauncher
 from support.cuda_emulation.launcher import FOLDER, REPO, emulation_spec
 from support.cuda_emulation.sanitized import run_sanitized, runtimes
 from support.cuda_targets import TARGETS, Target, target
 from support.exhaustive import some_of
-from support.top_logits_defined import defined_top_logits
+from support.top_logits_defined import defined_top_ids
 
 WIDTHS = [1, 2, 31, 33, 1023, 1024, 1025, 4095, 4097, 9001, 32_000]
 
@@ -59,7 +59,7 @@ def parts(words):
 
 def assert_defined(words, row):
     finite, largest, weight_sum, ids, logits = parts(words)
-    expected, expected_sum = defined_top_logits(row)
+    expected, expected_sum = defined_top_ids(row)
     assert finite and largest == row.max()
     assert np.array_equal(ids, expected) and np.array_equal(logits, row[expected])
     assert weight_sum == pytest.approx(expected_sum, rel=5e-6, abs=1e-30)
@@ -83,9 +83,9 @@ def test_a_whole_vocabulary(ops, width):
     logits = torch.from_numpy(np.random.default_rng(1).normal(0, 2, (1, width)).astype("f4"))
     (words,) = run(ops, logits)
     assert_defined(words, logits.numpy()[0])
-    candidates = read_result(words, width)
-    assert len(candidates) + candidates.rest.count == width
-    assert 900 < len(candidates) <= MOST_TAKEN
+    top = read_result(words, width)
+    assert top.vocab_size == width
+    assert 900 < len(top.ids) <= MOST_TAKEN
 
 
 @pytest.mark.parametrize("scale", [1e-4, 0.1, 30.0, 1e30])

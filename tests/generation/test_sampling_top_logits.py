@@ -1,4 +1,4 @@
-"""Sampling from a row's likeliest tokens: the very tokens that the whole row gives, or a fetch."""
+"""Sampling from top logits: the same tokens as from the whole row, or the row is copied."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exl_loader.generation.sampling import LazyRow, Sampler, TokenRoles, argmax
-from exl_loader.generation.sampling.rest import Rest
+from exl_loader.generation.forward_model import LogitsRow
+from exl_loader.generation.sampling import Sampler, TokenRoles
+from exl_loader.generation.sampling.tail import Tail
 from exl_loader.generation.settings import SAMPLER_PRIORITY, SamplingSettings
 from exl_loader.utils.errors import InvalidCheckpoint, InvalidSettings
-from support.top_logits_defined import CountedRow, defined_likeliest
+from support.top_logits_defined import CountedRow, defined_top_logits
 
 HISTORY = np.array([5, 3, 5, 17, 250, 3, 5, 9000, 17, 5, 3, 5], np.int64)
 MANY = 152_064
 
 
 def peaked_row(seed, size=MANY, scale=2.5, peak=15.0):
-    """Logits as of a model that knows what it says: a few tokens far above a broad rest."""
+    """Logits as of a trained model: a few tokens far above all others."""
     rng = np.random.default_rng(seed)
     row = (rng.normal(size=size) * scale).astype(np.float32)
     best = rng.integers(0, size, 40)
@@ -28,36 +29,38 @@ def peaked_row(seed, size=MANY, scale=2.5, peak=15.0):
     return row
 
 
-def both_ways(row, options, roles=None, likeliest=None, draws=3):
-    """Draw from a whole row and from its likeliest tokens; returns how often it was fetched.
+def compare(row, options, roles=None, top_logits=None, draws=3):
+    """Draw from a whole row and from its top logits; return how often the row was copied.
 
-    Tokens, what they are drawn from, and the generators afterwards are equal, or the same error
-    is raised.
+    The tokens, the candidates and the generators' states must be equal, or both must raise the
+    same error.
     """
     roles = roles or {}
     roles = TokenRoles(vocab_size=len(row), **roles)
-    if likeliest is None:
-        likeliest = defined_likeliest(row)
+    if top_logits is None:
+        top_logits = defined_top_logits(row)
     whole, partial = (Sampler(options, seed=7, roles=roles) for _ in range(2))
-    fetches = 0
+    copies = 0
     for _ in range(draws):
-        lazy = CountedRow(row, likeliest)
+        counted = CountedRow(row, top_logits)
         try:
-            expected = whole.sample(row, HISTORY)
+            expected_id = whole.sample(LogitsRow(row), HISTORY)
         except InvalidSettings:
             with pytest.raises(InvalidSettings):
-                partial.sample(lazy, HISTORY)
-            return fetches + lazy.fetches
-        assert partial.sample(lazy, HISTORY) == expected
-        fetches += lazy.fetches
-    here, there = (s.candidates(r, HISTORY) for s, r in ((whole, row), (partial, lazy)))
-    assert there.rest is None and there.is_sorted == here.is_sorted or options.greedy
+                partial.sample(counted, HISTORY)
+            return copies + counted.copies
+        assert partial.sample(counted, HISTORY) == expected_id
+        copies += counted.copies
+    expected = whole.candidates(LogitsRow(row), HISTORY)
+    actual = partial.candidates(counted, HISTORY)
+    assert actual.tail is None and actual.is_sorted == expected.is_sorted or options.greedy
     if options.greedy:
-        assert here.ids[here.logits.argmax()] == there.ids[there.logits.argmax()]
+        assert actual.ids[actual.logits.argmax()] == expected.ids[expected.logits.argmax()]
     else:
-        assert np.array_equal(here.ids, there.ids) and np.array_equal(here.logits, there.logits)
+        assert np.array_equal(actual.ids, expected.ids)
+        assert np.array_equal(actual.logits, expected.logits)
     assert whole._random.random() == partial._random.random()
-    return fetches
+    return copies
 
 
 TYPICAL = {
@@ -83,13 +86,13 @@ TYPICAL = {
 
 
 @pytest.mark.parametrize("name", TYPICAL)
-def test_typical_settings_need_no_row(name):
-    fetches = sum(
-        both_ways(peaked_row(seed), SamplingSettings(**TYPICAL[name]),
+def test_typical_settings_do_not_need_the_row(name):
+    copies = sum(
+        compare(peaked_row(seed), SamplingSettings(**TYPICAL[name]),
                   {"banned_ids": (2,)} if seed % 2 else None)
         for seed in range(4)
     )
-    assert fetches == 0
+    assert copies == 0
 
 
 NEEDY = {
@@ -106,18 +109,18 @@ NEEDY = {
 
 
 @pytest.mark.parametrize("name", NEEDY)
-def test_what_needs_the_row_gets_it(name):
-    assert both_ways(peaked_row(1), SamplingSettings(**NEEDY[name]), draws=2) == 2
+def test_other_settings_copy_the_row(name):
+    assert compare(peaked_row(1), SamplingSettings(**NEEDY[name]), draws=2) == 2
 
 
-def test_a_flat_distribution_needs_the_row():
+def test_a_flat_distribution_copies_the_row():
     row = (np.random.default_rng(3).normal(size=20_000) * 0.3).astype(np.float32)
-    assert both_ways(row, SamplingSettings(top_p=0.9), draws=1) == 1
-    assert both_ways(row, SamplingSettings(temperature=0), draws=1) == 0
-    assert both_ways(np.zeros(5000, np.float32), SamplingSettings(temperature=0), draws=1) == 1
+    assert compare(row, SamplingSettings(top_p=0.9), draws=1) == 1
+    assert compare(row, SamplingSettings(temperature=0), draws=1) == 0
+    assert compare(np.zeros(5000, np.float32), SamplingSettings(temperature=0), draws=1) == 1
 
 
-def test_a_constraint_needs_the_row():
+def test_a_constraint_copies_the_row():
     class Constraint:
         allowed_ids, complete = np.array([4, 9]), False
 
@@ -125,29 +128,29 @@ def test_a_constraint_needs_the_row():
             assert token_id in (4, 9)
 
     row = peaked_row(2)
-    lazy = CountedRow(row, defined_likeliest(row))
+    counted = CountedRow(row, defined_top_logits(row))
     roles = TokenRoles(vocab_size=len(row))
-    Sampler(SamplingSettings(top_k=5), 1, roles, Constraint()).sample(lazy, HISTORY)
-    assert lazy.fetches == 1
+    Sampler(SamplingSettings(top_k=5), 1, roles, Constraint()).sample(counted, HISTORY)
+    assert counted.copies == 1
 
 
-def test_bans_of_all_known_tokens_need_the_row():
+def test_bans_of_all_top_logits_copy_the_row():
     row = peaked_row(4, size=3000)
-    likeliest = defined_likeliest(row, most=20)
-    banned = {"banned_ids": tuple(likeliest.ids.tolist())}
+    top_logits = defined_top_logits(row, most=20)
+    banned = {"banned_ids": tuple(top_logits.ids.tolist())}
     for options in ({"top_k": 3}, {"top_p": 0.9}, {"temperature": 0}):
-        assert both_ways(row, SamplingSettings(**options), banned, likeliest, draws=1) == 1
+        assert compare(row, SamplingSettings(**options), banned, top_logits, draws=1) == 1
     everything = {"banned_ids": tuple(range(3000))}
-    both_ways(row, SamplingSettings(top_k=3), everything, likeliest)
+    compare(row, SamplingSettings(top_k=3), everything, top_logits)
 
 
-def test_another_vocabulary_needs_the_row():
-    """Known tokens may be padding, and the others' sum is one of more tokens."""
+def test_another_vocabulary_size_copies_the_row():
+    """The top logits may contain padding, and the sum counts too many tokens."""
     row = peaked_row(5)
-    lazy = CountedRow(row, defined_likeliest(row))
+    counted = CountedRow(row, defined_top_logits(row))
     sampler = Sampler(SamplingSettings(top_k=3), 1, TokenRoles(vocab_size=len(row) - 400))
-    assert sampler.sample(lazy, HISTORY) < len(row) - 400
-    assert lazy.fetches == 1
+    assert sampler.sample(counted, HISTORY) < len(row) - 400
+    assert counted.copies == 1
 
 
 def test_damaged_logits_are_an_error():
@@ -170,8 +173,9 @@ ROWS = st.one_of(
     st.builds(lambda seed, peak: peaked_row(seed, 2000, 1.0, peak), st.integers(0, 10**6),
               st.floats(-5, 20)),
 )  # fmt: skip
-# What a rest suits, and what always needs the row where it comes before a filter.
-SUITABLE = st.fixed_dictionaries({"sampler_priority": st.one_of(
+# Settings for which top logits may suffice, and others, which always need the row if they run
+# before a filter.
+SUFFICING = st.fixed_dictionaries({"sampler_priority": st.one_of(
     st.just([]), st.permutations(SAMPLER_PRIORITY),
 )}, optional={
     "temperature": st.one_of(st.just(0.0), st.floats(0.05, 2)),
@@ -200,70 +204,69 @@ OTHERS = st.fixed_dictionaries({}, optional={
     "no_repeat_ngram_size": st.integers(2, 3),
     "logit_bias": st.lists(st.tuples(st.integers(0, 29), st.floats(-3, 0.5)), max_size=2),
 })
-OPTIONS = st.builds(lambda a, b: a | b, SUITABLE, st.one_of(st.just({}), st.just({}), OTHERS))
+OPTIONS = st.builds(lambda a, b: a | b, SUFFICING, st.one_of(st.just({}), st.just({}), OTHERS))
 
 
 @settings(max_examples=400)
 @given(row=ROWS, options=OPTIONS, most=st.integers(20, 250), error=st.floats(-1e-5, 1e-5),
        banned=st.lists(st.integers(0, 29), max_size=3))
 def test_any_settings_give_the_tokens_of_the_whole_row(row, options, most, error, banned):
-    likeliest = defined_likeliest(row, most, error)
-    if likeliest is not None:
-        both_ways(row, SamplingSettings(**options), {"banned_ids": tuple(banned)}, likeliest)
+    top_logits = defined_top_logits(row, most, error)
+    if top_logits is not None:
+        compare(row, SamplingSettings(**options), {"banned_ids": tuple(banned)}, top_logits)
 
 
 @settings(max_examples=100)
-@given(seed=st.integers(0, 10**6), place=st.integers(1, 300), nudge=st.integers(-2, 2),
+@given(seed=st.integers(0, 10**6), count=st.integers(1, 300), nudge=st.integers(-2, 2),
        temperature=st.sampled_from([0.5, 1.0, 1.3]), error=st.floats(-1e-5, 1e-5))
-def test_a_share_at_its_very_limit_gives_the_tokens_of_the_whole_row(
-    seed, place, nudge, temperature, error
+def test_a_top_p_next_to_a_running_sum_gives_the_tokens_of_the_whole_row(
+    seed, count, nudge, temperature, error
 ):
-    """top_p where the sum of the likeliest ones is exactly that, or a float beside it."""
+    """top_p is exactly the sum of the largest probabilities, or one of the next floats."""
     row = (np.random.default_rng(seed).normal(size=2500) * 3).astype(np.float32)
     scaled = row / np.float32(temperature)
     weight = np.sort(np.exp(scaled - scaled.max()).astype(np.float64))[::-1]
-    top_p = float(weight[:place].sum() / weight.sum())
+    top_p = float(weight[:count].sum() / weight.sum())
     for _ in range(abs(nudge)):
         top_p = math.nextafter(top_p, math.copysign(2, nudge))
     if 0 < top_p < 1:
         options = SamplingSettings(top_p=top_p, temperature=temperature)
-        both_ways(row, options, None, defined_likeliest(row, error=error), draws=1)
+        compare(row, options, None, defined_top_logits(row, error=error), draws=1)
 
 
 @settings(max_examples=200)
 @given(logits=st.lists(st.floats(-300, 300, width=32), min_size=1, max_size=40),
        temperatures=st.lists(st.floats(0.02, 20), max_size=2), falls=st.integers(0, 5))
-def test_the_sum_of_others_lies_where_it_is_said_to(logits, temperatures, falls):
+def test_the_sum_over_the_tail_is_in_its_interval(logits, temperatures, falls):
     others = np.array(logits, np.float32)
     largest = float(others.max()) + 1.0
     weight_sum = float(np.exp(others - np.float32(largest)).sum(dtype=np.float32))
-    rest = Rest.of_sum(len(others), others.max(), largest, weight_sum)
+    tail = Tail.from_weight_sum(len(others), others.max(), largest, weight_sum)
     for temperature in temperatures:
         divisor = np.float32(temperature)
         others, largest = others / divisor, largest / float(divisor)
-        rest = rest.divided(divisor, largest)
+        tail = tail.divided(divisor, largest)
     falls = min(falls, len(others))
     others[:falls] -= 5.0
-    rest = rest.lowered(falls)
-    assert others.max() <= rest.bound and rest.count == len(others)
-    low, high = rest.weight_range(largest)
+    tail = tail.lowered(falls)
+    assert others.max() <= tail.bound and tail.count == len(others)
+    low, high = tail.weight_range(largest)
     exact = math.fsum(math.exp(float(x) - largest) for x in others)
     assert low * (1 - 1e-12) - 1e-38 <= exact <= high * (1 + 1e-12)
 
 
-def test_the_likeliest_id_of_a_smaller_vocabulary():
-    row = peaked_row(8, size=4000)
-    lazy = CountedRow(row, defined_likeliest(row))
-    best = int(row.argmax())
-    assert argmax(row, 4000) == argmax(lazy, 4000) == best
-    assert argmax(lazy, best) == argmax(row, best) and lazy.fetches == 0
-    none_known = int(lazy.likeliest.ids.min())
-    assert argmax(lazy, none_known) == row[:none_known].argmax() and lazy.fetches == 1
+def test_argmax_of_a_smaller_vocabulary():
+    values = peaked_row(8, size=4000)
+    counted = CountedRow(values, defined_top_logits(values))
+    best = int(values.argmax())
+    assert LogitsRow(values).argmax(4000) == counted.argmax(4000) == best
+    assert counted.argmax(best) == values[:best].argmax() and counted.copies == 0
+    smallest = int(counted.top_logits.ids.min())
+    assert counted.argmax(smallest) == values[:smallest].argmax() and counted.copies == 1
 
 
-def test_a_row_is_fetched_once():
-    lazy = CountedRow(np.arange(5, dtype=np.float32), None)
-    copy = np.array(lazy)
-    copy[0] = 9
-    assert np.asarray(lazy)[0] == 0 and np.asarray(lazy, np.float64).dtype == np.float64
-    assert lazy.fetches == 1 and isinstance(lazy, LazyRow)
+def test_a_row_is_copied_once():
+    counted = CountedRow(np.arange(5, dtype=np.float32), None)
+    assert counted.copies == 0
+    assert counted.values.tolist() == counted.values.tolist() == [0, 1, 2, 3, 4]
+    assert counted.copies == 1
