@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from .cache.paging import PagedCache
-from .generation.generation import IdGeneration, TextGeneration
-from .generation.generator import Generator
+from .generation.generator import Generator, IdGeneration, TextGeneration
 from .generation.logprobs import TokenLogprobs, token_logprobs
-from .generation.prompts import Prompt
-from .generation.request import RequestReader
+from .generation.request import Prompt, RequestReader
 from .generation.settings import SamplingSettings
 from .generation.text_stream import TextStream
 from .memory.buffers import capacity
@@ -25,7 +23,7 @@ from .utils.table import MAIN_MEMORY
 
 if TYPE_CHECKING:
     from .checkpoint.config import ModelConfig
-    from .generation.draft_model import DraftModel
+    from .generation.drafts import DraftModel
     from .generation.forward_model import ForwardModel
     from .memory.buffers import Buffers
     from .memory.reservation import Reservation

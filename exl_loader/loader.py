@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from .backends import backend_of, get_ops
 from .cache.layout import CacheType
 from .cache.paging import PagedCache
-from .generation.draft_model import DraftModel, check_vocabularies
+from .generation.drafts import DraftModel, check_vocabularies
 from .memory.buffers import Buffers, allocate, trim_heap
 from .memory.reservation import LoadOptions, PlannedModel, planned
 from .memory.reservation.budgets import chosen_devices

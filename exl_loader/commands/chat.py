@@ -24,7 +24,7 @@ from .model_options import (
 
 if TYPE_CHECKING:
     from ..engine import LoadedModel
-    from ..generation.generation import TextGeneration
+    from ..generation.generator import TextGeneration
 
 YOU, MODEL = "you> ", "model> "
 HELP = "/reset forgets the conversation, /exit or Ctrl-D quits, Ctrl-C stops an answer"

@@ -23,7 +23,7 @@ from .model_options import (
 
 if TYPE_CHECKING:
     from ..engine import LoadedModel
-    from ..generation.generation import Generation
+    from ..generation.generator import Generation
 
 # The demo model was trained on Python sources alone.
 DEMO_PROMPT = "import os\n\n\ndef read_lines(path):\n"

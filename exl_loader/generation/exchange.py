@@ -1,10 +1,11 @@
-"""What a caller and the model's thread share of one request.
+"""The state of one request that its caller and the model's thread share.
 
-The caller's thread may be interrupted (Ctrl-C) between any two instructions, the model's
-thread never is. So the caller changes the state here by single operations of C alone, which
-an interrupt cannot split: it sets a flag, appends to a deque, puts a message into a queue.
-Everything else is done by the model's thread. A caller that was interrupted leaves at worst a
-request whose owner is gone, and a weak reference reports that without running Python code.
+The caller's thread may be interrupted (Ctrl-C) between any two instructions; the model's thread
+is never interrupted. Therefore the caller changes the state only by single operations that are
+implemented in C, which an interrupt cannot split: it sets a flag, appends to a deque, or puts a
+message into a queue. The model's thread does everything else. If an interrupted caller loses
+its request, the request's owner is destroyed, and a weak reference reports that without running
+Python code.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-# Windows does not interrupt a thread that waits for a lock, so Ctrl-C is noticed this often.
+# Windows does not interrupt a thread that waits for a lock, so it wakes this often for Ctrl-C.
 POLL_S = 0.1 if os.name == "nt" else None
 
 
@@ -27,9 +28,9 @@ class Exchange(Generic[T]):
 
     Attributes:
         output: results that the caller has not taken yet.
-        error: why the request failed, for the caller to raise.
+        error: the error that ended the request; the caller raises it.
         cancelled: set by any thread; the model's thread ends the request before its next step.
-        accepted: set by the model's thread when it takes the request on.
+        accepted: set by the model's thread when it accepts the request.
     """
 
     def __init__(self) -> None:
@@ -43,46 +44,46 @@ class Exchange(Generic[T]):
     @property
     @abstractmethod
     def finished(self) -> bool:
-        """True once nothing more will come."""
+        """True once no further output will come."""
 
     @property
     def is_ready(self) -> bool:
-        """True where a caller need not wait."""
+        """True if a caller need not wait."""
         return bool(self.output) or self.finished
 
     @property
     def is_awaited(self) -> bool:
-        """True where a caller waits for a result that is still to be computed."""
+        """True if a caller waits for a result that has not been computed yet."""
         return bool(self._waiters) and not self.is_ready
 
     @property
-    def is_given_up(self) -> bool:
-        """True where the request was cancelled or its owner no longer exists."""
+    def is_abandoned(self) -> bool:
+        """True if the request was cancelled or its owner was destroyed."""
         return self.cancelled or (self._owner is not None and self._owner() is None)
 
     def set_owner(self, owner: object, inbox: SimpleQueue[object]) -> None:
-        """Name the object without which nobody can take the results.
+        """Set the object without which nobody can take the results.
 
         Args:
             owner: when it is destroyed, the model's thread is woken.
-            inbox: where the model's thread waits. The weak reference calls `put` itself, in
-                C, so no interrupt can keep the message from being sent.
+            inbox: the queue on which the model's thread waits. The weak reference calls its
+                `put`, which is implemented in C, so no interrupt can suppress the message.
         """
         self._owner = weakref.ref(owner, inbox.put)
 
     def add_waiter(self) -> SimpleQueue[None]:
-        """Register a caller that waits; return the queue on which it is woken, for `sleep`."""
+        """Register a waiting caller; return the queue to pass to `sleep`."""
         waiter: SimpleQueue[None] = SimpleQueue()
         self._waiters.append(waiter)
         return waiter
 
     def wake_waiters(self) -> None:
-        """Wake every caller that waits; each looks itself whether there is something for it."""
+        """Wake every waiting caller; each one checks `is_ready` itself."""
         wake_all(self._waiters)
 
 
 def wake_all(waiters: deque[SimpleQueue[None]]) -> None:
-    """Wake those that wait, and forget them."""
+    """Wake all waiting callers and remove them."""
     while waiters:
         waiters.popleft().put(None)
 
@@ -91,7 +92,7 @@ def sleep(waiter: SimpleQueue[None]) -> None:
     """Block until `waiter` is woken; Ctrl-C ends the wait.
 
     Raises:
-        KeyboardInterrupt: or whatever else interrupts this very thread.
+        KeyboardInterrupt: or any other interrupt of the calling thread.
     """
     while True:
         try:

@@ -1,23 +1,27 @@
-"""Runs the requests of one model, whichever threads they come from."""
+"""The requests of one model from any thread, and the iterators that callers get."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from ..cache.paging import PagedCache
 from ..utils.tracebacks import drop_locals
+from .evaluations import Evaluation, evaluate_text
 from .exchange import Exchange
 from .forward_model import ForwardModel
+from .jobs import GenerationStats, Job
+from .logprobs import TokenLogprobs
 from .model_thread import ModelThread
 from .scheduler import Scheduler
-from .work import Work, evaluate_text
 
 if TYPE_CHECKING:
     import torch
 
-    from .draft_model import DraftModel
+    from .drafts import DraftModel
 
 T = TypeVar("T")
 
@@ -27,20 +31,20 @@ def _nothing_to_release() -> None:
 
 
 class _Owner:
-    """Held by a caller's frame alone: when the frame is gone, so is whoever asked."""
+    """Referred to only by a caller's frame, so it is destroyed with the frame."""
 
 
 class Generator:
     """The requests of one model. Every method may be called from any thread.
 
-    A thread of the generator's own runs all steps (`ModelThread`), so requests from several
+    The model's own thread runs all steps (`ModelThread`). Therefore requests from several
     threads share forward passes, and an interrupt in a caller's thread cannot split a step.
 
     Args:
         model: runs forward passes.
         cache: lends pages.
-        drafter: a smaller model that guesses ahead; None for none.
-        release: called when the generator has closed; gives the model's memory back.
+        drafter: the draft model; None for none.
+        release: frees the model's memory; called after the generator has closed.
     """
 
     def __init__(
@@ -51,17 +55,17 @@ class Generator:
         self._thread = ModelThread(self._scheduler, release)
 
     def check(self) -> None:
-        """Refuse what could not be answered; see `ModelThread.check`."""
+        """Refuse a call that cannot be answered; see `ModelThread.check`."""
         self._thread.check()
 
     def own(self, request: Exchange[Any], owner: object) -> None:
-        """End `request` when `owner` is destroyed. To be called before the first `wait`."""
+        """End `request` when `owner` is destroyed; called before the first `wait`."""
         self._thread.own(request, owner)
 
     def wait(self, request: Exchange[Any]) -> None:
         """Return when the request has output or has finished; see `ModelThread.wait`.
 
-        Errors of the request are left in `request.error`.
+        An error of the request is not raised; it is in `request.error`.
         """
         try:
             self._thread.wait(request)
@@ -70,79 +74,199 @@ class Generator:
             raise
 
     def finish(self, request: Exchange[Any]) -> None:
-        """Cancel a request, and return when it has given its pages back."""
+        """Cancel a request, and return when it has released its pages."""
         self._thread.finish(request)
 
     def cancel_all(self) -> None:
-        """Ask every job to end. Does not wait; a running step is completed first."""
+        """Cancel every job. Does not wait; a running step is completed first."""
         self._thread.cancel_all()
 
     def run_alone(
         self, steps: Callable[[ForwardModel, PagedCache], Iterator[T | None]]
     ) -> Iterator[T]:
-        """Work with the model and the cache themselves; other requests wait meanwhile.
+        """Use model and cache directly; other requests wait.
 
         Args:
-            steps: called with both in the model's thread, which advances what it returns, one
-                step whenever the caller waits for the next. Where the caller is interrupted
-                or stops reading, a generator's `finally` blocks run in that thread as well.
+            steps: called in the model's thread with model and cache. The model's thread advances
+                the iterator that it returns, one step whenever the caller waits for a value.
+                If the caller is interrupted or stops reading, a generator's `finally` blocks run
+                in the model's thread as well.
 
         Yields:
-            What `steps` yields, None left out.
+            The values that `steps` yields, except None.
 
         Raises:
-            What `steps` raises; else as `ModelThread.wait`.
+            What `steps` raises, or as `ModelThread.wait`.
         """
-        return self._results(Work(steps, alone=True))
+        return self._results(Evaluation(steps, alone=True))
 
     def evaluate(
         self, ids: Sequence[int], rope_len: int, logits: Literal["last", "all"],
-        use: Callable[[int, torch.Tensor], None],
+        receive: Callable[[int, torch.Tensor], None],
     ) -> None:
-        """Evaluate a text in chunks, between which running jobs go on.
+        """Evaluate a text in chunks; running jobs continue between them.
 
         Args:
             ids: the text.
-            rope_len: the length it is meant to reach, at least len(ids).
-            logits: `last` for those behind the last token, and what the cache holds of the
-                text is reused; `all` for those behind every token, and nothing is.
-            use: called in the model's thread with the index of the first row's token and the
-                logits, float32 [rows, vocab_size], which it must not keep.
+            rope_len: the length that the text may reach, at least len(ids).
+            logits: `last` computes the logits after the last token and reuses what the cache
+                holds of the text; `all` computes those after every token and reuses nothing.
+            receive: called in the model's thread with the index of the first row's token and
+                the logits, float32 [rows, vocab_size], which it must not keep.
 
         Raises:
             CacheFull: running jobs leave too few pages for rope_len tokens.
-            InsufficientMemory: the system refused memory that a pass or `use` wanted.
+            InsufficientMemory: the system refused memory that a pass or `receive` needed.
             ModelUnloaded: after `close`.
         """
         steps = partial(
-            evaluate_text, ids=ids, rope_len=rope_len, last=logits == "last", use=use
+            evaluate_text, ids=ids, rope_len=rope_len, last=logits == "last", receive=receive
         )
-        for _ in self._results(Work(steps)):
+        for _ in self._results(Evaluation(steps)):
             pass
 
     def close(self) -> None:
-        """End all requests, drop the model and the cache, and release the memory.
+        """End all requests, drop the model and the cache, and free the memory.
 
-        Twice does no harm. An interrupt ends the wait, and the closing goes on.
+        A second call does nothing. An interrupt ends only the wait, and closing continues.
         """
         self._thread.close()
 
-    def _results(self, work: Work[T]) -> Iterator[T]:
-        """Yield the output of some work; drop the iterator to end it."""
+    def _results(self, evaluation: Evaluation[T]) -> Iterator[T]:
+        """Yield the output of an evaluation; dropping the iterator ends it."""
         owner = _Owner()
-        self.own(work, owner)
+        self.own(evaluation, owner)
         try:
             while True:
-                self.wait(work)
-                if work.output:
-                    yield work.output.popleft()
-                elif work.error is not None:
-                    raise work.error
+                self.wait(evaluation)
+                if evaluation.output:
+                    yield evaluation.output.popleft()
+                elif evaluation.error is not None:
+                    raise evaluation.error
                 else:
                     return
         except BaseException as error:
             drop_locals(error)
             raise
         finally:
-            if not work.finished:
-                self._thread.cancel(work)
+            if not evaluation.finished:
+                self._thread.cancel(evaluation)
+
+
+class Generation(Iterator[T], Generic[T]):
+    """A running generation. It starts with the first `next()`.
+
+    Its pages are released when it is closed, when its `with` block ends, or when it is dropped.
+    `stop` may be called from any thread; only one thread at a time may iterate.
+    """
+
+    def __init__(self, generator: Generator, job: Job) -> None:
+        self._generator = generator
+        self._job = job
+        self._started = False
+        self._ended = False
+        generator.own(job, self)
+
+    def __iter__(self) -> Generation[T]:
+        return self
+
+    def __next__(self) -> T:
+        """Return the next piece.
+
+        Raises:
+            StopIteration: the generation has ended; `finish_reason` says why.
+            ModelUnloaded: the model was unloaded, or (ModelForked) this process was forked from
+                the one that loaded it.
+            ExlLoaderError: the error of a step.
+        """
+        while not self._ended:
+            piece = self._next_piece()
+            if piece is not None:
+                return piece
+        raise StopIteration
+
+    def __enter__(self) -> Generation[T]:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def stats(self) -> GenerationStats:
+        """Tokens and seconds so far."""
+        return self._job.stats
+
+    @property
+    def finish_reason(self) -> str | None:
+        """None while it runs, then `eos`, `stop` (a stop string or id), `length`
+        (max_new_tokens), `context` (ctx_size is full), `cancelled` or `failed`."""
+        return self._job.finish_reason
+
+    @property
+    def seed(self) -> int:
+        """The seed in use; with it, the same prompt and settings give the same text."""
+        return self._job.sampler.seed
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """Ids of the prompt."""
+        return list(self._job.prompt_ids)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Ids generated so far, without an end token."""
+        return self._job.history[len(self._job.prompt_ids) :].tolist()
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs]:
+        """One entry per id of `token_ids`, if the settings ask for `logprobs`."""
+        return list(self._job.logprobs)
+
+    def stop(self) -> None:
+        """End the generation after the running step. Does not wait."""
+        self._job.cancelled = True
+
+    def close(self) -> None:
+        """End the generation and release its pages; it yields nothing afterwards."""
+        self._ended = True
+        if self._started:
+            self._generator.finish(self._job)
+
+    def _next_piece(self) -> T | None:
+        """Wait for the result of one step; return None if there is nothing to show."""
+        job = self._job
+        self._started = True
+        self._generator.wait(job)
+        if job.output:
+            return self._piece(*job.output.popleft())
+        self._ended = True
+        if job.error is not None:
+            raise job.error
+        return self._last_piece()
+
+    @abstractmethod
+    def _piece(self, token_id: int, text: str) -> T | None:
+        """Return what to show for a token; None for nothing."""
+
+    def _last_piece(self) -> T | None:
+        return None
+
+
+class IdGeneration(Generation[int]):
+    """Yields token ids one by one, without the end token."""
+
+    def _piece(self, token_id: int, text: str) -> int | None:
+        return token_id
+
+
+class TextGeneration(Generation[str]):
+    """Yields pieces of text: whole characters, never part of a stop string, never empty."""
+
+    def _piece(self, token_id: int, text: str) -> str | None:
+        return text or None
+
+    def _last_piece(self) -> str | None:
+        return self._job.last_text or None

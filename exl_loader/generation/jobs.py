@@ -1,4 +1,4 @@
-"""One request: what it was asked, how far it is, and what it has produced."""
+"""A job: one request for new tokens, its progress and its output."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from ..utils.tracebacks import drop_locals
 from .exchange import Exchange
 from .forward_model import LogitsRow
 from .logprobs import TokenLogprobs, token_logprobs
-from .prompt_lookup import look_up
 from .sampling import Sampler
 from .settings import SamplingSettings
 from .text_stream import TextStream
 
-# Why a generation ended.
+# Reasons why a generation ends.
 EOS, STOP, LENGTH, CONTEXT, CANCELLED, FAILED = (
     "eos", "stop", "length", "context", "cancelled", "failed",
 )
@@ -28,14 +27,15 @@ EOS, STOP, LENGTH, CONTEXT, CANCELLED, FAILED = (
 
 @dataclass
 class GenerationStats:
-    """What a generation took.
+    """Tokens and seconds of a generation so far.
 
     Args:
-        prompt_tokens, new_tokens: so far; an end token counts as new, though it is not shown.
-        reused_tokens: of the prompt, those that the cache held already.
-        accepted_tokens: of the new ones, those that a guess had expected.
-        prefill_s: from the first work on the prompt to the first token.
-        decode_s: from the first token to the last.
+        prompt_tokens: number of prompt tokens.
+        new_tokens: number of new tokens; an end token counts, although it is not shown.
+        reused_tokens: number of prompt tokens that the cache already held.
+        accepted_tokens: number of new tokens that were guessed correctly in a draft.
+        prefill_s: seconds from the start of the prompt to the first token.
+        decode_s: seconds from the first token to the last.
     """
 
     prompt_tokens: int
@@ -47,23 +47,24 @@ class GenerationStats:
 
     @property
     def prompt_tokens_per_s(self) -> float:
-        """Evaluated prompt tokens a second; 0 before the prompt is done."""
+        """Evaluated prompt tokens per second; 0 before the first new token."""
         evaluated = self.prompt_tokens - self.reused_tokens
         return evaluated / self.prefill_s if self.prefill_s > 0 else 0.0
 
     @property
     def tokens_per_s(self) -> float:
-        """New tokens a second, the first one left out, which belongs to the prompt."""
+        """New tokens per second, without the first one, whose time is the prompt's."""
         return (self.new_tokens - 1) / self.decode_s if self.decode_s > 0 else 0.0
 
 
 @dataclass(eq=False)
 class NegativeText:
-    """What guidance leads away from: a negative prompt, then the same new tokens.
+    """The negative text of guidance: the negative prompt, then the same new tokens.
 
     Args:
-        ids: so far; at first the negative prompt's, at least one.
-        max_tokens: what ids may reach.
+        ids: all ids so far; at first those of the negative prompt, at least one.
+        max_tokens: number of ids that it may reach.
+        sequence: its pages; None before `Job.begin` and after the end.
     """
 
     ids: list[int]
@@ -73,24 +74,25 @@ class NegativeText:
 
 @dataclass(eq=False)
 class Job(Exchange[tuple[int, str]]):
-    """A request for tokens and its state. Only the model's thread changes it.
+    """A request for new tokens and its state. Only the model's thread changes it.
 
     Args:
         prompt_ids: at least one id.
-        settings: how to continue.
+        settings: how to continue the prompt.
         sampler: draws the tokens.
-        eos_ids: the model's own ids that end a text.
-        max_tokens: prompt and new tokens together may reach this many.
-        text: decodes and looks for stop strings; None where only ids are wanted.
-        progress: told about the prompt.
-        vocab_size: ids from here on are padding, which `logprobs` leaves out; None for none.
-        negative: the text of guidance, None without.
+        eos_ids: the model's ids that end a text.
+        max_tokens: number of tokens that prompt and answer may have together.
+        text: decodes tokens and finds stop strings; None if only ids are needed.
+        progress: reports the number of evaluated prompt tokens.
+        vocab_size: ids from here on are padding, which `logprobs` omits; None for no padding.
+        negative: the negative text of guidance; None without guidance.
 
     Attributes:
-        output: (id, text to show with it), not yet taken by the consumer.
-        tail: text to show after the last token.
+        output: (id, text to show with it) of tokens that the caller has not taken yet.
+        last_text: text to show after the last token.
         finish_reason: None while it runs; then why it ended.
-        logprobs: of each new token but an end token; empty where the settings want none.
+        logprobs: one entry per new token except an end token, if the settings ask for them.
+        sequence: the pages of prompt and answer; None before `begin` and after the end.
     """
 
     prompt_ids: Sequence[int]
@@ -106,7 +108,7 @@ class Job(Exchange[tuple[int, str]]):
     def __post_init__(self) -> None:
         super().__init__()
         self.sequence: PagedSequence | None = None
-        self.tail = ""
+        self.last_text = ""
         self.finish_reason: str | None = None
         self.logprobs: list[TokenLogprobs] = []
         self.stats = GenerationStats(len(self.prompt_ids))
@@ -123,14 +125,14 @@ class Job(Exchange[tuple[int, str]]):
 
     @property
     def decoding(self) -> bool:
-        """True once the prompt is in the cache: one token a step from here on."""
+        """True once the first new token was drawn."""
         return self.stats.new_tokens > 0
 
     @property
     def prefilled(self) -> bool:
-        """True where the next pass is one of decoding.
+        """True if the job's next pass is a decoding pass.
 
-        Guidance needs the logits of two texts at once, so their last tokens go together.
+        Guidance needs the logits of both texts at once, so their last tokens are in one pass.
         """
         if self.negative is None:
             return self.decoding
@@ -138,12 +140,12 @@ class Job(Exchange[tuple[int, str]]):
 
     @property
     def num_sequences(self) -> int:
-        """Sequences that a pass has for this job."""
+        """Number of sequences that the job has in a pass."""
         return 1 if self.negative is None else 2
 
     @property
     def texts(self) -> list[tuple[PagedSequence, Sequence[int] | npt.NDArray[np.int64]]]:
-        """Each sequence with all of its ids, the prompt's own first; none before `begin`."""
+        """Each sequence with all of its ids, the prompt's own first; empty before `begin`."""
         texts: list[tuple[PagedSequence, Sequence[int] | npt.NDArray[np.int64]]] = []
         if self.sequence is not None:
             texts.append((self.sequence, self.history))
@@ -153,25 +155,19 @@ class Job(Exchange[tuple[int, str]]):
 
     @property
     def history(self) -> npt.NDArray[np.int64]:
-        """Prompt and new ids, int64 [tokens so far]."""
+        """Ids of prompt and answer, int64 [tokens so far]."""
         return self._history[: self._num_tokens]
 
-    def draft(self, limit: int) -> list[int]:
-        """Return at most `limit` ids that may come next, as many as there is room for."""
-        return look_up(
-            self.history, self.room_ahead(min(self.settings.prompt_lookup_num_tokens, limit))
-        )
-
     def room_ahead(self, limit: int) -> int:
-        """Return how many ids beyond the next one there is room for, at most `limit`."""
+        """Return how many ids may follow the next one, at most `limit`."""
         new_left = self.settings.max_new_tokens - self.stats.new_tokens - 1
         return max(0, min(limit, new_left, self.max_tokens - self._num_tokens - 1))
 
     def begin(self, sequences: Sequence[PagedSequence]) -> None:
-        """Start on the prompt, behind what its sequence holds of it already.
+        """Begin the prompt after the tokens that its sequence already holds.
 
         Args:
-            sequences: the prompt's, and the negative prompt's where there is one.
+            sequences: that of the prompt, and with guidance that of the negative prompt.
         """
         sequence = self.sequence = sequences[0]
         if self.negative is not None:
@@ -181,7 +177,7 @@ class Job(Exchange[tuple[int, str]]):
         self.skip(sequence.past_len)
 
     def skip(self, count: int) -> None:
-        """Count tokens of the prompt that were found in the cache."""
+        """Count prompt tokens that were found in the cache."""
         if count:
             self.stats.reused_tokens += count
             self.progress.advance("prompt", count)
@@ -190,7 +186,7 @@ class Job(Exchange[tuple[int, str]]):
         """Draw the next token from its logits.
 
         Returns:
-            Why the job ends with this token, None where it goes on.
+            Why the job ends with this token; None if it continues.
         """
         token_id = self.sampler.sample(row, self.history)
         self._count_token()
@@ -216,22 +212,22 @@ class Job(Exchange[tuple[int, str]]):
             return LENGTH
         return CONTEXT if self._num_tokens >= self.max_tokens else None
 
-    def let_go(self) -> None:
-        """Forget the sequences, which belong to the cache again."""
+    def drop_sequences(self) -> None:
+        """Drop the sequences, whose pages were released."""
         self.sequence = None
         if self.negative is not None:
             self.negative.sequence = None
 
     def finish(self, reason: str, error: BaseException | None = None) -> None:
-        """End the job; a second time changes nothing."""
+        """End the job; a second call does nothing."""
         if self.finished:
             return
         try:
             if not self.decoding:
                 self.progress.finish("prompt")
             if self.text is not None and not self._text_ended:
-                self.tail = self.text.flush()
-        except BaseException as failure:  # in the caller's own progress, say
+                self.last_text = self.text.flush()
+        except BaseException as failure:  # for example in the caller's progress callback
             drop_locals(failure)
             error, reason = error or failure, FAILED
         self.error = error

@@ -1,4 +1,4 @@
-"""Log probabilities of tokens, as the model gives them: before any sampler."""
+"""Log probabilities of tokens under the model's own distribution, before any sampler."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """How likely a token was, and which ones were likeliest in its place.
+    """The log probability of a token, and the most likely tokens at its position.
 
     Args:
         token_id: the token.
         logprob: natural logarithm of its probability.
-        top: (token id, logprob), likeliest first; of equally likely ones the lower id first.
+        top: (token id, logprob), most likely first; equally likely ones by rising id.
     """
 
     token_id: int
@@ -24,12 +24,12 @@ class TokenLogprobs:
 
 
 def token_logprobs(logits: npt.ArrayLike, token_id: int, count: int) -> TokenLogprobs:
-    """Compute a token's log probability and the `count` largest ones.
+    """Compute the log probability of a token and the `count` largest ones.
 
     Args:
-        logits: float32 [vocab_size], those that the token was chosen from; finite.
+        logits: float32 [vocab_size], finite: the row that the token was drawn from.
         token_id: below vocab_size.
-        count: at least 0; more than vocab_size gives vocab_size.
+        count: number of entries in `top`, at least 0; limited to vocab_size.
     """
     row = np.asarray(logits, np.float64)
     largest = row.max()
@@ -44,6 +44,6 @@ def _largest(row: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.intp]:
     if count == 0:
         return np.empty(0, np.intp)
     least = np.partition(row, -count)[-count]
-    # Of several at the limit the lowest ids are kept, which a partition alone would not promise.
+    # Of equal values at the limit the lowest ids are kept, which a partition does not guarantee.
     candidates = np.flatnonzero(row >= least)
     return candidates[np.lexsort((candidates, -row[candidates]))][:count]

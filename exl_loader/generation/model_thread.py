@@ -1,11 +1,10 @@
 """The thread of one loaded model. It alone runs steps and changes scheduler, cache and model.
 
-Callers' threads send messages and sleep. An interrupt (Ctrl-C) arrives in a caller's thread,
-never here, so no interrupt can end a step halfway or split a clean-up.
+Callers' threads send messages and sleep. An interrupt (Ctrl-C) arrives in a caller's thread and
+never in this one, so no interrupt can end a step or a clean-up halfway.
 
-The thread starts with the first message and ends with `close`, or when the last reference to
-the model is dropped. While it has nothing to do it blocks, and then it holds no reference to
-the model.
+The thread starts with the first message. It ends with `close`, or when the last reference to
+the model is dropped. While it has nothing to do, it blocks and holds no reference to the model.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ from ..utils.tracebacks import drop_locals
 from .exchange import Exchange, sleep, wake_all
 from .scheduler import Scheduler
 
-# The process does not wait longer than this for a step that runs when it exits.
+# At exit, the process waits at most this long for a running step.
 EXIT_WAIT_S = 10.0
 
-# The message that cancels all requests that were sent before it.
+# The message that cancels all jobs that were sent before it.
 STOP = object()
 
 _model_threads: weakref.WeakSet[ModelThread] = weakref.WeakSet()
@@ -38,8 +37,8 @@ class ModelThread:
     """A thread that runs the steps of one scheduler. Every method may be called from any thread.
 
     Args:
-        scheduler: what the thread runs; nobody else calls it.
-        release: called once the requests have ended and the model was dropped.
+        scheduler: runs the steps; only this thread calls it.
+        release: called after all requests have ended and the model was dropped.
     """
 
     def __init__(self, scheduler: Scheduler, release: Callable[[], None]) -> None:
@@ -47,28 +46,29 @@ class ModelThread:
         self._release = release
         self._process = os.getpid()
         self._inbox: SimpleQueue[object] = SimpleQueue()
-        # The callback is a function of C: when the model is dropped, no Python code need run
-        # in order to wake the thread.
+        # The callback is implemented in C, so dropping the model wakes the thread without
+        # running Python code.
         self._reference = weakref.ref(self, self._inbox.put)
-        # Taken by the thread, for ever: of two threads that were started at once one ends.
+        # The thread acquires this and never releases it. If two threads were started at once,
+        # the one that does not get it ends.
         self._claim = _thread.allocate_lock()
         self._ident: int | None = None
         self._closers: deque[SimpleQueue[None]] = deque()
         self._closing = False
         self._exiting = False
-        # Set before the thread empties its inbox for the last time, and when it is through.
+        # Set before the thread empties its inbox for the last time, and when it has ended.
         self._ended = False
         self._gone = False
         self._failure: BaseException | None = None
         _model_threads.add(self)
 
     def check(self) -> None:
-        """Refuse a call that could not be answered.
+        """Refuse a call that cannot be answered.
 
         Raises:
             ModelForked: this process was forked from the one that loaded the model.
             ModelUnloaded: `close` was called, or the thread was ended by an error.
-            InvalidCall: the call comes from the thread itself, which would wait for itself.
+            InvalidCall: the call comes from the model's thread, which would wait for itself.
         """
         self._check_process()
         if self._closing or self._ended:
@@ -76,22 +76,22 @@ class ModelThread:
         if _thread.get_ident() == self._ident:
             raise InvalidCall(
                 "the model", expected="a call from another thread",
-                actual="a call from its own thread, as a progress callback runs in",
+                actual="a call from its own thread, in which progress callbacks run",
                 remedy="Start the request after the callback has returned",
             )
 
     def own(self, request: Exchange[Any], owner: object) -> None:
-        """End `request` when `owner` is destroyed. To be called before the request is sent."""
+        """End `request` when `owner` is destroyed; called before the request is sent."""
         request.set_owner(owner, self._inbox)
 
     def wait(self, request: Exchange[Any]) -> None:
-        """Return when the request has output or has finished. Sends it where that is missing.
+        """Send the request if necessary, and return when it has output or has finished.
 
-        Steps run only while somebody is in here.
+        Steps run only while a caller waits here.
 
         Raises:
-            As `check`; or whatever interrupts this very thread, e.g. KeyboardInterrupt, which
-            cancels the request.
+            As `check`; or whatever interrupts the calling thread, such as KeyboardInterrupt,
+            which cancels the request.
         """
         self._check_process()
         try:
@@ -99,7 +99,7 @@ class ModelThread:
                 if self._exiting:
                     _sleep_until_exit()
                 self.check()
-                # A message may come twice: the thread accepts a request once.
+                # The request may be sent twice; the thread accepts it once.
                 waiter = request.add_waiter()
                 self._send(request)
                 if not self._ended:
@@ -111,12 +111,12 @@ class ModelThread:
             raise
 
     def cancel(self, request: Exchange[Any]) -> None:
-        """End a request before the next step. Does not wait."""
+        """Cancel a request, which ends before the next step. Does not wait."""
         request.cancelled = True
         self._inbox.put(None)
 
     def finish(self, request: Exchange[Any]) -> None:
-        """Cancel a request that was sent, and wait until it has given its pages back."""
+        """Cancel a request that was sent, and wait until it has released its pages."""
         request.cancelled = True
         if self._is_forked or _thread.get_ident() == self._ident:
             return
@@ -127,7 +127,7 @@ class ModelThread:
                 sleep(waiter)
 
     def cancel_all(self) -> None:
-        """Cancel every request that was sent. Does not wait.
+        """Cancel every job that was sent. Does not wait.
 
         Raises:
             ModelForked: as `check`.
@@ -137,10 +137,10 @@ class ModelThread:
             self._inbox.put(STOP)
 
     def close(self) -> None:
-        """End all requests, drop the model and wait until that is done. Twice does no harm.
+        """End all requests, drop the model and wait for that. A second call does nothing.
 
-        An interrupt ends the wait alone; the thread goes on to close. In a forked process,
-        which has no such thread, only `release` is called.
+        An interrupt ends only the wait; the thread still closes. A forked process has no such
+        thread; there only `release` is called.
         """
         if self._is_forked:
             self._closing = self._gone = True
@@ -161,7 +161,7 @@ class ModelThread:
                 sleep(waiter)
 
     def end_at_exit(self) -> None:
-        """Let the running step end and no other begin, because the interpreter shuts down."""
+        """Wait for the running step and start no other, because the interpreter shuts down."""
         if self._is_forked or not self._claim.locked():
             return
         waiter: SimpleQueue[None] = SimpleQueue()
@@ -176,7 +176,7 @@ class ModelThread:
 
     @property
     def _is_forked(self) -> bool:
-        """True in a process forked from the one with the thread, where it does not exist."""
+        """True in a process that was forked from the one with the thread."""
         return os.getpid() != self._process
 
     def _check_process(self) -> None:
@@ -189,10 +189,10 @@ class ModelThread:
             )
 
     def _send(self, message: object) -> None:
-        """Put a message into the inbox; start the thread where there is none.
+        """Put a message into the inbox; start the thread if there is none.
 
         Raises:
-            InsufficientMemory: the system gives no further thread.
+            InsufficientMemory: the system refuses another thread.
         """
         self._inbox.put(message)
         if self._claim.locked():
@@ -203,7 +203,7 @@ class ModelThread:
             raise InsufficientMemory(
                 "a thread for the model", expected="memory for one more thread",
                 actual=f"the system refused it ({error})",
-                remedy="Close what took the memory, and ask again",
+                remedy="Close programs that use much memory, and try again",
             ) from error
 
     def _unloaded_error(self, actual: str) -> ModelUnloaded:
@@ -211,20 +211,20 @@ class ModelThread:
             actual = f"ended by {type(self._failure).__name__}: {self._failure}"
         return ModelUnloaded("the model", actual=actual, remedy="Load it again")
 
-    # From here on: the thread itself.
+    # The methods from here on run in the thread itself.
 
     def _take_claim(self) -> bool:
-        """Become the thread; False where another one is."""
+        """Become the thread; return False if there is another one."""
         if not self._claim.acquire(blocking=False):
             return False
         self._ident = _thread.get_ident()
         return True
 
     def _work(self) -> bool:
-        """Run steps while there is something to do.
+        """Run steps until there is nothing to do.
 
         Returns:
-            False where the thread is to end.
+            False if the thread has to end.
         """
         try:
             while not (self._closing or self._exiting):
@@ -232,11 +232,11 @@ class ModelThread:
                 if not self._scheduler.step():
                     return True
                 if self._is_forked:
-                    # A callback has forked, and this is the child. Its only thread is this
-                    # one, from which nothing leads back to the program.
+                    # A callback has forked, and this is the child process. Its only thread is
+                    # this one, which cannot return to the program.
                     os._exit(0)
         except BaseException as error:
-            # The scheduler ends what fails by itself, so its state cannot be relied on here.
+            # The scheduler handles the errors of steps, so after this one its state is unknown.
             drop_locals(error)
             self._failure = error
         self._end()
@@ -250,14 +250,14 @@ class ModelThread:
             pass
 
     def _receive(self, message: object) -> None:
-        """Take a message; one that is neither a request nor `STOP` is there to wake alone."""
+        """Handle a message; one that is neither a request nor `STOP` only wakes the thread."""
         if message is STOP:
             self._scheduler.cancel_all()
         elif isinstance(message, Exchange):
             self._scheduler.accept(message)
 
     def _end(self) -> None:
-        """Fail the requests, drop the model and tell those who wait for that."""
+        """End the requests with an error, drop the model and wake the callers of `close`."""
         self._ended = True
         try:
             if not self._exiting:
@@ -272,12 +272,12 @@ class ModelThread:
 
 
 def _run(inbox: SimpleQueue[object], reference: weakref.ref[ModelThread]) -> None:
-    """Run a model's thread until the model is closed or nobody refers to it any more."""
+    """Run a model's thread until the model is closed or the last reference to it is dropped."""
     model_thread = reference()
     if model_thread is None or not model_thread._take_claim():
         return
     while model_thread is not None and model_thread._work():
-        # Neither the model nor a request may be kept while the thread sleeps.
+        # The thread holds no reference to the model or a request while it sleeps.
         model_thread = None
         message = inbox.get()
         model_thread = reference()
@@ -287,7 +287,7 @@ def _run(inbox: SimpleQueue[object], reference: weakref.ref[ModelThread]) -> Non
 
 
 def _sleep_until_exit() -> None:
-    """Keep a daemon thread from failing in the moment before the process ends."""
+    """Block a daemon thread, because the process is about to end."""
     if threading.current_thread() is not threading.main_thread():
         sleep(SimpleQueue())
 
@@ -297,6 +297,6 @@ def _end_all_at_exit() -> None:
         model_thread.end_at_exit()
 
 
-# Python runs this after it has joined the threads that are no daemons. A daemon thread that
-# runs on while the interpreter shuts down is ended in the middle of C++ code.
+# Python runs this after it has joined all threads that are not daemons. A daemon thread that
+# still runs while the interpreter shuts down would be killed in the middle of C++ code.
 atexit.register(_end_all_at_exit)

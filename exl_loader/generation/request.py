@@ -1,15 +1,16 @@
-"""From what a caller asks to a job: prompt, settings and what they mean for this model."""
+"""Turns what a caller asks for into a job: checks prompt and settings against the model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from ..utils.errors import InvalidSettings
+from ..text.tokenizer import no_tokenizer
+from ..utils.errors import InvalidSettings, PromptTooLong, shown
 from ..utils.progress import Progress, checked_progress
+from ..utils.setting_values import whole_numbers
 from .grammar.masks import Grammars
 from .jobs import Job, NegativeText
-from .prompts import Prompt, PromptReader
 from .sampling import Sampler, TokenRoles
 from .settings import SamplingSettings
 from .text_stream import TextStream
@@ -18,28 +19,30 @@ if TYPE_CHECKING:
     from ..checkpoint.config import ModelConfig
     from ..text.tokenizer import Tokenizer
 
+Prompt = str | Iterable[int]
+
 
 class RequestReader:
     """Makes the jobs of one model. Every method may be called from any thread.
 
     Args:
-        config: the model's.
-        tokenizer: None where the folder has none; then ids work, and text does not.
-        ctx_size: tokens that prompt and answer may have together.
-        max_batch_size: sequences that a pass has room for.
+        config: the model's configuration.
+        tokenizer: None if the folder has none; then ids can be used and text cannot.
+        ctx_size: number of tokens that prompt and answer may have together.
+        max_batch_size: most sequences in one pass.
 
     Attributes:
         eos_token_ids: ids that end a text.
-        sampled_vocab_size: ids from here on stand for nothing: many models pad their vocabulary.
+        sampled_vocab_size: ids from here on are padding, which many models have.
     """
 
     def __init__(
         self, config: ModelConfig, tokenizer: Tokenizer | None, ctx_size: int, max_batch_size: int
     ) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
         self._ctx_size = ctx_size
         self._max_batch_size = max_batch_size
-        self._tokenizer = tokenizer
-        self._prompts = PromptReader(config, tokenizer, ctx_size)
         self.sampled_vocab_size: int = config.vocab_size
         ids = set(config.eos_token_ids)
         if tokenizer is not None:
@@ -50,7 +53,7 @@ class RequestReader:
 
     @property
     def has_tokenizer(self) -> bool:
-        """False where only token ids can be used."""
+        """False if only token ids can be used."""
         return self._tokenizer is not None
 
     @property
@@ -60,17 +63,19 @@ class RequestReader:
         Raises:
             InvalidTokenizer: it has none.
         """
-        return self._prompts.tokenizer
+        if self._tokenizer is None:
+            raise no_tokenizer("the model's tokenizer")
+        return self._tokenizer
 
     def whole_prompt(self, ids: Iterable[int]) -> list[int]:
-        """Check ids that are to be evaluated and not continued.
+        """Check ids that will be evaluated and not continued.
 
         Raises:
             InvalidSettings: there are none, or one is outside the vocabulary.
             PromptTooLong: they do not fit into the context.
         """
-        prompt_ids = self._prompts.checked(ids)
-        self._prompts.check_length(len(prompt_ids), len(prompt_ids))
+        prompt_ids = self._checked(ids)
+        self._check_length(len(prompt_ids), len(prompt_ids))
         return prompt_ids
 
     def sampler(self, prompt_ids: Sequence[int], settings: SamplingSettings) -> Sampler:
@@ -92,23 +97,26 @@ class RequestReader:
         """Make a job that continues a prompt.
 
         Args:
-            as_text: decode what is drawn; stop strings have it decoded in any case.
+            prompt: text or token ids.
+            settings: how to continue it.
+            progress: reports the number of evaluated prompt tokens; None for no reports.
+            as_text: decode the new tokens; stop strings always need that.
 
         Raises:
             As `engine.LoadedModel.generate`.
         """
         tokenizer = self.tokenizer if as_text or settings.stop_strings else None
-        prompt_ids = self._prompts.ids(prompt)
-        self._prompts.check_length(len(prompt_ids), len(prompt_ids) + 1)
-        self._prompts.check_range(settings.stop_token_ids, "stop_token_ids")
-        self._prompts.check_range(settings.custom_token_bans, "custom_token_bans")
-        self._prompts.check_range([token for token, _ in settings.logit_bias], "logit_bias")
-        # Behind a text the answer goes on from its last character; behind ids, as a template
-        # writes them, it is a text of its own.
-        behind = prompt_ids if isinstance(prompt, str) else ()
+        prompt_ids = self._ids(prompt)
+        self._check_length(len(prompt_ids), len(prompt_ids) + 1)
+        self._check_range(settings.stop_token_ids, "stop_token_ids")
+        self._check_range(settings.custom_token_bans, "custom_token_bans")
+        self._check_range([token for token, _ in settings.logit_bias], "logit_bias")
+        # The answer continues a prompt that is text. After ids, as from a chat template, it is
+        # a text of its own.
+        continued_ids = prompt_ids if isinstance(prompt, str) else ()
         text = None
         if tokenizer is not None:
-            stream = tokenizer.stream(settings.skip_special_tokens, behind)
+            stream = tokenizer.stream(settings.skip_special_tokens, continued_ids)
             text = TextStream(stream, settings.stop_strings)
         negative = self._negative_text(settings)
         longest = max(len(prompt_ids), len(negative.ids) if negative is not None else 0)
@@ -124,7 +132,7 @@ class RequestReader:
             settings=settings,
             sampler=Sampler(
                 settings, roles=roles,
-                constraint=self._grammars.matcher(settings, goes_on=bool(behind)),
+                constraint=self._grammars.matcher(settings, continues_text=bool(continued_ids)),
             ),
             eos_ids=frozenset(() if settings.ban_eos_token else self.eos_token_ids),
             max_tokens=len(prompt_ids) + new_tokens,
@@ -135,7 +143,7 @@ class RequestReader:
         )
 
     def _negative_text(self, settings: SamplingSettings) -> NegativeText | None:
-        """Return what guidance needs besides the prompt; None without guidance."""
+        """Return the negative prompt of guidance; None without guidance."""
         if settings.guidance_scale == 1:
             return None
         if self._max_batch_size < 2:
@@ -144,6 +152,61 @@ class RequestReader:
                 actual=settings.guidance_scale,
                 remedy="Load the model with a max_batch_size of 2 or more",
             )
-        ids = self._prompts.ids(settings.negative_prompt or [])
-        self._prompts.check_length(len(ids), len(ids) + 1, "negative_prompt")
+        ids = self._ids(settings.negative_prompt or [])
+        self._check_length(len(ids), len(ids) + 1, "negative_prompt")
         return NegativeText(ids, max_tokens=len(ids))
+
+    def _ids(self, prompt: Prompt) -> list[int]:
+        """Encode a prompt, or check its ids; an empty one becomes the BOS token.
+
+        Raises:
+            InvalidSettings: a token id is invalid, or there are none and the model has no BOS
+                token.
+            InvalidTokenizer: the prompt is text, and the model has no tokenizer.
+        """
+        if isinstance(prompt, str):
+            tokenizer = self.tokenizer
+            ids = tokenizer.prompt_ids(prompt)
+            bos_id = tokenizer.bos_token_id
+        else:
+            ids = whole_numbers("prompt", prompt, "text or token ids")
+            bos_id = None
+        if bos_id is None:
+            bos_id = self._config.bos_token_id
+        if not ids and bos_id is not None:
+            ids = [bos_id]
+        return self._checked(ids)
+
+    def _checked(self, ids: Iterable[int]) -> list[int]:
+        """Convert integers, numpy's and PyTorch's included, to a list of valid token ids.
+
+        Raises:
+            InvalidSettings: there are none, or one is invalid.
+        """
+        checked = whole_numbers("prompt", ids, "text or token ids")
+        if not checked:
+            raise InvalidSettings("prompt", expected="at least one token", actual="none",
+                                  remedy="Write something to continue")
+        self._check_range(checked, "token ids")
+        return checked
+
+    def _check_range(self, ids: Sequence[int], name: str) -> None:
+        """Raise InvalidSettings with this name if an id is outside the vocabulary."""
+        if ids and not (min(ids) >= 0 and max(ids) < self._config.vocab_size):
+            raise InvalidSettings(
+                name, expected=f"0 to {self._config.vocab_size - 1}",
+                actual=f"{shown(min(ids))} to {shown(max(ids))}",
+                remedy="They may come from another model's tokenizer",
+            )
+
+    def _check_length(self, prompt_len: int, needed: int, name: str = "the prompt") -> None:
+        """Raise PromptTooLong with this name if `needed` tokens exceed the context."""
+        if needed > self._ctx_size:
+            new_tokens = needed - prompt_len
+            room = " and a new one" if new_tokens else ""
+            raise PromptTooLong(
+                name, expected=f"at most {self._ctx_size - new_tokens} tokens{room} in a "
+                f"ctx_size of {self._ctx_size}",
+                actual=f"{prompt_len} tokens",
+                remedy="Shorten it, or load the model with a larger ctx_size",
+            )

@@ -1,6 +1,6 @@
-"""What runs in the next step: admits jobs, prefills in chunks, decodes all of them together.
+"""Decides what runs in the next step: admits jobs, evaluates prompts in chunks, decodes.
 
-Not thread-safe: a `model_thread.ModelThread` alone calls it.
+Not thread-safe: only a `model_thread.ModelThread` calls it.
 """
 
 from __future__ import annotations
@@ -16,36 +16,38 @@ from ..cache.layout import PAGE_LEN, pages_for
 from ..cache.paging import PagedCache, PagedSequence
 from ..utils.errors import CacheFull, InsufficientMemory, is_out_of_memory
 from ..utils.tracebacks import drop_locals
+from .drafts import look_up
+from .evaluations import Evaluation
 from .exchange import Exchange
 from .forward_model import ForwardModel, LogitsRow
 from .jobs import CANCELLED, FAILED, Job
 from .sampling import guide
-from .work import Work
 
 if TYPE_CHECKING:
-    from .draft_model import DraftModel
+    from .drafts import DraftModel
 
 Ids = Sequence[int] | npt.NDArray[np.int64]
 
-# A job whose consumer does not take its tokens is not computed further than this, unless
-# another one waits for its pages.
+# A job whose caller does not take its tokens is computed at most this many tokens ahead, unless
+# another job waits for its pages.
 MAX_AHEAD = 16
 
 
 class Scheduler:
-    """The requests of one model, and the passes that bring them on.
+    """The requests of one model, and the passes that serve them.
 
-    A step runs only where a caller waits for its result, so that nothing is computed for an
-    iterator that nobody reads.
+    A step runs only while a caller waits for its result, so nothing is computed for an iterator
+    that nobody reads.
 
     Args:
         model: runs forward passes.
         cache: lends pages.
-        drafter: a smaller model that guesses ahead; None for none.
+        drafter: the draft model; None for none.
 
     Attributes:
-        waiting, active: the jobs without pages, and those with.
-        work: requests other than jobs, in the order of their turns.
+        waiting: jobs that have no pages yet, in order of arrival.
+        active: jobs that have pages.
+        evaluations: requests other than jobs, in the order of their turns.
     """
 
     def __init__(
@@ -56,11 +58,11 @@ class Scheduler:
         self.drafter = drafter
         self.waiting: deque[Job] = deque()
         self.active: list[Job] = []
-        self.work: list[Work[Any]] = []
+        self.evaluations: list[Evaluation[Any]] = []
         self._prompts_turn = False
 
     def accept(self, request: Exchange[Any]) -> None:
-        """Take a request on; one that is known already is looked at again.
+        """Accept a request; if it was accepted before, wake its callers if it is ready.
 
         A caller sends its request whenever it begins to wait.
         """
@@ -69,18 +71,18 @@ class Scheduler:
             if isinstance(request, Job):
                 self.waiting.append(request)
             else:
-                assert isinstance(request, Work)
-                self.work.append(request)
+                assert isinstance(request, Evaluation)
+                self.evaluations.append(request)
         if request.is_ready:
             request.wake_waiters()
 
     def step(self) -> bool:
-        """Run the next pass of every kind that is due.
+        """Run the next pass of each kind.
 
-        An error that belongs to no single request fails all of them.
+        An error that belongs to no single request ends all of them.
 
         Returns:
-            False where there was nothing to run: no caller waits for what can be computed.
+            False if nothing was run, because no caller waits for anything that can be computed.
         """
         try:
             return self._step()
@@ -96,86 +98,90 @@ class Scheduler:
             job.cancelled = True
 
     def fail_all(self, make_error: Callable[[], BaseException]) -> None:
-        """End all requests with an error each."""
-        for work in list(self.work):
-            self._finish_work(work, make_error())
+        """End all requests, each with its own error."""
+        for evaluation in list(self.evaluations):
+            self._finish_evaluation(evaluation, make_error())
         for job in [*self.active, *self.waiting]:
             self._finish(job, FAILED, make_error())
 
     def close(self) -> None:
-        """Let go of model and cache. An error that somebody keeps leads here by its frames."""
+        """Drop model and cache, because an error that a caller keeps refers to the scheduler."""
         del self.model, self.cache, self.drafter
 
     def _step(self) -> bool:
-        self._finish_given_up()
-        alone = next((work for work in self.work if work.alone), None)
+        self._finish_cancelled()
+        alone = next((evaluation for evaluation in self.evaluations if evaluation.alone), None)
         if alone is not None:
             return alone.is_awaited and self._advance(alone)
-        if not any(job.is_awaited for job in (*self.active, *self.waiting)) and not any(
-            work.is_awaited for work in self.work
-        ):
+        requests = (*self.active, *self.waiting, *self.evaluations)
+        if not any(request.is_awaited for request in requests):
             return False
-        for work in list(self.work):
-            if not work.begun:
-                self._advance(work)
-        # Decoding first, because a prompt's last chunk brings the job's first token, which
-        # its consumer should not have to wait a further pass for.
+        for evaluation in list(self.evaluations):
+            if not evaluation.started:
+                self._advance(evaluation)
+        # Decoding runs first. The last chunk of a prompt gives the job's first token, and its
+        # caller should not have to wait for another pass.
         decoded = self.decode()
         return self._run_long_pass() or decoded
 
-    def _finish_given_up(self) -> None:
-        """End the requests that were cancelled or whose owner no longer exists."""
-        for work in list(self.work):
-            if work.is_given_up:
-                self._finish_work(work)
+    def _finish_cancelled(self) -> None:
+        """End the requests that were cancelled or whose owner was destroyed."""
+        for evaluation in list(self.evaluations):
+            if evaluation.is_abandoned:
+                self._finish_evaluation(evaluation)
         for job in [*self.active, *self.waiting]:
-            if job.is_given_up:
+            if job.is_abandoned:
                 self._finish(job, CANCELLED)
 
     def _run_long_pass(self) -> bool:
-        """Run one chunk of a prompt or of work, in turns, so that no stream waits for two.
+        """Run one chunk of a prompt or of an evaluation, in turns.
+
+        Only one, so that decoding jobs never wait for two chunks.
 
         Returns:
-            False where there is neither.
+            False if there is neither.
         """
         self._prompts_turn = not self._prompts_turn
         if self._prompts_turn:
-            return self.prefill() or self._run_work()
-        return self._run_work() or self.prefill()
+            return self.prefill() or self._run_evaluation()
+        return self._run_evaluation() or self.prefill()
 
-    def _run_work(self) -> bool:
-        work = next((work for work in self.work if work.is_awaited), None)
-        if work is None:
+    def _run_evaluation(self) -> bool:
+        awaited = (evaluation for evaluation in self.evaluations if evaluation.is_awaited)
+        evaluation = next(awaited, None)
+        if evaluation is None:
             return False
-        self.work.remove(work)
-        self.work.append(work)
-        return self._advance(work)
+        self.evaluations.remove(evaluation)
+        self.evaluations.append(evaluation)
+        return self._advance(evaluation)
 
-    def _advance(self, work: Work[Any]) -> bool:
-        """Run one step of some work; an error ends it and nothing else."""
+    def _advance(self, evaluation: Evaluation[Any]) -> bool:
+        """Run one step of an evaluation; an error ends only this evaluation."""
         try:
-            work.advance(self.model, self.cache)
+            evaluation.advance(self.model, self.cache)
         except BaseException as error:
             drop_locals(error)
-            self._finish_work(work, no_memory_for_a_step() if is_out_of_memory(error) else error)
-        if work.finished and work in self.work:
-            self.work.remove(work)
-        if work.is_ready:
-            work.wake_waiters()
+            self._finish_evaluation(evaluation, _typed(error))
+        if evaluation.finished and evaluation in self.evaluations:
+            self.evaluations.remove(evaluation)
+        if evaluation.is_ready:
+            evaluation.wake_waiters()
         return True
 
-    def _finish_work(self, work: Work[Any], error: BaseException | None = None) -> None:
-        self.work.remove(work)
+    def _finish_evaluation(
+        self, evaluation: Evaluation[Any], error: BaseException | None = None
+    ) -> None:
+        self.evaluations.remove(evaluation)
         try:
-            work.finish(error)
+            evaluation.finish(error)
         finally:
-            work.wake_waiters()
+            evaluation.wake_waiters()
 
     def decode(self) -> bool:
-        """Admit jobs, then run one pass over all that are decoding.
+        """Admit jobs, then run one pass over all decoding jobs.
 
         Returns:
-            False where none is decoding.
+            False if there are none.
         """
         self._admit()
         decoding = [job for job in self.active if job.prefilled and self._wants_token(job)]
@@ -184,10 +190,12 @@ class Scheduler:
         return bool(decoding)
 
     def prefill(self) -> bool:
-        """Run one chunk of one prompt; prompts take turns, so that a short one need not wait.
+        """Run one chunk of one prompt.
+
+        Prompts take turns, so that a short prompt does not wait for a long one.
 
         Returns:
-            False where there is none.
+            False if there is none.
         """
         job = next((job for job in self.active if not job.prefilled), None)
         if job is None:
@@ -206,11 +214,11 @@ class Scheduler:
 
     @property
     def is_busy(self) -> bool:
-        """True while a job or work holds pages that waiting jobs may get later."""
-        return bool(self.active or self.work)
+        """True while a job or an evaluation holds pages that waiting jobs may get later."""
+        return bool(self.active or self.evaluations)
 
     def _skip_stored(self, job: Job) -> None:
-        """Skip what others have stored of a prompt since its pages were taken."""
+        """Skip tokens of a prompt that other requests have stored since its pages were acquired."""
         assert job.sequence is not None
         past_len = job.sequence.past_len
         for sequence, ids in job.texts:
@@ -221,7 +229,7 @@ class Scheduler:
         return len(job.output) < MAX_AHEAD or bool(self.waiting)
 
     def _admit(self) -> None:
-        """Give waiting jobs their pages, in order, as long as there are any."""
+        """Acquire pages for waiting jobs, in order of arrival, as long as there are any."""
         while self.waiting:
             job = self.waiting[0]
             running = sum(other.num_sequences for other in self.active)
@@ -230,7 +238,8 @@ class Scheduler:
             try:
                 sequences = self._acquire(job)
             except CacheFull as error:
-                # Who holds the pages gives them back; a job that needs more than all is lost.
+                # Wait until a running request releases pages. A job that needs more than the
+                # whole cache fails.
                 if self._num_pages(job) <= self.cache.num_pages and self.is_busy:
                     return
                 self._finish(job, FAILED, error)
@@ -246,12 +255,12 @@ class Scheduler:
                 self._fail(job, error)
 
     def _num_pages(self, job: Job) -> int:
-        """Pages for all of a job's texts, were nothing shared."""
+        """Return the number of pages that all texts of a job need if they share none."""
         negative_pages = pages_for(job.negative.max_tokens) if job.negative is not None else 0
         return pages_for(job.max_tokens) + negative_pages
 
     def _acquire(self, job: Job) -> list[PagedSequence]:
-        """Take the pages of all texts of a job, or of none."""
+        """Acquire pages for all texts of a job, or for none."""
         wanted = [(job.max_tokens, job.prompt_ids)]
         if job.negative is not None:
             wanted.append((job.negative.max_tokens, job.negative.ids))
@@ -267,7 +276,7 @@ class Scheduler:
         return taken
 
     def _run(self, jobs: list[Job]) -> None:
-        """One forward pass, of one prompt's next chunk or over decoding jobs."""
+        """Run one forward pass: the next chunk of one prompt, or one over decoding jobs."""
         try:
             if jobs[0].prefilled:
                 self._decode_pass(jobs)
@@ -277,7 +286,8 @@ class Scheduler:
             if len(jobs) == 1:
                 self._fail(jobs[0], error)
                 return
-            # One of them may be the reason; nothing has advanced, so each can be run again.
+            # One of the jobs may be the reason. No sequence has advanced, so each job runs again
+            # in its own pass.
             for job in jobs:
                 self._run([job])
             return
@@ -286,14 +296,14 @@ class Scheduler:
                 job.wake_waiters()
 
     def _prompt_pass(self, job: Job) -> None:
-        """The next chunk of the prompt, then of the negative prompt."""
+        """Run the next chunk of the prompt or, after that, of the negative prompt."""
         for sequence, text in job.texts:
             pending = _missing(sequence, text)
             if job.negative is not None:
                 pending = pending[:-1]
             if pending:
                 break
-        assert pending, "a prompt without missing tokens is prefilled"
+        assert pending, "the prompt is already prefilled"
         ids = pending[: self._chunk_end(sequence.past_len, len(pending)) - sequence.past_len]
         last = len(ids) == len(pending) and job.negative is None
         rows = self.model.forward_rows([(sequence, ids)], "last" if last else "none")
@@ -304,9 +314,9 @@ class Scheduler:
             self._take(job, rows, [])
 
     def _chunk_end(self, past_len: int, count: int) -> int:
-        """Where the next chunk of `count` missing tokens ends.
+        """Return where the next chunk of `count` missing tokens ends.
 
-        With a page where it can, because only full pages are shared without a copy.
+        If possible it is the end of a page, because only full pages are shared without a copy.
         """
         if count <= self.model.chunk_size:
             return past_len + count
@@ -315,12 +325,12 @@ class Scheduler:
         return page_end if page_end > past_len else end
 
     def _decode_pass(self, jobs: list[Job]) -> None:
-        """One token of each job, and those that are expected behind it.
+        """Run the last token of each job and its draft, the tokens that may follow.
 
-        Rows of expected tokens give the very logits that passes of their own would give, so
-        tokens are drawn from them one after the other until one is not what was expected.
+        The rows of a draft have the same logits that separate passes would give. So tokens are
+        drawn from them in order until one differs from the draft.
         """
-        drafts = self._expected(jobs)
+        drafts = self._drafts(jobs)
         entries = [
             (sequence, [*_missing(sequence, ids), *draft])
             for job, draft in zip(jobs, drafts, strict=True)
@@ -336,14 +346,15 @@ class Scheduler:
                 sequence.past_len -= len(draft)
             self._take(job, rows, draft)
 
-    def _expected(self, jobs: list[Job]) -> list[list[int]]:
-        """Guess how each text goes on: by its own past, else by the draft model."""
+    def _drafts(self, jobs: list[Job]) -> list[list[int]]:
+        """Guess the next tokens of each job: from its own text, or else by the draft model."""
         rows_left = min(self.model.logits_rows, self.model.chunk_size)
         rows_left -= sum(job.num_sequences for job in jobs)
         drafts, wanted = [], {}
         for job in jobs:
             limit = rows_left // job.num_sequences
-            draft = job.draft(limit)
+            lookup = min(job.settings.prompt_lookup_num_tokens, limit)
+            draft = look_up(job.history, job.room_ahead(lookup))
             count = len(draft)
             if not draft and self.drafter is not None:
                 count = wanted[job] = job.room_ahead(min(self.drafter.draft_max, limit))
@@ -355,11 +366,10 @@ class Scheduler:
         return [draft or guesses.get(job, []) for job, draft in zip(jobs, drafts, strict=True)]
 
     def _take(self, job: Job, rows: list[LogitsRow], draft: list[int]) -> None:
-        """Draw from the rows of a job as far as its draft holds good.
+        """Draw tokens from the rows of a job as long as they agree with its draft.
 
         Args:
-            rows: float32 [vocab_size], 1 + len(draft) of them; with guidance as many of the
-                negative text behind them.
+            rows: 1 + len(draft) rows; with guidance followed by as many of the negative text.
         """
         try:
             reason = job.take_logits(_guided(job, rows, 0))
@@ -381,14 +391,12 @@ class Scheduler:
                 self.cache.commit(sequence, ids)
 
     def _fail(self, job: Job, error: BaseException) -> None:
-        """End a job with what went wrong in its pass."""
+        """End a job with the error of its pass."""
         drop_locals(error)
-        if is_out_of_memory(error):
-            error = no_memory_for_a_step()
-        self._finish(job, FAILED, error)
+        self._finish(job, FAILED, _typed(error))
 
     def _finish(self, job: Job, reason: str, error: BaseException | None = None) -> None:
-        """End a job: give its pages back, then tell whoever waits for it."""
+        """End a job: release its pages, then wake its callers."""
         if job in self.active:
             self.active.remove(job)
         if job in self.waiting:
@@ -402,17 +410,22 @@ class Scheduler:
             if self.drafter is not None:
                 self.drafter.release(job)
         finally:
-            job.let_go()
+            job.drop_sequences()
             job.finish(reason, error)
             job.wake_waiters()
 
 
-def no_memory_for_a_step() -> InsufficientMemory:
-    """Buffers are there since the load; samplers and Python itself ask for more as they run."""
+def _typed(error: BaseException) -> BaseException:
+    """Replace an out-of-memory error by a typed one.
+
+    The model's buffers exist since the load, but samplers and Python allocate as they run.
+    """
+    if not is_out_of_memory(error):
+        return error
     return InsufficientMemory(
         "main memory for a step beside the model", expected="some MiB",
         actual="the system refused it",
-        remedy="Close what took the memory meanwhile, and ask again",
+        remedy="Close programs that use much memory, and try again",
     )
 
 
@@ -425,5 +438,5 @@ def _guided(job: Job, rows: list[LogitsRow], index: int) -> LogitsRow:
 
 
 def _missing(sequence: PagedSequence, ids: Ids) -> list[int]:
-    """Ids of a text that the cache does not hold yet."""
+    """Return the ids of a text that the cache does not hold yet."""
     return [int(i) for i in ids[sequence.past_len :]]

@@ -19,7 +19,7 @@ from ..webui import notices
 
 if TYPE_CHECKING:
     from exl_loader.engine import LoadedModel
-    from exl_loader.generation.generation import TextGeneration
+    from exl_loader.generation.generator import TextGeneration
 
 WATCH_INTERVAL_S = 0.15
 

@@ -21,7 +21,7 @@ from ..panel.panel import error_html
 from .session import Session
 
 if TYPE_CHECKING:
-    from exl_loader.generation.generation import TextGeneration
+    from exl_loader.generation.generator import TextGeneration
 
 # Pages repaint at most so often: a fast model has more tokens a second than a person can see.
 REPAINT_INTERVAL_S = 0.05

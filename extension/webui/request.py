@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from exl_loader.generation.generation import Generation
+from exl_loader.generation.generator import Generation
 from exl_loader.generation.settings import SamplingSettings
 from exl_loader.utils.setting_values import biases, invalid, plain
 

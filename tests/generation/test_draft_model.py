@@ -15,7 +15,7 @@ from exl_loader.cache.paging import PagedCache
 from exl_loader.commands import cli
 from exl_loader.commands.model_options import DEMO_MODEL
 from exl_loader.engine import LoadedModel
-from exl_loader.generation.draft_model import DraftModel
+from exl_loader.generation.drafts import DraftModel
 from exl_loader.memory import buffers as memory
 from exl_loader.utils.errors import InsufficientMemory, InvalidCheckpoint, InvalidSettings
 from support.fake_model import FakeModel, fake_engine

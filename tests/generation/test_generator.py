@@ -564,7 +564,7 @@ def test_a_request_waits_for_the_pages_of_an_evaluation():
     worker.join(300)
     assert answers == [[7] * 200]
     assert len([calls for calls in steps if calls < 25]) <= 25
-    assert cache.num_free_pages == cache.num_pages and not scheduler.work
+    assert cache.num_free_pages == cache.num_pages and not scheduler.evaluations
 
 
 def test_a_cache_too_small_for_one_request_is_an_error_and_not_a_hang():

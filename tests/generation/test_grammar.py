@@ -232,7 +232,7 @@ def test_the_first_space_is_not_shown_and_not_asked_for(tmp_path):
     assert texts == {"the end"}
     # Behind a text it is shown, so a grammar that wants none gets none.
     allowed = Grammars(tokenizer, tokenizer.vocab_size, ()).matcher(
-        SamplingSettings(grammar_string='root ::= "the " "end"'), goes_on=True).allowed_ids
+        SamplingSettings(grammar_string='root ::= "the " "end"'), continues_text=True).allowed_ids
     assert {token[:1] for token in map(tokenizer.token_bytes, allowed)} == {b"t"}
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import exl_loader
-from exl_loader.generation.prompt_lookup import look_up
+from exl_loader.generation.drafts import look_up
 from support.fake_model import fake_engine
 
 

@@ -59,12 +59,12 @@ class Grammars:
         self._table: Any = None
 
     def matcher(
-        self, settings: SamplingSettings, goes_on: bool = False
+        self, settings: SamplingSettings, continues_text: bool = False
     ) -> GrammarMatcher | None:
         """Return what keeps a request's text to its grammar, None where it has none.
 
         Args:
-            goes_on: the text goes on from another one, so its first space is shown.
+            continues_text: the text goes on from another one, so its first space is shown.
 
         Raises:
             InvalidSettings: the grammar is wrong (`details` has the library's words), or
@@ -77,7 +77,7 @@ class Grammars:
         llguidance = _import_library(name)
         table = self._token_table(llguidance, name)
         assert self._tokenizer is not None
-        space = self._tokenizer.strips_space and not goes_on
+        space = self._tokenizer.strips_space and not continues_text
         try:
             lark = gbnf_to_lark(text, space) if settings.grammar_string else _json_lark(text, space)
         except GbnfError as error:

@@ -1,7 +1,7 @@
-"""Work on a model and its cache that is no generation: evaluations of texts, measurements.
+"""Uses of the model and its cache other than generation: evaluations of texts, measurements.
 
-Work is an iterator that the model's thread advances, one chunk at a time, so that it is the
-model's thread that gives pages back, whatever happens to the caller.
+An evaluation is an iterator that the model's thread advances one chunk at a time. Therefore the
+model's thread returns its pages, whatever happens to the caller.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Work(Exchange[T]):
-    """A request that model and cache are worked with.
+class Evaluation(Exchange[T]):
+    """A request that uses model and cache directly.
 
     Args:
-        steps: makes the iterator; called with model and cache. What it yields is the output,
-            but for None, which only ends a step.
-        alone: no other request runs until it has ended.
+        steps: called with model and cache; returns the iterator. The values that it yields are
+            the output. None is not output; it only ends a step.
+        alone: no other request runs until this one has ended.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Work(Exchange[T]):
         return self._finished
 
     @property
-    def begun(self) -> bool:
+    def started(self) -> bool:
         """True once `advance` was called."""
         return self._steps is not None
 
@@ -50,7 +50,7 @@ class Work(Exchange[T]):
         """Run one step.
 
         Raises:
-            BaseException: what the step raised; the work has not been finished with it.
+            BaseException: the step's error; the caller then calls `finish` with it.
         """
         if self._steps is None:
             self._steps = self._make_steps(model, cache)
@@ -63,13 +63,13 @@ class Work(Exchange[T]):
             self.output.append(value)
 
     def finish(self, error: BaseException | None = None) -> None:
-        """End the work; its `finally` blocks run here where it had not ended."""
+        """End the evaluation; a generator's `finally` blocks run here if it had not ended."""
         close = getattr(self._steps, "close", None)
         try:
             if close is not None:
                 close()
         finally:
-            # The iterator holds the model by its locals.
+            # The iterator's local variables refer to the model.
             self._steps = None
             self.error = self.error or error
             self._finished = True
@@ -77,16 +77,17 @@ class Work(Exchange[T]):
 
 def evaluate_text(
     model: ForwardModel, cache: PagedCache, ids: Sequence[int], rope_len: int, last: bool,
-    use: Callable[[int, torch.Tensor], None],
+    receive: Callable[[int, torch.Tensor], None],
 ) -> Iterator[None]:
-    """Evaluate a text, one chunk a step; its pages are taken in the first step.
+    """Evaluate a text, one chunk per step; the first step acquires its pages.
 
     Args:
+        model, cache: what to evaluate with.
         ids: the text.
-        rope_len: the length it is meant to reach, at least len(ids).
-        last: compute the logits behind the last token alone, and reuse what the cache holds
-            of the text; else those behind every token, and nothing is reused.
-        use: called with the index of the first row's token and the logits, float32
+        rope_len: the length that the text may reach, at least len(ids).
+        last: compute only the logits after the last token, and reuse what the cache holds of
+            the text. If False, compute the logits after every token and reuse nothing.
+        receive: called with the index of the first row's token and the logits, float32
             [rows, vocab_size], which it must not keep.
 
     Raises:
@@ -101,11 +102,11 @@ def evaluate_text(
             first = sequence.past_len
             chunk = list(ids[first : first + rows])
             if not last:
-                use(first, model.forward([(sequence, chunk)], "all"))
+                receive(first, model.forward([(sequence, chunk)], "all"))
             elif first + len(chunk) < len(ids):
                 model.forward([(sequence, chunk)], "none")
             else:
-                use(len(ids) - 1, model.forward([(sequence, chunk)], "last"))
+                receive(len(ids) - 1, model.forward([(sequence, chunk)], "last"))
     finally:
         try:
             cache.commit(sequence, ids)

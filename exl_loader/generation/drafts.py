@@ -1,7 +1,7 @@
-"""A smaller model that guesses how texts go on. No PyTorch is imported here.
+"""Guesses the next tokens of texts: by looking them up in the text, or by a draft model.
 
-Its guesses are verified by the model itself (`scheduler.Scheduler`), so they decide how soon a
-text comes and never what it says: whatever goes wrong with them costs guesses alone.
+The model verifies every guess (`scheduler.Scheduler`), so guesses change the speed of a text and
+never the text. No PyTorch is imported here.
 """
 
 from __future__ import annotations
@@ -10,21 +10,59 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
+
 from ..cache.layout import PAGE_LEN
 from ..cache.paging import PagedCache, PagedSequence
 from ..utils.errors import CacheFull, InvalidSettings
-from .jobs import Job
 
 if TYPE_CHECKING:
     from ..text.tokenizer import Tokenizer
     from .forward_model import ForwardModel
+    from .jobs import Job
+
+# Lengths of the text's end that are looked up, the longest first. A match of one token is too
+# rarely right to be worth the rows of its guess.
+_NGRAM_SIZES = (4, 3, 2)
+
+
+def look_up(history: npt.NDArray[np.int64], count: int) -> list[int]:
+    """Return the `count` ids that followed the last earlier occurrence of the text's end.
+
+    This is prompt lookup decoding.
+
+    Args:
+        history: int64 [tokens so far].
+        count: number of ids; 0 for none.
+
+    Returns:
+        `count` ids, or none if the end did not occur before.
+    """
+    if count <= 0:
+        return []
+    for size in _NGRAM_SIZES:
+        starts = len(history) - size
+        if starts < 1:
+            continue
+        same = history[:starts] == history[-size]
+        for i in range(1, size):
+            same &= history[i : i + starts] == history[i - size]
+        matches = np.flatnonzero(same)
+        if len(matches):
+            first = int(matches[-1]) + size
+            # If fewer than `count` ids follow, the text is repeating itself, so the guess does.
+            return np.resize(history[first:], count).tolist()
+    return []
 
 
 @dataclass(eq=False)
 class _Text:
-    """A job's text in the draft model's cache; `sequence` is None where it has no room.
+    """A job's text in the draft model's cache.
 
-    `guessed` are the ids that the cache holds behind the first `past_len` ids.
+    Args:
+        sequence: its pages; None if there were none.
+        guessed: ids that the cache holds after the first `past_len` ids.
     """
 
     sequence: PagedSequence | None
@@ -32,12 +70,13 @@ class _Text:
 
 
 class DraftModel:
-    """Guesses for the jobs of one scheduler, all of them together.
+    """Guesses the next tokens of all jobs of one scheduler together.
 
     Args:
-        model, cache: the draft model and its own pages.
+        model: the draft model.
+        cache: its own pages.
         draft_max: most tokens to guess at a time.
-        vocab_size: both models know the ids below; a text with another one gets no guesses.
+        vocab_size: number of ids that both models know; a text with another id gets no guesses.
     """
 
     def __init__(
@@ -50,17 +89,17 @@ class DraftModel:
         self._texts: dict[Job, _Text] = {}
 
     def guess(self, wanted: Mapping[Job, int]) -> dict[Job, list[int]]:
-        """Guess how texts go on.
+        """Guess the next tokens of texts.
 
-        What the draft model has not read yet of the texts it reads first, one chunk a call
-        for all of them together, so that no stream waits for a long prompt; a text that is
-        not through with it has no guesses this time.
+        The draft model first evaluates what its cache lacks of the texts, one chunk per call for
+        all of them together, so that no job waits for a long prompt. A text that is not complete
+        after that chunk gets no guesses in this call.
 
         Args:
-            wanted: running jobs, each with the most ids to guess.
+            wanted: job -> most ids to guess.
 
         Returns:
-            job -> ids, where there are any.
+            job -> guessed ids, for jobs that have any.
         """
         texts = {job: self._text(job) for job, count in wanted.items() if count > 0}
         sequences = {
@@ -86,22 +125,22 @@ class DraftModel:
         return guesses
 
     def release(self, job: Job) -> None:
-        """Give a job's pages back; without any it does no harm."""
+        """Release a job's pages; does nothing if it has none."""
         text = self._texts.pop(job, None)
         if text is not None and text.sequence is not None:
             self._cache.commit(text.sequence, job.history)
             self._cache.release(text.sequence)
 
     def _text(self, job: Job) -> _Text:
-        """Return the job's text, as far as it agrees with what the cache holds."""
+        """Return the job's text, with its sequence cut where the last guesses were wrong."""
         text = self._texts.get(job)
         if text is None:
             text = self._texts[job] = _Text(self._acquire(job), [])
         if text.sequence is not None:
             for token_id in text.guessed:
-                # The last id is left in any case, for its logits.
-                place = text.sequence.past_len
-                if place >= len(job.history) - 1 or job.history[place] != token_id:
+                # The last id is never skipped, because its logits have to be computed.
+                index = text.sequence.past_len
+                if index >= len(job.history) - 1 or job.history[index] != token_id:
                     break
                 text.sequence.past_len += 1
             text.guessed = []
@@ -123,7 +162,7 @@ class DraftModel:
             return None
 
     def _read(self, sequences: Mapping[Job, PagedSequence]) -> dict[Job, int]:
-        """Read what is missing of the texts, and guess the next id of those that are complete."""
+        """Evaluate what the cache lacks of the texts; return the next id of complete texts."""
         missing = {
             job: job.history[sequence.past_len :].tolist() for job, sequence in sequences.items()
         }
@@ -139,7 +178,7 @@ class DraftModel:
     def _step(
         self, sequences: Mapping[Job, PagedSequence], entries: Mapping[Job, list[int]]
     ) -> dict[Job, int]:
-        """Run ids of some texts, and return the likeliest id behind each."""
+        """Run ids of some texts, and return the likeliest next id of each."""
         if not entries:
             return {}
         rows = self._model.forward_rows([(sequences[job], ids) for job, ids in entries.items()])
@@ -152,14 +191,14 @@ def check_vocabularies(
 ) -> None:
     """Compare a model's vocabulary with its draft model's.
 
-    Models of one family pad their vocabularies differently, so the tokens count and not the
-    sizes; without a tokenizer the sizes are all there is.
+    Tokens are compared and not sizes, because models of one family pad their vocabularies
+    differently. Without tokenizers, sizes are compared.
 
     Args:
         tokenizers, vocab_sizes: the model's, then the draft model's.
 
     Raises:
-        InvalidSettings: they are not the same.
+        InvalidSettings: the vocabularies differ.
     """
     model, draft = tokenizers
     if model is None or draft is None:
@@ -170,7 +209,7 @@ def check_vocabularies(
         differing = (i for i in range(size) if _token(model, i) != _token(draft, i))
         first = next(differing, None)
         same = first is None
-        what = f"token {first} is another one"
+        what = f"token {first} differs"
         if same and model.vocab_size != draft.vocab_size:
             same, what = False, f"{draft.vocab_size} tokens instead of {model.vocab_size}"
     if not same:
