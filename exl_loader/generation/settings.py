@@ -1,36 +1,33 @@
-"""What a request may set, under the web UI's names."""
+"""The settings of a request, under the web UI's names, and how their values are read."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from ..utils.errors import InvalidSettings
+from ..utils.errors import InvalidSettings, shown
+from ..utils.json_keys import InvalidJson, parse_json
 from ..utils.setting_values import (
-    as_kind,
-    biases,
     check_flag,
-    check_foreign,
     check_integer,
     check_number,
     check_text,
     invalid,
-    json_schema,
-    names,
     plain,
-    quoted_texts,
-    texts,
-    token_ids,
+    unknown_name,
+    whole_numbers,
 )
 
-# A seed is what numpy's generator takes and a web form can write.
+# The largest seed that numpy's generator accepts and a web form can send.
 MAX_SEED = (1 << 63) - 1
 
-# The web UI's default order (its modules/presets.py). The names are the samplers', which are
-# the settings' own but for dry, quadratic_sampling, adaptive_p, mirostat, xtc and
-# no_repeat_ngram.
+# The web UI's default order (its modules/presets.py). These are names of samplers. Most are equal
+# to the name of a setting; dry, quadratic_sampling, adaptive_p, mirostat, xtc and no_repeat_ngram
+# are not.
 SAMPLER_PRIORITY = (
     "repetition_penalty", "presence_penalty", "frequency_penalty", "dry", "top_n_sigma",
     "temperature", "dynamic_temperature", "quadratic_sampling", "top_k", "top_p", "typical_p",
@@ -38,10 +35,15 @@ SAMPLER_PRIORITY = (
     "encoder_repetition_penalty", "no_repeat_ngram",
 )
 
-# Samplers compute in float32: what multiplies or divides logits stays far inside its range.
+# Settings of the web UI whose samplers this engine lacks, with the value at which they do nothing.
+# At that value they are accepted, so that a web UI can pass its whole state. At any other value
+# they are an error, because leaving a sampler out silently would mislead the user.
+NEUTRAL_VALUES: dict[str, int | bool] = {"penalty_alpha": 0, "auto_max_new_tokens": False}
+
+# Factors and divisors of logits are limited to these, because samplers compute in float32.
 SMALLEST, LARGEST = 1e-6, 1_000_000
 
-# Numbers with the least and the most that makes sense, None for no limit.
+# Numbers with their smallest and largest valid value, None for no limit.
 _NUMBERS: dict[str, tuple[float, float | None]] = {
     "temperature": (0, None),
     "dynatemp_low": (0, None),
@@ -91,67 +93,72 @@ _FLAGS = (
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How to continue a prompt. The defaults are the web UI's neutral ones.
+    """How to continue a prompt. The defaults are the web UI's neutral values.
 
     Args:
-        max_new_tokens: tokens to generate at most; the context's end stops earlier.
-        do_sample: False always takes the likeliest token; penalties and bans still count.
-        temperature: divides the logits; 0 is the same as do_sample False.
-        dynamic_temperature: divide by a temperature from dynatemp_low, where one token is
-            certain, to dynatemp_high, where all are equal; besides `temperature`.
+        max_new_tokens: most new tokens; the end of the context may end a text earlier.
+        do_sample: False always takes the likeliest token, after penalties and bans.
+        temperature: divides the logits; 0 has the same effect as do_sample False.
+        dynamic_temperature: also divide by a temperature that depends on the entropy, from
+            dynatemp_low for one certain token to dynatemp_high for equal probabilities.
         dynatemp_low, dynatemp_high, dynatemp_exponent: see `apply_dynamic_temperature`.
-        smoothing_factor, smoothing_curve: quadratic sampling, see `smooth`; a factor of 0 does
-            nothing.
-        temperature_last: temperatures and smoothing come after all other samplers.
+        smoothing_factor, smoothing_curve: quadratic sampling, see `smooth`; a factor of 0 turns
+            it off.
+        temperature_last: run temperatures and smoothing after all other samplers.
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the likeliest tokens that together reach this probability; 1 keeps all.
-        min_p: keep tokens at least this share as likely as the likeliest; 0 keeps all.
-        typical_p: keep the most typical tokens that together reach this probability; 1 all.
+        min_p: keep tokens whose probability is at least this times the largest; 0 keeps all.
+        typical_p: keep the most typical tokens that together reach this probability; 1 keeps all.
         tfs: tail free sampling; 1 keeps all.
-        top_a: keep tokens of at least this times the largest probability squared; 0 all.
-        top_n_sigma: keep logits within so many standard deviations of the largest; 0 all.
-        epsilon_cutoff, eta_cutoff: leave out tokens below this probability, in units of
-            0.0001; eta lowers it where the distribution is flat; 0 keeps all.
-        mirostat_mode: 2 keeps the surprise near `mirostat_tau` bits a token, adapting with the
-            rate `mirostat_eta`; 0 is off. It always comes last. Mode 1 is llama.cpp's.
+        top_a: keep tokens with at least this times the largest probability squared; 0 keeps all.
+        top_n_sigma: keep logits at most this many standard deviations below the largest; 0 keeps
+            all.
+        epsilon_cutoff, eta_cutoff: remove tokens below this probability, in units of 0.0001;
+            eta lowers the limit for flat distributions; 0 keeps all.
+        mirostat_mode: 2 keeps the surprise near `mirostat_tau` bits per token, with the learning
+            rate `mirostat_eta`; 0 turns it off; 1, llama.cpp's mode, is not supported. It always
+            runs last.
         adaptive_target: favour tokens near this probability, so that the mean over the last
-            1 / (1 - `adaptive_decay`) tokens comes near it too; 0 is off. Last but mirostat.
-        xtc_probability: how often to leave out all tokens of at least `xtc_threshold` but the
-            least likely of them; 0 is never.
-        dry_multiplier: penalty on continuing a repeated sequence of `dry_allowed_length`
-            tokens; it grows by `dry_base` with every token more; 0 is off.
-        dry_sequence_breakers: texts that sequences do not reach over; a list, or the web UI's
-            way of writing one.
+            1 / (1 - `adaptive_decay`) tokens approaches it; 0 turns it off. It runs after all
+            samplers except mirostat.
+        xtc_probability: how often all tokens of at least `xtc_threshold` except the least likely
+            of them are removed; 0 is never.
+        dry_multiplier: penalty on continuing a repeated sequence of `dry_allowed_length` tokens;
+            every further token multiplies it by `dry_base`; 0 turns it off.
+        dry_sequence_breakers: texts that no repeated sequence contains; a list, or text in the
+            web UI's notation.
         repetition_penalty: divides positive and multiplies negative logits of tokens that
             occurred; 1 does nothing.
         presence_penalty: subtracted from the logits of tokens that occurred.
-        frequency_penalty: the same for every occurrence.
-        repetition_penalty_range: how many of the last tokens count for these and DRY, the
-            prompt's included; 0 is all of them.
+        frequency_penalty: subtracted once per occurrence.
+        repetition_penalty_range: number of last tokens, prompt included, that count for these
+            penalties and DRY; 0 is all.
         encoder_repetition_penalty: above 1 makes tokens of the prompt likelier.
-        no_repeat_ngram_size: no sequence of so many tokens comes twice; 0 is off.
-        guidance_scale, negative_prompt: above 1 leads away from how the negative prompt would
-            go on (classifier-free guidance), at the cost of a second sequence; 1 is off.
-        grammar_string: a grammar in llama.cpp's GBNF that the text must follow, "" for none; the
+        no_repeat_ngram_size: no sequence of this many tokens occurs twice; 0 turns it off.
+        guidance_scale, negative_prompt: a scale above 1 moves the text away from what would
+            follow the negative prompt (classifier-free guidance); it needs a second sequence. 1
+            turns it off.
+        grammar_string: a grammar in llama.cpp's GBNF that the text must follow, "" for none. The
             text ends where the grammar does. Needs llguidance.
-        json_schema: the same as a JSON schema, a dict or its text; the text is JSON that
-            agrees with it, unless max_new_tokens cuts it off. Only one of the two may be given.
-        sampler_priority: names of samplers in the order in which they run, `SAMPLER_PRIORITY`
-            where empty; those not named run first.
+        json_schema: a JSON schema that the text must follow, as a dict or text. The text is
+            valid JSON unless max_new_tokens ends it earlier. Not together with grammar_string.
+        sampler_priority: names of samplers in the order in which they run; samplers that are not
+            named run first. Empty is `SAMPLER_PRIORITY`.
         custom_token_bans: ids that are never drawn; a list, or text with commas.
         logit_bias: (token id, number to add to its logit) pairs, or a dict.
         seed: -1 takes a random one; the same seed and settings give the same text.
-        prompt_lookup_num_tokens: how many tokens to expect at a time where the text repeats
-            something; the text is the same, and where it often does, sooner there. 0 is off.
-        logprobs: note how likely each token was, and so many of the likeliest; 0 is off.
-        ban_eos_token: never end the text; max_new_tokens alone does.
-        skip_special_tokens: leave special tokens out of the text.
-        stop_strings: the text ends before the first of them; none of it is shown. Special tokens
+        prompt_lookup_num_tokens: most tokens to guess at a time where the text repeats itself.
+            The text stays the same, and repetitive texts are generated faster. 0 turns it off.
+        logprobs: return the log probability of each token and this many of the likeliest ones;
+            0 turns it off.
+        ban_eos_token: never draw an end token, so that only max_new_tokens ends the text.
+        skip_special_tokens: do not show special tokens.
+        stop_strings: the text ends before the first of them, and none is shown. Special tokens
             count as text whether or not they are shown.
-        stop_token_ids: token ids that end the text, besides the model's own.
+        stop_token_ids: token ids that end the text, in addition to the model's own.
 
     Raises:
-        InvalidSettings: a value makes no sense.
+        InvalidSettings: a value is invalid.
     """
 
     max_new_tokens: int = 512
@@ -223,7 +230,7 @@ class SamplingSettings:
     def _check_texts(self) -> None:
         check_text("negative_prompt", self.negative_prompt)
         check_text("grammar_string", self.grammar_string)
-        object.__setattr__(self, "json_schema", json_schema("json_schema", self.json_schema))
+        object.__setattr__(self, "json_schema", _json_schema("json_schema", self.json_schema))
         if self.grammar_string and self.json_schema:
             raise InvalidSettings(
                 "json_schema", expected="none beside grammar_string", actual="both",
@@ -231,25 +238,25 @@ class SamplingSettings:
             )
 
     def _read_lists(self) -> None:
-        stop_strings = texts("stop_strings", self.stop_strings)
+        stop_strings = _texts("stop_strings", self.stop_strings)
         if "" in stop_strings:
             raise invalid("stop_strings", "texts of at least one character", "")
         known = SAMPLER_PRIORITY
         read = {
             "stop_strings": stop_strings,
-            "stop_token_ids": token_ids("stop_token_ids", self.stop_token_ids),
-            "custom_token_bans": token_ids("custom_token_bans", self.custom_token_bans),
+            "stop_token_ids": _token_ids("stop_token_ids", self.stop_token_ids),
+            "custom_token_bans": _token_ids("custom_token_bans", self.custom_token_bans),
             "logit_bias": biases("logit_bias", self.logit_bias),
-            "dry_sequence_breakers": quoted_texts(
+            "dry_sequence_breakers": _quoted_texts(
                 "dry_sequence_breakers", self.dry_sequence_breakers),
-            "sampler_priority": names("sampler_priority", self.sampler_priority, known) or known,
+            "sampler_priority": _names("sampler_priority", self.sampler_priority, known) or known,
         }
         for name, value in read.items():
             object.__setattr__(self, name, value)
 
     @property
     def greedy(self) -> bool:
-        """True where the likeliest token is always taken."""
+        """True if the likeliest token is always taken."""
         return self.temperature == 0 or not self.do_sample
 
     @classmethod
@@ -258,18 +265,18 @@ class SamplingSettings:
     ) -> SamplingSettings:
         """Read settings from a request.
 
-        `stop` is accepted for `stop_strings`, and a string for a list of one. Numbers may be
-        whole floats where integers belong, as sliders send them. Settings of the web UI that
-        this engine lacks are accepted at the value at which they do nothing; None is an
-        empty list or text, as the web UI's empty fields are.
+        `stop` is an alias of `stop_strings`, and a string is a list of one. Integers may be given
+        as whole floats, as sliders send them. None is an empty list or text, as in the web UI's
+        empty fields. Settings of the web UI whose samplers this engine lacks are accepted at
+        the value at which they do nothing.
 
         Args:
-            values: the settings by name.
-            more: further ones, which win over `values`.
+            values: settings by name.
+            more: further settings, which override `values`.
 
         Raises:
-            InvalidSettings: a value makes no sense, a name is unknown, or a sampler that
-                this engine lacks is switched on.
+            InvalidSettings: a value is invalid, a name is unknown, or a sampler that this engine
+                lacks is turned on.
         """
         if values is not None and not isinstance(values, (SamplingSettings, Mapping)):
             raise InvalidSettings(
@@ -282,7 +289,7 @@ class SamplingSettings:
 
     @classmethod
     def _read(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return values by the names of fields, each of its field's kind."""
+        """Return the values by field name, converted to the types of the fields."""
         known = {field.name: field.type for field in fields(cls)}
         chosen: dict[str, Any] = {}
         for key, value in values.items():
@@ -293,7 +300,133 @@ class SamplingSettings:
                     actual="both", remedy="Leave one of them out",
                 )
             if name in known:
-                chosen[name] = as_kind(value, str(known[name]))
+                chosen[name] = _as_kind(value, str(known[name]))
             else:
-                check_foreign(name, value, known)
+                _check_foreign(name, value, known)
         return chosen
+
+
+def _json_schema(name: str, value: Any) -> str:
+    """Read a JSON schema, given as text or as a dict; "" is no schema."""
+    wanted = "a JSON schema, an object or its text"
+    if isinstance(value, str) and not value.strip():
+        return ""
+    try:
+        # A dict is written and parsed as well, which finds values that JSON does not have.
+        text = value if isinstance(value, str) else json.dumps(value)
+        schema = parse_json(text)
+    except InvalidJson as error:
+        raise InvalidSettings(
+            name, expected=f"{wanted}, as valid JSON", actual=str(error)
+        ) from None
+    except (TypeError, ValueError, RecursionError):
+        raise invalid(name, wanted, value) from None
+    if not isinstance(schema, dict):
+        raise invalid(name, wanted, value)
+    return json.dumps(schema)
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    """Read a list of texts; a single text is a list of one."""
+    values = (value,) if isinstance(value, str) else value
+    if isinstance(values, bytes) or not isinstance(values, Sequence):
+        raise invalid(name, "a list of texts", value)
+    if not all(isinstance(item, str) for item in values):
+        raise invalid(name, "a list of texts", value)
+    for item in values:
+        check_text(name, item)
+    return tuple(values)
+
+
+def _token_ids(name: str, value: Any) -> tuple[int, ...]:
+    """Read token ids: a list, one id, or as in the web UI's form "1, 2, 3"."""
+    if value is None:
+        return ()
+    value = plain(value)
+    if isinstance(value, str):
+        parts = [part.strip() for part in value.split(",") if part.strip()]
+        if not all(re.fullmatch("[0-9]{1,18}", part) for part in parts):
+            raise invalid(name, "token ids with commas between them", value)
+        value = [int(part) for part in parts]
+    elif isinstance(value, int) and not isinstance(value, bool):
+        value = [value]
+    ids = tuple(whole_numbers(name, value, "a list of token ids"))
+    if any(not 0 <= token < 1 << 63 for token in ids):
+        raise invalid(name, "token ids of at least 0", value)
+    return ids
+
+
+def _quoted_texts(name: str, value: Any) -> tuple[str, ...]:
+    r"""Read texts: a list, or as in the web UI's form '"\n", ":"' or JSON."""
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        written = value.strip()
+        try:
+            value = parse_json(written if written.startswith("[") else f"[{written}]")
+        except InvalidJson:
+            raise invalid(name, "texts in double quotes with commas between them",
+                          written) from None
+    return tuple(text for text in _texts(name, value) if text)
+
+
+def _names(name: str, value: Any, known: Collection[str]) -> tuple[str, ...]:
+    """Read names: a list, or text with commas or line ends; duplicates are dropped."""
+    if isinstance(value, str):
+        value = [part.strip() for part in re.split("[,\n]", value) if part.strip()]
+    listed = _texts(name, value if value is not None else ())
+    for item in listed:
+        if item not in known:
+            raise InvalidSettings(name, expected=f"names out of {', '.join(sorted(known))}",
+                                  actual=shown(item))
+    return tuple(dict.fromkeys(listed))
+
+
+def biases(name: str, value: Any) -> tuple[tuple[int, float], ...]:
+    """Read (token id, bias) pairs, or an API's {"id": bias}; return pairs with rising ids."""
+    wanted = "token ids with a finite number each"
+    if value is None:
+        return ()
+    if not isinstance(value, (Mapping, Sequence)) or isinstance(value, (str, bytes)):
+        raise invalid(name, wanted, value)
+    read: dict[int, float] = {}
+    for pair in value.items() if isinstance(value, Mapping) else value:
+        if not isinstance(pair, Sequence) or isinstance(pair, (str, bytes)) or len(pair) != 2:
+            raise invalid(name, wanted, value)
+        ids = _token_ids(name, pair[0] if isinstance(pair[0], str) else [pair[0]])
+        bias = plain(pair[1])
+        if len(ids) != 1:
+            raise invalid(name, wanted, value)
+        check_number(name, bias, -math.inf)
+        read[ids[0]] = float(bias)
+    return tuple(sorted(read.items()))
+
+
+def _as_kind(value: Any, kind: str) -> Any:
+    """Convert a value that a form sent to the type of a field, whose annotation is `kind`.
+
+    5.0 becomes an integer, None an empty text or list, and a scalar of numpy or PyTorch a Python
+    number.
+    """
+    value = plain(value)
+    if kind == "int" and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if kind.startswith("tuple"):
+        return () if value is None else value
+    if kind == "str" and value is None:
+        return ""
+    return value
+
+
+def _check_foreign(name: Any, value: Any, known: Collection[str]) -> None:
+    """Refuse a name that is not `known`, unless it has the value at which it does nothing."""
+    if name in NEUTRAL_VALUES:
+        neutral = NEUTRAL_VALUES[name]
+        value = plain(value)
+        if isinstance(value, (bool, int, float)) and value == neutral:
+            return
+        raise InvalidSettings(
+            f"setting {name}", expected=f"{neutral!r} (this engine lacks that sampler)",
+            actual=shown(value), remedy=f"Set {name} to {neutral!r}",
+        )
+    raise unknown_name("setting", name, known)

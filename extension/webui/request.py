@@ -8,8 +8,8 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from exl_loader.generation.generator import Generation
-from exl_loader.generation.settings import SamplingSettings
-from exl_loader.utils.setting_values import biases, invalid, plain
+from exl_loader.generation.settings import SamplingSettings, biases
+from exl_loader.utils.setting_values import invalid, plain
 
 from . import host, problems
 

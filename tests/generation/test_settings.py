@@ -6,9 +6,12 @@ import dataclasses
 
 import pytest
 
-from exl_loader.generation.settings import SAMPLER_PRIORITY, SamplingSettings
+from exl_loader.generation.settings import (
+    NEUTRAL_VALUES,
+    SAMPLER_PRIORITY,
+    SamplingSettings,
+)
 from exl_loader.utils.errors import InvalidSettings
-from exl_loader.utils.setting_values import NEUTRAL_VALUES
 
 NAN, INF = float("nan"), float("inf")
 
