@@ -1,4 +1,4 @@
-"""The loaded model: what every host, from the command line to the web UI, talks to."""
+"""The loaded model, which every host uses: command line, page, web UI."""
 
 from __future__ import annotations
 
@@ -37,20 +37,21 @@ T = TypeVar("T")
 class LoadedModel:
     """A model in memory, ready to generate. Made by `exl_loader.load()`.
 
-    Every method may be called from any thread; generations of several threads share their
-    forward passes, and each gives the text that it would give alone.
+    Every method may be called from any thread. Generations of several threads share forward
+    passes, and each one yields the same text as it would alone.
 
     Args:
         model: the forward pass.
         cache: its key/value cache.
-        tokenizer: None where the folder has none; then ids work, and text does not.
-        reservation: what was planned, and what it takes.
-        buffers: all memory of the model.
-        drafter: a smaller model that guesses ahead; None for none.
+        tokenizer: None if the folder has none; then ids can be used and text cannot.
+        reservation: the planned memory.
+        buffers: the allocated memory.
+        drafter: the draft model; None for none.
 
     Attributes:
         config: the model's configuration.
-        ctx_size: tokens that prompt and answer may have together.
+        reservation: the planned memory.
+        ctx_size: number of tokens that prompt and answer may have together.
         eos_token_ids: ids that end a text.
     """
 
@@ -94,12 +95,12 @@ class LoadedModel:
 
     @property
     def has_tokenizer(self) -> bool:
-        """False where only token ids can be used."""
+        """False if only token ids can be used."""
         return self._requests.has_tokenizer
 
     @property
     def tokenizer_warning(self) -> str:
-        """What a front end says of a model without a tokenizer; empty where it has one."""
+        """The warning to show for a model without a tokenizer; empty if it has one."""
         if self.has_tokenizer:
             return ""
         return (
@@ -108,21 +109,21 @@ class LoadedModel:
         )
 
     def encode(self, text: str, add_bos: bool | None = None, special: bool = True) -> list[int]:
-        """Turn text into token ids; see `Tokenizer.encode`."""
+        """Encode text to token ids; see `Tokenizer.encode`."""
         return self.tokenizer.encode(text, add_bos, special)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """Turn token ids into text; see `Tokenizer.decode`."""
+        """Decode token ids to text; see `Tokenizer.decode`."""
         return self.tokenizer.decode(ids, skip_special)
 
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], **options: Any
     ) -> str:
-        """Write a conversation as a prompt; see `Tokenizer.apply_chat_template`."""
+        """Format a conversation as a prompt; see `Tokenizer.apply_chat_template`."""
         return self.tokenizer.apply_chat_template(messages, **options)
 
     def chat_ids(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
-        """Token ids of a conversation written as a prompt, for `generate`."""
+        """Format a conversation as a prompt and return its token ids, for `generate`."""
         text = self.apply_chat_template(messages, **options)
         return self.tokenizer.prompt_ids(text, add_bos=False)
 
@@ -175,20 +176,20 @@ class LoadedModel:
         """Continue a prompt.
 
         Args:
-            prompt: text (encoded as the folder says, without an end token) or token ids.
+            prompt: text, which is encoded as the folder's tokenizer says, or token ids.
             settings: `SamplingSettings`, or a dict with the web UI's names.
-            progress: told about the prompt's tokens, in the model's own thread.
-            more_settings: settings by name, such as `max_new_tokens=5`; they win over
+            progress: reports the number of evaluated prompt tokens, in the model's thread.
+            more_settings: settings by name, such as `max_new_tokens=5`; they override
                 `settings`.
 
         Returns:
-            An iterator of pieces of text, with `stop()`, `close()`, `stats`. Behind a text they
-            go on from its last character; behind ids they are a text of their own, without
-            the space that some tokenizers put in front of every text.
+            An iterator of pieces of text, with `stop()`, `close()`, `stats`. The pieces continue
+            a prompt that is text. After ids they are a text of their own, without the space
+            that some tokenizers put before every text.
 
         Raises:
-            InvalidSettings: a setting or a token id makes no sense, or the prompt is empty
-                and the model has no BOS token to begin with.
+            InvalidSettings: a setting or a token id is invalid, or the prompt is empty and the
+                model has no BOS token.
             PromptTooLong: prompt and one new token exceed `ctx_size`.
             InvalidTokenizer: the model has no tokenizer.
             ModelUnloaded: after `unload`, or (ModelForked) in a process that was forked from
@@ -203,9 +204,9 @@ class LoadedModel:
         self, prompt: Prompt, settings: Settings = None, *, progress: Progress | None = None,
         **more_settings: Any,
     ) -> IdGeneration:
-        """Continue a prompt with token ids; like `generate`, and works without a tokenizer.
+        """Continue a prompt with token ids; as `generate`, but without a tokenizer.
 
-        Stop strings need one; the ids that made up a found one are given out.
+        Stop strings need a tokenizer. The ids of a stop string that was found are yielded.
         """
         self._generator.check()
         chosen = SamplingSettings.from_dict(settings, **more_settings)
@@ -213,22 +214,22 @@ class LoadedModel:
         return IdGeneration(self._generator, job)
 
     def stop(self) -> None:
-        """End all running generations after the step that is running. Does not wait."""
+        """End all generations after the running step. Does not wait."""
         self._generator.cancel_all()
 
     def prompt_logits(self, ids: Iterable[int]) -> torch.Tensor:
-        """Compute the logits behind every token of a prompt.
+        """Compute the logits after every token of a prompt.
 
         Args:
             ids: 1 to `ctx_size` token ids, used as they are: no BOS token is added.
 
         Returns:
-            float32 [T, vocab_size] on the CPU, memory of the caller's own.
+            float32 [T, vocab_size] on the CPU, a new tensor.
 
         Raises:
             InvalidSettings: no ids, or an id outside the vocabulary.
             PromptTooLong: more than `ctx_size` ids.
-            InsufficientMemory: they do not fit into main memory beside the model.
+            InsufficientMemory: the logits do not fit into the free main memory.
             CacheFull: running generations leave too few pages.
             ModelUnloaded: after `unload`.
         """
@@ -242,17 +243,16 @@ class LoadedModel:
         return result
 
     def next_logits(self, ids: Iterable[int], rope_len: int | None = None) -> torch.Tensor:
-        """Compute the logits behind the last token of a text, for samplers of the host's own.
+        """Compute the logits after the last token of a text, for a host's own samplers.
 
-        What the cache holds of the text is reused, so a text that grows token by token costs
-        a step each.
+        Tokens that the cache holds are reused, so a text that grows by one token costs one step.
 
         Args:
             ids: 1 to `ctx_size` token ids, used as they are.
-            rope_len: the length that the text is meant to reach; its own where None.
+            rope_len: the length that the text may reach; None for its own length.
 
         Returns:
-            float32 [vocab_size] on the CPU, memory of the caller's own.
+            float32 [vocab_size] on the CPU, a new tensor.
 
         Raises:
             As `prompt_logits`.
@@ -271,39 +271,36 @@ class LoadedModel:
         return result
 
     def filtered_logits(self, ids: Iterable[int], settings: Settings = None) -> torch.Tensor:
-        """Compute the logits behind the last token of a text as the samplers leave them.
+        """Compute the logits after the last token of a text, and apply the samplers to them.
 
         Args:
             ids: 1 to `ctx_size` token ids, used as they are.
             settings: `SamplingSettings`, or a dict with the web UI's names.
 
         Returns:
-            float32 [vocab_size] on the CPU, memory of the caller's own; -inf for tokens that
+            float32 [vocab_size] on the CPU, a new tensor; -inf for tokens that
             cannot be drawn. The softmax is the distribution that `generate` draws from.
 
         Raises:
-            As `next_logits`. InvalidSettings: a setting makes no sense.
+            As `next_logits`. InvalidSettings: a setting is invalid.
         """
         prompt_ids = self._whole_prompt(ids)
-        sampler = self._requests.sampler(prompt_ids, SamplingSettings.from_dict(settings))
-        row = self.next_logits(prompt_ids)
-        left = sampler.candidates(row.numpy(), prompt_ids)
-        filtered = torch.full_like(row, float("-inf"))
-        filtered[torch.as_tensor(left.ids)] = torch.as_tensor(left.logits, dtype=torch.float32)
-        return filtered
+        chosen = SamplingSettings.from_dict(settings)
+        values = self.next_logits(prompt_ids).numpy()
+        return torch.from_numpy(self._requests.filtered(values, prompt_ids, chosen))
 
     def prompt_logprobs(self, ids: Iterable[int], count: int = 0) -> list[TokenLogprobs | None]:
-        """Compute how likely each token of a prompt was behind those before it.
+        """Compute the log probability of each token of a prompt, given the tokens before it.
 
         Args:
             ids: 1 to `ctx_size` token ids, used as they are.
-            count: how many of the likeliest tokens to list for each place.
+            count: number of likeliest tokens to list at each position.
 
         Returns:
-            One for each id; None for the first, which nothing comes before.
+            One entry per id; None for the first id.
 
         Raises:
-            As `prompt_logits`; no more than a few rows of logits exist at a time.
+            As `prompt_logits`; but only a few rows of logits exist at a time.
         """
         prompt_ids = self._whole_prompt(ids)
         count = plain(count)
@@ -311,13 +308,13 @@ class LoadedModel:
         vocab_size = self._requests.sampled_vocab_size
         result: list[TokenLogprobs | None] = [None]
 
-        def note(first: int, rows: torch.Tensor) -> None:
+        def append(first: int, rows: torch.Tensor) -> None:
             followers = prompt_ids[first + 1 : first + 1 + len(rows)]
             for row, token_id in zip(rows.numpy(), followers, strict=False):
                 real = row if token_id >= vocab_size else row[:vocab_size]
                 result.append(token_logprobs(real, token_id, count))
 
-        self._generator.evaluate(prompt_ids, len(prompt_ids), "all", note)
+        self._generator.evaluate(prompt_ids, len(prompt_ids), "all", append)
         return result
 
     def _whole_prompt(self, ids: Iterable[int]) -> list[int]:
@@ -325,39 +322,39 @@ class LoadedModel:
         return self._requests.whole_prompt(ids)
 
     def _empty_rows(self, count: int) -> torch.Tensor:
-        """Take memory for rows of logits, float32 [count, vocab_size].
+        """Allocate rows of logits, float32 [count, vocab_size].
 
         Raises:
-            InsufficientMemory: there is less.
+            InsufficientMemory: they do not fit into the free main memory.
         """
         nbytes = 4 * count * self.config.vocab_size
         free_bytes = capacity(MAIN_MEMORY).free_bytes
         try:
-            # Linux promises more than there is, and ends the process that believes it.
+            # Linux allocates more memory than exists, and kills a process that uses it.
             if nbytes <= free_bytes:
                 return torch.empty(count, self.config.vocab_size)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
         raise InsufficientMemory(
-            f"the logits behind {count} tokens",
+            f"the logits of {count} tokens",
             expected=f"{nbytes} bytes of main memory beside the model",
             actual=f"{free_bytes} bytes free",
-            remedy="Ask about a part of the text, or for prompt_logprobs, which keeps a few rows",
+            remedy="Evaluate a part of the text, or call prompt_logprobs, which keeps a few rows",
         )
 
     def run_alone(
         self, steps: Callable[[ForwardModel, PagedCache], Iterator[T | None]]
     ) -> Iterator[T]:
-        """Work with the forward pass and its cache, for measurements; generations wait.
+        """Use the forward pass and its cache directly, for measurements; generations wait.
 
         Args:
-            steps: called with both in the model's own thread, which advances the iterator
-                that it returns whenever the caller waits for the next value. Pages that it
-                takes it gives back itself, best in a `finally` block of a generator.
+            steps: called in the model's thread with both. The model's thread advances the
+                iterator that it returns whenever the caller waits for a value. It releases the
+                pages that it acquires, best in the `finally` block of a generator.
 
         Returns:
-            An iterator over what `steps` yields, without None.
+            An iterator over the values that `steps` yields, except None.
 
         Raises:
             ModelUnloaded: after `unload`, when the first value is asked for.
@@ -365,14 +362,13 @@ class LoadedModel:
         return self._generator.run_alone(steps)
 
     def allocated_bytes(self) -> int:
-        """Sum of the buffers that exist; equals the reservation's total while loaded."""
+        """Return the sum of the allocated buffers; equals the reservation's total while loaded."""
         return self._buffers.allocated_bytes()
 
     def unload(self) -> None:
-        """End all generations and give the memory back. Twice does no harm.
+        """End all generations and free the memory. A second call does nothing.
 
-        Waits for the step that is running. Generations that had not ended raise
-        `ModelUnloaded`, as does every later use. Where Ctrl-C ends the wait, the model is
-        unloaded all the same.
+        Waits for the running step. Generations that had not ended raise `ModelUnloaded`, as does
+        every later call. If Ctrl-C ends the wait, the model is still unloaded.
         """
         self._generator.close()

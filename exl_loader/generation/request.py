@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
+
 from ..text.tokenizer import no_tokenizer
 from ..utils.errors import InvalidSettings, PromptTooLong, shown
 from ..utils.progress import Progress, checked_progress
 from ..utils.setting_values import whole_numbers
+from .forward_model import LogitsRow
 from .grammar.masks import Grammars
 from .jobs import Job, NegativeText
 from .sampling import Sampler, TokenRoles
@@ -78,17 +82,29 @@ class RequestReader:
         self._check_length(len(prompt_ids), len(prompt_ids))
         return prompt_ids
 
-    def sampler(self, prompt_ids: Sequence[int], settings: SamplingSettings) -> Sampler:
-        """Make the sampler of a text, without a grammar.
+    def filtered(
+        self, values: npt.NDArray[np.float32], prompt_ids: Sequence[int],
+        settings: SamplingSettings,
+    ) -> npt.NDArray[np.float32]:
+        """Apply the samplers of a request without a grammar to a row of logits.
+
+        Args:
+            values: float32 [vocab_size], which are not changed.
+            prompt_ids: the text so far.
+            settings: the request's settings.
+
+        Returns:
+            float32 [vocab_size], a new array; -inf for tokens that cannot be drawn.
 
         Raises:
-            InvalidSettings: DRY has breakers, which are text, and the model has no tokenizer.
+            InvalidSettings: bans leave no token, or DRY has breakers, which are text, and the
+                model has no tokenizer.
         """
-        roles = TokenRoles.of_request(
-            settings, self._tokenizer, vocab_size=self.sampled_vocab_size,
-            eos_ids=self.eos_token_ids, prompt_ids=prompt_ids,
-        )
-        return Sampler(settings, roles=roles)
+        sampler = Sampler(settings, roles=self._roles(settings, prompt_ids))
+        left = sampler.candidates(LogitsRow(values), prompt_ids)
+        result = np.full_like(values, -np.inf)
+        result[left.ids] = left.logits
+        return result
 
     def job(
         self, prompt: Prompt, settings: SamplingSettings, progress: Progress | None,
@@ -123,15 +139,11 @@ class RequestReader:
         new_tokens = min(settings.max_new_tokens, self._ctx_size - longest)
         if negative is not None:
             negative.max_tokens += new_tokens
-        roles = TokenRoles.from_request(
-            settings, self._tokenizer, vocab_size=self.sampled_vocab_size,
-            eos_ids=self.eos_token_ids, prompt_ids=prompt_ids,
-        )
         return Job(
             prompt_ids=prompt_ids,
             settings=settings,
             sampler=Sampler(
-                settings, roles=roles,
+                settings, roles=self._roles(settings, prompt_ids),
                 constraint=self._grammars.matcher(settings, continues_text=bool(continued_ids)),
             ),
             eos_ids=frozenset(() if settings.ban_eos_token else self.eos_token_ids),
@@ -140,6 +152,12 @@ class RequestReader:
             progress=checked_progress(progress),
             vocab_size=self.sampled_vocab_size,
             negative=negative,
+        )
+
+    def _roles(self, settings: SamplingSettings, prompt_ids: Sequence[int]) -> TokenRoles:
+        return TokenRoles.from_request(
+            settings, self._tokenizer, vocab_size=self.sampled_vocab_size,
+            eos_ids=self.eos_token_ids, prompt_ids=prompt_ids,
         )
 
     def _negative_text(self, settings: SamplingSettings) -> NegativeText | None:

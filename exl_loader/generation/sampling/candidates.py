@@ -101,7 +101,7 @@ class Candidates:
         mask = self.logits >= bound
         if highest is not None and highest > floor:
             other = self.logits >= min(np.float32(highest), largest)
-            require_same(np.count_nonzero(mask), np.count_nonzero(other))
+            require_same(int(np.count_nonzero(mask)), int(np.count_nonzero(other)))
         return self.keep(mask)
 
     def without_tail(self) -> Candidates:
