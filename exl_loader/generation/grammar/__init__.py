@@ -1,1 +1,1 @@
-"""Forms that a text has to keep to: GBNF and JSON schemas, as masks over tokens."""
+"""Grammars that a text must follow, GBNF or JSON schemas, as masks over tokens."""

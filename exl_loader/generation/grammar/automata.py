@@ -1,29 +1,31 @@
-"""What texts the regular parts of a grammar describe, by the first bytes of their characters."""
+"""Automata of the regular parts of a grammar, over the first bytes of characters."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from .nodes import Chars, Choice, Concat, Node, Repeat, Rules, Use, first_bytes
+from .nodes import Chars, Choice, Concat, Node, Repeat, RuleRef, Rules, first_bytes
 
-# Grammars that take more steps are not looked through: about a tenth of a second.
+# The analysis of a grammar stops after this many steps, about a tenth of a second.
 MAX_STEPS = 300_000
 
 
 class TooMuch(Exception):
-    """The grammar is too large to be looked through."""
+    """The grammar is too large to be analysed."""
 
 
 @dataclass
 class Automaton:
-    """A Glushkov automaton: the places of characters in a tree, as bits, and what follows them.
+    """A Glushkov automaton: its states are the positions of characters in a tree.
+
+    Sets of positions and sets of bytes are bits of an integer.
 
     Args:
-        nullable: the empty text is one of its texts.
-        first, last: places that begin and end a text.
-        bytes_at: of each place, its characters' first bytes.
-        followers: of each place, those that may come next.
+        nullable: True if it accepts the empty text.
+        first, last: positions that begin and end a text.
+        bytes_at: position -> first bytes of its characters.
+        followers: position -> positions that may come next.
     """
 
     nullable: bool = True
@@ -34,10 +36,10 @@ class Automaton:
 
 
 class Languages:
-    """What is known of lexemes, and of two of them together.
+    """Automata of lexemes, and comparisons of two lexemes; results are kept.
 
     Args:
-        rules: those that lexemes use.
+        rules: the rules that lexemes refer to.
     """
 
     def __init__(self, rules: Rules) -> None:
@@ -47,17 +49,17 @@ class Languages:
         self._steps = 0
 
     def count(self, steps: int = 1) -> None:
-        """Note that something was looked at.
+        """Count steps of the analysis.
 
         Raises:
-            TooMuch: it was too often.
+            TooMuch: there were more than `MAX_STEPS`.
         """
         self._steps += steps
         if self._steps > MAX_STEPS:
             raise TooMuch
 
     def of(self, node: Node) -> Automaton:
-        """The automaton of a lexeme."""
+        """Return the automaton of a lexeme."""
         if node not in self._automata:
             automaton = Automaton()
             nullable, first, last = self._build(node, automaton)
@@ -66,20 +68,20 @@ class Languages:
         return self._automata[node]
 
     def begins(self, node: Node) -> int:
-        """First bytes of a lexeme, as bits."""
+        """Return the bytes that begin a lexeme."""
         automaton = self.of(node)
         return union(automaton.bytes_at, automaton.first)
 
     def _build(self, node: Node, into: Automaton) -> tuple[bool, int, int]:
-        """Add a tree's places; whether it may be empty, and which begin and end it."""
+        """Add the positions of a tree; return if it is nullable, and its first and last ones."""
         self.count()
-        if isinstance(node, Use):
+        if isinstance(node, RuleRef):
             return self._build(self._rules[node.name], into)
         if isinstance(node, Chars):
-            place = 1 << len(into.bytes_at)
+            position = 1 << len(into.bytes_at)
             into.bytes_at.append(first_bytes(node))
             into.followers.append(0)
-            return False, place, place
+            return False, position, position
         if isinstance(node, Choice):
             built = [self._build(option, into) for option in node.options]
             return (any(part[0] for part in built), union([part[1] for part in built]),
@@ -99,17 +101,17 @@ class Languages:
             nullable = nullable and skips
         return nullable, first, last
 
-    def _link(self, automaton: Automaton, before: int, behind: int) -> None:
-        for place in bits(before):
+    def _link(self, automaton: Automaton, before: int, after: int) -> None:
+        for position in bits(before):
             self.count()
-            automaton.followers[place] |= behind
+            automaton.followers[position] |= after
 
     def compare(self, one: Node, other: Node) -> tuple[int, bool]:
-        """Look at the texts that two lexemes share.
+        """Compare the texts of two lexemes.
 
         Returns:
-            First bytes of characters with which a text of `one` goes on in `other`, as bits;
-            and whether some text may be both.
+            The first bytes of characters by which texts of `one` can be continued in `other`, and
+            whether a text may belong to both.
         """
         key = one, other
         if key not in self._compared:
@@ -118,35 +120,35 @@ class Languages:
 
     def _walk(self, one: Automaton, other: Automaton) -> tuple[int, bool]:
         seen: set[tuple[int, int]] = set()
-        wanted = [(one.first, other.first)]
-        goes_on, meet = 0, False
-        while wanted:
-            here, there = wanted.pop()
-            for place in bits(here):
-                for second in bits(there):
+        pending = [(one.first, other.first)]
+        continued, meet = 0, False
+        while pending:
+            firsts, seconds = pending.pop()
+            for first in bits(firsts):
+                for second in bits(seconds):
                     self.count()
-                    if (place, second) in seen or not one.bytes_at[place] & other.bytes_at[second]:
+                    if (first, second) in seen or not one.bytes_at[first] & other.bytes_at[second]:
                         continue
-                    seen.add((place, second))
+                    seen.add((first, second))
                     followers = other.followers[second]
-                    if one.last >> place & 1:
-                        goes_on |= union(other.bytes_at, followers)
+                    if one.last >> first & 1:
+                        continued |= union(other.bytes_at, followers)
                         meet = meet or bool(other.last >> second & 1)
-                    wanted.append((one.followers[place], followers))
-        return goes_on, meet
+                    pending.append((one.followers[first], followers))
+        return continued, meet
 
 
 def bits(number: int) -> Iterator[int]:
-    """Places of the bits that are set, rising."""
+    """Yield the indices of the set bits, rising."""
     while number:
         yield (number & -number).bit_length() - 1
         number &= number - 1
 
 
 def union(sets: Sequence[int], of: int = -1) -> int:
-    """Union of the sets at these places, of all for -1."""
+    """Return the union of the sets at these indices, given as bits; -1 is all."""
     found = 0
-    for place, one in enumerate(sets):
-        if of >> place & 1:
+    for index, one in enumerate(sets):
+        if of >> index & 1:
             found |= one
     return found

@@ -1,43 +1,48 @@
-r"""GBNF, the grammars of llama.cpp, turned into llguidance's dialect of Lark.
+r"""Converts GBNF, the grammars of llama.cpp, to llguidance's dialect of Lark.
 
-llguidance brings a converter of its own, but what it makes means something else: it joins
-characters into lexemes, which are as long as they can be, so that `[a-z]* "b"` never finds its
-"b". Here a grammar without recursion becomes one regular expression, which is exact and quick;
-of any other, `lexemes.py` says which parts surely mean the same as lexemes.
+llguidance has its own converter, but the result has another meaning: it joins characters into
+lexemes, which are as long as possible, so that `[a-z]* "b"` never finds its "b". Here a grammar
+without recursion becomes one regular expression, which is exact and fast. For other grammars,
+`lexemes.py` decides which parts may be lexemes without a change of meaning.
 
-The syntax is that of llama.cpp's grammars/README.md, but for its tokens (`<think>`), which are
-no text.
+The syntax is that of llama.cpp's grammars/README.md, except for its tokens (`<think>`), which
+are not text.
 """
 
 from __future__ import annotations
 
 import re
 
-from .lark import write_lark
-from .lexemes import cut_into_lexemes
+from .automata import Languages
+from .lexemes import MAX_NODES, cut_into_lexemes
 from .nodes import (
     EMPTY,
     LAST_CHARACTER,
     Chars,
+    Choice,
+    Concat,
+    Lexeme,
     Node,
     Regexes,
+    Repeat,
+    RuleRef,
     Rules,
-    Use,
     chars,
     choice,
     concat,
     repeat,
-    uses,
+    rule_names,
+    times,
     without_aliases,
     without_linear_recursion,
 )
 from .reach import MAX_RULES, reach
 
-# Repeats are written out by llguidance: a larger number would be a typing error or an attack.
+# llguidance expands repetitions; a larger number is a typing error or an attack.
 MAX_REPEATS = 10_000
 MAX_DEPTH = 100
 
-# Rules are written out where they are used; a larger expression is not tried.
+# Most nodes of a grammar that is written as one regular expression.
 MAX_REGEX_NODES = 2000
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -48,37 +53,41 @@ _TIMES: dict[str, tuple[int, int | None]] = {"*": (0, None), "+": (1, None), "?"
 _HEX_ESCAPE = re.compile(r"\\(?:x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8}))")
 _ESCAPED = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\", '"': '"', "[": "[", "]": "]"}
 
-# No name of GBNF's.
+# Not a valid name in GBNF.
 _START = "<start>"
+
+# Lexemes of llguidance must not be empty, so a nullable lexeme is written as an optional
+# reference to a lexeme that is not empty.
+_NOT_EMPTY = f"/[\\x{{0}}-\\x{{{LAST_CHARACTER:X}}}]+/"
 
 
 class GbnfError(ValueError):
-    """The text is no GBNF; the message names the line."""
+    """The text is not valid GBNF; the message names the line."""
 
 
 def gbnf_to_lark(text: str, leading_space: bool = False) -> str:
-    """Write a grammar in llguidance's Lark.
+    """Convert a grammar to llguidance's dialect of Lark.
 
     Args:
         text: rules, one of them named `root`.
-        leading_space: allow one space before what `root` describes.
+        leading_space: allow one space before the text of `root`.
 
     Raises:
-        GbnfError: it breaks the syntax, or names a rule that is not there.
+        GbnfError: the syntax is invalid, or a rule does not exist.
     """
     rules = {
         name: without_linear_recursion(name, body) for name, body in _Reader(text).read().items()
     }
     space = repeat(chars([(32, 32)]), 0, 1) if leading_space else EMPTY
-    rules[_START] = concat((space, Use("root")))
+    rules[_START] = concat((space, RuleRef("root")))
     regexes = Regexes(rules, MAX_REGEX_NODES)
     if regexes.can_write(rules[_START]):
         return f"%llguidance {{}}\nstart: /{regexes.write(rules[_START])}/\n"
-    return write_lark(cut_into_lexemes(rules, _START), _START, rules)
+    return _write_lark(cut_into_lexemes(rules, _START), _START, rules)
 
 
 def _count(digits: str) -> int:
-    """Read a number of repeats; one of very many digits is just too many."""
+    """Read a number of repetitions; a number with very many digits becomes too large."""
     digits = digits.lstrip("0") or "0"
     return int(digits) if len(digits) <= len(str(MAX_REPEATS)) else MAX_REPEATS + 1
 
@@ -94,7 +103,7 @@ class _Reader:
         self._rules: Rules = {}
 
     def read(self) -> Rules:
-        """All rules, among them one named `root` and each that is used."""
+        """Return all rules, after checking that `root` and every used rule exist."""
         self._skip(_SPACE_AND_LINES)
         while self._at < len(self._text):
             self._rule()
@@ -105,7 +114,7 @@ class _Reader:
         if "root" not in self._rules:
             raise GbnfError("there is no rule root")
         rules = without_aliases(self._rules)
-        if reach("root", {name: uses(body) for name, body in rules.items()}, {}) > MAX_RULES:
+        if reach("root", {name: rule_names(body) for name, body in rules.items()}, {}) > MAX_RULES:
             raise GbnfError(f"rules that lead through more than {MAX_RULES} others")
         return rules
 
@@ -121,7 +130,7 @@ class _Reader:
             raise self._error(f"{self._text[self._at]!r} makes no sense here")
 
     def _alternatives(self, space: re.Pattern[str]) -> Node:
-        """Read up to what cannot go on; `space` is what may stand between the parts."""
+        """Read alternatives; `space` matches what may separate their parts."""
         options = [self._sequence(space)]
         while self._peek() == "|":
             self._at += 1
@@ -153,7 +162,7 @@ class _Reader:
             return None
         begin, name = self._at, self._name()
         self._first_use.setdefault(name, begin)
-        return Use(name)
+        return RuleRef(name)
 
     def _group(self) -> Node:
         self._at += 1
@@ -194,7 +203,7 @@ class _Reader:
         return chars(ranges, negated)
 
     def _character(self) -> int:
-        """Read one character, perhaps escaped; its code point."""
+        """Read one character or escape sequence; return its code point."""
         character = self._peek()
         if not character:
             raise self._error("the grammar ends in the middle")
@@ -256,3 +265,59 @@ class _Reader:
         at = self._at if at is None else at
         line = self._text.count("\n", 0, at) + 1
         return GbnfError(f"line {line}: {problem}, before {self._text[at : at + 20]!r}")
+
+
+def _write_lark(marked: Rules, root: str, rules: Rules) -> str:
+    """Write rules in llguidance's dialect of Lark.
+
+    Args:
+        marked: the rules, whose leaves are lexemes and references.
+        root: the name of the rule that describes a whole text.
+        rules: the rules that lexemes refer to.
+    """
+    return _Writer(rules).write(marked, root)
+
+
+class _Writer:
+    """Numbers rules, groups and lexemes, and writes each once."""
+
+    def __init__(self, rules: Rules) -> None:
+        self._regexes = Regexes(rules, MAX_NODES)
+        self._languages = Languages(rules)
+        # Rules are numbered, because their names may contain characters that Lark does not allow.
+        self._numbers: dict[str, int] = {}
+        self._groups: dict[str, int] = {}
+        self._terminals: dict[Node, int] = {}
+
+    def write(self, marked: Rules, root: str) -> str:
+        """Return a whole grammar."""
+        lines = ["%llguidance {}", f"start: {self._rule(root)}"]
+        lines += [f"{self._rule(name)}: {self._body(body)}" for name, body in marked.items()]
+        lines += [f"g{number}: {body}" for body, number in self._groups.items()]
+        lines += [f"T{number}: {self._terminal(node)}" for node, number in self._terminals.items()]
+        return "\n".join(lines) + "\n"
+
+    def _body(self, node: Node) -> str:
+        if isinstance(node, Choice):
+            return " | ".join(map(self._body, node.options))
+        if isinstance(node, Concat):
+            return " ".join(map(self._name, node.items)) or '""'
+        return self._name(node)
+
+    def _name(self, node: Node) -> str:
+        if isinstance(node, RuleRef):
+            return self._rule(node.name)
+        if isinstance(node, Lexeme):
+            number = self._terminals.setdefault(node.node, len(self._terminals))
+            return f"T{number}{'?' if self._languages.of(node.node).nullable else ''}"
+        # A separate rule, because llguidance limits the nesting of groups.
+        body = self._body(node.item if isinstance(node, Repeat) else node)
+        number = self._groups.setdefault(body, len(self._groups))
+        return f"g{number}{times(node) if isinstance(node, Repeat) else ''}"
+
+    def _rule(self, name: str) -> str:
+        return f"r{self._numbers.setdefault(name, len(self._numbers))}"
+
+    def _terminal(self, node: Node) -> str:
+        pattern = f"/{self._regexes.write(node)}/"
+        return f"{pattern} & {_NOT_EMPTY}" if self._languages.of(node).nullable else pattern

@@ -1,16 +1,16 @@
-"""Which parts of a recursive grammar may be read as one piece.
+"""Decides which parts of a recursive grammar may be lexemes.
 
-llguidance first cuts a text into lexemes, each as long as it can be, among those that the
-grammar allows there, and then parses them. GBNF means all ways of cutting, so a part of a
-grammar may be a lexeme only where no other way is lost: wherever one lexeme ends and one that
-is allowed in its place could go on, what goes on must not be able to begin what follows the
-first. Single characters always suit, but then a mask takes the parser through every character
-of every token, hundreds of times as long.
+llguidance first cuts a text into lexemes and then parses them. Each lexeme is the longest one
+that the grammar allows at its position. GBNF allows every way of cutting. So a part of a grammar
+may be a lexeme only if no other way of cutting is lost: whenever a lexeme ends and another one
+that is allowed at the same position could continue, the continuation must not be able to begin
+what follows the first. Single characters are always correct as lexemes, but then a mask takes
+the parser through every character of every token, which is hundreds of times slower.
 
-Lexemes are as large as can be at first, regular stretches of the rules, and those that go on
-where another one has to end are split. What is computed errs on the safe side: repeats have no
-bounds, a lexeme is followed by whatever follows it anywhere, and characters are equal whose
-first bytes are, because a lexer that has begun a character cannot go back.
+Lexemes are at first as large as possible: the regular parts of the rules. Those that could
+continue where another one must end are split. The analysis is conservative: repetitions count as
+unbounded, a lexeme may be followed by whatever follows it anywhere, and characters with equal
+first bytes count as equal, because a lexer that has begun a character cannot go back.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from .nodes import (
     Node,
     Regexes,
     Repeat,
+    RuleRef,
     Rules,
-    Use,
     choice,
     concat,
     parts_of,
@@ -39,14 +39,14 @@ MAX_NODES = 300
 
 
 def cut_into_lexemes(rules: Rules, root: str) -> Rules:
-    """Write rules whose leaves are lexemes and other rules, and that describe the same texts.
+    """Rewrite rules so that their leaves are lexemes and references, with the same texts.
 
     Args:
-        rules: all that are used.
-        root: the first one.
+        rules: all rules that are used.
+        root: the name of the first rule.
 
     Returns:
-        Those that are needed, the first one first.
+        The rules that are needed, the first rule first.
     """
     languages = Languages(rules)
     split: set[Node] = set()
@@ -62,17 +62,17 @@ def cut_into_lexemes(rules: Rules, root: str) -> Rules:
 
 
 class _Marker:
-    """Puts lexemes into rules.
+    """Marks lexemes in rules.
 
     Args:
-        split: what must not be one; None for everything but single characters.
+        split: trees that must not be lexemes; None for all except single characters.
     """
 
     def __init__(self, rules: Rules, split: set[Node] | None) -> None:
         self._rules, self._split = rules, split
         self._regexes = Regexes(rules, MAX_NODES)
-        # Rules that are written out around what is being marked.
-        self._written_out: list[Use] = []
+        # References that are replaced by their rule around the tree that is being marked.
+        self._written_out: list[RuleRef] = []
 
     def mark_all(self, root: str) -> Rules:
         marked: Rules = {}
@@ -81,7 +81,7 @@ class _Marker:
             name = wanted.pop()
             if name not in marked:
                 marked[name] = self._mark(self._rules[name])
-                wanted += [leaf.name for leaf in leaves(marked[name]) if isinstance(leaf, Use)]
+                wanted += [leaf.name for leaf in leaves(marked[name]) if isinstance(leaf, RuleRef)]
         return marked
 
     def _mark(self, node: Node) -> Node:
@@ -101,7 +101,7 @@ class _Marker:
         return node not in self._split and self._regexes.can_write(node)
 
     def _mark_runs(self, items: tuple[Node, ...]) -> Iterator[Node]:
-        """Neighbours that are regular become one lexeme."""
+        """Mark items; adjacent regular items become one lexeme."""
         run: list[Node] = []
         for item in (*items, None):
             if item is not None and self._regexes.can_write(item):
@@ -115,14 +115,14 @@ class _Marker:
                 yield self._mark(item)
 
     def _mark_options(self, options: tuple[Node, ...]) -> Iterator[Node]:
-        """Those that are regular become one lexeme."""
+        """Mark options; the regular options become one lexeme."""
         regular, others = self._sorted_out(options)
         if regular is not None:
             yield self._mark(regular)
         yield from map(self._mark, others)
 
     def _sorted_out(self, options: tuple[Node, ...]) -> tuple[Node | None, list[Node]]:
-        """What can be one lexeme, and the other options."""
+        """Return the choice of the options that can be one lexeme, and the other options."""
         regular = [option for option in options if self._regexes.can_write(option)]
         together = choice(regular) if regular else None
         if together is None or not self._is_lexeme(together):
@@ -130,9 +130,9 @@ class _Marker:
         return together, [option for option in options if option not in regular]
 
     def _mark_repeat(self, node: Repeat) -> Node:
-        """(A | b)* is A* (b A*)*, so that a regular A is one lexeme as often as it comes."""
+        """Mark a repetition; (A | b)* becomes A* (b A*)*, so that a regular A* is one lexeme."""
         item = node.item
-        if isinstance(item, Use) and item not in self._written_out:
+        if isinstance(item, RuleRef) and item not in self._written_out:
             self._written_out.append(item)
             item = self._rules[item.name]
         parts = self._told_apart(item, node) if isinstance(item, Choice) else None
@@ -143,30 +143,34 @@ class _Marker:
         return marked
 
     def _told_apart(self, item: Choice, node: Repeat) -> Node | None:
-        """A repeat without bounds as repeats of its regular options and the others between."""
+        """Write an unbounded repetition as its regular options between the other options."""
         regular, others = self._sorted_out(item.options)
         if node.high is not None or node.low > 1 or regular is None or not others:
             return None
         begin = Repeat(regular, 0, None)
-        goes_on = Repeat(concat((choice(others), begin)), node.low, None)
+        further = Repeat(concat((choice(others), begin)), node.low, None)
         if node.low == 0:
-            return concat((begin, goes_on))
-        return choice((concat((begin, goes_on)), Repeat(regular, 1, None)))
+            return concat((begin, further))
+        return choice((concat((begin, further)), Repeat(regular, 1, None)))
 
 
 def leaves(node: Node) -> Iterator[Node]:
-    """Lexemes and uses of rules."""
-    if isinstance(node, (Lexeme, Use)):
+    """Yield the lexemes and references of a tree."""
+    if isinstance(node, (Lexeme, RuleRef)):
         yield node
     for part in parts_of(node):
         yield from leaves(part)
 
 
 class _Neighbours:
-    """What may follow a lexeme, and what may be read in its place; sets of lexemes are bits.
+    """Which lexemes may follow a lexeme, and which may be read at the same position.
+
+    Sets of lexemes are bits of an integer.
 
     Args:
-        marked: the rules, whose leaves are lexemes and uses.
+        marked: the rules, whose leaves are lexemes and references.
+        root: the name of the first rule.
+        languages: compares lexemes.
     """
 
     def __init__(self, marked: Rules, root: str, languages: Languages) -> None:
@@ -174,40 +178,40 @@ class _Neighbours:
         found = (leaf.node for body in marked.values() for leaf in leaves(body)
                  if isinstance(leaf, Lexeme))
         self._nodes = list(dict.fromkeys(found))
-        self._place = {node: place for place, node in enumerate(self._nodes)}
+        self._index = {node: index for index, node in enumerate(self._nodes)}
         self._begins: dict[str, tuple[bool, int]] = dict.fromkeys(marked, (False, 0))
-        self._behind_rule: dict[str, int] = dict.fromkeys(marked, 0)
-        self._behind = [0] * len(self._nodes)
+        self._after_rule: dict[str, int] = dict.fromkeys(marked, 0)
+        self._after = [0] * len(self._nodes)
 
     def conflicts(self) -> set[Node]:
-        """Lexemes that go on where another one must end."""
-        # What is needed first mostly stands behind what needs it.
-        while any([self._note_begin(name) for name in reversed(self._marked)]):
+        """Return the lexemes that could continue where another one must end."""
+        # Rules mostly refer to later rules, so the last rule is computed first.
+        while any([self._add_begin(name) for name in reversed(self._marked)]):
             pass
-        while any([self._note_behind(body, self._behind_rule[name])
+        while any([self._add_followers(body, self._after_rule[name])
                    for name, body in self._marked.items()]):
             pass
         found: set[Node] = set()
-        for place, others in enumerate(self._allowed_together()):
-            node = self._nodes[place]
-            behind = union([self._languages.begins(other) for other in self._nodes],
-                            self._behind[place])
+        for index, others in enumerate(self._allowed_together()):
+            node = self._nodes[index]
+            after = union([self._languages.begins(other) for other in self._nodes],
+                          self._after[index])
             found.update(self._nodes[other] for other in bits(others)
-                         if self._languages.compare(node, self._nodes[other])[0] & behind)
+                         if self._languages.compare(node, self._nodes[other])[0] & after)
         return found
 
-    def _note_begin(self, name: str) -> bool:
-        """Note what a rule begins with; True where that is news."""
+    def _add_begin(self, name: str) -> bool:
+        """Update the lexemes that begin a rule; return whether they changed."""
         before = self._begins[name]
         self._begins[name] = self._begin(self._marked[name])
         return self._begins[name] != before
 
     def _begin(self, node: Node) -> tuple[bool, int]:
-        """Whether a tree may be empty, and which lexemes begin it."""
+        """Return whether a tree is nullable, and the lexemes that begin it."""
         self._languages.count()
         if isinstance(node, Lexeme):
-            return self._languages.of(node.node).nullable, 1 << self._place[node.node]
-        if isinstance(node, Use):
+            return self._languages.of(node.node).nullable, 1 << self._index[node.node]
+        if isinstance(node, RuleRef):
             return self._begins[node.name]
         if isinstance(node, Repeat):
             nullable, begin = self._begin(node.item)
@@ -222,44 +226,44 @@ class _Neighbours:
             nullable = nullable and skips
         return nullable, begin
 
-    def _note_behind(self, node: Node, behind: int) -> bool:
-        """Note what stands behind everything in a tree; True where any of that is news."""
+    def _add_followers(self, node: Node, after: int) -> bool:
+        """Add the lexemes that follow each part of a tree; return whether any were new."""
         self._languages.count()
         if isinstance(node, Lexeme):
-            place = self._place[node.node]
-            new = behind & ~self._behind[place]
-            self._behind[place] |= behind
+            index = self._index[node.node]
+            new = after & ~self._after[index]
+            self._after[index] |= after
             return bool(new)
-        if isinstance(node, Use):
-            new = behind & ~self._behind_rule[node.name]
-            self._behind_rule[node.name] |= behind
+        if isinstance(node, RuleRef):
+            new = after & ~self._after_rule[node.name]
+            self._after_rule[node.name] |= after
             return bool(new)
         if isinstance(node, Repeat):
-            return self._note_behind(node.item, behind | self._begin(node.item)[1])
+            return self._add_followers(node.item, after | self._begin(node.item)[1])
         if isinstance(node, Choice):
-            return any([self._note_behind(option, behind) for option in node.options])
-        news = False
+            return any([self._add_followers(option, after) for option in node.options])
+        changed = False
         for item in reversed(parts_of(node)):
-            news = self._note_behind(item, behind) or news
+            changed = self._add_followers(item, after) or changed
             nullable, begin = self._begin(item)
-            behind = begin | (behind if nullable else 0)
-        return news
+            after = begin | (after if nullable else 0)
+        return changed
 
     def _allowed_together(self) -> list[int]:
-        """Of each lexeme those that may be read where it is.
+        """Return for each lexeme the lexemes that may be read at the same position.
 
-        All that begin a text; and behind two that are allowed together and have a text in
-        common, all that follow the one or the other.
+        These are all lexemes that begin a text. If two of them have a text in common, then also
+        all lexemes that follow either of the two.
         """
         together = [0] * len(self._nodes)
         begin = self._begins[self._root][1]
-        wanted = [(begin, begin)]
-        while wanted:
-            ones, others = wanted.pop()
-            for place in bits(ones):
+        pending = [(begin, begin)]
+        while pending:
+            ones, others = pending.pop()
+            for one in bits(ones):
                 self._languages.count()
-                for other in bits(others & ~together[place]):
-                    together[place] |= 1 << other
-                    if self._languages.compare(self._nodes[place], self._nodes[other])[1]:
-                        wanted.append((self._behind[place], self._behind[other]))
+                for other in bits(others & ~together[one]):
+                    together[one] |= 1 << other
+                    if self._languages.compare(self._nodes[one], self._nodes[other])[1]:
+                        pending.append((self._after[one], self._after[other]))
         return together

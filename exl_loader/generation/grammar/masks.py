@@ -1,7 +1,7 @@
-"""Grammars that a request's text must follow, through llguidance, an optional package.
+"""Matches a request's text with a grammar, by the optional package llguidance.
 
-Nothing of it is imported before a request has a grammar. The grammar describes the text as it
-is shown: where decoding drops the space that a first token begins with, one is allowed there.
+The package is imported when the first request has a grammar. The grammar describes the shown
+text. If decoding drops the space of the first token, the grammar is extended by a space there.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from .reach import schema_problem
 if TYPE_CHECKING:
     from ...text.tokenizer import Tokenizer
 
-# Between JSON's tokens, as llama.cpp has it. Without a bound, a model that is unsure can go on
-# with spaces until its tokens are spent.
+# The space between JSON's tokens, as in llama.cpp. It is limited, because an unsure model could
+# otherwise write spaces until max_new_tokens.
 _JSON_SPACE = r" |\n{1,2}[ \t]{0,20}"
 
-# Put before a text that is in the midst of one: it joins with nothing that follows.
+# Put before text that continues another text; no tokenizer joins it with what follows.
 _BEFORE = "\x02"
 
-# For tokens of more than 1024 bytes the library panics.
+# The library panics for tokens of more than 1024 bytes.
 _LONGEST_TOKEN_BYTES = 1000
 
-# Where lexemes.py leaves lexemes of one character, a mask visits far more items than those for
-# which the library's own limits are meant.
+# If lexemes.py chooses lexemes of one character, a mask visits far more items than the library's
+# own limits allow.
 _MAX_ITEMS_IN_ROW = 20_000
 _MAX_ITEMS_IN_STEP = 1_000_000
 _STEP_LEXER_FUEL = 10_000_000
@@ -44,7 +44,7 @@ class Grammars:
     """Makes the matchers of one model. Every method may be called from any thread.
 
     Args:
-        tokenizer: None where the model has none; then a grammar is an error.
+        tokenizer: None if the model has none; then a grammar is an error.
         vocab_size: ids from here on are never drawn.
         eos_ids: ids that end a text.
     """
@@ -61,13 +61,13 @@ class Grammars:
     def matcher(
         self, settings: SamplingSettings, continues_text: bool = False
     ) -> GrammarMatcher | None:
-        """Return what keeps a request's text to its grammar, None where it has none.
+        """Return the matcher of a request's grammar; None if it has no grammar.
 
         Args:
-            continues_text: the text goes on from another one, so its first space is shown.
+            continues_text: the text continues a prompt, so its first space is shown.
 
         Raises:
-            InvalidSettings: the grammar is wrong (`details` has the library's words), or
+            InvalidSettings: the grammar is invalid (`details` has the library's message), or
                 llguidance is missing or cannot be used with this model.
         """
         name = "grammar_string" if settings.grammar_string else "json_schema"
@@ -85,7 +85,7 @@ class Grammars:
         except RecursionError:
             raise _bad_grammar(name, "nested too deeply", "") from None
         with _typed(name):
-            # For a wrong grammar it returns a matcher that is in an error state.
+            # For an invalid grammar it returns a matcher in an error state.
             matcher = llguidance.LLMatcher(
                 table, llguidance.LLMatcher.grammar_from_lark(lark), log_level=0,
                 limits=llguidance.LLParserLimits(
@@ -100,7 +100,7 @@ class Grammars:
         return GrammarMatcher(name, matcher, self._vocab_size, eos_ids)
 
     def _token_table(self, llguidance: Any, name: str) -> Any:
-        """The library's form of the vocabulary, made once: a second for 150,000 tokens."""
+        """Return the library's form of the vocabulary; made once, because it takes a second."""
         if self._tokenizer is None or not self._tokenizer.bytes_known:
             raise InvalidSettings(
                 name, expected="a model whose tokens are known byte by byte",
@@ -119,18 +119,18 @@ class Grammars:
 
 
 class GrammarMatcher:
-    """Where one text stands in its grammar. For one thread at a time.
+    """The state of one text in its grammar. Only one thread at a time may use it.
 
     Args:
-        name: of the setting, for errors.
-        matcher: llguidance's, at the beginning.
-        vocab_size: ids below may be drawn.
-        eos_ids: ids to allow where the grammar may end; none where nothing ends a text early.
+        name: the setting's name, for errors.
+        matcher: llguidance's matcher, in its first state.
+        vocab_size: only ids below may be drawn.
+        eos_ids: ids that are allowed where the grammar may end; empty if they are banned.
 
     Attributes:
         allowed_ids: int64, rising: the tokens that may come next; at least one unless
             `complete`.
-        complete: nothing can be added.
+        complete: True if the text cannot be continued.
 
     Raises:
         InvalidSettings: no token of the vocabulary can begin the text.
@@ -149,11 +149,11 @@ class GrammarMatcher:
             raise _bad_grammar(name, "it allows no text", "")
 
     def accept(self, token_id: int) -> None:
-        """Go on with a token out of `allowed_ids`.
+        """Advance by a token of `allowed_ids`.
 
         Raises:
-            InvalidSettings: the grammar takes too much to follow, or no token of the
-                vocabulary can go on.
+            InvalidSettings: the grammar exceeds the library's limits, or no token of the
+                vocabulary can continue the text.
         """
         if token_id in self._eos_ids:
             self.complete = True
@@ -185,11 +185,11 @@ class GrammarMatcher:
 
 
 class _Vocabulary:
-    """A tokenizer as llguidance wants to see it: bytes by id, and an end token of its own.
+    """A tokenizer in the form that llguidance needs: bytes by id, and one end token.
 
-    The end token comes behind the vocabulary, because a model may have several or none.
-    Special tokens are empty, which no grammar allows: they are no text. So are tokens that the
-    library has no room for.
+    The end token follows the vocabulary, because a model may have several end tokens or none.
+    Special tokens have no bytes, because they are not text, and no grammar allows them. The same
+    holds for tokens that are too long for the library.
     """
 
     bos_token_id = None
@@ -206,8 +206,11 @@ class _Vocabulary:
         self._longest = max(map(len, self._ids), default=0)
 
     def __call__(self, text: str) -> list[int]:
-        """Cut up text in the midst of a text: where a grammar leaves no choice, the library
-        allows these tokens only. They must be the text's bytes, no space before it."""
+        """Encode text that continues another text.
+
+        If a grammar leaves no choice, the library allows only these tokens. They must have
+        exactly the text's bytes, without a space before it.
+        """
         ids = self._tokenizer.encode(_BEFORE + text, add_bos=False, special=False)
         pieces = [self._tokenizer.token_bytes(i) for i in ids]
         before, wanted = _BEFORE.encode(), text.encode("utf-8", "replace")
@@ -219,15 +222,15 @@ class _Vocabulary:
         return self._greedy(wanted)
 
     def _greedy(self, text: bytes) -> list[int]:
-        """Longest tokens first, for tokenizers that change what they read."""
-        ids, place = [], 0
-        while place < len(text):
-            lengths = range(min(self._longest, len(text) - place), 0, -1)
-            length = next((n for n in lengths if text[place : place + n] in self._ids), 0)
+        """Encode by the longest tokens, for tokenizers that change the text."""
+        ids, start = [], 0
+        while start < len(text):
+            lengths = range(min(self._longest, len(text) - start), 0, -1)
+            length = next((n for n in lengths if text[start : start + n] in self._ids), 0)
             if not length:
                 break
-            ids.append(self._ids[text[place : place + length]])
-            place += length
+            ids.append(self._ids[text[start : start + length]])
+            start += length
         return ids
 
 
@@ -244,10 +247,10 @@ def _import_library(name: str) -> Any:
 
 @contextmanager
 def _typed(name: str) -> Iterator[None]:
-    """Turn what the library raises about the grammar of a setting into InvalidSettings.
+    """Convert errors of the library about a setting's grammar to InvalidSettings.
 
-    A panic of its compiled code arrives as a PanicException, which is no Exception. An older
-    release lacks functions and arguments.
+    A panic of its compiled code raises PanicException, which is not a subclass of Exception. An
+    older release lacks functions and arguments.
     """
     try:
         yield
@@ -256,7 +259,7 @@ def _typed(name: str) -> Iterator[None]:
     except (AttributeError, TypeError) as error:
         raise InvalidSettings(
             name, expected="the package llguidance, 1.9 or newer",
-            actual=f"one that does not do what is asked: {str(error)[:200]}",
+            actual=f"one that lacks a function: {str(error)[:200]}",
             remedy="Upgrade it: pip install --upgrade llguidance", details=str(error),
         ) from error
     except BaseException as error:
@@ -267,12 +270,12 @@ def _typed(name: str) -> Iterator[None]:
 
 
 def _json_lark(schema: str, leading_space: bool) -> str:
-    """Lark of a JSON schema, given as text."""
+    """Write a JSON schema, given as text, in Lark."""
     value = json.loads(schema)
     problem = schema_problem(value)
     if problem is not None:
         raise _bad_grammar("json_schema", problem, "")
-    # The library's own options, which a schema may bring along.
+    # Options of the library, which a schema may contain.
     options = value.setdefault("x-guidance", {})
     if isinstance(options, dict) and "whitespace_flexible" not in options:
         options.setdefault("whitespace_pattern", _JSON_SPACE)

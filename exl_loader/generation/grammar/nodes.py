@@ -1,6 +1,6 @@
-"""Context-free grammars over characters, as trees, and forms of them that are easier to follow.
+"""Context-free grammars over characters, as trees, and simplifications of them.
 
-`rules` everywhere maps a rule's name to its tree.
+`rules` always maps the name of a rule to its tree.
 """
 
 from __future__ import annotations
@@ -12,42 +12,42 @@ from typing import TypeAlias
 LAST_CHARACTER = 0x10FFFF
 _SURROGATES = (0xD800, 0xDFFF)
 
-# How UTF-8 begins, for characters up to the first number: bits that go into bytes behind the
-# first, and what the first is beside the others.
+# The first byte of UTF-8 by range of characters: the last character of the range, the number of
+# bits in the bytes after the first, and the constant bits of the first byte.
 _UTF8 = ((0x7F, 0, 0x00), (0x7FF, 6, 0xC0), (0xFFFF, 12, 0xE0), (LAST_CHARACTER, 18, 0xF0))
 
 
 @dataclass(frozen=True)
 class Chars:
-    """One character out of these ranges, (first, last), rising and apart; no surrogates."""
+    """One character of these ranges, (first, last), rising and disjoint; no surrogates."""
 
     spans: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
-class Use:
-    """What a rule describes."""
+class RuleRef:
+    """A reference to a rule."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Concat:
-    """One after the other; the empty text where there are none."""
+    """Its items in order; without items, the empty text."""
 
     items: tuple[Node, ...]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One of these, at least two."""
+    """One of its options, at least two."""
 
     options: tuple[Node, ...]
 
 
 @dataclass(frozen=True)
 class Repeat:
-    """From `low` to `high` times, None for no limit."""
+    """Its item `low` to `high` times; None for no limit."""
 
     item: Node
     low: int
@@ -56,12 +56,12 @@ class Repeat:
 
 @dataclass(frozen=True)
 class Lexeme:
-    """What the tree describes, which the lexer reads as one piece; no part of another one."""
+    """A tree that the lexer reads as one piece; lexemes contain no lexemes."""
 
     node: Node
 
 
-Node: TypeAlias = "Chars | Use | Concat | Choice | Repeat | Lexeme"
+Node: TypeAlias = "Chars | RuleRef | Concat | Choice | Repeat | Lexeme"
 
 Rules: TypeAlias = dict[str, Node]
 
@@ -69,7 +69,7 @@ EMPTY = Concat(())
 
 
 def chars(spans: Iterable[tuple[int, int]], negated: bool = False) -> Chars:
-    """One character out of ranges in any order, or any other one."""
+    """Make one character of ranges in any order, or with `negated` any other character."""
     merged: list[tuple[int, int]] = []
     for first, last in sorted([*spans, _SURROGATES] if negated else spans):
         if merged and first <= merged[-1][1] + 1:
@@ -90,26 +90,26 @@ def _without_surrogates(span: tuple[int, int]) -> list[tuple[int, int]]:
 
 
 def first_bytes(node: Chars) -> int:
-    """Bytes that begin one of the characters in UTF-8, as the bits of a number."""
+    """Return the first bytes of the characters in UTF-8, as the bits of a number."""
     found, least = 0, 0
-    for most, shift, beside in _UTF8:
+    for most, shift, prefix in _UTF8:
         for first, last in node.spans:
             low, high = max(first, least) >> shift, min(last, most) >> shift
             if max(first, least) <= min(last, most):
-                found |= (1 << (beside + high + 1)) - (1 << (beside + low))
+                found |= (1 << (prefix + high + 1)) - (1 << (prefix + low))
         least = most + 1
     return found
 
 
 def concat(items: Iterable[Node]) -> Node:
-    """One after the other."""
+    """Make a sequence of items."""
     flat = [part for item in items
             for part in (item.items if isinstance(item, Concat) else (item,))]
     return flat[0] if len(flat) == 1 else Concat(tuple(flat))
 
 
 def choice(options: Iterable[Node]) -> Node:
-    """One of these, at least one."""
+    """Make a choice of options, at least one."""
     flat = [part for option in options
             for part in (option.options if isinstance(option, Choice) else (option,))]
     distinct = tuple(dict.fromkeys(flat))
@@ -117,22 +117,22 @@ def choice(options: Iterable[Node]) -> Node:
 
 
 def repeat(item: Node, low: int, high: int | None) -> Node:
-    """So many times."""
+    """Make a repetition of an item, `low` to `high` times."""
     if high == 0 or item == EMPTY:
         return EMPTY
     return item if (low, high) == (1, 1) else Repeat(item, low, high)
 
 
 def without_aliases(rules: Rules) -> Rules:
-    """Put what it leads to in the place of every rule that is only the name of another.
+    """Replace references to rules that only name another rule by that rule.
 
-    Rules that lead to each other in a circle of names stay.
+    Rules that name each other in a circle stay.
     """
     target: dict[str, str] = {}
     for name in rules:
         path = {name: None}
         end = name
-        while end not in target and isinstance(body := rules.get(end), Use):
+        while end not in target and isinstance(body := rules.get(end), RuleRef):
             if body.name in path:
                 break
             end = body.name
@@ -142,8 +142,8 @@ def without_aliases(rules: Rules) -> Rules:
 
 
 def _renamed(node: Node, target: Mapping[str, str]) -> Node:
-    if isinstance(node, Use):
-        return Use(target.get(node.name, node.name))
+    if isinstance(node, RuleRef):
+        return RuleRef(target.get(node.name, node.name))
     if isinstance(node, Concat):
         return concat(_renamed(item, target) for item in node.items)
     if isinstance(node, Choice):
@@ -153,9 +153,9 @@ def _renamed(node: Node, target: Mapping[str, str]) -> Node:
     return node
 
 
-def uses(node: Node) -> set[str]:
-    """Return the rules that a tree names."""
-    if isinstance(node, Use):
+def rule_names(node: Node) -> set[str]:
+    """Return the names of the rules that a tree refers to."""
+    if isinstance(node, RuleRef):
         return {node.name}
     inner: tuple[Node, ...] = ()
     if isinstance(node, Concat):
@@ -164,15 +164,15 @@ def uses(node: Node) -> set[str]:
         inner = node.options
     elif isinstance(node, Repeat):
         inner = (node.item,)
-    return set().union(*map(uses, inner))
+    return set().union(*map(rule_names, inner))
 
 
 def without_linear_recursion(name: str, body: Node) -> Node:
-    """A rule that goes on with itself at its end, or at its beginning, as a repeat.
+    """Write a rule that refers to itself at its end or its beginning as a repetition.
 
-    R = a R | b describes the same texts as R = a* b, and R = R a | b as R = b a* (Arden 1961).
+    R = a R | b has the same texts as R = a* b, and R = R a | b as R = b a* (Arden 1961).
     """
-    options, itself = _options(body), Use(name)
+    options, itself = _options(body), RuleRef(name)
     for at, rest in ((-1, slice(0, -1)), (0, slice(1, None))):
         again, ends = [], []
         for option in options:
@@ -188,7 +188,7 @@ def without_linear_recursion(name: str, body: Node) -> Node:
 
 
 def _options(node: Node) -> list[Node]:
-    """What a tree is one of."""
+    """Return the options of a tree; a tree that is no choice is its only option."""
     if isinstance(node, Choice):
         return [part for option in node.options for part in _options(option)]
     if isinstance(node, Repeat) and (node.low, node.high) == (0, 1):
@@ -197,13 +197,14 @@ def _options(node: Node) -> list[Node]:
 
 
 class Regexes:
-    """Trees as regular expressions, with the rules that they use written out.
+    """Writes trees as regular expressions, in which references are replaced by the rules.
 
     Args:
-        max_nodes: larger ones are not written out.
+        rules: the rules that trees refer to.
+        max_nodes: larger expressions are not written.
     """
 
-    # Each level of a tree is a call or two.
+    # Each level of a tree takes one or two nested calls.
     MAX_HEIGHT = 150
 
     def __init__(self, rules: Rules, max_nodes: int) -> None:
@@ -213,34 +214,34 @@ class Regexes:
         self._with_characters: dict[str, bool] = {}
 
     def can_write(self, node: Node) -> bool:
-        """False for what is recursive, or gets too long."""
+        """Return False if a tree is recursive, or its expression would be too long."""
         return self._size(node, 0) <= self._max_nodes
 
     def has_characters(self, node: Node) -> bool:
-        """False for what `can_write` and describes the empty text at most."""
-        if isinstance(node, Use):
+        """Return False if a tree that can be written describes at most the empty text."""
+        if isinstance(node, RuleRef):
             if node.name not in self._with_characters:
                 self._with_characters[node.name] = self.has_characters(self._rules[node.name])
             return self._with_characters[node.name]
         return isinstance(node, Chars) or any(map(self.has_characters, parts_of(node)))
 
     def _size(self, node: Node, height: int) -> float:
-        """How large it is written out; infinite for what is recursive or too deep."""
+        """Return the number of nodes without references; infinite if recursive or too deep."""
         if height > self.MAX_HEIGHT:
             return float("inf")
-        if isinstance(node, Use):
+        if isinstance(node, RuleRef):
             if node.name not in self._sizes:
-                # What is asked for again while it is worked out contains itself.
+                # A rule whose size is requested while it is computed contains itself.
                 self._sizes[node.name] = float("inf")
                 self._sizes[node.name] = self._size(self._rules[node.name], height + 1)
             return self._sizes[node.name]
         return 1 + sum(self._size(part, height + 1) for part in parts_of(node))
 
     def write(self, node: Node) -> str:
-        """The expression of what `can_write`."""
+        """Return the expression of a tree that can be written."""
         if isinstance(node, Chars):
             return write_chars(node)
-        if isinstance(node, Use):
+        if isinstance(node, RuleRef):
             return self.write(self._rules[node.name])
         if isinstance(node, Repeat):
             return f"(?:{self.write(node.item)}){times(node)}"
@@ -251,7 +252,7 @@ class Regexes:
 
 
 def parts_of(node: Node) -> tuple[Node, ...]:
-    """What a tree is made of, one level down; nothing for the use of a rule."""
+    """Return the direct parts of a tree; a reference to a rule has none."""
     if isinstance(node, Concat):
         return node.items
     if isinstance(node, Choice):
@@ -260,7 +261,7 @@ def parts_of(node: Node) -> tuple[Node, ...]:
 
 
 def write_chars(node: Chars) -> str:
-    """One character as a regular expression."""
+    """Write one character as a regular expression."""
     if not node.spans:
         return f"[^\\x{{0}}-\\x{{{LAST_CHARACTER:X}}}]"
     return "[" + "".join(
@@ -270,6 +271,6 @@ def write_chars(node: Chars) -> str:
 
 
 def times(node: Repeat) -> str:
-    """How often, as regular expressions and Lark write it."""
+    """Write the number of repetitions as regular expressions and Lark do."""
     short = {(0, None): "*", (1, None): "+", (0, 1): "?"}.get((node.low, node.high))
     return short or f"{{{node.low},{'' if node.high is None else node.high}}}"

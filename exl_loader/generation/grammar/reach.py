@@ -1,7 +1,7 @@
-"""How deep a grammar leads through its references, before the library follows them.
+"""Limits the depth of references in a grammar, before llguidance follows them.
 
-llguidance follows references by recursion in compiled code: some thousands of rules or
-definitions that each lead to the next overflow its stack, which ends the process.
+llguidance follows references by recursion in compiled code. A few thousand rules or definitions
+that each refer to the next overflow its stack, which ends the process.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ from urllib.parse import unquote
 # The library (1.9) overflows a stack of 8 MiB from about 2,000 rules and 2,400 levels of JSON.
 MAX_RULES = 500
 MAX_LEVELS = 1000
-# References by `$id` or `$anchor`, which are not followed here.
+# Most references by `$id` or `$anchor`, which are not followed here.
 MAX_FOREIGN_REFERENCES = 20
 
 
 def reach(
     start: str, edges: Mapping[str, Collection[str]], weights: Mapping[str, int]
 ) -> int:
-    """Return an upper bound of the weight of any path from a node that visits no node twice.
+    """Return an upper bound of the weight of any path from `start` that visits no node twice.
 
-    Nodes that lead to each other count together, because a path may visit all of them.
+    The weights of nodes in one cycle are added, because a path may visit all of them.
 
     Args:
-        start: a node. edges: node -> where it leads; what is no key of it leads nowhere.
-        weights: node -> its weight; 1 where it has none.
+        start: the first node.
+        edges: node -> the nodes that it leads to; a node that is not a key leads nowhere.
+        weights: node -> its weight; 1 for nodes that are not a key.
     """
     index: dict[str, int] = {}
     low: dict[str, int] = {}
@@ -35,11 +36,11 @@ def reach(
     open_nodes: list[str] = []
     index[start] = low[start] = 0
     open_nodes.append(start)
-    # Tarjan, SIAM J. Comput. 1 (1972), with a stack of its own.
+    # Tarjan, SIAM J. Comput. 1 (1972), with an explicit stack.
     work: list[tuple[str, Iterator[str]]] = [(start, iter(edges.get(start, ())))]
     while work:
-        node, rest = work[-1]
-        for follower in rest:
+        node, followers = work[-1]
+        for follower in followers:
             if follower not in index:
                 index[follower] = low[follower] = len(index)
                 open_nodes.append(follower)
@@ -61,15 +62,15 @@ def _close(
     root: str, open_nodes: list[str], edges: Mapping[str, Collection[str]],
     weights: Mapping[str, int], total: dict[str, int],
 ) -> None:
-    """Give the nodes from `root` on, which lead to each other, their common weight."""
+    """Set the total of the nodes from `root` on the stack, which form one component."""
     members = [open_nodes.pop()]
     while members[-1] != root:
         members.append(open_nodes.pop())
-    behind = max(
+    beyond = max(
         (total[follower] for node in members for follower in edges.get(node, ())
          if follower in total), default=0,
     )
-    weight = behind + sum(weights.get(node, 1) for node in members)
+    weight = beyond + sum(weights.get(node, 1) for node in members)
     total.update(dict.fromkeys(members, weight))
 
 
@@ -78,9 +79,9 @@ class _References:
     """The references of a JSON schema.
 
     Attributes:
-        edges: pointer -> pointers that the schema there refers to.
-        levels: pointer -> how deep the schema there is nested.
-        foreign: number of references that are no pointers into the schema.
+        edges: pointer -> pointers that the schema at it refers to.
+        levels: pointer -> depth of nesting of the schema at it.
+        foreign: number of references that are not pointers into the schema.
     """
 
     edges: dict[str, set[str]] = field(default_factory=dict)
@@ -89,7 +90,7 @@ class _References:
 
 
 def schema_problem(schema: dict[str, Any]) -> str | None:
-    """Say why a JSON schema cannot be followed; None where it can."""
+    """Return why a JSON schema is refused; None if it is accepted."""
     found = _references(schema)
     if found.foreign > MAX_FOREIGN_REFERENCES:
         return (f"more than {MAX_FOREIGN_REFERENCES} values of $ref that are no pointers such as "
@@ -127,7 +128,7 @@ def _references(schema: dict[str, Any]) -> _References:
 
 
 def _at(schema: Any, pointer: str) -> Any:
-    """Return what a pointer such as `#/$defs/name` leads to (RFC 6901); None for nothing."""
+    """Return the value at a pointer such as `#/$defs/name` (RFC 6901); None if there is none."""
     if pointer != "#" and not pointer.startswith("#/"):
         return None
     value = schema
