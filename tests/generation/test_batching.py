@@ -1,4 +1,4 @@
-"""Several requests at once: their order, their fairness, and that none disturbs another."""
+"""Several requests at once: order, fairness, and independence."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import pytest
 import exl_loader
 from exl_loader.generation.scheduler import MAX_AHEAD
 from exl_loader.utils.errors import CacheFull
-from support.fake_model import fake_engine
+from support.fake_model import count_up, endless, fake_engine
 
 GREEDY = {"temperature": 0, "ban_eos_token": True}
+LONG = {"temperature": 0, "max_new_tokens": 200}
 
 
 def next_of(text: list[int]) -> int:
@@ -69,7 +70,7 @@ def test_requests_that_do_not_fit_wait_in_order():
     next(running)
     large, small = ids(engine, [300] * 600, 50), ids(engine, [700], 5)
     for generation in (large, small):
-        generation._began = True
+        generation._started = True
         engine._generator._thread._send(generation._job)
     # 2 pages are held; the large one needs 3, the small one 1.
     for _ in range(5):
@@ -244,3 +245,106 @@ def test_a_stream_goes_on_between_the_chunks_of_an_evaluation():
     for first, second in zip(chunks, chunks[1:]):  # noqa: B905
         assert second > first + 1 or unread[second] >= MAX_AHEAD
     assert cache.num_free_pages == 16
+
+
+# Pages, and computing only what is read
+
+
+UP_TO_20 = {"temperature": 0, "max_new_tokens": 20}
+
+
+def test_interleaved_generations_share_forward_passes():
+    engine, model, cache = fake_engine(count_up, pages=4)
+    first = engine.generate_ids([10], UP_TO_20)
+    second = engine.generate_ids([50], UP_TO_20)
+    pairs = list(zip(first, second, strict=True))
+    assert pairs == [(11 + i, 51 + i) for i in range(20)]
+    assert [1, 1] in model.calls
+    assert len(model.calls) < 40
+    assert cache.num_free_pages == 4
+
+
+def test_threads_get_their_own_texts():
+    engine, model, cache = fake_engine(count_up, 3000, pages=4, max_batch_size=3)
+    results: dict[int, list[int]] = {}
+
+    def work(start: int) -> None:
+        prompt = list(range(start, start + 20))
+        results[start] = list(engine.generate_ids(prompt, UP_TO_20))
+
+    threads = [threading.Thread(target=work, args=(200 * i + 1,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(300)
+    assert len(results) == 8
+    for start, ids in results.items():
+        assert ids == list(range(start + 20, start + 40))
+    assert cache.num_free_pages == 4
+
+
+def test_a_request_waits_for_pages():
+    """One page: the second request starts when the first, which nobody reads, has ended."""
+    engine, model, cache = fake_engine(count_up)
+    first = engine.generate_ids([10], {"temperature": 0, "max_new_tokens": 50})
+    assert next(first) == 11
+    second = engine.generate_ids([60], UP_TO_20)
+    assert list(second) == list(range(61, 81))
+    assert list(first) == list(range(12, 61))
+
+
+def test_what_nobody_reads_is_not_computed():
+    engine, model, cache = fake_engine(count_up, pages=4)
+    idle = engine.generate_ids([10], {"temperature": 0, "max_new_tokens": 100})
+    next(idle)
+    assert len(list(engine.generate_ids([50], {"temperature": 0, "max_new_tokens": 60}))) == 60
+    assert idle.stats.new_tokens < 30
+    assert list(idle) == list(range(12, 111))
+
+
+def test_prompt_logits_beside_a_generation():
+    engine, model, cache = fake_engine(count_up, pages=2)
+    generation = engine.generate_ids([10], UP_TO_20)
+    next(generation)
+    assert engine.prompt_logits([3, 4]).argmax(dim=1).tolist() == [4, 5]
+    other = engine.generate_ids([20], UP_TO_20)
+    next(other)
+    with pytest.raises(CacheFull):
+        engine.prompt_logits([3])
+    assert list(generation) == list(range(12, 31))
+
+
+def test_a_request_waits_for_the_pages_of_an_evaluation():
+    """And costs nothing meanwhile: every step runs a chunk of the evaluation."""
+    engine, model, cache = fake_engine(endless)
+    answers: list[list[int]] = []
+    worker = threading.Thread(target=lambda: answers.append(list(engine.generate_ids([5], LONG))))
+    scheduler = engine._generator._scheduler
+    steps, decode = [], scheduler.decode
+
+    def counted():
+        steps.append(len(model.calls))
+        return decode()
+
+    def begin_another():
+        if len(model.calls) == 1:
+            scheduler.decode = counted
+            worker.start()
+            while engine._generator._thread._inbox.empty():
+                worker.join(0.001)
+        if 1 < len(model.calls) < 20:
+            assert scheduler.waiting and not scheduler.active
+
+    model.before_call = begin_another
+    assert len(engine.prompt_logits([5] * 200)) == 200
+    worker.join(300)
+    assert answers == [[7] * 200]
+    assert len([calls for calls in steps if calls < 25]) <= 25
+    assert cache.num_free_pages == cache.num_pages and not scheduler.evaluations
+
+
+def test_a_cache_too_small_for_one_request_is_an_error_and_not_a_hang():
+    engine, model, cache = fake_engine(count_up, ctx_size=512, pages=1)
+    with pytest.raises(CacheFull):
+        list(engine.generate_ids([10], {"max_new_tokens": 500}))
+    assert len(list(engine.generate_ids([10], UP_TO_20))) == 20

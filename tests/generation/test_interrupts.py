@@ -21,7 +21,7 @@ import pytest
 import exl_loader
 from exl_loader import engine as engine_module
 from exl_loader.generation import exchange
-from exl_loader.generation import generation as generation_module
+from exl_loader.generation import generator as generator_module
 from exl_loader.memory.buffers import live_bytes
 from exl_loader.utils.errors import InsufficientMemory, InvalidCall, ModelUnloaded
 from support import REPO
@@ -31,7 +31,7 @@ posix = pytest.mark.skipif(os.name == "nt", reason="signals and forks of POSIX")
 
 # Whose instructions are interrupted: what a caller's thread runs of the engine.
 CALLERS_CODE = (
-    str(Path(generation_module.__file__).parent), engine_module.__file__, __file__,
+    str(Path(generator_module.__file__).parent), engine_module.__file__, __file__,
 )
 
 GREEDY = {"temperature": 0, "max_new_tokens": 4}

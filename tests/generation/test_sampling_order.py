@@ -12,12 +12,9 @@ from exl_loader.generation.forward_model import LogitsRow
 from exl_loader.generation.sampling import SAMPLERS, Sampler, TokenRoles
 from exl_loader.generation.sampling.pipeline import chosen_samplers
 from exl_loader.generation.settings import SAMPLER_PRIORITY, SamplingSettings
-from exl_loader.text.tokenizer import Tokenizer
 from exl_loader.utils.errors import InvalidSettings
-from support import tokenizer_folders
 from support.counting import count
 from support.fake_model import fake_engine
-from support.tiny import write_tokenizer
 
 
 def final_distribution(row, options, history=(), roles=None) -> dict[int, float]:
@@ -182,20 +179,6 @@ def test_the_first_token_of_an_empty_history():
 
 
 # Roles of tokens
-
-@pytest.fixture(scope="module")
-def byte_tokenizer(tmp_path_factory) -> Tokenizer:
-    folder = tmp_path_factory.mktemp("bytes")
-    write_tokenizer(folder, 300)
-    return Tokenizer.from_dir(folder)
-
-
-@pytest.fixture(scope="module")
-def spm_tokenizer(tmp_path_factory) -> Tokenizer:
-    folder = tokenizer_folders.write_folder(tmp_path_factory.mktemp("spm"), None)
-    tokenizer_folders.train_sentencepiece(folder / "tokenizer.model", "bpe", vocab_size=500)
-    return Tokenizer.from_dir(folder)
-
 
 def roles_of(options, tokenizer, eos_ids=(2,)) -> TokenRoles:
     return TokenRoles.from_request(

@@ -1,4 +1,4 @@
-"""A model whose logits are scripted, so that generation is tested without weights."""
+"""A model whose next tokens follow a script, to test generation without weights."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from exl_loader.cache.layout import PAGE_LEN, CacheLayer, CacheType, pages_for
 from exl_loader.cache.paging import PagedCache
 from exl_loader.engine import LoadedModel
 from exl_loader.generation.forward_model import LogitsRow
+from exl_loader.text.tokenizer import Tokenizer
 
 
 class FakeModel:
-    """After each token comes the token that `script(ids so far)` names.
+    """A model in which `script(ids so far)` has the largest logit, 10; all others are 0.
 
     Args:
         script: all ids of a sequence -> the next id.
-        vocab_size: of the model.
-        num_pages: of the cache.
+        vocab_size: size of the vocabulary.
+        num_pages: number of pages of the cache.
+        sizes: chunk_size, max_batch_size, logits_rows.
     """
 
     def __init__(
@@ -37,7 +39,7 @@ class FakeModel:
         self.fail_at: int | None = None
         self.error: BaseException = RuntimeError("injected")
         self.before_call: Callable[[], None] = lambda: None
-        # What a page holds is the ids themselves.
+        # A page holds the ids themselves.
         shape = (num_pages, 1, PAGE_LEN, 1)
         self.stored = torch.full(shape, -1, dtype=torch.int32)
         self._inside = threading.Lock()
@@ -64,8 +66,8 @@ class FakeModel:
         for sequence, ids in entries:
             assert ids and sequence.past_len + len(ids) <= sequence.capacity
             for token_id in ids:
-                place, token = divmod(sequence.past_len, PAGE_LEN)
-                self.stored[sequence.pages[place], 0, token, 0] = token_id
+                index, row = divmod(sequence.past_len, PAGE_LEN)
+                self.stored[sequence.pages[index], 0, row, 0] = token_id
                 sequence.past_len += 1
                 rows.append(self._row(self.read(sequence)))
             if logits == "last":
@@ -73,7 +75,7 @@ class FakeModel:
         return torch.stack(rows if logits != "none" else []) if logits != "none" else None
 
     def read(self, sequence) -> list[int]:
-        """The text as the sequence's pages hold it."""
+        """Return the ids that the sequence's pages hold."""
         return self.stored[sequence.pages].flatten().tolist()[: sequence.past_len]
 
     def rope_class(self, rope_len: int) -> int:
@@ -86,7 +88,7 @@ class FakeModel:
 
 
 class FakeBuffers:
-    """Memory that only counts."""
+    """Stands for a model's buffers."""
 
     def __init__(self) -> None:
         self.nbytes = 1000
@@ -99,7 +101,7 @@ class FakeBuffers:
 
 
 def fake_engine(script, vocab_size=300, tokenizer=None, ctx_size=PAGE_LEN, pages=None, **sizes):
-    """Build a LoadedModel around a FakeModel; returns it, the model and the cache."""
+    """Build a LoadedModel around a FakeModel; return it, the model and the cache."""
     num_pages = pages or pages_for(ctx_size)
     model = FakeModel(script, vocab_size, num_pages, **sizes)
     layer = CacheLayer(model.stored, None, model.stored, None, CacheType(32, 32))
@@ -110,5 +112,25 @@ def fake_engine(script, vocab_size=300, tokenizer=None, ctx_size=PAGE_LEN, pages
 
 
 def settle(engine: LoadedModel) -> None:
-    """Return when the model's thread has done all that it was told so far."""
+    """Return when the model's thread has handled all messages so far."""
     assert list(engine.run_alone(lambda model, cache: iter(()))) == []
+
+
+def count_up(text: list[int]) -> int:
+    """A script: each token is the last one plus one."""
+    return text[-1] + 1
+
+
+def endless(text: list[int]) -> int:
+    """A script: always the same token."""
+    return 7
+
+
+def spell(tokenizer: Tokenizer, answer: str) -> Callable[[list[int]], int]:
+    """Make a script that answers any prompt of one token with this text and an end token."""
+    ids = [*tokenizer.encode(answer, add_bos=False), tokenizer.eos_token_ids[0]]
+
+    def script(text: list[int]) -> int:
+        return ids[min(len(text) - 1, len(ids) - 1)]
+
+    return script
