@@ -22,7 +22,7 @@ def next_of(text: list[int]) -> int:
 
 
 def run_all(*works: Callable[[], object]) -> None:
-    """Run them in threads of their own; an error in one of them is an error here."""
+    """Run each in its own thread; an error in one of them is raised here."""
     errors: list[BaseException] = []
 
     def guarded(work: Callable[[], object]) -> None:
@@ -46,7 +46,7 @@ def ids(engine, prompt, count):
 
 
 def until_all_are_there(engine, count: int) -> Callable[[], None]:
-    """A wait for all requests, for the first pass, which is else over before others begin."""
+    """Make a callback that holds the first pass until all requests have arrived."""
     scheduler, began = engine._generator._scheduler, []
     inbox = engine._generator._thread._inbox
 
@@ -64,7 +64,7 @@ def until_all_are_there(engine, count: int) -> Callable[[], None]:
 
 
 def test_requests_that_do_not_fit_wait_in_order():
-    """A later one that would fit does not overtake an earlier one that does not."""
+    """A later request that fits does not overtake an earlier one that does not."""
     engine, model, cache = fake_engine(next_of, 1000, ctx_size=1024)
     running = ids(engine, [5] * 400, 100)
     next(running)
@@ -72,7 +72,7 @@ def test_requests_that_do_not_fit_wait_in_order():
     for generation in (large, small):
         generation._started = True
         engine._generator._thread._send(generation._job)
-    # 2 pages are held; the large one needs 3, the small one 1.
+    # 2 pages are held; the large request needs 3, the small one 1.
     for _ in range(5):
         next(running)
     assert large.stats.new_tokens == 0 and small.stats.new_tokens == 0
@@ -82,7 +82,7 @@ def test_requests_that_do_not_fit_wait_in_order():
     assert cache.num_free_pages == 4
 
 
-def test_more_requests_than_slots():
+def test_more_requests_than_a_batch_holds():
     engine, model, cache = fake_engine(next_of, 1000, ctx_size=4096, max_batch_size=2)
     model.before_call = until_all_are_there(engine, 7)
     results: dict[int, list[int]] = {}
@@ -95,7 +95,7 @@ def test_more_requests_than_slots():
     assert cache.num_free_pages == 16
 
 
-def test_what_could_never_fit_is_refused_while_others_run():
+def test_a_request_larger_than_the_cache_is_refused_while_others_run():
     engine, model, cache = fake_engine(next_of, 1000, ctx_size=1024, pages=2)
     running = ids(engine, [5], 100)
     next(running)
@@ -104,7 +104,7 @@ def test_what_could_never_fit_is_refused_while_others_run():
     assert len(list(running)) == 99
 
 
-def test_a_stream_goes_on_between_the_chunks_of_a_prompt():
+def test_a_stream_continues_between_the_chunks_of_a_prompt():
     engine, model, cache = fake_engine(next_of, 1000, ctx_size=4096)
     stream = ids(engine, [5], 200)
     next(stream)
@@ -126,7 +126,7 @@ def test_a_stream_goes_on_between_the_chunks_of_a_prompt():
     chunks = [i for i, call in enumerate(model.calls) if call[0] > 1]
     assert len(chunks) == 40
     for first, second in zip(chunks, chunks[1:]):  # noqa: B905
-        # Unless the machine does not let the reader run, which has tokens lying ready then.
+        # Except if the reader thread did not run; then it has unread tokens.
         assert second - first == 2 or unread[second] >= MAX_AHEAD
 
 
@@ -150,7 +150,7 @@ def test_a_short_prompt_does_not_wait_for_a_long_one():
     assert [name for name, _ in done] == ["short", "long"]
 
 
-def test_each_is_stopped_alone():
+def test_stopping_one_generation_does_not_stop_another():
     engine, model, cache = fake_engine(next_of, 1000, ctx_size=2048)
     one, two = ids(engine, [5], 60), ids(engine, [300], 60)
     for _ in range(3):
@@ -163,8 +163,8 @@ def test_each_is_stopped_alone():
     assert cache.num_free_pages == 8
 
 
-def test_an_error_ends_only_the_request_it_belongs_to():
-    """A joint pass that fails is run again for each of its requests."""
+def test_an_error_ends_only_its_own_request():
+    """A batch that fails is run again, each request in its own pass."""
     engine, model, cache = fake_engine(next_of, 1000, ctx_size=2048)
     whole = model._forward
 
@@ -194,8 +194,8 @@ SAMPLED = {"temperature": 0.9, "top_p": 0.9, "repetition_penalty": 1.1, "max_new
 
 
 @pytest.mark.parametrize("cache_type", ["fp16", "q4"])
-def test_the_same_seed_gives_the_same_text_whatever_runs_beside_it(tiny_model_dir, cache_type):
-    """On the compiled kernels, in chunks of other sizes, with eight in a pass."""
+def test_the_same_seed_gives_the_same_text_alone_and_in_a_batch(tiny_model_dir, cache_type):
+    """On the compiled kernels, with other chunk sizes and eight requests in a pass."""
     requests = [
         ([(7 * i + j * j) % 250 + 3 for j in range(5 + 37 * i)], SAMPLED | {"seed": i})
         for i in range(12)
@@ -217,14 +217,14 @@ def test_the_same_seed_gives_the_same_text_whatever_runs_beside_it(tiny_model_di
             lambda i=i: together.__setitem__(i, list(model.generate_ids(*requests[i])))
             for i in range(12)
         ))
-        # The wrapped method would keep the model, and its buffers, until garbage is collected.
+        # The wrapped method would keep the model and its buffers until the next garbage collection.
         del model._generator._scheduler.model.forward
         assert [together[i] for i in range(12)] == alone
         assert max(passes) == 8
         assert model.allocated_bytes() == model.reservation.total_bytes
 
 
-def test_a_stream_goes_on_between_the_chunks_of_an_evaluation():
+def test_a_stream_continues_between_the_chunks_of_an_evaluation():
     engine, model, cache = fake_engine(next_of, 1000, ctx_size=4096)
     stream = ids(engine, [5], 300)
     next(stream)
@@ -284,7 +284,7 @@ def test_threads_get_their_own_texts():
 
 
 def test_a_request_waits_for_pages():
-    """One page: the second request starts when the first, which nobody reads, has ended."""
+    """One page: the second request starts when the first one, which is not read, has ended."""
     engine, model, cache = fake_engine(count_up)
     first = engine.generate_ids([10], {"temperature": 0, "max_new_tokens": 50})
     assert next(first) == 11
@@ -293,7 +293,7 @@ def test_a_request_waits_for_pages():
     assert list(first) == list(range(12, 61))
 
 
-def test_what_nobody_reads_is_not_computed():
+def test_tokens_are_not_computed_far_ahead_of_the_reader():
     engine, model, cache = fake_engine(count_up, pages=4)
     idle = engine.generate_ids([10], {"temperature": 0, "max_new_tokens": 100})
     next(idle)
@@ -302,7 +302,7 @@ def test_what_nobody_reads_is_not_computed():
     assert list(idle) == list(range(12, 111))
 
 
-def test_prompt_logits_beside_a_generation():
+def test_prompt_logits_during_a_generation():
     engine, model, cache = fake_engine(count_up, pages=2)
     generation = engine.generate_ids([10], UP_TO_20)
     next(generation)
@@ -315,7 +315,7 @@ def test_prompt_logits_beside_a_generation():
 
 
 def test_a_request_waits_for_the_pages_of_an_evaluation():
-    """And costs nothing meanwhile: every step runs a chunk of the evaluation."""
+    """While it waits, every step runs a chunk of the evaluation."""
     engine, model, cache = fake_engine(endless)
     answers: list[list[int]] = []
     worker = threading.Thread(target=lambda: answers.append(list(engine.generate_ids([5], LONG))))
@@ -343,7 +343,7 @@ def test_a_request_waits_for_the_pages_of_an_evaluation():
     assert cache.num_free_pages == cache.num_pages and not scheduler.evaluations
 
 
-def test_a_cache_too_small_for_one_request_is_an_error_and_not_a_hang():
+def test_a_request_larger_than_the_cache_is_an_error():
     engine, model, cache = fake_engine(count_up, ctx_size=512, pages=1)
     with pytest.raises(CacheFull):
         list(engine.generate_ids([10], {"max_new_tokens": 500}))

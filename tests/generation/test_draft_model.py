@@ -1,4 +1,4 @@
-"""A draft model: the same text in fewer passes, its memory in the plan."""
+"""A draft model: the same text in fewer passes, and its memory in the reservation."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ CTX = 600
 
 
 def script(text: list[int]) -> int:
-    """Never repeats itself within a few hundred tokens, so that only a model can guess it."""
+    """Does not repeat within a few hundred tokens, so only a model can guess it."""
     return 3 + (len(text) * len(text) * 7 + text[0]) % 251
 
 
 def sloppy(text: list[int]) -> int:
-    """Knows the script, but for every fifth token."""
+    """Follows the script except for every fifth token."""
     return script(text) if len(text) % 5 else 299
 
 
 def drafted_engine(guess, draft_max=4, draft_ctx=1024, **sizes):
-    """Build a scripted model with a scripted draft; returns it, both models and caches."""
+    """Build a scripted model with a scripted draft; return it, both models and caches."""
     ctx_size = 1024
     model = FakeModel(script, 300, pages_for(ctx_size), **sizes)
     draft = FakeModel(guess, 300, pages_for(draft_ctx), **sizes)
@@ -72,11 +72,11 @@ def test_the_text_is_the_same_in_fewer_passes(guess, options):
     accepted = generation.stats.accepted_tokens
     assert len(model.calls) + accepted == generation.stats.new_tokens
     if guess is script and len(expected) > 50:
-        # Where samples leave the script, nobody could have guessed them.
+        # Sampled tokens that leave the script cannot be guessed.
         assert accepted > (0.7 if options["temperature"] == 0 else 0.5) * len(expected)
 
 
-def test_what_was_accepted_is_not_read_again():
+def test_accepted_tokens_are_not_evaluated_again():
     engine, _, draft, _ = drafted_engine(script)
     assert len(list(engine.generate_ids([7, 8], {"temperature": 0, "max_new_tokens": 101}))) == 101
     # One token of the prompt's pass, then five a pass: four guessed by four draft steps, of
@@ -84,7 +84,7 @@ def test_what_was_accepted_is_not_read_again():
     assert draft.calls == [[3], [1], [1], [1]] + [[2], [1], [1], [1]] * 19
 
 
-def test_a_long_prompt_is_read_in_chunks_while_others_go_on():
+def test_the_draft_evaluates_a_long_prompt_in_chunks_while_other_texts_continue():
     engine, model, draft, _ = drafted_engine(script)
     options = {"temperature": 0, "max_new_tokens": 60, "ban_eos_token": True}
     prompts = [[7] * 100, [8, 9]]
@@ -99,7 +99,7 @@ def test_a_long_prompt_is_read_in_chunks_while_others_go_on():
     assert all(generation.stats.accepted_tokens > 30 for generation in generations)
 
 
-def test_a_draft_with_less_context_helps_as_far_as_it_reaches():
+def test_a_draft_with_less_context_guesses_up_to_its_end():
     engine, _, draft, caches = drafted_engine(script, draft_ctx=PAGE_LEN)
     options = {"temperature": 0, "max_new_tokens": 400, "ban_eos_token": True}
     generation = engine.generate_ids([7, 8], options)
@@ -112,7 +112,7 @@ def test_a_draft_with_less_context_helps_as_far_as_it_reaches():
     assert caches[1].num_free_pages == caches[1].num_pages
 
 
-def test_ids_that_the_draft_does_not_know_get_no_guesses():
+def test_texts_with_ids_unknown_to_the_draft_get_no_guesses():
     engine, _, draft, caches = drafted_engine(script)
     engine._generator._scheduler.drafter._vocab_size = 200
     options = {"temperature": 0, "max_new_tokens": 100, "ban_eos_token": True}
@@ -122,7 +122,7 @@ def test_ids_that_the_draft_does_not_know_get_no_guesses():
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
-def test_a_failing_draft_gives_its_pages_back(kind):
+def test_a_failing_draft_releases_its_pages(kind):
     engine, _, draft, caches = drafted_engine(script)
     draft.fail_at, draft.error = 6, kind("injected")
     with pytest.raises(kind):
@@ -133,7 +133,7 @@ def test_a_failing_draft_gives_its_pages_back(kind):
     assert list(engine.generate_ids([7, 8], options)) == plain_text([7, 8], options)[0]
 
 
-def test_a_stopped_request_gives_the_drafts_pages_back():
+def test_a_stopped_request_releases_the_drafts_pages():
     engine, _, _, caches = drafted_engine(script)
     generation = engine.generate_ids([7, 8], {"temperature": 0})
     next(generation), next(generation), next(generation)
@@ -157,7 +157,7 @@ def draft_dir(tmp_path_factory):
 ])
 @pytest.mark.parametrize("own", [True, False])
 def test_on_the_compiled_kernels_the_text_is_the_same(tiny_model_dir, draft_dir, options, own):
-    """Alone and beside others, with guesses that are good and guesses that are bad."""
+    """Alone and in a batch, with good and with bad guesses."""
     options = options | {"max_new_tokens": 60, "ban_eos_token": True}
     prompts = [[40, 50 + i, 60] * (5 + 40 * i) for i in range(3)]
     sizes = {"ctx_size": 2048, "cache_type": "q8", "chunk_size": 64}
@@ -181,7 +181,7 @@ def test_on_the_compiled_kernels_the_text_is_the_same(tiny_model_dir, draft_dir,
         assert [together[i] for i in range(3)] == plain
 
 
-def test_the_demo_model_guesses_for_itself():
+def test_the_demo_model_as_its_own_draft():
     options = {"temperature": 0, "max_new_tokens": 64}
     with exl_loader.load(DEMO_MODEL, ctx_size=512) as model:
         text = "".join(model.generate("def read(path):", options))
@@ -203,7 +203,7 @@ def nothing_left():
 
 @pytest.mark.parametrize("ctx_size_draft", [0, 300])
 @pytest.mark.parametrize("cache_type", ["fp16", "q4"])
-def test_its_memory_is_in_the_plan(
+def test_the_drafts_memory_is_in_the_reservation(
     tiny_model_dir, draft_dir, nothing_left, ctx_size_draft, cache_type
 ):
     options = {"cache_type": cache_type, "model_draft": draft_dir, "ctx_size_draft": ctx_size_draft}
@@ -221,7 +221,7 @@ def test_its_memory_is_in_the_plan(
         assert model.allocated_bytes() == memory.live_bytes() == plan.total_bytes
 
 
-def test_both_have_to_fit(tiny_model_dir, draft_dir, nothing_left):
+def test_model_and_draft_must_fit_together(tiny_model_dir, draft_dir, nothing_left):
     total = exl_loader.plan(tiny_model_dir, ctx_size=CTX, model_draft=draft_dir).total_bytes
     options = {"ctx_size": CTX, "model_draft": draft_dir}
     with pytest.raises(InsufficientMemory) as caught:
@@ -235,8 +235,8 @@ def test_both_have_to_fit(tiny_model_dir, draft_dir, nothing_left):
     assert both.fits and both.ctx_size < alone.ctx_size
 
 
-def test_layers_are_split_beside_a_draft(tiny_model_dir, draft_dir):
-    """It lives where the first layer does, and every device keeps its limit."""
+def test_layers_are_split_over_devices_next_to_a_draft(tiny_model_dir, draft_dir):
+    """The draft is on the first layer's device, and every device keeps its limit."""
     options = {"device": "cuda:0,cuda:1", "vram": "2GiB,2GiB", "model_draft": draft_dir}
     whole = exl_loader.plan(tiny_model_dir, ctx_size=CTX, **options)
     assert [d.device for d in whole.devices] == ["cuda:0"]
@@ -246,7 +246,7 @@ def test_layers_are_split_beside_a_draft(tiny_model_dir, draft_dir):
     assert [d.draft_bytes > 0 for d in split.devices] == [True, False]
 
 
-def test_another_vocabulary_is_refused(tiny_model_dir, tmp_path, nothing_left):
+def test_a_draft_with_another_vocabulary_is_refused(tiny_model_dir, tmp_path, nothing_left):
     bare = write_tiny_model(tmp_path / "bare", vocab_size=320, tokenizer=False)
     with pytest.raises(InvalidSettings, match="model_draft.*same vocabulary"):
         exl_loader.load(tiny_model_dir, ctx_size=CTX, model_draft=bare)
@@ -272,13 +272,13 @@ def test_padding_of_the_vocabulary_makes_no_difference(tiny_model_dir, tmp_path)
 @pytest.mark.parametrize("options", [
     {"draft_max": 0}, {"draft_max": 32}, {"draft_max": "4"}, {"ctx_size_draft": -1},
 ])
-def test_options_that_make_no_sense_are_refused(tiny_model_dir, draft_dir, options):
+def test_invalid_draft_options_are_refused(tiny_model_dir, draft_dir, options):
     (name,) = options
     with pytest.raises(InvalidSettings, match=name):
         exl_loader.load(tiny_model_dir, ctx_size=CTX, model_draft=draft_dir, **options)
 
 
-def test_a_damaged_draft_gives_everything_back(tiny_model_dir, tmp_path, nothing_left):
+def test_a_damaged_draft_frees_all_memory(tiny_model_dir, tmp_path, nothing_left):
     from safetensors.torch import load_file, save_file
 
     damaged = write_tiny_model(tmp_path / "damaged")
@@ -290,7 +290,7 @@ def test_a_damaged_draft_gives_everything_back(tiny_model_dir, tmp_path, nothing
         exl_loader.load(tiny_model_dir, ctx_size=CTX, model_draft=damaged)
 
 
-def test_the_command_line_takes_it(tiny_model_dir, draft_dir, capsys):
+def test_the_command_line_accepts_a_draft(tiny_model_dir, draft_dir, capsys):
     draft = ["--model-draft", str(draft_dir), "--ctx-size-draft", "300"]
     model = [str(tiny_model_dir), "--ctx-size", str(CTX)]
     assert cli.main(["plan", *model, *draft, "--json"]) == 0

@@ -1,4 +1,4 @@
-"""Odd values for every setting and option: a typed error that can be printed, or an answer."""
+"""Odd values for every setting and option: a typed error that can be printed, or a result."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_an_odd_setting_is_refused_or_read(name):
             check_error(error)
             assert ("stop" if name.startswith("stop") else name) in str(error)
             continue
-        # What was read is Python's own, bounded, and reads as the same once more.
+        # The result has Python's own types, is bounded, and reading it again changes nothing.
         values = dataclasses.asdict(settings)
         assert set(values) == known
         assert all(type(v) in (bool, int, float, str, tuple) for v in values.values())
@@ -195,7 +195,7 @@ def test_odd_options_of_a_conversion_are_refused(tmp_path, name):
     for value in odd_values():
         if value is None and name in ("calibration", "progress"):
             continue
-        # No model is there: what is taken for right ends before any work.
+        # There is no model, so a conversion with valid options fails before any work.
         options = {"model_dir": tmp_path / "none", "out_dir": tmp_path / "out", name: value}
         with pytest.raises(ExlLoaderError) as caught:
             convert(**options)

@@ -1,4 +1,4 @@
-"""GBNF, llama.cpp's notation of grammars: what it means, and what is none."""
+"""GBNF, llama.cpp's notation of grammars: its meaning and its errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytest.importorskip("llguidance")
 
 
 def random_pattern(source: random.Random, depth: int) -> tuple[str, str]:
-    """The same set of texts as GBNF and as a regular expression."""
+    """Return the same set of texts as GBNF and as a regular expression."""
     kind = source.randrange(8 if depth else 3)
     if kind == 0:
         text = "".join(source.choice("abé") for _ in range(source.randrange(1, 4)))
@@ -33,8 +33,8 @@ def random_pattern(source: random.Random, depth: int) -> tuple[str, str]:
     return f"({first[0]}){repeat}", f"(?:{first[1]}){repeat}"
 
 
-def test_gbnf_means_what_it_says(single_bytes):
-    """Against Python's regular expressions, with recursion and without."""
+def test_grammars_agree_with_regular_expressions(single_bytes):
+    """Compared with Python's regular expressions, with and without recursion."""
     seed = random.randrange(1 << 32)
     source, matched = random.Random(seed), 0
     for _ in range(60):
@@ -50,8 +50,8 @@ def test_gbnf_means_what_it_says(single_bytes):
 
 
 @pytest.mark.parametrize("part", some_of(range(12), 12))
-def test_recursive_grammars_mean_what_they_say(single_bytes, part):
-    """Against their definition, whatever of them is read as one lexeme."""
+def test_recursive_grammars_agree_with_their_definition(single_bytes, part):
+    """Compared with the definition, whichever parts are lexemes."""
     seed = random.randrange(1 << 32)
     source, matched, refused = random.Random(seed), 0, 0
     for _ in range(100):
@@ -74,22 +74,22 @@ def test_recursive_grammars_mean_what_they_say(single_bytes, part):
 
 
 def lexemes_of(grammar: str) -> list[str]:
-    """A recursive grammar's lexemes as Python's regular expressions."""
+    """Return the lexemes of a recursive grammar as Python's regular expressions."""
     found = re.findall(r"^T\d+: /(.*?)/", gbnf_to_lark(grammar), re.MULTILINE)
     return [re.sub(r"\\x\{(\w+)\}", lambda code: f"\\U{int(code[1], 16):08X}", pattern)
             for pattern in found]
 
 
 @pytest.mark.parametrize(("grammar", "text", "lexeme"), [
-    # What is around a recursion, and a list that is written as one.
+    # The parts around a recursion, and a list that is written as one.
     ('root ::= "<" [a-z]* ">" root? "</>"', "<ab><></></>", "<ab>"),
     ('root ::= "[" (ws word ("," root)?) "]"\nword ::= [a-z] word | [a-z]\nws ::= ([ ] ws)?',
      "[  abc,[d]]", "[  abc"),
     ('root ::= "(" list ")"\nlist ::= list "," [a-z]+ | (root | "x")', "(x,ab,c)", ",ab,c"),
-    # Options of a repeat, written there or elsewhere.
+    # Options of a repetition, written in place or as a rule.
     ('root ::= ([^()] | "(" root ")")*', "a(bc(d))e", "bc"),
     ('root ::= item+\nitem ::= [^()] | "(" root ")"', "a(bc(d))e", "bc"),
-    # Spaces may stand in a text, but never where one begins.
+    # Spaces may be inside a text, but not at its beginning.
     ('root ::= "{" ws (text | root) ws "}" ws\ntext ::= "\'" [^\']* "\'"\nws ::= [ ]*',
      "{ {' x ' } } ", "' x '"),
 ])
@@ -99,7 +99,7 @@ def test_regular_parts_of_a_recursion_are_lexemes(single_bytes, grammar, text, l
     assert any(re.fullmatch(pattern, lexeme) for pattern in lexemes_of(grammar))
 
 
-def test_a_grammar_too_large_to_look_through_is_read_by_characters(single_bytes, monkeypatch):
+def test_a_grammar_too_large_to_analyse_has_lexemes_of_one_character(single_bytes, monkeypatch):
     grammar = 'root ::= "<" [a-z]* ">" root? "</>"'
     monkeypatch.setattr(automata, "MAX_STEPS", 30)
     assert all(len(pattern) < 30 for pattern in lexemes_of(grammar))
@@ -121,9 +121,9 @@ def chain(rule: str, length: int) -> str:
     ('root ::= root "a" | "a"', "aaa"),
     ("root ::= " + "(" * 60 + '"a"' + ")" * 60, "a"),
     ("\r\nroot ::= \"a\"\r\n\r\n", "a"),
-    # Characters that begin alike: the lexer cannot go back.
+    # Characters with the same first byte: the lexer cannot go back.
     ('root ::= "(" [é]* (root | [è]) ")"', "(ééè)"),
-    # Rules that nothing can write out where they are used: too deep, and 2^30 times.
+    # Rules that cannot be expanded: too deep, and 2^30 times.
     (chain("r{0} ::= r{1}", 2000), "a"),
     (chain("r{0} ::= r{1}{{0,2}} r{1}{{0,2}}", 30), "aaaaa"),
 ])
@@ -155,7 +155,7 @@ def test_gbnf_syntax(single_bytes, grammar, text):
     ("root ::= " + "(" * 5000, "in one another"),
     ("::=", "expected the name"),
 ])
-def test_gbnf_that_is_none(single_bytes, grammar, problem):
+def test_invalid_gbnf_is_refused(single_bytes, grammar, problem):
     with pytest.raises(GbnfError, match=problem):
         gbnf_to_lark(grammar)
     with pytest.raises(InvalidSettings, match="grammar_string: expected a GBNF") as caught:

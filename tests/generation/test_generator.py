@@ -24,12 +24,12 @@ def test_max_new_tokens_and_the_context_end_a_text():
     generation = engine.generate_ids(prompt, {"temperature": 0})
     assert list(generation) == [262, 263, 264, 265]
     assert generation.finish_reason == "context"
-    # The last token needs no place in the cache, so the prompt may leave room for one only.
+    # The last token is not stored in the cache, so the prompt may leave room for one token.
     generation = engine.generate_ids([5] * 255, {"temperature": 0})
     assert (list(generation), generation.finish_reason) == ([6], "context")
 
 
-def test_the_end_token_is_not_given_out_and_can_be_banned():
+def test_the_end_token_is_not_yielded_and_can_be_banned():
     engine, _, _ = fake_engine(lambda text: 0 if len(text) == 3 else 9)
     generation = engine.generate_ids([5], GREEDY)
     assert (list(generation), generation.finish_reason) == ([9, 9], "eos")
@@ -50,10 +50,10 @@ def test_padding_of_the_vocabulary_is_never_sampled(byte_tokenizer):
     assert max(engine.generate_ids([5], {"max_new_tokens": 50, "ban_eos_token": True})) < known
 
 
-def test_closing_gives_the_pages_back():
+def test_closing_releases_the_pages():
     engine, _, cache = fake_engine(endless)
     generation = engine.generate_ids([5], LONG)
-    assert cache.num_free_pages == 1, "nothing is taken before the first token is asked for"
+    assert cache.num_free_pages == 1, "no page is acquired before the first token is requested"
     next(generation)
     assert cache.num_free_pages == 0
     generation.close()
@@ -64,7 +64,7 @@ def test_closing_gives_the_pages_back():
     assert cache.num_free_pages == 1
 
 
-def test_dropping_gives_the_pages_back():
+def test_dropping_releases_the_pages():
     engine, _, cache = fake_engine(endless)
     for _ in engine.generate_ids([5], LONG):
         break
@@ -73,7 +73,7 @@ def test_dropping_gives_the_pages_back():
     assert cache.num_free_pages == 1
 
 
-def test_stop_ends_the_text_and_keeps_what_was_shown(byte_tokenizer):
+def test_stop_ends_the_text_after_the_shown_tokens(byte_tokenizer):
     engine, _, cache = fake_engine(spell(byte_tokenizer, "abc" * 50), 300, byte_tokenizer)
     generation = engine.generate([5], LONG)
     text = next(generation)
@@ -117,7 +117,7 @@ def test_stop_during_the_prompt():
 
 
 @pytest.mark.parametrize("fail_at", [0, 1, 4])
-def test_an_error_in_the_model_gives_the_pages_back(fail_at):
+def test_an_error_of_the_model_releases_the_pages(fail_at):
     engine, model, cache = fake_engine(endless)
     model.fail_at = fail_at
     with pytest.raises(RuntimeError, match="injected"):
@@ -130,7 +130,7 @@ def test_an_error_in_the_model_gives_the_pages_back(fail_at):
     assert len(list(engine.generate_ids([5], GREEDY))) == 20
 
 
-def test_an_interrupt_ends_the_answer_and_not_the_model():
+def test_an_interrupt_ends_the_generation_and_not_the_model():
     engine, model, cache = fake_engine(endless)
     model.before_call = lambda: _thread.interrupt_main() if len(model.calls) == 4 else None
     generation = engine.generate_ids([5], LONG)
@@ -138,11 +138,11 @@ def test_an_interrupt_ends_the_answer_and_not_the_model():
         list(generation)
     settle(engine)
     assert cache.num_free_pages == 1 and generation.finish_reason == "cancelled"
-    assert len(list(generation)) <= 1, "more than the step that was running brought"
+    assert len(list(generation)) <= 1, "more than the running step computed"
     assert len(list(engine.generate_ids([5], GREEDY))) == 20
 
 
-def test_damaged_logits_end_one_text():
+def test_damaged_logits_end_the_generation():
     engine, model, cache = fake_engine(endless)
     whole_row = model._row
     model._row = lambda text: whole_row(text) * (float("nan") if len(text) > 3 else 1)

@@ -1,4 +1,4 @@
-"""Texts that follow a grammar: what is allowed, where they end, and what cannot be followed."""
+"""Texts that follow a grammar: allowed tokens, ends, and grammars that are refused."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def byte_level(folder: Path) -> Tokenizer:
 
 
 def sentencepiece(folder: Path) -> Tokenizer:
-    """As Llama 2's: byte fallback, and a first space that decoding drops."""
+    """A tokenizer as Llama 2's: byte fallback, and decoding drops the first space."""
     write_folder(folder, {"tokenizer_class": "LlamaTokenizer", "legacy": False})
     train_sentencepiece(folder / "tokenizer.model", "bpe")
     return Tokenizer.from_dir(folder)
@@ -79,7 +79,7 @@ def tokenizer(request, tmp_path_factory) -> Tokenizer:
 
 
 def engine_of(tokenizer, **options):
-    """A model that likes one token, another one each step, and otherwise knows nothing."""
+    """A model that prefers one token, another one in each step."""
     def likes(ids):
         return (len(ids) * 7919 + ids[-1]) % tokenizer.vocab_size
 
@@ -87,7 +87,7 @@ def engine_of(tokenizer, **options):
 
 
 def written(engine, prompt="a prompt", **settings):
-    """The text and why it ended."""
+    """Return the text and the reason why it ended."""
     with engine.generate(prompt, {"temperature": 1.5, "max_new_tokens": 600, **settings}) as run:
         return "".join(run), run.finish_reason
 
@@ -101,7 +101,7 @@ def check_schema(value) -> None:
 
 
 @pytest.mark.parametrize("form", [dict, json.dumps], ids=["dict", "text"])
-def test_what_follows_a_schema_is_json_of_that_schema(tokenizer, form):
+def test_texts_that_follow_a_schema_are_valid_json(tokenizer, form):
     engine = engine_of(tokenizer)
     texts = set()
     for seed in range(12):
@@ -112,7 +112,7 @@ def test_what_follows_a_schema_is_json_of_that_schema(tokenizer, form):
     assert len(texts) == 12
 
 
-def test_a_recursive_grammar_with_everything_in_it(tokenizer):
+def test_a_recursive_grammar_with_all_syntax(tokenizer):
     engine = engine_of(tokenizer)
     ended = 0
     for seed in range(12):
@@ -123,7 +123,7 @@ def test_a_recursive_grammar_with_everything_in_it(tokenizer):
     assert ended >= 6
 
 
-def test_greedy_texts_follow_it_too(tokenizer):
+def test_greedy_texts_follow_the_grammar(tokenizer):
     check_schema(json.loads(written(engine_of(tokenizer), json_schema=SCHEMA, temperature=0)[0]))
 
 
@@ -131,7 +131,7 @@ def test_greedy_texts_follow_it_too(tokenizer):
     {"top_k": 3, "min_p": 0.1}, {"mirostat_mode": 2}, {"repetition_penalty": 1.5, "top_p": 0.5},
     {"dry_multiplier": 2.0, "xtc_probability": 1.0}, {"logit_bias": {"5": 90}},
 ])
-def test_other_samplers_choose_among_what_it_allows(tokenizer, settings):
+def test_samplers_choose_among_allowed_tokens(tokenizer, settings):
     check_schema(json.loads(written(engine_of(tokenizer), json_schema=SCHEMA, **settings)[0]))
 
 
@@ -143,14 +143,14 @@ def test_other_samplers_choose_among_what_it_allows(tokenizer, settings):
     {"json_schema": {"$ref": "#/nowhere"}},
     {"json_schema": {"x-guidance": 3}},
 ])
-def test_grammars_that_cannot_be_followed(tokenizer, settings):
+def test_invalid_grammars_are_refused(tokenizer, settings):
     (name,) = settings
     with pytest.raises(InvalidSettings, match=f"{name}: expected a ") as caught:
         written(engine_of(tokenizer), **settings)
     assert caught.value.details
 
 
-def test_one_grammar_at_a_time():
+def test_two_grammars_are_refused():
     with pytest.raises(InvalidSettings, match="none beside grammar_string"):
         SamplingSettings.from_dict({"json_schema": {}, "grammar_string": 'root ::= "a"'})
 
@@ -162,7 +162,7 @@ def test_a_text_ends_where_its_grammar_ends(tokenizer):
         assert text in ("yes", "größe") and reason == "stop"
 
 
-def test_the_end_token_comes_only_where_the_grammar_may_end(single_bytes):
+def test_the_end_token_is_allowed_only_at_the_end_of_the_grammar(single_bytes):
     eos = single_bytes.eos_token_id
     letters = {i for i in range(288) if single_bytes.token_bytes(i) in (b"a", b"b")}
     matcher = matcher_of(single_bytes, grammar_string='root ::= "ab"+')
@@ -176,13 +176,13 @@ def test_the_end_token_comes_only_where_the_grammar_may_end(single_bytes):
     assert eos not in banned.allowed_ids and len(banned.allowed_ids) == 1
 
 
-def test_with_the_end_token_banned_it_goes_on_to_the_last_token(tokenizer):
+def test_with_a_banned_end_token_the_text_continues_to_the_last_token(tokenizer):
     text, reason = written(engine_of(tokenizer), grammar_string="root ::= [ab]*",
                            ban_eos_token=True, max_new_tokens=40)
     assert reason == "length" and len(text) >= 39 and set(text) <= {"a", "b"}
 
 
-def test_a_grammar_of_nothing_is_refused_where_nothing_can_end_it(single_bytes):
+def test_a_grammar_of_the_empty_text_is_refused_with_a_banned_end_token(single_bytes):
     engine = engine_of(single_bytes)
     nothing = {"grammar_string": 'root ::= ""'}
     assert written(engine, **nothing) == ("", "eos")
@@ -190,7 +190,7 @@ def test_a_grammar_of_nothing_is_refused_where_nothing_can_end_it(single_bytes):
         engine.generate("a", {**nothing, "ban_eos_token": True})
 
 
-def test_special_tokens_are_no_text(tokenizer):
+def test_special_tokens_are_not_text(tokenizer):
     allowed = set(matcher_of(tokenizer, grammar_string="root ::= .+").allowed_ids)
     assert not allowed & tokenizer.special_ids
     texts = {tokenizer.token_bytes(i) for i in allowed}
@@ -198,7 +198,7 @@ def test_special_tokens_are_no_text(tokenizer):
 
 
 class TokensOnly:
-    """A tokenizer made of tokens; several may have the same bytes."""
+    """A tokenizer with the given tokens; several may have the same bytes."""
 
     bytes_known, strips_space, special_ids = True, False, frozenset[int]()
 
@@ -223,20 +223,20 @@ def test_equal_tokens_long_tokens_and_models_without_an_end_token():
     assert matcher.complete
 
 
-def test_the_first_space_is_not_shown_and_not_asked_for(tmp_path):
+def test_a_hidden_first_space_is_optional(tmp_path):
     tokenizer = sentencepiece(tmp_path / "spm")
     allowed = matcher_of(tokenizer, grammar_string='root ::= "the " "end"').allowed_ids
     assert {b"t", b" t"} <= {tokenizer.token_bytes(i) for i in allowed}
     engine = engine_of(tokenizer)
     texts = {written(engine, grammar_string='root ::= "the " "end"', seed=i)[0] for i in range(8)}
     assert texts == {"the end"}
-    # Behind a text it is shown, so a grammar that wants none gets none.
+    # After a text prompt the space is shown, so a grammar without a space gets none.
     allowed = Grammars(tokenizer, tokenizer.vocab_size, ()).matcher(
         SamplingSettings(grammar_string='root ::= "the " "end"'), continues_text=True).allowed_ids
     assert {token[:1] for token in map(tokenizer.token_bytes, allowed)} == {b"t"}
 
 
-def test_tokens_that_are_no_plain_bytes_are_refused(tmp_path):
+def test_tokens_without_known_bytes_are_refused(tmp_path):
     train_unigram_json(write_folder(tmp_path / "unigram", {}) / "tokenizer.json")
     unigram = Tokenizer.from_dir(tmp_path / "unigram")
     for tokenizer, found in ((unigram, "another kind"), (None, "no tokenizer")):
@@ -265,7 +265,7 @@ def test_requests_without_a_grammar_do_not_import_the_package(tiny_model_dir):
                    cwd=REPO)
 
 
-def test_requests_beside_each_other_stay_apart(tokenizer):
+def test_concurrent_requests_have_separate_states(tokenizer):
     engine = engine_of(tokenizer, max_batch_size=4, pages=64, chunk_size=64)
     plain = {"seed": 4, "max_new_tokens": 60}
     alone = written(engine, **plain)
@@ -284,7 +284,7 @@ def test_requests_beside_each_other_stay_apart(tokenizer):
     assert [results[i] for i in range(6)] == [constrained_alone, alone] * 3
 
 
-def test_prompt_lookup_and_guidance_follow_it(tokenizer):
+def test_prompt_lookup_and_guidance_follow_the_grammar(tokenizer):
     engine = engine_of(tokenizer, chunk_size=64, logits_rows=32, pages=16)
     settings = {"grammar_string": 'root ::= ("abc, " [0-9]){20}', "seed": 3}
     text, reason = written(engine, **settings)
@@ -294,7 +294,7 @@ def test_prompt_lookup_and_guidance_follow_it(tokenizer):
     assert re.fullmatch("(abc, [0-9]){20}", guided)
 
 
-def test_schemas_may_set_the_spaces(single_bytes):
+def test_schemas_may_set_the_whitespace(single_bytes):
     flexible = {"type": "array", "items": {"type": "boolean"}}
     assert follows(single_bytes, "[ true,\n  false ]", json_schema=flexible)
     assert not follows(single_bytes, "[" + " " * 30 + "true]", json_schema=flexible)
@@ -304,7 +304,7 @@ def test_schemas_may_set_the_spaces(single_bytes):
 
 
 class PanicException(BaseException):
-    """What compiled Rust raises for an index out of range."""
+    """The exception of compiled Rust code for an index out of range."""
 
 
 @pytest.mark.parametrize(
@@ -317,7 +317,7 @@ class PanicException(BaseException):
         ("LLParserLimits", ValueError("a bad limit"), "found a bad limit"),
     ],
 )
-def test_a_library_that_fails_is_a_typed_error(single_bytes, monkeypatch, function, fault, words):
+def test_a_library_error_is_a_typed_error(single_bytes, monkeypatch, function, fault, words):
     import llguidance
 
     def fails(*arguments, **options):
@@ -330,7 +330,7 @@ def test_a_library_that_fails_is_a_typed_error(single_bytes, monkeypatch, functi
         grammars.matcher(SamplingSettings(grammar_string='root ::= "a"'))
 
 
-def test_an_interrupt_in_the_library_stays_one(single_bytes, monkeypatch):
+def test_an_interrupt_in_the_library_is_raised(single_bytes, monkeypatch):
     import llguidance
 
     def interrupted(*arguments, **options):
@@ -342,7 +342,7 @@ def test_an_interrupt_in_the_library_stays_one(single_bytes, monkeypatch):
 
 
 @pytest.mark.parametrize("call", ["compute_bitmask", "consume_token"])
-def test_a_panic_in_the_midst_of_a_text_is_a_typed_error(single_bytes, call):
+def test_a_panic_in_the_middle_of_a_text_is_a_typed_error(single_bytes, call):
     matcher = Grammars(single_bytes, 288, [2]).matcher(
         SamplingSettings(grammar_string='root ::= [a-z]+')
     )

@@ -1,4 +1,4 @@
-"""Grammars that lead on and on: refused before the library's recursion ends the process."""
+"""Deep references in grammars: refused before the library's recursion ends the process."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ pytest.importorskip("llguidance")
 
 
 def heaviest_path(edges, weights, node, seen=frozenset()):
-    """By trying every path: the definition."""
+    """The definition: try every path."""
     seen = seen | {node}
     rest = [heaviest_path(edges, weights, follower, seen)
             for follower in edges.get(node, ()) if follower not in seen]
     return weights.get(node, 1) + max(rest, default=0)
 
 
-def test_the_bound_holds_and_is_exact_without_circles():
+def test_the_bound_holds_and_is_exact_without_cycles():
     seed = random.SystemRandom().randrange(1 << 30)
     print(f"seed {seed}")
     rng = random.Random(seed)
@@ -38,7 +38,7 @@ def test_the_bound_holds_and_is_exact_without_circles():
         assert reach("0", falling, weights) == heaviest_path(falling, weights, "0")
 
 
-def test_a_long_chain_is_no_recursion_of_our_own():
+def test_a_long_chain_does_not_recurse_in_python():
     edges = {str(i): [str(i + 1)] for i in range(100_000)}
     assert reach("0", edges, {}) == 100_001
     edges["100000"] = ["0"]
@@ -62,17 +62,17 @@ def test_a_chain_of_rules(body):
 
 
 @pytest.mark.parametrize("count", [3, 20 * MAX_RULES])
-def test_a_chain_of_names_is_the_rule_at_its_end(count):
+def test_a_chain_of_names_is_replaced_by_its_last_rule(count):
     assert gbnf_to_lark(chain_of_rules(count, "{}")) == gbnf_to_lark('root ::= "a"')
 
 
-def test_names_in_a_circle_are_no_text(single_bytes):
+def test_rules_that_name_each_other_are_refused(single_bytes):
     circle = "root ::= a\na ::= b\nb ::= c\nc ::= a"
     with pytest.raises((GbnfError, InvalidSettings)):
         Grammars(single_bytes, 288, [2]).matcher(SamplingSettings(grammar_string=circle))
 
 
-def test_many_rules_that_lead_nowhere_are_no_chain():
+def test_many_independent_rules_are_accepted():
     rules = [f'r{i} ::= "{i}"' for i in range(3 * MAX_RULES)]
     names = " | ".join(f"r{i}" for i in range(3 * MAX_RULES))
     assert gbnf_to_lark("\n".join([*rules, f"root ::= {names}"]))
@@ -103,15 +103,15 @@ def test_a_chain_of_definitions(single_bytes, kind):
             grammars.matcher(SamplingSettings(json_schema=long))
 
 
-def test_references_that_are_no_pointers():
+def test_references_that_are_not_pointers():
     schema = {"properties": {str(i): {"$ref": f"name{i}"} for i in range(50)}}
     assert "no pointers" in (schema_problem(schema) or "")
     assert schema_problem({"properties": {"a": {"$ref": "other"}}}) is None
-    # A value that is called so is no reference.
+    # A property with this name is not a reference.
     assert schema_problem({"properties": {"$ref": {"type": "string"}}}) is None
 
 
-def test_a_schema_that_refers_to_itself_is_followed(single_bytes):
+def test_a_recursive_schema_is_accepted(single_bytes):
     tree = {"type": "object", "properties": {"next": {"$ref": "#"}}, "additionalProperties": False}
     assert schema_problem(tree) is None
     assert Grammars(single_bytes, 288, [2]).matcher(SamplingSettings(json_schema=tree))
@@ -126,11 +126,11 @@ def test_a_schema_that_refers_to_itself_is_followed(single_bytes):
         ("root ::= " + "(" * 5000 + '"a"' + ")" * 5000, "groups in one another"),
     ],
 )
-def test_numbers_and_nesting_beyond_reason(grammar, words):
+def test_excessive_numbers_and_nesting_are_refused(grammar, words):
     with pytest.raises(GbnfError, match=words) as caught:
         gbnf_to_lark(grammar)
     assert len(str(caught.value)) < 6000
 
 
-def test_zeros_before_a_number_do_not_make_it_larger():
+def test_leading_zeros_of_a_number_are_ignored():
     assert gbnf_to_lark('root ::= "a"{000000003}') == gbnf_to_lark('root ::= "a"{3}')

@@ -1,4 +1,4 @@
-"""Guidance: two texts, one of them led away from, each with pages of its own."""
+"""Classifier-free guidance: a prompt and a negative prompt, each with its own pages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def model(tmp_path_factory):
 
 def guided_by_definition(model, prompt: list[int], negative: list[int], scale: float,
                          count: int) -> list[int]:
-    """Greedy ids from whole evaluations: n + scale (p - n) of the log probabilities."""
+    """Compute greedy ids from full evaluations: n + scale (p - n) of log probabilities."""
     answer: list[int] = []
     vocab_size = model.tokenizer.vocab_size
     for _ in range(count):
@@ -39,7 +39,7 @@ def guided_by_definition(model, prompt: list[int], negative: list[int], scale: f
 
 
 @pytest.mark.parametrize(("scale", "negative"), [(1.5, "bad text"), (3.0, "x" * 300), (0.5, "")])
-def test_the_text_is_the_definitions(model, scale, negative):
+def test_the_text_agrees_with_the_definition(model, scale, negative):
     prompt = model.encode("Once upon a time there was")
     options = OPTIONS | {"guidance_scale": scale, "negative_prompt": negative}
     negative_ids = model.encode(negative) if negative else [model.config.bos_token_id]
@@ -54,7 +54,7 @@ def test_the_text_is_the_definitions(model, scale, negative):
     assert model.allocated_bytes() == model.reservation.total_bytes
 
 
-def test_guided_and_plain_texts_run_side_by_side(model):
+def test_guided_and_plain_texts_in_one_batch(model):
     requests = [
         ([40 + i] * (100 + 90 * i), {"temperature": 0.8, "seed": i, "max_new_tokens": 25,
                                      "guidance_scale": 1.0 + 0.5 * (i % 3),
@@ -76,7 +76,7 @@ def test_guided_and_plain_texts_run_side_by_side(model):
     assert [together[i] for i in range(6)] == alone
 
 
-def test_both_texts_have_pages_and_places_of_their_own():
+def test_both_texts_have_their_own_pages_and_rows():
     engine, model, cache = fake_engine(lambda text: 7, ctx_size=1024, max_batch_size=3)
     model.config.bos_token_id = 1
     options = {"temperature": 0, "max_new_tokens": 40, "guidance_scale": 2}
@@ -84,7 +84,7 @@ def test_both_texts_have_pages_and_places_of_their_own():
     next(guided)
     assert cache.num_free_pages == 4 - 3
     other = engine.generate_ids([8], options)
-    assert len(list(plain)) == 30, "the third place"
+    assert len(list(plain)) == 30, "the third row of the batch"
     assert len(list(guided)) == 39
     assert len(list(other)) == 40
     assert cache.num_free_pages == 4
@@ -92,10 +92,10 @@ def test_both_texts_have_pages_and_places_of_their_own():
     next(guided)
     guided.close()
     assert cache.num_free_pages == 4
-    assert guided.stats.reused_tokens >= 256, "the first page, which was used last"
+    assert guided.stats.reused_tokens >= 256, "the first page was used last"
 
 
-def test_what_guidance_cannot_be(model):
+def test_guidance_without_room_or_prompt_is_refused(model):
     engine, _, cache = fake_engine(lambda text: 7, ctx_size=512, max_batch_size=1)
     with pytest.raises(InvalidSettings, match="guidance_scale.*max_batch_size of 2"):
         engine.generate_ids([5], {"guidance_scale": 2})
@@ -110,15 +110,15 @@ def test_what_guidance_cannot_be(model):
         model.generate_ids([5], {"guidance_scale": 2, "negative_prompt": "x" * 5000})
 
 
-def test_the_longer_text_ends_at_the_context():
+def test_the_context_limits_the_longer_of_both_texts():
     engine, fake, cache = fake_engine(lambda text: 7, ctx_size=512, pages=4)
     fake.config.bos_token_id = 1
     generation = engine.generate_ids([5] * 500, {"guidance_scale": 2, "ban_eos_token": True})
     assert len(list(generation)) == 12 and generation.finish_reason == "context"
 
 
-def test_a_failure_in_one_guided_text_is_its_own(monkeypatch):
-    """Its pass was another text's as well, which goes on from there."""
+def test_an_error_of_a_guided_text_ends_only_that_text(monkeypatch):
+    """Another text was in the same pass, and it continues."""
     engine, _, cache = fake_engine(lambda text: text[-1] + 1, pages=4)
     engine.config.bos_token_id = 5
     plain = engine.generate_ids([50], OPTIONS)

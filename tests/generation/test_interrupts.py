@@ -1,4 +1,4 @@
-"""Ctrl-C at any instruction of a caller: no deadlock, no lost page, and unloading always ends."""
+"""Ctrl-C at any instruction of a caller: no deadlock, no lost page, and unload always returns."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from support.fake_model import fake_engine, settle
 
 posix = pytest.mark.skipif(os.name == "nt", reason="signals and forks of POSIX")
 
-# Whose instructions are interrupted: what a caller's thread runs of the engine.
+# Instructions of these files are interrupted: the engine's code in a caller's thread.
 CALLERS_CODE = (
     str(Path(generator_module.__file__).parent), engine_module.__file__, __file__,
 )
@@ -135,7 +135,7 @@ def places(operation: Callable, engine, stride: int) -> range:
 
 
 def interrupted_at(operation: Callable, engine, at: int) -> bool:
-    """Run an operation and interrupt it; returns whether it was not over before."""
+    """Run an operation with an interrupt; return False if it had ended before."""
     try:
         with Interrupter(at):
             operation(engine)
@@ -145,7 +145,7 @@ def interrupted_at(operation: Callable, engine, at: int) -> bool:
 
 
 def within(seconds: float, work: Callable[[], object]) -> bool:
-    """Whether some work ends within a time that is far more than it needs."""
+    """Return whether some work ends within a time much longer than it needs."""
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(seconds)
@@ -156,7 +156,7 @@ def within(seconds: float, work: Callable[[], object]) -> bool:
     11, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.exhaustive])
 ])
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_an_interrupt_at_any_instruction_costs_no_page(operation, stride):
+def test_an_interrupt_at_any_instruction_loses_no_page(operation, stride):
     engine, _, cache = fake_engine(count_up)
     hits, chosen = 0, places(operation, engine, stride)
     for at in chosen:
@@ -170,7 +170,7 @@ def test_an_interrupt_at_any_instruction_costs_no_page(operation, stride):
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_an_interrupt_of_the_first_use_leaves_one_that_works(operation):
+def test_a_model_works_after_an_interrupt_of_its_first_use(operation):
     """The first use also starts the model's thread."""
     chosen = places(operation, fake_engine(count_up)[0], 29)
     for at in chosen:
@@ -181,8 +181,8 @@ def test_an_interrupt_of_the_first_use_leaves_one_that_works(operation):
         assert within(60, engine.unload), at
 
 
-def test_two_interrupts_in_a_row_cost_no_page():
-    """The second one meets the clean-up after the first."""
+def test_two_interrupts_in_a_row_lose_no_page():
+    """The second interrupt arrives during the clean-up after the first."""
     engine, _, cache = fake_engine(count_up)
     rng = random.Random()
     for _ in range(150):
@@ -203,8 +203,8 @@ def test_two_interrupts_in_a_row_cost_no_page():
     assert within(60, engine.unload)
 
 
-def test_a_generation_goes_on_or_ends_after_an_interrupt():
-    """Whoever catches it and asks for the next token gets one, or the end; never a wait."""
+def test_a_generation_continues_or_ends_after_an_interrupt():
+    """A caller that catches the interrupt gets the next token or the end, and never blocks."""
     engine, _, cache = fake_engine(count_up)
     for at in places(generate, engine, 23):
         generation = engine.generate_ids(range(1, 20), GREEDY)
@@ -212,15 +212,15 @@ def test_a_generation_goes_on_or_ends_after_an_interrupt():
         interrupted_at(lambda _, ids=ids, generation=generation: ids.extend(generation),
                        engine, at)
         assert within(60, lambda ids=ids, generation=generation: ids.extend(generation)), at
-        # One token may be lost on its way; none comes twice or out of order.
+        # One token may be lost; none is repeated or out of order.
         assert ids == sorted(set(ids)) and set(ids) <= {20, 21, 22, 23}, at
         generation.close()
         assert generation.finish_reason in ("length", "cancelled")
         assert cache.num_free_pages == cache.num_pages, at
 
 
-def test_an_interrupt_of_unload_leaves_a_model_that_can_be_unloaded():
-    """And where the interrupt came after its beginning, the model is unloaded all the same."""
+def test_a_model_can_be_unloaded_after_an_interrupt_of_unload():
+    """If the interrupt arrives after unload has begun, the model is unloaded anyway."""
     def unload(engine):
         engine.unload()
 
@@ -236,7 +236,7 @@ def test_an_interrupt_of_unload_leaves_a_model_that_can_be_unloaded():
             list(running)
 
 
-def test_an_interrupt_of_a_with_block_leaves_no_thread():
+def test_no_thread_is_left_after_an_interrupt_of_a_with_block():
     def block(engine):
         with engine:
             list(engine.generate_ids([5], GREEDY))
@@ -257,7 +257,7 @@ def test_an_interrupt_of_a_with_block_leaves_no_thread():
 
 @posix
 @pytest.mark.parametrize("operation", ["gen", "logits", "next"])
-def test_signals_at_random_moments_cost_no_page(operation, tiny_model_dir):
+def test_signals_at_random_moments_lose_no_page(operation, tiny_model_dir):
     rng = random.Random()
     with exl_loader.load(tiny_model_dir, ctx_size=1024) as model:
         texts = [[rng.randrange(3, 250) for _ in range(rng.randrange(2, 400))] for _ in range(20)]
@@ -295,7 +295,7 @@ def test_signals_at_random_moments_cost_no_page(operation, tiny_model_dir):
 
 
 class LoadInterrupter(Interrupter):
-    """Interrupts where Python itself does: after a call, at a function's or a loop's begin."""
+    """Interrupts where Python does: after a call, and at the start of a function or a loop."""
 
     CHECKED = {op for name, op in dis.opmap.items()
                if name.startswith(("CALL", "RESUME", "JUMP_BACKWARD"))}
@@ -324,7 +324,7 @@ class LoadInterrupter(Interrupter):
 @pytest.mark.parametrize("count", [
     6, pytest.param(150, marks=[pytest.mark.slow, pytest.mark.exhaustive])
 ])
-def test_an_interrupt_of_a_load_gives_everything_back(count, tiny_model_dir):
+def test_an_interrupt_of_a_load_frees_all_memory(count, tiny_model_dir):
     def load():
         with exl_loader.load(tiny_model_dir, ctx_size=512, cache_type="q8"):
             pass
@@ -345,7 +345,7 @@ def test_an_interrupt_of_a_load_gives_everything_back(count, tiny_model_dir):
         while live_bytes() != before and time.monotonic() < deadline:
             time.sleep(0.01)
         assert live_bytes() == before
-    # Nor is a lock held that the next load needs.
+    # No lock is held that the next load needs.
     assert within(120, load)
 
 
@@ -353,7 +353,7 @@ def test_an_interrupt_of_a_load_gives_everything_back(count, tiny_model_dir):
 
 
 class CallingProgress:
-    """Makes a call in the model's thread, as a careless host might."""
+    """Makes a call in the model's thread, as a faulty host may do."""
 
     def __init__(self, call: Callable[[], object]) -> None:
         self.call = call
@@ -389,7 +389,7 @@ def test_unload_in_a_callback_unloads_after_the_step():
 
 
 @pytest.mark.parametrize("method", ["start", "advance", "finish"])
-def test_an_error_of_a_callback_ends_its_own_request_alone(method):
+def test_an_error_of_a_callback_ends_only_its_own_request(method):
     class Failing(CallingProgress):
         pass
 
@@ -409,8 +409,8 @@ def test_an_error_of_a_callback_ends_its_own_request_alone(method):
 # Waiting
 
 
-def test_a_wait_in_intervals_lasts_as_long_as_the_step(monkeypatch):
-    """On Windows, where a lock's wait cannot be interrupted, callers look up at times."""
+def test_a_wait_that_polls_lasts_as_long_as_the_step(monkeypatch):
+    """On Windows callers poll, because Ctrl-C does not interrupt a wait for a lock."""
     monkeypatch.setattr(exchange, "POLL_S", 0.001)
     engine, model, _ = fake_engine(count_up)
     model.before_call = lambda: time.sleep(0.02)
@@ -418,7 +418,7 @@ def test_a_wait_in_intervals_lasts_as_long_as_the_step(monkeypatch):
     assert within(60, engine.unload)
 
 
-def test_a_thread_that_the_system_refuses_is_an_error_and_no_hang(monkeypatch):
+def test_a_refused_thread_is_an_error(monkeypatch):
     def refuse(*_):
         raise RuntimeError("can't start new thread")
 
@@ -436,8 +436,8 @@ def test_a_thread_that_the_system_refuses_is_an_error_and_no_hang(monkeypatch):
     assert cache.num_free_pages == cache.num_pages
 
 
-def test_a_fault_of_the_scheduler_itself_ends_the_waits(monkeypatch):
-    """Whatever it is: every caller gets an error that names it, and unloading ends."""
+def test_an_error_of_the_scheduler_itself_ends_all_waits(monkeypatch):
+    """Every caller gets an error that names it, and unload returns."""
     engine, _, _ = fake_engine(count_up)
     next(engine.generate_ids([5], GREEDY))
 
@@ -453,7 +453,7 @@ def test_a_fault_of_the_scheduler_itself_ends_the_waits(monkeypatch):
 
 
 def test_all_waiting_callers_of_one_request_are_woken():
-    """One thread reads, another closes: neither waits for a message that the other took."""
+    """One thread reads, two close: none waits for a message that another one took."""
     engine, model, cache = fake_engine(count_up)
     inside, go_on = threading.Event(), threading.Event()
 
@@ -482,7 +482,7 @@ def test_all_waiting_callers_of_one_request_are_woken():
 
 
 def run_script(script: str, *args: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    """Run Python code in a process of its own, in which tests' modules can be imported."""
+    """Run Python code in a new process that can import the tests' modules."""
     return subprocess.run(
         [sys.executable, "-c",
          f"import sys\nsys.path[:0] = ['tests', 'tests/generation']\n{script}", *args],
@@ -561,7 +561,7 @@ print(os.waitstatus_to_exitcode(status))
 
 @posix
 def test_a_child_forked_in_a_callback_ends():
-    """It has the model's thread alone, whose callers exist in the parent only."""
+    """The child has only the model's thread, whose callers exist in the parent."""
     ended = run_script(FORK_IN_CALLBACK)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "0\n", "")
 

@@ -18,7 +18,7 @@ from support.fake_model import fake_engine
 
 @settings(max_examples=60)
 @given(st.integers(1, 400), st.integers(0, 500), st.integers(0, 10_000), st.booleans())
-def test_they_are_the_log_softmax(vocab_size, count, seed, ties):
+def test_logprobs_are_the_log_softmax(vocab_size, count, seed, ties):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(vocab_size, generator=generator) * 20
     logits = logits.round() if ties else logits
@@ -32,7 +32,7 @@ def test_they_are_the_log_softmax(vocab_size, count, seed, ties):
     assert np.allclose([p for _, p in result.top], expected[order], atol=1e-9)
 
 
-def test_generated_tokens_have_theirs_only_on_request():
+def test_logprobs_are_returned_only_on_request():
     engine, _, _ = fake_engine(lambda text: text[-1] + 1)
     generation = engine.generate_ids([5], {"temperature": 0, "max_new_tokens": 3, "logprobs": 2})
     assert list(generation) == [6, 7, 8]
@@ -47,14 +47,14 @@ def test_generated_tokens_have_theirs_only_on_request():
     assert list(generation) == [6, 7, 8] and generation.logprobs == []
 
 
-def test_an_end_token_has_none():
+def test_an_end_token_has_no_logprobs():
     engine, _, _ = fake_engine(lambda text: 0 if len(text) == 3 else 9)
     generation = engine.generate_ids([5], {"temperature": 0, "logprobs": 1})
     assert list(generation) == [9, 9]
     assert [found.token_id for found in generation.logprobs] == [9, 9]
 
 
-def test_samplers_and_bans_do_not_change_them():
+def test_samplers_and_bans_do_not_change_logprobs():
     engine, _, _ = fake_engine(lambda text: 7)
     options = {"temperature": 5.0, "custom_token_bans": [7], "logprobs": 1, "max_new_tokens": 4}
     generation = engine.generate_ids([5], options)
@@ -65,7 +65,7 @@ def test_samplers_and_bans_do_not_change_them():
         assert found.logprob == pytest.approx(found.top[0][1] - 10)
 
 
-def test_prompt_logprobs_come_in_chunks():
+def test_prompt_logprobs_are_computed_in_chunks():
     engine, model, cache = fake_engine(lambda text: text[-1] + 1)
     found = engine.prompt_logprobs([1, 2, 3, 9, *range(20, 40)], 1)
     assert model.calls == [[8], [8], [8]]

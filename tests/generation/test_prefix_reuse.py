@@ -1,4 +1,4 @@
-"""Prompts that begin like earlier ones: what is evaluated, and that nothing else changes."""
+"""Prompts with the same beginning as earlier ones: only new tokens are evaluated."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GREEDY = {"temperature": 0, "ban_eos_token": True}
 
 
 def next_of(text: list[int]) -> int:
-    """A continuation that depends on the whole text, as the pages hold it."""
+    """A script that depends on the whole text in the pages."""
     return (sum(text) * 31 + len(text) * 7 + text[-1]) % 997 + 1
 
 
@@ -29,7 +29,7 @@ def continued(prompt: list[int], count: int) -> list[int]:
 
 
 class Chat:
-    """A scripted model; `ask` checks the answer and says how many tokens were evaluated."""
+    """A scripted model; `ask` checks the answer and returns the number of evaluated tokens."""
 
     def __init__(self, **options) -> None:
         self.engine, self.model, self.cache = fake_engine(next_of, 1000, **options)
@@ -52,8 +52,8 @@ def words(count: int, seed: int) -> list[int]:
 
 
 @pytest.mark.parametrize("system_len", [10, 300, 1000])
-def test_a_chat_evaluates_what_is_new(system_len):
-    """Every turn shorter than a page, all of them longer: pages must not be the measure."""
+def test_a_chat_evaluates_only_new_tokens(system_len):
+    """Turns are shorter than a page and together longer, so reuse must not depend on pages."""
     chat = Chat(ctx_size=4096)
     prompt = words(system_len, 0)
     answer, evaluated = chat.ask(prompt)
@@ -70,7 +70,7 @@ def test_a_chat_evaluates_what_is_new(system_len):
     # The message edited at its tenth word.
     edited = first_turn + message[:10] + words(40, 2)
     assert chat.ask(edited)[1] == 40
-    # Branches: the old message goes on, then the edited one.
+    # Branches: the old message is continued, then the edited one.
     assert chat.ask(second_turn + words(30, 3))[1] <= 1 + 30
     assert chat.ask(edited)[1] == 1
     # Another chat with the same system prompt.
@@ -78,7 +78,7 @@ def test_a_chat_evaluates_what_is_new(system_len):
     assert chat.ask(other)[1] == 30
 
 
-def test_a_stopped_answer_is_reused_as_far_as_it_came():
+def test_the_tokens_of_a_stopped_answer_are_reused():
     chat = Chat(ctx_size=1024)
     prompt = words(300, 0)
     generation = chat.engine.generate_ids(prompt, GREEDY | {"max_new_tokens": 100})
@@ -87,7 +87,7 @@ def test_a_stopped_answer_is_reused_as_far_as_it_came():
     assert chat.ask(prompt + answer + [5])[1] == 2
 
 
-def test_a_cache_of_one_page_still_remembers():
+def test_a_cache_of_one_page_reuses_tokens():
     chat = Chat(ctx_size=256)
     prompt = words(100, 0)
     answer, _ = chat.ask(prompt)
@@ -95,7 +95,7 @@ def test_a_cache_of_one_page_still_remembers():
     assert chat.ask(prompt + answer + [3, 4])[1] == 3
 
 
-def test_what_had_to_go_is_evaluated_again():
+def test_evicted_tokens_are_evaluated_again():
     chat = Chat(ctx_size=1024)
     first, second = words(900, 0), words(900, 1)
     chat.ask(first)
@@ -103,7 +103,7 @@ def test_what_had_to_go_is_evaluated_again():
     assert chat.ask(first)[1] == 900
 
 
-def test_requests_at_once_share_a_prompt_that_none_has_finished():
+def test_concurrent_requests_share_a_prompt_that_is_still_evaluated():
     chat = Chat(ctx_size=4096, max_batch_size=4)
     prompt = words(1000, 0)
     texts = [prompt + [i + 1] * 5 for i in range(4)]
@@ -135,7 +135,7 @@ def test_prompt_logits_evaluate_everything():
     assert sum(map(sum, chat.model.calls)) == 300
 
 
-def test_progress_counts_what_was_found():
+def test_progress_counts_reused_tokens():
     class Recorder:
         def __init__(self):
             self.events = []
@@ -162,12 +162,12 @@ def test_progress_counts_what_was_found():
 
 
 @pytest.mark.parametrize("cache_type", ["fp16", "q4"])
-@pytest.mark.parametrize("told", [1, 100, 256, 300])
-def test_logits_behind_reused_tokens_are_the_same_bits(cache_type, told, tiny_model_dir):
+@pytest.mark.parametrize("stored", [1, 100, 256, 300])
+def test_logits_after_reused_tokens_are_bit_identical(cache_type, stored, tiny_model_dir):
     model, cache = build_model(
         tiny_model_dir, get_ops("cpu"), cache_type=cache_type, sequences=2, chunk_size=256
     )
-    generator = torch.Generator().manual_seed(told)
+    generator = torch.Generator().manual_seed(stored)
     ids = torch.randint(3, 250, (330,), generator=generator).tolist()
 
     def last_rows(text: list[int], reuse: bool) -> torch.Tensor:
@@ -182,8 +182,8 @@ def test_logits_behind_reused_tokens_are_the_same_bits(cache_type, told, tiny_mo
         return torch.cat(rows)
 
     alone = last_rows(ids, reuse=False)
-    # A chunk that ends elsewhere, and tokens that came one by one.
-    other = [*ids[:told], *(i + 1 for i in ids[told:])]
+    # Another end of the chunk, and tokens that were evaluated one by one.
+    other = [*ids[:stored], *(i + 1 for i in ids[stored:])]
     cache.release(cache.acquire(512 * 2))
     last_rows(other, reuse=False)
     assert torch.equal(last_rows(ids, reuse=True), alone)
@@ -197,7 +197,7 @@ def test_texts_are_the_same_with_and_without_reuse(tmp_path):
     with exl_loader.load(folder, ctx_size=512, cache_type="q8") as model:
         fresh = []
         for prompt in prompts:
-            # Takes every page, and so leaves nothing to be reused.
+            # This evaluation takes every page, so no token can be reused.
             model.prompt_logits([5] * 512)
             generation = model.generate_ids(prompt, settings)
             fresh.append(list(generation))
@@ -209,8 +209,8 @@ def test_texts_are_the_same_with_and_without_reuse(tmp_path):
             assert generation.stats.reused_tokens >= len(prompt) - 7
 
 
-def test_longer_texts_of_dynamic_rope_share_nothing(tmp_path):
-    """The frequencies depend on the length that a text is meant to reach."""
+def test_texts_with_different_dynamic_rope_frequencies_share_nothing(tmp_path):
+    """The frequencies depend on the length that a text may reach."""
     folder = write_tiny_model(
         tmp_path / "model", max_position_embeddings=128,
         rope_scaling={"rope_type": "dynamic", "factor": 2.0},

@@ -16,7 +16,7 @@ from support.fake_model import fake_engine
 
 @settings(max_examples=300)
 @given(st.lists(st.integers(0, 3), max_size=40), st.integers(0, 6))
-def test_what_is_found_followed_the_same_ids_before(history, count):
+def test_guesses_followed_the_same_ids_before(history, count):
     found = look_up(np.array(history, np.int64), count)
     for size in (4, 3, 2):
         ends = [
@@ -30,12 +30,12 @@ def test_what_is_found_followed_the_same_ids_before(history, count):
 
 
 def cycle(text: list[int]) -> int:
-    """Says the same forty tokens over and over, with a slip now and then."""
+    """Repeats forty tokens, with an occasional error."""
     return 3 + (len(text) % 40) + (100 if len(text) % 57 == 0 else 0)
 
 
 def texts(script, prompts, options, **sizes):
-    """The texts with and without lookup, and the passes that they took."""
+    """Return the texts with and without lookup, and the number of their passes."""
     results = []
     for count in (0, 5):
         engine, model, cache = fake_engine(script, 300, ctx_size=1024, **sizes)
@@ -63,7 +63,7 @@ def test_the_text_is_the_same_in_fewer_passes(options):
         assert looked_up[2] + looked_up[3] == plain[2]
 
 
-def test_an_end_token_within_what_was_expected_ends_the_text():
+def test_an_end_token_in_a_draft_ends_the_text():
     def script(text):
         return 0 if len(text) == 103 else 3 + len(text) % 20
 
@@ -72,8 +72,8 @@ def test_an_end_token_within_what_was_expected_ends_the_text():
     assert len(plain[0][0]) == 101
 
 
-def test_what_was_not_accepted_is_not_reused():
-    """A text told again reads from the cache what it said, not what was expected."""
+def test_rejected_tokens_are_not_reused():
+    """A repeated text reuses the tokens of the text and not those of a rejected draft."""
     engine, model, _ = fake_engine(cycle, 300, ctx_size=1024)
     options = {"temperature": 0, "prompt_lookup_num_tokens": 5, "max_new_tokens": 150}
     answer = list(engine.generate_ids([5, 6], options))
@@ -83,7 +83,7 @@ def test_what_was_not_accepted_is_not_reused():
     assert again.stats.reused_tokens == 2 + 149
 
 
-def test_rows_are_shared_out_among_requests():
+def test_requests_share_the_rows_of_a_pass():
     engine, model, _ = fake_engine(cycle, 300, ctx_size=1024, logits_rows=8)
     options = {"temperature": 0, "prompt_lookup_num_tokens": 7, "max_new_tokens": 120}
     generations = [engine.generate_ids([i], options) for i in (5, 6, 7)]
@@ -94,7 +94,7 @@ def test_rows_are_shared_out_among_requests():
 
 @pytest.mark.parametrize("temperature", [0, 0.8])
 def test_on_the_compiled_kernels_the_text_is_the_same(tiny_model_dir, temperature):
-    """Alone and beside others, with rows that are drawn from and rows that are not."""
+    """Alone and in a batch, with accepted and with rejected tokens."""
     phrase = [40, 50, 60, 70, 80, 90, 45, 55]
     prompts = [phrase * 10 + [i] + phrase[: 2 + i] for i in range(4)]
     options = {"temperature": temperature, "top_k": 2, "seed": 5, "max_new_tokens": 120,

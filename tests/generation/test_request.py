@@ -25,7 +25,7 @@ def model(tmp_path_factory):
     loaded.unload()
 
 
-def test_a_prompt_is_prefilled_in_chunks_and_progress_is_told():
+def test_a_prompt_is_prefilled_in_chunks_and_reports_progress():
     class Recorder:
         def __init__(self):
             self.events = []
@@ -59,7 +59,7 @@ def test_prompt_logits_are_chunked_and_complete():
     assert cache.num_free_pages == cache.num_pages
 
 
-def test_text_prompts_get_the_bos_token_as_the_folder_says(byte_tokenizer):
+def test_text_prompts_get_one_bos_token(byte_tokenizer):
     engine, _, _ = fake_engine(count_up, 300, byte_tokenizer)
     assert engine.generate("hi", GREEDY).prompt_ids == byte_tokenizer.encode("hi")
     assert engine.generate("hi", GREEDY).prompt_ids[0] == byte_tokenizer.bos_token_id
@@ -67,7 +67,7 @@ def test_text_prompts_get_the_bos_token_as_the_folder_says(byte_tokenizer):
     assert engine.generate("", GREEDY).prompt_ids == [byte_tokenizer.bos_token_id]
 
 
-def test_prompts_that_cannot_be(byte_tokenizer):
+def test_invalid_prompts_are_refused(byte_tokenizer):
     engine, _, cache = fake_engine(count_up, 300, byte_tokenizer)
     with pytest.raises(InvalidSettings, match="at least one token"):
         engine.generate_ids([])
@@ -88,7 +88,7 @@ def test_prompts_that_cannot_be(byte_tokenizer):
     assert cache.num_free_pages == cache.num_pages
 
 
-def test_without_a_tokenizer_ids_work_and_text_does_not():
+def test_without_a_tokenizer_only_ids_can_be_used():
     engine, _, _ = fake_engine(count_up)
     assert list(engine.generate_ids([5], GREEDY | {"max_new_tokens": 2})) == [6, 7]
     assert not engine.has_tokenizer
@@ -122,14 +122,14 @@ NO_TOKENS = [["x"], ["5"], [None], [1.5], [[1, 2]], b"ab", None, 5]
 
 
 @pytest.mark.parametrize("ids", [*NO_TOKENS, [-1], [288], [1, 10**30]])
-def test_what_is_no_token(model, ids):
+def test_values_that_are_not_token_ids_are_refused(model, ids):
     for call in (model.prompt_logits, model.generate_ids, model.generate):
         with pytest.raises(InvalidSettings):
             list(call(ids))
 
 
 @pytest.mark.parametrize("ids", [*NO_TOKENS, "ab"])
-def test_what_cannot_be_decoded(model, ids):
+def test_values_that_are_not_token_ids_cannot_be_decoded(model, ids):
     with pytest.raises(InvalidSettings, match="ids: expected token ids"):
         model.decode(ids)
 

@@ -16,7 +16,7 @@ from exl_loader.utils.errors import InvalidCheckpoint
 
 
 def defined_distribution(logits, history, options: SamplingSettings, banned=()) -> dict[int, float]:
-    """The distribution by definition: plain Python, one token at a time, in double precision."""
+    """Compute the distribution by its definition, one token at a time in double precision."""
     row = [float(x) for x in logits]
     if options.repetition_penalty != 1:
         for i in set(list(history)[-options.repetition_penalty_range :]):
@@ -47,7 +47,7 @@ def defined_distribution(logits, history, options: SamplingSettings, banned=()) 
 
 
 def sampled_distribution(logits, history, options, banned=()) -> dict[int, float]:
-    """The distribution that a sampler really draws from."""
+    """Return the distribution that a sampler draws from."""
     sampler = Sampler(options, 0, TokenRoles(banned_ids=tuple(banned)))
     left = sampler.candidates(LogitsRow(logits), history)
     if options.greedy:
@@ -57,7 +57,7 @@ def sampled_distribution(logits, history, options, banned=()) -> dict[int, float
     return {int(i): float(p) for i, p in pairs if p > 0}
 
 
-# Multiples of an eighth: ties are common, and no rounding decides who is in.
+# Multiples of an eighth, so that ties are common and no result depends on rounding.
 LOGITS = st.lists(
     st.integers(-80, 80).map(lambda n: n / 8), min_size=1, max_size=400
 )
@@ -65,7 +65,7 @@ LOGITS = st.lists(
 
 @settings(max_examples=300)
 @given(data=st.data())
-def test_the_distribution_is_the_defined_one(data):
+def test_the_distribution_agrees_with_the_definition(data):
     logits = np.array(data.draw(LOGITS), np.float32)
     size = len(logits)
     options = SamplingSettings(
@@ -145,13 +145,13 @@ def test_top_k_of_equal_logits_keeps_the_lowest_ids():
 
 
 def test_top_p_over_a_flat_vocabulary():
-    """Far more survivors than the first look takes."""
+    """Far more tokens are kept than are sorted first."""
     row = np.zeros(20000, np.float32)
     kept = sampled_distribution(row, [], SamplingSettings(top_p=0.50001))
     assert sorted(kept) == list(range(10001))
 
 
-def test_the_given_row_stays_as_it_is():
+def test_the_row_is_not_changed():
     row = np.random.default_rng(1).standard_normal(100).astype(np.float32)
     before = row.copy()
     options = SamplingSettings(repetition_penalty=2.0, top_k=3)
@@ -190,7 +190,7 @@ def test_the_same_seed_gives_the_same_tokens():
 
 
 def test_the_generator_is_the_same_on_every_machine():
-    """Recorded once: a seed that a user noted down must not change its text."""
+    """Recorded once, because a seed must keep giving the same text."""
     row = np.zeros(1000, np.float32)
     sampler = Sampler(SamplingSettings(seed=1234))
     assert [sampler.sample(LogitsRow(row), []) for _ in range(5)] == [557, 223, 293, 579, 811]
@@ -205,7 +205,7 @@ def test_damaged_logits_are_an_error(value, options):
         Sampler(SamplingSettings(**options), 1).sample(LogitsRow(row), [])
 
 
-def test_large_finite_logits_are_none():
+def test_large_finite_logits_are_valid():
     row = np.full(100, 3e38, np.float32)
     row[7] = 3.2e38
     assert Sampler(SamplingSettings(), 1).sample(LogitsRow(row), []) == 7

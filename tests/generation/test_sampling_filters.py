@@ -1,4 +1,4 @@
-"""Curves and filters against transformers' warpers, else the published formula in float64."""
+"""Curves and filters, compared with transformers' warpers or with formulas in float64."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ VOCAB = 152_064
 
 
 def warp(warper, row) -> np.ndarray:
-    """What a warper of transformers makes of a row, computed in float64."""
+    """Apply a warper of transformers to a row in float64."""
     scores = torch.tensor(np.asarray(row, np.float64))[None]
     return warper(torch.zeros(1, 1, dtype=torch.long), scores)[0].numpy()
 
 
-# Sampler -> (what it does, its definition), for arguments of every strength.
+# Sampler -> (function, definition, arguments from weak to strong).
 CASES = {
     "temperature": (curves.apply_temperature, lambda row, t: np.float64(row) / t, [0.3, 1.0, 2.5]),
     "dynamic_temperature": (
@@ -96,8 +96,8 @@ def test_random_logits(name, value, scale):
 
 
 @pytest.mark.parametrize(("name", "value"), PAIRS)
-def test_after_other_samplers(name, value):
-    """Candidates that are sorted and few, of which some are impossible."""
+def test_sorted_and_impossible_candidates(name, value):
+    """Few candidates, sorted, and some of them impossible."""
     row = random_row(5, 500, 2.0)
     row[np.argsort(-row)[[0, 3, 7]]] = -np.inf
     check(name, value, row)
@@ -108,7 +108,7 @@ def test_after_other_samplers(name, value):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_one_possible_token_stays(name):
+def test_the_only_possible_token_is_kept(name):
     row = np.full(50, -np.inf, np.float32)
     row[7] = 3
     for value in CASES[name][2]:
@@ -120,13 +120,13 @@ def test_one_possible_token_stays(name):
 
 @pytest.mark.parametrize("name", sorted(CASES.keys() - {"top_k", "top_p", "tfs", "xtc"}))
 def test_equal_logits_are_treated_alike(name):
-    """All but those that keep a number of tokens; those take the lowest ids (below)."""
+    """Except samplers that keep a number of tokens, which keep the lowest ids (below)."""
     row = np.repeat(random_row(6, 40, 2.0), 3)
     for value in CASES[name][2]:
         check(name, value, row)
 
 
-def test_of_equal_logits_the_lowest_ids_stay():
+def test_of_equal_logits_the_lowest_ids_are_kept():
     flat = Candidates.from_row(np.zeros(1000, np.float32))
     assert filters.keep_top_k(flat, 3).ids.tolist() == [0, 1, 2]
     assert filters.keep_top_p(flat, 0.0025).ids.tolist() == [0, 1, 2]
@@ -150,17 +150,17 @@ def test_extreme_logits(name):
      ("top_a", 0.2), ("epsilon", 0.0003), ("eta", 0.001), ("dynamic_temperature", (0.5, 2.0, 1.0))],
 )
 def test_a_whole_vocabulary(name, value, scale):
-    """The selections that avoid a full sort, and sums over many small numbers."""
+    """Selections that avoid a full sort, and sums over many small numbers."""
     row = random_row(8, VOCAB, scale)
     expected = defined.softmax(CASES[name][1](row, value))
     actual = distribution(CASES[name][0](Candidates.from_row(row), value), VOCAB)
-    # Rounding may decide about a token at the edge, and nothing else.
+    # Only a token at the limit may depend on rounding.
     assert np.abs(actual - expected).sum() < 1e-4
 
 
 @pytest.mark.parametrize(("name", "value"), PAIRS)
-def test_tokens_that_are_impossible_count_as_those_that_are_left_out(name, value):
-    """A filter that keeps most of a vocabulary makes the others impossible."""
+def test_impossible_tokens_count_as_removed_ones(name, value):
+    """A filter that keeps most of a vocabulary makes the other tokens impossible."""
     before = filters.keep_min_p(Candidates.from_row(random_row(9, 20_000, 0.5)), 0.05)
     assert len(before) == 20_000 and np.isneginf(before.logits).any()
     compressed = before.take(np.flatnonzero(before.logits > -np.inf))
@@ -181,13 +181,13 @@ def test_xtc_spares_line_breaks_and_end_tokens():
 
 @pytest.mark.parametrize("kind", ["distinct", "few values", "two values", "equal", "falling"])
 def test_the_fewest_keys_that_reach_a_sum(kind):
-    """However keys are spread, ties, impossible tokens and sums that nothing reaches included."""
+    """For many distributions of keys, with ties, impossible tokens and sums out of reach."""
     rng = np.random.default_rng()
     size = int(rng.integers(5000, 30_000))
     keys = {
         "distinct": rng.standard_normal(size), "few values": rng.integers(0, 40, size),
         "two values": rng.random(size) < 0.01, "equal": np.zeros(size),
-        # In order, so that what is looked at to guess from is nothing like the whole.
+        # In order, so that the first keys are not representative.
         "falling": -np.geomspace(1e-3, 80, size),
     }[kind].astype(np.float32)
     if kind != "equal":

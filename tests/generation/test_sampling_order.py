@@ -23,8 +23,8 @@ def final_distribution(row, options, history=(), roles=None) -> dict[int, float]
     return {int(i): float(p) for i, p in zip(left.ids, share, strict=True) if p > 0}
 
 
-def test_every_sampler_has_its_place_in_the_default_order():
-    # These two come last, whatever their place.
+def test_samplers_are_listed_in_the_default_order():
+    # These two always run last.
     names = [name for name in SAMPLER_PRIORITY if name not in ("mirostat", "adaptive_p")]
     assert [sampler.name for sampler in SAMPLERS] == names
 
@@ -35,13 +35,13 @@ def test_samplers_run_in_the_order_of_the_priority():
     assert final_distribution(row, {**options, "sampler_priority": "temperature\ntop_p"}) == {0: 1}
     late = final_distribution(row, {**options, "sampler_priority": "top_p, temperature"})
     assert late == pytest.approx({0: 625 / 706, 1: 81 / 706})
-    # Those that are not named come first.
+    # Samplers that are not named run first.
     assert final_distribution(row, {**options, "sampler_priority": ["top_p"]}) == {0: 1}
     assert final_distribution(row, {**options, "sampler_priority": ["temperature"]}) == late
     assert final_distribution(row, {**options, "temperature_last": True}) == late
 
 
-def test_temperature_last_moves_all_that_bends_the_distribution():
+def test_temperature_last_moves_temperatures_and_smoothing():
     settings = SamplingSettings(
         temperature_last=True, temperature=2, dynamic_temperature=True, smoothing_factor=1,
         min_p=0.1, no_repeat_ngram_size=2, sampler_priority="quadratic_sampling,min_p",
@@ -51,13 +51,13 @@ def test_temperature_last_moves_all_that_bends_the_distribution():
     ]
 
 
-def test_samplers_that_are_off_cost_nothing():
+def test_samplers_that_are_off_do_not_run():
     assert chosen_samplers(SamplingSettings()) == ()
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_all_samplers_at_once(seed):
-    """A chain of definitions in the default order."""
+    """Compared with the definitions, applied in the default order."""
     rng = np.random.default_rng(seed)
     row = (rng.standard_normal(400) * 3).astype(np.float32)
     history = rng.integers(0, 400, 80)
@@ -90,7 +90,7 @@ def test_all_samplers_at_once(seed):
     assert actual == pytest.approx({int(i): share[i] for i in np.flatnonzero(share)}, rel=1e-3)
 
 
-# What samplers remember and decide
+# States and decisions of samplers
 
 def test_xtc_happens_as_often_as_asked():
     row = np.log(np.array([0.4, 0.3, 0.2, 0.1], np.float32))
@@ -116,13 +116,13 @@ def test_mirostat_keeps_the_surprise_near_its_target():
 
 
 def final_share(sampler: Sampler, row) -> float:
-    """Draw, and return the token's probability among those it was drawn from."""
+    """Draw a token; return its probability among the remaining candidates."""
     left = sampler.candidates(LogitsRow(row), [])
     token = sampler.sample(LogitsRow(row), [])
     return float(defined.softmax(left.logits)[left.ids == token][0])
 
 
-def test_requests_do_not_share_a_state():
+def test_requests_have_separate_states():
     row = np.random.default_rng(12).standard_normal(400).astype(np.float32)
     settings = SamplingSettings(mirostat_mode=2, xtc_probability=0.5, xtc_threshold=0.01, seed=9)
     alone = [Sampler(settings).sample(LogitsRow(row), []) for _ in range(1)]
@@ -132,8 +132,8 @@ def test_requests_do_not_share_a_state():
     assert all(first == second for first, second in together)
 
 
-def test_a_late_ban_never_leaves_nothing():
-    """No repeated n-gram, though the filters kept nothing but the token that repeats one."""
+def test_a_late_ban_leaves_at_least_one_token():
+    """The filters keep only a token that repeats an n-gram, and it is still not drawn."""
     row = np.array([1, 9, 2, 0], np.float32)
     history = [0, 1, 0]
     for options in ({"top_k": 1}, {"top_p": 0.5}, {"temperature": 0}, {"min_p": 0.9}):
@@ -141,7 +141,7 @@ def test_a_late_ban_never_leaves_nothing():
         assert 1 not in kept and max(kept, key=lambda i: kept[i]) == 2
 
 
-def test_penalties_count_where_the_likeliest_token_is_taken():
+def test_penalties_apply_to_greedy_settings():
     row = np.array([5, 4.9, 0], np.float32)
     for options in ({"repetition_penalty": 1.1}, {"presence_penalty": 0.2},
                     {"frequency_penalty": 0.2}, {"no_repeat_ngram_size": 1},
@@ -155,7 +155,7 @@ def test_penalties_count_where_the_likeliest_token_is_taken():
     assert sampler.sample(LogitsRow(row), []) == 1
 
 
-def test_what_excludes_the_likeliest_token_does_not_count_there():
+def test_filters_do_not_apply_to_greedy_settings():
     row = np.array([1, 5, 4.9], np.float32)
     for options in ({"xtc_probability": 1}, {"typical_p": 0.01}, {"mirostat_mode": 2},
                     {"adaptive_target": 0.01}, {"smoothing_factor": 1, "smoothing_curve": 9}):
@@ -163,7 +163,7 @@ def test_what_excludes_the_likeliest_token_does_not_count_there():
             assert Sampler(SamplingSettings(**options, **way), 1).sample(LogitsRow(row), []) == 1
 
 
-def test_bans_that_leave_nothing_are_an_error():
+def test_bans_of_all_tokens_are_an_error():
     row = LogitsRow(np.zeros(3, np.float32))
     with pytest.raises(InvalidSettings, match="token bans.*Ban fewer tokens"):
         Sampler(SamplingSettings(), 1, TokenRoles(banned_ids=(0, 1, 2))).sample(row, [])
@@ -201,8 +201,8 @@ def test_roles_are_looked_up_in_the_tokenizer(byte_tokenizer):
     assert roles.banned_ids == (2, 4, 9)
 
 
-def test_breakers_are_those_inside_a_text(spm_tokenizer):
-    """SentencePiece has tokens for the beginning of a word, which stand for a space too."""
+def test_breakers_are_tokens_inside_a_text(spm_tokenizer):
+    """SentencePiece has tokens for the beginning of a word, which include a space."""
     def last(text: str) -> list[int]:
         return spm_tokenizer.encode(text, add_bos=False)[-1:]
 

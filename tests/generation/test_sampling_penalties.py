@@ -1,4 +1,4 @@
-"""Penalties and bans against transformers' processors, else a definition token by token."""
+"""Penalties and bans, compared with transformers' processors or with definitions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VOCAB = 200
 
 
 def process(processor, row, history) -> np.ndarray:
-    """What a processor of transformers makes of a row, computed in float64."""
+    """Apply a processor of transformers to a row in float64."""
     scores = torch.tensor(np.asarray(row, np.float64))[None]
     ids = torch.tensor(np.asarray(history, np.int64))[None]
     return processor(ids, scores)[0].numpy()
@@ -38,12 +38,12 @@ def drawn(request) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check(actual: Candidates, expected: np.ndarray) -> None:
-    """The same logits: all of them as expected, or those that are candidates."""
+    """Compare the logits of the candidates."""
     np.testing.assert_allclose(actual.logits, expected[actual.ids], rtol=1e-5, atol=1e-5)
 
 
 def some_of(row: np.ndarray) -> Candidates:
-    """Half of the tokens, so that a part of the penalised ones is not there; sorted."""
+    """Return the likelier half of the tokens, sorted; some penalised tokens are missing."""
     indices = np.argsort(-row, kind="stable")[: len(row) // 2]
     return Candidates(indices, row[indices], len(row), is_sorted=True)
 
@@ -102,8 +102,8 @@ def test_counts_of_short_and_long_histories(length):
     assert (counts == [np.count_nonzero(history == i) for i in ids]).all()
 
 
-def test_padding_in_the_history_does_nothing(drawn):
-    """Ids beyond the sampled vocabulary, which a prompt may contain."""
+def test_padding_in_the_history_is_ignored(drawn):
+    """A prompt may contain ids beyond the sampled vocabulary."""
     row, history = drawn
     padded = np.concatenate([history, [VOCAB, VOCAB + 9]])
     candidates = Candidates.from_row(row)
@@ -130,7 +130,7 @@ def test_penalties_never_make_a_token_impossible():
 # DRY
 
 def penalised(ids, **options) -> dict[int, float]:
-    """What DRY subtracts from each token, 0 left out."""
+    """Return what DRY subtracts from each token, without zeros."""
     row = np.zeros(VOCAB, np.float32)
     breakers = np.array(sorted(options.pop("breakers", ())), np.int64)
     values = {"multiplier": 0.8, "base": 1.75, "allowed_length": 2, **options}
@@ -162,7 +162,7 @@ def test_dry_counts_long_repeats_as_fifty():
     allowed_length=st.integers(0, 6),
     breakers=st.sets(st.integers(0, 4), max_size=2),
 )
-def test_dry_is_the_defined_one(ids, allowed_length, breakers):
+def test_dry_agrees_with_the_definition(ids, allowed_length, breakers):
     expected = defined.dry_amounts(ids, 0.8, 1.2, allowed_length, breakers)
     actual = penalised(ids, base=1.2, allowed_length=allowed_length, breakers=breakers)
     assert actual == pytest.approx(expected, rel=1e-5)
@@ -176,8 +176,8 @@ def test_earlier_matches(ids, length):
     assert earlier_matches(np.array(ids, np.int64), length).tolist() == expected
 
 
-def test_repeats_of_a_long_text_take_one_look_at_it(monkeypatch):
-    """The cost of a text grows with its length, not with the square: reads are counted."""
+def test_the_cost_of_repeats_is_linear_in_the_text(monkeypatch):
+    """The number of reads grows with the length of the text and not with its square."""
     class Counted(np.ndarray):
         reads = 0
 
@@ -194,7 +194,7 @@ def test_repeats_of_a_long_text_take_one_look_at_it(monkeypatch):
     rng = np.random.default_rng(4)
     text = rng.integers(0, 1000, 64_000)
     assert reads(text) < 2 * len(text)
-    # The worst there is: one token over and over, limited by the longest repeat.
+    # The worst case: one repeated token, limited by the longest repeat.
     assert reads(np.zeros(16_000, np.int64)) < (MAX_REPEAT + 6) * 16_000
 
 

@@ -1,4 +1,4 @@
-"""What requests may set: every value that makes no sense is refused by name."""
+"""Settings of requests: every invalid value is refused by name."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ WRONG = {
 }
 
 
-def test_every_setting_refuses_something():
+def test_every_setting_has_an_invalid_value():
     assert WRONG.keys() == {field.name for field in dataclasses.fields(SamplingSettings)}
 
 
 @pytest.mark.parametrize(
     ("name", "value"), [(name, value) for name, values in WRONG.items() for value in values]
 )
-def test_values_that_make_no_sense(name, value):
+def test_invalid_values_are_refused_by_name(name, value):
     with pytest.raises(InvalidSettings, match=name):
         SamplingSettings.from_dict({name: value})
 
@@ -108,7 +108,7 @@ def test_the_defaults_are_the_web_uis():
 
 
 @pytest.mark.parametrize("text", ['"\\n", ":", "abc"', '["\\n", ":", "abc"]', ["\n", ":", "abc"]])
-def test_breakers_as_the_web_ui_writes_them(text):
+def test_breakers_in_the_web_uis_notation(text):
     settings = SamplingSettings.from_dict({"dry_sequence_breakers": text})
     assert settings.dry_sequence_breakers == ("\n", ":", "abc")
 
@@ -120,7 +120,7 @@ def test_no_breakers(nothing):
 
 
 @pytest.mark.parametrize("bans", ["5, 7,,12 ", [5, 7, 12], (5, 7, 12)])
-def test_token_bans_as_the_web_ui_writes_them(bans):
+def test_token_bans_in_the_web_uis_notation(bans):
     read = SamplingSettings.from_dict({"custom_token_bans": bans})
     assert read.custom_token_bans == (5, 7, 12)
 
@@ -128,7 +128,7 @@ def test_token_bans_as_the_web_ui_writes_them(bans):
 @pytest.mark.parametrize(
     "biases", [{"7": 2, "5": -100}, {7: 2.0, 5: -100.0}, [(7, 2), (5, -100)], [[5, -100], ["7", 2]]]
 )
-def test_biases_as_apis_write_them(biases):
+def test_biases_in_an_apis_notation(biases):
     read = SamplingSettings.from_dict({"logit_bias": biases})
     assert read.logit_bias == ((5, -100.0), (7, 2.0))
     assert hash(read) == hash(SamplingSettings(logit_bias=biases))
@@ -137,7 +137,7 @@ def test_biases_as_apis_write_them(biases):
 @pytest.mark.parametrize(
     "order", ["top_k\ntop_p", "top_k, top_p,", ["top_k", "top_p"], "top_k,top_p,top_k"]
 )
-def test_priorities_as_the_web_ui_writes_them(order):
+def test_priorities_in_the_web_uis_notation(order):
     read = SamplingSettings.from_dict({"sampler_priority": order})
     assert read.sampler_priority == ("top_k", "top_p")
 
@@ -154,7 +154,7 @@ def test_a_negative_prompt_is_text():
     assert SamplingSettings(guidance_scale=1.5).guidance_scale == 1.5
 
 
-def test_a_dict_as_web_forms_send_it():
+def test_a_dict_from_a_web_form():
     read = SamplingSettings.from_dict(
         {"max_new_tokens": 20.0, "top_k": 5.0, "temperature": 1, "stop": "end",
          "stop_token_ids": [3], "seed": -1}
@@ -176,7 +176,7 @@ def test_unknown_names_are_refused_with_a_hint():
 
 
 @pytest.mark.parametrize("name", sorted(NEUTRAL_VALUES))
-def test_samplers_that_are_not_there_must_be_off(name):
+def test_unsupported_samplers_must_be_off(name):
     known = {field.name for field in dataclasses.fields(SamplingSettings)}
     assert name not in known
     assert SamplingSettings.from_dict({name: NEUTRAL_VALUES[name]}) == SamplingSettings()

@@ -1,4 +1,4 @@
-"""Thousands of requests from many threads: nothing is lost, mixed up or left behind."""
+"""Thousands of requests from many threads: no lost page, wrong text or growing memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Request = tuple[list[int], dict]
 
 
 def make_request(rng: random.Random, base: list[int]) -> Request:
-    """A prompt that shares a beginning of any length with the others, and its settings."""
+    """Return a prompt that shares a beginning of any length with others, and settings."""
     fork, length = rng.randrange(len(base)), rng.randint(1, len(base))
     prompt = [*base[:fork], *(rng.randint(3, 250) for _ in base)][:length]
     settings: dict = {"seed": rng.randrange(1000), "max_new_tokens": rng.randint(1, 30)}
@@ -43,7 +43,7 @@ def make_request(rng: random.Random, base: list[int]) -> Request:
 
 
 class Worker(threading.Thread):
-    """Sends requests until none is left, and holds each text against the one made alone."""
+    """Sends requests until none is left, and compares each text with the one generated alone."""
 
     def __init__(self, seed: int, model: LoadedModel, texts: list[tuple[Request, list[int]]],
                  left: list[None]) -> None:
@@ -120,7 +120,7 @@ def alive(kind: type) -> int:
 
 
 def inject_errors(model: LoadedModel, rng: random.Random) -> None:
-    """Let some passes fail; a pass of several requests is run again for each of them."""
+    """Let some passes fail; a failed batch is run again request by request."""
     inner = model._generator._scheduler.model
     forward = inner.forward
 
@@ -161,7 +161,7 @@ def test_thousands_of_requests_from_sixteen_threads(name, longest, tiny_model_di
 
 
 def soak(model: LoadedModel, texts: list[tuple[Request, list[int]]]) -> list[Worker]:
-    """Run the requests; the memory of the second half is that of the first."""
+    """Run the requests; memory must not grow in the second half."""
     left: list[None] = [None] * NUM_REQUESTS
     workers = [Worker(seed, model, texts, left) for seed in range(NUM_THREADS)]
     began = time.monotonic()

@@ -37,7 +37,7 @@ def test_text_streams_in_whole_characters(kind, request):
     assert generation.token_ids == tokenizer.encode(ANSWER, add_bos=False)
 
 
-def test_half_a_character_at_the_end_is_marked(byte_tokenizer):
+def test_half_a_character_at_the_end_is_a_replacement_character(byte_tokenizer):
     pieces, generation = talk(byte_tokenizer, "ab🎉", max_new_tokens=4)
     assert "".join(pieces) == "ab\ufffd"
     assert generation.finish_reason == "length"
@@ -63,7 +63,7 @@ def test_stop_strings(kind, stop, shown, request):
 
 @pytest.fixture(scope="module")
 def chat_tokenizer(tmp_path_factory) -> Tokenizer:
-    """Byte-level, with control tokens that are left out of shown text."""
+    """Byte-level, with control tokens that are not shown."""
     folder = tmp_path_factory.mktemp("chat")
     make.write_folder(folder, {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"})
     make.train_byte_level(folder / "tokenizer.json", bos=True)
@@ -72,7 +72,7 @@ def chat_tokenizer(tmp_path_factory) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def spm_chat_tokenizer(tmp_path_factory) -> Tokenizer:
-    """Sentencepiece, with control tokens that are left out of shown text."""
+    """SentencePiece, with control tokens that are not shown."""
     added = {str(500 + i): make.added_token(t) for i, t in enumerate([*make.CHAT_TOKENS, "<a▁b>"])}
     folder = tmp_path_factory.mktemp("spm_chat")
     make.write_folder(folder, {
@@ -103,7 +103,7 @@ CONTROL_ANSWER = "one <|user|>two<|end|>\nthree <|assistant|>🎉<|end|><|user|>
 ])
 @pytest.mark.parametrize("kind", ["chat_tokenizer", "spm_chat_tokenizer"])
 def test_stop_strings_with_control_tokens(kind, stop, shown, skip, request):
-    """They end the text whether or not control tokens are shown, and are never shown."""
+    """Stop strings end the text whether or not control tokens are shown."""
     tokenizer = request.getfixturevalue(kind)
     if skip:
         for token in make.CHAT_TOKENS:
@@ -157,7 +157,7 @@ def test_stop_strings_are_found_across_hidden_text(segments, stops):
     stops=st.lists(st.text("ab<>", min_size=1, max_size=5), max_size=3),
 )
 def test_stop_strings_cut_the_text_where_the_first_one_is_complete(text, cuts, stops):
-    """However the text is cut into pieces: nothing of a stop is shown, nothing else is lost."""
+    """However the text is cut: no part of a stop string is shown, and nothing else is lost."""
     ends = sorted({min(cut, len(text)) for cut in cuts} | {len(text)})
     found, shown, start, stopped = StopStrings(stops), "", 0, False
     for end in ends:
@@ -193,11 +193,11 @@ def test_generate_ids_gives_the_ids_of_the_text(byte_tokenizer):
     assert byte_tokenizer.decode(ids) == "hello; w"
 
 
-def test_behind_a_text_the_space_between_two_words_is_kept(spm_tokenizer):
+def test_after_a_text_prompt_the_space_between_words_is_kept(spm_tokenizer):
     prompt = spm_tokenizer.encode("two")
     answer = [*spm_tokenizer.encode("words", add_bos=False), spm_tokenizer.eos_token_ids[0]]
     engine, _, _ = fake_engine(lambda ids: answer[len(ids) - len(prompt)], 600, spm_tokenizer)
     assert "".join(engine.generate("two", GREEDY)) == " words"
     assert "".join(engine.generate("two", GREEDY | {"stop_strings": [" words"]})) == ""
-    # What follows ids, as in a conversation, is a text of its own.
+    # After ids, as from a chat template, the answer is a text of its own.
     assert "".join(engine.generate(prompt, GREEDY)) == "words"

@@ -35,7 +35,7 @@ def test_unload_is_final_and_can_be_repeated(byte_tokenizer):
             use()
 
 
-def test_unload_waits_for_the_step_that_is_running():
+def test_unload_waits_for_the_running_step():
     engine, model, _ = fake_engine(endless)
     inside, go_on = threading.Event(), threading.Event()
 
@@ -65,7 +65,7 @@ def test_unload_waits_for_the_step_that_is_running():
     assert len(failures) == 1 and not unloader.is_alive()
 
 
-def test_unload_and_dropping_let_go_of_the_model():
+def test_unloading_or_dropping_frees_the_model():
     engine, model, cache = fake_engine(endless)
     watched = weakref.ref(model)
     with engine:
@@ -77,7 +77,7 @@ def test_unload_and_dropping_let_go_of_the_model():
     list(engine.generate_ids([5], GREEDY))
     del engine, model
     assert watched_engine() is None
-    # The model's thread may be between its last step and its sleep.
+    # The model's thread may still be between its last step and its sleep.
     deadline = time.monotonic() + 300
     while watched() is not None and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -86,7 +86,7 @@ def test_unload_and_dropping_let_go_of_the_model():
 
 @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("ask", ["generate_ids", "prompt_logits"])
-def test_an_error_that_a_host_keeps_does_not_keep_the_model(kind, ask):
+def test_an_error_that_a_caller_keeps_does_not_keep_the_model(kind, ask):
     engine, model, cache = fake_engine(endless)
     model.fail_at, model.error = 2, kind("injected")
     with pytest.raises(kind) as kept:
@@ -99,7 +99,7 @@ def test_an_error_that_a_host_keeps_does_not_keep_the_model(kind, ask):
     assert "_forward" in [entry.name for entry in kept.traceback]
 
 
-def test_memory_that_a_step_does_not_get_is_named():
+def test_out_of_memory_in_a_step_is_a_typed_error():
     engine, model, cache = fake_engine(endless)
     for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 8")):
         model.fail_at, model.error = len(model.calls) + 3, error
