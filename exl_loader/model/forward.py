@@ -23,7 +23,7 @@ from ..generation.forward_model import LogitsMode, LogitsRow
 from ..utils.errors import CacheFull, InvalidSettings
 from .blueprint import Blueprint
 from .stages import Stage, StageStep, take_key_biases
-from .top_logits import TopLogitsReader
+from .top_logits_reader import TopLogitsReader
 from .weights import Weights
 
 # Recorded steps that are kept. Decoding needs one a batch size; the others are the odd last

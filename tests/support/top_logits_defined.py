@@ -6,7 +6,7 @@ import numpy as np
 
 from exl_loader.backends.cuda.top_logits import HEADER_WORDS, MOST_TAKEN, RESULT_WORDS
 from exl_loader.generation.forward_model import LogitsRow, TopLogits
-from exl_loader.model.top_logits import read_result
+from exl_loader.model.top_logits_reader import read_result
 
 BINS_PER_UNIT, NUM_BINS = np.float32(64), 2048
 

@@ -398,7 +398,7 @@ def test_samplers_take_the_likeliest_tokens_alone(card, tmp_path, monkeypatch):
             assert len(lazy) == settings["max_new_tokens"]
             assert bool(fetched) == (name in NEED_ROWS), name
             with monkeypatch.context() as patch:
-                patch.setattr("exl_loader.model.top_logits.read_result", lambda *args: None)
+                patch.setattr("exl_loader.model.top_logits_reader.read_result", lambda *args: None)
                 assert list(model.generate_ids(IDS, settings)) == lazy, name
             assert fetched
 

@@ -20,7 +20,7 @@ from exl_loader.backends.cuda.top_logits import (
     TopLogitsOps,
     top_logits_scratch_bytes,
 )
-from exl_loader.model.top_logits import read_result
+from exl_loader.model.top_logits_reader import read_result
 from support.cuda_emulation import EmulatedLauncher
 from support.cuda_emulation.launcher import FOLDER, REPO, emulation_spec
 from support.cuda_emulation.sanitized import run_sanitized, runtimes
