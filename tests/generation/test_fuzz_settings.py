@@ -251,7 +251,7 @@ def test_stop_and_stop_strings_are_one_setting():
 
 @pytest.mark.parametrize("function", [exl_loader.plan, exl_loader.load])
 def test_an_unknown_option_names_a_similar_one(folder, function):
-    with pytest.raises(InvalidSettings, match=r"'ctx_len'.*one of ctx_size.*Did you mean ctx_size\?"):
+    with pytest.raises(InvalidSettings, match=r"'ctx_len'.*of ctx_size.*Did you mean ctx_size\?"):
         function(folder, ctx_len=512)
     with pytest.raises(InvalidSettings, match="Leave it out"):
         function(folder, zzzzzz=512)
