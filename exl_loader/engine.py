@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from .backends import backend_of
 from .cache.paging import PagedCache
 from .generation.generator import Generator, IdGeneration, TextGeneration
 from .generation.logprobs import TokenLogprobs, token_logprobs
 from .generation.request import Prompt, RequestReader
 from .generation.settings import SamplingSettings
 from .generation.text_stream import TextStream
-from .memory.buffers import capacity
 from .text.chat.fitting import FittedMessages, context_notice, fit_messages
 from .utils.errors import InsufficientMemory, is_out_of_memory
 from .utils.progress import Progress
@@ -328,7 +328,7 @@ class LoadedModel:
             InsufficientMemory: they do not fit into the free main memory.
         """
         nbytes = 4 * count * self.config.vocab_size
-        free_bytes = capacity(MAIN_MEMORY).free_bytes
+        free_bytes = backend_of(MAIN_MEMORY).capacity(MAIN_MEMORY).free_bytes
         try:
             # Linux allocates more memory than exists, and kills a process that uses it.
             if nbytes <= free_bytes:

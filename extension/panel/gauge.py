@@ -12,7 +12,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from exl_loader.cache.layout import PAGE_LEN
-from exl_loader.memory.reservation.text import GIB, amount
+from exl_loader.utils.byte_counts import GIB, amount
 
 from .gauge_style import STYLE
 

@@ -31,7 +31,7 @@ from exl_loader.utils.errors import InvalidSettings, PromptTooLong
 
 folder, cache_type = sys.argv[1], sys.argv[3]
 ctx_size, new_tokens = int(sys.argv[2]), int(sys.argv[4])
-total = exl_loader.plan(folder, ctx_size, cache_type).total_bytes
+total = exl_loader.plan(folder, ctx_size=ctx_size, cache_type=cache_type).total_bytes
 model = exl_loader.load(folder, ctx_size=ctx_size, cache_type=cache_type, memory_limit=total)
 SETTINGS = {"max_new_tokens": new_tokens, "ban_eos_token": True, "seed": 1}
 

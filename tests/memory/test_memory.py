@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exl_loader.backends import BACKENDS
+from exl_loader.backends import BACKENDS, backend_of
 from exl_loader.backends.base import Capacity, Process
 from exl_loader.backends.cpu.backend import CpuBackend
 from exl_loader.backends.cpu.memory import ASSUMED_RUNTIME_BYTES
@@ -20,6 +20,7 @@ from exl_loader.backends.cuda.backend import ASSUMED_CONTEXT_BYTES, CudaBackend
 from exl_loader.backends.cuda.taken import ASSUMED_GRAPH_BYTES
 from exl_loader.memory import buffers as memory
 from exl_loader.memory.segments import place
+from exl_loader.utils.byte_counts import parse_bytes
 from exl_loader.utils.errors import InsufficientMemory, InvalidSettings
 from exl_loader.utils.table import TensorSpec
 
@@ -103,7 +104,7 @@ def test_other_processes_largest_first_without_our_own(machine, tmp_path):
 
 
 def test_this_machine_has_memory():
-    found = memory.capacity("cpu")
+    found = CpuBackend().capacity("cpu")
     assert 0 < found.free_bytes <= found.capacity_bytes
 
 
@@ -135,13 +136,13 @@ def test_cuda_by_the_drivers_tool(tmp_path, monkeypatch):
 def test_no_card_is_a_readable_error(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(InvalidSettings, match="nvidia-smi"):
-        memory.capacity("cuda:0")
+        backend_of("cuda:0").capacity("cuda:0")
 
 
 @pytest.mark.parametrize("name", ["", "gpu", "cpu:x", "cuda:-1", "cuda:0:1"])
 def test_unknown_device_names(name):
     with pytest.raises(InvalidSettings, match="device"):
-        memory.capacity(name)
+        backend_of(name)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +163,7 @@ def test_unknown_device_names(name):
     ],
 )
 def test_byte_counts(value, nbytes):
-    assert memory.parse_bytes(value, "memory_limit") == nbytes
+    assert parse_bytes(value, "memory_limit") == nbytes
 
 
 @pytest.mark.parametrize(
@@ -171,7 +172,7 @@ def test_byte_counts(value, nbytes):
 )
 def test_what_is_no_byte_count(value):
     with pytest.raises(InvalidSettings, match="memory_limit"):
-        memory.parse_bytes(value, "memory_limit")
+        parse_bytes(value, "memory_limit")
 
 
 def test_the_environments_limit_is_for_all_models_together(monkeypatch):

@@ -6,7 +6,8 @@ import pytest
 
 from exl_loader.backends.base import Process
 from exl_loader.memory.reservation import plan
-from exl_loader.memory.reservation.text import amount, refusal, render
+from exl_loader.memory.reservation.text import refusal, render
+from exl_loader.utils.byte_counts import amount
 from exl_loader.utils.errors import InsufficientMemory
 from support.sparse import LLAMA_2_7B, write_sparse_exl2
 

@@ -56,7 +56,7 @@ def load():
 
 BACKENDS["cpu"] = SharedMachine()
 import torch
-assert exl_loader.plan(folder, ctx_size).fits
+assert exl_loader.plan(folder, ctx_size=ctx_size).fits
 (ledger / f"planned-{os.getpid()}").touch()
 wait_for("planned-*", 2)
 model = load()
@@ -81,7 +81,7 @@ from exl_loader.memory import buffers as memory
 from exl_loader.utils.errors import InsufficientMemory
 
 folder, ctx_size = sys.argv[1], int(sys.argv[2])
-needed = exl_loader.plan(folder, ctx_size).total_bytes
+needed = exl_loader.plan(folder, ctx_size=ctx_size).total_bytes
 with exl_loader.load(folder, ctx_size=256):
     pass
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

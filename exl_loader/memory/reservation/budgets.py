@@ -9,10 +9,9 @@ from typing import Any
 
 from ...backends import auto_devices, backend_of, full_name
 from ...backends.base import Capacity
+from ...utils.byte_counts import GIB, parse_bytes
 from ...utils.errors import InvalidSettings, shown
-from ..buffers import capacity, environment_limit, live_bytes, parse_bytes
-
-GIB = 1 << 30
+from ..buffers import environment_limit, live_bytes
 
 MAX_DEVICES = 64
 
@@ -108,8 +107,10 @@ def _present(name: str, limit: int | None, given_back: int) -> Budget:
     environment = environment_limit(name, given_back)
     if environment is not None:
         limit = environment if limit is None else min(limit, environment)
-    overhead_bytes, measured = backend_of(name).overhead(name)
-    return Budget(name, _without(capacity(name), given_back), limit, overhead_bytes, measured)
+    backend = backend_of(name)
+    overhead_bytes, measured = backend.overhead(name)
+    capacity = _without(backend.capacity(name), given_back)
+    return Budget(name, capacity, limit, overhead_bytes, measured)
 
 
 def _without(now: Capacity, held_bytes: int) -> Capacity:

@@ -7,22 +7,12 @@ from collections.abc import Sequence
 
 from ...backends import backend_of
 from ...backends.base import Process
+from ...utils.byte_counts import amount
 from ...utils.errors import InsufficientMemory
 from .records import DeviceReservation, Reservation
 
-GIB = 1 << 30
-MIB = 1 << 20
 PROCESSES_SHOWN = 3
 TEXT_WIDTH = 79
-
-
-def amount(nbytes: int) -> str:
-    """Write bytes as a person reads them: `3.21 GiB`, `18.5 MiB`, `640 bytes`."""
-    if abs(nbytes) >= GIB:
-        return f"{nbytes / GIB:.2f} GiB"
-    if abs(nbytes) >= MIB // 10:
-        return f"{nbytes / MIB:.1f} MiB"
-    return f"{nbytes} byte" if abs(nbytes) == 1 else f"{nbytes} bytes"
 
 
 def render(reservation: Reservation) -> str:
