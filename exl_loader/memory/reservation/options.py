@@ -171,7 +171,7 @@ class LoadOptions:
                     actual=f"an option of {cls.OPTIONS[name].only} alone", remedy="Leave it out",
                 )
             if name not in known:
-                arguments = ("progress", *known) if function == "load" else known
+                arguments = (*known, "progress") if function == "load" else known
                 raise unknown_name(f"{function}: option", name, arguments)
         return LoadOptions(**keywords)
 
