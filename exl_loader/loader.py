@@ -26,7 +26,7 @@ from .memory.reservation.placement import DRAFT_PREFIX
 from .memory.reservation.text import refusal
 from .utils.errors import DeviceError, InsufficientMemory, is_out_of_memory
 from .utils.progress import Progress, checked_progress, task
-from .utils.torch_threads import torch_on_one_thread
+from .utils.system.processors import torch_on_one_thread
 from .utils.tracebacks import drop_locals
 from .utils.warn import warn
 

@@ -83,3 +83,49 @@ def test_no_file_outside_backends_tells_kinds_of_devices_apart():
         if wing_of(path) != "backends" and any(kinds_compared(tree))
     }
     assert named == set(NAMED_KINDS)
+
+
+# Files outside `utils/system/` that ask which operating system this is, and why.
+ASK_FOR_SYSTEM = {
+    "backends/build/supervise.py": "runs as a script with the standard library alone",
+    "text/chat/sandbox.py": "runs as a script without the package",
+}
+# Files that are told the system's name by `utils.system`, because what follows is their subject.
+TOLD_THE_SYSTEM = {
+    "backends/build/toolchain.py": "each system's compilers, and how to install one",
+    "backends/build/spec.py": "flags of compilers and linkers",
+    "backends/cuda/compilers.py": "where NVRTC and nvcc are installed",
+}
+
+
+def asks_for_system(tree: ast.Module) -> bool:
+    questions = {
+        (node.value.id, node.attr) for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+        and node.value.id in ("sys", "os", "platform")
+    }
+    return any(
+        question in (("sys", "platform"), ("os", "name"), ("os", "uname"))
+        or question[0] == "platform" and question[1] != "python_version"
+        for question in questions
+    )
+
+
+def test_only_utils_system_asks_for_the_operating_system():
+    asking = {
+        path.as_posix() for path, tree in sources()
+        if path.parts[:2] != ("utils", "system") and asks_for_system(tree)
+    }
+    assert asking == set(ASK_FOR_SYSTEM)
+
+
+def test_only_compilers_depend_on_the_systems_name():
+    told = {
+        path.as_posix() for path, tree in sources()
+        if any(
+            isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+            and node.func.id in ("is_windows", "is_mac", "system_kind")
+            for node in ast.walk(tree)
+        )
+    }
+    assert told == set(TOLD_THE_SYSTEM)

@@ -12,13 +12,13 @@ import contextlib
 import importlib
 import logging
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
 
 from .. import __version__
 from ..utils.errors import ExlLoaderError, known_line
+from ..utils.system.processes import end_by_interrupt
 from ..utils.terminal import TerminalFormatter, for_terminal
 
 # name -> (module, its line in the overview)
@@ -60,11 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code, see `EXIT_CODES`.
     """
     code = _run(sys.argv[1:] if argv is None else list(argv))
-    if code == EXIT_INTERRUPTED and argv is None and os.name == "posix":
-        # The shell ends its loop or script only after a program that the signal itself ended.
-        # After an exit code of 130 it would run the next command.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)
+    if code == EXIT_INTERRUPTED and argv is None:
+        end_by_interrupt()
     return code
 
 

@@ -17,6 +17,8 @@ from ..backends.build.store import find_built, kernel_dirs, list_built, writable
 from ..backends.cuda.cards import query_nvidia_smi
 from ..backends.reference import reference_is_forced
 from ..utils.errors import ExlLoaderError, InvalidSettings
+from ..utils.system import system_name
+from ..utils.system.processors import cpu_features, cpu_name
 from .doctor_cuda import cuda_rows, examine_cuda
 
 # The packages that the engine imports. `extension` needs gradio as well.
@@ -115,11 +117,11 @@ def examine() -> dict[str, Any]:
     return {
         "exl_loader": __version__,
         "python": platform.python_version(),
-        "system": platform.platform(),
+        "system": system_name(),
         "cpu": {
-            "name": toolchain.cpu_name(),
+            "name": cpu_name(),
             "threads": os.cpu_count(),
-            "features": list(toolchain.cpu_features()),
+            "features": list(cpu_features()),
         },
         "gpus": gpus,
         "cuda": cuda,

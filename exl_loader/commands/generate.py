@@ -9,8 +9,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from ..text.chat.fitting import context_notice
-from ..utils import windows
 from ..utils.progress import MIB, default_progress
+from ..utils.system.main_memory import peak_process_bytes
 from ..utils.terminal import TerminalWriter
 from .model_options import (
     DEMO_MODEL,
@@ -115,7 +115,7 @@ def _result(model: LoadedModel, generation: Generation[str], load_s: float) -> d
         "tokens_per_s": round(stats.tokens_per_s, 2),
         "ctx_size": model.ctx_size,
         "allocated_bytes": model.allocated_bytes(),
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": peak_process_bytes(),
     }
 
 
@@ -129,14 +129,3 @@ def _readable(result: dict[str, Any]) -> str:
         f"peak of the process {result['peak_memory_bytes'] / MIB:.1f} MiB",
     ]
     return "; ".join(parts)
-
-
-def peak_memory_bytes() -> int:
-    """Return the most bytes of memory that this process has held so far."""
-    if sys.platform == "win32":
-        return windows.process_memory()[1]
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # macOS counts bytes, Linux units of 1024.
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -10,17 +10,15 @@ Python code.
 
 from __future__ import annotations
 
-import os
 import weakref
 from abc import abstractmethod
 from collections import deque
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
-T = TypeVar("T")
+from ..utils.system.processes import INTERRUPT_POLL_S
 
-# Windows does not interrupt a thread that waits for a lock, so it wakes this often for Ctrl-C.
-POLL_S = 0.1 if os.name == "nt" else None
+T = TypeVar("T")
 
 
 class Exchange(Generic[T]):
@@ -96,7 +94,7 @@ def sleep(waiter: SimpleQueue[None]) -> None:
     """
     while True:
         try:
-            waiter.get(timeout=POLL_S)
+            waiter.get(timeout=INTERRUPT_POLL_S)
             return
         except Empty:
             continue

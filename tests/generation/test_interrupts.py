@@ -411,7 +411,7 @@ def test_an_error_of_a_callback_ends_only_its_own_request(method):
 
 def test_a_wait_that_polls_lasts_as_long_as_the_step(monkeypatch):
     """On Windows callers poll, because Ctrl-C does not interrupt a wait for a lock."""
-    monkeypatch.setattr(exchange, "POLL_S", 0.001)
+    monkeypatch.setattr(exchange, "INTERRUPT_POLL_S", 0.001)
     engine, model, _ = fake_engine(count_up)
     model.before_call = lambda: time.sleep(0.02)
     assert list(engine.generate_ids([5], GREEDY)) == [6, 7, 8, 9]

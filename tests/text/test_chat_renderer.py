@@ -395,7 +395,7 @@ def test_windows_bounds_the_process_by_a_job(monkeypatch):
     import ctypes
     from types import SimpleNamespace
 
-    from exl_loader.utils import windows
+    from exl_loader.utils.system import windows
 
     calls = []
 

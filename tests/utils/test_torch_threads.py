@@ -8,7 +8,7 @@ import torch
 import exl_loader
 from exl_loader.utils.errors import ExlLoaderError
 from exl_loader.utils.progress import NullProgress
-from exl_loader.utils.torch_threads import torch_on_one_thread
+from exl_loader.utils.system.processors import torch_on_one_thread
 
 
 class Watcher(NullProgress):

@@ -19,12 +19,13 @@ from exl_loader.backends.build import store, toolchain
 from exl_loader.backends.build.spec import compile_flags, csrc_dir, link_flags
 from exl_loader.backends.build.toolchain import Compiler
 from exl_loader.backends.cpu import ops
-from exl_loader.backends.cpu.memory import MainMemory, vm_stat_free_bytes
+from exl_loader.backends.cpu.memory import MainMemory
 from exl_loader.backends.cuda import compilers
 from exl_loader.backends.cuda.compilers import cuda_spec
 from exl_loader.commands import doctor
-from exl_loader.utils import windows
 from exl_loader.utils.errors import KernelBuildError
+from exl_loader.utils.system import files, windows
+from exl_loader.utils.system.main_memory import vm_stat_free_bytes
 from extension.install import place
 from support import REPO
 from support.cuda_sources import cuda_compiler
@@ -292,8 +293,8 @@ def test_what_a_program_uses_is_not_half_removed(tmp_path, monkeypatch):
     (entry / "exl_cpu.dll").touch()
     store.seal(entry, "exl_cpu.dll")
     pauses = []
-    monkeypatch.setattr(store, "os", SimpleNamespace(name="nt", getpid=os.getpid))
-    monkeypatch.setattr(store.time, "sleep", pauses.append)
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(files.time, "sleep", pauses.append)
     refusals = [PermissionError(13, "Access is denied")] * 20
 
     def rename(self, target):

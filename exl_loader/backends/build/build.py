@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from ...utils.errors import KernelBuildError
 from ...utils.progress import NullProgress, Progress
+from ...utils.system.processes import join_command
 from . import supervise
 from .lock import build_lock
 from .spec import BuildSpec
@@ -223,7 +223,7 @@ def ninja_file(spec: BuildSpec) -> str:
 
 def _command(arguments) -> str:
     """Quote arguments for the shell that ninja uses, then for ninja."""
-    quoted = subprocess.list2cmdline(arguments) if os.name == "nt" else shlex.join(arguments)
+    quoted = join_command(arguments)
     return quoted.replace("$", "$$")
 
 

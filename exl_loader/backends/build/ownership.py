@@ -15,9 +15,10 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+from ...utils.system.files import has_access_lists, has_owners
 
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 # As many as Linux follows.
@@ -35,12 +36,12 @@ class UnsafePath(OSError):
 
 def is_own(status: os.stat_result) -> bool:
     """Whether this user or root owns a file or folder."""
-    return sys.platform == "win32" or status.st_uid in (0, os.geteuid())
+    return not has_owners() or status.st_uid in (0, os.geteuid())
 
 
 def is_closed(status: os.stat_result) -> bool:
     """Whether this user or root owns a file or folder, and nobody else may write it."""
-    if sys.platform == "win32":
+    if not has_owners():
         return True
     return is_own(status) and not status.st_mode & _WRITABLE_BY_OTHERS
 
@@ -57,7 +58,7 @@ def find_open_parent(path: Path) -> Path | None:
     Returns:
         The outermost such folder (or a link that somebody else owns), or None.
     """
-    if sys.platform == "win32":
+    if not has_owners():
         return None
     for step in _steps_to(path.parent):
         try:
@@ -125,7 +126,7 @@ def _is_private_group(path: Path, gid: int) -> bool:
 
     There people's folders are writable for their group, because the group is only they.
     """
-    if sys.platform == "win32":
+    if not has_owners():
         return False
     import grp
     import pwd
@@ -139,7 +140,7 @@ def _is_private_group(path: Path, gid: int) -> bool:
         return False
     # With an access control list the group's bits stand for other users as well.
     names: list[str] = []
-    if sys.platform == "linux":
+    if has_access_lists():
         with contextlib.suppress(OSError):
             names = os.listxattr(path)
     return set(group.gr_mem) <= {user.pw_name} and "system.posix_acl_access" not in names

@@ -9,25 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from ...utils.errors import KernelBuildError
+from ...utils.system import is_windows, system_kind
+from ...utils.system.libraries import LIBRARY_SUFFIX
+from ...utils.system.processors import cpu_features
 from .toolchain import (
     Compiler,
     compiler_remedy,
     compiler_variables,
-    cpu_features,
     find_compiler,
 )
 
 # Part of every key; raised when the contents of a build directory change their meaning.
 LAYOUT_VERSION = 3
-
-LIBRARY_SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 
 # Kinds of `Compiler` whose output is loaded by the CUDA driver.
 CUBIN_COMPILERS = ("nvcc", "nvrtc")
@@ -85,7 +84,7 @@ class BuildSpec:
                 data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
                 digest.update(f"{len(data)}:".encode() + data)
 
-        put(str(LAYOUT_VERSION), self.name, sys.platform)
+        put(str(LAYOUT_VERSION), self.name, system_kind())
         put(self.compiler.kind, self.compiler.version, self.compiler.environment_script or "")
         # A CUDA compiler's command has paths of this program and its own alone; `identity` says
         # which compiler they lead to.
@@ -231,7 +230,7 @@ def compile_flags(
 
 
 def _gnu_flags(compiler: Compiler) -> tuple[str, ...]:
-    if sys.platform != "win32":
+    if not is_windows():
         return (*_GNU_FLAGS, "-fPIC")
     if compiler.kind != "gcc":
         return _GNU_FLAGS
@@ -247,6 +246,6 @@ def link_flags(compiler: Compiler) -> tuple[str, ...]:
     """
     if compiler.kind == "msvc":
         return ("/nologo", "/LD")
-    if sys.platform == "win32":
+    if is_windows():
         return ("-shared", "-static", "-pthread")
     return ("-shared", "-pthread")

@@ -20,15 +20,14 @@ import os
 import re
 import shutil
 import stat
-import sys
 import tempfile
-import time
 import uuid
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...utils.errors import KernelBuildError
+from ...utils.system.files import has_owners, rename_folder, sync
 from ...utils.warn import warn
 from . import ownership
 from .spec import BuildSpec
@@ -41,7 +40,6 @@ _MAX_MARKER_BYTES = 1 << 16
 _ENTRY_NAME = re.compile(r"(cpu|cuda_sm_\w+)-[0-9a-f]{16}(\..*)?$", re.DOTALL)
 
 
-_SCANNER_PAUSES_S = (0.1, 0.2, 0.4, 0.8, 1.6)
 
 
 def kernel_dirs(environ: Mapping[str, str] = os.environ) -> list[Path]:
@@ -173,7 +171,7 @@ def _why_unsafe(directory: Path) -> str | None:
         return error.strerror or str(error)
     if not stat.S_ISDIR(status.st_mode) or not ownership.is_own(status):
         return "belongs to somebody else, or is no folder"
-    if sys.platform == "win32" or status.st_uid != os.geteuid():
+    if not has_owners() or status.st_uid != os.geteuid():
         return None if ownership.is_closed(status) else "can be written by others"
     distrusted = distrusted or not ownership.is_closed(status)
     if status.st_mode & 0o077:
@@ -193,7 +191,7 @@ def _make_sticky(folder: Path) -> bool:
     Returns:
         Whether it is set; it cannot be in a folder that is not this user's.
     """
-    if sys.platform == "win32":
+    if not has_owners():
         return False
     try:
         status = folder.lstat()
@@ -300,18 +298,18 @@ def seal(directory: Path, *names: str) -> None:
     """Bring files to the disk and write the marker that makes their directory an entry."""
     for name in names:
         _close_to_others(directory / name)
-        _sync(directory / name)
+        sync(directory / name)
     path = directory / MARKER
     marker = {"files": {name: _describe(directory / name) for name in names}}
     path.write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
     _close_to_others(path)
-    _sync(path)
-    _sync(directory)
+    sync(path)
+    sync(directory)
 
 
 def _close_to_others(path: Path) -> None:
     """Take the right to write a file from others, which a umask of 002 gives to a group."""
-    if sys.platform != "win32":
+    if has_owners():
         path.chmod(stat.S_IMODE(path.stat().st_mode) & ~0o022)
 
 
@@ -328,8 +326,8 @@ def publish(partial: Path, target: Path) -> Entry:
         target.rename(broken)
         _remove(broken)
     try:
-        _rename(partial, target)
-        _sync(target.parent)
+        rename_folder(partial, target)
+        sync(target.parent)
     except OSError:
         if verify(target) is None:
             raise
@@ -343,17 +341,6 @@ def publish(partial: Path, target: Path) -> Entry:
     return entry
 
 
-def _rename(folder: Path, target: Path) -> None:
-    """Rename a folder. On Windows a virus scanner may have a file in it open for a moment."""
-    for pause_s in _SCANNER_PAUSES_S if os.name == "nt" else ():
-        try:
-            folder.rename(target)
-            return
-        except PermissionError:
-            time.sleep(pause_s)
-    folder.rename(target)
-
-
 def discard(built: Path) -> None:
     """Remove the entry that a file belongs to, as a whole or not at all.
 
@@ -364,7 +351,7 @@ def discard(built: Path) -> None:
     # Of a name that the next build clears away, should something of it stay.
     unwanted = entry.with_name(f"{entry.name}.partial-left-{os.getpid()}")
     try:
-        _rename(entry, unwanted)
+        rename_folder(entry, unwanted)
     except OSError as error:
         raise KernelBuildError(
             f"compiled kernels in {entry}",
@@ -381,15 +368,3 @@ def list_built(environ: Mapping[str, str] = os.environ) -> list[Entry]:
         if directory.is_dir() and _why_unsafe(directory) is None:
             found += [verify(entry.parent) for entry in sorted(directory.glob(f"*/{MARKER}"))]
     return [entry for entry in found if entry is not None]
-
-
-def _sync(path: Path) -> None:
-    """Force a file, or a folder's entries, to the disk."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows has no handle on a folder to flush.
-    flags = os.O_RDONLY if os.name != "nt" else os.O_RDWR
-    handle = os.open(path, flags)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,4 +1,4 @@
-"""Find what compiles the kernels: a C++ compiler, ninja, and what this CPU can do.
+"""Find what compiles the kernels: a C++ compiler and ninja.
 
 Nothing here compiles or writes. No PyTorch: `doctor` and the warm path of a load come here.
 """
@@ -7,23 +7,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import platform
-import shlex
 import shutil
 import stat
-import subprocess
 import sys
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...utils.errors import KernelBuildError
-
-# A compiler that does not say its version within this time is not going to compile either.
-PROBE_TIMEOUT_S = 20.0
-# GCC answers with 300 bytes.
-MAX_PROBE_BYTES = 1 << 20
+from ...utils.system import is_mac, is_windows, linux_distributions
+from ...utils.system.processes import command_output, split_command
 
 CANDIDATES = ("g++", "clang++", "c++")
 # The pip package of the compiler of Zig, which is clang with all that it needs.
@@ -155,7 +148,7 @@ def find_compiler(environ: Mapping[str, str] = os.environ) -> Compiler | None:
                 remedy="Correct CXX, or unset it to use g++ or clang++ from the PATH",
             )
         return compiler
-    if sys.platform == "win32":
+    if is_windows():
         msvc = _find_msvc(environ)
         if msvc is not None:
             return msvc
@@ -184,7 +177,7 @@ def _find_zig() -> Compiler | None:
 
 def _split_command(text: str) -> tuple[str, ...]:
     """Split `ccache g++`; a path with spaces that exists is one program."""
-    words = (text,) if os.path.exists(text) else shlex.split(text, posix=os.name == "posix")
+    words = [text] if os.path.exists(text) else split_command(text)
     program, *arguments = words
     # ninja runs the compiler in a folder of its own.
     return (os.path.abspath(program) if os.path.dirname(program) else program, *arguments)
@@ -200,41 +193,6 @@ def _probe(
     version = answer.splitlines()[0].strip()
     kind = "clang" if "clang" in answer else "gcc"
     return Compiler(command, kind, version, identity=program_identity(command, environ))
-
-
-def command_output(command: list[str]) -> str | None:
-    """Return what a command writes to stdout.
-
-    Returns:
-        None where it cannot be run, fails, takes longer than `PROBE_TIMEOUT_S` or writes more
-        than `MAX_PROBE_BYTES`.
-    """
-    try:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )
-    except OSError:
-        return None
-    read: list[bytes] = []
-    # A thread, because a child of the command may keep the pipe open after the command ended.
-    reader = threading.Thread(target=_read_probe, args=(process, read), daemon=True)
-    reader.start()
-    reader.join(PROBE_TIMEOUT_S)
-    process.kill()
-    code = process.wait()
-    if not read or code != 0:
-        return None
-    return read[0].decode("utf-8", "replace").replace("\r\n", "\n")
-
-
-def _read_probe(process: subprocess.Popen[bytes], read: list[bytes]) -> None:
-    """Read a command's output and wait for its end; leaves `read` empty where it is too much."""
-    assert process.stdout is not None
-    with process.stdout as pipe:
-        output = pipe.read(MAX_PROBE_BYTES + 1)
-    if len(output) <= MAX_PROBE_BYTES:
-        process.wait()
-        read.append(output)
 
 
 def _find_msvc(environ: Mapping[str, str]) -> Compiler | None:
@@ -274,86 +232,21 @@ def find_ninja() -> str | None:
         import ninja
     except ImportError:
         return shutil.which("ninja")
-    name = "ninja.exe" if sys.platform == "win32" else "ninja"
+    name = "ninja.exe" if is_windows() else "ninja"
     packaged = Path(ninja.BIN_DIR) / name
     return str(packaged) if packaged.exists() else shutil.which("ninja")
 
 
-def cpu_features() -> tuple[str, ...]:
-    """Name what this CPU's instruction set has, sorted, with the machine type first.
-
-    Linux: all flags of /proc/cpuinfo's first processor (the kernel shows only what every
-    processor has). macOS: sysctl. Windows: the features that MSVC's /arch distinguishes.
-    """
-    if sys.platform == "linux":
-        features = _linux_features(Path("/proc/cpuinfo"))
-    elif sys.platform == "darwin":
-        features = _mac_features()
-    elif sys.platform == "win32":
-        features = _windows_features()
-    else:
-        features = set()
-    return (platform.machine().lower(), *sorted(features))
-
-
-def _linux_features(cpuinfo: Path) -> set[str]:
-    """Flags of the first processor; reading on would cost time on machines with hundreds."""
-    try:
-        with cpuinfo.open(encoding="ascii", errors="replace") as lines:
-            for line in lines:
-                name, _, value = line.partition(":")
-                if name.strip() in ("flags", "Features"):
-                    return set(value.split())
-    except OSError:
-        pass
-    return set()
-
-
-def _mac_features() -> set[str]:
-    features: set[str] = set()
-    for name in ("machdep.cpu.brand_string", "machdep.cpu.features", "machdep.cpu.leaf7_features"):
-        answer = command_output(["/usr/sbin/sysctl", "-n", name]) or ""
-        features.update(answer.lower().split())
-    return features
-
-
-def _windows_features() -> set[str]:
-    import ctypes
-
-    # PF_AVX_..., PF_AVX2_... and PF_AVX512F_INSTRUCTIONS_AVAILABLE of winnt.h.
-    numbers = {"avx": 39, "avx2": 40, "avx512f": 41}
-    present = ctypes.windll.kernel32.IsProcessorFeaturePresent  # type: ignore[attr-defined,unused-ignore]
-    return {name for name, number in numbers.items() if present(number)}
-
-
-def cpu_name() -> str:
-    """Name the CPU as its maker does, for people."""
-    if sys.platform == "linux":
-        try:
-            text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-        except OSError:
-            text = ""
-        for line in text.splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def compiler_remedy() -> str:
     """Say what to install on this machine to get a C++ compiler."""
-    if sys.platform == "darwin":
+    if is_mac():
         return "Install Apple's command line tools: xcode-select --install"
-    if sys.platform == "win32":
+    if is_windows():
         return (
             f'Install a C++ compiler: "{sys.executable}" -m pip install {ZIG_PACKAGE} (100 MB), '
             "or Visual Studio Build Tools with 'Desktop development with C++': " + _MSVC_INSTALL
         )
-    try:
-        release = platform.freedesktop_os_release()
-    except OSError:
-        release = {}
-    names = [release.get("ID", ""), *release.get("ID_LIKE", "").split()]
-    for name in names:
+    for name in linux_distributions():
         for ids, command in _LINUX_PACKAGES:
             if name in ids:
                 return f"Install a C++ compiler: {command}"

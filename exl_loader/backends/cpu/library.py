@@ -7,16 +7,13 @@ that a call passes a few integers.
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 import re
-import sys
 from typing import TYPE_CHECKING
 
 from ...formats.packed import DenseLinear, PackedLinear
-from ...utils import windows
 from ...utils.errors import InvalidSettings, shown
-from ..build.toolchain import command_output
+from ...utils.system.processors import physical_cores, processor_quota
 
 if TYPE_CHECKING:
     import torch
@@ -122,7 +119,7 @@ def default_threads() -> int:
     """
     setting = os.environ.get(THREADS_ENV, "").strip()
     if not setting:
-        return max(1, min(_physical_cores(), _cgroup_limit()))
+        return max(1, min(physical_cores(), processor_quota()))
     if not re.fullmatch("[0-9]{1,9}", setting) or not 1 <= int(setting) <= MAX_THREADS:
         raise InvalidSettings(
             f"environment variable {THREADS_ENV}",
@@ -130,36 +127,3 @@ def default_threads() -> int:
             actual=shown(setting),
         )
     return int(setting)
-
-
-def _physical_cores() -> int:
-    if sys.platform == "win32":
-        return windows.physical_cores() or os.cpu_count() or 1
-    if sys.platform != "linux":
-        answer = (command_output(["/usr/sbin/sysctl", "-n", "hw.physicalcpu"]) or "").strip()
-        return int(answer) if answer.isdecimal() else os.cpu_count() or 1
-    return _count_cores(frozenset(os.sched_getaffinity(0)))
-
-
-@functools.cache
-def _count_cores(processors: frozenset[int]) -> int:
-    """Count cores among processors; siblings of one core count once."""
-    cores = set()
-    for processor in processors:
-        path = f"/sys/devices/system/cpu/cpu{processor}/topology/thread_siblings_list"
-        try:
-            with open(path, encoding="ascii") as file:
-                cores.add(file.read().strip())
-        except OSError:
-            cores.add(str(processor))
-    return len(cores)
-
-
-def _cgroup_limit() -> int:
-    """Return the whole processors that a container's quota gives, very many without one."""
-    try:
-        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
-            quota, period = file.read().split()
-        return max(1, int(quota) // int(period))
-    except (OSError, ValueError):
-        return 1 << 30

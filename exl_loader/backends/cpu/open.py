@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...utils.errors import KernelBuildError
+from ...utils.system.libraries import close_library
 from ...utils.warn import warn
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def open_compiled(progress: Progress | None = None) -> Ops:
 
     if missing_symbols(library):
         # Another program's library under the name of ours, or a linker that kept nothing.
-        _close(library)
+        close_library(library)
         library = open_library(progress, anew=True)
         missing = missing_symbols(library) if library is not None else []
         if library is None or missing:
@@ -79,16 +79,6 @@ def open_library(
         # Whole, but not for this system (a folder shared by machines, say): once anew.
         discard(library)
         return _open(build(spec, progress))
-
-
-def _close(library: ctypes.CDLL) -> None:
-    """Unload a library: the system would return it once more for the same path."""
-    import _ctypes
-
-    # Any: each system has one of the two.
-    functions: Any = _ctypes
-    close = functions.FreeLibrary if os.name == "nt" else functions.dlclose
-    close(library._handle)
 
 
 def _open(library: Path) -> ctypes.CDLL:

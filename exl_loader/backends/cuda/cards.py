@@ -20,13 +20,14 @@ from typing import Any
 from uuid import UUID
 
 from ...utils.errors import ExlLoaderError
+from ...utils.system.libraries import library_name
 from ..base import Capacity
 from ..reference import reference_is_forced
 from .arch import OLDEST
 from .driver import Driver
 
 _MIB = 1 << 20
-_LIBRARY = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
+_LIBRARY = library_name(windows="nvml.dll", posix="libnvidia-ml.so.1")
 
 _FUNCTIONS = (
     "nvmlInit_v2", "nvmlDeviceGetCount_v2", "nvmlDeviceGetHandleByIndex_v2",

@@ -19,14 +19,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...utils.errors import InvalidSettings, KernelBuildError, shown
+from ...utils.system import is_windows
+from ...utils.system.processes import command_output
 from ..build.spec import BuildSpec, csrc_dir
-from ..build.toolchain import (
-    Compiler,
-    command_output,
-    compiler_variables,
-    find_compiler,
-    program_identity,
-)
+from ..build.toolchain import Compiler, compiler_variables, find_compiler, program_identity
 from .arch import (
     OLDEST_CUDA,
     Capability,
@@ -42,7 +38,6 @@ from .arch import (
 COMPILER_ENV = "EXL_LOADER_CUDA_COMPILER"
 KINDS = ("nvrtc", "nvcc")
 
-_WINDOWS = sys.platform == "win32"
 _NVRTC = re.compile(r"libnvrtc(-[0-9a-f]+)?\.so(\.\d+)*|nvrtc64_\d+_\d+\.dll")
 _BUILTINS = re.compile(
     r"libnvrtc-builtins(?:-[0-9a-f]+)?\.so\.(\d+)\.(\d+)|nvrtc-builtins64_(\d+)(\d)\.dll"
@@ -277,7 +272,7 @@ def _toolkits(environ: Mapping[str, str]) -> Iterator[Path]:
     for name in ("CUDA_HOME", "CUDA_PATH"):
         if environ.get(name, "").strip():
             yield Path(environ[name].strip())
-    if not _WINDOWS:
+    if not is_windows():
         yield Path("/usr/local/cuda")
 
 
@@ -287,13 +282,13 @@ def _find_nvcc(environ: Mapping[str, str]) -> Iterator[CudaCompiler]:
     On Windows the host compiler must be Visual Studio's.
     """
     host = find_compiler(environ)
-    if host is None or (_WINDOWS and host.kind != "msvc"):
+    if host is None or (is_windows() and host.kind != "msvc"):
         return
-    name = "nvcc.exe" if _WINDOWS else "nvcc"
+    name = "nvcc.exe" if is_windows() else "nvcc"
     paths = [toolkit / "bin" / name for toolkit in _toolkits(environ)]
     on_path = shutil.which("nvcc", path=environ.get("PATH"))
     if on_path:
-        paths.insert(len(paths) - (0 if _WINDOWS else 1), Path(on_path))
+        paths.insert(len(paths) - (0 if is_windows() else 1), Path(on_path))
     for package in _package_folders("nvidia"):
         for pattern in ("cu[0-9]*", "cuda_nvcc"):
             paths += [folder / "bin" / name for folder in sorted(package.glob(pattern))]

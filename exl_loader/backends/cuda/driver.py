@@ -22,9 +22,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from ...utils.errors import DeviceError, InsufficientMemory
+from ...utils.system.libraries import library_name
 from .arch import Capability, Version
 
-LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+LIBRARY = library_name(windows="nvcuda.dll", posix="libcuda.so.1")
 
 # CUresult
 OUT_OF_MEMORY = 2

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -21,7 +20,7 @@ import threading
 import time
 from typing import Any
 
-from ...utils import windows
+from ...utils.system import processes
 from . import sandbox
 
 MAX_RENDER_SECONDS = 5.0
@@ -124,11 +123,9 @@ class _Child:
 
     def __init__(self) -> None:
         paths = [os.path.abspath(path) for path in sys.path if path]
-        # On Windows a virtual environment's Python starts the real one as a child of its own.
-        program = getattr(sys, "_base_executable", None) if sys.platform == "win32" else None
         try:
             self._process = subprocess.Popen(
-                [program or sys.executable, "-I", "-S", "-B", os.path.abspath(sandbox.__file__),
+                [processes.python_program(), "-I", "-S", "-B", os.path.abspath(sandbox.__file__),
                  json.dumps(paths)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                 bufsize=0,
@@ -143,7 +140,7 @@ class _Child:
             ) from None
         self._why = ""
         try:
-            self._job = windows.Job(self._process) if sys.platform == "win32" else None
+            self._job = processes.create_job(self._process)
             with _Watch(self, _START_SECONDS):
                 if self._read(1, began=True) != sandbox.READY:
                     raise _Ended("the process that renders it does not start", began=True)
@@ -151,8 +148,13 @@ class _Child:
             self.kill()
             raise
 
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._process.pid
+
     def has_ended(self) -> bool:
-        """Whether the process has ended, of whatever."""
+        """Return whether the process has ended, for whatever reason."""
         return self._process.poll() is not None
 
     def ask(self, body: bytes, memory_bytes: int) -> tuple[bytes, str]:
@@ -197,7 +199,7 @@ class _Child:
         code = self._process.wait()
         if self._why:
             return self._why
-        if code == _OUT_OF_TIME:
+        if code == processes.OUT_OF_TIME_CODE:
             return f"it did not end within {MAX_RENDER_SECONDS:g} s of processor time"
         if code < 0:
             with contextlib.suppress(ValueError):
@@ -222,17 +224,6 @@ class _Child:
             if pipe is not None:
                 with contextlib.suppress(OSError):
                     pipe.close()
-
-    def footprint_bytes(self) -> int:
-        """Return the memory that a Mac charges the process with."""
-        usage = (ctypes.c_uint64 * 32)()
-        library = ctypes.CDLL("/usr/lib/libproc.dylib")
-        # struct rusage_info_v0 of <sys/resource.h>: a UUID of 16 bytes, then 64-bit fields, of
-        # which the eighth is ri_phys_footprint.
-        if library.proc_pid_rusage(self._process.pid, 0, ctypes.byref(usage)) != 0:
-            return 0
-        return usage[2 + 7]
-
 
 class _Watch:
     """Ends a child that takes too long by the clock, or on a Mac too much memory.
@@ -259,22 +250,18 @@ class _Watch:
 
     def _run(self) -> None:
         deadline = time.monotonic() + self._seconds
-        if sys.platform != "darwin":
+        held = processes.watched_memory_bytes(self._child.pid)
+        if held is None:
             if not self._done.wait(self._seconds):
                 self._child.kill(f"it did not end within {self._seconds:g} s")
             return
-        most = self._child.footprint_bytes() + self._memory_bytes
+        most = held + self._memory_bytes
         while not self._done.wait(_LOOK_SECONDS):
-            if self._child.footprint_bytes() > most:
+            if (processes.watched_memory_bytes(self._child.pid) or 0) > most:
                 self._child.kill("it needs too much memory")
             elif time.monotonic() > deadline:
                 self._child.kill(f"it did not end within {self._seconds:g} s")
 
-
-if sys.platform == "win32":
-    _OUT_OF_TIME = windows.OUT_OF_TIME
-else:
-    _OUT_OF_TIME = -signal.SIGPROF
 
 RENDERER = Renderer()
 """The process's own: all models share it."""

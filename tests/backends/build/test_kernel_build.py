@@ -16,6 +16,7 @@ from exl_loader.backends.build.spec import BuildSpec, compile_flags, cpu_spec
 from exl_loader.backends.cpu.open import open_library
 from exl_loader.utils.errors import InvalidSettings, KernelBuildError
 from exl_loader.utils.progress import NullProgress
+from exl_loader.utils.system import processes
 from support.builds import REPO, Recorder, find_partials, needs_compiler, works, write_compiler
 from support.counting import count
 
@@ -313,11 +314,11 @@ def test_a_compiler_that_answers_without_end_is_none(tmp_path, monkeypatch):
     script = tmp_path / "endless++"
     script.write_text("#!/bin/sh\nyes 'endless++ 1.0'\n")
     script.chmod(0o755)
-    assert toolchain.command_output([str(script)]) is None
-    monkeypatch.setattr(toolchain, "PROBE_TIMEOUT_S", 0.2)
+    assert processes.command_output([str(script)]) is None
+    monkeypatch.setattr(processes, "COMMAND_TIMEOUT_S", 0.2)
     # Its child holds the pipe open.
     script.write_text("#!/bin/sh\nsleep 600 & echo $! > \"$0.pid\"; wait\n")
-    assert toolchain.command_output([str(script)]) is None
+    assert processes.command_output([str(script)]) is None
     os.kill(int((tmp_path / "endless++.pid").read_text()), signal.SIGKILL)
 
 
@@ -349,8 +350,8 @@ def test_empty_path_has_no_compiler(tmp_path):
     ],
 )
 def test_remedy_names_the_package(monkeypatch, release, command):
-    monkeypatch.setattr(toolchain.sys, "platform", "linux")
-    monkeypatch.setattr(toolchain.platform, "freedesktop_os_release", lambda: release)
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr("platform.freedesktop_os_release", lambda: release)
     assert command in toolchain.compiler_remedy()
 
 

@@ -6,12 +6,13 @@ import sys
 
 import pytest
 
-from exl_loader.backends.build.toolchain import command_output, find_compiler
+from exl_loader.backends.build.toolchain import find_compiler
 from exl_loader.backends.cuda import arch, compilers
 from exl_loader.backends.cuda.arch import COMMON, known_capabilities, parse_archs, target_for
 from exl_loader.backends.cuda.compilers import cuda_spec
 from exl_loader.backends.cuda.nvrtc_cc import Nvrtc
 from exl_loader.utils.errors import InvalidSettings, KernelBuildError
+from exl_loader.utils.system.processes import command_output
 from support.cuda_sources import fake_compiler, hide_compilers, make_nvrtc, sample_root
 
 KINDS = compilers.KINDS

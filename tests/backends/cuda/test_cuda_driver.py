@@ -11,12 +11,13 @@ import pytest
 
 from exl_loader.backends.build.build import build, build_entry
 from exl_loader.backends.build.spec import BuildSpec
-from exl_loader.backends.build.toolchain import cpu_features, find_compiler
+from exl_loader.backends.build.toolchain import find_compiler
 from exl_loader.backends.cuda.compilers import cuda_spec
 from exl_loader.backends.cuda.driver import CardMemory, Driver, driver_release, held_bytes
 from exl_loader.backends.cuda.kernels import DriverLauncher, open_launcher
 from exl_loader.backends.cuda.taken import taken_of
 from exl_loader.utils.errors import DeviceError, InsufficientMemory, KernelBuildError
+from exl_loader.utils.system.processors import cpu_features
 from support.cuda_emulation.launcher import FOLDER, REPO, emulation_spec
 from support.cuda_sources import cuda_compiler, sample_root
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from exl_loader.backends.build.build import build
 from exl_loader.backends.build.spec import BuildSpec
-from exl_loader.backends.build.toolchain import cpu_features, find_compiler
+from exl_loader.backends.build.toolchain import find_compiler
+from exl_loader.utils.system.processors import cpu_features
 from support import REPO
 
 FOLDER = "tests/support/cuda_emulation"
