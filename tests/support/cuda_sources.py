@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import json
 import os
 import re
 import shutil
 import struct
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from exl_loader.backends.build.spec import BuildSpec
 from exl_loader.backends.build.toolchain import Compiler
 from exl_loader.backends.cuda import compilers
 from exl_loader.backends.cuda.compilers import CudaCompiler, find_cuda_compilers
@@ -63,6 +67,54 @@ def sample_root(folder: Path, names: tuple[str, ...] = ("samples",)) -> Path:
     for name in names:
         shutil.copy(SAMPLES, folder / "cuda" / f"{name}.cu")
     return folder
+
+
+COMPILED = REPO / "build" / "test-cache" / "compiled"
+_MOST_COMPILED = 1500
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a compiler made of a source, as far as tests look at it.
+
+    Args:
+        words: the compiler's messages.
+        traps: number of traps in the machine code.
+        ptx: the PTX, if it was asked for.
+    """
+
+    words: str
+    traps: int
+    ptx: str
+
+
+def compiled_once(spec: BuildSpec, source: Path, option: str,
+                  compile_now: Callable[[], Compiled]) -> Compiled:
+    """Compile a source, or return what the same compiler made of the same text before.
+
+    Args:
+        spec: of the build. Its compiler, flags and headers count.
+        source: the source.
+        option: a further option of the compiler.
+        compile_now: compiles.
+    """
+    compiler = spec.compiler
+    options = repr((compiler.version, compiler.identity, spec.flags, option, source.name))
+    digest = hashlib.sha256(options.encode())
+    for path in (source, *(spec.root / name for name in spec.headers)):
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    kept = COMPILED / f"{digest.hexdigest()}.json"
+    if kept.exists():
+        return Compiled(**json.loads(kept.read_text()))
+    compiled = compile_now()
+    COMPILED.mkdir(parents=True, exist_ok=True)
+    partial = kept.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(asdict(compiled)))
+    partial.replace(kept)
+    oldest = sorted(COMPILED.glob("*.json"), key=lambda path: path.stat().st_mtime)
+    for path in oldest[:-_MOST_COMPILED]:
+        path.unlink(missing_ok=True)
+    return compiled
 
 
 # BPT, whose one form in compiled code is BPT.TRAP: the lowest 12 bits of a 16-byte instruction,

@@ -28,7 +28,9 @@ from support.cuda_ptx_table import TYPE_BYTES, least_target
 from support.cuda_sources import (
     REPO,
     SAMPLES,
+    Compiled,
     KeepingNvrtc,
+    compiled_once,
     cuda_compiler,
     hide_compilers,
     kernels_of,
@@ -299,27 +301,37 @@ def check_ptx(text, source):
                 assert least_target(instruction.opcode) <= 75, instruction
 
 
+def check_cubin(compiled, source):
+    """Compiled code is complete, for the emulation's arguments, and without a trap."""
+    assert compiled.traps == 0
+    check_ptx(compiled.ptx, source)
+
+
 @pytest.fixture(scope="module")
 def compile_with_nvrtc():
-    """Compile a source in this process, with further options; returns what NVRTC remarks."""
+    """Compile a source in this process, with a further option, or return what it gave before."""
     found = cuda_compiler("nvrtc")
     if found is None:
         pytest.skip("no NVRTC")
-    nvrtc = KeepingNvrtc(found.path)
+    nvrtc = lru_cache(lambda: KeepingNvrtc(found.path))
 
     def compile_source(source, capability, option):
         if option == HASTY and found.cuda < (13, 0):
             pytest.skip("this NVRTC cannot compile quickly")
         spec = cuda_spec(capability, compiler=found)
         include = [f"-I{spec.root / name}" for name in spec.include_dirs]
-        cubin, words = nvrtc.compile(
-            source.read_bytes(), source.name, [*spec.flags, *include, option]
-        )
-        assert cubin.startswith(b"\x7fELF") and "warning" not in words, words
-        if option != HASTY and source != SAMPLES:
-            assert sum(traps_of(cubin).values()) == 0
-            check_ptx(nvrtc.ptx, source)
-        return words
+
+        def compile_now():
+            cubin, words = nvrtc().compile(
+                source.read_bytes(), source.name, [*spec.flags, *include, option]
+            )
+            assert cubin.startswith(b"\x7fELF")
+            ptx = "" if option == HASTY else nvrtc().ptx
+            return Compiled(words, sum(traps_of(cubin).values()), ptx)
+
+        compiled = compiled_once(spec, source, option, compile_now)
+        assert "warning" not in compiled.words, compiled.words
+        return compiled
 
     return compile_source
 
@@ -328,7 +340,10 @@ def compile_with_nvrtc():
     ("source", "capability"), cases([*SOURCES, SAMPLES], optimised_in_every_run)
 )
 def test_source_compiles_with_nvrtc(compile_with_nvrtc, source, capability):
-    check_resources(resource_report(compile_with_nvrtc(source, capability, "-Xptxas=-v")), source)
+    compiled = compile_with_nvrtc(source, capability, "-Xptxas=-v")
+    if source != SAMPLES:
+        check_cubin(compiled, source)
+    check_resources(resource_report(compiled.words), source)
 
 
 @pytest.mark.parametrize(
@@ -344,23 +359,30 @@ def compile_with_nvcc(source, capability, option, target):
         pytest.skip("no nvcc")
     spec = cuda_spec(capability, compiler=found)
     command = [*found.compiler.command, *spec.flags, f"-I{spec.root}", option]
-    result = subprocess.run(
-        [*command, str(source), "-o", str(target)], capture_output=True, text=True
-    )
-    assert result.returncode == 0 and "warning" not in result.stderr, result.stderr
-    return result.stderr
+
+    def compile_now():
+        result = subprocess.run(
+            [*command, str(source), "-o", str(target)], capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
+        is_ptx = option == "-ptx"
+        traps = 0 if is_ptx else sum(traps_of(target.read_bytes()).values())
+        return Compiled(result.stderr, traps, target.read_text() if is_ptx else "")
+
+    compiled = compiled_once(spec, source, option, compile_now)
+    assert "warning" not in compiled.words, compiled.words
+    return compiled
 
 
 @pytest.mark.parametrize(
     ("source", "capability"), cases(SOURCES, lambda source, capability: capability == COMMON[0])
 )
 def test_ptx_of_nvcc(source, capability, tmp_path):
-    compile_with_nvcc(source, capability, "-ptx", tmp_path / "out.ptx")
-    check_ptx((tmp_path / "out.ptx").read_text(), source)
+    check_ptx(compile_with_nvcc(source, capability, "-ptx", tmp_path / "out.ptx").ptx, source)
 
 
 @pytest.mark.parametrize(("source", "capability"), cases(SOURCES, lambda *case: False))
 def test_source_compiles_with_nvcc_as_cards_run_it(source, capability, tmp_path):
-    words = compile_with_nvcc(source, capability, "-Xptxas=-v", tmp_path / "out.cubin")
-    check_resources(resource_report(words), source)
-    assert sum(traps_of((tmp_path / "out.cubin").read_bytes()).values()) == 0
+    compiled = compile_with_nvcc(source, capability, "-Xptxas=-v", tmp_path / "out.cubin")
+    check_resources(resource_report(compiled.words), source)
+    assert compiled.traps == 0

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import platform
 import re
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ from exl_loader.utils.system.processors import cpu_features
 from support import REPO
 
 FOLDER = "tests/support/cuda_emulation"
+# Of objects, kept from one build to the next.
+OBJECTS = REPO / "build" / "test-cache" / "objects"
 
 # Built with -fsanitize; the process needs their runtimes first (sanitized.py sees to that).
 SANITIZE_ENV = "EXL_EMULATION_SANITIZE"
@@ -90,8 +95,13 @@ def emulation_spec(sources: Sequence[Path] | None = None, root: Path = REPO) -> 
         sources: `.cu` files under `root`; all of `csrc/cuda` where None.
         root: a checkout, or a folder with (changed) copies of its csrc and tests/cuda_emulation.
     """
-    compiler = find_compiler()
-    assert compiler is not None, "the emulation needs g++ or clang++"
+    found = find_compiler()
+    assert found is not None, "the emulation needs g++ or clang++"
+    # Objects are those of this compiler and this CPU.
+    machine = repr((found.version, found.identity, cpu_features()))
+    objects = OBJECTS / hashlib.sha256(machine.encode()).hexdigest()[:16]
+    keeping = (sys.executable, "-I", "-S", str(REPO / FOLDER / "cached_cc.py"), str(objects))
+    compiler = replace(found, command=(*keeping, *found.command))
     kernels = sorted((root / "csrc" / "cuda").glob("*.cu")) if sources is None else sources
     runner = [root / FOLDER / name for name in RUNNER]
     headers = [*(root / "csrc").glob("*.h"), *(root / "csrc" / "cuda").glob("*.cuh")]
