@@ -33,7 +33,7 @@ from exl_loader.checkpoint.config import ModelConfig
 from exl_loader.commands.evaluation import Lane, Result, bos_ids, cut_text, run_lanes, run_piece
 from exl_loader.commands.evaluation_plan import plan_evaluation
 from exl_loader.commands.model_options import DEMO_MODEL
-from exl_loader.model.key_bias import remove_from, split_bias
+from exl_loader.model.parts.key_bias import remove_from, split_bias
 from exl_loader.utils.progress import default_progress, task
 
 # What exllamav2 called its types, as bits of keys and of values.

@@ -25,7 +25,7 @@ from exl_loader.cache.layout import CacheType  # noqa: E402
 from exl_loader.checkpoint import Checkpoint  # noqa: E402
 from exl_loader.checkpoint.config import ModelConfig  # noqa: E402
 from exl_loader.formats import reference_weight  # noqa: E402
-from exl_loader.model.blueprint import Blueprint  # noqa: E402
+from exl_loader.model.builder import ModelParts, build_parts  # noqa: E402
 
 # The 1.1 B geometry that many small models share.
 GEOMETRY = {
@@ -157,9 +157,9 @@ def decoded_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         for name, header in checkpoint.headers.items():
             if header.dtype == "float16" and not name.endswith("q_scale_max"):
                 yield name, checkpoint.read(name)
-        for plan in Blueprint.from_checkpoint(config, checkpoint).linears():
-            weight = reference_weight(plan, checkpoint)
-            yield f"{plan.name}.weight", weight.T.contiguous().half()
+        for linear in build_parts(config, checkpoint).linears():
+            weight = reference_weight(linear.plan, checkpoint)
+            yield f"{linear.name}.weight", weight.T.contiguous().half()
     finally:
         checkpoint.close()
 
@@ -206,9 +206,9 @@ def bytes_per_token(model: Path, llama_python: str | None) -> int:
         model: an EXL2 folder, or a GGUF file, which `llama_python` reads.
     """
     if model.is_dir():
-        blueprint = _blueprint(model)
-        head = sum(spec.nbytes for plan in blueprint.linears() for spec in plan.specs.values())
-        return head + sum(norm.spec.nbytes for norm in blueprint.norms())
+        parts = _parts(model)
+        weights = [*parts.linears(), *parts.norms()]
+        return sum(spec.nbytes for part in weights for spec in part.specs())
     code = (
         "import gguf, sys; r = gguf.GGUFReader(sys.argv[1]); "
         "print(sum(int(t.n_bytes) for t in r.tensors if t.name != 'token_embd.weight'))"
@@ -240,9 +240,9 @@ def file_bytes(model: Path) -> int:
     return sum(path.stat().st_size for path in files)
 
 
-def _blueprint(exl2_dir: Path) -> Blueprint:
+def _parts(exl2_dir: Path) -> ModelParts:
     checkpoint = Checkpoint.open(exl2_dir)
     try:
-        return Blueprint.from_checkpoint(ModelConfig.from_dir(exl2_dir), checkpoint)
+        return build_parts(ModelConfig.from_dir(exl2_dir), checkpoint)
     finally:
         checkpoint.close()

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint
     from .engine import LoadedModel
     from .memory.reservation.options import LoadKeywords
-    from .model.blueprint import Blueprint
+    from .model.builder import ModelParts
     from .model.forward import Model
     from .text.tokenizer import Tokenizer
 
@@ -106,7 +106,7 @@ def _load_planned(
     if plan.draft is not None:
         check_vocabularies(
             (tokenizer, _tokenizer(Path(plan.reservation.model_draft or ""))),
-            (plan.blueprint.config.vocab_size, plan.draft.blueprint.config.vocab_size),
+            (plan.parts.config.vocab_size, plan.draft.parts.config.vocab_size),
         )
     ops = _open_ops([device.device for device in plan.reservation.devices], progress)
     with ExitStack() as kept:
@@ -115,11 +115,11 @@ def _load_planned(
         reading = _Reading(buffers, ops, CacheType.parse(plan.reservation.cache_type),
                            options, progress)
         ctx_size = plan.reservation.ctx_size
-        model, cache = reading.model(plan.blueprint, plan.checkpoint, ctx_size)
+        model, cache = reading.model(plan.parts, plan.checkpoint, ctx_size)
         drafter = None
         if plan.draft is not None:
             draft, draft_cache = reading.model(
-                plan.draft.blueprint, plan.draft.checkpoint, plan.draft.ctx_size, DRAFT_PREFIX
+                plan.draft.parts, plan.draft.checkpoint, plan.draft.ctx_size, DRAFT_PREFIX
             )
             vocab_size = min(model.config.vocab_size, draft.config.vocab_size)
             drafter = DraftModel(draft, draft_cache, options.draft_max, vocab_size)
@@ -220,25 +220,24 @@ class _Reading:
     progress: Progress
 
     def model(
-        self, blueprint: Blueprint, checkpoint: Checkpoint, ctx_size: int, prefix: str = ""
+        self, parts: ModelParts, checkpoint: Checkpoint, ctx_size: int, prefix: str = ""
     ) -> tuple[Model, PagedCache]:
         """Read a model's weights into their views; its tensors' names start with `prefix`."""
         from .model.forward import Model
-        from .model.weights import load_weights
 
         cache = PagedCache.from_views(
             self._views("cache", prefix), "cache", self.cache_type,
-            blueprint.config.num_hidden_layers, ctx_size,
+            parts.config.num_hidden_layers, ctx_size,
         )
         views = self._views("weights", prefix)
-        total = sum(spec.nbytes for spec in blueprint.specs())
+        total = sum(spec.nbytes for spec in parts.specs())
         name = "loading draft weights" if prefix else "loading weights"
         try:
             with (
                 task(self.progress, name, total, "bytes") as advance,
                 staging(self.ops, self.buffers),
             ):
-                weights = load_weights(blueprint, checkpoint, views, self.ops, advance)
+                parts.load(checkpoint, views, self.ops, advance)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -250,10 +249,10 @@ class _Reading:
             ) from error
         workspaces = {
             device: self._views("workspace", prefix, device)
-            for device in blueprint.device_map.devices
+            for device in parts.device_map.devices
         }
         return Model(
-            blueprint, weights, workspaces, cache, self.ops,
+            parts, workspaces, cache, self.ops,
             alpha_value=self.options.alpha_value,
             compress_pos_emb=self.options.compress_pos_emb,
         ), cache

@@ -165,15 +165,15 @@ def decoded_logits(folder: Path, copy: Path) -> torch.Tensor:
     """Logits of the weights that a folder describes, without its packed layout."""
     tensors = {}
     with planned(folder, LoadOptions(ctx_size=CTX, cache_type="fp32")) as model:
-        blueprint, checkpoint = model.blueprint, model.checkpoint
-        for plan in blueprint.linears():
+        parts, checkpoint = model.parts, model.checkpoint
+        for plan in (linear.plan for linear in parts.linears()):
             if plan.source == plan.name:
                 weight = reference_weight(plan, checkpoint)
                 tensors[f"{plan.name}.weight"] = weight.t().contiguous()
                 if "bias" in plan.specs:
                     bias = checkpoint.read(f"{plan.source}.bias")
                     tensors[f"{plan.name}.bias"] = bias[: plan.out_features].float()
-        plain = [norm.spec.name for norm in blueprint.norms()]
+        plain = [norm.spec.name for norm in parts.norms()]
         for name in [*plain, "model.embed_tokens.weight"]:
             tensors[name] = checkpoint.read(name).float()
     shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("*.safetensors", "tokenizer*"))

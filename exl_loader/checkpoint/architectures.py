@@ -46,55 +46,68 @@ class ExpertNames:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What sets one architecture apart; tensor names are relative to `model.layers.N.`.
+    """What sets one architecture apart: its parts, their tensor names and its numbers.
 
     Args:
         name: Hugging Face class name, as in `architectures` of `config.json`.
         model_type: `model_type` of `config.json`, for folders without `architectures`.
         defaults: values of config keys that a folder may leave out. A key that stands in
             the folder as null is not left out.
+        embedding, layers, final_norm, head: where a model's tensors are; layer N's names begin
+            with `{layers}.N.`, and all names below are relative to that.
+        q_proj, k_proj, v_proj, o_proj: attention's linear layers.
+        q_norm, k_norm: norms of each query and key head before RoPE; None where absent.
+        gate_proj, up_proj, down_proj: the gated MLP's linear layers.
+        experts: names of the expert block that stands in for the MLP; None where dense.
+        attn_input_norm, mlp_input_norm: norms in front of the blocks.
+        attn_output_norm, mlp_output_norm: norms on what the blocks add; None where absent.
+        fused: source tensor -> the linear layers whose output rows it holds, in order.
         biases: which linear layers have a bias: always (True), or where the named config
             key is set. Others have one only if the checkpoint brings one.
         window: how `sliding_window` is spread over the layers.
-        fused: source tensor -> the linear layers whose output rows it holds, in order.
-        attn_input_norm, mlp_input_norm: norms in front of the blocks.
-        attn_output_norm, mlp_output_norm: norms on what the blocks add; None where absent.
-        qk_norm: whether each query and key head is normalised before RoPE.
         norm_offset: added to every norm weight (Gemma stores weight - 1).
         embed_scale: whether embeddings are multiplied by sqrt(hidden_size).
         activation_key: config key that names the activation.
         query_pre_attn_scalar: whether attention is scaled by that config key instead of
             head_dim.
-        experts: names of the expert block that stands in for the MLP; None where dense.
         longrope_aliases: older `rope_type` names that mean `longrope` here.
     """
 
     name: str
     model_type: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    biases: Mapping[str, bool | str] = field(default_factory=dict)
-    window: WindowRule = "none"
-    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    embedding: str = "model.embed_tokens"
+    layers: str = "model.layers"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    q_proj: str = "self_attn.q_proj"
+    k_proj: str = "self_attn.k_proj"
+    v_proj: str = "self_attn.v_proj"
+    o_proj: str = "self_attn.o_proj"
+    q_norm: str | None = None
+    k_norm: str | None = None
+    gate_proj: str = "mlp.gate_proj"
+    up_proj: str = "mlp.up_proj"
+    down_proj: str = "mlp.down_proj"
+    experts: ExpertNames | None = None
     attn_input_norm: str = "input_layernorm"
     attn_output_norm: str | None = None
     mlp_input_norm: str = "post_attention_layernorm"
     mlp_output_norm: str | None = None
-    qk_norm: bool = False
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    biases: Mapping[str, bool | str] = field(default_factory=dict)
+    window: WindowRule = "none"
     norm_offset: float = 0.0
     embed_scale: bool = False
     activation_key: str = "hidden_act"
     query_pre_attn_scalar: bool = False
-    experts: ExpertNames | None = None
     longrope_aliases: tuple[str, ...] = ()
 
 
-Q_PROJ, K_PROJ = "self_attn.q_proj", "self_attn.k_proj"
-V_PROJ, O_PROJ = "self_attn.v_proj", "self_attn.o_proj"
-GATE_PROJ, UP_PROJ, DOWN_PROJ = "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"
-
-_ATTENTION_BIAS = {name: "attention_bias" for name in (Q_PROJ, K_PROJ, V_PROJ, O_PROJ)}
-_MLP_BIAS = {name: "mlp_bias" for name in (GATE_PROJ, UP_PROJ, DOWN_PROJ)}
-_QKV_BIAS = {name: True for name in (Q_PROJ, K_PROJ, V_PROJ)}
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+_ATTENTION_BIAS = dict.fromkeys((*_QKV, "self_attn.o_proj"), "attention_bias")
+_MLP_BIAS = dict.fromkeys((*_GATE_UP, "mlp.down_proj"), "mlp_bias")
 
 _COMMON = {
     "hidden_act": "silu",
@@ -162,7 +175,7 @@ _ENTRIES = (
         name="Qwen2ForCausalLM",
         model_type="qwen2",
         defaults={**_QWEN, "num_key_value_heads": 32},
-        biases=_QKV_BIAS,
+        biases=dict.fromkeys(_QKV, True),
         window="upper",
     ),
     Architecture(
@@ -171,7 +184,8 @@ _ENTRIES = (
         defaults={**_QWEN, "num_key_value_heads": 32, "head_dim": 128},
         biases=_ATTENTION_BIAS,
         window="upper",
-        qk_norm=True,
+        q_norm="self_attn.q_norm",
+        k_norm="self_attn.k_norm",
     ),
     Architecture(
         name="Gemma2ForCausalLM",
@@ -212,8 +226,8 @@ _ENTRIES = (
         },
         window="uniform",
         fused={
-            "self_attn.qkv_proj": (Q_PROJ, K_PROJ, V_PROJ),
-            "mlp.gate_up_proj": (GATE_PROJ, UP_PROJ),
+            "self_attn.qkv_proj": _QKV,
+            "mlp.gate_up_proj": _GATE_UP,
         },
         longrope_aliases=("su", "yarn"),
     ),

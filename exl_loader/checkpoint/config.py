@@ -51,12 +51,14 @@ class ModelConfig:
         bos_token_id: None where the model has none.
         eos_token_ids: from `config.json`, then what `generation_config.json` adds.
         sliding_window: the window of the layers that have one; None where none has.
-        layer_windows: window of each layer, 0 where it sees everything.
+        layer_sliding_windows: window of each layer, 0 where it sees everything.
+        embedding_multiplier: factor on embeddings.
+        norm_offset: added to every stored norm weight.
+        attention_multiplier: factor on attention scores, before the soft cap.
         attn_logit_softcapping, final_logit_softcapping: 0.0 where there is none.
-        query_pre_attn_scalar: attention scores are scaled by its inverse square root
-            (head_dim in most architectures).
         num_local_experts, num_experts_per_tok: 0 where the MLP is dense.
         rope: the rotary embedding.
+        required_biases: names of linear layers, as in `Architecture`, that must have a bias.
         quantization: `quantization_config`, empty where there is none.
     """
 
@@ -75,15 +77,16 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     sliding_window: int | None
-    layer_windows: tuple[int, ...]
+    layer_sliding_windows: tuple[int, ...]
+    embedding_multiplier: float
+    norm_offset: float
+    attention_multiplier: float
     attn_logit_softcapping: float
     final_logit_softcapping: float
-    query_pre_attn_scalar: float
     num_local_experts: int
     num_experts_per_tok: int
     rope: RopeConfig
-    attention_bias: bool = False
-    mlp_bias: bool = False
+    required_biases: frozenset[str] = frozenset()
     quantization: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -167,15 +170,19 @@ class ModelConfig:
             bos_token_id=bos_token_ids[0] if bos_token_ids else None,
             eos_token_ids=_eos_token_ids(keys, generation, dimensions["vocab_size"]),
             sliding_window=max(windows) or None,
-            layer_windows=windows,
+            layer_sliding_windows=windows,
+            # In float32, as transformers computes it for float32 weights; a model that runs in
+            # bfloat16 there has this factor rounded to bfloat16.
+            embedding_multiplier=dimensions["hidden_size"] ** 0.5
+            if architecture.embed_scale else 1.0,
+            norm_offset=architecture.norm_offset,
+            attention_multiplier=scalar**-0.5,
             attn_logit_softcapping=keys.number("attn_logit_softcapping", 0.0, 1e6) or 0.0,
             final_logit_softcapping=keys.number("final_logit_softcapping", 0.0, 1e6) or 0.0,
-            query_pre_attn_scalar=scalar,
             rope=parse_rope(
                 keys, head_dim, max_position_embeddings, architecture.longrope_aliases
             ),
-            attention_bias=bool(keys.boolean("attention_bias")),
-            mlp_bias=bool(keys.boolean("mlp_bias")),
+            required_biases=_required_biases(keys, architecture),
             quantization=keys.mapping("quantization_config") or {},
         )
 
@@ -266,6 +273,19 @@ def _activation(keys: Keys, architecture: Architecture) -> str:
     if name is None or name not in ACTIVATIONS:
         raise keys.fail(architecture.activation_key, f"one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
+
+
+def _required_biases(keys: Keys, architecture: Architecture) -> frozenset[str]:
+    """Find the linear layers that must have a bias, always or because a key is set."""
+    # Both keys are checked even where the architecture has no use for them.
+    is_set = {key: bool(keys.boolean(key)) for key in ("attention_bias", "mlp_bias")}
+    required = set()
+    for name, rule in architecture.biases.items():
+        if isinstance(rule, str) and rule not in is_set:
+            is_set[rule] = bool(keys.boolean(rule))
+        if is_set[rule] if isinstance(rule, str) else rule:
+            required.add(name)
+    return frozenset(required)
 
 
 def _layer_windows(keys: Keys, architecture: Architecture, num_layers: int) -> tuple[int, ...]:

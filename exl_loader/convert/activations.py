@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,15 +11,14 @@ from ..backends.base import Batch
 from ..backends.reference.ops import ReferenceOps, dense_weight
 from ..cache.layout import PAGE_LEN, CacheLayer, CacheType, cache_specs, pages_for
 from ..checkpoint.rope import inv_freq
-from ..formats import pack_linear
-from ..formats.packed import TILE_COLUMNS, DenseLinear, PackedLinear
-from ..model.blueprint import EMBEDDING, LayerPlan
-from ..model.layers import build_layer, decoder_layer
-from ..model.weights import Weights
-from ..model.workspace import RowViews, workspace_specs
-from ..utils.table import TensorSpec
+from ..formats.packed import TILE_COLUMNS, DenseLinear
+from ..model.builder import Builder
+from ..model.decoder import Layer
+from ..model.parts.part import LayerState, Loading, StepViews
+from ..model.step import workspace_specs
+from ..utils.table import MAIN_MEMORY, TensorSpec
 from .gptq import Hessian
-from .source import Source, input_groups
+from .source import Source
 
 
 class _RecordingOps(ReferenceOps):
@@ -66,17 +65,17 @@ class Activations:
         row_len = len(rows[0])
         cache_type = CacheType.parse("fp32")
         self._workspace = _allocate(
-            workspace_specs(source.blueprint, ctx_size=row_len, cache_type=cache_type,
+            workspace_specs(source.parts.stages(), ctx_size=row_len, cache_type=cache_type,
                             chunk_size=row_len, logits_rows=1)
         )
         self._cache_specs = cache_specs(source.config, pages_for(row_len), cache_type)
         self._cache_type = cache_type
         self._batch = self._one_sequence(row_len)
-        self._views = RowViews.cut(self._workspace, row_len, source.config.head_dim)
+        self._views = StepViews(self._workspace, self._batch, source.config.hidden_size)
         frequencies, factor = inv_freq(source.config.rope, row_len)
-        self._ops.rope_table(
-            self._batch.positions, torch.tensor(frequencies), factor, self._views.rope_table
-        )
+        self._batch.rope_factor = factor
+        rope = source.parts.layers[0].attention.rope
+        rope.run(self._ops, self._views, torch.tensor(frequencies))
         self.restart()
 
     def _one_sequence(self, row_len: int) -> Batch:
@@ -92,9 +91,8 @@ class Activations:
     def restart(self) -> None:
         """Go back to the embeddings: the input of layer 0."""
         source = self._source
-        table = source.checkpoint.read(f"{EMBEDDING}.weight")
-        scaled = source.blueprint.architecture.embed_scale
-        factor = source.config.hidden_size**0.5 if scaled else 1.0
+        table = source.checkpoint.read(source.parts.embedding.spec.name)
+        factor = source.config.embedding_multiplier
         self._states = []
         for row in self._rows:
             state = torch.empty_like(self._views.x)
@@ -123,53 +121,50 @@ class Activations:
             Name of the first layer of every `input_groups` group -> Hessian of its inputs;
             empty without `record`.
         """
-        plan = self._source.blueprint.layers[index]
-        weights = self._load(plan, replaced or {})
+        layer = self._load(index, replaced or {})
         cache = _allocate([s for s in self._cache_specs if s.name.startswith(f"cache.{index}.")])
-        layer = build_layer(
-            self._source.blueprint, index, weights,
+        state = LayerState(
             CacheLayer(cache[f"cache.{index}.k_codes"], None, cache[f"cache.{index}.v_codes"],
-                       None, self._cache_type),
+                       None, self._cache_type)
         )
-        firsts = [group[0] for group in input_groups(plan)] if record else []
-        hessians = {first.name: Hessian(first.in_features) for first in firsts}
-        self._ops.hessians = {id(weights.linears[n]): h for n, h in hessians.items()}
-        for state in self._states:
-            self._views.x.copy_(state)
-            decoder_layer(self._ops, layer, self._views, self._batch)
+        firsts = [group[0] for group in layer.input_groups()] if record else []
+        hessians = {first.name: Hessian(first.plan.in_features) for first in firsts}
+        self._ops.hessians = {id(first.weights): hessians[first.name] for first in firsts}
+        for hidden in self._states:
+            self._views.x.copy_(hidden)
+            layer.run(self._ops, self._views, state)
             if advance:
-                state.copy_(self._views.x)
+                hidden.copy_(self._views.x)
         self._ops.hessians = {}
         return hessians
 
     def head_hessian(self) -> Hessian:
         """The Hessian of the output head's inputs; only after the last layer."""
-        config, norm = self._source.config, self._source.blueprint.norm
-        weight = self._source.checkpoint.read(norm.spec.name).float() + norm.offset
-        hessian = Hessian(config.hidden_size)
+        source, norm = self._source, self._source.parts.head.norm
+        norm.load(self._loading(norm.specs()))
+        hessian = Hessian(source.config.hidden_size)
         for state in self._states:
             normed = torch.empty_like(state)
-            self._ops.rms_norm(state, weight, config.rms_norm_eps, normed)
+            norm.run(self._ops, state, normed)
             hessian.add(normed)
         return hessian
 
-    def _load(self, plan: LayerPlan, replaced: Mapping[str, torch.Tensor]) -> Weights:
+    def _load(self, index: int, replaced: Mapping[str, torch.Tensor]) -> Layer:
         """Read one layer's weights; embedding and everything else stay out."""
-        checkpoint = self._source.checkpoint
-        norms = {
-            norm.spec.name: checkpoint.read(norm.spec.name).float() + norm.offset
-            for norm in plan.norms()
-        }
-        linears: dict[str, PackedLinear | DenseLinear] = {}
-        for linear in plan.linears():
-            named = {spec.name: role for role, spec in linear.specs.items()}
-            tensors = {named[n]: t for n, t in _allocate(list(linear.specs.values())).items()}
-            packed = pack_linear(linear, checkpoint, tensors, self._ops)
-            assert isinstance(packed, DenseLinear)
+        source = self._source
+        # Made anew, so that its weights go with it.
+        layer = Builder(source.config, source.checkpoint).layer(index, MAIN_MEMORY)
+        layer.load(self._loading(layer.specs()))
+        for linear in layer.linears():
+            assert isinstance(linear.weights, DenseLinear)
             if linear.name in replaced:
-                packed.weight = _tiled(replaced[linear.name])
-            linears[linear.name] = packed
-        return Weights(torch.empty(0), norms, linears)
+                linear.weights.weight = _tiled(replaced[linear.name])
+        return layer
+
+    def _loading(self, specs: Iterable[TensorSpec]) -> Loading:
+        """Give the parts with these specs memory of their own to load into."""
+        views = _allocate(list(specs))
+        return Loading(self._source.checkpoint, views, {MAIN_MEMORY: self._ops})
 
 
 def _tiled(weight: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,7 @@ from .allocation import Option, allocate
 from .calibration import calibration_rows, calibration_text
 from .gptq import PreparedHessian, quantize, relative_error
 from .packing import dequantize, exl2_tensors, stored_bits
-from .source import Source, input_groups
+from .source import Source
 from .writer import (
     ShardWriter,
     check_other_files,
@@ -119,7 +119,7 @@ class _Pipeline:
         self.started = time.monotonic()
         self.model_dir, self.source, self.settings = model_dir, source, settings
         self.progress = progress
-        self.layers = source.blueprint.layers
+        self.layers = source.parts.layers
         self.dataset, text = calibration_text(settings.calibration)
         row_len = min(settings.row_len, source.config.max_position_embeddings)
         encode = Tokenizer.from_dir(model_dir).prompt_ids
@@ -147,7 +147,12 @@ class _Pipeline:
         )
 
     def _num_weights(self) -> int:
-        plans = [p for layer in self.layers for group in input_groups(layer) for p in group]
+        plans = [
+            linear.plan
+            for layer in self.layers
+            for group in layer.input_groups()
+            for linear in group
+        ]
         return sum(plan.in_features * plan.out_features for plan in plans)
 
     def _choose(self, activations: Activations) -> dict[str, Option]:
@@ -156,10 +161,11 @@ class _Pipeline:
         with task(self.progress, "measuring", len(self.layers), "layers") as advance:
             for index, layer in enumerate(self.layers):
                 hessians = activations.run_layer(index, record=True)
-                for group in input_groups(layer):
+                for group in layer.input_groups():
                     prepared = PreparedHessian(hessians.pop(group[0].name))
-                    for plan in group:
-                        measured[plan.name] = measure(self.source.weight(plan), prepared)
+                    for linear in group:
+                        weight = self.source.weight(linear.plan)
+                        measured[linear.name] = measure(weight, prepared)
                 advance(1)
         return allocate(measured, self._num_weights(), self.settings.bits)
 
@@ -173,18 +179,19 @@ class _Pipeline:
             for index, layer in enumerate(self.layers):
                 hessians = activations.run_layer(index, record=True, advance=False)
                 decoded = {}
-                for group in input_groups(layer):
+                for group in layer.input_groups():
                     prepared = PreparedHessian(hessians.pop(group[0].name))
-                    for plan in group:
-                        option = chosen[plan.name]
-                        decoded[plan.name] = self._write_layer(
-                            plan, prepared, option.bits, option.group_size, writer
+                    for linear in group:
+                        option = chosen[linear.name]
+                        decoded[linear.name] = self._write_layer(
+                            linear.plan, prepared, option.bits, option.group_size, writer
                         )
                 activations.run_layer(index, replaced=decoded)
                 advance(1)
             head = PreparedHessian(activations.head_hessian())
             bits = self.settings.head_bits
-            self._write_layer(self.source.blueprint.head, head, bits, HEAD_GROUP_SIZE, writer)
+            plan = self.source.parts.head.linear.plan
+            self._write_layer(plan, head, bits, HEAD_GROUP_SIZE, writer)
             advance(1)
         writer.finish()
 

@@ -11,7 +11,7 @@ from ..checkpoint import Checkpoint
 from ..checkpoint.config import ModelConfig
 from ..formats import reference_weight
 from ..formats.packed import LinearPlan
-from ..model.blueprint import EMBEDDING, Blueprint, ExpertsPlan, LayerPlan
+from ..model.builder import build_parts
 from ..utils.errors import InvalidCheckpoint, UnsupportedFormat
 
 _DAMAGED = "Download the files of this model again"
@@ -24,7 +24,7 @@ class Source:
         model_dir: the folder.
 
     Attributes:
-        config, checkpoint, blueprint: as the engine sees it.
+        config, checkpoint, parts: as the engine sees it.
 
     Raises:
         UnsupportedFormat: it is quantised already.
@@ -42,7 +42,7 @@ class Source:
                 actual=f"a model in {self.checkpoint.format} format",
                 remedy="Convert from the original float16 or bfloat16 model",
             )
-        self.blueprint = Blueprint.from_checkpoint(self.config, self.checkpoint)
+        self.parts = build_parts(self.config, self.checkpoint)
 
     def weight(self, plan: LinearPlan) -> torch.Tensor:
         """Read a layer's weight: float32 [in_features, out_features].
@@ -67,13 +67,18 @@ class Source:
 
     def kept(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield name and float16 tensor of all that is not quantised."""
-        yield self._float16(f"{EMBEDDING}.weight")
-        for norm in self.blueprint.norms():
+        yield self._float16(self.parts.embedding.spec.name)
+        for norm in self.parts.norms():
             yield self._float16(norm.spec.name)
-        for layer in self.blueprint.layers:
-            if isinstance(layer.mlp, ExpertsPlan):
-                router = layer.mlp.router.source
-                for name in (f"{router}.weight", f"{router}.bias"):
+        quantised = {
+            linear.name for layer in self.parts.layers for group in layer.input_groups()
+            for linear in group
+        }
+        for layer in self.parts.layers:
+            for linear in layer.linears():
+                if linear.name in quantised:
+                    continue
+                for name in (f"{linear.plan.source}.weight", f"{linear.plan.source}.bias"):
                     if name in self.checkpoint.headers:
                         yield self._float16(name)
 
@@ -90,12 +95,3 @@ class Source:
     def close(self) -> None:
         """Close the files."""
         self.checkpoint.close()
-
-
-def input_groups(layer: LayerPlan) -> list[list[LinearPlan]]:
-    """The layers to quantise, those that take the same input together; routers stay float16."""
-    groups = [[layer.q, layer.k, layer.v], [layer.o]]
-    blocks = layer.mlp.experts if isinstance(layer.mlp, ExpertsPlan) else (layer.mlp,)
-    for block in blocks:
-        groups += [[block.gate, block.up], [block.down]]
-    return groups

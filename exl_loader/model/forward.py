@@ -21,10 +21,9 @@ from ..cache.paging import PagedCache, PagedSequence
 from ..checkpoint.rope import inv_freq
 from ..generation.forward_model import LogitsMode, LogitsRow
 from ..utils.errors import CacheFull, InvalidSettings
-from .blueprint import Blueprint
-from .stages import Stage, StageStep, take_key_biases
+from .builder import ModelParts
+from .stages import Stage, StageStep
 from .top_logits_reader import TopLogitsReader
-from .weights import Weights
 
 # Recorded steps that are kept. Decoding needs one a batch size; the others are the odd last
 # chunks of prompts, which come again rarely and cost little beside their own work.
@@ -43,8 +42,7 @@ class Model:
     """A loaded model. One thread at a time may call `forward`.
 
     Args:
-        blueprint: what the model is, and which device each part is on.
-        weights: its weights.
+        parts: the model's parts, loaded.
         workspaces: device -> views of its `workspace_specs`, by name.
         cache: the key/value cache.
         ops: device -> its operations.
@@ -59,8 +57,7 @@ class Model:
 
     def __init__(
         self,
-        blueprint: Blueprint,
-        weights: Weights,
+        parts: ModelParts,
         workspaces: Mapping[str, Mapping[str, torch.Tensor]],
         cache: PagedCache,
         ops: Mapping[str, Ops],
@@ -68,25 +65,24 @@ class Model:
         alpha_value: float = 1.0,
         compress_pos_emb: float = 1.0,
     ):
-        self.config, devices = blueprint.config, blueprint.device_map.devices
+        self.config, devices = parts.config, parts.device_map.devices
         first, last = workspaces[devices[0]], workspaces[devices[-1]]
         self.chunk_size = first["ids"].shape[0]
         self.max_batch_size = first["past_len"].shape[0]
         self.logits_rows = last["logits"].shape[0]
         self.sampled_vocab_size = self.config.vocab_size
-        self._blueprint, self._weights = blueprint, weights
-        self._workspaces, self._ops = workspaces, ops
-        if weights.key_biases is None:
-            weights.key_biases = take_key_biases(blueprint, weights, ops, workspaces)
-        for layer, key_bias in zip(cache.layers, weights.key_biases, strict=True):
-            layer.key_bias = key_bias
+        self._parts, self._workspaces, self._ops = parts, workspaces, ops
         self._rope_options = {"alpha_value": alpha_value, "compress_pos_emb": compress_pos_emb}
         frequencies, rope_factor = inv_freq(self.config.rope, 1, **self._rope_options)
-        self._stages = [
-            Stage(blueprint, device, weights, cache.layers, ops[device], workspaces[device],
-                  rope_factor)
-            for device in devices
-        ]
+        self._stages: list[Stage] = []
+        first_layer = 0
+        for on_device in parts.stages():
+            end, device = first_layer + len(on_device.layers), on_device.device
+            self._stages.append(
+                Stage(on_device, cache.layers[first_layer:end], ops[device], workspaces[device],
+                      rope_factor)
+            )
+            first_layer = end
         self._inputs = [stage.inputs for stage in self._stages]
         for inputs in self._inputs:
             inputs.arrays["inv_freq"][:] = frequencies
@@ -192,8 +188,7 @@ class Model:
             ops: device -> operations in place of the model's own.
         """
         model = Model(
-            self._blueprint, self._weights, self._workspaces, cache, ops or self._ops,
-            **self._rope_options,
+            self._parts, self._workspaces, cache, ops or self._ops, **self._rope_options
         )
         # One record for both, because the frequencies of a slot are in the shared workspace;
         # the new model has just written them anew.

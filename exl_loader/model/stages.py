@@ -22,12 +22,12 @@ import torch
 
 from ..backends.base import Batch, Ops
 from ..backends.host import Host, host_of
-from ..cache.layout import CacheLayer, KeyBias
-from .blueprint import Blueprint
-from .key_bias import take_key_bias
-from .layers import Call, Recorder, attention_shape, build_layer, decoder_layer
-from .weights import Weights
-from .workspace import INPUTS, RowViews
+from ..cache.layout import CacheLayer
+from .builder import StageParts
+from .parts.experts import Experts
+from .parts.part import LayerState, StepViews
+from .recorder import Call, Recorder
+from .step import INPUTS
 
 # Steps of more rows keep a device busy for longer than it takes to issue them one by one.
 GRAPH_ROWS = 32
@@ -83,44 +83,49 @@ class Stage:
     """What of a model runs on one device.
 
     Args:
-        blueprint, weights, cache_layers: the whole model's.
-        device: the stage's, a key of the device map.
+        parts: the device's parts, loaded.
+        cache_layers: those of the parts' layers.
         ops: the device's operations.
         workspace: views of the device's `workspace_specs`, by name.
         rope_factor: see `rope.inv_freq`.
 
     Attributes:
-        inputs: what the host writes for a step.
+        inputs: what the CPU writes for a step.
     """
 
     def __init__(
         self,
-        blueprint: Blueprint,
-        device: str,
-        weights: Weights,
+        parts: StageParts,
         cache_layers: SequenceOf[CacheLayer],
         ops: Ops,
         workspace: Mapping[str, torch.Tensor],
         rope_factor: float,
     ) -> None:
-        config, where = blueprint.config, blueprint.device_map
         self.ops, self.workspace, self.host = ops, workspace, host_of(ops)
         self.inputs = self.host.inputs(
             {name: workspace[name] for name in INPUTS if name in workspace}
         )
-        self._config, self._rope_factor = config, rope_factor
-        indices = [i for i, on in enumerate(where.layers) if on == device]
-        tables = workspace.get("expert_tables", [None] * len(indices))
-        self._layers = [
-            build_layer(blueprint, index, weights, cache_layers[index], ops, table)
-            for index, table in zip(indices, tables, strict=True)
-        ]
-        self._embedding = weights.embedding if device == where.embed else None
-        self._norm = weights.norms[blueprint.norm.spec.name]
-        self._head = weights.linears[blueprint.head.name]
-        # In float32, as transformers computes it for float32 weights; a model that runs in
-        # bfloat16 there has this factor rounded to bfloat16.
-        self._embed_factor = config.hidden_size**0.5 if blueprint.architecture.embed_scale else 1.0
+        self._parts, self._rope_factor = parts, rope_factor
+        self._rope = parts.layers[0].attention.rope
+        self._take_key_biases()
+        tables = workspace.get("expert_tables", [None] * len(parts.layers))
+        self._layers = []
+        for layer, cache, table in zip(parts.layers, cache_layers, tables, strict=True):
+            cache.key_bias = layer.attention.key_bias
+            experts = None
+            if table is not None and isinstance(layer.mlp, Experts):
+                experts = layer.mlp.tables(ops, table)
+            self._layers.append((layer, LayerState(cache, experts)))
+
+    def _take_key_biases(self) -> None:
+        """Take each layer's large key bias out of its projection, for attention to add."""
+        layers = self._parts.layers
+        rooms = self.workspace.get("key_biases", [None] * len(layers))
+        for layer, room in zip(layers, rooms, strict=True):
+            if room is not None:
+                layer.attention.take_key_bias(
+                    self.ops, layer.attn_input_norm, self.workspace, room
+                )
 
     def angles(self, first: int, end: int, slot: int) -> None:
         """Compute the angles of a step's rows first..end with a sequence's own frequencies.
@@ -144,7 +149,7 @@ class Stage:
             before: the same step's part on the device before; None where there is none.
             sampled_vocab_size: find the largest of so many logits of each row; 0 for no.
         """
-        w, views = self.workspace, RowViews.cut(self.workspace, num_rows, self._config.head_dim)
+        w, config = self.workspace, self._parts.config
         batch = Batch(
             positions=w["positions"][:num_rows],
             q_start=w["q_start"][: num_sequences + 1],
@@ -154,59 +159,31 @@ class Stage:
             inv_freq=w["inv_freq"][:num_sequences],
             rope_factor=self._rope_factor,
         )
+        views = StepViews(w, batch, config.hidden_size)
         # Any: it has every operation of its Ops, through __getattr__.
         recorder: Any = Recorder(self.ops)
-        if not self._config.rope.depends_on_length:
-            recorder.rope_table(w["positions"][:num_rows], w["inv_freq"][0], self._rope_factor,
-                                views.rope_table)
+        if not config.rope.depends_on_length:
+            self._rope.run(recorder, views, w["inv_freq"][0])
         receive = None
-        if before is None:
-            recorder.embed(w["ids"][:num_rows], self._embedding, self._embed_factor, views.x)
-        else:
+        if before is not None:
             receive = partial(self.host.receive, before.x, views.x)
-        for layer in self._layers:
-            decoder_layer(recorder, layer, views, batch)
+        elif self._parts.embedding is not None:
+            self._parts.embedding.run(recorder, w["ids"][:num_rows], views.x)
+        for layer, state in self._layers:
+            layer.run(recorder, views, state)
         if logits is not None:
-            self._record_head(recorder, views.x, logits, sampled_vocab_size)
+            self._record_head(recorder, views, logits, sampled_vocab_size)
         capturable = (
             self.host.captures and num_rows <= GRAPH_ROWS and not recorder.reads_values
         )
         return StageStep(recorder.calls, batch, views.x, self.host, receive, capturable)
 
     def _record_head(
-        self, ops: Any, x: torch.Tensor, logits: torch.Tensor, sampled_vocab_size: int
+        self, recorder: Any, views: StepViews, logits: torch.Tensor, sampled_vocab_size: int
     ) -> None:
+        assert self._parts.head is not None
         w, rows = self.workspace, logits.shape[0]
-        head_x = w["head_x"][:rows]
-        if rows != x.shape[0]:
-            ops.gather_rows(x, w["head_rows"][:rows], head_x)
-            x = head_x
-        ops.rms_norm(x, self._norm, self._config.rms_norm_eps, head_x)
-        ops.linear(head_x, self._head, logits, w["scratch"])
-        if self._config.final_logit_softcapping:
-            ops.softcap(logits, self._config.final_logit_softcapping)
+        chosen = None if rows == views.rows else w["head_rows"][:rows]
+        self._parts.head.run(recorder, views, chosen, logits)
         if sampled_vocab_size:
-            ops.top_logits(logits, sampled_vocab_size, w["top_logits"][:rows], w["scratch"])
-
-
-def take_key_biases(
-    blueprint: Blueprint, weights: Weights, ops: Mapping[str, Ops],
-    workspaces: Mapping[str, Mapping[str, torch.Tensor]],
-) -> list[KeyBias | None]:
-    """Take each layer's large key biases out of its projection, for attention to add.
-
-    Args:
-        ops, workspaces: by device.
-    """
-    config, half = blueprint.config, blueprint.config.rope.rotary_dim // 2
-    rooms = {device: iter(views.get("key_biases", ())) for device, views in workspaces.items()}
-    taken: list[KeyBias | None] = []
-    for index, plan in enumerate(blueprint.layers):
-        room = next(rooms[plan.device], None)
-        # A norm behind the bias makes more of it than a constant.
-        taken.append(None if room is None or plan.k_norm is not None else take_key_bias(
-            ops[plan.device], weights.linears[plan.k.name],
-            weights.norms[plan.attn_input_norm.spec.name], config.rms_norm_eps,
-            attention_shape(config, index), half, workspaces[plan.device], room,
-        ))  # fmt: skip
-    return taken
+            recorder.top_logits(logits, sampled_vocab_size, w["top_logits"][:rows], w["scratch"])

@@ -48,8 +48,8 @@ def test_llama_2_layout_with_few_keys():
     config = parse(num_key_value_heads=None, head_dim=None)
     assert (config.num_key_value_heads, config.head_dim) == (4, 64)
     assert config.rope.rope_theta == 10000.0
-    assert config.query_pre_attn_scalar == 64
-    assert config.layer_windows == (0,) * 4 and config.sliding_window is None
+    assert config.attention_multiplier == 64**-0.5
+    assert config.layer_sliding_windows == (0,) * 4 and config.sliding_window is None
     assert not config.tie_word_embeddings
 
 
@@ -73,7 +73,7 @@ def test_defaults_equal_transformers(architecture):
     windows = getattr(reference, "layer_types", None)
     if windows is not None:
         sliding = tuple(name == "sliding_attention" for name in windows)
-        assert tuple(w > 0 for w in config.layer_windows) == sliding
+        assert tuple(w > 0 for w in config.layer_sliding_windows) == sliding
     assert config.sliding_window == getattr(reference, "sliding_window", None)
 
 
@@ -114,14 +114,14 @@ def test_defaults_equal_transformers(architecture):
 )
 def test_windows(architecture, changes, windows):
     config = parse(changes, architecture)
-    assert config.layer_windows == windows
+    assert config.layer_sliding_windows == windows
     assert config.sliding_window == (max(windows) or None)
 
 
 def test_gemma2_scalars():
     config = parse(architecture="Gemma2ForCausalLM", query_pre_attn_scalar=144,
                    attn_logit_softcapping=None)
-    assert config.query_pre_attn_scalar == 144
+    assert config.attention_multiplier == 144**-0.5
     assert (config.attn_logit_softcapping, config.final_logit_softcapping) == (0.0, 30.0)
     assert (config.hidden_act, config.tie_word_embeddings) == ("gelu_tanh", True)
 

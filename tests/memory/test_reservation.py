@@ -23,7 +23,7 @@ from exl_loader.memory.reservation.options import RunOptions
 from exl_loader.memory.reservation.placement import segments_of
 from exl_loader.memory.reservation.text import render
 from exl_loader.memory.segments import place
-from exl_loader.model.blueprint import Blueprint
+from exl_loader.model.builder import build_parts
 from exl_loader.utils.errors import InsufficientMemory, InvalidSettings
 from exl_loader.utils.table import DeviceMap, TensorSpec
 from support.sparse import write_sparse_exl2
@@ -128,9 +128,7 @@ def fits_somehow(folder: Path, ctx_size: int, names: list[str], limits: list[int
             ends = [*inner, config.num_hidden_layers]
             layers = [names[sum(end <= i for end in ends)] for i in range(len(cuts) - 1)]
             where = DeviceMap(layers[0], tuple(layers), layers[-1])
-            table = segments_of(
-                Blueprint.from_checkpoint(config, checkpoint, where), ctx_size, options
-            )
+            table = segments_of(build_parts(config, checkpoint, where), ctx_size, options)
             taken = dict.fromkeys(names, 0)
             for (device, _), segment in table.items():
                 taken[device] += segment.nbytes

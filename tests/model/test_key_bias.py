@@ -8,7 +8,7 @@ import torch
 from exl_loader.backends import get_ops
 from exl_loader.backends.reference.ops import ReferenceOps
 from exl_loader.cache.layout import MAX_BIAS_PAIRS
-from exl_loader.model.key_bias import KEPT_SHARE, remove_from, split_bias
+from exl_loader.model.parts.key_bias import KEPT_SHARE, remove_from, split_bias
 from support.cache_layers import attend, one_of
 from support.key_bias_cases import Case, biased_qwen, qwen_bias, relative
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from exl_loader.backends.base import AttentionShape
-from exl_loader.model.key_bias import remove_from, split_bias
+from exl_loader.model.parts.key_bias import remove_from, split_bias
 from support.cache_layers import attend, make_batch, make_layer, part, write
 
 

@@ -13,10 +13,9 @@ from exl_loader.checkpoint.config import ModelConfig
 from exl_loader.loader import staging
 from exl_loader.memory.buffers import allocate
 from exl_loader.memory.segments import place
-from exl_loader.model.blueprint import Blueprint
+from exl_loader.model.builder import build_parts
 from exl_loader.model.forward import Model
-from exl_loader.model.weights import load_weights
-from exl_loader.model.workspace import workspace_specs
+from exl_loader.model.step import workspace_specs
 from exl_loader.utils.table import DeviceMap
 
 CACHE_TENSORS = ("k_codes", "k_scales", "v_codes", "v_scales")
@@ -38,15 +37,15 @@ def build_model(
             devices = DeviceMap.single(device, config.num_hidden_layers)
         by_name = ops if isinstance(ops, dict) else dict.fromkeys(devices.devices, ops)
         on_device = {name: by_name[name] for name in devices.devices}
-        blueprint = Blueprint.from_checkpoint(config, checkpoint, devices)
+        parts = build_parts(config, checkpoint, devices)
         workspace = workspace_specs(
-            blueprint, ctx_size=ctx_size, cache_type=kind, chunk_size=chunk_size,
+            parts.stages(), ctx_size=ctx_size, cache_type=kind, chunk_size=chunk_size,
             max_batch_size=sequences, logits_rows=logits_rows,
         )
         cache_tensors = cache_specs(config, num_pages, kind, devices)
-        buffers = allocate(place([*blueprint.specs(), *cache_tensors, *workspace]).values())
+        buffers = allocate(place([*parts.specs(), *cache_tensors, *workspace]).values())
         with staging(on_device, buffers):
-            weights = load_weights(blueprint, checkpoint, buffers.views("weights"), on_device)
+            parts.load(checkpoint, buffers.views("weights"), on_device)
     views = buffers.views("cache")
     layers = [
         CacheLayer(*(views.get(f"cache.{i}.{name}") for name in CACHE_TENSORS), kind)
@@ -54,7 +53,7 @@ def build_model(
     ]
     cache = PagedCache(layers, num_pages)
     workspaces = {name: buffers.views("workspace", name) for name in devices.devices}
-    return Model(blueprint, weights, workspaces, cache, on_device, **options), cache
+    return Model(parts, workspaces, cache, on_device, **options), cache
 
 
 def run_chunks(

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, TypedDict
 from ...cache.layout import PAGE_LEN, CacheType
 from ...checkpoint.config import ModelConfig
 from ...checkpoint.rope import MAX_FACTOR, MAX_POSITIONS, check_scaling
-from ...model.workspace import DEFAULT_CHUNK_SIZE, DEFAULT_MAX_BATCH_SIZE
+from ...model.step import DEFAULT_CHUNK_SIZE, DEFAULT_MAX_BATCH_SIZE
 from ...utils.errors import InvalidSettings, shown
 from ...utils.setting_values import check_flag, check_integer, check_path, unknown_name
 from .length import stretched_length

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from ...backends import backend_of
 from ...cache.layout import CacheType, cache_specs, pages_for
-from ...model.blueprint import Blueprint
-from ...model.workspace import workspace_specs
+from ...model.builder import ModelParts, StageParts, WeightCosts, build_parts
+from ...model.step import workspace_specs
 from ...utils.table import DeviceMap, TensorSpec
 from ..segments import Segment, place
 from .budgets import Budget
@@ -25,16 +24,12 @@ if TYPE_CHECKING:
 # Before the names of a draft model's tensors, which lie in the model's own buffers.
 DRAFT_PREFIX = "draft."
 
-# Number of a device that no plan uses: it holds the head of a model whose first layers are
-# measured.
-ELSEWHERE = 9999
-
 
 @dataclass(frozen=True)
 class Run:
     """A model on its devices, its open checkpoint, and the tokens that its cache is for."""
 
-    blueprint: Blueprint
+    parts: ModelParts
     checkpoint: Checkpoint
     ctx_size: int
 
@@ -67,23 +62,23 @@ class Share:
 
 
 def segments_of(
-    blueprint: Blueprint, ctx_size: int, options: RunOptions, draft: Run | None = None
+    parts: ModelParts, ctx_size: int, options: RunOptions, draft: Run | None = None
 ) -> dict[tuple[str, str], Segment]:
     """Lay out the whole table of a run: what the loader allocates and the plan sums."""
-    specs = _table(blueprint, ctx_size, options)
+    specs = _table(parts, ctx_size, options)
     if draft is not None:
         specs += [
             replace(spec, name=DRAFT_PREFIX + spec.name)
-            for spec in _table(draft.blueprint, draft.ctx_size, options)
+            for spec in _table(draft.parts, draft.ctx_size, options)
         ]
     return place(specs)
 
 
-def _table(blueprint: Blueprint, ctx_size: int, options: RunOptions) -> list[TensorSpec]:
+def _table(parts: ModelParts, ctx_size: int, options: RunOptions) -> list[TensorSpec]:
     pages = pages_for(ctx_size)
-    specs = blueprint.specs()
-    specs += cache_specs(blueprint.config, pages, options.cache_type, blueprint.device_map)
-    return specs + _workspace(blueprint, ctx_size, options)
+    specs = parts.specs()
+    specs += cache_specs(parts.config, pages, options.cache_type, parts.device_map)
+    return specs + _workspace(parts.stages(), ctx_size, options)
 
 
 class Placer:
@@ -105,21 +100,17 @@ class Placer:
         self.config = config
         self.budgets = list(budgets)
         self._checkpoint = checkpoint
-        self._blueprints: dict[DeviceMap, Blueprint] = {}
+        self._by_map: dict[DeviceMap, ModelParts] = {}
         # By kind of device: bytes depend on its alignment, not on which one it is.
-        self._wholes: dict[str, Blueprint] = {}
-        self._whole_bytes: dict[str, int] = {}
-        self._parts: dict[str, tuple[int, list[int], int]] = {}
+        self._wholes: dict[str, ModelParts] = {}
+        self._costs: dict[str, WeightCosts] = {}
         self._cache_bytes: dict[tuple[str, int, CacheType], int] = {}
         self._workspace_bytes: dict[tuple[object, ...], int] = {}
         whole = self._whole(budgets[0].device)
-        self._widths = [
-            frozenset((plan.in_features, plan.out_features) for plan in layer.linears())
-            for layer in whole.layers
-        ]
+        self._widths = [layer.widths for layer in whole.layers]
         # Tables of experts and key biases have a room for each layer in the workspace.
         self._layers_have_rooms = bool(config.num_local_experts) or any(
-            "bias" in layer.k.specs for layer in whole.layers
+            layer.layer_workspace() for layer in whole.layers
         )
         self._staging_bytes = staging_bytes(whole, checkpoint)
         if draft is not None:
@@ -127,12 +118,12 @@ class Placer:
         names = (budget.device for budget in budgets)
         self._staged_on = next((n for n in names if backend_of(n).is_main_memory), None)
 
-    def blueprint(self, device_map: DeviceMap) -> Blueprint:
-        """Plan the weights for a device map, once each."""
-        found = self._blueprints.get(device_map)
+    def parts(self, device_map: DeviceMap) -> ModelParts:
+        """Make the parts for a device map, once each."""
+        found = self._by_map.get(device_map)
         if found is None:
-            found = Blueprint.from_checkpoint(self.config, self._checkpoint, device_map)
-            self._blueprints[device_map] = found
+            found = build_parts(self.config, self._checkpoint, device_map)
+            self._by_map[device_map] = found
         return found
 
     def place(self, ctx_size: int, options: RunOptions) -> list[Share]:
@@ -169,8 +160,8 @@ class Placer:
         if self.draft is None:
             return None
         on_one = DeviceMap.single(shares[0].budget.device, self.draft.config.num_hidden_layers)
-        blueprint = self.draft.blueprint(on_one)
-        return Run(blueprint, self.draft._checkpoint, self._ctx_size_draft or ctx_size)
+        parts = self.draft.parts(on_one)
+        return Run(parts, self.draft._checkpoint, self._ctx_size_draft or ctx_size)
 
     def device_map(self, shares: Sequence[Share]) -> DeviceMap:
         """Name the device of each part."""
@@ -237,68 +228,32 @@ class Placer:
         num_layers = end - first if self._layers_have_rooms else 0
         key = (backend_of(device).kind, has_head, widths, num_layers, ctx_size, options)
         if key not in self._workspace_bytes:
-            part = self._part(device, first, end)
-            placed = place(_workspace(part, ctx_size, options))
-            self._workspace_bytes[key] = placed[part.device_map.embed, "workspace"].nbytes
+            stage = self._whole(device).cut(first, end)
+            placed = place(_workspace([stage], ctx_size, options))
+            self._workspace_bytes[key] = placed[stage.device, "workspace"].nbytes
         return self._workspace_bytes[key]
 
-    def _whole(self, device: str) -> Blueprint:
-        """Plan everything on one device of this kind."""
+    def _whole(self, device: str) -> ModelParts:
+        """Make the parts with everything on one device of this kind."""
         kind = backend_of(device).kind
         if kind not in self._wholes:
             where = DeviceMap.single(device, self.config.num_hidden_layers)
-            self._wholes[kind] = self.blueprint(where)
+            self._wholes[kind] = self.parts(where)
         return self._wholes[kind]
-
-    def _part(self, device: str, first: int, end: int) -> Blueprint:
-        """Cut layers first..end out of a blueprint, as far as the workspace looks.
-
-        It does not look at the embedding.
-        """
-        whole, num_layers = self._whole(device), self.config.num_hidden_layers
-        here, elsewhere = whole.device_map.embed, f"{backend_of(device).kind}:{ELSEWHERE}"
-        head = here if end == num_layers else elsewhere
-        device_map = DeviceMap(here, (here,) * (end - first), head)
-        return replace(whole, device_map=device_map, layers=whole.layers[first:end])
 
     def _weights_bytes(self, device: str, first: int, end: int) -> int:
         """Sum the weights of a layer range and, at either end, of embedding and head."""
         kind = backend_of(device).kind
-        if (first, end) == (0, self.config.num_hidden_layers):
-            if kind not in self._whole_bytes:
-                whole = self._whole(device)
-                placed = place(whole.specs())
-                self._whole_bytes[kind] = placed[whole.device_map.embed, "weights"].nbytes
-            return self._whole_bytes[kind]
-        if kind not in self._parts:
-            self._parts[kind] = self._weights_of_parts(kind)
-        embed, layers, head = self._parts[kind]
-        ends = (embed if first == 0 else 0) + (head if end == len(layers) - 1 else 0)
-        return layers[end] - layers[first] + ends
-
-    def _weights_of_parts(self, kind: str) -> tuple[int, list[int], int]:
-        """Lay the table out with every part on a device of its own.
-
-        Every tensor is aligned by itself, so a segment is as long as its parts together, and
-        any split of the layers is a difference of two sums.
-
-        Returns:
-            bytes of the embedding, of the first n layers for every n, and of the head.
-        """
-        num_layers = self.config.num_hidden_layers
-        names = [f"{kind}:{i}" for i in range(num_layers + 2)]
-        apart = DeviceMap(names[-2], tuple(names[:num_layers]), names[-1])
-        sizes = {
-            device: segment.nbytes
-            for (device, _), segment in place(self.blueprint(apart).specs()).items()
-        }
-        layers = accumulate((sizes[name] for name in names[:num_layers]), initial=0)
-        return sizes[names[-2]], list(layers), sizes[names[-1]]
+        if kind not in self._costs:
+            self._costs[kind] = self._whole(device).costs()
+        return self._costs[kind].of_range(first, end)
 
 
-def _workspace(blueprint: Blueprint, ctx_size: int, options: RunOptions) -> list[TensorSpec]:
+def _workspace(
+    stages: Sequence[StageParts], ctx_size: int, options: RunOptions
+) -> list[TensorSpec]:
     return workspace_specs(
-        blueprint,
+        stages,
         ctx_size=ctx_size,
         cache_type=options.cache_type,
         chunk_size=options.chunk_size,

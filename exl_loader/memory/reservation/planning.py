@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ...cache.layout import PAGE_LEN, CacheType
 from ...checkpoint import Checkpoint
 from ...checkpoint.config import ModelConfig
-from ...model.blueprint import Blueprint
+from ...model.builder import ModelParts
 from ...utils.setting_values import check_path
 from ..segments import Segment
 from .budgets import Budget, budgets
@@ -31,14 +31,14 @@ class PlannedModel:
     """A plan with what the loader goes on with.
 
     Args:
-        reservation: the figures. blueprint: the weights on the chosen devices.
+        reservation: the figures. parts: the model on the chosen devices.
         segments: the table laid out: the buffers to take, one each.
         checkpoint: open; closed when the `planned` block ends.
         draft: the draft model; None without one.
     """
 
     reservation: Reservation
-    blueprint: Blueprint
+    parts: ModelParts
     segments: tuple[Segment, ...]
     checkpoint: Checkpoint
     draft: Run | None = None
@@ -95,9 +95,9 @@ def planned(
         largest = {name: _largest_ctx_size(placer, other) for name, other in by_type.items()}
         ctx_size = _chosen_ctx_size(options, config, largest[str(run.cache_type)])
         shares = placer.place(ctx_size, run)
-        blueprint = placer.blueprint(placer.device_map(shares))
+        parts = placer.parts(placer.device_map(shares))
         draft = placer.draft_run(shares, ctx_size)
-        segments = segments_of(blueprint, ctx_size, run, draft)
+        segments = segments_of(parts, ctx_size, run, draft)
         reservation = Reservation(
             model_dir=os.fspath(model_dir),
             architecture=config.architecture,
@@ -122,7 +122,7 @@ def planned(
             model_draft=os.fspath(options.model_draft) if options.model_draft else None,
             ctx_size_draft=draft.ctx_size if draft is not None else 0,
         )
-        yield PlannedModel(reservation, blueprint, tuple(segments.values()), checkpoint, draft)
+        yield PlannedModel(reservation, parts, tuple(segments.values()), checkpoint, draft)
 
 
 def _draft_placer(

@@ -341,11 +341,11 @@ def test_a_card_needs_no_cpp_compiler(emulated, tmp_path, monkeypatch):
 
 def test_memory_of_the_card_is_given_back_when_a_load_fails(card, tmp_path, monkeypatch):
     from exl_loader.memory import buffers as memory
-    from exl_loader.model import weights
+    from exl_loader.model.parts.embedding import Embedding
 
     write_quantized_model(tmp_path / "m", "exl2")
     before = memory.live_bytes()
-    monkeypatch.setattr(weights, "_load_embedding", lambda *a: 1 / 0)
+    monkeypatch.setattr(Embedding, "load", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         exl_loader.load(tmp_path / "m", ctx_size=CTX, device=DEVICE)
     assert memory.live_bytes() == before

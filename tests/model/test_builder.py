@@ -5,7 +5,8 @@ import pytest
 from exl_loader.checkpoint import Checkpoint
 from exl_loader.checkpoint.config import ModelConfig
 from exl_loader.memory.segments import place
-from exl_loader.model.blueprint import Blueprint, ExpertsPlan
+from exl_loader.model.builder import build_parts
+from exl_loader.model.parts.experts import Experts
 from exl_loader.utils.errors import ExlLoaderError, InvalidCheckpoint, UnsupportedFormat
 from exl_loader.utils.table import DeviceMap
 from support.tiny import CONFIG, tensor_shapes, write_tiny_model
@@ -13,9 +14,9 @@ from support.tiny import CONFIG, tensor_shapes, write_tiny_model
 LAYER = "model.layers.1"
 
 
-def blueprint_of(folder, device_map=None):
+def parts_of(folder, device_map=None):
     with Checkpoint.open(folder) as checkpoint:
-        return Blueprint.from_checkpoint(ModelConfig.from_dir(folder), checkpoint, device_map)
+        return build_parts(ModelConfig.from_dir(folder), checkpoint, device_map)
 
 
 def rewrite(folder, change):
@@ -30,8 +31,8 @@ def rewrite(folder, change):
 
 
 def test_specs_name_every_tensor_once(tiny_model):
-    blueprint = blueprint_of(tiny_model())
-    specs = blueprint.specs()
+    parts = parts_of(tiny_model())
+    specs = parts.specs()
     assert {spec.name for spec in specs} == set(tensor_shapes(CONFIG))
     assert all(spec.segment == "weights" and spec.device == "cpu" for spec in specs)
     dtypes = {spec.name: spec.dtype for spec in specs}
@@ -40,9 +41,10 @@ def test_specs_name_every_tensor_once(tiny_model):
 
 
 def test_a_tied_head_is_there_once(tiny_model):
-    tied = blueprint_of(tiny_model("tied", tie_word_embeddings=True))
-    apart = blueprint_of(tiny_model("apart"))
-    assert tied.embedding is None and tied.head.source == "model.embed_tokens"
+    tied = parts_of(tiny_model("tied", tie_word_embeddings=True))
+    apart = parts_of(tiny_model("apart"))
+    assert tied.embedding.head is tied.head.linear and not [*tied.embedding.specs()]
+    assert tied.head.linear.plan.source == "model.embed_tokens"
     table = CONFIG["vocab_size"] * CONFIG["hidden_size"] * 2
     total_tied, total_apart = (sum(s.nbytes for s in b.specs()) for b in (tied, apart))
     assert total_tied == total_apart - table
@@ -52,25 +54,25 @@ def test_a_head_of_its_own_wins_over_tying(tiny_model):
     folder = tiny_model()
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
-    blueprint = blueprint_of(folder)
-    assert blueprint.embedding is not None and blueprint.head.source == "lm_head"
+    parts = parts_of(folder)
+    assert parts.embedding.head is None and parts.head.linear.plan.source == "lm_head"
 
 
 def test_devices(tiny_model):
     devices = DeviceMap("cuda:0", ("cuda:0", "cuda:1"), "cuda:1")
-    blueprint = blueprint_of(tiny_model("tied", tie_word_embeddings=True), devices)
-    of = {(spec.name, spec.device) for spec in blueprint.specs()}
+    parts = parts_of(tiny_model("tied", tie_word_embeddings=True), devices)
+    of = {(spec.name, spec.device) for spec in parts.specs()}
     assert ("model.layers.0.mlp.up_proj.weight", "cuda:0") in of
     assert ("model.layers.1.input_layernorm.weight", "cuda:1") in of
     # Both ends need the table: a tied head cannot serve an embedding elsewhere.
     assert {("model.embed_tokens.weight", "cuda:0"), ("lm_head.weight", "cuda:1")} <= of
-    assert {key[0] for key in place(blueprint.specs())} == {"cuda:0", "cuda:1"}
+    assert {key[0] for key in place(parts.specs())} == {"cuda:0", "cuda:1"}
 
 
 def test_fixture_layers_are_exl2(fixtures_dir):
-    blueprint = blueprint_of(fixtures_dir / "llama-low")
-    assert {linear.format for linear in blueprint.linears()} == {"exl2"}
-    assert len(list(blueprint.linears())) == 3 * 7 + 1
+    parts = parts_of(fixtures_dir / "llama-low")
+    assert {linear.plan.format for linear in parts.linears()} == {"exl2"}
+    assert len(list(parts.linears())) == 3 * 7 + 1
 
 
 @pytest.mark.parametrize(
@@ -86,9 +88,9 @@ def test_unknown_tensors_are_ignored(tiny_model, caplog, name, told):
     import torch
 
     folder = tiny_model()
-    before = blueprint_of(folder).specs()
+    before = parts_of(folder).specs()
     rewrite(folder, lambda t: t.update({name: torch.ones(16)}))
-    assert blueprint_of(folder).specs() == before
+    assert parts_of(folder).specs() == before
     assert [name in record.message for record in caplog.records] == [True] * told
 
 
@@ -100,14 +102,14 @@ def test_an_adapter_beside_the_weights_is_refused(tmp_path, name):
     name = f"{LAYER}.mlp.up_proj.{name}"
     rewrite(folder, lambda t: t.update({name: torch.ones(4, 4)}))
     with pytest.raises(UnsupportedFormat, match=f"^{name}: an adapter"):
-        blueprint_of(folder)
+        parts_of(folder)
 
 
 @pytest.mark.parametrize("name", tensor_shapes(CONFIG))
 def test_a_missing_tensor_is_named(name, tmp_path):
     folder = rewrite(write_tiny_model(tmp_path / "m", tokenizer=False), lambda t: t.pop(name))
     with pytest.raises(InvalidCheckpoint, match=name.removesuffix(".weight")):
-        blueprint_of(folder)
+        parts_of(folder)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +127,7 @@ def test_a_wrong_shape_or_dtype_is_named(name, change, tiny_model):
     }
     folder = rewrite(tiny_model(), lambda t: t.update({name: changes[change](t[name])}))
     with pytest.raises(ExlLoaderError, match=name.removesuffix(".weight")):
-        blueprint_of(folder)
+        parts_of(folder)
 
 
 def test_a_config_of_fewer_layers_is_not_this_models(tiny_model):
@@ -133,7 +135,7 @@ def test_a_config_of_fewer_layers_is_not_this_models(tiny_model):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
     with pytest.raises(InvalidCheckpoint, match=r"layers\.1\..*of 1 layers has, found one norm"):
-        blueprint_of(folder)
+        parts_of(folder)
 
 
 def test_a_norm_of_another_architecture_is_refused(tiny_model):
@@ -142,13 +144,13 @@ def test_a_norm_of_another_architecture_is_refused(tiny_model):
     name = f"{LAYER}.self_attn.q_norm.weight"
     folder = rewrite(tiny_model(), lambda t: t.update({name: torch.ones(32)}))
     with pytest.raises(InvalidCheckpoint, match="q_norm.*LlamaForCausalLM"):
-        blueprint_of(folder)
+        parts_of(folder)
 
 
 def test_a_required_bias_must_be_there(tiny_model):
     folder = tiny_model(architectures=["Qwen2ForCausalLM"])
     with pytest.raises(InvalidCheckpoint, match="q_proj.bias"):
-        blueprint_of(folder)
+        parts_of(folder)
 
 
 def test_a_bias_that_nobody_asked_for_is_taken(tiny_model):
@@ -156,7 +158,7 @@ def test_a_bias_that_nobody_asked_for_is_taken(tiny_model):
 
     name = f"{LAYER}.mlp.down_proj.bias"
     folder = rewrite(tiny_model(), lambda t: t.update({name: torch.zeros(64)}))
-    assert name in {spec.name for spec in blueprint_of(folder).specs()}
+    assert name in {spec.name for spec in parts_of(folder).specs()}
 
 
 def test_experts(tmp_path):
@@ -164,12 +166,13 @@ def test_experts(tmp_path):
     from support.hf_models import make_model
 
     make_model("mixtral", 0, tmp_path / "m")
-    blueprint = blueprint_of(tmp_path / "m")
-    mlp = blueprint.layers[0].mlp
-    assert isinstance(mlp, ExpertsPlan) and len(mlp.experts) == 5
+    parts = parts_of(tmp_path / "m")
+    mlp = parts.layers[0].mlp
+    assert isinstance(mlp, Experts) and len(mlp.experts) == 5
     assert mlp.router.name == "model.layers.0.block_sparse_moe.gate"
     up = mlp.experts[4].up
-    assert up.name.endswith("experts.4.w3") and (up.in_features, up.out_features) == (96, 168)
+    assert up.name.endswith("experts.4.w3")
+    assert (up.plan.in_features, up.out_features) == (96, 168)
 
 
 def test_fused_sources_are_cut_in_order(tmp_path):
@@ -177,7 +180,8 @@ def test_fused_sources_are_cut_in_order(tmp_path):
     from support.hf_models import make_model
 
     make_model("phi3-longrope", 0, tmp_path / "m")
-    layer = blueprint_of(tmp_path / "m").layers[0]
-    assert [p.rows for p in (layer.q, layer.k, layer.v)] == [(0, 128), (128, 192), (192, 256)]
-    assert layer.o.rows is None
-    assert [layer.mlp.gate.rows, layer.mlp.up.rows] == [(0, 168), (168, 336)]
+    layer = parts_of(tmp_path / "m").layers[0]
+    (qkv, (o,), gate_up, (down,)) = layer.input_groups()
+    assert [p.plan.rows for p in qkv] == [(0, 128), (128, 192), (192, 256)]
+    assert [p.plan.rows for p in gate_up] == [(0, 168), (168, 336)]
+    assert o.plan.rows is None and down.plan.rows is None

@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..backends.host import Host, host_of
-from ..cache.layout import MAX_BIAS_PAIRS, MAX_BIAS_SHARING, KeyBias
+from ...backends.host import Host, host_of
+from ...cache.layout import MAX_BIAS_PAIRS, MAX_BIAS_SHARING, KeyBias
 
 if TYPE_CHECKING:
-    from ..backends.base import AttentionShape, Linear, Ops
+    from ...backends.base import AttentionShape, Linear, Ops
 
 # What may stay in the projection: a share of the keys' own mean square, by which it adds to
 # the squared error of a quantised cache.

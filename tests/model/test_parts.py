@@ -1,4 +1,4 @@
-"""Recording a step and replaying it, and the weights that go into a layer."""
+"""Recording a step and replaying it, and reading the weights of parts."""
 
 import pytest
 
@@ -7,9 +7,9 @@ torch = pytest.importorskip("torch")
 from exl_loader.backends.reference.ops import ReferenceOps  # noqa: E402
 from exl_loader.checkpoint import Checkpoint  # noqa: E402
 from exl_loader.checkpoint.config import ModelConfig  # noqa: E402
-from exl_loader.model.blueprint import Blueprint  # noqa: E402
-from exl_loader.model.layers import Recorder  # noqa: E402
-from exl_loader.model.weights import load_weights  # noqa: E402
+from exl_loader.model.builder import build_parts  # noqa: E402
+from exl_loader.model.parts.part import Loading  # noqa: E402
+from exl_loader.model.recorder import Recorder  # noqa: E402
 from exl_loader.utils.errors import InvalidCheckpoint  # noqa: E402
 from support.model_builder import build_model  # noqa: E402
 from support.tiny import write_tiny_model  # noqa: E402
@@ -51,43 +51,44 @@ def test_decoding_replays_one_recording(tiny_model_dir, monkeypatch):
 
 @pytest.fixture
 def opened(tmp_path):
+    """Open a tiny model: its parts, its checkpoint, and memory for its weights."""
+
     def open_model(**config):
         folder = write_tiny_model(tmp_path / "m", tokenizer=False, **config)
         checkpoint = Checkpoint.open(folder)
-        blueprint = Blueprint.from_checkpoint(ModelConfig.from_dir(folder), checkpoint)
+        parts = build_parts(ModelConfig.from_dir(folder), checkpoint)
         views = {
             spec.name: torch.full(spec.shape, 7, dtype=getattr(torch, spec.dtype))
-            for spec in blueprint.specs()
+            for spec in parts.specs()
         }
-        return blueprint, checkpoint, views
+        return parts, checkpoint, views
 
     return open_model
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_progress_counts_every_byte_of_the_table(opened, tied):
-    blueprint, checkpoint, views = opened(tie_word_embeddings=tied)
+    parts, checkpoint, views = opened(tie_word_embeddings=tied)
     counted = []
-    weights = load_weights(blueprint, checkpoint, views, {"cpu": ReferenceOps()}, counted.append)
-    assert sum(counted) == sum(spec.nbytes for spec in blueprint.specs())
-    assert len(weights.linears) == 2 * 7 + 1
+    parts.load(checkpoint, views, {"cpu": ReferenceOps()}, counted.append)
+    assert sum(counted) == sum(spec.nbytes for spec in parts.specs())
+    assert len(list(parts.linears())) == 2 * 7 + 1
     checkpoint.close()
 
 
-def test_embedding_is_the_files(opened):
-    blueprint, checkpoint, views = opened(vocab_size=5000)
-    weights = load_weights(blueprint, checkpoint, views, {"cpu": ReferenceOps()})
-    assert torch.equal(weights.embedding, checkpoint.read("model.embed_tokens.weight"))
+def test_the_embedding_is_as_in_the_file(opened):
+    parts, checkpoint, views = opened(vocab_size=5000)
+    parts.load(checkpoint, views, {"cpu": ReferenceOps()})
+    assert torch.equal(parts.embedding.table, checkpoint.read("model.embed_tokens.weight"))
     checkpoint.close()
 
 
-def test_norm_offsets_are_folded_in(opened):
-    blueprint, checkpoint, views = opened()
-    gemma = blueprint.norm.__class__(blueprint.norm.spec, 1.0)
-    shifted = Blueprint(**(vars(blueprint) | {"norm": gemma}))
-    weights = load_weights(shifted, checkpoint, views, {"cpu": ReferenceOps()})
-    stored = checkpoint.read("model.norm.weight").float()
-    assert torch.equal(weights.norms["model.norm.weight"], stored + 1)
+def test_norm_offsets_are_added_to_stored_weights(opened):
+    parts, checkpoint, views = opened()
+    norm = parts.head.norm
+    norm.offset = 1.0
+    norm.load(Loading(checkpoint, views, {}))
+    assert torch.equal(norm.weight, checkpoint.read("model.norm.weight").float() + 1)
     checkpoint.close()
 
 

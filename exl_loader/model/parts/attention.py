@@ -1,0 +1,121 @@
+"""Attention over the key/value cache, with RoPE and norms of queries and keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ...cache.layout import MAX_BIAS_PAIRS
+from .linear import Linear, share_permutations
+from .norm import Norm
+from .part import Block, LayerState, Loading, StepViews
+from .rope import Rope
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...backends.base import AttentionShape, Shapes
+    from ...cache.layout import KeyBias
+
+
+@dataclass(eq=False)
+class Attention(Block):
+    """o(attention(rope(q_norm(q(x))), rope(k_norm(k(x))), v(x))).
+
+    Args:
+        q_norm, k_norm: of each head, before RoPE; None where there is none.
+        shape: heads, scale, soft cap and sliding window.
+        rope: the angles.
+
+    Attributes:
+        key_bias: the part of the key bias that attention adds, because the stored keys are
+            without it; see `key_bias`.
+    """
+
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear
+    q_norm: Norm | None
+    k_norm: Norm | None
+    shape: AttentionShape
+    rope: Rope
+    key_bias: KeyBias | None = field(init=False, default=None, repr=False)
+    _key_bias_is_taken: bool = field(init=False, default=False, repr=False)
+
+    def weights(self) -> Iterator[Norm | Linear]:
+        yield from (self.q, self.k, self.v)
+        if self.q_norm is not None:
+            yield self.q_norm
+        if self.k_norm is not None:
+            yield self.k_norm
+        yield self.o
+
+    def input_groups(self) -> list[list[Linear]]:
+        return [[self.q, self.k, self.v], [self.o]]
+
+    def workspace(self, rows: int) -> Shapes:
+        queries = ("float32", (rows, self.q.out_features))
+        keys = ("float32", (rows, self.k.out_features))
+        return {"q": queries, "k": keys, "v": keys, "attn": queries}
+
+    def layer_workspace(self) -> Shapes:
+        """Room for `key_bias`: how much of the bias it is turns out after loading."""
+        if not self._may_take_key_bias():
+            return {}
+        return {"key_biases": ("int32", (3, self.shape.num_kv_heads * MAX_BIAS_PAIRS))}
+
+    def load(self, loading: Loading) -> None:
+        """Read the weights."""
+        super().load(loading)
+        share_permutations([self.q, self.k, self.v])
+
+    def take_key_bias(self, ops: Any, input_norm: Norm, workspace: Mapping[str, torch.Tensor],
+                      room: torch.Tensor) -> None:
+        """Move the large part of the key bias from the projection to `key_bias`, once.
+
+        Args:
+            ops: the device's operations.
+            input_norm: the norm in front of the block.
+            workspace: tensors by name; those of a step are used.
+            room: int32 [3, kv_heads * MAX_BIAS_PAIRS] of the workspace, for the result.
+        """
+        from .key_bias import take_key_bias
+
+        if self._key_bias_is_taken or not self._may_take_key_bias():
+            return
+        self._key_bias_is_taken = True
+        self.key_bias = take_key_bias(
+            ops, self.k.weights, input_norm.weight, input_norm.eps, self.shape, self.rope.pairs,
+            workspace, room,
+        )
+
+    def _may_take_key_bias(self) -> bool:
+        # With a k_norm after the bias its contribution is no longer constant, so it stays in
+        # the projection.
+        return self.k.has_bias and self.k_norm is None
+
+    def run(self, ops: Any, views: StepViews, state: LayerState, x: torch.Tensor,
+            out: torch.Tensor, add: bool) -> None:
+        rows, scratch, shape = views.rows, views.scratch, self.shape
+        q = views.view("q", rows, shape.num_heads, shape.head_dim)
+        k = views.view("k", rows, shape.num_kv_heads, shape.head_dim)
+        v = views.view("v", rows, shape.num_kv_heads, shape.head_dim)
+        attn = views.view("attn", rows, shape.num_heads, shape.head_dim)
+        self.q.run(ops, x, views.view("q", rows, self.q.out_features), scratch)
+        self.k.run(ops, x, views.view("k", rows, self.k.out_features), scratch)
+        self.v.run(ops, x, views.view("v", rows, self.v.out_features), scratch)
+        if self.q_norm is not None:
+            heads = views.view("q", rows * shape.num_heads, shape.head_dim)
+            self.q_norm.run(ops, heads, heads)
+        if self.k_norm is not None:
+            heads = views.view("k", rows * shape.num_kv_heads, shape.head_dim)
+            self.k_norm.run(ops, heads, heads)
+        angles = self.rope.table(views)
+        ops.rope(q, angles)
+        ops.rope(k, angles)
+        ops.write_cache(k, v, state.cache, views.batch, scratch)
+        ops.attention(q, state.cache, views.batch, shape, attn, scratch)
+        project = self.o.add if add else self.o.run
+        project(ops, views.view("attn", rows, self.q.out_features), out, scratch)

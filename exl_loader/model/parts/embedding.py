@@ -1,0 +1,68 @@
+"""The token embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ...formats.common import require_finite
+from ...utils.table import TensorSpec
+from .linear import Linear
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...formats.packed import DenseLinear
+    from .part import Loading
+
+# Rows of the table read at a time, so that tens of megabytes are in flight at most.
+EMBEDDING_ROWS = 2048
+
+
+@dataclass(eq=False)
+class Embedding:
+    """table[ids] * multiplier.
+
+    Args:
+        spec: [vocab_size, hidden_size] in the checkpoint's dtype; its name is that of the
+            tensor in the checkpoint.
+        multiplier: on the table's rows.
+        head: the output head where it serves as the table as well; the embedding then has no
+            weights of its own.
+    """
+
+    spec: TensorSpec
+    multiplier: float
+    head: Linear | None = None
+    table: torch.Tensor | DenseLinear = field(init=False, repr=False)
+
+    def specs(self) -> Iterator[TensorSpec]:
+        """The table as it will stand on the device."""
+        if self.head is None:
+            yield self.spec
+
+    def load(self, loading: Loading) -> None:
+        """Read the table, after the head.
+
+        Raises:
+            InvalidCheckpoint: a value is not finite, or the file shrank.
+        """
+        from ...formats.packed import DenseLinear
+
+        if self.head is not None:
+            assert isinstance(self.head.weights, DenseLinear)
+            self.table = self.head.weights
+            return
+        name = self.spec.name
+        self.table = table = loading.views[name]
+        for first in range(0, table.shape[0], EMBEDDING_ROWS):
+            end = min(first + EMBEDDING_ROWS, table.shape[0])
+            rows = loading.checkpoint.read_rows(name, first, end)
+            require_finite(name, rows)
+            table[first:end].copy_(rows)
+            loading.advance(rows.numel() * rows.element_size())
+
+    def run(self, ops: Any, ids: torch.Tensor, out: torch.Tensor) -> None:
+        """Look up ids, int32 [T], into `out`, float32 [T, hidden_size]."""
+        ops.embed(ids, self.table, self.multiplier, out)

@@ -1,0 +1,158 @@
+"""A mixture of experts: a router, and the MLPs among which it chooses for each row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ...backends.host import host_of
+from .linear import Linear
+from .mlp import Mlp
+from .part import Block, LayerState, StepViews
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...backends.base import Shapes
+
+# Pairs of a row and an expert that a device runs one by one, reading an expert's weights for
+# each: two rows that chose the same expert could share them.
+MAX_PAIRS = 16
+
+
+@dataclass(frozen=True)
+class ExpertTables:
+    """The experts of a layer as one table for each projection.
+
+    The device's operations know what stands in a table (`CudaOps.expert_layers`).
+    """
+
+    gate: Any
+    up: Any
+    down: Any
+
+
+@dataclass(eq=False)
+class Experts(Block):
+    """The sum of the top_k experts that the router chooses for a row, weighted by the router.
+
+    Args:
+        top_k: experts of a row.
+        normalize: whether the weights of the chosen experts are made to sum up to 1.
+    """
+
+    router: Linear
+    experts: tuple[Mlp, ...]
+    top_k: int
+    normalize: bool = True
+
+    def weights(self) -> Iterator[Linear]:
+        yield self.router
+        for expert in self.experts:
+            yield from expert.weights()
+
+    def input_groups(self) -> list[list[Linear]]:
+        """The experts' linear layers; the router stays float16."""
+        return [group for expert in self.experts for group in expert.input_groups()]
+
+    def workspace(self, rows: int) -> Shapes:
+        return self.experts[0].workspace(rows)
+
+    def routing_workspace(self, rows: int) -> Shapes:
+        """Return logits and choice of the router, and the rows of one expert at a time."""
+        pairs = rows * self.top_k
+        return {
+            "router_logits": ("float32", (rows, len(self.experts))),
+            "route_weights": ("float32", (rows, self.top_k)),
+            "route_experts": ("int32", (rows, self.top_k)),
+            "expert_rows": ("int32", (pairs,)),
+            "expert_weights": ("float32", (pairs,)),
+            "expert_x": ("float32", (rows, self.experts[0].down.out_features)),
+        }
+
+    def tables(self, ops: Any, room: torch.Tensor) -> ExpertTables | None:
+        """Describe the loaded experts to a device that chooses among them by itself.
+
+        Args:
+            ops: the device's operations.
+            room: uint8 [3, n] of the workspace, where the descriptions stand.
+
+        Returns:
+            None where its operations cannot run these experts that way.
+        """
+        columns = (
+            [expert.gate for expert in self.experts],
+            [expert.up for expert in self.experts],
+            [expert.down for expert in self.experts],
+        )
+        made = [
+            ops.expert_layers([linear.weights for linear in column], table)
+            for column, table in zip(columns, room, strict=True)
+        ]
+        return None if None in made else ExpertTables(*made)
+
+    def run(self, ops: Any, views: StepViews, state: LayerState, x: torch.Tensor,
+            out: torch.Tensor, add: bool) -> None:
+        # Overwriting `out` would need a sum of its own; no mixture here has an output norm.
+        assert add
+        logits = views.view("router_logits", views.rows, len(self.experts))
+        weights = views.view("route_weights", views.rows, self.top_k)
+        chosen = views.view("route_experts", views.rows, self.top_k)
+        self.router.run(ops, x, logits, views.scratch)
+        ops.moe_route(logits, self.top_k, self.normalize, weights, chosen)
+        pairs = views.rows * self.top_k
+        if state.expert_tables is not None and pairs <= min(MAX_PAIRS, views.max_rows):
+            self._run_pairs(ops, views, state.expert_tables, x, out)
+        else:
+            ops.call(self._run_experts, views, x, out)
+
+    def _run_pairs(self, ops: Any, views: StepViews, tables: ExpertTables, x: torch.Tensor,
+                   out: torch.Tensor) -> None:
+        """Run the chosen experts of few rows, each pair of a row and an expert by itself.
+
+        The bits are those of `_run_experts`, and the CPU need not know which experts were chosen.
+        """
+        first, pairs = self.experts[0], views.rows * self.top_k
+        chosen = views.view("route_experts", views.rows, self.top_k)
+        weights = views.view("route_weights", views.rows, self.top_k)
+        gate = views.view("gate", pairs, first.gate.out_features)
+        up = views.view("up", pairs, first.up.out_features)
+        down = views.view("expert_x", pairs, first.down.out_features)
+        ops.linear_pairs(x, tables.gate, chosen, gate, views.scratch)
+        ops.linear_pairs(x, tables.up, chosen, up, views.scratch)
+        ops.gate(gate, up, first.activation, gate)
+        ops.linear_pairs(gate, tables.down, chosen, down, views.scratch)
+        ops.moe_sum(down, weights, chosen, out)
+
+    def _run_experts(
+        self, ops: Any, views: StepViews, x: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Run each chosen expert on its rows and add the weighted results to `out`.
+
+        Experts run in their order, so that the sum of a row does not depend on its neighbours.
+        Which rows an expert has is a value of the step, so this is not recorded but called.
+        """
+        import numpy as np
+
+        pairs, hidden = views.rows * self.top_k, x.shape[1]
+        host = host_of(ops)
+        rows, factors = views.view("expert_rows", pairs), views.view("expert_weights", pairs)
+        chosen = views.view("route_experts", views.rows, self.top_k)
+        experts = host.read(chosen).reshape(-1).copy()
+        order = np.argsort(experts, kind="stable")
+        weights = host.read(views.view("route_weights", views.rows, self.top_k)).reshape(-1)
+        sorted_weights = weights[order]
+        host.write(rows, order // self.top_k)
+        host.write(factors, sorted_weights)
+        ends = np.cumsum(np.bincount(experts, minlength=len(self.experts))).tolist()
+        first = 0
+        for expert, end in zip(self.experts, ends, strict=True):
+            if end == first:
+                continue
+            own_x = views.view("expert_x", end - first, hidden)
+            ops.gather_rows(x, rows[first:end], own_x)
+            gated = expert.run_gate(ops, views, own_x)
+            expert.down.run(ops, gated, own_x, views.scratch)
+            ops.scatter_add_rows(own_x, rows[first:end], factors[first:end], out)
+            first = end

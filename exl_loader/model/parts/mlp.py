@@ -1,0 +1,59 @@
+"""The gated MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .linear import Linear, share_permutations
+from .part import Block, LayerState, Loading, StepViews
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...backends.base import Shapes
+
+
+@dataclass(eq=False)
+class Mlp(Block):
+    """down(activation(gate(x)) * up(x)): the MLP of a layer, or one expert of several.
+
+    Args:
+        activation: as `Ops.gate` takes it.
+    """
+
+    gate: Linear
+    up: Linear
+    down: Linear
+    activation: str
+
+    def weights(self) -> Iterator[Linear]:
+        yield from (self.gate, self.up, self.down)
+
+    def input_groups(self) -> list[list[Linear]]:
+        return [[self.gate, self.up], [self.down]]
+
+    def workspace(self, rows: int) -> Shapes:
+        shape = ("float32", (rows, self.gate.out_features))
+        return {"gate": shape, "up": shape}
+
+    def load(self, loading: Loading) -> None:
+        """Read the weights."""
+        super().load(loading)
+        share_permutations([self.gate, self.up])
+
+    def run(self, ops: Any, views: StepViews, state: LayerState, x: torch.Tensor,
+            out: torch.Tensor, add: bool) -> None:
+        gated = self.run_gate(ops, views, x)
+        down = self.down.add if add else self.down.run
+        down(ops, gated, out, views.scratch)
+
+    def run_gate(self, ops: Any, views: StepViews, x: torch.Tensor) -> torch.Tensor:
+        """Return activation(gate(x)) * up(x), float32 [rows of x, intermediate_size]."""
+        shape = x.shape[0], self.gate.out_features
+        gate, up = views.view("gate", *shape), views.view("up", *shape)
+        self.gate.run(ops, x, gate, views.scratch)
+        self.up.run(ops, x, up, views.scratch)
+        ops.gate(gate, up, self.activation, gate)
+        return gate

@@ -1,0 +1,117 @@
+"""The tensors of a step: every tensor that a forward pass touches, planned before loading.
+
+A step has at most `chunk_size` rows of at most `max_batch_size` sequences, and its logits at
+most `logits_rows` rows. Steps of fewer rows use the beginning of the same tensors, so that no
+response, however long, needs a byte more than the first token did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..backends import backend_of
+from ..backends.base import StepSizes
+from ..cache.layout import CacheType, pages_for
+from ..utils.table import TensorSpec
+from .parts.part import merged
+
+if TYPE_CHECKING:
+    from ..backends.base import Shapes
+    from .builder import StageParts
+
+# Prefill rows of a step: enough to spread unpacking of the weights over, few enough that a
+# stop request or a progress bar need not wait for long.
+DEFAULT_CHUNK_SIZE = 256
+# Texts that run at once: what a web UI with a few users needs, for a few ten KiB each.
+DEFAULT_MAX_BATCH_SIZE = 8
+# Rows of logits at a time where a caller wants all of them (128 KiB a row and more).
+DEFAULT_LOGITS_ROWS = 32
+
+# What the CPU writes for a step. Neighbours in the workspace, so that one copy brings all of it
+# to a device.
+INPUTS = ("ids", "positions", "q_start", "past_len", "page_table", "inv_freq", "head_rows")
+
+
+def workspace_specs(
+    stages: Iterable[StageParts],
+    *,
+    ctx_size: int,
+    cache_type: CacheType,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    max_batch_size: int = DEFAULT_MAX_BATCH_SIZE,
+    logits_rows: int = DEFAULT_LOGITS_ROWS,
+) -> list[TensorSpec]:
+    """List the workspace's tensors on every device.
+
+    Args:
+        stages: each device's parts.
+        ctx_size: tokens of the longest sequence, which bounds a page table's row.
+        cache_type: bits of keys and values; the attention scratch depends on it.
+        chunk_size: most rows of one step.
+        max_batch_size: most sequences of one step.
+        logits_rows: most rows of logits of one step; at least `max_batch_size` are made.
+    """
+    logits_rows = max(logits_rows, max_batch_size)
+    specs: list[TensorSpec] = []
+    for stage in stages:
+        sizes = _step_sizes(stage, chunk_size, logits_rows, max_batch_size, ctx_size, cache_type)
+        specs += [
+            TensorSpec(name, "workspace", dtype, shape, stage.device)
+            for name, (dtype, shape) in _stage_tensors(stage, sizes).items()
+        ]
+    return specs
+
+
+def _stage_tensors(stage: StageParts, sizes: StepSizes) -> Shapes:
+    """Return the workspace of one device."""
+    rows, sequences = sizes.rows, sizes.max_batch_size
+    tensors: Shapes = {
+        "ids": ("int32", (rows,)),
+        "positions": ("int32", (rows,)),
+        "q_start": ("int32", (sequences + 1,)),
+        "past_len": ("int32", (sequences,)),
+        "page_table": ("int32", (sequences, pages_for(sizes.ctx_size))),
+        **merged(rope.inputs(sequences) for rope in stage.ropes()),
+    }
+    if stage.head is not None:
+        tensors |= stage.head.inputs(sizes.logits_rows)
+    # One layer of each kind, because plans ask for many workspaces.
+    kinds = {layer.workspace_key: layer for layer in stage.layers}.values()
+    tensors |= merged(layer.workspace(rows) for layer in kinds)
+    if stage.head is not None:
+        tensors |= stage.head.workspace(sizes.logits_rows)
+    backend = backend_of(stage.device)
+    tensors |= backend.workspace_specs(sizes)
+    # A room for each layer, by its place among the device's layers.
+    for name, (dtype, shape) in merged(
+        layer.layer_workspace() for layer in stage.layers
+    ).items():
+        tensors[name] = dtype, (len(stage.layers), *shape)
+    tensors["scratch"] = ("uint8", (backend.scratch_bytes(sizes),))
+    return tensors
+
+
+def _step_sizes(
+    stage: StageParts, rows: int, logits_rows: int, max_batch_size: int, ctx_size: int,
+    cache_type: CacheType,
+) -> StepSizes:
+    """Return what the largest step of a device is; arguments as those of `workspace_specs`."""
+    config = stage.config
+    widths = frozenset[tuple[int, int]]().union(*(layer.widths for layer in stage.layers))
+    products = {(rows, *width) for width in widths}
+    if stage.head is not None:
+        products.add((logits_rows, config.hidden_size, config.vocab_size))
+    return StepSizes(
+        rows=rows,
+        logits_rows=logits_rows if stage.head is not None else 0,
+        max_batch_size=max_batch_size,
+        ctx_size=ctx_size,
+        cache_type=cache_type,
+        attention=replace(stage.layers[0].attention.shape, window=0),
+        products=frozenset(products),
+        vocab_size=config.vocab_size,
+        num_layers=len(stage.layers),
+        num_experts=config.num_local_experts,
+    )

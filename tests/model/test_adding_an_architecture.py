@@ -1,0 +1,89 @@
+"""docs/adding_an_architecture.md: its example runs, and it names every field."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from exl_loader.backends.reference.ops import ReferenceOps  # noqa: E402
+from exl_loader.checkpoint.architectures import ARCHITECTURES, Architecture  # noqa: E402
+from exl_loader.utils.errors import UnsupportedArchitecture  # noqa: E402
+from support import REPO  # noqa: E402
+from support.hf_models import expected_logits, relative_error  # noqa: E402
+from support.model_builder import build_model, run_chunks  # noqa: E402
+
+PAGE = (REPO / "docs" / "adding_an_architecture.md").read_text()
+IDS = [3, 17, 200, 5, 5, 101, 44, 9, 62, 128, 7]
+# How the example names what transformers' Gemma names otherwise.
+NAMES = {
+    "model.embed_tokens": "transformer.wte", "model.layers": "transformer.h",
+    "model.norm": "transformer.ln_f", "self_attn.o_proj": "attn.out", "mlp.gate_proj": "mlp.gate",
+    "mlp.up_proj": "mlp.up", "mlp.down_proj": "mlp.down", "input_layernorm": "ln_1",
+    "post_attention_layernorm": "ln_2",
+}  # fmt: skip
+
+
+@pytest.fixture
+def example(monkeypatch) -> str:
+    """Register the page's entry; returns its name."""
+    (source,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    entry = eval(source, {"Architecture": Architecture})
+    table = dict(ARCHITECTURES) | {entry.name: entry}
+    for module in ("checkpoint.config", "model.builder"):
+        monkeypatch.setattr(f"exl_loader.{module}.ARCHITECTURES", table)
+    return entry.name
+
+
+def write_example(folder: Path, name: str):
+    """Save a random Gemma under the names of the example, and return the model itself."""
+    torch.manual_seed(0)
+    config = transformers.GemmaConfig(
+        vocab_size=256, hidden_size=96, intermediate_size=168, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+    )  # fmt: skip
+    model = transformers.GemmaForCausalLM(config).eval()
+    with torch.no_grad():
+        for value in model.parameters():
+            value.copy_(torch.randn_like(value) * 1.2 * value.shape[-1] ** -0.5)
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        rows = [tensors.pop(f"{prefix}self_attn.{p}_proj.weight") for p in "qkv"]
+        tensors[f"{prefix}attn.qkv.weight"] = torch.cat(rows)
+    for theirs, ours in NAMES.items():
+        tensors = {key.replace(theirs, ours): tensor for key, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors")
+    own = {key: getattr(config, key) for key in (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+        "num_attention_heads", "num_key_value_heads", "head_dim",
+    )}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps({"architectures": [name], **own}))
+    return model
+
+
+def test_the_example_has_the_logits_of_transformers(example, tmp_path):
+    expected = expected_logits(write_example(tmp_path, example), IDS)
+    model, cache = build_model(tmp_path, ReferenceOps())
+    assert relative_error(run_chunks(model, cache, IDS, len(IDS)), expected) <= 2e-5
+    assert relative_error(run_chunks(model, cache, IDS, 4), expected) <= 2e-5
+
+
+def test_the_example_is_not_registered(tmp_path):
+    write_example(tmp_path, "ExampleForCausalLM")
+    with pytest.raises(UnsupportedArchitecture):
+        build_model(tmp_path, ReferenceOps())
+
+
+def test_the_page_names_every_field():
+    for field in dataclasses.fields(Architecture):
+        assert f"`{field.name}`" in PAGE, field.name
