@@ -24,11 +24,10 @@ from .memory.reservation import LoadOptions, PlannedModel, planned
 from .memory.reservation.budgets import chosen_devices
 from .memory.reservation.placement import DRAFT_PREFIX
 from .memory.reservation.text import refusal
-from .utils.errors import DeviceError, InsufficientMemory, is_out_of_memory
+from .utils.errors import DeviceError, InsufficientMemory, drop_locals, is_out_of_memory
+from .utils.output import warn
 from .utils.progress import Progress, checked_progress, task
 from .utils.system.processors import torch_on_one_thread
-from .utils.tracebacks import drop_locals
-from .utils.warn import warn
 
 if TYPE_CHECKING:
     import torch

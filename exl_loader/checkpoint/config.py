@@ -13,7 +13,7 @@ from typing import Any
 
 from ..utils.errors import ModelNotFound, UnsupportedArchitecture, shown_name
 from ..utils.json_keys import Keys, read_json_object, read_json_object_if_there
-from ..utils.warn import warn_once
+from ..utils.output import warn_once
 from .architectures import ACTIVATIONS, ALIASES, ARCHITECTURES, Architecture
 from .rope import MAX_POSITIONS, RopeConfig, parse_rope
 

@@ -21,7 +21,7 @@ from ..utils.errors import (
     shown_names,
 )
 from ..utils.json_keys import read_json_object_if_there
-from ..utils.warn import warn_once
+from ..utils.output import warn_once
 from .files import (
     all_files,
     candidates,

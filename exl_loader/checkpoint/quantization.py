@@ -21,7 +21,7 @@ from typing import Any
 
 from ..utils.errors import InvalidConfig, UnsupportedFormat, shown
 from ..utils.json_keys import read_json_object_if_there
-from ..utils.warn import warn_once
+from ..utils.output import warn_once
 
 GPTQ_METHODS = frozenset({"gptq", "gptqmodel", "auto_gptq", "autogptq"})
 AUTO_ROUND_METHODS = frozenset({"auto_round", "autoround", "intel/auto_round"})

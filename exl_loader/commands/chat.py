@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from ..generation.settings import SamplingSettings
 from ..text.chat.fitting import context_notice, fit_messages
 from ..utils.errors import ExlLoaderError, InvalidSettings
+from ..utils.output import TerminalWriter
 from ..utils.progress import NullProgress, Progress, default_progress
-from ..utils.terminal import TerminalWriter
 from ..utils.untrusted_files import TEXT_BYTES
 from .model_options import (
     add_load_arguments,

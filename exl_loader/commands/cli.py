@@ -18,8 +18,8 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..utils.errors import ExlLoaderError, known_line
+from ..utils.output import TerminalFormatter, for_terminal
 from ..utils.system.processes import end_by_interrupt
-from ..utils.terminal import TerminalFormatter, for_terminal
 
 # name -> (module, its line in the overview)
 COMMANDS = {

@@ -9,9 +9,9 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from ..text.chat.fitting import context_notice
+from ..utils.output import TerminalWriter
 from ..utils.progress import MIB, default_progress
 from ..utils.system.main_memory import peak_process_bytes
-from ..utils.terminal import TerminalWriter
 from .model_options import (
     DEMO_MODEL,
     add_load_arguments,

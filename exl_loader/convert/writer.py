@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from ..checkpoint.files import folder_names
 from ..utils.errors import InvalidSettings
+from ..utils.output import warn
 from ..utils.untrusted_files import TOKENIZER_BYTES, open_regular
-from ..utils.warn import warn
 
 # What exllamav2 writes at most into one file.
 DEFAULT_SHARD_BYTES = 8192 << 20

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, cast
 
 from ..utils.errors import InvalidCheckpoint, UnsupportedFormat
 from ..utils.integers import ceil_div
-from ..utils.warn import warn_once
+from ..utils.output import warn_once
 from . import awq_packing
 from .common import (
     FLOAT_DTYPES,

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from ..cache.paging import PagedCache
-from ..utils.tracebacks import drop_locals
+from ..utils.errors import drop_locals
 from .evaluations import Evaluation, evaluate_text
 from .exchange import Exchange
 from .forward_model import ForwardModel

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..cache.paging import PagedSequence
+from ..utils.errors import drop_locals
 from ..utils.progress import NullProgress, Progress
-from ..utils.tracebacks import drop_locals
 from .exchange import Exchange
 from .forward_model import LogitsRow
 from .logprobs import TokenLogprobs, token_logprobs

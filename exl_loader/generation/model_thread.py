@@ -19,8 +19,7 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from ..utils.errors import InsufficientMemory, InvalidCall, ModelForked, ModelUnloaded
-from ..utils.tracebacks import drop_locals
+from ..utils.errors import InsufficientMemory, InvalidCall, ModelForked, ModelUnloaded, drop_locals
 from .exchange import Exchange, sleep, wake_all
 from .scheduler import Scheduler
 

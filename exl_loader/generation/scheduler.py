@@ -14,8 +14,7 @@ import numpy.typing as npt
 
 from ..cache.layout import PAGE_LEN, pages_for
 from ..cache.paging import PagedCache, PagedSequence
-from ..utils.errors import CacheFull, InsufficientMemory, is_out_of_memory
-from ..utils.tracebacks import drop_locals
+from ..utils.errors import CacheFull, InsufficientMemory, drop_locals, is_out_of_memory
 from .drafts import look_up
 from .evaluations import Evaluation
 from .exchange import Exchange

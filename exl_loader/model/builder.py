@@ -19,8 +19,8 @@ from ..formats import LINEAR_TENSORS, has_linear, plan_linear
 from ..formats.common import FLOAT_DTYPES, WRONG_FILE, expect
 from ..utils.errors import InvalidCheckpoint, UnsupportedFormat, shown_names
 from ..utils.integers import round_up
+from ..utils.output import warn_once
 from ..utils.table import MAIN_MEMORY, DeviceMap, TensorSpec
-from ..utils.warn import warn_once
 from .decoder import Layer
 from .parts.attention import Attention
 from .parts.embedding import Embedding

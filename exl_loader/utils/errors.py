@@ -7,6 +7,7 @@ output goes into `details`.
 
 import re
 import reprlib
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -223,3 +224,30 @@ def is_out_of_memory(error: BaseException) -> bool:
     "can't allocate memory", "not enough memory".
     """
     return isinstance(error, MemoryError) or "DefaultCPUAllocator: " in str(error)
+
+
+def drop_locals(error: BaseException) -> None:
+    """Clear the local variables of the frames in an error's traceback that have ended.
+
+    A host may keep an error to show it, as an interactive session keeps its last one. Through
+    the traceback it would also keep every buffer and view that a local variable held: a model's
+    whole memory, long after it was unloaded.
+    """
+    seen: set[int] = set()
+    pending: list[BaseException | None] = [error]
+    while pending:
+        current = pending.pop()
+        if current is not None and id(current) not in seen:
+            seen.add(id(current))
+            traceback.clear_frames(current.__traceback__)
+            pending += [current.__cause__, current.__context__]
+
+
+def modules_of(error: BaseException) -> list[str]:
+    """Return the names of the modules in an error's traceback; the one that raised it is last."""
+    names = []
+    trace = error.__traceback__
+    while trace is not None:
+        names.append(str(trace.tb_frame.f_globals.get("__name__", "")))
+        trace = trace.tb_next
+    return names

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from exl_loader.utils.errors import InvalidSettings
-from exl_loader.utils.tracebacks import modules_of
+from exl_loader.utils.errors import InvalidSettings, modules_of
 
 from . import host, loading
 from .host import Patches

@@ -22,9 +22,9 @@ from exl_loader.utils.errors import (
     ModelNotFound,
     UnsupportedArchitecture,
     UnsupportedFormat,
+    modules_of,
 )
 from exl_loader.utils.json_keys import read_json_object_if_there
-from exl_loader.utils.tracebacks import modules_of
 
 from . import host
 

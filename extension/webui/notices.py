@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from exl_loader.utils.warn import warn_once
+from exl_loader.utils.output import warn_once
 
 from . import host
 from .host import Patches

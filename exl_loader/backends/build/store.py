@@ -27,8 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...utils.errors import KernelBuildError
+from ...utils.output import warn
 from ...utils.system.files import has_owners, rename_folder, sync
-from ...utils.warn import warn
 from . import ownership
 from .spec import BuildSpec
 

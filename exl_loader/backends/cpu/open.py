@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...utils.errors import KernelBuildError
+from ...utils.output import warn
 from ...utils.system.libraries import close_library
-from ...utils.warn import warn
 
 if TYPE_CHECKING:
     from ...utils.progress import Progress

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...utils.errors import DeviceError, InsufficientMemory
-from ...utils.warn import warn
+from ...utils.output import warn
 from .backend import ALIGNMENT_BYTES
 from .taken import remember_taken
 

@@ -18,9 +18,8 @@ from ...formats.common import quantized_specs
 from ...formats.packed import QuantizedSizes
 from ...memory.buffers import allocate
 from ...memory.segments import place
-from ...utils.errors import DeviceError
+from ...utils.errors import DeviceError, drop_locals
 from ...utils.table import TensorSpec
-from ...utils.tracebacks import drop_locals
 from ..base import AttentionShape, Batch
 from ..reference import fp16 as reference_fp16
 from ..reference.codec import dequantize, rotate_back

@@ -13,8 +13,8 @@ from typing import Any
 
 from ...utils.errors import InvalidTokenizer
 from ...utils.json_keys import read_json_object
+from ...utils.output import warn
 from ...utils.untrusted_files import TOKENIZER_BYTES, is_there, read_text
-from ...utils.warn import warn
 from .backend import SPACE_MARK
 from .files import MAX_TOKEN_ID, REMEDY, TokenizerConfig, is_id
 

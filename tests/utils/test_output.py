@@ -14,7 +14,7 @@ import pytest
 from exl_loader.commands import chat, generate
 from exl_loader.text.chat.template import ChatTemplates
 from exl_loader.utils.errors import InvalidTokenizer
-from exl_loader.utils.terminal import TerminalFormatter, TerminalWriter, for_terminal
+from exl_loader.utils.output import TerminalFormatter, TerminalWriter, for_terminal
 from support import REPO
 from support.tiny import write_tiny_model
 

@@ -1,24 +1,27 @@
-"""Write text of models, templates and files to a terminal without letting it drive the terminal.
+"""Text for people: log lines and terminals, which untrusted text must not drive.
 
-Escape sequences can move the cursor, change the window's title, or put text into the clipboard.
-So every control character but tab and line feed is shown as Python would write it (`\\x1b`). Pipes
-and files get the text as it is.
+Models, templates and files can hold escape sequences that move the cursor, change the window's
+title, or put text into the clipboard. So every control character but tab and line feed is written
+as Python would write it (`\\x1b`). Pipes and files get the text as it is.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+from functools import lru_cache
 from typing import TextIO
 
 from .errors import printable
+
+_log = logging.getLogger("exl_loader")
 
 # `printable` leaves these, which belong to a text's lines.
 _LINE_CONTROLS = re.compile("[\v\f\r]")
 
 
 def for_terminal(text: str) -> str:
-    """Return a text as a terminal may get it: with control characters shown, not obeyed.
+    """Escape the control characters of a text that is written to a terminal.
 
     A carriage return before a line feed is left out, because it belongs to the line's end.
     """
@@ -27,10 +30,10 @@ def for_terminal(text: str) -> str:
 
 
 class TerminalWriter:
-    """Writes a text piece by piece, at once.
+    """Writes a text piece by piece, each at once.
 
     Args:
-        stream: where to; only where it is a terminal is the text changed.
+        stream: the target. The text is escaped only where it is a terminal.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -60,3 +63,21 @@ class TerminalFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return for_terminal(super().format(record))
+
+
+def warn(message: str) -> None:
+    """Log a warning through the logger `exl_loader`.
+
+    Args:
+        message: one line. It may quote untrusted files and their names, so it is escaped.
+    """
+    _log.warning("%s", printable(message))
+
+
+@lru_cache(maxsize=1024)
+def warn_once(message: str) -> None:
+    """Log a warning, but only the first time in a process.
+
+    A plan is made again with every move of a slider; its warnings stay the same.
+    """
+    warn(message)
