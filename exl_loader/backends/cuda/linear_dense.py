@@ -2,7 +2,7 @@
 
 A call with few rows is decoded: each pass of 8 rows reads all weights. The inputs of more rows
 are prepared in scratch memory first (csrc/cuda/linear_dense.cuh): per row 16 bytes for each 4
-inputs, in stages of 32 inputs, and a float32 scale for each part of 256 inputs.
+inputs, in slices of 32 inputs, and a float32 scale for each part of 256 inputs.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ TILE_COLUMNS = 16
 # decoded, which need no scratch memory.
 PASS_ROWS = 256
 DECODE_ROWS = 32
-# csrc/cuda/linear_dense.cuh: kStageK, kPartK, kFragmentRows.
-_STAGE_FEATURES = 32
+# csrc/cuda/linear_dense.cuh: kSliceK, kPartK, kFragmentRows.
+_SLICE_FEATURES = 32
 _PART_FEATURES = 256
 _FRAGMENT_ROWS = 8
 _ALIGNMENT = 256
@@ -60,7 +60,7 @@ def _parts(in_features: int) -> int:
 
 def _input_bytes(rows: int, in_features: int) -> int:
     """Return the bytes of prepared inputs, aligned."""
-    return round_up(rows * round_up(in_features, _STAGE_FEATURES) * 4, _ALIGNMENT)
+    return round_up(rows * round_up(in_features, _SLICE_FEATURES) * 4, _ALIGNMENT)
 
 
 def _scale_bytes(rows: int, in_features: int) -> int:
