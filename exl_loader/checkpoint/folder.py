@@ -173,7 +173,7 @@ class _Files:
                 other = headers.setdefault(header.name, header)
                 if other is not header:
                     raise InvalidCheckpoint(
-                        f"{header.name}: stands in {other.path.name} and in {path.name}",
+                        f"{header.name}: is in {other.path.name} and in {path.name}",
                         expected="one file",
                         remedy="Remove the file that does not belong to this model",
                     )

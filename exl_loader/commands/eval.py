@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.config import ModelConfig
+from ..utils.byte_counts import MIB
 from ..utils.errors import InvalidSettings
-from ..utils.progress import MIB, default_progress
+from ..utils.progress import default_progress
 from .model_options import add_model_argument, add_options, read_text
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from ..text.chat.fitting import context_notice
+from ..utils.byte_counts import MIB
 from ..utils.output import TerminalWriter
-from ..utils.progress import MIB, default_progress
+from ..utils.progress import default_progress
 from ..utils.system.main_memory import peak_process_bytes
 from .model_options import (
     DEMO_MODEL,

@@ -1,8 +1,8 @@
-"""One exception per thing a user can do about it.
+"""The exceptions of this package: one type for each thing that a user can do about an error.
 
-Every error names the thing, what was expected, what was found and the remedy, so that a
-person (or a web page) can show it as one readable line. Long material such as a compiler's
-output goes into `details`.
+Every error names the thing, what was expected, what was found and the remedy, so that a program
+or a web page can show it as one readable line. Long text such as a compiler's output goes into
+`details`.
 """
 
 import re
@@ -11,8 +11,8 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-# Control characters, which could drive a terminal; lone surrogates, which no stream can write;
-# and characters that turn the direction of the text around them.
+# Control characters, which a terminal would obey; lone surrogates, which no stream can write; and
+# characters that change the direction of the text around them.
 _UNPRINTABLE = re.compile(
     "([\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069])\\1*"
 )
@@ -20,28 +20,28 @@ _LONGEST_RUN = 8
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
-# Characters of a part of an error's one line; a list of all settings has 800.
+# Most characters of a part of an error's line. A list of all settings has 800.
 _LONGEST_PART = 1500
 
 
 def printable(text: str) -> str:
-    """Return a text with everything escaped that a terminal or a stream would not just print."""
+    """Escape the characters of a text that a terminal would obey or a stream cannot write."""
     return _UNPRINTABLE.sub(_escaped, text)
 
 
 def _escaped(found: re.Match[str]) -> str:
-    """Escape a run of one character; a long run is counted, so that no text grows by much."""
+    """Escape a run of one character. A long run is counted, so that no text grows by much."""
     run, escape = found[0], ascii(found[1])[1:-1]
     return escape * len(run) if len(run) <= _LONGEST_RUN else f"{escape} ({len(run)} times)"
 
 
 def is_text(text: str) -> bool:
-    """Return whether a string is text: without lone surrogates, which are halves of characters."""
+    """Return whether a string has no lone surrogates, which are halves of characters."""
     return _SURROGATE.search(text) is None
 
 
 class _ShortRepr(reprlib.Repr):
-    """`repr` of any value: bounded in length, depth and time, and never an error."""
+    """`repr` of any value, bounded in length, depth and time; it raises nothing."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()
@@ -57,36 +57,36 @@ class _ShortRepr(reprlib.Repr):
 
 
 def shown(value: Any, limit: int = 80) -> str:
-    """Return what an error says of a value: its `repr`, at most `limit` characters of it.
+    """Return the `repr` of a value for a message, cut to `limit` characters.
 
-    Any value will do: integers of thousands of digits, lists within lists, objects of which
-    `repr` fails.
+    It works for any value: integers of thousands of digits, lists within lists, objects whose
+    `repr` raises.
     """
     text = printable(_ShortRepr(limit).repr(value))
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def shown_name(name: str, limit: int = 80) -> str:
-    """Return what a message says of a file's or a tensor's name: itself, without quotes."""
+    """Return the name of a file or a tensor for a message: printable, cut, without quotes."""
     text = printable(name)
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def shown_names(names: Sequence[str], most: int = 3) -> str:
-    """List names for a message: the first `most`, and how many more there are."""
+    """List names for a message: the first `most` names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(shown_name, names[:most])) + more
 
 
 class ExlLoaderError(Exception):
-    """Base of everything this package raises on purpose.
+    """Base of all exceptions that this package raises on purpose.
 
     Args:
         thing: what is wrong, named as the user knows it (a file, a tensor, a setting).
-        expected: what would have been right.
-        actual: what was found instead.
-        remedy: what the user can do about it.
-        details: long text for a fold-out (compiler output), never part of the one line.
+        expected: what would have been right, or None.
+        actual: what was found instead, or None.
+        remedy: what the user can do about it, or None.
+        details: long text such as a compiler's output, which is not part of the line; or None.
     """
 
     def __init__(self, thing, *, expected=None, actual=None, remedy=None, details=None):
@@ -112,13 +112,13 @@ class ExlLoaderError(Exception):
 
 
 def _cut(part: Any) -> str:
-    """Return a part of the one line: a name or a library's words may be megabytes."""
+    """Cut a part of the line: a name or the message of a library may have megabytes."""
     text = str(part)
     return text if len(text) <= _LONGEST_PART else text[:_LONGEST_PART] + "..."
 
 
 def _plain(value: Any) -> Any:
-    """Return what can be printed in the value's place; the value itself where it can."""
+    """Return the value where it can be printed, otherwise an escaped text in its place."""
     if isinstance(value, str):
         return printable(value)
     if value is None:
@@ -132,10 +132,10 @@ def _plain(value: Any) -> Any:
 
 
 def known_line(error: BaseException) -> str | None:
-    """Describe an error in a line that says what to do; None where only a bug explains it.
+    """Describe an error that a user can act on in one line; return None for a bug.
 
-    Besides this package's own errors these are those of the system: a full disk, a folder that
-    was removed meanwhile, full memory, a package that is missing.
+    Besides this package's errors these are errors of the system: a full disk, a folder that was
+    removed, full memory, a missing package.
     """
     if isinstance(error, ExlLoaderError):
         return str(error)
@@ -150,7 +150,7 @@ def known_line(error: BaseException) -> str | None:
 
 
 class ModelNotFound(ExlLoaderError):
-    """The folder, or a file that every model folder has, is not there."""
+    """The model folder, or a file that every model folder has, does not exist."""
 
 
 class InvalidConfig(ExlLoaderError):
@@ -158,15 +158,15 @@ class InvalidConfig(ExlLoaderError):
 
 
 class UnsupportedArchitecture(ExlLoaderError):
-    """The model is of a kind this engine does not run."""
+    """This engine does not run the model's architecture."""
 
 
 class InvalidCheckpoint(ExlLoaderError):
-    """Weight files are missing, truncated, or say something that cannot be true."""
+    """Weight files are missing, truncated or contradict themselves."""
 
 
 class UnsupportedFormat(ExlLoaderError):
-    """The weights are stored in a way this engine does not read (pickle files included)."""
+    """The weights have a format that this engine does not read. Pickle files are one."""
 
 
 class InvalidTokenizer(ExlLoaderError):
@@ -174,7 +174,7 @@ class InvalidTokenizer(ExlLoaderError):
 
 
 class InvalidSettings(ExlLoaderError):
-    """A load option or generation setting has a value that makes no sense."""
+    """A load option or a generation setting has an invalid value."""
 
 
 class PromptTooLong(ExlLoaderError):
@@ -182,14 +182,14 @@ class PromptTooLong(ExlLoaderError):
 
 
 class InsufficientMemory(ExlLoaderError):
-    """The reservation does not fit a device, or the device refused a buffer.
+    """The reservation does not fit on a device, or the device refused a buffer.
 
     Attributes:
         reservation: the `reservation.Reservation` that does not fit, with every figure; None
-            where memory vanished after a plan had fitted.
+            where another program took the memory after the plan had fitted.
     """
 
-    # Any: this file is what all others stand on, and imports none of them.
+    # Any: every other module imports this one, so this one imports none of them.
     reservation: Any = None
 
 
@@ -202,7 +202,7 @@ class KernelBuildError(ExlLoaderError):
 
 
 class DeviceError(ExlLoaderError):
-    """A graphics card or its driver is not there, or refused what it was asked."""
+    """A graphics card or its driver is missing, or refused a request."""
 
 
 class ModelUnloaded(ExlLoaderError):
@@ -214,14 +214,14 @@ class ModelForked(ModelUnloaded):
 
 
 class InvalidCall(ExlLoaderError):
-    """A call that would wait for itself, made in a callback of the model's own thread."""
+    """A callback on the model's thread made a call that would wait for that thread."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether the system refused memory.
 
-    PyTorch's CPU allocator raises a RuntimeError, whose text continues as the system's does:
-    "can't allocate memory", "not enough memory".
+    PyTorch's CPU allocator raises a RuntimeError. Its text begins as below and goes on as the
+    system's does: "can't allocate memory", "not enough memory".
     """
     return isinstance(error, MemoryError) or "DefaultCPUAllocator: " in str(error)
 

@@ -1,7 +1,7 @@
-"""Typed reading of JSON: every wrong value becomes a typed error.
+"""Read JSON by type: every wrong value becomes a typed error.
 
-The files are untrusted, so every value is checked: a missing file, a file that is no JSON, NaN
-where a number belongs, a string where a list belongs.
+The files are untrusted: every value is type-checked. A file may be missing or not be JSON, have
+NaN instead of a number, or a string instead of a list.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from typing import Any
 from .errors import ExlLoaderError, InvalidConfig, ModelNotFound, shown
 from .untrusted_files import JSON_BYTES, decode_utf8, is_there, read_bytes
 
-# Deeper than any config, index or schema; far from where Python's recursion ends, so that what
-# was read can also be copied and written.
+# Deeper than any config, index or schema, and far below Python's recursion limit, so that the
+# values can also be copied and written.
 MAX_DEPTH = 100
-# A float has at most 309 digits before the point: a longer integer is no count and no size.
+# A float has at most 309 digits before the point. A longer integer is no count and no size.
 _MAX_DIGITS = 309
 _TEN_DIGITS = re.compile("[0-9]{10}")
 _CONTAINERS = (dict, list)
 
 
 class InvalidJson(ValueError):
-    """A text is no JSON, or holds what no reader could use; the message says what and where."""
+    """A text is not JSON, or holds an unusable value; the message says what and where."""
 
 
 class _Parser:
-    """Makes the values of one text, and notes the first that cannot be used.
+    """Builds the values of one text, and records the first that cannot be used.
 
     Args:
-        distinct: a key may not stand twice in an object, even with equal values.
+        distinct: an object may not have a key twice, even with equal values.
     """
 
     def __init__(self, distinct: bool) -> None:
@@ -64,7 +64,7 @@ class _Parser:
             seen: dict[str, Any] = {}
             for key, value in pairs:
                 if key in seen and (self.distinct or seen[key] != value):
-                    self.problem = f"the key {shown(key)} stands twice"
+                    self.problem = f"the key {shown(key)} occurs twice"
                     break
                 seen[key] = value
         return values
@@ -79,19 +79,19 @@ def parse_json(data: str | bytes, *, distinct: bool = False) -> Any:
 
     Args:
         data: the text.
-        distinct: refuse a key that stands twice in an object with equal values, too.
+        distinct: refuse a repeated key in an object also where the values are equal.
 
     Raises:
-        InvalidJson: it is no JSON (NaN and Infinity are none); a number is larger than any
-            float or an integer has more than 309 digits; a key stands twice in an object with
-            different values; or it is nested more than `MAX_DEPTH` deep.
+        InvalidJson: the text is not JSON (NaN and Infinity are not); a number is larger than any
+            float, or an integer has more than 309 digits; an object repeats a key with different
+            values; or the nesting is deeper than `MAX_DEPTH`.
     """
     parser = _Parser(distinct)
     try:
         text = decode_utf8(data) if isinstance(data, bytes) else data.removeprefix("\ufeff")
-        # A call for each integer would take longer than everything else, so integers are counted
-        # only where the text may have one of more than 309 digits. Ten of its digits then follow
-        # each other among every 31st character.
+        # A call for each integer would take longer than everything else, so integers are checked
+        # only where the text may have one of more than 309 digits. Then ten consecutive
+        # characters of text[::31] are digits.
         has_long = _TEN_DIGITS.search(text[::31]) is not None
         value = json.loads(
             text, parse_constant=parser.constant, parse_float=parser.decimal,
@@ -111,8 +111,8 @@ def parse_json(data: str | bytes, *, distinct: bool = False) -> Any:
 
 
 def _is_deeper(value: Any, limit: int) -> bool:
-    # `json.loads` makes dicts and lists of these very types. Tokenizers have 10^5 values, for
-    # which a call of `isinstance` each would show.
+    # `json.loads` makes exactly these two types. Tokenizers have 10^5 values, for which calls of
+    # `isinstance` take noticeable time.
     level = [value] if type(value) in _CONTAINERS else []
     for _ in range(limit):
         level = [
@@ -134,11 +134,11 @@ def read_json_object(
     """Read a file that holds one JSON object.
 
     Args:
-        path: of the file.
+        path: path of the file.
         limit: most bytes that it may have.
-        error: what is raised where it cannot be read, is no regular file, no JSON as
-            `parse_json` reads it, larger than `limit`, or something other than an object.
-        missing: what is raised where there is no such file.
+        error: type of the exception where it cannot be read, is no regular file, is not JSON as
+            `parse_json` reads it, is larger than `limit`, or is not an object.
+        missing: type of the exception where there is no such file.
         remedy: what the user can do about it.
     """
     data = read_bytes(path, limit, error=error, missing=missing, remedy=remedy)
@@ -162,7 +162,7 @@ def read_json_object_if_there(
     error: type[ExlLoaderError] = InvalidConfig,
     remedy: str = "Download this file of the model again",
 ) -> dict[str, Any]:
-    """Read a file that may be absent, which is then an empty object; see `read_json_object`."""
+    """Read a file as `read_json_object` does; return an empty object where it does not exist."""
     if not is_there(path):
         return {}
     return read_json_object(path, limit=limit, error=error, missing=error, remedy=remedy)
@@ -171,12 +171,13 @@ def read_json_object_if_there(
 class Keys:
     """Typed access to the keys of one JSON object.
 
-    A key that is absent takes its default; a key that is null reads as None, as does a key
-    without a default. `required_*` refuse None.
+    An absent key has its default. A key that is null, or is absent and has no default, reads as
+    None. `required_*` refuse None. Every method raises InvalidConfig for a value of another type
+    or range.
 
     Args:
         values: the object.
-        where: what errors call it, e.g. the path of the file.
+        where: the name of the object in errors, e.g. the path of the file.
         defaults: values of keys that may be absent.
     """
 
@@ -187,11 +188,11 @@ class Keys:
         self.defaults = defaults or {}
 
     def raw(self, key: str) -> Any:
-        """Return the value as it stands, or its default, or None."""
+        """Return the unchecked value, or its default, or None."""
         return self.values[key] if key in self.values else self.defaults.get(key)
 
     def fail(self, key: str, expected: str, actual: Any = None) -> InvalidConfig:
-        """Make the error for a key; `actual` is the value itself where None."""
+        """Make the error for a key. With `actual` None it shows the value."""
         value = self.raw(key) if actual is None else actual
         return InvalidConfig(
             f"{key} in {self.where}",
@@ -269,5 +270,5 @@ class Keys:
 def _is_number(value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
-    # An integer of hundreds of digits is a JSON number, and more than a float can hold.
+    # JSON allows integers of hundreds of digits, which are larger than any float.
     return abs(value) < 1 << 63 if isinstance(value, int) else math.isfinite(value)

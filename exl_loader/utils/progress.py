@@ -1,8 +1,8 @@
-"""Progress of everything that takes longer than a second, behind one small interface.
+"""Progress of work that takes longer than a second.
 
-Compiling counts units, loading bytes, prefill tokens. Whoever does the work calls `start`,
-`advance` and `finish`; whoever started the work chooses how it is shown. Progress goes to
-stderr, so that stdout stays what a program may read.
+Compiling counts units, loading counts bytes, prefill counts tokens. The code that does the work
+calls `start`, `advance` and `finish`; the caller chooses how progress is shown. Progress goes to
+stderr, because programs read stdout.
 """
 
 from __future__ import annotations
@@ -14,35 +14,37 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TextIO
 
+from .byte_counts import MIB
 from .errors import InvalidSettings, shown
 
-# Plain lines are for logs: what ends within the delay needs none, what lasts writes one
-# every interval.
+# Plain lines are for logs. A task that ends within the delay writes none; a longer one writes a
+# line every interval.
 PLAIN_DELAY_S = 1.0
 PLAIN_INTERVAL_S = 5.0
 
-MIB = 1 << 20
-
 
 class Progress(Protocol):
-    """What long work reports to.
+    """The object that long work reports its progress to.
 
-    Tasks are named by what a person reads (`compiling kernels`). Starting a task that is
-    already running begins it anew; `advance` and `finish` of an unknown task do nothing, so
-    that the work never fails because of how it is shown. One thread at a time may call.
+    The name of a task is the text that a person reads (`compiling kernels`). Starting a task that
+    is already running starts it again. `advance` and `finish` of an unknown task do nothing, so
+    that showing progress never makes the work fail. Only one thread at a time may call.
     """
 
     def start(self, task: str, total: int | None, unit: str) -> None:
-        """Begin a task of `total` units (None where unknown).
+        """Start a task.
 
-        `unit` is `bytes`, `tokens`, ...; empty for a task that has nothing to count.
+        Args:
+            task: its name.
+            total: units of the whole task, None where unknown.
+            unit: `bytes`, `tokens`, ...; empty for a task without anything to count.
         """
 
     def advance(self, task: str, n: int = 1) -> None:
-        """Count n further units as done."""
+        """Count n more units as done."""
 
     def finish(self, task: str) -> None:
-        """End a task, done or given up."""
+        """End a task, whether it succeeded or failed."""
 
 
 class NullProgress:
@@ -59,10 +61,10 @@ class NullProgress:
 
 
 def checked_progress(progress: Progress | None) -> Progress:
-    """Return what long work is to report to: what a caller gave, or what shows nothing.
+    """Check a caller's progress object; None becomes one that shows nothing.
 
     Raises:
-        InvalidSettings: it lacks one of the three methods.
+        InvalidSettings: the object lacks one of the three methods.
     """
     if progress is None:
         return NullProgress()
@@ -84,7 +86,7 @@ class _Task:
 
 
 def format_count(done: int, total: int | None, unit: str) -> str:
-    """Write `3/8 units`, `12.0/96.5 MiB` where the unit is bytes; nothing without a unit."""
+    """Format `3/8 units`, or `12.0/96.5 MiB` for bytes; empty without a unit."""
     if not unit:
         return ""
     if unit == "bytes":
@@ -98,11 +100,11 @@ def _count(state: _Task) -> str:
 
 
 class PlainProgress:
-    """Write whole lines, few of them: for logs and pipes.
+    """Write few, whole lines, for logs and pipes.
 
     Args:
-        stream: where lines go; stderr of the moment where None.
-        clock: seconds, for tests.
+        stream: the target; None for what sys.stderr is at each line.
+        clock: returns seconds; tests pass their own.
     """
 
     def __init__(
@@ -141,13 +143,13 @@ class PlainProgress:
 
 
 class RichProgress:
-    """Draw bars on a terminal, which go away when no task is left.
+    """Draw bars on a terminal, and remove them when no task is left.
 
-    The display lives only while a task runs, so that text which is printed between tasks
-    (a prompt, generated pieces) is not disturbed.
+    The display exists only while a task runs, so that it does not disturb text that is printed
+    between tasks (a prompt, generated text).
 
     Args:
-        stream: the terminal; stderr of the moment where None.
+        stream: the terminal; None for what sys.stderr is when a task starts.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -182,7 +184,7 @@ class RichProgress:
             self._display = None
 
     def _make_display(self) -> Any:
-        # rich takes tens of milliseconds to import; a warm start may need no bar at all.
+        # Importing rich takes tens of milliseconds, and a load of compiled kernels may need no bar.
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Display
@@ -201,7 +203,7 @@ def default_progress(stream: TextIO | None = None) -> Progress:
     """Choose bars for a terminal and plain lines for anything else.
 
     Args:
-        stream: where progress goes; stderr where None.
+        stream: the target; None for stderr.
     """
     target = stream or sys.stderr
     if target is not None and target.isatty():
@@ -213,7 +215,7 @@ def default_progress(stream: TextIO | None = None) -> Progress:
 def task(
     progress: Progress, name: str, total: int | None, unit: str
 ) -> Iterator[Callable[[int], None]]:
-    """Run a task as a `with` block that yields `advance(n)`, and finish it on errors as well."""
+    """Run a task as a `with` block that yields `advance(n)`; it is finished after an error too."""
     progress.start(name, total, unit)
     try:
         yield lambda n: progress.advance(name, n)

@@ -1,9 +1,9 @@
-"""Bounded reading of files that come from outside: the one way in which this project opens them.
+"""Read files that come from outside, within bounds. All code of this project opens them here.
 
-A model folder is downloaded, and a path may be typed: at any name there may be a named pipe,
-for which `open()` waits without end, a device such as /dev/zero, which never ends, or a file of
-many gigabytes. Only regular files are read, links to them included, and never more bytes than
-the kind of file can need.
+A model folder is downloaded, and a person may type any path. There may be a named pipe, on which
+`open()` waits forever, a device such as /dev/zero, which has no end, or a file of many
+gigabytes. Only regular files and links to them are read, and no more bytes than the kind of file
+can need.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import os
 import stat
 from typing import BinaryIO
 
+from .byte_counts import MIB
 from .errors import ExlLoaderError, InvalidConfig, ModelNotFound, shown
-
-MIB = 1 << 20
 
 # Limits by kind of file, in bytes. Real ones: config.json a few KiB, with quantisation settings
 # of a mixture of experts up to 2 MiB; an index up to 15 MiB; tokenizer.json up to 40 MiB;
@@ -24,9 +23,9 @@ INDEX_BYTES = 64 * MIB
 TOKENIZER_BYTES = 256 * MIB
 SENTENCEPIECE_BYTES = 64 * MIB
 TEMPLATE_BYTES = 4 * MIB
-# A text to evaluate, to calibrate on, or to go on from.
+# A text to evaluate, to calibrate on, or to continue.
 TEXT_BYTES = 64 * MIB
-# What this project, or a web UI for a person, has written: markers, records, settings.
+# Files that this project or a web UI has written: markers, records, settings.
 SETTINGS_BYTES = 16 * MIB
 
 _KINDS = (
@@ -41,11 +40,10 @@ _REMEDY = "Download this file again"
 
 
 def is_there(path: str | os.PathLike[str]) -> bool:
-    """Return whether anything stands at a path.
+    """Return whether anything exists at a path.
 
-    Unlike `Path.is_file` this is true of what cannot be read, such as a named pipe or a link
-    that leads nowhere, so that a file which may be absent is not taken for absent when it is
-    broken.
+    Unlike `Path.is_file` this is true of what cannot be read, such as a named pipe or a broken
+    link. So an optional file that is broken is not treated as absent.
     """
     try:
         os.lstat(path)
@@ -63,19 +61,20 @@ def open_regular(
     missing: type[ExlLoaderError] = ModelNotFound,
     remedy: str = _REMEDY,
 ) -> BinaryIO:
-    """Open a regular file for reading, unbuffered. Never waits, whatever stands at the path.
+    """Open a regular file for reading, unbuffered. It never waits, whatever the path names.
 
     Args:
-        path: of the file, or of a link to it.
-        error, missing: what is raised where it cannot be opened, or where there is none.
+        path: path of the file, or of a link to it.
+        error: type of the exception where the file cannot be opened.
+        missing: type of the exception where there is no file.
         remedy: what the user can do about it.
     """
     name = os.fspath(path)
     if isinstance(name, bytes):
         name = os.fsdecode(name)
     try:
-        # Opening a device can have effects of its own, so its kind is looked at first; and
-        # once more when the file is open, because another may have taken its place.
+        # The kind is checked before opening, because opening a device can have side effects, and
+        # again afterwards, because another file may have been put in its place.
         _check_kind(name, os.stat(name), error, remedy)
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
         handle = os.open(name, flags | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
@@ -104,11 +103,11 @@ def read_bytes(
     """Read a whole regular file.
 
     Args:
-        path: of the file, or of a link to it.
+        path: path of the file, or of a link to it.
         limit: most bytes that it may have.
-        error: what is raised where it cannot be read, is no regular file, is larger than
-            `limit`, or was written to meanwhile.
-        missing: what is raised where there is no file.
+        error: type of the exception where it cannot be read, is no regular file, is larger than
+            `limit`, or was written to during reading.
+        missing: type of the exception where there is no file.
         remedy: what the user can do about it.
     """
     with open_regular(path, error=error, missing=missing, remedy=remedy) as file:
@@ -117,7 +116,7 @@ def read_bytes(
             if before.st_size > limit:
                 raise _too_large(path, before.st_size, limit, error, remedy)
             data = bytearray()
-            # A file that grows, and one of /proc, has more bytes than its size says.
+            # A file that grows, or one of /proc, has more bytes than its reported size.
             while len(data) <= limit:
                 piece = file.read(min(limit + 1 - len(data), MIB))
                 if not piece:
@@ -145,7 +144,7 @@ def read_text(
     missing: type[ExlLoaderError] = ModelNotFound,
     remedy: str = _REMEDY,
 ) -> str:
-    """Read a whole UTF-8 file, without a byte order mark, its lines ended by `\\n`.
+    """Read a whole UTF-8 file; a byte order mark is removed and lines end in `\\n`.
 
     Args:
         path, limit, error, missing, remedy: see `read_bytes`.
@@ -161,10 +160,10 @@ def read_text(
 
 
 def decode_utf8(data: bytes) -> str:
-    """Decode UTF-8, without a byte order mark, which some Windows editors write.
+    """Decode UTF-8 and remove a byte order mark, which some Windows editors write.
 
     Raises:
-        ValueError: it is something else; UTF-16 is named, because Windows' shells write it.
+        ValueError: the bytes are not UTF-8. UTF-16 is named, because Windows' shells write it.
     """
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError("UTF-16 text; save it as UTF-8")
@@ -172,7 +171,7 @@ def decode_utf8(data: bytes) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as cause:
         byte = data[cause.start] if cause.start < len(data) else 0
-        raise ValueError(f"byte 0x{byte:02x} at offset {cause.start} is no UTF-8") from None
+        raise ValueError(f"byte 0x{byte:02x} at offset {cause.start} is not UTF-8") from None
 
 
 def _check_kind(

@@ -142,7 +142,7 @@ def test_an_index_cannot_leave_the_folder(tmp_path, file):
 def test_a_tensor_in_two_files_is_refused(tmp_path):
     for file in ("a.safetensors", "b.safetensors"):
         save(tmp_path, file, x=torch.zeros(1))
-    with pytest.raises(InvalidCheckpoint, match=r"x: stands in a\.safetensors and in b\.saf"):
+    with pytest.raises(InvalidCheckpoint, match=r"x: is in a\.safetensors and in b\.saf"):
         Checkpoint.open(tmp_path)
 
 

@@ -160,7 +160,7 @@ def test_text(tmp_path, data, text):
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"ab\xff", "byte 0xff at offset 2 is no UTF-8"),
+        (b"ab\xff", "byte 0xff at offset 2 is not UTF-8"),
         ("ab".encode("utf-16"), "UTF-16"),
         (b"\xed\xa0\x80", "0xed at offset 0"),
         (b"abc\xe2\x82", "0xe2 at offset 3"),
@@ -189,7 +189,7 @@ def test_text_that_is_none(tmp_path, data, words):
         ("[" * 100_000, "nested too deeply|Expecting value"),
         ("[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1), "nested more than 100 deep"),
         ('{"a":' * 200 + "1" + "}" * 200, "nested more than 100 deep"),
-        ('{"a": 1, "a": 2}', "'a' stands twice"),
+        ('{"a": 1, "a": 2}', "'a' occurs twice"),
         ('{"\\ud800": 1, "\\ud800": 2}', r"\\ud800"),
         ('{"a\0": 1}', "control character"),
         ("{'a': 1}", "double quotes"),

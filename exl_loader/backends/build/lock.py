@@ -19,10 +19,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...utils.byte_counts import MIB
 from ...utils.errors import ExlLoaderError
 from ...utils.json_keys import parse_json
 from ...utils.progress import Progress
-from ...utils.untrusted_files import MIB, read_bytes
+from ...utils.untrusted_files import read_bytes
 
 if TYPE_CHECKING:
     from filelock import FileLock

@@ -101,7 +101,7 @@ def _read_vocab(path: Path) -> dict[str, int]:
         )
     if len(set(vocab.values())) < len(vocab):
         raise InvalidTokenizer(str(path), expected="an id of its own for each token",
-                               actual="an id that stands twice", remedy=REMEDY)
+                               actual="an id that two tokens have", remedy=REMEDY)
     if any(SPACE_MARK in content for content in vocab) and not any(
         content.startswith(_BYTE_LEVEL_SPACE) for content in vocab
     ):

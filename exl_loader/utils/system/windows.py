@@ -1,7 +1,7 @@
-"""What Windows says of memory and processors, and its limits of a child process.
+"""Win32 functions: memory, processors, and job objects that bound a child process.
 
 Structures and functions: Microsoft's Win32 reference (sysinfoapi.h, psapi.h, winbase.h,
-jobapi2.h). On 64-bit Windows all functions have one calling convention, so that `CDLL` serves.
+jobapi2.h). On 64-bit Windows all functions have one calling convention, so `CDLL` can call them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _ProcessMemory(ctypes.Structure):
 
 
 class _Processors(ctypes.Structure):
-    """SYSTEM_LOGICAL_PROCESSOR_INFORMATION: processors that share something, as bits."""
+    """SYSTEM_LOGICAL_PROCESSOR_INFORMATION: a bit mask of processors that share something."""
 
     _fields_ = [
         ("mask", ctypes.c_size_t),
@@ -79,12 +79,12 @@ class _JobLimits(ctypes.Structure):
 _JOB_EXTENDED_LIMITS = 9
 _LIMIT_PROCESS_TIME, _LIMIT_PROCESSES = 0x2, 0x8
 _LIMIT_PROCESS_MEMORY, _LIMIT_KILL_ON_CLOSE = 0x100, 0x2000
-# ERROR_NOT_ENOUGH_QUOTA, with which a job ends a process whose time is over.
+# ERROR_NOT_ENOUGH_QUOTA: the exit code of a process whose processor time a job ended.
 OUT_OF_TIME = 1816
 
 
 class Job:
-    """A job object: bounds a child process, and ends it when this process ends.
+    """A job object that bounds a child process and ends it when this process ends.
 
     Args:
         process: a child that has just been started.
@@ -97,8 +97,7 @@ class Job:
         library = _kernel32()
         library.CreateJobObjectW.restype = ctypes.c_void_p
         self._process = ctypes.c_void_p(int(process._handle))  # type: ignore[attr-defined,unused-ignore]
-        # The handle is never closed by hand: closing it, as this process's end does, ends the
-        # child.
+        # Closing the handle ends the child. The end of this process closes it.
         self._job = ctypes.c_void_p(library.CreateJobObjectW(None, None))
         self._set(_JobLimits(flags=_LIMIT_KILL_ON_CLOSE | _LIMIT_PROCESSES, processes=1))
         if not library.AssignProcessToJobObject(self._job, self._process):
@@ -111,8 +110,8 @@ class Job:
         """Set what the child may use from now on.
 
         Args:
-            memory_bytes: of committed memory in all.
-            seconds: of processor time more than it has had.
+            memory_bytes: total committed memory.
+            seconds: further processor time.
 
         Raises:
             OSError: the system refuses.
@@ -137,10 +136,10 @@ class Job:
 
 
 def machine_memory() -> tuple[int, int]:
-    """Return the machine's main memory and what of it can be had now, in bytes.
+    """Return the machine's main memory and the part of it that can be taken now, in bytes.
 
-    What is taken is charged to main memory and page file together, whose limit may be the
-    nearer one: then it is what can be had.
+    Memory is charged to main memory and to the sum of main memory and page file. The smaller
+    remainder is what can be taken.
 
     Raises:
         OSError: the system does not say.
@@ -152,7 +151,7 @@ def machine_memory() -> tuple[int, int]:
 
 
 def process_memory() -> tuple[int, int]:
-    """Return the main memory that this process holds, and the most it has held, in bytes.
+    """Return the main memory that this process holds, and the most that it has held, in bytes.
 
     Raises:
         OSError: the system does not say.
@@ -168,8 +167,8 @@ def process_memory() -> tuple[int, int]:
 def physical_cores() -> int | None:
     """Count the cores on which this process may run; None where the system does not say.
 
-    Of machines with more than 64 processors those of one group, to which a process keeps
-    unless it says otherwise.
+    On a machine with more than 64 processors, only one group of them is counted, because a
+    process runs on one group unless it asks for others.
     """
     library = _kernel32()
     allowed, present = ctypes.c_size_t(), ctypes.c_size_t()
