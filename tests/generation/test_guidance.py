@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import threading
 
+import numpy as np
 import pytest
 import torch
+from transformers.generation import logits_process as hf
 
 import exl_loader
+from exl_loader.generation.sampling import guide
 from exl_loader.utils.errors import CacheFull, InsufficientMemory, InvalidSettings, PromptTooLong
 from support.fake_model import fake_engine
 from support.tiny import write_tiny_model
@@ -20,6 +23,23 @@ def model(tmp_path_factory):
     folder = write_tiny_model(tmp_path_factory.mktemp("guided") / "model")
     with exl_loader.load(folder, ctx_size=4096, cache_type="fp16") as loaded:
         yield loaded
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0, 1.0, 1.5, 3.0])
+def test_guide_agrees_with_transformers(scale):
+    rng = np.random.default_rng(3)
+    row, negative = (rng.standard_normal((2, 200)) * 5).astype(np.float32)
+
+    class Model:
+        def __call__(self, *_, **__):
+            return type("Out", (dict,), {"logits": torch.tensor(negative)[None, None]})()
+
+    processor = hf.UnbatchedClassifierFreeGuidanceLogitsProcessor(scale, Model())
+    scores = torch.tensor(row.astype(np.float64))[None]
+    expected = processor(torch.tensor([[1, 2]]), scores)[0].numpy()
+    before = row.copy()
+    np.testing.assert_allclose(guide(row, negative, scale), expected, rtol=1e-4, atol=1e-4)
+    assert (row == before).all()
 
 
 def guided_by_definition(model, prompt: list[int], negative: list[int], scale: float,

@@ -1,4 +1,4 @@
-"""Sampling with the common settings: the distribution, the draw, seeds, damaged logits."""
+"""The sampler of a request: distribution, draw, seeds, special tokens, damaged logits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from exl_loader.generation.forward_model import LogitsRow
 from exl_loader.generation.sampling import Candidates, Sampler, TokenRoles, draw
 from exl_loader.generation.settings import SamplingSettings
-from exl_loader.utils.errors import InvalidCheckpoint
+from exl_loader.utils.errors import InvalidCheckpoint, InvalidSettings
+from support.fake_model import fake_engine
 
 
 def defined_distribution(logits, history, options: SamplingSettings, banned=()) -> dict[int, float]:
@@ -209,3 +210,76 @@ def test_large_finite_logits_are_valid():
     row = np.full(100, 3e38, np.float32)
     row[7] = 3.2e38
     assert Sampler(SamplingSettings(), 1).sample(LogitsRow(row), []) == 7
+
+
+def roles_of(options, tokenizer, eos_ids=(2,)) -> TokenRoles:
+    return TokenRoles.from_request(
+        SamplingSettings(**options), tokenizer, vocab_size=300, eos_ids=eos_ids, prompt_ids=[7]
+    )
+
+
+def test_roles_are_looked_up_in_the_tokenizer(byte_tokenizer):
+    def ids(text: str) -> set[int]:
+        return set(byte_tokenizer.encode(text, add_bos=False))
+
+    roles = roles_of({"dry_multiplier": 1}, byte_tokenizer)
+    assert roles.breaker_ids == ids("\n") | ids(":") | ids('"') | ids("*")
+    roles = roles_of({"dry_multiplier": 1, "dry_sequence_breakers": '"one;"'}, byte_tokenizer)
+    assert roles.breaker_ids == ids(";")
+    assert roles_of({"xtc_probability": 0.5}, byte_tokenizer).spared_ids == ids("\n") | {2}
+    assert roles_of({"xtc_probability": 0.5}, None).spared_ids == {2}
+    assert roles_of({}, byte_tokenizer).banned_ids == ()
+    roles = roles_of({"custom_token_bans": "9,4", "ban_eos_token": True}, byte_tokenizer)
+    assert roles.banned_ids == (2, 4, 9)
+
+
+def test_breakers_are_tokens_inside_a_text(spm_tokenizer):
+    """SentencePiece has tokens for the beginning of a word, which include a space."""
+    def last(text: str) -> list[int]:
+        return spm_tokenizer.encode(text, add_bos=False)[-1:]
+
+    letter = next(c for c in "tabcdeho" if last(c) != last("a" + c))
+    options = {"dry_multiplier": 1, "dry_sequence_breakers": [letter]}
+    assert roles_of(options, spm_tokenizer).breaker_ids == set(last("a" + letter))
+
+
+def test_breakers_need_a_tokenizer():
+    assert roles_of({}, None).breaker_ids == frozenset()
+    assert roles_of({"dry_multiplier": 1, "dry_sequence_breakers": []}, None).breaker_ids == set()
+    with pytest.raises(InvalidSettings, match="dry_sequence_breakers.*no tokenizer"):
+        roles_of({"dry_multiplier": 1}, None)
+
+
+def test_bans_and_biases_reach_a_generation():
+    engine, _, _ = fake_engine(lambda text: text[-1] + 1)
+    plain = {"max_new_tokens": 3, "temperature": 0}
+    assert list(engine.generate_ids([5], plain)) == [6, 7, 8]
+    banned = {**plain, "custom_token_bans": "6,0"}
+    assert list(engine.generate_ids([5], banned))[0] == 1
+    assert list(engine.generate_ids([5], {**plain, "logit_bias": {"9": 20}})) == [9, 9, 9]
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [({"custom_token_bans": [300]}, "custom_token_bans"),
+     ({"logit_bias": {"300": 1}}, "logit_bias")],
+)
+def test_ids_outside_the_vocabulary_are_refused(options, name):
+    engine, _, _ = fake_engine(lambda text: 1)
+    with pytest.raises(InvalidSettings, match=f"{name}.*0 to 299.*300"):
+        engine.generate_ids([5], options)
+
+
+def test_the_same_seed_and_settings_give_the_same_ids():
+    engine, _, _ = fake_engine(lambda text: text[-1] % 7 + 1)
+    options = {
+        "temperature": 3, "top_p": 0.95, "mirostat_mode": 2, "mirostat_tau": 4,
+        "xtc_probability": 0.5, "xtc_threshold": 0.001, "dry_multiplier": 1,
+        "dry_sequence_breakers": [], "frequency_penalty": 0.5, "max_new_tokens": 60,
+        "ban_eos_token": True,
+    }
+    first = engine.generate_ids([5, 6], options)
+    ids = list(first)
+    assert len(ids) == 60 and len(set(ids)) > 10
+    assert list(engine.generate_ids([5, 6], {**options, "seed": first.seed})) == ids
+    assert list(engine.generate_ids([5, 6], {**options, "seed": first.seed + 1})) != ids

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -12,8 +10,7 @@ from transformers.generation import logits_process as hf
 import support.samplers_defined as defined
 from exl_loader.generation.sampling import Candidates, curves, filters
 from exl_loader.generation.sampling.candidates import largest
-from exl_loader.generation.sampling.feedback import AdaptiveP, Mirostat
-from exl_loader.generation.sampling.numerics import fewest_reaching, measures
+from support.samplers_defined import distribution, random_row
 
 VOCAB = 152_064
 
@@ -65,16 +62,6 @@ CASES = {
     ),
 }
 PAIRS = [(name, value) for name, (_, _, values) in CASES.items() for value in values]
-
-
-def distribution(candidates: Candidates, size: int) -> np.ndarray:
-    probabilities = np.zeros(size)
-    probabilities[candidates.ids] = defined.softmax(candidates.logits)
-    return probabilities
-
-
-def random_row(seed: int, size: int, scale: float) -> np.ndarray:
-    return (np.random.default_rng(seed).standard_normal(size) * scale).astype(np.float32)
 
 
 def check(name: str, value, row: np.ndarray, given: Candidates | None = None) -> None:
@@ -177,73 +164,3 @@ def test_xtc_spares_line_breaks_and_end_tokens():
         for spared in range(5)
     }
     assert kept == {0: [0, 1, 2, 3], 1: [0, 1, 2, 3], 2: [2, 3], 3: [2, 3], 4: [2, 3]}
-
-
-@pytest.mark.parametrize("kind", ["distinct", "few values", "two values", "equal", "falling"])
-def test_the_fewest_keys_that_reach_a_sum(kind):
-    """For many distributions of keys, with ties, impossible tokens and sums out of reach."""
-    rng = np.random.default_rng()
-    size = int(rng.integers(5000, 30_000))
-    keys = {
-        "distinct": rng.standard_normal(size), "few values": rng.integers(0, 40, size),
-        "two values": rng.random(size) < 0.01, "equal": np.zeros(size),
-        # In order, so that the first keys are not representative.
-        "falling": -np.geomspace(1e-3, 80, size),
-    }[kind].astype(np.float32)
-    if kind != "equal":
-        keys[rng.integers(0, size, 50)] = -np.inf
-    weight = np.exp(keys - keys.max())
-    order = np.argsort(-keys, kind="stable")
-    reached = np.cumsum(weight[order], dtype=np.float64)
-    for share in (0.001, 0.3, 0.77, 0.9999, 2.0):
-        target = share * reached[-1]
-        index = min(int(np.searchsorted(reached, target)), size - 1)
-        assert fewest_reaching(keys, weight, target) == (keys[order[index]], index + 1)
-
-
-def test_measures():
-    for scale in (0.1, 1, 30):
-        row = random_row(9, 1000, scale)
-        weight, log_whole, entropy = measures(row)
-        p = defined.softmax(row)
-        np.testing.assert_allclose(weight / math.exp(log_whole), p, rtol=1e-5, atol=1e-30)
-        assert entropy == pytest.approx(defined.entropy(p), rel=1e-5, abs=1e-9)
-    assert measures(np.array([5, -np.inf], np.float32))[1:] == (0, 0)
-    assert measures(np.zeros(8, np.float32))[2] == pytest.approx(math.log(8))
-
-
-def test_mirostat_follows_its_formulas():
-    rng = np.random.default_rng(int(np.random.default_rng().integers(1 << 32)))
-    tau, eta = 3.0, 0.2
-    mirostat, mu = Mirostat(tau, eta), 2 * tau
-    for _ in range(50):
-        row = (rng.standard_normal(300) * 3).astype(np.float32)
-        kept = mirostat.apply(Candidates.from_row(row))
-        expected = defined.softmax(defined.mirostat_kept(row, mu))
-        np.testing.assert_allclose(distribution(kept, 300), expected, rtol=1e-4, atol=1e-30)
-        token = int(rng.choice(300, p=expected))
-        mirostat.observe(token)
-        mu -= eta * (-math.log2(expected[token]) - tau)
-        assert mirostat.mu == pytest.approx(mu, rel=1e-5)
-        mu = mirostat.mu
-
-
-@pytest.mark.parametrize(("target", "decay"), [(0.5, 0.9), (0.05, 0.0), (1.0, 0.99)])
-def test_adaptive_p_follows_its_formulas(target, decay):
-    rng = np.random.default_rng(int(np.random.default_rng().integers(1 << 32)))
-    sampler = AdaptiveP(target, decay)
-    drawn = [target / (1 - decay), 1 / (1 - decay)]
-    for _ in range(40):
-        row = (rng.standard_normal(200) * 4).astype(np.float32)
-        row[rng.integers(200, size=30)] = -np.inf
-        p = defined.softmax(row)
-        distance = np.abs(p - np.clip(2 * target - drawn[0] / drawn[1], 0, 1)) / 0.3
-        bent = np.where(row > -np.inf, 5 - 10 * distance**2 / (1 + distance), -np.inf)
-        given = largest(Candidates.from_row(row), 200)
-        actual = sampler.apply(given)
-        assert not actual.is_sorted and (np.diff(actual.ids) > 0).all()
-        expected = defined.softmax(bent)
-        np.testing.assert_allclose(distribution(actual, 200), expected, rtol=1e-4, atol=1e-30)
-        token = int(rng.choice(200, p=expected))
-        sampler.observe(token)
-        drawn = [p[token] + decay * drawn[0], 1 + decay * drawn[1]]

@@ -1,4 +1,4 @@
-"""Samplers together: their order, their states, bans, the roles of tokens, and the cost."""
+"""Samplers together: their order, bans, and greedy settings."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from exl_loader.generation.sampling import SAMPLERS, Sampler, TokenRoles
 from exl_loader.generation.sampling.pipeline import chosen_samplers
 from exl_loader.generation.settings import SAMPLER_PRIORITY, SamplingSettings
 from exl_loader.utils.errors import InvalidSettings
-from support.counting import count
-from support.fake_model import fake_engine
 
 
 def final_distribution(row, options, history=(), roles=None) -> dict[int, float]:
@@ -90,7 +88,6 @@ def test_all_samplers_at_once(seed):
     assert actual == pytest.approx({int(i): share[i] for i in np.flatnonzero(share)}, rel=1e-3)
 
 
-# States and decisions of samplers
 
 def test_xtc_happens_as_often_as_asked():
     row = np.log(np.array([0.4, 0.3, 0.2, 0.1], np.float32))
@@ -101,35 +98,6 @@ def test_xtc_happens_as_often_as_asked():
     spared = TokenRoles(spared_ids=frozenset({1}))
     always = SamplingSettings(xtc_probability=1, xtc_threshold=0.15)
     assert len(Sampler(always, 5, spared).candidates(LogitsRow(row), [])) == 4
-
-
-def test_mirostat_keeps_the_surprise_near_its_target():
-    rng = np.random.default_rng(11)
-    for tau in (2.0, 4.0):
-        sampler = Sampler(SamplingSettings(mirostat_mode=2, mirostat_tau=tau, mirostat_eta=0.1), 3)
-        surprises = []
-        for _ in range(600):
-            row = (rng.standard_normal(500) * 2).astype(np.float32)
-            share = final_share(sampler, row)
-            surprises.append(-np.log2(share))
-        assert np.mean(surprises[100:]) == pytest.approx(tau, abs=0.15)
-
-
-def final_share(sampler: Sampler, row) -> float:
-    """Draw a token; return its probability among the remaining candidates."""
-    left = sampler.candidates(LogitsRow(row), [])
-    token = sampler.sample(LogitsRow(row), [])
-    return float(defined.softmax(left.logits)[left.ids == token][0])
-
-
-def test_requests_have_separate_states():
-    row = np.random.default_rng(12).standard_normal(400).astype(np.float32)
-    settings = SamplingSettings(mirostat_mode=2, xtc_probability=0.5, xtc_threshold=0.01, seed=9)
-    alone = [Sampler(settings).sample(LogitsRow(row), []) for _ in range(1)]
-    one, two = Sampler(settings), Sampler(settings)
-    together = [(one.sample(LogitsRow(row), []), two.sample(LogitsRow(row), [])) for _ in range(30)]
-    assert together[0][0] == alone[0]
-    assert all(first == second for first, second in together)
 
 
 def test_a_late_ban_leaves_at_least_one_token():
@@ -176,107 +144,3 @@ def test_the_first_token_of_an_empty_history():
     options = {"repetition_penalty": 1.5, "frequency_penalty": 1, "dry_multiplier": 1,
                "no_repeat_ngram_size": 2, "presence_penalty": 1}
     assert len(final_distribution(row, options)) == 10
-
-
-# Roles of tokens
-
-def roles_of(options, tokenizer, eos_ids=(2,)) -> TokenRoles:
-    return TokenRoles.from_request(
-        SamplingSettings(**options), tokenizer, vocab_size=300, eos_ids=eos_ids, prompt_ids=[7]
-    )
-
-
-def test_roles_are_looked_up_in_the_tokenizer(byte_tokenizer):
-    def ids(text: str) -> set[int]:
-        return set(byte_tokenizer.encode(text, add_bos=False))
-
-    roles = roles_of({"dry_multiplier": 1}, byte_tokenizer)
-    assert roles.breaker_ids == ids("\n") | ids(":") | ids('"') | ids("*")
-    roles = roles_of({"dry_multiplier": 1, "dry_sequence_breakers": '"one;"'}, byte_tokenizer)
-    assert roles.breaker_ids == ids(";")
-    assert roles_of({"xtc_probability": 0.5}, byte_tokenizer).spared_ids == ids("\n") | {2}
-    assert roles_of({"xtc_probability": 0.5}, None).spared_ids == {2}
-    assert roles_of({}, byte_tokenizer).banned_ids == ()
-    roles = roles_of({"custom_token_bans": "9,4", "ban_eos_token": True}, byte_tokenizer)
-    assert roles.banned_ids == (2, 4, 9)
-
-
-def test_breakers_are_tokens_inside_a_text(spm_tokenizer):
-    """SentencePiece has tokens for the beginning of a word, which include a space."""
-    def last(text: str) -> list[int]:
-        return spm_tokenizer.encode(text, add_bos=False)[-1:]
-
-    letter = next(c for c in "tabcdeho" if last(c) != last("a" + c))
-    options = {"dry_multiplier": 1, "dry_sequence_breakers": [letter]}
-    assert roles_of(options, spm_tokenizer).breaker_ids == set(last("a" + letter))
-
-
-def test_breakers_need_a_tokenizer():
-    assert roles_of({}, None).breaker_ids == frozenset()
-    assert roles_of({"dry_multiplier": 1, "dry_sequence_breakers": []}, None).breaker_ids == set()
-    with pytest.raises(InvalidSettings, match="dry_sequence_breakers.*no tokenizer"):
-        roles_of({"dry_multiplier": 1}, None)
-
-
-# Cost
-
-COMMON = (
-    {}, {"temperature": 0}, {"temperature": 0.7, "top_p": 0.9, "top_k": 20},
-    {"temperature": 0.7, "top_p": 0.95}, {"temperature": 1.2, "min_p": 0.05},
-    {"top_k": 50, "top_p": 0.9, "repetition_penalty": 1.1, "dry_multiplier": 0.8,
-     "dry_sequence_breakers": []},
-    {"typical_p": 0.9}, {"top_a": 0.2}, {"eta_cutoff": 3}, {"mirostat_mode": 2},
-    {"xtc_probability": 1, "xtc_threshold": 0.1},
-    {"repetition_penalty": 1.1, "presence_penalty": 0.1, "frequency_penalty": 0.1},
-)
-
-
-@pytest.mark.parametrize("scale", [4, 0.5, 0])
-@pytest.mark.parametrize("options", COMMON)
-def test_no_common_setting_sorts_the_vocabulary(options, scale):
-    rng = np.random.default_rng()
-    row = (rng.standard_normal(152_064) * scale).astype(np.float32)
-    history = rng.integers(0, 152_064, 4000)
-    sampler = Sampler(SamplingSettings(**options), 1)
-    sampler.sample(LogitsRow(row), history)
-    counts = count(lambda: sampler.sample(LogitsRow(row), history))
-    assert counts.sorted_elements < len(row) / 16
-    # A loop over tokens in Python would be a thousand times more.
-    assert counts.calls < 1000
-
-
-# In the engine
-
-def test_bans_and_biases_reach_a_generation():
-    engine, _, _ = fake_engine(lambda text: text[-1] + 1)
-    plain = {"max_new_tokens": 3, "temperature": 0}
-    assert list(engine.generate_ids([5], plain)) == [6, 7, 8]
-    banned = {**plain, "custom_token_bans": "6,0"}
-    assert list(engine.generate_ids([5], banned))[0] == 1
-    assert list(engine.generate_ids([5], {**plain, "logit_bias": {"9": 20}})) == [9, 9, 9]
-
-
-@pytest.mark.parametrize(
-    ("options", "name"),
-    [({"custom_token_bans": [300]}, "custom_token_bans"),
-     ({"logit_bias": {"300": 1}}, "logit_bias")],
-)
-def test_ids_outside_the_vocabulary_are_refused(options, name):
-    engine, _, _ = fake_engine(lambda text: 1)
-    with pytest.raises(InvalidSettings, match=f"{name}.*0 to 299.*300"):
-        engine.generate_ids([5], options)
-
-
-def test_the_same_seed_and_settings_give_the_same_ids():
-    engine, _, _ = fake_engine(lambda text: text[-1] % 7 + 1)
-    options = {
-        "temperature": 3, "top_p": 0.95, "mirostat_mode": 2, "mirostat_tau": 4,
-        "xtc_probability": 0.5, "xtc_threshold": 0.001, "dry_multiplier": 1,
-        "dry_sequence_breakers": [], "frequency_penalty": 0.5, "max_new_tokens": 60,
-        "ban_eos_token": True,
-    }
-    first = engine.generate_ids([5, 6], options)
-    ids = list(first)
-    assert len(ids) == 60 and len(set(ids)) > 10
-    assert list(engine.generate_ids([5, 6], {**options, "seed": first.seed})) == ids
-    assert list(engine.generate_ids([5, 6], {**options, "seed": first.seed + 1})) != ids

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
 import support.samplers_defined as defined
-from exl_loader.generation.sampling import Candidates, guide, penalties
+from exl_loader.generation.sampling import Candidates, penalties
 from exl_loader.generation.sampling.penalties import (
     MAX_REPEAT,
     Past,
@@ -196,21 +196,3 @@ def test_the_cost_of_repeats_is_linear_in_the_text(monkeypatch):
     assert reads(text) < 2 * len(text)
     # The worst case: one repeated token, limited by the longest repeat.
     assert reads(np.zeros(16_000, np.int64)) < (MAX_REPEAT + 6) * 16_000
-
-
-# Guidance
-
-@pytest.mark.parametrize("scale", [-0.5, 0.0, 1.0, 1.5, 3.0])
-def test_guidance(scale):
-    rng = np.random.default_rng(3)
-    row, negative = (rng.standard_normal((2, VOCAB)) * 5).astype(np.float32)
-
-    class Model:
-        def __call__(self, *_, **__):
-            return type("Out", (dict,), {"logits": torch.tensor(negative)[None, None]})()
-
-    processor = hf.UnbatchedClassifierFreeGuidanceLogitsProcessor(scale, Model())
-    expected = process(processor, row, [1, 2])
-    before = row.copy()
-    np.testing.assert_allclose(guide(row, negative, scale), expected, rtol=1e-4, atol=1e-4)
-    assert (row == before).all()

@@ -1,6 +1,6 @@
-"""The samplers once more, from their published formulas: float64, no thought of speed.
+"""Definitions of the samplers by their published formulas, in float64.
 
-Every function takes logits [n] (-inf is impossible) and returns the new ones.
+Every sampler takes logits [n] (-inf is impossible) and returns the new ones.
 """
 
 from __future__ import annotations
@@ -10,6 +10,18 @@ import math
 import numpy as np
 
 INF = math.inf
+
+
+def distribution(candidates, size) -> np.ndarray:
+    """Return the probability of every token of a vocabulary."""
+    probabilities = np.zeros(size)
+    probabilities[candidates.ids] = softmax(candidates.logits)
+    return probabilities
+
+
+def random_row(seed, size, scale) -> np.ndarray:
+    """Make logits, float32 [size]."""
+    return (np.random.default_rng(seed).standard_normal(size) * scale).astype(np.float32)
 
 
 def softmax(logits) -> np.ndarray:
@@ -62,7 +74,7 @@ def top_n_sigma(logits, n):
 
 
 def tail_free(logits, z):
-    """Over the whole vocabulary, impossible tokens with probability 0 included."""
+    """Over the whole vocabulary; impossible tokens have probability 0."""
     p = softmax(logits)
     ranked = sorted(range(len(p)), key=lambda i: (-p[i], i))
     q = p[ranked]
@@ -96,19 +108,19 @@ def exclude_top_choices(logits, threshold, spared=()):
 
 
 def dry_amounts(ids, multiplier, base, allowed_length, breakers=()) -> dict[int, float]:
-    """Penalty of each token: for every place, how long the text's end matches before it."""
+    """Return the penalty of each token, from the longest match of the text's end before it."""
     ids = list(ids)
     longest: dict[int, int] = {}
-    for place in range(1, len(ids)):
+    for index in range(1, len(ids)):
         length = 0
         while (
-            length < min(50, place)
-            and ids[place - 1 - length] == ids[-1 - length]
+            length < min(50, index)
+            and ids[index - 1 - length] == ids[-1 - length]
             and ids[-1 - length] not in breakers
         ):
             length += 1
-        if length > 0 and ids[place] not in breakers:
-            longest[ids[place]] = max(length, longest.get(ids[place], 0))
+        if length > 0 and ids[index] not in breakers:
+            longest[ids[index]] = max(length, longest.get(ids[index], 0))
     return {
         token: multiplier * base ** (length - allowed_length)
         for token, length in longest.items()
