@@ -130,25 +130,26 @@ class LoadedModel:
     def fit_messages(
         self, messages: Sequence[Mapping[str, str]], max_new_tokens: int
     ) -> FittedMessages:
-        """Write a conversation as a prompt that leaves room for an answer.
+        """Format a conversation as a prompt that leaves room for an answer.
 
-        The oldest messages are left out where the context is too short for all of them.
+        If the context is too short for all messages, the oldest ones are left out.
 
         Args:
             messages: questions and answers in turn, a question last.
-            max_new_tokens: tokens of the answer.
+            max_new_tokens: most tokens of the answer.
 
         Returns:
-            The prompt's ids, how many messages were left out, and a notice that says so.
+            The prompt's ids, the number of omitted messages, and a notice about them.
         """
         return fit_messages(messages, self.chat_ids, self.ctx_size, max_new_tokens)
 
     def context_notice(self, new_tokens: int, ctx_size: int | None = None) -> str:
-        """Say that an answer ended because the context is full.
+        """Return the notice that an answer ended because the context is full.
 
         Args:
-            new_tokens: tokens of the answer.
-            ctx_size: tokens that prompt and answer were allowed; all of the context where None.
+            new_tokens: number of tokens of the answer.
+            ctx_size: number of tokens that prompt and answer could have together; None for the
+                whole context.
         """
         return context_notice(self.ctx_size if ctx_size is None else ctx_size, new_tokens)
 
@@ -156,13 +157,12 @@ class LoadedModel:
         self, prompt_ids: Sequence[int] = (), *, stop_strings: Sequence[str] = (),
         skip_special_tokens: bool = True,
     ) -> TextStream:
-        """Make a decoder for ids that come one by one, as from `generate_ids`.
+        """Make a decoder for ids that arrive one by one, as from `generate_ids`.
 
         Args:
-            prompt_ids: the ids before them, from whose last character the text goes on; none
-                for a text of its own.
+            prompt_ids: the ids that the text continues; empty for a text of its own.
             stop_strings: texts that end the text.
-            skip_special_tokens: leave special tokens out of the text.
+            skip_special_tokens: do not show special tokens.
 
         Raises:
             InvalidTokenizer: the model has no tokenizer.

@@ -255,7 +255,7 @@ def test_a_draft_with_another_vocabulary_is_refused(tiny_model_dir, tmp_path, no
     vocab = tokenizer["model"]["vocab"]
     vocab["A"], vocab["B"] = vocab["B"], vocab["A"]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(InvalidSettings, match="is another one"):
+    with pytest.raises(InvalidSettings, match="differs"):
         exl_loader.load(tiny_model_dir, ctx_size=CTX, model_draft=other)
 
 

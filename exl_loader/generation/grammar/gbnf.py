@@ -127,7 +127,7 @@ class _Reader:
             raise self._error(f"a second rule {name}", begin)
         self._rules[name] = self._alternatives(_SPACE)
         if self._at < len(self._text) and self._text[self._at] not in "\r\n":
-            raise self._error(f"{self._text[self._at]!r} makes no sense here")
+            raise self._error(f"{self._text[self._at]!r} is unexpected")
 
     def _alternatives(self, space: re.Pattern[str]) -> Node:
         """Read alternatives; `space` matches what may separate their parts."""
@@ -168,7 +168,7 @@ class _Reader:
         self._at += 1
         self._depth += 1
         if self._depth > MAX_DEPTH:
-            raise self._error(f"more than {MAX_DEPTH} groups in one another")
+            raise self._error(f"groups are nested deeper than {MAX_DEPTH}")
         self._skip(_SPACE_AND_LINES)
         inner = self._alternatives(_SPACE_AND_LINES)
         self._expect(")")
@@ -195,7 +195,7 @@ class _Reader:
                 self._at += 1
                 last = self._character()
             if last < first:
-                raise self._error("a range that ends before it begins")
+                raise self._error("a range ends before it begins")
             ranges.append((first, last))
         self._at += 1
         if not ranges:
@@ -206,7 +206,7 @@ class _Reader:
         """Read one character or escape sequence; return its code point."""
         character = self._peek()
         if not character:
-            raise self._error("the grammar ends in the middle")
+            raise self._error("the grammar ends too early")
         if character != "\\":
             self._at += 1
             return ord(character)
@@ -214,7 +214,7 @@ class _Reader:
         if escape:
             code = int(escape[1] or escape[2] or escape[3], 16)
             if code > LAST_CHARACTER or 0xD800 <= code < 0xE000:
-                raise self._error(f"{escape[0]} is no character")
+                raise self._error(f"{escape[0]} is not a character")
             self._at = escape.end()
             return code
         letter = self._text[self._at + 1 : self._at + 2]
@@ -230,7 +230,7 @@ class _Reader:
                 low = _count(written[1])
                 high = _count(written[3]) if written[3] else None if written[2] else low
                 if max(low, high or 0) > MAX_REPEATS or (high is not None and high < low):
-                    raise self._error(f"{written[0]} is no range up to {MAX_REPEATS}")
+                    raise self._error(f"{written[0]} is not a range up to {MAX_REPEATS}")
                 item = repeat(item, low, high)
                 self._at = written.end()
             elif self._peek() in _TIMES:

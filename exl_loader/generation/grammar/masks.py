@@ -94,8 +94,8 @@ class Grammars:
                 ),
             )
         if matcher.is_error():
-            words = str(matcher.get_error())
-            raise _bad_grammar(name, words.splitlines()[0][:200], words)
+            message = str(matcher.get_error())
+            raise _bad_grammar(name, message.splitlines()[0][:200], message)
         eos_ids = () if settings.ban_eos_token else self._eos_ids
         return GrammarMatcher(name, matcher, self._vocab_size, eos_ids)
 
@@ -179,9 +179,9 @@ class GrammarMatcher:
         return np.flatnonzero(allowed)
 
     def _lost(self) -> InvalidSettings:
-        words = str(self._matcher.get_error())
-        problem = words.splitlines()[0][:200] if words else "no token of the model fits in"
-        return _bad_grammar(self._name, problem, words)
+        message = str(self._matcher.get_error())
+        problem = message.splitlines()[0][:200] if message else "no token of the model can continue the text"
+        return _bad_grammar(self._name, problem, message)
 
 
 class _Vocabulary:
@@ -265,8 +265,8 @@ def _typed(name: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        words = str(error) or type(error).__name__
-        raise _bad_grammar(name, words.splitlines()[0][:200], words) from error
+        message = str(error) or type(error).__name__
+        raise _bad_grammar(name, message.splitlines()[0][:200], message) from error
 
 
 def _json_lark(schema: str, leading_space: bool) -> str:
