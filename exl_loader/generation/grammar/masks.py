@@ -180,8 +180,9 @@ class GrammarMatcher:
 
     def _lost(self) -> InvalidSettings:
         message = str(self._matcher.get_error())
-        problem = message.splitlines()[0][:200] if message else "no token of the model can continue the text"
-        return _bad_grammar(self._name, problem, message)
+        if not message:
+            return _bad_grammar(self._name, "no token of the model can continue the text", "")
+        return _bad_grammar(self._name, message.splitlines()[0][:200], message)
 
 
 class _Vocabulary:
