@@ -149,10 +149,10 @@ def test_gbnf_syntax(single_bytes, grammar, text):
     ('root ::= "a")', "is unexpected"),
     ('root = "a"', "expected ::="),
     ('root ::= * "a"', "is unexpected"),
-    ('root ::= "a"{3,1}', "no range"),
-    ('root ::= "a"{99999}', "no range"),
+    ('root ::= "a"{3,1}', "not a range"),
+    ('root ::= "a"{99999}', "not a range"),
     ("root ::= <think>", "not supported"),
-    ("root ::= " + "(" * 5000, "in one another"),
+    ("root ::= " + "(" * 5000, "nested deeper"),
     ("::=", "expected the name"),
 ])
 def test_invalid_gbnf_is_refused(single_bytes, grammar, problem):
