@@ -70,7 +70,7 @@ def assert_like_reference(ops, cache_type, batch, shape, tolerance=TOLERANCE, se
 
 @pytest.mark.parametrize("cache_type", [*TYPES, *MIXED])
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256])
-def test_attention_is_the_reference_s(ops, cache_type, head_dim):
+def test_attention_equals_the_reference(ops, cache_type, head_dim):
     """Decoding, drafts and a prompt in one call."""
     batch = make_batch([70, 0, 300, 250], [1, 50, 3, 9])
     assert_like_reference(ops, cache_type, batch, shape_of(4, 2, head_dim))
@@ -85,7 +85,7 @@ def test_decoding_keeps_keys_exact(ops, cache_type, head_dim):
 
 @pytest.mark.parametrize("cache_type", [*TYPES, "q4_q8", "fp32", "fp32_q4"])
 @pytest.mark.parametrize("head_dim", [8, 20, 72, 264])
-def test_heads_that_tensor_cores_do_not_take(ops, cache_type, head_dim):
+def test_heads_without_tensor_cores(ops, cache_type, head_dim):
     batch = make_batch([40, 0, 130], [1, 40, 2])
     shape = shape_of(4, 2, head_dim, window=60, softcap=3.0)
     assert_like_reference(ops, cache_type, batch, shape, FLOAT_TOLERANCE)
@@ -105,14 +105,14 @@ def test_shared_key_value_heads(ops, heads, kv_heads):
 
 @pytest.mark.parametrize("window", [1, 31, 200, 700])
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
-def test_windows_and_soft_caps(ops, window, softcap):
+def test_sliding_windows_and_soft_caps(ops, window, softcap):
     batch = make_batch([1100, 500, 255], [1, 80, 4])
     shape = shape_of(4, 2, 64, softcap=softcap, window=window)
     assert_like_reference(ops, "q8", batch, shape)
 
 
 @pytest.mark.parametrize("total", [1, 15, 16, 17, 31, 32, 33, 255, 256, 257, 511, 512, 513, 1025])
-def test_lengths_around_tiles_pages_and_splits(ops, total):
+def test_lengths_around_tiles_pages_and_kv_splits(ops, total):
     batch = make_batch([total - 1], [1])
     assert_like_reference(ops, "q4", batch, shape_of(4, 2, 64), DECODE_TOLERANCE)
     if total > attention.DECODE_ROWS:
@@ -121,7 +121,7 @@ def test_lengths_around_tiles_pages_and_splits(ops, total):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 31, 32, 33, 40])
-def test_every_number_of_rows_around_where_prompts_begin(ops, rows):
+def test_numbers_of_rows_around_the_smallest_prompt(ops, rows):
     batch = make_batch([100, 7], [rows, 1])
     assert_like_reference(ops, "q6", batch, shape_of(6, 2, 64))
 
@@ -139,7 +139,7 @@ def test_random_batches(ops):
 
 @pytest.mark.parametrize(("cache_type", "head_dim"), [("fp16", 64), ("q8", 80), ("q4", 128)])
 @pytest.mark.parametrize("window", [0, 300])
-def test_a_row_is_the_same_bits_alone_or_among_others(ops, cache_type, head_dim, window):
+def test_a_row_has_the_same_bits_alone_and_among_others(ops, cache_type, head_dim, window):
     shape = shape_of(6, 2, head_dim, window=window)
     batch = make_batch([600, 0, 1300, 37, 500], [1, 45, 1, 20, 5])
     layer = random_layer(cache_type, batch, shape)
@@ -153,7 +153,7 @@ def test_a_row_is_the_same_bits_alone_or_among_others(ops, cache_type, head_dim,
 
 @pytest.mark.parametrize("window", [0, 100, 520])
 @pytest.mark.parametrize("most", [1, 2, 64])
-def test_drafts_are_the_same_bits_as_single_tokens(ops, monkeypatch, window, most):
+def test_drafts_give_the_bits_of_single_tokens(ops, monkeypatch, window, most):
     """Also where the rows of one call are cut differently: behind token 512 a split has two
     pages instead of one, if there may be two splits."""
     monkeypatch.setattr(attention, "most_kv_splits", lambda kv_heads: most)
@@ -199,7 +199,7 @@ def test_a_launch_serves_every_length():
         assert relative_error(out, expected_of(q, layer, batch, shape)) <= DECODE_TOLERANCE
 
 
-def test_more_rows_than_scratch_holds_take_turns(ops):
+def test_more_rows_than_scratch_holds_take_several_launches(ops):
     """Drafts of many sequences, some of which straddle what one launch has room for."""
     shape = shape_of(4, 2, 64)
     batch = make_batch([700, 300, 1100, 20, 513, 2, 800, 600, 256], [5, 7, 3, 40, 5, 1, 9, 5, 2])
@@ -228,7 +228,7 @@ def test_one_overwhelming_key_takes_all_the_weight(ops):
 
 
 @pytest.mark.parametrize("magnitude", [1e-3, 1e3])
-def test_sizes_of_queries_and_keys(ops, magnitude):
+def test_magnitudes_of_queries_and_keys(ops, magnitude):
     """Scores stay what they are; float16 alone would lose one side or the other."""
     shape = shape_of(4, 2, 128)
     for batch in (make_batch([300], [2]), make_batch([300], [40])):
@@ -301,7 +301,7 @@ def test_under_sanitizers():
 
 
 @pytest.mark.parametrize("sequences", [1, 2, 5])
-def test_more_sequences_than_counters_take_turns(ops, monkeypatch, sequences):
+def test_more_sequences_than_counters_take_several_launches(ops, monkeypatch, sequences):
     """The same bits as with counters for all sequences in one launch; prompts among them."""
     shape = shape_of(6, 2, 64, window=520)
     batch = make_batch([700, 300, 1100, 20, 513, 2], [2, 1, 3, 40, 1, 2])

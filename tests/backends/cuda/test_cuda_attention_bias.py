@@ -76,7 +76,7 @@ def assert_like_reference(ops, cache_type, batch, shape, pairs, tolerance, **opt
     [("q4", 64, 3), ("fp16", 128, 8), ("q8_q4", 80, 9), ("q6", 256, 2), ("q8", 128, 32),
      ("q4_fp16", 96, 1)],
 )
-def test_attention_is_the_reference_s(ops, cache_type, head_dim, pairs):
+def test_attention_equals_the_reference(ops, cache_type, head_dim, pairs):
     """Decoding, drafts and a prompt in one call."""
     batch = make_batch([70, 0, 300], [1, 50, 3])
     assert_like_reference(ops, cache_type, batch, shape_of(4, 2, head_dim), pairs, TOLERANCE)
@@ -89,20 +89,20 @@ def test_decoding_keeps_scores_exact(ops, cache_type, head_dim):
 
 
 @pytest.mark.parametrize(("cache_type", "head_dim"), [("fp32", 64), ("q4", 72), ("fp16", 264)])
-def test_heads_that_tensor_cores_do_not_take(ops, cache_type, head_dim):
+def test_heads_without_tensor_cores(ops, cache_type, head_dim):
     batch = make_batch([40, 0, 130], [1, 20, 2])
     shape = shape_of(4, 2, head_dim, window=60, softcap=3.0)
     assert_like_reference(ops, cache_type, batch, shape, 3, FLOAT_TOLERANCE)
 
 
 @pytest.mark.parametrize(("window", "softcap"), [(31, 0.0), (200, 5.0), (0, 20.0)])
-def test_windows_and_soft_caps(ops, window, softcap):
+def test_sliding_windows_and_soft_caps(ops, window, softcap):
     batch = make_batch([1100, 500], [1, 40])
     shape = shape_of(4, 2, 64, softcap=softcap, window=window)
     assert_like_reference(ops, "q8", batch, shape, 4, TOLERANCE)
 
 
-def test_a_part_of_the_head_is_turned(ops):
+def test_part_of_the_head_is_rotated(ops):
     batch = make_batch([300, 20], [2, 40])
     assert_like_reference(ops, "q4", batch, shape_of(4, 2, 128), 6, TOLERANCE, half=16)
 
@@ -113,7 +113,7 @@ def test_far_positions_have_exact_angles(ops):
     assert_like_reference(ops, "q4", batch, shape, 4, TOLERANCE)
 
 
-def test_heads_of_fewer_pairs_are_filled_up_with_zeros(ops):
+def test_heads_with_fewer_pairs_are_padded_with_zeros(ops):
     batch, shape = make_batch([200, 3], [1, 40]), shape_of(4, 2, 64)
     layer, q = random_layer("q4", batch, shape, 7), queries(batch, shape)
     give_bias(layer, batch, shape, 5)
@@ -124,7 +124,7 @@ def test_heads_of_fewer_pairs_are_filled_up_with_zeros(ops):
 
 
 @pytest.mark.parametrize("magnitude", [0.0, 1e-4, 1e3])
-def test_sizes_of_queries(ops, magnitude):
+def test_magnitudes_of_queries(ops, magnitude):
     """Scores that are all of a size, and scores of which one takes all."""
     shape = shape_of(2, 1, 64)
     for batch in (make_batch([300], [1]), make_batch([300], [40])):
@@ -139,7 +139,7 @@ def test_sizes_of_queries(ops, magnitude):
 
 
 @pytest.mark.parametrize(("cache_type", "head_dim"), [("q4", 64), ("fp16", 80)])
-def test_a_row_is_the_same_bits_alone_or_among_others(ops, cache_type, head_dim):
+def test_a_row_has_the_same_bits_alone_and_among_others(ops, cache_type, head_dim):
     shape = shape_of(6, 2, head_dim, window=300)
     batch = make_batch([600, 0, 37, 500], [1, 45, 20, 5])
     layer, q = random_layer(cache_type, batch, shape), queries(batch, shape, 3)
@@ -154,7 +154,7 @@ def test_a_row_is_the_same_bits_alone_or_among_others(ops, cache_type, head_dim)
         assert torch.equal(alone, together[first:end])
 
 
-def test_drafts_and_chunks_are_the_same_bits_as_all_at_once(ops):
+def test_drafts_and_chunks_give_the_bits_of_all_at_once(ops):
     shape = shape_of(4, 2, 64)
     for past, rows, cuts in ((508, 8, (1, 3, 4)), (0, 120, (40, 35, 45))):
         batch = make_batch([past], [rows])

@@ -201,7 +201,7 @@ def test_compile_error_shows_the_compilers_words(cache, sources, compiler):
     assert find_partials(cache) == []
 
 
-def test_library_that_is_none_is_an_error(cache, sources, monkeypatch, tmp_path):
+def test_a_file_that_is_no_library_is_an_error(cache, sources, monkeypatch, tmp_path):
     hide_compilers(monkeypatch, tmp_path)
     make_nvrtc(tmp_path / "toolkit" / "lib64", (13, 0))
     environ = {**os.environ, "CUDA_HOME": str(tmp_path / "toolkit")}

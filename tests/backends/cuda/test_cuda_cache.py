@@ -55,7 +55,7 @@ def test_unquantised_types_are_written_bit_for_bit(ops, cache_type, head_dim):
 
 @pytest.mark.parametrize("cache_type", ["q8", "q6", "q4"])
 @pytest.mark.parametrize("head_dim", [1, 16, 20, 64, 72, 80, 96, 112, 128, 256, 300])
-def test_quantised_writing_is_the_reference_s(ops, cache_type, head_dim):
+def test_quantised_writing_equals_the_reference(ops, cache_type, head_dim):
     """The rotation's sums differ in the last bit, so that a tie may fall differently: what is
     compared is nearly all of the bytes, and all of the values."""
     batch = make_batch([0, 250], [30, 10])
@@ -92,7 +92,7 @@ def test_sizes(ops, cache_type, magnitude):
     assert differ.sum() <= 2
 
 
-def test_a_row_is_the_same_bytes_alone_or_among_others(ops):
+def test_a_row_has_the_same_bytes_alone_and_among_others(ops):
     batch = make_batch([100, 30, 250], [1, 4, 8])
     k, v = (random_rows(13, 2, 80, seed) for seed in (6, 7))
     together = written(ops, "q4", k, v, batch)

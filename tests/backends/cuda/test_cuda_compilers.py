@@ -36,12 +36,12 @@ def sources(tmp_path):
         ("all", list(COMMON)),
     ],
 )
-def test_archs_are_read(text, expected):
+def test_architectures_are_parsed(text, expected):
     assert parse_archs(text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "sm_70", "6.1", "sm_90a", "hopper", "9", "sm_80,"])
-def test_what_is_no_arch_is_refused(text):
+def test_text_that_is_no_architecture_is_refused(text):
     with pytest.raises(InvalidSettings, match="sm_75 or newer"):
         parse_archs(text)
 
@@ -76,7 +76,7 @@ def test_old_card_is_refused():
         arch.check_capability((7, 0), "cuda:0")
 
 
-def test_known_architectures_are_the_compilers_own(compiler):
+def test_known_architectures_equal_the_compilers_list(compiler):
     """Whatever the table says that a compiler of this release knows, it knows."""
     if compiler.compiler.kind == "nvcc":
         words = command_output([str(compiler.path), "--list-gpu-code"])
@@ -99,7 +99,7 @@ def bare(monkeypatch, tmp_path):
     return hide_compilers(monkeypatch, tmp_path)
 
 
-def test_nothing_there_says_what_to_install(bare):
+def test_without_a_compiler_the_error_says_what_to_install(bare):
     with pytest.raises(KernelBuildError, match="pip install nvidia-cuda-nvrtc ") as caught:
         compilers.choose_cuda_compiler((9, 0), bare)
     assert caught.value.actual == "none"
@@ -194,7 +194,7 @@ def with_nvcc(bare, tmp_path):
 @pytest.mark.parametrize(("release", "is_old"), [
     ("10.2", True), ("11.4", True), ("11.7", True), ("11.8", False), ("12.0", False),
 ])  # fmt: skip
-def test_a_toolkit_that_is_too_old_is_refused_as_such(with_nvcc, release, is_old):
+def test_a_toolkit_that_is_too_old_is_refused(with_nvcc, release, is_old):
     environ = with_nvcc(release)
     if not is_old:
         assert compilers.choose_cuda_compiler((8, 0), environ).compiler.kind == "nvcc"
@@ -259,7 +259,7 @@ def test_compilers_say_which_architectures_they_know(compiler):
 # ---- Keys ------------------------------------------------------------------------------------
 
 
-def test_all_that_changes_cubins_changes_the_key(sources):
+def test_everything_that_changes_cubins_changes_the_key(sources):
     base = cuda_spec((9, 0), compiler=fake_compiler(), root=sources)
     assert cuda_spec((9, 0), compiler=fake_compiler(), root=sources).key == base.key
     others = [
@@ -281,7 +281,7 @@ def test_paths_do_not_change_the_key(sources, tmp_path):
     assert cuda_spec((9, 0), compiler=other, root=moved).key == before
 
 
-def test_shim_of_the_standard_library_is_part_of_nvrtc_keys_alone(sources):
+def test_only_keys_of_nvrtc_contain_the_shim_of_the_standard_library(sources):
     keys = []
     for text in ("", "// more\n"):
         shim = sources / "cuda" / "nvrtc" / "cstdint"

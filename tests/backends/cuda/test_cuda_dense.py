@@ -69,7 +69,7 @@ def test_dense_product(ops, dtype, rows):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_do_not_depend_on_company(ops, dtype):
+def test_rows_do_not_depend_on_other_rows(ops, dtype):
     w = dense_linear(552, 140, dtype, bias=True)
     x = random_rows(200, 552)
     whole = product(ops, x, w)
@@ -124,7 +124,7 @@ def test_extreme_values(ops, dtype, rows):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_faulty_activations_show_in_their_own_row_alone(ops, dtype):
+def test_faulty_activations_show_in_their_own_row_only(ops, dtype):
     w, x = dense_linear(300, 24, dtype), random_rows(40, 300)
     w.weight[w.weight == 0] = 1.0
     whole = product(ops, x, w)

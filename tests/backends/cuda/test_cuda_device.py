@@ -94,7 +94,7 @@ def torch_with_cuda(monkeypatch):
     return state
 
 
-def test_a_context_is_measured_and_stands_in_the_overhead(smi, torch_with_cuda):
+def test_a_context_is_measured_and_counts_as_overhead(smi, torch_with_cuda):
     device = CudaBackend()
     assert not device.is_initialized("cuda:0") and device.overhead("cuda:0")[1] is False
     before = device.capacity("cuda:0")
@@ -106,7 +106,7 @@ def test_a_context_is_measured_and_stands_in_the_overhead(smi, torch_with_cuda):
     assert device.overhead("cuda:0") == (300 * MIB + ASSUMED, False)
 
 
-def test_a_context_of_somebody_elses_is_no_overhead_of_ours(smi, torch_with_cuda):
+def test_a_context_of_other_code_is_no_overhead_of_ours(smi, torch_with_cuda):
     torch_with_cuda.open.add(0)
     torch_with_cuda.reserved = 5 * MIB
     device = CudaBackend()
@@ -135,7 +135,7 @@ def restart():
     taken._taken.clear()
 
 
-def test_what_was_measured_is_in_the_next_plan(smi, torch_with_cuda, card_uuids):
+def test_measured_memory_is_in_the_next_plan(smi, torch_with_cuda, card_uuids):
     device = CudaBackend()
     device.initialize("cuda:0")
     take("cuda:0", 7 * MIB, graphs=0)  # kernels alone say nothing of graphs
@@ -150,7 +150,7 @@ def test_what_was_measured_is_in_the_next_plan(smi, torch_with_cuda, card_uuids)
     assert not device.overhead("cuda:1")[1]
 
 
-def test_what_was_measured_is_in_the_plan_of_a_model(smi, torch_with_cuda, card_uuids,
+def test_measured_memory_is_in_the_plan_of_a_model(smi, torch_with_cuda, card_uuids,
                                                     tiny_model_dir, monkeypatch):
     monkeypatch.setitem(BACKENDS, "cuda", CudaBackend())
     BACKENDS["cuda"].initialize("cuda:0")
@@ -162,7 +162,7 @@ def test_what_was_measured_is_in_the_plan_of_a_model(smi, torch_with_cuda, card_
     assert assumed.total_bytes == measured.total_bytes
 
 
-def test_the_next_process_knows_what_was_measured(smi, torch_with_cuda, card_uuids, monkeypatch):
+def test_the_next_process_reads_the_measured_memory(smi, torch_with_cuda, card_uuids, monkeypatch):
     take("cuda:0", 9 * MIB)
     taken.remember_taken("cuda:0")
     restart()
@@ -202,7 +202,7 @@ def test_a_damaged_file_of_figures_counts_as_none(smi, torch_with_cuda, card_uui
     assert taken.known_taken("cuda:0") == 3 * MIB
 
 
-def test_a_folder_that_cannot_be_written_is_no_error(card_uuids, monkeypatch, tmp_path):
+def test_a_folder_that_is_not_writable_is_no_error(card_uuids, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("EXL_LOADER_CACHE_DIR", str(tmp_path / "file"))
     take("cuda:0", 3 * MIB)
@@ -212,7 +212,7 @@ def test_a_folder_that_cannot_be_written_is_no_error(card_uuids, monkeypatch, tm
     assert taken.known_taken("cuda:0") is None
 
 
-def test_figures_of_many_cards_stay_few(card_uuids):
+def test_the_file_keeps_figures_of_few_cards(card_uuids):
     for index in range(100):
         card_uuids["0"] = f"GPU-{index}"
         take("cuda:0", MIB)
@@ -260,7 +260,7 @@ def test_visible_devices_renumber_cards(smi, monkeypatch, visible, free):
 
 
 @pytest.mark.parametrize(("order", "free"), [("", (4000, 20000)), ("PCI_BUS_ID", (1, 2))])
-def test_several_cards_are_counted_as_cuda_counts_them(smi, monkeypatch, order, free):
+def test_cards_are_numbered_as_cuda_numbers_them(smi, monkeypatch, order, free):
     """The fastest first: here the second on the bus, whose identifier ends in 00."""
     class Driver:
         def device(self, index):
@@ -282,7 +282,7 @@ def test_several_cards_are_counted_as_cuda_counts_them(smi, monkeypatch, order, 
     assert found == [count * MIB for count in free]
 
 
-def test_a_hidden_card_is_none(smi, monkeypatch):
+def test_a_hidden_card_is_refused(smi, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(InvalidSettings, match="cuda:1"):
         CudaBackend().capacity("cuda:1")
@@ -383,7 +383,7 @@ def compiler(monkeypatch):
     return make
 
 
-def test_auto_is_the_cards_that_can_run(smi, torch_with_cuda, compiler):
+def test_auto_means_the_cards_that_can_run_models(smi, torch_with_cuda, compiler):
     assert cards.auto_cards() == ("cuda:0", "cuda:1")
     assert chosen_devices("auto", None) == ["cuda:0", "cuda:1"]
     assert chosen_devices("cpu", None) == ["cpu"]
@@ -394,7 +394,7 @@ def test_auto_is_the_cards_that_can_run(smi, torch_with_cuda, compiler):
 @pytest.mark.parametrize(("visible", "found"), [
     (None, ("cuda:1",)), ("1,0", ("cuda:0",)), ("0", ()), ("GPU-77,GPU-8a", ("cuda:0",)),
 ])  # fmt: skip
-def test_auto_leaves_old_cards_out(smi, torch_with_cuda, compiler, monkeypatch, visible, found):
+def test_auto_ignores_old_cards(smi, torch_with_cuda, compiler, monkeypatch, visible, found):
     monkeypatch.setenv("SMI_CAPABILITY", "6.1")
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -404,7 +404,7 @@ def test_auto_leaves_old_cards_out(smi, torch_with_cuda, compiler, monkeypatch, 
 @pytest.mark.parametrize("missing", [
     "compiler", "driver", "torch", "capability", "visible", "reference"
 ])
-def test_auto_is_the_cpu_where_something_is_missing(
+def test_auto_means_the_cpu_if_something_is_missing(
     smi, torch_with_cuda, compiler, monkeypatch, missing, tmp_path
 ):
     if missing == "compiler":

@@ -90,7 +90,7 @@ def test_kernel_is_launched_on_the_callers_stream(launcher, fake):
     assert is_right() and fake.fake_stream() == 77
 
 
-def test_card_is_described(launcher, library):
+def test_a_launcher_knows_the_cards_limits(launcher, library):
     assert (launcher.multiprocessors, launcher.shared_limit_bytes) == (4, 99 << 10)
     assert Driver(library).capability(0) == CAPABILITY
     assert driver_release(library) == (13, 0)
@@ -114,7 +114,7 @@ def test_arguments_are_read_at_each_launch(launcher):
     assert out[0] == 5
 
 
-def test_large_shared_memory_is_asked_for(launcher):
+def test_large_shared_memory_is_requested(launcher):
     small, _ = reverse(launcher)
     launch, is_right = reverse(launcher, KERNEL_BYTES)
     launch()
@@ -344,7 +344,7 @@ def test_launches_of_other_threads_are_no_part_of_a_capture(launcher, fake):
     assert mine_is_right()
 
 
-def test_what_is_dropped_during_a_capture_is_given_back_after_it(library, fake, launcher, entry):
+def test_releases_during_a_capture_run_after_it(library, fake, launcher, entry):
     """To wait for a card while a step is captured there would spoil the capture."""
     launch, is_right = reverse(launcher)
     dropped = [
@@ -399,7 +399,7 @@ def test_a_capture_that_fails_leaves_nothing_and_the_next_one_works(launcher, fa
     launcher.capture(launch)()
 
 
-def test_what_graphs_take_is_measured(launcher, fake):
+def test_memory_of_graphs_is_measured(launcher, fake):
     launch, _ = reverse(launcher)
     fake.fake_graph_bytes(ctypes.c_uint64(3 << 20))
     taken = taken_of("cuda:1")
@@ -412,7 +412,7 @@ def test_what_graphs_take_is_measured(launcher, fake):
     assert taken.held_bytes == held + (3 << 20) and taken.most_bytes >= held + (9 << 20)
 
 
-def test_what_kernels_take_is_measured(library, fake, entry):
+def test_memory_of_kernels_is_measured(library, fake, entry):
     """At loading, and where the driver loads a kernel when it is first asked for, then."""
     taken = taken_of("cuda:0")
     held = taken.held_bytes
@@ -429,7 +429,7 @@ def test_what_kernels_take_is_measured(library, fake, entry):
     assert taken.held_bytes == held
 
 
-def test_closing_gives_all_back(library, fake, entry):
+def test_closing_releases_everything(library, fake, entry):
     before = fake.fake_modules(), fake.fake_retained(0)
     launcher = DriverLauncher(entry, 0, lambda: 0, Driver(library))
     assert fake.fake_modules() == before[0] + 1 and fake.fake_retained(0) == before[1] + 1
@@ -439,7 +439,7 @@ def test_closing_gives_all_back(library, fake, entry):
     assert fake.fake_current() == -1
 
 
-def test_a_launcher_lives_as_long_as_what_it_prepared(library, fake, entry):
+def test_a_launcher_lives_as_long_as_its_launches(library, fake, entry):
     before = fake.fake_modules(), fake.fake_retained(0)
     launcher = DriverLauncher(entry, 0, lambda: 77, Driver(library))
     launch, is_right = reverse(launcher)
@@ -514,5 +514,5 @@ def test_a_driver_that_lacks_a_function_is_too_old(library, fake):
         Driver(library).call("cuOfNextYear", 1)
 
 
-def test_a_library_that_is_no_driver_serves_no_release():
+def test_a_library_that_is_no_driver_has_no_release():
     assert driver_release(ctypes.util.find_library("m")) is None

@@ -48,7 +48,7 @@ def test_missing_barrier_shows(launcher):
     assert np.isnan(out).any()
 
 
-def test_lanes_ask_each_other(launcher, rng):
+def test_lanes_exchange_values(launcher, rng):
     given = rng.integers(-1000, 1000, 64, dtype=np.int32)
     out = np.zeros((7, 64), dtype=np.int32)
     run(launcher, "lanes_kernel", given, out, block=64)

@@ -158,7 +158,7 @@ def test_quantised_products(shapes, rows):
     assert shapes.grids
 
 
-def test_the_likeliest_tokens(shapes):
+def test_top_logits(shapes):
     rows = MAX_BATCH_SIZE
     scratch = nbytes(top_logits_scratch_bytes(rows, MAX_VOCAB_SIZE))
     TopLogitsOps(shapes, drop).top_logits(

@@ -70,7 +70,7 @@ def assert_exact(ops, x, w):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("rows", ROWS)
-def test_quantised_product_is_its_definition(ops, layout, rows):
+def test_quantised_product_equals_its_definition(ops, layout, rows):
     plain = stream_linear(LAYOUTS[layout], 50)
     assert_exact(ops, random_rows(rows, plain.in_features), plain)
     full = stream_linear(LAYOUTS[layout], 80, zeros=True, perm=True, bias=True, seed=rows)
@@ -79,7 +79,7 @@ def test_quantised_product_is_its_definition(ops, layout, rows):
 
 @pytest.mark.parametrize("warps_wanted", [1, 3, 10000])
 @pytest.mark.parametrize("zeros", [False, True])
-def test_any_number_of_splits(ops, monkeypatch, warps_wanted, zeros):
+def test_any_number_of_row_splits(ops, monkeypatch, warps_wanted, zeros):
     """One warp reads everything; several tiles share a block; as many splits as there can be."""
     monkeypatch.setattr(layout, "_WARPS_WANTED", warps_wanted)
     layouts = [[(8, 96), (6, 64), (5, 2016), (4, 1024), (3, 480), (2, 96)], [(4, 32)] * 40]
@@ -109,7 +109,7 @@ def test_fresh_data(ops):
 
 
 @pytest.mark.parametrize("rows", [3, 40])
-def test_quantised_activations_cost_nothing_to_speak_of(ops, rows):
+def test_quantised_activations_lose_little_accuracy(ops, rows):
     # As for the CPU's kernels: 5e-5 from 15 bits. GPTQ's weights have no rounding beside it;
     # EXL2's are rounded to float16 by definition, which these sums leave out.
     x = torch.randn(rows, 1024, generator=torch.Generator().manual_seed(5))
@@ -131,7 +131,7 @@ def test_no_rows(emulated):
     assert product(emulated, torch.empty(0, 64), w).shape == (0, 32)
 
 
-def test_rows_do_not_depend_on_company(ops):
+def test_rows_do_not_depend_on_other_rows(ops):
     w = stream_linear([(8, 64), (5, 128), (3, 320), (2, 40)], 140, zeros=True, perm=True)
     x = random_rows(130, w.in_features)
     whole = product(ops, x, w)
@@ -178,7 +178,7 @@ def launched_kernels(monkeypatch, launcher):
     return names
 
 
-def test_blocks_that_make_a_row_are_large_where_there_are_many(emulated, monkeypatch):
+def test_blocks_that_make_a_row_are_large_if_there_are_many(emulated, monkeypatch):
     w, launcher = stream_linear([(4, 640)], 300, perm=True), emulated_launcher()
     x, results = random_rows(1, 640), []
     monkeypatch.setattr(launcher, "shared_limit_bytes", 100 << 10)
@@ -252,7 +252,7 @@ def test_gate_and_product_of_a_row_in_one_launch(order, activation):
     assert torch.equal(out, expected)
 
 
-def test_what_cannot_be_one_launch_says_so(monkeypatch):
+def test_calls_that_cannot_be_one_launch_launch_nothing(monkeypatch):
     launcher = emulated_launcher()
     ops = linear_ops(launcher)
     narrow, wide = stream_linear([(4, 512)], 32), stream_linear(FUSED_GROUPS, 32)
@@ -290,7 +290,7 @@ def test_experts_chosen_on_the_device(order, share):
         assert torch.equal(out[pair], single[0])
 
 
-def test_faulty_activations_show_in_their_own_row_alone(ops):
+def test_faulty_activations_show_in_their_own_row_only(ops):
     w = stream_linear([(4, 128), (4, 128)], 32)
     x = random_rows(40, 256)
     whole = product(ops, x, w)

@@ -302,7 +302,7 @@ def test_neighbours_are_one_launch(emulated, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "chunk"), [("qwen3", 5), ("wide", 1), ("wide", 5)])
-def test_fused_operations_are_the_bits_of_single_ones(
+def test_fused_operations_give_the_bits_of_single_ones(
     emulated, tmp_path, monkeypatch, name, chunk
 ):
     if name == "wide":
@@ -386,7 +386,7 @@ SAMPLED = {
 NEED_ROWS = ("whole", "guided", "logprobs")
 
 
-def test_samplers_take_the_likeliest_tokens_alone(card, tmp_path, monkeypatch):
+def test_samplers_need_only_the_top_logits(card, tmp_path, monkeypatch):
     """The same ids as from whole rows, and these stay on the card where they are not needed."""
     write_quantized_model(tmp_path / "m", "exl2", config={"vocab_size": 3000})
     fetched = count_rows_fetched(monkeypatch, card.host)
@@ -415,7 +415,7 @@ def test_padding_is_never_found(emulated, tmp_path, monkeypatch):
     assert (len(fetched) == 0) == (size > 1024)
 
 
-def test_a_draft_model_guesses_without_rows(emulated, tmp_path, monkeypatch):
+def test_a_draft_model_needs_only_the_top_logits(emulated, tmp_path, monkeypatch):
     config = {"vocab_size": 3000}
     write_quantized_model(tmp_path / "m", "exl2", config=config)
     write_quantized_model(tmp_path / "d", "exl2", seed=1, config=config | {"num_hidden_layers": 1})

@@ -100,7 +100,7 @@ def test_angles_of_every_quarter_turn(ops, turn):
 @pytest.mark.parametrize("cache_type", ["fp32", "fp16", "q4"])
 @pytest.mark.parametrize(("head_dim", "heads"), [(16, 5), (80, 5), (128, 1), (256, 9)])
 @pytest.mark.parametrize("normed", [False, True])
-def test_heads_on_their_way_into_the_cache(all_ops, cache_type, head_dim, heads, normed):
+def test_norms_rope_and_cache_in_one_launch(all_ops, cache_type, head_dim, heads, normed):
     """Norms, rotations and writing in one launch: the same bits as one after the other."""
     batch = make_batch([5, 254], [3, 4])
     table = random_rows(7, head_dim - 8).reshape(7, 2, head_dim // 2 - 4)
@@ -164,7 +164,7 @@ def test_moe_route_survives_nan(ops):
     check_moe_route_survives_nan(ops)
 
 
-def test_a_sum_of_experts_is_that_of_one_after_the_other(ops):
+def test_the_sum_of_experts_equals_adding_one_after_the_other(ops):
     made, size = random_rows(4 * 3, 300), 300
     experts = torch.tensor([[5, 0, 2], [1, 7, 3], [0, 1, 2], [6, 4, 5]], dtype=torch.int32)
     weights = random_rows(4, 3, seed=6).abs()
@@ -191,7 +191,7 @@ def test_gather_and_scatter(ops):
     assert_close(target_rows, expected, ulps=1, atol=ULP * float(out.abs().max()) * 2)
 
 
-def test_no_rows_are_no_launch(ops):
+def test_no_rows_need_no_launch(ops):
     empty = torch.empty(0, 40)
     ops.rms_norm(empty, torch.ones(40), 1e-5, empty)
     ops.add(empty, empty)
@@ -244,7 +244,7 @@ def everything(ops):
     test_add_and_softcap(ops, 31)
     for normalize in (False, True):
         test_moe_route(ops, normalize, 64, 8)
-    test_a_sum_of_experts_is_that_of_one_after_the_other(ops)
+    test_the_sum_of_experts_equals_adding_one_after_the_other(ops)
     test_gather_and_scatter(ops)
 
 

@@ -56,7 +56,7 @@ def block_byte(codes: np.ndarray, bits: int, byte: int) -> int:
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_every_byte_stands_where_the_layout_says(bits):
+def test_every_byte_is_where_the_layout_says(bits):
     codes = np.random.default_rng(bits).integers(0, 1 << bits, (32, 32)).astype(np.uint8)
     expected = [block_byte(codes, bits, i) for i in range(128 * bits)]
     assert pack.pack_block(codes, bits).tolist() == expected
@@ -89,7 +89,7 @@ def test_header_order_gives_a_lane_its_four_columns():
     st.integers(0, 31), st.booleans(),
 )  # fmt: skip
 @settings(max_examples=60)
-def test_windows_say_how_to_begin(groups, missing, zeros):
+def test_row_blocks_say_where_to_start(groups, missing, zeros):
     """Walk a stream block by block, and compare at each window."""
     sizes = [(bits, 32 * blocks) for bits, blocks in groups]
     sizes[-1] = (sizes[-1][0], sizes[-1][1] - missing)
@@ -109,7 +109,7 @@ def test_windows_say_how_to_begin(groups, missing, zeros):
     assert row_block_table(table, zeros) == [*walked, (place, len(groups), 0, place)]
 
 
-def test_splits():
+def test_row_splits():
     assert row_splits_for(4096, 4096) == 16  # 128 tiles
     assert row_splits_for(4096, 11008) == 8  # 344
     assert row_splits_for(4096, 32000) == 4  # 1000
@@ -235,7 +235,7 @@ def test_part_of_a_fused_tensor(tmp_path):
     assert torch.equal(decoded, weight[:, 24:64])
 
 
-def test_plan_is_what_the_header_says(tmp_path):
+def test_the_plan_follows_from_the_header(tmp_path):
     tensors, _ = make_exl2_layer(np.random.default_rng(0), 200, 50, [(4, 128), (3, 72)],
                                  bias=True)
     with Checkpoint.open(write_layer(tmp_path / "m", tensors)) as checkpoint:

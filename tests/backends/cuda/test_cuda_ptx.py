@@ -148,7 +148,7 @@ def kernel_of(body):
     return kernel
 
 
-def test_kernels_are_read():
+def test_kernels_are_parsed():
     kernel = kernel_of("@%p1 bra $L__BB0_2;\n$L__BB0_2:\n@!%p2 st.global.u32 [%rd1+4], %r1;")
     assert kernel.name == "kernel" and kernel.directives["maxntid"].startswith("128")
     assert kernel.parameters == [("u64", ""), ("b8", "24")]
@@ -172,7 +172,7 @@ def test_kernels_are_read():
     ("ld.global.v2.u32 {%r2, %r3}, [%rd1]; st.global.v2.u32 [%rd1], {%r3, %r2};", True),
     ("st.global.v2.u32 [%rd1], {%r1, %r2};", False),
 ])  # fmt: skip
-def test_reads_of_registers_that_nothing_has_set_are_found(body, is_set):
+def test_reads_of_unset_registers_are_found(body, is_set):
     assert (ptx.unset_reads(kernel_of(body)) == []) == is_set
 
 

@@ -130,7 +130,7 @@ def test_a_result_that_is_no_number_is_refused(opened, monkeypatch):
         get_ops("cuda:0")
 
 
-def test_a_card_without_memory_says_so(opened, monkeypatch):
+def test_a_card_without_memory_is_an_error(opened, monkeypatch):
     def full(self, name, nbytes):
         raise MemoryError("the driver refused")
 
@@ -141,7 +141,7 @@ def test_a_card_without_memory_says_so(opened, monkeypatch):
     assert opened[0].is_closed
 
 
-def test_it_takes_less_than_the_smallest_piece_that_a_driver_hands_out(opened):
+def test_the_check_takes_less_than_a_page_of_the_driver(opened):
     taken = sum(spec.nbytes for spec in self_check.check_specs("cuda:0"))
     assert taken < EmulatedCard.granularity_bytes
 
@@ -211,7 +211,7 @@ def test_a_card_whose_kernels_are_not_compiled_is_left_alone(opened, compiled, m
     assert check_cards.check(0) is None
 
 
-def test_the_program_says_nothing_where_pytorch_sees_no_card(monkeypatch, capsys):
+def test_the_program_prints_nothing_without_a_card(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     check_cards.main()
     assert capsys.readouterr().out == ""

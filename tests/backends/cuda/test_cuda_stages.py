@@ -135,7 +135,7 @@ def test_key_biases_of_a_split_model_have_room_on_their_cards(cards, tmp_path, n
     run(tmp_path / "m", gpu_split=gpu_split(tmp_path / "m", 2), cache_type="q4")
 
 
-def test_experts_on_two_cards_are_chosen_where_they_lie(cards, tmp_path, nothing_left):
+def test_experts_on_two_cards_are_chosen_on_their_own_card(cards, tmp_path, nothing_left):
     write_mixture(tmp_path / "m")
     expected = run(tmp_path / "m", device="cuda:0")
     logits, answer = run(tmp_path / "m", gpu_split=gpu_split(tmp_path / "m", 1))
@@ -316,7 +316,7 @@ def refuse_packing(cards, monkeypatch):
     (refuse_opening, DeviceError, r"^cuda:1: graphics card, cuDeviceGet"),
     (refuse_packing, DeviceError, r"launch of pack on cuda:1"),
 ])  # fmt: skip
-def test_what_fails_on_the_second_card_gives_everything_back(
+def test_a_failure_on_the_second_card_releases_everything(
     cards, tmp_path, monkeypatch, nothing_left, refuse, error, message
 ):
     write_quantized_model(tmp_path / "m", "exl2")

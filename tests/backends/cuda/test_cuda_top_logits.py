@@ -71,7 +71,7 @@ def random_rows(rows, width, scale=3.0, seed=0):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_widths(ops, width):
+def test_every_width_of_rows(ops, width):
     logits = random_rows(2, width)
     for words, row in zip(run(ops, logits), logits.numpy(), strict=True):
         assert_defined(words, row)
@@ -109,7 +109,7 @@ def test_ties_are_taken_by_id_and_together(ops):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_damaged_rows_are_known(ops, value):
+def test_rows_with_nan_or_infinity_are_reported(ops, value):
     logits = random_rows(3, 5000)
     logits[1, 4990] = value
     before, damaged, after = run(ops, logits)
@@ -159,11 +159,11 @@ MUTATIONS = [
 def everything(ops):
     """One pass over what the kernels have to get right."""
     for width in (1, 33, 1025, 9001):
-        test_widths(ops, width)
+        test_every_width_of_rows(ops, width)
     test_any_scale(ops, 30.0)
     test_ties_are_taken_by_id_and_together(ops)
-    test_damaged_rows_are_known(ops, np.nan)
-    test_damaged_rows_are_known(ops, -np.inf)
+    test_rows_with_nan_or_infinity_are_reported(ops, np.nan)
+    test_rows_with_nan_or_infinity_are_reported(ops, -np.inf)
     test_padding_does_not_count(ops)
     test_a_whole_vocabulary(ops, 270_001)
 
