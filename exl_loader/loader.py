@@ -22,7 +22,7 @@ from .generation.drafts import DraftModel, check_vocabularies
 from .memory.buffers import Buffers, allocate, trim_heap
 from .memory.reservation import LoadOptions, PlannedModel, planned
 from .memory.reservation.budgets import chosen_devices
-from .memory.reservation.placement import DRAFT_PREFIX
+from .memory.reservation.costs import DRAFT_PREFIX
 from .memory.reservation.text import refusal
 from .utils.errors import DeviceError, InsufficientMemory, drop_locals, is_out_of_memory
 from .utils.output import warn
@@ -34,10 +34,9 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from .backends.base import Ops
-    from .checkpoint import Checkpoint
     from .engine import LoadedModel
+    from .memory.reservation.costs import PlacedModel
     from .memory.reservation.options import LoadKeywords
-    from .model.builder import ModelParts
     from .model.forward import Model
     from .text.tokenizer import Tokenizer
 
@@ -105,7 +104,7 @@ def _load_planned(
     if plan.draft is not None:
         check_vocabularies(
             (tokenizer, _tokenizer(Path(plan.reservation.model_draft or ""))),
-            (plan.parts.config.vocab_size, plan.draft.parts.config.vocab_size),
+            (plan.model.parts.config.vocab_size, plan.draft.parts.config.vocab_size),
         )
     ops = _open_ops([device.device for device in plan.reservation.devices], progress)
     with ExitStack() as kept:
@@ -113,13 +112,10 @@ def _load_planned(
         kept.callback(buffers.release)
         reading = _Reading(buffers, ops, CacheType.parse(plan.reservation.cache_type),
                            options, progress)
-        ctx_size = plan.reservation.ctx_size
-        model, cache = reading.model(plan.parts, plan.checkpoint, ctx_size)
+        model, cache = reading.model(plan.model)
         drafter = None
         if plan.draft is not None:
-            draft, draft_cache = reading.model(
-                plan.draft.parts, plan.draft.checkpoint, plan.draft.ctx_size, DRAFT_PREFIX
-            )
+            draft, draft_cache = reading.model(plan.draft, DRAFT_PREFIX)
             vocab_size = min(model.config.vocab_size, draft.config.vocab_size)
             drafter = DraftModel(draft, draft_cache, options.draft_max, vocab_size)
         loaded = LoadedModel(model, cache, tokenizer, plan.reservation, buffers, drafter)
@@ -137,7 +133,7 @@ def _open_devices(model_dir: str | os.PathLike[str], options: LoadOptions) -> No
     Raises:
         InsufficientMemory: the model does not fit anyway; no device was touched for it.
     """
-    names = chosen_devices(options.device, options.gpu_split)
+    names = chosen_devices(options)
     # A device that takes more than was assumed may hand layers on to one that is closed.
     while any(not backend_of(name).is_initialized(name) for name in names):
         with planned(model_dir, options) as plan:
@@ -218,15 +214,19 @@ class _Reading:
     options: LoadOptions
     progress: Progress
 
-    def model(
-        self, parts: ModelParts, checkpoint: Checkpoint, ctx_size: int, prefix: str = ""
-    ) -> tuple[Model, PagedCache]:
-        """Read a model's weights into their views; its tensors' names start with `prefix`."""
+    def model(self, placed: PlacedModel, prefix: str = "") -> tuple[Model, PagedCache]:
+        """Read a model's weights into their views.
+
+        Args:
+            placed: the model.
+            prefix: before the names of its tensors in the buffers.
+        """
         from .model.forward import Model
 
+        parts = placed.parts
         cache = PagedCache.from_views(
             self._views("cache", prefix), "cache", self.cache_type,
-            parts.config.num_hidden_layers, ctx_size,
+            parts.config.num_hidden_layers, placed.ctx_size,
         )
         views = self._views("weights", prefix)
         total = sum(spec.nbytes for spec in parts.specs())
@@ -236,7 +236,7 @@ class _Reading:
                 task(self.progress, name, total, "bytes") as advance,
                 staging(self.ops, self.buffers),
             ):
-                parts.load(checkpoint, views, self.ops, advance)
+                parts.load(placed.checkpoint, views, self.ops, advance)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise

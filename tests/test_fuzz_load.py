@@ -164,8 +164,9 @@ def originals(tmp_path_factory) -> Path:
 def decoded_logits(folder: Path, copy: Path) -> torch.Tensor:
     """Logits of the weights that a folder describes, without its packed layout."""
     tensors = {}
-    with planned(folder, LoadOptions(ctx_size=CTX, cache_type="fp32")) as model:
-        parts, checkpoint = model.parts, model.checkpoint
+    with planned(folder, LoadOptions(ctx_size=CTX, cache_type="fp32")) as planned_model:
+        parts = planned_model.model.parts
+        checkpoint = planned_model.model.checkpoint
         for plan in (linear.plan for linear in parts.linears()):
             if plan.source == plan.name:
                 weight = reference_weight(plan, checkpoint)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..backends import backend_of
 from ..cache.layout import CacheType, cache_specs, pages_for
-from ..memory.reservation import Reservation, plan
+from ..memory.reservation import LoadOptions, Reservation, plan
 from ..memory.reservation.budgets import chosen_devices
 from ..memory.segments import Segment, place
 from ..utils.errors import InsufficientMemory, InvalidSettings
@@ -74,7 +74,7 @@ def plan_evaluation(
         InsufficientMemory: model and caches do not fit together. No memory was taken.
         ExlLoaderError: see `plan`.
     """
-    device = chosen_devices("auto", None)[0]
+    device = chosen_devices(LoadOptions())[0]
     options["device"] = device
     reservation = plan(model_dir, cache_type=REFERENCE_TYPE, **options)
     _check_workspace(reservation, model_dir, others, options)
@@ -87,13 +87,13 @@ def plan_evaluation(
     planned = EvaluationPlan(reservation, tuple(others), caches)
     step = backend_of(device).granularity_bytes
     needed = -(-planned.extra_bytes // step) * step
-    spare = reservation.devices[0].spare_bytes
-    if reservation.fits and spare < needed:
+    headroom = reservation.devices[0].headroom_bytes
+    if reservation.fits and headroom < needed:
         total = reservation.devices[0].total_bytes + planned.extra_bytes
         raise InsufficientMemory(
             f"{device}: no room for the caches of all types at once",
             expected=f"{total} bytes free, {planned.extra_bytes} of them for other caches",
-            actual=f"{needed - spare} bytes fewer",
+            actual=f"{needed - headroom} bytes fewer",
             remedy="Compare fewer cache types at a time, or choose a smaller --ctx-size",
         )
     return planned

@@ -161,7 +161,7 @@ def _verdict_text(reservation: Reservation, measured_bytes: int | None) -> str:
     devices = reservation.devices
     if reservation.fits:
         needed = sum(_needed_bytes(device) for device in devices)
-        free = needed + sum(device.spare_bytes for device in devices)
+        free = needed + sum(device.headroom_bytes for device in devices)
         return f"fits, needs {_needs_and_free(needed, free)}"
     short = [device for device in devices if not device.fits]
     needs = [_device_needs(device, alone=len(devices) == 1) for device in short]
@@ -171,7 +171,7 @@ def _verdict_text(reservation: Reservation, measured_bytes: int | None) -> str:
 def _device_needs(device: DeviceReservation, *, alone: bool) -> str:
     needed = _needed_bytes(device)
     label = "" if alone else f"{device.memory_name} "
-    return f"{label}needs {_needs_and_free(needed, needed + device.spare_bytes)}"
+    return f"{label}needs {_needs_and_free(needed, needed + device.headroom_bytes)}"
 
 
 def _needed_bytes(device: DeviceReservation) -> int:
@@ -286,7 +286,7 @@ def _listed(device: DeviceReservation) -> list[Part]:
     """The legend's entries: the parts, and what stays free or is missing."""
     if device.missing_bytes:
         return [*_parts(device), ("missing", "Missing", device.missing_bytes)]
-    return [*_parts(device), ("free", "Free", device.spare_bytes)]
+    return [*_parts(device), ("free", "Free", device.headroom_bytes)]
 
 
 def _device_details(device: DeviceReservation, *, alone: bool) -> str:

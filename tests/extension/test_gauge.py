@@ -94,7 +94,7 @@ def test_bar_is_to_scale_and_all_of_it_adds_up():
                 first.workspace_bytes, first.overhead_bytes]
     assert list(bars.values()) == pytest.approx(
         [100 * nbytes / first.capacity_bytes for nbytes in expected], abs=0.001)
-    free = 100 * first.spare_bytes / first.capacity_bytes
+    free = 100 * first.headroom_bytes / first.capacity_bytes
     assert sum(bars.values()) + free == pytest.approx(100, abs=0.01)
 
 

@@ -19,8 +19,8 @@ from exl_loader.checkpoint import Checkpoint
 from exl_loader.checkpoint.config import ModelConfig
 from exl_loader.memory import buffers as memory
 from exl_loader.memory.reservation import LoadOptions, plan, planned
+from exl_loader.memory.reservation.costs import PlacedModel, segments_of
 from exl_loader.memory.reservation.options import RunOptions
-from exl_loader.memory.reservation.placement import segments_of
 from exl_loader.memory.reservation.text import render
 from exl_loader.memory.segments import place
 from exl_loader.model.builder import build_parts
@@ -128,7 +128,8 @@ def fits_somehow(folder: Path, ctx_size: int, names: list[str], limits: list[int
             ends = [*inner, config.num_hidden_layers]
             layers = [names[sum(end <= i for end in ends)] for i in range(len(cuts) - 1)]
             where = DeviceMap(layers[0], tuple(layers), layers[-1])
-            table = segments_of(build_parts(config, checkpoint, where), ctx_size, options)
+            parts = build_parts(config, checkpoint, where)
+            table = segments_of(PlacedModel(parts, checkpoint, ctx_size), options)
             taken = dict.fromkeys(names, 0)
             for (device, _), segment in table.items():
                 taken[device] += segment.nbytes
@@ -215,7 +216,7 @@ def test_the_limit_may_be_the_reservation_itself(tmp_path):
     folder = write_sparse_exl2(tmp_path / "m")
     total = plan(folder, ctx_size=5000, cache_type="q4").total_bytes
     exact = plan(folder, ctx_size=5000, cache_type="q4", memory_limit=total)
-    assert exact.fits and exact.devices[0].spare_bytes == 0
+    assert exact.fits and exact.devices[0].headroom_bytes == 0
     assert exact.largest_ctx_size["q4"] == pages_for(5000) * PAGE_LEN
     short = plan(folder, ctx_size=5000, cache_type="q4", memory_limit=total - 1)
     assert not short.fits and short.devices[0].missing_bytes == 1
@@ -227,7 +228,7 @@ def test_the_environment_sets_the_capacity(tmp_path, machine, no_other_model, mo
     total = plan(folder, ctx_size=5000).total_bytes
     monkeypatch.setenv("EXL_LOADER_MEMORY_LIMIT", str(total))
     device = plan(folder, ctx_size=5000).devices[0]
-    assert device.fits and device.spare_bytes == 0
+    assert device.fits and device.headroom_bytes == 0
     assert device.capacity_bytes == device.free_bytes == total
     monkeypatch.setenv("EXL_LOADER_MEMORY_LIMIT", str(total - 1))
     assert plan(folder, ctx_size=5000).devices[0].missing_bytes == 1
@@ -350,7 +351,7 @@ def test_free_memory_holds_the_overhead_as_well(tmp_path, machine):
     assert needed > total
     machine(needed)
     exact = plan(folder, ctx_size=4096)
-    assert exact.fits and exact.devices[0].spare_bytes == 0
+    assert exact.fits and exact.devices[0].headroom_bytes == 0
     machine(needed - 1)
     assert plan(folder, ctx_size=4096).devices[0].missing_bytes == 1
     # A limit that is no tighter than the system's free memory does not hide the overhead.

@@ -25,7 +25,7 @@ def test_table_for_a_person(tmp_path, machine):
         assert amount(getattr(device, f"{part}_bytes")) in text
     for word in ("weights", "cache", "workspace", "overhead", "7.00 GiB", "8.00 GiB", "1.00 GiB"):
         assert word in text
-    assert f"fits, {amount(device.spare_bytes)} to spare" in text
+    assert f"fits, {amount(device.headroom_bytes)} to spare" in text
     for name, tokens in found.largest_ctx_size.items():
         assert f"{name} " in text and f"{tokens:,} tokens" in text
     assert "does not fit" in render(plan(folder, ctx_size=18432, cache_type="fp16"))

@@ -1,4 +1,4 @@
-"""Which devices a plan may use and what each lends: from settings to budgets."""
+"""The devices that a plan may use, and what each one lends."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ...backends.base import Capacity
 from ...utils.byte_counts import GIB, parse_bytes
 from ...utils.errors import InvalidSettings, shown
 from ..buffers import environment_limit, live_bytes
+from .options import LoadOptions
 
 MAX_DEVICES = 64
 
@@ -21,9 +22,10 @@ class Budget:
     """What one device lends.
 
     Args:
-        device: its name. capacity: its memory now, by the system.
-        limit_bytes: most that this model's buffers may take of it; None without a limit.
-        overhead_bytes: taken outside our buffers by running there at all.
+        device: its name.
+        capacity: its memory now, as the system reports it.
+        limit_bytes: the most that this model's buffers may take of it; None without a limit.
+        overhead_bytes: memory outside our buffers that running on the device takes.
         overhead_measured: False where that is assumed.
     """
 
@@ -33,47 +35,38 @@ class Budget:
     overhead_bytes: int
     overhead_measured: bool
 
-    def spare_bytes(self, total_bytes: int, overhead_bytes: int) -> int:
-        """Return what stays free beside so many bytes; negative where they do not fit.
+    @property
+    def lent_bytes(self) -> int:
+        """The free memory, at most the limit."""
+        return self.limited().free_bytes
 
-        A limit is set on what we reserve, not on what the system adds.
+    def headroom_bytes(self, total_bytes: int, overhead_bytes: int) -> int:
+        """Return the bytes that stay free; negative where buffers and overhead do not fit.
+
+        A limit holds for the buffers alone, the free memory for buffers and overhead.
         """
-        spare = self.capacity.free_bytes - total_bytes - overhead_bytes
-        return spare if self.limit_bytes is None else min(spare, self.limit_bytes - total_bytes)
+        headroom = self.capacity.free_bytes - total_bytes - overhead_bytes
+        if self.limit_bytes is None:
+            return headroom
+        return min(headroom, self.limit_bytes - total_bytes)
 
     def limited(self) -> Capacity:
-        """Return the device as the limit leaves it: its capacity is then the limit."""
+        """Return the memory of the device as the limit leaves it."""
         if self.limit_bytes is None or self.limit_bytes >= self.capacity.capacity_bytes:
             return self.capacity
         return Capacity(self.limit_bytes, min(self.limit_bytes, self.capacity.free_bytes))
 
 
-def budgets(
-    device: str | Sequence[str],
-    gpu_split: str | Sequence[float] | None,
-    vram: int | str | Sequence[int | str] | None,
-    memory_limit: int | str | None,
-    *,
-    replacing: bool = False,
-) -> list[Budget]:
-    """Say which devices a plan may use, in order, and what each lends.
-
-    Args:
-        device: `auto` (the cards that `gpu_split` or `vram` speak of, else those that can run
-            the model's kernels, as many as it needs, else the CPU), a name, or several names,
-            over which the layers are split in this order.
-        gpu_split: GiB that our buffers may take of each device, as `20,24` or numbers.
-        vram: plan for cards of this size that are not here, as `24GiB`, `24GiB,12GiB` or a list.
-        memory_limit: most that our buffers may take of each device, as the environment's
-            limit is.
-        replacing: as if the buffers that this process holds had been given back.
+def budgets(options: LoadOptions) -> list[Budget]:
+    """Return the devices that a plan may use, in order, with what each one lends.
 
     Raises:
-        InvalidSettings: no such device, or settings that contradict each other.
+        InvalidSettings: there is no such device, or `device`, `gpu_split`, `vram` and
+            `memory_limit` contradict each other or make no sense.
     """
-    split = _gib_list(gpu_split)
-    sizes = _size_list(vram)
-    names = _device_names(device, max(len(split), len(sizes)))
+    split = _gpu_split_bytes(options)
+    sizes = [parse_bytes(part, "vram") for part in _listed("vram", options.vram)]
+    names = _device_names(options, max(len(split), len(sizes)))
     for setting, values in (("gpu_split", split), ("vram", sizes)):
         if values and len(values) != len(names):
             raise InvalidSettings(
@@ -81,7 +74,9 @@ def budgets(
                 expected=f"{len(names)} values, one for each of {', '.join(names)}",
                 actual=len(values),
             )
-    overall = None if memory_limit is None else parse_bytes(memory_limit, "memory_limit")
+    overall = None
+    if options.memory_limit is not None:
+        overall = parse_bytes(options.memory_limit, "memory_limit")
     found = []
     for i, name in enumerate(names):
         limits = [overall, split[i] if split else None]
@@ -89,21 +84,31 @@ def budgets(
         if sizes:
             found.append(_absent(name, sizes[i], limit))
         else:
-            found.append(_present(name, limit, live_bytes(name) if replacing else 0))
+            found.append(_present(name, limit, live_bytes(name) if options.replacing else 0))
     return found
 
 
+def chosen_devices(options: LoadOptions) -> list[str]:
+    """Return the names of the devices of `budgets`.
+
+    Raises:
+        InvalidSettings: there is no such device.
+    """
+    return _device_names(options, len(_gpu_split_bytes(options)))
+
+
 def _absent(name: str, size: int, limit: int | None) -> Budget:
-    """Budget of a device that is not here, all of it free."""
+    """Return the budget of a device that need not be here, with all its memory free."""
     backend = backend_of(name)
     overhead_bytes, measured = backend.overhead(name)
-    # Main memory's overhead is this process's own. That of a card says nothing of another card.
+    # The overhead of main memory is this process's own. The overhead that was measured on one
+    # card says nothing about another card.
     measured = measured and backend.is_main_memory
     return Budget(name, Capacity(size, size), limit, overhead_bytes, measured)
 
 
 def _present(name: str, limit: int | None, given_back: int) -> Budget:
-    """Budget of a device that is here, with so many of our bytes given back."""
+    """Return the budget of a device, with so many bytes of this process's buffers released."""
     environment = environment_limit(name, given_back)
     if environment is not None:
         limit = environment if limit is None else min(limit, environment)
@@ -114,23 +119,13 @@ def _present(name: str, limit: int | None, given_back: int) -> Budget:
 
 
 def _without(now: Capacity, held_bytes: int) -> Capacity:
-    """Return a device's capacity as it will be when our buffers have been given back."""
+    """Return a device's memory as it will be after our buffers have been released."""
     free_bytes = min(now.capacity_bytes, now.free_bytes + held_bytes)
     return Capacity(now.capacity_bytes, free_bytes, max(0, now.own_bytes - held_bytes))
 
 
-def chosen_devices(
-    device: str | Sequence[str], gpu_split: str | Sequence[float] | None
-) -> list[str]:
-    """Name the devices that `budgets` answers for, for what is here.
-
-    Raises:
-        InvalidSettings: no such device.
-    """
-    return _device_names(device, len(_gib_list(gpu_split)))
-
-
-def _device_names(device: str | Sequence[str], num_cards: int) -> list[str]:
+def _device_names(options: LoadOptions, num_cards: int) -> list[str]:
+    device = options.device
     if isinstance(device, str):
         names = [name.strip() for name in device.split(",")]
     elif isinstance(device, Sequence) and all(isinstance(name, str) for name in device):
@@ -152,27 +147,24 @@ def _device_names(device: str | Sequence[str], num_cards: int) -> list[str]:
     return names
 
 
-def _gib_list(value: str | Sequence[float] | None) -> list[int]:
+def _gpu_split_bytes(options: LoadOptions) -> list[int]:
     found = []
-    for part in _listed("gpu_split", value):
+    for part in _listed("gpu_split", options.gpu_split):
         try:
             gib = float(part)
         except (TypeError, ValueError, OverflowError):
             gib = math.nan
         if isinstance(part, bool) or not 0 < gib < 1 << 20:
             raise InvalidSettings(
-                "gpu_split", expected="GiB for each device, such as 20,24", actual=shown(value)
+                "gpu_split", expected="GiB for each device, such as 20,24",
+                actual=shown(options.gpu_split),
             )
         found.append(int(gib * GIB))
     return found
 
 
-def _size_list(value: int | str | Sequence[int | str] | None) -> list[int]:
-    return [parse_bytes(part, "vram") for part in _listed("vram", value)]
-
-
 def _listed(name: str, value: Any) -> list[Any]:
-    """Return the values of a setting that is one value for each device, at most MAX_DEVICES."""
+    """Return the values of an option that has one value for each device, at most MAX_DEVICES."""
     if value is None or (isinstance(value, str) and not value.strip()):
         return []
     if isinstance(value, str):

@@ -27,7 +27,7 @@ class DeviceReservation:
         other_bytes: the memory that other processes and the system hold.
         limit_bytes: the most that the three buffers may take, by `memory_limit`, `gpu_split` or
             the environment; None without a limit.
-        spare_bytes: the memory that stays free after the load; negative where the model does not
+        headroom_bytes: the memory that stays free after the load; negative where the model does not
             fit. A limit has to hold the buffers. The free memory has to hold the buffers and the
             overhead.
         draft_bytes: the part of the three buffers that a draft model takes.
@@ -45,7 +45,7 @@ class DeviceReservation:
     free_bytes: int
     other_bytes: int
     limit_bytes: int | None
-    spare_bytes: int
+    headroom_bytes: int
     draft_bytes: int = 0
 
     @property
@@ -66,11 +66,11 @@ class DeviceReservation:
     @property
     def missing_bytes(self) -> int:
         """The bytes that are missing; 0 where the model fits."""
-        return max(0, -self.spare_bytes)
+        return max(0, -self.headroom_bytes)
 
     @property
     def fits(self) -> bool:
-        return self.spare_bytes >= 0
+        return self.headroom_bytes >= 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return all attributes and sums as JSON types."""

@@ -74,7 +74,7 @@ def _overhead(device: DeviceReservation) -> str:
 
 def _verdict(device: DeviceReservation) -> str:
     if device.fits:
-        return f"fits, {amount(device.spare_bytes)} to spare"
+        return f"fits, {amount(device.headroom_bytes)} to spare"
     return f"does not fit, {amount(device.missing_bytes)} missing"
 
 

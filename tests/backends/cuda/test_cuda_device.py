@@ -385,9 +385,9 @@ def compiler(monkeypatch):
 
 def test_auto_means_the_cards_that_can_run_models(smi, torch_with_cuda, compiler):
     assert cards.auto_cards() == ("cuda:0", "cuda:1")
-    assert chosen_devices("auto", None) == ["cuda:0", "cuda:1"]
-    assert chosen_devices("cpu", None) == ["cpu"]
-    assert chosen_devices("auto", "20,8") == ["cuda:0", "cuda:1"]
+    assert chosen_devices(LoadOptions()) == ["cuda:0", "cuda:1"]
+    assert chosen_devices(LoadOptions(device="cpu")) == ["cpu"]
+    assert chosen_devices(LoadOptions(gpu_split="20,8")) == ["cuda:0", "cuda:1"]
     assert not torch_with_cuda.open
 
 
@@ -421,7 +421,7 @@ def test_auto_means_the_cpu_if_something_is_missing(
     else:
         monkeypatch.setenv("EXL_LOADER_REFERENCE", "1")
     assert cards.auto_cards() == ()
-    assert chosen_devices("auto", None) == ["cpu"]
+    assert chosen_devices(LoadOptions()) == ["cpu"]
 
 
 @pytest.mark.parametrize(("text", "answer"), [

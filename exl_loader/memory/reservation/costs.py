@@ -1,0 +1,215 @@
+"""The bytes that a model's layers take on a device: sums of the table that the loader allocates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ...backends import backend_of
+from ...cache.layout import CacheType, cache_specs, pages_for
+from ...formats.dense import PIECE_BYTES
+from ...model.builder import ModelParts, WeightCosts, build_parts
+from ...model.parts.embedding import EMBEDDING_ROWS
+from ...model.step import workspace_specs
+from ...utils.table import DeviceMap, TensorSpec
+from ..segments import Segment, place
+from .options import RunOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterable
+
+    from ...checkpoint import Checkpoint
+    from ...checkpoint.config import ModelConfig
+    from ...model.builder import StageParts
+
+# Before the names of a draft model's tensors, which are in the same buffers as the model's.
+DRAFT_PREFIX = "draft."
+
+# The large tensors of a quantised layer in the files, EXL2's and GPTQ's.
+UPLOADED_TENSORS = ("q_weight", "q_scale", "qweight", "qzeros", "scales")
+
+# How many pieces of unquantised weights and how many quantised layers exist at once while they
+# are read, with the freed memory that the C library keeps. Measured: at most 6.4 and 1.7;
+# tests/memory/test_keep.py holds both.
+UPLOADED_PIECES = 7
+UPLOADED_LAYERS = 2
+
+
+@dataclass(frozen=True)
+class BufferBytes:
+    """The bytes of the three buffers of a device."""
+
+    weights: int
+    cache: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        """All three."""
+        return self.weights + self.cache + self.workspace
+
+    def rounding(self, granularity: int) -> int:
+        """Return the bytes that are added where each buffer is rounded up to whole pages."""
+        return sum(-n % granularity for n in (self.weights, self.cache, self.workspace))
+
+    def __add__(self, other: BufferBytes) -> BufferBytes:
+        return BufferBytes(
+            self.weights + other.weights, self.cache + other.cache,
+            self.workspace + other.workspace,
+        )
+
+
+@dataclass(frozen=True)
+class PlacedModel:
+    """A model on its devices.
+
+    Args:
+        parts: the model, each part on its device.
+        checkpoint: open.
+        ctx_size: tokens of context of its cache.
+    """
+
+    parts: ModelParts
+    checkpoint: Checkpoint
+    ctx_size: int
+
+
+def segments_of(
+    model: PlacedModel, run: RunOptions, draft: PlacedModel | None = None
+) -> dict[tuple[str, str], Segment]:
+    """Lay out all tensors of a run, which the loader allocates and the plan sums."""
+    specs = _table(model, run)
+    if draft is not None:
+        specs += [replace(spec, name=DRAFT_PREFIX + spec.name) for spec in _table(draft, run)]
+    return place(specs)
+
+
+def _table(model: PlacedModel, run: RunOptions) -> list[TensorSpec]:
+    parts, pages = model.parts, pages_for(model.ctx_size)
+    return [
+        *parts.specs(),
+        *cache_specs(parts.config, pages, run.cache_type, parts.device_map),
+        *_workspace(parts.stages(), model.ctx_size, run),
+    ]
+
+
+def _workspace(
+    stages: Iterable[StageParts], ctx_size: int, run: RunOptions
+) -> list[TensorSpec]:
+    return workspace_specs(
+        stages,
+        ctx_size=ctx_size,
+        cache_type=run.cache_type,
+        chunk_size=run.chunk_size,
+        max_batch_size=run.max_batch_size,
+    )
+
+
+class LayerCosts:
+    """The bytes that ranges of a model's layers take. Each is computed once.
+
+    They depend on the kind of a device, whose alignment they follow, and not on the device.
+
+    Args:
+        config: the model.
+        checkpoint: open.
+    """
+
+    def __init__(self, config: ModelConfig, checkpoint: Checkpoint) -> None:
+        self.config = config
+        self.checkpoint = checkpoint
+        self._parts: dict[DeviceMap, ModelParts] = {}
+        self._wholes: dict[str, ModelParts] = {}
+        self._weights: dict[str, WeightCosts] = {}
+        self._caches: dict[tuple[str, int, CacheType], int] = {}
+        self._workspaces: dict[tuple[object, ...], int] = {}
+        self._layer_kinds: list[Hashable] | None = None
+        self._counts_layers = False
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    def parts(self, device_map: DeviceMap) -> ModelParts:
+        """Return the model's parts on these devices."""
+        if device_map not in self._parts:
+            self._parts[device_map] = build_parts(self.config, self.checkpoint, device_map)
+        return self._parts[device_map]
+
+    def whole(self, device: str) -> ModelParts:
+        """Return the model's parts with everything on one device of the kind of `device`."""
+        kind = backend_of(device).kind
+        if kind not in self._wholes:
+            self._wholes[kind] = self.parts(DeviceMap.single(device, self.num_layers))
+        return self._wholes[kind]
+
+    def buffers(self, device: str, layers: range, ctx_size: int, run: RunOptions) -> BufferBytes:
+        """Return the buffers of a range of layers.
+
+        The embedding is counted with the first layer, the output head with the last.
+        """
+        cache = self._layer_cache_bytes(device, pages_for(ctx_size), run.cache_type)
+        return BufferBytes(
+            self._weight_costs(device).of_range(layers.start, layers.stop),
+            cache * len(layers),
+            self._workspace_bytes(device, layers, ctx_size, run),
+        )
+
+    def upload_bytes(self, device: str) -> int:
+        """Return the most main memory that weights take on their way into the buffers.
+
+        The tensors of a quantised layer are read whole before they are packed. Unquantised
+        weights are read in pieces, which are checked and rearranged.
+        """
+        parts = self.whole(device)
+        pieces, layers = [0], [0]
+        vocab_size = self.config.vocab_size
+        for spec in parts.embedding.specs():
+            pieces.append(spec.nbytes // vocab_size * min(EMBEDDING_ROWS, vocab_size))
+        headers = self.checkpoint.headers
+        for linear in parts.linears():
+            if linear.plan.format == "dense":
+                pieces.append(min(PIECE_BYTES, linear.plan.specs["weight"].nbytes))
+            else:
+                names = (f"{linear.plan.source}.{tensor}" for tensor in UPLOADED_TENSORS)
+                layers.append(sum(headers[name].nbytes for name in names if name in headers))
+        return max(UPLOADED_PIECES * max(pieces), UPLOADED_LAYERS * max(layers))
+
+    def _weight_costs(self, device: str) -> WeightCosts:
+        kind = backend_of(device).kind
+        if kind not in self._weights:
+            self._weights[kind] = self.whole(device).costs()
+        return self._weights[kind]
+
+    def _layer_cache_bytes(self, device: str, pages: int, cache_type: CacheType) -> int:
+        key = (backend_of(device).kind, pages, cache_type)
+        if key not in self._caches:
+            one_layer = replace(self.config, num_hidden_layers=1)
+            placed = place(cache_specs(one_layer, pages, cache_type, DeviceMap.single(device, 1)))
+            self._caches[key] = placed[device, "cache"].nbytes
+        return self._caches[key]
+
+    def _workspace_bytes(
+        self, device: str, layers: range, ctx_size: int, run: RunOptions
+    ) -> int:
+        """Lay out the workspace of a range, once for all ranges with the same workspace."""
+        whole = self.whole(device)
+        if self._layer_kinds is None:
+            self._layer_kinds = [(layer.workspace_key, layer.widths) for layer in whole.layers]
+            # Tables of experts and key biases have an entry for each layer of a device.
+            self._counts_layers = bool(self.config.num_local_experts) or any(
+                layer.layer_workspace() for layer in whole.layers
+            )
+        key = (
+            backend_of(device).kind,
+            layers.stop == self.num_layers,
+            frozenset(self._layer_kinds[layers.start : layers.stop]),
+            len(layers) if self._counts_layers else 0,
+            ctx_size,
+            run,
+        )
+        if key not in self._workspaces:
+            stage = whole.cut(layers.start, layers.stop)
+            placed = place(_workspace([stage], ctx_size, run))
+            self._workspaces[key] = placed[stage.device, "workspace"].nbytes
+        return self._workspaces[key]
