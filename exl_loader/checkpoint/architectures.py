@@ -1,7 +1,8 @@
 """The models this engine runs: one table entry per Hugging Face architecture, data only.
 
-To add an architecture that is made of the parts named here, add an entry to `ARCHITECTURES`.
-Tensor names, default values and window rules are those of the `transformers` library
+docs/adding_an_architecture.md says how to add one. Only this package and `model/builder.py` use
+the entries: everything else sees parts, and the numbers in `ModelConfig`.
+Tensor names, default values and sliding windows are those of the `transformers` library
 (`modeling_*.py` and `configuration_*.py` of version 5.23, and version 4 where it differs).
 """
 
@@ -12,13 +13,13 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-# How `sliding_window` is spread over the layers:
-#   none        the key means nothing to this architecture
+# Which layers have the window of the config key `sliding_window`:
+#   none        no layer: the key means nothing to this architecture
 #   uniform     every layer
 #   upper       layers from `max_window_layers` on, where `use_sliding_window` is set
 #   alternating layers 0, 2, 4, ...
 # `upper` and `alternating` are only the defaults of an explicit `layer_types` list.
-WindowRule = Literal["none", "uniform", "upper", "alternating"]
+SlidingWindowRule = Literal["none", "uniform", "upper", "alternating"]
 
 # Hugging Face's activation names, as `Ops.gate` calls them.
 ACTIVATIONS = MappingProxyType(
@@ -64,7 +65,7 @@ class Architecture:
         fused: source tensor -> the linear layers whose output rows it holds, in order.
         biases: which linear layers have a bias: always (True), or where the named config
             key is set. Others have one only if the checkpoint brings one.
-        window: how `sliding_window` is spread over the layers.
+        sliding_window: which layers have the window of that config key.
         norm_offset: added to every norm weight (Gemma stores weight - 1).
         embed_scale: whether embeddings are multiplied by sqrt(hidden_size).
         activation_key: config key that names the activation.
@@ -96,7 +97,7 @@ class Architecture:
     mlp_output_norm: str | None = None
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     biases: Mapping[str, bool | str] = field(default_factory=dict)
-    window: WindowRule = "none"
+    sliding_window: SlidingWindowRule = "none"
     norm_offset: float = 0.0
     embed_scale: bool = False
     activation_key: str = "hidden_act"
@@ -146,7 +147,7 @@ _ENTRIES = (
             "bos_token_id": 1,
             "eos_token_id": 2,
         },
-        window="uniform",
+        sliding_window="uniform",
     ),
     Architecture(
         name="MixtralForCausalLM",
@@ -162,7 +163,7 @@ _ENTRIES = (
             "bos_token_id": 1,
             "eos_token_id": 2,
         },
-        window="uniform",
+        sliding_window="uniform",
         experts=ExpertNames(
             router="block_sparse_moe.gate",
             experts="block_sparse_moe.experts",
@@ -176,14 +177,14 @@ _ENTRIES = (
         model_type="qwen2",
         defaults={**_QWEN, "num_key_value_heads": 32},
         biases=dict.fromkeys(_QKV, True),
-        window="upper",
+        sliding_window="upper",
     ),
     Architecture(
         name="Qwen3ForCausalLM",
         model_type="qwen3",
         defaults={**_QWEN, "num_key_value_heads": 32, "head_dim": 128},
         biases=_ATTENTION_BIAS,
-        window="upper",
+        sliding_window="upper",
         q_norm="self_attn.q_norm",
         k_norm="self_attn.k_norm",
     ),
@@ -205,7 +206,7 @@ _ENTRIES = (
             "eos_token_id": 1,
         },
         biases=_ATTENTION_BIAS,
-        window="alternating",
+        sliding_window="alternating",
         attn_output_norm="post_attention_layernorm",
         mlp_input_norm="pre_feedforward_layernorm",
         mlp_output_norm="post_feedforward_layernorm",
@@ -224,7 +225,7 @@ _ENTRIES = (
             "bos_token_id": 1,
             "eos_token_id": 32000,
         },
-        window="uniform",
+        sliding_window="uniform",
         fused={
             "self_attn.qkv_proj": _QKV,
             "mlp.gate_up_proj": _GATE_UP,

@@ -50,8 +50,7 @@ class ModelConfig:
         hidden_act: as `Ops.gate` takes it (`silu`, `gelu`, `gelu_tanh`).
         bos_token_id: None where the model has none.
         eos_token_ids: from `config.json`, then what `generation_config.json` adds.
-        sliding_window: the window of the layers that have one; None where none has.
-        layer_sliding_windows: window of each layer, 0 where it sees everything.
+        layer_sliding_windows: `sliding_window` of each layer, 0 where it sees everything.
         embedding_multiplier: factor on embeddings.
         norm_offset: added to every stored norm weight.
         attention_multiplier: factor on attention scores, before the soft cap.
@@ -76,7 +75,6 @@ class ModelConfig:
     hidden_act: str
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
-    sliding_window: int | None
     layer_sliding_windows: tuple[int, ...]
     embedding_multiplier: float
     norm_offset: float
@@ -154,7 +152,7 @@ class ModelConfig:
         max_position_embeddings = keys.required_integer(
             "max_position_embeddings", 2, MAX_POSITIONS
         )
-        windows = _layer_windows(keys, architecture, num_layers)
+        windows = _layer_sliding_windows(keys, architecture, num_layers)
         scalar = float(head_dim)
         if architecture.query_pre_attn_scalar:
             scalar = keys.required_number("query_pre_attn_scalar", 1e-3, 1e6)
@@ -169,7 +167,6 @@ class ModelConfig:
             hidden_act=_activation(keys, architecture),
             bos_token_id=bos_token_ids[0] if bos_token_ids else None,
             eos_token_ids=_eos_token_ids(keys, generation, dimensions["vocab_size"]),
-            sliding_window=max(windows) or None,
             layer_sliding_windows=windows,
             # In float32, as transformers computes it for float32 weights; a model that runs in
             # bfloat16 there has this factor rounded to bfloat16.
@@ -288,9 +285,11 @@ def _required_biases(keys: Keys, architecture: Architecture) -> frozenset[str]:
     return frozenset(required)
 
 
-def _layer_windows(keys: Keys, architecture: Architecture, num_layers: int) -> tuple[int, ...]:
+def _layer_sliding_windows(
+    keys: Keys, architecture: Architecture, num_layers: int
+) -> tuple[int, ...]:
     """Find each layer's window; a row sees the `window` newest positions, itself included."""
-    rule = architecture.window
+    rule = architecture.sliding_window
     window = None if rule == "none" else keys.integer("sliding_window", 0, MAX_POSITIONS)
     if rule == "upper" and not keys.boolean("use_sliding_window"):
         window = None

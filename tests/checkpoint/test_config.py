@@ -49,7 +49,7 @@ def test_llama_2_layout_with_few_keys():
     assert (config.num_key_value_heads, config.head_dim) == (4, 64)
     assert config.rope.rope_theta == 10000.0
     assert config.attention_multiplier == 64**-0.5
-    assert config.layer_sliding_windows == (0,) * 4 and config.sliding_window is None
+    assert config.layer_sliding_windows == (0,) * 4
     assert not config.tie_word_embeddings
 
 
@@ -74,7 +74,7 @@ def test_defaults_equal_transformers(architecture):
     if windows is not None:
         sliding = tuple(name == "sliding_attention" for name in windows)
         assert tuple(w > 0 for w in config.layer_sliding_windows) == sliding
-    assert config.sliding_window == getattr(reference, "sliding_window", None)
+    assert max(config.layer_sliding_windows) == (getattr(reference, "sliding_window", None) or 0)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,6 @@ def test_defaults_equal_transformers(architecture):
 def test_windows(architecture, changes, windows):
     config = parse(changes, architecture)
     assert config.layer_sliding_windows == windows
-    assert config.sliding_window == (max(windows) or None)
 
 
 def test_gemma2_scalars():
