@@ -22,7 +22,9 @@ from ..utils.errors import (
 )
 from ..utils.json_keys import read_json_object_if_there
 from ..utils.output import warn_once
-from .files import (
+from .quantization import Quantization
+from .safetensors_header import FileIdentity, TensorHeader, read_header
+from .weight_files import (
     all_files,
     candidates,
     check_index,
@@ -30,8 +32,6 @@ from .files import (
     converter_output,
     weight_names,
 )
-from .quantization import Quantization
-from .safetensors_header import FileIdentity, TensorHeader, read_header
 
 if TYPE_CHECKING:
     from .config import ModelConfig

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ..utils.progress import default_progress
 
 if TYPE_CHECKING:
-    from ..convert.pipeline import Conversion
+    from ..convert.conversion import Conversion
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..utils.progress import Progress
-    from .pipeline import Conversion
+    from .conversion import Conversion
 
 
 def convert(
@@ -53,7 +53,7 @@ def convert(
         InvalidTokenizer: the source folder cannot be used.
     """
     from ..utils.setting_values import check_path
-    from .pipeline import ConvertSettings, run
+    from .conversion import ConvertSettings, run
 
     check_path("model_dir", model_dir, "folder")
     check_path("out_dir", out_dir, "folder")

@@ -17,7 +17,7 @@ from ..model.decoder import Layer
 from ..model.parts.part import LayerState, Loading, StepViews
 from ..model.step import workspace_specs
 from ..utils.table import MAIN_MEMORY, TensorSpec
-from .gptq import Hessian
+from .error_feedback import Hessian
 from .source import Source
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ..checkpoint.files import folder_names
+from ..checkpoint.weight_files import folder_names
 from ..utils.errors import InvalidSettings
 from ..utils.output import warn
 from ..utils.untrusted_files import TOKENIZER_BYTES, open_regular

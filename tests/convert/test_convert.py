@@ -11,7 +11,7 @@ import torch
 
 from exl_loader.convert.allocation import Option, allocate, efficient_options
 from exl_loader.convert.calibration import calibration_rows, calibration_text
-from exl_loader.convert.gptq import Hessian, PreparedHessian, quantize, relative_error
+from exl_loader.convert.error_feedback import Hessian, PreparedHessian, quantize, relative_error
 from exl_loader.convert.packing import (
     QuantizedLinear,
     dequantize,

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import exl_loader
 from exl_loader.commands.cli import main
-from exl_loader.convert import convert, pipeline
+from exl_loader.convert import conversion, convert
 from exl_loader.utils.errors import (
     InvalidCheckpoint,
     InvalidSettings,
@@ -29,8 +29,8 @@ FEW_ROWS = {"calibration_rows": 4, "calibration_row_len": 64}
 @pytest.fixture(autouse=True)
 def _reference_operations_and_few_options(monkeypatch):
     monkeypatch.setenv("EXL_LOADER_REFERENCE", "1")
-    monkeypatch.setattr(pipeline, "WIDTHS", (3, 4, 8))
-    monkeypatch.setattr(pipeline, "GROUP_SIZES", (64,))
+    monkeypatch.setattr(conversion, "WIDTHS", (3, 4, 8))
+    monkeypatch.setattr(conversion, "GROUP_SIZES", (64,))
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ EIGHT_BIT_TOLERANCE = 7 * 0.007
 
 @pytest.mark.parametrize("name", some_of(["mixtral", "llama-biases", "gemma2", "phi3"], 2))
 def test_every_kind_of_model_survives_at_8_bits(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "WIDTHS", (8,))
+    monkeypatch.setattr(conversion, "WIDTHS", (8,))
     folder = tmp_path / "source"
     original = make_model(name, seed=3, folder=folder, num_hidden_layers=1)
     write_tokenizer(folder, original.config.vocab_size)

@@ -121,7 +121,7 @@ def ask_hf(model) -> tuple[str, list[int]]:
         inputs=torch.tensor([prompt_ids]), max_new_tokens=TOKENS, do_sample=False,
         suppress_tokens=list(loaded.eos_token_ids))
     new_ids = output[0, len(prompt_ids):].tolist()
-    stream = loaded.tokenizer.stream(behind=prompt_ids)
+    stream = loaded.tokenizer.stream(previous_ids=prompt_ids)
     return "".join(map(stream.push, new_ids)) + stream.flush(), new_ids
 
 

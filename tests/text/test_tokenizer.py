@@ -198,7 +198,7 @@ def test_legacy_puts_a_space_before_every_stretch(legacy, expected, spm_models, 
     shutil.copy(spm_models["bpe_dummy"], folder / "tokenizer.model")
     tokenizer = Tokenizer.from_dir(folder)
     ids = tokenizer.encode("a<s>b<s> c</s>")
-    pieces = [tokenizer._backend.content(i) for i in ids]
+    pieces = [tokenizer._vocabulary.content(i) for i in ids]
     assert pieces == expected
 
 
@@ -210,7 +210,7 @@ def test_the_folders_word_on_the_space_wins(spm_models, tmp_path):
             folder = make.write_folder(tmp_path / f"{kind}{wish}", config)
             shutil.copy(spm_models[kind], folder / "tokenizer.model")
             tokenizer = Tokenizer.from_dir(folder)
-            first[kind, wish] = tokenizer._backend.content(tokenizer.encode("Hello")[0])
+            first[kind, wish] = tokenizer._vocabulary.content(tokenizer.encode("Hello")[0])
             assert tokenizer.decode(tokenizer.encode(" Hello")) == " Hello"
     assert all(piece.startswith("▁") == wish for (_, wish), piece in first.items())
 
@@ -504,7 +504,7 @@ def test_a_text_that_goes_on_keeps_the_space_between_two_words(name, tokenizers)
     text = "Hello world and more"
     ids = tokenizer.encode(text, add_bos=False)
     for first in range(1, len(ids)):
-        stream = tokenizer.stream(behind=ids[:first])
+        stream = tokenizer.stream(previous_ids=ids[:first])
         said = "".join(map(stream.push, ids[first:])) + stream.flush()
         assert tokenizer.decode(ids[:first]) + said == text
 
@@ -552,7 +552,7 @@ def test_a_long_stream_costs_the_same_for_every_token(tokenizers):
             return getattr(self._backend, name)
 
     tokenizer = tokenizers["json_unigram"]
-    backend = Counting(tokenizer._backend)
+    backend = Counting(tokenizer._vocabulary)
     stream = StreamDecoder(backend)
     ids = tokenizer.encode("hello world, this is a text " * 50, add_bos=False)
     text = "".join(stream.push(i) for i in ids) + stream.flush()

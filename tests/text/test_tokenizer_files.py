@@ -343,7 +343,7 @@ def test_streaming_goes_on_from_a_prompt_as_decode_does(cut, unusual):
     for name, tokenizer in unusual.items():
         if name.startswith(("sentencepiece", "byte_level")):
             ids = tokenizer.encode("Hello world, 'tis 1 text that goes on.", add_bos=False)
-            stream = tokenizer.stream(behind=ids[:cut])
+            stream = tokenizer.stream(previous_ids=ids[:cut])
             said = "".join(map(stream.push, ids[cut:])) + stream.flush()
             assert tokenizer.decode(ids[:cut]) + said == tokenizer.decode(ids), name
 
@@ -429,7 +429,7 @@ def test_panics_of_the_library_are_typed_errors(method, error, byte_level, tmp_p
         def __setattr__(self, name, value):
             pass
 
-    tokenizer._backend._tokenizer = Panicking()
+    tokenizer._vocabulary._tokenizer = Panicking()
     with pytest.raises(InvalidTokenizer, match=str(error)):
         tokenizer.encode("a") if method == "encode" else tokenizer.decode([5])
 
@@ -442,7 +442,7 @@ def test_an_interrupt_is_no_damaged_tokenizer(byte_level, tmp_path):
         def __getattr__(self, name):
             raise KeyboardInterrupt
 
-    tokenizer._backend._tokenizer = Interrupted()
+    tokenizer._vocabulary._tokenizer = Interrupted()
     with pytest.raises(KeyboardInterrupt):
         tokenizer.decode([5])
 

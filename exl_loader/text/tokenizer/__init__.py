@@ -16,11 +16,11 @@ from ...utils.setting_values import check_flag, whole_numbers
 from ...utils.untrusted_files import is_there
 from ..chat.template import ChatTemplates
 from . import roles, vocab_merges
-from .backend import Backend
-from .files import TokenizerConfig, read_tokenizer_config
-from .hf import TokenizersBackend
-from .spm import SentencePieceBackend
+from .sentencepiece_vocabulary import SentencePieceVocabulary
 from .stream import StreamDecoder, clean_up
+from .tokenizer_config import TokenizerConfig, read_tokenizer_config
+from .tokenizers_vocabulary import TokenizersVocabulary
+from .vocabulary import Vocabulary
 
 __all__ = ["StreamDecoder", "Tokenizer", "has_tokenizer", "no_tokenizer"]
 
@@ -44,7 +44,7 @@ class Tokenizer:
     """A folder's tokenizer. Safe to use from several threads.
 
     Args:
-        backend: the vocabulary.
+        vocabulary: tokens and the rules that find them.
         config: the folder's settings.
 
     Attributes:
@@ -55,17 +55,17 @@ class Tokenizer:
         special_tokens: `bos_token`, `eos_token`, ... -> text.
     """
 
-    def __init__(self, backend: Backend, config: TokenizerConfig) -> None:
-        self._backend = backend
+    def __init__(self, vocabulary: Vocabulary, config: TokenizerConfig) -> None:
+        self._vocabulary = vocabulary
         self._config = config
-        self.vocab_size = backend.vocab_size
-        self.special_tokens = roles.named_tokens(config, backend)
-        self.bos_token_id = roles.bos_id(config, backend, self.special_tokens)
+        self.vocab_size = vocabulary.vocab_size
+        self.special_tokens = roles.named_tokens(config, vocabulary)
+        self.bos_token_id = roles.bos_id(config, vocabulary, self.special_tokens)
         eos_token = self.special_tokens.get("eos_token")
-        self.eos_token_id = None if eos_token is None else backend.token_id(eos_token)
+        self.eos_token_id = None if eos_token is None else vocabulary.token_id(eos_token)
         self.eos_token_ids = () if self.eos_token_id is None else (self.eos_token_id,)
-        self._prefix_ids, self._suffix_ids = roles.frame(
-            config, backend, self.bos_token_id, self.eos_token_id
+        self._prefix_ids, self._suffix_ids = roles.prefix_and_suffix(
+            config, vocabulary, self.bos_token_id, self.eos_token_id
         )
         self.add_bos_token = self.bos_token_id in self._prefix_ids
 
@@ -79,11 +79,11 @@ class Tokenizer:
         folder = Path(path)
         config = read_tokenizer_config(folder)
         if is_there(folder / "tokenizer.json"):
-            return cls(TokenizersBackend.from_json(folder / "tokenizer.json", config), config)
+            return cls(TokenizersVocabulary.from_json(folder / "tokenizer.json", config), config)
         if is_there(folder / "tokenizer.model"):
-            return cls(SentencePieceBackend(folder / "tokenizer.model", config), config)
+            return cls(SentencePieceVocabulary(folder / "tokenizer.model", config), config)
         if vocab_merges.has_vocab_and_merges(folder):
-            return cls(TokenizersBackend.from_vocab_and_merges(folder, config), config)
+            return cls(TokenizersVocabulary.from_vocab_and_merges(folder, config), config)
         raise no_tokenizer(str(folder))
 
     def encode(self, text: str, add_bos: bool | None = None, special: bool = True) -> list[int]:
@@ -108,7 +108,7 @@ class Tokenizer:
         if not is_text(text):
             # Neither library takes surrogates. Two halves of a character become the character.
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        ids = self._backend.encode(text, special)
+        ids = self._vocabulary.encode(text, special)
         if add_bos is None:
             return [*self._prefix_ids, *ids, *self._suffix_ids]
         return [self.bos_token_id, *ids] if add_bos and self.bos_token_id is not None else ids
@@ -172,25 +172,25 @@ class Tokenizer:
         """
         check_flag("skip_special", skip_special)
         checked = whole_numbers("ids", ids, "token ids")
-        if self._backend.bytes_known:
-            text = self._backend.decode(checked, skip_special)
-            return clean_up(text) if self._backend.cleans_up else text
+        if self._vocabulary.bytes_known:
+            text = self._vocabulary.decode(checked, skip_special)
+            return clean_up(text) if self._vocabulary.cleans_up else text
         # What a token of other vocabularies adds to the text depends on its neighbours.
-        stream = StreamDecoder(self._backend, skip_special)
+        stream = StreamDecoder(self._vocabulary, skip_special)
         return "".join(map(stream.push, checked)) + stream.flush()
 
-    def stream(self, skip_special: bool = True, behind: Sequence[int] = ()) -> StreamDecoder:
+    def stream(self, skip_special: bool = True, previous_ids: Sequence[int] = ()) -> StreamDecoder:
         """Begin to decode one token at a time.
 
         Args:
             skip_special: leave special tokens out.
-            behind: ids of the text that the new one goes on from. Where a tokenizer drops a
+            previous_ids: ids of the text that the new one goes on from. Where a tokenizer drops a
                 text's first space, as Llama 2's does, that is no first space any more.
         """
-        stream = StreamDecoder(self._backend, skip_special)
-        last_word = next((i for i in reversed(behind) if i not in self.special_ids), None)
+        stream = StreamDecoder(self._vocabulary, skip_special)
+        last_word = next((i for i in reversed(previous_ids) if i not in self.special_ids), None)
         if last_word is not None:
-            stream.go_on_from(last_word)
+            stream.continue_after(last_word)
         return stream
 
     def stop_ids(self, model_ids: Iterable[int]) -> set[int]:
@@ -199,31 +199,31 @@ class Tokenizer:
         Args:
             model_ids: `ModelConfig.eos_token_ids` of the folder.
         """
-        return roles.stop_ids(self._config, self._backend, self.eos_token_id, model_ids)
+        return roles.stop_ids(self._config, self._vocabulary, self.eos_token_id, model_ids)
 
     def token_id(self, content: str) -> int | None:
         """Return the id of a token by its text, None where there is no such token."""
         # A lone surrogate is no text, so no token has it.
-        return self._backend.token_id(content) if is_text(content) else None
+        return self._vocabulary.token_id(content) if is_text(content) else None
 
     def token_bytes(self, token_id: int) -> bytes:
         """Bytes of one token, for tokenizers with `bytes_known`; empty where it has no text."""
-        return self._backend.token_bytes(token_id)
+        return self._vocabulary.token_bytes(token_id)
 
     @property
     def bytes_known(self) -> bool:
         """Decoded text is the bytes of its tokens joined."""
-        return self._backend.bytes_known
+        return self._vocabulary.bytes_known
 
     @property
     def strips_space(self) -> bool:
         """Decoding drops one space from the start of the text."""
-        return self._backend.strips_space
+        return self._vocabulary.strips_space
 
     @property
     def special_ids(self) -> frozenset[int]:
         """Ids of all special tokens."""
-        return self._backend.special_ids
+        return self._vocabulary.special_ids
 
     @cached_property
     def chat_templates(self) -> ChatTemplates:

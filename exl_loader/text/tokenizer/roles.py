@@ -33,59 +33,59 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .backend import Backend
-from .files import TokenizerConfig
+from .tokenizer_config import TokenizerConfig
+from .vocabulary import Vocabulary
 
 
-def named_tokens(config: TokenizerConfig, backend: Backend) -> dict[str, str]:
+def named_tokens(config: TokenizerConfig, vocabulary: Vocabulary) -> dict[str, str]:
     """Return the tokens with a name, `bos_token` and so on, each with its text."""
     named = {
-        name: content for name, content in backend.default_named_tokens().items()
-        if backend.token_id(content) is not None
+        name: content for name, content in vocabulary.default_named_tokens().items()
+        if vocabulary.token_id(content) is not None
     }
     named.update((name, token.content) for name, token in config.named_tokens.items())
     return {name: content for name, content in named.items() if not config.is_null(name)}
 
 
-def bos_id(config: TokenizerConfig, backend: Backend, names: dict[str, str]) -> int | None:
+def bos_id(config: TokenizerConfig, vocabulary: Vocabulary, names: dict[str, str]) -> int | None:
     """Return the id of the token that a text begins with; None without one."""
     declared = config.named_tokens.get("bos_token")
-    candidates = [] if declared is None else [backend.token_id(declared.content)]
-    candidates += backend.prefix_ids
+    candidates = [] if declared is None else [vocabulary.token_id(declared.content)]
+    candidates += vocabulary.prefix_ids
     if not config.is_null("bos_token"):
-        candidates += [i for i in config.model.bos_ids if backend.has_token(i)]
+        candidates += [i for i in config.model.bos_ids if vocabulary.has_token(i)]
         if "bos_token" in names:
-            candidates.append(backend.token_id(names["bos_token"]))
+            candidates.append(vocabulary.token_id(names["bos_token"]))
     usable = (i for i in candidates if i is not None and config.model.has_id(i))
     return next(usable, None)
 
 
-def frame(
-    config: TokenizerConfig, backend: Backend, bos: int | None, eos: int | None
+def prefix_and_suffix(
+    config: TokenizerConfig, vocabulary: Vocabulary, bos: int | None, eos: int | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the ids that `encode` puts before and after a text."""
-    prefix, suffix = backend.prefix_ids, backend.suffix_ids
-    add_bos = backend.adds_bos if config.add_bos_token is None else config.add_bos_token
+    prefix, suffix = vocabulary.prefix_ids, vocabulary.suffix_ids
+    add_bos = vocabulary.adds_bos if config.add_bos_token is None else config.add_bos_token
     if add_bos and bos is not None and bos not in prefix:
         prefix = (bos, *prefix)
-    if config.add_eos_token and eos is not None and not backend.has_post_processor:
+    if config.add_eos_token and eos is not None and not vocabulary.has_post_processor:
         suffix = (*suffix, eos)
     return prefix, suffix
 
 
 def stop_ids(
-    config: TokenizerConfig, backend: Backend, eos: int | None, model_ids: Iterable[int]
+    config: TokenizerConfig, vocabulary: Vocabulary, eos: int | None, model_ids: Iterable[int]
 ) -> set[int]:
     """Return the ids that end a text.
 
     Args:
-        config, backend: of the tokenizer.
+        config, vocabulary: of the tokenizer.
         eos: the token named `eos_token`, None without one.
         model_ids: what the model's configuration says: `ModelConfig.eos_token_ids`, which are
             its class's default where its files say nothing.
     """
     declared = config.named_tokens.get("eos_token")
-    tokenizer_says = declared is not None and backend.token_id(declared.content) is not None
+    tokenizer_says = declared is not None and vocabulary.token_id(declared.content) is not None
     ids = set() if eos is None else {eos}
     if tokenizer_says and config.model.silent_on_eos:
         return ids

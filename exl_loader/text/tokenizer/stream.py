@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 
-from .backend import SPACE_MARK, Backend
+from .vocabulary import SPACE_MARK, Vocabulary
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # A character has at most four bytes, hence four tokens. A longer tail that still ends in a
@@ -54,35 +54,35 @@ class StreamDecoder:
     The pieces joined are what `Tokenizer.decode` gives for all ids at once.
 
     Args:
-        backend: the vocabulary.
+        vocabulary: tokens and the rules that find them.
         skip_special: leave special tokens out.
     """
 
-    def __init__(self, backend: Backend, skip_special: bool = True) -> None:
-        self._backend = backend
-        self._skip_ids = backend.special_ids if skip_special else frozenset()
+    def __init__(self, vocabulary: Vocabulary, skip_special: bool = True) -> None:
+        self._vocabulary = vocabulary
+        self._skip_ids = vocabulary.special_ids if skip_special else frozenset()
         self._skip_special = skip_special
         self._at_start = True
-        errors = utf8_errors(backend.has_byte_tokens)
+        errors = utf8_errors(vocabulary.has_byte_tokens)
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors)
         # Only for vocabularies whose tokens are no plain bytes: ids decoded together, of
         # which the first `_shown` stand for text that is out already.
         self._window: list[int] = []
         self._shown = 0
-        passes = _CLEAN_UPS if backend.cleans_up else ()
+        passes = _CLEAN_UPS if vocabulary.cleans_up else ()
         self._clean_ups = [_CleanUpPass(replacements) for replacements in passes]
 
     def push(self, token_id: int) -> str:
         """Take one token; return the text that is now certain, perhaps none."""
-        if token_id in self._skip_ids or not 0 <= token_id < self._backend.vocab_size:
+        if token_id in self._skip_ids or not 0 <= token_id < self._vocabulary.vocab_size:
             return ""
-        if not self._backend.bytes_known:
+        if not self._vocabulary.bytes_known:
             return self._cleaned(self._push_window(token_id))
-        return self._cleaned(self._trim(self._utf8.decode(self._backend.token_bytes(token_id))))
+        return self._cleaned(self._trim(self._utf8.decode(self._vocabulary.token_bytes(token_id))))
 
     def hidden_text(self, token_id: int) -> str:
         """Return the text of a token that `push` leaves out; empty for any other."""
-        return self._backend.decode([token_id], False) if token_id in self._skip_ids else ""
+        return self._vocabulary.decode([token_id], False) if token_id in self._skip_ids else ""
 
     def spellings(self, text: str) -> set[str]:
         """Return a text as it stands and with its special tokens as `push` shows them.
@@ -92,20 +92,20 @@ class StreamDecoder:
         if SPACE_MARK not in text:
             return {text}
         shown = text
-        for token_id in self._backend.special_ids:
-            content = self._backend.content(token_id)
+        for token_id in self._vocabulary.special_ids:
+            content = self._vocabulary.content(token_id)
             if SPACE_MARK in content and content in text:
-                shown = shown.replace(content, self._backend.decode([token_id], False))
+                shown = shown.replace(content, self._vocabulary.decode([token_id], False))
         return {text, shown}
 
-    def go_on_from(self, token_id: int) -> None:
+    def continue_after(self, token_id: int) -> None:
         """Begin behind a token whose text is out already: the next is no first one any more."""
         self._at_start = False
         self._window, self._shown = [token_id], 1
 
     def flush(self) -> str:
         """End the stream; return what was held back."""
-        if not self._backend.bytes_known:
+        if not self._vocabulary.bytes_known:
             text = self._new_text()
             self._window, self._shown = [], 0
         else:
@@ -124,7 +124,7 @@ class StreamDecoder:
         if not (self._at_start and text):
             return text
         self._at_start = False
-        return text[1:] if self._backend.strips_space and text.startswith(" ") else text
+        return text[1:] if self._vocabulary.strips_space and text.startswith(" ") else text
 
     def _push_window(self, token_id: int) -> str:
         self._window.append(token_id)
@@ -138,8 +138,8 @@ class StreamDecoder:
         return text
 
     def _new_text(self) -> str:
-        before = self._backend.decode(self._window[: self._shown], self._skip_special)
-        return self._backend.decode(self._window, self._skip_special)[len(before) :]
+        before = self._vocabulary.decode(self._window[: self._shown], self._skip_special)
+        return self._vocabulary.decode(self._window, self._skip_special)[len(before) :]
 
 
 class _CleanUpPass:

@@ -15,8 +15,8 @@ from ...utils.errors import InvalidTokenizer
 from ...utils.json_keys import read_json_object
 from ...utils.output import warn
 from ...utils.untrusted_files import TOKENIZER_BYTES, is_there, read_text
-from .backend import SPACE_MARK
-from .files import MAX_TOKEN_ID, REMEDY, TokenizerConfig, is_id
+from .tokenizer_config import MAX_TOKEN_ID, REMEDY, TokenizerConfig, is_id
+from .vocabulary import SPACE_MARK
 
 VOCAB, MERGES = "vocab.json", "merges.txt"
 

@@ -26,7 +26,7 @@ from ..utils.setting_values import check_integer, check_number, invalid
 from .activations import Activations
 from .allocation import Option, allocate
 from .calibration import calibration_rows, calibration_text
-from .gptq import PreparedHessian, quantize, relative_error
+from .error_feedback import PreparedHessian, quantize, relative_error
 from .packing import dequantize, exl2_tensors, stored_bits
 from .source import Source
 from .writer import (

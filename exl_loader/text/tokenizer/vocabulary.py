@@ -7,7 +7,7 @@ from typing import Protocol
 SPACE_MARK = "▁"
 
 
-class Backend(Protocol):
+class Vocabulary(Protocol):
     """A vocabulary and its rules. Safe to use from several threads.
 
     Attributes:

@@ -23,9 +23,9 @@ from typing import Any
 
 from ...utils.errors import InvalidTokenizer
 from ...utils.untrusted_files import SENTENCEPIECE_BYTES
-from .backend import SPACE_MARK
-from .files import REMEDY, AddedToken, TokenizerConfig, read_vocabulary
 from .stream import utf8_errors
+from .tokenizer_config import REMEDY, AddedToken, TokenizerConfig, read_vocabulary
+from .vocabulary import SPACE_MARK
 
 # A serialised ModelProto followed by {normalizer_spec (3): {add_dummy_prefix (3): on or off}}:
 # protobuf merges repeated fields of a message, the last value wins.
@@ -74,7 +74,7 @@ def _pieces(model: Any, path: Path) -> dict[int, str]:
         return {i: model.id_to_piece(i) for i in range(len(model))}
 
 
-class SentencePieceBackend:
+class SentencePieceVocabulary:
     """A `tokenizer.model`.
 
     Raises:

@@ -21,10 +21,10 @@ from ...utils.errors import ExlLoaderError, InvalidTokenizer
 from ...utils.json_keys import parse_json
 from ...utils.untrusted_files import TOKENIZER_BYTES
 from . import vocab_merges
-from .backend import SPACE_MARK
-from .files import REMEDY, AddedToken, TokenizerConfig, read_vocabulary
-from .spm import CODE_LLAMA, LLAMA_CLASSES, LLAMA_NAMED_TOKENS, piece_bytes
+from .sentencepiece_vocabulary import CODE_LLAMA, LLAMA_CLASSES, LLAMA_NAMED_TOKENS, piece_bytes
 from .stream import utf8_errors
+from .tokenizer_config import REMEDY, AddedToken, TokenizerConfig, read_vocabulary
+from .vocabulary import SPACE_MARK
 
 
 def _byte_level_alphabet() -> dict[str, int]:
@@ -113,7 +113,7 @@ def _json_ids(data: bytes) -> dict[str, int]:
     return {token["content"]: token["id"] for token in tokens}
 
 
-class TokenizersBackend:
+class TokenizersVocabulary:
     """A tokenizer of the tokenizers library: a `tokenizer.json`, or `vocab.json` and `merges.txt`.
 
     Args:
@@ -154,7 +154,7 @@ class TokenizersBackend:
         self.adds_bos = False
 
     @classmethod
-    def from_json(cls, path: Path, config: TokenizerConfig) -> TokenizersBackend:
+    def from_json(cls, path: Path, config: TokenizerConfig) -> TokenizersVocabulary:
         """Read a `tokenizer.json`."""
         data = read_vocabulary(path, TOKENIZER_BYTES)
         with _typed(str(path), "a tokenizer the tokenizers library reads", _UPGRADE):
@@ -162,12 +162,12 @@ class TokenizersBackend:
         return cls(path, config, partial(_read_json, data), file_ids)
 
     @classmethod
-    def from_vocab_and_merges(cls, folder: Path, config: TokenizerConfig) -> TokenizersBackend:
+    def from_vocab_and_merges(cls, folder: Path, config: TokenizerConfig) -> TokenizersVocabulary:
         """Read `vocab.json` and `merges.txt`."""
-        backend = cls(folder, config, partial(vocab_merges.build, folder, config), {})
-        backend._default_named_tokens = vocab_merges.default_named_tokens(config)
-        backend.has_post_processor = False
-        return backend
+        vocabulary = cls(folder, config, partial(vocab_merges.build, folder, config), {})
+        vocabulary._default_named_tokens = vocab_merges.default_named_tokens(config)
+        vocabulary.has_post_processor = False
+        return vocabulary
 
     def default_named_tokens(self) -> dict[str, str]:
         return self._default_named_tokens
