@@ -1,24 +1,24 @@
-"""The key/value cache: its types and its bytes. No PyTorch.
+"""The layout of the key/value cache: its types and its bytes. No PyTorch.
 
-Who may use which page is decided in `paging.py`.
+`paging.py` decides which sequence holds which page.
 
 Layout
 ------
-A layer's cache is four tensors, keys and values apart, cut into pages of `PAGE_LEN` tokens.
-A page's head is contiguous, so that reading one head of one page is one sequential run:
+The cache of a layer consists of up to four tensors, separate for keys and values, with pages of
+`PAGE_LEN` tokens. One head of one page is contiguous, so it is read sequentially:
 
     fp32         codes: float32 [pages, kv_heads, PAGE_LEN, head_dim], no scales
     fp16         codes: int16, the same shape, no scales
     q8, q6, q4   codes: uint8 [pages, kv_heads, PAGE_LEN, code_bytes]
                  scales: float16 [pages, kv_heads, PAGE_LEN, groups]
 
-Quantised vectors are rotated first and cut into groups of 32 elements; where head_dim is no
-multiple of 32 the last group is shorter and its codes are padded to a multiple of 8. What
-the codes and scales mean is defined in `backends/reference/codec.py`.
+Quantised vectors are first rotated and cut into groups of 32 elements. If head_dim is not a
+multiple of 32, the last group is shorter and its codes are padded to a multiple of 8.
+`backends/reference/codec.py` defines the meaning of codes and scales.
 
-fp16 is float16's size and not its format: rounding keys and values to float16 moves logits by
-4e-4, and 16 bits that share a scale by 6e-5 (`backends/reference/fp16.py`). fp32 is for
-verification, where no rounding may stand in the way.
+fp16 has the size of float16 but not its format: rounding keys and values to float16 changes logits
+by 4e-4, and 16 bits with a shared scale by 6e-5 (`backends/reference/fp16.py`). fp32 is for
+verification without rounding.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..utils.errors import InvalidSettings, shown
+from ..utils.integers import ceil_div, round_up
 from ..utils.table import MAIN_MEMORY, DeviceMap, TensorSpec
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ PAGE_LEN = 256
 GROUP = 32
 SCALE_BYTES = 2
 
-# Bits of one element -> the name of a cache type that keeps keys and values so.
+# Bits of one element -> name of the cache type with this size for keys and values.
 BITS_NAMES = {32: "fp32", 16: "fp16", 8: "q8", 6: "q6", 4: "q4"}
 _NAMED_BITS = {name: bits for bits, name in BITS_NAMES.items()} | {"fp8": 8}
 _UNPACKED_DTYPES = {32: "float32", 16: "int16"}
@@ -50,34 +51,34 @@ MAX_BIAS_PAIRS = 32
 # Query heads of one key/value head with such a bias: csrc/cpu/attention.h has room for so many.
 MAX_BIAS_SHARING = 128
 
-# Codes of a short last group are padded to this, so that 6 bits end on a whole byte.
+# Codes of a short last group are padded to a multiple of this, so that 6-bit codes end on a byte.
 CODE_STEP = 8
 
 
 def group_sizes(head_dim: int) -> list[int]:
-    """Return the elements of each scale's group of one head, e.g. 80 -> [32, 32, 16]."""
+    """Return the number of elements of each group of a head, such as [32, 32, 16] for 80."""
     return [min(GROUP, head_dim - start) for start in range(0, head_dim, GROUP)]
 
 
 def code_bytes(head_dim: int, bits: int) -> int:
-    """Return the bytes of one head's codes for one token, scales not counted."""
+    """Return the bytes of the codes of one head of one token, without scales."""
     if bits in _UNPACKED_DTYPES:
         return head_dim * bits // 8
-    return -(-head_dim // CODE_STEP) * CODE_STEP * bits // 8
+    return round_up(head_dim, CODE_STEP) * bits // 8
 
 
 def num_groups(head_dim: int, bits: int) -> int:
-    """Return the scales that one head of one token has; unquantised types have none."""
-    return 0 if bits in _UNPACKED_DTYPES else -(-head_dim // GROUP)
+    """Return the number of scales of one head of one token; 0 for unquantised types."""
+    return 0 if bits in _UNPACKED_DTYPES else ceil_div(head_dim, GROUP)
 
 
 @dataclass(frozen=True)
 class CacheType:
-    """How keys and values are kept.
+    """How keys and values are stored.
 
     Args:
-        k_bits: bits of a key's element: 32, 16, 8, 6 or 4.
-        v_bits: the same for values.
+        k_bits: bits per element of keys: 32, 16, 8, 6 or 4.
+        v_bits: bits per element of values.
     """
 
     k_bits: int
@@ -85,15 +86,15 @@ class CacheType:
 
     @classmethod
     def parse(cls, name: str | CacheType) -> CacheType:
-        """Read a cache type as a user writes it.
+        """Read the name of a cache type.
 
         Args:
             name: `fp32`, `fp16`, `q8`, `q6`, `q4`, or two of them joined by `_`, keys first
-                (`q8_q4`). Upper case is the same; `fp8`, which the web UI's list offers, is
-                `q8`, the type of the same size.
+                (`q8_q4`). Case does not matter. `fp8`, which the web UI offers, is read as `q8`,
+                which has the same size.
 
         Raises:
-            InvalidSettings: the name is unknown; the known ones are listed.
+            InvalidSettings: the name is unknown; the message lists the known names.
         """
         if isinstance(name, CacheType):
             return name
@@ -113,16 +114,16 @@ class CacheType:
 
     @property
     def k_rotated(self) -> bool:
-        """Whether keys are stored rotated: with 8 bits or fewer."""
+        """True if keys are stored rotated: with 8 bits or fewer."""
         return self.k_bits not in _UNPACKED_DTYPES
 
     @property
     def v_rotated(self) -> bool:
-        """Whether values are stored rotated."""
+        """True if values are stored rotated."""
         return self.v_bits not in _UNPACKED_DTYPES
 
     def bytes_per_token(self, num_kv_heads: int, head_dim: int) -> int:
-        """Return what one token takes in one layer, keys, values and scales together.
+        """Return the bytes of one token in one layer: keys, values and scales.
 
         With head_dim a multiple of 32 and b bits, b < 16, this is
         kv_heads * head_dim * (k_bits + v_bits + 1) / 8.
@@ -135,8 +136,8 @@ class CacheType:
 
 
 def pages_for(num_tokens: int) -> int:
-    """Return the pages that hold so many tokens of one sequence."""
-    return -(-num_tokens // PAGE_LEN)
+    """Return the number of pages for this many tokens of one sequence."""
+    return ceil_div(num_tokens, PAGE_LEN)
 
 
 def cache_specs(
@@ -150,8 +151,8 @@ def cache_specs(
     Args:
         config: gives num_hidden_layers, num_key_value_heads and head_dim.
         num_pages: pages of `PAGE_LEN` tokens, shared by all sequences.
-        cache_type: how keys and values are kept.
-        device_map: the device of each layer; main memory where it is None.
+        cache_type: how keys and values are stored.
+        device_map: the device of each layer; None for main memory.
     """
     devices = (device_map or DeviceMap.single(MAIN_MEMORY, config.num_hidden_layers)).layers
     tokens = (num_pages, config.num_key_value_heads, PAGE_LEN)
@@ -177,11 +178,11 @@ def _tensor_specs(
 
 @dataclass(eq=False)
 class KeyBias:
-    """The bias that a layer's keys in the cache are without.
+    """The bias that the stored keys of a layer lack and attention adds.
 
     Args:
         pairs: int32 [kv_heads, P], element i of each pair (i, half + i). Heads with fewer
-            pairs are filled up with pairs of zeros.
+            pairs are padded with pairs of zeros.
         first, second: float32 [kv_heads, P], the bias of elements i and half + i.
         half: rotary_dim / 2.
     """
@@ -194,11 +195,14 @@ class KeyBias:
 
 @dataclass
 class CacheLayer:
-    """One layer's cache at run time: views shaped as `cache_specs` says.
+    """The cache of one layer at run time: views with the shapes of `cache_specs`.
 
-    `k_scales` and `v_scales` are None where keys or values are not quantised. `key_bias` is
-    what the stored keys are without and attention adds, if anything. `native` belongs to the
-    compiled operations, which keep their own description of the layer there.
+    Args:
+        k_codes, v_codes: keys and values.
+        k_scales, v_scales: None if they are not quantised.
+        cache_type: how they are stored.
+        key_bias: the bias that the stored keys lack; None for none.
+        native: the compiled operations' own description of the layer.
     """
 
     k_codes: torch.Tensor
@@ -210,7 +214,7 @@ class CacheLayer:
     native: Any = field(default=None, compare=False, repr=False)
 
     def copy_tokens(self, source: int, target: int, count: int) -> None:
-        """Copy the first `count` tokens of a page to another page, as they are stored."""
+        """Copy the first `count` stored tokens of a page to another page."""
         for tensor in (self.k_codes, self.k_scales, self.v_codes, self.v_scales):
             if tensor is not None:
                 tensor[target, :, :count].copy_(tensor[source, :, :count])

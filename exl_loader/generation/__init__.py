@@ -1,1 +1,11 @@
-"""From a request to its text: jobs, the steps they share, guesses, grammars, streaming."""
+"""From a request to its text, by what a caller's thread and the model's thread do.
+
+    settings, request     check what is asked for, and make a job
+    jobs, evaluations     the requests and their state; `exchange` is what both threads share
+    scheduler             what runs in the next step; `drafts` guesses tokens ahead
+    model_thread          the thread that runs the steps
+    generator             requests from any thread, and the iterators that callers get
+    text_stream           text that may be shown, and stop strings
+    sampling, grammar     from a row of logits to a token, and which tokens are allowed
+    forward_model         what generation needs of a model
+"""

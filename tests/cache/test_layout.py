@@ -1,4 +1,4 @@
-"""Cache types, the bytes of the cache, and the lending of pages."""
+"""Cache types, and the bytes of the cache."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ geometries = st.fixed_dictionaries(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_names_are_read_back(name):
+def test_names_round_trip(name):
     assert str(CacheType.parse(name)) == name
     for values in NAMES:
         mixed = f"{name}_{values}"
         assert str(CacheType.parse(mixed)) == (mixed if name != values else name)
 
 
-def test_other_spellings():
+def test_names_in_other_spellings():
     assert CacheType.parse("Q8_q4") == CacheType(8, 4)
     assert CacheType.parse(" FP16 ") == CacheType(16, 16)
     assert CacheType.parse("fp8") == CacheType.parse("q8")
@@ -80,7 +80,7 @@ def test_bytes_are_bits_and_one_scale_per_32(geometry, num_pages):
 
 
 @given(geometries, st.integers(1, 50), st.sampled_from(NAMES), st.sampled_from(NAMES))
-def test_alignment_adds_nothing(geometry, num_pages, keys, values):
+def test_alignment_adds_no_bytes(geometry, num_pages, keys, values):
     kind = CacheType.parse(f"{keys}_{values}")
     for device in ("cpu", "cuda:0"):
         devices = DeviceMap.single(device, geometry["layers"])
@@ -92,14 +92,14 @@ def test_alignment_adds_nothing(geometry, num_pages, keys, values):
 
 
 @given(st.integers(1, 600), st.sampled_from(sorted(QUANTIZED)))
-def test_other_head_sizes_cost_one_short_group(head_dim, name):
+def test_other_head_sizes_have_one_short_group(head_dim, name):
     bits = QUANTIZED[name]
     sizes = group_sizes(head_dim)
     assert sum(sizes) == head_dim and len(sizes) == num_groups(head_dim, bits)
     assert all(size == 32 for size in sizes[:-1]) and 1 <= sizes[-1] <= 32
     per_head = CacheType.parse(name).bytes_per_token(1, head_dim) // 2
     ideal = head_dim * (2 * bits + 1) / 16
-    # At most seven padded codes and all but one element's share of a scale.
+    # At most seven padded codes, and one scale for a single element.
     assert ideal <= per_head <= ideal + 7 * bits / 8 + 2
 
 
