@@ -1,9 +1,9 @@
-"""Compute capabilities: which are supported, and which compiler knows which.
+"""Compute capabilities: which are supported, and which compilers know them.
 
 Machine code for X.y runs on every card X.z with z >= y (CUDA C++ Programming Guide, "Binary
-Compatibility"), so a card that is newer than the compiler gets the machine code of the newest
-older one of its generation. A card of a generation that the compiler does not know gets PTX,
-which the driver compiles for any card that is as new as the PTX's architecture or newer ("PTX
+Compatibility"). So a card that is newer than the compiler gets the machine code of the newest
+older architecture of its generation. A card of a generation that the compiler does not know gets
+PTX, which the driver compiles for any card at least as new as the PTX's architecture ("PTX
 Compatibility" there).
 """
 
@@ -20,7 +20,7 @@ Version = tuple[int, int]
 
 OLDEST: Capability = (7, 5)
 
-# Which every source is compiled for in the tests, and by `build --cuda-arch all`.
+# Tests, and `build --cuda-arch all`, compile every source for these.
 COMMON: tuple[Capability, ...] = (
     (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0),
 )
@@ -32,22 +32,23 @@ _SINCE: dict[Capability, Version] = {
     (12, 1): (12, 9),
 }
 
-# The newest major release of which the table was checked; a newer one may also have dropped
-# architectures.
+# The newest major release that the table was checked for. A newer release may know more
+# architectures, and may have dropped some.
 NEWEST_MAJOR = 13
 
-# The first release whose PTX (7.8) has movmatrix, the newest instruction that csrc/cuda uses:
-# tests/backends/cuda/test_cuda_ptx.py has the release of each.
+# The first release whose PTX (7.8) has movmatrix, the newest instruction of csrc/cuda.
+# tests/backends/cuda/test_cuda_ptx.py has the release of each instruction.
 OLDEST_CUDA: Version = (11, 8)
 
 
 @dataclass(frozen=True)
 class Target:
-    """What kernels are compiled to for a card.
+    """A target of compilation for a card.
 
     Args:
         capability: of the architecture.
-        is_ptx: whether it is PTX, which the driver compiles for the card, and not machine code.
+        is_ptx: whether the output is PTX, which the driver compiles for the card, instead of
+            machine code.
     """
 
     capability: Capability
@@ -55,7 +56,7 @@ class Target:
 
     @property
     def name(self) -> str:
-        """What compilers call it: `sm_90`, or `compute_90` for PTX."""
+        """The name for compilers: `sm_90`, or `compute_90` for PTX."""
         return arch_name(self.capability).replace("sm", "compute" if self.is_ptx else "sm")
 
 
@@ -70,10 +71,10 @@ def capability_of(number: int) -> Capability:
 
 
 def parse_archs(text: str) -> list[Capability]:
-    """Read `sm_90`, `9.0`, `90`, a list of those with commas, or `all` (`COMMON`).
+    """Parse `sm_90`, `9.0`, `90`, a list of those with commas, or `all` (`COMMON`).
 
     Raises:
-        InvalidSettings: something else, or older than 7.5.
+        InvalidSettings: the text is something else, or an architecture is older than 7.5.
     """
     if text.strip() == "all":
         return list(COMMON)
@@ -87,31 +88,32 @@ def _parse_arch(text: str) -> Capability:
         raise InvalidSettings(
             f"CUDA architecture {text!r}",
             expected="sm_75 or newer, like sm_86, or all",
-            remedy="nvidia-smi --query-gpu=compute_cap --format=csv says what a card is",
+            remedy="nvidia-smi --query-gpu=compute_cap --format=csv prints that of each card",
         )
     return capability
 
 
 def known_capabilities(cuda: Version) -> list[Capability]:
-    """Return the capabilities that compilers of a CUDA release know, as far as the table goes."""
+    """Return the capabilities that compilers of a CUDA release know, from the table."""
     return [capability for capability, since in _SINCE.items() if since <= cuda]
 
 
 def is_tabled(capability: Capability, cuda: Version) -> bool:
-    """Whether the table says for certain what a compiler of a release compiles for a card."""
+    """Tell whether the table is certain whether compilers of a release know a capability."""
     return capability in _SINCE and cuda[0] <= NEWEST_MAJOR
 
 
 def target_for(capability: Capability, known: Iterable[Capability]) -> Target | None:
-    """Choose what a compiler compiles to, so that a card can run it.
+    """Choose the target for a card.
 
     Args:
         capability: of the card.
         known: capabilities that the compiler knows.
 
     Returns:
-        Machine code for the newest known capability of the card's generation, else PTX for the
-        newest of an older one; None where the compiler knows only newer ones.
+        Machine code for the newest known capability of the card's generation that is not newer
+        than the card, else PTX for the newest one of an older generation; None if the compiler
+        knows only newer capabilities.
     """
     older = [candidate for candidate in known if OLDEST <= candidate <= capability]
     same = [candidate for candidate in older if candidate[0] == capability[0]]

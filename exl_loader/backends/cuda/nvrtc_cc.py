@@ -1,13 +1,13 @@
-"""NVRTC as a command-line compiler: a program of its own, run by ninja like nvcc.
+"""NVRTC as a command-line compiler: a program that ninja runs like nvcc.
 
     python -I -S nvrtc_cc.py --library libnvrtc.so.13 OPTION... SOURCE -o OUTPUT
     python -I -S nvrtc_cc.py --library libnvrtc.so.13 --supported
 
 The output is a cubin, or PTX where the architecture is `compute_90` rather than `sm_90`.
 
-Its own process, because a compiler that crashes or leaks must not take a running web UI with
-it, and because ninja then counts, stops and restarts it like any other. Standard library
-alone: it starts in 20 ms.
+It is a process of its own, because a compiler that crashes or leaks must not affect a running
+web UI, and because ninja can then count and stop it like any other compiler. It uses the
+standard library only, so it starts in 20 ms.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ import os
 import sys
 from pathlib import Path
 
-# How the name of an architecture of PTX begins.
+# Prefix of the names of architectures of PTX.
 _VIRTUAL = "compute_"
 _PREFIXES = ("libnvrtc-builtins", "nvrtc-builtins")
 
 
 class NvrtcError(Exception):
-    """NVRTC said no; the message is what it said."""
+    """NVRTC failed; the message is its own."""
 
 
 class Nvrtc:
-    """The functions of NVRTC that are needed, of the library at `path`."""
+    """The functions of the NVRTC library at `path`."""
 
     def __init__(self, path: Path) -> None:
         if hasattr(os, "add_dll_directory"):
             os.add_dll_directory(str(path.parent.absolute()))
-        # NVRTC looks for its built-in headers by bare name, where the loader may not look.
+        # NVRTC opens its built-in headers by bare name, in folders that the loader may not search.
         self._builtins = [
             ctypes.CDLL(str(other), mode=ctypes.RTLD_GLOBAL)
             for other in sorted(path.parent.iterdir())
@@ -42,7 +42,7 @@ class Nvrtc:
         self._library.nvrtcGetErrorString.restype = ctypes.c_char_p
 
     def supported(self) -> list[int]:
-        """List the architectures it compiles for, 90 being sm_90."""
+        """Return the architectures that NVRTC compiles for; 90 is sm_90."""
         count = ctypes.c_int()
         self._call("nvrtcGetNumSupportedArchs", ctypes.byref(count))
         archs = (ctypes.c_int * count.value)()
@@ -53,10 +53,10 @@ class Nvrtc:
         """Compile a source to a cubin, or to PTX for an architecture such as `compute_90`.
 
         Returns:
-            The cubin or PTX, and what the compiler remarked.
+            The cubin or PTX, and the compiler's remarks.
 
         Raises:
-            NvrtcError: it does not compile; the message is the compiler's.
+            NvrtcError: the source does not compile; the message is the compiler's.
         """
         program = ctypes.c_void_p()
         self._call("nvrtcCreateProgram", ctypes.byref(program), source, name.encode(), 0,
@@ -94,15 +94,15 @@ class Nvrtc:
 
 
 def main(arguments: list[str]) -> int:
-    """Compile one file; the compiler's words go to stdout.
+    """Compile one file, and print the compiler's messages to stdout.
 
-    `--library FILE` comes first, `SOURCE -o OUTPUT` last, NVRTC's own options between.
-    `--supported` alone lists the architectures.
+    `--library FILE` comes first, then NVRTC's own options, then `SOURCE -o OUTPUT`. With
+    `--supported` instead of these, print the architectures.
     """
     if arguments[2:] == ["--supported"]:
         print(*(f"sm_{number}" for number in Nvrtc(Path(arguments[1])).supported()))
         return 0
-    # By place: argparse takes an option with a space in its path for a file.
+    # By position, because argparse takes an option with a space in its path for a file.
     option, library, *options, source, minus_o, output = arguments
     assert (option, minus_o) == ("--library", "-o"), arguments
     try:

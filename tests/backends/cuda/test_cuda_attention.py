@@ -34,8 +34,8 @@ from support.cuda_attention_cases import (
 from support.cuda_emulation.sanitized import run_sanitized, runtimes
 from support.cuda_targets import TARGETS, emulated_launcher, target
 
-# Weights and values are float16 in a product: 2^-12 each, root mean square 2^-13; prompts'
-# keys and queries too, and scores of the rows used here reach 20.
+# Weights and values are float16 in a product: at most 2^-12 each, root mean square 2^-13. In
+# prompts keys and queries are float16 too, and scores of the rows used here reach 20.
 TOLERANCE = 2e-3
 # Decoding keeps keys exact.
 DECODE_TOLERANCE = 8e-4
@@ -154,8 +154,8 @@ def test_a_row_has_the_same_bits_alone_and_among_others(ops, cache_type, head_di
 @pytest.mark.parametrize("window", [0, 100, 520])
 @pytest.mark.parametrize("most", [1, 2, 64])
 def test_drafts_give_the_bits_of_single_tokens(ops, monkeypatch, window, most):
-    """Also where the rows of one call are cut differently: behind token 512 a split has two
-    pages instead of one, if there may be two splits."""
+    """Also if the rows of one call are cut differently: after token 512 a kv_split has two pages
+    instead of one, if two kv_splits are allowed."""
     monkeypatch.setattr(attention, "most_kv_splits", lambda kv_heads: most)
     shape = shape_of(6, 2, 64, window=window)
     for past, rows in ((508, 8), (510, 3), (765, 20), (1010, 32)):
@@ -183,7 +183,7 @@ def test_chunks_of_a_prompt_agree_bit_for_bit(ops, window):
 
 
 def test_a_launch_serves_every_length():
-    """What a CUDA graph replays: prepared once, then only the batch's integers change."""
+    """As in a CUDA graph: the launch is prepared once, then only the batch's integers change."""
     launcher = emulated_launcher()
     shape = shape_of(4, 2, 64)
     batch = make_batch([1500, 900], [1, 1])
@@ -200,7 +200,7 @@ def test_a_launch_serves_every_length():
 
 
 def test_more_rows_than_scratch_holds_take_several_launches(ops):
-    """Drafts of many sequences, some of which straddle what one launch has room for."""
+    """Drafts of many sequences, some of which continue in the next launch."""
     shape = shape_of(4, 2, 64)
     batch = make_batch([700, 300, 1100, 20, 513, 2, 800, 600, 256], [5, 7, 3, 40, 5, 1, 9, 5, 2])
     assert_like_reference(ops, "q4", batch, shape)
@@ -229,7 +229,7 @@ def test_one_overwhelming_key_takes_all_the_weight(ops):
 
 @pytest.mark.parametrize("magnitude", [1e-3, 1e3])
 def test_magnitudes_of_queries_and_keys(ops, magnitude):
-    """Scores stay what they are; float16 alone would lose one side or the other."""
+    """Scores stay the same. Plain float16 would overflow on one side or underflow on the other."""
     shape = shape_of(4, 2, 128)
     for batch in (make_batch([300], [2]), make_batch([300], [40])):
         layer = random_layer("q4", batch, shape, magnitude=magnitude)
@@ -287,7 +287,7 @@ def test_scratch_bytes(kv_heads, window):
 
 
 def test_structs_are_as_long_as_the_kernels():
-    """The emulation refuses a launch whose arguments differ; this one says which."""
+    """The emulation refuses a launch whose arguments differ in size; this test says which."""
     assert ctypes.sizeof(attention.AttentionStruct) == 208
     assert ctypes.sizeof(attention.DecodeStruct) == 48
 
@@ -302,7 +302,7 @@ def test_under_sanitizers():
 
 @pytest.mark.parametrize("sequences", [1, 2, 5])
 def test_more_sequences_than_counters_take_several_launches(ops, monkeypatch, sequences):
-    """The same bits as with counters for all sequences in one launch; prompts among them."""
+    """The bits are those of one launch with counters for all sequences. One is a prompt."""
     shape = shape_of(6, 2, 64, window=520)
     batch = make_batch([700, 300, 1100, 20, 513, 2], [2, 1, 3, 40, 1, 2])
     layer = random_layer("q4", batch, shape)
@@ -314,5 +314,5 @@ def test_more_sequences_than_counters_take_several_launches(ops, monkeypatch, se
 
 
 def test_the_widest_heads_leave_counters_for_a_sequence():
-    """32 drafted rows of as many query heads as a model may have, in groups of 8 rows."""
+    """For 32 draft rows and the most query heads that a model may have, in groups of 8 rows."""
     assert -(-32 * MAX_HEADS // 8) <= COUNTER_BYTES // 4

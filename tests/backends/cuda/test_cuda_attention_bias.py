@@ -1,4 +1,4 @@
-"""Key biases on CUDA: attention adds to scores what the cache is kept without.
+"""Key biases on CUDA: attention adds their part of the scores, which the cache does not hold.
 
 Caches are drawn as they are stored, and held against the reference with the same bias; whole
 models against themselves with a cache that loses nothing, and beside the CPU engine.
@@ -54,7 +54,7 @@ def give_bias(layer, batch, shape, pairs, *, half=None, factor=1.2, seed=0):
 
 
 def queries(batch, shape, seed=0):
-    """Queries that look at a bias as much as at all the rest of a key."""
+    """Return queries for which a bias counts as much as the rest of a key."""
     return random_rows(batch.num_rows, shape.num_heads, shape.head_dim, seed) * 0.1
 
 
@@ -125,14 +125,14 @@ def test_heads_with_fewer_pairs_are_padded_with_zeros(ops):
 
 @pytest.mark.parametrize("magnitude", [0.0, 1e-4, 1e3])
 def test_magnitudes_of_queries(ops, magnitude):
-    """Scores that are all of a size, and scores of which one takes all."""
+    """Scores of one magnitude, and scores of which one dominates."""
     shape = shape_of(2, 1, 64)
     for batch in (make_batch([300], [1]), make_batch([300], [40])):
         layer = random_layer("q8", batch, shape, 7)
         give_bias(layer, batch, shape, 3)
         q = queries(batch, shape) * magnitude
         actual, expected = attend(ops, q, layer, batch, shape), expected_of(q, layer, batch, shape)
-        # Float32 rounds scores of 1e5, and which key wins may hang on that.
+        # Float32 rounds scores of 1e5, which may decide the largest key.
         assert actual.isfinite().all()
         if magnitude < 1:
             assert relative_error(actual, expected) <= TOLERANCE
@@ -171,7 +171,7 @@ def test_drafts_and_chunks_give_the_bits_of_all_at_once(ops):
 
 
 def test_a_launch_serves_every_length_and_frequency():
-    """What a CUDA graph replays: prepared once, then only what lies in device memory changes."""
+    """As in a CUDA graph: the launch is prepared once, then only device memory changes."""
     shape, batch = shape_of(4, 2, 64), make_batch([1500, 900], [1, 1])
     layer, q = random_layer("q4", batch, shape), queries(batch, shape)
     give_bias(layer, batch, shape, 3)
@@ -204,7 +204,7 @@ def test_launches_fit_every_card(shared_limit, cache_type):
 
 @pytest.mark.parametrize("pairs", [1, MAX_BIAS_PAIRS])
 def test_the_smallest_card_has_room(pairs):
-    """64 KiB of shared memory, where a prompt's block has one warp at worst."""
+    """64 KiB of shared memory: a block of a prompt has one warp at worst."""
     card = type(emulated_launcher())(shared_limit_bytes=SHARED_LIMITS[0], multiprocessors=1)
     batch = make_batch([100, 0], [1, 70])
     for cache_type, head_dim in (("fp16", 256), ("fp16", 128)):
@@ -216,7 +216,7 @@ def test_the_smallest_card_has_room(pairs):
 
 
 def errors_of_types(folder, ops, device, cache_types, ids):
-    """Relative errors of logits beside those of a float32 cache; and the caches' layers."""
+    """Return relative errors of logits against those of a float32 cache, and the caches' layers."""
     from support.model_builder import build_model, run_chunks
 
     exact, errors, layers = None, {}, []
@@ -243,14 +243,14 @@ def test_a_quantised_cache_is_as_good_as_on_the_cpu(tmp_path, monkeypatch):
     for layer in layers:
         storages = {tensor.untyped_storage().data_ptr() for tensor in
                     (layer.key_bias.pairs, layer.key_bias.first, layer.key_bias.second)}
-        # A view of the workspace, which is in the plan, and nothing of its own.
+        # A view of the workspace, which is in the plan; no memory of its own.
         assert len(storages) == 1 and layer.key_bias.pairs.untyped_storage().nbytes() > 1 << 16
     on_cpu, _ = errors_of_types(tmp_path / "m", get_ops(), "cpu", types, ids)
     monkeypatch.setattr(AttentionOps, "takes_key_bias", False)
     inside, layers = errors_of_types(tmp_path / "m", card, DEVICE, types, ids)
     assert all(layer.key_bias is None for layer in layers)
     for cache_type in types:
-        # Codes differ in the last bit here and there, and prompts' products are float16.
+        # Some codes differ in the last bit, and products of prompts are float16.
         assert errors[cache_type] <= 1.1 * on_cpu[cache_type] + 1e-3, cache_type
         assert inside[cache_type] >= 3 * errors[cache_type], cache_type
 
@@ -269,7 +269,7 @@ def test_memory_of_a_model_with_key_biases_is_what_was_planned(tmp_path, monkeyp
         with exl_loader.load(tmp_path / "m", **options) as model:
             assert model.allocated_bytes() == total
             texts[device] = list(model.generate_ids(list(range(9, 60)), settings))
-            # A second text that begins as the first one finds its keys there.
+            # A second text with the same beginning reuses the keys of the first.
             again = model.generate_ids(list(range(9, 60)), settings)
             assert list(again) == texts[device] and again.stats.reused_tokens > 0
             assert model.allocated_bytes() == total

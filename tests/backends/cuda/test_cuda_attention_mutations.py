@@ -101,7 +101,7 @@ WRITING = [
 
 
 def check_attention(ops):
-    """A few calls that together reach every line of the kernels."""
+    """Compare a few calls that together execute every line of the kernels."""
     for cache_type in ("q4", "q6", "fp16_q8", "q8_fp16"):
         batch = make_batch([600, 0, 300], [1, 50, 3])
         assert_like_reference(ops, cache_type, batch, shape_of(4, 2, 80, window=290))
@@ -114,11 +114,11 @@ def check_attention(ops):
     for cache_type, head_dim, tolerance in (("q4", 128, TOLERANCE), ("q4", 72, FLOAT_TOLERANCE)):
         with_bias(ops, cache_type, biased, shape_of(4, 2, head_dim), 9, tolerance)
     with_bias(ops, "q8", make_batch([300, 90], [1, 3]), shape_of(4, 2, 64), 9, DECODE_TOLERANCE)
-    # A tile that a warp's first row still sees whole, and its last row does not.
+    # A tile that a warp's first row sees in full, and its last row in part.
     assert_like_reference(ops, "q8", make_batch([130], [40]), shape_of(2, 1, 128, window=100))
-    # More drafts than one launch has room for, behind a prompt.
+    # More drafts than fit one launch, after a prompt.
     assert_like_reference(ops, "q4", make_batch([40, 700, 300], [35, 20, 5]), shape_of(4, 2, 64))
-    # One row behind another's tile: what the first must not see, and no more than that.
+    # A second row that sees one token more than the first.
     assert_like_reference(ops, "q8", make_batch([223], [2]), shape_of(2, 1, 128), DECODE_TOLERANCE)
     assert_like_reference(ops, "q8", make_batch([300, 111], [2, 40]),
                           shape_of(2, 1, 128, window=33))

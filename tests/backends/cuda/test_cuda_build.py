@@ -1,4 +1,4 @@
-"""Building CUDA kernels: every source, every architecture, healing. No card, no driver."""
+"""Building CUDA kernels: every source, every architecture, repair. No card, no driver."""
 
 import itertools
 import json
@@ -44,12 +44,12 @@ from support.cuda_targets import emulated_launcher
 KINDS = compilers.KINDS
 SOURCES = sorted((REPO / "csrc" / "cuda").glob("*.cu"))
 
-# Every source compiles for every architecture in every run. Fully optimised, so that what
-# kernels spill is seen, are these: all for the newest but the slowest to compile, which is the
-# next source's code for other head sizes, and for the oldest those that decode fast.
+# Every source compiles for every architecture in every run. These are fully optimised, so that
+# the report has their spills: for the newest architecture all but the slowest to compile, which
+# is the code of another source for other head sizes; for the oldest those of fast decoding.
 NEWEST_EXCEPT = ("attention_decode_padded",)
 OLDEST = ("linear_decode", "linear_dense_decode")
-# What takes a fifth of the time.
+# This takes a fifth of the time.
 HASTY = "--Ofast-compile=max"
 
 
@@ -78,7 +78,7 @@ def nvrtc():
 
 @pytest.fixture
 def slow_python(tmp_path):
-    """A Python that writes down what it compiles, slowly enough to be interrupted."""
+    """A Python that logs what it compiles, and is slow enough to be interrupted."""
     log, script = tmp_path / "compiled.log", tmp_path / "slow python"
     script.write_text(
         "#!/bin/sh\n"
@@ -257,7 +257,7 @@ def cases(sources, are_sampled):
 
 
 def check_resources(report, source):
-    """What decodes and samples spills nothing, and every kernel is known to the emulation."""
+    """Check that kernels of decoding and sampling do not spill, and that all are emulated."""
     assert sorted(report) == sorted(kernels_of(source))
     for name, used in report.items():
         assert used["registers"] <= 255
@@ -265,16 +265,16 @@ def check_resources(report, source):
             assert used["spilled"] == 0, f"{name} spills: {used}"
 
 
-# Barriers behind a branch of which an analysis cannot see that all threads go the same way.
+# Kernels with a barrier after a branch that all threads take alike, which the analysis cannot see.
 ALIKE = {
-    # The largest logit, which each warp finds among the same numbers.
+    # The branch depends on the largest logit, which each warp finds among the same numbers.
     "count_logits_kernel", "take_logits_kernel",
 }
 
 
 @lru_cache
 def emulated_signatures():
-    """Kernel -> the bytes of each parameter, as the emulation's own compiler counts them."""
+    """Return kernel -> bytes of each parameter, by the emulation's own compiler."""
     library = emulated_launcher()._library
     return {
         name: [int(word[1:]) for word in library.exl_emulated_signature(name.encode()).split()]
@@ -283,7 +283,7 @@ def emulated_signatures():
 
 
 def check_ptx(text, source):
-    """PTX is complete in itself, and says what the source says."""
+    """Check that PTX needs nothing else and has the kernels and parameters of its source."""
     module = ptx.parse(text)
     assert sorted(kernel.name for kernel in module.kernels) == sorted(kernels_of(source))
     shared = r"\.extern \.shared \.align 16 \.b8 \w*exl_shared_memory\w*\[\];"
@@ -302,14 +302,14 @@ def check_ptx(text, source):
 
 
 def check_cubin(compiled, source):
-    """Compiled code is complete, for the emulation's arguments, and without a trap."""
+    """Check that machine code has no trap, and its PTX."""
     assert compiled.traps == 0
     check_ptx(compiled.ptx, source)
 
 
 @pytest.fixture(scope="module")
 def compile_with_nvrtc():
-    """Compile a source in this process, with a further option, or return what it gave before."""
+    """Return a function that compiles a source in this process, or returns a kept result."""
     found = cuda_compiler("nvrtc")
     if found is None:
         pytest.skip("no NVRTC")

@@ -1,4 +1,4 @@
-"""Writing the cache on CUDA against the reference: bytes, faults, and what is left alone.
+"""Writing the cache on CUDA against the reference: bytes, faults, and untouched memory.
 
 The kernel's own code runs, on the CPU by emulation and on a card where there is one.
 """
@@ -126,7 +126,7 @@ def test_a_fault_shows_in_its_own_group_only(ops, cache_type, value):
     k = random_rows(4, 1, 96, 2)
     k[1, 0, 40] = value
     layer = written(ops, cache_type, k, k, make_batch([0], [4]))
-    # Blocks of rotation are 32 elements at this head size, as groups are.
+    # A block of the rotation has 32 elements at this head size, as a group has.
     faulty = layer.k_scales[0, 0, :4].isnan()
     assert faulty.tolist() == [[False] * 3, [False, True, False], [False] * 3, [False] * 3]
 

@@ -1,4 +1,4 @@
-"""What compiles CUDA kernels, for which cards, and what a build is known by."""
+"""The compilers of CUDA kernels, the cards that they serve, and the keys of builds."""
 
 import dataclasses
 import re
@@ -77,7 +77,7 @@ def test_old_card_is_refused():
 
 
 def test_known_architectures_equal_the_compilers_list(compiler):
-    """Whatever the table says that a compiler of this release knows, it knows."""
+    """A compiler knows every architecture that the table lists for its release."""
     if compiler.compiler.kind == "nvcc":
         words = command_output([str(compiler.path), "--list-gpu-code"])
         known = {int(number) for number in re.findall(r"sm_(\d+)", words)}
@@ -160,7 +160,7 @@ def test_nvcc_needs_a_host_compiler(bare, tmp_path):
 
 
 def make_nvcc(folder, release, architectures=()):
-    """An nvcc that says its release and architectures, and compiles nothing."""
+    """An nvcc that prints its release and architectures, and compiles nothing."""
     path = folder / "bin" / "nvcc"
     path.parent.mkdir(parents=True)
     lines = "".join(f"echo sm_{number}\n" for number in architectures)
@@ -208,12 +208,12 @@ def test_a_toolkit_that_is_too_old_is_refused(with_nvcc, release, is_old):
 
 @needs_shell
 @pytest.mark.parametrize(("architectures", "capability", "name"), [
-    # The table knows nothing of these cards, and the compiler does.
+    # The compiler knows these cards, and the table does not.
     ((90, 120, 130), (13, 0), "sm_130"),
     ((90, 130, 132), (13, 1), "sm_130"),
     ((90, 120, 121), (13, 0), "compute_121"),
     ((90, 120), (17, 5), "compute_120"),
-    # A compiler without an answer: the table's newest.
+    # The compiler does not answer: the newest architecture of the table.
     ((), (13, 0), "compute_121"),
 ])  # fmt: skip
 def test_a_card_newer_than_the_table_runs(with_nvcc, sources, architectures, capability, name):
@@ -227,7 +227,7 @@ def test_a_card_newer_than_the_table_runs(with_nvcc, sources, architectures, cap
 
 @needs_shell
 def test_a_release_newer_than_the_table_is_asked(with_nvcc):
-    """It may have dropped what older ones compiled for."""
+    """A newer release may have dropped old architectures."""
     environ = with_nvcc("14.0", (80, 90, 130))
     assert compilers.choose_cuda_compiler((8, 6), environ).cuda == (14, 0)
     with pytest.raises(KernelBuildError, match="nvcc V14.0.1 .* does not know sm_75"):

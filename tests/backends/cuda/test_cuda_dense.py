@@ -22,9 +22,9 @@ from support.kernel_cases import dense_linear, random_rows
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HALF_ULP = 2.0**-24
-# What two numbers of a type may miss of an activation, of its own size.
+# Relative error of an activation as the sum of two numbers of a type.
 SPLIT = {torch.float32: 0.0, torch.float16: 2.0**-22, torch.bfloat16: 2.0**-18}
-# ... and of the largest of its row: float16 ends at 2^-24, and the largest is 2^14.
+# Its error relative to the largest of the row: float16 ends at 2^-24, and the largest is 2^14.
 FLOOR = {torch.float32: 0.0, torch.float16: 2.0**-39, torch.bfloat16: 0.0}
 RELATIVE_ERROR = 1e-5
 
@@ -40,7 +40,7 @@ def emulated():
 
 
 def assert_exact(ops, x, w):
-    """Compare with float64: what splitting loses, and a rounding a term of all that is summed."""
+    """Compare with float64, within the loss of splitting and one rounding for each term."""
     weight, dtype = dense_weight(w).double(), w.weight.dtype
     exact, magnitude = x.double() @ weight, x.double().abs() @ weight.abs()
     largest = x.double().abs().amax(dim=1, keepdim=True)
@@ -57,7 +57,7 @@ def assert_exact(ops, x, w):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 2, 8, 9, 33, 70])
 def test_dense_product(ops, dtype, rows):
-    """Parts, stages, blocks and vectors that end early; columns of half a tile, of many tiles."""
+    """Short last parts, slices, blocks and vectors; columns of half a tile and of many tiles."""
     shapes = ((600, 50), (64, 8), (33, 160), (258, 20), (1300, 30))
     for in_features, out_features in shapes:
         w = dense_linear(in_features, out_features, dtype, bias=rows % 2 == 0)
@@ -94,7 +94,7 @@ def test_more_rows_than_a_pass_takes(emulated, monkeypatch, dtype):
 
 
 def test_blocks_of_any_number_of_warps_give_the_same_bits(emulated, monkeypatch):
-    """4, 8 and 16 warps: parts in one turn and in several, the last one short."""
+    """4, 8 and 16 warps: parts in one round and in several, the last one short."""
     w, launcher = dense_linear(256 * 10 + 40, 20, torch.float16), emulated_launcher()
     x, results = random_rows(3, w.in_features), []
     monkeypatch.setattr(launcher, "shared_limit_bytes", 227 << 10)
@@ -108,7 +108,7 @@ def test_blocks_of_any_number_of_warps_give_the_same_bits(emulated, monkeypatch)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [8, 40])
 def test_extreme_values(ops, dtype, rows):
-    """Activations of every size within a row, and weights from the largest to the smallest."""
+    """Activations of every magnitude within a row, and weights from the largest to the smallest."""
     w = dense_linear(600, 24, dtype)
     x = random_rows(rows, 600)
     flat = w.weight.view(-1)
@@ -138,7 +138,7 @@ def test_faulty_activations_show_in_their_own_row_only(ops, dtype):
 
 @pytest.mark.slow
 def test_bfloat16_without_tensor_cores(tmp_path):
-    """What compute capability 7.5 runs: products by fma in every type but float16."""
+    """Compute capability 7.5 multiplies by fma in every type but float16."""
     shutil.copytree(REPO / "csrc", tmp_path / "csrc")
     shutil.copytree(REPO / FOLDER, tmp_path / FOLDER)
     names = tmp_path / FOLDER / "platform_names.h"
@@ -153,6 +153,6 @@ def test_bfloat16_without_tensor_cores(tmp_path):
         plain = DenseLinear(in_features, out_features, w.weight.float(), w.bias)
         x = random_rows(70, in_features)
         whole = product(ops, x, w)
-        # The same sums in the same order as with the same weights in float32.
+        # The sums, and their order, are those of the same weights in float32.
         assert torch.equal(whole, product(ops, x, plain))
         assert torch.equal(product(ops, x[5:8].clone(), w), whole[5:8])

@@ -1,4 +1,4 @@
-"""What is asked of a card before a model runs there: which one, its memory, its context.
+"""Questions about a card before a model runs on it: which card, its memory, its context.
 
 No card is here: nvidia-smi, the driver and PyTorch's answers are given by the tests.
 """
@@ -73,7 +73,7 @@ def nothing_measured(tmp_path, monkeypatch):
 
 @pytest.fixture
 def torch_with_cuda(monkeypatch):
-    """PyTorch as it would answer with CUDA and two cards, of which none is in use yet."""
+    """PyTorch with CUDA and two cards, none of which is in use yet."""
     state = types.SimpleNamespace(open=set(), reserved=0)
     free = {0: 20000 * MIB, 1: 4000 * MIB}
 
@@ -114,12 +114,12 @@ def test_a_context_of_other_code_is_no_overhead_of_ours(smi, torch_with_cuda):
     assert device.capacity("cuda:0") == Capacity(24576 * MIB, 20000 * MIB, 5 * MIB)
 
 
-# ---- What kernels and graphs take --------------------------------------------------------------
+# ---- Memory of kernels and graphs --------------------------------------------------------------
 
 
 @pytest.fixture
 def card_uuids(monkeypatch):
-    """Which card is which, as the monitoring library says."""
+    """The UUIDs of cards, from the monitoring library."""
     uuids = {"0": "GPU-0", "1": "GPU-1"}
     monkeypatch.setattr(cards, "card_uuid", uuids.get)
     return uuids
@@ -131,7 +131,7 @@ def take(name, nbytes, graphs=1):
 
 
 def restart():
-    """What was measured is forgotten, as in a new process."""
+    """Forget measurements, as in a new process."""
     taken._taken.clear()
 
 
@@ -143,7 +143,7 @@ def test_measured_memory_is_in_the_next_plan(smi, torch_with_cuda, card_uuids):
     assert device.capacity("cuda:0").own_bytes == 7 * MIB
     take("cuda:0", 4 * MIB)
     assert device.overhead("cuda:0") == (311 * MIB, True)
-    # A model that is gone has taken it all the same.
+    # The memory of an unloaded model still counts.
     take("cuda:0", -11 * MIB, graphs=0)
     assert device.overhead("cuda:0") == (311 * MIB, True)
     assert device.capacity("cuda:0").own_bytes == 0
@@ -167,7 +167,7 @@ def test_the_next_process_reads_the_measured_memory(smi, torch_with_cuda, card_u
     taken.remember_taken("cuda:0")
     restart()
     device = CudaBackend()
-    # No context yet: that is assumed.
+    # There is no context yet, so its size is assumed.
     assert device.overhead("cuda:0") == (backend.ASSUMED_CONTEXT_BYTES + 9 * MIB, False)
     device.initialize("cuda:0")
     assert device.overhead("cuda:0") == (309 * MIB, True)
@@ -175,7 +175,7 @@ def test_the_next_process_reads_the_measured_memory(smi, torch_with_cuda, card_u
     take("cuda:0", 5 * MIB)
     taken.remember_taken("cuda:0")
     assert device.overhead("cuda:0") == (309 * MIB, True)
-    # Of the same card alone, and under the same driver.
+    # Only for the same card and the same driver.
     assert not device.overhead("cuda:1")[1]
     restart()
     card_uuids["0"] = "GPU-9"
@@ -261,7 +261,7 @@ def test_visible_devices_renumber_cards(smi, monkeypatch, visible, free):
 
 @pytest.mark.parametrize(("order", "free"), [("", (4000, 20000)), ("PCI_BUS_ID", (1, 2))])
 def test_cards_are_numbered_as_cuda_numbers_them(smi, monkeypatch, order, free):
-    """The fastest first: here the second on the bus, whose identifier ends in 00."""
+    """The fastest card is first: here the second on the bus, whose UUID ends in 00."""
     class Driver:
         def device(self, index):
             return index + 10
@@ -339,7 +339,7 @@ def opened_nvml(monkeypatch):
 
 def test_a_monitoring_library_that_is_too_old_is_none(opened_nvml):
     class OldNvml:
-        """Has the functions under the names of ten years ago."""
+        """Has the functions under the names from ten years ago."""
 
         nvmlInit = nvmlDeviceGetCount = nvmlDeviceGetMemoryInfo = staticmethod(lambda *_: 0)
 
@@ -356,7 +356,7 @@ def test_memory_by_the_monitoring_library(opened_nvml, smi, monkeypatch):
     assert card_count() == 2
     monkeypatch.setattr(cards, "card_memory", card_memory)
     assert CudaBackend().capacity("cuda:1") == Capacity(900, 700)
-    # What it does not know, nvidia-smi may.
+    # nvidia-smi knows a card that the library does not know.
     assert CudaBackend().capacity("cuda:0").free_bytes == 20000 * MIB
 
 
@@ -368,7 +368,7 @@ def test_without_the_monitoring_library(opened_nvml, library):
 
 @pytest.fixture
 def compiler(monkeypatch):
-    """Whether something compiles for cards."""
+    """Set whether there is a compiler for cards."""
     from exl_loader.backends.cuda import compilers
 
     def make(found):
@@ -437,7 +437,7 @@ def test_pytorchs_build_is_read_without_importing_it(monkeypatch, tmp_path, text
 
 
 def test_a_buffer_that_fills_the_card_is_kept(monkeypatch):
-    """Device memory is taken when it is allocated: what is free afterwards says nothing."""
+    """Device memory is taken at allocation, so the free bytes afterwards do not matter."""
     from exl_loader.memory import buffers as memory
     from exl_loader.memory.segments import place
     from exl_loader.utils.table import TensorSpec

@@ -1,4 +1,4 @@
-"""Launching through the driver's API, against a driver that is none (fake_driver.cpp)."""
+"""Launching through the driver's API, against a fake driver (fake_driver.cpp)."""
 
 import ctypes
 import ctypes.util
@@ -119,7 +119,7 @@ def test_large_shared_memory_is_requested(launcher):
     launch, is_right = reverse(launcher, KERNEL_BYTES)
     launch()
     assert is_right()
-    # A smaller launch of the same kernel takes nothing back from the larger one.
+    # A smaller launch of the same kernel does not lower the limit.
     small()
     less, less_is_right = reverse(launcher, KERNEL_BYTES - 1024)
     less()
@@ -165,13 +165,13 @@ def in_thread(work, *args):
     return result
 
 
-# What a thread has current: nothing, as a new thread, or a card, maybe another one.
+# A thread's current context: none, as in a new thread, this card's, or another card's.
 CURRENT = pytest.mark.parametrize("current", [None, 0, 1])
 
 
 @pytest.fixture
 def work_in(fake):
-    """Run a function in a thread that has a card's context current, and look at it again."""
+    """Run a function in a thread with a current context, and check that this stays current."""
     for card in (0, 1):
         fake.fake_retain(card)
 
@@ -192,7 +192,7 @@ def work_in(fake):
 
 @CURRENT
 def test_any_thread_prepares_and_launches(launcher, work_in, current):
-    """A kernel that nobody has asked for yet, with more shared memory than kernels have."""
+    """Prepare a kernel for the first time, with more shared memory than the default."""
     launch, is_right = work_in(current, lambda: reverse(launcher, KERNEL_BYTES))
     work_in(current, launch)
     assert is_right()
@@ -229,7 +229,7 @@ def test_any_thread_takes_and_frees_memory(library, fake, work_in, current):
 
 
 def test_memory_keeps_its_context(library, fake):
-    """A primary context that nobody retains is destroyed, and its memory with it."""
+    """A primary context without users is destroyed, with its memory."""
     assert fake.fake_retained(0) == 0
     memory = CardMemory(0, 1000, Driver(library))
     assert fake.fake_retained(0) == 1 and fake.fake_used(0) == 1000
@@ -261,7 +261,7 @@ def test_an_interrupt_right_after_the_allocation_loses_no_memory(library, fake):
 
 
 def test_the_fake_driver_forbids_what_the_real_one_does(library, fake, launcher):
-    """Each call without a context, and in another card's, fails as the manual says."""
+    """Each call fails without a context and in another card's context, as the manual says."""
     driver, invalid_context = Driver(library), 201
     functions, out = driver.functions, ctypes.c_void_p()
     function = launcher._kernel  # resolves within a context alone
@@ -345,7 +345,7 @@ def test_launches_of_other_threads_are_no_part_of_a_capture(launcher, fake):
 
 
 def test_releases_during_a_capture_run_after_it(library, fake, launcher, entry):
-    """To wait for a card while a step is captured there would spoil the capture."""
+    """Waiting for a card while a step is captured on it would spoil the capture."""
     launch, is_right = reverse(launcher)
     dropped = [
         CardMemory(1, 1000, Driver(library)),
@@ -413,7 +413,7 @@ def test_memory_of_graphs_is_measured(launcher, fake):
 
 
 def test_memory_of_kernels_is_measured(library, fake, entry):
-    """At loading, and where the driver loads a kernel when it is first asked for, then."""
+    """At loading, and at the first use if the driver loads kernels lazily."""
     taken = taken_of("cuda:0")
     held = taken.held_bytes
     fake.fake_module_bytes(ctypes.c_uint64(5 << 20), ctypes.c_uint64(1 << 20))
@@ -503,7 +503,7 @@ def test_opening_builds_for_the_card(library, fake, root, tmp_path, monkeypatch)
     launch()
     assert is_right() and list(tmp_path.glob("kernels/cuda_compute_*/samples.ptx"))
     launcher.close()
-    # What is newer than the driver would be refused by it.
+    # The driver would refuse cubins of a newer release.
     fake.fake_configure(None, None, 8, 6, 10020)
     with pytest.raises(KernelBuildError, match="newer than the driver"):
         open_launcher(0, lambda: 0, environ=environ, library=library)

@@ -1,4 +1,4 @@
-"""The emulation itself: its wrappers against their definitions, and what they cost."""
+"""The emulation itself: its wrappers against their definitions, and their cost."""
 
 import ctypes
 import re

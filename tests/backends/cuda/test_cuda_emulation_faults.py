@@ -1,4 +1,4 @@
-"""What the emulation must catch: everything that a kernel must not do."""
+"""Faults of kernels that the emulation must catch."""
 
 import ctypes
 import re

@@ -1,4 +1,4 @@
-"""The shapes of launches at the largest sizes that a model or an option may have.
+"""Grids of launches for the largest sizes that a model or an option may have.
 
 A card takes 2^31 - 1 blocks in x and 65,535 in y and z. Nothing is launched and no memory taken:
 tensors have a shape alone (PyTorch's `meta` device).
@@ -91,7 +91,7 @@ def batch_of(sequences, rows, pages=4):
                  integers(sequences, pages), pages * 256)
 
 
-# Most rows as one text and as many, and as many texts as there may be.
+# The most rows as one text and as many texts, and the most texts of one row.
 @pytest.mark.parametrize(("sequences", "rows"), [
     (1, MAX_CHUNK_SIZE), (MAX_BATCH_SIZE, MAX_CHUNK_SIZE), (MAX_BATCH_SIZE, MAX_BATCH_SIZE),
 ])  # fmt: skip

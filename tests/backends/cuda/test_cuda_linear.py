@@ -80,7 +80,7 @@ def test_quantised_product_equals_its_definition(ops, layout, rows):
 @pytest.mark.parametrize("warps_wanted", [1, 3, 10000])
 @pytest.mark.parametrize("zeros", [False, True])
 def test_any_number_of_row_splits(ops, monkeypatch, warps_wanted, zeros):
-    """One warp reads everything; several tiles share a block; as many splits as there can be."""
+    """One warp reads everything; several tiles share a block; the most row_splits."""
     monkeypatch.setattr(layout, "_WARPS_WANTED", warps_wanted)
     layouts = [[(8, 96), (6, 64), (5, 2016), (4, 1024), (3, 480), (2, 96)], [(4, 32)] * 40]
     for groups in [*layouts, [(8, 1111)]]:
@@ -110,8 +110,8 @@ def test_fresh_data(ops):
 
 @pytest.mark.parametrize("rows", [3, 40])
 def test_quantised_activations_lose_little_accuracy(ops, rows):
-    # As for the CPU's kernels: 5e-5 from 15 bits. GPTQ's weights have no rounding beside it;
-    # EXL2's are rounded to float16 by definition, which these sums leave out.
+    # As for the CPU's kernels, 15 bits lose 5e-5. GPTQ's weights are not rounded otherwise. EXL2's
+    # are rounded to float16 by definition, which the exact product leaves out.
     x = torch.randn(rows, 1024, generator=torch.Generator().manual_seed(5))
     for zeros, bound in ((True, 7e-5), (False, 5e-4)):
         w = stream_linear([(4, 128)] * 8, 200, perm=True, zeros=zeros)
@@ -150,7 +150,7 @@ def test_both_sizes_of_prefill_give_the_same_bits(emulated, monkeypatch):
 
 @pytest.mark.parametrize("kilobytes", [64, 100, 227])
 def test_cards_with_more_shared_memory_give_the_same_bits(emulated, monkeypatch, kilobytes):
-    """Rings of both depths; a row that fits beside them, and one that does not."""
+    """Rings of both depths, with a row that fits beside them and one that does not."""
     groups = [(8, 160), (6, 1024), (5, 896), (4, 2048), (3, 512), (2, 64)]
     w = stream_linear(groups, 70, zeros=True, perm=True)
     x = random_rows(20, w.in_features)
@@ -167,7 +167,7 @@ def test_cards_with_more_shared_memory_give_the_same_bits(emulated, monkeypatch,
 
 
 def launched_kernels(monkeypatch, launcher):
-    """Kernels that are prepared from now on: threads and shared memory of a block, by name."""
+    """Return threads and shared memory of a block of the kernels prepared from now on, by name."""
     names, prepare = {}, launcher.prepare
 
     def noting(name, grid, block, shared_bytes, *arguments):

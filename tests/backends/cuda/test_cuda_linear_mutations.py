@@ -40,7 +40,7 @@ def decoded_right(ops, tmp_path):
 
 
 def made_right(ops, tmp_path):
-    """A row that is normalised or gated where it is multiplied."""
+    """Check a row that is normalised or gated in the kernel that multiplies it."""
     w = stream_linear([(4, 128), (3, 416)], 96, perm=True)
     x, other = random_rows(1, 544), random_rows(1, 544, seed=3)
     normed, outs = torch.empty(1, 544), [torch.zeros(1, 96) for _ in range(2)]
@@ -62,7 +62,7 @@ def prefilled_right(ops, tmp_path):
 
 
 def dense_right(ops, tmp_path):
-    # Rows that begin anywhere; more parts than a block has warps.
+    # Rows that are not aligned, and more parts than a block has warps.
     layers = [dense_linear(k, 50, torch.float16) for k in (302, 2600)]
     return all(error(ops, w, rows) < 1e-5 for w in layers for rows in (1, 6, 70))
 

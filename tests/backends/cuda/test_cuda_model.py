@@ -27,7 +27,7 @@ CTX = 512
 IDS = [5, 9, 100, 7, 3, 20, 33, 250, 17, 18, 19, 200]
 GREEDY = {"temperature": 0, "max_new_tokens": 6, "ban_eos_token": True}
 # float16 tensor cores in attention, and activations of 15 bits whose scales belong to other
-# runs of channels than on the CPU.
+# groups of channels than on the CPU.
 BOUND = 2e-3
 
 
@@ -58,7 +58,7 @@ def relative_error(actual, expected):
 
 
 def run(folder, device, ids=IDS, **options):
-    """Return a text's logits and its greedy continuation; memory is as planned throughout."""
+    """Return a text's logits and its greedy continuation, and check memory against the plan."""
     total = exl_loader.plan(folder, ctx_size=CTX, device=device, **options).total_bytes
     with exl_loader.load(folder, ctx_size=CTX, device=device, **options) as model:
         assert model.allocated_bytes() == total == model.reservation.total_bytes
@@ -75,7 +75,7 @@ def assert_like_the_cpu(folder, **options):
     assert logits.dtype == torch.float32 and logits.device.type == "cpu"
     assert relative_error(logits, expected) <= BOUND
     assert len(answer) == GREEDY["max_new_tokens"]
-    # What was generated step by step is what the logits of the whole text say.
+    # Step-by-step generation agrees with the logits of the whole text.
     whole, _ = run(folder, DEVICE, ids=[*IDS, *answer], **options)
     rows = whole[len(IDS) - 1 : -1].clone()
     rows[:, 2] = -torch.inf  # the end token, which GREEDY bans
@@ -83,7 +83,7 @@ def assert_like_the_cpu(folder, **options):
     assert (rows.max(dim=1).values - chosen).max() <= 0.01 * expected.std()
 
 
-# Rows that a block normalises; narrower ones have a norm of their own.
+# Rows that a block normalises; narrower ones have another kernel.
 WIDE = {"hidden_size": 576, "intermediate_size": 640}
 
 FORMATS = {
@@ -152,7 +152,7 @@ def test_experts_chosen_on_the_device(card, tmp_path):
 
 
 def test_experts_of_few_rows_give_the_bits_of_many(emulated, tmp_path):
-    """Chosen by the device (one row, 2 pairs) and by the host (9 rows)."""
+    """Chosen on the card (one row, 2 pairs) and on the CPU (9 rows)."""
     write_mixture(tmp_path / "m")
     model, cache = build_model(tmp_path / "m", emulated, device=DEVICE, sequences=9)
     sequences = [cache.acquire(20) for _ in range(9)]
@@ -168,7 +168,7 @@ def test_experts_of_few_rows_give_the_bits_of_many(emulated, tmp_path):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_architectures_equal_transformers(card, tmp_path, name):
-    """Windows, soft caps, biases, norms of heads, lengths that choose their frequencies."""
+    """Sliding windows, soft caps, biases, norms of heads, frequencies that depend on length."""
     hf = make_model(name, 3, tmp_path / "m", "float16")
     ids = [(7 * i * i + 3) % 331 for i in range(44)]
     expected = expected_logits(hf, ids)
@@ -202,7 +202,7 @@ def test_a_row_is_the_same_bits_beside_others(card, tmp_path):
 
 
 def test_a_graph_serves_every_length(emulated, tmp_path):
-    """The step is captured once, at its second run, and its replays are the same bits."""
+    """The step is captured once, at its second run, and replays give the same bits."""
     write_quantized_model(tmp_path / "m", "exl2", config={"num_hidden_layers": 1})
     model, cache = build_model(tmp_path / "m", emulated, device=DEVICE, cache_type="q8")
     captured = run_chunks(model, cache, IDS, 1)
@@ -223,7 +223,7 @@ def test_a_spoilt_capture_is_tried_again(emulated, tmp_path, spoilt):
     emulated.host._launcher.spoilt_captures = spoilt
     before = emulated.host.captures_made, emulated.host.replays
     logits = run_chunks(model, cache, IDS, 1)
-    # The first step runs as it is, and so do those whose capture fails.
+    # The first step runs without a graph, and so do steps whose capture fails.
     assert emulated.host.captures_made == before[0] + spoilt + 1
     assert emulated.host.replays == before[1] + len(IDS) - 1 - spoilt
     assert relative_error(logits, whole) <= 1e-5
@@ -248,7 +248,7 @@ def test_captures_that_always_fail_are_given_up_with_one_warning(emulated, tmp_p
 
 
 def test_pages_prefixes_and_texts_side_by_side(card, tmp_path):
-    """A text over two pages, another that begins with the first one's, and four at once."""
+    """A text over two pages, another with the same beginning, and four at once."""
     write_quantized_model(tmp_path / "m", "exl2", config={"num_hidden_layers": 1})
     long = [(11 * i + i * i) % 288 for i in range(270)]
     settings = GREEDY | {"max_new_tokens": 4}
@@ -287,7 +287,7 @@ def test_a_draft_model_on_the_card(card, tmp_path):
 
 
 def test_neighbours_are_one_launch(emulated, tmp_path):
-    """A decode step: 6 launches a Llama layer, and 3 around them (angles, embedding, head)."""
+    """A decode step has 6 launches a Llama layer and 3 more (angles, embedding, head)."""
     launches = {}
     for layers in (1, 2):
         write_quantized_model(tmp_path / f"{layers}", "exl2", permuted=False,
@@ -318,7 +318,7 @@ def test_fused_operations_give_the_bits_of_single_ones(
 
 
 def test_a_card_needs_no_cpp_compiler(emulated, tmp_path, monkeypatch):
-    """On Windows there is none as a rule: nothing but NVRTC may be asked to compile."""
+    """Windows mostly has none, so only NVRTC may compile."""
     for name, seed in (("m", 1), ("d", 2)):
         write_tiny_model(tmp_path / name, seed=seed)
 
@@ -362,7 +362,7 @@ def test_the_command_line_chooses_the_card(emulated, tmp_path, capsys):
 
 
 def count_rows_fetched(monkeypatch, host):
-    """Return a list that grows by the rows of logits that come over."""
+    """Return a list that gets every row of logits that is copied to the CPU."""
     fetched, collect = [], host.collect
 
     def counting(tensor, mirror):
@@ -387,7 +387,7 @@ NEED_ROWS = ("whole", "guided", "logprobs")
 
 
 def test_samplers_need_only_the_top_logits(card, tmp_path, monkeypatch):
-    """The same ids as from whole rows, and these stay on the card where they are not needed."""
+    """The ids are those of whole rows, and rows stay on the card if they are not needed."""
     write_quantized_model(tmp_path / "m", "exl2", config={"vocab_size": 3000})
     fetched = count_rows_fetched(monkeypatch, card.host)
     with exl_loader.load(tmp_path / "m", ctx_size=CTX, device=DEVICE) as model:
@@ -404,14 +404,14 @@ def test_samplers_need_only_the_top_logits(card, tmp_path, monkeypatch):
 
 
 def test_padding_is_never_found(emulated, tmp_path, monkeypatch):
-    """The tokenizer knows fewer ids than the head has: those beyond do not count."""
+    """The tokenizer has fewer ids than the head: the ids beyond do not count."""
     write_quantized_model(tmp_path / "m", "exl2", tokenizer=True, config={"vocab_size": 2500})
     fetched = count_rows_fetched(monkeypatch, emulated.host)
     with exl_loader.load(tmp_path / "m", ctx_size=CTX, device=DEVICE) as model:
         size = model.tokenizer.vocab_size
         ids = list(model.generate_ids(IDS, GREEDY))
     assert size < 2500 and max(ids) < size
-    # A vocabulary as small as this one would be known as a whole.
+    # The top logits would hold the whole of so small a vocabulary.
     assert (len(fetched) == 0) == (size > 1024)
 
 
@@ -428,7 +428,7 @@ def test_a_draft_model_needs_only_the_top_logits(emulated, tmp_path, monkeypatch
 
 
 def test_a_model_is_there_for_every_thread_when_it_is_made(emulated, tmp_path):
-    """A thread with a stream of its own does not wait for what the loading thread has issued."""
+    """A thread with another stream does not wait for the launches of the loading thread."""
     write_quantized_model(tmp_path / "m", "exl2", config={"num_hidden_layers": 1})
     finished = []
     emulated.host.finish = lambda: finished.append(emulated.host._launcher.launches)

@@ -101,7 +101,7 @@ def test_angles_of_every_quarter_turn(ops, turn):
 @pytest.mark.parametrize(("head_dim", "heads"), [(16, 5), (80, 5), (128, 1), (256, 9)])
 @pytest.mark.parametrize("normed", [False, True])
 def test_norms_rope_and_cache_in_one_launch(all_ops, cache_type, head_dim, heads, normed):
-    """Norms, rotations and writing in one launch: the same bits as one after the other."""
+    """Norms, RoPE and writing in one launch give the bits of separate launches."""
     batch = make_batch([5, 254], [3, 4])
     table = random_rows(7, head_dim - 8).reshape(7, 2, head_dim // 2 - 4)
     q = random_rows(7, heads * head_dim).reshape(7, heads, head_dim)
@@ -207,7 +207,7 @@ def test_no_part_of_the_operations_overrides_another():
     assert len(names) == len(set(names))
 
 
-# A file of csrc/cuda, what stands there once, and a mistake in its place.
+# A file of csrc/cuda, text that it has once, and a mistake that replaces it.
 MUTATIONS = [
     ("row_functions.cuh", "for (int i = thread; i < size;", "for (int i = thread + 1; i < size;"),
     ("row_functions.cuh", "sum_of_squares / static_cast<float>(size) + eps",
@@ -233,7 +233,7 @@ MUTATIONS = [
 
 
 def everything(ops):
-    """One pass over every kernel of this file."""
+    """Run every kernel of this file once."""
     test_embed(ops, torch.float16, 70)
     for size in (33, 1300):
         test_rms_norm(ops, size)

@@ -90,7 +90,7 @@ def test_header_order_gives_a_lane_its_four_columns():
 )  # fmt: skip
 @settings(max_examples=60)
 def test_row_blocks_say_where_to_start(groups, missing, zeros):
-    """Walk a stream block by block, and compare at each window."""
+    """Walk a stream block by block, and compare at the start of each row block."""
     sizes = [(bits, 32 * blocks) for bits, blocks in groups]
     sizes[-1] = (sizes[-1][0], sizes[-1][1] - missing)
     table, header = group_table(sizes, zeros), 96 if zeros else 64
@@ -118,7 +118,7 @@ def test_row_splits():
 
 
 def check_kernel(order, groups, codes, words, zeros=False, perm=None):
-    """Pack on a buffer of rubbish, and by the definition.
+    """Pack into a buffer with old contents, and by the definition.
 
     Args:
         groups: (bits, rows). codes: uint8 [in_features, N] in stored order. words: as on disk.

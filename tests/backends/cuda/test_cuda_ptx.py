@@ -1,4 +1,4 @@
-"""What is found in PTX and machine code, on code that is known; and which PTX the sources need."""
+"""The analysis of PTX and machine code, on known code; and the PTX that the sources need."""
 
 import re
 import subprocess
@@ -21,7 +21,7 @@ CSRC = REPO / "csrc"
 
 
 def written_opcodes():
-    """Opcodes in the sources' inline PTX; a macro's parameter stands for any type."""
+    """Return the opcodes of the sources' inline PTX; a macro's parameter matches any type."""
     found = set()
     for path in sorted((CSRC / "cuda").glob("*.cu*")):
         statements = re.findall(
@@ -59,7 +59,7 @@ extern "C" __global__ void __launch_bounds__(32) kernel(int* p) { p[0] = exl::va
 
 @pytest.fixture
 def compile_mistake(compiler, tmp_path):
-    """Compile a kernel that uses what stands in a header for the CPU as well."""
+    """Compile a kernel that uses a header of the CPU."""
 
     def run(shared):
         root = tmp_path / "sources"
@@ -80,7 +80,7 @@ def test_functions_of_the_cpu_are_refused(compile_mistake, monkeypatch, tmp_path
 @pytest.mark.parametrize("how", ["table", "member"])
 def test_tables_of_the_cpu_are_refused_or_compiled_right(compile_mistake, monkeypatch, tmp_path,
                                                         compiler, how):
-    """nvcc refuses them; for NVRTC, which has no CPU to compile for, they are the device's."""
+    """nvcc refuses them. NVRTC compiles for no CPU, so they become the device's."""
     monkeypatch.setenv("EXL_LOADER_CACHE_DIR", str(tmp_path / "a cache"))
     shared = {
         "table": "constexpr int kTable[] = {5, 6, 7};\n"
@@ -161,13 +161,13 @@ def test_kernels_are_parsed():
 @pytest.mark.parametrize(("body", "is_set"), [
     ("add.s32 %r2, %r1, 1; st.global.u32 [%rd1], %r2;", True),
     ("add.s32 %r2, %r3, 1;", False),
-    # Set on one of two ways, on both, and in a loop that may not run.
+    # Set on one of two paths, on both, and in a loop that may not run.
     ("setp.eq.s32 %p1, %r1, 0; @%p1 bra $A; mov.u32 %r3, 1;\n$A: add.s32 %r2, %r3, 1;", False),
     ("setp.eq.s32 %p1, %r1, 0; @%p1 bra $A; mov.u32 %r3, 1; bra $B;\n$A: mov.u32 %r3, 2;\n"
      "$B: add.s32 %r2, %r3, 1;", True),
     ("setp.eq.s32 %p1, %r1, 0; @%p1 bra $B;\n$A: mov.u32 %r3, 1; setp.eq.s32 %p2, %r4, 0; "
      "@%p2 bra $A;\n$B: add.s32 %r2, %r3, 1;", False),
-    # A guard sets nothing for certain; operands in braces.
+    # A guarded instruction may set nothing; operands in braces.
     ("setp.eq.s32 %p1, %r1, 0; @%p1 mov.u32 %r3, 1; add.s32 %r2, %r3, 1;", False),
     ("ld.global.v2.u32 {%r2, %r3}, [%rd1]; st.global.v2.u32 [%rd1], {%r3, %r2};", True),
     ("st.global.v2.u32 [%rd1], {%r1, %r2};", False),
@@ -178,16 +178,16 @@ def test_reads_of_unset_registers_are_found(body, is_set):
 
 @pytest.mark.parametrize(("body", "is_reached"), [
     ("bar.sync 0;", True),
-    # All threads of a block know the same number; what they load by their own number differs.
+    # All threads of a block have the same block number; values loaded by thread number differ.
     ("setp.eq.s32 %p1, %r4, 0; @%p1 bra $A; bar.sync 0;\n$A: mov.u32 %r2, 1;", True),
     ("setp.lt.s32 %p1, %r1, 5; @%p1 bra $A; bar.sync 0;\n$A: mov.u32 %r2, 1;", False),
     ("setp.lt.s32 %p1, %r1, 32; @%p1 bra $A; bar.sync 0;\n$A: mov.u32 %r2, 1;", False),
     ("mul.wide.u32 %rd2, %r1, 4; ld.global.u32 %r2, [%rd2]; setp.eq.s32 %p1, %r2, 0; "
      "@%p1 bra $A; bar.sync 0;\n$A: mov.u32 %r2, 1;", False),
-    # Threads that went different ways meet again; a thread that is gone does not.
+    # Threads on different paths meet again; a thread that has exited does not.
     ("setp.lt.s32 %p1, %r1, 5; @%p1 bra $A; mov.u32 %r2, 1;\n$A: bar.sync 0;", True),
     ("setp.lt.s32 %p1, %r1, 5; @%p1 bra $A; ret;\n$A: bar.sync 0;", False),
-    # A loop whose length differs, and a number that was set on one way alone.
+    # A loop of different lengths, and a number that was set on one path only.
     ("mov.u32 %r2, %r1;\n$A: bar.sync 0; add.s32 %r2, %r2, -1; setp.gt.s32 %p1, %r2, 0; "
      "@%p1 bra $A;", False),
     ("mov.u32 %r2, 0; setp.lt.s32 %p1, %r1, 5; @%p1 bra $A; mov.u32 %r2, 1;\n"
@@ -201,7 +201,7 @@ def test_barriers_that_some_threads_do_not_reach_are_found(body, is_reached):
 
 
 def test_a_compiled_mistake_is_found():
-    """What the analysis is for, as a compiler writes it."""
+    """A mistake that the analysis must find, in code from a compiler."""
     found = cuda_compiler("nvrtc")
     if found is None:
         pytest.skip("no NVRTC")

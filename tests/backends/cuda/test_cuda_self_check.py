@@ -1,4 +1,4 @@
-"""The check of a card's kernels when they are opened first: on a card emulated on the CPU."""
+"""The check of a card's kernels at their first use, on a card emulated on the CPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.cuda_targets import emulated_launcher
 from support.emulated_cuda import EmulatedCard
 from support.exhaustive import some_of
 
-# A source that the check runs, one wrong expression of it, and what of the error names it.
+# A source that the check runs, a wrong expression for it, and a word of the error.
 MISTAKES = [
     ("norm", ("row_functions.cuh", "/ static_cast<float>(size)", "/ static_cast<float>(size + 1)"),
      "a norm"),
@@ -174,7 +174,7 @@ def test_a_load_that_is_checked_allocates_what_was_planned(opened, tmp_path, mon
         assert model.allocated_bytes() == total == memory.live_bytes()
 
 
-# ---- What doctor sees --------------------------------------------------------------------------
+# ---- Reports of doctor --------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ def nothing_left(no_other_model):
 
 
 def gpu_split(folder, first_layers, **options):
-    """Return what the web UI's field would say for so many layers on the first of two cards."""
+    """Return the web UI's field for this number of layers on the first of two cards."""
     total = exl_loader.plan(folder, ctx_size=CTX, device="cuda:0", **options).total_bytes
     for part in range(95, 0, -4):
         text = f"{total * part / 100 / GIB:.9f},24"
@@ -50,7 +50,7 @@ def gpu_split(folder, first_layers, **options):
 
 
 def run(folder, ids=IDS, **options):
-    """Return a text's logits and its greedy continuation; memory is as planned on each device."""
+    """Return a text's logits and its greedy continuation, and check memory of each device."""
     planned = exl_loader.plan(folder, ctx_size=CTX, **options)
     with exl_loader.load(folder, ctx_size=CTX, **options) as model:
         for device in planned.devices:
@@ -154,12 +154,12 @@ def test_each_card_captures_its_own_graph(cards, tmp_path):
     assert torch.equal(refused, captured)
 
 
-# Which of the cards do nothing before somebody waits for them.
+# The cards that do nothing before somebody waits for them.
 LAZY = [(True, True), (False, True), (True, False)]
 
 
 def chunks_then_tokens(model, cache):
-    """Run what nobody looks at, then decode: last rows."""
+    """Run steps whose results are not read, then decode; return the last rows."""
     sequence = cache.acquire(len(IDS))
     model.forward([(sequence, IDS[:3])], "none")
     model.forward([(sequence, IDS[3:6])], "none")
@@ -286,7 +286,7 @@ def test_a_card_that_is_too_small_is_named(tmp_path, monkeypatch, nothing_left):
 
 
 def refuse_memory(cards, monkeypatch):
-    """The second card's second buffer cannot be taken."""
+    """Refuse the second card's second buffer."""
     taken, empty = [], cards.memory.empty
 
     def refusing(name, nbytes):
@@ -299,12 +299,12 @@ def refuse_memory(cards, monkeypatch):
 
 
 def refuse_opening(cards, monkeypatch):
-    """The second card cannot be used."""
+    """Let opening the second card fail."""
     monkeypatch.delitem(cards.ops, "cuda:1")
 
 
 def refuse_packing(cards, monkeypatch):
-    """The second card fails while weights are repacked there."""
+    """Let the second card fail while weights are packed on it."""
     def refuse(*arguments):
         raise DeviceError("graphics card, launch of pack on cuda:1", actual="illegal address")
 

@@ -37,7 +37,7 @@ def ops(request):
 
 
 def run(ops, logits, vocab_size=None):
-    """The results of rows, int32 [T, RESULT_WORDS]; buffers hold what was there before."""
+    """Return the results of rows, int32 [T, RESULT_WORDS]; buffers have old contents before."""
     rows, width = logits.shape
     vocab_size = vocab_size or width
     out = torch.full((rows, RESULT_WORDS), -1, dtype=torch.int32)
@@ -79,7 +79,7 @@ def test_every_width_of_rows(ops, width):
 
 @pytest.mark.parametrize("width", [152_064, pytest.param(270_001, marks=pytest.mark.exhaustive)])
 def test_a_whole_vocabulary(ops, width):
-    """More tiles than blocks are allowed, where it is wider than any we know."""
+    """More tiles than blocks are allowed, for a vocabulary larger than any known."""
     logits = torch.from_numpy(np.random.default_rng(1).normal(0, 2, (1, width)).astype("f4"))
     (words,) = run(ops, logits)
     assert_defined(words, logits.numpy()[0])
@@ -90,7 +90,7 @@ def test_a_whole_vocabulary(ops, width):
 
 @pytest.mark.parametrize("scale", [1e-4, 0.1, 30.0, 1e30])
 def test_any_scale(ops, scale):
-    """All in the first bins, and most beyond the last; differences that overflow."""
+    """All logits in the first bins, or most beyond the last; differences that overflow."""
     logits = random_rows(1, 5000, scale)
     (words,) = run(ops, logits)
     assert_defined(words, logits.numpy()[0])
@@ -134,7 +134,7 @@ def test_a_row_is_the_same_bits_beside_others(ops):
     assert run(ops, logits[:0]).shape == (0, RESULT_WORDS)
 
 
-# What stands in sampling.cu once, and a mistake in its place.
+# Text that sampling.cu has once, and a mistake that replaces it.
 MUTATIONS = [
     ("    block_sync();  // all are 0 before any is counted\n", ""),
     ("    block_sync();  // words are read before keys take their place\n", ""),
@@ -157,7 +157,7 @@ MUTATIONS = [
 
 
 def everything(ops):
-    """One pass over what the kernels have to get right."""
+    """Run every case of the kernels once."""
     for width in (1, 33, 1025, 9001):
         test_every_width_of_rows(ops, width)
     test_any_scale(ops, 30.0)

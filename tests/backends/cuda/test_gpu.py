@@ -1,4 +1,4 @@
-"""What only a card can show: the driver's figures, long texts, and its own checker.
+"""Tests that need a card: the driver's figures, long texts, and compute-sanitizer.
 
 `pytest -m gpu` runs this file and the `gpu` variants of the others: every kernel against the
 reference (test_cuda_ops, _linear, _pack, _attention, _cache) and whole models (test_cuda_model).
@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def warm(tmp_path_factory):
-    """Context, kernels and PyTorch's own modules are on the card before anything is measured."""
+    """Load context, kernels and PyTorch's own modules before anything is measured."""
     small = gpu_models.write_model(
         tmp_path_factory.mktemp("gpu") / "dry", gpu_models.GEOMETRIES["dry"]
     )
@@ -71,7 +71,7 @@ def test_the_driver_sees_what_was_reserved(folder, cache_type):
 
 
 def test_two_full_contexts_within_the_reservation(folder):
-    """Two answers up to the last token of the context, the limit at what was reserved."""
+    """Two responses over the full context use no more than the reservation."""
     total = exl_loader.plan(folder, ctx_size=CTX, cache_type="q4", device=DEVICE).total_bytes
     settings = {"max_new_tokens": CTX, "ban_eos_token": True, "temperature": 0}
     with exl_loader.load(folder, ctx_size=CTX, cache_type="q4", device=DEVICE,
