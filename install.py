@@ -128,9 +128,9 @@ def demo(page_arguments: list[str]) -> int:
         return code
     if not (page_arguments or sys.stdout.isatty()):
         say("no terminal: the page was not opened; "
-            f"{venv_python()} -m extension.page.standalone does")
+            f"{venv_python()} -m extension.page.server does")
         return 0
-    return run_in_environment(["-m", "extension.page.standalone", *page_arguments])
+    return run_in_environment(["-m", "extension.page.server", *page_arguments])
 
 
 def write_text(arguments: list[str]) -> int:

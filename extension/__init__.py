@@ -1,1 +1,1 @@
-"""What a web UI sees of exl_loader: its panel, its gauge, and a page of its own."""
+"""exl_loader's user interfaces: plugin of text-generation-webui, standalone page, installer."""

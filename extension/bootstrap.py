@@ -1,8 +1,10 @@
 """Makes the plugin's modules and the engine importable inside the web UI's process.
 
-The web UI runs script.py as a lone file, again at every restart of its page, so what must
-outlive a restart is registered under a name of its own. Nothing is installed and `sys.path`
-stays as it is: a folder on it would lend its `tests` or `tools` to the whole environment.
+The web UI runs script.py as a single file outside any package, and again at every restart of its
+page, so modules that must outlive a restart are registered under a name of their own. `sys.path`
+is not changed: a folder on it would make its `tests` or `tools` importable everywhere.
+
+Start hooks of earlier installations load this file by its path and call `activate("early")`.
 """
 
 from __future__ import annotations
@@ -19,10 +21,10 @@ ENGINE = "exl_loader"
 
 
 class EngineFinder:
-    """Finds the engine that belongs to this plugin, before any other of that name.
+    """Finds the engine that belongs to this plugin before any other package of that name.
 
     Args:
-        root: the folder with `exl_loader/` in it.
+        root: the folder that contains `exl_loader/`.
     """
 
     def __init__(self, root: Path) -> None:
@@ -41,30 +43,30 @@ class EngineFinder:
 
 
 def engine_root(folder: Path) -> Path:
-    """Find the engine: beside the extension in a checkout, inside it in a copy.
+    """Return the folder of the engine: beside the extension in a checkout, inside it in a copy.
 
     Raises:
-        FileNotFoundError: in neither place; the checkout was moved or deleted.
+        FileNotFoundError: it is in neither place; the checkout was moved or deleted.
     """
     for root in (folder, folder.parent):
         if (root / ENGINE / "__init__.py").is_file():
             return root
     raise FileNotFoundError(
-        f"the folder {ENGINE} is neither in {folder} nor beside it; run install.py --webui again"
+        f"the folder {ENGINE} is neither in {folder} nor next to it; run install.py --webui again"
     )
 
 
 def activate(name: str) -> ModuleType:
-    """Make plugin and engine importable; a second call changes nothing.
+    """Make plugin and engine importable, and import a module; a second call changes nothing.
 
     Args:
-        name: of a module of `webui/`.
+        name: of a module in `webui/`.
 
     Returns:
         that module.
 
     Raises:
-        FileNotFoundError: the engine is not where it was.
+        FileNotFoundError: the engine was moved or deleted.
     """
     folder = Path(__file__).resolve().parent
     root = engine_root(folder)

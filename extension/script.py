@@ -1,6 +1,6 @@
-"""What text-generation-webui imports: hooks only. It may be run again at any time.
+"""What text-generation-webui imports as an extension. It may be run again at any time.
 
-A `ModuleNotFoundError` from here would end the web UI, so nothing is let through.
+A `ModuleNotFoundError` raised here would end the web UI, so every error is caught.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ params = {"display_name": "exl_loader", "is_tab": False}
 
 
 def _registration() -> Any:
-    """Activate the plugin and return its `registration`; None where that fails."""
+    """Activate the plugin and return its `registration`; None if that fails."""
     try:
         path = Path(__file__).resolve().parent / "bootstrap.py"
         spec = importlib.util.spec_from_file_location("exl_loader_webui_bootstrap", path)

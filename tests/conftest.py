@@ -269,7 +269,7 @@ def browser():
     """Headless Chromium."""
     from playwright.sync_api import sync_playwright
 
-    from support.host_page import CHROMIUM, FLAGS
+    from support.webui_page import CHROMIUM, FLAGS
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
@@ -314,8 +314,8 @@ def machine(monkeypatch):
 @pytest.fixture(scope="session")
 def webui():
     """The folder of the real text-generation-webui, with the plugin in it meanwhile."""
-    from extension.install import command, host
-    from support.host_server import PYTHON, WEBUI, tracked
+    from extension.install import command, environment
+    from support.webui_server import PYTHON, WEBUI, tracked
 
     if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1":
         pytest.skip("one web UI for several processes; without -n it is tested")
@@ -325,22 +325,22 @@ def webui():
     yield root
     command.uninstall(root, PYTHON)
     assert tracked(root) == before, "no file of the web UI may be changed"
-    assert not host.extension_folder(root).exists()
+    assert not environment.extension_folder(root).exists()
 
 
 @pytest.fixture(scope="session")
-def host_models(tmp_path_factory) -> Path:
+def webui_models(tmp_path_factory) -> Path:
     """A folder of models for the real web UI: the shipped one, as `demo`."""
-    from support.host_server import copy_demo
+    from support.webui_server import copy_demo
 
-    return copy_demo(tmp_path_factory.mktemp("host") / "models", "demo")
+    return copy_demo(tmp_path_factory.mktemp("webui") / "models", "demo")
 
 
 @pytest.fixture(scope="session")
 def greedy_text() -> str:
     """What the engine itself writes for the real web UI's tests."""
     import exl_loader
-    from support.host_server import DEMO, GREEDY, PROMPT
+    from support.webui_server import DEMO, GREEDY, PROMPT
 
     settings = {"temperature": 0, "max_new_tokens": GREEDY["max_tokens"]}
     with exl_loader.load(DEMO, ctx_size=512, cache_type="q4") as model:

@@ -1,5 +1,5 @@
-"""Puts the loader into a text-generation-webui, takes it out, and says what is wrong with it.
+"""Installs the loader into a text-generation-webui, uninstalls it, and diagnoses problems.
 
-Standard library only: it is run by whatever Python the user has, and looks at the web UI's
-own Python from outside.
+Standard library only, because any Python may run it; it examines the web UI's own Python from
+outside.
 """

@@ -1,4 +1,4 @@
-"""Programs that installing runs, pip above all, and how they end where it is interrupted."""
+"""Runs the programs that installing needs, pip above all, and ends them on an interrupt."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import signal
 import subprocess
 from typing import Any
 
-# pip puts away what it has fetched and takes back what it has half installed.
+# pip removes its temporary files and undoes a package that it has half installed.
 GRACE_S = 10.0
 
 
 def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a command to its end, as `subprocess.run` does with text.
 
-    Where this process is interrupted meanwhile, the command gets time to end in good order;
+    If this process is interrupted meanwhile, the command gets GRACE_S to clean up;
     `subprocess.run` gives it a quarter of a second.
 
     Args:
@@ -28,7 +28,7 @@ def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
     try:
         stdout, stderr = process.communicate()
     except BaseException as interruption:
-        # Ctrl-C has reached the command as well; what else ends this process has not.
+        # Ctrl-C has reached the command as well; other signals have reached this process only.
         _end(process, told=isinstance(interruption, KeyboardInterrupt))
         raise
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)

@@ -1,8 +1,8 @@
-"""Makes ExLlamav2 known to text-generation-webui before `--model` loads.
+"""Registers ExLlamav2 with text-generation-webui before `--model` loads.
 
 Written by exl_loader's `install.py --webui`; `install.py --webui PATH --uninstall` removes it.
-Run by exl_loader_webui.pth in every process of this environment that has a server.py among its
-arguments. Whatever goes wrong ends here, in one line: the web UI starts without the loader.
+exl_loader_webui.pth runs it in every process of this environment that has a server.py among its
+arguments. Any error is reported here in one line, and the web UI starts without the loader.
 """
 
 import os
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def _extension_folders(server):
-    """Where a web UI of that server.py has its extension, the likeliest first."""
+    """Return where a web UI with that server.py has its extension, the likeliest place first."""
     root = os.path.dirname(server)
     data = []
     for i, argument in enumerate(sys.orig_argv):
@@ -24,7 +24,7 @@ def _extension_folders(server):
 
 
 def _server():
-    """The server.py of a web UI that is about to run; None in any other process."""
+    """Return the server.py of the web UI that is about to run; None in any other process."""
     for argument in sys.orig_argv[1:]:
         if os.path.basename(argument) == "server.py":
             server = os.path.abspath(argument)
@@ -35,7 +35,7 @@ def _server():
 
 
 def start():
-    """Activate the extension, where this process is a web UI that has it."""
+    """Activate the extension if this process is a web UI that has it."""
     server = _server()
     if server is None:
         return
@@ -50,16 +50,16 @@ def start():
             spec.loader.exec_module(bootstrap)
             bootstrap.activate("early").start()
             return
-        # A link that leads nowhere; `islink` knows no junctions.
+        # A link whose target is gone; `islink` does not recognise junctions.
         if os.path.lexists(folder) and not os.path.exists(folder):
-            raise FileNotFoundError(folder + " points to a folder that is not there any more")
-    raise FileNotFoundError("user_data/extensions/exl_loader is not there any more")
+            raise FileNotFoundError(folder + " links to a folder that no longer exists")
+    raise FileNotFoundError("user_data/extensions/exl_loader no longer exists")
 
 
 def accept_flags():
-    """Have the web UI pass over the plugin's flags, which its start command may go on naming.
+    """Let the web UI ignore the plugin's flags, which its start command may still have.
 
-    It would not start with an option that it does not know.
+    It does not start with an option that it does not know.
     """
     import argparse
 
@@ -85,6 +85,6 @@ try:
 except Exception as error:
     accept_flags()
     sys.stderr.write(
-        f"exl_loader: the loader ExLlamav2 is not available: {error} (to take the plugin out "
+        f"exl_loader: the loader ExLlamav2 is not available: {error} (to remove the plugin "
         f"completely, delete exl_loader_webui* in {os.path.dirname(__file__)})\n"
     )

@@ -1,31 +1,26 @@
-"""The standalone page's model: loaded in a thread of its own, one at a time, watched by pages."""
+"""The standalone page's model: one at a time, loaded in a thread of its own."""
 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from exl_loader.generation.settings import SamplingSettings
+from exl_loader import InvalidSettings, ModelUnloaded, SamplingSettings
 from exl_loader.text.chat.fitting import fit_messages
-from exl_loader.utils.errors import InvalidSettings, ModelUnloaded
 
 from ..panel.gauge import gauge_html
-from ..panel.load_progress import WatchedProgress
+from ..panel.loads import WatchedProgress, collected_warnings, follow
 from ..panel.panel import LoadOptions, error_html, plan_html, warnings_html
-from ..webui import notices
 
 if TYPE_CHECKING:
-    from exl_loader.engine import LoadedModel
+    from exl_loader import LoadedModel
     from exl_loader.generation.generator import TextGeneration
-
-WATCH_INTERVAL_S = 0.15
 
 
 class Session:
-    """One model and its life. All methods may be called from any thread."""
+    """One model from load to unload. All methods may be called from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -47,11 +42,11 @@ class Session:
 
     @property
     def options(self) -> LoadOptions | None:
-        """What the model was loaded with; None where none is."""
+        """Return the options of the loaded model; None if there is none."""
         return self._options
 
     def start_load(self, options: LoadOptions) -> None:
-        """Begin to load in the background; the model there is gives its memory back first.
+        """Start to load in the background, after the current model has freed its memory.
 
         Raises:
             InvalidSettings: another load is running.
@@ -59,44 +54,38 @@ class Session:
         with self._lock:
             if self.loading:
                 raise InvalidSettings(
-                    "Load", expected="one load at a time", actual="one that is running",
+                    "Load", expected="one load at a time", actual="a load that is still running",
                     remedy="Wait until it has ended",
                 )
             self._progress = WatchedProgress()
             self._problem = self._warnings = ""
-            # A daemon: a page that is closed while it compiles should not keep the process.
+            # A daemon, so that a load that compiles does not keep the process from ending.
             self._thread = threading.Thread(target=self._load, args=(options,), daemon=True)
             self._thread.start()
 
     def _load(self, options: LoadOptions) -> None:
         self._release()
         try:
-            from exl_loader.loader import load
+            import exl_loader
 
-            with notices.collected() as warnings:
-                self._model = load(
+            with collected_warnings() as warnings:
+                self._model = exl_loader.load(
                     options.model_dir, progress=self._progress, **options.load_arguments()
                 )
             self._warnings = warnings_html(warnings)
-            # What the plan chose is what a page that shows this model has to say.
+            # A page that shows this model must show the context that the plan chose.
             self._options = replace(options, ctx_size=self._model.ctx_size)
         except Exception as error:
-            # Its text alone is kept: a traceback would keep what the load had in hand.
+            # Only its text is kept: a traceback would keep the load's tensors alive.
             self._problem = error_html(error)
 
     def follow(self) -> Iterator[str]:
-        """Yield what a load shows, as it changes; at the end its problem or its warnings."""
-        shown = None
-        while self.loading:
-            now = self._progress.html()
-            if now != shown:
-                yield now
-                shown = now
-            time.sleep(WATCH_INTERVAL_S)
+        """Yield the progress of a running load as it changes, then its error or its warnings."""
+        yield from follow(lambda: self._progress if self.loading else None)
         yield self._problem or self._warnings
 
     def unload(self) -> None:
-        """End all generations and give the memory back; a load that runs is waited for."""
+        """End all generations and free the memory, after a load that is still running."""
         thread = self._thread
         if thread is not None:
             thread.join()
@@ -110,13 +99,13 @@ class Session:
             model.unload()
 
     def stop(self) -> None:
-        """End the running generations after the step that is running."""
+        """End the running generations after the current step."""
         model = self._model
         if model is not None:
             model.stop()
 
     def gauge(self, options: LoadOptions, *, unfolded: bool = False) -> str:
-        """Draw the loaded model while the options are its own, else what they would take.
+        """Draw the loaded model if these are its options, else what a load with them would take.
 
         Args:
             unfolded: see `gauge_html`.
@@ -129,12 +118,12 @@ class Session:
 
     @property
     def has_template(self) -> bool:
-        """Whether the loaded model can be talked to in the way that it was trained on."""
+        """Return whether the loaded model has a chat template."""
         model = self._model
         return model is not None and model.has_tokenizer and bool(model.tokenizer.chat_templates)
 
     def continue_text(self, text: str, settings: Mapping[str, Any]) -> TextGeneration:
-        """Write on from a text as it stands.
+        """Continue a text.
 
         Raises:
             ModelUnloaded: no model is loaded. ExlLoaderError: see `LoadedModel.generate`.
@@ -145,13 +134,13 @@ class Session:
         self, messages: Sequence[Mapping[str, str]], settings: Mapping[str, Any],
         notices: list[str] | None = None,
     ) -> TextGeneration:
-        """Answer a conversation, in the model's template.
+        """Answer a conversation with the model's chat template.
 
         Args:
-            messages: questions and answers in turn, a question last. The oldest are left out
-                until the answer asked for fits into the context.
+            messages: alternating questions and answers that end with a question. The oldest
+                are left out until the answer asked for fits into the context.
             settings: of the answer.
-            notices: a line is added to it where messages were left out.
+            notices: gets a line if messages were left out.
 
         Raises:
             ModelUnloaded: no model is loaded. PromptTooLong: the last message alone is too

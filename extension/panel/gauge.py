@@ -1,6 +1,6 @@
-"""The memory gauge: a reservation as a picture with its numbers in words beside it.
+"""The memory gauge: a reservation drawn as bars, with its numbers in text.
 
-Pure functions from figures to HTML, for any page: no Gradio, no web UI, no measuring. Every
+Pure functions from figures to HTML, for any page, without Gradio and without measuring. Every
 text that comes from outside (folder names, architectures, errors) is escaped.
 """
 
@@ -17,38 +17,38 @@ from exl_loader.utils.byte_counts import GIB, amount
 from .gauge_style import STYLE
 
 if TYPE_CHECKING:
-    from exl_loader.memory.reservation import DeviceReservation, Reservation
+    from exl_loader import Reservation
+    from exl_loader.memory.reservation import DeviceReservation
 
-# Cache type -> what a person calls it, as the gauge offers them.
+# Cache type -> its name in the gauge, in the order of the gauge's buttons.
 CACHE_BITS = {"fp16": "16-bit", "q8": "8-bit", "q6": "6-bit", "q4": "4-bit"}
 
-# Text fields of the page that the gauge writes to: a click's choice, whether the details are
-# unfolded.
+# Ids of the page's text fields that the gauge writes to: the choice of a click, and whether the
+# details are unfolded.
 PICK_ELEM_ID = "exl_pick"
 DETAILS_ELEM_ID = "exl_details"
 
-# What the field DETAILS_ELEM_ID holds while the details are unfolded.
+# Content of the field DETAILS_ELEM_ID while the details are unfolded.
 UNFOLDED = "open"
 
-# Gradio reads a field when it sees an `input` event, and then tells those who listen for its
-# `change`. Scripts are attributes of elements, because a page runs no script element that
-# arrives later.
+# Gradio reads a field after an `input` event and then sends the field's `change` event. Scripts
+# are attributes of elements, because a page does not run script elements that are added later.
 _WRITE_SCRIPT = (
     "const t=document.querySelector('#{0} textarea,#{0} input');"
     "if(t){{t.value={1};t.dispatchEvent(new Event('input',{{bubbles:true}}))}}"
 )
 
-# The time makes a second click on the same choice a new value.
+# The time makes a second click on the same choice a different value.
 _PICK_SCRIPT = _WRITE_SCRIPT.format(PICK_ELEM_ID, "this.dataset.pick+' '+Date.now()")
 _FOLD_SCRIPT = _WRITE_SCRIPT.format(DETAILS_ELEM_ID, f"this.open?'{UNFOLDED}':''")
 
-# Below this share of the bar the model's parts could not be told apart.
+# Below this share of the bar the model's parts cannot be told apart.
 LENS_SHARE = 0.12
 
-# The model's own parts, which the lens enlarges.
+# The model's own parts, which are enlarged below the bar.
 _MODEL_PARTS = ("weights", "cache", "workspace")
 
-# A part of a device's bar: its colour's class, its name, its bytes.
+# A part of a device's bar: class of its colour, name, bytes.
 Part = tuple[str, str, int]
 
 
@@ -61,13 +61,13 @@ def gauge_html(
     """Draw a reservation.
 
     Args:
-        reservation: a plan; with `measured_bytes` the one of the loaded model.
-        measured_bytes: `LoadedModel.allocated_bytes()` where the model is loaded.
-        unfolded: show the details, as the page's field DETAILS_ELEM_ID says.
+        reservation: of a planned load, or with `measured_bytes` of the loaded model.
+        measured_bytes: `LoadedModel.allocated_bytes()` if the model is loaded.
+        unfolded: show the details; the page's field DETAILS_ELEM_ID has the state.
 
     Returns:
         an HTML element with its own style. Its buttons write `CTX_SIZE CACHE_TYPE TIME` into
-        the text field PICK_ELEM_ID, with 0 for the context that is chosen already.
+        the text field PICK_ELEM_ID, with CTX_SIZE 0 to keep the current context.
     """
     devices = reservation.devices
     largest = _choices(reservation)
@@ -97,7 +97,7 @@ def problem_html(error: BaseException | str, *, heading: str = "Cannot be loaded
     """Show an error as one readable message, its details folded.
 
     Args:
-        error: an `ExlLoaderError` shows its line and its details; any other error its name.
+        error: its text is shown and, of an `ExlLoaderError`, its details.
         heading: the badge in front of it.
     """
     line = str(error) or type(error).__name__
@@ -118,8 +118,8 @@ def task_html(name: str, done: int, total: int | None, count: str) -> str:
     """Show a running task as a bar.
 
     Args:
-        name: what a person reads. done, total: units; total None where unknown.
-        count: both as text, with the unit; may be empty.
+        name: shown to the user. done, total: units; total is None if it is unknown.
+        count: both as text with the unit; may be empty.
     """
     if total:
         share = min(1.0, done / total)
@@ -127,7 +127,7 @@ def task_html(name: str, done: int, total: int | None, count: str) -> str:
         now = f'aria-valuenow="{int(100 * share)}" '
         filled = f'<i class="exl-weights" style="width:{share:.2%}"></i>'
     else:
-        # Without a value the bar is an indeterminate one, for screen readers as well.
+        # Without a value the bar counts as indeterminate, for screen readers as well.
         now, filled = "", '<i class="exl-weights exl-busy"></i>'
     bar = (
         f'<div class="exl-bar" role="progressbar" aria-label="{escape(name)}" '
@@ -175,12 +175,12 @@ def _device_needs(device: DeviceReservation, *, alone: bool) -> str:
 
 
 def _needed_bytes(device: DeviceReservation) -> int:
-    """What has to be free: under a limit the buffers, else what lies outside them as well."""
+    """Return the bytes that must be free: with a limit the buffers, else the overhead as well."""
     return device.total_bytes if _limit_rules(device) else device.needed_bytes
 
 
 def _needs_and_free(needed: int, free: int) -> str:
-    """Write both as short as tells them apart."""
+    """Write both numbers with as few digits as tell them apart."""
     free = max(0, free)
     for write in (_brief, amount, "{:,} bytes".format):
         if write(needed) != write(free):
@@ -203,7 +203,7 @@ def _verdict(reservation: Reservation, measured_bytes: int | None) -> str:
 
 
 def _warning(reservation: Reservation) -> str:
-    """Warn of a context beyond the model's length, with the RoPE setting that stretches it."""
+    """Warn of a context beyond the model's length, and name the RoPE setting that extends it."""
     warning = reservation.length_warning
     if warning is None:
         return ""
@@ -225,7 +225,7 @@ def _kind(reservation: Reservation) -> str:
 
 
 def _device(device: DeviceReservation, *, alone: bool) -> str:
-    """Draw one device: its bar, where its memory ends, and the model enlarged where small."""
+    """Draw one device: its bar, the end of its memory, and the model enlarged if it is small."""
     parts = _parts(device)
     used = sum(nbytes for _, _, nbytes in parts)
     scale = max(device.capacity_bytes, used)
@@ -243,7 +243,7 @@ def _device(device: DeviceReservation, *, alone: bool) -> str:
     if device.missing_bytes:
         over = f'<i class="exl-over" style="width:{device.missing_bytes / scale:.3%}"></i>'
     ends = "the limit is" if _limit_rules(device) else f"{label} ends"
-    # The words stand on the side of the line that has the room for them.
+    # The text is on the side of the line that has the room for it.
     side = f"margin-left:{edge:.3%}" if edge < 0.5 else f"width:{edge:.3%};text-align:right"
     return (
         f'<div class="exl-device">{head}<div class="exl-track">'
@@ -255,15 +255,15 @@ def _device(device: DeviceReservation, *, alone: bool) -> str:
 
 
 def _limit_rules(device: DeviceReservation) -> bool:
-    """Whether a limit, and not the system's free memory, is what the device lends."""
+    """Return whether a limit, not the system's free memory, bounds the load."""
     return device.limit_bytes is not None and device.free_bytes >= device.limit_bytes
 
 
 def _parts(device: DeviceReservation) -> list[Part]:
-    """List what fills a device's bar, in the order in which it is drawn.
+    """List the parts of a device's bar in the order in which they are drawn.
 
-    What is taken already comes first, so that what is missing lies behind the end of the
-    device's memory. A limit holds for the buffers alone, so the overhead is no part of its bar.
+    Memory in use comes first, so that missing memory lies beyond the end of the device's
+    memory. A limit applies to the buffers only, so with a limit the bar has no overhead.
     """
     own_bytes = device.capacity_bytes - device.free_bytes - device.other_bytes
     parts = [
@@ -283,7 +283,7 @@ def _overhead_name(device: DeviceReservation) -> str:
 
 
 def _listed(device: DeviceReservation) -> list[Part]:
-    """The legend's entries: the parts, and what stays free or is missing."""
+    """List the legend's entries: the parts, and the memory that stays free or is missing."""
     if device.missing_bytes:
         return [*_parts(device), ("missing", "Missing", device.missing_bytes)]
     return [*_parts(device), ("free", "Free", device.headroom_bytes)]
@@ -310,13 +310,13 @@ def _bar(parts: Sequence[Part], scale: int) -> str:
 
 
 def _lens(parts: Sequence[Part], scale: int) -> str:
-    """Enlarge the model's own parts where they are too small a share to be told apart."""
+    """Enlarge the model's own parts if their share is too small to tell them apart."""
     own = [part for part in parts if part[0] in _MODEL_PARTS]
     total = sum(nbytes for _, _, nbytes in own)
     if not 0 < total / scale < LENS_SHARE:
         return ""
     taken = [nbytes for kind, _, nbytes in parts if kind in ("other", "own")]
-    # Parts too small to be seen are drawn some pixels wide.
+    # Parts too small to be seen are drawn a few pixels wide.
     first = f"max({sum(taken) / scale:.2%},{3 * len(taken)}px)"
     end = f"calc({first} + max({total / scale:.2%},{3 * len(own)}px))"
     return (
@@ -327,7 +327,7 @@ def _lens(parts: Sequence[Part], scale: int) -> str:
 
 
 def _key(parts: Sequence[Part]) -> str:
-    """Name the colours in one line; their bytes are among the details."""
+    """Name the colours in one line; the bytes are in the details."""
     entries = (
         f'<span><i class="exl-swatch exl-{kind}"></i>{escape(name)}</span>'
         for kind, name, _ in parts
@@ -352,7 +352,7 @@ def _agreement(reservation: Reservation, measured_bytes: int) -> str:
 
 
 def _proof(reservation: Reservation, measured_bytes: int | None) -> str:
-    """Put what was reserved beside what is measured."""
+    """Show the reserved and the measured bytes side by side."""
     if measured_bytes is None:
         return ""
     return (
@@ -362,7 +362,7 @@ def _proof(reservation: Reservation, measured_bytes: int | None) -> str:
 
 
 def _savings(reservation: Reservation) -> str:
-    """Offer the cache types as buttons, each with what it saves at this context."""
+    """Offer the cache types as buttons, with the memory that each saves at this context."""
     whole = reservation.bytes_by_cache_type["fp16"]
     buttons = []
     for cache_type, nbytes in reservation.bytes_by_cache_type.items():
@@ -385,7 +385,7 @@ def _choices(reservation: Reservation) -> str:
     buttons = "".join(_choice(reservation, *named) for named in CACHE_BITS.items())
     whole = ""
     if any(most > length for most in reservation.largest_ctx_size.values()):
-        whole = f" (the model's whole length is {length:,})"
+        whole = f" (the model's own length is {length:,})"
     return (
         '<div class="exl-choices" role="group" aria-label="Largest context that fits">'
         f'<p class="exl-soft">Largest context that fits{whole}</p><div>{buttons}</div></div>'
@@ -413,5 +413,5 @@ def _button(pick: str, label: str, heading: str, note: str, *, chosen: bool) -> 
 
 
 def largest_choice(most: int, own_length: int) -> int:
-    """Cap what fits by the model's own length, in whole pages where it has one."""
+    """Limit the largest context that fits to the model's own length, in whole pages."""
     return min(most, max(PAGE_LEN, own_length - own_length % PAGE_LEN))

@@ -1,8 +1,8 @@
 """Colours and layout of the gauge: one style sheet, scoped to its own class.
 
-A page of the web UI, or of Gradio, says by the class `dark` which theme it shows, whatever the
-system prefers; a page without Gradio follows the system. Letters are the page's own, lengths
-are relative, so that the gauge reads well in a column of any width.
+Pages of Gradio, the web UI's among them, mark a dark theme with the class `dark`, whatever the
+system prefers; a page without Gradio follows the system. The font is the page's own and lengths
+are relative, so that the gauge is readable in a column of any width.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ _RULES = """\
   .exl-gauge .exl-swatch { forced-color-adjust: none; } }
 """
 
-# With the rank of an id: the web UI and Gradio style every paragraph and colour of their pages.
+# With the specificity of an id, because the web UI and Gradio style every paragraph.
 _RANKED = ":is(#exl, .exl-gauge)"
 
 STYLE = (

@@ -1,14 +1,14 @@
-"""What a page of Gradio does in the browser itself: fields in step, one drawing at a time.
+"""JavaScript of the page: keeps fields in step and asks for one drawing of the gauge at a time.
 
-`cache_type` is the one source of truth for the bits of the cache. The browser sets the two
-toggles from it, and it from a click on a toggle, without asking the server: an answer of the
-server could arrive after the next click and contradict it. The gauge is drawn from `cache_type`
-alone and never from a toggle.
+`cache_type` alone decides the bits of the cache. The browser sets the two toggles from it, and
+sets it after a click on a toggle, without asking the server, because the server's answer could
+arrive after the next click and contradict it. The gauge is drawn from `cache_type`, never from a
+toggle.
 
-The browser asks for one drawing at a time and asks again when a field has changed meanwhile, so
-the last drawing in the page is always that of the last values. Gradio's own `always_last` does
-not guarantee it: 4.37 sends two requests at once where two fields change together, and their
-answers may arrive in either order.
+The browser asks for one drawing at a time, and asks again if a field has changed meanwhile, so
+the last drawing in the page always shows the last values. Gradio's own `always_last` does not
+guarantee this: 4.37 sends two requests at once if two fields change together, and their answers
+may arrive in either order.
 
 Every function here returns the source of a JavaScript function for Gradio's `js=`. Such a
 function receives the values of its event's inputs, then those of its outputs.
@@ -23,10 +23,10 @@ from typing import Any
 from .gauge import CACHE_BITS
 from .panel import CACHE_TYPE_ALIASES, DEFAULT_CACHE_TYPE, TOGGLE_TYPES
 
-# Leaves an output as it is.
+# Leaves an output unchanged.
 _KEEP = '({__type__: "update"})'
 
-# A drawing that has not arrived after this long is given up, as its request was lost.
+# A drawing that has not arrived after this time counts as lost.
 LOST_AFTER_MS = 30_000
 
 _TABLES = (
@@ -43,9 +43,9 @@ _TABLES = (
 def follow_toggle(name: str) -> str:
     """Follow a toggle: `(cache_8bit, cache_4bit, cache_type, ...) -> all three`.
 
-    Switched on it is the only toggle that is on, and `cache_type` is its type. Switched off,
-    `cache_type` becomes the default where it was the toggle's type. Values that are in step
-    already are left alone, so what the server sets is not answered.
+    Switched on, it becomes the only toggle that is on, and `cache_type` becomes its type.
+    Switched off, `cache_type` becomes the default if it was the toggle's type. Values that are
+    in step already are left alone, so values set by the server cause no further events.
     """
     own_type = json.dumps(TOGGLE_TYPES[name])
     return (
@@ -74,7 +74,8 @@ def follow_cache_type() -> str:
 def follow_pick() -> str:
     """Follow a click in the gauge: `(pick, ...) -> ctx_size, cache_type`.
 
-    A pick is `CTX_SIZE CACHE_TYPE TIME`; 0 keeps the context. Anything else changes nothing.
+    A pick is `CTX_SIZE CACHE_TYPE TIME`; CTX_SIZE 0 keeps the context. Any other text changes
+    nothing.
     """
     return (
         f"pick => {{ const types = {json.dumps(list(CACHE_BITS))};"
@@ -92,9 +93,9 @@ _STATE = (
 
 
 def ask_for_drawing() -> str:
-    """Ask for a drawing, or note that one is due when the one on its way has arrived.
+    """Ask for a drawing, or note that another one is due after the one that is under way.
 
-    Its output is the text field whose `change` draws.
+    Its output is the text field whose `change` event draws.
     """
     return (
         f"() => {{ {_STATE}"
@@ -104,7 +105,7 @@ def ask_for_drawing() -> str:
 
 
 def drawing_arrived() -> str:
-    """Note that a drawing has arrived or failed; ask for the next where a field has changed."""
+    """Note that a drawing has arrived or failed; ask for the next if a field has changed."""
     return f"() => {{ {_STATE} gauge.drawn = gauge.asked; return gauge.again ? ask() : {_KEEP}; }}"
 
 
@@ -126,11 +127,11 @@ def draw_in_order(
     triggers: Sequence[Any], asking: Any, draw: Callable[..., Any], inputs: Sequence[Any],
     outputs: Sequence[Any], quiet: dict[str, Any],
 ) -> None:
-    """Wire the gauge so that its last drawing is that of the last values.
+    """Wire the gauge so that its last drawing shows the last values.
 
     Args:
-        triggers: events after which the gauge is due; a `then` of an event is one.
-        asking: a text field that is not shown; it serves nothing else.
+        triggers: events after which the gauge must be drawn, also the `then` of an event.
+        asking: a hidden text field that serves nothing else.
         draw: `draw(*values of inputs) -> values of outputs`.
         quiet: further arguments of Gradio's events.
     """
@@ -138,5 +139,5 @@ def draw_in_order(
         trigger(None, None, asking, js=ask_for_drawing(), **quiet)
     drawn = asking.change(
         draw, list(inputs), list(outputs), trigger_mode="multiple", **quiet)
-    # After a failed drawing as well.
+    # `then` runs after a failed drawing as well.
     drawn.then(None, None, asking, js=drawing_arrived(), **quiet)

@@ -1,7 +1,7 @@
-"""What happens before server.py runs: waiting for the web UI's modules, and no more.
+"""What happens before server.py runs: wait for the web UI's modules, and nothing else.
 
-Run from the environment's site-packages in every process that is about to run server.py, so
-only what waiting needs is imported here.
+The start hook runs this in every process that is about to run server.py, so this module imports
+only what waiting needs.
 """
 
 from __future__ import annotations
@@ -14,16 +14,24 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from .host import OPTION_DEFAULTS, say
-from .watch import watcher
+from .contract import OPTION_DEFAULTS, say
+from .patching import watcher
 
-# Whichever of these is complete last has what the web UI loads `--model` with. Some import
-# `modules.models` on their way: up to v4.0 `modules.ui`, since then `modules.text_generation`.
+# When the last of these has been imported, everything that registration touches exists. Some
+# of them import `modules.models` themselves: up to v4.0 `modules.ui`, later
+# `modules.text_generation`.
 _AWAITED = ("modules.models", "modules.ui", "modules.text_generation")
+
+_FLAG_HELP = {
+    "cache_8bit": "Store the KV cache in 8 bits.",
+    "cache_4bit": "Store the KV cache in 4 bits.",
+    "alpha_value": "NTK RoPE factor that extends the context.",
+    "compress_pos_emb": "Factor that positions are divided by to extend the context.",
+}
 
 
 def start() -> None:
-    """Have the loader registered as soon as the web UI can, which is before `--model` loads."""
+    """Register the loaders as soon as the web UI allows it, which is before `--model` loads."""
     watcher.around["modules.shared"] = command_line_flags
     for name in _AWAITED:
         watcher.after[name] = _register
@@ -31,19 +39,19 @@ def start() -> None:
 
 
 def _register(_: ModuleType) -> None:
-    """Register once all that registration touches is complete."""
+    """Register as soon as all that registration touches has been imported."""
     if "modules.models" in sys.modules and not any(map(watcher.is_initializing, _AWAITED)):
         try:
             importlib.import_module(".registration", __package__).register()
         except Exception as error:
-            # The other modules would find the same.
+            # After the other modules the error would be the same.
             watcher.after.clear()
-            say(f"the loader stays out of this web UI: {type(error).__name__}: {error}")
+            say(f"the loader was not added to this web UI: {type(error).__name__}: {error}")
 
 
 @contextmanager
 def command_line_flags() -> Iterator[None]:
-    """Give the web UI's parser our flags while its options are read."""
+    """Add our flags to the web UI's parser while it reads its command line."""
     original = argparse.ArgumentParser.parse_args
 
     def parse_args(self: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
@@ -58,7 +66,7 @@ def command_line_flags() -> Iterator[None]:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add our options, as flags with dashes or underscores, to the web UI's parser."""
+    """Add our options to the web UI's parser, as flags with dashes and with underscores."""
     taken = parser._option_string_actions
     if "--loader" not in taken:
         return
@@ -68,6 +76,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         if any(flag in taken for flag in flags):
             continue
         if default is False:
-            group.add_argument(*flags, action="store_true", help="Bits of the KV cache.")
+            group.add_argument(*flags, action="store_true", help=_FLAG_HELP[name])
         else:
-            group.add_argument(*flags, type=float, default=default, help="Stretches RoPE.")
+            group.add_argument(*flags, type=float, default=default, help=_FLAG_HELP[name])

@@ -1,67 +1,61 @@
-"""Registers the loaders with text-generation-webui: the one place that touches its modules.
+"""Registers the loaders with text-generation-webui.
 
-All or nothing: what the web UI must have is looked for first, and whatever fails takes back
-what was done before it. The web UI then runs as if the plugin were not there, and one line in
-its log says why. Registering again, as every restart of the page does, changes nothing.
+All or nothing: first everything that the web UI must have is looked for, and if a step fails,
+the steps before it are taken back. The web UI then runs as if the plugin were not installed, and
+one line in its log says why. Registering again, as every restart of the page does, changes
+nothing. docs/webui.md has the order in which all this happens.
 """
 
 from __future__ import annotations
 
-import functools
+import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from exl_loader.utils.errors import ExlLoaderError
+from exl_loader import ExlLoaderError
+from exl_loader.checkpoint import is_quantised
 
-from ..panel import panel
+from ..panel import loads, panel
 from . import (
-    api_errors,
-    dispatch,
-    hf_requests,
-    host,
-    host_loaders,
-    host_panel,
-    load_errors,
+    api,
+    contract,
     loading,
-    notices,
+    model_tab,
+    options,
+    patching,
     problems,
-    recognise,
-    tables,
+    text_generation,
 )
-from .host import CHAT_STOPS, LOADERS, ROPE_OPTIONS, HostDiffers, Patches, say
-from .saved_settings import with_current_values
-from .watch import watcher
-
-# The loaders that the API asks for log probabilities and hands biases to.
-_NATIVE_GATE = ("llama.cpp", "ExLlamav3")
+from .contract import LOADERS, ROPE_OPTIONS, WebuiDiffers, say
+from .patching import Patches, watcher
 
 _patches = Patches()
 _registered: bool | None = None
 
 
 def register() -> bool:
-    """Add the loaders to the web UI, now and in what it imports later.
+    """Add the loaders to the web UI, to its modules of now and to those it imports later.
 
     Returns:
-        whether they are there; where not, one line in the log has said why.
+        whether they were added; if not, one line in the log has said why.
     """
     global _registered
     if _registered is not None:
         return _registered
     try:
-        host.check()
-        tables.add_loaders(_patches)
-        notices.write_to_host_log(_patches)
+        contract.check()
+        options.add_loaders(_patches)
+        _log_warnings()
         _extend_functions()
         _watch_later_modules()
         _registered = True
     except Exception as error:
         _patches.undo()
         watcher.stop()
-        kind = "" if isinstance(error, HostDiffers) else f"{type(error).__name__}: "
-        say(f"the loader stays out of this web UI: {kind}{error}")
+        kind = "" if isinstance(error, WebuiDiffers) else f"{type(error).__name__}: "
+        say(f"the loader was not added to this web UI: {kind}{error}")
         _registered = False
     return _registered
 
@@ -76,15 +70,35 @@ def unregister() -> None:
     _registered = None
 
 
+class _WebuiLog(logging.Handler):
+    """Writes records into the web UI's log, under the plugin's name."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        is_error = record.levelno >= logging.ERROR
+        say(record.getMessage(), level="error" if is_error else "warning")
+
+
+def _log_warnings() -> None:
+    """Write the engine's warnings into the web UI's log; without a handler Python prints them."""
+    handler, logger = _WebuiLog(logging.WARNING), loads.logger
+    logger.addHandler(handler)
+    _patches.later(lambda: logger.removeHandler(handler))
+    _patches.set(logger, "propagate", False)
+    # The web UI sets other loggers to errors only.
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    _patches.later(lambda: logger.setLevel(level))
+
+
 def _extend_functions() -> None:
-    models = host.module("modules.models")
-    shared = host.module("modules.shared")
-    settings = host.module("modules.models_settings")
+    models = contract.module("modules.models")
+    shared = contract.module("modules.shared")
+    settings = contract.module("modules.models_settings")
     names = {name: f"_exl_loader_{name}" for name in LOADERS}
-    functions = (host_loaders.load_native, host_loaders.load_hf)
+    functions = (loading.load_native, loading.load_hf)
     for name, function in zip(LOADERS, functions, strict=True):
         _patches.set(models, names[name], function)
-    dispatch.add_dict_entries(_patches, models.load_model, "load_func_map", names)
+    patching.add_dict_entries(_patches, models.load_model, "load_func_map", names)
     _patches.replace(settings.infer_loader, _infer_loader(settings.infer_loader))
     _patches.replace(shared.fix_loader_name, _fix_loader_name(shared.fix_loader_name))
     if not shared.args.loader and shared.original_args.loader:
@@ -92,10 +106,10 @@ def _extend_functions() -> None:
     _keep_cache_flags(shared)
     metadata = getattr(settings, "get_model_metadata", None)
     if metadata is not None:
-        _patches.replace(metadata, load_errors.naming_the_file(metadata))
+        _patches.replace(metadata, problems.naming_the_file(metadata))
     _patches.replace(shared.load_user_config, _load_user_config(shared.load_user_config))
     if isinstance(getattr(shared, "user_config", None), dict):
-        with_current_values(shared.user_config)
+        options.with_current_values(shared.user_config)
     apply = getattr(settings, "apply_model_settings_to_state", None)
     if apply is not None:
         _patches.replace(apply, _apply_model_settings(apply))
@@ -105,14 +119,14 @@ def _extend_functions() -> None:
 
 
 def _keep_cache_flags(shared: Any) -> None:
-    """Let `--cache-8bit` outweigh a cache type that was saved for the model, as any flag does."""
+    """Let `--cache-8bit` override a cache type saved for the model, as other flags do."""
     provided = getattr(shared, "provided_arguments", None)
     names = panel.Toggles._fields
     if not isinstance(provided, list) or not any(name in provided for name in names):
         return
     args = shared.args
     for name, value in loading.toggles_of(args)._asdict().items():
-        # The web UI's own type keeps its spelling.
+        # A cache type that is not the default keeps the web UI's spelling.
         if name != "cache_type" or args.cache_type == panel.DEFAULT_CACHE_TYPE:
             _patches.set(args, name, value)
     missing = [name for name in names if name not in provided]
@@ -122,8 +136,8 @@ def _keep_cache_flags(shared: Any) -> None:
 def _infer_loader(original: Callable[..., Any]) -> Callable[..., Any]:
     def infer_loader(model_name: str, *args: Any, **kwargs: Any) -> Any:
         loader = original(model_name, *args, **kwargs)
-        # Without this the web UI hands EXL2 weights to Transformers, which makes up its own.
-        if loader == "Transformers" and recognise.is_quantised(host.model_path(model_name)):
+        # Otherwise Transformers loads an EXL2 folder, silently and with random weights.
+        if loader == "Transformers" and is_quantised(contract.model_path(model_name)):
             return LOADERS[0]
         return loader
 
@@ -132,28 +146,28 @@ def _infer_loader(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _fix_loader_name(original: Callable[..., Any]) -> Callable[..., Any]:
     def fix_loader_name(name: str | None) -> Any:
-        return (recognise.loader_name(name) if name else None) or original(name)
+        return (contract.loader_name(name) if name else None) or original(name)
 
     return fix_loader_name
 
 
 def _load_user_config(original: Callable[[], Any]) -> Callable[[], Any]:
     def load_user_config() -> Any:
-        return with_current_values(original())
+        return options.with_current_values(original())
 
     return load_user_config
 
 
 def _apply_model_settings(original: Callable[..., Any]) -> Callable[..., Any]:
     def apply_model_settings_to_state(model: str, state: dict[str, Any]) -> Any:
-        """Show a model that is loaded as it was loaded; the page takes its options from here."""
-        # What one model's text is stretched by is no other's.
-        asked = host.module("modules.shared").original_args
+        """Show a loaded model as it was loaded; the page takes its options from here."""
+        # RoPE scaling chosen for one model must not stay for the next.
+        asked = contract.module("modules.shared").original_args
         state.update({name: getattr(asked, name) for name in ROPE_OPTIONS if name in state})
         try:
             state = original(model, state)
         except ExlLoaderError as error:
-            # The fields stay as they are; the gauge says the same of the folder.
+            # The fields keep their values; the gauge shows the same error.
             problems.notice(str(error))
         found = loading.page_values(model)
         state.update({name: value for name, value in found.items() if name in state})
@@ -163,129 +177,37 @@ def _apply_model_settings(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _watch_later_modules() -> None:
-    later: dict[str, Callable[[ModuleType], None]] = {
-        "modules.text_generation": _extend_generation,
+    """Extend modules that the web UI imports after registration, and those already there."""
+    later: dict[str, Callable[[Patches, ModuleType], None]] = {
+        "modules.text_generation": text_generation.extend,
         "modules.LoRA": _explain_lora,
-        "modules.ui_model_menu": lambda module: host_panel.extend_menu(_patches, module),
-        "modules.logits": _extend_logits,
-        "modules.chat": _extend_chat,
-        "modules.transformers_loader": _keep_logprobs,
+        "modules.ui_model_menu": model_tab.extend,
+        "modules.logits": text_generation.extend_logits,
+        "modules.chat": text_generation.extend_chat,
+        "modules.transformers_loader": api.keep_logprobs,
     }
     for package in ("modules.api", "extensions.openai"):
         later |= {
-            f"{package}.completions": _extend_completions,
-            f"{package}.models": lambda module: api_errors.extend_models(_patches, module),
-            f"{package}.script": lambda module: api_errors.extend_script(_patches, module),
+            f"{package}.completions": api.extend_completions,
+            f"{package}.models": api.extend_models,
+            f"{package}.script": api.extend_script,
         }
     for name, extend in later.items():
         found = sys.modules.get(name)
-        watcher.after[name] = extend
+        watcher.after[name] = lambda module, extend=extend: extend(_patches, module)
         if found is not None:
             if watcher.is_initializing(name):
-                raise HostDiffers(f"{name} is imported in an order that is new")
+                raise WebuiDiffers(f"it imports {name} in an order that is not known")
             watcher.call(name, found)
     watcher.start()
 
 
-def _extend_generation(module: ModuleType) -> None:
-    """Have errors of `ExLlamav2_HF` reported, a chat's stopping strings handed to `ExLlamav2`,
-    and idle reloads guarded where they are local."""
-    with_hf = module.generate_reply_HF
-
-    def generate_reply_HF(*args: Any, **kwargs: Any) -> Iterator[Any]:
-        model = host.module("modules.shared").model
-        if not hasattr(model, "take_error"):
-            yield from with_hf(*args, **kwargs)
-            return
-        try:
-            yield from with_hf(*args, **kwargs)
-        except Exception as error:
-            named = hf_requests.named_error(error)
-            problems.report(named)
-            if named is error:
-                raise
-            raise named from error
-        if getattr(model, "ended_by_length", False):
-            problems.note_ending("length")
-        for line in getattr(model, "take_notices", list)():
-            problems.notice(line)
-        error = model.take_error()
-        if error is not None:
-            problems.report(hf_requests.named_error(error))
-
-    _patches.replace(with_hf, generate_reply_HF)
-    _hand_over_stops(module)
-    hf_requests.extend_lengths(_patches, module)
-    # The API counts a prompt's tokens before it asks for an answer.
-    _reload_before(module.generate_reply, module.encode, module.decode)
-
-
-def _hand_over_stops(module: ModuleType) -> None:
-    """Put the stopping strings of a chat, which models are not told of, into the state.
-
-    The web UI looks for them in the text that is shown; a control token never stands there.
-    """
-    original = getattr(module, "generate_reply_custom", None)
-    if original is None:
-        return
-
-    def generate_reply_custom(
-        question: str, original_question: str, state: dict[str, Any],
-        stopping_strings: Any = None, **options: Any,
-    ) -> Iterator[Any]:
-        state = state | {CHAT_STOPS: stopping_strings}
-        return original(question, original_question, state, stopping_strings, **options)
-
-    _patches.replace(original, generate_reply_custom)
-
-
-def _extend_logits(module: ModuleType) -> None:
-    _reload_before(module.get_next_logits)
-
-
-def _reload_before(*functions: Callable[..., Any]) -> None:
-    """Have an idle model of ours loaded again, as it was, by whoever needs it first (v4.2)."""
-    if hasattr(host.module("modules.models"), "load_model_if_idle_unloaded"):
-        return
-    for function in functions:
-        _patches.replace(function, _reloading(function))
-
-
-def _reloading(function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def reloading(*args: Any, **kwargs: Any) -> Any:
-        loading.reload_idle(_reload)
-        return function(*args, **kwargs)
-
-    return reloading
-
-
-def _extend_chat(module: ModuleType) -> None:
-    """Let the page count the tokens of its own answer while it is written (v4.8 and later)."""
-    original = getattr(module, "update_token_display_from_state", None)
-    if original is None:
-        return
-
-    def update_token_display_from_state(*args: Any, **kwargs: Any) -> Any:
-        model = host.module("modules.shared").model
-        if hasattr(model, "read_as_page"):
-            model.read_as_page()
-        return original(*args, **kwargs)
-
-    _patches.replace(original, update_token_display_from_state)
-
-
-def _reload() -> None:
-    shared = host.module("modules.shared")
-    if loading.idle_load() is not None:
-        shared.model, shared.tokenizer = host.module("modules.models").load_model(shared.model_name)
-
-
-def _explain_lora(module: ModuleType) -> None:
+def _explain_lora(patches: Patches, module: ModuleType) -> None:
+    """Refuse LoRAs for our models with a reason; PEFT would fail with a message about itself."""
     original = module.add_lora_transformers
 
     def add_lora_transformers(lora_names: list[str]) -> None:
-        shared = host.module("modules.shared")
+        shared = contract.module("modules.shared")
         model = shared.model
         if getattr(model, "loaded", None) is None or model.loaded is not loading.current():
             original(lora_names)
@@ -294,24 +216,9 @@ def _explain_lora(module: ModuleType) -> None:
             return
         message = f"{shared.args.loader} does not support LoRAs yet; none was applied"
         if shared.generation_lock is None:
-            # `--lora`: the web UI is not up yet, and would not come up.
+            # `--lora`: the web UI is still starting, and an error would end it.
             say(message, level="error")
             return
         raise NotImplementedError(message)
 
-    _patches.replace(original, add_lora_transformers)
-
-
-def _extend_completions(module: ModuleType) -> None:
-    """Have the API ask our loader for log probabilities, hand it biases, and tell its errors.
-
-    It asks loaders by name since v4.1.
-    """
-    dispatch.extend_constant(_patches, module, _NATIVE_GATE, (*_NATIVE_GATE, LOADERS[0]))
-    api_errors.extend_completions(_patches, module)
-
-
-def _keep_logprobs(module: ModuleType) -> None:
-    """Let log probabilities survive the copy that the web UI makes of a request (v4.0)."""
-    processor = module.LogprobProcessor
-    _patches.set(processor, "__deepcopy__", lambda self, memo: self)
+    patches.replace(original, add_lora_transformers)

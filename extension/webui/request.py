@@ -1,4 +1,4 @@
-"""A request of the web UI as this engine's settings, and the wish to stop it."""
+"""A request of the web UI: its prompt, its settings, and whether it should stop."""
 
 from __future__ import annotations
 
@@ -7,47 +7,49 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from exl_loader.generation.generator import Generation
-from exl_loader.generation.settings import SamplingSettings, biases
+from exl_loader import SamplingSettings
+from exl_loader.generation.settings import biases
 from exl_loader.utils.setting_values import invalid, plain
 
-from . import host, problems
+from . import contract, problems
 
 if TYPE_CHECKING:
     import torch
 
-    from exl_loader.engine import LoadedModel
+    from exl_loader import LoadedModel
+    from exl_loader.generation.generator import Generation
 
-# Settings that the web UI works out itself, or that are not a sampler's.
+# Settings that the web UI computes itself, or that do not belong to a sampler.
 _NOT_COPIED = frozenset({"max_new_tokens", "stop_strings", "stop_token_ids", "logit_bias",
                          "json_schema", "logprobs"})
 
-# Tokens of an answer where the web UI names none.
+# Length of an answer, in tokens, if the web UI names none.
 DEFAULT_NEW_TOKENS = 512
 
 SAMPLERS = frozenset(field.name for field in fields(SamplingSettings)) - _NOT_COPIED
 
 
 def prompt_ids(tokenizer: Any, prompt: str, state: Mapping[str, Any], ctx_size: int) -> list[int]:
-    """Encode a prompt, and keep its end where it is too long.
+    """Encode a prompt, and keep only its end if it is too long.
 
-    With `add_bos_token` ticked one BOS token comes first where the model has one, else none is
-    added to what a template wrote. It stays where the prompt is cut; see `PromptRoom`.
+    With `add_bos_token` the ids begin with one BOS token if the model has one; without it none
+    is added to what a template wrote. The BOS token stays when the prompt is cut; see
+    `PromptRoom`.
 
     Raises:
-        InvalidSettings: `truncation_length` or `max_new_tokens` makes no sense.
+        InvalidSettings: `truncation_length` or `max_new_tokens` is not a valid number.
     """
-    room = PromptRoom.of_request(state, ctx_size)
+    room = PromptRoom.from_request(state, ctx_size)
     ids = tokenizer.prompt_ids(prompt, add_bos=bool(state.get("add_bos_token", True)))
     return room.cut(ids, tokenizer)
 
 
 class PromptRoom(int):
-    """Tokens that are kept of a prompt which does not fit into the context.
+    """The number of tokens kept of a prompt that does not fit into the context.
 
-    That is the web UI's rule, `truncation_length` minus `max_new_tokens`, but at least a quarter
+    It is the web UI's rule, `truncation_length` minus `max_new_tokens`, but at least a quarter
     of the context: an answer as long as the context would leave nothing of the question. A
-    prompt that fits is kept whole, and the answer has what is left.
+    prompt that fits is kept whole, and the answer gets what is left.
 
     Attributes:
         length: tokens that prompt and answer may have together.
@@ -56,11 +58,11 @@ class PromptRoom(int):
     length: int
 
     @classmethod
-    def of_request(cls, state: Mapping[str, Any], ctx_size: int) -> PromptRoom:
-        """Read a request's room.
+    def from_request(cls, state: Mapping[str, Any], ctx_size: int) -> PromptRoom:
+        """Compute the number from a request.
 
         Raises:
-            InvalidSettings: `truncation_length` or `max_new_tokens` makes no sense.
+            InvalidSettings: `truncation_length` or `max_new_tokens` is not a valid number.
         """
         length = context_length(state, ctx_size)
         kept = max(length - new_tokens_asked(state), length // 4, 1)
@@ -69,13 +71,13 @@ class PromptRoom(int):
         return room
 
     def cut(self, ids: list[int], tokenizer: Any) -> list[int]:
-        """Return a prompt's ids, cut from the left where they do not fit, and say so."""
+        """Return a prompt's ids, cut from the left if they do not fit, and tell the user so."""
         if len(ids) < self.length:
             return ids
         kept = list(tokenizer.cut_left(ids, int(self)))
         problems.notice(
             f"the prompt of {len(ids):,} tokens does not fit into the context of "
-            f"{self.length:,}: its last {len(kept):,} tokens were kept"
+            f"{self.length:,} tokens; only its last {len(kept):,} tokens were kept"
         )
         return kept
 
@@ -84,7 +86,7 @@ def context_length(state: Mapping[str, Any], ctx_size: int) -> int:
     """Return the tokens that prompt and answer may have together.
 
     Raises:
-        InvalidSettings: `truncation_length` is no whole number of at least 0.
+        InvalidSettings: `truncation_length` is not a whole number of at least 0.
     """
     asked = whole_number("truncation_length", state.get("truncation_length"))
     return min(asked or ctx_size, ctx_size)
@@ -94,16 +96,16 @@ def new_tokens_asked(state: Mapping[str, Any]) -> int:
     """Return the `max_new_tokens` of a request.
 
     Raises:
-        InvalidSettings: it is no whole number of at least 0.
+        InvalidSettings: it is not a whole number of at least 0.
     """
     return whole_number("max_new_tokens", state.get("max_new_tokens")) or DEFAULT_NEW_TOKENS
 
 
 def whole_number(name: str, value: Any) -> int:
-    """Read a number that a page or the API may have left out, or written as text; 0 for none.
+    """Read a number that may be missing or written as text; 0 if it is missing.
 
     Raises:
-        InvalidSettings: it is no whole number of at least 0.
+        InvalidSettings: it is not a whole number of at least 0.
     """
     if value is None or value == "":
         return 0
@@ -119,11 +121,11 @@ def whole_number(name: str, value: Any) -> int:
 def settings(state: Mapping[str, Any], prompt_len: int, ctx_size: int) -> dict[str, Any]:
     """Read the settings of a request from the web UI's state.
 
-    What the loader does not list among its samplers is left out: the page hides those, and
-    whatever value they kept is not meant for this model.
+    Samplers that the loader does not list are left out: the page hides them, and the values
+    they still have are not meant for this model.
     """
     chosen = {name: state[name] for name in SAMPLERS if state.get(name) is not None}
-    # The web UI takes 0 and anything below for the whole text.
+    # In the web UI 0 and negative numbers mean the whole text.
     chosen["repetition_penalty_range"] = _at_least_0(chosen.get("repetition_penalty_range", 0))
     chosen["max_new_tokens"] = new_tokens(state, prompt_len, ctx_size)
     if state.get("logit_bias"):
@@ -134,30 +136,30 @@ def settings(state: Mapping[str, Any], prompt_len: int, ctx_size: int) -> dict[s
 
 
 def _at_least_0(value: Any) -> Any:
-    """Return 0 for a negative number; what is none stays as it is, for the engine to refuse."""
+    """Return 0 for a negative number; other values stay, so that the engine can refuse them."""
     value = plain(value)
     return 0 if isinstance(value, (int, float)) and value < 0 else value
 
 
 def stop_strings(state: Mapping[str, Any]) -> list[str]:
-    """Return what ends an answer: the page's custom stopping strings and the chat's own.
+    """Return the strings that end an answer: the chat's own and the page's custom ones.
 
-    The web UI looks for them in the text that is shown, where special tokens are left out; the
-    engine finds them there and in the special tokens, before they are shown.
+    The web UI looks for them in the text that is shown, without special tokens. The engine
+    looks for them in special tokens as well, before they are shown.
 
     Raises:
-        InvalidSettings: `custom_stopping_strings` are no texts in quotes with commas between.
+        InvalidSettings: `custom_stopping_strings` is not a list of quoted texts.
     """
     found: list[str] = []
-    for name in (host.CHAT_STOPS, "custom_stopping_strings"):
+    for name in (contract.CHAT_STOPS, "custom_stopping_strings"):
         value = state.get(name) or []
         if isinstance(value, str):
             try:
-                # As the web UI reads its field.
+                # The same way the web UI reads this field.
                 value = ast.literal_eval(f"[{value}]")
             except (ValueError, SyntaxError, MemoryError, RecursionError):
                 raise invalid(
-                    name, "texts in quotes with commas between them", value
+                    name, "texts in quotes, separated by commas", value
                 ) from None
         if not isinstance(value, (list, tuple)) or not all(isinstance(t, str) for t in value):
             raise invalid(name, "a list of texts", value)
@@ -166,10 +168,10 @@ def stop_strings(state: Mapping[str, Any]) -> list[str]:
 
 
 def new_tokens(state: Mapping[str, Any], prompt_len: int, ctx_size: int) -> int:
-    """Return how many tokens an answer may have, and say where it is fewer than were asked for.
+    """Return how many tokens an answer may have; fewer than were asked for are reported.
 
     Raises:
-        InvalidSettings: `truncation_length` or `max_new_tokens` makes no sense.
+        InvalidSettings: `truncation_length` or `max_new_tokens` is not a valid number.
     """
     left = max(1, context_length(state, ctx_size) - prompt_len)
     asked = new_tokens_asked(state)
@@ -181,22 +183,22 @@ def new_tokens(state: Mapping[str, Any], prompt_len: int, ctx_size: int) -> int:
 
 
 def shortened(asked: int, left: int, prompt_len: int) -> str:
-    """Say that the context has less room for an answer than was asked for."""
+    """Return the message that the context has less room for an answer than was asked for."""
     return (
-        f"behind the prompt of {prompt_len:,} tokens the context has room for {left:,} new "
-        f"tokens of the {asked:,} asked for"
+        f"after the prompt of {prompt_len:,} tokens the context has room for only {left:,} of the "
+        f"{asked:,} new tokens asked for"
     )
 
 
 def take_processors(state: Mapping[str, Any], chosen: dict[str, Any]) -> list[Any]:
-    """Read the API's wishes where they come as transformers' logits processors (v4.0).
+    """Read biases and log probabilities from transformers' logits processors (v4.0).
 
     Args:
         state: of the request.
-        chosen: settings to complete with biases and log probabilities.
+        chosen: the settings to add them to.
 
     Returns:
-        the processors that want to be told the log probabilities.
+        the processors that expect to be told the log probabilities.
     """
     listeners = []
     for processor in state.get("logits_processor") or ():
@@ -209,11 +211,11 @@ def take_processors(state: Mapping[str, Any], chosen: dict[str, Any]) -> list[An
 
 
 def without_padding(logits: torch.Tensor, loaded: LoadedModel) -> torch.Tensor:
-    """Rule out ids that stand for nothing: many models pad their vocabulary.
+    """Set the logits of ids without a token to -inf: many models pad their vocabulary.
 
     Args:
         logits: float32 [..., vocab_size], changed in place.
-        loaded: whose tokenizer knows where the padding begins.
+        loaded: the model; its tokenizer knows where the padding begins.
     """
     if loaded.has_tokenizer:
         logits[..., loaded.tokenizer.vocab_size :] = float("-inf")
@@ -221,21 +223,21 @@ def without_padding(logits: torch.Tensor, loaded: LoadedModel) -> torch.Tensor:
 
 
 class StopWatch:
-    """Ends a generation when the web UI wants it ended, in the midst of a prompt too.
+    """Ends a generation when the web UI asks for it, even while the prompt is read.
 
-    It is the generation's progress as well: a prompt's chunks are its ticks.
+    It is the generation's progress as well, so it is called after each chunk of the prompt.
 
     Args:
-        state: of the request; its `stop_event` is its own, the web UI's flag is everybody's.
+        state: of the request. Its `stop_event` stops this request, the web UI's flag all.
     """
 
     def __init__(self, state: Mapping[str, Any]) -> None:
         self._event = state.get("stop_event")
-        self._shared = host.module("modules.shared")
+        self._shared = contract.module("modules.shared")
         self.generation: Generation[Any] | None = None
 
     def wanted(self) -> bool:
-        """Whether to stop."""
+        """Return whether to stop."""
         return bool(self._shared.stop_everything or (self._event and self._event.is_set()))
 
     def start(self, task: str, total: int | None, unit: str) -> None:

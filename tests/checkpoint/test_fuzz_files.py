@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from exl_loader.checkpoint import Checkpoint
+from exl_loader.checkpoint import Checkpoint, is_quantised
 from exl_loader.checkpoint.config import ModelConfig
 from exl_loader.checkpoint.safetensors_header import read_header
 from exl_loader.commands.model_options import read_text
@@ -22,7 +22,6 @@ from exl_loader.convert.calibration import calibration_text
 from exl_loader.memory.reservation import plan
 from exl_loader.text.tokenizer import Tokenizer
 from exl_loader.utils.errors import ExlLoaderError, InvalidTokenizer, ModelNotFound
-from extension.webui.recognise import is_quantised
 from support.makers import write_quantized_model
 from support.special_files import SPECIAL_FILES
 from support.tiny import write_tiny_model

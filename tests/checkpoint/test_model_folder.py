@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from exl_loader import load, plan
 from exl_loader.checkpoint import Checkpoint, is_quantised
 from exl_loader.utils.errors import ExlLoaderError, InvalidCheckpoint
-from extension.webui import recognise
 from support.makers import write_quantized_model
 from support.tiny import write_tiny_model
 
@@ -251,7 +250,7 @@ def test_engine_and_web_ui_agree_what_a_folder_is(tmp_path, make, ours):
         format = plan(folder, ctx_size=256).format
     except ExlLoaderError:
         format = "refused"
-    assert recognise.is_quantised(folder) == ours == (format in ("exl2", "gptq"))
+    assert is_quantised(folder) == ours == (format in ("exl2", "gptq"))
 
 
 def rotated(folder):
@@ -298,8 +297,8 @@ def test_what_is_no_folder_of_weights_is_not_ours(tmp_path):
 def test_telling_what_a_folder_is_imports_no_pytorch(tmp_path):
     folder = exl2(tmp_path / "m")
     code = (
-        "import sys; from extension.webui import recognise; from pathlib import Path; "
-        f"assert recognise.is_quantised(Path({str(folder)!r})); assert 'torch' not in sys.modules"
+        "import sys; from exl_loader.checkpoint import is_quantised; from pathlib import Path; "
+        f"assert is_quantised(Path({str(folder)!r})); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

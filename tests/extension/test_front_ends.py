@@ -22,8 +22,8 @@ from extension.page.session import Session
 from extension.panel.panel import LoadOptions
 from extension.webui import loading, registration
 from support import REPO
-from support.host_server import DEMO, MARKS, PROMPT, Server
-from support.webui_double import write_host
+from support.webui_double import write_webui
+from support.webui_server import DEMO, MARKS, PROMPT, Server
 
 TOKENS = 40
 CTX_SIZE = 768
@@ -31,7 +31,7 @@ SETTINGS = {"temperature": 0, "max_new_tokens": TOKENS, "ban_eos_token": True}
 
 pytestmark = pytest.mark.skipif(not (DEMO / "config.json").is_file(), reason="no demo model")
 
-needs_host = MARKS[2]
+needs_webui = MARKS[2]
 
 
 class Answer(NamedTuple):
@@ -80,7 +80,7 @@ def of_command_line(cache_type: str) -> tuple[Answer, int]:
 
 def of_double(cache_type: str, root: Path, monkeypatch) -> list[tuple[Answer, Reservation]]:
     """Both loaders, called as the web UI calls them."""
-    write_host(root)
+    write_webui(root)
     monkeypatch.chdir(root)
     monkeypatch.syspath_prepend(str(root))
     monkeypatch.setattr(sys, "argv", ["server.py", "--model-dir", str(DEMO.parent)])
@@ -100,7 +100,7 @@ def of_double(cache_type: str, root: Path, monkeypatch) -> list[tuple[Answer, Re
 
 @pytest.fixture
 def double(tmp_path, monkeypatch, cache_type):
-    yield of_double(cache_type, tmp_path / "host", monkeypatch)
+    yield of_double(cache_type, tmp_path / "webui", monkeypatch)
     registration.unregister()
     for name in [n for n in sys.modules if n == "modules" or n.startswith("modules.")]:
         del sys.modules[name]
@@ -125,7 +125,7 @@ def ask_hf(model) -> tuple[str, list[int]]:
     return "".join(map(stream.push, new_ids)) + stream.flush(), new_ids
 
 
-def test_all_four_write_the_same_tokens_and_reserve_the_same(double, cache_type):
+def test_all_four_front_ends_generate_the_same_tokens_and_reserve_the_same(double, cache_type):
     pytest.importorskip("transformers")
     (native, native_plan), (hf, hf_plan) = double
     session, session_plan = of_session(cache_type)
@@ -144,9 +144,9 @@ def test_all_four_write_the_same_tokens_and_reserve_the_same(double, cache_type)
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@needs_host
-def test_the_real_web_ui_agrees_as_well(webui, host_models):
-    with Server(webui, host_models) as server:
+@needs_webui
+def test_the_real_web_ui_agrees_as_well(webui, webui_models):
+    with Server(webui, webui_models) as server:
         for cache_type in ("fp16", "q8", "q4"):
             expected = of_session(cache_type)[0]
             for loader in ("ExLlamav2", "ExLlamav2_HF"):
@@ -156,6 +156,6 @@ def test_the_real_web_ui_agrees_as_well(webui, host_models):
                 assert Answer(text, server.reserved_bytes()[-1]) == expected._replace(
                     token_ids=None)
                 planned = exl_loader.plan(
-                    host_models / "demo", ctx_size=CTX_SIZE, cache_type=cache_type
+                    webui_models / "demo", ctx_size=CTX_SIZE, cache_type=cache_type
                 )
                 assert server.reserved_bytes()[-1] == planned.total_bytes

@@ -1,4 +1,4 @@
-"""Odd values in a page's fields, a host's state and saved settings: typed errors, or readings."""
+"""Odd values in fields of a page, in the web UI's state and in saved settings."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import exl_loader
 from exl_loader.generation.settings import SamplingSettings
 from exl_loader.text.tokenizer import Tokenizer
 from exl_loader.utils.errors import ExlLoaderError, InvalidSettings
-from extension.install import place, saved
-from extension.install.host import check_folder
-from extension.install.problems import InstallError
+from extension.install import plugin_files, saved_settings
+from extension.install.environment import InstallError, check_folder
 from extension.panel.panel import LoadOptions, plan_html, reserve
-from extension.webui import recognise, request
-from extension.webui.saved_settings import with_current_values
+from extension.webui import contract, request
+from extension.webui.options import with_current_values
 from support.odd_values import odd_values
 from support.special_files import SPECIAL_FILES
 from support.tiny import write_tiny_model
@@ -91,7 +90,7 @@ def test_an_odd_value_in_saved_settings(name, capsys):
 def test_odd_saved_settings_and_names():
     for value in odd_values():
         assert with_current_values(value) is value
-        assert recognise.loader_name(value) is None
+        assert contract.loader_name(value) is None
 
 
 # Files of the web UI
@@ -110,18 +109,18 @@ def webui_folder(tmp_path):
 @pytest.mark.parametrize("kind", SPECIAL_FILES)
 def test_special_files_in_a_web_ui(webui_folder, kind):
     make = SPECIAL_FILES[kind]
-    path = webui_folder / "user_data" / "models" / saved.CONFIG
+    path = webui_folder / "user_data" / "models" / saved_settings.CONFIG
     make(path)
-    assert saved.config_files(webui_folder) == [path]
-    for read in (saved.entries, saved.remove_entries):
-        with pytest.raises(ExlLoaderError, match=saved.CONFIG):
+    assert saved_settings.config_files(webui_folder) == [path]
+    for read in (saved_settings.entries, saved_settings.remove_entries):
+        with pytest.raises(ExlLoaderError, match=saved_settings.CONFIG):
             read(path)
     make(webui_folder / "user_data" / "CMD_FLAGS.txt")
-    assert saved.named_flags(webui_folder) == {}
-    make(webui_folder / place.RECORD)
-    assert place.read_record(webui_folder) == {}
-    make(webui_folder / place.START)
-    assert not place.hook_is_current(webui_folder)
+    assert saved_settings.named_flags(webui_folder) == {}
+    make(webui_folder / plugin_files.RECORD)
+    assert plugin_files.read_record(webui_folder) == {}
+    make(webui_folder / plugin_files.START)
+    assert not plugin_files.hook_is_current(webui_folder)
     (webui_folder / "modules" / "loaders.py").unlink()
     make(webui_folder / "modules" / "loaders.py")
     with pytest.raises(InstallError):
@@ -132,11 +131,11 @@ def test_special_files_in_a_web_ui(webui_folder, kind):
     "", "{", "[1]", '{"packages": 5}', '{"packages": "numpy"}', '{"packages": [5]}',
     '{"packages": {"a": 1}}', "9" * 5000, "[" * 100_000, "\x00",
 ])
-def test_a_damaged_record_of_what_was_installed_is_none(tmp_path, text):
-    (tmp_path / place.RECORD).write_text(text)
-    assert place.read_record(tmp_path) == {}
-    place.write_record(tmp_path, {"packages": ["jinja2"]})
-    assert place.read_record(tmp_path) == {"packages": ["jinja2"]}
+def test_a_damaged_record_of_installed_packages_counts_as_none(tmp_path, text):
+    (tmp_path / plugin_files.RECORD).write_text(text)
+    assert plugin_files.read_record(tmp_path) == {}
+    plugin_files.write_record(tmp_path, {"packages": ["jinja2"]})
+    assert plugin_files.read_record(tmp_path) == {"packages": ["jinja2"]}
 
 
 def test_plan_takes_no_unknown_option_from_the_page(folder):

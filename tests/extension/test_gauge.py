@@ -84,7 +84,7 @@ class Page(HTMLParser):
         return found
 
 
-def test_bar_is_to_scale_and_all_of_it_adds_up():
+def test_the_bar_is_to_scale_and_its_parts_add_up():
     plan = reservation(device(own=2 * GIB))
     (first,) = plan.devices
     bars = Page(gauge_html(plan)).bars()
@@ -104,7 +104,7 @@ def end_of_memory(page):
     return float(re.fullmatch(r"left:([\d.]+)%", line["style"])[1])
 
 
-def test_what_fits_says_so_in_one_sentence():
+def test_a_model_that_fits_is_one_sentence():
     page = Page(gauge_html(reservation()))
     words = page.words
     assert "Fits" in words and "needs 17.8 GiB, 23.0 GiB free" in words
@@ -116,7 +116,7 @@ def test_what_fits_says_so_in_one_sentence():
     assert page.with_class("exl-good") and not page.with_class("exl-bad")
 
 
-def test_what_does_not_fit_says_by_how_much_and_shows_it_beyond_the_line():
+def test_a_model_that_does_not_fit_shows_what_is_missing_beyond_the_line():
     plan = reservation(device(cache=14 * GIB), cache_type="fp16")
     page = Page(gauge_html(plan))
     assert "Does not fit" in page.words and "needs 25.8 GiB, 23.0 GiB free" in page.words
@@ -132,7 +132,7 @@ def test_what_does_not_fit_says_by_how_much_and_shows_it_beyond_the_line():
 
 
 @pytest.mark.parametrize("over", [1, 1000, 30 << 20])
-def test_needed_and_free_never_read_alike_where_it_does_not_fit(over):
+def test_needed_and_free_bytes_are_written_differently_if_the_model_does_not_fit(over):
     short = device(cache=24 * GIB - GIB - 11 * GIB - GIB // 4 - GIB // 2 + over)
     assert short.missing_bytes == over
     words = Page(gauge_html(reservation(short))).words
@@ -140,7 +140,7 @@ def test_needed_and_free_never_read_alike_where_it_does_not_fit(over):
     assert needed != free
 
 
-def test_each_cache_type_says_what_it_saves():
+def test_each_cache_type_shows_what_it_saves():
     page = Page(gauge_html(reservation()))
     found = {attrs["data-pick"]: attrs for attrs in page.buttons()
              if attrs["data-pick"].startswith("0 ")}
@@ -168,7 +168,7 @@ def test_a_context_beyond_the_models_length_is_a_warning_in_its_colour(ctx_size,
 
 
 @pytest.mark.parametrize("unfolded", [True, False])
-def test_details_are_folded_until_the_page_says_otherwise(unfolded):
+def test_details_are_folded_unless_the_page_unfolded_them(unfolded):
     page = Page(gauge_html(reservation(), unfolded=unfolded))
     (details,) = [attrs for tag, attrs in page.tags if tag == "details"]
     assert ("open" in details) == unfolded
@@ -187,7 +187,7 @@ def test_every_device_has_its_bar_and_the_short_one_is_named():
     assert "layers 0 to 39" in page.words
 
 
-def test_under_a_limit_what_lies_outside_the_buffers_is_told_apart():
+def test_with_a_limit_the_overhead_is_listed_apart():
     plan = reservation(device(limit=18 * GIB))
     page = Page(gauge_html(plan))
     assert "overhead" not in page.bars() and "Overhead: 512.0 MiB outside the limit" in page.words
@@ -202,7 +202,7 @@ def largest(page):
     return [attrs for attrs in page.buttons() if not attrs.get("data-pick", "").startswith("0 ")]
 
 
-def test_largest_contexts_are_buttons_that_say_what_they_choose():
+def test_largest_contexts_are_labelled_buttons():
     page = Page(gauge_html(reservation()))
     picks = [button["data-pick"] for button in largest(page)]
     # 4 bits would reach beyond the model's own length.
@@ -210,15 +210,15 @@ def test_largest_contexts_are_buttons_that_say_what_they_choose():
     assert all(button["type"] == "button" for button in page.buttons())
     assert all(PICK_ELEM_ID in button["onclick"] for button in page.buttons())
     assert largest(page)[3]["aria-label"] == "Choose 131,072 tokens of context, 4-bit cache"
-    assert page.words.count("whole length") == 1
+    assert page.words.count("own length is") == 1
 
 
-def test_a_stretched_length_raises_the_choice():
+def test_rope_scaling_raises_the_largest_context():
     page = Page(gauge_html(reservation(alpha_value=1.6)))
     assert largest(page)[3]["data-pick"] == f"{int(131072 * 1.6) // 256 * 256} q4"
 
 
-def test_the_choice_in_use_is_marked_and_what_cannot_be_had_is_disabled():
+def test_the_current_choice_is_marked_and_impossible_ones_are_disabled():
     plan = reservation(
         ctx_size=77056, largest_ctx_size={"fp16": 0, "q8": 77056, "q6": 0, "q4": 99072})
     none, chosen, six, other = largest(Page(gauge_html(plan)))
@@ -229,7 +229,7 @@ def test_the_choice_in_use_is_marked_and_what_cannot_be_had_is_disabled():
 @pytest.mark.parametrize(
     ("most", "own_length", "expected"), [(1024, 4096, 1024), (8192, 4096, 4096),
                                          (8192, 4095, 3840), (8192, 100, 256), (0, 4096, 0)])
-def test_choice_is_whole_pages_within_the_models_length(most, own_length, expected):
+def test_a_choice_is_whole_pages_within_the_models_length(most, own_length, expected):
     assert largest_choice(most, own_length) == expected
 
 
@@ -251,12 +251,12 @@ def test_a_small_model_is_enlarged():
     assert not Page(gauge_html(reservation())).with_class("exl-lens")
 
 
-def test_main_memory_is_called_so():
+def test_the_cpu_device_is_called_main_memory():
     page = Page(gauge_html(reservation(device("cpu"))))
     assert "main memory" in page.words and "cuda" not in page.words
 
 
-def test_a_reader_hears_the_verdict_and_every_number():
+def test_a_screen_reader_gets_the_verdict_and_every_number():
     page = Page(gauge_html(reservation()))
     groups = [attrs["aria-label"] for _, attrs in page.tags if attrs.get("role") == "group"]
     assert groups[0] == "Memory gauge: fits, needs 17.8 GiB, 23.0 GiB free"
@@ -296,7 +296,7 @@ def test_an_error_is_one_line_with_its_details_folded():
 
 @pytest.mark.parametrize(("done", "total", "percent"), [(0, 100, 0), (30, 100, 30),
                                                         (150, 100, 100)])
-def test_progress_is_read_out_and_never_leaves_its_bar(done, total, percent):
+def test_progress_is_accessible_and_never_exceeds_its_bar(done, total, percent):
     page = Page(task_html("loading weights", done, total, "some"))
     (bar,) = [attrs for _, attrs in page.tags if attrs.get("role") == "progressbar"]
     assert bar["aria-valuenow"] == str(percent)
@@ -325,7 +325,7 @@ def contrast(one, other):
 
 
 @pytest.mark.parametrize("theme", ["_LIGHT", "_DARK"])
-def test_both_themes_can_be_read(theme):
+def test_both_themes_have_enough_contrast(theme):
     from extension.panel import gauge_style
 
     colours = dict(re.findall(r"--exl-([\w-]+): (#[0-9a-f]{6})", getattr(gauge_style, theme)))

@@ -9,7 +9,6 @@ import pytest
 
 from extension.panel import page_script
 from extension.panel.panel import CACHE_TYPE_ALIASES, plain_cache_type, toggles_for
-from support.host_page import CHROMIUM
 from support.quick_clicks import (
     GAUGE_NAMES,
     LATE_ANSWERS,
@@ -17,6 +16,7 @@ from support.quick_clicks import (
     start_clicking,
     until_all_is_answered,
 )
+from support.webui_page import CHROMIUM
 
 pytest.importorskip("playwright.sync_api")
 
@@ -51,7 +51,7 @@ SOURCES = {"cache_8bit": page_script.follow_toggle("cache_8bit"),
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_whatever_the_fields_hold_they_are_in_step_afterwards(blank, name):
+def test_fields_are_in_step_after_any_change(blank, name):
     for before in itertools.product((True, False), (True, False), [*TYPES, None]):
         answer = run(blank, SOURCES[name], *before)
         assert in_step(*after(answer, before)), (before, answer)
@@ -74,7 +74,7 @@ def test_a_click_means_what_it_says(blank, name, before, expected):
     assert run(blank, SOURCES[name], *before) == expected
 
 
-def test_only_a_pick_of_the_gauge_is_one(blank):
+def test_only_a_pick_of_the_gauge_changes_the_fields(blank):
     source = page_script.follow_pick()
     assert run(blank, source, "4096 q8 1763800000000") == [4096, "q8"]
     assert run(blank, source, "0 q4 1763800000000") == [KEEP, "q4"]
@@ -99,7 +99,7 @@ def test_one_drawing_at_a_time_and_the_last_one_after_the_last_change(browser):
     page.close()
 
 
-def test_a_drawing_that_never_arrives_does_not_end_them(browser):
+def test_a_lost_drawing_does_not_stop_later_ones(browser):
     page = browser.new_page()
     page.evaluate("Date.now = () => window.now ?? 1e12")
     ask = page_script.ask_for_drawing()
@@ -113,8 +113,8 @@ def test_a_drawing_that_never_arrives_does_not_end_them(browser):
 def address(tmp_path_factory):
     """The standalone page with two models to choose from, served in this process."""
     pytest.importorskip("gradio")
+    from extension.page.server import launch, make_page
     from extension.page.session import Session
-    from extension.page.standalone import launch, make_page
     from extension.panel.panel import LoadOptions
     from support.tiny import write_tiny_model
 

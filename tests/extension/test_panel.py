@@ -65,7 +65,7 @@ def test_gauge_shows_the_plan_and_follows_every_option(tiny_model_dir):
     assert reachable_length(stretched) == 2 * length
 
 
-def test_gauge_of_a_7b_needs_few_calls_a_tensor(tmp_path):
+def test_the_gauge_of_a_7b_model_needs_few_calls_per_tensor(tmp_path):
     folder = write_sparse_exl2(tmp_path / "large", shards=4, **LLAMA_2_7B)
     options = LoadOptions(str(folder), 4096, "q4")
 
@@ -77,7 +77,7 @@ def test_gauge_of_a_7b_needs_few_calls_a_tensor(tmp_path):
     assert count(work).calls < 150 * len(exl2_tensors(CONFIG | LLAMA_2_7B, 4, 6))
 
 
-def test_gauge_never_touches_a_weight(tiny_model_dir, monkeypatch):
+def test_the_gauge_reads_no_weight(tiny_model_dir, monkeypatch):
     def read(*_, **__):
         raise AssertionError("a weight was read")
 
@@ -86,7 +86,7 @@ def test_gauge_never_touches_a_weight(tiny_model_dir, monkeypatch):
     assert "Fits" in plan_html(LoadOptions(str(tiny_model_dir)))
 
 
-def test_what_cannot_be_planned_is_one_message(tmp_path, tiny_model):
+def test_a_failed_plan_is_one_message(tmp_path, tiny_model):
     assert "Choose a model folder" in plan_html(LoadOptions(""))
     assert "Cannot be loaded" in plan_html(LoadOptions(str(tmp_path / "nowhere")))
     folder = tiny_model("broken")
@@ -106,7 +106,7 @@ def loaded(session, options):
     return shown, last
 
 
-def test_session_loads_shows_and_gives_back(tiny_model_dir):
+def test_a_session_loads_shows_and_unloads(tiny_model_dir):
     before = live_bytes()
     session = Session()
     shown, problem = loaded(session, LoadOptions(str(tiny_model_dir), 512))
@@ -149,7 +149,7 @@ def test_long_conversation_loses_its_oldest_questions_with_their_answers(tiny_mo
     session.unload()
 
 
-def test_plan_beside_a_loaded_model_counts_on_its_memory(tiny_model_dir, monkeypatch):
+def test_a_plan_beside_a_loaded_model_counts_its_memory_as_free(tiny_model_dir, monkeypatch):
     options = LoadOptions(str(tiny_model_dir), 2048)
     total = reserve(options).total_bytes + live_bytes()
     monkeypatch.setenv("EXL_LOADER_MEMORY_LIMIT", str(total + 1000))
@@ -160,7 +160,7 @@ def test_plan_beside_a_loaded_model_counts_on_its_memory(tiny_model_dir, monkeyp
     assert largest == reserve(options).largest_ctx_size["fp16"] == 2048
 
 
-def test_failed_load_is_one_message_and_holds_nothing(tiny_model_dir, monkeypatch):
+def test_a_failed_load_is_one_message_and_frees_everything(tiny_model_dir, monkeypatch):
     before = live_bytes()
     session = Session()
     loaded(session, LoadOptions(str(tiny_model_dir), 512))
@@ -173,7 +173,7 @@ def test_failed_load_is_one_message_and_holds_nothing(tiny_model_dir, monkeypatc
     assert problem.count("<section") == 1
 
 
-def test_unexpected_error_is_told_with_its_place_folded(tiny_model_dir, monkeypatch):
+def test_an_unexpected_error_has_its_traceback_folded(tiny_model_dir, monkeypatch):
     import exl_loader.loader
 
     def broken(*_, **__):

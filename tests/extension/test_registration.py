@@ -12,18 +12,18 @@ from types import SimpleNamespace
 import pytest
 
 from extension.panel import panel
-from extension.webui import loading, recognise, registration
+from extension.webui import contract, loading, registration
 from support import REPO
 from support.tiny import write_tiny_model
-from support.webui_double import forget_host, write_host
+from support.webui_double import forget_webui, write_webui
 
 
 @pytest.fixture
-def host(tmp_path, monkeypatch):
-    """Make a host and import its modules; the plugin is not registered yet."""
+def webui(tmp_path, monkeypatch):
+    """Make a web UI and import its modules; the plugin is not registered yet."""
 
     def make(arguments=(), **changes):
-        root = write_host(tmp_path / "host", **changes)
+        root = write_webui(tmp_path / "webui", **changes)
         monkeypatch.chdir(root)
         monkeypatch.syspath_prepend(str(root))
         monkeypatch.setattr(sys, "argv", ["server.py", *arguments])
@@ -32,13 +32,13 @@ def host(tmp_path, monkeypatch):
             root=root, **{name: importlib.import_module(f"modules.{name}") for name in names})
 
     yield make
-    forget_host()
+    forget_webui()
 
 
 @pytest.fixture
 def model(tmp_path):
     """Write a folder that says it is GPTQ, and one that can really be loaded."""
-    models = tmp_path / "host" / "user_data" / "models"
+    models = tmp_path / "webui" / "user_data" / "models"
     write_tiny_model(models / "tiny")
     quantised = models / "quantised"
     quantised.mkdir()
@@ -47,8 +47,8 @@ def model(tmp_path):
     return "tiny"
 
 
-def test_the_tables_have_the_loaders_and_their_options(host):
-    web = host()
+def test_the_tables_have_the_loaders_and_their_options(webui):
+    web = webui()
     before = (web.loaders.list_model_elements(), web.loaders.get_all_params())
     assert registration.register()
     assert set(web.loaders.loaders_and_params) >= {"ExLlamav2", "ExLlamav2_HF"}
@@ -59,8 +59,8 @@ def test_the_tables_have_the_loaders_and_their_options(host):
     assert web.shared.args.cache_4bit is False and web.shared.original_args.alpha_value == 1.0
 
 
-def test_samplers_are_those_the_engine_has(host):
-    web = host()
+def test_samplers_are_those_that_the_engine_supports(webui):
+    web = webui()
     registration.register()
     native = web.loaders.loaders_samplers["ExLlamav2"]
     assert native == {"temperature", "top_p", "mirostat_mode", "auto_max_new_tokens", "seed",
@@ -70,8 +70,8 @@ def test_samplers_are_those_the_engine_has(host):
     assert hf is not web.loaders.loaders_samplers["ExLlamav3_HF"]
 
 
-def test_a_model_is_told_the_stopping_strings_of_a_chat(host):
-    web = host()
+def test_a_model_gets_the_stopping_strings_of_a_chat(webui):
+    web = webui()
     generation = importlib.import_module("modules.text_generation")
     registration.register()
     seen = {}
@@ -84,8 +84,8 @@ def test_a_model_is_told_the_stopping_strings_of_a_chat(host):
     assert seen["exl_loader_stopping_strings"] is None
 
 
-def test_load_model_reaches_copies_imported_by_value(host, model):
-    web = host(["--model-dir", "user_data/models"])
+def test_load_model_reaches_copies_imported_by_value(webui, model):
+    web = webui(["--model-dir", "user_data/models"])
     copy = web.models.load_model
     registration.register()
     web.shared.args.ctx_size = 512
@@ -95,16 +95,16 @@ def test_load_model_reaches_copies_imported_by_value(host, model):
     assert copy("whatever", "llama.cpp") == ("llama", "llama")
 
 
-def test_tracebacks_point_into_the_hosts_file(host):
-    web = host()
+def test_tracebacks_point_into_the_webuis_file(webui):
+    web = webui()
     line = web.models.load_model.__code__.co_firstlineno
     registration.register()
     code = web.models.load_model.__code__
     assert code.co_filename.endswith("models.py") and code.co_firstlineno == line
 
 
-def test_exl2_folders_are_recognised_and_others_are_not(host, model):
-    web = host()
+def test_exl2_folders_are_recognised_and_others_are_not(webui, model):
+    web = webui()
     registration.register()
     (web.root / "user_data/models/dense").mkdir()
     (web.root / "user_data/models/dense/config.json").write_text("{}")
@@ -126,19 +126,19 @@ def test_exl2_folders_are_recognised_and_others_are_not(host, model):
      ("exllamav2-hf", "ExLlamav2_HF"), ("exllamav3", None), ("hf", None), ("", None)],
 )
 def test_spellings(spelling, name):
-    assert recognise.loader_name(spelling) == name
+    assert contract.loader_name(spelling) == name
 
 
-def test_a_loader_given_on_the_command_line_is_not_lost(host):
-    web = host(["--loader", "exllama_v2"])
-    assert web.shared.args.loader is None, "the host alone drops it"
+def test_a_loader_given_on_the_command_line_is_not_lost(webui):
+    web = webui(["--loader", "exllama_v2"])
+    assert web.shared.args.loader is None, "the web UI alone drops it"
     registration.register()
     assert web.shared.args.loader == "ExLlamav2"
     assert web.shared.fix_loader_name("transformers") == "Transformers"
 
 
-def test_settings_saved_by_old_versions_are_honoured(host, model):
-    web = host()
+def test_settings_saved_by_old_versions_are_used(webui, model):
+    web = webui()
     saved = {"old$": {"loader": "ExLlamav2", "max_seq_len": 2048, "cache_4bit": True},
              "other$": {"loader": "Transformers", "max_seq_len": 1},
              "quantised$": {"loader": "AutoGPTQ"}}
@@ -151,8 +151,8 @@ def test_settings_saved_by_old_versions_are_honoured(host, model):
     assert web.models_settings.get_model_metadata("quantised")["loader"] == "ExLlamav2"
 
 
-def test_pages_opened_after_a_load_show_that_load(host, model):
-    web = host()
+def test_pages_opened_after_a_load_show_that_load(webui, model):
+    web = webui()
     registration.register()
     web.shared.args.cache_8bit, web.shared.args.ctx_size = True, 512
     loaded, _ = web.models.load_model(model, "ExLlamav2")
@@ -171,16 +171,16 @@ def test_pages_opened_after_a_load_show_that_load(host, model):
     assert apply(model, dict(page))["ctx_size"] == 8192
 
 
-def test_no_context_is_what_the_host_makes_of_it(host, model):
-    web = host()
+def test_context_0_is_the_webuis_default(webui, model):
+    web = webui()
     registration.register()
     options = loading.options_for(model, "ExLlamav2", {"ctx_size": 0})
     web.models.load_model(model, "ExLlamav2")
     assert loading.is_loaded_as(options) and options.ctx_size == 8192
 
 
-def test_no_context_is_the_plans_where_the_host_says_nothing(host, model):
-    host(models=("shared.args.ctx_size = 8192", "pass"))
+def test_context_0_is_left_to_the_plan_without_a_default(webui, model):
+    webui(models=("shared.args.ctx_size = 8192", "pass"))
     registration.register()
     assert loading.options_for(model, "ExLlamav2", {"ctx_size": 0}).ctx_size == 0
 
@@ -188,8 +188,8 @@ def test_no_context_is_the_plans_where_the_host_says_nothing(host, model):
 @pytest.mark.parametrize("flags, expected", [
     ({}, "q4"), ({"cache_8bit": True}, "q8"), ({"cache_type": "q6"}, "q6"),
     ({"cache_type": "q8_0"}, "q8"), ({"cache_type": "fp16"}, "fp16")])
-def test_cache_flags_outweigh_what_was_saved_for_a_model(host, flags, expected):
-    web = host()
+def test_cache_flags_override_settings_saved_for_a_model(webui, flags, expected):
+    web = webui()
     for name, value in flags.items():
         setattr(web.shared.args, name, value)
         web.shared.provided_arguments.append(name)
@@ -201,8 +201,8 @@ def test_cache_flags_outweigh_what_was_saved_for_a_model(host, flags, expected):
         args.cache_type, args.cache_8bit, args.cache_4bit) == expected
 
 
-def test_registering_twice_and_taking_it_back(host):
-    web = host()
+def test_registering_twice_and_taking_it_back(webui):
+    web = webui()
     tables = {k: list(v) for k, v in web.loaders.loaders_and_params.items()}
     elements = web.loaders.list_model_elements()
     functions = (web.models_settings.infer_loader, web.models.load_model.__code__)
@@ -227,8 +227,8 @@ def test_registering_twice_and_taking_it_back(host):
          None),
     ],
 )
-def test_standing_aside_with_one_message(host, capsys, file, change, reason):
-    web = host(**{file: change})
+def test_an_unsupported_web_ui_is_left_alone_with_one_message(webui, capsys, file, change, reason):
+    web = webui(**{file: change})
     tables = {k: list(v) for k, v in web.loaders.loaders_and_params.items()}
     args = dict(vars(web.shared.args))
     assert registration.register() is (reason is None)
@@ -242,16 +242,16 @@ def test_standing_aside_with_one_message(host, capsys, file, change, reason):
     assert vars(web.shared.args) == args
 
 
-def test_version_3_is_told_that_it_has_the_loader_itself(host, capsys):
+def test_on_version_3_the_message_names_its_own_loader(webui, capsys):
     """Its modules lack things as well, which would explain nothing to anybody."""
-    host(loaders=('"llama.cpp": ["ctx', '"ExLlamav2": [], "llama.cpp": ["ctx'),
+    webui(loaders=('"llama.cpp": ["ctx', '"ExLlamav2": [], "llama.cpp": ["ctx'),
          shared=("original_args", "args_at_start"))
     assert not registration.register()
-    assert "it has a loader ExLlamav2 already" in capsys.readouterr().err
+    assert "it already has a loader named ExLlamav2" in capsys.readouterr().err
 
 
-def test_a_failure_half_way_takes_everything_back(host, capsys, monkeypatch):
-    web = host()
+def test_a_failure_half_way_takes_everything_back(webui, capsys, monkeypatch):
+    web = webui()
     tables = dict(web.loaders.loaders_and_params)
 
     def fail(*_):
@@ -265,8 +265,8 @@ def test_a_failure_half_way_takes_everything_back(host, capsys, monkeypatch):
     assert "RuntimeError: moved" in capsys.readouterr().err
 
 
-def test_modules_imported_later_are_extended_then(host):
-    web = host()
+def test_modules_imported_later_are_extended_after_their_import(webui):
+    web = webui()
     registration.register()
     web.shared.args.loader = "ExLlamav2"
     completions = importlib.import_module("modules.api.completions")
@@ -275,25 +275,25 @@ def test_modules_imported_later_are_extended_then(host):
     assert completions.wants_processors() and not completions.stream()
 
 
-def test_modules_imported_before_are_extended_now(host):
-    web = host()
+def test_modules_imported_before_are_extended_at_once(webui):
+    web = webui()
     completions = importlib.import_module("modules.api.completions")
     registration.register()
     web.shared.args.loader = "ExLlamav2"
     assert not completions.wants_processors()
 
 
-def test_a_later_module_that_moved_is_reported_and_left(host, capsys):
-    host(ui_model_menu=("def load_lora_wrapper", "def lora_wrapper"))
+def test_a_later_module_that_differs_is_reported_and_left_alone(webui, capsys):
+    webui(ui_model_menu=("def load_lora_wrapper", "def lora_wrapper"))
     assert registration.register()
     menu = importlib.import_module("modules.ui_model_menu")
-    assert next(menu.load_model_wrapper("x", "y")) == "the host's own"
+    assert next(menu.load_model_wrapper("x", "y")) == "the web UI's own"
     assert "modules.ui_model_menu" in capsys.readouterr().err
 
 
-def test_a_page_that_moved_comes_up_without_our_options(host, capsys):
+def test_a_page_that_differs_opens_without_our_options(webui, capsys):
     """The page looks for a component of every option that the tables have."""
-    web = host(ui_model_menu=("def create_event_handlers", "def connect"))
+    web = webui(ui_model_menu=("def create_event_handlers", "def connect"))
     assert registration.register()
     importlib.import_module("modules.ui_model_menu")
     assert "cache_4bit" not in web.loaders.loaders_and_params["ExLlamav2"]
@@ -301,8 +301,8 @@ def test_a_page_that_moved_comes_up_without_our_options(host, capsys):
     assert "create_event_handlers" in capsys.readouterr().err
 
 
-def test_the_page_counts_its_own_answer(host):
-    web = host()
+def test_the_page_counts_its_own_answer(webui):
+    web = webui()
     chat = importlib.import_module("modules.chat")
     registration.register()
     web.shared.model = model = SimpleNamespace(last_prompt_token_count=7)
@@ -311,16 +311,16 @@ def test_the_page_counts_its_own_answer(host):
     assert chat.update_token_display_from_state({"truncation_length": 9}) == "8 of 9"
 
 
-def test_a_page_that_counts_nothing_is_left_alone(host, capsys):
+def test_a_page_that_counts_nothing_is_left_alone(webui, capsys):
     """Up to v4.7."""
-    host(chat=("update_token_display_from_state", "count_prompt_tokens"))
+    webui(chat=("update_token_display_from_state", "count_prompt_tokens"))
     registration.register()
     importlib.import_module("modules.chat")
     assert "modules.chat" not in capsys.readouterr().err
 
 
-def test_loras_are_refused_by_name(host, model):
-    web = host()
+def test_loras_are_refused_by_name(webui, model):
+    web = webui()
     lora = importlib.import_module("modules.LoRA")
     registration.register()
     lora.add_lora_to_model(["a"])
@@ -332,8 +332,8 @@ def test_loras_are_refused_by_name(host, model):
     assert web.shared.lora_names == ["a"]
 
 
-def test_a_second_load_gives_the_first_ones_memory_back(host, model):
-    web = host()
+def test_a_second_load_frees_the_first_models_memory(webui, model):
+    web = webui()
     registration.register()
     first, _ = web.models.load_model(model, "ExLlamav2")
     web.models.load_model(model, "ExLlamav2")
@@ -341,8 +341,8 @@ def test_a_second_load_gives_the_first_ones_memory_back(host, model):
     assert loading.current().allocated_bytes() > 0
 
 
-def test_a_failed_load_holds_nothing(host, model):
-    web = host()
+def test_a_failed_load_frees_everything(webui, model):
+    web = webui()
     registration.register()
     first, _ = web.models.load_model(model, "ExLlamav2")
     web.shared.args.cache_type = "q3"
@@ -353,9 +353,9 @@ def test_a_failed_load_holds_nothing(host, model):
     assert first.loaded.allocated_bytes() == 0 and loading.current() is None
 
 
-def test_an_idle_reload_asks_for_what_was_loaded(host, model):
+def test_an_idle_reload_uses_the_options_of_the_last_load(webui, model):
     """Opening the page rewrites the options, and the idle reload reads them."""
-    web = host(["--idle-timeout", "1"])
+    web = webui(["--idle-timeout", "1"])
     registration.register()
     web.shared.args.cache_4bit = True
     web.shared.args.ctx_size = 512
@@ -375,9 +375,9 @@ def test_an_idle_reload_asks_for_what_was_loaded(host, model):
 
 
 @pytest.mark.parametrize("name", ["generate_reply", "encode"])
-def test_an_idle_reload_is_guarded_where_every_caller_does_its_own(host, model, name):
+def test_an_idle_reload_is_guarded_if_every_caller_reloads_itself(webui, model, name):
     """Up to v4.2 there is no one function for it, and some callers do without."""
-    web = host(
+    web = webui(
         ["--idle-timeout", "1"], models=("load_model_if_idle_unloaded", "reload_by_myself"),
         text_generation=("models.load_model_if_idle_unloaded()", "pass"))
     registration.register()
@@ -397,8 +397,8 @@ def test_an_idle_reload_is_guarded_where_every_caller_does_its_own(host, model, 
     assert web.shared.model is None
 
 
-def test_errors_of_transformers_generation_are_reported_once(host, capsys):
-    web = host()
+def test_errors_of_transformers_generation_are_reported_once(webui, capsys):
+    web = webui()
     registration.register()
     text_generation = importlib.import_module("modules.text_generation")
     errors = [ValueError("no logits")]
@@ -412,7 +412,7 @@ def test_the_hook_registers_before_the_model_loads(tmp_path, model):
     """In a process of its own: flags, spelling, order of events."""
     import subprocess
 
-    root = write_host(tmp_path / "host")
+    root = write_webui(tmp_path / "webui")
     script = (
         "import sys, runpy\n"
         f"sys.path[:0] = [{str(REPO)!r}, {str(root)!r}]\n"

@@ -78,13 +78,13 @@ def call(world, monkeypatch, *arguments):
     return world.install.main()
 
 
-def test_ctrl_c_lets_what_runs_end_in_its_own_way(world, monkeypatch):
+def test_ctrl_c_lets_the_running_program_end_by_itself(world, monkeypatch):
     world.interrupts = 2
     assert call(world, monkeypatch, "--demo", "--no-browser") == 0
-    assert "extension.page.standalone --no-browser" in world.take()[-1]
+    assert "extension.page.server --no-browser" in world.take()[-1]
 
 
-def test_first_run_makes_everything_and_the_second_nothing(world, monkeypatch):
+def test_the_first_run_makes_everything_and_the_second_nothing(world, monkeypatch):
     assert call(world, monkeypatch, "--env") == 0
     commands = world.take()
     assert "-m venv" in commands[0]
@@ -110,9 +110,9 @@ def test_test_adds_to_a_plain_environment_and_runs_pytest(world, monkeypatch):
 
 
 @pytest.mark.parametrize(("terminal", "arguments", "page"), [
-    (True, [], "-m extension.page.standalone"),
+    (True, [], "-m extension.page.server"),
     (False, [], None),
-    (False, ["--port", "7000"], "-m extension.page.standalone --port 7000"),
+    (False, ["--port", "7000"], "-m extension.page.server --port 7000"),
 ])
 def test_demo_writes_text_and_opens_the_page_for_a_person(
     world, monkeypatch, terminal, arguments, page
@@ -148,7 +148,7 @@ def test_demo_that_cannot_write_text_opens_no_page(world, monkeypatch):
     monkeypatch.setattr(world.install.sys.stdout, "isatty", lambda: True)
     world.failing = "generate"
     assert call(world, monkeypatch, "--demo") == 1
-    assert not any("standalone" in command for command in world.take())
+    assert not any("extension.page" in command for command in world.take())
 
 
 def test_exit_code_of_the_main_job_is_passed_on(world, monkeypatch):
@@ -167,7 +167,7 @@ def test_changed_requirements_are_installed(world, monkeypatch, changed):
     assert commands and commands[-1].endswith("[extension,test]")
 
 
-def test_killed_setup_begins_anew(world, monkeypatch):
+def test_a_killed_setup_starts_again(world, monkeypatch):
     def killed(test):
         raise KeyboardInterrupt
 
@@ -184,7 +184,7 @@ def test_killed_setup_begins_anew(world, monkeypatch):
     assert not half_a_package.exists()
 
 
-def test_failed_pip_is_an_error_and_the_next_run_goes_on(world, monkeypatch):
+def test_a_failed_pip_is_an_error_and_the_next_run_continues(world, monkeypatch):
     world.failing = "--editable"
     with pytest.raises(world.install.SetupError, match="pip install .*--editable"):
         call(world, monkeypatch, "--env")
@@ -216,7 +216,7 @@ def test_torch_without_a_gpu_is_the_cpu_build(world):
     assert command.endswith("torch==2.13.0+cpu")
 
 
-def test_torch_comes_from_its_own_index_where_others_lack_the_cpu_build(world):
+def test_torch_comes_from_its_own_index_if_others_lack_the_cpu_build(world):
     world.torch_versions = "torch (2.14.0)\nAvailable versions: 2.14.0, 2.13.0"
     command = torch_command(world)
     assert "torch==2.13.0+cpu" in command
@@ -231,19 +231,19 @@ def test_torch_never_falls_back_to_the_cuda_build(world):
 
 
 @pytest.mark.parametrize(("platform", "gpu"), [("linux", True), ("darwin", False)])
-def test_torch_elsewhere_is_the_one_on_pypi(world, monkeypatch, platform, gpu):
+def test_torch_on_other_systems_is_the_one_on_pypi(world, monkeypatch, platform, gpu):
     monkeypatch.setattr(world.install.sys, "platform", platform)
     monkeypatch.setattr(world.install, "has_nvidia", lambda: gpu)
     assert torch_command(world).endswith("torch==2.13.0")
 
 
-def test_old_python_is_told_so(world, monkeypatch):
+def test_an_old_python_is_refused(world, monkeypatch):
     monkeypatch.setattr(world.install.sys, "version_info", (3, 8, 10))
     with pytest.raises(world.install.SetupError, match="needs 3.10 or newer"):
         call(world, monkeypatch, "--demo")
 
 
-def test_damaged_stamp_counts_as_none(world):
+def test_a_damaged_stamp_counts_as_none(world):
     world.install.VENV.mkdir()
     for text in ("", "[]", "{"):
         world.install.STAMP.write_text(text)
@@ -252,7 +252,7 @@ def test_damaged_stamp_counts_as_none(world):
     assert world.install.read_stamp() == {"key": "k"}
 
 
-def test_wrong_arguments_are_told_before_anything_is_made(world, monkeypatch):
+def test_wrong_arguments_are_refused_before_anything_is_made(world, monkeypatch):
     wrong = ([], ["--demo", "--test"], ["--env", "--what"], ["--terminal", "--env"],
              ["--test", "--terminal"], ["--webui", "x", "--terminal"], ["--webui", "x", "--env"])
     for arguments in wrong:

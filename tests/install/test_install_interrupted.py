@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from extension.install.host import REQUIREMENTS
+from extension.install.environment import REQUIREMENTS
 from support import REPO
 from support.builds import default_signals, is_running, needs_compiler, wait_for
-from support.host_page import CHROMIUM
 from support.tiny import write_tiny_model
-from support.webui_double import write_host
+from support.webui_double import write_webui
+from support.webui_page import CHROMIUM
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="a console's Ctrl-C goes to all of it")
 
@@ -139,7 +139,7 @@ def test_while_pip_installs(checkout, started, how, code):
         assert ended.stderr.endswith("interrupted; run the same command again to go on\n")
 
 
-def test_pip_that_does_not_end_is_not_waited_for_twice(checkout, started):
+def test_a_pip_that_does_not_end_is_killed_after_one_wait(checkout, started):
     deaf = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
     (checkout / "pip.py").write_text(deaf + PIP)
     process = started(sys.executable, checkout / "install.py", "--env")
@@ -152,7 +152,7 @@ def test_pip_that_does_not_end_is_not_waited_for_twice(checkout, started):
 
 @pytest.mark.parametrize(("how", "code"), [("Ctrl-C", 130), ("SIGTERM", 143)])
 def test_while_pip_installs_into_a_web_ui(tmp_path, started, how, code):
-    root = write_host(tmp_path / "webui")
+    root = write_webui(tmp_path / "webui")
     site = tmp_path / "site"
     site.mkdir()
     (tmp_path / "pip.py").write_text(PIP)
@@ -237,7 +237,7 @@ def test_while_kernels_are_compiled_for_a_page(
 @pytest.mark.parametrize(("how", "code"), BOTH)
 def test_while_a_page_writes(checkout, started, browser, monkeypatch, how, code):
     pytest.importorskip("gradio")
-    from support.standalone_page import Page, write_endless_model
+    from support.page_server import Page, write_endless_model
 
     monkeypatch.setenv("EXL_LOADER_REFERENCE", "1")
     model = write_endless_model(checkout / "endless")

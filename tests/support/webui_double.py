@@ -301,9 +301,9 @@ def create_ui():
 def create_event_handlers():
     pass
 def load_model_wrapper(selected_model, loader, autoload=False):
-    yield "the host's own"
+    yield "the web UI's own"
 def load_lora_wrapper(selected_loras):
-    yield "the host's own"
+    yield "the web UI's own"
 '''
 
 SERVER = '''
@@ -344,7 +344,7 @@ FILES = {
 }
 
 
-def write_host(root: Path, **changes: tuple[str, str]) -> Path:
+def write_webui(root: Path, **changes: tuple[str, str]) -> Path:
     """Write the double.
 
     Args:
@@ -361,7 +361,7 @@ def write_host(root: Path, **changes: tuple[str, str]) -> Path:
     return root
 
 
-def forget_host() -> None:
+def forget_webui() -> None:
     """Unload our model, take the plugin out, and forget the double's modules."""
     if loading.current() is not None:
         loading.current().unload()

@@ -26,7 +26,7 @@ from exl_loader.commands import doctor
 from exl_loader.utils.errors import KernelBuildError
 from exl_loader.utils.system import files, windows
 from exl_loader.utils.system.main_memory import vm_stat_free_bytes
-from extension.install import place
+from extension.install import plugin_files
 from support import REPO
 from support.cuda_sources import cuda_compiler
 
@@ -260,17 +260,17 @@ def test_a_folder_below_a_link_is_no_link(tmp_path):
         (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)
     except OSError:
         pytest.skip("needs the privilege to make symbolic links")
-    assert not place.is_link(tmp_path / "link" / "extension")
-    assert place.is_link(tmp_path / "link")
+    assert not plugin_files.is_link(tmp_path / "link" / "extension")
+    assert plugin_files.is_link(tmp_path / "link")
     (tmp_path / "real" / "extension").rmdir()
     (tmp_path / "real").rmdir()
-    assert place.is_link(tmp_path / "link"), "to where nothing is any more"
+    assert plugin_files.is_link(tmp_path / "link"), "to where nothing is any more"
 
 
 def test_a_junction_is_a_link():
     # As Windows describes one: a folder with a mark.
-    assert place._is_junction(SimpleNamespace(st_mode=0o40777, st_reparse_tag=0xA0000003))
-    assert not place._is_junction(SimpleNamespace(st_mode=0o40777, st_reparse_tag=0))
+    assert plugin_files._is_junction(SimpleNamespace(st_mode=0o40777, st_reparse_tag=0xA0000003))
+    assert not plugin_files._is_junction(SimpleNamespace(st_mode=0o40777, st_reparse_tag=0))
 
 
 def test_a_link_that_cannot_be_made_becomes_a_copy(tmp_path, monkeypatch):
@@ -279,11 +279,11 @@ def test_a_link_that_cannot_be_made_becomes_a_copy(tmp_path, monkeypatch):
         target.mkdir()
         raise OSError("not on this disk")
 
-    monkeypatch.setattr(place, "_symlink", lambda target: None)
-    monkeypatch.setattr(place, "_junction", half_made)
+    monkeypatch.setattr(plugin_files, "_symlink", lambda target: None)
+    monkeypatch.setattr(plugin_files, "_junction", half_made)
     target = tmp_path / "extensions" / "exl_loader"
-    assert place.place_extension(target) == "copy"
-    assert (target / "script.py").is_file() and place.extension_is_current(target)
+    assert plugin_files.install_extension(target) == "copy"
+    assert (target / "script.py").is_file() and plugin_files.extension_is_current(target)
 
 
 def test_what_a_program_uses_is_not_half_removed(tmp_path, monkeypatch):

@@ -1,0 +1,209 @@
+"""The standalone page, the loader's panel with a chat: `python -m extension.page.server [MODEL]`.
+
+One page and one model on this machine. It listens on 127.0.0.1 only, answers no page of another
+site (`guard.py`), sends nothing to other machines, and makes a public link only if `--share` asks
+for one. Needs Gradio 5 or newer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+import signal
+import sys
+import time
+import webbrowser
+from collections.abc import Iterable
+from typing import Any
+from urllib.parse import urlsplit
+
+# Gradio reads this when it is imported.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+try:
+    import gradio as gr
+except KeyboardInterrupt:  # the import takes seconds
+    sys.exit(130)
+
+from exl_loader.commands.model_options import DEMO_MODEL
+
+from ..panel.panel import LoadOptions
+from .guard import AllowedHosts, Guard, host_name
+from .model_view import ModelView
+from .session import Session
+from .text_view import TextView
+
+TITLE = "exl_loader"
+HOST = "127.0.0.1"
+
+# System fonts, because the theme's own would be fetched from the internet.
+FONTS = ("system-ui", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
+MONO_FONTS = ("ui-monospace", "Cascadia Code", "Consolas", "DejaVu Sans Mono", "monospace")
+
+PAGE_STYLE = """\
+.exl-title { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 1em; }
+.exl-title > h1.exl-name { font-size: 1.35rem; margin: 0; font-weight: 680; }
+.exl-title > p.exl-about { margin: 0; color: var(--body-text-color-subdued); }
+.exl-text textarea { font-family: var(--font-mono); font-size: 0.86rem; line-height: 1.5; }
+.exl-stats { color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; }
+#exl_pick, #exl_details, #exl_ask { display: none; }
+#exl_heading > div, #exl_gauge, #exl_progress, #exl_status, #exl_problem, #exl_gauge > div,
+#exl_progress > div, #exl_status > div { padding: 0; }
+#exl_model_row { align-items: end; }
+footer { display: none !important; }
+"""
+
+HEADING = (
+    f"<style>{PAGE_STYLE}</style>"
+    '<div class="exl-title"><h1 class="exl-name">exl_loader</h1>'
+    '<p class="exl-about">EXL2 and GPTQ models, their memory reserved before they load</p></div>'
+)
+
+
+def make_page(session: Session, first: LoadOptions) -> gr.Blocks:
+    """Lay out the page and connect its events.
+
+    Args:
+        session: the model behind it, which every tab of the browser shares.
+        first: the options that the page shows at first.
+    """
+    with _blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
+        gr.HTML(HEADING, elem_id="exl_heading", padding=False)
+        with gr.Row():
+            with gr.Column(scale=5, min_width=320):
+                panel = ModelView(session, first)
+            with gr.Column(scale=7, min_width=320):
+                text = TextView(session)
+        panel.connect(page, text)
+    return page
+
+
+def _theme() -> gr.themes.Base:
+    theme = gr.themes.Default(
+        primary_hue="indigo", neutral_hue="zinc", radius_size="md",
+        font=list(FONTS), font_mono=list(MONO_FONTS),
+    )
+    # The theme's own grey for hints is hardly readable on white.
+    return theme.set(body_text_color_subdued="*neutral_500")
+
+
+def _blocks(**options: Any) -> gr.Blocks:
+    """Make the page's blocks; Gradio 5 takes the theme here, from 6 on `launch` takes it."""
+    if _theme_belongs_to_launch():
+        return gr.Blocks(**options)
+    return gr.Blocks(theme=_theme(), **options)
+
+
+def _theme_belongs_to_launch() -> bool:
+    return "theme" in inspect.signature(gr.Blocks.launch).parameters
+
+
+def launch(
+    page: gr.Blocks, *, port: int | None = None, share: bool = False,
+    allowed_hosts: Iterable[str] = (),
+) -> str:
+    """Serve a page in the background and return its address.
+
+    Args:
+        port: None takes the first free one from 7860 on.
+        share: make a public link through Gradio.
+        allowed_hosts: host names that requests may use besides this machine's own.
+    """
+    from starlette.middleware import Middleware
+
+    allowed = AllowedHosts(allowed_hosts)
+    guard = Middleware(Guard, allowed=allowed)
+    options: dict[str, Any] = {"theme": _theme()} if _theme_belongs_to_launch() else {}
+    _, address, shared = page.queue(default_concurrency_limit=8).launch(
+        server_name=HOST, server_port=port, share=share, inbrowser=False, quiet=True,
+        prevent_thread_lock=True, ssr_mode=False, show_error=True, max_file_size=1,
+        app_kwargs={"middleware": [guard]}, **options,
+    )
+    # Gradio wraps its own middleware around the guard, which would answer some requests first.
+    page.app.user_middleware.remove(guard)
+    page.app.user_middleware.insert(0, guard)
+    page.app.middleware_stack = page.app.build_middleware_stack()
+    if shared:
+        allowed.add(urlsplit(shared).hostname or "")
+    return shared or address
+
+
+def port_number(text: str) -> int:
+    """Read `--port`; argparse reports the error."""
+    if text.isascii() and text.isdecimal() and 0 < int(text) < 1 << 16:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"expected a number from 1 to 65535, found {text!r}")
+
+
+def allowed_host(text: str) -> str:
+    """Read `--allow-host`; argparse reports the error."""
+    try:
+        return host_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def has_browser() -> bool:
+    """Return whether this machine can open a window: it has a display and a browser."""
+    if sys.platform.startswith("linux") and not (
+        os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    ):
+        return False
+    try:
+        webbrowser.get()
+    except webbrowser.Error:
+        return False
+    return True
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serve the page until Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="python -m extension.page.server",
+                                     description="Load a model and chat with it in a web page.")
+    parser.add_argument("model", nargs="?", metavar="MODEL", default=str(DEMO_MODEL),
+                        help="model folder; without it the small model that ships with exl_loader")
+    parser.add_argument("--port", type=port_number, metavar="N",
+                        help="port on 127.0.0.1; without it the first free one from 7860 on")
+    parser.add_argument("--share", action="store_true",
+                        help="make a public link through Gradio's servers")
+    parser.add_argument("--allow-host", action="append", default=[], type=allowed_host,
+                        metavar="NAME", help="another host name that requests may use, such as "
+                        "that of a proxy; may be given several times")
+    parser.add_argument("--no-browser", action="store_true", help="only print the address")
+    args = parser.parse_args(arguments)
+    session = Session()
+    # Shells let programs that a script starts in the background ignore this signal.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return serve(session, args)
+    except KeyboardInterrupt:
+        # Ending takes only a moment from here on, and a second Ctrl-C would disturb it.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        print(file=sys.stderr)
+    if not session.loading:
+        session.unload()
+    return 0
+
+
+def serve(session: Session, args: argparse.Namespace) -> int:
+    """Load the model and serve the page until interrupted; return an exit code on failure."""
+    options = LoadOptions.from_values({"model_dir": args.model})
+    session.start_load(options)
+    try:
+        address = launch(make_page(session, options), port=args.port, share=args.share,
+                         allowed_hosts=args.allow_host)
+    except OSError as error:
+        why = f"port {args.port} of {HOST} is in use; choose another, or leave --port out"
+        print(f"error: the page cannot be served: {why if args.port else error}", file=sys.stderr)
+        return 1
+    print(f"{TITLE} is at {address}  (Ctrl-C ends it)", flush=True)
+    if not args.no_browser and has_browser():
+        webbrowser.open(address)
+    while True:
+        # Not `Event.wait`, which Ctrl-C does not end on Windows.
+        time.sleep(3600)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

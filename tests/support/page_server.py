@@ -1,0 +1,120 @@
+"""The standalone page for tests: served by a process of its own, and as a person sees it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from playwright import sync_api
+
+from support import REPO
+from support.tiny import write_tiny_model
+
+SCREENSHOTS = os.environ.get("EXL_LOADER_SCREENSHOTS")
+
+WAIT_MS = 60_000
+
+
+def serve(**environ):
+    """Start the page as `install.py --demo` does; yields its address."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "extension.page.server", "--no-browser"], cwd=REPO,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        env={**os.environ, **environ},
+    )
+    try:
+        line = process.stdout.readline()
+        address = re.search(r"http://127\.0\.0\.1:\d+/", line)
+        assert address, f"the page did not start: {line!r}"
+        yield address[0]
+    finally:
+        process.terminate()
+        process.wait(300)
+
+
+class Page:
+    """An open page: what a person sees of it, and does with it."""
+
+    def __init__(self, browser, address, *, theme="light", width=1280, height=1000):
+        self.page = browser.new_page(viewport={"width": width, "height": height},
+                                     color_scheme=theme)
+        self.page.set_default_timeout(WAIT_MS)
+        self.theme, self.errors, self.urls = theme, [], []
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("request", lambda request: self.urls.append(request.url))
+        self.page.goto(address)
+        self.gauge = self.page.locator("#exl_gauge .exl-gauge")
+        self.gauge.wait_for()
+        # From here on the page shows the model in memory, if there is one.
+        stats = self.page.locator("#exl_stats")
+        sync_api.expect(stats).to_be_visible(timeout=WAIT_MS)
+        sync_api.expect(stats).not_to_contain_text("Opening", timeout=WAIT_MS)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        self.page.close()
+        if kind is None:
+            assert self.errors == []
+
+    def expect_gauge(self, text):
+        sync_api.expect(self.gauge).to_contain_text(text, timeout=WAIT_MS)
+
+    def expect_options(self, text):
+        sync_api.expect(self.gauge.locator(".exl-model")).to_contain_text(text, timeout=WAIT_MS)
+
+    def expect_text(self, selector, text):
+        sync_api.expect(self.page.locator(selector)).to_contain_text(text, timeout=WAIT_MS)
+
+    def click(self, selector):
+        self.page.locator(selector).click()
+
+    def toggle(self, name):
+        self.page.locator(f"#exl_{name} input[type=checkbox]").click()
+
+    def toggled(self, name):
+        return self.page.locator(f"#exl_{name} input[type=checkbox]").is_checked()
+
+    def value(self, selector):
+        return self.page.locator(selector).first.input_value()
+
+    def cache_bytes(self):
+        """The cache's exact bytes, from the legend."""
+        entry = self.gauge.locator("dl.exl-parts > div", has_text="Cache").locator("dd")
+        return int(entry.get_attribute("title").removesuffix(" bytes").replace(",", ""))
+
+    def shoot(self, name, whole=False):
+        """Keep a picture, where one was asked for."""
+        if SCREENSHOTS:
+            path = Path(SCREENSHOTS) / f"{name}-{self.theme}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if whole:
+                upper = {"x": 0, "y": 0, "width": 1280, "height": 880}
+                self.page.screenshot(path=path, clip=upper)
+            else:
+                self.gauge.screenshot(path=path)
+
+
+def write_endless_model(folder):
+    """Write a model that says `a` whatever it reads, with room for minutes of it.
+
+    It has layers enough that the most tokens of the page's slider take it seconds.
+    """
+    from safetensors.torch import load_file, save_file
+
+    write_tiny_model(folder, num_hidden_layers=16)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
+            tensor.zero_()
+        elif name.endswith(("norm.weight", "embed_tokens.weight")):
+            tensor.fill_(1)
+    vocab = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    tensors["lm_head.weight"][vocab["a"]] = 1
+    save_file(tensors, folder / "model.safetensors")
+    return folder
