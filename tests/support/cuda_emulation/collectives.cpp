@@ -1,7 +1,7 @@
-// What the lanes of a warp do together: products of matrix fragments, and loading them.
+// Collectives of a warp: products of matrix fragments, and loading them.
 //
-// Fragments are laid out as csrc/cuda/platform.cuh says. Sums of 16-bit products are exact and
-// rounded once; the GPU's order and rounding are its own affair.
+// The layout of fragments is that of csrc/cuda/platform.cuh. Sums of 16-bit products are exact and
+// rounded once; a GPU has another order and rounding.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("O3")  // halves the time of a product; kernels compile quicker with less
 #endif
@@ -52,7 +52,7 @@ void multiply(void* const (&lanes)[kLanes], ReadA read_a, ReadB read_b) {
     }
 }
 
-// float32 of every float16.
+// Maps every float16 to its float32.
 const std::array<float, 65536>& half_values() {
     static const std::array<float, 65536> values = [] {
         std::array<float, 65536> made;
@@ -93,8 +93,8 @@ void load_matrix(void* const (&lanes)[kLanes]) {
 
 float half_value(uint16_t bits) { return half_values()[bits]; }
 
-// Nearest, ties to even, from a double: a float in between would round twice. In the double's
-// bits: ten of its 52 are kept, or fewer where float16 is subnormal.
+// Rounds a double to the nearest float16, ties to even; a float in between would round twice. Ten
+// of the double's 52 bits are kept, fewer if the float16 is subnormal.
 uint16_t half_nearest(double value) {
     uint64_t bits;
     std::memcpy(&bits, &value, 8);
@@ -113,7 +113,7 @@ uint16_t half_nearest(double value) {
     return static_cast<uint16_t>(sign + kept);
 }
 
-// Integers wrap like the GPU's.
+// Integer sums wrap as on the GPU.
 void finish_mma_u8s8(void* const (&lanes)[kLanes]) {
     multiply<4, int32_t, int32_t, uint32_t, int32_t>(
         lanes, [](uint32_t w) { return static_cast<int32_t>(w & 255); },

@@ -1,11 +1,11 @@
-// csrc/cuda/platform.cuh on the CPU: the same names, run by runner.cpp.
+// csrc/cuda/platform.cuh on the CPU: the same names, executed by runner.cpp.
 //
 // Each thread of a block is a fiber in one OS thread. A collective (shuffle, mma, barrier)
-// parks the fiber until all lanes of its warp, or all threads of its block, have come to the
-// same one; the order in which lanes, warps and blocks run is the launcher's choice, so that
-// a missing barrier shows as a different result. Whatever a kernel must not do ends the launch
-// with a message (fail). Shared memory holds NaN patterns until it is written, and so does the
-// target of an asynchronous copy until it is waited for.
+// parks the fiber until all lanes of its warp, or all threads of its block, have reached the same
+// one. The launcher chooses the order in which lanes, warps and blocks run, so that a missing
+// barrier shows as a different result. A fault of a kernel ends the launch with a message (fail).
+// Shared memory holds NaN patterns until it is written, and the target of an asynchronous copy
+// holds them until the copy is waited for.
 #pragma once
 
 #include <cmath>
@@ -14,7 +14,7 @@
 #include <type_traits>
 #include <utility>
 
-// ---- What CUDA's compilers know by themselves ------------------------------------------------
+// ---- Built into CUDA's compilers --------------------------------------------------------------
 
 #define __global__
 #define __device__
@@ -41,7 +41,7 @@ inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
-// Of the fiber that runs; runner.cpp sets them.
+// Of the running fiber; runner.cpp sets them.
 extern uint3 threadIdx, blockIdx, blockDim, gridDim;
 
 inline int min(int a, int b) { return a < b ? a : b; }
@@ -58,7 +58,7 @@ namespace exl_emulation {
 
 constexpr int kLanes = 32;
 
-// Where in the source a collective stands; all who take part must stand at the same place.
+// Source location of a collective; all threads that take part must be at the same location.
 struct Site {
     const char* operation;
     const char* file;
@@ -68,20 +68,20 @@ struct Site {
 // Ends the launch with this message; does not return.
 [[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char* format, ...);
 
-// Parks until the whole warp is here; then `finish` gets each lane's `operand`, once.
+// Parks until the whole warp has arrived; then `finish` gets each lane's `operand`, once.
 using Finish = void (*)(void* const (&operands)[kLanes]);
 void wait_warp(const Site& site, Finish finish, void* operand);
 void wait_block(const Site& site);
 
 char* shared_memory();
-// Whether all of these bytes are shared memory of the running block.
+// True if all of these bytes are shared memory of the running block.
 bool is_shared(const void* address, int bytes);
 
 void copy_async(void* shared, const void* source, bool valid);
 void copy_async_commit();
 void copy_async_wait(int pending);
 
-// What an argument must be in Python: `p`ointer, `i`nteger, `f`loat or `s`truct, and its size.
+// Type of an argument in Python (`p`ointer, `i`nteger, `f`loat or `s`truct), and its size.
 struct Argument {
     char kind;
     int bytes;

@@ -1,10 +1,10 @@
-// A CUDA driver without a card: checks what exl_loader asks of it, and hands launches to the
-// emulated kernels. As strict as the real one where that is documented (CUDA Driver API
+// A CUDA driver without a card: checks the calls of exl_loader, and runs launches with the
+// emulated kernels. It is as strict as the documentation of the real one (CUDA Driver API
 // reference manual; programming guide, "CUDA Graphs"):
 //
-// - A call that needs a context fails with CUDA_ERROR_INVALID_CONTEXT where the thread has none,
-//   or another than the one in which its module, function, stream, graph or memory was made.
-// - A primary context that nobody retains is gone, and all that was made in it with it.
+// - A call that needs a context fails with CUDA_ERROR_INVALID_CONTEXT if the thread has none, or
+//   another one than that in which the module, function, stream, graph or memory was created.
+// - A primary context without users is destroyed, with everything that was created in it.
 // - While a stream of a context is captured, waiting for the context or for that stream spoils
 //   the capture, whichever thread waits. So does any call that may wait for the device, made by
 //   the capturing thread, unless the capture is relaxed.
@@ -35,7 +35,7 @@ constexpr uint64_t kCardBytes = 1 << 30;
 enum Mode { kGlobal = 0, kThreadLocal = 1, kRelaxed = 2, kNone = 3 };
 
 struct Context { int device, retained = 0; };
-// Whatever is made in a context.
+// Base of everything that is created in a context.
 struct Made { Context* context; };
 struct Module : Made { std::string image; uint64_t nbytes = 0; };
 struct Function : Made { Module* module; std::string name; int shared = kDefaultShared; };
@@ -80,7 +80,7 @@ using Lock = std::lock_guard<std::recursive_mutex>;
 Context* in_context() {
     return !current.empty() && current.back()->retained > 0 ? current.back() : nullptr;
 }
-// Whether a thing was made in the context that is current.
+// True if an object was created in the current context.
 template <class Thing>
 bool is_at_home(const Thing* thing) {
     return in_context() != nullptr && thing->context == in_context();
@@ -97,14 +97,14 @@ Stream* captured(const Context* context) {
     }
     return nullptr;
 }
-// What a call does that waits for the whole context.
+// Effect of a call that waits for the whole context.
 int wait_for(const Context* context) {
     Stream* stream = captured(context);
     if (stream == nullptr) return kOk;
     stream->spoilt = true;
     return kCaptureUnsupported;
 }
-// What a call does that may wait for the device, of the thread that captures.
+// Effect of a call by the capturing thread that may wait for the device.
 int may_wait() {
     for (Stream* stream : streams) {
         const bool own = stream->thread == std::this_thread::get_id();
@@ -116,7 +116,7 @@ int may_wait() {
     return kOk;
 }
 
-// The size of an ELF file, which a cubin is: its section headers come last.
+// The size of a cubin, which is an ELF file: its section headers come last.
 uint64_t elf_bytes(const char* image) {
     uint64_t offset;
     uint16_t entry_bytes, entries;
@@ -156,7 +156,7 @@ void forget(Context* context) {
 
 extern "C" {
 
-// ---- What tests ask and set ----------------------------------------------------------------
+// ---- Settings and counters for tests --------------------------------------------------------
 
 void fake_configure(void* launch, void* signature, int major, int minor, int driver_version) {
     launch_emulated = reinterpret_cast<Launch>(launch);
@@ -174,11 +174,11 @@ uint64_t fake_used(int device) { return used[device]; }
 int fake_current() { return current.empty() ? -1 : current.back()->device; }
 void fake_retain(int device) { contexts[device].retained++; }
 void fake_push(int device) { current.push_back(&contexts[device]); }
-// So many captures from now on are spoilt by another library's call.
+// Sets the number of captures from now on that another library's call spoils.
 void fake_spoil(int captures) { captures_to_spoil = captures; }
-// What a graph takes of the card for each of its launches.
+// Sets the memory of a graph for each of its launches.
 void fake_graph_bytes(uint64_t nbytes) { graph_bytes = nbytes; }
-// What a module takes when it is loaded, and a kernel when it is first asked for.
+// Sets the memory of a module when it is loaded, and of a kernel at its first use.
 void fake_module_bytes(uint64_t module, uint64_t function) {
     module_bytes = module, function_bytes = function;
 }
@@ -253,7 +253,7 @@ int cuModuleUnload(Module* module) {
     if (const int code = may_wait()) return code;
     for (const Executable* graph : executables) {
         for (const Node& node : graph->nodes) {
-            // A graph would launch what is not there any more.
+            // A graph would launch a kernel that is unloaded.
             if (node.function->module == module) std::abort();
         }
     }
@@ -409,7 +409,7 @@ int cuGraphInstantiateWithFlags(Executable** out, Graph* graph, unsigned long lo
     const uint64_t nbytes = graph_bytes * graph->nodes.size();
     uint64_t& taken = used[in_context()->device];
     if (taken + nbytes > kCardBytes) return kOutOfMemory;
-    // A half now, the rest when it is uploaded.
+    // Half of the memory now, the rest at the upload.
     taken += nbytes / 2;
     *out = new Executable{{{in_context()}, graph->nodes}, nbytes / 2};
     return executables.insert(*out), kOk;

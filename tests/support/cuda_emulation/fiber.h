@@ -1,5 +1,5 @@
 // Changing from one stack to another: a few instructions on x86-64 and aarch64, ucontext
-// elsewhere. Sanitizers are told of every change.
+// elsewhere. Sanitizers are notified of every change.
 #pragma once
 
 #include <cstddef>
@@ -96,7 +96,7 @@ exl_fiber_swap:
 extern "C" void exl_fiber_swap(void** save, void* load) asm("exl_fiber_swap");
 #endif
 
-// Tells sanitizers which stack the OS thread itself has, before the first switch away from it.
+// Notifies sanitizers of the OS thread's own stack, before the first switch.
 inline void describe_own_stack([[maybe_unused]] Fiber& fiber) {
 #if defined(__SANITIZE_ADDRESS__)
     pthread_attr_t attributes;
@@ -108,8 +108,8 @@ inline void describe_own_stack([[maybe_unused]] Fiber& fiber) {
 #endif
 }
 
-// Forgets what sanitizers know of frames that were never left: of a fiber's first functions,
-// which end by switching away, and after a failure of all.
+// Clears the sanitizers' state of frames that did not return: a fiber's first functions, which end
+// by a switch, and all frames after a failure.
 inline void forget_frames([[maybe_unused]] Fiber& fiber, [[maybe_unused]] size_t bytes) {
 #if defined(__SANITIZE_ADDRESS__)
     ASAN_UNPOISON_MEMORY_REGION(fiber.stack + fiber.stack_bytes - bytes, bytes);
@@ -121,7 +121,7 @@ inline void forget_frames([[maybe_unused]] Fiber& fiber, [[maybe_unused]] size_t
 inline void prepare_fiber(Fiber& fiber, void (*entry)(), size_t offset) {
 #if defined(EXL_FIBER_X86_64)
     auto** top = reinterpret_cast<void**>(fiber.stack + fiber.stack_bytes - offset - 64);
-    // Six registers, where `ret` goes, and the null return address that ends a backtrace.
+    // Six registers, the target of `ret`, and the null return address that ends a backtrace.
     for (int i = 0; i < 8; i++) top[i] = nullptr;
     top[6] = reinterpret_cast<void*>(entry);
     fiber.stack_pointer = top;
@@ -139,14 +139,14 @@ inline void prepare_fiber(Fiber& fiber, void (*entry)(), size_t offset) {
 #endif
 }
 
-// The first thing that `entry` does.
+// `entry` calls this first.
 inline void entered_fiber() {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
 #endif
 }
 
-// Parks `from`, where the call returns when somebody switches back, and runs `to`.
+// Parks `from` and runs `to`. Returns when another fiber switches back to `from`.
 inline void switch_fiber(Fiber& from, Fiber& to) {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_start_switch_fiber(&from.shadow, to.stack, to.stack_bytes);

@@ -1,9 +1,9 @@
-// The names of csrc/cuda/platform.cuh, for the CPU; what they mean is said there.
+// The names of csrc/cuda/platform.cuh for the CPU; that file documents them.
 //
-// Included by emulation.h, which has what stands behind them.
+// Included by emulation.h, which implements them.
 #pragma once
 
-// Default arguments name the caller's place in the source.
+// Default arguments are the caller's source location.
 #define EXL_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 namespace exl {
@@ -51,7 +51,7 @@ inline uint32_t ballot(bool predicate, EXL_SITE) {
     return mine.result;
 }
 
-// Fibers share an OS thread and change at collectives only: a plain addition is atomic.
+// Fibers share an OS thread and switch at collectives only, so a plain addition is atomic.
 inline int32_t atomic_add(int32_t* address, int32_t value) {
     const int32_t before = *address;
     *address = static_cast<int32_t>(static_cast<uint32_t>(before) + static_cast<uint32_t>(value));
@@ -117,7 +117,7 @@ inline void load_matrix_x4_transposed(uint32_t (&d)[4], const void* shared_row, 
                 exl_emulation::finish_load_matrix_transposed, d, shared_row);
 }
 
-// Element c of row r stands in lane 4 * r + c / 2; the low half of a word is the even one.
+// Element c of row r is in lane 4 * r + c / 2; the low half of a word is the even element.
 inline uint32_t transpose_matrix(uint32_t a, EXL_SITE) {
     const int column = lane_id() / 4, row = lane_id() % 4 * 2, shift = 16 * (column % 2);
     const uint32_t even = shfl(a, 4 * row + column / 2, file, line) >> shift & 0xFFFFu;
@@ -164,7 +164,7 @@ inline float bits_float(uint32_t bits) {
 }
 inline float mul_rn(float a, float b) { return a * b; }
 inline float add_rn(float a, float b) { return a + b; }
-// The GPU's conversion saturates and makes 0 of NaN.
+// The GPU's conversion saturates and converts NaN to 0.
 inline int32_t round_int(float value) {
     if (!(value == value)) return 0;
     if (value >= 2147483648.0f) return INT32_MAX;
@@ -202,7 +202,7 @@ inline uint32_t floats_to_bf162(float low, float high) {
     return float_to_bf16(low) | static_cast<uint32_t>(float_to_bf16(high)) << 16;
 }
 
-// The sum of a half and a product of two fits a double, but for bits far below a half's.
+// The sum of a half and a product of two is exact in a double, except bits far below a half's.
 template <typename Function>
 uint32_t each_half(Function function) {
     return function(0) | static_cast<uint32_t>(function(16)) << 16;
@@ -217,7 +217,7 @@ inline uint32_t h2_fma(uint32_t a, uint32_t b, uint32_t c) {
 }
 inline uint32_t h2_add(uint32_t a, uint32_t b) { return h2_fma(a, 0x3C003C00u, b); }
 inline uint32_t h2_sub(uint32_t a, uint32_t b) { return h2_fma(b, 0xBC00BC00u, a); }
-// Minus zero: adding it changes no product, not even its sign.
+// Adding minus zero changes no product, not even its sign.
 inline uint32_t h2_mul(uint32_t a, uint32_t b) { return h2_fma(a, b, 0x80008000u); }
 
 }  // namespace exl

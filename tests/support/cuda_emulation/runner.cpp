@@ -1,8 +1,8 @@
 // Runs kernels that were compiled with emulation.h: one launch at a time, in one OS thread.
 //
-// The lanes of a warp run one after the other until each is parked at a collective; then the
-// collective is carried out, and they run on. A warp whose lanes wait for the block lets the
-// next warp run. Blocks run one after the other.
+// The lanes of a warp run one after the other until each is parked at a collective. Then the
+// collective is executed, and they continue. While a warp waits for the block, the next
+// warp runs. Blocks run one after the other.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -39,7 +39,7 @@ struct Kernel {
     std::string signature;
 };
 
-// Made when the first kernel registers itself, which is before anything here would be.
+// Created when the first kernel registers, before the static objects of this file.
 std::map<std::string, Kernel>& kernels() {
     static std::map<std::string, Kernel> all;
     return all;
@@ -117,7 +117,7 @@ bool same_place(const Thread& a, const Thread& b) {
            (a.site.file == b.site.file || std::strcmp(a.site.file, b.site.file) == 0);
 }
 
-// All lanes of the warp have run and are parked: at the same place, or it is an error.
+// All lanes of the warp are parked. They must be at the same source location.
 void settle_warp() {
     Thread* lanes = threads + launch.warp * kLanes;
     for (int lane = 1; lane < kLanes; lane++)
@@ -140,7 +140,7 @@ void release_warps() {
     launch.warp = order == kReverse ? launch.num_warps - 1 : 0;
 }
 
-// No warp can run: all wait at one barrier, or all are done. False where they are done.
+// No warp can run: all wait at one barrier, or all have ended. Returns false if they have ended.
 bool settle_block() {
     for (int warp = 1; warp < launch.num_warps; warp++)
         if (!same_place(threads[0], threads[warp * kLanes])) fail_divergent(0, warp * kLanes);
@@ -149,7 +149,7 @@ bool settle_block() {
     return true;
 }
 
-// The next warp that can run: the one that just ran where it still can, except when shuffled.
+// Returns the next warp that can run: the current one if it can, except in a shuffled order.
 void choose_warp() {
     if (order == kShuffled) {
         launch.warp = static_cast<int>(random_below(launch.num_warps));
@@ -161,7 +161,7 @@ void choose_warp() {
     launch.position = 0;
 }
 
-// Lets the next thread of the block run; returns when this one's turn has come again.
+// Lets the next thread of the block run; returns when it is this thread's turn again.
 void park(Thread& thread) {
     if (++launch.position == kLanes) {
         launch.position = kLanes - 1;  // still this thread, for messages
@@ -256,7 +256,7 @@ void add_kernel(const char* name, Invoke invoke, const Argument* arguments, int 
 
 extern "C" {
 
-// Runs a kernel to its end. Returns 0, or 1 with words in `message`.
+// Runs a kernel to its end. Returns 0, or 1 with the reason in `message`.
 int exl_emulated_launch(const char* name, const uint32_t* grid, int block, int bytes,
                         void** arguments, char* message, int message_bytes) {
     using namespace exl_emulation;
@@ -301,12 +301,13 @@ void exl_emulated_order(int order, uint64_t seed) {
     exl_emulation::random_state = seed * 2 + 1;
 }
 
-// What a kernel's arguments are, "p8 i4 f4 s64" say; null where there is no such kernel.
+// Returns the types and sizes of a kernel's arguments, such as "p8 i4 f4 s64"; null if there is no
+// such kernel.
 const char* exl_emulated_signature(const char* name) {
     const auto found = exl_emulation::kernels().find(name);
     return found == exl_emulation::kernels().end() ? nullptr : found->second.signature.c_str();
 }
 
-// How often one thread gave way to another, since the library was opened.
+// Returns the number of switches between threads since the library was opened.
 uint64_t exl_emulated_switches() { return exl_emulation::switches; }
 }

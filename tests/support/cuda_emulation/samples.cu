@@ -1,13 +1,13 @@
-// Kernels for tests/backends/cuda/test_cuda_emulation.py: each wrapper of platform.cuh once, and every way
-// in which a kernel may go wrong. They compile for the GPU like any other.
+// Kernels for tests/backends/cuda/test_cuda_emulation.py: each wrapper of platform.cuh once, and
+// every fault of a kernel that the emulation must find. They compile for the GPU as well.
 #include "cuda/platform.cuh"
 
 namespace exl {
 // ---- Threads ---------------------------------------------------------------------------------
 
 namespace {
-// Reverses a block's values through shared memory. Without the barrier the result depends on
-// which thread runs first.
+// Reverses a block's values through shared memory. Without the barrier the result depends on the
+// order of threads.
 template <bool kBarrier>
 __device__ void reverse(const float* in, float* out) {
     EXL_SHARED(char, memory);
@@ -37,7 +37,7 @@ extern "C" __global__ void __launch_bounds__(1024)
 }
 EXL_KERNEL(mean_kernel);
 
-// out [7, 64]: six ways to ask other lanes, and where a thread is.
+// out [7, 64]: six exchanges between lanes, and the thread's index.
 extern "C" __global__ void __launch_bounds__(64) lanes_kernel(const int32_t* in, int32_t* out) {
     const int i = threadIdx.x;
     const int32_t value = in[i];
@@ -52,14 +52,14 @@ extern "C" __global__ void __launch_bounds__(64) lanes_kernel(const int32_t* in,
 }
 EXL_KERNEL(lanes_kernel);
 
-// The number of a block, at its place in a grid of three dimensions.
+// The number of a block in a grid of three dimensions.
 extern "C" __global__ void __launch_bounds__(32) grid_kernel(int32_t* out) {
     const int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
     if (threadIdx.x == 0) out[block] = block;
 }
 EXL_KERNEL(grid_kernel);
 
-// The last block to arrive adds what all blocks wrote, in their order, and resets the counter.
+// The last block to arrive adds the results of all blocks in order, and resets the counter.
 extern "C" __global__ void __launch_bounds__(32)
     last_block_kernel(float* partial, uint32_t* counter, float* out) {
     EXL_SHARED(char, memory);
@@ -154,7 +154,7 @@ EXL_SAMPLE_MMA(mma_s8s8_kernel, int32_t, mma_s8s8_16x8x32)
 EXL_SAMPLE_MMA(mma_f16_kernel, float, mma_f16_16x8x16)
 EXL_SAMPLE_MMA(mma_bf16_kernel, float, mma_bf16_16x8x16)
 
-// in [32, 8] 16-bit elements: four 8x8 matrices; out [2, 32, 4]: as they are, and transposed.
+// in [32, 8] 16-bit elements: four 8x8 matrices; out [2, 32, 4]: plain, and transposed.
 extern "C" __global__ void __launch_bounds__(32)
     load_matrix_kernel(const uint4* in, uint32_t* out) {
     EXL_SHARED(uint4, memory);
@@ -221,7 +221,7 @@ extern "C" __global__ void __launch_bounds__(256)
 }
 EXL_KERNEL(halves_kernel);
 
-// ---- What must not be done -------------------------------------------------------------------
+// ---- Faults -----------------------------------------------------------------------------------
 
 enum Fault : int32_t {
     kDivergentWarp, kDivergentBlock, kDivergentSites, kLeftEarly, kLeftCopies, kWroteBehind,

@@ -1,8 +1,8 @@
 // The block's shared memory, and asynchronous copies into it.
 //
-// It is filled with poison before each block and lies in front of a canary; with
-// AddressSanitizer it has its very size, so that reads behind it are found as well. A copy is
-// made when it is waited for: until then its target is poison, too.
+// It is filled with poison before each block, and a canary follows it. With AddressSanitizer it has
+// its exact size, so that reads beyond it are found as well. A copy is executed when it is waited
+// for; until then its target is poison, too.
 #include "shared_memory.h"
 
 #include <cstdlib>
@@ -13,7 +13,7 @@
 namespace exl_emulation {
 namespace {
 
-// NaN as float32, float16 and bfloat16; as an index, far outside of anything.
+// NaN as float32, float16 and bfloat16; as an index, far outside of every buffer.
 constexpr int kPoison = 0xFF;
 constexpr int kCanaryBytes = 1024;
 constexpr int kCopyBytes = 16;

@@ -1,17 +1,17 @@
-// What runner.cpp asks of shared_memory.cpp, besides what kernels do.
+// Interface of shared_memory.cpp for runner.cpp.
 #pragma once
 
 namespace exl_emulation {
 
 constexpr int kMaxThreads = 1024;
 
-// Allocates for a launch; false where there is no memory.
+// Allocates for a launch; returns false if there is no memory.
 bool make_shared(int bytes);
-// Before a block: nothing is known of shared memory, and no copy is under way.
+// Prepares a block: poisons shared memory and drops pending copies.
 void poison_shared();
-// Whether nobody wrote behind the end.
+// True if nothing was written beyond the end.
 bool canary_alive();
-// Whether the running thread started copies that it never waited for.
+// True if the running thread started copies and did not wait for them.
 bool copies_under_way();
 
 }  // namespace exl_emulation
