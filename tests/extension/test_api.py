@@ -1,4 +1,4 @@
-"""What a client of the web UI's API is told of loads and requests that fail, in a double of it."""
+"""Answers of the web UI's API to loads and requests that fail, in the double of the web UI."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_successful_load_and_request_are_answered_as_before(api):
     assert status == 200 and answer["choices"][0]["text"]
     pieces = api.stream(prompt=PROMPT, temperature=0, ban_eos_token=True)
     assert "".join(c["choices"][0]["text"] for c in pieces) == answer["choices"][0]["text"]
-    # Both stopped at max_new_tokens, whatever the web UI takes from counting.
+    # Both stopped at max_new_tokens, whatever the web UI guesses from token counts.
     assert answer["choices"][0]["finish_reason"] == "length"
     assert pieces[-1]["choices"][0]["finish_reason"] == "length"
     assert api.info() == {"model_name": "tiny", "loader": "ExLlamav2"}
@@ -82,7 +82,7 @@ def test_a_refused_option_is_answered_with_status_400_and_the_reason(api, args, 
     assert status == 400
     assert answer["detail"].startswith("Failed to load the model: ") and reason in answer["detail"]
     assert api.shared.args.loader != "nonsense"
-    assert api.load() == (200, "OK"), "nothing of it is kept"
+    assert api.load() == (200, "OK"), "the refused value is not kept"
 
 
 @pytest.mark.parametrize("args", [
@@ -157,7 +157,7 @@ def test_a_refused_setting_is_answered_with_status_400_in_the_webuis_form(api, b
     assert error["message"].startswith(param)
     last = api.stream(prompt=PROMPT, **body)[-1]
     assert last == {"choices": [], "error": error}
-    assert api.ask("/completions", prompt=PROMPT)[0] == 200, "nothing of it is kept"
+    assert api.ask("/completions", prompt=PROMPT)[0] == 200, "the refused value is not kept"
 
 
 def test_the_web_uis_own_errors_are_unchanged(api):
@@ -177,7 +177,7 @@ def test_a_folder_without_tokenizer_answers_text_with_an_error(api):
     assert "tokenizer" in api.stream(prompt=PROMPT)[-1]["error"]["message"]
     status, answer = api.load(loader="ExLlamav2_HF")
     assert status == 500 and "tokenizer" in answer["detail"]
-    assert loading.current() is None, "what cannot be used holds no memory"
+    assert loading.current() is None, "a model that cannot be used is unloaded"
 
 
 def test_a_model_is_unloaded_if_the_web_ui_fails_after_the_load(api, monkeypatch):
@@ -215,7 +215,7 @@ def test_a_file_that_the_web_ui_cannot_read_is_named(api, monkeypatch, capsys, n
         settings.get_model_metadata("tiny")
     assert name in str(raised.value) and words in str(raised.value)
     assert "Download this file" in str(raised.value)
-    # The page that selects the model stays as it is, and says why.
+    # A page that selects the model keeps its values and shows the reason.
     state = {"ctx_size": 4096}
     assert settings.apply_model_settings_to_state("tiny", state)["ctx_size"] == 4096
     assert name in capsys.readouterr().err

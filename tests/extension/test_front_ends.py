@@ -1,4 +1,4 @@
-"""One model, one prompt, the same settings: all four front ends write and reserve the same.
+"""One model, one prompt, the same settings: all four front ends generate and reserve the same.
 
 They are the web UI's loaders ExLlamav2 and ExLlamav2_HF, the standalone page's session, and the
 command line. The web UI is its double, and the real one where TEXTGEN_WEBUI_DIR names it.
@@ -35,7 +35,7 @@ needs_webui = MARKS[2]
 
 
 class Answer(NamedTuple):
-    """What a front end wrote and took; ids where it tells them."""
+    """What a front end generated and reserved, with the ids if it has them."""
 
     text: str
     total_bytes: int
@@ -50,7 +50,7 @@ def cache_type(request):
 def of_session(cache_type: str) -> tuple[Answer, Reservation]:
     session = Session()
     session.start_load(LoadOptions(str(DEMO), CTX_SIZE, cache_type))
-    assert list(session.follow())[-1] == "", "the load's problem"
+    assert list(session.follow())[-1] == "", "the load's error"
     try:
         generation = session.continue_text(PROMPT, SETTINGS)
         text = "".join(generation)
@@ -62,7 +62,7 @@ def of_session(cache_type: str) -> tuple[Answer, Reservation]:
 
 
 def of_command_line(cache_type: str) -> tuple[Answer, int]:
-    """What `generate` writes and takes, and what `plan` says."""
+    """Return what `generate` writes and takes, and what `plan` prints."""
     options = [str(DEMO), "--ctx-size", str(CTX_SIZE), "--cache-type", cache_type, "--json"]
     writing = ["--prompt", PROMPT, "--temperature", "0", "--max-new-tokens", str(TOKENS),
                "--ban-eos-token"]
@@ -134,7 +134,7 @@ def test_all_four_front_ends_generate_the_same_tokens_and_reserve_the_same(doubl
     assert native == hf == session
     assert command_line == session._replace(token_ids=None)
     assert native_plan.devices[0].total_bytes == hf_plan.devices[0].total_bytes == planned
-    # Every part of it, and not only the sum.
+    # Every part, not only the sum.
     parts = [
         (plan.weights_bytes, plan.cache_bytes, plan.workspace_bytes)
         for plan in (p.devices[0] for p in (native_plan, hf_plan, session_plan))

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.timeout(600)
 
 
 def json_values() -> list:
-    """The odd values that a page, the API or a YAML file can bring."""
+    """Return the odd values that a page, the API or a YAML file can contain."""
     kinds = (type(None), bool, int, float, str, list, dict)
     return [value for value in odd_values() if type(value) in kinds]
 

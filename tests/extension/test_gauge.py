@@ -1,4 +1,4 @@
-"""The gauge's picture: what it says about a reservation, and how it says it."""
+"""The gauge: what it shows of a reservation, and how."""
 
 import re
 from dataclasses import replace
@@ -47,7 +47,7 @@ def reservation(*devices, **changes):
 
 
 class Page(HTMLParser):
-    """Tags, attributes and words of a piece of HTML; refuses tags that are not closed."""
+    """Tags, attributes and text of a piece of HTML; tags that are not closed are refused."""
 
     def __init__(self, html):
         super().__init__()
@@ -73,7 +73,7 @@ class Page(HTMLParser):
         return [attrs for tag, attrs in self.tags if tag == "button"]
 
     def bars(self):
-        """Width of each part of the first bar, in percent."""
+        """Return the width of each part of the first bar, in percent."""
         found = {}
         start = [i for i, (_, attrs) in enumerate(self.tags) if attrs.get("role") == "img"][0]
         for tag, attrs in self.tags[start + 1 :]:
@@ -88,7 +88,7 @@ def test_the_bar_is_to_scale_and_its_parts_add_up():
     plan = reservation(device(own=2 * GIB))
     (first,) = plan.devices
     bars = Page(gauge_html(plan)).bars()
-    # What is taken already comes first.
+    # Memory in use comes first.
     assert list(bars) == ["other", "own", "weights", "cache", "workspace", "overhead"]
     expected = [first.other_bytes, 2 * GIB, first.weights_bytes, first.cache_bytes,
                 first.workspace_bytes, first.overhead_bytes]
@@ -99,7 +99,7 @@ def test_the_bar_is_to_scale_and_its_parts_add_up():
 
 
 def end_of_memory(page):
-    """Where the line stands that ends the memory, in percent of the bar."""
+    """Return where the line at the end of the memory is, in percent of the bar."""
     (line,) = page.with_class("exl-end")
     return float(re.fullmatch(r"left:([\d.]+)%", line["style"])[1])
 
@@ -121,12 +121,12 @@ def test_a_model_that_does_not_fit_shows_what_is_missing_beyond_the_line():
     page = Page(gauge_html(plan))
     assert "Does not fit" in page.words and "needs 25.8 GiB, 23.0 GiB free" in page.words
     bars = page.bars()
-    # The bar is then longer than the card; what is beyond is marked.
+    # The bar is then longer than the card's memory, and the rest is marked.
     used = plan.devices[0].capacity_bytes + plan.devices[0].missing_bytes
     assert bars.pop("over") == pytest.approx(100 * 2.75 * GIB / used, abs=0.001)
     assert sum(bars.values()) == pytest.approx(100, abs=0.01)
     assert end_of_memory(page) == pytest.approx(100 * 24 * GIB / used, abs=0.001)
-    # The largest contexts are then not among the details.
+    # The largest contexts are then outside the details.
     tags = [(tag, attrs.get("data-pick", "")) for tag, attrs in page.tags]
     assert tags.index(("button", "40960 fp16")) < tags.index(("details", ""))
 
@@ -193,7 +193,7 @@ def test_with_a_limit_the_overhead_is_listed_apart():
     assert "overhead" not in page.bars() and "Overhead: 512.0 MiB outside the limit" in page.words
     assert "the limit is at 18.00 GiB" in page.words
     assert "needs 17.2 GiB, 18.0 GiB free" in page.words
-    # A limit that the card could not give anyway does not rule.
+    # A limit above the card's free memory has no effect.
     wide = Page(gauge_html(reservation(device(limit=24 * GIB - 1))))
     assert "overhead" in wide.bars() and "the limit" not in wide.words
 
@@ -205,7 +205,7 @@ def largest(page):
 def test_largest_contexts_are_labelled_buttons():
     page = Page(gauge_html(reservation()))
     picks = [button["data-pick"] for button in largest(page)]
-    # 4 bits would reach beyond the model's own length.
+    # With 4 bits a context beyond the model's own length would fit.
     assert picks == ["40960 fp16", "77056 q8", "99072 q6", "131072 q4"]
     assert all(button["type"] == "button" for button in page.buttons())
     assert all(PICK_ELEM_ID in button["onclick"] for button in page.buttons())
@@ -246,7 +246,7 @@ def test_a_small_model_is_enlarged():
     small = device(cache=GIB, capacity=512 * GIB)
     page = Page(gauge_html(reservation(small)))
     assert len(page.with_class("exl-lens")) == 1 and len(page.with_class("exl-bar")) == 2
-    # What is drawn twice is read out once.
+    # A screen reader gets once what is drawn twice.
     assert sum(attrs.get("role") == "img" for _, attrs in page.tags) == 1
     assert not Page(gauge_html(reservation())).with_class("exl-lens")
 
@@ -313,7 +313,7 @@ def test_progress_without_an_end_is_indeterminate():
 
 
 def luminance(colour):
-    """Relative luminance of `#rrggbb` (WCAG 2)."""
+    """Return the relative luminance of `#rrggbb` (WCAG 2)."""
     parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
     return sum(w * x for w, x in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
@@ -333,7 +333,7 @@ def test_both_themes_have_enough_contrast(theme):
                        ("good", "good-back"), ("bad", "bad-back"), ("accent", "card"),
                        ("warn", "warn-back")):
         assert contrast(colours[text], colours[back]) >= 4.5, (text, back)
-    # Parts of a picture need 3:1 against what is behind them, other processes' hatch aside.
+    # Parts need a contrast of 3:1 to their background, except the hatch of other processes.
     for part in ("weights", "cache", "overhead"):
         assert contrast(colours[part], colours["track"]) >= 3, part
     used = set(re.findall(r"var\(--exl-([\w-]+)\)", gauge_style.STYLE))

@@ -1,4 +1,4 @@
-"""What the Model tab of the web UI says and does about loads, in the double of the web UI."""
+"""The Model tab with the plugin, in the double of the web UI."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def page(tmp_path, monkeypatch, folder):
 
 
 def shown(page, **changes):
-    """The gauge for a page's values."""
+    """Return the gauge for a page's values."""
     values = {"loader": "ExLlamav2", "model_menu": "tiny", "ctx_size": 512, "cache_type": "fp16",
               "gpu_split": "", "model_draft": "None", "ctx_size_draft": 0, "draft_max": 4,
               "cache_8bit": False, "cache_4bit": False, "alpha_value": 1,
@@ -63,7 +63,7 @@ def test_the_load_button_shows_progress_and_the_gauge_what_was_measured(page):
 
 
 def test_pages_show_the_progress_of_a_load(page, monkeypatch):
-    """The page that asked follows it from the click on, one that is opened while it runs."""
+    """Both in the page that started the load and in a page that is opened meanwhile."""
     began, go = threading.Event(), threading.Event()
     load = exl_loader.load
 
@@ -156,7 +156,7 @@ def test_two_loads_at_once_leave_one_model(page):
 
 
 class Wired:
-    """What Gradio gives for an event: more can be chained to it."""
+    """What Gradio returns for an event, to which further events can be chained."""
 
     def __init__(self, log, name):
         self._log, self.name = log, name
@@ -200,7 +200,7 @@ def test_a_draft_model_is_planned_drawn_and_loaded(page, folder):
     args.model_draft, args.draft_max = "absent", 3
     with pytest.raises(exl_loader.utils.errors.ModelNotFound, match="absent"):
         page.models.load_model("tiny", "ExLlamav2")
-    # A menu of models says None, and what was chosen for another loader does no harm.
+    # The menu's entry for no model is None; a draft model chosen for another loader is ignored.
     args.model_draft = "None"
     page.models.load_model("tiny", "ExLlamav2")
     assert loading.current().reservation.total_bytes == alone
@@ -227,11 +227,11 @@ FIELDS = ("loader", "model_menu", "ctx_size", "cache_type", "gpu_split", "model_
 
 @pytest.fixture
 def wired(page, monkeypatch):
-    """Make the double's Model tab with Gradio; returns what it did with a change of a field."""
+    """Return a function that makes the double's Model tab with Gradio."""
     import gradio as gr
 
     class Components(dict):
-        """The page's components by name; `slider` is what was last said of the context's."""
+        """Make the page; return its components by name."""
 
         slider: dict
 
@@ -254,7 +254,7 @@ def wired(page, monkeypatch):
 
 
 def leaves(block):
-    """The components in a block, in the order of the page."""
+    """Yield the components in a block, in the order of the page."""
     for child in getattr(block, "children", ()):
         if hasattr(child, "value"):
             yield child
@@ -263,14 +263,14 @@ def leaves(block):
 
 
 def drawing(components):
-    """The page's one event that draws the gauge."""
+    """Return the page's one event that draws the gauge."""
     (found,) = [event for event in components["interface"].fns.values()
                 if components["exl_gauge"] in event.outputs]
     return found
 
 
 def follow(components, **changes):
-    """The gauge that the page draws for its fields' values."""
+    """Return the gauge that the page draws for its fields' values."""
     values = {"loader": "ExLlamav2", "model_menu": "tiny", "ctx_size": 512, "cache_type": "q4",
               "model_draft": "tiny"} | changes
     names = {component: name for name, component in components.items()}
@@ -298,7 +298,7 @@ def test_the_gauge_works_without_the_optional_fields(wired, page, monkeypatch, a
         model_tab.panel, "plan_html", lambda options, unfolded: f"{options!r}, {unfolded}")
     drawn = follow(components, ctx_size_draft=256, draft_max=2)
     assert "ctx_size=512, cache_type='q4'" in drawn
-    # A field that the page lacks is what the command line said.
+    # An option without a field has the value of the command line.
     assert f"ctx_size_draft={1024 if absent else 256}" in drawn
     assert drawn.endswith("False") and follow(components, exl_details="open").endswith("True")
 
@@ -333,7 +333,7 @@ def test_the_page_starts_with_the_options_of_the_command_line(wired, page):
     assert begun == ["q4", False, True]
     page.shared.args.cache_type, page.shared.args.cache_4bit = "q8_0", False
     components = wired()
-    # The web UI has given its own field what it was asked for.
+    # The web UI sets its own field from the command line.
     begun = [components[name].value for name in ("cache_type", "cache_8bit", "cache_4bit")]
     assert begun == [None, True, False]
 
@@ -341,14 +341,14 @@ def test_the_page_starts_with_the_options_of_the_command_line(wired, page):
 def test_the_gauge_explains_values_that_gradio_would_refuse(wired, page):
     components = wired()
     assert not drawing(components).preprocess
-    # Load reads these fields through Gradio, which is to refuse no more than the engine.
+    # Load reads these fields through Gradio, which must accept whatever the engine accepts.
     assert all(components[name].preprocess(0.5) == 0.5 for name in contract.ROPE_OPTIONS)
     drawn = follow(components, alpha_value=1e9, model_draft="")
     assert "alpha_value" in drawn and "Cannot be loaded" in drawn
 
 
 def test_fields_are_kept_in_step_without_the_server(wired, page):
-    """An answer of the server could contradict what was clicked meanwhile."""
+    """A late answer of the server could contradict a newer click."""
     components = wired()
     cache_bits = [components[name] for name in ("cache_8bit", "cache_4bit", "cache_type")]
     for component in (*cache_bits, components["exl_pick"]):
@@ -368,7 +368,7 @@ def test_one_event_draws_the_gauge_and_it_does_not_read_the_toggles(wired, page)
     asking = [event for event in components["interface"].fns.values()
               if event.outputs == [components["exl_ask"]]]
     asked_by = {target for event in asking for target in event.targets}
-    # Unfolding the details asks for nothing: they are there already.
+    # Unfolding the details needs no request, because the page has them already.
     fields = set(drawn.inputs) - {components["exl_details"]}
     assert {(component._id, "change") for component in fields} <= asked_by
     assert (components["interface"]._id, "load") in asked_by

@@ -1,4 +1,4 @@
-"""Saved settings of the web UI that name our loaders, as today's page and load have them."""
+"""Saved settings of the web UI that name our loaders, updated for today's page."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_saved_toggles_match_the_cache_type_and_numbers_are_numbers(saved, shown
     entry = {"loader": "ExLlamav2_HF", **saved}
     once = dict(with_current_values({"a$": entry})["a$"])
     values = tuple(once.get(name) for name in ("cache_type", "cache_8bit", "cache_4bit"))
-    assert values == (shown or (None,) * 3), "what a file does not name is left out"
+    assert values == (shown or (None,) * 3), "options that the file does not name are left out"
     before = LoadOptions.from_values({"ctx_size": saved.get("max_seq_len"), **saved})
     after = LoadOptions.from_values(once)
     assert after == before, "the load is the same"
@@ -32,7 +32,7 @@ def test_saved_toggles_match_the_cache_type_and_numbers_are_numbers(saved, shown
 
 @pytest.mark.parametrize("loader", RETIRED)
 def test_the_folder_decides_for_models_saved_with_a_retired_loader(loader):
-    """The web UI of today ends with a KeyError over a loader that it does not have."""
+    """Today's web UI fails with a KeyError if a saved setting names an unknown loader."""
     entry = {"loader": loader, "max_seq_len": 4096, "compress_pos_emb": 2, "wbits": 4}
     expected = {"max_seq_len": 4096, "ctx_size": 4096, "compress_pos_emb": 2.0, "wbits": 4}
     assert with_current_values({"a$": entry}) == {"a$": expected}

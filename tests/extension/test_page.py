@@ -39,7 +39,7 @@ def address():
 
 @pytest.fixture(scope="module")
 def tight_address():
-    """With the whole context 8 bits a cache element just fit, and 16 do not."""
+    """A page with a memory limit: with 8 cache bits the whole context just fits, with 16 not."""
     least = plan(DEMO_MODEL, ctx_size=1024, cache_type="q8").total_bytes
     yield from serve(EXL_LOADER_MEMORY_LIMIT=str(least + 600_000))
 
@@ -47,7 +47,7 @@ def tight_address():
 def test_the_shipped_model_loads_generates_follows_its_options_and_unloads(browser, address):
     with Page(browser, address) as page:
         page.expect_gauge("Measured equals reserved, to the byte")
-        # A newcomer has done nothing yet, and sees text.
+        # The user has not clicked yet and sees text.
         page.expect_text("#exl_stats", "tokens/s")
         page.expect_text("#exl_stats", "seed")
         assert len(page.value("#exl_text textarea")) > 100
@@ -91,13 +91,13 @@ def test_the_shipped_model_loads_generates_follows_its_options_and_unloads(brows
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_one_click_makes_a_model_fit(browser, tight_address, theme):
-    # High enough for all of it: nothing moves while a picture is taken.
+    # High enough for the whole page, so nothing moves while a screenshot is taken.
     with Page(browser, tight_address, theme=theme, height=1600) as page:
         page.expect_gauge("Does not fit")
         box = page.gauge.bounding_box()
-        assert box["y"] + box["height"] <= 768, "in sight on a small screen as well"
+        assert box["y"] + box["height"] <= 768, "visible on a small screen as well"
         page.shoot("gauge-does-not-fit")
-        # What could not be loaded has taken nothing from the page.
+        # A failed load leaves the page unchanged.
         assert page.value("#exl_text textarea").startswith("import os")
         page.expect_text("#exl_write", "Continue")
         page.click("#exl_load")
@@ -143,16 +143,16 @@ def test_the_gauge_is_visible_while_the_context_is_dragged(
     with Page(browser, address, width=width, height=height, theme=theme) as page:
         page.expect_gauge("Details")
         slider = page.page.locator("#exl_ctx_size input[type=range]").bounding_box()
-        # Unfolded details are below the rest of it.
+        # Unfolded details are below the rest of the gauge.
         assert not page.gauge.locator("details").evaluate("details => details.open")
         gauge = page.gauge.bounding_box()
         assert slider["y"] < gauge["y"] < slider["y"] + 60, "right below the slider"
-        # A narrow window is scrolled to the slider, a wide one not at all.
+        # A narrow window is scrolled to the slider, a wide one is not scrolled.
         top = slider["y"] if width == 400 else 0
         assert gauge["y"] + gauge["height"] - top <= height
         assert gauge["x"] >= 0 and gauge["x"] + gauge["width"] <= width
         assert page.page.evaluate("document.documentElement.scrollWidth") <= width
-        # What is unfolded stays so while the gauge is drawn anew.
+        # Unfolded details stay unfolded while the gauge is redrawn.
         page.gauge.locator("summary").click()
         page.toggle("cache_4bit")
         page.expect_options("4-bit cache")
@@ -228,7 +228,7 @@ def test_stop_ends_the_text_at_once_and_keeps_it(browser, address, tmp_path):
         page.page.locator("#exl_model_dir textarea, #exl_model_dir input").fill(str(folder))
         page.page.keyboard.press("Enter")
         page.expect_gauge("endless")
-        # Another model's slider reaches as far as that model, and RoPE scaling further.
+        # The slider ends at the length of the new model, and further with RoPE scaling.
         slider = page.page.locator("#exl_ctx_size input[type=range]")
         sync_api.expect(slider).to_have_attribute("max", "32768")
         page.expect_options("8,192 tokens of context")
@@ -238,7 +238,7 @@ def test_stop_ends_the_text_at_once_and_keeps_it(browser, address, tmp_path):
         page.click("#exl_load")
         page.expect_gauge("Measured equals reserved, to the byte")
         page.page.get_by_text("Sampling").click()
-        # The first of four digits is less than the slider's least, and no error.
+        # The first of four digits is below the slider's minimum, which is not an error.
         typed = page.page.locator("#exl_ctx_size input[type=number]")
         typed.fill("1")
         page.expect_options(" 1 tokens of context")
@@ -274,13 +274,13 @@ def test_a_model_with_a_template_chats_and_the_page_can_be_opened_again(
         page.expect_text("#exl_chatbot", "Hello")
         page.expect_text("#exl_stats", "seed")
         assert page.page.locator("#exl_message textarea").input_value() == ""
-    # Another look at the same model, on a narrow screen.
+    # The same model on a narrow screen.
     with Page(browser, address, width=400) as page:
         page.expect_gauge("talker")
         page.expect_gauge("Measured equals reserved, to the byte")
         page.page.locator("#exl_message").wait_for()
         assert page.page.evaluate("document.documentElement.scrollWidth") <= 400
-        # The model vanishes between choosing and loading.
+        # The model is deleted between choosing and loading.
         shutil.rmtree(folder)
         page.click("#exl_load")
         page.expect_gauge("Cannot be loaded")

@@ -1,4 +1,4 @@
-"""The standalone page answers its own pages on this machine, and nobody else's."""
+"""The standalone page answers requests from its own page on this machine only."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def headers(host=OWN, origin=None, **more):
     ("[::1]:7860", None), ("[::1]", None), ("127.0.0.1", None), ("127.8.9.1:1", None),
     ("127.0.0.1.", None),
     ("[::ffff:127.0.0.1]:7860", None),
-    # Another port of this machine's may lead here, as SSH forwards it.
+    # Another port of this machine may lead here, for example through SSH.
     ("localhost:9000", "http://localhost:9000"),
     (OWN, "http://127.0.0.1:7860"), ("LOCALHOST:7860", "http://localhost:7860"),
     ("[::1]:7860", "http://[::1]:7860"), ("localhost", "http://localhost"),
@@ -98,7 +98,7 @@ def test_allowed_hosts_are_answered():
     for host in ("box.example.org", "BOX.EXAMPLE.ORG.:443", "192.168.0.7:80"):
         check_request(headers(host), allowed)
     check_request(headers("box.example.org", "https://box.example.org"), allowed)
-    # A proxy that calls the page by its own address.
+    # A proxy that uses its own address for the page.
     check_request(headers(OWN, "https://box.example.org"), allowed)
     for origin in ("https://other.example.org", "null", "https://box.example.org.evil.com"):
         with pytest.raises(Refusal):
@@ -127,7 +127,7 @@ def test_invalid_host_names_are_refused(text, capsys):
 
 
 def ask(scope, messages=()):
-    """Send a request through the guard; returns what is answered and what the app received."""
+    """Send a request through the guard; return the answer and what the app received."""
     received, sent = [], []
     pending = list(messages) or [{"type": "http.request", "body": b""}]
 
@@ -213,7 +213,7 @@ def port():
 
 
 def status(port, request):
-    """Send the text of a request; returns the status code of the answer and its text."""
+    """Send the text of a request; return the status code and the text of the answer."""
     with socket.create_connection(("127.0.0.1", port), timeout=300) as connection:
         connection.sendall(request.replace("\n", "\r\n").encode("latin-1"))
         answer = b""

@@ -1,4 +1,4 @@
-"""What the browser does by itself: the toggles and the cache type in step, drawings in order."""
+"""The page's JavaScript: toggles and cache type in step, drawings of the gauge in order."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_fields_are_in_step_after_any_change(blank, name):
     for before in itertools.product((True, False), (True, False), [*TYPES, None]):
         answer = run(blank, SOURCES[name], *before)
         assert in_step(*after(answer, before)), (before, answer)
-        # What is in step stays as it is, so no answer is answered.
+        # Values that are in step are left alone, so an answer causes no further event.
         assert (answer == [KEEP] * 3) == in_step(*before), (before, answer)
 
 
@@ -90,11 +90,11 @@ def test_one_drawing_at_a_time_and_the_last_one_after_the_last_change(browser):
     for _ in range(200):
         if chosen.random() < 0.6:
             asked = run(page, ask) != KEEP
-            assert asked != drawing, "a second one is not asked for before the first arrives"
+            assert asked != drawing, "no second drawing is asked for before the first arrives"
             drawing, due = True, due or not asked
         elif drawing:
             again = run(page, arrived) != KEEP
-            assert again == due, "what changed meanwhile is drawn, and nothing else"
+            assert again == due, "only a change since then is drawn again"
             drawing, due = again, False
     page.close()
 

@@ -1,4 +1,4 @@
-"""The panel's rules: toggles in step, old settings honoured, a gauge for whatever is chosen."""
+"""The panel's rules: toggles in step, old settings read, a gauge for every choice."""
 
 import json
 import os
@@ -114,7 +114,7 @@ def test_a_session_loads_shows_and_unloads(tiny_model_dir):
     options = session.options
     gauge = session.gauge(options)
     assert "Measured equals reserved" in gauge
-    # Other options: the gauge shows what they would take instead of the model in memory.
+    # With other options the gauge shows what a load with them would take.
     other = session.gauge(LoadOptions(str(tiny_model_dir), 1024))
     assert "1,024 tokens of context" in other and "Measured" not in other
     text = "".join(session.continue_text("ab", {"max_new_tokens": 4, "seed": 1}))
@@ -135,7 +135,7 @@ def test_long_conversation_loses_its_oldest_questions_with_their_answers(tiny_mo
     assert not session.has_template
     loaded(session, LoadOptions(str(folder), 256))
     assert session.has_template
-    # One token a byte: three of these fit into 256 tokens, seven do not.
+    # One token per byte: three of these fit into 256 tokens, seven do not.
     roles = ("user", "assistant") * 3 + ("user",)
     talk = [{"role": role, "content": f"{i}" * 40} for i, role in enumerate(roles)]
     notices = []
@@ -167,7 +167,7 @@ def test_a_failed_load_is_one_message_and_frees_everything(tiny_model_dir, monke
     monkeypatch.setenv("EXL_LOADER_MEMORY_LIMIT", "1MiB")
     _, problem = loaded(session, LoadOptions(str(tiny_model_dir), 32768))
     assert "does not fit" in problem and "<details>" in problem
-    # The model that was there has made room.
+    # The previous model has been unloaded.
     assert session.model is None and live_bytes() == before
     _, problem = loaded(session, LoadOptions(str(tiny_model_dir / "nowhere")))
     assert problem.count("<section") == 1

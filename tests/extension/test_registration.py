@@ -1,4 +1,4 @@
-"""The plugin in a double of the web UI: what it adds, what it leaves, when it stands aside."""
+"""The plugin in a double of the web UI: what it adds, changes and leaves alone."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def webui(tmp_path, monkeypatch):
 
 @pytest.fixture
 def model(tmp_path):
-    """Write a folder that says it is GPTQ, and one that can really be loaded."""
+    """Write a folder with the config of an EXL2 model, and one that can really be loaded."""
     models = tmp_path / "webui" / "user_data" / "models"
     write_tiny_model(models / "tiny")
     quantised = models / "quantised"
@@ -243,7 +243,7 @@ def test_an_unsupported_web_ui_is_left_alone_with_one_message(webui, capsys, fil
 
 
 def test_on_version_3_the_message_names_its_own_loader(webui, capsys):
-    """Its modules lack things as well, which would explain nothing to anybody."""
+    """Its modules also lack attributes, but naming one of those would explain nothing."""
     webui(loaders=('"llama.cpp": ["ctx', '"ExLlamav2": [], "llama.cpp": ["ctx'),
          shared=("original_args", "args_at_start"))
     assert not registration.register()
@@ -354,7 +354,7 @@ def test_a_failed_load_frees_everything(webui, model):
 
 
 def test_an_idle_reload_uses_the_options_of_the_last_load(webui, model):
-    """Opening the page rewrites the options, and the idle reload reads them."""
+    """Opening the page overwrites the options that an idle reload would read."""
     web = webui(["--idle-timeout", "1"])
     registration.register()
     web.shared.args.cache_4bit = True
@@ -376,7 +376,7 @@ def test_an_idle_reload_uses_the_options_of_the_last_load(webui, model):
 
 @pytest.mark.parametrize("name", ["generate_reply", "encode"])
 def test_an_idle_reload_is_guarded_if_every_caller_reloads_itself(webui, model, name):
-    """Up to v4.2 there is no one function for it, and some callers do without."""
+    """Up to v4.2 no single function reloads, and some callers do not reload at all."""
     web = webui(
         ["--idle-timeout", "1"], models=("load_model_if_idle_unloaded", "reload_by_myself"),
         text_generation=("models.load_model_if_idle_unloaded()", "pass"))
@@ -389,7 +389,7 @@ def test_an_idle_reload_is_guarded_if_every_caller_reloads_itself(webui, model, 
     arguments = {"generate_reply": ("a", {}), "encode": ("a",)}[name]
     list(getattr(text_generation, name)(*arguments))
     assert web.shared.model.loaded.reservation.cache_type == "q4"
-    # Another loader's model is the web UI's to load again, or not.
+    # The web UI decides whether to reload another loader's model.
     web.models.unload_model(keep_model_name=True)
     web.shared.model_name = "another"
     with contextlib.suppress(AttributeError):

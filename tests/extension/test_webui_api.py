@@ -18,7 +18,7 @@ from support.webui_server import GREEDY, MARKS, PROMPT, Server, StreamError
 
 pytestmark = MARKS
 
-# A header with nothing in it.
+# A header without tensors and without metadata.
 GGUF = b"GGUF" + struct.pack("<IQQ", 3, 0, 0)
 
 ENDLESS = {"max_tokens": 450, "temperature": 1, "ban_eos_token": True}
@@ -37,7 +37,7 @@ def test_load_generate_and_unload(server, greedy_text):
     chat = server.post("chat/completions", messages=[{"role": "user", "content": "Hi"}],
                        max_tokens=8)
     assert chat["choices"][0]["message"]["content"]
-    # v4.0 answers nothing, later ones OK.
+    # v4.0 answers nothing, later versions answer OK.
     assert server.post("internal/model/unload") in ("OK", None)
     assert server.info()["model_name"] == "None"
 
@@ -65,7 +65,7 @@ def test_native_guidance_grammar_and_bans_are_the_engines(server, webui_models):
 
 
 def test_a_draft_model_changes_the_reservation_and_no_text(server, greedy_text, webui_models):
-    # The same model, so that every guess is right.
+    # The draft model is the model itself, so every guess is right.
     load = server.load(ctx_size=512, cache_4bit=True, model_draft="demo", ctx_size_draft=256,
                        draft_max=3)
     assert load == "OK" and server.text() == greedy_text
@@ -75,7 +75,7 @@ def test_a_draft_model_changes_the_reservation_and_no_text(server, greedy_text, 
                               ctx_size_draft=256 if had else 0,
                               model_draft=webui_models / "demo")
     assert server.reserved_bytes()[-1] == planned.total_bytes
-    # What was asked for another load is forgotten; up to v4.3 the web UI keeps it.
+    # Options of an earlier load are forgotten; up to v4.3 the web UI keeps them.
     assert server.load(ctx_size=512, cache_4bit=True, model_draft=None) == "OK"
     assert server.reserved_bytes()[-1] < planned.total_bytes
 
@@ -83,7 +83,7 @@ def test_a_draft_model_changes_the_reservation_and_no_text(server, greedy_text, 
 def test_log_probabilities_biases_and_echo(server):
     server.load(ctx_size=512)
     choice = server.post("completions", **GREEDY, logprobs=3)["choices"][0]
-    # v4.0 gives the alternatives of the tokens and no more.
+    # v4.0 returns only the alternatives of the tokens.
     top = choice["logprobs"]["top_logprobs"]
     assert all(0 < len(t) <= 3 and max(t.values()) < 0 for t in top)
     if "tokens" not in choice["logprobs"]:
@@ -91,7 +91,7 @@ def test_log_probabilities_biases_and_echo(server):
     assert len(top) == 12 and "".join(choice["logprobs"]["tokens"]) == choice["text"]
     echo = server.post("completions", **GREEDY, logprobs=1, echo=True)["choices"][0]
     assert echo["text"] == PROMPT + choice["text"]
-    # Up to v4.2 a prompt's tokens have none.
+    # Up to v4.2 prompt tokens have no log probabilities.
     if len(echo["logprobs"]["tokens"]) > 12:
         assert "".join(echo["logprobs"]["tokens"]) == echo["text"]
         assert echo["logprobs"]["token_logprobs"][0] is None
@@ -181,7 +181,7 @@ def test_two_loads_at_once_leave_one_model(server, greedy_text):
      ({"cache_8bit": True}, "q8"), ({"cache_8bit": True, "cache_4bit": True}, "q8"),
      ({"cache_type": "q6", "cache_4bit": True}, "q6")])
 def test_spellings_of_the_cache_type(server, webui_models, args, cache_type):
-    # Up to v4.3 the web UI keeps what an earlier load asked for.
+    # Up to v4.3 the web UI keeps the options of an earlier load.
     plain = {"cache_type": "fp16", "cache_8bit": False, "cache_4bit": False}
     assert server.load(ctx_size=512, **plain | args) == "OK"
     assert server.reserved_bytes()[-1] == exl_loader.plan(
@@ -203,7 +203,7 @@ def test_refusals_leave_no_model_and_the_reason_in_the_log(server, webui_models)
 
 
 def refused(server, name="demo", **args):
-    """Load what cannot be loaded; returns the reason that the client is told."""
+    """Start a load that fails; return the reason that the client gets."""
     asked = {"model_name": name, "args": {"loader": "ExLlamav2", "ctx_size": 512} | args}
     status, answer = server.ask("internal/model/load", **asked, settings={})
     assert status in (400, 500)
@@ -280,7 +280,7 @@ def test_a_question_that_fits_is_kept_whole_and_the_answer_gets_the_rest(server)
         assert choice["finish_reason"] == "length" and choice["text"]
         assert f"room for only {512 - count} of the 900 new tokens asked for" in server.said()
         assert server.said().count("is full: the answer ends") == before + 1
-        # As much of it as fits: a prompt that had been cut would go on in another way.
+        # The answer differs if the prompt has been cut.
         texts.append(choice["text"])
         server.post("completions", **long | {"prompt": question * 4, "max_tokens": 100})
         assert "its last 412 tokens were kept" in server.said().rpartition("CONTEXT LENGTH")[2]
@@ -333,14 +333,14 @@ def test_the_command_line_recognises_the_model_and_saved_settings(
 def test_idle_models_are_unloaded_and_reloaded_with_their_options(
     webui, webui_models, greedy_text
 ):
-    """Opening the page, or asking for another model's settings, rewrites the options."""
+    """Opening the page, or asking for another model's settings, overwrites the options."""
     with Server(webui, webui_models, "--idle-timeout", "1") as server:
         server.load(ctx_size=512, cache_4bit=True, loader="ExLlamav2_HF")
         first = server.reserved_bytes()
         assert server.text() == greedy_text, server.said()[-3000:]
-        # The web UI looks once a minute.
+        # The web UI checks once a minute.
         server.wait_for("Unloading the model for inactivity", 200)
         with ThreadPoolExecutor(3) as pool:
             texts = list(pool.map(lambda _: server.text(), range(3)))
         assert texts == [greedy_text] * 3, server.said()[-3000:]
-        assert server.reserved_bytes() == first * 2, "loaded once more, and not three times"
+        assert server.reserved_bytes() == first * 2, "reloaded once, not three times"

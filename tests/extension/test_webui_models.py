@@ -1,4 +1,4 @@
-"""The web UI's two adapters on a real, tiny model."""
+"""The models of both loaders, ExLlamav2 and ExLlamav2_HF, on a real, tiny model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def loaded(folder):
 
 @pytest.fixture
 def shared(monkeypatch):
-    """The web UI's `shared`, as far as a generation looks at it."""
+    """The part of the web UI's `shared` that a generation reads."""
     module = SimpleNamespace(stop_everything=False)
     monkeypatch.setitem(sys.modules, "modules.shared", module)
     return module
@@ -76,10 +76,10 @@ def test_the_prompt_keeps_its_end_and_one_bos(loaded):
 
 
 @pytest.mark.parametrize(("ctx_size", "length", "asked", "prompt_len", "kept"), [
-    # Fits: kept whole, whatever the answer asks for.
+    # The prompt fits, so it is kept whole for any length of the answer.
     (256, 256, 200, 200, 200), (256, 256, 256, 255, 255), (512, 0, 4096, 511, 511),
     (256, 9999, 512, 40, 40), (512, 100, 90, 99, 99),
-    # Does not fit: the web UI's rule, but at least a quarter of the context.
+    # It does not fit: the web UI's rule applies, but a quarter of the context is kept.
     (256, 256, 100, 256, 156), (256, 256, 100, 900, 156), (512, 100, 20, 600, 80),
     (256, 256, 250, 900, 64), (256, 256, 256, 900, 64), (256, 256, 9999, 900, 64),
     (2, 2, 5, 9, 1), (1, 1, 5, 9, 1),
@@ -186,7 +186,7 @@ def test_invalid_stopping_strings_are_named(wrong, model):
 
 
 class CountedEvent:
-    """An event that is set when it has been asked about so many times."""
+    """An event that counts as set after a number of questions."""
 
     def __init__(self, left):
         self.left = left
@@ -252,7 +252,7 @@ def test_requests_at_once_give_what_each_gives_alone(model):
 
 
 def test_figures_are_per_thread_and_the_page_reads_its_own(model, loaded):
-    """The web UI shows the page's counts from a thread that may have served the API before."""
+    """The web UI shows the page's counts in a thread that may have served the API before."""
     api = STATE | {"stop_event": threading.Event(), "max_new_tokens": 3}
     prompt_len = len(loaded.encode(PROMPT))
     counts = []
@@ -274,7 +274,7 @@ def test_figures_are_per_thread_and_the_page_reads_its_own(model, loaded):
     thread = threading.Thread(target=read)
     thread.start()
     thread.join()
-    assert counts[3] == (0, 0), "it asked for nothing"
+    assert counts[3] == (0, 0), "it sent no request"
 
 
 def test_log_probabilities_and_logits_agree(model, loaded):
@@ -397,7 +397,7 @@ def hf(loaded, shared):
 
 @pytest.fixture
 def text_generation(loaded, hf, shared, monkeypatch):
-    """The web UI's functions that cut prompts, as far as they do, with ours around them."""
+    """A module with the web UI's functions that cut prompts, extended by the plugin."""
     module = ModuleType("modules.text_generation")
 
     def encode(prompt, add_bos_token=True, truncation_length=None):
@@ -436,7 +436,7 @@ def test_a_chat_keeps_room_for_its_question_for_any_answer_length(text_generatio
     assert length(STATE | {"max_new_tokens": 512}) == length(STATE | {"max_new_tokens": 9}) - 375
     assert length(STATE | {"max_new_tokens": 4096}) == 128
     shared.model = object()
-    assert length(STATE | {"max_new_tokens": 512}) == 0, "another loader's prompts are its own"
+    assert length(STATE | {"max_new_tokens": 512}) == 0, "prompts of another loader are unchanged"
 
 
 def test_hf_answers_get_the_rest_of_the_context(hf, loaded, capsys):

@@ -85,7 +85,7 @@ def test_choose_toggle_gauge_load_and_refuse(page, server):
     page.button("Load").click()
     page.expect(page.page.locator(".exl-verdict")).to_have_count(2)
     assert server.info()["model_name"] in ("demo", "None")
-    # The web UI keeps what a page showed for those that are opened later.
+    # The web UI keeps what a page showed, for pages that are opened later.
     page.cache_type.fill("fp16")
     page.cache_type.press("Enter")
     page.expect(page.gauge).to_contain_text("Fits")
@@ -104,7 +104,7 @@ def test_quick_clicks_and_another_model_leave_fields_and_gauge_in_agreement(brow
             start_clicking(page.page, ["#toggle-0", "#toggle-1"], seed + turn)
             page.choose("Model", name)
             after_the_last_click(page.page)
-            # The web UI writes it when all its events of a choice are through.
+            # The web UI writes it after all its events of a choice.
             page.expect(page.page.locator("#model-tab h3").get_by_text(name)).to_be_visible()
             until_all_is_answered(page.page)
             cache_type = page.cache_type.input_value()
@@ -128,7 +128,7 @@ def test_the_gauge_is_visible_while_the_context_is_dragged(browser, server, widt
         assert gauge["y"] + gauge["height"] <= height, "without scrolling"
         assert gauge["x"] >= 0 and gauge["x"] + gauge["width"] <= width
         assert page.page.evaluate("document.documentElement.scrollWidth") <= width
-        # The RoPE fields are folded, and part of our loaders' options alone.
+        # The RoPE fields are folded, and only our loaders have them.
         alpha = page.page.get_by_label("alpha_value")
         assert not alpha.is_visible()
         page.page.get_by_text("RoPE scaling").click()
@@ -159,10 +159,10 @@ def test_chat_streams_stops_continues_and_regenerates(page, server):
     page.expect(page.page.locator("#stop").first).to_be_visible()
     first = page.wait_until_longer("")
     second = page.wait_until_longer(first)
-    assert second.startswith(first[:5]) and page.is_writing(), "it comes piece by piece"
+    assert second.startswith(first[:5]) and page.is_writing(), "the answer is streamed"
     page.press("stop")
     stopped = page.wait_until_written()
-    assert "100 tokens, context" not in server.said(), "it was stopped on the way"
+    assert "100 tokens, context" not in server.said(), "the answer was stopped"
     page.press("Continue")
     page.wait_until_longer(stopped)
     continued = page.wait_until_written()
@@ -193,13 +193,13 @@ def test_saved_settings_survive_a_restart_of_the_page(page, server):
         if server.said().count("Running on local URL") > began:
             break
         page.page.wait_for_timeout(200)
-    # The page loads itself again meanwhile, perhaps too early.
+    # The page reloads itself meanwhile, perhaps too early.
     page.page.wait_for_timeout(4000)
     page.open()
     page.expect(page.loader).to_have_value("ExLlamav2")
     page.expect(page.page.get_by_label("cache_8bit")).to_be_checked()
     page.expect(page.gauge).to_contain_text("Measured equals reserved, to the byte")
-    # Opening the page leaves the model as it is, and the extension is registered once.
+    # Opening the page does not change the model, and the extension is registered once.
     assert server.text(), server.said()[-3000:]
     assert page.page.locator("#exl-gauge").count() == 1
     page.page.get_by_label("cache_4bit").check()
@@ -208,7 +208,7 @@ def test_saved_settings_survive_a_restart_of_the_page(page, server):
 
 
 def test_a_page_opened_after_a_load_over_the_api_shows_that_load(page, server, greedy_text):
-    # A page that has just been opened still tells the web UI what it shows.
+    # A page that has just been opened still sends its values to the web UI.
     page.page.wait_for_timeout(4000)
     assert server.load(**Q4) == "OK"
     page.open()

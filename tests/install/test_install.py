@@ -1,4 +1,4 @@
-"""install.py: what it decides, with pip and venv replaced by records of their calls."""
+"""What install.py decides; pip and venv only record their calls."""
 
 import importlib.util
 import json
@@ -56,7 +56,7 @@ class World:
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
-    # A copy, so that every path it works out, and may delete, lies in tmp_path.
+    # A copy, so that every path that it computes, and may delete, is in tmp_path.
     (tmp_path / "tools").mkdir()
     (tmp_path / "pyproject.toml").write_text("[project]\n")
     (tmp_path / "tools" / "pins.txt").write_text("numpy==1\n")
@@ -103,7 +103,7 @@ def test_test_adds_to_a_plain_environment_and_runs_pytest(world, monkeypatch):
     assert not any("-m venv" in command for command in commands)
     assert commands[-2].endswith("[extension,test]")
     assert commands[-1].endswith("-m pytest -x")
-    # What serves the tests serves the demo as well.
+    # An environment for the tests serves the demo as well.
     assert call(world, monkeypatch, "--terminal", "--seed", "1") == 0
     (command,) = world.take()
     assert command.endswith("-m exl_loader generate --stats --seed 1")
@@ -163,7 +163,7 @@ def test_changed_requirements_are_installed(world, monkeypatch, changed):
     (world.root / changed).write_text("# changed\n")
     assert call(world, monkeypatch, "--env") == 0
     commands = world.take()
-    # Test packages that were there stay.
+    # Installed test packages stay.
     assert commands and commands[-1].endswith("[extension,test]")
 
 
@@ -273,7 +273,7 @@ def test_every_runtime_dependency_is_pinned_for_every_python():
     names = re.findall(r'^    "([a-z0-9-]+)(?:\[|>|=|")', project, re.MULTILINE)
     assert "numpy" in names and "pytest" in names
     every = {"3.10", "3.11", "3.12", "3.13"}
-    # auto-round asks for Python 3.11.
+    # auto-round needs Python 3.11.
     assert "auto-round>=0.16; python_version >= '3.11'" in project
     assert pinned.pop("auto-round") == every - {"3.10"}
     for name in set(names) - {"torch", "auto-round"}:

@@ -25,10 +25,10 @@ from support.webui_page import CHROMIUM
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="a console's Ctrl-C goes to all of it")
 
-# A busy machine takes its time to wake what sleeps; what would hang hangs for ten minutes.
+# A busy machine is slow to wake a process; a process that hangs would do so for ten minutes.
 END_S = 15.0
 
-# Like pip it takes a while to put its things away, and fails then.
+# Like pip it takes a while to clean up, and then fails.
 PIP = """
 import pathlib, sys, time
 folder = pathlib.Path(sys.argv[1])
@@ -43,14 +43,14 @@ except KeyboardInterrupt:
 
 
 class Ended:
-    """What became of a process and all that it had started in its process group."""
+    """How a process and everything it started in its process group ended."""
 
     def __init__(self, process: subprocess.Popen[str], how: str) -> None:
         if how == "Ctrl-C":
             os.killpg(process.pid, signal.SIGINT)
         else:
             process.terminate()
-        # Its pipes are closed when the last process that has them has ended.
+        # Its pipes close when the last process that has them ends.
         self.stdout, self.stderr = process.communicate(timeout=END_S)
         self.code = process.returncode
         with pytest.raises(ProcessLookupError):
@@ -67,7 +67,7 @@ def start(*command: object) -> subprocess.Popen[str]:
 
 @pytest.fixture
 def started():
-    """Return `start`, and end what is still there."""
+    """Return `start`; end processes that are still running."""
     processes = []
 
     def run(*command):
@@ -114,7 +114,7 @@ def checkout(tmp_path):
 
 
 def complete(root: Path) -> Path:
-    """Write the stamp of a complete environment; returns install.py."""
+    """Write the stamp of a complete environment; return install.py."""
     script = root / "install.py"
     spec = importlib.util.spec_from_file_location("interrupted_install", script)
     install = importlib.util.module_from_spec(spec)
@@ -132,11 +132,11 @@ def test_while_pip_installs(checkout, started, how, code):
     wait_for((checkout / "pip-runs").exists)
     ended = Ended(process, how)
     assert ended.code == code
-    # pip had the time that it takes, and the next run will not trust what it left.
+    # pip had time to clean up, and the next run will not use this environment.
     assert (checkout / "pip-ended").exists()
     assert (checkout / ".venv" / "exl_loader-unfinished").exists()
     if how == "Ctrl-C":
-        assert ended.stderr.endswith("interrupted; run the same command again to go on\n")
+        assert ended.stderr.endswith("interrupted; run the same command again to continue\n")
 
 
 def test_a_pip_that_does_not_end_is_killed_after_one_wait(checkout, started):
@@ -199,7 +199,7 @@ def assert_compilers_end(running: Path) -> None:
 
 
 def read_port(process: subprocess.Popen[str]) -> int:
-    """Wait for the page's address, with a text before it; returns its port."""
+    """Wait for the page's address, with a text before it; return its port."""
     assert process.stdout.readline() == "a text\n"
     line = process.stdout.readline()
     found = re.search(r"http://127\.0\.0\.1:(\d+)/", line)

@@ -1,4 +1,4 @@
-"""install.py --webui in made-up web UIs: found, installed, verified, taken out."""
+"""install.py --webui in doubles of the web UI: install, verify, update, uninstall."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def venv(tmp_path_factory):
 @pytest.fixture
 def webui(tmp_path, venv, monkeypatch):
     """A web UI whose own environment is the venv, without a trace of the plugin."""
-    # Importing PyTorch takes seconds; one test does it for all.
+    # Importing PyTorch takes seconds, so only one test verifies.
     monkeypatch.setattr(command, "verify", lambda root, python: "not verified")
     root = write_webui(tmp_path / "webui")
     (root / "venv").symlink_to(venv)
@@ -47,7 +47,7 @@ def site_of(root: Path) -> Path:
 
 
 def snapshot(root: Path) -> dict[str, str | None]:
-    """Every file and link below a folder, and what is in it."""
+    """Return every file and link below a folder with its content."""
     found = {}
     for path in sorted(root.rglob("*")):
         if "venv" in path.relative_to(root).parts or "__pycache__" in path.parts:
@@ -103,7 +103,7 @@ def test_a_copy_is_complete_and_can_be_renewed(webui):
     assert command.problems(webui) == [] and not target.is_symlink()
     for name in ("webui/loading.py", "exl_loader/checkpoint/config.py"):
         (target / name).unlink()
-        assert "is not up to date" in str(command.problems(webui)[0]), "something of it is gone"
+        assert "is not up to date" in str(command.problems(webui)[0]), "a file is missing"
         command.install(webui)
         assert command.problems(webui) == [] and (target / name).is_file()
     command.uninstall(webui)
@@ -163,11 +163,11 @@ def test_a_half_removed_plugin_never_stops_the_webui(webui, harm):
     command.install(webui)
     harm(webui)
     flags = [word for name, values in FLAGS.items() for word in (f"--{name}", *values)]
-    # What would read them is what is missing there.
+    # Without the start file nothing accepts the flags.
     result = start(webui, *([] if harm is without_start_file else flags))
     assert result.returncode == 0 and result.stdout.rstrip().endswith("up")
     assert result.stderr.count("exl_loader:") == 1 and len(result.stderr.splitlines()) == 1
-    assert command.problems(webui), "doctor has to say something"
+    assert command.problems(webui), "doctor must report it"
 
 
 def test_uninstalling_names_the_plugins_flags_in_cmd_flags(webui, capsys):
@@ -181,7 +181,7 @@ def test_uninstalling_names_the_plugins_flags_in_cmd_flags(webui, capsys):
     said = [x for x in capsys.readouterr().err.splitlines() if x.startswith("remove ")]
     assert said == [f"remove --cache_4bit and --alpha-value=2.5 from {flags}: without the plugin "
                     "the web UI does not start with these flags"]
-    assert "--cache_4bit" in flags.read_text(), "a file of the web UI's own"
+    assert "--cache_4bit" in flags.read_text(), "the file belongs to the web UI"
 
 
 def test_other_programs_of_the_environment_are_not_affected(webui):
@@ -273,7 +273,7 @@ def test_saved_settings_no_longer_name_the_loader(tmp_path):
 
 
 def test_saved_settings_of_a_long_name(tmp_path):
-    """YAML writes a name of more than 128 characters as a question."""
+    """YAML writes a key of more than 128 characters after a question mark."""
     path = tmp_path / saved_settings.CONFIG
     path.write_text(f"? {'a' * 130}$\n: loader: ExLlamav2\n  ctx_size: 1\n  cache_4bit: true\n"
                     f"? {'b' * 130}$\n: loader: ExLlamav2_HF\n? {'c' * 130}$\n: ctx_size: 2\n")

@@ -1,4 +1,4 @@
-"""The standalone page for tests: served by a process of its own, and as a person sees it."""
+"""The standalone page for tests: served by a process of its own, and as a user sees it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WAIT_MS = 60_000
 
 
 def serve(**environ):
-    """Start the page as `install.py --demo` does; yields its address."""
+    """Start the page as `install.py --demo` does; yield its address."""
     process = subprocess.Popen(
         [sys.executable, "-m", "extension.page.server", "--no-browser"], cwd=REPO,
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
@@ -37,7 +37,7 @@ def serve(**environ):
 
 
 class Page:
-    """An open page: what a person sees of it, and does with it."""
+    """An open page: what a user sees of it and does with it."""
 
     def __init__(self, browser, address, *, theme="light", width=1280, height=1000):
         self.page = browser.new_page(viewport={"width": width, "height": height},
@@ -49,7 +49,7 @@ class Page:
         self.page.goto(address)
         self.gauge = self.page.locator("#exl_gauge .exl-gauge")
         self.gauge.wait_for()
-        # From here on the page shows the model in memory, if there is one.
+        # From now on the page shows the loaded model, if there is one.
         stats = self.page.locator("#exl_stats")
         sync_api.expect(stats).to_be_visible(timeout=WAIT_MS)
         sync_api.expect(stats).not_to_contain_text("Opening", timeout=WAIT_MS)
@@ -84,12 +84,12 @@ class Page:
         return self.page.locator(selector).first.input_value()
 
     def cache_bytes(self):
-        """The cache's exact bytes, from the legend."""
+        """Return the cache's exact bytes from the legend."""
         entry = self.gauge.locator("dl.exl-parts > div", has_text="Cache").locator("dd")
         return int(entry.get_attribute("title").removesuffix(" bytes").replace(",", ""))
 
     def shoot(self, name, whole=False):
-        """Keep a picture, where one was asked for."""
+        """Take a screenshot, if EXL_LOADER_SCREENSHOTS is set."""
         if SCREENSHOTS:
             path = Path(SCREENSHOTS) / f"{name}-{self.theme}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,9 +101,9 @@ class Page:
 
 
 def write_endless_model(folder):
-    """Write a model that says `a` whatever it reads, with room for minutes of it.
+    """Write a model that generates `a` after any text, with a context for minutes of it.
 
-    It has layers enough that the most tokens of the page's slider take it seconds.
+    It has enough layers that the page's longest answer takes seconds.
     """
     from safetensors.torch import load_file, save_file
 

@@ -1,10 +1,10 @@
-"""A hasty person at a page whose server answers late and out of order."""
+"""Quick clicks in a page whose server answers late and out of order."""
 
 from __future__ import annotations
 
 import random
 
-# Keeps every answer back for a time of its own, so that answers overtake each other.
+# Delays every answer by a random time, so that answers overtake each other.
 LATE_ANSWERS = """
 window.unanswered = 0;
 const ask = window.fetch;
@@ -19,7 +19,7 @@ window.fetch = async (...request) => {
 };
 """
 
-# Clicks one after another, with the pauses that are named.
+# Clicks elements one after another, with a pause after each.
 _CLICK = """clicks => { window.clicking = (async () => {
   for (const [selector, pause] of clicks) {
     document.querySelector(selector).click();
@@ -39,7 +39,7 @@ GAUGE_NAMES = {"fp16": "16-bit cache", "q8": "8-bit cache", "q4": "4-bit cache"}
 
 
 def start_clicking(page, selectors, seed: int, count: int = 10) -> None:
-    """Click some of the elements, without waiting for the end of it."""
+    """Click some of the elements, without waiting for the last click."""
     chosen = random.Random(seed)
     page.evaluate(_CLICK, [
         [chosen.choice(selectors), chosen.choice((0, 5, 30, 90, 200))] for _ in range(count)])

@@ -1,7 +1,7 @@
-"""A double of text-generation-webui: the surface that the plugin touches, written anew.
+"""A double of text-generation-webui: the parts that the plugin touches, in our own words.
 
-As in ../shared/webui-contract.md: tables and caches, a dispatch dict that is local to
-`load_model`, functions imported by value, and the order in which server.py does things.
+Tables and caches, a dispatch dict that is local to `load_model`, functions imported by value, and
+the order in which server.py does things.
 """
 
 from __future__ import annotations
@@ -348,8 +348,8 @@ def write_webui(root: Path, **changes: tuple[str, str]) -> Path:
     """Write the double.
 
     Args:
-        root: its folder, which need not be there.
-        changes: name of a file in `modules/` -> a text in it and what to put in its place.
+        root: its folder, which need not exist.
+        changes: name of a file in `modules/` -> a text in it and its replacement.
     """
     for name, text in FILES.items():
         old, new = changes.get(name.removeprefix("modules/").removesuffix(".py"), ("", ""))

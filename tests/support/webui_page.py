@@ -1,4 +1,4 @@
-"""The page of a real text-generation-webui, as a person in Chromium has it."""
+"""The page of a real text-generation-webui, as a user in Chromium sees it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-
 SCREENSHOTS = os.environ.get("EXL_LOADER_SCREENSHOTS")
 WAIT_MS = 60_000
 
-# Slow enough to be watched and stopped, long enough to be worth it.
+# Slow enough to be watched and stopped, and long enough for both.
 SETTINGS = """\
 mode: instruct
 max_new_tokens: 100
@@ -25,12 +25,12 @@ ban_eos_token: true
 dark_theme: false
 """
 
-# Stock Gradio shows what the web UI's own Gradio has no picture for: the chat's raw data.
+# Stock Gradio shows the chat's raw data, which the web UI's own Gradio does not show.
 _HIDE_RAW_DATA = ".block:has(> .json-holder), .block:has(.json-node) { display: none !important }"
 
 
 def user_data(webui: Path, folder: Path) -> Path:
-    """Copy the web UI's folder of user data, so that nothing is left in its own."""
+    """Copy the web UI's folder of user data, so that its own is not changed."""
     shutil.copytree(webui / "user_data", folder, symlinks=True)
     (folder / "settings.yaml").write_text(SETTINGS)
     return folder
@@ -40,7 +40,7 @@ class WebuiPage:
     """An open page of a running web UI.
 
     Args:
-        late: answers of the server arrive late and out of order.
+        late: delay the server's answers, so that they arrive out of order.
     """
 
     def __init__(
@@ -86,22 +86,22 @@ class WebuiPage:
 
     def choose_model(self, name: str = "demo") -> None:
         self.choose("Model", name)
-        # The web UI writes it when all its events of a choice are through.
+        # The web UI writes it after all its events of a choice.
         self.expect(self.page.locator("#model-tab h3").get_by_text(name)).to_be_visible()
         self.expect(self.loader).to_have_value("ExLlamav2")
         self.expect(self.gauge).to_contain_text(name)
 
     def box(self, locator) -> dict[str, float]:
-        """Where an element is, once it is not being drawn anew."""
+        """Return where an element is, once it is not being redrawn."""
         for _ in range(WAIT_MS // 100):
             found = locator.bounding_box()
             if found is not None:
                 return found
             self.page.wait_for_timeout(100)
-        raise AssertionError(f"{locator} is not to be seen")
+        raise AssertionError(f"{locator} is not visible")
 
     def watch_progress(self) -> None:
-        """Keep what the page shows of the loads from here on."""
+        """Record what the page shows of loads from now on."""
         self.page.evaluate("""() => { window.seen = [];
             new MutationObserver(() => {
               const text = document.querySelector('#exl_progress section')?.innerText;
@@ -113,7 +113,7 @@ class WebuiPage:
         return self.page.evaluate("window.seen")
 
     def load(self) -> None:
-        # A model that is loaded already is measured as well: it is the next load that counts.
+        # The log already has a line for each earlier load.
         before = len(self._server.reserved_bytes())
         self.button("Load").click()
         for _ in range(WAIT_MS // 100):
@@ -123,7 +123,7 @@ class WebuiPage:
         self.expect(self.gauge).to_contain_text("Measured equals reserved, to the byte")
 
     def status(self, text: str) -> None:
-        """Wait for what the Model tab says about the last thing that was done there."""
+        """Wait for a text in the Model tab, which shows the result of the last action."""
         self.expect(self.page.locator("#model-tab")).to_contain_text(text)
 
     # The chat
@@ -135,15 +135,15 @@ class WebuiPage:
         box.press("Enter")
 
     def press(self, elem_id: str) -> None:
-        """Click a button that lies in a menu which opens under the mouse."""
+        """Click a button in a menu that opens under the mouse."""
         self.page.locator(f"#{elem_id}").first.evaluate("button => button.click()")
 
     def answer(self) -> str:
-        """What answers the last message, as its letters: how they are set is the web UI's."""
+        """Return the letters of the answer to the last message, without their formatting."""
         messages = [_letters(text) for text in self._messages.all_text_contents()]
         if self._said not in messages:
             return ""
-        # Counted from the end: a greeting may still come in front.
+        # Counted from the end, because a greeting may still be inserted at the beginning.
         behind = messages[::-1].index(self._said)
         return messages[-behind] if behind else ""
 
@@ -163,7 +163,7 @@ class WebuiPage:
         return self.answer()
 
     def shoot(self, name: str, clip: dict[str, int] | None = None) -> None:
-        """Keep pictures in both themes, where they were asked for."""
+        """Take screenshots in both themes, if EXL_LOADER_SCREENSHOTS is set."""
         if not SCREENSHOTS:
             return
         for theme in ("light", "dark"):
@@ -174,5 +174,5 @@ class WebuiPage:
 
 
 def _letters(text: str) -> str:
-    """Leave out spaces, and what Markdown takes for marks once it sees their end."""
+    """Return a text without spaces and without Markdown's marks."""
     return re.sub(r"[\s_*`#~]", "", text)

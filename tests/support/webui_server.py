@@ -1,7 +1,7 @@
-"""A real text-generation-webui as a process: where it is, how it is started, what it is asked.
+"""A real text-generation-webui as a process: how it is found, started and asked.
 
-Its tests run where TEXTGEN_WEBUI_DIR is a checkout of the web UI; TEXTGEN_WEBUI_PYTHON is its
-Python where that cannot be found. They install the plugin into it, and take it out again.
+Tests use it if TEXTGEN_WEBUI_DIR is a checkout of the web UI; TEXTGEN_WEBUI_PYTHON is its Python
+if that cannot be found. They install the plugin into it and uninstall it again.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MARKS = [
     pytest.mark.skipif(not (DEMO / "config.json").is_file(), reason="no demo model"),
 ]
 
-# The shipped model has read nothing but Python.
+# The shipped model was trained on nothing but Python.
 PROMPT = "import os\nimport"
 GREEDY = {"prompt": PROMPT, "max_tokens": 12, "temperature": 0}
 
@@ -46,7 +46,7 @@ START_WAIT_S = 240
 
 
 def tracked(root: Path) -> dict[str, str]:
-    """The web UI's own files, and what is in them."""
+    """Return the web UI's own files with a checksum of each."""
     return {str(p): hashlib.sha256(p.read_bytes()).hexdigest()
             for folder in ("modules", "modules/api", "extensions", ".")
             for p in (root / folder).glob("*.py")}
@@ -59,7 +59,7 @@ def free_port() -> int:
 
 
 class StreamError(Exception):
-    """A stream that ended in an error; its argument is the error object."""
+    """A stream that ended with an error; its argument is the error object."""
 
 
 class Server:
@@ -81,7 +81,7 @@ class Server:
         arguments += ["--listen-port", str(self.page_port)] if page else ["--nowebui"]
         self.log = models.parent / f"server-{self.port}.log"
         self._file = self.log.open("w")
-        # Wide, so that no line of the log is broken.
+        # Wide, so that no line of the log is wrapped.
         environment = clean_environment() | {"OMP_NUM_THREADS": "1", "COLUMNS": "400"}
         self._process = subprocess.Popen(
             [str(python), "server.py", *arguments], cwd=root, stdout=self._file,
@@ -93,8 +93,8 @@ class Server:
             try:
                 self.get("internal/model/info")
                 if self._has_page:
-                    # Stock Gradio gives up a page that does not answer it within 3 s, as it may
-                    # not where a browser asks for everything at once.
+                    # Stock Gradio gives up on a page that does not answer within 3 s, which can
+                    # happen while a browser asks for everything at once.
                     urllib.request.urlopen(self.address, timeout=300).close()
                 return self
             except OSError:
@@ -123,7 +123,7 @@ class Server:
             time.sleep(0.2)
 
     def reserved_bytes(self) -> list[int]:
-        """What each load so far has reserved; the log says that it measured the same."""
+        """Return the bytes that each load has reserved; the log has the same measured."""
         lines = re.findall(r"([\d,]+) bytes reserved, ([\d,]+) measured", self.said())
         assert all(reserved == measured for reserved, measured in lines)
         return [int(reserved.replace(",", "")) for reserved, _ in lines]
@@ -133,12 +133,12 @@ class Server:
             return json.load(answer)
 
     def post(self, path: str, **body):
-        """Ask; returns the answer, or the number of the error."""
+        """Post a request; return the answer, or the status of an error."""
         status, answer = self.ask(path, **body)
         return answer if status == 200 else status
 
     def ask(self, path: str, **body):
-        """Ask; returns the status and the answer, or the error's text where it is no JSON."""
+        """Post a request; return the status and the answer, as text if it is not JSON."""
         request = urllib.request.Request(
             self._url(path), json.dumps(body).encode(), {"Content-Type": "application/json"})
         try:
@@ -158,11 +158,11 @@ class Server:
         return self.get("internal/model/info")
 
     def text(self, **changes) -> str:
-        """A completion's text, greedy unless something else is asked for."""
+        """Return a completion's text, greedy unless `changes` say otherwise."""
         return self.post("completions", **GREEDY | changes)["choices"][0]["text"]
 
     def stream(self, **changes) -> Iterator[str]:
-        """A completion's text in pieces; closing it hangs up."""
+        """Yield a completion's text in pieces; closing the iterator closes the connection."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
         connection.request("POST", "/v1/completions", json.dumps(GREEDY | changes | {
             "stream": True}), {"Content-Type": "application/json"})
@@ -183,7 +183,7 @@ class Server:
 
 
 def copy_demo(folder: Path, *names: str) -> Path:
-    """Make a folder of models, each of them the shipped one."""
+    """Make a folder of models, each a copy of the shipped one."""
     for name in names:
         shutil.copytree(DEMO, folder / name)
     return folder
