@@ -29,15 +29,15 @@ def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         stdout, stderr = process.communicate()
     except BaseException as interruption:
         # Ctrl-C has reached the command as well; other signals have reached this process only.
-        _end(process, told=isinstance(interruption, KeyboardInterrupt))
+        _end(process, received_sigint=isinstance(interruption, KeyboardInterrupt))
         raise
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
-def _end(process: subprocess.Popen[str], told: bool) -> None:
-    if not told and os.name == "nt":
+def _end(process: subprocess.Popen[str], received_sigint: bool) -> None:
+    if not received_sigint and os.name == "nt":
         process.terminate()
-    elif not told:
+    elif not received_sigint:
         process.send_signal(signal.SIGINT)
     try:
         process.communicate(timeout=GRACE_S)
