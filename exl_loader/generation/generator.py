@@ -26,10 +26,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def _nothing_to_release() -> None:
-    pass
-
-
 class _Owner:
     """Referred to only by a caller's frame, so it is destroyed with the frame."""
 
@@ -48,8 +44,8 @@ class Generator:
     """
 
     def __init__(
-        self, model: ForwardModel, cache: PagedCache, drafter: DraftModel | None = None,
-        release: Callable[[], None] = _nothing_to_release,
+        self, model: ForwardModel, cache: PagedCache, drafter: DraftModel | None,
+        release: Callable[[], None],
     ) -> None:
         self._scheduler = Scheduler(model, cache, drafter)
         self._thread = ModelThread(self._scheduler, release)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from ..cache.paging import PagedSequence
 from ..utils.errors import drop_locals
-from ..utils.progress import NullProgress, Progress
+from ..utils.progress import Progress
 from .exchange import Exchange
 from .forward_model import LogitsRow
 from .logprobs import TokenLogprobs, token_logprobs
@@ -84,7 +84,7 @@ class Job(Exchange[tuple[int, str]]):
         max_tokens: number of tokens that prompt and answer may have together.
         text: decodes tokens and finds stop strings; None if only ids are needed.
         progress: reports the number of evaluated prompt tokens.
-        vocab_size: ids from here on are padding, which `logprobs` omits; None for no padding.
+        vocab_size: ids from here on are padding, which `logprobs` omits.
         negative: the negative text of guidance; None without guidance.
 
     Attributes:
@@ -100,10 +100,10 @@ class Job(Exchange[tuple[int, str]]):
     sampler: Sampler
     eos_ids: frozenset[int]
     max_tokens: int
-    text: TextStream | None = None
-    progress: Progress = field(default_factory=NullProgress)
-    vocab_size: int | None = None
-    negative: NegativeText | None = None
+    text: TextStream | None
+    progress: Progress
+    vocab_size: int
+    negative: NegativeText | None
 
     def __post_init__(self) -> None:
         super().__init__()

@@ -50,7 +50,7 @@ class Scheduler:
     """
 
     def __init__(
-        self, model: ForwardModel, cache: PagedCache, drafter: DraftModel | None = None
+        self, model: ForwardModel, cache: PagedCache, drafter: DraftModel | None
     ) -> None:
         self.model = model
         self.cache = cache

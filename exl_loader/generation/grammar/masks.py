@@ -71,7 +71,7 @@ class Grammars:
                 llguidance is missing or cannot be used with this model.
         """
         name = "grammar_string" if settings.grammar_string else "json_schema"
-        text = getattr(settings, name)
+        text = settings.grammar_string or settings.json_schema
         if not text:
             return None
         llguidance = _import_library(name)
