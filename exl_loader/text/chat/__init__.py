@@ -1,1 +1,1 @@
-"""Conversations as prompts: the templates that models bring, in a sandbox of our own."""
+"""Conversations as prompts: a model's own chat templates, rendered in a sandbox."""

@@ -1,8 +1,8 @@
 """Prompts that end inside the last message, so that the model continues it.
 
-Which text a template writes after a message is known only by rendering it. So a mark is
-appended to the message, and the rendered text is cut at the mark. The rules are those of
-transformers' `continue_final_message`.
+Only rendering shows which text a template writes after a message. So a mark is appended to the
+message, and the rendered text is cut at the mark. The rules are those of transformers'
+`continue_final_message`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from ...utils.errors import InvalidSettings
 
-# Templates that trim a message take the space off: that is how trimming is noticed.
+# The space at the end detects templates that trim messages, because they remove it.
 _MARK = "EXL_LOADER_CONTINUES_HERE "
 
 _SETTING = "continue_final_message"
@@ -25,9 +25,9 @@ def mark_end(
 
     Args:
         messages: JSON objects, at least one.
-        key: which of its values is continued; True for `content`.
-        source: the template, which has to read that key.
-        aliases: keys that hold one and the same text.
+        key: the key of the text that is continued; True for `content`.
+        source: the template, which must read that key.
+        aliases: keys that hold the same text.
 
     Returns:
         The text that is continued.

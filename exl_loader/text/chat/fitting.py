@@ -1,4 +1,4 @@
-"""Fit a conversation into the context: old messages go until the answer has its room."""
+"""Fit a conversation into the context by leaving out its oldest messages."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class FittedMessages:
     """The part of a conversation that is sent to the model.
 
     Args:
-        ids: the prompt.
-        dropped: how many of the oldest messages were left out.
-        ctx_size: tokens that prompt and answer may have together.
+        ids: token ids of the prompt.
+        dropped: number of the oldest messages that were left out.
+        ctx_size: most tokens of prompt and answer together.
     """
 
     ids: list[int]
@@ -25,7 +25,7 @@ class FittedMessages:
 
     @property
     def notice(self) -> str:
-        """Say what was left out; empty where nothing was."""
+        """A sentence about the messages that were left out; empty where there are none."""
         if not self.dropped:
             return ""
         return (
@@ -40,18 +40,18 @@ def fit_messages(
     ctx_size: int,
     max_new_tokens: int,
 ) -> FittedMessages:
-    """Leave out messages from the oldest on until the answer asked for fits behind the rest.
+    """Leave out the oldest messages until prompt and answer fit into the context.
 
-    A question goes with its answer, so that roles still alternate. The last message always
-    stays: behind it the answer has what is left of the context. Where the answer asked for
-    does not even fit behind the last message alone, half of the context is room enough,
-    because leaving out everything else would not make it fit.
+    A question is left out together with its answer, so that roles still alternate. The last
+    message always stays, and the answer then gets what is left of the context. Where
+    `max_new_tokens` does not fit even after the last message alone, half of the context is kept
+    for the answer, because leaving out every other message would not be enough anyway.
 
     Args:
         messages: questions and answers in turn, a question last.
-        prompt_ids: the prompt of some messages.
-        ctx_size: tokens that prompt and answer may have together.
-        max_new_tokens: tokens asked for.
+        prompt_ids: renders and encodes some of the messages.
+        ctx_size: most tokens of prompt and answer together.
+        max_new_tokens: tokens of the answer.
     """
     alone = prompt_ids(messages[-1:])
     room = max_new_tokens
@@ -65,7 +65,7 @@ def fit_messages(
 
 
 def context_notice(ctx_size: int, new_tokens: int) -> str:
-    """Say that an answer ended because the context is full."""
+    """Return a sentence that says that an answer ended because the context is full."""
     return (
         f"the context of {ctx_size:,} tokens is full: the answer ends after {new_tokens:,} "
         "tokens. A larger ctx_size has room for more"

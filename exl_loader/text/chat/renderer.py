@@ -1,10 +1,10 @@
-"""Run `sandbox.py` in a child process, and start another one where a template ended it.
+"""Run `sandbox.py` in a child process, and start a new one after a template ended it.
 
-Limits by process bound every filter, method and operator alike. Linux bounds addresses and
-processor time by the child's own limits (`setrlimit`, `ITIMER_PROF`). Windows bounds both by a job
-object. macOS has no limit of memory that it enforces, so there the child's memory is looked at
-while it renders. The child ends when this process does: its stdin then ends, and on Windows the
-job.
+The limits of a process bound every filter, method and operator of a template. On Linux the child
+limits its own address space and processor time (`setrlimit`, `ITIMER_PROF`). On Windows a job
+object limits both. macOS enforces no memory limit, so there this process watches the child's
+memory while it renders. The child ends with this process, because its stdin (on Windows, the job)
+then closes.
 """
 
 from __future__ import annotations
@@ -24,27 +24,28 @@ from ...utils.system import processes
 from . import sandbox
 
 MAX_RENDER_SECONDS = 5.0
-# Of memory. Rendering needs some: the request as JSON, its values, the prompt and its parts, four
-# bytes a character where one of them is an emoji. Escaped as JSON a character has up to 12 bytes.
+# Memory that a template may take: a base, and a multiple of the request. Rendering holds the
+# request as JSON, its values, the prompt and its parts, with four bytes a character where one of
+# them is an emoji. Escaped as JSON, a character has up to 12 bytes.
 BASE_BYTES = 64 << 20
 BYTES_PER_REQUEST_BYTE = 32
-# By the clock, for a child that gets no processor time: a stopped one, a machine that swaps.
+# Wall-clock time, for a child that gets no processor time: it is stopped, or the machine swaps.
 MAX_WAIT_SECONDS = 120.0
 _START_SECONDS = 120.0
-# How often a Mac looks at the child's memory.
+# How often the child's memory is watched on macOS.
 _LOOK_SECONDS = 0.02
 
 
 class RenderError(Exception):
-    """A template was not rendered: what it did wrong, or which limit it reached."""
+    """A template was not rendered; the message says its mistake or the limit that it reached."""
 
 
 class TemplateRefusal(RenderError):
-    """The template does not accept this conversation; its own words say why."""
+    """The template does not accept this conversation; the message is the template's own."""
 
 
 class Renderer:
-    """Renders templates in a child process, one at a time; the first rendering starts it."""
+    """Renders templates in a child process, one at a time. The first rendering starts the child."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -59,7 +60,8 @@ class Renderer:
 
         Raises:
             TemplateRefusal: the template does not accept the conversation.
-            RenderError: it is broken, tries what the sandbox forbids, or reached a limit.
+            RenderError: the template is broken, tries what the sandbox forbids, or reached a
+                limit.
         """
         try:
             body = json.dumps({"source": source, "context": context}).encode("ascii")
@@ -80,7 +82,7 @@ class Renderer:
         return text
 
     def _ask(self, body: bytes) -> tuple[bytes, str] | None:
-        """Send a request to the child; None where the child had ended before it began."""
+        """Send a request to the child; return None if the child ended before it began to render."""
         try:
             if self._child is None or self._child.has_ended():
                 self._child = None
@@ -92,18 +94,18 @@ class Renderer:
                 raise RenderError(str(ended)) from None
             return None
         except BaseException:
-            # Ctrl-C among others: the answer that is still to come is not the next request's.
+            # Ctrl-C, for example: the answer to this request must not be read by the next one.
             self.stop()
             raise
 
     def stop(self) -> None:
-        """End the child; the next rendering starts another one."""
+        """End the child. The next rendering starts another one."""
         child, self._child = self._child, None
         if child is not None:
             child.kill()
 
     def forget(self) -> None:
-        """Leave the child to the process of which this one is a fork."""
+        """In a forked process: leave the child to the parent process."""
         child = self._child
         self.__init__()  # type: ignore[misc]
         if child is not None:
@@ -111,7 +113,7 @@ class Renderer:
 
 
 class _Ended(Exception):
-    """The child ended; `began` says whether it had begun to render."""
+    """The child ended. `began` is True if it had begun to render."""
 
     def __init__(self, why: str, began: bool) -> None:
         super().__init__(why)
@@ -129,7 +131,7 @@ class _Child:
                  json.dumps(paths)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                 bufsize=0,
-                # A terminal's Ctrl-C is for this process alone.
+                # Ctrl-C in a terminal must not reach the child.
                 start_new_session=True,
                 creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
                 | getattr(subprocess, "CREATE_NO_WINDOW", 0),
@@ -158,10 +160,10 @@ class _Child:
         return self._process.poll() is not None
 
     def ask(self, body: bytes, memory_bytes: int) -> tuple[bytes, str]:
-        """Send a request; returns the kind of answer and its text.
+        """Send a request; return the kind of answer and its text.
 
         Raises:
-            _Ended: the process ended before it had answered.
+            _Ended: the process ended before it answered.
         """
         if self._job is not None:
             self._job.limit(sandbox.IDLE_BYTES + memory_bytes, MAX_RENDER_SECONDS)
@@ -210,7 +212,7 @@ class _Child:
         """End the process at once.
 
         Args:
-            why: what an error says of it.
+            why: the reason, for the error message.
         """
         self._why = self._why or why
         self._process.kill()
@@ -226,12 +228,12 @@ class _Child:
                     pipe.close()
 
 class _Watch:
-    """Ends a child that takes too long by the clock, or on a Mac too much memory.
+    """Ends a child that takes too much wall-clock time or, on macOS, too much memory.
 
     Args:
-        child: what is watched during the block.
-        seconds: by the clock.
-        memory_bytes: beyond what it has at the beginning.
+        child: the child that is watched during the block.
+        seconds: most wall-clock time.
+        memory_bytes: most memory beyond what the child has at the beginning.
     """
 
     def __init__(self, child: _Child, seconds: float, memory_bytes: int = 1 << 62) -> None:
@@ -264,7 +266,7 @@ class _Watch:
 
 
 RENDERER = Renderer()
-"""The process's own: all models share it."""
+"""The renderer of this process, which all models share."""
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=RENDERER.forget)

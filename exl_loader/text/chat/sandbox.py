@@ -1,10 +1,10 @@
-"""Render chat templates, in a process of their own: standard library and jinja2 alone.
+"""Render chat templates in a separate process, with the standard library and jinja2 only.
 
     python -I -S -B sandbox.py SYS_PATH_AS_JSON
 
-Templates are programs of strangers. jinja2's immutable sandbox keeps them from Python's
-internals, and the limits of this process bound what they use, whatever they call: `renderer.py`
-starts the process, sends it requests and starts another one where a template ended it.
+Templates are untrusted programs. jinja2's immutable sandbox keeps them away from Python's
+internals, and the limits of this process bound the time and memory that they use. `renderer.py`
+starts the process, sends it requests and starts a new one after a template ended it.
 
 A request on stdin is `HEADER` (length of the body, limits) and a JSON body with `source` and
 `context`. An answer on stdout is `STARTED`, then one of the kinds below, a length and UTF-8 text.
@@ -22,7 +22,7 @@ from datetime import datetime
 from typing import Any
 
 if __name__ == "__main__":
-    # What the starting process imports from, which -I and -S leave out.
+    # The import path of the starting process, which -I and -S leave out.
     sys.path[:] = json.loads(sys.argv[1])
 
 import jinja2
@@ -31,35 +31,35 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-# Body bytes; bytes of memory beyond what the idle process has; seconds of processor time.
+# Bytes of the body; bytes of memory beyond that of the idle process; seconds of processor time.
 HEADER = struct.Struct(">QQd")
 LENGTH = struct.Struct(">Q")
 
 READY, STARTED = b"r", b"s"
-# The prompt; the template's own words of refusal; what it did wrong; that it needs too much.
+# The prompt; the template's own refusal; the template's mistake; the limit that it reached.
 TEXT, REFUSED, FAILED, TOO_MUCH = b"t", b"x", b"f", b"m"
 
 # A conversation that fills a context of a million tokens has about 4 MB of text.
 MAX_PROMPT_CHARS = 16 << 20
-# The longest that models come with have about 20,000 characters.
+# The longest templates of models have about 20,000 characters.
 MAX_TEMPLATE_CHARS = 1 << 20
 MAX_ERROR_CHARS = 1000
 
-# What Windows charges the idle process with, at most.
+# Most memory that Windows charges the idle process with.
 IDLE_BYTES = 64 << 20
 
 _COMPILED_TEMPLATES = 8
 
-# Methods of strings that make bytes, or look anything up in a table.
+# Methods of strings that return bytes, or that look characters up in an object of the template.
 _UNSAFE_STR_METHODS = frozenset({"encode", "translate", "maketrans"})
 
 
 class TemplateRefusal(jinja2.TemplateError):
-    """The template does not accept this conversation; its own words say why."""
+    """The template does not accept this conversation; the message is the template's own."""
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """jinja2's sandbox, in which an access to Python's internals is an error, not empty text."""
+    """jinja2's sandbox, but access to Python's internals is an error and not empty text."""
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if isinstance(obj, (int, float, bytes)):
@@ -75,7 +75,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 class _GenerationTag(Extension):
-    """`{% generation %} ... {% endgeneration %}` marks the model's own words; it shows them."""
+    """`{% generation %} ... {% endgeneration %}`: renders the model's own text, which it marks."""
 
     tags = {"generation"}
 
@@ -86,7 +86,7 @@ class _GenerationTag(Extension):
 
 
 class _Namespace(Namespace):
-    """`namespace()` without underscore names, which lead into Python's internals."""
+    """`namespace()` without names that begin with an underscore, which reach Python's internals."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         self, *rest = args
@@ -95,7 +95,7 @@ class _Namespace(Namespace):
         Namespace.__init__(self, *rest, **kwargs)
 
     def __repr__(self) -> str:
-        # Namespaces may contain each other without end.
+        # Namespaces may contain each other, without end.
         return "<Namespace>"
 
     def __setitem__(self, name: str, value: Any) -> None:
@@ -109,7 +109,7 @@ def _check_attribute(name: Any) -> None:
 
 
 class _Dict:
-    """`dict`, as something to call: methods of the class itself could change a dict."""
+    """`dict` as a callable without the methods of the class, which could change a dict."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -130,13 +130,13 @@ def _tojson(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None,
     sort_keys: bool = False,
 ) -> str:
-    # jinja2's own escapes what is special in HTML.
+    # Instead of jinja2's own filter, which escapes characters that are special in HTML.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
                       sort_keys=sort_keys)
 
 
 def make_environment() -> ImmutableSandboxedEnvironment:
-    """Make an environment with the tags, filters and globals that transformers gives templates."""
+    """Return an environment with the tags, filters and globals that transformers offers."""
     environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
     )
@@ -149,7 +149,7 @@ def make_environment() -> ImmutableSandboxedEnvironment:
 
 
 class Templates:
-    """Compiles templates, and keeps the last ones compiled."""
+    """Compiles templates and keeps the most recently used ones."""
 
     def __init__(self) -> None:
         self._compiled: OrderedDict[str, jinja2.Template] = OrderedDict()
@@ -172,7 +172,7 @@ class Templates:
         return template.render(context)
 
     def answer(self, body: bytes) -> tuple[bytes, str]:
-        """Answer a request; returns the kind of answer and its text."""
+        """Answer a request; return the kind of answer and its text."""
         try:
             request = json.loads(body)
             prompt = self.render(request["source"], request["context"])
@@ -193,23 +193,23 @@ class Templates:
 
 
 def _give_up_rights() -> None:
-    """Give up what rendering does not need, should a template escape the sandbox after all."""
+    """Give up rights that rendering does not need, in case a template escapes the sandbox."""
     if sys.platform == "win32":
         return
     import resource
 
-    # Files can still be read: Python imports codecs and parts of jinja2 when they are needed.
+    # Files can still be read, because Python imports codecs and parts of jinja2 on demand.
     limits = [resource.RLIMIT_CORE, resource.RLIMIT_FSIZE]
     limits += [resource.RLIMIT_NPROC] if hasattr(resource, "RLIMIT_NPROC") else []
     for limit in limits:
         resource.setrlimit(limit, (0, 0))
-    # A host may ignore or block these, and children inherit that.
+    # The starting process may ignore or block this signal, and children inherit that.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
 
 
 def _address_space_bytes() -> int | None:
-    """Return what this process has reserved of addresses; None where only others can limit it."""
+    """Return the size of the address space in use; None where this process cannot limit it."""
     if sys.platform != "linux":
         return None
     with open("/proc/self/statm", encoding="ascii") as file:
@@ -217,7 +217,7 @@ def _address_space_bytes() -> int | None:
 
 
 def _limit(idle_bytes: int | None, memory_bytes: int, seconds: float) -> None:
-    """Bound the memory and processor time of what follows; on Windows the renderer does."""
+    """Limit memory and processor time of the next rendering; on Windows the renderer does."""
     if sys.platform == "win32":
         return
     if idle_bytes is not None:
@@ -232,7 +232,7 @@ def _limit(idle_bytes: int | None, memory_bytes: int, seconds: float) -> None:
 
 
 def _read(count: int) -> bytes:
-    """Read from stdin; exits where the renderer is gone."""
+    """Read from stdin; exit when the renderer has ended."""
     parts = []
     while count:
         data = os.read(0, min(count, 1 << 20))
@@ -250,7 +250,7 @@ def _write(data: bytes) -> None:
 
 
 def serve() -> None:
-    """Answer requests until stdin ends, which it does when the renderer's process ends."""
+    """Answer requests until stdin closes, which happens when the renderer's process ends."""
     if sys.platform == "win32":
         import msvcrt
 
@@ -276,7 +276,7 @@ def serve() -> None:
         _write(kind + LENGTH.pack(len(data)))
         _write(data)
         if kind == TOO_MUCH:
-            # What is left of it could make the next template fail.
+            # Memory that is still held could make the next template fail.
             os._exit(0)
 
 

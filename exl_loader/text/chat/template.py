@@ -1,7 +1,7 @@
-"""Chat templates: Jinja programs that come with a model, hence from strangers.
+"""Chat templates: Jinja programs that come with a model and are untrusted.
 
-They run in a process of their own (`renderer.py`), which bounds their time and memory, and see
-nothing but copies of JSON data.
+They run in a separate process (`renderer.py`), which bounds their time and memory, and get only
+copies of JSON data.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .renderer import RENDERER, RenderError, TemplateRefusal
 
 _REMEDY = "Use the original model's template, or give a plain prompt"
 
-# Names under which a message's reasoning is known; the first is what most templates read.
+# Keys of a message's reasoning. Most templates read the first one.
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -28,8 +28,8 @@ class ChatTemplates:
     """The templates of one model folder.
 
     Args:
-        sources: name -> Jinja source; the usual one is called `default`.
-        where: what errors call them.
+        sources: name -> Jinja source. The usual template has the name `default`.
+        where: the name of the templates in errors.
     """
 
     def __init__(self, sources: Mapping[str, str], where: str = "chat template") -> None:
@@ -44,7 +44,7 @@ class ChatTemplates:
         `chat_template.json`, and that over `tokenizer_config.json`, as in transformers.
 
         Raises:
-            InvalidTokenizer: a file cannot be read or holds no template.
+            InvalidTokenizer: a file cannot be read or has no template in it.
         """
         return cls(
             _from_jinja_files(folder)
@@ -69,21 +69,21 @@ class ChatTemplates:
         """Render a conversation.
 
         Args:
-            messages: JSON objects with `role` and mostly `content`; keys that are None are
-                left out and reasoning is given under all its names, as transformers does.
-            tools: JSON schemas; with tools, the template `tool_use` is the default.
-            add_generation_prompt: end with the header of the model's answer; None means yes,
+            messages: JSON objects with `role` and usually `content`. Keys that are None are left
+                out, and reasoning is passed under all its keys, as transformers does.
+            tools: JSON schemas. With tools, the template `tool_use` is the default.
+            add_generation_prompt: end with the header of the model's answer. None means yes,
                 unless the final message is continued.
-            continue_final_message: end inside the last message, so that the model writes on
-                from its last character; a string names the key that it continues.
-            name: which template.
-            variables: what else the template may read.
+            continue_final_message: end inside the last message, so that the model continues it
+                from its last character; a string names the key that is continued.
+            name: the template's name; None for the default one.
+            variables: further variables that the template may read.
 
         Raises:
-            InvalidSettings: messages are no list of objects, or hold what is no JSON; or the
-                final message cannot be continued.
-            InvalidTokenizer: no such template, it is broken, refuses the conversation,
-                tries what the sandbox forbids, or does not end in time.
+            InvalidSettings: `messages` is no list of objects or is not JSON data, or the final
+                message cannot be continued.
+            InvalidTokenizer: there is no such template, or it is broken, refuses the
+                conversation, tries what the sandbox forbids, or reaches a limit.
         """
         _check_options(tools, add_generation_prompt, continue_final_message, name)
         if continue_final_message and add_generation_prompt:
@@ -137,7 +137,7 @@ class ChatTemplates:
 def _check_options(
     tools: Any, add_generation_prompt: Any, continue_final_message: Any, name: Any
 ) -> None:
-    """Raise InvalidSettings for an option of `render` that is of another kind."""
+    """Raise InvalidSettings for an option of `render` of another type."""
     wanted = (
         ("tools", tools, (list, tuple, type(None)), "a list of JSON schemas, or None"),
         ("add_generation_prompt", add_generation_prompt, (bool, type(None)),
@@ -152,7 +152,7 @@ def _check_options(
 
 
 def _plain(value: Any, what: str) -> Any:
-    """Copy JSON data, so that a template sees no object with methods of its own."""
+    """Copy JSON data, so that a template gets no object of another class."""
     try:
         return json.loads(json.dumps(value))
     except (TypeError, ValueError, RecursionError) as error:

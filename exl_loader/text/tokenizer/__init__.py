@@ -1,7 +1,8 @@
-"""Text to token ids and back, whatever files a folder has for it.
+"""Convert text to token ids and back, with the tokenizer files of a model folder.
 
-The first of these is used, as in transformers: `tokenizer.json`, `tokenizer.model`, `vocab.json`
-with `merges.txt`. Which tokens begin and end a text, and which are special, stands in `roles`.
+The first of these files that exists is used, as in transformers: `tokenizer.json`,
+`tokenizer.model`, `vocab.json` with `merges.txt`. `roles` defines which tokens begin and end a
+text, and which are special.
 """
 
 from __future__ import annotations
@@ -32,7 +33,11 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def no_tokenizer(thing: str) -> InvalidTokenizer:
-    """Make the error for text where the model folder has no tokenizer."""
+    """Return the error for text where the model folder has no tokenizer.
+
+    Args:
+        thing: what the error is about, such as the folder.
+    """
     return InvalidTokenizer(
         thing, expected="tokenizer.json, tokenizer.model, or vocab.json with merges.txt in the "
         "model folder", actual="none of them",
@@ -41,7 +46,7 @@ def no_tokenizer(thing: str) -> InvalidTokenizer:
 
 
 class Tokenizer:
-    """A folder's tokenizer. Safe to use from several threads.
+    """A folder's tokenizer. Several threads may use it at the same time.
 
     Args:
         vocabulary: tokens and the rules that find them.
@@ -49,9 +54,10 @@ class Tokenizer:
 
     Attributes:
         vocab_size: one more than the largest token id.
-        bos_token_id: None where the model has no such token.
-        eos_token_ids: ids of the tokenizer's own end token; perhaps none.
-        add_bos_token: `encode` puts the BOS token first unless told otherwise.
+        bos_token_id: None where the model has no BOS token.
+        eos_token_id: None where the tokenizer names no EOS token.
+        eos_token_ids: the same as a tuple of one or no id.
+        add_bos_token: True where `encode` puts the BOS token first by default.
         special_tokens: `bos_token`, `eos_token`, ... -> text.
     """
 
@@ -73,8 +79,11 @@ class Tokenizer:
     def from_dir(cls, path: str | Path) -> Tokenizer:
         """Open the tokenizer of a model folder.
 
+        Args:
+            path: the folder.
+
         Raises:
-            InvalidTokenizer: the folder has none, or one of its files is broken.
+            InvalidTokenizer: the folder has no tokenizer, or one of its files is broken.
         """
         folder = Path(path)
         config = read_tokenizer_config(folder)
@@ -87,17 +96,17 @@ class Tokenizer:
         raise no_tokenizer(str(folder))
 
     def encode(self, text: str, add_bos: bool | None = None, special: bool = True) -> list[int]:
-        """Turn text into token ids.
+        """Convert text to token ids.
 
         Args:
-            text: any string; a lone surrogate becomes a replacement character.
-            add_bos: True or False: begin with the BOS token (where there is one) or not,
-                and put nothing else around the text. None: what the folder says, which may
-                be an EOS token at the end as well.
-            special: recognise special tokens written in the text; else they are plain text.
+            text: any string. A lone surrogate becomes a replacement character.
+            add_bos: True or False: begin with the BOS token (if the model has one) or not, and
+                add no other token. None: as the folder says, which may also add an EOS token at
+                the end.
+            special: recognise special tokens written in the text; otherwise they are plain text.
 
         Raises:
-            InvalidSettings: text is not a string.
+            InvalidSettings: an argument has another type.
         """
         if not isinstance(text, str):
             raise InvalidSettings("text to encode", expected="a string",
@@ -106,7 +115,7 @@ class Tokenizer:
             check_flag("add_bos", add_bos)
         check_flag("special", special)
         if not is_text(text):
-            # Neither library takes surrogates. Two halves of a character become the character.
+            # Neither library accepts surrogates. Two halves of a character become the character.
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ids = self._vocabulary.encode(text, special)
         if add_bos is None:
@@ -114,15 +123,15 @@ class Tokenizer:
         return [self.bos_token_id, *ids] if add_bos and self.bos_token_id is not None else ids
 
     def prompt_ids(self, text: str, add_bos: bool | None = None) -> list[int]:
-        """Encode a prompt: what the folder puts before a text comes first, exactly once.
+        """Convert a prompt to token ids that begin with the folder's prefix exactly once.
 
-        A BOS token that the text itself begins with (`<s>...`, as templates write it) counts as
-        that token. Nothing is put behind the prompt, because the model goes on there.
+        A BOS token at the beginning of the text (`<s>...`, as templates write it) counts as that
+        prefix. No token is added at the end, because the model continues there.
 
         Args:
             text: any string.
-            add_bos: True: begin with the BOS token, where the model has one. False: add nothing;
-                a BOS token in the text stays. None: what the folder says.
+            add_bos: True: begin with the BOS token, if the model has one. False: add nothing; a
+                BOS token in the text stays. None: as the folder says.
 
         Raises:
             InvalidSettings: text is not a string.
@@ -141,15 +150,15 @@ class Tokenizer:
         return [*prefix, *ids]
 
     def cut_left(self, ids: Sequence[int], length: int) -> list[int]:
-        """Cut a prompt to its last tokens; what the folder puts before a text stays.
+        """Cut a prompt to its last tokens, but keep the folder's prefix, such as the BOS token.
 
         Args:
-            ids: the prompt.
-            length: tokens to keep, 1 or more; the BOS token is one of them where there is
-                room for another token.
+            ids: token ids of the prompt.
+            length: tokens to keep, 1 or more. The prefix is kept where at least one other token
+                fits as well.
 
         Returns:
-            The prompt, at most `length` tokens.
+            At most `length` token ids.
         """
         length = max(1, length)
         if len(ids) <= length:
@@ -162,30 +171,34 @@ class Tokenizer:
         return [*kept, *ids[len(ids) - length + len(kept) :]]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """Turn token ids into text, the same as `stream` shows of them.
+        """Convert token ids to text, the same text as `stream` returns for them.
 
-        Ids outside the vocabulary are left out. Bytes that are no UTF-8 become replacement
+        Ids outside the vocabulary are left out. Bytes that are not UTF-8 become replacement
         characters.
 
+        Args:
+            ids: token ids.
+            skip_special: leave special tokens out.
+
         Raises:
-            InvalidSettings: `ids` is something else.
+            InvalidSettings: an argument has another type.
         """
         check_flag("skip_special", skip_special)
         checked = whole_numbers("ids", ids, "token ids")
         if self._vocabulary.bytes_known:
             text = self._vocabulary.decode(checked, skip_special)
             return clean_up(text) if self._vocabulary.cleans_up else text
-        # What a token of other vocabularies adds to the text depends on its neighbours.
+        # In other vocabularies the text of a token depends on its neighbours.
         stream = StreamDecoder(self._vocabulary, skip_special)
         return "".join(map(stream.push, checked)) + stream.flush()
 
     def stream(self, skip_special: bool = True, previous_ids: Sequence[int] = ()) -> StreamDecoder:
-        """Begin to decode one token at a time.
+        """Return a decoder that takes one token at a time.
 
         Args:
             skip_special: leave special tokens out.
-            previous_ids: ids of the text that the new one goes on from. Where a tokenizer drops a
-                text's first space, as Llama 2's does, that is no first space any more.
+            previous_ids: token ids that precede the first one. A tokenizer that drops the first
+                space of a text, as Llama 2's does, keeps it after other text.
         """
         stream = StreamDecoder(self._vocabulary, skip_special)
         last_word = next((i for i in reversed(previous_ids) if i not in self.special_ids), None)
@@ -194,7 +207,7 @@ class Tokenizer:
         return stream
 
     def stop_ids(self, model_ids: Iterable[int]) -> set[int]:
-        """Return the ids that end a text; see `roles`.
+        """Return the token ids that end a text; see `roles`.
 
         Args:
             model_ids: `ModelConfig.eos_token_ids` of the folder.
@@ -202,12 +215,12 @@ class Tokenizer:
         return roles.stop_ids(self._config, self._vocabulary, self.eos_token_id, model_ids)
 
     def token_id(self, content: str) -> int | None:
-        """Return the id of a token by its text, None where there is no such token."""
-        # A lone surrogate is no text, so no token has it.
+        """Return the id of a token by its text, or None where there is no such token."""
+        # No token contains a lone surrogate, and the libraries do not accept one.
         return self._vocabulary.token_id(content) if is_text(content) else None
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Bytes of one token, for tokenizers with `bytes_known`; empty where it has no text."""
+        """Return the bytes of one token; empty for an id without text. Needs `bytes_known`."""
         return self._vocabulary.token_bytes(token_id)
 
     @property
@@ -227,7 +240,7 @@ class Tokenizer:
 
     @cached_property
     def chat_templates(self) -> ChatTemplates:
-        """The folder's chat templates; perhaps none."""
+        """The folder's chat templates, of which there may be none."""
         return ChatTemplates.from_dir(self._config.folder, self._config.values)
 
     def apply_chat_template(
@@ -240,23 +253,24 @@ class Tokenizer:
         template: str | None = None,
         **variables: Any,
     ) -> str:
-        """Write a conversation as the prompt that the model was trained on.
+        """Render a conversation as the prompt format that the model was trained on.
 
-        Encode the result with `add_bos=False`: templates write the BOS token themselves.
+        Encode the result with `add_bos=False`, because templates write the BOS token.
 
         Args:
             messages: `{"role": ..., "content": ...}` in order.
-            tools: JSON schemas of functions the model may call.
-            add_generation_prompt: end with the header of the model's answer; None means yes,
+            tools: JSON schemas of functions that the model may call.
+            add_generation_prompt: end with the header of the model's answer. None means yes,
                 unless the final message is continued.
-            continue_final_message: end inside the last message, so that the model writes on
+            continue_final_message: end inside the last message, so that the model continues it
                 from its last character; a string names another key than `content`.
-            template: name of one of the folder's templates; None is the default one.
+            template: name of one of the folder's templates; None for the default one.
             variables: further variables of the template, e.g. `enable_thinking`.
 
         Raises:
             InvalidTokenizer: there is no such template, or it cannot be rendered.
-            InvalidSettings: messages are none, or the final one cannot be continued.
+            InvalidSettings: `messages` is no list of messages, or the final message cannot be
+                continued.
         """
         return self.chat_templates.render(
             messages, tools=tools, add_generation_prompt=add_generation_prompt,

@@ -1,15 +1,15 @@
 """`tokenizer.model`: vocabularies of the sentencepiece library.
 
-sentencepiece itself cuts text into pieces, so its normalisation, its BPE and unigram models
-and its byte fallback are what they are. Added and control tokens are found in the text first;
-what stands between them goes through sentencepiece.
+Added and control tokens are searched for in the text first. The stretches between them are
+encoded by the sentencepiece library, with its own normalisation, BPE and unigram models and byte
+fallback.
 
-**The space before a text.** A model with `add_dummy_prefix` has one put before every text that
-sentencepiece reads, also before a text that begins with a space; `add_prefix_space` of
-`tokenizer_config.json` overrides it. With `legacy: true` each stretch between added tokens is
-such a text; otherwise only the text's own beginning is. This is how sentencepiece, the
-LlamaTokenizer of transformers 4, exllamav2 and llama.cpp encode; transformers 5 alone puts no
-space before a text that begins with one. Decoding takes the space off again.
+**The space before a text.** A model with `add_dummy_prefix` puts a space before every text that
+sentencepiece reads, also before one that begins with a space; `add_prefix_space` of
+`tokenizer_config.json` overrides this. With `legacy: true` that happens to every stretch between
+added tokens, otherwise only at the beginning of the text. sentencepiece, the LlamaTokenizer of
+transformers 4, exllamav2 and llama.cpp encode in this way. Only transformers 5 puts no space
+before a text that begins with one. Decoding removes the space.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from typing import Any
 
 from ...utils.errors import InvalidTokenizer
 from ...utils.untrusted_files import SENTENCEPIECE_BYTES
-from .stream import utf8_errors
+from .stream import decode_bytes
 from .tokenizer_config import REMEDY, AddedToken, TokenizerConfig, read_vocabulary
 from .vocabulary import SPACE_MARK
 
-# A serialised ModelProto followed by {normalizer_spec (3): {add_dummy_prefix (3): on or off}}:
-# protobuf merges repeated fields of a message, the last value wins.
+# Appended to a serialised ModelProto: {normalizer_spec (3): {add_dummy_prefix (3): on or off}}.
+# protobuf merges repeated fields of a message, and the last value wins.
 _DUMMY_PREFIX_FIELD = b"\x1a\x02\x18"
 CODE_LLAMA = "CodeLlamaTokenizer"
 LLAMA_CLASSES = ("LlamaTokenizer", CODE_LLAMA)
-# What transformers' classes for Llama take where the folder names none.
+# The default names of transformers' classes for Llama.
 LLAMA_NAMED_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # Unicode's White_Space, which the tokenizers library strips beside added tokens. str.strip()
-# would take the four separators U+001C to U+001F as well.
+# would also strip the four separators U+001C to U+001F.
 _WHITE_SPACE = (
     "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006"
     "\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
@@ -45,11 +45,11 @@ _WHITE_SPACE = (
 
 @contextmanager
 def _typed(thing: str, expected: str) -> Iterator[None]:
-    """Turn what the sentencepiece library raises into an InvalidTokenizer."""
+    """Raise InvalidTokenizer for the exceptions of the sentencepiece library."""
     try:
         yield
-    # Its compiled code raises RuntimeError, and IndexError for pieces that it does not have; its
-    # words and pieces may quote broken bytes.
+    # Its compiled code raises RuntimeError, and IndexError for unknown pieces. Its messages and
+    # pieces may hold bytes that are not UTF-8.
     except (RuntimeError, LookupError, ValueError, TypeError, OSError) as error:
         raise InvalidTokenizer(
             thing, expected=expected, actual=str(error)[:200] or type(error).__name__,
@@ -89,12 +89,12 @@ class SentencePieceVocabulary:
 
     def __init__(self, path: Path, config: TokenizerConfig) -> None:
         data = read_vocabulary(path, SENTENCEPIECE_BYTES)
-        # The library takes an empty file for an empty model and then writes to stderr.
+        # The library reads an empty file as an empty model and then writes to stderr.
         if not data:
             raise InvalidTokenizer(str(path), expected="a sentencepiece model",
                                    actual="an empty file", remedy=REMEDY)
         self._path = path
-        # A folder of 2023 with nothing but this file is a Llama's.
+        # A folder with this file alone is a Llama of 2023.
         self.adds_bos = not config.declared or config.tokenizer_class == CODE_LLAMA
         self._names_as_llama = config.tokenizer_class in LLAMA_CLASSES
         self._plain = _open(data + _DUMMY_PREFIX_FIELD + b"\x00", path)
@@ -118,7 +118,7 @@ class SentencePieceVocabulary:
         self.vocab_size = max(self._contents, default=-1) + 1
 
     def default_named_tokens(self) -> dict[str, str]:
-        """Special tokens as the model itself names them, else as LlamaTokenizer does."""
+        """Return the names in the model file, and LlamaTokenizer's for that class."""
         model = self._plain
         ids = {"bos_token": model.bos_id(), "eos_token": model.eos_id(),
                "unk_token": model.unk_id(), "pad_token": model.pad_id()}
@@ -140,10 +140,7 @@ class SentencePieceVocabulary:
         return ids
 
     def decode(self, ids: list[int], skip_special: bool) -> str:
-        skip_ids = self.special_ids if skip_special else frozenset()
-        data = b"".join(self.token_bytes(i) for i in ids if i not in skip_ids)
-        text = data.decode("utf-8", utf8_errors(self.has_byte_tokens))
-        return text[1:] if self.strips_space and text.startswith(" ") else text
+        return decode_bytes(self, ids, skip_special)
 
     def token_bytes(self, token_id: int) -> bytes:
         return piece_bytes(self._contents.get(token_id, ""))
@@ -182,7 +179,7 @@ class SentencePieceVocabulary:
         return {i: token for i, token in added.items() if token.content}
 
     def _is_symbol(self, token_id: int, token: AddedToken) -> bool:
-        """Return whether sentencepiece itself finds a special token in text."""
+        """Return whether sentencepiece finds a special token in text by itself."""
         content = token.content
         is_piece = token_id < len(self._plain) and self._plain.id_to_piece(token_id) == content
         return token.special and is_piece and self._plain.encode(content) == [token_id]
@@ -213,7 +210,8 @@ class SentencePieceVocabulary:
             self._prefix_scheme == "first" and at_start
         )
         model = self._prefixed if wants_space else self._plain
-        # sentencepiece finds user-defined symbols itself, unless the text is cut inside them.
+        # sentencepiece finds user-defined symbols by itself. Where special tokens are plain text,
+        # the text is cut inside them to prevent that.
         cuts = [] if special or self._symbols is None else [
             match.start() + 1 for match in self._symbols.finditer(text)
         ]
@@ -223,7 +221,7 @@ class SentencePieceVocabulary:
 
 
 def piece_bytes(piece: str) -> bytes:
-    """Bytes of a sentencepiece piece: `<0x0A>` is one byte, the space mark a space."""
+    """Return the bytes of a sentencepiece piece: `<0x0A>` is one byte, `▁` is a space."""
     byte = _BYTE_PIECE.fullmatch(piece)
     if byte:
         return bytes([int(byte[1], 16)])
@@ -231,7 +229,7 @@ def piece_bytes(piece: str) -> bytes:
 
 
 def _prefix_scheme(config: TokenizerConfig, has_dummy_prefix: bool) -> str:
-    """`never`, `first` or `always`: before which stretches of text a space is put."""
+    """Return before which stretches of text a space is put: `never`, `first` or `always`."""
     wants_space = has_dummy_prefix if config.add_prefix_space is None else config.add_prefix_space
     if not wants_space:
         return "never"
@@ -240,7 +238,7 @@ def _prefix_scheme(config: TokenizerConfig, has_dummy_prefix: bool) -> str:
 
 def _alternation(tokens: Any, special: bool) -> re.Pattern[str] | None:
     contents = {token.content for token in tokens if special or not token.special}
-    # The longest first, so that a token wins over one that it begins with.
+    # The longest first, so that a token wins over a prefix of it that is also a token.
     longest_first = sorted(contents, key=lambda content: (-len(content), content))
     return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 

@@ -1,19 +1,20 @@
-"""Decoding one token at a time, so that what is shown never has to be taken back."""
+"""Decode one token at a time; text that was returned never changes afterwards."""
 
 from __future__ import annotations
 
 import codecs
+from collections.abc import Iterable
 
 from .vocabulary import SPACE_MARK, Vocabulary
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-# A character has at most four bytes, hence four tokens. A longer tail that still ends in a
-# replacement character is damaged text, not the beginning of a character.
+# A character has at most four bytes, hence four tokens. If the text of more tokens still ends in a
+# replacement character, it is damaged text and not the beginning of a character.
 _MAX_HELD_TOKENS = 4
 _BYTE_MARKS = "exl_loader.byte_marks"
 
-# What transformers' clean_up_tokenization takes out, in three passes: within a pass no
-# replacement makes or takes away another one.
+# The replacements of transformers' clean_up_tokenization, in three passes. Within a pass no
+# replacement creates or removes a match of another one.
 _CLEAN_UPS = (
     {" .": ".", " ?": "?", " !": "!", " ,": ","},
     {" ' ": "'"},
@@ -22,7 +23,7 @@ _CLEAN_UPS = (
 
 
 def _byte_marks(error: UnicodeError) -> tuple[str, int]:
-    """Write one replacement character for each byte that is no UTF-8."""
+    """Decode each byte that is not UTF-8 to a replacement character."""
     if not isinstance(error, UnicodeDecodeError):
         raise error
     return _REPLACEMENT * (error.end - error.start), error.end
@@ -32,16 +33,24 @@ codecs.register_error(_BYTE_MARKS, _byte_marks)
 
 
 def utf8_errors(has_byte_tokens: bool) -> str:
-    """Return how bytes that are no UTF-8 are decoded, as an `errors` argument of Python's codecs.
+    """Return how bytes that are not UTF-8 are decoded, as an `errors` argument of Python's codecs.
 
-    Byte tokens: a mark for each byte, as sentencepiece and the tokenizers library write them.
-    Byte-level vocabularies: a mark for each broken character, as the tokenizers library does.
+    Byte tokens: a replacement character for each byte, as in sentencepiece and the tokenizers
+    library. Byte-level vocabularies: one for each broken character, as in the tokenizers library.
     """
     return _BYTE_MARKS if has_byte_tokens else "replace"
 
 
+def decode_bytes(vocabulary: Vocabulary, ids: Iterable[int], skip_special: bool) -> str:
+    """Decode ids of a vocabulary with `bytes_known` by joining the bytes of its tokens."""
+    skip_ids = vocabulary.special_ids if skip_special else frozenset()
+    data = b"".join(vocabulary.token_bytes(i) for i in ids if i not in skip_ids)
+    text = data.decode("utf-8", utf8_errors(vocabulary.has_byte_tokens))
+    return text[1:] if vocabulary.strips_space and text.startswith(" ") else text
+
+
 def clean_up(text: str) -> str:
-    """Take out spaces before punctuation, as transformers' `clean_up_tokenization` does."""
+    """Remove spaces before punctuation, as transformers' `clean_up_tokenization` does."""
     for replacements in _CLEAN_UPS:
         for old, new in replacements.items():
             text = text.replace(old, new)
@@ -49,9 +58,9 @@ def clean_up(text: str) -> str:
 
 
 class StreamDecoder:
-    """Turns token ids into text piece by piece; every `push` costs the same.
+    """Converts token ids to text piece by piece; every `push` takes the same time.
 
-    The pieces joined are what `Tokenizer.decode` gives for all ids at once.
+    The joined pieces are what `Tokenizer.decode` returns for all ids at once.
 
     Args:
         vocabulary: tokens and the rules that find them.
@@ -65,29 +74,30 @@ class StreamDecoder:
         self._at_start = True
         errors = utf8_errors(vocabulary.has_byte_tokens)
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors)
-        # Only for vocabularies whose tokens are no plain bytes: ids decoded together, of
-        # which the first `_shown` stand for text that is out already.
-        self._window: list[int] = []
-        self._shown = 0
+        # Only for vocabularies without `bytes_known`: ids that are decoded together. The text of
+        # the first `_num_returned` of them has been returned.
+        self._recent_ids: list[int] = []
+        self._num_returned = 0
         passes = _CLEAN_UPS if vocabulary.cleans_up else ()
         self._clean_ups = [_CleanUpPass(replacements) for replacements in passes]
 
     def push(self, token_id: int) -> str:
-        """Take one token; return the text that is now certain, perhaps none."""
+        """Add one token; return the text that is now final, which may be empty."""
         if token_id in self._skip_ids or not 0 <= token_id < self._vocabulary.vocab_size:
             return ""
         if not self._vocabulary.bytes_known:
-            return self._cleaned(self._push_window(token_id))
+            return self._cleaned(self._push_dependent(token_id))
         return self._cleaned(self._trim(self._utf8.decode(self._vocabulary.token_bytes(token_id))))
 
     def hidden_text(self, token_id: int) -> str:
-        """Return the text of a token that `push` leaves out; empty for any other."""
+        """Return the text of a token that `push` leaves out; empty for any other token."""
         return self._vocabulary.decode([token_id], False) if token_id in self._skip_ids else ""
 
     def spellings(self, text: str) -> set[str]:
-        """Return a text as it stands and with its special tokens as `push` shows them.
+        """Return the spellings of a text in the output of `push`: itself, and with special tokens
+        as they are decoded.
 
-        sentencepiece vocabularies show the space mark of a token's text as a space.
+        sentencepiece vocabularies decode the space mark in a token's text to a space.
         """
         if SPACE_MARK not in text:
             return {text}
@@ -99,15 +109,15 @@ class StreamDecoder:
         return {text, shown}
 
     def continue_after(self, token_id: int) -> None:
-        """Begin behind a token whose text is out already: the next is no first one any more."""
+        """Begin after a token whose text has been returned; the next token is not the first."""
         self._at_start = False
-        self._window, self._shown = [token_id], 1
+        self._recent_ids, self._num_returned = [token_id], 1
 
     def flush(self) -> str:
-        """End the stream; return what was held back."""
+        """End the stream; return the text that was held back."""
         if not self._vocabulary.bytes_known:
             text = self._new_text()
-            self._window, self._shown = [], 0
+            self._recent_ids, self._num_returned = [], 0
         else:
             text = self._trim(self._utf8.decode(b"", final=True))
             self._utf8.reset()
@@ -126,28 +136,30 @@ class StreamDecoder:
         self._at_start = False
         return text[1:] if self._vocabulary.strips_space and text.startswith(" ") else text
 
-    def _push_window(self, token_id: int) -> str:
-        self._window.append(token_id)
+    def _push_dependent(self, token_id: int) -> str:
+        """Add a token whose text depends on the tokens before it."""
+        self._recent_ids.append(token_id)
         text = self._new_text()
-        held = len(self._window) - self._shown
+        held = len(self._recent_ids) - self._num_returned
         if not text or (text.endswith(_REPLACEMENT) and held < _MAX_HELD_TOKENS):
             return ""
-        # What stood before this token stays as context of the next, and no more than that.
-        self._window = self._window[self._shown :]
-        self._shown = len(self._window)
+        # The tokens of the returned text remain as context of the next token.
+        self._recent_ids = self._recent_ids[self._num_returned :]
+        self._num_returned = len(self._recent_ids)
         return text
 
     def _new_text(self) -> str:
-        before = self._vocabulary.decode(self._window[: self._shown], self._skip_special)
-        return self._vocabulary.decode(self._window, self._skip_special)[len(before) :]
+        returned = self._recent_ids[: self._num_returned]
+        before = self._vocabulary.decode(returned, self._skip_special)
+        return self._vocabulary.decode(self._recent_ids, self._skip_special)[len(before) :]
 
 
 class _CleanUpPass:
     """One pass of `clean_up` over text that arrives in pieces.
 
     Args:
-        replacements: text -> what is written for it. The texts begin with a space and hold no
-            other one but at their end, so at most one of them fits at a place.
+        replacements: text -> its replacement. Each text begins with a space and has no other
+            space except at its end, so at most one of them matches at a position.
     """
 
     def __init__(self, replacements: dict[str, str]) -> None:
@@ -155,7 +167,7 @@ class _CleanUpPass:
         self._held = ""
 
     def push(self, piece: str) -> str:
-        """Take more text; return what is certain of it with the replacements made."""
+        """Add text; return the part that is final, with its replacements made."""
         text, self._held = self._held + piece, ""
         parts: list[str] = []
         start = 0
@@ -175,6 +187,6 @@ class _CleanUpPass:
         return "".join([*parts, text[start:]])
 
     def flush(self) -> str:
-        """End the text; return what was held back."""
+        """End the text; return the part that was held back."""
         text, self._held = self._held, ""
         return text

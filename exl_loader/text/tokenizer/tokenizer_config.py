@@ -1,9 +1,9 @@
-"""What a model folder says about its tokenizer, besides the vocabulary itself.
+"""The settings of a tokenizer in a model folder, without the vocabulary itself.
 
 Sources, in the order in which transformers reads them: `tokenizer_config.json`; where that
 has no `added_tokens_decoder`, the older `special_tokens_map.json` and `added_tokens.json`;
-`config.json` and `generation_config.json` for the kind of model, the size of its vocabulary and
-the ids that begin and end a text. What each of them decides stands in `roles`.
+`config.json` and `generation_config.json` for the model type, the size of its vocabulary and the
+ids that begin and end a text. `roles` defines what each of them decides.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ...utils.untrusted_files import read_bytes
 NAMED_TOKENS = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
 )
-# The libraries keep ids in 32 bits.
+# The libraries store ids in 32 bits.
 MAX_TOKEN_ID = 1 << 31
 # A token in base64 and its rank.
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\r?\n")
@@ -29,14 +29,14 @@ REMEDY = "Download the tokenizer files of the original model again"
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is found in the text before anything else looks at it.
+    """A token that is searched for in the text before the vocabulary's own rules run.
 
     Args:
-        content: the text it stands for.
+        content: its text.
         special: left out of decoded text where special tokens are skipped.
-        lstrip, rstrip: take the white space on that side with it.
-        single_word: match only where no word character touches it.
-        normalized: match the normalised text.
+        lstrip, rstrip: the token includes the white space on that side.
+        single_word: matches only where no word character is next to it.
+        normalized: matches the normalised text.
     """
 
     content: str
@@ -55,7 +55,16 @@ class AddedToken:
 
     @classmethod
     def parse(cls, value: Any, where: str, special: bool | None = None) -> AddedToken:
-        """Read a token from JSON, where it is a string or an object with `content`."""
+        """Read a token from JSON: a string or an object with `content`.
+
+        Args:
+            value: the JSON value.
+            where: the name of the value in errors.
+            special: the flag; None to read it from the value.
+
+        Raises:
+            InvalidTokenizer: the value is something else.
+        """
         fields = {"content": value} if isinstance(value, str) else value
         if not isinstance(fields, dict) or not isinstance(fields.get("content"), str):
             raise InvalidTokenizer(
@@ -70,13 +79,14 @@ class AddedToken:
 
 @dataclass(frozen=True)
 class ModelTokens:
-    """What `config.json` and `generation_config.json` say about tokens.
+    """The settings of `config.json` and `generation_config.json` about tokens.
 
     Args:
         model_type: empty where unknown.
         vocab_size: None where unknown.
-        bos_ids, eos_ids: what either file names; perhaps none.
-        silent_on_eos: there is a `config.json`, and neither file has an `eos_token_id`.
+        bos_ids, eos_ids: ids that either file names, of which there may be none.
+        silent_on_eos: True where there is a `config.json`, and neither file has an
+            `eos_token_id`.
     """
 
     model_type: str = ""
@@ -86,22 +96,22 @@ class ModelTokens:
     silent_on_eos: bool = False
 
     def has_id(self, token_id: int) -> bool:
-        """Return whether the model has an embedding for an id, as far as its files say."""
+        """Return whether the model has an embedding for an id, or its files do not say."""
         return self.vocab_size is None or token_id < self.vocab_size
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """The folder's own settings.
+    """The tokenizer settings of a folder.
 
     Args:
         folder: the model folder.
-        tokenizer_class: as declared, without `Fast`; empty where the folder has none.
-        model: what the model's own files say.
+        tokenizer_class: as declared, without `Fast`; empty where the folder declares none.
+        model: settings of the model's own files.
         named_tokens: `bos_token`, `eos_token`, ... -> token.
-        extra_special_tokens: further special tokens, without ids of their own.
+        extra_special_tokens: further special tokens, whose ids the folder does not say.
         added_tokens: id -> token.
-        add_bos_token, add_eos_token, add_prefix_space: None where the folder is silent.
+        add_bos_token, add_eos_token, add_prefix_space: None where the folder does not say.
         legacy: put a space before every piece of text between special tokens.
         values: all of `tokenizer_config.json`.
     """
@@ -125,16 +135,16 @@ class TokenizerConfig:
 
     @property
     def clean_up_tokenization_spaces(self) -> bool:
-        """Whether spaces before punctuation are taken out of decoded text."""
+        """True where spaces before punctuation are removed from decoded text."""
         return _flag(self.values, "clean_up_tokenization_spaces") is True
 
     def is_null(self, name: str) -> bool:
-        """Return whether `tokenizer_config.json` says that there is no token of this name."""
+        """Return whether `tokenizer_config.json` declares that there is no token of this name."""
         return name in self.values and self.values[name] is None
 
 
 def read_optional(path: Path) -> dict[str, Any]:
-    """Read a JSON object; an empty one where the file does not exist."""
+    """Read a JSON object; return an empty one where the file does not exist."""
     return read_json_object_if_there(path, error=InvalidTokenizer, remedy=REMEDY)
 
 
@@ -142,8 +152,8 @@ def read_vocabulary(path: Path, limit: int) -> bytes:
     """Read `tokenizer.json` or `tokenizer.model`.
 
     Raises:
-        InvalidTokenizer: it cannot be read, has more than `limit` bytes, or is a file of
-            another kind that often stands under the name.
+        InvalidTokenizer: the file cannot be read, has more than `limit` bytes, or is of another
+            kind that often has this name.
     """
     data = read_bytes(path, limit, error=InvalidTokenizer, missing=InvalidTokenizer, remedy=REMEDY)
     if data.startswith(b"version https://git-lfs"):
@@ -163,7 +173,7 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
     """Read the folder's tokenizer settings.
 
     Raises:
-        InvalidTokenizer: a file is no JSON object, or a token in it is none.
+        InvalidTokenizer: a file is not a JSON object, or has an invalid token in it.
     """
     values = read_optional(folder / "tokenizer_config.json")
     tokens_of = dict(values)
@@ -186,7 +196,7 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
     if not isinstance(extra_values, list):
         raise InvalidTokenizer(where, expected="a list", actual=shown(extra_values),
                                remedy=REMEDY)
-    # Tokens of a kind of model's own, such as `image_token`.
+    # Tokens that only some model types have, such as `image_token`.
     own_values = [
         value for key, value in values.items()
         if key.endswith("_token") and key not in NAMED_TOKENS and isinstance(value, str)
@@ -213,7 +223,7 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
 
 
 def _model_tokens(folder: Path) -> ModelTokens:
-    # Whether these files are valid is decided in config.py; a tokenizer works without them.
+    # checkpoint/config.py refuses these files where they are invalid; a tokenizer works without.
     files = []
     for name in ("generation_config.json", "config.json"):
         try:
@@ -256,7 +266,7 @@ def _flag(values: dict[str, Any], key: str) -> bool | None:
 
 def _added_by_id(value: Any, path: Path) -> dict[int, AddedToken]:
     where = f"added_tokens_decoder in {path}"
-    # Ten digits hold every id, and int() refuses thousands of them.
+    # Every id has at most ten digits, and int() refuses thousands of digits.
     if not isinstance(value, dict) or not all(
         key.isascii() and key.isdecimal() and len(key) <= 10 and int(key) < MAX_TOKEN_ID
         for key in value

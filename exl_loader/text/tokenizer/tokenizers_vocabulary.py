@@ -1,8 +1,8 @@
 """`tokenizer.json`: vocabularies of the tokenizers library, used as the file says.
 
-One exception follows transformers 5: for a Llama folder that declares LlamaTokenizer or
-CodeLlamaTokenizer, the rule for the space before text comes from `tokenizer_config.json` (`legacy`,
-`add_prefix_space`), whatever older conversion wrote into the file.
+There is one exception, as in transformers 5: for a Llama folder that declares LlamaTokenizer or
+CodeLlamaTokenizer, `legacy` and `add_prefix_space` of `tokenizer_config.json` define the space
+before a text, because older conversions wrote another rule into `tokenizer.json`.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from ...utils.json_keys import parse_json
 from ...utils.untrusted_files import TOKENIZER_BYTES
 from . import vocab_merges
 from .sentencepiece_vocabulary import CODE_LLAMA, LLAMA_CLASSES, LLAMA_NAMED_TOKENS, piece_bytes
-from .stream import utf8_errors
+from .stream import decode_bytes
 from .tokenizer_config import REMEDY, AddedToken, TokenizerConfig, read_vocabulary
 from .vocabulary import SPACE_MARK
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """Character -> byte of GPT-2's byte-level vocabularies.
+    """Map characters of GPT-2's byte-level vocabularies to bytes.
 
-    Printable Latin-1 characters stand for themselves, all other bytes, in order, for the
-    characters from 256 on.
+    A printable Latin-1 character is its own byte. The other bytes, in order, are the characters
+    from 256 on.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -43,25 +43,25 @@ def _byte_level_alphabet() -> dict[str, int]:
 _BYTE_OF = _byte_level_alphabet()
 
 
-# A BPE model that marks continuing pieces, as BERT's do and no language model's.
 _UPGRADE = f"{REMEDY}, or upgrade the tokenizers package"
-# Where the list of added tokens begins; nothing else of the format has a list under this name.
+# The beginning of the list of added tokens; the format has no other list of this name.
 _ADDED_TOKENS = re.compile(rb'"added_tokens"\s*:\s*(\[)')
-# How far beyond the other tokens an id may lie where the size of the vocabulary is not known.
+# How far an id may be beyond the other ids where the size of the vocabulary is not known.
 _MAX_GAP = 4096
+# A BPE model that marks continuing pieces. BERT's models do; those of language models do not.
 _PREFIXED = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]')
 
 
 @contextmanager
 def _typed(thing: str, expected: str, remedy: str = REMEDY) -> Iterator[None]:
-    """Turn what the tokenizers library raises into an InvalidTokenizer."""
+    """Raise InvalidTokenizer for the exceptions of the tokenizers library."""
     try:
         yield
     except (ExlLoaderError, MemoryError):
         raise
     except BaseException as error:
-        # The library raises a bare Exception for most that can be wrong, and for the rest its
-        # compiled code panics, which arrives as a PanicException and no Exception at all.
+        # The library raises a bare Exception for most errors. For the others its compiled code
+        # panics, which raises a PanicException that is not a subclass of Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise InvalidTokenizer(
@@ -71,10 +71,10 @@ def _typed(thing: str, expected: str, remedy: str = REMEDY) -> Iterator[None]:
 
 
 def _check_prefix(model: dict[str, Any]) -> None:
-    """Refuse merges without the prefix that the model says they have.
+    """Refuse merges that lack the prefix which the model declares.
 
-    tokenizers (0.23 at least) cuts the prefix off unseen, and where there is less to cut it
-    does not raise but aborts the process.
+    tokenizers (0.23 at least) removes the prefix without a check, and aborts the process where
+    the merge is shorter than the prefix.
     """
     prefix = model.get("continuing_subword_prefix") or ""
     for merge in model.get("merges") or []:
@@ -84,7 +84,7 @@ def _check_prefix(model: dict[str, Any]) -> None:
 
 
 def _read_json(data: bytes, placed: Mapping[str, int]) -> Any:
-    """Make a tokenizer of the bytes of a `tokenizer.json`, with `placed` in its vocabulary."""
+    """Build a tokenizer from a `tokenizer.json`, with the tokens of `placed` at their ids."""
     from tokenizers import Tokenizer
 
     if not placed and not _PREFIXED.search(data):
@@ -101,9 +101,9 @@ def _read_json(data: bytes, placed: Mapping[str, int]) -> Any:
 
 
 def _json_ids(data: bytes) -> dict[str, int]:
-    """Return the ids of `added_tokens` of a `tokenizer.json` by text.
+    """Return text -> id of `added_tokens` in a `tokenizer.json`.
 
-    The library numbers these tokens itself and ignores what the file says.
+    They are read here because the library numbers these tokens itself and ignores the file's ids.
     """
     found = _ADDED_TOKENS.search(data)
     if found is None:
@@ -119,8 +119,8 @@ class TokenizersVocabulary:
     Args:
         where: the file or folder, for errors.
         config: the folder's settings.
-        build: makes the tokenizer; takes tokens to have in its vocabulary, by text.
-        file_ids: ids that the file itself gives added tokens, by text.
+        build: builds the tokenizer, given text -> id of further tokens for its vocabulary.
+        file_ids: text -> id of added tokens, as the file itself says.
 
     Raises:
         InvalidTokenizer: the file cannot be read, or an added token gets another id than
@@ -135,13 +135,13 @@ class TokenizersVocabulary:
         self._default_named_tokens: dict[str, str] = {}
         with self._typed("a tokenizer the tokenizers library reads"):
             self._tokenizer = self._build(config, build, file_ids)
-            # `encode_special_tokens` is a switch of the whole tokenizer, not of one call.
+            # `encode_special_tokens` is a setting of the whole tokenizer, not of one call.
             self._lock = threading.Lock()
             self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
             added = self._tokenizer.get_added_tokens_decoder()
             self.special_ids = frozenset(i for i, token in added.items() if token.special)
             self.prefix_ids, self.suffix_ids = _frame(self._tokenizer)
-            # A tokenizer that cannot encode shows it here, and not in the first request.
+            # A tokenizer that cannot encode fails here, and not in the first request.
             self._tokenizer.encode("a b", add_special_tokens=False)
             types = _decoder_types(self._tokenizer)
             sentencepiece_like = _is_sentencepiece_decoder(self._tokenizer)
@@ -179,10 +179,7 @@ class TokenizersVocabulary:
 
     def decode(self, ids: list[int], skip_special: bool) -> str:
         if self.has_byte_tokens and self.bytes_known:
-            skip_ids = self.special_ids if skip_special else frozenset()
-            data = b"".join(self.token_bytes(i) for i in ids if i not in skip_ids)
-            text = data.decode("utf-8", utf8_errors(has_byte_tokens=True))
-            return text[1:] if self.strips_space and text.startswith(" ") else text
+            return decode_bytes(self, ids, skip_special)
         with self._typed("a tokenizer that decodes these ids"):
             known = [i for i in ids if self.has_token(i)]
             return self._tokenizer.decode(known, skip_special_tokens=skip_special)
@@ -211,7 +208,7 @@ class TokenizersVocabulary:
         self, config: TokenizerConfig, build: Callable[[Mapping[str, int]], Any],
         file_ids: Mapping[str, int],
     ) -> Any:
-        """Make the tokenizer, every added token under the id that the folder says."""
+        """Build the tokenizer with every added token at the id that the folder says."""
         declared = {token.content: i for i, token in config.added_tokens.items() if token.content}
         for content, token_id in file_ids.items():
             if declared.setdefault(content, token_id) != token_id:
@@ -220,8 +217,8 @@ class TokenizersVocabulary:
         wrong = self._misplaced(declared)
         if not wrong:
             return self._tokenizer
-        # The library gives new tokens the next free ids. A token that stands in the vocabulary
-        # keeps the id that it has there, so the tokens that belong elsewhere are put there.
+        # The library gives new tokens the next free ids, but a token of the vocabulary keeps its
+        # id there. So the tokens that got a wrong id are put into the vocabulary.
         most = config.model.vocab_size or len(self._tokenizer.get_vocab()) + _MAX_GAP
         hopeless = {
             content: actual for content, actual in wrong.items()
@@ -235,9 +232,9 @@ class TokenizersVocabulary:
         return self._tokenizer
 
     def _misplaced(self, declared: Mapping[str, int]) -> dict[str, int | None]:
-        """Return the tokens that have another id than the folder says, with the one they have.
+        """Return text -> actual id of tokens whose id is not the one that the folder says.
 
-        Also those that share their id with a token of the vocabulary.
+        Tokens that share their id with another token of the vocabulary are included.
         """
         wrong = {}
         for content, token_id in declared.items():
@@ -248,7 +245,7 @@ class TokenizersVocabulary:
         return wrong
 
     def _is_taken(self, token_id: int, declared: Mapping[str, int]) -> bool:
-        """Return whether an id belongs to a token of the vocabulary that stays there."""
+        """Return whether an id belongs to a token of the vocabulary that keeps its id."""
         content = self._tokenizer.model.id_to_token(token_id)
         return content is not None and content not in declared
 
@@ -260,7 +257,7 @@ class TokenizersVocabulary:
         )
 
     def _complete(self, tokenizer: Any, config: TokenizerConfig) -> Any:
-        """Apply the folder's settings to a tokenizer that was just made."""
+        """Apply the folder's settings to a newly built tokenizer."""
         tokenizer.no_truncation()
         tokenizer.no_padding()
         if _follows_llama_class(config) and "ByteLevel" not in _state(tokenizer.decoder):
@@ -271,7 +268,7 @@ class TokenizersVocabulary:
         return tokenizer
 
     def _add_tokens(self, config: TokenizerConfig) -> None:
-        """Add what the folder declares beside the file; its flags win over the file's."""
+        """Add the tokens that the folder declares; their flags override those in the file."""
         known = {
             token.content: _parse(token)
             for token in self._tokenizer.get_added_tokens_decoder().values()
@@ -302,7 +299,7 @@ _PLAIN = AddedToken("")
 
 
 def _parse(token: Any) -> AddedToken:
-    """Read a token of the tokenizers library."""
+    """Convert a token of the tokenizers library."""
     return AddedToken(
         token.content, token.special, token.lstrip, token.rstrip, token.single_word,
         token.normalized,
@@ -310,7 +307,7 @@ def _parse(token: Any) -> AddedToken:
 
 
 def _state(component: Any) -> str:
-    """JSON of a part of the tokenizer; empty where it has none."""
+    """Return a part of the tokenizer as JSON; empty where the tokenizer lacks it."""
     return component.__getstate__().decode("utf-8") if component is not None else ""
 
 
@@ -327,7 +324,7 @@ def _decoder_types(tokenizer: Any) -> list[str]:
 
 
 def _is_sentencepiece_decoder(tokenizer: Any) -> bool:
-    """True for `▁` to space, byte fallback, join, and perhaps one space off the start."""
+    """Return whether decoding is: `▁` to space, byte fallback, join, perhaps drop a first space."""
     steps = _decoder_steps(tokenizer)
     if [step["type"] for step in steps[:3]] != ["Replace", "ByteFallback", "Fuse"]:
         return False
@@ -386,7 +383,7 @@ def _frame_of_step(step: Mapping[str, Any]) -> tuple[list[int], list[int]]:
 
 
 def _cleans_up(tokenizer: Any, config: TokenizerConfig) -> bool:
-    """Return whether transformers 5 cleans up decoded text: never that of a BPE vocabulary."""
+    """Return whether transformers 5 cleans up decoded text; for BPE it does not by default."""
     forced = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
     is_bpe = type(tokenizer.model).__name__ == "BPE"
     return config.clean_up_tokenization_spaces and (not is_bpe or bool(config.values.get(forced)))

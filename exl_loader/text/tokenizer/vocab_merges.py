@@ -1,9 +1,8 @@
-"""`vocab.json` with `merges.txt` alone: byte-level BPE vocabularies as GPT-2 and Qwen2 have them.
+"""`vocab.json` with `merges.txt`: byte-level BPE vocabularies, as GPT-2 and Qwen2 have them.
 
-These two files hold tokens and merges. How text is cut before merging stands in a
-`tokenizer.json` alone, so it is taken from the class of tokenizer: Qwen2's rule for
-Qwen2Tokenizer and models called `qwen...`, GPT-2's for the others. Both are those of
-transformers 5.
+These two files hold tokens and merges. Only a `tokenizer.json` says how text is cut before
+merging, so the tokenizer class decides here: Qwen2's rule for Qwen2Tokenizer and model types
+`qwen...`, GPT-2's rule for the others. Both rules are those of transformers 5.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ _QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Classes whose rule is GPT-2's.
+# Classes that cut text by GPT-2's rule.
 _LIKE_GPT2 = ("GPT2Tokenizer", "CodeGenTokenizer")
-# Classes that say nothing about the rule.
+# Classes that do not define the rule.
 _ANY_CLASS = ("", "PreTrainedTokenizer", "TokenizersBackend")
 _BYTE_LEVEL_SPACE = "Ġ"
 
@@ -38,14 +37,14 @@ def has_vocab_and_merges(folder: Path) -> bool:
 
 
 def is_like_qwen2(config: TokenizerConfig) -> bool:
-    """Return whether text is cut by Qwen2's rule; else by GPT-2's."""
+    """Return whether text is cut by Qwen2's rule; otherwise it is cut by GPT-2's."""
     if config.tokenizer_class in _ANY_CLASS:
         return config.model.model_type.startswith("qwen")
     return config.tokenizer_class == "Qwen2Tokenizer"
 
 
 def default_named_tokens(config: TokenizerConfig) -> dict[str, str]:
-    """Return the named tokens of the class where the folder names none."""
+    """Return name -> text of the class's tokens, for names that the folder leaves out."""
     names = ["eos_token", "unk_token"]
     if not is_like_qwen2(config):
         names.append("bos_token")
@@ -56,13 +55,16 @@ def build(folder: Path, config: TokenizerConfig, placed: dict[str, int]) -> Any:
     """Build a tokenizer of the tokenizers library from the two files.
 
     Args:
-        folder: has both.
-        config: says which rule cuts the text.
-        placed: text -> id of tokens to have beside the file's own.
+        folder: the model folder.
+        config: its settings, which decide the rule that cuts text.
+        placed: text -> id of tokens to add to the file's own.
+
+    Returns:
+        A `tokenizers.Tokenizer`.
 
     Raises:
-        InvalidTokenizer: a file cannot be read, holds something else, or the vocabulary is not
-            a byte-level one.
+        InvalidTokenizer: a file cannot be read or has other content, or the vocabulary is not
+            byte-level.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 

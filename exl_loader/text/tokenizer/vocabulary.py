@@ -1,4 +1,4 @@
-"""What the two tokenizer libraries have in common behind `Tokenizer`."""
+"""The interface through which `Tokenizer` uses either tokenizer library."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ SPACE_MARK = "▁"
 
 
 class Vocabulary(Protocol):
-    """A vocabulary and its rules. Safe to use from several threads.
+    """Tokens and the rules that find them. Several threads may use it at the same time.
 
     Attributes:
         vocab_size: one more than the largest token id.
         special_ids: ids that decoding leaves out where special tokens are skipped.
-        prefix_ids, suffix_ids: what the vocabulary's own rules put around a text.
-        has_post_processor: the vocabulary's file says so itself, and `add_eos_token` does not.
-        adds_bos: a BOS token is put in front of a text where the folder is silent.
-        strips_space: decoding drops one space from the start of the text.
-        bytes_known: `token_bytes` answers, and decoded text is its bytes joined.
-        has_byte_tokens: tokens such as `<0x0A>` stand for single bytes; a replacement
-            character then stands for one byte that is no UTF-8.
-        cleans_up: decoded text goes through `stream.clean_up`.
+        prefix_ids, suffix_ids: ids that the vocabulary file's own rules put around a text.
+        has_post_processor: True where the vocabulary file defines the suffix, so that
+            `add_eos_token` has no effect.
+        adds_bos: True where a text begins with a BOS token if the folder does not say.
+        strips_space: True where decoding drops one space from the start of the text.
+        bytes_known: True where decoded text is the joined `token_bytes` of its tokens.
+        has_byte_tokens: True where tokens such as `<0x0A>` are single bytes. A replacement
+            character is then one byte that is not UTF-8.
+        cleans_up: True where decoded text goes through `stream.clean_up`.
     """
 
     vocab_size: int
@@ -35,22 +36,22 @@ class Vocabulary(Protocol):
     cleans_up: bool
 
     def default_named_tokens(self) -> dict[str, str]:
-        """Special tokens as the vocabulary or its class names them where the folder is silent."""
+        """Return `bos_token`, ... -> text, for names that the folder's settings leave out."""
 
     def encode(self, text: str, special: bool) -> list[int]:
-        """Encode without prefix and suffix; `special`: recognise special tokens in the text."""
+        """Encode without prefix and suffix; `special` recognises special tokens in the text."""
 
     def decode(self, ids: list[int], skip_special: bool) -> str:
-        """Decode ids together; those that stand for nothing are left out."""
+        """Decode ids together; ids without a token are left out."""
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Bytes that one token stands for; empty for an id that stands for nothing."""
+        """Return the bytes of one token; empty for an id without a token."""
 
     def content(self, token_id: int) -> str:
-        """Text of one token as the vocabulary has it; empty for an id that stands for nothing."""
+        """Return the text of one token as the file spells it; empty for an id without a token."""
 
     def has_token(self, token_id: int) -> bool:
-        """Return whether an id stands for something."""
+        """Return whether an id has a token."""
 
     def token_id(self, content: str) -> int | None:
-        """Return the id of a token by its text."""
+        """Return the id of a token by its text, or None."""
