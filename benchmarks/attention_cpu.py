@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from exl_loader.backends import get_ops
 from exl_loader.backends.base import AttentionShape, Batch
-from exl_loader.backends.cpu.scratch import attention_scratch_bytes
+from exl_loader.backends.cpu.attention import attention_scratch_bytes
 from exl_loader.backends.reference.ops import ReferenceOps
 from exl_loader.cache.layout import PAGE_LEN, CacheLayer, CacheType, cache_specs, pages_for
 

@@ -14,8 +14,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
 from exl_loader import load
+from exl_loader.backends.base import Call
 from exl_loader.backends.reference.ops import cache_round_trip
 from exl_loader.cache.layout import BITS_NAMES, CacheType
 from exl_loader.cache.paging import PagedCache
@@ -101,10 +103,11 @@ class PeerOps:
         self._ops, self._bits = ops, (k_bits, v_bits)
 
     def __getattr__(self, name: str) -> Any:
-        # Calls that are bound in advance would not come through here.
-        if name in ("bind", "bind_all"):
-            raise AttributeError(name)
         return getattr(self._ops, name)
+
+    def prepare(self, calls: Sequence[Call]) -> list[Callable[[], None]]:
+        """Let every replay come through these operations."""
+        return [partial(call.run, self) for call in calls]
 
     def write_cache(self, k: torch.Tensor, v: torch.Tensor, *args: Any) -> None:
         k, v = (

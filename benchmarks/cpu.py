@@ -37,7 +37,7 @@ from cpu_report import Results, nearest, tables, update_document
 from cpu_worker import random_ids
 from read_bandwidth import Bandwidth
 
-from exl_loader.backends.cpu.library import default_threads
+from exl_loader.backends.cpu.threads import default_threads
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PARTS = ("load", "speed", "curve")

@@ -24,7 +24,7 @@ from safetensors.torch import save_file  # noqa: E402
 from exl_loader.cache.layout import CacheType  # noqa: E402
 from exl_loader.checkpoint import Checkpoint  # noqa: E402
 from exl_loader.checkpoint.config import ModelConfig  # noqa: E402
-from exl_loader.formats import reference_weight  # noqa: E402
+from exl_loader.formats import read_linear  # noqa: E402
 from exl_loader.model.builder import ModelParts, build_parts  # noqa: E402
 
 # The 1.1 B geometry that many small models share.
@@ -158,7 +158,7 @@ def decoded_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
             if header.dtype == "float16" and not name.endswith("q_scale_max"):
                 yield name, checkpoint.read(name)
         for linear in build_parts(config, checkpoint).linears():
-            weight = reference_weight(linear.plan, checkpoint)
+            weight = read_linear(linear.plan, checkpoint).weight()
             yield f"{linear.name}.weight", weight.T.contiguous().half()
     finally:
         checkpoint.close()

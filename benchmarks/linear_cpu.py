@@ -23,9 +23,9 @@ import torch  # noqa: E402
 from read_bandwidth import BUFFER_BYTES as ROUND_BYTES  # noqa: E402
 from read_bandwidth import Bandwidth  # noqa: E402
 
-from exl_loader.backends.cpu.library import default_threads  # noqa: E402
+from exl_loader.backends.cpu.linear import linear_scratch_bytes  # noqa: E402
 from exl_loader.backends.cpu.memory import MainMemory  # noqa: E402
-from exl_loader.backends.cpu.scratch import linear_scratch_bytes  # noqa: E402
+from exl_loader.backends.cpu.threads import default_threads  # noqa: E402
 from exl_loader.backends.reference.ops import ReferenceOps  # noqa: E402
 from support.kernel_cases import compiled_ops, dense_linear, packed_linear  # noqa: E402
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .backends import backend_of, get_ops
 from .cache.layout import CacheType
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import torch
     from typing_extensions import Unpack
 
-    from .backends.base import Ops
+    from .backends.base import DeviceOps
     from .engine import LoadedModel
     from .memory.reservation.costs import PlacedModel
     from .memory.reservation.options import LoadKeywords
@@ -73,14 +73,25 @@ def load(
     try:
         _import_torch(progress)
         _open_devices(model_dir, chosen)
-        with planned(model_dir, chosen) as plan, torch_on_one_thread():
-            return _load_planned(plan, chosen, progress)
+        return _plan_and_load(model_dir, chosen, progress)
     except BaseException as error:
         drop_locals(error)
         gc.collect()
         raise
     finally:
         trim_heap()
+
+
+def _plan_and_load(
+    model_dir: str | os.PathLike[str], options: LoadOptions, progress: Progress
+) -> LoadedModel:
+    """Load what fits.
+
+    The plan's parts hold views of the buffers. An error keeps the frame of `load`, whose locals
+    cannot be dropped while it runs, so the plan is in a frame of its own.
+    """
+    with planned(model_dir, options) as plan, torch_on_one_thread():
+        return _load_planned(plan, options, progress)
 
 
 def _import_torch(progress: Progress) -> None:
@@ -147,13 +158,13 @@ def _open_devices(model_dir: str | os.PathLike[str], options: LoadOptions) -> No
             backend_of(name).initialize(name)
 
 
-def _open_ops(names: Sequence[str], progress: Progress) -> dict[str, Ops]:
+def _open_ops(names: Sequence[str], progress: Progress) -> dict[str, DeviceOps]:
     """Return each device's operations, compiled where that was not done yet.
 
     Raises:
         As `Backend.open`; what a device refused names it.
     """
-    opened: dict[str, Ops] = {}
+    opened: dict[str, DeviceOps] = {}
     for name in names:
         try:
             opened[name] = get_ops(name, progress)
@@ -168,31 +179,32 @@ def _open_ops(names: Sequence[str], progress: Progress) -> dict[str, Ops]:
 
 
 @contextmanager
-def staging(ops: Mapping[str, Ops], buffers: Buffers) -> Iterator[None]:
-    """Lend the operations of cards what no one uses yet, for raw weights on their way.
+def upload_buffers(ops: Mapping[str, DeviceOps], buffers: Buffers) -> Iterator[None]:
+    """Lend operations that need one a buffer through which raw weights reach their device.
 
-    That is a device's cache, or its scratch where that is larger; it is zero again afterwards.
+    It is memory that nothing uses yet: the device's cache, or its scratch where that is larger.
+    It is zero again afterwards.
 
     Args:
         ops: by device.
     """
     with ExitStack() as lent:
         for device, operations in ops.items():
-            if hasattr(operations, "staging"):
+            if operations.needs_upload_buffer:
                 lent.enter_context(_lend(operations, device, buffers))
         yield
 
 
 @contextmanager
-def _lend(ops: Any, device: str, buffers: Buffers) -> Iterator[None]:
+def _lend(ops: DeviceOps, device: str, buffers: Buffers) -> Iterator[None]:
     views = buffers.views("workspace", device)
     scratch = [view for name, view in views.items() if name.endswith("scratch")]
     memory = max(buffers.whole("cache", device), *scratch, key=lambda tensor: tensor.nbytes)
-    ops.staging = memory
+    ops.upload_buffer = memory
     try:
         yield
     finally:
-        ops.staging = None
+        ops.upload_buffer = None
     # After an error it is given back as it is: a card that failed does nothing more.
     memory.zero_()
 
@@ -209,7 +221,7 @@ class _Reading:
     """Puts models together in buffers that have been taken."""
 
     buffers: Buffers
-    ops: Mapping[str, Ops]
+    ops: Mapping[str, DeviceOps]
     cache_type: CacheType
     options: LoadOptions
     progress: Progress
@@ -234,7 +246,7 @@ class _Reading:
         try:
             with (
                 task(self.progress, name, total, "bytes") as advance,
-                staging(self.ops, self.buffers),
+                upload_buffers(self.ops, self.buffers),
             ):
                 parts.load(placed.checkpoint, views, self.ops, advance)
         except (MemoryError, RuntimeError) as error:

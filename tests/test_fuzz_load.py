@@ -2,7 +2,7 @@
 
 A flipped bit in a code is another, equally valid weight: what loads must give the logits of
 the weights that the damaged files describe. Those come from a second folder, unquantised,
-decoded straight from the damaged one by `reference_weight`. Seeds are fixed, but for one
+decoded straight from the damaged one by `read_linear`. Seeds are fixed, but for one
 round that draws its own and prints it.
 """
 
@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 import exl_loader
-from exl_loader.formats import reference_weight
+from exl_loader.formats import read_linear
 from exl_loader.memory import buffers as memory
 from exl_loader.memory.reservation import LoadOptions, planned
 from exl_loader.utils.errors import ExlLoaderError
@@ -169,7 +169,7 @@ def decoded_logits(folder: Path, copy: Path) -> torch.Tensor:
         checkpoint = planned_model.model.checkpoint
         for plan in (linear.plan for linear in parts.linears()):
             if plan.source == plan.name:
-                weight = reference_weight(plan, checkpoint)
+                weight = read_linear(plan, checkpoint).weight()
                 tensors[f"{plan.name}.weight"] = weight.t().contiguous()
                 if "bias" in plan.specs:
                     bias = checkpoint.read(f"{plan.source}.bias")

@@ -15,7 +15,7 @@ from .cuda.backend import CudaBackend
 
 if TYPE_CHECKING:
     from ..utils.progress import Progress
-    from .base import Backend, Ops
+    from .base import Backend, DeviceOps
 
 # By kind; `device="auto"` prefers the first that has a device. Tests register doubles here.
 BACKENDS: dict[str, Backend] = {"cuda": CudaBackend(), "cpu": CpuBackend()}
@@ -50,6 +50,6 @@ def full_name(device: str) -> str:
     return BACKENDS[device].default_device if device in BACKENDS else device
 
 
-def get_ops(device: str = MAIN_MEMORY, progress: Progress | None = None) -> Ops:
+def get_ops(device: str = MAIN_MEMORY, progress: Progress | None = None) -> DeviceOps:
     """Return the operations of a device; see `Backend.open`."""
     return backend_of(device).open(device, progress)

@@ -1,7 +1,7 @@
 """What the engine asks of a kind of device: its memory, and the operations of a forward pass.
 
 `Backend` is one object a kind of device: memory, sizes of what its operations need, and
-`open`, which returns the `Ops` of one device. `Ops` has one signature for each operation.
+`open`, which returns the `DeviceOps` of one device. `Ops` has one signature for each operation.
 `reference.ops.ReferenceOps` defines the operations in plain torch; `cpu` and `cuda` call
 compiled kernels. These rules hold for all of them:
 
@@ -15,6 +15,7 @@ compiled kernels. These rules hold for all of them:
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -22,10 +23,9 @@ if TYPE_CHECKING:
     import torch
 
     from ..cache.layout import CacheLayer, CacheType
-    from ..formats.packed import DenseLinear, PackedLinear
+    from ..formats.layer import DenseLayer, QuantizedLayer
     from ..utils.progress import Progress
-
-    Linear = PackedLinear | DenseLinear
+    from .cpu_access import CpuAccess
 
 # Name -> dtype (a key of `table.DTYPE_BYTES`) and shape of a tensor.
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
@@ -212,7 +212,7 @@ class Backend(Protocol):
     def workspace_specs(self, step: StepSizes) -> Shapes:
         """Return the tensors that only operations of this kind need in the workspace."""
 
-    def open(self, device: str, progress: Progress | None = None) -> Ops:
+    def open(self, device: str, progress: Progress | None = None) -> DeviceOps:
         """Return a device's operations, compiling their kernels where that was not done yet.
 
         Args:
@@ -226,18 +226,37 @@ class Backend(Protocol):
         """
 
 
+class Linear(Protocol):
+    """A linear layer in the resident layout of its device; only operations look into it."""
+
+    in_features: int
+    out_features: int
+    bias: torch.Tensor | None
+    """float32 [out_features], which may be changed in place."""
+
+
+class ExpertTable(Protocol):
+    """One projection of all experts of a layer, as `Ops.linear_pairs` takes it."""
+
+    @property
+    def in_features(self) -> int: ...
+
+    @property
+    def out_features(self) -> int: ...
+
+
 class Ops(Protocol):
-    """Every operation of a forward pass."""
+    """The operations of a forward pass. A `recorder.Recorder` collects them instead."""
 
-    name: str
-
-    def embed(self, ids: torch.Tensor, table: torch.Tensor | DenseLinear, factor: float,
+    def embed(self, ids: torch.Tensor, table: torch.Tensor | Linear, factor: float,
               out: torch.Tensor) -> None:
         """out[t] = table[ids[t]] * factor.
 
         Args:
-            ids: int32 [T]. table: [vocab, hidden] in float16, bfloat16 or float32, or the
-            head itself where word embeddings are tied. out: float32 [T, hidden].
+            ids: int32 [T].
+            table: [vocab, hidden] in float16, bfloat16 or float32, or the unquantised head
+                itself where word embeddings are tied.
+            out: float32 [T, hidden].
         """
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float,
@@ -245,8 +264,8 @@ class Ops(Protocol):
         """out = x / sqrt(mean(x^2) + eps) * weight, per row.
 
         Args:
-            x, out: float32 [R, D], may be the same tensor. weight: float32 [D] (an offset
-            such as Gemma's + 1 is already inside).
+            x, out: float32 [R, D], may be the same tensor.
+            weight: float32 [D], with an offset such as Gemma's + 1 already added.
         """
 
     def linear(self, x: torch.Tensor, w: Linear, out: torch.Tensor, scratch: torch.Tensor,
@@ -254,25 +273,29 @@ class Ops(Protocol):
         """out = x @ W + bias, or out += x @ W + bias where `add`.
 
         Args:
-            x: float32 [T, in_features]. out: float32 [T, >= out_features], of which the
-            first out_features columns are written (its row stride is respected).
+            x: float32 [T, in_features].
+            out: float32 [T, >= out_features], of which the first out_features columns are
+                written (its row stride is respected).
         """
 
     def rope_table(self, positions: torch.Tensor, inv_freq: torch.Tensor, factor: float,
                    out: torch.Tensor) -> None:
         """Angles: out[t, 0, i] = cos(positions[t] * inv_freq[i]) * factor, out[t, 1, i] the sine.
 
+        Angles are exact to float32 rounding at any position.
+
         Args:
-            positions: int32 [T]. inv_freq: float32 [rotary_dim / 2]. out: float32
-            [T, 2, rotary_dim / 2]. Angles are exact to float32 rounding at any position.
+            positions: int32 [T].
+            inv_freq: float32 [rotary_dim / 2].
+            out: float32 [T, 2, rotary_dim / 2].
         """
 
     def rope(self, x: torch.Tensor, table: torch.Tensor) -> None:
         """Rotate heads in place, Hugging Face's half-split order.
 
         Args:
-            x: float32 [T, heads, head_dim]. table: from `rope_table`; elements from
-            rotary_dim on stay as they are.
+            x: float32 [T, heads, head_dim]; elements from rotary_dim on stay as they are.
+            table: from `rope_table`.
         """
 
     def write_cache(self, k: torch.Tensor, v: torch.Tensor, layer: CacheLayer, batch: Batch,
@@ -281,15 +304,14 @@ class Ops(Protocol):
 
         Args:
             k, v: float32 [T, num_kv_heads, head_dim], keys after RoPE, without what
-            `layer.key_bias` holds.
+                `layer.key_bias` holds.
         """
 
     def attention(self, q: torch.Tensor, layer: CacheLayer, batch: Batch,
                   shape: AttentionShape, out: torch.Tensor, scratch: torch.Tensor) -> None:
         """Causal attention of the rows over their sequences' cache (rows already written).
 
-        Scores get what `layer.key_bias` adds to them, in implementations with an attribute
-        `takes_key_bias`; others are never given one.
+        Scores get what `layer.key_bias` adds to them; see `DeviceOps.adds_key_bias`.
 
         Args:
             q, out: float32 [T, num_heads, head_dim]; q is overwritten.
@@ -310,8 +332,32 @@ class Ops(Protocol):
         """Softmax over experts, then the top_k, renormalised to sum 1 where `normalize`.
 
         Args:
-            router_logits: float32 [T, E]. weights: float32 [T, top_k], falling.
+            router_logits: float32 [T, E].
+            weights: float32 [T, top_k], falling.
             experts: int32 [T, top_k]. Equal logits: the lower expert first.
+        """
+
+    def linear_pairs(self, x: torch.Tensor, table: ExpertTable, experts: torch.Tensor,
+                     out: torch.Tensor, scratch: torch.Tensor) -> None:
+        """out[p] = x[p // share] @ W of expert experts[p], which the operation reads.
+
+        Args:
+            x: float32 [T, in_features].
+            table: from `DeviceOps.expert_table`.
+            experts: int32 [T, k] or [P].
+            out: float32 [P, out_features] of P pairs; share is P / T, so 1 where each pair has
+                a row of its own.
+        """
+
+    def moe_sum(self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor,
+                out: torch.Tensor) -> None:
+        """out[t] += sum over k of weights[t, k] * x[t * top_k + k], by rising expert.
+
+        Args:
+            x: float32 [T * top_k, D].
+            weights: float32 [T, top_k].
+            experts: int32 [T, top_k].
+            out: float32 [T, D].
         """
 
     def gather_rows(self, x: torch.Tensor, rows: torch.Tensor, out: torch.Tensor) -> None:
@@ -321,14 +367,80 @@ class Ops(Protocol):
                          out: torch.Tensor) -> None:
         """out[rows[i]] += weights[i] * x[i]; a row stands in `rows` at most once a call."""
 
-    def pack_exl2(self, q_weight: torch.Tensor, groups: torch.Tensor,
-                  codes: torch.Tensor) -> None:
-        """EXL2's `q_weight` int32 [R, N] into `codes` uint8 [tiles, tile_bytes] (packed.py).
+    def top_logits(self, logits: torch.Tensor, vocab_size: int, out: torch.Tensor,
+                   scratch: torch.Tensor) -> None:
+        """Take up to 1024 of each row's largest logits, and the sum of all others.
+
+        Equal logits are taken together or not at all. A row's result depends on that row alone,
+        bit for bit. Called where `Backend.workspace_specs` has a tensor `top_logits`.
 
         Args:
-            groups: int32 [G, 4], the packed layout's group table.
+            logits: float32 [T, at least vocab_size].
+            vocab_size: columns that count.
+            out: int32 [T, RESULT_WORDS]; see `top_logits.py`.
         """
 
-    def pack_gptq(self, qweight: torch.Tensor, bits: int, perm: torch.Tensor | None,
-                  groups: torch.Tensor, codes: torch.Tensor) -> None:
-        """GPTQ's `qweight` int32 [K * bits / 32, N], rows in the order of `perm`, into `codes`."""
+    def call(self, function: Callable[[DeviceOps], None]) -> None:
+        """Run a function whose operations depend on values of the step, so that every step has
+        to run it anew.
+
+        Args:
+            function: called with the device's operations.
+        """
+
+
+class Call(Protocol):
+    """A recorded call of an operation, with its arguments; see `recorder.py`."""
+
+    def run(self, ops: Ops) -> None:
+        """Call the operation."""
+
+
+class DeviceOps(Ops, Protocol):
+    """The operations of a device, and what loading and recorded steps need beside them."""
+
+    name: str
+
+    adds_key_bias: bool
+    """Whether `attention` adds a `CacheLayer.key_bias`; others must not be given one."""
+
+    cpu_access: CpuAccess
+    """How the CPU reads and writes the device's tensors."""
+
+    needs_upload_buffer: bool
+    """Whether packing a layer takes an `upload_buffer`."""
+
+    upload_buffer: torch.Tensor | None
+    """uint8 [n] of the device, lent while weights are read; None at other times."""
+
+    def prepare(self, calls: Sequence[Call]) -> list[Callable[[], None]]:
+        """Prepare recorded calls once for many replays; neighbours may become one.
+
+        Tensors are read and written where they are now; their values may change.
+        """
+
+    def expert_table(self, layers: Sequence[Linear], room: torch.Tensor) -> ExpertTable | None:
+        """Describe one projection of all experts to `linear_pairs`.
+
+        Args:
+            layers: in the order of experts.
+            room: uint8 [n] of the device, part of the workspace tensor `expert_tables`.
+
+        Returns:
+            None if `linear_pairs` cannot run these layers.
+        """
+
+    def share_permutations(self, layers: Sequence[Linear]) -> None:
+        """Let loaded layers that permute one input alike refer to one permutation."""
+
+    def pack(self, layer: QuantizedLayer | DenseLayer, views: dict[str, torch.Tensor]) -> Linear:
+        """Bring a layer into its resident layout.
+
+        Args:
+            layer: what the checkpoint holds.
+            views: role -> resident tensor, as planned; written in full.
+
+        Raises:
+            InvalidCheckpoint: a value is not finite.
+            UnsupportedFormat: groups that the layout has no room for.
+        """

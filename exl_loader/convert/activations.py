@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import torch
 
-from ..backends.base import Batch
+from ..backends.base import Batch, Linear
 from ..backends.reference.ops import ReferenceOps, dense_weight
 from ..cache.layout import PAGE_LEN, CacheLayer, CacheType, cache_specs, pages_for
 from ..checkpoint.rope import inv_freq
@@ -31,20 +30,17 @@ class _RecordingOps(ReferenceOps):
     def __init__(self) -> None:
         self.hessians: dict[int, Hessian] = {}
 
-    def linear(self, x: torch.Tensor, w: Any, out: torch.Tensor, scratch: torch.Tensor,
+    def linear(self, x: torch.Tensor, w: Linear, out: torch.Tensor, scratch: torch.Tensor,
                add: bool = False) -> None:
         hessian = self.hessians.get(id(w))
         if hessian is not None:
             hessian.add(x)
+        assert isinstance(w, DenseLinear)
         product = x @ dense_weight(w).float()
         if w.bias is not None:
             product += w.bias
         target = out[:, : w.out_features]
         target.copy_(product + target if add else product)
-
-    def call(self, function: Callable[..., None], *args: Any) -> None:
-        """Run what a recorder would put off until replay."""
-        function(self, *args)
 
 
 def _allocate(specs: list[TensorSpec]) -> dict[str, torch.Tensor]:

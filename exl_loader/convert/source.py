@@ -9,7 +9,7 @@ import torch
 
 from ..checkpoint import Checkpoint
 from ..checkpoint.config import ModelConfig
-from ..formats import reference_weight
+from ..formats import read_linear
 from ..formats.packed import LinearPlan
 from ..model.builder import build_parts
 from ..utils.errors import InvalidCheckpoint, UnsupportedFormat
@@ -50,7 +50,7 @@ class Source:
         Raises:
             InvalidCheckpoint: it holds NaN or infinities.
         """
-        weight = reference_weight(plan, self.checkpoint)
+        weight = read_linear(plan, self.checkpoint).weight()
         if not torch.isfinite(weight).all():
             raise InvalidCheckpoint(
                 f"{plan.source}.weight", expected="finite values",

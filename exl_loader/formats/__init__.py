@@ -1,4 +1,4 @@
-"""Linear layers as they are stored: planned from headers, then read into resident tensors.
+"""Linear layers as they are stored: planned from headers, then read and checked.
 
 Importing this package imports neither PyTorch nor numpy; functions that touch values do.
 """
@@ -9,27 +9,23 @@ from typing import TYPE_CHECKING
 
 from ..utils.errors import InvalidCheckpoint
 from ..utils.table import MAIN_MEMORY
-from .dense import dense_weight, pack_dense_linear, plan_dense
-from .exl2 import exl2_weight, pack_exl2_linear, plan_exl2
-from .gptq import gptq_weight, pack_gptq_linear, plan_gptq
-from .packed import DenseLinear, LinearPlan, PackedLinear
+from .dense import plan_dense, read_dense
+from .exl2 import plan_exl2, read_exl2
+from .gptq import plan_gptq, read_gptq
+from .layer import DenseLayer, QuantizedLayer
+from .packed import LinearPlan
 
 if TYPE_CHECKING:
-    import torch
-
-    from ..backends.base import Ops
-    from ..backends.cuda.layout import StreamLinear
-    from ..checkpoint import Checkpoint
+        from ..checkpoint import Checkpoint
 
 __all__ = [
     "LINEAR_TENSORS",
-    "DenseLinear",
+    "DenseLayer",
     "LinearPlan",
-    "PackedLinear",
+    "QuantizedLayer",
     "has_linear",
-    "pack_linear",
     "plan_linear",
-    "reference_weight",
+    "read_linear",
 ]
 
 # A checkpoint mixes them: EXL2 and GPTQ leave routers dense, GPTQ the head as well.
@@ -67,7 +63,7 @@ def plan_linear(
 
     Returns:
         a plan whose specs are named `{name}.{role}`, segment `weights`. Its bytes are what
-        `pack_linear` fills, whatever the values turn out to be.
+        `DeviceOps.pack` fills, whatever the values turn out to be.
 
     Raises:
         InvalidCheckpoint: a tensor is missing, or its shape contradicts the others or the
@@ -94,35 +90,14 @@ def plan_linear(
     )
 
 
-def pack_linear(
-    plan: LinearPlan, checkpoint: Checkpoint, tensors: dict[str, torch.Tensor], ops: Ops
-) -> PackedLinear | StreamLinear | DenseLinear:
-    """Read a planned layer into its resident tensors, and validate the values.
-
-    Args:
-        tensors: role -> tensor of the plan's dtype and shape, written in full.
-        ops: repacks the codes; of a plan for a CUDA device, on that device.
+def read_linear(plan: LinearPlan, checkpoint: Checkpoint) -> QuantizedLayer | DenseLayer:
+    """Read a planned layer and check its values.
 
     Raises:
         InvalidCheckpoint: the file ends early or changed; a group table does not add up, a
             permutation is none, a scale, bias or unquantised weight is not finite.
         UnsupportedFormat: a group before the last whose rows are no multiple of 32.
     """
-    assert tensors.keys() == plan.specs.keys(), (plan.name, tensors.keys(), plan.specs.keys())
     if plan.format == "dense":
-        return pack_dense_linear(plan, checkpoint, tensors)
-    pack = pack_exl2_linear if plan.format == "exl2" else pack_gptq_linear
-    return pack(plan, checkpoint, tensors, ops)
-
-
-def reference_weight(plan: LinearPlan, checkpoint: Checkpoint) -> torch.Tensor:
-    """Decode a planned layer straight from the checkpoint, without the packed layout.
-
-    Returns:
-        float32 [in_features, out_features], input channels in their original order.
-
-    Raises:
-        InvalidCheckpoint, UnsupportedFormat: as `pack_linear` does.
-    """
-    decode = {"exl2": exl2_weight, "gptq": gptq_weight, "dense": dense_weight}[plan.format]
-    return decode(plan, checkpoint)
+        return read_dense(plan, checkpoint)
+    return read_exl2(plan, checkpoint) if plan.format == "exl2" else read_gptq(plan, checkpoint)

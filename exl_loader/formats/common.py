@@ -154,16 +154,18 @@ def read_columns(plan: LinearPlan, tensor: torch.Tensor) -> torch.Tensor:
     return tensor[..., first:end]
 
 
-def read_bias(plan: LinearPlan, checkpoint: Checkpoint, target: torch.Tensor) -> None:
-    """Read a planned bias into `target`, float32 [out_features].
+def read_bias(plan: LinearPlan, checkpoint: Checkpoint) -> torch.Tensor | None:
+    """Read a layer's bias, float32 [out_features]; None where the layer is planned without.
 
     Raises:
         InvalidCheckpoint: a value is not finite.
     """
+    if "bias" not in plan.specs:
+        return None
     name = f"{plan.source}.bias"
     bias = checkpoint.read(name)
     require_finite(name, bias)
-    target.copy_(read_columns(plan, bias))
+    return read_columns(plan, bias).float()
 
 
 def require_finite(name: str, tensor: torch.Tensor) -> None:
@@ -186,12 +188,3 @@ def require_finite(name: str, tensor: torch.Tensor) -> None:
             actual=f"{int((magnitude >= infinity).sum())} that are NaN or infinite",
             remedy="Download the file again",
         )
-
-
-def fill_tiles(values: torch.Tensor, target: torch.Tensor) -> None:
-    """Spread [G, N] over [tiles, G, 16]; columns beyond N become zero."""
-    groups, columns = values.shape
-    tiles = target.shape[0]
-    full = values.new_zeros((groups, tiles * TILE_COLUMNS))
-    full[:, :columns] = values
-    target.copy_(full.view(groups, tiles, TILE_COLUMNS).transpose(0, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from .common import (
@@ -14,17 +15,14 @@ from .common import (
     tiles_for,
     weight_spec,
 )
-from .packed import TILE_COLUMNS, DenseLinear, LinearPlan
+from .layer import DenseLayer
+from .packed import TILE_COLUMNS, LinearPlan
 
 if TYPE_CHECKING:
     import torch
 
     from ..checkpoint import Checkpoint
     from ..utils.table import TensorSpec
-
-# Read in pieces: a whole embedding beside its resident copy would double a load's peak.
-PIECE_BYTES = 16 << 20
-
 
 def plan_dense(
     checkpoint: Checkpoint,
@@ -54,46 +52,20 @@ def dense_specs(
     return {"weight": weight_spec(name, "weight", dtype, shape, device)}
 
 
-def pack_dense_linear(
-    plan: LinearPlan, checkpoint: Checkpoint, tensors: dict[str, torch.Tensor]
-) -> DenseLinear:
-    """Read an unquantised layer into its resident tensors; see `formats.pack_linear`."""
-    name, target = f"{plan.source}.weight", tensors["weight"]
-    tile_bytes = TILE_COLUMNS * plan.in_features * target.element_size()
-    step = max(1, PIECE_BYTES // max(1, tile_bytes))
-    base = plan.rows[0] if plan.rows else 0
-    for tile in range(0, target.shape[0], step):
-        first = tile * TILE_COLUMNS
-        end = min(first + step * TILE_COLUMNS, plan.out_features)
-        piece = checkpoint.read_rows(name, base + first, base + end)
-        require_finite(name, piece)
-        fill_dense(piece, tile, target)
-    if "bias" in tensors:
-        read_bias(plan, checkpoint, tensors["bias"])
-    return DenseLinear(plan.in_features, plan.out_features, target, tensors.get("bias"))
+def read_dense(plan: LinearPlan, checkpoint: Checkpoint) -> DenseLayer:
+    """Open an unquantised layer, whose weight is read in pieces; see `formats.read_linear`."""
+    header = checkpoint.header(f"{plan.source}.weight")
+    return DenseLayer(
+        plan.in_features, plan.out_features, header.dtype,
+        partial(_read_rows, plan, checkpoint), read_bias(plan, checkpoint),
+    )
 
 
-def fill_dense(rows: torch.Tensor, tile: int, target: torch.Tensor) -> None:
-    """Write output rows into tiles.
-
-    Args:
-        rows: [R, in_features], contiguous; R is a multiple of 16 but for a layer's last rows.
-        tile: the tile of the first row.
-        target: [tiles, in_features, 16], the resident weight.
-    """
-    in_features = rows.shape[1]
-    whole = len(rows) // TILE_COLUMNS
-    tiled = rows[: whole * TILE_COLUMNS].view(whole, TILE_COLUMNS, in_features)
-    target[tile : tile + whole].copy_(tiled.transpose(1, 2))
-    rest = rows[whole * TILE_COLUMNS :]
-    if len(rest):
-        # Whole on the CPU first: a copy into a part of a tile would take memory of the device.
-        filled = rest.new_zeros(in_features, TILE_COLUMNS)
-        filled[:, : len(rest)] = rest.t()
-        target[tile + whole].copy_(filled)
-
-
-def dense_weight(plan: LinearPlan, checkpoint: Checkpoint) -> torch.Tensor:
-    """Decode an unquantised layer; see `formats.reference_weight`."""
-    first, end = plan.rows or (0, plan.out_features)
-    return checkpoint.read_rows(f"{plan.source}.weight", first, end).float().t().contiguous()
+def _read_rows(
+    plan: LinearPlan, checkpoint: Checkpoint, first: int, end: int
+) -> torch.Tensor:
+    """Read output rows first..end, [end - first, in_features], and check that they are finite."""
+    name, base = f"{plan.source}.weight", plan.rows[0] if plan.rows else 0
+    rows = checkpoint.read_rows(name, base + first, base + end)
+    require_finite(name, rows)
+    return rows

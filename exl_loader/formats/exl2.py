@@ -16,28 +16,25 @@ Both products are rounded to half.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from ..utils.errors import InvalidCheckpoint, UnsupportedFormat
 from .common import (
     WRONG_FILE,
     expect,
     expect_columns,
-    fill_tiles,
     plan_bias,
     quantized_specs,
     read_bias,
     read_columns,
     require_finite,
 )
-from .packed import BIT_PLANES, BLOCK_ROWS, LinearPlan, PackedLinear, QuantizedSizes
+from .layer import QuantizedLayer, unpack_stream
+from .packed import BIT_PLANES, BLOCK_ROWS, LinearPlan, QuantizedSizes
 
 if TYPE_CHECKING:
     import torch
 
-    from ..backends.base import Ops
-    from ..backends.cuda.layout import StreamLinear
-    from ..backends.cuda.pack import StreamOps
     from ..checkpoint import Checkpoint
 
 # A tail group of n rows takes ceil(n * bits / 32) words on disk and `bits` words a block of
@@ -170,8 +167,6 @@ def read_scales(
     import numpy as np
     import torch
 
-    from ..backends.reference.planes import unpack_stream
-
     name = f"{plan.source}.q_scale_max"
     scale_max = checkpoint.read(name)
     require_finite(name, scale_max)
@@ -212,62 +207,23 @@ def read_perm(plan: LinearPlan, checkpoint: Checkpoint) -> torch.Tensor:
     return perm.int()
 
 
-def pack_exl2_linear(
-    plan: LinearPlan, checkpoint: Checkpoint, tensors: dict[str, torch.Tensor], ops: Ops
-) -> PackedLinear | StreamLinear:
-    """Read an EXL2 layer into its resident tensors; see `formats.pack_linear`."""
-    import torch
-
-    from ..backends.cuda.pack import pack_exl2_streams
-    from ..backends.reference.planes import group_table
-
+def read_exl2(plan: LinearPlan, checkpoint: Checkpoint) -> QuantizedLayer:
+    """Read and check an EXL2 layer; see `formats.read_linear`."""
     groups = read_groups(plan, checkpoint)
     perm = read_perm(plan, checkpoint)
-    tensors["perm"].copy_(perm)
-    trivial = torch.equal(perm, torch.arange(plan.in_features, dtype=torch.int32))
-    resident_perm = None if trivial else tensors["perm"]
     scales = read_scales(plan, checkpoint, groups)
-    if "bias" in tensors:
-        read_bias(plan, checkpoint, tensors["bias"])
-    weight = checkpoint.read(f"{plan.source}.q_weight")
-    if "windows" in tensors:
-        words = read_columns(plan, weight)
-        return pack_exl2_streams(
-            plan, groups, words, scales, resident_perm, tensors, cast("StreamOps", ops)
-        )
-    if plan.rows is not None:
-        weight = read_columns(plan, weight).contiguous()
-    tensors["groups"].copy_(torch.from_numpy(group_table(*zip(*groups, strict=True))))
-    fill_tiles(scales, tensors["scales"])
-    ops.pack_exl2(weight, tensors["groups"], tensors["codes"])
-    return PackedLinear(
-        plan.in_features,
-        plan.out_features,
-        tensors["codes"],
-        tensors["scales"],
-        tensors["groups"],
-        perm=resident_perm,
-        bias=tensors.get("bias"),
+    bias = read_bias(plan, checkpoint)
+    words = checkpoint.read(f"{plan.source}.q_weight")
+    return QuantizedLayer(
+        folder=str(checkpoint.model_dir),
+        source=plan.source,
+        in_features=plan.in_features,
+        out_features=plan.out_features,
+        groups=groups,
+        words=words if plan.rows is None else read_columns(plan, words),
+        by_group=True,
+        scales=scales,
+        zeros=None,
+        perm=perm,
+        bias=bias,
     )
-
-
-def exl2_weight(plan: LinearPlan, checkpoint: Checkpoint) -> torch.Tensor:
-    """Decode an EXL2 layer; see `formats.reference_weight`."""
-    import numpy as np
-    import torch
-
-    from ..backends.reference.planes import unpack_stream
-
-    words = checkpoint.read(f"{plan.source}.q_weight").numpy().view(np.uint32)
-    groups = read_groups(plan, checkpoint)
-    scales = read_scales(plan, checkpoint, groups).float()
-    parts, word = [], 0
-    for index, (bits, rows) in enumerate(groups):
-        taken = -(-rows * bits // 32)
-        codes = torch.from_numpy(unpack_stream(words[word : word + taken], bits, rows))
-        values = (read_columns(plan, codes).float() - (1 << (bits - 1))) * scales[index]
-        parts.append(values.half().float())
-        word += taken
-    weight = torch.empty(plan.in_features, plan.out_features)
-    weight[read_perm(plan, checkpoint).long()] = torch.cat(parts)
-    return weight

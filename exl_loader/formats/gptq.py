@@ -20,7 +20,7 @@ group only, so there such a layer is kept as float16 weights.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from ..utils.errors import InvalidCheckpoint, UnsupportedFormat
 from ..utils.integers import ceil_div
@@ -31,22 +31,19 @@ from .common import (
     WRONG_FILE,
     expect,
     expect_columns,
-    fill_tiles,
     plan_bias,
     quantized_specs,
     read_bias,
     read_columns,
     require_finite,
 )
-from .dense import dense_specs, fill_dense
-from .packed import BLOCK_ROWS, DenseLinear, LinearPlan, PackedLinear, QuantizedSizes
+from .dense import dense_specs
+from .layer import QuantizedLayer
+from .packed import BLOCK_ROWS, LinearPlan, QuantizedSizes
 
 if TYPE_CHECKING:
     import torch
 
-    from ..backends.base import Ops
-    from ..backends.cuda.layout import StreamLinear
-    from ..backends.cuda.pack import StreamOps
     from ..checkpoint import Checkpoint
 
 WIDTHS = (2, 3, 4, 8)
@@ -223,39 +220,22 @@ def read_group_index(plan: LinearPlan, checkpoint: Checkpoint) -> torch.Tensor:
 
 
 def _group_rows(plan: LinearPlan, index: torch.Tensor) -> list[int]:
-    """Count the rows of each group, which must fit the blocks that were planned.
+    """Count the rows of each group.
 
     Raises:
         InvalidCheckpoint: a group without channels.
-        UnsupportedFormat: channels that need more blocks of rows than groups of equal size.
     """
     import torch
 
-    rows = torch.bincount(index, minlength=plan.options["num_groups"]).tolist()
-    for group, count in enumerate(rows):
-        if count == 0:
-            raise InvalidCheckpoint(
-                f"{plan.source}.g_idx",
-                expected="channels in every group",
-                actual=f"none in group {group}",
-                remedy="Download the file again",
-            )
-        # In a stream only the last group may end within a block.
-        if "windows" in plan.specs and count % BLOCK_ROWS and group + 1 < len(rows):
-            raise _uneven(plan, group, count)
-    blocks = [ceil_div(count, BLOCK_ROWS) for count in rows]
-    if sum(blocks) > plan.options["blocks"]:
-        group = max(range(len(rows)), key=lambda g: blocks[g] * BLOCK_ROWS - rows[g])
-        raise _uneven(plan, group, rows[group])
+    rows: list[int] = torch.bincount(index, minlength=plan.options["num_groups"]).tolist()
+    if 0 in rows:
+        raise InvalidCheckpoint(
+            f"{plan.source}.g_idx",
+            expected="channels in every group",
+            actual=f"none in group {rows.index(0)}",
+            remedy="Download the file again",
+        )
     return rows
-
-
-def _uneven(plan: LinearPlan, group: int, count: int) -> UnsupportedFormat:
-    return UnsupportedFormat(
-        f"{plan.source}.g_idx: channels of group {group}",
-        expected=f"a multiple of {BLOCK_ROWS}",
-        actual=count,
-    )
 
 
 def read_codes(plan: LinearPlan, checkpoint: Checkpoint) -> torch.Tensor:
@@ -319,83 +299,28 @@ def _warn_of_small_scales(
         )
 
 
-def pack_gptq_linear(
-    plan: LinearPlan, checkpoint: Checkpoint, tensors: dict[str, torch.Tensor], ops: Ops
-) -> PackedLinear | StreamLinear | DenseLinear:
-    """Read a GPTQ layer into its resident tensors; see `formats.pack_linear`."""
+def read_gptq(plan: LinearPlan, checkpoint: Checkpoint) -> QuantizedLayer:
+    """Read and check a GPTQ layer; see `formats.read_linear`."""
     import torch
 
-    from ..backends.cuda.pack import pack_gptq_streams
-    from ..backends.reference.planes import group_table
-
-    if "weight" in tensors:
-        return _pack_as_dense(plan, checkpoint, tensors)
-    bits = plan.options["bits"]
     index = read_group_index(plan, checkpoint)
     rows = _group_rows(plan, index)
     perm = None
-    if "perm" in tensors:
-        order = torch.argsort(index, stable=True).int()
-        tensors["perm"].copy_(order)
-        if not torch.equal(order, torch.arange(plan.in_features, dtype=torch.int32)):
-            perm = tensors["perm"]
+    if f"{plan.source}.g_idx" in checkpoint.headers:
+        perm = torch.argsort(index, stable=True).int()
     scales, zeros = read_scales(plan, checkpoint), read_zeros(plan, checkpoint)
-    if "bias" in tensors:
-        read_bias(plan, checkpoint, tensors["bias"])
-    weight = read_codes(plan, checkpoint)
-    if "windows" in tensors:
-        groups, words = [(bits, count) for count in rows], read_columns(plan, weight)
-        return pack_gptq_streams(
-            plan, groups, words, scales, zeros, perm, tensors, cast("StreamOps", ops)
-        )
-    if plan.rows is not None:
-        weight = read_columns(plan, weight).contiguous()
-    tensors["groups"].copy_(torch.from_numpy(group_table([bits] * len(rows), rows)))
-    fill_tiles(scales, tensors["scales"])
-    fill_tiles(zeros, tensors["zeros"])
-    ops.pack_gptq(weight, bits, perm, tensors["groups"], tensors["codes"])
-    return PackedLinear(
-        plan.in_features,
-        plan.out_features,
-        tensors["codes"],
-        tensors["scales"],
-        tensors["groups"],
-        zeros=tensors["zeros"],
+    bias = read_bias(plan, checkpoint)
+    words = read_codes(plan, checkpoint)
+    return QuantizedLayer(
+        folder=str(checkpoint.model_dir),
+        source=plan.source,
+        in_features=plan.in_features,
+        out_features=plan.out_features,
+        groups=[(plan.options["bits"], count) for count in rows],
+        words=words if plan.rows is None else read_columns(plan, words),
+        by_group=False,
+        scales=scales,
+        zeros=zeros,
         perm=perm,
-        bias=tensors.get("bias"),
+        bias=bias,
     )
-
-
-def _pack_as_dense(
-    plan: LinearPlan, checkpoint: Checkpoint, tensors: dict[str, torch.Tensor]
-) -> DenseLinear:
-    """Read a GPTQ layer into float16 weights."""
-    name = f"{plan.source}: weights as float16"
-    weight = gptq_weight(plan, checkpoint).half().t().contiguous()
-    require_finite(name, weight)
-    fill_dense(weight, 0, tensors["weight"])
-    if "bias" in tensors:
-        read_bias(plan, checkpoint, tensors["bias"])
-    warn_once(
-        f"{checkpoint.model_dir}: groups of {plan.options['group_size']} rows are kept as "
-        "float16 weights on a CUDA device, which takes 16 bits a weight"
-    )
-    return DenseLinear(
-        plan.in_features, plan.out_features, tensors["weight"], tensors.get("bias")
-    )
-
-
-def gptq_weight(plan: LinearPlan, checkpoint: Checkpoint) -> torch.Tensor:
-    """Decode a GPTQ layer; see `formats.reference_weight`."""
-    import numpy as np
-    import torch
-
-    from ..backends.reference.planes import unpack_stream
-
-    words = read_codes(plan, checkpoint).numpy().view(np.uint32)
-    codes = torch.from_numpy(unpack_stream(words, plan.options["bits"], plan.in_features))
-    index = read_group_index(plan, checkpoint)
-    _group_rows(plan, index)
-    zeros = read_zeros(plan, checkpoint).float()[index]
-    scales = read_scales(plan, checkpoint).float()[index]
-    return (read_columns(plan, codes).float() - zeros) * scales

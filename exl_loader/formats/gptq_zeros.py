@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-from ..backends.reference.planes import unpack_stream
+from .layer import unpack_stream
 
 Array = np.ndarray[Any, Any]
 

@@ -35,7 +35,7 @@ from .parts.rope import Rope
 if TYPE_CHECKING:
     import torch
 
-    from ..backends.base import Ops
+    from ..backends.base import DeviceOps
     from ..checkpoint import Checkpoint
     from ..checkpoint.config import ModelConfig
 
@@ -166,7 +166,7 @@ class ModelParts:
         self,
         checkpoint: Checkpoint,
         views: Mapping[str, torch.Tensor],
-        ops: Mapping[str, Ops],
+        ops: Mapping[str, DeviceOps],
         advance: Callable[[int], None] | None = None,
     ) -> None:
         """Read every weight once, check it, and write it to its view.

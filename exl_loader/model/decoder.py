@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .parts.attention import Attention
 from .parts.linear import Linear
@@ -13,7 +13,7 @@ from .parts.norm import Norm
 from .parts.part import Block, LayerState, Loading, StepViews, merged
 
 if TYPE_CHECKING:
-    from ..backends.base import Shapes
+    from ..backends.base import Ops, Shapes
     from ..utils.table import TensorSpec
 
 
@@ -101,11 +101,11 @@ class Layer:
         for part in self.parts():
             part.load(loading)
 
-    def run(self, ops: Any, views: StepViews, state: LayerState) -> None:
+    def run(self, ops: Ops, views: StepViews, state: LayerState) -> None:
         """Run the layer on `views.x`, in place.
 
         Args:
-            ops: an `Ops` or a `Recorder`. A recorder collects the calls, which are then replayed
+            ops: those of the device, or a `Recorder`. It collects the calls, which are replayed
                 step by step, so that decoding looks everything up once.
             views: everything but `x` and the table of angles is overwritten.
         """

@@ -1,6 +1,6 @@
 """The forward pass: rows of one or several sequences in, logits out, inside the workspace.
 
-What runs on a device is a `stages.Stage`; a model is its stages in order, and the host's side
+What runs on a device is a `stages.Stage`; a model is its stages in order, and the CPU's side
 of a step: what it writes for the operations and reads of them.
 """
 
@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..backends.base import Ops
+from ..backends.base import DeviceOps
 from ..cache.layout import PAGE_LEN
 from ..cache.paging import PagedCache, PagedSequence
 from ..checkpoint.rope import inv_freq
@@ -24,6 +24,9 @@ from ..utils.errors import CacheFull, InvalidSettings
 from .builder import ModelParts
 from .stages import Stage, StageStep
 from .top_logits_reader import TopLogitsReader
+
+if TYPE_CHECKING:
+    from ..backends.cpu_access import Array
 
 # Recorded steps that are kept. Decoding needs one a batch size; the others are the odd last
 # chunks of prompts, which come again rarely and cost little beside their own work.
@@ -60,7 +63,7 @@ class Model:
         parts: ModelParts,
         workspaces: Mapping[str, Mapping[str, torch.Tensor]],
         cache: PagedCache,
-        ops: Mapping[str, Ops],
+        ops: Mapping[str, DeviceOps],
         *,
         alpha_value: float = 1.0,
         compress_pos_emb: float = 1.0,
@@ -87,17 +90,17 @@ class Model:
         for inputs in self._inputs:
             inputs.arrays["inv_freq"][:] = frequencies
         # Of the last stage: its head leaves them there.
-        self._host, self._logits_there = self._stages[-1].host, last["logits"]
-        self._logits = self._host.mirror(self._logits_there)
+        self._cpu, self._logits_there = self._stages[-1].cpu, last["logits"]
+        self._logits = self._cpu.mirror(self._logits_there)
         self._top_logits = (
-            TopLogitsReader(self._host, last["top_logits"]) if "top_logits" in last else None
+            TopLogitsReader(self._cpu, last["top_logits"]) if "top_logits" in last else None
         )
         self._max_pages = first["page_table"].shape[1]
         self._slot_rope_len = [1] * self.max_batch_size
         self._steps: dict[tuple[int, int, LogitsMode, bool], Step] = {}
-        for stage in self._stages:
+        for placed in self._stages:
             # Another thread than the one that loads may run the steps.
-            stage.host.finish()
+            placed.cpu.finish()
 
     def forward(
         self,
@@ -170,14 +173,14 @@ class Model:
         """Copy rows of logits to the CPU, to the rows from `first` on."""
         out = self._logits[first : first + len(on_device)]
         if len(out):
-            self._host.collect(on_device, out)
+            self._cpu.collect(on_device, out)
         return out
 
     def _fetch_row(self, on_device: torch.Tensor, row: int) -> npt.NDArray[np.float32]:
         values: npt.NDArray[np.float32] = self._fetch(on_device[row : row + 1], row).numpy()[0]
         return values
 
-    def with_cache(self, cache: PagedCache, ops: Mapping[str, Ops] | None = None) -> Model:
+    def with_cache(self, cache: PagedCache, ops: Mapping[str, DeviceOps] | None = None) -> Model:
         """Return the same model over another cache, to compare caches.
 
         Both share weights and workspace: a call of one ends what the other's logits are
@@ -230,20 +233,20 @@ class Model:
             inputs.send()
 
     def _write(
-        self, host: Mapping[str, Any], entries: Sequence[tuple[PagedSequence, list[int]]]
+        self, arrays: Mapping[str, Array], entries: Sequence[tuple[PagedSequence, list[int]]]
     ) -> None:
         first = 0
-        host["q_start"][0] = 0
+        arrays["q_start"][0] = 0
         for slot, (sequence, ids) in enumerate(entries):
             past_len, end = sequence.past_len, first + len(ids)
-            host["ids"][first:end] = ids
-            host["positions"][first:end] = range(past_len, past_len + len(ids))
-            host["q_start"][slot + 1] = end
-            if "head_rows" in host:
-                host["head_rows"][slot] = end - 1
-            host["past_len"][slot] = past_len
+            arrays["ids"][first:end] = ids
+            arrays["positions"][first:end] = range(past_len, past_len + len(ids))
+            arrays["q_start"][slot + 1] = end
+            if "head_rows" in arrays:
+                arrays["head_rows"][slot] = end - 1
+            arrays["past_len"][slot] = past_len
             pages = sequence.pages[: self._max_pages]
-            host["page_table"][slot, : len(pages)] = pages
+            arrays["page_table"][slot, : len(pages)] = pages
             first = end
 
     def _write_frequencies(self, entries: Sequence[tuple[PagedSequence, list[int]]]) -> None:

@@ -6,31 +6,32 @@ shape and replayed; on a device that can, those of a short step, such as decodin
 as one graph, which is then a single launch: what changes from step to step stands in the
 stage's inputs, so a graph serves any length of the texts.
 
-A stage starts when the hidden state has come (`Host.receive`), and nothing else joins devices:
+A stage starts when the hidden state has come (`CpuAccess.receive`), and nothing else joins devices:
 while one of them runs a chunk of a prompt, the one before it runs the next chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
-from ..backends.base import Batch, Ops
-from ..backends.host import Host, host_of
+from ..backends.base import Batch, DeviceOps
+from ..backends.cpu_access import CpuAccess
+from ..backends.recorder import Recorder
 from ..cache.layout import CacheLayer
 from .builder import StageParts
 from .parts.experts import Experts
 from .parts.part import LayerState, StepViews
-from .recorder import Call, Recorder
 from .step import INPUTS
 
 # Steps of more rows keep a device busy for longer than it takes to issue them one by one.
 GRAPH_ROWS = 32
+
+Run = Callable[[], None]
 
 
 @dataclass
@@ -41,18 +42,18 @@ class StageStep:
         calls: the operations in order.
         batch: what they see of the sequences.
         x: float32 [T, hidden_size], the hidden state that they leave.
-        host: of the stage's device.
+        cpu: access to the stage's device.
         receive: brings the hidden state from the stage before; None in the first.
         capturable: whether a graph may take the place of `calls`, once they have run.
     """
 
-    calls: list[Call]
+    calls: list[Run]
     batch: Batch
     x: torch.Tensor
-    host: Host
-    receive: Call | None
+    cpu: CpuAccess
+    receive: Run | None
     capturable: bool
-    graph: Call | None = None
+    graph: Run | None = None
     has_run: bool = False
 
     def run(self) -> None:
@@ -64,9 +65,9 @@ class StageStep:
         if self.receive is not None:
             self.receive()
         if self.graph is None and self.capturable and self.has_run:
-            self.graph = self.host.capture(partial(_issue, self.calls))
+            self.graph = self.cpu.capture(partial(_issue, self.calls))
             # A capture that failed is tried again at the next step.
-            self.capturable = self.graph is not None or self.host.captures
+            self.capturable = self.graph is not None or self.cpu.captures
         if self.graph is not None:
             self.graph()
         else:
@@ -74,7 +75,7 @@ class StageStep:
         self.has_run = True
 
 
-def _issue(calls: SequenceOf[Call]) -> None:
+def _issue(calls: SequenceOf[Run]) -> None:
     for call in calls:
         call()
 
@@ -97,12 +98,12 @@ class Stage:
         self,
         parts: StageParts,
         cache_layers: SequenceOf[CacheLayer],
-        ops: Ops,
+        ops: DeviceOps,
         workspace: Mapping[str, torch.Tensor],
         rope_factor: float,
     ) -> None:
-        self.ops, self.workspace, self.host = ops, workspace, host_of(ops)
-        self.inputs = self.host.inputs(
+        self.ops, self.workspace, self.cpu = ops, workspace, ops.cpu_access
+        self.inputs = self.cpu.inputs(
             {name: workspace[name] for name in INPUTS if name in workspace}
         )
         self._parts, self._rope_factor = parts, rope_factor
@@ -160,13 +161,12 @@ class Stage:
             rope_factor=self._rope_factor,
         )
         views = StepViews(w, batch, config.hidden_size)
-        # Any: it has every operation of its Ops, through __getattr__.
-        recorder: Any = Recorder(self.ops)
+        recorder = Recorder()
         if not config.rope.depends_on_length:
             self._rope.run(recorder, views, w["inv_freq"][0])
         receive = None
         if before is not None:
-            receive = partial(self.host.receive, before.x, views.x)
+            receive = partial(self.cpu.receive, before.x, views.x)
         elif self._parts.embedding is not None:
             self._parts.embedding.run(recorder, w["ids"][:num_rows], views.x)
         for layer, state in self._layers:
@@ -174,12 +174,13 @@ class Stage:
         if logits is not None:
             self._record_head(recorder, views, logits, sampled_vocab_size)
         capturable = (
-            self.host.captures and num_rows <= GRAPH_ROWS and not recorder.reads_values
+            self.cpu.captures and num_rows <= GRAPH_ROWS and not recorder.reads_values
         )
-        return StageStep(recorder.calls, batch, views.x, self.host, receive, capturable)
+        calls = self.ops.prepare(recorder.calls)
+        return StageStep(calls, batch, views.x, self.cpu, receive, capturable)
 
     def _record_head(
-        self, recorder: Any, views: StepViews, logits: torch.Tensor, sampled_vocab_size: int
+        self, recorder: Recorder, views: StepViews, logits: torch.Tensor, sampled_vocab_size: int
     ) -> None:
         assert self._parts.head is not None
         w, rows = self.workspace, logits.shape[0]

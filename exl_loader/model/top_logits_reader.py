@@ -6,27 +6,27 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..backends.cuda.top_logits import HEADER_WORDS, MOST_TAKEN
+from ..backends.top_logits import HEADER_WORDS, MOST_TAKEN
 from ..generation.forward_model import TopLogits
 
 if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
-    from ..backends.host import Host
+    from ..backends.cpu_access import CpuAccess
 
 
 class TopLogitsReader:
     """Reads the results of the operation `top_logits`.
 
     Args:
-        host: CPU access to the device's tensors.
-        results: int32 [most rows, RESULT_WORDS], in the layout of csrc/cuda/sampling.cu.
+        cpu: CPU access to the device's tensors.
+        results: int32 [most rows, RESULT_WORDS], in the layout of `backends/top_logits.py`.
     """
 
-    def __init__(self, host: Host, results: torch.Tensor):
-        self._host, self._results = host, results
-        self._mirror = host.mirror(results)
+    def __init__(self, cpu: CpuAccess, results: torch.Tensor):
+        self._cpu, self._results = cpu, results
+        self._mirror = cpu.mirror(results)
 
     def read(self, rows: int, vocab_size: int) -> list[TopLogits | None]:
         """Wait for the operation and copy its results to the CPU.
@@ -39,7 +39,7 @@ class TopLogitsReader:
             The top logits of each row; None for rows that have none.
         """
         mirror = self._mirror[:rows]
-        self._host.collect(self._results[:rows], mirror)
+        self._cpu.collect(self._results[:rows], mirror)
         return [read_result(words, vocab_size) for words in mirror.numpy()]
 
 

@@ -31,8 +31,8 @@ def test_dry_run(tmp_path, monkeypatch, capsys):
     assert [row["cache_type"] for row in rows] == list(gpu.CACHE_TYPES)
     assert all(list(row["decode"]) == ["0", "300"] and row["prefill"] > 0 for row in rows)
     # Both depths of a type are one captured step.
-    assert ops.host.captures_made == len(rows)
-    assert ops.host.replays == len(rows) * (2 * (gpu.WARM_UP + 3) - 1)
+    assert ops.cpu_access.captures_made == len(rows)
+    assert ops.cpu_access.replays == len(rows) * (2 * (gpu.WARM_UP + 3) - 1)
     assert json.loads((tmp_path / "rows.json").read_text())["rows"] == rows
     printed = capsys.readouterr().out
     assert printed.count("exl_loader") == 4 and "at 300" in printed

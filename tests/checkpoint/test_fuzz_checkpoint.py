@@ -2,7 +2,7 @@
 
 Damage is done to the reference models and to small GPTQ and unquantised ones: on the bytes of
 the file, on what the header says, on the values of a tensor, on the settings. What loads is
-compared with `reference_weight`, and has to be finite. Seeds are fixed but for one round,
+compared with `QuantizedLayer.weight`, and has to be finite. Seeds are fixed but for one round,
 which draws its own and prints it.
 """
 
@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 import torch
 
+from exl_loader.backends.reference.ops import ReferenceOps
 from exl_loader.backends.reference.planes import dequantize
 from exl_loader.checkpoint import Checkpoint
-from exl_loader.formats import pack_linear, plan_linear, reference_weight
+from exl_loader.formats import plan_linear, read_linear
 from exl_loader.formats.packed import PackedLinear
 from exl_loader.utils.errors import ExlLoaderError
-from support.makers import PackingOps, allocate, write_folder, write_quantized_model
+from support.makers import allocate, write_folder, write_quantized_model
 
 ROUNDS = 12
 
@@ -204,8 +205,8 @@ def load_everything(folder: Path, linears: dict) -> None:
     with Checkpoint.open(folder) as checkpoint:
         plans = [plan_linear(checkpoint, name, *shape) for name, shape in linears.items()]
         for plan in plans:
-            layer = pack_linear(plan, checkpoint, allocate(plan), PackingOps)
-            expected = reference_weight(plan, checkpoint)
+            layer = ReferenceOps().pack(read_linear(plan, checkpoint), allocate(plan))
+            expected = read_linear(plan, checkpoint).weight()
             assert torch.isfinite(expected).all(), plan.name
             if isinstance(layer, PackedLinear):
                 assert torch.equal(dequantize(layer), expected), plan.name

@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from exl_loader import load, plan
 from exl_loader.checkpoint import Checkpoint, is_quantised
-from exl_loader.formats import plan_linear, reference_weight
+from exl_loader.formats import plan_linear, read_linear
 from support import REPO
 from support.auto_round_writer import IDS, VARIANTS
 from support.makers import warnings_of_weights
@@ -63,7 +63,7 @@ def test_weights_are_those_that_auto_round_measured(written, name):
             if "_proj" not in key:
                 continue
             layer = plan_linear(checkpoint, key.removesuffix(".weight"), *value.t().shape)
-            found = reference_weight(layer, checkpoint).t()
+            found = read_linear(layer, checkpoint).weight().t()
             widths.add(layer.options.get("bits", 16))
             # Measured in bfloat16. A zero point that is one off moves a weight by a step, which
             # is a 256th of the largest at least.

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from exl_loader.backends.reference.ops import ReferenceOps
 from exl_loader.backends.reference.planes import dequantize
 from exl_loader.checkpoint import Checkpoint
-from exl_loader.formats import pack_linear, plan_linear, reference_weight
+from exl_loader.formats import plan_linear, read_linear
 from exl_loader.utils.errors import InvalidCheckpoint, UnsupportedFormat
 from support.makers import (
-    PackingOps,
     allocate,
     load_layer,
     make_exl2_layer,
@@ -136,7 +136,7 @@ def test_fixtures_decode_to_the_reference_logits(fixtures_dir, name):
             out_features, in_features = value.shape
             layer = key.removesuffix(".weight")
             plan = plan_linear(checkpoint, layer, in_features, out_features)
-            state[key] = reference_weight(plan, checkpoint).t()
+            state[key] = read_linear(plan, checkpoint).weight().t()
     model.load_state_dict(state)
     expected = load_file(fixtures_dir / f"{name}.reference.safetensors")
     with torch.no_grad():
@@ -157,8 +157,8 @@ def test_fixtures_pack_to_what_they_decode_to(fixtures_dir, name):
             in_features = checkpoint.headers[f"{layer}.q_invperm"].shape[0]
             out_features = 500 if layer == "lm_head" else checkpoint.headers[key].shape[1]
             plan = plan_linear(checkpoint, layer, in_features, out_features)
-            packed = pack_linear(plan, checkpoint, allocate(plan), PackingOps)
-            assert torch.equal(dequantize(packed), reference_weight(plan, checkpoint))
+            packed = ReferenceOps().pack(read_linear(plan, checkpoint), allocate(plan))
+            assert torch.equal(dequantize(packed), read_linear(plan, checkpoint).weight())
             layers += 1
     assert layers == 22
 
@@ -171,7 +171,7 @@ def test_a_whole_model_folder(tmp_path):
                 assert torch.equal(checkpoint.read(name).float(), value)
                 continue
             plan = plan_linear(checkpoint, name.removesuffix(".weight"), *value.t().shape)
-            assert torch.equal(reference_weight(plan, checkpoint), value.t())
+            assert torch.equal(read_linear(plan, checkpoint).weight(), value.t())
 
 
 def change(name, make):

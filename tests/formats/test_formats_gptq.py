@@ -10,7 +10,7 @@ import torch
 
 from exl_loader.backends.reference.planes import dequantize
 from exl_loader.checkpoint import Checkpoint
-from exl_loader.formats import plan_linear, reference_weight
+from exl_loader.formats import plan_linear, read_linear
 from exl_loader.utils.errors import InvalidCheckpoint, InvalidConfig, UnsupportedFormat
 from support.makers import load_layer, make_gptq_layer, write_layer, write_quantized_model
 
@@ -117,7 +117,7 @@ def test_a_whole_model_folder(tmp_path, options):
             if value.dim() == 2 and "embed" not in name:
                 plan = plan_linear(checkpoint, name.removesuffix(".weight"), *value.t().shape)
                 assert plan.format == ("dense" if "lm_head" in name else "gptq")
-                assert torch.equal(reference_weight(plan, checkpoint), value.t())
+                assert torch.equal(read_linear(plan, checkpoint).weight(), value.t())
 
 
 def nan_scale(tensors):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import exl_loader
-from exl_loader.backends.cpu.library import default_threads
+from exl_loader.backends.cpu.threads import default_threads
 from exl_loader.convert import convert
 from exl_loader.generation.settings import SamplingSettings
 from exl_loader.memory.buffers import environment_limit

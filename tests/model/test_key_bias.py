@@ -153,7 +153,7 @@ def test_models_over_several_caches_take_the_bias_out_once(tmp_path, ops):
 def test_operations_that_cannot_add_a_bias_keep_it_in_the_projection(tmp_path, monkeypatch):
     hf_models = pytest.importorskip("support.hf_models")
     builder = pytest.importorskip("support.model_builder")
-    monkeypatch.setattr(ReferenceOps, "takes_key_bias", False)
+    monkeypatch.setattr(ReferenceOps, "adds_key_bias", False)
     ids = list(range(9, 90))
     expected = hf_models.expected_logits(biased_qwen(tmp_path / "m", 50.0), ids)
     model, cache = builder.build_model(tmp_path / "m", REFERENCE)

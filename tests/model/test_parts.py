@@ -4,39 +4,37 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from exl_loader.backends.recorder import Recorder  # noqa: E402
 from exl_loader.backends.reference.ops import ReferenceOps  # noqa: E402
 from exl_loader.checkpoint import Checkpoint  # noqa: E402
 from exl_loader.checkpoint.config import ModelConfig  # noqa: E402
 from exl_loader.model.builder import build_parts  # noqa: E402
 from exl_loader.model.parts.part import Loading  # noqa: E402
-from exl_loader.model.recorder import Recorder  # noqa: E402
 from exl_loader.utils.errors import InvalidCheckpoint  # noqa: E402
 from support.model_builder import build_model  # noqa: E402
 from support.tiny import write_tiny_model  # noqa: E402
 
 
 def test_a_recorder_runs_nothing_until_it_is_replayed():
-    ops = Recorder(ReferenceOps())
+    recorder, ops = Recorder(), ReferenceOps()
     x = torch.ones(2, 3)
-    ops.add(x, x)
-    ops.softcap(x, 1.5)
-    assert torch.equal(x, torch.ones(2, 3))
-    for call in ops.calls:
+    recorder.add(x, x)
+    recorder.softcap(x, 1.5)
+    prepared = ops.prepare(recorder.calls)
+    assert torch.equal(x, torch.ones(2, 3)) and not recorder.reads_values
+    for call in prepared:
         call()
     assert torch.allclose(x, torch.full((2, 3), 1.5 * torch.tanh(torch.tensor(2 / 1.5)).item()))
 
 
-def test_operations_may_prepare_their_calls():
-    class Binding(ReferenceOps):
-        def bind(self, operation, *args):
-            return lambda: log.append((operation, args))
-
-    log = []
-    ops = Recorder(Binding())
-    ops.add(1, 2)
-    assert log == []
-    ops.calls[0]()
-    assert log == [("add", (1, 2))]
+def test_a_function_of_the_steps_values_runs_in_every_replay():
+    recorder, ops, seen = Recorder(), ReferenceOps(), []
+    recorder.call(seen.append)
+    (prepared,) = ops.prepare(recorder.calls)
+    assert recorder.reads_values and seen == []
+    prepared()
+    prepared()
+    assert seen == [ops, ops]
 
 
 def test_decoding_replays_one_recording(tiny_model_dir, monkeypatch):

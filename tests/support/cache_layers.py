@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 
 from exl_loader.backends.base import AttentionShape, Batch
-from exl_loader.backends.cpu.scratch import attention_scratch_bytes
+from exl_loader.backends.cpu.attention import attention_scratch_bytes
 from exl_loader.cache.layout import CacheLayer, CacheType, cache_specs, pages_for
 
 

@@ -27,7 +27,7 @@ class LayerOps(LinearOps, PackOps):
 def linear_ops(launcher) -> LayerOps:
     """Return operations with an upload buffer so small that packing takes several rounds."""
     ops = LayerOps(launcher)
-    ops.staging = torch.empty(1 << 16, dtype=torch.uint8)
+    ops.upload_buffer = torch.empty(1 << 16, dtype=torch.uint8)
     return ops
 
 

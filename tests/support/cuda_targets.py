@@ -66,11 +66,11 @@ def emulated_launcher() -> Any:
 
 @functools.cache
 def card_ops() -> Any:
-    """The first card's operations, with little staging, so that packing takes turns."""
+    """The first card's operations, with a small upload buffer, so that packing takes turns."""
     from exl_loader.backends import get_ops
 
     ops: Any = get_ops("cuda:0")
-    ops.staging = torch.empty(1 << 16, dtype=torch.uint8, device="cuda:0")
+    ops.upload_buffer = torch.empty(1 << 16, dtype=torch.uint8, device="cuda:0")
     return ops
 
 

@@ -305,7 +305,7 @@ class EmulatedCards:
 
     def hosts(self) -> list[EmulatedHost]:
         """Each card's host, in order."""
-        return [ops.host for ops in self.ops.values()]
+        return [ops.cpu_access for ops in self.ops.values()]
 
     def _open(self, index: int, progress: Any = None) -> Any:
         if f"cuda:{index}" not in self.ops:
@@ -314,7 +314,7 @@ class EmulatedCards:
 
     def _stream_of(self, tensor: torch.Tensor) -> Stream | None:
         owner = self.memory.owner_of(tensor.data_ptr())
-        return None if owner is None else self.ops[owner].host.stream
+        return None if owner is None else self.ops[owner].cpu_access.stream
 
     def _check(self, card: str, kernel: str, address: int) -> None:
         owner = self.memory.owner_of(address)

@@ -13,8 +13,9 @@ import torch
 
 from exl_loader.backends.build.build import build
 from exl_loader.backends.build.spec import cpu_spec
-from exl_loader.backends.cpu.ops import CompiledOps
-from exl_loader.backends.cpu.scratch import linear_scratch_bytes
+from exl_loader.backends.cpu.linear import linear_scratch_bytes
+from exl_loader.backends.cpu.ops import CpuOps
+from exl_loader.backends.main_memory import group_table
 from exl_loader.backends.reference import planes
 from exl_loader.formats.packed import DenseLinear, PackedLinear
 
@@ -26,7 +27,7 @@ LARGEST_ACTIVATION = np.float32(127 * 128)
 
 
 @cache
-def compiled_ops(march: str = "") -> CompiledOps:
+def compiled_ops(march: str = "") -> CpuOps:
     """Return the operations compiled for `march` (this machine where empty), or skip."""
     spec = cpu_spec(environ={**os.environ, "EXL_LOADER_MARCH": march})
     if spec is None:
@@ -35,7 +36,7 @@ def compiled_ops(march: str = "") -> CompiledOps:
         # Beside this machine's they are compiled for what they compute: in half of the time.
         flags = tuple("-O1" if flag == "-O3" else flag for flag in spec.flags)
         spec = replace(spec, flags=flags)
-    return CompiledOps(ctypes.CDLL(str(build(spec))))
+    return CpuOps(ctypes.CDLL(str(build(spec))))
 
 
 def scratch_for(rows: int, in_features: int) -> torch.Tensor:
@@ -77,7 +78,7 @@ def packed_linear(
         out_features,
         codes=torch.randint(0, 256, (tiles, tile_bytes), dtype=torch.uint8, generator=g),
         scales=scales,
-        groups=torch.from_numpy(planes.group_table(bits, rows)),
+        groups=torch.tensor(group_table(groups), dtype=torch.int32),
         zeros=zero_points,
         perm=torch.randperm(in_features, generator=g).int() if perm else None,
         bias=torch.randn(out_features, generator=g) if bias else None,

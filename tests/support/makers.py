@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from exl_loader.backends.reference import planes
+from exl_loader.backends.reference.ops import ReferenceOps
 from exl_loader.checkpoint import Checkpoint
-from exl_loader.formats import pack_linear, plan_linear, reference_weight
+from exl_loader.formats import plan_linear, read_linear
 from support.tiny import CONFIG, tensor_shapes, write_tokenizer
 
 Tensors = dict[str, torch.Tensor]
@@ -245,13 +245,6 @@ def write_quantized_model(
     return state
 
 
-class PackingOps:
-    """The two operations that `pack_linear` needs, by definition."""
-
-    pack_exl2 = staticmethod(planes.pack_exl2)
-    pack_gptq = staticmethod(planes.pack_gptq)
-
-
 def allocate(plan) -> Tensors:
     """Make a plan's tensors, full of what was in memory before."""
     tensors = {}
@@ -269,8 +262,8 @@ def load_layer(folder: Path, in_features: int, out_features: int, name: str = "l
     """
     with Checkpoint.open(folder) as checkpoint:
         plan = plan_linear(checkpoint, name, in_features, out_features, **options)
-        layer = pack_linear(plan, checkpoint, allocate(plan), PackingOps)
-        return plan, layer, reference_weight(plan, checkpoint)
+        layer = ReferenceOps().pack(read_linear(plan, checkpoint), allocate(plan))
+        return plan, layer, read_linear(plan, checkpoint).weight()
 
 
 def warnings_of_weights(caplog) -> list[str]:

@@ -10,7 +10,7 @@ from exl_loader.cache.layout import CacheLayer, CacheType, cache_specs, pages_fo
 from exl_loader.cache.paging import PagedCache
 from exl_loader.checkpoint import Checkpoint
 from exl_loader.checkpoint.config import ModelConfig
-from exl_loader.loader import staging
+from exl_loader.loader import upload_buffers
 from exl_loader.memory.buffers import allocate
 from exl_loader.memory.segments import place
 from exl_loader.model.builder import build_parts
@@ -44,7 +44,7 @@ def build_model(
         )
         cache_tensors = cache_specs(config, num_pages, kind, devices)
         buffers = allocate(place([*parts.specs(), *cache_tensors, *workspace]).values())
-        with staging(on_device, buffers):
+        with upload_buffers(on_device, buffers):
             parts.load(checkpoint, buffers.views("weights"), on_device)
     views = buffers.views("cache")
     layers = [

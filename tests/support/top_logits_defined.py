@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from exl_loader.backends.cuda.top_logits import HEADER_WORDS, MOST_TAKEN, RESULT_WORDS
+from exl_loader.backends.top_logits import HEADER_WORDS, MOST_TAKEN, RESULT_WORDS
 from exl_loader.generation.forward_model import LogitsRow, TopLogits
 from exl_loader.model.top_logits_reader import read_result
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..reference import reference_is_forced
-from . import scratch
+from .attention import attention_scratch_bytes
+from .linear import linear_scratch_bytes
 from .memory import PAGE_BYTES, MainMemory
 
 if TYPE_CHECKING:
     from ...utils.progress import Progress
-    from ..base import Ops, Shapes, StepSizes
+    from ..base import DeviceOps, Shapes, StepSizes
 
 
 class CpuBackend(MainMemory):
@@ -28,18 +29,14 @@ class CpuBackend(MainMemory):
         return [self.default_device]
 
     def scratch_bytes(self, step: StepSizes) -> int:
-        return max(
-            *(scratch.linear_scratch_bytes(rows, features) for rows, features, _ in step.products),
-            scratch.write_cache_scratch_bytes(step.rows, step.attention, step.cache_type),
-            scratch.attention_scratch_bytes(
-                step.rows, step.max_batch_size, step.ctx_size, step.attention, step.cache_type
-            ),
-        )
+        attention = attention_scratch_bytes(step.max_batch_size, step.ctx_size, step.attention)
+        products = (linear_scratch_bytes(rows, features) for rows, features, _ in step.products)
+        return max(attention, *products)
 
     def workspace_specs(self, step: StepSizes) -> Shapes:
         return {}
 
-    def open(self, device: str, progress: Progress | None = None) -> Ops:
+    def open(self, device: str, progress: Progress | None = None) -> DeviceOps:
         """Return the compiled operations; the reference where it is forced or no compiler is."""
         from .open import open_compiled, reference
 

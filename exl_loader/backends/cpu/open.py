@@ -12,12 +12,12 @@ from ...utils.system.libraries import close_library
 
 if TYPE_CHECKING:
     from ...utils.progress import Progress
-    from ..base import Ops
+    from ..base import DeviceOps
 
 _warned = False
 
 
-def open_compiled(progress: Progress | None = None) -> Ops:
+def open_compiled(progress: Progress | None = None) -> DeviceOps:
     """Return the compiled operations, or the reference with a warning without a compiler.
 
     Raises:
@@ -26,7 +26,7 @@ def open_compiled(progress: Progress | None = None) -> Ops:
     library = open_library(progress)
     if library is None:
         return reference()
-    from .ops import CompiledOps, missing_symbols
+    from .ops import CpuOps, missing_symbols
 
     if missing_symbols(library):
         # Another program's library under the name of ours, or a linker that kept nothing.
@@ -39,10 +39,10 @@ def open_compiled(progress: Progress | None = None) -> Ops:
                 actual=f"a library without {', '.join(missing) or 'any'}, compiled twice",
                 remedy="Choose another compiler: set CXX to g++ or clang++",
             )
-    return CompiledOps(library)
+    return CpuOps(library)
 
 
-def reference() -> Ops:
+def reference() -> DeviceOps:
     """Return the reference operations."""
     from ..reference.ops import ReferenceOps
 

@@ -26,7 +26,7 @@ from ...cache.layout import (
     pages_for,
 )
 from ...utils.integers import ceil_div
-from ..cache_structs import (
+from ..kernel_structs import (
     BatchStruct,
     CacheLayerStruct,
     KeyBiasStruct,
@@ -309,7 +309,7 @@ _MOST_COUNTERS = COUNTER_BYTES // ctypes.sizeof(_I32)
 class AttentionOps(KernelOps):
     """`write_cache` and `attention` of `base.Ops`."""
 
-    takes_key_bias = True
+    adds_key_bias = True
 
     def write_cache(self, k: torch.Tensor, v: torch.Tensor, layer: CacheLayer, batch: Batch,
                     scratch: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from ...utils.progress import Progress
-    from ..base import Ops, Shapes, StepSizes
+    from ..base import DeviceOps, Shapes, StepSizes
 
 MIB = 1 << 20
 
@@ -159,8 +159,8 @@ class CudaBackend:
         """Return `top_logits`, results of that operation, and `expert_tables`: a description of
         each expert's three projections, for every layer.
         """
+        from ..top_logits import RESULT_WORDS
         from .moe import expert_table_shape
-        from .top_logits import RESULT_WORDS
 
         specs: Shapes = {}
         if step.logits_rows:
@@ -170,7 +170,7 @@ class CudaBackend:
             specs["expert_tables"] = ("uint8", shape)
         return specs
 
-    def open(self, device: str, progress: Progress | None = None) -> Ops:
+    def open(self, device: str, progress: Progress | None = None) -> DeviceOps:
         if reference_is_forced():
             raise InvalidSettings(
                 f"kernels for device {device!r}", expected="cpu for the reference operations"

@@ -8,112 +8,115 @@ separate ones: `base.Ops` defines them, and this module only finds neighbours th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ..recorder import Gate, Product, RmsNorm, Rope, WriteCache
 from .layout import StreamLinear
 from .linear import MAX_LAYERS
 
 if TYPE_CHECKING:
+    from ..base import Call
     from .ops import CudaOps
 
-Recorded = tuple[str, tuple[Any, ...]]
 
-
-def issue_all(ops: CudaOps, recorded: Sequence[Recorded]) -> None:
+def issue_all(ops: CudaOps, calls: Sequence[Call]) -> None:
     """Issue recorded operations in order, neighbours as one launch where that can be.
 
     Args:
         ops: issues them.
-        recorded: names and arguments of operations of `base.Ops`.
+        calls: the operations.
     """
     first = 0
-    while first < len(recorded):
-        rest = recorded[first:]
+    while first < len(calls):
+        rest = calls[first:]
         count = _norm_linears(ops, rest) or _gated_linear(ops, rest) or _linears(ops, rest)
         count = count or _rope_write_cache(ops, rest)
         if count == 0:
-            operation, args = rest[0]
-            getattr(ops, operation)(*args)
+            rest[0].run(ops)
             count = 1
         first += count
 
 
-def _norm_linears(ops: CudaOps, recorded: Sequence[Recorded]) -> int:
+def _norm_linears(ops: CudaOps, calls: Sequence[Call]) -> int:
     """Issue a norm and the products of its result; return how many operations these are."""
-    operation, args = recorded[0]
-    group = _products(recorded[1:]) if operation == "rms_norm" else []
-    if not group or group[0][0] is not args[3]:
+    norm = calls[0]
+    if not isinstance(norm, RmsNorm):
         return 0
-    layers, outs = [product[1] for product in group], [product[2] for product in group]
-    is_issued = ops.normed_linears(*args, layers, outs, *group[0][4:])
-    return 1 + len(group) if is_issued else 0
-
-
-def _gated_linear(ops: CudaOps, recorded: Sequence[Recorded]) -> int:
-    """Issue a gate in place and the product that follows, the only reader of its result."""
-    operation, args = recorded[0]
-    group = _products(recorded[1:2]) if operation == "gate" else []
-    if not group or group[0][0] is not args[3] or args[3] is not args[0]:
+    products, layers = _products(calls[1:])
+    if not products or products[0].x is not norm.out:
         return 0
-    _, layer, out, _, *add = group[0]
-    return 2 if ops.gated_linear(*args[:3], layer, out, *add) else 0
-
-
-def _linears(ops: CudaOps, recorded: Sequence[Recorded]) -> int:
-    """Issue products of one input, whose layers permute it in the same way."""
-    group = _products(recorded)
-    if len(group) < 2:
-        return 0
-    x, _, _, scratch, *add = group[0]
-    ops.linears(x, [args[1] for args in group], [args[2] for args in group], scratch, *add)
-    return len(group)
-
-
-def _products(recorded: Sequence[Recorded]) -> list[tuple[Any, ...]]:
-    """Return the arguments of the leading products that can be one launch."""
-    group: list[tuple[Any, ...]] = []
-    for operation, args in recorded[:MAX_LAYERS]:
-        if operation != "linear" or not isinstance(args[1], StreamLinear):
-            break
-        if group and not _share_input(group[0], args):
-            break
-        group.append(args)
-    return group
-
-
-def _share_input(first: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    return (
-        other[0] is first[0]
-        and other[1].perm is first[1].perm
-        and other[3] is first[3]
-        and other[4:] == first[4:]
+    is_issued = ops.normed_linears(
+        norm.x, norm.weight, norm.eps, norm.out, layers, [product.out for product in products],
+        products[0].add,
     )
+    return 1 + len(products) if is_issued else 0
 
 
-def _rope_write_cache(ops: CudaOps, recorded: Sequence[Recorded]) -> int:
+def _gated_linear(ops: CudaOps, calls: Sequence[Call]) -> int:
+    """Issue a gate in place and the product that follows, the only reader of its result."""
+    gate = calls[0]
+    if not isinstance(gate, Gate) or gate.out is not gate.gate:
+        return 0
+    products, layers = _products(calls[1:2])
+    if not products or products[0].x is not gate.out:
+        return 0
+    (product,) = products
+    is_issued = ops.gated_linear(
+        gate.gate, gate.up, gate.activation, layers[0], product.out, product.add
+    )
+    return 2 if is_issued else 0
+
+
+def _linears(ops: CudaOps, calls: Sequence[Call]) -> int:
+    """Issue products of one input, whose layers permute it in the same way."""
+    products, layers = _products(calls)
+    if len(products) < 2:
+        return 0
+    first = products[0]
+    ops.linears(first.x, layers, [product.out for product in products], first.scratch, first.add)
+    return len(products)
+
+
+def _products(calls: Sequence[Call]) -> tuple[list[Product], list[StreamLinear]]:
+    """Return the leading products that can be one launch, and their layers."""
+    products: list[Product] = []
+    layers: list[StreamLinear] = []
+    for call in calls[:MAX_LAYERS]:
+        if not isinstance(call, Product) or not isinstance(call.w, StreamLinear):
+            break
+        if products:
+            first = products[0]
+            shares_input = call.x is first.x and call.w.perm is layers[0].perm
+            if not (shares_input and call.scratch is first.scratch and call.add == first.add):
+                break
+        products.append(call)
+        layers.append(call.w)
+    return products, layers
+
+
+def _rope_write_cache(ops: CudaOps, calls: Sequence[Call]) -> int:
     """Issue norms, if any, and RoPE of queries and keys together with the writing of the cache.
 
     The rotated keys have no other reader than the cache.
     """
-    names = [operation for operation, _ in recorded[:5]]
-    norms: tuple[Any, ...] = ()
-    if names == ["rms_norm", "rms_norm", "rope", "rope", "write_cache"]:
-        q_norm, k_norm = recorded[0][1], recorded[1][1]
-        for (rows, _, _, out), (_, (heads, _)) in zip(
-            (q_norm, k_norm), recorded[2:4], strict=True
-        ):
-            if rows is not out or rows.data_ptr() != heads.data_ptr():
-                return 0
-        if q_norm[2] != k_norm[2]:
+    norms = [call for call in calls[:2] if isinstance(call, RmsNorm)]
+    count = len(norms) + 3
+    if len(norms) == 1 or len(calls) < count:
+        return 0
+    q, k, write = calls[len(norms) : count]
+    if not (isinstance(q, Rope) and isinstance(k, Rope) and isinstance(write, WriteCache)):
+        return 0
+    if k.table is not q.table or write.k is not k.x:
+        return 0
+    if not norms:
+        ops.rope_write_cache(q.x, k.x, write.v, q.table, write.layer, write.batch)
+        return count
+    q_norm, k_norm = norms
+    for norm, rope in ((q_norm, q), (k_norm, k)):
+        if norm.x is not norm.out or norm.x.data_ptr() != rope.x.data_ptr():
             return 0
-        norms = q_norm[1], k_norm[1], q_norm[2]
-    elif names[:3] != ["rope", "rope", "write_cache"]:
+    if q_norm.eps != k_norm.eps:
         return 0
-    first = 2 if norms else 0
-    (q, table), (k, k_table), (written, v, layer, batch, _) = (
-        args for _, args in recorded[first : first + 3]
-    )
-    if k_table is not table or written is not k:
-        return 0
-    ops.rope_write_cache(q, k, v, table, layer, batch, *norms)
-    return first + 3
+    ops.rope_write_cache(q.x, k.x, write.v, q.table, write.layer, write.batch, q_norm.weight,
+                         k_norm.weight, q_norm.eps)
+    return count

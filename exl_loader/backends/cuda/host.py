@@ -1,4 +1,4 @@
-"""The host's side of a card: pinned memory, copies both ways, and steps captured as graphs."""
+"""CPU access to a card's tensors: pinned memory, copies both ways, and steps captured as graphs."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class CardInputs:
-    """A step's integers: arrays in one block of the host's, copied over as a whole.
+    """A step's integers: arrays in one block of main memory, copied to the card as a whole.
 
     Args:
-        host: how to copy.
+        host: copies.
         tensors: neighbours in one buffer of the device.
     """
 
@@ -67,7 +67,7 @@ CAPTURE_TRIES = 8
 
 
 class CardHost:
-    """`kernels.host.Host` of one card, through PyTorch's current stream.
+    """`CpuAccess` of one card, through PyTorch's current stream.
 
     Args:
         device: such as `cuda:0`.

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from ...formats.packed import DenseLinear
 from ...utils.integers import ceil_div, round_up
+from ..kernel_structs import ACTIVATIONS
 from .launcher import COUNTER_BYTES, WARP, Grid, address, pointer
 from .layout import (
     MAX_ROW_SPLITS,
@@ -27,12 +28,12 @@ from .layout import (
     tiles_for,
 )
 from .linear_dense import DenseLinearOps, dense_scratch_bytes
-from .rows import ACTIVATIONS, NORM_HEAD_SIZE
+from .rows import NORM_HEAD_SIZE
 
 if TYPE_CHECKING:
     import torch
 
-    Linear = StreamLinear | DenseLinear
+    from ..base import Linear
 
 # Layers of one launch (kMaxLayers of csrc/cuda/linear_decode.cu).
 MAX_LAYERS = 3
@@ -183,6 +184,7 @@ class LinearOps(DenseLinearOps):
         if isinstance(w, DenseLinear):
             self._dense_linear(x, w, out, scratch[COUNTER_BYTES:], add)
         else:
+            assert isinstance(w, StreamLinear)
             self.linears(x, [w], [out], scratch, add)
 
     def linears(self, x: torch.Tensor, layers: Sequence[StreamLinear],

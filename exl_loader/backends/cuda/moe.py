@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...utils.integers import ceil_div
 from .launcher import WARP, pointer
@@ -22,6 +22,8 @@ from .rows import RowOps
 
 if TYPE_CHECKING:
     import torch
+
+    from ..base import ExpertTable, Linear
 
 # csrc/cuda/moe.cu: a warp a row.
 _ROUTE_THREADS = 32
@@ -76,60 +78,36 @@ class MoeOps(RowOps):
             _I32(num_experts), _I32(top_k), _I32(normalize), pointer(weights), pointer(experts),
         )
 
-    def expert_layers(self, layers: Sequence[Any], table: torch.Tensor) -> ExpertLayers | None:
-        """Describe one projection of all experts to `linear_pairs`; None if it cannot run them.
+    def expert_table(self, layers: Sequence[Linear], room: torch.Tensor) -> ExpertLayers | None:
+        streams = [layer for layer in layers if isinstance(layer, StreamLinear)]
+        return ExpertLayers(streams, room) if len(streams) == len(layers) else None
 
-        Args:
-            layers: in the order of experts.
-            table: uint8 [n] of the device, for the result.
-        """
-        if not all(isinstance(layer, StreamLinear) for layer in layers):
-            return None
-        return ExpertLayers(layers, table)
-
-    def linear_pairs(self, x: torch.Tensor, layers: ExpertLayers, experts: torch.Tensor,
+    def linear_pairs(self, x: torch.Tensor, table: ExpertTable, experts: torch.Tensor,
                      out: torch.Tensor, scratch: torch.Tensor) -> None:
-        """Compute out[p] = x[p // share] @ W of expert experts[p], which the device reads.
-
-        Args:
-            x: float32 [T, in_features].
-            layers: the experts.
-            experts: int32 [T, k] or [P].
-            out: float32 [P, out_features], of P pairs; share is P / T: 1 where each pair has a
-                row of its own.
-            scratch: see `base.Ops`.
-        """
-        pairs, features = experts.numel(), layers.in_features
+        assert isinstance(table, ExpertLayers)
+        pairs, features = experts.numel(), table.in_features
         share = pairs // max(1, x.shape[0])
         assert x.is_contiguous() and x.shape == (pairs // max(1, share), features)
-        assert out.is_contiguous() and out.shape == (pairs, layers.out_features)
+        assert out.is_contiguous() and out.shape == (pairs, table.out_features)
         if pairs == 0:
             return
         activations = cut_scratch(scratch, pairs, features)
         codes, scales = _P(activations.codes), _P(activations.activation_scales)
         self._launch(
             "quantize_pairs_kernel", quantize_grid(features, pairs), QUANTIZE_THREADS, 0,
-            pointer(x), pointer(layers.table), pointer(experts), _I32(share), _I32(features),
+            pointer(x), pointer(table.table), pointer(experts), _I32(share), _I32(features),
             codes, scales,
         )
-        warps = max(LEAST_DECODE_WARPS, layers.row_splits)
-        blocks = ceil_div(tiles_for(layers.out_features) * layers.row_splits, warps)
+        warps = max(LEAST_DECODE_WARPS, table.row_splits)
+        blocks = ceil_div(tiles_for(table.out_features) * table.row_splits, warps)
         self._launch(
             "linear_decode_pairs_kernel", (blocks, pairs, 1), warps * WARP, warps * RING_BYTES,
-            pointer(layers.table), pointer(experts), codes, scales, pointer(out),
+            pointer(table.table), pointer(experts), codes, scales, pointer(out),
             _I64(out.stride(0)),
         )
 
     def moe_sum(self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor,
                 out: torch.Tensor) -> None:
-        """Compute out[t] += sum over k of weights[t, k] * x[t * top_k + k], by rising expert.
-
-        Args:
-            x: float32 [T * top_k, D].
-            weights: float32 [T, top_k].
-            experts: int32 [T, top_k].
-            out: float32 [T, D].
-        """
         rows, top_k = experts.shape
         size = out.shape[1]
         assert weights.shape == experts.shape and x.shape == (rows * top_k, size)

@@ -3,55 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, cast
+from functools import partial
+from itertools import groupby
+from typing import TYPE_CHECKING
 
 import torch
 
 from ...utils.progress import Progress
+from ..recorder import Function
 from .attention import AttentionOps
-from .fusion import Recorded, issue_all
+from .fusion import issue_all
 from .host import CardHost
 from .kernels import open_launcher
 from .launcher import Launch, Launcher, run_now
+from .layout import StreamLinear
 from .linear import LinearOps
 from .moe import MoeOps
 from .pack import PackOps
 from .top_logits import TopLogitsOps
 
 if TYPE_CHECKING:
-    from ..base import Ops
-    from ..host import Host
+    from ..base import Call, DeviceOps, Linear
+    from ..cpu_access import CpuAccess
 
 
 class CudaOps(LinearOps, AttentionOps, MoeOps, TopLogitsOps, PackOps):
-    """The operations of `base.Ops` on a card.
+    """The operations of `base.DeviceOps` on a card.
 
     Args:
         launcher: prepares launches on the device's current stream.
-        host: CPU access to the device's tensors.
+        cpu_access: to the device's tensors.
         issue: see `KernelOps`.
     """
 
     name = "cuda"
 
     def __init__(
-        self, launcher: Launcher, host: Host, issue: Callable[[Launch], None] = run_now
+        self, launcher: Launcher, cpu_access: CpuAccess,
+        issue: Callable[[Launch], None] = run_now,
     ):
         super().__init__(launcher, issue)
-        self.host = host
+        self.cpu_access = cpu_access
 
-    def bind_all(self, recorded: Sequence[Recorded]) -> list[Launch]:
+    def call(self, function: Callable[[DeviceOps], None]) -> None:
+        function(self)
+
+    def prepare(self, calls: Sequence[Call]) -> list[Launch]:
         """Prepare the operations of a step: neighbours become one launch where that can be."""
-        launches: list[Launch] = []
-        issue_all(CudaOps(self.launcher, self.host, launches.append), recorded)
-        return launches
+        prepared: list[Launch] = []
+        issuing = CudaOps(self.launcher, self.cpu_access, prepared.append)
+        for is_function, group in groupby(calls, lambda call: isinstance(call, Function)):
+            if is_function:
+                prepared += [partial(call.run, self) for call in group]
+            else:
+                issue_all(issuing, list(group))
+        return prepared
+
+    def share_permutations(self, layers: Sequence[Linear]) -> None:
+        """A card then permutes and quantises the input of these layers once."""
+        first, *others = layers
+        for other in others:
+            if not isinstance(first, StreamLinear) or not isinstance(other, StreamLinear):
+                return
+            if first.perm is None or other.perm is None:
+                continue
+            if torch.equal(first.perm.cpu(), other.perm.cpu()):
+                other.perm = first.perm
 
 
 # Cards whose kernels this process has checked.
 _checked: set[int] = set()
 
 
-def open_ops(index: int, progress: Progress | None = None) -> Ops:
+def open_ops(index: int, progress: Progress | None = None) -> DeviceOps:
     """Return the operations of a card. Its kernels are compiled if that was not done yet.
 
     The first time in a process they are checked (`self_check.py`).
@@ -81,4 +105,4 @@ def open_ops(index: int, progress: Progress | None = None) -> Ops:
             launcher.close()
             raise
         _checked.add(index)
-    return cast("Ops", ops)
+    return ops

@@ -10,12 +10,17 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...formats.packed import BIT_PLANES, BLOCK_ROWS
+from ...formats.common import require_finite
+from ...formats.layer import DenseLayer, QuantizedLayer
+from ...formats.packed import BIT_PLANES, BLOCK_ROWS, DenseLinear
 from ...utils.integers import ceil_div, round_up
+from ...utils.output import warn_once
+from ..dense import fill_dense, pack_dense, place_bias
+from ..main_memory import uneven_group
 from .launcher import WARP, KernelOps, pointer
 from .layout import (
     BLOCK_BIT_BYTES,
@@ -31,10 +36,7 @@ from .layout import (
 if TYPE_CHECKING:
     import torch
 
-    from ...formats.packed import LinearPlan
-
-    Groups = list[tuple[int, int]]
-    Tensors = dict[str, torch.Tensor]
+    from ..base import Linear
 
 Array = np.ndarray[Any, Any]
 
@@ -47,65 +49,6 @@ _PACK_WARPS = 4
 _PACK_SHARED_BYTES = _PACK_WARPS * 32 * 9 * 4
 
 _I32, _I64, _P = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
-
-
-class StreamOps(Protocol):
-    """Operations that pack streams: `PackOps`."""
-
-    def pack_exl2_streams(self, q_weight: torch.Tensor, scales: torch.Tensor,
-                          groups: torch.Tensor, codes: torch.Tensor) -> None: ...
-
-    def pack_gptq_streams(self, qweight: torch.Tensor, scales: torch.Tensor,
-                          zeros: torch.Tensor, perm: torch.Tensor | None,
-                          groups: torch.Tensor, codes: torch.Tensor) -> None: ...
-
-
-def pack_exl2_streams(plan: LinearPlan, groups: Groups, words: torch.Tensor,
-                      scales: torch.Tensor, perm: torch.Tensor | None, tensors: Tensors,
-                      ops: StreamOps) -> StreamLinear:
-    """Pack an EXL2 layer whose tensors were read and checked.
-
-    Args:
-        plan: the layer.
-        groups: (bits, rows) of each.
-        words: int32 [R, out_features] on the CPU.
-        scales: float16 [G, out_features] on the CPU.
-        perm: int32 [in_features] on the device; None where it is the identity.
-        tensors: the plan's tensors on the device, by role.
-        ops: packs.
-    """
-    linear = _empty_layer(plan, groups, perm, tensors, zeros=False)
-    ops.pack_exl2_streams(words, scales, linear.groups, linear.codes)
-    return linear
-
-
-def pack_gptq_streams(plan: LinearPlan, groups: Groups, words: torch.Tensor,
-                      scales: torch.Tensor, zeros: torch.Tensor, perm: torch.Tensor | None,
-                      tensors: Tensors, ops: StreamOps) -> StreamLinear:
-    """Pack a GPTQ layer whose tensors were read and checked.
-
-    Args:
-        zeros: uint8 [G, out_features] on the CPU.
-        plan, groups, words, scales, perm, tensors, ops: as those of `pack_exl2_streams`.
-    """
-    linear = _empty_layer(plan, groups, perm, tensors, zeros=True)
-    ops.pack_gptq_streams(words, scales, zeros, perm, linear.groups, linear.codes)
-    return linear
-
-
-def _empty_layer(plan: LinearPlan, groups: Groups, perm: torch.Tensor | None, tensors: Tensors,
-                 zeros: bool) -> StreamLinear:
-    """Fill the tables of a layer whose streams are not written yet."""
-    import torch
-
-    table = group_table(groups, zeros)
-    positions = row_block_table(table, zeros)
-    tensors["groups"].copy_(torch.tensor(table, dtype=torch.int32))
-    tensors["windows"].copy_(torch.tensor(positions, dtype=torch.int32))
-    return StreamLinear(
-        plan.in_features, plan.out_features, tensors["codes"], tensors["groups"],
-        tensors["windows"], positions, zeros=zeros, perm=perm, bias=tensors.get("bias"),
-    )
 
 
 @dataclass(frozen=True)
@@ -132,11 +75,43 @@ class PackOps(KernelOps):
     """Packing of layers while a model is loaded.
 
     Attributes:
-        staging: uint8 [n] of the device, the upload buffer, of at least
+        upload_buffer: uint8 [n] of the device, at least
             `layout.least_upload_bytes`; None unless a model is being loaded.
     """
 
-    staging: torch.Tensor | None = None
+    needs_upload_buffer = True
+    upload_buffer: torch.Tensor | None = None
+
+    def pack(self, layer: QuantizedLayer | DenseLayer, views: dict[str, torch.Tensor]) -> Linear:
+        import torch
+
+        if isinstance(layer, DenseLayer):
+            return pack_dense(layer, views)
+        if "weight" in views:
+            return _pack_as_dense(layer, views)
+        # Only the last group of a stream may end within a block.
+        for group, (_, rows) in enumerate(layer.groups[:-1]):
+            if rows % BLOCK_ROWS:
+                raise uneven_group(layer, group)
+        table = group_table(layer.groups, layer.zeros is not None)
+        positions = row_block_table(table, layer.zeros is not None)
+        views["groups"].copy_(torch.tensor(table, dtype=torch.int32))
+        views["windows"].copy_(torch.tensor(positions, dtype=torch.int32))
+        perm = None
+        if layer.perm is not None:
+            views["perm"].copy_(layer.perm)
+            perm = views["perm"] if layer.permutes else None
+        words = layer.words[:, : layer.out_features]
+        if layer.zeros is None:
+            self.pack_exl2_streams(words, layer.scales, views["groups"], views["codes"])
+        else:
+            self.pack_gptq_streams(words, layer.scales, layer.zeros, perm, views["groups"],
+                                   views["codes"])
+        return StreamLinear(
+            layer.in_features, layer.out_features, views["codes"], views["groups"],
+            views["windows"], positions, zeros=layer.zeros is not None, perm=perm,
+            bias=place_bias(layer.bias, views),
+        )
 
     def pack_exl2_streams(self, q_weight: torch.Tensor, scales: torch.Tensor,
                           groups: torch.Tensor, codes: torch.Tensor) -> None:
@@ -184,7 +159,7 @@ class PackOps(KernelOps):
     def _uploads(self, words: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None,
                  codes: torch.Tensor) -> Iterator[_Upload]:
         """Upload a layer's tensors, as many tiles at a time as the upload buffer holds."""
-        buffer, num_groups = self.staging, len(scales)
+        buffer, num_groups = self.upload_buffer, len(scales)
         word_rows, out_features = words.shape
         assert buffer is not None, "packing needs an upload buffer"
         step = TILE_COLUMNS
@@ -205,6 +180,20 @@ class PackOps(KernelOps):
                 offset += round_up(nbytes, 4)
             target = _P(codes[first // TILE_COLUMNS].data_ptr())
             yield _Upload(end - first, word_rows, uploaded[0], tuple(uploaded[1:]), target)
+
+
+def _pack_as_dense(layer: QuantizedLayer, views: dict[str, torch.Tensor]) -> DenseLinear:
+    """Decode a layer whose groups do not fit blocks into float16 weights."""
+    weight = layer.weight().half().t().contiguous()
+    require_finite(f"{layer.source}: weights as float16", weight)
+    fill_dense(weight, 0, views["weight"])
+    warn_once(
+        f"{layer.folder}: groups of {layer.groups[0][1]} rows are kept as float16 weights on a "
+        "CUDA device, which takes 16 bits a weight"
+    )
+    return DenseLinear(
+        layer.in_features, layer.out_features, views["weight"], place_bias(layer.bias, views)
+    )
 
 
 def _register_positions() -> tuple[Array, Array]:

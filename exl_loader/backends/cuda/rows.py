@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from ...formats.packed import DenseLinear
 from ...utils.integers import ceil_div
-from ..cpu.library import dtype_code
+from ..kernel_structs import ACTIVATIONS, dtype_code
 from .launcher import WARP, KernelOps, pointer
 
 if TYPE_CHECKING:
     import torch
 
+    from ..base import Linear
+
 # Activation of csrc/common.h.
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
 
 # Threads of the blocks of csrc/cuda/{norm,rope,elementwise,rows,moe}.cu.
 _NORM_THREADS = 512
@@ -31,15 +32,17 @@ _I32, _I64, _F32 = ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 class RowOps(KernelOps):
     """Operations of `base.Ops` on rows, whose weights are norms at most."""
 
-    def embed(self, ids: torch.Tensor, table: torch.Tensor | DenseLinear, factor: float,
+    def embed(self, ids: torch.Tensor, table: torch.Tensor | Linear, factor: float,
               out: torch.Tensor) -> None:
+        import torch
+
         rows, size = out.shape
         if isinstance(table, DenseLinear):
             weight, lanes = table.weight, table.weight.shape[2]
             assert table.in_features == size
         else:
+            assert isinstance(table, torch.Tensor) and table.shape[1] == size
             weight, lanes = table, 1
-            assert table.shape[1] == size
         assert ids.shape[0] == rows
         self._launch_rows(
             "embed_kernel", rows, size, pointer(ids), pointer(weight),

@@ -24,14 +24,16 @@ from ..base import AttentionShape, Batch
 from ..reference import fp16 as reference_fp16
 from ..reference.codec import dequantize, rotate_back
 from ..reference.ops import ReferenceOps
+from ..top_logits import HEADER_WORDS, RESULT_WORDS
 from .attention import attention_scratch_bytes
 from .layout import StreamLinear, group_table, row_block_table
 from .linear import linear_scratch_bytes
 from .pack import pack_streams
-from .top_logits import HEADER_WORDS, RESULT_WORDS, top_logits_scratch_bytes
+from .top_logits import top_logits_scratch_bytes
 
 if TYPE_CHECKING:
-    from ..host import Host
+    from ..cpu_access import CpuAccess
+    from .ops import CudaOps
 
 # Rows of a prompt, one more than are decoded, and where it begins: it crosses a page, and
 # what a token behind it sees lies in two splits. A window spares the reference the rest.
@@ -57,7 +59,7 @@ _REMEDY = (
 )
 
 
-def check_card(ops: Any, name: str) -> None:
+def check_card(ops: CudaOps, name: str) -> None:
     """Run a card's operations once and compare.
 
     What memory it takes, less than 2 MiB, is given back.
@@ -102,9 +104,9 @@ class _Check:
         ops, name: as `check_card`'s. views: of `_specs`, by name.
     """
 
-    def __init__(self, ops: Any, name: str, views: dict[str, torch.Tensor]):
+    def __init__(self, ops: CudaOps, name: str, views: dict[str, torch.Tensor]):
         self.ops, self.name, self.views = ops, name, views
-        self.host: Host = ops.host
+        self._cpu_access: CpuAccess = ops.cpu_access
         self.reference = ReferenceOps()
         self.rng = np.random.default_rng(20)
 
@@ -119,11 +121,11 @@ class _Check:
     def _put(self, role: str, values: torch.Tensor, first: int = 0) -> torch.Tensor:
         """Bring values to a view's elements from `first` on; return these as the card's tensor."""
         view = self.views[role].flatten()[first : first + values.numel()].view(values.shape)
-        self.host.write(view, values.numpy())
+        self._cpu_access.write(view, values.numpy())
         return view
 
     def _get(self, tensor: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(self.host.read(tensor).copy())
+        return torch.from_numpy(self._cpu_access.read(tensor).copy())
 
     def _normal(self, *shape: int) -> torch.Tensor:
         return torch.from_numpy(self.rng.standard_normal(shape, np.float32))
@@ -201,12 +203,12 @@ class _Check:
         )
         expected = np.empty(tuple(layer.codes.shape), np.uint8)
         pack_streams(codes, scales, None, np.array(table, np.int32), expected)
-        staging, self.ops.staging = self.ops.staging, self.views["staging"]
+        lent, self.ops.upload_buffer = self.ops.upload_buffer, self.views["upload_buffer"]
         try:
             words = torch.from_numpy(_exl2_words(codes, table))
             self.ops.pack_exl2_streams(words, torch.from_numpy(scales), groups, layer.codes)
         finally:
-            self.ops.staging = staging
+            self.ops.upload_buffer = lent
         differing = int((self._get(layer.codes).numpy() != expected).sum())
         if differing:
             raise _refusal(self.name, f"{expected.size} bytes of a packed layer as on the CPU",
@@ -308,7 +310,7 @@ def check_specs(name: str) -> list[TensorSpec]:
         "logits": ("float32", (1, VOCAB)),
         "top_logits": ("int32", (1, RESULT_WORDS)),
         "scratch": ("uint8", (scratch,)),
-        "staging": ("uint8", (1 << 16,)),
+        "upload_buffer": ("uint8", (1 << 16,)),
     }
     for cache_type, kind in zip(CACHE_TYPES, kinds, strict=True):
         shapes |= {f"{cache_type}.{role}": found for role, found in cache_shapes(kind).items()}

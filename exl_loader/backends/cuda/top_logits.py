@@ -1,4 +1,4 @@
-"""The largest logits of each row, found on the card: the call, its sizes and its result.
+"""The largest logits of each row, found on the card: the call and its sizes.
 
 A sampler mostly needs the largest logits and the sum of all others. That is 8 KiB a row instead
 of up to a MiB (csrc/cuda/sampling.cu). The sizes need no PyTorch.
@@ -10,21 +10,17 @@ import ctypes
 from typing import TYPE_CHECKING
 
 from ...utils.integers import ceil_div, round_up
+from ..top_logits import MOST_TAKEN, NUM_BINS, RESULT_WORDS
 from .launcher import COUNTER_BYTES, KernelOps, pointer
 
 if TYPE_CHECKING:
     import torch
 
-# Constants of csrc/cuda/sampling.cu. A row's result: a header, the ids of the largest logits,
-# these logits.
-HEADER_WORDS = 4
-MOST_TAKEN = 1024
-RESULT_WORDS = HEADER_WORDS + 2 * MOST_TAKEN
+# Constants of csrc/cuda/sampling.cu.
 _THREADS = 512
 _WARPS = _THREADS // 32
 _TILE_LOGITS = 8 * _THREADS
-_BINS = 2048
-_FIXED_WORDS = 2 * MOST_TAKEN + _BINS + 4
+_FIXED_WORDS = 2 * MOST_TAKEN + NUM_BINS + 4
 _WORD_BYTES, _KEY_BYTES = 4, 8
 
 # Most blocks that share a row. A card has as many multiprocessors, or twice as many, and the last
@@ -48,17 +44,6 @@ class TopLogitsOps(KernelOps):
 
     def top_logits(self, logits: torch.Tensor, vocab_size: int, out: torch.Tensor,
                    scratch: torch.Tensor) -> None:
-        """Take up to 1024 of each row's largest logits, and the sum of all others.
-
-        Equal logits are taken together or not at all. A row's result depends on that row alone,
-        bit for bit.
-
-        Args:
-            logits: float32 [T, at least vocab_size].
-            vocab_size: columns that count.
-            out: int32 [T, RESULT_WORDS], as csrc/cuda/sampling.cu describes it.
-            scratch: see `base.Ops`.
-        """
         rows = logits.shape[0]
         assert 0 < vocab_size <= logits.shape[1] and out.shape == (rows, RESULT_WORDS)
         if rows == 0:
@@ -70,6 +55,6 @@ class TopLogitsOps(KernelOps):
             pointer(scratch[COUNTER_BYTES:]),
         )
         self._launch("survey_logits_kernel", grid, _THREADS, _WARPS * _WORD_BYTES, *args)
-        self._launch("count_logits_kernel", grid, _THREADS, _BINS * _WORD_BYTES, *args)
+        self._launch("count_logits_kernel", grid, _THREADS, NUM_BINS * _WORD_BYTES, *args)
         self._launch("take_logits_kernel", grid, _THREADS, MOST_TAKEN * _KEY_BYTES, *args,
                      pointer(out))

@@ -2,24 +2,27 @@
 
 Sums run in float64 and are rounded once, so that what these operations define is the exact
 value and not one of many float32 summation orders. They also serve where no compiler is at
-hand. Contracts are in `interface.py`; quantised matrices are decoded anew in every call.
+hand. Contracts are in `base.py`; quantised matrices are decoded anew in every call.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
 from ...formats.packed import DenseLinear, PackedLinear
+from ..main_memory import MainMemoryOps
 from . import cache as reference_cache
 from . import planes
 from .codec import cache_round_trip as cache_round_trip
 
 if TYPE_CHECKING:
     from ...cache.layout import CacheLayer
-    from ..base import AttentionShape, Batch, Linear
+    from ..base import AttentionShape, Batch, Call, DeviceOps, Linear
 
 
 def dense_weight(w: DenseLinear) -> torch.Tensor:
@@ -38,19 +41,25 @@ def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-class ReferenceOps:
-    """Every operation of `interface.Ops`, by its definition."""
+class ReferenceOps(MainMemoryOps):
+    """The operations of `base.DeviceOps`, by their definitions."""
 
     name = "reference"
-    takes_key_bias = True
 
-    def embed(self, ids: torch.Tensor, table: torch.Tensor | DenseLinear, factor: float,
+    def call(self, function: Callable[[DeviceOps], None]) -> None:
+        function(self)
+
+    def prepare(self, calls: Sequence[Call]) -> list[Callable[[], None]]:
+        return [partial(call.run, self) for call in calls]
+
+    def embed(self, ids: torch.Tensor, table: torch.Tensor | Linear, factor: float,
               out: torch.Tensor) -> None:
         rows = ids.long()
         if isinstance(table, DenseLinear):
             lanes = table.weight.shape[2]
             picked = table.weight[rows // lanes, :, rows % lanes]
         else:
+            assert isinstance(table, torch.Tensor)
             picked = table[rows]
         torch.mul(picked.float(), factor, out=out)
 
@@ -62,6 +71,7 @@ class ReferenceOps:
 
     def linear(self, x: torch.Tensor, w: Linear, out: torch.Tensor, scratch: torch.Tensor,
                add: bool = False) -> None:
+        assert isinstance(w, (PackedLinear, DenseLinear))
         weight = planes.dequantize(w) if isinstance(w, PackedLinear) else dense_weight(w)
         product = x.double() @ weight.double()
         if w.bias is not None:

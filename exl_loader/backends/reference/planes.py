@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...formats.layer import unpack_stream
 from ...formats.packed import BIT_PLANES, BLOCK_ROWS, TILE_COLUMNS
+from ..main_memory import BLOCK_BIT_BYTES
 
 if TYPE_CHECKING:
     import torch
@@ -23,50 +25,8 @@ Array = np.ndarray[Any, Any]
 
 REGISTERS = 8
 REGISTER_ROWS = 4
-BLOCK_BIT_BYTES = BLOCK_ROWS * TILE_COLUMNS // 8
 # Words of one pass: its few temporaries stay within a second-level cache.
 CHUNK_WORDS = 1 << 15
-
-
-def group_table(bits: Iterable[int], rows: Iterable[int]) -> Array:
-    """Lay groups out in a tile.
-
-    Args:
-        bits: width of each group's codes. rows: rows of each group, without fill.
-
-    Returns:
-        int32 [G, 4]: bits, first stored row, rows, byte offset of the first block in a tile.
-    """
-    table, first, offset = [], 0, 0
-    for width, count in zip(bits, rows, strict=True):
-        table.append((width, first, count, offset))
-        first += count
-        offset += -(-count // BLOCK_ROWS) * width * BLOCK_BIT_BYTES
-    return np.array(table, dtype=np.int32).reshape(-1, 4)
-
-
-def unpack_stream(words: Array, bits: int, rows: int) -> Array:
-    """Read codes of `bits` bits that stand one behind the other, least significant bit first.
-
-    Args:
-        words: uint32 [W, N], one stream a column, W >= ceil(rows * bits / 32).
-
-    Returns:
-        uint8 [rows, N].
-    """
-    blocks, columns = -(-rows // BLOCK_ROWS), words.shape[1]
-    if words.shape[0] < blocks * bits:
-        fill = np.zeros((blocks * bits - words.shape[0], columns), np.uint32)
-        words = np.concatenate([words, fill])
-    stream = words[: blocks * bits].reshape(blocks, bits, columns)
-    codes = np.empty((blocks, BLOCK_ROWS, columns), np.uint8)
-    for row in range(BLOCK_ROWS):
-        word, shift = divmod(row * bits, 32)
-        field = stream[:, word] >> shift
-        if shift + bits > 32:
-            field |= stream[:, word + 1] << (32 - shift)
-        codes[:, row] = field & ((1 << bits) - 1)
-    return codes.reshape(-1, columns)[:rows]
 
 
 def split_planes(codes: Array, bits: int) -> Array:
@@ -134,10 +94,10 @@ def _chunks(rows: int, columns: int) -> Iterable[tuple[int, int]]:
 
 
 def pack_exl2(q_weight: torch.Tensor, groups: torch.Tensor, codes: torch.Tensor) -> None:
-    """Repack EXL2's codes; the definition of `Ops.pack_exl2`.
+    """Define `MainMemoryOps.pack_exl2`.
 
     Args:
-        q_weight: int32 [R, N], as on disk. groups: int32 [G, 4], see `group_table`.
+        q_weight: int32 [R, N], as on disk. groups: int32 [G, 4], see `main_memory.group_table`.
         codes: uint8 [tiles, tile_bytes], written in full. Columns beyond N and bytes beyond
             the last block become zero.
     """
@@ -159,12 +119,12 @@ def pack_gptq(
     groups: torch.Tensor,
     codes: torch.Tensor,
 ) -> None:
-    """Repack GPTQ's codes; the definition of `Ops.pack_gptq`.
+    """Define `MainMemoryOps.pack_gptq`.
 
     Args:
         qweight: int32 [K * bits / 32, N], as on disk. perm: int32 [K], stored row r takes
             input channel perm[r]; None is the identity.
-        groups: int32 [G, 4], see `group_table`.
+        groups: int32 [G, 4], see `main_memory.group_table`.
         codes: uint8 [tiles, tile_bytes], written in full. Columns beyond N and bytes beyond
             the last block become zero.
     """

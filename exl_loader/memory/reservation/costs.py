@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ...backends import backend_of
 from ...cache.layout import CacheType, cache_specs, pages_for
-from ...formats.dense import PIECE_BYTES
+from ...formats.layer import PIECE_BYTES
 from ...model.builder import ModelParts, WeightCosts, build_parts
 from ...model.parts.embedding import EMBEDDING_ROWS
 from ...model.step import workspace_specs

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...cache.layout import MAX_BIAS_PAIRS
-from .linear import Linear, share_permutations
+from .linear import Linear
 from .norm import Norm
 from .part import Block, LayerState, Loading, StepViews
 from .rope import Rope
@@ -15,7 +15,7 @@ from .rope import Rope
 if TYPE_CHECKING:
     import torch
 
-    from ...backends.base import AttentionShape, Shapes
+    from ...backends.base import AttentionShape, DeviceOps, Ops, Shapes
     from ...cache.layout import KeyBias
 
 
@@ -69,9 +69,11 @@ class Attention(Block):
     def load(self, loading: Loading) -> None:
         """Read the weights."""
         super().load(loading)
-        share_permutations([self.q, self.k, self.v])
+        same_input = [self.q, self.k, self.v]
+        ops = loading.ops[self.q.device]
+        ops.share_permutations([linear.weights for linear in same_input])
 
-    def take_key_bias(self, ops: Any, input_norm: Norm, workspace: Mapping[str, torch.Tensor],
+    def take_key_bias(self, ops: DeviceOps, input_norm: Norm, workspace: Mapping[str, torch.Tensor],
                       room: torch.Tensor) -> None:
         """Move the large part of the key bias from the projection to `key_bias`, once.
 
@@ -96,7 +98,7 @@ class Attention(Block):
         # the projection.
         return self.k.has_bias and self.k_norm is None
 
-    def run(self, ops: Any, views: StepViews, state: LayerState, x: torch.Tensor,
+    def run(self, ops: Ops, views: StepViews, state: LayerState, x: torch.Tensor,
             out: torch.Tensor, add: bool) -> None:
         rows, scratch, shape = views.rows, views.scratch, self.shape
         q = views.view("q", rows, shape.num_heads, shape.head_dim)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...formats.common import require_finite
 from ...utils.table import TensorSpec
@@ -13,6 +13,7 @@ from .linear import Linear
 if TYPE_CHECKING:
     import torch
 
+    from ...backends.base import Ops
     from ...formats.packed import DenseLinear
     from .part import Loading
 
@@ -63,6 +64,6 @@ class Embedding:
             table[first:end].copy_(rows)
             loading.advance(rows.numel() * rows.element_size())
 
-    def run(self, ops: Any, ids: torch.Tensor, out: torch.Tensor) -> None:
+    def run(self, ops: Ops, ids: torch.Tensor, out: torch.Tensor) -> None:
         """Look up ids, int32 [T], into `out`, float32 [T, hidden_size]."""
         ops.embed(ids, self.table, self.multiplier, out)

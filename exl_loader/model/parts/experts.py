@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
-from ...backends.host import host_of
 from .linear import Linear
 from .mlp import Mlp
 from .part import Block, LayerState, StepViews
@@ -14,7 +14,7 @@ from .part import Block, LayerState, StepViews
 if TYPE_CHECKING:
     import torch
 
-    from ...backends.base import Shapes
+    from ...backends.base import DeviceOps, ExpertTable, Ops, Shapes
 
 # Pairs of a row and an expert that a device runs one by one, reading an expert's weights for
 # each: two rows that chose the same expert could share them.
@@ -25,12 +25,12 @@ MAX_PAIRS = 16
 class ExpertTables:
     """The experts of a layer as one table for each projection.
 
-    The device's operations know what stands in a table (`CudaOps.expert_layers`).
+    The device's operations know what stands in a table (`DeviceOps.expert_table`).
     """
 
-    gate: Any
-    up: Any
-    down: Any
+    gate: ExpertTable
+    up: ExpertTable
+    down: ExpertTable
 
 
 @dataclass(eq=False)
@@ -71,7 +71,7 @@ class Experts(Block):
             "expert_x": ("float32", (rows, self.experts[0].down.out_features)),
         }
 
-    def tables(self, ops: Any, room: torch.Tensor) -> ExpertTables | None:
+    def tables(self, ops: DeviceOps, room: torch.Tensor) -> ExpertTables | None:
         """Describe the loaded experts to a device that chooses among them by itself.
 
         Args:
@@ -86,13 +86,15 @@ class Experts(Block):
             [expert.up for expert in self.experts],
             [expert.down for expert in self.experts],
         )
-        made = [
-            ops.expert_layers([linear.weights for linear in column], table)
+        gate, up, down = (
+            ops.expert_table([linear.weights for linear in column], table)
             for column, table in zip(columns, room, strict=True)
-        ]
-        return None if None in made else ExpertTables(*made)
+        )
+        if gate is None or up is None or down is None:
+            return None
+        return ExpertTables(gate, up, down)
 
-    def run(self, ops: Any, views: StepViews, state: LayerState, x: torch.Tensor,
+    def run(self, ops: Ops, views: StepViews, state: LayerState, x: torch.Tensor,
             out: torch.Tensor, add: bool) -> None:
         # Overwriting `out` would need a sum of its own; no mixture here has an output norm.
         assert add
@@ -105,9 +107,9 @@ class Experts(Block):
         if state.expert_tables is not None and pairs <= min(MAX_PAIRS, views.max_rows):
             self._run_pairs(ops, views, state.expert_tables, x, out)
         else:
-            ops.call(self._run_experts, views, x, out)
+            ops.call(partial(self._run_experts, views=views, x=x, out=out))
 
-    def _run_pairs(self, ops: Any, views: StepViews, tables: ExpertTables, x: torch.Tensor,
+    def _run_pairs(self, ops: Ops, views: StepViews, tables: ExpertTables, x: torch.Tensor,
                    out: torch.Tensor) -> None:
         """Run the chosen experts of few rows, each pair of a row and an expert by itself.
 
@@ -126,7 +128,7 @@ class Experts(Block):
         ops.moe_sum(down, weights, chosen, out)
 
     def _run_experts(
-        self, ops: Any, views: StepViews, x: torch.Tensor, out: torch.Tensor
+        self, ops: DeviceOps, views: StepViews, x: torch.Tensor, out: torch.Tensor
     ) -> None:
         """Run each chosen expert on its rows and add the weighted results to `out`.
 
@@ -136,15 +138,15 @@ class Experts(Block):
         import numpy as np
 
         pairs, hidden = views.rows * self.top_k, x.shape[1]
-        host = host_of(ops)
+        cpu = ops.cpu_access
         rows, factors = views.view("expert_rows", pairs), views.view("expert_weights", pairs)
         chosen = views.view("route_experts", views.rows, self.top_k)
-        experts = host.read(chosen).reshape(-1).copy()
+        experts = cpu.read(chosen).reshape(-1).astype(np.int64)
         order = np.argsort(experts, kind="stable")
-        weights = host.read(views.view("route_weights", views.rows, self.top_k)).reshape(-1)
+        weights = cpu.read(views.view("route_weights", views.rows, self.top_k)).reshape(-1)
         sorted_weights = weights[order]
-        host.write(rows, order // self.top_k)
-        host.write(factors, sorted_weights)
+        cpu.write(rows, order // self.top_k)
+        cpu.write(factors, sorted_weights)
         ends = np.cumsum(np.bincount(experts, minlength=len(self.experts))).tolist()
         first = 0
         for expert, end in zip(self.experts, ends, strict=True):

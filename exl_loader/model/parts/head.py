@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .linear import Linear
 from .norm import Norm
@@ -12,7 +12,7 @@ from .norm import Norm
 if TYPE_CHECKING:
     import torch
 
-    from ...backends.base import Shapes
+    from ...backends.base import Ops, Shapes
     from ...utils.table import TensorSpec
     from .part import Loading, StepViews
 
@@ -52,7 +52,7 @@ class Head:
         self.linear.load(loading)
 
     def run(
-        self, ops: Any, views: StepViews, rows: torch.Tensor | None, logits: torch.Tensor
+        self, ops: Ops, views: StepViews, rows: torch.Tensor | None, logits: torch.Tensor
     ) -> None:
         """Compute logits of the hidden state.
 

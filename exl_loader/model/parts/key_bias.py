@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...backends.host import Host, host_of
 from ...cache.layout import MAX_BIAS_PAIRS, MAX_BIAS_SHARING, KeyBias
 
 if TYPE_CHECKING:
-    from ...backends.base import AttentionShape, Linear, Ops
+    from ...backends.base import AttentionShape, DeviceOps, Linear
+    from ...backends.cpu_access import CpuAccess
 
 # What may stay in the projection: a share of the keys' own mean square, by which it adds to
 # the squared error of a quantised cache.
@@ -77,14 +77,13 @@ def remove_from(bias: torch.Tensor, taken: KeyBias) -> None:
 
 
 def take_key_bias(
-    ops: Ops, k: Linear, norm: torch.Tensor, eps: float, shape: AttentionShape, half: int,
+    ops: DeviceOps, k: Linear, norm: torch.Tensor, eps: float, shape: AttentionShape, half: int,
     workspace: Mapping[str, torch.Tensor], room: torch.Tensor,
 ) -> KeyBias | None:
     """Split a layer's key bias, and leave the small part in the projection.
 
     Args:
-        ops: operations whose attention adds a `CacheLayer.key_bias`; others have no attribute
-            `takes_key_bias`, and nothing happens.
+        ops: the device's. Nothing happens unless they have `adds_key_bias`.
         k: the key projection; its bias changes in place.
         norm, eps: of the norm before it.
         shape: the layer's attention. half: pairs of RoPE in a head.
@@ -94,12 +93,12 @@ def take_key_bias(
     Returns:
         None where nothing was taken out.
     """
-    if not getattr(ops, "takes_key_bias", False) or k.bias is None:
+    if not ops.adds_key_bias or k.bias is None:
         return None
     if shape.num_heads // shape.num_kv_heads > MAX_BIAS_SHARING:
         return None
-    host, heads = host_of(ops), (shape.num_kv_heads, shape.head_dim)
-    stored = torch.from_numpy(host.read(k.bias).copy())
+    cpu, heads = ops.cpu_access, (shape.num_kv_heads, shape.head_dim)
+    stored = torch.from_numpy(cpu.read(k.bias).copy())
     bias = stored[: shape.num_kv_heads * shape.head_dim].view(heads)
     if not bias.any():
         return None
@@ -109,26 +108,26 @@ def take_key_bias(
     if taken is None:
         return None
     remove_from(bias, taken)
-    host.write(k.bias, stored.numpy())
-    return _place(host, taken, room)
+    cpu.write(k.bias, stored.numpy())
+    return _place(cpu, taken, room)
 
 
-def _probe(ops: Ops, k: Linear, norm: torch.Tensor, eps: float,
+def _probe(ops: DeviceOps, k: Linear, norm: torch.Tensor, eps: float,
            workspace: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Return the keys of random rows, float32 [rows, out_features] on the CPU."""
-    host = host_of(ops)
+    cpu = ops.cpu_access
     rows, keys = (workspace[name][:_PROBE_ROWS] for name in ("x", "k"))
-    host.write(rows, torch.randn(rows.shape, generator=torch.Generator().manual_seed(0)).numpy())
+    cpu.write(rows, torch.randn(rows.shape, generator=torch.Generator().manual_seed(0)).numpy())
     ops.rms_norm(rows, norm, eps, rows)
     ops.linear(rows, k, keys, workspace["scratch"])
-    return torch.from_numpy(host.read(keys))
+    return torch.from_numpy(cpu.read(keys))
 
 
-def _place(host: Host, taken: KeyBias, room: torch.Tensor) -> KeyBias:
+def _place(cpu: CpuAccess, taken: KeyBias, room: torch.Tensor) -> KeyBias:
     """Bring a key bias to `room` on its device."""
     pairs, first, second = (part[: taken.pairs.numel()].view(taken.pairs.shape) for part in room)
     placed = KeyBias(pairs, first.view(torch.float32), second.view(torch.float32), taken.half)
-    host.write(placed.pairs, taken.pairs.numpy())
-    host.write(placed.first, taken.first.numpy())
-    host.write(placed.second, taken.second.numpy())
+    cpu.write(placed.pairs, taken.pairs.numpy())
+    cpu.write(placed.first, taken.first.numpy())
+    cpu.write(placed.second, taken.second.numpy())
     return placed

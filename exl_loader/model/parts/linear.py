@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ...backends.cuda.layout import StreamLinear
-from ...formats import pack_linear
+from ...formats import read_linear
 from ...formats.packed import LinearPlan
 
 if TYPE_CHECKING:
     import torch
 
+    from ...backends import base
+    from ...backends.base import Ops
     from ...utils.table import TensorSpec
     from .part import Loading
 
@@ -28,7 +29,7 @@ class Linear:
     plan: LinearPlan
     device: str
     # What `Ops.linear` of its device takes.
-    weights: Any = field(init=False, repr=False)
+    weights: base.Linear = field(init=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -53,36 +54,18 @@ class Linear:
         """Read the layer into its resident layout.
 
         Raises:
-            InvalidCheckpoint, UnsupportedFormat: as `formats.pack_linear`.
+            InvalidCheckpoint, UnsupportedFormat: as `formats.read_linear` and `DeviceOps.pack`.
         """
         specs = self.plan.specs
         tensors = {role: loading.views[spec.name] for role, spec in specs.items()}
-        self.weights = pack_linear(
-            self.plan, loading.checkpoint, tensors, loading.ops[self.device]
-        )
+        layer = read_linear(self.plan, loading.checkpoint)
+        self.weights = loading.ops[self.device].pack(layer, tensors)
         loading.advance(sum(spec.nbytes for spec in specs.values()))
 
-    def run(self, ops: Any, x: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor) -> None:
+    def run(self, ops: Ops, x: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor) -> None:
         """out = x @ W + bias, float32 [T, in_features] and [T, out_features]."""
         ops.linear(x, self.weights, out, scratch)
 
-    def add(self, ops: Any, x: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor) -> None:
+    def add(self, ops: Ops, x: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor) -> None:
         """out += x @ W + bias."""
         ops.linear(x, self.weights, out, scratch, True)
-
-
-def share_permutations(layers: Sequence[Linear]) -> None:
-    """Let loaded layers that permute one input alike refer to one permutation.
-
-    Operations of a card then permute and quantise it once (`LinearOps.prepare_linears`).
-    """
-    import torch
-
-    first, *others = (layer.weights for layer in layers)
-    for other in others:
-        if not isinstance(first, StreamLinear) or not isinstance(other, StreamLinear):
-            return
-        if first.perm is None or other.perm is None:
-            continue
-        if torch.equal(first.perm.cpu(), other.perm.cpu()):
-            other.perm = first.perm

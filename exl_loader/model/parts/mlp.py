@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .linear import Linear, share_permutations
+from .linear import Linear
 from .part import Block, LayerState, Loading, StepViews
 
 if TYPE_CHECKING:
     import torch
 
-    from ...backends.base import Shapes
+    from ...backends.base import Ops, Shapes
 
 
 @dataclass(eq=False)
@@ -41,15 +41,17 @@ class Mlp(Block):
     def load(self, loading: Loading) -> None:
         """Read the weights."""
         super().load(loading)
-        share_permutations([self.gate, self.up])
+        same_input = [self.gate, self.up]
+        ops = loading.ops[self.gate.device]
+        ops.share_permutations([linear.weights for linear in same_input])
 
-    def run(self, ops: Any, views: StepViews, state: LayerState, x: torch.Tensor,
+    def run(self, ops: Ops, views: StepViews, state: LayerState, x: torch.Tensor,
             out: torch.Tensor, add: bool) -> None:
         gated = self.run_gate(ops, views, x)
         down = self.down.add if add else self.down.run
         down(ops, gated, out, views.scratch)
 
-    def run_gate(self, ops: Any, views: StepViews, x: torch.Tensor) -> torch.Tensor:
+    def run_gate(self, ops: Ops, views: StepViews, x: torch.Tensor) -> torch.Tensor:
         """Return activation(gate(x)) * up(x), float32 [rows of x, intermediate_size]."""
         shape = x.shape[0], self.gate.out_features
         gate, up = views.view("gate", *shape), views.view("up", *shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...formats.common import require_finite
 from ...utils.table import TensorSpec
@@ -12,6 +12,7 @@ from ...utils.table import TensorSpec
 if TYPE_CHECKING:
     import torch
 
+    from ...backends.base import Ops
     from .part import Loading
 
 
@@ -46,6 +47,6 @@ class Norm:
         self.weight.copy_(stored.float() + self.offset)
         loading.advance(self.spec.nbytes)
 
-    def run(self, ops: Any, x: torch.Tensor, out: torch.Tensor) -> None:
+    def run(self, ops: Ops, x: torch.Tensor, out: torch.Tensor) -> None:
         """Normalise the rows of x, float32 [R, size]; `out` may be x."""
         ops.rms_norm(x, self.weight, self.eps, out)

@@ -6,12 +6,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
-    from ...backends.base import Batch, Ops, Shapes
+    from ...backends.base import Batch, DeviceOps, Ops, Shapes
     from ...cache.layout import CacheLayer
     from ...checkpoint import Checkpoint
     from ...utils.table import TensorSpec
@@ -37,7 +37,7 @@ class Loading:
 
     checkpoint: Checkpoint
     views: Mapping[str, torch.Tensor]
-    ops: Mapping[str, Ops]
+    ops: Mapping[str, DeviceOps]
     advance: Callable[[int], None] = _count_nothing
 
 
@@ -117,12 +117,12 @@ class Block(ABC):
         return {}
 
     @abstractmethod
-    def run(self, ops: Any, views: StepViews, state: LayerState, x: torch.Tensor,
+    def run(self, ops: Ops, views: StepViews, state: LayerState, x: torch.Tensor,
             out: torch.Tensor, add: bool) -> None:
         """Compute the block.
 
         Args:
-            ops: an `Ops`, or a `Recorder` of one.
+            ops: those of the device, or a `Recorder`.
             x: float32 [T, H]. out: float32 [T, H]; may be `x` unless `add`.
             add: add the result to `out` instead of overwriting it.
         """

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
-    from ...backends.base import Shapes
+    from ...backends.base import Ops, Shapes
     from ...checkpoint.rope import RopeConfig
     from .part import StepViews
 
@@ -36,7 +36,7 @@ class Rope:
         """Return cosines and sines of the step's rows, float32 [T, 2, pairs]."""
         return views.view("rope_table", views.rows, 2, self.pairs)
 
-    def run(self, ops: Any, views: StepViews, frequencies: torch.Tensor) -> None:
+    def run(self, ops: Ops, views: StepViews, frequencies: torch.Tensor) -> None:
         """Compute the table of a step whose sequences all have the same frequencies."""
         batch = views.batch
         ops.rope_table(batch.positions, frequencies, batch.rope_factor, self.table(views))

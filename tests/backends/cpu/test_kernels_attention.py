@@ -9,8 +9,8 @@ import torch
 
 from exl_loader.backends import get_ops
 from exl_loader.backends.base import AttentionShape
-from exl_loader.backends.cpu.library import default_threads
-from exl_loader.backends.cpu.scratch import attention_scratch_bytes
+from exl_loader.backends.cpu.attention import attention_scratch_bytes
+from exl_loader.backends.cpu.threads import default_threads
 from exl_loader.backends.reference import fp16 as reference_fp16
 from exl_loader.backends.reference.codec import dequantize
 from exl_loader.backends.reference.ops import ReferenceOps

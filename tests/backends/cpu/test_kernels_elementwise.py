@@ -7,7 +7,8 @@ import weakref
 import pytest
 import torch
 
-from exl_loader.backends.cpu import library as native
+from exl_loader.backends.cpu.threads import default_threads
+from exl_loader.backends.recorder import Embed, Product, RmsNorm
 from exl_loader.utils.errors import InvalidSettings
 from support.elementwise_cases import (
     REFERENCE,
@@ -154,18 +155,18 @@ def test_gather_and_scatter(ops):
 
 def test_threads_setting(monkeypatch):
     monkeypatch.setenv("EXL_LOADER_THREADS", "3")
-    assert native.default_threads() == 3
+    assert default_threads() == 3
     for wrong in ("0", "many", "-1", "100000"):
         monkeypatch.setenv("EXL_LOADER_THREADS", wrong)
         with pytest.raises(InvalidSettings, match="EXL_LOADER_THREADS"):
-            native.default_threads()
+            default_threads()
     monkeypatch.delenv("EXL_LOADER_THREADS")
-    assert native.default_threads() >= 1
+    assert default_threads() >= 1
 
 
-def test_a_bound_call_reads_what_stands_there_then(ops):
+def test_a_prepared_call_reads_the_values_of_its_replay(ops):
     x, weight, out = random_rows(2, 64), torch.ones(64), torch.empty(2, 64)
-    call = ops.bind("rms_norm", x, weight, 1e-5, out)
+    (call,) = ops.prepare([RmsNorm(x, weight, 1e-5, out)])
     for seed in (5, 6):
         x.copy_(random_rows(2, 64, seed))
         call()
@@ -174,13 +175,13 @@ def test_a_bound_call_reads_what_stands_there_then(ops):
         assert torch.equal(out, expected)
 
 
-def test_a_bound_call_keeps_its_tensors(ops):
+def test_a_prepared_call_keeps_its_tensors_alive(ops):
     w, x, out = dense_linear(32, 48, torch.float32), random_rows(1, 32), torch.empty(1, 48)
     expected = torch.empty(1, 48)
     ops.linear(x, w, expected, torch.empty(4096, dtype=torch.uint8))
     scratch = torch.empty(4096, dtype=torch.uint8)
     alive = [weakref.ref(tensor) for tensor in (w.weight, x, scratch)]
-    call = ops.bind("linear", x, w, out, scratch)
+    (call,) = ops.prepare([Product(x, w, out, scratch, False)])
     del w, x, scratch
     assert all(tensor() is not None for tensor in alive)
     call()
@@ -189,10 +190,10 @@ def test_a_bound_call_keeps_its_tensors(ops):
     assert all(tensor() is None for tensor in alive)
 
 
-def test_a_bound_call_that_fails_says_so(ops):
+def test_a_prepared_call_that_fails_raises(ops):
     ids, table, out = torch.tensor([3], dtype=torch.int32), random_rows(4, 8), torch.empty(1, 8)
-    call = ops.bind("embed", ids, table, 1.0, out)
+    (call,) = ops.prepare([Embed(ids, table, 1.0, out)])
     call()
     ids.fill_(4)
-    with pytest.raises(AssertionError, match="embed"):
+    with pytest.raises(AssertionError, match="token id"):
         call()

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from exl_loader.backends.cpu.scratch import linear_scratch_bytes
+from exl_loader.backends.cpu.linear import linear_scratch_bytes
 from exl_loader.backends.reference.ops import ReferenceOps, dense_weight
 from support.kernel_cases import (
     MAX_THREADS,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from exl_loader.backends.main_memory import group_table
 from exl_loader.backends.reference import planes
 from support.kernel_cases import compiled_ops
 
@@ -39,7 +40,7 @@ def both(name: str, groups: torch.Tensor, tiles: int, extra_bytes: int, *argumen
 )
 @pytest.mark.parametrize(("columns", "tiles"), [(64, 4), (32, 1), (64, 3), (32, 3)])
 def test_exl2(groups, columns, tiles):
-    table = torch.from_numpy(planes.group_table(*zip(*groups, strict=True)))
+    table = torch.tensor(group_table(groups), dtype=torch.int32)
     rows = sum(-(-count * bits // 32) for bits, count in groups)
     packed, expected = both("pack_exl2", table, tiles, 64, words(rows, columns, tiles))
     assert torch.equal(packed, expected)
@@ -51,7 +52,7 @@ def test_exl2(groups, columns, tiles):
 def test_gptq(bits, act_order, columns, tiles):
     channels = 320
     rows = [128, 128, 64]
-    table = torch.from_numpy(planes.group_table([bits] * 3, rows))
+    table = torch.tensor(group_table([(bits, count) for count in rows]), dtype=torch.int32)
     perm = None
     if act_order:
         perm = torch.randperm(channels, generator=torch.Generator().manual_seed(bits)).int()
@@ -67,7 +68,7 @@ def test_gptq(bits, act_order, columns, tiles):
 
 
 def test_gptq_groups_of_no_whole_blocks():
-    table = torch.from_numpy(planes.group_table([4] * 3, [40, 40, 16]))
+    table = torch.tensor(group_table([(4, 40), (4, 40), (4, 16)]), dtype=torch.int32)
     qweight = words(12, 32, 0)
     results = []
     for implementation in (compiled_ops(), planes):
@@ -81,7 +82,7 @@ def test_gptq_groups_of_no_whole_blocks():
 @pytest.mark.parametrize("march", ["x86-64-v3", "x86-64"])
 def test_other_instruction_sets(march):
     groups = [(8, 32), (6, 64), (5, 32), (4, 128), (3, 32), (2, 47)]
-    table = torch.from_numpy(planes.group_table(*zip(*groups, strict=True)))
+    table = torch.tensor(group_table(groups), dtype=torch.int32)
     q_weight = words(sum(-(-count * bits // 32) for bits, count in groups), 64, 3)
     tile_bytes = sum(-(-count // 32) * bits * 64 for bits, count in groups)
     results = []

@@ -246,7 +246,7 @@ def test_a_quantised_cache_is_as_good_as_on_the_cpu(tmp_path, monkeypatch):
         # A view of the workspace, which is in the plan; no memory of its own.
         assert len(storages) == 1 and layer.key_bias.pairs.untyped_storage().nbytes() > 1 << 16
     on_cpu, _ = errors_of_types(tmp_path / "m", get_ops(), "cpu", types, ids)
-    monkeypatch.setattr(AttentionOps, "takes_key_bias", False)
+    monkeypatch.setattr(AttentionOps, "adds_key_bias", False)
     inside, layers = errors_of_types(tmp_path / "m", card, DEVICE, types, ids)
     assert all(layer.key_bias is None for layer in layers)
     for cache_type in types:

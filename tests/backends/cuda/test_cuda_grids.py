@@ -11,11 +11,8 @@ from exl_loader.backends.base import AttentionShape, Batch
 from exl_loader.backends.cuda.attention import AttentionOps, attention_scratch_bytes
 from exl_loader.backends.cuda.linear import LinearOps, linear_scratch_bytes
 from exl_loader.backends.cuda.moe import MoeOps
-from exl_loader.backends.cuda.top_logits import (
-    RESULT_WORDS,
-    TopLogitsOps,
-    top_logits_scratch_bytes,
-)
+from exl_loader.backends.cuda.top_logits import TopLogitsOps, top_logits_scratch_bytes
+from exl_loader.backends.top_logits import RESULT_WORDS
 from exl_loader.cache.layout import CacheLayer, CacheType, code_bytes, num_groups
 from exl_loader.checkpoint.config import (
     MAX_HEADS,

@@ -163,7 +163,7 @@ def test_experts_of_few_rows_give_the_bits_of_many(emulated, tmp_path):
             assert torch.equal(model.forward([(sequence, [token])])[0], row)
     (many,), (one,) = (model._steps[n, n, "last", False].parts for n in (9, 1))
     assert not many.capturable and one.capturable
-    assert emulated.host.captures_made == 1
+    assert emulated.cpu_access.captures_made == 1
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -206,13 +206,13 @@ def test_a_graph_serves_every_length(emulated, tmp_path):
     write_quantized_model(tmp_path / "m", "exl2", config={"num_hidden_layers": 1})
     model, cache = build_model(tmp_path / "m", emulated, device=DEVICE, cache_type="q8")
     captured = run_chunks(model, cache, IDS, 1)
-    assert emulated.host.captures_made == 1
-    assert emulated.host.replays == len(IDS) - 1
+    assert emulated.cpu_access.captures_made == 1
+    assert emulated.cpu_access.replays == len(IDS) - 1
     single = emulated_ops()
-    single.host.captures = False
+    single.cpu_access.captures = False
     other, other_cache = build_model(tmp_path / "m", single, device=DEVICE, cache_type="q8")
     assert torch.equal(run_chunks(other, other_cache, IDS, 1), captured)
-    assert single.host.captures_made == 0
+    assert single.cpu_access.captures_made == 0
 
 
 @pytest.mark.parametrize("spoilt", [1, 3])
@@ -220,12 +220,12 @@ def test_a_spoilt_capture_is_tried_again(emulated, tmp_path, spoilt):
     write_quantized_model(tmp_path / "m", "exl2", config={"num_hidden_layers": 1})
     model, cache = build_model(tmp_path / "m", emulated, device=DEVICE)
     whole = run_chunks(model, cache, IDS, 4)
-    emulated.host._launcher.spoilt_captures = spoilt
-    before = emulated.host.captures_made, emulated.host.replays
+    emulated.cpu_access._launcher.spoilt_captures = spoilt
+    before = emulated.cpu_access.captures_made, emulated.cpu_access.replays
     logits = run_chunks(model, cache, IDS, 1)
     # The first step runs without a graph, and so do steps whose capture fails.
-    assert emulated.host.captures_made == before[0] + spoilt + 1
-    assert emulated.host.replays == before[1] + len(IDS) - 1 - spoilt
+    assert emulated.cpu_access.captures_made == before[0] + spoilt + 1
+    assert emulated.cpu_access.replays == before[1] + len(IDS) - 1 - spoilt
     assert relative_error(logits, whole) <= 1e-5
 
 
@@ -233,11 +233,11 @@ def test_captures_that_always_fail_are_given_up_with_one_warning(emulated, tmp_p
     write_quantized_model(tmp_path / "m", "exl2", config={"num_hidden_layers": 1})
     model, cache = build_model(tmp_path / "m", emulated, device=DEVICE)
     whole = run_chunks(model, cache, IDS, 4)
-    emulated.host._launcher.spoilt_captures = 10**6
-    before = emulated.host.captures_made
+    emulated.cpu_access._launcher.spoilt_captures = 10**6
+    before = emulated.cpu_access.captures_made
     for _ in range(CAPTURE_TRIES):
         logits = run_chunks(model, cache, IDS, 1)
-    assert emulated.host.captures_made == before + CAPTURE_TRIES
+    assert emulated.cpu_access.captures_made == before + CAPTURE_TRIES
     assert [record.message for record in caplog.records if "captured" in record.message] == [
         f"Steps are not captured as graphs, and decoding is slower: {CAPTURE_TRIES} captures in "
         "a row failed, the last with: graphics card, cuStreamEndCapture: invalidated (901)"
@@ -295,9 +295,9 @@ def test_neighbours_are_one_launch(emulated, tmp_path):
         model, cache = build_model(tmp_path / f"{layers}", emulated, device=DEVICE)
         sequence = cache.acquire(20)
         model.forward([(sequence, [3])])
-        before = emulated.host._launcher.launches
+        before = emulated.cpu_access._launcher.launches
         model.forward([(sequence, [4])])
-        launches[layers] = emulated.host._launcher.launches - before
+        launches[layers] = emulated.cpu_access._launcher.launches - before
     assert launches == {1: 6 + 3, 2: 2 * 6 + 3}
 
 
@@ -358,7 +358,7 @@ def test_the_command_line_chooses_the_card(emulated, tmp_path, capsys):
     options = ["--ctx-size", "512", "--max-new-tokens", "5", "--ban-eos-token", "--seed", "1"]
     assert main(["generate", str(tmp_path / "m"), "--prompt", "ab", *options,
                  "--device", DEVICE]) == 0
-    assert emulated.host.replays == 3
+    assert emulated.cpu_access.replays == 3
 
 
 def count_rows_fetched(monkeypatch, host):
@@ -389,7 +389,7 @@ NEED_ROWS = ("whole", "guided", "logprobs")
 def test_samplers_need_only_the_top_logits(card, tmp_path, monkeypatch):
     """The ids are those of whole rows, and rows stay on the card if they are not needed."""
     write_quantized_model(tmp_path / "m", "exl2", config={"vocab_size": 3000})
-    fetched = count_rows_fetched(monkeypatch, card.host)
+    fetched = count_rows_fetched(monkeypatch, card.cpu_access)
     with exl_loader.load(tmp_path / "m", ctx_size=CTX, device=DEVICE) as model:
         for name, settings in SAMPLED.items():
             settings = {"max_new_tokens": 8, "seed": 3, "ban_eos_token": True, **settings}
@@ -406,7 +406,7 @@ def test_samplers_need_only_the_top_logits(card, tmp_path, monkeypatch):
 def test_padding_is_never_found(emulated, tmp_path, monkeypatch):
     """The tokenizer has fewer ids than the head: the ids beyond do not count."""
     write_quantized_model(tmp_path / "m", "exl2", tokenizer=True, config={"vocab_size": 2500})
-    fetched = count_rows_fetched(monkeypatch, emulated.host)
+    fetched = count_rows_fetched(monkeypatch, emulated.cpu_access)
     with exl_loader.load(tmp_path / "m", ctx_size=CTX, device=DEVICE) as model:
         size = model.tokenizer.vocab_size
         ids = list(model.generate_ids(IDS, GREEDY))
@@ -420,7 +420,7 @@ def test_a_draft_model_needs_only_the_top_logits(emulated, tmp_path, monkeypatch
     write_quantized_model(tmp_path / "m", "exl2", config=config)
     write_quantized_model(tmp_path / "d", "exl2", seed=1, config=config | {"num_hidden_layers": 1})
     _, plain = run(tmp_path / "m", DEVICE)
-    fetched = count_rows_fetched(monkeypatch, emulated.host)
+    fetched = count_rows_fetched(monkeypatch, emulated.cpu_access)
     with exl_loader.load(tmp_path / "m", ctx_size=CTX, device=DEVICE,
                          model_draft=tmp_path / "d") as model:
         assert list(model.generate_ids(IDS, GREEDY)) == plain
@@ -431,6 +431,6 @@ def test_a_model_is_there_for_every_thread_when_it_is_made(emulated, tmp_path):
     """A thread with another stream does not wait for the launches of the loading thread."""
     write_quantized_model(tmp_path / "m", "exl2", config={"num_hidden_layers": 1})
     finished = []
-    emulated.host.finish = lambda: finished.append(emulated.host._launcher.launches)
+    emulated.cpu_access.finish = lambda: finished.append(emulated.cpu_access._launcher.launches)
     build_model(tmp_path / "m", emulated, device=DEVICE)
-    assert finished == [emulated.host._launcher.launches]
+    assert finished == [emulated.cpu_access._launcher.launches]

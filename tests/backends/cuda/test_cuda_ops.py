@@ -12,10 +12,10 @@ import shutil
 import pytest
 import torch
 
+from exl_loader.backends.cpu_access import InPlaceAccess
 from exl_loader.backends.cuda.launcher import KernelOps
 from exl_loader.backends.cuda.moe import MoeOps
 from exl_loader.backends.cuda.ops import CudaOps
-from exl_loader.backends.host import SharedMemory
 from support.cache_layers import make_batch, make_layer
 from support.cuda_emulation import EmulatedLauncher
 from support.cuda_emulation.launcher import FOLDER, REPO, emulation_spec
@@ -42,7 +42,7 @@ def ops(request):
 
 @pytest.fixture(params=TARGETS)
 def all_ops(request):
-    return target(request.param, lambda launcher: CudaOps(launcher, SharedMemory()))
+    return target(request.param, lambda launcher: CudaOps(launcher, InPlaceAccess()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

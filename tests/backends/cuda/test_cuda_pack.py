@@ -17,7 +17,7 @@ from exl_loader.backends.cuda.layout import (
     row_splits_for,
 )
 from exl_loader.checkpoint import Checkpoint
-from exl_loader.formats import pack_linear, plan_linear, reference_weight
+from exl_loader.formats import plan_linear, read_linear
 from exl_loader.formats.packed import BIT_PLANES
 from support.cuda_linear_cases import linear_ops
 from support.cuda_targets import EMULATED, TARGETS, target
@@ -177,17 +177,18 @@ def load_layer_with(ops, folder, in_features, out_features, device=None, **optio
     Returns:
         the layer, its tensors on the host; its weight decoded from the checkpoint.
     """
-    ops.staging = torch.empty(least_upload_bytes(in_features), dtype=torch.uint8, device=device)
+    nbytes = least_upload_bytes(in_features)
+    ops.upload_buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
     with Checkpoint.open(folder) as checkpoint:
         plan = plan_linear(checkpoint, "layer", in_features, out_features, device="cuda:0",
                            **options)
         tensors = {role: tensor.to(device or "cpu") for role, tensor in allocate(plan).items()}
-        layer = pack_linear(plan, checkpoint, tensors, ops)
+        layer = ops.pack(read_linear(plan, checkpoint), tensors)
         assert isinstance(layer, StreamLinear)
         for name in ("codes", "groups", "perm"):
             tensor = getattr(layer, name)
             setattr(layer, name, None if tensor is None else tensor.cpu())
-        return layer, reference_weight(plan, checkpoint)
+        return layer, read_linear(plan, checkpoint).weight()
 
 
 def load_on_card(folder, in_features, out_features, order, **options):
@@ -265,6 +266,6 @@ def test_packing_needs_room_for_one_tile(tmp_path):
     ops = target("forward", linear_ops).ops
     with Checkpoint.open(write_layer(tmp_path / "m", tensors)) as checkpoint:
         plan = plan_linear(checkpoint, "layer", 256, 64, device="cuda:0")
-        ops.staging = torch.empty(least_upload_bytes(256) // 2, dtype=torch.uint8)
+        ops.upload_buffer = torch.empty(least_upload_bytes(256) // 2, dtype=torch.uint8)
         with pytest.raises(AssertionError):
-            pack_linear(plan, checkpoint, allocate(plan), ops)
+            ops.pack(read_linear(plan, checkpoint), allocate(plan))

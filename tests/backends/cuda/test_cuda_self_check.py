@@ -89,7 +89,7 @@ def test_kernels_are_checked_once_a_process(opened):
     opened.append(Card())
     ops = get_ops("cuda:0")
     assert ops.name == "cuda" and opened[0].launches > 8 and not opened[0].is_closed
-    assert memory.live_bytes() == before and ops.staging is None
+    assert memory.live_bytes() == before and ops.upload_buffer is None
     opened.append(Card())
     get_ops("cuda:0")
     assert opened[1].launches == 0

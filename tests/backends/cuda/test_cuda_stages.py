@@ -101,7 +101,7 @@ def test_a_split_that_one_card_holds_alone_uses_no_other(cards, tmp_path, nothin
     with exl_loader.load(tmp_path / "m", ctx_size=CTX, gpu_split="20,24") as model:
         assert [device.device for device in model.reservation.devices] == ["cuda:0"]
         list(model.generate_ids(IDS, GREEDY))
-    assert cards.ops["cuda:1"].host._launcher.launches == 0
+    assert cards.ops["cuda:1"].cpu_access._launcher.launches == 0
 
 
 def test_the_web_uis_field_splits_layers_and_its_gauge_draws_both_cards(
@@ -308,7 +308,7 @@ def refuse_packing(cards, monkeypatch):
     def refuse(*arguments):
         raise DeviceError("graphics card, launch of pack on cuda:1", actual="illegal address")
 
-    monkeypatch.setattr(cards.ops["cuda:1"].host._launcher, "prepare", refuse)
+    monkeypatch.setattr(cards.ops["cuda:1"].cpu_access._launcher, "prepare", refuse)
 
 
 @pytest.mark.parametrize(("refuse", "error", "message"), [
@@ -326,7 +326,7 @@ def test_a_failure_on_the_second_card_releases_everything(
         with pytest.raises(error, match=message):
             exl_loader.load(tmp_path / "m", ctx_size=CTX, gpu_split=field)
     assert memory.live_bytes() == 0
-    assert all(ops.staging is None for ops in cards.ops.values())
+    assert all(ops.upload_buffer is None for ops in cards.ops.values())
     exl_loader.load(tmp_path / "m", ctx_size=CTX, gpu_split=field).unload()
 
 

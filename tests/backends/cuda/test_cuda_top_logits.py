@@ -13,13 +13,8 @@ import pytest
 import torch
 
 from exl_loader.backends.cuda.launcher import COUNTER_BYTES
-from exl_loader.backends.cuda.top_logits import (
-    HEADER_WORDS,
-    MOST_TAKEN,
-    RESULT_WORDS,
-    TopLogitsOps,
-    top_logits_scratch_bytes,
-)
+from exl_loader.backends.cuda.top_logits import TopLogitsOps, top_logits_scratch_bytes
+from exl_loader.backends.top_logits import HEADER_WORDS, MOST_TAKEN, RESULT_WORDS
 from exl_loader.model.top_logits_reader import read_result
 from support.cuda_emulation import EmulatedLauncher
 from support.cuda_emulation.launcher import FOLDER, REPO, emulation_spec

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from exl_loader.backends.main_memory import group_table
 from exl_loader.backends.reference import planes
+from exl_loader.formats.layer import unpack_stream
 from exl_loader.formats.packed import BIT_PLANES, PackedLinear
 from support.makers import make_exl2_layer, pack_stream
 
@@ -39,7 +41,7 @@ def tile_byte(codes: np.ndarray, bits: int, block: int, byte: int) -> int:
 def test_every_byte_stands_where_the_layout_says(bits):
     rng = np.random.default_rng(bits)
     codes = rng.integers(0, 1 << bits, (64, 32))
-    groups = torch.from_numpy(planes.group_table([bits], [64]))
+    groups = torch.tensor(group_table([(bits, 64)]), dtype=torch.int32)
     packed = torch.empty(2, 64 * bits * 2, dtype=torch.uint8)
     planes.pack_exl2(torch.from_numpy(pack_stream(codes, bits)), groups, packed)
     for tile in range(2):
@@ -65,7 +67,7 @@ def test_a_block_written_out_by_hand():
 def test_streams_are_read_bit_for_bit(bits, rows):
     codes = np.random.default_rng(rows).integers(0, 1 << bits, (rows, 5))
     words = pack_stream(codes, bits).view(np.uint32)
-    assert (planes.unpack_stream(words, bits, rows) == codes).all()
+    assert (unpack_stream(words, bits, rows) == codes).all()
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -75,7 +77,7 @@ def test_planes_join_to_what_was_split(bits):
 
 
 def test_group_table_counts_whole_blocks():
-    table = planes.group_table([6, 3, 2], [64, 32, 20])
+    table = group_table([(6, 64), (3, 32), (2, 20)])
     assert table.tolist() == [[6, 0, 64, 0], [3, 64, 32, 768], [2, 96, 20, 960]]
 
 
@@ -87,7 +89,7 @@ def test_mixed_groups_with_a_tail_round_trip(monkeypatch, columns, chunk_words):
     layout = [(8, 128), (6, 32), (5, 64), (4, 32), (3, 96), (2, 32), (3, 19)]
     codes = [rng.integers(0, 1 << bits, (rows, columns)) for bits, rows in layout]
     words = [pack_stream(part, layout[i][0]) for i, part in enumerate(codes)]
-    groups = planes.group_table(*zip(*layout, strict=True))
+    groups = group_table(layout)
     tiles, used = 4, int(groups[-1, 3]) + 64 * 3
     packed = torch.full((tiles, used + 64), 0xA5, dtype=torch.uint8)
     planes.pack_exl2(torch.from_numpy(np.concatenate(words)), torch.from_numpy(groups), packed)
@@ -105,7 +107,7 @@ def test_gptq_rows_stand_in_the_order_of_the_permutation(bits, with_perm):
     rng = np.random.default_rng(bits)
     codes = rng.integers(0, 1 << bits, (160, 24))
     perm = torch.from_numpy(rng.permutation(160).astype(np.int32)) if with_perm else None
-    groups = torch.from_numpy(planes.group_table([bits] * 3, [64, 64, 32]))
+    groups = torch.tensor(group_table([(bits, 64), (bits, 64), (bits, 32)]), dtype=torch.int32)
     packed = torch.full((2, 5 * 64 * bits), 0xA5, dtype=torch.uint8)
     planes.pack_gptq(torch.from_numpy(pack_stream(codes, bits)), bits, perm, groups, packed)
     unpacked = planes.unpack_codes(PackedLinear(160, 24, packed, None, groups))

@@ -1,7 +1,7 @@
-"""A cache, a batch and an attention's shape as the structs that kernels read.
+"""What the kernels of the CPU and of cards read alike: structs, and numbers for names.
 
-They are csrc/cache_codec.h, field by field; the CPU's kernels take pointers to them, those of a
-card take them by value.
+They are csrc/cache_codec.h and csrc/packed.h, field by field. The CPU's kernels take pointers
+to the structs, those of a card take them by value.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from ..cache.layout import CacheLayer, KeyBias
     from .base import AttentionShape, Batch
+
+# Activation of csrc/common.h.
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
 
 _I32, _I64, _F32, _P = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
@@ -50,6 +53,13 @@ class ShapeStruct(ctypes.Structure):
     """ExlAttentionShape."""
 
     _fields_ = [("num_heads", _I64), ("sliding_window", _I64), ("scale", _F32), ("softcap", _F32)]
+
+
+def dtype_code(dtype: torch.dtype) -> int:
+    """Return the number that `ExlDtype` of csrc/packed.h gives a dtype."""
+    import torch
+
+    return {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}[dtype]
 
 
 def cache_layer_struct(layer: CacheLayer, head_dim: int) -> CacheLayerStruct:

@@ -1,24 +1,27 @@
-"""How the host gets at what operations read and write: at once, or over a device's copies.
+"""CPU access to the tensors of a device: in place on the CPU, by copies on a card.
 
-A step has a few integers that the host writes and logits that it reads. On the CPU they lie in
-the workspace and are used where they lie; `cuda/host.py` copies them to and from a card, all
-of a step's integers at once.
+A step has a few integers that the CPU writes and logits that it reads. On the CPU they are in
+the workspace and used in place; `cuda/host.py` copies them to and from a card, all integers of
+a step at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
+    import numpy.typing as npt
     import torch
+
+    Array = npt.NDArray[np.generic]
 
 
 class Inputs(Protocol):
-    """What the host writes before a step: `arrays` by name, in the tensors' shapes."""
+    """What the CPU writes before a step: `arrays` by name, in the tensors' shapes."""
 
-    arrays: dict[str, np.ndarray[Any, Any]]
+    arrays: dict[str, Array]
 
     def begin(self) -> None:
         """Wait until the arrays may be written: until the step before has read its own."""
@@ -27,24 +30,25 @@ class Inputs(Protocol):
         """Let the operations that are issued from now on see the arrays."""
 
 
-class Host(Protocol):
-    """The host's side of a device. `captures`: whether `capture` may succeed."""
+class CpuAccess(Protocol):
+    """CPU access to the tensors of one device."""
 
     captures: bool
+    """Whether `capture` may succeed."""
 
     def inputs(self, tensors: Mapping[str, torch.Tensor]) -> Inputs:
-        """Give the host arrays for these tensors, neighbours in one buffer."""
+        """Return arrays for these tensors, which are neighbours in one buffer."""
 
     def mirror(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a tensor of the same shape on the CPU, for `collect`; maybe the same."""
+        """Return a CPU tensor of the same shape, for `collect`; the same tensor where it can be."""
 
     def collect(self, tensor: torch.Tensor, mirror: torch.Tensor) -> None:
-        """Wait for a tensor's operations and bring it over into (a part of) its mirror."""
+        """Wait for a tensor's operations and copy it into (a part of) its mirror."""
 
-    def read(self, tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    def read(self, tensor: torch.Tensor) -> Array:
         """Wait for a tensor's operations and return its values, valid until the next read."""
 
-    def write(self, tensor: torch.Tensor, values: np.ndarray[Any, Any]) -> None:
+    def write(self, tensor: torch.Tensor, values: Array) -> None:
         """Set a tensor, before operations that are issued from now on."""
 
     def finish(self) -> None:
@@ -56,7 +60,7 @@ class Host(Protocol):
     def receive(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Copy a tensor of another device's into one of this device's.
 
-        On both devices the copy comes behind what was issued before, and before what is issued
+        On both devices the copy runs after what was issued before, and before what is issued
         from now on.
         """
 
@@ -69,7 +73,7 @@ class Host(Protocol):
         """
 
 
-class _SharedInputs:
+class _InPlaceInputs:
     """Arrays that are the tensors."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]):
@@ -83,13 +87,13 @@ class _SharedInputs:
         return
 
 
-class SharedMemory:
-    """Host and operations use the same memory, and an operation has run when it returns."""
+class InPlaceAccess:
+    """CPU and operations use the same memory, and an operation has run when it returns."""
 
     captures = False
 
     def inputs(self, tensors: Mapping[str, torch.Tensor]) -> Inputs:
-        return _SharedInputs(tensors)
+        return _InPlaceInputs(tensors)
 
     def mirror(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
@@ -97,11 +101,10 @@ class SharedMemory:
     def collect(self, tensor: torch.Tensor, mirror: torch.Tensor) -> None:
         return
 
-    def read(self, tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-        values: np.ndarray[Any, Any] = tensor.numpy()
-        return values
+    def read(self, tensor: torch.Tensor) -> Array:
+        return tensor.numpy()
 
-    def write(self, tensor: torch.Tensor, values: np.ndarray[Any, Any]) -> None:
+    def write(self, tensor: torch.Tensor, values: Array) -> None:
         tensor.numpy()[...] = values
 
     def finish(self) -> None:
@@ -112,11 +115,3 @@ class SharedMemory:
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None] | None:
         return None
-
-
-_SHARED = SharedMemory()
-
-
-def host_of(ops: object) -> Host:
-    """Return how the host gets at what these operations use: their `host`, or its own memory."""
-    return getattr(ops, "host", _SHARED)

@@ -1,0 +1,181 @@
+"""Products with linear layers on the CPU: the calls, the structs and the scratch memory.
+
+A layer is described to the kernels once, by the structs of csrc/packed.h, and keeps its
+description, so that a call passes a few integers. `linear_scratch_bytes` needs no PyTorch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING
+
+from ...formats.packed import BLOCK_ROWS, TILE_COLUMNS, DenseLinear, PackedLinear
+from ...utils.integers import ceil_div, round_up
+from ..kernel_structs import dtype_code
+from .library import INT, INT64, POINTER, KernelOps, Signature, address
+from .threads import default_threads
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..base import Linear
+
+_RULE = "scratch is shorter than linear_scratch_bytes says"
+SIGNATURES = {
+    "linear": Signature((POINTER, INT64, POINTER, POINTER, INT64, INT, POINTER, INT64), _RULE),
+    "linear_dense": Signature(
+        (POINTER, INT64, POINTER, POINTER, INT64, INT, POINTER, INT64), _RULE
+    ),
+    "pack_exl2": Signature((POINTER, INT64, INT64, POINTER, INT64, POINTER, INT64, INT64)),
+    "pack_gptq": Signature(
+        (POINTER, INT64, INT64, POINTER, POINTER, INT64, POINTER, INT64, INT64)
+    ),
+}
+
+# Constants of csrc/cpu/linear.h and linear_dense.cpp, in the largest form any target has;
+# tests/backends/cpu/test_constants.py holds them equal.
+PASS_ROWS = 256
+DENSE_PASS_ROWS = 120
+MOST_DIRECT_ROWS = 8
+CHUNK_ROWS = 2048
+MOST_PANEL_COLUMNS = 32
+PLANES = 2
+SPAN_BYTES = 28
+# Alignment of csrc/cpu/scratch.h.
+CUT_ALIGNMENT = 64
+_FLOAT_BYTES = 4
+
+
+class _PackedStruct(ctypes.Structure):
+    """ExlPackedLinear."""
+
+    _fields_ = [
+        ("in_features", INT64),
+        ("out_features", INT64),
+        ("tiles", INT64),
+        ("tile_bytes", INT64),
+        ("num_groups", INT64),
+        ("codes", POINTER),
+        ("scales", POINTER),
+        ("zeros", POINTER),
+        ("groups", POINTER),
+        ("perm", POINTER),
+        ("bias", POINTER),
+    ]
+
+
+class _DenseStruct(ctypes.Structure):
+    """ExlDenseLinear."""
+
+    _fields_ = [
+        ("in_features", INT64),
+        ("out_features", INT64),
+        ("tiles", INT64),
+        ("weight", POINTER),
+        ("bias", POINTER),
+        ("dtype", INT64),
+    ]
+
+
+class LinearStruct:
+    """A layer's C struct: `address` stays valid as long as this object and the tensors do."""
+
+    __slots__ = ("_struct", "address", "in_features", "out_features", "kernel")
+
+    def __init__(self, w: PackedLinear | DenseLinear):
+        is_packed = isinstance(w, PackedLinear)
+        self.kernel = "linear" if is_packed else "linear_dense"
+        self._struct = _packed_struct(w) if isinstance(w, PackedLinear) else _dense_struct(w)
+        self.address = ctypes.addressof(self._struct)
+        self.in_features = w.in_features
+        self.out_features = w.out_features
+
+
+def linear_struct(w: PackedLinear | DenseLinear) -> LinearStruct:
+    """Return a layer's description, made at its first use and kept in `w.native`."""
+    if w.native is None:
+        w.native = LinearStruct(w)
+    struct: LinearStruct = w.native
+    return struct
+
+
+def _packed_struct(w: PackedLinear) -> _PackedStruct:
+    tiles, num_groups = w.codes.shape[0], w.groups.shape[0]
+    assert tiles * TILE_COLUMNS >= w.out_features
+    assert w.scales.shape == (tiles, num_groups, TILE_COLUMNS)
+    assert w.zeros is None or w.zeros.shape == w.scales.shape
+    assert w.perm is None or w.perm.shape == (w.in_features,)
+    return _PackedStruct(
+        w.in_features, w.out_features, tiles, w.codes.shape[1], num_groups,
+        address(w.codes), address(w.scales), address(w.zeros), address(w.groups),
+        address(w.perm), address(w.bias),
+    )  # fmt: skip
+
+
+def _dense_struct(w: DenseLinear) -> _DenseStruct:
+    tiles = w.weight.shape[0]
+    assert tiles * TILE_COLUMNS >= w.out_features
+    assert w.weight.shape == (tiles, w.in_features, TILE_COLUMNS)
+    return _DenseStruct(
+        w.in_features, w.out_features, tiles,
+        address(w.weight), address(w.bias), dtype_code(w.weight.dtype),
+    )  # fmt: skip
+
+
+class LinearOps(KernelOps):
+    """Products with the layers of a model, and packing of layers at load."""
+
+    def linear(self, x: torch.Tensor, w: Linear, out: torch.Tensor, scratch: torch.Tensor,
+               add: bool = False) -> None:
+        assert isinstance(w, (PackedLinear, DenseLinear))
+        struct = linear_struct(w)
+        rows, in_features = x.shape
+        out_stride, step = out.stride()
+        assert in_features == struct.in_features and x.is_contiguous()
+        assert out.shape[0] == rows and out.shape[1] >= struct.out_features and step == 1
+        self._call(struct.kernel, x.data_ptr(), rows, struct.address, out.data_ptr(), out_stride,
+                   add, scratch.data_ptr(), scratch.nbytes)
+
+    def pack_exl2(self, q_weight: torch.Tensor, groups: torch.Tensor,
+                  codes: torch.Tensor) -> None:
+        assert q_weight.is_contiguous() and groups.is_contiguous() and codes.is_contiguous()
+        self._call("pack_exl2", q_weight.data_ptr(), *q_weight.shape, groups.data_ptr(),
+                   groups.shape[0], codes.data_ptr(), *codes.shape)
+
+    def pack_gptq(self, qweight: torch.Tensor, bits: int, perm: torch.Tensor | None,
+                  groups: torch.Tensor, codes: torch.Tensor) -> None:
+        assert qweight.is_contiguous() and groups.is_contiguous() and codes.is_contiguous()
+        assert all(width == bits for width in groups[:, 0].tolist())
+        self._call("pack_gptq", qweight.data_ptr(), *qweight.shape, address(perm),
+                   groups.data_ptr(), groups.shape[0], codes.data_ptr(), *codes.shape)
+
+
+def linear_scratch_bytes(rows: int, in_features: int) -> int:
+    """Return what `Ops.linear` needs for up to `rows` rows of `in_features` inputs.
+
+    The larger of two: quantised layers hold their activations as two planes of int8 with a
+    scale and a sum per 32 rows at worst, and per thread a buffer of unpacked codes and
+    float32 sums; unquantised ones hold regrouped float32 activations.
+    """
+    return max(_packed_scratch_bytes(rows, in_features), _dense_scratch_bytes(rows, in_features))
+
+
+def _packed_scratch_bytes(rows: int, in_features: int) -> int:
+    blocks = ceil_div(in_features, BLOCK_ROWS)
+    held_rows = min(max(rows, MOST_DIRECT_ROWS), PASS_ROWS)
+    codes = held_rows * blocks * BLOCK_ROWS * PLANES
+    table = held_rows * blocks * _FLOAT_BYTES
+    total = sum(map(cut_bytes, (blocks * SPAN_BYTES, codes, table, table)))
+    if rows > 1:
+        buffer = CHUNK_ROWS * MOST_PANEL_COLUMNS + PASS_ROWS * MOST_PANEL_COLUMNS * _FLOAT_BYTES
+        total += default_threads() * buffer
+    return total
+
+
+def _dense_scratch_bytes(rows: int, in_features: int) -> int:
+    return min(rows, DENSE_PASS_ROWS) * in_features * _FLOAT_BYTES if rows > 1 else 0
+
+
+def cut_bytes(nbytes: int) -> int:
+    """Return what an array of so many bytes takes of scratch."""
+    return round_up(nbytes, CUT_ALIGNMENT)

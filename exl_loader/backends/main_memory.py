@@ -1,0 +1,182 @@
+"""What the operations in main memory have in common, compiled or by definition."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..formats.layer import DenseLayer, QuantizedLayer
+from ..formats.packed import BLOCK_ROWS, TILE_COLUMNS, PackedLinear
+from ..utils.errors import UnsupportedFormat
+from ..utils.integers import ceil_div
+from . import top_logits
+from .cpu_access import CpuAccess, InPlaceAccess
+from .dense import pack_dense, place_bias
+
+if TYPE_CHECKING:
+    import torch
+
+    from .base import ExpertTable, Linear
+
+
+# Bytes of a block of b-bit codes are b times this.
+BLOCK_BIT_BYTES = BLOCK_ROWS * TILE_COLUMNS // 8
+
+
+@dataclass(frozen=True)
+class ExpertLayers:
+    """One projection of all experts.
+
+    Args:
+        layers: in the order of experts.
+    """
+
+    layers: tuple[Linear, ...]
+    in_features: int
+    out_features: int
+
+
+class MainMemoryOps(ABC):
+    """Operations of `base.DeviceOps` that need no kernel, because the CPU can read all values."""
+
+    adds_key_bias = True
+    cpu_access: CpuAccess = InPlaceAccess()
+    needs_upload_buffer = False
+    upload_buffer: torch.Tensor | None = None
+
+    @abstractmethod
+    def linear(self, x: torch.Tensor, w: Linear, out: torch.Tensor, scratch: torch.Tensor,
+               add: bool = False) -> None:
+        """See `base.Ops.linear`."""
+
+    @abstractmethod
+    def pack_exl2(self, q_weight: torch.Tensor, groups: torch.Tensor,
+                  codes: torch.Tensor) -> None:
+        """Repack EXL2's codes.
+
+        Args:
+            q_weight: int32 [R, N], as on disk.
+            groups: int32 [G, 4], the packed layout's group table.
+            codes: uint8 [tiles, tile_bytes] (packed.py), written in full.
+        """
+
+    @abstractmethod
+    def pack_gptq(self, qweight: torch.Tensor, bits: int, perm: torch.Tensor | None,
+                  groups: torch.Tensor, codes: torch.Tensor) -> None:
+        """Repack GPTQ's codes.
+
+        Args:
+            qweight: int32 [K * bits / 32, N], as on disk.
+            perm: int32 [K], stored row r takes input channel perm[r]; None is the identity.
+            groups, codes: as those of `pack_exl2`.
+        """
+
+    def pack(self, layer: QuantizedLayer | DenseLayer, views: dict[str, torch.Tensor]) -> Linear:
+        if isinstance(layer, DenseLayer):
+            return pack_dense(layer, views)
+        import torch
+
+        codes, perm = views["codes"], None
+        table = group_table(layer.groups)
+        _check_room(layer, table, codes.shape[1])
+        if layer.perm is not None:
+            views["perm"].copy_(layer.perm)
+            perm = views["perm"] if layer.permutes else None
+        views["groups"].copy_(torch.tensor(table, dtype=torch.int32))
+        fill_tiles(layer.scales, views["scales"])
+        words = layer.words.contiguous()
+        if layer.by_group:
+            self.pack_exl2(words, views["groups"], codes)
+        else:
+            self.pack_gptq(words, layer.groups[0][0], perm, views["groups"], codes)
+        zeros = None
+        if layer.zeros is not None:
+            zeros = views["zeros"]
+            fill_tiles(layer.zeros, zeros)
+        return PackedLinear(
+            layer.in_features, layer.out_features, codes, views["scales"], views["groups"],
+            zeros=zeros, perm=perm, bias=place_bias(layer.bias, views),
+        )
+
+    def expert_table(self, layers: Sequence[Linear], room: torch.Tensor) -> ExpertTable | None:
+        return ExpertLayers(tuple(layers), layers[0].in_features, layers[0].out_features)
+
+    def linear_pairs(self, x: torch.Tensor, table: ExpertTable, experts: torch.Tensor,
+                     out: torch.Tensor, scratch: torch.Tensor) -> None:
+        assert isinstance(table, ExpertLayers)
+        share = experts.numel() // max(1, x.shape[0])
+        for pair, expert in enumerate(experts.reshape(-1).tolist()):
+            row = pair // share
+            self.linear(x[row : row + 1], table.layers[expert], out[pair : pair + 1], scratch)
+
+    def moe_sum(self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor,
+                out: torch.Tensor) -> None:
+        rows, top_k = experts.shape
+        order = experts.argsort(dim=1, stable=True)
+        pairs = x.view(rows, top_k, -1)
+        for k in order.unbind(dim=1):
+            index = k[:, None]
+            chosen = pairs.gather(1, index[:, :, None].expand(-1, -1, pairs.shape[2]))
+            out += weights.gather(1, index) * chosen[:, 0]
+
+    def top_logits(self, logits: torch.Tensor, vocab_size: int, out: torch.Tensor,
+                   scratch: torch.Tensor) -> None:
+        for row, words in zip(logits.numpy(), out.numpy(), strict=True):
+            top_logits.write_result(row[:vocab_size], words)
+
+    def share_permutations(self, layers: Sequence[Linear]) -> None:
+        """Do nothing: each product permutes its input."""
+        return
+
+
+def group_table(groups: Sequence[tuple[int, int]]) -> list[tuple[int, int, int, int]]:
+    """Lay groups out in a tile.
+
+    Args:
+        groups: (bits, rows) of each, without padding.
+
+    Returns:
+        of each group: bits, first stored row, rows, byte offset of the first block in a tile.
+    """
+    table, first, offset = [], 0, 0
+    for bits, rows in groups:
+        table.append((bits, first, rows, offset))
+        first += rows
+        offset += ceil_div(rows, BLOCK_ROWS) * bits * BLOCK_BIT_BYTES
+    return table
+
+
+def _check_room(
+    layer: QuantizedLayer, table: list[tuple[int, int, int, int]], tile_bytes: int
+) -> None:
+    """Check that groups, each filled up to whole blocks, fit into what was planned.
+
+    Raises:
+        UnsupportedFormat: they need more blocks of rows than groups of equal size.
+    """
+    bits, _, rows, offset = table[-1]
+    if offset + ceil_div(rows, BLOCK_ROWS) * bits * BLOCK_BIT_BYTES <= tile_bytes:
+        return
+    fill = [-rows % BLOCK_ROWS for _, rows in layer.groups]
+    group = fill.index(max(fill))
+    raise uneven_group(layer, group)
+
+
+def uneven_group(layer: QuantizedLayer, group: int) -> UnsupportedFormat:
+    """Say that a group's rows do not fit whole blocks."""
+    return UnsupportedFormat(
+        f"{layer.source}.g_idx: channels of group {group}",
+        expected=f"a multiple of {BLOCK_ROWS}",
+        actual=layer.groups[group][1],
+    )
+
+
+def fill_tiles(values: torch.Tensor, target: torch.Tensor) -> None:
+    """Spread [G, N] over [tiles, G, 16]; columns beyond N become zero."""
+    groups, columns = values.shape
+    tiles = target.shape[0]
+    full = values.new_zeros((groups, tiles * TILE_COLUMNS))
+    full[:, :columns] = values
+    target.copy_(full.view(groups, tiles, TILE_COLUMNS).transpose(0, 1))
