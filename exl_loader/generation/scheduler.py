@@ -212,7 +212,7 @@ class Scheduler:
         return True
 
     @property
-    def is_busy(self) -> bool:
+    def _is_busy(self) -> bool:
         """True while a job or an evaluation holds pages that waiting jobs may get later."""
         return bool(self.active or self.evaluations)
 
@@ -239,7 +239,7 @@ class Scheduler:
             except CacheFull as error:
                 # Wait until a running request releases pages. A job that needs more than the
                 # whole cache fails.
-                if self._num_pages(job) <= self.cache.num_pages and self.is_busy:
+                if self._num_pages(job) <= self.cache.num_pages and self._is_busy:
                     return
                 self._finish(job, FAILED, error)
                 continue

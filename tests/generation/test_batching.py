@@ -15,6 +15,7 @@ from support.fake_model import count_up, endless, fake_engine
 
 GREEDY = {"temperature": 0, "ban_eos_token": True}
 LONG = {"temperature": 0, "max_new_tokens": 200}
+UP_TO_20 = {"temperature": 0, "max_new_tokens": 20}
 
 
 def next_of(text: list[int]) -> int:
@@ -247,10 +248,7 @@ def test_a_stream_continues_between_the_chunks_of_an_evaluation():
     assert cache.num_free_pages == 16
 
 
-# Pages, and computing only what is read
-
-
-UP_TO_20 = {"temperature": 0, "max_new_tokens": 20}
+# Pages, and how far ahead of its reader a text is computed
 
 
 def test_interleaved_generations_share_forward_passes():
