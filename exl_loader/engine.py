@@ -338,7 +338,7 @@ class LoadedModel:
                 raise
         raise InsufficientMemory(
             f"the logits of {count} tokens",
-            expected=f"{nbytes} bytes of main memory beside the model",
+            expected=f"{nbytes} bytes of free main memory",
             actual=f"{free_bytes} bytes free",
             remedy="Evaluate a part of the text, or call prompt_logprobs, which keeps a few rows",
         )

@@ -422,7 +422,7 @@ def _typed(error: BaseException) -> BaseException:
     if not is_out_of_memory(error):
         return error
     return InsufficientMemory(
-        "main memory for a step beside the model", expected="some MiB",
+        "main memory for a step", expected="a few MiB besides the model",
         actual="the system refused it",
         remedy="Close programs that use much memory, and try again",
     )

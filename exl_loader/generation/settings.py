@@ -233,7 +233,7 @@ class SamplingSettings:
         object.__setattr__(self, "json_schema", _json_schema("json_schema", self.json_schema))
         if self.grammar_string and self.json_schema:
             raise InvalidSettings(
-                "json_schema", expected="none beside grammar_string", actual="both",
+                "json_schema", expected="only one of json_schema and grammar_string", actual="both",
                 remedy="Leave one of them empty",
             )
 
@@ -296,7 +296,7 @@ class SamplingSettings:
             name = "stop_strings" if key == "stop" else key
             if name in chosen:
                 raise InvalidSettings(
-                    "stop", expected="none beside stop_strings, which is the same setting",
+                    "stop", expected="only one of stop and stop_strings, which are the same",
                     actual="both", remedy="Leave one of them out",
                 )
             if name in known:

@@ -151,7 +151,7 @@ def test_invalid_grammars_are_refused(tokenizer, settings):
 
 
 def test_two_grammars_are_refused():
-    with pytest.raises(InvalidSettings, match="none beside grammar_string"):
+    with pytest.raises(InvalidSettings, match="only one of json_schema and grammar_string"):
         SamplingSettings.from_dict({"json_schema": {}, "grammar_string": 'root ::= "a"'})
 
 
