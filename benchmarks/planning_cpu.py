@@ -25,7 +25,7 @@ from exl_loader.backends.build.build import build  # noqa: E402
 from exl_loader.backends.build.spec import cpu_spec  # noqa: E402
 from exl_loader.checkpoint import Checkpoint  # noqa: E402
 from exl_loader.utils.progress import NullProgress  # noqa: E402
-from extension.panel.panel import LoadOptions, plan_html  # noqa: E402
+from extension.panel.panel import ModelChoice, plan_html  # noqa: E402
 from support.sparse import LLAMA_2_7B, write_sparse_exl2  # noqa: E402
 
 # 37 tensors a layer and 7 around them.
@@ -38,7 +38,7 @@ def tasks(folder: Path) -> dict[str, Callable[[], object]]:
     config = LLAMA_2_7B | {"num_hidden_layers": LAYERS}
     large = write_sparse_exl2(folder / "large", shards=10, **config)
     common = write_sparse_exl2(folder / "7B", shards=4, **LLAMA_2_7B)
-    options = LoadOptions(str(common), 4096, "q4")
+    options = ModelChoice(str(common), ctx_size=4096, cache_type="q4")
 
     def headers() -> None:
         assert len(Checkpoint.open(large).headers) > 2000

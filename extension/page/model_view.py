@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from exl_loader import ExlLoaderError
-from exl_loader.cache.layout import PAGE_LEN
 
-from ..panel.gauge import DETAILS_ELEM_ID, PICK_ELEM_ID, UNFOLDED
+from ..panel.gauge import DETAILS_ELEM_ID, PAGE_LEN, PICK_ELEM_ID, UNFOLDED
 from ..panel.page_script import draw_in_order, follow_pick, keep_in_step
-from ..panel.panel import CACHE_TYPES, LoadOptions, error_html, reserve, slider_end, toggles_for
+from ..panel.panel import CACHE_TYPES, ModelChoice, error_html, reserve, slider_end, toggles_for
 from .session import Session
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
 class ModelView:
     """The panel's components, made in the current block of Gradio, and their events."""
 
-    def __init__(self, session: Session, first: LoadOptions) -> None:
+    def __init__(self, session: Session, first: ModelChoice) -> None:
         self._session = session
         with gr.Row(elem_id="exl_model_row"):
             self.model_dir = gr.Textbox(
@@ -111,7 +110,7 @@ class ModelView:
 
     def _chosen(self, known_dir: str, *values: Any) -> tuple[Any, ...]:
         """Follow another folder: the slider ends at the length of its model."""
-        options = replace(_options(values), ctx_size=0)
+        options = replace(_options(values), ctx_size=None)
         if options.model_dir == known_dir:
             return (gr.skip(),) * 2
         return options.model_dir, _ctx_slider(options)
@@ -136,7 +135,7 @@ class ModelView:
             return
         yield from self._opened(options)
 
-    def _opened(self, options: LoadOptions | None = None) -> Iterator[tuple[Any, ...]]:
+    def _opened(self, options: ModelChoice | None = None) -> Iterator[tuple[Any, ...]]:
         """Show a running load, if there is one, to its end.
 
         Args:
@@ -165,11 +164,11 @@ def _shown(html: str) -> Any:
     return gr.update(value=html, visible=bool(html))
 
 
-def _options(values: Any) -> LoadOptions:
-    return LoadOptions.from_values(dict(zip(OPTION_NAMES, values, strict=True)))
+def _options(values: Any) -> ModelChoice:
+    return ModelChoice.from_values(dict(zip(OPTION_NAMES, values, strict=True)))
 
 
-def _ctx_slider(options: LoadOptions) -> gr.Slider:
+def _ctx_slider(options: ModelChoice) -> gr.Slider:
     """Make a slider up to the model's length, at the context that a load would choose itself."""
     ctx_size = options.ctx_size
     if not ctx_size:

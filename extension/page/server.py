@@ -28,7 +28,7 @@ except KeyboardInterrupt:  # the import takes seconds
 
 from exl_loader.commands.model_options import DEMO_MODEL
 
-from ..panel.panel import LoadOptions
+from ..panel.panel import ModelChoice
 from .guard import AllowedHosts, Guard, host_name
 from .model_view import ModelView
 from .session import Session
@@ -61,7 +61,7 @@ HEADING = (
 )
 
 
-def make_page(session: Session, first: LoadOptions) -> gr.Blocks:
+def make_page(session: Session, first: ModelChoice) -> gr.Blocks:
     """Lay out the page and connect its events.
 
     Args:
@@ -188,7 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def serve(session: Session, args: argparse.Namespace) -> int:
     """Load the model and serve the page until interrupted; return an exit code on failure."""
-    options = LoadOptions.from_values({"model_dir": args.model})
+    options = ModelChoice.from_values({"model_dir": args.model})
     session.start_load(options)
     try:
         address = launch(make_page(session, options), port=args.port, share=args.share,

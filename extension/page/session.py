@@ -8,11 +8,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from exl_loader import InvalidSettings, ModelUnloaded, SamplingSettings
-from exl_loader.text.chat.fitting import fit_messages
 
 from ..panel.gauge import gauge_html
 from ..panel.loads import WatchedProgress, collected_warnings, follow
-from ..panel.panel import LoadOptions, error_html, plan_html, warnings_html
+from ..panel.panel import ModelChoice, error_html, plan_html, warnings_html
 
 if TYPE_CHECKING:
     from exl_loader import LoadedModel
@@ -27,7 +26,7 @@ class Session:
         self._thread: threading.Thread | None = None
         self._progress = WatchedProgress()
         self._model: LoadedModel | None = None
-        self._options: LoadOptions | None = None
+        self._options: ModelChoice | None = None
         self._problem = ""
         self._warnings = ""
 
@@ -41,11 +40,11 @@ class Session:
         return self._model
 
     @property
-    def options(self) -> LoadOptions | None:
+    def options(self) -> ModelChoice | None:
         """Return the options of the loaded model; None if there is none."""
         return self._options
 
-    def start_load(self, options: LoadOptions) -> None:
+    def start_load(self, options: ModelChoice) -> None:
         """Start to load in the background, after the current model has freed its memory.
 
         Raises:
@@ -63,14 +62,14 @@ class Session:
             self._thread = threading.Thread(target=self._load, args=(options,), daemon=True)
             self._thread.start()
 
-    def _load(self, options: LoadOptions) -> None:
+    def _load(self, options: ModelChoice) -> None:
         self._release()
         try:
             import exl_loader
 
             with collected_warnings() as warnings:
                 self._model = exl_loader.load(
-                    options.model_dir, progress=self._progress, **options.load_arguments()
+                    options.model_dir, progress=self._progress, **options.for_load()
                 )
             self._warnings = warnings_html(warnings)
             # A page that shows this model must show the context that the plan chose.
@@ -104,7 +103,7 @@ class Session:
         if model is not None:
             model.stop()
 
-    def gauge(self, options: LoadOptions, *, unfolded: bool = False) -> str:
+    def gauge(self, options: ModelChoice, *, unfolded: bool = False) -> str:
         """Draw the loaded model if these are its options, else what a load with them would take.
 
         Args:
@@ -147,7 +146,7 @@ class Session:
                 long. ExlLoaderError: see `LoadedModel.generate`.
         """
         model, chosen = self._loaded(), SamplingSettings.from_dict(settings)
-        fitted = fit_messages(messages, model.chat_ids, model.ctx_size, chosen.max_new_tokens)
+        fitted = model.fit_messages(messages, chosen.max_new_tokens)
         if fitted.notice and notices is not None:
             notices.append(fitted.notice)
         return model.generate(fitted.ids, chosen)

@@ -11,7 +11,7 @@ from html import escape
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
-from exl_loader.cache.layout import PAGE_LEN
+from exl_loader import LoadOptions
 from exl_loader.utils.byte_counts import GIB, amount
 
 from .gauge_style import STYLE
@@ -19,6 +19,9 @@ from .gauge_style import STYLE
 if TYPE_CHECKING:
     from exl_loader import Reservation
     from exl_loader.memory.reservation import DeviceReservation
+
+# Tokens of a page of the cache: the step of a slider of the context, and its least value.
+PAGE_LEN = int(LoadOptions.OPTIONS["ctx_size"].step or 1)
 
 # Cache type -> its name in the gauge, in the order of the gauge's buttons.
 CACHE_BITS = {"fp16": "16-bit", "q8": "8-bit", "q6": "6-bit", "q4": "4-bit"}

@@ -9,7 +9,6 @@ from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, Pr
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from exl_loader import InvalidConfig
-from exl_loader.text.chat.fitting import context_notice
 
 from . import loading
 from .contract import say
@@ -97,7 +96,7 @@ class Exllamav3HF(PreTrainedModel, GenerationMixin):
             is_full = found.shape[-1] >= prompt_len + new
             self.ended_by_length = is_full
             if new < int(asked) and is_full:
-                self._notices.append(context_notice(self.loaded.ctx_size, new))
+                self._notices.append(self.loaded.context_notice(new))
             return found
         except Exception as error:
             self._error = error

@@ -12,7 +12,7 @@ from exl_loader import InvalidTokenizer
 from exl_loader.utils.progress import default_progress
 
 from ..panel.loads import WatchedProgress, collected_warnings
-from ..panel.panel import LoadOptions, Toggles, resolve_cache_type, toggles_for
+from ..panel.panel import ModelChoice, Toggles, resolve_cache_type, toggles_for
 from . import contract, problems
 from .contract import DRAFT_OPTIONS, LOADERS, OPTION_DEFAULTS, say
 
@@ -40,7 +40,7 @@ lock = threading.RLock()
 running: WatchedProgress | None = None
 begun = 0
 _loaded: LoadedModel | None = None
-_loaded_as: LoadOptions | None = None
+_loaded_as: ModelChoice | None = None
 _warnings: list[str] = []
 last_load: LastLoad | None = None
 
@@ -50,7 +50,7 @@ def current() -> LoadedModel | None:
     return _loaded
 
 
-def is_loaded_as(options: LoadOptions) -> bool:
+def is_loaded_as(options: ModelChoice) -> bool:
     """Return whether a model is loaded with exactly these options."""
     return _loaded is not None and _loaded_as == options
 
@@ -139,7 +139,7 @@ def load(model_name: str, loader: str, wrap: Callable[[LoadedModel], T]) -> T:
         options = options_for(model_name, loader, values)
         with collected_warnings() as found:
             loaded = exl_loader.load(
-                options.model_dir, progress=progress, **options.load_arguments()
+                options.model_dir, progress=progress, **options.for_load()
             )
         try:
             wrapped = wrap(loaded)
@@ -172,7 +172,7 @@ def _watched() -> Iterator[WatchedProgress]:
 # ---- Options ----
 
 
-def options_for(model_name: str, loader: str, values: Mapping[str, Any]) -> LoadOptions:
+def options_for(model_name: str, loader: str, values: Mapping[str, Any]) -> ModelChoice:
     """Read load options from the web UI's values, under the web UI's names.
 
     Only the native loader takes a draft model, because transformers draws token by token.
@@ -181,8 +181,8 @@ def options_for(model_name: str, loader: str, values: Mapping[str, Any]) -> Load
     known |= {name: values.get(name) for name in _option_names(loader)}
     draft = str(known.get("model_draft") or "")
     known["model_draft"] = str(contract.model_path(draft)) if _is_chosen(draft) else ""
-    options = LoadOptions.from_values(known)
-    return replace(options, ctx_size=options.ctx_size or contract.default_ctx_size())
+    options = ModelChoice.from_values(known)
+    return replace(options, ctx_size=options.ctx_size or contract.default_ctx_size() or None)
 
 
 def _option_names(loader: str) -> tuple[str, ...]:
@@ -208,7 +208,7 @@ def page_values(model_name: str) -> dict[str, Any]:
     kept = {name: value for name, value in last.options.items() if value is not None}
     return kept | {
         "loader": last.loader, "ctx_size": options.ctx_size, "alpha_value": options.alpha_value,
-        "compress_pos_emb": options.compress_pos_emb, "gpu_split": options.gpu_split,
+        "compress_pos_emb": options.compress_pos_emb, "gpu_split": options.gpu_split or "",
         **toggles_for(options.cache_type)._asdict(),
     }
 

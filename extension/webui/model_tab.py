@@ -10,10 +10,16 @@ from types import ModuleType
 from typing import Any
 
 from exl_loader import ExlLoaderError
-from exl_loader.cache.layout import PAGE_LEN
 
 from ..panel import loads, panel
-from ..panel.gauge import DETAILS_ELEM_ID, PICK_ELEM_ID, UNFOLDED, gauge_html, message_html
+from ..panel.gauge import (
+    DETAILS_ELEM_ID,
+    PAGE_LEN,
+    PICK_ELEM_ID,
+    UNFOLDED,
+    gauge_html,
+    message_html,
+)
 from ..panel.page_script import draw_in_order, follow_pick, keep_in_step
 from . import contract, loading, options, problems
 from .contract import (

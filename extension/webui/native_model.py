@@ -11,12 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from exl_loader import SamplingSettings
-from exl_loader.generation.forward_model import LogitsRow
-from exl_loader.generation.sampling import Sampler, TokenRoles
-from exl_loader.generation.text_stream import TextStream
-from exl_loader.text.chat.fitting import context_notice
-
 from . import loading, problems
 from .request import (
     StopWatch,
@@ -145,8 +139,10 @@ class Exllamav3Model:
         watch = StopWatch(state)
         # In a chat the web UI itself drops a space at the start of an answer.
         previous = () if chosen.get("grammar_string") else ids
-        decoder = tokenizer.stream(chosen.get("skip_special_tokens", True), previous)
-        output = TextStream(decoder, chosen["stop_strings"])
+        output = self.loaded.text_stream(
+            previous, stop_strings=chosen["stop_strings"],
+            skip_special_tokens=chosen.get("skip_special_tokens", True),
+        )
         text, stopped = "", False
         # By ids, so that a stop is noticed after tokens that show no text as well.
         with self.loaded.generate_ids(ids, chosen, progress=watch) as generation:
@@ -171,7 +167,9 @@ class Exllamav3Model:
         if generation.finish_reason == "context" or (
             generation.finish_reason == "length" and is_full
         ):
-            problems.notice(context_notice(length, figures.completion_tokens))
+            problems.notice(
+                self.loaded.context_notice(figures.completion_tokens, length)
+            )
         if chosen["max_new_tokens"] == 1:
             self._keep_scores(ids, chosen)
 
@@ -223,13 +221,5 @@ class Exllamav3Model:
         hijack = sys.modules.get("modules.sampler_hijack")
         if hijack is None:
             return
-        parsed = SamplingSettings.from_dict(chosen)
-        roles = TokenRoles.from_request(
-            parsed, self.loaded.tokenizer, vocab_size=self.config.vocab_size,
-            eos_ids=self.loaded.eos_token_ids, prompt_ids=ids,
-        )
-        row = self.loaded.next_logits(ids)
-        left = Sampler(parsed, roles=roles).candidates(LogitsRow(row.numpy()), ids)
-        scores = torch.full((1, row.shape[0]), float("-inf"))
-        scores[0, torch.as_tensor(left.ids)] = torch.as_tensor(left.logits, dtype=torch.float32)
-        hijack.global_scores = scores  # type: ignore[attr-defined]
+        scores = self.loaded.filtered_logits(ids, chosen)
+        hijack.global_scores = scores.unsqueeze(0)  # type: ignore[attr-defined]

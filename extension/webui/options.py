@@ -6,7 +6,7 @@ from typing import Any
 
 from exl_loader import InvalidSettings
 
-from ..panel.panel import DEFAULT_CACHE_TYPE, LoadOptions, plain_cache_type, toggles_for
+from ..panel.panel import DEFAULT_CACHE_TYPE, ModelChoice, plain_cache_type, toggles_for
 from . import contract
 from .contract import DRAFT_OPTIONS, LOADERS, OPTION_DEFAULTS, PANEL_IDS, say
 from .patching import Patches
@@ -128,10 +128,11 @@ def _current(saved: dict[str, Any]) -> dict[str, Any]:
     changed: dict[str, Any] = {}
     if "max_seq_len" in saved:
         changed["ctx_size"] = saved.get("ctx_size", saved["max_seq_len"])
-    options = LoadOptions.from_values(saved | changed)
+    options = ModelChoice.from_values(saved | changed)
     for name in ("ctx_size", "alpha_value", "compress_pos_emb"):
         if name in saved or name in changed:
-            changed[name] = getattr(options, name)
+            # The web UI writes 0 for a context that is left to the loader.
+            changed[name] = getattr(options, name) or 0
     if any(name in saved for name in _CACHE_OPTIONS):
         # If only one of the three were set, another model's toggle would stay on.
         changed |= toggles_for(options.cache_type)._asdict()

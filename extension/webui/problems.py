@@ -23,13 +23,13 @@ from exl_loader import (
     InvalidConfig,
     InvalidSettings,
     InvalidTokenizer,
+    LoadOptions,
     ModelNotFound,
     ModelUnloaded,
     PromptTooLong,
     UnsupportedArchitecture,
     UnsupportedFormat,
 )
-from exl_loader.checkpoint.config import ModelConfig
 from exl_loader.utils.errors import known_line, modules_of
 from exl_loader.utils.json_keys import read_json_object_if_there
 
@@ -199,7 +199,7 @@ def _check_files(path: Path, error: Exception) -> None:
     if isinstance(error, _OF_CONTENT) and (path / "config.json").is_file():
         # Our own reading of config.json names the key.
         with contextlib.suppress(ModelNotFound, UnsupportedArchitecture):
-            ModelConfig.from_dir(path)
+            LoadOptions().stretched_length(path)
         raise InvalidConfig(
             str(path), expected="JSON files with the keys of a model",
             actual=f"content that the web UI cannot read ({type(error).__name__}: {error})",

@@ -19,7 +19,7 @@ import torch
 import exl_loader
 from exl_loader.memory.reservation import Reservation
 from extension.page.session import Session
-from extension.panel.panel import LoadOptions
+from extension.panel.panel import ModelChoice
 from extension.webui import loading, registration
 from support import REPO
 from support.webui_double import write_webui
@@ -49,7 +49,7 @@ def cache_type(request):
 
 def of_session(cache_type: str) -> tuple[Answer, Reservation]:
     session = Session()
-    session.start_load(LoadOptions(str(DEMO), CTX_SIZE, cache_type))
+    session.start_load(ModelChoice(str(DEMO), ctx_size=CTX_SIZE, cache_type=cache_type))
     assert list(session.follow())[-1] == "", "the load's error"
     try:
         generation = session.continue_text(PROMPT, SETTINGS)

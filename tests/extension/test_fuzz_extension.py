@@ -10,7 +10,7 @@ from exl_loader.text.tokenizer import Tokenizer
 from exl_loader.utils.errors import ExlLoaderError, InvalidSettings
 from extension.install import plugin_files, saved_settings
 from extension.install.environment import InstallError, check_folder
-from extension.panel.panel import LoadOptions, plan_html, reserve
+from extension.panel.panel import ModelChoice, plan_html, reserve
 from extension.webui import contract, request
 from extension.webui.options import with_current_values
 from support.odd_values import odd_values
@@ -52,14 +52,14 @@ def test_an_odd_field_of_the_loader(folder, name):
     for value in odd_values():
         try:
             values = {"model_dir": str(folder), "model_draft": "", name: value}
-            options = LoadOptions.from_values(values)
+            options = ModelChoice.from_values(values)
         except InvalidSettings as error:
             assert name in str(error)
             continue
         plan_html(options).encode()
         try:
             assert reserve(options).total_bytes > 0
-            options.load_arguments()
+            options.for_load()
         except ExlLoaderError as error:
             str(error).encode()
 

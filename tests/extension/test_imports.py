@@ -9,19 +9,10 @@ from support import REPO
 
 # Module below the top level of exl_loader -> why a front end imports it.
 INTERNAL = {
-    "cache.layout": "PAGE_LEN, the step of the context's slider",
     "checkpoint": "is_quantised: which folders are this loader's",
-    "checkpoint.config": "ModelConfig names the wrong key of a config.json that the web UI refuses",
-    "checkpoint.rope": "the panel ends the context's slider at the length with RoPE scaling",
     "commands.generate": "the page starts with the prompt of `generate`",
     "commands.model_options": "the page shows the shipped model with the defaults of `generate`",
-    "generation.forward_model": "the web UI's Logits tab shows what the samplers leave",
-    "generation.sampling": "the web UI's Logits tab shows what the samplers leave",
     "generation.settings": "biases: the API's logit_bias is checked as the engine checks it",
-    "generation.text_stream": "ExLlamav2 looks for a stop after every token, shown or not",
-    "memory.reservation": "the panel plans a load; its records say what a folder needs",
-    "memory.reservation.length": "the panel ends the slider at the length with RoPE scaling",
-    "text.chat.fitting": "both pages cut a conversation, and report it, in the same words",
     "utils.byte_counts": "byte counts are written as in the engine's own messages",
     "utils.errors": "printable, known_line, modules_of: errors of the system in one line",
     "utils.json_keys": "files of the web UI are read with the engine's checks",

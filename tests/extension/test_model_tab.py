@@ -209,7 +209,7 @@ def test_a_draft_model_is_planned_drawn_and_loaded(page, folder):
 def test_the_samplers_of_transformers_take_no_draft_model(page):
     page.shared.args.model_draft = "absent"
     options = loading.options_for("tiny", "ExLlamav2_HF", vars(page.shared.args))
-    assert options.model_draft == "" and "model_draft" not in options.load_arguments()
+    assert options.model_draft is None and "model_draft" not in options.for_load()
 
 
 def test_a_failed_generation_is_shown_in_the_model_tab_until_the_next_load(page):

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 
-from extension.panel.panel import LoadOptions
+from extension.panel.panel import ModelChoice
 from extension.webui.options import RETIRED, with_current_values
 
 
@@ -23,8 +23,8 @@ def test_saved_toggles_match_the_cache_type_and_numbers_are_numbers(saved, shown
     once = dict(with_current_values({"a$": entry})["a$"])
     values = tuple(once.get(name) for name in ("cache_type", "cache_8bit", "cache_4bit"))
     assert values == (shown or (None,) * 3), "options that the file does not name are left out"
-    before = LoadOptions.from_values({"ctx_size": saved.get("max_seq_len"), **saved})
-    after = LoadOptions.from_values(once)
+    before = ModelChoice.from_values({"ctx_size": saved.get("max_seq_len"), **saved})
+    after = ModelChoice.from_values(once)
     assert after == before, "the load is the same"
     assert all(isinstance(once[n], (int, float)) for n in once if n in ("ctx_size", "alpha_value"))
     assert with_current_values({"a$": once})["a$"] == once

@@ -204,9 +204,9 @@ def port():
     pytest.importorskip("gradio")
     from extension.page.server import launch, make_page
     from extension.page.session import Session
-    from extension.panel.panel import LoadOptions
+    from extension.panel.panel import ModelChoice
 
-    page = make_page(Session(), LoadOptions("nowhere"))
+    page = make_page(Session(), ModelChoice("nowhere"))
     address = launch(page, allowed_hosts=["box.example.org"])
     yield int(address.rpartition(":")[2].strip("/"))
     page.close(verbose=False)

@@ -13,7 +13,8 @@ from exl_loader.memory.buffers import live_bytes
 from exl_loader.utils.errors import InvalidSettings, ModelNotFound, ModelUnloaded, PromptTooLong
 from extension.page.session import Session
 from extension.panel import panel
-from extension.panel.panel import LoadOptions, plan_html, reachable_length, reserve
+from extension.panel.panel import ModelChoice, plan_html, reserve, slider_end
+from extension.webui import contract
 from support.counting import count
 from support.sparse import LLAMA_2_7B, exl2_tensors, write_sparse_exl2
 from support.tiny import CONFIG
@@ -34,40 +35,43 @@ from support.tiny import CONFIG
     ],
 )
 def test_saved_values_that_disagree_are_resolved(values, expected):
-    assert LoadOptions.from_values(values).cache_type == expected
+    assert ModelChoice.from_values(values).cache_type == expected
 
 
 def test_options_from_a_page_are_the_planners_arguments():
-    options = LoadOptions.from_values({
+    options = ModelChoice.from_values({
         "model_dir": " /m ", "ctx_size": 4096.0, "cache_type": "q4", "alpha_value": "2.5",
         "compress_pos_emb": None, "gpu_split": "", "loader": "ExLlamav2",
     })
-    assert options == LoadOptions("/m", 4096, "q4", 2.5)
-    assert options.arguments() == {
-        "ctx_size": 4096, "cache_type": "q4", "alpha_value": 2.5, "compress_pos_emb": 1.0,
-        "gpu_split": None,
-    }
-    assert LoadOptions.from_values({"model_dir": " ~/m "}).model_dir == os.path.expanduser("~/m")
-    empty = LoadOptions.from_values({"ctx_size": 0, "alpha_value": "", "model_dir": None})
-    assert empty == LoadOptions("") and empty.arguments()["ctx_size"] is None
+    assert options == ModelChoice("/m", ctx_size=4096, cache_type="q4", alpha_value=2.5)
+    assert options.for_plan() == {"ctx_size": 4096, "cache_type": "q4", "alpha_value": 2.5}
+    assert ModelChoice.from_values({"model_dir": " ~/m "}).model_dir == os.path.expanduser("~/m")
+    empty = ModelChoice.from_values({"ctx_size": 0, "alpha_value": "", "model_dir": None})
+    assert empty == ModelChoice("") and empty.for_plan() == {}
+
+
+def test_options_of_the_web_ui_have_the_defaults_of_the_engine():
+    """The web UI's flags are added where the engine is too slow to import."""
+    for name in contract.ROPE_OPTIONS:
+        assert contract.OPTION_DEFAULTS[name] == ModelChoice.OPTIONS[name].default
 
 
 def test_gauge_shows_the_plan_and_follows_every_option(tiny_model_dir):
     seen = set()
-    for options in (LoadOptions(str(tiny_model_dir)), LoadOptions(str(tiny_model_dir), 4096),
-                    LoadOptions(str(tiny_model_dir), 4096, "q4")):
+    folder = str(tiny_model_dir)
+    for options in (ModelChoice(folder), ModelChoice(folder, ctx_size=4096),
+                    ModelChoice(folder, ctx_size=4096, cache_type="q4")):
         html = plan_html(options)
         assert f"{reserve(options).ctx_size:,} tokens of context" in html
         seen.add(html)
     assert len(seen) == 3
-    length = reachable_length(LoadOptions(str(tiny_model_dir)))
-    stretched = LoadOptions(str(tiny_model_dir), alpha_value=2.0)
-    assert reachable_length(stretched) == 2 * length
+    length = slider_end(ModelChoice(str(tiny_model_dir)))
+    assert slider_end(ModelChoice(str(tiny_model_dir), alpha_value=2.0)) == 2 * length
 
 
 def test_the_gauge_of_a_7b_model_needs_few_calls_per_tensor(tmp_path):
     folder = write_sparse_exl2(tmp_path / "large", shards=4, **LLAMA_2_7B)
-    options = LoadOptions(str(folder), 4096, "q4")
+    options = ModelChoice(str(folder), ctx_size=4096, cache_type="q4")
 
     def work():
         assert "4,096 tokens of context" in plan_html(options)
@@ -83,21 +87,21 @@ def test_the_gauge_reads_no_weight(tiny_model_dir, monkeypatch):
 
     monkeypatch.setattr(Checkpoint, "read", read)
     monkeypatch.setattr(Checkpoint, "read_rows", read)
-    assert "Fits" in plan_html(LoadOptions(str(tiny_model_dir)))
+    assert "Fits" in plan_html(ModelChoice(str(tiny_model_dir)))
 
 
 def test_a_failed_plan_is_one_message(tmp_path, tiny_model):
-    assert "Choose a model folder" in plan_html(LoadOptions(""))
-    assert "Cannot be loaded" in plan_html(LoadOptions(str(tmp_path / "nowhere")))
+    assert "Choose a model folder" in plan_html(ModelChoice(""))
+    assert "Cannot be loaded" in plan_html(ModelChoice(str(tmp_path / "nowhere")))
     folder = tiny_model("broken")
-    html = plan_html(LoadOptions(str(folder), cache_type="q3<b>"))
+    html = plan_html(ModelChoice(str(folder), cache_type="q3<b>"))
     assert "Cannot be loaded" in html and "q3&lt;b&gt;" in html
     (folder / "config.json").write_text(json.dumps({"architectures": ["<b>X</b>"]}))
-    html = plan_html(LoadOptions(str(folder)))
+    html = plan_html(ModelChoice(str(folder)))
     assert "Cannot be loaded" in html and "<b>X</b>" not in html
     shutil.rmtree(folder)
     with pytest.raises(ModelNotFound):
-        reserve(LoadOptions(str(folder)))
+        reserve(ModelChoice(str(folder)))
 
 
 def loaded(session, options):
@@ -109,13 +113,13 @@ def loaded(session, options):
 def test_a_session_loads_shows_and_unloads(tiny_model_dir):
     before = live_bytes()
     session = Session()
-    shown, problem = loaded(session, LoadOptions(str(tiny_model_dir), 512))
+    shown, problem = loaded(session, ModelChoice(str(tiny_model_dir), ctx_size=512))
     assert problem == "" and all("progressbar" in html for html in shown)
     options = session.options
     gauge = session.gauge(options)
     assert "Measured equals reserved" in gauge
     # With other options the gauge shows what a load with them would take.
-    other = session.gauge(LoadOptions(str(tiny_model_dir), 1024))
+    other = session.gauge(ModelChoice(str(tiny_model_dir), ctx_size=1024))
     assert "1,024 tokens of context" in other and "Measured" not in other
     text = "".join(session.continue_text("ab", {"max_new_tokens": 4, "seed": 1}))
     assert text == "".join(session.continue_text("ab", {"max_new_tokens": 4, "seed": 1}))
@@ -133,7 +137,7 @@ def test_long_conversation_loses_its_oldest_questions_with_their_answers(tiny_mo
     config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": template}))
     session = Session()
     assert not session.has_template
-    loaded(session, LoadOptions(str(folder), 256))
+    loaded(session, ModelChoice(str(folder), ctx_size=256))
     assert session.has_template
     # One token per byte: three of these fit into 256 tokens, seven do not.
     roles = ("user", "assistant") * 3 + ("user",)
@@ -150,11 +154,11 @@ def test_long_conversation_loses_its_oldest_questions_with_their_answers(tiny_mo
 
 
 def test_a_plan_beside_a_loaded_model_counts_its_memory_as_free(tiny_model_dir, monkeypatch):
-    options = LoadOptions(str(tiny_model_dir), 2048)
+    options = ModelChoice(str(tiny_model_dir), ctx_size=2048)
     total = reserve(options).total_bytes + live_bytes()
     monkeypatch.setenv("EXL_LOADER_MEMORY_LIMIT", str(total + 1000))
-    with exl_loader.load(options.model_dir, **options.arguments()):
-        assert not exl_loader.plan(options.model_dir, **options.arguments()).fits
+    with exl_loader.load(options.model_dir, **options.for_plan()):
+        assert not exl_loader.plan(options.model_dir, **options.for_plan()).fits
         assert reserve(options).fits
         largest = reserve(options).largest_ctx_size["fp16"]
     assert largest == reserve(options).largest_ctx_size["fp16"] == 2048
@@ -163,13 +167,13 @@ def test_a_plan_beside_a_loaded_model_counts_its_memory_as_free(tiny_model_dir, 
 def test_a_failed_load_is_one_message_and_frees_everything(tiny_model_dir, monkeypatch):
     before = live_bytes()
     session = Session()
-    loaded(session, LoadOptions(str(tiny_model_dir), 512))
+    loaded(session, ModelChoice(str(tiny_model_dir), ctx_size=512))
     monkeypatch.setenv("EXL_LOADER_MEMORY_LIMIT", "1MiB")
-    _, problem = loaded(session, LoadOptions(str(tiny_model_dir), 32768))
+    _, problem = loaded(session, ModelChoice(str(tiny_model_dir), ctx_size=32768))
     assert "does not fit" in problem and "<details>" in problem
     # The previous model has been unloaded.
     assert session.model is None and live_bytes() == before
-    _, problem = loaded(session, LoadOptions(str(tiny_model_dir / "nowhere")))
+    _, problem = loaded(session, ModelChoice(str(tiny_model_dir / "nowhere")))
     assert problem.count("<section") == 1
 
 
@@ -181,7 +185,7 @@ def test_an_unexpected_error_has_its_traceback_folded(tiny_model_dir, monkeypatc
 
     monkeypatch.setattr(exl_loader.loader, "load", broken)
     session = Session()
-    _, problem = loaded(session, LoadOptions(str(tiny_model_dir)))
+    _, problem = loaded(session, ModelChoice(str(tiny_model_dir)))
     assert "Unexpected ZeroDivisionError: our own &lt;mistake&gt;" in problem
     assert problem.index("<details>") < problem.index("in broken")
 
@@ -199,9 +203,9 @@ def test_two_loads_at_once_are_refused(tiny_model_dir, monkeypatch):
 
     monkeypatch.setattr(exl_loader.loader, "load", slow)
     session = Session()
-    session.start_load(LoadOptions(str(tiny_model_dir), 512))
+    session.start_load(ModelChoice(str(tiny_model_dir), ctx_size=512))
     with pytest.raises(InvalidSettings, match="one load at a time"):
-        session.start_load(LoadOptions(str(tiny_model_dir), 1024))
+        session.start_load(ModelChoice(str(tiny_model_dir), ctx_size=1024))
     go.set()
     session.unload()
     assert not session.loading and session.model is None
@@ -212,8 +216,8 @@ def test_panel_needs_neither_gradio_nor_pytorch(tiny_model_dir):
 
     code = (
         "import sys\n"
-        "from extension.panel.panel import LoadOptions, plan_html\n"
-        f"assert 'Fits' in plan_html(LoadOptions({str(tiny_model_dir)!r}))\n"
+        "from extension.panel.panel import ModelChoice, plan_html\n"
+        f"assert 'Fits' in plan_html(ModelChoice({str(tiny_model_dir)!r}))\n"
         "print({'gradio', 'torch'} & set(sys.modules))\n"
     )
     folder = panel.__file__.rpartition("extension")[0]

@@ -182,7 +182,7 @@ def test_context_0_is_the_webuis_default(webui, model):
 def test_context_0_is_left_to_the_plan_without_a_default(webui, model):
     webui(models=("shared.args.ctx_size = 8192", "pass"))
     registration.register()
-    assert loading.options_for(model, "ExLlamav2", {"ctx_size": 0}).ctx_size == 0
+    assert loading.options_for(model, "ExLlamav2", {"ctx_size": 0}).ctx_size is None
 
 
 @pytest.mark.parametrize("flags, expected", [
