@@ -7,7 +7,6 @@ the web UI's choice of a loader. Headers are read, weights are not, and PyTorch 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from ..utils.errors import (
 )
 from ..utils.json_keys import read_json_object_if_there
 from ..utils.output import warn_once
+from .architectures import ARCHITECTURES
 from .quantization import Quantization
 from .safetensors_header import FileIdentity, TensorHeader, read_header
 from .weight_files import (
@@ -40,7 +40,8 @@ QUANTISED_FORMATS = ("exl2", "gptq")
 # Names that stand under `model.` in a causal language model, and at the top where the file
 # was saved from the model without its head.
 _BODY = ("layers.", "embed_tokens.", "norm.")
-_LAYER = re.compile(r"(?:model\.)?layers\.(\d{1,6})\.")
+# Where the architectures have embedding, layers and final norm.
+_BODY_NAMES = {(a.embedding, a.layers, a.final_norm) for a in ARCHITECTURES.values()}
 
 Headers = dict[str, TensorHeader]
 
@@ -185,11 +186,11 @@ class _Files:
             headers = with_body_prefix(self.read(names)[0])
         except ExlLoaderError:
             return False
-        ends = {"model.embed_tokens.weight", "model.norm.weight"}
-        matches = (_LAYER.match(name) for name in headers)
-        layers = {int(match[1]) for match in matches if match}
-        wanted = len(layers) if num_layers is None else num_layers
-        return ends <= headers.keys() and bool(layers) and layers == set(range(wanted))
+        return any(
+            {f"{embedding}.weight", f"{norm}.weight"} <= headers.keys()
+            and _has_every_layer(headers, f"{layers}.", num_layers)
+            for embedding, layers, norm in _BODY_NAMES
+        )
 
     def _has_quantised(self, names: list[str]) -> bool:
         return not {"qweight", "q_weight"}.isdisjoint(_endings(self.read(names)[0]))
@@ -204,6 +205,15 @@ class _Files:
         number = value.get("num_hidden_layers")
         # A damaged number says nothing; config.py refuses it by name.
         return number if type(number) is int and 0 < number < 1 << 16 else None
+
+
+def _has_every_layer(names: Iterable[str], prefix: str, num_layers: int | None) -> bool:
+    """Tell whether layers 0, 1, ... are named, without a gap or up to a known number."""
+    numbers = {
+        name[len(prefix) :].partition(".")[0] for name in names if name.startswith(prefix)
+    }
+    wanted = len(numbers) if num_layers is None else num_layers
+    return bool(numbers) and numbers == {str(number) for number in range(wanted)}
 
 
 def _endings(names: Iterable[str]) -> set[str]:

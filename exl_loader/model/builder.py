@@ -212,11 +212,14 @@ def build_parts(
     devices = device_map or DeviceMap.single(MAIN_MEMORY, config.num_hidden_layers)
     assert len(devices.layers) == config.num_hidden_layers
     builder = Builder(config, checkpoint)
-    head = builder.head(devices.head)
+    # The embedding first: its shape is the plainest sign of a config of another model.
+    embedding, head = builder.embedding(devices.embed), builder.head(devices.head)
+    if builder.is_tied(head) and devices.embed == devices.head:
+        embedding.head = head.linear
     parts = ModelParts(
         config=config,
         device_map=devices,
-        embedding=builder.embedding(devices.embed, head.linear),
+        embedding=embedding,
         layers=tuple(builder.layer(i, device) for i, device in enumerate(devices.layers)),
         head=head,
     )
@@ -232,13 +235,12 @@ class Builder:
         self._architecture = ARCHITECTURES[config.architecture]
         self._rope = Rope(config.rope)
 
-    def embedding(self, device: str, head: Linear) -> Embedding:
-        """Make the embedding, which a tied head on the same device serves as."""
+    def embedding(self, device: str) -> Embedding:
+        """Make the embedding, with a table of its own."""
         config, name = self._config, f"{self._architecture.embedding}.weight"
         shape = (config.vocab_size, config.hidden_size)
         spec = TensorSpec(name, "weights", self._dtype(name, shape), shape, device)
-        is_tied = head.plan.source == self._architecture.embedding and head.device == device
-        return Embedding(spec, config.embedding_multiplier, head if is_tied else None)
+        return Embedding(spec, config.embedding_multiplier)
 
     def head(self, device: str) -> Head:
         """Make final norm and output head; a head of its own wins over a tied one."""
@@ -250,6 +252,10 @@ class Builder:
         )
         norm = self._norm(names.final_norm, config.hidden_size, device)
         return Head(norm, linear, config.final_logit_softcapping)
+
+    def is_tied(self, head: Head) -> bool:
+        """Tell whether the head is read from the embedding's tensor."""
+        return head.linear.plan.source == self._architecture.embedding
 
     def layer(self, index: int, device: str) -> Layer:
         """Make a decoder layer."""
@@ -368,14 +374,19 @@ class Builder:
 def _judge_unused(parts: ModelParts, checkpoint: Checkpoint) -> None:
     """Refuse or warn about tensors that no part asks for."""
     config = parts.config
-    layers = f"{ARCHITECTURES[config.architecture].layers}."
+    names = ARCHITECTURES[config.architecture]
+    layers = f"{names.layers}."
+    # What ends so in a layer is a norm, of this architecture or of another.
+    norm_endings = ("norm.weight", *(
+        f".{norm}.weight" for norm in (names.attn_input_norm, names.mlp_input_norm)
+    ))
     norms = {norm.spec.name for norm in parts.norms()}
     sources = {linear.plan.source for linear in parts.linears()}
     sources.add(parts.embedding.spec.name.removesuffix(".weight"))
     unused = []
     for name in checkpoint.headers:
         source, _, last = name.rpartition(".")
-        if name.startswith(layers) and name.endswith("norm.weight") and name not in norms:
+        if name.startswith(layers) and name.endswith(norm_endings) and name not in norms:
             raise InvalidCheckpoint(
                 name,
                 expected=f"only what config.json's {config.architecture} of "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from exl_loader.backends.reference.ops import ReferenceOps  # noqa: E402
 from exl_loader.checkpoint.architectures import ARCHITECTURES, Architecture  # noqa: E402
-from exl_loader.utils.errors import UnsupportedArchitecture  # noqa: E402
+from exl_loader.utils.errors import InvalidCheckpoint, UnsupportedArchitecture  # noqa: E402
 from support import REPO  # noqa: E402
 from support.hf_models import expected_logits, relative_error  # noqa: E402
 from support.model_builder import build_model, run_chunks  # noqa: E402
@@ -40,6 +41,8 @@ def example(monkeypatch) -> str:
     table = dict(ARCHITECTURES) | {entry.name: entry}
     for module in ("checkpoint.config", "model.builder"):
         monkeypatch.setattr(f"exl_loader.{module}.ARCHITECTURES", table)
+    names = {(entry.embedding, entry.layers, entry.final_norm)}
+    monkeypatch.setattr("exl_loader.checkpoint.folder._BODY_NAMES", names)
     return entry.name
 
 
@@ -76,6 +79,22 @@ def test_the_example_has_the_logits_of_transformers(example, tmp_path):
     model, cache = build_model(tmp_path, ReferenceOps())
     assert relative_error(run_chunks(model, cache, IDS, len(IDS)), expected) <= 2e-5
     assert relative_error(run_chunks(model, cache, IDS, 4), expected) <= 2e-5
+
+
+def test_weights_in_two_forms_are_told_apart(example, tmp_path):
+    """Which files are a whole model is decided by the names of the entry."""
+    expected = expected_logits(write_example(tmp_path, example), IDS)
+    shutil.copyfile(tmp_path / "model.safetensors", tmp_path / "consolidated.safetensors")
+    model, cache = build_model(tmp_path, ReferenceOps())
+    assert relative_error(run_chunks(model, cache, IDS, len(IDS)), expected) <= 2e-5
+
+
+def test_a_config_of_fewer_layers_is_refused(example, tmp_path):
+    write_example(tmp_path, example)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    with pytest.raises(InvalidCheckpoint, match=r"transformer\.h\.2\.ln_.* of 2 layers has"):
+        build_model(tmp_path, ReferenceOps())
 
 
 def test_the_example_is_not_registered(tmp_path):

@@ -69,6 +69,18 @@ def test_devices(tiny_model):
     assert {key[0] for key in place(parts.specs())} == {"cuda:0", "cuda:1"}
 
 
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize("cut", [0, 1, 2])
+def test_costs_are_the_bytes_of_every_split(tiny_model, cut, is_tied):
+    folder = tiny_model(f"tied-{is_tied}", tie_word_embeddings=is_tied)
+    costs = parts_of(folder, DeviceMap.single("cuda:0", 2)).costs()
+    layers = ("cuda:0",) * cut + ("cuda:1",) * (2 - cut)
+    segments = place(parts_of(folder, DeviceMap(layers[0], layers, layers[-1])).specs())
+    found = {device: segment.nbytes for (device, _), segment in segments.items()}
+    ranges = {"cuda:0": (0, cut), "cuda:1": (cut, 2)}
+    assert found == {device: costs.of_range(*ranges[device]) for device in dict.fromkeys(layers)}
+
+
 def test_fixture_layers_are_exl2(fixtures_dir):
     parts = parts_of(fixtures_dir / "llama-low")
     assert {linear.plan.format for linear in parts.linears()} == {"exl2"}
