@@ -1,7 +1,6 @@
-"""Load a model: plan, refuse what does not fit, build, take memory, fill it.
+"""Load a model: plan it, open its devices, allocate its buffers and read its weights.
 
-Nothing is read before the plan fits, and whatever fails gives everything back: a load that
-raises leaves the memory as it found it.
+No weight is read before the plan fits. A load that fails frees all its memory.
 """
 
 from __future__ import annotations
@@ -58,15 +57,15 @@ def load(
 
     Args:
         model_dir: folder with config.json and *.safetensors.
-        progress: told what takes long: importing PyTorch, compiling, reserving memory, reading
-            weights.
+        progress: gets the tasks of the load: importing PyTorch, compiling, reserving memory,
+            reading weights.
         options: see `LoadOptions`.
 
     Raises:
         InsufficientMemory: the model does not fit. Nothing was read and no memory was taken.
         ExlLoaderError: the folder or an option is wrong; see `plan`. InvalidTokenizer: the
             folder has a tokenizer that cannot be used. KernelBuildError: the kernels do not
-            compile. In every case all memory has been given back.
+            compile. In every case all memory has been freed.
     """
     progress = checked_progress(progress)
     chosen = LoadOptions.from_keywords("load", options)
@@ -85,17 +84,17 @@ def load(
 def _plan_and_load(
     model_dir: str | os.PathLike[str], options: LoadOptions, progress: Progress
 ) -> LoadedModel:
-    """Load what fits.
+    """Plan, and load the model if it fits.
 
-    The plan's parts hold views of the buffers. An error keeps the frame of `load`, whose locals
-    cannot be dropped while it runs, so the plan is in a frame of its own.
+    This is a function of its own because the plan's parts hold views of the buffers. After an
+    error, `load` drops the locals of all frames but its own, which is still running.
     """
     with planned(model_dir, options) as plan, torch_on_one_thread():
         return _load_planned(plan, options, progress)
 
 
 def _import_torch(progress: Progress) -> None:
-    """Import PyTorch, so that its libraries are in memory before what is free is measured."""
+    """Import PyTorch before the plan, so that the free memory is measured with its libraries."""
     if "torch" not in sys.modules:
         with task(progress, "importing PyTorch", None, ""):
             import torch  # noqa: F401
@@ -104,7 +103,7 @@ def _import_torch(progress: Progress) -> None:
 def _load_planned(
     plan: PlannedModel, options: LoadOptions, progress: Progress
 ) -> LoadedModel:
-    """Go through the steps that need PyTorch, the cheap ones that can fail first."""
+    """Do the steps that need PyTorch. Cheap steps that can fail come first."""
     if not plan.reservation.fits:
         raise refusal(plan.reservation)
     if plan.reservation.length_warning is not None:
@@ -121,12 +120,12 @@ def _load_planned(
     with ExitStack() as kept:
         buffers = allocate(plan.segments, progress)
         kept.callback(buffers.release)
-        reading = _Reading(buffers, ops, CacheType.parse(plan.reservation.cache_type),
-                           options, progress)
-        model, cache = reading.model(plan.model)
+        cache_type = CacheType.parse(plan.reservation.cache_type)
+        reader = _WeightReader(buffers, ops, cache_type, options, progress)
+        model, cache = reader.model(plan.model)
         drafter = None
         if plan.draft is not None:
-            draft, draft_cache = reading.model(plan.draft, DRAFT_PREFIX)
+            draft, draft_cache = reader.model(plan.draft, DRAFT_PREFIX)
             vocab_size = min(model.config.vocab_size, draft.config.vocab_size)
             drafter = DraftModel(draft, draft_cache, options.draft_max, vocab_size)
         loaded = LoadedModel(model, cache, tokenizer, plan.reservation, buffers, drafter)
@@ -137,15 +136,17 @@ def _load_planned(
 
 
 def _open_devices(model_dir: str | os.PathLike[str], options: LoadOptions) -> None:
-    """Take what running takes of the devices outside our buffers, so that the plan measures it.
+    """Initialize the devices, so that the plan can measure their overhead.
 
-    Of several devices only those are opened that a plan has given something.
+    Only devices that hold layers of the plan are initialized.
 
     Raises:
-        InsufficientMemory: the model does not fit anyway; no device was touched for it.
+        InsufficientMemory: the model does not fit, even with the overhead that is assumed for
+            devices that are not initialized.
     """
     names = chosen_devices(options)
-    # A device that takes more than was assumed may hand layers on to one that is closed.
+    # A device with more overhead than was assumed may hold fewer layers, so that the next plan
+    # needs another device.
     while any(not backend_of(name).is_initialized(name) for name in names):
         with planned(model_dir, options) as plan:
             if not plan.reservation.fits:
@@ -159,10 +160,10 @@ def _open_devices(model_dir: str | os.PathLike[str], options: LoadOptions) -> No
 
 
 def _open_ops(names: Sequence[str], progress: Progress) -> dict[str, DeviceOps]:
-    """Return each device's operations, compiled where that was not done yet.
+    """Return the operations of each device, and compile the kernels that are missing.
 
     Raises:
-        As `Backend.open`; what a device refused names it.
+        As `Backend.open`. Errors of a device name it.
     """
     opened: dict[str, DeviceOps] = {}
     for name in names:
@@ -205,20 +206,20 @@ def _lend(ops: DeviceOps, device: str, buffers: Buffers) -> Iterator[None]:
         yield
     finally:
         ops.upload_buffer = None
-    # After an error it is given back as it is: a card that failed does nothing more.
+    # Not after an error, because a card that failed runs nothing more.
     memory.zero_()
 
 
 def _tokenizer(model_dir: Path) -> Tokenizer | None:
-    """Open the folder's tokenizer; a folder without one runs on token ids alone."""
+    """Open the folder's tokenizer; None where it has none."""
     from .text.tokenizer import Tokenizer, has_tokenizer
 
     return Tokenizer.from_dir(model_dir) if has_tokenizer(model_dir) else None
 
 
 @dataclass
-class _Reading:
-    """Puts models together in buffers that have been taken."""
+class _WeightReader:
+    """Makes models from buffers that have been allocated, and reads their weights."""
 
     buffers: Buffers
     ops: Mapping[str, DeviceOps]
@@ -254,9 +255,9 @@ class _Reading:
                 raise
             raise InsufficientMemory(
                 "main memory for weights on their way into the buffers",
-                expected="what the plan saw free beside them",
+                expected="memory that the plan saw free",
                 actual="the system refused it",
-                remedy="Everything taken was given back. Close what took the memory meanwhile.",
+                remedy="All memory was given back. Close the program that took the memory.",
             ) from error
         workspaces = {
             device: self._views("workspace", prefix, device)

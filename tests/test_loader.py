@@ -282,7 +282,7 @@ def test_failure_at_each_allocation(
         patch.setitem(BACKENDS, "cpu", Failing(fail_at, how))
         caught = fails(tiny_model_dir, error)
     if error is InsufficientMemory:
-        assert "Everything taken was given back" in str(caught)
+        assert "All memory was given back" in str(caught)
         assert ("weights", "cache", "workspace")[fail_at - 1] in str(caught)
     loads(tiny_model_dir, expected)
 
@@ -333,7 +333,7 @@ def test_memory_that_vanishes_while_weights_are_read(
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoint, "_fill", hungry)
         caught = fails(tiny_model_dir, InsufficientMemory)
-    assert "Everything taken was given back" in str(caught)
+    assert "All memory was given back" in str(caught)
     loads(tiny_model_dir, expected)
 
 
