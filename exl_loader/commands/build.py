@@ -7,9 +7,9 @@ import json
 import time
 from typing import Any
 
-from ..backends.build.build import build, build_entry
-from ..backends.build.spec import require_cpu_spec
-from ..backends.build.store import discard, find_built, find_entry
+from ..backends.build.build import build_entry
+from ..backends.build.spec import BuildSpec, require_cpu_spec
+from ..backends.build.store import Entry, discard, find_entry
 from ..backends.cuda.arch import arch_name, parse_archs
 from ..backends.cuda.compilers import cuda_spec
 from ..backends.cuda.driver import driver_release
@@ -39,25 +39,13 @@ def run(args: argparse.Namespace) -> int:
     if args.cuda_arch is not None:
         return _run_cuda(args.cuda_arch, args.force, args.json)
     spec = require_cpu_spec()
-    found = find_built(spec)
-    if found is not None and args.force:
-        discard(found)
-        found = None
-    began = time.perf_counter()
-    library = build(spec, default_progress())
-    seconds = time.perf_counter() - began
-    result = {
-        "library": str(library),
-        "library_bytes": library.stat().st_size,
-        "compiled": found is None,
-        "seconds": round(seconds, 3),
-        "compiler": spec.compiler.version,
-        "flags": list(spec.flags),
-    }
+    entry, made = _build(spec, args.force)
+    library = entry.directory / spec.library_name
+    result = {"library": str(library), "library_bytes": entry.total_bytes, **made}
     if args.json:
         print(json.dumps(result, indent=2))
     else:
-        _say(result, str(library))
+        _print_result(result, str(library))
     return 0
 
 
@@ -66,33 +54,36 @@ def _run_cuda(archs: str, force: bool, as_json: bool) -> int:
     driver = driver_release()
     results = []
     for capability in parse_archs(archs):
-        spec = cuda_spec(capability, driver=driver)
-        found = find_entry(spec)
-        if found is not None and force:
-            discard(found.files[0])
-            found = None
-        began = time.perf_counter()
-        entry = build_entry(spec, default_progress())
-        seconds = time.perf_counter() - began
+        entry, made = _build(cuda_spec(capability, driver=driver), force)
+        arch = arch_name(capability)
+        folder = str(entry.directory)
         results.append(
-            {
-                "arch": arch_name(capability),
-                "folder": str(entry.directory),
-                "total_bytes": entry.total_bytes,
-                "compiled": found is None,
-                "seconds": round(seconds, 3),
-                "compiler": spec.compiler.version,
-                "flags": list(spec.flags),
-            }
+            {"arch": arch, "folder": folder, "total_bytes": entry.total_bytes, **made}
         )
         if not as_json:
-            _say(results[-1], f"{arch_name(capability)} in {entry.directory}")
+            _print_result(results[-1], f"{arch} in {folder}")
     if as_json:
         print(json.dumps(results, indent=2))
     return 0
 
 
-def _say(result: dict[str, Any], built: str) -> None:
+def _build(spec: BuildSpec, force: bool) -> tuple[Entry, dict[str, Any]]:
+    """Build, and describe how: whether anything was compiled, seconds, compiler and flags."""
+    found = find_entry(spec)
+    if found is not None and force:
+        discard(found.files[0])
+        found = None
+    began = time.perf_counter()
+    entry = build_entry(spec, default_progress())
+    return entry, {
+        "compiled": found is None,
+        "seconds": round(time.perf_counter() - began, 3),
+        "compiler": spec.compiler.version,
+        "flags": list(spec.flags),
+    }
+
+
+def _print_result(result: dict[str, Any], built: str) -> None:
     if result["compiled"]:
         print(f"compiled {built} in {result['seconds']:.1f} s with {result['compiler']}")
     else:

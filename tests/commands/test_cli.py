@@ -8,6 +8,7 @@ import types
 import pytest
 
 from exl_loader.backends.build import toolchain
+from exl_loader.backends.build.store import Entry
 from exl_loader.commands import build as build_command
 from exl_loader.commands import cli, doctor
 from exl_loader.utils.errors import KernelBuildError, ModelNotFound
@@ -217,12 +218,14 @@ def test_build_says_what_it_did(tmp_path, monkeypatch, capsys):
     library.parent.mkdir()
     library.write_bytes(b"1234")
     spec = types.SimpleNamespace(
-        compiler=toolchain.Compiler(("g++",), "gcc", "g++ 12.2.0"), flags=("-O3",)
+        compiler=toolchain.Compiler(("g++",), "gcc", "g++ 12.2.0"), flags=("-O3",),
+        library_name=library.name,
     )
-    found = [None, library, library]
+    entry = Entry(library.parent, (library,))
+    found = [None, entry, entry]
     monkeypatch.setattr(build_command, "require_cpu_spec", lambda: spec)
-    monkeypatch.setattr(build_command, "find_built", lambda spec: found.pop(0))
-    monkeypatch.setattr(build_command, "build", lambda spec, progress: library)
+    monkeypatch.setattr(build_command, "find_entry", lambda spec: found.pop(0))
+    monkeypatch.setattr(build_command, "build_entry", lambda spec, progress: entry)
     assert cli.main(["build", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["compiled"] is True and result["library_bytes"] == 4

@@ -1,4 +1,4 @@
-"""What tests of builds share, of libraries and of cubins."""
+"""Tools for tests of builds, of libraries and of cubins."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ print(build(cpu_spec(pathlib.Path(sys.argv[1]))))
 
 
 class Recorder:
-    """Progress that writes down what it was told."""
+    """Progress that records its calls."""
 
     def __init__(self) -> None:
         self.calls: list[tuple] = []
@@ -45,7 +45,7 @@ class Recorder:
 
 
 def find_partials(cache: Path) -> list[str]:
-    """Names of the unfinished builds in a folder of builds."""
+    """Name the private directories of unfinished builds in a folder of builds."""
     return [path.name for path in cache.iterdir() if "partial" in path.name]
 
 
@@ -61,13 +61,13 @@ def write_sources(root: Path) -> Path:
 
 
 def works(library: str | Path) -> bool:
-    """Whether a library is what `write_sources` says."""
+    """Return whether a library's functions are those of `write_sources`."""
     opened = ctypes.CDLL(str(library))
     return opened.exl_answer() == 42 and opened.exl_double(21) == 42
 
 
 def write_compiler(script: Path, before_compiling: str) -> Path:
-    """Write a compiler that is the machine's own, and runs shell commands before it compiles."""
+    """Write a script that runs shell commands and then the machine's compiler."""
     found = toolchain.find_compiler()
     assert found is not None
     script.write_text(
@@ -80,7 +80,7 @@ def write_compiler(script: Path, before_compiling: str) -> Path:
 
 
 def spawn_build(sources: Path, **options) -> subprocess.Popen[str]:
-    """Build in another process, which prints where the library is."""
+    """Build in another process, which prints the library's path."""
     return subprocess.Popen(
         [sys.executable, "-c", _BUILD, str(sources)], cwd=REPO, stdout=subprocess.PIPE,
         text=True, **options,
@@ -91,12 +91,12 @@ def wait_for(condition: Callable[[], object], seconds: float = 300.0) -> None:
     """Wait until a condition holds."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "the condition did not come true"
         time.sleep(0.02)
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process is there and does more than wait for somebody to read its end."""
+    """Return whether a process exists and is no zombie."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -109,6 +109,6 @@ def is_running(pid: int) -> bool:
 
 
 def default_signals() -> None:
-    """Let signals end a child; what a shell starts in the background, or nohup, ignores them."""
+    """Let signals end a child; a process that a shell starts in the background ignores them."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)

@@ -1,9 +1,9 @@
-"""From source to binary, in one replaceable step.
+"""Compile kernels with ninja, once for all processes, and keep the result.
 
-Look for a finished build; take the lock; look again; compile with ninja in a private
-directory; seal it and let it appear by one rename (`store.py`). A killed build, a damaged
-binary or a lock whose holder died therefore heal themselves on the next call. Compilers end
-with the process that wanted them, whatever ends it (`supervise.py`). No PyTorch.
+`build_entry` looks for a finished build and otherwise takes the build's lock, compiles in a
+private directory and publishes that directory by one rename (`store.py`). A killed build leaves
+only its private directory, which the next build removes. Compilers end with the process that
+wanted them (`supervise.py`). No PyTorch.
 """
 
 from __future__ import annotations
@@ -13,27 +13,40 @@ import os
 import re
 import shutil
 import subprocess
-import sys
-import uuid
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from ...utils.errors import KernelBuildError
 from ...utils.progress import NullProgress, Progress
 from ...utils.system.processes import join_command
 from . import supervise
-from .lock import build_lock
 from .spec import BuildSpec
-from .store import Entry, find_entry, publish, seal, verify, writable_dir
+from .store import (
+    Entry,
+    find_entry,
+    private_prefix,
+    publish,
+    remove_private,
+    seal,
+    verify,
+    writable_dir,
+)
 from .toolchain import compiler_environment, find_ninja
 
 TASK = "compiling kernels"
+WAIT_TASK = "waiting for another process, which compiles the same kernels"
 
-# NINJA_STATUS below is "[finished/total] "; ninja writes it when a unit is done.
-_STATUS = re.compile(rb"^\[(\d{1,9})/(\d{1,9})\] ")
-# Of the output of all compilers the beginning and the end are kept, this much of each.
-_KEPT_BYTES = 1 << 18
-_MAX_LINE_BYTES = 1 << 16
+# A waiting process asks for the lock this often.
+_POLL_S = 0.1
+# NINJA_STATUS below is "[finished/total] ". ninja writes it, and the unit's name, in a line when
+# a unit is done.
+_STATUS = re.compile(rb"^\[(\d{1,9})/\d{1,9}\] .*\n?", re.MULTILINE)
+_MAX_STATUS_BYTES = 64
+# The beginning and the end of the compilers' output are kept, this much of each.
+KEPT_BYTES = 1 << 18
+_READ_BYTES = 1 << 16
 # In the C locale, which _run_ninja sets.
 _DISK_FULL = "No space left on device"
 _ERROR_LINE = re.compile(r"\berror\b[: ]", re.IGNORECASE)
@@ -44,7 +57,7 @@ def build(
     progress: Progress | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> Path:
-    """Return the library of a spec, compiling it where no finished build exists.
+    """Return the library of a spec; compile it where no finished build exists.
 
     Args, errors: of `build_entry`.
 
@@ -59,18 +72,19 @@ def build_entry(
     progress: Progress | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> Entry:
-    """Return the finished build of a spec, compiling where there is none.
+    """Return the finished build of a spec; compile where there is none.
 
     Args:
         spec: what to build.
-        progress: shows compiling as units done of all, and waiting for another process.
-        environ: `EXL_LOADER_CACHE_DIR` says where builds are kept.
+        progress: shows compiled units out of all units, and seconds of waiting for another
+            process.
+        environ: `EXL_LOADER_CACHE_DIR` names the folder in which builds are kept.
 
     Returns:
         The directory and its files, verified against their checksums.
 
     Raises:
-        KernelBuildError: the compiler failed (its words are in `details`), ninja is missing,
+        KernelBuildError: the compiler failed (its output is in `details`), ninja is missing,
             or the cache folder cannot be written.
     """
     found = find_entry(spec, environ)
@@ -80,25 +94,81 @@ def build_entry(
     target = directory / spec.directory_name
     progress = progress or NullProgress()
     try:
-        lock = directory / f"{spec.directory_name}.lock"
-        with build_lock(lock, lambda: verify(target, spec.artifacts) is not None, progress) as held:
+        with _build_lock(directory / f"{target.name}.lock", progress) as is_locked:
             found = verify(target, spec.artifacts)
             if found is not None:
                 return found
-            # Who builds without the lock must not clear away the holder's work.
-            suffix = "partial" if held else f"partial-{os.getpid()}"
-            return _build_in(target.with_name(f"{target.name}.{suffix}"), target, spec, progress)
+            if is_locked:
+                # Left by killed builds. Without the lock they may belong to running ones.
+                remove_private(target)
+            return _build_in(directory, target, spec, progress)
     except OSError as error:
         raise _storage_error(directory, error) from error
 
 
-def _build_in(partial: Path, target: Path, spec: BuildSpec, progress: Progress) -> Entry:
-    """Compile in `partial`, which is emptied before and gone afterwards."""
-    _clear(partial)
-    work = partial / "work"
-    partial.mkdir(mode=0o700)
-    work.mkdir(mode=0o700)
+@contextmanager
+def _build_lock(path: Path, progress: Progress) -> Iterator[bool]:
+    """Hold the lock on a file during the block, so that one process compiles and others wait.
+
+    The system frees the lock when its holder dies, however it dies. The lock only saves work:
+    builds run in private directories and are correct without it.
+
+    Args:
+        path: the lock file; it stays.
+        progress: shows the seconds of waiting.
+
+    Yields:
+        Whether the lock is held. False where the disk has no locks.
+    """
+    # Imported here, because a load whose kernels are built needs neither it nor its 50 ms.
+    from filelock import FileLock
+
+    lock = FileLock(str(path))
     try:
+        _acquire(lock, progress)
+        is_locked = True
+    except (OSError, NotImplementedError):
+        # Network and container file systems may have no locks. If the folder has another
+        # defect, the build meets it and reports it.
+        is_locked = False
+    try:
+        yield is_locked
+    finally:
+        lock.release()
+
+
+def _acquire(lock, progress: Progress) -> None:
+    """Wait for a lock of filelock.
+
+    Raises:
+        OSError, NotImplementedError: the file cannot be locked.
+    """
+    from filelock import Timeout
+
+    try:
+        lock.acquire(timeout=0)
+        return
+    except Timeout:
+        pass
+    progress.start(WAIT_TASK, None, "s")
+    try:
+        while True:
+            try:
+                lock.acquire(timeout=1.0, poll_interval=_POLL_S)
+                return
+            except Timeout:
+                progress.advance(WAIT_TASK)
+    finally:
+        progress.finish(WAIT_TASK)
+
+
+def _build_in(directory: Path, target: Path, spec: BuildSpec, progress: Progress) -> Entry:
+    """Compile in a private directory of `directory` and publish it as `target`."""
+    # Of mode 0700. The name is unique: compilers that outlived another build write elsewhere.
+    private = Path(tempfile.mkdtemp(prefix=private_prefix(target), dir=directory))
+    try:
+        work = private / "work"
+        work.mkdir(mode=0o700)
         (work / "build.ninja").write_text(ninja_file(spec), encoding="utf-8")
         units = len(spec.sources) + (0 if spec.makes_cubins else 1)
         progress.start(TASK, units, "units")
@@ -107,32 +177,50 @@ def _build_in(partial: Path, target: Path, spec: BuildSpec, progress: Progress) 
         finally:
             progress.finish(TASK)
         for name in spec.artifacts:
-            (work / name).rename(partial / name)
+            (work / name).rename(private / name)
         shutil.rmtree(work)
-        seal(partial, *spec.artifacts)
-        return publish(partial, target)
+        seal(private, *spec.artifacts)
+        return publish(private, target)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        _remove_left(partial)
+        shutil.rmtree(private, ignore_errors=True)
 
 
-def _clear(partial: Path) -> None:
-    """Remove what a killed build left; compilers that still write there write to nothing."""
-    try:
-        partial.rename(partial.with_name(f"{partial.name}-left-{uuid.uuid4().hex}"))
-    except FileNotFoundError:
-        pass
-    _remove_left(partial)
+class BoundedOutput:
+    """The beginning and the end of a text of any length, in a fixed amount of memory.
 
+    Args:
+        kept_bytes: size of the beginning, and of the end.
+    """
 
-def _remove_left(partial: Path) -> None:
-    """Remove what `_clear` put aside, as far as nobody is writing to it."""
-    for left in partial.parent.glob(f"{partial.name}-left-*"):
-        shutil.rmtree(left, ignore_errors=True)
+    def __init__(self, kept_bytes: int = KEPT_BYTES) -> None:
+        self._kept_bytes = kept_bytes
+        self._head = b""
+        self._tail = b""
+        self._left_out_bytes = 0
+
+    def add(self, data: bytes) -> None:
+        """Append to the text."""
+        room = self._kept_bytes - len(self._head)
+        self._head += data[:room]
+        self._tail += data[room:]
+        excess = len(self._tail) - self._kept_bytes
+        if excess > 0:
+            self._left_out_bytes += excess
+            self._tail = self._tail[excess:]
+
+    def get(self) -> bytes:
+        """Return the kept parts, with a line in place of the part that is left out."""
+        if not self._left_out_bytes:
+            return self._head + self._tail
+        gap = f"\n... {self._left_out_bytes} bytes of output are left out here ...\n"
+        return self._head + gap.encode() + self._tail
 
 
 def _run_ninja(work: Path, spec: BuildSpec, progress: Progress) -> None:
-    """Run ninja to its end, counting units; it ends, with its compilers, when this does."""
+    """Run ninja until it ends, and count compiled units.
+
+    Ninja and its compilers end when this process does, or when `progress` raises.
+    """
     environ = {
         **compiler_environment(os.environ, spec.environment),
         "NINJA_STATUS": "[%f/%t] ",
@@ -144,28 +232,28 @@ def _run_ninja(work: Path, spec: BuildSpec, progress: Progress) -> None:
         process = supervise.start(_ninja_command(work, spec), environ)
     except OSError as error:
         raise _ninja_error(error.strerror or str(error)) from error
-    output = supervise.BoundedOutput(_KEPT_BYTES)
-    done = 0
+    kept = BoundedOutput()
     assert process.stdin is not None and process.stdout is not None
+    done = 0
+    # The beginning of a line whose end has not been read.
+    pending = b""
     try:
-        # A line of any length comes in parts of this size.
-        while line := process.stdout.readline(_MAX_LINE_BYTES):
-            status = _STATUS.match(line)
-            if status is None:
-                output.add(line)
-            else:
+        while data := os.read(process.stdout.fileno(), _READ_BYTES):
+            kept.add(data)
+            for status in _STATUS.finditer(pending + data):
                 progress.advance(TASK, int(status[1]) - done)
                 done = int(status[1])
+            pending = (pending + data).rpartition(b"\n")[2][:_MAX_STATUS_BYTES]
     finally:
-        # What still runs has nobody to write to any more, and is told to end.
+        # Closing stdin tells the supervisor to end what still runs.
         process.stdout.close()
         process.stdin.close()
         code = process.wait()
-    words = output.get().decode("utf-8", "replace")
+    output = _STATUS.sub(b"", kept.get()).decode("utf-8", "replace")
     if code == supervise.START_FAILED:
-        raise _ninja_error(words.strip())
+        raise _ninja_error(output.strip())
     if code != 0:
-        raise _compile_error(spec, words)
+        raise _compile_error(spec, output)
 
 
 def _ninja_error(reason: str) -> KernelBuildError:
@@ -183,7 +271,7 @@ def _ninja_command(work: Path, spec: BuildSpec) -> list[str] | str:
     command = [ninja, "-C", str(work), "-j", str(_usable_cpus())]
     if spec.compiler.environment_script is None:
         return command
-    # MSVC needs its include and library paths, which only its own batch file knows.
+    # Only MSVC's own batch file knows its include and library paths.
     script = subprocess.list2cmdline([spec.compiler.environment_script])
     return f'cmd /s /c "{script} >nul && {subprocess.list2cmdline(command)}"'
 
@@ -195,11 +283,9 @@ def _usable_cpus() -> int:
 
 
 def ninja_file(spec: BuildSpec) -> str:
-    """Write the build as ninja reads it: one compile edge a source; one link edge for a library.
+    """Write ninja's file of a build: one compile edge for each source, one link edge for a library.
     """
-    # ninja holds a compiler's output in memory, whatever its length.
-    bounded = (sys.executable, "-I", "-S", os.path.abspath(supervise.__file__), supervise.BOUNDED)
-    compiler = _command((*bounded, *spec.compiler.command))
+    compiler = _command(spec.compiler.command)
     flags = _command(spec.flags)
     option = "/I" if spec.compiler.kind == "msvc" else "-I"
     include = _command([f"{option}{(spec.root / name).absolute()}" for name in spec.include_dirs])
@@ -221,37 +307,38 @@ def ninja_file(spec: BuildSpec) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _command(arguments) -> str:
+def _command(arguments: Sequence[str]) -> str:
     """Quote arguments for the shell that ninja uses, then for ninja."""
     quoted = join_command(arguments)
     return quoted.replace("$", "$$")
 
 
 def _path(path: Path) -> str:
-    """Quote a path for ninja, which quotes $in for the shell by itself."""
+    """Quote a path for ninja, which itself quotes $in for the shell."""
     return re.sub(r"([$ :])", r"$\1", str(path))
 
 
-def _compile_error(spec: BuildSpec, words: str) -> KernelBuildError:
-    """An error whose line is the compiler's first complaint and whose details are all."""
-    other = f"EXL_LOADER_CUDA_COMPILER={'nvcc' if spec.compiler.kind == 'nvrtc' else 'nvrtc'}"
-    way_out = f"{other} compiles with the other compiler" if spec.makes_cubins else (
-        "EXL_LOADER_REFERENCE=1 runs without compiled kernels, slowly"
-    )
-    complaint = _ERROR_LINE
-    if _DISK_FULL in words:
-        complaint = re.compile(_DISK_FULL)
-        way_out = (
+def _compile_error(spec: BuildSpec, output: str) -> KernelBuildError:
+    """Make an error from the first error line of a compiler; the whole output is its details."""
+    if spec.makes_cubins:
+        other = "nvcc" if spec.compiler.kind == "nvrtc" else "nvrtc"
+        remedy = f"EXL_LOADER_CUDA_COMPILER={other} compiles with the other compiler"
+    else:
+        remedy = "EXL_LOADER_REFERENCE=1 runs without compiled kernels, slowly"
+    pattern = _ERROR_LINE
+    if _DISK_FULL in output:
+        pattern = re.compile(_DISK_FULL)
+        remedy = (
             "Free some space there and among temporary files, or set EXL_LOADER_CACHE_DIR and "
             "TMPDIR to folders on another disk"
         )
-    lines = [line.strip() for line in words.splitlines() if line.strip()]
-    first = next((line for line in lines if complaint.search(line)), None)
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    first = next((line for line in lines if pattern.search(line)), None)
     return KernelBuildError(
         f"compiling kernels with {spec.compiler.version}",
-        actual=first or (lines[-1] if lines else "the compiler failed without a word"),
-        remedy=f"All of the compiler's words are in the details (--verbose). {way_out}",
-        details=words.strip(),
+        actual=first or (lines[-1] if lines else "the compiler failed without any output"),
+        remedy=f"The compiler's whole output is in the details (--verbose). {remedy}",
+        details=output.strip(),
     )
 
 

@@ -1,8 +1,8 @@
 """Check that nobody but this user can change a folder or file from which code is loaded.
 
-On POSIX systems a path is safe when this user or root owns it and everything on the way to it,
-and no other user may write there. A sticky folder (`/tmp`) is safe although everybody may write
-in it, because only the owner of a file can rename or remove the file.
+On POSIX systems a path is safe if this user or root owns it and every folder on the way to it,
+and no other user may write in any of them. A sticky folder (`/tmp`) is safe although everybody
+may write in it, because only the owner of a file can rename or remove the file.
 
 Windows: every check here answers "safe". The user's cache folder lies under `%LOCALAPPDATA%`,
 which only the user, administrators and the system may write, and Python since 3.12.4 (also
@@ -21,9 +21,9 @@ from pathlib import Path
 from ...utils.system.files import has_access_lists, has_owners
 
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
-# As many as Linux follows.
+# Linux follows as many symbolic links.
 _MAX_LINKS = 40
-# NONBLOCK: opening a FIFO would otherwise wait for a writer.
+# NONBLOCK, because opening a FIFO would otherwise wait for a writer.
 _OPEN_FLAGS = (
     os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
@@ -31,32 +31,32 @@ _OPEN_FLAGS = (
 
 
 class UnsafePath(OSError):
-    """A file or folder could have been written by somebody else; the message says which."""
+    """Another user may have written a file or folder; the message names it."""
 
 
 def is_own(status: os.stat_result) -> bool:
-    """Whether this user or root owns a file or folder."""
+    """Return whether this user or root owns a file or folder."""
     return not has_owners() or status.st_uid in (0, os.geteuid())
 
 
 def is_closed(status: os.stat_result) -> bool:
-    """Whether this user or root owns a file or folder, and nobody else may write it."""
+    """Return whether this user or root owns a file or folder, and nobody else may write it."""
     if not has_owners():
         return True
     return is_own(status) and not status.st_mode & _WRITABLE_BY_OTHERS
 
 
 def find_open_parent(path: Path) -> Path | None:
-    """Find a folder on the way to `path` in which somebody else could exchange what is there.
+    """Find a folder on the way to `path` in which another user could exchange files.
 
-    Symbolic links are followed: the folders that hold them count as well. The path itself is
-    not checked, and neither is what does not exist yet.
+    Symbolic links are followed, and the folders that contain them are checked as well. The path
+    itself and folders that do not exist yet are not checked.
 
     Args:
         path: absolute.
 
     Returns:
-        The outermost such folder (or a link that somebody else owns), or None.
+        The outermost such folder (or a link of another user), or None.
     """
     if not has_owners():
         return None
@@ -77,7 +77,7 @@ def find_open_parent(path: Path) -> Path | None:
 
 
 def _steps_to(path: Path) -> Iterator[Path]:
-    """Yield the folders and links that the system passes on its way to a folder."""
+    """Yield the folders and links that the system resolves on its way to a folder."""
     current = Path(path.anchor)
     pending = list(reversed(path.parts[1:]))
     links = 0
@@ -105,10 +105,10 @@ def _steps_to(path: Path) -> Iterator[Path]:
 
 
 def _is_outside_namespace(status: os.stat_result) -> bool:
-    """Whether a folder belongs to a user whom this container does not know.
+    """Return whether a folder's owner is a user outside this container.
 
-    In a container without root's rights the system's own folders look as if they belonged to
-    the overflow user. That user is nobody of the container where its number is not mapped.
+    In a container without root's rights the system's own folders seem to belong to the overflow
+    user. If the container's map of users does not have that number, no user inside it has it.
     """
     try:
         overflow = int(Path("/proc/sys/kernel/overflowuid").read_bytes())
@@ -122,9 +122,9 @@ def _is_outside_namespace(status: os.stat_result) -> bool:
 
 
 def _is_private_group(path: Path, gid: int) -> bool:
-    """Whether a group has this user alone, as most Linux systems give one to each user.
+    """Return whether a group has no member but this user.
 
-    There people's folders are writable for their group, because the group is only they.
+    Most Linux systems give each user such a group, and folders are writable for it by default.
     """
     if not has_owners():
         return False
@@ -138,7 +138,7 @@ def _is_private_group(path: Path, gid: int) -> bool:
         return False
     if group.gr_gid != user.pw_gid or group.gr_name != user.pw_name:
         return False
-    # With an access control list the group's bits stand for other users as well.
+    # With an access control list the group's bits also apply to other users.
     names: list[str] = []
     if has_access_lists():
         with contextlib.suppress(OSError):
@@ -147,15 +147,15 @@ def _is_private_group(path: Path, gid: int) -> bool:
 
 
 def open_file(path: Path) -> int:
-    """Open a regular file that nobody else can have written.
+    """Open a regular file that only this user or root can have written.
 
-    What is checked is the opened file, which cannot be exchanged afterwards.
+    The opened file is checked, so another file cannot take its place after the check.
 
     Returns:
         A descriptor for reading; the caller closes it.
 
     Raises:
-        UnsafePath: it is a link, no regular file, or others may write it.
+        UnsafePath: it is no regular file, or others may write it.
         OSError: it cannot be opened.
     """
     descriptor = os.open(path, _OPEN_FLAGS)

@@ -1,8 +1,8 @@
-"""What a kernel binary is made of, and the key under which it is kept.
+"""Describe a build: its inputs, and the key that names its result in the cache.
 
 The key is a hash of everything that can change the binary: sources, headers, flags, the
-compiler with its whole command and the environment variables that it reads, and the CPU. Two
-equal keys mean the same binary, so that a cached one can be trusted.
+compiler with its whole command and the environment variables that it reads, and the CPU. Equal
+keys mean equal binaries, so a cached binary can be used.
 """
 
 from __future__ import annotations
@@ -39,21 +39,22 @@ _MSVC_FLAGS = ("/nologo", "/O2", "/std:c++17", "/permissive-", "/EHsc", "/MT", "
 
 @dataclass(frozen=True)
 class BuildSpec:
-    """A build before it is made: one library, or with a CUDA compiler one cubin a source.
+    """The inputs of a build: one library, or with a CUDA compiler one cubin for each source.
 
     Args:
         name: `cpu`, `cuda_sm_90`; first part of the directory's name.
         root: folder to which `sources`, `headers` and `include_dirs` are relative.
         sources: one translation unit each, sorted.
         headers: every file that a source may include, sorted.
-        compiler: what compiles them.
+        compiler: the compiler.
         flags: for compiling, without include paths and names of files.
         link_flags: for linking; cubins are not linked.
-        cpu_features: of the machine that will run it; `-march=native` stands for them.
-        include_dirs: where `#include "..."` looks, in this order.
-        environment: the variables that the compiler gets of those that change what it makes,
-            see `toolchain.compiler_variables`.
-        device_suffix: of what a CUDA compiler makes, `.cubin` or `.ptx`.
+        cpu_features: of the machine that will run the binary, because the meaning of
+            `-march=native` depends on them.
+        include_dirs: folders that `#include "..."` searches, in this order.
+        environment: name and value of each variable that changes the compiler's output, see
+            `toolchain.compiler_variables`.
+        device_suffix: of a CUDA compiler's output, `.cubin` or `.ptx`.
     """
 
     name: str
@@ -78,7 +79,7 @@ class BuildSpec:
         digest = hashlib.sha256()
 
         def put(*parts: str | bytes) -> None:
-            # Lengths first: no two lists of parts may run together into the same bytes.
+            # Lengths first, so that two different lists of parts never give the same bytes.
             for part in (str(len(parts)), *parts):
                 # Paths and variables may hold bytes that are no UTF-8.
                 data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
@@ -86,8 +87,7 @@ class BuildSpec:
 
         put(str(LAYOUT_VERSION), self.name, system_kind())
         put(self.compiler.kind, self.compiler.version, self.compiler.environment_script or "")
-        # A CUDA compiler's command has paths of this program and its own alone; `identity` says
-        # which compiler they lead to.
+        # A CUDA compiler's command contains only paths; `identity` identifies the compiler.
         put(*(() if self.makes_cubins else self.compiler.command))
         put(*self.compiler.identity)
         put(*(part for variable in self.environment for part in variable))
@@ -114,12 +114,12 @@ class BuildSpec:
 
     @property
     def makes_cubins(self) -> bool:
-        """Whether the build is one cubin a source, and no library."""
+        """True if the build is one cubin for each source, False if it is one library."""
         return self.compiler.kind in CUBIN_COMPILERS
 
     @property
     def artifacts(self) -> tuple[str, ...]:
-        """File names of all that the finished build consists of."""
+        """Names of all files of the finished build."""
         if self.makes_cubins:
             return tuple(f"{Path(source).stem}{self.device_suffix}" for source in self.sources)
         return (self.library_name,)
@@ -139,7 +139,7 @@ def csrc_dir() -> Path:
     """Find the kernel sources: inside an installed package, or beside it in a checkout.
 
     Raises:
-        KernelBuildError: neither place has them.
+        KernelBuildError: neither folder exists.
     """
     package = Path(__file__).resolve().parents[2]
     for candidate in (package / "csrc", package.parent / "csrc"):
@@ -158,8 +158,8 @@ def cpu_spec(root: Path | None = None, environ: Mapping[str, str] = os.environ) 
 
     Args:
         root: folder of sources with `cpu/` in it; the project's own where None.
-        environ: `CXX` picks a compiler, `EXL_LOADER_MARCH` an instruction set (what the
-            compiler's -march takes, `x86-64-v3` say) instead of this machine's.
+        environ: `CXX` chooses a compiler, `EXL_LOADER_MARCH` an instruction set instead of this
+            machine's, by the names of the compiler's -march, such as `x86-64-v3`.
 
     Returns:
         The spec, or None where the machine has no C++ compiler.
@@ -197,10 +197,10 @@ def cpu_spec(root: Path | None = None, environ: Mapping[str, str] = os.environ) 
 
 
 def require_cpu_spec() -> BuildSpec:
-    """Like `cpu_spec()`, where the absence of a compiler is an error.
+    """Describe the CPU kernels' build as `cpu_spec` does, and require a compiler.
 
     Raises:
-        KernelBuildError: no compiler, with the command that installs one.
+        KernelBuildError: there is no compiler; the error has the command that installs one.
     """
     spec = cpu_spec()
     if spec is None:
@@ -213,11 +213,14 @@ def require_cpu_spec() -> BuildSpec:
 def compile_flags(
     compiler: Compiler, features: tuple[str, ...], march: str = ""
 ) -> tuple[str, ...]:
-    """Choose compile flags; never -ffast-math, which would let rows depend on each other.
+    """Choose compile flags.
+
+    Never -ffast-math, because a row's result could then depend on the rows beside it.
 
     Args:
+        compiler: the compiler.
         features: from `cpu_features()`, machine type first.
-        march: an instruction set by the compiler's own name; the machine's own where empty.
+        march: an instruction set by the compiler's name; this machine's if empty.
     """
     if compiler.kind == "msvc":
         known = (("avx512f", "AVX512"), ("avx2", "AVX2"), ("avx", "AVX"))
@@ -234,15 +237,15 @@ def _gnu_flags(compiler: Compiler) -> tuple[str, ...]:
         return (*_GNU_FLAGS, "-fPIC")
     if compiler.kind != "gcc":
         return _GNU_FLAGS
-    # GCC aligns the stack to 16 bytes there, and spills registers of 32 and 64 bytes to it as
-    # if they were aligned (GCC bug 54412): the assembler makes of these what is allowed.
+    # On Windows GCC aligns the stack to 16 bytes, and spills registers of 32 and 64 bytes to it
+    # with aligned moves (GCC bug 54412). This option makes the assembler write unaligned moves.
     return (*_GNU_FLAGS, "-Wa,-muse-unaligned-vector-move")
 
 
 def link_flags(compiler: Compiler) -> tuple[str, ...]:
-    """Choose what makes a shared library of objects.
+    """Choose the flags that link objects into a shared library.
 
-    On Windows it brings its C++ runtime along, which whoever opens it would not find.
+    On Windows the C++ runtime is linked in, because a process would not find it there.
     """
     if compiler.kind == "msvc":
         return ("/nologo", "/LD")

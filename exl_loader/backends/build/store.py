@@ -1,14 +1,15 @@
-"""Where built kernels are kept: a folder per user, entries that are whole or not there.
+"""The folder of compiled kernels: one directory for each build, which is complete or absent.
 
-An entry is the directory `<spec.directory_name>` with what was built (`spec.artifacts`) and a
-marker that was written last and holds the files' sizes and SHA-256. It appears by one rename,
-so that a killed build leaves none; an entry of which a file was damaged later does not match
-its marker, and counts as not built.
+An entry is the directory `<spec.directory_name>` with the built files (`spec.artifacts`) and a
+marker, which is written last and holds the files' sizes and SHA-256. A build happens in a private
+directory and becomes an entry by one rename, so a killed build leaves no entry. An entry with a
+damaged file does not match its marker and counts as not built; the same holds for files that a
+power failure lost, so nothing is forced to the disk.
 
-Whoever can write in the folder can run code in this process. So the folder, all folders on the
-way to it, each entry and each file must belong to this user or root and must not be writable
-by others (`ownership.py`). A file is hashed by the descriptor whose owner was checked. Between
-the check and the opening of a library only this user and root could exchange it.
+Whoever can write in the folder can run code in this process. Therefore the folder, all folders
+on the way to it, each entry and each file must belong to this user or root and must not be
+writable by others (`ownership.py`). A file is hashed through the descriptor whose owner was
+checked. Between the check and the opening of a library only this user and root can exchange it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
 import stat
 import tempfile
@@ -28,7 +28,7 @@ from pathlib import Path
 
 from ...utils.errors import KernelBuildError
 from ...utils.output import warn
-from ...utils.system.files import has_owners, rename_folder, sync
+from ...utils.system.files import has_owners, rename_folder
 from . import ownership
 from .spec import BuildSpec
 
@@ -36,18 +36,14 @@ MARKER = "complete.json"
 
 # Markers name some twenty files.
 _MAX_MARKER_BYTES = 1 << 16
-# What builds leave in a folder of kernels: entries, unfinished ones, locks and heartbeats.
-_ENTRY_NAME = re.compile(r"(cpu|cuda_sm_\w+)-[0-9a-f]{16}(\..*)?$", re.DOTALL)
-
-
 
 
 def kernel_dirs(environ: Mapping[str, str] = os.environ) -> list[Path]:
-    """Name the folders that may hold built kernels, first choice first; creates nothing.
+    """Name the folders that may hold built kernels, first choice first; create nothing.
 
-    `EXL_LOADER_CACHE_DIR` alone where it is set. Otherwise the user's cache folder, where the
-    user has one, and for machines where that cannot be written a folder of this user's own
-    among temporary files.
+    With `EXL_LOADER_CACHE_DIR` that folder only. Otherwise the user's cache folder if the user
+    has one, then this user's own folder among temporary files for machines on which the cache
+    folder cannot be written.
 
     Raises:
         KernelBuildError: `EXL_LOADER_CACHE_DIR` names the home folder of a user without one.
@@ -62,9 +58,9 @@ def kernel_dirs(environ: Mapping[str, str] = os.environ) -> list[Path]:
     try:
         cache = user_cache_path("exl_loader", appauthor=False)
     except RuntimeError:
-        # A container's user may be a number without a home.
+        # A container's user may have a number and no home folder.
         return folders
-    # Older releases of platformdirs leave "~" standing there, or a relative XDG_CACHE_HOME.
+    # Older releases of platformdirs return "~/.cache" or a relative XDG_CACHE_HOME as it is.
     return [cache / "kernels", *folders] if cache.is_absolute() else folders
 
 
@@ -108,7 +104,7 @@ def find_entry(spec: BuildSpec, environ: Mapping[str, str] = os.environ) -> Entr
 
 
 def find_built(spec: BuildSpec, environ: Mapping[str, str] = os.environ) -> Path | None:
-    """Like `find_entry`, for a spec whose build is one library: that library's path."""
+    """Find the verified library of a spec whose build is one library; None where there is none."""
     entry = find_entry(spec, environ)
     return None if entry is None else entry.directory / spec.library_name
 
@@ -125,7 +121,7 @@ def writable_dir(environ: Mapping[str, str] = os.environ) -> Path:
             reason = _why_unsafe(directory)
             if reason is None:
                 _make_folder(directory)
-                # Again: the folder may have been there before, or be somebody else's by now.
+                # Again, because somebody else may have created it first.
                 reason = _why_unsafe(directory)
         except OSError as error:
             reason = error.strerror or str(error)
@@ -152,17 +148,17 @@ def _make_folder(directory: Path) -> None:
 
 
 def _why_unsafe(directory: Path) -> str | None:
-    """Say why others could put code into a folder of kernels; None where they cannot.
+    """Return why others could put code into a folder of kernels; None where they cannot.
 
-    A library that is opened runs with all rights of this process. A folder of this user's that
-    was open to others is closed and emptied first, because others may have written in it while
-    it was open.
+    A loaded library runs with all rights of this process. A folder of this user that others
+    could write in may hold their files, so it is renamed and not read; a new one takes its
+    place.
     """
-    distrusted = False
+    may_have_changed = False
     while (parent := ownership.find_open_parent(directory)) is not None:
         if not _make_sticky(parent):
             return f"others can exchange it, because they can write in {parent}"
-        distrusted = True
+        may_have_changed = True
     try:
         status = directory.lstat()
     except FileNotFoundError:
@@ -170,26 +166,29 @@ def _why_unsafe(directory: Path) -> str | None:
     except OSError as error:
         return error.strerror or str(error)
     if not stat.S_ISDIR(status.st_mode) or not ownership.is_own(status):
-        return "belongs to somebody else, or is no folder"
+        return "it belongs to another user, or is no folder"
+    if not ownership.is_closed(status):
+        may_have_changed = True
     if not has_owners() or status.st_uid != os.geteuid():
-        return None if ownership.is_closed(status) else "can be written by others"
-    distrusted = distrusted or not ownership.is_closed(status)
-    if status.st_mode & 0o077:
-        try:
+        return "others can write in it" if may_have_changed else None
+    try:
+        if may_have_changed:
+            _put_aside(directory)
+        elif status.st_mode & 0o077:
             directory.chmod(0o700)
-        except OSError:
-            # On a disk that cannot be written. That others may read is no danger.
-            return "belongs to somebody else, or can be written by others" if distrusted else None
-    if distrusted:
-        _empty(directory)
+    except FileNotFoundError:
+        return None  # Another process of this user has put it aside.
+    except OSError:
+        # The disk may be read-only. That others can read the folder is no danger.
+        return "others could write in it" if may_have_changed else None
     return None
 
 
 def _make_sticky(folder: Path) -> bool:
-    """Set the sticky bit of an open folder, so that others can only exchange what is theirs.
+    """Set the sticky bit of an open folder, so that others can exchange only their own files.
 
     Returns:
-        Whether it is set; it cannot be in a folder that is not this user's.
+        Whether it is set. It cannot be in another user's folder, or on a disk without modes.
     """
     if not has_owners():
         return False
@@ -198,49 +197,33 @@ def _make_sticky(folder: Path) -> bool:
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
             return False
         folder.chmod(stat.S_IMODE(status.st_mode) | stat.S_ISVTX)
+        if not folder.lstat().st_mode & stat.S_ISVTX:
+            return False
     except OSError:
         return False
     warn(
-        f"Other users could exchange what lies in {folder}, compiled kernels among it. The "
-        "folder got the sticky bit (chmod +t)."
+        f"Other users could exchange files in {folder}, compiled kernels among them. The folder "
+        "got the sticky bit (chmod +t)."
     )
     return True
 
 
-def _empty(directory: Path) -> None:
-    """Put aside all that a folder of kernels holds, and remove what are kernels.
+def _put_aside(directory: Path) -> None:
+    """Rename a folder in which others may have put code. Nothing in it is removed.
 
     Raises:
-        OSError: something cannot be put aside.
+        OSError: it cannot be renamed.
     """
-    names = os.listdir(directory)
-    if not names:
-        return
-    aside = directory / f"distrusted-{uuid.uuid4().hex}"
-    aside.mkdir(mode=0o700)
-    for number, name in enumerate(names):
-        unwanted = aside / name
-        try:
-            (directory / name).rename(unwanted)
-        except OSError:
-            # A folder of somebody else's can be renamed, but not moved.
-            unwanted = aside.with_name(f"{aside.name}.{number}")
-            (directory / name).rename(unwanted)
-        # Anything else in a folder of this name is no work of ours, and people may miss it.
-        if _ENTRY_NAME.match(name):
-            _remove(unwanted)
-    with contextlib.suppress(OSError):
-        aside.rmdir()
-    left = [path.name for path in directory.iterdir() if path.name.startswith("distrusted-")]
-    kept = f" What is no kernel, or could not be removed, is there as {sorted(left)[:3]}."
+    aside = directory.with_name(f"{directory.name}.distrusted-{uuid.uuid4().hex}")
+    directory.rename(aside)
     warn(
-        f"Others could write in the folder of compiled kernels {directory}. It was closed and "
-        f"emptied, and kernels are compiled anew.{kept if left else ''}"
+        f"Others could write in the folder of compiled kernels {directory}. It is {aside} now "
+        "and not used any more. Kernels are compiled again."
     )
 
 
 def _remove(path: Path) -> None:
-    """Remove a file, a link or a folder, as far as that is allowed."""
+    """Remove a file, a link or a folder, as far as the system allows."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
         return
@@ -249,10 +232,11 @@ def _remove(path: Path) -> None:
 
 
 def verify(directory: Path, artifacts: Collection[str] | None = None) -> Entry | None:
-    """Check an entry: that nobody else can have written it, and its files against its marker.
+    """Check that only this user or root can have written an entry, and that its marker is true.
 
     Args:
-        artifacts: the files that it must have, no more and no less; any where None.
+        directory: the entry.
+        artifacts: exactly the files that it must have; any where None.
 
     Returns:
         The entry, or None where it is missing, damaged or not safe to open.
@@ -295,39 +279,49 @@ def _describe(path: Path) -> dict[str, int | str]:
 
 
 def seal(directory: Path, *names: str) -> None:
-    """Bring files to the disk and write the marker that makes their directory an entry."""
+    """Write the marker that makes a directory with these files an entry."""
     for name in names:
         _close_to_others(directory / name)
-        sync(directory / name)
     path = directory / MARKER
     marker = {"files": {name: _describe(directory / name) for name in names}}
     path.write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
     _close_to_others(path)
-    sync(path)
-    sync(directory)
 
 
 def _close_to_others(path: Path) -> None:
-    """Take the right to write a file from others, which a umask of 002 gives to a group."""
+    """Let only the owner write a file; with a umask of 002 its group could as well."""
     if has_owners():
         path.chmod(stat.S_IMODE(path.stat().st_mode) & ~0o022)
 
 
-def publish(partial: Path, target: Path) -> Entry:
+def private_prefix(target: Path) -> str:
+    """Return how the names of all private directories of an entry begin."""
+    return f"{target.name}.partial-"
+
+
+def remove_private(target: Path) -> None:
+    """Remove an entry's private directories. The caller holds the lock, so no build uses them."""
+    for path in target.parent.glob(f"{private_prefix(target)}*"):
+        _remove(path)
+
+
+def publish(private: Path, target: Path) -> Entry:
     """Turn a sealed directory into the entry `target` by one rename.
 
-    A damaged entry in the way is replaced. Where another process was faster, its entry stays.
+    A damaged entry is replaced. If another process published the same build first, its entry
+    stays.
 
     Returns:
         The entry.
+
+    Raises:
+        KernelBuildError: the entry does not match its marker after the rename.
+        OSError: the directory cannot be renamed.
     """
     if os.path.lexists(target) and verify(target) is None:
-        broken = target.with_name(f"{target.name}.broken-{os.getpid()}")
-        target.rename(broken)
-        _remove(broken)
+        _remove_entry(target)
     try:
-        rename_folder(partial, target)
-        sync(target.parent)
+        rename_folder(private, target)
     except OSError:
         if verify(target) is None:
             raise
@@ -341,28 +335,37 @@ def publish(partial: Path, target: Path) -> Entry:
     return entry
 
 
-def discard(built: Path) -> None:
-    """Remove the entry that a file belongs to, as a whole or not at all.
+def _remove_entry(target: Path) -> None:
+    """Remove an entry, or what has its name, after a rename, so that nobody reads half of it.
 
     Raises:
-        KernelBuildError: a program uses it, on Windows, where what is in use stays.
+        OSError: it cannot be renamed.
+    """
+    # The next build removes what cannot be removed now.
+    unwanted = target.with_name(f"{private_prefix(target)}{uuid.uuid4().hex}")
+    rename_folder(target, unwanted)
+    _remove(unwanted)
+
+
+def discard(built: Path) -> None:
+    """Remove the whole entry that a file belongs to.
+
+    Raises:
+        KernelBuildError: a program uses it. On Windows a file in use cannot be removed.
     """
     entry = built.parent
-    # Of a name that the next build clears away, should something of it stay.
-    unwanted = entry.with_name(f"{entry.name}.partial-left-{os.getpid()}")
     try:
-        rename_folder(entry, unwanted)
+        _remove_entry(entry)
     except OSError as error:
         raise KernelBuildError(
             f"compiled kernels in {entry}",
             actual=f"cannot be removed: {error.strerror or error}",
             remedy="End the programs that use them, and try again",
         ) from error
-    shutil.rmtree(unwanted, ignore_errors=True)
 
 
 def list_built(environ: Mapping[str, str] = os.environ) -> list[Entry]:
-    """List all verified entries, for people."""
+    """List all verified entries of all folders of `kernel_dirs`."""
     found = []
     for directory in kernel_dirs(environ):
         if directory.is_dir() and _why_unsafe(directory) is None:

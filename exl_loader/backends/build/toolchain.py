@@ -1,6 +1,7 @@
-"""Find what compiles the kernels: a C++ compiler and ninja.
+"""Find the C++ compiler and ninja.
 
-Nothing here compiles or writes. No PyTorch: `doctor` and the warm path of a load come here.
+This module compiles and writes nothing. No PyTorch, because `doctor` and a load whose kernels
+are built import it.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from ...utils.system import is_mac, is_windows, linux_distributions
 from ...utils.system.processes import command_output, split_command
 
 CANDIDATES = ("g++", "clang++", "c++")
-# The pip package of the compiler of Zig, which is clang with all that it needs.
+# The pip package of Zig's compiler, which contains clang with headers, libraries and linker.
 ZIG_PACKAGE = "ziglang"
 
 _MSVC_COMPONENT = "Microsoft.VisualStudio.Component.VC.Tools.x86.x64"
 _MSVC_DEFAULT = "Microsoft.VCToolsVersion.default.txt"
-# The installer by itself installs no compiler.
+# Without these options the installer installs no compiler.
 _MSVC_INSTALL = (
     "winget install Microsoft.VisualStudio.2022.BuildTools --override \"--passive --wait "
     "--add Microsoft.VisualStudio.Workload.VCTools --includeRecommended\""
 )
 
-# (ids in /etc/os-release, command): what a person types to get a compiler.
+# (ids in /etc/os-release, command that installs a compiler)
 _LINUX_PACKAGES = (
     (("debian", "ubuntu"), "sudo apt install g++"),
     (("fedora", "rhel", "centos"), "sudo dnf install gcc-c++"),
@@ -42,14 +43,14 @@ _LINUX_PACKAGES = (
 
 @dataclass(frozen=True)
 class Compiler:
-    """A C++ or CUDA compiler that answered.
+    """A C++ or CUDA compiler of this machine.
 
     Args:
         command: program and leading arguments, e.g. `("ccache", "g++")`.
-        kind: `gcc`, `clang`, `msvc`, `nvcc` or `nvrtc`: which language of flags it takes.
-        version: the line with which it names itself.
-        environment_script: batch file that sets up an MSVC compiler outside its own prompt.
-        identity: tells apart programs that name themselves alike; see `program_identity`.
+        kind: `gcc`, `clang`, `msvc`, `nvcc` or `nvrtc`; decides the flags.
+        version: the line that it prints about its version.
+        environment_script: batch file that sets MSVC's environment variables.
+        identity: distinguishes programs that print the same version; see `program_identity`.
     """
 
     command: tuple[str, ...]
@@ -59,10 +60,10 @@ class Compiler:
     identity: tuple[str, ...] = ()
 
 
-# Environment variables that change what a compiler makes, or where it looks for headers,
-# libraries and its own parts. GCC's manual ("Environment Variables Affecting GCC"), clang's
-# driver, nvcc's manual ("Environment Variables"), MSVC's documentation (CL and LINK), and the
-# compiler wrapper of Nix.
+# Environment variables that change a compiler's output, or where it searches for headers,
+# libraries and its own programs. Sources: GCC's manual ("Environment Variables Affecting GCC"),
+# clang's driver, nvcc's manual ("Environment Variables"), MSVC's documentation (CL and LINK), and
+# the compiler wrapper of Nix.
 _COMPILER_VARIABLES = frozenset({
     "CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "COMPILER_PATH", "LIBRARY_PATH",
     "GCC_EXEC_PREFIX", "GCC_ROOT", "SOURCE_DATE_EPOCH", "COLLECT_GCC_OPTIONS",
@@ -72,7 +73,7 @@ _COMPILER_VARIABLES = frozenset({
     "INCLUDE", "LIB", "LIBPATH", "EXTERNAL_INCLUDE",
 })
 _COMPILER_PREFIXES = ("NVCC_", "NIX_", "ZIG_", "CCACHE_COMPILER", "CCACHE_PREFIX")
-# These make a compiler write further files.
+# These make a compiler write additional files.
 _UNWANTED_VARIABLES = frozenset({
     "DEPENDENCIES_OUTPUT", "SUNPRO_DEPENDENCIES", "GCC_COMPARE_DEBUG", "CC_PRINT_OPTIONS",
     "CC_PRINT_OPTIONS_FILE", "CC_PRINT_HEADERS", "CC_PRINT_HEADERS_FILE", "CC_LOG_DIAGNOSTICS",
@@ -81,10 +82,13 @@ _UNWANTED_VARIABLES = frozenset({
 
 
 def compiler_variables(environ: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    """Name the environment variables that change what a compiler makes, sorted.
+    """Return the environment variables that change a compiler's output.
 
-    They are part of a build's key. They are not removed from a compiler's environment, because
-    the compilers of some systems (Nix, Guix, an HPC cluster's modules) find nothing without.
+    They are part of a build's key. They stay in a compiler's environment, because the compilers
+    of some systems (Nix, Guix, an HPC cluster's modules) find no headers without them.
+
+    Returns:
+        Name and value of each, sorted.
     """
     return tuple(sorted(
         (name, value) for name, value in environ.items()
@@ -95,7 +99,7 @@ def compiler_variables(environ: Mapping[str, str]) -> tuple[tuple[str, str], ...
 def compiler_environment(
     environ: Mapping[str, str], variables: tuple[tuple[str, str], ...]
 ) -> dict[str, str]:
-    """Make a compiler's environment: of what changes its work, just these variables."""
+    """Make a compiler's environment, in which only `variables` change its output."""
     kept = {
         name: value for name, value in environ.items()
         if name not in _COMPILER_VARIABLES and name not in _UNWANTED_VARIABLES
@@ -107,9 +111,10 @@ def compiler_environment(
 def program_identity(
     command: tuple[str, ...], environ: Mapping[str, str] = os.environ
 ) -> tuple[str, ...]:
-    """Say which programs a command consists of: path, size and time of each file it names.
+    """Return path, size in bytes and modification time in ns of each file that a command names.
 
-    A script around a compiler says the compiler's version, whatever options it adds.
+    The version is not enough, because a script that adds options to a compiler prints the
+    compiler's version.
     """
     found = []
     for number, word in enumerate(command):
@@ -127,15 +132,16 @@ def program_identity(
 
 
 def find_compiler(environ: Mapping[str, str] = os.environ) -> Compiler | None:
-    """Find the C++ compiler to use: `CXX` where it is set, else what the machine has.
+    """Find the C++ compiler to use.
 
-    That is Visual Studio's on Windows, then what the PATH has, then pip's `ziglang`.
+    The first of: `CXX`, Visual Studio's on Windows, g++, clang++ or c++ on the PATH, pip's
+    `ziglang`.
 
     Returns:
         The compiler, or None where the machine has none.
 
     Raises:
-        KernelBuildError: `CXX` is set to something that does not answer as a compiler.
+        KernelBuildError: `CXX` is set to a command that does not answer as a compiler.
     """
     chosen = environ.get("CXX", "").strip()
     if chosen:
@@ -161,8 +167,7 @@ def find_compiler(environ: Mapping[str, str] = os.environ) -> Compiler | None:
 
 
 def _find_zig() -> Compiler | None:
-    """Find what `pip install ziglang` brings, which needs neither a system's rights nor its
-    packages."""
+    """Find the compiler of `pip install ziglang`, which a user can install without root."""
     if importlib.util.find_spec(ZIG_PACKAGE) is None:
         return None
     compiler = _probe((sys.executable, "-m", ZIG_PACKAGE, "c++"))
@@ -170,7 +175,7 @@ def _find_zig() -> Compiler | None:
         return None
     from importlib import metadata
 
-    # It names the clang in it, and not itself.
+    # Its answer names the clang inside, and not Zig.
     version = f"zig {metadata.version(ZIG_PACKAGE)}, {compiler.version}"
     return replace(compiler, version=version)
 
@@ -179,14 +184,14 @@ def _split_command(text: str) -> tuple[str, ...]:
     """Split `ccache g++`; a path with spaces that exists is one program."""
     words = [text] if os.path.exists(text) else split_command(text)
     program, *arguments = words
-    # ninja runs the compiler in a folder of its own.
+    # An absolute path, because ninja runs the compiler in another folder.
     return (os.path.abspath(program) if os.path.dirname(program) else program, *arguments)
 
 
 def _probe(
     command: tuple[str, ...], environ: Mapping[str, str] = os.environ
 ) -> Compiler | None:
-    """Ask a gcc or clang for its version; None where it does not answer like one."""
+    """Ask a gcc or clang for its version; return None if the command gives no such answer."""
     answer = command_output([*command, "--version"])
     if not answer:
         return None
@@ -196,9 +201,9 @@ def _probe(
 
 
 def _find_msvc(environ: Mapping[str, str]) -> Compiler | None:
-    """Find Visual Studio's compiler by vswhere, Microsoft's fixed place to ask.
+    """Find Visual Studio's compiler by vswhere, which Microsoft installs at a fixed path.
 
-    The compiler's folder carries its version, so that no process but vswhere is started.
+    The name of the compiler's folder is its version, so the compiler need not be started.
     """
     program_files = environ.get("ProgramFiles(x86)", r"C:\Program Files (x86)")
     vswhere = Path(program_files) / "Microsoft Visual Studio" / "Installer" / "vswhere.exe"
@@ -214,7 +219,7 @@ def _find_msvc(environ: Mapping[str, str]) -> Compiler | None:
     build = root / "Auxiliary" / "Build"
     script = build / "vcvars64.bat"
     try:
-        # Of several the one whose headers and libraries the script names.
+        # Of several releases, the one whose headers and libraries the script sets.
         release = (build / _MSVC_DEFAULT).read_text(encoding="utf-8-sig").strip()
     except OSError:
         return None
@@ -227,7 +232,7 @@ def _find_msvc(environ: Mapping[str, str]) -> Compiler | None:
 
 
 def find_ninja() -> str | None:
-    """Find ninja: the pip package's binary first, since its version is the pinned one."""
+    """Find ninja; the pip package's program first, because its version is pinned."""
     try:
         import ninja
     except ImportError:
@@ -238,7 +243,7 @@ def find_ninja() -> str | None:
 
 
 def compiler_remedy() -> str:
-    """Say what to install on this machine to get a C++ compiler."""
+    """Return how to install a C++ compiler on this machine."""
     if is_mac():
         return "Install Apple's command line tools: xcode-select --install"
     if is_windows():

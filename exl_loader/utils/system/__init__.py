@@ -1,8 +1,8 @@
 """Everything that depends on the operating system: the only code that asks which one this is.
 
 main_memory.py: the memory of the machine and of processes. processors.py: cores and instruction
-sets. processes.py: child processes, their limits, and interrupts. files.py: owners, renaming,
-syncing. libraries.py: shared libraries. windows.py: the Win32 functions that these call.
+sets. processes.py: child processes, their limits, and interrupts. files.py: owners and
+renaming. libraries.py: shared libraries. windows.py: the Win32 functions that these call.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Files: owners and modes, renaming what another program has open, and writing to the disk."""
+"""Files: owners and modes, and renaming what another program has open."""
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -34,14 +33,3 @@ def rename_folder(folder: Path, target: Path) -> None:
         except PermissionError:
             time.sleep(pause_s)
     folder.rename(target)
-
-
-def sync(path: Path) -> None:
-    """Force a file, or a folder's entries, to the disk."""
-    if sys.platform == "win32" and path.is_dir():
-        return  # Windows has no handle on a folder to flush.
-    handle = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

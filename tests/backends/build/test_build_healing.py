@@ -1,19 +1,16 @@
-"""Builds that are interrupted, damaged, or wanted by two at once."""
+"""Builds that are interrupted, damaged, or requested by two processes at once."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
-from exl_loader.backends.build import lock as lock_module
 from exl_loader.backends.build import store
-from exl_loader.backends.build.build import build
+from exl_loader.backends.build.build import WAIT_TASK, build
 from exl_loader.backends.build.spec import cpu_spec
 from exl_loader.utils.errors import KernelBuildError
 from exl_loader.utils.progress import NullProgress
@@ -44,9 +41,9 @@ def test_killed_build_heals(kernel_cache, kernel_sources, counting_compiler):
     wait_for(lambda: counting_compiler.read_text())
     victim.send_signal(signal.SIGKILL)
     victim.communicate(timeout=300)
-    assert list(kernel_cache.glob("*.partial")), "the victim was killed too late to prove anything"
+    assert find_partials(kernel_cache), "the victim was killed too late to prove anything"
     assert works(build(cpu_spec(kernel_sources)))
-    assert not list(kernel_cache.glob("*.partial*"))
+    assert find_partials(kernel_cache) == []
 
 
 @needs_compiler
@@ -69,75 +66,48 @@ def test_damaged_build_heals(kernel_cache, kernel_sources, damage):
 
 
 @needs_compiler
-def test_lock_of_a_dead_process_does_not_matter(kernel_cache, kernel_sources):
+def test_the_lock_of_a_running_process_is_waited_for(kernel_cache, kernel_sources):
     spec = cpu_spec(kernel_sources)
     kernel_cache.mkdir(parents=True, mode=0o700)
-    (kernel_cache / f"{spec.directory_name}.lock").write_text("")
-    record = {"pid": 2**22 + 1, "host": "elsewhere", "beat": 3}
-    (kernel_cache / f"{spec.directory_name}.holder").write_text(json.dumps(record))
-    assert works(build(spec))
-
-
-@needs_compiler
-def test_silent_holder_is_not_waited_for(kernel_cache, kernel_sources, monkeypatch):
-    from filelock import FileLock
-
-    spec = cpu_spec(kernel_sources)
-    kernel_cache.mkdir(parents=True, mode=0o700)
-    record = {"pid": 12345, "host": "elsewhere", "beat": 3}
-    (kernel_cache / f"{spec.directory_name}.holder").write_text(json.dumps(record))
     code = (
-        "import sys, time\nfrom filelock import FileLock\n"
-        "lock = FileLock(sys.argv[1])\nlock.acquire()\n"
-        "print('held', flush=True)\ntime.sleep(60)\n"
+        "import sys\nfrom filelock import FileLock\n"
+        "with FileLock(sys.argv[1]):\n"
+        "    print('held', flush=True)\n    sys.stdin.read()\n"
     )
     path = str(kernel_cache / f"{spec.directory_name}.lock")
-    holder = subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    waited = threading.Event()
+
+    class Waiting(Recorder):
+        def start(self, task, total, unit):
+            super().start(task, total, unit)
+            if task == WAIT_TASK:
+                waited.set()
+
+    progress = Waiting()
+    built = []
+    builder = threading.Thread(target=lambda: built.append(build(spec, progress)))
     try:
         assert holder.stdout.readline() == b"held\n"
-        monkeypatch.setattr(lock_module, "STALE_S", 0.5)
-        progress = Recorder()
-        assert works(build(spec, progress))
-        assert "process 12345 on elsewhere" in progress.calls[0][1]
+        builder.start()
+        assert waited.wait(300)
+        assert not list(kernel_cache.glob("*.partial-*")) and not built
     finally:
+        # The system frees the lock of a process that is killed.
         holder.kill()
         holder.communicate()
-    with FileLock(path, timeout=5):
-        assert find_partials(kernel_cache) == []
-
-
-def test_living_holder_is_waited_for(tmp_path, monkeypatch):
-    # A busy machine may stop the holder's heartbeat for a second.
-    monkeypatch.setattr(lock_module, "STALE_S", 3.0)
-    monkeypatch.setattr(lock_module, "HEARTBEAT_S", 0.05)
-    path = tmp_path / "cpu-1.lock"
-    held, events = threading.Event(), []
-
-    def hold():
-        with lock_module.build_lock(path, lambda: False, NullProgress()):
-            held.set()
-            time.sleep(4.0)
-            events.append("released")
-
-    holder = threading.Thread(target=hold)
-    holder.start()
-    assert held.wait(300)
-    progress = Recorder()
-    with lock_module.build_lock(path, lambda: False, progress) as locked:
-        events.append("acquired")
-    holder.join()
-    assert locked and events == ["released", "acquired"]
-    assert f"process {os.getpid()}," in progress.calls[0][1]
-    assert progress.calls[-1][0] == "finish"
-    assert not path.with_suffix(".holder").exists()
-
-
+    builder.join(300)
+    assert works(built[0])
+    assert progress.calls[0] == ("start", WAIT_TASK, None, "s")
+    assert ("finish", WAIT_TASK) in progress.calls
 
 
 @needs_compiler
 @pytest.mark.parametrize("ending", ["SIGTERM", "SIGHUP", "SIGKILL", "Ctrl-C"])
 def test_compilers_end_with_the_process_that_wanted_them(
-    kernel_cache, kernel_sources, hanging_compiler, monkeypatch, ending
+    kernel_cache, kernel_sources, hanging_compiler, ending
 ):
     hang, running = hanging_compiler
     victim = spawn_build(
@@ -150,8 +120,8 @@ def test_compilers_end_with_the_process_that_wanted_them(
             os.killpg(victim.pid, signal.SIGINT)
         else:
             victim.send_signal(getattr(signal, ending))
-        # Its pipes are nobody's but its own: what it leaves behind must not hold them.
-        _, said = victim.communicate(timeout=300)
+        # Returns when the pipes are closed, so processes that it leaves must not hold them.
+        _, stderr = victim.communicate(timeout=300)
         assert victim.returncode == -getattr(signal, ending.replace("Ctrl-C", "SIGINT"))
         pids = [int(pid) for pid in running.read_text().split()]
         assert len(pids) >= 2
@@ -159,11 +129,9 @@ def test_compilers_end_with_the_process_that_wanted_them(
     finally:
         victim.kill()
     if ending == "Ctrl-C":
-        assert said.rstrip().endswith("KeyboardInterrupt") and "supervise" not in said
+        assert stderr.rstrip().endswith("KeyboardInterrupt") and "supervise" not in stderr
         assert find_partials(kernel_cache) == []
     hang.unlink()
-    # A build that waits for a lock that nobody gives back would hang here.
-    monkeypatch.setattr(lock_module, "STALE_S", float("inf"))
     assert works(build(cpu_spec(kernel_sources)))
     assert find_partials(kernel_cache) == []
 
@@ -191,13 +159,13 @@ def test_compilers_end_when_progress_stops_the_build(
 
 
 @needs_compiler
-def test_a_compiler_that_outlived_its_build_writes_to_nothing(kernel_cache, kernel_sources):
+def test_a_compiler_that_outlived_its_build_changes_no_other_build(kernel_cache, kernel_sources):
     spec = cpu_spec(kernel_sources)
-    work = kernel_cache / f"{spec.directory_name}.partial" / "work"
+    work = kernel_cache / f"{store.private_prefix(kernel_cache / spec.directory_name)}1" / "work"
     work.mkdir(parents=True)
     kernel_cache.chmod(0o700)
     code = (
-        "import pathlib\nprint('there', flush=True)\nnumber = 0\n"
+        "import pathlib\nprint('running', flush=True)\nnumber = 0\n"
         "try:\n"
         "    while True:\n"
         "        number += 1\n"
@@ -208,7 +176,7 @@ def test_a_compiler_that_outlived_its_build_writes_to_nothing(kernel_cache, kern
         [sys.executable, "-c", code], cwd=work, stdout=subprocess.PIPE, text=True
     )
     try:
-        assert orphan.stdout.readline() == "there\n"
+        assert orphan.stdout.readline() == "running\n"
         library = build(spec)
         assert works(library) and len(list(library.parent.iterdir())) == 2
     finally:

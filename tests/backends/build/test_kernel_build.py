@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from exl_loader.backends import get_ops
-from exl_loader.backends.build import store, supervise, toolchain
-from exl_loader.backends.build.build import TASK, build, ninja_file
+from exl_loader.backends.build import store, toolchain
+from exl_loader.backends.build.build import KEPT_BYTES, TASK, BoundedOutput, build, ninja_file
 from exl_loader.backends.build.spec import BuildSpec, compile_flags, cpu_spec
 from exl_loader.backends.cpu.open import open_library
 from exl_loader.utils.errors import InvalidSettings, KernelBuildError
@@ -293,14 +293,13 @@ def test_a_compilers_output_is_bounded(kernel_cache, kernel_sources, tmp_path, m
         build(cpu_spec(kernel_sources))
     details = caught.value.details
     assert "error: the last" in details and "bytes of output are left out here" in details
-    # Of each of two sources the beginning and the end, and ninja's own lines. An error shows a
-    # control character in four.
+    # An error writes a control character as four characters.
     longest = 4 if flood == "zeros on stderr" else 1
-    assert len(details) < longest * 2 * (2 * supervise.KEPT_BYTES + 4000)
+    assert len(details) < longest * (2 * KEPT_BYTES + 4000)
 
 
 def test_bounded_output_keeps_beginning_and_end():
-    output = supervise.BoundedOutput(4)
+    output = BoundedOutput(4)
     for piece in (b"", b"ab", b"cdef"):
         output.add(piece)
     assert output.get() == b"abcdef"

@@ -135,16 +135,16 @@ def test_an_entry_has_the_files_of_its_build(entry):
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o770, 0o702, 0o1777])
-def test_a_folder_that_stood_open_is_emptied_and_closed(entry, kernel_cache, mode, caplog):
-    leftovers = [f"{NAME}.lock", f"{NAME}.holder", f"{NAME}.partial-7"]
-    for name in leftovers[:2]:
-        (kernel_cache / name).symlink_to("/dev/null")
-    (kernel_cache / leftovers[2]).mkdir()
+def test_a_folder_that_others_could_write_is_put_aside(entry, kernel_cache, mode, caplog):
+    (kernel_cache / f"{NAME}.lock").symlink_to("/dev/null")
     kernel_cache.chmod(mode)
-    assert store.list_built() == []
+    assert store.list_built() == [] and not kernel_cache.exists()
+    [aside] = kernel_cache.parent.iterdir()
+    assert sorted(path.name for path in aside.iterdir()) == [NAME, f"{NAME}.lock"]
+    assert str(kernel_cache) in caplog.text and str(aside) in caplog.text
+    assert store.writable_dir() == kernel_cache
     assert stat.S_IMODE(kernel_cache.stat().st_mode) == 0o700
     assert list(kernel_cache.iterdir()) == []
-    assert str(kernel_cache) in caplog.text and "emptied" in caplog.text
 
 
 @pytest.mark.parametrize("mode", [0o700, 0o750, 0o755])
@@ -154,25 +154,24 @@ def test_a_folder_that_others_may_read_keeps_what_it_has(entry, kernel_cache, mo
     assert stat.S_IMODE(kernel_cache.stat().st_mode) == 0o700
 
 
-def test_what_is_no_kernel_is_put_aside_and_not_removed(entry, kernel_cache, caplog):
-    (kernel_cache / "thesis.txt").write_text("years of work")
-    kernel_cache.chmod(0o777)
-    assert store.list_built() == []
-    assert not entry.exists() and not (kernel_cache / "thesis.txt").exists()
-    [kept] = kernel_cache.rglob("thesis.txt")
-    assert kept.read_text() == "years of work"
-    assert kept.parent.name in caplog.text
-
-
 def test_a_folder_above_that_stood_open_becomes_sticky(entry, kernel_cache, caplog):
     outer = kernel_cache.parent
     outer.chmod(0o777)
     assert store.list_built() == []
     assert stat.S_IMODE(outer.stat().st_mode) == 0o1777
-    assert list(kernel_cache.iterdir()) == [] and str(outer) in caplog.text
-    # From now on nobody else can exchange the folder.
+    assert not kernel_cache.exists() and str(outer) in caplog.text
+    # Nobody else can exchange the folder any more.
     write_entry(kernel_cache / NAME)
     assert len(store.list_built()) == 1
+
+
+def test_a_folder_above_on_a_disk_without_modes_is_refused(kernel_cache, monkeypatch):
+    # Such a disk accepts chmod and ignores it.
+    kernel_cache.parent.mkdir()
+    kernel_cache.parent.chmod(0o777)
+    monkeypatch.setattr(Path, "chmod", lambda self, mode: None)
+    with pytest.raises(KernelBuildError, match="others can exchange it"):
+        store.writable_dir()
 
 
 def test_a_link_on_the_way_is_followed(tmp_path, monkeypatch):
