@@ -1,8 +1,8 @@
 """CPU access to the tensors of a device: in place on the CPU, by copies on a card.
 
 A step has a few integers that the CPU writes and logits that it reads. On the CPU they are in
-the workspace and used in place; `cuda/host.py` copies them to and from a card, all integers of
-a step at once.
+the workspace and used in place; `cuda/cpu_access.py` copies them to and from a card, all
+integers of a step at once.
 """
 
 from __future__ import annotations

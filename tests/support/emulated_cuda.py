@@ -1,12 +1,12 @@
-"""Cards that are not there: the engine on `cuda:0`, `cuda:1`, ..., emulated on the CPU.
+"""Emulated cards: the engine on `cuda:0`, `cuda:1`, ..., on the CPU.
 
 Device memory is main memory, and everything else is as on a card: the table of bytes, the
-layouts, the launches, inputs and logits that are copied, decode steps that are captured. What
-a captured step does besides launching kernels would be missing from its replay.
+layouts, the launches, copied inputs and logits, captured decode steps. Work of a captured step
+that is no launch would be missing from its replay.
 
-Every card has memory, a launcher and a stream of its own. A kernel that is given an address in
-another card's memory is refused when it is prepared. A stream can hold its work back until
-somebody waits for it: what is used without having been waited for is then not there yet.
+Every card has memory, a launcher and a stream of its own. A launch with an address in another
+card's memory is refused when it is prepared. A stream can postpone its work until somebody waits
+for it, so that results which are used without waiting are not there yet.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from exl_loader.backends.base import Capacity
 from exl_loader.backends.cpu.memory import MainMemory
 from exl_loader.backends.cuda.backend import CudaBackend
-from exl_loader.backends.cuda.host import CardHost, CardInputs
+from exl_loader.backends.cuda.cpu_access import CardAccess, CardInputs
 from exl_loader.memory.buffers import live_bytes
 from exl_loader.utils.errors import DeviceError
 from support.cuda_targets import emulated_launcher
@@ -32,10 +32,10 @@ DEVICE = "cuda:0"
 
 
 class EmulatedCard(MainMemory, CudaBackend):
-    """Main memory in the place of cards'; which of it is which card's.
+    """The backend of emulated cards: main memory, and a record of which card owns it.
 
     Args:
-        sizes: a card's name -> its bytes; cards without have as much as main memory.
+        sizes: a card's name -> its bytes; other cards have as much as main memory.
     """
 
     taken_by_touch = False
@@ -60,7 +60,7 @@ class EmulatedCard(MainMemory, CudaBackend):
         return buffer, owner
 
     def owner_of(self, address: int) -> str | None:
-        """Name the card whose memory this is; None for the host's."""
+        """Return the card that owns an address; None for other main memory."""
         for name, first, nbytes in self._buffers.values():
             if first <= address < first + nbytes:
                 return name
@@ -68,7 +68,7 @@ class EmulatedCard(MainMemory, CudaBackend):
 
 
 class Stream:
-    """What a card was given to do, in order.
+    """The work of a card, in order.
 
     With `lazy` nothing is done before somebody waits for it.
     """
@@ -85,11 +85,11 @@ class Stream:
             self.run_to(self._issued)
 
     def mark(self) -> int:
-        """Note how far the stream has been filled."""
+        """Return a mark after all work so far."""
         return self._issued
 
     def run_to(self, mark: int) -> None:
-        """Do what stands before a mark."""
+        """Do the work before a mark."""
         while self._done < mark:
             work = self._work.popleft()
             try:
@@ -103,7 +103,7 @@ class CapturingLauncher:
 
     Args:
         launcher: runs the kernels.
-        check: raises where an address is another card's.
+        check: raises for an address of another card.
     """
 
     def __init__(self, launcher: Any, check: Callable[[str, int], None] | None = None):
@@ -156,7 +156,7 @@ class CapturingLauncher:
 
 
 def _addresses(value: Any) -> Iterator[int]:
-    """Find the addresses in a kernel's argument."""
+    """Yield the addresses in a kernel's argument."""
     if isinstance(value, ctypes.c_void_p):
         if value.value:
             yield value.value
@@ -170,7 +170,7 @@ def _addresses(value: Any) -> Iterator[int]:
 
 
 class _OnStream:
-    """A device's tensor as the target of copies, which its stream does in turn."""
+    """A device's tensor as the target of copies, which are work of its stream."""
 
     def __init__(self, stream: Stream, tensor: torch.Tensor):
         self._stream, self._tensor = stream, tensor
@@ -180,12 +180,12 @@ class _OnStream:
         self._stream.add(partial(self._tensor.copy_, source))
 
 
-class EmulatedHost(CardHost):
-    """Copies as a card's host does; `replays` counts steps that ran as a graph.
+class EmulatedAccess(CardAccess):
+    """CPU access to an emulated card; `replays` counts steps that ran as a graph.
 
     Args:
         launcher: the card's.
-        stream_of: the stream of the card whose tensor this is; None for the host's own.
+        stream_of: returns the stream of the card that owns a tensor; None for other memory.
     """
 
     def __init__(
@@ -217,10 +217,10 @@ class EmulatedHost(CardHost):
     def receive(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Copy as PyTorch does between cards: on the source's stream.
 
-        It waits for what the target's card was given, and that card for the copy.
+        The copy waits for the work of the target's card, and that card waits for the copy.
         """
         copy, sender = partial(super().receive, source, target), self._stream_of(source)
-        if sender is None:  # the host waits
+        if sender is None:  # the CPU waits
             self.stream.add(copy)
             self.wait(self.mark())
             return
@@ -251,9 +251,9 @@ class EmulatedHost(CardHost):
 
 
 def emulated_ops(order: str = "forward", seed: int = 1) -> Any:
-    """Return a card's operations, their launcher and host emulated."""
+    """Return a card's operations with an emulated launcher and CPU access."""
     launcher = CapturingLauncher(_launcher(order, seed))
-    return _ops(launcher, EmulatedHost(launcher))
+    return _ops(launcher, EmulatedAccess(launcher))
 
 
 def _launcher(order: str, seed: int) -> Any:
@@ -262,10 +262,10 @@ def _launcher(order: str, seed: int) -> Any:
     return emulated
 
 
-def _ops(launcher: CapturingLauncher, host: EmulatedHost) -> Any:
+def _ops(launcher: CapturingLauncher, access: EmulatedAccess) -> Any:
     from exl_loader.backends.cuda.ops import CudaOps
 
-    return CudaOps(launcher, host)
+    return CudaOps(launcher, access)
 
 
 def install(monkeypatch: Any, ops: Any) -> None:
@@ -297,14 +297,14 @@ class EmulatedCards:
         self.ops: dict[str, Any] = {}
         for name in (f"cuda:{index}" for index in range(count)):
             launcher = CapturingLauncher(_launcher("forward", 1), partial(self._check, name))
-            self.ops[name] = _ops(launcher, EmulatedHost(launcher, self._stream_of))
+            self.ops[name] = _ops(launcher, EmulatedAccess(launcher, self._stream_of))
 
     def install(self, monkeypatch: Any) -> None:
         """Let `cuda:0` and so on be these cards."""
         _install(monkeypatch, self.memory, self._open)
 
-    def hosts(self) -> list[EmulatedHost]:
-        """Each card's host, in order."""
+    def accesses(self) -> list[EmulatedAccess]:
+        """Return the CPU access of each card, in order."""
         return [ops.cpu_access for ops in self.ops.values()]
 
     def _open(self, index: int, progress: Any = None) -> Any:

@@ -141,7 +141,7 @@ def stream_shapes(sizes: QuantizedSizes) -> dict[str, tuple[str, tuple[int, ...]
     return {
         "codes": ("uint8", (tiles_for(sizes.out_features), tile_bytes)),
         "groups": ("int32", (sizes.num_groups, 4)),
-        "windows": ("int32", (row_blocks_for(sizes.in_features) + 1, 4)),
+        "row_blocks": ("int32", (row_blocks_for(sizes.in_features) + 1, 4)),
     }
 
 

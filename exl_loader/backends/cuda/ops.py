@@ -12,8 +12,8 @@ import torch
 from ...utils.progress import Progress
 from ..recorder import Function
 from .attention import AttentionOps
+from .cpu_access import CardAccess
 from .fusion import issue_all
-from .host import CardHost
 from .kernels import open_launcher
 from .launcher import Launch, Launcher, run_now
 from .layout import StreamLinear
@@ -95,7 +95,7 @@ def open_ops(index: int, progress: Progress | None = None) -> DeviceOps:
         return handle
 
     launcher = open_launcher(index, stream, progress)
-    ops = CudaOps(launcher, CardHost(f"cuda:{index}", launcher))
+    ops = CudaOps(launcher, CardAccess(f"cuda:{index}", launcher))
     if index not in _checked:
         from .self_check import check_card
 

@@ -96,7 +96,7 @@ class PackOps(KernelOps):
         table = group_table(layer.groups, layer.zeros is not None)
         positions = row_block_table(table, layer.zeros is not None)
         views["groups"].copy_(torch.tensor(table, dtype=torch.int32))
-        views["windows"].copy_(torch.tensor(positions, dtype=torch.int32))
+        views["row_blocks"].copy_(torch.tensor(positions, dtype=torch.int32))
         perm = None
         if layer.perm is not None:
             views["perm"].copy_(layer.perm)
@@ -109,7 +109,7 @@ class PackOps(KernelOps):
                                    views["codes"])
         return StreamLinear(
             layer.in_features, layer.out_features, views["codes"], views["groups"],
-            views["windows"], positions, zeros=layer.zeros is not None, perm=perm,
+            views["row_blocks"], positions, zeros=layer.zeros is not None, perm=perm,
             bias=place_bias(layer.bias, views),
         )
 

@@ -1,9 +1,9 @@
-"""A card's kernels against the reference, before a model is loaded.
+"""The check of a card's kernels against the reference, before a model is loaded.
 
-A driver with a fault, a card that overheats or a kernel that a new architecture runs otherwise
-than it was meant to must not show as a text that makes no sense. So the first time that a
-process opens a card's kernels, each family of operations runs once on numbers of its own, and
-the results are held against `ReferenceOps` on the CPU. `doctor` shows what came of it.
+A faulty driver, an overheated card, or a kernel that a new architecture executes differently must
+not show as a text without sense. So the first time a process opens a card's kernels, each
+family of operations runs once on small inputs, and the results are compared with `ReferenceOps`
+on the CPU. `doctor` shows the outcome.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ if TYPE_CHECKING:
     from ..cpu_access import CpuAccess
     from .ops import CudaOps
 
-# Rows of a prompt, one more than are decoded, and where it begins: it crosses a page, and
-# what a token behind it sees lies in two splits. A window spares the reference the rest.
+# Rows of a prompt, one more than are decoded, and its first position: it crosses a page, and the
+# token after it sees two kv_splits. The sliding window saves the reference the other tokens.
 PROMPT, PAST = 33, 240
 PAGES = 2
-# (bits, rows) of a quantised layer; its windows of 128 rows begin within groups.
+# (bits, rows) of a quantised layer. Its row blocks of 128 rows start within groups.
 GROUPS = ((6, 64), (4, 128), (3, 160))
 IN_FEATURES = sum(rows for _, rows in GROUPS)
 OUT_FEATURES = 96
 SHAPE = AttentionShape(4, 1, 128, 128**-0.5, window=60)
 CACHE_TYPES = ("q4", "fp16")
-# Logits of a row that two blocks share.
+# Logits of a row, which two blocks share.
 VOCAB = 5000
 
 # Relative L2 errors. Activations of products have 15 bits, attention multiplies float16, norms
@@ -60,9 +60,9 @@ _REMEDY = (
 
 
 def check_card(ops: CudaOps, name: str) -> None:
-    """Run a card's operations once and compare.
+    """Run a card's operations once and compare their results.
 
-    What memory it takes, less than 2 MiB, is given back.
+    The memory that this takes, less than 2 MiB, is released.
 
     Args:
         ops: `CudaOps` of the card.
@@ -70,10 +70,10 @@ def check_card(ops: CudaOps, name: str) -> None:
 
     Raises:
         DeviceError: a result is wrong, or a kernel failed.
-        InsufficientMemory: the card has not even so much memory left.
+        InsufficientMemory: the card has less memory left than that.
     """
     buffers = allocate(place(check_specs(name)).values())
-    # Hundreds of small operations of the reference: on a busy machine threads would wait for
+    # The reference runs hundreds of small operations. On a busy machine threads would wait for
     # each other a hundred times as long as they compute.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -83,7 +83,7 @@ def check_card(ops: CudaOps, name: str) -> None:
         drop_locals(error)  # which are views of the buffer
         if not isinstance(error, RuntimeError):
             raise
-        # PyTorch's word for a kernel that failed, at the copy that waits for it.
+        # PyTorch reports a failed kernel at the copy that waits for it.
         raise _refusal(name, "kernels that run to their end", str(error)) from error
     finally:
         torch.set_num_threads(threads)
@@ -101,7 +101,8 @@ class _Check:
     """One run of the check, in memory of the card.
 
     Args:
-        ops, name: as `check_card`'s. views: of `_specs`, by name.
+        ops, name: as those of `check_card`.
+        views: tensors of `check_specs`, by name.
     """
 
     def __init__(self, ops: CudaOps, name: str, views: dict[str, torch.Tensor]):
@@ -112,14 +113,14 @@ class _Check:
 
     def run(self) -> None:
         self._norm()
-        self._turns()
+        self._rope_and_gate()
         self._products()
         for cache_type in CACHE_TYPES:
             self._attention(cache_type)
         self._top_logits()
 
     def _put(self, role: str, values: torch.Tensor, first: int = 0) -> torch.Tensor:
-        """Bring values to a view's elements from `first` on; return these as the card's tensor."""
+        """Write values to a view from element `first` on; return these elements' tensor."""
         view = self.views[role].flatten()[first : first + values.numel()].view(values.shape)
         self._cpu_access.write(view, values.numpy())
         return view
@@ -146,8 +147,8 @@ class _Check:
         self.ops.rms_norm(self._put("x", x), self._put("norm", weight), 1e-5, out)
         self._compare("a norm", self._get(out), expected, _NORM_BOUND)
 
-    def _turns(self) -> None:
-        """RoPE at a far position, and a gate."""
+    def _rope_and_gate(self) -> None:
+        """Check RoPE at a far position, and a gate."""
         positions = torch.tensor([3, 100_003], dtype=torch.int32)
         frequencies = (1e4 ** -(torch.arange(SHAPE.head_dim // 2) / (SHAPE.head_dim // 2))).float()
         expected = torch.empty(2, 2, SHAPE.head_dim // 2)
@@ -157,10 +158,10 @@ class _Check:
                             1.0, table)
         self._compare("RoPE's angles", self._get(table), expected, _NORM_BOUND)
         heads = self._normal(2, SHAPE.num_heads, SHAPE.head_dim)
-        turned = self._put("q", heads)
-        self.ops.rope(turned, table)
+        rotated = self._put("q", heads)
+        self.ops.rope(rotated, table)
         self.reference.rope(heads, expected)
-        self._compare("RoPE", self._get(turned), heads, _NORM_BOUND)
+        self._compare("RoPE", self._get(rotated), heads, _NORM_BOUND)
         gate, up = self._normal(2, 3, IN_FEATURES)
         out, gated = self._put("x", gate), torch.empty_like(gate)
         self.ops.gate(out, self._put("normed", up), "silu", out)
@@ -168,16 +169,16 @@ class _Check:
         self._compare("a gate", self._get(out), gated, _NORM_BOUND)
 
     def _top_logits(self) -> None:
-        """The likeliest tokens of a row, in order."""
+        """Check the ids of a row's top logits, in order."""
         row, out = self._normal(1, VOCAB), self.views["top_logits"]
         self.ops.top_logits(self._put("logits", row), VOCAB, out, self.views["scratch"])
         words = self._get(out)[0].numpy()
         ids = words[HEADER_WORDS : HEADER_WORDS + max(int(words[1]), 1)]
         if not np.array_equal(ids, np.argsort(-row[0].numpy(), kind="stable")[: len(ids)]):
-            raise _refusal(self.name, "the likeliest tokens in order", "others")
+            raise _refusal(self.name, "the top logits in order", "others")
 
     def _products(self) -> None:
-        """A layer packed on the card, bit for bit, and products of one row and of a prompt."""
+        """Check a layer that the card packs, bit for bit, and products of one row and a prompt."""
         table = group_table(list(GROUPS), zeros=False)
         codes = np.concatenate([self.rng.integers(0, 1 << bits, (rows, OUT_FEATURES), np.uint8)
                                 for bits, rows in GROUPS])
@@ -199,7 +200,7 @@ class _Check:
         groups = self._put("groups", torch.tensor(table, dtype=torch.int32))
         layer = StreamLinear(
             IN_FEATURES, OUT_FEATURES, self.views["codes"], groups,
-            self._put("windows", torch.tensor(positions, dtype=torch.int32)), positions,
+            self._put("row_blocks", torch.tensor(positions, dtype=torch.int32)), positions,
         )
         expected = np.empty(tuple(layer.codes.shape), np.uint8)
         pack_streams(codes, scales, None, np.array(table, np.int32), expected)
@@ -216,26 +217,26 @@ class _Check:
         return layer
 
     def _attention(self, cache_type: str) -> None:
-        """A prompt behind a text and a token behind that: written, then attended."""
+        """Check writing and attention of a prompt after a text, and of a token after that."""
         kind = CacheType.parse(cache_type)
         layer, scratch = self._cache(cache_type, kind), self.views["scratch"]
         for past, rows, what in ((PAST, PROMPT, "a prompt"), (PAST + PROMPT, 1, "a token")):
             q = self._normal(rows, SHAPE.num_heads, SHAPE.head_dim)
             k, v = self._normal(2, rows, SHAPE.num_kv_heads, SHAPE.head_dim)
-            here, there = self._batches(past, rows)
-            self.ops.write_cache(self._put("k", k), self._put("v", v), layer, there, scratch)
+            on_cpu, on_card = self._batches(past, rows)
+            self.ops.write_cache(self._put("k", k), self._put("v", v), layer, on_card, scratch)
             written = self._read_back(layer)
             for half, x in (("k", k), ("v", v)):
-                self._compare(f"{half} of {what} in a {kind} cache", _stored(written, half, here),
+                self._compare(f"{half} of {what} in a {kind} cache", _stored(written, half, on_cpu),
                               x, _WRITE_BOUNDS[kind.k_bits])
             expected, out = torch.empty_like(q), self.views["attended"][:rows]
-            self.reference.attention(q.clone(), written, here, SHAPE, expected, scratch)
-            self.ops.attention(self._put("q", q), layer, there, SHAPE, out, scratch)
+            self.reference.attention(q.clone(), written, on_cpu, SHAPE, expected, scratch)
+            self.ops.attention(self._put("q", q), layer, on_card, SHAPE, out, scratch)
             self._compare(f"attention of {what} over a {kind} cache", self._get(out), expected,
                           _ATTENTION_BOUND)
 
     def _cache(self, cache_type: str, kind: CacheType) -> CacheLayer:
-        """A cache on the card that holds a text."""
+        """Return a cache on the card with random contents."""
         tensors: dict[str, torch.Tensor] = {}
         for role, (dtype, shape) in cache_shapes(kind).items():
             if dtype == "int16":
@@ -257,7 +258,7 @@ class _Check:
                           layer.cache_type)
 
     def _batches(self, past: int, rows: int) -> tuple[Batch, Batch]:
-        """One sequence whose pages are in disorder, on the CPU and on the card."""
+        """Return a batch of one sequence with its pages in reverse, on the CPU and the card."""
         values = [
             torch.arange(past, past + rows, dtype=torch.int32),
             torch.tensor([0, rows], dtype=torch.int32),
@@ -268,11 +269,11 @@ class _Check:
         for part in values:
             placed.append(self._put("integers", part, first))
             first += part.numel()
-        here, there = (
+        on_cpu, on_card = (
             Batch(positions, q_start, past_len, page_table, past + rows)
             for positions, q_start, past_len, page_table in (values, placed)
         )
-        return here, there
+        return on_cpu, on_card
 
 
 def _linear_specs(name: str) -> dict[str, TensorSpec]:
@@ -284,7 +285,7 @@ def _linear_specs(name: str) -> dict[str, TensorSpec]:
 
 
 def check_specs(name: str) -> list[TensorSpec]:
-    """List what the check takes of a card, all of it as one segment."""
+    """Return the tensors that the check needs on a card, all in one segment."""
     tokens, rows = PAGES * PAGE_LEN, PROMPT + 1
     kinds = [CacheType.parse(cache_type) for cache_type in CACHE_TYPES]
     scratch = max(
@@ -335,7 +336,7 @@ def cache_shapes(kind: CacheType) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def _stored(layer: CacheLayer, half: str, batch: Batch) -> torch.Tensor:
-    """What a cache on the CPU has of a batch's rows, as float32 [T, kv_heads, head_dim]."""
+    """Decode a batch's rows of a cache on the CPU, as float32 [T, kv_heads, head_dim]."""
     positions = batch.positions.long()
     place = batch.page_table[0].long()[positions // PAGE_LEN], slice(None), positions % PAGE_LEN
     codes, scales = getattr(layer, f"{half}_codes")[place], getattr(layer, f"{half}_scales")
@@ -348,7 +349,7 @@ def _stored(layer: CacheLayer, half: str, batch: Batch) -> torch.Tensor:
 
 def _exl2_words(codes: np.ndarray[Any, Any],
                 table: list[tuple[int, int, int, int]]) -> np.ndarray[Any, Any]:
-    """Codes uint8 [K, N] as EXL2's `q_weight`, int32: each column one run of bits a group."""
+    """Pack codes uint8 [K, N] as EXL2's `q_weight`, int32: a column of a group is a run of bits."""
     words = []
     for bits, first, rows, _ in table:
         fields = codes[first : first + rows, None] >> np.arange(bits, dtype=np.uint8)[:, None] & 1

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from exl_loader.backends import top_logits as result
 from exl_loader.backends.cuda import attention, layout, linear, linear_dense, moe, pack, rows
 from exl_loader.backends.cuda import top_logits as top
 from exl_loader.cache.layout import GROUP, MAX_BIAS_PAIRS, PAGE_LEN
@@ -74,11 +75,11 @@ PAIRS = [
     ("cuda/moe.cu", "kRouteThreads", moe._ROUTE_THREADS),
     ("cuda/sampling.cu", "kThreads", top._THREADS),
     ("cuda/sampling.cu", "kTile", top._TILE_LOGITS),
-    ("cuda/sampling.cu", "kBins", top._BINS),
+    ("cuda/sampling.cu", "kBins", result.NUM_BINS),
     ("cuda/sampling.cu", "kScratchWords", top._FIXED_WORDS),
-    ("cuda/sampling.cu", "kHeaderWords", top.HEADER_WORDS),
-    ("cuda/sampling.cu", "kMaxTaken", top.MOST_TAKEN),
-    ("cuda/sampling.cu", "kHeaderWords + 2 * kMaxTaken", top.RESULT_WORDS),
+    ("cuda/sampling.cu", "kHeaderWords", result.HEADER_WORDS),
+    ("cuda/sampling.cu", "kMaxTaken", result.MOST_TAKEN),
+    ("cuda/sampling.cu", "kHeaderWords + 2 * kMaxTaken", result.RESULT_WORDS),
 ]
 
 

@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 
 import exl_loader  # noqa: E402
 from exl_loader.backends.cuda import fusion  # noqa: E402
-from exl_loader.backends.cuda.host import CAPTURE_TRIES  # noqa: E402
+from exl_loader.backends.cuda.cpu_access import CAPTURE_TRIES  # noqa: E402
 from support.emulated_cuda import DEVICE, emulated_ops, install  # noqa: E402
 from support.hf_models import MODELS, expected_logits, make_model  # noqa: E402
 from support.makers import make_exl2_layer, quantization_config, write_quantized_model  # noqa: E402
@@ -157,8 +157,8 @@ def test_experts_of_few_rows_give_the_bits_of_many(emulated, tmp_path):
     model, cache = build_model(tmp_path / "m", emulated, device=DEVICE, sequences=9)
     sequences = [cache.acquire(20) for _ in range(9)]
     for ids in (IDS[:9], IDS[3:]):
-        by_host = model.forward([(s, [i]) for s, i in zip(sequences, ids, strict=True)]).clone()
-        for sequence, token, row in zip(sequences, ids, by_host, strict=True):
+        on_cpu = model.forward([(s, [i]) for s, i in zip(sequences, ids, strict=True)]).clone()
+        for sequence, token, row in zip(sequences, ids, on_cpu, strict=True):
             sequence.past_len -= 1
             assert torch.equal(model.forward([(sequence, [token])])[0], row)
     (many,), (one,) = (model._steps[n, n, "last", False].parts for n in (9, 1))
@@ -361,16 +361,16 @@ def test_the_command_line_chooses_the_card(emulated, tmp_path, capsys):
     assert emulated.cpu_access.replays == 3
 
 
-def count_rows_fetched(monkeypatch, host):
+def count_rows_fetched(monkeypatch, access):
     """Return a list that gets every row of logits that is copied to the CPU."""
-    fetched, collect = [], host.collect
+    fetched, collect = [], access.collect
 
     def counting(tensor, mirror):
         if tensor.dtype == torch.float32:
             fetched.extend(tensor)
         collect(tensor, mirror)
 
-    monkeypatch.setattr(host, "collect", counting)
+    monkeypatch.setattr(access, "collect", counting)
     return fetched
 
 

@@ -245,7 +245,7 @@ def test_the_plan_follows_from_the_header(tmp_path):
     assert {role: (spec.dtype, spec.shape) for role, spec in plan.specs.items()} == {
         "codes": ("uint8", (2, 128 * (words + 7) + 2 * 64)),
         "groups": ("int32", (2, 4)),
-        "windows": ("int32", (3, 4)),
+        "row_blocks": ("int32", (3, 4)),
         "perm": ("int32", (200,)),
         "bias": ("float32", (50,)),
     }
@@ -257,7 +257,7 @@ def test_plan_of_gptq_counts_zero_points(tmp_path):
     with Checkpoint.open(write_layer(tmp_path / "m", tensors, group_size=64)) as checkpoint:
         plan = plan_linear(checkpoint, "layer", 200, 50, device="cuda:0")
     assert {role: spec.shape for role, spec in plan.specs.items()} == {
-        "codes": (2, 128 * 7 * 4 + 4 * 96), "groups": (4, 4), "windows": (3, 4),
+        "codes": (2, 128 * 7 * 4 + 4 * 96), "groups": (4, 4), "row_blocks": (3, 4),
     }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ MISTAKES = [
      "a norm"),
     ("rope", ("angles.cuh", "if (turns & 2)", "if (turns & 4)"), "RoPE's angles"),
     ("sampling", ("sampling.cu", "bits & 0x80000000u ? bits : ~bits",
-                  "bits & 0x80000000u ? ~bits : bits"), "likeliest"),
+                  "bits & 0x80000000u ? ~bits : bits"), "top logits"),
     ("pack", ("pack.cu", "shift + Bits > 32 ?", "shift + Bits > 33 ?"), "packed layer"),
     ("linear_decode", ("linear_decode.cu", "8 * q + lane / 4", "8 * q + lane % 8"),
      "a product of one row"),
@@ -161,12 +161,12 @@ def test_a_load_that_is_refused_has_taken_nothing(opened, tmp_path, monkeypatch)
 
 def test_a_load_that_is_checked_allocates_what_was_planned(opened, tmp_path, monkeypatch):
     import exl_loader
-    from support.emulated_cuda import CapturingLauncher, EmulatedHost
+    from support.emulated_cuda import CapturingLauncher, EmulatedAccess
     from support.makers import write_quantized_model
 
     write_quantized_model(tmp_path / "m", "exl2", config={"num_hidden_layers": 1})
     card = CapturingLauncher(Card())
-    monkeypatch.setattr(cuda_ops, "CardHost", lambda name, launcher: EmulatedHost(card))
+    monkeypatch.setattr(cuda_ops, "CardAccess", lambda name, launcher: EmulatedAccess(card))
     opened.append(card)
     total = exl_loader.plan(tmp_path / "m", ctx_size=256, device="cuda:0").total_bytes
     with exl_loader.load(tmp_path / "m", ctx_size=256, device="cuda:0") as model:

@@ -15,7 +15,7 @@ import exl_loader  # noqa: E402
 from exl_loader.memory import buffers as memory  # noqa: E402
 from exl_loader.utils.errors import DeviceError, InsufficientMemory  # noqa: E402
 from exl_loader.utils.table import DeviceMap  # noqa: E402
-from support.emulated_cuda import EmulatedCards, EmulatedHost  # noqa: E402
+from support.emulated_cuda import EmulatedAccess, EmulatedCards  # noqa: E402
 from support.hf_models import make_model  # noqa: E402
 from support.makers import write_quantized_model  # noqa: E402
 from support.model_builder import build_model, run_chunks, split, together  # noqa: E402  # noqa: E402
@@ -93,7 +93,7 @@ def test_loading_over_two_cards(cards, tmp_path, nothing_left, first_layers):
     expected = run(tmp_path / "m", device="cuda:0")
     logits, answer = run(tmp_path / "m", gpu_split=field)
     assert torch.equal(logits, expected[0]) and answer == expected[1]
-    assert all(host.replays > 0 for host in cards.hosts()[:2])
+    assert all(access.replays > 0 for access in cards.accesses()[:2])
 
 
 def test_a_split_that_one_card_holds_alone_uses_no_other(cards, tmp_path, nothing_left):
@@ -127,7 +127,7 @@ def test_the_command_line_splits_layers(cards, tmp_path, capsys, nothing_left):
     options = ["--ctx-size", str(CTX), "--gpu-split", gpu_split(tmp_path / "m", 1)]
     assert main(["generate", str(tmp_path / "m"), "--prompt", "ab", *options,
                  "--max-new-tokens", "5", "--ban-eos-token"]) == 0
-    assert [host.replays for host in cards.hosts()] == [3, 3, 0]
+    assert [access.replays for access in cards.accesses()] == [3, 3, 0]
 
 
 def test_key_biases_of_a_split_model_have_room_on_their_cards(cards, tmp_path, nothing_left):
@@ -144,13 +144,14 @@ def test_experts_on_two_cards_are_chosen_on_their_own_card(cards, tmp_path, noth
 
 def test_each_card_captures_its_own_graph(cards, tmp_path):
     write_quantized_model(tmp_path / "m", "exl2", config=THREE_LAYERS)
-    hosts = cards.hosts()
+    accesses = cards.accesses()
     devices = split(1, 1, 1, kind="cuda")
     captured = run_chunks(*build_model(tmp_path / "m", cards.ops, device=devices), IDS, 1)
-    assert [(host.captures_made, host.replays) for host in hosts] == [(1, len(IDS) - 1)] * 3
-    hosts[1].capture = lambda run: None
+    counts = [(access.captures_made, access.replays) for access in accesses]
+    assert counts == [(1, len(IDS) - 1)] * 3
+    accesses[1].capture = lambda run: None
     refused = run_chunks(*build_model(tmp_path / "m", cards.ops, device=devices), IDS, 1)
-    assert [host.captures_made for host in hosts] == [2, 1, 2]
+    assert [access.captures_made for access in accesses] == [2, 1, 2]
     assert torch.equal(refused, captured)
 
 
@@ -175,8 +176,8 @@ def test_cards_wait_for_what_they_need(cards, tmp_path, lazy):
     devices = split(1, 1, kind="cuda")
     at_once = chunks_then_tokens(*build_model(tmp_path / "m", cards.ops, device=devices))
     model, cache = build_model(tmp_path / "m", cards.ops, device=devices)
-    for host, holds_back in zip(cards.hosts(), lazy, strict=False):
-        host.stream.lazy = holds_back
+    for access, holds_back in zip(cards.accesses(), lazy, strict=False):
+        access.stream.lazy = holds_back
     assert torch.equal(chunks_then_tokens(model, cache), at_once)
 
 
@@ -187,14 +188,14 @@ def test_the_emulation_notices_a_copy_that_is_not_waited_for(cards, tmp_path, mo
     write_quantized_model(tmp_path / "m", "exl2")
     devices = split(1, 1, kind="cuda")
     at_once = chunks_then_tokens(*build_model(tmp_path / "m", cards.ops, device=devices))
-    monkeypatch.setattr(EmulatedHost, "receive", receive)
+    monkeypatch.setattr(EmulatedAccess, "receive", receive)
     for lazy in LAZY[:2]:
         model, cache = build_model(tmp_path / "m", cards.ops, device=devices)
-        for host, holds_back in zip(cards.hosts(), lazy, strict=False):
-            host.stream.lazy = holds_back
+        for access, holds_back in zip(cards.accesses(), lazy, strict=False):
+            access.stream.lazy = holds_back
         assert not torch.equal(chunks_then_tokens(model, cache), at_once)
-        for host in cards.hosts():
-            host.stream.lazy = False
+        for access in cards.accesses():
+            access.stream.lazy = False
 
 
 def test_the_emulation_notices_memory_of_another_card(cards, tmp_path):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...utils.errors import DeviceError, InsufficientMemory
+from ...utils.integers import round_up
 from ...utils.output import warn
 from .backend import ALIGNMENT_BYTES
 from .taken import remember_taken
@@ -17,20 +18,22 @@ if TYPE_CHECKING:
 
     from .launcher import Launcher
 
+# Captures of a device in a row that may fail before steps are no longer captured.
+CAPTURE_TRIES = 8
 
 
 class CardInputs:
     """A step's integers: arrays in one block of main memory, copied to the card as a whole.
 
     Args:
-        host: copies.
+        access: of the card.
         tensors: neighbours in one buffer of the device.
     """
 
-    def __init__(self, host: CardHost, tensors: Mapping[str, torch.Tensor]):
-        self._host = host
+    def __init__(self, access: CardAccess, tensors: Mapping[str, torch.Tensor]):
+        self._access = access
         self._target, first = _span(tensors)
-        self._source = host.pinned(self._target.nbytes).zero_()
+        self._source = access.pinned(self._target.nbytes).zero_()
         self._sent: Any = None
         self.arrays = {}
         for name, tensor in tensors.items():
@@ -40,33 +43,31 @@ class CardInputs:
 
     def begin(self) -> None:
         if self._sent is not None:
-            self._host.wait(self._sent)
+            self._access.wait(self._sent)
 
     def send(self) -> None:
         self._target.copy_(self._source, non_blocking=True)
-        self._sent = self._host.mark()
+        self._sent = self._access.mark()
 
 
 def _span(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
-    """Return the bytes from the first of these tensors to the last, and their address."""
+    """Return the bytes from the first of these tensors to the last, and their address.
+
+    They are one run of a buffer, with nothing but alignment between the tensors.
+    """
     lowest = min(tensors.values(), key=lambda tensor: tensor.data_ptr())
     first = lowest.data_ptr()
     end = max(tensor.data_ptr() + tensor.nbytes for tensor in tensors.values())
-    step = ALIGNMENT_BYTES
-    held = sum(-(-t.nbytes // step) * step for t in tensors.values())
+    held = sum(round_up(tensor.nbytes, ALIGNMENT_BYTES) for tensor in tensors.values())
     storage = lowest.untyped_storage()
     same = all(t.untyped_storage().data_ptr() == storage.data_ptr() for t in tensors.values())
-    assert same and end - first <= held, "inputs are no neighbours"
+    assert same and end - first <= held, "inputs are not neighbours"
     whole = torch.empty(0, dtype=torch.uint8, device=lowest.device)
     nbytes = end - first
     return whole.set_(storage, first - storage.data_ptr(), (nbytes,), (1,)), first
 
 
-# Captures of a device in a row that may fail before no step is captured any more.
-CAPTURE_TRIES = 8
-
-
-class CardHost:
+class CardAccess:
     """`CpuAccess` of one card, through PyTorch's current stream.
 
     Args:
@@ -102,17 +103,16 @@ class CardHost:
         self.wait(self.mark())
 
     def receive(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        # Between cards PyTorch copies on the source's current stream, with events that hold it
-        # until the target's stream has come here and the target's until the copy is done. From
-        # and to pageable memory the host waits.
+        # Between cards PyTorch copies on the source's current stream. An event holds that stream
+        # until the target's stream has reached this point, and another holds the target's stream
+        # until the copy is done. For copies from and to pageable memory the CPU waits.
         target.copy_(source)
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None] | None:
         try:
             graph = self._launcher.capture(run)
         except (DeviceError, InsufficientMemory) as error:
-            # Another library's call on the device may have spoilt this capture, and it need not
-            # spoil the next.
+            # Another library's call on the device may have spoilt this capture only.
             self._failures += 1
             self.captures = self._failures < CAPTURE_TRIES
             if not self.captures:
@@ -126,16 +126,16 @@ class CardHost:
         return graph
 
     def pinned(self, nbytes: int) -> torch.Tensor:
-        """Return uint8 [nbytes] of the host that the card copies from and to by itself."""
+        """Return uint8 [nbytes] of pinned main memory, which the card copies by itself."""
         with torch.cuda.device(self._device):
             return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
     def mark(self) -> Any:
-        """Note how far the stream has been filled, for `wait`."""
+        """Return a mark after everything that the stream was given, for `wait`."""
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self._device))
         return event
 
     def wait(self, mark: Any) -> None:
-        """Wait until the stream has come to a mark."""
+        """Wait until the stream has reached a mark."""
         mark.synchronize()
