@@ -1,13 +1,17 @@
-"""Folders with small tokenizers of every kind, trained on the spot."""
+"""Folders with small tokenizers of every kind, trained when tests ask for them."""
 
 from __future__ import annotations
 
 import argparse
 import inspect
 import json
+import shutil
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from exl_loader.text.tokenizer import Tokenizer
 
 LANGUAGES = [
     "Привет, мир! Как дела? Всё хорошо.",
@@ -193,3 +197,129 @@ def write_llama_json(path: Path, spm_path: Path, legacy_form: bool) -> None:
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False)
                                   for t in LLAMA_SPECIALS])
     tokenizer.save(str(path))
+
+
+LLAMA = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>",
+         "unk_token": "<unk>"}
+
+
+LLAMA_ADDED = {str(i): added_token(token) for i, token in enumerate(LLAMA_SPECIALS)}
+
+
+CHAT_ADDED = LLAMA_ADDED | {
+    "700": added_token("<|user|>", rstrip=True),
+    "701": added_token("<|assistant|>"),
+    "702": added_token("<|end|>", lstrip=True),
+    "703": added_token("world", special=False, single_word=True),
+}
+
+
+SPM_CONFIGS = {
+    "plain": LLAMA,
+    "bos": LLAMA | {"add_bos_token": True, "add_eos_token": False, "legacy": False},
+    "legacy": LLAMA | {"add_bos_token": True, "legacy": True},
+    "eos": LLAMA | {"add_bos_token": False, "add_eos_token": True, "legacy": False},
+    "no_space": LLAMA | {"add_prefix_space": False, "add_bos_token": True},
+    "fast_class": LLAMA | {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True},
+    "chat": LLAMA | {"add_bos_token": True, "added_tokens_decoder": CHAT_ADDED,
+                     "eos_token": "<|end|>"},
+    "chat_legacy": LLAMA | {"add_bos_token": True, "added_tokens_decoder": CHAT_ADDED,
+                            "legacy": True},
+}
+
+
+COMPARED = [f"spm_{name}" for name in SPM_CONFIGS] + [
+    "json_llama3", "json_qwen", "json_metaspace", "json_prepend", "json_as_is", "json_unigram",
+    "json_code_llama", "json_code_llama_never",
+]
+
+
+def streamed(tokenizer: Tokenizer, ids: list[int], skip_special: bool) -> str:
+    """Decode ids one at a time."""
+    stream = tokenizer.stream(skip_special)
+    return "".join([stream.push(i) for i in ids]) + stream.flush()
+
+
+def check_against(reference, tokenizer: Tokenizer, text: str) -> None:
+    """Compare a text's ids and their decoded text with a tokenizer of transformers."""
+    ids = reference.encode(text)
+    assert tokenizer.encode(text) == ids
+    plain = reference.encode(text, add_special_tokens=False)
+    assert tokenizer.encode(text, add_bos=False) == plain
+    for skip_special in (True, False):
+        decoded = reference.decode(ids, skip_special_tokens=skip_special)
+        assert tokenizer.decode(ids, skip_special) == decoded
+        assert streamed(tokenizer, ids, skip_special) == decoded
+
+
+def write(folder: Path, config: dict | None = None, **files: object) -> Path:
+    """Write a folder. A file is given as bytes, text or JSON, or as a path to copy from."""
+    write_folder(folder, config)
+    for name, content in files.items():
+        path = folder / name.replace("__", ".")
+        if isinstance(content, Path):
+            shutil.copy(content, path)
+        elif isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return folder
+
+
+def write_vocab_and_merges(folder: Path, source: Path, config: dict | None, **model) -> Path:
+    """Write `tokenizer.json` as `vocab.json` and `merges.txt`; `config` gets its added tokens."""
+    content = json.loads(source.read_text())
+    added = {str(t["id"]): added_token(t["content"], special=t["special"])
+             for t in content["added_tokens"]}
+    if config is not None:
+        config = config | {"added_tokens_decoder": added}
+    merges = [pair if isinstance(pair, str) else " ".join(pair)
+              for pair in content["model"]["merges"]]
+    return write(
+        folder, config, vocab__json=content["model"]["vocab"],
+        merges__txt="#version: 0.2\n" + "\n".join(merges) + "\n",
+        config__json={"model_type": "qwen2", "vocab_size": 720} | model,
+    )
+
+
+def with_gaps(ids: dict[int, str]) -> dict:
+    """Return a `tokenizer_config.json` with these added tokens."""
+    tokens = {str(i): added_token(content) for i, content in ids.items()}
+    return {"added_tokens_decoder": tokens}
+
+
+def unusual_tokenizers(folder: Path) -> dict[str, Path]:
+    """Write a folder for each kind of decoder, with and without clean-up of spaces."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Library
+
+    words = ["<unk>", "▁", "▁a", "b", "▁.", "▁'", "'s", "▁n", "n't", "▁é", "?", " ", " .", "\n",
+             "<0xF0>", "<0x9F>", "<0x8E>", "<0x89>", "<0xC3>", "<0xA9>", "<0x41>", "##ing", "x</w>"]
+    vocab = {word: i for i, word in enumerate(words)}
+    byte_steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    kinds = {
+        "bytes": decoders.Sequence(byte_steps),
+        "bytes_strip": decoders.Sequence([*byte_steps, decoders.Strip(" ", 1, 0)]),
+        "metaspace": decoders.Metaspace(),
+        "metaspace_never": decoders.Metaspace(prepend_scheme="never"),
+        "wordpiece": decoders.WordPiece(cleanup=True),
+        "bpe": decoders.BPEDecoder(),
+        "none": None,
+        "other": decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()]),
+        "fallback_and_metaspace": decoders.Sequence(
+            [decoders.ByteFallback(), decoders.Metaspace()]
+        ),
+    }
+    found = {}
+    for kind, decoder in kinds.items():
+        for clean_up in (True, False):
+            library = Library(models.WordLevel(vocab, unk_token="<unk>"))
+            library.pre_tokenizer = pre_tokenizers.Whitespace()
+            library.decoder = decoder
+            special = [AddedToken(token, special=True) for token in ("<s>", "<é>", " <x>")]
+            library.add_special_tokens(special)
+            library.add_tokens([AddedToken("<▁plain>", normalized=False)])
+            name = f"{kind}_{clean_up}"
+            config = {"clean_up_tokenization_spaces": clean_up, "bos_token": "<s>"}
+            found[name] = write(folder / name, config, tokenizer__json=library.to_str())
+    return found

@@ -1,4 +1,4 @@
-"""Templates that would eat time or memory are stopped before they do."""
+"""Templates that take too much time or memory are stopped, whichever feature they use."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def peak_bytes() -> int:
 
 @pytest.fixture
 def little_time(monkeypatch):
-    """Let a template that does not end be stopped soon."""
+    """Shorten the time after which a template is stopped."""
     monkeypatch.setattr(renderer, "MAX_RENDER_SECONDS", 0.5)
 
 
@@ -38,99 +38,79 @@ def growing(start: str, step: str, use: str = "1") -> str:
 
 
 HUGE = {
-    "range": "{{ range(10**9) }}",
     "range as a list": "{{ range(10**12) | list | length }}",
     "string times": "{{ ('x' * 10**11) | length }}",
-    "list times": "{{ ([1] * 10**11) | length }}",
-    "tuple times": "{{ ((1, 2) * 10**10) | length }}",
     "power": "{{ 9 ** (9 ** 9) }}",
-    "power of a variable": "{% set n = 10 %}{{ n ** (10**9) > 1 }}",
-    "center filter": "{{ 'x' | center(10**9) }}",
-    "center mapped": "{{ ['x'] | map('center', 10**10) | list }}",
-    "center block": "{% filter center(10**9) %}x{% endfilter %}",
     "center method": "{{ 'x'.center(10**10) }}",
-    "ljust": "{{ 'x'.ljust(10**10) }}",
-    "rjust": "{{ 'x'.rjust(10**10, '-') }}",
-    "zfill": "{{ 'x'.zfill(10**10) }}",
     "method by name": "{{ ('x' | attr('center'))(10**10) }}",
-    "method mapped": "{% for f in [['x']] | map('first') | map(attribute='center') %}"
-                     "{{ f(10**10) }}{% endfor %}",
-    "expandtabs": "{{ '\\t\\t'.expandtabs(10**10) }}",
-    "format filter": "{{ '%1000000000d' | format(1) }}",
-    "format precision": "{{ '%.1000000000f' | format(1) }}",
     "format star": "{{ '%*d' | format(10**9, 1) }}",
-    "format operator": "{{ '%(a)1000000000d' % {'a': 1} }}",
-    "format of many": "{{ ('%(a)9999d' * 100000) % {'a': 1} }}",
     "format of long": "{% set a = 'x' * 1000000 %}{{ ('%(a)s' * 100000) % {'a': a} }}",
-    "format method": "{{ '{:1000000000}'.format(1) }}",
-    "format method precision": "{{ '{:.1000000000f}'.format(1.5) }}",
-    "format method nested": "{{ '{:{}}'.format(1, 10**10) }}",
     "format method long": "{{ ('{0}' * 100000).format('x' * 1000000) }}",
-    "format method repr": "{{ ('{0!r}' * 100000).format('x' * 1000000) }}",
-    "format_map": "{{ '{a:1000000000}'.format_map({'a': 1}) }}",
-    "format of markup": "{{ ('{:1000000000}' | safe).format(1) }}",
-    "indent": "{{ 'a\\nb' | indent(10**10, true) }}",
-    "indent by text": "{{ ('\\n' * 100000) | indent('x' * 100000, blank=true) }}",
-    "replace filter": "{{ ('x' * 1000000) | replace('x', 'y' * 100000) }}",
     "replace method": "{{ ('x' * 1000000).replace('', 'y' * 100000) }}",
-    "join filter": "{{ range(99999) | join('x' * 1000000) }}",
-    "join method": "{{ ('x' * 1000000).join(('y' * 99999) | list) }}",
     "join of many": "{{ (['x' * 100000] * 99999) | join }}",
-    "join of markup": "{{ (('x' * 1000000) | safe).join(['y'] * 99999) }}",
-    "batch": "{{ [1] | batch(10**9, 0) | list | length }}",
-    "slice": "{{ [1] | slice(10**9) | list | length }}",
     "sum of lists": "{{ ([[1] * 9999] * 9999) | sum(start=[]) | length }}",
-    "round": "{{ 1 | round(10**9, 'ceil') }}",
-    "tojson indent": "{{ [1] | tojson(indent=10**10) }}",
     "tojson indent deep": growing("[]", "[ns.x, ns.x[:0]]", "ns.x | tojson(indent=200000)"),
-    "tojson separators": "{{ range(99999) | list | tojson(separators=('x' * 1000000, ':')) }}",
     "split": "{{ ('x ' * 5000000).split() | length }}",
-    "split at": "{{ ('x' * 10000000).split('x') | length }}",
-    "splitlines": "{{ ('\\n' * 10000000).splitlines() | length }}",
-    "words": "{{ ('x ' * 5000000) | title | length }}",
-    "a list of characters": "{{ ('x' * 10000000) | list | length }}",
     "integer bytes": "{{ (1).to_bytes(10**10, 'big') | length }}",
     "encoding": "{{ 'x'.encode('utf-16') }}",
     "translate": "{{ 'x'.translate({120: 'y'}) }}",
     "lipsum": "{{ lipsum(n=10**9) }}",
     "adding text": growing("'xx'", "ns.x + ns.x"),
-    "concatenating text": growing("'xx'", "ns.x ~ ns.x"),
-    "adding lists": growing("[1]", "ns.x + ns.x"),
-    "multiplying numbers": growing("3", "ns.x * ns.x"),
-    "shared lists": growing("[1]", "[ns.x, ns.x]", "ns.x"),
     "shared lists in text": growing("[1]", "[ns.x, ns.x]", "ns.x ~ ''"),
-    "shared lists, added": growing("[1]", "[ns.x] + [ns.x]", "ns.x | string"),
-    "shared lists, batched": growing("[1]", "(ns.x * 2) | batch(2) | list", "ns.x | tojson"),
-    "shared lists, compared": growing("[[1], [1]]", "[[ns.x[0], ns.x[0]], [ns.x[1], ns.x[1]]]",
-                                      "ns.x[0] == ns.x[1]"),
-    "shared tuples as keys": growing("(1, 1)", "(ns.x, ns.x)", "{ns.x: 1}"),
-    "shared dicts": growing("{}", "{'a': ns.x, 'b': ns.x}", "'%s' % ns.x"),
     "shared dicts, called": growing("{}", "dict(a=ns.x, b=ns.x)", "ns.x"),
-    "kept texts": "{% set ns = namespace(x=[]) %}{% for i in range(9999) %}"
-                  "{% set ns.x = ns.x + ['x' * 9999999 + i | string] %}{% endfor %}",
     "kept slices": "{% macro f(n, x) %}{{ f(n - 1, x[1:]) if n }}{% endmacro %}"
                    "{{ f(150, 'x' * 9999999) }}",
     "captured output": "{% set ns = namespace(x='xx') %}{% for i in range(99) %}"
                        "{% set x %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = x %}{% endfor %}",
     "output in a loop": "{% set x = 'x' * 9999999 %}{% for i in range(9999) %}{{ x }}{% endfor %}",
     "plain text in a loop": "{% for i in range(99999) %}" + "x" * 99999 + "{% endfor %}",
-    "a constant in a loop": "{% for i in range(99999) %}{{ '" + "x" * 99999 + "' }}{% endfor %}",
     "plain text in a macro": "{% macro f() %}" + "x" * 99999 + "{% endmacro %}"
                              "{% for i in range(99999) %}{{ f() }}{% endfor %}",
-    "plain text in a block": "{% block b %}{% endblock %}{% for i in range(99999) %}"
-                             "{{ self.c() }}{% endfor %}{% block c %}" + "x" * 99999
-                             + "{% endblock %}",
+    "strftime_now": "{{ strftime_now('%999999999d' ~ ('a' * 8000000)) | length }}",
+    "strftime_now of long text": "{{ strftime_now('%A%c%x' * 9000000) | length }}",
+    "constants when compiling": "{{ 'a' * 999999999 }}",
+    "constants that nest": "{{ " + " ~ ".join(["'a' * 99999999"] * 9) + " }}",
+    "a number when compiling": "{{ 7 ** (7 ** (7 ** 7)) }}",
+    "many names": "".join(f"{{% set a{i} = [0] * 999999 %}}" for i in range(900)),
+    "a deep expression": "{{ " + "not " * 90_000 + "1 }}",
+    "deep ifs": "{% if 1 %}" * 5000 + "{% endif %}" * 5000,
+    "a long message": "{{ raise_exception('x' * 30000000) }}",
+    "messages in a loop": "{% for i in range(99999) %}{{ raise_exception(['x' * 9999] * 99999) }}"
+                          "{% endfor %}",
+    "an undefined name of great length": "{{ messages['x' * 30000000].y }}",
+    "a missing attribute with a long repr": "{{ (['x' * 999] * 99999).nothing.more }}",
+    "a key error": "{{ '{x}'.format_map({}) }}",
+    "sets of text": growing("[1]", "[ns.x | string, ns.x | string]"),
+    "a dict of dicts": growing("{}", "dict(a=ns.x, b=ns.x)", "ns.x | tojson"),
+    "emoji": "{{ ('🎉' * 9000000) ~ ('x' * 9000000) }}",
+    "upper case that grows": "{{ ('ß' * 30000000).upper() | length }}",
+    "escapes that grow": "{{ ('<' * 15000000) | escape | length }}",
+    "urlencode": "{{ ('🎉' * 5000000) | urlencode | length }}",
+    "urlize": "{{ ('www.example.org ' * 900000) | urlize | length }}",
+    "wordwrap": "{{ ('x ' * 9000000) | wordwrap(1) | length }}",
+    "pprint": "{{ ([[1] * 99] * 99999) | pprint | length }}",
+    "xmlattr": "{{ dict.fromkeys(range(99999) | map('string'), 'x' * 9999) | xmlattr | length }}",
+    "groupby": "{{ ([{'a': 1}] * 9000000) | groupby('a') | list | length }}",
+    "unique": "{% for i in range(99999) %}{{ range(99999) | unique | list | length }}{% endfor %}",
+    "a search": "{% for i in range(99999) %}{{ ('a' * 9999999) in ('a' * 9999998 ~ i) }}"
+                "{% endfor %}",
+    "counting": "{% for i in range(99999) %}{{ ('ab' * 5000000).count('ba') }}{% endfor %}",
+    "a macro that calls itself twice": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}"
+                                       "{% endif %}{% endmacro %}{{ f(99) }}",
+    "generator that is never read": "{{ (range(99999) | map('string') | list) * 9999 | length }}",
+    "division": "{{ (10 ** 99999) // (3 ** 9999) % (7 ** 99999) }}" * 999,
 }
 
 
 @pytest.mark.parametrize("name", HUGE)
-def test_what_would_take_much_memory_is_stopped(name, little_time):
+def test_a_template_that_takes_much_memory_or_time_is_stopped(name, little_time):
     before = peak_bytes()
     with pytest.raises(InvalidTokenizer) as caught:
         render(HUGE[name])
     assert len(str(caught.value)) < 3000
-    # This process has no part in it.
+    # The memory was not taken in this process.
     assert peak_bytes() - before < 100 << 20
+    assert render("{{ 1 + 1 }}") == "2"
 
 
 ENDLESS = {
@@ -147,15 +127,13 @@ ENDLESS = {
     "filters": "{% for a in range(99999) %}{{ range(99999) | map('string') | list | length }}"
                "{% endfor %}",
     "tests": "{% set a = range(99999) | list %}{{ a | select('in', a) | list | length }}",
-    "names taken": "{% set guarded_pass = dict %}{% set environment = namespace() %}"
-                   "{% set guarded_value = dict %}{% for a in range(99999) %}"
-                   "{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "cheap passes": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}"
+    "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}"
                     "{% endfor %}",
 }
 
+
 @pytest.mark.parametrize("name", ENDLESS)
-def test_what_does_not_end_is_stopped(name, little_time):
+def test_a_template_that_does_not_end_is_stopped(name, little_time):
     with pytest.raises(InvalidTokenizer):
         render(ENDLESS[name])
 
@@ -175,7 +153,7 @@ def test_what_does_not_end_is_stopped(name, little_time):
     "{{ cycler.__init__.__globals__.os }}",
     "{% import 'os' as os %}", "{% extends 'x' %}",
 ])
-def test_attributes_of_python_are_out_of_reach(source):
+def test_a_template_cannot_reach_attributes_of_python(source):
     with pytest.raises(InvalidTokenizer):
         render(source)
 
@@ -185,7 +163,7 @@ def test_attributes_of_python_are_out_of_reach(source):
     "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "{{ " + "[" * 300 + "]" * 300 + " }}",
     "{{ " + "9" * 10000 + " + 1 }}" if sys.version_info >= (3, 11) else "{% x %}",
 ])
-def test_what_cannot_be_compiled_is_the_templates_fault(source):
+def test_a_template_that_does_not_compile_is_refused(source):
     with pytest.raises(InvalidTokenizer):
         render(source)
 
@@ -215,12 +193,12 @@ def test_what_cannot_be_compiled_is_the_templates_fault(source):
      "1a=1"),
     ("{% block b %}{{ 'x' in ['x'] }}{% endblock %}{{ self.b() }}", "TrueTrue"),
 ])
-def test_what_is_allowed_still_works(source, text):
+def test_ordinary_filters_methods_and_macros_work(source, text):
     assert render(source) == text
 
 
 def test_a_long_conversation_fits():
-    """A million tokens in 400 messages, over which the template goes once for each."""
+    """A million tokens in 400 messages; for each message the template reads all messages."""
     messages = [{"role": ("user", "assistant")[i % 2], "content": "word " * 2000}
                 for i in range(400)]
     source = (

@@ -1,4 +1,4 @@
-"""The process that renders chat templates: its limits, its life, and what it shares with jinja2."""
+"""The process that renders chat templates: its start and end, its limits, and jinja2's output."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from exl_loader.text.chat import renderer, sandbox
 from exl_loader.text.chat.renderer import Renderer, RenderError, TemplateRefusal
 from exl_loader.text.chat.template import ChatTemplates
-from exl_loader.utils.errors import ExlLoaderError, InvalidTokenizer
+from exl_loader.utils.errors import ExlLoaderError
 from support import REPO
 from support.builds import is_running, wait_for
 
@@ -26,7 +26,7 @@ posix = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 
 @pytest.fixture
 def fresh():
-    """A renderer of this test's own."""
+    """A renderer that no other test uses."""
     made = Renderer()
     yield made
     made.stop()
@@ -105,72 +105,9 @@ def test_the_process_imports_no_more_than_jinja2():
 # Limits
 
 
-def growing(step, use=""):
-    return ("{% set ns = namespace(x=[1], y='ab', n=3) %}{% for i in range(99999) %}"
-            f"{{% set ns.x = {step} %}}{{% endfor %}}{use}")
-
-
-HOSTILE = {
-    "strftime_now": "{{ strftime_now('%999999999d' ~ ('a' * 8000000)) | length }}",
-    "strftime_now of long text": "{{ strftime_now('%A%c%x' * 9000000) | length }}",
-    "constants when compiling": "{{ 'a' * 999999999 }}",
-    "constants that nest": "{{ " + " ~ ".join(["'a' * 99999999"] * 9) + " }}",
-    "a number when compiling": "{{ 7 ** (7 ** (7 ** 7)) }}",
-    "many names": "".join(f"{{% set a{i} = [0] * 999999 %}}" for i in range(900)),
-    "a deep expression": "{{ " + "not " * 90_000 + "1 }}",
-    "many operators": "{{ 1" + " + 1" * 150_000 + " }}",
-    "deep ifs": "{% if 1 %}" * 5000 + "{% endif %}" * 5000,
-    "a long message": "{{ raise_exception('x' * 30000000) }}",
-    "messages in a loop": "{% for i in range(99999) %}{{ raise_exception(['x' * 9999] * 99999) }}"
-                          "{% endfor %}",
-    "an undefined name of great length": "{{ messages['x' * 30000000].y }}",
-    "a missing attribute with a long repr": "{{ (['x' * 999] * 99999).nothing.more }}",
-    "a key error": "{{ '{x}'.format_map({}) }}",
-    "a list of lists": growing("[ns.x, ns.x, ns.x]", "{{ ns.x }}"),
-    "slices": growing("ns.x[:] + ns.x[::-1]"),
-    "sets of text": growing("[ns.x | string, ns.x | string]"),
-    "a dict of dicts": growing("dict(a=ns.x, b=ns.x)", "{{ ns.x | tojson }}"),
-    "emoji": "{{ ('🎉' * 9000000) ~ ('x' * 9000000) }}",
-    "upper case that grows": "{{ ('ß' * 30000000).upper() | length }}",
-    "escapes that grow": "{{ ('<' * 15000000) | escape | length }}",
-    "urlencode": "{{ ('🎉' * 5000000) | urlencode | length }}",
-    "urlize": "{{ ('www.example.org ' * 900000) | urlize | length }}",
-    "wordwrap": "{{ ('x ' * 9000000) | wordwrap(1) | length }}",
-    "pprint": "{{ ([[1] * 99] * 99999) | pprint | length }}",
-    "xmlattr": "{{ dict.fromkeys(range(99999) | map('string'), 'x' * 9999) | xmlattr | length }}",
-    "groupby": "{{ ([{'a': 1}] * 9000000) | groupby('a') | list | length }}",
-    "unique": "{% for i in range(99999) %}{{ range(99999) | unique | list | length }}{% endfor %}",
-    "a search": "{% for i in range(99999) %}{{ ('a' * 9999999) in ('a' * 9999998 ~ i) }}"
-                "{% endfor %}",
-    "counting": "{% for i in range(99999) %}{{ ('ab' * 5000000).count('ba') }}{% endfor %}",
-    "a comparison": growing("[ns.x, ns.x]", "{{ ns.x == ns.x[0] }}"),
-    "a macro that calls itself twice": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}"
-                                       "{% endif %}{% endmacro %}{{ f(99) }}",
-    "a recursive loop": "{% for x in [[[[1]]]] recursive %}{{ loop([x, x]) }}{% endfor %}",
-    "cycler": "{% set c = cycler(*range(99999)) %}{% for i in range(99999) %}"
-              "{% for j in range(99999) %}{{ c.next() }}{% endfor %}{% endfor %}",
-    "lipsum": "{{ lipsum(n=99999, max=99999) | length }}",
-    "format with nested width": "{{ '{:{w}}'.format('x', w=10 ** 9) }}",
-    "percent with star": "{{ '%*s' % (10 ** 9, 'x') }}",
-    "too much output": "{% for i in range(9999) %}{{ messages[0].content * 999 }}{% endfor %}",
-    "generator that is never read": "{{ (range(99999) | map('string') | list) * 9999 | length }}",
-    "division": "{{ (10 ** 99999) // (3 ** 9999) % (7 ** 99999) }}" * 999,
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_what_is_hostile_is_stopped(name, monkeypatch):
-    monkeypatch.setattr(renderer, "MAX_RENDER_SECONDS", 0.5)
-    with pytest.raises(InvalidTokenizer) as caught:
-        ChatTemplates({"default": HOSTILE[name]}).render([{"role": "user", "content": "word " * 9}])
-    assert len(str(caught.value)) < 3000 and caught.value.remedy
-    # What follows is rendered as ever.
-    assert ChatTemplates({"default": "{{ 1 + 1 }}"}).render(MESSAGES) == "2"
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_counted_in_bytes(fresh):
-    """A few emoji make all characters of a text four times as large."""
+    """One emoji makes every character of a string take four bytes."""
     assert fresh.render("{{ ('x' * 12000000)[0] }}", {}) == "x"
     with pytest.raises(RenderError, match="too much memory"):
         fresh.render("{{ ('🎉' * 20000000)[0] }}", {})
@@ -196,7 +133,7 @@ def test_prompts_are_bounded(fresh, monkeypatch):
 
 @posix
 def test_time_is_processor_time(fresh, monkeypatch):
-    """A renderer that waits longer than its time, and works less, is not ended."""
+    """A process that waits longer than the limit but computes for less is not stopped."""
     monkeypatch.setattr(renderer, "MAX_RENDER_SECONDS", 1.0)
     fresh.render("{{ 1 }}", {})
     pid = child_pid(fresh)
@@ -246,7 +183,7 @@ def test_a_killed_process_is_replaced(fresh, number):
 
 
 @posix
-def test_it_ends_with_its_parent(tmp_path):
+def test_the_process_ends_with_its_parent(tmp_path):
     code = ("import sys, time\nfrom exl_loader.text.chat.renderer import RENDERER\n"
             "RENDERER.render('{{ 1 }}', {})\n"
             "print(RENDERER._child._process.pid, flush=True)\n"
@@ -264,7 +201,7 @@ def test_it_ends_with_its_parent(tmp_path):
         wait_for(lambda pid=pid: not is_running(pid), 300)
 
 
-def test_it_ends_when_the_interpreter_does():
+def test_the_process_ends_with_the_interpreter():
     code = ("from exl_loader.text.chat.renderer import RENDERER\n"
             "print(RENDERER.render('{{ 1 }}', {}), RENDERER._child._process.pid)\n")
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=REPO, text=True,
@@ -274,7 +211,7 @@ def test_it_ends_when_the_interpreter_does():
     assert os.name == "nt" or not is_running(int(pid))
 
 
-def test_threads_take_turns(fresh):
+def test_threads_render_one_after_the_other(fresh):
     answers: dict[int, list[str]] = {}
 
     def run(number):
@@ -291,7 +228,7 @@ def test_threads_take_turns(fresh):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-def test_a_fork_starts_a_process_of_its_own():
+def test_a_forked_process_starts_its_own_child():
     code = """
 import os
 from exl_loader.text.chat.renderer import RENDERER
@@ -313,7 +250,7 @@ print(status, RENDERER.render("{{ 3 }}", {}), RENDERER._child._process.pid == pi
 
 
 @posix
-def test_an_interrupt_while_rendering_leaves_no_answer_behind(fresh, monkeypatch):
+def test_the_answer_to_an_interrupted_request_is_not_read_by_the_next(fresh, monkeypatch):
     read = renderer._Child._read
 
     def interrupted(self, count, began):
@@ -332,13 +269,13 @@ def test_an_interrupt_while_rendering_leaves_no_answer_behind(fresh, monkeypatch
 
 
 @posix
-def test_the_terminals_ctrl_c_does_not_reach_it(fresh):
+def test_ctrl_c_in_a_terminal_does_not_reach_the_process(fresh):
     fresh.render("{{ 1 }}", {})
     assert os.getsid(child_pid(fresh)) != os.getsid(0)
 
 
 @posix
-def test_signals_that_a_host_ignores_or_blocks_still_end_it():
+def test_the_time_limit_works_if_the_parent_ignores_or_blocks_its_signal():
     code = """
 import signal
 from exl_loader.text.chat import renderer
@@ -355,19 +292,19 @@ except renderer.RenderError as error:
     assert done.stdout == "it did not end within 0.3 s of processor time\n", done.stderr
 
 
-def test_a_process_that_does_not_start_is_told(fresh, monkeypatch):
+def test_a_process_that_does_not_start_is_an_error(fresh, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(REPO / "no such python"))
     with pytest.raises(RenderError, match="does not start"):
         fresh.render("{{ 1 }}", {})
 
 
-def test_a_jinja2_that_is_not_found_is_told(fresh, monkeypatch, tmp_path):
+def test_a_missing_jinja2_is_an_error(fresh, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(RenderError, match="process that renders it"):
         fresh.render("{{ 1 }}", {})
 
 
-def test_a_conversation_that_nests_too_deeply_is_told(fresh):
+def test_a_conversation_that_nests_too_deeply_is_an_error(fresh):
     nested: list = []
     for _ in range(100_000):
         nested = [nested]
@@ -384,7 +321,7 @@ def test_a_conversation_that_nests_too_deeply_is_told(fresh):
             continue
 
 
-def test_what_is_sent_is_json():
+def test_requests_are_json():
     request = {"source": "{{ x }}", "context": {"x": "\ud83d \u2028 \x00 🎉"}}
     kind, text = sandbox.Templates().answer(json.dumps(request).encode("ascii"))
     assert (kind, text) == (sandbox.TEXT, request["context"]["x"])
