@@ -171,7 +171,7 @@ def _options(values: Any) -> ModelChoice:
 def _ctx_slider(options: ModelChoice) -> gr.Slider:
     """Make a slider up to the model's length, at the context that a load would choose itself."""
     ctx_size = options.ctx_size
-    if not ctx_size:
+    if not isinstance(ctx_size, int):
         try:
             ctx_size = reserve(options).ctx_size
         except (ExlLoaderError, OSError):
