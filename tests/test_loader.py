@@ -1,4 +1,4 @@
-"""Loading keeps the plan to the byte; whatever fails gives everything back."""
+"""A load takes what was planned, to the byte; a load that fails frees everything."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MIB = 1 << 20
 
 @pytest.fixture(autouse=True)
 def reference_operations(monkeypatch):
-    """These tests are about memory: no compiler is waited for."""
+    """Use the reference operations, because compiling takes long."""
     monkeypatch.setenv("EXL_LOADER_REFERENCE", "1")
 
 
@@ -52,7 +52,7 @@ def nothing_left():
 
 
 def open_files() -> list[str]:
-    """What this process has open of model folders."""
+    """Return the files of model folders that this process has open."""
     folder = "/proc/self/fd"
     links = []
     for name in os.listdir(folder):
@@ -69,7 +69,7 @@ def resident_bytes() -> int:
 
 
 class Recorder(NullProgress):
-    """Progress that sums up what it was told."""
+    """A progress that adds up what it gets."""
 
     def __init__(self) -> None:
         self.totals: dict[str, tuple[int | None, str]] = {}
@@ -87,7 +87,7 @@ class Recorder(NullProgress):
 
 
 def check_kept(model, folder, **options) -> None:
-    """Planned, allocated and existing bytes are the same number."""
+    """Check that planned, allocated and existing bytes are the same number."""
     total = exl_loader.plan(folder, ctx_size=CTX, **options).total_bytes
     assert model.allocated_bytes() == total == model.reservation.total_bytes
     assert memory.live_bytes() == total
@@ -196,7 +196,7 @@ def test_a_model_for_more_threads_beside_one_for_fewer(tmp_path, monkeypatch, no
             assert two.prompt_logits(ids).equal(alone)
 
 
-def test_unloading_gives_all_back_and_ends_use(tiny_model_dir, nothing_left):
+def test_unloading_frees_all_memory_and_ends_use(tiny_model_dir, nothing_left):
     model = exl_loader.load(tiny_model_dir, ctx_size=CTX)
     assert memory.live_bytes() > 0
     model.unload()
@@ -274,7 +274,7 @@ class Failing(CpuBackend):
         ("interrupt", KeyboardInterrupt),
     ],
 )
-def test_failure_at_each_allocation(
+def test_a_failure_at_each_allocation(
     tiny_model_dir, monkeypatch, nothing_left, fail_at, how, error
 ):
     expected = loads(tiny_model_dir)
@@ -288,7 +288,7 @@ def test_failure_at_each_allocation(
 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
-def test_failure_at_each_read_of_each_shard(tiny_model, monkeypatch, nothing_left, error):
+def test_a_failure_at_each_read_of_each_shard(tiny_model, monkeypatch, nothing_left, error):
     folder = tiny_model(shards=3)
     expected, fill, calls = loads(folder), Checkpoint._fill, 0
 
@@ -321,7 +321,7 @@ def test_failure_at_each_read_of_each_shard(tiny_model, monkeypatch, nothing_lef
 
 
 @pytest.mark.parametrize("how", ["numpy", "torch"])
-def test_memory_that_vanishes_while_weights_are_read(
+def test_memory_that_runs_out_while_weights_are_read(
     tiny_model_dir, monkeypatch, nothing_left, how
 ):
     def hungry(*_):
@@ -382,7 +382,7 @@ def test_a_broken_tokenizer(tiny_model, nothing_left, content):
 @pytest.mark.parametrize(
     "step", ["exl_loader.model.forward.Model", "exl_loader.engine.LoadedModel"]
 )
-def test_failure_after_the_weights(tiny_model_dir, monkeypatch, nothing_left, step):
+def test_a_failure_after_the_weights_are_read(tiny_model_dir, monkeypatch, nothing_left, step):
     def broken(*arguments, **options):
         raise RuntimeError("a bug")
 
@@ -392,7 +392,7 @@ def test_failure_after_the_weights(tiny_model_dir, monkeypatch, nothing_left, st
     loads(tiny_model_dir)
 
 
-def test_a_setting_that_only_the_model_can_judge(tiny_model_dir, nothing_left):
+def test_an_option_that_only_the_model_can_check(tiny_model_dir, nothing_left):
     fails(tiny_model_dir, ExlLoaderError, alpha_value=-1.0)
     loads(tiny_model_dir)
 

@@ -52,11 +52,11 @@ class ModelView:
         self.unfolded = gr.Textbox(elem_id=DETAILS_ELEM_ID, label="details", container=False)
         self.asking = gr.Textbox(elem_id="exl_ask", label="drawing", container=False)
         self.cache_type = gr.Dropdown(
-            list(CACHE_TYPES), value=first.cache_type, label="cache_type",
+            list(CACHE_TYPES), value=str(first.cache_type), label="cache_type",
             allow_custom_value=True, elem_id="exl_cache_type",
             info="Bits of the key/value cache; q8_q4: keys in 8, values in 4 bits",
         )
-        toggles = toggles_for(first.cache_type)
+        toggles = toggles_for(str(first.cache_type))
         with gr.Row():
             self.cache_8bit = gr.Checkbox(
                 toggles.cache_8bit, label="cache_8bit", elem_id="exl_cache_8bit", min_width=120)

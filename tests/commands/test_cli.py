@@ -1,4 +1,4 @@
-"""The command line's frame, and the subcommands `build` and `doctor`."""
+"""Subcommands, errors and exit codes of the command line, and `build` and `doctor`."""
 
 import json
 import subprocess
@@ -67,7 +67,7 @@ def test_unexpected_errors_are_one_line_too(subcommand, capsys):
     assert error.startswith("error: IndexError: ") and error.count("\n") == 1
 
 
-def test_a_failing_disk_is_no_bug_of_ours(subcommand, capsys):
+def test_a_full_disk_is_not_reported_as_a_bug(subcommand, capsys):
     def run(args):
         raise OSError(28, "No space left on device", *args.words)
 
@@ -81,7 +81,7 @@ def test_a_failing_disk_is_no_bug_of_ours(subcommand, capsys):
     (MemoryError(), "main memory is full"),
     (ModuleNotFoundError("No module named 'jinja2'"), "'jinja2'. `python -m exl_loader doctor`"),
 ])
-def test_what_the_machine_lacks_is_no_bug_of_ours(error, words, subcommand, capsys):
+def test_missing_memory_and_packages_are_not_reported_as_bugs(error, words, subcommand, capsys):
     def run(args):
         raise error
 
@@ -103,14 +103,14 @@ def test_closed_standard_streams_are_empty_ones(subcommand, monkeypatch):
 
 
 @pytest.mark.parametrize("command", ["plan", "generate", "chat"])
-def test_a_context_that_is_no_number_is_told_in_words(command, capsys):
+def test_a_context_that_is_no_number_is_refused_in_words(command, capsys):
     with pytest.raises(SystemExit):
         cli.main([command, "folder", "--ctx-size", "32k"])
     assert "expected a number of tokens such as 32768, or auto, found '32k'" in (
         capsys.readouterr().err)
 
 
-def test_a_tilde_that_no_shell_took_is_the_home_folder(tmp_path, monkeypatch):
+def test_a_tilde_that_no_shell_expanded_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     args = cli.parse(["plan", "~/m", "--model-draft=~/d"])
     assert [args.model_dir, args.model_draft] == [str(tmp_path / "m"), str(tmp_path / "d")]

@@ -1,4 +1,4 @@
-"""What doctor says of CUDA. Cards are made up, compilers are those that are here."""
+"""The part of doctor about CUDA, with made-up cards and the compilers of this machine."""
 
 import subprocess
 import sys
@@ -26,7 +26,7 @@ def bare(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor_cuda, "driver_release", lambda: (12, 8))
 
 
-def test_machine_without_a_card_misses_nothing(bare):
+def test_nothing_is_missing_without_a_card(bare):
     report, errors = examine_cuda([])
     assert errors == [] and report["kernels"] == [] and report["compilers"] == []
     assert dict(cuda_rows(report)) == {
@@ -34,7 +34,7 @@ def test_machine_without_a_card_misses_nothing(bare):
     }
 
 
-def test_card_without_a_compiler_says_what_to_install(bare):
+def test_a_card_without_a_compiler_names_the_compiler_to_install(bare):
     _, errors = examine_cuda([card("9.0"), card("9.0")])
     (error,) = errors
     assert "pip install nvidia-cuda-nvrtc-cu12" in error.remedy
@@ -45,7 +45,7 @@ def test_old_card_is_named(bare):
     assert "GTX 1080" in str(error) and "7.5" in str(error)
 
 
-def test_wrong_setting_is_a_problem(bare, monkeypatch):
+def test_an_invalid_environment_variable_is_a_problem(bare, monkeypatch):
     monkeypatch.setenv(compilers.COMPILER_ENV, "gcc")
     report, errors = examine_cuda([])
     assert compilers.COMPILER_ENV in str(errors[0]) and report["compilers"] == []
@@ -89,12 +89,12 @@ class Kernels:
         self.report, self.errors = examine_cuda([card("9.0")])
 
 
-def test_a_card_that_computes_what_it_should_is_shown(monkeypatch):
+def test_a_card_whose_kernels_pass_the_check_is_shown(monkeypatch):
     found = Kernels(monkeypatch, "a driver's word", '{"card": "cuda:0", "milliseconds": 31}')
     assert found.errors == [] and "31 ms" in dict(cuda_rows(found.report))["cuda:0"]
 
 
-def test_a_card_that_does_not_is_a_problem(monkeypatch):
+def test_a_card_whose_kernels_fail_the_check_is_a_problem(monkeypatch):
     line = '{"card": "cuda:0", "thing": "its kernels", "actual": "an error of 2", "remedy": "Mend"}'
     found = Kernels(monkeypatch, line)
     (error,) = found.errors
@@ -102,6 +102,6 @@ def test_a_card_that_does_not_is_a_problem(monkeypatch):
     assert dict(cuda_rows(found.report))["cuda:0"] == "an error of 2"
 
 
-def test_a_check_that_dies_is_a_problem(monkeypatch):
+def test_a_check_that_ends_early_is_a_problem(monkeypatch):
     (error,) = Kernels(monkeypatch, fails=True).errors
     assert "exit status 1" in str(error) and "driver" in error.remedy

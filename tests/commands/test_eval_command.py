@@ -1,4 +1,4 @@
-"""`python -m exl_loader eval`, and the divergence of cache types on the shipped model."""
+"""`python -m exl_loader eval`, and the divergence of cache types on the demo model."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def text_file(tmp_path):
     return path
 
 
-def test_figures_are_those_of_separately_loaded_models(model):
+def test_results_equal_those_of_separately_loaded_models(model):
     ids = model.encode(TEXT * 5, add_bos=False)
     bos = model.tokenizer.bos_token_id
     results = evaluate(model, planned("q4"), ids)
@@ -73,7 +73,7 @@ def test_figures_are_those_of_separately_loaded_models(model):
     assert found.top1_agreement == agreeing / len(ids)
 
 
-def test_more_bits_keep_more(model):
+def test_more_bits_diverge_less(model):
     ids = model.encode(TEXT * 6, add_bos=False)
     results = evaluate(model, planned("q4,q6,q8,fp32"), ids)[1:]
     means = [result.divergence.mean for result in results]
@@ -81,7 +81,7 @@ def test_more_bits_keep_more(model):
     assert 0 < means[-1] < 1e-7 and means[2] < 1e-4 and means[0] < 1e-2
 
 
-def test_memory_is_what_the_plan_says_and_is_given_back(model):
+def test_memory_equals_the_plan_and_is_freed(model):
     before = live_bytes()
     plan = planned("q8,q4")
     seen = []
@@ -119,7 +119,7 @@ def test_a_second_comparison_gives_the_same_with_dynamic_rope(tmp_path):
         assert torch.equal(loaded.prompt_logits(ids), logits)
 
 
-def test_a_model_that_was_unloaded_gives_the_caches_back():
+def test_an_unloaded_model_frees_the_caches():
     with load(DEMO_MODEL, ctx_size=256) as loaded:
         ids = loaded.encode(TEXT, add_bos=False)
     before = live_bytes()
@@ -156,7 +156,7 @@ def test_divergence_of_known_numbers():
     assert found.percentile_99_9 == pytest.approx(4.991)
 
 
-def test_cache_types_are_read_as_elsewhere():
+def test_cache_types_are_read_as_the_engine_reads_them():
     assert [str(kind) for kind in parse_cache_types("q4,Q8_q4,fp16,q4")] == ["q4", "q8_q4"]
     with pytest.raises(InvalidSettings, match="cache_type"):
         parse_cache_types("q4,q5")
@@ -197,7 +197,7 @@ def test_the_command_prints_a_table(text_file, capsys):
     assert len(lines) == 4
 
 
-def test_columns_stand_below_each_other():
+def test_columns_are_aligned():
     divergence = dict(mean=0.001, standard_error=1e-5, median=0.0005, percentile_99_9=0.01,
                       largest=0.1, top1_agreement=0.975)
     results = [
@@ -221,7 +221,7 @@ def test_columns_stand_below_each_other():
         (["--ctx-size", "0"], "ctx_size"),
     ],
 )
-def test_mistakes_are_one_readable_line(text_file, capsys, options, named):
+def test_errors_are_one_readable_line(text_file, capsys, options, named):
     assert main(["eval", "--text", str(text_file), *options]) == 1
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("error: ")

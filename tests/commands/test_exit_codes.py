@@ -1,4 +1,4 @@
-"""How the program ends: exit codes, Ctrl-C, readers that go away."""
+"""How the program ends: exit codes, Ctrl-C, closed readers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NO_ROOM = ("--memory-limit", "1KiB")
 
 @pytest.fixture(autouse=True)
 def own_machine(monkeypatch):
-    """No compiler is waited for, and nothing is read from this process's own stdin."""
+    """Use the reference operations, and keep this process's own stdin out of the tests."""
     monkeypatch.setenv("EXL_LOADER_REFERENCE", "1")
     monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
 
@@ -98,7 +98,7 @@ def test_chat_from_a_pipe_exits_with_1_where_a_message_got_no_answer(
     assert captured.err.count("error: ") == code
 
 
-def test_chat_at_a_terminal_exits_with_0_for_who_sees_why_there_is_no_answer(
+def test_chat_at_a_terminal_exits_with_0_because_the_error_was_seen(
     tiny_model_dir, monkeypatch, capsys
 ):
     typed = io.StringIO("x" * 400 + "\n")
@@ -133,7 +133,7 @@ def test_endless_input_is_read_to_a_limit(module, command, tiny_model_dir, monke
     assert "5000 characters" in capsys.readouterr().err and endless.taken <= 5001
 
 
-def test_chat_takes_no_bytes_that_are_no_text(tiny_model_dir, monkeypatch, capsys):
+def test_chat_refuses_bytes_that_are_no_text(tiny_model_dir, monkeypatch, capsys):
     # A byte order mark is no part of the first message.
     stream = io.BytesIO("\ufeffho\n".encode() + b"\xff\n")
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(stream, "latin-1"))
@@ -151,7 +151,9 @@ def test_chat_takes_no_bytes_that_are_no_text(tiny_model_dir, monkeypatch, capsy
     ["plan", *SMALL], ["generate", *SMALL, "--max-new-tokens", "2"],
     ["generate", *SMALL, "--max-new-tokens", "2", "--json"], ["chat", *SMALL],
 ])
-def test_a_reader_that_goes_away_ends_it_without_a_word(argv, tiny_model_dir, monkeypatch, capsys):
+def test_a_closed_reader_ends_the_program_without_a_message(
+    argv, tiny_model_dir, monkeypatch, capsys
+):
     readable, writable = os.pipe()
     os.close(readable)
     with os.fdopen(writable, "w") as stdout:
@@ -163,7 +165,7 @@ def test_a_reader_that_goes_away_ends_it_without_a_word(argv, tiny_model_dir, mo
 
 
 @posix
-def test_pythons_own_end_does_not_complain_about_the_reader():
+def test_python_itself_does_not_report_the_closed_reader_at_exit():
     process = subprocess.Popen(
         [sys.executable, "-m", "exl_loader", "doctor"],
         cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -186,8 +188,8 @@ def test_interrupt_has_its_own_exit_code(monkeypatch, capsys):
 
 
 @posix
-def test_the_program_ends_as_the_signal_ends_programs():
-    """So that a shell's loop over models ends as well; a shell says 130."""
+def test_the_program_is_ended_by_the_signal_itself():
+    """A shell's loop over models then ends too. The shell reports 130."""
     code = (
         "import sys\nsys.path[:0] = ['tests', 'tests/commands']\n"
         "import test_exit_codes\nfrom exl_loader.commands import doctor\n"

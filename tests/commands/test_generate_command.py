@@ -1,4 +1,4 @@
-"""The subcommands that write text, run as a user runs them."""
+"""The subcommands `generate` and `chat`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from support.tiny import write_tokenizer
 
 @pytest.fixture(autouse=True)
 def reference_operations(monkeypatch):
-    """These tests are about text, not speed: no compiler is waited for."""
+    """Use the reference operations, because compiling takes long."""
     monkeypatch.setenv("EXL_LOADER_REFERENCE", "1")
 
 
@@ -28,7 +28,7 @@ def generate(folder, *arguments: str) -> int:
                  *arguments])
 
 
-def test_generate_streams_text_and_says_what_it_took(tiny_model_dir, capsys):
+def test_generate_streams_text_and_prints_its_statistics(tiny_model_dir, capsys):
     assert generate(tiny_model_dir, "--prompt", "hello", "--seed", "3", "--stats") == 0
     first = capsys.readouterr()
     assert first.out.endswith("\n") and not first.out.startswith("hello")
@@ -56,7 +56,7 @@ def test_the_prompt_may_come_from_a_file_or_stdin(tiny_model_dir, tmp_path, caps
     assert json.loads(capsys.readouterr().out)["prompt"] == "from stdin"
 
 
-def test_without_a_prompt_there_is_one_and_it_is_shown(tiny_model_dir, capsys):
+def test_without_a_prompt_a_default_prompt_is_used_and_shown(tiny_model_dir, capsys):
     assert generate(tiny_model_dir) == 0
     assert capsys.readouterr().out.startswith("Once upon a time")
 
@@ -102,7 +102,7 @@ def test_chat_ends_on_exit(tiny_model_dir, monkeypatch, capsys):
     assert "model> " not in capsys.readouterr().out
 
 
-def test_chat_goes_on_after_a_message_that_is_too_long(tiny_model_dir, monkeypatch, capsys):
+def test_chat_continues_after_a_message_that_is_too_long(tiny_model_dir, monkeypatch, capsys):
     assert chat(tiny_model_dir, "x" * 400 + "\nhi\n", monkeypatch) == 1
     captured = capsys.readouterr()
     assert "at most 255 tokens" in captured.err
@@ -136,7 +136,7 @@ def talk(tmp_path):
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}>"
 
 
-def test_a_conversation_goes_through_the_template(talk):
+def test_a_conversation_uses_the_chat_template(talk):
     chat, model, _ = talk(TEMPLATE, system="be brief")
     assert chat.has_template
     assert "".join(chat.ask("hi")) == "ok"
@@ -155,7 +155,7 @@ def test_a_conversation_without_a_template(talk):
     assert chat.messages[-1] == {"role": "assistant", "content": "ok"}
 
 
-def test_old_messages_go_when_the_context_is_full(talk):
+def test_old_messages_are_dropped_when_the_context_is_full(talk):
     chat, _, _ = talk(TEMPLATE)
     for i in range(12):
         assert "".join(chat.ask(f"question {i} " + "x" * 20)) == "ok"
@@ -163,7 +163,7 @@ def test_old_messages_go_when_the_context_is_full(talk):
     assert chat.messages[0]["role"] == "user"
 
 
-def test_old_messages_go_until_the_answer_asked_for_fits(talk):
+def test_old_messages_are_dropped_until_the_answer_fits(talk):
     chat, _, _ = talk(TEMPLATE)
     chat._settings = replace(chat._settings, max_new_tokens=100)
     said = 0
@@ -175,7 +175,7 @@ def test_old_messages_go_until_the_answer_asked_for_fits(talk):
     assert said > 2
 
 
-def test_a_context_that_is_full_is_said(tiny_model_dir, monkeypatch, capsys):
+def test_a_full_context_is_reported(tiny_model_dir, monkeypatch, capsys):
     options = ["--max-new-tokens", "400", "--ban-eos-token"]
     assert chat(tiny_model_dir, "x" * 200 + "\n", monkeypatch, *options) == 0
     said = capsys.readouterr()

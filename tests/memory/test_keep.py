@@ -1,4 +1,4 @@
-"""The reservation is kept: after full-context responses, seen from outside the process.
+"""The reservation is kept: memory after full-context responses, measured from another process.
 
 The failure this project exists to end is the second full-context response that runs out of
 memory. A child process loads with the reservation itself as the device's limit and answers

@@ -1,4 +1,4 @@
-"""Loading takes what it allocates and, on the way, one tensor of the file: seen from /proc."""
+"""Loading takes its buffers and at most one tensor of the file besides, measured by /proc."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ print(status("VmHWM") - before, model.allocated_bytes())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the peak")
-def test_loading_holds_one_tensor_beside_the_weights(tmp_path):
+def test_loading_holds_one_tensor_besides_the_weights(tmp_path):
     folder = cpu_models.write_exl2(tmp_path / "model", CONFIG)
     head_bytes = CONFIG["hidden_size"] * CONFIG["vocab_size"] * 6 // 8
     child = subprocess.run(

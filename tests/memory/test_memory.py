@@ -1,4 +1,4 @@
-"""Capacity by the system's own files, limits, and buffers that are taken and given back."""
+"""The memory that the system reports, limits, and buffers that are allocated and released."""
 
 from __future__ import annotations
 
@@ -170,12 +170,12 @@ def test_byte_counts(value, nbytes):
     "value", [0, -1, True, "", "GiB", "-1GiB", "1e9", "24Gb/s", "nan", 1.5, None, "0.0001K", "٣G",
               "24", "24576", " 0.5 "]
 )
-def test_what_is_no_byte_count(value):
+def test_a_value_that_is_no_byte_count_is_refused(value):
     with pytest.raises(InvalidSettings, match="memory_limit"):
         parse_bytes(value, "memory_limit")
 
 
-def test_the_environments_limit_is_for_all_models_together(monkeypatch):
+def test_the_limit_of_the_environment_holds_for_all_models_together(monkeypatch):
     assert memory.environment_limit("cpu") is None
     monkeypatch.setenv(memory.LIMIT_VARIABLE, "1MiB")
     before = memory.environment_limit("cpu")
@@ -200,7 +200,7 @@ def test_the_environments_limit_is_for_all_models_together(monkeypatch):
         memory.environment_limit("cpu")
 
 
-def test_libraries_count_until_they_are_loaded(monkeypatch):
+def test_libraries_are_overhead_until_they_are_loaded(monkeypatch):
     import torch  # noqa: F401
 
     assert CpuBackend().overhead("cpu") == (0, True)
@@ -208,7 +208,7 @@ def test_libraries_count_until_they_are_loaded(monkeypatch):
     assert CpuBackend().overhead("cpu") == (ASSUMED_RUNTIME_BYTES, False)
 
 
-def test_views_have_the_tables_dtypes_shapes_and_places():
+def test_views_have_the_dtypes_shapes_and_offsets_of_the_table():
     import torch
 
     specs = [
@@ -269,7 +269,7 @@ def test_a_view_that_is_still_held_is_counted():
     assert memory.live_bytes() == before
 
 
-def test_memory_is_taken_at_once_and_goes_back():
+def test_memory_is_taken_at_once_and_freed_on_release():
     nbytes = 64 << 20
     gc.collect()
     before = resident_bytes()
@@ -305,7 +305,7 @@ class Failing(CpuBackend):
 
 @pytest.mark.parametrize("fail_at", [1, 2, 3])
 @pytest.mark.parametrize("how", ["empty", "vanish"])
-def test_a_refused_buffer_gives_all_back(monkeypatch, fail_at, how):
+def test_a_refused_buffer_frees_all_buffers(monkeypatch, fail_at, how):
     segments = place(
         TensorSpec("t", name, "uint8", (1 << 20,)) for name in ("weights", "cache", "workspace")
     )
@@ -321,7 +321,7 @@ def test_a_refused_buffer_gives_all_back(monkeypatch, fail_at, how):
     assert memory.allocate(segments.values()).allocated_bytes() == 3 << 20
 
 
-def test_an_interrupted_allocation_gives_all_back(monkeypatch):
+def test_an_interrupted_allocation_frees_all_buffers(monkeypatch):
     segments = place(TensorSpec("t", name, "uint8", (9,)) for name in ("weights", "cache"))
     before = memory.live_bytes()
     monkeypatch.setitem(BACKENDS, "cpu", Failing(2, "interrupt"))

@@ -64,7 +64,7 @@ def large_model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def counted(large_model):
-    """What planning the large model does in a process of its own."""
+    """Return calls and files of planning the large model, in a process of its own."""
     answer = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(large_model)], capture_output=True, text=True
     )
@@ -72,7 +72,7 @@ def counted(large_model):
     return json.loads(answer.stdout)
 
 
-def test_plan_of_two_thousand_tensors_needs_few_calls_a_tensor(counted):
+def test_a_plan_of_two_thousand_tensors_needs_few_calls_per_tensor(counted):
     assert not counted["torch"] and not counted["numpy"]
     assert counted["single"] < CALLS_A_TENSOR * 2000
     assert counted["split"] < CALLS_A_TENSOR_OF_A_SPLIT * 2000

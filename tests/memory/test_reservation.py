@@ -1,4 +1,4 @@
-"""The plan against the table and the allocator, with ==; splits, largest contexts, settings."""
+"""The plan equals the table and the allocated buffers; splits, largest contexts, options."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def split_limits(draw, total: int, count: int) -> list[int]:
     num_devices=st.integers(1, 3),
     data=st.data(),
 )
-def test_plan_is_table_is_allocator(
+def test_the_plan_equals_the_table_and_the_allocated_buffers(
     config, bits, pair, ctx_size, chunk_size, max_batch_size, num_devices, data
 ):
     names = [f"cpu:{i}" for i in range(num_devices)]
@@ -100,7 +100,7 @@ def test_plan_is_table_is_allocator(
 
 @settings(max_examples=25)
 @given(config=geometries(head_dims=(32, 64, 96, 128, 160, 256)), ctx_size=st.integers(1, 100_000))
-def test_cache_bytes_are_exactly_the_bits(config, ctx_size):
+def test_cache_bytes_are_exactly_the_bits_of_the_cache_type(config, ctx_size):
     with tempfile.TemporaryDirectory() as temporary:
         folder = write_sparse_exl2(Path(temporary) / "m", **config)
         names = [*CACHE_TYPES, "q8_q4", "q4_q6"]
@@ -119,7 +119,7 @@ def test_cache_bytes_are_exactly_the_bits(config, ctx_size):
 
 
 def fits_somehow(folder: Path, ctx_size: int, names: list[str], limits: list[int]) -> bool:
-    """Try every contiguous split, devices in order, by laying out each one's whole table."""
+    """Try every contiguous split, by laying out its whole table."""
     config = ModelConfig.from_dir(folder)
     options = RunOptions(CacheType.parse("q4"), 64, LoadOptions().max_batch_size)
     cuts = range(config.num_hidden_layers + 1)
@@ -179,14 +179,14 @@ def test_bytes_by_cache_type_are_those_of_a_plan_with_it(tmp_path, draft):
     assert found.to_dict()["bytes_by_cache_type"] == found.bytes_by_cache_type
 
 
-def test_split_without_room_for_a_layer_skips_that_card(tmp_path):
+def test_a_card_without_room_for_a_layer_is_skipped(tmp_path):
     folder = write_sparse_exl2(tmp_path / "m", num_hidden_layers=4)
     found = plan(folder, ctx_size=256, vram=["1MiB", "600MiB", "600MiB"])
     assert [device.device for device in found.devices] == ["cuda:1"]
     assert found.fits
 
 
-def test_what_fits_nowhere_shows_its_shortfall_on_the_last_card(tmp_path):
+def test_the_shortfall_is_shown_on_the_last_card(tmp_path):
     folder = write_sparse_exl2(tmp_path / "m", num_hidden_layers=4)
     found = plan(folder, ctx_size=256, vram=["1MiB", "513MiB"])
     assert not found.fits
@@ -222,7 +222,9 @@ def test_the_limit_may_be_the_reservation_itself(tmp_path):
     assert not short.fits and short.devices[0].missing_bytes == 1
 
 
-def test_the_environment_sets_the_capacity(tmp_path, machine, no_other_model, monkeypatch):
+def test_the_limit_of_the_environment_is_the_capacity(
+    tmp_path, machine, no_other_model, monkeypatch
+):
     folder = write_sparse_exl2(tmp_path / "m")
     machine(GIB)
     total = plan(folder, ctx_size=5000).total_bytes
@@ -236,7 +238,7 @@ def test_the_environment_sets_the_capacity(tmp_path, machine, no_other_model, mo
     assert plan(folder, ctx_size=5000, vram="24GiB").devices[0].limit_bytes is None
 
 
-def test_a_plan_for_the_model_that_takes_the_loaded_ones_place(
+def test_a_plan_that_replaces_the_loaded_model_counts_its_memory_as_free(
     tmp_path, machine, no_other_model, monkeypatch
 ):
     folder = write_sparse_exl2(tmp_path / "m")
@@ -301,14 +303,14 @@ def test_a_card_that_is_not_here_has_an_assumed_context(tmp_path):
         ({"device": "cpu,cpu"}, "device"),
     ],
 )
-def test_settings_that_make_no_sense(tmp_path, options, named):
+def test_invalid_options_are_refused_by_name(tmp_path, options, named):
     folder = write_sparse_exl2(tmp_path / "m")
     with pytest.raises(InvalidSettings) as caught:
         plan(folder, **options)
     assert str(caught.value).startswith(named)
 
 
-def test_a_huge_context_is_an_answer_and_no_crash(tmp_path):
+def test_a_huge_context_is_planned_and_does_not_fit(tmp_path):
     folder = write_sparse_exl2(tmp_path / "m")
     found = plan(folder, ctx_size=(1 << 31) - 1)
     assert not found.fits and found.cache_bytes > 1 << 38

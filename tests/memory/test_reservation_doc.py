@@ -91,12 +91,12 @@ def scratch_of(folder: Path) -> int:
     return found
 
 
-def test_the_document_says_what_its_formulas_give(seven_b):
+def test_the_document_has_the_numbers_of_its_formulas(seven_b):
     assert written_rows() == derived_rows(scratch_of(seven_b))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_the_plan_says_what_the_document_says(seven_b, bits):
+def test_the_plan_has_the_numbers_of_the_document(seven_b, bits):
     written, found = written_rows(), plan(seven_b, ctx_size=CTX, cache_type=f"q{bits}")
     assert found.weights_bytes == written["weights"]
     assert found.cache_bytes == written[f"cache in {bits} bits"]
@@ -111,7 +111,7 @@ def test_the_difference_in_the_text(seven_b):
 
 
 def rewrite() -> None:
-    """Put the numbers of today into the document."""
+    """Write the current numbers into the document."""
     os.environ["EXL_LOADER_THREADS"] = "8"
     with tempfile.TemporaryDirectory() as temporary:
         scratch_bytes = scratch_of(write_sparse_exl2(Path(temporary) / "7b", **LLAMA_2_7B))

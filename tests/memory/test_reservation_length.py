@@ -1,4 +1,4 @@
-"""A context beyond the model's own length: when it is one, and what would stretch the model."""
+"""The warning for a context beyond the model's own length, and its recommended options."""
 
 import json
 import random
@@ -36,26 +36,26 @@ def test_the_own_length_has_the_scaling_of_the_config(length, scaling, expected)
 
 
 @pytest.mark.parametrize("ctx_size", [1, 4095, 4096])
-def test_within_the_own_length_nothing_is_said(ctx_size):
+def test_there_is_no_warning_within_the_own_length(ctx_size):
     assert length_warning(ctx_size, 4096, 1.0, 1.0) is None
 
 
-def test_one_token_beyond_is_said():
+def test_there_is_a_warning_one_token_beyond_the_own_length():
     warning = length_warning(4097, 4096, 1.0, 1.0)
     assert "4,097 tokens is beyond the model's own length of 4,096 tokens" in warning.text
 
 
-def test_twice_the_length_has_the_usual_recommendation():
+def test_twice_the_length_needs_the_usual_alpha_value():
     assert length_warning(16384, 8192, 1.0, 1.0).remedy == "alpha_value 2.6 or compress_pos_emb 2"
 
 
-def test_a_setting_in_use_counts_for_the_other():
+def test_each_option_is_recommended_for_the_value_of_the_other():
     warning = length_warning(16384, 4096, 1.0, 2.0)
     assert (warning.alpha_value, warning.compress_pos_emb) == (2.6, 4.0)
     assert "stretch to 8,192" in warning.text
 
 
-def test_whoever_follows_the_advice_is_warned_no_more():
+def test_the_recommended_value_ends_the_warning():
     numbers = random.Random(12)
     for _ in range(2000):
         own = numbers.randint(2, 1 << 18)
@@ -69,7 +69,7 @@ def test_whoever_follows_the_advice_is_warned_no_more():
         assert length_warning(ctx_size, own, alpha, warning.compress_pos_emb) is None
 
 
-def test_what_no_setting_reaches_has_no_remedy():
+def test_a_length_that_no_value_reaches_has_no_remedy():
     warning = length_warning((1 << 31) - 1, 2, 1.0, 1.0)
     assert warning.remedy == "" and "Choose at most 2 tokens" in warning.text
 
@@ -106,7 +106,7 @@ def test_loading_beyond_the_own_length_is_a_warning(tiny_model, caplog):
     assert "768 tokens is beyond the model's own length of 512 tokens" in caplog.text
 
 
-def test_every_command_that_loads_takes_the_settings_of_the_advice(tiny_model, tmp_path, capsys):
+def test_every_command_that_loads_has_the_recommended_options(tiny_model, tmp_path, capsys):
     folder = tiny_model(max_position_embeddings=256)
     options = ["--ctx-size", "512", "--compress-pos-emb", "2"]
     assert main(["generate", str(folder), "--max-new-tokens", "2", *options]) == 0

@@ -1,4 +1,4 @@
-"""A reservation for a person: the table, and the refusal that says what would fit."""
+"""A reservation as text: the table, and the error for one that does not fit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GIB, MIB = 1 << 30, 1 << 20
 CACHE_TYPES = ("fp16", "q8", "q6", "q4")
 
 
-def test_table_for_a_person(tmp_path, machine):
+def test_the_table_has_every_amount_and_fits_the_terminal(tmp_path, machine):
     folder = write_sparse_exl2(tmp_path / "m", **LLAMA_2_7B)
     machine(free_bytes=7 * GIB, capacity_bytes=8 * GIB)
     found = plan(folder, ctx_size=18432, cache_type="q4")
@@ -35,7 +35,7 @@ def test_table_for_a_person(tmp_path, machine):
     assert "cuda:0" in two and "cuda:1" in two and amount(split.total_bytes) in two
 
 
-def test_refusal_says_what_is_missing_and_what_would_fit(tmp_path, machine):
+def test_the_refusal_names_missing_bytes_and_what_would_fit(tmp_path, machine):
     folder = write_sparse_exl2(tmp_path / "m", **LLAMA_2_7B)
     machine(8 * GIB, processes=[Process(4321, "firefox", 3 * GIB), Process(7, "x", MIB)])
     found = plan(folder, ctx_size=18432, cache_type="fp16")
@@ -61,7 +61,7 @@ def test_refusal_says_what_is_missing_and_what_would_fit(tmp_path, machine):
     assert error.details == render(found)
 
 
-def test_refusal_by_a_limit_blames_no_other_process(tmp_path, machine):
+def test_a_refusal_by_a_limit_names_no_other_process(tmp_path, machine):
     machine(64 * GIB, processes=[Process(4321, "firefox", 3 * GIB)])
     folder = write_sparse_exl2(tmp_path / "m", **LLAMA_2_7B)
     text = str(refusal(plan(folder, ctx_size=18432, cache_type="q4", memory_limit="2GiB")))
@@ -69,7 +69,7 @@ def test_refusal_by_a_limit_blames_no_other_process(tmp_path, machine):
     assert "Not even the shortest context fits" in text and "no cache type fits" in text
 
 
-def test_what_is_needed_less_what_was_found_is_what_is_missing(tmp_path, machine):
+def test_needed_minus_found_bytes_are_the_missing_bytes(tmp_path, machine):
     folder = write_sparse_exl2(tmp_path / "m", **LLAMA_2_7B)
     machine(64 * GIB)
     (device,) = plan(folder, ctx_size=18432, cache_type="q4").devices

@@ -1,4 +1,4 @@
-"""Memory that is enough for one model and asked for by two: real processes, real limits."""
+"""Two loads at once where memory is enough for one: real processes and real limits."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def test_each_device_before_the_last_holds_what_fits_and_no_layer_more_would(pro
             assert cost(layers.start, layers.stop + 1) > budget
 
 
-def test_the_last_device_takes_the_rest_though_it_does_not_fit():
+def test_the_last_device_takes_the_remaining_layers_even_if_they_do_not_fit():
     cost = Costs([10] * 4, [0] * 4, 0, 0)
     assert split([cost] * 3, [20, 5, 5], 4) == [range(2), range(2, 2), range(2, 4)]
 
