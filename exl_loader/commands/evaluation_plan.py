@@ -15,6 +15,7 @@ from ..memory.reservation import LoadOptions, Reservation, plan
 from ..memory.reservation.budgets import chosen_devices
 from ..memory.segments import Segment, place
 from ..utils.errors import InsufficientMemory, InvalidSettings
+from ..utils.integers import round_up
 from ..utils.table import DeviceMap, TensorSpec
 
 if TYPE_CHECKING:
@@ -85,8 +86,7 @@ def plan_evaluation(
     ]
     caches = place(specs)[device, "cache"] if specs else None
     planned = EvaluationPlan(reservation, tuple(others), caches)
-    step = backend_of(device).granularity_bytes
-    needed = -(-planned.extra_bytes // step) * step
+    needed = round_up(planned.extra_bytes, backend_of(device).granularity_bytes)
     headroom = reservation.devices[0].headroom_bytes
     if reservation.fits and headroom < needed:
         total = reservation.devices[0].total_bytes + planned.extra_bytes

@@ -34,7 +34,7 @@ class Source:
 
     def __init__(self, model_dir: Path):
         self.config = ModelConfig.from_dir(model_dir)
-        self.checkpoint = Checkpoint.open(model_dir)
+        self.checkpoint = Checkpoint.open(model_dir, self.config)
         if self.checkpoint.format != "dense":
             raise UnsupportedFormat(
                 f"{model_dir}",

@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from exl_loader.backends.base import Batch
-from exl_loader.backends.cpu import scratch
+from exl_loader.backends.cpu import backend
 from exl_loader.cache.layout import CacheType
 from exl_loader.checkpoint import Checkpoint
 from exl_loader.checkpoint.config import ModelConfig
@@ -57,12 +57,11 @@ def test_scratch_is_the_largest_of_all_operations(parts, monkeypatch):
         asked.append((rows, in_features))
         return 100 * in_features
 
-    monkeypatch.setattr(scratch, "linear_scratch_bytes", linear)
-    monkeypatch.setattr(scratch, "attention_scratch_bytes", lambda *args: 7)
-    monkeypatch.setattr(scratch, "write_cache_scratch_bytes", lambda *args: 11)
+    monkeypatch.setattr(backend, "linear_scratch_bytes", linear)
+    monkeypatch.setattr(backend, "attention_scratch_bytes", lambda *args: 7)
     assert shapes(parts, chunk_size=48, logits_rows=16)["scratch"] == (9600,)
     assert set(asked) == {(48, 64), (48, 96), (16, 64)}
-    monkeypatch.setattr(scratch, "attention_scratch_bytes", lambda *args: 10**6)
+    monkeypatch.setattr(backend, "attention_scratch_bytes", lambda *args: 10**6)
     assert shapes(parts)["scratch"] == (10**6,)
 
 
