@@ -12,7 +12,15 @@ from exl_loader import ExlLoaderError
 
 from ..panel.gauge import DETAILS_ELEM_ID, PAGE_LEN, PICK_ELEM_ID, UNFOLDED
 from ..panel.page_script import draw_in_order, follow_pick, keep_in_step
-from ..panel.panel import CACHE_TYPES, ModelChoice, error_html, reserve, slider_end, toggles_for
+from ..panel.panel import (
+    CACHE_TYPES,
+    ModelChoice,
+    error_html,
+    field_arguments,
+    reserve,
+    slider_end,
+    toggles_for,
+)
 from .session import Session
 
 if TYPE_CHECKING:
@@ -52,9 +60,8 @@ class ModelView:
         self.unfolded = gr.Textbox(elem_id=DETAILS_ELEM_ID, label="details", container=False)
         self.asking = gr.Textbox(elem_id="exl_ask", label="drawing", container=False)
         self.cache_type = gr.Dropdown(
-            list(CACHE_TYPES), value=str(first.cache_type), label="cache_type",
-            allow_custom_value=True, elem_id="exl_cache_type",
-            info="Bits of the key/value cache; q8_q4: keys in 8, values in 4 bits",
+            list(CACHE_TYPES), value=str(first.cache_type), allow_custom_value=True,
+            elem_id="exl_cache_type", **field_arguments("cache_type"),
         )
         toggles = toggles_for(str(first.cache_type))
         with gr.Row():
@@ -64,11 +71,9 @@ class ModelView:
                 toggles.cache_4bit, label="cache_4bit", elem_id="exl_cache_4bit", min_width=120)
         with gr.Accordion("RoPE scaling", open=False):
             self.alpha_value = gr.Slider(
-                1, 8, value=first.alpha_value, step=0.05, label="alpha_value",
-                info="NTK factor that extends the context; set this or compress_pos_emb")
+                1, 8, value=first.alpha_value, **field_arguments("alpha_value"))
             self.compress_pos_emb = gr.Slider(
-                1, 8, value=first.compress_pos_emb, step=0.1, label="compress_pos_emb",
-                info="Divides positions, for models trained with linear scaling")
+                1, 8, value=first.compress_pos_emb, **field_arguments("compress_pos_emb"))
 
     def connect(self, page: gr.Blocks, text: TextView) -> None:
         """Wire the panel, and what the text view shows of the loaded model."""

@@ -64,6 +64,13 @@ def resolve_cache_type(
     return "q4" if cache_4bit else DEFAULT_CACHE_TYPE
 
 
+def field_arguments(name: str) -> dict[str, Any]:
+    """Return label, help and, for a number, the step of a page's field for an option."""
+    option = LoadOptions.OPTIONS[name]
+    arguments: dict[str, Any] = {"label": name, "info": option.help[:1].upper() + option.help[1:]}
+    return arguments if option.step is None else arguments | {"step": option.step}
+
+
 # The options that a page, a host or saved settings may set.
 PANEL_OPTIONS = (
     "ctx_size", "cache_type", "gpu_split", "alpha_value", "compress_pos_emb", "model_draft",

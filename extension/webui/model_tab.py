@@ -131,12 +131,8 @@ def _insert_components() -> None:
     }
     with gr.Accordion("RoPE scaling", open=False) as rope:
         fields = {
-            "alpha_value": gr.Number(
-                label="alpha_value", value=args.alpha_value, step=0.05,
-                info="NTK RoPE factor that extends the context; 1 leaves it as trained."),
-            "compress_pos_emb": gr.Number(
-                label="compress_pos_emb", value=args.compress_pos_emb, step=0.1,
-                info="Divides positions to extend the context; 1 leaves it as trained."),
+            name: gr.Number(value=getattr(args, name), **panel.field_arguments(name))
+            for name in ROPE_OPTIONS
         }
     _move_below(components["ctx_size"], gauge.values())
     _move_below(components["cache_type"], toggles.values())
