@@ -151,7 +151,7 @@ class Activations:
         # Made anew, so that its weights go with it.
         layer = Builder(source.config, source.checkpoint).layer(index, MAIN_MEMORY)
         layer.load(self._loading(layer.specs()))
-        for linear in layer.linears():
+        for linear in layer.linears:
             assert isinstance(linear.weights, DenseLinear)
             if linear.name in replaced:
                 linear.weights.weight = _tiled(replaced[linear.name])

@@ -75,7 +75,7 @@ class Source:
             for linear in group
         }
         for layer in self.parts.layers:
-            for linear in layer.linears():
+            for linear in layer.linears:
                 if linear.name in quantised:
                     continue
                 for name in (f"{linear.plan.source}.weight", f"{linear.plan.source}.bias"):

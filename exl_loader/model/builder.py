@@ -146,13 +146,13 @@ class ModelParts:
     def linears(self) -> Iterator[Linear]:
         """Every linear layer, the head last."""
         for layer in self.layers:
-            yield from layer.linears()
+            yield from layer.linears
         yield self.head.linear
 
     def norms(self) -> Iterator[Norm]:
         """Every norm, the final one last."""
         for layer in self.layers:
-            yield from layer.norms()
+            yield from layer.norms
         yield self.head.norm
 
     def specs(self) -> list[TensorSpec]:

@@ -44,21 +44,23 @@ class Layer:
         if self.mlp_output_norm is not None:
             yield self.mlp_output_norm
 
-    def weights(self) -> Iterator[Norm | Linear]:
+    @cached_property
+    def weights(self) -> list[Norm | Linear]:
         """Every norm and linear layer."""
+        found: list[Norm | Linear] = []
         for part in self.parts():
-            if isinstance(part, Norm):
-                yield part
-            else:
-                yield from part.weights()
+            found += [part] if isinstance(part, Norm) else part.weights()
+        return found
 
-    def linears(self) -> Iterator[Linear]:
+    @cached_property
+    def linears(self) -> list[Linear]:
         """Every linear layer."""
-        return (part for part in self.weights() if isinstance(part, Linear))
+        return [part for part in self.weights if isinstance(part, Linear)]
 
-    def norms(self) -> Iterator[Norm]:
+    @cached_property
+    def norms(self) -> list[Norm]:
         """Every norm."""
-        return (part for part in self.weights() if isinstance(part, Norm))
+        return [part for part in self.weights if isinstance(part, Norm)]
 
     def input_groups(self) -> list[list[Linear]]:
         """See `Block.input_groups`."""
@@ -66,9 +68,9 @@ class Layer:
 
     def specs(self) -> Iterator[TensorSpec]:
         """The weights as they will stand on the device: norms, then linear layers."""
-        for norm in self.norms():
+        for norm in self.norms:
             yield from norm.specs()
-        for linear in self.linears():
+        for linear in self.linears:
             yield from linear.specs()
 
     def workspace(self, rows: int) -> Shapes:
@@ -83,13 +85,13 @@ class Layer:
     @cached_property
     def workspace_key(self) -> Hashable:
         """Equal for layers that need the same workspace: they have the same tensors of a row."""
-        return tuple(self.workspace(1).items())
+        return tuple(self.workspace(1).items()), tuple(self.layer_workspace().items())
 
     @cached_property
     def widths(self) -> frozenset[tuple[int, int]]:
         """(stored rows, output features) of every linear layer, which decide the scratch."""
         return frozenset(
-            (linear.plan.stored_rows, linear.out_features) for linear in self.linears()
+            (linear.plan.stored_rows, linear.out_features) for linear in self.linears
         )
 
     def layer_workspace(self) -> Shapes:

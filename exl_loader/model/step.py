@@ -85,9 +85,7 @@ def _stage_tensors(stage: StageParts, sizes: StepSizes) -> Shapes:
     backend = backend_of(stage.device)
     tensors |= backend.workspace_specs(sizes)
     # A room for each layer, by its place among the device's layers.
-    for name, (dtype, shape) in merged(
-        layer.layer_workspace() for layer in stage.layers
-    ).items():
+    for name, (dtype, shape) in merged(layer.layer_workspace() for layer in kinds).items():
         tensors[name] = dtype, (len(stage.layers), *shape)
     tensors["scratch"] = ("uint8", (backend.scratch_bytes(sizes),))
     return tensors
