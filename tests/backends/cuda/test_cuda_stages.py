@@ -108,13 +108,13 @@ def test_the_web_uis_field_splits_layers_and_its_gauge_draws_both_cards(
     cards, tmp_path, nothing_left
 ):
     from extension.panel.gauge import gauge_html
-    from extension.panel.panel import LoadOptions
+    from extension.panel.panel import ModelChoice
 
     write_quantized_model(tmp_path / "m", "exl2")
     values = {"model_dir": str(tmp_path / "m"), "ctx_size": float(CTX), "cache_4bit": True}
     values["gpu_split"] = gpu_split(tmp_path / "m", 1, cache_type="q4")
-    options = LoadOptions.from_values(values)
-    with exl_loader.load(options.model_dir, **options.load_arguments()) as model:
+    choice = ModelChoice.from_values(values)
+    with exl_loader.load(choice.model_dir, **choice.for_load()) as model:
         page = gauge_html(model.reservation, measured_bytes=model.allocated_bytes())
         assert [d.device for d in model.reservation.devices] == TWO.split(",")
     assert "cuda:0, layers 0 to 0" in page and "cuda:1, layers 1 to 1" in page
