@@ -22,13 +22,11 @@ from exl_loader.backends.reference.codec import (
 from exl_loader.backends.reference.ops import cache_round_trip
 from support import REPO
 
-sys.path.insert(0, str(REPO / "benchmarks"))
 sys.path.insert(0, str(REPO / "tools"))
 
-import exllamav2_cache
-from cache_quality import normal, relative_squared_error, with_outliers
-
 import fit_codebooks
+from benchmarks.cpu import exllamav2_cache
+from benchmarks.cpu.cache_quality import normal, relative_squared_error, with_outliers
 
 BITS = {"q8": 8, "q6": 6, "q4": 4}
 

@@ -1,23 +1,19 @@
-"""benchmarks/cpu.py on a tiny model, without llama.cpp: its models, its runs, its report."""
+"""benchmarks/cpu/speed.py on a tiny model, without llama.cpp: its models, its runs, its report."""
 
 from __future__ import annotations
 
 import json
-import sys
 from xml.dom import minidom
 
 import pytest
 import torch
 
-from support import REPO
-
-BENCHMARKS = REPO / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import cpu  # noqa: E402
-import cpu_models  # noqa: E402
-from cpu_plot import nice_step, write_picture  # noqa: E402
-from cpu_report import (  # noqa: E402
+from benchmarks.cpu import (
+    speed,  # noqa: E402
+    speed_models,  # noqa: E402
+)
+from benchmarks.cpu.plot import nice_step, write_picture  # noqa: E402
+from benchmarks.cpu.report import (  # noqa: E402
     Results,
     nearest,
     read_share,
@@ -28,7 +24,7 @@ from cpu_report import (  # noqa: E402
     update_document,
 )
 
-TINY = cpu_models.GEOMETRY | {
+TINY = speed_models.GEOMETRY | {
     "vocab_size": 320, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1,
     "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 4096,
 }  # fmt: skip
@@ -36,14 +32,14 @@ TINY = cpu_models.GEOMETRY | {
 
 def test_the_model_has_4_5_to_4_9_bits():
     # A layer, and the head's share of one in 22.
-    config = cpu_models.GEOMETRY | {"num_hidden_layers": 1, "vocab_size": 32000 // 22 // 32 * 32}
-    tensors = cpu_models.exl2_tensors(config, torch.Generator().manual_seed(0))
-    assert 4.5 <= cpu_models.bits_per_weight(tensors) <= 4.9
+    config = speed_models.GEOMETRY | {"num_hidden_layers": 1, "vocab_size": 32000 // 22 // 32 * 32}
+    tensors = speed_models.exl2_tensors(config, torch.Generator().manual_seed(0))
+    assert 4.5 <= speed_models.bits_per_weight(tensors) <= 4.9
 
 
 def test_decoded_weights_are_the_models(tmp_path):
-    folder = cpu_models.write_exl2(tmp_path / "exl2", TINY)
-    decoded = dict(cpu_models.decoded_tensors(folder))
+    folder = speed_models.write_exl2(tmp_path / "exl2", TINY)
+    decoded = dict(speed_models.decoded_tensors(folder))
     assert decoded["model.layers.0.mlp.down_proj.weight"].shape == (128, 256)
     assert decoded["lm_head.weight"].shape == (320, 128)
     assert len(decoded) == 2 + 2 + 7 + 1
@@ -60,8 +56,8 @@ def test_measures_merges_and_reports(tmp_path, capsys):
     common = ["--config", str(config), "--work", str(tmp_path), "--json", str(results),
               "--picture", str(tmp_path / "picture.svg"), "--rounds", "1",
               "--document", str(tmp_path / "none.md")]  # fmt: skip
-    cpu.main([*common, "--part", "speed", "--cache", "q4", "--depth", "300"])
-    cpu.main([*common, "--part", "load"])
+    speed.main([*common, "--part", "speed", "--cache", "q4", "--depth", "300"])
+    speed.main([*common, "--part", "load"])
     records = json.loads(results.read_text())
     assert {(r["what"], r["cache"], r.get("depth")) for r in records} == {
         ("decode", "q4", 300), ("decode", "fp16", 300), ("prefill", "q4", 300),

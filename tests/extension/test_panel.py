@@ -77,7 +77,7 @@ def test_the_gauge_of_a_7b_model_needs_few_calls_per_tensor(tmp_path):
         assert "4,096 tokens of context" in plan_html(options)
 
     work()
-    # 82 a tensor when this was written; benchmarks/planning_cpu.py has its time.
+    # 82 a tensor when this was written; benchmarks/cpu/planning.py has its time.
     assert count(work).calls < 150 * len(exl2_tensors(CONFIG | LLAMA_2_7B, 4, 6))
 
 

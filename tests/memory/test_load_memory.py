@@ -7,16 +7,11 @@ import sys
 
 import pytest
 
-from support import REPO
-
-sys.path.insert(0, str(REPO / "benchmarks"))
-
-import cpu_models  # noqa: E402
-
+from benchmarks.cpu import speed_models  # noqa: E402
 from support import REPO
 
 # A head of 37 MiB beside layers of 2 to 8.
-CONFIG = cpu_models.GEOMETRY | {
+CONFIG = speed_models.GEOMETRY | {
     "hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 3,
     "num_attention_heads": 24,
 }  # fmt: skip
@@ -45,7 +40,7 @@ print(status("VmHWM") - before, model.allocated_bytes())
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the peak")
 def test_loading_holds_one_tensor_besides_the_weights(tmp_path):
-    folder = cpu_models.write_exl2(tmp_path / "model", CONFIG)
+    folder = speed_models.write_exl2(tmp_path / "model", CONFIG)
     head_bytes = CONFIG["hidden_size"] * CONFIG["vocab_size"] * 6 // 8
     child = subprocess.run(
         [sys.executable, "-c", CHILD, str(folder)], capture_output=True, text=True, cwd=REPO,

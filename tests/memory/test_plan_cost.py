@@ -15,7 +15,7 @@ from support.tiny import CONFIG
 SHARDS = 10
 # 37 tensors a layer and 8 around them.
 LAYERS = 54
-# 77 and 153 when this was written. benchmarks/planning_cpu.py has the time.
+# 77 and 153 when this was written. benchmarks/cpu/planning.py has the time.
 CALLS_A_TENSOR = 150
 CALLS_A_TENSOR_OF_A_SPLIT = 300
 

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import json
 import struct
-import sys
 from pathlib import Path
 
-from support import REPO
+from benchmarks.cpu.llama_shapes import layer_linears  # noqa: E402
 from support.tiny import CONFIG
-
-sys.path.insert(0, str(REPO / "benchmarks"))
-
-from llama_shapes import layer_linears  # noqa: E402
 
 GROUP_ROWS = 128
 ITEM_BYTES = {"I32": 4, "I16": 2, "F16": 2}

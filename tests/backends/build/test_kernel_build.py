@@ -55,7 +55,7 @@ def test_warm_build_only_asks_for_the_version_and_needs_few_calls(monkeypatch):
         return real_popen(command, *args, **options)
 
     monkeypatch.setattr(subprocess, "Popen", popen)
-    # 3,950 when this was written; benchmarks/planning_cpu.py has its time.
+    # 3,950 when this was written; benchmarks/cpu/planning.py has its time.
     assert count(lambda: build(cpu_spec(), NullProgress())).calls < 10_000
     assert [command[-1] for command in started] in ([], ["--version"])
 

@@ -13,15 +13,11 @@ import sys
 
 import pytest
 
-from support import REPO
-
 torch = pytest.importorskip("torch")
 
-sys.path.insert(0, str(REPO / "benchmarks"))
-
-import gpu_models  # noqa: E402
 
 import exl_loader  # noqa: E402
+from benchmarks.cuda import speed_models  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,16 +33,16 @@ MIB = 1 << 20
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A random model of 1.1 B parameters at 4 bits."""
-    return gpu_models.write_model(
-        tmp_path_factory.mktemp("gpu") / "1B", gpu_models.GEOMETRIES["1B"]
+    return speed_models.write_model(
+        tmp_path_factory.mktemp("gpu") / "1B", speed_models.GEOMETRIES["1B"]
     )
 
 
 @pytest.fixture(scope="module", autouse=True)
 def warm(tmp_path_factory):
     """Load context, kernels and PyTorch's own modules before anything is measured."""
-    small = gpu_models.write_model(
-        tmp_path_factory.mktemp("gpu") / "dry", gpu_models.GEOMETRIES["dry"]
+    small = speed_models.write_model(
+        tmp_path_factory.mktemp("gpu") / "dry", speed_models.GEOMETRIES["dry"]
     )
     with exl_loader.load(small, ctx_size=512, device=DEVICE) as model:
         list(model.generate_ids([5] * 300, {"max_new_tokens": 8, "ban_eos_token": True}))
@@ -113,7 +109,7 @@ def test_compute_sanitizer(tool, tmp_path):
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("no compute-sanitizer on the PATH")
-    small = gpu_models.write_model(tmp_path / "m", gpu_models.GEOMETRIES["dry"])
+    small = speed_models.write_model(tmp_path / "m", speed_models.GEOMETRIES["dry"])
     script = (
         "import exl_loader\n"
         f"with exl_loader.load({str(small)!r}, ctx_size=512, cache_type='q4',"

@@ -1,4 +1,4 @@
-"""Speed of the CPU matrix products: `python benchmarks/linear_cpu.py [--threads N] [--json]`.
+"""Speed of the CPU matrix products: `python -m benchmarks.cpu.linear [--threads N] [--json]`.
 
 Every layer is verified against the reference first. Decoding goes round copies of a layer that
 are together several times larger than a cache, and is reported as GB/s of weights and as a
@@ -14,15 +14,15 @@ import json
 import sys
 import tempfile
 import time
-from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(REPO), str(REPO / "tests")]
+from benchmarks import REPO
+
+sys.path.insert(0, str(REPO / "tests"))
 
 import torch  # noqa: E402
-from read_bandwidth import BUFFER_BYTES as ROUND_BYTES  # noqa: E402
-from read_bandwidth import Bandwidth  # noqa: E402
 
+from benchmarks.cpu.read_bandwidth import BUFFER_BYTES as ROUND_BYTES  # noqa: E402
+from benchmarks.cpu.read_bandwidth import Bandwidth  # noqa: E402
 from exl_loader.backends.cpu.linear import linear_scratch_bytes  # noqa: E402
 from exl_loader.backends.cpu.memory import MainMemory  # noqa: E402
 from exl_loader.backends.cpu.threads import default_threads  # noqa: E402

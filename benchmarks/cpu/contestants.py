@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
+from benchmarks import REPO
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,15 @@ class Worker:
             "threads": threads,
             "flash_attention": True,
         }
-        script = "cpu_exl.py" if contestant.ours else "cpu_llama.py"
+        script = "worker_exl" if contestant.ours else "worker_llama"
         python = sys.executable if contestant.ours else llama_python
         assert python is not None
         environment = os.environ | {"EXL_LOADER_THREADS": str(threads)}
         # Threads that wait asleep would slow llama.cpp down by a third.
         environment.pop("OMP_WAIT_POLICY", None)
         self._process = subprocess.Popen(
-            [python, str(HERE / script)], text=True, bufsize=1, env=environment,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [python, "-m", f"benchmarks.cpu.{script}"], text=True, bufsize=1, env=environment,
+            cwd=REPO, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )
         answer = self._ask(config)
         self.load_s: float = answer["load_s"]

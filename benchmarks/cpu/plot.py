@@ -6,7 +6,7 @@ import statistics
 from math import log2
 from pathlib import Path
 
-from cpu_report import Record, Results, comparisons, speed_ratio
+from benchmarks.cpu.report import Record, Results, comparisons, speed_ratio
 
 WIDTH, HEIGHT = 960, 460
 LEFT, TOP, PANEL_WIDTH, PANEL_HEIGHT = 64, 56, 400, 330

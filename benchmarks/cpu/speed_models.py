@@ -9,23 +9,19 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[1]
-if str(REPO) not in sys.path:
-    sys.path.insert(0, str(REPO))
+import torch
+from safetensors.torch import save_file
 
-import torch  # noqa: E402
-from llama_shapes import layer_linears  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-
-from exl_loader.cache.layout import CacheType  # noqa: E402
-from exl_loader.checkpoint import Checkpoint  # noqa: E402
-from exl_loader.checkpoint.config import ModelConfig  # noqa: E402
-from exl_loader.formats import read_linear  # noqa: E402
-from exl_loader.model.builder import ModelParts, build_parts  # noqa: E402
+from benchmarks import REPO
+from benchmarks.cpu.llama_shapes import layer_linears
+from exl_loader.cache.layout import CacheType
+from exl_loader.checkpoint import Checkpoint
+from exl_loader.checkpoint.config import ModelConfig
+from exl_loader.formats import read_linear
+from exl_loader.model.builder import ModelParts, build_parts
 
 # The 1.1 B geometry that many small models share.
 GEOMETRY = {
@@ -191,9 +187,9 @@ def write_gguf(folder: Path, exl2_dir: Path, llama_python: str) -> dict[str, Pat
         "index": index,
         "types": {str(path): GGUF_TYPES[name] for name, path in missing.items()},
     }
-    script = Path(__file__).with_name("cpu_gguf.py")
     try:
-        subprocess.run([llama_python, str(script)], input=json.dumps(job), text=True, check=True)
+        subprocess.run([llama_python, "-m", "benchmarks.cpu.write_gguf"], cwd=REPO,
+                       input=json.dumps(job), text=True, check=True)
     finally:
         raw.unlink()
     return files

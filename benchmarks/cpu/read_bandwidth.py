@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[1]
-if str(REPO) not in sys.path:
-    sys.path.insert(0, str(REPO))
+import torch
 
-import torch  # noqa: E402
-
-from exl_loader.backends.build.spec import require_cpu_spec  # noqa: E402
-from exl_loader.backends.cpu.memory import MainMemory  # noqa: E402
+from benchmarks import REPO
+from exl_loader.backends.build.spec import require_cpu_spec
+from exl_loader.backends.cpu.memory import MainMemory
 
 # Several times a last-level cache of 32 MiB, in whole claims of read_bandwidth.cpp.
 BUFFER_BYTES = 150_000_000
@@ -37,7 +33,8 @@ class Bandwidth:
     def __init__(self, threads: int, directory: str):
         spec = require_cpu_spec()
         library = str(Path(directory) / "read_bandwidth.so")
-        sources = [str(REPO / "benchmarks/read_bandwidth.cpp"), str(REPO / "csrc/cpu/threads.cpp")]
+        names = ("benchmarks/cpu/read_bandwidth.cpp", "csrc/cpu/threads.cpp")
+        sources = [str(REPO / name) for name in names]
         subprocess.run(
             [*spec.compiler.command, *spec.flags, f"-I{REPO / 'csrc'}", *spec.link_flags,
              *sources, "-o", library],

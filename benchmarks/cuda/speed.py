@@ -1,9 +1,9 @@
 """Tokens a second on a CUDA device, beside the bandwidth that they take and beside exllamav2.
 
-    python benchmarks/gpu.py                      # everything, under 10 minutes on an H200
-    python benchmarks/gpu.py --models 7B --depths 0,16384 --cache-types q4,fp16
+    python -m benchmarks.cuda.speed                      # everything, under 10 minutes on an H200
+    python -m benchmarks.cuda.speed --models 7B --depths 0,16384 --cache-types q4,fp16
 
-Random EXL2 models are made on the spot (gpu_models.py). A decode step reads all weights and
+Random EXL2 models are made on the spot (speed_models.py). A decode step reads all weights and
 the cache up to its depth once; the share is that of the measured copy bandwidth (a copy's
 reads and writes together). Contexts are not filled first: what a cache holds does not change
 how long it takes to read it. Where exllamav2 is installed the two engines take turns, and the
@@ -15,28 +15,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-REPO = Path(__file__).resolve().parents[1]
-for path in (REPO, REPO / "benchmarks"):
-    if str(path) not in sys.path:
-        sys.path.insert(0, str(path))
+import torch
 
-import gpu_exllamav2  # noqa: E402
-import torch  # noqa: E402
-from gpu_models import GEOMETRIES, write_model  # noqa: E402
-
-import exl_loader  # noqa: E402
-from exl_loader.cache.layout import CacheType  # noqa: E402
-from exl_loader.checkpoint import Checkpoint  # noqa: E402
-from exl_loader.checkpoint.config import ModelConfig  # noqa: E402
-from exl_loader.commands.evaluation import Lane, run_lanes  # noqa: E402
-from exl_loader.commands.evaluation_plan import plan_evaluation  # noqa: E402
+import exl_loader
+from benchmarks.cuda import exllamav2
+from benchmarks.cuda.speed_models import GEOMETRIES, write_model
+from exl_loader.cache.layout import CacheType
+from exl_loader.checkpoint import Checkpoint
+from exl_loader.checkpoint.config import ModelConfig
+from exl_loader.commands.evaluation import Lane, run_lanes
+from exl_loader.commands.evaluation_plan import plan_evaluation
 
 CACHE_TYPES = ("fp16", "q8", "q6", "q4")
 DEPTHS = (0, 4096, 16384, 32768)
@@ -47,7 +41,7 @@ WARM_UP = 4
 
 
 class Ours:
-    """One model of ours with one cache type; the methods are those of `gpu_exllamav2.Peer`."""
+    """One model of ours with one cache type; the methods are those of `exllamav2.Peer`."""
 
     def __init__(self, model: Any, cache: Any, ctx_size: int):
         self._model, self._cache, self._ctx_size = model, cache, ctx_size
@@ -160,8 +154,8 @@ def rows_of(name: str, folder: Path, arguments: argparse.Namespace, bandwidth: f
     start = time.perf_counter()
     with opened(folder, ctx_size, arguments.chunk_size, arguments.cache_types) as (loaded, ours):
         load_s = time.perf_counter() - start
-        if arguments.peer and gpu_exllamav2.installed():
-            peer = gpu_exllamav2.Peer(folder, ctx_size, arguments.chunk_size)
+        if arguments.peer and exllamav2.installed():
+            peer = exllamav2.Peer(folder, ctx_size, arguments.chunk_size)
         for cache_type, engine in ours.items():
             engines = {"exl_loader": engine}
             if peer is not None and peer.use_cache(cache_type):

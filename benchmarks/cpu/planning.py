@@ -1,4 +1,4 @@
-"""What planning costs: `python benchmarks/planning_cpu.py [--rounds N]`.
+"""What planning costs: `python -m benchmarks.cpu.planning [--rounds N]`.
 
 Times what a person waits for before anything is loaded, and checks each result first: reading
 the headers of 2,000 tensors in ten files, the reservation of that model on one device and split
@@ -17,8 +17,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(REPO), str(REPO / "tests")]
+from benchmarks import REPO
+
+sys.path.insert(0, str(REPO / "tests"))
 
 import exl_loader  # noqa: E402
 from exl_loader.backends.build.build import build  # noqa: E402

@@ -1,6 +1,6 @@
 """Time attention over the packed cache on the CPU: fp16 against q8, q6 and q4.
 
-    python benchmarks/attention_cpu.py [--heads 32 --kv-heads 4 --head-dim 64] [--json]
+    python -m benchmarks.cpu.attention [--heads 32 --kv-heads 4 --head-dim 64] [--json]
 
 Verifies the compiled operations against the reference first. Then all cache types take turns
 within each round, so that a machine that is busy elsewhere slows all of them alike; the
@@ -12,14 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from exl_loader.backends import get_ops
 from exl_loader.backends.base import AttentionShape, Batch

@@ -1,4 +1,4 @@
-"""Requests at once: `python benchmarks/batching_cpu.py [--layers N] [--requests 8] [--json]`.
+"""Requests at once: `python -m benchmarks.cpu.batching [--layers N] [--requests 8] [--json]`.
 
 Decodes one request alone and several together, in turns, on a Llama of 1.1 B geometry with
 random 4-bit EXL2 weights (of which --layers may take fewer), and reports new tokens a second
@@ -16,8 +16,9 @@ import threading
 import time
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(REPO), str(REPO / "tests")]
+from benchmarks import REPO
+
+sys.path.insert(0, str(REPO / "tests"))
 
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402

@@ -1,4 +1,4 @@
-"""exl_loader beside llama.cpp on this machine: `python benchmarks/cpu.py [--quick]`.
+"""exl_loader beside llama.cpp on this machine: `python -m benchmarks.cpu.speed [--quick]`.
 
 Makes a random Llama of 1.1 B geometry as EXL2 at 4.5 bits a weight and the same weights as
 GGUF in Q4_0 and Q4_K_M. Both engines run in processes of their own, with as many threads, and
@@ -11,7 +11,7 @@ llama.cpp comes with llama-cpp-python, built natively, in an environment of its 
 
     python -m venv llama && CMAKE_ARGS=-DGGML_NATIVE=ON llama/bin/pip install \\
         --no-binary llama-cpp-python llama-cpp-python==0.3.36 gguf numpy
-    python benchmarks/cpu.py --llama-python llama/bin/python
+    python -m benchmarks.cpu.speed --llama-python llama/bin/python
 
 Parts, caches and depths can be measured one at a time: results are merged into one JSON file,
 from which table and picture are made.
@@ -30,16 +30,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import cpu_models
-from cpu_contestants import Contestant, Worker
-from cpu_plot import write_picture
-from cpu_report import Results, nearest, tables, update_document
-from cpu_worker import random_ids
-from read_bandwidth import Bandwidth
-
+from benchmarks import REPO
+from benchmarks.cpu import speed_models
+from benchmarks.cpu.contestants import Contestant, Worker
+from benchmarks.cpu.plot import write_picture
+from benchmarks.cpu.read_bandwidth import Bandwidth
+from benchmarks.cpu.report import Results, nearest, tables, update_document
+from benchmarks.cpu.worker import random_ids
 from exl_loader.backends.cpu.threads import default_threads
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+DOCS = REPO / "docs"
 PARTS = ("load", "speed", "curve")
 CACHES = ("fp16", "q8", "q4")
 DEPTHS = (0, 2048, 8192)
@@ -69,16 +69,16 @@ class Bench:
         self.llama_python: str | None = args.llama_python
         self.rounds: int = args.rounds
         config = json.loads(args.config.read_text()) if args.config else None
-        self.models = {"EXL2": cpu_models.write_exl2(args.work / "exl2", config)}
+        self.models = {"EXL2": speed_models.write_exl2(args.work / "exl2", config)}
         if self.llama_python:
-            self.models |= cpu_models.write_gguf(
+            self.models |= speed_models.write_gguf(
                 args.work / "gguf", self.models["EXL2"], self.llama_python
             )
         self.bytes_per_token = {
-            name: cpu_models.bytes_per_token(path, self.llama_python)
+            name: speed_models.bytes_per_token(path, self.llama_python)
             for name, path in self.models.items()
         }
-        self.cache_bytes = cpu_models.cache_bytes_per_token(self.models["EXL2"])
+        self.cache_bytes = speed_models.cache_bytes_per_token(self.models["EXL2"])
         self.vocab_size = json.loads((self.models["EXL2"] / "config.json").read_text())[
             "vocab_size"
         ]
@@ -164,7 +164,7 @@ def measure_load(bench: Bench) -> None:
     for contestant in contestants:
         bench.keep(last[contestant], "load", {}, seconds=loads[contestant],
                    tasks=tasks[contestant], peak_bytes=max(peaks[contestant]),
-                   file_bytes=cpu_models.file_bytes(bench.models[contestant.weights]))
+                   file_bytes=speed_models.file_bytes(bench.models[contestant.weights]))
 
 
 def measure_speed(bench: Bench, cache: str, depth: int) -> None:

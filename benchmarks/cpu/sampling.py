@@ -1,4 +1,4 @@
-"""What sampling costs a token: `python benchmarks/sampling_cpu.py [--beside CHECKOUT]`.
+"""What sampling costs a token: `python -m benchmarks.cpu.sampling [--beside CHECKOUT]`.
 
 Draws from made-up rows with every sampler that looks at a whole vocabulary, in the cases that
 are dearest, and reports milliseconds a token, the best of all draws. Rows are what a model says
@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-REPO = Path(__file__).resolve().parents[1]
+from benchmarks import REPO
+
 NUM_ROWS, DRAWS = 4, 12
 LONG = 32_768
 
@@ -89,10 +90,10 @@ class Contestant:
     """A process that draws with the `exl_loader` of one checkout."""
 
     def __init__(self, checkout: Path, vocab_size: int) -> None:
-        command = [sys.executable, __file__, "--worker", str(checkout.resolve()),
-                   "--vocab", str(vocab_size)]
+        command = [sys.executable, "-m", "benchmarks.cpu.sampling", "--worker",
+                   str(checkout.resolve()), "--vocab", str(vocab_size)]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            command, cwd=REPO, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def measure(self, case: str, kind: str) -> tuple[float, list[int]]:
         """Return the best time of a draw in ms, and the tokens."""

@@ -1,24 +1,18 @@
-"""exl_loader as a worker of `cpu.py`; see cpu_worker.py.
+"""exl_loader as a worker of `cpu.py`; see worker.py.
 
 Configuration: `model` (an EXL2 folder), `ctx_size`, `cache`.
 """
 
 from __future__ import annotations
 
-import sys
 import time
-from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[1]
-if str(REPO) not in sys.path:
-    sys.path.insert(0, str(REPO))
+import torch
 
-import torch  # noqa: E402
-from cpu_worker import FILL_TOKENS, random_ids, serve  # noqa: E402
-
-import exl_loader  # noqa: E402
-from exl_loader.backends import get_ops  # noqa: E402
-from exl_loader.cache.layout import PAGE_LEN  # noqa: E402
+import exl_loader
+from benchmarks.cpu.worker import FILL_TOKENS, random_ids, serve
+from exl_loader.backends import get_ops
+from exl_loader.cache.layout import PAGE_LEN
 
 assert FILL_TOKENS == PAGE_LEN, "one page is computed, the others are copies of it"
 

@@ -1,6 +1,6 @@
 """Measure what the quantised cache keeps, beside exllamav2's scheme; docs/cache_quality.md.
 
-    python benchmarks/cache_quality.py [--tokens N] [--update docs/cache_quality.md]
+    python -m benchmarks.cpu.cache_quality [--tokens N] [--update docs/cache_quality.md]
 
 Three tables. Vectors: the relative squared error of a round trip. Model: the divergence of
 the demo model's predictions from those with its fp16 cache, at its full context, over files of
@@ -20,11 +20,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import exllamav2_cache
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+from benchmarks import REPO
+from benchmarks.cpu import exllamav2_cache
+
+sys.path.insert(0, str(REPO / "tools"))
 
 from exl_loader import load
 from exl_loader.backends.base import Call

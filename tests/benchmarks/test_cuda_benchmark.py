@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 
-from support import REPO
-
 torch = pytest.importorskip("torch")
 
+from benchmarks.cuda import speed  # noqa: E402
 from support.emulated_cuda import emulated_ops, install  # noqa: E402
-
-sys.path.insert(0, str(REPO / "benchmarks"))
-
-import gpu  # noqa: E402
 
 
 def test_dry_run(tmp_path, monkeypatch, capsys):
@@ -24,25 +18,25 @@ def test_dry_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         "exl_loader.backends.cuda.backend.auto_cards", lambda: ("cuda:0",)
     )
-    rows = gpu.main([
+    rows = speed.main([
         "--dry", "--no-peer", "--bandwidth", "1e9", "--folder", str(tmp_path),
         "--json", str(tmp_path / "rows.json"),
     ])  # fmt: skip
-    assert [row["cache_type"] for row in rows] == list(gpu.CACHE_TYPES)
+    assert [row["cache_type"] for row in rows] == list(speed.CACHE_TYPES)
     assert all(list(row["decode"]) == ["0", "300"] and row["prefill"] > 0 for row in rows)
     # Both depths of a type are one captured step.
     assert ops.cpu_access.captures_made == len(rows)
-    assert ops.cpu_access.replays == len(rows) * (2 * (gpu.WARM_UP + 3) - 1)
+    assert ops.cpu_access.replays == len(rows) * (2 * (speed.WARM_UP + 3) - 1)
     assert json.loads((tmp_path / "rows.json").read_text())["rows"] == rows
     printed = capsys.readouterr().out
     assert printed.count("exl_loader") == 4 and "at 300" in printed
     for row in rows:
         ratio = row["share"]["300"] / row["decode"]["300"] * 1e9
-        assert ratio > gpu.weight_bytes(tmp_path / "dry")
+        assert ratio > speed.weight_bytes(tmp_path / "dry")
 
 
 def test_layers_of_one_input_share_its_permutation(tmp_path):
-    folder = gpu.write_model(tmp_path / "m", gpu.GEOMETRIES["dry"])
+    folder = speed.write_model(tmp_path / "m", speed.GEOMETRIES["dry"])
     from safetensors.torch import load_file
 
     tensors = load_file(folder / "layer-000.safetensors")

@@ -13,7 +13,8 @@ import time
 
 import llama_cpp as lib
 import numpy as np
-from cpu_worker import FILL_TOKENS, random_ids, serve
+
+from benchmarks.cpu.worker import FILL_TOKENS, random_ids, serve
 
 CACHE_TYPES = {"fp16": lib.GGML_TYPE_F16, "q8": lib.GGML_TYPE_Q8_0, "q4": lib.GGML_TYPE_Q4_0}
 # enum llama_flash_attn_type.

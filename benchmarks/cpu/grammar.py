@@ -1,4 +1,4 @@
-"""What a grammar costs a step: `python benchmarks/grammar_cpu.py [--vocab 152064] [--steps N]`.
+"""What a grammar costs a step: `python -m benchmarks.cpu.grammar [--vocab 152064] [--steps N]`.
 
 Draws from random logits, with a made-up vocabulary of syllables, without a grammar and with
 several, in turns, and reports the milliseconds of setting up and of a step (mask, samplers and
@@ -11,21 +11,16 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-import sys
 import time
-from pathlib import Path
 from typing import cast
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(REPO)]
+import numpy as np
 
-import numpy as np  # noqa: E402
-
-from exl_loader.generation.forward_model import LogitsRow  # noqa: E402
-from exl_loader.generation.grammar.masks import Grammars  # noqa: E402
-from exl_loader.generation.sampling import Sampler, TokenRoles  # noqa: E402
-from exl_loader.generation.settings import SamplingSettings  # noqa: E402
-from exl_loader.text.tokenizer import Tokenizer  # noqa: E402
+from exl_loader.generation.forward_model import LogitsRow
+from exl_loader.generation.grammar.masks import Grammars
+from exl_loader.generation.sampling import Sampler, TokenRoles
+from exl_loader.generation.settings import SamplingSettings
+from exl_loader.text.tokenizer import Tokenizer
 
 # llama.cpp's grammars/json.gbnf describes the same texts.
 JSON_GBNF = r"""

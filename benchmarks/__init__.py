@@ -1,0 +1,5 @@
+"""Speed and quality, measured. Run from the repository: `python -m benchmarks.cpu.speed`."""
+
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
