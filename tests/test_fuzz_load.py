@@ -167,11 +167,11 @@ def decoded_logits(folder: Path, copy: Path) -> torch.Tensor:
     with planned(folder, LoadOptions(ctx_size=CTX, cache_type="fp32")) as planned_model:
         parts = planned_model.model.parts
         checkpoint = planned_model.model.checkpoint
-        for plan in (linear.plan for linear in parts.linears()):
+        for plan in (linear.spec for linear in parts.linears()):
             if plan.source == plan.name:
                 weight = read_linear(plan, checkpoint).weight()
                 tensors[f"{plan.name}.weight"] = weight.t().contiguous()
-                if "bias" in plan.specs:
+                if plan.has_bias:
                     bias = checkpoint.read(f"{plan.source}.bias")
                     tensors[f"{plan.name}.bias"] = bias[: plan.out_features].float()
         plain = [norm.spec.name for norm in parts.norms()]

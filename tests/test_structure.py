@@ -21,13 +21,10 @@ WINGS = (
 # (importing file, imported wing) -> why this arrow runs up.
 UPWARD = {
     ("backends/cuda/self_check.py", "memory"): "kernels are checked in a buffer that is counted",
-    ("formats/common.py", "backends"): "layouts of devices, which are to move there",
 }
 KIND = re.compile(r"(cpu|cuda)(:.*)?")
 # Files outside `backends/` with such a string, which tells no kinds apart, and what it is for.
 NAMED_KINDS = {
-    "formats/common.py": "layouts of devices, which are to move to backends",
-    "formats/gptq.py": "layouts of devices, which are to move to backends",
     "utils/table.py": "the default device, in one place",
     "commands/doctor.py": "keys of the JSON report",
 }

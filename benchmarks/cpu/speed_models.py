@@ -154,7 +154,7 @@ def decoded_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
             if header.dtype == "float16" and not name.endswith("q_scale_max"):
                 yield name, checkpoint.read(name)
         for linear in build_parts(config, checkpoint).linears():
-            weight = read_linear(linear.plan, checkpoint).weight()
+            weight = read_linear(linear.spec, checkpoint).weight()
             yield f"{linear.name}.weight", weight.T.contiguous().half()
     finally:
         checkpoint.close()

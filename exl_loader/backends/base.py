@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..cache.layout import CacheLayer, CacheType
-    from ..formats.layer import DenseLayer, QuantizedLayer
+    from ..formats.layer import DenseLayer, DenseSizes, QuantizedLayer, QuantizedSizes
     from ..utils.progress import Progress
     from .cpu_access import CpuAccess
 
@@ -205,6 +205,12 @@ class Backend(Protocol):
 
     def touch(self, buffer: torch.Tensor) -> None:
         """Make the memory of a buffer, or of a piece of one, really taken."""
+
+    def linear_specs(self, sizes: QuantizedSizes | DenseSizes) -> Shapes:
+        """Return the resident tensors of a linear layer but for its bias, by role."""
+
+    def stored_rows(self, sizes: QuantizedSizes | DenseSizes) -> int:
+        """Return the rows of a layer's weight as it is stored, with those that fill up groups."""
 
     def scratch_bytes(self, step: StepSizes) -> int:
         """Return the most scratch that any operation of such steps needs."""
@@ -438,7 +444,8 @@ class DeviceOps(Ops, Protocol):
 
         Args:
             layer: what the checkpoint holds.
-            views: role -> resident tensor, as planned; written in full.
+            views: role -> resident tensor, those of `Backend.linear_specs` and `bias`; written in
+                full.
 
         Raises:
             InvalidCheckpoint: a value is not finite.

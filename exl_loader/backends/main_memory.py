@@ -8,21 +8,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..formats.layer import DenseLayer, QuantizedLayer
-from ..formats.packed import BLOCK_ROWS, TILE_COLUMNS, PackedLinear
-from ..utils.errors import UnsupportedFormat
-from ..utils.integers import ceil_div
 from . import top_logits
+from .cpu.layout import PackedLinear, check_room, fill_tiles, group_table
 from .cpu_access import CpuAccess, InPlaceAccess
-from .dense import pack_dense, place_bias
+from .layouts import pack_dense, place_bias
 
 if TYPE_CHECKING:
     import torch
 
     from .base import ExpertTable, Linear
-
-
-# Bytes of a block of b-bit codes are b times this.
-BLOCK_BIT_BYTES = BLOCK_ROWS * TILE_COLUMNS // 8
 
 
 @dataclass(frozen=True)
@@ -59,7 +53,7 @@ class MainMemoryOps(ABC):
         Args:
             q_weight: int32 [R, N], as on disk.
             groups: int32 [G, 4], the packed layout's group table.
-            codes: uint8 [tiles, tile_bytes] (packed.py), written in full.
+            codes: uint8 [tiles, tile_bytes] (`cpu/layout.py`), written in full.
         """
 
     @abstractmethod
@@ -80,7 +74,7 @@ class MainMemoryOps(ABC):
 
         codes, perm = views["codes"], None
         table = group_table(layer.groups)
-        _check_room(layer, table, codes.shape[1])
+        check_room(layer, table, codes.shape[1])
         if layer.perm is not None:
             views["perm"].copy_(layer.perm)
             perm = views["perm"] if layer.permutes else None
@@ -129,54 +123,3 @@ class MainMemoryOps(ABC):
     def share_permutations(self, layers: Sequence[Linear]) -> None:
         """Do nothing: each product permutes its input."""
         return
-
-
-def group_table(groups: Sequence[tuple[int, int]]) -> list[tuple[int, int, int, int]]:
-    """Lay groups out in a tile.
-
-    Args:
-        groups: (bits, rows) of each, without padding.
-
-    Returns:
-        of each group: bits, first stored row, rows, byte offset of the first block in a tile.
-    """
-    table, first, offset = [], 0, 0
-    for bits, rows in groups:
-        table.append((bits, first, rows, offset))
-        first += rows
-        offset += ceil_div(rows, BLOCK_ROWS) * bits * BLOCK_BIT_BYTES
-    return table
-
-
-def _check_room(
-    layer: QuantizedLayer, table: list[tuple[int, int, int, int]], tile_bytes: int
-) -> None:
-    """Check that groups, each filled up to whole blocks, fit into what was planned.
-
-    Raises:
-        UnsupportedFormat: they need more blocks of rows than groups of equal size.
-    """
-    bits, _, rows, offset = table[-1]
-    if offset + ceil_div(rows, BLOCK_ROWS) * bits * BLOCK_BIT_BYTES <= tile_bytes:
-        return
-    fill = [-rows % BLOCK_ROWS for _, rows in layer.groups]
-    group = fill.index(max(fill))
-    raise uneven_group(layer, group)
-
-
-def uneven_group(layer: QuantizedLayer, group: int) -> UnsupportedFormat:
-    """Say that a group's rows do not fit whole blocks."""
-    return UnsupportedFormat(
-        f"{layer.source}.g_idx: channels of group {group}",
-        expected=f"a multiple of {BLOCK_ROWS}",
-        actual=layer.groups[group][1],
-    )
-
-
-def fill_tiles(values: torch.Tensor, target: torch.Tensor) -> None:
-    """Spread [G, N] over [tiles, G, 16]; columns beyond N become zero."""
-    groups, columns = values.shape
-    tiles = target.shape[0]
-    full = values.new_zeros((groups, tiles * TILE_COLUMNS))
-    full[:, :columns] = values
-    target.copy_(full.view(groups, tiles, TILE_COLUMNS).transpose(0, 1))

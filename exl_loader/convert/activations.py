@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from ..backends.base import Batch, Linear
+from ..backends.layouts import TILE_COLUMNS, DenseLinear
 from ..backends.reference.ops import ReferenceOps, dense_weight
 from ..cache.layout import PAGE_LEN, CacheLayer, CacheType, cache_specs, pages_for
 from ..checkpoint.rope import inv_freq
-from ..formats.packed import TILE_COLUMNS, DenseLinear
 from ..model.builder import Builder
 from ..model.decoder import Layer
 from ..model.parts.part import LayerState, Loading, StepViews
@@ -124,7 +124,7 @@ class Activations:
                        None, self._cache_type)
         )
         firsts = [group[0] for group in layer.input_groups()] if record else []
-        hessians = {first.name: Hessian(first.plan.in_features) for first in firsts}
+        hessians = {first.name: Hessian(first.spec.in_features) for first in firsts}
         self._ops.hessians = {id(first.weights): hessians[first.name] for first in firsts}
         for hidden in self._states:
             self._views.x.copy_(hidden)

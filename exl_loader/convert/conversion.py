@@ -18,7 +18,7 @@ import torch
 
 from .. import __version__
 from ..checkpoint.rope import MAX_POSITIONS
-from ..formats.packed import LinearPlan
+from ..formats.layer import LinearSpec
 from ..text.tokenizer import Tokenizer
 from ..utils.json_keys import read_json_object
 from ..utils.progress import Progress, checked_progress, task
@@ -148,7 +148,7 @@ class _Pipeline:
 
     def _num_weights(self) -> int:
         plans = [
-            linear.plan
+            linear.spec
             for layer in self.layers
             for group in layer.input_groups()
             for linear in group
@@ -164,7 +164,7 @@ class _Pipeline:
                 for group in layer.input_groups():
                     prepared = PreparedHessian(hessians.pop(group[0].name))
                     for linear in group:
-                        weight = self.source.weight(linear.plan)
+                        weight = self.source.weight(linear.spec)
                         measured[linear.name] = measure(weight, prepared)
                 advance(1)
         return allocate(measured, self._num_weights(), self.settings.bits)
@@ -184,20 +184,20 @@ class _Pipeline:
                     for linear in group:
                         option = chosen[linear.name]
                         decoded[linear.name] = self._write_layer(
-                            linear.plan, prepared, option.bits, option.group_size, writer
+                            linear.spec, prepared, option.bits, option.group_size, writer
                         )
                 activations.run_layer(index, replaced=decoded)
                 advance(1)
             head = PreparedHessian(activations.head_hessian())
             bits = self.settings.head_bits
-            plan = self.source.parts.head.linear.plan
+            plan = self.source.parts.head.linear.spec
             self._write_layer(plan, head, bits, HEAD_GROUP_SIZE, writer)
             advance(1)
         writer.finish()
 
     def _write_layer(
         self,
-        plan: LinearPlan,
+        plan: LinearSpec,
         hessian: PreparedHessian,
         bits: int,
         group_size: int,

@@ -10,7 +10,7 @@ import torch
 from ..checkpoint import Checkpoint
 from ..checkpoint.config import ModelConfig
 from ..formats import read_linear
-from ..formats.packed import LinearPlan
+from ..formats.layer import LinearSpec
 from ..model.builder import build_parts
 from ..utils.errors import InvalidCheckpoint, UnsupportedFormat
 
@@ -44,7 +44,7 @@ class Source:
             )
         self.parts = build_parts(self.config, self.checkpoint)
 
-    def weight(self, plan: LinearPlan) -> torch.Tensor:
+    def weight(self, plan: LinearSpec) -> torch.Tensor:
         """Read a layer's weight: float32 [in_features, out_features].
 
         Raises:
@@ -58,9 +58,9 @@ class Source:
             )
         return weight
 
-    def bias(self, plan: LinearPlan) -> torch.Tensor | None:
+    def bias(self, plan: LinearSpec) -> torch.Tensor | None:
         """Read a layer's bias: [out_features], or None."""
-        if "bias" not in plan.specs:
+        if not plan.has_bias:
             return None
         bias = self.checkpoint.read(f"{plan.source}.bias")
         return bias if plan.rows is None else bias[plan.rows[0] : plan.rows[1]].clone()
@@ -78,7 +78,7 @@ class Source:
             for linear in layer.linears:
                 if linear.name in quantised:
                     continue
-                for name in (f"{linear.plan.source}.weight", f"{linear.plan.source}.bias"):
+                for name in (f"{linear.spec.source}.weight", f"{linear.spec.source}.bias"):
                     if name in self.checkpoint.headers:
                         yield self._float16(name)
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..utils.errors import InvalidCheckpoint
-from ..utils.table import MAIN_MEMORY
 from .dense import plan_dense, read_dense
 from .exl2 import plan_exl2, read_exl2
 from .gptq import plan_gptq, read_gptq
-from .layer import DenseLayer, QuantizedLayer
-from .packed import LinearPlan
+from .layer import DenseLayer, LinearSpec, QuantizedLayer
 
 if TYPE_CHECKING:
         from ..checkpoint import Checkpoint
@@ -21,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LINEAR_TENSORS",
     "DenseLayer",
-    "LinearPlan",
+    "LinearSpec",
     "QuantizedLayer",
     "has_linear",
     "plan_linear",
@@ -48,11 +46,10 @@ def plan_linear(
     in_features: int,
     out_features: int,
     *,
-    device: str = MAIN_MEMORY,
     source: str | None = None,
     rows: tuple[int, int] | None = None,
     bias: bool | None = None,
-) -> LinearPlan:
+) -> LinearSpec:
     """Plan a linear layer from headers alone; the tensors that exist tell its format.
 
     Args:
@@ -78,7 +75,6 @@ def plan_linear(
                 name,
                 in_features,
                 out_features,
-                device=device,
                 source=source,
                 rows=rows,
                 bias=bias,
@@ -90,7 +86,7 @@ def plan_linear(
     )
 
 
-def read_linear(plan: LinearPlan, checkpoint: Checkpoint) -> QuantizedLayer | DenseLayer:
+def read_linear(spec: LinearSpec, checkpoint: Checkpoint) -> QuantizedLayer | DenseLayer:
     """Read a planned layer and check its values.
 
     Raises:
@@ -98,6 +94,6 @@ def read_linear(plan: LinearPlan, checkpoint: Checkpoint) -> QuantizedLayer | De
             permutation is none, a scale, bias or unquantised weight is not finite.
         UnsupportedFormat: a group before the last whose rows are no multiple of 32.
     """
-    if plan.format == "dense":
-        return read_dense(plan, checkpoint)
-    return read_exl2(plan, checkpoint) if plan.format == "exl2" else read_gptq(plan, checkpoint)
+    if spec.format == "dense":
+        return read_dense(spec, checkpoint)
+    return read_exl2(spec, checkpoint) if spec.format == "exl2" else read_gptq(spec, checkpoint)

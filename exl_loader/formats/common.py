@@ -1,4 +1,4 @@
-"""What the formats share: checks of headers, specs of resident tensors, filling of tiles."""
+"""What the formats share: checks of headers, biases, checks of values."""
 
 from __future__ import annotations
 
@@ -6,58 +6,15 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ..utils.errors import InvalidCheckpoint, UnsupportedFormat
-from ..utils.table import TensorSpec
-from .packed import TILE_COLUMNS, QuantizedSizes
 
 if TYPE_CHECKING:
     import torch
 
     from ..checkpoint import Checkpoint, TensorHeader
-    from .packed import LinearPlan
+    from .layer import LinearSpec
 
-# 64 bytes of a tile are one 32-bit word of codes of each of its 16 columns.
-WORD_TILE_BYTES = 64
 FLOAT_DTYPES = ("float16", "bfloat16", "float32")
 WRONG_FILE = "Check that the weight files belong to this config.json, or download them again"
-
-
-def tiles_for(out_features: int) -> int:
-    """Tiles of 16 columns that hold `out_features` columns."""
-    return -(-out_features // TILE_COLUMNS)
-
-
-def weight_spec(
-    name: str, role: str, dtype: str, shape: tuple[int, ...], device: str
-) -> TensorSpec:
-    """Name one resident tensor of a linear layer."""
-    return TensorSpec(f"{name}.{role}", "weights", dtype, shape, device)
-
-
-def quantized_specs(name: str, sizes: QuantizedSizes, device: str) -> dict[str, TensorSpec]:
-    """Plan the tensors of a quantised layer but for its bias, as its device lays them out."""
-    from ..backends.cuda.layout import stream_shapes
-
-    shapes = stream_shapes(sizes) if device.split(":")[0] == "cuda" else _tile_shapes(sizes)
-    if sizes.perm:
-        shapes["perm"] = ("int32", (sizes.in_features,))
-    return {
-        role: weight_spec(name, role, dtype, shape, device)
-        for role, (dtype, shape) in shapes.items()
-    }
-
-
-def _tile_shapes(sizes: QuantizedSizes) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return role -> (dtype, shape) of what is particular to the layout of `packed.py`."""
-    tiles = tiles_for(sizes.out_features)
-    of_groups = (tiles, sizes.num_groups, TILE_COLUMNS)
-    shapes: dict[str, tuple[str, tuple[int, ...]]] = {
-        "codes": ("uint8", (tiles, WORD_TILE_BYTES * sizes.code_words)),
-        "scales": ("float16", of_groups),
-    }
-    if sizes.zeros:
-        shapes["zeros"] = ("uint8", of_groups)
-    shapes["groups"] = ("int32", (sizes.num_groups, 4))
-    return shapes
 
 
 def expect(header: TensorHeader, dtypes: Iterable[str], shape: tuple[int | None, ...]) -> None:
@@ -122,16 +79,14 @@ def expect_columns(
         )
 
 
-def plan_bias(
+def has_bias(
     checkpoint: Checkpoint,
-    name: str,
     source: str,
     out_features: int,
     rows: tuple[int, int] | None,
     bias: bool | None,
-    device: str,
-) -> dict[str, TensorSpec]:
-    """Plan a layer's bias: where it is stored, unless `bias` says otherwise.
+) -> bool:
+    """Tell whether a layer has a bias: where it is stored, unless `bias` says otherwise.
 
     AutoGPTQ stores zero biases where the architecture has none; adding them changes nothing.
 
@@ -141,31 +96,31 @@ def plan_bias(
     """
     stored = f"{source}.bias"
     if bias is False or (bias is None and stored not in checkpoint.headers):
-        return {}
+        return False
     header = checkpoint.header(stored)
     expect(header, FLOAT_DTYPES, (None,))
     expect_columns(header, header.shape[0], out_features, rows)
-    return {"bias": weight_spec(name, "bias", "float32", (out_features,), device)}
+    return True
 
 
-def read_columns(plan: LinearPlan, tensor: torch.Tensor) -> torch.Tensor:
+def read_columns(spec: LinearSpec, tensor: torch.Tensor) -> torch.Tensor:
     """Cut the columns of a layer out of a tensor whose last dimension is the output."""
-    first, end = plan.rows or (0, plan.out_features)
+    first, end = spec.rows or (0, spec.out_features)
     return tensor[..., first:end]
 
 
-def read_bias(plan: LinearPlan, checkpoint: Checkpoint) -> torch.Tensor | None:
-    """Read a layer's bias, float32 [out_features]; None where the layer is planned without.
+def read_bias(spec: LinearSpec, checkpoint: Checkpoint) -> torch.Tensor | None:
+    """Read a layer's bias, float32 [out_features]; None where the layer has none.
 
     Raises:
         InvalidCheckpoint: a value is not finite.
     """
-    if "bias" not in plan.specs:
+    if not spec.has_bias:
         return None
-    name = f"{plan.source}.bias"
+    name = f"{spec.source}.bias"
     bias = checkpoint.read(name)
     require_finite(name, bias)
-    return read_columns(plan, bias).float()
+    return read_columns(spec, bias).float()
 
 
 def require_finite(name: str, tensor: torch.Tensor) -> None:

@@ -23,14 +23,12 @@ from .common import (
     WRONG_FILE,
     expect,
     expect_columns,
-    plan_bias,
-    quantized_specs,
+    has_bias,
     read_bias,
     read_columns,
     require_finite,
 )
-from .layer import QuantizedLayer, unpack_stream
-from .packed import BIT_PLANES, BLOCK_ROWS, LinearPlan, QuantizedSizes
+from .layer import BLOCK_ROWS, LinearSpec, QuantizedLayer, QuantizedSizes, unpack_stream
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +38,8 @@ if TYPE_CHECKING:
 # A tail group of n rows takes ceil(n * bits / 32) words on disk and `bits` words a block of
 # 32 here, so it can grow by at most 7 words; which it is stands in the values.
 TAIL_WORDS = 7
+# Bits of a code.
+WIDTHS = (2, 3, 4, 5, 6, 8)
 COLUMN_PADDING = 32
 
 
@@ -49,11 +49,10 @@ def plan_exl2(
     in_features: int,
     out_features: int,
     *,
-    device: str,
     source: str,
     rows: tuple[int, int] | None,
     bias: bool | None,
-) -> LinearPlan:
+) -> LinearSpec:
     """Plan an EXL2 layer from headers; see `formats.plan_linear`."""
     weight = checkpoint.header(f"{source}.q_weight")
     expect(weight, ["int32"], (None, None))
@@ -71,15 +70,14 @@ def plan_exl2(
     sizes = QuantizedSizes(
         out_features, in_features, code_words, num_groups, zeros=False, perm=True
     )
-    specs = quantized_specs(name, sizes, device)
-    specs |= plan_bias(checkpoint, name, source, out_features, rows, bias, device)
-    return LinearPlan(name, "exl2", in_features, out_features, specs, source, rows)
+    biased = has_bias(checkpoint, source, out_features, rows, bias)
+    return LinearSpec(name, "exl2", in_features, out_features, sizes, biased, source, rows)
 
 
 def _check_sizes(name: str, in_features: int, columns: int, words: int, num_groups: int) -> None:
     """Check what headers allow to check: that some group table could add up."""
-    least = -(-in_features * min(BIT_PLANES) // 32)
-    most = -(-in_features * max(BIT_PLANES) // 32)
+    least = -(-in_features * min(WIDTHS) // 32)
+    most = -(-in_features * max(WIDTHS) // 32)
     most_groups = -(-in_features // BLOCK_ROWS)
     for what, expected, actual, good in (
         ("q_weight rows", f"{least} to {most}", words, least <= words <= most),
@@ -95,13 +93,13 @@ def _check_sizes(name: str, in_features: int, columns: int, words: int, num_grou
             )
 
 
-def _bad_groups(plan: LinearPlan, expected: str, actual: object) -> InvalidCheckpoint:
+def _bad_groups(spec: LinearSpec, expected: str, actual: object) -> InvalidCheckpoint:
     return InvalidCheckpoint(
-        f"{plan.source}.q_groups", expected=expected, actual=actual, remedy="Download it again"
+        f"{spec.source}.q_groups", expected=expected, actual=actual, remedy="Download it again"
     )
 
 
-def read_groups(plan: LinearPlan, checkpoint: Checkpoint) -> list[tuple[int, int]]:
+def read_groups(spec: LinearSpec, checkpoint: Checkpoint) -> list[tuple[int, int]]:
     """Read and validate a layer's group table.
 
     Returns:
@@ -112,46 +110,46 @@ def read_groups(plan: LinearPlan, checkpoint: Checkpoint) -> list[tuple[int, int
             not add up to the layer's rows and words.
         UnsupportedFormat: a group before the last whose rows are no multiple of 32.
     """
-    stored = checkpoint.read(f"{plan.source}.q_groups").tolist()
+    stored = checkpoint.read(f"{spec.source}.q_groups").tolist()
     table = [value & 0xFFFF for value in stored]
     widths, starts = table[0::2], table[1::2]
-    words = checkpoint.header(f"{plan.source}.q_weight").shape[0]
+    words = checkpoint.header(f"{spec.source}.q_weight").shape[0]
     if starts[0] != 0:
-        raise _bad_groups(plan, "the first group at row 0", starts[0])
-    groups, left = [], plan.in_features
+        raise _bad_groups(spec, "the first group at row 0", starts[0])
+    groups, left = [], spec.in_features
     for index, (bits, start) in enumerate(zip(widths, starts, strict=True)):
-        if bits not in BIT_PLANES:
-            raise _bad_groups(plan, f"bits in {sorted(BIT_PLANES)}", f"{bits} in group {index}")
+        if bits not in WIDTHS:
+            raise _bad_groups(spec, f"bits in {list(WIDTHS)}", f"{bits} in group {index}")
         last = index + 1 == len(starts)
         taken = (words if last else starts[index + 1]) - start
         if taken <= 0:
-            raise _bad_groups(plan, f"rising starts below {words}", f"{starts[: index + 2]}"[:80])
+            raise _bad_groups(spec, f"rising starts below {words}", f"{starts[: index + 2]}"[:80])
         rows = left if last else taken * 32 // bits
         if not last and taken % bits:
-            raise _odd_group(plan, index, bits, taken)
+            raise _odd_group(spec, index, bits, taken)
         left -= rows
         if rows <= 0 or left < 0 or -(-rows * bits // 32) != taken:
             actual = f"group {index} of {bits} bits with {taken} words for {rows + left} rows"
-            raise _bad_groups(plan, f"groups that add up to {plan.in_features} rows", actual)
+            raise _bad_groups(spec, f"groups that add up to {spec.in_features} rows", actual)
         groups.append((bits, rows))
     return groups
 
 
-def _odd_group(plan: LinearPlan, index: int, bits: int, taken: int) -> Exception:
+def _odd_group(spec: LinearSpec, index: int, bits: int, taken: int) -> Exception:
     """Tell a size that cannot be from one that this engine does not have."""
     if taken * 32 % bits:
         return _bad_groups(
-            plan, "whole rows in every group", f"{taken} words of {bits} bits in group {index}"
+            spec, "whole rows in every group", f"{taken} words of {bits} bits in group {index}"
         )
     return UnsupportedFormat(
-        f"{plan.source}.q_groups: rows of group {index}",
+        f"{spec.source}.q_groups: rows of group {index}",
         expected=f"a multiple of {BLOCK_ROWS}",
         actual=taken * 32 // bits,
     )
 
 
 def read_scales(
-    plan: LinearPlan, checkpoint: Checkpoint, groups: list[tuple[int, int]]
+    spec: LinearSpec, checkpoint: Checkpoint, groups: list[tuple[int, int]]
 ) -> torch.Tensor:
     """Read a layer's scales, with the reference's own roundings.
 
@@ -167,12 +165,12 @@ def read_scales(
     import numpy as np
     import torch
 
-    name = f"{plan.source}.q_scale_max"
+    name = f"{spec.source}.q_scale_max"
     scale_max = checkpoint.read(name)
     require_finite(name, scale_max)
-    words = checkpoint.read(f"{plan.source}.q_scale").numpy().view(np.uint32)
+    words = checkpoint.read(f"{spec.source}.q_scale").numpy().view(np.uint32)
     stored = unpack_stream(words.T, 4, 8 * words.shape[1]).T
-    qs = read_columns(plan, torch.from_numpy(np.ascontiguousarray(stored))).short() + 1
+    qs = read_columns(spec, torch.from_numpy(np.ascontiguousarray(stored))).short() + 1
     # Both factors and their product round to half: the quantiser chose codes for that value.
     scales = (qs * qs).half() * (scale_max / 256)[:, None]
     largest = torch.tensor([1 << (bits - 1) for bits, _ in groups])
@@ -180,7 +178,7 @@ def read_scales(
     return scales
 
 
-def read_perm(plan: LinearPlan, checkpoint: Checkpoint) -> torch.Tensor:
+def read_perm(spec: LinearSpec, checkpoint: Checkpoint) -> torch.Tensor:
     """Read a layer's permutation.
 
     Returns:
@@ -191,36 +189,36 @@ def read_perm(plan: LinearPlan, checkpoint: Checkpoint) -> torch.Tensor:
     """
     import torch
 
-    name = f"{plan.source}.q_invperm"
+    name = f"{spec.source}.q_invperm"
     invperm = checkpoint.read(name)
     if invperm.dtype != torch.int32:
         invperm = invperm.view(torch.int16).int() & 0xFFFF
-    channels = torch.arange(plan.in_features, dtype=torch.int32)
+    channels = torch.arange(spec.in_features, dtype=torch.int32)
     ordered, perm = torch.sort(invperm)
     if not torch.equal(ordered, channels):
         raise InvalidCheckpoint(
             name,
-            expected=f"a permutation of 0 to {plan.in_features - 1}",
+            expected=f"a permutation of 0 to {spec.in_features - 1}",
             actual="repeated or foreign numbers",
             remedy="Download the file again",
         )
     return perm.int()
 
 
-def read_exl2(plan: LinearPlan, checkpoint: Checkpoint) -> QuantizedLayer:
+def read_exl2(spec: LinearSpec, checkpoint: Checkpoint) -> QuantizedLayer:
     """Read and check an EXL2 layer; see `formats.read_linear`."""
-    groups = read_groups(plan, checkpoint)
-    perm = read_perm(plan, checkpoint)
-    scales = read_scales(plan, checkpoint, groups)
-    bias = read_bias(plan, checkpoint)
-    words = checkpoint.read(f"{plan.source}.q_weight")
+    groups = read_groups(spec, checkpoint)
+    perm = read_perm(spec, checkpoint)
+    scales = read_scales(spec, checkpoint, groups)
+    bias = read_bias(spec, checkpoint)
+    words = checkpoint.read(f"{spec.source}.q_weight")
     return QuantizedLayer(
         folder=str(checkpoint.model_dir),
-        source=plan.source,
-        in_features=plan.in_features,
-        out_features=plan.out_features,
+        source=spec.source,
+        in_features=spec.in_features,
+        out_features=spec.out_features,
         groups=groups,
-        words=words if plan.rows is None else read_columns(plan, words),
+        words=words if spec.rows is None else read_columns(spec, words),
         by_group=True,
         scales=scales,
         zeros=None,

@@ -31,15 +31,12 @@ from .common import (
     WRONG_FILE,
     expect,
     expect_columns,
-    plan_bias,
-    quantized_specs,
+    has_bias,
     read_bias,
     read_columns,
     require_finite,
 )
-from .dense import dense_specs
-from .layer import QuantizedLayer
-from .packed import BLOCK_ROWS, LinearPlan, QuantizedSizes
+from .layer import BLOCK_ROWS, LinearSpec, QuantizedLayer, QuantizedSizes
 
 if TYPE_CHECKING:
     import torch
@@ -56,11 +53,10 @@ def plan_gptq(
     in_features: int,
     out_features: int,
     *,
-    device: str,
     source: str,
     rows: tuple[int, int] | None,
     bias: bool | None,
-) -> LinearPlan:
+) -> LinearSpec:
     """Plan a GPTQ layer from headers; see `formats.plan_linear`.
 
     `options` of the plan: `bits`, `group_size` (rows a group), `num_groups`, `blocks`
@@ -91,19 +87,16 @@ def plan_gptq(
         "bits": bits,
         "group_size": group_size,
         "num_groups": num_groups,
-        "blocks": blocks,
         "layout": checkpoint.quantization.layout,
         "sym": checkpoint.quantization.sym,
     }
-    if device.split(":")[0] == "cuda" and num_groups > 1 and group_size % BLOCK_ROWS:
-        specs = dense_specs(name, "float16", in_features, out_features, device)
-    else:
-        sizes = QuantizedSizes(
-            out_features, in_features, blocks * bits, num_groups, zeros=True, perm=act_order
-        )
-        specs = quantized_specs(name, sizes, device)
-    specs |= plan_bias(checkpoint, name, source, out_features, rows, bias, device)
-    return LinearPlan(name, "gptq", in_features, out_features, specs, source, rows, options)
+    sizes = QuantizedSizes(
+        out_features, in_features, blocks * bits, num_groups, zeros=True, perm=act_order,
+        blocks=blocks, whole_blocks=num_groups == 1 or group_size % BLOCK_ROWS == 0,
+    )
+    biased = has_bias(checkpoint, source, out_features, rows, bias)
+    return LinearSpec(name, "gptq", in_features, out_features, sizes, biased, source, rows,
+                      options)
 
 
 def _bits(checkpoint: Checkpoint, source: str, in_features: int, columns: int) -> int:
@@ -189,7 +182,7 @@ def _derived_group_size(in_features: int, num_groups: int) -> int | None:
     return even if rest == 0 and not usual and even else None
 
 
-def read_group_index(plan: LinearPlan, checkpoint: Checkpoint) -> torch.Tensor:
+def read_group_index(spec: LinearSpec, checkpoint: Checkpoint) -> torch.Tensor:
     """Give the group of each input channel.
 
     Returns:
@@ -200,9 +193,9 @@ def read_group_index(plan: LinearPlan, checkpoint: Checkpoint) -> torch.Tensor:
     """
     import torch
 
-    num_groups = plan.options["num_groups"]
-    trivial = torch.arange(plan.in_features) // plan.options["group_size"]
-    name = f"{plan.source}.g_idx"
+    num_groups = spec.options["num_groups"]
+    trivial = torch.arange(spec.in_features) // spec.options["group_size"]
+    name = f"{spec.source}.g_idx"
     if name not in checkpoint.headers:
         return trivial
     index = checkpoint.read(name).long()
@@ -219,7 +212,7 @@ def read_group_index(plan: LinearPlan, checkpoint: Checkpoint) -> torch.Tensor:
     return index
 
 
-def _group_rows(plan: LinearPlan, index: torch.Tensor) -> list[int]:
+def _group_rows(spec: LinearSpec, index: torch.Tensor) -> list[int]:
     """Count the rows of each group.
 
     Raises:
@@ -227,10 +220,10 @@ def _group_rows(plan: LinearPlan, index: torch.Tensor) -> list[int]:
     """
     import torch
 
-    rows: list[int] = torch.bincount(index, minlength=plan.options["num_groups"]).tolist()
+    rows: list[int] = torch.bincount(index, minlength=spec.options["num_groups"]).tolist()
     if 0 in rows:
         raise InvalidCheckpoint(
-            f"{plan.source}.g_idx",
+            f"{spec.source}.g_idx",
             expected="channels in every group",
             actual=f"none in group {rows.index(0)}",
             remedy="Download the file again",
@@ -238,39 +231,39 @@ def _group_rows(plan: LinearPlan, index: torch.Tensor) -> list[int]:
     return rows
 
 
-def read_codes(plan: LinearPlan, checkpoint: Checkpoint) -> torch.Tensor:
+def read_codes(spec: LinearSpec, checkpoint: Checkpoint) -> torch.Tensor:
     """Read a layer's codes: int32 [K * bits / 32, N], packed along the input channels."""
     import numpy as np
     import torch
 
-    words = checkpoint.read(f"{plan.source}.qweight")
+    words = checkpoint.read(f"{spec.source}.qweight")
     if not checkpoint.quantization.packs_columns:
         return words
     packed = awq_packing.codes_along_rows(words.numpy().view(np.uint32))
     return torch.from_numpy(packed.view(np.int32))
 
 
-def read_zeros(plan: LinearPlan, checkpoint: Checkpoint) -> torch.Tensor:
+def read_zeros(spec: LinearSpec, checkpoint: Checkpoint) -> torch.Tensor:
     """Read a layer's zero points: uint8 [G, out_features], as `value` above takes them."""
     import numpy as np
     import torch
 
     from .gptq_zeros import read_zero_points
 
-    words = checkpoint.read(f"{plan.source}.qzeros").numpy().view(np.uint32)
+    words = checkpoint.read(f"{spec.source}.qzeros").numpy().view(np.uint32)
     if checkpoint.quantization.packs_columns:
         words = awq_packing.zeros_in_order(words)
-    columns = checkpoint.header(f"{plan.source}.scales").shape[1]
-    options = plan.options
+    columns = checkpoint.header(f"{spec.source}.scales").shape[1]
+    options = spec.options
     zeros, contradiction = read_zero_points(
         words, options["bits"], columns, options["layout"], options["sym"]
     )
     if contradiction:
         warn_once(f"{checkpoint.model_dir}: {contradiction}; the values were followed")
-    return read_columns(plan, torch.from_numpy(zeros))
+    return read_columns(spec, torch.from_numpy(zeros))
 
 
-def read_scales(plan: LinearPlan, checkpoint: Checkpoint) -> torch.Tensor:
+def read_scales(spec: LinearSpec, checkpoint: Checkpoint) -> torch.Tensor:
     """Read a layer's scales: float16 [G, out_features].
 
     Raises:
@@ -278,14 +271,14 @@ def read_scales(plan: LinearPlan, checkpoint: Checkpoint) -> torch.Tensor:
     """
     import torch
 
-    name = f"{plan.source}.scales"
+    name = f"{spec.source}.scales"
     stored = checkpoint.read(name)
     require_finite(name, stored)
     scales = stored.to(torch.float16)
     if scales is not stored:
         require_finite(f"{name} as float16", scales)
         _warn_of_small_scales(checkpoint, stored, scales)
-    return read_columns(plan, scales)
+    return read_columns(spec, scales)
 
 
 def _warn_of_small_scales(
@@ -299,25 +292,25 @@ def _warn_of_small_scales(
         )
 
 
-def read_gptq(plan: LinearPlan, checkpoint: Checkpoint) -> QuantizedLayer:
+def read_gptq(spec: LinearSpec, checkpoint: Checkpoint) -> QuantizedLayer:
     """Read and check a GPTQ layer; see `formats.read_linear`."""
     import torch
 
-    index = read_group_index(plan, checkpoint)
-    rows = _group_rows(plan, index)
+    index = read_group_index(spec, checkpoint)
+    rows = _group_rows(spec, index)
     perm = None
-    if f"{plan.source}.g_idx" in checkpoint.headers:
+    if f"{spec.source}.g_idx" in checkpoint.headers:
         perm = torch.argsort(index, stable=True).int()
-    scales, zeros = read_scales(plan, checkpoint), read_zeros(plan, checkpoint)
-    bias = read_bias(plan, checkpoint)
-    words = read_codes(plan, checkpoint)
+    scales, zeros = read_scales(spec, checkpoint), read_zeros(spec, checkpoint)
+    bias = read_bias(spec, checkpoint)
+    words = read_codes(spec, checkpoint)
     return QuantizedLayer(
         folder=str(checkpoint.model_dir),
-        source=plan.source,
-        in_features=plan.in_features,
-        out_features=plan.out_features,
-        groups=[(plan.options["bits"], count) for count in rows],
-        words=words if plan.rows is None else read_columns(plan, words),
+        source=spec.source,
+        in_features=spec.in_features,
+        out_features=spec.out_features,
+        groups=[(spec.options["bits"], count) for count in rows],
+        words=words if spec.rows is None else read_columns(spec, words),
         by_group=False,
         scales=scales,
         zeros=zeros,

@@ -1,9 +1,9 @@
-"""A quantised layer as its file holds it, checked: what formats hand to a device's operations."""
+"""Linear layers as their files hold them: specs from headers, and layers read and checked."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..utils.integers import ceil_div
@@ -16,8 +16,75 @@ if TYPE_CHECKING:
 
 # Bytes of an unquantised weight that are read at a time.
 PIECE_BYTES = 16 << 20
-# Rows whose codes of b bits are b whole words.
-STREAM_ROWS = 32
+# Rows of a block: their codes of b bits are b whole words. Devices keep whole blocks.
+BLOCK_ROWS = 32
+
+
+@dataclass(frozen=True)
+class QuantizedSizes:
+    """How large a quantised layer is: what the size of its resident tensors depends on.
+
+    Args:
+        in_features: K. out_features: N, without padding.
+        code_words: 32-bit words of codes a column, with the rows that fill groups up to whole
+            blocks.
+        num_groups: G.
+        zeros: the layer has zero points.
+        perm: it has a permutation.
+        blocks: blocks of stored rows, where every group has whole blocks.
+        whole_blocks: False where groups before the last are no whole blocks.
+    """
+
+    out_features: int
+    in_features: int
+    code_words: int
+    num_groups: int
+    zeros: bool
+    perm: bool
+    blocks: int = 0
+    whole_blocks: bool = True
+
+    @property
+    def stored_rows(self) -> int:
+        """K, or where several groups are filled up to whole blocks, their rows with the fill."""
+        filled = self.blocks * BLOCK_ROWS
+        return filled if filled >= self.in_features + BLOCK_ROWS else self.in_features
+
+
+@dataclass(frozen=True)
+class DenseSizes:
+    """How large an unquantised layer is; `dtype` is that of its weight."""
+
+    out_features: int
+    in_features: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """A linear layer before its values are read.
+
+    Args:
+        name: the layer's own name, e.g. `model.layers.0.self_attn.q_proj`.
+        format: `exl2`, `gptq` or `dense`.
+        in_features: K.
+        out_features: N as the model needs it (padding columns not counted).
+        sizes: what its resident tensors depend on.
+        has_bias: whether it has a bias, float32 [N].
+        source: prefix of its tensors in the checkpoint; differs from `name` for fused ones.
+        rows: (first, end) output rows of a fused source tensor, None where it is whole.
+        options: what the format needs to know to read it (bits, group size, layout).
+    """
+
+    name: str
+    format: str
+    in_features: int
+    out_features: int
+    sizes: QuantizedSizes | DenseSizes
+    has_bias: bool
+    source: str
+    rows: tuple[int, int] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,13 +198,13 @@ def unpack_stream(words: Array, bits: int, rows: int) -> Array:
     """
     import numpy as np
 
-    blocks, columns = ceil_div(rows, STREAM_ROWS), words.shape[1]
+    blocks, columns = ceil_div(rows, BLOCK_ROWS), words.shape[1]
     if words.shape[0] < blocks * bits:
         fill = np.zeros((blocks * bits - words.shape[0], columns), np.uint32)
         words = np.concatenate([words, fill])
     stream = words[: blocks * bits].reshape(blocks, bits, columns)
-    codes = np.empty((blocks, STREAM_ROWS, columns), np.uint8)
-    for row in range(STREAM_ROWS):
+    codes = np.empty((blocks, BLOCK_ROWS, columns), np.uint8)
+    for row in range(BLOCK_ROWS):
         word, shift = divmod(row * bits, 32)
         field = stream[:, word] >> shift
         if shift + bits > 32:

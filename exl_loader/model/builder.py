@@ -255,7 +255,7 @@ class Builder:
 
     def is_tied(self, head: Head) -> bool:
         """Tell whether the head is read from the embedding's tensor."""
-        return head.linear.plan.source == self._architecture.embedding
+        return head.linear.spec.source == self._architecture.embedding
 
     def layer(self, index: int, device: str) -> Layer:
         """Make a decoder layer."""
@@ -366,9 +366,9 @@ class Builder:
     def _linear(self, name: str, in_features: int, out_features: int, device: str,
                 bias: bool | None = None, source: str | None = None,
                 rows: tuple[int, int] | None = None) -> Linear:
-        plan = plan_linear(self._checkpoint, name, in_features, out_features, device=device,
-                           source=source, rows=rows, bias=bias)
-        return Linear(plan, device)
+        spec = plan_linear(self._checkpoint, name, in_features, out_features, source=source,
+                           rows=rows, bias=bias)
+        return Linear(spec, device)
 
 
 def _judge_unused(parts: ModelParts, checkpoint: Checkpoint) -> None:
@@ -381,7 +381,7 @@ def _judge_unused(parts: ModelParts, checkpoint: Checkpoint) -> None:
         f".{norm}.weight" for norm in (names.attn_input_norm, names.mlp_input_norm)
     ))
     norms = {norm.spec.name for norm in parts.norms()}
-    sources = {linear.plan.source for linear in parts.linears()}
+    sources = {linear.spec.source for linear in parts.linears()}
     sources.add(parts.embedding.spec.name.removesuffix(".weight"))
     unused = []
     for name in checkpoint.headers:

@@ -91,7 +91,7 @@ class Layer:
     def widths(self) -> frozenset[tuple[int, int]]:
         """(stored rows, output features) of every linear layer, which decide the scratch."""
         return frozenset(
-            (linear.plan.stored_rows, linear.out_features) for linear in self.linears
+            (linear.stored_rows, linear.out_features) for linear in self.linears
         )
 
     def layer_workspace(self) -> Shapes:

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 import torch
 
+from exl_loader.backends.cpu.layout import PackedLinear
 from exl_loader.backends.reference.ops import ReferenceOps
 from exl_loader.backends.reference.planes import dequantize
 from exl_loader.checkpoint import Checkpoint
-from exl_loader.formats import plan_linear, read_linear
-from exl_loader.formats.packed import PackedLinear
+from exl_loader.formats import read_linear
 from exl_loader.utils.errors import ExlLoaderError
-from support.makers import allocate, write_folder, write_quantized_model
+from support.makers import allocate, linear_part, write_folder, write_quantized_model
 
 ROUNDS = 12
 
@@ -203,13 +203,14 @@ FATAL = {truncated, length_changed}
 def load_everything(folder: Path, linears: dict) -> None:
     """Read every linear layer, and check that what was packed is what was stored."""
     with Checkpoint.open(folder) as checkpoint:
-        plans = [plan_linear(checkpoint, name, *shape) for name, shape in linears.items()]
-        for plan in plans:
-            layer = ReferenceOps().pack(read_linear(plan, checkpoint), allocate(plan))
-            expected = read_linear(plan, checkpoint).weight()
-            assert torch.isfinite(expected).all(), plan.name
+        parts = [linear_part(checkpoint, name, *shape) for name, shape in linears.items()]
+        for part in parts:
+            stored = read_linear(part.spec, checkpoint)
+            layer = ReferenceOps().pack(stored, allocate(part))
+            expected = stored.weight()
+            assert torch.isfinite(expected).all(), part.name
             if isinstance(layer, PackedLinear):
-                assert torch.equal(dequantize(layer), expected), plan.name
+                assert torch.equal(dequantize(layer), expected), part.name
 
 
 @pytest.fixture(scope="module", autouse=True)

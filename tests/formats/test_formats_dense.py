@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from exl_loader.backends import layouts
 from exl_loader.checkpoint import Checkpoint
-from exl_loader.formats import dense, has_linear, plan_linear
+from exl_loader.formats import has_linear, plan_linear
 from exl_loader.utils.errors import InvalidCheckpoint, UnsupportedFormat
-from support.makers import load_layer, write_layer
+from support.makers import linear_part, load_layer, write_layer
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
@@ -22,12 +23,12 @@ def untile(layer):
 @pytest.mark.parametrize("out_features", [1, 16, 40, 250])
 @pytest.mark.parametrize("piece_bytes", [1, 5000, 16 << 20])
 def test_weights_keep_every_bit(tmp_path, monkeypatch, dtype, out_features, piece_bytes):
-    monkeypatch.setattr(dense, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(layouts, "PIECE_BYTES", piece_bytes)
     weight = torch.randn(out_features, 48).to(dtype)
     folder = write_layer(tmp_path / "m", {"weight": weight})
-    plan, layer, decoded = load_layer(folder, 48, out_features)
+    part, layer, decoded = load_layer(folder, 48, out_features)
     tiles = -(-out_features // 16)
-    assert plan.specs["weight"].shape == (tiles, 48, 16)
+    assert part.tensors["weight"].shape == (tiles, 48, 16)
     assert torch.equal(untile(layer), weight)
     assert torch.equal(decoded, weight.float().t())
     assert not layer.weight.transpose(1, 2).reshape(-1, 48)[out_features:].any()
@@ -37,10 +38,10 @@ def test_weights_keep_every_bit(tmp_path, monkeypatch, dtype, out_features, piec
 def test_rows_of_a_fused_source_and_its_bias(tmp_path, dtype):
     tensors = {"weight": torch.randn(96, 48).to(dtype), "bias": torch.randn(96).to(dtype)}
     folder = write_layer(tmp_path / "m", tensors, "qkv_proj")
-    plan, layer, decoded = load_layer(
+    part, layer, decoded = load_layer(
         folder, 48, 40, "k_proj", source="qkv_proj", rows=(24, 64), bias=True
     )
-    assert plan.specs["weight"].name == "k_proj.weight"
+    assert part.tensors["weight"].name == "k_proj.weight"
     assert torch.equal(untile(layer), tensors["weight"][24:64])
     assert torch.equal(decoded, tensors["weight"][24:64].float().t())
     assert torch.equal(layer.bias, tensors["bias"][24:64].float())
@@ -49,8 +50,8 @@ def test_rows_of_a_fused_source_and_its_bias(tmp_path, dtype):
 def test_device_reaches_the_specs(tmp_path):
     folder = write_layer(tmp_path / "m", {"weight": torch.randn(8, 8)})
     with Checkpoint.open(folder) as checkpoint:
-        plan = plan_linear(checkpoint, "layer", 8, 8, device="cuda:1")
-        assert plan.specs["weight"].device == "cuda:1"
+        part = linear_part(checkpoint, "layer", 8, 8, device="cuda:1")
+        assert part.tensors["weight"].device == "cuda:1"
         assert has_linear(checkpoint, "layer") and not has_linear(checkpoint, "other")
         with pytest.raises(InvalidCheckpoint, match="other"):
             plan_linear(checkpoint, "other", 8, 8)

@@ -13,6 +13,7 @@ from exl_loader.formats import plan_linear, read_linear
 from exl_loader.utils.errors import InvalidCheckpoint, UnsupportedFormat
 from support.makers import (
     allocate,
+    linear_part,
     load_layer,
     make_exl2_layer,
     pack_stream,
@@ -29,10 +30,10 @@ def layer_folder(tmp_path, in_features=256, out_features=64, groups=None, *, see
 
 
 def check(folder, in_features, out_features, weight):
-    plan, layer, decoded = load_layer(folder, in_features, out_features)
+    part, layer, decoded = load_layer(folder, in_features, out_features)
     assert torch.equal(decoded, weight)
     assert torch.equal(dequantize(layer), weight)
-    return plan, layer
+    return part, layer
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
@@ -69,24 +70,24 @@ def test_one_group_longer_than_128_rows(tmp_path):
 def test_plan_is_what_the_header_says(tmp_path):
     folder, tensors, weight = layer_folder(tmp_path, 200, 50, [(4, 128), (3, 72)], bias=True)
     words = tensors["q_weight"].shape[0]
-    plan, layer = check(folder, 200, 50, weight)
-    assert {role: (spec.dtype, spec.shape) for role, spec in plan.specs.items()} == {
+    part, layer = check(folder, 200, 50, weight)
+    assert {role: (spec.dtype, spec.shape) for role, spec in part.tensors.items()} == {
         "codes": ("uint8", (4, 64 * (words + 7))),
         "scales": ("float16", (4, 2, 16)),
         "groups": ("int32", (2, 4)),
         "perm": ("int32", (200,)),
         "bias": ("float32", (50,)),
     }
-    assert plan.specs["codes"].name == "layer.codes"
-    assert {spec.segment for spec in plan.specs.values()} == {"weights"}
+    assert part.tensors["codes"].name == "layer.codes"
+    assert {spec.segment for spec in part.tensors.values()} == {"weights"}
     assert torch.equal(layer.bias, tensors["bias"].float())
     assert not layer.scales[3, :, 2:].any(), "padding columns have no scale"
 
 
 def test_whole_blocks_need_no_slack(tmp_path):
     folder, tensors, _ = layer_folder(tmp_path, 256, 48)
-    plan, _, _ = load_layer(folder, 256, 48)
-    assert plan.specs["codes"].nbytes == 3 * 64 * tensors["q_weight"].shape[0]
+    part, _, _ = load_layer(folder, 256, 48)
+    assert part.tensors["codes"].nbytes == 3 * 64 * tensors["q_weight"].shape[0]
 
 
 def test_identity_permutation_costs_nothing_at_run_time(tmp_path):
@@ -156,9 +157,10 @@ def test_fixtures_pack_to_what_they_decode_to(fixtures_dir, name):
             layer = key.removesuffix(".q_weight")
             in_features = checkpoint.headers[f"{layer}.q_invperm"].shape[0]
             out_features = 500 if layer == "lm_head" else checkpoint.headers[key].shape[1]
-            plan = plan_linear(checkpoint, layer, in_features, out_features)
-            packed = ReferenceOps().pack(read_linear(plan, checkpoint), allocate(plan))
-            assert torch.equal(dequantize(packed), read_linear(plan, checkpoint).weight())
+            part = linear_part(checkpoint, layer, in_features, out_features)
+            stored = read_linear(part.spec, checkpoint)
+            packed = ReferenceOps().pack(stored, allocate(part))
+            assert torch.equal(dequantize(packed), stored.weight())
             layers += 1
     assert layers == 22
 

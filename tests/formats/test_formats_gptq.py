@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from exl_loader.backends.cuda.pack import PackOps
 from exl_loader.backends.reference.planes import dequantize
 from exl_loader.checkpoint import Checkpoint
 from exl_loader.formats import plan_linear, read_linear
@@ -32,10 +33,10 @@ def make(seed=0, in_features=256, out_features=64, **options):
 
 
 def check(folder, in_features, out_features, weight, **options):
-    plan, layer, decoded = load_layer(folder, in_features, out_features, **options)
+    part, layer, decoded = load_layer(folder, in_features, out_features, **options)
     assert torch.equal(decoded, weight)
     assert torch.equal(dequantize(layer), weight)
-    return plan, layer
+    return part, layer
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -52,14 +53,14 @@ def test_every_width_order_and_convention(tmp_path, bits, act_order, v2, group_s
 
 def test_without_group_index_no_permutation_is_planned(tmp_path):
     tensors, weight = make(g_idx=False)
-    plan, _ = check(write(tmp_path, tensors), 256, 64, weight)
-    assert "perm" not in plan.specs
+    part, _ = check(write(tmp_path, tensors), 256, 64, weight)
+    assert "perm" not in part.tensors
 
 
 def test_plan_is_what_the_header_says(tmp_path):
     tensors, _ = make(in_features=224, out_features=96, bits=3, group_size=64)
-    plan, _, _ = load_layer(write(tmp_path, tensors, bits=3, group_size=64), 224, 96)
-    assert {role: (spec.dtype, spec.shape) for role, spec in plan.specs.items()} == {
+    part, _, _ = load_layer(write(tmp_path, tensors, bits=3, group_size=64), 224, 96)
+    assert {role: (spec.dtype, spec.shape) for role, spec in part.tensors.items()} == {
         "codes": ("uint8", (6, 7 * 3 * 64)),
         "scales": ("float16", (6, 4, 16)),
         "zeros": ("uint8", (6, 4, 16)),
@@ -254,14 +255,14 @@ def test_groups_of_no_whole_blocks(tmp_path, group_size, act_order, bits):
     """The CPU fills every group up; a CUDA device keeps float16 weights."""
     tensors, weight = make(group_size=group_size, act_order=act_order, bits=bits, bias=True)
     folder = write(tmp_path, tensors, bits=bits, group_size=group_size)
-    plan, layer = check(folder, 256, 64, weight)
+    part, layer = check(folder, 256, 64, weight)
     groups = -(-256 // group_size)
     blocks = (groups - 1) * -(-group_size // 32) + -(-(256 - (groups - 1) * group_size) // 32)
     assert layer.codes.shape == (4, blocks * bits * 64)
-    assert plan.stored_rows == 32 * blocks
+    assert part.stored_rows == 32 * blocks
 
-    plan, layer, _ = load_layer(folder, 256, 64, device="cuda:0")
-    assert plan.specs["weight"].dtype == "float16" and plan.stored_rows == 256
+    part, layer, _ = load_layer(folder, 256, 64, device="cuda:0", ops=PackOps(None))
+    assert part.tensors["weight"].dtype == "float16" and part.stored_rows == 256
     dense = layer.weight.transpose(1, 2).reshape(64, 256)
     assert torch.equal(dense, weight.half().t())
     assert torch.equal(layer.bias, tensors["bias"].float())

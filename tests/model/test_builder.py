@@ -44,7 +44,7 @@ def test_a_tied_head_is_there_once(tiny_model):
     tied = parts_of(tiny_model("tied", tie_word_embeddings=True))
     apart = parts_of(tiny_model("apart"))
     assert tied.embedding.head is tied.head.linear and not [*tied.embedding.specs()]
-    assert tied.head.linear.plan.source == "model.embed_tokens"
+    assert tied.head.linear.spec.source == "model.embed_tokens"
     table = CONFIG["vocab_size"] * CONFIG["hidden_size"] * 2
     total_tied, total_apart = (sum(s.nbytes for s in b.specs()) for b in (tied, apart))
     assert total_tied == total_apart - table
@@ -55,7 +55,7 @@ def test_a_head_of_its_own_wins_over_tying(tiny_model):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     parts = parts_of(folder)
-    assert parts.embedding.head is None and parts.head.linear.plan.source == "lm_head"
+    assert parts.embedding.head is None and parts.head.linear.spec.source == "lm_head"
 
 
 def test_devices(tiny_model):
@@ -83,7 +83,7 @@ def test_costs_are_the_bytes_of_every_split(tiny_model, cut, is_tied):
 
 def test_fixture_layers_are_exl2(fixtures_dir):
     parts = parts_of(fixtures_dir / "llama-low")
-    assert {linear.plan.format for linear in parts.linears()} == {"exl2"}
+    assert {linear.spec.format for linear in parts.linears()} == {"exl2"}
     assert len(list(parts.linears())) == 3 * 7 + 1
 
 
@@ -184,7 +184,7 @@ def test_experts(tmp_path):
     assert mlp.router.name == "model.layers.0.block_sparse_moe.gate"
     up = mlp.experts[4].up
     assert up.name.endswith("experts.4.w3")
-    assert (up.plan.in_features, up.out_features) == (96, 168)
+    assert (up.spec.in_features, up.out_features) == (96, 168)
 
 
 def test_fused_sources_are_cut_in_order(tmp_path):
@@ -194,6 +194,6 @@ def test_fused_sources_are_cut_in_order(tmp_path):
     make_model("phi3-longrope", 0, tmp_path / "m")
     layer = parts_of(tmp_path / "m").layers[0]
     (qkv, (o,), gate_up, (down,)) = layer.input_groups()
-    assert [p.plan.rows for p in qkv] == [(0, 128), (128, 192), (192, 256)]
-    assert [p.plan.rows for p in gate_up] == [(0, 168), (168, 336)]
-    assert o.plan.rows is None and down.plan.rows is None
+    assert [p.spec.rows for p in qkv] == [(0, 128), (128, 192), (192, 256)]
+    assert [p.spec.rows for p in gate_up] == [(0, 168), (168, 336)]
+    assert o.spec.rows is None and down.spec.rows is None

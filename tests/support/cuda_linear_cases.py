@@ -10,11 +10,11 @@ from exl_loader.backends.cuda.layout import (
     StreamLinear,
     group_table,
     row_block_table,
+    stream_shapes,
 )
 from exl_loader.backends.cuda.linear import LinearOps, linear_scratch_bytes
 from exl_loader.backends.cuda.pack import PackOps, pack_streams, unpack_streams
-from exl_loader.formats.common import quantized_specs
-from exl_loader.formats.packed import QuantizedSizes
+from exl_loader.formats.layer import QuantizedSizes
 
 # 15 bits: see csrc/cuda/linear_layout.cuh.
 LARGEST_ACTIVATION = np.float32(127 * 128)
@@ -77,8 +77,7 @@ def stream_linear(
         points = (rng.uniform(size=scales.shape) * limits).astype(np.uint8)
     words = sum(-(-rows // 32) * bits for bits, rows in groups)
     sizes = QuantizedSizes(out_features, in_features, words, len(groups), zeros, perm)
-    specs = quantized_specs("w", sizes, "cuda:0")
-    packed = torch.empty(specs["codes"].shape, dtype=torch.uint8)
+    packed = torch.empty(stream_shapes(sizes)["codes"][1], dtype=torch.uint8)
     group_tensor = torch.tensor(table, dtype=torch.int32)
     pack_streams(codes, scales, points, group_tensor.numpy(), packed.numpy())
     positions = row_block_table(table, zeros)

@@ -48,15 +48,15 @@ class EmulatedCard(MainMemory, CudaBackend):
             weakref.WeakKeyDictionary()
         )
 
-    def capacity(self, name: str) -> Capacity:
-        if name not in self._sizes:
-            return super().capacity(name)
-        held = live_bytes(name)
-        return Capacity(self._sizes[name], self._sizes[name] - held, held)
+    def capacity(self, device: str) -> Capacity:
+        if device not in self._sizes:
+            return super().capacity(device)
+        held = live_bytes(device)
+        return Capacity(self._sizes[device], self._sizes[device] - held, held)
 
-    def empty(self, name: str, nbytes: int) -> tuple[Any, Any]:
-        buffer, owner = super().empty(name, nbytes)
-        self._buffers[owner] = name, buffer.data_ptr(), nbytes
+    def empty(self, device: str, nbytes: int) -> tuple[Any, Any]:
+        buffer, owner = super().empty(device, nbytes)
+        self._buffers[owner] = device, buffer.data_ptr(), nbytes
         return buffer, owner
 
     def owner_of(self, address: int) -> str | None:

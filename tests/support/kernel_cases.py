@@ -13,11 +13,11 @@ import torch
 
 from exl_loader.backends.build.build import build
 from exl_loader.backends.build.spec import cpu_spec
+from exl_loader.backends.cpu.layout import PackedLinear, group_table
 from exl_loader.backends.cpu.linear import linear_scratch_bytes
 from exl_loader.backends.cpu.ops import CpuOps
-from exl_loader.backends.main_memory import group_table
+from exl_loader.backends.layouts import DenseLinear
 from exl_loader.backends.reference import planes
-from exl_loader.formats.packed import DenseLinear, PackedLinear
 
 # Scratch is sized for this many threads: conftest leaves EXL_LOADER_THREADS alone, and the
 # tests go up to 4 whatever the machine has.

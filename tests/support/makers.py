@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from exl_loader.backends.reference.ops import ReferenceOps
 from exl_loader.checkpoint import Checkpoint
 from exl_loader.formats import plan_linear, read_linear
+from exl_loader.model.parts.linear import Linear
 from support.tiny import CONFIG, tensor_shapes, write_tokenizer
 
 Tensors = dict[str, torch.Tensor]
@@ -245,25 +246,35 @@ def write_quantized_model(
     return state
 
 
-def allocate(plan) -> Tensors:
-    """Make a plan's tensors, full of what was in memory before."""
+def linear_part(
+    checkpoint: Checkpoint, name: str, in_features: int, out_features: int, *,
+    device: str = "cpu", **options,
+) -> Linear:
+    """Plan a layer on a device; options as those of `plan_linear`."""
+    return Linear(plan_linear(checkpoint, name, in_features, out_features, **options), device)
+
+
+def allocate(part: Linear) -> Tensors:
+    """Make a layer's tensors, full of what was in memory before."""
     tensors = {}
-    for role, spec in plan.specs.items():
+    for role, spec in part.tensors.items():
         tensors[role] = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype))
         tensors[role].view(torch.uint8).fill_(0xA5)
     return tensors
 
 
-def load_layer(folder: Path, in_features: int, out_features: int, name: str = "layer", **options):
-    """Open a folder, plan and pack one layer.
+def load_layer(
+    folder: Path, in_features: int, out_features: int, name: str = "layer", ops=None, **options
+):
+    """Open a folder, plan and pack one layer; `ops` pack it, by default the reference.
 
     Returns:
-        (plan, layer on its device, weight decoded straight from the checkpoint).
+        (the layer's part, its resident layer, its weight decoded from the checkpoint).
     """
     with Checkpoint.open(folder) as checkpoint:
-        plan = plan_linear(checkpoint, name, in_features, out_features, **options)
-        layer = ReferenceOps().pack(read_linear(plan, checkpoint), allocate(plan))
-        return plan, layer, read_linear(plan, checkpoint).weight()
+        part = linear_part(checkpoint, name, in_features, out_features, **options)
+        stored = read_linear(part.spec, checkpoint)
+        return part, (ops or ReferenceOps()).pack(stored, allocate(part)), stored.weight()
 
 
 def warnings_of_weights(caplog) -> list[str]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ...formats.layer import DenseSizes, QuantizedSizes
+from ..layouts import dense_shapes
 from ..reference import reference_is_forced
 from .attention import attention_scratch_bytes
+from .layout import packed_shapes
 from .linear import linear_scratch_bytes
 from .memory import PAGE_BYTES, MainMemory
 
@@ -27,6 +30,12 @@ class CpuBackend(MainMemory):
 
     def auto_devices(self, count: int = 0) -> list[str]:
         return [self.default_device]
+
+    def linear_specs(self, sizes: QuantizedSizes | DenseSizes) -> Shapes:
+        return dense_shapes(sizes) if isinstance(sizes, DenseSizes) else packed_shapes(sizes)
+
+    def stored_rows(self, sizes: QuantizedSizes | DenseSizes) -> int:
+        return sizes.in_features if isinstance(sizes, DenseSizes) else sizes.stored_rows
 
     def scratch_bytes(self, step: StepSizes) -> int:
         attention = attention_scratch_bytes(step.max_batch_size, step.ctx_size, step.attention)

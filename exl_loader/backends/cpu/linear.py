@@ -9,9 +9,11 @@ from __future__ import annotations
 import ctypes
 from typing import TYPE_CHECKING
 
-from ...formats.packed import BLOCK_ROWS, TILE_COLUMNS, DenseLinear, PackedLinear
+from ...formats.layer import BLOCK_ROWS
 from ...utils.integers import ceil_div, round_up
 from ..kernel_structs import dtype_code
+from ..layouts import TILE_COLUMNS, DenseLinear
+from .layout import PackedLinear
 from .library import INT, INT64, POINTER, KernelOps, Signature, address
 from .threads import default_threads
 
@@ -93,10 +95,9 @@ class LinearStruct:
 
 def linear_struct(w: PackedLinear | DenseLinear) -> LinearStruct:
     """Return a layer's description, made at its first use and kept in `w.native`."""
-    if w.native is None:
+    if not isinstance(w.native, LinearStruct):
         w.native = LinearStruct(w)
-    struct: LinearStruct = w.native
-    return struct
+    return w.native
 
 
 def _packed_struct(w: PackedLinear) -> _PackedStruct:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...formats.packed import DenseLinear
 from ..kernel_structs import ACTIVATIONS, dtype_code
+from ..layouts import DenseLinear
 from .library import FLOAT, INT, INT32, INT64, POINTER, KernelOps, Signature
 from .linear import linear_struct
 

@@ -6,8 +6,10 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from ...formats.layer import DenseSizes, QuantizedSizes
 from ...utils.errors import InvalidSettings
 from ..base import Capacity, Process
+from ..layouts import dense_shapes
 from ..reference import reference_is_forced
 from .cards import auto_cards, card_index, card_name, query_nvidia_smi, smi_id, smi_memory
 from .driver import CardMemory, held_bytes
@@ -135,6 +137,21 @@ class CudaBackend:
 
     def auto_devices(self, count: int = 0) -> list[str]:
         return [card_name(index) for index in range(count)] or [*auto_cards()]
+
+    def linear_specs(self, sizes: QuantizedSizes | DenseSizes) -> Shapes:
+        """Streams have room for a part of a block in their last group only, so a layer whose
+        groups are no whole blocks is kept as float16 weights.
+        """
+        from .layout import stream_shapes
+
+        if isinstance(sizes, DenseSizes):
+            return dense_shapes(sizes)
+        if not sizes.whole_blocks:
+            return dense_shapes(DenseSizes(sizes.out_features, sizes.in_features, "float16"))
+        return stream_shapes(sizes)
+
+    def stored_rows(self, sizes: QuantizedSizes | DenseSizes) -> int:
+        return sizes.in_features
 
     def scratch_bytes(self, step: StepSizes) -> int:
         from .attention import attention_scratch_bytes

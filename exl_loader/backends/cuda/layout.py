@@ -17,7 +17,7 @@ register j (0..7) of lane L is column 16 * (j // 4) + 8 * (j % 2) + L // 4, rows
 8 * (L % 4) + 4 * (j // 2 % 2) .. + 3: registers 0..3 are a lane's A fragment of
 mma.m16n8k32 for the first 16 columns, 4..7 for the others, with the rows of a block in the
 order in which a lane's eight bytes of activations come. Codes are split into bit planes as in
-`formats.packed.BIT_PLANES`, the high plane first. A plane of w bits has w words a lane:
+`layouts.BIT_PLANES`, the high plane first. A plane of w bits has w words a lane:
 register j is in word j % w at bits [w * (j // w), w * (j // w) + w) of each byte. A lane's words
 of a plane are consecutive, and so are lanes; of the plane of 8 bits first words 0..3 of all
 lanes, then words 4..7, so that a warp reads whole runs of 512 bytes.
@@ -27,7 +27,7 @@ filled up with codes of 2^(bits-1), and the activations of those rows are zero. 
 layer lacks have codes and scales of zero.
 
 `groups` is int32 [G, 4]: bits, first stored row, rows (without fill), byte offset of the
-group's header. `perm` and `bias` are those of `formats.packed`.
+group's header. `perm` and `bias` are those of `cpu/layout.py`.
 
     value(stored row r of group g, column n) = scales[g, n] * (code - zero[g, n])
 
@@ -49,7 +49,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ...formats.packed import BLOCK_ROWS, QuantizedSizes
+from ...formats.layer import BLOCK_ROWS, QuantizedSizes
 from ...utils.integers import ceil_div, round_up
 
 if TYPE_CHECKING:
@@ -138,11 +138,14 @@ def stream_shapes(sizes: QuantizedSizes) -> dict[str, tuple[str, tuple[int, ...]
     """Return role -> (dtype, shape) of the tensors that only this layout has."""
     codes = sizes.code_words * 4 * TILE_COLUMNS
     tile_bytes = codes + sizes.num_groups * header_bytes(sizes.zeros)
-    return {
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {
         "codes": ("uint8", (tiles_for(sizes.out_features), tile_bytes)),
         "groups": ("int32", (sizes.num_groups, 4)),
         "row_blocks": ("int32", (row_blocks_for(sizes.in_features) + 1, 4)),
     }
+    if sizes.perm:
+        shapes["perm"] = ("int32", (sizes.in_features,))
+    return shapes
 
 
 def group_table(groups: list[tuple[int, int]], zeros: bool) -> list[Position]:

@@ -15,9 +15,9 @@ import ctypes
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ...formats.packed import DenseLinear
 from ...utils.integers import ceil_div, round_up
 from ..kernel_structs import ACTIVATIONS
+from ..layouts import DenseLinear
 from .launcher import COUNTER_BYTES, WARP, Grid, address, pointer
 from .layout import (
     MAX_ROW_SPLITS,

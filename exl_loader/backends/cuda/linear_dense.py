@@ -16,7 +16,7 @@ from .launcher import WARP, KernelOps, pointer
 if TYPE_CHECKING:
     import torch
 
-    from ...formats.packed import DenseLinear
+    from ..layouts import DenseLinear
 
 # Columns of a tile of `DenseLinear.weight` (kTileColumns).
 TILE_COLUMNS = 16

@@ -15,12 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...formats.common import require_finite
-from ...formats.layer import DenseLayer, QuantizedLayer
-from ...formats.packed import BIT_PLANES, BLOCK_ROWS, DenseLinear
+from ...formats.layer import BLOCK_ROWS, DenseLayer, QuantizedLayer
 from ...utils.integers import ceil_div, round_up
 from ...utils.output import warn_once
-from ..dense import fill_dense, pack_dense, place_bias
-from ..main_memory import uneven_group
+from ..layouts import BIT_PLANES, DenseLinear, fill_dense, pack_dense, place_bias, uneven_group
 from .launcher import WARP, KernelOps, pointer
 from .layout import (
     BLOCK_BIT_BYTES,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import ctypes
 from typing import TYPE_CHECKING, Any
 
-from ...formats.packed import DenseLinear
 from ...utils.integers import ceil_div
 from ..kernel_structs import ACTIVATIONS, dtype_code
+from ..layouts import DenseLinear
 from .launcher import WARP, KernelOps, pointer
 
 if TYPE_CHECKING:

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 
 from ...cache.layout import PAGE_LEN, CacheLayer, CacheType, code_bytes, num_groups
-from ...formats.common import quantized_specs
-from ...formats.packed import QuantizedSizes
+from ...formats.layer import QuantizedSizes
 from ...memory.buffers import allocate
 from ...memory.segments import place
 from ...utils.errors import DeviceError, drop_locals
@@ -26,7 +25,7 @@ from ..reference.codec import dequantize, rotate_back
 from ..reference.ops import ReferenceOps
 from ..top_logits import HEADER_WORDS, RESULT_WORDS
 from .attention import attention_scratch_bytes
-from .layout import StreamLinear, group_table, row_block_table
+from .layout import StreamLinear, group_table, row_block_table, stream_shapes
 from .linear import linear_scratch_bytes
 from .pack import pack_streams
 from .top_logits import top_logits_scratch_bytes
@@ -276,12 +275,12 @@ class _Check:
         return on_cpu, on_card
 
 
-def _linear_specs(name: str) -> dict[str, TensorSpec]:
+def _linear_shapes() -> dict[str, tuple[str, tuple[int, ...]]]:
     words = sum(rows // 32 * bits for bits, rows in GROUPS)
     sizes = QuantizedSizes(
         OUT_FEATURES, IN_FEATURES, words, len(GROUPS), zeros=False, perm=False
     )
-    return quantized_specs("linear", sizes, name)
+    return stream_shapes(sizes)
 
 
 def check_specs(name: str) -> list[TensorSpec]:
@@ -296,7 +295,7 @@ def check_specs(name: str) -> list[TensorSpec]:
     heads = (SHAPE.num_heads, SHAPE.head_dim)
     kv_heads = (SHAPE.num_kv_heads, SHAPE.head_dim)
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {
-        **{role: (spec.dtype, spec.shape) for role, spec in _linear_specs(name).items()},
+        **_linear_shapes(),
         "x": ("float32", (rows, IN_FEATURES)),
         "norm": ("float32", (IN_FEATURES,)),
         "normed": ("float32", (rows, IN_FEATURES)),

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from ...formats.packed import DenseLinear, PackedLinear
+from ..cpu.layout import PackedLinear
+from ..layouts import DenseLinear
 from ..main_memory import MainMemoryOps
 from . import cache as reference_cache
 from . import planes

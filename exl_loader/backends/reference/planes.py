@@ -1,4 +1,4 @@
-"""The packed layout of `packed.py` in numpy: codes in, codes out, weights back.
+"""The packed layout of `cpu/layout.py` in numpy: codes in, codes out, weights back.
 
 This is the reference that compiled kernels are held against. It works on whole rows of
 columns as 32-bit words: the four codes that one register has for a column are one word, so
@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...formats.layer import unpack_stream
-from ...formats.packed import BIT_PLANES, BLOCK_ROWS, TILE_COLUMNS
-from ..main_memory import BLOCK_BIT_BYTES
+from ...formats.layer import BLOCK_ROWS, unpack_stream
+from ..cpu.layout import BLOCK_BIT_BYTES
+from ..layouts import BIT_PLANES, TILE_COLUMNS
 
 if TYPE_CHECKING:
     import torch
 
-    from ...formats.packed import PackedLinear
+    from ..cpu.layout import PackedLinear
 
 Array = np.ndarray[Any, Any]
 
@@ -30,7 +30,7 @@ CHUNK_WORDS = 1 << 15
 
 
 def split_planes(codes: Array, bits: int) -> Array:
-    """Split codes into the bit planes of `packed.py`.
+    """Split codes into the bit planes of `cpu/layout.py`.
 
     Args:
         codes: uint8 [blocks * 32, C].
@@ -97,7 +97,7 @@ def pack_exl2(q_weight: torch.Tensor, groups: torch.Tensor, codes: torch.Tensor)
     """Define `MainMemoryOps.pack_exl2`.
 
     Args:
-        q_weight: int32 [R, N], as on disk. groups: int32 [G, 4], see `main_memory.group_table`.
+        q_weight: int32 [R, N], as on disk. groups: int32 [G, 4], see `cpu/layout.py`.
         codes: uint8 [tiles, tile_bytes], written in full. Columns beyond N and bytes beyond
             the last block become zero.
     """
@@ -124,7 +124,7 @@ def pack_gptq(
     Args:
         qweight: int32 [K * bits / 32, N], as on disk. perm: int32 [K], stored row r takes
             input channel perm[r]; None is the identity.
-        groups: int32 [G, 4], see `main_memory.group_table`.
+        groups: int32 [G, 4], see `cpu/layout.py`.
         codes: uint8 [tiles, tile_bytes], written in full. Columns beyond N and bytes beyond
             the last block become zero.
     """
@@ -162,7 +162,7 @@ def dequantize(linear: PackedLinear) -> torch.Tensor:
 
     Returns:
         float32 [in_features, out_features], input channels in their original order. EXL2's
-        values are rounded to float16, as `packed.py` says.
+        values are rounded to float16, as `cpu/layout.py` says.
     """
     import torch
 

@@ -168,10 +168,10 @@ class LayerCosts:
             pieces.append(spec.nbytes // vocab_size * min(EMBEDDING_ROWS, vocab_size))
         headers = self.checkpoint.headers
         for linear in parts.linears():
-            if linear.plan.format == "dense":
-                pieces.append(min(PIECE_BYTES, linear.plan.specs["weight"].nbytes))
+            if linear.spec.format == "dense":
+                pieces.append(min(PIECE_BYTES, linear.tensors["weight"].nbytes))
             else:
-                names = (f"{linear.plan.source}.{tensor}" for tensor in UPLOADED_TENSORS)
+                names = (f"{linear.spec.source}.{tensor}" for tensor in UPLOADED_TENSORS)
                 layers.append(sum(headers[name].nbytes for name in names if name in headers))
         return max(UPLOADED_PIECES * max(pieces), UPLOADED_LAYERS * max(layers))
 

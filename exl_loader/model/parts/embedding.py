@@ -13,8 +13,8 @@ from .linear import Linear
 if TYPE_CHECKING:
     import torch
 
+    from ...backends import base
     from ...backends.base import Ops
-    from ...formats.packed import DenseLinear
     from .part import Loading
 
 # Rows of the table read at a time, so that tens of megabytes are in flight at most.
@@ -36,7 +36,7 @@ class Embedding:
     spec: TensorSpec
     multiplier: float
     head: Linear | None = None
-    table: torch.Tensor | DenseLinear = field(init=False, repr=False)
+    table: torch.Tensor | base.Linear = field(init=False, repr=False)
 
     def specs(self) -> Iterator[TensorSpec]:
         """The table as it will stand on the device."""
@@ -49,10 +49,7 @@ class Embedding:
         Raises:
             InvalidCheckpoint: a value is not finite, or the file shrank.
         """
-        from ...formats.packed import DenseLinear
-
         if self.head is not None:
-            assert isinstance(self.head.weights, DenseLinear)
             self.table = self.head.weights
             return
         name = self.spec.name

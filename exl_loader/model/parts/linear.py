@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
+from ...backends import backend_of
 from ...formats import read_linear
-from ...formats.packed import LinearPlan
+from ...formats.layer import LinearSpec
+from ...utils.table import TensorSpec
 
 if TYPE_CHECKING:
     import torch
 
     from ...backends import base
     from ...backends.base import Ops
-    from ...utils.table import TensorSpec
     from .part import Loading
 
 
@@ -23,10 +25,10 @@ class Linear:
     """x @ W + bias.
 
     Args:
-        plan: what the checkpoint holds of the layer. device: where it runs.
+        spec: what the checkpoint holds of the layer. device: where it runs.
     """
 
-    plan: LinearPlan
+    spec: LinearSpec
     device: str
     # What `Ops.linear` of its device takes.
     weights: base.Linear = field(init=False, repr=False)
@@ -34,21 +36,37 @@ class Linear:
     @property
     def name(self) -> str:
         """The layer's name, such as `model.layers.0.self_attn.q_proj`."""
-        return self.plan.name
+        return self.spec.name
 
     @property
     def out_features(self) -> int:
         """N, without columns that only fill up a tile."""
-        return self.plan.out_features
+        return self.spec.out_features
 
     @property
     def has_bias(self) -> bool:
         """Whether the checkpoint has a bias for the layer."""
-        return "bias" in self.plan.specs
+        return self.spec.has_bias
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorSpec]:
+        """Role -> a tensor as it will stand on the device."""
+        shapes = backend_of(self.device).linear_specs(self.spec.sizes)
+        if self.has_bias:
+            shapes["bias"] = ("float32", (self.out_features,))
+        return {
+            role: TensorSpec(f"{self.name}.{role}", "weights", dtype, shape, self.device)
+            for role, (dtype, shape) in shapes.items()
+        }
+
+    @property
+    def stored_rows(self) -> int:
+        """Rows of W as the device stores it, for which products take scratch."""
+        return backend_of(self.device).stored_rows(self.spec.sizes)
 
     def specs(self) -> Iterator[TensorSpec]:
         """The tensors as they will stand on the device."""
-        yield from self.plan.specs.values()
+        yield from self.tensors.values()
 
     def load(self, loading: Loading) -> None:
         """Read the layer into its resident layout.
@@ -56,11 +74,10 @@ class Linear:
         Raises:
             InvalidCheckpoint, UnsupportedFormat: as `formats.read_linear` and `DeviceOps.pack`.
         """
-        specs = self.plan.specs
-        tensors = {role: loading.views[spec.name] for role, spec in specs.items()}
-        layer = read_linear(self.plan, loading.checkpoint)
-        self.weights = loading.ops[self.device].pack(layer, tensors)
-        loading.advance(sum(spec.nbytes for spec in specs.values()))
+        views = {role: loading.views[tensor.name] for role, tensor in self.tensors.items()}
+        layer = read_linear(self.spec, loading.checkpoint)
+        self.weights = loading.ops[self.device].pack(layer, views)
+        loading.advance(sum(tensor.nbytes for tensor in self.tensors.values()))
 
     def run(self, ops: Ops, x: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor) -> None:
         """out = x @ W + bias, float32 [T, in_features] and [T, out_features]."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from exl_loader.backends.main_memory import group_table
+from exl_loader.backends.cpu.layout import group_table
 from exl_loader.backends.reference import planes
 from support.kernel_cases import compiled_ops
 

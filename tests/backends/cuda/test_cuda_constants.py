@@ -12,7 +12,7 @@ from exl_loader.backends import top_logits as result
 from exl_loader.backends.cuda import attention, layout, linear, linear_dense, moe, pack, rows
 from exl_loader.backends.cuda import top_logits as top
 from exl_loader.cache.layout import GROUP, MAX_BIAS_PAIRS, PAGE_LEN
-from exl_loader.formats.packed import BLOCK_ROWS
+from exl_loader.formats.layer import BLOCK_ROWS
 from support import REPO
 
 CSRC = REPO / "csrc"

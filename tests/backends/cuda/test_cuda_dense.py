@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from exl_loader.backends.cuda import linear_dense
+from exl_loader.backends.layouts import DenseLinear
 from exl_loader.backends.reference.ops import dense_weight
-from exl_loader.formats.packed import DenseLinear
 from support.cuda_emulation import EmulatedLauncher
 from support.cuda_emulation.launcher import FOLDER, REPO, emulation_spec
 from support.cuda_linear_cases import linear_ops, product

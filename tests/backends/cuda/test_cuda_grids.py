@@ -12,6 +12,7 @@ from exl_loader.backends.cuda.attention import AttentionOps, attention_scratch_b
 from exl_loader.backends.cuda.linear import LinearOps, linear_scratch_bytes
 from exl_loader.backends.cuda.moe import MoeOps
 from exl_loader.backends.cuda.top_logits import TopLogitsOps, top_logits_scratch_bytes
+from exl_loader.backends.layouts import DenseLinear
 from exl_loader.backends.top_logits import RESULT_WORDS
 from exl_loader.cache.layout import CacheLayer, CacheType, code_bytes, num_groups
 from exl_loader.checkpoint.config import (
@@ -20,7 +21,6 @@ from exl_loader.checkpoint.config import (
     MAX_INTERMEDIATE_SIZE,
     MAX_VOCAB_SIZE,
 )
-from exl_loader.formats.packed import DenseLinear
 from exl_loader.memory.reservation import LoadOptions
 from support.cuda_linear_cases import stream_linear
 from support.cuda_targets import emulated_launcher

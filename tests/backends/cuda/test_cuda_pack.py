@@ -16,12 +16,19 @@ from exl_loader.backends.cuda.layout import (
     row_block_table,
     row_splits_for,
 )
+from exl_loader.backends.layouts import BIT_PLANES
 from exl_loader.checkpoint import Checkpoint
-from exl_loader.formats import plan_linear, read_linear
-from exl_loader.formats.packed import BIT_PLANES
+from exl_loader.formats import read_linear
 from support.cuda_linear_cases import linear_ops
 from support.cuda_targets import EMULATED, TARGETS, target
-from support.makers import allocate, make_exl2_layer, make_gptq_layer, pack_stream, write_layer
+from support.makers import (
+    allocate,
+    linear_part,
+    make_exl2_layer,
+    make_gptq_layer,
+    pack_stream,
+    write_layer,
+)
 
 WIDTHS = sorted(BIT_PLANES)
 
@@ -180,15 +187,16 @@ def load_layer_with(ops, folder, in_features, out_features, device=None, **optio
     nbytes = least_upload_bytes(in_features)
     ops.upload_buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
     with Checkpoint.open(folder) as checkpoint:
-        plan = plan_linear(checkpoint, "layer", in_features, out_features, device="cuda:0",
+        part = linear_part(checkpoint, "layer", in_features, out_features, device="cuda:0",
                            **options)
-        tensors = {role: tensor.to(device or "cpu") for role, tensor in allocate(plan).items()}
-        layer = ops.pack(read_linear(plan, checkpoint), tensors)
+        tensors = {role: tensor.to(device or "cpu") for role, tensor in allocate(part).items()}
+        stored = read_linear(part.spec, checkpoint)
+        layer = ops.pack(stored, tensors)
         assert isinstance(layer, StreamLinear)
         for name in ("codes", "groups", "perm"):
             tensor = getattr(layer, name)
             setattr(layer, name, None if tensor is None else tensor.cpu())
-        return layer, read_linear(plan, checkpoint).weight()
+        return layer, stored.weight()
 
 
 def load_on_card(folder, in_features, out_features, order, **options):
@@ -240,23 +248,23 @@ def test_the_plan_follows_from_the_header(tmp_path):
     tensors, _ = make_exl2_layer(np.random.default_rng(0), 200, 50, [(4, 128), (3, 72)],
                                  bias=True)
     with Checkpoint.open(write_layer(tmp_path / "m", tensors)) as checkpoint:
-        plan = plan_linear(checkpoint, "layer", 200, 50, device="cuda:1")
+        part = linear_part(checkpoint, "layer", 200, 50, device="cuda:1")
     words = tensors["q_weight"].shape[0]
-    assert {role: (spec.dtype, spec.shape) for role, spec in plan.specs.items()} == {
+    assert {role: (spec.dtype, spec.shape) for role, spec in part.tensors.items()} == {
         "codes": ("uint8", (2, 128 * (words + 7) + 2 * 64)),
         "groups": ("int32", (2, 4)),
         "row_blocks": ("int32", (3, 4)),
         "perm": ("int32", (200,)),
         "bias": ("float32", (50,)),
     }
-    assert {spec.device for spec in plan.specs.values()} == {"cuda:1"}
+    assert {spec.device for spec in part.tensors.values()} == {"cuda:1"}
 
 
 def test_plan_of_gptq_counts_zero_points(tmp_path):
     tensors, _ = make_gptq_layer(np.random.default_rng(0), 200, 50, group_size=64, g_idx=False)
     with Checkpoint.open(write_layer(tmp_path / "m", tensors, group_size=64)) as checkpoint:
-        plan = plan_linear(checkpoint, "layer", 200, 50, device="cuda:0")
-    assert {role: spec.shape for role, spec in plan.specs.items()} == {
+        part = linear_part(checkpoint, "layer", 200, 50, device="cuda:0")
+    assert {role: spec.shape for role, spec in part.tensors.items()} == {
         "codes": (2, 128 * 7 * 4 + 4 * 96), "groups": (4, 4), "row_blocks": (3, 4),
     }  # fmt: skip
 
@@ -265,7 +273,7 @@ def test_packing_needs_room_for_one_tile(tmp_path):
     tensors, _ = make_exl2_layer(np.random.default_rng(0), 256, 64, [(8, 256)])
     ops = target("forward", linear_ops).ops
     with Checkpoint.open(write_layer(tmp_path / "m", tensors)) as checkpoint:
-        plan = plan_linear(checkpoint, "layer", 256, 64, device="cuda:0")
+        part = linear_part(checkpoint, "layer", 256, 64, device="cuda:0")
         ops.upload_buffer = torch.empty(least_upload_bytes(256) // 2, dtype=torch.uint8)
         with pytest.raises(AssertionError):
-            ops.pack(read_linear(plan, checkpoint), allocate(plan))
+            ops.pack(read_linear(part.spec, checkpoint), allocate(part))

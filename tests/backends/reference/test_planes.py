@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from exl_loader.backends.main_memory import group_table
+from exl_loader.backends.cpu.layout import PackedLinear, group_table
+from exl_loader.backends.layouts import BIT_PLANES
 from exl_loader.backends.reference import planes
 from exl_loader.formats.layer import unpack_stream
-from exl_loader.formats.packed import BIT_PLANES, PackedLinear
 from support.makers import make_exl2_layer, pack_stream
 
 WIDTHS = sorted(BIT_PLANES)
 
 
 def tile_byte(codes: np.ndarray, bits: int, block: int, byte: int) -> int:
-    """Compute one byte of one block of one tile, from the words of packed.py.
+    """Compute one byte of one block of one tile, from the words of cpu/layout.py.
 
     Args:
         codes: [rows, 16] of the tile. byte: position within the block's 64 * bits bytes.

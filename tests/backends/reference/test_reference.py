@@ -7,8 +7,8 @@ import pytest
 torch = pytest.importorskip("torch")
 import torch.nn.functional as F  # noqa: E402
 
+from exl_loader.backends.layouts import TILE_COLUMNS, DenseLinear  # noqa: E402
 from exl_loader.backends.reference.ops import ReferenceOps, dense_weight  # noqa: E402
-from exl_loader.formats.packed import TILE_COLUMNS, DenseLinear  # noqa: E402
 
 OPS = ReferenceOps()
 NO_SCRATCH = torch.empty(0, dtype=torch.uint8)

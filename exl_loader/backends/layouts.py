@@ -1,14 +1,47 @@
-"""Unquantised layers in the layout that all kinds of devices share; see `packed.DenseLinear`."""
+"""What the resident layouts of all kinds of devices share: bit planes, and unquantised layers.
+
+Quantised layers have a layout for each kind of device: `cpu/layout.py`, `cuda/layout.py`.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ..formats.layer import PIECE_BYTES, DenseLayer
-from ..formats.packed import TILE_COLUMNS, DenseLinear
+from ..formats.layer import BLOCK_ROWS, PIECE_BYTES, DenseLayer, DenseSizes, QuantizedLayer
+from ..utils.errors import UnsupportedFormat
+from ..utils.integers import ceil_div
 
 if TYPE_CHECKING:
     import torch
+
+    from .base import Shapes
+
+TILE_COLUMNS = 16
+# Bits of a code -> bits of its planes, the high plane first.
+BIT_PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
+
+
+@dataclass
+class DenseLinear:
+    """An unquantised linear layer on its device.
+
+    `weight` is [tiles, in_features, 16] in the checkpoint's own dtype (float16, bfloat16 or
+    float32): element (t, k, i) multiplies input k into output 16*t + i; rows beyond
+    out_features are zero. `bias` is float32 [out_features] or None. `native` as above.
+    """
+
+    in_features: int
+    out_features: int
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    native: object = field(default=None, repr=False, compare=False)
+
+
+def dense_shapes(sizes: DenseSizes) -> Shapes:
+    """Return the resident tensors of an unquantised layer but for its bias."""
+    tiles = ceil_div(sizes.out_features, TILE_COLUMNS)
+    return {"weight": (sizes.dtype, (tiles, sizes.in_features, TILE_COLUMNS))}
 
 
 def pack_dense(layer: DenseLayer, views: dict[str, torch.Tensor]) -> DenseLinear:
@@ -52,3 +85,12 @@ def fill_dense(rows: torch.Tensor, tile: int, target: torch.Tensor) -> None:
         filled = rest.new_zeros(in_features, TILE_COLUMNS)
         filled[:, : len(rest)] = rest.t()
         target[tile + whole].copy_(filled)
+
+
+def uneven_group(layer: QuantizedLayer, group: int) -> UnsupportedFormat:
+    """Say that a group's rows do not fit whole blocks."""
+    return UnsupportedFormat(
+        f"{layer.source}.g_idx: channels of group {group}",
+        expected=f"a multiple of {BLOCK_ROWS}",
+        actual=layer.groups[group][1],
+    )
