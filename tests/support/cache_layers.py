@@ -82,10 +82,8 @@ def random_rows(rows: int, heads: int, head_dim: int, seed: int) -> torch.Tensor
 
 def attend(ops, q: torch.Tensor, layer: CacheLayer, batch: Batch,
            shape: AttentionShape) -> torch.Tensor:
-    """Call `attention` in exactly the scratch that scratch.py promises suffices."""
-    nbytes = attention_scratch_bytes(
-        batch.num_rows, batch.num_sequences, batch.max_total_len, shape, layer.cache_type
-    )
+    """Call `attention` with exactly the scratch that `attention_scratch_bytes` plans."""
+    nbytes = attention_scratch_bytes(batch.num_sequences, batch.max_total_len, shape)
     scratch = torch.full((nbytes,), 0xFF, dtype=torch.uint8)
     out = torch.full_like(q, torch.nan)
     ops.attention(q.clone(), layer, batch, shape, out, scratch)

@@ -180,7 +180,7 @@ def test_more_threads_than_scratch_has_room_for(ops, monkeypatch):
     layer, q = filled(ops, "q4", shape, batch), random_rows(batch.num_rows, 8, 64, 5)
     expected = attend(ops, q, layer, batch, shape)
     monkeypatch.setenv("EXL_LOADER_THREADS", "1")
-    nbytes = attention_scratch_bytes(batch.num_rows, 3, 1701, shape, layer.cache_type)
+    nbytes = attention_scratch_bytes(3, 1701, shape)
     memory, out = torch.full((5 * nbytes,), 77, dtype=torch.uint8), torch.empty_like(q)
     try:
         ops.set_threads(4)
