@@ -1,7 +1,7 @@
-"""A checkpoint: headers of its safetensors files first, tensors one at a time later.
+"""The weights of a model folder. Opening reads the headers of its files; tensors are read later.
 
-Opening reads headers only and imports no PyTorch. Tensors are read with plain file reads: a
-memory map would turn a file that shrinks into a SIGBUS.
+Opening does not import PyTorch. Tensors are read with plain file reads, because with a memory map
+a file that shrinks would end the process with SIGBUS.
 """
 
 from __future__ import annotations
@@ -65,21 +65,21 @@ class Checkpoint:
 
         Args:
             model_dir: the folder.
-            config: the folder's, where it has been read already; else config.json is read for
-                the number of layers and the quantization config.
+            config: the folder's configuration if it has been read already. Otherwise config.json
+                is read for the number of layers and the quantization config.
 
         Raises:
-            ExlLoaderError: as `folder.read_folder`.
+            ExlLoaderError: see `folder.read_folder`.
         """
         folder = Path(model_dir)
         found = read_folder(folder, config)
         return cls(folder, found.headers, found.identities, found.format, found.quantization)
 
     def header(self, name: str) -> TensorHeader:
-        """Look a tensor up.
+        """Return the header of a tensor.
 
         Raises:
-            InvalidCheckpoint: there is none of this name.
+            InvalidCheckpoint: there is no tensor of this name.
         """
         header = self.headers.get(name)
         if header is None:
@@ -91,7 +91,10 @@ class Checkpoint:
         return header
 
     def read(self, name: str) -> torch.Tensor:
-        """Read a tensor: on the CPU, a copy of its own.
+        """Read a tensor into new memory on the CPU.
+
+        Returns:
+            A tensor of the header's dtype and shape.
 
         Raises:
             InvalidCheckpoint: no such tensor, the file ends early, or it changed since its
@@ -102,7 +105,7 @@ class Checkpoint:
         return self._read(header, header.shape, header.offset, header.nbytes)
 
     def read_rows(self, name: str, first: int, end: int) -> torch.Tensor:
-        """Read rows first..end (along the first dimension) of a tensor; see `read`."""
+        """Read rows [first, end) of a tensor, along its first dimension; see `read`."""
         header = self.header(name)
         assert header.shape and 0 <= first <= end <= header.shape[0], (header, first, end)
         row_bytes = header.nbytes // header.shape[0] if header.shape[0] else 0
@@ -152,7 +155,7 @@ class Checkpoint:
             )
 
     def close(self) -> None:
-        """Close the files; `read` opens them again."""
+        """Close the files. `read` opens them again."""
         for file in self._files.values():
             file.close()
         self._files.clear()

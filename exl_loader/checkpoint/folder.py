@@ -1,6 +1,6 @@
-"""What a folder is: which files hold its weights, and in which format they are.
+"""Recognise a model folder: which files hold its weights, and in which format they are.
 
-Everybody who needs to know asks here: `Checkpoint.open` for the engine, `is_quantised` for
+Recognition is defined here only: `Checkpoint.open` uses it for the engine, and `is_quantised` for
 the web UI's choice of a loader. Headers are read, weights are not, and PyTorch is not imported.
 """
 
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from .config import ModelConfig
 
 QUANTISED_FORMATS = ("exl2", "gptq")
-# Names that stand under `model.` in a causal language model, and at the top where the file
-# was saved from the model without its head.
+# Names that begin with `model.` in a causal language model, and lack this prefix where the file was
+# saved from the model without its head.
 _BODY = ("layers.", "embed_tokens.", "norm.")
 # Where the architectures have embedding, layers and final norm.
 _BODY_NAMES = {(a.embedding, a.layers, a.final_norm) for a in ARCHITECTURES.values()}
@@ -52,9 +52,9 @@ class Folder:
 
     Args:
         headers: tensor name -> TensorHeader, names as in a causal language model.
-        identities: the chosen files, in order.
+        identities: the files that hold the weights, in order.
         format: `exl2`, `gptq` or `dense`.
-        quantization: the settings that belong to the format; empty where none do.
+        quantization: the settings of this format; empty without settings.
     """
 
     headers: Headers
@@ -64,20 +64,19 @@ class Folder:
 
 
 def read_folder(model_dir: Path, config: ModelConfig | None = None) -> Folder:
-    """Find out what a folder is.
+    """Read the headers of a folder and recognise its format.
 
     Args:
         model_dir: the folder.
-        config: the folder's, where it has been read already.
+        config: the folder's configuration if it has been read already.
 
     Raises:
-        ModelNotFound: no folder, or no weights in it.
-        InvalidCheckpoint: a file is missing or truncated, a header says something that
-            cannot be true, a tensor stands in two files, or the declared method's tensors
-            are missing.
-        InvalidConfig: config.json or quantize_config.json is no JSON object.
-        UnsupportedFormat: pickle files, GGUF, another quantization method, or settings of a
-            known one that this engine does not implement.
+        ModelNotFound: there is no folder, or no weights in it.
+        InvalidCheckpoint: a file is missing or truncated, a header contradicts itself or the
+            file, a tensor is in two files, or the tensors of the declared method are missing.
+        InvalidConfig: config.json or quantize_config.json is not a JSON object.
+        UnsupportedFormat: pickle files, GGUF, another quantization method, or settings that this
+            engine does not implement.
     """
     files = _Files(model_dir, None if config is None else config.num_hidden_layers)
     declared = None if config is None else config.quantization
@@ -105,11 +104,11 @@ def read_folder(model_dir: Path, config: ModelConfig | None = None) -> Folder:
 
 
 def is_quantised(model_dir: str | os.PathLike[str]) -> bool:
-    """Tell whether a folder holds EXL2 or GPTQ weights; never raises.
+    """Return whether a folder holds EXL2 or GPTQ weights; never raise.
 
-    A folder of these formats that is damaged, or has settings that this engine refuses, is
-    one too: loading it says what is wrong. Where no weights can be read, the declared method
-    decides.
+    Damaged folders and folders whose settings this engine refuses count as well, because loading
+    them raises an error that says what is wrong. Where no weights can be read, the declared
+    method decides.
     """
     folder = Path(model_dir)
     try:
@@ -120,7 +119,7 @@ def is_quantised(model_dir: str | os.PathLike[str]) -> bool:
         files = _Files(folder)
         headers, _ = files.read(files.choose(quantization)[0])
     except ExlLoaderError:
-        return os.path.isdir(folder) and (quantization.is_gptq or quantization.method == "exl2")
+        return os.path.isdir(folder) and quantization.is_supported
     try:
         return format_of(headers, quantization) in QUANTISED_FORMATS
     except ExlLoaderError:
@@ -128,7 +127,7 @@ def is_quantised(model_dir: str | os.PathLike[str]) -> bool:
 
 
 class _Files:
-    """The safetensors files of a folder; every header is read once."""
+    """The safetensors files of a folder. Each header is read only once."""
 
     def __init__(self, model_dir: Path, num_layers: int | None = None) -> None:
         self.model_dir = model_dir
@@ -140,7 +139,7 @@ class _Files:
         """Choose the files that hold the weights.
 
         Returns:
-            their names, and whether they were found to hold a whole model.
+            Their names, and True if they are known to hold a whole model.
         """
         outputs = converter_output(self.found)
         if outputs:
@@ -151,9 +150,9 @@ class _Files:
             files for files in candidates(self.model_dir, self.found)
             if self._is_whole(files, num_layers)
         ]
-        # Quantised weights may lie beside the model that they were made from.
+        # Quantised weights may be beside the model that they were made from.
         quantised = [files for files in whole if self._has_quantised(files)]
-        if quantised and (quantization.is_gptq or quantization.method == "exl2"):
+        if quantised and quantization.is_supported:
             whole = quantised
         return (whole[0], True) if whole else (all_files(self.model_dir, self.found), False)
 
@@ -161,7 +160,7 @@ class _Files:
         """Read the headers of several files together.
 
         Raises:
-            InvalidCheckpoint: a file cannot be read, or a tensor stands in two of them.
+            InvalidCheckpoint: a file cannot be read, or a tensor is in two of them.
         """
         headers: Headers = {}
         identities = {}
@@ -181,7 +180,7 @@ class _Files:
         return headers, identities
 
     def _is_whole(self, names: list[str], num_layers: int | None) -> bool:
-        """Tell whether files hold embedding, final norm and every layer of a model."""
+        """Return whether files hold embedding, final norm and every layer of a model."""
         try:
             headers = with_body_prefix(self.read(names)[0])
         except ExlLoaderError:
@@ -203,7 +202,7 @@ class _Files:
         except ExlLoaderError:
             return None
         number = value.get("num_hidden_layers")
-        # A damaged number says nothing; config.py refuses it by name.
+        # config.py refuses a damaged number by name.
         return number if type(number) is int and 0 < number < 1 << 16 else None
 
 
@@ -221,10 +220,10 @@ def _endings(names: Iterable[str]) -> set[str]:
 
 
 def with_body_prefix(headers: Mapping[str, TensorHeader]) -> Headers:
-    """Name tensors as in a causal language model.
+    """Rename tensors to the names in a causal language model.
 
-    Weights that were saved from a model without its head (`LlamaModel`) lack the prefix
-    `model.` of the layers, the embedding and the final norm.
+    Weights that were saved from a model without its head (`LlamaModel`) lack the prefix `model.`
+    of the layers, the embedding and the final norm.
     """
     if any(name.startswith("model.layers.") for name in headers):
         return dict(headers)
@@ -235,10 +234,10 @@ def with_body_prefix(headers: Mapping[str, TensorHeader]) -> Headers:
 
 
 def format_of(names: Iterable[str], quantization: Quantization) -> str:
-    """Tell `exl2`, `gptq` or `dense` from tensor names and the quantization settings.
+    """Return `exl2`, `gptq` or `dense`, by tensor names and the quantization settings.
 
-    EXL2's tensor names occur nowhere else, so they win over whatever config.json says (files
-    from 2023 say nothing). Every other method that is declared is taken at its word.
+    No other format has EXL2's tensor names, so they win over config.json (whose files of 2023
+    declare nothing). For the other formats the declared method decides.
 
     Raises:
         UnsupportedFormat: another quantization method, named.
@@ -250,7 +249,7 @@ def format_of(names: Iterable[str], quantization: Quantization) -> str:
     method = quantization.method
     if method is None and "trellis" not in endings and "weight_packed" not in endings:
         return "gptq" if "qweight" in endings else "dense"
-    if method != "exl2" and not quantization.is_gptq:
+    if not quantization.is_supported:
         undeclared = "exl3" if "trellis" in endings else "compressed-tensors"
         declared = quantization.values.get("quant_method", undeclared)
         raise UnsupportedFormat(

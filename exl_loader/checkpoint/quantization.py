@@ -1,11 +1,11 @@
-"""What a folder's quantization config says, checked key by key.
+"""Read a folder's quantization config and check every key of it.
 
 The keys of a quantization config are an allow-list. A key is one of four kinds:
 
-    implemented   read here, or answered by the shapes of the tensors (bits, group size)
-    harmless      how the weights were found, not how they are multiplied; ignored
+    implemented   read here, or known from the shapes of the tensors (bits, group size)
+    harmless      describes how the weights were found, not how they are multiplied; ignored
     arithmetic    changes the forward pass and is not implemented; refused unless neutral
-    unknown       warned about by name
+    unknown       a warning names it
 
 Sources of the keys: GPTQModel 7 (`quantization/config.py`), AutoGPTQ 0.7
 (`quantization/config.py`), auto-round 0.16 (`schemes.py`, `export/`), transformers 5
@@ -29,8 +29,8 @@ AUTO_ROUND_METHODS = frozenset({"auto_round", "autoround", "intel/auto_round"})
 # Layouts of the zero points; see formats/gptq_zeros.py.
 V1, V2 = "gptq", "gptq_v2"
 _LAYOUTS = {"gptq": V1, "gptq_v1": V1, "gptqv1": V1, "gptq_v2": V2, "gptqv2": V2}
-# auto-round's packings, without their prefix `auto_round:`. Its own packing and AWQ's store zero
-# points as they are, AutoGPTQ's subtracts 1.
+# auto-round's packings, without their prefix `auto_round:`. auto-round's own packing and AWQ's
+# store zero points unchanged; AutoGPTQ's subtracts 1.
 _AWQ_PACKINGS = ("awq", "auto_awq")
 _PACKINGS = {
     "auto": V1, "gptq": V1, "auto_gptq": V1, "autogptq": V1,
@@ -64,7 +64,7 @@ _HARMLESS = frozenset("""
 
 
 def _is_none(value: Any) -> bool:
-    """Tell whether a value switches a feature off."""
+    """Return whether a value switches a feature off."""
     return value in (None, False, "", "none", "None", 0) or value in ({}, [])
 
 
@@ -73,7 +73,7 @@ def _is_float_activation(value: Any) -> bool:
     return value is None or (number is not None and number >= 16)
 
 
-# Key -> whether its value leaves the arithmetic as this engine does it.
+# Key -> a test whether its value leaves the arithmetic unchanged.
 _ARITHMETIC: Mapping[str, Callable[[Any], bool]] = {
     "act_bits": _is_float_activation,
     "a_bits": _is_float_activation,
@@ -99,8 +99,8 @@ class Quantization:
     Args:
         method: `quant_method` in lower case with underscores, such as `gptq`, `auto_round`,
             `exl2`, `bitsandbytes`; None where none is declared.
-        values: the merged settings as they stand, keys in lower case.
-        where: what warnings call the settings.
+        values: the merged, unchecked settings, with keys in lower case.
+        where: the name of the settings in messages.
     """
 
     method: str | None = None
@@ -109,18 +109,18 @@ class Quantization:
 
     @classmethod
     def from_dir(cls, folder: Path, declared: dict[str, Any] | None = None) -> Quantization:
-        """Merge `quantization_config` of config.json over the files that have it alone.
+        """Merge `quantization_config` of config.json over the separate files of settings.
+
+        These are `quantize_config.json`, which is AutoGPTQ's if it names no method, and
+        auto-round's `quantization_config.json`.
 
         Args:
             folder: the model folder.
-            declared: the `quantization_config` of config.json, empty where there is none; read
-                from the file where None.
-
-        `quantize_config.json` is AutoGPTQ's where it names no method, and
-        `quantization_config.json` is auto-round's.
+            declared: the `quantization_config` of config.json, empty if there is none; None to
+                read it from the file.
 
         Raises:
-            InvalidConfig: either file is no JSON object, or a setting has the wrong type.
+            InvalidConfig: a file is not a JSON object, or a setting has the wrong type.
         """
         apart = _lower_keys(read_json_object_if_there(folder / "quantization_config.json"))
         older = _lower_keys(read_json_object_if_there(folder / "quantize_config.json"))
@@ -143,24 +143,30 @@ class Quantization:
 
     @property
     def is_gptq(self) -> bool:
-        """True where the declared method stores weights as GPTQ does."""
+        """True where the declared method stores weights in GPTQ's format."""
         return self.method in GPTQ_METHODS or self.method in AUTO_ROUND_METHODS
 
     @property
+    def is_supported(self) -> bool:
+        """True where this engine reads the declared method."""
+        return self.is_gptq or self.method == "exl2"
+
+    @property
     def bits(self) -> int | None:
-        """Declared width of the codes; None where not declared."""
+        """Declared bits of a code; None where not declared."""
         return self._whole_number("bits", "wbits", "w_bit")
 
     @property
     def group_size(self) -> int | None:
-        """Declared rows of a group, -1 for one group; None where not declared."""
+        """Declared rows of a group, -1 for a single group; None where not declared."""
         return self._whole_number("group_size", "q_group_size", "groupsize")
 
     @property
     def sym(self) -> bool | None:
-        """True where every zero point is 2^(bits - 1); None where that is not declared.
+        """True where every zero point is 2^(bits - 1); None where not declared.
 
-        Where single layers have settings of their own, it says nothing about a layer.
+        It is also None where single layers have their own settings, because it may not hold for
+        them.
         """
         if self.per_layer:
             return None
@@ -172,17 +178,17 @@ class Quantization:
 
     @property
     def desc_act(self) -> bool:
-        """True where groups were formed in an order of the input channels of their own."""
+        """True where the groups were formed after sorting the input channels."""
         return bool(self._flag("desc_act"))
 
     @property
     def per_layer(self) -> bool:
-        """True where single layers have settings of their own."""
+        """True where single layers have their own settings."""
         return bool(self.values.get("dynamic") or self.values.get("extra_config"))
 
     @property
     def layout(self) -> str:
-        """How zero points are stored: `gptq` (less 1) or `gptq_v2` (as they are).
+        """How zero points are stored: `gptq` (minus 1) or `gptq_v2` (unchanged).
 
         Raises:
             UnsupportedFormat: a layout or packing that this engine does not read, by name.
@@ -222,7 +228,7 @@ class Quantization:
         key = "packing_format" if self.values.get("packing_format") is not None else "backend"
         value = self.values.get(key)
         if value is None:
-            return "gptq"  # as transformers supposes
+            return "gptq"  # the default of transformers
         name = _plain(value)
         first, _, rest = name.partition(":")
         if first in ("auto_round", "autoround"):
@@ -237,26 +243,26 @@ class Quantization:
 
         Raises:
             UnsupportedFormat: a key that changes the arithmetic and is not implemented has a
-                value that is not neutral; a layout that is not known.
-            InvalidConfig: a number or a flag is none.
+                value that is not neutral, or the layout is unknown.
+            InvalidConfig: a number or a flag has another type.
         """
         self._check_keys(self.values, "")
         for key in ("dynamic", "extra_config"):
             for layer, own in self._mapping(key).items():
-                # GPTQModel has false or {} for a layer that is not quantised.
+                # GPTQModel writes false or {} for a layer that is not quantised.
                 if isinstance(own, dict):
                     self._check_layer(_lower_keys(own), f"{key} of {shown(layer)}: ")
         if self.method in GPTQ_METHODS | AUTO_ROUND_METHODS:
             _ = self.layout, self.bits, self.group_size, self.sym, self.desc_act
 
     def _check_layer(self, values: dict[str, Any], within: str) -> None:
-        """Check the settings of a single layer, which cannot have a layout of its own."""
+        """Check the settings of a single layer, whose layout must be that of the model."""
         for key in ("format", "checkpoint_format"):
             name = values.get(key)
             if name is not None and _LAYOUTS.get(_plain(name)) != self.layout:
                 raise self._unsupported(within + key, name, [self.layout])
         bits = whole_number(values.get("bits"))
-        if bits is not None and bits >= 16:  # not quantised, so its type of data does not matter
+        if bits is not None and bits >= 16:  # not quantised, so data_type has no effect
             values.pop("data_type", None)
         self._check_keys(values, within)
 
@@ -322,7 +328,7 @@ class Quantization:
 
 
 def whole_number(value: Any) -> int | None:
-    """Read a whole number that may be written as text or with a fraction of zero."""
+    """Read a whole number, which may be text or a float without a fraction; else None."""
     if isinstance(value, bool):
         return None
     if isinstance(value, str) and len(value) <= 8:
@@ -334,7 +340,7 @@ def whole_number(value: Any) -> int | None:
 
 
 def _merged(older: dict[str, Any], newer: dict[str, Any]) -> dict[str, Any]:
-    """Lay settings over older ones, which are left out where they are of another method."""
+    """Merge settings over older ones; ignore the older ones if they name another method."""
     methods = [_plain(values.get("quant_method") or "") for values in (older, newer)]
     if all(methods) and methods[0] != methods[1]:
         return newer
@@ -345,7 +351,7 @@ def _merged(older: dict[str, Any], newer: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(name: Any) -> str:
-    """Give a name in the one spelling that tables have."""
+    """Return a name in the spelling of the tables: lower case with underscores."""
     return str(name).strip().lower().replace("-", "_")
 
 

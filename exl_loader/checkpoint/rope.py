@@ -1,8 +1,8 @@
 """Rotary position embeddings: the frequencies of every scaling scheme, in plain floats.
 
-Formulas and key names are those of `transformers` (`modeling_rope_utils.py`, version 5.23);
-the papers are named at each scheme. `transformers` computes in float32 and this in double,
-so values agree to float32 rounding.
+Formulas and key names are those of `transformers` (`modeling_rope_utils.py`, version 5.23). Each
+scheme names its paper. `transformers` computes in float32 and this module in float64, so values
+agree within float32 rounding.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ MAX_FACTOR = 1e6
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """The rotary embedding of a model, Hugging Face's key names word for word.
+    """The rotary embedding of a model, with the key names of Hugging Face's config.
 
     Args:
         rope_type: a key of `ROPE_TYPES`.
         rope_theta: base of the frequencies.
-        rotary_dim: rotated elements of a head, the first ones; even.
-        max_position_embeddings: the model's own length in tokens.
-        original_max_position_embeddings: its length before the scheme stretched it.
-        The rest belongs to single schemes and is None (or empty) elsewhere.
+        rotary_dim: rotated elements of a head, which are the first ones; even.
+        max_position_embeddings: the model's length in tokens.
+        original_max_position_embeddings: the length before the scheme extended it.
+
+    The other fields belong to single schemes and are None (or empty) for the others.
     """
 
     rope_type: str
@@ -51,10 +52,10 @@ class RopeConfig:
 
     @property
     def own_length(self) -> int:
-        """The model's own length in tokens, with the scaling of its config.
+        """The model's length in tokens, with the scaling of its config.
 
-        Beside a factor of linear, dynamic or yarn scaling `max_position_embeddings` may be the
-        length before scaling, as the documentation of transformers asks for.
+        With linear, dynamic or yarn scaling, `max_position_embeddings` may be the length before
+        scaling, as the documentation of transformers says.
         """
         if self.rope_type not in ("linear", "dynamic", "yarn"):
             return self.max_position_embeddings
@@ -63,11 +64,11 @@ class RopeConfig:
 
     @property
     def depends_on_length(self) -> bool:
-        """Whether frequencies depend on the length a sequence is meant to reach."""
+        """True where frequencies depend on the length that a sequence will reach."""
         return self.rope_type in ("dynamic", "longrope")
 
     def length_class(self, rope_len: int) -> int:
-        """Return a number that is the same for lengths with the same frequencies."""
+        """Return a number that is equal for lengths with equal frequencies."""
         if self.rope_type == "dynamic":
             return max(rope_len, self.max_position_embeddings)
         if self.rope_type == "longrope":
@@ -86,20 +87,20 @@ def inv_freq(
 
     Args:
         config: the model's rotary embedding.
-        rope_len: tokens the sequence is meant to reach. It picks the short or long factors
-            of longrope and the base of dynamic scaling, once for a sequence, so that its
-            chunks agree with one pass.
+        rope_len: tokens that the sequence will reach. It selects the short or long factors of
+            longrope and the base of dynamic scaling once for a sequence, so that processing it
+            in chunks agrees with processing it at once.
         alpha_value: NTK-aware scaling: the base is multiplied by
-            alpha ** (rotary_dim / (rotary_dim - 2)), so that the slowest frequency is
-            divided by alpha and the fastest stays.
-        compress_pos_emb: positions are divided by this, on top of the model's own scheme.
+            alpha ** (rotary_dim / (rotary_dim - 2)), which divides the slowest frequency by
+            alpha and keeps the fastest.
+        compress_pos_emb: positions are divided by it, in addition to the model's own scheme.
 
     Returns:
-        rotary_dim / 2 frequencies in radians a token, fastest first, and the factor on
+        rotary_dim / 2 frequencies in radians a token, the fastest first, and the factor on
         cosine and sine.
 
     Raises:
-        InvalidSettings: alpha_value or compress_pos_emb is no number in (0, 1e6].
+        InvalidSettings: alpha_value or compress_pos_emb is not a number from 1e-6 to 1e6.
     """
     check_scaling(alpha_value, compress_pos_emb)
     theta = config.rope_theta * _ntk(alpha_value, config.rotary_dim)
@@ -138,7 +139,7 @@ def _linear(config: RopeConfig, theta: float, rope_len: int) -> tuple[list[float
 
 
 def _dynamic(config: RopeConfig, theta: float, rope_len: int) -> tuple[list[float], float]:
-    """NTK-aware scaling that grows with the length beyond the model's own."""
+    """NTK-aware scaling that grows with the length beyond `max_position_embeddings`."""
     assert config.factor is not None
     length = max(rope_len, config.max_position_embeddings)
     stretch = config.factor * length / config.max_position_embeddings - (config.factor - 1)
@@ -146,7 +147,7 @@ def _dynamic(config: RopeConfig, theta: float, rope_len: int) -> tuple[list[floa
 
 
 def _llama3(config: RopeConfig, theta: float, rope_len: int) -> tuple[list[float], float]:
-    """Llama 3.1: slow frequencies are divided by `factor`, fast ones kept, smooth between."""
+    """Llama 3.1: divides slow frequencies by `factor`, keeps fast ones, interpolates between."""
     assert config.factor and config.low_freq_factor and config.high_freq_factor
     low, high = config.low_freq_factor, config.high_freq_factor
     frequencies = []
@@ -216,19 +217,19 @@ ROPE_TYPES = {
 
 def parse_rope(keys: Keys, head_dim: int, max_position_embeddings: int,
                longrope_aliases: tuple[str, ...] = ()) -> RopeConfig:
-    """Read the rotary embedding out of a config, in either layout.
+    """Read the rotary embedding from a config, in either layout.
 
-    Transformers 4 has `rope_theta` at top level and `rope_scaling` (or null) beside it;
-    transformers 5 has both in `rope_parameters`, which may be nested by layer type.
+    Transformers 4 has `rope_theta` at the top level and `rope_scaling` (or null) beside it.
+    Transformers 5 has both in `rope_parameters`, which may be nested by layer type.
 
     Args:
         keys: the whole config.
-        head_dim: elements a head.
-        max_position_embeddings: the model's own length.
+        head_dim: elements of a head.
+        max_position_embeddings: the model's length in tokens.
         longrope_aliases: other names of `longrope` in this architecture.
 
     Raises:
-        InvalidConfig: an unknown scheme, or one whose values are missing or make no sense.
+        InvalidConfig: the scheme is unknown, or its values are missing or invalid.
     """
     scheme = keys.mapping("rope_scaling") or keys.mapping("rope_parameters") or {}
     inherited = {
@@ -247,7 +248,7 @@ def parse_rope(keys: Keys, head_dim: int, max_position_embeddings: int,
     if rotary_dim % 2 or rotary_dim < 4:
         raise rope.fail("partial_rotary_factor", "an even number of rotated elements, 4 or more",
                         f"{rotary_dim} of a head's {head_dim}")
-    # The top level wins: Phi-3 keeps the value there, and transformers reads it so.
+    # The top level wins, as in transformers, because Phi-3 has the value there.
     original = (
         keys.integer("original_max_position_embeddings", 2, MAX_POSITIONS)
         or rope.integer("original_max_position_embeddings", 2, MAX_POSITIONS)
@@ -264,7 +265,7 @@ def parse_rope(keys: Keys, head_dim: int, max_position_embeddings: int,
 
 
 def _flatten(keys: Keys, scheme: dict[str, Any]) -> Mapping[str, Any]:
-    """Unwrap settings nested by layer type, which this engine needs to be all the same."""
+    """Unwrap settings nested by layer type, which must be equal for all layer types."""
     nested = [value for value in scheme.values() if isinstance(value, dict)]
     if not nested:
         return scheme
@@ -279,7 +280,7 @@ def _flatten(keys: Keys, scheme: dict[str, Any]) -> Mapping[str, Any]:
 
 
 def _scheme_values(rope: Keys, rope_type: str, num_pairs: int) -> dict[str, Any]:
-    """Read what belongs to one scheme; keys of other schemes are ignored."""
+    """Read the values of one scheme; ignore keys of other schemes."""
     if rope_type == "default":
         return {}
     if rope_type in ("linear", "dynamic"):

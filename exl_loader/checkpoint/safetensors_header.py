@@ -1,4 +1,4 @@
-"""Headers of safetensors files, read and validated without reading a weight.
+"""Read and validate headers of safetensors files, without reading a weight.
 
 A file is: 8 bytes little-endian header length, a JSON object of that length, then the data.
 Each entry of the object is `name: {dtype, shape, data_offsets: [begin, end]}` with offsets
@@ -20,8 +20,8 @@ from ..utils.errors import InvalidCheckpoint, shown
 from ..utils.json_keys import InvalidJson, parse_json
 from ..utils.untrusted_files import open_regular
 
-# Name in a file -> (our name, bits). What this engine cannot use has a name all the same, so
-# that a tensor nobody asks for does not keep a model from loading.
+# dtype in a file -> (PyTorch's name, bits). Types that this engine cannot use are listed too, so
+# that an unused tensor does not prevent a model from loading.
 DTYPES = {
     "F64": ("float64", 64),
     "F32": ("float32", 32),
@@ -46,9 +46,9 @@ DTYPES = {
 }
 
 LENGTH_BYTES = 8
-# How the text begins that git leaves in place of a large file where git-lfs is missing.
+# The beginning of the text that git writes in place of a large file without git-lfs.
 LFS_PREFIX = b"version https://git-lfs"[:LENGTH_BYTES]
-# The safetensors library's own bound; the largest real headers are a few megabytes.
+# The limit of the safetensors library. The largest real headers have a few megabytes.
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 8
 MAX_DIMENSION = 1 << 40
@@ -58,13 +58,15 @@ DOWNLOAD_AGAIN = "Download the file again"
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """One tensor of a checkpoint, before it is read.
+    """The header of one tensor.
 
     Args:
-        dtype: a key of `table.DTYPE_BYTES`, or the name of a dtype this engine cannot use.
+        name: the tensor's name.
+        dtype: a key of `table.DTYPE_BYTES`, or the name of a dtype that this engine cannot use.
         shape: dimensions in elements, outermost first.
-        path: the file. offset: its first byte there, from the start of the file.
-        nbytes: its length.
+        path: the file.
+        offset: bytes from the start of the file to the tensor.
+        nbytes: bytes of the tensor.
     """
 
     name: str
@@ -77,9 +79,9 @@ class TensorHeader:
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """What changes when a file is replaced or written to.
+    """Size and modification time, which change when a file is replaced or written to.
 
-    Not the inode: some network file systems give a file another one whenever it is opened.
+    Not the inode, because some network file systems give a file another one at every opening.
     """
 
     nbytes: int
@@ -87,7 +89,7 @@ class FileIdentity:
 
     @classmethod
     def of(cls, status: os.stat_result) -> FileIdentity:
-        """Take it from what `os.stat` says."""
+        """Return the identity of a file by its `os.stat` result."""
         return cls(status.st_size, status.st_mtime_ns)
 
 
@@ -102,8 +104,8 @@ def read_header(path: Path) -> tuple[list[TensorHeader], FileIdentity]:
     """Read and validate the header of one safetensors file.
 
     Raises:
-        InvalidCheckpoint: the file cannot be read, is truncated, or its header says
-            something that cannot be true.
+        InvalidCheckpoint: the file cannot be read or is truncated, or its header contradicts
+            itself or the file.
     """
     try:
         with open_weights(path) as file:
@@ -126,7 +128,7 @@ def open_weights(path: Path) -> BinaryIO:
     """Open a safetensors file, unbuffered.
 
     Raises:
-        InvalidCheckpoint: there is none, or it is no regular file that can be read.
+        InvalidCheckpoint: there is no such file, or it is not a readable regular file.
     """
     return open_regular(path, error=InvalidCheckpoint, missing=InvalidCheckpoint,
                         remedy=DOWNLOAD_AGAIN)
@@ -194,13 +196,13 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorHeader:
 
 
 def _check_cover(path: Path, headers: list[TensorHeader], start: int, file_bytes: int) -> None:
-    place = start
+    position = start
     for header in sorted(headers, key=lambda h: (h.offset, h.nbytes)):
-        if header.offset != place:
-            kind = "a gap" if header.offset > place else "an overlap"
+        if header.offset != position:
+            kind = "a gap" if header.offset > position else "an overlap"
             actual = f"byte {header.offset} ({kind})"
-            invalid(path, f"start of {shown(header.name)}", f"byte {place}", actual)
-        place += header.nbytes
-    if place != file_bytes:
-        kind = "truncated" if file_bytes < place else "data that no tensor owns"
-        invalid(path, "file length", f"{place} bytes", f"{file_bytes} bytes ({kind})")
+            invalid(path, f"start of {shown(header.name)}", f"byte {position}", actual)
+        position += header.nbytes
+    if position != file_bytes:
+        kind = "truncated" if file_bytes < position else "data that no tensor owns"
+        invalid(path, "file length", f"{position} bytes", f"{file_bytes} bytes ({kind})")

@@ -18,7 +18,7 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def _refuse(model_dir: Path, names: Iterable[str]) -> None:
-    """Say why there is nothing to load in a folder without safetensors files."""
+    """Raise the error for a folder without safetensors files."""
     for name in names:
         suffix = Path(name).suffix.lower()
         if suffix in PICKLE_SUFFIXES:
@@ -41,10 +41,10 @@ def _refuse(model_dir: Path, names: Iterable[str]) -> None:
 
 
 def index_files(model_dir: Path) -> list[str]:
-    """Names of the files that `model.safetensors.index.json` lists; empty without an index.
+    """Return the names of the files in `model.safetensors.index.json`; empty without an index.
 
     Raises:
-        InvalidCheckpoint: the index is no JSON object, or names a file outside the folder.
+        InvalidCheckpoint: the index is not a JSON object, or names a file outside the folder.
     """
     index = read_json_object_if_there(
         model_dir / INDEX_NAME, limit=INDEX_BYTES, error=InvalidCheckpoint
@@ -63,12 +63,12 @@ def index_files(model_dir: Path) -> list[str]:
 
 
 def weight_names(model_dir: Path) -> list[str]:
-    """Names of a folder's safetensors files, sorted.
+    """Return the names of a folder's safetensors files, sorted.
 
     Raises:
-        ModelNotFound: no folder, or no weights in it.
+        ModelNotFound: there is no folder, or no weights in it.
         UnsupportedFormat: the weights are pickle files or GGUF.
-        InvalidCheckpoint: an index lists files, and there are none.
+        InvalidCheckpoint: an index lists files, but there are none.
     """
     if not os.path.isdir(model_dir):
         raise ModelNotFound(
@@ -86,12 +86,12 @@ def weight_names(model_dir: Path) -> list[str]:
 
 
 def converter_output(found: Iterable[str]) -> list[str]:
-    """Files that EXL2's converter wrote: the folder may hold the source model's beside them."""
+    """Return the files that EXL2's converter wrote; the source model's may be beside them."""
     return [name for name in found if name == "output.safetensors" or name.startswith("output-")]
 
 
 def candidates(model_dir: Path, found: list[str]) -> Iterator[list[str]]:
-    """Yield sets of files that may hold a whole model, the likeliest first.
+    """Yield sets of files that may hold a whole model, the most likely first.
 
     The order is that of transformers: `model.safetensors`, then the files of an index. After
     these come every complete series of numbered files and every other single file, such as
@@ -120,7 +120,7 @@ def candidates(model_dir: Path, found: list[str]) -> Iterator[list[str]]:
 def all_files(model_dir: Path, found: list[str]) -> list[str]:
     """Choose the files of a folder in which no candidate holds a whole model.
 
-    The files of the index where all are there, otherwise every file.
+    These are the files of the index if all of them exist, otherwise all files.
 
     Raises:
         InvalidCheckpoint: a numbered series of files has gaps.
@@ -132,9 +132,9 @@ def all_files(model_dir: Path, found: list[str]) -> list[str]:
 
 
 def _readable_index(model_dir: Path) -> list[str]:
-    """Names that the index lists; none where it cannot be read.
+    """Return the names in the index; empty where it cannot be read.
 
-    EXL2 folders keep stale indexes; `check_index` judges once it matters.
+    EXL2 folders keep outdated indexes. `check_index` raises the error where the index matters.
     """
     try:
         return index_files(model_dir)
@@ -143,7 +143,7 @@ def _readable_index(model_dir: Path) -> list[str]:
 
 
 def folder_names(model_dir: Path) -> list[str]:
-    """Names of a folder's files, sorted."""
+    """Return the names of a folder's files, sorted."""
     try:
         return sorted(os.listdir(model_dir))
     except OSError as error:
@@ -154,7 +154,7 @@ def folder_names(model_dir: Path) -> list[str]:
 
 
 def missing_shards(listed: Iterable[str], found: Iterable[str]) -> None:
-    """Raise InvalidCheckpoint where the index lists files that are not there."""
+    """Raise InvalidCheckpoint where the index lists files that do not exist."""
     missing = sorted(set(listed) - set(found))
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -167,12 +167,12 @@ def missing_shards(listed: Iterable[str], found: Iterable[str]) -> None:
 
 
 def check_index(model_dir: Path) -> None:
-    """Check that every file of the index is there; not for EXL2, which has none of its own."""
+    """Check that every file of the index exists. EXL2 has no index of its own."""
     missing_shards(index_files(model_dir), folder_names(model_dir))
 
 
 def check_series(names: list[str]) -> None:
-    """Check that every member of `NAME-00001-of-0000N.safetensors` is there."""
+    """Check that every file of a series `NAME-00001-of-0000N.safetensors` exists."""
     present = set(names)
     matches = (SERIES.fullmatch(name) for name in names)
     series = {(match[1], len(match[2]), match[3]) for match in matches if match}

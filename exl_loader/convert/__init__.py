@@ -29,25 +29,25 @@ def convert(
 ) -> Conversion:
     """Quantise a model to EXL2 with GPTQ error feedback.
 
-    Every linear layer gets one bit width of 2, 3, 4, 5, 6 or 8 and one group size; which, is
-    chosen from errors measured on the calibration text, so that the average meets `bits`.
-    Embeddings, norms and routers become float16. The folder appears when it is complete.
+    Every linear layer gets one bit width (2, 3, 4, 5, 6 or 8) and one group size. They are chosen
+    by errors on the calibration text, so that the average meets `bits`. Embeddings, norms and
+    routers become float16. The output folder appears when it is complete.
 
     Args:
         model_dir: an unquantised Hugging Face folder of an architecture this engine runs.
-        out_dir: a folder that does not exist yet, or is empty.
-        bits: the most bits per weight of the decoder layers, scales and tables included.
-        head_bits: width of the output head, 6 or 8.
-        calibration: a UTF-8 text file; None takes sources of Python's standard library.
-        calibration_rows: rows of calibration text; fewer where it is short.
-        calibration_row_len: tokens in a row, at most what the model was made for.
-        progress: where progress is reported; nowhere if None.
+        out_dir: a folder that does not exist yet or is empty.
+        bits: most bits per weight of the decoder layers, including scales and tables.
+        head_bits: bits of a code of the output head, 6 or 8.
+        calibration: a UTF-8 text file; None for sources of Python's standard library.
+        calibration_rows: rows of calibration text; a short text gives fewer.
+        calibration_row_len: tokens of a row; at most the model's `max_position_embeddings`.
+        progress: shows the progress; None shows nothing.
 
     Returns:
-        What was chosen for each layer, and the sizes.
+        The chosen options of all layers, and the sizes.
 
     Raises:
-        InvalidSettings: a setting makes no sense, or `out_dir` holds something already.
+        InvalidSettings: a setting is invalid, or `out_dir` is not empty.
         UnsupportedFormat: the model is quantised already.
         ModelNotFound, InvalidConfig, UnsupportedArchitecture, InvalidCheckpoint,
         InvalidTokenizer: the source folder cannot be used.

@@ -1,4 +1,4 @@
-"""Run the calibration text through the engine's layers, one layer in memory at a time."""
+"""Run the calibration text through the engine's layers, with one layer in memory at a time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from ..backends.base import Batch, Linear
-from ..backends.layouts import TILE_COLUMNS, DenseLinear
+from ..backends.layouts import DenseLinear, fill_dense
 from ..backends.reference.ops import ReferenceOps, dense_weight
 from ..cache.layout import PAGE_LEN, CacheLayer, CacheType, cache_specs, pages_for
 from ..checkpoint.rope import inv_freq
@@ -21,10 +21,10 @@ from .source import Source
 
 
 class _RecordingOps(ReferenceOps):
-    """The reference operations, with linear layers in float32 that note down their inputs.
+    """The reference operations, with linear layers in float32 that record their inputs.
 
-    float32 sums are exact enough for statistics over thousands of rows, and several times
-    faster than the reference's float64.
+    float32 sums are exact enough for statistics over thousands of rows, and are several times
+    faster than the float64 of the reference.
     """
 
     def __init__(self) -> None:
@@ -48,11 +48,11 @@ def _allocate(specs: list[TensorSpec]) -> dict[str, torch.Tensor]:
 
 
 class Activations:
-    """Hidden states of all calibration rows, carried from layer to layer.
+    """The hidden states of all calibration rows, updated layer by layer.
 
     Args:
         source: the model.
-        rows: ids of the calibration rows, all of the same length T.
+        rows: token ids of the calibration rows, which have the same length T.
     """
 
     def __init__(self, source: Source, rows: list[list[int]]):
@@ -85,7 +85,7 @@ class Activations:
         )
 
     def restart(self) -> None:
-        """Go back to the embeddings: the input of layer 0."""
+        """Reset the hidden states to the embeddings, which are the input of layer 0."""
         source = self._source
         table = source.checkpoint.read(source.parts.embedding.spec.name)
         factor = source.config.embedding_multiplier
@@ -103,14 +103,14 @@ class Activations:
         record: bool = False,
         advance: bool = True,
     ) -> dict[str, Hessian]:
-        """Run all rows through a layer, which must be the next one.
+        """Run all rows through the next layer.
 
         Args:
-            index: of the layer.
-            replaced: layer name -> weight [in_features, out_features] to use instead of the
-                source's.
-            record: note down the inputs of the layers that will be quantised.
-            advance: keep the outputs as the next layer's inputs; without it, the same layer
+            index: number of the layer.
+            replaced: name of a linear layer -> weight [in_features, out_features] to use instead
+                of the source's.
+            record: record the inputs of the linear layers that will be quantised.
+            advance: keep the outputs as the inputs of the next layer. Without it the same layer
                 can be run again.
 
         Returns:
@@ -135,7 +135,7 @@ class Activations:
         return hessians
 
     def head_hessian(self) -> Hessian:
-        """The Hessian of the output head's inputs; only after the last layer."""
+        """Return the Hessian of the output head's inputs. Call it only after the last layer."""
         source, norm = self._source, self._source.parts.head.norm
         norm.load(self._loading(norm.specs()))
         hessian = Hessian(source.config.hidden_size)
@@ -146,27 +146,21 @@ class Activations:
         return hessian
 
     def _load(self, index: int, replaced: Mapping[str, torch.Tensor]) -> Layer:
-        """Read one layer's weights; embedding and everything else stay out."""
+        """Read the weights of one layer."""
         source = self._source
-        # Made anew, so that its weights go with it.
+        # A new object each time, so that its weights are freed with it.
         layer = Builder(source.config, source.checkpoint).layer(index, MAIN_MEMORY)
         layer.load(self._loading(layer.specs()))
         for linear in layer.linears:
-            assert isinstance(linear.weights, DenseLinear)
+            weights = linear.weights
+            assert isinstance(weights, DenseLinear)
             if linear.name in replaced:
-                linear.weights.weight = _tiled(replaced[linear.name])
+                weight = replaced[linear.name]
+                weights.weight = torch.zeros_like(weights.weight, dtype=weight.dtype)
+                fill_dense(weight.t().contiguous(), 0, weights.weight)
         return layer
 
     def _loading(self, specs: Iterable[TensorSpec]) -> Loading:
-        """Give the parts with these specs memory of their own to load into."""
+        """Return what parts with these specs load into: new memory."""
         views = _allocate(list(specs))
         return Loading(self._source.checkpoint, views, {MAIN_MEMORY: self._ops})
-
-
-def _tiled(weight: torch.Tensor) -> torch.Tensor:
-    """A weight [K, N] in `DenseLinear`'s layout [tiles, K, TILE_COLUMNS]."""
-    in_features, out_features = weight.shape
-    tiles = -(-out_features // TILE_COLUMNS)
-    padded = weight.new_zeros(in_features, tiles * TILE_COLUMNS)
-    padded[:, :out_features] = weight
-    return padded.view(in_features, tiles, TILE_COLUMNS).transpose(0, 1).contiguous()

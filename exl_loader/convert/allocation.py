@@ -1,4 +1,4 @@
-"""Bit widths of layers for a requested average, from measured errors."""
+"""Choose the bit widths of layers for a requested average, by measured errors."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class Option:
     """One way to store a layer.
 
     Args:
-        bits: width of a code.
+        bits: bits of a code.
         group_size: rows that share a scale.
-        stored_bits: what it takes in the file, scales and tables included.
-        error: what it costs; any additive measure.
+        stored_bits: bits in the file, including scales and tables.
+        error: error of the layer, in any additive measure.
     """
 
     bits: int
@@ -29,8 +29,8 @@ class Option:
 def efficient_options(options: Sequence[Option]) -> list[Option]:
     """Keep the options on the lower convex hull of error over size, smallest first.
 
-    What is left has falling errors and falling gains per bit, which is what makes taking the
-    best gain per bit first the right order.
+    The remaining options have falling errors and falling gains per bit, so that taking the best
+    gain per bit first is the right order.
     """
     hull: list[Option] = []
     for option in sorted(options, key=lambda o: (o.stored_bits, o.error)):
@@ -43,7 +43,7 @@ def efficient_options(options: Sequence[Option]) -> list[Option]:
 
 
 def _gain(smaller: Option, larger: Option) -> float:
-    """Error saved per bit spent."""
+    """Return the reduction of the error per additional bit."""
     spent = larger.stored_bits - smaller.stored_bits
     return (smaller.error - larger.error) / spent if spent else float("inf")
 
@@ -51,18 +51,18 @@ def _gain(smaller: Option, larger: Option) -> float:
 def allocate(
     measured: Mapping[str, Sequence[Option]], num_weights: int, bits: float
 ) -> dict[str, Option]:
-    """Choose one option a layer so that the sum of errors is small within a budget.
+    """Choose an option for each layer so that the sum of errors is small within a budget.
 
     Args:
         measured: options of every layer.
-        num_weights: weights of all layers together.
-        bits: the most that may be stored per weight, on average.
+        num_weights: number of weights of all layers.
+        bits: most stored bits per weight, on average.
 
     Returns:
         The chosen option of every layer.
 
     Raises:
-        InvalidSettings: not even the smallest options fit the budget.
+        InvalidSettings: the smallest options exceed the budget.
     """
     ladders = {name: efficient_options(options) for name, options in measured.items()}
     chosen = dict.fromkeys(ladders, 0)
@@ -81,7 +81,7 @@ def allocate(
         _, name = heapq.heappop(steps)
         ladder, at = ladders[name], chosen[name]
         cost = ladder[at + 1].stored_bits - ladder[at].stored_bits
-        # A step too large for what is left ends this layer's climb, not the others'.
+        # A step that exceeds the remaining budget ends the steps of this layer only.
         if cost > left:
             continue
         left -= cost

@@ -1,4 +1,4 @@
-"""Calibration text: what the activations are measured on."""
+"""Calibration text, on which the activations are measured."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from ..utils.errors import InvalidSettings
 from ..utils.untrusted_files import TEXT_BYTES, read_text
 
-# Code with long docstrings, and prose (`topics.py` is Python's own manual as text): what is
-# on every machine that runs this. None of them is among the demo model's held-out files.
+# Code with long docstrings, and prose (`topics.py` is Python's manual as text), which every machine
+# has. None of these files is among the demo model's held-out files.
 _DEFAULT_FILES = (
     "argparse.py",
     "pydoc_data/topics.py",
@@ -42,7 +42,7 @@ def calibration_text(path: str | Path | None) -> tuple[str, str]:
         A name for `config.json`, and the text.
 
     Raises:
-        InvalidSettings: the file is not there, not UTF-8 or larger than 64 MiB.
+        InvalidSettings: the file does not exist, is not UTF-8 or is larger than 64 MiB.
     """
     if path is None:
         root = Path(sysconfig.get_paths()["stdlib"])
@@ -58,19 +58,19 @@ def calibration_text(path: str | Path | None) -> tuple[str, str]:
 def calibration_rows(
     encode: Callable[[str], list[int]], text: str, num_rows: int, row_len: int
 ) -> list[list[int]]:
-    """Cut rows of ids out of a text, evenly spread over it.
+    """Cut rows of token ids from a text, evenly spaced.
 
     Args:
-        encode: text to ids, with the beginning-of-text id where the model wants one.
+        encode: converts text to token ids, with the model's prefix such as a BOS token.
         text: the calibration text.
-        num_rows: rows wanted; fewer come where the text is short.
-        row_len: ids in a row.
+        num_rows: number of rows; a short text gives fewer.
+        row_len: token ids of a row.
 
     Returns:
-        Rows of row_len ids; one shorter row if the text has no more.
+        Rows of row_len token ids, or a single shorter row if the text is that short.
 
     Raises:
-        InvalidSettings: the text has fewer than 256 ids.
+        InvalidSettings: the text has fewer than 256 tokens, or than row_len if that is less.
     """
     ids = encode(text)
     if len(ids) < min(_LEAST_TOKENS, row_len):
@@ -80,7 +80,7 @@ def calibration_rows(
             actual=f"{len(ids)}",
             remedy="Give a longer file",
         )
-    # The model has learnt what follows its first id; a row cut from the middle gets it too.
+    # Every row gets the prefix, because the model was trained on texts that begin with it.
     prefix = ids[: len(encode(""))]
     body = ids[len(prefix) :]
     body_len = min(row_len - len(prefix), len(body))

@@ -1,9 +1,9 @@
-"""The conversion: measure, allot, quantise layer by layer, write.
+"""The steps of a conversion: measure, choose bit widths, quantise layer by layer, write.
 
-Two walks through the model. The first keeps the original weights and measures, for every
-layer, what each width and group size would change in its output. The second quantises layer
-by layer and replaces the weights as it goes, so that every layer is calibrated on the
-activations that the quantised model will really give it.
+It runs through the model twice. The first pass keeps the original weights and measures how much
+each bit width and group size would change the output of every linear layer. The second pass
+quantises layer by layer and replaces the weights, so that every layer is calibrated on the
+activations of the quantised model.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ WIDTHS = (2, 3, 4, 5, 6, 8)
 HEAD_WIDTHS = (6, 8)
 # More rows than any text of 64 MiB has.
 MAX_ROWS = 1 << 22
-# Small groups cost a scale more often and pay where few levels are left.
+# Small groups store more scales, which is worth it for codes of few bits.
 GROUP_SIZES = (32, 64, 128)
 HEAD_GROUP_SIZE = 128
-# Columns are quantised independently but for the maximum that their scales share, so an even
-# sample of them measures the whole.
+# Columns are quantised independently except for the maximum that their scales share, so an even
+# sample of columns represents all of them.
 MEASURED_COLUMNS = 256
 
 
@@ -70,17 +70,17 @@ class ConvertSettings:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion did.
+    """The result of a conversion.
 
     Args:
-        out_dir: the folder that was made.
-        layers: what each decoder layer is stored as, `error` being the share of its output's
-            energy that was expected to change.
-        head_bits: width of the output head.
-        bits_per_weight: of the decoder layers, everything stored counted.
+        out_dir: the new folder.
+        layers: name of a linear layer -> the chosen option. Its `error` is the expected relative
+            error of the layer's output.
+        head_bits: bits of a code of the output head.
+        bits_per_weight: stored bits per weight of the decoder layers, scales and tables included.
         file_bytes: size of the weight files.
-        calibration_tokens: tokens that the activations were measured on.
-        seconds: time it took.
+        calibration_tokens: number of tokens on which the activations were measured.
+        seconds: duration of the conversion.
     """
 
     out_dir: Path
@@ -92,7 +92,7 @@ class Conversion:
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it as what JSON can hold."""
+        """Return the result as JSON data."""
         return {**asdict(self), "out_dir": str(self.out_dir)}
 
 
@@ -156,7 +156,7 @@ class _Pipeline:
         return sum(plan.in_features * plan.out_features for plan in plans)
 
     def _choose(self, activations: Activations) -> dict[str, Option]:
-        """Measure every option of every layer and allot the bits."""
+        """Measure every option of every layer and choose one for each."""
         measured: dict[str, list[Option]] = {}
         with task(self.progress, "measuring", len(self.layers), "layers") as advance:
             for index, layer in enumerate(self.layers):
@@ -164,7 +164,7 @@ class _Pipeline:
                 for group in layer.input_groups():
                     prepared = PreparedHessian(hessians.pop(group[0].name))
                     for linear in group:
-                        weight = self.source.weight(linear.spec)
+                        weight = self.source.linear(linear.spec).weight()
                         measured[linear.name] = measure(weight, prepared)
                 advance(1)
         return allocate(measured, self._num_weights(), self.settings.bits)
@@ -203,14 +203,14 @@ class _Pipeline:
         group_size: int,
         writer: ShardWriter,
     ) -> torch.Tensor:
-        """Quantise a layer, hand it to the writer, return it decoded."""
-        bias = self.source.bias(plan)
-        layer = quantize(self.source.weight(plan), hessian, bits, group_size, bias)
+        """Quantise a layer and write it; return the decoded weight."""
+        source = self.source.linear(plan)
+        layer = quantize(source.weight(), hessian, bits, group_size, source.bias)
         writer.add(exl2_tensors(plan.name, layer))
         return dequantize(layer)
 
     def _quantization(self) -> dict[str, Any]:
-        """What goes into config.json as `quantization_config`."""
+        """Return `quantization_config` for config.json."""
         return {
             "quant_method": "exl2",
             "version": __version__,
@@ -225,15 +225,14 @@ class _Pipeline:
 
 
 def measure(weight: torch.Tensor, hessian: PreparedHessian) -> list[Option]:
-    """Quantise a layer every way there is and measure what each would cost.
+    """Quantise a layer with every bit width and group size, and measure the errors.
 
     Args:
         weight: float32 [in_features, out_features].
-        hessian: of its inputs.
+        hessian: the Hessian of its inputs.
 
     Returns:
-        An option for every width and group size; its error is the share of the output's
-        energy that changes.
+        An option for every bit width and group size, with the relative error of the output.
     """
     in_features, out_features = weight.shape
     count = min(MEASURED_COLUMNS, out_features)

@@ -1,17 +1,18 @@
-"""Quantise a matrix so that its outputs on calibration text change least (GPTQ).
+"""Quantise a matrix so that its outputs on calibration text change little (GPTQ).
 
 Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
-Transformers", 2022: rows are rounded one after the other, and each row's rounding error is
-carried into the rows that are still to come, weighted by the inverse Hessian of the inputs.
-Rows come in falling order of the Hessian's diagonal, so that the channels that matter most
-are rounded while the most rows are left to make up for them.
+Transformers", 2022: rows are rounded consecutively, and each row's rounding error is added to the
+rows that follow, weighted by the inverse Hessian of the inputs. Rows are sorted by falling
+diagonal of the Hessian, because the most important channels then have the most rows left to
+compensate their errors.
 """
 
 from __future__ import annotations
 
 import torch
 
-from .packing import QuantizedLinear, effective_scales, num_groups, padded_columns
+from ..formats.exl2 import effective_scales
+from .packing import QuantizedLinear, num_groups, padded_columns
 from .scales import choose_scales, quantize_rows
 
 # Share of the mean diagonal added to the diagonal: the paper's value.
@@ -36,11 +37,11 @@ class Hessian:
 
 
 class PreparedHessian:
-    """A Hessian made ready for any number of quantisations with it.
+    """A Hessian prepared for any number of quantisations.
 
     Args:
-        hessian: what was recorded. Where nothing was (an expert that no token reached), every
-            channel counts alike, which makes GPTQ plain rounding with searched scales.
+        hessian: the recorded inputs. Without any (an expert that no token reached) every channel
+            has the same weight, and GPTQ becomes plain rounding with searched scales.
 
     Attributes:
         perm: int64 [K], channels in falling order of the diagonal.
@@ -59,7 +60,7 @@ class PreparedHessian:
 
 
 def _inverse_factor(matrix: torch.Tensor) -> torch.Tensor:
-    """Upper triangular U with inverse(H) = Uᵀ U, damping H as much as it takes.
+    """Return an upper triangular U with inverse(H) = Uᵀ U, with enough damping of H.
 
     With rows and columns in reverse, the Cholesky factor of H is R with H = R Rᵀ and R upper
     triangular; then U = inverse(R), which needs no inverse of H itself.
@@ -75,18 +76,20 @@ def _inverse_factor(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _quantize_group(rows: torch.Tensor, feedback: torch.Tensor, bits: int):
-    """Quantise one group, carrying errors within it.
+    """Quantise one group with error feedback within it.
 
     Args:
-        rows: float32 [n, N], overwritten. feedback: U's diagonal block [n, n].
+        rows: float32 [n, N], overwritten.
+        feedback: diagonal block [n, n] of U.
+        bits: bits of a code.
 
     Returns:
-        codes uint8 [n, N]; levels int64 [N]; scale_max float16; errors float32 [n, N], each
-        row's error divided by its diagonal, for the rows that follow the group.
+        codes uint8 [n, N]; levels int64 [N]; scale_max float16; errors float32 [n, N], the error
+        of each row divided by its diagonal element, for the rows after the group.
     """
     diagonal = feedback.diagonal()
     scale_max, levels = choose_scales(rows, bits, diagonal.pow(-2))
-    scales = effective_scales(levels, scale_max)
+    scales = effective_scales(levels, scale_max).float()
     codes = torch.empty(rows.shape, dtype=torch.uint8)
     errors = torch.empty_like(rows)
     for i in range(rows.shape[0]):
@@ -109,12 +112,12 @@ def quantize(
     Args:
         weight: [K, N] in any float dtype, input channels first.
         hessian: of the layer's inputs, K channels.
-        bits: width of every code.
+        bits: bits of a code.
         group_size: rows that share a scale, a multiple of 32.
         bias: [N], passed through.
 
     Returns:
-        The layer in codes, columns padded to a multiple of 32.
+        The layer as codes, with columns padded to a multiple of 32.
     """
     in_features, out_features = weight.shape
     columns = padded_columns(out_features)
@@ -137,7 +140,7 @@ def quantize(
 
 
 def relative_error(weight: torch.Tensor, decoded: torch.Tensor, hessian: PreparedHessian) -> float:
-    """Share of the output's energy that the change makes: |X (W - W')|² / |X W|².
+    """Return the relative error of the output: |X (W - W')|² / |X W|².
 
     Args:
         weight, decoded: [K, N], input channels in the model's own order.

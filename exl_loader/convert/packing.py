@@ -1,9 +1,8 @@
-"""EXL2 tensors of one linear layer, written bit for bit as the format has them.
+"""Pack a quantised linear layer into EXL2 tensors.
 
-Layout (docs and fixtures of the project; `formats/exl2.py` reads the same):
-a column's codes of one group are one plain bit stream, least significant bit first, that
-starts on a word of its own; a scale is 4 bits, stored as qs - 1; q_invperm is the inverse of
-the order in which the rows are stored.
+`formats/exl2.py` describes the layout and reads it: the codes of a column in one group are a bit
+stream, least significant bit first, that starts on a new word; a scale is 4 bits, stored as
+qs - 1; q_invperm is the inverse of the order in which the rows are stored.
 """
 
 from __future__ import annotations
@@ -12,21 +11,22 @@ from dataclasses import dataclass
 
 import torch
 
-COLUMN_MULTIPLE = 32
+from ..formats.exl2 import COLUMN_PADDING, effective_scales
+from ..utils.integers import ceil_div, round_up
 
 
 @dataclass
 class QuantizedLinear:
-    """A linear layer in codes, one bit width throughout.
+    """A linear layer as codes of one bit width.
 
     Args:
-        bits: width of a code.
-        group_size: rows that share a scale; the last group may be shorter.
+        bits: bits of a code.
+        group_size: rows of a group, which share a scale; the last group may be shorter.
         codes: uint8 [K, N] in stored (permuted) row order.
         qs: int64 [G, N], 1 to 16.
         scale_max: float16 [G].
-        perm: int64 [K]; stored row r holds input channel perm[r].
-        out_features: columns the model has; N is that padded to a multiple of 32.
+        perm: int64 [K]; stored row r is input channel perm[r].
+        out_features: columns of the model; N is out_features rounded up to a multiple of 32.
         bias: [out_features] or None.
     """
 
@@ -41,49 +41,49 @@ class QuantizedLinear:
 
 
 def num_groups(in_features: int, group_size: int) -> int:
-    """Groups of a layer, the shorter last one included."""
-    return -(-in_features // group_size)
+    """Return the number of groups of a layer, including a shorter last one."""
+    return ceil_div(in_features, group_size)
 
 
 def padded_columns(out_features: int) -> int:
-    """Columns as stored: a multiple of 32."""
-    return -(-out_features // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
+    """Return the number of stored columns, a multiple of 32."""
+    return round_up(out_features, COLUMN_PADDING)
 
 
 def stored_bits(in_features: int, out_features: int, bits: int, group_size: int) -> int:
-    """Bits that a layer's EXL2 tensors take in the file, tables and padding included."""
+    """Return the bits of a layer's EXL2 tensors in the file, including tables and padding."""
     columns = padded_columns(out_features)
     groups = num_groups(in_features, group_size)
     full_words = group_size * bits // 32
     last_rows = in_features - (groups - 1) * group_size
-    words = (groups - 1) * full_words + -(-last_rows * bits // 32)
+    words = (groups - 1) * full_words + ceil_div(last_rows * bits, 32)
     per_column = 32 * words + 4 * groups
     return per_column * columns + groups * (16 + 2 * 16) + 32 * in_features
 
 
 def _to_int32(words: torch.Tensor) -> torch.Tensor:
-    """Take the low 32 bits of int64 words as int32, without relying on how casts wrap."""
+    """Convert the low 32 bits of int64 words to int32, without relying on how casts wrap."""
     words = words & 0xFFFFFFFF
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack one group's codes.
+    """Pack the codes of one group.
 
     Args:
         codes: integers [rows, N] below 2^bits.
-        bits: width of a code, 1 to 16.
+        bits: bits of a code, 1 to 16.
 
     Returns:
         int32 [ceil(rows * bits / 32), N].
     """
     rows, columns = codes.shape
-    num_words = -(-rows * bits // 32)
+    num_words = ceil_div(rows * bits, 32)
     bit_starts = torch.arange(rows) * bits
     shifted = codes.to(torch.int64) << (bit_starts % 32)[:, None]
-    # One spare word takes the (empty) high half of a last code that ends on a word.
+    # One more word for the high half, which is empty, of a last code that ends on a word.
     words = torch.zeros(num_words + 1, columns, dtype=torch.int64)
-    # Fields do not overlap, so adding is or-ing.
+    # Fields do not overlap, so their sum is their bitwise or.
     words.index_add_(0, bit_starts // 32, shifted & 0xFFFFFFFF)
     words.index_add_(0, bit_starts // 32 + 1, shifted >> 32)
     return _to_int32(words[:num_words])
@@ -102,28 +102,15 @@ def pack_scales(qs: torch.Tensor) -> torch.Tensor:
     return _to_int32((nibbles << (4 * torch.arange(8))).sum(-1))
 
 
-def effective_scales(qs: torch.Tensor, scale_max: torch.Tensor) -> torch.Tensor:
-    """The scale that a decoder forms: half(qs^2) * half(scale_max / 256), rounded to half.
-
-    Args:
-        qs: integers, 1 to 16. scale_max: float16; the two broadcast against each other.
-
-    Returns:
-        float32 values that float16 holds exactly.
-    """
-    squares = (qs * qs).to(torch.float16)
-    return (squares * (scale_max / 256)).float()
-
-
 def exl2_tensors(name: str, layer: QuantizedLinear) -> dict[str, torch.Tensor]:
-    """All tensors of a layer under their names in the file.
+    """Return all tensors of a layer by their names in the file.
 
     Args:
         name: the layer's name, e.g. `model.layers.0.self_attn.q_proj`.
-        layer: the layer in codes.
+        layer: the layer as codes.
 
     Returns:
-        q_weight, q_groups, q_scale, q_scale_max, q_invperm and, where there is one, bias.
+        q_weight, q_groups, q_scale, q_scale_max, q_invperm and, if the layer has one, bias.
     """
     packed = [pack_codes(rows, layer.bits) for rows in layer.codes.split(layer.group_size)]
     first_row, q_groups = 0, []
@@ -144,9 +131,9 @@ def exl2_tensors(name: str, layer: QuantizedLinear) -> dict[str, torch.Tensor]:
 
 
 def dequantize(layer: QuantizedLinear) -> torch.Tensor:
-    """The weight as an EXL2 decoder sees it: float16 [in_features, out_features], unpermuted."""
+    """Decode a layer as the engine does: float16 [in_features, out_features], not permuted."""
     in_features = layer.codes.shape[0]
-    scales = effective_scales(layer.qs, layer.scale_max[:, None])
+    scales = effective_scales(layer.qs, layer.scale_max[:, None]).float()
     by_row = scales.repeat_interleave(layer.group_size, 0)[:in_features]
     stored = ((layer.codes.float() - 2 ** (layer.bits - 1)) * by_row).to(torch.float16)
     weight = torch.empty_like(stored)

@@ -1,25 +1,26 @@
-"""Scales of one group of rows, chosen by least weighted error."""
+"""Choose the scales of one group of rows by the smallest weighted error."""
 
 from __future__ import annotations
 
 import torch
 
-from .packing import effective_scales
+from ..formats.exl2 import effective_scales
+from ..utils.integers import ceil_div
 
 SCALE_LEVELS = 16
-# The group's maximum is tried at these shares of what the widest column needs to clip
-# nothing: with few levels, clipping the outliers costs less than coarser steps.
+# Candidates for the group's maximum, as shares of the maximum at which the widest column is not
+# clipped. With few levels, clipping the outliers costs less than coarser steps.
 _SHARES = (1.08, 1.0, 0.93, 0.86, 0.8, 0.74, 0.68, 0.62, 0.56, 0.5, 0.44, 0.38)
 _SAMPLED_COLUMNS = 64
-# Trial weights in flight: a few megabytes, about what a core's cache holds.
+# Weights that are tried at once: a few megabytes, about the size of a core's cache.
 _PIECE_ELEMENTS = 1 << 20
-# Below this, scale_max / 256 is no float16 above zero and every weight would decode as zero.
+# Below this, scale_max / 256 rounds to zero in float16, and every weight would decode to zero.
 _LEAST_SCALE_MAX = 256 * 2.0**-24
 _MOST_SCALE_MAX = 65504.0
 
 
 def quantize_rows(rows: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
-    """Signed codes nearest to the rows: float32 [..., N], whole numbers in the code's range."""
+    """Round rows to signed codes: float32 [..., N], whole numbers in the range of the code."""
     half = 2 ** (bits - 1)
     return torch.round(rows / scales).clamp_(-half, half - 1)
 
@@ -27,16 +28,19 @@ def quantize_rows(rows: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.
 def _best_levels(
     rows: torch.Tensor, scale_max: torch.Tensor, bits: int, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """For every maximum and column the level 1 to 16 of least error, and that error.
+    """Find, for every maximum and column, the level (1 to 16) with the smallest error.
 
     Args:
-        rows: float32 [n, N]. scale_max: float16 [C]. weights: float32 [n].
+        rows: float32 [n, N].
+        scale_max: float16 [C].
+        bits: bits of a code.
+        weights: float32 [n], the cost of a squared error in a row.
 
     Returns:
         Levels int64 [C, N]; weighted squared errors float32 [C, N].
     """
     levels = torch.arange(1, SCALE_LEVELS + 1)
-    scales = effective_scales(levels, scale_max[:, None])[:, :, None, None]
+    scales = effective_scales(levels, scale_max[:, None]).float()[:, :, None, None]
     columns = max(1, _PIECE_ELEMENTS // (scales.numel() * rows.shape[0]))
     best_levels, best_errors = [], []
     for piece in rows.split(columns, dim=1):
@@ -48,12 +52,12 @@ def _best_levels(
 
 
 def _columns_to_try(unclipped: torch.Tensor) -> torch.Tensor:
-    """The widest columns and an even sample of the others: they settle the maximum."""
+    """Return the widest columns and an even sample of the others, which decide the maximum."""
     count = unclipped.shape[0]
     if count <= _SAMPLED_COLUMNS:
         return torch.arange(count)
     widest = unclipped.topk(_SAMPLED_COLUMNS // 4).indices
-    even = torch.arange(0, count, -(-count // _SAMPLED_COLUMNS))
+    even = torch.arange(0, count, ceil_div(count, _SAMPLED_COLUMNS))
     return torch.cat([widest, even]).unique()
 
 
@@ -64,8 +68,8 @@ def choose_scales(
 
     Args:
         rows: float32 [n, N], the group's weights.
-        bits: width of a code.
-        weights: float32 [n], what a squared error in a row costs.
+        bits: bits of a code.
+        weights: float32 [n], the cost of a squared error in a row.
 
     Returns:
         scale_max, float16 scalar tensor; levels, int64 [N], 1 to 16.

@@ -1,4 +1,4 @@
-"""What is read from the unquantised folder: the linear layers, and all that stays as it is."""
+"""Read the unquantised folder: the linear layers, and the tensors that are not quantised."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from ..checkpoint import Checkpoint
 from ..checkpoint.config import ModelConfig
 from ..formats import read_linear
-from ..formats.layer import LinearSpec
+from ..formats.layer import DenseLayer, LinearSpec, QuantizedLayer
 from ..model.builder import build_parts
 from ..utils.errors import InvalidCheckpoint, UnsupportedFormat
 
@@ -44,29 +44,16 @@ class Source:
             )
         self.parts = build_parts(self.config, self.checkpoint)
 
-    def weight(self, plan: LinearSpec) -> torch.Tensor:
-        """Read a layer's weight: float32 [in_features, out_features].
+    def linear(self, spec: LinearSpec) -> DenseLayer | QuantizedLayer:
+        """Open a layer: `weight()` reads float32 [in_features, out_features], `bias` is read.
 
         Raises:
-            InvalidCheckpoint: it holds NaN or infinities.
+            InvalidCheckpoint: a value is NaN or infinite.
         """
-        weight = read_linear(plan, self.checkpoint).weight()
-        if not torch.isfinite(weight).all():
-            raise InvalidCheckpoint(
-                f"{plan.source}.weight", expected="finite values",
-                actual="NaN or infinite values", remedy=_DAMAGED,
-            )
-        return weight
-
-    def bias(self, plan: LinearSpec) -> torch.Tensor | None:
-        """Read a layer's bias: [out_features], or None."""
-        if not plan.has_bias:
-            return None
-        bias = self.checkpoint.read(f"{plan.source}.bias")
-        return bias if plan.rows is None else bias[plan.rows[0] : plan.rows[1]].clone()
+        return read_linear(spec, self.checkpoint)
 
     def kept(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield name and float16 tensor of all that is not quantised."""
+        """Yield name and float16 tensor of everything that is not quantised."""
         yield self._float16(self.parts.embedding.spec.name)
         for norm in self.parts.norms():
             yield self._float16(norm.spec.name)

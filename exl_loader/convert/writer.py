@@ -1,4 +1,4 @@
-"""Write the quantised folder so that an interrupted conversion leaves nothing half done."""
+"""Write the quantised folder. An interrupted conversion leaves no incomplete folder."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from ..utils.errors import InvalidSettings
 from ..utils.output import warn
 from ..utils.untrusted_files import TOKENIZER_BYTES, open_regular
 
-# What exllamav2 writes at most into one file.
+# The largest file that exllamav2 writes.
 DEFAULT_SHARD_BYTES = 8192 << 20
-# Weights in any form, their indices, and settings of other quantisations: a folder that held
-# them beside the new weights would contradict itself.
+# Weights in any format, their indexes, and settings of other quantisations. With them beside the
+# new weights a folder would contradict itself.
 _LEFT_BEHIND_SUFFIXES = frozenset(
     ".safetensors .bin .pt .pth .ckpt .gguf .h5 .msgpack .onnx .partial".split()
 )
@@ -32,7 +32,7 @@ _LEFT_BEHIND_NAMES = frozenset(
 
 
 def check_out_dir(out_dir: Path) -> None:
-    """Refuse a target that holds something already.
+    """Refuse a target folder that is not empty.
 
     Raises:
         InvalidSettings: `out_dir` is a file or a folder that is not empty.
@@ -57,7 +57,7 @@ def check_out_dir(out_dir: Path) -> None:
 def new_folder(out_dir: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `out_dir` if the block ends without an error.
 
-    It lies beside `out_dir`, so that the rename stays within one file system.
+    It is beside `out_dir`, because a folder can only be renamed within one file system.
     """
     check_out_dir(out_dir)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def new_folder(out_dir: Path) -> Iterator[Path]:
         yield partial
         _open_up(partial)
         if out_dir.exists():
-            out_dir.rmdir()  # Windows puts no folder in the place of another, empty or not
+            out_dir.rmdir()  # Windows does not replace a folder by renaming, not even an empty one
         partial.rename(out_dir)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -75,7 +75,7 @@ def new_folder(out_dir: Path) -> Iterator[Path]:
 
 
 def _open_up(folder: Path) -> None:
-    """Give a folder and its files the usual modes: mkdtemp and safetensors make them private."""
+    """Set the default modes of a folder and its files, which mkdtemp and safetensors restrict."""
     umask = os.umask(0)
     os.umask(umask)
     for path in folder.iterdir():
@@ -84,11 +84,11 @@ def _open_up(folder: Path) -> None:
 
 
 class ShardWriter:
-    """Collect tensors and write them as `output.safetensors`, or as numbered shards.
+    """Writes tensors to `output.safetensors`, or to numbered shards.
 
     Args:
-        folder: where the files go.
-        shard_bytes: a file is closed before it would hold more than this.
+        folder: the folder of the files.
+        shard_bytes: most bytes of tensors in a file.
     """
 
     def __init__(self, folder: Path, shard_bytes: int = DEFAULT_SHARD_BYTES):
@@ -99,7 +99,7 @@ class ShardWriter:
         self._paths: list[Path] = []
 
     def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Add tensors that belong into the same file."""
+        """Add tensors that must be in the same file."""
         nbytes = sum(t.numel() * t.element_size() for t in tensors.values())
         if self._tensors and self._nbytes + nbytes > self._shard_bytes:
             self._flush()
@@ -113,7 +113,7 @@ class ShardWriter:
         self._tensors, self._nbytes = {}, 0
 
     def finish(self) -> None:
-        """Write what is left and give the files their final names."""
+        """Write the remaining tensors and rename the files to their final names."""
         if self._tensors:
             self._flush()
         count = len(self._paths)
@@ -123,27 +123,27 @@ class ShardWriter:
 
 
 def copy_other_files(model_dir: Path, folder: Path) -> None:
-    """Copy tokenizer, generation config and whatever else lies beside the weights."""
+    """Copy tokenizer, generation config and the other files beside the weights."""
     for path in _other_files(model_dir):
         if path.stat().st_size > TOKENIZER_BYTES:
             warn(
-                f"{path} was not copied: {path.stat().st_size} bytes are more than any file of a "
-                "tokenizer has"
+                f"{path} was not copied: its {path.stat().st_size} bytes are more than any file of "
+                "a tokenizer has"
             )
             continue
         shutil.copyfile(path, folder / path.name)
 
 
 def check_other_files(model_dir: Path) -> None:
-    """Check that `copy_other_files` can read its files, before hours of work.
+    """Check before hours of work that `copy_other_files` can read its files.
 
     Raises:
-        InvalidSettings: one of them cannot be read, or is no regular file.
+        InvalidSettings: a file cannot be read or is not a regular file.
     """
     for path in _other_files(model_dir):
         open_regular(
             path, error=InvalidSettings, missing=InvalidSettings,
-            remedy="Take it out of the model's folder",
+            remedy="Move it out of the model's folder",
         ).close()
 
 
@@ -157,10 +157,10 @@ def _other_files(model_dir: Path) -> list[Path]:
 
 
 def write_config(config: Mapping[str, Any], quantization: Mapping[str, Any], folder: Path) -> None:
-    """Write the source's config.json with the quantisation described in it."""
+    """Write the source's config.json with `quantization_config` added."""
     config = {**config, "torch_dtype": "float16", "quantization_config": dict(quantization)}
-    # transformers 5 calls the same thing so; two answers would contradict each other.
+    # The name of torch_dtype in transformers 5. The two could contradict each other.
     config.pop("dtype", None)
-    # In ASCII: a lone surrogate, which a path in the source's file may hold, has no UTF-8.
+    # In ASCII, because a lone surrogate in a path of the source's file has no UTF-8 encoding.
     text = json.dumps(config, indent=2)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")

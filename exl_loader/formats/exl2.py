@@ -171,11 +171,26 @@ def read_scales(
     words = checkpoint.read(f"{spec.source}.q_scale").numpy().view(np.uint32)
     stored = unpack_stream(words.T, 4, 8 * words.shape[1]).T
     qs = read_columns(spec, torch.from_numpy(np.ascontiguousarray(stored))).short() + 1
-    # Both factors and their product round to half: the quantiser chose codes for that value.
-    scales = (qs * qs).half() * (scale_max / 256)[:, None]
+    scales = effective_scales(qs, scale_max[:, None])
     largest = torch.tensor([1 << (bits - 1) for bits, _ in groups])
     require_finite(name, (scales.abs().amax(1).float() * largest).half())
     return scales
+
+
+def effective_scales(qs: torch.Tensor, scale_max: torch.Tensor) -> torch.Tensor:
+    """Compute the scales that codes are multiplied by: half(qs^2) * half(scale_max / 256).
+
+    Both factors and their product are rounded to float16, because the quantiser chose codes for
+    that value.
+
+    Args:
+        qs: integers from 1 to 16.
+        scale_max: float16; the two are broadcast against each other.
+
+    Returns:
+        float16.
+    """
+    return (qs * qs).half() * (scale_max / 256)
 
 
 def read_perm(spec: LinearSpec, checkpoint: Checkpoint) -> torch.Tensor:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 
 from . import windows
 
@@ -62,7 +63,7 @@ def split_command(text: str) -> list[str]:
     return shlex.split(text, posix=sys.platform != "win32")
 
 
-def join_command(words: list[str]) -> str:
+def join_command(words: Sequence[str]) -> str:
     """Quote words as the command line that this system's shell splits into them."""
     return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
 
