@@ -44,7 +44,7 @@ def test_no_folder(tmp_path):
     rejected(tmp_path / ("long" * 70), ModelNotFound, "nothing there")
 
 
-def test_a_file_for_a_folder(copy_of):
+def test_a_file_instead_of_a_folder(copy_of):
     rejected(copy_of("dense") / "config.json", ModelNotFound, "config.json")
 
 
@@ -163,14 +163,14 @@ def test_an_index_that_names_files_which_are_not_there(copy_of):
         ("dtype", "F7"),
     ],
 )
-def test_a_header_that_lies(copy_of, key, value):
+def test_a_wrong_header(copy_of, key, value):
     folder = copy_of("dense")
     edit_header(folder / SINGLE, lambda header: header["lm_head.weight"].update({key: value}))
     rejected(folder, InvalidCheckpoint, SINGLE)
 
 
 @pytest.mark.parametrize("length", [0, 1 << 63, (1 << 64) - 1, 10**7])
-def test_a_header_length_that_lies(copy_of, length):
+def test_a_wrong_header_length(copy_of, length):
     path = copy_of("dense") / SINGLE
     data = path.read_bytes()
     path.write_bytes(struct.pack("<Q", length) + data[8:])
@@ -200,7 +200,7 @@ def test_a_tensor_of_the_wrong_dtype(copy_of, name):
 @pytest.mark.parametrize(
     "name", ["model__embed_tokens__weight", "model__norm__weight", "lm_head__weight"]
 )
-def test_numbers_that_are_none(copy_of, name, value):
+def test_tensors_with_nan_or_infinity(copy_of, name, value):
     folder = copy_of("dense")
     edit_tensors(folder, SINGLE, **{name: lambda t: t.index_fill(0, t.new_zeros(1).long(), value)})
     rejected(folder, InvalidCheckpoint, name.replace("__", "."), "finite")

@@ -22,7 +22,7 @@ from support.makers import header_entry, write_folder, write_raw
     ["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8"]
     + ["bool", "uint16", "float8_e4m3fn", "float8_e5m2"],
 )
-def test_tensors_come_back_bit_for_bit(tmp_path, dtype):
+def test_tensors_are_read_bit_for_bit(tmp_path, dtype):
     tensor = torch.randint(0, 2, (3, 5, 2)).to(getattr(torch, dtype))
     folder = write_folder(tmp_path / "m", {"x": tensor, "other": torch.ones(7)})
     with Checkpoint.open(folder) as checkpoint:
@@ -43,7 +43,7 @@ def test_scalars_and_empty_tensors(tmp_path, shape):
         assert torch.equal(checkpoint.read("x"), torch.ones(shape))
 
 
-def test_a_tensor_is_a_copy_of_its_own(tmp_path):
+def test_a_tensor_is_a_copy(tmp_path):
     folder = write_folder(tmp_path / "m", {"x": torch.ones(4)})
     with Checkpoint.open(folder) as checkpoint:
         checkpoint.read("x").zero_()
@@ -52,13 +52,13 @@ def test_a_tensor_is_a_copy_of_its_own(tmp_path):
         assert checkpoint.read("x").sum() == 4
 
 
-def test_a_missing_tensor_is_named(tmp_path):
+def test_the_error_names_a_missing_tensor(tmp_path):
     folder = write_folder(tmp_path / "m", {"x": torch.ones(4)})
     with Checkpoint.open(folder) as checkpoint, pytest.raises(InvalidCheckpoint, match="^y: not"):
         checkpoint.read("y")
 
 
-def test_a_dtype_that_torch_lacks_matters_only_when_read(tmp_path):
+def test_a_dtype_that_torch_lacks_is_an_error_only_when_read(tmp_path):
     folder = write_raw(
         tmp_path / "m/model.safetensors", {"x": header_entry("F6_E2M3", [4], [0, 3])}, b"123"
     )
@@ -66,7 +66,7 @@ def test_a_dtype_that_torch_lacks_matters_only_when_read(tmp_path):
         checkpoint.read("x")
 
 
-def test_a_file_that_shrinks_is_an_error_and_no_signal(tmp_path):
+def test_a_file_that_shrinks_is_an_error_and_not_a_signal(tmp_path):
     folder = write_folder(tmp_path / "m", {"x": torch.ones(1 << 16)})
     with Checkpoint.open(folder) as checkpoint:
         os.truncate(folder / "model.safetensors", 1 << 15)
@@ -75,7 +75,7 @@ def test_a_file_that_shrinks_is_an_error_and_no_signal(tmp_path):
 
 
 @pytest.mark.parametrize("replace", [False, True])
-def test_a_file_that_changes_is_noticed(tmp_path, replace):
+def test_a_file_that_changes_is_an_error(tmp_path, replace):
     folder = write_folder(tmp_path / "m", {"x": torch.ones(4)})
     path = folder / "model.safetensors"
     status = path.stat()
@@ -93,7 +93,7 @@ def test_a_file_that_changes_is_noticed(tmp_path, replace):
             checkpoint.read("x")
 
 
-def test_a_file_that_vanishes_is_noticed(tmp_path):
+def test_a_file_that_is_removed_is_an_error(tmp_path):
     folder = write_folder(tmp_path / "m", {"x": torch.ones(4)})
     with Checkpoint.open(folder) as checkpoint:
         (folder / "model.safetensors").unlink()

@@ -53,7 +53,7 @@ def test_pickles_are_refused_and_never_opened(tmp_path, file):
         Checkpoint.open(tmp_path)
 
 
-def test_gguf_is_named(tmp_path):
+def test_the_error_names_gguf(tmp_path):
     (tmp_path / "model.Q4_K_M.gguf").write_bytes(b"GGUF")
     with pytest.raises(UnsupportedFormat, match="GGUF"):
         Checkpoint.open(tmp_path)
@@ -81,7 +81,7 @@ def test_a_series_is_read_whole_or_not_at_all(tmp_path, stem):
         Checkpoint.open(tmp_path)
 
 
-def test_a_series_of_absurd_length_ends_at_once(tmp_path):
+def test_a_series_of_absurd_length_is_refused_at_once(tmp_path):
     save(tmp_path, "model-1-of-99999999999999999999.safetensors")
     with pytest.raises(InvalidCheckpoint, match="model-2-of-"):
         Checkpoint.open(tmp_path)
@@ -92,7 +92,7 @@ def write_index(folder: Path, *files: object) -> None:
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
 
 
-def test_a_stale_index_does_not_matter_to_exl2(tmp_path):
+def test_exl2_ignores_an_outdated_index(tmp_path):
     save(tmp_path, "output.safetensors", a__q_weight=torch.zeros(1))
     write_index(tmp_path, "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
     assert names(tmp_path) == ["a.q_weight"]
@@ -102,7 +102,7 @@ def test_a_stale_index_does_not_matter_to_exl2(tmp_path):
     assert names(tmp_path) == ["a.q_weight"]
 
 
-def test_an_index_names_missing_shards(tmp_path):
+def test_files_missing_from_an_index_are_an_error(tmp_path):
     save(tmp_path, "weights-a.safetensors")
     write_index(tmp_path, "weights-a.safetensors", "weights-b.safetensors")
     with pytest.raises(InvalidCheckpoint, match="weights-b.*listed in model.safetensors.index"):
@@ -112,7 +112,7 @@ def test_an_index_names_missing_shards(tmp_path):
         Checkpoint.open(tmp_path)
 
 
-def test_a_complete_index_chooses_the_files(tmp_path):
+def test_a_complete_index_selects_the_files(tmp_path):
     save(tmp_path, "model-00001-of-00001.safetensors", x=torch.zeros(1))
     save(tmp_path, "consolidated.safetensors", x=torch.zeros(1))
     write_index(tmp_path, "model-00001-of-00001.safetensors")
@@ -132,7 +132,7 @@ def test_a_broken_index_is_refused(tmp_path, index):
 
 
 @pytest.mark.parametrize("file", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors"])
-def test_an_index_cannot_leave_the_folder(tmp_path, file):
+def test_an_index_cannot_name_files_outside_the_folder(tmp_path, file):
     save(tmp_path, "model.safetensors")
     write_index(tmp_path, file)
     with pytest.raises(InvalidCheckpoint, match="files in this folder"):
@@ -157,7 +157,7 @@ def format_of(folder: Path, tensor: str, config: dict | None = None, old: dict |
         return checkpoint.format, checkpoint.quantization.values
 
 
-def test_formats_are_told_by_names_and_by_settings(tmp_path):
+def test_formats_are_recognised_by_names_and_settings(tmp_path):
     gptq = {"quantization_config": quantization_config("gptq")}
     assert format_of(tmp_path / "1", "a.q_weight")[0] == "exl2"
     assert format_of(tmp_path / "2", "a.q_weight", gptq)[0] == "exl2"
@@ -182,14 +182,14 @@ def test_other_methods_are_refused_by_name(tmp_path, method):
 
 
 @pytest.mark.parametrize("method", [5, ["gptq"], {"a": 1}, "x" * 5000])
-def test_a_method_that_is_no_name_is_refused(tmp_path, method):
+def test_a_method_that_is_not_text_is_refused(tmp_path, method):
     config = {"quantization_config": {"quant_method": method}}
     with pytest.raises(UnsupportedFormat, match="^quant_method .") as caught:
         format_of(tmp_path / "m", "a.qweight", config)
     assert len(str(caught.value)) < 400
 
 
-def test_exl3_is_told_by_its_tensors(tmp_path):
+def test_exl3_is_recognised_by_its_tensors(tmp_path):
     with pytest.raises(UnsupportedFormat, match="exl3"):
         format_of(tmp_path / "m", "a.trellis")
 

@@ -266,7 +266,7 @@ def test_broken_json(tmp_path, text):
         ModelConfig.from_dir(write(tmp_path, text))
 
 
-def test_bytes_that_are_no_text(tmp_path):
+def test_bytes_that_are_not_utf8(tmp_path):
     (tmp_path / "config.json").write_bytes(b"\xff\xfe\x00{")
     with pytest.raises(InvalidConfig):
         ModelConfig.from_dir(tmp_path)
@@ -313,7 +313,7 @@ def test_any_value_for_any_key_is_an_error_or_a_config(architecture, value):
      ("final_logit_softcapping", 30.0, True), ("attn_logit_softcapping", None, False),
      ("use_qk_norm", True, True), ("no_rope_layers", [1, 1, 0], True), ("clip_qkv", None, False)],
 )
-def test_keys_of_other_architectures_are_told(caplog, key, value, told):
+def test_keys_of_other_architectures_are_reported(caplog, key, value, told):
     where = f"config.json of {key} {value}"
     config = ModelConfig.from_dict(LLAMA | {key: value}, where=where)
     assert config == ModelConfig.from_dict(LLAMA)

@@ -286,6 +286,6 @@ def test_damage_with_a_fresh_seed(models, tmp_path):
         run(models, damage, seed, tmp_path)
 
 
-def test_what_is_not_damaged_loads(models):
+def test_undamaged_models_load(models):
     for folder in models.values():
         load_everything(folder, Model(folder).linears)

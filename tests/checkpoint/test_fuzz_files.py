@@ -145,7 +145,7 @@ def files_for(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def test_the_folder_is_right(folder):
+def test_the_undamaged_folder_loads(folder):
     assert errors_of(folder) == []
     for name in ("tokenizer.model", "chat_template.json"):
         files_for(folder, name)
@@ -156,7 +156,7 @@ def test_the_folder_is_right(folder):
 
 @pytest.mark.parametrize("name", [*JSON_FILES, *OTHER_FILES])
 @pytest.mark.parametrize("kind", SPECIAL_FILES)
-def test_a_special_file_is_refused_by_name(folder, name, kind):
+def test_a_special_file_is_refused_with_its_name(folder, name, kind):
     path = files_for(folder, name)
     path.unlink()
     SPECIAL_FILES[kind](path)
@@ -183,7 +183,7 @@ def test_a_special_file_in_place_of_the_folder_of_templates(folder, kind):
 
 
 @pytest.mark.parametrize("kind", SPECIAL_FILES)
-def test_texts_that_a_user_names(tmp_path, kind):
+def test_special_files_named_by_a_user(tmp_path, kind):
     path = tmp_path / "text"
     SPECIAL_FILES[kind](path)
     for read in (lambda: calibration_text(path), lambda: read_text(str(path), "--text")):

@@ -85,7 +85,7 @@ def adapter(folder):
     [stale_index, stray_shard, index_and_stray_shard, broken_index, broken_shard,
      index_that_names_one_stray_shard, adapter],
 )
-def test_a_whole_file_wins_over_what_lies_beside_it(tmp_path, kind, name, beside, caplog):
+def test_a_whole_file_wins_over_the_files_beside_it(tmp_path, kind, name, beside, caplog):
     folder = tmp_path / "m"
     gptq(folder) if kind == "gptq" else write_tiny_model(folder)
     (folder / "model.safetensors").rename(folder / name)
@@ -149,7 +149,7 @@ def test_weights_without_the_prefix_of_the_body(tmp_path, kind, architectures):
     assert torch.equal(logits(folder), right)
 
 
-def test_a_body_without_a_head_says_what_is_missing(tmp_path):
+def test_the_error_for_a_body_without_a_head_names_the_head(tmp_path):
     folder = gptq(tmp_path / "m")
     path = folder / "model.safetensors"
     tensors = load_file(path)
@@ -243,7 +243,7 @@ def upper_case(folder):
      (byte_order_mark, True), (declared_apart, True), (auto_round, True), (upper_case, True),
      (another_models_settings, True), (exl2_of_2023_in_shards, True), (source_beside, True)],
 )
-def test_engine_and_web_ui_agree_what_a_folder_is(tmp_path, make, ours):
+def test_engine_and_web_ui_recognise_the_same_folders(tmp_path, make, ours):
     folder = tmp_path / "m"
     make(folder)
     try:
@@ -276,7 +276,7 @@ def missing_shard(folder):
 
 
 @pytest.mark.parametrize("make", [rotated, truncated_config, truncated_weights, missing_shard])
-def test_a_folder_that_loading_refuses_is_still_ours(tmp_path, make):
+def test_a_quantised_folder_that_loading_refuses_is_recognised(tmp_path, make):
     """Transformers would make up weights, or show a traceback; our loader says what is wrong."""
     folder = tmp_path / "m"
     make(folder)
@@ -285,7 +285,7 @@ def test_a_folder_that_loading_refuses_is_still_ours(tmp_path, make):
         plan(folder)
 
 
-def test_what_is_no_folder_of_weights_is_not_ours(tmp_path):
+def test_a_folder_without_weights_is_not_recognised(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "gguf").mkdir()
     (tmp_path / "gguf/a.gguf").write_bytes(b"GGUF")
@@ -294,7 +294,7 @@ def test_what_is_no_folder_of_weights_is_not_ours(tmp_path):
         assert not is_quantised(tmp_path / name)
 
 
-def test_telling_what_a_folder_is_imports_no_pytorch(tmp_path):
+def test_recognition_does_not_import_pytorch(tmp_path):
     folder = exl2(tmp_path / "m")
     code = (
         "import sys; from exl_loader.checkpoint import is_quantised; from pathlib import Path; "
@@ -303,7 +303,7 @@ def test_telling_what_a_folder_is_imports_no_pytorch(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_an_exl2_layer_may_lie_in_a_model_file(tmp_path):
+def test_an_exl2_layer_may_be_in_a_model_file(tmp_path):
     folder = exl2(tmp_path / "m")
     right = logits(folder)
     shutil.move(folder / "output.safetensors", folder / "model.safetensors")
@@ -311,7 +311,7 @@ def test_an_exl2_layer_may_lie_in_a_model_file(tmp_path):
     assert torch.equal(logits(folder), right)
 
 
-def test_a_warning_escapes_what_no_stream_can_print(tmp_path, caplog):
+def test_a_warning_escapes_unprintable_names(tmp_path, caplog):
     folder = tmp_path / "model"
     write_quantized_model(folder, "exl2")
     config = json.loads((folder / "config.json").read_text())

@@ -63,7 +63,7 @@ def test_the_current_key_wins_over_the_older_one(tmp_path, caplog):
     ],
 )
 @pytest.mark.parametrize("format", ["gptq", "exl2"])
-def test_what_changes_the_arithmetic_is_refused_by_name(tmp_path, format, key, value):
+def test_keys_that_change_the_arithmetic_are_refused_by_name(tmp_path, format, key, value):
     with pytest.raises(UnsupportedFormat, match=f"^{key.lower()} in the quantization config"):
         settings_of(tmp_path, {key: value}, format)
 
@@ -77,14 +77,14 @@ def test_a_single_layer_cannot_change_the_arithmetic_either(tmp_path, where):
     assert settings_of(tmp_path, {where: own}).per_layer
 
 
-def test_a_single_layer_cannot_have_a_layout_of_its_own(tmp_path):
+def test_a_single_layer_cannot_have_its_own_layout(tmp_path):
     own = {"+:.*up.*": {"format": "gptq_v2"}}
     with pytest.raises(UnsupportedFormat, match=r"^dynamic of '\+:.*format in.*'gptq_v2'"):
         settings_of(tmp_path, {"dynamic": own})
     assert settings_of(tmp_path, {"dynamic": own, "format": "gptq_v2"}).layout == "gptq_v2"
 
 
-def test_the_type_of_data_of_an_unquantised_layer_does_not_matter(tmp_path):
+def test_data_type_of_an_unquantised_layer_is_ignored(tmp_path):
     settings_of(tmp_path, {"extra_config": {"lm_head": {"bits": 16, "data_type": "float"}}})
     with pytest.raises(UnsupportedFormat, match="data_type"):
         settings_of(tmp_path, {"extra_config": {"lm_head": {"bits": 8, "data_type": "fp"}}})
@@ -102,7 +102,7 @@ def test_the_type_of_data_of_an_unquantised_layer_does_not_matter(tmp_path):
     ],
 )
 @pytest.mark.parametrize("format", ["gptq", "exl2"])
-def test_what_is_neutral_or_harmless_is_ignored(tmp_path, caplog, format, settings):
+def test_neutral_and_harmless_keys_are_ignored(tmp_path, caplog, format, settings):
     settings_of(tmp_path, settings, format)
     assert not caplog.records
 
@@ -116,7 +116,7 @@ def test_an_unknown_key_is_warned_about_once(tmp_path, caplog, format):
     assert str(tmp_path) in record.message
 
 
-def test_exl2_beside_the_settings_of_its_source_is_told(tmp_path, caplog):
+def test_exl2_beside_the_settings_of_its_source_is_reported(tmp_path, caplog):
     settings = {"quant_method": "fp8", "activation_scheme": "dynamic"}
     assert settings_of(tmp_path, settings, "exl2").values == {}
     assert "declares fp8, but the weights are EXL2" in caplog.text
@@ -183,7 +183,7 @@ def test_settings_of_the_wrong_type_are_refused(tmp_path, settings):
         settings_of(tmp_path, settings)
 
 
-def test_settings_of_a_file_of_their_own_are_checked_as_well(tmp_path):
+def test_settings_in_a_separate_file_are_checked_as_well(tmp_path):
     write_folder(tmp_path / "m", {"a.qweight": torch.zeros(1)}, {})
     (tmp_path / "m/quantize_config.json").write_text(json.dumps({"bits": 4, "rotation": "x"}))
     with pytest.raises(UnsupportedFormat, match="^rotation in"):
@@ -202,7 +202,7 @@ def test_settings_of_auto_rounds_own_file(tmp_path):
         assert (checkpoint.quantization.method, checkpoint.quantization.bits) == ("gptq", 4)
 
 
-def test_the_layout_of_config_json_wins_over_the_file_of_its_own(tmp_path):
+def test_the_layout_in_config_json_wins_over_a_separate_file(tmp_path):
     own = {"quant_method": "gptq", "checkpoint_format": "gptq_v2", "bits": 4}
     write_folder(tmp_path / "m", {"a.qweight": torch.zeros(1)}, {"quantization_config": own})
     (tmp_path / "m/quantize_config.json").write_text('{"format": "gptq", "group_size": 64}')
@@ -211,7 +211,7 @@ def test_the_layout_of_config_json_wins_over_the_file_of_its_own(tmp_path):
         assert checkpoint.quantization.group_size == 64
 
 
-def test_a_file_of_another_method_says_nothing(tmp_path):
+def test_a_file_of_another_method_is_ignored(tmp_path):
     own = {"quant_method": "exl2", "bits": 4.5}
     write_folder(tmp_path / "m", {"a.q_weight": torch.zeros(1)}, {"quantization_config": own})
     (tmp_path / "m/quantize_config.json").write_text('{"bits": 4, "rotation": "hadamard"}')

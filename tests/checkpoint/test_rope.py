@@ -86,7 +86,7 @@ def test_type_is_an_older_name_of_rope_type():
     assert parse(named).rope_type == "linear"
 
 
-def test_phi3_names_and_places():
+def test_phi3_names_and_levels_of_keys():
     scaling = {k: v for k, v in LONGROPE.items() if k != "original_max_position_embeddings"}
     values = {
         "rope_theta": 1e4, "original_max_position_embeddings": 2048,
@@ -105,7 +105,7 @@ def test_partial_rotation(partial, rotary_dim):
     assert len(inv_freq(rope, 1)[0]) == rotary_dim // 2
 
 
-def test_longrope_picks_its_factors_once_for_a_length():
+def test_longrope_selects_its_factors_once_for_a_length():
     rope = parse({"rope_theta": 1e4, "rope_scaling": LONGROPE})
     assert rope.depends_on_length
     assert inv_freq(rope, 10) == inv_freq(rope, 1024)
@@ -154,7 +154,7 @@ def test_impossible_options_are_refused(name, value):
         ({"full_attention": LLAMA3, "factor": 2.0}, "same RoPE settings"),
     ],
 )
-def test_bad_settings_are_named(scaling, named):
+def test_bad_settings_are_errors_that_name_the_key(scaling, named):
     with pytest.raises(InvalidConfig, match=named):
         parse({"rope_theta": 1e4, "rope_scaling": scaling})
 

@@ -49,7 +49,7 @@ BAD_HEADERS = {
 
 
 @pytest.mark.parametrize("case", BAD_HEADERS)
-def test_a_header_that_lies_is_refused(tmp_path, case):
+def test_a_wrong_header_is_refused(tmp_path, case):
     header, data = BAD_HEADERS[case]
     folder = write_raw(tmp_path / "m/model.safetensors", header, data)
     with pytest.raises(
@@ -60,13 +60,13 @@ def test_a_header_that_lies_is_refused(tmp_path, case):
 
 
 @pytest.mark.parametrize("length", [0, 1, 1 << 20, 1 << 62, (1 << 64) - 1])
-def test_a_header_length_that_lies_is_refused(tmp_path, length):
+def test_a_wrong_header_length_is_refused(tmp_path, length):
     folder = write_raw(tmp_path / "m/model.safetensors", {"x": X}, b"1234", length)
     with pytest.raises(InvalidCheckpoint, match="header length"):
         Checkpoint.open(folder)
 
 
-def test_a_git_lfs_pointer_is_called_that(tmp_path):
+def test_the_error_names_a_git_lfs_pointer(tmp_path):
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 4\n"
     (tmp_path / "model.safetensors").write_bytes(pointer)
     with pytest.raises(InvalidCheckpoint, match="git lfs pull"):
@@ -80,14 +80,14 @@ def test_a_file_without_room_for_a_length(tmp_path, content):
         Checkpoint.open(tmp_path)
 
 
-def test_metadata_and_trailing_spaces_are_fine(tmp_path):
+def test_metadata_and_trailing_spaces_are_accepted(tmp_path):
     text = json.dumps({"__metadata__": {"format": "pt"}, "x": X}).encode() + b"   "
     folder = write_raw(tmp_path / "m/model.safetensors", text, b"1234")
     assert list(Checkpoint.open(folder).headers) == ["x"]
 
 
 @pytest.mark.parametrize("kind", ["folder", "broken-link", "pipe"])
-def test_what_is_no_regular_file_is_refused(tmp_path, kind):
+def test_special_files_are_refused(tmp_path, kind):
     path = tmp_path / "model.safetensors"
     if kind == "folder":
         path.mkdir()

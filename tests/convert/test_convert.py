@@ -126,7 +126,7 @@ def test_layer_round_trip_is_exact(seed, bits, shape):
     assert total_bits == stored_bits(in_features, out_features, bits, group_size)
 
 
-def test_tensors_have_the_format_s_types():
+def test_tensors_have_the_dtypes_of_the_format():
     layer = random_layer(3, 64, 40, 4, 32)
     layer.bias = torch.zeros(40)
     tensors = exl2_tensors("a.b", layer)
@@ -184,7 +184,7 @@ def test_degenerate_hessians_are_damped():
         assert torch.isfinite(dequantize(quantize(weight, hessian, 4, 32))).all()
 
 
-def test_allocation_meets_the_budget_and_prefers_what_helps():
+def test_allocation_meets_the_budget_and_prefers_large_gains():
     def options(weight: float) -> list[Option]:
         return [Option(b, 128, b * 1000, weight * 4.0**-b) for b in WIDTHS]
 
@@ -198,13 +198,13 @@ def test_allocation_meets_the_budget_and_prefers_what_helps():
         allocate(measured, 3000, 1.9)
 
 
-def test_efficient_options_drop_what_never_pays():
+def test_efficient_options_leave_out_the_others():
     good = [Option(2, 128, 200, 10.0), Option(4, 128, 400, 1.0), Option(8, 128, 800, 0.1)]
     worse = [Option(3, 32, 390, 9.5), Option(5, 32, 500, 1.5)]
     assert efficient_options(good + worse) == good
 
 
-def test_calibration_rows_are_spread_and_begin_as_the_model_expects():
+def test_calibration_rows_are_evenly_spaced_and_begin_with_the_prefix():
     def encode(text: str) -> list[int]:
         return [1, *text.encode()]
 
@@ -225,7 +225,7 @@ def test_calibration_file_errors(tmp_path):
         calibration_text(tmp_path / "binary")
 
 
-def test_shards_are_numbered_like_exllamav2_s(tmp_path):
+def test_shards_are_numbered_as_by_exllamav2(tmp_path):
     writer = ShardWriter(tmp_path, shard_bytes=1000)
     for i in range(5):
         writer.add({f"t{i}": torch.zeros(100)})

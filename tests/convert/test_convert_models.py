@@ -53,7 +53,7 @@ EIGHT_BIT_TOLERANCE = 7 * 0.007
 
 
 @pytest.mark.parametrize("name", some_of(["mixtral", "llama-biases", "gemma2", "phi3"], 2))
-def test_every_kind_of_model_survives_at_8_bits(name, tmp_path, monkeypatch):
+def test_every_kind_of_model_keeps_its_logits_at_8_bits(name, tmp_path, monkeypatch):
     monkeypatch.setattr(conversion, "WIDTHS", (8,))
     folder = tmp_path / "source"
     original = make_model(name, seed=3, folder=folder, num_hidden_layers=1)
@@ -92,7 +92,7 @@ def test_converted_folder_is_complete_and_runs(tiny_model, tmp_path):
         assert len(list(model.generate_ids("x", {"max_new_tokens": 4, "seed": 1}))) == 4
 
 
-def test_more_bits_come_closer(tiny_model, tmp_path):
+def test_more_bits_give_a_smaller_error(tiny_model, tmp_path):
     folder, ids = tiny_model(), list(range(3, 43))
     original = logits_of(folder, ids)
     errors = []
@@ -118,7 +118,7 @@ def test_command_line(tiny_model, tmp_path, capsys):
     assert "bits per weight" in capsys.readouterr().out
 
 
-def test_bad_input_is_named_and_leaves_nothing(tiny_model, tmp_path):
+def test_bad_input_is_an_error_and_leaves_no_folder(tiny_model, tmp_path):
     folder, target = tiny_model(), tmp_path / "exl2"
     cases = [
         (InvalidSettings, folder, {"bits": 1}),

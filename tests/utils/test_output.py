@@ -35,7 +35,7 @@ def is_safe(text: str) -> bool:
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_control_characters_are_shown(text):
+def test_control_characters_are_escaped(text):
     shown = for_terminal(f"a{text}z")
     assert is_safe(shown) and "\\" in shown and len(shown) > len(text)
 
@@ -43,13 +43,13 @@ def test_control_characters_are_shown(text):
 @pytest.mark.parametrize("text", [
     "", "a\tb\n", "größe 🎉 你好 שלום", "\\x1b", "def f():\n\tpass\n",
 ])
-def test_text_stays_as_it_is(text):
+def test_other_text_is_unchanged(text):
     assert for_terminal(text) == text
     assert for_terminal(text.replace("\n", "\r\n")) == text
 
 
 @pytest.mark.parametrize("cuts", [(), (1,), (2,), (1, 2), (1, 2, 3), (2, 4), (3,)])
-def test_pieces_are_shown_as_the_whole(cuts):
+def test_pieces_are_escaped_like_the_whole_text(cuts):
     for text in ("\r\n\x1b[", "a\r\nb\r", "\r\r\n\n", "\x1b\r[\r\n"):
         stream = Terminal()
         writer = TerminalWriter(stream)
@@ -60,7 +60,7 @@ def test_pieces_are_shown_as_the_whole(cuts):
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_a_pipe_gets_the_text_as_it_is(text):
+def test_a_pipe_gets_the_unchanged_text(text):
     stream = io.StringIO(newline="")
     writer = TerminalWriter(stream)
     writer.write(text)
@@ -77,7 +77,7 @@ class Said(list):
         return iter(self)
 
 
-def test_what_a_model_writes_reaches_the_terminal_safely(monkeypatch):
+def test_text_of_a_model_is_escaped_for_a_terminal(monkeypatch):
     monkeypatch.setattr(sys, "stdout", Terminal())
     generate._stream(Said(HOSTILE), "")
     chat._answer(Said(HOSTILE), "hi", stoppable=True)
@@ -87,14 +87,14 @@ def test_what_a_model_writes_reaches_the_terminal_safely(monkeypatch):
     assert is_safe(written) and written.count("\\x1b[2J") == 3
 
 
-def test_what_a_template_says_reaches_the_terminal_safely():
+def test_messages_of_a_template_are_escaped_for_a_terminal():
     source = "{{ raise_exception('\x1b]0;title\x07 \u202e' ~ '\\x9b') }}"
     with pytest.raises(InvalidTokenizer) as caught:
         ChatTemplates({"default": source}).render([{"role": "user", "content": "x"}])
     assert is_safe(str(caught.value)) and "title" in str(caught.value)
 
 
-def test_log_lines_reach_the_terminal_safely():
+def test_log_lines_are_escaped_for_a_terminal():
     record = logging.makeLogRecord({"msg": "%s", "args": ("\x1b[2J",)})
     assert TerminalFormatter("%(message)s").format(record) == "\\x1b[2J"
 

@@ -25,14 +25,14 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_counts_are_written_for_people():
+def test_format_of_counts():
     assert format_count(3, 8, "units") == "3/8 units"
     assert format_count(3, None, "tokens") == "3 tokens"
     assert format_count(3 << 20, 96 << 20, "bytes") == "3.0/96.0 MiB"
     assert format_count(3 << 19, None, "bytes") == "1.5 MiB"
 
 
-def test_plain_is_silent_about_short_work():
+def test_plain_progress_writes_nothing_about_short_work():
     stream, clock = io.StringIO(), FakeClock()
     progress = PlainProgress(stream, clock)
     progress.start("loading", 10, "bytes")
@@ -42,7 +42,7 @@ def test_plain_is_silent_about_short_work():
     assert stream.getvalue() == ""
 
 
-def test_plain_writes_few_lines_about_long_work():
+def test_plain_progress_writes_few_lines_about_long_work():
     stream, clock = io.StringIO(), FakeClock()
     progress = PlainProgress(stream, clock)
     progress.start("prefill", 1000, "tokens")
@@ -58,13 +58,13 @@ def test_plain_writes_few_lines_about_long_work():
 
 
 @pytest.mark.parametrize("make", [NullProgress, PlainProgress, RichProgress])
-def test_unknown_tasks_never_fail_the_work(make):
+def test_unknown_tasks_are_ignored(make):
     progress = make()
     assert progress.advance("never started", 3) is None
     assert progress.finish("never started") is None
 
 
-def test_rich_draws_and_leaves_nothing_behind(monkeypatch):
+def test_bars_are_removed_after_the_last_task(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
     stream = Terminal()
@@ -89,6 +89,6 @@ def test_task_finishes_on_errors():
     assert stream.getvalue().splitlines()[-1] == "loading: 1.0/4.0 MiB in 3.0 s"
 
 
-def test_default_follows_the_stream():
+def test_the_stream_decides_between_bars_and_lines():
     assert isinstance(default_progress(Terminal()), RichProgress)
     assert isinstance(default_progress(io.StringIO()), PlainProgress)

@@ -29,20 +29,20 @@ def three_threads():
     torch.set_num_threads(before)
 
 
-def test_a_load_uses_one_and_leaves_the_setting(tiny_model_dir):
+def test_a_load_uses_one_thread_and_restores_the_setting(tiny_model_dir):
     watcher = Watcher()
     with exl_loader.load(tiny_model_dir, ctx_size=256, progress=watcher):
         assert torch.get_num_threads() == 3
     assert watcher.seen == {1}
 
 
-def test_a_load_that_fails_leaves_the_setting(tiny_model_dir):
+def test_a_load_that_fails_restores_the_setting(tiny_model_dir):
     with pytest.raises(ExlLoaderError):
         exl_loader.load(tiny_model_dir, ctx_size=256, alpha_value=-1.0)
     assert torch.get_num_threads() == 3
 
 
-def test_loads_that_overlap_leave_the_setting_to_all_threads():
+def test_simultaneous_loads_restore_the_setting_of_all_threads():
     inside, outside, seen = threading.Event(), threading.Event(), []
 
     def later():

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.mark.parametrize("kind", SPECIAL_FILES)
-def test_what_is_no_regular_file_is_refused_by_name(tmp_path, kind):
+def test_special_files_are_refused_with_their_name(tmp_path, kind):
     path = tmp_path / "config.json"
     SPECIAL_FILES[kind](path)
     assert is_there(path)
@@ -36,7 +36,7 @@ def test_what_is_no_regular_file_is_refused_by_name(tmp_path, kind):
     assert type(caught.value) is (ModelNotFound if nowhere else InvalidTokenizer)
 
 
-def test_what_is_not_there(tmp_path):
+def test_a_missing_file(tmp_path):
     assert not is_there(tmp_path / "none") and not is_there(tmp_path / "a\0b")
     (tmp_path / "file").write_bytes(b"")
     assert not is_there(tmp_path / "file" / "below")
@@ -46,7 +46,7 @@ def test_what_is_not_there(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a\0b", "a\ud800b", "x" * 5000])
-def test_a_name_that_no_file_can_have(tmp_path, name):
+def test_an_impossible_file_name(tmp_path, name):
     with pytest.raises(ExlLoaderError) as caught:
         read_bytes(f"{tmp_path}/{name}", LIMIT)
     str(caught.value).encode()
@@ -70,7 +70,7 @@ def test_the_limit_is_the_most_bytes_that_a_file_may_have(tmp_path, size):
             read_bytes(tmp_path / "file", LIMIT)
 
 
-def test_of_a_large_file_not_a_byte_is_read(tmp_path, monkeypatch):
+def test_no_byte_of_a_file_that_is_too_large_is_read(tmp_path, monkeypatch):
     sparse_file(tmp_path / "file")
     read = []
     opened = untrusted_files.open_regular
@@ -132,7 +132,7 @@ def test_a_file_that_changes_while_it_is_read(tmp_path, monkeypatch, change):
         read_bytes(path, LIMIT)
 
 
-def test_a_kind_that_changes_between_looking_and_opening(tmp_path, monkeypatch):
+def test_a_file_that_is_replaced_between_check_and_opening(tmp_path, monkeypatch):
     if os.name != "posix":
         pytest.skip("named pipes of POSIX")
     (tmp_path / "regular").write_bytes(b"{}")
@@ -166,7 +166,7 @@ def test_text(tmp_path, data, text):
         (b"abc\xe2\x82", "0xe2 at offset 3"),
     ],
 )
-def test_text_that_is_none(tmp_path, data, words):
+def test_bytes_that_are_not_text(tmp_path, data, words):
     (tmp_path / "file").write_bytes(data)
     with pytest.raises(InvalidConfig, match=words):
         read_text(tmp_path / "file", LIMIT)
@@ -196,7 +196,7 @@ def test_text_that_is_none(tmp_path, data, words):
         ("[1] x", "Extra data"),
     ],
 )
-def test_json_that_is_none(text, words):
+def test_text_that_is_not_json(text, words):
     for data in (text, text.encode()):
         with pytest.raises(InvalidJson, match=words) as caught:
             parse_json(data)

@@ -71,7 +71,7 @@ def visual_studio(on_windows, monkeypatch, tmp_path):
                            asked=asked)
 
 
-def test_visual_studios_own_choice_of_compiler_is_taken(visual_studio):
+def test_visual_studios_default_compiler_is_used(visual_studio):
     compiler = toolchain.find_compiler(visual_studio.environ)
     assert compiler is not None and compiler.kind == "msvc"
     assert compiler.version == "MSVC 14.38.33130" and "14.38.33130" in compiler.command[0]
@@ -81,13 +81,13 @@ def test_visual_studios_own_choice_of_compiler_is_taken(visual_studio):
     assert len(visual_studio.asked) == 1, "a warm load starts vswhere and nothing else"
 
 
-def test_visual_studio_without_the_compiler_is_none(visual_studio, monkeypatch):
+def test_visual_studio_without_its_compiler_is_ignored(visual_studio, monkeypatch):
     monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda name: None)
     shutil.rmtree(visual_studio.root / "VC" / "Tools")
     assert toolchain.find_compiler(visual_studio.environ) is None
 
 
-def test_pips_zig_is_a_compiler_where_there_is_no_other(monkeypatch, tmp_path):
+def test_ziglang_is_used_where_there_is_no_other_compiler(monkeypatch, tmp_path):
     package = tmp_path / "ziglang"
     package.mkdir()
     (package / "__init__.py").touch()
@@ -108,7 +108,7 @@ def test_pips_zig_is_a_compiler_where_there_is_no_other(monkeypatch, tmp_path):
     assert compiler.kind == "clang" and compiler.version == "zig 0.17.1, clang version 22.1.8"
 
 
-def test_without_a_compiler_one_line_says_what_to_install(on_windows):
+def test_the_remedy_without_a_compiler_is_one_line(on_windows):
     remedy = toolchain.compiler_remedy()
     assert f'"{sys.executable}" -m pip install ziglang' in remedy
     # Of Visual Studio's installer alone there is no compiler.
@@ -117,7 +117,7 @@ def test_without_a_compiler_one_line_says_what_to_install(on_windows):
     assert "\n" not in remedy
 
 
-def test_a_library_of_windows_needs_no_other(on_windows):
+def test_a_library_for_windows_is_linked_statically(on_windows):
     assert "-static" in link_flags(GCC) and "-static" in link_flags(CLANG)
     assert "/MT" in compile_flags(MSVC, ("amd64",)) and "/LD" in link_flags(MSVC)
     for compiler in (GCC, CLANG):
@@ -127,7 +127,7 @@ def test_a_library_of_windows_needs_no_other(on_windows):
     assert "-Wa,-muse-unaligned-vector-move" not in compile_flags(CLANG, ("amd64",))
 
 
-def test_nvrtc_is_known_by_the_names_it_has_on_windows(tmp_path):
+def test_nvrtc_is_recognised_by_its_names_on_windows(tmp_path):
     """The files of torch's folder `lib` and of the pip package."""
     for name in ("nvrtc64_120_0.dll", "nvrtc64_120_0.alt.dll", "nvrtc-builtins64_128.dll",
                  "nvrtc-builtins64_128.alt.dll", "cudart64_12.dll", "torch_cuda.dll"):
@@ -136,7 +136,7 @@ def test_nvrtc_is_known_by_the_names_it_has_on_windows(tmp_path):
 
 
 @pytest.mark.skipif(cuda_compiler("nvrtc") is None, reason="needs NVRTC")
-def test_where_nvrtc_is_nothing_asks_for_another_compiler(monkeypatch):
+def test_with_nvrtc_no_other_compiler_is_looked_for(monkeypatch):
     def none(*_):
         raise AssertionError("a C++ compiler is wanted")
 
@@ -144,7 +144,7 @@ def test_where_nvrtc_is_nothing_asks_for_another_compiler(monkeypatch):
     assert cuda_spec((8, 6), driver=(99, 0)).compiler.kind == "nvrtc"
 
 
-def test_doctor_misses_no_compiler_where_a_card_runs_models(monkeypatch):
+def test_doctor_does_not_ask_for_a_compiler_where_a_card_runs_models(monkeypatch):
     monkeypatch.setattr(toolchain, "find_compiler", lambda: None)
     problems = []
     assert doctor._examine_compiler(problems, has_cards=True) is None and problems == []
@@ -159,13 +159,13 @@ def exported() -> set[str]:
     return {name for text in texts for name in re.findall(r"^EXL_API \w+ (exl_\w+)\(", text, re.M)}
 
 
-def test_every_function_that_is_called_is_exported():
+def test_every_called_function_is_exported():
     assert {f"exl_{name}" for name in ops.NAMES} == exported()
 
 
 @pytest.mark.exhaustive
 @pytest.mark.skipif(MINGW is None, reason="needs g++ for Windows (g++-mingw-w64-x86-64)")
-def test_sources_compile_for_windows_and_the_library_needs_the_system_alone(tmp_path, on_windows):
+def test_sources_compile_for_windows_into_a_library_without_dependencies(tmp_path, on_windows):
     sources = sorted((csrc_dir() / "cpu").glob("*.cpp"))
     flags = [flag for flag in compile_flags(GCC, ("amd64",), "x86-64-v3") if flag != "-O3"]
     built = tmp_path / "exl_cpu.dll"
@@ -184,7 +184,7 @@ def test_sources_compile_for_windows_and_the_library_needs_the_system_alone(tmp_
 
 
 @pytest.mark.skipif(sys.platform != "win32", reason="needs Windows")
-def test_windows_says_what_it_has():
+def test_memory_and_cores_on_windows():
     total, free = windows.machine_memory()
     assert 1 << 28 < free <= total < 1 << 50
     before, _ = windows.process_memory()
@@ -227,7 +227,7 @@ def test_processors_of_one_core_count_once(monkeypatch, allowed, cores):
     assert windows.physical_cores() == cores
 
 
-def test_memory_is_what_windows_says(on_windows, monkeypatch, tmp_path):
+def test_capacity_on_windows(on_windows, monkeypatch, tmp_path):
     monkeypatch.setattr(windows, "machine_memory", lambda: (32 << 30, 20 << 30))
     monkeypatch.setattr(windows, "process_memory", lambda: (1 << 30, 2 << 30))
     found = MainMemory(proc=str(tmp_path), cgroups=str(tmp_path)).capacity("cpu")
@@ -244,7 +244,7 @@ Pages throttled:                              0.
 """
 
 
-def test_what_is_free_on_a_mac_is_read_of_vm_stat():
+def test_free_memory_on_macos_is_read_from_vm_stat():
     assert vm_stat_free_bytes(VM_STAT) == (33280 + 190000 + 1024) * 16384
     assert vm_stat_free_bytes("command not found") is None
 
@@ -252,7 +252,7 @@ def test_what_is_free_on_a_mac_is_read_of_vm_stat():
 # ---- The web UI's folder -----------------------------------------------------------------------
 
 
-def test_a_folder_below_a_link_is_no_link(tmp_path):
+def test_a_folder_below_a_link_is_not_a_link(tmp_path):
     """Of a drive that stands for a folder, say, or a short name."""
     (tmp_path / "real" / "extension").mkdir(parents=True)
     try:
@@ -285,7 +285,7 @@ def test_a_link_that_cannot_be_made_becomes_a_copy(tmp_path, monkeypatch):
     assert (target / "script.py").is_file() and plugin_files.extension_is_current(target)
 
 
-def test_what_a_program_uses_is_not_half_removed(tmp_path, monkeypatch):
+def test_kernels_in_use_are_removed_completely_or_not_at_all(tmp_path, monkeypatch):
     """A library that is loaded cannot be deleted on Windows, nor its folder be renamed."""
     entry = tmp_path / "cpu-0"
     entry.mkdir()
@@ -325,7 +325,7 @@ NAME = "modèle 模型"
         ("ascii", ["plan", "nichts × 模"], 1),
     ],
 )
-def test_output_survives_a_code_page(tiny_model, encoding, arguments, code):
+def test_output_works_with_any_code_page(tiny_model, encoding, arguments, code):
     folder = tiny_model(name=NAME)
     environ = {**os.environ, "PYTHONIOENCODING": f"{encoding}:strict", "PYTHONUTF8": "0",
                "PYTHONPATH": str(REPO)}
