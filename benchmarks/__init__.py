@@ -1,4 +1,4 @@
-"""Speed and quality, measured. Run from the repository: `python -m benchmarks.cpu.speed`."""
+"""Measurements of speed and quality. Run from the repository: `python -m benchmarks.cpu.speed`."""
 
 from pathlib import Path
 

@@ -3,8 +3,8 @@
     python -m benchmarks.cpu.attention [--heads 32 --kv-heads 4 --head-dim 64] [--json]
 
 Verifies the compiled operations against the reference first. Then all cache types take turns
-within each round, so that a machine that is busy elsewhere slows all of them alike; the
-median over rounds is shown, and beside it the ratio to fp16 and the cache's bytes per second.
+within each round, so that other work on the machine slows all of them alike. Shows the median
+over rounds, the ratio to fp16 and the bytes of cache read per second.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def make_layer(cache_type: CacheType, num_pages: int, shape: AttentionShape) -> 
 
 
 def one_sequence(past_len: int, rows: int) -> Batch:
-    """Return a batch of one sequence whose pages follow each other."""
+    """Return a batch of one sequence on consecutive pages."""
     total = past_len + rows
     return Batch(
         positions=torch.arange(past_len, total, dtype=torch.int32),
@@ -77,23 +77,23 @@ class Case:
         ops.write_cache(self.k, self.v, self.layer, one_sequence(0, total), self.scratch)
 
     def attend(self) -> float:
-        """Return the seconds of one call."""
+        """Attend once and return the seconds."""
         start = time.perf_counter()
         self.ops.attention(self.q, self.layer, self.batch, self.shape, self.out, self.scratch)
         return time.perf_counter() - start
 
     def write(self) -> float:
-        """Return the seconds of writing all tokens anew."""
+        """Write all tokens again and return the seconds."""
         start = time.perf_counter()
         batch = one_sequence(0, len(self.k))
         self.ops.write_cache(self.k, self.v, self.layer, batch, self.scratch)
         return time.perf_counter() - start
 
     def verify(self) -> None:
-        """Compare with the reference.
+        """Compare the compiled operations with the reference.
 
         Raises:
-            SystemExit: the compiled operations are wrong, so timing them says nothing.
+            SystemExit: they differ, so timing them would be of no use.
         """
         expected = torch.empty_like(self.out)
         reference = ReferenceOps()
@@ -107,7 +107,7 @@ class Case:
 
 
 def measure(ops, shape: AttentionShape, depth: int, rows: int, rounds: int) -> list[dict]:
-    """Time all cache types at one depth, in turns."""
+    """Time all cache types at one depth, in turns; one record each."""
     cases = {name: Case(ops, name, depth, rows, shape) for name in CACHE_TYPES}
     for case in cases.values():
         case.verify()

@@ -1,9 +1,9 @@
-"""Requests at once: `python -m benchmarks.cpu.batching [--layers N] [--requests 8] [--json]`.
+"""Measure requests at once: `python -m benchmarks.cpu.batching [--layers N] [--json]`.
 
 Decodes one request alone and several together, in turns, on a Llama of 1.1 B geometry with
-random 4-bit EXL2 weights (of which --layers may take fewer), and reports new tokens a second
-of all requests and the ratio. Verified first: the texts made together are those made alone.
-A figure is the best of several rounds, because the machine may do other work beside it.
+random 4-bit EXL2 weights (--layers makes it smaller), and reports new tokens a second of all
+requests and the ratio. Verified as well: each text is the same together as alone. A figure is
+the best of several rounds, because the machine may be busy with other work.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ DTYPES = {"F16": torch.float16, "I16": torch.int16, "I32": torch.int32}
 
 
 def write_model(folder: Path, layers: int) -> None:
-    """Write random codes with true group tables; any code is a weight."""
+    """Write a model of random codes with valid group tables; any code is a weight."""
     config = CONFIG | GEOMETRY | {"num_hidden_layers": layers}
     generator = torch.Generator().manual_seed(0)
     tensors = {}
@@ -72,7 +72,7 @@ def fill(name: str, dtype: torch.dtype, shape: tuple[int, ...], bits: int,
 
 
 def decode(model, prompts: list[list[int]], count: int) -> tuple[list[list[int]], float]:
-    """Return the texts, and new tokens a second of all requests once all have begun."""
+    """Return the token ids of all texts, and new tokens a second once all requests run."""
     settings = {"temperature": 0, "max_new_tokens": count, "ban_eos_token": True}
     generations = [model.generate_ids(prompt, settings) for prompt in prompts]
     texts: list[list[int]] = [[] for _ in prompts]

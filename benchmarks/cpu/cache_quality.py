@@ -1,12 +1,12 @@
-"""Measure what the quantised cache keeps, beside exllamav2's scheme; docs/cache_quality.md.
+"""Measure the error of the quantised cache and of exllamav2's; docs/cache_quality.md.
 
     python -m benchmarks.cpu.cache_quality [--tokens N] [--update docs/cache_quality.md]
 
 Three tables. Vectors: the relative squared error of a round trip. Model: the divergence of
 the demo model's predictions from those with its fp16 cache, at its full context, over files of
 the standard library that it was not trained on (tools/demo_corpus.py), for every cache type
-and pair of types, and for exllamav2's scheme in the same attention. Biases: what attention
-makes of keys with large constant biases, see `bias_table`.
+and pair of types, and for exllamav2's scheme in the same attention. Biases: the error of
+attention over keys with large constant biases, see `bias_table`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from exl_loader.commands.model_options import DEMO_MODEL
 from exl_loader.model.parts.key_bias import remove_from, split_bias
 from exl_loader.utils.progress import default_progress, task
 
-# What exllamav2 called its types, as bits of keys and of values.
+# The names of exllamav2's types -> bits of keys and of values.
 PEER_TYPES = {"exllamav2 Q8": (8, 8), "exllamav2 Q6": (8, 4), "exllamav2 Q4": (4, 4)}
 SHOWN_BITS = (16, 8, 6, 4)
 
@@ -52,11 +52,11 @@ def normal(seed: int, rows: int = 2000, head_dim: int = 128) -> torch.Tensor:
 def with_outliers(
     channels: int = 3, factor: float = 20, seeds: int = 16, rows: int = 150
 ) -> torch.Tensor:
-    """Return normal data of which a few channels of a head are much larger; many such heads.
+    """Return normal data with a few channels of each head that are larger by a factor.
 
-    Which channels they are changes a scheme's error by a fifth, so every seed picks its own.
-    Three channels of 20 are where both schemes in ../shared/anchors.md have the errors that
-    are quoted for them.
+    Which channels these are changes a scheme's error by a fifth, so every seed draws its own.
+    With three channels 20 times as large both schemes have the errors quoted in
+    docs/cache_quality.md.
 
     Returns:
         float32 [seeds * rows, 128], of mean square 1 in each head.
@@ -93,11 +93,11 @@ def vector_table() -> list[list[str]]:
 
 
 class PeerOps:
-    """Operations whose cache keeps what exllamav2's would give back.
+    """Operations whose cache holds what exllamav2's would return.
 
     Args:
-        ops: all other operations; its cache type must lose nothing itself.
-        k_bits, v_bits: of the scheme.
+        ops: does all other operations; its cache type must be exact.
+        k_bits, v_bits: bits of keys and of values in exllamav2's scheme.
     """
 
     def __init__(self, ops: Any, k_bits: int, v_bits: int) -> None:
@@ -107,7 +107,7 @@ class PeerOps:
         return getattr(self._ops, name)
 
     def prepare(self, calls: Sequence[Call]) -> list[Callable[[], None]]:
-        """Let every replay come through these operations."""
+        """Bind every call to these operations."""
         return [partial(call.run, self) for call in calls]
 
     def write_cache(self, k: torch.Tensor, v: torch.Tensor, *args: Any) -> None:
@@ -167,7 +167,7 @@ def measure_model(tokens: int) -> tuple[list[Result], int]:
 
 
 def model_table(results: list[Result]) -> list[list[str]]:
-    """Lay results out, the most exact first."""
+    """Return the rows of a table of results, the most exact first."""
     rows = [["cache", "bits an element", "perplexity", "mean KL", "±", "median KL",
              "99.9 % KL", "same top token"]]  # fmt: skip
     for result in sorted(results, key=lambda r: r.divergence.mean if r.divergence else -1.0):
@@ -183,7 +183,7 @@ def model_table(results: list[Result]) -> list[list[str]]:
 
 
 def _bits_an_element(name: str) -> float:
-    """Bits of keys and values on average, scales included."""
+    """Return the mean bits of keys and values, scales included."""
     kind = CacheType(*PEER_TYPES[name]) if name in PEER_TYPES else CacheType.parse(name)
     return kind.bytes_per_token(1, 64) * 8 / 128
 
@@ -202,7 +202,7 @@ class Head:
         return cls(*torch.randn(3, tokens, 128, generator=generator))
 
     def attend(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return causal scores of the last 256 rows over keys behind RoPE, and the outputs."""
+        """Return causal scores of the last 256 rows over keys after RoPE, and the outputs."""
         q = turned(self.q)[-256:].double()
         scores = q @ keys.double().T * 128**-0.5
         hidden = torch.ones_like(scores, dtype=torch.bool).triu(len(keys) - 255)
@@ -222,8 +222,9 @@ def turned(x: torch.Tensor) -> torch.Tensor:
 def bias_table() -> list[list[str]]:
     """Compare attention over keys with a bias in three channels, as Qwen2's have.
 
-    Normal queries, keys and values; the bias is 0.2 everywhere besides. "in the cache" is the
-    rotation and the search alone, "beside it" is `key_bias.py`.
+    Normal queries, keys and values; in all other channels the bias has a deviation of 0.2.
+    "in the cache" is rotation and search alone; "beside it" adds the bias as
+    exl_loader/model/parts/key_bias.py does.
     """
     head = Head.random()
     rows = [["bias", "cache", "error of a score", "relative error of the output"]]
@@ -255,13 +256,13 @@ def bias_table() -> list[list[str]]:
 
 
 def markdown(rows: list[list[str]]) -> str:
-    """Write a table, its first row the headings."""
+    """Return a table as Markdown; its first row has the headings."""
     head, *body = ("| " + " | ".join(row) + " |" for row in rows)
     return "\n".join([head, "|" + " --- |" * len(rows[0]), *body])
 
 
 def update(path: Path, tables: dict[str, str]) -> None:
-    """Replace what stands between `<!-- NAME -->` and `<!-- end NAME -->` in a file."""
+    """Replace the text between `<!-- NAME -->` and `<!-- end NAME -->` in a file."""
     text = path.read_text(encoding="utf-8")
     for name, table in tables.items():
         before, found, rest = text.partition(f"<!-- {name} -->\n")

@@ -1,4 +1,4 @@
-"""Who takes part in `cpu.py`, and the process that each of them runs in."""
+"""The engines that speed.py compares, and the process that each of them runs in."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ class Contestant:
 
 
 class Worker:
-    """A contestant's process.
+    """Run a contestant in a process of its own and send it tasks.
 
     Args:
-        contestant: who.
+        contestant: the engine, its weights and its cache type.
         model: an EXL2 folder or a GGUF file.
         ctx_size: tokens of its cache.
-        threads: threads that it computes with.
+        threads: number of threads it computes with.
         llama_python: interpreter that has llama-cpp-python, for llama.cpp.
 
     Raises:
-        SystemExit: it ended; what it said stands on standard error.
+        SystemExit: the process ended; its own message is on standard error.
     """
 
     def __init__(
@@ -76,6 +76,7 @@ class Worker:
             process.stdin.close()
 
     def do(self, task: str, **arguments: Any) -> Any:
+        """Run one task of worker.py in the process and return its result."""
         return self._ask({"do": task, **arguments})["value"]
 
     def _ask(self, command: dict) -> dict:

@@ -1,10 +1,10 @@
-"""The archived exllamav2's 4-bit cache as a reference to compare with: quality, not speed.
+"""The cache of exllamav2 in plain torch, to compare quality with.
 
-After ../shared/formats.md's description of its kernels: a 32-point Hadamard transform over the
+As its archived kernels compute it: a 32-point Hadamard transform over the
 even and over the odd elements of each 64, one float16 scale (absolute maximum / 2^(bits-1))
 per 32 consecutive elements, codes rounded and clamped, so that the largest positive value
-clips. Its bits are 4; the same scheme at 6 and 8 bits stands in for a uniform absolute
-maximum quantiser of that size.
+clips. exllamav2 uses 4 bits; the same scheme at 6 and 8 bits represents a uniform quantiser by
+absolute maximum of that size.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _transform(x: torch.Tensor) -> torch.Tensor:
 
 
 def round_trip(x: torch.Tensor, bits: int = 4) -> torch.Tensor:
-    """Return what its cache gives back for x, float32 [..., a multiple of 64]."""
+    """Return x, float32 [..., a multiple of 64], as exllamav2's cache returns it."""
     half = 2 ** (bits - 1)
     groups = _transform(x).float().unflatten(-1, (-1, GROUP))
     scales = (groups.abs().amax(-1, keepdim=True) / half).half().float()

@@ -1,8 +1,8 @@
-"""What a grammar costs a step: `python -m benchmarks.cpu.grammar [--vocab 152064] [--steps N]`.
+"""Measure what a grammar costs a step: `python -m benchmarks.cpu.grammar [--vocab N]`.
 
 Draws from random logits, with a made-up vocabulary of syllables, without a grammar and with
 several, in turns, and reports the milliseconds of setting up and of a step (mask, samplers and
-draw). The grammars allow nearly every token nearly everywhere, which is the dearest case.
+draw). The grammars allow nearly every token nearly everywhere, which is the most expensive case.
 Verified first: every token drawn is one that the grammar allows.
 """
 
@@ -46,17 +46,17 @@ SYLLABLES = [*"aeiou012{}[]:,\"\\()-_.\néü中文", "th", "er", "on", "an", "re
 
 
 class MadeUpTokenizer:
-    """An end token, all bytes, then words of up to five syllables, half after a space."""
+    """An end token, all bytes, then tokens of up to five syllables, half of them after a space."""
 
     bytes_known, strips_space, special_ids = True, False, frozenset({0})
 
     def __init__(self, vocab_size: int) -> None:
-        source, words = random.Random(0), set[bytes]()
-        while len(words) < vocab_size - 257:
-            word = "".join(source.choices(SYLLABLES, k=source.randrange(1, 6)))
-            if len(word) > 1:
-                words.add((source.choice(["", " "]) + word).encode())
-        self.tokens = [b"", *(bytes([byte]) for byte in range(256)), *sorted(words)]
+        source, tokens = random.Random(0), set[bytes]()
+        while len(tokens) < vocab_size - 257:
+            token = "".join(source.choices(SYLLABLES, k=source.randrange(1, 6)))
+            if len(token) > 1:
+                tokens.add((source.choice(["", " "]) + token).encode())
+        self.tokens = [b"", *(bytes([byte]) for byte in range(256)), *sorted(tokens)]
         self.vocab_size = vocab_size
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -67,7 +67,7 @@ class MadeUpTokenizer:
 
 
 def measure(grammars: Grammars, rows: np.ndarray, steps: int, **settings) -> tuple[float, float]:
-    """Return milliseconds to set up and of the mean step."""
+    """Return milliseconds of setting up, and of a step on average."""
     chosen = SamplingSettings(seed=1, min_p=0.05, ban_eos_token=True, **settings)
     began_s = time.perf_counter()
     matcher = grammars.matcher(chosen)

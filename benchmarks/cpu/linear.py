@@ -1,10 +1,10 @@
-"""Speed of the CPU matrix products: `python -m benchmarks.cpu.linear [--threads N] [--json]`.
+"""Measure the CPU's matrix products: `python -m benchmarks.cpu.linear [--threads N] [--json]`.
 
-Every layer is verified against the reference first. Decoding goes round copies of a layer that
-are together several times larger than a cache, and is reported as GB/s of weights and as a
+Every layer is verified against the reference first. Decoding cycles through copies of a layer
+that are together several times larger than a cache, and is reported as GB/s of weights and as a
 share of what a loop of plain loads reads (read_bandwidth.cpp) in the same rounds. Prefill is
 reported in GMAC/s. A figure is the best of several rounds, and with one thread it is processor
-time, so that a machine that does other work beside it still says something.
+time, so that it is of use on a busy machine.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from exl_loader.backends.cpu.linear import linear_scratch_bytes  # noqa: E402
 from exl_loader.backends.cpu.memory import MainMemory  # noqa: E402
 from exl_loader.backends.cpu.threads import default_threads  # noqa: E402
 from exl_loader.backends.reference.ops import ReferenceOps  # noqa: E402
+from exl_loader.utils.integers import round_up  # noqa: E402
 from support.kernel_cases import compiled_ops, dense_linear, packed_linear  # noqa: E402
 
 # (in_features, out_features, bits, group size): a Llama of 1.1 B parameters, then widths.
@@ -65,7 +66,7 @@ def decode(ops, clock, bandwidth: Bandwidth, make, rows: int = 1) -> dict:
     verify(ops, layer, rows)
     nbytes = _weight_bytes(layer)
     layers = [layer, *(make(seed) for seed in range(1, max(2, ROUND_BYTES // nbytes)))]
-    place_together(layers)
+    move_into_one_buffer(layers)
     x, out, _ = _buffers(layer, rows)
     scratch = _scratch(layer, rows)
 
@@ -87,16 +88,16 @@ def decode(ops, clock, bandwidth: Bandwidth, make, rows: int = 1) -> dict:
     }
 
 
-def place_together(layers) -> None:
-    """Move layers into one buffer of the kind that a model's weights lie in."""
+def move_into_one_buffer(layers) -> None:
+    """Move the weights of layers into one buffer of the kind that holds a model's weights."""
     buffer, _ = MainMemory().empty("cpu", sum(_weight_bytes(w) + 2 * ALIGNMENT for w in layers))
     offset = 0
     for w in layers:
         for role in ("weight",) if hasattr(w, "weight") else ("codes", "scales"):
             tensor = getattr(w, role)
-            place = buffer[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            setattr(w, role, place.copy_(tensor))
-            offset += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+            view = buffer[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            setattr(w, role, view.copy_(tensor))
+            offset += round_up(tensor.nbytes, ALIGNMENT)
         w.native = None  # it holds the old addresses
 
 
@@ -137,7 +138,7 @@ def _weight_bytes(layer) -> int:
 
 
 def results(ops, clock, bandwidth: Bandwidth):
-    """Yield (what, figures) one after the other, so that a person sees them come."""
+    """Measure one case after the other; yield its name and figures as soon as they are known."""
     for k, n, bits, group in DECODE:
         def make(seed, k=k, n=n, bits=bits, group=group):
             return packed_linear([(bits, group)] * (k // group), n, seed=seed, perm=True)

@@ -1,4 +1,4 @@
-"""Which linear layers a Llama has, and how large they are."""
+"""The names and sizes of a Llama's linear layers."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ def layer_linears(config: dict) -> list[tuple[str, int, int]]:
     """List the linear layers of one decoder layer.
 
     Args:
-        config: of the model, by Hugging Face's names, `head_dim` included.
+        config: the model's config with Hugging Face's names, `head_dim` included.
 
     Returns:
-        Name within the layer, in_features, out_features.
+        (name within the layer, in_features, out_features) of each.
     """
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     q_len = config["num_attention_heads"] * config["head_dim"]

@@ -1,10 +1,10 @@
-"""What planning costs: `python -m benchmarks.cpu.planning [--rounds N]`.
+"""Measure what a reservation costs: `python -m benchmarks.cpu.planning [--rounds N]`.
 
-Times what a person waits for before anything is loaded, and checks each result first: reading
+Times what a user waits for before anything is loaded, and checks each result first: reading
 the headers of 2,000 tensors in ten files, the reservation of that model on one device and split
-over four, the gauge of a 7B model, and the opening of kernels that are compiled already. The
-files have headers alone, so nothing depends on a disk. Reports the minimum and the median of the
-processor's time and of the clock's, in milliseconds.
+over four, the gauge of a 7B model, and finding kernels that are compiled already. The files have
+headers alone, so nothing depends on a disk. Reports the minimum and the median of processor time
+and of wall time, in milliseconds.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ VRAM = "3GiB,2GiB,4GiB,24GiB"
 
 
 def tasks(folder: Path) -> dict[str, Callable[[], object]]:
-    """Make the model folders and return what is timed, by name; each task checks its result."""
+    """Make the model folders and return the timed tasks by name; each checks its result."""
     config = LLAMA_2_7B | {"num_hidden_layers": LAYERS}
     large = write_sparse_exl2(folder / "large", shards=10, **config)
     common = write_sparse_exl2(folder / "7B", shards=4, **LLAMA_2_7B)
@@ -81,7 +81,7 @@ def main() -> None:
                 task()
                 ended = time.process_time(), time.perf_counter()
                 times[name].append((ended[0] - began[0], ended[1] - began[1]))
-    print(f"{'milliseconds, least and median':40} {'processor':>15} {'clock':>15}")
+    print(f"{'milliseconds, least and median':40} {'processor':>15} {'wall':>15}")
     for name, pairs in times.items():
         columns = (
             f"{min(values) * 1e3:6.1f} {statistics.median(values) * 1e3:6.1f}"

@@ -1,4 +1,4 @@
-"""The picture of `cpu.py`'s results, as SVG: cost of a token by depth, and ratios."""
+"""Draw the results of speed.py as SVG: cost of a token by depth, and ratios."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ STYLE = (
 )
 
 
-def text(x: float, y: float, words: str, anchor: str = "start", kind: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{words}</text>'
+def text(x: float, y: float, label: str, anchor: str = "start", kind: str = "") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{label}</text>'
 
 
 def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
@@ -51,38 +51,38 @@ def curve_panel(results: Results) -> list[str]:
     step = nice_step(max(map(milliseconds, records)), 5)
     top = step * (int(max(map(milliseconds, records)) / step) + 1)
 
-    def place(depth: float, ms: float) -> tuple[float, float]:
+    def point(depth: float, ms: float) -> tuple[float, float]:
         return (LEFT + PANEL_WIDTH * depth / deepest,
                 TOP + PANEL_HEIGHT * (1 - ms / top))
 
     parts = [text(LEFT, 30, "Milliseconds a generated token, by depth", kind="title")]
     for i in range(round(top / step) + 1):
-        y = place(0, i * step)[1]
+        y = point(0, i * step)[1]
         parts += [line(LEFT, y, LEFT + PANEL_WIDTH, y, "grid" if i else "axis"),
                   text(LEFT - 8, y + 4, f"{i * step:g}", "end", "small")]
     for depth in sorted({r["depth"] for r in records}):
-        parts.append(text(place(depth, 0)[0], TOP + PANEL_HEIGHT + 18, f"{depth:,}", "middle",
+        parts.append(text(point(depth, 0)[0], TOP + PANEL_HEIGHT + 18, f"{depth:,}", "middle",
                           "small"))
     ends = []
     for name in dict.fromkeys((r["engine"], r["weights"], r["cache"]) for r in records):
         engine, weights, cache = name
         series = sorted(results.select(what="decode", beside="curve", engine=engine,
                                        weights=weights, cache=cache), key=lambda r: r["depth"])
-        points = [place(r["depth"], milliseconds(r)) for r in series]
+        points = [point(r["depth"], milliseconds(r)) for r in series]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{COLOURS[engine]}" '
                      f'stroke-width="2" stroke-dasharray="{DASHES[cache]}"/>')
         x, y = points[-1]
         ends.append((y + 4, x + 6, f"{engine} {weights} {cache}"))
     lowest = 0.0
-    for y, x, words in sorted(ends):  # lines that end close together have room for their names
+    for y, x, label in sorted(ends):  # labels of lines that end close together must not overlap
         lowest = max(y, lowest + LINE_HEIGHT)
-        parts.append(text(x, lowest, words, kind="small"))
+        parts.append(text(x, lowest, label, kind="small"))
     return parts
 
 
 def bar_panel(results: Results) -> list[str]:
-    """Draw how many times faster than llama.cpp at the nearest size, on a logarithmic scale."""
+    """Draw the speed relative to llama.cpp at the nearest size, on a logarithmic scale."""
     bars = []
     for what, label in (("decode", "decode"), ("prefill", "prefill")):
         best: dict[tuple[str, int], tuple[Record, Record]] = {}
@@ -117,7 +117,7 @@ def _distance(own: Record, other: Record) -> float:
 
 
 def write_picture(results: Results, path: Path) -> None:
-    """Write the picture; without measurements there is none."""
+    """Write the picture, unless there are no measurements."""
     parts = curve_panel(results) + bar_panel(results)
     if not parts:
         return

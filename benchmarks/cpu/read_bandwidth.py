@@ -1,4 +1,4 @@
-"""How fast this machine reads memory: the roof that decoding is measured against."""
+"""Measure how fast this machine reads memory: the upper limit of decoding."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from exl_loader.backends.cpu.memory import MainMemory
 
 # Several times a last-level cache of 32 MiB, in whole claims of read_bandwidth.cpp.
 BUFFER_BYTES = 150_000_000
-CLAIM_WORDS = 65536
+CLAIM_INTS = 65536
 
 
 class Bandwidth:
-    """Measures reading: bytes a second of plain loads over a buffer larger than any cache.
+    """Measure bytes a second of plain loads over a buffer larger than any cache.
 
     Args:
-        threads: threads that read, as many as those that are measured.
-        directory: where the loop is compiled.
+        threads: number of threads that read, as many as the measured engine uses.
+        directory: folder that the loop is compiled into.
 
     Raises:
-        KernelBuildError: no C++ compiler. subprocess.CalledProcessError: it does not compile.
+        KernelBuildError: there is no C++ compiler.
+        subprocess.CalledProcessError: the compiler failed.
     """
 
     def __init__(self, threads: int, directory: str):
@@ -44,10 +45,10 @@ class Bandwidth:
         opened.exl_set_threads(threads)
         self._sum = opened.read_bandwidth_sum
         self._sum.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-        # The memory that weights lie in, with its huge pages: small ones cost a sixth.
+        # The kind of memory that holds weights, with huge pages: small ones cost a sixth.
         buffer, self._owner = MainMemory().empty("cpu", BUFFER_BYTES)
-        words = BUFFER_BYTES // 4 // CLAIM_WORDS * CLAIM_WORDS
-        self._data = buffer.view(torch.int32)[:words].fill_(1)
+        count = BUFFER_BYTES // 4 // CLAIM_INTS * CLAIM_INTS
+        self._data = buffer.view(torch.int32)[:count].fill_(1)
 
     def measure(self, clock: Callable[[], float] = time.perf_counter) -> float:
         """Return bytes a second of one pass over the buffer."""

@@ -1,4 +1,4 @@
-"""The results of `cpu.py`: kept as JSON, compared pair by pair, printed as tables."""
+"""Keep the results of speed.py as JSON, compare them pair by pair, print them as tables."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 Record = dict[str, Any]
 
 OURS = "exl_loader"
-# Where a document keeps the tables.
+# The tables are between these two marks of a document.
 FIRST_MARK, LAST_MARK = "<!-- cpu -->", "<!-- end cpu -->"
 KEY = ("what", "engine", "weights", "cache", "depth", "beside")
-# What is to be reached: (what, cache) -> ratio to llama.cpp at depth 0 and at 2,048.
+# The targets: (what, cache) -> depth -> ratio to llama.cpp.
 TARGETS = {
     ("decode", "fp16"): {0: 1.0, 2048: 1.3},
     ("decode", "q4"): {0: 1.0, 2048: 2.5},
@@ -35,7 +35,7 @@ class Results:
         return cls(path, json.loads(path.read_text(encoding="utf-8")) if path.exists() else ())
 
     def put(self, record: Record) -> None:
-        """Keep a record in place of an older one of the same measurement."""
+        """Keep a record; it replaces an older one of the same measurement."""
         self._records[tuple(record.get(field) for field in KEY)] = record
 
     def write(self) -> None:
@@ -50,7 +50,7 @@ class Results:
 
 
 def nearest(bytes_per_token: dict[str, int]) -> str | None:
-    """Return which of llama.cpp's weights are nearest in size to ours."""
+    """Return the name of llama.cpp's weights that are nearest in size to ours."""
     own = bytes_per_token["EXL2"]
     sizes = {name: size for name, size in bytes_per_token.items() if name != "EXL2"}
     return min(sizes, key=lambda name: abs(sizes[name] - own)) if sizes else None
@@ -61,27 +61,27 @@ def tokens_per_s(record: Record) -> float:
 
 
 def speed_ratio(record: Record, other: Record) -> tuple[float, float, float]:
-    """Median, least and largest of how many times faster `record` is, round by round."""
+    """Return median, least and largest of how many times faster `record` is, by rounds."""
     pairs = zip(record["seconds"], other["seconds"], strict=True)
     ratios = [theirs / ours for ours, theirs in pairs]
     return statistics.median(ratios), min(ratios), max(ratios)
 
 
 def step_bytes(record: Record) -> float:
-    """Bytes that one decoding step has to read: weights, and the cache behind its depth."""
+    """Return the bytes that one decoding step has to read: weights, and the cache to its depth."""
     depth = record["depth"] + record["tokens"] / 2
     return float(record["weight_bytes_per_token"] + depth * record["cache_bytes_per_token"])
 
 
 def read_share(record: Record) -> float:
-    """Median over rounds of bytes read a second, by what plain loads read right before."""
+    """Return the share of the bandwidth that plain loads reached just before, median of rounds."""
     nbytes = step_bytes(record) * record["tokens"]
     pairs = zip(record["seconds"], record["read_bytes_per_s"], strict=True)
     return statistics.median(nbytes / seconds / read for seconds, read in pairs)
 
 
 def comparisons(results: Results, what: str) -> list[tuple[Record, Record]]:
-    """Pair every measurement of ours with each of llama.cpp's that ran in turns with it."""
+    """Pair each of our measurements with those of llama.cpp that took turns with it."""
     pairs = []
     for own in results.select(what=what, engine=OURS):
         rivals = results.select(what=what, engine="llama.cpp", depth=own.get("depth"),
@@ -96,7 +96,7 @@ def _cache_order(record: Record) -> int:
 
 
 def tables(results: Results) -> str:
-    """Everything that was measured, as Markdown."""
+    """Return everything that was measured, as Markdown."""
     parts = [
         _speed(results, "decode", "Generated tokens/s"),
         _speed(results, "prefill", "Prompt tokens/s"),
@@ -110,7 +110,7 @@ def tables(results: Results) -> str:
 
 
 def update_document(results: Results, path: Path) -> None:
-    """Put the tables between the document's marks; a document without them stays as it is."""
+    """Put the tables between the document's marks; leave a document without marks unchanged."""
     text = path.read_text(encoding="utf-8")
     before, first, rest = text.partition(FIRST_MARK)
     _, last, after = rest.partition(LAST_MARK)
@@ -180,7 +180,7 @@ def _cache_types(results: Results) -> str:
 
 
 def _curve(results: Results) -> str:
-    """Cost by depth, and how far it is from a straight line."""
+    """Return the cost by depth, and its distance from a straight line."""
     rows = []
     curve = results.select(what="decode", beside="curve")
     depths = sorted({r["depth"] for r in curve})
@@ -198,7 +198,7 @@ def _curve(results: Results) -> str:
 
 
 def straight_line(costs: dict[int, float]) -> tuple[float, float, float]:
-    """Least squares: slope, value at 0, and the largest distance relative to the line."""
+    """Fit a line by least squares: slope, value at 0, and the largest relative distance."""
     if len(costs) < 2:
         return 0.0, next(iter(costs.values())), 0.0
     slope, start = statistics.linear_regression(list(costs), list(costs.values()))

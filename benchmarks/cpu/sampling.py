@@ -1,11 +1,11 @@
-"""What sampling costs a token: `python -m benchmarks.cpu.sampling [--beside CHECKOUT]`.
+"""Measure what sampling costs a token: `python -m benchmarks.cpu.sampling [--beside CHECKOUT]`.
 
-Draws from made-up rows with every sampler that looks at a whole vocabulary, in the cases that
-are dearest, and reports milliseconds a token, the best of all draws. Rows are what a model says
-that knows how to go on ("likely"), one that knows nothing or is very hot ("flat"), and one of
-equal logits ("equal"). With `--beside`, another checkout of the repository draws from the same
-rows in a process of its own, turn by turn: the tokens must be the same, and the ratio is the
-median over turns.
+Draws from made-up rows with every sampler that looks at a whole vocabulary, in the most
+expensive cases, and reports milliseconds a token, the best of all draws. The rows of logits are
+one with a few likely tokens ("likely"), one close to uniform, as at a high temperature ("flat"),
+and one of equal logits ("equal"). With `--beside`, another checkout of the
+repository draws from the same rows in a process of its own, turn by turn: the tokens must be the
+same, and the ratio is the median over turns.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from benchmarks import REPO
 NUM_ROWS, DRAWS = 4, 12
 LONG = 32_768
 
-# What a sort of the whole row takes on this processor, to compare the samplers with.
+# A sort of the whole row, to compare the samplers with on this processor.
 SORT = "NumPy's sort of the row"
 
-# Settings, and how many tokens were written before; "bans" and "biases" are so many tokens.
+# Settings, and the number of tokens in the history; "bans" and "biases" count tokens.
 CASES: dict[str, tuple[dict, int]] = {
     SORT: ({}, 0),
     "greedy": ({"temperature": 0}, 1000),
@@ -72,7 +72,7 @@ CASES: dict[str, tuple[dict, int]] = {
 
 
 def make_rows(kind: str, vocab_size: int) -> np.ndarray:
-    """Logits, float32 [NUM_ROWS, vocab_size]."""
+    """Return logits, float32 [NUM_ROWS, vocab_size]."""
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((NUM_ROWS, vocab_size), np.float32)
     if kind == "equal":
@@ -118,8 +118,8 @@ def work(checkout: str, vocab_size: int) -> None:
     except ImportError:  # an older checkout, which samples from arrays
         as_row = np.asarray
 
-    # As reading a model's tensors does: the C library keeps more of what it is given back, and
-    # fresh pages would take longer than most samplers.
+    # Loading a model does this as well: after a large allocation the C library keeps more of the
+    # freed memory, and new pages would take longer than most samplers.
     np.ones(7_000_000, np.float32)
     rows_of: dict[str, np.ndarray] = {}
     for line in sys.stdin:

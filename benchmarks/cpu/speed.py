@@ -1,11 +1,11 @@
-"""exl_loader beside llama.cpp on this machine: `python -m benchmarks.cpu.speed [--quick]`.
+"""Compare exl_loader with llama.cpp on this machine: `python -m benchmarks.cpu.speed [--quick]`.
 
 Makes a random Llama of 1.1 B geometry as EXL2 at 4.5 bits a weight and the same weights as
 GGUF in Q4_0 and Q4_K_M. Both engines run in processes of their own, with as many threads, and
 take turns within each round, the order reversed in every second one: a ratio is the median
 over rounds of pairs that ran right after each other. They must agree on a prompt's logits
-before anything is timed. A context is filled by copies of its first 256 tokens' cache, in
-both engines alike; what stands in it makes no difference to the time.
+before anything is timed. Both engines fill a context with copies of its first 256 tokens' cache,
+because the content of a cache does not change the time.
 
 llama.cpp comes with llama-cpp-python, built natively, in an environment of its own:
 
@@ -50,18 +50,18 @@ PROMPT_TOKENS = 256
 # llama.cpp reads some 20 tokens a second where the cache is quantised and long.
 LONG_DEPTH, LONG_PROMPT_TOKENS = 4096, 64
 FIRST_TOKEN_PROMPT = 512
-# Beyond the largest depth: what is timed there, and room for its pages.
-SPARE_TOKENS = 1024
-# Of random weights, quantised twice, to 4 bits: without a fault about 0.9.
+# Context beyond the largest depth, for the tokens that are timed.
+TIMED_TOKENS = 1024
+# Cosine of two engines' logits for random weights quantised twice to 4 bits: about 0.9 if right.
 LEAST_COSINE = 0.7
 
 
 class Bench:
-    """What all measurements share.
+    """The models, their sizes, the bandwidth and the results that all measurements share.
 
     Args:
         args: the command line.
-        directory: for what is compiled.
+        directory: folder that the loop of plain loads is compiled into.
     """
 
     def __init__(self, args: argparse.Namespace, directory: str):
@@ -86,7 +86,7 @@ class Bench:
         self.results = Results.read(args.json)
 
     def contestants(self, cache: str) -> list[Contestant]:
-        """Return who runs with a cache type; a quantised one beside our own float16."""
+        """List who runs with a cache type; with a quantised one also our own float16."""
         ours = [Contestant("exl_loader", "EXL2", cache)]
         if cache != "fp16":
             ours.append(Contestant("exl_loader", "EXL2", "fp16"))
@@ -100,7 +100,7 @@ class Bench:
     def workers(
         self, stack: ExitStack, contestants: list[Contestant], ctx_size: int
     ) -> list[Worker]:
-        """Start workers and let them agree on the logits of a prompt."""
+        """Start workers and check that they agree on the logits of a prompt."""
         workers = [stack.enter_context(self.worker(c, ctx_size)) for c in contestants]
         ids = random_ids(64, self.vocab_size, seed=1)
         first, *others = [worker.do("logits", ids=ids) for worker in workers]
@@ -110,11 +110,11 @@ class Bench:
         return workers
 
     def take_turns(
-        self, workers: list[Worker], task: str, rounds: int, note: dict, **arguments: Any
+        self, workers: list[Worker], task: str, rounds: int, labels: dict, **arguments: Any
     ) -> None:
         """Time a task in all workers, round by round, and keep the results.
 
-        What the machine reads is measured before each turn: on a shared one it changes.
+        The memory bandwidth is measured before each turn, because on a shared machine it changes.
         """
         times: dict[Contestant, list[float]] = {w.contestant: [] for w in workers}
         speeds: dict[Contestant, list[float]] = {w.contestant: [] for w in workers}
@@ -123,13 +123,13 @@ class Bench:
                 speeds[worker.contestant].append(self.bandwidth.measure())
                 times[worker.contestant].append(worker.do(task, **arguments))
         for worker in workers:
-            self.keep(worker, task, note, seconds=times[worker.contestant],
+            self.keep(worker, task, labels, seconds=times[worker.contestant],
                       read_bytes_per_s=speeds[worker.contestant])
 
-    def keep(self, worker: Worker, what: str, note: dict, **figures: Any) -> None:
+    def keep(self, worker: Worker, what: str, labels: dict, **figures: Any) -> None:
         c = worker.contestant
         self.results.put({
-            "what": what, "engine": c.engine, "weights": c.weights, "cache": c.cache, **note,
+            "what": what, "engine": c.engine, "weights": c.weights, "cache": c.cache, **labels,
             "version": worker.version, "threads": self.threads,
             "weight_bytes_per_token": self.bytes_per_token[c.weights],
             "cache_bytes_per_token": self.cache_bytes[c.cache],
@@ -154,7 +154,7 @@ def measure_load(bench: Bench) -> None:
     last = {}
     for i in range(bench.rounds + 1):
         for contestant in contestants if i % 2 == 0 else contestants[::-1]:
-            with bench.worker(contestant, SPARE_TOKENS) as worker:
+            with bench.worker(contestant, TIMED_TOKENS) as worker:
                 worker.do("prefill", depth=0, count=PROMPT_TOKENS)
                 if i:  # the first may have read from the disk
                     loads[contestant].append(worker.load_s)
@@ -168,19 +168,19 @@ def measure_load(bench: Bench) -> None:
 
 
 def measure_speed(bench: Bench, cache: str, depth: int) -> None:
-    """Time decoding and prefill behind `depth` tokens; in front, the first token as well."""
+    """Time decoding and prefill at a depth; at depth 0 the first token as well."""
     prompt = LONG_PROMPT_TOKENS if depth >= LONG_DEPTH else PROMPT_TOKENS
     prompt_rounds = max(2, bench.rounds // 2)
     with ExitStack() as stack:
-        workers = bench.workers(stack, bench.contestants(cache), depth + SPARE_TOKENS)
-        note = {"depth": depth, "beside": cache}
-        bench.take_turns(workers, "decode", bench.rounds, note | {"tokens": DECODE_TOKENS},
+        workers = bench.workers(stack, bench.contestants(cache), depth + TIMED_TOKENS)
+        labels = {"depth": depth, "beside": cache}
+        bench.take_turns(workers, "decode", bench.rounds, labels | {"tokens": DECODE_TOKENS},
                          depth=depth, count=DECODE_TOKENS)
-        bench.take_turns(workers, "prefill", prompt_rounds, note | {"tokens": prompt},
+        bench.take_turns(workers, "prefill", prompt_rounds, labels | {"tokens": prompt},
                          depth=depth, count=prompt)
         if depth == 0:
             bench.take_turns(workers, "first_token", prompt_rounds,
-                             note | {"tokens": FIRST_TOKEN_PROMPT}, count=FIRST_TOKEN_PROMPT)
+                             labels | {"tokens": FIRST_TOKEN_PROMPT}, count=FIRST_TOKEN_PROMPT)
 
 
 def measure_curve(bench: Bench) -> None:
@@ -189,14 +189,14 @@ def measure_curve(bench: Bench) -> None:
     everyone = dict.fromkeys(c for cache in CURVE_CACHES for c in bench.contestants(cache))
     contestants = [c for c in everyone if c.ours or c.weights == rival]
     with ExitStack() as stack:
-        workers = bench.workers(stack, contestants, max(CURVE_DEPTHS) + SPARE_TOKENS)
+        workers = bench.workers(stack, contestants, max(CURVE_DEPTHS) + TIMED_TOKENS)
         for depth in CURVE_DEPTHS:
-            note = {"depth": depth, "tokens": DECODE_TOKENS // 2}
-            bench.take_turns(workers, "decode", bench.rounds, note | {"beside": "curve"},
+            labels = {"depth": depth, "tokens": DECODE_TOKENS // 2}
+            bench.take_turns(workers, "decode", bench.rounds, labels | {"beside": "curve"},
                              depth=depth, count=DECODE_TOKENS // 2)
 
 
-def plan_tasks(args: argparse.Namespace) -> Iterator[tuple]:
+def requested_tasks(args: argparse.Namespace) -> Iterator[tuple]:
     if "load" in args.part:
         yield (measure_load,)
     if "speed" in args.part:
@@ -242,11 +242,11 @@ def main(argv: list[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as directory:
             bench = Bench(args, directory)
             results = bench.results
-            for function, *arguments in plan_tasks(args):
+            for function, *arguments in requested_tasks(args):
                 function(bench, *arguments)
                 results.write()
-                words = [function.__name__.removeprefix("measure_"), *map(str, arguments)]
-                print("measured:", *words, file=sys.stderr, flush=True)
+                name = function.__name__.removeprefix("measure_")
+                print("measured:", name, *arguments, file=sys.stderr, flush=True)
     print(tables(results))
     write_picture(results, args.picture)
     if args.document.exists():

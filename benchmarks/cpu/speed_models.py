@@ -1,8 +1,8 @@
-"""The model of `cpu.py`: one random Llama, as EXL2 and, with the same weights, as GGUF.
+"""Make the model of speed.py: a random Llama as EXL2 and, with the same weights, as GGUF.
 
-The EXL2 file is random codes with true group tables: any code is a weight, so what is decoded
-from it *is* the model, and llama.cpp's own quantiser makes the GGUF files from that. Norms are
-ones and scales such that activations stay as large as they are in trained models.
+The EXL2 file has random codes and valid group tables. Any code is a weight, so the decoded
+weights *are* the model, and llama.cpp's own quantiser makes the GGUF files from them. Norms are
+ones, and scales keep activations as large as they are in trained models.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ GEOMETRY = {
     "eos_token_id": 2,
 }
 GROUP_ROWS = 128
-# Share of a layer's groups at each width, the widest first: mixtures of EXL2's own kinds that
-# make 4.5 bits a weight on disk, head included.
+# Share of a layer's groups at each width, the widest first: mixtures as EXL2's converter chooses
+# them, together 4.5 bits a weight on disk, head included.
 MIXTURES = {
     "q_proj": ((5, 0.125), (4, 0.875)),
     "k_proj": ((5, 0.125), (4, 0.875)),
@@ -55,15 +55,16 @@ MIXTURES = {
     "down_proj": ((8, 0.05), (6, 0.1), (5, 0.25), (4, 0.6)),
     "lm_head": ((6, 1.0),),
 }
-# A scale's largest value leaves activations about as large as they were: uniform 4-bit codes
-# deviate by 4.6 steps, and squares of 1 to 16 by 123 of 256.
+# The deviation of a weight in steps of its scale, by which scales are divided so that activations
+# keep their size: uniform 4-bit codes deviate by 4.6 steps, and a scale code, the square of 1 to
+# 16, is about 123 of 256.
 STEP_DEVIATION = 4.6 * 123 / 256
-# GGUF file types of llama.h that are measured against.
+# The GGUF types to compare with, by llama.h's numbers.
 GGUF_TYPES = {"Q4_0": 2, "Q4_K_M": 15}
 
 
 def group_bits(part: str, num_groups: int) -> list[int]:
-    """Widths of a layer's groups, the widest first."""
+    """Return the bits of a layer's groups, the widest first."""
     bits: list[int] = []
     done = 0.0
     for width, share in MIXTURES[part]:
@@ -89,12 +90,12 @@ def exl2_layer(
     table = [value for pair in zip(bits, starts, strict=True) for value in pair]
     largest = [16 * 2.0**-width / (STEP_DEVIATION * in_features**0.5) for width in bits]
 
-    def words(*shape: int) -> torch.Tensor:
+    def random_codes(*shape: int) -> torch.Tensor:
         return torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, generator=generator)
 
     return {
-        f"{name}.q_weight": words(rows, out_features),
-        f"{name}.q_scale": words(len(bits), out_features // 8),
+        f"{name}.q_weight": random_codes(rows, out_features),
+        f"{name}.q_scale": random_codes(len(bits), out_features // 8),
         f"{name}.q_scale_max": torch.tensor(largest, dtype=torch.float16),
         f"{name}.q_groups": torch.tensor(table, dtype=torch.int16),
         f"{name}.q_invperm": torch.randperm(in_features, generator=generator).int(),
@@ -117,7 +118,7 @@ def exl2_tensors(config: dict, generator: torch.Generator) -> dict[str, torch.Te
 
 
 def write_exl2(folder: Path, config: dict | None = None, seed: int = 0) -> Path:
-    """Write the model as EXL2 and return its folder; one that is there already stays."""
+    """Write the model as EXL2 unless the folder has it already, and return the folder."""
     config = config or GEOMETRY
     weights = folder / "output.safetensors"
     if not weights.exists():
@@ -134,7 +135,7 @@ def write_exl2(folder: Path, config: dict | None = None, seed: int = 0) -> Path:
 
 
 def bits_per_weight(tensors: dict[str, torch.Tensor]) -> float:
-    """Bits on disk of all linear layers, scales and tables included, by weight."""
+    """Return the bits a weight on disk of all linear layers, scales and tables included."""
     nbytes = weights = 0
     for name, tensor in tensors.items():
         layer, _, kind = name.rpartition(".")
@@ -169,7 +170,7 @@ def write_gguf(folder: Path, exl2_dir: Path, llama_python: str) -> dict[str, Pat
         llama_python: an interpreter that has llama-cpp-python and gguf.
 
     Raises:
-        subprocess.CalledProcessError: that interpreter failed; it has said why.
+        subprocess.CalledProcessError: that interpreter failed; its message is on stderr.
     """
     files = {name: folder / f"{name}.gguf" for name in GGUF_TYPES}
     missing = {name: path for name, path in files.items() if not path.exists()}
@@ -196,7 +197,7 @@ def write_gguf(folder: Path, exl2_dir: Path, llama_python: str) -> dict[str, Pat
 
 
 def bytes_per_token(model: Path, llama_python: str | None) -> int:
-    """Weights that one step reads: all but the embedding, of which it reads a row.
+    """Return the bytes of weights that one step reads: all but the embedding.
 
     Args:
         model: an EXL2 folder, or a GGUF file, which `llama_python` reads.
@@ -217,7 +218,7 @@ def bytes_per_token(model: Path, llama_python: str | None) -> int:
 
 
 def cache_bytes_per_token(exl2_dir: Path) -> dict[str, float]:
-    """Bytes of a token in all layers, by cache type; llama.cpp's types are as large.
+    """Return the bytes of a token in all layers, by cache type; llama.cpp's are as many.
 
     q8 and q4 are 8.5 and 4.5 bits an element in both engines: codes and a float16 scale per
     32 elements.
@@ -231,7 +232,7 @@ def cache_bytes_per_token(exl2_dir: Path) -> dict[str, float]:
 
 
 def file_bytes(model: Path) -> int:
-    """Size of a model's weights on disk."""
+    """Return the size of a model's weights on disk in bytes."""
     files = model.glob("*.safetensors") if model.is_dir() else [model]
     return sum(path.stat().st_size for path in files)
 

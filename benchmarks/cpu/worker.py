@@ -1,15 +1,15 @@
-"""What the two engines of `cpu.py` have in common: a process that is told what to do.
+"""Serve one engine of speed.py in a process of its own: what both engines share.
 
 A worker reads one JSON object a line from standard input and answers each with one on
-standard output. The first is its configuration; its answer says how long loading took.
+standard output. The first object is its configuration; the answer has the seconds of loading.
 Engines are classes with
 
-    decode(depth, count) -> seconds     of `count` steps of one token behind `depth` tokens
-    prefill(depth, count) -> seconds    of one prompt of `count` tokens behind `depth` tokens
+    decode(depth, count) -> seconds     of `count` steps of one token at a depth of `depth`
+    prefill(depth, count) -> seconds    of a prompt of `count` tokens at a depth of `depth`
     first_token(count) -> seconds       from a prompt of `count` tokens to its greedy successor
     logits(ids) -> list of floats       of the last of `ids`, with nothing before them
 
-and attributes `version`, and `load_tasks`: seconds of the parts of loading that it tells apart.
+and the attributes `version` and `load_tasks`: seconds by part of loading, where known.
 This module imports nothing that either engine's interpreter might lack.
 """
 
@@ -28,13 +28,13 @@ FILL_TOKENS = 256
 
 
 def random_ids(count: int, vocab_size: int, seed: int | None = None) -> list[int]:
-    """Token ids without the special ones at the beginning."""
+    """Draw token ids, none of the three special ones at the beginning of the vocabulary."""
     generator = random.Random(seed)
     return [generator.randrange(3, vocab_size) for _ in range(count)]
 
 
 def peak_bytes() -> int:
-    """Most memory that this process ever had resident."""
+    """Return the peak resident memory of this process in bytes."""
     with open("/proc/self/status", encoding="ascii") as file:
         match = re.search(r"VmHWM:\s*(\d+) kB", file.read())
     assert match is not None
@@ -43,7 +43,7 @@ def peak_bytes() -> int:
 
 def serve(engine_class: Any) -> None:
     """Load an engine and answer until standard input ends."""
-    # Libraries print: what is not an answer goes to standard error.
+    # Libraries print to standard output, so everything but answers goes to standard error.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 

@@ -1,4 +1,4 @@
-"""exl_loader as a worker of `cpu.py`; see worker.py.
+"""Run exl_loader as a worker of speed.py; see worker.py.
 
 Configuration: `model` (an EXL2 folder), `ctx_size`, `cache`.
 """
@@ -18,7 +18,7 @@ assert FILL_TOKENS == PAGE_LEN, "one page is computed, the others are copies of 
 
 
 class TaskTimes:
-    """A `progress.Progress` that keeps how long each task took."""
+    """Measure how long each task of a load takes; a `Progress` of utils/progress.py."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -35,7 +35,7 @@ class TaskTimes:
 
 
 class Engine:
-    """A loaded model, and one sequence that is moved to the depth that is asked for."""
+    """A loaded model, and one sequence that is set to the requested depth."""
 
     version = f"exl_loader {exl_loader.__version__}"
 
@@ -47,7 +47,7 @@ class Engine:
         )
         self.load_tasks = times.seconds
         torch.set_num_threads(1)
-        # Below the generator, whose scheduling is no part of a step.
+        # Steps are timed below the generator, because its scheduling is no part of them.
         scheduler = self.loaded._generator._scheduler
         self.model, self.cache = scheduler.model, scheduler.cache
         self.ctx_size = config["ctx_size"]

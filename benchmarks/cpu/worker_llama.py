@@ -1,4 +1,4 @@
-"""llama.cpp as a worker of `cpu.py`, through llama-cpp-python's low-level API.
+"""Run llama.cpp as a worker of speed.py, through llama-cpp-python's low-level API.
 
 Configuration: `model` (a GGUF file), `ctx_size`, `cache` (fp16, q8 or q4: float16, q8_0 and
 q4_0), `threads`, `flash_attention`. Steps are timed as llama-bench does: `llama_decode` and
@@ -19,7 +19,7 @@ from benchmarks.cpu.worker import FILL_TOKENS, random_ids, serve
 CACHE_TYPES = {"fp16": lib.GGML_TYPE_F16, "q8": lib.GGML_TYPE_Q8_0, "q4": lib.GGML_TYPE_Q4_0}
 # enum llama_flash_attn_type.
 FLASH_ATTENTION = {False: 0, True: 1}
-SEQUENCE, SPARE = 0, 1
+SEQUENCE, FILL_SEQUENCE = 0, 1
 LOG_ERROR = 4
 # A sequence's state: magic, sequence, streams, cells (32 bits each), then position, number of
 # sequences and sequence of every cell, then keys and values.
@@ -33,7 +33,7 @@ def log_errors(level, text, _):
 
 
 class Engine:
-    """A loaded model whose sequence 0 is moved to the depth that is asked for."""
+    """A loaded model whose sequence 0 is set to the requested depth."""
 
     version = f"llama-cpp-python {lib.__version__}"
     load_tasks: dict[str, float] = {}
@@ -51,7 +51,7 @@ class Engine:
         p.n_threads = p.n_threads_batch = config["threads"]
         p.type_k = p.type_v = CACHE_TYPES[config["cache"]]
         p.flash_attn_type = FLASH_ATTENTION[config["flash_attention"]]
-        # The spare sequence shares the cells; it serves to fill the cache.
+        # The second sequence shares the cells; the cache is filled through it.
         p.n_seq_max, p.kv_unified = 2, True
         self.context = lib.llama_init_from_model(self.model, p)
         if not self.context:
@@ -110,7 +110,7 @@ class Engine:
         lib.llama_synchronize(self.context)
 
     def _move_to(self, depth: int) -> None:
-        """Drop what lies behind `depth`; what is missing is filled in first."""
+        """Set the sequence to `depth` tokens: drop those after it, or fill in missing ones."""
         if depth > self.filled:
             self._fill(depth)
         if not lib.llama_memory_seq_rm(self.memory, SEQUENCE, depth, -1):
@@ -120,7 +120,7 @@ class Engine:
         assert last == depth - 1, (last, depth)
 
     def _fill(self, depth: int) -> None:
-        """Compute FILL_TOKENS tokens and put copies of their state behind each other.
+        """Compute FILL_TOKENS tokens and fill the cache with consecutive copies of their state.
 
         Computing them all would take llama.cpp half an hour with a quantised cache.
         """
@@ -132,12 +132,12 @@ class Engine:
             raise SystemExit("llama.cpp does not give its state")
         for first in range(FILL_TOKENS, depth, FILL_TOKENS):
             for i in range(FILL_TOKENS):
-                place = STATE_HEADER_BYTES + i * CELL_BYTES
-                struct.pack_into("<i", state, place, first + i)
-            if lib.llama_state_seq_set_data(self.context, state, size, SPARE) != size:
-                raise SystemExit("llama.cpp does not take the state of another place")
-            lib.llama_memory_seq_cp(self.memory, SPARE, SEQUENCE, 0, -1)
-            lib.llama_memory_seq_rm(self.memory, SPARE, -1, -1)
+                offset = STATE_HEADER_BYTES + i * CELL_BYTES
+                struct.pack_into("<i", state, offset, first + i)
+            if lib.llama_state_seq_set_data(self.context, state, size, FILL_SEQUENCE) != size:
+                raise SystemExit("llama.cpp does not take a state at another position")
+            lib.llama_memory_seq_cp(self.memory, FILL_SEQUENCE, SEQUENCE, 0, -1)
+            lib.llama_memory_seq_rm(self.memory, FILL_SEQUENCE, -1, -1)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write GGUF files from decoded weights: run by `speed_models.py` where gguf is installed.
+"""Write GGUF files from decoded weights; speed_models.py runs it where gguf is installed.
 
 Reads one JSON object from standard input: `config` (Hugging Face's), `raw` (a file of float16
 tensors), `index` (name -> shape, offset) and `types` (file to write -> llama.h's file type).

@@ -1,4 +1,4 @@
-"""exllamav2 on the models of `gpu.py`, where it is installed: the peer to compare with."""
+"""Run exllamav2, where it is installed, on the models of speed.py: the peer to compare with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CACHES = {
 
 
 def installed() -> bool:
-    """Whether exllamav2 can be imported; importing it compiles it for minutes."""
+    """Return whether exllamav2 is installed, without importing it, which compiles for minutes."""
     return importlib.util.find_spec("exllamav2") is not None
 
 
@@ -23,7 +23,9 @@ class Peer:
     """One model in exllamav2.
 
     Args:
-        folder: the model. ctx_size: tokens of context. chunk_size: of a prompt's passes.
+        folder: the model.
+        ctx_size: tokens of context.
+        chunk_size: tokens of one pass over a prompt.
     """
 
     def __init__(self, folder: Path, ctx_size: int, chunk_size: int):
@@ -38,7 +40,7 @@ class Peer:
         self._cache: Any = None
 
     def use_cache(self, cache_type: str) -> bool:
-        """Make a cache of this type, in place of the one before; False where it has none."""
+        """Replace the cache by one of this type; return False if exllamav2 has no such type."""
         self._cache = None
         if cache_type not in CACHES or not hasattr(self._module, CACHES[cache_type]):
             return False
@@ -49,7 +51,7 @@ class Peer:
 
     @torch.inference_mode()
     def decode(self, depth: int, steps: int) -> None:
-        """Generate greedily behind a context of `depth` tokens, whatever stands there."""
+        """Generate greedily at a depth of `depth` tokens, whatever the cache holds."""
         self._cache.current_seq_len = depth
         token = torch.tensor([[5]])
         for _ in range(steps):
@@ -58,14 +60,14 @@ class Peer:
 
     @torch.inference_mode()
     def prefill(self, tokens: int) -> None:
-        """Read a prompt and compute the logits behind it."""
+        """Read a prompt and compute the logits of its last token."""
         self._cache.current_seq_len = 0
         ids = (torch.arange(tokens) % (self._vocab_size - 3) + 3)[None]
         self._model.forward(ids[:, :-1], self._cache, preprocess_only=True)
         self._model.forward(ids[:, -1:], self._cache)[:, -1].argmax().cpu()
 
     def unload(self) -> None:
-        """Give the card's memory back."""
+        """Free the card's memory."""
         self._cache = None
         self._model.unload()
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Tokens a second on a CUDA device, beside the bandwidth that they take and beside exllamav2.
+"""Measure tokens a second on a CUDA device, their share of the bandwidth, and exllamav2's.
 
     python -m benchmarks.cuda.speed                      # everything, under 10 minutes on an H200
     python -m benchmarks.cuda.speed --models 7B --depths 0,16384 --cache-types q4,fp16
@@ -7,8 +7,8 @@ Random EXL2 models are made on the spot (speed_models.py). A decode step reads a
 the cache up to its depth once; the share is that of the measured copy bandwidth (a copy's
 reads and writes together). Contexts are not filled first: what a cache holds does not change
 how long it takes to read it. Where exllamav2 is installed the two engines take turns, and the
-better of each one's rounds counts. Nothing but the 16-bit cache has the same name in both:
-`fp16` here is 16 bits that share scales, there it is float16.
+better of each one's rounds counts. The cache type `fp16` is float16 in exllamav2, and 16 bits with
+a shared scale in exl_loader.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ WARM_UP = 4
 
 
 class Ours:
-    """One model of ours with one cache type; the methods are those of `exllamav2.Peer`."""
+    """One model of ours with one cache type, with the methods of `exllamav2.Peer`."""
 
     def __init__(self, model: Any, cache: Any, ctx_size: int):
         self._model, self._cache, self._ctx_size = model, cache, ctx_size
@@ -82,7 +82,7 @@ def copy_bandwidth(nbytes: int = 2 << 30, repeats: int = 20) -> float:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes on disk that a decode step reads: all but the embedding."""
+    """Return the bytes on disk that a decode step reads: all but the embedding."""
     with Checkpoint.open(folder) as checkpoint:
         return sum(
             header.nbytes for name, header in checkpoint.headers.items()
@@ -122,14 +122,14 @@ def measure(engines: dict[str, Any], depths: list[int], prompt: int, steps: int,
 
 
 def lend(lanes: list[Lane]) -> Iterator[list[Lane]]:
-    """Let the caller's own thread use the lanes until it asks for more."""
+    """Yield the lanes, so that the caller's own thread uses them until it asks for more."""
     yield lanes
 
 
 @contextmanager
 def opened(folder: Path, ctx_size: int, chunk_size: int, cache_types: list[str]
            ) -> Iterator[tuple[Any, dict[str, Ours]]]:
-    """Load our engine once, with a cache of each type beside it."""
+    """Load our engine once, with a cache of each type."""
     others = [CacheType.parse(name) for name in cache_types if name != "fp16"]
     config = ModelConfig.from_dir(folder)
     planned = plan_evaluation(str(folder), others, config=config, ctx_size=ctx_size)
@@ -144,9 +144,9 @@ def opened(folder: Path, ctx_size: int, chunk_size: int, cache_types: list[str]
         }
 
 
-def rows_of(name: str, folder: Path, arguments: argparse.Namespace, bandwidth: float
+def measure_model(name: str, folder: Path, arguments: argparse.Namespace, bandwidth: float
             ) -> Iterator[dict[str, Any]]:
-    """Measure one model; a row for each engine and cache type."""
+    """Measure one model; yield a row for each engine and cache type."""
     config = ModelConfig.from_dir(folder)
     ctx_size = max(*arguments.depths, arguments.prompt) + 256
     base = weight_bytes(folder)
@@ -221,14 +221,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
-    """Measure and print; returns the rows."""
+    """Measure, print and return the rows."""
     chosen = parse(arguments)
     bandwidth = chosen.bandwidth or copy_bandwidth()
     print(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s\n{header(chosen.depths)}", flush=True)
     rows = []
     for name in chosen.models:
         folder = write_model(chosen.folder / name, GEOMETRIES[name])
-        for row in rows_of(name, folder, chosen, bandwidth):
+        for row in measure_model(name, folder, chosen, bandwidth):
             rows.append(row)
             print(line(row), flush=True)
     if chosen.json:

@@ -1,8 +1,8 @@
-"""The models of `gpu.py`: random Llamas of known geometries, as EXL2 at 4 bits.
+"""Make the models of speed.py: random Llamas of known geometries, as EXL2 at 4 bits.
 
-Any code is a weight, so random words with a true group table are a model. All layers share one
-layer's tensors, which makes writing 7 GB a matter of seconds; what is read of memory does not
-depend on it.
+Any code is a weight, so random codes with a valid group table are a model. All layers share one
+layer's tensors, so that 7 GB are written in seconds. A step reads as many bytes as with distinct
+layers, because each is loaded separately.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ def exl2_layer(
     """
     assert in_features % GROUP_ROWS == 0 and out_features % 32 == 0
     groups = in_features // GROUP_ROWS
-    words = GROUP_ROWS * bits // 32
+    rows_per_group = GROUP_ROWS * bits // 32
     deviation = 2**bits / 12**0.5
-    table = [value for group in range(groups) for value in (bits, group * words)]
+    table = [value for group in range(groups) for value in (bits, group * rows_per_group)]
     nibbles = int.from_bytes(bytes([_FULL_SCALE * 0x11] * 4), "little", signed=True)
     return {
-        "q_weight": torch.randint(-(2**31), 2**31, (groups * words, out_features),
+        "q_weight": torch.randint(-(2**31), 2**31, (groups * rows_per_group, out_features),
                                   dtype=torch.int32, generator=generator),
         "q_scale": torch.full((groups, out_features // 8), nibbles, dtype=torch.int32),
         "q_scale_max": torch.full((groups,), 1 / (deviation * in_features**0.5)).half(),
@@ -68,7 +68,7 @@ def exl2_layer(
 
 
 def write_model(folder: Path, config: dict, seed: int = 0) -> Path:
-    """Write a model, a file a layer, and return its folder; one that is whole already stays."""
+    """Write a model, a file a layer, unless it is complete already, and return its folder."""
     finished = folder / "config.json"
     if finished.exists():
         return folder
