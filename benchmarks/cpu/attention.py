@@ -72,7 +72,7 @@ class Case:
         self.q = torch.randn(rows, shape.num_heads, shape.head_dim, generator=generator)
         self.batch = one_sequence(depth, rows)
         self.out = torch.empty_like(self.q)
-        nbytes = attention_scratch_bytes(rows, 1, total, shape, kind)
+        nbytes = attention_scratch_bytes(1, total, shape)
         self.scratch = torch.empty(nbytes, dtype=torch.uint8)
         ops.write_cache(self.k, self.v, self.layer, one_sequence(0, total), self.scratch)
 

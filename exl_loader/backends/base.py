@@ -66,7 +66,7 @@ class Process:
 
 @dataclass
 class Batch:
-    """Rows of one forward pass: S sequences of different lengths, one behind the other.
+    """Rows of one forward pass: S sequences of different lengths, consecutively.
 
     Args:
         positions: int32 [T], position of each row in its sequence.
@@ -106,7 +106,7 @@ class AttentionShape:
         head_dim: elements a head.
         scale: factor on the dot product, before the soft cap.
         softcap: cap * tanh(score / cap) is applied where it is not 0.
-        window: a row sees the `window` newest positions, itself included; 0 is all.
+        sliding_window: positions that a row sees, the newest and itself included; 0 is all.
     """
 
     num_heads: int
@@ -114,7 +114,7 @@ class AttentionShape:
     head_dim: int
     scale: float
     softcap: float = 0.0
-    window: int = 0
+    sliding_window: int = 0
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def key_bias_struct(bias: KeyBias | None, batch: Batch) -> KeyBiasStruct:
 
 def shape_struct(shape: AttentionShape) -> ShapeStruct:
     """What of `shape` a kernel does not read off the cache."""
-    return ShapeStruct(shape.num_heads, shape.window, shape.scale, shape.softcap)
+    return ShapeStruct(shape.num_heads, shape.sliding_window, shape.scale, shape.softcap)
 
 
 def _half(codes: torch.Tensor, scales: torch.Tensor | None, bits: int,

@@ -298,7 +298,7 @@ class Builder:
             head_dim=head_dim,
             scale=config.attention_multiplier,
             softcap=config.attn_logit_softcapping,
-            window=config.layer_sliding_windows[index],
+            sliding_window=config.layer_sliding_windows[index],
         )
         q_norm, k_norm = head_norm(names.q_norm), head_norm(names.k_norm)
         return Attention(q, k, v, o, q_norm, k_norm, shape, self._rope)

@@ -107,7 +107,7 @@ def _step_sizes(
         max_batch_size=max_batch_size,
         ctx_size=ctx_size,
         cache_type=cache_type,
-        attention=replace(stage.layers[0].attention.shape, window=0),
+        attention=replace(stage.layers[0].attention.shape, sliding_window=0),
         products=frozenset(products),
         vocab_size=config.vocab_size,
         num_layers=len(stage.layers),

@@ -399,7 +399,7 @@ class AttentionOps(KernelOps):
             shape.head_dim, layer.cache_type, self.launcher.shared_limit_bytes, _bias_pairs(layer)
         )
         call = _call(q, layer, batch, shape, out, block.bias_begin)
-        slots = kv_split_slots(kv_heads, shape.window, max_pages)
+        slots = kv_split_slots(kv_heads, shape.sliding_window, max_pages)
         held, row_bytes = rows, _row_bytes(shape, slots)
         if row_bytes:
             held = min(rows, (scratch.nbytes - COUNTER_BYTES) // row_bytes)

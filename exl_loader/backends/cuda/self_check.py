@@ -42,7 +42,7 @@ PAGES = 2
 GROUPS = ((6, 64), (4, 128), (3, 160))
 IN_FEATURES = sum(rows for _, rows in GROUPS)
 OUT_FEATURES = 96
-SHAPE = AttentionShape(4, 1, 128, 128**-0.5, window=60)
+SHAPE = AttentionShape(4, 1, 128, 128**-0.5, sliding_window=60)
 CACHE_TYPES = ("q4", "fp16")
 # Logits of a row, which two blocks share.
 VOCAB = 5000

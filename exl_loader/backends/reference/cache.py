@@ -1,7 +1,7 @@
 """The definition of writing the key/value cache and of attention over it.
 
 What is stored, and why attention needs no more than one rotation of its queries and one of
-its output, is said in `reference_codec.py`; what `_bias_scores` is, in `key_bias.py`. Sums run
+its output, is said in `codec.py`; what `_bias_scores` is, in `key_bias.py`. Sums run
 in float64.
 """
 
@@ -76,7 +76,7 @@ def attention(q: torch.Tensor, layer: CacheLayer, batch: Batch, shape: Attention
     for s in range(batch.num_sequences):
         first, end, past = _bounds(batch, s)
         total = past + end - first
-        start = max(0, past + 1 - shape.window) if shape.window else 0
+        start = max(0, past + 1 - shape.sliding_window) if shape.sliding_window else 0
         places = _places(batch, s, start, total)
         k = _read(layer.k_codes, layer.k_scales, shape.head_dim, kind.k_bits, *places)
         v = _read(layer.v_codes, layer.v_scales, shape.head_dim, kind.v_bits, *places)
@@ -116,7 +116,7 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, added: torch.Tens
         scores = shape.softcap * torch.tanh(scores / shape.softcap)
     distance = torch.arange(first, first + len(q))[:, None] - torch.arange(len(k))
     hidden = distance < 0
-    if shape.window:
-        hidden |= distance >= shape.window
+    if shape.sliding_window:
+        hidden |= distance >= shape.sliding_window
     scores.masked_fill_(hidden, -torch.inf)
     return torch.einsum("htn,nhd->thd", scores.softmax(dim=-1), v)
