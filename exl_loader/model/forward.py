@@ -35,9 +35,9 @@ MAX_STEPS = 32
 
 @dataclass(frozen=True)
 class Step:
-    """A recorded forward pass of one shape: its part on each device, and where logits are left."""
+    """A recorded forward pass of one shape: each stage's operations, and the logits of the last."""
 
-    parts: tuple[StageStep, ...]
+    stages: tuple[StageStep, ...]
     logits: torch.Tensor
 
 
@@ -89,9 +89,8 @@ class Model:
         self._inputs = [stage.inputs for stage in self._stages]
         for inputs in self._inputs:
             inputs.arrays["inv_freq"][:] = frequencies
-        # Of the last stage: its head leaves them there.
-        self._cpu, self._logits_there = self._stages[-1].cpu, last["logits"]
-        self._logits = self._cpu.mirror(self._logits_there)
+        self._cpu, self._logits_on_device = self._stages[-1].cpu, last["logits"]
+        self._logits = self._cpu.mirror(self._logits_on_device)
         self._top_logits = (
             TopLogitsReader(self._cpu, last["top_logits"]) if "top_logits" in last else None
         )
@@ -165,8 +164,8 @@ class Model:
         self._send_inputs(entries, step)
         if self.config.rope.depends_on_length:
             self._angles_by_length(entries)
-        for part in step.parts:
-            part.run()
+        for stage_step in step.stages:
+            stage_step.run()
         return step.logits
 
     def _fetch(self, on_device: torch.Tensor, first: int = 0) -> torch.Tensor:
@@ -228,8 +227,8 @@ class Model:
         if self.config.rope.depends_on_length:
             self._write_frequencies(entries)
         longest = max(sequence.past_len + len(ids) for sequence, ids in entries)
-        for part, inputs in zip(step.parts, self._inputs, strict=True):
-            part.batch.max_total_len = longest
+        for stage_step, inputs in zip(step.stages, self._inputs, strict=True):
+            stage_step.batch.max_total_len = longest
             inputs.send()
 
     def _write(
@@ -283,14 +282,14 @@ class Model:
         self, num_rows: int, num_sequences: int, logits: LogitsMode, top_logits: bool
     ) -> Step:
         rows = {"last": num_sequences, "all": num_rows, "none": 0}[logits]
-        out = self._logits_there[:rows]
-        parts: list[StageStep] = []
+        out = self._logits_on_device[:rows]
+        stages: list[StageStep] = []
         for stage in self._stages:
             head = out if rows and stage is self._stages[-1] else None
-            before = parts[-1] if parts else None
+            before = stages[-1] if stages else None
             sampled = self.sampled_vocab_size if top_logits and head is not None else 0
-            parts.append(stage.record(num_rows, num_sequences, head, before, sampled))
-        return Step(tuple(parts), out)
+            stages.append(stage.record(num_rows, num_sequences, head, before, sampled))
+        return Step(tuple(stages), out)
 
 
 def _advance(entries: Sequence[tuple[PagedSequence, list[int]]]) -> None:

@@ -1,13 +1,13 @@
-"""A model in stages, one a device: neighbouring layers that run where they lie.
+"""The stages of a model: consecutive layers that run on one device.
 
-The hidden state goes from stage to stage, the embedding stands before the first and the head
-behind the last. A model on one device is one stage. A stage's operations are recorded once a
-shape and replayed; on a device that can, those of a short step, such as decoding, are captured
-as one graph, which is then a single launch: what changes from step to step stands in the
-stage's inputs, so a graph serves any length of the texts.
+The hidden state goes from stage to stage. The embedding is part of the first stage and the head
+of the last; a model on one device is one stage. A stage records its operations once for each
+shape of a step and replays them. Devices that can capture the operations of a short step, such
+as decoding, as one graph, which is then a single launch. Everything that changes from step to
+step is in the stage's inputs, so a graph serves sequences of any length.
 
-A stage starts when the hidden state has come (`CpuAccess.receive`), and nothing else joins devices:
-while one of them runs a chunk of a prompt, the one before it runs the next chunk.
+A stage starts when it has the hidden state (`CpuAccess.receive`). Devices wait for nothing else
+of each other, so the first device runs the next chunk of a prompt while the second runs this one.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class Stage:
             num_rows: T, rows of all sequences. num_sequences: how many these are.
             logits: float32 [rows, vocab_size] of the workspace, for the head: a row for every
                 row of the step, or else for each of `head_rows`; None to run no head.
-            before: the same step's part on the device before; None where there is none.
+            before: the same step on the device before; None in the first stage.
             sampled_vocab_size: find the largest of so many logits of each row; 0 for no.
         """
         w, config = self.workspace, self._parts.config
