@@ -1,4 +1,4 @@
-"""Bad model folders and load options: a typed error that says what is wrong, nothing left."""
+"""Bad model folders and load options are typed errors and leave nothing in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading tensors: bit for bit, copies, and files that change under the reader."""
+"""Reading tensors: bit for bit, as copies, and from files that change meanwhile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which files of a folder count, and which format they are."""
+"""Which files of a folder hold the weights, and in which format."""
 
 from __future__ import annotations
 

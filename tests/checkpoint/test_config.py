@@ -55,7 +55,7 @@ def test_llama_2_layout_with_few_keys():
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_defaults_equal_transformers(architecture):
-    """A folder may leave out what its architecture has a default for."""
+    """A folder may leave out keys for which its architecture has a default."""
     transformers = pytest.importorskip("transformers")
     reference = getattr(transformers, architecture.replace("ForCausalLM", "Config"))()
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
@@ -292,7 +292,7 @@ def test_broken_generation_config(tmp_path):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("value", [None, True, -1, 0, 1e300, "x", [], [None], {}, {"a": {}}])
 def test_any_value_for_any_key_is_an_error_or_a_config(architecture, value):
-    """No key, whatever stands in it, makes anything but a typed error."""
+    """Any value of any key gives a configuration or a typed error."""
     arch = ARCHITECTURES[architecture]
     keys = {*LLAMA, *arch.defaults, "rope_scaling", "rope_parameters", "layer_types",
             "quantization_config", "head_dim", "partial_rotary_factor", "attention_bias",

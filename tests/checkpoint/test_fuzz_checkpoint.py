@@ -29,7 +29,7 @@ ROUNDS = 12
 
 
 class Model:
-    """A checkpoint in one file, taken apart: header entries, data, settings, dimensions."""
+    """The parts of a checkpoint in one file: header entries, data, settings, dimensions."""
 
     def __init__(self, folder: Path):
         (path,) = folder.glob("*.safetensors")
@@ -201,7 +201,7 @@ FATAL = {truncated, length_changed}
 
 
 def load_everything(folder: Path, linears: dict) -> None:
-    """Read every linear layer, and check that what was packed is what was stored."""
+    """Read every linear layer, and compare the packed weights with the stored ones."""
     with Checkpoint.open(folder) as checkpoint:
         parts = [linear_part(checkpoint, name, *shape) for name, shape in linears.items()]
         for part in parts:
@@ -215,7 +215,7 @@ def load_everything(folder: Path, linears: dict) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
-    """Thousands of small tensors: a second thread costs more than it brings."""
+    """Use one thread, because for thousands of small tensors a second one costs time."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -224,7 +224,7 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, request):
-    """Folders of every format, by name; the reference models where they are."""
+    """Folders of every format, by name, with the reference models if they exist."""
     root = tmp_path_factory.mktemp("models")
     small = {"num_hidden_layers": 1, "hidden_size": 96, "intermediate_size": 160}
     write_quantized_model(root / "gptq", "gptq", config=small, group_size=32, act_order=True)

@@ -56,7 +56,7 @@ ODD_JSON = (
 
 @pytest.fixture(scope="module")
 def full_folder(tmp_path_factory) -> Path:
-    """A folder in which every file that any reader knows is there and right."""
+    """A folder with every file that any reader knows, all of them correct."""
     folder = write_tiny_model(tmp_path_factory.mktemp("full") / "model", shards=2)
     tensors = {
         header.name: path.name
@@ -118,7 +118,7 @@ def use_tokenizer(folder: Path) -> None:
 
 
 def errors_of(folder: Path) -> list[ExlLoaderError]:
-    """Call every reader; what one raises is a typed error that can be printed."""
+    """Call every reader; each may raise only a typed error that can be printed."""
     found = []
     for reader in readers(folder):
         try:
@@ -132,7 +132,7 @@ def errors_of(folder: Path) -> list[ExlLoaderError]:
 
 
 def files_for(folder: Path, name: str) -> Path:
-    """Remove what stands in the way of a file's being read, and return its path."""
+    """Remove the files that are read instead of a file, and return its path."""
     hides = {
         "tokenizer.model": ["tokenizer.json"],
         "vocab.json": ["tokenizer.json", "tokenizer.model"],

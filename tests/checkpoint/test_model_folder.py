@@ -1,4 +1,4 @@
-"""What a folder is: the files that hold the model, their names, and who asks."""
+"""Recognising a folder: the files that hold the model, their names, and `is_quantised`."""
 
 from __future__ import annotations
 
@@ -277,7 +277,7 @@ def missing_shard(folder):
 
 @pytest.mark.parametrize("make", [rotated, truncated_config, truncated_weights, missing_shard])
 def test_a_quantised_folder_that_loading_refuses_is_recognised(tmp_path, make):
-    """Transformers would make up weights, or show a traceback; our loader says what is wrong."""
+    """transformers would invent weights or raise some exception; our loader says the mistake."""
     folder = tmp_path / "m"
     make(folder)
     assert is_quantised(folder)

@@ -1,4 +1,4 @@
-"""Headers that cannot be true are refused, with the file, the expected and the actual."""
+"""Wrong headers are refused by errors that name the file, the expected and the actual."""
 
 from __future__ import annotations
 

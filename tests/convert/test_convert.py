@@ -1,4 +1,4 @@
-"""The converter: bits in the file, errors on correlated inputs, allotment, whole folders."""
+"""The converter: bits in the file, errors on correlated inputs, bit widths, whole folders."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ WIDTHS = (2, 3, 4, 5, 6, 8)
 
 
 def decode_exl2(tensors: dict[str, torch.Tensor], out_features: int) -> np.ndarray:
-    """Decode a layer one code at a time with Python integers: shares nothing with the packer."""
+    """Decode a layer one code at a time with Python integers, sharing no code with the packer."""
     q_weight = tensors["q_weight"].numpy().view(np.uint32)
     q_scale = tensors["q_scale"].numpy().view(np.uint32)
     q_groups = tensors["q_groups"].tolist()

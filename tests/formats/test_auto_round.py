@@ -1,4 +1,4 @@
-"""Folders of a real writer: what auto-round stores is what auto-round measured."""
+"""Folders that auto-round wrote, compared with the weights that auto-round computes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _write(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_weights_are_those_that_auto_round_measured(written, name):
+def test_weights_equal_those_of_auto_round(written, name):
     folder, variant = written / name, VARIANTS[name]
     assert is_quantised(folder) and plan(folder, ctx_size=256).format == "gptq"
     measured = torch.load(folder / "dequantised.pt")
@@ -73,7 +73,7 @@ def test_weights_are_those_that_auto_round_measured(written, name):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_logits_are_those_of_the_weights_that_auto_round_measured(written, name, caplog):
+def test_logits_equal_those_of_auto_rounds_weights(written, name, caplog):
     expected = torch.load(written / name / "logits.pt")
     with load(written / name, ctx_size=256, cache_type="fp32", device="cpu") as model:
         found = model.prompt_logits(IDS)

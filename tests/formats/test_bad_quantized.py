@@ -1,4 +1,4 @@
-"""Bad EXL2 and GPTQ tensors: a typed error that names the tensor, nothing left behind."""
+"""Bad EXL2 and GPTQ tensors are typed errors that name the tensor and leave no memory."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_group_table_that_does_not_add_up(copy_of, change):
 @pytest.mark.parametrize(
     "change", [lambda p: p * 0, lambda p: p + 1, lambda p: p - 1, lambda p: p | (1 << 30)]
 )
-def test_a_permutation_that_is_none(copy_of, change):
+def test_a_wrong_permutation(copy_of, change):
     folder = exl2_edit(copy_of, "q_invperm", change)
     rejected(folder, InvalidCheckpoint, f"{LAYER}.q_invperm", "permutation")
 
@@ -94,7 +94,7 @@ def test_gptq_group_indices_out_of_range(copy_of):
     rejected(folder, InvalidCheckpoint, f"{LAYER}.g_idx")
 
 
-def test_another_quantisation_is_named(copy_of):
+def test_the_error_names_another_quantisation(copy_of):
     folder = copy_of("gptq")
     edit_config(folder, quantization_config={"quant_method": "awq", "bits": 4})
     rejected(folder, UnsupportedFormat, "awq")

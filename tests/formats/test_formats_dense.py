@@ -1,4 +1,4 @@
-"""Unquantised layers: kept to the bit, in tiles."""
+"""Unquantised layers: the same bits, in tiles."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_the_largest_and_smallest_values_are_finite(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float64, torch.float8_e4m3fn])
-def test_other_dtypes_are_named(tmp_path, dtype):
+def test_the_error_names_other_dtypes(tmp_path, dtype):
     folder = write_layer(tmp_path / "m", {"weight": torch.zeros(8, 8).to(dtype)})
     with pytest.raises(UnsupportedFormat, match=str(dtype).removeprefix("torch.")):
         load_layer(folder, 8, 8)

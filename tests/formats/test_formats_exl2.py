@@ -67,7 +67,7 @@ def test_one_group_longer_than_128_rows(tmp_path):
     check(folder, 512, 32, weight)
 
 
-def test_plan_is_what_the_header_says(tmp_path):
+def test_the_spec_follows_the_header(tmp_path):
     folder, tensors, weight = layer_folder(tmp_path, 200, 50, [(4, 128), (3, 72)], bias=True)
     words = tensors["q_weight"].shape[0]
     part, layer = check(folder, 200, 50, weight)
@@ -276,7 +276,7 @@ def wider_dtype(tensor):
         *(change("q_weight", f) for f in (shorter, longer, wider_dtype)),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(tmp_path, name, make):
+def test_impossible_tensors_are_refused_by_name(tmp_path, name, make):
     tensors, _ = make_exl2_layer(np.random.default_rng(0), 256, 64, [(4, 128), (4, 128)])
     tensors[name] = make(tensors[name].clone())
     folder = write_layer(tmp_path / "m", tensors)

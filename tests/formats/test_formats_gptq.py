@@ -57,7 +57,7 @@ def test_without_group_index_no_permutation_is_planned(tmp_path):
     assert "perm" not in part.tensors
 
 
-def test_plan_is_what_the_header_says(tmp_path):
+def test_the_spec_follows_the_header(tmp_path):
     tensors, _ = make(in_features=224, out_features=96, bits=3, group_size=64)
     part, _, _ = load_layer(write(tmp_path, tensors, bits=3, group_size=64), 224, 96)
     assert {role: (spec.dtype, spec.shape) for role, spec in part.tensors.items()} == {
@@ -92,7 +92,7 @@ def test_settings_of_older_folders(tmp_path):
     check(folder, 256, 64, weight)
 
 
-def test_layers_with_settings_of_their_own(tmp_path):
+def test_layers_with_their_own_settings(tmp_path):
     tensors, weight = make(bits=8, group_size=64)
     folder = write(tmp_path, tensors, bits=4, group_size=128, dynamic={"+:layer": {"bits": 8}})
     check(folder, 256, 64, weight)
@@ -206,7 +206,7 @@ def long_bias(tensors):
         long_bias,
     ],
 )
-def test_what_cannot_be_is_refused_by_name(tmp_path, spoil):
+def test_impossible_tensors_are_refused_by_name(tmp_path, spoil):
     tensors, _ = make()
     spoil(tensors)
     with pytest.raises((InvalidCheckpoint, UnsupportedFormat), match=r"^layer"):
@@ -224,7 +224,7 @@ def test_a_missing_tensor_is_named(tmp_path, name):
 @pytest.mark.parametrize(
     "settings", [{"bits": "four"}, {"bits": True}, {"group_size": 0}, {"group_size": -2}]
 )
-def test_settings_that_mean_nothing_are_refused(tmp_path, settings):
+def test_meaningless_settings_are_refused(tmp_path, settings):
     tensors, _ = make()
     with pytest.raises((InvalidCheckpoint, InvalidConfig), match=next(iter(settings))):
         load_layer(write(tmp_path, tensors, **settings), 256, 64)
@@ -299,7 +299,7 @@ def test_scales_of_other_dtypes(tmp_path, dtype, caplog):
     assert torch.equal(dequantize(layer), decoded) and folder and not caplog.records
 
 
-def test_scales_below_the_range_of_float16_are_told(tmp_path, caplog):
+def test_scales_below_the_range_of_float16_are_reported(tmp_path, caplog):
     tensors, _ = make()
     tensors["scales"] = torch.full((2, 64), 1.37e-7, dtype=torch.bfloat16)
     load_layer(write(tmp_path, tensors), 256, 64)
@@ -318,7 +318,7 @@ def test_act_order_without_its_index_is_refused(tmp_path):
     assert folder
 
 
-def test_weights_packed_as_awq_does_are_named(tmp_path):
+def test_the_error_names_awq_packing(tmp_path):
     tensors, _ = make()
     tensors["qweight"] = torch.zeros(256, 8, dtype=torch.int32)
     with pytest.raises(UnsupportedFormat, match="layer.qweight: packed .* as AWQ does"):

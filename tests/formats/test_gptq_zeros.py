@@ -87,7 +87,7 @@ def test_all_writers_agree_where_no_zero_point_is_0(bits):
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_a_zero_point_of_0_that_wrapped_comes_back(bits):
+def test_a_zero_point_of_0_that_wrapped_is_restored(bits):
     """Its next neighbour may be one off; nothing in the file says which writer it was."""
     zeros = np.full((1, 64), 2)
     zeros[0, [5, 63]] = 0
@@ -190,7 +190,7 @@ def test_a_model_of_either_layout_has_the_same_logits(tmp_path, bits, caplog):
     assert warnings_of_weights(caplog) == []
 
 
-def test_a_wrong_label_is_told_once(tmp_path, caplog):
+def test_a_wrong_label_is_reported_once(tmp_path, caplog):
     folder = tmp_path / "m"
     sizes = dict(hidden_size=64, intermediate_size=128)
     write_quantized_model(folder, "gptq", config=sizes, group_size=32, v2=True)

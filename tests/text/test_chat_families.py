@@ -112,7 +112,7 @@ def reference_tokenizer(family):
 
 
 def reference(family, messages, options):
-    """What transformers writes, or the exception that it raises."""
+    """Return the text of transformers, or the exception that it raises."""
     tokenizer = reference_tokenizer(family)
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
@@ -149,8 +149,8 @@ def test_equals_transformers(family, conversation):
             assert str(expected) in str(actual)
 
 
-def test_the_matrix_reaches_all_outcomes():
-    """Each family renders some conversations of each ending; the strict ones refuse some."""
+def test_the_conversations_reach_all_outcomes():
+    """Each family renders some conversations of each ending; strict families refuse some."""
     refused = dict.fromkeys(SOURCES, 0)
     for family, ending in product(SOURCES, ENDINGS):
         outcomes = [ours(family, messages, ENDINGS[ending]) for messages in CONVERSATIONS.values()]
@@ -207,7 +207,7 @@ def test_phi_3():
     )
 
 
-def test_the_refusal_is_in_the_templates_words():
+def test_a_refusal_has_the_templates_own_message():
     with pytest.raises(InvalidTokenizer, match="this model takes no system message") as caught:
         templates("gemma2").render(CONVERSATIONS["system"], **TOKENS)
     assert "Change the messages" in caught.value.remedy
@@ -245,7 +245,7 @@ def test_reasoning_can_be_continued(key):
     ("{{ messages[0].content | upper }}", [user("a")], {}),
     ("text", [user("a")], {}),
 ])
-def test_what_cannot_be_continued(source, messages, options):
+def test_messages_that_cannot_be_continued_are_errors(source, messages, options):
     with pytest.raises(InvalidSettings):
         ChatTemplates({"default": source}).render(
             messages, **{"continue_final_message": True, **options}

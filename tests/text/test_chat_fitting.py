@@ -1,4 +1,4 @@
-"""Conversations that are longer than the context: what is left out, and what is said of it."""
+"""Conversations that are longer than the context: left out messages, and the notice."""
 
 import random
 
@@ -21,12 +21,12 @@ def fit(messages, ctx_size, max_new_tokens):
     return fit_messages(messages, words, ctx_size, max_new_tokens)
 
 
-def test_what_fits_is_kept_whole_and_nothing_is_said():
+def test_a_conversation_that_fits_is_kept_without_a_notice():
     fitted = fit(talk(9, 9, 9), 50, 20)
     assert (len(fitted.ids), fitted.dropped, fitted.notice) == (30, 0, "")
 
 
-def test_a_question_goes_with_its_answer_until_the_answer_asked_for_fits():
+def test_questions_are_left_out_together_with_their_answers():
     fitted = fit(talk(9, 9, 9, 9, 9), 50, 20)
     assert (len(fitted.ids), fitted.dropped) == (30, 2)
     assert "the 2 oldest messages were left out" in fitted.notice and "50" in fitted.notice
@@ -37,7 +37,7 @@ def test_the_last_question_always_stays():
     assert (len(fitted.ids), fitted.dropped) == (100, 2)
 
 
-def test_an_answer_that_never_fits_costs_no_more_than_half_of_the_context():
+def test_half_of_the_context_is_kept_for_an_answer_that_never_fits():
     fitted = fit(talk(9, 9, 9), 64, 500)
     assert (len(fitted.ids), fitted.dropped) == (30, 0)
     assert fit(talk(9, 9, 9, 9, 9), 64, 500).dropped == 2

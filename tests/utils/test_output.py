@@ -1,4 +1,4 @@
-"""What models, templates and files say to a terminal is shown, and does not drive it."""
+"""Text of models, templates and files is escaped before it reaches a terminal."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_log_lines_are_escaped_for_a_terminal():
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="no pseudo-terminals")
 def test_a_terminal_gets_no_control_characters(tmp_path):
-    """A model folder whose files have escape sequences everywhere, seen by a real terminal."""
+    """A model folder whose files are full of escape sequences, with a real terminal."""
     folder = write_tiny_model(tmp_path / "model")
     (folder / "chat_template.jinja").write_text("{{ raise_exception('\x1b]0;evil\x07') }}")
     controller, terminal = os.openpty()

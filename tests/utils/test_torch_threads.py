@@ -12,7 +12,7 @@ from exl_loader.utils.system.processors import torch_on_one_thread
 
 
 class Watcher(NullProgress):
-    """Notes how many threads PyTorch would use when something is done."""
+    """Records how many threads PyTorch would use at each step."""
 
     def __init__(self):
         self.seen = set()

@@ -1,4 +1,4 @@
-"""The one reader of files: regular files of bounded size, and a typed error for all else."""
+"""Reading files: regular files of bounded size, and a typed error for anything else."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_no_byte_of_a_file_that_is_too_large_is_read(tmp_path, monkeypatch):
 
 
 class _Meddling:
-    """A file that something writes to after its first bytes were read."""
+    """A file that is written to after its first bytes were read."""
 
     def __init__(self, file, change):
         self._file, self._change = file, change

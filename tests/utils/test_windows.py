@@ -1,4 +1,4 @@
-"""What is different on Windows, as far as it can be tried elsewhere.
+"""Behaviour on Windows, as far as other systems can test it.
 
 Where code asks which system it is on, tests say that it is Windows; what the system itself
 says is tried on Windows alone.
@@ -38,7 +38,7 @@ MSVC = Compiler(("cl.exe",), "msvc", "MSVC 14.44.35207")
 
 @pytest.fixture
 def on_windows(monkeypatch):
-    """Let the code that asks believe that this is Windows."""
+    """Make `utils.system` report Windows."""
     monkeypatch.setattr(sys, "platform", "win32")
 
 
@@ -47,7 +47,7 @@ def on_windows(monkeypatch):
 
 @pytest.fixture
 def visual_studio(on_windows, monkeypatch, tmp_path):
-    """Program files with Visual Studio in them, two of its compilers, and what vswhere says."""
+    """A folder of programs with Visual Studio and two of its compilers, and a double of vswhere."""
     studio = tmp_path / "Büro" / "2022" / "BuildTools"
     build = studio / "VC" / "Auxiliary" / "Build"
     build.mkdir(parents=True)
@@ -253,7 +253,7 @@ def test_free_memory_on_macos_is_read_from_vm_stat():
 
 
 def test_a_folder_below_a_link_is_not_a_link(tmp_path):
-    """Of a drive that stands for a folder, say, or a short name."""
+    """The link may be a drive that is mapped to a folder, or a short name."""
     (tmp_path / "real" / "extension").mkdir(parents=True)
     try:
         (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)
@@ -273,7 +273,7 @@ def test_a_junction_is_a_link():
 
 
 def test_a_link_that_cannot_be_made_becomes_a_copy(tmp_path, monkeypatch):
-    """Where neither kind works a folder may be left of the attempt."""
+    """An attempt to make a link may leave a folder."""
     def half_made(target):
         target.mkdir()
         raise OSError("not on this disk")
@@ -286,7 +286,7 @@ def test_a_link_that_cannot_be_made_becomes_a_copy(tmp_path, monkeypatch):
 
 
 def test_kernels_in_use_are_removed_completely_or_not_at_all(tmp_path, monkeypatch):
-    """A library that is loaded cannot be deleted on Windows, nor its folder be renamed."""
+    """On Windows a loaded library cannot be deleted, and its folder cannot be renamed."""
     entry = tmp_path / "cpu-0"
     entry.mkdir()
     (entry / "exl_cpu.dll").touch()
