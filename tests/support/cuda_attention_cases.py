@@ -17,7 +17,7 @@ from exl_loader.cache.layout import PAGE_LEN, CacheLayer, pages_for
 from support.cache_layers import make_layer
 from support.cuda_emulation import EmulatedLauncher
 from support.cuda_emulation.launcher import FOLDER, REPO, emulation_spec
-from support.cuda_targets import Target
+from support.targets import Target
 
 SOURCES = ("cache_write", "attention_decode", "attention_decode_padded", "attention_prefill",
            "attention_generic")

@@ -26,7 +26,7 @@ from exl_loader.backends.cuda.backend import CudaBackend
 from exl_loader.backends.cuda.cpu_access import CardAccess, CardInputs
 from exl_loader.memory.buffers import live_bytes
 from exl_loader.utils.errors import DeviceError
-from support.cuda_targets import emulated_launcher
+from support.targets import emulated_launcher
 
 DEVICE = "cuda:0"
 

@@ -32,7 +32,7 @@ from support.cuda_attention_cases import (
     shape_of,
 )
 from support.cuda_emulation.sanitized import run_sanitized, runtimes
-from support.cuda_targets import TARGETS, emulated_launcher, target
+from support.targets import TARGETS, emulated_launcher, target
 
 # Weights and values are float16 in a product: at most 2^-12 each, root mean square 2^-13. In
 # prompts keys and queries are float16 too, and scores of the rows used here reach 20.

@@ -24,8 +24,8 @@ from support.cuda_attention_cases import (
     shape_of,
 )
 from support.cuda_emulation.sanitized import run_sanitized, runtimes
-from support.cuda_targets import TARGETS, emulated_launcher, target
 from support.key_bias_cases import biased_qwen
+from support.targets import TARGETS, emulated_launcher, target
 
 SIZE = 100.0
 

@@ -39,7 +39,7 @@ from support.cuda_sources import (
     sample_root,
     traps_of,
 )
-from support.cuda_targets import emulated_launcher
+from support.targets import emulated_launcher
 
 KINDS = compilers.KINDS
 SOURCES = sorted((REPO / "csrc" / "cuda").glob("*.cu"))

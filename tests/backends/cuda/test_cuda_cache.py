@@ -15,7 +15,7 @@ from exl_loader.backends.reference.ops import ReferenceOps
 from exl_loader.cache.layout import PAGE_LEN
 from support.cache_layers import make_batch, make_layer, random_rows, write
 from support.cuda_emulation.sanitized import run_sanitized, runtimes
-from support.cuda_targets import TARGETS, target
+from support.targets import TARGETS, target
 
 REFERENCE = ReferenceOps()
 TENSORS = ("k_codes", "k_scales", "v_codes", "v_scales")

@@ -17,8 +17,8 @@ from exl_loader.backends.reference.ops import dense_weight
 from support.cuda_emulation import EmulatedLauncher
 from support.cuda_emulation.launcher import FOLDER, REPO, emulation_spec
 from support.cuda_linear_cases import linear_ops, product
-from support.cuda_targets import TARGETS, Target, emulated_launcher, target
 from support.kernel_cases import dense_linear, random_rows
+from support.targets import TARGETS, Target, emulated_launcher, target
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HALF_ULP = 2.0**-24

@@ -23,7 +23,7 @@ from exl_loader.checkpoint.config import (
 )
 from exl_loader.memory.reservation import LoadOptions
 from support.cuda_linear_cases import stream_linear
-from support.cuda_targets import emulated_launcher
+from support.targets import emulated_launcher
 
 MAX_BATCH_SIZE = int(LoadOptions.OPTIONS["max_batch_size"].most)
 MAX_CHUNK_SIZE = int(LoadOptions.OPTIONS["chunk_size"].most)

@@ -28,8 +28,8 @@ from support.cuda_linear_cases import (
     scratch_for,
     stream_linear,
 )
-from support.cuda_targets import EMULATED, TARGETS, emulated_launcher, target
 from support.kernel_cases import random_rows
+from support.targets import EMULATED, TARGETS, emulated_launcher, target
 
 ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 32, 33, 40, 130]
 HALF_ULP = 2.0**-24

@@ -20,7 +20,6 @@ from exl_loader.backends.layouts import BIT_PLANES
 from exl_loader.checkpoint import Checkpoint
 from exl_loader.formats import read_linear
 from support.cuda_linear_cases import linear_ops
-from support.cuda_targets import EMULATED, TARGETS, target
 from support.makers import (
     allocate,
     linear_part,
@@ -29,6 +28,7 @@ from support.makers import (
     pack_stream,
     write_layer,
 )
+from support.targets import EMULATED, TARGETS, target
 
 WIDTHS = sorted(BIT_PLANES)
 

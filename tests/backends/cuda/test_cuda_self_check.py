@@ -12,9 +12,9 @@ from exl_loader.commands import check_cards
 from exl_loader.memory import buffers as memory
 from exl_loader.utils.errors import DeviceError, InsufficientMemory
 from support.cuda_attention_cases import built_from
-from support.cuda_targets import emulated_launcher
 from support.emulated_cuda import EmulatedCard
 from support.exhaustive import some_of
+from support.targets import emulated_launcher
 
 # A source that the check runs, a wrong expression for it, and a word of the error.
 MISTAKES = [

@@ -19,8 +19,8 @@ from exl_loader.model.top_logits_reader import read_result
 from support.cuda_emulation import EmulatedLauncher
 from support.cuda_emulation.launcher import FOLDER, REPO, emulation_spec
 from support.cuda_emulation.sanitized import run_sanitized, runtimes
-from support.cuda_targets import TARGETS, Target, target
 from support.exhaustive import some_of
+from support.targets import TARGETS, Target, target
 from support.top_logits_defined import defined_top_ids
 
 WIDTHS = [1, 2, 31, 33, 1023, 1024, 1025, 4095, 4097, 9001, 32_000]

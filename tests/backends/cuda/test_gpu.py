@@ -1,7 +1,8 @@
 """Tests that need a card: the driver's figures, long texts, and compute-sanitizer.
 
 `pytest -m gpu` runs this file and the `gpu` variants of the others: every kernel against the
-reference (test_cuda_ops, _linear, _pack, _attention, _cache) and whole models (test_cuda_model).
+reference (operations/, test_cuda_linear, _pack, _attention, _cache), and whole models
+(test_cuda_model).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""CUDA operations wherever they can run: emulated on the CPU, and on a card where there is one.
+"""Operations wherever they can run: compiled for CPUs, emulated CUDA kernels, and a card.
 
 Tests are written once: they hand CPU tensors to a `Target`, which brings them over, runs the
 operation and brings what it wrote back.
@@ -7,6 +7,7 @@ operation and brings what it wrote back.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -14,10 +15,29 @@ import pytest
 import torch
 
 from exl_loader.cache.layout import KeyBias
+from support.kernel_cases import compiled_ops
 
+# The kernels for this machine; for AVX2 and in plain C++, which are compiled for the tests.
+OTHER_CPUS = ["x86-64-v3", "x86-64"]
+CPUS = ["native", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHER_CPUS)]
 # Lanes, warps and blocks in two orders: what needs a barrier that is not there differs.
 EMULATED = ["forward", "shuffled"]
 TARGETS = [*EMULATED, pytest.param("gpu", marks=pytest.mark.gpu)]
+ALL_TARGETS = [*CPUS, *TARGETS]
+
+
+def sizes(name: str, *, cpu: Sequence[Any], cuda: Sequence[Any]) -> pytest.MarkDecorator:
+    """Parametrise `ops` over all targets, and `name` over what the target's kernels need.
+
+    Emulation is slow, so sizes at which only the CPU's kernels change are not emulated.
+    """
+    cases = []
+    for targets, values in ((CPUS, cpu), (TARGETS, cuda)):
+        for target in targets:
+            (backend,), marks = (target.values, target.marks) if hasattr(target, "marks") else (
+                (target,), ())
+            cases += [pytest.param(backend, value, marks=marks) for value in values]
+    return pytest.mark.parametrize(("ops", name), cases, indirect=["ops"])
 
 
 class Target:
@@ -26,11 +46,13 @@ class Target:
     Args:
         ops: the operations, or an object with some of them.
         device: where they run; None where host and device are one memory.
+        kind: of kernels, "cpu" or "cuda".
     """
 
-    def __init__(self, ops: Any, device: str | None):
+    def __init__(self, ops: Any, device: str | None, kind: str = "cuda"):
         self.ops = ops
         self.device = device
+        self.kind = kind
 
     def __getattr__(self, operation: str):
         call = getattr(self.ops, operation)
@@ -74,16 +96,21 @@ def card_ops() -> Any:
     return ops
 
 
-def target(name: str, make: Any) -> Target:
-    """Return the target of one of `TARGETS`.
+def target(name: str, make: Any, threads: int = 3) -> Target:
+    """Return the target of one of `ALL_TARGETS`.
 
     Args:
-        make: makes operations of a launcher.
+        make: makes CUDA operations of a launcher.
+        threads: of a CPU.
     """
     if name == "gpu":
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
         return Target(card_ops(), "cuda:0")
+    if name == "native" or name in OTHER_CPUS:
+        ops = compiled_ops("" if name == "native" else name)
+        ops.set_threads(threads)
+        return Target(ops, None, "cpu")
     launcher = emulated_launcher()
     launcher.set_order(name, seed=1)
     return Target(make(launcher), None)

@@ -1,0 +1,141 @@
+"""Elementwise CUDA operations: fused launches, mutations, and sanitizers.
+
+What every backend's operations have in common is in operations/test_elementwise.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from backends.operations import test_elementwise as common
+from exl_loader.backends.cpu_access import InPlaceAccess
+from exl_loader.backends.cuda.launcher import KernelOps
+from exl_loader.backends.cuda.moe import MoeOps
+from exl_loader.backends.cuda.ops import CudaOps
+from support.cache_layers import make_batch, make_layer
+from support.cuda_attention_cases import built_from
+from support.cuda_emulation.sanitized import run_sanitized, runtimes
+from support.exhaustive import some_of
+from support.kernel_cases import random_rows
+from support.targets import TARGETS, Target, target
+
+
+@pytest.fixture(params=TARGETS)
+def ops(request):
+    return target(request.param, lambda launcher: CudaOps(launcher, InPlaceAccess()))
+
+
+@pytest.mark.parametrize("cache_type", ["fp32", "fp16", "q4"])
+@pytest.mark.parametrize(("head_dim", "heads"), [(16, 5), (80, 5), (128, 1), (256, 9)])
+@pytest.mark.parametrize("normed", [False, True])
+def test_norms_rope_and_cache_in_one_launch(ops, cache_type, head_dim, heads, normed):
+    """Norms, RoPE and writing in one launch give the bits of separate launches."""
+    batch = make_batch([5, 254], [3, 4])
+    table = random_rows(7, head_dim - 8).reshape(7, 2, head_dim // 2 - 4)
+    q = random_rows(7, heads * head_dim).reshape(7, heads, head_dim)
+    k, v = (random_rows(7, 2 * head_dim, seed=s).reshape(7, 2, head_dim) for s in (3, 6))
+    weights = [random_rows(1, head_dim, seed=s)[0] if normed else None for s in (4, 5)]
+    apart, at_once = (make_layer(cache_type, 3, 2, head_dim) for _ in range(2))
+    turned = [q.clone(), k.clone()]
+    for x, weight in zip(turned, weights, strict=True):
+        if weight is not None:
+            rows = x.view(-1, head_dim)
+            ops.rms_norm(rows, weight, 1e-6, rows)
+        ops.rope(x, table)
+    ops.write_cache(turned[1], v, apart, batch, torch.empty(0))
+    ops.rope_write_cache(q, k, v, table, at_once, batch, *weights, 1e-6)
+    assert torch.equal(q, turned[0])
+    for name in ("k_codes", "k_scales", "v_codes", "v_scales"):
+        a, b = getattr(apart, name), getattr(at_once, name)
+        assert a is b is None or torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def test_the_sum_of_experts_equals_adding_one_after_the_other(ops):
+    made, size = random_rows(4 * 3, 300), 300
+    experts = torch.tensor([[5, 0, 2], [1, 7, 3], [0, 1, 2], [6, 4, 5]], dtype=torch.int32)
+    weights = random_rows(4, 3, seed=6).abs()
+    out, expected = random_rows(4, size, seed=7), random_rows(4, size, seed=7)
+    for expert in range(8):
+        rows, places = (experts == expert).nonzero(as_tuple=True)
+        if len(rows):
+            ops.scatter_add_rows(made[rows * 3 + places], rows.int(), weights[rows, places],
+                                 expected)
+    ops.moe_sum(made, weights, experts, out)
+    assert torch.equal(out, expected)
+
+
+def test_no_part_of_the_operations_overrides_another():
+    """`CudaOps` inherits from several classes: one name in two of them would hide a method."""
+    names = [
+        name for cls in CudaOps.__mro__ if issubclass(cls, KernelOps) for name in vars(cls)
+        if not name.startswith("__")
+    ]
+    assert len(names) == len(set(names))
+
+
+# A file of csrc/cuda, text that it has once, and a mistake that replaces it.
+MUTATIONS = [
+    ("row_functions.cuh", "for (int i = thread; i < size;", "for (int i = thread + 1; i < size;"),
+    ("row_functions.cuh", "sum_of_squares / static_cast<float>(size) + eps",
+     "sum_of_squares + eps"),
+    ("norm.cu", "    block_sync();  // partials are read by all\n", ""),
+    ("norm.cu", "warp < static_cast<int>(blockDim.x) / 32", "warp < 15"),
+    ("norm.cu", "(int i = lane_id(); i < size; i += 32)", "(int i = lane_id(); i < 32; i += 32)"),
+    ("angles.cuh", "if (turns & 2)", "if (turns & 4)"),
+    ("angles.cuh", "        cosine = -sine;", "        cosine = sine;"),
+    ("row_functions.cuh", "mul_rn(first, sin[i])", "mul_rn(first, sin[0])"),
+    ("row_functions.cuh", "x[half + i] = fmaf", "x[half] = fmaf"),
+    ("rope.cu", "const float* cos = table + row * 2 * half;", "const float* cos = table;"),
+    ("rows.cu", "id / lanes * lanes * size + id % lanes", "id / lanes * lanes * size + id"),
+    ("rows.cu", "const int64_t source = rows[blockIdx.x];", "const int64_t source = blockIdx.x;"),
+    ("rows.cu", "fmaf(weights[blockIdx.x], value, *target)", "weights[blockIdx.x] * value"),
+    ("moe.cu", "b.logit && a.expert < b.expert", "b.logit && a.expert > b.expert"),
+    ("moe.cu", "e < experts; e += 32) total", "e < 32; e += 32) total"),
+    ("moe.cu", "    warp_sync();  // what lane 0 wrote is read below\n", ""),
+    ("moe.cu", "experts[k] > last && experts[k] < lowest", "experts[k] > last"),
+    ("elementwise.cu", "x[i] += y[i]", "x[i] += y[0]"),
+    ("elementwise.cu", "if (i < elements) out[i]", "if (i + 1 < elements) out[i]"),
+]  # fmt: skip
+
+
+def everything(ops):
+    """Run every kernel of this file once."""
+    common.test_embed(ops, torch.float16, 70)
+    for size in (33, 1300):
+        common.test_rms_norm(ops, size)
+    common.test_rope(ops, 40)
+    for turn in range(8):
+        common.test_angles_of_every_quarter_turn(ops, turn)
+    common.test_gate(ops, "silu", 31)
+    common.test_add_and_softcap(ops, 31)
+    for normalize in (False, True):
+        common.test_moe_route(ops, normalize, 64, 8)
+    test_the_sum_of_experts_equals_adding_one_after_the_other(ops)
+    common.test_gather_and_scatter(ops)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", some_of([None, *MUTATIONS], 8),
+                         ids=lambda change: change[1][:40] if change else "none")
+def test_a_mistake_in_a_kernel_is_noticed(tmp_path, change):
+    launcher = built_from(tmp_path, change=change,
+                          names=("norm", "rope", "elementwise", "rows", "moe"))
+
+    def run():
+        for order, seed in (("forward", 0), ("reverse", 0), ("shuffled", 5)):
+            launcher.set_order(order, seed)
+            everything(Target(MoeOps(launcher), None))
+
+    if change is None:
+        run()
+    else:
+        with pytest.raises(Exception):  # noqa: B017, PT011 - a comparison, or the emulation's own
+            run()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not runtimes(), reason="needs gcc's sanitizers")
+def test_under_sanitizers():
+    result = run_sanitized(__file__, common.__file__, "-k", "forward", "-m", "not slow and not gpu")
+    assert result.returncode == 0, result.stdout[-4000:]

@@ -1,0 +1,175 @@
+"""Embedding, norms, RoPE, gates, routing and rows against the reference, which uses float64.
+
+CUDA's sizes are below, at and above a warp and a block; the CPU's are around its vectors.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from exl_loader.backends.cuda.moe import MoeOps
+from exl_loader.backends.reference.ops import ReferenceOps
+from support.kernel_cases import dense_linear, random_rows
+from support.targets import ALL_TARGETS, sizes, target
+
+REFERENCE = ReferenceOps()
+ULP = 2.0**-23
+ACTIVATIONS = ["silu", "gelu_tanh", "gelu"]
+CPU_SIZES = [1, 15, 16, 17, 64, 100, 2049]
+# A CPU's threads share the rows.
+ROWS = {"cpu": 33, "cuda": 9}
+
+
+@pytest.fixture(params=ALL_TARGETS)
+def ops(request):
+    return target(request.param, MoeOps)
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, ulps: float, atol: float = 0.0):
+    torch.testing.assert_close(actual, expected, rtol=ulps * ULP, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [70, 256, 300])
+def test_embed(ops, dtype, size):
+    ids = torch.tensor([3, 0, 49, 17, 3], dtype=torch.int32)
+    for table in (random_rows(50, size).to(dtype), dense_linear(size, 50, dtype)):
+        out, expected = torch.empty(5, size), torch.empty(5, size)
+        ops.embed(ids, table, 1.5, out)
+        REFERENCE.embed(ids, table, 1.5, expected)
+        assert torch.equal(out, expected)
+
+
+@sizes("size", cpu=CPU_SIZES, cuda=[1, 31, 32, 33, 100, 512, 513, 1300])
+def test_rms_norm(ops, size):
+    x, weight = random_rows(ROWS[ops.kind], size), random_rows(1, size, seed=2)[0]
+    out, expected = torch.empty_like(x), torch.empty_like(x)
+    ops.rms_norm(x, weight, 1e-5, out)
+    REFERENCE.rms_norm(x, weight, 1e-5, expected)
+    # The CPU has 64 chains: a square's rounding and size / 64 + 6 sums, halved by the root. CUDA
+    # rounds in the sums of lanes and warps as well.
+    assert_close(out, expected, ulps={"cpu": 4, "cuda": 6}[ops.kind] + size / 128)
+    alone = torch.empty(1, size)
+    ops.rms_norm(x[5:6], weight, 1e-5, alone)
+    assert torch.equal(alone[0], out[5])
+    ops.rms_norm(x, weight, 1e-5, x)
+    assert torch.equal(x, out)
+
+
+def assert_like_reference_s_table(ops, positions, inv_freq, factor):
+    """Compare a table of cosines and sines, and return the reference's."""
+    table, expected = torch.empty(2, len(positions), 2, len(inv_freq))
+    ops.rope_table(positions, inv_freq, factor, table)
+    REFERENCE.rope_table(positions, inv_freq, factor, expected)
+    # A CPU computes angles, cosines and sines in float64.
+    ulps, atol = {"cpu": (1, 1e-15), "cuda": (2, ULP)}[ops.kind]
+    assert_close(table, expected, ulps, atol)
+    return expected
+
+
+@pytest.mark.parametrize("half", [4, 16, 32, 40, 64])
+def test_rope(ops, half):
+    positions = torch.tensor([0, 1, 4095, 131071, 999_999, 2**31 - 1], dtype=torch.int32)
+    inv_freq = (10000.0 ** (-torch.arange(half) / half)).float()
+    table = assert_like_reference_s_table(ops, positions, inv_freq, 1.25)
+    for head_dim in (2 * half, 2 * half + 24):
+        x = random_rows(6, 3 * head_dim).reshape(6, 3, head_dim)
+        rotated, reference = x.clone(), x.clone()
+        ops.rope(rotated, table)
+        REFERENCE.rope(reference, table)
+        assert_close(rotated, reference, ulps=2, atol=4 * ULP * float(x.abs().max()))
+        assert torch.equal(rotated[..., 2 * half :], x[..., 2 * half :])
+
+
+@pytest.mark.parametrize("turn", range(8))
+def test_angles_of_every_quarter_turn(ops, turn):
+    """Positions that end in each quarter and at its borders, with both signs of both results."""
+    angles = (turn * math.pi / 4 + torch.linspace(-0.02, 0.02, 65)).clamp(min=0).float()
+    assert_like_reference_s_table(ops, torch.ones(1, dtype=torch.int32), angles, 1.0)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@sizes("size", cpu=CPU_SIZES, cuda=[1, 31, 257])
+def test_gate(ops, activation, size):
+    gate, up = random_rows(9, size) * 4, random_rows(9, size, seed=3)
+    out, expected = torch.empty_like(gate), torch.empty_like(gate)
+    ops.gate(gate, up, activation, out)
+    REFERENCE.gate(gate, up, activation, expected)
+    assert_close(out, expected, ulps=32, atol=1e-7)
+    alone = torch.empty(1, size)
+    ops.gate(gate[3:4], up[3:4], activation, alone)
+    assert torch.equal(alone[0], out[3])
+    ops.gate(gate, up, activation, gate)
+    assert torch.equal(gate, out)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gate_at_the_extremes(ops, activation):
+    gate = torch.tensor([[0.0, -0.0, 200.0, -200.0, 1e30, -1e30, float("nan"), 3e-39]])
+    out, expected = torch.empty_like(gate), torch.empty_like(gate)
+    ops.gate(gate, torch.ones_like(gate), activation, out)
+    REFERENCE.gate(gate, torch.ones_like(gate), activation, expected)
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-7, equal_nan=True)
+
+
+@sizes("size", cpu=CPU_SIZES, cuda=[1, 31, 257])
+def test_add_and_softcap(ops, size):
+    x, y = random_rows(7, size), random_rows(7, size, seed=4)
+    total = x.clone()
+    ops.add(total, y)
+    assert torch.equal(total, x + y)
+    for magnitude in (1e-6, 1.0, 1e4):
+        capped, expected = x * magnitude, x * magnitude
+        ops.softcap(capped, 30.0)
+        REFERENCE.softcap(expected, 30.0)
+        assert_close(capped, expected, ulps=6)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("num_experts", "top_k"), [(8, 2), (64, 8), (33, 33), (3, 3), (1, 1)])
+def test_moe_route(ops, normalize, num_experts, top_k):
+    rows = ROWS[ops.kind]
+    logits = random_rows(rows, num_experts) * 3
+    logits[0] = 1.0
+    logits[1, num_experts // 2] = logits[1, 0]
+    logits[2] += 1e4
+    weights, experts = torch.empty(rows, top_k), torch.empty(rows, top_k, dtype=torch.int32)
+    expected = torch.empty_like(weights), torch.empty_like(experts)
+    ops.moe_route(logits, top_k, normalize, weights, experts)
+    REFERENCE.moe_route(logits, top_k, normalize, *expected)
+    assert torch.equal(experts, expected[1])
+    # On CUDA a logit 30 below the largest has a difference that is itself rounded by 8 ulp.
+    assert_close(weights, expected[0], ulps={"cpu": 2, "cuda": 20}[ops.kind])
+
+
+def test_moe_route_survives_nan(ops):
+    logits = torch.full((2, 4), math.nan)
+    logits[1, 2] = 1.0
+    weights, experts = torch.empty(2, 2), torch.empty(2, 2, dtype=torch.int32)
+    ops.moe_route(logits, 2, True, weights, experts)
+    assert weights.isnan().any(dim=1).all()
+    assert ((experts >= 0) & (experts < 4)).all()
+
+
+def test_gather_and_scatter(ops):
+    x, rows = random_rows(20, 270), torch.tensor([3, 19, 0, 7], dtype=torch.int32)
+    out = torch.empty(4, 270)
+    ops.gather_rows(x, rows, out)
+    assert torch.equal(out, x[rows.long()])
+    weights = torch.tensor([0.5, 2.0, -1.0, 0.25])
+    total = random_rows(20, 270, seed=8)
+    expected = total.clone()
+    ops.scatter_add_rows(out, rows, weights, total)
+    REFERENCE.scatter_add_rows(out, rows, weights, expected)
+    assert_close(total, expected, ulps=1, atol=ULP * float(out.abs().max()) * 2)
+
+
+def test_no_rows(ops):
+    """No work, and no launch, which a card would refuse."""
+    empty = torch.empty(0, 40)
+    ops.rms_norm(empty, torch.ones(40), 1e-5, empty)
+    ops.add(empty, empty)
+    ops.gather_rows(empty, torch.empty(0, dtype=torch.int32), empty)
