@@ -136,7 +136,7 @@ def _speed(results: Results, what: str, title: str) -> str:
                      f"{other['weights']} {tokens_per_s(other):.1f}",
                      f"{ratio:.2f} ({least:.2f} to {most:.2f})", f"≥ {target}" if target else ""])
     return _table(title, ["cache", "depth", "exl_loader", "llama.cpp", "ratio, pair by pair",
-                         "to reach"], rows)
+                         "target"], rows)
 
 
 def _first_token(results: Results) -> str:
@@ -161,7 +161,7 @@ def _bandwidth(results: Results) -> str:
                      f"{step_bytes(record) * tokens_per_s(record) / 1e9:.1f} GB/s",
                      f"{read / 1e9:.1f} GB/s", f"{read_share(record):.0%}"])
     return _table("Memory read in decoding", ["engine", "weights", "cache", "depth", "a token",
-                                             "achieved", "this machine reads", "share, median"],
+                                             "achieved", "machine's bandwidth", "share, median"],
                  rows)
 
 
@@ -175,7 +175,7 @@ def _cache_types(results: Results) -> str:
             ratio, least, most = speed_ratio(own, plain)
             rows.append([own["cache"], f"{own['depth']:,}", f"{tokens_per_s(own):.1f}",
                          f"{tokens_per_s(plain):.1f}", f"{ratio:.2f} ({least:.2f} to {most:.2f})"])
-    return _table("Our quantised caches beside our own fp16 (generated tokens/s; to reach 0.95)",
+    return _table("Our quantised caches beside our own fp16 (generated tokens/s; target 0.95)",
                  ["cache", "depth", "quantised", "fp16", "ratio, pair by pair"], rows)
 
 
@@ -193,7 +193,7 @@ def _curve(results: Results) -> str:
         slope, start, worst = straight_line(costs)
         rows.append([engine, weights, cache, *(f"{costs[d]:.1f}" for d in depths),
                      f"{start:.1f} + {1e3 * slope:.2f} a 1,000", f"{worst:.0%}"])
-    head = ["engine", "weights", "cache", *(f"{d:,}" for d in depths), "line", "farthest from it"]
+    head = ["engine", "weights", "cache", *(f"{d:,}" for d in depths), "line", "largest distance"]
     return _table("Milliseconds a generated token, by depth", head, rows)
 
 
@@ -218,7 +218,7 @@ def _load(results: Results) -> str:
                      f"{statistics.median(reserving):.2f} s" if reserving else "",
                      _rate(record, reading) if reading else "",
                      f"{record['peak_bytes'] / 2**20:.0f} MiB"])
-    head = ["engine", "weights", "file", "load", "rate", "of it the system's giving memory",
+    head = ["engine", "weights", "file", "load", "rate", "of it the system providing memory",
             "reading and repacking alone", "peak memory"]
     return _table("Loading from the page cache, and peak memory of the process", head, rows)
 
