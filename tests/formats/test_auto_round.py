@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -28,25 +32,33 @@ pytestmark = [
 ]
 
 
+WRITER = REPO / "tests" / "support" / "auto_round_writer.py"
+# What decides the contents of the folders, beside the writer.
+PACKAGES = ("auto-round", "torch", "transformers")
+
+
 @pytest.fixture(scope="module")
-def written(tmp_path_factory, request) -> Path:
-    """The folders of all variants, written once for all of pytest's processes."""
-    root = tmp_path_factory.getbasetemp()
-    root = root.parent if hasattr(request.config, "workerinput") else root
-    folder = root / "auto_round"
-    with FileLock(root / "auto_round.lock"):
+def written() -> Path:
+    """The folders of all variants, kept between runs and shared by pytest's processes."""
+    key = hashlib.sha256(WRITER.read_bytes())
+    key.update(" ".join(map(metadata.version, PACKAGES)).encode())
+    cache = REPO / "build" / "test-cache"
+    cache.mkdir(parents=True, exist_ok=True)
+    folder = cache / f"auto_round-{key.hexdigest()[:16]}"
+    with FileLock(cache / "auto_round.lock"):
         if not folder.exists():
-            made = tmp_path_factory.mktemp("auto_round_unfinished")
-            _write(made)
-            made.rename(folder)
+            for outdated in cache.glob("auto_round-*"):
+                shutil.rmtree(outdated)
+            unfinished = Path(tempfile.mkdtemp(prefix="auto_round-", dir=cache))
+            _write(unfinished)
+            unfinished.rename(folder)
     return folder
 
 
 def _write(folder: Path) -> None:
-    writer = REPO / "tests" / "support" / "auto_round_writer.py"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home")}
     done = subprocess.run(
-        [sys.executable, writer, folder], cwd=folder, env=environment, text=True,
+        [sys.executable, WRITER, folder], cwd=folder, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )
     assert done.returncode == 0, done.stdout[-4000:]

@@ -44,12 +44,17 @@ VARIANTS = {
 
 def main(root: Path) -> None:
     import copy
+    import gc
 
     import torch
     from auto_round import AutoRound
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+    # auto-round collects garbage a hundred times, and each time would go through all objects of
+    # the imported modules.
+    gc.collect()
+    gc.freeze()
     vocabulary = models.WordLevel({f"t{i}": i for i in range(256)}, unk_token="t0")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(vocabulary), unk_token="t0")
     llama = LlamaConfig(
