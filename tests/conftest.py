@@ -7,6 +7,7 @@ import gc
 import os
 import shutil
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -21,8 +22,8 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("exl_loader")
 
-# Variables of the machine that would change what is tested. Tests that need one set it. What
-# names inputs and outputs of the tests themselves stays.
+# The machine's environment variables that would change what is tested are removed; a test that
+# needs one sets it. Variables that name inputs and outputs of the tests stay.
 KEPT = {"EXL_LOADER_FIXTURES", "EXL_LOADER_SCREENSHOTS"}
 REMOVED = {
     "CC", "CFLAGS", "CLICOLOR", "CLICOLOR_FORCE", "COLUMNS", "CPATH", "CPLUS_INCLUDE_PATH",
@@ -35,24 +36,36 @@ for name in set(os.environ) - KEPT:
     if name in REMOVED or name.startswith(REMOVED_PREFIXES):
         del os.environ[name]
 
-# Tests work on small tensors: waking a second thread costs more than it saves, and on a busy
-# machine waiting for it costs thirty times more.
+REPO = Path(__file__).resolve().parent.parent
+# What tests compile is kept here between runs.
+TEST_CACHE = REPO / "build" / "test-cache"
+
+# Compiled modules are kept even if the environment forbids it. Without them each process that
+# imports PyTorch compiles its modules again, for 2 s of processor time. Only modules of temporary
+# folders are removed, because each run has new ones.
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+    BYTECODE = TEST_CACHE / "bytecode"
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = str(BYTECODE)
+    sys.dont_write_bytecode = False
+    shutil.rmtree(f"{BYTECODE}{Path(tempfile.gettempdir()).resolve()}", ignore_errors=True)
+
+# One thread, because tests use small tensors: waking a second thread costs more than it saves,
+# and on a busy machine waiting for it costs thirty times more.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # No test asks a model hub for anything.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
-# What pytest-timeout has to end a test itself, before its process is ended.
+# Seconds that pytest-timeout has to end a test before the test's process is ended.
 GRACE_S = 30
 
-# A copy of the process's own, which pytest captures.
+# A copy of the process's stderr, because pytest captures stderr itself.
 STDERR = pytest.StashKey[int]()
 
-REPO = Path(__file__).resolve().parent.parent
-# Kernels built by tests stay apart from the user's own, and survive from one run to the
-# next: the build key makes a stale binary impossible, and compiling is the slowest step.
-os.environ["EXL_LOADER_CACHE_DIR"] = str(REPO / "build" / "test-cache")
+# Kernels built by tests are separate from the user's. They are kept between runs, because
+# compiling is the slowest step and the build key makes a stale binary impossible.
+os.environ["EXL_LOADER_CACHE_DIR"] = str(TEST_CACHE)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from support import exhaustive, timing  # noqa: E402  (in this folder)
@@ -70,8 +83,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item):
-    """End the process where a test hangs in compiled code, which the signal of pytest-timeout
-    does not interrupt; xdist fails the test and goes on in another process."""
+    """End the process if a test hangs in compiled code.
+
+    The signal of pytest-timeout does not interrupt compiled code. xdist fails the test and
+    continues in another process.
+    """
     mark = item.get_closest_marker("timeout")
     limit_s = mark.args[0] if mark else float(item.config.getini("timeout"))
     faulthandler.dump_traceback_later(
@@ -97,7 +113,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(timing.RunTimes(terminal))
 
 
-# After -k and -m: the first case is that of those that they leave.
+# After -k and -m, so that the first case is one that they select.
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     taken: list[pytest.Item] = []
@@ -107,7 +123,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         is_sampled = config.getoption("--exhaustive") or not item.get_closest_marker("exhaustive")
         if is_sampled and config.getoption("--one-in") > 1:
             test = item.nodeid.partition("[")[0]
-            # By hash: every N-th would be the same value of a parameter that has N.
+            # By hash, because every N-th case may have the same value of a parameter with N values.
             place = zlib.crc32(item.name.encode()) % config.getoption("--one-in")
             is_sampled = test not in tests or place == 0
             tests.add(test)
@@ -135,8 +151,11 @@ def _own_environment(monkeypatch):
 
 @pytest.fixture(scope="module", autouse=True)
 def _old_objects_are_collected_once():
-    """A failed load collects garbage, some hundred times in a run: what is there for good, the
-    modules of PyTorch and transformers above all, is not looked through every time."""
+    """Exclude permanent objects from garbage collection.
+
+    A failed load collects garbage, some hundred times in a run, and would each time go through
+    all objects of PyTorch's and transformers' modules.
+    """
     gc.collect()
     gc.freeze()
 
@@ -163,7 +182,7 @@ def _tiny_model_files(tmp_path_factory) -> dict[Path, bytes]:
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(_tiny_model_files) -> Path:
-    """One small random Llama with a tokenizer, shared by all tests that only read it."""
+    """A small random Llama with a tokenizer, shared by all tests that only read it."""
     return next(iter(_tiny_model_files)).parent
 
 
@@ -185,7 +204,7 @@ def _shared_model_is_only_read(request):
 
 @pytest.fixture(scope="module")
 def single_bytes(tmp_path_factory):
-    """A tokenizer whose every token is one byte, so that a text has one way to be written."""
+    """A tokenizer in which every token is one byte, so that each text has one encoding."""
     from exl_loader.text.tokenizer import Tokenizer
     from support.tiny import write_tokenizer
 
@@ -196,8 +215,10 @@ def single_bytes(tmp_path_factory):
 
 @pytest.fixture
 def no_other_model(monkeypatch):
-    """Let `memory.live_bytes` count this test's buffers alone: those of earlier tests may go at
-    any time, when a thread ends or the collector runs."""
+    """Let `memory.live_bytes` count this test's buffers only.
+
+    Buffers of earlier tests are freed at any time, when a thread ends or the collector runs.
+    """
     import weakref
 
     from exl_loader.memory import buffers as memory
@@ -207,7 +228,7 @@ def no_other_model(monkeypatch):
 
 @pytest.fixture
 def kernel_cache(tmp_path, monkeypatch) -> Path:
-    """Where this process and its children keep built kernels; not there yet."""
+    """An own folder of built kernels for this process and its children; it does not exist yet."""
     monkeypatch.setenv("EXL_LOADER_CACHE_DIR", str(tmp_path / "a cache"))
     for name in ("CXX", "EXL_LOADER_MARCH", "EXL_LOADER_REFERENCE"):
         monkeypatch.delenv(name, raising=False)
@@ -224,7 +245,7 @@ def kernel_sources(tmp_path) -> Path:
 
 @pytest.fixture
 def counting_compiler(tmp_path, monkeypatch) -> Path:
-    """A compiler that writes down what it compiles, slowly enough to be interrupted."""
+    """A compiler that logs its arguments, and is slow enough to be interrupted."""
     from support.builds import write_compiler
 
     log = tmp_path / "compiled.log"
@@ -236,9 +257,9 @@ def counting_compiler(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def hanging_compiler(tmp_path, monkeypatch) -> tuple[Path, Path]:
-    """A compiler that hangs in a child of its own, as g++ in cc1plus, while a file is there.
+    """A compiler that hangs in a child process, as g++ does in cc1plus, while a file exists.
 
-    Returns that file, and one to which the processes that hang write their ids.
+    Returns that file, and the file to which the hanging processes write their ids.
     """
     from support.builds import write_compiler
 
@@ -279,7 +300,7 @@ def browser():
 
 @pytest.fixture
 def reference_operations(no_other_model, monkeypatch):
-    """For what is wrong and found by Python: no compiler is waited for."""
+    """Use the reference operations, for errors that Python finds, so that nothing is compiled."""
     monkeypatch.setenv("EXL_LOADER_REFERENCE", "1")
 
 
@@ -291,8 +312,8 @@ def copy_of(originals, tmp_path):
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Main memory that is as free as a test says, whatever this machine has."""
-    import torch  # noqa: F401  (what a process that loads has in memory already)
+    """Pretend an amount of free main memory, whatever this machine has."""
+    import torch  # noqa: F401  (a process that loads has it in memory already)
 
     from exl_loader.backends import BACKENDS
     from exl_loader.backends.base import Capacity
@@ -338,7 +359,7 @@ def webui_models(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def greedy_text() -> str:
-    """What the engine itself writes for the real web UI's tests."""
+    """The text that the engine itself generates for the real web UI's prompt."""
     import exl_loader
     from support.webui_server import DEMO, GREEDY, PROMPT
 

@@ -1,8 +1,8 @@
-"""Where a run's time goes: the tests under way as it goes on, and each file's sum at its end.
+"""Report where a run's time goes: the running tests meanwhile, the time of each file at its end.
 
-Active with `--durations`, as `install.py --test` gives it, so that a run that is killed says
-what it was doing. Processor time is that of a test's process and of the children that it has
-waited for: other load on the machine does not change it much.
+Active with `--durations`, which `install.py --test` passes, so that the log of a killed run shows
+what was running. Processor time is that of a test's process and of its finished children; other
+load on the machine changes it little.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-# A line in a log every so often, between the results.
+# Seconds between two lines that name the running tests.
 PROGRESS_EVERY_S = 30.0
-# Files that take less are summed up in one line.
+# Files that take fewer seconds are added up in one line.
 LEAST_S = 2.0
 
 
@@ -32,7 +32,7 @@ def processor_seconds() -> float:
 
 
 class PhaseTimes:
-    """Where tests run: notes each phase's processor time in its report."""
+    """In a process that runs tests: adds each phase's processor time to its report."""
 
     def __init__(self) -> None:
         self._last = processor_seconds()
@@ -49,7 +49,7 @@ class PhaseTimes:
 
 
 class RunTimes:
-    """Where results are shown: sums up files, and says now and then what is under way."""
+    """In the process that shows results: adds up files, and regularly names the running tests."""
 
     def __init__(self, terminal: pytest.TerminalReporter) -> None:
         self._terminal = terminal
@@ -61,8 +61,8 @@ class RunTimes:
 
     def pytest_sessionstart(self) -> None:
         def interrupt(number: int, frame: object) -> None:
-            # `timeout` sends it to the process and to its group: the second one would end what
-            # is shown because of the first.
+            # `timeout` sends the signal to the process and to its group. The second one would
+            # interrupt the summary that the first one causes.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             raise KeyboardInterrupt
 

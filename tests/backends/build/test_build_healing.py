@@ -106,7 +106,7 @@ def test_the_lock_of_a_running_process_is_waited_for(kernel_cache, kernel_source
 
 @needs_compiler
 @pytest.mark.parametrize("ending", ["SIGTERM", "SIGHUP", "SIGKILL", "Ctrl-C"])
-def test_compilers_end_with_the_process_that_wanted_them(
+def test_compilers_end_with_the_process_that_started_the_build(
     kernel_cache, kernel_sources, hanging_compiler, ending
 ):
     hang, running = hanging_compiler

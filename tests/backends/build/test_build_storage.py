@@ -1,4 +1,4 @@
-"""Where built kernels are kept, and folders and disks that will not have them."""
+"""The folder of built kernels, and folders and disks that refuse them."""
 
 import errno
 import os
@@ -49,7 +49,7 @@ def test_falls_back_to_temporary_files_where_home_cannot_be_written(tmp_path, mo
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
 
 
-def test_link_in_place_of_the_folder_is_not_trusted(tmp_path):
+def test_a_link_in_place_of_the_folder_is_refused(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "kernels").symlink_to(tmp_path / "elsewhere")
@@ -69,21 +69,21 @@ def test_full_disk_is_an_error_with_a_remedy(kernel_cache, kernel_sources, monke
 
 
 @needs_compiler
-def test_a_disk_that_fills_while_the_compiler_writes(
+def test_a_disk_that_becomes_full_while_the_compiler_writes(
     kernel_cache, kernel_sources, tmp_path, monkeypatch
 ):
-    # As binutils say it.
-    words = "/tmp/cc.s: Fatal error: can't write 8 bytes to two.o: 'No space left on device'"
-    fails = f'case "$*" in *two.cpp*) echo "{words}"; exit 1 ;; esac'
+    # The message of binutils.
+    message = "/tmp/cc.s: Fatal error: can't write 8 bytes to two.o: 'No space left on device'"
+    fails = f'case "$*" in *two.cpp*) echo "{message}"; exit 1 ;; esac'
     script = write_compiler(tmp_path / "g++", fails)
     monkeypatch.setenv("CXX", str(script))
     with pytest.raises(KernelBuildError, match="No space left.*Free some space") as caught:
         build(cpu_spec(kernel_sources))
-    assert words in caught.value.details and "EXL_LOADER_REFERENCE" not in str(caught.value)
+    assert message in caught.value.details and "EXL_LOADER_REFERENCE" not in str(caught.value)
     assert find_partials(kernel_cache) == []
 
 
-# The child's own mounts are gone with it.
+# A child process, so that its mounts end with it.
 FULL_DISK = """
 import subprocess, sys
 from pathlib import Path
@@ -104,7 +104,7 @@ for size in sys.argv[3:]:
 
 @needs_compiler
 @pytest.mark.skipif(not shutil.which("unshare"), reason="no unshare")
-def test_a_disk_that_is_full_until_it_is_not(kernel_cache, kernel_sources):
+def test_a_disk_is_full_until_there_is_room(kernel_cache, kernel_sources):
     own = ["unshare", "--map-root-user", "--mount"]
     mount = "mount -t tmpfs tmpfs /tmp"
     if subprocess.run([*own, "sh", "-c", mount], capture_output=True).returncode != 0:
@@ -128,7 +128,9 @@ def test_a_disk_that_is_full_until_it_is_not(kernel_cache, kernel_sources):
 @needs_compiler
 @pytest.mark.filterwarnings("ignore:flock not supported")
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_a_disk_without_locks_builds_without(kernel_cache, kernel_sources, monkeypatch, number):
+def test_a_disk_without_locks_builds_without_a_lock(
+    kernel_cache, kernel_sources, monkeypatch, number
+):
     def flock(handle, operation):
         raise OSError(number, os.strerror(number))
 
@@ -158,7 +160,7 @@ def test_a_folder_on_a_disk_that_became_read_only_still_serves(
 
 
 @needs_compiler
-def test_a_folder_that_vanishes_is_made_again(kernel_cache, kernel_sources):
+def test_a_deleted_folder_is_made_again(kernel_cache, kernel_sources):
     class Vanishing(NullProgress):
         def advance(self, task, n=1):
             shutil.rmtree(kernel_cache, ignore_errors=True)
@@ -170,13 +172,13 @@ def test_a_folder_that_vanishes_is_made_again(kernel_cache, kernel_sources):
     library = build(spec)
     opened = works(library)
     shutil.rmtree(kernel_cache)
-    # What is open goes on to work; what is opened next is compiled anew.
+    # An opened library keeps working; the next one is compiled again.
     assert opened and works(build(spec))
 
 
 @needs_compiler
 @pytest.mark.parametrize("moved_s", [-(10**9), 10**6], ids=["back", "forth"])
-def test_a_clock_that_was_moved(kernel_cache, kernel_sources, counting_compiler, moved_s):
+def test_modification_times_do_not_matter(kernel_cache, kernel_sources, counting_compiler, moved_s):
     for source in kernel_sources.rglob("*.*"):
         os.utime(source, (time.time() + moved_s,) * 2)
     library = build(cpu_spec(kernel_sources))
@@ -187,7 +189,7 @@ def test_a_clock_that_was_moved(kernel_cache, kernel_sources, counting_compiler,
 
 @pytest.fixture
 def temporary(tmp_path, monkeypatch):
-    """Where `kernel_dirs` has its own folder among temporary files."""
+    """The folder of `kernel_dirs` among temporary files."""
     monkeypatch.setattr(store.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
     for name in ("HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
@@ -196,7 +198,7 @@ def temporary(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="variables of Linux")
 def test_a_user_without_a_home(temporary, monkeypatch):
-    # HOME alone missing is no matter: the system knows the user's home.
+    # Without HOME the system's user database still has the user's home.
     assert store.kernel_dirs({})[1:] == [temporary]
 
     def unknown(user):
@@ -207,7 +209,7 @@ def test_a_user_without_a_home(temporary, monkeypatch):
     assert store.writable_dir({}) == temporary
     with pytest.raises(KernelBuildError, match="'~/kernels'.*Name the folder without ~"):
         store.writable_dir({"EXL_LOADER_CACHE_DIR": "~/kernels"})
-    # An older platformdirs leaves it standing.
+    # An older platformdirs returns ~ as it is.
     monkeypatch.setattr("platformdirs.user_cache_path", lambda *_, **__: Path("~/.cache/x"))
     assert store.kernel_dirs({}) == [temporary]
 

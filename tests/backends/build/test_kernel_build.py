@@ -1,4 +1,4 @@
-"""Building kernels: keys, units, words of the compiler, which one. Small sources only."""
+"""Building kernels: keys, progress, errors of the compiler, finding it. Small sources only."""
 
 import dataclasses
 import logging
@@ -174,7 +174,7 @@ def test_variables_that_compilers_read_are_in_the_key(kernel_sources, name):
     spec = cpu_spec(kernel_sources, {**environ, name: "/nowhere"})
     assert spec.key != cpu_spec(kernel_sources, environ).key
     assert spec.key != cpu_spec(kernel_sources, {**environ, name: "/elsewhere"}).key
-    # What it means nothing to does not change it.
+    # Other variables, and empty ones, do not change the key.
     assert cpu_spec(kernel_sources, {**environ, "CFLAGS": "-O0", "EDITOR": "vi", name: ""}).key == (
         cpu_spec(kernel_sources, environ).key)
 
@@ -200,7 +200,7 @@ def test_the_compiler_gets_the_variables_of_the_key(
     monkeypatch.setenv("CPATH", str(tmp_path / "include"))
     monkeypatch.setenv("DEPENDENCIES_OUTPUT", str(tmp_path / "dependencies"))
     spec = cpu_spec(kernel_sources)
-    # What is set between the key and the build comes too late.
+    # A change after the key was made has no effect.
     monkeypatch.setenv("CPATH", str(tmp_path / "elsewhere"))
     assert works(build(spec))
     assert not (tmp_path / "dependencies").exists()
@@ -219,7 +219,7 @@ def test_a_relative_compiler_is_found_from_ninjas_folder(
 def test_every_field_is_covered_by_a_change():
     fields = {field.name for field in dataclasses.fields(BuildSpec)}
     changed = {name for change in CHANGES.values() for name in change}
-    # Where the sources lie cannot change the binary; what they say does (next test).
+    # The folder of the sources cannot change the binary; their contents do (next test).
     assert fields - changed == {"root"}
 
 
@@ -258,7 +258,7 @@ def test_ninja_file_quotes_for_ninja(kernel_sources):
 
 
 @needs_compiler
-def test_compile_error_shows_the_compilers_words(kernel_cache, kernel_sources):
+def test_compile_error_shows_the_compilers_output(kernel_cache, kernel_sources):
     (kernel_sources / "cpu" / "two.cpp").write_text("int broken( { return undeclared_thing; }\n")
     with pytest.raises(KernelBuildError) as caught:
         build(cpu_spec(kernel_sources))
@@ -309,7 +309,7 @@ def test_bounded_output_keeps_beginning_and_end():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="runs shell scripts")
-def test_a_compiler_that_answers_without_end_is_none(tmp_path, monkeypatch):
+def test_a_compiler_whose_answer_has_no_end_is_none(tmp_path, monkeypatch):
     script = tmp_path / "endless++"
     script.write_text("#!/bin/sh\nyes 'endless++ 1.0'\n")
     script.chmod(0o755)
@@ -366,7 +366,7 @@ def test_unknown_device_is_refused():
 
 
 @needs_compiler
-def test_library_that_does_not_open_is_built_anew(kernel_cache, kernel_sources, monkeypatch):
+def test_library_that_does_not_open_is_built_again(kernel_cache, kernel_sources, monkeypatch):
     monkeypatch.setattr("exl_loader.backends.build.spec.csrc_dir", lambda: kernel_sources)
     spec = cpu_spec(kernel_sources)
     library = build(spec)
@@ -378,7 +378,7 @@ def test_library_that_does_not_open_is_built_anew(kernel_cache, kernel_sources, 
 
 
 @needs_compiler
-def test_library_that_lacks_a_function_is_built_anew_once(
+def test_library_that_lacks_a_function_is_built_again_once(
     kernel_cache, kernel_sources, monkeypatch
 ):
     from exl_loader.backends.cpu import ops
@@ -399,7 +399,7 @@ def test_library_that_lacks_a_function_is_built_anew_once(
 
 
 @needs_compiler
-def test_library_that_lacks_functions_whenever_it_is_built(
+def test_library_that_lacks_functions_after_each_build_is_an_error(
     kernel_cache, kernel_sources, monkeypatch
 ):
     monkeypatch.setattr("exl_loader.backends.build.spec.csrc_dir", lambda: kernel_sources)

@@ -1,6 +1,6 @@
-"""Whoever can write where kernels are kept could run code: what others could write is not opened.
+"""Nothing is opened that another user could have written, because it would run as this user.
 
-Some tests need another user, hence root.
+Some tests need root, to act as another user.
 """
 
 import json
@@ -47,13 +47,13 @@ def entry(kernel_cache):
     return write_entry(kernel_cache / NAME)
 
 
-def test_what_only_this_user_can_write_is_an_entry(entry):
+def test_a_directory_that_only_this_user_can_write_is_an_entry(entry):
     assert store.verify(entry).files == (entry / "exl_cpu.so",)
     assert store.verify(entry, ["exl_cpu.so"]) is not None
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o002, 0o077])
-def test_the_umask_opens_nothing(kernel_cache, umask):
+def test_a_umask_does_not_let_others_write(kernel_cache, umask):
     before = os.umask(umask)
     try:
         directory = store.writable_dir()
@@ -73,7 +73,7 @@ OPENED = {
 
 
 @pytest.mark.parametrize("opened", OPENED)
-def test_what_others_may_write_is_no_entry(entry, opened):
+def test_a_directory_that_others_may_write_is_no_entry(entry, opened):
     name, mode = OPENED[opened]
     (entry / name).chmod(mode)
     assert store.verify(entry) is None
@@ -81,7 +81,7 @@ def test_what_others_may_write_is_no_entry(entry, opened):
 
 @needs_root
 @pytest.mark.parametrize("name", ["", "exl_cpu.so", store.MARKER])
-def test_what_belongs_to_somebody_else_is_no_entry(entry, name):
+def test_a_directory_of_another_user_is_no_entry(entry, name):
     os.chown(entry / name, STRANGER, STRANGER)
     assert store.verify(entry) is None
 
@@ -93,7 +93,7 @@ def test_the_owner_is_the_effective_user(entry, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["link to a file", "fifo", "folder", "device"])
 @pytest.mark.parametrize("name", ["exl_cpu.so", store.MARKER])
-def test_what_is_no_regular_file_is_no_entry(entry, tmp_path, name, kind):
+def test_a_directory_with_other_than_regular_files_is_no_entry(entry, tmp_path, name, kind):
     path = entry / name
     moved = path.rename(tmp_path / "moved")
     if kind == "fifo":
@@ -105,7 +105,7 @@ def test_what_is_no_regular_file_is_no_entry(entry, tmp_path, name, kind):
     assert store.verify(entry) is None
 
 
-def test_a_link_in_place_of_an_entry_is_none(entry):
+def test_a_link_to_an_entry_is_no_entry(entry):
     link = entry.with_name("cpu-0000000000000000")
     link.symlink_to(entry)
     assert store.verify(link) is None
@@ -115,13 +115,13 @@ def test_a_link_in_place_of_an_entry_is_none(entry):
     {"../x": {}}, {"/etc/passwd": {}}, {"sub/exl_cpu.so": {}}, {}, {"exl_cpu.so": None},
     {"exl_cpu.so": {"bytes": 4}}, {"..": {}}, {"": {}},
 ])
-def test_a_marker_that_names_anything_else_is_none(entry, marker):
+def test_a_marker_that_names_other_files_makes_no_entry(entry, marker):
     (entry / store.MARKER).write_text(json.dumps({"files": marker}))
     assert store.verify(entry) is None
 
 
 @pytest.mark.parametrize("text", ["[" * 30_000, '{"files": ' + " " * 100_000 + "{}}", "\udcff"])
-def test_a_marker_that_cannot_be_read_is_none(entry, text):
+def test_an_unreadable_marker_makes_no_entry(entry, text):
     (entry / store.MARKER).write_text(text, errors="surrogateescape")
     assert store.verify(entry) is None
 
@@ -154,7 +154,7 @@ def test_a_folder_that_others_may_read_keeps_what_it_has(entry, kernel_cache, mo
     assert stat.S_IMODE(kernel_cache.stat().st_mode) == 0o700
 
 
-def test_a_folder_above_that_stood_open_becomes_sticky(entry, kernel_cache, caplog):
+def test_a_folder_above_that_others_could_write_becomes_sticky(entry, kernel_cache, caplog):
     outer = kernel_cache.parent
     outer.chmod(0o777)
     assert store.list_built() == []
@@ -174,7 +174,7 @@ def test_a_folder_above_on_a_disk_without_modes_is_refused(kernel_cache, monkeyp
         store.writable_dir()
 
 
-def test_a_link_on_the_way_is_followed(tmp_path, monkeypatch):
+def test_links_on_the_way_are_followed(tmp_path, monkeypatch):
     (tmp_path / "open" / "real").mkdir(parents=True)
     (tmp_path / "link").symlink_to("open/../open/real")
     (tmp_path / "open").chmod(0o777)
@@ -187,7 +187,7 @@ def test_a_link_on_the_way_is_followed(tmp_path, monkeypatch):
 
 @needs_root
 @pytest.mark.parametrize("at", ["above", "store", "link"])
-def test_a_folder_of_somebody_else_is_refused(tmp_path, monkeypatch, at):
+def test_a_folder_of_another_user_is_refused(tmp_path, monkeypatch, at):
     cache = tmp_path / "cache"
     (cache / "kernels").mkdir(parents=True, mode=0o700)
     environ = {"EXL_LOADER_CACHE_DIR": str(cache)}
@@ -206,7 +206,7 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path, monkeypatch, at):
 @pytest.mark.parametrize(("members", "name", "is_open"), [
     ([], "me", False), (["me"], "me", False), (["me", "other"], "me", True), ([], "users", True),
 ])
-def test_a_folder_that_is_open_to_a_group_of_one_is_closed(
+def test_a_folder_that_only_this_users_own_group_can_write_is_safe(
     tmp_path, monkeypatch, members, name, is_open
 ):
     from types import SimpleNamespace
@@ -224,7 +224,7 @@ def test_a_folder_that_is_open_to_a_group_of_one_is_closed(
 
 
 @pytest.mark.skipif(not shutil.which("setfacl"), reason="no access control lists")
-def test_an_access_control_list_is_no_group_of_one(tmp_path, monkeypatch):
+def test_a_folder_with_an_access_control_list_is_not_safe(tmp_path, monkeypatch):
     folder = tmp_path / "home"
     folder.mkdir()
     done = subprocess.run(["setfacl", "-m", f"u:{STRANGER}:rwx", str(folder)])
@@ -246,7 +246,7 @@ import hashlib, json, os, pathlib, sys
 store, name, library, how = sys.argv[1:]
 data = open(library, "rb").read()
 os.umask(0)
-# Relative from here on: the way to a folder of tests is closed to others.
+# Relative paths from here on, because other users cannot enter the folder of tests.
 os.chdir(os.path.dirname(store))
 os.setgid(65534), os.setuid(65534)
 store = pathlib.Path("kernels")
@@ -309,7 +309,7 @@ def test_planted_code_does_not_run(kernel_cache, kernel_sources, planted_library
                           capture_output=True)
     assert "PLANTED" not in done.stdout
     if how == "replaced store":
-        # It belongs to somebody else now.
+        # It belongs to another user now.
         assert done.returncode == 1 and "KernelBuildError" in done.stderr
         return
     assert done.stdout == "42\n", done.stderr
