@@ -13,7 +13,7 @@ from ..backends import backend_of
 from ..cache.layout import CacheType, cache_specs, pages_for
 from ..memory.reservation import LoadOptions, Reservation, plan
 from ..memory.reservation.budgets import chosen_devices
-from ..memory.segments import Segment, place
+from ..memory.segments import Segment, lay_out
 from ..utils.errors import InsufficientMemory, InvalidSettings
 from ..utils.integers import round_up
 from ..utils.table import DeviceMap, TensorSpec
@@ -84,7 +84,7 @@ def plan_evaluation(
         for cache_type in others
         for spec in _specs(config, reservation.ctx_size, cache_type, device)
     ]
-    caches = place(specs)[device, "cache"] if specs else None
+    caches = lay_out(specs)[device, "cache"] if specs else None
     planned = EvaluationPlan(reservation, tuple(others), caches)
     needed = round_up(planned.extra_bytes, backend_of(device).granularity_bytes)
     headroom = reservation.devices[0].headroom_bytes

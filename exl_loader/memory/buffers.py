@@ -93,12 +93,12 @@ class Buffers:
         import torch
 
         return {
-            place.spec.name: buffer[place.offset : place.offset + place.spec.nbytes]
-            .view(getattr(torch, place.spec.dtype))
-            .view(place.spec.shape)
+            tensor.spec.name: buffer[tensor.offset : tensor.offset + tensor.spec.nbytes]
+            .view(getattr(torch, tensor.spec.dtype))
+            .view(tensor.spec.shape)
             for (on, name), (layout, buffer) in self._buffers.items()
             if name == segment and device in (None, on)
-            for place in layout.placements
+            for tensor in layout.offsets
         }
 
     def whole(self, segment: str, device: str) -> torch.Tensor:
@@ -136,7 +136,7 @@ def allocate(segments: Iterable[Segment], progress: Progress | None = None) -> B
     """Allocate one buffer for every segment, all or none. Calls wait for each other.
 
     Args:
-        segments: from `segments.place`; each (device, name) once.
+        segments: from `segments.lay_out`; each (device, name) once.
         progress: gets the bytes taken.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The table of bytes laid out: where each tensor starts in which buffer of which device.
+"""Lay the table of bytes out: the buffer and the offset of each tensor.
 
 Integers only; no PyTorch.
 """
@@ -14,7 +14,7 @@ from ..utils.table import SEGMENTS, TensorSpec
 
 
 @dataclass(frozen=True)
-class Placement:
+class TensorOffset:
     """A tensor spec and where it starts in its segment's buffer, in bytes."""
 
     spec: TensorSpec
@@ -23,11 +23,11 @@ class Placement:
 
 @dataclass(frozen=True)
 class Segment:
-    """One buffer of one device: its placements in order and its size in bytes."""
+    """One buffer of one device: the offsets of its tensors, in order, and its size in bytes."""
 
     device: str
     name: str
-    placements: tuple[Placement, ...]
+    offsets: tuple[TensorOffset, ...]
     nbytes: int
 
 
@@ -36,26 +36,24 @@ def align(nbytes: int, device: str) -> int:
     return round_up(nbytes, backend_of(device).alignment_bytes)
 
 
-def place(specs: Iterable[TensorSpec]) -> dict[tuple[str, str], Segment]:
+def lay_out(specs: Iterable[TensorSpec]) -> dict[tuple[str, str], Segment]:
     """Lay specs out consecutively, each aligned.
 
     Returns:
         (device, segment name) -> Segment. Only segments that have tensors appear.
     """
     steps: dict[str, int] = {}
-    offsets: dict[tuple[str, str], int] = {}
-    placements: dict[tuple[str, str], list[Placement]] = {}
+    ends: dict[tuple[str, str], int] = {}
+    offsets: dict[tuple[str, str], list[TensorOffset]] = {}
     seen: set[tuple[str, str, str]] = set()
     for spec in specs:
         key = (spec.device, spec.segment)
         assert spec.segment in SEGMENTS, spec
-        assert (*key, spec.name) not in seen, f"{spec.name} stands twice in {key}"
+        assert (*key, spec.name) not in seen, f"{spec.name} is in {key} twice"
         seen.add((*key, spec.name))
-        offset = offsets.get(key, 0)
-        placements.setdefault(key, []).append(Placement(spec, offset))
+        offset = ends.get(key, 0)
+        offsets.setdefault(key, []).append(TensorOffset(spec, offset))
         if spec.device not in steps:
             steps[spec.device] = backend_of(spec.device).alignment_bytes
-        offsets[key] = offset + round_up(spec.nbytes, steps[spec.device])
-    return {
-        key: Segment(key[0], key[1], tuple(placements[key]), offsets[key]) for key in placements
-    }
+        ends[key] = offset + round_up(spec.nbytes, steps[spec.device])
+    return {key: Segment(key[0], key[1], tuple(offsets[key]), ends[key]) for key in offsets}

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exl_loader.cache.layout import PAGE_LEN, CacheType, cache_specs, group_sizes, num_groups
-from exl_loader.memory.segments import place
+from exl_loader.memory.segments import lay_out
 from exl_loader.utils.errors import InvalidSettings
 from exl_loader.utils.table import DeviceMap
 
@@ -85,7 +85,7 @@ def test_alignment_adds_no_bytes(geometry, num_pages, keys, values):
     for device in ("cpu", "cuda:0"):
         devices = DeviceMap.single(device, geometry["layers"])
         specs = cache_specs(config(**geometry), num_pages, kind, devices)
-        (segment,) = place(specs).values()
+        (segment,) = lay_out(specs).values()
         assert segment.nbytes == sum(spec.nbytes for spec in specs)
         per_token = kind.bytes_per_token(geometry["kv_heads"], geometry["head_dim"])
         assert segment.nbytes == num_pages * PAGE_LEN * geometry["layers"] * per_token

@@ -19,7 +19,7 @@ from exl_loader.backends.cpu.memory import ASSUMED_RUNTIME_BYTES
 from exl_loader.backends.cuda.backend import ASSUMED_CONTEXT_BYTES, CudaBackend
 from exl_loader.backends.cuda.taken import ASSUMED_GRAPH_BYTES
 from exl_loader.memory import buffers as memory
-from exl_loader.memory.segments import place
+from exl_loader.memory.segments import lay_out
 from exl_loader.utils.byte_counts import parse_bytes
 from exl_loader.utils.errors import InsufficientMemory, InvalidSettings
 from exl_loader.utils.table import TensorSpec
@@ -181,10 +181,10 @@ def test_the_limit_of_the_environment_holds_for_all_models_together(monkeypatch)
     before = memory.environment_limit("cpu")
     assert before == (1 << 20) - memory.live_bytes("cpu")
     specs = [TensorSpec("t", name, "uint8", (300_000,)) for name in ("weights", "cache")]
-    buffers = memory.allocate(place(specs).values())
+    buffers = memory.allocate(lay_out(specs).values())
     assert memory.environment_limit("cpu") == before - buffers.allocated_bytes()
     assert memory.environment_limit("cpu:1") == 1 << 20
-    larger = place([TensorSpec("t", "cache", "uint8", (600_000,))]).values()
+    larger = lay_out([TensorSpec("t", "cache", "uint8", (600_000,))]).values()
     with pytest.raises(InsufficientMemory, match="another model of this process"):
         memory.allocate(larger)
     assert memory.environment_limit("cpu") == before - buffers.allocated_bytes()
@@ -216,7 +216,7 @@ def test_views_have_the_dtypes_shapes_and_offsets_of_the_table():
         TensorSpec("b", "weights", "float16", (7,)),
         TensorSpec("a", "cache", "uint8", (2, 2)),
     ]
-    segments = place(specs)
+    segments = lay_out(specs)
     buffers = memory.allocate(segments.values())
     weights = buffers.views("weights")
     assert list(weights) == ["a", "b"]
@@ -247,7 +247,7 @@ def test_allocated_is_the_table_to_the_byte(rows):
         TensorSpec(f"t{i}", segment, dtype, (n,), device)
         for i, (segment, dtype, n, device) in enumerate(rows)
     ]
-    segments = place(specs)
+    segments = lay_out(specs)
     before = memory.live_bytes()
     buffers = memory.allocate(segments.values())
     assert buffers.allocated_bytes() == sum(s.nbytes for s in segments.values())
@@ -260,7 +260,7 @@ def test_allocated_is_the_table_to_the_byte(rows):
 
 
 def test_a_view_that_is_still_held_is_counted():
-    buffers = memory.allocate(place([TensorSpec("t", "cache", "uint8", (100,))]).values())
+    buffers = memory.allocate(lay_out([TensorSpec("t", "cache", "uint8", (100,))]).values())
     before = memory.live_bytes() - buffers.allocated_bytes()
     held = buffers.views("cache")["t"]
     buffers.release()
@@ -273,7 +273,7 @@ def test_memory_is_taken_at_once_and_freed_on_release():
     nbytes = 64 << 20
     gc.collect()
     before = resident_bytes()
-    buffers = memory.allocate(place([TensorSpec("t", "cache", "uint8", (nbytes,))]).values())
+    buffers = memory.allocate(lay_out([TensorSpec("t", "cache", "uint8", (nbytes,))]).values())
     assert resident_bytes() - before > nbytes - (1 << 20)
     buffers.release()
     assert resident_bytes() - before < 1 << 20
@@ -306,7 +306,7 @@ class Failing(CpuBackend):
 @pytest.mark.parametrize("fail_at", [1, 2, 3])
 @pytest.mark.parametrize("how", ["empty", "vanish"])
 def test_a_refused_buffer_frees_all_buffers(monkeypatch, fail_at, how):
-    segments = place(
+    segments = lay_out(
         TensorSpec("t", name, "uint8", (1 << 20,)) for name in ("weights", "cache", "workspace")
     )
     before = memory.live_bytes()
@@ -322,7 +322,7 @@ def test_a_refused_buffer_frees_all_buffers(monkeypatch, fail_at, how):
 
 
 def test_an_interrupted_allocation_frees_all_buffers(monkeypatch):
-    segments = place(TensorSpec("t", name, "uint8", (9,)) for name in ("weights", "cache"))
+    segments = lay_out(TensorSpec("t", name, "uint8", (9,)) for name in ("weights", "cache"))
     before = memory.live_bytes()
     monkeypatch.setitem(BACKENDS, "cpu", Failing(2, "interrupt"))
     try:
@@ -348,6 +348,6 @@ def test_buffers_may_have_huge_pages():
 
 
 def test_an_impossible_size_is_refused_by_the_system():
-    segments = place([TensorSpec("t", "cache", "uint8", (1 << 62,))])
+    segments = lay_out([TensorSpec("t", "cache", "uint8", (1 << 62,))])
     with pytest.raises(InsufficientMemory, match="cpu: no memory for the cache buffer"):
         memory.allocate(segments.values())

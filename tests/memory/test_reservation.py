@@ -22,7 +22,7 @@ from exl_loader.memory.reservation import LoadOptions, plan, planned
 from exl_loader.memory.reservation.costs import PlacedModel, segments_of
 from exl_loader.memory.reservation.options import RunOptions
 from exl_loader.memory.reservation.text import render
-from exl_loader.memory.segments import place
+from exl_loader.memory.segments import lay_out
 from exl_loader.model.builder import build_parts
 from exl_loader.utils.errors import InsufficientMemory, InvalidSettings
 from exl_loader.utils.table import DeviceMap, TensorSpec
@@ -84,7 +84,7 @@ def test_the_plan_equals_the_table_and_the_allocated_buffers(
         with planned(folder, chosen) as model:
             reservation, segments = model.reservation, model.segments
         buffers = memory.allocate(segments)
-    specs = [placement.spec for segment in segments for placement in segment.placements]
+    specs = [tensor.spec for segment in segments for tensor in segment.offsets]
     for device in reservation.devices:
         for segment in ("weights", "cache", "workspace"):
             planned_bytes = getattr(device, f"{segment}_bytes")
@@ -245,7 +245,7 @@ def test_a_plan_that_replaces_the_loaded_model_counts_its_memory_as_free(
     machine(64 * MIB, capacity_bytes=128 * MIB)
     before = plan(folder, ctx_size=4096)
     specs = [TensorSpec("t", "weights", "uint8", (8 * MIB,))]
-    buffers = memory.allocate(place(specs).values())
+    buffers = memory.allocate(lay_out(specs).values())
     after = plan(folder, ctx_size=4096, replacing=True)
     assert after.devices[0].free_bytes == before.devices[0].free_bytes + 8 * MIB
     limit = before.total_bytes

@@ -83,10 +83,10 @@ def seven_b(tmp_path, monkeypatch):
 def scratch_of(folder: Path) -> int:
     with planned(folder, LoadOptions(ctx_size=CTX, cache_type="q4", device="cpu")) as model:
         (found,) = (
-            placement.spec.nbytes
+            tensor.spec.nbytes
             for segment in model.segments
-            for placement in segment.placements
-            if placement.spec.name == "scratch"
+            for tensor in segment.offsets
+            if tensor.spec.name == "scratch"
         )
     return found
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exl_loader.backends import backend_of
-from exl_loader.memory.segments import align, place
+from exl_loader.memory.segments import align, lay_out
 from exl_loader.utils.table import DTYPE_BYTES, SEGMENTS, TensorSpec
 
 DEVICES = ("cpu", "cpu:1", "cuda:0", "cuda:1")
@@ -29,23 +29,23 @@ def test_align_rounds_up_to_the_device():
 
 
 @given(specs_strategy)
-def test_place_covers_every_spec_once_in_order_without_overlap(specs):
-    segments = place(specs)
-    placed = [p.spec for segment in segments.values() for p in segment.placements]
-    assert sorted(placed, key=lambda s: s.name) == sorted(specs, key=lambda s: s.name)
+def test_lay_out_covers_every_spec_once_in_order_without_overlap(specs):
+    segments = lay_out(specs)
+    laid_out = [p.spec for segment in segments.values() for p in segment.offsets]
+    assert sorted(laid_out, key=lambda s: s.name) == sorted(specs, key=lambda s: s.name)
     for (device, name), segment in segments.items():
         assert (segment.device, segment.name) == (device, name)
         end = 0
-        for p in segment.placements:
+        for p in segment.offsets:
             step = backend_of(device).alignment_bytes
             assert p.offset % step == 0
             assert 0 <= p.offset - end < step
             end = p.offset + p.spec.nbytes
         assert 0 <= segment.nbytes - end < step
-        assert segment.nbytes == sum(align(p.spec.nbytes, device) for p in segment.placements)
+        assert segment.nbytes == sum(align(p.spec.nbytes, device) for p in segment.offsets)
 
 
-def test_a_name_may_not_stand_twice_in_a_segment():
+def test_a_name_may_not_be_in_a_segment_twice():
     spec = TensorSpec("t", "weights", "uint8", (1,))
-    with pytest.raises(AssertionError, match="stands twice"):
-        place([spec, spec])
+    with pytest.raises(AssertionError, match="twice"):
+        lay_out([spec, spec])

@@ -4,7 +4,7 @@ import pytest
 
 from exl_loader.checkpoint import Checkpoint
 from exl_loader.checkpoint.config import ModelConfig
-from exl_loader.memory.segments import place
+from exl_loader.memory.segments import lay_out
 from exl_loader.model.builder import build_parts
 from exl_loader.model.parts.experts import Experts
 from exl_loader.utils.errors import ExlLoaderError, InvalidCheckpoint, UnsupportedFormat
@@ -66,7 +66,7 @@ def test_devices(tiny_model):
     assert ("model.layers.1.input_layernorm.weight", "cuda:1") in of
     # Both ends need the table: a tied head cannot serve an embedding elsewhere.
     assert {("model.embed_tokens.weight", "cuda:0"), ("lm_head.weight", "cuda:1")} <= of
-    assert {key[0] for key in place(parts.specs())} == {"cuda:0", "cuda:1"}
+    assert {key[0] for key in lay_out(parts.specs())} == {"cuda:0", "cuda:1"}
 
 
 @pytest.mark.parametrize("is_tied", [False, True])
@@ -75,7 +75,7 @@ def test_costs_are_the_bytes_of_every_split(tiny_model, cut, is_tied):
     folder = tiny_model(f"tied-{is_tied}", tie_word_embeddings=is_tied)
     costs = parts_of(folder, DeviceMap.single("cuda:0", 2)).costs()
     layers = ("cuda:0",) * cut + ("cuda:1",) * (2 - cut)
-    segments = place(parts_of(folder, DeviceMap(layers[0], layers, layers[-1])).specs())
+    segments = lay_out(parts_of(folder, DeviceMap(layers[0], layers, layers[-1])).specs())
     found = {device: segment.nbytes for (device, _), segment in segments.items()}
     ranges = {"cuda:0": (0, cut), "cuda:1": (cut, 2)}
     assert found == {device: costs.of_range(*ranges[device]) for device in dict.fromkeys(layers)}

@@ -64,9 +64,9 @@ def _plan(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
         names, layout = [], []
         for segment in model.segments:
             layout.append([segment.device, segment.name, segment.nbytes])
-            for placement in segment.placements:
-                spec = placement.spec
-                layout.append([spec.dtype, list(spec.shape), spec.nbytes, placement.offset])
+            for tensor in segment.offsets:
+                spec = tensor.spec
+                layout.append([spec.dtype, list(spec.shape), spec.nbytes, tensor.offset])
                 names.append(spec.name)
         by_device = {
             device.device: [device.first_layer, device.end_layer, device.weights_bytes,

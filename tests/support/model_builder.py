@@ -12,7 +12,7 @@ from exl_loader.checkpoint import Checkpoint
 from exl_loader.checkpoint.config import ModelConfig
 from exl_loader.loader import upload_buffers
 from exl_loader.memory.buffers import allocate
-from exl_loader.memory.segments import place
+from exl_loader.memory.segments import lay_out
 from exl_loader.model.builder import build_parts
 from exl_loader.model.forward import Model
 from exl_loader.model.step import workspace_specs
@@ -43,7 +43,7 @@ def build_model(
             max_batch_size=sequences, logits_rows=logits_rows,
         )
         cache_tensors = cache_specs(config, num_pages, kind, devices)
-        buffers = allocate(place([*parts.specs(), *cache_tensors, *workspace]).values())
+        buffers = allocate(lay_out([*parts.specs(), *cache_tensors, *workspace]).values())
         with upload_buffers(on_device, buffers):
             parts.load(checkpoint, buffers.views("weights"), on_device)
     views = buffers.views("cache")

@@ -16,7 +16,7 @@ import torch
 from ...cache.layout import PAGE_LEN, CacheLayer, CacheType, code_bytes, num_groups
 from ...formats.layer import QuantizedSizes
 from ...memory.buffers import allocate
-from ...memory.segments import place
+from ...memory.segments import lay_out
 from ...utils.errors import DeviceError, drop_locals
 from ...utils.table import TensorSpec
 from ..base import AttentionShape, Batch
@@ -71,7 +71,7 @@ def check_card(ops: CudaOps, name: str) -> None:
         DeviceError: a result is wrong, or a kernel failed.
         InsufficientMemory: the card has less memory left than that.
     """
-    buffers = allocate(place(check_specs(name)).values())
+    buffers = allocate(lay_out(check_specs(name)).values())
     # The reference runs hundreds of small operations. On a busy machine threads would wait for
     # each other a hundred times as long as they compute.
     threads = torch.get_num_threads()

@@ -9,7 +9,7 @@ from functools import partial
 from ...backends import backend_of
 from ...cache.layout import cache_specs
 from ...utils.table import DeviceMap
-from ..segments import place
+from ..segments import lay_out
 from .budgets import Budget
 from .costs import LayerCosts, PlacedModel
 from .options import RunOptions
@@ -94,7 +94,7 @@ class Assigner:
     def most_pages(self, run: RunOptions) -> int:
         """Return more cache pages than would fit if there were no weights and no workspace."""
         free = sum(budget.capacity.free_bytes for budget in self._budgets)
-        (page,) = place(cache_specs(self._model.config, 1, run.cache_type)).values()
+        (page,) = lay_out(cache_specs(self._model.config, 1, run.cache_type)).values()
         return free // page.nbytes + 1
 
     def placed(self, shares: Sequence[DeviceShare], ctx_size: int) -> PlacedModel:

@@ -12,7 +12,7 @@ from ...model.builder import ModelParts, WeightCosts, build_parts
 from ...model.parts.embedding import EMBEDDING_ROWS
 from ...model.step import workspace_specs
 from ...utils.table import DeviceMap, TensorSpec
-from ..segments import Segment, place
+from ..segments import Segment, lay_out
 from .options import RunOptions
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def segments_of(
     specs = _table(model, run)
     if draft is not None:
         specs += [replace(spec, name=DRAFT_PREFIX + spec.name) for spec in _table(draft, run)]
-    return place(specs)
+    return lay_out(specs)
 
 
 def _table(model: PlacedModel, run: RunOptions) -> list[TensorSpec]:
@@ -185,8 +185,9 @@ class LayerCosts:
         key = (backend_of(device).kind, pages, cache_type)
         if key not in self._caches:
             one_layer = replace(self.config, num_hidden_layers=1)
-            placed = place(cache_specs(one_layer, pages, cache_type, DeviceMap.single(device, 1)))
-            self._caches[key] = placed[device, "cache"].nbytes
+            device_map = DeviceMap.single(device, 1)
+            segments = lay_out(cache_specs(one_layer, pages, cache_type, device_map))
+            self._caches[key] = segments[device, "cache"].nbytes
         return self._caches[key]
 
     def _workspace_bytes(
@@ -210,6 +211,6 @@ class LayerCosts:
         )
         if key not in self._workspaces:
             stage = whole.cut(layers.start, layers.stop)
-            placed = place(_workspace([stage], ctx_size, run))
-            self._workspaces[key] = placed[stage.device, "workspace"].nbytes
+            segments = lay_out(_workspace([stage], ctx_size, run))
+            self._workspaces[key] = segments[stage.device, "workspace"].nbytes
         return self._workspaces[key]

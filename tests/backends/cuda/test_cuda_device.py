@@ -439,7 +439,7 @@ def test_pytorchs_build_is_read_without_importing_it(monkeypatch, tmp_path, text
 def test_a_buffer_that_fills_the_card_is_kept(monkeypatch):
     """Device memory is taken at allocation, so the free bytes afterwards do not matter."""
     from exl_loader.memory import buffers as memory
-    from exl_loader.memory.segments import place
+    from exl_loader.memory.segments import lay_out
     from exl_loader.utils.table import TensorSpec
     from support.emulated_cuda import EmulatedCard
 
@@ -448,7 +448,7 @@ def test_a_buffer_that_fills_the_card_is_kept(monkeypatch):
             return Capacity(1 << 30, 0)
 
     monkeypatch.setitem(BACKENDS, "cuda", Full())
-    segments = place([TensorSpec("t", "cache", "uint8", (1 << 20,), "cuda:0")])
+    segments = lay_out([TensorSpec("t", "cache", "uint8", (1 << 20,), "cuda:0")])
     buffers = memory.allocate(segments.values())
     assert buffers.allocated_bytes() == 1 << 20
     buffers.release()
