@@ -206,7 +206,7 @@ class Backend(Protocol):
     def touch(self, buffer: torch.Tensor) -> None:
         """Make the memory of a buffer, or of a piece of one, really taken."""
 
-    def linear_specs(self, sizes: QuantizedSizes | DenseSizes) -> Shapes:
+    def linear_shapes(self, sizes: QuantizedSizes | DenseSizes) -> Shapes:
         """Return the resident tensors of a linear layer but for its bias, by role."""
 
     def stored_rows(self, sizes: QuantizedSizes | DenseSizes) -> int:
@@ -444,7 +444,7 @@ class DeviceOps(Ops, Protocol):
 
         Args:
             layer: what the checkpoint holds.
-            views: role -> resident tensor, those of `Backend.linear_specs` and `bias`; written in
+            views: role -> resident tensor, those of `Backend.linear_shapes` and `bias`; written in
                 full.
 
         Raises:

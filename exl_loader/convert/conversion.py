@@ -147,13 +147,13 @@ class _Pipeline:
         )
 
     def _num_weights(self) -> int:
-        plans = [
+        specs = [
             linear.spec
             for layer in self.layers
             for group in layer.input_groups()
             for linear in group
         ]
-        return sum(plan.in_features * plan.out_features for plan in plans)
+        return sum(spec.in_features * spec.out_features for spec in specs)
 
     def _choose(self, activations: Activations) -> dict[str, Option]:
         """Measure every option of every layer and choose one for each."""
@@ -190,23 +190,23 @@ class _Pipeline:
                 advance(1)
             head = PreparedHessian(activations.head_hessian())
             bits = self.settings.head_bits
-            plan = self.source.parts.head.linear.spec
-            self._write_layer(plan, head, bits, HEAD_GROUP_SIZE, writer)
+            spec = self.source.parts.head.linear.spec
+            self._write_layer(spec, head, bits, HEAD_GROUP_SIZE, writer)
             advance(1)
         writer.finish()
 
     def _write_layer(
         self,
-        plan: LinearSpec,
+        spec: LinearSpec,
         hessian: PreparedHessian,
         bits: int,
         group_size: int,
         writer: ShardWriter,
     ) -> torch.Tensor:
         """Quantise a layer and write it; return the decoded weight."""
-        source = self.source.linear(plan)
+        source = self.source.linear(spec)
         layer = quantize(source.weight(), hessian, bits, group_size, source.bias)
-        writer.add(exl2_tensors(plan.name, layer))
+        writer.add(exl2_tensors(spec.name, layer))
         return dequantize(layer)
 
     def _quantization(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Linear layers as they are stored: planned from headers, then read and checked.
+"""Formats of linear layers: specs from the headers of a checkpoint, then values read and checked.
 
-Importing this package imports neither PyTorch nor numpy; functions that touch values do.
+Importing this package imports neither PyTorch nor numpy. Functions that read values import them.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..utils.errors import InvalidCheckpoint
-from .dense import plan_dense, read_dense
-from .exl2 import plan_exl2, read_exl2
-from .gptq import plan_gptq, read_gptq
+from .dense import dense_spec, read_dense
+from .exl2 import exl2_spec, read_exl2
+from .gptq import gptq_spec, read_gptq
 from .layer import DenseLayer, LinearSpec, QuantizedLayer
 
 if TYPE_CHECKING:
-        from ..checkpoint import Checkpoint
+    from ..checkpoint import Checkpoint
 
 __all__ = [
     "LINEAR_TENSORS",
@@ -22,12 +22,13 @@ __all__ = [
     "LinearSpec",
     "QuantizedLayer",
     "has_linear",
-    "plan_linear",
+    "linear_spec",
     "read_linear",
 ]
 
-# A checkpoint mixes them: EXL2 and GPTQ leave routers dense, GPTQ the head as well.
-PLANNERS = {"q_weight": plan_exl2, "qweight": plan_gptq, "weight": plan_dense}
+# Last part of the name of a layer's weight tensor -> the spec of its format. One checkpoint has
+# several formats: EXL2 and GPTQ leave routers unquantised, and GPTQ the head as well.
+SPECS = {"q_weight": exl2_spec, "qweight": gptq_spec, "weight": dense_spec}
 # Last part of the name of every tensor that belongs to a linear layer.
 LINEAR_TENSORS = frozenset(
     {"weight", "bias", "qweight", "qzeros", "scales", "g_idx",
@@ -36,11 +37,11 @@ LINEAR_TENSORS = frozenset(
 
 
 def has_linear(checkpoint: Checkpoint, source: str) -> bool:
-    """Tell whether the checkpoint has a linear layer of this name, in any format."""
-    return any(f"{source}.{tensor}" in checkpoint.headers for tensor in PLANNERS)
+    """Return whether the checkpoint has a linear layer of this name, in any format."""
+    return any(f"{source}.{tensor}" in checkpoint.headers for tensor in SPECS)
 
 
-def plan_linear(
+def linear_spec(
     checkpoint: Checkpoint,
     name: str,
     in_features: int,
@@ -50,27 +51,31 @@ def plan_linear(
     rows: tuple[int, int] | None = None,
     bias: bool | None = None,
 ) -> LinearSpec:
-    """Plan a linear layer from headers alone; the tensors that exist tell its format.
+    """Describe a linear layer from headers alone. The tensors that exist determine its format.
+
+    The sizes depend on headers only, because memory is reserved before any value is read.
 
     Args:
-        name: the layer's own name. source: prefix of its tensors, `name` where not given.
-        in_features: K. out_features: N, without padding columns.
-        rows: (first, end) output rows of a fused source tensor.
-        bias: True requires a bias, False leaves a stored one out, None takes what is there.
+        checkpoint: the open model folder.
+        name: the layer's own name.
+        in_features: K.
+        out_features: N, without padding columns.
+        source: prefix of the layer's tensors; None is `name`.
+        rows: (first, end) output rows of a fused source tensor; None is all rows.
+        bias: True requires a bias, False ignores a stored one, None reads one that exists.
 
     Returns:
-        a plan whose specs are named `{name}.{role}`, segment `weights`. Its bytes are what
-        `DeviceOps.pack` fills, whatever the values turn out to be.
+        The spec, for `read_linear`.
 
     Raises:
-        InvalidCheckpoint: a tensor is missing, or its shape contradicts the others or the
-            model's dimensions.
-        UnsupportedFormat: a dtype or group size that this engine does not have.
+        InvalidCheckpoint: a tensor is missing, or its shape contradicts another tensor's shape
+            or the model's dimensions.
+        UnsupportedFormat: the engine does not support a dtype or the packing.
     """
     source = name if source is None else source
-    for tensor, planner in PLANNERS.items():
+    for tensor, describe in SPECS.items():
         if f"{source}.{tensor}" in checkpoint.headers:
-            return planner(
+            return describe(
                 checkpoint,
                 name,
                 in_features,
@@ -81,18 +86,28 @@ def plan_linear(
             )
     raise InvalidCheckpoint(
         f"{source}: no weight in the checkpoint",
-        expected=" or ".join(f"{source}.{tensor}" for tensor in PLANNERS),
+        expected=" or ".join(f"{source}.{tensor}" for tensor in SPECS),
         remedy="Check that all weight files are there and belong to this config.json",
     )
 
 
 def read_linear(spec: LinearSpec, checkpoint: Checkpoint) -> QuantizedLayer | DenseLayer:
-    """Read a planned layer and check its values.
+    """Read a layer and check its values.
+
+    The weight of an unquantised layer is read and checked later, in pieces.
+
+    Args:
+        spec: from `linear_spec`.
+        checkpoint: the open model folder.
+
+    Returns:
+        The layer on the CPU, in the order of its file.
 
     Raises:
-        InvalidCheckpoint: the file ends early or changed; a group table does not add up, a
-            permutation is none, a scale, bias or unquantised weight is not finite.
-        UnsupportedFormat: a group before the last whose rows are no multiple of 32.
+        InvalidCheckpoint: the file is truncated or has changed, a group table does not add up,
+            a permutation is invalid, or a scale or bias is not finite.
+        UnsupportedFormat: the number of rows of an EXL2 group, except the last, is not a
+            multiple of 32.
     """
     if spec.format == "dense":
         return read_dense(spec, checkpoint)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from ..checkpoint import Checkpoint
 
-def plan_dense(
+def dense_spec(
     checkpoint: Checkpoint,
     name: str,
     in_features: int,
@@ -30,7 +30,7 @@ def plan_dense(
     rows: tuple[int, int] | None,
     bias: bool | None,
 ) -> LinearSpec:
-    """Plan an unquantised layer from headers; see `formats.plan_linear`."""
+    """Describe an unquantised layer from headers; see `formats.linear_spec`."""
     weight = checkpoint.header(f"{source}.weight")
     expect(weight, FLOAT_DTYPES, (None, in_features))
     expect_columns(weight, weight.shape[0], out_features, rows)

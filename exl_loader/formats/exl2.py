@@ -43,7 +43,7 @@ WIDTHS = (2, 3, 4, 5, 6, 8)
 COLUMN_PADDING = 32
 
 
-def plan_exl2(
+def exl2_spec(
     checkpoint: Checkpoint,
     name: str,
     in_features: int,
@@ -53,7 +53,7 @@ def plan_exl2(
     rows: tuple[int, int] | None,
     bias: bool | None,
 ) -> LinearSpec:
-    """Plan an EXL2 layer from headers; see `formats.plan_linear`."""
+    """Describe an EXL2 layer from headers; see `formats.linear_spec`."""
     weight = checkpoint.header(f"{source}.q_weight")
     expect(weight, ["int32"], (None, None))
     words, columns = weight.shape

@@ -47,7 +47,7 @@ WIDTHS = (2, 3, 4, 8)
 USUAL_GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 
 
-def plan_gptq(
+def gptq_spec(
     checkpoint: Checkpoint,
     name: str,
     in_features: int,
@@ -57,9 +57,9 @@ def plan_gptq(
     rows: tuple[int, int] | None,
     bias: bool | None,
 ) -> LinearSpec:
-    """Plan a GPTQ layer from headers; see `formats.plan_linear`.
+    """Describe a GPTQ layer from headers; see `formats.linear_spec`.
 
-    `options` of the plan: `bits`, `group_size` (rows a group), `num_groups`, `blocks`
+    `options` of the spec: `bits`, `group_size` (rows a group), `num_groups`, `blocks`
     (of 32 stored rows, with the rows that fill groups up), `layout` and `sym` (for
     `gptq_zeros.read_zero_points`).
     """

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ..backends import backend_of
 from ..backends.base import AttentionShape
 from ..checkpoint.architectures import ARCHITECTURES, ExpertNames
-from ..formats import LINEAR_TENSORS, has_linear, plan_linear
+from ..formats import LINEAR_TENSORS, has_linear, linear_spec
 from ..formats.common import FLOAT_DTYPES, WRONG_FILE, expect
 from ..utils.errors import InvalidCheckpoint, UnsupportedFormat, shown_names
 from ..utils.integers import round_up
@@ -366,7 +366,7 @@ class Builder:
     def _linear(self, name: str, in_features: int, out_features: int, device: str,
                 bias: bool | None = None, source: str | None = None,
                 rows: tuple[int, int] | None = None) -> Linear:
-        spec = plan_linear(self._checkpoint, name, in_features, out_features, source=source,
+        spec = linear_spec(self._checkpoint, name, in_features, out_features, source=source,
                            rows=rows, bias=bias)
         return Linear(spec, device)
 

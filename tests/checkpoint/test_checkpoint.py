@@ -105,8 +105,8 @@ def test_opening_imports_neither_torch_nor_numpy(tmp_path):
     folder = write_folder(tmp_path / "m", {"x.weight": torch.ones(4, 4)})
     code = (
         "import sys; from exl_loader.checkpoint import Checkpoint;"
-        "from exl_loader.formats import plan_linear;"
-        f"plan_linear(Checkpoint.open({str(folder)!r}), 'x', 4, 4);"
+        "from exl_loader.formats import linear_spec;"
+        f"linear_spec(Checkpoint.open({str(folder)!r}), 'x', 4, 4);"
         "sys.exit(int('torch' in sys.modules or 'numpy' in sys.modules))"
     )
     subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True)

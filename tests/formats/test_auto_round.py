@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from exl_loader import load, plan
 from exl_loader.checkpoint import Checkpoint, is_quantised
-from exl_loader.formats import plan_linear, read_linear
+from exl_loader.formats import linear_spec, read_linear
 from support import REPO
 from support.auto_round_writer import IDS, VARIANTS
 from support.makers import warnings_of_weights
@@ -74,9 +74,9 @@ def test_weights_equal_those_of_auto_round(written, name):
         for key, value in measured.items():
             if "_proj" not in key:
                 continue
-            layer = plan_linear(checkpoint, key.removesuffix(".weight"), *value.t().shape)
-            found = read_linear(layer, checkpoint).weight().t()
-            widths.add(layer.options.get("bits", 16))
+            spec = linear_spec(checkpoint, key.removesuffix(".weight"), *value.t().shape)
+            found = read_linear(spec, checkpoint).weight().t()
+            widths.add(spec.options.get("bits", 16))
             # Measured in bfloat16. A zero point that is one off moves a weight by a step, which
             # is a 256th of the largest at least.
             step = float(value.abs().max()) / 1024

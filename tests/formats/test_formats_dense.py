@@ -7,7 +7,7 @@ import torch
 
 from exl_loader.backends import layouts
 from exl_loader.checkpoint import Checkpoint
-from exl_loader.formats import has_linear, plan_linear
+from exl_loader.formats import has_linear, linear_spec
 from exl_loader.utils.errors import InvalidCheckpoint, UnsupportedFormat
 from support.makers import linear_part, load_layer, write_layer
 
@@ -54,7 +54,7 @@ def test_device_reaches_the_specs(tmp_path):
         assert part.tensors["weight"].device == "cuda:1"
         assert has_linear(checkpoint, "layer") and not has_linear(checkpoint, "other")
         with pytest.raises(InvalidCheckpoint, match="other"):
-            plan_linear(checkpoint, "other", 8, 8)
+            linear_spec(checkpoint, "other", 8, 8)
 
 
 @pytest.mark.parametrize(("in_features", "out_features"), [(8, 9), (9, 8), (8, 7)])

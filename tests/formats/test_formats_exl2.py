@@ -9,7 +9,7 @@ import torch
 from exl_loader.backends.reference.ops import ReferenceOps
 from exl_loader.backends.reference.planes import dequantize
 from exl_loader.checkpoint import Checkpoint
-from exl_loader.formats import plan_linear, read_linear
+from exl_loader.formats import linear_spec, read_linear
 from exl_loader.utils.errors import InvalidCheckpoint, UnsupportedFormat
 from support.makers import (
     allocate,
@@ -136,8 +136,8 @@ def test_fixtures_decode_to_the_reference_logits(fixtures_dir, name):
                 continue
             out_features, in_features = value.shape
             layer = key.removesuffix(".weight")
-            plan = plan_linear(checkpoint, layer, in_features, out_features)
-            state[key] = read_linear(plan, checkpoint).weight().t()
+            spec = linear_spec(checkpoint, layer, in_features, out_features)
+            state[key] = read_linear(spec, checkpoint).weight().t()
     model.load_state_dict(state)
     expected = load_file(fixtures_dir / f"{name}.reference.safetensors")
     with torch.no_grad():
@@ -172,8 +172,8 @@ def test_a_whole_model_folder(tmp_path):
             if value.dim() == 1 or "embed" in name:
                 assert torch.equal(checkpoint.read(name).float(), value)
                 continue
-            plan = plan_linear(checkpoint, name.removesuffix(".weight"), *value.t().shape)
-            assert torch.equal(read_linear(plan, checkpoint).weight(), value.t())
+            spec = linear_spec(checkpoint, name.removesuffix(".weight"), *value.t().shape)
+            assert torch.equal(read_linear(spec, checkpoint).weight(), value.t())
 
 
 def change(name, make):

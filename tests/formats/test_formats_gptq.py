@@ -11,7 +11,7 @@ import torch
 from exl_loader.backends.cuda.pack import PackOps
 from exl_loader.backends.reference.planes import dequantize
 from exl_loader.checkpoint import Checkpoint
-from exl_loader.formats import plan_linear, read_linear
+from exl_loader.formats import linear_spec, read_linear
 from exl_loader.utils.errors import InvalidCheckpoint, InvalidConfig, UnsupportedFormat
 from support.makers import load_layer, make_gptq_layer, write_layer, write_quantized_model
 
@@ -116,9 +116,9 @@ def test_a_whole_model_folder(tmp_path, options):
         assert checkpoint.format == "gptq"
         for name, value in state.items():
             if value.dim() == 2 and "embed" not in name:
-                plan = plan_linear(checkpoint, name.removesuffix(".weight"), *value.t().shape)
-                assert plan.format == ("dense" if "lm_head" in name else "gptq")
-                assert torch.equal(read_linear(plan, checkpoint).weight(), value.t())
+                spec = linear_spec(checkpoint, name.removesuffix(".weight"), *value.t().shape)
+                assert spec.format == ("dense" if "lm_head" in name else "gptq")
+                assert torch.equal(read_linear(spec, checkpoint).weight(), value.t())
 
 
 def nan_scale(tensors):

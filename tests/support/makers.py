@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from exl_loader.backends.reference.ops import ReferenceOps
 from exl_loader.checkpoint import Checkpoint
-from exl_loader.formats import plan_linear, read_linear
+from exl_loader.formats import linear_spec, read_linear
 from exl_loader.model.parts.linear import Linear
 from support.tiny import CONFIG, tensor_shapes, write_tokenizer
 
@@ -250,8 +250,8 @@ def linear_part(
     checkpoint: Checkpoint, name: str, in_features: int, out_features: int, *,
     device: str = "cpu", **options,
 ) -> Linear:
-    """Plan a layer on a device; options as those of `plan_linear`."""
-    return Linear(plan_linear(checkpoint, name, in_features, out_features, **options), device)
+    """Describe a layer on a device; options as those of `linear_spec`."""
+    return Linear(linear_spec(checkpoint, name, in_features, out_features, **options), device)
 
 
 def allocate(part: Linear) -> Tensors:
@@ -266,7 +266,7 @@ def allocate(part: Linear) -> Tensors:
 def load_layer(
     folder: Path, in_features: int, out_features: int, name: str = "layer", ops=None, **options
 ):
-    """Open a folder, plan and pack one layer; `ops` pack it, by default the reference.
+    """Open a folder, read and pack one layer; `ops` packs it, by default the reference.
 
     Returns:
         (the layer's part, its resident layer, its weight decoded from the checkpoint).

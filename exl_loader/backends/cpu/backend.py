@@ -31,7 +31,7 @@ class CpuBackend(MainMemory):
     def auto_devices(self, count: int = 0) -> list[str]:
         return [self.default_device]
 
-    def linear_specs(self, sizes: QuantizedSizes | DenseSizes) -> Shapes:
+    def linear_shapes(self, sizes: QuantizedSizes | DenseSizes) -> Shapes:
         return dense_shapes(sizes) if isinstance(sizes, DenseSizes) else packed_shapes(sizes)
 
     def stored_rows(self, sizes: QuantizedSizes | DenseSizes) -> int:

@@ -138,7 +138,7 @@ class CudaBackend:
     def auto_devices(self, count: int = 0) -> list[str]:
         return [card_name(index) for index in range(count)] or [*auto_cards()]
 
-    def linear_specs(self, sizes: QuantizedSizes | DenseSizes) -> Shapes:
+    def linear_shapes(self, sizes: QuantizedSizes | DenseSizes) -> Shapes:
         """Streams have room for a part of a block in their last group only, so a layer whose
         groups are no whole blocks is kept as float16 weights.
         """

@@ -51,7 +51,7 @@ class Linear:
     @cached_property
     def tensors(self) -> dict[str, TensorSpec]:
         """Role -> a tensor as it will stand on the device."""
-        shapes = backend_of(self.device).linear_specs(self.spec.sizes)
+        shapes = backend_of(self.device).linear_shapes(self.spec.sizes)
         if self.has_bias:
             shapes["bias"] = ("float32", (self.out_features,))
         return {
