@@ -7,23 +7,14 @@ import os
 from dataclasses import replace
 from functools import cache
 
-import numpy as np
 import pytest
 import torch
 
 from exl_loader.backends.build.build import build
 from exl_loader.backends.build.spec import cpu_spec
 from exl_loader.backends.cpu.layout import PackedLinear, group_table
-from exl_loader.backends.cpu.linear import linear_scratch_bytes
 from exl_loader.backends.cpu.ops import CpuOps
 from exl_loader.backends.layouts import DenseLinear
-from exl_loader.backends.reference import planes
-
-# Scratch is sized for this many threads: conftest leaves EXL_LOADER_THREADS alone, and the
-# tests go up to 4 whatever the machine has.
-MAX_THREADS = 4
-# 15 bits: see csrc/cpu/linear.h.
-LARGEST_ACTIVATION = np.float32(127 * 128)
 
 
 @cache
@@ -37,13 +28,6 @@ def compiled_ops(march: str = "") -> CpuOps:
         flags = tuple("-O1" if flag == "-O3" else flag for flag in spec.flags)
         spec = replace(spec, flags=flags)
     return CpuOps(ctypes.CDLL(str(build(spec))))
-
-
-def scratch_for(rows: int, in_features: int) -> torch.Tensor:
-    """Return scratch for a product on MAX_THREADS threads, exactly as long as it says."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EXL_LOADER_THREADS", str(MAX_THREADS))
-        return torch.empty(linear_scratch_bytes(rows, in_features), dtype=torch.uint8)
 
 
 def packed_linear(
@@ -104,38 +88,3 @@ def random_rows(rows: int, size: int, seed: int = 1) -> torch.Tensor:
     g = torch.Generator().manual_seed(seed)
     strength = torch.exp(0.5 * torch.randn(size, generator=g))
     return torch.randn(rows, size, generator=g) * strength
-
-
-def quantised_product(x: torch.Tensor, w: PackedLinear) -> tuple[np.ndarray, np.ndarray]:
-    """Multiply by the kernels' own definition (csrc/cpu/linear.h), in float64.
-
-    Returns:
-        The product float64 [T, N], and per element the sum of its terms' magnitudes, which
-        bounds what float32 summation may be off by.
-    """
-    codes = planes.unpack_codes(w)[:, : w.out_features].astype(np.float64)
-    order = np.arange(w.in_features) if w.perm is None else w.perm.numpy()
-    stored = x.numpy()[:, order]
-    total = np.zeros((len(stored), w.out_features))
-    magnitude = np.zeros_like(total)
-    for group, (bits, first, rows, _) in enumerate(w.groups.tolist()):
-        scale = _columns(w.scales, group, w.out_features)
-        zero = 2 ** (bits - 1) if w.zeros is None else _columns(w.zeros, group, w.out_features)
-        for start in range(first, first + rows, 128):
-            span = slice(start, min(start + 128, first + rows))
-            largest = np.abs(stored[:, span]).max(axis=1, keepdims=True)
-            inverse = np.divide(LARGEST_ACTIVATION, largest, where=largest >= 1e-30,
-                                out=np.zeros_like(largest))
-            integers = np.rint(stored[:, span] * inverse).astype(np.float64)
-            x_scale = (largest / LARGEST_ACTIVATION).astype(np.float64)
-            term = scale * x_scale * (integers @ (codes[span] - zero))
-            total += term
-            magnitude += np.abs(term)
-    if w.bias is not None:
-        total += w.bias.numpy()
-        magnitude += np.abs(w.bias.numpy())
-    return total, magnitude
-
-
-def _columns(table: torch.Tensor, group: int, out_features: int) -> np.ndarray:
-    return table[:, group].reshape(-1)[:out_features].double().numpy()

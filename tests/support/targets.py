@@ -26,13 +26,14 @@ TARGETS = [*EMULATED, pytest.param("gpu", marks=pytest.mark.gpu)]
 ALL_TARGETS = [*CPUS, *TARGETS]
 
 
-def sizes(name: str, *, cpu: Sequence[Any], cuda: Sequence[Any]) -> pytest.MarkDecorator:
+def sizes(name: str, *, cpu: Sequence[Any], cuda: Sequence[Any],
+          cpus: Sequence[Any] = CPUS) -> pytest.MarkDecorator:
     """Parametrise `ops` over all targets, and `name` over what the target's kernels need.
 
     Emulation is slow, so sizes at which only the CPU's kernels change are not emulated.
     """
     cases = []
-    for targets, values in ((CPUS, cpu), (TARGETS, cuda)):
+    for targets, values in ((cpus, cpu), (TARGETS, cuda)):
         for target in targets:
             (backend,), marks = (target.values, target.marks) if hasattr(target, "marks") else (
                 (target,), ())

@@ -22,7 +22,7 @@ from exl_loader.checkpoint.config import (
     MAX_VOCAB_SIZE,
 )
 from exl_loader.memory.reservation import LoadOptions
-from support.cuda_linear_cases import stream_linear
+from support.linear_cases import stream_linear
 from support.targets import emulated_launcher
 
 MAX_BATCH_SIZE = int(LoadOptions.OPTIONS["max_batch_size"].most)

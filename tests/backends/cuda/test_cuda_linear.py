@@ -1,48 +1,34 @@
-"""CUDA matrix products against their definitions, emulated, and on a card where there is one.
+"""What only CUDA has of quantised products: row splits, launches of several, and scratch.
 
-As for the CPU's kernels: with the exact value of what the kernels define (activations in 15
-bits), within float32's summation error; with the unquantised product, within what 15 bits
-cost; and with themselves: a row's result is the same bits whatever rows go with it.
+What every backend's products have in common is in operations/test_linear.py.
 """
 
 from __future__ import annotations
 
-import os
+import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from exl_loader.backends.cuda import layout, linear
+from backends.operations import test_linear, test_linear_dense
+from exl_loader.backends.cuda import layout, linear, linear_dense
 from exl_loader.backends.cuda.launcher import COUNTER_BYTES
 from exl_loader.backends.cuda.linear import PASS_ROWS, linear_scratch_bytes
 from exl_loader.backends.cuda.moe import ExpertLayers, MoeOps, expert_table_shape
-from exl_loader.backends.cuda.pack import dequantize
-from support.cuda_emulation.launcher import sanitized
+from exl_loader.backends.layouts import DenseLinear
+from support.cuda_emulation import EmulatedLauncher
+from support.cuda_emulation.launcher import FOLDER, REPO, emulation_spec, sanitized
 from support.cuda_emulation.sanitized import run_sanitized, runtimes
-from support.cuda_linear_cases import (
+from support.kernel_cases import dense_linear, random_rows
+from support.linear_cases import (
+    assert_exact,
     linear_ops,
     product,
-    quantised_product,
     scratch_for,
     stream_linear,
 )
-from support.kernel_cases import random_rows
-from support.targets import EMULATED, TARGETS, emulated_launcher, target
-
-ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 32, 33, 40, 130]
-HALF_ULP = 2.0**-24
-
-LAYOUTS = {
-    **{f"{bits}bit": [(bits, 128), (bits, 128)] for bits in (2, 3, 4, 5, 6, 8)},
-    "groups of 32": [(4, 32)] * 5,
-    "falling widths": [(8, 32), (6, 64), (5, 128), (4, 160), (3, 64), (2, 32)],
-    "ragged last group": [(6, 64), (4, 100)],
-    "one long group": [(4, 1000)],
-    "several windows a split": [(3, 2048), (2, 512)],
-    "tiny": [(8, 5)],
-}
+from support.targets import EMULATED, TARGETS, Target, emulated_launcher, target
 
 
 @pytest.fixture(params=TARGETS)
@@ -55,28 +41,6 @@ def emulated():
     return target("forward", linear_ops)
 
 
-def assert_exact(ops, x, w):
-    """Compare with the definition.
-
-    A term is rounded as scale * x_scale, as the integer turned into a float32, and in each of
-    the sums after it; every rounding is at most half an ulp of the magnitudes' sum.
-    """
-    exact, magnitude = quantised_product(x, w)
-    spans = layout.row_blocks_for(w.in_features) + len(w.groups)
-    bound = (spans + layout.MAX_ROW_SPLITS + 3) * HALF_ULP * magnitude + 1e-30
-    difference = np.abs(product(ops, x, w).double().numpy() - exact)
-    assert (difference <= bound).all(), (difference / bound).max()
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("rows", ROWS)
-def test_quantised_product_equals_its_definition(ops, layout, rows):
-    plain = stream_linear(LAYOUTS[layout], 50)
-    assert_exact(ops, random_rows(rows, plain.in_features), plain)
-    full = stream_linear(LAYOUTS[layout], 80, zeros=True, perm=True, bias=True, seed=rows)
-    assert_exact(ops, random_rows(rows, full.in_features), full)
-
-
 @pytest.mark.parametrize("warps_wanted", [1, 3, 10000])
 @pytest.mark.parametrize("zeros", [False, True])
 def test_any_number_of_row_splits(ops, monkeypatch, warps_wanted, zeros):
@@ -87,56 +51,6 @@ def test_any_number_of_row_splits(ops, monkeypatch, warps_wanted, zeros):
         w = stream_linear(groups, 100, zeros=zeros, seed=warps_wanted)
         for rows in (1, 7, 12, 35):
             assert_exact(ops, random_rows(rows, w.in_features), w)
-
-
-@pytest.mark.parametrize("out_features", [1, 31, 32, 33, 64, 129, 300])
-def test_every_number_of_columns(ops, out_features):
-    w = stream_linear([(4, 64)], out_features, bias=True)
-    for rows in (1, 6, 40):
-        assert_exact(ops, random_rows(rows, 64), w)
-        product(ops, random_rows(rows, 64), w, columns=3)
-
-
-def test_fresh_data(ops):
-    seed = int.from_bytes(os.urandom(4), "little")
-    print("seed", seed)
-    rng = np.random.default_rng(seed)
-    widths = np.sort(rng.choice([2, 3, 4, 5, 6, 8], size=6))[::-1]
-    groups = [(int(b), int(rng.choice([32, 64, 96, 128]))) for b in widths]
-    groups.append((int(widths[-1]), int(rng.integers(1, 128))))
-    w = stream_linear(groups, int(rng.integers(1, 300)), seed=seed, zeros=True, perm=True)
-    assert_exact(ops, random_rows(int(rng.integers(1, 90)), w.in_features, seed), w)
-
-
-@pytest.mark.parametrize("rows", [3, 40])
-def test_quantised_activations_lose_little_accuracy(ops, rows):
-    # As for the CPU's kernels, 15 bits lose 5e-5. GPTQ's weights are not rounded otherwise. EXL2's
-    # are rounded to float16 by definition, which the exact product leaves out.
-    x = torch.randn(rows, 1024, generator=torch.Generator().manual_seed(5))
-    for zeros, bound in ((True, 7e-5), (False, 5e-4)):
-        w = stream_linear([(4, 128)] * 8, 200, perm=True, zeros=zeros)
-        exact = x.double() @ dequantize(w).double()
-        assert (product(ops, x, w) - exact).norm() / exact.norm() < bound
-
-
-@pytest.mark.parametrize("rows", [3, 40])
-def test_add(ops, rows):
-    w = stream_linear([(5, 96)], 40, bias=True)
-    x, before = random_rows(rows, 96), random_rows(rows, 40, seed=9)
-    assert torch.equal(product(ops, x, w, add_to=before), before + product(ops, x, w))
-
-
-def test_no_rows(emulated):
-    w = stream_linear([(4, 64)], 32)
-    assert product(emulated, torch.empty(0, 64), w).shape == (0, 32)
-
-
-def test_rows_do_not_depend_on_other_rows(ops):
-    w = stream_linear([(8, 64), (5, 128), (3, 320), (2, 40)], 140, zeros=True, perm=True)
-    x = random_rows(130, w.in_features)
-    whole = product(ops, x, w)
-    for first, end in ((0, 1), (7, 9), (20, 28), (30, 39), (60, 100), (64, 130), (3, 35)):
-        assert torch.equal(product(ops, x[first:end].clone(), w), whole[first:end])
 
 
 def test_both_sizes_of_prefill_give_the_same_bits(emulated, monkeypatch):
@@ -290,26 +204,6 @@ def test_experts_chosen_on_the_device(order, share):
         assert torch.equal(out[pair], single[0])
 
 
-def test_faulty_activations_show_in_their_own_row_only(ops):
-    w = stream_linear([(4, 128), (4, 128)], 32)
-    x = random_rows(40, 256)
-    whole = product(ops, x, w)
-    x[3, 200], x[11, 5], x[12, 6] = float("nan"), float("inf"), float("-inf")
-    for rows in (slice(0, 40), slice(3, 4), slice(11, 13)):
-        out = product(ops, x[rows].clone(), w)
-        bad = ~x[rows].isfinite().all(dim=1)
-        assert out[bad].isnan().all() and torch.equal(out[~bad], whole[rows][~bad])
-
-
-def test_zero_and_tiny_activations(ops):
-    w = stream_linear([(4, 128), (4, 128)], 32)
-    x = torch.zeros(4, 256)
-    x[1, :128], x[2, 3], x[3, 200] = 1e-38, 1e-30, 3e38
-    out = product(ops, x, w)
-    assert (out[:2] == 0).all() and out[2].isfinite().all()
-    assert_exact(ops, x[:3].clone(), w)
-
-
 def test_scratch_that_is_too_short_is_refused(emulated):
     w, out = stream_linear([(4, 256)], 32), torch.empty(8, 32)
     short = scratch_for(8, w)[:-1]
@@ -331,7 +225,52 @@ def test_scratch_grows_with_rows_and_stops():
     assert linear_scratch_bytes(1, 4096) == COUNTER_BYTES + 128 * 64 + 32 * 32
 
 
-MORE_SANITIZED = ("test_cuda_dense.py", "test_cuda_pack.py")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_more_rows_than_a_pass_takes(emulated, monkeypatch, dtype):
+    w, x = dense_linear(96, 40, dtype), random_rows(150, 96)
+    whole = product(emulated, x, w)
+    monkeypatch.setattr(linear_dense, "PASS_ROWS", 67)
+    assert torch.equal(product(emulated, x, w), whole)
+
+
+def test_blocks_of_any_number_of_warps_give_the_same_bits(emulated, monkeypatch):
+    """4, 8 and 16 warps: parts in one round and in several, the last one short."""
+    w, launcher = dense_linear(256 * 10 + 40, 20, torch.float16), emulated_launcher()
+    x, results = random_rows(3, w.in_features), []
+    monkeypatch.setattr(launcher, "shared_limit_bytes", 227 << 10)
+    for multiprocessors, smallest in ((1000, 4), (1, 8), (1, 4)):
+        monkeypatch.setattr(launcher, "multiprocessors", multiprocessors)
+        monkeypatch.setattr(linear_dense, "_DECODE_WARPS", (smallest,))
+        results.append(product(emulated, x, w))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.slow
+def test_bfloat16_without_tensor_cores(tmp_path):
+    """Compute capability 7.5 multiplies by fma in every type but float16."""
+    shutil.copytree(REPO / "csrc", tmp_path / "csrc")
+    shutil.copytree(REPO / FOLDER, tmp_path / FOLDER)
+    names = tmp_path / FOLDER / "platform_names.h"
+    text, has = names.read_text(), "constexpr bool kHasBf16Mma = "
+    assert f"{has}true" in text
+    names.write_text(text.replace(f"{has}true", f"{has}false"))
+    sources = sorted((tmp_path / "csrc" / "cuda").glob("linear_dense_*.cu"))
+    launcher = EmulatedLauncher(emulation_spec(sources, tmp_path), order="shuffled")
+    ops = Target(linear_ops(launcher), None)
+    for in_features, out_features in ((600, 50), (33, 160)):
+        w = dense_linear(in_features, out_features, torch.bfloat16, bias=True)
+        plain = DenseLinear(in_features, out_features, w.weight.float(), w.bias)
+        x = random_rows(70, in_features)
+        whole = product(ops, x, w)
+        # The sums, and their order, are those of the same weights in float32.
+        assert torch.equal(whole, product(ops, x, plain))
+        assert torch.equal(product(ops, x[5:8].clone(), w), whole[5:8])
+
+
+SANITIZED = (
+    __file__, str(Path(__file__).with_name("test_cuda_pack.py")), test_linear.__file__,
+    test_linear_dense.__file__,
+)
 
 
 @pytest.mark.slow
@@ -340,7 +279,7 @@ def test_nothing_is_read_or_written_out_of_bounds():
     """The kernels under AddressSanitizer and UBSan, packing included."""
     chosen = "shuffled or splits or share or launch or chosen or columns or kernel_is"
     result = run_sanitized(
-        __file__, *(str(Path(__file__).with_name(name)) for name in MORE_SANITIZED), "-k",
-        f"({chosen}) and not forward and not gpu", "-m", "not slow",
+        *SANITIZED, "-k", f"({chosen}) and not forward and not gpu and not native", "-m",
+        "not slow",
     )
     assert result.returncode == 0, result.stdout[-4000:]

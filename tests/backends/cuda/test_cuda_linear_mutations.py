@@ -12,9 +12,9 @@ from exl_loader.backends.cuda.pack import dequantize
 from exl_loader.backends.reference.ops import dense_weight
 from support.cuda_emulation import EmulatedLauncher, EmulationError
 from support.cuda_emulation.launcher import FOLDER, REPO, emulation_spec
-from support.cuda_linear_cases import linear_ops, quantised_product, scratch_for, stream_linear
 from support.exhaustive import some_of
 from support.kernel_cases import dense_linear, random_rows
+from support.linear_cases import linear_ops, quantised_product, scratch_for, stream_linear
 from support.makers import make_exl2_layer, make_gptq_layer, write_layer
 
 pytestmark = pytest.mark.slow

@@ -19,7 +19,7 @@ from exl_loader.backends.cuda.layout import (
 from exl_loader.backends.layouts import BIT_PLANES
 from exl_loader.checkpoint import Checkpoint
 from exl_loader.formats import read_linear
-from support.cuda_linear_cases import linear_ops
+from support.linear_cases import linear_ops
 from support.makers import (
     allocate,
     linear_part,

@@ -1,23 +1,34 @@
-"""Random layers in the CUDA layout, and what the kernels make of them by definition."""
+"""Products by CPU and CUDA kernels, their definitions, and random layers in the CUDA layout."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
+import pytest
 import torch
 
+from exl_loader.backends.cpu.linear import linear_scratch_bytes as cpu_scratch_bytes
 from exl_loader.backends.cuda.layout import (
+    MAX_ROW_SPLITS,
     ROW_BLOCK_ROWS,
     StreamLinear,
     group_table,
     row_block_table,
+    row_blocks_for,
     stream_shapes,
 )
 from exl_loader.backends.cuda.linear import LinearOps, linear_scratch_bytes
 from exl_loader.backends.cuda.pack import PackOps, pack_streams, unpack_streams
+from exl_loader.backends.reference import planes
 from exl_loader.formats.layer import QuantizedSizes
 
-# 15 bits: see csrc/cuda/linear_layout.cuh.
+# 15 bits: see csrc/cpu/linear.h and csrc/cuda/linear_layout.cuh.
 LARGEST_ACTIVATION = np.float32(127 * 128)
+HALF_ULP = 2.0**-24
+# A CPU's scratch is sized for this many threads: conftest leaves EXL_LOADER_THREADS alone, and
+# the tests go up to 4 whatever the machine has.
+MAX_THREADS = 4
 
 
 class LayerOps(LinearOps, PackOps):
@@ -31,9 +42,14 @@ def linear_ops(launcher) -> LayerOps:
     return ops
 
 
-def scratch_for(rows: int, w) -> torch.Tensor:
+def scratch_for(rows: int, w, kind: str = "cuda") -> torch.Tensor:
     """Return scratch for a product, exactly as long as it says, full of rubbish."""
-    nbytes = linear_scratch_bytes(rows, w.in_features)
+    if kind == "cuda":
+        nbytes = linear_scratch_bytes(rows, w.in_features)
+    else:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("EXL_LOADER_THREADS", str(MAX_THREADS))
+            nbytes = cpu_scratch_bytes(rows, w.in_features)
     return torch.full((nbytes,), 0x7B, dtype=torch.uint8)
 
 
@@ -49,7 +65,7 @@ def product(ops, x, w, *, add_to=None, columns=0):
     if add_to is not None:
         wide[:, : w.out_features] = add_to
     view = wide[:, : w.out_features + columns]
-    ops.linear(x, w, view, scratch_for(len(x), w), add_to is not None)
+    ops.linear(x, w, view, scratch_for(len(x), w, ops.kind), add_to is not None)
     assert (wide[:, w.out_features :] == marker).all()
     return wide[:, : w.out_features].contiguous()
 
@@ -95,20 +111,27 @@ def stream_linear(
     )
 
 
-def quantised_product(x: torch.Tensor, w: StreamLinear) -> tuple[np.ndarray, np.ndarray]:
-    """Multiply by the kernels' own definition (csrc/cuda/linear_stream.cuh), in float64.
+def quantised_product(x: torch.Tensor, w) -> tuple[np.ndarray, np.ndarray]:
+    """Multiply by the kernels' own definition, in float64.
+
+    See csrc/cpu/linear.h for a `PackedLinear`, and csrc/cuda/linear_stream.cuh for a
+    `StreamLinear`. They differ in the rows of which activations share a scale.
 
     Returns:
         The product float64 [T, N], and per element the sum of its terms' magnitudes, which
         bounds what float32 summation may be off by.
     """
-    codes, scales, zeros = unpack_streams(w)
+    if isinstance(w, StreamLinear):
+        codes, scales, zeros = unpack_streams(w)
+    else:
+        codes = planes.unpack_codes(w)
+        scales, zeros = (None if table is None else table.transpose(0, 1).flatten(1).numpy()
+                         for table in (w.scales, w.zeros))
     order = np.arange(w.in_features) if w.perm is None else w.perm.numpy()
     stored = x.numpy()[:, order]
     total = np.zeros((len(stored), w.out_features))
     magnitude = np.zeros_like(total)
-    for begin in range(0, w.in_features, ROW_BLOCK_ROWS):
-        end = min(begin + ROW_BLOCK_ROWS, w.in_features)
+    for begin, end in _rows_of_a_scale(w):
         largest = np.abs(stored[:, begin:end]).max(axis=1, keepdims=True)
         inverse = np.divide(LARGEST_ACTIVATION, largest, where=largest >= 1e-30,
                             out=np.zeros_like(largest))
@@ -129,3 +152,34 @@ def quantised_product(x: torch.Tensor, w: StreamLinear) -> tuple[np.ndarray, np.
         magnitude += np.abs(w.bias.numpy())
     return total, magnitude
 
+
+def _rows_of_a_scale(w) -> Iterator[tuple[int, int]]:
+    """Yield first and end of the rows for which a row of activations has one scale.
+
+    On CUDA they are blocks of the layer's rows, on a CPU blocks of each group's.
+    """
+    spans = [(0, w.in_features)] if isinstance(w, StreamLinear) else [
+        (first, first + rows) for _, first, rows, _ in w.groups.tolist()]
+    for first, end in spans:
+        for begin in range(first, end, ROW_BLOCK_ROWS):
+            yield begin, min(begin + ROW_BLOCK_ROWS, end)
+
+
+def assert_exact(ops, x, w, roundings_of_a_term=2):
+    """Compare with the definition.
+
+    A term is rounded as scale * x_scale, as the integer turned into a float32, and in each of
+    the sums after it; every rounding is at most half an ulp of the magnitudes' sum. CUDA adds
+    the row splits' sums as well.
+
+    Args:
+        ops: a `Target`.
+    """
+    exact, magnitude = quantised_product(x, w)
+    if ops.kind == "cuda":
+        sums = row_blocks_for(w.in_features) + len(w.groups) + MAX_ROW_SPLITS + 1
+    else:
+        sums = sum(1 for _ in _rows_of_a_scale(w))
+    bound = (sums + roundings_of_a_term) * HALF_ULP * magnitude + 1e-30
+    difference = np.abs(product(ops, x, w).double().numpy() - exact)
+    assert (difference <= bound).all(), (difference / bound).max()
