@@ -9,15 +9,44 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exl_loader.generation.forward_model import LogitsRow
+from exl_loader.backends.top_logits import (
+    HEADER_WORDS,
+    MOST_TAKEN,
+    RESULT_WORDS,
+    take_largest,
+)
+from exl_loader.generation.forward_model import LogitsRow, TopLogits
 from exl_loader.generation.sampling import Sampler, TokenRoles
 from exl_loader.generation.sampling.tail import Tail
 from exl_loader.generation.settings import SAMPLER_PRIORITY, SamplingSettings
+from exl_loader.model.top_logits_reader import read_result
 from exl_loader.utils.errors import InvalidCheckpoint, InvalidSettings
-from support.top_logits_defined import CountedRow, defined_top_logits
 
 HISTORY = np.array([5, 3, 5, 17, 250, 3, 5, 9000, 17, 5, 3, 5], np.int64)
 MANY = 152_064
+
+
+class CountedRow(LogitsRow):
+    """A row of logits that counts in `copies` how often its values are copied."""
+
+    def __init__(self, values, top_logits):
+        self.copies = 0
+        super().__init__(lambda: self._count(values), top_logits)
+
+    def _count(self, values):
+        self.copies += 1
+        return values
+
+
+def defined_top_logits(row, most=MOST_TAKEN, error=0.0) -> TopLogits | None:
+    """Return the top logits of a finite row, with a relative `error` in the others' sum."""
+    ids, weight_sum = take_largest(row, most)
+    words = np.zeros(RESULT_WORDS, np.int32)
+    words[:2] = 1, len(ids)
+    words[2:HEADER_WORDS].view(np.float32)[:] = row.max(), weight_sum * (1 + error)
+    words[HEADER_WORDS : HEADER_WORDS + len(ids)] = ids
+    words[HEADER_WORDS + MOST_TAKEN :].view(np.float32)[: len(ids)] = row[ids]
+    return read_result(words, len(row))
 
 
 def peaked_row(seed, size=MANY, scale=2.5, peak=15.0):

@@ -14,14 +14,18 @@ import torch
 
 from exl_loader.backends.cuda.launcher import COUNTER_BYTES
 from exl_loader.backends.cuda.top_logits import TopLogitsOps, top_logits_scratch_bytes
-from exl_loader.backends.top_logits import HEADER_WORDS, MOST_TAKEN, RESULT_WORDS
+from exl_loader.backends.top_logits import (
+    HEADER_WORDS,
+    MOST_TAKEN,
+    RESULT_WORDS,
+    take_largest,
+)
 from exl_loader.model.top_logits_reader import read_result
 from support.cuda_emulation import EmulatedLauncher
 from support.cuda_emulation.launcher import FOLDER, REPO, emulation_spec
 from support.cuda_emulation.sanitized import run_sanitized, runtimes
 from support.exhaustive import some_of
 from support.targets import TARGETS, Target, target
-from support.top_logits_defined import defined_top_ids
 
 WIDTHS = [1, 2, 31, 33, 1023, 1024, 1025, 4095, 4097, 9001, 32_000]
 
@@ -54,7 +58,7 @@ def parts(words):
 
 def assert_defined(words, row):
     finite, largest, weight_sum, ids, logits = parts(words)
-    expected, expected_sum = defined_top_ids(row)
+    expected, expected_sum = take_largest(row)
     assert finite and largest == row.max()
     assert np.array_equal(ids, expected) and np.array_equal(logits, row[expected])
     assert weight_sum == pytest.approx(expected_sum, rel=5e-6, abs=1e-30)
