@@ -1,4 +1,4 @@
-"""The loaded model, which every host uses: command line, page, web UI."""
+"""The loaded model, which command line, page and web UI use."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ class LoadedModel:
         """Continue a prompt.
 
         Args:
-            prompt: text, which is encoded as the folder's tokenizer says, or token ids.
+            prompt: text, which is encoded by the folder's tokenizer, or token ids.
             settings: `SamplingSettings`, or a dict with the web UI's names.
             progress: reports the number of evaluated prompt tokens, in the model's thread.
             more_settings: settings by name, such as `max_new_tokens=5`; they override
@@ -243,7 +243,7 @@ class LoadedModel:
         return result
 
     def next_logits(self, ids: Iterable[int], rope_len: int | None = None) -> torch.Tensor:
-        """Compute the logits after the last token of a text, for a host's own samplers.
+        """Compute the logits after the last token of a text, for samplers of the web UI.
 
         Tokens that the cache holds are reused, so a text that grows by one token costs one step.
 

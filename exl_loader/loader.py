@@ -48,7 +48,7 @@ def load(
 ) -> LoadedModel:
     """Load a model folder (EXL2, GPTQ or unquantised safetensors).
 
-    It allocates what `plan` says with the same options, to the byte, and nothing later. The
+    It allocates exactly the bytes that `plan` returns for the same options, and nothing later. The
     kernels are compiled on the first load.
 
     The logger `exl_loader` warns of a context beyond the model's own length (see

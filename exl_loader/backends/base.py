@@ -371,7 +371,7 @@ class Ops(Protocol):
 
     def scatter_add_rows(self, x: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor,
                          out: torch.Tensor) -> None:
-        """out[rows[i]] += weights[i] * x[i]; a row stands in `rows` at most once a call."""
+        """out[rows[i]] += weights[i] * x[i]; a row is in `rows` at most once a call."""
 
     def top_logits(self, logits: torch.Tensor, vocab_size: int, out: torch.Tensor,
                    scratch: torch.Tensor) -> None:
@@ -387,8 +387,7 @@ class Ops(Protocol):
         """
 
     def call(self, function: Callable[[DeviceOps], None]) -> None:
-        """Run a function whose operations depend on values of the step, so that every step has
-        to run it anew.
+        """Run a function in every step, because its operations depend on values of the step.
 
         Args:
             function: called with the device's operations.

@@ -1,7 +1,7 @@
 """Finds pages of the cache by content, so that texts with one beginning share them. No PyTorch.
 
 A full page has a key: a hash of the key of the page before it (its parent) and of its own token
-ids. The key therefore stands for the whole text up to the end of the page. The parent of the
+ids. The key therefore represents the whole text up to the end of the page. The parent of the
 first page is a root key. There is one root key for each class of RoPE frequencies, because the
 same ids have different keys and values under different frequencies. A page that is not full has
 a parent but no key; its tokens can be copied.

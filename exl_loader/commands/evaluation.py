@@ -102,7 +102,7 @@ def evaluate(
     after the BOS token where the tokenizer adds one.
 
     Args:
-        loaded: the model, loaded as `planned.reservation` says.
+        loaded: the model, loaded with the options of `planned.reservation`.
         planned: the types to compare.
         ids: the text's ids, without BOS.
         progress: gets the tokens.

@@ -3,7 +3,7 @@
     P.qweight int32 [K, N / 8]   codes along N: a word holds 8 columns of one row
     P.qzeros  int32 [G, N / 8]   zero points as they are, in the same order
 
-Column 8 * w + c of a row stands in word w at bits [4 * SLOTS[c], 4 * SLOTS[c] + 4). Source:
+Column 8 * w + c of a row is in word w at bits [4 * SLOTS[c], 4 * SLOTS[c] + 4). Source:
 auto-round 0.16, `export/export_to_awq/utils.py`, which follows AutoAWQ's GEMM kernel.
 """
 

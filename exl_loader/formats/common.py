@@ -18,7 +18,7 @@ WRONG_FILE = "Check that the weight files belong to this config.json, or downloa
 
 
 def expect(header: TensorHeader, dtypes: Iterable[str], shape: tuple[int | None, ...]) -> None:
-    """Check a tensor's dtype and shape; None stands for any size.
+    """Check a tensor's dtype and shape; None means any size.
 
     Raises:
         InvalidCheckpoint: the shape is another.
@@ -86,7 +86,7 @@ def has_bias(
     rows: tuple[int, int] | None,
     bias: bool | None,
 ) -> bool:
-    """Tell whether a layer has a bias: where it is stored, unless `bias` says otherwise.
+    """Tell whether a layer has a bias: where it is stored, unless `bias` overrides it.
 
     AutoGPTQ stores zero biases where the architecture has none; adding them changes nothing.
 

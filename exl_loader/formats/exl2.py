@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
 
 # A tail group of n rows takes ceil(n * bits / 32) words on disk and `bits` words a block of
-# 32 here, so it can grow by at most 7 words; which it is stands in the values.
+# 32 here, so it can grow by at most 7 words; only the values determine which.
 TAIL_WORDS = 7
 # Bits of a code.
 WIDTHS = (2, 3, 4, 5, 6, 8)

@@ -11,7 +11,7 @@ Tensors of a layer P with K inputs, N outputs and G groups:
 
 How zero points are stored: `gptq_zeros.py`. auto-round can pack 4-bit codes along N instead:
 `awq_packing.py`. Width and group size follow from the shapes; the
-quantization config only says which of several group sizes is meant.
+quantization config only decides between several possible group sizes.
 
 A group takes whole blocks of 32 stored rows. Where the group size is no multiple of 32, the CPU
 fills every group up to whole blocks. The streams of a CUDA device have room for that in the last
@@ -100,7 +100,7 @@ def gptq_spec(
 
 
 def _bits(checkpoint: Checkpoint, source: str, in_features: int, columns: int) -> int:
-    """Derive the width from the shape; a config that says otherwise gets a warning."""
+    """Derive the width from the shape; a config with another width gets a warning."""
     weight = checkpoint.header(f"{source}.qweight")
     expect(weight, ["int32"], (None, None))
     words = weight.shape[0]

@@ -20,7 +20,7 @@ With 3 bits fields 10 and 21 of each 32 lie in two words, and three writers diff
     swapped   the same with the constants of the first and the third word exchanged:
               GPTQModel before 6.1 (`convert_gptq_v2_to_v1_format`)
 
-Nothing in a folder says which one wrote it, so all are tried, and the one is taken under which
+A folder does not name its writer, so all are tried, and the one is taken under which
 the layer's zero points spread least: a wrong reading shifts some columns against the others.
 
 With symmetric quantization every zero point is 2^(b - 1), which leaves one reading of what is

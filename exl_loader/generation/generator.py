@@ -170,7 +170,7 @@ class Generation(Iterator[T], Generic[T]):
         """Return the next piece.
 
         Raises:
-            StopIteration: the generation has ended; `finish_reason` says why.
+            StopIteration: the generation has ended; `finish_reason` has the reason.
             ModelUnloaded: the model was unloaded, or (ModelForked) this process was forked from
                 the one that loaded it.
             ExlLoaderError: the error of a step.

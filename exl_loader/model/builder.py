@@ -156,7 +156,7 @@ class ModelParts:
         yield self.head.norm
 
     def specs(self) -> list[TensorSpec]:
-        """All weights as they will stand on their devices."""
+        """Describe all weights as they will be on their devices."""
         specs = [*self.embedding.specs()]
         for layer in self.layers:
             specs += layer.specs()

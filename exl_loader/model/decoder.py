@@ -67,7 +67,7 @@ class Layer:
         return [*self.attention.input_groups(), *self.mlp.input_groups()]
 
     def specs(self) -> Iterator[TensorSpec]:
-        """The weights as they will stand on the device: norms, then linear layers."""
+        """Describe the weights as they will be on the device: norms, then linear layers."""
         for norm in self.norms:
             yield from norm.specs()
         for linear in self.linears:

@@ -52,7 +52,7 @@ class Model:
         alpha_value, compress_pos_emb: see `rope.inv_freq`.
 
     Attributes:
-        sampled_vocab_size: ids from here on stand for nothing and are never drawn.
+        sampled_vocab_size: ids from here on are of no token and are never drawn.
 
     Raises:
         InvalidSettings: alpha_value or compress_pos_emb out of range.
@@ -193,7 +193,7 @@ class Model:
             self._parts, self._workspaces, cache, ops or self._ops, **self._rope_options
         )
         # One record for both, because the frequencies of a slot are in the shared workspace;
-        # the new model has just written them anew.
+        # the new model has just written them again.
         self._slot_rope_len[:] = model._slot_rope_len
         model._slot_rope_len = self._slot_rope_len
         return model

@@ -142,7 +142,7 @@ def known_line(error: BaseException) -> str | None:
     if isinstance(error, MemoryError):
         return "main memory is full. Close what takes it, or choose a smaller context"
     if isinstance(error, ImportError):
-        return printable(f"{error}. `python -m exl_loader doctor` says what is missing")
+        return printable(f"{error}. `python -m exl_loader doctor` shows what is missing")
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return printable(f"{where}{error.strerror or error}")
@@ -229,7 +229,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def drop_locals(error: BaseException) -> None:
     """Clear the local variables of the frames in an error's traceback that have ended.
 
-    A host may keep an error to show it, as an interactive session keeps its last one. Through
+    A caller may keep an error to show it, as an interactive session keeps its last one. Through
     the traceback it would also keep every buffer and view that a local variable held: a model's
     whole memory, long after it was unloaded.
     """

@@ -26,7 +26,7 @@ _CONTAINERS = (dict, list)
 
 
 class InvalidJson(ValueError):
-    """A text is not JSON, or holds an unusable value; the message says what and where."""
+    """A text is not JSON, or has an unusable value, which the message names."""
 
 
 class _Parser:

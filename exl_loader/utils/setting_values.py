@@ -117,7 +117,7 @@ def unknown_name(what: str, name: Any, known: Collection[str]) -> InvalidSetting
     """Return the error for an unknown name; its remedy suggests a similar known name.
 
     Args:
-        what: what the name stands for, such as `setting`.
+        what: the kind of thing that the name is of, such as `setting`.
     """
     close = difflib.get_close_matches(name[:64], known, n=1) if isinstance(name, str) else []
     return InvalidSettings(

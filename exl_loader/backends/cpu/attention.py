@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 SIGNATURES = {
     "write_cache": Signature((POINTER,) * 4),
     "attention": Signature(
-        (POINTER,) * 7 + (INT64,), "scratch is shorter than attention_scratch_bytes says"
+        (POINTER,) * 7 + (INT64,), "scratch is shorter than attention_scratch_bytes"
     ),
 }
 

@@ -13,7 +13,7 @@ block has 8 registers, j = 0..7. Codes are split into bit planes, the high plane
 
 so code = (high << width of the low plane) | low. A plane of w bits takes w vectors. Vector
 v (0 <= v < w) of a plane holds in each byte the w-bit fields of 8/w registers: register
-v*(8/w) + i stands at bits [i*w, i*w + w) of the byte at its own position. The planes of a
+v*(8/w) + i is at bits [i*w, i*w + w) of the byte at its own position. The planes of a
 block follow each other, high first.
 
 `codes` is [tiles, tile_bytes]: per tile the blocks of group 0, group 1, ... in row order. A

@@ -22,7 +22,7 @@ Value = int | float | None | object
 
 @dataclass(frozen=True)
 class Signature:
-    """A C function of csrc/cpu, `exl_` and the name under which it stands in a table.
+    """A C function of csrc/cpu, whose name is `exl_` and its key in a table of signatures.
 
     Args:
         arguments: types of its arguments.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from ..base import Linear
 
-_RULE = "scratch is shorter than linear_scratch_bytes says"
+_RULE = "scratch is shorter than linear_scratch_bytes"
 SIGNATURES = {
     "linear": Signature((POINTER, INT64, POINTER, POINTER, INT64, INT, POINTER, INT64), _RULE),
     "linear_dense": Signature(

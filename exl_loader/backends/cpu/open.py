@@ -31,7 +31,7 @@ def open_compiled(progress: Progress | None = None) -> DeviceOps:
     if missing_symbols(library):
         # Another program's library under the name of ours, or a linker that kept nothing.
         close_library(library)
-        library = open_library(progress, anew=True)
+        library = open_library(progress, rebuild=True)
         missing = missing_symbols(library) if library is not None else []
         if library is None or missing:
             raise KernelBuildError(
@@ -50,13 +50,13 @@ def reference() -> DeviceOps:
 
 
 def open_library(
-    progress: Progress | None = None, *, anew: bool = False
+    progress: Progress | None = None, *, rebuild: bool = False
 ) -> ctypes.CDLL | None:
     """Build and open the CPU kernels; None, and a warning, where there is no compiler.
 
     Args:
         progress: shows compiling.
-        anew: discard what was built before.
+        rebuild: discard the library that was built before.
 
     Raises:
         KernelBuildError: the kernels do not compile or do not open.
@@ -70,13 +70,13 @@ def open_library(
         _warn_of_reference()
         return None
     library = build(spec, progress)
-    if anew:
+    if rebuild:
         discard(library)
         return _open(build(spec, progress))
     try:
         return ctypes.CDLL(str(library))
     except OSError:
-        # Whole, but not for this system (a folder shared by machines, say): once anew.
+        # Complete, but for another system (machines may share a folder): build it once more.
         discard(library)
         return _open(build(spec, progress))
 

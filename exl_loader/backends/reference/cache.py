@@ -1,8 +1,8 @@
 """The definition of writing the key/value cache and of attention over it.
 
-What is stored, and why attention needs no more than one rotation of its queries and one of
-its output, is said in `codec.py`; what `_bias_scores` is, in `key_bias.py`. Sums run
-in float64.
+`codec.py` defines what is stored, and explains why attention needs only one rotation of its
+queries and one of its output. `model/parts/key_bias.py` explains `_bias_scores`. Sums are in
+float64.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ __all__ = ["attention", "cache_round_trip", "write_cache"]
 
 
 def _bounds(batch: Batch, sequence: int) -> tuple[int, int, int]:
-    """First row of a sequence, one past its last row, and its past_len."""
+    """Return the first row of a sequence, one past its last row, and its past_len."""
     first, end = batch.q_start[sequence : sequence + 2].tolist()
     return first, end, int(batch.past_len[sequence])
 
 
-def _places(batch: Batch, sequence: int, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Page and token within the page of a sequence's positions first..end."""
+def _pages_and_tokens(
+    batch: Batch, sequence: int, first: int, end: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return page, and token within the page, of a sequence's positions first..end."""
     positions = torch.arange(first, end)
     return batch.page_table[sequence].long()[positions // PAGE_LEN], positions % PAGE_LEN
 
@@ -51,7 +53,7 @@ def write_cache(k: torch.Tensor, v: torch.Tensor, layer: CacheLayer, batch: Batc
     kind = layer.cache_type
     for s in range(batch.num_sequences):
         first, end, past = _bounds(batch, s)
-        pages, tokens = _places(batch, s, past, past + end - first)
+        pages, tokens = _pages_and_tokens(batch, s, past, past + end - first)
         _write(k[first:end], layer.k_codes, layer.k_scales, kind.k_bits, pages, tokens)
         _write(v[first:end], layer.v_codes, layer.v_scales, kind.v_bits, pages, tokens)
 
@@ -77,9 +79,9 @@ def attention(q: torch.Tensor, layer: CacheLayer, batch: Batch, shape: Attention
         first, end, past = _bounds(batch, s)
         total = past + end - first
         start = max(0, past + 1 - shape.sliding_window) if shape.sliding_window else 0
-        places = _places(batch, s, start, total)
-        k = _read(layer.k_codes, layer.k_scales, shape.head_dim, kind.k_bits, *places)
-        v = _read(layer.v_codes, layer.v_scales, shape.head_dim, kind.v_bits, *places)
+        indices = _pages_and_tokens(batch, s, start, total)
+        k = _read(layer.k_codes, layer.k_scales, shape.head_dim, kind.k_bits, *indices)
+        v = _read(layer.v_codes, layer.v_scales, shape.head_dim, kind.v_bits, *indices)
         rows = q[first:end].double()
         added = _bias_scores(rows, layer.key_bias, batch, s, range(start, total), shape)
         rotated = rotate(rows) if kind.k_rotated else rows
@@ -108,7 +110,7 @@ def _bias_scores(q: torch.Tensor, bias: KeyBias | None, batch: Batch, sequence: 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, added: torch.Tensor | float,
             first: int, shape: AttentionShape) -> torch.Tensor:
-    """Rows q [T, heads, d], the first at place `first` among the keys [N, kv_heads, d]."""
+    """Attend rows q [T, heads, d], the first at index `first` of the keys [N, kv_heads, d]."""
     sharing = shape.num_heads // shape.num_kv_heads
     k, v = (x.repeat_interleave(sharing, dim=1) for x in (k, v))
     scores = (torch.einsum("thd,nhd->htn", q, k) + added) * shape.scale

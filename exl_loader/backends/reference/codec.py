@@ -89,7 +89,7 @@ def rotate_back(y: torch.Tensor) -> torch.Tensor:
 
 
 def levels(bits: int) -> torch.Tensor:
-    """Return what the codes stand for, float32 [tables, 2^bits], each table rising."""
+    """Return the values of the codes, float32 [tables, 2^bits], each table rising."""
     if bits == 4:
         return torch.tensor(CODEBOOKS, dtype=torch.float32) / 128
     half = 2 ** (bits - 1)
@@ -148,7 +148,7 @@ def search_groups(
 ) -> GroupSearch:
     """Find codes and scales of groups y, float32 [n, elements].
 
-    `grids` stands in for `levels(bits)` where other ones are tried.
+    `grids` replaces `levels(bits)`, to try other ones.
     """
     search = GroupSearch(y, bits, levels(bits) if grids is None else grids)
     largest = y.abs().amax(dim=1, keepdim=True)

@@ -6,7 +6,7 @@ in the same 16 bits an element and without a tensor of its own:
 
     x = code * scale / 32768        code: int16
 
-The scale, a float16 that is a little above the group's largest magnitude, stands in the
+The scale, a float16 that is a little above the group's largest magnitude, is in the
 lowest bits of the group's first 16 codes, bit i of it in code i. The writer rounds those
 codes to the nearest whole number with that bit, so reading needs no mask. What is lost is
 1/6 of what float16 loses (3.4e-5 of normal data against 2.1e-4, root mean square).

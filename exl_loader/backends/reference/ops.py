@@ -2,7 +2,7 @@
 
 Sums run in float64 and are rounded once, so that what these operations define is the exact
 value and not one of many float32 summation orders. They also serve where no compiler is at
-hand. Contracts are in `base.py`; quantised matrices are decoded anew in every call.
+hand. Contracts are in `base.py`; quantised matrices are decoded again in every call.
 """
 
 from __future__ import annotations

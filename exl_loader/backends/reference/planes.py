@@ -135,8 +135,8 @@ def pack_gptq(
         channels = channels[perm.numpy()]
     for _, start, rows, offset in groups.tolist():
         for first, end in _chunks(rows, words.shape[1]):
-            place = offset + first // BLOCK_ROWS * bits * BLOCK_BIT_BYTES
-            _store(channels[start + first : start + end], bits, place, tiles)
+            start_byte = offset + first // BLOCK_ROWS * bits * BLOCK_BIT_BYTES
+            _store(channels[start + first : start + end], bits, start_byte, tiles)
 
 
 def unpack_codes(linear: PackedLinear) -> Array:
@@ -162,7 +162,7 @@ def dequantize(linear: PackedLinear) -> torch.Tensor:
 
     Returns:
         float32 [in_features, out_features], input channels in their original order. EXL2's
-        values are rounded to float16, as `cpu/layout.py` says.
+        values are rounded to float16, as in `cpu/layout.py`.
     """
     import torch
 

@@ -1,5 +1,6 @@
-"""Samplers that remove tokens. Each keeps at least the likeliest token, unless it says otherwise.
+"""Samplers that remove tokens.
 
+Each keeps at least the likeliest token, except where its docstring names another rule.
 p are the probabilities of the candidates, H is their entropy in nats.
 """
 

@@ -123,7 +123,7 @@ def penalize_repeats(
 ) -> Candidates:
     """Make tokens less likely that would continue a sequence which occurred before (DRY).
 
-    For each token, n is the length of the longest end of the text that also stands directly
+    For each token, n is the length of the longest end of the text that is also directly
     before an earlier occurrence of the token. If n is at least `allowed_length`,
     multiplier base^(n - allowed_length) is subtracted from its logit. Sequences contain no
     breaker, and no breaker is penalised (p-e-w 2024, "Don't Repeat Yourself",

@@ -54,7 +54,7 @@ class TokenRoles:
         Args:
             settings: the request's settings.
             tokenizer: None if the model has none.
-            vocab_size: number of ids that stand for tokens.
+            vocab_size: number of ids that have a token.
             eos_ids: the model's end tokens.
             prompt_ids: the prompt.
 

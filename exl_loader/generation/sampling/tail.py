@@ -50,7 +50,7 @@ class Tail:
     Args:
         count: how many tokens, at least one.
         bound: every logit of the tail is at most this; float32.
-        log_low, log_high: ln of the tail's sum of exp(logit) lies between these.
+        log_low, log_high: bounds of ln of the tail's sum of exp(logit).
     """
 
     count: int

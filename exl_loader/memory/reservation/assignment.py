@@ -128,7 +128,7 @@ class Assigner:
         if self._draft is not None and is_first:
             every = range(self._draft.num_layers)
             draft = self._draft.buffers(device, every, self._ctx_size_draft or ctx_size, run)
-            # Each tensor is aligned by itself, so the buffer of both is the sum of two.
+            # Each tensor is aligned separately, so the buffer of both is the sum of two.
             buffers, draft_bytes = buffers + draft, draft.total
         backend = backend_of(device)
         overhead = budget.overhead_bytes + buffers.rounding(backend.granularity_bytes)

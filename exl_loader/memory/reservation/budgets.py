@@ -102,7 +102,7 @@ def _absent(name: str, size: int, limit: int | None) -> Budget:
     backend = backend_of(name)
     overhead_bytes, measured = backend.overhead(name)
     # The overhead of main memory is this process's own. The overhead that was measured on one
-    # card says nothing about another card.
+    # card is no measure of another card.
     measured = measured and backend.is_main_memory
     return Budget(name, Capacity(size, size), limit, overhead_bytes, measured)
 

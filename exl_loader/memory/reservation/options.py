@@ -34,7 +34,7 @@ class Option:
     Args:
         default: its value where the user gives none.
         help: one line for the command line and for pages, without a full stop.
-        metavar: what stands for the value in the command line's help; None for a flag.
+        metavar: name of the value in the command line's help; None for a flag.
         unit: what a number counts: `tokens`, `sequences`, `GiB`, `bytes`; empty for a factor.
         least, most: the bounds of a number; None where the value is no number.
         step: the step of a slider; None where a page has no slider for it.

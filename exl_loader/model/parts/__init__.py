@@ -1,4 +1,4 @@
-"""The parts that layers are made of: a file says all there is about one kind of part.
+"""The parts that layers are made of; one file has everything about a kind of part.
 
 A part is made from config and checkpoint headers alone, by `model.builder`. From then on it
 answers four questions: which weights it has (`specs`), which tensors of the workspace a step

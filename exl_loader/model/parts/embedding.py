@@ -39,7 +39,7 @@ class Embedding:
     table: torch.Tensor | base.Linear = field(init=False, repr=False)
 
     def specs(self) -> Iterator[TensorSpec]:
-        """The table as it will stand on the device."""
+        """Describe the table as it will be on the device."""
         if self.head is None:
             yield self.spec
 

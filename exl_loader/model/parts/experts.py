@@ -25,7 +25,7 @@ MAX_PAIRS = 16
 class ExpertTables:
     """The experts of a layer as one table for each projection.
 
-    The device's operations know what stands in a table (`DeviceOps.expert_table`).
+    The device's operations know the contents of a table (`DeviceOps.expert_table`).
     """
 
     gate: ExpertTable
@@ -72,11 +72,11 @@ class Experts(Block):
         }
 
     def tables(self, ops: DeviceOps, room: torch.Tensor) -> ExpertTables | None:
-        """Describe the loaded experts to a device that chooses among them by itself.
+        """Describe the loaded experts to a device that chooses among them without the CPU.
 
         Args:
             ops: the device's operations.
-            room: uint8 [3, n] of the workspace, where the descriptions stand.
+            room: uint8 [3, n] of the workspace, for the descriptions.
 
         Returns:
             None where its operations cannot run these experts that way.
@@ -111,7 +111,7 @@ class Experts(Block):
 
     def _run_pairs(self, ops: Ops, views: StepViews, tables: ExpertTables, x: torch.Tensor,
                    out: torch.Tensor) -> None:
-        """Run the chosen experts of few rows, each pair of a row and an expert by itself.
+        """Run the chosen experts of few rows, each pair of a row and an expert separately.
 
         The bits are those of `_run_experts`, and the CPU need not know which experts were chosen.
         """

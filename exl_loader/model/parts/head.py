@@ -30,7 +30,7 @@ class Head:
     softcap: float
 
     def specs(self) -> Iterator[TensorSpec]:
-        """The weights as they will stand on the device."""
+        """Describe the weights as they will be on the device."""
         yield from self.norm.specs()
         yield from self.linear.specs()
 

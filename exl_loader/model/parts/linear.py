@@ -50,7 +50,7 @@ class Linear:
 
     @cached_property
     def tensors(self) -> dict[str, TensorSpec]:
-        """Role -> a tensor as it will stand on the device."""
+        """Return role -> spec of a tensor as it will be on the device."""
         shapes = backend_of(self.device).linear_shapes(self.spec.sizes)
         if self.has_bias:
             shapes["bias"] = ("float32", (self.out_features,))
@@ -65,7 +65,7 @@ class Linear:
         return backend_of(self.device).stored_rows(self.spec.sizes)
 
     def specs(self) -> Iterator[TensorSpec]:
-        """The tensors as they will stand on the device."""
+        """Describe the tensors as they will be on the device."""
         yield from self.tensors.values()
 
     def load(self, loading: Loading) -> None:

@@ -32,7 +32,7 @@ class Norm:
     weight: torch.Tensor = field(init=False, repr=False)
 
     def specs(self) -> Iterator[TensorSpec]:
-        """The weight as it will stand on the device."""
+        """Describe the weight as it will be on the device."""
         yield self.spec
 
     def load(self, loading: Loading) -> None:

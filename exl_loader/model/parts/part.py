@@ -128,7 +128,7 @@ class Block(ABC):
         """
 
     def specs(self) -> Iterator[TensorSpec]:
-        """The weights as they will stand on the device."""
+        """Describe the weights as they will be on the device."""
         for part in self.weights():
             yield from part.specs()
 

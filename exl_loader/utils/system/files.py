@@ -11,7 +11,7 @@ _SCANNER_PAUSES_S = (0.1, 0.2, 0.4, 0.8, 1.6)
 
 
 def has_owners() -> bool:
-    """Return whether files have an owner and modes that say who may write them (POSIX)."""
+    """Return whether files have an owner and modes that decide who may write them (POSIX)."""
     return sys.platform != "win32"
 
 
