@@ -7,6 +7,7 @@ operation and brings what it wrote back.
 from __future__ import annotations
 
 import functools
+import platform
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -19,6 +20,7 @@ from support.kernel_cases import compiled_ops
 
 # The kernels for this machine; for AVX2 and in plain C++, which are compiled for the tests.
 OTHER_CPUS = ["x86-64-v3", "x86-64"]
+ALL_CPUS = ["native", *OTHER_CPUS]
 CPUS = ["native", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHER_CPUS)]
 # Lanes, warps and blocks in two orders: what needs a barrier that is not there differs.
 EMULATED = ["forward", "shuffled"]
@@ -109,6 +111,8 @@ def target(name: str, make: Any, threads: int = 3) -> Target:
             pytest.skip("no CUDA device")
         return Target(card_ops(), "cuda:0")
     if name == "native" or name in OTHER_CPUS:
+        if name in OTHER_CPUS and platform.machine().lower() not in ("x86_64", "amd64"):
+            pytest.skip("instruction sets of x86-64")
         ops = compiled_ops("" if name == "native" else name)
         ops.set_threads(threads)
         return Target(ops, None, "cpu")

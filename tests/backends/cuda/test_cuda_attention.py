@@ -11,6 +11,7 @@ import ctypes
 import pytest
 import torch
 
+from backends.operations import test_cache_writing
 from exl_loader.backends.cuda import attention
 from exl_loader.backends.cuda.attention import (
     AttentionOps,
@@ -292,14 +293,6 @@ def test_structs_are_as_long_as_the_kernels():
     assert ctypes.sizeof(attention.DecodeStruct) == 48
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not runtimes(), reason="needs gcc's sanitizers")
-def test_under_sanitizers():
-    chosen = "not sanitizers and not mistake and not gpu and not shuffled"
-    result = run_sanitized(__file__, "-k", chosen, "-m", "not slow")
-    assert result.returncode == 0, result.stdout[-4000:]
-
-
 @pytest.mark.parametrize("sequences", [1, 2, 5])
 def test_more_sequences_than_counters_take_several_launches(ops, monkeypatch, sequences):
     """The bits are those of one launch with counters for all sequences. One is a prompt."""
@@ -316,3 +309,16 @@ def test_more_sequences_than_counters_take_several_launches(ops, monkeypatch, se
 def test_the_widest_heads_leave_counters_for_a_sequence():
     """For 32 draft rows and the most query heads that a model may have, in groups of 8 rows."""
     assert -(-32 * MAX_HEADS // 8) <= COUNTER_BYTES // 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not runtimes(), reason="needs gcc's sanitizers")
+@pytest.mark.parametrize(
+    ("files", "chosen"),
+    [([__file__], "not sanitizers and not gpu and not shuffled"),
+     ([test_cache_writing.__file__], "forward")],
+    ids=["attention", "cache writing"],
+)
+def test_under_sanitizers(files, chosen):
+    result = run_sanitized(*files, "-k", chosen, "-m", "not slow")
+    assert result.returncode == 0, result.stdout[-4000:]

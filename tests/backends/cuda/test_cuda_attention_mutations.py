@@ -15,8 +15,8 @@ from test_cuda_attention import (
     assert_like_reference,
 )
 from test_cuda_attention_bias import assert_like_reference as with_bias
-from test_cuda_cache import REFERENCE, bytes_of, written
 
+from backends.operations.test_cache_writing import REFERENCE, bytes_of, written
 from exl_loader.backends.build.toolchain import find_compiler
 from support.cache_layers import make_batch, random_rows
 from support.cuda_attention_cases import attention_target, built_from, shape_of

@@ -1,7 +1,7 @@
 """Tests that need a card: the driver's figures, long texts, and compute-sanitizer.
 
 `pytest -m gpu` runs this file and the `gpu` variants of the others: every kernel against the
-reference (operations/, test_cuda_linear, _pack, _attention, _cache), and whole models
+reference (operations/, test_cuda_linear, _pack, _attention), and whole models
 (test_cuda_model).
 """
 
