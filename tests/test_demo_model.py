@@ -17,7 +17,7 @@ from exl_loader.convert.calibration import _DEFAULT_FILES
 DEMO = REPO / "exl_loader" / "demo_model"
 MOST_BYTES = 8_000_000
 
-# Written for this test, so that it stands in no training file.
+# Written for this test, so that it is in no training file.
 SNIPPET = '''
 class Counter:
     """Count how often each word was seen."""

@@ -153,7 +153,7 @@ DAMAGES: list[Damage] = [
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory) -> Path:
-    """Small models of every format; three layers' worth of places to damage."""
+    """Small models of every format; three layers to damage."""
     folder = tmp_path_factory.mktemp("fuzz")
     for format in ("exl2", "gptq"):
         write_quantized_model(folder / format, format, seed=7, tokenizer=True)
@@ -192,7 +192,7 @@ def loaded_logits(folder: Path) -> torch.Tensor:
 
 
 def same(actual: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Compare logits; where damage made them overflow, both must have."""
+    """Compare logits; both must overflow if one does, which damage can cause."""
     if not expected.isfinite().all():
         return not actual.isfinite().all()
     scale = expected.double().norm().clamp(min=1e-6)
@@ -200,7 +200,7 @@ def same(actual: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def one_case(original: Path, seed: int, tmp_path: Path) -> str:
-    """Damage a copy and load it; returns `error` or `loaded`."""
+    """Damage a copy, load it, and return `error` or `loaded`."""
     rng = random.Random(seed)
     folder = shutil.copytree(original, tmp_path / f"{original.name}-{seed}")
     folder.chmod(0o755)
@@ -210,18 +210,18 @@ def one_case(original: Path, seed: int, tmp_path: Path) -> str:
         write_tokenizer(folder, 500)
     damage = rng.choice(DAMAGES)
     damage(rng, folder)
-    words = f"{original.name}, seed {seed}, {damage.__name__}"
+    label = f"{original.name}, seed {seed}, {damage.__name__}"
     before = memory.live_bytes()
     try:
         logits = loaded_logits(folder)
     except ExlLoaderError as error:
-        assert str(error) and "\n" not in str(error), words
+        assert str(error) and "\n" not in str(error), label
         outcome = "error"
     else:
         outcome = "loaded"
-        assert same(logits, decoded_logits(folder, tmp_path / "decoded")), words
+        assert same(logits, decoded_logits(folder, tmp_path / "decoded")), label
         shutil.rmtree(tmp_path / "decoded")
-    assert memory.live_bytes() == before, words
+    assert memory.live_bytes() == before, label
     shutil.rmtree(folder)
     return outcome
 

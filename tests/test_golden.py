@@ -35,7 +35,7 @@ def test_the_record_has_every_case_and_no_other(record):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_nothing_was_lost(name, record, bench):
+def test_a_case_is_as_recorded(name, record, bench):
     try:
         result = CASES[name](bench)
     except NotHere as missing:

@@ -1,4 +1,4 @@
-"""A test that hangs ends, and says where: the limits of conftest.py, shortened, in another run."""
+"""A test that hangs is ended, and its traceback shown; another run with shorter limits."""
 
 import importlib.util
 import os
@@ -12,11 +12,11 @@ TESTS = Path(__file__).resolve().parent
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("pytest_timeout") is None or sys.platform != "linux",
-    reason="needs pytest-timeout, and a lock of which Linux tells the bytes",
+    reason="needs pytest-timeout, and the size of a mutex on Linux",
 )
 
-# Whoever comes first in a process imports what fixtures need, which may take a busy machine
-# longer than the short limit.
+# The first test of a process imports what fixtures need, which may take longer than the short
+# limit on a busy machine.
 HANGING = """
 import ctypes, threading
 import pytest
@@ -72,7 +72,7 @@ def test_a_hang_ends_its_test_and_one_in_compiled_code_its_process(run):
     result = run("-v")
     assert result.returncode == 1, result.stdout
     assert "test_that_hangs_in_python FAILED" in result.stdout
-    # What the process was ended with names the place; nothing came after it.
+    # The process ended with a traceback of the hanging test; no test ran after it.
     assert "Timeout (0:00:03)!" in result.stderr
     where = result.stderr.partition("most recent call first")[2]
     assert "in test_that_hangs_in_compiled_code" in where

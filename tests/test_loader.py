@@ -182,7 +182,7 @@ def test_two_loads_at_once_keep_the_limit_together(tiny_model_dir, monkeypatch, 
 
 
 def test_a_model_for_more_threads_beside_one_for_fewer(tmp_path, monkeypatch, nothing_left):
-    """They share the threads; each uses as many as its own workspace has room for."""
+    """Both models share the threads; each uses as many as its workspace has room for."""
     monkeypatch.delenv("EXL_LOADER_REFERENCE")
     folder, ids = tmp_path / "m", IDS * 15
     write_quantized_model(folder, "exl2", seed=3)

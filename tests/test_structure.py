@@ -1,4 +1,4 @@
-"""The structure of the package: imports run downwards, and devices are told apart in one wing."""
+"""The structure of the package: imports run downwards; only backends know kinds of devices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from support import REPO
 PACKAGE = REPO / "exl_loader"
 
 # A wing imports from itself and from wings further down. `loader` and `engine` are files; the
-# package's own `__init__.py` stands above all of them.
+# package's own `__init__.py` is above all of them.
 WINGS = (
     "commands", "loader", "engine", "convert", "memory", "model", "generation", "backends",
     "cache", "formats", "text", "checkpoint", "utils",
@@ -23,7 +23,7 @@ UPWARD = {
     ("backends/cuda/self_check.py", "memory"): "kernels are checked in a buffer that is counted",
 }
 KIND = re.compile(r"(cpu|cuda)(:.*)?")
-# Files outside `backends/` with such a string, which tells no kinds apart, and what it is for.
+# Files outside `backends/` with such a string -> its purpose, which is not to compare kinds.
 NAMED_KINDS = {
     "utils/table.py": "the default device, in one place",
     "commands/doctor.py": "keys of the JSON report",
@@ -65,14 +65,14 @@ def test_imports_run_downwards():
 
 
 def kinds_compared(tree: ast.Module) -> Iterator[str]:
-    """Find device kinds among a file's strings; what stands in docstrings is no code."""
+    """Find the strings of a file that name a kind of device."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             if KIND.fullmatch(node.value):
                 yield node.value
 
 
-def test_no_file_outside_backends_tells_kinds_of_devices_apart():
+def test_no_file_outside_backends_compares_kinds_of_devices():
     named = {
         path.as_posix() for path, tree in sources()
         if wing_of(path) != "backends" and any(kinds_compared(tree))
@@ -85,8 +85,8 @@ ASK_FOR_SYSTEM = {
     "backends/build/supervise.py": "runs as a script with the standard library alone",
     "text/chat/sandbox.py": "runs as a script without the package",
 }
-# Files that are told the system's name by `utils.system`, because what follows is their subject.
-TOLD_THE_SYSTEM = {
+# Files that ask `utils.system` for the operating system, because they differ by it.
+DEPEND_ON_SYSTEM = {
     "backends/build/toolchain.py": "each system's compilers, and how to install one",
     "backends/build/spec.py": "flags of compilers and linkers",
     "backends/cuda/compilers.py": "where NVRTC and nvcc are installed",
@@ -115,7 +115,7 @@ def test_only_utils_system_asks_for_the_operating_system():
 
 
 def test_only_compilers_depend_on_the_systems_name():
-    told = {
+    asking = {
         path.as_posix() for path, tree in sources()
         if any(
             isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
@@ -123,4 +123,4 @@ def test_only_compilers_depend_on_the_systems_name():
             for node in ast.walk(tree)
         )
     }
-    assert told == set(TOLD_THE_SYSTEM)
+    assert asking == set(DEPEND_ON_SYSTEM)

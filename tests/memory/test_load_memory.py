@@ -10,7 +10,7 @@ import pytest
 from benchmarks.cpu import speed_models  # noqa: E402
 from support import REPO
 
-# A head of 37 MiB beside layers of 2 to 8.
+# A head of 37 MiB and layers of 2 to 8 MiB.
 CONFIG = speed_models.GEOMETRY | {
     "hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 3,
     "num_attention_heads": 24,
@@ -31,14 +31,14 @@ def status(key):
 get_ops("cpu")
 torch.set_num_threads(1)
 with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")  # the peak begins anew
+    file.write("5")  # resets the peak
 before = status("VmRSS")
 model = exl_loader.load(sys.argv[1], ctx_size=256)
 print(status("VmHWM") - before, model.allocated_bytes())
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the peak")
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is in /proc")
 def test_loading_holds_one_tensor_besides_the_weights(tmp_path):
     folder = speed_models.write_exl2(tmp_path / "model", CONFIG)
     head_bytes = CONFIG["hidden_size"] * CONFIG["vocab_size"] * 6 // 8

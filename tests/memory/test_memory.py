@@ -332,7 +332,7 @@ def test_an_interrupted_allocation_frees_all_buffers(monkeypatch):
     assert memory.live_bytes() == before
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux says how memory is mapped")
+@pytest.mark.skipif(sys.platform != "linux", reason="the mapping is in /proc")
 def test_buffers_may_have_huge_pages():
     """Linux gives them to private mappings that ask; to shared ones only where set up so."""
     buffer, _ = CpuBackend().empty("cpu", 4 << 20)
@@ -340,7 +340,7 @@ def test_buffers_may_have_huge_pages():
         text = file.read()
     entries = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) .*?^VmFlags:(.*?)$", text, re.M | re.S)
     if not entries:
-        pytest.skip("this system does not say")
+        pytest.skip("this system does not report huge pages")
     address = buffer.data_ptr()
     flags = next(f.split() for low, high, f in entries if int(low, 16) <= address < int(high, 16))
     assert "sh" not in flags

@@ -83,9 +83,9 @@ def test_plan_opens_each_file_once_and_reads_headers_alone(counted, large_model)
     assert sorted(name for name in counted["files"] if name.endswith(".safetensors")) == shards
     assert len(counted["files"]) == len(set(counted["files"])) == len(shards) + 1
     if counted["bytes_read"] is None:
-        pytest.skip("the bytes that a process read are told by Linux alone")
+        pytest.skip("only Linux counts the bytes that a process reads")
     headers = sum(header_bytes(large_model / name) for name in shards)
-    # Around the headers: config.json, what the system says of memory and processes.
+    # Besides the headers: config.json, and the system's files about memory and processes.
     assert headers <= counted["bytes_read"] < headers + (4 << 20)
 
 

@@ -82,8 +82,8 @@ def test_alpha_is_near_what_the_web_ui_recommends(stretch, recommended):
 def test_a_plan_warns_in_words_and_in_json(tmp_path, capsys):
     folder = write_sparse_exl2(tmp_path / "m", max_position_embeddings=2048)
     assert main(["plan", str(folder), "--ctx-size", "4096"]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert re.search(r"Warning: a context of 4,096 tokens is beyond .* alpha_value 2\.6", said)
+    output = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"Warning: a context of 4,096 tokens is beyond .* alpha_value 2\.6", output)
     assert main(["plan", str(folder), "--ctx-size", "4096", "--json"]) == 0
     warning = json.loads(capsys.readouterr().out)["length_warning"]
     assert (warning["own_length"], warning["compress_pos_emb"]) == (2048, 2.0)
@@ -111,7 +111,7 @@ def test_every_command_that_loads_has_the_recommended_options(tiny_model, tmp_pa
     options = ["--ctx-size", "512", "--compress-pos-emb", "2"]
     assert main(["generate", str(folder), "--max-new-tokens", "2", *options]) == 0
     text = tmp_path / "text"
-    text.write_text("some words " * 40)
+    text.write_text("some text " * 40)
     assert main(["eval", str(folder), "--text", str(text), "--tokens", "20",
                  "--cache-type", "q4", *options]) == 0
     assert "own length" not in capsys.readouterr().err

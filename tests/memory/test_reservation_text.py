@@ -74,7 +74,7 @@ def test_needed_minus_found_bytes_are_the_missing_bytes(tmp_path, machine):
     machine(64 * GIB)
     (device,) = plan(folder, ctx_size=18432, cache_type="q4").devices
     total, overhead = amount(device.total_bytes), amount(device.overhead_bytes)
-    # A limit is set on the buffers: what lies outside them is no part of the sum.
+    # A limit is set on the buffers: memory outside them is no part of the sum.
     limits = {"ctx_size": 18432, "cache_type": "q4", "memory_limit": device.total_bytes}
     text = str(refusal(plan(folder, **limits | {"memory_limit": device.total_bytes - 1})))
     assert f"expected {total} (" in text and "overhead" not in text

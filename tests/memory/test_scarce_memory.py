@@ -16,8 +16,8 @@ from support import REPO
 CTX = 8192
 PIECE_BYTES = 1 << 16
 
-# A machine whose memory is a folder: each process keeps a sparse file there, as long as what
-# it has touched. Loads look at the machine as they look at a real one.
+# A machine whose memory is a folder: each process keeps a sparse file in it, as long as
+# the memory that it has touched. Loads ask this machine as they ask a real one.
 SHARED_MACHINE = """
 import os, random, sys, time
 from pathlib import Path
@@ -65,7 +65,7 @@ while model is None:
     time.sleep(random.uniform(0.01, 0.1))
     model = load()
 settings = {"max_new_tokens": 3, "ban_eos_token": True}
-print("said", len(list(model.generate_ids([5], settings))), flush=True)
+print("generated", len(list(model.generate_ids([5], settings))), flush=True)
 wait_for("first-*", 2)
 model.unload()
 own.unlink()
@@ -136,7 +136,7 @@ def test_two_processes_at_once_on_a_machine_with_memory_for_one(tmp_path, tiny_m
     assert [process.returncode for process in processes] == [0, 0], answers
     refusals = [line for out, _ in answers for line in out.splitlines() if "refused: " in line]
     assert refusals and all(" free" in line for line in refusals), answers
-    assert all("said 3" in out for out, _ in answers)
+    assert all("generated 3" in out for out, _ in answers)
     # Each looks before it takes a piece, so both together go over by a piece at most.
     assert needed <= most <= total + PIECE_BYTES
 
@@ -154,7 +154,7 @@ def test_two_loads_at_once_in_an_address_space_with_room_for_one(tiny_model_dir)
     ctx_size = 5 << 19
     assert plan(tiny_model_dir, ctx_size=ctx_size).total_bytes > 400 << 20
     process = run(ONE_ADDRESS_SPACE, tiny_model_dir, ctx_size)
-    out, words = process.communicate()
-    assert process.returncode == 0, words
+    out, errors = process.communicate()
+    assert process.returncode == 0, errors
     # Refused by what is free, or by the system, whichever comes first.
     assert out.startswith("cpu: ") and (" does not fit: " in out or " bytes" in out)

@@ -13,7 +13,7 @@ from exl_loader.memory.reservation.split import largest_fitting, split
 class Costs:
     """The bytes of a range of layers, as a model's are made.
 
-    Layers add up, the embedding stands with the first and the head with the last, and the
+    Layers add up, the embedding is with the first and the head with the last, and the
     workspace is as large as the largest layer needs.
     """
 

@@ -40,7 +40,7 @@ def test_specs_name_every_tensor_once(tiny_model):
     assert dtypes["model.embed_tokens.weight"] == dtypes["lm_head.weight"] == "float16"
 
 
-def test_a_tied_head_is_there_once(tiny_model):
+def test_a_tied_head_has_one_tensor(tiny_model):
     tied = parts_of(tiny_model("tied", tie_word_embeddings=True))
     apart = parts_of(tiny_model("apart"))
     assert tied.embedding.head is tied.head.linear and not [*tied.embedding.specs()]
@@ -88,7 +88,7 @@ def test_fixture_layers_are_exl2(fixtures_dir):
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "warned"),
     [
         ("model.layers.0.self_attn.rotary_emb.inv_freq", False),
         ("model.layers.0.self_attn.q_proj.input_scale", True),
@@ -96,18 +96,18 @@ def test_fixture_layers_are_exl2(fixtures_dir):
         ("mtp.layers.0.mlp.up_proj.weight", True),
     ],
 )
-def test_unknown_tensors_are_ignored(tiny_model, caplog, name, told):
+def test_unknown_tensors_are_ignored(tiny_model, caplog, name, warned):
     import torch
 
     folder = tiny_model()
     before = parts_of(folder).specs()
     rewrite(folder, lambda t: t.update({name: torch.ones(16)}))
     assert parts_of(folder).specs() == before
-    assert [name in record.message for record in caplog.records] == [True] * told
+    assert [name in record.message for record in caplog.records] == [True] * warned
 
 
 @pytest.mark.parametrize("name", ["lora_A", "lora_B.weight", "lora_a.default.weight"])
-def test_an_adapter_beside_the_weights_is_refused(tmp_path, name):
+def test_an_adapter_among_the_weights_is_refused(tmp_path, name):
     import torch
 
     folder = write_tiny_model(tmp_path / "m", tokenizer=False)
@@ -159,13 +159,13 @@ def test_a_norm_of_another_architecture_is_refused(tiny_model):
         parts_of(folder)
 
 
-def test_a_required_bias_must_be_there(tiny_model):
+def test_a_required_bias_must_exist(tiny_model):
     folder = tiny_model(architectures=["Qwen2ForCausalLM"])
     with pytest.raises(InvalidCheckpoint, match="q_proj.bias"):
         parts_of(folder)
 
 
-def test_a_bias_that_nobody_asked_for_is_taken(tiny_model):
+def test_a_stored_bias_is_read_without_being_required(tiny_model):
     import torch
 
     name = f"{LAYER}.mlp.down_proj.bias"

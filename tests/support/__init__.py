@@ -1,4 +1,4 @@
-"""What tests share: makers of models and inputs, doubles of hosts, the emulated card."""
+"""Shared by tests: makers of models and inputs, a double of the web UI, the emulated card."""
 
 from pathlib import Path
 

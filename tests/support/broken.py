@@ -1,4 +1,4 @@
-"""Breaks model folders, and expects of a load that it says so."""
+"""Break model folders, and check that a load refuses them with a readable error."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from exl_loader.utils.errors import ExlLoaderError
 CTX = 300
 
 
-def rejected(folder, error, *words: str, **options) -> None:
-    """Load, expect one readable line that names the thing, and look for what is left.
+def rejected(folder, error, *parts: str, **options) -> None:
+    """Check that a load fails with one readable line and leaves no buffer.
 
     For tests with the fixture `no_other_model`.
 
     Args:
-        error: the type that is raised, exactly, or a tuple of those that may be.
+        folder: the model.
+        error: the exact type of the error, or a tuple of possible types.
+        parts: texts that are in the message.
+        options: of the load.
     """
     with pytest.raises(ExlLoaderError) as caught:
         exl_loader.load(folder, ctx_size=CTX, **options)
@@ -29,8 +32,8 @@ def rejected(folder, error, *words: str, **options) -> None:
     assert type(found) in (error if isinstance(error, tuple) else (error,)), found
     text = str(found)
     assert "\n" not in text and len(text) < 1000
-    for word in words:
-        assert word in text, text
+    for part in parts:
+        assert part in text, text
     assert memory.live_bytes() == 0
 
 

@@ -55,13 +55,13 @@ def make_nvrtc(folder: Path, release: tuple[int, int]) -> Path:
 
 
 def fake_compiler(**changes) -> CudaCompiler:
-    """A compiler that is not there, for keys."""
+    """Return a compiler that does not exist, to compute keys with."""
     fields = {"command": ("nvcc",), "kind": "nvcc", "version": "nvcc V13.0.88 with g++ 12"}
     return CudaCompiler(Compiler(**{**fields, **changes}), (13, 0), Path("nvcc"))
 
 
 def sample_root(folder: Path, names: tuple[str, ...] = ("samples",)) -> Path:
-    """A source folder of platform.cuh and the emulation's sample kernels, under these names."""
+    """Make a source folder of platform.cuh and of the sample kernels under these names."""
     shutil.copytree(REPO / "csrc" / "cuda" / "nvrtc", folder / "cuda" / "nvrtc")
     shutil.copy(REPO / "csrc" / "cuda" / "platform.cuh", folder / "cuda")
     for name in names:
@@ -75,15 +75,15 @@ _MOST_COMPILED = 1500
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a compiler made of a source, as far as tests look at it.
+    """The part of a compiler's output that tests look at.
 
     Args:
-        words: the compiler's messages.
+        messages: of the compiler.
         traps: number of traps in the machine code.
         ptx: the PTX, if it was asked for.
     """
 
-    words: str
+    messages: str
     traps: int
     ptx: str
 
@@ -99,7 +99,10 @@ def compiled_once(spec: BuildSpec, source: Path, option: str,
         compile_now: compiles.
     """
     compiler = spec.compiler
-    options = repr((compiler.version, compiler.identity, spec.flags, option, source.name))
+    # The fields count, because an older checkout may have kept results with others.
+    kept_fields = Compiled.__match_args__
+    options = repr((kept_fields, compiler.version, compiler.identity, spec.flags, option,
+                    source.name))
     digest = hashlib.sha256(options.encode())
     for path in (source, *(spec.root / name for name in spec.headers)):
         digest.update(hashlib.sha256(path.read_bytes()).digest())
@@ -130,15 +133,15 @@ def traps_of(cubin: bytes) -> dict[str, int]:
     found = {}
     for name, code in _sections(cubin):
         if name.startswith(".text."):
-            words = memoryview(code).cast("H")[::8]
+            opcodes = memoryview(code).cast("H")[::8]
             found[name.removeprefix(".text.")] = sum(
-                word & 0xFFF == _TRAP_OPCODE for word in words
+                opcode & 0xFFF == _TRAP_OPCODE for opcode in opcodes
             )
     return found
 
 
 def _sections(elf: bytes) -> Iterator[tuple[str, bytes]]:
-    """Name and contents of an ELF file's sections (64 bits, little-endian)."""
+    """Yield name and contents of an ELF file's sections (64 bits, little-endian)."""
     (table,) = struct.unpack_from("<Q", elf, 40)
     size, count, names_at = struct.unpack_from("<HHH", elf, 58)
     headers = [struct.unpack_from("<IIQQQQ", elf, table + i * size) for i in range(count)]
@@ -159,11 +162,11 @@ class KeepingNvrtc(Nvrtc):
         return super()._text(function, program)
 
 
-def resource_report(words: str) -> dict[str, dict[str, int]]:
-    """Read what `-Xptxas -v` says of each kernel: registers, stack and spilled bytes."""
+def resource_report(messages: str) -> dict[str, dict[str, int]]:
+    """Read registers, stack and spilled bytes of each kernel from the output of `-Xptxas -v`."""
     report: dict[str, dict[str, int]] = {}
     name = ""
-    for line in words.splitlines():
+    for line in messages.splitlines():
         if match := re.search(r"Compiling entry function '(\w+)'", line):
             name = match[1]
             report[name] = {}
@@ -179,7 +182,7 @@ def resource_report(words: str) -> dict[str, dict[str, int]]:
 
 
 def kernels_of(source: Path) -> list[str]:
-    """Names of the kernels that a source registers, macros expanded by the host compiler."""
+    """List the kernels that a source registers, macros expanded by g++."""
     command = ["g++", "-x", "c++", "-std=c++17", "-E", "-P", "-DEXL_CUDA_EMULATION"]
     command += ["-I", str(REPO / "csrc"), "-I", str(REPO / "tests" / "support"), str(source)]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout

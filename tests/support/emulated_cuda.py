@@ -5,8 +5,8 @@ layouts, the launches, copied inputs and logits, captured decode steps. Work of 
 that is no launch would be missing from its replay.
 
 Every card has memory, a launcher and a stream of its own. A launch with an address in another
-card's memory is refused when it is prepared. A stream can postpone its work until somebody waits
-for it, so that results which are used without waiting are not there yet.
+card's memory is refused when it is prepared. A stream can postpone its work until the
+test or the engine waits for it, so that a result that is used without waiting does not exist yet.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class EmulatedCard(MainMemory, CudaBackend):
 class Stream:
     """The work of a card, in order.
 
-    With `lazy` nothing is done before somebody waits for it.
+    With `lazy` work is postponed until something waits for it.
     """
 
     def __init__(self) -> None:
@@ -89,7 +89,7 @@ class Stream:
         return self._issued
 
     def run_to(self, mark: int) -> None:
-        """Do the work before a mark."""
+        """Do the work up to a mark."""
         while self._done < mark:
             work = self._work.popleft()
             try:
@@ -112,7 +112,7 @@ class CapturingLauncher:
         self.stream = Stream()
         self.captured: list[Callable[[], None]] | None = None
         self.launches = 0
-        # So many captures from now on fail.
+        # The number of next captures that fail.
         self.spoilt_captures = 0
 
     def __getattr__(self, name: str) -> Any:

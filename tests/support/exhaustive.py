@@ -1,6 +1,6 @@
-"""Cases that every run samples and `pytest --exhaustive` takes one by one.
+"""Cases of which a run takes a sample, and `pytest --exhaustive` all.
 
-Each compiles kernels anew; all of them together take longer than all other tests.
+Each compiles kernels; all of them together take longer than all other tests.
 """
 
 from __future__ import annotations
@@ -17,6 +17,6 @@ ENV = "EXL_TESTS_EXHAUSTIVE"
 def some_of(cases: Sequence[Any], every: int) -> list[Any]:
     """Mark all cases but each `every`-th one as exhaustive; a tuple is one argument."""
     return [
-        case if place % every == 0 else pytest.param(case, marks=pytest.mark.exhaustive)
-        for place, case in enumerate(cases)
+        case if index % every == 0 else pytest.param(case, marks=pytest.mark.exhaustive)
+        for index, case in enumerate(cases)
     ]

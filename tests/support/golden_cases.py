@@ -2,11 +2,12 @@
 
     python tests/support/golden_cases.py --check              # names the cases that differ
     python tests/support/golden_cases.py --check --only plan  # those whose name has `plan` in it
-    python tests/support/golden_cases.py --write              # record anew: a deliberate change
+    python tests/support/golden_cases.py --write              # record again: a deliberate change
     python tests/support/golden_cases.py --write --only error
 
-The record is tests/golden/record.json; `golden_record` says what it keeps. On a machine whose
-bits it does not have, `--check` compares within bounds and says so, and `--write` adds its bits.
+The record is tests/golden/record.json; `golden_record` describes its contents. On a machine whose
+bits it does not have, `--check` compares within bounds and reports that, and `--write` adds its
+bits.
 Before a change is recorded, `--check` has to name no other case than the change is about.
 
 Cases use the public functions only (`exl_loader.load`, `plan`, the loaded model's methods, the
@@ -74,7 +75,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Check or write the golden record.")
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--check", action="store_true", help="name the cases that differ")
-    action.add_argument("--write", action="store_true", help="record the cases anew")
+    action.add_argument("--write", action="store_true", help="record the cases again")
     action.add_argument("--list", action="store_true", help="name the cases")
     parser.add_argument("--only", metavar="TEXT", default="", help="cases with this in their name")
     parser.add_argument("--times", action="store_true", help="print the CPU time of each case")

@@ -1,6 +1,6 @@
 """The models of the golden record, and the folder in which its cases find them.
 
-Models are small and random, written from fixed seeds; beside them the demo model and, where the
+Models are small and random, written from fixed seeds; besides them the demo model and, where the
 machine has them, the reference models.
 """
 

@@ -47,7 +47,7 @@ def sample(rows: np.ndarray) -> np.ndarray:
 
 
 def logits_case(bench: Bench, model: str, backend: str, cache_type: str) -> Result:
-    """Logits of a prompt, as a whole and in chunks, of steps behind it, and a greedy text."""
+    """Record logits of a prompt, in one pass and in chunks, of decode steps, and a greedy text."""
     folder = bench.model(model)
     ids, new_tokens = (IDS, 12) if backend == "cpu" else (SHORT_IDS, 6)
     bounds = {**BOUNDS, **REFERENCE_BOUNDS} if backend == "reference" else BOUNDS
@@ -68,7 +68,7 @@ def logits_case(bench: Bench, model: str, backend: str, cache_type: str) -> Resu
             ])
             answer = list(loaded.generate_ids(
                 ids, temperature=0, max_new_tokens=new_tokens, ban_eos_token=True))
-            behind = loaded.prompt_logits([*ids, *answer]).numpy()[len(ids) - 1 : -1]
+            answer_logits = loaded.prompt_logits([*ids, *answer]).numpy()[len(ids) - 1 : -1]
             texts = _together(loaded, [ids, ids[5:]], new_tokens)
         with exl_loader.load(folder, **options | {"chunk_size": 29}) as loaded:
             chunks = loaded.prompt_logits(ids).numpy()
@@ -77,7 +77,7 @@ def logits_case(bench: Bench, model: str, backend: str, cache_type: str) -> Resu
         "greedy": answer, "together": texts,
     }
     result.near = {"whole": sample(whole), "chunks": sample(chunks), "steps": sample(steps)}
-    result.robust = {"greedy": (answer, _count_robust(behind, result.bound))}
+    result.robust = {"greedy": (answer, _count_robust(answer_logits, result.bound))}
     return result
 
 
@@ -262,11 +262,11 @@ def tokens_case(bench: Bench) -> Result:
 
 # The command line
 
-def command(*words: str) -> tuple[int, str]:
+def command(*arguments: str) -> tuple[int, str]:
     """Run `python -m exl_loader` in this process; returns its exit code and what it printed."""
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["exl_loader", *words])
+        patch.setattr(sys, "argv", ["exl_loader", *arguments])
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
             try:
                 runpy.run_module("exl_loader", run_name="__main__", alter_sys=False)
@@ -277,31 +277,31 @@ def command(*words: str) -> tuple[int, str]:
 
 
 def command_case(bench: Bench) -> Result:
-    """What subcommands print, and their exit codes."""
+    """Record what subcommands print, and their exit codes."""
     result = Result()
     text = bench.folder / "text.txt"
     text.write_text(LONG_PROMPT)
     with bench.backend("cpu"):
-        code, said = command("plan", str(DEMO), "--ctx-size", "700", "--cache-type", "q6",
+        code, output = command("plan", str(DEMO), "--ctx-size", "700", "--cache-type", "q6",
                              "--device", "cpu", "--json")
-        made = json.loads(said)
+        made = json.loads(output)
         result.exact["plan"] = [code, made["total_bytes"], made["architecture"], sorted(made)]
-        code, said = command("generate", str(DEMO), "--ctx-size", "512", "--device", "cpu",
+        code, output = command("generate", str(DEMO), "--ctx-size", "512", "--device", "cpu",
                              "--prompt", PROMPT, "--temperature", "0.8", "--seed", "3",
                              "--max-new-tokens", "30")
         result.exact["generate"] = code
-        result.bits["generate"] = said
-        code, said = command("eval", str(DEMO), "--text", str(text), "--ctx-size", "256",
+        result.bits["generate"] = output
+        code, output = command("eval", str(DEMO), "--text", str(text), "--ctx-size", "256",
                              "--tokens", "300", "--cache-type", "q8,q4", "--json")
-        made = json.loads(said)
+        made = json.loads(output)
         result.exact["eval"] = [code, sorted(made)]
         result.bits["eval"] = {
             key: value for key, value in made.items() if key not in ("seconds", "model", "text")
         }
-        for words in (["plan", str(bench.folder / "nothing")], ["plan", "--no-such-option"],
-                      ["generate", str(DEMO), "--device", "gpu"], ["no-such-command"], []):
-            shown = " ".join(words).replace(str(bench.folder), "").replace(str(DEMO), "DEMO")
-            result.exact[f"exit code of: {shown}"] = command(*words)[0]
+        for arguments in (["plan", str(bench.folder / "nothing")], ["plan", "--no-such-option"],
+                          ["generate", str(DEMO), "--device", "gpu"], ["no-such-command"], []):
+            shown = " ".join(arguments).replace(str(bench.folder), "").replace(str(DEMO), "DEMO")
+            result.exact[f"exit code of: {shown}"] = command(*arguments)[0]
     return result
 
 

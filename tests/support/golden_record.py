@@ -112,7 +112,7 @@ def _cpu() -> str:
 
 
 def _compiler() -> str:
-    """Return the first line of what the C++ compiler says of itself."""
+    """Return the first line of the C++ compiler's `--version`."""
     command = shlex.split(os.environ.get("CXX", ""))
     if not command:
         names = ("g++", "clang++")
@@ -120,10 +120,10 @@ def _compiler() -> str:
     if not command:
         return "none"
     try:
-        said = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
     except OSError:
         return "none"
-    return said.stdout.partition("\n")[0]
+    return done.stdout.partition("\n")[0]
 
 
 class Record:

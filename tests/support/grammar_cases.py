@@ -57,7 +57,7 @@ class Tree:
         }[self.kind]
 
     def ends(self, text: str, begin: int, rule_ends) -> set[int]:
-        """Where what this describes may end if it begins there; `rule_ends(number, begin)`."""
+        """Return where a match that begins at `begin` may end; `rule_ends(number, begin)`."""
         if self.kind == "text":
             return {begin + len(self.text)} if text.startswith(self.text, begin) else set()
         if self.kind in ("class", "but"):

@@ -36,7 +36,7 @@ def longrope(pairs: int) -> dict:
     }
 
 
-# Name -> (architecture, config). A name's models differ in what the name says.
+# Name -> (architecture, config). The models of a name differ in the option that the name has.
 MODELS: dict[str, tuple[str, dict]] = {
     "llama": ("Llama", dict(head_dim=64)),
     "llama-biases": ("Llama", dict(head_dim=80, attention_bias=True, mlp_bias=True)),

@@ -97,7 +97,7 @@ def biased_qwen(folder, size):
             bias = layer.self_attn.k_proj.bias.view(4, -1)
             bias[:, 3] += size
             bias[:, -2] -= size
-            # What makes a large bias bearable: queries that hardly look there.
+            # As in trained models, queries are small in channels with a large bias.
             for projection in (layer.self_attn.q_proj.weight, layer.self_attn.q_proj.bias):
                 rows = projection.view(4, bias.shape[1], -1)
                 for channel in (3, bias.shape[1] - 2):

@@ -1,13 +1,13 @@
 """Random quantised layers and model folders, written from the format descriptions alone.
 
 The makers are independent of `exl_loader.formats`: codes become bit streams through numpy's
-`packbits`, and each returns the weights that its tensors stand for, computed before packing.
+`packbits`, and each returns the weights that its tensors encode, computed before packing.
 
     tensors, weight = make_exl2_layer(rng, 256, 96, [(5, 128), (4, 128)])
     tensors, weight = make_gptq_layer(rng, 256, 96, bits=4, group_size=64, act_order=True)
     state = write_quantized_model(folder, "exl2", seed=1)      # state dict for transformers
 
-`tensors` maps the name behind the layer's prefix (`q_weight`, ...) to a torch tensor;
+`tensors` maps the name after the layer's prefix (`q_weight`, ...) to a torch tensor;
 `weight` is float32 [in_features, out_features] (transpose it for `nn.Linear`).
 """
 
@@ -214,7 +214,7 @@ def write_quantized_model(
         config: changes to `tiny.CONFIG`. layer_options: for the layer's maker.
 
     Returns:
-        the state dict it stands for: Hugging Face names, float32, weights [out, in].
+        the state dict that it encodes: Hugging Face names, float32, weights [out, in].
     """
     config = CONFIG | (config or {})
     rng = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""Values that nobody should give to a setting, and everybody's client gives one day."""
+"""Invalid values for settings, as faulty clients send them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 
 
 class Unprintable:
-    """An object of which nothing can be shown."""
+    """An object whose `repr` fails."""
 
     def __repr__(self) -> str:
-        raise RuntimeError("no words")
+        raise RuntimeError("no repr")
 
 
 def odd_values() -> list[Any]:
-    """Numbers, texts, lists and objects beyond what any setting takes; made anew each time."""
+    """Return numbers, texts, lists and objects that no setting accepts; some are random."""
     return [
         None, True, False, 0, -1, 2**31, 2**63, 2**64, 10**30, 10**400, 10**5000, -(10**5000),
         0.5, -1.5, 1e300, -1e300, 5e-324, 4e38, float("nan"), float("inf"), -float("inf"), 1j,

@@ -208,7 +208,7 @@ def unset_reads(kernel: Kernel) -> list[str]:
     found = []
     for number, block in enumerate(kernel.blocks):
         if number and not before[number]:
-            continue  # nothing gets there
+            continue  # unreachable
         known = at_start[number]
         for instruction in block.instructions:
             missing = mask(instruction.read()) & ~known
@@ -226,7 +226,7 @@ BLOCK, WARP, THREAD = 0, 1, 2
 
 
 def divergent_barriers(kernel: Kernel) -> list[str]:
-    """Find block barriers behind a branch that the threads of a block may take differently."""
+    """Find block barriers after a branch that the threads of a block may take differently."""
     levels = _levels(kernel)
     controls = _controlling(kernel)
     found = []
@@ -238,7 +238,7 @@ def divergent_barriers(kernel: Kernel) -> list[str]:
         for branch in _closure(number, controls):
             jump = kernel.blocks[branch].instructions[-1]
             if levels.get(jump.guard, BLOCK) != BLOCK:
-                found.append(f"{kernel.name}: {barrier.opcode} behind {jump}")
+                found.append(f"{kernel.name}: {barrier.opcode} after {jump}")
     return found
 
 

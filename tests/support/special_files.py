@@ -1,4 +1,4 @@
-"""What may stand in place of a file: things that never end, never begin, or are not there."""
+"""Paths that are no regular file: pipes, sockets, endless devices, holes, broken links."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def link_to_named_pipe(path: Path) -> None:
 
 
 def unix_socket(path: Path) -> None:
-    # The name of a socket may have about a hundred bytes, and a test's folder has more.
-    here = os.open(path.parent, os.O_RDONLY)
+    # The path of a socket may have about a hundred bytes, and a test's folder has more.
+    parent = os.open(path.parent, os.O_RDONLY)
     with socket.socket(socket.AF_UNIX) as listener:
         try:
-            listener.bind(f"/proc/self/fd/{here}/{path.name}")
+            listener.bind(f"/proc/self/fd/{parent}/{path.name}")
         finally:
-            os.close(here)
+            os.close(parent)
 
 
 def folder(path: Path) -> None:

@@ -89,7 +89,7 @@ def added_token(content: str, **flags: bool) -> dict[str, Any]:
 
 
 def write_folder(folder: Path, config: dict[str, Any] | None, model_type: str = "llama") -> Path:
-    """Write the files beside a vocabulary."""
+    """Write the files that a folder has besides its vocabulary."""
     folder.mkdir(parents=True, exist_ok=True)
     architecture = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[model_type]
     (folder / "config.json").write_text(

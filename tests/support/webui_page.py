@@ -144,8 +144,8 @@ class WebuiPage:
         if self._said not in messages:
             return ""
         # Counted from the end, because a greeting may still be inserted at the beginning.
-        behind = messages[::-1].index(self._said)
-        return messages[-behind] if behind else ""
+        later = messages[::-1].index(self._said)
+        return messages[-later] if later else ""
 
     def wait_until_longer(self, than: str) -> str:
         for _ in range(300):

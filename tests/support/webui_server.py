@@ -158,7 +158,7 @@ class Server:
         return self.get("internal/model/info")
 
     def text(self, **changes) -> str:
-        """Return a completion's text, greedy unless `changes` say otherwise."""
+        """Return a completion's text, greedy unless `changes` override that."""
         return self.post("completions", **GREEDY | changes)["choices"][0]["text"]
 
     def stream(self, **changes) -> Iterator[str]:

@@ -193,7 +193,7 @@ def test_full_disk_is_an_error_with_a_remedy(cache, sources, nvrtc, monkeypatch)
     assert find_partials(cache) == []
 
 
-def test_compile_error_shows_the_compilers_words(cache, sources, compiler):
+def test_compile_error_shows_the_compilers_message(cache, sources, compiler):
     (sources / "cuda" / "two.cu").write_text("__global__ void k() { undeclared_thing(); }\n")
     with pytest.raises(KernelBuildError, match="two.cu.*error.*EXL_LOADER_CUDA_COMPILER") as caught:
         build_entry(cuda_spec((9, 0), compiler=compiler, root=sources))
@@ -322,15 +322,15 @@ def compile_with_nvrtc():
         include = [f"-I{spec.root / name}" for name in spec.include_dirs]
 
         def compile_now():
-            cubin, words = nvrtc().compile(
+            cubin, messages = nvrtc().compile(
                 source.read_bytes(), source.name, [*spec.flags, *include, option]
             )
             assert cubin.startswith(b"\x7fELF")
             ptx = "" if option == HASTY else nvrtc().ptx
-            return Compiled(words, sum(traps_of(cubin).values()), ptx)
+            return Compiled(messages, sum(traps_of(cubin).values()), ptx)
 
         compiled = compiled_once(spec, source, option, compile_now)
-        assert "warning" not in compiled.words, compiled.words
+        assert "warning" not in compiled.messages, compiled.messages
         return compiled
 
     return compile_source
@@ -343,7 +343,7 @@ def test_source_compiles_with_nvrtc(compile_with_nvrtc, source, capability):
     compiled = compile_with_nvrtc(source, capability, "-Xptxas=-v")
     if source != SAMPLES:
         check_cubin(compiled, source)
-    check_resources(resource_report(compiled.words), source)
+    check_resources(resource_report(compiled.messages), source)
 
 
 @pytest.mark.parametrize(
@@ -370,7 +370,7 @@ def compile_with_nvcc(source, capability, option, target):
         return Compiled(result.stderr, traps, target.read_text() if is_ptx else "")
 
     compiled = compiled_once(spec, source, option, compile_now)
-    assert "warning" not in compiled.words, compiled.words
+    assert "warning" not in compiled.messages, compiled.messages
     return compiled
 
 
@@ -384,5 +384,5 @@ def test_ptx_of_nvcc(source, capability, tmp_path):
 @pytest.mark.parametrize(("source", "capability"), cases(SOURCES, lambda *case: False))
 def test_source_compiles_with_nvcc_as_cards_run_it(source, capability, tmp_path):
     compiled = compile_with_nvcc(source, capability, "-Xptxas=-v", tmp_path / "out.cubin")
-    check_resources(resource_report(compiled.words), source)
+    check_resources(resource_report(compiled.messages), source)
     assert compiled.traps == 0

@@ -78,7 +78,7 @@ def test_planes_join_to_what_was_split(bits):
 
 def test_group_table_counts_whole_blocks():
     table = group_table([(6, 64), (3, 32), (2, 20)])
-    assert table.tolist() == [[6, 0, 64, 0], [3, 64, 32, 768], [2, 96, 20, 960]]
+    assert table == [(6, 0, 64, 0), (3, 64, 32, 768), (2, 96, 20, 960)]
 
 
 @pytest.mark.parametrize("chunk_words", [1, 1 << 15])
@@ -89,7 +89,7 @@ def test_mixed_groups_with_a_tail_round_trip(monkeypatch, columns, chunk_words):
     layout = [(8, 128), (6, 32), (5, 64), (4, 32), (3, 96), (2, 32), (3, 19)]
     codes = [rng.integers(0, 1 << bits, (rows, columns)) for bits, rows in layout]
     words = [pack_stream(part, layout[i][0]) for i, part in enumerate(codes)]
-    groups = group_table(layout)
+    groups = np.array(group_table(layout), dtype=np.int32)
     tiles, used = 4, int(groups[-1, 3]) + 64 * 3
     packed = torch.full((tiles, used + 64), 0xA5, dtype=torch.uint8)
     planes.pack_exl2(torch.from_numpy(np.concatenate(words)), torch.from_numpy(groups), packed)
@@ -97,13 +97,13 @@ def test_mixed_groups_with_a_tail_round_trip(monkeypatch, columns, chunk_words):
     unpacked = planes.unpack_codes(layer)
     seen = min(columns, 64)
     assert (unpacked[:, :seen] == np.concatenate(codes)[:, :seen]).all()
-    assert not unpacked[:384, seen:].any(), "columns that are not there are zero"
-    assert not packed[:, used:].any(), "bytes behind the last block are zero"
+    assert not unpacked[:384, seen:].any(), "columns beyond the layer are zero"
+    assert not packed[:, used:].any(), "bytes after the last block are zero"
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("with_perm", [False, True])
-def test_gptq_rows_stand_in_the_order_of_the_permutation(bits, with_perm):
+def test_gptq_rows_are_in_the_order_of_the_permutation(bits, with_perm):
     rng = np.random.default_rng(bits)
     codes = rng.integers(0, 1 << bits, (160, 24))
     perm = torch.from_numpy(rng.permutation(160).astype(np.int32)) if with_perm else None
