@@ -215,7 +215,7 @@ class Backend(Protocol):
     def scratch_bytes(self, step: StepSizes) -> int:
         """Return the most scratch that any operation of such steps needs."""
 
-    def workspace_specs(self, step: StepSizes) -> Shapes:
+    def workspace_shapes(self, step: StepSizes) -> Shapes:
         """Return the tensors that only operations of this kind need in the workspace."""
 
     def open(self, device: str, progress: Progress | None = None) -> DeviceOps:
@@ -378,7 +378,7 @@ class Ops(Protocol):
         """Take up to 1024 of each row's largest logits, and the sum of all others.
 
         Equal logits are taken together or not at all. A row's result depends on that row alone,
-        bit for bit. Called where `Backend.workspace_specs` has a tensor `top_logits`.
+        bit for bit. Called where `Backend.workspace_shapes` has a tensor `top_logits`.
 
         Args:
             logits: float32 [T, at least vocab_size].

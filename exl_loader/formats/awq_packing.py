@@ -1,7 +1,7 @@
-"""The packing `auto_round:auto_awq` of 4-bit codes, put in order as GPTQ packs them.
+"""auto-round's packing `auto_round:auto_awq` of 4-bit codes, converted to GPTQ's packing.
 
-    P.qweight int32 [K, N / 8]   codes along N: a word holds 8 columns of one row
-    P.qzeros  int32 [G, N / 8]   zero points as they are, in the same order
+    P.qweight int32 [K, N / 8]   codes packed along N: a word holds 8 columns of one row
+    P.qzeros  int32 [G, N / 8]   zero points without an offset, in the same order
 
 Column 8 * w + c of a row is in word w at bits [4 * SLOTS[c], 4 * SLOTS[c] + 4). Source:
 auto-round 0.16, `export/export_to_awq/utils.py`, which follows AutoAWQ's GEMM kernel.
@@ -22,7 +22,7 @@ SLOTS = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 def codes_along_rows(words: Array) -> Array:
-    """Repack codes: uint32 [K, N / 8] to uint32 [K / 8, N], GPTQ's `qweight`."""
+    """Repack codes from uint32 [K, N / 8] to GPTQ's `qweight`, uint32 [K / 8, N]."""
     import numpy as np
 
     rows, groups = words.shape
@@ -35,7 +35,7 @@ def codes_along_rows(words: Array) -> Array:
 
 
 def zeros_in_order(words: Array) -> Array:
-    """Put the fields of words in the order of columns: GPTQ's `qzeros`, same shape."""
+    """Reorder zero points, uint32 [G, N / 8], to the order of columns of GPTQ's `qzeros`."""
     import numpy as np
 
     ordered = np.zeros_like(words)

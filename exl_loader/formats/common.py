@@ -1,4 +1,4 @@
-"""What the formats share: checks of headers, biases, checks of values."""
+"""Functions that all formats use: checks of headers, reading of biases, checks of values."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ..utils.errors import InvalidCheckpoint, UnsupportedFormat
+from ..utils.integers import round_up
 
 if TYPE_CHECKING:
     import torch
@@ -18,11 +19,16 @@ WRONG_FILE = "Check that the weight files belong to this config.json, or downloa
 
 
 def expect(header: TensorHeader, dtypes: Iterable[str], shape: tuple[int | None, ...]) -> None:
-    """Check a tensor's dtype and shape; None means any size.
+    """Check a tensor's dtype and shape.
+
+    Args:
+        header: of the tensor.
+        dtypes: the allowed ones.
+        shape: the required one; None allows any size of a dimension.
 
     Raises:
-        InvalidCheckpoint: the shape is another.
-        UnsupportedFormat: the dtype is another.
+        InvalidCheckpoint: the shape differs.
+        UnsupportedFormat: the dtype is not allowed.
     """
     dtypes = tuple(dtypes)
     if header.dtype not in dtypes:
@@ -51,14 +57,17 @@ def expect_columns(
     rows: tuple[int, int] | None,
     padding: int = 1,
 ) -> None:
-    """Check that a tensor has the output columns a layer needs.
+    """Check that a tensor has the output columns that a layer needs.
 
     Args:
-        stored: columns it has. rows: the part of a fused tensor that is wanted, or None.
-        padding: columns may be filled up to a multiple of this.
+        header: of the tensor, for messages.
+        stored: number of output columns of the tensor.
+        out_features: number of output columns that the layer needs.
+        rows: (first, end) output rows of a fused tensor; None is the whole tensor.
+        padding: `stored` may be `out_features` rounded up to a multiple of this number.
 
     Raises:
-        InvalidCheckpoint: it has too few or too many.
+        InvalidCheckpoint: the tensor has too few or too many columns.
     """
     if rows is not None:
         assert rows[1] - rows[0] == out_features, (header.name, rows, out_features)
@@ -70,7 +79,7 @@ def expect_columns(
                 remedy=WRONG_FILE,
             )
         return
-    if stored not in (out_features, -(-out_features // padding) * padding):
+    if stored not in (out_features, round_up(out_features, padding)):
         raise InvalidCheckpoint(
             f"{header.name}: output features",
             expected=out_features,
@@ -86,13 +95,17 @@ def has_bias(
     rows: tuple[int, int] | None,
     bias: bool | None,
 ) -> bool:
-    """Tell whether a layer has a bias: where it is stored, unless `bias` overrides it.
+    """Return whether a layer has a bias, and check its header.
 
-    AutoGPTQ stores zero biases where the architecture has none; adding them changes nothing.
+    A stored bias is used even if the architecture has none, because AutoGPTQ stores zero biases
+    for every layer, and adding zeros changes nothing.
+
+    Args:
+        bias: True requires a bias, False ignores a stored one, None uses one that is stored.
 
     Raises:
-        InvalidCheckpoint: `bias` is True and there is none, or its shape is wrong.
-        UnsupportedFormat: its dtype is no float.
+        InvalidCheckpoint: `bias` is True and no bias is stored, or its shape is wrong.
+        UnsupportedFormat: the dtype of the bias is not in `FLOAT_DTYPES`.
     """
     stored = f"{source}.bias"
     if bias is False or (bias is None and stored not in checkpoint.headers):
@@ -104,13 +117,13 @@ def has_bias(
 
 
 def read_columns(spec: LinearSpec, tensor: torch.Tensor) -> torch.Tensor:
-    """Cut the columns of a layer out of a tensor whose last dimension is the output."""
+    """Return a view of the layer's columns of a tensor [..., output columns of the source]."""
     first, end = spec.rows or (0, spec.out_features)
     return tensor[..., first:end]
 
 
 def read_bias(spec: LinearSpec, checkpoint: Checkpoint) -> torch.Tensor | None:
-    """Read a layer's bias, float32 [out_features]; None where the layer has none.
+    """Read a layer's bias, float32 [out_features]; None if the layer has none.
 
     Raises:
         InvalidCheckpoint: a value is not finite.
@@ -127,12 +140,13 @@ def require_finite(name: str, tensor: torch.Tensor) -> None:
     """Check that a tensor of `FLOAT_DTYPES` is finite.
 
     Raises:
-        InvalidCheckpoint: it holds NaN or infinity.
+        InvalidCheckpoint: a value is NaN or infinite.
     """
     import torch
 
-    # As integers: without the sign, everything from infinity's pattern on is not finite. It
-    # takes a tenth of what `torch.isfinite` takes for 16-bit types, which every weight passes.
+    # Values are compared as integers: without the sign bit, exactly the bit patterns from that
+    # of infinity upwards are not finite. For 16-bit types this takes a tenth of the time of
+    # `torch.isfinite`, and every weight is checked.
     integer = torch.int32 if tensor.element_size() == 4 else torch.int16
     infinity = torch.tensor(float("inf"), dtype=tensor.dtype).view(integer)
     magnitude = tensor.view(integer) & torch.iinfo(integer).max

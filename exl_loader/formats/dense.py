@@ -1,4 +1,4 @@
-"""Unquantised linear layers: float16, bfloat16 or float32, kept in their own dtype."""
+"""Unquantised linear layers: float16, bfloat16 or float32, stored in the dtype of the file."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from ..checkpoint import Checkpoint
 
+
 def dense_spec(
     checkpoint: Checkpoint,
     name: str,
@@ -40,7 +41,10 @@ def dense_spec(
 
 
 def read_dense(spec: LinearSpec, checkpoint: Checkpoint) -> DenseLayer:
-    """Open an unquantised layer, whose weight is read in pieces; see `formats.read_linear`."""
+    """Read the bias of an unquantised layer; see `formats.read_linear`.
+
+    The weight is read in pieces by `DenseLayer.read_rows`.
+    """
     header = checkpoint.header(f"{spec.source}.weight")
     return DenseLayer(
         spec.in_features, spec.out_features, header.dtype,
@@ -51,7 +55,7 @@ def read_dense(spec: LinearSpec, checkpoint: Checkpoint) -> DenseLayer:
 def _read_rows(
     spec: LinearSpec, checkpoint: Checkpoint, first: int, end: int
 ) -> torch.Tensor:
-    """Read output rows first..end, [end - first, in_features], and check that they are finite."""
+    """Read output rows first to end, [end - first, in_features], and check that they are finite."""
     name, base = f"{spec.source}.weight", spec.rows[0] if spec.rows else 0
     rows = checkpoint.read_rows(name, base + first, base + end)
     require_finite(name, rows)

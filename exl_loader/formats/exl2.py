@@ -1,9 +1,10 @@
-"""EXL2 linear layers: groups of 2 to 8 bits within one layer, rows in an order of their own.
+"""EXL2 linear layers: each group of rows has 2 to 8 bits, and rows are permuted.
 
-Tensors of a layer P with K inputs, N outputs padded to 32, G groups (facts: the reference
-quantiser's own files; every statement is held by the fixtures' reference logits):
+Tensors of a layer P with K inputs, N outputs padded to a multiple of 32, and G groups.
+Source: files of the reference quantiser. The tests check every line against the fixtures'
+reference logits:
 
-    P.q_weight    int32 [R, N]    per column one bit stream; a group starts on a whole word
+    P.q_weight    int32 [R, N]    one bit stream a column; every group starts at a whole word
     P.q_groups    int16 [2G]      (bits, first row of the group in q_weight)
     P.q_scale     int32 [G, N/8]  4 bits a column, qs - 1
     P.q_scale_max float16 [G]
@@ -19,6 +20,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..utils.errors import InvalidCheckpoint, UnsupportedFormat
+from ..utils.integers import ceil_div
 from .common import (
     WRONG_FILE,
     expect,
@@ -35,10 +37,12 @@ if TYPE_CHECKING:
 
     from ..checkpoint import Checkpoint
 
-# A tail group of n rows takes ceil(n * bits / 32) words on disk and `bits` words a block of
-# 32 here, so it can grow by at most 7 words; only the values determine which.
+# The last group may have n rows that are no multiple of 32. It takes ceil(n * bits / 32) words a
+# column in the file, and on a device `bits` words for each block of 32 rows. A partial block of
+# 8 bits and 1 to 4 rows grows most, from 1 word to 8. The bits of the group are values, so a
+# spec reserves the largest growth.
 TAIL_WORDS = 7
-# Bits of a code.
+# Allowed bits of a code.
 WIDTHS = (2, 3, 4, 5, 6, 8)
 COLUMN_PADDING = 32
 
@@ -75,10 +79,10 @@ def exl2_spec(
 
 
 def _check_sizes(name: str, in_features: int, columns: int, words: int, num_groups: int) -> None:
-    """Check what headers allow to check: that some group table could add up."""
-    least = -(-in_features * min(WIDTHS) // 32)
-    most = -(-in_features * max(WIDTHS) // 32)
-    most_groups = -(-in_features // BLOCK_ROWS)
+    """Check the sizes in the headers: at least one valid group table must exist for them."""
+    least = ceil_div(in_features * min(WIDTHS), 32)
+    most = ceil_div(in_features * max(WIDTHS), 32)
+    most_groups = ceil_div(in_features, BLOCK_ROWS)
     for what, expected, actual, good in (
         ("q_weight rows", f"{least} to {most}", words, least <= words <= most),
         ("groups", f"1 to {most_groups}", num_groups, 1 <= num_groups <= most_groups),
@@ -100,15 +104,16 @@ def _bad_groups(spec: LinearSpec, expected: str, actual: object) -> InvalidCheck
 
 
 def read_groups(spec: LinearSpec, checkpoint: Checkpoint) -> list[tuple[int, int]]:
-    """Read and validate a layer's group table.
+    """Read and check a layer's group table.
 
     Returns:
         (bits, rows) of each group, in stored order.
 
     Raises:
-        InvalidCheckpoint: unknown bit widths, starts that do not rise, or a table that does
-            not add up to the layer's rows and words.
-        UnsupportedFormat: a group before the last whose rows are no multiple of 32.
+        InvalidCheckpoint: a number of bits is not in `WIDTHS`, the starts do not increase, or
+            the groups do not add up to the layer's rows and words.
+        UnsupportedFormat: the number of rows of a group, except the last, is not a multiple
+            of 32.
     """
     stored = checkpoint.read(f"{spec.source}.q_groups").tolist()
     table = [value & 0xFFFF for value in stored]
@@ -128,7 +133,7 @@ def read_groups(spec: LinearSpec, checkpoint: Checkpoint) -> list[tuple[int, int
         if not last and taken % bits:
             raise _odd_group(spec, index, bits, taken)
         left -= rows
-        if rows <= 0 or left < 0 or -(-rows * bits // 32) != taken:
+        if rows <= 0 or left < 0 or ceil_div(rows * bits, 32) != taken:
             actual = f"group {index} of {bits} bits with {taken} words for {rows + left} rows"
             raise _bad_groups(spec, f"groups that add up to {spec.in_features} rows", actual)
         groups.append((bits, rows))
@@ -136,7 +141,11 @@ def read_groups(spec: LinearSpec, checkpoint: Checkpoint) -> list[tuple[int, int
 
 
 def _odd_group(spec: LinearSpec, index: int, bits: int, taken: int) -> Exception:
-    """Tell a size that cannot be from one that this engine does not have."""
+    """Return the error for a group, except the last, that is not made of whole blocks.
+
+    The file is invalid if the group is not made of whole rows. Otherwise the group is valid, and
+    the engine does not support it.
+    """
     if taken * 32 % bits:
         return _bad_groups(
             spec, "whole rows in every group", f"{taken} words of {bits} bits in group {index}"
@@ -151,7 +160,7 @@ def _odd_group(spec: LinearSpec, index: int, bits: int, taken: int) -> Exception
 def read_scales(
     spec: LinearSpec, checkpoint: Checkpoint, groups: list[tuple[int, int]]
 ) -> torch.Tensor:
-    """Read a layer's scales, with the reference's own roundings.
+    """Read a layer's scales, rounded as the quantiser rounds them.
 
     Args:
         groups: from `read_groups`.
@@ -160,7 +169,8 @@ def read_scales(
         float16 [G, out_features].
 
     Raises:
-        InvalidCheckpoint: a maximum is not finite, or so large that weights are not.
+        InvalidCheckpoint: a value of q_scale_max is not finite, or so large that weights are not
+            finite in float16.
     """
     import numpy as np
     import torch
@@ -178,14 +188,14 @@ def read_scales(
 
 
 def effective_scales(qs: torch.Tensor, scale_max: torch.Tensor) -> torch.Tensor:
-    """Compute the scales that codes are multiplied by: half(qs^2) * half(scale_max / 256).
+    """Return the scales that codes are multiplied by: half(qs^2) * half(scale_max / 256).
 
-    Both factors and their product are rounded to float16, because the quantiser chose codes for
-    that value.
+    Both factors and their product are rounded to float16, because the quantiser chose the
+    codes for the rounded value.
 
     Args:
         qs: integers from 1 to 16.
-        scale_max: float16; the two are broadcast against each other.
+        scale_max: float16; broadcast against `qs`.
 
     Returns:
         float16.
@@ -200,7 +210,7 @@ def read_perm(spec: LinearSpec, checkpoint: Checkpoint) -> torch.Tensor:
         int32 [in_features]: stored row r holds input channel perm[r].
 
     Raises:
-        InvalidCheckpoint: it is no permutation.
+        InvalidCheckpoint: the tensor is not a permutation.
     """
     import torch
 

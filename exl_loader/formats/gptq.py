@@ -2,20 +2,20 @@
 
 Tensors of a layer P with K inputs, N outputs and G groups:
 
-    P.qweight int32 [K * bits / 32, N]   per column one bit stream along K
-    P.qzeros  int32 [G, N * bits / 32]   per group one bit stream along N
-    P.scales  float16 [G, N]             bfloat16 and float32 as well
+    P.qweight int32 [K * bits / 32, N]   one bit stream a column, along K
+    P.qzeros  int32 [G, N * bits / 32]   one bit stream a group, along N
+    P.scales  float16 [G, N]             or bfloat16, float32
     P.g_idx   int32 [K]                  group of each input channel; may be absent
 
     value = scales[g, n] * (code - zero)
 
-How zero points are stored: `gptq_zeros.py`. auto-round can pack 4-bit codes along N instead:
-`awq_packing.py`. Width and group size follow from the shapes; the
+`gptq_zeros.py` describes how zero points are stored. auto-round can pack 4-bit codes along N
+instead (`awq_packing.py`). The bits and the group size are derived from the shapes. The
 quantization config only decides between several possible group sizes.
 
-A group takes whole blocks of 32 stored rows. Where the group size is no multiple of 32, the CPU
-fills every group up to whole blocks. The streams of a CUDA device have room for that in the last
-group only, so there such a layer is kept as float16 weights.
+On a device a group takes whole blocks of 32 stored rows. If the group size is not a multiple of
+32, the CPU layout fills up every group to whole blocks. The CUDA layout can only fill up the last
+group, so a CUDA device keeps such a layer as float16 weights.
 """
 
 from __future__ import annotations
@@ -59,9 +59,8 @@ def gptq_spec(
 ) -> LinearSpec:
     """Describe a GPTQ layer from headers; see `formats.linear_spec`.
 
-    `options` of the spec: `bits`, `group_size` (rows a group), `num_groups`, `blocks`
-    (of 32 stored rows, with the rows that fill groups up), `layout` and `sym` (for
-    `gptq_zeros.read_zero_points`).
+    The spec's `options` are `bits`, `group_size` (rows a group), `num_groups`, and `layout` and
+    `sym` for `gptq_zeros.read_zero_points`.
     """
     scales = checkpoint.header(f"{source}.scales")
     expect(scales, FLOAT_DTYPES, (None, None))
@@ -70,7 +69,7 @@ def gptq_spec(
     weight = checkpoint.header(f"{source}.qweight")
     expect_columns(weight, columns, out_features, rows)
     zeros = checkpoint.header(f"{source}.qzeros")
-    expect(zeros, ["int32"], (num_groups, -(-columns * bits // 32)))
+    expect(zeros, ["int32"], (num_groups, ceil_div(columns * bits, 32)))
     group_size = _group_size(checkpoint, source, in_features, num_groups)
     act_order = f"{source}.g_idx" in checkpoint.headers
     if act_order:
@@ -100,12 +99,12 @@ def gptq_spec(
 
 
 def _bits(checkpoint: Checkpoint, source: str, in_features: int, columns: int) -> int:
-    """Derive the width from the shape; a config with another width gets a warning."""
+    """Derive the bits of a code from the shape. Warn if the config says another number."""
     weight = checkpoint.header(f"{source}.qweight")
     expect(weight, ["int32"], (None, None))
     words = weight.shape[0]
     if checkpoint.quantization.packs_columns:
-        # Rows are packed by eights, which needs them to be a multiple of 8.
+        # `codes_along_rows` packs 8 rows in a word, so their number must be a multiple of 8.
         wanted = columns // awq_packing.COLUMNS
         expect(weight, ["int32"], (in_features // 8 * 8, wanted))
         return awq_packing.BITS
@@ -134,7 +133,7 @@ def _bits(checkpoint: Checkpoint, source: str, in_features: int, columns: int) -
 
 
 def _group_size(checkpoint: Checkpoint, source: str, in_features: int, num_groups: int) -> int:
-    """Take the config's group size where it gives the number of groups, or derive it.
+    """Return the config's group size if it gives the number of groups; otherwise derive it.
 
     Raises:
         InvalidCheckpoint: no group size, or more than one, gives the number of groups.
@@ -147,7 +146,7 @@ def _group_size(checkpoint: Checkpoint, source: str, in_features: int, num_group
         )
     if declared is not None:
         size = in_features if declared == -1 else min(declared, in_features)
-        if -(-in_features // size) == num_groups:
+        if ceil_div(in_features, size) == num_groups:
             return size
     derived = _derived_group_size(in_features, num_groups)
     if derived is None:
@@ -167,14 +166,15 @@ def _group_size(checkpoint: Checkpoint, source: str, in_features: int, num_group
 
 
 def _derived_group_size(in_features: int, num_groups: int) -> int | None:
-    """Find the group size from the number of groups; None where none or several fit.
+    """Derive the group size from the number of groups; None if no size or several sizes fit.
 
-    Quantisers use few sizes, so the last group is rather shorter than all of an odd size.
+    A usual size with a shorter last group is preferred to an unusual size that divides
+    in_features, because quantisers use few sizes.
     """
     if num_groups < 1:
         return None
     even, rest = divmod(in_features, num_groups)
-    usual = [size for size in USUAL_GROUP_SIZES if -(-in_features // size) == num_groups]
+    usual = [size for size in USUAL_GROUP_SIZES if ceil_div(in_features, size) == num_groups]
     if rest == 0 and (even in usual or num_groups == 1):
         return even
     if len(usual) == 1:
@@ -183,13 +183,10 @@ def _derived_group_size(in_features: int, num_groups: int) -> int | None:
 
 
 def read_group_index(spec: LinearSpec, checkpoint: Checkpoint) -> torch.Tensor:
-    """Give the group of each input channel.
-
-    Returns:
-        int64 [in_features].
+    """Return the group of each input channel, int64 [in_features].
 
     Raises:
-        InvalidCheckpoint: a group that is not there.
+        InvalidCheckpoint: a group number is outside 0 to num_groups - 1.
     """
     import torch
 
@@ -200,7 +197,7 @@ def read_group_index(spec: LinearSpec, checkpoint: Checkpoint) -> torch.Tensor:
         return trivial
     index = checkpoint.read(name).long()
     if not bool(index.any()) and not (num_groups > 1 and checkpoint.quantization.desc_act):
-        # All zero is what some writers leave there without act-order, whatever the groups.
+        # Without act-order, some writers store zeros only, also for several groups.
         return trivial
     if not bool(((index >= 0) & (index < num_groups)).all()):
         raise InvalidCheckpoint(
@@ -213,10 +210,10 @@ def read_group_index(spec: LinearSpec, checkpoint: Checkpoint) -> torch.Tensor:
 
 
 def _group_rows(spec: LinearSpec, index: torch.Tensor) -> list[int]:
-    """Count the rows of each group.
+    """Return the number of rows of each group.
 
     Raises:
-        InvalidCheckpoint: a group without channels.
+        InvalidCheckpoint: a group has no channels.
     """
     import torch
 
@@ -232,7 +229,7 @@ def _group_rows(spec: LinearSpec, index: torch.Tensor) -> list[int]:
 
 
 def read_codes(spec: LinearSpec, checkpoint: Checkpoint) -> torch.Tensor:
-    """Read a layer's codes: int32 [K * bits / 32, N], packed along the input channels."""
+    """Read a layer's codes, int32 [K * bits / 32, N], packed along the input channels."""
     import numpy as np
     import torch
 
@@ -244,7 +241,7 @@ def read_codes(spec: LinearSpec, checkpoint: Checkpoint) -> torch.Tensor:
 
 
 def read_zeros(spec: LinearSpec, checkpoint: Checkpoint) -> torch.Tensor:
-    """Read a layer's zero points: uint8 [G, out_features], as `value` above takes them."""
+    """Read a layer's zero points, uint8 [G, out_features]: `zero` in the formula above."""
     import numpy as np
     import torch
 
@@ -264,10 +261,10 @@ def read_zeros(spec: LinearSpec, checkpoint: Checkpoint) -> torch.Tensor:
 
 
 def read_scales(spec: LinearSpec, checkpoint: Checkpoint) -> torch.Tensor:
-    """Read a layer's scales: float16 [G, out_features].
+    """Read a layer's scales, float16 [G, out_features].
 
     Raises:
-        InvalidCheckpoint: a scale is not finite.
+        InvalidCheckpoint: a scale is not finite in its file, or not finite in float16.
     """
     import torch
 
@@ -284,7 +281,7 @@ def read_scales(spec: LinearSpec, checkpoint: Checkpoint) -> torch.Tensor:
 def _warn_of_small_scales(
     checkpoint: Checkpoint, stored: torch.Tensor, scales: torch.Tensor
 ) -> None:
-    """Warn where float16 holds scales with less precision than bfloat16 does."""
+    """Warn if rounding to float16 changes a scale by more than rounding to bfloat16 would."""
     error = (scales.float() - stored.float()).abs()
     if bool((error > stored.float().abs() * 2**-9).any()):
         warn_once(

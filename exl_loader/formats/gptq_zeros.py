@@ -1,30 +1,36 @@
-"""GPTQ's zero points as they are stored, and back: the one definition of reading them.
+"""Read the zero points of GPTQ layers from `qzeros`, in all layouts that quantisers write.
 
 A group has a zero point of b bits for every output column, packed along the columns into
 32-bit words, least significant bit first. There are two layouts:
 
-    gptq_v2   the zero points themselves
-    gptq      every zero point less 1
+    gptq_v2   the zero points
+    gptq      every zero point minus 1
 
-Writers of `gptq` subtract in two ways. GPTQModel packs first and then subtracts 1 from every
-field by one subtraction a word (0x11111111 for 4 bits), and auto-round before 0.16 sums fields
-less 1 into a word, which is the same. AutoGPTQ subtracts before it packs. The two agree unless a
-zero point is 0: then whole-word subtraction borrows from the next field. Addition to the whole
-word, which is how GPTQModel reads the layout, gives back every zero point of the first kind of
-writer, and the zero point 0 of the second kind. (auto-round 0.16 writes 1 in place of 0.)
+Quantisers subtract the 1 of `gptq` in two ways:
 
-With 3 bits fields 10 and 21 of each 32 lie in two words, and three writers differ:
+    by words    GPTQModel packs first and then subtracts one constant from every word
+                (0x11111111 for 4 bits). auto-round before 0.16 adds up the fields minus 1 in a
+                word, which gives the same words.
+    by fields   AutoGPTQ subtracts before it packs.
+
+The words are equal unless a zero point is 0: then subtraction by words borrows from the next
+field. `qzeros` is read as GPTQModel reads it, by adding the constant to every word. This restores
+every zero point that was written by words. It also restores a zero point 0 that was written by
+fields. (auto-round 0.16 writes 1 in place of 0.)
+
+With 3 bits, fields 10 and 21 of each 32 fields cross a word boundary, and there are three ways:
 
     fields    one field at a time: AutoGPTQ, auto-round, GPTQModel from 6.1 on
-    words     one subtraction a word, carries between words lost
-    swapped   the same with the constants of the first and the third word exchanged:
+    words     one subtraction a word; a borrow from the next word is lost
+    swapped   as `words`, but the constants of the first and the third word are exchanged:
               GPTQModel before 6.1 (`convert_gptq_v2_to_v1_format`)
 
-A folder does not name its writer, so all are tried, and the one is taken under which
-the layer's zero points spread least: a wrong reading shifts some columns against the others.
+No file of a model folder names the way, so `qzeros` is read in all three ways. The reading whose
+zero points have the least entropy is used, because a wrong reading shifts some columns against
+the others.
 
-With symmetric quantization every zero point is 2^(b - 1), which leaves one reading of what is
-stored. Some writers label one layout and store the other; then the values decide.
+With symmetric quantization every zero point is 2^(b - 1), so only one reading can be right. Some
+quantisers label one layout and store the other. Then the values decide, not the label.
 """
 
 from __future__ import annotations
@@ -38,34 +44,35 @@ from .layer import unpack_stream
 
 Array = np.ndarray[Any, Any]
 
-# 1 in every field of a word. For 3 bits, of three words.
+# Words with 1 in every field: one word, and for 3 bits three words.
 _ONES = {2: (0x55555555,), 4: (0x11111111,), 8: (0x01010101,)}
 _ONES_3 = {
     "words": (0x49249249, 0x92492492, 0x24924924),
     "swapped": (0x24924924, 0x92492492, 0x49249249),
 }
-# Share of zero points that must be 2^(b - 1) for a layer to count as symmetric.
+# A layer that is labelled symmetric is read as symmetric if at least this share of its zero points
+# is 2^(b - 1).
 _SYMMETRIC_SHARE = 0.5
-# Bits by which another reading of 3-bit zero points must be shorter to write down than that of
-# `fields`, the usual one: eight bits are odds of 256 to 1.
+# Another reading of 3-bit zero points replaces that of `fields`, the usual one, if its entropy code
+# is at least this many bits shorter. Eight bits are odds of 256 to 1.
 _BITS_SAVED = 8
 
 
 def read_zero_points(
     words: Array, bits: int, columns: int, layout: str, sym: bool | None
 ) -> tuple[Array, str]:
-    """Give a layer's zero points.
+    """Read a layer's zero points.
 
     Args:
         words: uint32 [G, ceil(columns * bits / 32)], `qzeros` as on disk.
-        bits: width of the codes.
+        bits: bits of a code.
         columns: output columns.
-        layout: `gptq` or `gptq_v2`, as labelled.
-        sym: True for symmetric quantization, None where that is not known.
+        layout: `gptq` or `gptq_v2`, the label of the folder.
+        sym: whether the quantization is symmetric; None if that is unknown.
 
     Returns:
-        uint8 [G, columns], and what contradicts the label or the symmetry, in words for a
-        warning; empty where nothing does.
+        The zero points, uint8 [G, columns], and a text for a warning if the values contradict
+        `layout` or `sym`; otherwise "".
     """
     labelled = _by_label(words, bits, columns, layout)
     if sym is False or not labelled.size:
@@ -76,7 +83,7 @@ def read_zero_points(
         share = _share(zeros, middle)
         if share > best_share:
             best, name, best_share = zeros, other, share
-    # Where symmetry is only supposed, nothing less than every zero point proves it.
+    # If `sym` is unknown, the layer is symmetric only if every zero point is 2^(b - 1).
     if best_share < (_SYMMETRIC_SHARE if sym else 1.0):
         return labelled, "sym is true, but zero points differ from each other" if sym else ""
     if name == layout:
@@ -101,7 +108,7 @@ def _by_label(words: Array, bits: int, columns: int, layout: str) -> Array:
 
 
 def _readings(words: Array, bits: int, columns: int) -> Iterator[tuple[str, Array]]:
-    """Yield every layout's name with the zero points under it."""
+    """Yield every possible reading: the name of its layout, and uint8 [G, columns]."""
     if bits == 3:
         yield "gptq", (_fields(words, bits, columns) + np.uint8(1)) & np.uint8(7)
         for ones in _ONES_3.values():
@@ -122,7 +129,7 @@ def _add(words: Array, constants: tuple[int, ...]) -> Array:
 
 
 def _code_length(zeros: Array) -> float:
-    """Bits that it takes to write 3-bit zero points down, given how often each occurs."""
+    """Return the length of the zero points' entropy code in bits: N times their entropy."""
     counts = np.bincount(zeros.ravel(), minlength=8)
     counts = counts[counts > 0]
     return float(-(counts * np.log2(counts / zeros.size)).sum())

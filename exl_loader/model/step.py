@@ -83,7 +83,7 @@ def _stage_tensors(stage: StageParts, sizes: StepSizes) -> Shapes:
     if stage.head is not None:
         tensors |= stage.head.workspace(sizes.logits_rows)
     backend = backend_of(stage.device)
-    tensors |= backend.workspace_specs(sizes)
+    tensors |= backend.workspace_shapes(sizes)
     # A room for each layer, by its place among the device's layers.
     for name, (dtype, shape) in merged(layer.layer_workspace() for layer in kinds).items():
         tensors[name] = dtype, (len(stage.layers), *shape)

@@ -42,7 +42,7 @@ class CpuBackend(MainMemory):
         products = (linear_scratch_bytes(rows, features) for rows, features, _ in step.products)
         return max(attention, *products)
 
-    def workspace_specs(self, step: StepSizes) -> Shapes:
+    def workspace_shapes(self, step: StepSizes) -> Shapes:
         return {}
 
     def open(self, device: str, progress: Progress | None = None) -> DeviceOps:

@@ -172,7 +172,7 @@ class CudaBackend:
             needs.append(top_logits_scratch_bytes(step.logits_rows, step.vocab_size))
         return max(needs)
 
-    def workspace_specs(self, step: StepSizes) -> Shapes:
+    def workspace_shapes(self, step: StepSizes) -> Shapes:
         """Return `top_logits`, results of that operation, and `expert_tables`: a description of
         each expert's three projections, for every layer.
         """
