@@ -1,4 +1,4 @@
-"""Set up exl_loader in an environment of its own, and run what the README shows.
+"""Set up exl_loader in an environment of its own, and run the demo, the page or the tests.
 
     python install.py --demo        make .venv/, let the shipped model write a text in the
                                     terminal, then serve a page with it (in a terminal only)
@@ -8,8 +8,8 @@
     python install.py --webui PATH    install the loader into a text-generation-webui; with
                                       --uninstall remove it, with --update renew a copy
 
-Needs Python 3.10 or newer and nothing else. A complete .venv/ is used as it is; a set-up that was
-interrupted starts again from the beginning. Further arguments are passed to the program that is
+Needs Python 3.10 or newer and nothing else. A complete .venv/ is used unchanged; an interrupted
+set-up starts again from the beginning. Further arguments are passed to the program that is
 run, and its exit code is the exit code; EXIT_CODES has the others.
 """
 
@@ -28,7 +28,7 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parent
 VENV = REPO / ".venv"
-# Written last, so its presence means that the environment is complete; it says for which task.
+# Written last, so its presence means that the environment is complete; it records for which task.
 STAMP = VENV / "exl_loader-complete.json"
 # Exists while packages are being installed: an interrupted environment must not be used.
 UNFINISHED = VENV / "exl_loader-unfinished"
@@ -148,7 +148,7 @@ def run_in_environment(arguments: list[str]) -> int:
             code = process.wait()
             return code if code >= 0 else 128 - code
         except KeyboardInterrupt:
-            # The terminal's Ctrl-C has reached it as well, so it ends by itself.
+            # The terminal's Ctrl-C has reached the program as well, so it is ending.
             continue
         except Terminated:
             # The signal has reached this process only, so it is passed on.
@@ -163,14 +163,14 @@ def run_child(command: list[str], **options) -> subprocess.CompletedProcess[str]
 
 
 def ensure_environment(test: bool) -> None:
-    """Make `.venv/`, unless its stamp says that it is complete and up to date.
+    """Make `.venv/`, unless its stamp shows that it is complete and up to date.
 
     Args:
         test: with the packages that the tests need. An environment that has them serves all
             other tasks as well.
 
     Raises:
-        SetupError: a step failed; its own output stands above the error.
+        SetupError: a step failed; its own output is above the error.
     """
     key = environment_key()
     stamp = read_stamp()
@@ -277,7 +277,7 @@ def has_nvidia() -> bool:
 def install_torch() -> None:
     """Install the pinned PyTorch; without an NVIDIA GPU only its CPU build.
 
-    On Linux the build on PyPI brings gigabytes of CUDA libraries. The CPU build has the version
+    On Linux the build on PyPI requires gigabytes of CUDA libraries. The CPU build has the version
     `2.13.0+cpu`, so pip cannot fall back to the other. If the indexes that pip is configured
     with do not have it, PyTorch's own index does. On macOS and Windows the build on PyPI is for
     the CPU.
@@ -321,7 +321,7 @@ def pip_install(arguments: list[str]) -> None:
 
 
 def say(line: str) -> None:
-    """Print a step to stderr, because stdout is for the output of the program that is run."""
+    """Print a line to stderr, because stdout is for the output of the program that is run."""
     print(line, file=sys.stderr, flush=True)
 
 

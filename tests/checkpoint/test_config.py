@@ -307,15 +307,15 @@ def test_any_value_for_any_key_is_an_error_or_a_config(architecture, value):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "warned"),
     [("residual_multiplier", 0.22, True), ("residual_multiplier", 1.0, False),
      ("scale_emb", 12, True), ("is_causal", False, True), ("is_causal", True, False),
      ("final_logit_softcapping", 30.0, True), ("attn_logit_softcapping", None, False),
      ("use_qk_norm", True, True), ("no_rope_layers", [1, 1, 0], True), ("clip_qkv", None, False)],
 )
-def test_keys_of_other_architectures_are_reported(caplog, key, value, told):
+def test_keys_of_other_architectures_are_reported(caplog, key, value, warned):
     where = f"config.json of {key} {value}"
     config = ModelConfig.from_dict(LLAMA | {key: value}, where=where)
     assert config == ModelConfig.from_dict(LLAMA)
     assert [f"{where}: LlamaForCausalLM has no use for {key}" in record.message
-            for record in caplog.records] == [True] * told
+            for record in caplog.records] == [True] * warned

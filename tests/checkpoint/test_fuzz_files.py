@@ -44,7 +44,7 @@ OTHER_FILES = (
     "merges.txt",
 )
 
-# What stands in place of a value, as JSON's text: much of it no Python program could write.
+# Replacements of a value, as JSON text: Python's json module could not write many of them.
 ODD_JSON = (
     "null", "true", "-1", "0", "0.5", "1e999", "-1e999", "NaN", "9" * 400, "9" * 5000, "1e300",
     str(1 << 31), str(1 << 63), str(-(1 << 70)), '""', '"x"', '"\\ud800"', '"\\u0000"',
@@ -161,7 +161,7 @@ def test_a_special_file_is_refused_with_its_name(folder, name, kind):
     path.unlink()
     SPECIAL_FILES[kind](path)
     errors = errors_of(folder)
-    # Without its index the folder is still whole: the shards say how many they are.
+    # Without its index the folder is still complete: the shards' names have their number.
     assert name == INDEX or any(Path(name).name in str(error) for error in errors), errors
 
 

@@ -277,7 +277,7 @@ def missing_shard(folder):
 
 @pytest.mark.parametrize("make", [rotated, truncated_config, truncated_weights, missing_shard])
 def test_a_quantised_folder_that_loading_refuses_is_recognised(tmp_path, make):
-    """transformers would invent weights or raise some exception; our loader says the mistake."""
+    """transformers would invent weights or raise some exception; our loader names the mistake."""
     folder = tmp_path / "m"
     make(folder)
     assert is_quantised(folder)

@@ -43,7 +43,7 @@ BAD_HEADERS = {
     "overlap": ({"x": X, "y": header_entry(offsets=[2, 6])}, b"123456"),
     "same-bytes": ({"x": X, "y": X}, b"1234"),
     "truncated": ({"x": X}, b"123"),
-    "data-of-nobody": ({"x": X}, b"12345"),
+    "data-of-no-tensor": ({"x": X}, b"12345"),
     "twice": (b'{"x": %s, "x": %s}' % ((json.dumps(X).encode(),) * 2), b"1234"),
 }
 

@@ -87,13 +87,13 @@ def test_missing_memory_and_packages_are_not_reported_as_bugs(error, words, subc
 
     subcommand(run)
     assert cli.main(["try"]) == cli.EXIT_ERROR
-    told = capsys.readouterr().err
-    assert words in told and "bug" not in told and told.count("\n") == 1
+    shown = capsys.readouterr().err
+    assert words in shown and "bug" not in shown and shown.count("\n") == 1
 
 
 def test_closed_standard_streams_are_empty_ones(subcommand, monkeypatch):
     def run(args):
-        print("to nobody", sys.stdin.read(), sys.stdout.isatty())
+        print("unread", sys.stdin.read(), sys.stdout.isatty())
         return 0
 
     subcommand(run)
@@ -192,7 +192,7 @@ def test_doctor_without_the_extension_says_so(monkeypatch, capsys):
     assert "an installed package, which has the engine alone" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="a shell script stands in for nvidia-smi")
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script replaces nvidia-smi")
 def test_doctor_reads_nvidia_smi(tmp_path, monkeypatch):
     script = tmp_path / "nvidia-smi"
     script.write_text(

@@ -72,7 +72,7 @@ def test_kernels_that_are_compiled_are_found(tmp_path, monkeypatch):
 
 
 class Kernels:
-    """A report of a card whose kernels are compiled, and of what its check says."""
+    """Return the report of a card whose kernels are compiled, and of its self-check."""
 
     def __init__(self, monkeypatch, *lines, fails=False):
         monkeypatch.setattr(doctor_cuda, "find_cuda_compilers", lambda: [])

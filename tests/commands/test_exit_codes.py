@@ -35,8 +35,8 @@ def test_the_overview_names_every_exit_code(capsys):
         cli.main(["--help"])
     assert caught.value.code == 0
     shown = capsys.readouterr().out
-    told = {int(code) for code in re.findall(r"^  (\d+) ", shown, re.MULTILINE)}
-    assert told == {0, cli.EXIT_ERROR, 2, cli.EXIT_INTERRUPTED, cli.EXIT_READER_GONE}
+    listed = {int(code) for code in re.findall(r"^  (\d+) ", shown, re.MULTILINE)}
+    assert listed == {0, cli.EXIT_ERROR, 2, cli.EXIT_INTERRUPTED, cli.EXIT_READER_GONE}
 
 
 @pytest.mark.parametrize(("code", "argv"), [

@@ -265,7 +265,7 @@ def test_a_special_file_beside_the_weights_is_refused_before_the_work(tmp_path, 
     if kind == "folder":
         check_other_files(tmp_path / "source")
     elif kind == "sparse_file":
-        # A whole file, and none of a tokenizer's: it stays behind, and that is said.
+        # A complete file, but no tokenizer's: it is not copied, with a message.
         (tmp_path / "target").mkdir()
         check_other_files(tmp_path / "source")
         copy_other_files(tmp_path / "source", tmp_path / "target")

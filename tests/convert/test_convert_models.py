@@ -47,7 +47,7 @@ def logits_of(folder, ids) -> torch.Tensor:
 
 
 # Half a step of 1/256 of a range some 6 standard deviations wide is 6 / 256 / sqrt(12) = 0.7 %
-# a matrix. Up to seven matrices stand in line; products of two of them (gate and up, scores
+# a matrix. Up to seven matrices are in sequence; products of two of them (gate and up, scores
 # and values) add their errors, and random weights do nothing to damp them.
 EIGHT_BIT_TOLERANCE = 7 * 0.007
 

@@ -88,7 +88,7 @@ def test_all_writers_agree_where_no_zero_point_is_0(bits):
 
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_a_zero_point_of_0_that_wrapped_is_restored(bits):
-    """Its next neighbour may be one off; nothing in the file says which writer it was."""
+    """Its next neighbour may be one off; the file does not name its writer."""
     zeros = np.full((1, 64), 2)
     zeros[0, [5, 63]] = 0
     found, _ = read_zero_points(by_fields(zeros, bits), bits, 64, "gptq", False)
@@ -205,5 +205,5 @@ def test_a_wrong_label_is_reported_once(tmp_path, caplog):
     config["quantization_config"] |= {"checkpoint_format": "gptq", "sym": True}
     (folder / "config.json").write_text(json.dumps(config))
     assert torch.equal(logits(folder), right)
-    told = warnings_of_weights(caplog)
-    assert len(told) == 1 and "stored as in gptq_v2, though the label is gptq" in told[0]
+    warnings = warnings_of_weights(caplog)
+    assert len(warnings) == 1 and "stored as in gptq_v2, though the label is gptq" in warnings[0]

@@ -43,7 +43,7 @@ def _fill(codes: torch.Tensor, scales: torch.Tensor | None, generator: torch.Gen
 
 def random_layer(cache_type: str, batch: Batch, shape: AttentionShape, seed: int = 0,
                  magnitude: float = 1.0) -> CacheLayer:
-    """Return a layer with random contents for every token of the batch, and NaN behind them.
+    """Return a layer with random contents for every token of the batch, and NaN after them.
 
     Contents are drawn as they are stored: quantising them first would take longer than all
     the rest.
@@ -106,7 +106,7 @@ def built_from(folder: Path, *, change: tuple[str, str, str] | None = None,
 
     Args:
         names: of the sources.
-        change: a file under csrc/cuda, what stands there exactly once, and what shall instead.
+        change: (file under csrc/cuda, text that is in it exactly once, its replacement).
     """
     for name in ("csrc", FOLDER):
         shutil.copytree(REPO / name, folder / name, dirs_exist_ok=True,

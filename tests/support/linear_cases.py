@@ -43,7 +43,7 @@ def linear_ops(launcher) -> LayerOps:
 
 
 def scratch_for(rows: int, w, kind: str = "cuda") -> torch.Tensor:
-    """Return scratch for a product, exactly as long as it says, full of rubbish."""
+    """Return scratch for a product, exactly as long as is reserved, filled with garbage."""
     if kind == "cuda":
         nbytes = linear_scratch_bytes(rows, w.in_features)
     else:
@@ -57,7 +57,8 @@ def product(ops, x, w, *, add_to=None, columns=0):
     """Multiply into a wider view, so that writing outside the columns would show.
 
     Args:
-        ops: a `Target`. add_to: what stands in the output, to be added to; None: rubbish does.
+        ops: a `Target`.
+        add_to: contents of the output, which the product is added to; garbage where None.
         columns: of the output, beyond the layer's.
     """
     marker = 12345.0

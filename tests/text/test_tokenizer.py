@@ -29,7 +29,7 @@ def is_encoded_alike(name: str, text: str) -> bool:
     """
     if not name.startswith("spm") or name == "spm_no_space":
         return True
-    # With `legacy`, a text begins behind each added token, and some take white space with them.
+    # With `legacy`, a text begins after each added token, and some take white space with them.
     added = r"(?:^|<s>|</s>|<unk>|<\|user\|>|<\|assistant\|>|<\|end\|>|world)\s*[ ▁]"
     begins = re.search(added, text) if "legacy" in name else text.startswith((" ", "▁"))
     return not begins

@@ -221,7 +221,7 @@ def test_json(text, value):
     assert parse_json(text.encode("utf-8")) == parse_json(text)
 
 
-# What errors say
+# Error messages
 
 
 class _Silent:

@@ -1,7 +1,7 @@
 """Behaviour on Windows, as far as other systems can test it.
 
-Where code asks which system it is on, tests say that it is Windows; what the system itself
-says is tried on Windows alone.
+Where code asks for the operating system, tests answer that it is Windows. The answers of the
+system itself are tested on Windows alone.
 """
 
 import ctypes

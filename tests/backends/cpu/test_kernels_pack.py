@@ -18,12 +18,12 @@ def words(rows: int, columns: int, seed: int) -> torch.Tensor:
 
 
 def both(name: str, groups: torch.Tensor, tiles: int, extra_bytes: int, *arguments):
-    """Run the compiled and the defining function on buffers of rubbish."""
+    """Run the compiled and the defining function on buffers of garbage."""
     blocks = -(-groups[:, 2] // 32)
     tile_bytes = int((blocks * groups[:, 0]).sum()) * 64 + extra_bytes
     results = []
-    for implementation, rubbish in ((compiled_ops(), 0xAA), (planes, 0x55)):
-        codes = torch.full((tiles, tile_bytes), rubbish, dtype=torch.uint8)
+    for implementation, garbage in ((compiled_ops(), 0xAA), (planes, 0x55)):
+        codes = torch.full((tiles, tile_bytes), garbage, dtype=torch.uint8)
         getattr(implementation, name)(*arguments, groups, codes)
         results.append(codes)
     return results

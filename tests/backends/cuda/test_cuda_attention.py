@@ -1,7 +1,7 @@
 """Attention on CUDA against the reference: decoding, prompts, and heads of any length.
 
 The kernels' own code runs, on the CPU by emulation and on a card where there is one. Caches
-hold NaN behind every sequence's last token.
+hold NaN after every sequence's last token.
 """
 
 from __future__ import annotations
@@ -288,7 +288,7 @@ def test_scratch_bytes(kv_heads, window):
 
 
 def test_structs_are_as_long_as_the_kernels():
-    """The emulation refuses a launch whose arguments differ in size; this test says which."""
+    """The emulation refuses a launch whose arguments differ in size; this test names them."""
     assert ctypes.sizeof(attention.AttentionStruct) == 208
     assert ctypes.sizeof(attention.DecodeStruct) == 48
 

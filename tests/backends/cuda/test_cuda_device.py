@@ -138,7 +138,7 @@ def restart():
 def test_measured_memory_is_in_the_next_plan(smi, torch_with_cuda, card_uuids):
     device = CudaBackend()
     device.initialize("cuda:0")
-    take("cuda:0", 7 * MIB, graphs=0)  # kernels alone say nothing of graphs
+    take("cuda:0", 7 * MIB, graphs=0)  # kernels alone are no measure of graphs
     assert device.overhead("cuda:0") == (300 * MIB + ASSUMED, False)
     assert device.capacity("cuda:0").own_bytes == 7 * MIB
     take("cuda:0", 4 * MIB)

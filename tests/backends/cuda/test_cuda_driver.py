@@ -261,7 +261,7 @@ def test_an_interrupt_right_after_the_allocation_loses_no_memory(library, fake):
 
 
 def test_the_fake_driver_forbids_what_the_real_one_does(library, fake, launcher):
-    """Each call fails without a context and in another card's context, as the manual says."""
+    """Each call fails without a context and in another card's context, as in the manual."""
     driver, invalid_context = Driver(library), 201
     functions, out = driver.functions, ctypes.c_void_p()
     function = launcher._kernel  # resolves within a context alone

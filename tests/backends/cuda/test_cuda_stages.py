@@ -155,7 +155,7 @@ def test_each_card_captures_its_own_graph(cards, tmp_path):
     assert torch.equal(refused, captured)
 
 
-# The cards that do nothing before somebody waits for them.
+# The cards that postpone their work until something waits for it.
 LAZY = [(True, True), (False, True), (True, False)]
 
 

@@ -80,7 +80,7 @@ def launch_bound(kernel: str) -> int:
 
 
 class EmulationError(Exception):
-    """A launch did what a kernel must not do; the message says which thread, and where."""
+    """A kernel did something invalid; the message names the thread and the place."""
 
 
 def sanitized() -> bool:
@@ -134,7 +134,7 @@ class EmulatedLauncher:
         order: in which blocks, warps and lanes run: `forward`, `reverse` or `shuffled`.
         seed: of `shuffled`; the same seed gives the same order.
         shared_limit_bytes: what a block may have; by default what the smallest card offers.
-        multiprocessors: what the card is said to have.
+        multiprocessors: number that the card reports.
     """
 
     def __init__(
@@ -186,7 +186,7 @@ class EmulatedLauncher:
         blocks = (ctypes.c_uint32 * 3)(*grid)
 
         def launch() -> None:
-            # Bound here: the values behind the pointers have to live as long as they.
+            # Bound here: the values that the pointers point to have to live as long.
             _ = args
             self._library.exl_emulated_order(*self._order)
             failed = self._library.exl_emulated_launch(
