@@ -1,4 +1,4 @@
-"""The definition of every operation, in plain torch; and when it serves in place of kernels."""
+"""The definition of every operation in plain PyTorch. It also replaces kernels on request."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ REFERENCE_ENV = "EXL_LOADER_REFERENCE"
 
 
 def reference_is_forced() -> bool:
-    """Whether the environment asks for the reference operations in place of kernels."""
+    """Return whether the environment requests the reference operations instead of kernels."""
     return os.environ.get(REFERENCE_ENV, "") not in ("", "0")

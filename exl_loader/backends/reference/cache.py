@@ -31,14 +31,14 @@ def _bounds(batch: Batch, sequence: int) -> tuple[int, int, int]:
 def _pages_and_tokens(
     batch: Batch, sequence: int, first: int, end: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return page, and token within the page, of a sequence's positions first..end."""
+    """Return page, and token within the page, of a sequence's positions first to end."""
     positions = torch.arange(first, end)
     return batch.page_table[sequence].long()[positions // PAGE_LEN], positions % PAGE_LEN
 
 
 def _write(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor | None, bits: int,
            pages: torch.Tensor, tokens: torch.Tensor) -> None:
-    """Write x, float32 [T, kv_heads, head_dim], to tokens of pages."""
+    """Write x, float32 [T, kv_heads, head_dim], to the given tokens of pages, int64 [T] each."""
     if scales is None:
         stored = x if bits == 32 else reference_fp16.encode(x.flatten(0, 1)).view(x.shape)
         codes[pages, :, tokens] = stored
@@ -60,7 +60,7 @@ def write_cache(k: torch.Tensor, v: torch.Tensor, layer: CacheLayer, batch: Batc
 
 def _read(codes: torch.Tensor, scales: torch.Tensor | None, head_dim: int, bits: int,
           pages: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Read tokens of pages as stored (rotated), float64 [T, kv_heads, head_dim]."""
+    """Read tokens of pages, float64 [T, kv_heads, head_dim], rotated if the cache is."""
     stored = codes[pages, :, tokens]
     if bits == 32:
         return stored.double()
@@ -91,7 +91,7 @@ def attention(q: torch.Tensor, layer: CacheLayer, batch: Batch, shape: Attention
 
 def _bias_scores(q: torch.Tensor, bias: KeyBias | None, batch: Batch, sequence: int,
                  positions: range, shape: AttentionShape) -> torch.Tensor | float:
-    """Return what a layer's key bias adds to q @ k, float64 [heads, T, positions]."""
+    """Return what a layer's key bias adds to q @ k, float64 [heads, T, positions]; 0.0 for None."""
     if bias is None:
         return 0.0
     assert batch.inv_freq is not None
@@ -110,7 +110,17 @@ def _bias_scores(q: torch.Tensor, bias: KeyBias | None, batch: Batch, sequence: 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, added: torch.Tensor | float,
             first: int, shape: AttentionShape) -> torch.Tensor:
-    """Attend rows q [T, heads, d], the first at index `first` of the keys [N, kv_heads, d]."""
+    """Compute attention in float64.
+
+    Args:
+        q: [T, heads, head_dim].
+        k, v: [N, kv_heads, head_dim].
+        added: [heads, T, N], added to q @ k.
+        first: index of the key at the position of q's first row.
+
+    Returns:
+        [T, heads, head_dim].
+    """
     sharing = shape.num_heads // shape.num_kv_heads
     k, v = (x.repeat_interleave(sharing, dim=1) for x in (k, v))
     scores = (torch.einsum("thd,nhd->htn", q, k) + added) * shape.scale

@@ -1,10 +1,10 @@
-"""The definition of the quantised cache: rotation, grids, search, bytes.
+"""The definition of the quantised cache: rotation, grids, search of codes, byte layout.
 
-A quantised vector x of one head is kept as codes and scales of y = H (s * x), where s are
-fixed signs and H is an orthonormal Hadamard transform over blocks of the largest power of
-two that divides head_dim. The rotation spreads what a few channels hold over all of them,
-and a dot product does not change when both sides are rotated. So queries are rotated once,
-attention runs on what is stored, and its output is rotated back once.
+A vector x of one head is stored as codes and scales of y = H (s * x), where s are fixed
+signs and H is an orthonormal Hadamard transform over blocks of the largest power of
+two that divides head_dim. The rotation spreads outliers of a few channels over all
+channels. A dot product does not change if both sides are rotated. So queries are rotated once,
+attention uses the stored vectors, and its output is rotated back once.
 
 Every group of 32 elements of y has one float16 scale, and
 
@@ -12,21 +12,21 @@ Every group of 32 elements of y has one float16 scale, and
 
     bits 8   level = (code - 128) / 128
     bits 6   level = (code - 32) / 32
-    bits 4   level = CODEBOOKS[table][code] / 128, table = lowest bit of the scale's float16
+    bits 4   level = CODEBOOKS[table][code] / 128, table = lowest bit of the float16 scale
 
-The levels are lopsided on purpose, and the scale is signed: its sign mirrors them. Together
-with the table this gives each group of 4-bit codes a choice of four grids, and it costs
-neither a bit of memory (the lowest bit of a scale moves it by 0.1 %) nor an operation in a
-dot product. The writer tries scales around the largest magnitude and keeps the one with the
-least squared error, then fits the scale to its codes by least squares.
+The levels are asymmetric on purpose: a negative scale mirrors them. With two tables and two
+signs each group of 4-bit codes has a choice of four grids. This choice takes no memory, because
+the table is the lowest bit of the scale and changes it by 0.1 % at most. It takes no operation
+in a dot product either. The writer tries scales around the largest magnitude and keeps the scale
+with the least squared error. Then it fits the scale to its codes by least squares.
 
-The codebooks were found by Lloyd's iteration under this search, over rotated normal vectors
-and rotated normal vectors with 3, 5 or 8 outlier channels (factors 20 to 40), each kind's
-error relative to its own: `tools/fit_codebooks.py`.
+The codebooks were found by Lloyd's iteration with this search (`tools/fit_codebooks.py`). Its
+data were rotated normal vectors, and rotated normal vectors with 3, 5 or 8 outlier channels
+(factors 20 to 40). The error of each kind of data was counted relative to its own norm.
 
-Bytes: the codes of a group are cut into bit planes, 8 = (8), 6 = (4 high, 2 low), 4 = (4).
-Byte i of a plane of w bits holds elements i, i + m, i + 2m, ... from its lowest bits on,
-where m is the plane's length in bytes. So whole registers unpack with one shift.
+Bytes: the codes of a group are split into bit planes, 8 = (8), 6 = (4 high, 2 low), 4 = (4).
+Byte i of a plane of w bits holds elements i, i + m, i + 2m, ... starting at its lowest bits,
+where m is the plane's length in bytes. So a whole register is unpacked with one shift.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from functools import lru_cache
 import torch
 
 from ...cache.layout import CODE_STEP, CacheType, code_bytes, group_sizes
+from ...utils.integers import round_up
 from . import fp16 as reference_fp16
 
 CODEBOOKS = (
@@ -45,9 +46,9 @@ CODEBOOKS = (
 )
 PLANES = {8: (8,), 6: (4, 2), 4: (4,)}
 
-# Scales that the writer tries: first and last factor on a group's largest magnitude, and
-# how many. Each is tried with both signs and all tables. The uniform grids gain by luck: of
-# many scales a little above the magnitude, one happens to meet most elements.
+# Scales that the writer tries: first and last factor on a group's largest magnitude, and their
+# number. Each scale is tried with both signs and all tables. The uniform grids of 8 and 6 bits
+# gain by chance: among many scales near the largest magnitude, one fits most elements best.
 SEARCH_RANGE = {8: (0.99, 1.08), 6: (0.95, 1.16), 4: (0.82, 1.14)}
 SEARCH_STEPS = {8: 24, 6: 24, 4: 8}
 REFITS = 1
@@ -89,7 +90,7 @@ def rotate_back(y: torch.Tensor) -> torch.Tensor:
 
 
 def levels(bits: int) -> torch.Tensor:
-    """Return the values of the codes, float32 [tables, 2^bits], each table rising."""
+    """Return the level of each code, float32 [tables, 2^bits], rising in each table."""
     if bits == 4:
         return torch.tensor(CODEBOOKS, dtype=torch.float32) / 128
     half = 2 ** (bits - 1)
@@ -97,7 +98,7 @@ def levels(bits: int) -> torch.Tensor:
 
 
 def _as_half(scale: torch.Tensor, table: torch.Tensor | int, bits: int) -> torch.Tensor:
-    """Round scales to float16, with the table in the lowest bit where there are tables."""
+    """Round scales to float16; for 4 bits, store the table in the lowest bit."""
     half = scale.clamp(-_LARGEST_HALF, _LARGEST_HALF).half()
     if bits == 4:
         half = ((half.view(torch.int16) & ~1) | table).view(torch.float16)
@@ -105,21 +106,28 @@ def _as_half(scale: torch.Tensor, table: torch.Tensor | int, bits: int) -> torch
 
 
 class GroupSearch:
-    """The best codes and scales found so far for groups y, float32 [n, elements].
+    """The best codes and scales found so far for groups of elements.
 
-    `grids` are the levels to choose from, float32 [tables, 2^bits].
+    Args:
+        y: float32 [n, elements], a group a row.
+        bits: 8, 6 or 4.
+        grids: the levels to choose from, float32 [tables, 2^bits].
     """
 
     def __init__(self, y: torch.Tensor, bits: int, grids: torch.Tensor) -> None:
         self.y, self.bits, self.levels = y, bits, grids
         self.codes = torch.zeros(y.shape, dtype=torch.uint8)
-        # NaN stays where no attempt has a finite error, so that a fault in y shows.
+        # NaN stays if no attempt has a finite error, so that NaN or infinity in y is not hidden.
         self.scales = torch.full((y.shape[0], 1), torch.nan, dtype=torch.float16)
         self.tables = torch.zeros(y.shape[0], 1, dtype=torch.int16)
         self.errors = torch.full((y.shape[0], 1), torch.inf)
 
     def attempt(self, scale: torch.Tensor, table: int, where: torch.Tensor | None = None) -> None:
-        """Round y to the grid of this scale [n, 1] and table; keep it where it is better."""
+        """Round y to the grid of `scale` [n, 1] and `table`; keep groups whose error is smaller.
+
+        Args:
+            where: bool [n, 1], the groups that may change; None is all of them.
+        """
         half = _as_half(scale, table, self.bits)
         grid, exact = self.levels[table], half.float()
         inverse = torch.where(exact == 0, 0.0, 1 / exact)
@@ -134,7 +142,7 @@ class GroupSearch:
         self.errors = torch.where(better, errors, self.errors)
 
     def refit(self) -> None:
-        """Fit each scale to its codes by least squares, and try that."""
+        """Fit each scale to its codes by least squares, and attempt the fitted scale."""
         tables = self.tables.clone()
         values = self.levels[tables.long(), self.codes.long()]
         norms = values.square().sum(dim=1, keepdim=True)
@@ -146,9 +154,9 @@ class GroupSearch:
 def search_groups(
     y: torch.Tensor, bits: int, grids: torch.Tensor | None = None
 ) -> GroupSearch:
-    """Find codes and scales of groups y, float32 [n, elements].
+    """Search the codes and scales of groups y, float32 [n, elements].
 
-    `grids` replaces `levels(bits)`, to try other ones.
+    `grids` replaces `levels(bits)`, for experiments with other levels.
     """
     search = GroupSearch(y, bits, levels(bits) if grids is None else grids)
     largest = y.abs().amax(dim=1, keepdim=True)
@@ -164,7 +172,7 @@ def search_groups(
 
 
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes uint8 [n, elements] into bytes uint8 [n, padded elements * bits / 8]."""
+    """Pack codes, uint8 [n, elements], to uint8 [n, padded elements * bits / 8]."""
     padding = -codes.shape[1] % CODE_STEP
     codes = torch.nn.functional.pad(codes, (0, padding))
     planes, shift = [], bits
@@ -179,8 +187,8 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack_codes(data: torch.Tensor, elements: int, bits: int) -> torch.Tensor:
-    """The inverse of `pack_codes`: int64 codes [n, elements]."""
-    padded = -(-elements // CODE_STEP) * CODE_STEP
+    """Undo `pack_codes`: return codes, int64 [n, elements]."""
+    padded = round_up(elements, CODE_STEP)
     codes = torch.zeros(data.shape[0], padded, dtype=torch.int64)
     start = 0
     for width in PLANES[bits]:
@@ -226,15 +234,15 @@ def dequantize(
 def cache_round_trip(
     x: torch.Tensor, cache_type: str | CacheType, *, values: bool = False
 ) -> torch.Tensor:
-    """Return what the cache gives back for vectors written to it.
+    """Return vectors as they are read from the cache after they were written to it.
 
     Args:
         x: float32 [n, head_dim].
         cache_type: as in `CacheType.parse`.
-        values: for a mixed type, whether x are values; keys otherwise.
+        values: True if x are values, False if they are keys; a mixed type stores them differently.
 
     Returns:
-        float32 [n, head_dim], in the space of x.
+        float32 [n, head_dim], not rotated.
     """
     parsed = CacheType.parse(cache_type)
     bits = parsed.v_bits if values else parsed.k_bits

@@ -1,18 +1,18 @@
 """The definition of the `fp16` cache type: 16 bits an element, more exact than float16.
 
-float16 spends 5 of its bits on a range that the elements of one vector do not have: keys and
-values rounded to it move logits by 4e-4. Here a group of 32 elements shares one scale instead,
-in the same 16 bits an element and without a tensor of its own:
+float16 spends 5 of its bits on an exponent range that the elements of one vector do not need:
+keys and values rounded to float16 change logits by 4e-4 (relative). Here a group of 32 elements
+shares one scale instead. This takes the same 16 bits an element, without a tensor for scales:
 
     x = code * scale / 32768        code: int16
 
-The scale, a float16 that is a little above the group's largest magnitude, is in the
-lowest bits of the group's first 16 codes, bit i of it in code i. The writer rounds those
-codes to the nearest whole number with that bit, so reading needs no mask. What is lost is
-1/6 of what float16 loses (3.4e-5 of normal data against 2.1e-4, root mean square).
+The scale is a float16 slightly above the group's largest magnitude. Bit i of the scale is the
+lowest bit of code i, for the group's first 16 codes. The writer rounds these codes to the
+nearest integer with that lowest bit, so the reader needs no mask. The rounding error is 1/6 of
+that of float16 (3.4e-5 against 2.1e-4 on normal data, relative root mean square).
 
-Groups are not rotated. A last group of fewer than 16 elements has no room for a scale and
-belongs to the group before it; a head of fewer than 16 elements is kept in float16.
+Groups are not rotated. A last group of fewer than 16 elements has no room for a scale, so it is
+part of the group before it. A head of fewer than 16 elements is stored in float16.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _LARGEST_CODE = 32766.0
 
 
 def block_sizes(head_dim: int) -> list[int]:
-    """Return the elements that share each scale, e.g. 80 -> [32, 32, 16], 72 -> [32, 40]."""
+    """Return the number of elements of each group, e.g. 80 -> [32, 32, 16], 72 -> [32, 40]."""
     sizes = [GROUP] * (head_dim // GROUP)
     rest = head_dim % GROUP
     if rest >= SCALE_BITS or not sizes:
@@ -39,9 +39,10 @@ def block_sizes(head_dim: int) -> list[int]:
 
 
 def _shared_scale(x: torch.Tensor) -> torch.Tensor:
-    """A float16 above the largest magnitude of each row of x; NaN where one is not finite."""
+    """Return the scale of each row of x, float16 [n, 1]; NaN for a row that is not finite."""
     largest = x.abs().amax(dim=1, keepdim=True)
-    # 2^-10 is more than float16 rounds off, 2^-25 more than its subnormal numbers do.
+    # The sum exceeds the error of rounding to float16: 2^-11 of a normal number, and 2^-25 of a
+    # subnormal one.
     scale = (largest * (1 + 2**-10) + 2**-25).clamp(max=_LARGEST_HALF).half()
     return torch.where(largest.isfinite(), scale, torch.nan)
 
@@ -63,14 +64,14 @@ def _decode_block(codes: torch.Tensor) -> torch.Tensor:
 
 
 def encode(x: torch.Tensor) -> torch.Tensor:
-    """Return the codes, int16 [n, head_dim], of vectors x, float32 [n, head_dim]."""
+    """Encode vectors x, float32 [n, head_dim], to codes, int16 [n, head_dim]."""
     if x.shape[1] < SCALE_BITS:
         return x.half().view(torch.int16)
     return torch.cat([_encode_block(part) for part in x.split(block_sizes(x.shape[1]), 1)], 1)
 
 
 def decode(codes: torch.Tensor) -> torch.Tensor:
-    """Return the vectors, float32 [n, head_dim], of `encode`'s codes."""
+    """Decode the codes of `encode` to vectors, float32 [n, head_dim]."""
     if codes.shape[1] < SCALE_BITS:
         return codes.view(torch.float16).float()
     return torch.cat(

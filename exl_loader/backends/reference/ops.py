@@ -1,8 +1,8 @@
-"""The definition of every operation, in plain torch: slow, and what kernels are held against.
+"""The definition of every operation in plain PyTorch. Tests compare the kernels with it.
 
-Sums run in float64 and are rounded once, so that what these operations define is the exact
-value and not one of many float32 summation orders. They also serve where no compiler is at
-hand. Contracts are in `base.py`; quantised matrices are decoded again in every call.
+Sums are computed in float64 and rounded once, so the results do not depend on an order of
+float32 sums. These operations are slow, because every call decodes quantised matrices again.
+They also run on machines without a compiler. `base.py` has the contracts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ..cpu.layout import PackedLinear
-from ..layouts import DenseLinear
+from ..layouts import TILE_COLUMNS, DenseLinear
 from ..main_memory import MainMemoryOps
 from . import cache as reference_cache
 from . import planes
@@ -33,7 +33,7 @@ def dense_weight(w: DenseLinear) -> torch.Tensor:
 
 
 def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
-    """Apply an activation by the name that `Ops.gate` takes."""
+    """Apply the activation of this name; see `Ops.gate`."""
     if activation == "silu":
         return F.silu(x)
     if activation == "gelu":
@@ -57,8 +57,7 @@ class ReferenceOps(MainMemoryOps):
               out: torch.Tensor) -> None:
         rows = ids.long()
         if isinstance(table, DenseLinear):
-            lanes = table.weight.shape[2]
-            picked = table.weight[rows // lanes, :, rows % lanes]
+            picked = table.weight[rows // TILE_COLUMNS, :, rows % TILE_COLUMNS]
         else:
             assert isinstance(table, torch.Tensor)
             picked = table[rows]
@@ -82,7 +81,7 @@ class ReferenceOps(MainMemoryOps):
 
     def rope_table(self, positions: torch.Tensor, inv_freq: torch.Tensor, factor: float,
                    out: torch.Tensor) -> None:
-        # A float32 product is off by 1e-4 rad and more beyond a few thousand positions.
+        # Beyond a few thousand positions a float32 product is wrong by 1e-4 rad and more.
         angles = positions.double()[:, None] * inv_freq.double()
         out[:, 0] = angles.cos() * factor
         out[:, 1] = angles.sin() * factor
@@ -114,7 +113,7 @@ class ReferenceOps(MainMemoryOps):
 
     def moe_route(self, router_logits: torch.Tensor, top_k: int, normalize: bool,
                   weights: torch.Tensor, experts: torch.Tensor) -> None:
-        # Sorted by logits: probabilities may round to the same value where logits differ.
+        # Experts are sorted by logits, because different logits may round to equal probabilities.
         ordered, order = router_logits.sort(dim=-1, descending=True, stable=True)
         chosen = ordered.double().softmax(dim=-1)[:, :top_k]
         weights.copy_(chosen / chosen.sum(dim=-1, keepdim=True) if normalize else chosen)

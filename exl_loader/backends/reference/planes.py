@@ -1,8 +1,8 @@
-"""The packed layout of `cpu/layout.py` in numpy: codes in, codes out, weights back.
+"""The packed layout of `cpu/layout.py` in numpy: pack codes, unpack codes, decode weights.
 
-This is the reference that compiled kernels are held against. It works on whole rows of
-columns as 32-bit words: the four codes that one register has for a column are one word, so
-that splitting codes into bit planes is shifting and masking, and a tile is 16 words of a row.
+Tests compare the compiled kernels with it. The four codes that a register holds of one column
+are handled as one 32-bit word, for all columns at once. So bit planes are split by shifts and
+masks, and a tile is 16 words of a row.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...formats.layer import BLOCK_ROWS, unpack_stream
+from ...utils.integers import ceil_div
 from ..cpu.layout import BLOCK_BIT_BYTES
 from ..layouts import BIT_PLANES, TILE_COLUMNS
 
@@ -25,7 +26,7 @@ Array = np.ndarray[Any, Any]
 
 REGISTERS = 8
 REGISTER_ROWS = 4
-# Words of one pass: its few temporaries stay within a second-level cache.
+# Words of one pass. Its temporary arrays fit into the L2 cache.
 CHUNK_WORDS = 1 << 15
 
 
@@ -36,8 +37,8 @@ def split_planes(codes: Array, bits: int) -> Array:
         codes: uint8 [blocks * 32, C].
 
     Returns:
-        uint32 [blocks, bits, C]: per block `bits` vectors; a word holds one column's four
-        bytes of a vector.
+        uint32 [blocks, bits, C]: `bits` vectors a block. A word holds the four bytes of one
+        column of a vector.
     """
     quads = codes.reshape(-1, REGISTERS, REGISTER_ROWS, codes.shape[1]).astype(np.uint32)
     registers: Array = quads[:, :, 0]
@@ -72,13 +73,15 @@ def join_planes(vectors: Array, bits: int) -> Array:
 
 
 def _store(codes: Array, bits: int, offset: int, tiles: Array) -> None:
-    """Write stored rows into every tile at `offset`, filling up rows and columns.
+    """Write stored rows into every tile at `offset`, and fill up rows and columns.
 
     Args:
-        codes: uint8 [rows, N]. tiles: uint8 [tiles, tile_bytes], written in place.
+        codes: uint8 [rows, N].
+        offset: bytes from the start of a tile.
+        tiles: uint8 [tiles, tile_bytes], written in place.
     """
     columns = min(codes.shape[1], len(tiles) * TILE_COLUMNS)
-    blocks = -(-len(codes) // BLOCK_ROWS)
+    blocks = ceil_div(len(codes), BLOCK_ROWS)
     full = np.zeros((blocks * BLOCK_ROWS, len(tiles) * TILE_COLUMNS), np.uint8)
     full[: len(codes), :columns] = codes[:, :columns]
     full[len(codes) :] = 1 << (bits - 1)
@@ -88,7 +91,7 @@ def _store(codes: Array, bits: int, offset: int, tiles: Array) -> None:
 
 
 def _chunks(rows: int, columns: int) -> Iterable[tuple[int, int]]:
-    """Cut rows into ranges of whole blocks that are comfortable to work on."""
+    """Cut rows into ranges (first, end) of whole blocks with about CHUNK_WORDS words each."""
     step = max(1, CHUNK_WORDS // max(1, columns * REGISTERS)) * BLOCK_ROWS
     return ((first, min(first + step, rows)) for first in range(0, rows, step))
 
@@ -97,7 +100,8 @@ def pack_exl2(q_weight: torch.Tensor, groups: torch.Tensor, codes: torch.Tensor)
     """Define `MainMemoryOps.pack_exl2`.
 
     Args:
-        q_weight: int32 [R, N], as on disk. groups: int32 [G, 4], see `cpu/layout.py`.
+        q_weight: int32 [R, N], as in the file.
+        groups: int32 [G, 4], see `cpu/layout.py`.
         codes: uint8 [tiles, tile_bytes], written in full. Columns beyond N and bytes beyond
             the last block become zero.
     """
@@ -105,9 +109,10 @@ def pack_exl2(q_weight: torch.Tensor, groups: torch.Tensor, codes: torch.Tensor)
     tiles[:] = 0
     for bits, _, rows, offset in groups.tolist():
         for first, end in _chunks(rows, words.shape[1]):
-            # Groups follow each other on disk as in a tile: 64 bytes there are one word here.
+            # The file and a tile have the same order of groups. 64 bytes of a tile are one word of
+            # each column in the file.
             word = (offset + first * bits // BLOCK_ROWS * BLOCK_BIT_BYTES) // BLOCK_BIT_BYTES
-            length = -(-(end - first) * bits // 32)
+            length = ceil_div((end - first) * bits, 32)
             stream = unpack_stream(words[word : word + length], bits, end - first)
             _store(stream, bits, word * BLOCK_BIT_BYTES, tiles)
 
@@ -122,8 +127,9 @@ def pack_gptq(
     """Define `MainMemoryOps.pack_gptq`.
 
     Args:
-        qweight: int32 [K * bits / 32, N], as on disk. perm: int32 [K], stored row r takes
-            input channel perm[r]; None is the identity.
+        qweight: int32 [K * bits / 32, N], as in the file.
+        bits: bits of a code.
+        perm: int32 [K], stored row r holds input channel perm[r]; None is the identity.
         groups: int32 [G, 4], see `cpu/layout.py`.
         codes: uint8 [tiles, tile_bytes], written in full. Columns beyond N and bytes beyond
             the last block become zero.
@@ -148,7 +154,7 @@ def unpack_codes(linear: PackedLinear) -> Array:
     tiles = linear.codes.numpy()
     rows_of_groups = []
     for bits, _, rows, offset in linear.groups.tolist():
-        blocks = -(-rows // BLOCK_ROWS)
+        blocks = ceil_div(rows, BLOCK_ROWS)
         packed = tiles[:, offset : offset + blocks * bits * BLOCK_BIT_BYTES]
         vectors = np.ascontiguousarray(packed).view(np.uint32)
         vectors = vectors.reshape(len(tiles), blocks, bits, TILE_COLUMNS).transpose(1, 2, 0, 3)
@@ -158,11 +164,11 @@ def unpack_codes(linear: PackedLinear) -> Array:
 
 
 def dequantize(linear: PackedLinear) -> torch.Tensor:
-    """Decode a packed layer, exactly: a code less its zero has 9 bits beside a half's 11.
+    """Decode a packed layer. Products are exact in float32: code - zero has 9 bits, a scale 11.
 
     Returns:
-        float32 [in_features, out_features], input channels in their original order. EXL2's
-        values are rounded to float16, as in `cpu/layout.py`.
+        float32 [in_features, out_features], rows in the order of the input channels. EXL2
+        values are rounded to float16; see `cpu/layout.py`.
     """
     import torch
 
