@@ -1,4 +1,4 @@
-"""The kinds of devices: what computes and in whose memory, behind one protocol (`base.py`).
+"""The kinds of devices, with their memory and operations, in one protocol (`base.py`).
 
 Nothing outside this package compares a device's name with that of a kind.
 """

@@ -1,6 +1,6 @@
 """The models this engine runs: one table entry per Hugging Face architecture, data only.
 
-docs/adding_an_architecture.md says how to add one. Only this package and `model/builder.py` use
+docs/adding_an_architecture.md explains how to add one. Only this package and `model/builder.py` use
 the entries: everything else sees parts, and the numbers in `ModelConfig`.
 Tensor names, default values and sliding windows are those of the `transformers` library
 (`modeling_*.py` and `configuration_*.py` of version 5.23, and version 4 where it differs).
@@ -59,7 +59,7 @@ class Architecture:
         q_proj, k_proj, v_proj, o_proj: attention's linear layers.
         q_norm, k_norm: norms of each query and key head before RoPE; None where absent.
         gate_proj, up_proj, down_proj: the gated MLP's linear layers.
-        experts: names of the expert block that stands in for the MLP; None where dense.
+        experts: names of the expert block that replaces the MLP; None where dense.
         attn_input_norm, mlp_input_norm: norms in front of the blocks.
         attn_output_norm, mlp_output_norm: norms on what the blocks add; None where absent.
         fused: source tensor -> the linear layers whose output rows it holds, in order.

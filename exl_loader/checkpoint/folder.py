@@ -107,7 +107,7 @@ def is_quantised(model_dir: str | os.PathLike[str]) -> bool:
     """Return whether a folder holds EXL2 or GPTQ weights; never raise.
 
     Damaged folders and folders whose settings this engine refuses count as well, because loading
-    them raises an error that says what is wrong. Where no weights can be read, the declared
+    them raises an error that names the fault. Where no weights can be read, the declared
     method decides.
     """
     folder = Path(model_dir)

@@ -55,7 +55,7 @@ class RopeConfig:
         """The model's length in tokens, with the scaling of its config.
 
         With linear, dynamic or yarn scaling, `max_position_embeddings` may be the length before
-        scaling, as the documentation of transformers says.
+        scaling, as in the documentation of transformers.
         """
         if self.rope_type not in ("linear", "dynamic", "yarn"):
             return self.max_position_embeddings

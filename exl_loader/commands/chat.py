@@ -171,7 +171,7 @@ def _typed_lines() -> Iterator[str]:
 
 
 def _piped_lines() -> Iterator[str]:
-    """Read messages from a pipe or a file, and print each one, because nobody typed it there.
+    """Read messages from a pipe or a file, and print each one, because no user typed it.
 
     Raises:
         InvalidSettings: the input is not UTF-8, or a line is longer than any text may be.

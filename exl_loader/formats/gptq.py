@@ -99,7 +99,7 @@ def gptq_spec(
 
 
 def _bits(checkpoint: Checkpoint, source: str, in_features: int, columns: int) -> int:
-    """Derive the bits of a code from the shape. Warn if the config says another number."""
+    """Derive the bits of a code from the shape. Warn if the config has another number."""
     weight = checkpoint.header(f"{source}.qweight")
     expect(weight, ["int32"], (None, None))
     words = weight.shape[0]

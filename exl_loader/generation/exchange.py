@@ -60,7 +60,7 @@ class Exchange(Generic[T]):
         return self.cancelled or (self._owner is not None and self._owner() is None)
 
     def set_owner(self, owner: object, inbox: SimpleQueue[object]) -> None:
-        """Set the object without which nobody can take the results.
+        """Set the object that is needed to take the results.
 
         Args:
             owner: when it is destroyed, the model's thread is woken.

@@ -54,7 +54,7 @@ print(exl_loader.__version__)
 
 
 def main(webui: Path, arguments: list[str]) -> int:
-    """Install, update or uninstall, as the arguments say.
+    """Install, update or uninstall, according to the arguments.
 
     Args:
         webui: the web UI's folder.

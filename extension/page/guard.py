@@ -1,4 +1,4 @@
-"""Refuses requests to the standalone page that do not come from the page itself.
+"""Refuse requests to the standalone page that do not come from the page itself.
 
 Any other site that is open in the same browser can send requests to this machine. The rules are
 those of Jupyter's server. `Host` must be a name or an address of this machine, because another
@@ -97,7 +97,7 @@ def check_request(headers: Iterable[tuple[bytes, bytes]], allowed: AllowedHosts)
         allowed: names that count as this machine.
 
     Raises:
-        Refusal: it comes from another site, or its headers do not say where it goes.
+        Refusal: it comes from another site, or its headers do not name its target.
     """
     found: dict[str, list[str]] = {}
     for key, value in headers:

@@ -65,7 +65,7 @@ def make_page(session: Session, first: ModelChoice) -> gr.Blocks:
     """Lay out the page and connect its events.
 
     Args:
-        session: the model behind it, which every tab of the browser shares.
+        session: the page's model, which every tab of the browser shares.
         first: the options that the page shows at first.
     """
     with _blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:

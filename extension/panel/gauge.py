@@ -45,7 +45,7 @@ _WRITE_SCRIPT = (
 _PICK_SCRIPT = _WRITE_SCRIPT.format(PICK_ELEM_ID, "this.dataset.pick+' '+Date.now()")
 _FOLD_SCRIPT = _WRITE_SCRIPT.format(DETAILS_ELEM_ID, f"this.open?'{UNFOLDED}':''")
 
-# Below this share of the bar the model's parts cannot be told apart.
+# Below this share of the bar the model's parts cannot be distinguished.
 LENS_SHARE = 0.12
 
 # The model's own parts, which are enlarged below the bar.
@@ -183,7 +183,7 @@ def _needed_bytes(device: DeviceReservation) -> int:
 
 
 def _needs_and_free(needed: int, free: int) -> str:
-    """Write both numbers with as few digits as tell them apart."""
+    """Write both numbers with as few digits as make them differ."""
     free = max(0, free)
     for write in (_brief, amount, "{:,} bytes".format):
         if write(needed) != write(free):
@@ -265,7 +265,7 @@ def _limit_rules(device: DeviceReservation) -> bool:
 def _parts(device: DeviceReservation) -> list[Part]:
     """List the parts of a device's bar in the order in which they are drawn.
 
-    Memory in use comes first, so that missing memory lies beyond the end of the device's
+    Memory in use comes first, so that missing memory is beyond the end of the device's
     memory. A limit applies to the buffers only, so with a limit the bar has no overhead.
     """
     own_bytes = device.capacity_bytes - device.free_bytes - device.other_bytes
@@ -313,7 +313,7 @@ def _bar(parts: Sequence[Part], scale: int) -> str:
 
 
 def _lens(parts: Sequence[Part], scale: int) -> str:
-    """Enlarge the model's own parts if their share is too small to tell them apart."""
+    """Enlarge the model's own parts if their share is too small to distinguish them."""
     own = [part for part in parts if part[0] in _MODEL_PARTS]
     total = sum(nbytes for _, _, nbytes in own)
     if not 0 < total / scale < LENS_SHARE:

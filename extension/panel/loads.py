@@ -30,7 +30,7 @@ class WatchedProgress:
     """Progress that other threads can look at; the task started last is the one shown.
 
     Args:
-        also: another progress that is told the same, such as that of a log.
+        also: another progress that gets the same calls, such as that of a log.
     """
 
     def __init__(self, also: Progress | None = None) -> None:

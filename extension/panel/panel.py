@@ -21,7 +21,7 @@ from .gauge import PAGE_LEN, gauge_html, message_html, problem_html
 DEFAULT_CACHE_TYPE: str = LoadOptions.OPTIONS["cache_type"].default
 CACHE_TYPES = LoadOptions.OPTIONS["cache_type"].choices
 
-# The cache type that each toggle stands for.
+# The cache type of each toggle.
 TOGGLE_TYPES = {"cache_8bit": "q8", "cache_4bit": "q4"}
 
 # Names of the web UI's other loaders -> the names of this engine.
@@ -53,7 +53,7 @@ def resolve_cache_type(
     """Decide the cache type of a load from values that may contradict each other.
 
     Settings that older versions saved have toggles alone, and the API and the command line may
-    set any of the three. A cache type other than the default wins, because somebody chose it. Of
+    set any of the three. A cache type other than the default wins, because the user chose it. Of
     two toggles the 8-bit one wins, as it did in the web UI when it had them.
     """
     chosen = plain_cache_type(str(cache_type or DEFAULT_CACHE_TYPE))
@@ -130,7 +130,7 @@ def _single(name: str, value: Any) -> str | int | float | None:
 
 
 def _option(name: str, value: Any) -> Any:
-    """Read an option by the type of its default, which an empty field or 0 stands for."""
+    """Read an option by the type of its default, which an empty field or 0 means."""
     default = LoadOptions.OPTIONS[name].default
     if isinstance(default, float):
         return _number(value, default)
@@ -179,7 +179,7 @@ def reserve(choice: ModelChoice) -> Reservation:
 
 
 def plan_html(choice: ModelChoice, *, unfolded: bool = False) -> str:
-    """Draw the gauge for a model that is not loaded, or say in a line why there is none.
+    """Draw the gauge for a model that is not loaded, or a line that explains why it has none.
 
     Args:
         choice: the model and its options.
@@ -197,7 +197,7 @@ def plan_html(choice: ModelChoice, *, unfolded: bool = False) -> str:
 def slider_end(choice: ModelChoice) -> int | None:
     """Return the end of a slider of the context: the stretched length, but at least one page.
 
-    None where the folder does not say how long its model is.
+    None where the folder has no length of its model.
     """
     try:
         return max(PAGE_LEN, choice.stretched_length(choice.model_dir))

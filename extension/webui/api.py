@@ -248,7 +248,7 @@ def _openai_error(found: Problem, errors: Any) -> Exception:
 
 
 def _errors_of(module: ModuleType) -> Any:
-    """Return the module of the API's errors, which lies beside the given one."""
+    """Return the module of the API's errors, which is in the package of the given one."""
     return contract.module(module.__name__.rpartition(".")[0] + ".errors")
 
 

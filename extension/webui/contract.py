@@ -49,7 +49,7 @@ _NEEDED: dict[str, tuple[str, ...]] = {
 
 
 class WebuiDiffers(Exception):
-    """The web UI is not one that this plugin supports; the message says what is different."""
+    """The web UI is not one that this plugin supports; the message names the difference."""
 
 
 def say(message: str, *, level: str = "warning") -> None:

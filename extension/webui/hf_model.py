@@ -36,7 +36,7 @@ def _config(model_dir: str) -> PretrainedConfig:
 
 
 class Exllamav3HF(PreTrainedModel, GenerationMixin):
-    """A loaded model behind transformers' interface.
+    """A loaded model with transformers' interface.
 
     The web UI recognises models by the name of their class when it unloads them. This class has
     the name and the methods of one of its own, so it calls `unload`. transformers keeps no

@@ -159,7 +159,7 @@ def load(model_name: str, loader: str, wrap: Callable[[LoadedModel], T]) -> T:
 
 @contextmanager
 def _watched() -> Iterator[WatchedProgress]:
-    """Let pages see how far a load is, while the log is told the same."""
+    """Show the progress of a load in pages and in the log."""
     global running, begun
     running = WatchedProgress(default_progress())
     begun += 1

@@ -51,7 +51,7 @@ _LOADING_BUTTONS = ("load_model", "unload_model")
 _BEGIN_WAIT_S = 15.0
 
 # The fields that the gauge is drawn from. Every page has the first ones; v4.8 dropped one of
-# the others. The toggles are not among them, because cache_type says the same.
+# the others. The toggles are not among them, because cache_type has the same meaning.
 _NEEDED_INPUTS = ("loader", "model_menu", "ctx_size", "cache_type", *ROPE_OPTIONS)
 _MORE_INPUTS = ("gpu_split", *DRAFT_OPTIONS)
 

@@ -87,7 +87,7 @@ def add_dict_entries(
     Args:
         function: of a module whose source can be read.
         variable: the local name that one dict display is assigned to.
-        entries: key -> global name that stands for the value.
+        entries: key -> global name of the value.
 
     Raises:
         WebuiDiffers: the function has no such assignment, or no source.
@@ -160,7 +160,7 @@ class Watcher:
     Attributes:
         after: module name -> what to call with the module once it is imported.
         around: module name -> a context to import it in.
-        report: is told about exceptions of either; none of them reaches the import.
+        report: called with exceptions of either; none of them reaches the import.
     """
 
     def __init__(self, report: Callable[[str, Exception], None]) -> None:

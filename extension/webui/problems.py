@@ -46,7 +46,7 @@ _of_thread = threading.local()
 
 @dataclass(frozen=True)
 class Problem:
-    """An error as a client of the API is told of it.
+    """An error as a client of the API gets it.
 
     Args:
         message: one line. status: of HTTP. param: the setting that is refused.

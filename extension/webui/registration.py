@@ -2,7 +2,7 @@
 
 All or nothing: first everything that the web UI must have is looked for, and if a step fails,
 the steps before it are taken back. The web UI then runs as if the plugin were not installed, and
-one line in its log says why. Registering again, as every restart of the page does, changes
+one line in its log has the reason. Registering again, as every restart of the page does, changes
 nothing. docs/webui.md has the order in which all this happens.
 """
 
@@ -39,7 +39,7 @@ def register() -> bool:
     """Add the loaders to the web UI, to its modules of now and to those it imports later.
 
     Returns:
-        whether they were added; if not, one line in the log has said why.
+        whether they were added; if not, one line in the log has the reason.
     """
     global _registered
     if _registered is not None:

@@ -198,7 +198,7 @@ def take_processors(state: Mapping[str, Any], chosen: dict[str, Any]) -> list[An
         chosen: the settings to add them to.
 
     Returns:
-        the processors that expect to be told the log probabilities.
+        the processors that need the log probabilities.
     """
     listeners = []
     for processor in state.get("logits_processor") or ():

@@ -245,7 +245,7 @@ def _run_ninja(work: Path, spec: BuildSpec, progress: Progress) -> None:
                 done = int(status[1])
             pending = (pending + data).rpartition(b"\n")[2][:_MAX_STATUS_BYTES]
     finally:
-        # Closing stdin tells the supervisor to end what still runs.
+        # Closing stdin tells the supervisor to end the running compilers.
         process.stdout.close()
         process.stdin.close()
         code = process.wait()

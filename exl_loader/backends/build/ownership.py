@@ -1,10 +1,10 @@
-"""Check that nobody but this user can change a folder or file from which code is loaded.
+"""Check that only this user can change a folder or file from which code is loaded.
 
 On POSIX systems a path is safe if this user or root owns it and every folder on the way to it,
 and no other user may write in any of them. A sticky folder (`/tmp`) is safe although everybody
 may write in it, because only the owner of a file can rename or remove the file.
 
-Windows: every check here answers "safe". The user's cache folder lies under `%LOCALAPPDATA%`,
+Windows: every check here answers "safe". The user's cache folder is under `%LOCALAPPDATA%`,
 which only the user, administrators and the system may write, and Python since 3.12.4 (also
 3.11.10 and 3.10.15) creates a folder of mode 0o700 for the user and administrators alone. Where
 `EXL_LOADER_CACHE_DIR` names a folder that already lets others write, they can plant code there.
@@ -40,7 +40,7 @@ def is_own(status: os.stat_result) -> bool:
 
 
 def is_closed(status: os.stat_result) -> bool:
-    """Return whether this user or root owns a file or folder, and nobody else may write it."""
+    """Return whether this user or root owns a file or folder, and no other user may write it."""
     if not has_owners():
         return True
     return is_own(status) and not status.st_mode & _WRITABLE_BY_OTHERS

@@ -121,7 +121,7 @@ def writable_dir(environ: Mapping[str, str] = os.environ) -> Path:
             reason = _why_unsafe(directory)
             if reason is None:
                 _make_folder(directory)
-                # Again, because somebody else may have created it first.
+                # Again, because another process may have created it first.
                 reason = _why_unsafe(directory)
         except OSError as error:
             reason = error.strerror or str(error)
@@ -336,7 +336,7 @@ def publish(private: Path, target: Path) -> Entry:
 
 
 def _remove_entry(target: Path) -> None:
-    """Remove an entry, or what has its name, after a rename, so that nobody reads half of it.
+    """Remove an entry, or what has its name, after a rename, so that no process reads half of it.
 
     Raises:
         OSError: it cannot be renamed.

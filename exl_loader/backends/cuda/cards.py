@@ -175,7 +175,7 @@ def smi_id(name: str) -> str:
     """Return the name of a card for nvidia-smi.
 
     nvidia-smi numbers cards by their place on the bus and ignores CUDA_VISIBLE_DEVICES. CUDA
-    numbers the fastest card first, unless CUDA_DEVICE_ORDER says otherwise.
+    numbers the fastest card first, unless CUDA_DEVICE_ORDER selects another order.
     """
     index = card_index(name)
     uuid = _uuid(index)

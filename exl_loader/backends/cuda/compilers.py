@@ -105,7 +105,7 @@ def choose_cuda_compiler(
         PTX the driver compiles.
 
     Raises:
-        KernelBuildError: none compiles for the card. The message says what to install.
+        KernelBuildError: none compiles for the card. The message names what to install.
     """
     seen, makes_ptx = [], []
     for found in find_cuda_compilers(environ):

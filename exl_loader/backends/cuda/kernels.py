@@ -160,7 +160,7 @@ class DriverLauncher:
             return code
 
         def launch() -> None:
-            # The values behind the pointers must live as long as this function.
+            # The values that the pointers point to must live as long as this function.
             _ = args
             if self._context.is_current():
                 code = run()

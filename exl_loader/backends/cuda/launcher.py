@@ -42,12 +42,12 @@ class Launcher(Protocol):
             block: threads, a multiple of 32.
             shared_bytes: dynamic shared memory of a block.
             args: ctypes values (`c_void_p`, `c_int32`, `c_int64`, `c_float`, a `Structure`) of
-                exactly the kernel's parameter types. Tensors behind addresses are not kept
+                exactly the kernel's parameter types. Tensors at these addresses are not kept
                 alive.
 
         Returns:
             A function that puts the launch on the device's current stream. It reads the
-            arguments anew each time: changing `arg.value` changes the next launch.
+            arguments again each time: changing `arg.value` changes the next launch.
         """
 
     def capture(self, run: Callable[[], None]) -> Launch:

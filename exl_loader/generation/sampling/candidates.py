@@ -90,7 +90,7 @@ class Candidates:
         """Keep logits of at least `floor`, and the largest one in any case.
 
         Args:
-            highest: if given, the floor is only known to lie between `floor` and this.
+            highest: if given, the floor is only known to be between `floor` and this.
 
         Raises:
             Undecided: the result depends on where, or the tail may contain such a logit.

@@ -98,7 +98,7 @@ def alpha_for(stretch: float) -> float:
     """Return the recommended `alpha_value` for a context `stretch` times the model's length.
 
     The parabola is ExLlama's fit to measured perplexities. TabbyAPI uses it too, and the values
-    that the web UI recommends (1.75 for 1.5 times, 2.5 for twice) lie near it.
+    that the web UI recommends (1.75 for 1.5 times, 2.5 for twice) are near it.
     """
     fitted = -0.13436 + 0.80541 * stretch + 0.28833 * stretch * stretch
     return max(round(fitted, 1), _up(stretch))

@@ -65,7 +65,7 @@ def fit_messages(
 
 
 def context_notice(ctx_size: int, new_tokens: int) -> str:
-    """Return a sentence that says that an answer ended because the context is full."""
+    """Return the message that an answer ended because the context is full."""
     return (
         f"the context of {ctx_size:,} tokens is full: the answer ends after {new_tokens:,} "
         "tokens. A larger ctx_size has room for more"

@@ -37,7 +37,7 @@ _LOOK_SECONDS = 0.02
 
 
 class RenderError(Exception):
-    """A template was not rendered; the message says its mistake or the limit that it reached."""
+    """A template was not rendered; the message names its mistake or the limit that it reached."""
 
 
 class TemplateRefusal(RenderError):

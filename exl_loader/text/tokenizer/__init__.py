@@ -101,8 +101,8 @@ class Tokenizer:
         Args:
             text: any string. A lone surrogate becomes a replacement character.
             add_bos: True or False: begin with the BOS token (if the model has one) or not, and
-                add no other token. None: as the folder says, which may also add an EOS token at
-                the end.
+                add no other token. None: as the folder's files have it, which may add an EOS
+                token at the end as well.
             special: recognise special tokens written in the text; otherwise they are plain text.
 
         Raises:
@@ -131,7 +131,7 @@ class Tokenizer:
         Args:
             text: any string.
             add_bos: True: begin with the BOS token, if the model has one. False: add nothing; a
-                BOS token in the text stays. None: as the folder says.
+                BOS token in the text stays. None: as the folder's files have it.
 
         Raises:
             InvalidSettings: text is not a string.

@@ -13,13 +13,13 @@ before a text; else none where the name is `null`; else `bos_token_id` of `confi
 `vocab_size` does not count.
 
 **Prefix**, the ids before a text: with a `tokenizer.json`, the ids of its post-processor, as in
-transformers 5, whatever `add_bos_token` says; where there are none, `"add_bos_token": true` adds
+transformers 5, whatever `add_bos_token` is; where there are none, `"add_bos_token": true` adds
 the BOS token, as in exllamav2 and llama.cpp. With a `tokenizer.model`, `add_bos_token` decides;
 without that setting, CodeLlamaTokenizer adds one, and so does a folder without
 `tokenizer_config.json`, because such a folder is a Llama of 2023.
 
 **Suffix**, the ids that `encode` puts after a text: those of the post-processor, or the EOS token
-where `add_eos_token` says so. Prompts have no suffix.
+where `add_eos_token` is true. Prompts have no suffix.
 
 **Stop ids**: every id that the folder names, because a model may end its text with any of them:
 `eos_token_id` (one id or a list) of `generation_config.json` and of `config.json`, and the named

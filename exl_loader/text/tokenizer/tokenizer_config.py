@@ -96,7 +96,7 @@ class ModelTokens:
     silent_on_eos: bool = False
 
     def has_id(self, token_id: int) -> bool:
-        """Return whether the model has an embedding for an id, or its files do not say."""
+        """Return whether the model has an embedding for an id, or no file has their number."""
         return self.vocab_size is None or token_id < self.vocab_size
 
 
@@ -109,9 +109,9 @@ class TokenizerConfig:
         tokenizer_class: as declared, without `Fast`; empty where the folder declares none.
         model: settings of the model's own files.
         named_tokens: `bos_token`, `eos_token`, ... -> token.
-        extra_special_tokens: further special tokens, whose ids the folder does not say.
+        extra_special_tokens: further special tokens, whose ids are in no file.
         added_tokens: id -> token.
-        add_bos_token, add_eos_token, add_prefix_space: None where the folder does not say.
+        add_bos_token, add_eos_token, add_prefix_space: None where they are missing.
         legacy: put a space before every piece of text between special tokens.
         values: all of `tokenizer_config.json`.
     """

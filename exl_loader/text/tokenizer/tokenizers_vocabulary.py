@@ -1,4 +1,4 @@
-"""`tokenizer.json`: vocabularies of the tokenizers library, used as the file says.
+"""`tokenizer.json`: vocabularies of the tokenizers library, used as the file defines them.
 
 There is one exception, as in transformers 5: for a Llama folder that declares LlamaTokenizer or
 CodeLlamaTokenizer, `legacy` and `add_prefix_space` of `tokenizer_config.json` define the space
@@ -120,7 +120,7 @@ class TokenizersVocabulary:
         where: the file or folder, for errors.
         config: the folder's settings.
         build: builds the tokenizer, given text -> id of further tokens for its vocabulary.
-        file_ids: text -> id of added tokens, as the file itself says.
+        file_ids: text -> id of added tokens, from the file itself.
 
     Raises:
         InvalidTokenizer: the file cannot be read, or an added token gets another id than
@@ -208,7 +208,7 @@ class TokenizersVocabulary:
         self, config: TokenizerConfig, build: Callable[[Mapping[str, int]], Any],
         file_ids: Mapping[str, int],
     ) -> Any:
-        """Build the tokenizer with every added token at the id that the folder says."""
+        """Build the tokenizer with every added token at the id that the folder's files have."""
         declared = {token.content: i for i, token in config.added_tokens.items() if token.content}
         for content, token_id in file_ids.items():
             if declared.setdefault(content, token_id) != token_id:
@@ -232,7 +232,7 @@ class TokenizersVocabulary:
         return self._tokenizer
 
     def _misplaced(self, declared: Mapping[str, int]) -> dict[str, int | None]:
-        """Return text -> actual id of tokens whose id is not the one that the folder says.
+        """Return text -> actual id of tokens whose id is not that of the folder's files.
 
         Tokens that share their id with another token of the vocabulary are included.
         """
@@ -252,7 +252,7 @@ class TokenizersVocabulary:
     def _wrong_id(self, content: str, expected: int, actual: int | None) -> InvalidTokenizer:
         return InvalidTokenizer(
             f"token {content!r} of {self._where}", expected=f"id {expected}",
-            actual=f"id {actual}" if actual != expected else "an id that stands for two tokens",
+            actual=f"id {actual}" if actual != expected else "an id of two tokens",
             remedy=REMEDY,
         )
 

@@ -1,6 +1,6 @@
 """`vocab.json` with `merges.txt`: byte-level BPE vocabularies, as GPT-2 and Qwen2 have them.
 
-These two files hold tokens and merges. Only a `tokenizer.json` says how text is cut before
+These two files hold tokens and merges. Only a `tokenizer.json` defines how text is cut before
 merging, so the tokenizer class decides here: Qwen2's rule for Qwen2Tokenizer and model types
 `qwen...`, GPT-2's rule for the others. Both rules are those of transformers 5.
 """

@@ -16,7 +16,7 @@ class Vocabulary(Protocol):
         prefix_ids, suffix_ids: ids that the vocabulary file's own rules put around a text.
         has_post_processor: True where the vocabulary file defines the suffix, so that
             `add_eos_token` has no effect.
-        adds_bos: True where a text begins with a BOS token if the folder does not say.
+        adds_bos: True where a text begins with a BOS token if no file of the folder decides it.
         strips_space: True where decoding drops one space from the start of the text.
         bytes_known: True where decoded text is the joined `token_bytes` of its tokens.
         has_byte_tokens: True where tokens such as `<0x0A>` are single bytes. A replacement

@@ -20,7 +20,7 @@ from .processes import command_output
 PROC = Path("/proc")
 CGROUPS = Path("/sys/fs/cgroup")
 
-# A cgroup without a limit says 2^63 rounded down to a page (v1) or "max" (v2).
+# The limit of a cgroup without one: 2^63 rounded down to a page (v1) or "max" (v2).
 NO_LIMIT = 1 << 62
 
 
@@ -41,7 +41,7 @@ def machine_memory(proc: Path = PROC) -> MemoryBound:
     """Return the machine's main memory and what a process can take of it now.
 
     Raises:
-        OSError: Windows does not say.
+        OSError: Windows does not report it.
     """
     info = _fields(proc / "meminfo")
     total = _kib(info.get("MemTotal", ""))
@@ -53,7 +53,7 @@ def machine_memory(proc: Path = PROC) -> MemoryBound:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):
         return MemoryBound(NO_LIMIT, NO_LIMIT)
-    # Where the system does not say what is free, assume that everything is.
+    # Where the system does not report free memory, assume that everything is.
     return MemoryBound(total, min(total, _mac_free_bytes() or total))
 
 
@@ -113,7 +113,7 @@ def address_space(proc: Path = PROC) -> MemoryBound | None:
 
 
 def process_bytes(proc: Path = PROC) -> int:
-    """Return the main memory that this process holds, in bytes; 0 where the system does not say."""
+    """Return the main memory that this process holds, in bytes; 0 where unknown."""
     status = _fields(proc / "self" / "status")
     if sys.platform == "win32" and not status:
         return windows.process_memory()[0]

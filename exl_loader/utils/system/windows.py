@@ -142,7 +142,7 @@ def machine_memory() -> tuple[int, int]:
     remainder is what can be taken.
 
     Raises:
-        OSError: the system does not say.
+        OSError: the system does not report it.
     """
     status = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
     if not _kernel32().GlobalMemoryStatusEx(ctypes.byref(status)):
@@ -154,7 +154,7 @@ def process_memory() -> tuple[int, int]:
     """Return the main memory that this process holds, and the most that it has held, in bytes.
 
     Raises:
-        OSError: the system does not say.
+        OSError: the system does not report it.
     """
     counters = _ProcessMemory(length=ctypes.sizeof(_ProcessMemory))
     library = _kernel32()
@@ -165,7 +165,7 @@ def process_memory() -> tuple[int, int]:
 
 
 def physical_cores() -> int | None:
-    """Count the cores on which this process may run; None where the system does not say.
+    """Count the cores on which this process may run; None where the system does not report them.
 
     On a machine with more than 64 processors, only one group of them is counted, because a
     process runs on one group unless it asks for others.
