@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_cuda_attention import DECODE_TOLERANCE, FLOAT_TOLERANCE, SHARED_LIMITS, TOLERANCE
+from test_cuda_attention import SHARED_LIMITS
 
+from backends.operations.test_attention import DECODE_TOLERANCE, FLOAT_TOLERANCE, TOLERANCE
 from exl_loader.backends import get_ops
 from exl_loader.backends.cuda.attention import AttentionOps, decode_block, prefill_block
 from exl_loader.cache.layout import MAX_BIAS_PAIRS, CacheType, KeyBias
-from support.cache_layers import make_batch, one_of, part, random_rows
-from support.cuda_attention_cases import (
+from support.attention_cases import (
     attend,
     attention_target,
     expected_of,
@@ -23,6 +23,7 @@ from support.cuda_attention_cases import (
     scratch_for,
     shape_of,
 )
+from support.cache_layers import make_batch, one_of, part, random_rows
 from support.cuda_emulation.sanitized import run_sanitized, runtimes
 from support.key_bias_cases import biased_qwen
 from support.targets import TARGETS, emulated_launcher, target

@@ -8,18 +8,18 @@ import multiprocessing
 import os
 
 import pytest
-from test_cuda_attention import (
+from test_cuda_attention_bias import assert_like_reference as with_bias
+
+from backends.operations.test_attention import (
     DECODE_TOLERANCE,
     FLOAT_TOLERANCE,
     TOLERANCE,
     assert_like_reference,
 )
-from test_cuda_attention_bias import assert_like_reference as with_bias
-
 from backends.operations.test_cache_writing import REFERENCE, bytes_of, written
 from exl_loader.backends.build.toolchain import find_compiler
+from support.attention_cases import attention_target, built_from, shape_of
 from support.cache_layers import make_batch, random_rows
-from support.cuda_attention_cases import attention_target, built_from, shape_of
 from support.exhaustive import some_of
 
 pytestmark = [

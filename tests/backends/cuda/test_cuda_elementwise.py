@@ -13,8 +13,8 @@ from exl_loader.backends.cpu_access import InPlaceAccess
 from exl_loader.backends.cuda.launcher import KernelOps
 from exl_loader.backends.cuda.moe import MoeOps
 from exl_loader.backends.cuda.ops import CudaOps
+from support.attention_cases import built_from
 from support.cache_layers import make_batch, make_layer
-from support.cuda_attention_cases import built_from
 from support.cuda_emulation.sanitized import run_sanitized, runtimes
 from support.exhaustive import some_of
 from support.kernel_cases import random_rows

@@ -11,7 +11,7 @@ from exl_loader.backends.cuda import self_check
 from exl_loader.commands import check_cards
 from exl_loader.memory import buffers as memory
 from exl_loader.utils.errors import DeviceError, InsufficientMemory
-from support.cuda_attention_cases import built_from
+from support.attention_cases import built_from
 from support.emulated_cuda import EmulatedCard
 from support.exhaustive import some_of
 from support.targets import emulated_launcher

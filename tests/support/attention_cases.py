@@ -1,4 +1,4 @@
-"""Cache layers, batches and calls for the tests of attention and cache writing on CUDA."""
+"""Cache layers, batches and calls for the tests of attention on CPUs and on CUDA."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from exl_loader.backends.cuda.launcher import COUNTER_BYTES
 from exl_loader.backends.reference import fp16 as reference_fp16
 from exl_loader.backends.reference.ops import ReferenceOps
 from exl_loader.cache.layout import PAGE_LEN, CacheLayer, pages_for
-from support.cache_layers import make_layer
+from support.cache_layers import attend as attend_on_cpu
+from support.cache_layers import make_layer, part, random_rows, write
 from support.cuda_emulation import EmulatedLauncher
 from support.cuda_emulation.launcher import FOLDER, REPO, emulation_spec
 from support.targets import Target
@@ -69,6 +70,19 @@ def random_layer(cache_type: str, batch: Batch, shape: AttentionShape, seed: int
     return layer
 
 
+def filled_layer(writer: Target, cache_type: str, batch: Batch, shape: AttentionShape,
+                 seed: int = 0) -> CacheLayer:
+    """Return a layer to which `writer` wrote everything before and in the batch's rows."""
+    past, new = batch.past_len.tolist(), batch.q_start.diff().tolist()
+    whole = part(batch, [0] * len(past), [p + n for p, n in zip(past, new, strict=True)])
+    pages = int(batch.page_table.max()) + 1
+    layer = make_layer(cache_type, pages, shape.num_kv_heads, shape.head_dim)
+    k, v = (random_rows(whole.num_rows, shape.num_kv_heads, shape.head_dim, s)
+            for s in (seed, seed + 1))
+    write(writer, k, v, layer, whole)
+    return layer
+
+
 def scratch_for(q: torch.Tensor, batch: Batch, shape: AttentionShape) -> torch.Tensor:
     """Return exactly what is reserved: counters of zero, then garbage."""
     nbytes = attention_scratch_bytes(
@@ -82,6 +96,8 @@ def scratch_for(q: torch.Tensor, batch: Batch, shape: AttentionShape) -> torch.T
 def attend(target: Target, q: torch.Tensor, layer: CacheLayer, batch: Batch,
            shape: AttentionShape) -> torch.Tensor:
     """Call `attention` in exactly the scratch that is reserved for it."""
+    if target.kind == "cpu":
+        return attend_on_cpu(target, q, layer, batch, shape)
     scratch = scratch_for(q, batch, shape)
     out = torch.full_like(q, torch.nan)
     target.attention(q.clone(), layer, batch, shape, out, scratch)
