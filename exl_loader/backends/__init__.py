@@ -1,6 +1,6 @@
-"""The kinds of devices, with their memory and operations, in one protocol (`base.py`).
+"""Kinds of devices, with one protocol for their memory and their operations (`base.py`).
 
-Nothing outside this package compares a device's name with that of a kind.
+Only this package compares the name of a device with that of a kind.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from ..utils.progress import Progress
     from .base import Backend, DeviceOps
 
-# By kind; `device="auto"` prefers the first that has a device. Tests register doubles here.
+# Kind -> backend. `device="auto"` uses the first one that has a device. Tests add doubles here.
 BACKENDS: dict[str, Backend] = {"cuda": CudaBackend(), "cpu": CpuBackend()}
 
 
 def backend_of(device: str) -> Backend:
-    """Find the backend of a device such as `cpu`, `cpu:1` or `cuda:0`.
+    """Return the backend of a device such as `cpu`, `cpu:1` or `cuda:0`.
 
     Raises:
-        InvalidSettings: no kind of device has this name.
+        InvalidSettings: there is no kind of device with this name.
     """
     kind, colon, index = device.partition(":")
     if kind not in BACKENDS or (colon and not re.fullmatch("[0-9]{1,4}", index)):
@@ -36,17 +36,18 @@ def backend_of(device: str) -> Backend:
 
 
 def auto_devices(count: int = 0) -> list[str]:
-    """Name the devices that `device="auto"` means: cards, else main memory.
+    """Return the devices that `device="auto"` means: cards, or main memory without cards.
 
     Args:
-        count: how many devices the settings speak of, here or not; 0 for those that are here.
+        count: number of devices that the settings name, present or not; 0 means the present
+            ones.
     """
     names = (backend.auto_devices(count) for backend in BACKENDS.values())
     return next(found for found in names if found)
 
 
 def full_name(device: str) -> str:
-    """Name a device in full: `cuda` alone is `cuda:0`. Other names stay as they are."""
+    """Return the full name of a device: `cuda` is `cuda:0`. Other names are returned unchanged."""
     return BACKENDS[device].default_device if device in BACKENDS else device
 
 

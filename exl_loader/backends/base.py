@@ -1,15 +1,16 @@
-"""What the engine asks of a kind of device: its memory, and the operations of a forward pass.
+"""Protocols of a kind of device: its memory, and the operations of a forward pass.
 
-`Backend` is one object a kind of device: memory, sizes of what its operations need, and
-`open`, which returns the `DeviceOps` of one device. `Ops` has one signature for each operation.
+There is one `Backend` for each kind of device. It has the memory functions, the sizes of the
+tensors that its operations need, and `open`, which returns the `DeviceOps` of one device. `Ops`
+has one signature for each operation.
 `reference.ops.ReferenceOps` defines the operations in plain torch; `cpu` and `cuda` call
 compiled kernels. These rules hold for all of them:
 
 - Activations are float32, contiguous, row-major; a row is one token.
-- The caller gives the outputs (views into the workspace) and an operation writes them in place.
-  An implementation allocates nothing in a call (the reference may).
+- The caller passes the outputs (views into the workspace), and an operation writes them in place.
+  An implementation allocates no memory in a call (the reference may).
 - A row's result does not depend on which other rows are in the call, nor on the number of
-  threads, bit for bit. So a request gives the same text whatever runs beside it.
+  threads, bit for bit. So a request generates the same text, whatever other requests run.
 - `scratch` is a uint8 view of the workspace with at least `Backend.scratch_bytes` bytes.
 """
 
@@ -33,15 +34,15 @@ Shapes = dict[str, tuple[str, tuple[int, ...]]]
 
 @dataclass(frozen=True)
 class Capacity:
-    """A device's memory at this moment, in bytes.
+    """The memory of a device now, in bytes.
 
     Args:
-        capacity_bytes: all of the device's memory, or the most of it that may be used.
-        free_bytes: what can be taken now without pushing anything else out.
-        own_bytes: what this process holds already.
+        capacity_bytes: the device's memory, or the part of it that may be used.
+        free_bytes: can be taken now without displacing other data.
+        own_bytes: held by this process.
         touchable_bytes: how much of the memory that `Backend.empty` has promised can be touched
-            now; None for as much as is free. More than is free where address space is the
-            limit, because promised memory has its addresses already.
+            now; None means free_bytes. It is more than free_bytes if address space is the
+            limit, because promised memory already has its addresses.
     """
 
     capacity_bytes: int
@@ -71,12 +72,13 @@ class Batch:
     Args:
         positions: int32 [T], position of each row in its sequence.
         q_start: int32 [S + 1], first row of each sequence, then T.
-        past_len: int32 [S], tokens of each sequence that the cache holds already.
+        past_len: int32 [S], tokens of each sequence that are in the cache before the pass.
         page_table: int32 [S, max_pages], page numbers of each sequence in order.
-        max_total_len: largest past_len + q_len in the batch (an int, so that no
-            implementation has to look into device memory).
-        inv_freq: float32 [S, rotary_dim / 2], RoPE's frequencies of each sequence, and
-        rope_factor, that on its table; for layers with a key bias, None where none has one.
+        max_total_len: largest past_len + q_len of the batch (an int, so that no
+            implementation has to read device memory).
+        inv_freq: float32 [S, rotary_dim / 2], RoPE's frequencies of each sequence, for layers
+            with a key bias; None if no layer has one.
+        rope_factor: factor on the cosines and sines of RoPE, for layers with a key bias.
     """
 
     positions: torch.Tensor
@@ -98,15 +100,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """What an attention layer is, apart from its weights.
+    """The parameters of an attention layer other than its weights.
 
     Args:
         num_heads: query heads.
         num_kv_heads: key/value heads; divides num_heads.
         head_dim: elements a head.
         scale: factor on the dot product, before the soft cap.
-        softcap: cap * tanh(score / cap) is applied where it is not 0.
-        sliding_window: positions that a row sees, the newest and itself included; 0 is all.
+        softcap: cap * tanh(score / cap) is applied to scores; 0 means no cap.
+        sliding_window: number of latest positions that a row attends to, its own included; 0 is
+            all.
     """
 
     num_heads: int
@@ -119,19 +122,19 @@ class AttentionShape:
 
 @dataclass(frozen=True)
 class StepSizes:
-    """The largest step of a model on one device, as far as scratch and workspace depend on it.
+    """The largest step of a model on one device; scratch and workspace depend on it.
 
     Args:
-        rows: most rows of a step, of all its sequences together.
+        rows: most rows of a step, all sequences together.
         logits_rows: most rows of logits; 0 on a device without the output head.
         max_batch_size: most sequences of a step.
         ctx_size: tokens of the longest sequence.
         cache_type: bits of keys and values.
         attention: the layers' attention; a sliding window is not counted.
-        products: (rows, in_features, out_features) of every linear layer, the head's included.
+        products: (rows, in_features, out_features) of every linear layer, with the head.
         vocab_size: logits of a row.
         num_layers: decoder layers on the device.
-        num_experts: experts of a layer; 0 where layers have none.
+        num_experts: experts of a layer; 0 if layers have none.
     """
 
     rows: int
@@ -147,10 +150,10 @@ class StepSizes:
 
 
 class Backend(Protocol):
-    """A kind of device. `device` is `cpu`, `cpu:1`, `cuda:0`, ...; one object serves them all."""
+    """A kind of device. `device` is `cpu`, `cpu:1`, `cuda:0`, ...; one object serves all."""
 
     kind: str
-    """What a device's name begins with, such as `cuda`."""
+    """The start of a device's name, such as `cuda`."""
 
     default_device: str
     """The device that `kind` alone names, such as `cuda:0`."""
@@ -168,49 +171,54 @@ class Backend(Protocol):
     """Whether `empty` only promises memory, which `touch` takes."""
 
     def auto_devices(self, count: int = 0) -> list[str]:
-        """Name the devices of this kind that `device="auto"` may use, in order.
+        """Return the devices of this kind that `device="auto"` may use, in order.
 
         Args:
-            count: the first so many, here or not; 0 for those that are here and can run models.
+            count: number of devices to return, present or not; 0 means the present ones that can
+                run models.
         """
 
     def initialize(self, device: str) -> None:
-        """Take now what running on the device takes outside our buffers; twice is once.
+        """Take the memory that running on the device takes outside our buffers, once.
 
         Raises:
             InvalidSettings: there is no such device.
         """
 
     def is_initialized(self, device: str) -> bool:
-        """Whether `initialize` has run, so that `capacity` and `overhead` are measured."""
+        """Return whether `initialize` was called: `capacity` and `overhead` are then measured."""
 
     def capacity(self, device: str) -> Capacity:
-        """Ask the system; raises InvalidSettings where there is no such device."""
+        """Return the memory that the system reports.
+
+        Raises:
+            InvalidSettings: there is no such device.
+        """
 
     def overhead(self, device: str) -> tuple[int, bool]:
-        """Bytes that running on the device takes outside our buffers; True if measured."""
+        """Return the bytes that running takes outside our buffers; True if they are measured."""
 
     def processes(self, device: str, limit: int) -> list[Process]:
-        """The other processes that hold most of the memory, largest first; [] where unknown."""
+        """Return the other processes that hold most memory, largest first; [] if unknown."""
 
     def empty(self, device: str, nbytes: int) -> tuple[torch.Tensor, object]:
-        """Take one buffer.
+        """Allocate one buffer.
 
         Returns:
-            A uint8 tensor [nbytes], and the object whose life is that of the memory.
+            A uint8 tensor [nbytes], and the object that owns the memory: it is freed with it.
 
         Raises:
             MemoryError: the system refused.
         """
 
     def touch(self, buffer: torch.Tensor) -> None:
-        """Make the memory of a buffer, or of a piece of one, really taken."""
+        """Touch the memory of a buffer, or of a part of one, so that the system provides it."""
 
     def linear_shapes(self, sizes: QuantizedSizes | DenseSizes) -> Shapes:
-        """Return the resident tensors of a linear layer but for its bias, by role."""
+        """Return the resident tensors of a linear layer except its bias, by role."""
 
     def stored_rows(self, sizes: QuantizedSizes | DenseSizes) -> int:
-        """Return the rows of a layer's weight as it is stored, with those that fill up groups."""
+        """Return the rows of a layer's stored weight, with the rows that fill up groups."""
 
     def scratch_bytes(self, step: StepSizes) -> int:
         """Return the most scratch that any operation of such steps needs."""
@@ -219,13 +227,13 @@ class Backend(Protocol):
         """Return the tensors that only operations of this kind need in the workspace."""
 
     def open(self, device: str, progress: Progress | None = None) -> DeviceOps:
-        """Return a device's operations, compiling their kernels where that was not done yet.
+        """Return a device's operations. Their kernels are compiled if no build of them exists.
 
         Args:
-            progress: shows compiling, as units done of all.
+            progress: shows the compilation, as units done of all.
 
         Raises:
-            InvalidSettings: no operations for this device.
+            InvalidSettings: there are no operations for this device.
             KernelBuildError: the kernels do not compile or do not open.
             DeviceError: the device cannot be used.
             InsufficientMemory: the device has no room for the kernels.
@@ -233,16 +241,16 @@ class Backend(Protocol):
 
 
 class Linear(Protocol):
-    """A linear layer in the resident layout of its device; only operations look into it."""
+    """A linear layer in the resident layout of its device. Only operations use the layout."""
 
     in_features: int
     out_features: int
     bias: torch.Tensor | None
-    """float32 [out_features], which may be changed in place."""
+    """float32 [out_features]; the engine may change it in place."""
 
 
 class ExpertTable(Protocol):
-    """One projection of all experts of a layer, as `Ops.linear_pairs` takes it."""
+    """One projection of all experts of a layer, for `Ops.linear_pairs`."""
 
     @property
     def in_features(self) -> int: ...
@@ -261,7 +269,7 @@ class Ops(Protocol):
         Args:
             ids: int32 [T].
             table: [vocab, hidden] in float16, bfloat16 or float32, or the unquantised head
-                itself where word embeddings are tied.
+                if word embeddings are tied.
             out: float32 [T, hidden].
         """
 
@@ -276,7 +284,7 @@ class Ops(Protocol):
 
     def linear(self, x: torch.Tensor, w: Linear, out: torch.Tensor, scratch: torch.Tensor,
                add: bool = False) -> None:
-        """out = x @ W + bias, or out += x @ W + bias where `add`.
+        """out = x @ W + bias, or out += x @ W + bias if `add`.
 
         Args:
             x: float32 [T, in_features].
@@ -306,18 +314,18 @@ class Ops(Protocol):
 
     def write_cache(self, k: torch.Tensor, v: torch.Tensor, layer: CacheLayer, batch: Batch,
                     scratch: torch.Tensor) -> None:
-        """Store keys and values of the batch's rows at past_len.. of their sequences.
+        """Store keys and values of the batch's rows at positions past_len, ... of their sequences.
 
         Args:
-            k, v: float32 [T, num_kv_heads, head_dim], keys after RoPE, without what
-                `layer.key_bias` holds.
+            k, v: float32 [T, num_kv_heads, head_dim], keys after RoPE, without the bias
+                elements of `layer.key_bias`.
         """
 
     def attention(self, q: torch.Tensor, layer: CacheLayer, batch: Batch,
                   shape: AttentionShape, out: torch.Tensor, scratch: torch.Tensor) -> None:
         """Causal attention of the rows over their sequences' cache (rows already written).
 
-        Scores get what `layer.key_bias` adds to them; see `DeviceOps.adds_key_bias`.
+        The scores of `layer.key_bias` are added; see `DeviceOps.adds_key_bias`.
 
         Args:
             q, out: float32 [T, num_heads, head_dim]; q is overwritten.
@@ -335,7 +343,7 @@ class Ops(Protocol):
 
     def moe_route(self, router_logits: torch.Tensor, top_k: int, normalize: bool,
                   weights: torch.Tensor, experts: torch.Tensor) -> None:
-        """Softmax over experts, then the top_k, renormalised to sum 1 where `normalize`.
+        """Softmax over experts, then the top_k, renormalised to sum 1 if `normalize`.
 
         Args:
             router_logits: float32 [T, E].
@@ -345,14 +353,14 @@ class Ops(Protocol):
 
     def linear_pairs(self, x: torch.Tensor, table: ExpertTable, experts: torch.Tensor,
                      out: torch.Tensor, scratch: torch.Tensor) -> None:
-        """out[p] = x[p // share] @ W of expert experts[p], which the operation reads.
+        """out[p] = x[p // share] @ W of expert experts[p]. The device reads the expert numbers.
 
         Args:
             x: float32 [T, in_features].
             table: from `DeviceOps.expert_table`.
             experts: int32 [T, k] or [P].
-            out: float32 [P, out_features] of P pairs; share is P / T, so 1 where each pair has
-                a row of its own.
+            out: float32 [P, out_features] of P pairs of a row and an expert. share is P / T, so
+                it is 1 if each pair has its own row.
         """
 
     def moe_sum(self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor,
@@ -402,12 +410,12 @@ class Call(Protocol):
 
 
 class DeviceOps(Ops, Protocol):
-    """The operations of a device, and what loading and recorded steps need beside them."""
+    """The operations of a device, and functions for loading and recorded steps."""
 
     name: str
 
     adds_key_bias: bool
-    """Whether `attention` adds a `CacheLayer.key_bias`; others must not be given one."""
+    """Whether `attention` adds a `CacheLayer.key_bias`. If not, no layer may have one."""
 
     cpu_access: CpuAccess
     """How the CPU reads and writes the device's tensors."""
@@ -416,12 +424,12 @@ class DeviceOps(Ops, Protocol):
     """Whether packing a layer takes an `upload_buffer`."""
 
     upload_buffer: torch.Tensor | None
-    """uint8 [n] of the device, lent while weights are read; None at other times."""
+    """uint8 [n] of the device while weights are read; None at other times."""
 
     def prepare(self, calls: Sequence[Call]) -> list[Callable[[], None]]:
-        """Prepare recorded calls once for many replays; neighbours may become one.
+        """Prepare recorded calls once for many replays. Consecutive calls may be joined.
 
-        Tensors are read and written where they are now; their values may change.
+        The tensors keep their addresses; their values may change between replays.
         """
 
     def expert_table(self, layers: Sequence[Linear], room: torch.Tensor) -> ExpertTable | None:
@@ -436,17 +444,17 @@ class DeviceOps(Ops, Protocol):
         """
 
     def share_permutations(self, layers: Sequence[Linear]) -> None:
-        """Let loaded layers that permute one input alike refer to one permutation."""
+        """Let loaded layers with equal permutations of one input share one permutation tensor."""
 
     def pack(self, layer: QuantizedLayer | DenseLayer, views: dict[str, torch.Tensor]) -> Linear:
-        """Bring a layer into its resident layout.
+        """Pack a layer into its resident layout.
 
         Args:
-            layer: what the checkpoint holds.
-            views: role -> resident tensor, those of `Backend.linear_shapes` and `bias`; written in
-                full.
+            layer: from `formats.read_linear`.
+            views: role -> resident tensor, for the roles of `Backend.linear_shapes` and `bias`;
+                every byte is written.
 
         Raises:
             InvalidCheckpoint: a value is not finite.
-            UnsupportedFormat: groups that the layout has no room for.
+            UnsupportedFormat: the layout has no room for the groups.
         """

@@ -1,7 +1,7 @@
-"""What the kernels of the CPU and of cards read alike: structs, and numbers for names.
+"""C structs and numbers that the CPU kernels and the CUDA kernels use.
 
-They are csrc/cache_codec.h and csrc/packed.h, field by field. The CPU's kernels take pointers
-to the structs, those of a card take them by value.
+The structs have the fields of csrc/cache_codec.h and csrc/packed.h. CPU kernels take pointers to
+the structs. CUDA kernels take them by value.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..cache.layout import CacheLayer, KeyBias
     from .base import AttentionShape, Batch
 
-# Activation of csrc/common.h.
+# Enum Activation of csrc/common.h.
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
 
 _I32, _I64, _F32, _P = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -56,14 +56,14 @@ class ShapeStruct(ctypes.Structure):
 
 
 def dtype_code(dtype: torch.dtype) -> int:
-    """Return the number that `ExlDtype` of csrc/packed.h gives a dtype."""
+    """Return the number of a dtype in the enum `ExlDtype` of csrc/packed.h."""
     import torch
 
     return {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}[dtype]
 
 
 def cache_layer_struct(layer: CacheLayer, head_dim: int) -> CacheLayerStruct:
-    """A layer's part of the cache. It holds addresses: the layer must outlive it."""
+    """Return a layer's part of the cache. It has addresses, so the layer must outlive it."""
     kind = layer.cache_type
     return CacheLayerStruct(
         _half(layer.k_codes, layer.k_scales, kind.k_bits, head_dim),
@@ -73,7 +73,7 @@ def cache_layer_struct(layer: CacheLayer, head_dim: int) -> CacheLayerStruct:
 
 
 def batch_struct(batch: Batch) -> BatchStruct:
-    """A batch's lengths and pages. It holds addresses: the batch must outlive it."""
+    """Return a batch's lengths and pages. They are addresses, so the batch must outlive it."""
     table = batch.page_table
     assert table.is_contiguous() and batch.q_start.is_contiguous()
     assert batch.past_len.is_contiguous()
@@ -83,9 +83,9 @@ def batch_struct(batch: Batch) -> BatchStruct:
 
 
 def key_bias_struct(bias: KeyBias | None, batch: Batch) -> KeyBiasStruct:
-    """A layer's key bias with a batch's frequencies; no pairs where there is none.
+    """Return a layer's key bias with a batch's frequencies; num_pairs is 0 if `bias` is None.
 
-    It holds addresses: both must outlive it.
+    The struct has addresses, so the bias and the batch must outlive it.
     """
     if bias is None:
         return KeyBiasStruct()
@@ -102,7 +102,7 @@ def key_bias_struct(bias: KeyBias | None, batch: Batch) -> KeyBiasStruct:
 
 
 def shape_struct(shape: AttentionShape) -> ShapeStruct:
-    """What of `shape` a kernel does not read off the cache."""
+    """Return the part of `shape` that is not in the structs of the cache."""
     return ShapeStruct(shape.num_heads, shape.sliding_window, shape.scale, shape.softcap)
 
 

@@ -1,6 +1,6 @@
-"""What the resident layouts of all kinds of devices share: bit planes, and unquantised layers.
+"""Resident layouts that all kinds of devices use: bit planes, and unquantised layers.
 
-Quantised layers have a layout for each kind of device: `cpu/layout.py`, `cuda/layout.py`.
+The layout of quantised layers is in `cpu/layout.py` and `cuda/layout.py`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class DenseLinear:
 
     `weight` is [tiles, in_features, 16] in the checkpoint's own dtype (float16, bfloat16 or
     float32): element (t, k, i) multiplies input k into output 16*t + i; rows beyond
-    out_features are zero. `bias` is float32 [out_features] or None. `native` as above.
+    out_features are zero. `bias` is float32 [out_features] or None. `native` is the struct of the
+    layer for the kernels.
     """
 
     in_features: int
@@ -39,7 +40,7 @@ class DenseLinear:
 
 
 def dense_shapes(sizes: DenseSizes) -> Shapes:
-    """Return the resident tensors of an unquantised layer but for its bias."""
+    """Return the resident tensors of an unquantised layer except its bias."""
     tiles = ceil_div(sizes.out_features, TILE_COLUMNS)
     return {"weight": (sizes.dtype, (tiles, sizes.in_features, TILE_COLUMNS))}
 
@@ -60,7 +61,7 @@ def pack_dense(layer: DenseLayer, views: dict[str, torch.Tensor]) -> DenseLinear
 def place_bias(
     bias: torch.Tensor | None, views: dict[str, torch.Tensor]
 ) -> torch.Tensor | None:
-    """Copy a bias to its resident tensor, and return that."""
+    """Copy a bias to its resident tensor, and return the resident tensor."""
     if bias is None:
         return None
     views["bias"].copy_(bias)
@@ -71,7 +72,7 @@ def fill_dense(rows: torch.Tensor, tile: int, target: torch.Tensor) -> None:
     """Write output rows into tiles.
 
     Args:
-        rows: [R, in_features], contiguous; R is a multiple of 16 but for a layer's last rows.
+        rows: [R, in_features], contiguous; R is a multiple of 16 except for a layer's last rows.
         tile: the tile of the first row.
         target: [tiles, in_features, 16], the resident weight.
     """
@@ -81,14 +82,14 @@ def fill_dense(rows: torch.Tensor, tile: int, target: torch.Tensor) -> None:
     target[tile : tile + whole].copy_(tiled.transpose(1, 2))
     rest = rows[whole * TILE_COLUMNS :]
     if len(rest):
-        # Whole on the CPU first: a copy into a part of a tile would take memory of the device.
+        # The tile is filled on the CPU, because a copy to a part of a tile takes device memory.
         filled = rest.new_zeros(in_features, TILE_COLUMNS)
         filled[:, : len(rest)] = rest.t()
         target[tile + whole].copy_(filled)
 
 
 def uneven_group(layer: QuantizedLayer, group: int) -> UnsupportedFormat:
-    """Say that a group's rows do not fit whole blocks."""
+    """Return the error for a group whose rows are not whole blocks."""
     return UnsupportedFormat(
         f"{layer.source}.g_idx: channels of group {group}",
         expected=f"a multiple of {BLOCK_ROWS}",

@@ -1,6 +1,6 @@
 """A recorder of operations, and the calls that it collects.
 
-Decoding runs the same operations at every step. So they are recorded once for each shape of a
+Decoding runs the same operations in every step. So they are recorded once for each shape of a
 step, prepared by `DeviceOps.prepare`, and replayed.
 """
 
@@ -239,8 +239,8 @@ class Recorder:
 
     Attributes:
         calls: the calls in order.
-        reads_values: whether one of them depends on values of the step, so that operations are
-            not the same in every step.
+        reads_values: whether a call depends on values of the step, so that operations differ
+            between steps.
     """
 
     def __init__(self) -> None:

@@ -1,6 +1,6 @@
 """Attention and cache writing on the CPU: the calls and the scratch memory.
 
-`attention_scratch_bytes` needs no PyTorch.
+`attention_scratch_bytes` works without PyTorch.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ SIGNATURES = {
     ),
 }
 
-# Constants of csrc/cpu/attention.h and simd.h; tests/backends/cpu/test_constants.py holds them
-# equal.
+# Constants of csrc/cpu/attention.h and simd.h. tests/backends/cpu/test_constants.py checks that
+# they are equal.
 TILE_TOKENS = 64
 KV_SPLIT_TOKENS = 512
 TASK_ROWS = 128
@@ -70,16 +70,18 @@ def _layer_address(layer: CacheLayer, head_dim: int) -> int:
 def attention_scratch_bytes(
     max_batch_size: int, ctx_size: int, shape: AttentionShape
 ) -> int:
-    """Return what `Ops.attention` needs.
+    """Return the bytes of scratch that `Ops.attention` needs.
 
-    Every thread expands tiles and gathers sums for the rows of one task; a decoding sequence
-    leaves one partial result for each of its kv splits of 512 tokens. There is room for those of
-    one sequence of ctx_size tokens, or of max_batch_size sequences that share so many pages;
-    where sequences share their beginnings and need more, they take turns.
+    Every thread expands tiles and collects sums for the rows of one task. A decoding sequence
+    writes one partial result for each of its kv splits of 512 tokens. The scratch has room for
+    the partial results of one sequence of ctx_size tokens, or of max_batch_size sequences with
+    as many tokens together. Sequences that share pages may need more. They are then processed
+    consecutively.
 
     Args:
-        max_batch_size: sequences of a call.
+        max_batch_size: most sequences of a call.
         ctx_size: tokens of the longest sequence.
+        shape: of the layers' attention.
     """
     sharing = shape.num_heads // shape.num_kv_heads
     task_rows = max(1, TASK_ROWS // sharing) * sharing

@@ -1,4 +1,4 @@
-"""The CPU as a backend: main memory, and operations that use it in place."""
+"""The backend of the CPU: main memory, and operations that use it in place."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class CpuBackend(MainMemory):
-    """`Backend` of `cpu`. Names with a number share it, so that plans can be tried on several."""
+    """The backend of `cpu`. `cpu:1`, ... are the same memory, to try several devices."""
 
     kind = "cpu"
     default_device = "cpu"
@@ -46,7 +46,7 @@ class CpuBackend(MainMemory):
         return {}
 
     def open(self, device: str, progress: Progress | None = None) -> DeviceOps:
-        """Return the compiled operations; the reference where it is forced or no compiler is."""
+        """Return the compiled operations; the reference if forced or without a compiler."""
         from .open import open_compiled, reference
 
         return reference() if reference_is_forced() else open_compiled(progress)

@@ -1,11 +1,11 @@
-"""What a quantised linear layer is in main memory: its layout and its tensors.
+"""The layout of a quantised linear layer in main memory.
 
 Packed layout (EXL2 and GPTQ alike)
 -----------------------------------
-Output columns are cut into tiles of 16, stored rows (already permuted, so that a group's
-rows follow each other) into blocks of 32. A block of 32 rows x 16 columns of b-bit codes
+Output columns are divided into tiles of 16, and stored rows into blocks of 32. Stored rows are
+permuted, so that a group's rows are consecutive. A block of 32 rows x 16 columns of b-bit codes
 takes exactly 64*b bytes: b vectors of 64 bytes. One *register* is the 64 bytes
-[column 0..15][row 4j..4j+3], one byte a code: what an 8-bit integer dot product takes. A
+[column 0..15][row 4j..4j+3], one byte a code: the operand of an 8-bit integer dot product. A
 block has 8 registers, j = 0..7. Codes are split into bit planes, the high plane first:
 
     bits 2: plane of 2      bits 4: plane of 4      bits 6: planes of 4 (high), 2 (low)
@@ -14,23 +14,23 @@ block has 8 registers, j = 0..7. Codes are split into bit planes, the high plane
 so code = (high << width of the low plane) | low. A plane of w bits takes w vectors. Vector
 v (0 <= v < w) of a plane holds in each byte the w-bit fields of 8/w registers: register
 v*(8/w) + i is at bits [i*w, i*w + w) of the byte at its own position. The planes of a
-block follow each other, high first.
+block are consecutive, the high plane first.
 
-`codes` is [tiles, tile_bytes]: per tile the blocks of group 0, group 1, ... in row order. A
-group whose rows are no multiple of 32 is filled up with rows of code 2^(bits-1); the
-activations there are zero, so their codes do not matter.
+`codes` is uint8 [tiles, tile_bytes]: for each tile the blocks of group 0, group 1, ... in row
+order. A group whose number of rows is not a multiple of 32 is filled up with rows of code
+2^(bits-1). The activations of these rows are zero, so their codes do not affect a result.
 `groups` is int32 [G, 4]: bits, first stored row, rows (without fill), byte offset of the
 group's first block within a tile.
-`scales` is float16 [tiles, G, 16]. `zeros` is uint8 [tiles, G, 16] or None, where every
-zero point is 2^(bits-1) (EXL2). `perm` is int32 [in_features]: stored row r takes input
-channel perm[r]; None where it is the identity. `bias` is float32 [out_features] or None.
+`scales` is float16 [tiles, G, 16]. `zeros` is uint8 [tiles, G, 16]; None means that every
+zero point is 2^(bits-1) (EXL2). `perm` is int32 [in_features]: stored row r holds input
+channel perm[r]; None is the identity. `bias` is float32 [out_features] or None.
 
     value(stored row r of group g, column n) = scales[g, n] * (code - zero[g, n])
 
-EXL2 (`zeros` is None) means this value rounded to float16, as the weights its quantiser
-measured: `planes.dequantize` decodes so, and then the fixtures' logits agree to the last
-bit. Kernels that sum integers and apply the scale afterwards leave that rounding out, which
-moves the logits by 5e-4 to 8e-4 (relative L2, fixtures). GPTQ's value is rounded nowhere.
+The EXL2 quantiser measured weights that were rounded to float16, so an EXL2 weight is this value
+rounded to float16. `planes.dequantize` rounds it, and then the fixtures' logits agree to the
+last bit. Kernels that sum integers and apply the scale afterwards do not round it, which changes
+the logits by 5e-4 to 8e-4 (relative L2, fixtures). GPTQ values are not rounded.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ if TYPE_CHECKING:
 
     from ..base import Shapes
 
-# Bytes of a block of b-bit codes are b times this.
+# A block of b-bit codes takes b times this number of bytes.
 BLOCK_BIT_BYTES = BLOCK_ROWS * TILE_COLUMNS // 8
-# A tile has so many bytes for each 32-bit word of codes of a column.
+# Bytes of a tile for each 32-bit word of codes of a column.
 WORD_TILE_BYTES = 4 * TILE_COLUMNS
 
 
 @dataclass
 class PackedLinear:
-    """A quantised linear layer on its device, in the layout above.
+    """A quantised linear layer in main memory, in the layout above.
 
-    `native` is the compiled operations' own description of it (`backends/cpu/linear.py`).
+    `native` is its C struct for the kernels (`backends/cpu/linear.py`).
     """
 
     in_features: int
@@ -73,7 +73,7 @@ class PackedLinear:
 
 
 def packed_shapes(sizes: QuantizedSizes) -> Shapes:
-    """Return the resident tensors of a quantised layer but for its bias."""
+    """Return the resident tensors of a quantised layer except its bias."""
     tiles = ceil_div(sizes.out_features, TILE_COLUMNS)
     of_groups = (tiles, sizes.num_groups, TILE_COLUMNS)
     shapes: Shapes = {
@@ -89,13 +89,13 @@ def packed_shapes(sizes: QuantizedSizes) -> Shapes:
 
 
 def group_table(groups: Sequence[tuple[int, int]]) -> list[tuple[int, int, int, int]]:
-    """Lay groups out in a tile.
+    """Assign an offset in a tile to every group.
 
     Args:
-        groups: (bits, rows) of each, without padding.
+        groups: (bits, rows) of each group, without fill.
 
     Returns:
-        of each group: bits, first stored row, rows, byte offset of the first block in a tile.
+        (bits, first stored row, rows, byte offset of the first block in a tile) of each group.
     """
     table, first, offset = [], 0, 0
     for bits, rows in groups:
@@ -108,10 +108,15 @@ def group_table(groups: Sequence[tuple[int, int]]) -> list[tuple[int, int, int, 
 def check_room(
     layer: QuantizedLayer, table: list[tuple[int, int, int, int]], tile_bytes: int
 ) -> None:
-    """Check that groups, each filled up to whole blocks, fit into what was planned.
+    """Check that groups, each filled up to whole blocks, fit into the reserved tiles.
+
+    Args:
+        layer: for the error.
+        table: from `group_table`.
+        tile_bytes: reserved bytes of a tile.
 
     Raises:
-        UnsupportedFormat: they need more blocks of rows than groups of equal size.
+        UnsupportedFormat: the groups of a g_idx need more blocks than groups of equal size.
     """
     bits, _, rows, offset = table[-1]
     if offset + ceil_div(rows, BLOCK_ROWS) * bits * BLOCK_BIT_BYTES <= tile_bytes:
@@ -122,7 +127,7 @@ def check_room(
 
 
 def fill_tiles(values: torch.Tensor, target: torch.Tensor) -> None:
-    """Spread [G, N] over [tiles, G, 16]; columns beyond N become zero."""
+    """Copy values [G, N] to target [tiles, G, 16]; columns from N on become zero."""
     groups, columns = values.shape
     tiles = target.shape[0]
     full = values.new_zeros((groups, tiles * TILE_COLUMNS))

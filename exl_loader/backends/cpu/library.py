@@ -1,4 +1,4 @@
-"""Calling the compiled CPU kernels: their signatures, and the base class of the operations."""
+"""Calls of the compiled CPU kernels: signatures, and the base class of the operations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ INT32 = ctypes.c_int32
 INT64 = ctypes.c_int64
 FLOAT = ctypes.c_float
 
-# What ctypes takes for the types above; `object` is what `ctypes.byref` returns.
+# Arguments that ctypes accepts for the types above. `ctypes.byref` returns an `object`.
 Value = int | float | None | object
 
 
@@ -26,8 +26,8 @@ class Signature:
 
     Args:
         arguments: types of its arguments.
-        rule: the precondition that the function checks itself, returning 0 where it holds; None
-            for a function without a result.
+        rule: the precondition that the function checks itself, for the error message. The
+            function returns 0 if the precondition holds. None for a function without a result.
     """
 
     arguments: tuple[type, ...]
@@ -42,7 +42,7 @@ class Kernel:
     rule: str | None
 
 
-# Runs a kernel with these values, or keeps both for a step that is recorded.
+# Runs a kernel with these arguments, or stores both to run them later.
 Issue = Callable[[Kernel, tuple[Value, ...]], None]
 
 
@@ -59,7 +59,7 @@ def run_now(kernel: Kernel, values: tuple[Value, ...]) -> None:
 def open_kernels(
     library: ctypes.CDLL, signatures: Mapping[str, Signature]
 ) -> dict[str, Kernel]:
-    """Declare the functions of a library."""
+    """Declare the arguments and results of a library's functions; return them by name."""
     kernels = {}
     for name, signature in signatures.items():
         function = library[f"exl_{name}"]
@@ -72,13 +72,12 @@ def open_kernels(
 class KernelOps:
     """Base class of the CPU's operations.
 
-    A decode step makes hundreds of calls, so an operation passes addresses and does no
-    arithmetic. Preconditions are assertions about our own callers; what a user can get wrong was
-    checked at load.
+    A decode step makes hundreds of calls, so an operation only passes addresses. Preconditions
+    are assertions about our own callers. Input of users was checked at load.
 
     Args:
-        kernels: by name.
-        issue: takes each kernel with its values in order.
+        kernels: from `open_kernels`.
+        issue: called with each kernel and its arguments, in order.
     """
 
     def __init__(self, kernels: Mapping[str, Kernel], issue: Issue = run_now):

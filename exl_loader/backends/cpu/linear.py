@@ -1,7 +1,7 @@
 """Products with linear layers on the CPU: the calls, the structs and the scratch memory.
 
-A layer is described to the kernels once, by the structs of csrc/packed.h, and keeps its
-description, so that a call passes a few integers. `linear_scratch_bytes` needs no PyTorch.
+A layer keeps its C struct of csrc/packed.h, so that a call only passes a few integers.
+`linear_scratch_bytes` works without PyTorch.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ SIGNATURES = {
     ),
 }
 
-# Constants of csrc/cpu/linear.h and linear_dense.cpp, in the largest form any target has;
-# tests/backends/cpu/test_constants.py holds them equal.
+# Constants of csrc/cpu/linear.h and linear_dense.cpp, the largest value of all CPU targets.
+# tests/backends/cpu/test_constants.py checks that they are equal.
 PASS_ROWS = 256
 DENSE_PASS_ROWS = 120
 MOST_DIRECT_ROWS = 8
@@ -94,7 +94,7 @@ class LinearStruct:
 
 
 def linear_struct(w: PackedLinear | DenseLinear) -> LinearStruct:
-    """Return a layer's description, made at its first use and kept in `w.native`."""
+    """Return a layer's C struct. It is made at its first use and stored in `w.native`."""
     if not isinstance(w.native, LinearStruct):
         w.native = LinearStruct(w)
     return w.native
@@ -152,11 +152,12 @@ class LinearOps(KernelOps):
 
 
 def linear_scratch_bytes(rows: int, in_features: int) -> int:
-    """Return what `Ops.linear` needs for up to `rows` rows of `in_features` inputs.
+    """Return the bytes of scratch that `Ops.linear` needs for up to `rows` rows.
 
-    The larger of two: quantised layers hold their activations as two planes of int8 with a
-    scale and a sum per 32 rows at worst, and per thread a buffer of unpacked codes and
-    float32 sums; unquantised ones hold regrouped float32 activations.
+    The result is the larger of two needs. The product with a quantised layer stores the
+    activations in at most two planes of int8, with a scale and a sum for each 32 inputs, and a
+    buffer of unpacked codes and float32 sums for each thread. The product with an unquantised
+    layer stores regrouped float32 activations.
     """
     return max(_packed_scratch_bytes(rows, in_features), _dense_scratch_bytes(rows, in_features))
 
@@ -178,5 +179,5 @@ def _dense_scratch_bytes(rows: int, in_features: int) -> int:
 
 
 def cut_bytes(nbytes: int) -> int:
-    """Return what an array of so many bytes takes of scratch."""
+    """Return the bytes of scratch that an array of `nbytes` bytes takes."""
     return round_up(nbytes, CUT_ALIGNMENT)

@@ -1,4 +1,4 @@
-"""Main memory: what the system, the container and the process's own limits leave."""
+"""Main memory, within the limits of the system, the container and the process."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ if TYPE_CHECKING:
 
 PAGE_BYTES = mmap.PAGESIZE
 
-# PyTorch, numpy and our kernels: 224 MiB resident with PyTorch 2.13 on x86-64 Linux. A process
-# that only plans has not loaded them; the one that loads will.
+# PyTorch, numpy and our kernels take 224 MiB with PyTorch 2.13 on x86-64 Linux. A process that
+# only computes a reservation has not imported them. Loading a model will import them.
 ASSUMED_RUNTIME_BYTES = 256 << 20
 
 
 class MainMemory:
-    """The memory part of `Backend`: /proc and the cgroup files, or what other systems have.
+    """The memory part of `Backend`, read from /proc, cgroup files or other systems' interfaces.
 
     Args:
-        proc, cgroups: where they are mounted; tests bring trees of their own.
+        proc: where /proc is mounted; tests pass a folder of their own.
+        cgroups: where the cgroup files are mounted; likewise.
     """
 
     def __init__(self, proc: str = "/proc", cgroups: str = "/sys/fs/cgroup") -> None:
@@ -32,7 +33,7 @@ class MainMemory:
         self._cgroups = Path(cgroups)
 
     def capacity(self, device: str) -> Capacity:
-        """Return the narrowest of the machine, its cgroups and the process's address space."""
+        """Return the smallest of the machine's, its cgroups' and the process's address space's."""
         own = main_memory.process_bytes(self._proc)
         bounds = [
             main_memory.machine_memory(self._proc),
@@ -50,27 +51,28 @@ class MainMemory:
         )
 
     def initialize(self, device: str) -> None:
-        """Import PyTorch: its libraries are what running takes."""
+        """Import PyTorch, whose libraries are the memory that is taken outside our buffers."""
         import torch  # noqa: F401
 
     def is_initialized(self, device: str) -> bool:
-        """Whether PyTorch is in memory."""
+        """Return whether PyTorch is imported."""
         return "torch" in sys.modules
 
     def overhead(self, device: str) -> tuple[int, bool]:
-        """Nothing once PyTorch is in memory, and its libraries until then."""
+        """Return 0 if PyTorch is imported, otherwise the assumed bytes of its libraries."""
         return (0, True) if "torch" in sys.modules else (ASSUMED_RUNTIME_BYTES, False)
 
     def processes(self, device: str, limit: int) -> list[Process]:
-        """Return the processes with the most resident memory, this one left out."""
+        """Return the other processes with the most resident memory."""
         found = [Process(*each) for each in main_memory.other_processes(self._proc)]
         return sorted(found, key=lambda process: -process.held_bytes)[:limit]
 
     def empty(self, device: str, nbytes: int) -> tuple[torch.Tensor, object]:
         """Map anonymous pages.
 
-        Not malloc: a mapping starts on a page, asks for huge pages (fewer misses while every
-        weight is read once a token) and goes back to the system when its last view dies.
+        A mapping is used instead of malloc because it starts at a page, it can request huge
+        pages (fewer TLB misses, because every weight is read once a token), and the system gets
+        it back when its last view is deleted.
         """
         import torch
 
@@ -78,5 +80,5 @@ class MainMemory:
         return torch.frombuffer(pages, dtype=torch.uint8)[:nbytes], pages
 
     def touch(self, buffer: torch.Tensor) -> None:
-        """Write one byte a page: what is only promised could be gone when it is needed."""
+        """Write one byte a page, because the system takes memory for written pages only."""
         buffer[::PAGE_BYTES] = 0

@@ -1,4 +1,4 @@
-"""From sources to the opened CPU operations; the reference where there is no compiler."""
+"""Build and open the CPU operations; without a compiler, use the reference."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _warned = False
 
 
 def open_compiled(progress: Progress | None = None) -> DeviceOps:
-    """Return the compiled operations, or the reference with a warning without a compiler.
+    """Return the compiled operations. Without a compiler, warn and return the reference.
 
     Raises:
         KernelBuildError: the kernels do not compile or do not open.
@@ -29,7 +29,7 @@ def open_compiled(progress: Progress | None = None) -> DeviceOps:
     from .ops import CpuOps, missing_symbols
 
     if missing_symbols(library):
-        # Another program's library under the name of ours, or a linker that kept nothing.
+        # Another program's library has the name of ours, or the linker removed the functions.
         close_library(library)
         library = open_library(progress, rebuild=True)
         missing = missing_symbols(library) if library is not None else []
@@ -52,10 +52,10 @@ def reference() -> DeviceOps:
 def open_library(
     progress: Progress | None = None, *, rebuild: bool = False
 ) -> ctypes.CDLL | None:
-    """Build and open the CPU kernels; None, and a warning, where there is no compiler.
+    """Build and open the CPU kernels. Without a compiler, warn and return None.
 
     Args:
-        progress: shows compiling.
+        progress: shows the compilation.
         rebuild: discard the library that was built before.
 
     Raises:

@@ -1,4 +1,4 @@
-"""All operations of the CPU by compiled kernels, run at once or prepared for replays."""
+"""All operations of the CPU by compiled kernels, run immediately or prepared for replays."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from .threads import default_threads
 if TYPE_CHECKING:
     from ..base import Call, DeviceOps
 
-# Name -> a C function; see the sources in csrc/cpu.
+# Name -> signature of a C function of csrc/cpu.
 SIGNATURES = linear.SIGNATURES | attention.SIGNATURES | rows.SIGNATURES
 
 NAMES = ("set_threads", *SIGNATURES)
 
-# What runs more than kernels, or kernels that depend on values of the step.
-_RUN_ANEW = (Function, LinearPairs, MoeSum, TopLogits)
+# Calls that are not one kernel, or whose kernels depend on values of the step.
+_RUN_EVERY_TIME = (Function, LinearPairs, MoeSum, TopLogits)
 
 
 def missing_symbols(library: ctypes.CDLL) -> list[str]:
-    """Return the functions that the operations call and a library does not have."""
+    """Return the functions that the operations call and that a library does not have."""
     missing = []
     for name in NAMES:
         try:
@@ -44,7 +44,7 @@ class CpuOps(linear.LinearOps, attention.AttentionOps, rows.RowOps, MainMemoryOp
         issue: see `KernelOps`.
 
     Raises:
-        InvalidSettings: EXL_LOADER_THREADS is no positive number.
+        InvalidSettings: EXL_LOADER_THREADS is not a number from 1 to 1024.
     """
 
     name = "cpu"
@@ -59,10 +59,10 @@ class CpuOps(linear.LinearOps, attention.AttentionOps, rows.RowOps, MainMemoryOp
             self.set_threads(default_threads())
 
     def set_threads(self, threads: int) -> int:
-        """Use so many threads from now on, the caller included; not while a call runs.
+        """Set the number of threads, the caller included. No call may be running.
 
         Returns:
-            How many there are.
+            The number of threads that kernels will use.
         """
         return self._set_threads(threads)
 
@@ -70,12 +70,12 @@ class CpuOps(linear.LinearOps, attention.AttentionOps, rows.RowOps, MainMemoryOp
         function(self)
 
     def prepare(self, calls: Sequence[Call]) -> list[Callable[[], None]]:
-        """Check calls and take their addresses once; what remains is a call of a kernel each."""
+        """Check calls and take their addresses once. A replay only calls one kernel for each."""
         issued: list[tuple[Kernel, tuple[Value, ...]]] = []
         recording = CpuOps(self._library, lambda kernel, values: issued.append((kernel, values)))
         prepared: list[Callable[[], None]] = []
         for call in calls:
-            if isinstance(call, _RUN_ANEW):
+            if isinstance(call, _RUN_EVERY_TIME):
                 prepared.append(partial(call.run, self))
                 continue
             call.run(recording)

@@ -37,7 +37,7 @@ SIGNATURES = {
 
 
 class RowOps(KernelOps):
-    """Operations of `base.Ops` on rows, whose weights are norms at most."""
+    """Operations of `base.Ops` on rows that need no weight matrix."""
 
     def embed(self, ids: torch.Tensor, table: torch.Tensor | Linear, factor: float,
               out: torch.Tensor) -> None:

@@ -9,18 +9,18 @@ from ...utils.errors import InvalidSettings, shown
 from ...utils.system.processors import physical_cores, processor_quota
 
 THREADS_ENV = "EXL_LOADER_THREADS"
-# More than any machine has; each one has a stack and scratch space of its own.
+# A limit above the cores of any machine, because each thread takes a stack and scratch memory.
 MAX_THREADS = 1024
 
 
 def default_threads() -> int:
-    """Return how many threads the kernels use: EXL_LOADER_THREADS, or the physical cores.
+    """Return the number of threads of the kernels: EXL_LOADER_THREADS, or the physical cores.
 
-    Only cores that this process may run on count, and a container's processor limit is kept
-    to: a thread that waits for its turn holds up all others.
+    Only cores that this process may use are counted, and at most a container's processor limit,
+    because all threads wait for a thread that has no core.
 
     Raises:
-        InvalidSettings: EXL_LOADER_THREADS is no number from 1 to `MAX_THREADS`.
+        InvalidSettings: EXL_LOADER_THREADS is not a number from 1 to `MAX_THREADS`.
     """
     setting = os.environ.get(THREADS_ENV, "").strip()
     if not setting:
