@@ -77,9 +77,9 @@ def _check_cards() -> list[dict[str, Any]]:
             timeout=_CHECK_SECONDS, check=True,
         )
     except (OSError, subprocess.SubprocessError) as error:
-        words = str(getattr(error, "stderr", None) or error).strip().splitlines()
+        lines = str(getattr(error, "stderr", None) or error).strip().splitlines()
         raise DeviceError(
-            "the check of the CUDA kernels", actual=words[-1] if words else str(error),
+            "the check of the CUDA kernels", actual=lines[-1] if lines else str(error),
             remedy="Update NVIDIA's driver, or run on the CPU: device='cpu'",
         ) from error
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

@@ -63,7 +63,7 @@ def plan_evaluation(
     config: ModelConfig,
     **options: Any,
 ) -> EvaluationPlan:
-    """Plan the model with the fp16 cache, and a cache of each other type beside it.
+    """Plan the model with the fp16 cache, and a further cache of each other type.
 
     Args:
         model_dir: the model folder.

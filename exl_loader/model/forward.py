@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ..backends.cpu_access import Array
 
 # Recorded steps that are kept. Decoding needs one a batch size; the others are the odd last
-# chunks of prompts, which come again rarely and cost little beside their own work.
+# chunks of prompts, which come again rarely and cost little compared with their own work.
 MAX_STEPS = 32
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from itertools import pairwise
 from pathlib import Path
 
 from exl_loader import ExlLoaderError
@@ -29,8 +30,8 @@ def config_files(root: Path) -> list[Path]:
 
 def named_flags(root: Path) -> dict[Path, list[str]]:
     """Return the plugin's flags in the files from which the web UI reads its options."""
-    found = {path: [word for word in _words(path)
-                    if word.split("=", 1)[0].replace("_", "-") in FLAGS]
+    found = {path: [argument for argument in _arguments(path)
+                    if argument.split("=", 1)[0].replace("_", "-") in FLAGS]
              for path in _flag_files(root)}
     return {path: flags for path, flags in found.items() if flags}
 
@@ -95,18 +96,18 @@ def _flag_files(root: Path) -> tuple[Path, ...]:
     return root / "user_data" / "CMD_FLAGS.txt", root / "CMD_FLAGS.txt"
 
 
-def _words(flags: Path) -> list[str]:
-    """Return the words of a file of options; none if it cannot be read."""
+def _arguments(flags: Path) -> list[str]:
+    """Return the arguments in a file of options; none if it cannot be read."""
     try:
         lines = _read(flags).splitlines()
-        return [w for line in lines if not line.lstrip().startswith("#")
-                for w in shlex.split(line)]
+        return [argument for line in lines if not line.lstrip().startswith("#")
+                for argument in shlex.split(line)]
     except (ExlLoaderError, ValueError):
         return []
 
 
 def _model_dirs(flags: Path, root: Path) -> list[Path]:
-    words = _words(flags)
-    found = [words[i + 1] for i, w in enumerate(words[:-1]) if w == "--model-dir"]
-    found += [w.split("=", 1)[1] for w in words if w.startswith("--model-dir=")]
+    arguments = _arguments(flags)
+    found = [value for name, value in pairwise(arguments) if name == "--model-dir"]
+    found += [text.split("=", 1)[1] for text in arguments if text.startswith("--model-dir=")]
     return [root / folder for folder in found]

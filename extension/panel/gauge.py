@@ -240,8 +240,8 @@ def _device(device: DeviceReservation, *, alone: bool) -> str:
             f'<div class="exl-head"><b>{escape(layers)}</b>'
             f"<span>{_device_needs(device, alone=True)}</span></div>"
         )
-    words = ", ".join(f"{name} {amount(nbytes)}" for _, name, nbytes in _listed(device))
-    described = escape(f"{label}, {amount(device.capacity_bytes)}: {words}")
+    amounts = ", ".join(f"{name} {amount(nbytes)}" for _, name, nbytes in _listed(device))
+    described = escape(f"{label}, {amount(device.capacity_bytes)}: {amounts}")
     over = ""
     if device.missing_bytes:
         over = f'<i class="exl-over" style="width:{device.missing_bytes / scale:.3%}"></i>'

@@ -163,8 +163,8 @@ def _flag(name: str, value: Any) -> bool:
     Raises:
         InvalidSettings: it is neither on nor off.
     """
-    words = {"true": True, "1": True, "on": True, "false": False, "0": False, "off": False}
-    found = words.get(str("false" if value is None or value == "" else value).strip().lower())
+    values = {"true": True, "1": True, "on": True, "false": False, "0": False, "off": False}
+    found = values.get(str("false" if value is None or value == "" else value).strip().lower())
     if found is None:
         raise invalid(name, "true or false", value)
     return found

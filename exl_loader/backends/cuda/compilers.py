@@ -202,9 +202,9 @@ def target_of(found: CudaCompiler, capability: Capability) -> Target | None:
 def _own_capabilities(found: CudaCompiler) -> list[Capability]:
     """Ask a compiler, in a process of its own, for its architectures; [] without an answer."""
     option = "--list-gpu-code" if found.compiler.kind == "nvcc" else "--supported"
-    words = command_output([*found.compiler.command, option]) or ""
+    output = command_output([*found.compiler.command, option]) or ""
     # sm_90a is left out: other cards of its generation do not run it.
-    return [capability_of(int(number)) for number in re.findall(r"\bsm_(\d+)\b", words)]
+    return [capability_of(int(number)) for number in re.findall(r"\bsm_(\d+)\b", output)]
 
 
 def nvrtc_remedy(driver: Version | None = None) -> str:

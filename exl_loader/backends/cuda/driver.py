@@ -75,17 +75,17 @@ class Driver:
             raise self.error(function, code)
 
     def error(self, what: str, code: int) -> DeviceError | InsufficientMemory:
-        """Return an exception for an error code, with the driver's own words."""
+        """Return an exception for an error code, with the driver's own message."""
         text = ctypes.c_char_p()
         self.functions.cuGetErrorString(code, ctypes.byref(text))
-        words = f"{(text.value or b'unknown error').decode()} ({code})"
+        message = f"{(text.value or b'unknown error').decode()} ({code})"
         if code == OUT_OF_MEMORY:
             return InsufficientMemory(
-                f"graphics card, {what}", actual=words,
+                f"graphics card, {what}", actual=message,
                 remedy="Close other programs that use the card, or load with a smaller ctx_size",
             )
         return DeviceError(
-            f"graphics card, {what}", actual=words,
+            f"graphics card, {what}", actual=message,
             remedy="After an error in a kernel this process cannot use the card any more: "
             "start it again. `exl_loader doctor` shows the driver and the kernels",
         )

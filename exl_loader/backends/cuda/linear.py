@@ -274,7 +274,7 @@ class LinearOps(DenseLinearOps):
         return _DEEP_RING_BYTES if is_deep else RING_BYTES
 
     def _makes_row(self, x: torch.Tensor, layers: Sequence[StreamLinear]) -> bool:
-        """Tell whether x is a single row that fits a block's shared memory beside its rings."""
+        """Return whether x is a single row that fits in shared memory with a block's rings."""
         warps = _decode_warps([layer_struct(w) for w in layers])
         return x.shape[0] == 1 and self._row_fits(warps, x.shape[1])
 

@@ -13,7 +13,7 @@ that a pair of bias elements (b1, b2) adds to the score of query row q' at posit
 
 times RoPE's factor: two more elements for a dot product of head_dim, and no byte read. The
 few pairs that matter are taken out of `k_proj.bias` after loading, and attention adds them.
-What stays in the bias is small beside the keys' own spread, which is estimated by sending
+What stays in the bias is small compared with the keys' own spread, which is estimated by sending
 random rows through the layer's norm and projection.
 """
 

@@ -43,7 +43,7 @@ class Loading:
 
 @dataclass(frozen=True)
 class LayerState:
-    """What belongs to a layer beside its weights, while it runs on a device.
+    """The state of a layer besides its weights, while it runs on a device.
 
     Args:
         cache: the layer's keys and values.

@@ -186,10 +186,10 @@ class Templates:
         except Exception as error:
             # Besides jinja2's own errors: TypeError, OverflowError from range(), RecursionError
             # from macros and from the parser, SyntaxError where brackets nest too deeply.
-            words = str(error)[:MAX_ERROR_CHARS] or type(error).__name__
+            message = str(error)[:MAX_ERROR_CHARS] or type(error).__name__
             if isinstance(error, jinja2.TemplateSyntaxError):
-                words += f" (line {error.lineno})"
-            return FAILED, words
+                message += f" (line {error.lineno})"
+            return FAILED, message
 
 
 def _give_up_rights() -> None:
