@@ -1,4 +1,4 @@
-"""Folders that auto-round wrote, compared with the weights that auto-round computes."""
+"""Folders written by auto-round, compared with the weights that auto-round computes."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ pytestmark = [
 
 
 WRITER = REPO / "tests" / "support" / "auto_round_writer.py"
-# What decides the contents of the folders, beside the writer.
+# With the writer, the versions of these packages determine the contents of the folders.
 PACKAGES = ("auto-round", "torch", "transformers")
 
 
 @pytest.fixture(scope="module")
 def written() -> Path:
-    """The folders of all variants, kept between runs and shared by pytest's processes."""
+    """Return the folders of all variants, kept between runs and shared by pytest's processes."""
     key = hashlib.sha256(WRITER.read_bytes())
     key.update(" ".join(map(metadata.version, PACKAGES)).encode())
     cache = REPO / "build" / "test-cache"
@@ -77,8 +77,8 @@ def test_weights_equal_those_of_auto_round(written, name):
             spec = linear_spec(checkpoint, key.removesuffix(".weight"), *value.t().shape)
             found = read_linear(spec, checkpoint).weight().t()
             widths.add(spec.options.get("bits", 16))
-            # Measured in bfloat16. A zero point that is one off moves a weight by a step, which
-            # is a 256th of the largest at least.
+            # auto-round computes in bfloat16. A zero point that is wrong by one changes a weight by
+            # one step, which is at least 1/256 of the largest weight.
             step = float(value.abs().max()) / 1024
             torch.testing.assert_close(found, value.float(), rtol=2**-7, atol=step)
     assert widths == {variant.bits} | ({8, 16} if variant.layers else set())
@@ -90,4 +90,4 @@ def test_logits_equal_those_of_auto_rounds_weights(written, name, caplog):
     with load(written / name, ctx_size=256, cache_type="fp32", device="cpu") as model:
         found = model.prompt_logits(IDS)
     assert float((found - expected).norm() / expected.norm()) < 0.01
-    assert not warnings_of_weights(caplog), "nothing of auto-round's own settings is unknown"
+    assert not warnings_of_weights(caplog), "auto-round's own settings cause no warning"

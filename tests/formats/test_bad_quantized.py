@@ -1,4 +1,4 @@
-"""Bad EXL2 and GPTQ tensors are typed errors that name the tensor and leave no memory."""
+"""Invalid EXL2 and GPTQ tensors raise typed errors that name the tensor, and free all memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def originals(tmp_path_factory):
     return folder
 
 
-def test_an_exl2_folder_may_keep_the_index_of_its_source(copy_of):
+def test_an_exl2_folder_may_contain_the_index_of_its_source_model(copy_of):
     folder = copy_of("exl2")
     index = {"weight_map": {"lm_head.weight": "model-00007-of-00009.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -43,7 +43,7 @@ def exl2_edit(copy_of, tensor: str, change):
 
 
 @pytest.mark.parametrize("bits", [0, 1, 7, 9, 16, -4])
-def test_unknown_bits(copy_of, bits):
+def test_unknown_bits_are_refused(copy_of, bits):
     def change(groups):
         groups[0] = bits
         return groups
@@ -60,32 +60,32 @@ def test_unknown_bits(copy_of, bits):
         lambda groups: groups - (groups.new_tensor([0, 3]).repeat(len(groups) // 2)),
     ],
 )
-def test_a_group_table_that_does_not_add_up(copy_of, change):
+def test_a_group_table_that_does_not_add_up_is_refused(copy_of, change):
     rejected(exl2_edit(copy_of, "q_groups", change), InvalidCheckpoint, f"{LAYER}.q_groups")
 
 
 @pytest.mark.parametrize(
     "change", [lambda p: p * 0, lambda p: p + 1, lambda p: p - 1, lambda p: p | (1 << 30)]
 )
-def test_a_wrong_permutation(copy_of, change):
+def test_an_invalid_permutation_is_refused(copy_of, change):
     folder = exl2_edit(copy_of, "q_invperm", change)
     rejected(folder, InvalidCheckpoint, f"{LAYER}.q_invperm", "permutation")
 
 
-def test_nan_scales(copy_of):
+def test_nan_scales_are_refused(copy_of):
     folder = exl2_edit(copy_of, "q_scale_max", lambda scales: scales * float("nan"))
     rejected(folder, InvalidCheckpoint, f"{LAYER}.q_scale_max", "finite")
 
 
 @pytest.mark.parametrize("tensor", ["q_weight", "q_scale", "q_scale_max", "q_groups", "q_invperm"])
-def test_exl2_tensors_missing_or_cut(copy_of, tensor):
+def test_missing_and_shortened_exl2_tensors_are_refused(copy_of, tensor):
     folder = exl2_edit(copy_of, tensor, lambda values: values[:-1])
     rejected(folder, InvalidCheckpoint, LAYER)
     shutil.rmtree(folder)
     rejected(exl2_edit(copy_of, tensor, None), InvalidCheckpoint, LAYER)
 
 
-def test_gptq_group_indices_out_of_range(copy_of):
+def test_gptq_group_indices_out_of_range_are_refused(copy_of):
     folder = copy_of("gptq")
     (file,) = (path.name for path in folder.glob("*.safetensors"))
     tensors = load_file(folder / file)

@@ -1,4 +1,4 @@
-"""Unquantised layers: the same bits, in tiles."""
+"""Unquantised layers are packed into tiles without changing a bit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 
 def untile(layer):
-    """[tiles, K, 16] back to [N, K]."""
+    """Return the weight [N, K] of a layer's tiles [tiles, K, 16]."""
     return layer.weight.transpose(1, 2).reshape(-1, layer.in_features)[: layer.out_features]
 
 
@@ -47,7 +47,7 @@ def test_rows_of_a_fused_source_and_its_bias(tmp_path, dtype):
     assert torch.equal(layer.bias, tensors["bias"][24:64].float())
 
 
-def test_device_reaches_the_specs(tmp_path):
+def test_specs_have_the_device_of_their_layer(tmp_path):
     folder = write_layer(tmp_path / "m", {"weight": torch.randn(8, 8)})
     with Checkpoint.open(folder) as checkpoint:
         part = linear_part(checkpoint, "layer", 8, 8, device="cuda:1")
@@ -58,7 +58,7 @@ def test_device_reaches_the_specs(tmp_path):
 
 
 @pytest.mark.parametrize(("in_features", "out_features"), [(8, 9), (9, 8), (8, 7)])
-def test_dimensions_must_be_the_model_s_own(tmp_path, in_features, out_features):
+def test_dimensions_must_be_those_of_the_model(tmp_path, in_features, out_features):
     folder = write_layer(tmp_path / "m", {"weight": torch.randn(8, 8)})
     with pytest.raises(InvalidCheckpoint, match=r"layer\.weight"):
         load_layer(folder, in_features, out_features)

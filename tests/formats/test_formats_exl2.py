@@ -1,4 +1,4 @@
-"""EXL2 layers: bit for bit against an independent writer, and against the reference logits."""
+"""EXL2 layers equal those of an independent writer bit for bit, and give the reference logits."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def check(folder, in_features, out_features, weight):
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-def test_every_width_and_group_size(tmp_path, bits, group_size):
+def test_layers_of_every_width_and_group_size(tmp_path, bits, group_size):
     groups = [(bits, group_size)] * (256 // group_size)
     folder, _, weight = layer_folder(tmp_path, groups=groups, seed=bits)
     check(folder, 256, 64, weight)
@@ -56,18 +56,18 @@ def test_mixed_widths_sizes_and_odd_dimensions(tmp_path, seed):
 
 @pytest.mark.parametrize("tail_rows", [1, 16, 31, 33, 48])
 @pytest.mark.parametrize("bits", [2, 3, 5, 8])
-def test_tail_group_of_any_length(tmp_path, bits, tail_rows):
+def test_last_groups_of_any_length(tmp_path, bits, tail_rows):
     groups = [(4, 64), (bits, tail_rows)]
     folder, _, weight = layer_folder(tmp_path, 64 + tail_rows, 40, groups)
     check(folder, 64 + tail_rows, 40, weight)
 
 
-def test_one_group_longer_than_128_rows(tmp_path):
+def test_a_group_longer_than_128_rows(tmp_path):
     folder, _, weight = layer_folder(tmp_path, 512, 32, [(5, 512)])
     check(folder, 512, 32, weight)
 
 
-def test_the_spec_follows_the_header(tmp_path):
+def test_sizes_follow_from_the_headers(tmp_path):
     folder, tensors, weight = layer_folder(tmp_path, 200, 50, [(4, 128), (3, 72)], bias=True)
     words = tensors["q_weight"].shape[0]
     part, layer = check(folder, 200, 50, weight)
@@ -81,23 +81,23 @@ def test_the_spec_follows_the_header(tmp_path):
     assert part.tensors["codes"].name == "layer.codes"
     assert {spec.segment for spec in part.tensors.values()} == {"weights"}
     assert torch.equal(layer.bias, tensors["bias"].float())
-    assert not layer.scales[3, :, 2:].any(), "padding columns have no scale"
+    assert not layer.scales[3, :, 2:].any(), "scales of padding columns are zero"
 
 
-def test_whole_blocks_need_no_slack(tmp_path):
+def test_layers_of_whole_blocks_reserve_no_extra_words(tmp_path):
     folder, tensors, _ = layer_folder(tmp_path, 256, 48)
     part, _, _ = load_layer(folder, 256, 48)
     assert part.tensors["codes"].nbytes == 3 * 64 * tensors["q_weight"].shape[0]
 
 
-def test_identity_permutation_costs_nothing_at_run_time(tmp_path):
+def test_an_identity_permutation_is_dropped(tmp_path):
     folder, _, weight = layer_folder(tmp_path, permuted=False)
     _, layer = check(folder, 256, 64, weight)
     assert layer.perm is None
 
 
-def test_sixteen_bit_permutation_is_unsigned(tmp_path):
-    in_features = 32800  # beyond what a signed 16-bit number holds
+def test_a_sixteen_bit_permutation_is_unsigned(tmp_path):
+    in_features = 32800  # more than a signed 16-bit number can hold
     folder, tensors, weight = layer_folder(
         tmp_path, in_features, 16, [(2, in_features)], invperm_dtype=torch.int16
     )
@@ -142,13 +142,13 @@ def test_fixtures_decode_to_the_reference_logits(fixtures_dir, name):
     expected = load_file(fixtures_dir / f"{name}.reference.safetensors")
     with torch.no_grad():
         logits = model(expected["input_ids"][None].long()).logits[0]
-    # float32 sums in another order on another machine; decoding itself is exact.
+    # Decoding is exact. The order of float32 sums differs between machines.
     error = (logits - expected["logits"]).norm() / expected["logits"].norm()
     assert error <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["llama-low", "llama-mid"])
-def test_fixtures_pack_to_what_they_decode_to(fixtures_dir, name):
+def test_packed_fixtures_decode_to_the_stored_weights(fixtures_dir, name):
     layers = 0
     with Checkpoint.open(fixtures_dir / name) as checkpoint:
         for key in checkpoint.headers:
@@ -177,7 +177,7 @@ def test_a_whole_model_folder(tmp_path):
 
 
 def change(name, make):
-    """Give a test case: a tensor's name and what becomes of it."""
+    """Return a test case: a tensor's name, and a function that damages the tensor."""
     return pytest.param(name, make, id=f"{name}-{make.__name__}")
 
 
@@ -193,7 +193,7 @@ def falling_starts(groups):
     return torch.tensor([4, 0, 4, -5], dtype=torch.int16)
 
 
-def start_behind_the_end(groups):
+def start_after_the_end(groups):
     return torch.tensor([4, 0, 4, 900], dtype=torch.int16)
 
 
@@ -255,7 +255,7 @@ def wider_dtype(tensor):
                 odd_width,
                 late_start,
                 falling_starts,
-                start_behind_the_end,
+                start_after_the_end,
                 too_many_rows,
                 too_few_rows,
                 part_of_a_row,
@@ -287,7 +287,7 @@ def test_impossible_tensors_are_refused_by_name(tmp_path, name, make):
 @pytest.mark.parametrize("name", ["q_weight", "q_groups", "q_scale", "q_scale_max", "q_invperm"])
 def test_a_missing_tensor_is_named(tmp_path, name):
     tensors, _ = make_exl2_layer(np.random.default_rng(0), 64, 32)
-    other = {"other.q_weight": tensors["q_weight"].clone()}  # so that the folder stays EXL2
+    other = {"other.q_weight": tensors["q_weight"].clone()}  # so that the folder is still EXL2
     del tensors[name]
     folder = write_layer(tmp_path / "m", tensors | other)
     with pytest.raises(InvalidCheckpoint, match=f"layer.{name}"):
@@ -295,13 +295,13 @@ def test_a_missing_tensor_is_named(tmp_path, name):
 
 
 @pytest.mark.parametrize(("in_features", "out_features"), [(255, 64), (256, 97), (256, 32)])
-def test_dimensions_must_be_the_model_s_own(tmp_path, in_features, out_features):
+def test_dimensions_must_be_those_of_the_model(tmp_path, in_features, out_features):
     folder, _, _ = layer_folder(tmp_path)
     with pytest.raises(InvalidCheckpoint, match="layer"):
         load_layer(folder, in_features, out_features)
 
 
-def test_groups_that_no_block_of_32_rows_divides_are_unsupported(tmp_path):
+def test_groups_of_no_multiple_of_32_rows_are_unsupported(tmp_path):
     rng = np.random.default_rng(0)
     tensors, _ = make_exl2_layer(rng, 64, 32, [(4, 32), (4, 32)])
     codes = rng.integers(0, 16, (16, 32))

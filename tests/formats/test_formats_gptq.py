@@ -1,4 +1,4 @@
-"""GPTQ layers: every width, order and zero convention, bit for bit against an own writer."""
+"""GPTQ layers equal those of a writer of our own bit for bit."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def check(folder, in_features, out_features, weight, **options):
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("v2", [False, True])
 @pytest.mark.parametrize("group_size", [32, 128, -1])
-def test_every_width_order_and_convention(tmp_path, bits, act_order, v2, group_size):
+def test_every_width_order_and_layout_of_zero_points(tmp_path, bits, act_order, v2, group_size):
     tensors, weight = make(bits=bits, act_order=act_order, v2=v2, group_size=group_size, bias=True)
     folder = write(tmp_path, tensors, bits=bits, group_size=group_size, v2=v2)
     _, layer = check(folder, 256, 64, weight)
@@ -51,13 +51,13 @@ def test_every_width_order_and_convention(tmp_path, bits, act_order, v2, group_s
     assert (layer.perm is not None) == (act_order and group_size != -1)
 
 
-def test_without_group_index_no_permutation_is_planned(tmp_path):
+def test_no_permutation_is_reserved_without_a_group_index(tmp_path):
     tensors, weight = make(g_idx=False)
     part, _ = check(write(tmp_path, tensors), 256, 64, weight)
     assert "perm" not in part.tensors
 
 
-def test_the_spec_follows_the_header(tmp_path):
+def test_sizes_follow_from_the_headers(tmp_path):
     tensors, _ = make(in_features=224, out_features=96, bits=3, group_size=64)
     part, _, _ = load_layer(write(tmp_path, tensors, bits=3, group_size=64), 224, 96)
     assert {role: (spec.dtype, spec.shape) for role, spec in part.tensors.items()} == {
@@ -70,12 +70,12 @@ def test_the_spec_follows_the_header(tmp_path):
 
 
 @pytest.mark.parametrize("act_order", [False, True])
-def test_a_last_group_that_is_shorter(tmp_path, act_order):
+def test_a_shorter_last_group(tmp_path, act_order):
     tensors, weight = make(in_features=200, bits=4, group_size=64, act_order=act_order)
     check(write(tmp_path, tensors, group_size=64), 200, 64, weight)
 
 
-def test_an_all_zero_group_index_means_none(tmp_path):
+def test_a_group_index_of_zeros_is_ignored(tmp_path):
     tensors, weight = make(group_size=64)
     tensors["g_idx"].zero_()
     check(write(tmp_path, tensors, group_size=64), 256, 64, weight)
@@ -125,7 +125,7 @@ def nan_scale(tensors):
     tensors["scales"][0, 3] = float("nan")
 
 
-def foreign_group(tensors):
+def group_out_of_range(tensors):
     tensors["g_idx"][5] = 2
 
 
@@ -137,7 +137,7 @@ def empty_group(tensors):
     tensors["g_idx"][:] = 1
 
 
-def group_of_no_whole_blocks(tensors):
+def group_that_is_not_whole_blocks(tensors):
     tensors["g_idx"][:5] = 1
 
 
@@ -189,10 +189,10 @@ def long_bias(tensors):
     "spoil",
     [
         nan_scale,
-        foreign_group,
+        group_out_of_range,
         negative_group,
         empty_group,
-        group_of_no_whole_blocks,
+        group_that_is_not_whole_blocks,
         short_index,
         float_index,
         short_scales,
@@ -251,8 +251,8 @@ def test_shapes_decide_width_and_group_size(tmp_path, caplog, settings, warning)
 @pytest.mark.parametrize("group_size", [16, 48, 80])
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("bits", [3, 4])
-def test_groups_of_no_whole_blocks(tmp_path, group_size, act_order, bits):
-    """The CPU fills every group up; a CUDA device keeps float16 weights."""
+def test_groups_that_are_not_whole_blocks(tmp_path, group_size, act_order, bits):
+    """The CPU layout fills up every group. A CUDA device keeps float16 weights."""
     tensors, weight = make(group_size=group_size, act_order=act_order, bits=bits, bias=True)
     folder = write(tmp_path, tensors, bits=bits, group_size=group_size)
     part, layer = check(folder, 256, 64, weight)
@@ -269,7 +269,7 @@ def test_groups_of_no_whole_blocks(tmp_path, group_size, act_order, bits):
 
 
 @pytest.mark.parametrize("settings", [{}, {"group_size": None}, {"group_size": 32}])
-def test_a_group_size_that_is_declared_wrongly_or_not_at_all(tmp_path, settings):
+def test_a_wrong_or_missing_group_size(tmp_path, settings):
     tensors, weight = make(group_size=16, g_idx=False)
     check(write(tmp_path, tensors, **settings), 256, 64, weight)
 
@@ -326,7 +326,7 @@ def test_the_error_names_awq_packing(tmp_path):
 
 
 def awq_packed(codes: np.ndarray) -> torch.Tensor:
-    """Pack 4-bit codes [rows, N] along the columns, as AutoAWQ's GEMM layout has them."""
+    """Pack 4-bit codes [rows, N] along the columns, in AutoAWQ's GEMM layout."""
     slots = codes.reshape(len(codes), -1, 8)[:, :, [0, 2, 4, 6, 1, 3, 5, 7]].astype(np.uint64)
     words = (slots << (4 * np.arange(8, dtype=np.uint64))).sum(axis=2)
     return torch.from_numpy(words.astype(np.uint32).view(np.int32))
@@ -351,7 +351,7 @@ def test_auto_rounds_packing_along_the_columns(tmp_path, group_size, rows):
 
 
 @pytest.mark.parametrize("tensor", ["qweight", "qzeros", "scales"])
-def test_tensors_that_contradict_the_packing_along_the_columns(tmp_path, tensor):
+def test_tensors_that_contradict_the_packing_along_the_columns_are_refused(tmp_path, tensor):
     tensors, _ = make(g_idx=False)
     tensors["qweight"] = torch.zeros(256, 8, dtype=torch.int32)
     tensors[tensor] = tensors[tensor][:, :-1].contiguous()

@@ -1,4 +1,4 @@
-"""Zero points of GPTQ: every layout that is written comes back, and labels may be wrong."""
+"""Zero points of GPTQ are read back from every layout, also with a wrong label."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ from support.makers import (
 )
 
 WIDTHS = (2, 3, 4, 8)
-# One in every field, written out of the fields themselves: a word, for 3 bits three of them.
+# Words with 1 in every field, packed from the fields: one word, and for 3 bits three words.
 ONES = {bits: pack_stream(np.ones((32, 1), int), bits).view(np.uint32).ravel() for bits in WIDTHS}
 
 
 def packed(zeros: np.ndarray, bits: int) -> np.ndarray:
-    """Pack zero points [G, N] as they are: uint32 [G, N * bits / 32]."""
+    """Pack zero points [G, N] to uint32 [G, N * bits / 32], without an offset."""
     return pack_stream(zeros.T, bits).T.copy().view(np.uint32)
 
 
 def by_words(zeros: np.ndarray, bits: int) -> np.ndarray:
-    """Subtract from whole words, as GPTQModel does for 2, 4 and 8 bits."""
+    """Pack, then subtract 1 from every field by words, as GPTQModel does for 2, 4 and 8 bits."""
     words = packed(zeros, bits)
     return words - np.resize(ONES[bits], words.shape[1])
 
 
 def by_fields(zeros: np.ndarray, bits: int) -> np.ndarray:
-    """Subtract before packing, wrapping from 0 to the largest value."""
+    """Subtract 1 before packing; 0 wraps to the largest value."""
     return packed((zeros - 1) % (1 << bits), bits)
 
 
 def by_swapped_words(zeros: np.ndarray, bits: int) -> np.ndarray:
-    """Subtract as GPTQModel before 6.1 does for 3 bits: first and third constant exchanged."""
+    """Subtract as GPTQModel before 6.1 for 3 bits, with the first and third constant exchanged."""
     words = packed(zeros, bits)
     return words - np.resize(ONES[3][::-1], words.shape[1])
 
 
 def drawn(bits: int, zero_share: float = 0.02, shape=(8, 96)) -> np.ndarray:
-    """Draw zero points around the middle, as quantisers choose them, some of them 0."""
+    """Return random zero points around the middle, as quantisers choose them, and some zeros."""
     rng = np.random.default_rng()
     middle = 1 << (bits - 1)
     spread = max(1, middle // 2)
@@ -64,7 +64,7 @@ def test_the_constants_are_those_of_the_writers():
 
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("columns", [32, 40, 96, 8])
-def test_zero_points_as_they_are(bits, columns):
+def test_zero_points_without_an_offset(bits, columns):
     zeros = drawn(bits, shape=(3, columns))
     found, contradiction = read_zero_points(packed(zeros, bits), bits, columns, "gptq_v2", False)
     assert np.array_equal(found, zeros) and not contradiction
@@ -73,7 +73,7 @@ def test_zero_points_as_they_are(bits, columns):
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("zero_share", [0, 0.01, 0.5, 1])
 @pytest.mark.parametrize("columns", [32, 40, 96])
-def test_whole_word_subtraction_is_undone(bits, zero_share, columns):
+def test_subtraction_by_words_is_undone(bits, zero_share, columns):
     zeros = drawn(bits, zero_share, (5, columns))
     found, _ = read_zero_points(by_words(zeros, bits), bits, columns, "gptq", False)
     assert np.array_equal(found, zeros)
@@ -88,7 +88,7 @@ def test_all_writers_agree_where_no_zero_point_is_0(bits):
 
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_a_zero_point_of_0_that_wrapped_is_restored(bits):
-    """Its next neighbour may be one off; the file does not name its writer."""
+    """The next zero point may be wrong by one, because no file names the writer."""
     zeros = np.full((1, 64), 2)
     zeros[0, [5, 63]] = 0
     found, _ = read_zero_points(by_fields(zeros, bits), bits, 64, "gptq", False)
@@ -98,7 +98,7 @@ def test_a_zero_point_of_0_that_wrapped_is_restored(bits):
 
 @pytest.mark.parametrize("write", [by_fields, by_words, by_swapped_words])
 @pytest.mark.parametrize("zero_share", [0, 0.03])
-def test_three_bits_of_every_writer(write, zero_share):
+def test_three_bit_zero_points_of_every_writer(write, zero_share):
     zeros = drawn(3, zero_share, (16, 128))
     found, _ = read_zero_points(write(zeros, 3), 3, 128, "gptq", False)
     assert np.array_equal(found, zeros)
@@ -125,7 +125,7 @@ def test_a_symmetric_layer_with_a_few_other_zero_points():
     for label in ("gptq", "gptq_v2"):
         found, contradiction = read_zero_points(packed(zeros, 4), 4, 64, label, True)
         assert np.array_equal(found, zeros) and bool(contradiction) == (label == "gptq")
-        # Where symmetry is not declared, they prove that there is none.
+        # If symmetry is not declared, these zero points prove that the layer is asymmetric.
         labelled, contradiction = read_zero_points(packed(zeros, 4), 4, 64, label, None)
         assert np.array_equal(labelled, zeros + (label == "gptq")) and not contradiction
 

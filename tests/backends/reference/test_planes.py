@@ -1,4 +1,4 @@
-"""The packed layout: every width, written out by hand once, and round trips for the rest."""
+"""The packed layout: its bytes for every width, and round trips of whole layers."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ WIDTHS = sorted(BIT_PLANES)
 
 
 def tile_byte(codes: np.ndarray, bits: int, block: int, byte: int) -> int:
-    """Compute one byte of one block of one tile, from the words of cpu/layout.py.
+    """Compute one byte of a block of a tile, from the description in cpu/layout.py.
 
     Args:
-        codes: [rows, 16] of the tile. byte: position within the block's 64 * bits bytes.
+        codes: [rows, 16] of the tile.
+        byte: index in the block's 64 * bits bytes.
     """
     vector, position = divmod(byte, 64)
     column, row_in_register = divmod(position, 4)
@@ -38,7 +39,7 @@ def tile_byte(codes: np.ndarray, bits: int, block: int, byte: int) -> int:
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_every_byte_stands_where_the_layout_says(bits):
+def test_every_byte_is_where_the_layout_defines_it(bits):
     rng = np.random.default_rng(bits)
     codes = rng.integers(0, 1 << bits, (64, 32))
     groups = torch.tensor(group_table([(bits, 64)]), dtype=torch.int32)
@@ -51,8 +52,8 @@ def test_every_byte_stands_where_the_layout_says(bits):
 
 
 def test_a_block_written_out_by_hand():
-    # Two bits, column 0 counts 0 1 2 3 0 1 2 3 ..., the rest is 0: register j of column 0 is
-    # the bytes 0 1 2 3, and a byte of a vector holds four registers of it.
+    # Two bits. Column 0 is 0 1 2 3 0 1 2 3 ..., and other columns are 0. So register j has the
+    # bytes 0 1 2 3 in column 0, and a byte of a vector holds the fields of four registers.
     codes = np.zeros((32, 16), np.int64)
     codes[:, 0] = np.arange(32) % 4
     packed = torch.empty(1, 128, dtype=torch.uint8)
@@ -71,7 +72,7 @@ def test_streams_are_read_bit_for_bit(bits, rows):
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_planes_join_to_what_was_split(bits):
+def test_joined_planes_are_the_codes_before_splitting(bits):
     codes = np.random.default_rng(bits).integers(0, 1 << bits, (96, 48)).astype(np.uint8)
     assert (planes.join_planes(planes.split_planes(codes, bits), bits) == codes).all()
 
@@ -126,7 +127,7 @@ def test_fill_rows_hold_the_zero_point():
 
 
 def test_decoding_is_exact_at_the_ends_of_the_range():
-    # 8 bits, zero point 255 and 0, the largest half with a full mantissa.
+    # 8 bits, zero points 255 and 0, and a float16 scale with all mantissa bits set.
     codes = np.tile(np.array([[0], [255]]), (16, 16))
     packed = torch.empty(1, 512, dtype=torch.uint8)
     groups = torch.tensor([[8, 0, 32, 0]], dtype=torch.int32)

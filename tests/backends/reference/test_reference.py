@@ -1,4 +1,4 @@
-"""The reference operations against other definitions: torch's own modules, or a loop."""
+"""The reference operations equal PyTorch's own functions, or a loop."""
 
 import math
 
@@ -19,7 +19,7 @@ def randn(*shape, seed=0):
 
 
 def dense(weight, bias=None):
-    """A layer from a weight [out_features, in_features] as checkpoints have it."""
+    """Return a layer with the weight [out_features, in_features] of a checkpoint."""
     out_features, in_features = weight.shape
     tiles = -(-out_features // TILE_COLUMNS)
     full = weight.new_zeros(tiles * TILE_COLUMNS, in_features)
@@ -60,7 +60,7 @@ def test_linear_writes_its_columns_and_adds(out_features):
 
 
 @pytest.mark.parametrize("position", [0, 1, 1000, 131071, 2**31 - 1])
-def test_rope_angles_stay_exact_far_out(position):
+def test_rope_angles_are_exact_at_large_positions(position):
     frequencies = torch.tensor([1.0, 0.3, 1e-5])
     out = torch.empty(1, 2, 3)
     OPS.rope_table(torch.tensor([position], dtype=torch.int32), frequencies, 1.25, out)
@@ -70,16 +70,16 @@ def test_rope_angles_stay_exact_far_out(position):
         assert out[0, 1, i].item() == pytest.approx(1.25 * math.sin(angle), abs=3e-7)
 
 
-def test_rope_turns_pairs_and_leaves_the_rest():
+def test_rope_rotates_pairs_and_keeps_other_elements():
     x, half = randn(3, 2, 10), 4
     angles = randn(3, half, seed=1)
     table = torch.stack([angles.cos(), angles.sin()], dim=1)
     before = x.clone()
     OPS.rope(x, table)
     pairs = torch.complex(before[..., :half], before[..., half : 2 * half])
-    turned = pairs * torch.exp(1j * angles)[:, None]
-    torch.testing.assert_close(x[..., :half], turned.real)
-    torch.testing.assert_close(x[..., half : 2 * half], turned.imag)
+    rotated = pairs * torch.exp(1j * angles)[:, None]
+    torch.testing.assert_close(x[..., :half], rotated.real)
+    torch.testing.assert_close(x[..., half : 2 * half], rotated.imag)
     assert torch.equal(x[..., 2 * half :], before[..., 2 * half :])
 
 
@@ -111,7 +111,7 @@ def test_moe_route(normalize):
     torch.testing.assert_close(weights, expected)
 
 
-def test_rows_out_and_back():
+def test_rows_are_gathered_and_added_back():
     x = randn(6, 5)
     rows, weights = torch.tensor([4, 0, 5], dtype=torch.int32), torch.tensor([2.0, -1.0, 0.5])
     picked, out = torch.empty(3, 5), torch.ones(6, 5)
@@ -125,7 +125,7 @@ def test_rows_out_and_back():
 
 
 @pytest.mark.parametrize("rows", [1, 2, 9, 64])
-def test_a_row_does_not_depend_on_its_neighbours(rows):
+def test_a_row_does_not_depend_on_other_rows(rows):
     x, layer = randn(64, 96), dense(randn(70, 96, seed=1))
     whole, part = torch.empty(64, 70), torch.empty(rows, 70)
     OPS.linear(x, layer, whole, NO_SCRATCH)
