@@ -69,9 +69,11 @@ class Server:
         root: the web UI. models: its folder of models.
         flags: more of its options.
         page: serve the page as well, at `address`.
+        kernels: folder of compiled kernels; None for the user's own.
     """
 
-    def __init__(self, root: Path, models: Path, *flags: str, page: bool = False) -> None:
+    def __init__(self, root: Path, models: Path, *flags: str, page: bool = False,
+                 kernels: Path | None = None) -> None:
         self.root, self.models = root, models
         self.port, self.page_port = free_port(), free_port()
         self.address = f"http://127.0.0.1:{self.page_port}"
@@ -83,6 +85,8 @@ class Server:
         self._file = self.log.open("w")
         # Wide, so that no line of the log is wrapped.
         environment = clean_environment() | {"OMP_NUM_THREADS": "1", "COLUMNS": "400"}
+        if kernels is not None:
+            environment["EXL_LOADER_CACHE_DIR"] = str(kernels)
         self._process = subprocess.Popen(
             [str(python), "server.py", *arguments], cwd=root, stdout=self._file,
             stderr=subprocess.STDOUT, env=environment)
