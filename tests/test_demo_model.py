@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import exl_loader
-from conftest import REPO
 from exl_loader.convert.calibration import _DEFAULT_FILES
+from support import REPO
 
 DEMO = REPO / "exl_loader" / "demo_model"
 MOST_BYTES = 8_000_000

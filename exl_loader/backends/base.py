@@ -91,11 +91,13 @@ class Batch:
 
     @property
     def num_rows(self) -> int:
-        return self.positions.shape[0]
+        rows: int = self.positions.shape[0]
+        return rows
 
     @property
     def num_sequences(self) -> int:
-        return self.past_len.shape[0]
+        sequences: int = self.past_len.shape[0]
+        return sequences
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,8 @@ class InPlaceAccess:
         return
 
     def read(self, tensor: torch.Tensor) -> Array:
-        return tensor.numpy()
+        values: Array = tensor.numpy()
+        return values
 
     def write(self, tensor: torch.Tensor, values: Array) -> None:
         tensor.numpy()[...] = values

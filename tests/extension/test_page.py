@@ -105,7 +105,8 @@ def test_one_click_makes_a_model_fit(browser, tight_address, theme):
         details = page.page.locator("#exl_status details")
         assert not details.locator("pre").is_visible()
         details.locator("summary").click()
-        assert "Largest context that fits" in details.locator("pre").inner_text()
+        sync_api.expect(details.locator("pre")).to_be_visible()
+        sync_api.expect(details.locator("pre")).to_contain_text("Largest context that fits")
 
         page.gauge.get_by_role("button", name="tokens of context, 8-bit cache").click()
         page.expect_gauge("Fits")

@@ -107,7 +107,7 @@ def write_endless_model(folder):
     """
     from safetensors.torch import load_file, save_file
 
-    write_tiny_model(folder, num_hidden_layers=16)
+    write_tiny_model(folder, num_hidden_layers=64)
     tensors = load_file(folder / "model.safetensors")
     for name, tensor in tensors.items():
         if name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):

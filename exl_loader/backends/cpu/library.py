@@ -93,4 +93,5 @@ def address(tensor: torch.Tensor | None) -> int | None:
     if tensor is None:
         return None
     assert tensor.is_contiguous() and tensor.device.type == "cpu", tensor.shape
-    return tensor.data_ptr()
+    pointer: int = tensor.data_ptr()
+    return pointer
