@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ...utils.errors import KernelBuildError
-from ...utils.progress import NullProgress, Progress
+from ...utils.progress import NullProgress, Progress, task
 from ...utils.system.processes import join_command
 from . import supervise
 from .spec import BuildSpec
@@ -150,16 +150,13 @@ def _acquire(lock, progress: Progress) -> None:
         return
     except Timeout:
         pass
-    progress.start(WAIT_TASK, None, "s")
-    try:
+    with task(progress, WAIT_TASK, None, "s") as advance:
         while True:
             try:
                 lock.acquire(timeout=1.0, poll_interval=_POLL_S)
                 return
             except Timeout:
-                progress.advance(WAIT_TASK)
-    finally:
-        progress.finish(WAIT_TASK)
+                advance(1)
 
 
 def _build_in(directory: Path, target: Path, spec: BuildSpec, progress: Progress) -> Entry:
@@ -171,11 +168,8 @@ def _build_in(directory: Path, target: Path, spec: BuildSpec, progress: Progress
         work.mkdir(mode=0o700)
         (work / "build.ninja").write_text(ninja_file(spec), encoding="utf-8")
         units = len(spec.sources) + (0 if spec.makes_cubins else 1)
-        progress.start(TASK, units, "units")
-        try:
+        with task(progress, TASK, units, "units"):
             _run_ninja(work, spec, progress)
-        finally:
-            progress.finish(TASK)
         for name in spec.artifacts:
             (work / name).rename(private / name)
         shutil.rmtree(work)

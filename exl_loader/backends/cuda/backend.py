@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from ...formats.layer import DenseSizes, QuantizedSizes
+from ...utils.byte_counts import MIB
 from ...utils.errors import InvalidSettings
 from ..base import Capacity, Process
 from ..layouts import dense_shapes
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
     from ...utils.progress import Progress
     from ..base import DeviceOps, Shapes, StepSizes
-
-MIB = 1 << 20
 
 # Tensors start at multiples of the driver's own granularity, for coalesced loads.
 ALIGNMENT_BYTES = 256

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+from ...utils.byte_counts import MIB
 from ...utils.errors import ExlLoaderError
 from ...utils.system.libraries import library_name
 from ..base import Capacity
@@ -26,7 +27,6 @@ from ..reference import reference_is_forced
 from .arch import OLDEST
 from .driver import Driver
 
-_MIB = 1 << 20
 _LIBRARY = library_name(windows="nvml.dll", posix="libnvidia-ml.so.1")
 
 _FUNCTIONS = (
@@ -222,7 +222,7 @@ def smi_memory(name: str) -> Capacity | None:
     for index, total, free in rows:
         # A name that is not a number (GPU-8a3...) has selected its row already.
         if card != _HIDDEN and (index == card or not card.isdigit()):
-            return Capacity(int(total) * _MIB, int(free) * _MIB)
+            return Capacity(int(total) * MIB, int(free) * MIB)
     return None
 
 

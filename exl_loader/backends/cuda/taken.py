@@ -19,13 +19,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...utils.byte_counts import GIB, MIB
 from ...utils.errors import ExlLoaderError
 from ...utils.json_keys import read_json_object_if_there
 from ..build.store import kernel_dirs, writable_dir
 from .cards import card_identity
 from .driver import Context, driver_release
 
-MIB = 1 << 20
 # All kernels of an architecture; and `forward.MAX_STEPS` graphs, each in a page of the driver's.
 ASSUMED_KERNEL_BYTES = 32 * MIB
 ASSUMED_GRAPH_BYTES = 32 * 2 * MIB
@@ -38,7 +38,7 @@ _FILE = "taken_of_cards.json"
 _MOST_FILE_BYTES = 1 << 16
 _MOST_CARDS = 64
 # A larger figure in the file was not written by us.
-_MOST_REMEMBERED_BYTES = 1 << 30
+_MOST_REMEMBERED_BYTES = GIB
 
 
 @dataclass
