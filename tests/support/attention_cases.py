@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Sequence
-from pathlib import Path
-
 import torch
 
 from exl_loader.backends.base import AttentionShape, Batch
@@ -17,7 +13,6 @@ from exl_loader.cache.layout import PAGE_LEN, CacheLayer, pages_for
 from support.cache_layers import attend as attend_on_cpu
 from support.cache_layers import make_layer, part, random_rows, write
 from support.cuda_emulation import EmulatedLauncher
-from support.cuda_emulation.launcher import FOLDER, REPO, emulation_spec
 from support.targets import Target
 
 SOURCES = ("cache_write", "attention_decode", "attention_decode_padded", "attention_prefill",
@@ -114,27 +109,6 @@ def expected_of(q: torch.Tensor, layer: CacheLayer, batch: Batch,
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual.double() - expected).norm() / expected.double().norm())
-
-
-def built_from(folder: Path, *, change: tuple[str, str, str] | None = None,
-               names: Sequence[str] = SOURCES) -> EmulatedLauncher:
-    """Build kernels from a copy in `folder`, those of attention or of other sources.
-
-    Args:
-        names: of the sources.
-        change: (file under csrc/cuda, text that is in it exactly once, its replacement).
-    """
-    for name in ("csrc", FOLDER):
-        shutil.copytree(REPO / name, folder / name, dirs_exist_ok=True,
-                        ignore=shutil.ignore_patterns("__pycache__", "cpu"))
-    if change is not None:
-        file, old, new = change
-        path = folder / "csrc" / "cuda" / file
-        text = path.read_text()
-        assert text.count(old) == 1, f"{file}: {text.count(old)} times {old!r}"
-        path.write_text(text.replace(old, new))
-    sources = [folder / "csrc" / "cuda" / f"{name}.cu" for name in names]
-    return EmulatedLauncher(emulation_spec(sources, root=folder))
 
 
 def attention_target(launcher: EmulatedLauncher) -> Target:

@@ -18,8 +18,9 @@ from backends.operations.test_attention import (
 )
 from backends.operations.test_cache_writing import REFERENCE, bytes_of, written
 from exl_loader.backends.build.toolchain import find_compiler
-from support.attention_cases import attention_target, built_from, shape_of
+from support.attention_cases import SOURCES, attention_target, shape_of
 from support.cache_layers import make_batch, random_rows
+from support.cuda_emulation.mutation import built_from
 from support.exhaustive import some_of
 
 pytestmark = [
@@ -154,14 +155,14 @@ def passes(launcher, check) -> bool:
 
 @pytest.mark.parametrize("change", some_of(ATTENTION, 20), ids=lambda change: change[1][:40])
 def test_a_mistake_in_attention_is_noticed(tmp_path, change):
-    assert not passes(built_from(tmp_path, change=change), check_attention)
+    assert not passes(built_from(tmp_path, SOURCES, change), check_attention)
 
 
 @pytest.mark.parametrize("change", some_of(WRITING, 12), ids=lambda change: change[1][:40])
 def test_a_mistake_in_writing_is_noticed(tmp_path, change):
-    assert not passes(built_from(tmp_path, change=change), check_writing)
+    assert not passes(built_from(tmp_path, SOURCES, change), check_writing)
 
 
 def test_without_a_mistake_nothing_is_noticed(tmp_path):
-    launcher = built_from(tmp_path)
+    launcher = built_from(tmp_path, SOURCES)
     assert passes(launcher, check_attention) and passes(launcher, check_writing)

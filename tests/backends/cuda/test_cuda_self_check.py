@@ -11,7 +11,7 @@ from exl_loader.backends.cuda import self_check
 from exl_loader.commands import check_cards
 from exl_loader.memory import buffers as memory
 from exl_loader.utils.errors import DeviceError, InsufficientMemory
-from support.attention_cases import built_from
+from support.cuda_emulation.mutation import built_from
 from support.emulated_cuda import EmulatedCard
 from support.exhaustive import some_of
 from support.targets import emulated_launcher
@@ -101,7 +101,7 @@ def test_kernels_are_checked_once_a_process(opened):
 @pytest.mark.parametrize("mistake", some_of(MISTAKES, 5), ids=lambda mistake: mistake[2])
 def test_a_mistake_is_refused_and_nothing_is_held(opened, tmp_path, mistake):
     (source, change, named), before = mistake, memory.live_bytes()
-    opened.append(Card(wrong=built_from(tmp_path, change=change, names=[source])))
+    opened.append(Card(wrong=built_from(tmp_path, [source], change)))
     for _ in range(2):  # it is checked again, since it has not passed
         with pytest.raises(DeviceError) as caught:
             get_ops("cuda:0")

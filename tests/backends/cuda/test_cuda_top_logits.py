@@ -6,8 +6,6 @@ below, at and above what is taken, a block's tile, and what all blocks read at o
 
 from __future__ import annotations
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
@@ -21,8 +19,7 @@ from exl_loader.backends.top_logits import (
     take_largest,
 )
 from exl_loader.model.top_logits_reader import read_result
-from support.cuda_emulation import EmulatedLauncher
-from support.cuda_emulation.launcher import FOLDER, REPO, emulation_spec
+from support.cuda_emulation.mutation import assert_noticed, built_from
 from support.cuda_emulation.sanitized import run_sanitized, runtimes
 from support.exhaustive import some_of
 from support.targets import TARGETS, Target, target
@@ -171,27 +168,11 @@ def everything(ops):
 @pytest.mark.parametrize("change", some_of([None, *MUTATIONS], 7),
                          ids=lambda change: change[0].strip()[:40] if change else "none")
 def test_a_mistake_in_a_kernel_is_noticed(tmp_path, change):
-    for name in ("csrc", FOLDER):
-        shutil.copytree(REPO / name, tmp_path / name,
-                        ignore=shutil.ignore_patterns("__pycache__", "cpu"))
-    source = tmp_path / "csrc" / "cuda" / "sampling.cu"
-    if change is not None:
-        old, new = change
-        text = source.read_text()
-        assert text.count(old) == 1, old
-        source.write_text(text.replace(old, new))
-    launcher = EmulatedLauncher(emulation_spec([source], root=tmp_path))
-
-    def check():
-        for order, seed in (("forward", 0), ("reverse", 0), ("shuffled", 5)):
-            launcher.set_order(order, seed)
-            everything(Target(TopLogitsOps(launcher), None))
-
-    if change is None:
-        check()
-    else:
-        with pytest.raises(Exception):  # noqa: B017, PT011 - a comparison, or the emulation's own
-            check()
+    mistake = None if change is None else ("sampling.cu", *change)
+    launcher = built_from(tmp_path, ("sampling",), mistake)
+    assert_noticed(
+        launcher, change is not None, lambda it: everything(Target(TopLogitsOps(it), None))
+    )
 
 
 @pytest.mark.slow
