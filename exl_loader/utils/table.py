@@ -22,7 +22,7 @@ DTYPE_BYTES = {
 
 SEGMENTS = ("weights", "cache", "workspace")
 
-# The device that every machine has: the default of what names none.
+# Main memory. Every machine has it, so it is the default device.
 MAIN_MEMORY = "cpu"
 
 
