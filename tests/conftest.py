@@ -145,7 +145,7 @@ def fixtures_dir() -> Path:
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch):
     """Keep the machine's cards out of the tests: `auto` is the CPU."""
-    monkeypatch.setattr("exl_loader.backends.cuda.backend.auto_cards", lambda: ())
+    monkeypatch.setattr("exl_loader.backends.cuda.cards.auto_cards", lambda: ())
     monkeypatch.setattr("exl_loader.backends.cuda.cards.card_memory", lambda card: None)
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from fractions import Fraction
+from typing import TYPE_CHECKING
 
 from .errors import InvalidSettings, shown
+
+if TYPE_CHECKING:
+    from fractions import Fraction
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -36,11 +39,12 @@ def parse_bytes(value: int | str, setting: str) -> int:
         InvalidSettings: it is no positive byte count, or its unit is missing.
     """
     least = 1
+    count: int | Fraction
     if isinstance(value, int) and not isinstance(value, bool):
-        count = Fraction(value) if value <= MAX_BYTES else Fraction(0)
+        count = value if value <= MAX_BYTES else 0
     else:
         match = _BYTES.fullmatch(value) if isinstance(value, str) else None
-        count = _scaled(*match.groups(default="")) if match else Fraction(0)
+        count = _scaled(*match.groups(default="")) if match else 0
         if match and match[0].rstrip()[-1].isdigit():
             least = LEAST_BARE_BYTES
     if not least <= count <= MAX_BYTES:
@@ -51,6 +55,8 @@ def parse_bytes(value: int | str, setting: str) -> int:
 
 
 def _scaled(number: str, unit: str, suffix: str) -> Fraction:
+    from fractions import Fraction
+
     base = 1000 if suffix.upper() == "B" else 1024
     return Fraction(number) * base ** _POWERS[unit.upper()]
 

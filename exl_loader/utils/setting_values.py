@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import operator
 import os
@@ -119,6 +118,8 @@ def unknown_name(what: str, name: Any, known: Collection[str]) -> InvalidSetting
     Args:
         what: the kind of thing that the name is of, such as `setting`.
     """
+    import difflib
+
     close = difflib.get_close_matches(name[:64], known, n=1) if isinstance(name, str) else []
     return InvalidSettings(
         f"{what} {shown(name)}", expected=f"one of {', '.join(known)}", actual="an unknown name",

@@ -16,7 +16,7 @@ def test_dry_run(tmp_path, monkeypatch, capsys):
     ops = emulated_ops()
     install(monkeypatch, ops)
     monkeypatch.setattr(
-        "exl_loader.backends.cuda.backend.auto_cards", lambda: ("cuda:0",)
+        "exl_loader.backends.cuda.cards.auto_cards", lambda: ("cuda:0",)
     )
     rows = speed.main([
         "--dry", "--no-peer", "--bandwidth", "1e9", "--folder", str(tmp_path),

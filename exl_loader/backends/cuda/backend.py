@@ -12,9 +12,6 @@ from ...utils.errors import InvalidSettings
 from ..base import Capacity, Process
 from ..layouts import dense_shapes
 from ..reference import reference_is_forced
-from .cards import auto_cards, card_index, card_name, query_nvidia_smi, smi_id, smi_memory
-from .driver import CardMemory, held_bytes
-from .taken import ASSUMED_GRAPH_BYTES, ASSUMED_KERNEL_BYTES, held_taken, known_taken
 
 if TYPE_CHECKING:
     import torch
@@ -35,11 +32,12 @@ class CudaBackend:
     """`Backend` of `cuda:0`, `cuda:1`, ...
 
     PyTorch is asked only if this process already uses it on the card, because otherwise the
-    question itself would take hundreds of MiB of the card.
+    question itself would take hundreds of MiB of the card. What asks the driver is imported by
+    the methods that need it, because plans for main memory import this module too.
     """
 
     kind = "cuda"
-    default_device = card_name(0)
+    default_device = "cuda:0"
     is_main_memory = False
     alignment_bytes = ALIGNMENT_BYTES
     # The driver allocates memory in pages of 2 MiB.
@@ -59,6 +57,8 @@ class CudaBackend:
         if self.is_initialized(device):
             return
         import torch
+
+        from .cards import card_index, smi_memory
 
         if not torch.cuda.is_available() or card_index(device) >= torch.cuda.device_count():
             raise InvalidSettings(
@@ -82,6 +82,10 @@ class CudaBackend:
 
         The memory of our context counts as free, because `overhead` has it.
         """
+        from .cards import card_index, smi_memory
+        from .driver import held_bytes
+        from .taken import held_taken
+
         torch = _torch_in_use(device)
         if torch is not None:
             free, total = torch.cuda.mem_get_info(card_index(device))
@@ -103,6 +107,8 @@ class CudaBackend:
 
         A context that other code of this process has created is not free already.
         """
+        from .taken import ASSUMED_GRAPH_BYTES, ASSUMED_KERNEL_BYTES, known_taken
+
         taken = known_taken(device)
         if not self.is_initialized(device):
             return ASSUMED_CONTEXT_BYTES + (taken or ASSUMED_GRAPH_BYTES), False
@@ -113,6 +119,8 @@ class CudaBackend:
 
     def processes(self, device: str, limit: int) -> list[Process]:
         """Return the other compute processes on the card, as far as the driver knows them."""
+        from .cards import query_nvidia_smi, smi_id
+
         rows = query_nvidia_smi(
             "--query-compute-apps=pid,used_memory,process_name", f"--id={smi_id(device)}", cells=3
         )
@@ -127,6 +135,9 @@ class CudaBackend:
         """Take a buffer from the driver: PyTorch's allocator would round it up and keep it."""
         import torch
 
+        from .cards import card_index
+        from .driver import CardMemory
+
         memory = CardMemory(card_index(device), nbytes)
         return torch.as_tensor(memory, device=device), memory
 
@@ -135,6 +146,8 @@ class CudaBackend:
         buffer.zero_()
 
     def auto_devices(self, count: int = 0) -> list[str]:
+        from .cards import auto_cards, card_name
+
         return [card_name(index) for index in range(count)] or [*auto_cards()]
 
     def linear_shapes(self, sizes: QuantizedSizes | DenseSizes) -> Shapes:
@@ -192,6 +205,7 @@ class CudaBackend:
                 f"kernels for device {device!r}", expected="cpu for the reference operations"
             )
         from . import ops
+        from .cards import card_index
 
         return ops.open_ops(card_index(device), progress)
 
@@ -201,4 +215,6 @@ def _torch_in_use(name: str) -> Any:
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return None
+    from .cards import card_index
+
     return torch if torch._C._cuda_hasPrimaryContext(card_index(name)) else None

@@ -6,12 +6,15 @@ import ctypes
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from . import windows
+
+if TYPE_CHECKING:
+    import subprocess
 
 # A command that takes longer to answer is treated as one that cannot be run.
 COMMAND_TIMEOUT_S = 20.0
@@ -30,6 +33,9 @@ def command_output(command: list[str]) -> str | None:
         None where the command cannot be run, fails, takes longer than `COMMAND_TIMEOUT_S` or
         writes more than `MAX_COMMAND_OUTPUT_BYTES`.
     """
+    # Imported here, because a plan imports this module and runs no command on most systems.
+    import subprocess
+
     try:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
@@ -65,7 +71,11 @@ def split_command(text: str) -> list[str]:
 
 def join_command(words: Sequence[str]) -> str:
     """Quote words as the command line that this system's shell splits into them."""
-    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
+    if sys.platform != "win32":
+        return shlex.join(words)
+    import subprocess
+
+    return subprocess.list2cmdline(words)
 
 
 def python_program() -> str:

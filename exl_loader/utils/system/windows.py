@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import subprocess
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import subprocess
 
 # LOGICAL_PROCESSOR_RELATIONSHIP
 _CORE = 0

@@ -20,6 +20,7 @@ from exl_loader.backends.build.store import kernel_dirs  # noqa: E402
 from exl_loader.backends.cuda import backend, cards, taken  # noqa: E402
 from exl_loader.backends.cuda.backend import MIB, CudaBackend  # noqa: E402
 from exl_loader.backends.cuda.cards import (  # noqa: E402
+    auto_cards,
     card_count,
     card_memory,
     card_uuid,
@@ -55,11 +56,11 @@ def smi(tmp_path, monkeypatch):
     monkeypatch.setenv("SMI_SECOND", "8.6")
     monkeypatch.setenv("SMI_PID", str(os.getpid()))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    cards.auto_cards.cache_clear()
+    auto_cards.cache_clear()
     cards._can_run.cache_clear()
-    monkeypatch.setattr("exl_loader.backends.cuda.backend.auto_cards", cards.auto_cards)
+    monkeypatch.setattr(cards, "auto_cards", auto_cards)
     yield
-    cards.auto_cards.cache_clear()
+    auto_cards.cache_clear()
     cards._can_run.cache_clear()
 
 

@@ -276,7 +276,7 @@ def test_a_card_that_is_too_small_is_named(tmp_path, monkeypatch, nothing_left):
     first, second = load([whole.needed_bytes - 1, GIB])
     assert (first.end_layer, second.end_layer) == (2, 3)
     monkeypatch.setattr(
-        "exl_loader.backends.cuda.backend.auto_cards", lambda: tuple(TWO.split(","))
+        "exl_loader.backends.cuda.cards.auto_cards", lambda: tuple(TWO.split(","))
     )
     assert [d.end_layer for d in load([whole.needed_bytes - 1, GIB], "auto")] == [2, 3]
     assert len(load([whole.needed_bytes, GIB], "auto")) == 1
