@@ -12,6 +12,7 @@ import pytest
 import exl_loader
 from extension.panel import loads
 from extension.webui import contract, loading, model_tab, registration
+from support import in_threads
 from support.tiny import write_tiny_model
 from support.webui_double import write_webui
 
@@ -141,16 +142,9 @@ def test_a_load_during_a_generation_ends_it_cleanly(page):
 
 
 def test_two_loads_at_once_leave_one_model(page):
-    results = []
-
-    def load():
-        results.append(list(page.menu.load_model_wrapper("tiny", "ExLlamav2", autoload=True)))
-
-    threads = [threading.Thread(target=load) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    results = in_threads(
+        lambda _: list(page.menu.load_model_wrapper("tiny", "ExLlamav2", autoload=True)), range(2)
+    )
     assert all("Loaded" in said[-1] for said in results)
     assert loading.current().allocated_bytes() == loading.current().reservation.total_bytes
 

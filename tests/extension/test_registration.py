@@ -13,7 +13,7 @@ import pytest
 
 from extension.panel import panel
 from extension.webui import contract, loading, registration
-from support import REPO
+from support import REPO, in_threads
 from support.tiny import write_tiny_model
 from support.webui_double import forget_webui, write_webui
 
@@ -364,11 +364,7 @@ def test_an_idle_reload_uses_the_options_of_the_last_load(webui, model):
     web.shared.args.loader = "Transformers"
     web.shared.args.cache_4bit = False
     web.shared.args.ctx_size = 8192
-    threads = [threading.Thread(target=web.models.load_model_if_idle_unloaded) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(lambda _: web.models.load_model_if_idle_unloaded(), range(3))
     reservation = web.shared.model.loaded.reservation
     assert (reservation.ctx_size, reservation.cache_type) == (512, "q4")
     assert web.shared.model.loaded is loading.current(), "loaded once, not three times"

@@ -15,6 +15,7 @@ from extension.webui import loading, problems, request
 from extension.webui.native_model import Exllamav3Model
 from extension.webui.patching import Patches
 from extension.webui.text_generation import extend_lengths
+from support import in_threads
 from support.tiny import write_tiny_model
 
 STATE = {
@@ -237,18 +238,12 @@ def test_closing_frees_the_pages(model, loaded):
 def test_requests_at_once_give_what_each_gives_alone(model):
     states = [STATE | {"temperature": 1, "seed": seed, "logprobs": 1} for seed in range(4)]
     alone = [model.generate(f"{PROMPT} {i}", s) for i, s in enumerate(states)]
-    found = {}
 
     def run(i):
         text = model.generate(f"{PROMPT} {i}", states[i])
-        found[i] = (text, len(model.last_completion_probabilities))
+        return text, len(model.last_completion_probabilities)
 
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [found[i] for i in range(4)] == [(text, 8) for text in alone]
+    assert in_threads(run, range(4)) == [(text, 8) for text in alone]
 
 
 def test_figures_are_per_thread_and_the_page_reads_its_own(model, loaded):
@@ -271,9 +266,7 @@ def test_figures_are_per_thread_and_the_page_reads_its_own(model, loaded):
     list(answer)
     read()
     assert counts[2] == (counts[1][0], 8)
-    thread = threading.Thread(target=read)
-    thread.start()
-    thread.join()
+    in_threads(lambda _: read(), [None])
     assert counts[3] == (0, 0), "it sent no request"
 
 

@@ -11,6 +11,7 @@ import pytest
 import exl_loader
 from exl_loader.generation.scheduler import MAX_AHEAD
 from exl_loader.utils.errors import CacheFull
+from support import in_threads
 from support.fake_model import count_up, endless, fake_engine
 
 GREEDY = {"temperature": 0, "ban_eos_token": True}
@@ -22,24 +23,9 @@ def next_of(text: list[int]) -> int:
     return (text[-1] + 1) % 900 + 1
 
 
-def run_all(*works: Callable[[], object]) -> None:
+def run_all(*works: Callable[[], object]) -> list:
     """Run each in its own thread; an error in one of them is raised here."""
-    errors: list[BaseException] = []
-
-    def guarded(work: Callable[[], object]) -> None:
-        try:
-            work()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(work,)) for work in works]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(300)
-        assert not thread.is_alive(), "deadlock"
-    if errors:
-        raise errors[0]
+    return in_threads(lambda work: work(), works)
 
 
 def ids(engine, prompt, count):
@@ -86,12 +72,8 @@ def test_requests_that_do_not_fit_wait_in_order():
 def test_more_requests_than_a_batch_holds():
     engine, model, cache = fake_engine(next_of, 1000, ctx_size=4096, max_batch_size=2)
     model.before_call = until_all_are_there(engine, 7)
-    results: dict[int, list[int]] = {}
-    run_all(*(
-        lambda i=i: results.__setitem__(i, list(ids(engine, [50 * i + 1], 20))) for i in range(7)
-    ))
-    for i in range(7):
-        assert results[i] == list(range(50 * i + 3, 50 * i + 43, 2))
+    results = in_threads(lambda first: list(ids(engine, [first], 20)), range(1, 351, 50))
+    assert results == [list(range(50 * i + 3, 50 * i + 43, 2)) for i in range(7)]
     assert max(map(len, model.calls)) == 2
     assert cache.num_free_pages == 16
 
@@ -177,16 +159,13 @@ def test_an_error_ends_only_its_own_request():
 
     model._forward = damaged
     good, bad = ids(engine, [5], 40), ids(engine, [300], 40)
-    results = {}
 
     def read_bad():
         with pytest.raises(RuntimeError, match="this one"):
-            for token_id in bad:
-                results.setdefault("bad", []).append(token_id)
+            list(bad)
 
-    run_all(lambda: results.__setitem__("good", list(good)), read_bad)
-    assert results["good"] == list(range(7, 87, 2))
-    assert len(results["bad"]) == 6 and bad.finish_reason == "failed"
+    assert run_all(lambda: list(good), read_bad)[0] == list(range(7, 87, 2))
+    assert len(bad.token_ids) == 6 and bad.finish_reason == "failed"
     assert cache.num_free_pages == 8
 
 
@@ -213,14 +192,10 @@ def test_the_same_seed_gives_the_same_text_alone_and_in_a_batch(tiny_model_dir, 
             return forward(entries, logits)
 
         model._generator._scheduler.model.forward = counted
-        together: dict[int, list[int]] = {}
-        run_all(*(
-            lambda i=i: together.__setitem__(i, list(model.generate_ids(*requests[i])))
-            for i in range(12)
-        ))
+        together = in_threads(lambda request: list(model.generate_ids(*request)), requests)
         # The wrapped method would keep the model and its buffers until the next garbage collection.
         del model._generator._scheduler.model.forward
-        assert [together[i] for i in range(12)] == alone
+        assert together == alone
         assert max(passes) == 8
         assert model.allocated_bytes() == model.reservation.total_bytes
 
@@ -230,17 +205,16 @@ def test_a_stream_continues_between_the_chunks_of_an_evaluation():
     stream = ids(engine, [5], 300)
     next(stream)
     model.calls.clear()
-    texts, unread = {}, []
+    unread = []
     model.before_call = lambda: unread.append(
         MAX_AHEAD if stream._job.finished else len(stream._job.output)
     )
-    run_all(
-        lambda: texts.__setitem__("logits", engine.prompt_logits([7] * 800)),
-        lambda: texts.__setitem__("stream", list(stream)),
-        lambda: texts.__setitem__("other", list(ids(engine, [9] * 320, 5))),
+    logits, streamed, other = run_all(
+        lambda: engine.prompt_logits([7] * 800), lambda: list(stream),
+        lambda: list(ids(engine, [9] * 320, 5)),
     )
-    assert texts["logits"].argmax(dim=1).tolist() == [9] * 800
-    assert len(texts["stream"]) == 299 and len(texts["other"]) == 5
+    assert logits.argmax(dim=1).tolist() == [9] * 800
+    assert len(streamed) == 299 and len(other) == 5
     chunks = [i for i, call in enumerate(model.calls) if max(call) > 1]
     assert len(chunks) == 100 + 20
     for first, second in zip(chunks, chunks[1:]):  # noqa: B905
@@ -259,25 +233,6 @@ def test_interleaved_generations_share_forward_passes():
     assert pairs == [(11 + i, 51 + i) for i in range(20)]
     assert [1, 1] in model.calls
     assert len(model.calls) < 40
-    assert cache.num_free_pages == 4
-
-
-def test_threads_get_their_own_texts():
-    engine, model, cache = fake_engine(count_up, 3000, pages=4, max_batch_size=3)
-    results: dict[int, list[int]] = {}
-
-    def work(start: int) -> None:
-        prompt = list(range(start, start + 20))
-        results[start] = list(engine.generate_ids(prompt, UP_TO_20))
-
-    threads = [threading.Thread(target=work, args=(200 * i + 1,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(300)
-    assert len(results) == 8
-    for start, ids in results.items():
-        assert ids == list(range(start + 20, start + 40))
     assert cache.num_free_pages == 4
 
 
@@ -339,10 +294,3 @@ def test_a_request_waits_for_the_pages_of_an_evaluation():
     assert answers == [[7] * 200]
     assert len([calls for calls in steps if calls < 25]) <= 25
     assert cache.num_free_pages == cache.num_pages and not scheduler.evaluations
-
-
-def test_a_request_larger_than_the_cache_is_an_error():
-    engine, model, cache = fake_engine(count_up, ctx_size=512, pages=1)
-    with pytest.raises(CacheFull):
-        list(engine.generate_ids([10], {"max_new_tokens": 500}))
-    assert len(list(engine.generate_ids([10], UP_TO_20))) == 20

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import threading
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +17,7 @@ from exl_loader.engine import LoadedModel
 from exl_loader.generation.drafts import DraftModel
 from exl_loader.memory import buffers as memory
 from exl_loader.utils.errors import InsufficientMemory, InvalidCheckpoint, InvalidSettings
+from support import in_threads
 from support.fake_model import FakeModel, fake_engine
 from support.tiny import write_tiny_model
 
@@ -168,17 +168,8 @@ def test_on_the_compiled_kernels_the_text_is_the_same(tiny_model_dir, draft_dir,
         generation = model.generate_ids(prompts[0], options)
         assert list(generation) == plain[0]
         assert generation.stats.accepted_tokens > (10 if own else -1)
-        together: dict[int, list[int]] = {}
-
-        def work(i: int) -> None:
-            together[i] = list(model.generate_ids(prompts[i], options))
-
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(300)
-        assert [together[i] for i in range(3)] == plain
+        assert in_threads(lambda prompt: list(model.generate_ids(prompt, options)),
+                          prompts) == plain
 
 
 def test_the_demo_model_as_its_own_draft():

@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from exl_loader.generation.grammar.masks import Grammars
 from exl_loader.generation.settings import SamplingSettings
 from exl_loader.text.tokenizer import Tokenizer
 from exl_loader.utils.errors import InvalidSettings
-from support import REPO
+from support import REPO, in_threads
 from support.fake_model import fake_engine
 from support.grammar_cases import follows, matcher_of
 from support.tokenizer_folders import (
@@ -271,17 +270,8 @@ def test_concurrent_requests_have_separate_states(tokenizer):
     alone = written(engine, **plain)
     schema = {"json_schema": SCHEMA, "seed": 5}
     constrained_alone = written(engine, **schema)
-    results: dict[int, tuple[str, str]] = {}
-
-    def run(number: int) -> None:
-        results[number] = written(engine, **(plain if number % 2 else schema))
-
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(300)
-    assert [results[i] for i in range(6)] == [constrained_alone, alone] * 3
+    results = in_threads(lambda settings: written(engine, **settings), [schema, plain] * 3)
+    assert results == [constrained_alone, alone] * 3
 
 
 def test_prompt_lookup_and_guidance_follow_the_grammar(tokenizer):

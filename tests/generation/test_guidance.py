@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-
 import numpy as np
 import pytest
 import torch
@@ -12,6 +10,7 @@ from transformers.generation import logits_process as hf
 import exl_loader
 from exl_loader.generation.sampling import guide
 from exl_loader.utils.errors import CacheFull, InsufficientMemory, InvalidSettings, PromptTooLong
+from support import in_threads
 from support.fake_model import fake_engine
 from support.tiny import write_tiny_model
 
@@ -83,17 +82,7 @@ def test_guided_and_plain_texts_in_one_batch(model):
     ]
     alone = [list(model.generate_ids(*request)) for request in requests]
     model.prompt_logits([5] * 4096)
-    together: dict[int, list[int]] = {}
-
-    def work(i: int) -> None:
-        together[i] = list(model.generate_ids(*requests[i]))
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(300)
-    assert [together[i] for i in range(6)] == alone
+    assert in_threads(lambda request: list(model.generate_ids(*request)), requests) == alone
 
 
 def test_both_texts_have_their_own_pages_and_rows():

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
 
 import exl_loader
 from exl_loader.backends import get_ops
+from support import in_threads
 from support.fake_model import fake_engine
 from support.model_builder import build_model
 from support.tiny import write_tiny_model
@@ -107,19 +106,9 @@ def test_concurrent_requests_share_a_prompt_that_is_still_evaluated():
     chat = Chat(ctx_size=4096, max_batch_size=4)
     prompt = words(1000, 0)
     texts = [prompt + [i + 1] * 5 for i in range(4)]
-    results: dict[int, list[int]] = {}
-
-    def work(i: int) -> None:
-        settings = GREEDY | {"max_new_tokens": 10}
-        results[i] = list(chat.engine.generate_ids(texts[i], settings))
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(300)
-    for i, text in enumerate(texts):
-        assert results[i] == continued(text, 10)
+    settings = GREEDY | {"max_new_tokens": 10}
+    answers = in_threads(lambda text: list(chat.engine.generate_ids(text, settings)), texts)
+    assert answers == [continued(text, 10) for text in texts]
     assert sum(map(sum, chat.model.calls)) - 4 * 9 == 1000 + 4 * 5
     assert chat.cache.num_free_pages == 16
 

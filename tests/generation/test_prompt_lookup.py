@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,6 +9,7 @@ from hypothesis import strategies as st
 
 import exl_loader
 from exl_loader.generation.drafts import look_up
+from support import in_threads
 from support.fake_model import fake_engine
 
 
@@ -108,14 +107,5 @@ def test_on_the_compiled_kernels_the_text_is_the_same(tiny_model_dir, temperatur
             assert list(generation) == text
             accepted += generation.stats.accepted_tokens
         assert accepted > 20
-        together: dict[int, list[int]] = {}
-
-        def work(i: int) -> None:
-            together[i] = list(model.generate_ids(prompts[i], lookup))
-
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(300)
-        assert [together[i] for i in range(4)] == plain
+        together = in_threads(lambda prompt: list(model.generate_ids(prompt, lookup)), prompts)
+        assert together == plain

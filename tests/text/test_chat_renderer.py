@@ -16,7 +16,7 @@ from exl_loader.text.chat import renderer, sandbox
 from exl_loader.text.chat.renderer import Renderer, RenderError, TemplateRefusal
 from exl_loader.text.chat.template import ChatTemplates
 from exl_loader.utils.errors import ExlLoaderError
-from support import REPO
+from support import REPO, in_threads
 from support.builds import is_running, wait_for
 
 MESSAGES = [{"role": "user", "content": "a\r\n\tb 🎉 \ud800 <i>'ß'</i>"}]
@@ -212,19 +212,10 @@ def test_the_process_ends_with_the_interpreter():
 
 
 def test_threads_render_one_after_the_other(fresh):
-    answers: dict[int, list[str]] = {}
-
     def run(number):
-        answers[number] = [
-            fresh.render("{{ n }}-{{ i }}", {"n": number, "i": i}) for i in range(20)
-        ]
+        return [fresh.render("{{ n }}-{{ i }}", {"n": number, "i": i}) for i in range(20)]
 
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert answers == {n: [f"{n}-{i}" for i in range(20)] for n in range(6)}
+    assert in_threads(run, range(6)) == [[f"{n}-{i}" for i in range(20)] for n in range(6)]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")

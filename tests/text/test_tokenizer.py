@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import threading
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 import support.tokenizer_folders as make
 from exl_loader.text.tokenizer import Tokenizer
 from exl_loader.utils.errors import InvalidSettings, InvalidTokenizer
-from support import tiny
+from support import in_threads, tiny
 from support.tokenizer_folders import (
     COMPARED,
     LLAMA,
@@ -186,19 +185,13 @@ def test_threads_share_a_tokenizer(tokenizers):
     tokenizer = tokenizers["json_llama3"]
     text = "a</s>b " * 50
     expected = {special: tokenizer.encode(text, False, special) for special in (True, False)}
-    wrong = []
 
-    def work(special: bool) -> None:
-        for _ in range(50):
-            if tokenizer.encode(text, False, special) != expected[special]:
-                wrong.append(special)
+    def encode_often(special: bool) -> list[list[int]]:
+        return [tokenizer.encode(text, False, special) for _ in range(50)]
 
-    threads = [threading.Thread(target=work, args=(i % 2 == 0,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    for special, found in zip([True, False] * 2, in_threads(encode_often, [True, False] * 2),
+                              strict=True):
+        assert found == [expected[special]] * 50
 
 
 def test_a_model_without_a_tokenizer_warns_and_refuses_text(tmp_path, caplog):

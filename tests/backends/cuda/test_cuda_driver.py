@@ -4,7 +4,6 @@ import ctypes
 import ctypes.util
 import gc
 import os
-import threading
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from exl_loader.backends.cuda.kernels import DriverLauncher, open_launcher
 from exl_loader.backends.cuda.taken import taken_of
 from exl_loader.utils.errors import DeviceError, InsufficientMemory, KernelBuildError
 from exl_loader.utils.system.processors import cpu_features
+from support import in_threads
 from support.cuda_emulation.launcher import FOLDER, REPO, emulation_spec
 from support.cuda_sources import cuda_compiler, sample_root
 
@@ -147,22 +147,7 @@ def test_blocks_beyond_the_cards_limits_are_refused(launcher, block):
 
 def in_thread(work, *args):
     """Run a function in a thread of its own; return its result, or raise what it raised."""
-    outcome = []
-
-    def run():
-        try:
-            outcome.append((work(*args), None))
-        except BaseException as error:
-            outcome.append((None, error))
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join(300)
-    assert not thread.is_alive()
-    result, error = outcome[0]
-    if error is not None:
-        raise error
-    return result
+    return in_threads(lambda work: work(*args), [work])[0]
 
 
 # A thread's current context: none, as in a new thread, this card's, or another card's.

@@ -7,8 +7,6 @@ engine, against transformers, and against themselves fed in another way.
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -17,6 +15,7 @@ pytest.importorskip("transformers")
 import exl_loader  # noqa: E402
 from exl_loader.backends.cuda import fusion  # noqa: E402
 from exl_loader.backends.cuda.cpu_access import CAPTURE_TRIES  # noqa: E402
+from support import in_threads  # noqa: E402
 from support.emulated_cuda import DEVICE, emulated_ops, install  # noqa: E402
 from support.hf_models import MODELS, expected_logits, make_model  # noqa: E402
 from support.makers import make_exl2_layer, quantization_config, write_quantized_model  # noqa: E402
@@ -265,16 +264,7 @@ def test_pages_prefixes_and_texts_side_by_side(card, tmp_path):
             assert list(fresh.generate_ids(long[:262] + IDS, settings)) == answers
         prompts = [IDS[i:] + IDS[:i] for i in range(4)]
         alone = [list(model.generate_ids(p, GREEDY)) for p in prompts]
-        together = [None] * 4
-
-        def work(i):
-            together[i] = list(model.generate_ids(prompts[i], GREEDY))
-
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        together = in_threads(lambda prompt: list(model.generate_ids(prompt, GREEDY)), prompts)
         assert together == alone
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -15,6 +13,7 @@ import exl_loader  # noqa: E402
 from exl_loader.memory import buffers as memory  # noqa: E402
 from exl_loader.utils.errors import DeviceError, InsufficientMemory  # noqa: E402
 from exl_loader.utils.table import DeviceMap  # noqa: E402
+from support import in_threads  # noqa: E402
 from support.emulated_cuda import EmulatedAccess, EmulatedCards  # noqa: E402
 from support.hf_models import make_model  # noqa: E402
 from support.makers import write_quantized_model  # noqa: E402
@@ -216,16 +215,7 @@ def test_texts_side_by_side_prefixes_and_a_draft(cards, tmp_path, nothing_left):
     field = gpu_split(tmp_path / "m", 1, **options)
     with exl_loader.load(tmp_path / "m", ctx_size=2 * CTX, gpu_split=field, **options) as model:
         assert [d.draft_bytes > 0 for d in model.reservation.devices] == [True, False]
-        together = [None] * len(prompts)
-
-        def work(i):
-            together[i] = list(model.generate_ids(prompts[i], GREEDY))
-
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(len(prompts))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        together = in_threads(lambda prompt: list(model.generate_ids(prompt, GREEDY)), prompts)
         assert together == alone
         again = model.generate_ids(IDS[:10] + [7, 8, 9], GREEDY)
         list(again)
