@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from support.golden_cases import CASES, Bench, NotHere  # noqa: E402
-from support.golden_record import Record, machine  # noqa: E402
+from support.golden_cases import CASES, Bench, NotHere
+from support.golden_record import Record, machine
 
 
 @pytest.fixture(scope="module")

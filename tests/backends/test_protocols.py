@@ -5,16 +5,15 @@ from __future__ import annotations
 import inspect
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from exl_loader.backends import BACKENDS  # noqa: E402
-from exl_loader.backends.base import Backend, DeviceOps, Ops  # noqa: E402
-from exl_loader.backends.cpu.ops import CpuOps  # noqa: E402
-from exl_loader.backends.cuda.ops import CudaOps  # noqa: E402
-from exl_loader.backends.recorder import Recorder  # noqa: E402
-from exl_loader.backends.reference.ops import ReferenceOps  # noqa: E402
-from support.emulated_cuda import EmulatedCard  # noqa: E402
+from exl_loader.backends import BACKENDS
+from exl_loader.backends.base import Backend, DeviceOps, Ops
+from exl_loader.backends.cpu.ops import CpuOps
+from exl_loader.backends.cuda.ops import CudaOps
+from exl_loader.backends.recorder import Recorder
+from exl_loader.backends.reference.ops import ReferenceOps
+from support.emulated_cuda import EmulatedCard
 
 
 def methods(protocol: type) -> dict[str, list[str]]:

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from benchmarks.cpu import (
-    speed,  # noqa: E402
-    speed_models,  # noqa: E402
+    speed,
+    speed_models,
 )
-from benchmarks.cpu.plot import nice_step, write_picture  # noqa: E402
-from benchmarks.cpu.report import (  # noqa: E402
+from benchmarks.cpu.plot import nice_step, write_picture
+from benchmarks.cpu.report import (
     Results,
     nearest,
     read_share,

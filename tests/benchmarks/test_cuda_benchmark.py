@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 
-import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from benchmarks.cuda import speed  # noqa: E402
-from support.emulated_cuda import emulated_ops, install  # noqa: E402
+from benchmarks.cuda import speed
+from support.emulated_cuda import emulated_ops, install
 
 
 def test_dry_run(tmp_path, monkeypatch, capsys):

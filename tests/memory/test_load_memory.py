@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from benchmarks.cpu import speed_models  # noqa: E402
+from benchmarks.cpu import speed_models
 from support import REPO
 
 # A head of 37 MiB and layers of 2 to 8 MiB.

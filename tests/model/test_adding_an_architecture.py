@@ -9,18 +9,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-
-from safetensors.torch import load_file, save_file  # noqa: E402
-
-from exl_loader.backends.reference.ops import ReferenceOps  # noqa: E402
-from exl_loader.checkpoint.architectures import ARCHITECTURES, Architecture  # noqa: E402
-from exl_loader.utils.errors import InvalidCheckpoint, UnsupportedArchitecture  # noqa: E402
-from support import REPO  # noqa: E402
-from support.hf_models import expected_logits, relative_error  # noqa: E402
-from support.model_builder import build_model, run_chunks  # noqa: E402
+from exl_loader.backends.reference.ops import ReferenceOps
+from exl_loader.checkpoint.architectures import ARCHITECTURES, Architecture
+from exl_loader.utils.errors import InvalidCheckpoint, UnsupportedArchitecture
+from support import REPO
+from support.hf_models import expected_logits, relative_error
+from support.model_builder import build_model, run_chunks
 
 PAGE = (REPO / "docs" / "adding_an_architecture.md").read_text()
 IDS = [3, 17, 200, 5, 5, 101, 44, 9, 62, 128, 7]

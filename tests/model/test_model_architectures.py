@@ -10,23 +10,20 @@ import os
 import random
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
-from safetensors.torch import load_file  # noqa: E402
-
-from exl_loader.backends import get_ops  # noqa: E402
-from exl_loader.backends.reference.ops import ReferenceOps  # noqa: E402
-from exl_loader.utils.errors import CacheFull, InvalidSettings  # noqa: E402
-from support.hf_models import (  # noqa: E402
+from exl_loader.backends import get_ops
+from exl_loader.backends.reference.ops import ReferenceOps
+from exl_loader.utils.errors import CacheFull, InvalidSettings
+from support.hf_models import (
     MODELS,
     expected_logits,
     make_model,
     relative_error,
     to_old_layout,
 )
-from support.model_builder import build_model, run_chunks  # noqa: E402
+from support.model_builder import build_model, run_chunks
 
 REFERENCE_BOUND = 2e-5
 COMPILED_BOUND = 2e-2

@@ -1,18 +1,17 @@
 """Recording a step and replaying it, and reading the weights of parts."""
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from exl_loader.backends.recorder import Recorder  # noqa: E402
-from exl_loader.backends.reference.ops import ReferenceOps  # noqa: E402
-from exl_loader.checkpoint import Checkpoint  # noqa: E402
-from exl_loader.checkpoint.config import ModelConfig  # noqa: E402
-from exl_loader.model.builder import build_parts  # noqa: E402
-from exl_loader.model.parts.part import Loading  # noqa: E402
-from exl_loader.utils.errors import InvalidCheckpoint  # noqa: E402
-from support.model_builder import build_model  # noqa: E402
-from support.tiny import write_tiny_model  # noqa: E402
+from exl_loader.backends.recorder import Recorder
+from exl_loader.backends.reference.ops import ReferenceOps
+from exl_loader.checkpoint import Checkpoint
+from exl_loader.checkpoint.config import ModelConfig
+from exl_loader.model.builder import build_parts
+from exl_loader.model.parts.part import Loading
+from exl_loader.utils.errors import InvalidCheckpoint
+from support.model_builder import build_model
+from support.tiny import write_tiny_model
 
 
 def test_a_recorder_runs_nothing_until_it_is_replayed():

@@ -7,13 +7,11 @@ operations. `test_cuda_stages.py` has the same on emulated cards.
 from __future__ import annotations
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
-from exl_loader.backends import get_ops  # noqa: E402
-from support.hf_models import make_model  # noqa: E402
-from support.model_builder import build_model, run_chunks, split, together  # noqa: E402
+from exl_loader.backends import get_ops
+from support.hf_models import make_model
+from support.model_builder import build_model, run_chunks, split, together
 
 # Tied embeddings, biases of keys, experts, soft caps with windows, frequencies by length,
 # fused sources with norms of heads.

@@ -6,7 +6,7 @@ import json
 import struct
 from pathlib import Path
 
-from benchmarks.cpu.llama_shapes import layer_linears  # noqa: E402
+from benchmarks.cpu.llama_shapes import layer_linears
 from support.tiny import CONFIG
 
 GROUP_ROWS = 128

@@ -10,25 +10,24 @@ import types
 from dataclasses import replace
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-import exl_loader  # noqa: E402
-from exl_loader.backends import BACKENDS  # noqa: E402
-from exl_loader.backends.base import Capacity  # noqa: E402
-from exl_loader.backends.build.store import kernel_dirs  # noqa: E402
-from exl_loader.backends.cuda import backend, cards, taken  # noqa: E402
-from exl_loader.backends.cuda.backend import MIB, CudaBackend  # noqa: E402
-from exl_loader.backends.cuda.cards import (  # noqa: E402
+import exl_loader
+from exl_loader.backends import BACKENDS
+from exl_loader.backends.base import Capacity
+from exl_loader.backends.build.store import kernel_dirs
+from exl_loader.backends.cuda import backend, cards, taken
+from exl_loader.backends.cuda.backend import MIB, CudaBackend
+from exl_loader.backends.cuda.cards import (
     auto_cards,
     card_count,
     card_memory,
     card_uuid,
 )
-from exl_loader.loader import _open_devices as open_devices  # noqa: E402
-from exl_loader.memory.reservation import LoadOptions  # noqa: E402
-from exl_loader.memory.reservation.budgets import chosen_devices  # noqa: E402
-from exl_loader.utils.errors import (  # noqa: E402
+from exl_loader.loader import _open_devices as open_devices
+from exl_loader.memory.reservation import LoadOptions
+from exl_loader.memory.reservation.budgets import chosen_devices
+from exl_loader.utils.errors import (
     InsufficientMemory,
     InvalidSettings,
     KernelBuildError,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from backends.operations import test_linear, test_linear_dense
+from backends.operations import test_linear, test_linear_dense, test_pack
 from exl_loader.backends.cuda import layout, linear, linear_dense
 from exl_loader.backends.cuda.launcher import COUNTER_BYTES
 from exl_loader.backends.cuda.linear import PASS_ROWS, linear_scratch_bytes
@@ -269,7 +269,7 @@ def test_bfloat16_without_tensor_cores(tmp_path):
 
 SANITIZED = (
     __file__, str(Path(__file__).with_name("test_cuda_pack.py")), test_linear.__file__,
-    test_linear_dense.__file__,
+    test_linear_dense.__file__, test_pack.__file__,
 )
 
 
@@ -277,7 +277,7 @@ SANITIZED = (
 @pytest.mark.skipif(sanitized() or not runtimes(), reason="needs gcc's sanitizers")
 def test_nothing_is_read_or_written_out_of_bounds():
     """The kernels under AddressSanitizer and UBSan, packing included."""
-    chosen = "shuffled or splits or share or launch or chosen or columns or kernel_is"
+    chosen = "shuffled or splits or share or launch or chosen or columns"
     result = run_sanitized(
         *SANITIZED, "-k", f"({chosen}) and not forward and not gpu and not native", "-m",
         "not slow",

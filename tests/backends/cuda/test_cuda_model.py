@@ -8,19 +8,17 @@ engine, against transformers, and against themselves fed in another way.
 from __future__ import annotations
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
-import exl_loader  # noqa: E402
-from exl_loader.backends.cuda import fusion  # noqa: E402
-from exl_loader.backends.cuda.cpu_access import CAPTURE_TRIES  # noqa: E402
-from support import in_threads  # noqa: E402
-from support.emulated_cuda import DEVICE, emulated_ops, install  # noqa: E402
-from support.hf_models import MODELS, expected_logits, make_model  # noqa: E402
-from support.makers import make_exl2_layer, quantization_config, write_quantized_model  # noqa: E402
-from support.model_builder import build_model, run_chunks  # noqa: E402
-from support.tiny import write_tiny_model  # noqa: E402
+import exl_loader
+from exl_loader.backends.cuda import fusion
+from exl_loader.backends.cuda.cpu_access import CAPTURE_TRIES
+from support import in_threads
+from support.emulated_cuda import DEVICE, emulated_ops, install
+from support.hf_models import MODELS, expected_logits, make_model
+from support.makers import make_exl2_layer, quantization_config, write_quantized_model
+from support.model_builder import build_model, run_chunks
+from support.tiny import write_tiny_model
 
 CTX = 512
 IDS = [5, 9, 100, 7, 3, 20, 33, 250, 17, 18, 19, 200]

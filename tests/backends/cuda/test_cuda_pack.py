@@ -1,4 +1,4 @@
-"""The CUDA layout: every width written out, round trips, and the packing kernels bit for bit."""
+"""The CUDA layout: every width written out, round trips, and layers packed from checkpoints."""
 
 from __future__ import annotations
 
@@ -25,10 +25,9 @@ from support.makers import (
     linear_part,
     make_exl2_layer,
     make_gptq_layer,
-    pack_stream,
     write_layer,
 )
-from support.targets import EMULATED, TARGETS, target
+from support.targets import TARGETS, target
 
 WIDTHS = sorted(BIT_PLANES)
 
@@ -122,60 +121,6 @@ def test_row_splits():
     assert row_splits_for(4096, 32000) == 4  # 1000
     assert row_splits_for(4096, 128256) == 1  # 4008
     assert row_splits_for(256, 32) == 2 and row_splits_for(100, 32) == 1  # no more than windows
-
-
-def check_kernel(order, groups, codes, words, zeros=False, perm=None):
-    """Pack into a buffer with old contents, and by the definition.
-
-    Args:
-        groups: (bits, rows). codes: uint8 [in_features, N] in stored order. words: as on disk.
-    """
-    rng, columns = np.random.default_rng(1), codes.shape[1]
-    scales = rng.normal(size=(len(groups), columns)).astype(np.float16)
-    points = rng.integers(0, 256, scales.shape).astype(np.uint8) if zeros else None
-    table = torch.tensor(group_table(groups, zeros), dtype=torch.int32)
-    tile_bytes = row_block_table(table.tolist(), zeros)[-1][0] + 128
-    expected = torch.full((-(-columns // 32), tile_bytes), 0x55, dtype=torch.uint8)
-    pack.pack_streams(codes, scales, points, table.numpy(), expected.numpy())
-    ops, packed = target(order, linear_ops).ops, torch.full_like(expected, 0xAA)
-    if points is None:
-        ops.pack_exl2_streams(words, torch.from_numpy(scales), table, packed)
-    else:
-        ops.pack_gptq_streams(words, torch.from_numpy(scales), torch.from_numpy(points), perm,
-                              table, packed)
-    assert torch.equal(packed, expected)
-
-
-EXL2_GROUPS = [
-    *([(bits, 128), (bits, 96)] for bits in WIDTHS),
-    *([(bits, 32), (bits, rows)] for bits in WIDTHS for rows in (1, 31, 33)),
-    [(8, 32), (6, 64), (5, 32), (4, 128), (3, 32), (2, 64)],
-    [(4, 32)] * 40,
-]
-
-
-@pytest.mark.parametrize("groups", EXL2_GROUPS, ids=str)
-@pytest.mark.parametrize("columns", [32, 50, 200])
-@pytest.mark.parametrize("order", EMULATED)
-def test_exl2_kernel_is_the_definition(groups, columns, order):
-    rng = np.random.default_rng(columns)
-    codes = [rng.integers(0, 1 << bits, (rows, columns)).astype(np.uint8) for bits, rows in groups]
-    parts = zip(codes, groups, strict=True)
-    words = torch.from_numpy(np.concatenate([pack_stream(c, bits) for c, (bits, _) in parts]))
-    check_kernel(order, groups, np.concatenate(codes), words)
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("columns", [32, 50, 200])
-def test_gptq_kernel_is_the_definition(bits, act_order, columns):
-    rng = np.random.default_rng(bits)
-    groups = [(bits, 128), (bits, 128), (bits, 64)]
-    codes = rng.integers(0, 1 << bits, (320, columns)).astype(np.uint8)
-    perm = torch.from_numpy(rng.permutation(320).astype(np.int32)) if act_order else None
-    order = np.arange(320) if perm is None else perm.numpy()
-    words = torch.from_numpy(pack_stream(codes, bits))
-    check_kernel("reverse", groups, codes[order], words, zeros=True, perm=perm)
 
 
 def load_layer_with(ops, folder, in_features, out_features, device=None, **options):

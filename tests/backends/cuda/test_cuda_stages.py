@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from test_cuda_model import BOUND, CTX, GREEDY, IDS, relative_error, write_mixture
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
-from test_cuda_model import BOUND, CTX, GREEDY, IDS, relative_error, write_mixture  # noqa: E402
-
-import exl_loader  # noqa: E402
-from exl_loader.memory import buffers as memory  # noqa: E402
-from exl_loader.utils.errors import DeviceError, InsufficientMemory  # noqa: E402
-from exl_loader.utils.table import DeviceMap  # noqa: E402
-from support import in_threads  # noqa: E402
-from support.emulated_cuda import EmulatedAccess, EmulatedCards  # noqa: E402
-from support.hf_models import make_model  # noqa: E402
-from support.makers import write_quantized_model  # noqa: E402
-from support.model_builder import build_model, run_chunks, split, together  # noqa: E402  # noqa: E402
+import exl_loader
+from exl_loader.memory import buffers as memory
+from exl_loader.utils.errors import DeviceError, InsufficientMemory
+from exl_loader.utils.table import DeviceMap
+from support import in_threads
+from support.emulated_cuda import EmulatedAccess, EmulatedCards
+from support.hf_models import make_model
+from support.makers import write_quantized_model
+from support.model_builder import build_model, run_chunks, split, together
 
 GIB = 1 << 30
 TWO = "cuda:0,cuda:1"

@@ -13,12 +13,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-
-import exl_loader  # noqa: E402
-from benchmarks.cuda import speed_models  # noqa: E402
+import exl_loader
+from benchmarks.cuda import speed_models
 
 pytestmark = [
     pytest.mark.gpu,

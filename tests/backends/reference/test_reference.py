@@ -3,12 +3,11 @@
 import math
 
 import pytest
+import torch
+import torch.nn.functional as F
 
-torch = pytest.importorskip("torch")
-import torch.nn.functional as F  # noqa: E402
-
-from exl_loader.backends.layouts import TILE_COLUMNS, DenseLinear  # noqa: E402
-from exl_loader.backends.reference.ops import ReferenceOps, dense_weight  # noqa: E402
+from exl_loader.backends.layouts import TILE_COLUMNS, DenseLinear
+from exl_loader.backends.reference.ops import ReferenceOps, dense_weight
 
 OPS = ReferenceOps()
 NO_SCRATCH = torch.empty(0, dtype=torch.uint8)
