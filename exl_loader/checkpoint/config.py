@@ -11,9 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..utils.errors import ModelNotFound, UnsupportedArchitecture, shown_name
+from ..utils.errors import (
+    ExlLoaderError,
+    InvalidSettings,
+    ModelNotFound,
+    UnsupportedArchitecture,
+    shown_name,
+)
 from ..utils.json_keys import Keys, read_json_object, read_json_object_if_there
 from ..utils.output import warn_once
+from ..utils.setting_values import invalid, unknown_name
 from .architectures import ACTIVATIONS, ALIASES, ARCHITECTURES, Architecture
 from .rope import MAX_POSITIONS, RopeConfig, parse_rope
 
@@ -88,14 +95,19 @@ class ModelConfig:
     quantization: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_dir(cls, path: str | Path) -> ModelConfig:
+    def from_dir(cls, path: str | Path, as_architecture: str | None = None) -> ModelConfig:
         """Read the configuration of a model folder.
+
+        Args:
+            path: the folder.
+            as_architecture: see `from_dict`.
 
         Raises:
             ModelNotFound: there is no such folder, or it has no `config.json`.
             InvalidConfig: the file cannot be read, or a value is missing, of the wrong type,
                 absurd, or contradicts another.
             UnsupportedArchitecture: the model is of a kind that is not in `ARCHITECTURES`.
+            InvalidSettings: see `from_dict`.
         """
         folder = Path(path)
         # Unlike Path.is_dir, this raises nothing where the name is too long or a folder closed.
@@ -121,6 +133,7 @@ class ModelConfig:
             values,
             where=str(config_path),
             generation=Keys(generation, str(generation_path)),
+            as_architecture=as_architecture,
         )
 
     @property
@@ -130,10 +143,23 @@ class ModelConfig:
 
     @classmethod
     def from_dict(
-        cls, values: dict[str, Any], *, where: str = "config.json", generation: Keys | None = None
+        cls, values: dict[str, Any], *, where: str = "config.json",
+        generation: Keys | None = None, as_architecture: str | None = None,
     ) -> ModelConfig:
-        """Read the configuration out of parsed JSON; see `from_dir`."""
-        architecture = _architecture(Keys(values, where))
+        """Read the configuration out of parsed JSON; see `from_dir`.
+
+        Args:
+            values: the JSON object.
+            where: its file, for messages.
+            generation: `generation_config.json`.
+            as_architecture: the architecture to read a model of an unknown class as, with a
+                warning. None refuses such a model.
+
+        Raises:
+            InvalidSettings: `as_architecture` is no architecture, or the model's class is
+                known and another one.
+        """
+        architecture = _architecture(Keys(values, where), as_architecture)
         foreign = [
             key for key, neutral in _OTHER_ARCHITECTURES.items()
             if values.get(key) is not None and values[key] not in neutral
@@ -198,11 +224,77 @@ def _no_model(folder: Path) -> ModelNotFound:
     )
 
 
-def _architecture(keys: Keys) -> Architecture:
+def named_architecture(name: Any) -> Architecture:
+    """Return the architecture that the option `as_architecture` names.
+
+    Raises:
+        InvalidSettings: it is no name of one.
+    """
+    if not isinstance(name, str):
+        raise invalid("as_architecture", "the name of an architecture", name)
+    found = ARCHITECTURES.get(ALIASES.get(name, name))
+    if found is None:
+        raise unknown_name("as_architecture", name, ARCHITECTURES)
+    return found
+
+
+def has_unknown_class(model_dir: str | os.PathLike[str]) -> bool:
+    """Return whether a folder has a config.json whose class is unknown here; never raise.
+
+    Only for such a folder `as_architecture` makes sense.
+    """
+    path = Path(model_dir) / "config.json"
+    try:
+        values = read_json_object_if_there(path)
+        return bool(values) and _own_architecture(Keys(values, str(path))) is None
+    except ExlLoaderError:
+        return False
+
+
+def _architecture(keys: Keys, as_architecture: str | None) -> Architecture:
+    """Find the table entry of a model, or the one that the user chose for an unknown class."""
+    own = _own_architecture(keys)
+    if as_architecture is None:
+        if own is None:
+            raise UnsupportedArchitecture(
+                f"the architecture of {keys.where}",
+                expected=f"one of {', '.join(ARCHITECTURES)}",
+                actual=_class_of(keys),
+                remedy="Choose a model of a supported architecture. If this one differs from Llama "
+                "in its name alone, as_architecture (--as-architecture) LlamaForCausalLM runs it",
+            )
+        return own
+    chosen = named_architecture(as_architecture)
+    if own is None:
+        warn_once(
+            f"{keys.where}: the class {_class_of(keys)} is unknown, so the model runs as "
+            f"{chosen.name}, with that class's default values for keys that are left out; its "
+            "output may be wrong"
+        )
+        return chosen
+    if own is not chosen:
+        raise InvalidSettings(
+            "as_architecture", expected=f"a model of an unknown class, or {own.name}",
+            actual=f"{chosen.name} for {keys.where}, which is of the known class {own.name}",
+            remedy="Leave as_architecture out for this model",
+        )
+    return own
+
+
+def _class_of(keys: Keys) -> str:
+    """Return class and `model_type` of a model as config.json names them."""
+    names = keys.raw("architectures") or ["no class"]
+    return shown_name(f"{', '.join(names)}, model_type {keys.text('model_type')}", 200)
+
+
+def _own_architecture(keys: Keys) -> Architecture | None:
     """Find the table entry: by class name, or by `model_type` where no class with a head is named.
 
     Folders of a model without its head name its body (`LlamaModel`), folders of some converters
     nothing at all.
+
+    Returns:
+        None where the class is unknown.
     """
     value = keys.raw("architectures")
     names = [] if value is None else value
@@ -219,13 +311,7 @@ def _architecture(keys: Keys) -> Architecture:
             known = architecture.model_type == model_type
             if known or (model_type is None and architecture.name in bodies):
                 return architecture
-    found = ", ".join(names) or "no class"
-    raise UnsupportedArchitecture(
-        f"the architecture of {keys.where}",
-        expected=f"one of {', '.join(ARCHITECTURES)}",
-        actual=shown_name(f"{found}, model_type {model_type}", 200),
-        remedy="Choose a model of a supported architecture",
-    )
+    return None
 
 
 def _dimensions(keys: Keys) -> dict[str, int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..utils.progress import default_progress
+from .model_options import add_options
 
 if TYPE_CHECKING:
     from ..convert.conversion import Conversion
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibration-row-len", type=int, default=512, metavar="N",
         help="tokens in a row (default: 512)",
     )
+    add_options(parser, ["as_architecture"])
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -57,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
         calibration=args.calibration,
         calibration_rows=args.calibration_rows,
         calibration_row_len=args.calibration_row_len,
+        as_architecture=args.as_architecture,
         progress=default_progress(),
     )
     print(json.dumps(result.as_dict(), indent=2) if args.json else describe(result))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .evaluation_plan import EvaluationPlan
 
 # The options of `load` that this command has as well.
-SHARED_OPTIONS = ("memory_limit", "alpha_value", "compress_pos_emb")
+SHARED_OPTIONS = ("memory_limit", "alpha_value", "compress_pos_emb", "as_architecture")
 
 HEADINGS = (
     "cache", "perplexity", "KL mean", "+-", "median", "99.9 %", "largest", "same top", "MiB",
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     options = {name: getattr(args, name) for name in ("ctx_size", *SHARED_OPTIONS)}
     planned = plan_evaluation(
         args.model, parse_cache_types(args.cache_type),
-        config=ModelConfig.from_dir(Path(args.model)), **options,
+        config=ModelConfig.from_dir(Path(args.model), args.as_architecture), **options,
     )
     progress = default_progress()
     began = time.perf_counter()

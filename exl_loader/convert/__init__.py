@@ -25,6 +25,7 @@ def convert(
     calibration: str | os.PathLike[str] | None = None,
     calibration_rows: int = 64,
     calibration_row_len: int = 512,
+    as_architecture: str | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
     """Quantise a model to EXL2 with GPTQ error feedback.
@@ -41,13 +42,15 @@ def convert(
         calibration: a UTF-8 text file; None for sources of Python's standard library.
         calibration_rows: rows of calibration text; a short text gives fewer.
         calibration_row_len: tokens of a row; at most the model's `max_position_embeddings`.
+        as_architecture: see `LoadOptions`. The new folder keeps the class of its source, so it
+            needs the option as well.
         progress: shows the progress; None shows nothing.
 
     Returns:
         The chosen options of all layers, and the sizes.
 
     Raises:
-        InvalidSettings: a setting is invalid, or `out_dir` is not empty.
+        InvalidSettings: a setting is invalid or does not fit the folder, or `out_dir` is not empty.
         UnsupportedFormat: the model is quantised already.
         ModelNotFound, InvalidConfig, UnsupportedArchitecture, InvalidCheckpoint,
         InvalidTokenizer: the source folder cannot be used.
@@ -65,5 +68,6 @@ def convert(
         calibration=None if calibration is None else Path(calibration),
         num_rows=calibration_rows,
         row_len=calibration_row_len,
+        as_architecture=as_architecture,
     )
     return run(Path(model_dir), Path(out_dir), settings, progress)

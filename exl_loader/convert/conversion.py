@@ -59,6 +59,7 @@ class ConvertSettings:
     calibration: Path | None
     num_rows: int
     row_len: int
+    as_architecture: str | None = None
 
     def __post_init__(self) -> None:
         check_number("bits", self.bits, 2, 16)
@@ -103,7 +104,7 @@ def run(
     progress = checked_progress(progress)
     check_out_dir(out_dir)
     check_other_files(model_dir)
-    source = Source(model_dir)
+    source = Source(model_dir, settings.as_architecture)
     try:
         return _Pipeline(model_dir, source, settings, progress).run(out_dir)
     finally:

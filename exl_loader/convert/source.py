@@ -22,6 +22,7 @@ class Source:
 
     Args:
         model_dir: the folder.
+        as_architecture: see `LoadOptions`.
 
     Attributes:
         config, checkpoint, parts: as the engine sees it.
@@ -30,10 +31,11 @@ class Source:
         UnsupportedFormat: it is quantised already.
         ModelNotFound, InvalidConfig, UnsupportedArchitecture, InvalidCheckpoint: as opening a
         model raises them.
+        InvalidSettings: `as_architecture` does not fit the folder.
     """
 
-    def __init__(self, model_dir: Path):
-        self.config = ModelConfig.from_dir(model_dir)
+    def __init__(self, model_dir: Path, as_architecture: str | None = None):
+        self.config = ModelConfig.from_dir(model_dir, as_architecture)
         self.checkpoint = Checkpoint.open(model_dir, self.config)
         if self.checkpoint.format != "dense":
             raise UnsupportedFormat(

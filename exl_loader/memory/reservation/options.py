@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Literal, TypedDict
 
 from ...cache.layout import PAGE_LEN, CacheType
-from ...checkpoint.config import ModelConfig
+from ...checkpoint.config import ModelConfig, named_architecture
 from ...checkpoint.rope import MAX_FACTOR, MAX_POSITIONS, check_scaling
 from ...model.step import DEFAULT_CHUNK_SIZE, DEFAULT_MAX_BATCH_SIZE
 from ...utils.errors import InvalidSettings, shown
@@ -78,6 +78,9 @@ class LoadOptions:
         max_batch_size: most sequences in one forward pass.
         alpha_value: NTK factor of RoPE, which stretches the model's own length.
         compress_pos_emb: factor that positions are divided by, which stretches it too.
+        as_architecture: architecture to run a model of an unknown class as, with a warning, such
+            as `LlamaForCausalLM`; refused for a known class but its own. It holds for a draft
+            model whose class is unknown as well.
         replacing: of `plan` alone. Plan as if every model that this process has loaded had
             been unloaded.
         model_draft: folder of a smaller model with the same vocabulary that guesses how texts
@@ -130,6 +133,11 @@ class LoadOptions:
     compress_pos_emb: float = _option(
         1.0, "divide positions by N: 2 for twice the model's own length", "N",
         least=1 / MAX_FACTOR, most=MAX_FACTOR, step=0.1,
+    )
+    as_architecture: str | None = _option(
+        None,
+        "run a model of an unknown architecture as this one, such as LlamaForCausalLM; its output "
+        "may be wrong", "CLASS",
     )
     replacing: bool = _option(
         False, "plan as if the models that this process has loaded had been unloaded",
@@ -196,6 +204,8 @@ class LoadOptions:
         """
         if self.model_draft is not None:
             check_path("model_draft", self.model_draft, "folder")
+        if self.as_architecture is not None:
+            named_architecture(self.as_architecture)
         check_flag("replacing", self.replacing)
         if isinstance(self.ctx_size, str) and self.ctx_size != "auto":
             raise InvalidSettings(
@@ -221,12 +231,13 @@ class LoadOptions:
         """Return the model's own length in tokens, as far as the RoPE options stretch it.
 
         Raises:
-            InvalidSettings: a RoPE option makes no sense.
+            InvalidSettings: a RoPE option makes no sense, or
+                `as_architecture` does not fit the folder.
             ModelNotFound, InvalidConfig, UnsupportedArchitecture: of the folder's config.json.
         """
         check_scaling(self.alpha_value, self.compress_pos_emb)
         check_path("model_dir", model_dir, "folder")
-        config = ModelConfig.from_dir(Path(model_dir))
+        config = ModelConfig.from_dir(Path(model_dir), self.as_architecture)
         return stretched_length(config, self.alpha_value, self.compress_pos_emb)
 
 
@@ -247,6 +258,7 @@ class SharedKeywords(TypedDict, total=False):
     max_batch_size: int
     alpha_value: float
     compress_pos_emb: float
+    as_architecture: str | None
     model_draft: str | os.PathLike[str] | None
     ctx_size_draft: int
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ...cache.layout import PAGE_LEN, CacheType
 from ...checkpoint import Checkpoint
-from ...checkpoint.config import ModelConfig
+from ...checkpoint.config import ModelConfig, has_unknown_class
 from ...utils.setting_values import check_path
 from ..segments import Segment
 from .assignment import Assigner, DeviceShare
@@ -80,8 +80,13 @@ def planned(
     )
     devices = budgets(options)
     with ExitStack() as files:
-        costs = _open(model_dir, files)
-        draft_costs = _open(options.model_draft, files) if options.model_draft else None
+        costs = _open(model_dir, options.as_architecture, files)
+        draft_costs = None
+        if options.model_draft:
+            # The option is about the model. A draft model of a known class runs as that class.
+            known = not has_unknown_class(options.model_draft)
+            draft_architecture = None if known else options.as_architecture
+            draft_costs = _open(options.model_draft, draft_architecture, files)
         assigner = Assigner(costs, devices, draft_costs, options.ctx_size_draft)
         shown_types = LoadOptions.OPTIONS["cache_type"].choices
         by_type = {
@@ -121,9 +126,11 @@ def planned(
         yield PlannedModel(reservation, model, tuple(segments.values()), draft)
 
 
-def _open(model_dir: str | os.PathLike[str], files: ExitStack) -> LayerCosts:
+def _open(
+    model_dir: str | os.PathLike[str], as_architecture: str | None, files: ExitStack
+) -> LayerCosts:
     """Read a folder's config and headers; the checkpoint is closed with `files`."""
-    config = ModelConfig.from_dir(Path(model_dir))
+    config = ModelConfig.from_dir(Path(model_dir), as_architecture)
     return LayerCosts(config, files.enter_context(Checkpoint.open(model_dir, config)))
 
 
