@@ -26,11 +26,20 @@ EXL_HOST_DEVICE constexpr auto round_up(A a, B b) {
     return ceil_div(a, b) * b;
 }
 
-// Activations of a gated MLP; the numbers are part of the ABI.
-enum Activation : int32_t { kSilu = 0, kGeluTanh = 1, kGelu = 2 };
+// Activations of an MLP; the numbers are part of the ABI. kRelu2 is the square of kRelu.
+enum Activation : int32_t {
+    kSilu = 0,
+    kGeluTanh = 1,
+    kGelu = 2,
+    kRelu = 3,
+    kRelu2 = 4,
+    kQuickGelu = 5,
+};
 // gelu_tanh(x) = x/2 (1 + tanh u) with u = sqrt(2 / pi) (x + kGeluCubic x^3).
 constexpr float kGeluCubic = 0.044715f;
 constexpr float kMinusTwoRootTwoOverPi = -1.5957691216f;  // -2 sqrt(2 / pi)
 constexpr float kMinusRootHalf = -0.70710678f;            // -sqrt(1 / 2)
+// quick_gelu(x) = x / (1 + e^(kMinusQuickGelu x)).
+constexpr float kMinusQuickGelu = -1.702f;
 
 }  // namespace exl

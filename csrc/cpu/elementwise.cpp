@@ -1,4 +1,4 @@
-// Elementwise operations: gates, sums, soft caps.
+// Elementwise operations: activations, gates, sums, limits, soft caps.
 //
 // Layout: float32, contiguous. Work per thread: runs of elements, a multiple of 16. The tail is
 // computed by the same vector code, so an element's result does not depend on its position.
@@ -57,13 +57,24 @@ EXL_INLINE F32x16 gelu(F32x16 x) {
     return load(lanes);
 }
 
-template <class Activation>
-void gate_with(const float* gate, const float* up, float* out, int64_t elements,
-               const Activation& activation) {
-    for_each_vector(elements, [&](int64_t offset, int64_t count) {
-        const F32x16 activated = activation(load_up_to(gate + offset, count));
-        store_up_to(out + offset, activated * load_up_to(up + offset, count), count);
-    });
+// NaN stays NaN because `max` returns its second operand if an operand is NaN.
+EXL_INLINE F32x16 relu(F32x16 x) { return max(broadcast(0.0f), x); }
+
+EXL_INLINE F32x16 quick_gelu(F32x16 x) {
+    return x / (broadcast(1.0f) + exp(broadcast(kMinusQuickGelu) * x));
+}
+
+// Calls f(function) with the vector function of an activation, so that f is compiled for each.
+template <class Function>
+void with_activation(int32_t activation, const Function& f) {
+    switch (activation) {
+        case kSilu: return f([](F32x16 x) { return silu(x); });
+        case kGeluTanh: return f([](F32x16 x) { return gelu_tanh(x); });
+        case kGelu: return f([](F32x16 x) { return gelu(x); });
+        case kRelu: return f([](F32x16 x) { return relu(x); });
+        case kRelu2: return f([](F32x16 x) { return relu(x) * relu(x); });
+        case kQuickGelu: return f([](F32x16 x) { return quick_gelu(x); });
+    }
 }
 
 }  // namespace
@@ -73,22 +84,40 @@ void gate_with(const float* gate, const float* up, float* out, int64_t elements,
 EXL_API void exl_gate(const float* gate, const float* up, float* out, int64_t elements,
                       int32_t activation) {
     using namespace exl;
-    switch (activation) {
-        case kSilu:
-            return gate_with(gate, up, out, elements, [](F32x16 x) { return silu(x); });
-        case kGeluTanh:
-            return gate_with(gate, up, out, elements, [](F32x16 x) { return gelu_tanh(x); });
-        case kGelu:
-            return gate_with(gate, up, out, elements, [](F32x16 x) { return gelu(x); });
-    }
+    with_activation(activation, [&](const auto& function) {
+        for_each_vector(elements, [&](int64_t offset, int64_t count) {
+            const F32x16 activated = function(load_up_to(gate + offset, count));
+            store_up_to(out + offset, activated * load_up_to(up + offset, count), count);
+        });
+    });
 }
 
-// x += y; x, y: float32 [elements].
-EXL_API void exl_add(float* x, const float* y, int64_t elements) {
+// out = activation(x); x, out: float32 [elements], may be the same.
+EXL_API void exl_activate(const float* x, float* out, int64_t elements, int32_t activation) {
     using namespace exl;
+    with_activation(activation, [&](const auto& function) {
+        for_each_vector(elements, [&](int64_t offset, int64_t count) {
+            store_up_to(out + offset, function(load_up_to(x + offset, count)), count);
+        });
+    });
+}
+
+// x += y * factor; x, y: float32 [elements].
+EXL_API void exl_add(float* x, const float* y, float factor, int64_t elements) {
+    using namespace exl;
+    const F32x16 factors = broadcast(factor);
     for_each_vector(elements, [&](int64_t offset, int64_t count) {
-        const F32x16 sum = load_up_to(x + offset, count) + load_up_to(y + offset, count);
-        store_up_to(x + offset, sum, count);
+        const F32x16 total = load_up_to(x + offset, count);
+        store_up_to(x + offset, fma(load_up_to(y + offset, count), factors, total), count);
+    });
+}
+
+// x = min(max(x, -limit), limit); x: float32 [elements]. NaN stays NaN, as in `relu`.
+EXL_API void exl_clamp(float* x, float limit, int64_t elements) {
+    using namespace exl;
+    const F32x16 largest = broadcast(limit), least = broadcast(-limit);
+    for_each_vector(elements, [&](int64_t offset, int64_t count) {
+        store_up_to(x + offset, max(least, min(largest, load_up_to(x + offset, count))), count);
     });
 }
 

@@ -41,6 +41,14 @@ void rotate_head(float* x, const float* cos, const float* sin, int64_t half) {
     }
 }
 
+void rotate_interleaved_head(float* x, const float* cos, const float* sin, int64_t half) {
+    for (int64_t i = 0; i < half; ++i) {
+        const float first = x[2 * i], second = x[2 * i + 1];
+        x[2 * i] = first * cos[i] - second * sin[i];
+        x[2 * i + 1] = second * cos[i] + first * sin[i];
+    }
+}
+
 }  // namespace
 }  // namespace exl
 
@@ -64,19 +72,21 @@ EXL_API void exl_rope_table(const int32_t* positions, const float* inv_freq, flo
     });
 }
 
-// Rotates x in place: element i of a head is paired with element half + i.
+// Rotates x in place. Element i of a head is paired with element half + i; if `interleaved` is not
+// 0, element 2 * i with element 2 * i + 1.
 //
 // x: float32 [rows, heads, head_dim]; table: float32 [rows, 2, half] of exl_rope_table.
 EXL_API void exl_rope(float* x, const float* table, int64_t rows, int64_t heads,
-                      int64_t head_dim, int64_t half) {
+                      int64_t head_dim, int64_t half, int interleaved) {
     using namespace exl;
+    const auto rotate = interleaved != 0 ? rotate_interleaved_head : rotate_head;
     const int64_t row_elements = heads * head_dim;
     const int64_t min_grain = ceil_div(kElementsPerTask, row_elements);
     parallel_for(rows, balanced_grain(rows, min_grain), [&](int64_t first, int64_t end, int) {
         for (int64_t row = first; row < end; ++row) {
             const float* cos = table + row * 2 * half;
             for (int64_t head = 0; head < heads; ++head) {
-                rotate_head(x + row * row_elements + head * head_dim, cos, cos + half, half);
+                rotate(x + row * row_elements + head * head_dim, cos, cos + half, half);
             }
         }
     });

@@ -1,4 +1,4 @@
-// Operations on whole rows: embedding, gathering, scattering, and the choice of experts.
+// Operations on whole rows: embedding, gathering, scattering, gated sums, the choice of experts.
 //
 // Layout: float32, contiguous; embedding tables of any ExlDtype. Work per thread: whole rows.
 // Row numbers are checked before anything is written; a wrong number returns -1 so that memory
@@ -50,41 +50,83 @@ void for_each_row(int64_t rows, int64_t size, const Function& f) {
     });
 }
 
-// The expert after (logit, index) in falling order of logits; among equal logits the lower index
+// The most experts of a layer, MAX_EXPERTS of checkpoint/config.py.
+constexpr int64_t kMaxExperts = 1024;
+
+// How experts are chosen; see exl_moe_route.
+struct Routing {
+    const float* correction;
+    int64_t experts;
+    int64_t top_k;
+    bool sigmoid;
+    bool normalize;
+    double factor;
+};
+
+// The expert after (value, index) in falling order of values; among equal values the lower index
 // comes first. -1 if there is none.
-int64_t next_expert(const float* logits, int64_t experts, float logit, int64_t index) {
+template <class Value>
+int64_t next_expert(const Value* values, int64_t experts, Value value, int64_t index) {
     int64_t best = -1;
     for (int64_t e = 0; e < experts; ++e) {
-        const bool later = logits[e] < logit || (logits[e] == logit && e > index);
-        if (later && (best < 0 || logits[e] > logits[best])) best = e;
+        const bool later = values[e] < value || (values[e] == value && e > index);
+        if (later && (best < 0 || values[e] > values[best])) best = e;
     }
     return best;
 }
 
-void route_row(const float* logits, int64_t experts, int64_t top_k, bool normalize,
-               float* weights, int32_t* chosen) {
-    constexpr float kAbove = std::numeric_limits<float>::infinity();
-    const int64_t first = next_expert(logits, experts, kAbove, -1);
-    const float largest = first < 0 ? 0.0f : logits[first];
-    double total = 0.0;
-    for (int64_t e = 0; e < experts; ++e) {
-        total += std::exp(static_cast<double>(logits[e]) - largest);
-    }
-    float logit = kAbove;
+template <class Value>
+void choose_experts(const Value* values, const Routing& routing, int32_t* chosen) {
+    Value value = std::numeric_limits<Value>::infinity();
     int64_t index = -1;
-    double chosen_total = 0.0;
-    for (int64_t k = 0; k < top_k; ++k) {
-        index = next_expert(logits, experts, logit, index);
+    for (int64_t k = 0; k < routing.top_k; ++k) {
+        index = next_expert(values, routing.experts, value, index);
         // Only NaN leaves no expert to choose; the weights then become NaN as well.
         if (index < 0) index = k;
-        logit = logits[index];
+        value = values[index];
         chosen[k] = static_cast<int32_t>(index);
-        chosen_total += std::exp(static_cast<double>(logit) - largest);
     }
-    const double divisor = normalize ? chosen_total : total;
-    for (int64_t k = 0; k < top_k; ++k) {
-        const double power = std::exp(static_cast<double>(logits[chosen[k]]) - largest);
-        weights[k] = static_cast<float>(power / divisor);
+}
+
+// Sigmoids, or the exponentials of a softmax before their division by `total`, the sum over all
+// experts.
+struct Scores {
+    const float* logits;
+    bool sigmoid;
+    float largest = 0.0f;
+    double total = 1.0;
+
+    Scores(const float* row, const Routing& routing) : logits(row), sigmoid(routing.sigmoid) {
+        if (sigmoid) return;
+        constexpr float kAbove = std::numeric_limits<float>::infinity();
+        const int64_t first = next_expert(logits, routing.experts, kAbove, -1);
+        if (first >= 0) largest = logits[first];
+        total = 0.0;
+        for (int64_t e = 0; e < routing.experts; ++e) total += (*this)[e];
+    }
+    double operator[](int64_t expert) const {
+        const double logit = logits[expert];
+        return sigmoid ? 1.0 / (1.0 + std::exp(-logit)) : std::exp(logit - largest);
+    }
+};
+
+void route_row(const float* logits, const Routing& routing, float* weights, int32_t* chosen) {
+    const Scores scores(logits, routing);
+    if (routing.correction == nullptr) {
+        // By logits, because different logits may round to equal scores.
+        choose_experts(logits, routing, chosen);
+    } else {
+        double values[kMaxExperts];
+        for (int64_t e = 0; e < routing.experts; ++e) {
+            values[e] = scores[e] / scores.total + routing.correction[e];
+        }
+        choose_experts(values, routing, chosen);
+    }
+    double chosen_total = 0.0;
+    for (int64_t k = 0; k < routing.top_k; ++k) chosen_total += scores[chosen[k]];
+    const double divisor = routing.normalize ? chosen_total : scores.total;
+    for (int64_t k = 0; k < routing.top_k; ++k) {
+        weights[k] = static_cast<float>(scores[chosen[k]] / divisor * routing.factor);
     }
 }
 
@@ -148,19 +190,34 @@ EXL_API int exl_scatter_add_rows(const float* x, const int32_t* rows, const floa
     return 0;
 }
 
-// Chooses the top_k experts of each row and their weights: a softmax over all experts, divided by
-// the sum of the chosen weights if `normalize`.
-//
-// logits: float32 [rows, experts]; weights: float32 and chosen: int32 [rows, top_k];
-// top_k <= experts.
-EXL_API void exl_moe_route(const float* logits, int64_t rows, int64_t experts, int64_t top_k,
-                           int normalize, float* weights, int32_t* chosen) {
+// x[t] += sigmoid(logits[t]) * y[t]; x, y: float32 [rows, size]; logits: float32 [rows].
+EXL_API void exl_add_gated_rows(float* x, const float* y, const float* logits, int64_t rows,
+                                int64_t size) {
     using namespace exl;
+    for_each_row(rows, size, [&](int64_t t) {
+        const double exact = 1.0 / (1.0 + std::exp(-static_cast<double>(logits[t])));
+        const float gate = static_cast<float>(exact);
+        for (int64_t i = t * size; i < (t + 1) * size; ++i) x[i] += gate * y[i];
+    });
+}
+
+// Chooses the top_k experts of each row and their weights. A score is the sigmoid of a logit if
+// `sigmoid` is not 0, else the softmax over all experts. The experts are those of the largest
+// logits, or, if `correction` is not null, of the largest score + correction. Their weights are
+// their scores, divided by the sum of the chosen scores if `normalize` is not 0, times `factor`.
+//
+// logits: float32 [rows, experts]; correction: float32 [experts], or null; weights: float32 and
+// chosen: int32 [rows, top_k]; top_k <= experts <= 1024.
+EXL_API void exl_moe_route(const float* logits, const float* correction, int64_t rows,
+                           int64_t experts, int64_t top_k, int sigmoid, int normalize,
+                           float factor, float* weights, int32_t* chosen) {
+    using namespace exl;
+    const Routing routing{correction, experts, top_k, sigmoid != 0, normalize != 0, factor};
     const int64_t min_grain = ceil_div(kRoutesPerTask, experts);
     parallel_for(rows, balanced_grain(rows, min_grain), [&](int64_t first, int64_t end, int) {
         for (int64_t row = first; row < end; ++row) {
-            route_row(logits + row * experts, experts, top_k, normalize != 0,
-                      weights + row * top_k, chosen + row * top_k);
+            route_row(logits + row * experts, routing, weights + row * top_k,
+                      chosen + row * top_k);
         }
     });
 }

@@ -29,7 +29,7 @@ struct RopeCall {
     int32_t q_heads;
     int32_t half;
     float eps;
-    int32_t unused;
+    int32_t interleaved;  // not 0: elements 2 * i and 2 * i + 1 are a pair, see rotate_head
 };
 
 namespace exl {
@@ -269,7 +269,8 @@ __device__ __forceinline__ void rotate_queries(const RopeCall& rope, int head_di
     if (head >= rope.q_heads) return;  // whole warps leave
     const float* cos = rope.table + static_cast<int64_t>(row) * 2 * rope.half;
     float* x = rope.q + (static_cast<int64_t>(row) * rope.q_heads + head) * head_dim;
-    rotate_head(x, cos, cos + rope.half, head_dim, rope.half, rope.q_weight, rope.eps);
+    rotate_head(x, cos, cos + rope.half, head_dim, rope.half, rope.interleaved != 0,
+                rope.q_weight, rope.eps);
 }
 
 // Writes the keys and values of all rows, and rotates queries if `rope` has a table.
@@ -303,8 +304,8 @@ extern "C" __global__ void __launch_bounds__(kWriteThreads)
     if (rope.table != nullptr && blockIdx.y % 2 == 0) {
         const float* cos = rope.table + static_cast<int64_t>(row) * 2 * rope.half;
         if (warp_id() == 0) {
-            rotate_head(memory, cos, cos + rope.half, head_dim, rope.half, rope.k_weight,
-                        rope.eps);
+            rotate_head(memory, cos, cos + rope.half, head_dim, rope.half, rope.interleaved != 0,
+                        rope.k_weight, rope.eps);
         }
         block_sync();  // the key is rotated
     }

@@ -1,4 +1,4 @@
-// Functions of rows that several kernels apply: gated activations, RMSNorm, rotary embedding.
+// Functions of rows that several kernels apply: activations, RMSNorm, rotary embedding.
 //
 // Purpose: one definition of each, so that a fused kernel gives the same bits as separate ones.
 // Layout: float32, a row or a head contiguous. Work: one thread or one warp, see each function. No
@@ -10,7 +10,7 @@
 
 namespace exl {
 
-// ---- Gated activations -----------------------------------------------------------------------
+// ---- Activations -----------------------------------------------------------------------------
 
 __device__ __forceinline__ float activated(float x, int32_t activation) {
     if (activation == kSilu) return x / (1.0f + expf(-x));
@@ -20,7 +20,10 @@ __device__ __forceinline__ float activated(float x, int32_t activation) {
         return x / (1.0f + expf(kMinusTwoRootTwoOverPi * inner));
     }
     // x/2 erfc(-x / sqrt 2), which has no cancellation for negative x.
-    return 0.5f * x * erfcf(kMinusRootHalf * x);
+    if (activation == kGelu) return 0.5f * x * erfcf(kMinusRootHalf * x);
+    if (activation == kQuickGelu) return x / (1.0f + expf(kMinusQuickGelu * x));
+    const float relu = x < 0.0f ? 0.0f : x;  // NaN stays NaN
+    return activation == kRelu2 ? relu * relu : relu;
 }
 
 // ---- RMSNorm ---------------------------------------------------------------------------------
@@ -48,21 +51,24 @@ __device__ __forceinline__ float norm_scale_of_warp(const float* x, int size, fl
 
 // ---- Rotary embedding ------------------------------------------------------------------------
 
-// Rotates one head x [head_dim] in place, by one warp; each lane handles pairs. If `weight` is not
-// null, the head is normalised first (Qwen3), as in rms_norm_heads_kernel.
+// Rotates one head x [head_dim] in place, by one warp; each lane handles pairs: elements i and
+// half + i, or 2 * i and 2 * i + 1 if `interleaved`. If `weight` is not null, the head is
+// normalised first (Qwen3), as in rms_norm_heads_kernel.
 __device__ __forceinline__ void rotate_head(float* x, const float* cos, const float* sin,
-                                            int head_dim, int half, const float* weight,
-                                            float eps) {
+                                            int head_dim, int half, bool interleaved,
+                                            const float* weight, float eps) {
     float scale = 1.0f;
     if (weight != nullptr) scale = norm_scale_of_warp(x, head_dim, eps);
+    const int step = interleaved ? 2 : 1, distance = interleaved ? 1 : half;
     for (int i = lane_id(); i < half; i += 32) {
-        float first = x[i], second = x[half + i];
+        const int a = step * i, b = a + distance;
+        float first = x[a], second = x[b];
         if (weight != nullptr) {
-            first = normalized(first, scale, weight[i]);
-            second = normalized(second, scale, weight[half + i]);
+            first = normalized(first, scale, weight[a]);
+            second = normalized(second, scale, weight[b]);
         }
-        x[i] = fmaf(first, cos[i], -mul_rn(second, sin[i]));
-        x[half + i] = fmaf(second, cos[i], mul_rn(first, sin[i]));
+        x[a] = fmaf(first, cos[i], -mul_rn(second, sin[i]));
+        x[b] = fmaf(second, cos[i], mul_rn(first, sin[i]));
     }
     if (weight == nullptr) return;
     for (int i = 2 * half + lane_id(); i < head_dim; i += 32) {

@@ -1,4 +1,4 @@
-// Operations on whole rows: embedding, gathering, scattering.
+// Operations on whole rows: embedding, gathering, scattering, gated sums.
 //
 // Layout: float32, contiguous; embedding tables of any ExlDtype. Work: grid.x: rows, grid.y: pieces
 // of kThreads elements of a row. Precondition: row numbers are valid; the caller has checked them
@@ -65,3 +65,15 @@ extern "C" __global__ void __launch_bounds__(exl::kThreads)
     *target = fmaf(weights[blockIdx.x], value, *target);
 }
 EXL_KERNEL(scatter_add_rows_kernel);
+
+// x[t] += sigmoid(logits[t]) * y[t]; x, y: float32 [rows, size]; logits: float32 [rows].
+extern "C" __global__ void __launch_bounds__(exl::kThreads)
+    add_gated_rows_kernel(float* x, const float* y, const float* logits, int32_t size) {
+    using namespace exl;
+    const int i = element_of_row();
+    if (i >= size) return;
+    const int64_t element = static_cast<int64_t>(blockIdx.x) * size + i;
+    const float gate = 1.0f / (1.0f + expf(-logits[blockIdx.x]));
+    x[element] = fmaf(gate, y[element], x[element]);
+}
+EXL_KERNEL(add_gated_rows_kernel);

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -120,6 +120,30 @@ class AttentionShape:
     scale: float
     softcap: float = 0.0
     sliding_window: int = 0
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How a mixture of experts chooses the experts of a row.
+
+    The scores of all experts are the softmax or the sigmoid of the router's logits. The top_k
+    experts of score + correction are chosen; without a correction these are those of the largest
+    logits. Their weights are their scores, divided by the sum of the chosen ones where
+    `normalize`, times `factor`.
+
+    Args:
+        top_k: experts of a row.
+        score: `softmax` or `sigmoid`.
+        normalize: whether the weights of the chosen experts sum up to `factor`.
+        factor: on the weights.
+        correction: float32 [E], used for the choice only; None means 0.
+    """
+
+    top_k: int
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    normalize: bool = True
+    factor: float = 1.0
+    correction: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -284,6 +308,17 @@ class Ops(Protocol):
             weight: float32 [D], with an offset such as Gemma's + 1 already added.
         """
 
+    def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+                   eps: float, out: torch.Tensor) -> None:
+        """out = (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias, per row.
+
+        Args:
+            x, out: float32 [R, D], may be the same tensor.
+            weight: float32 [P, D], of which row r of x takes row r % P: P is 1, or the heads of
+                a token where each head has weights of its own. R is a multiple of P.
+            bias: float32 [P, D]; None means 0.
+        """
+
     def linear(self, x: torch.Tensor, w: Linear, out: torch.Tensor, scratch: torch.Tensor,
                add: bool = False) -> None:
         """out = x @ W + bias, or out += x @ W + bias if `add`.
@@ -306,12 +341,14 @@ class Ops(Protocol):
             out: float32 [T, 2, rotary_dim / 2].
         """
 
-    def rope(self, x: torch.Tensor, table: torch.Tensor) -> None:
-        """Rotate heads in place, Hugging Face's half-split order.
+    def rope(self, x: torch.Tensor, table: torch.Tensor, interleaved: bool = False) -> None:
+        """Rotate heads in place.
 
         Args:
             x: float32 [T, heads, head_dim]; elements from rotary_dim on stay as they are.
             table: from `rope_table`.
+            interleaved: elements 2 * i and 2 * i + 1 of a head are a pair (GLM, Cohere); if not,
+                elements i and rotary_dim / 2 + i are (Llama).
         """
 
     def write_cache(self, k: torch.Tensor, v: torch.Tensor, layer: CacheLayer, batch: Batch,
@@ -335,22 +372,43 @@ class Ops(Protocol):
 
     def gate(self, gate: torch.Tensor, up: torch.Tensor, activation: str,
              out: torch.Tensor) -> None:
-        """out = activation(gate) * up, float32 [T, D]; activation: `silu`, `gelu_tanh`, `gelu`."""
+        """out = activation(gate) * up, float32 [T, D].
 
-    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """x += y, float32, same shape."""
+        Args:
+            activation: `silu`, `gelu_tanh`, `gelu`, `relu`, `relu2` (the square of `relu`), or
+                `quick_gelu` (x * sigmoid(1.702 * x)).
+            out: may be gate or up.
+        """
+
+    def activate(self, x: torch.Tensor, activation: str, out: torch.Tensor) -> None:
+        """out = activation(x), float32 [T, D]; activations of `gate`. out may be x."""
+
+    def add(self, x: torch.Tensor, y: torch.Tensor, factor: float = 1.0) -> None:
+        """x += y * factor, float32, same shape."""
+
+    def add_gated_rows(self, x: torch.Tensor, y: torch.Tensor, logits: torch.Tensor) -> None:
+        """x[t] += sigmoid(logits[t]) * y[t].
+
+        Args:
+            x, y: float32 [T, D].
+            logits: float32 [T].
+        """
+
+    def clamp(self, x: torch.Tensor, limit: float) -> None:
+        """x = min(max(x, -limit), limit) in place, float32."""
 
     def softcap(self, x: torch.Tensor, cap: float) -> None:
         """x = cap * tanh(x / cap) in place, float32 [T, D]."""
 
-    def moe_route(self, router_logits: torch.Tensor, top_k: int, normalize: bool,
-                  weights: torch.Tensor, experts: torch.Tensor) -> None:
-        """Softmax over experts, then the top_k, renormalised to sum 1 if `normalize`.
+    def moe_route(self, router_logits: torch.Tensor, routing: Routing, weights: torch.Tensor,
+                  experts: torch.Tensor) -> None:
+        """Choose the experts of each row, and their weights.
 
         Args:
             router_logits: float32 [T, E].
-            weights: float32 [T, top_k], falling.
-            experts: int32 [T, top_k]. Equal logits: the lower expert first.
+            routing: how; E is at least its top_k.
+            weights: float32 [T, top_k], in the order of `experts`.
+            experts: int32 [T, top_k], the best first. Equal ones: the lower expert first.
         """
 
     def linear_pairs(self, x: torch.Tensor, table: ExpertTable, experts: torch.Tensor,

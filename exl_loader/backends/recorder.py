@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..cache.layout import CacheLayer
-    from .base import AttentionShape, Batch, Call, DeviceOps, ExpertTable, Linear, Ops
+    from .base import AttentionShape, Batch, Call, DeviceOps, ExpertTable, Linear, Ops, Routing
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +41,20 @@ class RmsNorm:
 
     def run(self, ops: Ops) -> None:
         ops.rms_norm(self.x, self.weight, self.eps, self.out)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerNorm:
+    """A call of `layer_norm`."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    eps: float
+    out: torch.Tensor
+
+    def run(self, ops: Ops) -> None:
+        ops.layer_norm(self.x, self.weight, self.bias, self.eps, self.out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,9 +90,10 @@ class Rope:
 
     x: torch.Tensor
     table: torch.Tensor
+    interleaved: bool
 
     def run(self, ops: Ops) -> None:
-        ops.rope(self.x, self.table)
+        ops.rope(self.x, self.table, self.interleaved)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,14 +139,50 @@ class Gate:
 
 
 @dataclass(frozen=True, eq=False)
+class Activate:
+    """A call of `activate`."""
+
+    x: torch.Tensor
+    activation: str
+    out: torch.Tensor
+
+    def run(self, ops: Ops) -> None:
+        ops.activate(self.x, self.activation, self.out)
+
+
+@dataclass(frozen=True, eq=False)
 class Add:
     """A call of `add`."""
 
     x: torch.Tensor
     y: torch.Tensor
+    factor: float
 
     def run(self, ops: Ops) -> None:
-        ops.add(self.x, self.y)
+        ops.add(self.x, self.y, self.factor)
+
+
+@dataclass(frozen=True, eq=False)
+class AddGatedRows:
+    """A call of `add_gated_rows`."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+    logits: torch.Tensor
+
+    def run(self, ops: Ops) -> None:
+        ops.add_gated_rows(self.x, self.y, self.logits)
+
+
+@dataclass(frozen=True, eq=False)
+class Clamp:
+    """A call of `clamp`."""
+
+    x: torch.Tensor
+    limit: float
+
+    def run(self, ops: Ops) -> None:
+        ops.clamp(self.x, self.limit)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,13 +201,12 @@ class MoeRoute:
     """A call of `moe_route`."""
 
     router_logits: torch.Tensor
-    top_k: int
-    normalize: bool
+    routing: Routing
     weights: torch.Tensor
     experts: torch.Tensor
 
     def run(self, ops: Ops) -> None:
-        ops.moe_route(self.router_logits, self.top_k, self.normalize, self.weights, self.experts)
+        ops.moe_route(self.router_logits, self.routing, self.weights, self.experts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,6 +305,10 @@ class Recorder:
                  out: torch.Tensor) -> None:
         self.calls.append(RmsNorm(x, weight, eps, out))
 
+    def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+                   eps: float, out: torch.Tensor) -> None:
+        self.calls.append(LayerNorm(x, weight, bias, eps, out))
+
     def linear(self, x: torch.Tensor, w: Linear, out: torch.Tensor, scratch: torch.Tensor,
                add: bool = False) -> None:
         self.calls.append(Product(x, w, out, scratch, add))
@@ -263,8 +317,8 @@ class Recorder:
                    out: torch.Tensor) -> None:
         self.calls.append(RopeTable(positions, inv_freq, factor, out))
 
-    def rope(self, x: torch.Tensor, table: torch.Tensor) -> None:
-        self.calls.append(Rope(x, table))
+    def rope(self, x: torch.Tensor, table: torch.Tensor, interleaved: bool = False) -> None:
+        self.calls.append(Rope(x, table, interleaved))
 
     def write_cache(self, k: torch.Tensor, v: torch.Tensor, layer: CacheLayer, batch: Batch,
                     scratch: torch.Tensor) -> None:
@@ -278,15 +332,24 @@ class Recorder:
              out: torch.Tensor) -> None:
         self.calls.append(Gate(gate, up, activation, out))
 
-    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        self.calls.append(Add(x, y))
+    def activate(self, x: torch.Tensor, activation: str, out: torch.Tensor) -> None:
+        self.calls.append(Activate(x, activation, out))
+
+    def add(self, x: torch.Tensor, y: torch.Tensor, factor: float = 1.0) -> None:
+        self.calls.append(Add(x, y, factor))
+
+    def add_gated_rows(self, x: torch.Tensor, y: torch.Tensor, logits: torch.Tensor) -> None:
+        self.calls.append(AddGatedRows(x, y, logits))
+
+    def clamp(self, x: torch.Tensor, limit: float) -> None:
+        self.calls.append(Clamp(x, limit))
 
     def softcap(self, x: torch.Tensor, cap: float) -> None:
         self.calls.append(Softcap(x, cap))
 
-    def moe_route(self, router_logits: torch.Tensor, top_k: int, normalize: bool,
-                  weights: torch.Tensor, experts: torch.Tensor) -> None:
-        self.calls.append(MoeRoute(router_logits, top_k, normalize, weights, experts))
+    def moe_route(self, router_logits: torch.Tensor, routing: Routing, weights: torch.Tensor,
+                  experts: torch.Tensor) -> None:
+        self.calls.append(MoeRoute(router_logits, routing, weights, experts))
 
     def linear_pairs(self, x: torch.Tensor, table: ExpertTable, experts: torch.Tensor,
                      out: torch.Tensor, scratch: torch.Tensor) -> None:

@@ -13,7 +13,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from ..backends import backend_of
-from ..backends.base import AttentionShape
+from ..backends.base import AttentionShape, Routing
 from ..checkpoint.architectures import ARCHITECTURES, ExpertNames
 from ..formats import LINEAR_TENSORS, has_linear, linear_spec
 from ..formats.common import FLOAT_DTYPES, WRONG_FILE, expect
@@ -327,7 +327,7 @@ class Builder:
                 config.hidden_act,
             ))
         router = self._linear(prefix + names.router, hidden_size, len(experts), device)
-        return Experts(router, tuple(experts), config.num_experts_per_tok)
+        return Experts(router, tuple(experts), Routing(config.num_experts_per_tok))
 
     def _norm(self, name: str, size: int, device: str) -> Norm:
         name = f"{name}.weight"

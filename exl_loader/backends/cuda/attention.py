@@ -291,7 +291,7 @@ class RopeStruct(ctypes.Structure):
     """RopeCall of csrc/cuda/cache_write.cu."""
 
     _fields_ = [("q", _P), ("table", _P), ("q_weight", _P), ("k_weight", _P),
-                ("q_heads", _I32), ("half", _I32), ("eps", _F32), ("unused", _I32)]
+                ("q_heads", _I32), ("half", _I32), ("eps", _F32), ("interleaved", _I32)]
 
 
 class DecodeStruct(ctypes.Structure):
@@ -319,7 +319,7 @@ class AttentionOps(KernelOps):
     def rope_write_cache(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor,
         layer: CacheLayer, batch: Batch, q_weight: torch.Tensor | None = None,
-        k_weight: torch.Tensor | None = None, eps: float = 0.0,
+        k_weight: torch.Tensor | None = None, eps: float = 0.0, interleaved: bool = False,
     ) -> None:
         """Run `rope` of queries and keys and `write_cache` in one launch, norms first if given.
 
@@ -333,6 +333,7 @@ class AttentionOps(KernelOps):
             batch: the rows' sequences.
             q_weight, k_weight: float32 [head_dim], of the norms; or None.
             eps: of the norms.
+            interleaved: as that of `rope`.
         """
         rows, q_heads, head_dim = q.shape
         assert q.is_contiguous() and table.is_contiguous() and table.shape[0] == rows
@@ -342,6 +343,7 @@ class AttentionOps(KernelOps):
         rope = RopeStruct(
             q.data_ptr(), table.data_ptr(), None if q_weight is None else q_weight.data_ptr(),
             None if k_weight is None else k_weight.data_ptr(), q_heads, table.shape[2], eps,
+            interleaved,
         )
         self._cache_write(k, v, layer, batch, rope, q_heads)
 

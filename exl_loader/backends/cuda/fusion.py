@@ -97,7 +97,8 @@ def _products(calls: Sequence[Call]) -> tuple[list[Product], list[StreamLinear]]
 def _rope_write_cache(ops: CudaOps, calls: Sequence[Call]) -> int:
     """Issue norms, if any, and RoPE of queries and keys together with the writing of the cache.
 
-    The rotated keys have no other reader than the cache.
+    The rotated keys have no other reader than the cache. Norms are those of single heads: a norm
+    over a token's whole projection stays a launch of its own.
     """
     norms = [call for call in calls[:2] if isinstance(call, RmsNorm)]
     count = len(norms) + 3
@@ -106,17 +107,20 @@ def _rope_write_cache(ops: CudaOps, calls: Sequence[Call]) -> int:
     q, k, write = calls[len(norms) : count]
     if not (isinstance(q, Rope) and isinstance(k, Rope) and isinstance(write, WriteCache)):
         return 0
-    if k.table is not q.table or write.k is not k.x:
+    if k.table is not q.table or k.interleaved != q.interleaved or write.k is not k.x:
         return 0
     if not norms:
-        ops.rope_write_cache(q.x, k.x, write.v, q.table, write.layer, write.batch)
+        ops.rope_write_cache(q.x, k.x, write.v, q.table, write.layer, write.batch,
+                             interleaved=q.interleaved)
         return count
     q_norm, k_norm = norms
     for norm, rope in ((q_norm, q), (k_norm, k)):
         if norm.x is not norm.out or norm.x.data_ptr() != rope.x.data_ptr():
             return 0
+        if norm.x.shape[1] != rope.x.shape[2]:
+            return 0
     if q_norm.eps != k_norm.eps:
         return 0
     ops.rope_write_cache(q.x, k.x, write.v, q.table, write.layer, write.batch, q_norm.weight,
-                         k_norm.weight, q_norm.eps)
+                         k_norm.weight, q_norm.eps, q.interleaved)
     return count

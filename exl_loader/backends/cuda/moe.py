@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ...utils.integers import ceil_div
-from .launcher import WARP, pointer
+from .launcher import WARP, address, pointer
 from .layout import StreamLinear, tiles_for
 from .linear import (
     LEAST_DECODE_WARPS,
@@ -23,12 +23,19 @@ from .rows import RowOps
 if TYPE_CHECKING:
     import torch
 
-    from ..base import ExpertTable, Linear
+    from ..base import ExpertTable, Linear, Routing
 
 # csrc/cuda/moe.cu: a warp a row.
 _ROUTE_THREADS = 32
 
-_I32, _I64, _P = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+_I32, _I64, _F32, _P = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+
+
+class RoutingStruct(ctypes.Structure):
+    """RoutingCall of csrc/cuda/moe.cu."""
+
+    _fields_ = [("correction", _P), ("experts", _I32), ("top_k", _I32), ("sigmoid", _I32),
+                ("normalize", _I32), ("factor", _F32)]
 
 
 def expert_table_shape(layers: int, num_experts: int) -> tuple[int, int, int]:
@@ -67,16 +74,20 @@ class ExpertLayers:
 class MoeOps(RowOps):
     """Operations of `base.Ops` on mixtures."""
 
-    def moe_route(self, router_logits: torch.Tensor, top_k: int, normalize: bool,
-                  weights: torch.Tensor, experts: torch.Tensor) -> None:
+    def moe_route(self, router_logits: torch.Tensor, routing: Routing, weights: torch.Tensor,
+                  experts: torch.Tensor) -> None:
         rows, num_experts = router_logits.shape
+        top_k, correction = routing.top_k, routing.correction
         assert top_k <= num_experts and weights.shape == (rows, top_k) == experts.shape
+        assert correction is None or correction.shape == (num_experts,)
         if rows == 0:
             return
-        self._launch(
-            "moe_route_kernel", (rows, 1, 1), _ROUTE_THREADS, 0, pointer(router_logits),
-            _I32(num_experts), _I32(top_k), _I32(normalize), pointer(weights), pointer(experts),
+        call = RoutingStruct(
+            address(correction), num_experts, top_k, routing.score == "sigmoid",
+            routing.normalize, routing.factor,
         )
+        self._launch("moe_route_kernel", (rows, 1, 1), _ROUTE_THREADS, 0, pointer(router_logits),
+                     call, pointer(weights), pointer(experts))
 
     def expert_table(self, layers: Sequence[Linear], room: torch.Tensor) -> ExpertLayers | None:
         streams = [layer for layer in layers if isinstance(layer, StreamLinear)]

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
     from ..base import Linear
 
-# Activation of csrc/common.h.
-
 # Threads of the blocks of csrc/cuda/{norm,rope,elementwise,rows,moe}.cu.
 _NORM_THREADS = 512
 _HEAD_THREADS = 128
 _ROPE_THREADS = 128
 _ELEMENT_THREADS = 256
 _ROW_THREADS = 256
+# Sums over a block of layer_norm_kernel, each with a float per warp.
+_LAYER_NORM_SUMS = 3
 # Rows up to this size are normalised by a warp each, wider ones by a block.
 NORM_HEAD_SIZE = 512
 
@@ -65,6 +65,24 @@ class RowOps(KernelOps):
         self._launch("rms_norm_kernel", (rows, 1, 1), _NORM_THREADS, shared_bytes, *inputs,
                      _I32(size), pointer(out))
 
+    def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+                   eps: float, out: torch.Tensor) -> None:
+        rows, size = x.shape
+        periods = len(weight)
+        assert out.shape == x.shape and weight.shape == (periods, size) and rows % periods == 0
+        assert bias is None or bias.shape == weight.shape
+        if rows == 0:
+            return
+        inputs = pointer(x), pointer(weight), pointer(bias), _F32(eps)
+        if size <= NORM_HEAD_SIZE:
+            grid = (ceil_div(rows, _HEAD_THREADS // WARP), 1, 1)
+            self._launch("layer_norm_heads_kernel", grid, _HEAD_THREADS, 0, *inputs, _I64(rows),
+                         _I32(size), _I32(periods), pointer(out))
+            return
+        shared_bytes = _LAYER_NORM_SUMS * (_NORM_THREADS // WARP) * ctypes.sizeof(_F32)
+        self._launch("layer_norm_kernel", (rows, 1, 1), _NORM_THREADS, shared_bytes, *inputs,
+                     _I32(size), _I32(periods), pointer(out))
+
     def rope_table(self, positions: torch.Tensor, inv_freq: torch.Tensor, factor: float,
                    out: torch.Tensor) -> None:
         rows, _, half = out.shape
@@ -77,7 +95,7 @@ class RowOps(KernelOps):
             pointer(out),
         )
 
-    def rope(self, x: torch.Tensor, table: torch.Tensor) -> None:
+    def rope(self, x: torch.Tensor, table: torch.Tensor, interleaved: bool = False) -> None:
         rows, heads, head_dim = x.shape
         half = table.shape[2]
         assert table.shape[0] == rows and 2 * half <= head_dim
@@ -85,7 +103,7 @@ class RowOps(KernelOps):
             return
         grid = (ceil_div(rows * heads, _ROPE_THREADS // WARP), 1, 1)
         self._launch("rope_kernel", grid, _ROPE_THREADS, 0, pointer(x), pointer(table),
-                     _I32(rows), _I32(heads), _I32(head_dim), _I32(half))
+                     _I32(rows), _I32(heads), _I32(head_dim), _I32(half), _I32(interleaved))
 
     def gate(self, gate: torch.Tensor, up: torch.Tensor, activation: str,
              out: torch.Tensor) -> None:
@@ -93,9 +111,25 @@ class RowOps(KernelOps):
         self._launch_elements("gate_kernel", out.numel(), pointer(gate), pointer(up),
                               pointer(out), _I64(out.numel()), _I32(ACTIVATIONS[activation]))
 
-    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+    def activate(self, x: torch.Tensor, activation: str, out: torch.Tensor) -> None:
+        assert x.shape == out.shape
+        self._launch_elements("activate_kernel", x.numel(), pointer(x), pointer(out),
+                              _I64(x.numel()), _I32(ACTIVATIONS[activation]))
+
+    def add(self, x: torch.Tensor, y: torch.Tensor, factor: float = 1.0) -> None:
         assert x.shape == y.shape
-        self._launch_elements("add_kernel", x.numel(), pointer(x), pointer(y), _I64(x.numel()))
+        self._launch_elements("add_kernel", x.numel(), pointer(x), pointer(y), _F32(factor),
+                              _I64(x.numel()))
+
+    def add_gated_rows(self, x: torch.Tensor, y: torch.Tensor, logits: torch.Tensor) -> None:
+        rows, size = x.shape
+        assert x.shape == y.shape and logits.shape == (rows,)
+        self._launch_rows("add_gated_rows_kernel", rows, size, pointer(x), pointer(y),
+                          pointer(logits), _I32(size))
+
+    def clamp(self, x: torch.Tensor, limit: float) -> None:
+        self._launch_elements("clamp_kernel", x.numel(), pointer(x), _F32(limit),
+                              _I64(x.numel()))
 
     def softcap(self, x: torch.Tensor, cap: float) -> None:
         self._launch_elements("softcap_kernel", x.numel(), pointer(x), _F32(cap),

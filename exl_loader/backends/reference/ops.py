@@ -23,7 +23,7 @@ from .codec import cache_round_trip as cache_round_trip
 
 if TYPE_CHECKING:
     from ...cache.layout import CacheLayer
-    from ..base import AttentionShape, Batch, Call, DeviceOps, Linear
+    from ..base import AttentionShape, Batch, Call, DeviceOps, Linear, Routing
 
 
 def dense_weight(w: DenseLinear) -> torch.Tensor:
@@ -38,6 +38,12 @@ def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
         return F.silu(x)
     if activation == "gelu":
         return F.gelu(x)
+    if activation == "relu":
+        return F.relu(x)
+    if activation == "relu2":
+        return F.relu(x).square()
+    if activation == "quick_gelu":
+        return x * torch.sigmoid(1.702 * x)
     assert activation == "gelu_tanh", activation
     return F.gelu(x, approximate="tanh")
 
@@ -69,6 +75,15 @@ class ReferenceOps(MainMemoryOps):
         scale = torch.rsqrt(exact.square().mean(dim=-1, keepdim=True) + eps)
         out.copy_(exact * scale * weight)
 
+    def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+                   eps: float, out: torch.Tensor) -> None:
+        exact = x.double().unflatten(0, (-1, len(weight)))
+        variance, mean = torch.var_mean(exact, dim=-1, keepdim=True, correction=0)
+        normalized = (exact - mean) * torch.rsqrt(variance + eps) * weight
+        if bias is not None:
+            normalized += bias
+        out.copy_(normalized.flatten(0, 1))
+
     def linear(self, x: torch.Tensor, w: Linear, out: torch.Tensor, scratch: torch.Tensor,
                add: bool = False) -> None:
         assert isinstance(w, (PackedLinear, DenseLinear))
@@ -86,12 +101,14 @@ class ReferenceOps(MainMemoryOps):
         out[:, 0] = angles.cos() * factor
         out[:, 1] = angles.sin() * factor
 
-    def rope(self, x: torch.Tensor, table: torch.Tensor) -> None:
+    def rope(self, x: torch.Tensor, table: torch.Tensor, interleaved: bool = False) -> None:
         half = table.shape[2]
         cos, sin = table[:, None, 0], table[:, None, 1]
-        first, second = x[..., :half].clone(), x[..., half : 2 * half].clone()
-        x[..., :half] = first * cos - second * sin
-        x[..., half : 2 * half] = second * cos + first * sin
+        turned = x[..., : 2 * half]
+        pairs = turned.unflatten(-1, (half, 2) if interleaved else (2, half))
+        first, second = pairs.clone().unbind(-1 if interleaved else -2)
+        rotated = (first * cos - second * sin, second * cos + first * sin)
+        turned.copy_(torch.stack(rotated, -1 if interleaved else -2).flatten(-2))
 
     def write_cache(self, k: torch.Tensor, v: torch.Tensor, layer: CacheLayer, batch: Batch,
                     scratch: torch.Tensor) -> None:
@@ -105,19 +122,34 @@ class ReferenceOps(MainMemoryOps):
              out: torch.Tensor) -> None:
         out.copy_(activate(gate.double(), activation) * up)
 
-    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        x += y
+    def activate(self, x: torch.Tensor, activation: str, out: torch.Tensor) -> None:
+        out.copy_(activate(x.double(), activation))
+
+    def add(self, x: torch.Tensor, y: torch.Tensor, factor: float = 1.0) -> None:
+        x.copy_(x.double() + y.double() * factor)
+
+    def add_gated_rows(self, x: torch.Tensor, y: torch.Tensor, logits: torch.Tensor) -> None:
+        x.copy_(x.double() + torch.sigmoid(logits.double())[:, None] * y)
+
+    def clamp(self, x: torch.Tensor, limit: float) -> None:
+        x.clamp_(-limit, limit)
 
     def softcap(self, x: torch.Tensor, cap: float) -> None:
         x.copy_(cap * torch.tanh(x.double() / cap))
 
-    def moe_route(self, router_logits: torch.Tensor, top_k: int, normalize: bool,
-                  weights: torch.Tensor, experts: torch.Tensor) -> None:
-        # Experts are sorted by logits, because different logits may round to equal probabilities.
-        ordered, order = router_logits.sort(dim=-1, descending=True, stable=True)
-        chosen = ordered.double().softmax(dim=-1)[:, :top_k]
-        weights.copy_(chosen / chosen.sum(dim=-1, keepdim=True) if normalize else chosen)
-        experts.copy_(order[:, :top_k])
+    def moe_route(self, router_logits: torch.Tensor, routing: Routing, weights: torch.Tensor,
+                  experts: torch.Tensor) -> None:
+        exact = router_logits.double()
+        scores = exact.sigmoid() if routing.score == "sigmoid" else exact.softmax(dim=-1)
+        # Without a correction experts are sorted by logits, because different logits may round
+        # to equal scores.
+        choice = exact if routing.correction is None else scores + routing.correction
+        order = choice.argsort(dim=-1, descending=True, stable=True)[:, : routing.top_k]
+        chosen = scores.gather(-1, order)
+        if routing.normalize:
+            chosen = chosen / chosen.sum(dim=-1, keepdim=True)
+        weights.copy_(chosen * routing.factor)
+        experts.copy_(order)
 
     def gather_rows(self, x: torch.Tensor, rows: torch.Tensor, out: torch.Tensor) -> None:
         out.copy_(x[rows.long()])

@@ -14,7 +14,7 @@ from .part import Block, LayerState, StepViews
 if TYPE_CHECKING:
     import torch
 
-    from ...backends.base import DeviceOps, ExpertTable, Ops, Shapes
+    from ...backends.base import DeviceOps, ExpertTable, Ops, Routing, Shapes
 
 # Pairs of a row and an expert that a device runs one by one, reading an expert's weights for
 # each: two rows that chose the same expert could share them.
@@ -38,14 +38,17 @@ class Experts(Block):
     """The sum of the top_k experts that the router chooses for a row, weighted by the router.
 
     Args:
-        top_k: experts of a row.
-        normalize: whether the weights of the chosen experts are made to sum up to 1.
+        routing: how the router chooses.
     """
 
     router: Linear
     experts: tuple[Mlp, ...]
-    top_k: int
-    normalize: bool = True
+    routing: Routing
+
+    @property
+    def top_k(self) -> int:
+        """Experts of a row."""
+        return self.routing.top_k
 
     def weights(self) -> Iterator[Linear]:
         yield self.router
@@ -102,7 +105,7 @@ class Experts(Block):
         weights = views.view("route_weights", views.rows, self.top_k)
         chosen = views.view("route_experts", views.rows, self.top_k)
         self.router.run(ops, x, logits, views.scratch)
-        ops.moe_route(logits, self.top_k, self.normalize, weights, chosen)
+        ops.moe_route(logits, self.routing, weights, chosen)
         pairs = views.rows * self.top_k
         if state.expert_tables is not None and pairs <= min(MAX_PAIRS, views.max_rows):
             self._run_pairs(ops, views, state.expert_tables, x, out)

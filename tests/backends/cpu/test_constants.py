@@ -7,6 +7,7 @@ import re
 import pytest
 
 from exl_loader.backends.cpu import attention, linear
+from exl_loader.checkpoint.config import MAX_EXPERTS
 from support import REPO
 
 CPU = REPO / "csrc" / "cpu"
@@ -24,6 +25,7 @@ PAIRS = [
     ("attention.h", "kKvSplitTokens", attention.KV_SPLIT_TOKENS),
     ("attention.h", "kTaskRows", attention.TASK_ROWS),
     ("simd.h", "kLanes", attention.LANES),
+    ("rows.cpp", "kMaxExperts", MAX_EXPERTS),
 ]
 
 

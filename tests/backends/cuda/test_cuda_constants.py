@@ -11,6 +11,7 @@ import pytest
 from exl_loader.backends import top_logits as result
 from exl_loader.backends.cuda import attention, layout, linear, linear_dense, moe, pack, rows
 from exl_loader.backends.cuda import top_logits as top
+from exl_loader.backends.kernel_structs import ACTIVATIONS
 from exl_loader.cache.layout import GROUP, MAX_BIAS_PAIRS, PAGE_LEN
 from exl_loader.formats.layer import BLOCK_ROWS
 from support import REPO
@@ -110,3 +111,13 @@ def evaluate(expression: str, values: dict[str, int]) -> int:
 )
 def test_a_constant_of_the_kernels_is_that_of_python(file, expression, number):
     assert evaluate(expression, constants_of(CSRC / file)) == number
+
+
+def test_activations_have_the_numbers_of_the_kernels():
+    (body,) = re.findall(r"enum Activation : int32_t \{(.*?)\};", (CSRC / "common.h").read_text(),
+                         re.DOTALL)
+    numbers = {
+        re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower(): int(number)
+        for name, number in re.findall(r"k(\w+) = (\d+)", body)
+    }
+    assert numbers == ACTIVATIONS

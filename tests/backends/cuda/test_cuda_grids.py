@@ -7,7 +7,7 @@ tensors have a shape alone (PyTorch's `meta` device).
 import pytest
 import torch
 
-from exl_loader.backends.base import AttentionShape, Batch
+from exl_loader.backends.base import AttentionShape, Batch, Routing
 from exl_loader.backends.cuda.attention import AttentionOps, attention_scratch_bytes
 from exl_loader.backends.cuda.linear import LinearOps, linear_scratch_bytes
 from exl_loader.backends.cuda.moe import MoeOps
@@ -114,20 +114,23 @@ def test_rows(shapes):
     ops, x = MoeOps(shapes, drop), floats(MAX_CHUNK_SIZE, MAX_HIDDEN_SIZE)
     ops.embed(integers(rows), floats(MAX_VOCAB_SIZE, size), 1.0, x)
     for width in (64, size):
-        ops.rms_norm(floats(rows * MAX_HEADS if width == 64 else rows, width),
-                             floats(width), 1e-5,
-                             floats(rows * MAX_HEADS if width == 64 else rows, width))
+        normed = floats(rows * MAX_HEADS if width == 64 else rows, width)
+        ops.rms_norm(normed, floats(width), 1e-5, normed)
+        ops.layer_norm(normed, floats(1, width), None, 1e-5, normed)
     ops.rope_table(integers(rows), floats(512), 1.0, floats(rows, 2, 512))
     ops.rope(floats(rows, MAX_HEADS, 128), floats(rows, 2, 64))
     gate = floats(rows, MAX_INTERMEDIATE_SIZE)
     ops.gate(gate, gate, "silu", gate)
+    ops.activate(gate, "relu2", gate)
     ops.add(x, x)
+    ops.add_gated_rows(x, x, floats(rows))
+    ops.clamp(x, 1.0)
     ops.softcap(floats(MAX_BATCH_SIZE, MAX_VOCAB_SIZE), 30.0)
     ops.gather_rows(x, integers(MAX_BATCH_SIZE), floats(MAX_BATCH_SIZE, size))
     ops.scatter_add_rows(x, integers(rows), floats(rows), x)
-    ops.moe_route(floats(rows, 1024), 8, True, floats(rows, 8), integers(rows, 8))
+    ops.moe_route(floats(rows, 1024), Routing(8), floats(rows, 8), integers(rows, 8))
     ops.moe_sum(floats(8 * rows, size), floats(rows, 8), integers(rows, 8), x)
-    assert len(shapes.grids) == 12
+    assert len(shapes.grids) == 17
 
 
 @pytest.mark.parametrize("rows", [1, 2, 33, MAX_CHUNK_SIZE])

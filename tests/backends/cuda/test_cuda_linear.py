@@ -16,6 +16,7 @@ from exl_loader.backends.cuda import layout, linear, linear_dense
 from exl_loader.backends.cuda.launcher import COUNTER_BYTES
 from exl_loader.backends.cuda.linear import PASS_ROWS, linear_scratch_bytes
 from exl_loader.backends.cuda.moe import ExpertLayers, MoeOps, expert_table_shape
+from exl_loader.backends.kernel_structs import ACTIVATIONS
 from exl_loader.backends.layouts import DenseLinear
 from support.cuda_emulation import EmulatedLauncher
 from support.cuda_emulation.launcher import FOLDER, REPO, emulation_spec, sanitized
@@ -152,7 +153,7 @@ def test_norm_and_products_of_a_row_in_one_launch(monkeypatch, order, warps_want
 
 
 @pytest.mark.parametrize("order", EMULATED)
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gate_and_product_of_a_row_in_one_launch(order, activation):
     launcher = target(order, linear_ops).ops.launcher
     ops, rows = linear_ops(launcher), MoeOps(launcher)

@@ -1,4 +1,4 @@
-"""Embedding, norms, RoPE, gates, routing and rows against the reference, which uses float64.
+"""Embedding, RMS norms, RoPE, activations, sums and rows against the reference in float64.
 
 CUDA's sizes are below, at and above a warp and a block; the CPU's are around its vectors.
 """
@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from exl_loader.backends.cuda.moe import MoeOps
+from exl_loader.backends.kernel_structs import ACTIVATIONS
 from exl_loader.backends.reference.ops import ReferenceOps
 from support.kernel_cases import dense_linear, random_rows
 from support.targets import ALL_TARGETS, sizes, target
 
 REFERENCE = ReferenceOps()
 ULP = 2.0**-23
-ACTIVATIONS = ["silu", "gelu_tanh", "gelu"]
 CPU_SIZES = [1, 15, 16, 17, 64, 100, 2049]
 # A CPU's threads share the rows.
 ROWS = {"cpu": 33, "cuda": 9}
@@ -70,16 +70,17 @@ def assert_like_reference_s_table(ops, positions, inv_freq, factor):
     return expected
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("half", [4, 16, 32, 40, 64])
-def test_rope(ops, half):
+def test_rope(ops, half, interleaved):
     positions = torch.tensor([0, 1, 4095, 131071, 999_999, 2**31 - 1], dtype=torch.int32)
     inv_freq = (10000.0 ** (-torch.arange(half) / half)).float()
     table = assert_like_reference_s_table(ops, positions, inv_freq, 1.25)
     for head_dim in (2 * half, 2 * half + 24):
         x = random_rows(6, 3 * head_dim).reshape(6, 3, head_dim)
         rotated, reference = x.clone(), x.clone()
-        ops.rope(rotated, table)
-        REFERENCE.rope(reference, table)
+        ops.rope(rotated, table, interleaved)
+        REFERENCE.rope(reference, table, interleaved)
         assert_close(rotated, reference, ulps=2, atol=4 * ULP * float(x.abs().max()))
         assert torch.equal(rotated[..., 2 * half :], x[..., 2 * half :])
 
@@ -107,6 +108,18 @@ def test_gate(ops, activation, size):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
+@sizes("size", cpu=CPU_SIZES, cuda=[1, 31, 257])
+def test_activate(ops, activation, size):
+    x = random_rows(9, size) * 4
+    out, gated = torch.empty_like(x), torch.empty_like(x)
+    ops.activate(x, activation, out)
+    ops.gate(x, torch.ones_like(x), activation, gated)
+    assert torch.equal(out, gated)
+    ops.activate(x, activation, x)
+    assert torch.equal(x, out)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gate_at_the_extremes(ops, activation):
     gate = torch.tensor([[0.0, -0.0, 200.0, -200.0, 1e30, -1e30, float("nan"), 3e-39]])
     out, expected = torch.empty_like(gate), torch.empty_like(gate)
@@ -128,30 +141,36 @@ def test_add_and_softcap(ops, size):
         assert_close(capped, expected, ulps=6)
 
 
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize(("num_experts", "top_k"), [(8, 2), (64, 8), (33, 33), (3, 3), (1, 1)])
-def test_moe_route(ops, normalize, num_experts, top_k):
-    rows = ROWS[ops.kind]
-    logits = random_rows(rows, num_experts) * 3
-    logits[0] = 1.0
-    logits[1, num_experts // 2] = logits[1, 0]
-    logits[2] += 1e4
-    weights, experts = torch.empty(rows, top_k), torch.empty(rows, top_k, dtype=torch.int32)
-    expected = torch.empty_like(weights), torch.empty_like(experts)
-    ops.moe_route(logits, top_k, normalize, weights, experts)
-    REFERENCE.moe_route(logits, top_k, normalize, *expected)
-    assert torch.equal(experts, expected[1])
-    # On CUDA a logit 30 below the largest has a difference that is itself rounded by 8 ulp.
-    assert_close(weights, expected[0], ulps={"cpu": 2, "cuda": 20}[ops.kind])
+@sizes("size", cpu=CPU_SIZES, cuda=[1, 31, 257])
+def test_add_with_a_factor(ops, size):
+    x, y = random_rows(7, size), random_rows(7, size, seed=4)
+    total, expected = x.clone(), x.clone()
+    ops.add(total, y, 0.22)
+    REFERENCE.add(expected, y, 0.22)
+    # The factor is rounded to float32, and so may be the product.
+    assert_close(total, expected, ulps=1, atol=ULP * float(y.abs().max()))
 
 
-def test_moe_route_survives_nan(ops):
-    logits = torch.full((2, 4), math.nan)
-    logits[1, 2] = 1.0
-    weights, experts = torch.empty(2, 2), torch.empty(2, 2, dtype=torch.int32)
-    ops.moe_route(logits, 2, True, weights, experts)
-    assert weights.isnan().any(dim=1).all()
-    assert ((experts >= 0) & (experts < 4)).all()
+@sizes("size", cpu=CPU_SIZES, cuda=[1, 31, 257])
+def test_clamp(ops, size):
+    x = random_rows(7, size) * 3
+    x[0, 0], x[1, 0], x[2, 0] = math.nan, math.inf, -math.inf
+    expected = x.clamp(-1.5, 1.5)
+    ops.clamp(x, 1.5)
+    torch.testing.assert_close(x, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@sizes("size", cpu=CPU_SIZES, cuda=[1, 31, 257])
+def test_add_gated_rows(ops, size):
+    x, y = random_rows(7, size), random_rows(7, size, seed=4)
+    logits = torch.tensor([0.0, 1.5, -1.5, 30.0, -30.0, 200.0, -200.0])
+    total, expected = x.clone(), x.clone()
+    ops.add_gated_rows(total, y, logits)
+    REFERENCE.add_gated_rows(expected, y, logits)
+    assert_close(total, expected, ulps=2, atol=2 * ULP * float(y.abs().max()))
+    alone = x[1:2].clone()
+    ops.add_gated_rows(alone, y[1:2].clone(), logits[1:2].clone())
+    assert torch.equal(alone[0], total[1])
 
 
 def test_gather_and_scatter(ops):
@@ -171,5 +190,9 @@ def test_no_rows(ops):
     """No work, and no launch, which a card would refuse."""
     empty = torch.empty(0, 40)
     ops.rms_norm(empty, torch.ones(40), 1e-5, empty)
+    ops.layer_norm(empty, torch.ones(1, 40), None, 1e-5, empty)
     ops.add(empty, empty)
+    ops.add_gated_rows(empty, empty, torch.empty(0))
+    ops.clamp(empty, 1.0)
+    ops.activate(empty, "relu", empty)
     ops.gather_rows(empty, torch.empty(0, dtype=torch.int32), empty)

@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from exl_loader.backends.base import Routing
+from exl_loader.backends.kernel_structs import ACTIVATIONS
 from exl_loader.backends.layouts import TILE_COLUMNS, DenseLinear
 from exl_loader.backends.reference.ops import ReferenceOps, dense_weight
 
@@ -45,6 +47,22 @@ def test_rms_norm_in_place():
     torch.testing.assert_close(x, expected)
 
 
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_layer_norm_in_place(has_bias):
+    x, weight, bias = randn(7, 50) * 30, randn(1, 50, seed=1), randn(1, 50, seed=2)
+    expected = F.layer_norm(x, (50,), weight[0], bias[0] if has_bias else None, 1e-5)
+    OPS.layer_norm(x, weight, bias if has_bias else None, 1e-5, x)
+    torch.testing.assert_close(x, expected)
+
+
+def test_layer_norm_with_weights_of_each_head():
+    x, weight, bias = randn(4, 3, 16), randn(3, 16, seed=1), randn(3, 16, seed=2)
+    expected = F.layer_norm(x, (16,), eps=1e-5) * weight + bias
+    out = torch.empty(12, 16)
+    OPS.layer_norm(x.view(12, 16), weight, bias, 1e-5, out)
+    torch.testing.assert_close(out.view(4, 3, 16), expected)
+
+
 @pytest.mark.parametrize("out_features", [16, 37])
 def test_linear_writes_its_columns_and_adds(out_features):
     weight, bias, x = randn(out_features, 24), randn(out_features, seed=1), randn(5, 24, seed=2)
@@ -82,14 +100,65 @@ def test_rope_rotates_pairs_and_keeps_other_elements():
     assert torch.equal(x[..., 2 * half :], before[..., 2 * half :])
 
 
-@pytest.mark.parametrize("activation, function", [
-    ("silu", F.silu), ("gelu", F.gelu), ("gelu_tanh", lambda x: F.gelu(x, approximate="tanh")),
-])
+def test_interleaved_rope_rotates_neighbours():
+    x, half = randn(3, 2, 10), 4
+    angles = randn(3, half, seed=1)
+    table = torch.stack([angles.cos(), angles.sin()], dim=1)
+    before = x.clone()
+    OPS.rope(x, table, True)
+    pairs = torch.view_as_complex(before[..., : 2 * half].unflatten(-1, (half, 2)))
+    rotated = torch.view_as_real(pairs * torch.exp(1j * angles)[:, None]).flatten(-2)
+    torch.testing.assert_close(x[..., : 2 * half], rotated)
+    assert torch.equal(x[..., 2 * half :], before[..., 2 * half :])
+
+
+FUNCTIONS = {
+    "silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu, "relu2": lambda x: F.relu(x) ** 2,
+    "quick_gelu": lambda x: x / (1 + (-1.702 * x).exp()),
+}
+
+
+def test_every_activation_is_tested():
+    assert FUNCTIONS.keys() == ACTIVATIONS.keys()
+
+
+@pytest.mark.parametrize(("activation", "function"), FUNCTIONS.items())
+def test_activate_may_overwrite_its_input(activation, function):
+    x = randn(4, 9) * 4
+    expected = function(x)
+    OPS.activate(x, activation, x)
+    torch.testing.assert_close(x, expected)
+
+
+@pytest.mark.parametrize(("activation", "function"), FUNCTIONS.items())
 def test_gate_may_overwrite_its_input(activation, function):
     gate, up = randn(4, 9) * 4, randn(4, 9, seed=1)
     expected = function(gate) * up
     OPS.gate(gate, up, activation, gate)
     torch.testing.assert_close(gate, expected)
+
+
+def test_add_multiplies_by_a_factor():
+    x, y = randn(3, 5), randn(3, 5, seed=1)
+    total, scaled = x.clone(), x.clone()
+    OPS.add(total, y)
+    OPS.add(scaled, y, 0.25)
+    assert torch.equal(total, x + y)
+    assert torch.equal(scaled, x + 0.25 * y)
+
+
+def test_clamp():
+    x = torch.tensor([[0.5, -300.0, 7.0, math.inf]])
+    OPS.clamp(x, 7.0)
+    assert x.tolist() == [[0.5, -7.0, 7.0, 7.0]]
+
+
+def test_add_gated_rows():
+    x, y = randn(3, 5), randn(3, 5, seed=1)
+    total = x.clone()
+    OPS.add_gated_rows(total, y, torch.tensor([0.0, 100.0, -100.0]))
+    torch.testing.assert_close(total, torch.stack([x[0] + y[0] / 2, x[1] + y[1], x[2]]))
 
 
 def test_softcap():
@@ -102,12 +171,31 @@ def test_softcap():
 def test_moe_route(normalize):
     logits = torch.tensor([[1.0, 3.0, 3.0, 0.0], [2.0, 2.0, 2.0, 2.0], [-1e9, 5.0, 1e9, 0.0]])
     weights, experts = torch.empty(3, 2), torch.empty(3, 2, dtype=torch.int32)
-    OPS.moe_route(logits, 2, normalize, weights, experts)
+    OPS.moe_route(logits, Routing(2, normalize=normalize), weights, experts)
     assert experts.tolist() == [[1, 2], [0, 1], [2, 1]]
     expected = logits.softmax(-1).gather(1, experts.long())
     if normalize:
         expected = expected / expected.sum(-1, keepdim=True)
     torch.testing.assert_close(weights, expected)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_moe_route_by_sigmoids_with_a_correction(normalize):
+    logits = torch.tensor([[0.0, 2.0, -1.0, 1.0]])
+    correction = torch.tensor([0.0, -0.5, 1.0, 0.0])
+    weights, experts = torch.empty(1, 2), torch.empty(1, 2, dtype=torch.int32)
+    OPS.moe_route(logits, Routing(2, "sigmoid", normalize, 2.5, correction), weights, experts)
+    assert experts.tolist() == [[2, 3]]  # 0.5, 0.38, 1.27, 0.73
+    scores = torch.tensor([[1 / (1 + math.e), 1 / (1 + 1 / math.e)]])
+    torch.testing.assert_close(weights, 2.5 * (scores / scores.sum() if normalize else scores))
+
+
+def test_moe_route_by_saturated_sigmoids_follows_the_logits():
+    logits = torch.tensor([[900.0, 1000.0, 950.0]])
+    weights, experts = torch.empty(1, 2), torch.empty(1, 2, dtype=torch.int32)
+    OPS.moe_route(logits, Routing(2, "sigmoid", False), weights, experts)
+    assert experts.tolist() == [[1, 2]]
+    assert weights.tolist() == [[1.0, 1.0]]
 
 
 def test_rows_are_gathered_and_added_back():

@@ -56,10 +56,11 @@ _LAUNCH_BOUNDS = {
     r"linear_prefill_\w+": 256,
     r"quantize_(rows|pairs)": 128,
     r"pack_(exl2|gptq)": 128,
-    r"embed|gather_rows|scatter_add_rows|gate|add|softcap|moe_sum": 256,
+    r"embed|gather_rows|scatter_add_rows|add_gated_rows|moe_sum": 256,
+    r"activate|add|clamp|gate|softcap": 256,
     r"moe_route": 32,
-    r"rms_norm": 512,
-    r"rms_norm_heads|rope|rope_table": 128,
+    r"(layer|rms)_norm": 512,
+    r"(layer|rms)_norm_heads|rope|rope_table": 128,
     r"(survey|count|take)_logits": 512,
 }
 
