@@ -70,7 +70,8 @@ def accept_flags():
         if "--loader" in parser._option_string_actions:
             parser_class.parse_args = parse_args
             ignored: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-            for flags in (("--cache-8bit", "--cache_8bit"), ("--cache-4bit", "--cache_4bit")):
+            for flags in (("--cache-8bit", "--cache_8bit"), ("--cache-4bit", "--cache_4bit"),
+                          ("--as-llama", "--as_llama")):
                 parser.add_argument(*flags, action="store_true", **ignored)
             for flags in (("--alpha-value", "--alpha_value"),
                           ("--compress-pos-emb", "--compress_pos_emb")):

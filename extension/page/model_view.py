@@ -13,10 +13,13 @@ from exl_loader import ExlLoaderError
 from ..panel.gauge import DETAILS_ELEM_ID, PAGE_LEN, PICK_ELEM_ID, UNFOLDED
 from ..panel.page_script import draw_in_order, follow_pick, keep_in_step
 from ..panel.panel import (
+    AS_LLAMA,
     CACHE_TYPES,
     ModelChoice,
+    as_llama_arguments,
     error_html,
     field_arguments,
+    offers_llama,
     reserve,
     slider_end,
     toggles_for,
@@ -30,7 +33,9 @@ if TYPE_CHECKING:
 UNKNOWN_LENGTH = 32768
 
 # The options of a load; the toggles follow cache_type in the browser.
-OPTION_NAMES = ("model_dir", "ctx_size", "cache_type", "alpha_value", "compress_pos_emb")
+OPTION_NAMES = (
+    "model_dir", "ctx_size", "cache_type", "alpha_value", "compress_pos_emb", AS_LLAMA,
+)
 
 # Answered without queueing, in the thread that received the request.
 QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
@@ -69,6 +74,9 @@ class ModelView:
                 toggles.cache_8bit, label="cache_8bit", elem_id="exl_cache_8bit", min_width=120)
             self.cache_4bit = gr.Checkbox(
                 toggles.cache_4bit, label="cache_4bit", elem_id="exl_cache_4bit", min_width=120)
+        with gr.Column(visible=offers_llama(first)) as self.as_llama_column:
+            self.as_llama = gr.Checkbox(
+                first.as_architecture is not None, elem_id="exl_as_llama", **as_llama_arguments())
         with gr.Accordion("RoPE scaling", open=False):
             self.alpha_value = gr.Slider(
                 1, 8, value=first.alpha_value, **field_arguments("alpha_value"))
@@ -95,30 +103,33 @@ class ModelView:
         opened = opened.then(**known).then(**shown)
         text.connect(opened)
         chosen = [
-            event(self._chosen, [self.known_dir, *options], [self.known_dir, self.ctx_size],
-                  **QUICK)
+            event(self._chosen, [self.known_dir, *options],
+                  [self.known_dir, self.ctx_size, self.as_llama], **QUICK)
             for event in (self.model_dir.submit, self.model_dir.blur)
         ]
-        changes = (self.ctx_size, self.cache_type, self.alpha_value, self.compress_pos_emb)
+        changes = (self.ctx_size, self.cache_type, self.alpha_value, self.compress_pos_emb,
+                   self.as_llama)
         triggers = [component.change for component in changes]
         triggers += [event.then for event in (begun, ended, opened, *chosen)]
         # Gradio's sliders send an event for every digit that is typed. Without preprocessing,
         # because Gradio would refuse the first of four digits as too small.
         draw_in_order(triggers, self.asking, self._draw, [self.unfolded, *options],
-                      [self.ctx_size, self.gauge], {**QUICK, "preprocess": False})
+                      [self.ctx_size, self.as_llama_column, self.gauge],
+                      {**QUICK, "preprocess": False})
 
-    def _draw(self, unfolded: str, *values: Any) -> tuple[Any, str]:
+    def _draw(self, unfolded: str, *values: Any) -> tuple[Any, Any, str]:
         """Draw the gauge, and let the slider end at the model's length with RoPE scaling."""
         options = _options(values)
         gauge = self._session.gauge(options, unfolded=unfolded == UNFOLDED)
-        return gr.update(maximum=slider_end(options) or UNKNOWN_LENGTH), gauge
+        return (gr.update(maximum=slider_end(options) or UNKNOWN_LENGTH),
+                gr.update(visible=offers_llama(options)), gauge)
 
     def _chosen(self, known_dir: str, *values: Any) -> tuple[Any, ...]:
         """Follow another folder: the slider ends at the length of its model."""
-        options = replace(_options(values), ctx_size=None)
+        options = replace(_options(values), ctx_size=None, as_architecture=None)
         if options.model_dir == known_dir:
-            return (gr.skip(),) * 2
-        return options.model_dir, _ctx_slider(options)
+            return (gr.skip(),) * 3
+        return options.model_dir, _ctx_slider(options), False
 
     def _as_loaded(self) -> tuple[Any, ...]:
         """Return the folder and the options of the loaded model, if there is one."""
@@ -128,7 +139,7 @@ class ModelView:
             return (gr.skip(),) * (1 + len(OPTION_NAMES))
         return (
             options.model_dir, options.model_dir, _ctx_slider(options), options.cache_type,
-            options.alpha_value, options.compress_pos_emb,
+            options.alpha_value, options.compress_pos_emb, options.as_architecture is not None,
         )
 
     def _load(self, *values: Any) -> Iterator[tuple[Any, ...]]:

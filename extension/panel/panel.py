@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from exl_loader import ExlLoaderError, LoadOptions, Reservation, plan
+from exl_loader.checkpoint.config import has_unknown_class
 from exl_loader.utils.errors import known_line
 from exl_loader.utils.setting_values import invalid, is_finite, plain
 
@@ -23,6 +24,9 @@ CACHE_TYPES = LoadOptions.OPTIONS["cache_type"].choices
 
 # The cache type of each toggle.
 TOGGLE_TYPES = {"cache_8bit": "q8", "cache_4bit": "q4"}
+
+# The toggle of `as_architecture`, and the architecture that it stands for.
+AS_LLAMA, LLAMA = "as_llama", "LlamaForCausalLM"
 
 # Names of the web UI's other loaders -> the names of this engine.
 CACHE_TYPE_ALIASES = {"q8_0": "q8", "q4_0": "q4", "fp8": "q8"}
@@ -71,13 +75,19 @@ def field_arguments(name: str) -> dict[str, Any]:
     return arguments if option.step is None else arguments | {"step": option.step}
 
 
+def as_llama_arguments() -> dict[str, Any]:
+    """Return label and help of a page's checkbox for running an unknown architecture as Llama."""
+    return {"label": AS_LLAMA,
+            "info": "Run an unknown architecture as Llama; its output may be wrong"}
+
+
 # The options that a page, a host or saved settings may set.
 PANEL_OPTIONS = (
-    "ctx_size", "cache_type", "gpu_split", "alpha_value", "compress_pos_emb", "model_draft",
-    "ctx_size_draft", "draft_max",
+    "ctx_size", "cache_type", "gpu_split", "alpha_value", "compress_pos_emb", "as_architecture",
+    "model_draft", "ctx_size_draft", "draft_max",
 )
 
-_NAMES = ("model_dir", *PANEL_OPTIONS, *TOGGLE_TYPES)
+_NAMES = ("model_dir", *PANEL_OPTIONS, *TOGGLE_TYPES, AS_LLAMA)
 
 
 @dataclass(frozen=True)
@@ -102,7 +112,10 @@ class ModelChoice(LoadOptions):
         """
         values = {name: _single(name, values.get(name)) for name in _NAMES}
         toggles = {name: _flag(name, values.get(name)) for name in TOGGLE_TYPES}
+        as_llama = _flag(AS_LLAMA, values.get(AS_LLAMA))
         read = {name: _option(name, values.get(name)) for name in PANEL_OPTIONS}
+        if as_llama and read["as_architecture"] is None:
+            read["as_architecture"] = LLAMA
         read["cache_type"] = resolve_cache_type(values.get("cache_type"), **toggles)
         if read["model_draft"]:
             read["model_draft"] = os.path.expanduser(read["model_draft"])
@@ -192,6 +205,16 @@ def plan_html(choice: ModelChoice, *, unfolded: bool = False) -> str:
     except (ExlLoaderError, OSError) as error:
         # The folder may vanish, or lose its permissions, while it is read.
         return error_html(error)
+
+
+def offers_llama(choice: ModelChoice) -> bool:
+    """Return whether a page shows the toggle that runs an unknown architecture as Llama.
+
+    It does where the folder's architecture is unknown, and where the toggle is on, so that it
+    can be switched off.
+    """
+    is_on = choice.as_architecture is not None
+    return is_on or bool(choice.model_dir) and has_unknown_class(choice.model_dir)
 
 
 def slider_end(choice: ModelChoice) -> int | None:

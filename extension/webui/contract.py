@@ -22,12 +22,17 @@ OPTION_DEFAULTS: dict[str, Any] = {
     "cache_4bit": False,
     "alpha_value": 1.0,
     "compress_pos_emb": 1.0,
+    "as_llama": False,
 }
 
 ROPE_OPTIONS = ("alpha_value", "compress_pos_emb")
 
 # The web UI's own options of a draft model, which the native loader supports as well.
 DRAFT_OPTIONS = ("model_draft", "ctx_size_draft", "draft_max")
+
+# Id of the column around `as_llama`. The web UI does not know it, because it would show the column
+# with every model.
+AS_LLAMA_COLUMN = "exl_as_llama"
 
 # Ids of components that are shown with our loaders but are not load options: the progress of a
 # load, the gauge, the two text fields that the gauge's buttons write to, the text field whose

@@ -26,6 +26,7 @@ _FLAG_HELP = {
     "cache_8bit": "Store the KV cache in 8 bits.",
     "cache_4bit": "Store the KV cache in 4 bits.",
     "alpha_value": "NTK RoPE factor that extends the context.",
+    "as_llama": "Run a model of an unknown architecture as Llama; its output may be wrong.",
     "compress_pos_emb": "Factor that positions are divided by to extend the context.",
 }
 

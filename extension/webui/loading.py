@@ -12,7 +12,7 @@ from exl_loader import InvalidTokenizer
 from exl_loader.utils.progress import default_progress
 
 from ..panel.loads import WatchedProgress, collected_warnings
-from ..panel.panel import ModelChoice, Toggles, resolve_cache_type, toggles_for
+from ..panel.panel import AS_LLAMA, ModelChoice, Toggles, resolve_cache_type, toggles_for
 from . import contract, problems
 from .contract import DRAFT_OPTIONS, LOADERS, OPTION_DEFAULTS, say
 
@@ -208,7 +208,8 @@ def page_values(model_name: str) -> dict[str, Any]:
     kept = {name: value for name, value in last.options.items() if value is not None}
     return kept | {
         "loader": last.loader, "ctx_size": options.ctx_size, "alpha_value": options.alpha_value,
-        "compress_pos_emb": options.compress_pos_emb, "gpu_split": options.gpu_split or "",
+        "compress_pos_emb": options.compress_pos_emb,
+        AS_LLAMA: options.as_architecture is not None, "gpu_split": options.gpu_split or "",
         **toggles_for(options.cache_type)._asdict(),
     }
 

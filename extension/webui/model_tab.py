@@ -21,8 +21,10 @@ from ..panel.gauge import (
     message_html,
 )
 from ..panel.page_script import draw_in_order, follow_pick, keep_in_step
+from ..panel.panel import AS_LLAMA, ModelChoice
 from . import contract, loading, options, problems
 from .contract import (
+    AS_LLAMA_COLUMN,
     ASK,
     DETAILS,
     DRAFT_OPTIONS,
@@ -52,7 +54,7 @@ _BEGIN_WAIT_S = 15.0
 
 # The fields that the gauge is drawn from. Every page has the first ones; v4.8 dropped one of
 # the others. The toggles are not among them, because cache_type has the same meaning.
-_NEEDED_INPUTS = ("loader", "model_menu", "ctx_size", "cache_type", *ROPE_OPTIONS)
+_NEEDED_INPUTS = ("loader", "model_menu", "ctx_size", "cache_type", *ROPE_OPTIONS, AS_LLAMA)
 _MORE_INPUTS = ("gpu_split", *DRAFT_OPTIONS)
 
 # Maximum and step of the context's slider as the web UI made it, restored for other loaders.
@@ -129,6 +131,8 @@ def _insert_components() -> None:
             label="cache_4bit", value=asked.cache_4bit,
             info="Store the key/value cache in 4 bits: about a quarter of fp16."),
     }
+    with gr.Column(visible=False) as as_llama_column:
+        as_llama = gr.Checkbox(value=bool(args.as_llama), **panel.as_llama_arguments())
     with gr.Accordion("RoPE scaling", open=False) as rope:
         fields = {
             name: gr.Number(value=getattr(args, name), **panel.field_arguments(name))
@@ -138,8 +142,10 @@ def _insert_components() -> None:
     _move_below(components["cache_type"], toggles.values())
     form = components["cache_type"].parent
     # Gradio groups fields in a form without borders between them; an accordion has a border.
-    _move_below(form if type(form).__name__ == "Form" else toggles["cache_4bit"], [rope])
+    _move_below(form if type(form).__name__ == "Form" else toggles["cache_4bit"],
+                [as_llama_column, rope])
     components.update(gauge | toggles | {ROPE: rope} | fields)
+    components.update({AS_LLAMA: as_llama, AS_LLAMA_COLUMN: as_llama_column})
     _slider.clear()
     for name in ("maximum", "step"):
         # In version 3 it is a number field and not a slider.
@@ -184,12 +190,13 @@ def _connect(loading_chains: list[EventChain]) -> None:
 
     ctx_size, unfolded = components["ctx_size"], components[DETAILS]
 
-    def redraw(unfolded: str, *values: Any) -> tuple[Any, str]:
+    def redraw(unfolded: str, *values: Any) -> tuple[Any, Any, str]:
         shown = dict(zip(names, values, strict=True))
-        return gr.update(**_slider_for(shown)), draw(shown, unfolded=unfolded == UNFOLDED)
+        return (gr.update(**_slider_for(shown)), gr.update(visible=_offers_llama(shown)),
+                draw(shown, unfolded=unfolded == UNFOLDED))
 
     draw_in_order(triggers, components[ASK], redraw, [unfolded, *inputs],
-                  [ctx_size, components[GAUGE]], quiet)
+                  [ctx_size, components[AS_LLAMA_COLUMN], components[GAUGE]], quiet)
     _show_loads(components)
 
 
@@ -222,14 +229,26 @@ def _follow_running_load(_: str | None) -> Iterator[str]:
 
 def _slider_for(shown: Mapping[str, Any]) -> dict[str, Any]:
     """Return the end of the context's slider: with our loaders the model's own length."""
-    model_name = shown["model_menu"]
-    if not _slider or shown["loader"] not in LOADERS or not model_name or model_name == "None":
-        return _slider
-    try:
-        end = panel.slider_end(loading.options_for(model_name, shown["loader"], shown))
-    except (ExlLoaderError, OSError):
-        end = None
+    choice = _choice(shown) if _slider else None
+    end = None if choice is None else panel.slider_end(choice)
     return _slider if end is None else {"maximum": end, "step": PAGE_LEN}
+
+
+def _offers_llama(shown: Mapping[str, Any]) -> bool:
+    """Return whether the page shows the toggle that runs an unknown architecture as Llama."""
+    choice = _choice(shown)
+    return choice is not None and panel.offers_llama(choice)
+
+
+def _choice(shown: Mapping[str, Any]) -> ModelChoice | None:
+    """Return what the page shows; None for another loader, no model or values that are refused."""
+    model_name = shown["model_menu"]
+    if shown["loader"] not in LOADERS or not model_name or model_name == "None":
+        return None
+    try:
+        return loading.options_for(model_name, shown["loader"], shown)
+    except (ExlLoaderError, OSError):
+        return None
 
 
 def _tab_of(component: Any) -> Any:

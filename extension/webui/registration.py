@@ -16,8 +16,10 @@ from typing import Any
 
 from exl_loader import ExlLoaderError
 from exl_loader.checkpoint import is_quantised
+from exl_loader.checkpoint.config import has_unknown_class
 
 from ..panel import loads, panel
+from ..panel.panel import AS_LLAMA
 from . import (
     api,
     contract,
@@ -161,9 +163,11 @@ def _load_user_config(original: Callable[[], Any]) -> Callable[[], Any]:
 def _apply_model_settings(original: Callable[..., Any]) -> Callable[..., Any]:
     def apply_model_settings_to_state(model: str, state: dict[str, Any]) -> Any:
         """Show a loaded model as it was loaded; the page takes its options from here."""
-        # RoPE scaling chosen for one model must not stay for the next.
+        # RoPE scaling chosen for one model must not stay for the next, nor its architecture.
         asked = contract.module("modules.shared").original_args
-        state.update({name: getattr(asked, name) for name in ROPE_OPTIONS if name in state})
+        begun = {name: getattr(asked, name) for name in ROPE_OPTIONS}
+        begun[AS_LLAMA] = asked.as_llama and has_unknown_class(contract.model_path(model))
+        state.update({name: value for name, value in begun.items() if name in state})
         try:
             state = original(model, state)
         except ExlLoaderError as error:

@@ -10,7 +10,7 @@ from exl_loader.text.tokenizer import Tokenizer
 from exl_loader.utils.errors import ExlLoaderError, InvalidSettings
 from extension.install import plugin_files, saved_settings
 from extension.install.environment import InstallError, check_folder
-from extension.panel.panel import ModelChoice, plan_html, reserve
+from extension.panel.panel import ModelChoice, offers_llama, plan_html, reserve
 from extension.webui import contract, request
 from extension.webui.options import with_current_values
 from support.odd_values import odd_values
@@ -21,7 +21,8 @@ CTX = 256
 
 OPTIONS = (
     "model_dir", "ctx_size", "cache_type", "cache_8bit", "cache_4bit", "gpu_split",
-    "alpha_value", "compress_pos_emb", "model_draft", "ctx_size_draft", "draft_max",
+    "alpha_value", "compress_pos_emb", "as_architecture", "as_llama", "model_draft",
+    "ctx_size_draft", "draft_max",
 )
 STATE = sorted(request.SAMPLERS | {
     "max_new_tokens", "logit_bias", "logprobs", "truncation_length", "add_bos_token",
@@ -57,6 +58,7 @@ def test_an_odd_field_of_the_loader(folder, name):
             assert name in str(error)
             continue
         plan_html(options).encode()
+        assert offers_llama(options) is (options.as_architecture is not None)
         try:
             assert reserve(options).total_bytes > 0
             options.for_load()

@@ -228,6 +228,7 @@ def wired(page, monkeypatch):
         """Make the page; return its components by name."""
 
         slider: dict
+        offers_llama: bool
 
     def make(*absent):
         components = Components()
@@ -269,9 +270,12 @@ def follow(components, **changes):
               "model_draft": "tiny"} | changes
     names = {component: name for name, component in components.items()}
     drawn = drawing(components)
-    assert drawn.outputs == [components["ctx_size"], components["exl_gauge"]]
-    slider, html = drawn.fn(*(values.get(names[component]) for component in drawn.inputs))
+    assert drawn.outputs == [
+        components[name] for name in ("ctx_size", "exl_as_llama", "exl_gauge")]
+    slider, as_llama, html = drawn.fn(
+        *(values.get(names[component]) for component in drawn.inputs))
     components.slider = {name: slider.get(name) for name in ("maximum", "step")}
+    components.offers_llama = as_llama["visible"]
     return html
 
 
@@ -311,6 +315,44 @@ def test_the_slider_ends_at_the_models_length_and_is_restored_for_other_loaders(
     ):
         follow(components, **changes)
         assert components.slider == expected, changes
+
+
+@pytest.fixture(scope="module")
+def frob(folder):
+    """A model of an unknown class, beside the tiny one."""
+    return write_tiny_model(folder.parent / "frob", architectures=["FrobForCausalLM"],
+                            model_type="frob", max_position_embeddings=1024)
+
+
+def test_the_toggle_of_an_unknown_architecture_is_shown_where_it_has_a_meaning(wired, page, frob):
+    components = wired()
+    column = components["exl_as_llama"]
+    assert not column.visible and [*leaves(column)] == [components["as_llama"]]
+    placed = [*leaves(components["interface"])]
+    assert placed.index(components["as_llama"]) < placed.index(components["alpha_value"])
+    for changes, expected in (
+        ({}, False), ({"as_llama": True}, True), ({"model_menu": "frob"}, True),
+        ({"model_menu": "frob", "as_llama": True}, True),
+        ({"model_menu": "frob", "loader": "llama.cpp"}, False), ({"model_menu": "None"}, False),
+        ({"model_menu": "absent"}, False),
+    ):
+        follow(components, **{"as_llama": False, "model_draft": ""} | changes)
+        assert components.offers_llama is expected, changes
+    refused = follow(components, model_menu="frob", model_draft="", as_llama=False)
+    assert "FrobForCausalLM" in refused and "--as-architecture" in refused
+    drawn = follow(components, model_menu="frob", model_draft="", as_llama=True)
+    assert "Cannot be loaded" not in drawn and components.slider["maximum"] == 1024
+
+
+def test_a_model_of_an_unknown_architecture_is_loaded_as_llama_with_a_warning(page, frob):
+    page.shared.args.ctx_size = 512
+    said = list(page.menu.load_model_wrapper("frob", "ExLlamav2", autoload=True))
+    assert "Cannot be loaded" in said[-1] and loading.current() is None
+    page.shared.args.as_llama = True
+    said = list(page.menu.load_model_wrapper("frob", "ExLlamav2", autoload=True))
+    assert "Loaded" in said[-1] and "may be wrong" in said[-1]
+    assert page.shared.persistent_interface_state["as_llama"] is True
+    assert "Measured" in shown(page, model_menu="frob", as_llama=True)
 
 
 def test_a_context_beyond_the_models_length_is_a_warning(wired, folder):

@@ -50,6 +50,14 @@ def test_options_from_a_page_are_the_planners_arguments():
     assert empty == ModelChoice("") and empty.for_plan() == {}
 
 
+def test_the_toggle_of_an_unknown_architecture_is_an_option_of_the_engine():
+    options = ModelChoice.from_values({"model_dir": "/m", "as_llama": "true"})
+    assert options.for_load() == {"as_architecture": "LlamaForCausalLM"}
+    named = ModelChoice.from_values({"as_llama": True, "as_architecture": " Qwen2ForCausalLM "})
+    assert named.as_architecture == "Qwen2ForCausalLM"
+    assert ModelChoice.from_values({"as_llama": False, "as_architecture": ""}) == ModelChoice()
+
+
 def test_options_of_the_web_ui_have_the_defaults_of_the_engine():
     """The web UI's flags are added where the engine is too slow to import."""
     for name in contract.ROPE_OPTIONS:

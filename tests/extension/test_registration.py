@@ -171,6 +171,22 @@ def test_pages_opened_after_a_load_show_that_load(webui, model):
     assert apply(model, dict(page))["ctx_size"] == 8192
 
 
+def test_the_architecture_chosen_for_a_model_does_not_stay_for_the_next(webui, model):
+    web = webui()
+    models = web.root / "user_data/models"
+    for name, saved in (("frob", None), ("saved", True), ("not", False)):
+        write_tiny_model(models / name, architectures=["FrobForCausalLM"], model_type="frob")
+        if saved is not None:
+            web.shared.user_config[f"{name}$"] = {"loader": "ExLlamav2", "as_llama": saved}
+    registration.register()
+    apply = web.models_settings.apply_model_settings_to_state
+    for asked in (False, True):
+        web.shared.original_args.as_llama = asked
+        shown = {name: apply(name, {"as_llama": True})["as_llama"]
+                 for name in (model, "frob", "saved", "not")}
+        assert shown == {model: False, "frob": asked, "saved": True, "not": False}
+
+
 def test_context_0_is_the_webuis_default(webui, model):
     web = webui()
     registration.register()

@@ -153,7 +153,8 @@ def without_start_file(root: Path) -> None:
     (site_of(root) / plugin_files.START).unlink()
 
 
-FLAGS = {"cache_8bit": [], "cache_4bit": [], "alpha_value": ["2"], "compress_pos_emb": ["2"]}
+FLAGS = {"cache_8bit": [], "cache_4bit": [], "alpha_value": ["2"], "compress_pos_emb": ["2"],
+         "as_llama": []}
 
 
 @pytest.mark.parametrize(
