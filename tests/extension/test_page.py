@@ -287,3 +287,33 @@ def test_a_model_with_a_template_chats_and_the_page_can_be_opened_again(
         page.expect_gauge("Cannot be loaded")
         page.expect_text("#exl_stats", "No model is loaded")
         assert not page.page.locator("#exl_status").is_visible(), "the gauge shows the error once"
+
+
+def test_a_model_of_an_unknown_architecture_is_offered_to_run_as_llama(
+    browser, address, tmp_path
+):
+    frob = write_tiny_model(tmp_path / "frob", architectures=["FrobForCausalLM"],
+                            model_type="frob")
+    with Page(browser, address) as page:
+        toggle = page.page.locator("#exl_as_llama input")
+        chosen = page.page.locator("#exl_model_dir textarea, #exl_model_dir input")
+        sync_api.expect(toggle).not_to_be_visible()
+        chosen.fill(str(frob))
+        page.page.keyboard.press("Enter")
+        page.expect_gauge("FrobForCausalLM")
+        page.expect_gauge("Cannot be loaded")
+        toggle.check()
+        page.expect_options("8,192 tokens of context")
+        page.click("#exl_load")
+        page.expect_gauge("Measured equals reserved, to the byte")
+        page.expect_text("#exl_status", "may be wrong")
+    # A page that is opened later shows the toggle of the loaded model.
+    with Page(browser, address) as page:
+        page.expect_gauge("Measured equals reserved, to the byte")
+        sync_api.expect(page.page.locator("#exl_as_llama input")).to_be_checked()
+        # It does not stay for another folder.
+        page.page.locator("#exl_model_dir textarea, #exl_model_dir input").fill(str(DEMO_MODEL))
+        page.page.keyboard.press("Enter")
+        page.expect_gauge("demo_model")
+        sync_api.expect(page.page.locator("#exl_as_llama input")).not_to_be_visible()
+        page.expect_gauge("Details")
