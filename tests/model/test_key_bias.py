@@ -9,7 +9,8 @@ from exl_loader.backends import get_ops
 from exl_loader.backends.reference.ops import ReferenceOps
 from exl_loader.cache.layout import MAX_BIAS_PAIRS
 from exl_loader.model.parts.key_bias import KEPT_SHARE, remove_from, split_bias
-from support.cache_layers import attend, one_of
+from support import hf_models
+from support import model_builder as builder
 from support.key_bias_cases import Case, biased_qwen, qwen_bias, relative
 
 REFERENCE = ReferenceOps()
@@ -76,35 +77,6 @@ def test_scores_are_those_of_keys_with_the_bias(case):
     assert relative(case.attend(REFERENCE, "fp32", taken_out=True), expected) <= 2e-5
 
 
-@pytest.mark.parametrize("cache_type", ["fp32", "fp16", "q4", "q8_q6"])
-@pytest.mark.parametrize("case", CASES)
-def test_kernels_are_the_reference_s(ops, case, cache_type):
-    layer = case.layer(ops, cache_type, taken_out=True)
-    expected = attend(REFERENCE, case.q, layer, case.batch, case.shape)
-    actual = attend(ops, case.q, layer, case.batch, case.shape)
-    # Scores are a hundred times those of test_kernels_attention, and float32 rounds shares.
-    assert relative(actual, expected) <= 1e-4
-
-
-def test_a_row_is_the_same_bits_alone_in_chunks_and_among_others(ops):
-    case = Case([600, 0, 1300], [1, 200, 45], window=700)
-    layer = case.layer(ops, "q4", taken_out=True)
-    together = attend(ops, case.q, layer, case.batch, case.shape)
-    for s in range(3):
-        first, end = case.batch.q_start[s : s + 2].tolist()
-        alone = one_of(case.batch, s)
-        alone.inv_freq = case.batch.inv_freq[s : s + 1].contiguous()
-        rows = case.q[first:end].contiguous()
-        assert torch.equal(attend(ops, rows, layer, alone, case.shape), together[first:end])
-    for row in range(0, 45, 11):
-        single = one_of(case.batch, 2)
-        single.q_start, single.past_len = torch.tensor([0, 1]).int(), single.past_len + row
-        single.inv_freq = case.batch.inv_freq[2:3].contiguous()
-        single.positions, single.max_total_len = single.past_len.clone(), 1301 + row
-        q = case.q[201 + row : 202 + row].contiguous()
-        assert torch.equal(attend(ops, q, layer, single, case.shape), together[201 + row][None])
-
-
 @pytest.mark.parametrize("cache_type", ["q8", "q6", "q4"])
 @pytest.mark.parametrize("size", [50.0, 150.0])
 def test_biases_cost_no_accuracy(ops, cache_type, size):
@@ -120,8 +92,6 @@ def test_biases_cost_no_accuracy(ops, cache_type, size):
 
 @pytest.mark.parametrize("kind", ["reference", "compiled"])
 def test_a_model_with_large_key_biases(tmp_path, ops, kind):
-    hf_models = pytest.importorskip("support.hf_models")
-    builder = pytest.importorskip("support.model_builder")
     chosen = ops if kind == "compiled" else REFERENCE
     errors = {}
     ids = list(range(5, 300, 3))
@@ -139,7 +109,6 @@ def test_a_model_with_large_key_biases(tmp_path, ops, kind):
 
 
 def test_models_over_several_caches_take_the_bias_out_once(tmp_path, ops):
-    builder = pytest.importorskip("support.model_builder")
     biased_qwen(tmp_path / "m", 50.0)
     ids = list(range(9, 200, 4))
     model, cache = builder.build_model(tmp_path / "m", ops, sequences=2)
@@ -151,8 +120,6 @@ def test_models_over_several_caches_take_the_bias_out_once(tmp_path, ops):
 
 
 def test_operations_that_cannot_add_a_bias_keep_it_in_the_projection(tmp_path, monkeypatch):
-    hf_models = pytest.importorskip("support.hf_models")
-    builder = pytest.importorskip("support.model_builder")
     monkeypatch.setattr(ReferenceOps, "adds_key_bias", False)
     ids = list(range(9, 90))
     expected = hf_models.expected_logits(biased_qwen(tmp_path / "m", 50.0), ids)

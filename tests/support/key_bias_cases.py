@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from exl_loader.backends.base import AttentionShape
 from exl_loader.model.parts.key_bias import remove_from, split_bias
+from support import hf_models
 from support.cache_layers import attend, make_batch, make_layer, part, write
 
 
@@ -90,7 +90,6 @@ def relative(actual, expected):
 
 def biased_qwen(folder, size):
     """Save a random Qwen2 whose key biases are large in two channels of each head."""
-    hf_models = pytest.importorskip("support.hf_models")
     hf = hf_models.make_model("qwen2", 5, folder)
     with torch.no_grad():
         for layer in hf.model.layers:

@@ -8,7 +8,6 @@ import multiprocessing
 import os
 
 import pytest
-from test_cuda_attention_bias import assert_like_reference as with_bias
 
 from backends.operations.test_attention import (
     DECODE_TOLERANCE,
@@ -16,6 +15,7 @@ from backends.operations.test_attention import (
     TOLERANCE,
     assert_like_reference,
 )
+from backends.operations.test_attention_key_bias import assert_like_reference as with_bias
 from backends.operations.test_cache_writing import REFERENCE, bytes_of, written
 from exl_loader.backends.build.toolchain import find_compiler
 from support.attention_cases import SOURCES, attention_target, shape_of

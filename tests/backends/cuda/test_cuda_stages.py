@@ -126,11 +126,6 @@ def test_the_command_line_splits_layers(cards, tmp_path, capsys, nothing_left):
     assert [access.replays for access in cards.accesses()] == [3, 3, 0]
 
 
-def test_key_biases_of_a_split_model_have_room_on_their_cards(cards, tmp_path, nothing_left):
-    make_model("qwen2", 3, tmp_path / "m", "float16")
-    run(tmp_path / "m", gpu_split=gpu_split(tmp_path / "m", 2), cache_type="q4")
-
-
 def test_experts_on_two_cards_are_chosen_on_their_own_card(cards, tmp_path, nothing_left):
     write_mixture(tmp_path / "m")
     expected = run(tmp_path / "m", device="cuda:0")
