@@ -30,33 +30,24 @@ class _Owner:
     """Referred to only by a caller's frame, so it is destroyed with the frame."""
 
 
-class Generator:
+class Generator(ModelThread):
     """The requests of one model. Every method may be called from any thread.
 
-    The model's own thread runs all steps (`ModelThread`). Therefore requests from several
-    threads share forward passes, and an interrupt in a caller's thread cannot split a step.
+    The model's own thread runs all steps. Therefore requests from several threads share forward
+    passes, and an interrupt in a caller's thread cannot split a step.
 
     Args:
         model: runs forward passes.
         cache: lends pages.
         drafter: the draft model; None for none.
-        release: frees the model's memory; called after the generator has closed.
+        release: frees the model's memory; called after all requests have ended.
     """
 
     def __init__(
         self, model: ForwardModel, cache: PagedCache, drafter: DraftModel | None,
         release: Callable[[], None],
     ) -> None:
-        self._scheduler = Scheduler(model, cache, drafter)
-        self._thread = ModelThread(self._scheduler, release)
-
-    def check(self) -> None:
-        """Refuse a call that cannot be answered; see `ModelThread.check`."""
-        self._thread.check()
-
-    def own(self, request: Exchange[Any], owner: object) -> None:
-        """End `request` when `owner` is destroyed; called before the first `wait`."""
-        self._thread.own(request, owner)
+        super().__init__(Scheduler(model, cache, drafter), release)
 
     def wait(self, request: Exchange[Any]) -> None:
         """Return when the request has output or has finished; see `ModelThread.wait`.
@@ -64,18 +55,10 @@ class Generator:
         An error of the request is not raised; it is in `request.error`.
         """
         try:
-            self._thread.wait(request)
+            super().wait(request)
         except BaseException as error:
             drop_locals(error)
             raise
-
-    def finish(self, request: Exchange[Any]) -> None:
-        """Cancel a request, and return when it has released its pages."""
-        self._thread.finish(request)
-
-    def cancel_all(self) -> None:
-        """Cancel every job. Does not wait; a running step is completed first."""
-        self._thread.cancel_all()
 
     def run_alone(
         self, steps: Callable[[ForwardModel, PagedCache], Iterator[T | None]]
@@ -121,13 +104,6 @@ class Generator:
         for _ in self._results(Evaluation(steps)):
             pass
 
-    def close(self) -> None:
-        """End all requests, drop the model and the cache, and free the memory.
-
-        A second call does nothing. An interrupt ends only the wait, and closing continues.
-        """
-        self._thread.close()
-
     def _results(self, evaluation: Evaluation[T]) -> Iterator[T]:
         """Yield the output of an evaluation; dropping the iterator ends it."""
         owner = _Owner()
@@ -146,7 +122,7 @@ class Generator:
             raise
         finally:
             if not evaluation.finished:
-                self._thread.cancel(evaluation)
+                self.cancel(evaluation)
 
 
 class Generation(Iterator[T], Generic[T]):

@@ -35,7 +35,7 @@ def ids(engine, prompt, count):
 def until_all_are_there(engine, count: int) -> Callable[[], None]:
     """Make a callback that holds the first pass until all requests have arrived."""
     scheduler, began = engine._generator._scheduler, []
-    inbox = engine._generator._thread._inbox
+    inbox = engine._generator._inbox
 
     def sent() -> int:
         return len(scheduler.waiting) + len(scheduler.active) + inbox.qsize()
@@ -58,7 +58,7 @@ def test_requests_that_do_not_fit_wait_in_order():
     large, small = ids(engine, [300] * 600, 50), ids(engine, [700], 5)
     for generation in (large, small):
         generation._started = True
-        engine._generator._thread._send(generation._job)
+        engine._generator._send(generation._job)
     # 2 pages are held; the large request needs 3, the small one 1.
     for _ in range(5):
         next(running)
@@ -283,7 +283,7 @@ def test_a_request_waits_for_the_pages_of_an_evaluation():
         if len(model.calls) == 1:
             scheduler.decode = counted
             worker.start()
-            while engine._generator._thread._inbox.empty():
+            while engine._generator._inbox.empty():
                 worker.join(0.001)
         if 1 < len(model.calls) < 20:
             assert scheduler.waiting and not scheduler.active
