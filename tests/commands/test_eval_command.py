@@ -19,6 +19,7 @@ from exl_loader.commands.evaluation_plan import parse_cache_types, plan_evaluati
 from exl_loader.commands.model_options import DEMO_MODEL
 from exl_loader.memory.buffers import live_bytes
 from exl_loader.utils.errors import InsufficientMemory, InvalidSettings, ModelUnloaded
+from exl_loader.utils.progress import NullProgress
 from support.tiny import write_tiny_model
 
 CONFIG = ModelConfig.from_dir(DEMO_MODEL)
@@ -86,15 +87,9 @@ def test_memory_equals_the_plan_and_is_freed(model):
     plan = planned("q8,q4")
     seen = []
 
-    class Watching:
-        def start(self, *_):
-            pass
-
+    class Watching(NullProgress):
         def advance(self, *_):
             seen.append(live_bytes())
-
-        def finish(self, *_):
-            pass
 
     evaluate(model, plan, model.encode(TEXT, add_bos=False), Watching())
     assert set(seen) == {before + plan.extra_bytes}

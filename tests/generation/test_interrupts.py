@@ -24,8 +24,9 @@ from exl_loader.generation import exchange
 from exl_loader.generation import generator as generator_module
 from exl_loader.memory.buffers import live_bytes
 from exl_loader.utils.errors import InsufficientMemory, InvalidCall, ModelUnloaded
+from exl_loader.utils.progress import NullProgress
 from support import REPO
-from support.fake_model import fake_engine, settle
+from support.fake_model import count_up, fake_engine, settle
 
 posix = pytest.mark.skipif(os.name == "nt", reason="signals and forks of POSIX")
 
@@ -35,10 +36,6 @@ CALLERS_CODE = (
 )
 
 GREEDY = {"temperature": 0, "max_new_tokens": 4}
-
-
-def count_up(text: list[int]) -> int:
-    return text[-1] + 1
 
 
 class Interrupter:
@@ -352,7 +349,7 @@ def test_an_interrupt_of_a_load_frees_all_memory(count, tiny_model_dir):
 # Calls that would wait for themselves
 
 
-class CallingProgress:
+class CallingProgress(NullProgress):
     """Makes a call in the model's thread, as a faulty host may do."""
 
     def __init__(self, call: Callable[[], object]) -> None:
@@ -360,12 +357,6 @@ class CallingProgress:
 
     def start(self, *_):
         self.call()
-
-    def advance(self, *_):
-        pass
-
-    def finish(self, *_):
-        pass
 
 
 @pytest.mark.parametrize("call", [

@@ -8,6 +8,7 @@ import torch
 import exl_loader
 from exl_loader.backends import get_ops
 from support import in_threads
+from support.builds import Recorder
 from support.fake_model import fake_engine
 from support.model_builder import build_model
 from support.tiny import write_tiny_model
@@ -125,26 +126,16 @@ def test_prompt_logits_evaluate_everything():
 
 
 def test_progress_counts_reused_tokens():
-    class Recorder:
-        def __init__(self):
-            self.events = []
-
-        def start(self, task, total, unit):
-            self.events.append(total)
-
-        def advance(self, task, n=1):
-            self.events.append(n)
-
-        def finish(self, task):
-            self.events.append("finish")
-
     chat = Chat(ctx_size=512, chunk_size=64)
     prompt = words(100, 0)
     chat.ask(prompt)
     progress = Recorder()
     settings = GREEDY | {"max_new_tokens": 2}
     list(chat.engine.generate_ids([*prompt[:90], *words(80, 5)], settings, progress=progress))
-    assert progress.events == [170, 90, 64, 16, "finish"]
+    assert progress.calls == [
+        ("start", "prompt", 170, "tokens"), *(("advance", "prompt", n) for n in (90, 64, 16)),
+        ("finish", "prompt"),
+    ]
 
 
 # On the compiled kernels
