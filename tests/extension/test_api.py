@@ -13,7 +13,7 @@ import pytest
 from exl_loader.utils.errors import ExlLoaderError
 from extension.webui import loading, registration
 from support.tiny import write_tiny_model
-from support.webui_double import forget_webui, write_webui
+from support.webui_double import enter_webui, forget_webui, write_webui
 
 pytest.importorskip("fastapi")
 pytest.importorskip("httpx")
@@ -29,9 +29,7 @@ def api(tmp_path, monkeypatch):
     root = write_webui(tmp_path / "webui")
     models = root / "user_data" / "models"
     write_tiny_model(models / "tiny")
-    monkeypatch.chdir(root)
-    monkeypatch.syspath_prepend(str(root))
-    monkeypatch.setattr(sys, "argv", ["server.py", "--model-dir", str(models)])
+    enter_webui(monkeypatch, root, "--model-dir", str(models))
     for name in ("shared", "loaders", "models_settings", "models", "text_generation"):
         importlib.import_module(f"modules.{name}")
     assert registration.register()

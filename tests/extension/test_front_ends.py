@@ -22,7 +22,7 @@ from extension.page.session import Session
 from extension.panel.panel import ModelChoice
 from extension.webui import loading, registration
 from support import REPO
-from support.webui_double import write_webui
+from support.webui_double import enter_webui, forget_webui, write_webui
 from support.webui_server import DEMO, MARKS, PROMPT, Server
 
 TOKENS = 40
@@ -80,10 +80,7 @@ def of_command_line(cache_type: str) -> tuple[Answer, int]:
 
 def of_double(cache_type: str, root: Path, monkeypatch) -> list[tuple[Answer, Reservation]]:
     """Both loaders, called as the web UI calls them."""
-    write_webui(root)
-    monkeypatch.chdir(root)
-    monkeypatch.syspath_prepend(str(root))
-    monkeypatch.setattr(sys, "argv", ["server.py", "--model-dir", str(DEMO.parent)])
+    enter_webui(monkeypatch, write_webui(root), "--model-dir", str(DEMO.parent))
     models = importlib.import_module("modules.models")
     assert registration.register()
     args = sys.modules["modules.shared"].args
@@ -101,10 +98,7 @@ def of_double(cache_type: str, root: Path, monkeypatch) -> list[tuple[Answer, Re
 @pytest.fixture
 def double(tmp_path, monkeypatch, cache_type):
     yield of_double(cache_type, tmp_path / "webui", monkeypatch)
-    registration.unregister()
-    for name in [n for n in sys.modules if n == "modules" or n.startswith("modules.")]:
-        del sys.modules[name]
-    importlib.invalidate_caches()
+    forget_webui()
 
 
 def ask_native(model) -> tuple[str, list[int]]:

@@ -14,7 +14,7 @@ from extension.panel import loads
 from extension.webui import contract, loading, model_tab, registration
 from support import in_threads
 from support.tiny import write_tiny_model
-from support.webui_double import write_webui
+from support.webui_double import enter_webui, forget_webui, write_webui
 
 STATE = {"temperature": 0, "max_new_tokens": 8, "truncation_length": 512, "add_bos_token": True,
          "ban_eos_token": True, "stream": True}
@@ -30,18 +30,12 @@ def folder(tmp_path_factory):
 def page(tmp_path, monkeypatch, folder):
     """The double of the web UI with its Model tab imported."""
     root = write_webui(tmp_path / "webui")
-    monkeypatch.chdir(root)
-    monkeypatch.syspath_prepend(str(root))
-    monkeypatch.setattr(sys, "argv", ["server.py", "--model-dir", str(folder.parent)])
+    enter_webui(monkeypatch, root, "--model-dir", str(folder.parent))
     models = importlib.import_module("modules.models")
     menu = importlib.import_module("modules.ui_model_menu")
     registration.register()
     yield SimpleNamespace(menu=menu, models=models, shared=sys.modules["modules.shared"])
-    models.unload_model()
-    registration.unregister()
-    for name in [n for n in sys.modules if n == "modules" or n.startswith("modules.")]:
-        del sys.modules[name]
-    importlib.invalidate_caches()
+    forget_webui()
 
 
 def shown(page, **changes):

@@ -15,7 +15,7 @@ from extension.panel import panel
 from extension.webui import contract, loading, registration
 from support import REPO, in_threads
 from support.tiny import write_tiny_model
-from support.webui_double import forget_webui, write_webui
+from support.webui_double import enter_webui, forget_webui, write_webui
 
 
 @pytest.fixture
@@ -24,9 +24,7 @@ def webui(tmp_path, monkeypatch):
 
     def make(arguments=(), **changes):
         root = write_webui(tmp_path / "webui", **changes)
-        monkeypatch.chdir(root)
-        monkeypatch.syspath_prepend(str(root))
-        monkeypatch.setattr(sys, "argv", ["server.py", *arguments])
+        enter_webui(monkeypatch, root, *arguments)
         names = ("shared", "loaders", "models_settings", "models")
         return SimpleNamespace(
             root=root, **{name: importlib.import_module(f"modules.{name}") for name in names})

@@ -10,6 +10,8 @@ import importlib
 import sys
 from pathlib import Path
 
+import pytest
+
 from extension.webui import loading, registration
 
 SHARED = '''
@@ -359,6 +361,13 @@ def write_webui(root: Path, **changes: tuple[str, str]) -> Path:
         path.write_text(text.replace(old, new) if old else text)
     (root / "user_data" / "models").mkdir(parents=True, exist_ok=True)
     return root
+
+
+def enter_webui(monkeypatch: pytest.MonkeyPatch, root: Path, *arguments: str) -> None:
+    """Make a web UI's modules importable, as in a process that `server.py` started there."""
+    monkeypatch.chdir(root)
+    monkeypatch.syspath_prepend(str(root))
+    monkeypatch.setattr(sys, "argv", ["server.py", *arguments])
 
 
 def forget_webui() -> None:
