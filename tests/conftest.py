@@ -304,6 +304,17 @@ def reference_operations(no_other_model, monkeypatch):
     monkeypatch.setenv("EXL_LOADER_REFERENCE", "1")
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Let PyTorch use one thread: with small tensors others cost time, and they split sums."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def copy_of(originals, tmp_path):
     """Copy one of a module's models, to break it: `copy_of(name) -> Path`."""

@@ -11,8 +11,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import struct
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,6 +22,7 @@ from exl_loader.formats import read_linear
 from exl_loader.memory import buffers as memory
 from exl_loader.memory.reservation import LoadOptions, planned
 from exl_loader.utils.errors import ExlLoaderError
+from support import damage as damages
 from support.makers import write_quantized_model
 from support.tiny import write_tiny_model, write_tokenizer
 
@@ -31,125 +30,6 @@ CTX = 64
 IDS = [1, 5, 77, 130, 12, 40, 41, 250, 3]
 # Two orders of summation in float32, over weights that damage may have made very unequal.
 TOLERANCE = 1e-3
-
-Damage = Callable[[random.Random, Path], None]
-
-
-def weights_file(rng: random.Random, folder: Path) -> Path:
-    return rng.choice(sorted(folder.glob("*.safetensors")))
-
-
-def split_file(path: Path) -> tuple[dict, bytes]:
-    data = path.read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    return json.loads(data[8 : 8 + length]), data[8 + length :]
-
-
-def join_file(path: Path, header: dict, data: bytes) -> None:
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
-
-
-def flip_bytes(rng: random.Random, folder: Path) -> None:
-    path = weights_file(rng, folder)
-    data = bytearray(path.read_bytes())
-    for _ in range(rng.choice([1, 1, 4, 64])):
-        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    path.write_bytes(data)
-
-
-def flip_header_bytes(rng: random.Random, folder: Path) -> None:
-    path = weights_file(rng, folder)
-    data = bytearray(path.read_bytes())
-    (length,) = struct.unpack("<Q", data[:8])
-    for _ in range(rng.choice([1, 2])):
-        data[rng.randrange(8 + length)] ^= 1 << rng.randrange(8)
-    path.write_bytes(data)
-
-
-def change_length(rng: random.Random, folder: Path) -> None:
-    path = weights_file(rng, folder)
-    data = path.read_bytes()
-    cut = rng.choice([0, 1, 7, 8, 9, rng.randrange(len(data)), len(data) - 1])
-    path.write_bytes(data[:cut] if rng.random() < 0.7 else data + bytes(cut))
-
-
-def overwrite_a_tensor(rng: random.Random, folder: Path) -> None:
-    path = weights_file(rng, folder)
-    header, data = split_file(path)
-    names = [name for name in header if name != "__metadata__"]
-    first, end = header[rng.choice(names)]["data_offsets"]
-    fill = rng.choice([bytes(end - first), b"\xff" * (end - first), rng.randbytes(end - first)])
-    join_file(path, header, data[:first] + fill + data[end:])
-
-
-def exchange_tensors(rng: random.Random, folder: Path) -> None:
-    path = weights_file(rng, folder)
-    header, data = split_file(path)
-    one, two = rng.sample([name for name in header if name != "__metadata__"], 2)
-    header[one], header[two] = header[two], header[one]
-    join_file(path, header, data)
-
-
-def edit_entry(rng: random.Random, folder: Path) -> None:
-    path = weights_file(rng, folder)
-    header, data = split_file(path)
-    name = rng.choice([name for name in header if name != "__metadata__"])
-    entry = header[name]
-    kind = rng.choice(["drop", "rename", "dtype", "shape", "junk"])
-    if kind == "drop":
-        del header[name]
-    elif kind == "rename":
-        header[name + "x"] = header.pop(name)
-    elif kind == "dtype":
-        entry["dtype"] = rng.choice(["F16", "BF16", "I32", "F32", "U8", "F8_E4M3", "", 3])
-    elif kind == "shape":
-        entry["shape"] = rng.choice(
-            [entry["shape"][::-1], [], [0], entry["shape"] + [1], [1 << 62]]
-        )
-    else:
-        entry[rng.choice(["dtype", "shape", "data_offsets"])] = junk(rng)
-    join_file(path, header, data)
-
-
-def junk(rng: random.Random) -> object:
-    return rng.choice(
-        [None, -1, 0, 1, 2.5, 1 << 70, "x", "", [], [1, 2], {}, {"a": 1}, True, 1e308, "64", [[0]]]
-    )
-
-
-def edit_config(rng: random.Random, folder: Path) -> None:
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    key = rng.choice(sorted(config))
-    if isinstance(config[key], int) and rng.random() < 0.5:
-        config[key] = rng.choice([config[key] * 2, config[key] + 1, config[key] // 2, -config[key]])
-    elif rng.random() < 0.2:
-        del config[key]
-    else:
-        config[key] = junk(rng)
-    path.write_text(json.dumps(config))
-
-
-def flip_text_bytes(rng: random.Random, folder: Path) -> None:
-    path = folder / rng.choice(["config.json", "tokenizer.json", "tokenizer_config.json"])
-    data = bytearray(path.read_bytes())
-    for _ in range(rng.choice([1, 3])):
-        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    path.write_bytes(data)
-
-
-DAMAGES: list[Damage] = [
-    flip_bytes,
-    flip_header_bytes,
-    change_length,
-    overwrite_a_tensor,
-    exchange_tensors,
-    edit_entry,
-    edit_config,
-    flip_text_bytes,
-]
-
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory) -> Path:
@@ -208,7 +88,7 @@ def one_case(original: Path, seed: int, tmp_path: Path) -> str:
         path.chmod(0o644)
     if not (folder / "tokenizer.json").exists():
         write_tokenizer(folder, 500)
-    damage = rng.choice(DAMAGES)
+    damage = rng.choice(damages.ALL)
     damage(rng, folder)
     label = f"{original.name}, seed {seed}, {damage.__name__}"
     before = memory.live_bytes()
@@ -264,7 +144,7 @@ def test_damaged_folders_never_crash_the_compiled_kernels(originals, tmp_path, f
     for seed in seeds:
         rng = random.Random(seed)
         folder = shutil.copytree(originals / format, tmp_path / str(seed))
-        rng.choice([flip_bytes, overwrite_a_tensor, exchange_tensors])(rng, folder)
+        rng.choice(damages.OF_VALUES)(rng, folder)
         before = memory.live_bytes()
         try:
             assert loaded_logits(folder).shape[1] > 0

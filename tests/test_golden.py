@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from support.golden_cases import CASES, Bench, NotHere
 from support.golden_record import Record, machine
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -17,15 +18,6 @@ def record():
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
     return Bench(tmp_path_factory.mktemp("golden"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Sums of PyTorch's own operations are split over threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_the_record_has_every_case_and_no_other(record):

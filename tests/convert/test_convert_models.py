@@ -23,6 +23,8 @@ from support.exhaustive import some_of
 from support.hf_models import expected_logits, make_model, relative_error
 from support.tiny import write_tokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FEW_ROWS = {"calibration_rows": 4, "calibration_row_len": 64}
 
 
@@ -31,14 +33,6 @@ def _reference_operations_and_few_options(monkeypatch):
     monkeypatch.setenv("EXL_LOADER_REFERENCE", "1")
     monkeypatch.setattr(conversion, "WIDTHS", (3, 4, 8))
     monkeypatch.setattr(conversion, "GROUP_SIZES", (64,))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def logits_of(folder, ids) -> torch.Tensor:

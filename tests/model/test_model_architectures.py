@@ -25,21 +25,14 @@ from support.hf_models import (
 )
 from support.model_builder import build_model, run_chunks
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 REFERENCE_BOUND = 2e-5
 COMPILED_BOUND = 2e-2
 # More than any window (24) and any original length (32) of the models.
 NUM_IDS = 44
 # Saved dtype, shards, and config layout: each seed takes another combination.
 VARIANTS = {0: ("float32", 1, "new"), 1: ("bfloat16", 3, "old"), 2: ("float16", 2, "new")}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Threads that wait for each other cost more than these matrices."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
