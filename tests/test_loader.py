@@ -283,7 +283,7 @@ def test_a_failure_at_each_allocation(
         caught = fails(tiny_model_dir, error)
     if error is InsufficientMemory:
         assert "All memory was given back" in str(caught)
-        assert ("weights", "cache", "workspace")[fail_at - 1] in str(caught)
+        assert f"for the {('weights', 'cache', 'workspace')[fail_at - 1]} buffer" in str(caught)
     loads(tiny_model_dir, expected)
 
 

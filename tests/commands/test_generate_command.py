@@ -97,18 +97,6 @@ def test_chat_reads_lines_and_answers_each(tiny_model_dir, monkeypatch, capsys):
     assert "no chat template" in captured.err
 
 
-def test_chat_ends_on_exit(tiny_model_dir, monkeypatch, capsys):
-    assert chat(tiny_model_dir, "/exit\nhi\n", monkeypatch) == 0
-    assert "model> " not in capsys.readouterr().out
-
-
-def test_chat_continues_after_a_message_that_is_too_long(tiny_model_dir, monkeypatch, capsys):
-    assert chat(tiny_model_dir, "x" * 400 + "\nhi\n", monkeypatch) == 1
-    captured = capsys.readouterr()
-    assert "at most 255 tokens" in captured.err
-    assert captured.out.count("model> ") == 2
-
-
 @pytest.fixture
 def talk(tmp_path):
     """Return a maker of conversations with a model that always answers `ok`."""
@@ -204,5 +192,3 @@ def test_a_refused_message_leaves_the_conversation_as_it_was(talk):
     with pytest.raises(Exception, match="enough"):
         next(chat.ask("two"))
     assert chat.messages == before
-
-

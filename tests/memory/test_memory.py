@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exl_loader.backends import BACKENDS, backend_of
+from exl_loader.backends import backend_of
 from exl_loader.backends.base import Capacity, Process
 from exl_loader.backends.cpu.backend import CpuBackend
 from exl_loader.backends.cpu.memory import ASSUMED_RUNTIME_BYTES
@@ -277,59 +277,6 @@ def test_memory_is_taken_at_once_and_freed_on_release():
     assert resident_bytes() - before > nbytes - (1 << 20)
     buffers.release()
     assert resident_bytes() - before < 1 << 20
-
-
-class Failing(CpuBackend):
-    """Main memory whose n-th buffer is refused, or which shrinks when it is touched."""
-
-    def __init__(self, fail_at: int, how: str) -> None:
-        super().__init__()
-        self.calls, self.fail_at, self.how = 0, fail_at, how
-
-    def empty(self, name, nbytes):
-        self.calls += 1
-        if self.how == "empty" and self.calls == self.fail_at:
-            raise MemoryError
-        return super().empty(name, nbytes)
-
-    def capacity(self, name):
-        if self.how == "vanish" and self.calls == self.fail_at:
-            return Capacity(GIB, 10)
-        return super().capacity(name)
-
-    def touch(self, buffer):
-        if self.how == "interrupt" and self.calls == self.fail_at:
-            raise KeyboardInterrupt
-        super().touch(buffer)
-
-
-@pytest.mark.parametrize("fail_at", [1, 2, 3])
-@pytest.mark.parametrize("how", ["empty", "vanish"])
-def test_a_refused_buffer_frees_all_buffers(monkeypatch, fail_at, how):
-    segments = lay_out(
-        TensorSpec("t", name, "uint8", (1 << 20,)) for name in ("weights", "cache", "workspace")
-    )
-    before = memory.live_bytes()
-    monkeypatch.setitem(BACKENDS, "cpu", Failing(fail_at, how))
-    with pytest.raises(InsufficientMemory) as caught:
-        memory.allocate(segments.values())
-    # The exception is still held here, as a host would hold it to show it.
-    assert memory.live_bytes() == before
-    name = ("weights", "cache", "workspace")[fail_at - 1]
-    assert name in str(caught.value) and "1048576 bytes" in str(caught.value)
-    monkeypatch.undo()
-    assert memory.allocate(segments.values()).allocated_bytes() == 3 << 20
-
-
-def test_an_interrupted_allocation_frees_all_buffers(monkeypatch):
-    segments = lay_out(TensorSpec("t", name, "uint8", (9,)) for name in ("weights", "cache"))
-    before = memory.live_bytes()
-    monkeypatch.setitem(BACKENDS, "cpu", Failing(2, "interrupt"))
-    try:
-        memory.allocate(segments.values())
-    except KeyboardInterrupt:
-        pass
-    assert memory.live_bytes() == before
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the mapping is in /proc")

@@ -301,6 +301,12 @@ def test_a_card_that_is_not_here_has_an_assumed_context(tmp_path):
         ({"device": "tpu"}, "device"),
         ({"device": []}, "device"),
         ({"device": "cpu,cpu"}, "device"),
+        ({"device": None}, "device"),
+        ({"device": ["cpu", 0]}, "device"),
+        ({"alpha_value": 0.0}, "alpha_value"),
+        ({"alpha_value": float("inf")}, "alpha_value"),
+        ({"alpha_value": "2"}, "alpha_value"),
+        ({"compress_pos_emb": float("nan")}, "compress_pos_emb"),
     ],
 )
 def test_invalid_options_are_refused_by_name(tmp_path, options, named):
