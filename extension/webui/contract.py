@@ -40,7 +40,8 @@ AS_LLAMA_COLUMN = "exl_as_llama"
 PROGRESS, GAUGE, PICK, DETAILS, ASK, ROPE = PANEL_IDS = (
     "exl_progress", "exl_gauge", "exl_pick", "exl_details", "exl_ask", "exl_rope")
 
-_DEFAULT_CTX_SIZE = 8192
+# Tokens of context that the web UI loads a model with unless it finds fewer.
+DEFAULT_CTX_SIZE = 8192
 
 # What the plugin replaces or extends. If any of these is missing, nothing is registered.
 _NEEDED: dict[str, tuple[str, ...]] = {
@@ -136,7 +137,7 @@ def default_ctx_size() -> int:
     """
     # Since v4.1 `load_model` sets the default itself, for every loader except llama.cpp.
     code = getattr(getattr(module("modules.models"), "load_model", None), "__code__", None)
-    return _DEFAULT_CTX_SIZE if _DEFAULT_CTX_SIZE in getattr(code, "co_consts", ()) else 0
+    return DEFAULT_CTX_SIZE if DEFAULT_CTX_SIZE in getattr(code, "co_consts", ()) else 0
 
 
 def loader_name(text: object) -> str | None:

@@ -18,15 +18,22 @@ if TYPE_CHECKING:
     from exl_loader import LoadedModel
 
 
-def _config(model_dir: str) -> PretrainedConfig:
+def text_config(model_dir: str) -> PretrainedConfig:
     """Read a folder's config.json with transformers.
+
+    A model with several parts has the text model's keys in `text_config`. They become the
+    config's own, and the objects of the parts are left out, because transformers takes them for
+    configurations, and in a config of no particular class they are plain dicts.
 
     Raises:
         InvalidConfig: transformers cannot read it, although the engine could.
     """
     try:
         values, _ = PretrainedConfig.get_config_dict(model_dir)
-        return PretrainedConfig.from_dict(values)
+        values |= values.get("text_config") or {}
+        parts = [key for key, value in values.items()
+                 if key.endswith("_config") and isinstance(value, dict)]
+        return PretrainedConfig.from_dict({k: v for k, v in values.items() if k not in parts})
     except Exception as error:
         raise InvalidConfig(
             f"config.json of {model_dir}", expected="content that transformers can read",
@@ -51,7 +58,10 @@ class Exllamav3HF(PreTrainedModel, GenerationMixin):
     _is_stateful = True
 
     def __init__(self, loaded: LoadedModel) -> None:
-        super().__init__(_config(loaded.reservation.model_dir))
+        config = text_config(loaded.reservation.model_dir)
+        # Some classes have another name for it; the web UI's perplexity needs this one.
+        config.max_position_embeddings = loaded.config.max_position_embeddings
+        super().__init__(config)
         self.loaded = loaded
         self.generation_config = GenerationConfig()
         self._rope_len: int | None = None

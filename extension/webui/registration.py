@@ -15,7 +15,6 @@ from types import ModuleType
 from typing import Any
 
 from exl_loader import ExlLoaderError
-from exl_loader.checkpoint import is_quantised
 from exl_loader.checkpoint.config import has_unknown_class
 
 from ..panel import loads, panel
@@ -23,6 +22,7 @@ from ..panel.panel import AS_LLAMA
 from . import (
     api,
     contract,
+    folders,
     loading,
     model_tab,
     options,
@@ -101,14 +101,15 @@ def _extend_functions() -> None:
     for name, function in zip(LOADERS, functions, strict=True):
         _patches.set(models, names[name], function)
     patching.add_dict_entries(_patches, models.load_model, "load_func_map", names)
-    _patches.replace(settings.infer_loader, _infer_loader(settings.infer_loader))
+    _patches.replace(settings.infer_loader, folders.choosing_ours(settings.infer_loader))
     _patches.replace(shared.fix_loader_name, _fix_loader_name(shared.fix_loader_name))
     if not shared.args.loader and shared.original_args.loader:
         _patches.set(shared.args, "loader", shared.fix_loader_name(shared.original_args.loader))
     _keep_cache_flags(shared)
     metadata = getattr(settings, "get_model_metadata", None)
     if metadata is not None:
-        _patches.replace(metadata, problems.naming_the_file(metadata))
+        naming = problems.naming_the_file(metadata)
+        _patches.replace(metadata, folders.with_own_length(naming))
     _patches.replace(shared.load_user_config, _load_user_config(shared.load_user_config))
     if isinstance(getattr(shared, "user_config", None), dict):
         options.with_current_values(shared.user_config)
@@ -133,17 +134,6 @@ def _keep_cache_flags(shared: Any) -> None:
             _patches.set(args, name, value)
     missing = [name for name in names if name not in provided]
     _patches.set(shared, "provided_arguments", [*provided, *missing])
-
-
-def _infer_loader(original: Callable[..., Any]) -> Callable[..., Any]:
-    def infer_loader(model_name: str, *args: Any, **kwargs: Any) -> Any:
-        loader = original(model_name, *args, **kwargs)
-        # Otherwise Transformers loads an EXL2 folder, silently and with random weights.
-        if loader == "Transformers" and is_quantised(contract.model_path(model_name)):
-            return LOADERS[0]
-        return loader
-
-    return infer_loader
 
 
 def _fix_loader_name(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -80,8 +80,16 @@ import json
 from modules import loaders, shared
 from modules.utils import resolve_model_path
 def get_model_metadata(model):
-    settings = {"ctx_size": 8192}
+    settings = {"ctx_size": 8192, "truncation_length": 8192, "truncation_length_info": 8192}
     settings["loader"] = infer_loader(model, settings)
+    path = resolve_model_path(model) / "config.json"
+    config = json.load(open(path)) if path.exists() else {}
+    for name in ("max_position_embeddings", "model_max_length", "max_seq_len"):
+        length = config.get(name, config.get("text_config", {}).get(name))
+        if settings["loader"] != "llama.cpp" and length is not None:
+            settings.update(truncation_length=length, truncation_length_info=length,
+                            ctx_size=min(length, 8192))
+            break
     for pattern, saved in shared.user_config.items():
         if pattern.rstrip("$") == model:
             settings.update(saved)
