@@ -116,7 +116,7 @@ def _load_planned(
             (tokenizer, _tokenizer(Path(plan.reservation.model_draft or ""))),
             (plan.model.parts.config.vocab_size, plan.draft.parts.config.vocab_size),
         )
-    ops = _open_ops([device.device for device in plan.reservation.devices], progress)
+    ops = _open_ops(plan.model.parts.device_map.devices, progress)
     with ExitStack() as kept:
         buffers = allocate(plan.segments, progress)
         kept.callback(buffers.release)
@@ -241,7 +241,7 @@ class _WeightReader:
             self._views("cache", prefix), "cache", self.cache_type,
             parts.config.num_hidden_layers, placed.ctx_size,
         )
-        views = self._views("weights", prefix)
+        views = self._views("weights", prefix) | self._views("embedding", prefix)
         total = sum(spec.nbytes for spec in parts.specs())
         name = "loading draft weights" if prefix else "loading weights"
         try:

@@ -237,6 +237,16 @@ class Backend(Protocol):
             MemoryError: the system refused.
         """
 
+    def empty_mapped(self, device: str, nbytes: int) -> tuple[torch.Tensor, object]:
+        """Allocate a buffer of main memory that the device's operations read in place.
+
+        Returns:
+            As `empty`; a tensor of the CPU.
+
+        Raises:
+            MemoryError: the system refused.
+        """
+
     def touch(self, buffer: torch.Tensor) -> None:
         """Touch the memory of a buffer, or of a part of one, so that the system provides it."""
 
@@ -294,8 +304,8 @@ class Ops(Protocol):
 
         Args:
             ids: int32 [T].
-            table: [vocab, hidden] in float16, bfloat16 or float32, or the unquantised head
-                if word embeddings are tied.
+            table: [vocab, hidden] in float16, bfloat16 or float32, of the device or from
+                `Backend.empty_mapped`, or the unquantised head if word embeddings are tied.
             out: float32 [T, hidden].
         """
 

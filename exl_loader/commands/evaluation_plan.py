@@ -104,10 +104,10 @@ def _check_workspace(
     options: Mapping[str, Any],
 ) -> None:
     """Refuse a type that needs more workspace than fp16, because all types share one workspace."""
-    (lent,) = reservation.devices
+    lent = reservation.devices[0]
     chosen = {**options, "ctx_size": reservation.ctx_size}
     for other in others:
-        (own,) = plan(model_dir, cache_type=other, **chosen).devices
+        own = plan(model_dir, cache_type=other, **chosen).devices[0]
         if own.workspace_bytes > lent.workspace_bytes:
             raise InvalidSettings(
                 "--cache-type", expected=f"types that run in the workspace of {REFERENCE_TYPE}",

@@ -87,7 +87,7 @@ class Buffers:
         """Return the tensors of a segment: name -> view with its own dtype and shape.
 
         Args:
-            segment: `weights`, `cache` or `workspace`.
+            segment: see `TensorSpec.segment`.
             device: the device; all devices where None.
         """
         import torch
@@ -118,6 +118,10 @@ class Buffers:
         self._buffers.clear()
 
     def _take(self, segment: Segment, advance) -> None:
+        if segment.read_by is not None:
+            self._take_mapped(segment, segment.read_by)
+            advance(segment.nbytes)
+            return
         backend = backend_of(segment.device)
         buffer, owner = backend.empty(segment.device, segment.nbytes)
         _live[owner] = (segment.device, segment.nbytes)
@@ -129,6 +133,15 @@ class Buffers:
                 raise MemoryError("another process took the memory")
             backend.touch(piece)
             advance(piece.nbytes)
+        self._buffers[segment.device, segment.name] = (segment, buffer)
+
+    def _take_mapped(self, segment: Segment, card: str) -> None:
+        """Allocate main memory that a card reads. The driver takes all of it at once."""
+        free_bytes = backend_of(segment.device).capacity(segment.device).free_bytes
+        if free_bytes < segment.nbytes:
+            raise MemoryError("another process took the memory")
+        buffer, owner = backend_of(card).empty_mapped(card, segment.nbytes)
+        _live[owner] = (segment.device, segment.nbytes)
         self._buffers[segment.device, segment.name] = (segment, buffer)
 
 

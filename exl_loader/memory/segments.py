@@ -23,12 +23,21 @@ class TensorOffset:
 
 @dataclass(frozen=True)
 class Segment:
-    """One buffer of one device: the offsets of its tensors, in order, and its size in bytes."""
+    """One buffer of one device.
+
+    Args:
+        device: its name.
+        name: see `TensorSpec.segment`.
+        offsets: of its tensors, in order.
+        nbytes: size.
+        read_by: see `TensorSpec.read_by`.
+    """
 
     device: str
     name: str
     offsets: tuple[TensorOffset, ...]
     nbytes: int
+    read_by: str | None = None
 
 
 def align(nbytes: int, device: str) -> int:
@@ -56,4 +65,7 @@ def lay_out(specs: Iterable[TensorSpec]) -> dict[tuple[str, str], Segment]:
         if spec.device not in steps:
             steps[spec.device] = backend_of(spec.device).alignment_bytes
         ends[key] = offset + round_up(spec.nbytes, steps[spec.device])
-    return {key: Segment(key[0], key[1], tuple(offsets[key]), ends[key]) for key in offsets}
+    return {
+        key: Segment(*key, tuple(placed), ends[key], placed[0].spec.read_by)
+        for key, placed in offsets.items()
+    }

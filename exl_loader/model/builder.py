@@ -80,10 +80,14 @@ class WeightCosts:
     head: int
     is_tied: bool
 
-    def of_range(self, first: int, end: int) -> int:
-        """Return the bytes of layers first..end, and of embedding and head at either end."""
-        has_embedding, has_head = first == 0, end == len(self.layers) - 1
-        needs_table = has_embedding and not (self.is_tied and has_head)
+    def of_range(self, first: int, end: int, with_embedding: bool = True) -> int:
+        """Return the bytes of layers first..end, and of embedding and head at either end.
+
+        Args:
+            with_embedding: the embedding of the first layer is in the same memory.
+        """
+        has_head = end == len(self.layers) - 1
+        needs_table = with_embedding and first == 0 and not (self.is_tied and has_head)
         ends = (self.embedding if needs_table else 0) + (self.head if has_head else 0)
         return self.layers[end] - self.layers[first] + ends
 
@@ -105,7 +109,7 @@ class ModelParts:
             StageParts(
                 self.config,
                 device,
-                self.embedding if device == where.embed else None,
+                self.embedding if device == where.layers[0] else None,
                 tuple(layer for layer in self.layers if layer.device == device),
                 self.head if device == where.head else None,
             )
@@ -213,8 +217,8 @@ def build_parts(
     assert len(devices.layers) == config.num_hidden_layers
     builder = Builder(config, checkpoint)
     # The embedding first: its shape is the plainest sign of a config of another model.
-    embedding, head = builder.embedding(devices.embed), builder.head(devices.head)
-    if builder.is_tied(head) and devices.embed == devices.head:
+    embedding, head = builder.embedding(devices), builder.head(devices.head)
+    if builder.is_tied(head) and devices.layers[0] == devices.head:
         embedding.head = head.linear
     parts = ModelParts(
         config=config,
@@ -235,11 +239,14 @@ class Builder:
         self._architecture = ARCHITECTURES[config.architecture]
         self._rope = Rope(config.rope)
 
-    def embedding(self, device: str) -> Embedding:
+    def embedding(self, devices: DeviceMap) -> Embedding:
         """Make the embedding, with a table of its own."""
         config, name = self._config, f"{self._architecture.embedding}.weight"
         shape = (config.vocab_size, config.hidden_size)
-        spec = TensorSpec(name, "weights", self._dtype(name, shape), shape, device)
+        spec = TensorSpec(name, "weights", self._dtype(name, shape), shape, devices.embed)
+        reader = devices.layers[0]
+        if reader != devices.embed:
+            spec = replace(spec, segment="embedding", read_by=reader)
         return Embedding(spec, config.embedding_multiplier)
 
     def head(self, device: str) -> Head:

@@ -20,7 +20,7 @@ DTYPE_BYTES = {
     "uint8": 1,
 }
 
-SEGMENTS = ("weights", "cache", "workspace")
+SEGMENTS = ("weights", "cache", "workspace", "embedding")
 
 # Main memory. Every machine has it, so it is the default device.
 MAIN_MEMORY = "cpu"
@@ -28,14 +28,17 @@ MAIN_MEMORY = "cpu"
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor that will live in one of a device's three buffers.
+    """One tensor that will live in one of a device's buffers.
 
     Args:
         name: unique within its device and segment, e.g. `model.norm.weight`.
-        segment: `weights`, `cache` or `workspace`.
+        segment: `weights`, `cache`, `workspace`, or `embedding` for an embedding in main memory
+            whose model runs on a card.
         dtype: a key of `DTYPE_BYTES`.
         shape: dimensions in elements, outermost first.
         device: `cpu`, `cuda:0`, ...
+        read_by: the card whose kernels read the tensor in main memory; None for a tensor that
+            only its own device uses.
     """
 
     name: str
@@ -43,6 +46,7 @@ class TensorSpec:
     dtype: str
     shape: tuple[int, ...]
     device: str = MAIN_MEMORY
+    read_by: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -55,7 +59,8 @@ class DeviceMap:
     """Which device each part of a model lives on: contiguous layer ranges, in order.
 
     Args:
-        embed: device of the token embedding; the first layer's device.
+        embed: device whose memory the token embedding is in: the first layer's, or main memory
+            for a card. The first layer's device looks tokens up in either case.
         layers: device of each decoder layer, its weights and its cache.
         head: device of the final norm and the output head; the last layer's device.
     """
@@ -71,5 +76,5 @@ class DeviceMap:
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """Every device used, each once, in the order in which a token visits them."""
-        return tuple(dict.fromkeys((self.embed, *self.layers, self.head)))
+        """Every device that computes, each once, in the order in which a token visits them."""
+        return tuple(dict.fromkeys((*self.layers, self.head)))

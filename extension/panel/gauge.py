@@ -49,7 +49,7 @@ _FOLD_SCRIPT = _WRITE_SCRIPT.format(DETAILS_ELEM_ID, f"this.open?'{UNFOLDED}':''
 LENS_SHARE = 0.12
 
 # The model's own parts, which are enlarged below the bar.
-_MODEL_PARTS = ("weights", "cache", "workspace")
+_MODEL_PARTS = ("weights", "cache", "workspace", "embedding")
 
 # A part of a device's bar: class of its colour, name, bytes.
 Part = tuple[str, str, int]
@@ -163,8 +163,10 @@ def _verdict_text(reservation: Reservation, measured_bytes: int | None) -> str:
         return f"loaded, {amount(measured_bytes)} in use"
     devices = reservation.devices
     if reservation.fits:
-        needed = sum(_needed_bytes(device) for device in devices)
-        free = needed + sum(device.headroom_bytes for device in devices)
+        # Of the devices that hold layers: memory of cards and main memory have different prices.
+        running = [device for device in devices if device.has_layers]
+        needed = sum(_needed_bytes(device) for device in running)
+        free = needed + sum(device.headroom_bytes for device in running)
         return f"fits, needs {_needs_and_free(needed, free)}"
     short = [device for device in devices if not device.fits]
     needs = [_device_needs(device, alone=len(devices) == 1) for device in short]
@@ -235,9 +237,11 @@ def _device(device: DeviceReservation, *, alone: bool) -> str:
     label, edge = device.memory_name, device.capacity_bytes / scale
     head = ""
     if not alone:
-        layers = f"{label}, layers {device.first_layer} to {device.end_layer - 1}"
+        held = "the embedding"
+        if device.has_layers:
+            held = f"layers {device.first_layer} to {device.end_layer - 1}"
         head = (
-            f'<div class="exl-head"><b>{escape(layers)}</b>'
+            f'<div class="exl-head"><b>{escape(label)}, {held}</b>'
             f"<span>{_device_needs(device, alone=True)}</span></div>"
         )
     amounts = ", ".join(f"{name} {amount(nbytes)}" for _, name, nbytes in _listed(device))
@@ -275,6 +279,7 @@ def _parts(device: DeviceReservation) -> list[Part]:
         ("weights", "Weights", device.weights_bytes),
         ("cache", "Cache", device.cache_bytes),
         ("workspace", "Workspace", device.workspace_bytes),
+        ("embedding", "Embedding", device.embedding_bytes),
     ]
     if not _limit_rules(device):
         parts.append(("overhead", _overhead_name(device), device.overhead_bytes))

@@ -338,3 +338,19 @@ def test_both_themes_have_enough_contrast(theme):
         assert contrast(colours[part], colours["track"]) >= 3, part
     used = set(re.findall(r"var\(--exl-([\w-]+)\)", gauge_style.STYLE))
     assert used <= set(colours)
+
+
+def test_the_embedding_of_a_model_on_a_card_has_a_bar_of_main_memory():
+    main_memory = DeviceReservation(
+        device="cpu", first_layer=40, end_layer=40, weights_bytes=0, cache_bytes=0,
+        workspace_bytes=0, overhead_bytes=GIB // 8, overhead_measured=True,
+        capacity_bytes=32 * GIB, free_bytes=20 * GIB, other_bytes=12 * GIB, limit_bytes=None,
+        headroom_bytes=20 * GIB - GIB - GIB // 8, embedding_bytes=GIB,
+    )
+    page = Page(gauge_html(reservation(device(), main_memory)))
+    assert "main memory, the embedding" in page.words and "Embedding" in page.words
+    # The verdict is about the card.
+    assert page.words.index("needs 17.8 GiB, 23.0 GiB free") < page.words.index("main memory")
+    assert page.with_class("exl-embedding")
+    styles = [bar["style"] for bar in page.with_class("exl-embedding") if "title" in bar]
+    assert styles[0] == "width:3.125%"

@@ -230,11 +230,11 @@ def test_layers_are_split_over_devices_next_to_a_draft(tiny_model_dir, draft_dir
     """The draft is on the first layer's device, and every device keeps its limit."""
     options = {"device": "cuda:0,cuda:1", "vram": "2GiB,2GiB", "model_draft": draft_dir}
     whole = exl_loader.plan(tiny_model_dir, ctx_size=CTX, **options)
-    assert [d.device for d in whole.devices] == ["cuda:0"]
-    limit = whole.total_bytes - 1
+    assert [d.device for d in whole.devices] == ["cuda:0", "cpu"]
+    limit = whole.devices[0].total_bytes - 1
     split = exl_loader.plan(tiny_model_dir, ctx_size=CTX, memory_limit=limit, **options)
-    assert split.fits and [d.end_layer for d in split.devices] == [1, 2]
-    assert [d.draft_bytes > 0 for d in split.devices] == [True, False]
+    assert split.fits and [d.end_layer for d in split.devices] == [1, 2, 2]
+    assert [d.draft_bytes > 0 for d in split.devices] == [True, False, True]
 
 
 def test_a_draft_with_another_vocabulary_is_refused(tiny_model_dir, tmp_path, nothing_left):

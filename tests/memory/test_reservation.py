@@ -182,16 +182,16 @@ def test_bytes_by_cache_type_are_those_of_a_plan_with_it(tmp_path, draft):
 def test_a_card_without_room_for_a_layer_is_skipped(tmp_path):
     folder = write_sparse_exl2(tmp_path / "m", num_hidden_layers=4)
     found = plan(folder, ctx_size=256, vram=["1MiB", "600MiB", "600MiB"])
-    assert [device.device for device in found.devices] == ["cuda:1"]
-    assert found.fits
+    assert [device.device for device in found.devices] == ["cuda:1", "cpu"]
+    assert found.fits and found.devices[0].has_layers and not found.devices[1].has_layers
 
 
 def test_the_shortfall_is_shown_on_the_last_card(tmp_path):
     folder = write_sparse_exl2(tmp_path / "m", num_hidden_layers=4)
     found = plan(folder, ctx_size=256, vram=["1MiB", "513MiB"])
     assert not found.fits
-    assert found.devices[-1].device == "cuda:1"
-    assert found.devices[-1].missing_bytes > 0
+    last, main_memory = found.devices
+    assert last.device == "cuda:1" and last.missing_bytes > 0 and main_memory.fits
     assert found.largest_ctx_size == dict.fromkeys(CACHE_TYPES, 0)
 
 
@@ -262,14 +262,16 @@ def test_gpu_split_limits_our_buffers(tmp_path):
     whole = plan(folder, ctx_size=1024, vram="24GiB")
     share = (whole.workspace_bytes + whole.cache_bytes // 2 + whole.weights_bytes // 2) / GIB
     found = plan(folder, ctx_size=1024, vram="24GiB,24GiB", gpu_split=f"{share},1")
-    assert [d.device for d in found.devices] == ["cuda:0", "cuda:1"]
+    assert [d.device for d in found.devices] == ["cuda:0", "cuda:1", "cpu"]
+    assert found.devices[2].limit_bytes is None
     assert found.devices[0].total_bytes <= int(share * GIB) == found.devices[0].limit_bytes
     assert found.devices[1].limit_bytes == GIB
 
 
 def test_a_card_that_is_not_here_has_an_assumed_context(tmp_path):
     folder = write_sparse_exl2(tmp_path / "m")
-    (device,) = plan(folder, vram="24GiB").devices
+    device, main_memory = plan(folder, vram="24GiB").devices
+    assert main_memory.capacity_bytes == backend_of("cpu").capacity("cpu").capacity_bytes
     assert (device.device, device.capacity_bytes) == ("cuda:0", 24 * GIB)
     assert not device.overhead_measured and device.overhead_bytes > 0
     assert "(assumed)" in render(plan(folder, vram="24GiB"))

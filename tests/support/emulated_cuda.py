@@ -59,6 +59,10 @@ class EmulatedCard(MainMemory, CudaBackend):
         self._buffers[owner] = device, buffer.data_ptr(), nbytes
         return buffer, owner
 
+    def empty_mapped(self, device: str, nbytes: int) -> tuple[Any, Any]:
+        # Memory of no card: kernels of every card may read it.
+        return MainMemory.empty(self, device, nbytes)
+
     def owner_of(self, address: int) -> str | None:
         """Return the card that owns an address; None for other main memory."""
         for name, first, nbytes in self._buffers.values():

@@ -41,7 +41,7 @@ def plan_options(bench: Bench, model: str) -> Iterator[tuple[str, dict[str, Any]
         )
         yield name, {
             "device": [first, "cuda:1"], "vram": ["1000GiB", "1000GiB"], "chunk_size": 256,
-            "gpu_split": [(both.total_bytes - 1) / GIB, 20], "ctx_size": 1024,
+            "gpu_split": [(both.devices[0].total_bytes - 1) / GIB, 20], "ctx_size": 1024,
             "cache_type": "q4_q8",
         }
     draft = bench.model("llama-gptq" if model != "llama-gptq" else "llama-exl2")
@@ -70,7 +70,8 @@ def _plan(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
                 names.append(spec.name)
         by_device = {
             device.device: [device.first_layer, device.end_layer, device.weights_bytes,
-                            device.cache_bytes, device.workspace_bytes, device.draft_bytes]
+                            device.cache_bytes, device.workspace_bytes, device.draft_bytes,
+                            *([device.embedding_bytes] if device.embedding_bytes else [])]
             for device in reservation.devices
         }
         return {

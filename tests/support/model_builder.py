@@ -45,7 +45,8 @@ def build_model(
         cache_tensors = cache_specs(config, num_pages, kind, devices)
         buffers = allocate(lay_out([*parts.specs(), *cache_tensors, *workspace]).values())
         with upload_buffers(on_device, buffers):
-            parts.load(checkpoint, buffers.views("weights"), on_device)
+            weights = buffers.views("weights") | buffers.views("embedding")
+            parts.load(checkpoint, weights, on_device)
     views = buffers.views("cache")
     layers = [
         CacheLayer(*(views.get(f"cache.{i}.{name}") for name in CACHE_TENSORS), kind)

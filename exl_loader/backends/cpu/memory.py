@@ -79,6 +79,10 @@ class MainMemory:
         pages = main_memory.map_pages(nbytes)
         return torch.frombuffer(pages, dtype=torch.uint8)[:nbytes], pages
 
+    def empty_mapped(self, device: str, nbytes: int) -> tuple[torch.Tensor, object]:
+        """Allocate as `empty` does: operations read all of main memory."""
+        return self.empty(device, nbytes)
+
     def touch(self, buffer: torch.Tensor) -> None:
         """Write one byte a page, because the system takes memory for written pages only."""
         buffer[::PAGE_BYTES] = 0

@@ -141,6 +141,17 @@ class CudaBackend:
         memory = CardMemory(card_index(device), nbytes)
         return torch.as_tensor(memory, device=device), memory
 
+    def empty_mapped(self, device: str, nbytes: int) -> tuple[torch.Tensor, object]:
+        """Take pinned memory from the driver."""
+        import numpy as np
+        import torch
+
+        from .cards import card_index
+        from .driver import MappedMemory
+
+        memory = MappedMemory(card_index(device), nbytes)
+        return torch.from_numpy(np.asarray(memory)), memory
+
     def touch(self, buffer: torch.Tensor) -> None:
         """Fill with zeros, as on the CPU. Device memory is taken when it is allocated."""
         buffer.zero_()

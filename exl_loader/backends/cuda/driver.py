@@ -30,6 +30,8 @@ LIBRARY = library_name(windows="nvcuda.dll", posix="libcuda.so.1")
 # CUresult
 OUT_OF_MEMORY = 2
 NOT_FOUND = 500
+# Flags of cuMemHostAlloc: pinned for every context, and readable by kernels.
+_PORTABLE, _MAPPED = 1, 2
 # CUdevice_attribute
 _CAPABILITY_MAJOR = 75
 _CAPABILITY_MINOR = 76
@@ -261,25 +263,55 @@ class CardMemory:
     """
 
     def __init__(self, index: int, nbytes: int, driver: Driver | None = None) -> None:
-        driver = _installed() if driver is None else driver
         address = ctypes.c_uint64()
-        try:
-            # Retained as long as the memory, which belongs to the context.
-            context = Context(driver, index)
-            # Registered before the driver writes the address: an interrupt after that call
-            # would otherwise lose the memory.
-            free = weakref.finalize(self, _free, context, index, address)
-            try:
-                with context:
-                    driver.call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(nbytes))
-                _held.setdefault(index, {})[address.value] = nbytes
-            except BaseException:
-                free()
-                raise
-        except InsufficientMemory as error:
-            raise MemoryError(f"the driver refused {nbytes} bytes") from error
+
+        def allocate(driver: Driver) -> None:
+            driver.call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(nbytes))
+            _held.setdefault(index, {})[address.value] = nbytes
+
+        def free(driver: Driver) -> None:
+            driver.functions.cuMemFree_v2(address)
+            _held.get(index, {}).pop(address.value, None)
+
+        _own(self, index, nbytes, driver, address, allocate, free)
         # https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html, version 3.
         self.__cuda_array_interface__ = {
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (address.value, False),
+            "strides": None,
+            "version": 3,
+        }
+
+
+class MappedMemory:
+    """Pinned main memory that a card's kernels read without a copy, and numpy can wrap.
+
+    The CPU and the card use the same address, because every card that this engine runs on has
+    unified addressing (CUDA programming guide, "Unified Virtual Address Space"). The memory is
+    exactly as large as asked, where PyTorch's pinned memory is rounded up to a power of two. It
+    is freed when the last reference is dropped, including those of tensors.
+
+    Args:
+        index, nbytes, driver: as those of `CardMemory`.
+
+    Raises:
+        MemoryError, DeviceError: as `CardMemory`.
+    """
+
+    def __init__(self, index: int, nbytes: int, driver: Driver | None = None) -> None:
+        address = ctypes.c_uint64()
+
+        def allocate(driver: Driver) -> None:
+            driver.call("cuMemHostAlloc", ctypes.byref(address), ctypes.c_size_t(nbytes),
+                        _PORTABLE | _MAPPED)
+
+        def free(driver: Driver) -> None:
+            driver.functions.cuMemFreeHost(address)
+
+        _own(self, index, nbytes, driver, address, allocate, free)
+        # https://numpy.org/doc/stable/reference/arrays.interface.html, version 3.
+        self.__array_interface__ = {
             "shape": (nbytes,),
             "typestr": "|u1",
             "data": (address.value, False),
@@ -293,14 +325,49 @@ def held_bytes(index: int) -> int:
     return sum(_held.get(index, {}).values())
 
 
-def _free(context: Context, index: int, address: ctypes.c_uint64) -> None:
-    def free() -> None:
-        # The address is 0 if the driver has refused.
-        if address.value:
-            context.driver.functions.cuMemFree_v2(address)
-            _held.get(index, {}).pop(address.value, None)
+def _own(
+    owner: object, index: int, nbytes: int, driver: Driver | None, address: ctypes.c_uint64,
+    allocate: Callable[[Driver], None], free: Callable[[Driver], None],
+) -> None:
+    """Allocate memory in a card's context, and free it when its owner is dropped.
 
-    release_in(context, free)
+    Args:
+        owner: holds the memory.
+        index: the card.
+        nbytes: size.
+        driver: the CUDA driver; the installed one where None.
+        address: where `allocate` writes the address. It stays 0 if the driver refuses.
+        allocate, free: of the memory; called in the card's context.
+
+    Raises:
+        MemoryError: the driver refused.
+        DeviceError: there is no driver or no such card.
+    """
+    driver = _installed() if driver is None else driver
+    try:
+        # Retained as long as the memory, which belongs to the context.
+        context = Context(driver, index)
+        # Registered before the driver writes the address: an interrupt after that call
+        # would otherwise lose the memory.
+        release = weakref.finalize(owner, _free, context, address, free)
+        try:
+            with context:
+                allocate(driver)
+        except BaseException:
+            release()
+            raise
+    except InsufficientMemory as error:
+        raise MemoryError(f"the driver refused {nbytes} bytes") from error
+
+
+def _free(
+    context: Context, address: ctypes.c_uint64, free: Callable[[Driver], None]
+) -> None:
+    def free_if_taken() -> None:
+        if address.value:
+            free(context.driver)
+
+    release_in(context, free_if_taken)
 
 
 @functools.cache

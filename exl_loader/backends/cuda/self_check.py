@@ -18,7 +18,7 @@ from ...formats.layer import QuantizedSizes
 from ...memory.buffers import allocate
 from ...memory.segments import lay_out
 from ...utils.errors import DeviceError, drop_locals
-from ...utils.table import TensorSpec
+from ...utils.table import MAIN_MEMORY, TensorSpec
 from ..base import AttentionShape, Batch
 from ..reference import fp16 as reference_fp16
 from ..reference.codec import dequantize, rotate_back
@@ -61,7 +61,8 @@ _REMEDY = (
 def check_card(ops: CudaOps, name: str) -> None:
     """Run a card's operations once and compare their results.
 
-    The memory that this takes, less than 2 MiB, is released.
+    The memory that this takes, less than 2 MiB of the card and a page of main memory, is
+    released.
 
     Args:
         ops: `CudaOps` of the card.
@@ -77,7 +78,8 @@ def check_card(ops: CudaOps, name: str) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        _Check(ops, name, buffers.views("workspace")).run()
+        # No local variable has the views, because an error keeps this function's frame.
+        _Check(ops, name, buffers.views("workspace") | buffers.views("embedding")).run()
     except BaseException as error:
         drop_locals(error)  # which are views of the buffer
         if not isinstance(error, RuntimeError):
@@ -111,6 +113,7 @@ class _Check:
         self.rng = np.random.default_rng(20)
 
     def run(self) -> None:
+        self._embedding()
         self._norm()
         self._rope_and_gate()
         self._products()
@@ -137,6 +140,17 @@ class _Check:
         if not error <= bound:  # NaN is no match
             raise _refusal(self.name, f"{what} within {bound:.0e} of the CPU's",
                            f"a relative error of {error:.2g}")
+
+    def _embedding(self) -> None:
+        """Check that kernels read main memory, bit for bit."""
+        table, ids = self.views["embedding"], torch.tensor([2, 0, 3, 2], dtype=torch.int32)
+        table.copy_(self._normal(*table.shape))
+        expected = torch.empty(len(ids), IN_FEATURES)
+        self.reference.embed(ids, table, 2.5, expected)
+        out = self.views["normed"][: len(ids)]
+        self.ops.embed(self._put("integers", ids), table, 2.5, out)
+        if not torch.equal(self._get(out), expected):
+            raise _refusal(self.name, "rows of an embedding in main memory", "others")
 
     def _norm(self) -> None:
         x, weight = self._normal(3, IN_FEATURES), self._normal(IN_FEATURES)
@@ -284,7 +298,7 @@ def _linear_shapes() -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def check_specs(name: str) -> list[TensorSpec]:
-    """Return the tensors that the check needs on a card, all in one segment."""
+    """Return the tensors that the check needs: on a card in one segment, and an embedding."""
     tokens, rows = PAGES * PAGE_LEN, PROMPT + 1
     kinds = [CacheType.parse(cache_type) for cache_type in CACHE_TYPES]
     scratch = max(
@@ -314,9 +328,13 @@ def check_specs(name: str) -> list[TensorSpec]:
     }
     for cache_type, kind in zip(CACHE_TYPES, kinds, strict=True):
         shapes |= {f"{cache_type}.{role}": found for role, found in cache_shapes(kind).items()}
+    embedding = TensorSpec(
+        "embedding", "embedding", "float16", (4, IN_FEATURES), MAIN_MEMORY, read_by=name
+    )
     return [
-        TensorSpec(role, "workspace", dtype, shape, name)
-        for role, (dtype, shape) in shapes.items()
+        *(TensorSpec(role, "workspace", dtype, shape, name)
+          for role, (dtype, shape) in shapes.items()),
+        embedding,
     ]
 
 

@@ -11,7 +11,7 @@ from ...cache.layout import cache_specs
 from ...utils.table import DeviceMap
 from ..segments import lay_out
 from .budgets import Budget
-from .costs import LayerCosts, PlacedModel
+from .costs import BufferBytes, LayerCosts, PlacedModel
 from .options import RunOptions
 from .split import split
 
@@ -22,10 +22,12 @@ class DeviceShare:
 
     Args:
         budget: the device and what it lends.
-        layers: the layers. The embedding is with the first, the output head with the last.
-        weights_bytes, cache_bytes, workspace_bytes: the three buffers.
+        layers: the layers. The output head is with the last. Empty for main memory that has
+            only embeddings of models on cards.
+        weights_bytes, cache_bytes, workspace_bytes: the three buffers of the layers.
         overhead_bytes: memory outside the buffers.
         draft_bytes: the part of the buffers that a draft model takes.
+        embedding_bytes: the buffer of embeddings that a card reads in main memory.
     """
 
     budget: Budget
@@ -35,11 +37,14 @@ class DeviceShare:
     workspace_bytes: int
     overhead_bytes: int
     draft_bytes: int = 0
+    embedding_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        """The three buffers."""
-        return self.weights_bytes + self.cache_bytes + self.workspace_bytes
+        """All buffers."""
+        return (
+            self.weights_bytes + self.cache_bytes + self.workspace_bytes + self.embedding_bytes
+        )
 
     @property
     def headroom_bytes(self) -> int:
@@ -53,23 +58,27 @@ class Assigner:
     Args:
         model: the costs of the model's layers.
         budgets: the devices that may be used, in order.
+        main_memory: what main memory lends for embeddings; one of the budgets where one of
+            them is main memory.
         draft: the costs of a draft model, which is on one device as a whole; None without one.
         ctx_size_draft: tokens of context of the draft model; 0 for as many as the model's.
+        embedding_on_card: embeddings are with the first layer on cards too, and not in main
+            memory.
     """
 
     def __init__(
-        self, model: LayerCosts, budgets: Sequence[Budget], draft: LayerCosts | None = None,
-        ctx_size_draft: int = 0,
+        self, model: LayerCosts, budgets: Sequence[Budget], main_memory: Budget,
+        draft: LayerCosts | None = None, ctx_size_draft: int = 0,
+        embedding_on_card: bool = False,
     ) -> None:
         self._model = model
         self._budgets = list(budgets)
+        self._main_memory = main_memory
         self._draft = draft
         self._ctx_size_draft = ctx_size_draft
+        self._embedding_on_card = embedding_on_card
         models = [model] if draft is None else [model, draft]
         self._upload_bytes = max(one.upload_bytes(budgets[0].device) for one in models)
-        names = [budget.device for budget in budgets]
-        # Weights of cards pass through main memory as well.
-        self._uploads_on = next((n for n in names if backend_of(n).is_main_memory), None)
 
     def assign(self, ctx_size: int, run: RunOptions) -> list[DeviceShare]:
         """Split the layers as `split` does.
@@ -79,17 +88,23 @@ class Assigner:
             run: the other options that decide the bytes.
 
         Returns:
-            A share for each device that holds a layer, in the order of the layers. The last one
-            may not fit.
+            A share for each device that holds a layer, in the order of the layers, of which the
+            last may not fit. Then a share of main memory where it holds embeddings alone.
         """
         costs = [partial(self._cost, budget, ctx_size, run) for budget in self._budgets]
         lent = [budget.lent_bytes for budget in self._budgets]
         ranges = split(costs, lent, self._model.num_layers)
-        return [
+        shares = [
             self._share(budget, layers, ctx_size, run)
             for budget, layers in zip(self._budgets, ranges, strict=True)
             if layers
         ]
+        first = shares[0]
+        if not any(share.budget is self._main_memory for share in shares):
+            embeddings, of_draft = self._embeddings(first.budget.device, len(first.layers))
+            if embeddings:
+                shares.append(self._embedding_share(embeddings, of_draft))
+        return shares
 
     def most_pages(self, run: RunOptions) -> int:
         """Return more cache pages than would fit if there were no weights and no workspace."""
@@ -100,7 +115,7 @@ class Assigner:
     def placed(self, shares: Sequence[DeviceShare], ctx_size: int) -> PlacedModel:
         """Return the model on the devices of these shares."""
         layers = [share.budget.device for share in shares for _ in share.layers]
-        device_map = DeviceMap(layers[0], tuple(layers), layers[-1])
+        device_map = DeviceMap(self._embedding_device(layers[0]), tuple(layers), layers[-1])
         return PlacedModel(self._model.parts(device_map), self._model.checkpoint, ctx_size)
 
     def placed_draft(
@@ -109,9 +124,31 @@ class Assigner:
         """Return the draft model on the first device of these shares; None without one."""
         if self._draft is None:
             return None
-        on_first = DeviceMap.single(shares[0].budget.device, self._draft.num_layers)
+        first = shares[0].budget.device
+        layers = (first,) * self._draft.num_layers
+        device_map = DeviceMap(self._embedding_device(first), layers, first)
         tokens = self._ctx_size_draft or ctx_size
-        return PlacedModel(self._draft.parts(on_first), self._draft.checkpoint, tokens)
+        return PlacedModel(self._draft.parts(device_map), self._draft.checkpoint, tokens)
+
+    def _embedding_device(self, first: str) -> str:
+        """Return the device whose memory embeddings are in, for the first layer's device."""
+        if self._embedding_on_card or backend_of(first).is_main_memory:
+            return first
+        return self._main_memory.device
+
+    def _embeddings(self, first: str, num_layers: int) -> tuple[int, int]:
+        """Return the bytes of all embeddings in main memory, and of those of the draft model.
+
+        Args:
+            first: the device of the first layer.
+            num_layers: the layers on it.
+        """
+        if self._embedding_device(first) == first:
+            return 0, 0
+        of_draft = 0
+        if self._draft is not None:
+            of_draft = self._draft.main_memory_embedding_bytes(first, self._draft.num_layers)
+        return self._model.main_memory_embedding_bytes(first, num_layers) + of_draft, of_draft
 
     def _cost(
         self, budget: Budget, ctx_size: int, run: RunOptions, first: int, end: int
@@ -124,18 +161,44 @@ class Assigner:
         self, budget: Budget, layers: range, ctx_size: int, run: RunOptions
     ) -> DeviceShare:
         device, is_first = budget.device, layers.start == 0
-        buffers, draft_bytes = self._model.buffers(device, layers, ctx_size, run), 0
+        here = self._embedding_device(device) == device
+        buffers, draft_bytes = self._model.buffers(device, layers, ctx_size, run, here), 0
         if self._draft is not None and is_first:
             every = range(self._draft.num_layers)
-            draft = self._draft.buffers(device, every, self._ctx_size_draft or ctx_size, run)
+            tokens = self._ctx_size_draft or ctx_size
+            draft = self._draft.buffers(device, every, tokens, run, here)
             # Each tensor is aligned separately, so the buffer of both is the sum of two.
             buffers, draft_bytes = buffers + draft, draft.total
-        backend = backend_of(device)
-        overhead = budget.overhead_bytes + buffers.rounding(backend.granularity_bytes)
-        # Uploads need main memory once, also where several shares are in main memory.
-        if device == self._uploads_on or (is_first and backend.is_main_memory):
-            overhead += self._upload_bytes
+        embedding_bytes = 0
+        if budget is self._main_memory and not is_first:
+            # It is the first budget in main memory, so the layers before are on a card.
+            embedding_bytes, of_draft = self._embeddings(self._budgets[0].device, layers.start)
+            draft_bytes += of_draft
         return DeviceShare(
-            budget, layers, buffers.weights, buffers.cache, buffers.workspace, overhead,
-            draft_bytes,
+            budget, layers, buffers.weights, buffers.cache, buffers.workspace,
+            self._overhead_bytes(budget, buffers, embedding_bytes, is_first), draft_bytes,
+            embedding_bytes,
         )
+
+    def _embedding_share(self, embedding_bytes: int, draft_bytes: int) -> DeviceShare:
+        """Return the share of main memory that has embeddings alone."""
+        end, nothing = self._model.num_layers, BufferBytes(0, 0, 0)
+        return DeviceShare(
+            self._main_memory, range(end, end), 0, 0, 0,
+            self._overhead_bytes(self._main_memory, nothing, embedding_bytes, False), draft_bytes,
+            embedding_bytes,
+        )
+
+    def _overhead_bytes(
+        self, budget: Budget, buffers: BufferBytes, embedding_bytes: int, is_first: bool
+    ) -> int:
+        """Return the memory of a device outside the buffers."""
+        backend = backend_of(budget.device)
+        page_bytes = backend.granularity_bytes
+        overhead = budget.overhead_bytes + buffers.rounding(page_bytes)
+        overhead += -embedding_bytes % page_bytes
+        # Uploads need main memory once, also where several shares are in main memory. Weights of
+        # cards pass through main memory as well.
+        if budget is self._main_memory or (is_first and backend.is_main_memory):
+            overhead += self._upload_bytes
+        return overhead

@@ -11,6 +11,7 @@ from ...backends import auto_devices, backend_of, full_name
 from ...backends.base import Capacity
 from ...utils.byte_counts import GIB, parse_bytes
 from ...utils.errors import InvalidSettings, shown
+from ...utils.table import MAIN_MEMORY
 from ..buffers import environment_limit, live_bytes
 from .options import LoadOptions
 
@@ -86,6 +87,15 @@ def budgets(options: LoadOptions) -> list[Budget]:
         else:
             found.append(_present(name, limit, live_bytes(name) if options.replacing else 0))
     return found
+
+
+def main_memory_budget(options: LoadOptions) -> Budget:
+    """Return what main memory lends to a model whose layers are all on cards."""
+    limit = None
+    if options.memory_limit is not None:
+        limit = parse_bytes(options.memory_limit, "memory_limit")
+    given_back = live_bytes(MAIN_MEMORY) if options.replacing else 0
+    return _present(MAIN_MEMORY, limit, given_back)
 
 
 def chosen_devices(options: LoadOptions) -> list[str]:

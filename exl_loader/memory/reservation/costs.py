@@ -11,8 +11,8 @@ from ...formats.layer import PIECE_BYTES
 from ...model.builder import ModelParts, WeightCosts, build_parts
 from ...model.parts.embedding import EMBEDDING_ROWS
 from ...model.step import workspace_specs
-from ...utils.table import DeviceMap, TensorSpec
-from ..segments import Segment, lay_out
+from ...utils.table import MAIN_MEMORY, DeviceMap, TensorSpec
+from ..segments import Segment, align, lay_out
 from .options import RunOptions
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ UPLOADED_LAYERS = 2
 
 @dataclass(frozen=True)
 class BufferBytes:
-    """The bytes of the three buffers of a device."""
+    """The bytes of the three buffers of a device's layers."""
 
     weights: int
     cache: int
@@ -143,17 +143,34 @@ class LayerCosts:
             self._wholes[kind] = self.parts(DeviceMap.single(device, self.num_layers))
         return self._wholes[kind]
 
-    def buffers(self, device: str, layers: range, ctx_size: int, run: RunOptions) -> BufferBytes:
+    def buffers(
+        self, device: str, layers: range, ctx_size: int, run: RunOptions, with_embedding: bool
+    ) -> BufferBytes:
         """Return the buffers of a range of layers.
 
-        The embedding is counted with the first layer, the output head with the last.
+        The output head is counted with the last layer.
+
+        Args:
+            with_embedding: the embedding is counted with the first layer.
         """
         cache = self._layer_cache_bytes(device, pages_for(ctx_size), run.cache_type)
+        weights = self._weight_costs(device)
         return BufferBytes(
-            self._weight_costs(device).of_range(layers.start, layers.stop),
+            weights.of_range(layers.start, layers.stop, with_embedding),
             cache * len(layers),
             self._workspace_bytes(device, layers, ctx_size, run),
         )
+
+    def main_memory_embedding_bytes(self, device: str, num_layers: int) -> int:
+        """Return the bytes of the embedding in main memory.
+
+        Args:
+            device: a card, which has the first layer.
+            num_layers: the layers on it. A tied head on the card is the embedding as well.
+        """
+        if num_layers == self.num_layers and self._weight_costs(device).is_tied:
+            return 0
+        return align(self.whole(device).embedding.spec.nbytes, MAIN_MEMORY)
 
     def upload_bytes(self, device: str) -> int:
         """Return the most main memory that weights take on their way into the buffers.

@@ -74,6 +74,10 @@ class LoadOptions:
         gpu_split: GiB that our buffers may take of each device, such as `20,24`.
         vram: of `plan` alone. Bytes of cards that need not be here, such as `24GiB,12GiB`.
         memory_limit: most bytes that our buffers may take of each device, such as `24GiB`.
+        embedding_device: where the token embedding of a model on cards is: `auto` and `cpu` are
+            main memory, which the card of the first layer reads a few rows of in each step. The
+            name of that card puts the embedding there. A tied head that is not quantised, on the
+            card of the first layer, is the embedding as well and takes no memory twice.
         chunk_size: most tokens in one forward pass; at least `max_batch_size`.
         max_batch_size: most sequences in one forward pass.
         alpha_value: NTK factor of RoPE, which stretches the model's own length.
@@ -117,6 +121,12 @@ class LoadOptions:
     )
     memory_limit: int | str | None = _option(
         None, "most memory to take of each device, such as 8GiB", "SIZE", unit="bytes"
+    )
+    embedding_device: str = _option(
+        "auto",
+        "where the token embedding of a model on cards is: cpu, or the card of the first layer; "
+        "auto is main memory",
+        "DEVICE",
     )
     chunk_size: int = _option(
         DEFAULT_CHUNK_SIZE, "most tokens in one forward pass", "N",
@@ -207,6 +217,11 @@ class LoadOptions:
         if self.as_architecture is not None:
             named_architecture(self.as_architecture)
         check_flag("replacing", self.replacing)
+        if not isinstance(self.embedding_device, str):
+            raise InvalidSettings(
+                "embedding_device", expected="auto, cpu or a card such as cuda:0",
+                actual=shown(self.embedding_device),
+            )
         if isinstance(self.ctx_size, str) and self.ctx_size != "auto":
             raise InvalidSettings(
                 "ctx_size", expected="a number of tokens or auto", actual=shown(self.ctx_size)
@@ -254,6 +269,7 @@ class SharedKeywords(TypedDict, total=False):
     device: str | Sequence[str]
     gpu_split: str | Sequence[float] | None
     memory_limit: int | str | None
+    embedding_device: str
     chunk_size: int
     max_batch_size: int
     alpha_value: float

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...backends import backend_of, full_name
 from ...cache.layout import PAGE_LEN, CacheType
 from ...checkpoint import Checkpoint
 from ...checkpoint.config import ModelConfig, has_unknown_class
+from ...utils.errors import InvalidSettings, shown
 from ...utils.setting_values import check_path
+from ...utils.table import SEGMENTS
 from ..segments import Segment
 from .assignment import Assigner, DeviceShare
-from .budgets import budgets
+from .budgets import Budget, budgets, main_memory_budget
 from .costs import LayerCosts, PlacedModel, segments_of
 from .length import stretched_length
 from .options import DEFAULT_CTX_SIZE, LoadOptions, PlanKeywords, RunOptions
@@ -79,6 +82,9 @@ def planned(
         CacheType.parse(options.cache_type), options.chunk_size, options.max_batch_size
     )
     devices = budgets(options)
+    in_main_memory = [one for one in devices if backend_of(one.device).is_main_memory]
+    main_memory = in_main_memory[0] if in_main_memory else main_memory_budget(options)
+    embedding_card = _embedding_card(options, devices)
     with ExitStack() as files:
         costs = _open(model_dir, options.as_architecture, files)
         draft_costs = None
@@ -87,7 +93,10 @@ def planned(
             known = not has_unknown_class(options.model_draft)
             draft_architecture = None if known else options.as_architecture
             draft_costs = _open(options.model_draft, draft_architecture, files)
-        assigner = Assigner(costs, devices, draft_costs, options.ctx_size_draft)
+        assigner = Assigner(
+            costs, devices, main_memory, draft_costs, options.ctx_size_draft,
+            embedding_on_card=embedding_card is not None,
+        )
         shown_types = LoadOptions.OPTIONS["cache_type"].choices
         by_type = {
             name: replace(run, cache_type=CacheType.parse(name))
@@ -96,6 +105,8 @@ def planned(
         largest = {name: _largest_ctx_size(assigner, other) for name, other in by_type.items()}
         ctx_size = _chosen_ctx_size(options, costs.config, largest[str(run.cache_type)])
         shares = assigner.assign(ctx_size, run)
+        if embedding_card not in (None, shares[0].budget.device):
+            raise _wrong_embedding_device(options, [shares[0].budget])
         model = assigner.placed(shares, ctx_size)
         draft = assigner.placed_draft(shares, ctx_size)
         segments = segments_of(model, run, draft)
@@ -124,6 +135,33 @@ def planned(
             ctx_size_draft=draft.ctx_size if draft is not None else 0,
         )
         yield PlannedModel(reservation, model, tuple(segments.values()), draft)
+
+
+def _embedding_card(options: LoadOptions, devices: Sequence[Budget]) -> str | None:
+    """Return the card that the embedding has to be on; None for main memory.
+
+    Raises:
+        InvalidSettings: `embedding_device` is none of the plan's devices and not main memory.
+    """
+    if options.embedding_device == "auto":
+        return None
+    name = full_name(options.embedding_device)
+    if backend_of(name).is_main_memory:
+        return None
+    if all(budget.device != name for budget in devices):
+        raise _wrong_embedding_device(options, devices)
+    return name
+
+
+def _wrong_embedding_device(
+    options: LoadOptions, devices: Sequence[Budget]
+) -> InvalidSettings:
+    names = " or ".join(budget.device for budget in devices)
+    return InvalidSettings(
+        "embedding_device",
+        expected=f"auto, cpu or the device of the first layer, which is {names}",
+        actual=shown(options.embedding_device),
+    )
 
 
 def _open(
@@ -160,10 +198,11 @@ def _record(
 ) -> DeviceReservation:
     """Make the public record of a share, which must equal the tensors as they are laid out."""
     budget = share.budget
-    laid_out = tuple(
-        segments[budget.device, name].nbytes for name in ("weights", "cache", "workspace")
+    keys = [(budget.device, name) for name in SEGMENTS]
+    laid_out = tuple(segments[key].nbytes if key in segments else 0 for key in keys)
+    summed = (
+        share.weights_bytes, share.cache_bytes, share.workspace_bytes, share.embedding_bytes
     )
-    summed = (share.weights_bytes, share.cache_bytes, share.workspace_bytes)
     assert summed == laid_out, (summed, laid_out)
     lent = budget.limited()
     return DeviceReservation(
@@ -181,4 +220,5 @@ def _record(
         limit_bytes=budget.limit_bytes,
         headroom_bytes=share.headroom_bytes,
         draft_bytes=share.draft_bytes,
+        embedding_bytes=share.embedding_bytes,
     )

@@ -16,8 +16,9 @@ class DeviceReservation:
     Args:
         device: `cpu`, `cuda:0`, ...
         first_layer, end_layer: the decoder layers on it, from the first up to the end, which is
-            not included.
-        weights_bytes, cache_bytes, workspace_bytes: the three buffers, with alignment.
+            not included. Both are the end of the model for main memory that has only the
+            embedding of a model on cards.
+        weights_bytes, cache_bytes, workspace_bytes: the buffers of these layers, with alignment.
         overhead_bytes: memory outside our buffers: the rounding of each buffer to whole pages of
             the device, the runtime's own context, and weights on their way through main memory.
         overhead_measured: False where a part of it is assumed, because the card is not here or
@@ -25,12 +26,14 @@ class DeviceReservation:
         capacity_bytes: the memory of the device, or the limit where that is less.
         free_bytes: the memory that is free now, at most the limit.
         other_bytes: the memory that other processes and the system hold.
-        limit_bytes: the most that the three buffers may take, by `memory_limit`, `gpu_split` or
+        limit_bytes: the most that the buffers may take, by `memory_limit`, `gpu_split` or
             the environment; None without a limit.
         headroom_bytes: the memory that stays free after the load; negative where the model does not
             fit. A limit has to hold the buffers. The free memory has to hold the buffers and the
             overhead.
-        draft_bytes: the part of the three buffers that a draft model takes.
+        draft_bytes: the part of the buffers that a draft model takes.
+        embedding_bytes: the buffer of main memory with the token embedding of a model whose first
+            layer is on a card. 0 where the embedding is a part of the weights.
     """
 
     device: str
@@ -47,6 +50,12 @@ class DeviceReservation:
     limit_bytes: int | None
     headroom_bytes: int
     draft_bytes: int = 0
+    embedding_bytes: int = 0
+
+    @property
+    def has_layers(self) -> bool:
+        """Return False for main memory that has only the embedding of a model on cards."""
+        return self.end_layer > self.first_layer
 
     @property
     def memory_name(self) -> str:
@@ -55,8 +64,10 @@ class DeviceReservation:
 
     @property
     def total_bytes(self) -> int:
-        """The three buffers, as `LoadedModel.allocated_bytes()` will measure them here."""
-        return self.weights_bytes + self.cache_bytes + self.workspace_bytes
+        """All buffers, as `LoadedModel.allocated_bytes()` will measure them here."""
+        return (
+            self.weights_bytes + self.cache_bytes + self.workspace_bytes + self.embedding_bytes
+        )
 
     @property
     def needed_bytes(self) -> int:
@@ -93,7 +104,8 @@ class Reservation:
         cache_type: as `CacheType` writes it, such as `fp16` or `q8_q4`.
         chunk_size: most tokens in one forward pass.
         max_batch_size: most sequences in one forward pass.
-        devices: one record for each device that holds layers, in the order of the layers.
+        devices: one record for each device that holds layers, in the order of the layers, and
+            one of main memory where it has only the embedding of a model on cards.
         largest_ctx_size: cache type -> most tokens of context that fit now, 0 where not even one
             page does. The types are fp16, q8, q6, q4 and the type of this plan.
         bytes_by_cache_type: cache type -> bytes of all buffers with this context, for the same
@@ -148,14 +160,19 @@ class Reservation:
         return sum(device.workspace_bytes for device in self.devices)
 
     @property
+    def embedding_bytes(self) -> int:
+        """The embedding in main memory of a model on cards."""
+        return sum(device.embedding_bytes for device in self.devices)
+
+    @property
     def total_bytes(self) -> int:
         """All buffers on all devices."""
         return sum(device.total_bytes for device in self.devices)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all attributes and sums as JSON types."""
-        sums = ("fits", "weights_bytes", "cache_bytes", "workspace_bytes", "total_bytes",
-                "stretched_length")
+        sums = ("fits", "weights_bytes", "cache_bytes", "workspace_bytes", "embedding_bytes",
+                "total_bytes", "stretched_length")
         warning = self.length_warning
         return {
             **{name: value for name, value in vars(self).items() if name != "devices"},

@@ -20,12 +20,13 @@ def render(reservation: Reservation) -> str:
     devices = reservation.devices
     rows = [
         ("", [device.device for device in devices]),
-        ("layers", [f"{d.first_layer}-{d.end_layer - 1}" for d in devices]),
+        ("layers", [_layers(d) for d in devices]),
         ("weights", [amount(d.weights_bytes) for d in devices]),
         ("cache", [amount(d.cache_bytes) for d in devices]),
         ("workspace", [amount(d.workspace_bytes) for d in devices]),
+        *_row_if_any("embedding", [d.embedding_bytes for d in devices]),
         ("total", [amount(d.total_bytes) for d in devices]),
-        *_draft_row(devices),
+        *_row_if_any("draft model", [d.draft_bytes for d in devices]),
         ("overhead", [_overhead(d) for d in devices]),
         ("free", [amount(d.free_bytes) for d in devices]),
         ("capacity", [amount(d.capacity_bytes) for d in devices]),
@@ -62,10 +63,13 @@ def _headline(reservation: Reservation) -> str:
     )
 
 
-def _draft_row(devices: Sequence[DeviceReservation]) -> list[tuple[str, list[str]]]:
-    if not any(d.draft_bytes for d in devices):
-        return []
-    return [("draft model", [amount(d.draft_bytes) for d in devices])]
+def _layers(device: DeviceReservation) -> str:
+    return f"{device.first_layer}-{device.end_layer - 1}" if device.has_layers else "none"
+
+
+def _row_if_any(name: str, values: Sequence[int]) -> list[tuple[str, list[str]]]:
+    """Return a row of byte counts, or no row where all are 0."""
+    return [(name, [amount(nbytes) for nbytes in values])] if any(values) else []
 
 
 def _overhead(device: DeviceReservation) -> str:
@@ -119,10 +123,13 @@ def _limited(device: DeviceReservation) -> bool:
 
 
 def _needed(device: DeviceReservation) -> str:
-    parts = (
-        f"weights {amount(device.weights_bytes)}, cache {amount(device.cache_bytes)}, "
-        f"workspace {amount(device.workspace_bytes)}"
-    )
+    named = {"embedding": device.embedding_bytes} if device.embedding_bytes else {}
+    if device.has_layers:
+        named = {
+            "weights": device.weights_bytes, "cache": device.cache_bytes,
+            "workspace": device.workspace_bytes, **named,
+        }
+    parts = ", ".join(f"{name} {amount(nbytes)}" for name, nbytes in named.items())
     # A limit holds for the buffers alone, so the overhead is no part of the sum.
     if _limited(device):
         return f"{amount(device.total_bytes)} ({parts})"
@@ -140,6 +147,13 @@ def _found(device: DeviceReservation) -> str:
 def _ways_out(reservation: Reservation) -> list[str]:
     largest, ctx_size = reservation.largest_ctx_size, reservation.ctx_size
     ways = []
+    first = reservation.devices[0].device
+    for device in reservation.devices:
+        if device.embedding_bytes and not device.fits:
+            ways.append(
+                f"embedding_device={first} puts the embedding of "
+                f"{amount(device.embedding_bytes)} on the card."
+            )
     fitting = [name for name, tokens in largest.items() if tokens >= ctx_size]
     if fitting:
         ways.append(f"At this context these cache types fit: {', '.join(fitting)}.")

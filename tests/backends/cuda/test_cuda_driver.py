@@ -12,7 +12,13 @@ from exl_loader.backends.build.build import build, build_entry
 from exl_loader.backends.build.spec import BuildSpec
 from exl_loader.backends.build.toolchain import find_compiler
 from exl_loader.backends.cuda.compilers import cuda_spec
-from exl_loader.backends.cuda.driver import CardMemory, Driver, driver_release, held_bytes
+from exl_loader.backends.cuda.driver import (
+    CardMemory,
+    Driver,
+    MappedMemory,
+    driver_release,
+    held_bytes,
+)
 from exl_loader.backends.cuda.kernels import DriverLauncher, open_launcher
 from exl_loader.backends.cuda.taken import taken_of
 from exl_loader.utils.errors import DeviceError, InsufficientMemory, KernelBuildError
@@ -228,19 +234,45 @@ def test_memory_that_the_driver_refuses(library, fake):
     assert held_bytes(0) == 0 and fake.fake_retained(0) == 0 and fake.fake_current() == -1
 
 
-def test_an_interrupt_right_after_the_allocation_loses_no_memory(library, fake):
+@CURRENT
+def test_any_thread_takes_and_frees_mapped_memory(library, fake, work_in, current):
+    before = fake.fake_things(), fake.fake_retained(1)
+    held = [work_in(current, lambda: MappedMemory(1, 1000, Driver(library)))]
+    assert fake.fake_used(1) == 0 and held_bytes(1) == 0
+    assert (fake.fake_things(), fake.fake_retained(1)) == (before[0] + 1, before[1] + 1)
+    work_in(current, held.clear)
+    assert (fake.fake_things(), fake.fake_retained(1)) == before
+
+
+def test_arrays_keep_mapped_memory(library, fake):
+    before = fake.fake_things()
+    array = np.asarray(MappedMemory(0, 1000, Driver(library)))
+    array[:] = 7
+    assert array.shape == (1000,) and fake.fake_things() == before + 1
+    del array
+    assert fake.fake_things() == before
+
+
+def test_mapped_memory_that_the_driver_refuses(library, fake):
+    with pytest.raises(MemoryError, match=f"{2 << 30} bytes"):
+        MappedMemory(0, 2 << 30, Driver(library))
+    assert fake.fake_retained(0) == 0 and fake.fake_current() == -1
+
+
+@pytest.mark.parametrize("memory", [CardMemory, MappedMemory])
+def test_an_interrupt_right_after_the_allocation_loses_no_memory(library, fake, memory):
     before = fake.fake_things(), fake.fake_used(1), fake.fake_retained(1)
     driver = Driver(library)
     call = driver.call
 
     def interrupted(name, *arguments):
         call(name, *arguments)
-        if name == "cuMemAlloc_v2":
+        if name in ("cuMemAlloc_v2", "cuMemHostAlloc"):
             raise KeyboardInterrupt
 
     driver.call = interrupted
     with pytest.raises(KeyboardInterrupt):
-        CardMemory(1, 1000, driver)
+        memory(1, 1000, driver)
     assert (fake.fake_things(), fake.fake_used(1), fake.fake_retained(1)) == before
     assert held_bytes(1) == 0
 
@@ -256,6 +288,8 @@ def test_the_fake_driver_forbids_what_the_real_one_does(library, fake, launcher)
         driver.call("cuStreamCreate", ctypes.byref(stream), 1)
     memory = CardMemory(1, 16, driver)
     address = ctypes.c_uint64(memory.__cuda_array_interface__["data"][0])
+    mapped = MappedMemory(1, 16, driver)
+    pinned = ctypes.c_uint64(mapped.__array_interface__["data"][0])
     calls = {
         "cuModuleLoadData": (ctypes.byref(out), b"\x7fELF"),
         "cuModuleUnload": (launcher._modules[0],),
@@ -263,6 +297,7 @@ def test_the_fake_driver_forbids_what_the_real_one_does(library, fake, launcher)
         "cuFuncSetAttribute": (reverse_kernel, 8, 1 << 10),
         "cuLaunchKernel": (reverse_kernel, 1, 1, 1, 32, 1, 1, 0, None, None, None),
         "cuMemFree_v2": (address,),
+        "cuMemFreeHost": (pinned,),
         "cuMemGetInfo_v2": (ctypes.byref(out), ctypes.byref(out)),
         "cuCtxSynchronize": (),
         "cuStreamCreate": (ctypes.byref(out), 1),

@@ -18,6 +18,8 @@ from support.targets import emulated_launcher
 
 # A source that the check runs, a wrong expression for it, and a word of the error.
 MISTAKES = [
+    ("rows", ("rows.cu", "const int64_t start = id / lanes * lanes * size + id % lanes",
+              "const int64_t start = id * lanes + id % lanes"), "an embedding in main memory"),
     ("norm", ("row_functions.cuh", "/ static_cast<float>(size)", "/ static_cast<float>(size + 1)"),
      "a norm"),
     ("rope", ("angles.cuh", "if (turns & 2)", "if (turns & 4)"), "RoPE's angles"),

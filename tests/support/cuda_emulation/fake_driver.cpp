@@ -67,6 +67,7 @@ std::set<Stream*> streams;
 std::set<Graph*> graphs;
 std::set<Executable*> executables;
 std::map<uint64_t, Memory> memories;
+std::map<void*, Memory> pinned;  // main memory
 uint64_t used[kDevices] = {0, 0};
 bool initialised = false;
 int version = 13000, capability[2] = {9, 0}, captures_to_spoil = 0;
@@ -166,7 +167,8 @@ void fake_configure(void* launch, void* signature, int major, int minor, int dri
 int fake_modules() { return int(modules.size()); }
 int fake_graphs() { return int(executables.size()); }
 int fake_things() {
-    return int(streams.size() + graphs.size() + executables.size() + memories.size());
+    return int(streams.size() + graphs.size() + executables.size() + memories.size() +
+               pinned.size());
 }
 int fake_retained(int device) { return contexts[device].retained; }
 uint64_t fake_stream() { return last_stream; }
@@ -343,6 +345,25 @@ int cuMemFree_v2(uint64_t address) {
     used[in_context()->device] -= found->second.nbytes;
     std::free(reinterpret_cast<void*>(address));
     return memories.erase(found), kOk;
+}
+int cuMemHostAlloc(void** address, size_t nbytes, unsigned flags) {
+    const Lock lock(mutex);
+    if (!in_context()) return kInvalidContext;
+    if (nbytes == 0 || flags != 3) return kInvalidValue;
+    if (const int code = may_wait()) return code;
+    if (nbytes > kCardBytes) return kOutOfMemory;
+    *address = std::malloc(nbytes);
+    return pinned[*address] = Memory{{in_context()}, nbytes}, kOk;
+}
+int cuMemFreeHost(void* address) {
+    const Lock lock(mutex);
+    if (!in_context()) return kInvalidContext;
+    const auto found = pinned.find(address);
+    if (found == pinned.end()) return kInvalidValue;
+    if (!is_at_home(&found->second)) return kInvalidContext;
+    if (const int code = may_wait()) return code;
+    std::free(address);
+    return pinned.erase(found), kOk;
 }
 int cuMemGetInfo_v2(size_t* free, size_t* total) {
     const Lock lock(mutex);
