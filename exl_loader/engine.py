@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -10,15 +11,18 @@ import torch
 
 from .backends import backend_of
 from .cache.paging import PagedCache
+from .checkpoint.adapter import Adapter
 from .generation.generator import Generator, IdGeneration, TextGeneration
 from .generation.logprobs import TokenLogprobs, token_logprobs
 from .generation.request import Prompt, RequestReader
 from .generation.settings import SamplingSettings
 from .generation.text_stream import TextStream
+from .memory.reservation.options import MAX_SCALING
+from .model.forward import Model
 from .text.chat.fitting import FittedMessages, context_notice, fit_messages
-from .utils.errors import InsufficientMemory, is_out_of_memory
+from .utils.errors import InsufficientMemory, InvalidCall, is_out_of_memory
 from .utils.progress import Progress
-from .utils.setting_values import check_integer, plain
+from .utils.setting_values import check_integer, check_number, check_path, plain
 from .utils.table import MAIN_MEMORY
 
 if TYPE_CHECKING:
@@ -27,7 +31,7 @@ if TYPE_CHECKING:
     from .generation.forward_model import ForwardModel
     from .memory.buffers import Buffers
     from .memory.reservation import Reservation
-    from .model.forward import Model
+    from .model.adapters import LoadedLora
     from .text.tokenizer import Tokenizer
 
 Settings = SamplingSettings | Mapping[str, Any] | None
@@ -74,6 +78,7 @@ class LoadedModel:
         self.eos_token_ids: tuple[int, ...] = self._requests.eos_token_ids
         model.sampled_vocab_size = self._requests.sampled_vocab_size
         self._buffers = buffers
+        self._loras = model.loras
 
     def __enter__(self) -> LoadedModel:
         return self
@@ -342,6 +347,71 @@ class LoadedModel:
             actual=f"{free_bytes} bytes free",
             remedy="Evaluate a part of the text, or call prompt_logprobs, which keeps a few rows",
         )
+
+    @property
+    def loras(self) -> tuple[LoadedLora, ...]:
+        """The LoRA adapters that are loaded, in the order of loading."""
+        return self._loras
+
+    def load_lora(
+        self, lora_dir: str | os.PathLike[str], scaling: float = 1.0
+    ) -> LoadedLora:
+        """Load a LoRA adapter into the room that was reserved with the model.
+
+        It changes every text that begins afterwards. Prompts are evaluated anew, because the
+        cache holds keys and values of the model without it.
+
+        Args:
+            lora_dir: folder with adapter_config.json and adapter_model.safetensors, as PEFT
+                saves them.
+            scaling: a factor on the adapter's own scale.
+
+        Raises:
+            InvalidCall: a text is being generated or evaluated. It would go on with other
+                weights than it began with.
+            InsufficientMemory: the room is too small; see `LoadOptions.max_lora_bytes`.
+            InvalidCheckpoint, InvalidConfig, UnsupportedFormat, ModelNotFound: the adapter is
+                damaged, another model's, or of a kind that cannot be used; see `Adapter.open`
+                and `Adapters.load`. In every case the loaded adapters stay as they were.
+            InvalidSettings: the adapter is loaded already, or `scaling` is no number.
+            ModelUnloaded: after `unload`.
+        """
+        self._generator.check()
+        check_path("lora_dir", lora_dir, "folder")
+        scaling = plain(scaling)
+        check_number("scaling", scaling, -MAX_SCALING, MAX_SCALING)
+        with Adapter.open(lora_dir) as adapter:
+            self._change_loras(lambda model: model.load_lora(adapter, float(scaling)))
+        return self._loras[-1]
+
+    def unload_loras(self) -> None:
+        """Unload all LoRA adapters; later texts have the bits of the model alone.
+
+        Raises:
+            InvalidCall: as `load_lora`. ModelUnloaded: after `unload`.
+        """
+        self._generator.check()
+        self._change_loras(lambda model: model.unload_loras())
+
+    def _change_loras(self, change: Callable[[Model], None]) -> None:
+        """Change the adapters between two steps, if no text is being generated."""
+
+        def steps(model: ForwardModel, cache: PagedCache) -> Iterator[None]:
+            held = cache.num_pages - cache.num_free_pages
+            if held:
+                raise InvalidCall(
+                    "the LoRAs of a model", expected="no text that is being generated",
+                    actual=f"texts that hold {held} pages of the cache",
+                    remedy="Wait for their end, or stop them",
+                )
+            assert isinstance(model, Model)
+            change(model)
+            self._loras = model.loras
+            cache.forget()
+            yield None
+
+        for _ in self._generator.run_alone(steps):
+            pass
 
     def run_alone(
         self, steps: Callable[[ForwardModel, PagedCache], Iterator[T | None]]

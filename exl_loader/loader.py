@@ -210,6 +210,22 @@ def _lend(ops: DeviceOps, device: str, buffers: Buffers) -> Iterator[None]:
     memory.zero_()
 
 
+@contextmanager
+def _refused_memory_is_named() -> Iterator[None]:
+    """Raise a typed error where the system refuses memory while weights are read."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InsufficientMemory(
+            "main memory for weights on their way into the buffers",
+            expected="memory that the plan saw free",
+            actual="the system refused it",
+            remedy="All memory was given back. Close the program that took the memory.",
+        ) from error
+
+
 def _tokenizer(model_dir: Path) -> Tokenizer | None:
     """Open the folder's tokenizer; None where it has none."""
     from .text.tokenizer import Tokenizer, has_tokenizer
@@ -244,30 +260,29 @@ class _WeightReader:
         views = self._views("weights", prefix) | self._views("embedding", prefix)
         total = sum(spec.nbytes for spec in parts.specs())
         name = "loading draft weights" if prefix else "loading weights"
-        try:
-            with (
-                task(self.progress, name, total, "bytes") as advance,
-                upload_buffers(self.ops, self.buffers),
-            ):
-                parts.load(placed.checkpoint, views, self.ops, advance)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise InsufficientMemory(
-                "main memory for weights on their way into the buffers",
-                expected="memory that the plan saw free",
-                actual="the system refused it",
-                remedy="All memory was given back. Close the program that took the memory.",
-            ) from error
+        with (
+            _refused_memory_is_named(),
+            task(self.progress, name, total, "bytes") as advance,
+            upload_buffers(self.ops, self.buffers),
+        ):
+            parts.load(placed.checkpoint, views, self.ops, advance)
         workspaces = {
             device: self._views("workspace", prefix, device)
             for device in parts.device_map.devices
         }
-        return Model(
-            parts, workspaces, cache, self.ops,
+        rooms = {
+            device: self.buffers.whole("loras", device)
+            for device, nbytes in placed.rooms.items() if nbytes
+        }
+        model = Model(
+            parts, workspaces, cache, self.ops, rooms=rooms,
             alpha_value=self.options.alpha_value,
             compress_pos_emb=self.options.compress_pos_emb,
-        ), cache
+        )
+        for adapter, scaling in placed.loras.adapters:
+            with _refused_memory_is_named():
+                model.load_lora(adapter, scaling)
+        return model, cache
 
     def _views(
         self, segment: str, prefix: str, device: str | None = None

@@ -175,6 +175,11 @@ class PagedCache:
         sequence.keys = []
         sequence.past_len = 0
 
+    def forget(self) -> None:
+        """Forget what all pages hold, because the model has changed; no sequence holds a page."""
+        assert len(self._free) == self.num_pages, "a sequence holds pages"
+        self._index = PageIndex(PAGE_LEN)
+
     def _commit_page(self, sequence: PagedSequence, index: int, page_ids: Ids) -> None:
         page, parent = sequence.pages[index], sequence.keys[-1]
         key = next_key(parent, page_ids)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,12 +21,15 @@ from ..cache.paging import PagedCache, PagedSequence
 from ..checkpoint.rope import inv_freq
 from ..generation.forward_model import LogitsMode, LogitsRow
 from ..utils.errors import CacheFull, InvalidSettings
+from .adapters import Adapters, LoadedLora
 from .builder import ModelParts
 from .stages import Stage, StageStep
+from .step import most_rows
 from .top_logits_reader import TopLogitsReader
 
 if TYPE_CHECKING:
     from ..backends.cpu_access import Array
+    from ..checkpoint.adapter import Adapter
 
 # Recorded steps that are kept. Decoding needs one a batch size; the others are the odd last
 # chunks of prompts, which come again rarely and cost little compared with their own work.
@@ -49,6 +52,7 @@ class Model:
         workspaces: device -> views of its `workspace_specs`, by name.
         cache: the key/value cache.
         ops: device -> its operations.
+        rooms: device -> uint8 [n], the room for adapters; devices without a room are missing.
         alpha_value, compress_pos_emb: see `rope.inv_freq`.
 
     Attributes:
@@ -65,6 +69,7 @@ class Model:
         cache: PagedCache,
         ops: Mapping[str, DeviceOps],
         *,
+        rooms: Mapping[str, torch.Tensor] | None = None,
         alpha_value: float = 1.0,
         compress_pos_emb: float = 1.0,
     ):
@@ -75,7 +80,11 @@ class Model:
         self.logits_rows = last["logits"].shape[0]
         self.sampled_vocab_size = self.config.vocab_size
         self._parts, self._workspaces, self._ops = parts, workspaces, ops
-        self._rope_options = {"alpha_value": alpha_value, "compress_pos_emb": compress_pos_emb}
+        rows = most_rows(self.chunk_size, self.max_batch_size, self.logits_rows)
+        self._adapters = Adapters(parts, rooms or {}, ops, rows)
+        self._rope_options: dict[str, Any] = {
+            "alpha_value": alpha_value, "compress_pos_emb": compress_pos_emb,
+        }
         frequencies, rope_factor = inv_freq(self.config.rope, 1, **self._rope_options)
         self._stages: list[Stage] = []
         first_layer = 0
@@ -179,8 +188,29 @@ class Model:
         values: npt.NDArray[np.float32] = self._fetch(on_device[row : row + 1], row).numpy()[0]
         return values
 
+    @property
+    def loras(self) -> tuple[LoadedLora, ...]:
+        """The adapters that are loaded, in the order of loading."""
+        return self._adapters.loaded
+
+    def load_lora(self, adapter: Adapter, scaling: float) -> None:
+        """Load an adapter, which changes all later steps; see `Adapters.load`."""
+        self._adapters.load(adapter, scaling)
+        self._forget_steps()
+
+    def unload_loras(self) -> None:
+        """Unload all adapters."""
+        self._adapters.clear()
+        self._forget_steps()
+
+    def _forget_steps(self) -> None:
+        """Record steps anew, because they have the calls of the adapters of their time."""
+        for stage in self._stages:
+            stage.cpu.finish()
+        self._steps.clear()
+
     def with_cache(self, cache: PagedCache, ops: Mapping[str, DeviceOps] | None = None) -> Model:
-        """Return the same model over another cache, to compare caches.
+        """Return the same model over another cache, to compare caches. It loads no adapters.
 
         Both share weights and workspace: a call of one ends what the other's logits are
         valid for, and only one may run at a time.

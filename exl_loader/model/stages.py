@@ -168,7 +168,7 @@ class Stage:
         if before is not None:
             receive = partial(self.cpu.receive, before.x, views.x)
         elif self._parts.embedding is not None:
-            self._parts.embedding.run(recorder, w["ids"][:num_rows], views.x)
+            self._parts.embedding.run(recorder, w["ids"][:num_rows], views.x, views.scratch)
         for layer, state in self._layers:
             layer.run(recorder, views, state)
         if logits is not None:

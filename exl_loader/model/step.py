@@ -64,6 +64,13 @@ def workspace_specs(
     return specs
 
 
+def most_rows(
+    chunk_size: int, max_batch_size: int, logits_rows: int = DEFAULT_LOGITS_ROWS
+) -> int:
+    """Return the most rows of any product of a step; arguments as those of `workspace_specs`."""
+    return max(chunk_size, logits_rows, max_batch_size)
+
+
 def _stage_tensors(stage: StageParts, sizes: StepSizes) -> Shapes:
     """Return the workspace of one device."""
     rows, sequences = sizes.rows, sizes.max_batch_size

@@ -20,7 +20,7 @@ DTYPE_BYTES = {
     "uint8": 1,
 }
 
-SEGMENTS = ("weights", "cache", "workspace", "embedding")
+SEGMENTS = ("weights", "cache", "workspace", "embedding", "loras")
 
 # Main memory. Every machine has it, so it is the default device.
 MAIN_MEMORY = "cpu"
@@ -32,8 +32,8 @@ class TensorSpec:
 
     Args:
         name: unique within its device and segment, e.g. `model.norm.weight`.
-        segment: `weights`, `cache`, `workspace`, or `embedding` for an embedding in main memory
-            whose model runs on a card.
+        segment: `weights`, `cache`, `workspace`, `embedding` for an embedding in main memory whose
+            model runs on a card, or `loras` for the room for adapters.
         dtype: a key of `DTYPE_BYTES`.
         shape: dimensions in elements, outermost first.
         device: `cpu`, `cuda:0`, ...

@@ -28,6 +28,7 @@ class DeviceShare:
         overhead_bytes: memory outside the buffers.
         draft_bytes: the part of the buffers that a draft model takes.
         embedding_bytes: the buffer of embeddings that a card reads in main memory.
+        lora_bytes: the buffer with the room for adapters.
     """
 
     budget: Budget
@@ -38,12 +39,14 @@ class DeviceShare:
     overhead_bytes: int
     draft_bytes: int = 0
     embedding_bytes: int = 0
+    lora_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
         """All buffers."""
         return (
             self.weights_bytes + self.cache_bytes + self.workspace_bytes + self.embedding_bytes
+            + self.lora_bytes
         )
 
     @property
@@ -116,7 +119,9 @@ class Assigner:
         """Return the model on the devices of these shares."""
         layers = [share.budget.device for share in shares for _ in share.layers]
         device_map = DeviceMap(self._embedding_device(layers[0]), tuple(layers), layers[-1])
-        return PlacedModel(self._model.parts(device_map), self._model.checkpoint, ctx_size)
+        rooms = {share.budget.device: share.lora_bytes for share in shares}
+        parts, checkpoint = self._model.parts(device_map), self._model.checkpoint
+        return PlacedModel(parts, checkpoint, ctx_size, self._model.loras, rooms)
 
     def placed_draft(
         self, shares: Sequence[DeviceShare], ctx_size: int
@@ -177,7 +182,7 @@ class Assigner:
         return DeviceShare(
             budget, layers, buffers.weights, buffers.cache, buffers.workspace,
             self._overhead_bytes(budget, buffers, embedding_bytes, is_first), draft_bytes,
-            embedding_bytes,
+            embedding_bytes, buffers.loras,
         )
 
     def _embedding_share(self, embedding_bytes: int, draft_bytes: int) -> DeviceShare:

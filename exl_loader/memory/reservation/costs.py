@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ...backends import backend_of
 from ...cache.layout import CacheType, cache_specs, pages_for
 from ...formats.layer import PIECE_BYTES
+from ...model.adapters import AdaptedPart, AdapterTensors, adapted_parts, room_spec
 from ...model.builder import ModelParts, WeightCosts, build_parts
 from ...model.parts.embedding import EMBEDDING_ROWS
-from ...model.step import workspace_specs
+from ...model.step import most_rows, workspace_specs
 from ...utils.table import MAIN_MEMORY, DeviceMap, TensorSpec
 from ..segments import Segment, align, lay_out
 from .options import RunOptions
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable
 
     from ...checkpoint import Checkpoint
+    from ...checkpoint.adapter import Adapter
     from ...checkpoint.config import ModelConfig
     from ...model.builder import StageParts
 
@@ -37,26 +40,44 @@ UPLOADED_LAYERS = 2
 
 @dataclass(frozen=True)
 class BufferBytes:
-    """The bytes of the three buffers of a device's layers."""
+    """The bytes of the buffers of a device's layers; `loras` is the room for adapters."""
 
     weights: int
     cache: int
     workspace: int
+    loras: int = 0
 
     @property
     def total(self) -> int:
-        """All three."""
-        return self.weights + self.cache + self.workspace
+        """All buffers."""
+        return self.weights + self.cache + self.workspace + self.loras
 
     def rounding(self, granularity: int) -> int:
         """Return the bytes that are added where each buffer is rounded up to whole pages."""
-        return sum(-n % granularity for n in (self.weights, self.cache, self.workspace))
+        buffers = (self.weights, self.cache, self.workspace, self.loras)
+        return sum(-n % granularity for n in buffers)
 
     def __add__(self, other: BufferBytes) -> BufferBytes:
         return BufferBytes(
             self.weights + other.weights, self.cache + other.cache,
-            self.workspace + other.workspace,
+            self.workspace + other.workspace, self.loras + other.loras,
         )
+
+
+@dataclass(frozen=True)
+class Loras:
+    """The adapters that a model is planned with.
+
+    Args:
+        adapters: open adapters, each with the user's scaling.
+        least_bytes: the least room on each device.
+    """
+
+    adapters: tuple[tuple[Adapter, float], ...] = ()
+    least_bytes: int = 0
+
+
+NO_LORAS = Loras()
 
 
 @dataclass(frozen=True)
@@ -67,11 +88,15 @@ class PlacedModel:
         parts: the model, each part on its device.
         checkpoint: open.
         ctx_size: tokens of context of its cache.
+        loras: the adapters to load with it.
+        rooms: device -> bytes of room for adapters.
     """
 
     parts: ModelParts
     checkpoint: Checkpoint
     ctx_size: int
+    loras: Loras = NO_LORAS
+    rooms: Mapping[str, int] = field(default_factory=dict)
 
 
 def segments_of(
@@ -90,6 +115,7 @@ def _table(model: PlacedModel, run: RunOptions) -> list[TensorSpec]:
         *parts.specs(),
         *cache_specs(parts.config, pages, run.cache_type, parts.device_map),
         *_workspace(parts.stages(), model.ctx_size, run),
+        *(room_spec(device, nbytes) for device, nbytes in model.rooms.items() if nbytes),
     ]
 
 
@@ -113,11 +139,17 @@ class LayerCosts:
     Args:
         config: the model.
         checkpoint: open.
+        loras: the adapters that are planned with the model.
     """
 
-    def __init__(self, config: ModelConfig, checkpoint: Checkpoint) -> None:
+    def __init__(
+        self, config: ModelConfig, checkpoint: Checkpoint, loras: Loras = NO_LORAS
+    ) -> None:
         self.config = config
         self.checkpoint = checkpoint
+        self.loras = loras
+        self._adapted: dict[str, list[list[AdaptedPart]]] = {}
+        self._rooms: dict[tuple[str, range, int], int] = {}
         self._parts: dict[DeviceMap, ModelParts] = {}
         self._wholes: dict[str, ModelParts] = {}
         self._weights: dict[str, WeightCosts] = {}
@@ -159,6 +191,7 @@ class LayerCosts:
             weights.of_range(layers.start, layers.stop, with_embedding),
             cache * len(layers),
             self._workspace_bytes(device, layers, ctx_size, run),
+            self._room_bytes(device, layers, run),
         )
 
     def main_memory_embedding_bytes(self, device: str, num_layers: int) -> int:
@@ -184,6 +217,11 @@ class LayerCosts:
         for spec in parts.embedding.specs():
             pieces.append(spec.nbytes // vocab_size * min(EMBEDDING_ROWS, vocab_size))
         headers = self.checkpoint.headers
+        for adapter, _ in self.loras.adapters:
+            for module in adapter.modules:
+                # A of an embedding is read whole, because its columns are packed.
+                a_bytes = module.a.nbytes if module.is_embedding else 0
+                pieces.append(max(a_bytes, min(PIECE_BYTES, module.b.nbytes)))
         for linear in parts.linears():
             if linear.spec.format == "dense":
                 pieces.append(min(PIECE_BYTES, linear.tensors["weight"].nbytes))
@@ -197,6 +235,30 @@ class LayerCosts:
         if kind not in self._weights:
             self._weights[kind] = self.whole(device).costs()
         return self._weights[kind]
+
+    def _room_bytes(self, device: str, layers: range, run: RunOptions) -> int:
+        """Return the room for adapters of a range of layers, aligned."""
+        if not self.loras.adapters:
+            return align(self.loras.least_bytes, device)
+        kind = backend_of(device).kind
+        if kind not in self._adapted:
+            whole = self.whole(device)
+            self._adapted[kind] = [
+                adapted_parts(whole, adapter) for adapter, _ in self.loras.adapters
+            ]
+        rows = most_rows(run.chunk_size, run.max_batch_size)
+        key = kind, layers, rows
+        if key not in self._rooms:
+            first = layers.start if layers.start else -1
+            end = layers.stop + (layers.stop == self.num_layers)
+            needed = 0
+            for (_, scaling), parts in zip(
+                self.loras.adapters, self._adapted[kind], strict=True
+            ):
+                on_device = [part for part in parts if first <= part.target.layer < end]
+                needed += AdapterTensors(on_device, scaling, rows, device).nbytes()
+            self._rooms[key] = align(max(needed, self.loras.least_bytes), device)
+        return self._rooms[key]
 
     def _layer_cache_bytes(self, device: str, pages: int, cache_type: CacheType) -> int:
         key = (backend_of(device).kind, pages, cache_type)

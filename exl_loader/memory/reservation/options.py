@@ -16,14 +16,26 @@ from ...cache.layout import PAGE_LEN, CacheType
 from ...checkpoint.config import ModelConfig, named_architecture
 from ...checkpoint.rope import MAX_FACTOR, MAX_POSITIONS, check_scaling
 from ...model.step import DEFAULT_CHUNK_SIZE, DEFAULT_MAX_BATCH_SIZE
+from ...utils.byte_counts import parse_bytes
 from ...utils.errors import InvalidSettings, shown
-from ...utils.setting_values import check_flag, check_integer, check_path, unknown_name
+from ...utils.setting_values import (
+    check_flag,
+    check_integer,
+    check_number,
+    check_path,
+    unknown_name,
+)
 from .length import stretched_length
 
 # Most tokens of context where the user names none.
 DEFAULT_CTX_SIZE = 8192
 
+# A factor on an adapter that is no mistake is far smaller.
+MAX_SCALING = 1e4
+
 CtxSize = int | str | None
+LoraPath = str | os.PathLike[str]
+Loras = LoraPath | Sequence[LoraPath | tuple[LoraPath, float]] | None
 Function = Literal["plan", "load"]
 
 
@@ -92,6 +104,10 @@ class LoadOptions:
             the same with and without it.
         ctx_size_draft: the draft model's tokens of context; 0 for as many as the model's.
         draft_max: of `load` alone. Most tokens that the draft model guesses at a time.
+        loras: folders of LoRA adapters to load with the model, each alone or as (folder,
+            scaling); or text such as `first,second=0.5`. Their room is reserved exactly.
+        max_lora_bytes: the least room for LoRA adapters that is reserved on each device, such
+            as `256MiB`, so that adapters can be loaded later.
     """
 
     OPTIONS: ClassVar[Mapping[str, Option]]
@@ -165,6 +181,14 @@ class LoadOptions:
     draft_max: int = _option(
         4, "most tokens that the draft model guesses at a time", "N",
         unit="tokens", least=1, most=31, only="load",
+    )
+    loras: Loras = _option(
+        None, "folders of LoRA adapters, with a scaling where that is not 1: first,second=0.5",
+        "FOLDER,...",
+    )
+    max_lora_bytes: int | str | None = _option(
+        None, "room to reserve on each device for LoRA adapters that are loaded later, such as "
+        "256MiB", "SIZE", unit="bytes",
     )
 
     @classmethod
@@ -241,6 +265,46 @@ class LoadOptions:
                 actual=self.chunk_size,
             )
         CacheType.parse(self.cache_type)
+        self.chosen_loras()
+        self.lora_room()
+
+    def chosen_loras(self) -> tuple[tuple[str, float], ...]:
+        """Return the folder and the scaling of each adapter in `loras`.
+
+        Raises:
+            InvalidSettings: an entry is no folder with a scaling, or a folder is there twice.
+        """
+        value = self.loras
+        entries: list[Any]
+        if value is None:
+            entries = []
+        elif isinstance(value, str):
+            entries = [_with_scaling(text.strip()) for text in value.split(",") if text.strip()]
+        elif isinstance(value, os.PathLike):
+            entries = [value]
+        elif isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
+            entries = list(value)
+        else:
+            raise _invalid_loras(value)
+        chosen = []
+        for entry in entries:
+            pair = entry if isinstance(entry, (tuple, list)) else (entry, 1.0)
+            if len(pair) != 2:
+                raise _invalid_loras(entry)
+            folder, scaling = pair
+            check_path("loras", folder, "folder")
+            check_number("the scaling of a LoRA", scaling, -MAX_SCALING, MAX_SCALING)
+            chosen.append((os.path.expanduser(os.fspath(folder)), float(scaling)))
+        if len(dict(chosen)) < len(chosen):
+            raise InvalidSettings("loras", expected="each folder once",
+                                  actual=shown([folder for folder, _ in chosen]))
+        return tuple(chosen)
+
+    def lora_room(self) -> int:
+        """Return `max_lora_bytes` in bytes; 0 without it."""
+        if self.max_lora_bytes is None or self.max_lora_bytes in ("", 0):
+            return 0
+        return parse_bytes(self.max_lora_bytes, "max_lora_bytes")
 
     def stretched_length(self, model_dir: str | os.PathLike[str]) -> int:
         """Return the model's own length in tokens, as far as the RoPE options stretch it.
@@ -254,6 +318,21 @@ class LoadOptions:
         check_path("model_dir", model_dir, "folder")
         config = ModelConfig.from_dir(Path(model_dir), self.as_architecture)
         return stretched_length(config, self.alpha_value, self.compress_pos_emb)
+
+
+def _with_scaling(text: str) -> tuple[str, float]:
+    """Read a folder with its scaling, such as `adapters/first=0.5`."""
+    folder, equals, scaling = text.rpartition("=")
+    try:
+        return (folder, float(scaling)) if equals else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
+def _invalid_loras(value: Any) -> InvalidSettings:
+    return InvalidSettings(
+        "loras", expected="folders, each alone or as (folder, scaling)", actual=shown(value)
+    )
 
 
 LoadOptions.OPTIONS = MappingProxyType(
@@ -277,6 +356,8 @@ class SharedKeywords(TypedDict, total=False):
     as_architecture: str | None
     model_draft: str | os.PathLike[str] | None
     ctx_size_draft: int
+    loras: Loras
+    max_lora_bytes: int | str | None
 
 
 class PlanKeywords(SharedKeywords, total=False):

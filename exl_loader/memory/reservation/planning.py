@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ...backends import backend_of, full_name
 from ...cache.layout import PAGE_LEN, CacheType
 from ...checkpoint import Checkpoint
+from ...checkpoint.adapter import Adapter
 from ...checkpoint.config import ModelConfig, has_unknown_class
 from ...utils.errors import InvalidSettings, shown
 from ...utils.setting_values import check_path
@@ -19,7 +20,7 @@ from ...utils.table import SEGMENTS
 from ..segments import Segment
 from .assignment import Assigner, DeviceShare
 from .budgets import Budget, budgets, main_memory_budget
-from .costs import LayerCosts, PlacedModel, segments_of
+from .costs import NO_LORAS, LayerCosts, Loras, PlacedModel, segments_of
 from .length import stretched_length
 from .options import DEFAULT_CTX_SIZE, LoadOptions, PlanKeywords, RunOptions
 from .records import DeviceReservation, Reservation
@@ -86,7 +87,8 @@ def planned(
     main_memory = in_main_memory[0] if in_main_memory else main_memory_budget(options)
     embedding_card = _embedding_card(options, devices)
     with ExitStack() as files:
-        costs = _open(model_dir, options.as_architecture, files)
+        loras = _open_loras(options, files)
+        costs = _open(model_dir, options.as_architecture, files, loras)
         draft_costs = None
         if options.model_draft:
             # The option is about the model. A draft model of a known class runs as that class.
@@ -133,6 +135,7 @@ def planned(
             },
             model_draft=os.fspath(options.model_draft) if options.model_draft else None,
             ctx_size_draft=draft.ctx_size if draft is not None else 0,
+            loras=dict(options.chosen_loras()),
         )
         yield PlannedModel(reservation, model, tuple(segments.values()), draft)
 
@@ -165,11 +168,21 @@ def _wrong_embedding_device(
 
 
 def _open(
-    model_dir: str | os.PathLike[str], as_architecture: str | None, files: ExitStack
+    model_dir: str | os.PathLike[str], as_architecture: str | None, files: ExitStack,
+    loras: Loras = NO_LORAS,
 ) -> LayerCosts:
     """Read a folder's config and headers; the checkpoint is closed with `files`."""
     config = ModelConfig.from_dir(Path(model_dir), as_architecture)
-    return LayerCosts(config, files.enter_context(Checkpoint.open(model_dir, config)))
+    return LayerCosts(config, files.enter_context(Checkpoint.open(model_dir, config)), loras)
+
+
+def _open_loras(options: LoadOptions, files: ExitStack) -> Loras:
+    """Read the configs and headers of the adapters, which are closed with `files`."""
+    adapters = tuple(
+        (files.enter_context(Adapter.open(folder)), scaling)
+        for folder, scaling in options.chosen_loras()
+    )
+    return Loras(adapters, options.lora_room())
 
 
 def _chosen_ctx_size(options: LoadOptions, config: ModelConfig, largest: int) -> int:
@@ -201,7 +214,8 @@ def _record(
     keys = [(budget.device, name) for name in SEGMENTS]
     laid_out = tuple(segments[key].nbytes if key in segments else 0 for key in keys)
     summed = (
-        share.weights_bytes, share.cache_bytes, share.workspace_bytes, share.embedding_bytes
+        share.weights_bytes, share.cache_bytes, share.workspace_bytes, share.embedding_bytes,
+        share.lora_bytes,
     )
     assert summed == laid_out, (summed, laid_out)
     lent = budget.limited()
@@ -221,4 +235,5 @@ def _record(
         headroom_bytes=share.headroom_bytes,
         draft_bytes=share.draft_bytes,
         embedding_bytes=share.embedding_bytes,
+        lora_bytes=share.lora_bytes,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ...backends import backend_of
@@ -34,6 +34,7 @@ class DeviceReservation:
         draft_bytes: the part of the buffers that a draft model takes.
         embedding_bytes: the buffer of main memory with the token embedding of a model whose first
             layer is on a card. 0 where the embedding is a part of the weights.
+        lora_bytes: the buffer with the room for LoRA adapters.
     """
 
     device: str
@@ -51,6 +52,7 @@ class DeviceReservation:
     headroom_bytes: int
     draft_bytes: int = 0
     embedding_bytes: int = 0
+    lora_bytes: int = 0
 
     @property
     def has_layers(self) -> bool:
@@ -67,6 +69,7 @@ class DeviceReservation:
         """All buffers, as `LoadedModel.allocated_bytes()` will measure them here."""
         return (
             self.weights_bytes + self.cache_bytes + self.workspace_bytes + self.embedding_bytes
+            + self.lora_bytes
         )
 
     @property
@@ -112,6 +115,7 @@ class Reservation:
             types.
         model_draft: the folder of the draft model; None without one.
         ctx_size_draft: tokens of context of the draft model; 0 without one.
+        loras: folder -> scaling of the LoRA adapters to load with the model.
     """
 
     model_dir: str
@@ -130,6 +134,7 @@ class Reservation:
     bytes_by_cache_type: dict[str, int]
     model_draft: str | None = None
     ctx_size_draft: int = 0
+    loras: dict[str, float] = field(default_factory=dict)
 
     @property
     def stretched_length(self) -> int:
@@ -165,6 +170,10 @@ class Reservation:
         return sum(device.embedding_bytes for device in self.devices)
 
     @property
+    def lora_bytes(self) -> int:
+        return sum(device.lora_bytes for device in self.devices)
+
+    @property
     def total_bytes(self) -> int:
         """All buffers on all devices."""
         return sum(device.total_bytes for device in self.devices)
@@ -172,7 +181,7 @@ class Reservation:
     def to_dict(self) -> dict[str, Any]:
         """Return all attributes and sums as JSON types."""
         sums = ("fits", "weights_bytes", "cache_bytes", "workspace_bytes", "embedding_bytes",
-                "total_bytes", "stretched_length")
+                "lora_bytes", "total_bytes", "stretched_length")
         warning = self.length_warning
         return {
             **{name: value for name, value in vars(self).items() if name != "devices"},

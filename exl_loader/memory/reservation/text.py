@@ -25,6 +25,7 @@ def render(reservation: Reservation) -> str:
         ("cache", [amount(d.cache_bytes) for d in devices]),
         ("workspace", [amount(d.workspace_bytes) for d in devices]),
         *_row_if_any("embedding", [d.embedding_bytes for d in devices]),
+        *_row_if_any("LoRAs", [d.lora_bytes for d in devices]),
         ("total", [amount(d.total_bytes) for d in devices]),
         *_row_if_any("draft model", [d.draft_bytes for d in devices]),
         ("overhead", [_overhead(d) for d in devices]),
@@ -129,6 +130,8 @@ def _needed(device: DeviceReservation) -> str:
             "weights": device.weights_bytes, "cache": device.cache_bytes,
             "workspace": device.workspace_bytes, **named,
         }
+    if device.lora_bytes:
+        named["LoRAs"] = device.lora_bytes
     parts = ", ".join(f"{name} {amount(nbytes)}" for name, nbytes in named.items())
     # A limit holds for the buffers alone, so the overhead is no part of the sum.
     if _limited(device):

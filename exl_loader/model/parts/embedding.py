@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ...formats.common import require_finite
 from ...utils.table import TensorSpec
 from .linear import Linear
+from .lora import LowRank
 
 if TYPE_CHECKING:
     import torch
@@ -31,12 +32,16 @@ class Embedding:
         multiplier: on the table's rows.
         head: the output head where it serves as the table as well; the embedding then has no
             weights of its own.
+
+    Attributes:
+        low_ranks: the loaded adapters on the embedding. A step records those that it finds.
     """
 
     spec: TensorSpec
     multiplier: float
     head: Linear | None = None
     table: torch.Tensor | base.Linear = field(init=False, repr=False)
+    low_ranks: list[LowRank] = field(init=False, default_factory=list, repr=False)
 
     def specs(self) -> Iterator[TensorSpec]:
         """Describe the table as it will be on the device."""
@@ -61,6 +66,9 @@ class Embedding:
             table[first:end].copy_(rows)
             loading.advance(rows.numel() * rows.element_size())
 
-    def run(self, ops: Ops, ids: torch.Tensor, out: torch.Tensor) -> None:
+    def run(self, ops: Ops, ids: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor) -> None:
         """Look up ids, int32 [T], into `out`, float32 [T, hidden_size]."""
         ops.embed(ids, self.table, self.multiplier, out)
+        for low_rank in self.low_ranks:
+            h = low_rank.look_up(ops, ids, self.multiplier)
+            low_rank.add(ops, h, out, scratch)

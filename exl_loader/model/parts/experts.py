@@ -107,10 +107,16 @@ class Experts(Block):
         self.router.run(ops, x, logits, views.scratch)
         ops.moe_route(logits, self.routing, weights, chosen)
         pairs = views.rows * self.top_k
-        if state.expert_tables is not None and pairs <= min(MAX_PAIRS, views.max_rows):
+        few = pairs <= min(MAX_PAIRS, views.max_rows) and not self._has_adapted_experts
+        if state.expert_tables is not None and few:
             self._run_pairs(ops, views, state.expert_tables, x, out)
         else:
             ops.call(partial(self._run_experts, views=views, x=x, out=out))
+
+    @property
+    def _has_adapted_experts(self) -> bool:
+        """True while an adapter is on an expert; tables describe the experts without it."""
+        return any(linear.low_ranks for expert in self.experts for linear in expert.weights())
 
     def _run_pairs(self, ops: Ops, views: StepViews, tables: ExpertTables, x: torch.Tensor,
                    out: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ from ...backends import backend_of
 from ...formats import read_linear
 from ...formats.layer import LinearSpec
 from ...utils.table import TensorSpec
+from .lora import LowRank
 
 if TYPE_CHECKING:
     import torch
@@ -22,16 +23,20 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Linear:
-    """x @ W + bias.
+    """x @ W + bias, and the products of the adapters on it.
 
     Args:
         spec: what the checkpoint holds of the layer. device: where it runs.
+
+    Attributes:
+        low_ranks: the loaded adapters on the layer. A step records those that it finds.
     """
 
     spec: LinearSpec
     device: str
     # What `Ops.linear` of its device takes.
     weights: base.Linear = field(init=False, repr=False)
+    low_ranks: list[LowRank] = field(init=False, default_factory=list, repr=False)
 
     @property
     def name(self) -> str:
@@ -81,8 +86,17 @@ class Linear:
 
     def run(self, ops: Ops, x: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor) -> None:
         """out = x @ W + bias, float32 [T, in_features] and [T, out_features]."""
-        ops.linear(x, self.weights, out, scratch)
+        self._run(ops, x, out, scratch, add=False)
 
     def add(self, ops: Ops, x: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor) -> None:
         """out += x @ W + bias."""
-        ops.linear(x, self.weights, out, scratch, True)
+        self._run(ops, x, out, scratch, add=True)
+
+    def _run(self, ops: Ops, x: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor,
+             add: bool) -> None:
+        # Adapters read `x` first, because a card that joins a gate with the product right after
+        # it does not write the gate's result.
+        hidden = [low_rank.project(ops, x, scratch) for low_rank in self.low_ranks]
+        ops.linear(x, self.weights, out, scratch, add)
+        for low_rank, h in zip(self.low_ranks, hidden, strict=True):
+            low_rank.add(ops, h, out, scratch)
