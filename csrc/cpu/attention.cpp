@@ -35,6 +35,7 @@ struct Call {
     const ExlBatch& batch;
     const ExlAttentionShape& shape;
     const ExlKeyBias* bias;  // null: none
+    const float* sinks;      // [num_heads], or null
     const float* q;
     float* out;
 
@@ -138,13 +139,16 @@ const BiasRows* prepare_bias(const Call& call, int64_t s, int64_t first_row, int
     return rows;
 }
 
-// Divides by the sum of weights, rotates back and writes one head of one row.
+// Divides by the sum of weights, that of the head's sink included, rotates back and writes one head
+// of one row.
 void finish_row(const Call& call, const Partial& partial, int64_t row, int64_t token,
                 int64_t head) {
     const int head_dim = call.head_dim();
     float* sums = partial.sums + row * call.stride();
     float* out = call.out + (token * call.shape.num_heads + head) * head_dim;
-    const float factor = 1.0f / sum(load(partial.totals + row * kLanes));
+    float total = sum(load(partial.totals + row * kLanes));
+    if (call.sinks != nullptr) total += std::exp(call.sinks[head] - partial.largest[row]);
+    const float factor = 1.0f / total;
     if (is_quantized(call.layer.v.bits)) {
         rotate_back(sums, head_dim, factor, out);
     } else {
@@ -318,15 +322,16 @@ void decode(const Call& call, uint8_t* memory, int64_t max_threads, uint8_t* slo
 
 // Attends all rows of a batch over a layer's cache.
 //
-// layer, batch, shape: see cache_codec.h. key_bias: null if the layer has none. q, out: float32
-// [rows, num_heads, head_dim], rows = batch->q_start[num_sequences]; scratch: uint8
+// layer, batch, shape: see cache_codec.h. key_bias: null if the layer has none. sinks: float32
+// [num_heads], a logit that joins the softmax of a head's rows without a value, or null. q, out:
+// float32 [rows, num_heads, head_dim], rows = batch->q_start[num_sequences]; scratch: uint8
 // [scratch_bytes]. Returns 0, or 1 if the scratch is too small.
 EXL_API int exl_attention(const ExlCacheLayer* layer, const ExlBatch* batch,
                           const ExlAttentionShape* shape, const ExlKeyBias* key_bias,
-                          const float* q, float* out, uint8_t* scratch,
+                          const float* sinks, const float* q, float* out, uint8_t* scratch,
                           int64_t scratch_bytes) {
     using namespace exl;
-    const Call call{*layer, *batch, *shape, key_bias, q, out};
+    const Call call{*layer, *batch, *shape, key_bias, sinks, q, out};
     const int64_t available_bytes = scratch_bytes - min_slots(call) * slot_bytes(call);
     if (available_bytes < thread_bytes(call)) return 1;
     const int64_t max_threads =

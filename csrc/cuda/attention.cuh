@@ -23,6 +23,7 @@ struct AttentionCall {
     int64_t bias_begin;  // offset of BiasMemory in a block's shared memory
     const float* q;      // [rows, num_heads, head_dim]
     float* out;          // [rows, num_heads, head_dim]
+    const float* sinks;  // [num_heads], or null; see with_sink
 };
 
 // Converts a dot product q . k to an exponent of 2, with the scale and the soft cap.
@@ -58,6 +59,14 @@ __device__ __forceinline__ int first_visible(int position, int sliding_window) {
 // The maximum to subtract. 0 if nothing was visible, because -inf - -inf would be NaN.
 __device__ __forceinline__ float finite_base(float largest) {
     return largest == -infinity() ? 0.0f : largest;
+}
+
+// The sum of a row's weights with that of its head's sink, a logit that joins the softmax without a
+// value. `largest`: the exponent of 2 that was subtracted from the row's scores.
+__device__ __forceinline__ float with_sink(const AttentionCall& call, int head, float largest,
+                                           float total) {
+    if (call.sinks == nullptr) return total;
+    return total + exp2_fast(fmaf(call.sinks[head], kLog2E, -largest));
 }
 
 // Writes the weighted sum of values of one row, spread over a warp, times `factor`.

@@ -197,6 +197,7 @@ extern "C" __global__ void __launch_bounds__(kGenericThreads)
         total = fmaf(exp2_fast(largest_and_total[2 * i] - largest), largest_and_total[2 * i + 1],
                      total);
     }
+    total = with_sink(call, head, largest, total);
     for (int i = threadIdx.x; i < head_dim; i += blockDim.x) {
         float sum = 0.0f;
         for (int j = 0; j < kWarps; ++j) {

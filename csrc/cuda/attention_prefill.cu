@@ -115,6 +115,8 @@ __device__ void store_rows(const AttentionCall& call, const PrefillRows& rows, i
         float total = sums.totals[part];
         total += shfl_xor(total, 1);
         total += shfl_xor(total, 2);
+        const int own = first_row + 8 * part + g;
+        if (rows.exists(own)) total = with_sink(call, rows.head(own), sums.largest[part], total);
 #pragma unroll
         for (int i = 0; i < kHeadDim / 8; ++i) {
             if (i * 8 / kUnit * kUnit >= head_dim) continue;

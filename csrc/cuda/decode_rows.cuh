@@ -185,8 +185,10 @@ __device__ __forceinline__ void store_partials(const AttentionCall& call,
         }
         const float largest = memory.data->largest[row], total = memory.data->totals[row];
         if (kv_splits.count == 1) {
-            store_row(call, group.q_first + group.token(row), group.head(row), x,
-                      1.0f / (total * unit_factor(call.layer.v.bits)));
+            const int head = group.head(row);
+            const float whole = with_sink(call, head, largest, total);
+            store_row(call, group.q_first + group.token(row), head, x,
+                      1.0f / (whole * unit_factor(call.layer.v.bits)));
             continue;
         }
         float* partial = partials_of(call, launch, group, row) + slot * (head_dim + 2);
@@ -234,8 +236,9 @@ __device__ void merge_kv_splits_of_row(const AttentionCall& call, const DecodeLa
             }
         }
     }
-    total = warp_sum(total);
-    store_row(call, group.q_first + group.token(row), group.head(row), x,
+    const int head = group.head(row);
+    total = with_sink(call, head, largest, warp_sum(total));
+    store_row(call, group.q_first + group.token(row), head, x,
               1.0f / (total * unit_factor(call.layer.v.bits)));
 }
 

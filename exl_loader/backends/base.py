@@ -371,13 +371,17 @@ class Ops(Protocol):
         """
 
     def attention(self, q: torch.Tensor, layer: CacheLayer, batch: Batch,
-                  shape: AttentionShape, out: torch.Tensor, scratch: torch.Tensor) -> None:
+                  shape: AttentionShape, out: torch.Tensor, scratch: torch.Tensor,
+                  sinks: torch.Tensor | None = None) -> None:
         """Causal attention of the rows over their sequences' cache (rows already written).
 
         The scores of `layer.key_bias` are added; see `DeviceOps.adds_key_bias`.
 
         Args:
             q, out: float32 [T, num_heads, head_dim]; q is overwritten.
+            sinks: float32 [num_heads], a logit of each head that joins the softmax of its rows
+                as if it were the score of a key whose value is 0 (GPT-OSS). Neither scale nor
+                soft cap nor sliding window applies to it. None: no sinks.
         """
 
     def gate(self, gate: torch.Tensor, up: torch.Tensor, activation: str,

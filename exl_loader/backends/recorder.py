@@ -120,9 +120,11 @@ class Attention:
     shape: AttentionShape
     out: torch.Tensor
     scratch: torch.Tensor
+    sinks: torch.Tensor | None
 
     def run(self, ops: Ops) -> None:
-        ops.attention(self.q, self.layer, self.batch, self.shape, self.out, self.scratch)
+        ops.attention(self.q, self.layer, self.batch, self.shape, self.out, self.scratch,
+                      self.sinks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -325,8 +327,9 @@ class Recorder:
         self.calls.append(WriteCache(k, v, layer, batch, scratch))
 
     def attention(self, q: torch.Tensor, layer: CacheLayer, batch: Batch, shape: AttentionShape,
-                  out: torch.Tensor, scratch: torch.Tensor) -> None:
-        self.calls.append(Attention(q, layer, batch, shape, out, scratch))
+                  out: torch.Tensor, scratch: torch.Tensor,
+                  sinks: torch.Tensor | None = None) -> None:
+        self.calls.append(Attention(q, layer, batch, shape, out, scratch, sinks))
 
     def gate(self, gate: torch.Tensor, up: torch.Tensor, activation: str,
              out: torch.Tensor) -> None:

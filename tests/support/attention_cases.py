@@ -89,21 +89,21 @@ def scratch_for(q: torch.Tensor, batch: Batch, shape: AttentionShape) -> torch.T
 
 
 def attend(target: Target, q: torch.Tensor, layer: CacheLayer, batch: Batch,
-           shape: AttentionShape) -> torch.Tensor:
+           shape: AttentionShape, sinks: torch.Tensor | None = None) -> torch.Tensor:
     """Call `attention` in exactly the scratch that is reserved for it."""
     if target.kind == "cpu":
-        return attend_on_cpu(target, q, layer, batch, shape)
+        return attend_on_cpu(target, q, layer, batch, shape, sinks)
     scratch = scratch_for(q, batch, shape)
     out = torch.full_like(q, torch.nan)
-    target.attention(q.clone(), layer, batch, shape, out, scratch)
+    target.attention(q.clone(), layer, batch, shape, out, scratch, sinks)
     assert not scratch[:COUNTER_BYTES].any(), "counters are zero again"
     return out
 
 
 def expected_of(q: torch.Tensor, layer: CacheLayer, batch: Batch,
-                shape: AttentionShape) -> torch.Tensor:
+                shape: AttentionShape, sinks: torch.Tensor | None = None) -> torch.Tensor:
     out = torch.empty_like(q)
-    REFERENCE.attention(q.clone(), layer, batch, shape, out, torch.empty(0))
+    REFERENCE.attention(q.clone(), layer, batch, shape, out, torch.empty(0), sinks)
     return out
 
 

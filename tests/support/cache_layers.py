@@ -81,12 +81,12 @@ def random_rows(rows: int, heads: int, head_dim: int, seed: int) -> torch.Tensor
 
 
 def attend(ops, q: torch.Tensor, layer: CacheLayer, batch: Batch,
-           shape: AttentionShape) -> torch.Tensor:
+           shape: AttentionShape, sinks: torch.Tensor | None = None) -> torch.Tensor:
     """Call `attention` with exactly as much scratch as it is planned with."""
     nbytes = attention_scratch_bytes(batch.num_sequences, batch.max_total_len, shape)
     scratch = torch.full((nbytes,), 0xFF, dtype=torch.uint8)
     out = torch.full_like(q, torch.nan)
-    ops.attention(q.clone(), layer, batch, shape, out, scratch)
+    ops.attention(q.clone(), layer, batch, shape, out, scratch, sinks)
     return out
 
 

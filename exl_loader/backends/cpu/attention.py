@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ...cache.layout import MAX_BIAS_SHARING
 from ...utils.integers import ceil_div, round_up
 from ..kernel_structs import batch_struct, cache_layer_struct, key_bias_struct, shape_struct
-from .library import INT64, POINTER, KernelOps, Signature
+from .library import INT64, POINTER, KernelOps, Signature, address
 from .linear import cut_bytes
 from .threads import default_threads
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 SIGNATURES = {
     "write_cache": Signature((POINTER,) * 4),
     "attention": Signature(
-        (POINTER,) * 7 + (INT64,), "scratch is shorter than attention_scratch_bytes"
+        (POINTER,) * 8 + (INT64,), "scratch is shorter than attention_scratch_bytes"
     ),
 }
 
@@ -47,9 +47,11 @@ class AttentionOps(KernelOps):
                    ctypes.byref(batch_struct(batch)), k.data_ptr(), v.data_ptr())
 
     def attention(self, q: torch.Tensor, layer: CacheLayer, batch: Batch,
-                  shape: AttentionShape, out: torch.Tensor, scratch: torch.Tensor) -> None:
+                  shape: AttentionShape, out: torch.Tensor, scratch: torch.Tensor,
+                  sinks: torch.Tensor | None = None) -> None:
         assert q.is_contiguous() and out.is_contiguous()
         assert q.shape[1:] == (shape.num_heads, shape.head_dim) and out.shape == q.shape
+        assert sinks is None or sinks.shape == (shape.num_heads,)
         bias = None
         if layer.key_bias is not None:
             assert shape.num_heads // shape.num_kv_heads <= MAX_BIAS_SHARING
@@ -57,7 +59,7 @@ class AttentionOps(KernelOps):
         self._call(
             "attention", _layer_address(layer, shape.head_dim),
             ctypes.byref(batch_struct(batch)), ctypes.byref(shape_struct(shape)), bias,
-            q.data_ptr(), out.data_ptr(), scratch.data_ptr(), scratch.numel(),
+            address(sinks), q.data_ptr(), out.data_ptr(), scratch.data_ptr(), scratch.numel(),
         )
 
 

@@ -36,7 +36,7 @@ from ..kernel_structs import (
     key_bias_struct,
     shape_struct,
 )
-from .launcher import COUNTER_BYTES, WARP, KernelOps, pointer
+from .launcher import COUNTER_BYTES, WARP, KernelOps, address, pointer
 from .rows import NORM_HEAD_SIZE
 
 if TYPE_CHECKING:
@@ -284,7 +284,8 @@ class AttentionStruct(ctypes.Structure):
     """AttentionCall of csrc/cuda/attention.cuh."""
 
     _fields_ = [("layer", CacheLayerStruct), ("batch", BatchStruct), ("shape", ShapeStruct),
-                ("bias", KeyBiasStruct), ("bias_begin", _I64), ("q", _P), ("out", _P)]
+                ("bias", KeyBiasStruct), ("bias_begin", _I64), ("q", _P), ("out", _P),
+                ("sinks", _P)]
 
 
 class RopeStruct(ctypes.Structure):
@@ -362,15 +363,18 @@ class AttentionOps(KernelOps):
         )
 
     def attention(self, q: torch.Tensor, layer: CacheLayer, batch: Batch, shape: AttentionShape,
-                  out: torch.Tensor, scratch: torch.Tensor) -> None:
+                  out: torch.Tensor, scratch: torch.Tensor,
+                  sinks: torch.Tensor | None = None) -> None:
         """See `base.Ops.attention`."""
         assert q.is_contiguous() and out.is_contiguous() and out.shape == q.shape
         assert q.shape[1:] == (shape.num_heads, shape.head_dim)
+        assert sinks is None or sinks.shape == (shape.num_heads,)
         rows, pairs = q.shape[0], _bias_pairs(layer)
         if is_generic(shape.head_dim, layer.cache_type):
             shared_bytes = (5 * shape.head_dim + 8 + 3 * pairs) * _FLOAT_BYTES
             self._launch("attention_generic_kernel", (rows, shape.num_heads, 1),
-                         _GENERIC_THREADS, shared_bytes, _call(q, layer, batch, shape, out, 0))
+                         _GENERIC_THREADS, shared_bytes,
+                         _call(q, layer, batch, shape, out, sinks, 0))
             return
         # Every sequence of a call has a row, so none has more than this.
         most_rows = rows - batch.num_sequences + 1
@@ -381,13 +385,15 @@ class AttentionOps(KernelOps):
             )
             for part in _cut_batch(batch, _MOST_COUNTERS // (groups * shape.num_kv_heads)):
                 part_rows = min(rows, part.num_sequences * decoded_rows)
-                self._attention_decode(q, layer, part, shape, out, part_rows, groups, scratch)
+                self._attention_decode(q, layer, part, shape, out, sinks, part_rows, groups,
+                                       scratch)
         if most_rows > DECODE_ROWS:
-            self._attention_prefill(q, layer, batch, shape, out, most_rows)
+            self._attention_prefill(q, layer, batch, shape, out, sinks, most_rows)
 
     def _attention_decode(
         self, q: torch.Tensor, layer: CacheLayer, batch: Batch, shape: AttentionShape,
-        out: torch.Tensor, rows: int, groups: int, scratch: torch.Tensor,
+        out: torch.Tensor, sinks: torch.Tensor | None, rows: int, groups: int,
+        scratch: torch.Tensor,
     ) -> None:
         """Attend for sequences with up to DECODE_ROWS rows, as many rows as scratch holds.
 
@@ -400,7 +406,7 @@ class AttentionOps(KernelOps):
         block = decode_block(
             shape.head_dim, layer.cache_type, self.launcher.shared_limit_bytes, _bias_pairs(layer)
         )
-        call = _call(q, layer, batch, shape, out, block.bias_begin)
+        call = _call(q, layer, batch, shape, out, sinks, block.bias_begin)
         slots = kv_split_slots(kv_heads, shape.sliding_window, max_pages)
         held, row_bytes = rows, _row_bytes(shape, slots)
         if row_bytes:
@@ -418,7 +424,7 @@ class AttentionOps(KernelOps):
 
     def _attention_prefill(
         self, q: torch.Tensor, layer: CacheLayer, batch: Batch, shape: AttentionShape,
-        out: torch.Tensor, max_rows: int,
+        out: torch.Tensor, sinks: torch.Tensor | None, max_rows: int,
     ) -> None:
         """Attend for sequences with more than DECODE_ROWS rows.
 
@@ -433,7 +439,7 @@ class AttentionOps(KernelOps):
         )
         grid = (ceil_div(head_rows, block.rows), shape.num_kv_heads, batch.num_sequences)
         self._launch(block.kernel, grid, block.warps * WARP, block.shared_bytes,
-                     _call(q, layer, batch, shape, out, block.bias_begin))
+                     _call(q, layer, batch, shape, out, sinks, block.bias_begin))
 
 
 def _bias_pairs(layer: CacheLayer) -> int:
@@ -442,10 +448,11 @@ def _bias_pairs(layer: CacheLayer) -> int:
 
 
 def _call(q: torch.Tensor, layer: CacheLayer, batch: Batch, shape: AttentionShape,
-          out: torch.Tensor, bias_begin: int) -> AttentionStruct:
+          out: torch.Tensor, sinks: torch.Tensor | None, bias_begin: int) -> AttentionStruct:
     return AttentionStruct(
         cache_layer_struct(layer, shape.head_dim), batch_struct(batch), shape_struct(shape),
         key_bias_struct(layer.key_bias, batch), bias_begin, q.data_ptr(), out.data_ptr(),
+        address(sinks),
     )
 
 

@@ -72,7 +72,7 @@ def _read(codes: torch.Tensor, scales: torch.Tensor | None, head_dim: int, bits:
 
 
 def attention(q: torch.Tensor, layer: CacheLayer, batch: Batch, shape: AttentionShape,
-              out: torch.Tensor) -> None:
+              out: torch.Tensor, sinks: torch.Tensor | None) -> None:
     """Define `Ops.attention`."""
     kind = layer.cache_type
     for s in range(batch.num_sequences):
@@ -85,7 +85,7 @@ def attention(q: torch.Tensor, layer: CacheLayer, batch: Batch, shape: Attention
         rows = q[first:end].double()
         added = _bias_scores(rows, layer.key_bias, batch, s, range(start, total), shape)
         rotated = rotate(rows) if kind.k_rotated else rows
-        result = _attend(rotated, k, v, added, past - start, shape)
+        result = _attend(rotated, k, v, added, past - start, shape, sinks)
         out[first:end] = rotate_back(result) if kind.v_rotated else result
 
 
@@ -109,7 +109,7 @@ def _bias_scores(q: torch.Tensor, bias: KeyBias | None, batch: Batch, sequence: 
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, added: torch.Tensor | float,
-            first: int, shape: AttentionShape) -> torch.Tensor:
+            first: int, shape: AttentionShape, sinks: torch.Tensor | None) -> torch.Tensor:
     """Compute attention in float64.
 
     Args:
@@ -117,6 +117,7 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, added: torch.Tens
         k, v: [N, kv_heads, head_dim].
         added: [heads, T, N], added to q @ k.
         first: index of the key at the position of q's first row.
+        sinks: [heads], logits of keys without a value; None for none.
 
     Returns:
         [T, heads, head_dim].
@@ -131,4 +132,8 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, added: torch.Tens
     if shape.sliding_window:
         hidden |= distance >= shape.sliding_window
     scores.masked_fill_(hidden, -torch.inf)
-    return torch.einsum("htn,nhd->thd", scores.softmax(dim=-1), v)
+    if sinks is not None:
+        sink_scores = sinks.double()[:, None, None].expand(-1, len(q), 1)
+        scores = torch.cat([scores, sink_scores], dim=-1)
+    weights = scores.softmax(dim=-1)[..., : len(k)]
+    return torch.einsum("htn,nhd->thd", weights, v)

@@ -115,8 +115,9 @@ class ReferenceOps(MainMemoryOps):
         reference_cache.write_cache(k, v, layer, batch)
 
     def attention(self, q: torch.Tensor, layer: CacheLayer, batch: Batch,
-                  shape: AttentionShape, out: torch.Tensor, scratch: torch.Tensor) -> None:
-        reference_cache.attention(q, layer, batch, shape, out)
+                  shape: AttentionShape, out: torch.Tensor, scratch: torch.Tensor,
+                  sinks: torch.Tensor | None = None) -> None:
+        reference_cache.attention(q, layer, batch, shape, out, sinks)
 
     def gate(self, gate: torch.Tensor, up: torch.Tensor, activation: str,
              out: torch.Tensor) -> None:

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 
 import pytest
+import torch
 
 from backends.operations.test_attention import (
     DECODE_TOLERANCE,
@@ -60,6 +61,12 @@ ATTENTION = [
      "warp_sync();"),
     ("attention.cuh", "sliding_window == 0 || position - token < sliding_window",
      "sliding_window == 0 || position - token <= sliding_window"),
+    ("attention.cuh", "fmaf(call.sinks[head], kLog2E, -largest)", "call.sinks[head] - largest"),
+    ("decode_rows.cuh", "const float whole = with_sink(call, head, largest, total);",
+     "const float whole = total;"),
+    ("decode_rows.cuh", "with_sink(call, head, largest, warp_sum(total))", "warp_sum(total)"),
+    ("attention_prefill.cu", "rows.head(own), sums", "rows.head(first_row), sums"),
+    ("attention_generic.cu", "total = with_sink(call, head, largest, total);", ""),
     ("attention.cuh", "token <= position &&", "token < position &&"),
     ("attention.cuh", "return first + count - 1 <= low &&", "return first + count - 2 <= low &&"),
     ("attention.cuh", "high - first < sliding_window);",
@@ -111,6 +118,10 @@ def check_attention(ops):
                           FLOAT_TOLERANCE)
     many = make_batch([1100, 30], [1, 1])
     assert_like_reference(ops, "q4", many, shape_of(2, 1, 64), DECODE_TOLERANCE)
+    sinks = torch.tensor([1.0, -2.0, 4.0, 7.0])
+    for head_dim, tolerance in ((128, TOLERANCE), (72, FLOAT_TOLERANCE)):
+        assert_like_reference(ops, "q8", make_batch([600, 0, 90], [1, 50, 3]),
+                              shape_of(4, 2, head_dim), tolerance, sinks=sinks)
     biased = make_batch([300, 0, 90], [1, 50, 3])
     for cache_type, head_dim, tolerance in (("q4", 128, TOLERANCE), ("q4", 72, FLOAT_TOLERANCE)):
         with_bias(ops, cache_type, biased, shape_of(4, 2, head_dim), 9, tolerance)

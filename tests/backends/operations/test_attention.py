@@ -63,11 +63,12 @@ def assert_close(ops, actual, expected, batch, tolerance):
         assert error <= tolerance, (s, error)
 
 
-def assert_like_reference(ops, cache_type, batch, shape, tolerance=TOLERANCE, seed=7):
+def assert_like_reference(ops, cache_type, batch, shape, tolerance=TOLERANCE, seed=7, sinks=None):
     """Compare with the reference, within CUDA's `tolerance` or the CPU's."""
     layer = layer_for(ops, cache_type, batch, shape, seed)
     q = random_rows(batch.num_rows, shape.num_heads, shape.head_dim, seed)
-    actual, expected = attend(ops, q, layer, batch, shape), expected_of(q, layer, batch, shape)
+    actual = attend(ops, q, layer, batch, shape, sinks)
+    expected = expected_of(q, layer, batch, shape, sinks)
     assert_close(ops, actual, expected, batch, tolerance)
 
 

@@ -1,15 +1,17 @@
 """The reference operations equal PyTorch's own functions, or a loop."""
 
+import itertools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from exl_loader.backends.base import Routing
+from exl_loader.backends.base import AttentionShape, Routing
 from exl_loader.backends.kernel_structs import ACTIVATIONS
 from exl_loader.backends.layouts import TILE_COLUMNS, DenseLinear
 from exl_loader.backends.reference.ops import ReferenceOps, dense_weight
+from support.cache_layers import make_batch, make_layer
 
 OPS = ReferenceOps()
 NO_SCRATCH = torch.empty(0, dtype=torch.uint8)
@@ -196,6 +198,22 @@ def test_moe_route_by_saturated_sigmoids_follows_the_logits():
     OPS.moe_route(logits, Routing(2, "sigmoid", False), weights, experts)
     assert experts.tolist() == [[1, 2]]
     assert weights.tolist() == [[1.0, 1.0]]
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_sinks_are_keys_without_a_value(window):
+    """As a key of logit `sink` and value 0 that every row of the head sees."""
+    shape = AttentionShape(4, 2, 8, 0.3, sliding_window=window)
+    layer, batch, nothing = make_layer("fp32", 1, 2, 8), make_batch([0], [6]), NO_SCRATCH
+    q, k, v = randn(6, 4, 8), randn(6, 2, 8, seed=1), randn(6, 2, 8, seed=2)
+    sinks, out = torch.tensor([-3.0, 0.0, 2.0, 9.0]), torch.empty(6, 4, 8)
+    OPS.write_cache(k, v, layer, batch, nothing)
+    OPS.attention(q.clone(), layer, batch, shape, out, nothing, sinks)
+    for head, row in itertools.product(range(4), range(6)):
+        seen = slice(max(0, row + 1 - window) if window else 0, row + 1)
+        logits = 0.3 * k[seen, head // 2] @ q[row, head]
+        weights = torch.cat([logits, sinks[head : head + 1]]).softmax(0)[:-1]
+        torch.testing.assert_close(out[row, head], weights @ v[seen, head // 2])
 
 
 def test_rows_are_gathered_and_added_back():
