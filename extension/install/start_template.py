@@ -74,7 +74,9 @@ def accept_flags():
                           ("--as-llama", "--as_llama")):
                 parser.add_argument(*flags, action="store_true", **ignored)
             for flags in (("--alpha-value", "--alpha_value"),
-                          ("--compress-pos-emb", "--compress_pos_emb")):
+                          ("--compress-pos-emb", "--compress_pos_emb"),
+                          ("--chunk-size", "--chunk_size"),
+                          ("--embedding-device", "--embedding_device")):
                 parser.add_argument(*flags, **ignored)
         return parse_args(parser, *args, **kwargs)
 

@@ -34,7 +34,8 @@ UNKNOWN_LENGTH = 32768
 
 # The options of a load; the toggles follow cache_type in the browser.
 OPTION_NAMES = (
-    "model_dir", "ctx_size", "cache_type", "alpha_value", "compress_pos_emb", AS_LLAMA,
+    "model_dir", "ctx_size", "cache_type", "alpha_value", "compress_pos_emb", "chunk_size",
+    "embedding_device", AS_LLAMA,
 )
 
 # Answered without queueing, in the thread that received the request.
@@ -82,6 +83,13 @@ class ModelView:
                 1, 8, value=first.alpha_value, **field_arguments("alpha_value"))
             self.compress_pos_emb = gr.Slider(
                 1, 8, value=first.compress_pos_emb, **field_arguments("compress_pos_emb"))
+        with gr.Accordion("Memory", open=False):
+            self.chunk_size = gr.Number(
+                first.chunk_size, precision=0, elem_id="exl_chunk_size",
+                **field_arguments("chunk_size"))
+            self.embedding_device = gr.Textbox(
+                first.embedding_device, elem_id="exl_embedding_device",
+                **field_arguments("embedding_device"))
 
     def connect(self, page: gr.Blocks, text: TextView) -> None:
         """Wire the panel, and what the text view shows of the loaded model."""
@@ -108,7 +116,7 @@ class ModelView:
             for event in (self.model_dir.submit, self.model_dir.blur)
         ]
         changes = (self.ctx_size, self.cache_type, self.alpha_value, self.compress_pos_emb,
-                   self.as_llama)
+                   self.chunk_size, self.embedding_device, self.as_llama)
         triggers = [component.change for component in changes]
         triggers += [event.then for event in (begun, ended, opened, *chosen)]
         # Gradio's sliders send an event for every digit that is typed. Without preprocessing,
@@ -139,7 +147,8 @@ class ModelView:
             return (gr.skip(),) * (1 + len(OPTION_NAMES))
         return (
             options.model_dir, options.model_dir, _ctx_slider(options), options.cache_type,
-            options.alpha_value, options.compress_pos_emb, options.as_architecture is not None,
+            options.alpha_value, options.compress_pos_emb, options.chunk_size,
+            options.embedding_device, options.as_architecture is not None,
         )
 
     def _load(self, *values: Any) -> Iterator[tuple[Any, ...]]:

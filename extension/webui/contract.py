@@ -23,7 +23,12 @@ OPTION_DEFAULTS: dict[str, Any] = {
     "alpha_value": 1.0,
     "compress_pos_emb": 1.0,
     "as_llama": False,
+    "chunk_size": 256,
+    "embedding_device": "auto",
 }
+
+# The options of a model's memory that few people change.
+MEMORY_OPTIONS = ("chunk_size", "embedding_device")
 
 ROPE_OPTIONS = ("alpha_value", "compress_pos_emb")
 
@@ -36,9 +41,9 @@ AS_LLAMA_COLUMN = "exl_as_llama"
 
 # Ids of components that are shown with our loaders but are not load options: the progress of a
 # load, the gauge, the two text fields that the gauge's buttons write to, the text field whose
-# `change` event draws the gauge, and the accordion around the RoPE fields.
-PROGRESS, GAUGE, PICK, DETAILS, ASK, ROPE = PANEL_IDS = (
-    "exl_progress", "exl_gauge", "exl_pick", "exl_details", "exl_ask", "exl_rope")
+# `change` event draws the gauge, and the accordions around the fields of RoPE and of memory.
+PROGRESS, GAUGE, PICK, DETAILS, ASK, ROPE, MEMORY = PANEL_IDS = (
+    "exl_progress", "exl_gauge", "exl_pick", "exl_details", "exl_ask", "exl_rope", "exl_memory")
 
 # Tokens of context that the web UI loads a model with unless it finds fewer.
 DEFAULT_CTX_SIZE = 8192

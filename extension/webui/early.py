@@ -28,6 +28,8 @@ _FLAG_HELP = {
     "alpha_value": "NTK RoPE factor that extends the context.",
     "as_llama": "Run a model of an unknown architecture as Llama; its output may be wrong.",
     "compress_pos_emb": "Factor that positions are divided by to extend the context.",
+    "chunk_size": "Most tokens in one forward pass; fewer take less memory.",
+    "embedding_device": "auto or cpu for the embedding in main memory, or a card.",
 }
 
 
@@ -79,4 +81,4 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         if default is False:
             group.add_argument(*flags, action="store_true", help=_FLAG_HELP[name])
         else:
-            group.add_argument(*flags, type=float, default=default, help=_FLAG_HELP[name])
+            group.add_argument(*flags, type=type(default), default=default, help=_FLAG_HELP[name])

@@ -30,6 +30,8 @@ from .contract import (
     DRAFT_OPTIONS,
     GAUGE,
     LOADERS,
+    MEMORY,
+    MEMORY_OPTIONS,
     PICK,
     PROGRESS,
     ROPE,
@@ -54,7 +56,9 @@ _BEGIN_WAIT_S = 15.0
 
 # The fields that the gauge is drawn from. Every page has the first ones; v4.8 dropped one of
 # the others. The toggles are not among them, because cache_type has the same meaning.
-_NEEDED_INPUTS = ("loader", "model_menu", "ctx_size", "cache_type", *ROPE_OPTIONS, AS_LLAMA)
+_NEEDED_INPUTS = (
+    "loader", "model_menu", "ctx_size", "cache_type", *ROPE_OPTIONS, *MEMORY_OPTIONS, AS_LLAMA,
+)
 _MORE_INPUTS = ("gpu_split", *DRAFT_OPTIONS)
 
 # Maximum and step of the context's slider as the web UI made it, restored for other loaders.
@@ -138,13 +142,18 @@ def _insert_components() -> None:
             name: gr.Number(value=getattr(args, name), **panel.field_arguments(name))
             for name in ROPE_OPTIONS
         }
+    with gr.Accordion("Memory", open=False) as memory:
+        fields["chunk_size"] = gr.Number(
+            value=args.chunk_size, precision=0, **panel.field_arguments("chunk_size"))
+        fields["embedding_device"] = gr.Textbox(
+            value=args.embedding_device, **panel.field_arguments("embedding_device"))
     _move_below(components["ctx_size"], gauge.values())
     _move_below(components["cache_type"], toggles.values())
     form = components["cache_type"].parent
     # Gradio groups fields in a form without borders between them; an accordion has a border.
     _move_below(form if type(form).__name__ == "Form" else toggles["cache_4bit"],
-                [as_llama_column, rope])
-    components.update(gauge | toggles | {ROPE: rope} | fields)
+                [as_llama_column, rope, memory])
+    components.update(gauge | toggles | {ROPE: rope, MEMORY: memory} | fields)
     components.update({AS_LLAMA: as_llama, AS_LLAMA_COLUMN: as_llama_column})
     _slider.clear()
     for name in ("maximum", "step"):

@@ -22,7 +22,7 @@ CTX = 256
 OPTIONS = (
     "model_dir", "ctx_size", "cache_type", "cache_8bit", "cache_4bit", "gpu_split",
     "alpha_value", "compress_pos_emb", "as_architecture", "as_llama", "model_draft",
-    "ctx_size_draft", "draft_max",
+    "ctx_size_draft", "draft_max", "chunk_size", "embedding_device",
 )
 STATE = sorted(request.SAMPLERS | {
     "max_new_tokens", "logit_bias", "logprobs", "truncation_length", "add_bos_token",

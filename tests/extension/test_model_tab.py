@@ -286,10 +286,15 @@ def test_the_gauge_works_without_the_optional_fields(wired, page, monkeypatch, a
     assert not rope.open
     assert [*leaves(rope)] == [components[name] for name in contract.ROPE_OPTIONS]
     assert placed.index(components["alpha_value"]) > placed.index(components["cache_4bit"])
+    memory = components["exl_memory"]
+    assert not memory.open
+    assert [*leaves(memory)] == [components[name] for name in contract.MEMORY_OPTIONS]
     monkeypatch.setattr(
         model_tab.panel, "plan_html", lambda options, unfolded: f"{options!r}, {unfolded}")
-    drawn = follow(components, ctx_size_draft=256, draft_max=2)
+    drawn = follow(components, ctx_size_draft=256, draft_max=2, chunk_size=64,
+                   embedding_device="cpu")
     assert "ctx_size=512, cache_type='q4'" in drawn
+    assert "chunk_size=64" in drawn and "embedding_device='cpu'" in drawn
     # An option without a field has the value of the command line.
     assert f"ctx_size_draft={1024 if absent else 256}" in drawn
     assert drawn.endswith("False") and follow(components, exl_details="open").endswith("True")

@@ -50,6 +50,14 @@ def test_options_from_a_page_are_the_planners_arguments():
     assert empty == ModelChoice("") and empty.for_plan() == {}
 
 
+def test_options_of_memory_are_read_from_fields():
+    options = ModelChoice.from_values(
+        {"model_dir": "/m", "chunk_size": 64.0, "embedding_device": " cuda:0 "})
+    assert options.for_load() == {"chunk_size": 64, "embedding_device": "cuda:0"}
+    empty = ModelChoice.from_values({"chunk_size": "", "embedding_device": None})
+    assert empty == ModelChoice()
+
+
 def test_the_toggle_of_an_unknown_architecture_is_an_option_of_the_engine():
     options = ModelChoice.from_values({"model_dir": "/m", "as_llama": "true"})
     assert options.for_load() == {"as_architecture": "LlamaForCausalLM"}
@@ -60,7 +68,7 @@ def test_the_toggle_of_an_unknown_architecture_is_an_option_of_the_engine():
 
 def test_options_of_the_web_ui_have_the_defaults_of_the_engine():
     """The web UI's flags are added where the engine is too slow to import."""
-    for name in contract.ROPE_OPTIONS:
+    for name in (*contract.ROPE_OPTIONS, *contract.MEMORY_OPTIONS):
         assert contract.OPTION_DEFAULTS[name] == ModelChoice.OPTIONS[name].default
 
 

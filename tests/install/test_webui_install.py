@@ -165,7 +165,7 @@ def without_start_file(root: Path) -> None:
 
 
 FLAGS = {"cache_8bit": [], "cache_4bit": [], "alpha_value": ["2"], "compress_pos_emb": ["2"],
-         "as_llama": []}
+         "as_llama": [], "chunk_size": ["64"], "embedding_device": ["cpu"]}
 
 
 @pytest.mark.parametrize(
