@@ -139,6 +139,11 @@ def test_a_cut_prompt_keeps_the_whole_prefix(folders, tmp_path):
     ({"tokenizer_config.json": {"bos_token": None}, "config.json": {"bos_token_id": 704}}, None),
     ({"tokenizer_config.json": {}, "special_tokens_map.json": {"bos_token": "<|end|>"}}, "<|end|>"),
     ({"config.json": {"vocab_size": 700}}, None),
+    ({"config.json": {"text_config": {"vocab_size": 700}}}, None),
+    ({"config.json": {"vocab_size": 720, "text_config": {"vocab_size": 700}}}, "<s>"),
+    ({"tokenizer_config.json": {}, "config.json": {"text_config": {"bos_token_id": 704}}},
+     "<|assistant|>"),
+    ({"config.json": {"text_config": 700}}, "<s>"),
 ])
 def test_bos_token_of_a_folder(files, expected, folders, tmp_path):
     folder = shutil.copytree(folders["json_qwen"], tmp_path / "model")

@@ -231,7 +231,11 @@ def _model_tokens(folder: Path) -> ModelTokens:
         except InvalidTokenizer:
             files.append({})
     config = files[-1]
-    vocab_size = config.get("vocab_size")
+    # A model that reads images too has the language part's settings there.
+    text_config = config.get("text_config")
+    text = text_config if isinstance(text_config, dict) else {}
+    files.append(text)
+    vocab_size = config.get("vocab_size", text.get("vocab_size"))
     return ModelTokens(
         model_type=str(config.get("model_type") or ""),
         vocab_size=vocab_size if is_id(vocab_size) else None,
