@@ -7,12 +7,14 @@ each is checked here: type, range, and that they agree with each other.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..utils.errors import (
     ExlLoaderError,
+    InvalidConfig,
     InvalidSettings,
     ModelNotFound,
     UnsupportedArchitecture,
@@ -21,8 +23,9 @@ from ..utils.errors import (
 from ..utils.json_keys import Keys, read_json_object, read_json_object_if_there
 from ..utils.output import warn_once
 from ..utils.setting_values import invalid, unknown_name
-from .architectures import ACTIVATIONS, ALIASES, ARCHITECTURES, Architecture
-from .rope import MAX_POSITIONS, RopeConfig, parse_rope
+from .architectures import ALIASES, ARCHITECTURES
+from .architectures.fields import ACTIVATIONS, Architecture, Formula
+from .rope import MAX_POSITIONS, RopeConfig, parse_ropes
 
 # Several times the largest models there are: what is beyond is damage, not a model.
 GGUF_REMEDY = "Use llama.cpp for it, in the web UI the loader of that name"
@@ -35,9 +38,9 @@ MAX_HEADS = 1024
 MAX_HEAD_DIM = 1024
 MAX_EXPERTS = 1024
 
-# Keys with which other architectures change the forward pass -> values that change nothing. The
-# classes of transformers that this engine follows have no use for them.
-_OTHER_ARCHITECTURES = {
+# Keys that change the forward pass of some architectures, most of them in the table -> values
+# that change nothing. The classes of other architectures have no use for them.
+_SPECIAL_KEYS = {
     "embedding_multiplier": (1,), "residual_multiplier": (1,), "logits_scaling": (1,),
     "attention_multiplier": (), "logit_scale": (1,), "scale_emb": (1,), "scale_depth": (),
     "dim_model_base": (), "use_qk_norm": (False,), "qk_layernorm": (False,),
@@ -49,21 +52,52 @@ _OTHER_ARCHITECTURES = {
 
 
 @dataclass(frozen=True)
+class ExpertsConfig:
+    """The numbers of a model's mixtures of experts.
+
+    Args:
+        count: experts of a layer. top_k: those of a row.
+        intermediate_size: width of an expert.
+        shared_size: width of the shared expert; 0 where there is none.
+        normalize: the weights of a row's experts sum up to `factor`.
+        factor: on these weights.
+        dense_layers: layers that have an ordinary MLP.
+    """
+
+    count: int
+    top_k: int
+    intermediate_size: int
+    shared_size: int
+    normalize: bool
+    factor: float
+    dense_layers: frozenset[int]
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """What a model is, without its weights. Names are Hugging Face's unless noted.
 
     Args:
         architecture: a key of `architectures.ARCHITECTURES`.
-        hidden_act: as `Ops.gate` takes it (`silu`, `gelu`, `gelu_tanh`).
+        norm_eps: eps of the norms.
+        hidden_act: as `Ops.gate` takes it, such as `silu` or `gelu_tanh`.
         bos_token_id: None where the model has none.
         eos_token_ids: from `config.json`, then what `generation_config.json` adds.
         layer_sliding_windows: `sliding_window` of each layer, 0 where it sees everything.
         embedding_multiplier: factor on embeddings.
-        norm_offset: added to every stored norm weight.
+        residual_multiplier: factor on what a block adds to the hidden state.
         attention_multiplier: factor on attention scores, before the soft cap.
+        logits_multiplier: factor on logits, before the soft cap.
         attn_logit_softcapping, final_logit_softcapping: 0.0 where there is none.
-        num_local_experts, num_experts_per_tok: 0 where the MLP is dense.
-        rope: the rotary embedding.
+        clip_qkv: queries, keys and values are clipped to -clip_qkv..clip_qkv; 0.0 where not.
+        is_parallel: attention and MLP run side by side on the same hidden state.
+        has_qk_norms: queries and keys are normalised.
+        experts: the mixtures of experts; None where every layer has an MLP.
+        ropes: the rotary embeddings: none with learned positions; a second one where layers with
+            a sliding window have their own.
+        layer_ropes: each layer's index in `ropes`, None where it has no rotary embedding.
+        learned_positions: rows of the table of learned positions; 0 without one.
+        is_text_part: the folder's model reads images too, which this engine does not.
         required_biases: names of linear layers, as in `Architecture`, that must have a bias.
         quantization: `quantization_config`, empty where there is none.
     """
@@ -76,7 +110,7 @@ class ModelConfig:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    rms_norm_eps: float
+    norm_eps: float
     max_position_embeddings: int
     tie_word_embeddings: bool
     hidden_act: str
@@ -84,13 +118,19 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     layer_sliding_windows: tuple[int, ...]
     embedding_multiplier: float
-    norm_offset: float
+    residual_multiplier: float
     attention_multiplier: float
+    logits_multiplier: float
     attn_logit_softcapping: float
     final_logit_softcapping: float
-    num_local_experts: int
-    num_experts_per_tok: int
-    rope: RopeConfig
+    clip_qkv: float
+    is_parallel: bool
+    has_qk_norms: bool
+    experts: ExpertsConfig | None
+    ropes: tuple[RopeConfig, ...]
+    layer_ropes: tuple[int | None, ...]
+    learned_positions: int
+    is_text_part: bool = False
     required_biases: frozenset[str] = frozenset()
     quantization: dict[str, Any] = field(default_factory=dict)
 
@@ -139,7 +179,17 @@ class ModelConfig:
     @property
     def own_length(self) -> int:
         """The model's own length in tokens, with the RoPE scaling of its config."""
-        return self.rope.own_length
+        return self.ropes[0].own_length if self.ropes else self.max_position_embeddings
+
+    @property
+    def max_ctx_size(self) -> int:
+        """The most tokens of a sequence: those for which there are positions."""
+        return self.learned_positions or MAX_POSITIONS
+
+    @property
+    def num_local_experts(self) -> int:
+        """Experts of a layer; 0 where the MLP is dense."""
+        return 0 if self.experts is None else self.experts.count
 
     @classmethod
     def from_dict(
@@ -160,54 +210,122 @@ class ModelConfig:
                 known and another one.
         """
         architecture = _architecture(Keys(values, where), as_architecture)
-        foreign = [
-            key for key, neutral in _OTHER_ARCHITECTURES.items()
-            if values.get(key) is not None and values[key] not in neutral
-            and key not in architecture.defaults
-        ]
-        if foreign:
-            warn_once(
-                f"{where}: {architecture.name} has no use for {', '.join(foreign)}; if the model "
-                "was trained with it, the output is wrong"
-            )
-        values = {key: value for key, value in values.items() if key not in foreign}
-        keys = Keys(values, where, architecture.defaults)
-        dimensions = _dimensions(keys)
-        head_dim = dimensions["head_dim"]
+        keys = _own_keys(values, where, architecture)
+        dimensions = _dimensions(keys, architecture)
+        head_dim, hidden_size = dimensions["head_dim"], dimensions["hidden_size"]
         num_layers = dimensions["num_hidden_layers"]
         max_position_embeddings = keys.required_integer(
             "max_position_embeddings", 2, MAX_POSITIONS
         )
+        positions, factors = architecture.positions, architecture.factors
         windows = _layer_sliding_windows(keys, architecture, num_layers)
-        scalar = float(head_dim)
-        if architecture.query_pre_attn_scalar:
-            scalar = keys.required_number("query_pre_attn_scalar", 1e-3, 1e6)
+        ropes: tuple[RopeConfig, ...] = ()
+        if positions.learned is None:
+            ropes = parse_ropes(
+                keys, head_dim, max_position_embeddings, positions.type_names,
+                positions.local_theta,
+            )
+
+        def factor(formula: Formula) -> float:
+            return _factor(keys, formula, hidden_size, num_layers, head_dim)
+
+        qk = architecture.norms.qk
         bos_token_ids = _token_ids(keys, "bos_token_id", dimensions["vocab_size"])
         return cls(
             architecture=architecture.name,
             **dimensions,
-            **_experts(keys, architecture),
-            rms_norm_eps=keys.required_number("rms_norm_eps", 0.0, 1.0),
+            norm_eps=keys.required_number("rms_norm_eps", 0.0, 1.0),
             max_position_embeddings=max_position_embeddings,
             tie_word_embeddings=bool(keys.boolean("tie_word_embeddings")),
             hidden_act=_activation(keys, architecture),
             bos_token_id=bos_token_ids[0] if bos_token_ids else None,
             eos_token_ids=_eos_token_ids(keys, generation, dimensions["vocab_size"]),
             layer_sliding_windows=windows,
-            # In float32, as transformers computes it for float32 weights; a model that runs in
-            # bfloat16 there has this factor rounded to bfloat16.
-            embedding_multiplier=dimensions["hidden_size"] ** 0.5
-            if architecture.embed_scale else 1.0,
-            norm_offset=architecture.norm_offset,
-            attention_multiplier=scalar**-0.5,
+            embedding_multiplier=factor(factors.embedding),
+            residual_multiplier=factor(factors.residual),
+            attention_multiplier=factor(factors.attention),
+            logits_multiplier=factor(factors.logits),
             attn_logit_softcapping=keys.number("attn_logit_softcapping", 0.0, 1e6) or 0.0,
             final_logit_softcapping=keys.number("final_logit_softcapping", 0.0, 1e6) or 0.0,
-            rope=parse_rope(
-                keys, head_dim, max_position_embeddings, architecture.longrope_aliases
-            ),
+            clip_qkv=(keys.number("clip_qkv", 1e-6, 1e6) or 0.0) if architecture.clip_qkv else 0.0,
+            is_parallel=_is_set(keys, architecture.parallel),
+            has_qk_norms=qk is not None and (qk.key is None or _is_set(keys, qk.key)),
+            experts=_experts(keys, architecture, dimensions),
+            ropes=ropes,
+            layer_ropes=_layer_ropes(keys, architecture, ropes, windows),
+            learned_positions=max_position_embeddings if positions.learned is not None else 0,
             required_biases=_required_biases(keys, architecture),
             quantization=keys.mapping("quantization_config") or {},
         )
+
+
+class _OwnKeys(Keys):
+    """Keys by their usual names, where an architecture names some of them otherwise.
+
+    Args:
+        names: usual name -> the architecture's.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str, architecture: Architecture) -> None:
+        super().__init__(values, where, architecture.defaults)
+        self._names = architecture.keys
+
+    def raw(self, key: str) -> Any:
+        """Return the unchecked value, or its default, or None."""
+        name = self._names.get(key, key)
+        return self.values[name] if name in self.values else self.defaults.get(key)
+
+    def fail(self, key: str, expected: str, actual: Any = None) -> InvalidConfig:
+        """Make the error for a key, which has the architecture's name of it."""
+        value = self.raw(key) if actual is None else actual
+        return Keys(self.values, self.where).fail(self._names.get(key, key), expected, value)
+
+
+def _own_keys(values: dict[str, Any], where: str, architecture: Architecture) -> Keys:
+    """Return the keys of which an architecture has a use, and warn about others."""
+    for section in architecture.sections:
+        values = values | (Keys(values, where).mapping(section) or {})
+    own = architecture.own_keys()
+    foreign = [
+        key for key, neutral in _SPECIAL_KEYS.items()
+        if values.get(key) is not None and values[key] not in neutral and key not in own
+    ]
+    if foreign:
+        warn_once(
+            f"{where}: {architecture.name} has no use for {', '.join(foreign)}; if the model "
+            "was trained with it, the output is wrong"
+        )
+    values = {key: value for key, value in values.items() if key not in foreign}
+    return _OwnKeys(values, where, architecture)
+
+
+def _is_set(keys: Keys, rule: bool | str) -> bool:
+    """Return a rule that is a constant, or the value of a config key."""
+    return bool(keys.boolean(rule)) if isinstance(rule, str) else rule
+
+
+def _factor(
+    keys: Keys, formula: Formula, hidden_size: int, num_layers: int, head_dim: int
+) -> float:
+    """Compute a factor, in float64. Where it is a square root or a quotient, a model that runs in
+    bfloat16 in transformers has it rounded to bfloat16.
+    """
+    def number(key: str) -> float:
+        return keys.required_number(key, 1e-6, 1e6)
+
+    if formula == "hidden_size ** 0.5":
+        return float(hidden_size**0.5)
+    if formula == "head_dim ** -0.5":
+        return float(float(head_dim) ** -0.5)
+    if formula == "query_pre_attn_scalar ** -0.5":
+        return float(number("query_pre_attn_scalar") ** -0.5)
+    if formula == "scale_depth / num_hidden_layers ** 0.5":
+        return number("scale_depth") / float(num_layers**0.5)
+    if formula == "dim_model_base / hidden_size":
+        return number("dim_model_base") / hidden_size
+    if formula == "1 / logits_scaling":
+        return 1 / number("logits_scaling")
+    return 1.0 if formula == "1" else number(formula)
 
 
 def _no_model(folder: Path) -> ModelNotFound:
@@ -314,10 +432,12 @@ def _own_architecture(keys: Keys) -> Architecture | None:
     return None
 
 
-def _dimensions(keys: Keys) -> dict[str, int]:
+def _dimensions(keys: Keys, architecture: Architecture) -> dict[str, int]:
     hidden_size = keys.required_integer("hidden_size", 1, MAX_HIDDEN_SIZE)
     num_heads = keys.required_integer("num_attention_heads", 1, MAX_HEADS)
     num_kv_heads = keys.integer("num_key_value_heads", 1, MAX_HEADS) or num_heads
+    if architecture.multi_query is not None and not keys.boolean("new_decoder_architecture"):
+        num_kv_heads = 1 if keys.boolean(architecture.multi_query) else num_heads
     if num_heads % num_kv_heads:
         raise keys.fail("num_key_value_heads", f"a divisor of num_attention_heads ({num_heads})")
     head_dim = keys.integer("head_dim", 1, MAX_HEAD_DIM)
@@ -341,20 +461,52 @@ def _dimensions(keys: Keys) -> dict[str, int]:
     }
 
 
-def _experts(keys: Keys, architecture: Architecture) -> dict[str, int]:
-    if architecture.experts is None:
-        return {"num_local_experts": 0, "num_experts_per_tok": 0}
-    num_experts = keys.required_integer("num_local_experts", 1, MAX_EXPERTS)
-    return {
-        "num_local_experts": num_experts,
-        "num_experts_per_tok": keys.required_integer("num_experts_per_tok", 1, num_experts),
-    }
+def _experts(
+    keys: Keys, architecture: Architecture, dimensions: dict[str, int]
+) -> ExpertsConfig | None:
+    mixture = architecture.experts
+    if mixture is None:
+        return None
+    count = keys.required_integer("num_local_experts", 1, MAX_EXPERTS)
+    shared_size = 0
+    if mixture.shared is not None:
+        shared_size = keys.required_integer(mixture.shared_width, 0, MAX_INTERMEDIATE_SIZE)
+        if mixture.shared_count is not None:
+            shared_size *= keys.required_integer(mixture.shared_count, 0, MAX_EXPERTS)
+    factor = None
+    if mixture.factor is not None:
+        factor = keys.number(mixture.factor, 1e-6, 1e6)
+    return ExpertsConfig(
+        count=count,
+        top_k=keys.required_integer("num_experts_per_tok", 1, count),
+        intermediate_size=keys.required_integer(mixture.width, 1, MAX_INTERMEDIATE_SIZE),
+        shared_size=shared_size,
+        normalize=_is_set(keys, mixture.normalize),
+        factor=1.0 if factor is None else factor,
+        dense_layers=_dense_layers(keys, mixture.dense_layers, dimensions["num_hidden_layers"]),
+    )
+
+
+def _dense_layers(keys: Keys, rule: str, num_layers: int) -> frozenset[int]:
+    """Find the layers that have an ordinary MLP; see `Mixture.dense_layers`."""
+    if rule == "none":
+        return frozenset()
+    if rule == "first":
+        return frozenset(range(keys.required_integer("first_k_dense_replace", 0, num_layers)))
+    listed = keys.raw("mlp_only_layers") or []
+    if not isinstance(listed, list) or not all(type(i) is int for i in listed):
+        raise keys.fail("mlp_only_layers", "a list of layer numbers")
+    step = keys.required_integer("decoder_sparse_step", 1, MAX_LAYERS)
+    return frozenset(i for i in range(num_layers) if i in listed or (i + 1) % step)
 
 
 def _activation(keys: Keys, architecture: Architecture) -> str:
-    name = keys.text(architecture.activation_key)
+    name = keys.text("hidden_act")
+    if name is None and architecture.keys.get("hidden_act") == "hidden_activation":
+        # Folders of Gemma have a null for it beside a `hidden_act` that is not meant.
+        name = keys.defaults["hidden_act"]
     if name is None or name not in ACTIVATIONS:
-        raise keys.fail(architecture.activation_key, f"one of {', '.join(ACTIVATIONS)}")
+        raise keys.fail("hidden_act", f"one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 
@@ -377,18 +529,16 @@ def _layer_sliding_windows(
     """Find each layer's window; a row sees the `window` newest positions, itself included."""
     rule = architecture.sliding_window
     window = None if rule == "none" else keys.integer("sliding_window", 0, MAX_POSITIONS)
-    if rule == "upper" and not keys.boolean("use_sliding_window"):
+    if "use_sliding_window" in keys.defaults and not keys.boolean("use_sliding_window"):
         window = None
     if not window:
         return (0,) * num_layers
     if rule == "uniform":
         return (window,) * num_layers
     layer_types = keys.raw("layer_types")
-    if layer_types is None and rule == "upper":
-        first = keys.required_integer("max_window_layers", 0, MAX_LAYERS)
-        return tuple(window if i >= first else 0 for i in range(num_layers))
     if layer_types is None:
-        return tuple(window if i % 2 == 0 else 0 for i in range(num_layers))
+        slides = _default_slides(keys, architecture, num_layers)
+        return tuple(window if slides(i) else 0 for i in range(num_layers))
     known = {"sliding_attention": window, "full_attention": 0}
     if (
         not isinstance(layer_types, list)
@@ -397,6 +547,63 @@ def _layer_sliding_windows(
     ):
         raise keys.fail("layer_types", f"{num_layers} times {' or '.join(known)}")
     return tuple(known[name] for name in layer_types)
+
+
+def _default_slides(
+    keys: Keys, architecture: Architecture, num_layers: int
+) -> Callable[[int], bool]:
+    """Return whether a layer has a sliding window, where no `layer_types` say so."""
+    rule = architecture.sliding_window
+    if rule == "upper":
+        first = keys.required_integer("max_window_layers", 0, MAX_LAYERS)
+        return lambda i: i >= first
+    if rule == "pattern":
+        pattern = keys.raw("sliding_window_pattern")
+        if isinstance(pattern, str) and pattern and set(pattern) <= {"L", "G"}:
+            # EXAONE writes a letter for each layer of a period: L for local, G for global.
+            return lambda i: pattern[i % len(pattern)] == "L"
+        period = keys.required_integer("sliding_window_pattern", 1, MAX_LAYERS)
+        return lambda i: (i + 1) % period != 0
+    if rule == "unrotated":
+        rotated = _rotated_layers(keys, num_layers)
+        return lambda i: not rotated[i]
+    assert rule == "alternating", rule
+    return lambda i: i % 2 == 0
+
+
+def _rotated_layers(keys: Keys, num_layers: int) -> tuple[bool, ...]:
+    """Return which layers have RoPE by `no_rope_layers`, which has a 1 for those that have it."""
+    listed = keys.raw("no_rope_layers")
+    if not listed:
+        interval = keys.required_integer("no_rope_layer_interval", 1, MAX_LAYERS)
+        return tuple((i + 1) % interval != 0 for i in range(num_layers))
+    if (
+        not isinstance(listed, list) or len(listed) != num_layers
+        or not all(type(i) is int and i in (0, 1) for i in listed)
+    ):
+        raise keys.fail("no_rope_layers", f"{num_layers} times 0 or 1")
+    return tuple(i == 1 for i in listed)
+
+
+def _layer_ropes(
+    keys: Keys, architecture: Architecture, ropes: tuple[RopeConfig, ...],
+    windows: tuple[int, ...],
+) -> tuple[int | None, ...]:
+    """Find each layer's rotary embedding; see `ModelConfig.layer_ropes`."""
+    rule, num_layers = architecture.positions.layers, len(windows)
+    if not ropes:
+        return (None,) * num_layers
+    if rule == "listed":
+        rotated = _rotated_layers(keys, num_layers)
+    elif rule == "sliding" or (rule == "sliding or all" and any(windows)):
+        rotated = tuple(window > 0 for window in windows)
+    else:
+        rotated = (True,) * num_layers
+    own = len(ropes) - 1
+    return tuple(
+        (own if window else 0) if is_rotated else None
+        for is_rotated, window in zip(rotated, windows, strict=True)
+    )
 
 
 def _token_ids(keys: Keys, key: str, vocab_size: int) -> list[int]:

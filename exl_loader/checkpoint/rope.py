@@ -215,9 +215,11 @@ ROPE_TYPES = {
 }
 
 
-def parse_rope(keys: Keys, head_dim: int, max_position_embeddings: int,
-               longrope_aliases: tuple[str, ...] = ()) -> RopeConfig:
-    """Read the rotary embedding from a config, in either layout.
+def parse_ropes(
+    keys: Keys, head_dim: int, max_position_embeddings: int,
+    type_names: Mapping[str, str] | None = None, local_theta: str | None = None,
+) -> tuple[RopeConfig, ...]:
+    """Read the rotary embeddings from a config, in either layout.
 
     Transformers 4 has `rope_theta` at the top level and `rope_scaling` (or null) beside it.
     Transformers 5 has both in `rope_parameters`, which may be nested by layer type.
@@ -226,21 +228,59 @@ def parse_rope(keys: Keys, head_dim: int, max_position_embeddings: int,
         keys: the whole config.
         head_dim: elements of a head.
         max_position_embeddings: the model's length in tokens.
-        longrope_aliases: other names of `longrope` in this architecture.
+        type_names: other names of schemes in this architecture -> those in `ROPE_TYPES`.
+        local_theta: in the layout of version 4, the config key of `rope_theta` of layers with a
+            sliding window; None where these layers have no rotary embedding of their own.
+
+    Returns:
+        One for all layers; or one for layers that attend to everything, and another one for
+        those with a sliding window.
 
     Raises:
-        InvalidConfig: the scheme is unknown, or its values are missing or invalid.
+        InvalidConfig: a scheme is unknown, or its values are missing or invalid.
     """
     scheme = keys.mapping("rope_scaling") or keys.mapping("rope_parameters") or {}
+
+    def parse(scheme: Mapping[str, Any], theta_key: str = "rope_theta") -> RopeConfig:
+        return _parse(keys, scheme, head_dim, max_position_embeddings, type_names or {}, theta_key)
+
+    if local_theta is None:
+        return (parse(_flatten(keys, scheme)),)
+    local: Mapping[str, Any] = {}
+    if any(isinstance(value, dict) for value in scheme.values()):
+        nested = Keys(scheme, f"the RoPE settings of {keys.where}")
+        local = nested.mapping("sliding_attention") or {}
+        scheme = nested.mapping("full_attention") or {}
+    ropes = parse(scheme), parse(local, local_theta)
+    if ropes[1].depends_on_length:
+        raise InvalidConfig(
+            f"rope_parameters in {keys.where}",
+            expected="a scheme that does not depend on the length, for a sliding window",
+            actual=ropes[1].rope_type,
+        )
+    return ropes[:1] if ropes[0] == ropes[1] else ropes
+
+
+def _parse(
+    keys: Keys, scheme: Mapping[str, Any], head_dim: int, max_position_embeddings: int,
+    type_names: Mapping[str, str], theta_key: str,
+) -> RopeConfig:
+    """Read one rotary embedding.
+
+    Args:
+        scheme: its own settings; the others are those of `parse_ropes`.
+        theta_key: config key of its base, where the settings have none.
+    """
     inherited = {
-        name: keys.raw(name)
-        for name in ("rope_theta", "partial_rotary_factor")
-        if keys.raw(name) is not None
+        name: keys.raw(key)
+        for name, key in (
+            ("rope_theta", theta_key), ("partial_rotary_factor", "partial_rotary_factor")
+        )
+        if keys.raw(key) is not None
     }
-    rope = Keys(_flatten(keys, scheme), f"the RoPE settings of {keys.where}", inherited)
+    rope = Keys(scheme, f"the RoPE settings of {keys.where}", inherited)
     rope_type = rope.text("rope_type") or rope.text("type") or "default"
-    if rope_type in longrope_aliases:
-        rope_type = "longrope"
+    rope_type = type_names.get(rope_type, rope_type)
     if rope_type not in ROPE_TYPES:
         raise rope.fail("rope_type", f"one of {', '.join(ROPE_TYPES)}", rope_type)
     partial = rope.number("partial_rotary_factor", 1e-3, 1.0)

@@ -12,7 +12,7 @@ from ..backends.reference.ops import ReferenceOps, dense_weight
 from ..cache.layout import PAGE_LEN, CacheLayer, CacheType, cache_specs, pages_for
 from ..checkpoint.rope import inv_freq
 from ..model.builder import Builder
-from ..model.decoder import Layer
+from ..model.decoder import DecoderLayer
 from ..model.parts.part import LayerState, Loading, StepViews
 from ..model.step import workspace_specs
 from ..utils.table import MAIN_MEMORY, TensorSpec
@@ -68,10 +68,9 @@ class Activations:
         self._cache_type = cache_type
         self._batch = self._one_sequence(row_len)
         self._views = StepViews(self._workspace, self._batch, source.config.hidden_size)
-        frequencies, factor = inv_freq(source.config.rope, row_len)
-        self._batch.rope_factor = factor
-        rope = source.parts.layers[0].attention.rope
-        rope.run(self._ops, self._views, torch.tensor(frequencies))
+        for rope in source.parts.ropes():
+            frequencies, factor = inv_freq(rope.config, row_len)
+            rope.run(self._ops, self._views, torch.tensor(frequencies), factor)
         self.restart()
 
     def _one_sequence(self, row_len: int) -> Batch:
@@ -89,11 +88,16 @@ class Activations:
         source = self._source
         table = source.checkpoint.read(source.parts.embedding.spec.name)
         factor = source.config.embedding_multiplier
+        positions = source.parts.positions
+        if positions is not None:
+            positions.load(self._loading(positions.specs()))
         self._states = []
         for row in self._rows:
-            state = torch.empty_like(self._views.x)
+            state = self._views.x
             self._ops.embed(torch.tensor(row, dtype=torch.int32), table, factor, state)
-            self._states.append(state)
+            if positions is not None:
+                positions.run(self._ops, self._views)
+            self._states.append(state.clone())
 
     def run_layer(
         self,
@@ -145,7 +149,7 @@ class Activations:
             hessian.add(normed)
         return hessian
 
-    def _load(self, index: int, replaced: Mapping[str, torch.Tensor]) -> Layer:
+    def _load(self, index: int, replaced: Mapping[str, torch.Tensor]) -> DecoderLayer:
         """Read the weights of one layer."""
         source = self._source
         # A new object each time, so that its weights are freed with it.

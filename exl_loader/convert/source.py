@@ -57,8 +57,11 @@ class Source:
     def kept(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield name and float16 tensor of everything that is not quantised."""
         yield self._float16(self.parts.embedding.spec.name)
+        if self.parts.positions is not None:
+            yield self._float16(self.parts.positions.spec.name)
         for norm in self.parts.norms():
-            yield self._float16(norm.spec.name)
+            for name in norm.tensors:
+                yield self._float16(name)
         quantised = {
             linear.name for layer in self.parts.layers for group in layer.input_groups()
             for linear in group

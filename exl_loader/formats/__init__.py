@@ -5,13 +5,14 @@ Importing this package imports neither PyTorch nor numpy. Functions that read va
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ..utils.errors import InvalidCheckpoint
 from .dense import dense_spec, read_dense
 from .exl2 import exl2_spec, read_exl2
 from .gptq import gptq_spec, read_gptq
-from .layer import DenseLayer, LinearSpec, QuantizedLayer
+from .layer import DenseLayer, LinearSpec, QuantizedLayer, RowRanges
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -48,8 +49,9 @@ def linear_spec(
     out_features: int,
     *,
     source: str | None = None,
-    rows: tuple[int, int] | None = None,
+    rows: RowRanges | None = None,
     bias: bool | None = None,
+    transposed: bool = False,
 ) -> LinearSpec:
     """Describe a linear layer from headers alone. The tensors that exist determine its format.
 
@@ -61,8 +63,9 @@ def linear_spec(
         in_features: K.
         out_features: N, without padding columns.
         source: prefix of the layer's tensors; None is `name`.
-        rows: (first, end) output rows of a fused source tensor; None is all rows.
+        rows: output rows of a fused source tensor; None is all rows.
         bias: True requires a bias, False ignores a stored one, None reads one that exists.
+        transposed: an unquantised weight is [in_features, out_features].
 
     Returns:
         The spec, for `read_linear`.
@@ -75,6 +78,8 @@ def linear_spec(
     source = name if source is None else source
     for tensor, describe in SPECS.items():
         if f"{source}.{tensor}" in checkpoint.headers:
+            if transposed and describe is dense_spec:
+                describe = partial(dense_spec, transposed=True)
             return describe(
                 checkpoint,
                 name,

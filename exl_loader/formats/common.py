@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..checkpoint import Checkpoint, TensorHeader
-    from .layer import LinearSpec
+    from .layer import LinearSpec, RowRanges
 
 FLOAT_DTYPES = ("float16", "bfloat16", "float32")
 WRONG_FILE = "Check that the weight files belong to this config.json, or download them again"
@@ -54,7 +54,7 @@ def expect_columns(
     header: TensorHeader,
     stored: int,
     out_features: int,
-    rows: tuple[int, int] | None,
+    rows: RowRanges | None,
     padding: int = 1,
 ) -> None:
     """Check that a tensor has the output columns that a layer needs.
@@ -63,18 +63,19 @@ def expect_columns(
         header: of the tensor, for messages.
         stored: number of output columns of the tensor.
         out_features: number of output columns that the layer needs.
-        rows: (first, end) output rows of a fused tensor; None is the whole tensor.
+        rows: output rows of a fused tensor; None is the whole tensor.
         padding: `stored` may be `out_features` rounded up to a multiple of this number.
 
     Raises:
         InvalidCheckpoint: the tensor has too few or too many columns.
     """
     if rows is not None:
-        assert rows[1] - rows[0] == out_features, (header.name, rows, out_features)
-        if stored < rows[1]:
+        assert sum(end - first for first, end in rows) == out_features, (header.name, rows)
+        most = max(end for _, end in rows)
+        if stored < most:
             raise InvalidCheckpoint(
                 f"{header.name}: output features",
-                expected=f"at least {rows[1]}",
+                expected=f"at least {most}",
                 actual=stored,
                 remedy=WRONG_FILE,
             )
@@ -92,7 +93,7 @@ def has_bias(
     checkpoint: Checkpoint,
     source: str,
     out_features: int,
-    rows: tuple[int, int] | None,
+    rows: RowRanges | None,
     bias: bool | None,
 ) -> bool:
     """Return whether a layer has a bias, and check its header.
@@ -117,9 +118,15 @@ def has_bias(
 
 
 def read_columns(spec: LinearSpec, tensor: torch.Tensor) -> torch.Tensor:
-    """Return a view of the layer's columns of a tensor [..., output columns of the source]."""
-    first, end = spec.rows or (0, spec.out_features)
-    return tensor[..., first:end]
+    """Return the layer's columns of a tensor [..., output columns of the source].
+
+    This is a view where they follow each other.
+    """
+    import torch
+
+    ranges = spec.rows or ((0, spec.out_features),)
+    parts = [tensor[..., first:end] for first, end in ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def read_bias(spec: LinearSpec, checkpoint: Checkpoint) -> torch.Tensor | None:

@@ -11,9 +11,10 @@ from .common import (
     expect_columns,
     has_bias,
     read_bias,
+    read_columns,
     require_finite,
 )
-from .layer import DenseLayer, DenseSizes, LinearSpec
+from .layer import DenseLayer, DenseSizes, LinearSpec, RowRanges
 
 if TYPE_CHECKING:
     import torch
@@ -28,16 +29,18 @@ def dense_spec(
     out_features: int,
     *,
     source: str,
-    rows: tuple[int, int] | None,
+    rows: RowRanges | None,
     bias: bool | None,
+    transposed: bool = False,
 ) -> LinearSpec:
     """Describe an unquantised layer from headers; see `formats.linear_spec`."""
     weight = checkpoint.header(f"{source}.weight")
-    expect(weight, FLOAT_DTYPES, (None, in_features))
-    expect_columns(weight, weight.shape[0], out_features, rows)
+    expect(weight, FLOAT_DTYPES, (in_features, None) if transposed else (None, in_features))
+    expect_columns(weight, weight.shape[1 if transposed else 0], out_features, rows)
     sizes = DenseSizes(out_features, in_features, weight.dtype)
     biased = has_bias(checkpoint, source, out_features, rows, bias)
-    return LinearSpec(name, "dense", in_features, out_features, sizes, biased, source, rows)
+    return LinearSpec(name, "dense", in_features, out_features, sizes, biased, source, rows,
+                      {"transposed": transposed})
 
 
 def read_dense(spec: LinearSpec, checkpoint: Checkpoint) -> DenseLayer:
@@ -56,7 +59,28 @@ def _read_rows(
     spec: LinearSpec, checkpoint: Checkpoint, first: int, end: int
 ) -> torch.Tensor:
     """Read output rows first to end, [end - first, in_features], and check that they are finite."""
-    name, base = f"{spec.source}.weight", spec.rows[0] if spec.rows else 0
-    rows = checkpoint.read_rows(name, base + first, base + end)
+    name = f"{spec.source}.weight"
+    if spec.options["transposed"]:
+        # The rows are strewn over the file, so it is read whole for each piece. Only GPT-2 is
+        # stored like this, whose layers are a few pieces.
+        whole = read_columns(spec, checkpoint.read(name))
+        rows = whole[:, first:end].t().contiguous()
+    else:
+        rows = _read_ranges(spec, checkpoint, first, end)
     require_finite(name, rows)
     return rows
+
+
+def _read_ranges(
+    spec: LinearSpec, checkpoint: Checkpoint, first: int, end: int
+) -> torch.Tensor:
+    """Read output rows first to end of the layer, which may be in several parts of the source."""
+    import torch
+
+    name, parts, passed = f"{spec.source}.weight", [], 0
+    for low, high in spec.rows or ((0, spec.out_features),):
+        begin, stop = max(first - passed, 0), min(end - passed, high - low)
+        if begin < stop:
+            parts.append(checkpoint.read_rows(name, low + begin, low + stop))
+        passed += high - low
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -30,7 +30,14 @@ from .common import (
     read_columns,
     require_finite,
 )
-from .layer import BLOCK_ROWS, LinearSpec, QuantizedLayer, QuantizedSizes, unpack_stream
+from .layer import (
+    BLOCK_ROWS,
+    LinearSpec,
+    QuantizedLayer,
+    QuantizedSizes,
+    RowRanges,
+    unpack_stream,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +61,7 @@ def exl2_spec(
     out_features: int,
     *,
     source: str,
-    rows: tuple[int, int] | None,
+    rows: RowRanges | None,
     bias: bool | None,
 ) -> LinearSpec:
     """Describe an EXL2 layer from headers; see `formats.linear_spec`."""

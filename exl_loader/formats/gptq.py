@@ -36,7 +36,7 @@ from .common import (
     read_columns,
     require_finite,
 )
-from .layer import BLOCK_ROWS, LinearSpec, QuantizedLayer, QuantizedSizes
+from .layer import BLOCK_ROWS, LinearSpec, QuantizedLayer, QuantizedSizes, RowRanges
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +54,7 @@ def gptq_spec(
     out_features: int,
     *,
     source: str,
-    rows: tuple[int, int] | None,
+    rows: RowRanges | None,
     bias: bool | None,
 ) -> LinearSpec:
     """Describe a GPTQ layer from headers; see `formats.linear_spec`.

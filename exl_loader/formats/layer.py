@@ -20,6 +20,10 @@ PIECE_BYTES = 16 << 20
 BLOCK_ROWS = 32
 
 
+# (first, end) of the output rows of a layer in a fused source tensor, in the layer's order.
+RowRanges = tuple[tuple[int, int], ...]
+
+
 @dataclass(frozen=True)
 class QuantizedSizes:
     """How large a quantised layer is: what the size of its resident tensors depends on.
@@ -72,8 +76,9 @@ class LinearSpec:
         sizes: what its resident tensors depend on.
         has_bias: whether it has a bias, float32 [N].
         source: prefix of its tensors in the checkpoint; differs from `name` for fused ones.
-        rows: (first, end) output rows of a fused source tensor, None where it is whole.
-        options: what the format needs to know to read it (bits, group size, layout).
+        rows: output rows of a fused source tensor, None where it is whole.
+        options: what the format needs to know to read it (bits, group size, layout; for an
+            unquantised layer whether it is stored transposed).
     """
 
     name: str
@@ -83,7 +88,7 @@ class LinearSpec:
     sizes: QuantizedSizes | DenseSizes
     has_bias: bool
     source: str
-    rows: tuple[int, int] | None = None
+    rows: RowRanges | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
 

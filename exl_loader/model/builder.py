@@ -14,22 +14,25 @@ from typing import TYPE_CHECKING
 
 from ..backends import backend_of
 from ..backends.base import AttentionShape, Routing
-from ..checkpoint.architectures import ARCHITECTURES, ExpertNames
+from ..checkpoint.architectures import ARCHITECTURES
+from ..checkpoint.architectures.fields import Mixture, QkNorms
 from ..formats import LINEAR_TENSORS, has_linear, linear_spec
 from ..formats.common import FLOAT_DTYPES, WRONG_FILE, expect
+from ..formats.layer import RowRanges
 from ..utils.errors import InvalidCheckpoint, UnsupportedFormat, shown_names
 from ..utils.integers import round_up
 from ..utils.output import warn_once
 from ..utils.table import MAIN_MEMORY, DeviceMap, TensorSpec
-from .decoder import Layer
+from .decoder import DecoderLayer, Layer, ParallelLayer
 from .parts.attention import Attention
 from .parts.embedding import Embedding
 from .parts.experts import Experts
 from .parts.head import Head
 from .parts.linear import Linear
-from .parts.mlp import Mlp
+from .parts.mlp import Mlp, PlainMlp
 from .parts.norm import Norm
-from .parts.part import Loading
+from .parts.part import Block, Loading
+from .parts.positions import LearnedPositions
 from .parts.rope import Rope
 
 if TYPE_CHECKING:
@@ -37,12 +40,12 @@ if TYPE_CHECKING:
 
     from ..backends.base import DeviceOps
     from ..checkpoint import Checkpoint
-    from ..checkpoint.config import ModelConfig
+    from ..checkpoint.config import ExpertsConfig, ModelConfig
 
 # Weights of a low-rank adapter, as PEFT and GPTQModel name them.
 _ADAPTER = re.compile(r"\.lora_[ab](\.|$)", re.IGNORECASE)
 # Tensors of old folders that follow from the config.
-_COMPUTED_ANEW = (".rotary_emb.inv_freq", ".attn.bias", ".masked_bias")
+_COMPUTED_ANEW = (".rotary_emb.inv_freq", ".attn.bias", ".attention.bias", ".masked_bias")
 
 
 @dataclass(frozen=True)
@@ -50,18 +53,22 @@ class StageParts:
     """The parts of a model that are on one device.
 
     Args:
-        embedding: None on devices other than the first. head: None on others than the last.
+        embedding, positions: None on devices other than the first, `positions` also where the
+            model has none.
+        head: None on devices other than the last.
     """
 
     config: ModelConfig
     device: str
     embedding: Embedding | None
-    layers: tuple[Layer, ...]
+    positions: LearnedPositions | None
+    layers: tuple[DecoderLayer, ...]
     head: Head | None
 
     def ropes(self) -> list[Rope]:
         """Return the RoPEs of the layers, each once."""
-        return list(dict.fromkeys(layer.attention.rope for layer in self.layers))
+        ropes = dict.fromkeys(layer.attention.rope for layer in self.layers)
+        return [rope for rope in ropes if rope is not None]
 
 
 @dataclass(frozen=True)
@@ -70,12 +77,14 @@ class WeightCosts:
 
     Args:
         embedding: the token embedding, where it has a table of its own.
+        positions: the table of learned positions, 0 without one.
         layers: bytes of the first n layers, for every n from 0.
         head: final norm and output head.
         is_tied: the head serves as the embedding where both are on one device.
     """
 
     embedding: int
+    positions: int
     layers: tuple[int, ...]
     head: int
     is_tied: bool
@@ -88,8 +97,9 @@ class WeightCosts:
         """
         has_head = end == len(self.layers) - 1
         needs_table = with_embedding and first == 0 and not (self.is_tied and has_head)
-        ends = (self.embedding if needs_table else 0) + (self.head if has_head else 0)
-        return self.layers[end] - self.layers[first] + ends
+        start = (self.embedding if needs_table else 0) + (self.positions if first == 0 else 0)
+        layers = self.layers[end] - self.layers[first]
+        return start + layers + (self.head if has_head else 0)
 
 
 @dataclass(frozen=True)
@@ -99,7 +109,8 @@ class ModelParts:
     config: ModelConfig
     device_map: DeviceMap
     embedding: Embedding
-    layers: tuple[Layer, ...]
+    positions: LearnedPositions | None
+    layers: tuple[DecoderLayer, ...]
     head: Head
 
     def stages(self) -> list[StageParts]:
@@ -110,6 +121,7 @@ class ModelParts:
                 self.config,
                 device,
                 self.embedding if device == where.layers[0] else None,
+                self.positions if device == where.layers[0] else None,
                 tuple(layer for layer in self.layers if layer.device == device),
                 self.head if device == where.head else None,
             )
@@ -126,6 +138,7 @@ class ModelParts:
             self.config,
             device,
             self.embedding if first == 0 else None,
+            self.positions if first == 0 else None,
             self.layers[first:end],
             self.head if end == len(self.layers) else None,
         )
@@ -143,9 +156,14 @@ class ModelParts:
 
         layers = accumulate((aligned(layer.specs()) for layer in self.layers), initial=0)
         return WeightCosts(
-            aligned([self.embedding.spec]), tuple(layers), aligned(self.head.specs()),
-            self.embedding.head is not None,
+            aligned([self.embedding.spec]),
+            0 if self.positions is None else aligned(self.positions.specs()),
+            tuple(layers), aligned(self.head.specs()), self.embedding.head is not None,
         )
+
+    def ropes(self) -> list[Rope]:
+        """Return the RoPEs of the layers, each once."""
+        return list(dict.fromkeys(rope for stage in self.stages() for rope in stage.ropes()))
 
     def linears(self) -> Iterator[Linear]:
         """Every linear layer, the head last."""
@@ -162,6 +180,8 @@ class ModelParts:
     def specs(self) -> list[TensorSpec]:
         """Describe all weights as they will be on their devices."""
         specs = [*self.embedding.specs()]
+        if self.positions is not None:
+            specs += self.positions.specs()
         for layer in self.layers:
             specs += layer.specs()
         return [*specs, *self.head.specs()]
@@ -193,6 +213,8 @@ class ModelParts:
             layer.load(loading)
         self.head.load(loading)
         self.embedding.load(loading)
+        if self.positions is not None:
+            self.positions.load(loading)
 
 
 def build_parts(
@@ -224,6 +246,7 @@ def build_parts(
         config=config,
         device_map=devices,
         embedding=embedding,
+        positions=builder.positions(devices.layers[0]),
         layers=tuple(builder.layer(i, device) for i, device in enumerate(devices.layers)),
         head=head,
     )
@@ -237,7 +260,8 @@ class Builder:
     def __init__(self, config: ModelConfig, checkpoint: Checkpoint) -> None:
         self._config, self._checkpoint = config, checkpoint
         self._architecture = ARCHITECTURES[config.architecture]
-        self._rope = Rope(config.rope)
+        interleaved = self._architecture.positions.interleaved
+        self._ropes = [Rope(rope, interleaved, index) for index, rope in enumerate(config.ropes)]
 
     def embedding(self, devices: DeviceMap) -> Embedding:
         """Make the embedding, with a table of its own."""
@@ -249,39 +273,72 @@ class Builder:
             spec = replace(spec, segment="embedding", read_by=reader)
         return Embedding(spec, config.embedding_multiplier)
 
+    def positions(self, device: str) -> LearnedPositions | None:
+        """Make the table of learned positions."""
+        config, name = self._config, self._architecture.positions.learned
+        if name is None:
+            return None
+        name, shape = f"{name}.weight", (config.learned_positions, config.hidden_size)
+        return LearnedPositions(
+            TensorSpec(name, "weights", self._dtype(name, shape), shape, device)
+        )
+
     def head(self, device: str) -> Head:
-        """Make final norm and output head; a head of its own wins over a tied one."""
+        """Make final norm and output head; a head of its own wins over a tied one.
+
+        Raises:
+            UnsupportedFormat: the head has a bias, and the model a factor on logits.
+        """
         config, names = self._config, self._architecture
         tied = config.tie_word_embeddings and not has_linear(self._checkpoint, names.head)
         linear = self._linear(
             names.head, config.hidden_size, config.vocab_size, device,
+            bias=True if names.head in config.required_biases else None,
             source=names.embedding if tied else None,
         )
-        norm = self._norm(names.final_norm, config.hidden_size, device)
+        if linear.has_bias and config.logits_multiplier != 1:
+            raise UnsupportedFormat(
+                f"{names.head}.bias", expected="a head without a bias, because the factor on "
+                f"logits of {config.architecture} is part of the final norm",
+                remedy=WRONG_FILE,
+            )
+        norm = self._norm(
+            names.final_norm, config.hidden_size, device, factor=config.logits_multiplier
+        )
         return Head(norm, linear, config.final_logit_softcapping)
 
     def is_tied(self, head: Head) -> bool:
         """Tell whether the head is read from the embedding's tensor."""
         return head.linear.spec.source == self._architecture.embedding
 
-    def layer(self, index: int, device: str) -> Layer:
+    def layer(self, index: int, device: str) -> DecoderLayer:
         """Make a decoder layer."""
-        names, hidden_size = self._architecture, self._config.hidden_size
-        prefix = f"{names.layers}.{index}."
+        config, norms = self._config, self._architecture.norms
+        prefix = f"{self._architecture.layers}.{index}."
+        attention, mlp = self._attention(index, prefix, device), self._block(index, prefix, device)
 
-        def output_norm(name: str | None) -> Norm | None:
-            return None if name is None else self._norm(prefix + name, hidden_size, device)
+        def norm(name: str | None) -> Norm | None:
+            return None if name is None else self._norm(prefix + name, config.hidden_size, device)
 
+        if config.is_parallel:
+            attn_input, *mlp_input = self._parallel_norms(prefix)
+            return ParallelLayer(
+                device, attention, mlp, norm(attn_input), norm(mlp_input[0] if mlp_input else None)
+            )
         return Layer(
-            device=device,
-            attn_input_norm=self._norm(prefix + names.attn_input_norm, hidden_size, device),
-            attention=self._attention(index, prefix, device),
-            attn_output_norm=output_norm(names.attn_output_norm),
-            mlp_input_norm=self._norm(prefix + names.mlp_input_norm, hidden_size, device),
-            mlp=self._mlp(prefix, device) if names.experts is None
-            else self._experts(names.experts, prefix, device),
-            mlp_output_norm=output_norm(names.mlp_output_norm),
+            device, attention, mlp, norm(norms.attn_input), norm(norms.attn_output),
+            norm(norms.mlp_input), norm(norms.mlp_output), config.residual_multiplier,
         )
+
+    def _parallel_norms(self, prefix: str) -> tuple[str, ...]:
+        """Return the input norms of a parallel layer: the first alternative that is there."""
+        alternatives = self._architecture.norms.parallel
+        headers = self._checkpoint.headers
+        there = (
+            names for names in alternatives
+            if all(f"{prefix}{name}.weight" in headers for name in names)
+        )
+        return next(there, alternatives[-1])
 
     def _attention(self, index: int, prefix: str, device: str) -> Attention:
         config, names = self._config, self._architecture
@@ -296,9 +353,11 @@ class Builder:
         }
         q, k, v, o = (self._projection(prefix, name, sizes, device) for name in sizes)
 
-        def head_norm(name: str | None) -> Norm | None:
-            return None if name is None else self._norm(prefix + name, head_dim, device)
-
+        q_norm = k_norm = None
+        if names.norms.qk is not None and config.has_qk_norms:
+            qk = names.norms.qk
+            q_norm = self._qk_norm(qk, prefix + qk.q, config.num_attention_heads, device)
+            k_norm = self._qk_norm(qk, prefix + qk.k, config.num_key_value_heads, device)
         shape = AttentionShape(
             num_heads=config.num_attention_heads,
             num_kv_heads=config.num_key_value_heads,
@@ -307,40 +366,100 @@ class Builder:
             softcap=config.attn_logit_softcapping,
             sliding_window=config.layer_sliding_windows[index],
         )
-        q_norm, k_norm = head_norm(names.q_norm), head_norm(names.k_norm)
-        return Attention(q, k, v, o, q_norm, k_norm, shape, self._rope)
+        own = config.layer_ropes[index]
+        rope = None if own is None else self._ropes[own]
+        return Attention(q, k, v, o, q_norm, k_norm, shape, rope, config.clip_qkv)
 
-    def _mlp(self, prefix: str, device: str) -> Mlp:
+    def _qk_norm(self, qk: QkNorms, name: str, num_heads: int, device: str) -> Norm:
+        """Make the norm of the queries or the keys."""
+        head_dim = self._config.head_dim
+        if qk.weights == "projection":
+            return self._norm(name, num_heads * head_dim, device, bias=qk.bias)
+        if qk.weights == "head":
+            return self._norm(name, head_dim, device, bias=qk.bias)
+        tensors = ()
+        if qk.weights == "head tensors":
+            tensors = tuple(f"{name}.norms.{head}.weight" for head in range(num_heads))
+        return self._norm(name, head_dim, device, bias=qk.bias, heads=num_heads, tensors=tensors)
+
+    def _block(self, index: int, prefix: str, device: str) -> Block:
+        """Make a layer's MLP, or its mixture of experts."""
+        names, experts = self._architecture.experts, self._config.experts
+        if names is None or experts is None or index in experts.dense_layers:
+            return self._mlp(prefix, device)
+        return self._experts(names, experts, prefix, device)
+
+    def _mlp(self, prefix: str, device: str) -> Block:
         names, hidden_size = self._architecture, self._config.hidden_size
-        size = self._config.intermediate_size
-        sizes = {
-            names.gate_proj: (hidden_size, size),
-            names.up_proj: (hidden_size, size),
-            names.down_proj: (size, hidden_size),
-        }
+        size, activation = self._config.intermediate_size, self._config.hidden_act
+        sizes = {names.up_proj: (hidden_size, size), names.down_proj: (size, hidden_size)}
+        if names.gate_proj is None:
+            up, down = (self._projection(prefix, name, sizes, device) for name in sizes)
+            return PlainMlp(up, down, activation)
+        sizes = {names.gate_proj: (hidden_size, size), **sizes}
         gate, up, down = (self._projection(prefix, name, sizes, device) for name in sizes)
-        return Mlp(gate, up, down, self._config.hidden_act)
+        return Mlp(gate, up, down, activation)
 
-    def _experts(self, names: ExpertNames, prefix: str, device: str) -> Experts:
-        config = self._config
-        hidden_size, size = config.hidden_size, config.intermediate_size
-        experts = []
-        for index in range(config.num_local_experts):
-            expert = f"{prefix}{names.experts}.{index}."
-            experts.append(Mlp(
-                self._linear(expert + names.gate, hidden_size, size, device),
-                self._linear(expert + names.up, hidden_size, size, device),
-                self._linear(expert + names.down, size, hidden_size, device),
-                config.hidden_act,
-            ))
-        router = self._linear(prefix + names.router, hidden_size, len(experts), device)
-        return Experts(router, tuple(experts), Routing(config.num_experts_per_tok))
+    def _experts(self, names: Mixture, config: ExpertsConfig, prefix: str, device: str) -> Experts:
+        hidden_size = self._config.hidden_size
 
-    def _norm(self, name: str, size: int, device: str) -> Norm:
-        name = f"{name}.weight"
-        self._dtype(name, (size,))
-        spec = TensorSpec(name, "weights", "float32", (size,), device)
-        return Norm(spec, self._config.rms_norm_eps, self._config.norm_offset)
+        def expert(name: str, size: int) -> Mlp:
+            return Mlp(
+                self._linear(f"{name}.{names.gate}", hidden_size, size, device),
+                self._linear(f"{name}.{names.up}", hidden_size, size, device),
+                self._linear(f"{name}.{names.down}", size, hidden_size, device),
+                self._config.hidden_act,
+            )
+
+        experts = tuple(
+            expert(f"{prefix}{names.experts}.{index}", config.intermediate_size)
+            for index in range(config.count)
+        )
+        bias = True if names.router in self._config.required_biases else None
+        router = self._linear(prefix + names.router, hidden_size, config.count, device, bias)
+        shared = shared_gate = None
+        if names.shared is not None and config.shared_size:
+            shared = expert(prefix + names.shared, config.shared_size)
+            if names.shared_gate is not None:
+                shared_gate = self._linear(prefix + names.shared_gate, hidden_size, 1, device)
+        factor = config.factor * self._config.residual_multiplier
+        routing = Routing(config.top_k, names.score, config.normalize, factor)
+        return Experts(router, experts, routing, shared, shared_gate)
+
+    def _norm(self, name: str, size: int, device: str, *, factor: float = 1.0,
+              bias: bool | None = None, heads: int = 0, tensors: tuple[str, ...] = ()) -> Norm:
+        """Make a norm of rows of `size` elements.
+
+        Args:
+            factor: see `Norm`.
+            bias: whether it has one; None for what the architecture's norms have.
+            heads: number of weights, one for each head; 0 for one for all rows.
+            tensors: the tensors of the heads' weights, where each has its own.
+        """
+        norms = self._architecture.norms
+        name = self._stored(name)
+        shape = (heads, size) if heads else (size,)
+        if tensors:
+            for tensor in tensors:
+                self._dtype(tensor, (size,))
+        else:
+            self._dtype(f"{name}.weight", shape)
+        bias_spec = None
+        if norms.bias if bias is None else bias:
+            self._dtype(f"{name}.bias", shape)
+            bias_spec = TensorSpec(f"{name}.bias", "weights", "float32", shape, device)
+        spec = TensorSpec(f"{name}.weight", "weights", "float32", shape, device)
+        return Norm(spec, self._config.norm_eps, norms.kind, norms.offset, factor, bias_spec,
+                    tensors)
+
+    def _stored(self, name: str) -> str:
+        """Return a layer's part by its older name, where the checkpoint has that instead."""
+        if not has_linear(self._checkpoint, name):
+            for usual, old in self._architecture.old_names.items():
+                old_name = f"{name.removesuffix(usual)}{old}"
+                if name.endswith(f".{usual}") and has_linear(self._checkpoint, old_name):
+                    return old_name
+        return name
 
     def _dtype(self, name: str, shape: tuple[int, ...]) -> str:
         """Check that a float tensor of this shape is there, and return its dtype."""
@@ -363,18 +482,36 @@ class Builder:
             for source, fused in self._architecture.fused.items():
                 if name not in fused or not has_linear(self._checkpoint, prefix + source):
                     continue
-                first = sum(sizes[other][1] for other in fused[: fused.index(name)])
+                rows = self._fused_rows(fused, name, sizes)
                 return self._linear(
                     prefix + name, in_features, out_features, device, bias,
-                    source=prefix + source, rows=(first, first + out_features),
+                    source=prefix + source, rows=rows,
                 )
-        return self._linear(prefix + name, in_features, out_features, device, bias)
+        return self._linear(
+            prefix + name, in_features, out_features, device, bias,
+            source=self._stored(prefix + name),
+        )
+
+    def _fused_rows(
+        self, fused: tuple[str, ...], name: str, sizes: dict[str, tuple[int, int]]
+    ) -> RowRanges:
+        """Return the output rows of a linear layer in a fused tensor; arguments as above."""
+        # q, k and v of a key/value head may follow each other, and then those of the next.
+        names = self._architecture
+        by_group = names.fused_by_group and names.q_proj in fused
+        parts = self._config.num_key_value_heads if by_group else 1
+        widths = [sizes[other][1] // parts for other in fused]
+        first, width = sum(widths[: fused.index(name)]), sizes[name][1] // parts
+        starts = range(first, first + parts * sum(widths), sum(widths))
+        return tuple((start, start + width) for start in starts)
 
     def _linear(self, name: str, in_features: int, out_features: int, device: str,
                 bias: bool | None = None, source: str | None = None,
-                rows: tuple[int, int] | None = None) -> Linear:
+                rows: RowRanges | None = None) -> Linear:
+        # A tied head has the layout of the embedding.
+        transposed = self._architecture.transposed and name != self._architecture.head
         spec = linear_spec(self._checkpoint, name, in_features, out_features, source=source,
-                           rows=rows, bias=bias)
+                           rows=rows, bias=bias, transposed=transposed)
         return Linear(spec, device)
 
 
@@ -384,12 +521,12 @@ def _judge_unused(parts: ModelParts, checkpoint: Checkpoint) -> None:
     names = ARCHITECTURES[config.architecture]
     layers = f"{names.layers}."
     # What ends so in a layer is a norm, of this architecture or of another.
-    norm_endings = ("norm.weight", *(
-        f".{norm}.weight" for norm in (names.attn_input_norm, names.mlp_input_norm)
-    ))
-    norms = {norm.spec.name for norm in parts.norms()}
+    norm_endings = ("norm.weight", *(f".{norm}.weight" for norm in names.norms.names()))
+    norms = {tensor for norm in parts.norms() for tensor in norm.tensors}
     sources = {linear.spec.source for linear in parts.linears()}
     sources.add(parts.embedding.spec.name.removesuffix(".weight"))
+    if parts.positions is not None:
+        sources.add(parts.positions.spec.name.removesuffix(".weight"))
     unused = []
     for name in checkpoint.headers:
         source, _, last = name.rpartition(".")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from .parts.attention import Attention
+from .parts.experts import Experts
 from .parts.linear import Linear
 from .parts.norm import Norm
 from .parts.part import Block, LayerState, Loading, StepViews, merged
@@ -18,31 +20,33 @@ if TYPE_CHECKING:
 
 
 @dataclass(eq=False)
-class Layer:
-    """x += norm(attention(norm(x))), then x += norm(mlp(norm(x))).
+class DecoderLayer(ABC):
+    """Attention and MLP, in the order of a subclass.
 
     Args:
         device: where the layer runs.
-        attn_input_norm, mlp_input_norm: in front of the blocks.
-        attn_output_norm, mlp_output_norm: on what the blocks add; None where there is none.
+        attention, mlp: its blocks.
+        attn_input_norm: in front of attention; None where there is none.
     """
 
     device: str
-    attn_input_norm: Norm
     attention: Attention
-    attn_output_norm: Norm | None
-    mlp_input_norm: Norm
     mlp: Block
-    mlp_output_norm: Norm | None
+    attn_input_norm: Norm | None
 
+    @abstractmethod
     def parts(self) -> Iterator[Norm | Block]:
         """Every part, in the order of the forward pass."""
-        yield from (self.attn_input_norm, self.attention)
-        if self.attn_output_norm is not None:
-            yield self.attn_output_norm
-        yield from (self.mlp_input_norm, self.mlp)
-        if self.mlp_output_norm is not None:
-            yield self.mlp_output_norm
+
+    @abstractmethod
+    def run(self, ops: Ops, views: StepViews, state: LayerState) -> None:
+        """Run the layer on `views.x`, in place.
+
+        Args:
+            ops: those of the device, or a `Recorder`. It collects the calls, which are replayed
+                step by step, so that decoding looks everything up once.
+            views: everything but `x` and the tables of angles is overwritten.
+        """
 
     @cached_property
     def weights(self) -> list[Norm | Linear]:
@@ -62,6 +66,11 @@ class Layer:
         """Every norm."""
         return [part for part in self.weights if isinstance(part, Norm)]
 
+    @property
+    def hidden_size(self) -> int:
+        """H, elements of a row of the hidden state."""
+        return self.attention.o.out_features
+
     def input_groups(self) -> list[list[Linear]]:
         """See `Block.input_groups`."""
         return [*self.attention.input_groups(), *self.mlp.input_groups()]
@@ -75,11 +84,11 @@ class Layer:
 
     def workspace(self, rows: int) -> Shapes:
         """Return the tensors of steps of up to `rows` rows, which layers share."""
-        hidden = ("float32", (rows, *self.attn_input_norm.spec.shape))
-        attention, mlp = self.attention, self.mlp
+        hidden = ("float32", (rows, self.hidden_size))
+        attention, mlp, rope = self.attention, self.mlp, self.attention.rope
         return merged(
             ({"x": hidden, "h": hidden}, attention.workspace(rows), mlp.workspace(rows),
-             attention.rope.workspace(rows), mlp.routing_workspace(rows))
+             {} if rope is None else rope.workspace(rows), mlp.routing_workspace(rows))
         )
 
     @cached_property
@@ -103,22 +112,79 @@ class Layer:
         for part in self.parts():
             part.load(loading)
 
-    def run(self, ops: Ops, views: StepViews, state: LayerState) -> None:
-        """Run the layer on `views.x`, in place.
 
-        Args:
-            ops: those of the device, or a `Recorder`. It collects the calls, which are replayed
-                step by step, so that decoding looks everything up once.
-            views: everything but `x` and the table of angles is overwritten.
-        """
-        for input_norm, block, output_norm in (
-            (self.attn_input_norm, self.attention, self.attn_output_norm),
-            (self.mlp_input_norm, self.mlp, self.mlp_output_norm),
-        ):
+@dataclass(eq=False)
+class Layer(DecoderLayer):
+    """x += norm(attention(norm(x))) * residual, then x += norm(mlp(norm(x))) * residual.
+
+    Args:
+        mlp_input_norm: in front of the MLP; None where there is none, as in `attn_input_norm`.
+        attn_output_norm, mlp_output_norm: on what the blocks add; None where there is none.
+        residual: factor on what the blocks add.
+    """
+
+    attn_output_norm: Norm | None
+    mlp_input_norm: Norm | None
+    mlp_output_norm: Norm | None
+    residual: float = 1.0
+
+    def parts(self) -> Iterator[Norm | Block]:
+        for part in (self.attn_input_norm, self.attention, self.attn_output_norm,
+                     self.mlp_input_norm, self.mlp, self.mlp_output_norm):
+            if part is not None:
+                yield part
+
+    def run(self, ops: Ops, views: StepViews, state: LayerState) -> None:
+        self._run_block(
+            ops, views, state, self.attn_input_norm, self.attention, self.attn_output_norm
+        )
+        self._run_block(ops, views, state, self.mlp_input_norm, self.mlp, self.mlp_output_norm)
+
+    def _run_block(self, ops: Ops, views: StepViews, state: LayerState, input_norm: Norm | None,
+                   block: Block, output_norm: Norm | None) -> None:
+        x = views.x
+        if input_norm is not None:
             input_norm.run(ops, views.x, views.h)
-            if output_norm is None:
-                block.run(ops, views, state, views.h, views.x, add=True)
-            else:
-                block.run(ops, views, state, views.h, views.h, add=False)
-                output_norm.run(ops, views.h, views.h)
-                ops.add(views.x, views.h)
+            x = views.h
+        # A mixture has the factor in the weights of its experts.
+        residual = 1.0 if isinstance(block, Experts) else self.residual
+        if output_norm is None and residual == 1 and input_norm is not None:
+            block.run(ops, views, state, x, views.x, add=True)
+            return
+        block.run(ops, views, state, x, views.h, add=False)
+        if output_norm is not None:
+            output_norm.run(ops, views.h, views.h)
+        ops.add(views.x, views.h, residual)
+
+
+@dataclass(eq=False)
+class ParallelLayer(DecoderLayer):
+    """x += attention(norm(x)) + mlp(norm(x)), with one norm or two.
+
+    Args:
+        attn_input_norm: in front of attention, and of the MLP if that has none of its own.
+        mlp_input_norm: the MLP's own; None where it shares attention's.
+    """
+
+    mlp_input_norm: Norm | None
+
+    def parts(self) -> Iterator[Norm | Block]:
+        for part in (self.attn_input_norm, self.mlp_input_norm, self.attention, self.mlp):
+            if part is not None:
+                yield part
+
+    def workspace(self, rows: int) -> Shapes:
+        if self.mlp_input_norm is None:
+            return super().workspace(rows)
+        return super().workspace(rows) | {"mlp_h": ("float32", (rows, self.hidden_size))}
+
+    def run(self, ops: Ops, views: StepViews, state: LayerState) -> None:
+        assert self.attn_input_norm is not None
+        self.attn_input_norm.run(ops, views.x, views.h)
+        mlp_h = views.h
+        if self.mlp_input_norm is not None:
+            # Before attention adds to x.
+            mlp_h = views.view("mlp_h", *views.x.shape)
+            self.mlp_input_norm.run(ops, views.x, mlp_h)
+        self.attention.run(ops, views, state, views.h, views.x, add=True)
+        self.mlp.run(ops, views, state, mlp_h, views.x, add=True)

@@ -18,7 +18,7 @@ import torch
 from ..backends.base import DeviceOps
 from ..cache.layout import PAGE_LEN
 from ..cache.paging import PagedCache, PagedSequence
-from ..checkpoint.rope import inv_freq
+from ..checkpoint.rope import RopeConfig, inv_freq
 from ..generation.forward_model import LogitsMode, LogitsRow
 from ..utils.errors import CacheFull, InvalidSettings
 from .adapters import Adapters, LoadedLora
@@ -85,19 +85,25 @@ class Model:
         self._rope_options: dict[str, Any] = {
             "alpha_value": alpha_value, "compress_pos_emb": compress_pos_emb,
         }
-        frequencies, rope_factor = inv_freq(self.config.rope, 1, **self._rope_options)
+        ropes = parts.ropes()
+        tables = [self._frequencies(config, 1) for config in self.config.ropes]
+        rope_factors = [factor for _, factor in tables]
         self._stages: list[Stage] = []
         first_layer = 0
         for on_device in parts.stages():
             end, device = first_layer + len(on_device.layers), on_device.device
             self._stages.append(
                 Stage(on_device, cache.layers[first_layer:end], ops[device], workspaces[device],
-                      rope_factor)
+                      rope_factors)
             )
             first_layer = end
         self._inputs = [stage.inputs for stage in self._stages]
+        # What depends on the length is written again for each sequence.
+        self._by_length = [rope for rope in ropes if rope.config.depends_on_length]
         for inputs in self._inputs:
-            inputs.arrays["inv_freq"][:] = frequencies
+            for rope in ropes:
+                if rope.frequencies_name in inputs.arrays:
+                    inputs.arrays[rope.frequencies_name][:] = tables[rope.index][0]
         self._cpu, self._logits_on_device = self._stages[-1].cpu, last["logits"]
         self._logits = self._cpu.mirror(self._logits_on_device)
         self._top_logits = (
@@ -171,7 +177,7 @@ class Model:
         self._check(entries)
         step = self._step(num_rows, len(entries), logits, top_logits)
         self._send_inputs(entries, step)
-        if self.config.rope.depends_on_length:
+        if self._by_length:
             self._angles_by_length(entries)
         for stage_step in step.stages:
             stage_step.run()
@@ -230,7 +236,17 @@ class Model:
 
     def rope_class(self, rope_len: int) -> int:
         """Return a number that is the same for lengths with the same RoPE frequencies."""
-        return self.config.rope.length_class(rope_len)
+        # A second RoPE does not depend on the length.
+        return self.config.ropes[0].length_class(rope_len) if self.config.ropes else 0
+
+    def _frequencies(self, rope: RopeConfig, rope_len: int) -> tuple[list[float], float]:
+        """Return what `inv_freq` does, with the RoPE options.
+
+        The options stretch the first RoPE only. Layers of a second one have a sliding window,
+        whose distances do not grow with the text.
+        """
+        options = self._rope_options if rope is self.config.ropes[0] else {}
+        return inv_freq(rope, rope_len, **options)
 
     def _check(self, entries: Sequence[tuple[PagedSequence, list[int]]]) -> None:
         """Refuse what would make an operation read or write outside its tensors."""
@@ -242,7 +258,13 @@ class Model:
                     actual=f"{min(ids)} to {max(ids)}" if ids else "none",
                     remedy="The prompt may come from another model's tokenizer",
                 )
-            pages = min(len(sequence.pages), self._max_pages)
+            pages, end = min(len(sequence.pages), self._max_pages), sequence.past_len + len(ids)
+            if 0 < self.config.learned_positions < end:
+                raise CacheFull(
+                    "the model's table of positions",
+                    expected=f"at most {self.config.learned_positions} tokens", actual=end,
+                    remedy="Give a shorter prompt, or ask for fewer tokens",
+                )
             if sequence.past_len + len(ids) > pages * PAGE_LEN:
                 raise CacheFull(
                     "the key/value cache", expected=f"pages for {sequence.past_len + len(ids)} "
@@ -254,7 +276,7 @@ class Model:
         for inputs in self._inputs:
             inputs.begin()
             self._write(inputs.arrays, entries)
-        if self.config.rope.depends_on_length:
+        if self._by_length:
             self._write_frequencies(entries)
         longest = max(sequence.past_len + len(ids) for sequence, ids in entries)
         for stage_step, inputs in zip(step.stages, self._inputs, strict=True):
@@ -281,11 +303,11 @@ class Model:
     def _write_frequencies(self, entries: Sequence[tuple[PagedSequence, list[int]]]) -> None:
         for slot, (sequence, _) in enumerate(entries):
             if sequence.rope_len != self._slot_rope_len[slot]:
-                frequencies, _ = inv_freq(
-                    self.config.rope, sequence.rope_len, **self._rope_options
-                )
-                for inputs in self._inputs:
-                    inputs.arrays["inv_freq"][slot] = frequencies
+                for rope in self._by_length:
+                    frequencies, _ = self._frequencies(rope.config, sequence.rope_len)
+                    for inputs in self._inputs:
+                        if rope.frequencies_name in inputs.arrays:
+                            inputs.arrays[rope.frequencies_name][slot] = frequencies
                 self._slot_rope_len[slot] = sequence.rope_len
 
     def _angles_by_length(self, entries: Sequence[tuple[PagedSequence, list[int]]]) -> None:

@@ -88,7 +88,7 @@ class Stage:
         cache_layers: those of the parts' layers.
         ops: the device's operations.
         workspace: views of the device's `workspace_specs`, by name.
-        rope_factor: see `rope.inv_freq`.
+        rope_factors: of each of `ModelConfig.ropes`; see `rope.inv_freq`.
 
     Attributes:
         inputs: what the CPU writes for a step.
@@ -100,14 +100,13 @@ class Stage:
         cache_layers: SequenceOf[CacheLayer],
         ops: DeviceOps,
         workspace: Mapping[str, torch.Tensor],
-        rope_factor: float,
+        rope_factors: SequenceOf[float],
     ) -> None:
         self.ops, self.workspace, self.cpu = ops, workspace, ops.cpu_access
         self.inputs = self.cpu.inputs(
             {name: workspace[name] for name in INPUTS if name in workspace}
         )
-        self._parts, self._rope_factor = parts, rope_factor
-        self._rope = parts.layers[0].attention.rope
+        self._parts, self._rope_factors, self._ropes = parts, rope_factors, parts.ropes()
         self._take_key_biases()
         tables = workspace.get("expert_tables", [None] * len(parts.layers))
         self._layers = []
@@ -134,8 +133,12 @@ class Stage:
         Which rows these are depends on the sequences' lengths, so it is no part of a recording.
         """
         w = self.workspace
-        self.ops.rope_table(w["positions"][first:end], w["inv_freq"][slot], self._rope_factor,
-                            w["rope_table"][first:end])
+        for rope in self._ropes:
+            if rope.config.depends_on_length:
+                self.ops.rope_table(
+                    w["positions"][first:end], w[rope.frequencies_name][slot],
+                    self._rope_factors[rope.index], w[rope.table_name][first:end],
+                )
 
     def record(
         self, num_rows: int, num_sequences: int, logits: torch.Tensor | None,
@@ -157,18 +160,23 @@ class Stage:
             past_len=w["past_len"][:num_sequences],
             page_table=w["page_table"][:num_sequences],
             max_total_len=0,
-            inv_freq=w["inv_freq"][:num_sequences],
-            rope_factor=self._rope_factor,
+            # The first RoPE's, with which attention adds key biases.
+            inv_freq=w["inv_freq"][:num_sequences] if "inv_freq" in w else None,
+            rope_factor=self._rope_factors[0] if self._rope_factors else 1.0,
         )
         views = StepViews(w, batch, config.hidden_size)
         recorder = Recorder()
-        if not config.rope.depends_on_length:
-            self._rope.run(recorder, views, w["inv_freq"][0])
+        for rope in self._ropes:
+            if not rope.config.depends_on_length:
+                factor = self._rope_factors[rope.index]
+                rope.run(recorder, views, w[rope.frequencies_name][0], factor)
         receive = None
         if before is not None:
             receive = partial(self.cpu.receive, before.x, views.x)
         elif self._parts.embedding is not None:
             self._parts.embedding.run(recorder, w["ids"][:num_rows], views.x, views.scratch)
+            if self._parts.positions is not None:
+                self._parts.positions.run(recorder, views)
         for layer, state in self._layers:
             layer.run(recorder, views, state)
         if logits is not None:

@@ -31,7 +31,9 @@ DEFAULT_LOGITS_ROWS = 32
 
 # What the CPU writes for a step. Neighbours in the workspace, so that one copy brings all of it
 # to a device.
-INPUTS = ("ids", "positions", "q_start", "past_len", "page_table", "inv_freq", "head_rows")
+INPUTS = (
+    "ids", "positions", "q_start", "past_len", "page_table", "inv_freq", "inv_freq_1", "head_rows"
+)
 
 
 def workspace_specs(

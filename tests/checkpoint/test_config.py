@@ -38,7 +38,7 @@ def write(folder, text, name="config.json"):
 def test_fixtures_of_both_layouts(fixtures_dir):
     new = ModelConfig.from_dir(fixtures_dir / "llama-low")
     old = ModelConfig.from_dir(fixtures_dir / "llama-mid")
-    assert (new.rope.rope_theta, old.rope.rope_theta) == (10000.0, 500000.0)
+    assert (new.ropes[0].rope_theta, old.ropes[0].rope_theta) == (10000.0, 500000.0)
     assert new.quantization["quant_method"] == old.quantization["quant_method"] == "exl2"
     assert (new.head_dim, new.num_key_value_heads, new.vocab_size) == (64, 2, 500)
     assert (new.bos_token_id, new.eos_token_ids) == (1, (2,))
@@ -47,7 +47,7 @@ def test_fixtures_of_both_layouts(fixtures_dir):
 def test_llama_2_layout_with_few_keys():
     config = parse(num_key_value_heads=None, head_dim=None)
     assert (config.num_key_value_heads, config.head_dim) == (4, 64)
-    assert config.rope.rope_theta == 10000.0
+    assert config.ropes[0].rope_theta == 10000.0
     assert config.attention_multiplier == 64**-0.5
     assert config.layer_sliding_windows == (0,) * 4
     assert not config.tie_word_embeddings
@@ -62,14 +62,14 @@ def test_defaults_equal_transformers(architecture):
              "num_attention_heads")
     values = {name: getattr(reference, name) for name in sizes}
     config = ModelConfig.from_dict({"architectures": [architecture]} | values)
-    same = ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps",
+    same = ("num_key_value_heads", "max_position_embeddings",
             "tie_word_embeddings", "bos_token_id", *values)
     assert {n: getattr(config, n) for n in same} == {n: getattr(reference, n) for n in same}
     head_dim = getattr(reference, "head_dim", None)
     assert config.head_dim == head_dim or head_dim is None
     eos = reference.eos_token_id
     assert config.eos_token_ids == (() if eos is None else (eos,))
-    assert config.rope.rope_theta == reference.rope_parameters["rope_theta"]
+    assert config.ropes[0].rope_theta == reference.rope_parameters["rope_theta"]
     windows = getattr(reference, "layer_types", None)
     if windows is not None:
         sliding = tuple(name == "sliding_attention" for name in windows)
@@ -197,7 +197,7 @@ def test_unknown_architecture_lists_the_known_ones(changes):
         ("rms_norm_eps", -1e-5),
         ("rms_norm_eps", "1e-5"),
         ("rms_norm_eps", None),
-        ("hidden_act", "relu"),
+        ("hidden_act", "tanh"),
         ("hidden_act", 3),
         ("hidden_act", None),
         ("tie_word_embeddings", "false"),

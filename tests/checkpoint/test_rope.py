@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from exl_loader.checkpoint.rope import ROPE_TYPES, RopeConfig, inv_freq, parse_rope
+from exl_loader.checkpoint.rope import ROPE_TYPES, RopeConfig, inv_freq, parse_ropes
 from exl_loader.utils.errors import InvalidConfig, InvalidSettings
 from exl_loader.utils.json_keys import Keys
 
@@ -36,8 +36,10 @@ SCHEMES = {
 }
 
 
-def parse(values, head_dim=HEAD_DIM, max_position_embeddings=4096, aliases=()):
-    return parse_rope(Keys(values, "config.json"), head_dim, max_position_embeddings, aliases)
+def parse(values, head_dim=HEAD_DIM, max_position_embeddings=4096, type_names=None):
+    keys = Keys(values, "config.json")
+    (rope,) = parse_ropes(keys, head_dim, max_position_embeddings, type_names)
+    return rope
 
 
 def plain(theta=10000.0, dim=HEAD_DIM):
@@ -92,7 +94,7 @@ def test_phi3_names_and_levels_of_keys():
         "rope_theta": 1e4, "original_max_position_embeddings": 2048,
         "rope_scaling": scaling | {"rope_type": "su"},
     }
-    rope = parse(values, aliases=("su", "yarn"))
+    rope = parse(values, type_names={"su": "longrope", "yarn": "longrope"})
     assert (rope.rope_type, rope.original_max_position_embeddings) == ("longrope", 2048)
     with pytest.raises(InvalidConfig, match="su"):
         parse(values)

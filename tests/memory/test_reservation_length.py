@@ -8,7 +8,7 @@ import pytest
 
 import exl_loader
 from exl_loader import plan
-from exl_loader.checkpoint.rope import parse_rope
+from exl_loader.checkpoint.rope import parse_ropes
 from exl_loader.commands.cli import main
 from exl_loader.memory.reservation.length import alpha_for, length_warning, stretched
 from exl_loader.utils.json_keys import Keys
@@ -17,7 +17,7 @@ from support.sparse import write_sparse_exl2
 
 def own_length(max_position_embeddings, **scaling):
     values = {"rope_theta": 1e4, "rope_scaling": scaling or None}
-    return parse_rope(Keys(values, "config.json"), 64, max_position_embeddings).own_length
+    return parse_ropes(Keys(values, "config.json"), 64, max_position_embeddings)[0].own_length
 
 
 @pytest.mark.parametrize(("length", "scaling", "expected"), [

@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from exl_loader.backends.reference.ops import ReferenceOps
-from exl_loader.checkpoint.architectures import ARCHITECTURES, Architecture
+from exl_loader.checkpoint.architectures import ARCHITECTURES, fields
 from exl_loader.utils.errors import InvalidCheckpoint, UnsupportedArchitecture
 from support import REPO
 from support.hf_models import expected_logits, relative_error
@@ -35,7 +35,7 @@ NAMES = {
 def example(monkeypatch) -> str:
     """Register the page's entry; returns its name."""
     (source,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    entry = eval(source, {"Architecture": Architecture})
+    entry = eval(source, vars(fields).copy())
     table = dict(ARCHITECTURES) | {entry.name: entry}
     for module in ("checkpoint.config", "model.builder"):
         monkeypatch.setattr(f"exl_loader.{module}.ARCHITECTURES", table)
@@ -102,5 +102,7 @@ def test_the_example_is_not_registered(tmp_path):
 
 
 def test_the_page_names_every_field():
-    for field in dataclasses.fields(Architecture):
-        assert f"`{field.name}`" in PAGE, field.name
+    for record in (fields.Architecture, fields.Norms, fields.QkNorms, fields.Positions,
+                   fields.Factors, fields.Mixture):
+        for field in dataclasses.fields(record):
+            assert f"`{field.name}`" in PAGE, (record, field.name)

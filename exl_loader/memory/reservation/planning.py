@@ -104,8 +104,16 @@ def planned(
             name: replace(run, cache_type=CacheType.parse(name))
             for name in dict.fromkeys((*shown_types, str(run.cache_type)))
         }
-        largest = {name: _largest_ctx_size(assigner, other) for name, other in by_type.items()}
+        most = costs.config.max_ctx_size
+        largest = {
+            name: min(most, _largest_ctx_size(assigner, other)) for name, other in by_type.items()
+        }
         ctx_size = _chosen_ctx_size(options, costs.config, largest[str(run.cache_type)])
+        _check_positions("ctx_size", ctx_size, costs.config)
+        if draft_costs is not None:
+            _check_positions(
+                "ctx_size_draft", options.ctx_size_draft or ctx_size, draft_costs.config
+            )
         shares = assigner.assign(ctx_size, run)
         if embedding_card not in (None, shares[0].budget.device):
             raise _wrong_embedding_device(options, [shares[0].budget])
@@ -187,12 +195,23 @@ def _open_loras(options: LoadOptions, files: ExitStack) -> Loras:
 
 def _chosen_ctx_size(options: LoadOptions, config: ModelConfig, largest: int) -> int:
     length = stretched_length(config, options.alpha_value, options.compress_pos_emb)
+    length = min(length, config.max_ctx_size)
     if options.ctx_size is None:
         return min(length, DEFAULT_CTX_SIZE)
     if isinstance(options.ctx_size, str):  # "auto"
         # Where nothing fits, the plan for one page shows how much is missing.
         return min(length, largest or PAGE_LEN)
     return options.ctx_size
+
+
+def _check_positions(name: str, ctx_size: int, config: ModelConfig) -> None:
+    """Refuse a context for which the model has no positions."""
+    if ctx_size > config.max_ctx_size:
+        raise InvalidSettings(
+            name, expected=f"at most {config.max_ctx_size}, the learned positions of "
+            f"{config.architecture}", actual=ctx_size,
+            remedy="Choose a smaller context, or a model of RoPE, which has positions without end",
+        )
 
 
 def _largest_ctx_size(assigner: Assigner, run: RunOptions) -> int:

@@ -24,9 +24,11 @@ class Attention(Block):
     """o(attention(rope(q_norm(q(x))), rope(k_norm(k(x))), v(x))).
 
     Args:
-        q_norm, k_norm: of each head, before RoPE; None where there is none.
+        q_norm, k_norm: of each head or of all heads together, before RoPE; None where there is
+            none.
         shape: heads, scale, soft cap and sliding window.
-        rope: the angles.
+        rope: the angles; None where the layer has no RoPE.
+        clip: queries, keys and values are clipped to -clip..clip first; 0 for no.
 
     Attributes:
         key_bias: the part of the key bias that attention adds, because the stored keys are
@@ -40,7 +42,8 @@ class Attention(Block):
     q_norm: Norm | None
     k_norm: Norm | None
     shape: AttentionShape
-    rope: Rope
+    rope: Rope | None
+    clip: float = 0.0
     key_bias: KeyBias | None = field(init=False, default=None, repr=False)
     _key_bias_is_taken: bool = field(init=False, default=False, repr=False)
 
@@ -73,13 +76,13 @@ class Attention(Block):
         ops = loading.ops[self.q.device]
         ops.share_permutations([linear.weights for linear in same_input])
 
-    def take_key_bias(self, ops: DeviceOps, input_norm: Norm, workspace: Mapping[str, torch.Tensor],
-                      room: torch.Tensor) -> None:
+    def take_key_bias(self, ops: DeviceOps, input_norm: Norm | None,
+                      workspace: Mapping[str, torch.Tensor], room: torch.Tensor) -> None:
         """Move the large part of the key bias from the projection to `key_bias`, once.
 
         Args:
             ops: the device's operations.
-            input_norm: the norm in front of the block.
+            input_norm: the norm in front of the block; None where there is none.
             workspace: tensors by name; those of a step are used.
             room: int32 [3, kv_heads * MAX_BIAS_PAIRS] of the workspace, for the result.
         """
@@ -88,15 +91,18 @@ class Attention(Block):
         if self._key_bias_is_taken or not self._may_take_key_bias():
             return
         self._key_bias_is_taken = True
+        assert self.rope is not None
         self.key_bias = take_key_bias(
-            ops, self.k.weights, input_norm.weight, input_norm.eps, self.shape, self.rope.pairs,
-            workspace, room,
+            ops, self.k.weights, input_norm, self.shape, self.rope.pairs, workspace, room
         )
 
     def _may_take_key_bias(self) -> bool:
-        # With a k_norm after the bias its contribution is no longer constant, so it stays in
-        # the projection.
-        return self.k.has_bias and self.k_norm is None
+        # After a k_norm or clipping the contribution of the bias is no longer constant, so it
+        # stays in the projection. Attention adds it with the frequencies of the first RoPE, to
+        # the pairs of the half-split order.
+        rope = self.rope
+        turns = rope is not None and rope.index == 0 and not rope.interleaved
+        return turns and self.k.has_bias and self.k_norm is None and not self.clip
 
     def run(self, ops: Ops, views: StepViews, state: LayerState, x: torch.Tensor,
             out: torch.Tensor, add: bool) -> None:
@@ -108,15 +114,18 @@ class Attention(Block):
         self.q.run(ops, x, views.view("q", rows, self.q.out_features), scratch)
         self.k.run(ops, x, views.view("k", rows, self.k.out_features), scratch)
         self.v.run(ops, x, views.view("v", rows, self.v.out_features), scratch)
+        if self.clip:
+            for projected in (q, k, v):
+                ops.clamp(projected, self.clip)
         if self.q_norm is not None:
-            heads = views.view("q", rows * shape.num_heads, shape.head_dim)
+            heads = views.view("q", q.numel() // self.q_norm.size, self.q_norm.size)
             self.q_norm.run(ops, heads, heads)
         if self.k_norm is not None:
-            heads = views.view("k", rows * shape.num_kv_heads, shape.head_dim)
+            heads = views.view("k", k.numel() // self.k_norm.size, self.k_norm.size)
             self.k_norm.run(ops, heads, heads)
-        angles = self.rope.table(views)
-        ops.rope(q, angles)
-        ops.rope(k, angles)
+        if self.rope is not None:
+            self.rope.turn(ops, views, q)
+            self.rope.turn(ops, views, k)
         ops.write_cache(k, v, state.cache, views.batch, scratch)
         ops.attention(q, state.cache, views.batch, shape, attn, scratch)
         project = self.o.add if add else self.o.run

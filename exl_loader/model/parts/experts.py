@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from .linear import Linear
 from .mlp import Mlp
-from .part import Block, LayerState, StepViews
+from .part import Block, LayerState, StepViews, merged
 
 if TYPE_CHECKING:
     import torch
@@ -39,11 +39,15 @@ class Experts(Block):
 
     Args:
         routing: how the router chooses.
+        shared: an expert that every row runs through as well; None where there is none.
+        shared_gate: the sigmoid of its one output weighs the shared expert; None for 1.
     """
 
     router: Linear
     experts: tuple[Mlp, ...]
     routing: Routing
+    shared: Mlp | None = None
+    shared_gate: Linear | None = None
 
     @property
     def top_k(self) -> int:
@@ -54,17 +58,26 @@ class Experts(Block):
         yield self.router
         for expert in self.experts:
             yield from expert.weights()
+        if self.shared is not None:
+            yield from self.shared.weights()
+        if self.shared_gate is not None:
+            yield self.shared_gate
 
     def input_groups(self) -> list[list[Linear]]:
-        """The experts' linear layers; the router stays float16."""
-        return [group for expert in self.experts for group in expert.input_groups()]
+        """The experts' linear layers; router and gate stay float16."""
+        experts = self.experts if self.shared is None else (*self.experts, self.shared)
+        return [group for expert in experts for group in expert.input_groups()]
 
     def workspace(self, rows: int) -> Shapes:
-        return self.experts[0].workspace(rows)
+        experts = [self.experts[0]] if self.shared is None else [self.experts[0], self.shared]
+        return merged(expert.workspace(rows) for expert in experts)
 
     def routing_workspace(self, rows: int) -> Shapes:
         """Return logits and choice of the router, and the rows of one expert at a time."""
         pairs = rows * self.top_k
+        shared: Shapes = {}
+        if self.shared_gate is not None:
+            shared["shared_logits"] = "float32", (rows, 1)
         return {
             "router_logits": ("float32", (rows, len(self.experts))),
             "route_weights": ("float32", (rows, self.top_k)),
@@ -72,6 +85,7 @@ class Experts(Block):
             "expert_rows": ("int32", (pairs,)),
             "expert_weights": ("float32", (pairs,)),
             "expert_x": ("float32", (rows, self.experts[0].down.out_features)),
+            **shared,
         }
 
     def tables(self, ops: DeviceOps, room: torch.Tensor) -> ExpertTables | None:
@@ -104,6 +118,8 @@ class Experts(Block):
         logits = views.view("router_logits", views.rows, len(self.experts))
         weights = views.view("route_weights", views.rows, self.top_k)
         chosen = views.view("route_experts", views.rows, self.top_k)
+        if self.shared is not None:
+            self._run_shared(ops, views, state, self.shared, x, out)
         self.router.run(ops, x, logits, views.scratch)
         ops.moe_route(logits, self.routing, weights, chosen)
         pairs = views.rows * self.top_k
@@ -117,6 +133,17 @@ class Experts(Block):
     def _has_adapted_experts(self) -> bool:
         """True while an adapter is on an expert; tables describe the experts without it."""
         return any(linear.low_ranks for expert in self.experts for linear in expert.weights())
+
+    def _run_shared(self, ops: Ops, views: StepViews, state: LayerState, shared: Mlp,
+                    x: torch.Tensor, out: torch.Tensor) -> None:
+        """Add the shared expert's result."""
+        if self.shared_gate is None:
+            shared.run(ops, views, state, x, out, add=True)
+            return
+        gate, result = views.view("shared_logits", views.rows, 1), views.view("expert_x", *x.shape)
+        self.shared_gate.run(ops, x, gate, views.scratch)
+        shared.run(ops, views, state, x, result, add=False)
+        ops.add_gated_rows(out, result, views.view("shared_logits", views.rows))
 
     def _run_pairs(self, ops: Ops, views: StepViews, tables: ExpertTables, x: torch.Tensor,
                    out: torch.Tensor) -> None:

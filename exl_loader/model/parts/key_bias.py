@@ -29,6 +29,7 @@ from ...cache.layout import MAX_BIAS_PAIRS, MAX_BIAS_SHARING, KeyBias
 if TYPE_CHECKING:
     from ...backends.base import AttentionShape, DeviceOps, Linear
     from ...backends.cpu_access import CpuAccess
+    from .norm import Norm
 
 # What may stay in the projection: a share of the keys' own mean square, by which it adds to
 # the squared error of a quantised cache.
@@ -77,7 +78,7 @@ def remove_from(bias: torch.Tensor, taken: KeyBias) -> None:
 
 
 def take_key_bias(
-    ops: DeviceOps, k: Linear, norm: torch.Tensor, eps: float, shape: AttentionShape, half: int,
+    ops: DeviceOps, k: Linear, norm: Norm | None, shape: AttentionShape, half: int,
     workspace: Mapping[str, torch.Tensor], room: torch.Tensor,
 ) -> KeyBias | None:
     """Split a layer's key bias, and leave the small part in the projection.
@@ -85,7 +86,7 @@ def take_key_bias(
     Args:
         ops: the device's. Nothing happens unless they have `adds_key_bias`.
         k: the key projection; its bias changes in place.
-        norm, eps: of the norm before it.
+        norm: the norm before it; None where there is none.
         shape: the layer's attention. half: pairs of RoPE in a head.
         workspace: views of `workspace_specs`, by name; `x`, `k` and `scratch` are used.
         room: int32 [3, kv_heads * MAX_BIAS_PAIRS] of the operations' device, for the result.
@@ -102,7 +103,7 @@ def take_key_bias(
     bias = stored[: shape.num_kv_heads * shape.head_dim].view(heads)
     if not bias.any():
         return None
-    keys = _probe(ops, k, norm, eps, workspace)
+    keys = _probe(ops, k, norm, workspace)
     own = keys[:, : bias.numel()].unflatten(1, heads) - bias
     taken = split_bias(bias, own.square().sum(dim=2).mean(dim=0), half)
     if taken is None:
@@ -112,13 +113,14 @@ def take_key_bias(
     return _place(cpu, taken, room)
 
 
-def _probe(ops: DeviceOps, k: Linear, norm: torch.Tensor, eps: float,
+def _probe(ops: DeviceOps, k: Linear, norm: Norm | None,
            workspace: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Return the keys of random rows, float32 [rows, out_features] on the CPU."""
     cpu = ops.cpu_access
     rows, keys = (workspace[name][:_PROBE_ROWS] for name in ("x", "k"))
     cpu.write(rows, torch.randn(rows.shape, generator=torch.Generator().manual_seed(0)).numpy())
-    ops.rms_norm(rows, norm, eps, rows)
+    if norm is not None:
+        norm.run(ops, rows, rows)
     ops.linear(rows, k, keys, workspace["scratch"])
     return torch.from_numpy(cpu.read(keys))
 

@@ -1,4 +1,4 @@
-"""The gated MLP."""
+"""The MLP of a layer: gated, or plain."""
 
 from __future__ import annotations
 
@@ -59,3 +59,33 @@ class Mlp(Block):
         self.up.run(ops, x, up, views.scratch)
         ops.gate(gate, up, self.activation, gate)
         return gate
+
+
+@dataclass(eq=False)
+class PlainMlp(Block):
+    """down(activation(up(x))).
+
+    Args:
+        activation: as `Ops.activate` takes it.
+    """
+
+    up: Linear
+    down: Linear
+    activation: str
+
+    def weights(self) -> Iterator[Linear]:
+        yield from (self.up, self.down)
+
+    def input_groups(self) -> list[list[Linear]]:
+        return [[self.up], [self.down]]
+
+    def workspace(self, rows: int) -> Shapes:
+        return {"up": ("float32", (rows, self.up.out_features))}
+
+    def run(self, ops: Ops, views: StepViews, state: LayerState, x: torch.Tensor,
+            out: torch.Tensor, add: bool) -> None:
+        up = views.view("up", x.shape[0], self.up.out_features)
+        self.up.run(ops, x, up, views.scratch)
+        ops.activate(up, self.activation, up)
+        down = self.down.add if add else self.down.run
+        down(ops, up, out, views.scratch)

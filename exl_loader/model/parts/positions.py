@@ -1,0 +1,50 @@
+"""Learned positions: a second embedding, which is added to that of the tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ...formats.common import require_finite
+from ...utils.table import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...backends.base import Ops
+    from .part import Loading, StepViews
+
+
+@dataclass(eq=False)
+class LearnedPositions:
+    """x += table[positions].
+
+    Args:
+        spec: [positions, hidden_size] in the checkpoint's dtype; its name is that of the tensor
+            in the checkpoint.
+    """
+
+    spec: TensorSpec
+    table: torch.Tensor = field(init=False, repr=False)
+
+    def specs(self) -> Iterator[TensorSpec]:
+        """Describe the table as it will be on the device."""
+        yield self.spec
+
+    def load(self, loading: Loading) -> None:
+        """Read the table.
+
+        Raises:
+            InvalidCheckpoint: a value is not finite, or the file shrank.
+        """
+        stored = loading.checkpoint.read(self.spec.name)
+        require_finite(self.spec.name, stored)
+        self.table = loading.views[self.spec.name]
+        self.table.copy_(stored)
+        loading.advance(self.spec.nbytes)
+
+    def run(self, ops: Ops, views: StepViews) -> None:
+        """Add the positions of a step's rows to `views.x`; `views.h` is overwritten."""
+        ops.embed(views.batch.positions, self.table, 1.0, views.h)
+        ops.add(views.x, views.h)
