@@ -70,6 +70,49 @@ MODELS: dict[str, tuple[str, dict]] = {
             attn_logit_softcapping=4.0, final_logit_softcapping=3.0,
         ),
     ),
+    "gemma": ("Gemma", dict(head_dim=64, hidden_activation="gelu_pytorch_tanh")),
+    "gemma3": (
+        "Gemma3",
+        dict(
+            head_dim=64, query_pre_attn_scalar=100, sliding_window=24, num_hidden_layers=4,
+            layer_types=[*["sliding_attention"] * 2, "full_attention", "sliding_attention"],
+            final_logit_softcapping=3.0, rope_parameters=dict(
+                full_attention=dict(rope_type="linear", rope_theta=1e6, factor=8.0),
+                sliding_attention=dict(rope_type="default", rope_theta=1e4),
+            ),
+        ),
+    ),
+    "granite": (
+        "Granite",
+        dict(embedding_multiplier=3.5, residual_multiplier=0.3, attention_multiplier=0.1,
+             logits_scaling=0.25, attention_bias=True, mlp_bias=True),
+    ),
+    "cohere": ("Cohere", dict(logit_scale=0.3)),
+    "cohere-norms": (
+        "Cohere", dict(use_qk_norm=True, attention_bias=True, tie_word_embeddings=False)),
+    "cohere2": ("Cohere2", dict(head_dim=32, sliding_window=24, layer_types=[
+        "sliding_attention", "full_attention", "sliding_attention"])),
+    "glm": ("Glm", dict(head_dim=48)),
+    "glm4": ("Glm4", dict(head_dim=64, attention_bias=False)),
+    "olmo2": ("Olmo2", {}),
+    "olmo3": (
+        "Olmo3",
+        dict(sliding_window=24, num_hidden_layers=4, rope_parameters=dict(
+            full_attention=YARN, sliding_attention=dict(rope_type="default", rope_theta=1e4))),
+    ),
+    "smollm3": ("SmolLM3", dict(no_rope_layers=[1, 0, 1])),
+    "smollm3-window": (
+        "SmolLM3",
+        dict(no_rope_layer_interval=2, use_sliding_window=True, sliding_window=24, mlp_bias=True),
+    ),
+    "exaone4": ("Exaone4", dict(sliding_window=24, sliding_window_pattern=2)),
+    "exaone4-full": ("Exaone4", dict(sliding_window=None, head_dim=48, layer_types=[
+        "full_attention"] * 3)),
+    "ernie": ("Ernie4_5", dict(head_dim=32)),
+    "ernie-biases": ("Ernie4_5", dict(head_dim=32, use_bias=True, tie_word_embeddings=False)),
+    "seed-oss": ("SeedOss", dict(head_dim=32, attention_out_bias=True)),
+    "arcee": ("Arcee", dict(mlp_bias=True)),
+    "nemotron": ("Nemotron", dict(num_key_value_heads=4, mlp_bias=True)),
     "phi3": ("Phi3", dict(sliding_window=24, hidden_size=80, num_attention_heads=1,
                           num_key_value_heads=1)),
     "phi3-longrope": (
@@ -80,6 +123,9 @@ MODELS: dict[str, tuple[str, dict]] = {
     ),
 }
 
+# Architecture -> its configuration, where this has another name.
+CONFIGS = {"Gemma3": "Gemma3TextConfig"}
+
 
 def make_model(name: str, seed: int, folder: Path, dtype: str = "float32", shards: int = 1,
                **changes):
@@ -88,7 +134,7 @@ def make_model(name: str, seed: int, folder: Path, dtype: str = "float32", shard
     Weights are large enough for every part to matter: norms, biases and soft caps too.
     """
     architecture, changed = MODELS[name]
-    config_class = getattr(transformers, f"{architecture}Config")
+    config_class = getattr(transformers, CONFIGS.get(architecture, f"{architecture}Config"))
     model_class = getattr(transformers, f"{architecture}ForCausalLM")
     config = config_class(**(COMMON | changed | changes))
     torch.manual_seed(seed)
@@ -118,6 +164,11 @@ def to_old_layout(folder: Path) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text())
     rope = config.pop("rope_parameters")
+    if "full_attention" in rope:
+        local, rope = rope["sliding_attention"], rope["full_attention"]
+        assert local.pop("rope_type") == "default"
+        if local["rope_theta"] != rope["rope_theta"]:
+            config["rope_local_base_freq"] = local["rope_theta"]
     config["rope_theta"] = rope.pop("rope_theta")
     if "partial_rotary_factor" in rope:
         config["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
