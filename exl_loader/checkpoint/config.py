@@ -25,6 +25,7 @@ from ..utils.output import warn_once
 from ..utils.setting_values import invalid, unknown_name
 from .architectures import ALIASES, ARCHITECTURES
 from .architectures.fields import ACTIVATIONS, Architecture, Formula
+from .architectures.multimodal import MULTIMODAL
 from .rope import MAX_POSITIONS, RopeConfig, parse_ropes
 
 # Several times the largest models there are: what is beyond is damage, not a model.
@@ -79,6 +80,8 @@ class ModelConfig:
 
     Args:
         architecture: a key of `architectures.ARCHITECTURES`.
+        multimodal_class: class of a model that reads images too, whose language part this is;
+            "" for a model of text.
         norm_eps: eps of the norms.
         hidden_act: as `Ops.gate` takes it, such as `silu` or `gelu_tanh`.
         bos_token_id: None where the model has none.
@@ -97,7 +100,6 @@ class ModelConfig:
             a sliding window have their own.
         layer_ropes: each layer's index in `ropes`, None where it has no rotary embedding.
         learned_positions: rows of the table of learned positions; 0 without one.
-        is_text_part: the folder's model reads images too, which this engine does not.
         required_biases: names of linear layers, as in `Architecture`, that must have a bias.
         quantization: `quantization_config`, empty where there is none.
     """
@@ -130,7 +132,7 @@ class ModelConfig:
     ropes: tuple[RopeConfig, ...]
     layer_ropes: tuple[int | None, ...]
     learned_positions: int
-    is_text_part: bool = False
+    multimodal_class: str = ""
     required_biases: frozenset[str] = frozenset()
     quantization: dict[str, Any] = field(default_factory=dict)
 
@@ -209,6 +211,7 @@ class ModelConfig:
             InvalidSettings: `as_architecture` is no architecture, or the model's class is
                 known and another one.
         """
+        values, multimodal_class = _text_part(values, where)
         architecture = _architecture(Keys(values, where), as_architecture)
         keys = _own_keys(values, where, architecture)
         dimensions = _dimensions(keys, architecture)
@@ -254,9 +257,38 @@ class ModelConfig:
             ropes=ropes,
             layer_ropes=_layer_ropes(keys, architecture, ropes, windows),
             learned_positions=max_position_embeddings if positions.learned is not None else 0,
+            multimodal_class=multimodal_class,
             required_biases=_required_biases(keys, architecture),
             quantization=keys.mapping("quantization_config") or {},
         )
+
+
+def _text_part(values: dict[str, Any], where: str) -> tuple[dict[str, Any], str]:
+    """Return the config of a model's language part, and the class of the whole model.
+
+    Returns:
+        The config itself and "" where the class is none of a model that reads images.
+    """
+    keys = Keys(values, where)
+    names = values.get("architectures")
+    name = next((n for n in names if n in MULTIMODAL), "") if isinstance(names, list) else ""
+    if not name:
+        return values, ""
+    text = keys.mapping("text_config") or {}
+    model_type = Keys(text, f"text_config in {where}").text("model_type")
+    parts = MULTIMODAL[name]
+    part = next(iter(parts.values())) if model_type is None else parts.get(model_type)
+    if part is None:
+        raise UnsupportedArchitecture(
+            f"text_config in {where}", expected=f"model_type {' or '.join(parts)} for {name}",
+            actual=shown_name(str(model_type)), remedy="Choose a model of a supported architecture",
+        )
+    own = {key: value for key, value in values.items() if key != "text_config"}
+    merged = {**part.defaults, **own, **text, "architectures": [part.architecture]}
+    for key in ("tie_word_embeddings", "quantization_config"):
+        if key in own:
+            merged[key] = own[key]
+    return merged, name
 
 
 class _OwnKeys(Keys):
@@ -364,7 +396,8 @@ def has_unknown_class(model_dir: str | os.PathLike[str]) -> bool:
     path = Path(model_dir) / "config.json"
     try:
         values = read_json_object_if_there(path)
-        return bool(values) and _own_architecture(Keys(values, str(path))) is None
+        text_values, _ = _text_part(values, str(path))
+        return bool(values) and _own_architecture(Keys(text_values, str(path))) is None
     except ExlLoaderError:
         return False
 

@@ -40,6 +40,12 @@ QUANTISED_FORMATS = ("exl2", "gptq")
 # Names that begin with `model.` in a causal language model, and lack this prefix where the file was
 # saved from the model without its head.
 _BODY = ("layers.", "embed_tokens.", "norm.")
+# How names of the language part begin in a model that reads images too -> in one of text.
+_TEXT_PARTS = {
+    "language_model.model.": "model.",
+    "model.language_model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+}
 # Where the architectures have embedding, layers and final norm.
 _BODY_NAMES = {(a.embedding, a.layers, a.final_norm) for a in ARCHITECTURES.values()}
 
@@ -223,14 +229,23 @@ def with_body_prefix(headers: Mapping[str, TensorHeader]) -> Headers:
     """Rename tensors to the names in a causal language model.
 
     Weights that were saved from a model without its head (`LlamaModel`) lack the prefix `model.`
-    of the layers, the embedding and the final norm.
+    of the layers, the embedding and the final norm. In a model that reads images too, the
+    language part has a prefix of its own.
     """
+    headers = {_text_name(name): header for name, header in headers.items()}
     if any(name.startswith("model.layers.") for name in headers):
-        return dict(headers)
+        return headers
     return {
         f"model.{name}" if name.startswith(_BODY) else name: header
         for name, header in headers.items()
     }
+
+
+def _text_name(name: str) -> str:
+    for prefix, text_prefix in _TEXT_PARTS.items():
+        if name.startswith(prefix):
+            return text_prefix + name.removeprefix(prefix)
+    return name
 
 
 def format_of(names: Iterable[str], quantization: Quantization) -> str:

@@ -47,6 +47,13 @@ _ADAPTER = re.compile(r"\.lora_[ab](\.|$)", re.IGNORECASE)
 # Tensors of old folders that follow from the config.
 _COMPUTED_ANEW = (".rotary_emb.inv_freq", ".attn.bias", ".attention.bias", ".masked_bias")
 
+# How the names of tensors begin that a model reads images with.
+_IMAGE_PARTS = tuple(
+    prefix + name for prefix in ("", "model.")
+    for name in ("vision_tower.", "vision_model.", "visual.", "multi_modal_projector.",
+                 "vision_encoder.", "vision_language_adapter.", "patch_merger.")
+)
+
 
 @dataclass(frozen=True)
 class StageParts:
@@ -547,6 +554,13 @@ def _judge_unused(parts: ModelParts, checkpoint: Checkpoint) -> None:
         used = last in LINEAR_TENSORS and source in sources
         if not used and name not in norms and not name.endswith(_COMPUTED_ANEW):
             unused.append(name)
+    if config.multimodal_class:
+        of_images = [name for name in unused if name.startswith(_IMAGE_PARTS)]
+        warn_once(
+            f"{checkpoint.model_dir}: {config.multimodal_class} runs without images: only its "
+            f"language part is loaded, and {len(of_images)} tensors of its other parts are not"
+        )
+        unused = [name for name in unused if name not in of_images]
     if unused:
         warn_once(
             f"{checkpoint.model_dir}: these tensors are ignored, because "

@@ -56,25 +56,57 @@ def test_llama_2_layout_with_few_keys():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_defaults_equal_transformers(architecture):
     """A folder may leave out keys for which its architecture has a default."""
-    transformers = pytest.importorskip("transformers")
-    reference = getattr(transformers, architecture.replace("ForCausalLM", "Config"))()
+    auto = pytest.importorskip("transformers.models.auto.configuration_auto")
+    entry = ARCHITECTURES[architecture]
+    config_class = next(
+        (found for found in auto.CONFIG_MAPPING.values() if found.model_type == entry.model_type),
+        None,
+    )
+    if config_class is None:
+        pytest.skip("transformers has no such class")
+    reference = config_class()
+
+    def theirs(name):
+        value = getattr(reference, entry.keys.get(name, name))
+        if name == "bos_token_id" and value is not None and value >= reference.vocab_size:
+            return None
+        return num_heads if name == "num_key_value_heads" and value is None else value
+
+    num_heads = theirs("num_attention_heads")
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
              "num_attention_heads")
-    values = {name: getattr(reference, name) for name in sizes}
+    values = {entry.keys.get(name, name): theirs(name) for name in sizes}
     config = ModelConfig.from_dict({"architectures": [architecture]} | values)
     same = ("num_key_value_heads", "max_position_embeddings",
-            "tie_word_embeddings", "bos_token_id", *values)
-    assert {n: getattr(config, n) for n in same} == {n: getattr(reference, n) for n in same}
+            "tie_word_embeddings", "bos_token_id", *sizes)
+    assert {n: getattr(config, n) for n in same} == {n: theirs(n) for n in same}
+    assert config.norm_eps == theirs("rms_norm_eps")
     head_dim = getattr(reference, "head_dim", None)
     assert config.head_dim == head_dim or head_dim is None
     eos = reference.eos_token_id
-    assert config.eos_token_ids == (() if eos is None else (eos,))
-    assert config.ropes[0].rope_theta == reference.rope_parameters["rope_theta"]
+    ids = eos if isinstance(eos, list) else [eos]
+    in_vocabulary = [i for i in ids if i is not None and i < config.vocab_size]
+    assert config.eos_token_ids == tuple(in_vocabulary)
+    _compare_ropes(config, getattr(reference, "rope_parameters", None))
     windows = getattr(reference, "layer_types", None)
     if windows is not None:
         sliding = tuple(name == "sliding_attention" for name in windows)
         assert tuple(w > 0 for w in config.layer_sliding_windows) == sliding
     assert max(config.layer_sliding_windows) == (getattr(reference, "sliding_window", None) or 0)
+
+
+def _compare_ropes(config, reference):
+    """Compare the rotary embeddings with those of transformers, which may be nested."""
+    if not config.ropes:
+        assert not reference and config.learned_positions == config.max_position_embeddings
+        return
+    nested = [reference.get(name) for name in ("full_attention", "sliding_attention")]
+    expected = nested if nested[0] else [reference]
+    assert [rope.rope_theta for rope in config.ropes] == list(
+        dict.fromkeys(parameters["rope_theta"] for parameters in expected)
+    )
+    partial = expected[0].get("partial_rotary_factor", 1.0)
+    assert config.ropes[0].rotary_dim == int(config.head_dim * partial)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ LONGROPE = dict(
     partial_rotary_factor=0.75,
 )
 
+MROPE = dict(rope_type="mrope", rope_theta=10000.0, mrope_section=[4, 4, 4])
+
 
 def longrope(pairs: int) -> dict:
     """Settings of longrope whose short and long factors differ."""
@@ -82,6 +84,13 @@ MODELS: dict[str, tuple[str, dict]] = {
             ),
         ),
     ),
+    "llava": ("LlavaForConditionalGeneration", dict(head_dim=32, sliding_window=None)),
+    "mistral3": (
+        "Mistral3ForConditionalGeneration", dict(sliding_window=24, tie_word_embeddings=True)),
+    "qwen2-vl": ("Qwen2VLForConditionalGeneration", dict(rope_parameters=MROPE)),
+    "qwen2.5-vl": ("Qwen2_5_VLForConditionalGeneration", dict(rope_parameters=MROPE)),
+    "gemma3-images": (
+        "Gemma3ForConditionalGeneration", dict(head_dim=32, sliding_window=24)),
     "granite": (
         "Granite",
         dict(embedding_multiplier=3.5, residual_multiplier=0.3, attention_multiplier=0.1,
@@ -124,7 +133,28 @@ MODELS: dict[str, tuple[str, dict]] = {
 }
 
 # Architecture -> its configuration, where this has another name.
-CONFIGS = {"Gemma3": "Gemma3TextConfig"}
+CONFIGS = {
+    "Gemma3": "Gemma3TextConfig", "Qwen2VL": "Qwen2VLTextConfig",
+    "Qwen2_5_VL": "Qwen2_5_VLTextConfig",
+}
+PIXTRAL = dict(model_type="pixtral", hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+               num_attention_heads=2, image_size=32, patch_size=16)
+# Models that read images too -> the architecture of the language part, and the image part.
+IMAGE_MODELS = {
+    "LlavaForConditionalGeneration": ("Mistral", PIXTRAL),
+    "Mistral3ForConditionalGeneration": ("Mistral", PIXTRAL),
+    "Qwen2VLForConditionalGeneration": (
+        "Qwen2VL", dict(depth=1, embed_dim=32, hidden_size=96, num_heads=2)),
+    "Qwen2_5_VLForConditionalGeneration": (
+        "Qwen2_5_VL",
+        dict(depth=1, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=96),
+    ),
+    "Gemma3ForConditionalGeneration": (
+        "Gemma3",
+        dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+             image_size=32, patch_size=8),
+    ),
+}
 
 
 def make_model(name: str, seed: int, folder: Path, dtype: str = "float32", shards: int = 1,
@@ -134,9 +164,7 @@ def make_model(name: str, seed: int, folder: Path, dtype: str = "float32", shard
     Weights are large enough for every part to matter: norms, biases and soft caps too.
     """
     architecture, changed = MODELS[name]
-    config_class = getattr(transformers, CONFIGS.get(architecture, f"{architecture}Config"))
-    model_class = getattr(transformers, f"{architecture}ForCausalLM")
-    config = config_class(**(COMMON | changed | changes))
+    model_class, config = _of_architecture(architecture, COMMON | changed | changes)
     torch.manual_seed(seed)
     model = model_class(config)
     with torch.no_grad():
@@ -152,6 +180,20 @@ def make_model(name: str, seed: int, folder: Path, dtype: str = "float32", shard
     return load_model(folder, model_class)
 
 
+def _of_architecture(architecture: str, values: dict):
+    """Return a model's class and its configuration."""
+    text, image = IMAGE_MODELS.get(architecture, (architecture, None))
+    config = getattr(transformers, CONFIGS.get(text, f"{text}Config"))(**values)
+    if image is None:
+        return getattr(transformers, f"{architecture}ForCausalLM"), config
+    whole = getattr(transformers, architecture.replace("ForConditionalGeneration", "Config"))
+    return (
+        getattr(transformers, architecture),
+        whole(text_config=config.to_dict(), vision_config=image,
+              tie_word_embeddings=values.get("tie_word_embeddings", False)),
+    )
+
+
 def load_model(folder: Path, model_class=transformers.AutoModelForCausalLM):
     """Load a folder with transformers in float32, attention in its plain form."""
     return model_class.from_pretrained(
@@ -162,7 +204,8 @@ def load_model(folder: Path, model_class=transformers.AutoModelForCausalLM):
 def to_old_layout(folder: Path) -> None:
     """Rewrite config.json as transformers 4 would have: `rope_theta` and `rope_scaling`."""
     path = folder / "config.json"
-    config = json.loads(path.read_text())
+    whole = json.loads(path.read_text())
+    config = whole.get("text_config", whole)
     rope = config.pop("rope_parameters")
     if "full_attention" in rope:
         local, rope = rope["sliding_attention"], rope["full_attention"]
@@ -172,8 +215,10 @@ def to_old_layout(folder: Path) -> None:
     config["rope_theta"] = rope.pop("rope_theta")
     if "partial_rotary_factor" in rope:
         config["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
-    config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
-    path.write_text(json.dumps(config))
+    if "mrope_section" in rope:
+        rope = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    config["rope_scaling"] = None if rope.get("rope_type") == "default" else rope
+    path.write_text(json.dumps(whole))
 
 
 @torch.no_grad()

@@ -69,6 +69,7 @@ _GLM = {
     "partial_rotary_factor": 0.5,
     "max_position_embeddings": 131072,
     "attention_bias": True,
+    "eos_token_id": [151329, 151336, 151338],
 }
 _OLMO = {
     **COMMON,
@@ -108,6 +109,8 @@ LLAMA_LIKE = (
         defaults={**_QWEN, "num_key_value_heads": 32},
         biases=dict.fromkeys(QKV, True),
         sliding_window="upper",
+        # A text has the same position in each of the dimensions of Qwen2-VL's RoPE.
+        positions=Positions(type_names={"mrope": "default"}),
     ),
     Architecture(
         name="Qwen3ForCausalLM",

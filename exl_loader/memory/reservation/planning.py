@@ -122,7 +122,7 @@ def planned(
         segments = segments_of(model, run, draft)
         reservation = Reservation(
             model_dir=os.fspath(model_dir),
-            architecture=costs.config.architecture,
+            architecture=costs.config.multimodal_class or costs.config.architecture,
             format=costs.checkpoint.format,
             num_layers=costs.num_layers,
             own_length=costs.config.own_length,
