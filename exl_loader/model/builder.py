@@ -384,7 +384,7 @@ class Builder:
             return self._norm(name, num_heads * head_dim, device, bias=qk.bias)
         if qk.weights == "head":
             return self._norm(name, head_dim, device, bias=qk.bias)
-        tensors = ()
+        tensors: tuple[str, ...] = ()
         if qk.weights == "head tensors":
             tensors = tuple(f"{name}.norms.{head}.weight" for head in range(num_heads))
         return self._norm(name, head_dim, device, bias=qk.bias, heads=num_heads, tensors=tensors)
