@@ -124,7 +124,9 @@ def _targets(parts: ModelParts) -> dict[str, list[Target]]:
         linears = {linear.name: linear for linear in layer.linears}
         for linear in linears.values():
             found[_key(linear.name)] = [Target(linear, index, (0, linear.out_features))]
-        for source, fused in names.fused.items():
+        # Rows by key/value head are not in the order of the parts, so no adapter fits them.
+        in_order = {} if names.fused_by_group else names.fused
+        for source, fused in in_order.items():
             prefix, first, targets = f"{names.layers}.{index}.", 0, []
             for part in (linears.get(prefix + name) for name in fused):
                 if part is not None:

@@ -16,12 +16,13 @@ if __name__ == "__main__":
     sys.path[:0] = [str(parent) for parent in Path(__file__).resolve().parents[1:3]]
 
 from exl_loader.checkpoint.architectures import ARCHITECTURES
+from exl_loader.checkpoint.architectures.multimodal import MULTIMODAL
 from support import REPO
 from support.hf_models import MODELS
 
 DOCS, README = REPO / "docs" / "models.md", REPO / "README.md"
 BEGIN, END = "<!-- made by tests/support/model_table.py -->\n", "<!-- end -->\n"
-CLASSES = tuple(ARCHITECTURES)
+CLASSES = (*ARCHITECTURES, *MULTIMODAL)
 SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 # Formats are those of linear layers, which every architecture is made of.
