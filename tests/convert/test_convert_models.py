@@ -45,13 +45,17 @@ def logits_of(folder, ids) -> torch.Tensor:
 # and values) add their errors, and random weights do nothing to damp them.
 EIGHT_BIT_TOLERANCE = 7 * 0.007
 
+# One model of each kind of layer.
+CONVERTED = ["mixtral", "llama-biases", "gemma2", "phi3", "gemma3-images", "granite", "cohere-norms",
+             "glm4", "olmo2", "smollm3-window", "nemotron", "mistral3"]
 
-@pytest.mark.parametrize("name", some_of(["mixtral", "llama-biases", "gemma2", "phi3"], 2))
+
+@pytest.mark.parametrize("name", some_of(CONVERTED, 3))
 def test_every_kind_of_model_keeps_its_logits_at_8_bits(name, tmp_path, monkeypatch):
     monkeypatch.setattr(conversion, "WIDTHS", (8,))
     folder = tmp_path / "source"
     original = make_model(name, seed=3, folder=folder, num_hidden_layers=1)
-    write_tokenizer(folder, original.config.vocab_size)
+    write_tokenizer(folder, original.config.get_text_config().vocab_size)
     convert(folder, tmp_path / "exl2", bits=12, head_bits=8, **FEW_ROWS)
     ids = torch.randint(3, 259, (40,), generator=torch.Generator().manual_seed(4)).tolist()
     expected = expected_logits(original, ids)
