@@ -181,7 +181,10 @@ class ModelConfig:
     @property
     def own_length(self) -> int:
         """The model's own length in tokens, with the RoPE scaling of its config."""
-        return self.ropes[0].own_length if self.ropes else self.max_position_embeddings
+        # Models of two RoPEs (Gemma 3, OLMo 3) state the length after scaling.
+        if len(self.ropes) != 1:
+            return self.max_position_embeddings
+        return self.ropes[0].own_length
 
     @property
     def max_ctx_size(self) -> int:
@@ -220,6 +223,9 @@ class ModelConfig:
         max_position_embeddings = keys.required_integer(
             "max_position_embeddings", 2, MAX_POSITIONS
         )
+        if "model_max_length" in keys.defaults:
+            longer = keys.integer("model_max_length", 2, MAX_POSITIONS) or 0
+            max_position_embeddings = max(max_position_embeddings, longer)
         positions, factors = architecture.positions, architecture.factors
         windows = _layer_sliding_windows(keys, architecture, num_layers)
         ropes: tuple[RopeConfig, ...] = ()

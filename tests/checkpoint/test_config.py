@@ -95,6 +95,22 @@ def test_defaults_equal_transformers(architecture):
     assert max(config.layer_sliding_windows) == (getattr(reference, "sliding_window", None) or 0)
 
 
+def test_own_lengths_of_other_keys():
+    """Command R has two lengths; Gemma 3 and OLMo 3 state theirs after scaling."""
+    sizes = {"vocab_size": 320, "hidden_size": 128, "intermediate_size": 352,
+             "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2}
+    cohere = {"max_position_embeddings": 8192, "model_max_length": 131072}
+    gemma = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    olmo = {"max_position_embeddings": 65536, "rope_scaling": {
+        "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192}}
+    for name, values, length in (
+        ("CohereForCausalLM", cohere, 131072), ("LlamaForCausalLM", cohere, 8192),
+        ("Gemma3ForCausalLM", gemma, 131072), ("Olmo3ForCausalLM", olmo, 65536),
+    ):
+        config = ModelConfig.from_dict({"architectures": [name]} | sizes | values)
+        assert config.own_length == length, name
+
+
 def _compare_ropes(config, reference):
     """Compare the rotary embeddings with those of transformers, which may be nested."""
     if not config.ropes:

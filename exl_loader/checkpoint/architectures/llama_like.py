@@ -56,6 +56,8 @@ _COHERE = {
     "rms_norm_eps": 1e-5,
     "rope_theta": 500000.0,
     "max_position_embeddings": 8192,
+    # Command R states its length here; its `max_position_embeddings` is that of its training.
+    "model_max_length": None,
     "tie_word_embeddings": True,
     "logit_scale": 0.0625,
     "bos_token_id": 5,
