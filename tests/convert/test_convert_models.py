@@ -46,8 +46,8 @@ def logits_of(folder, ids) -> torch.Tensor:
 EIGHT_BIT_TOLERANCE = 7 * 0.007
 
 # One model of each kind of layer.
-CONVERTED = ["mixtral", "llama-biases", "gemma2", "phi3", "gemma3-images", "granite", "cohere-norms",
-             "glm4", "olmo2", "smollm3-window", "nemotron", "mistral3"]
+CONVERTED = ["mixtral", "llama-biases", "gemma2", "phi3", "gemma3-images", "granite",
+             "cohere-norms", "glm4", "olmo2", "smollm3-window", "nemotron", "mistral3"]
 
 
 @pytest.mark.parametrize("name", some_of(CONVERTED, 3))
