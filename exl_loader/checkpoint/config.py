@@ -18,6 +18,7 @@ from ..utils.errors import (
     InvalidSettings,
     ModelNotFound,
     UnsupportedArchitecture,
+    shown,
     shown_name,
 )
 from ..utils.json_keys import Keys, read_json_object, read_json_object_if_there
@@ -95,6 +96,7 @@ class ModelConfig:
         clip_qkv: queries, keys and values are clipped to -clip_qkv..clip_qkv; 0.0 where not.
         is_parallel: attention and MLP run side by side on the same hidden state.
         has_qk_norms: queries and keys are normalised.
+        has_unit_head: see `Architecture.unit_head`.
         experts: the mixtures of experts; None where every layer has an MLP.
         ropes: the rotary embeddings: none with learned positions; a second one where layers with
             a sliding window have their own.
@@ -128,6 +130,7 @@ class ModelConfig:
     clip_qkv: float
     is_parallel: bool
     has_qk_norms: bool
+    has_unit_head: bool
     experts: ExpertsConfig | None
     ropes: tuple[RopeConfig, ...]
     layer_ropes: tuple[int | None, ...]
@@ -217,6 +220,7 @@ class ModelConfig:
         values, multimodal_class = _text_part(values, where)
         architecture = _architecture(Keys(values, where), as_architecture)
         keys = _own_keys(values, where, architecture)
+        _check_fixed(keys, architecture)
         dimensions = _dimensions(keys, architecture)
         head_dim, hidden_size = dimensions["head_dim"], dimensions["hidden_size"]
         num_layers = dimensions["num_hidden_layers"]
@@ -259,6 +263,7 @@ class ModelConfig:
             clip_qkv=(keys.number("clip_qkv", 1e-6, 1e6) or 0.0) if architecture.clip_qkv else 0.0,
             is_parallel=_is_set(keys, architecture.parallel),
             has_qk_norms=qk is not None and (qk.key is None or _is_set(keys, qk.key)),
+            has_unit_head=_has_unit_head(keys, architecture),
             experts=_experts(keys, architecture, dimensions),
             ropes=ropes,
             layer_ropes=_layer_ropes(keys, architecture, ropes, windows),
@@ -337,9 +342,29 @@ def _own_keys(values: dict[str, Any], where: str, architecture: Architecture) ->
     return _OwnKeys(values, where, architecture)
 
 
+def _check_fixed(keys: Keys, architecture: Architecture) -> None:
+    """Raise UnsupportedArchitecture where a key asks for what no part computes."""
+    for key, value in architecture.fixed.items():
+        actual = keys.raw(key)
+        if actual is not None and actual != value:
+            raise UnsupportedArchitecture(
+                f"{key} in {keys.where}", expected=f"{value} in a {architecture.name}",
+                actual=shown(actual), remedy="Choose a model without it",
+            )
+
+
 def _is_set(keys: Keys, rule: bool | str) -> bool:
     """Return a rule that is a constant, or the value of a config key."""
     return bool(keys.boolean(rule)) if isinstance(rule, str) else rule
+
+
+def _has_unit_head(keys: Keys, architecture: Architecture) -> bool:
+    key = architecture.unit_head
+    value = None if key is None else keys.raw(key)
+    # Index writes 0 and 1.
+    if value not in (None, 0, 1):
+        raise keys.fail(str(key), "0 or 1")
+    return bool(value)
 
 
 def _factor(
@@ -401,11 +426,20 @@ def has_unknown_class(model_dir: str | os.PathLike[str]) -> bool:
     """
     path = Path(model_dir) / "config.json"
     try:
-        values = read_json_object_if_there(path)
-        text_values, _ = _text_part(values, str(path))
-        return bool(values) and _own_architecture(Keys(text_values, str(path))) is None
+        return bool(read_json_object_if_there(path)) and architecture_of(path.parent) is None
     except ExlLoaderError:
         return False
+
+
+def architecture_of(model_dir: Path) -> Architecture | None:
+    """Return the table entry of a folder's class; None where it is unknown or there is none.
+
+    Raises:
+        InvalidConfig: config.json is not a JSON object, or the class is no name.
+    """
+    path = model_dir / "config.json"
+    values, _ = _text_part(read_json_object_if_there(path), str(path))
+    return _own_architecture(Keys(values, str(path)))
 
 
 def _architecture(keys: Keys, as_architecture: str | None) -> Architecture:
@@ -490,14 +524,20 @@ def _dimensions(keys: Keys, architecture: Architecture) -> dict[str, int]:
     return {
         "vocab_size": keys.required_integer("vocab_size", 1, MAX_VOCAB_SIZE),
         "hidden_size": hidden_size,
-        "intermediate_size": keys.required_integer(
-            "intermediate_size", 1, MAX_INTERMEDIATE_SIZE
-        ),
+        "intermediate_size": _width(keys, architecture, hidden_size),
         "num_hidden_layers": keys.required_integer("num_hidden_layers", 1, MAX_LAYERS),
         "num_attention_heads": num_heads,
         "num_key_value_heads": num_kv_heads,
         "head_dim": head_dim,
     }
+
+
+def _width(keys: Keys, architecture: Architecture, hidden_size: int) -> int:
+    """Return the width of the MLP."""
+    multiple = architecture.default_width
+    if multiple is not None and keys.raw("intermediate_size") is None:
+        return multiple * hidden_size
+    return keys.required_integer("intermediate_size", 1, MAX_INTERMEDIATE_SIZE)
 
 
 def _experts(

@@ -21,7 +21,8 @@ from ..utils.errors import (
 )
 from ..utils.json_keys import read_json_object_if_there
 from ..utils.output import warn_once
-from .architectures import ARCHITECTURES
+from .architectures import ARCHITECTURES, Architecture
+from .config import architecture_of
 from .quantization import Quantization
 from .safetensors_header import FileIdentity, TensorHeader, read_header
 from .weight_files import (
@@ -46,8 +47,10 @@ _TEXT_PARTS = {
     "model.language_model.": "model.",
     "language_model.lm_head.": "lm_head.",
 }
-# Where the architectures have embedding, layers and final norm.
-_BODY_NAMES = {(a.embedding, a.layers, a.final_norm) for a in ARCHITECTURES.values()}
+# An architecture for each way to name embedding, layers and final norm.
+_BODIES = tuple(
+    {(a.renames, a.embedding, a.layers, a.final_norm): a for a in ARCHITECTURES.values()}.values()
+)
 
 Headers = dict[str, TensorHeader]
 
@@ -57,7 +60,8 @@ class Folder:
     """A model folder whose headers were read.
 
     Args:
-        headers: tensor name -> TensorHeader, names as in a causal language model.
+        headers: tensor name -> TensorHeader. The names are those of the model's architecture;
+            a header has the name in the file.
         identities: the files that hold the weights, in order.
         format: `exl2`, `gptq` or `dense`.
         quantization: the settings of this format; empty without settings.
@@ -80,7 +84,8 @@ def read_folder(model_dir: Path, config: ModelConfig | None = None) -> Folder:
         ModelNotFound: there is no folder, or no weights in it.
         InvalidCheckpoint: a file is missing or truncated, a header contradicts itself or the
             file, a tensor is in two files, or the tensors of the declared method are missing.
-        InvalidConfig: config.json or quantize_config.json is not a JSON object.
+        InvalidConfig: config.json or quantize_config.json is not a JSON object, or the class
+            in config.json is no name.
         UnsupportedFormat: pickle files, GGUF, another quantization method, or settings that this
             engine does not implement.
     """
@@ -106,7 +111,10 @@ def read_folder(model_dir: Path, config: ModelConfig | None = None) -> Folder:
             f"{model_dir}: the weights are read from {shown_names(chosen)}; ignored: "
             f"{shown_names(unused)}"
         )
-    return Folder(with_body_prefix(headers), identities, format, quantization)
+    architecture = architecture_of(model_dir)
+    if config is not None:
+        architecture = ARCHITECTURES[config.architecture]
+    return Folder(usual_names(headers, architecture), identities, format, quantization)
 
 
 def is_quantised(model_dir: str | os.PathLike[str]) -> bool:
@@ -188,13 +196,13 @@ class _Files:
     def _is_whole(self, names: list[str], num_layers: int | None) -> bool:
         """Return whether files hold embedding, final norm and every layer of a model."""
         try:
-            headers = with_body_prefix(self.read(names)[0])
+            stored = self.read(names)[0]
         except ExlLoaderError:
             return False
+        plain = with_body_prefix(stored)
         return any(
-            {f"{embedding}.weight", f"{norm}.weight"} <= headers.keys()
-            and _has_every_layer(headers, f"{layers}.", num_layers)
-            for embedding, layers, norm in _BODY_NAMES
+            _is_body(_renamed(stored, entry) if entry.renames else plain, entry, num_layers)
+            for entry in _BODIES
         )
 
     def _has_quantised(self, names: list[str]) -> bool:
@@ -212,6 +220,24 @@ class _Files:
         return number if type(number) is int and 0 < number < 1 << 16 else None
 
 
+def _renamed(stored: Headers, architecture: Architecture) -> Headers:
+    """Rename tensors as `usual_names`; none if they are not those of the architecture."""
+    starts = tuple(text for text, _ in architecture.renames if not text.startswith("."))
+    if not any(name.startswith(starts) for name in stored):
+        return {}
+    try:
+        return usual_names(stored, architecture)
+    except InvalidCheckpoint:
+        return {}
+
+
+def _is_body(names: Headers, architecture: Architecture, num_layers: int | None) -> bool:
+    """Return whether tensors are embedding, final norm and every layer of an architecture."""
+    ends = {f"{architecture.embedding}.weight", f"{architecture.final_norm}.weight"}
+    layers = f"{architecture.layers}."
+    return ends <= names.keys() and _has_every_layer(names, layers, num_layers)
+
+
 def _has_every_layer(names: Iterable[str], prefix: str, num_layers: int | None) -> bool:
     """Tell whether layers 0, 1, ... are named, without a gap or up to a known number."""
     numbers = {
@@ -223,6 +249,30 @@ def _has_every_layer(names: Iterable[str], prefix: str, num_layers: int | None) 
 
 def _endings(names: Iterable[str]) -> set[str]:
     return {name.rsplit(".", 1)[-1] for name in names}
+
+
+def usual_names(headers: Mapping[str, TensorHeader], architecture: Architecture | None) -> Headers:
+    """Rename tensors to the names that the fields of an architecture have.
+
+    Args:
+        headers: by the names in the files.
+        architecture: None renames only what lacks the prefix `model.`.
+
+    Raises:
+        InvalidCheckpoint: two tensors would have the same name.
+    """
+    if architecture is not None and architecture.renames:
+        renamed: Headers = {}
+        for name, header in headers.items():
+            other = renamed.setdefault(architecture.renamed(name), header)
+            if other is not header:
+                raise InvalidCheckpoint(
+                    f"{name}: the same tensor of {architecture.name} as {other.name}",
+                    expected="one of them",
+                    remedy="Remove the file that does not belong to this model",
+                )
+        headers = renamed
+    return with_body_prefix(headers)
 
 
 def with_body_prefix(headers: Mapping[str, TensorHeader]) -> Headers:

@@ -52,6 +52,7 @@ def linear_spec(
     rows: RowRanges | None = None,
     bias: bool | None = None,
     transposed: bool = False,
+    unit_rows: bool = False,
 ) -> LinearSpec:
     """Describe a linear layer from headers alone. The tensors that exist determine its format.
 
@@ -66,6 +67,7 @@ def linear_spec(
         rows: output rows of a fused source tensor; None is all rows.
         bias: True requires a bias, False ignores a stored one, None reads one that exists.
         transposed: an unquantised weight is [in_features, out_features].
+        unit_rows: every output row of an unquantised weight is divided by its length.
 
     Returns:
         The spec, for `read_linear`.
@@ -78,8 +80,8 @@ def linear_spec(
     source = name if source is None else source
     for tensor, describe in SPECS.items():
         if f"{source}.{tensor}" in checkpoint.headers:
-            if transposed and describe is dense_spec:
-                describe = partial(dense_spec, transposed=True)
+            if describe is dense_spec:
+                describe = partial(dense_spec, transposed=transposed, unit_rows=unit_rows)
             return describe(
                 checkpoint,
                 name,

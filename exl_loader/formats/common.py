@@ -139,7 +139,7 @@ def read_bias(spec: LinearSpec, checkpoint: Checkpoint) -> torch.Tensor | None:
         return None
     name = f"{spec.source}.bias"
     bias = checkpoint.read(name)
-    require_finite(name, bias)
+    require_finite(checkpoint.header(name).name, bias)
     return read_columns(spec, bias).float()
 
 

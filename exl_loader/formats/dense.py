@@ -32,6 +32,7 @@ def dense_spec(
     rows: RowRanges | None,
     bias: bool | None,
     transposed: bool = False,
+    unit_rows: bool = False,
 ) -> LinearSpec:
     """Describe an unquantised layer from headers; see `formats.linear_spec`."""
     weight = checkpoint.header(f"{source}.weight")
@@ -40,7 +41,7 @@ def dense_spec(
     sizes = DenseSizes(out_features, in_features, weight.dtype)
     biased = has_bias(checkpoint, source, out_features, rows, bias)
     return LinearSpec(name, "dense", in_features, out_features, sizes, biased, source, rows,
-                      {"transposed": transposed})
+                      {"transposed": transposed, "unit_rows": unit_rows})
 
 
 def read_dense(spec: LinearSpec, checkpoint: Checkpoint) -> DenseLayer:
@@ -67,8 +68,18 @@ def _read_rows(
         rows = whole[:, first:end].t().contiguous()
     else:
         rows = _read_ranges(spec, checkpoint, first, end)
-    require_finite(name, rows)
+    require_finite(checkpoint.header(name).name, rows)
+    if spec.options["unit_rows"]:
+        _divide_by_length(rows)
     return rows
+
+
+def _divide_by_length(rows: torch.Tensor) -> None:
+    """Divide every row by its length, in place and some rows at a time."""
+    import torch
+
+    for piece in rows.split(256):
+        piece.copy_(torch.nn.functional.normalize(piece.float(), dim=1))
 
 
 def _read_ranges(

@@ -184,6 +184,7 @@ def read_scales(
 
     name = f"{spec.source}.q_scale_max"
     scale_max = checkpoint.read(name)
+    name = checkpoint.header(name).name
     require_finite(name, scale_max)
     words = checkpoint.read(f"{spec.source}.q_scale").numpy().view(np.uint32)
     stored = unpack_stream(words.T, 4, 8 * words.shape[1]).T

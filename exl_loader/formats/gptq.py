@@ -270,6 +270,7 @@ def read_scales(spec: LinearSpec, checkpoint: Checkpoint) -> torch.Tensor:
 
     name = f"{spec.source}.scales"
     stored = checkpoint.read(name)
+    name = checkpoint.header(name).name
     require_finite(name, stored)
     scales = stored.to(torch.float16)
     if scales is not stored:

@@ -95,8 +95,9 @@ def adapted_parts(parts: ModelParts, adapter: Adapter) -> list[AdaptedPart]:
             f"LoRA {adapter.path}", expected=f"an adapter of {config.architecture}",
             actual=f"one of {adapter.base_class}", remedy=_OTHER_MODEL,
         )
-    targets = _targets(parts)
-    missing = [module.name for module in adapter.modules if _key(module.name) not in targets]
+    targets, names = _targets(parts), ARCHITECTURES[config.architecture]
+    keys = {module.name: _key(names.renamed_module(module.name)) for module in adapter.modules}
+    missing = [name for name, key in keys.items() if key not in targets]
     if missing:
         raise InvalidCheckpoint(
             f"LoRA {adapter.path}: {shown_names(missing)}",
@@ -104,7 +105,7 @@ def adapted_parts(parts: ModelParts, adapter: Adapter) -> list[AdaptedPart]:
             actual="no such modules in the model", remedy=_OTHER_MODEL,
         )
     for module in adapter.modules:
-        of_module = targets[_key(module.name)]
+        of_module = targets[keys[module.name]]
         _check_shape(adapter, module, of_module, config.hidden_size)
         found += [AdaptedPart(target, module) for target in of_module]
     return found
@@ -124,8 +125,10 @@ def _targets(parts: ModelParts) -> dict[str, list[Target]]:
         linears = {linear.name: linear for linear in layer.linears}
         for linear in linears.values():
             found[_key(linear.name)] = [Target(linear, index, (0, linear.out_features))]
-        # Rows by key/value head are not in the order of the parts, so no adapter fits them.
-        in_order = {} if names.fused_by_group else names.fused
+        # Rows by key/value head are not in the order of the parts, so no adapter fits them,
+        # unless there is only one.
+        by_group = names.fused_by_group and parts.config.num_key_value_heads > 1
+        in_order = {} if by_group else names.fused
         for source, fused in in_order.items():
             prefix, first, targets = f"{names.layers}.{index}.", 0, []
             for part in (linears.get(prefix + name) for name in fused):

@@ -315,8 +315,9 @@ class Builder:
         return Head(norm, linear, config.final_logit_softcapping)
 
     def is_tied(self, head: Head) -> bool:
-        """Tell whether the head is read from the embedding's tensor."""
-        return head.linear.spec.source == self._architecture.embedding
+        """Tell whether the head is the embedding's tensor, value for value."""
+        is_same = not self._config.has_unit_head
+        return is_same and head.linear.spec.source == self._architecture.embedding
 
     def layer(self, index: int, device: str) -> DecoderLayer:
         """Make a decoder layer."""
@@ -516,9 +517,11 @@ class Builder:
                 bias: bool | None = None, source: str | None = None,
                 rows: RowRanges | None = None) -> Linear:
         # A tied head has the layout of the embedding.
-        transposed = self._architecture.transposed and name != self._architecture.head
+        is_head = name == self._architecture.head
         spec = linear_spec(self._checkpoint, name, in_features, out_features, source=source,
-                           rows=rows, bias=bias, transposed=transposed)
+                           rows=rows, bias=bias,
+                           transposed=self._architecture.transposed and not is_head,
+                           unit_rows=self._config.has_unit_head and is_head)
         return Linear(spec, device)
 
 
@@ -535,11 +538,11 @@ def _judge_unused(parts: ModelParts, checkpoint: Checkpoint) -> None:
     if parts.positions is not None:
         sources.add(parts.positions.spec.name.removesuffix(".weight"))
     unused = []
-    for name in checkpoint.headers:
+    for name, header in checkpoint.headers.items():
         source, _, last = name.rpartition(".")
         if name.startswith(layers) and name.endswith(norm_endings) and name not in norms:
             raise InvalidCheckpoint(
-                name,
+                header.name,
                 expected=f"only what config.json's {config.architecture} of "
                 f"{config.num_hidden_layers} layers has",
                 actual="one norm more",
@@ -547,13 +550,13 @@ def _judge_unused(parts: ModelParts, checkpoint: Checkpoint) -> None:
             )
         if _ADAPTER.search(name):
             raise UnsupportedFormat(
-                f"{name}: an adapter beside the weights",
+                f"{header.name}: an adapter beside the weights",
                 expected="weights that the adapter was merged into",
                 remedy="Merge it, or use a version of the model without it",
             )
         used = last in LINEAR_TENSORS and source in sources
-        if not used and name not in norms and not name.endswith(_COMPUTED_ANEW):
-            unused.append(name)
+        if not used and name not in norms and not header.name.endswith(_COMPUTED_ANEW):
+            unused.append(header.name)
     if config.multimodal_class:
         of_images = [name for name in unused if name.startswith(_IMAGE_PARTS)]
         warn_once(

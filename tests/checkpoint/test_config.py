@@ -67,7 +67,11 @@ def test_defaults_equal_transformers(architecture):
     reference = config_class()
 
     def theirs(name):
-        value = getattr(reference, entry.keys.get(name, name))
+        value = getattr(reference, entry.keys.get(name, name), None)
+        if name == "num_key_value_heads" and entry.multi_query is not None:
+            return 1 if getattr(reference, entry.multi_query) else num_heads
+        if name == "intermediate_size" and value is None:
+            return entry.default_width * theirs("hidden_size")
         if name == "bos_token_id" and value is not None and value >= reference.vocab_size:
             return None
         return num_heads if name == "num_key_value_heads" and value is None else value
@@ -281,11 +285,39 @@ def test_bad_values_are_refused(key, value):
         ("Gemma2ForCausalLM", {"attn_logit_softcapping": math.nan}, "attn_logit_softcapping"),
         ("Gemma2ForCausalLM", {"hidden_activation": "tanh"}, "hidden_activation"),
         ("Qwen2ForCausalLM", {"use_sliding_window": 1}, "use_sliding_window"),
+        ("IndexForCausalLM", {"norm_head": 2}, "norm_head"),
+        ("FalconForCausalLM", {"ffn_hidden_size": 0}, "ffn_hidden_size"),
+        ("Starcoder2ForCausalLM", {"norm_epsilon": -1}, "norm_epsilon"),
     ],
 )
 def test_bad_values_of_single_architectures(architecture, changes, named):
     with pytest.raises(InvalidConfig, match=named):
         parse(changes, architecture)
+
+
+@pytest.mark.parametrize(
+    "architecture, key, value",
+    [
+        ("FalconForCausalLM", "alibi", True),
+        ("GPT2LMHeadModel", "scale_attn_weights", False),
+        ("GPT2LMHeadModel", "scale_attn_by_inverse_layer_idx", True),
+        ("GPTBigCodeForCausalLM", "add_cross_attention", True),
+    ],
+)
+def test_what_no_part_computes_is_refused(architecture, key, value):
+    named = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 128}
+    assert parse({key: None}, architecture, **named)
+    assert parse({key: not value}, architecture, **named)
+    with pytest.raises(UnsupportedArchitecture, match=f"{key} in .*: expected {not value}"):
+        parse({key: value}, architecture, **named)
+
+
+def test_the_width_that_a_config_leaves_out():
+    named = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 128}
+    assert parse({}, "GPT2LMHeadModel", **named).intermediate_size == 256
+    assert parse({"n_inner": 40}, "GPT2LMHeadModel", **named).intermediate_size == 40
+    with pytest.raises(InvalidConfig, match="intermediate_size"):
+        parse({"intermediate_size": None})
 
 
 def test_no_folder(tmp_path):

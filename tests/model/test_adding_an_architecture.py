@@ -37,10 +37,9 @@ def example(monkeypatch) -> str:
     (source,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     entry = eval(source, vars(fields).copy())
     table = dict(ARCHITECTURES) | {entry.name: entry}
-    for module in ("checkpoint.config", "model.builder"):
+    for module in ("checkpoint.config", "checkpoint.folder", "model.builder"):
         monkeypatch.setattr(f"exl_loader.{module}.ARCHITECTURES", table)
-    names = {(entry.embedding, entry.layers, entry.final_norm)}
-    monkeypatch.setattr("exl_loader.checkpoint.folder._BODY_NAMES", names)
+    monkeypatch.setattr("exl_loader.checkpoint.folder._BODIES", (entry,))
     return entry.name
 
 

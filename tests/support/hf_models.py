@@ -1,4 +1,7 @@
-"""Small random models of every architecture, made and evaluated by transformers."""
+"""Small random models of every architecture, made and evaluated by transformers.
+
+Those whose classes it does not have are in `defined_models`.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from pathlib import Path
 
 import torch
 import transformers
+
+from support.defined_models import DEFINITIONS, load_defined, write_defined
 
 # Odd on purpose: no dimension is a multiple of 128, no vocabulary one of 32.
 COMMON = dict(
@@ -122,6 +127,42 @@ MODELS: dict[str, tuple[str, dict]] = {
     "seed-oss": ("SeedOss", dict(head_dim=32, attention_out_bias=True)),
     "arcee": ("Arcee", dict(mlp_bias=True)),
     "nemotron": ("Nemotron", dict(num_key_value_heads=4, mlp_bias=True)),
+    "gpt2": ("GPT2", dict(num_key_value_heads=4)),
+    "gpt2-inner": ("GPT2", dict(num_key_value_heads=4, n_inner=168, tie_word_embeddings=False)),
+    "bigcode": ("GPTBigCode", dict(n_inner=168)),
+    "bigcode-heads": ("GPTBigCode", dict(multi_query=False, activation_function="gelu")),
+    "starcoder2": ("Starcoder2", dict(sliding_window=24, rope_parameters=dict(
+        rope_type="default", rope_theta=1e5))),
+    "starcoder2-plain": ("Starcoder2", dict(use_bias=False, tie_word_embeddings=False)),
+    "phi": ("Phi", dict(partial_rotary_factor=0.25)),
+    "phi-norms": ("Phi", dict(qk_layernorm=True, num_key_value_heads=4, hidden_size=144)),
+    "stablelm": ("StableLm", dict(use_qkv_bias=True, hidden_size=128)),
+    "stablelm-norms": (
+        "StableLm", dict(qk_layernorm=True, use_parallel_residual=True, hidden_size=160,
+                         partial_rotary_factor=0.5)),
+    "neox": ("GPTNeoX", dict(num_key_value_heads=4, hidden_size=128)),
+    "neox-sequential": ("GPTNeoX", dict(
+        num_key_value_heads=4, use_parallel_residual=False, attention_bias=False,
+        hidden_act="gelu_fast",
+        rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0,
+                             partial_rotary_factor=0.5))),
+    "falcon-7b": ("Falcon", dict(ffn_hidden_size=168)),
+    "falcon-new": ("Falcon", dict(new_decoder_architecture=True, num_kv_heads=2, bias=True)),
+    "falcon-one-norm": ("Falcon", dict(
+        new_decoder_architecture=True, num_kv_heads=1, num_ln_in_parallel_attn=1,
+        tie_word_embeddings=False)),
+    "falcon-1b": ("Falcon", dict(multi_query=False, parallel_attn=False, bias=True)),
+    "old-yi": ("Yi", dict(rope_theta=5e6)),
+    "orion": ("Orion", dict(num_key_value_heads=4)),
+    "minicpm": ("MiniCPM", dict(scale_emb=12, scale_depth=1.4, dim_model_base=256,
+                                tie_word_embeddings=True)),
+    "minicpm-untied": ("MiniCPM", dict(scale_emb=0.7, scale_depth=2.1, dim_model_base=32)),
+    "internlm2": ("InternLM2", dict(bias=False, num_attention_heads=8)),
+    "internlm2-dynamic": (
+        "InternLM2", dict(bias=True, max_position_embeddings=32,
+                          rope_scaling=dict(type="dynamic", factor=2.0))),
+    "index": ("Index", dict(norm_head=1)),
+    "index-plain": ("Index", dict(norm_head=False, num_key_value_heads=1)),
     "phi3": ("Phi3", dict(sliding_window=24, hidden_size=80, num_attention_heads=1,
                           num_key_value_heads=1)),
     "phi3-longrope": (
@@ -156,6 +197,9 @@ IMAGE_MODELS = {
     ),
 }
 
+# Model type -> its names of `rope_theta` and `partial_rotary_factor` in transformers 4.
+OLD_ROPE_KEYS = {"gpt_neox": ("rotary_emb_base", "rotary_pct")}
+
 
 def make_model(name: str, seed: int, folder: Path, dtype: str = "float32", shards: int = 1,
                **changes):
@@ -164,6 +208,9 @@ def make_model(name: str, seed: int, folder: Path, dtype: str = "float32", shard
     Weights are large enough for every part to matter: norms, biases and soft caps too.
     """
     architecture, changed = MODELS[name]
+    if architecture in DEFINITIONS:
+        write_defined(architecture, COMMON | changed | changes, seed, folder, dtype, shards)
+        return load_model(folder)
     model_class, config = _of_architecture(architecture, COMMON | changed | changes)
     torch.manual_seed(seed)
     model = model_class(config)
@@ -177,7 +224,7 @@ def make_model(name: str, seed: int, folder: Path, dtype: str = "float32", shard
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     limit = "5GB" if shards == 1 else f"{size // shards // 1000 + 1}KB"
     model.save_pretrained(folder, max_shard_size=limit)
-    return load_model(folder, model_class)
+    return load_model(folder)
 
 
 def _of_architecture(architecture: str, values: dict):
@@ -185,7 +232,8 @@ def _of_architecture(architecture: str, values: dict):
     text, image = IMAGE_MODELS.get(architecture, (architecture, None))
     config = getattr(transformers, CONFIGS.get(text, f"{text}Config"))(**values)
     if image is None:
-        return getattr(transformers, f"{architecture}ForCausalLM"), config
+        name = "GPT2LMHeadModel" if text == "GPT2" else f"{text}ForCausalLM"
+        return getattr(transformers, name), config
     whole = getattr(transformers, architecture.replace("ForConditionalGeneration", "Config"))
     return (
         getattr(transformers, architecture),
@@ -194,9 +242,13 @@ def _of_architecture(architecture: str, values: dict):
     )
 
 
-def load_model(folder: Path, model_class=transformers.AutoModelForCausalLM):
-    """Load a folder with transformers in float32, attention in its plain form."""
-    return model_class.from_pretrained(
+def load_model(folder: Path):
+    """Load a folder in float32 and with plain attention, with transformers or our definition."""
+    defined = load_defined(folder)
+    if defined is not None:
+        return defined
+    (name,) = json.loads((folder / "config.json").read_text())["architectures"]
+    return getattr(transformers, name).from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
 
@@ -206,15 +258,20 @@ def to_old_layout(folder: Path) -> None:
     path = folder / "config.json"
     whole = json.loads(path.read_text())
     config = whole.get("text_config", whole)
-    rope = config.pop("rope_parameters")
+    rope = config.pop("rope_parameters", None)
+    if rope is None:
+        return
     if "full_attention" in rope:
         local, rope = rope["sliding_attention"], rope["full_attention"]
         assert local.pop("rope_type") == "default"
         if local["rope_theta"] != rope["rope_theta"]:
             config["rope_local_base_freq"] = local["rope_theta"]
-    config["rope_theta"] = rope.pop("rope_theta")
+    theta, part = OLD_ROPE_KEYS.get(
+        config["model_type"], ("rope_theta", "partial_rotary_factor")
+    )
+    config[theta] = rope.pop("rope_theta")
     if "partial_rotary_factor" in rope:
-        config["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+        config[part] = rope.pop("partial_rotary_factor")
     if "mrope_section" in rope:
         rope = {"type": "mrope", "mrope_section": rope["mrope_section"]}
     config["rope_scaling"] = None if rope.get("rope_type") == "default" else rope

@@ -2,8 +2,8 @@
 
     python tests/support/model_table.py    # writes them anew, after an architecture was added
 
-How a class was proved is looked up: in `hf_models.MODELS` for classes of transformers, and in the
-tests of models for a definition that names the class.
+How a class was proved is looked up: in `hf_models.MODELS`, whose classes are those of transformers
+or in `defined_models.DEFINITIONS`, and in the tests of models for one that names the class.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ if __name__ == "__main__":
 from exl_loader.checkpoint.architectures import ARCHITECTURES
 from exl_loader.checkpoint.architectures.multimodal import MULTIMODAL
 from support import REPO
+from support.defined_models import DEFINITIONS
 from support.hf_models import MODELS
 
 DOCS, README = REPO / "docs" / "models.md", REPO / "README.md"
@@ -52,7 +53,7 @@ KNOWN = {
     "GPTBigCodeForCausalLM": "StarCoder, SantaCoder, Granite Code 20B and 34B",
     "GPTNeoXForCausalLM": "Pythia, GPT-NeoX-20B, RedPajama-INCITE",
     "GptOssForCausalLM": "gpt-oss",
-    "FalconForCausalLM": "Falcon 1B to 180B, Falcon 2",
+    "FalconForCausalLM": "Falcon 7B to 180B, Falcon 2; not Falcon-RW, which has ALiBi",
     "Starcoder2ForCausalLM": "StarCoder 2",
     "MiniCPMForCausalLM": "MiniCPM 1B and 2B",
     "InternLM2ForCausalLM": "InternLM 2 and 2.5",
@@ -95,7 +96,8 @@ def proof_of(name: str) -> str:
     models = [model for model, (architecture, _) in MODELS.items()
               if name in (architecture, *(architecture + suffix for suffix in SUFFIXES))]
     if models:
-        return f"transformers: {', '.join(models)}"
+        way = "definition" if short_name(name) in DEFINITIONS else "transformers"
+        return f"{way}: {', '.join(models)}"
     files = sorted(path for path in (REPO / "tests" / "model").glob("test_*.py")
                    if name in path.read_text(encoding="utf-8"))
     if not files:

@@ -13,13 +13,14 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from .fields import Architecture
+from .layer_norm import LAYER_NORM
 from .llama_like import LLAMA_LIKE
 from .mixtures import MIXTURES
 
 __all__ = ["ALIASES", "ARCHITECTURES", "Architecture"]
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
-    {entry.name: entry for entry in (*LLAMA_LIKE, *MIXTURES)}
+    {entry.name: entry for entry in (*LLAMA_LIKE, *LAYER_NORM, *MIXTURES)}
 )
 
 # The class was spelt this way before it was merged into `transformers`; folders of that

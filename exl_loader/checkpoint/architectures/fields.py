@@ -199,11 +199,18 @@ class Architecture:
             that stands in the folder as null is not left out.
         keys: usual name of a config key -> this architecture's name of it.
         sections: config keys of objects whose keys count as the config's own.
+        fixed: config keys -> the value that they must have where they are there, because no part
+            computes what another value asks for.
+        renames: pairs that turn the tensor names of a checkpoint into the names below, one after
+            the other: (text, replacement). A text that begins with a dot is replaced wherever it
+            is, another one at the beginning of a name. EXL2 folders have the names below.
         embedding, layers, final_norm, head: where a model's tensors are; layer N's names begin
             with `{layers}.N.`, and all names below are relative to that.
         q_proj, k_proj, v_proj, o_proj: attention's linear layers.
         gate_proj, up_proj, down_proj: the MLP's linear layers; without a gate_proj it is
             down(activation(up(x))).
+        default_width: `intermediate_size` in multiples of `hidden_size`, for folders without it;
+            None where it must be there.
         experts: mixtures of experts that replace the MLP; None where dense.
         norms: what is normalised, and how.
         positions: RoPE, or learned positions.
@@ -221,6 +228,9 @@ class Architecture:
         multi_query: config key that is set where all queries share one key/value head, unless
             `new_decoder_architecture` is set as well; None where there is no such key.
         clip_qkv: whether queries, keys and values are clipped to the config key of that name.
+        unit_head: config key that is set where every row of an unquantised head is divided by its
+            length when it is read. A quantised head was divided before. None where there is no
+            such key.
     """
 
     name: str
@@ -228,6 +238,8 @@ class Architecture:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     keys: Mapping[str, str] = field(default_factory=dict)
     sections: tuple[str, ...] = ()
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    renames: tuple[tuple[str, str], ...] = ()
     embedding: str = "model.embed_tokens"
     layers: str = "model.layers"
     final_norm: str = "model.norm"
@@ -239,6 +251,7 @@ class Architecture:
     gate_proj: str | None = "mlp.gate_proj"
     up_proj: str = "mlp.up_proj"
     down_proj: str = "mlp.down_proj"
+    default_width: int | None = None
     experts: Mixture | None = None
     norms: Norms = Norms()
     positions: Positions = Positions()
@@ -252,6 +265,20 @@ class Architecture:
     sliding_window: SlidingWindowRule = "none"
     multi_query: str | None = None
     clip_qkv: bool = False
+    unit_head: str | None = None
+
+    def renamed(self, name: str) -> str:
+        """Return the name of a checkpoint's tensor as the other fields have it."""
+        for text, replacement in self.renames:
+            if text.startswith("."):
+                name = name.replace(text, replacement)
+            elif name.startswith(text):
+                name = replacement + name[len(text) :]
+        return name
+
+    def renamed_module(self, name: str) -> str:
+        """Return the name of a module, which is that of its tensors without their last part."""
+        return self.renamed(f"{name}.").removesuffix(".")
 
     def own_keys(self) -> set[str]:
         """Return the config keys of which this architecture makes use, as it names them.
@@ -261,13 +288,15 @@ class Architecture:
         factors = (self.factors.embedding, self.factors.residual, self.factors.attention,
                    self.factors.logits)
         words = {word for formula in factors for word in formula.split()}
-        found = {*self.defaults, *self.keys.values(), *words}
+        found = {*self.defaults, *self.keys.values(), *self.fixed, *words}
         if isinstance(self.parallel, str):
             found.add(self.parallel)
         if self.norms.qk is not None and self.norms.qk.key is not None:
             found.add(self.norms.qk.key)
         if self.clip_qkv:
             found.add("clip_qkv")
+        if self.unit_head is not None:
+            found.add(self.unit_head)
         if self.positions.layers == "listed":
             found.add("no_rope_layers")
         return found

@@ -62,7 +62,7 @@ class Embedding:
         for first in range(0, table.shape[0], EMBEDDING_ROWS):
             end = min(first + EMBEDDING_ROWS, table.shape[0])
             rows = loading.checkpoint.read_rows(name, first, end)
-            require_finite(name, rows)
+            require_finite(loading.checkpoint.header(name).name, rows)
             table[first:end].copy_(rows)
             loading.advance(rows.numel() * rows.element_size())
 

@@ -88,5 +88,5 @@ class Norm:
 def _read(loading: Loading, name: str) -> torch.Tensor:
     """Read a tensor of the checkpoint as float32."""
     stored = loading.checkpoint.read(name)
-    require_finite(name, stored)
+    require_finite(loading.checkpoint.header(name).name, stored)
     return stored.float()

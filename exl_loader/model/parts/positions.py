@@ -39,7 +39,7 @@ class LearnedPositions:
             InvalidCheckpoint: a value is not finite, or the file shrank.
         """
         stored = loading.checkpoint.read(self.spec.name)
-        require_finite(self.spec.name, stored)
+        require_finite(loading.checkpoint.header(self.spec.name).name, stored)
         self.table = loading.views[self.spec.name]
         self.table.copy_(stored)
         loading.advance(self.spec.nbytes)
