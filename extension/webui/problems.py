@@ -20,7 +20,6 @@ from typing import Any
 from exl_loader import (
     CacheFull,
     ExlLoaderError,
-    InvalidCall,
     InvalidConfig,
     InvalidSettings,
     InvalidTokenizer,
@@ -65,7 +64,7 @@ class Problem:
 
 # Errors in the request, as opposed to errors of the model or the machine.
 _OF_REQUEST = (InvalidSettings, PromptTooLong, InvalidTokenizer, ModelNotFound, ValueError)
-_TRY_LATER = (CacheFull, InvalidCall, ModelUnloaded)
+_TRY_LATER = (CacheFull, ModelUnloaded)
 
 
 def problem(error: BaseException) -> Problem:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from exl_loader.generation.grammar.masks import Grammars
 from exl_loader.generation.settings import SamplingSettings
 from exl_loader.text.tokenizer import Tokenizer
 from exl_loader.utils.errors import InvalidSettings
-from support import in_threads, run_python
+from support import REPO, in_threads
 from support.fake_model import fake_engine
 from support.grammar_cases import follows, matcher_of
 from support.tokenizer_folders import (
@@ -259,7 +260,8 @@ def test_requests_without_a_grammar_do_not_import_the_package(tiny_model_dir):
         "        list(run)\n"
         "assert 'llguidance' not in sys.modules\n"
     )
-    run_python(script)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300,
+                   cwd=REPO)
 
 
 def test_concurrent_requests_have_separate_states(tokenizer):

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from support import run_python
 from support.sparse import LLAMA_2_7B, exl2_tensors, write_sparse_exl2
 from support.tiny import CONFIG
 
@@ -66,7 +65,11 @@ def large_model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def counted(large_model):
     """Return calls and files of planning the large model, in a process of its own."""
-    return json.loads(run_python(SCRIPT, str(large_model)))
+    answer = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(large_model)], capture_output=True, text=True
+    )
+    assert answer.returncode == 0, answer.stderr
+    return json.loads(answer.stdout)
 
 
 def test_a_plan_of_two_thousand_tensors_needs_few_calls_per_tensor(counted):
