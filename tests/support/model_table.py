@@ -15,6 +15,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[:0] = [str(parent) for parent in Path(__file__).resolve().parents[1:3]]
 
+import transformers
+
 from exl_loader.checkpoint.architectures import ARCHITECTURES
 from exl_loader.checkpoint.architectures.multimodal import MULTIMODAL
 from support import REPO
@@ -24,7 +26,8 @@ from support.hf_models import MODELS
 DOCS, README = REPO / "docs" / "models.md", REPO / "README.md"
 BEGIN, END = "<!-- made by tests/support/model_table.py -->\n", "<!-- end -->\n"
 CLASSES = (*ARCHITECTURES, *MULTIMODAL)
-SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+TEXT_SUFFIXES = ("ForCausalLM", "LMHeadModel")
+SUFFIXES = (*TEXT_SUFFIXES, "ForConditionalGeneration")
 
 # Formats are those of linear layers, which every architecture is made of.
 FORMATS = "EXL2, GPTQ, unquantised"
@@ -87,6 +90,11 @@ def short_name(name: str) -> str:
     return name
 
 
+def sorted_classes() -> list[str]:
+    """Return the classes in the order of the tables."""
+    return sorted(CLASSES, key=lambda name: (short_name(name).lower(), name))
+
+
 def proof_of(name: str) -> str:
     """Return how a class was proved, as the table says it.
 
@@ -94,7 +102,7 @@ def proof_of(name: str) -> str:
         LookupError: no test compares a model of this class with anything independent.
     """
     models = [model for model, (architecture, _) in MODELS.items()
-              if name in (architecture, *(architecture + suffix for suffix in SUFFIXES))]
+              if name in (architecture, *(architecture + suffix for suffix in TEXT_SUFFIXES))]
     if models:
         way = "definition" if short_name(name) in DEFINITIONS else "transformers"
         return f"{way}: {', '.join(models)}"
@@ -108,7 +116,7 @@ def proof_of(name: str) -> str:
 def docs_table() -> str:
     """Return the table of docs/models.md."""
     rows = ["| class | models | formats | compared with |", "|---|---|---|---|"]
-    for name in sorted(CLASSES, key=str.lower):
+    for name in sorted_classes():
         rows.append(f"| `{name}` | {KNOWN.get(name, short_name(name))} | {FORMATS} | "
                     f"{proof_of(name)} |")
     return "\n".join(rows) + "\n"
@@ -117,7 +125,7 @@ def docs_table() -> str:
 def readme_table() -> str:
     """Return the table of README.md: a row for each way of proving."""
     by_proof: dict[str, list[str]] = {"transformers": [], "definition": []}
-    for name in sorted(CLASSES, key=str.lower):
+    for name in sorted_classes():
         by_proof[proof_of(name).partition(":")[0]].append(short_name(name))
     ways = {
         "transformers": "logits equal to transformers', random models",
