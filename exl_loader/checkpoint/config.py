@@ -281,8 +281,9 @@ def _text_part(values: dict[str, Any], where: str) -> tuple[dict[str, Any], str]
         The config itself and "" where the class is none of a model that reads images.
     """
     keys = Keys(values, where)
-    names = values.get("architectures")
-    name = next((n for n in names if n in MULTIMODAL), "") if isinstance(names, list) else ""
+    named = values.get("architectures")
+    names = [n for n in named if isinstance(n, str)] if isinstance(named, list) else []
+    name = next((n for n in names if n in MULTIMODAL), "")
     if not name:
         return values, ""
     text = keys.mapping("text_config") or {}

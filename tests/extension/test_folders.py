@@ -14,12 +14,14 @@ import torch
 from safetensors.torch import save_file
 
 from exl_loader.checkpoint.architectures import ARCHITECTURES
+from exl_loader.checkpoint.architectures.multimodal import MULTIMODAL
 from extension.panel.panel import ModelChoice, slider_end
 from extension.webui import registration
-from support.folder_configs import BY_CODE, config_of
+from support.folder_configs import BY_CODE, PUBLISHED, config_of
 from support.tiny import CONFIG
 from support.webui_double import enter_webui, forget_webui, write_webui
 
+CLASSES = (*ARCHITECTURES, *MULTIMODAL)
 # The tensor that a format's linear layers are recognised by.
 QUANTISED = {"exl2": "q_weight", "gptq": "qweight"}
 UNKNOWN = {"architectures": ["FrobForCausalLM"], "model_type": "frob"}
@@ -64,10 +66,13 @@ def length_of(name: str) -> int | None:
 
 
 @pytest.mark.parametrize("kind", QUANTISED)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", CLASSES)
 def test_quantised_folders_of_every_architecture_choose_our_loader(web, write, architecture, kind):
-    entry = ARCHITECTURES[architecture]
-    name = write(config_of(architecture, 4096), kind, f"{entry.layers}.0.{entry.o_proj}")
+    linear = "language_model.model.layers.0.self_attn.o_proj"
+    if architecture in ARCHITECTURES:
+        entry = ARCHITECTURES[architecture]
+        linear = f"{entry.layers}.0.{entry.o_proj}"
+    name = write(config_of(architecture, 4096), kind, linear)
     assert web.infer_loader(name, {}) == "ExLlamav2"
 
 
@@ -82,7 +87,7 @@ def test_the_tensors_names_do_not_matter(web, write, linear, kind):
     assert web.infer_loader(write(CONFIG, "dense", linear), {}) == "Transformers"
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", CLASSES)
 def test_the_context_ends_at_the_own_length_of_every_architecture(web, write, architecture):
     """The web UI reads neither `n_positions` nor any other name than its three."""
     seed = int.from_bytes(os.urandom(3), "little")
@@ -92,6 +97,16 @@ def test_the_context_ends_at_the_own_length_of_every_architecture(web, write, ar
     assert length_of(name) == length, seed
     assert found["loader"] == "ExLlamav2" and found["ctx_size"] == min(length, 8192)
     assert found["truncation_length"] == found["truncation_length_info"] == length
+
+
+@pytest.mark.parametrize("model", [
+    model for model, (config, _) in PUBLISHED.items() if config["architectures"][0] in CLASSES])
+def test_the_context_ends_at_the_own_length_of_published_folders(web, write, model):
+    config, length = PUBLISHED[model]
+    name = write(config, "gptq")
+    found = web.get_model_metadata(name)
+    assert found["loader"] == "ExLlamav2" and found["ctx_size"] == min(length, 8192)
+    assert length_of(name) == found["truncation_length"] == length
 
 
 def test_rope_scaling_of_the_config_counts(web, write):
@@ -166,7 +181,7 @@ def test_unquantised_folders_that_transformers_knows_stay_with_it(web, write):
         assert web.infer_loader(write(CONFIG | more), {}) == "Transformers"
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", CLASSES)
 def test_transformers_samplers_get_a_config_of_every_architecture(tmp_path, architecture):
     """`ExLlamav2_HF` is a model of transformers, which reads its sizes from one flat config."""
     from extension.webui.hf_model import text_config

@@ -15,7 +15,6 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[:0] = [str(parent) for parent in Path(__file__).resolve().parents[1:3]]
 
-import transformers
 
 from exl_loader.checkpoint.architectures import ARCHITECTURES
 from exl_loader.checkpoint.architectures.multimodal import MULTIMODAL
