@@ -34,6 +34,7 @@ class FakeModel:
         self.chunk_size = sizes.get("chunk_size", 16)
         self.max_batch_size = sizes.get("max_batch_size", 4)
         self.logits_rows = sizes.get("logits_rows", 8)
+        self.loras = ()
         self.script = script
         self.calls: list[list[int]] = []
         self.fail_at: int | None = None
