@@ -20,7 +20,7 @@ from exl_loader.utils.errors import (
     UnsupportedFormat,
 )
 from support.exhaustive import some_of
-from support.hf_models import expected_logits, make_model, relative_error
+from support.hf_models import COMMON, expected_logits, make_model, relative_error
 from support.tiny import write_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -47,7 +47,9 @@ EIGHT_BIT_TOLERANCE = 7 * 0.007
 
 # One model of each kind of layer.
 CONVERTED = ["mixtral", "llama-biases", "gemma2", "phi3", "gemma3-images", "granite",
-             "cohere-norms", "glm4", "olmo2", "smollm3-window", "nemotron", "mistral3"]
+             "cohere-norms", "glm4", "olmo2", "smollm3-window", "nemotron", "mistral3",
+             "gpt2", "falcon-new", "stablelm-norms", "bigcode", "neox", "phi-norms",
+             "internlm2", "index", "minicpm", "starcoder2", "orion"]
 
 
 @pytest.mark.parametrize("name", some_of(CONVERTED, 3))
@@ -55,7 +57,7 @@ def test_every_kind_of_model_keeps_its_logits_at_8_bits(name, tmp_path, monkeypa
     monkeypatch.setattr(conversion, "WIDTHS", (8,))
     folder = tmp_path / "source"
     original = make_model(name, seed=3, folder=folder, num_hidden_layers=1)
-    write_tokenizer(folder, original.config.get_text_config().vocab_size)
+    write_tokenizer(folder, COMMON["vocab_size"])
     convert(folder, tmp_path / "exl2", bits=12, head_bits=8, **FEW_ROWS)
     ids = torch.randint(3, 259, (40,), generator=torch.Generator().manual_seed(4)).tolist()
     expected = expected_logits(original, ids)
