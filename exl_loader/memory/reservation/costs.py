@@ -209,13 +209,17 @@ class LayerCosts:
         """Return the most main memory that weights take on their way into the buffers.
 
         The tensors of a quantised layer are read whole before they are packed. Unquantised
-        weights are read in pieces, which are checked and rearranged.
+        weights are read in pieces, which are checked and rearranged; those that are stored
+        transposed are read whole for each piece.
         """
         parts = self.whole(device)
-        pieces, layers = [0], [0]
-        vocab_size = self.config.vocab_size
-        for spec in parts.embedding.specs():
-            pieces.append(spec.nbytes // vocab_size * min(EMBEDDING_ROWS, vocab_size))
+        pieces, layers, whole = [0], [0], [0]
+        tables = [*parts.embedding.specs()]
+        if parts.positions is not None:
+            tables += parts.positions.specs()
+        for spec in tables:
+            rows = spec.shape[0]
+            pieces.append(spec.nbytes // rows * min(EMBEDDING_ROWS, rows))
         headers = self.checkpoint.headers
         for adapter, _ in self.loras.adapters:
             for module in adapter.modules:
@@ -225,10 +229,12 @@ class LayerCosts:
         for linear in parts.linears():
             if linear.spec.format == "dense":
                 pieces.append(min(PIECE_BYTES, linear.tensors["weight"].nbytes))
+                if linear.spec.options["transposed"]:
+                    whole.append(headers[f"{linear.spec.source}.weight"].nbytes)
             else:
                 names = (f"{linear.spec.source}.{tensor}" for tensor in UPLOADED_TENSORS)
                 layers.append(sum(headers[name].nbytes for name in names if name in headers))
-        return max(UPLOADED_PIECES * max(pieces), UPLOADED_LAYERS * max(layers))
+        return max(UPLOADED_PIECES * max(pieces) + max(whole), UPLOADED_LAYERS * max(layers))
 
     def _weight_costs(self, device: str) -> WeightCosts:
         kind = backend_of(device).kind

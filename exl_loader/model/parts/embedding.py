@@ -22,6 +22,27 @@ if TYPE_CHECKING:
 EMBEDDING_ROWS = 2048
 
 
+def load_table(loading: Loading, spec: TensorSpec) -> torch.Tensor:
+    """Read a table of embeddings in pieces.
+
+    Args:
+        loading: where from and where to.
+        spec: the table; its name is that of the tensor in the checkpoint.
+
+    Raises:
+        InvalidCheckpoint: a value is not finite, or the file shrank.
+    """
+    name = spec.name
+    table = loading.views[name]
+    for first in range(0, table.shape[0], EMBEDDING_ROWS):
+        end = min(first + EMBEDDING_ROWS, table.shape[0])
+        rows = loading.checkpoint.read_rows(name, first, end)
+        require_finite(loading.checkpoint.header(name).name, rows)
+        table[first:end].copy_(rows)
+        loading.advance(rows.numel() * rows.element_size())
+    return table
+
+
 @dataclass(eq=False)
 class Embedding:
     """table[ids] * multiplier.
@@ -57,14 +78,7 @@ class Embedding:
         if self.head is not None:
             self.table = self.head.weights
             return
-        name = self.spec.name
-        self.table = table = loading.views[name]
-        for first in range(0, table.shape[0], EMBEDDING_ROWS):
-            end = min(first + EMBEDDING_ROWS, table.shape[0])
-            rows = loading.checkpoint.read_rows(name, first, end)
-            require_finite(loading.checkpoint.header(name).name, rows)
-            table[first:end].copy_(rows)
-            loading.advance(rows.numel() * rows.element_size())
+        self.table = load_table(loading, self.spec)
 
     def run(self, ops: Ops, ids: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor) -> None:
         """Look up ids, int32 [T], into `out`, float32 [T, hidden_size]."""

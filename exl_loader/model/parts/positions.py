@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ...formats.common import require_finite
 from ...utils.table import TensorSpec
+from .embedding import load_table
 
 if TYPE_CHECKING:
     import torch
@@ -38,11 +38,7 @@ class LearnedPositions:
         Raises:
             InvalidCheckpoint: a value is not finite, or the file shrank.
         """
-        stored = loading.checkpoint.read(self.spec.name)
-        require_finite(loading.checkpoint.header(self.spec.name).name, stored)
-        self.table = loading.views[self.spec.name]
-        self.table.copy_(stored)
-        loading.advance(self.spec.nbytes)
+        self.table = load_table(loading, self.spec)
 
     def run(self, ops: Ops, views: StepViews) -> None:
         """Add the positions of a step's rows to `views.x`; `views.h` is overwritten."""
