@@ -450,7 +450,7 @@ def _architecture(keys: Keys, as_architecture: str | None) -> Architecture:
         if own is None:
             raise UnsupportedArchitecture(
                 f"the architecture of {keys.where}",
-                expected=f"one of {', '.join(ARCHITECTURES)}",
+                expected=f"one of {', '.join((*ARCHITECTURES, *MULTIMODAL))}",
                 actual=_class_of(keys),
                 remedy="Choose a model of a supported architecture. If this one differs from Llama "
                 "in its name alone, as_architecture (--as-architecture) LlamaForCausalLM runs it",
