@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 from ..backends import backend_of
 from ..checkpoint.architectures import ARCHITECTURES
 from ..formats.common import require_finite
-from ..formats.layer import DenseLayer, DenseSizes
+from ..formats.layer import DenseLayer, DenseSizes, RowRanges
 from ..utils.byte_counts import amount
 from ..utils.errors import InsufficientMemory, InvalidCheckpoint, InvalidSettings, shown_names
 from ..utils.integers import round_up
 from ..utils.table import TensorSpec
+from .builder import fused_rows
 from .parts.embedding import Embedding
 from .parts.linear import Linear
 from .parts.lora import LowRank
@@ -48,13 +49,18 @@ class Target:
         part: the part.
         layer: the index of its decoder layer; -1 for the embedding, the number of layers for the
             output head.
-        rows: (first, end) output rows of the module that are the part's: all of them, unless the
-            module is fused.
+        rows: the output rows of the module that are the part's: all of them, unless the module
+            is fused.
     """
 
     part: Linear | Embedding
     layer: int
-    rows: tuple[int, int]
+    rows: RowRanges
+
+    @property
+    def out_features(self) -> int:
+        """The number of these rows."""
+        return sum(end - first for first, end in self.rows)
 
 
 @dataclass(frozen=True)
@@ -124,31 +130,32 @@ def _targets(parts: ModelParts) -> dict[str, list[Target]]:
     for index, layer in enumerate(parts.layers):
         linears = {linear.name: linear for linear in layer.linears}
         for linear in linears.values():
-            found[_key(linear.name)] = [Target(linear, index, (0, linear.out_features))]
-        # Rows by key/value head are not in the order of the parts, so no adapter fits them,
-        # unless there is only one.
-        by_group = names.fused_by_group and parts.config.num_key_value_heads > 1
-        in_order = {} if by_group else names.fused
-        for source, fused in in_order.items():
-            prefix, first, targets = f"{names.layers}.{index}.", 0, []
-            for part in (linears.get(prefix + name) for name in fused):
-                if part is not None:
-                    end = first + part.out_features
-                    targets.append(Target(part, index, (first, end)))
-                    first = end
-            if len(targets) == len(fused):
-                found[_key(prefix + source)] = targets
+            target = Target(linear, index, ((0, linear.out_features),))
+            found[_key(linear.name)] = [target]
+            if linear.spec.rows is None:
+                found[_key(linear.spec.source)] = [target]
+        prefix = f"{names.layers}.{index}."
+        for source, fused in names.fused.items():
+            in_layer = {name: linears[prefix + name] for name in fused if prefix + name in linears}
+            if len(in_layer) == len(fused):
+                widths = {name: part.out_features for name, part in in_layer.items()}
+                found[_key(prefix + source)] = [
+                    Target(part, index, fused_rows(parts.config, widths, name))
+                    for name, part in in_layer.items()
+                ]
     head, vocab_size = parts.head.linear, parts.config.vocab_size
-    found[_key(head.name)] = [Target(head, len(parts.layers), (0, vocab_size))]
+    # Versions of transformers differ in the head's name where it is not lm_head.
+    for name in ("lm_head", _key(head.name)):
+        found[name] = [Target(head, len(parts.layers), ((0, vocab_size),))]
     rows = (0, parts.config.hidden_size)
-    found[_key(names.embedding)] = [Target(parts.embedding, -1, rows)]
+    found[_key(names.embedding)] = [Target(parts.embedding, -1, (rows,))]
     return found
 
 
 def _check_shape(
     adapter: Adapter, module: AdaptedModule, targets: Sequence[Target], hidden_size: int
 ) -> None:
-    part, out_features = targets[0].part, targets[-1].rows[1]
+    part, out_features = targets[0].part, sum(target.out_features for target in targets)
     is_embedding = isinstance(part, Embedding)
     in_features = part.spec.shape[0] if isinstance(part, Embedding) else part.spec.in_features
     kind = "lora_embedding" if is_embedding else "lora"
@@ -209,11 +216,10 @@ class AdapterTensors:
         In the file's dtype a scale that is no power of two would be rounded with each value.
         """
         module, target = adapted.module, adapted.target
-        first, end = target.rows
         scale = module.scale * self.scaling
         dtype = module.b.dtype if math.frexp(scale)[0] in (0.5, -0.5, 0.0) else "float32"
-        name = f"{module.name}.B.{first}"
-        return self._weight(name, end - first, module.rank, dtype)
+        name = f"{module.name}.B.{target.rows[0][0]}"
+        return self._weight(name, target.out_features, module.rank, dtype)
 
     def hidden(self) -> TensorSpec:
         """Describe the room for `LowRank`'s h."""
@@ -332,13 +338,12 @@ class Adapters:
                     columns = _Columns(adapter, module.a)
                     layer = DenseLayer(rank, width, a.dtype, columns.read, None)
                 else:
-                    read = partial(_read, adapter, module.a, 0, 1.0, a.dtype)
+                    read = partial(_read, adapter, module.a, ((0, rank),), 1.0, a.dtype)
                     layer = DenseLayer(width, rank, a.dtype, read, None)
                 packed[a.name] = ops.pack(layer, {"weight": views[a.name]})
-            first, end = target.rows
             scale = module.scale * tensors.scaling
-            read = partial(_read, adapter, module.b, first, scale, b.dtype)
-            layer = DenseLayer(module.rank, end - first, b.dtype, read, None)
+            read = partial(_read, adapter, module.b, target.rows, scale, b.dtype)
+            layer = DenseLayer(module.rank, target.out_features, b.dtype, read, None)
             in_room = ops.pack(layer, {"weight": views[b.name]})
             yield target.part, LowRank(packed[a.name], in_room, hidden)
 
@@ -354,12 +359,23 @@ class Adapters:
         return views
 
 
-def _read(adapter: Adapter, header: TensorHeader, base: int, scale: float, dtype: str,
+def _read(adapter: Adapter, header: TensorHeader, ranges: RowRanges, scale: float, dtype: str,
           first: int, end: int) -> torch.Tensor:
-    """Read rows of a matrix from `base` on, multiplied by `scale`, [end - first, columns]."""
+    """Read rows of a matrix, multiplied by `scale`, [end - first, columns].
+
+    Args:
+        ranges: the rows of the matrix that count.
+        first, end: which of these are read.
+    """
     import torch
 
-    rows = adapter.read_rows(header, base + first, base + end)
+    pieces, before = [], 0
+    for low, high in ranges:
+        start, stop = max(first, before), min(end, before + high - low)
+        if start < stop:
+            pieces.append(adapter.read_rows(header, low + start - before, low + stop - before))
+        before += high - low
+    rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     require_finite(header.name, rows)
     if scale != 1.0 or header.dtype != dtype:
         rows = (rows.double() * scale).to(getattr(torch, dtype))
@@ -378,5 +394,7 @@ class _Columns:
         """Return columns first..end as rows, [end - first, rank]."""
         if self._matrix is None:
             rank = self._header.shape[0]
-            self._matrix = _read(self._adapter, self._header, 0, 1.0, self._header.dtype, 0, rank)
+            whole = ((0, rank),)
+            dtype = self._header.dtype
+            self._matrix = _read(self._adapter, self._header, whole, 1.0, dtype, 0, rank)
         return self._matrix[:, first:end].t().contiguous()

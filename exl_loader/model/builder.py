@@ -261,6 +261,27 @@ def build_parts(
     return parts
 
 
+def fused_rows(config: ModelConfig, widths: Mapping[str, int], name: str) -> RowRanges:
+    """Return the output rows of a linear layer in a fused tensor.
+
+    Args:
+        widths: name -> out_features of the layers in the tensor, in its order.
+        name: the layer.
+    """
+    # q, k and v of a key/value head may follow each other, and then those of the next.
+    names = ARCHITECTURES[config.architecture]
+    by_group = names.fused_by_group and names.q_proj in widths
+    parts = config.num_key_value_heads if by_group else 1
+    first = 0
+    for other in widths:
+        if other == name:
+            break
+        first += widths[other] // parts
+    width, step = widths[name] // parts, sum(widths.values()) // parts
+    starts = range(first, first + parts * step, step)
+    return tuple((start, start + width) for start in starts)
+
+
 class Builder:
     """Makes a model's parts one by one."""
 
@@ -490,7 +511,8 @@ class Builder:
             for source, fused in self._architecture.fused.items():
                 if name not in fused or not has_linear(self._checkpoint, prefix + source):
                     continue
-                rows = self._fused_rows(fused, name, sizes)
+                widths = {other: sizes[other][1] for other in fused}
+                rows = fused_rows(self._config, widths, name)
                 return self._linear(
                     prefix + name, in_features, out_features, device, bias,
                     source=prefix + source, rows=rows,
@@ -499,19 +521,6 @@ class Builder:
             prefix + name, in_features, out_features, device, bias,
             source=self._stored(prefix + name),
         )
-
-    def _fused_rows(
-        self, fused: tuple[str, ...], name: str, sizes: dict[str, tuple[int, int]]
-    ) -> RowRanges:
-        """Return the output rows of a linear layer in a fused tensor; arguments as above."""
-        # q, k and v of a key/value head may follow each other, and then those of the next.
-        names = self._architecture
-        by_group = names.fused_by_group and names.q_proj in fused
-        parts = self._config.num_key_value_heads if by_group else 1
-        widths = [sizes[other][1] // parts for other in fused]
-        first, width = sum(widths[: fused.index(name)]), sizes[name][1] // parts
-        starts = range(first, first + parts * sum(widths), sum(widths))
-        return tuple((start, start + width) for start in starts)
 
     def _linear(self, name: str, in_features: int, out_features: int, device: str,
                 bias: bool | None = None, source: str | None = None,

@@ -18,8 +18,9 @@ from exl_loader.backends import get_ops
 from exl_loader.backends.reference.ops import ReferenceOps
 from exl_loader.checkpoint.adapter import Adapter
 from exl_loader.utils.errors import InvalidCheckpoint
+from support.defined_models import Definition
 from support.emulated_cuda import emulated_ops, install
-from support.hf_models import expected_logits, make_model, relative_error
+from support.hf_models import MODELS, expected_logits, make_model, relative_error
 from support.lora_folders import (
     ATTENTION,
     MLP,
@@ -37,6 +38,8 @@ COMPILED_BOUND = 2e-2
 ROOM_BYTES = 4 << 20
 EVERYTHING = (*ATTENTION, *MLP, "qkv_proj", "gate_up_proj", "c_attn", "c_fc", "c_proj",
               "lm_head", "embed_tokens")
+# Parts of the names of modules that are not of the language model.
+OF_IMAGES = ("vision", "visual", "multi_modal")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -84,6 +87,67 @@ def embeddings_in(shapes):
     return [name for name in shapes if name.endswith("embed_tokens")]
 
 
+def untied(hf):
+    """Untie a model's head: an adapter changes the head or the embedding, as in PEFT's forward.
+
+    Returns:
+        its weights, copied.
+    """
+    embedding, head = hf.get_input_embeddings().weight, hf.get_output_embeddings()
+    if head.weight is embedding:
+        head.weight = torch.nn.Parameter(embedding.detach().clone())
+    return {key: value.clone() for key, value in hf.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_architecture(name, tmp_path):
+    """An adapter on every linear layer that the model's own names have."""
+    seed = int.from_bytes(os.urandom(3), "little")
+    hf = make_model(name, seed, tmp_path / "m")
+    if isinstance(hf, Definition):
+        delta = adapt_definition(hf, tmp_path / "a", seed)
+        hf.tensors = merged(hf.tensors, delta)
+    else:
+        adapt(hf, tmp_path / "a", seed)
+    model, cache = with_room(tmp_path / "m", ReferenceOps())
+    load_lora(model, tmp_path / "a")
+    ids = random_ids()
+    error = relative_error(run_chunks(model, cache, ids, 7), expected_logits(hf, ids))
+    assert error <= BOUND, seed
+
+
+def adapt_definition(definition, folder, seed):
+    """Write an adapter of a model of `defined_models`, and return what it adds to the weights."""
+    shapes = {key.removesuffix(".weight"): tuple(value.shape)
+              for key, value in definition.tensors.items() if value.dim() == 2}
+    embeddings = [definition.embedding]
+    if definition.head not in shapes:
+        # The definition has one matrix for both.
+        del shapes[embeddings.pop()]
+    if definition.config.get("norm_head"):
+        del shapes[definition.head]  # no linear layer, because its rows are divided by their length
+    return write_adapter(folder, shapes, seed=seed, embeddings=embeddings)
+
+
+def adapt(hf, folder, seed):
+    """Write an adapter of a model of transformers, and merge it into the model."""
+    state, embedding, conv1d, shapes = untied(hf), hf.get_input_embeddings(), [], {}
+    for module_name, module in hf.named_modules():
+        if any(word in module_name for word in OF_IMAGES):
+            continue
+        if isinstance(module, torch.nn.Linear) or module is embedding:
+            shapes[module_name] = tuple(module.weight.shape)
+        elif type(module).__name__ == "Conv1D":
+            # Its weight is [in, out].
+            shapes[module_name] = tuple(module.weight.t().shape)
+            conv1d.append(module_name)
+    embeddings = [key for key, module in hf.named_modules() if module is embedding]
+    delta = write_adapter(folder, shapes, seed=seed, embeddings=embeddings)
+    for module_name in conv1d:
+        delta[module_name] = delta[module_name].t()
+    hf.load_state_dict(merged(state, delta))
+
+
 @pytest.mark.parametrize("name", [
     "llama", "llama-biases", "llama-tied", "mistral-full", "qwen2", "qwen3", "gemma2", "phi3",
     "gpt2", "bigcode", "starcoder2",
@@ -92,10 +156,7 @@ def test_logits_equal_merged_weights(name, tmp_path):
     seed = int.from_bytes(os.urandom(3), "little")
     rng = random.Random(seed)
     hf = make_model(name, seed, tmp_path / "m")
-    if hf.config.tie_word_embeddings:
-        # An adapter on a tied embedding or head changes this one alone, as in PEFT's forward.
-        hf.lm_head.weight = torch.nn.Parameter(hf.lm_head.weight.detach().clone())
-    state = {key: value.clone() for key, value in hf.state_dict().items()}
+    state = untied(hf)
     every = adapted_shapes({key: value.shape for key, value in state.items()}, EVERYTHING)
     every = turned(name, every)
     model, cache = with_room(tmp_path / "m", ReferenceOps())
