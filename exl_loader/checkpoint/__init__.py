@@ -6,6 +6,7 @@ a file that shrinks would end the process with SIGBUS.
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from types import TracebackType
@@ -105,11 +106,15 @@ class Checkpoint:
         return self._read(header, header.shape, header.offset, header.nbytes)
 
     def read_rows(self, name: str, first: int, end: int) -> torch.Tensor:
-        """Read rows [first, end) of a tensor, along its first dimension; see `read`."""
+        """Read rows [first, end) of a tensor; see `read`.
+
+        The tensor is taken as a matrix, whose columns are those of its last dimension.
+        """
         header = self.header(name)
-        assert header.shape and 0 <= first <= end <= header.shape[0], (header, first, end)
-        row_bytes = header.nbytes // header.shape[0] if header.shape[0] else 0
-        shape = (end - first, *header.shape[1:])
+        rows = math.prod(header.shape[:-1])
+        assert header.shape and 0 <= first <= end <= rows, (header, first, end)
+        row_bytes = header.nbytes // rows if rows else 0
+        shape = (end - first, header.shape[-1])
         offset = header.offset + first * row_bytes
         return self._read(header, shape, offset, (end - first) * row_bytes)
 

@@ -316,13 +316,20 @@ class _OwnKeys(Keys):
 
     def raw(self, key: str) -> Any:
         """Return the unchecked value, or its default, or None."""
-        name = self._names.get(key, key)
+        name = self._name(key)
         return self.values[name] if name in self.values else self.defaults.get(key)
+
+    def _name(self, key: str) -> str:
+        """Return the config's name of a key."""
+        names = self._names.get(key, key)
+        if isinstance(names, str):
+            return names
+        return next((name for name in names if name in self.values), names[0])
 
     def fail(self, key: str, expected: str, actual: Any = None) -> InvalidConfig:
         """Make the error for a key, which has the architecture's name of it."""
         value = self.raw(key) if actual is None else actual
-        return Keys(self.values, self.where).fail(self._names.get(key, key), expected, value)
+        return Keys(self.values, self.where).fail(self._name(key), expected, value)
 
 
 def _own_keys(values: dict[str, Any], where: str, architecture: Architecture) -> Keys:
@@ -561,10 +568,21 @@ def _experts(
         top_k=keys.required_integer("num_experts_per_tok", 1, count),
         intermediate_size=keys.required_integer(mixture.width, 1, MAX_INTERMEDIATE_SIZE),
         shared_size=shared_size,
-        normalize=_is_set(keys, mixture.normalize),
+        normalize=_normalizes(keys, mixture.normalize),
         factor=1.0 if factor is None else factor,
         dense_layers=_dense_layers(keys, mixture.dense_layers, dimensions["num_hidden_layers"]),
     )
+
+
+def _normalizes(keys: Keys, rule: bool | str) -> bool:
+    """Return whether the weights of chosen experts sum up to 1.
+
+    DBRX has the order of a norm by which they are divided in its key, or null.
+    """
+    value = keys.raw(rule) if isinstance(rule, str) else rule
+    if value not in (None, False, True, 1):
+        raise keys.fail(str(rule), "true, false, 1 or null")
+    return bool(value)
 
 
 def _dense_layers(keys: Keys, rule: str, num_layers: int) -> frozenset[int]:
@@ -581,7 +599,9 @@ def _dense_layers(keys: Keys, rule: str, num_layers: int) -> frozenset[int]:
 
 
 def _activation(keys: Keys, architecture: Architecture) -> str:
-    name = keys.text("hidden_act")
+    # DBRX has an object for it.
+    value = keys.raw("hidden_act")
+    name = value.get("name") if isinstance(value, dict) else keys.text("hidden_act")
     if name is None and architecture.keys.get("hidden_act") == "hidden_activation":
         # Folders of Gemma have a null for it beside a `hidden_act` that is not meant.
         name = keys.defaults["hidden_act"]
@@ -647,6 +667,9 @@ def _default_slides(
     if rule == "unrotated":
         rotated = _rotated_layers(keys, num_layers)
         return lambda i: not rotated[i]
+    if rule == "lower":
+        end = keys.required_integer("max_window_layers", 0, MAX_LAYERS)
+        return lambda i: i % 2 == 0 and i < end
     assert rule == "alternating", rule
     return lambda i: i % 2 == 0
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import TYPE_CHECKING
 
+from ..utils.errors import InvalidCheckpoint
 from .common import (
     FLOAT_DTYPES,
+    WRONG_FILE,
     expect,
     expect_columns,
     has_bias,
@@ -33,15 +36,28 @@ def dense_spec(
     bias: bool | None,
     transposed: bool = False,
     unit_rows: bool = False,
+    inputs: tuple[int, int] | None = None,
 ) -> LinearSpec:
     """Describe an unquantised layer from headers; see `formats.linear_spec`."""
     weight = checkpoint.header(f"{source}.weight")
-    expect(weight, FLOAT_DTYPES, (in_features, None) if transposed else (None, in_features))
-    expect_columns(weight, weight.shape[1 if transposed else 0], out_features, rows)
+    if transposed:
+        expect(weight, FLOAT_DTYPES, (in_features if inputs is None else None, None))
+        if inputs is not None and weight.shape[0] < inputs[1]:
+            raise InvalidCheckpoint(
+                f"{weight.name}: input features", expected=f"at least {inputs[1]}",
+                actual=weight.shape[0], remedy=WRONG_FILE,
+            )
+        stored = weight.shape[1]
+    else:
+        # A tensor of several experts has a dimension more.
+        experts = (None,) * (len(weight.shape) - 2) if rows is not None else ()
+        expect(weight, FLOAT_DTYPES, (*experts, None, in_features))
+        stored = math.prod(weight.shape[:-1])
+    expect_columns(weight, stored, out_features, rows)
     sizes = DenseSizes(out_features, in_features, weight.dtype)
     biased = has_bias(checkpoint, source, out_features, rows, bias)
     return LinearSpec(name, "dense", in_features, out_features, sizes, biased, source, rows,
-                      {"transposed": transposed, "unit_rows": unit_rows})
+                      {"transposed": transposed, "unit_rows": unit_rows, "inputs": inputs})
 
 
 def read_dense(spec: LinearSpec, checkpoint: Checkpoint) -> DenseLayer:
@@ -62,9 +78,11 @@ def _read_rows(
     """Read output rows first to end, [end - first, in_features], and check that they are finite."""
     name = f"{spec.source}.weight"
     if spec.options["transposed"]:
-        # The rows are strewn over the file, so it is read whole for each piece. Only GPT-2 is
-        # stored like this, whose layers are a few pieces.
-        whole = read_columns(spec, checkpoint.read(name))
+        # The rows are strewn over the file, so it is read whole for each piece. Only GPT-2 and
+        # the experts of DBRX are stored like this, whose layers are a few pieces.
+        inputs = spec.options["inputs"]
+        weight = checkpoint.read(name) if inputs is None else checkpoint.read_rows(name, *inputs)
+        whole = read_columns(spec, weight)
         rows = whole[:, first:end].t().contiguous()
     else:
         rows = _read_ranges(spec, checkpoint, first, end)

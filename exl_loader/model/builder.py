@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ..backends import backend_of
 from ..backends.base import AttentionShape, Routing
 from ..checkpoint.architectures import ARCHITECTURES
-from ..checkpoint.architectures.fields import Mixture, QkNorms
+from ..checkpoint.architectures.fields import FusedExperts, Mixture, QkNorms
 from ..formats import LINEAR_TENSORS, has_linear, linear_spec
 from ..formats.common import FLOAT_DTYPES, WRONG_FILE, expect
 from ..formats.layer import RowRanges
@@ -440,10 +440,17 @@ class Builder:
                 self._config.hidden_act,
             )
 
-        experts = tuple(
-            expert(f"{prefix}{names.experts}.{index}", config.intermediate_size)
-            for index in range(config.count)
-        )
+        fused = names.fused
+        if fused is not None and has_linear(self._checkpoint, prefix + fused.down):
+            experts = tuple(
+                self._fused_expert(names, fused, index, config.intermediate_size, prefix, device)
+                for index in range(config.count)
+            )
+        else:
+            experts = tuple(
+                expert(f"{prefix}{names.experts}.{index}", config.intermediate_size)
+                for index in range(config.count)
+            )
         bias = True if names.router in self._config.required_biases else None
         router = self._linear(prefix + names.router, hidden_size, config.count, device, bias)
         shared = shared_gate = None
@@ -454,6 +461,27 @@ class Builder:
         factor = config.factor * self._config.residual_multiplier
         routing = Routing(config.top_k, names.score, config.normalize, factor)
         return Experts(router, experts, routing, shared, shared_gate)
+
+    def _fused_expert(self, names: Mixture, fused: FusedExperts, index: int, size: int,
+                      prefix: str, device: str) -> Mlp:
+        """Make one expert out of tensors that have all experts of a layer."""
+        name, hidden_size = f"{prefix}{names.experts}.{index}", self._config.hidden_size
+        together = fused.gate == fused.up
+        gate = index * size * (2 if together else 1)
+        up = gate + size if together else gate
+        first, inputs = index * hidden_size, None
+        rows: RowRanges | None = ((first, first + hidden_size),)
+        if fused.down_is_transposed:
+            rows, inputs = None, (index * size, (index + 1) * size)
+        return Mlp(
+            self._linear(f"{name}.{names.gate}", hidden_size, size, device,
+                         source=prefix + fused.gate, rows=((gate, gate + size),)),
+            self._linear(f"{name}.{names.up}", hidden_size, size, device,
+                         source=prefix + fused.up, rows=((up, up + size),)),
+            self._linear(f"{name}.{names.down}", size, hidden_size, device,
+                         source=prefix + fused.down, rows=rows, inputs=inputs),
+            self._config.hidden_act,
+        )
 
     def _norm(self, name: str, size: int, device: str, *, factor: float = 1.0,
               bias: bool | None = None, heads: int = 0, tensors: tuple[str, ...] = ()) -> Norm:
@@ -524,13 +552,14 @@ class Builder:
 
     def _linear(self, name: str, in_features: int, out_features: int, device: str,
                 bias: bool | None = None, source: str | None = None,
-                rows: RowRanges | None = None) -> Linear:
+                rows: RowRanges | None = None, inputs: tuple[int, int] | None = None) -> Linear:
         # A tied head has the layout of the embedding.
         is_head = name == self._architecture.head
         spec = linear_spec(self._checkpoint, name, in_features, out_features, source=source,
                            rows=rows, bias=bias,
-                           transposed=self._architecture.transposed and not is_head,
-                           unit_rows=self._config.has_unit_head and is_head)
+                           transposed=inputs is not None
+                           or (self._architecture.transposed and not is_head),
+                           unit_rows=self._config.has_unit_head and is_head, inputs=inputs)
         return Linear(spec, device)
 
 

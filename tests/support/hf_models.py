@@ -64,6 +64,22 @@ MODELS: dict[str, tuple[str, dict]] = {
     "mistral": ("Mistral", dict(head_dim=64, sliding_window=24)),
     "mistral-full": ("Mistral", dict(head_dim=64, sliding_window=None, num_key_value_heads=1)),
     "mixtral": ("Mixtral", dict(head_dim=64, num_local_experts=5, num_experts_per_tok=2)),
+    "qwen2moe": ("Qwen2Moe", dict(
+        num_experts=5, num_experts_per_tok=2, moe_intermediate_size=96,
+        shared_expert_intermediate_size=160, mlp_only_layers=[1], use_sliding_window=True,
+        sliding_window=24, max_window_layers=3)),
+    "qwen2moe-normalized": ("Qwen2Moe", dict(
+        num_experts=4, num_experts_per_tok=3, moe_intermediate_size=64, norm_topk_prob=True,
+        shared_expert_intermediate_size=64, decoder_sparse_step=2, qkv_bias=False)),
+    "qwen3moe": ("Qwen3Moe", dict(
+        head_dim=64, num_experts=5, num_experts_per_tok=3, moe_intermediate_size=96,
+        norm_topk_prob=True)),
+    "qwen3moe-plain": ("Qwen3Moe", dict(
+        head_dim=32, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64,
+        mlp_only_layers=[0], attention_bias=True)),
+    "granitemoe": ("GraniteMoe", dict(
+        num_local_experts=5, num_experts_per_tok=2, embedding_multiplier=3.5,
+        residual_multiplier=0.3, attention_multiplier=0.1, logits_scaling=0.25)),
     "qwen2": ("Qwen2", dict(num_key_value_heads=4)),
     "qwen2-window": (
         "Qwen2",

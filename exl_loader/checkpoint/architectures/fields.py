@@ -12,11 +12,14 @@ from typing import Any, Literal
 #   uniform     every layer
 #   upper       layers from `max_window_layers` on
 #   alternating layers 0, 2, 4, ...
+#   lower       of these the layers before `max_window_layers`
 #   pattern     all but every n-th layer, n is the config key `sliding_window_pattern`
 #   unrotated   layers without RoPE
 # All but `uniform` are only the defaults of an explicit `layer_types` list. Where
 # `use_sliding_window` is one of the architecture's keys, it must be set.
-SlidingWindowRule = Literal["none", "uniform", "upper", "alternating", "pattern", "unrotated"]
+SlidingWindowRule = Literal[
+    "none", "uniform", "upper", "alternating", "lower", "pattern", "unrotated"
+]
 
 # Which layers have RoPE:
 #   all             every layer
@@ -153,16 +156,36 @@ class Factors:
 
 
 @dataclass(frozen=True)
+class FusedExperts:
+    """Unquantised tensors that have the weights of all experts of a layer, the first expert first.
+
+    Names are in a layer, without `.weight`.
+
+    Args:
+        gate, up: output rows. Where both are one tensor, an expert's gate rows precede its up
+            rows. The tensor may be [experts, rows, hidden_size] or [experts * rows, hidden_size].
+        down: output rows, [experts, hidden_size, width] or [experts * hidden_size, width].
+        down_is_transposed: it is [experts * width, hidden_size] (DBRX).
+    """
+
+    gate: str
+    up: str
+    down: str
+    down_is_transposed: bool = False
+
+
+@dataclass(frozen=True)
 class Mixture:
     """The mixtures of experts in place of MLPs.
 
     Args:
         router, experts: names in a layer; expert N is `{experts}.N`.
         gate, up, down: the linear layers of an expert.
+        fused: the tensors that have them where they are not apart; None where they always are.
         width: config key of an expert's width.
         score: what the router makes of its logits.
         normalize: whether the weights of the chosen experts sum up to 1: always or never, or
-            where the named config key is set.
+            where the named config key is true or 1.
         factor: config key of the factor on the weights; None for 1.
         shared: name of the shared expert, which every row runs through; None without one.
         shared_width: config key of its width.
@@ -177,6 +200,7 @@ class Mixture:
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
+    fused: FusedExperts | None = None
     width: str = "intermediate_size"
     score: Literal["softmax", "sigmoid"] = "softmax"
     normalize: bool | str = True
@@ -197,7 +221,8 @@ class Architecture:
         model_type: `model_type` of `config.json`, for folders without `architectures`.
         defaults: values of config keys that a folder may leave out, under the usual names. A key
             that stands in the folder as null is not left out.
-        keys: usual name of a config key -> this architecture's name of it.
+        keys: usual name of a config key -> this architecture's name of it, or several, of which
+            the first that a config has counts.
         sections: config keys of objects whose keys count as the config's own.
         fixed: config keys -> the value that they must have where they are there, because no part
             computes what another value asks for.
@@ -236,7 +261,7 @@ class Architecture:
     name: str
     model_type: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    keys: Mapping[str, str] = field(default_factory=dict)
+    keys: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     sections: tuple[str, ...] = ()
     fixed: Mapping[str, Any] = field(default_factory=dict)
     renames: tuple[tuple[str, str], ...] = ()
@@ -288,7 +313,9 @@ class Architecture:
         factors = (self.factors.embedding, self.factors.residual, self.factors.attention,
                    self.factors.logits)
         words = {word for formula in factors for word in formula.split()}
-        found = {*self.defaults, *self.keys.values(), *self.fixed, *words}
+        found = {*self.defaults, *self.fixed, *words}
+        for names in self.keys.values():
+            found.update((names,) if isinstance(names, str) else names)
         if isinstance(self.parallel, str):
             found.add(self.parallel)
         if self.norms.qk is not None and self.norms.qk.key is not None:

@@ -17,7 +17,7 @@ COMMON = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
 }
-_QWEN = {
+QWEN = {
     **COMMON,
     "max_position_embeddings": 32768,
     "use_sliding_window": False,
@@ -25,7 +25,7 @@ _QWEN = {
     "max_window_layers": 28,
 }
 
-_GEMMA = {
+GEMMA = {
     **COMMON,
     "hidden_act": "gelu_pytorch_tanh",
     "tie_word_embeddings": True,
@@ -80,6 +80,23 @@ _OLMO = {
     "eos_token_id": 50279,
 }
 
+GRANITE = {
+    **COMMON,
+    "max_position_embeddings": 2048,
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "attention_multiplier": 1.0,
+    "logits_scaling": 1.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GRANITE_FACTORS = Factors(
+    embedding="embedding_multiplier",
+    residual="residual_multiplier",
+    attention="attention_multiplier",
+    logits="1 / logits_scaling",
+)
+
 LLAMA_LIKE = (
     Architecture(
         name="LlamaForCausalLM",
@@ -108,7 +125,7 @@ LLAMA_LIKE = (
     Architecture(
         name="Qwen2ForCausalLM",
         model_type="qwen2",
-        defaults={**_QWEN, "num_key_value_heads": 32},
+        defaults={**QWEN, "num_key_value_heads": 32},
         biases=dict.fromkeys(QKV, True),
         sliding_window="upper",
         # A text has the same position in each of the dimensions of Qwen2-VL's RoPE.
@@ -117,7 +134,7 @@ LLAMA_LIKE = (
     Architecture(
         name="Qwen3ForCausalLM",
         model_type="qwen3",
-        defaults={**_QWEN, "num_key_value_heads": 32, "head_dim": 128},
+        defaults={**QWEN, "num_key_value_heads": 32, "head_dim": 128},
         biases=ATTENTION_BIAS,
         sliding_window="upper",
         norms=Norms(qk=QkNorms()),
@@ -126,7 +143,7 @@ LLAMA_LIKE = (
         name="Gemma2ForCausalLM",
         model_type="gemma2",
         defaults={
-            **_GEMMA,
+            **GEMMA,
             "num_key_value_heads": 4,
             "query_pre_attn_scalar": 256,
             "sliding_window": 4096,
@@ -173,7 +190,7 @@ LLAMA_LIKE = (
     Architecture(
         name="GemmaForCausalLM",
         model_type="gemma",
-        defaults={**_GEMMA, "num_key_value_heads": 16},
+        defaults={**GEMMA, "num_key_value_heads": 16},
         keys={"hidden_act": "hidden_activation"},
         biases=ATTENTION_BIAS,
         norms=Norms(offset=1.0),
@@ -183,7 +200,7 @@ LLAMA_LIKE = (
         name="Gemma3ForCausalLM",
         model_type="gemma3_text",
         defaults={
-            **_GEMMA,
+            **GEMMA,
             "vocab_size": 262208,
             "num_attention_heads": 8,
             "num_key_value_heads": 4,
@@ -205,23 +222,9 @@ LLAMA_LIKE = (
     Architecture(
         name="GraniteForCausalLM",
         model_type="granite",
-        defaults={
-            **COMMON,
-            "max_position_embeddings": 2048,
-            "embedding_multiplier": 1.0,
-            "residual_multiplier": 1.0,
-            "attention_multiplier": 1.0,
-            "logits_scaling": 1.0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        },
+        defaults=GRANITE,
         biases={**ATTENTION_BIAS, **MLP_BIAS},
-        factors=Factors(
-            embedding="embedding_multiplier",
-            residual="residual_multiplier",
-            attention="attention_multiplier",
-            logits="1 / logits_scaling",
-        ),
+        factors=GRANITE_FACTORS,
     ),
     Architecture(
         name="CohereForCausalLM",

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from .fields import Architecture, Mixture
-from .llama_like import COMMON
+from .fields import Architecture, Factors, FusedExperts, Mixture, Norms, QkNorms
+from .llama_like import ATTENTION_BIAS, COMMON, GEMMA, GRANITE, GRANITE_FACTORS, QKV, QWEN
+
+MIXTRAL_EXPERTS = Mixture(
+    router="block_sparse_moe.gate",
+    experts="block_sparse_moe.experts",
+    gate="w1",
+    up="w3",
+    down="w2",
+)
 
 MIXTURES = (
     Architecture(
@@ -21,12 +29,85 @@ MIXTURES = (
             "eos_token_id": 2,
         },
         sliding_window="uniform",
+        experts=MIXTRAL_EXPERTS,
+    ),
+    Architecture(
+        name="Qwen2MoeForCausalLM",
+        model_type="qwen2_moe",
+        defaults={
+            **QWEN,
+            "num_key_value_heads": 16,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+            "num_local_experts": 60,
+            "num_experts_per_tok": 4,
+            "norm_topk_prob": False,
+            "decoder_sparse_step": 1,
+            "qkv_bias": True,
+        },
+        keys={"num_local_experts": ("num_experts", "num_local_experts")},
+        biases=dict.fromkeys(QKV, "qkv_bias"),
+        sliding_window="lower",
         experts=Mixture(
-            router="block_sparse_moe.gate",
+            width="moe_intermediate_size",
+            normalize="norm_topk_prob",
+            shared="mlp.shared_expert",
+            shared_width="shared_expert_intermediate_size",
+            shared_gate="mlp.shared_expert_gate",
+            dense_layers="listed",
+        ),
+    ),
+    Architecture(
+        name="Qwen3MoeForCausalLM",
+        model_type="qwen3_moe",
+        defaults={
+            **QWEN,
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 768,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": False,
+            "decoder_sparse_step": 1,
+        },
+        keys={"num_local_experts": ("num_experts", "num_local_experts")},
+        biases=ATTENTION_BIAS,
+        norms=Norms(qk=QkNorms()),
+        sliding_window="uniform",
+        experts=Mixture(
+            width="moe_intermediate_size",
+            normalize="norm_topk_prob",
+            dense_layers="listed",
+        ),
+    ),
+    Architecture(
+        # Not in transformers; as exllamav2 runs it.
+        name="GemmoeForCausalLM",
+        model_type="gemmoe",
+        defaults={
+            **GEMMA,
+            "num_key_value_heads": 16,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+        biases=ATTENTION_BIAS,
+        norms=Norms(offset=1.0),
+        factors=Factors(embedding="hidden_size ** 0.5"),
+        experts=MIXTRAL_EXPERTS,
+    ),
+    Architecture(
+        name="GraniteMoeForCausalLM",
+        model_type="granitemoe",
+        defaults={**GRANITE, "num_local_experts": 8, "num_experts_per_tok": 2},
+        biases=ATTENTION_BIAS,
+        factors=GRANITE_FACTORS,
+        experts=Mixture(
+            router="block_sparse_moe.router.layer",
             experts="block_sparse_moe.experts",
-            gate="w1",
-            up="w3",
-            down="w2",
+            fused=FusedExperts(
+                gate="block_sparse_moe.input_linear",
+                up="block_sparse_moe.input_linear",
+                down="block_sparse_moe.output_linear",
+            ),
         ),
     ),
 )
