@@ -102,6 +102,6 @@ def test_the_example_is_not_registered(tmp_path):
 
 def test_the_page_names_every_field():
     for record in (fields.Architecture, fields.Norms, fields.QkNorms, fields.Positions,
-                   fields.Factors, fields.Mixture):
+                   fields.Factors, fields.Mixture, fields.FusedExperts):
         for field in dataclasses.fields(record):
             assert f"`{field.name}`" in PAGE, (record, field.name)
