@@ -399,3 +399,19 @@ def test_keys_of_other_architectures_are_reported(caplog, key, value, warned):
     assert config == ModelConfig.from_dict(LLAMA)
     assert [f"{where}: LlamaForCausalLM has no use for {key}" in record.message
             for record in caplog.records] == [True] * warned
+
+
+def test_dbrx_has_its_numbers_in_objects():
+    """As databricks/dbrx-instruct has them, where transformers 4 read them."""
+    config = ModelConfig.from_dict({
+        "architectures": ["DbrxForCausalLM"], "model_type": "dbrx", "d_model": 6144,
+        "n_heads": 48, "n_layers": 40, "max_seq_len": 32768, "vocab_size": 100352,
+        "attn_config": {"clip_qkv": 8, "kv_n_heads": 8, "rope_theta": 500000},
+        "ffn_config": {"ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4,
+                       "moe_normalize_expert_weights": 1, "ffn_act_fn": {"name": "silu"}},
+    })
+    assert (config.num_key_value_heads, config.clip_qkv) == (8, 8.0)
+    assert config.ropes[0].rope_theta == 500000
+    assert config.experts is not None and config.experts.normalize
+    assert (config.experts.count, config.experts.top_k) == (16, 4)
+    assert config.intermediate_size == config.experts.intermediate_size == 10752

@@ -77,6 +77,15 @@ MODELS: dict[str, tuple[str, dict]] = {
     "qwen3moe-plain": ("Qwen3Moe", dict(
         head_dim=32, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64,
         mlp_only_layers=[0], attention_bias=True)),
+    "dbrx": ("Dbrx", dict(
+        d_model=96, n_heads=4, n_layers=3, max_seq_len=512,
+        attn_config=dict(kv_n_heads=2, clip_qkv=1.5, rope_theta=1e4),
+        ffn_config=dict(hidden_size=96, ffn_hidden_size=168, moe_num_experts=5, moe_top_k=3))),
+    "dbrx-not-normalized": ("Dbrx", dict(
+        d_model=96, n_heads=3, n_layers=2, max_seq_len=512,
+        attn_config=dict(kv_n_heads=1, clip_qkv=8.0, rope_theta=1e4),
+        ffn_config=dict(hidden_size=96, ffn_hidden_size=64, moe_num_experts=4, moe_top_k=2,
+                        moe_normalize_expert_weights=None))),
     "granitemoe": ("GraniteMoe", dict(
         num_local_experts=5, num_experts_per_tok=2, embedding_multiplier=3.5,
         residual_multiplier=0.3, attention_multiplier=0.1, logits_scaling=0.25)),

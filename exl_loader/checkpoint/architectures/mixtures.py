@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .fields import Architecture, Factors, FusedExperts, Mixture, Norms, QkNorms
 from .llama_like import ATTENTION_BIAS, COMMON, GEMMA, GRANITE, GRANITE_FACTORS, QKV, QWEN
 
@@ -93,6 +95,62 @@ MIXTURES = (
         norms=Norms(offset=1.0),
         factors=Factors(embedding="hidden_size ** 0.5"),
         experts=MIXTRAL_EXPERTS,
+    ),
+    Architecture(
+        name="DbrxForCausalLM",
+        model_type="dbrx",
+        defaults={
+            **COMMON,
+            "rms_norm_eps": 1e-5,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 2048,
+            "intermediate_size": 3584,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "moe_normalize_expert_weights": 1.0,
+        },
+        keys={
+            "hidden_size": "d_model",
+            "num_hidden_layers": "n_layers",
+            "num_attention_heads": "n_heads",
+            "num_key_value_heads": "kv_n_heads",
+            "max_position_embeddings": "max_seq_len",
+            "intermediate_size": "ffn_hidden_size",
+            "hidden_act": "ffn_act_fn",
+            "num_local_experts": "moe_num_experts",
+            "num_experts_per_tok": "moe_top_k",
+        },
+        sections=("attn_config", "ffn_config"),
+        renames=(
+            # The tensors that have all experts lack the ending of a weight.
+            (".ffn.experts.mlp.w1", ".block_sparse_moe.experts.w1.weight"),
+            (".ffn.experts.mlp.v1", ".block_sparse_moe.experts.v1.weight"),
+            (".ffn.experts.mlp.w2", ".block_sparse_moe.experts.w2.weight"),
+            ("transformer.", "model."),
+            (".blocks.", ".layers."),
+            (".ffn.experts.mlp.", ".block_sparse_moe.experts."),
+            (".ffn.router.layer.", ".block_sparse_moe.gate."),
+            (".norm_attn_norm.norm_1.", ".input_layernorm."),
+            (".norm_attn_norm.norm_2.", ".post_attention_layernorm."),
+            (".norm_attn_norm.attn.", ".self_attn."),
+            (".out_proj.", ".o_proj."),
+            (".norm_f.", ".norm."),
+            (".wte.", ".embed_tokens."),
+        ),
+        norms=Norms("layer"),
+        fused={"self_attn.Wqkv": QKV},
+        clip_qkv=True,
+        experts=replace(
+            MIXTRAL_EXPERTS,
+            up="v1",
+            fused=FusedExperts(
+                gate="block_sparse_moe.experts.w1",
+                up="block_sparse_moe.experts.v1",
+                down="block_sparse_moe.experts.w2",
+                down_is_transposed=True,
+            ),
+            normalize="moe_normalize_expert_weights",
+        ),
     ),
     Architecture(
         name="GraniteMoeForCausalLM",
