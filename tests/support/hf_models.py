@@ -80,7 +80,7 @@ MODELS: dict[str, tuple[str, dict]] = {
     "dbrx": ("Dbrx", dict(
         d_model=96, n_heads=4, n_layers=3, max_seq_len=512,
         attn_config=dict(kv_n_heads=2, clip_qkv=1.5, rope_theta=1e4),
-        ffn_config=dict(hidden_size=96, ffn_hidden_size=168, moe_num_experts=5, moe_top_k=3))),
+        ffn_config=dict(hidden_size=96, ffn_hidden_size=160, moe_num_experts=5, moe_top_k=3))),
     "dbrx-not-normalized": ("Dbrx", dict(
         d_model=96, n_heads=3, n_layers=2, max_seq_len=512,
         attn_config=dict(kv_n_heads=1, clip_qkv=8.0, rope_theta=1e4),

@@ -30,6 +30,8 @@ SUFFIXES = (*TEXT_SUFFIXES, "ForConditionalGeneration")
 
 # Formats are those of linear layers, which every architecture is made of.
 FORMATS = "EXL2, GPTQ, unquantised"
+# Nobody has said how GPTQ folders name the experts of these classes.
+NO_GPTQ = {"DbrxForCausalLM", "GraniteMoeForCausalLM"}
 
 # Class -> well-known models of it, where its name does not say them.
 KNOWN = {
@@ -94,6 +96,11 @@ def sorted_classes() -> list[str]:
     return sorted(CLASSES, key=lambda name: (short_name(name).lower(), name))
 
 
+def formats_of(name: str) -> str:
+    """Return the formats of a class, as the table says them."""
+    return FORMATS.replace("GPTQ, ", "") if name in NO_GPTQ else FORMATS
+
+
 def proof_of(name: str) -> str:
     """Return how a class was proved, as the table says it.
 
@@ -116,23 +123,24 @@ def docs_table() -> str:
     """Return the table of docs/models.md."""
     rows = ["| class | models | formats | compared with |", "|---|---|---|---|"]
     for name in sorted_classes():
-        rows.append(f"| `{name}` | {KNOWN.get(name, short_name(name))} | {FORMATS} | "
+        rows.append(f"| `{name}` | {KNOWN.get(name, short_name(name))} | {formats_of(name)} | "
                     f"{proof_of(name)} |")
     return "\n".join(rows) + "\n"
 
 
 def readme_table() -> str:
-    """Return the table of README.md: a row for each way of proving."""
-    by_proof: dict[str, list[str]] = {"transformers": [], "definition": []}
+    """Return the table of README.md: a row for each way of proving and its formats."""
+    groups: dict[tuple[str, str], list[str]] = {}
     for name in sorted_classes():
-        by_proof[proof_of(name).partition(":")[0]].append(short_name(name))
+        group = proof_of(name).partition(":")[0], formats_of(name)
+        groups.setdefault(group, []).append(short_name(name))
     ways = {
         "transformers": "logits equal to transformers', random models",
         "definition": "transformers lacks it: logits equal to a definition in the tests",
     }
     rows = ["| architecture | formats | how it was proved |", "|---|---|---|"]
-    rows += [f"| {', '.join(dict.fromkeys(names))} | {FORMATS} | {ways[way]} |"
-             for way, names in by_proof.items() if names]
+    rows += [f"| {', '.join(dict.fromkeys(names))} | {formats} | {ways[way]} |"
+             for (way, formats), names in groups.items()]
     return "\n".join(rows) + "\n"
 
 

@@ -31,6 +31,8 @@ from support.makers import (
 HEAD = re.compile(r"(language_model\.)?(lm_head|output|embed_out)")
 # Matrices that are no linear layers: tables of tokens and positions, norms with a weight a head.
 TABLES = re.compile(r"(embed_tokens|tok_embeddings|embed_in|word_embeddings|w[tp]e|\w*norm)$")
+# DBRX's tensors of all experts. GPTQ folders are written with them as they are.
+EXPERTS = re.compile(r"(.*\.ffn\.experts\.mlp)\.(w1|v1|w2)")
 # Layers that stay as they are: routers and what weighs a shared expert, and what reads images.
 KEPT = re.compile(
     r"\.(gate|router|router\.layer|shared_expert_gate)$"
@@ -51,6 +53,15 @@ GPT2_NAMES = (
     (r"\.attn\.c_proj\.", ".self_attn.o_proj."), (r"\.attn\.", ".self_attn."),
 )  # fmt: skip
 EXL2_NAMES = {
+    "dbrx": (
+        (r"^transformer\.", "model."), (r"\.blocks\.", ".layers."),
+        (r"\.ffn\.experts\.mlp\.", ".block_sparse_moe.experts."),
+        (r"\.ffn\.router\.layer\.", ".block_sparse_moe.gate."),
+        (r"\.norm_attn_norm\.norm_1\.", ".input_layernorm."),
+        (r"\.norm_attn_norm\.norm_2\.", ".post_attention_layernorm."),
+        (r"\.norm_attn_norm\.attn\.", ".self_attn."), (r"\.out_proj\.", ".o_proj."),
+        (r"\.norm_f\.", ".norm."), (r"\.wte\.", ".embed_tokens."),
+    ),
     "gpt2": GPT2_NAMES,
     "gpt_bigcode": GPT2_NAMES,
     "internlm2": (
@@ -125,6 +136,12 @@ class _Writer:
         done = set()
         for name in sorted(stored):
             layer = _layer(name)
+            experts = EXPERTS.fullmatch(name)
+            if experts is not None and self._format == "exl2":
+                done.add(name)
+                parts, decoded[name] = self._experts(*experts.groups(), stored[name])
+                quantised |= parts
+                continue
             if name == layer or not self._is_quantised(layer, stored[name]):
                 continue
             done |= {name, f"{layer}.bias"}
@@ -141,6 +158,21 @@ class _Writer:
             decoded[name] = weight.t() if transposed else weight
         quantised |= {name: tensor for name, tensor in stored.items() if name not in done}
         return quantised, decoded
+
+    def _experts(
+        self, prefix: str, name: str, stored: torch.Tensor
+    ) -> tuple[Tensors, torch.Tensor]:
+        """Return the experts' layers apart, and the tensor that has all of their weights."""
+        parts: Tensors = {}
+        weights = []
+        count = self._config["ffn_config"]["moe_num_experts"]
+        for expert, old in enumerate(stored.chunk(count)):
+            # w2 is [in, out], the others are [out, in].
+            sizes = old.shape if name == "w2" else old.shape[::-1]
+            tensors, value = self._random(*sizes)
+            weights.append(value if name == "w2" else value.t())
+            parts |= {f"{prefix}.{expert}.{name}.{key}": value for key, value in tensors.items()}
+        return parts, torch.cat(weights)
 
     def _is_quantised(self, layer: str, weight: torch.Tensor) -> bool:
         if weight.dim() != 2 or TABLES.search(layer) or KEPT.search(layer):
