@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import exl_loader
+from exl_loader.memory.buffers import live_bytes
 from exl_loader.memory.reservation.text import render
 from exl_loader.utils.byte_counts import amount
 from exl_loader.utils.errors import (
@@ -273,6 +274,24 @@ def test_the_plan_shows_the_room(folders):
     smaller = exl_loader.plan(folders / "m", ctx_size="auto", device="cpu", memory_limit=limit,
                               loras=[folders / "a"])
     assert smaller.ctx_size <= largest.ctx_size and smaller.fits
+
+
+def test_a_draft_model_guesses_without_the_loras(folders):
+    options = {"loras": folders / "a", "model_draft": folders / "m"}
+    with load(folders / "m", "cpu", loras=folders / "a") as model:
+        expected = list(model.generate_ids(IDS, GREEDY))
+        lora_bytes = model.reservation.lora_bytes
+    with load(folders / "m", "cpu", **options) as model:
+        assert model.reservation.lora_bytes == lora_bytes
+        assert list(model.generate_ids(IDS, GREEDY)) == expected
+
+
+def test_unloading_the_model_frees_its_loras(folders):
+    before = live_bytes()
+    model = load(folders / "m", "cpu", loras=[folders / "a", folders / "b"])
+    assert live_bytes() == before + model.allocated_bytes()
+    model.unload()
+    assert live_bytes() == before
 
 
 def test_layers_on_two_cards(folders, monkeypatch):

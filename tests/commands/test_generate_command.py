@@ -14,6 +14,7 @@ from exl_loader.commands.cli import main
 from exl_loader.generation.settings import SamplingSettings
 from exl_loader.text.tokenizer import Tokenizer
 from support.fake_model import fake_engine
+from support.lora_folders import write_adapter
 from support.tiny import write_tokenizer
 
 
@@ -45,6 +46,27 @@ def test_generate_as_json(tiny_model_dir, capsys):
     assert result["seed"] == 3 and result["new_tokens"] <= 6
     assert result["finish_reason"] in ("length", "eos")
     assert result["allocated_bytes"] > 0 and result["tokens_per_s"] > 0
+
+
+def test_generate_with_loras(tiny_model_dir, tmp_path, capsys):
+    shapes = {f"model.layers.{i}.self_attn.o_proj": (64, 64) for i in range(2)}
+    write_adapter(tmp_path / "a", shapes, rank=8)
+    write_adapter(tmp_path / "b", shapes, rank=8, seed=1)
+    texts, allocated = [], []
+    for arguments in ([], ["--loras", f"{tmp_path / 'a'}"],
+                      ["--loras", f"{tmp_path / 'a'}=0,{tmp_path / 'b'}=0"],
+                      ["--max-lora-bytes", "1MiB"]):
+        assert generate(tiny_model_dir, "--prompt", "hello", "--temperature", "0", "--json",
+                        *arguments) == 0
+        result = json.loads(capsys.readouterr().out)
+        texts.append(result["text"])
+        allocated.append(result["allocated_bytes"])
+    assert texts[1] != texts[0] == texts[2] == texts[3]
+    assert allocated[0] < allocated[1] < allocated[2] < allocated[3] == allocated[0] + (1 << 20)
+    assert main(["plan", str(tiny_model_dir), "--loras", str(tmp_path / "a")]) == 0
+    assert "LoRAs" in capsys.readouterr().out
+    assert generate(tiny_model_dir, "--loras", str(tmp_path / "none")) == 1
+    assert "adapter_config.json" in capsys.readouterr().err
 
 
 def test_the_prompt_may_come_from_a_file_or_stdin(tiny_model_dir, tmp_path, capsys, monkeypatch):

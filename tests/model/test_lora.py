@@ -191,7 +191,7 @@ def test_quantised_models(format, tmp_path, card):
     shapes = adapted_shapes({key: value.shape for key, value in state.items()}, EVERYTHING)
     embeddings = embeddings_in(shapes)
     one = write_adapter(tmp_path / "one", shapes, seed=1, rank=8, embeddings=embeddings)
-    two = write_adapter(tmp_path / "two", shapes, seed=2, rank=3, embeddings=embeddings,
+    two = write_adapter(tmp_path / "two", shapes, seed=2, rank=1, embeddings=embeddings,
                         dtype=torch.float16)
     write_merged(tmp_path / "merged", state, one, two, scalings=[1.0, 0.4])
     ids = random_ids()
@@ -278,6 +278,25 @@ def test_experts(kind, tmp_path, card):
     assert relative_error(before, expected) > 0.01
     model.unload_loras()
     assert torch.equal(run_chunks(model, cache, ids, 3), before)
+
+
+def test_a_model_without_adapters_records_no_more_calls(tmp_path, card):
+    state = write_quantized_model(tmp_path / "m", "exl2", seed=5)
+    shapes = adapted_shapes({key: value.shape for key, value in state.items()}, ["q_proj"])
+    write_adapter(tmp_path / "a", shapes)
+    ids = random_ids(8)
+
+    def calls(model, cache):
+        run_chunks(model, cache, ids, 1)
+        return [len(stage.calls) for step in model._steps.values() for stage in step.stages]
+
+    bare = calls(*build_model(tmp_path / "m", card, device="cuda:0"))
+    model, cache = with_room(tmp_path / "m", card, "cuda:0")
+    assert calls(model, cache) == bare
+    load_lora(model, tmp_path / "a")
+    assert all(more > few for more, few in zip(calls(model, cache), bare, strict=True))
+    model.unload_loras()
+    assert calls(model, cache) == bare
 
 
 def test_layers_on_several_devices(tmp_path):
