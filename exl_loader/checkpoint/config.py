@@ -670,6 +670,8 @@ def _default_slides(
     if rule == "lower":
         end = keys.required_integer("max_window_layers", 0, MAX_LAYERS)
         return lambda i: i % 2 == 0 and i < end
+    if rule == "listed":
+        return lambda i: True
     assert rule == "alternating", rule
     return lambda i: i % 2 == 0
 

@@ -285,6 +285,9 @@ def _parse(
         raise rope.fail("rope_type", f"one of {', '.join(ROPE_TYPES)}", rope_type)
     partial = rope.number("partial_rotary_factor", 1e-3, 1.0)
     rotary_dim = int(head_dim * (1.0 if partial is None else partial))
+    if "rotary_dim" in keys.defaults:
+        # GPT-J rotates whole heads where it is null.
+        rotary_dim = keys.integer("rotary_dim", 4, head_dim) or head_dim
     if rotary_dim % 2 or rotary_dim < 4:
         raise rope.fail("partial_rotary_factor", "an even number of rotated elements, 4 or more",
                         f"{rotary_dim} of a head's {head_dim}")

@@ -303,13 +303,14 @@ class Builder:
 
     def positions(self, device: str) -> LearnedPositions | None:
         """Make the table of learned positions."""
-        config, name = self._config, self._architecture.positions.learned
-        if name is None:
+        config, positions = self._config, self._architecture.positions
+        if positions.learned is None:
             return None
-        name, shape = f"{name}.weight", (config.learned_positions, config.hidden_size)
-        return LearnedPositions(
-            TensorSpec(name, "weights", self._dtype(name, shape), shape, device)
-        )
+        name, offset = f"{positions.learned}.weight", positions.learned_offset
+        count, hidden_size = config.learned_positions, config.hidden_size
+        dtype = self._dtype(name, (offset + count, hidden_size))
+        spec = TensorSpec(name, "weights", dtype, (count, hidden_size), device)
+        return LearnedPositions(spec, offset)
 
     def head(self, device: str) -> Head:
         """Make final norm and output head; a head of its own wins over a tied one.

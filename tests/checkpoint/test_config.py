@@ -90,7 +90,7 @@ def test_defaults_equal_transformers(architecture):
     same = ("num_key_value_heads", "max_position_embeddings",
             "tie_word_embeddings", "bos_token_id", *sizes)
     assert {n: getattr(config, n) for n in same} == {n: theirs(n) for n in same}
-    # DBRX has PyTorch's default and no key for it.
+    # DBRX and OPT have PyTorch's default and no key for it.
     assert config.norm_eps == (theirs("rms_norm_eps") or 1e-5)
     head_dim = getattr(reference, "head_dim", None)
     assert config.head_dim == head_dim or head_dim is None
@@ -98,7 +98,10 @@ def test_defaults_equal_transformers(architecture):
     ids = eos if isinstance(eos, list) else [eos]
     in_vocabulary = [i for i in ids if i is not None and i < config.vocab_size]
     assert config.eos_token_ids == tuple(in_vocabulary)
-    _compare_ropes(config, getattr(reference, "rope_parameters", None))
+    if hasattr(reference, "rotary_dim"):
+        assert config.ropes[0].rotary_dim == reference.rotary_dim
+    else:
+        _compare_ropes(config, getattr(reference, "rope_parameters", None))
     windows = getattr(reference, "layer_types", None)
     if windows is not None:
         sliding = tuple(name == "sliding_attention" for name in windows)

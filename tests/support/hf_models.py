@@ -121,6 +121,12 @@ MODELS: dict[str, tuple[str, dict]] = {
     "qwen2.5-vl": ("Qwen2_5_VLForConditionalGeneration", dict(rope_parameters=MROPE)),
     "gemma3-images": (
         "Gemma3ForConditionalGeneration", dict(head_dim=32, sliding_window=24)),
+    "ministral": ("Ministral", dict(head_dim=32, sliding_window=24, layer_types=[
+        "full_attention", "sliding_attention", "sliding_attention"])),
+    "helium": ("Helium", dict(head_dim=24, attention_bias=True)),
+    "gpt-j": ("GPTJ", dict(rotary_dim=12, n_inner=168, num_key_value_heads=4)),
+    "opt": ("OPT", dict(ffn_dim=168, word_embed_proj_dim=96, num_key_value_heads=4)),
+    "jais2": ("Jais2", dict(head_dim=32)),
     "granite": (
         "Granite",
         dict(embedding_multiplier=3.5, residual_multiplier=0.3, attention_multiplier=0.1,

@@ -30,7 +30,9 @@ from support.makers import (
 
 HEAD = re.compile(r"(language_model\.)?(lm_head|output|embed_out)")
 # Matrices that are no linear layers: tables of tokens and positions, norms with a weight a head.
-TABLES = re.compile(r"(embed_tokens|tok_embeddings|embed_in|word_embeddings|w[tp]e|\w*norm)$")
+TABLES = re.compile(
+    r"(embed_tokens|embed_positions|tok_embeddings|embed_in|word_embeddings|w[tp]e|\w*norm)$"
+)
 # DBRX's tensors of all experts. GPTQ folders are written with them as they are.
 EXPERTS = re.compile(r"(.*\.ffn\.experts\.mlp)\.(w1|v1|w2)")
 # Layers that stay as they are: routers and what weighs a shared expert, and what reads images.
@@ -91,7 +93,7 @@ def quantize_folder(source: Path, target: Path, format: str, seed: int) -> Path:
     }
     writer = _Writer(config, format, seed)
     if format == "exl2" and not any(HEAD.fullmatch(_layer(name)) for name in stored):
-        (table,) = (name for name in stored if re.search(r"(embed\w*|wte)\.weight$", name))
+        (table,) = (name for name in stored if re.search(r"(embed(?!_pos)\w*|wte)\.weight$", name))
         prefix = "language_model." if table.startswith("language_model.") else ""
         stored[f"{prefix}lm_head.weight"] = stored[table]
     quantised, decoded = writer.write(stored)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 # Which layers have the window of the config key `sliding_window`:
 #   none        no layer: the key means nothing to this architecture
 #   uniform     every layer
+#   listed      every layer
 #   upper       layers from `max_window_layers` on
 #   alternating layers 0, 2, 4, ...
 #   lower       of these the layers before `max_window_layers`
@@ -18,7 +19,7 @@ from typing import Any, Literal
 # All but `uniform` are only the defaults of an explicit `layer_types` list. Where
 # `use_sliding_window` is one of the architecture's keys, it must be set.
 SlidingWindowRule = Literal[
-    "none", "uniform", "upper", "alternating", "lower", "pattern", "unrotated"
+    "none", "uniform", "listed", "upper", "alternating", "lower", "pattern", "unrotated"
 ]
 
 # Which layers have RoPE:
@@ -124,6 +125,7 @@ class Positions:
 
     Args:
         learned: name of the table of learned positions, in place of RoPE; None for RoPE.
+        learned_offset: rows of that table in front of position 0.
         interleaved: RoPE turns elements 2 * i and 2 * i + 1 of a head together (GLM, Cohere).
         layers: which layers have RoPE.
         local_theta: config key of `rope_theta` of layers with a sliding window, which have a
@@ -132,6 +134,7 @@ class Positions:
     """
 
     learned: str | None = None
+    learned_offset: int = 0
     interleaved: bool = False
     layers: RopeRule = "all"
     local_theta: str | None = None

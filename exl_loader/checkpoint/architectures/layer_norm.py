@@ -8,7 +8,7 @@ OrionStarAI/Orion-14B-Base, `modeling_minicpm.py` of openbmb/MiniCPM-2B-sft-bf16
 from __future__ import annotations
 
 from .fields import Architecture, Factors, Norms, Positions, QkNorms
-from .llama_like import COMMON, QKV
+from .llama_like import ATTENTION_BIAS, COMMON, MLP_BIAS, QKV
 
 _LAYER_NORM = Norms(kind="layer", bias=True)
 _GPT2_KEYS = {
@@ -82,6 +82,86 @@ LAYER_NORM = (
         fused_by_group=True,
         biases=dict.fromkeys(_GPT2_LINEARS, True),
         multi_query="multi_query",
+    ),
+    Architecture(
+        name="GPTJForCausalLM",
+        model_type="gptj",
+        defaults={
+            **COMMON,
+            **_GPT2,
+            "hidden_act": "gelu_new",
+            "rotary_dim": 64,
+            "max_position_embeddings": 2048,
+            "tie_word_embeddings": False,
+        },
+        keys=_GPT2_KEYS,
+        embedding="transformer.wte",
+        layers="transformer.h",
+        final_norm="transformer.ln_f",
+        q_proj="attn.q_proj",
+        k_proj="attn.k_proj",
+        v_proj="attn.v_proj",
+        o_proj="attn.out_proj",
+        gate_proj=None,
+        up_proj="mlp.fc_in",
+        down_proj="mlp.fc_out",
+        default_width=4,
+        norms=Norms(kind="layer", bias=True, parallel=(("ln_1",),)),
+        positions=Positions(interleaved=True),
+        parallel=True,
+        biases={"mlp.fc_in": True, "mlp.fc_out": True, "lm_head": True},
+    ),
+    Architecture(
+        name="OPTForCausalLM",
+        model_type="opt",
+        defaults={
+            "hidden_act": "relu",
+            # The class has no key for it.
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 2048,
+            "tie_word_embeddings": True,
+            "enable_bias": True,
+            "bos_token_id": 2,
+            "eos_token_id": 2,
+        },
+        keys={"intermediate_size": "ffn_dim", "hidden_act": "activation_function"},
+        fixed={
+            "do_layer_norm_before": True,
+            "layer_norm_elementwise_affine": True,
+            "_remove_final_layer_norm": False,
+        },
+        renames=(("decoder.", "model.decoder."),),
+        embedding="model.decoder.embed_tokens",
+        layers="model.decoder.layers",
+        final_norm="model.decoder.final_layer_norm",
+        o_proj="self_attn.out_proj",
+        gate_proj=None,
+        up_proj="fc1",
+        down_proj="fc2",
+        norms=Norms(
+            kind="layer", bias=True, attn_input="self_attn_layer_norm",
+            mlp_input="final_layer_norm",
+        ),
+        positions=Positions(learned="model.decoder.embed_positions", learned_offset=2),
+        biases=dict.fromkeys((*QKV, "self_attn.out_proj", "fc1", "fc2"), "enable_bias"),
+    ),
+    Architecture(
+        name="Jais2ForCausalLM",
+        model_type="jais2",
+        defaults={
+            **COMMON,
+            "hidden_act": "relu2",
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 8192,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "bos_token_id": 0,
+            "eos_token_id": 150024,
+        },
+        keys={"rms_norm_eps": "layer_norm_eps"},
+        gate_proj=None,
+        norms=_LAYER_NORM,
+        biases={**ATTENTION_BIAS, **MLP_BIAS},
     ),
     Architecture(
         name="Starcoder2ForCausalLM",

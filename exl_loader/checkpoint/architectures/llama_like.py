@@ -390,4 +390,33 @@ LLAMA_LIKE = (
         biases={**ATTENTION_BIAS, **MLP_BIAS},
         norms=Norms(kind="layer", bias=True, offset=1.0),
     ),
+    Architecture(
+        name="MinistralForCausalLM",
+        model_type="ministral",
+        defaults={
+            **COMMON,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        sliding_window="listed",
+    ),
+    Architecture(
+        name="HeliumForCausalLM",
+        model_type="helium",
+        defaults={
+            **COMMON,
+            "rms_norm_eps": 1e-8,
+            "rope_theta": 100000.0,
+            "num_key_value_heads": 20,
+            "head_dim": 128,
+            "max_position_embeddings": 4096,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        biases={**dict.fromkeys(QKV, "attention_bias"), **MLP_BIAS},
+        positions=Positions(interleaved=True),
+    ),
 )

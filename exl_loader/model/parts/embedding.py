@@ -22,12 +22,13 @@ if TYPE_CHECKING:
 EMBEDDING_ROWS = 2048
 
 
-def load_table(loading: Loading, spec: TensorSpec) -> torch.Tensor:
+def load_table(loading: Loading, spec: TensorSpec, offset: int = 0) -> torch.Tensor:
     """Read a table of embeddings in pieces.
 
     Args:
         loading: where from and where to.
         spec: the table; its name is that of the tensor in the checkpoint.
+        offset: rows of that tensor in front of the table.
 
     Raises:
         InvalidCheckpoint: a value is not finite, or the file shrank.
@@ -36,7 +37,7 @@ def load_table(loading: Loading, spec: TensorSpec) -> torch.Tensor:
     table = loading.views[name]
     for first in range(0, table.shape[0], EMBEDDING_ROWS):
         end = min(first + EMBEDDING_ROWS, table.shape[0])
-        rows = loading.checkpoint.read_rows(name, first, end)
+        rows = loading.checkpoint.read_rows(name, offset + first, offset + end)
         require_finite(loading.checkpoint.header(name).name, rows)
         table[first:end].copy_(rows)
         loading.advance(rows.numel() * rows.element_size())

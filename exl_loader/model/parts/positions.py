@@ -23,9 +23,11 @@ class LearnedPositions:
     Args:
         spec: [positions, hidden_size] in the checkpoint's dtype; its name is that of the tensor
             in the checkpoint.
+        offset: rows of that tensor in front of position 0.
     """
 
     spec: TensorSpec
+    offset: int = 0
     table: torch.Tensor = field(init=False, repr=False)
 
     def specs(self) -> Iterator[TensorSpec]:
@@ -38,7 +40,7 @@ class LearnedPositions:
         Raises:
             InvalidCheckpoint: a value is not finite, or the file shrank.
         """
-        self.table = load_table(loading, self.spec)
+        self.table = load_table(loading, self.spec, self.offset)
 
     def run(self, ops: Ops, views: StepViews) -> None:
         """Add the positions of a step's rows to `views.x`; `views.h` is overwritten."""
