@@ -26,7 +26,7 @@ BOUND = 1e-4
 COMPILED_BOUND = 2e-2
 NUM_IDS = 40
 # Sizes that are inputs of a linear layer somewhere.
-SIZES = ("hidden_size", "intermediate_size", "n_inner", "ffn_hidden_size")
+SIZES = ("hidden_size", "intermediate_size", "n_inner", "ffn_hidden_size", "ffn_dim")
 
 
 def quantize(name, format, seed, folder):
