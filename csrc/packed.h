@@ -7,6 +7,9 @@
 // Layout: a layer is cut into tiles of 16 columns. A tile holds its groups consecutively; a
 // group holds blocks of 32 stored rows, the last one padded. A block of b-bit codes is b vectors
 // of 64 bytes, in one or two bit planes (cpu/unpack.h). Stored row r is input channel perm[r].
+// A scale is a float16, or, if the layer has no zero points, a level of 4 bits:
+// half((level + 1)^2 * scale_units[group]). Of 16 columns in fields of 4 bits, column c is field
+// c / 2 of the 32-bit word c % 2.
 #pragma once
 
 #include <cstdint>
@@ -23,6 +26,10 @@ constexpr int kRegisterBytes = kTileColumns * kRegisterRows;
 constexpr int kBlockRegisters = kBlockRows / kRegisterRows;
 // A block of b-bit codes has b times this number of bytes.
 constexpr int kBlockBitBytes = kBlockRows * kTileColumns / 8;
+// Bytes of a tile's columns in fields of 4 bits.
+constexpr int kHalfBytes = kTileColumns / 2;
+// Values of a level.
+constexpr int kLevels = 16;
 
 // Bits of a code's high plane; the low plane has the others.
 EXL_HOST_DEVICE constexpr int high_width(int bits) {
@@ -55,12 +62,14 @@ struct ExlPackedLinear {
     int64_t tiles;
     int64_t tile_bytes;
     int64_t num_groups;
-    const uint8_t* codes;      // [tiles, tile_bytes]
-    const uint16_t* scales;    // float16 [tiles, num_groups, 16]
-    const uint8_t* zeros;      // [tiles, num_groups, 16]; null: every zero point is 2^(bits - 1)
-    const exl::Group* groups;  // [num_groups]
-    const int32_t* perm;       // [in_features]; null: the identity
-    const float* bias;         // [out_features]; null: no bias
+    const uint8_t* codes;         // [tiles, tile_bytes]
+    const void* scales;           // [tiles, num_groups, 16]: float16 if there are zeros, else levels
+    const uint16_t* scale_units;  // float16 [num_groups], of levels
+    const uint8_t* zeros;         // [tiles, num_groups, 16]; null: each is 2^(bits - 1)
+    int64_t zero_bits;            // bits of a zero point: 4 or 8
+    const exl::Group* groups;     // [num_groups]
+    const int32_t* perm;          // [in_features]; null: the identity
+    const float* bias;            // [out_features]; null: no bias
 };
 
 enum ExlDtype : int32_t { kExlFloat32 = 0, kExlFloat16 = 1, kExlBfloat16 = 2 };

@@ -68,6 +68,7 @@ struct Span {
 struct Activations {
     const Span* spans;
     int64_t num_spans;
+    const float* level_scales;  // [num_spans][kLevels], if the layer's scales are levels
     int64_t stored_rows;
     int64_t block_rows;
     int8_t* codes;
@@ -75,12 +76,42 @@ struct Activations {
     int32_t* negative_sums;
 };
 
+// Writes the scale of every level for each span: half((level + 1)^2 * scale_units[group]).
+void decode_levels(const ExlPackedLinear& w, const Span* spans, int64_t num_spans,
+                   float* level_scales);
+
 // Cuts groups into spans. Returns their number, at most stored_rows / kBlockRows.
 int64_t cut_spans(const ExlPackedLinear& w, Span* spans, int64_t* stored_rows);
 
 // Quantises rows [0, rows) of x and appends zero rows up to `padded_rows`.
 void quantize(const ExlPackedLinear& w, const float* x, int64_t rows, int64_t padded_rows,
               const Activations& a);
+
+// The scales and zero points of a tile.
+struct TileTables {
+    const uint8_t* scales;  // [num_groups][16]: float16 if there are zero points, else levels
+    const uint8_t* zeros;   // [num_groups][16]; null: each is 2^(bits - 1)
+    bool wide_zeros;        // zero points are bytes, not fields of 4 bits
+
+    TileTables(const ExlPackedLinear& w, int64_t tile) : wide_zeros(w.zero_bits == 8) {
+        const int64_t columns = tile * w.num_groups * kTileColumns;
+        scales = static_cast<const uint8_t*>(w.scales) + (w.zeros ? columns * 2 : columns / 2);
+        zeros = w.zeros ? w.zeros + columns * w.zero_bits / 8 : nullptr;
+    }
+    // level_scales: those of a span of the group.
+    EXL_INLINE F32x16 group_scales(int64_t group, const float* level_scales) const {
+        // GPTQ takes the branch, because its groups are seldom short and thus seldom opened.
+        if (EXL_LIKELY(zeros == nullptr)) {
+            return look_up_half_bytes(level_scales, scales + group * kHalfBytes);
+        }
+        return load_half(reinterpret_cast<const uint16_t*>(scales) + group * kTileColumns);
+    }
+    // Precondition: zeros is not null.
+    EXL_INLINE I32x16 group_zeros(int64_t group) const {
+        return wide_zeros ? load_bytes(zeros + group * kTileColumns)
+                          : load_half_bytes(zeros + group * kHalfBytes);
+    }
+};
 
 // Number of rows that linear_direct is compiled for: the next power of two.
 inline int64_t direct_rows(int64_t rows) {

@@ -26,15 +26,14 @@ constexpr int kPrefetchBytes = 2048;
 
 struct Tile {
     const uint8_t* codes;
-    const uint16_t* scales;
-    const uint8_t* zeros;
+    TileTables tables;
 };
 
 // zero[group, n] * negative_sum; without zero points, zero is 2^(Bits - 1).
 template <int Bits>
-EXL_INLINE I32x16 zero_term(const uint8_t* zeros, int group, int32_t negative_sum) {
-    if (zeros == nullptr) return broadcast(negative_sum * (1 << (Bits - 1)));
-    return load_bytes(zeros + group * kTileColumns) * broadcast(negative_sum);
+EXL_INLINE I32x16 zero_term(const TileTables& tables, int64_t group, int32_t negative_sum) {
+    if (EXL_LIKELY(tables.zeros == nullptr)) return broadcast(negative_sum * (1 << (Bits - 1)));
+    return tables.group_zeros(group) * broadcast(negative_sum);
 }
 
 // Sums that may be held together: 16 of 32 registers, which leaves room for codes and activations.
@@ -102,14 +101,18 @@ void add_spans(const Tile& tile, const Activations& a, int64_t first, int64_t en
     const int32_t* x = reinterpret_cast<const int32_t*>(a.codes);
     for (int64_t s = first; s < end; ++s) {
         const Span& span = a.spans[s];
+        // Unsigned, so that a division is a shift.
+        const uint32_t first_row = static_cast<uint32_t>(span.first_row);
+        const uint32_t span_rows = static_cast<uint32_t>(span.rows);
         I32x16 sums[Rows];
         unrolled<Rows>([&](auto r) EXL_INLINED {
-            sums[r] = zero_term<Bits>(tile.zeros, span.group, a.negative_sums[s * Rows + r]);
+            sums[r] = zero_term<Bits>(tile.tables, span.group, a.negative_sums[s * Rows + r]);
         });
         span_sums<Bits, Rows>(tile.codes + span.offset,
-                              x + span.first_row / kRegisterRows * Rows * kPlanes,
-                              span.rows / kBlockRows, sums);
-        const F32x16 scales = load_half(tile.scales + span.group * kTileColumns);
+                              x + first_row / kRegisterRows * Rows * kPlanes,
+                              static_cast<int>(span_rows / kBlockRows), sums);
+        const F32x16 scales =
+            tile.tables.group_scales(span.group, a.level_scales + s * kLevels);
         unrolled<Rows>([&](auto r) EXL_INLINED {
             const F32x16 scale = scales * broadcast(a.scales[s * Rows + r]);
             running[r] = fma(to_float(sums[r]), scale, running[r]);
@@ -121,9 +124,7 @@ void add_spans(const Tile& tile, const Activations& a, int64_t first, int64_t en
 template <int Rows>
 void multiply_tile(const ExlPackedLinear& w, const Activations& a, int64_t t, int64_t rows,
                    const Output& out) {
-    const int64_t table = t * w.num_groups * kTileColumns;
-    const Tile tile = {w.codes + t * w.tile_bytes, w.scales + table,
-                       w.zeros ? w.zeros + table : nullptr};
+    const Tile tile = {w.codes + t * w.tile_bytes, TileTables(w, t)};
     F32x16 totals[Rows];
     for (int r = 0; r < Rows; ++r) totals[r] = broadcast(0.0f);
     for (int64_t first = 0; first < a.num_spans;) {

@@ -1,7 +1,7 @@
 // Entry of the quantised matrix product: cuts the scratch, quantises, multiplies.
 //
 // Work: rows in passes of kPassRows. Scratch of a pass, each part aligned to 64 bytes: spans,
-// activation codes, scales, sums, then one buffer per thread. Python computes the same sizes
+// scales of levels, activation codes, scales, sums, then one buffer per thread. Python computes the same sizes
 // when it plans the workspace.
 #include <algorithm>
 
@@ -26,6 +26,7 @@ EXL_API int exl_linear(const float* x, int64_t rows, const ExlPackedLinear* w, f
     }
     ScratchCutter cutter = {reinterpret_cast<uintptr_t>(scratch)};
     Span* spans = cutter.take<Span>(blocks);
+    float* level_scales = cutter.take<float>(blocks * kLevels);
     Activations a = {};
     a.codes = cutter.take<int8_t>(max_rows * blocks * kBlockRows * kPlanes);
     a.scales = cutter.take<float>(max_rows * blocks);
@@ -36,6 +37,8 @@ EXL_API int exl_linear(const float* x, int64_t rows, const ExlPackedLinear* w, f
     if (buffers_bytes < 0 || (rows > kDirectRows && max_threads < 1)) return -1;
     a.spans = spans;
     a.num_spans = cut_spans(*w, spans, &a.stored_rows);
+    a.level_scales = level_scales;
+    if (w->zeros == nullptr) decode_levels(*w, spans, a.num_spans, level_scales);
     for (int64_t first = 0; first < rows; first += kPassRows) {
         const int64_t count = std::min<int64_t>(rows - first, kPassRows);
         const Output output = {out + first * out_stride, out_stride, add != 0};

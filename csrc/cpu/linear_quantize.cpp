@@ -101,6 +101,21 @@ void quantize_row(const ExlPackedLinear& w, const float* x, const Activations& a
 
 }  // namespace
 
+void decode_levels(const ExlPackedLinear& w, const Span* spans, int64_t num_spans,
+                   float* level_scales) {
+    static_assert(kLevels == kLanes, "a vector has a lane for each level");
+    float squares[kLevels];
+    for (int level = 0; level < kLevels; ++level) {
+        squares[level] = static_cast<float>((level + 1) * (level + 1));
+    }
+    for (int64_t s = 0; s < num_spans; ++s) {
+        const float unit = half_to_float(w.scale_units[spans[s].group]);
+        uint16_t rounded[kLevels];
+        store_half(rounded, load(squares) * broadcast(unit));
+        store(level_scales + s * kLevels, load_half(rounded));
+    }
+}
+
 int64_t cut_spans(const ExlPackedLinear& w, Span* spans, int64_t* stored_rows) {
     int64_t count = 0;
     int32_t row = 0;

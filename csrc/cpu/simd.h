@@ -45,6 +45,13 @@
 #define EXL_INLINED __attribute__((always_inline))
 #endif
 
+// A condition that is nearly always true.
+#if defined(__GNUC__)
+#define EXL_LIKELY(condition) __builtin_expect(!!(condition), 1)
+#else
+#define EXL_LIKELY(condition) (condition)
+#endif
+
 namespace exl {
 
 // Lanes of a vector; also the number of columns of a tile.

@@ -89,6 +89,26 @@ EXL_INLINE I32x16 load_bytes(const uint8_t* p) {
     const __m128i bytes = load128(p);
     return {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};
 }
+// Loads 16 fields of 4 bits. Lane i has field i / 2 of the 32-bit word i % 2.
+EXL_INLINE I32x16 load_half_bytes(const uint8_t* p) {
+    const __m256i words =
+        _mm256_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    const __m256i lo = _mm256_srlv_epi32(words, _mm256_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12));
+    const __m256i hi = _mm256_srlv_epi32(words, _mm256_setr_epi32(16, 16, 20, 20, 24, 24, 28, 28));
+    const __m256i mask = _mm256_set1_epi32(15);
+    return {_mm256_and_si256(lo, mask), _mm256_and_si256(hi, mask)};
+}
+EXL_INLINE __m256 look_up(const float* table, __m256i index) {
+    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
+    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index);
+    // The sign of a lane, here bit 3 of its index, selects the second eight.
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+}
+// table[field] for each field of load_half_bytes.
+EXL_INLINE F32x16 look_up_half_bytes(const float* table, const uint8_t* p) {
+    const I32x16 fields = load_half_bytes(p);
+    return {look_up(table, fields.lo), look_up(table, fields.hi)};
+}
 // Stores the low byte of every lane. Precondition: lanes are in -128..127.
 EXL_INLINE void store_bytes(int8_t* p, I32x16 a) {
     const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.lo, a.hi), 0xd8);

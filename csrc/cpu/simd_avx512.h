@@ -52,6 +52,21 @@ EXL_INLINE I32x16 broadcast(int32_t a) { return {_mm512_set1_epi32(a)}; }
 EXL_INLINE I32x16 load_bytes(const uint8_t* p) {
     return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
+// Moves the field of 4 bits of every lane to the lane's lowest bits; see load_half_bytes.
+EXL_INLINE __m512i spread_half_bytes(const uint8_t* p) {
+    const __m128i words = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    const __m512i shifts =
+        _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
+    return _mm512_srlv_epi32(_mm512_broadcast_i32x2(words), shifts);
+}
+// Loads 16 fields of 4 bits. Lane i has field i / 2 of the 32-bit word i % 2.
+EXL_INLINE I32x16 load_half_bytes(const uint8_t* p) {
+    return {_mm512_and_si512(spread_half_bytes(p), _mm512_set1_epi32(15))};
+}
+// table[field] for each field of load_half_bytes.
+EXL_INLINE F32x16 look_up_half_bytes(const float* table, const uint8_t* p) {
+    return {_mm512_permutexvar_ps(spread_half_bytes(p), _mm512_loadu_ps(table))};
+}
 // Stores the low byte of every lane. Precondition: lanes are in -128..127.
 EXL_INLINE void store_bytes(int8_t* p, I32x16 a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));

@@ -112,6 +112,16 @@ EXL_INLINE I32x16 broadcast(int32_t a) {
 EXL_INLINE I32x16 load_bytes(const uint8_t* p) {
     return lanes<I32x16>([=](int i) { return static_cast<int32_t>(p[i]); });
 }
+// Loads 16 fields of 4 bits. Lane i has field i / 2 of the 32-bit word i % 2.
+EXL_INLINE I32x16 load_half_bytes(const uint8_t* p) {
+    return lanes<I32x16>(
+        [=](int i) { return p[i % 2 * 4 + i / 4] >> (i / 2 % 2 * 4) & 15; });
+}
+// table[field] for each field of load_half_bytes.
+EXL_INLINE F32x16 look_up_half_bytes(const float* table, const uint8_t* p) {
+    const I32x16 fields = load_half_bytes(p);
+    return lanes<F32x16>([&](int i) { return table[fields.v[i]]; });
+}
 // Stores the low byte of every lane. Precondition: lanes are in -128..127.
 EXL_INLINE void store_bytes(int8_t* p, I32x16 a) {
     for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int8_t>(a.v[i]);

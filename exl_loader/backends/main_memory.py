@@ -85,13 +85,15 @@ class MainMemoryOps(ABC):
             self.pack_exl2(words, views["groups"], codes)
         else:
             self.pack_gptq(words, layer.groups[0][0], perm, views["groups"], codes)
-        zeros = None
+        units, zeros = None, None
+        if layer.scale_units is not None:
+            units = views["scale_units"].copy_(layer.scale_units)
         if layer.zeros is not None:
             zeros = views["zeros"]
             fill_tiles(layer.zeros, zeros)
         return PackedLinear(
             layer.in_features, layer.out_features, codes, views["scales"], views["groups"],
-            zeros=zeros, perm=perm, bias=place_bias(layer.bias, views),
+            scale_units=units, zeros=zeros, perm=perm, bias=place_bias(layer.bias, views),
         )
 
     def expert_table(self, layers: Sequence[Linear], room: torch.Tensor) -> ExpertTable | None:

@@ -12,7 +12,8 @@ reference logits:
 
     value = (code - 2^(bits-1)) * s,  s = half(qs^2) * half(q_scale_max / 256)
 
-Both products are rounded to half.
+Both products are rounded to half. On a device a scale keeps its 4 bits, its *level* qs - 1, and
+half(q_scale_max / 256) is the group's *unit* (`layer.scale_values`).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from .layer import (
     QuantizedLayer,
     QuantizedSizes,
     RowRanges,
+    scale_values,
     unpack_stream,
 )
 
@@ -79,7 +81,7 @@ def exl2_spec(
     _check_sizes(name, in_features, columns, words, num_groups)
     code_words = words + (TAIL_WORDS if in_features % BLOCK_ROWS else 0)
     sizes = QuantizedSizes(
-        out_features, in_features, code_words, num_groups, zeros=False, perm=True
+        out_features, in_features, code_words, num_groups, zero_bits=0, perm=True
     )
     biased = has_bias(checkpoint, source, out_features, rows, bias)
     return LinearSpec(name, "exl2", in_features, out_features, sizes, biased, source, rows)
@@ -166,14 +168,14 @@ def _odd_group(spec: LinearSpec, index: int, bits: int, taken: int) -> Exception
 
 def read_scales(
     spec: LinearSpec, checkpoint: Checkpoint, groups: list[tuple[int, int]]
-) -> torch.Tensor:
-    """Read a layer's scales, rounded as the quantiser rounds them.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read a layer's scales.
 
     Args:
         groups: from `read_groups`.
 
     Returns:
-        float16 [G, out_features].
+        levels, uint8 [G, out_features] from 0 to 15; units, float16 [G].
 
     Raises:
         InvalidCheckpoint: a value of q_scale_max is not finite, or so large that weights are not
@@ -188,11 +190,17 @@ def read_scales(
     require_finite(name, scale_max)
     words = checkpoint.read(f"{spec.source}.q_scale").numpy().view(np.uint32)
     stored = unpack_stream(words.T, 4, 8 * words.shape[1]).T
-    qs = read_columns(spec, torch.from_numpy(np.ascontiguousarray(stored))).short() + 1
-    scales = effective_scales(qs, scale_max[:, None])
+    levels = read_columns(spec, torch.from_numpy(np.ascontiguousarray(stored)))
+    units = scale_units(scale_max)
+    scales = scale_values(levels.amax(1), units).abs().float()
     largest = torch.tensor([1 << (bits - 1) for bits, _ in groups])
-    require_finite(name, (scales.abs().amax(1).float() * largest).half())
-    return scales
+    require_finite(name, (scales * largest).half())
+    return levels, units
+
+
+def scale_units(scale_max: torch.Tensor) -> torch.Tensor:
+    """Return the units of groups: q_scale_max / 256, rounded to float16."""
+    return scale_max / 256
 
 
 def effective_scales(qs: torch.Tensor, scale_max: torch.Tensor) -> torch.Tensor:
@@ -208,7 +216,7 @@ def effective_scales(qs: torch.Tensor, scale_max: torch.Tensor) -> torch.Tensor:
     Returns:
         float16.
     """
-    return (qs * qs).half() * (scale_max / 256)
+    return scale_values(qs - 1, scale_units(scale_max))
 
 
 def read_perm(spec: LinearSpec, checkpoint: Checkpoint) -> torch.Tensor:
@@ -242,7 +250,7 @@ def read_exl2(spec: LinearSpec, checkpoint: Checkpoint) -> QuantizedLayer:
     """Read and check an EXL2 layer; see `formats.read_linear`."""
     groups = read_groups(spec, checkpoint)
     perm = read_perm(spec, checkpoint)
-    scales = read_scales(spec, checkpoint, groups)
+    levels, units = read_scales(spec, checkpoint, groups)
     bias = read_bias(spec, checkpoint)
     words = checkpoint.read(f"{spec.source}.q_weight")
     return QuantizedLayer(
@@ -253,7 +261,8 @@ def read_exl2(spec: LinearSpec, checkpoint: Checkpoint) -> QuantizedLayer:
         groups=groups,
         words=words if spec.rows is None else read_columns(spec, words),
         by_group=True,
-        scales=scales,
+        scales=levels,
+        scale_units=units,
         zeros=None,
         perm=perm,
         bias=bias,

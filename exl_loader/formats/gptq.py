@@ -36,7 +36,14 @@ from .common import (
     read_columns,
     require_finite,
 )
-from .layer import BLOCK_ROWS, LinearSpec, QuantizedLayer, QuantizedSizes, RowRanges
+from .layer import (
+    BLOCK_ROWS,
+    LinearSpec,
+    QuantizedLayer,
+    QuantizedSizes,
+    RowRanges,
+    zero_bits_for,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +97,8 @@ def gptq_spec(
         "sym": checkpoint.quantization.sym,
     }
     sizes = QuantizedSizes(
-        out_features, in_features, blocks * bits, num_groups, zeros=True, perm=act_order,
+        out_features, in_features, blocks * bits, num_groups, zero_bits=zero_bits_for(bits),
+        perm=act_order,
         blocks=blocks, whole_blocks=num_groups == 1 or group_size % BLOCK_ROWS == 0,
     )
     biased = has_bias(checkpoint, source, out_features, rows, bias)
@@ -311,6 +319,7 @@ def read_gptq(spec: LinearSpec, checkpoint: Checkpoint) -> QuantizedLayer:
         words=words if spec.rows is None else read_columns(spec, words),
         by_group=False,
         scales=scales,
+        scale_units=None,
         zeros=zeros,
         perm=perm,
         bias=bias,

@@ -33,7 +33,7 @@ class QuantizedSizes:
         code_words: 32-bit words of codes a column, with the rows that fill groups up to whole
             blocks.
         num_groups: G.
-        zeros: the layer has zero points.
+        zero_bits: bits of a zero point on a device, 4 or 8; 0 where the layer has none.
         perm: it has a permutation.
         blocks: blocks of stored rows, where every group has whole blocks.
         whole_blocks: False where groups before the last are no whole blocks.
@@ -43,7 +43,7 @@ class QuantizedSizes:
     in_features: int
     code_words: int
     num_groups: int
-    zeros: bool
+    zero_bits: int
     perm: bool
     blocks: int = 0
     whole_blocks: bool = True
@@ -98,7 +98,10 @@ class QuantizedLayer:
 
     A group's rows follow each other in *stored order*: stored row r takes input channel perm[r].
 
-        value(stored row r of group g, column n) = scales[g, n] * (code - zeros[g, n])
+        value(stored row r of group g, column n) = scale[g, n] * (code - zeros[g, n])
+
+    Scales are those of the file. GPTQ stores each as a float16. EXL2 stores a level of 4 bits for
+    each, and a unit for each group (`scale_values`).
 
     Args:
         folder: the model folder. source: prefix of its tensors in the checkpoint; both are for
@@ -110,7 +113,8 @@ class QuantizedLayer:
             tensor.
         by_group: True where rows are in stored order and every group begins with a whole word
             (EXL2). False where row r is input channel r and all groups have the same bits (GPTQ).
-        scales: float16 [G, N].
+        scales: float16 [G, N]; with `scale_units`, levels from 0 to 15, uint8 [G, N] (EXL2).
+        scale_units: float16 [G]; None where scales are float16 (GPTQ).
         zeros: uint8 [G, N]; None where every zero point is 2^(bits - 1) and values are rounded to
             float16 (EXL2).
         perm: int32 [K]; None where the file has none.
@@ -125,9 +129,17 @@ class QuantizedLayer:
     words: torch.Tensor
     by_group: bool
     scales: torch.Tensor
+    scale_units: torch.Tensor | None
     zeros: torch.Tensor | None
     perm: torch.Tensor | None
     bias: torch.Tensor | None
+
+    @property
+    def zero_bits(self) -> int:
+        """Bits of a zero point on a device; 0 where the layer has none."""
+        if self.zeros is None:
+            return 0
+        return max(zero_bits_for(bits) for bits, _ in self.groups)
 
     @property
     def permutes(self) -> bool:
@@ -147,6 +159,8 @@ class QuantizedLayer:
         order = torch.arange(self.in_features) if self.perm is None else self.perm.long()
         weight = torch.empty(self.in_features, self.out_features)
         scales = self.scales.float()
+        if self.scale_units is not None:
+            scales = scale_values(self.scales, self.scale_units[:, None]).float()
         all_codes = None
         if not self.by_group:
             all_codes = torch.from_numpy(
@@ -190,6 +204,25 @@ class DenseLayer:
     def weight(self) -> torch.Tensor:
         """Read the layer: float32 [K, N]."""
         return self.read_rows(0, self.out_features).float().t().contiguous()
+
+
+def zero_bits_for(bits: int) -> int:
+    """Return the bits in which a device keeps a zero point of `bits` bits."""
+    return 4 if bits <= 4 else 8
+
+
+def scale_values(levels: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
+    """Return the scales of EXL2 levels: half((level + 1)^2 * unit).
+
+    Args:
+        levels: integers from 0 to 15.
+        units: float16, broadcast against `levels`.
+
+    Returns:
+        float16.
+    """
+    roots = levels.short() + 1
+    return (roots * roots).half() * units
 
 
 def unpack_stream(words: Array, bits: int, rows: int) -> Array:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from exl_loader.backends.cpu.layout import read_tiles
 from exl_loader.backends.reference.ops import ReferenceOps
 from exl_loader.backends.reference.planes import dequantize
 from exl_loader.checkpoint import Checkpoint
@@ -73,7 +74,8 @@ def test_sizes_follow_from_the_headers(tmp_path):
     part, layer = check(folder, 200, 50, weight)
     assert {role: (spec.dtype, spec.shape) for role, spec in part.tensors.items()} == {
         "codes": ("uint8", (4, 64 * (words + 7))),
-        "scales": ("float16", (4, 2, 16)),
+        "scales": ("uint8", (4, 2, 8)),
+        "scale_units": ("float16", (2,)),
         "groups": ("int32", (2, 4)),
         "perm": ("int32", (200,)),
         "bias": ("float32", (50,)),
@@ -81,7 +83,16 @@ def test_sizes_follow_from_the_headers(tmp_path):
     assert part.tensors["codes"].name == "layer.codes"
     assert {spec.segment for spec in part.tensors.values()} == {"weights"}
     assert torch.equal(layer.bias, tensors["bias"].float())
-    assert not layer.scales[3, :, 2:].any(), "scales of padding columns are zero"
+    assert not read_tiles(layer.scales)[:, 50:].any(), "levels of padding columns are zero"
+
+
+def test_a_device_keeps_the_bits_of_the_file_s_scales(tmp_path):
+    folder, tensors, _ = layer_folder(tmp_path, 96, 45, [(4, 64), (3, 32)])
+    _, layer, _ = load_layer(folder, 96, 45)
+    words = tensors["q_scale"].numpy().view(np.uint32)
+    fields = words[:, :, None] >> np.arange(0, 32, 4, dtype=np.uint32) & 15
+    assert (read_tiles(layer.scales)[:, :45].numpy() == fields.reshape(2, -1)[:, :45]).all()
+    assert torch.equal(layer.scale_units, tensors["q_scale_max"] / 256)
 
 
 def test_layers_of_whole_blocks_reserve_no_extra_words(tmp_path):

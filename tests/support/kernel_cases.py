@@ -12,7 +12,7 @@ import torch
 
 from exl_loader.backends.build.build import build
 from exl_loader.backends.build.spec import cpu_spec
-from exl_loader.backends.cpu.layout import PackedLinear, group_table
+from exl_loader.backends.cpu.layout import PackedLinear, fill_tiles, group_table
 from exl_loader.backends.cpu.ops import CpuOps
 from exl_loader.backends.layouts import DenseLinear
 
@@ -44,7 +44,8 @@ def packed_linear(
     Args:
         groups: (bits, rows) of each group.
         out_features: columns.
-        zeros: random zero points per group and column, as GPTQ has them.
+        zeros: float16 scales and random zero points, as GPTQ has them; else scales of 4 bits as
+            EXL2 has them.
         perm: a random order of input channels.
         bias: a random bias.
     """
@@ -52,17 +53,23 @@ def packed_linear(
     bits, rows = zip(*groups, strict=True)
     in_features, tiles = sum(rows), -(-out_features // 16)
     tile_bytes = sum(-(-r // 32) * 64 * b for b, r in groups)
-    scales = (torch.rand(tiles, len(groups), 16, generator=g) * 0.02 + 0.001).half()
-    zero_points = None
+    units, zero_points = None, None
     if zeros:
-        limits = torch.tensor([2**b for b in bits])[None, :, None]
-        zero_points = (torch.rand(scales.shape, generator=g) * limits).to(torch.uint8)
+        scales = (torch.rand(tiles, len(groups), 16, generator=g) * 0.02 + 0.001).half()
+        limits = torch.tensor([2**b for b in bits])[:, None]
+        points = (torch.rand(len(groups), tiles * 16, generator=g) * limits).to(torch.uint8)
+        zero_points = torch.empty(tiles, len(groups), 16 if max(bits) > 4 else 8, dtype=torch.uint8)
+        fill_tiles(points, zero_points)
+    else:
+        scales = torch.randint(0, 256, (tiles, len(groups), 8), dtype=torch.uint8, generator=g)
+        units = (torch.rand(len(groups), generator=g) * 8e-5 + 2e-6).half()
     return PackedLinear(
         in_features,
         out_features,
         codes=torch.randint(0, 256, (tiles, tile_bytes), dtype=torch.uint8, generator=g),
         scales=scales,
         groups=torch.tensor(group_table(groups), dtype=torch.int32),
+        scale_units=units,
         zeros=zero_points,
         perm=torch.randperm(in_features, generator=g).int() if perm else None,
         bias=torch.randn(out_features, generator=g) if bias else None,

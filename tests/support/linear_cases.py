@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from exl_loader.backends.cpu.layout import packed_shapes
 from exl_loader.backends.cpu.linear import linear_scratch_bytes as cpu_scratch_bytes
 from exl_loader.backends.cuda.layout import (
     MAX_ROW_SPLITS,
@@ -21,7 +22,9 @@ from exl_loader.backends.cuda.layout import (
 from exl_loader.backends.cuda.linear import LinearOps, linear_scratch_bytes
 from exl_loader.backends.cuda.pack import PackOps, pack_streams, unpack_streams
 from exl_loader.backends.reference import planes
-from exl_loader.formats.layer import QuantizedSizes
+from exl_loader.backends.reference.ops import ReferenceOps
+from exl_loader.formats.layer import QuantizedLayer, QuantizedSizes, scale_values
+from support.makers import pack_stream
 
 # 15 bits: see csrc/cpu/linear.h and csrc/cuda/linear_layout.cuh.
 LARGEST_ACTIVATION = np.float32(127 * 128)
@@ -82,8 +85,7 @@ def stream_linear(
 ) -> StreamLinear:
     """Make a random layer; arguments as `kernel_cases.packed_linear`."""
     rng = np.random.default_rng(seed)
-    in_features = sum(rows for _, rows in groups)
-    table, scales = group_table(groups, zeros), np.empty((len(groups), out_features), np.float16)
+    scales = np.empty((len(groups), out_features), np.float16)
     scales[:] = rng.uniform(0.001, 0.021, scales.shape)
     codes = np.concatenate(
         [rng.integers(0, 1 << bits, (rows, out_features), np.uint8) for bits, rows in groups]
@@ -92,8 +94,44 @@ def stream_linear(
     if zeros:
         limits = np.array([1 << bits for bits, _ in groups])[:, None]
         points = (rng.uniform(size=scales.shape) * limits).astype(np.uint8)
+    return _stream(groups, codes, scales, points, seed, perm=perm, bias=bias)
+
+
+def layer_of_values(ops, groups: list[tuple[int, int]], codes: np.ndarray, levels: np.ndarray,
+                    units: np.ndarray):
+    """Make a layer of EXL2 in the layout of the target's kernels.
+
+    Args:
+        ops: a `Target`.
+        groups: (bits, rows) of each group.
+        codes: uint8 [in_features, N]. levels: uint8 [G, N]. units: float16 [G].
+    """
+    scales, scale_units = torch.from_numpy(levels), torch.from_numpy(units)
+    if ops.kind == "cuda":
+        values = scale_values(scales, scale_units[:, None]).numpy()
+        return _stream(groups, codes, values, None, 0, perm=False, bias=False)
+    ends = np.cumsum([rows for _, rows in groups])
+    words = np.concatenate([pack_stream(codes[end - rows : end], bits)
+                            for (bits, rows), end in zip(groups, ends, strict=True)])
+    in_features, out_features = codes.shape
+    layer = QuantizedLayer("", "layer", in_features, out_features, groups,
+                           torch.from_numpy(words), True, scales, scale_units, None, None, None)
+    sizes = QuantizedSizes(out_features, in_features, len(words), len(groups), 0, perm=False)
+    views = {role: torch.empty(shape, dtype=getattr(torch, dtype))
+             for role, (dtype, shape) in packed_shapes(sizes).items()}
+    return ReferenceOps().pack(layer, views)
+
+
+def _stream(groups: list[tuple[int, int]], codes: np.ndarray, scales: np.ndarray,
+            points: np.ndarray | None, seed: int, *, perm: bool, bias: bool) -> StreamLinear:
+    """Pack a layer by the layout's definition, with a random permutation and bias on request."""
+    in_features, out_features = codes.shape
+    zeros = points is not None
+    table = group_table(groups, zeros)
     words = sum(-(-rows // 32) * bits for bits, rows in groups)
-    sizes = QuantizedSizes(out_features, in_features, words, len(groups), zeros, perm)
+    sizes = QuantizedSizes(
+        out_features, in_features, words, len(groups), 8 if zeros else 0, perm
+    )
     packed = torch.empty(stream_shapes(sizes)["codes"][1], dtype=torch.uint8)
     group_tensor = torch.tensor(table, dtype=torch.int32)
     pack_streams(codes, scales, points, group_tensor.numpy(), packed.numpy())
@@ -126,8 +164,7 @@ def quantised_product(x: torch.Tensor, w) -> tuple[np.ndarray, np.ndarray]:
         codes, scales, zeros = unpack_streams(w)
     else:
         codes = planes.unpack_codes(w)
-        scales, zeros = (None if table is None else table.transpose(0, 1).flatten(1).numpy()
-                         for table in (w.scales, w.zeros))
+        scales, zeros = planes.unpack_scales(w), planes.unpack_zeros(w)
     order = np.arange(w.in_features) if w.perm is None else w.perm.numpy()
     stored = x.numpy()[:, order]
     total = np.zeros((len(stored), w.out_features))

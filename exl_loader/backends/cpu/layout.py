@@ -21,11 +21,19 @@ order. A group whose number of rows is not a multiple of 32 is filled up with ro
 2^(bits-1). The activations of these rows are zero, so their codes do not affect a result.
 `groups` is int32 [G, 4]: bits, first stored row, rows (without fill), byte offset of the
 group's first block within a tile.
-`scales` is float16 [tiles, G, 16]. `zeros` is uint8 [tiles, G, 16]; None means that every
-zero point is 2^(bits-1) (EXL2). `perm` is int32 [in_features]: stored row r holds input
-channel perm[r]; None is the identity. `bias` is float32 [out_features] or None.
+`scales` has one of two forms. GPTQ's are float16 [tiles, G, 16]. EXL2's keep the 4 bits of the
+file: `scales` is uint8 [tiles, G, 8] of levels, `scale_units` is float16 [G], and
 
-    value(stored row r of group g, column n) = scales[g, n] * (code - zero[g, n])
+    scale[g, n] = half((level[g, n] + 1)^2 * scale_units[g])
+
+Kernels decode a scale where they use it, because float16 scales would add 0.375 bits to a weight
+in groups of 32 rows. `zeros` is uint8 [tiles, G, 8] of 4-bit zero points, or [tiles, G, 16] where
+codes have more than 4 bits; None means that every zero point is 2^(bits-1) (EXL2). Of 16 columns
+in fields of 4 bits, column c is field c // 2 of the 32-bit word c % 2. `perm` is int32
+[in_features]: stored row r holds input channel perm[r]; None is the identity. `bias` is float32
+[out_features] or None.
+
+    value(stored row r of group g, column n) = scale[g, n] * (code - zero[g, n])
 
 The EXL2 quantiser measured weights that were rounded to float16, so an EXL2 weight is this value
 rounded to float16. `planes.dequantize` rounds it, and then the fixtures' logits agree to the
@@ -50,6 +58,8 @@ if TYPE_CHECKING:
 
 # A block of b-bit codes takes b times this number of bytes.
 BLOCK_BIT_BYTES = BLOCK_ROWS * TILE_COLUMNS // 8
+# Bytes of the 4-bit fields of a tile's columns.
+HALF_BYTES = TILE_COLUMNS // 2
 # Bytes of a tile for each 32-bit word of codes of a column.
 WORD_TILE_BYTES = 4 * TILE_COLUMNS
 
@@ -66,6 +76,7 @@ class PackedLinear:
     codes: torch.Tensor
     scales: torch.Tensor
     groups: torch.Tensor
+    scale_units: torch.Tensor | None = None
     zeros: torch.Tensor | None = None
     perm: torch.Tensor | None = None
     bias: torch.Tensor | None = None
@@ -75,13 +86,14 @@ class PackedLinear:
 def packed_shapes(sizes: QuantizedSizes) -> Shapes:
     """Return the resident tensors of a quantised layer except its bias."""
     tiles = ceil_div(sizes.out_features, TILE_COLUMNS)
-    of_groups = (tiles, sizes.num_groups, TILE_COLUMNS)
-    shapes: Shapes = {
-        "codes": ("uint8", (tiles, WORD_TILE_BYTES * sizes.code_words)),
-        "scales": ("float16", of_groups),
-    }
-    if sizes.zeros:
-        shapes["zeros"] = ("uint8", of_groups)
+    groups = sizes.num_groups
+    shapes: Shapes = {"codes": ("uint8", (tiles, WORD_TILE_BYTES * sizes.code_words))}
+    if sizes.zero_bits:
+        shapes["scales"] = ("float16", (tiles, groups, TILE_COLUMNS))
+        shapes["zeros"] = ("uint8", (tiles, groups, TILE_COLUMNS * sizes.zero_bits // 8))
+    else:
+        shapes["scales"] = ("uint8", (tiles, groups, HALF_BYTES))
+        shapes["scale_units"] = ("float16", (groups,))
     shapes["groups"] = ("int32", (sizes.num_groups, 4))
     if sizes.perm:
         shapes["perm"] = ("int32", (sizes.in_features,))
@@ -127,9 +139,28 @@ def check_room(
 
 
 def fill_tiles(values: torch.Tensor, target: torch.Tensor) -> None:
-    """Copy values [G, N] to target [tiles, G, 16]; columns from N on become zero."""
+    """Write one value for each group and column into tiles; columns from N on become zero.
+
+    Args:
+        values: [G, N], below 16 where the target has 4-bit fields.
+        target: [tiles, G, 16], or uint8 [tiles, G, 8] of 4-bit fields.
+    """
     groups, columns = values.shape
     tiles = target.shape[0]
     full = values.new_zeros((groups, tiles * TILE_COLUMNS))
     full[:, :columns] = values
-    target.copy_(full.view(groups, tiles, TILE_COLUMNS).transpose(0, 1))
+    if target.shape[2] == HALF_BYTES:
+        quads = full.view(groups, tiles, 4, 4)
+        words = quads[..., :2] | quads[..., 2:] << 4
+        full = words.transpose(2, 3)
+    target.copy_(full.reshape(groups, tiles, -1).transpose(0, 1))
+
+
+def read_tiles(table: torch.Tensor) -> torch.Tensor:
+    """Undo `fill_tiles`: [tiles, G, 16 or 8] to [G, tiles * 16]."""
+    import torch
+
+    if table.shape[2] == HALF_BYTES:
+        words = table.unflatten(2, (2, 4))
+        table = torch.stack([words & 15, words >> 4], dim=3).permute(0, 1, 4, 3, 2).flatten(2)
+    return table.transpose(0, 1).flatten(1)

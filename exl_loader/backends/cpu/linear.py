@@ -13,7 +13,7 @@ from ...formats.layer import BLOCK_ROWS
 from ...utils.integers import ceil_div, round_up
 from ..kernel_structs import dtype_code
 from ..layouts import TILE_COLUMNS, DenseLinear
-from .layout import PackedLinear
+from .layout import HALF_BYTES, PackedLinear
 from .library import INT, INT64, POINTER, KernelOps, Signature, address
 from .threads import default_threads
 
@@ -43,6 +43,7 @@ CHUNK_ROWS = 2048
 MOST_PANEL_COLUMNS = 32
 PLANES = 2
 SPAN_BYTES = 28
+LEVELS = 16
 # Alignment of csrc/cpu/scratch.h.
 CUT_ALIGNMENT = 64
 _FLOAT_BYTES = 4
@@ -59,7 +60,9 @@ class _PackedStruct(ctypes.Structure):
         ("num_groups", INT64),
         ("codes", POINTER),
         ("scales", POINTER),
+        ("scale_units", POINTER),
         ("zeros", POINTER),
+        ("zero_bits", INT64),
         ("groups", POINTER),
         ("perm", POINTER),
         ("bias", POINTER),
@@ -103,13 +106,19 @@ def linear_struct(w: PackedLinear | DenseLinear) -> LinearStruct:
 def _packed_struct(w: PackedLinear) -> _PackedStruct:
     tiles, num_groups = w.codes.shape[0], w.groups.shape[0]
     assert tiles * TILE_COLUMNS >= w.out_features
-    assert w.scales.shape == (tiles, num_groups, TILE_COLUMNS)
-    assert w.zeros is None or w.zeros.shape == w.scales.shape
+    zero_bits = 0
+    if w.zeros is None:
+        assert w.scale_units is not None and w.scale_units.shape == (num_groups,)
+        assert w.scales.shape == (tiles, num_groups, HALF_BYTES)
+    else:
+        assert w.scale_units is None and w.scales.shape == (tiles, num_groups, TILE_COLUMNS)
+        zero_bits = 8 * w.zeros.shape[2] // TILE_COLUMNS
+        assert zero_bits in (4, 8) and w.zeros.shape[:2] == (tiles, num_groups)
     assert w.perm is None or w.perm.shape == (w.in_features,)
     return _PackedStruct(
         w.in_features, w.out_features, tiles, w.codes.shape[1], num_groups,
-        address(w.codes), address(w.scales), address(w.zeros), address(w.groups),
-        address(w.perm), address(w.bias),
+        address(w.codes), address(w.scales), address(w.scale_units), address(w.zeros), zero_bits,
+        address(w.groups), address(w.perm), address(w.bias),
     )  # fmt: skip
 
 
@@ -155,9 +164,10 @@ def linear_scratch_bytes(rows: int, in_features: int) -> int:
     """Return the bytes of scratch that `Ops.linear` needs for up to `rows` rows.
 
     The result is the larger of two needs. The product with a quantised layer stores the
-    activations in at most two planes of int8, with a scale and a sum for each 32 inputs, and a
-    buffer of unpacked codes and float32 sums for each thread. The product with an unquantised
-    layer stores regrouped float32 activations.
+    activations in at most two planes of int8, with a scale and a sum for each 32 inputs, the
+    scales of a group's 16 levels for each 32 inputs, and a buffer of unpacked codes and float32
+    sums for each thread. The product with an unquantised layer stores regrouped float32
+    activations.
     """
     return max(_packed_scratch_bytes(rows, in_features), _dense_scratch_bytes(rows, in_features))
 
@@ -167,7 +177,8 @@ def _packed_scratch_bytes(rows: int, in_features: int) -> int:
     held_rows = min(max(rows, MOST_DIRECT_ROWS), PASS_ROWS)
     codes = held_rows * blocks * BLOCK_ROWS * PLANES
     table = held_rows * blocks * _FLOAT_BYTES
-    total = sum(map(cut_bytes, (blocks * SPAN_BYTES, codes, table, table)))
+    levels = blocks * LEVELS * _FLOAT_BYTES
+    total = sum(map(cut_bytes, (blocks * SPAN_BYTES, levels, codes, table, table)))
     if rows > 1:
         buffer = CHUNK_ROWS * MOST_PANEL_COLUMNS + PASS_ROWS * MOST_PANEL_COLUMNS * _FLOAT_BYTES
         total += default_threads() * buffer

@@ -137,7 +137,7 @@ def row_splits_for(in_features: int, out_features: int) -> int:
 def stream_shapes(sizes: QuantizedSizes) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return role -> (dtype, shape) of the tensors that only this layout has."""
     codes = sizes.code_words * 4 * TILE_COLUMNS
-    tile_bytes = codes + sizes.num_groups * header_bytes(sizes.zeros)
+    tile_bytes = codes + sizes.num_groups * header_bytes(sizes.zero_bits > 0)
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {
         "codes": ("uint8", (tiles_for(sizes.out_features), tile_bytes)),
         "groups": ("int32", (sizes.num_groups, 4)),

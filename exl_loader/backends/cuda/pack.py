@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...formats.common import require_finite
-from ...formats.layer import BLOCK_ROWS, DenseLayer, QuantizedLayer
+from ...formats.layer import BLOCK_ROWS, DenseLayer, QuantizedLayer, scale_values
 from ...utils.integers import ceil_div, round_up
 from ...utils.output import warn_once
 from ..layouts import BIT_PLANES, DenseLinear, fill_dense, pack_dense, place_bias, uneven_group
@@ -99,11 +99,13 @@ class PackOps(KernelOps):
         if layer.perm is not None:
             views["perm"].copy_(layer.perm)
             perm = views["perm"] if layer.permutes else None
-        words = layer.words[:, : layer.out_features]
+        words, scales = layer.words[:, : layer.out_features], layer.scales
+        if layer.scale_units is not None:
+            scales = scale_values(scales, layer.scale_units[:, None])
         if layer.zeros is None:
-            self.pack_exl2_streams(words, layer.scales, views["groups"], views["codes"])
+            self.pack_exl2_streams(words, scales, views["groups"], views["codes"])
         else:
-            self.pack_gptq_streams(words, layer.scales, layer.zeros, perm, views["groups"],
+            self.pack_gptq_streams(words, scales, layer.zeros, perm, views["groups"],
                                    views["codes"])
         return StreamLinear(
             layer.in_features, layer.out_features, views["codes"], views["groups"],

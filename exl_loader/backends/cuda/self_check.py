@@ -292,7 +292,7 @@ class _Check:
 def _linear_shapes() -> dict[str, tuple[str, tuple[int, ...]]]:
     words = sum(rows // 32 * bits for bits, rows in GROUPS)
     sizes = QuantizedSizes(
-        OUT_FEATURES, IN_FEATURES, words, len(GROUPS), zeros=False, perm=False
+        OUT_FEATURES, IN_FEATURES, words, len(GROUPS), zero_bits=0, perm=False
     )
     return stream_shapes(sizes)
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...formats.layer import BLOCK_ROWS, unpack_stream
+from ...formats.layer import BLOCK_ROWS, scale_values, unpack_stream
 from ...utils.integers import ceil_div
-from ..cpu.layout import BLOCK_BIT_BYTES
+from ..cpu.layout import BLOCK_BIT_BYTES, read_tiles
 from ..layouts import BIT_PLANES, TILE_COLUMNS
 
 if TYPE_CHECKING:
@@ -163,6 +163,23 @@ def unpack_codes(linear: PackedLinear) -> Array:
     return np.concatenate(rows_of_groups)
 
 
+def unpack_scales(linear: PackedLinear) -> Array:
+    """Decode all scales of a packed layer: float32 [G, tiles * 16]."""
+    scales = read_tiles(linear.scales)
+    if linear.scale_units is not None:
+        scales = scale_values(scales, linear.scale_units[:, None])
+    values: Array = scales.float().numpy()
+    return values
+
+
+def unpack_zeros(linear: PackedLinear) -> Array | None:
+    """Read all zero points of a packed layer, int16 [G, tiles * 16]; None if it has none."""
+    if linear.zeros is None:
+        return None
+    zeros: Array = read_tiles(linear.zeros).short().numpy()
+    return zeros
+
+
 def dequantize(linear: PackedLinear) -> torch.Tensor:
     """Decode a packed layer. Products are exact in float32: code - zero has 9 bits, a scale 11.
 
@@ -172,16 +189,13 @@ def dequantize(linear: PackedLinear) -> torch.Tensor:
     """
     import torch
 
-    codes = unpack_codes(linear)
+    codes, scales, zeros = unpack_codes(linear), unpack_scales(linear), unpack_zeros(linear)
     weight = np.empty((linear.in_features, linear.out_features), np.float32)
     channels = None if linear.perm is None else linear.perm.numpy()
     for group, (bits, first, rows, _) in enumerate(linear.groups.tolist()):
-        scales = linear.scales[:, group].reshape(-1)[: linear.out_features].float().numpy()
-        zero: Any = 1 << (bits - 1)
-        if linear.zeros is not None:
-            zero = linear.zeros[:, group].reshape(-1)[: linear.out_features].short().numpy()
+        zero: Any = 1 << (bits - 1) if zeros is None else zeros[group, : linear.out_features]
         stored = codes[first : first + rows, : linear.out_features].astype(np.int16)
         target = slice(first, first + rows) if channels is None else channels[first : first + rows]
-        values = (stored - zero) * scales
+        values = (stored - zero) * scales[group, : linear.out_features]
         weight[target] = values.astype(np.float16) if linear.zeros is None else values
     return torch.from_numpy(weight)

@@ -17,6 +17,7 @@ CPU = REPO / "csrc" / "cpu"
 PAIRS = [
     ("linear.h", "kPassRows", linear.PASS_ROWS),
     ("linear.h", "kChunkRows", linear.CHUNK_ROWS),
+    ("../packed.h", "kLevels", linear.LEVELS),
     ("linear.h", "kPlanes", linear.PLANES),
     ("linear.h", "kDirectRows", linear.MOST_DIRECT_ROWS),
     ("linear_dense.cpp", "kDensePassRows", linear.DENSE_PASS_ROWS),

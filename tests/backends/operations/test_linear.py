@@ -17,7 +17,13 @@ from exl_loader.backends.cuda.layout import StreamLinear
 from exl_loader.backends.cuda.pack import dequantize
 from exl_loader.backends.reference.ops import ReferenceOps
 from support.kernel_cases import packed_linear, random_rows
-from support.linear_cases import assert_exact, linear_ops, product, stream_linear
+from support.linear_cases import (
+    assert_exact,
+    layer_of_values,
+    linear_ops,
+    product,
+    stream_linear,
+)
 from support.targets import TARGETS, sizes, target
 
 NATIVE = ["native"]
@@ -64,6 +70,31 @@ def test_every_number_of_columns(ops, out_features):
     for rows in {"cpu": (1, 4, 20), "cuda": (1, 6, 40)}[ops.kind]:
         assert_exact(ops, random_rows(rows, 64), w)
         product(ops, random_rows(rows, 64), w, columns=3)
+
+
+UNITS = [2**-24, 2**-17, 6e-6, 1.2e-3, 0.77, 255.5, -0.031]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_a_scale_of_four_bits_is_the_float16_of_the_quantiser(ops, rows):
+    """Every level with units of every size, also where the scale is subnormal.
+
+    The input is 16256 in one channel, which is quantised without rounding, and codes are one
+    above the zero point: the product is 16256 times the scale, exactly.
+    """
+    groups = [(4, 32)] * len(UNITS)
+    units = np.array(UNITS, np.float16)
+    levels = np.tile(np.arange(16, dtype=np.uint8), (len(UNITS), 3))
+    codes = np.full((32 * len(UNITS), 48), 9, np.uint8)
+    w = layer_of_values(ops, groups, codes, levels, units)
+    squares = ((levels.astype(np.float16) + 1) ** 2).astype(np.float16)
+    scales = squares * units[:, None]
+    assert scales.dtype == np.float16
+    for group in range(len(UNITS)):
+        x = torch.zeros(rows, w.in_features)
+        x[:, 32 * group + 5] = 16256
+        expected = torch.from_numpy(scales[group].astype(np.float32) * 16256)
+        assert torch.equal(product(ops, x, w), expected.expand(rows, -1))
 
 
 def test_fresh_data(ops):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from exl_loader.backends.cpu.layout import PackedLinear, group_table
+from exl_loader.backends.cpu.layout import PackedLinear, fill_tiles, group_table, read_tiles
 from exl_loader.backends.layouts import BIT_PLANES
 from exl_loader.backends.reference import planes
 from exl_loader.formats.layer import unpack_stream
@@ -114,6 +114,19 @@ def test_gptq_rows_are_in_the_order_of_the_permutation(bits, with_perm):
     unpacked = planes.unpack_codes(PackedLinear(160, 24, packed, None, groups))
     order = np.arange(160) if perm is None else perm.numpy()
     assert (unpacked[:, :24] == codes[order]).all()
+
+
+def test_fields_of_four_bits_are_where_the_layout_defines_them():
+    values = torch.randint(0, 16, (5, 45), dtype=torch.uint8)
+    target = torch.full((3, 5, 8), 0xA5, dtype=torch.uint8)
+    fill_tiles(values, target)
+    words = target.numpy().view(np.uint32)
+    for column in range(48):
+        tile, c = divmod(column, 16)
+        field = words[tile, :, c % 2] >> 4 * (c // 2) & 15
+        expected = values[:, column].tolist() if column < 45 else [0] * 5
+        assert field.tolist() == expected
+    assert torch.equal(read_tiles(target)[:, :45], values)
 
 
 def test_fill_rows_hold_the_zero_point():
