@@ -3,8 +3,7 @@
 // Layout: StreamLinear in the formats package of Python is the definition; ctypes mirrors of the
 // structs below have the same fields in the same order. A layer is cut into tiles of 32 columns,
 // and each tile is one stream of bytes that a warp reads from start to end. Per group the stream
-// has a header (float16 scales, then zero points if the layer has them) and blocks of 32 stored
-// rows. A *row_block* is 128 stored rows (4 blocks), the rows that share one activation scale. A
+// has a header (scales and zero points, see header_bytes) and blocks of 32 stored rows. A *row_block* is 128 stored rows (4 blocks), the rows that share one activation scale. A
 // *row_split* is a range of row_blocks that one warp reads.
 #pragma once
 
@@ -17,8 +16,9 @@ constexpr int kStreamColumns = 32;
 constexpr int kStreamBlockRows = 32;
 // A block of b-bit codes has b times this number of bytes.
 constexpr int kStreamBitBytes = kStreamBlockRows * kStreamColumns / 8;
+// A group's header has 4-bit levels, or float16 scales and then zero points of zero_bits bits.
+constexpr int kLevelBytes = kStreamColumns / 2;
 constexpr int kScaleBytes = 2 * kStreamColumns;
-constexpr int kZeroBytes = kStreamColumns;
 constexpr int kBlocksPerRowBlock = 4;
 constexpr int kRowBlockRows = kBlocksPerRowBlock * kStreamBlockRows;
 constexpr int kMaxRowSplits = 16;
@@ -45,16 +45,21 @@ struct alignas(16) StreamLayer {
     const StreamPosition* row_blocks;  // [row_blocks + 1]
     const int32_t* perm;               // [in_features]; null: the identity
     const float* bias;                 // [out_features]; null: no bias
+    const uint16_t* scale_units;       // float16 [num_groups]; null: headers have float16 scales
     int64_t tile_bytes;
     int32_t in_features;
     int32_t out_features;
     int32_t num_groups;
-    int32_t zeros;  // 1 if headers hold zero points
+    int32_t zero_bits;        // bits of a zero point, 4 or 8; 0: headers have levels
     int32_t row_splits;       // split s: row_blocks [R * s / row_splits, R * (s + 1) / row_splits)
     int32_t row_block_bytes;  // the largest number of stream bytes of a row_block
     StreamPosition starts[kMaxRowSplits + 1];  // of the row_splits, then the end
 };
 
+// Bytes of a group's header.
+__device__ __forceinline__ int header_bytes(int zero_bits) {
+    return zero_bits == 0 ? kLevelBytes : kScaleBytes + kStreamColumns / 8 * zero_bits;
+}
 __device__ __forceinline__ int stream_tiles(int out_features) {
     return ceil_div(out_features, kStreamColumns);
 }

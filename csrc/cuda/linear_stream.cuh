@@ -150,53 +150,90 @@ struct TileState {
     int bits;
     int left;  // remaining blocks of the group that has begun
     StreamGroup next;
+    uint32_t next_unit;  // float16, the scale unit of the next group
     float scales[4];
     uint32_t zeros;  // of four columns, one byte each
 
     __device__ __forceinline__ void look_ahead(const StreamLayer& w) {
-        next = w.groups[min(group, w.num_groups - 1)];
+        const int index = min(group, w.num_groups - 1);
+        next = w.groups[index];
+        if (w.scale_units != nullptr) next_unit = w.scale_units[index];
     }
-    __device__ __forceinline__ void set_header(const StreamLayer& w, const uint2& halves,
-                                               uint32_t points) {
+    __device__ __forceinline__ void set_scales(const uint2& halves) {
         const float2 low = half2_to_float2(halves.x), high = half2_to_float2(halves.y);
         scales[0] = low.x, scales[1] = low.y, scales[2] = high.x, scales[3] = high.y;
-        zeros = w.zeros ? points : 0x01010101u << (bits - 1);
+    }
+    // levels: of four columns, 4 bits each; unit: float16.
+    __device__ __forceinline__ void set_levels(uint32_t levels, uint32_t unit) {
+        const uint32_t units = unit * 0x00010001u;
+        set_scales(make_uint2(level_scales(levels | levels << 12, units),
+                              level_scales(levels >> 8 | levels << 4, units)));
+        zeros = 0x01010101u << (bits - 1);
+    }
+    // half((level + 1)^2 * unit) of the levels at bits 0 and 16.
+    static __device__ __forceinline__ uint32_t level_scales(uint32_t levels, uint32_t units) {
+        // The float16 0x6400 is 1024, and the last bit of its fraction is 1.
+        const uint32_t shifted = (levels & 0x000F000Fu) | 0x64006400u;
+        const uint32_t roots = h2_sub(shifted, 0x63FE63FEu);  // 1023
+        return h2_mul(h2_mul(roots, roots), units);
+    }
+    // Reads the header of a group; load8, load4 and load2 read bytes at an offset in the header.
+    template <class Load8, class Load4, class Load2>
+    __device__ __forceinline__ void read_header(const StreamLayer& w, uint32_t unit,
+                                                const Load8& load8, const Load4& load4,
+                                                const Load2& load2) {
+        const int column = lane_id() / 4;
+        if (w.zero_bits == 0) {
+            set_levels(load2(column * 2), unit);
+            return;
+        }
+        set_scales(load8(column * 8));
+        if (w.zero_bits == 8) {
+            zeros = load4(kScaleBytes + column * 4);
+        } else {
+            const uint32_t points = load2(kScaleBytes + column * 2);
+            const uint32_t pairs = (points | points << 8) & 0x00FF00FFu;
+            zeros = (pairs | pairs << 4) & 0x0F0F0F0Fu;
+        }
     }
     // Starts at a row_split; `tile` is the tile's stream.
     __device__ __forceinline__ void begin(const StreamLayer& w, const StreamPosition& start,
                                           const uint8_t* tile) {
-        const int column = lane_id() / 4;
         offset = 0;
         bits = start.state & 0xFF;
         left = start.state >> 8;
         group = start.group + (left > 0 ? 1 : 0);
-        look_ahead(w);
         // If a row_split begins with a group, open_group sets these values before the first block.
         // They are set here because the compiler cannot know that and would warn.
-        zeros = 0;
+        zeros = next_unit = 0;
 #pragma unroll
         for (int q = 0; q < 4; ++q) scales[q] = 0.0f;
+        look_ahead(w);
         if (left == 0) return;
         // The group began before this row_split, so its header is not in the bytes of the reader.
         const uint8_t* header = tile + start.header;
-        const uint32_t points = w.zeros ? load_nc4(header + kScaleBytes + column * 4) : 0;
-        set_header(w, load_nc8(header + column * 8), points);
+        const uint32_t unit = w.scale_units != nullptr ? w.scale_units[start.group] : 0;
+        read_header(
+            w, unit, [&](int at) { return load_nc8(header + at); },
+            [&](int at) { return load_nc4(header + at); },
+            [&](int at) { return uint32_t{*reinterpret_cast<const uint16_t*>(header + at)}; });
     }
     template <class Reader>
     __device__ __forceinline__ void open_group(const StreamLayer& w, Reader& reader) {
-        const int column = lane_id() / 4;
-        const int size = kScaleBytes + (w.zeros ? kZeroBytes : 0);
+        const int size = header_bytes(w.zero_bits);
+        const uint32_t unit = next_unit;
         bits = next.bits;
         left = stream_blocks(next.rows);
         ++group;
         look_ahead(w);
         reader.await(offset + size);
-        const uint2 halves = *reinterpret_cast<const uint2*>(reader.at(offset + column * 8));
-        const uint32_t points =
-            w.zeros
-                ? *reinterpret_cast<const uint32_t*>(reader.at(offset + kScaleBytes + column * 4))
-                : 0;
-        set_header(w, halves, points);
+        read_header(
+            w, unit,
+            [&](int at) { return *reinterpret_cast<const uint2*>(reader.at(offset + at)); },
+            [&](int at) { return *reinterpret_cast<const uint32_t*>(reader.at(offset + at)); },
+            [&](int at) {
+                return uint32_t{*reinterpret_cast<const uint16_t*>(reader.at(offset + at))};
+            });
         offset += size;
     }
 };

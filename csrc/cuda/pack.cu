@@ -23,8 +23,9 @@ constexpr int kColumnStride = kQuads + 1;
 
 struct PackSource {
     const uint32_t* words;   // [word_rows, columns]
-    const uint16_t* scales;  // float16 [num_groups, columns]
-    const uint8_t* zeros;    // [num_groups, columns], or null
+    const uint16_t* scales;  // float16 [num_groups, columns], or null: the source has levels
+    const uint8_t* fields;   // levels or zero points [num_groups, columns]
+    int zero_bits;           // 0: fields are levels
     int64_t word_rows;
     int columns;
 };
@@ -121,14 +122,28 @@ __device__ __forceinline__ void pack_block(uint32_t* shared, int rows, uint8_t* 
     write_planes<Bits>(registers, block);
 }
 
-// Writes the header of a group; each lane handles its own column.
+// Writes the header of a group; each lane handles its own column. Called by the whole warp.
 __device__ __forceinline__ void write_header(const PackSource& s, int group, int column,
                                              uint8_t* header) {
     const int element = 4 * (lane_id() % 8) + lane_id() / 8;
     const bool exists = column < s.columns;
     const int64_t index = static_cast<int64_t>(group) * s.columns + column;
-    reinterpret_cast<uint16_t*>(header)[element] = exists ? s.scales[index] : 0;
-    if (s.zeros != nullptr) header[kScaleBytes + element] = exists ? s.zeros[index] : 0;
+    if (s.zero_bits > 0) {
+        reinterpret_cast<uint16_t*>(header)[element] = exists ? s.scales[index] : 0;
+        header += kScaleBytes;
+    }
+    const uint32_t field = exists ? s.fields[index] : 0;
+    if (s.zero_bits == 8) {
+        header[element] = static_cast<uint8_t>(field);
+        return;
+    }
+    // Columns c, c + 8, c + 16 and c + 24 have neighbouring fields of 4 bits.
+    uint32_t fields = field << (4 * (lane_id() / 8));
+    fields |= shfl_xor(fields, 8);
+    fields |= shfl_xor(fields, 16);
+    if (lane_id() < 8) {
+        reinterpret_cast<uint16_t*>(header)[lane_id()] = static_cast<uint16_t>(fields);
+    }
 }
 
 // Packs the block of this warp. read_code(width, target, word offset of the group, row of the
@@ -143,7 +158,7 @@ __device__ __forceinline__ void pack_streams(const PackSource& s, const StreamGr
     if (tile >= stream_tiles(s.columns)) return;
     const PackTarget target = find_block(groups, num_groups, static_cast<int>(blockIdx.x));
     const int column = tile * kStreamColumns + lane_id();
-    const int header = kScaleBytes + (s.zeros != nullptr ? kZeroBytes : 0);
+    const int header = header_bytes(s.zero_bits);
     uint8_t* start = codes + tile * tile_bytes + target.group.offset;
     if (target.block == 0) write_header(s, target.index, column, start);
     start += header + target.block * target.group.bits * kStreamBitBytes;
@@ -162,13 +177,13 @@ __device__ __forceinline__ void pack_streams(const PackSource& s, const StreamGr
 
 // Packs columns of a layer of an EXL2 file, whose groups are consecutive.
 //
-// q_weight: uint32 [word_rows, columns] and scales: float16 [num_groups, columns] of these columns;
+// q_weight: uint32 [word_rows, columns] and levels: uint8 [num_groups, columns] of these columns;
 // groups: [num_groups]; codes: uint8 [tiles, tile_bytes], from the first tile of these columns on.
 extern "C" __global__ void __launch_bounds__(kPackThreads)
     pack_exl2_kernel(const uint32_t* q_weight, int64_t word_rows, int32_t columns,
-                     const uint16_t* scales, const StreamGroup* groups, int32_t num_groups,
+                     const uint8_t* levels, const StreamGroup* groups, int32_t num_groups,
                      uint8_t* codes, int64_t tile_bytes) {
-    const PackSource source = {q_weight, scales, nullptr, word_rows, columns};
+    const PackSource source = {q_weight, nullptr, levels, 0, word_rows, columns};
     pack_streams(source, groups, num_groups, codes, tile_bytes,
                  [&](auto width, const PackTarget&, int64_t words, int row, int column) {
                      constexpr int kBits = decltype(width)::value;
@@ -180,14 +195,15 @@ EXL_KERNEL(pack_exl2_kernel);
 // Packs columns of a layer of a GPTQ file.
 //
 // qweight: uint32 [word_rows, columns]; scales: float16 and zeros: uint8 (with the file's offset
-// added) [num_groups, columns]; perm: int32 [in_features], stored row r is input channel perm[r],
-// or r if perm is null; groups: [num_groups]; codes: uint8 [tiles, tile_bytes].
+// added) [num_groups, columns]; zero_bits: of a zero point in a stream; perm: int32 [in_features],
+// stored row r is input channel perm[r], or r if perm is null; groups: [num_groups]; codes: uint8
+// [tiles, tile_bytes].
 extern "C" __global__ void __launch_bounds__(kPackThreads)
     pack_gptq_kernel(const uint32_t* qweight, int64_t word_rows, int32_t columns,
-                     const uint16_t* scales, const uint8_t* zeros, const int32_t* perm,
-                     const StreamGroup* groups, int32_t num_groups, uint8_t* codes,
-                     int64_t tile_bytes) {
-    const PackSource source = {qweight, scales, zeros, word_rows, columns};
+                     const uint16_t* scales, const uint8_t* zeros, int32_t zero_bits,
+                     const int32_t* perm, const StreamGroup* groups, int32_t num_groups,
+                     uint8_t* codes, int64_t tile_bytes) {
+    const PackSource source = {qweight, scales, zeros, zero_bits, word_rows, columns};
     pack_streams(source, groups, num_groups, codes, tile_bytes,
                  [&](auto width, const PackTarget& target, int64_t, int row, int column) {
                      constexpr int kBits = decltype(width)::value;

@@ -23,7 +23,7 @@ from exl_loader.backends.cuda.linear import LinearOps, linear_scratch_bytes
 from exl_loader.backends.cuda.pack import PackOps, pack_streams, unpack_streams
 from exl_loader.backends.reference import planes
 from exl_loader.backends.reference.ops import ReferenceOps
-from exl_loader.formats.layer import QuantizedLayer, QuantizedSizes, scale_values
+from exl_loader.formats.layer import QuantizedLayer, QuantizedSizes, zero_bits_for
 from support.makers import pack_stream
 
 # 15 bits: see csrc/cpu/linear.h and csrc/cuda/linear_layout.cuh.
@@ -85,16 +85,19 @@ def stream_linear(
 ) -> StreamLinear:
     """Make a random layer; arguments as `kernel_cases.packed_linear`."""
     rng = np.random.default_rng(seed)
+    units, points = None, None
     scales = np.empty((len(groups), out_features), np.float16)
     scales[:] = rng.uniform(0.001, 0.021, scales.shape)
     codes = np.concatenate(
         [rng.integers(0, 1 << bits, (rows, out_features), np.uint8) for bits, rows in groups]
     )
-    points = None
     if zeros:
         limits = np.array([1 << bits for bits, _ in groups])[:, None]
         points = (rng.uniform(size=scales.shape) * limits).astype(np.uint8)
-    return _stream(groups, codes, scales, points, seed, perm=perm, bias=bias)
+    else:
+        scales = rng.integers(0, 16, scales.shape, np.uint8)
+        units = rng.uniform(2e-6, 8e-5, len(groups)).astype(np.float16)
+    return _stream(groups, codes, scales, units, points, seed, perm=perm, bias=bias)
 
 
 def layer_of_values(ops, groups: list[tuple[int, int]], codes: np.ndarray, levels: np.ndarray,
@@ -108,8 +111,7 @@ def layer_of_values(ops, groups: list[tuple[int, int]], codes: np.ndarray, level
     """
     scales, scale_units = torch.from_numpy(levels), torch.from_numpy(units)
     if ops.kind == "cuda":
-        values = scale_values(scales, scale_units[:, None]).numpy()
-        return _stream(groups, codes, values, None, 0, perm=False, bias=False)
+        return _stream(groups, codes, levels, units, None, 0, perm=False, bias=False)
     ends = np.cumsum([rows for _, rows in groups])
     words = np.concatenate([pack_stream(codes[end - rows : end], bits)
                             for (bits, rows), end in zip(groups, ends, strict=True)])
@@ -123,19 +125,18 @@ def layer_of_values(ops, groups: list[tuple[int, int]], codes: np.ndarray, level
 
 
 def _stream(groups: list[tuple[int, int]], codes: np.ndarray, scales: np.ndarray,
-            points: np.ndarray | None, seed: int, *, perm: bool, bias: bool) -> StreamLinear:
+            units: np.ndarray | None, points: np.ndarray | None, seed: int, *, perm: bool,
+            bias: bool) -> StreamLinear:
     """Pack a layer by the layout's definition, with a random permutation and bias on request."""
     in_features, out_features = codes.shape
-    zeros = points is not None
-    table = group_table(groups, zeros)
+    zero_bits = 0 if points is None else max(zero_bits_for(bits) for bits, _ in groups)
+    table = group_table(groups, zero_bits)
     words = sum(-(-rows // 32) * bits for bits, rows in groups)
-    sizes = QuantizedSizes(
-        out_features, in_features, words, len(groups), 8 if zeros else 0, perm
-    )
+    sizes = QuantizedSizes(out_features, in_features, words, len(groups), zero_bits, perm)
     packed = torch.empty(stream_shapes(sizes)["codes"][1], dtype=torch.uint8)
     group_tensor = torch.tensor(table, dtype=torch.int32)
     pack_streams(codes, scales, points, group_tensor.numpy(), packed.numpy())
-    positions = row_block_table(table, zeros)
+    positions = row_block_table(table, zero_bits)
     g = torch.Generator().manual_seed(seed)
     return StreamLinear(
         in_features,
@@ -144,7 +145,8 @@ def _stream(groups: list[tuple[int, int]], codes: np.ndarray, scales: np.ndarray
         group_tensor,
         torch.tensor(positions, dtype=torch.int32),
         positions,
-        zeros=zeros,
+        scale_units=None if units is None else torch.from_numpy(units),
+        zero_bits=zero_bits,
         perm=torch.randperm(in_features, generator=g).int() if perm else None,
         bias=torch.randn(out_features, generator=g) if bias else None,
     )

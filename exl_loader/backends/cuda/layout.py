@@ -8,9 +8,13 @@ then the group's blocks in row order. Scales so arrive together with their codes
 ahead memory is read does not depend on the size of groups. `codes` is uint8
 [tiles, tile_bytes]; bytes after the last block are zero.
 
-Header: float16 [32], the group's scales, column c at element 4 * (c % 8) + c // 8; then, where
-the layer has zero points, uint8 [32] in the same order. (That order gives a lane its four
-columns at once.)
+Header: the group's scales and zero points, column c at element 4 * (c % 8) + c // 8, so that a lane
+has its four columns at once. EXL2's are 16 bytes of 4-bit levels, the low half of a byte first, and
+
+    scale[g, n] = half((level[g, n] + 1)^2 * scale_units[g])
+
+where `scale_units` is float16 [G]. GPTQ's are float16 [32] scales, then zero points of `zero_bits`
+each: 4, or 8 where codes have more than 4 bits.
 
 Block: 128 * bits bytes. A *register* is 4 rows of one column, a byte a code, low byte first;
 register j (0..7) of lane L is column 16 * (j // 4) + 8 * (j % 2) + L // 4, rows
@@ -24,12 +28,12 @@ lanes, then words 4..7, so that a warp reads whole runs of 512 bytes.
 
 Only the last group may have a number of rows that is no multiple of 32. Its last block is
 filled up with codes of 2^(bits-1), and the activations of those rows are zero. Columns that the
-layer lacks have codes and scales of zero.
+layer lacks have codes, levels and scales of zero.
 
 `groups` is int32 [G, 4]: bits, first stored row, rows (without fill), byte offset of the
 group's header. `perm` and `bias` are those of `cpu/layout.py`.
 
-    value(stored row r of group g, column n) = scales[g, n] * (code - zero[g, n])
+    value(stored row r of group g, column n) = scale[g, n] * (code - zero[g, n])
 
 zero is 2^(bits-1) where there are no zero points. `pack.pack_streams` is the layout in numpy.
 
@@ -66,8 +70,8 @@ ROW_BLOCK_BLOCKS = 4
 ROW_BLOCK_ROWS = ROW_BLOCK_BLOCKS * BLOCK_ROWS
 # A block of b-bit codes has b times this number of bytes.
 BLOCK_BIT_BYTES = BLOCK_ROWS * TILE_COLUMNS // 8
+LEVEL_BYTES = TILE_COLUMNS // 2
 SCALE_BYTES = 2 * TILE_COLUMNS
-ZERO_BYTES = TILE_COLUMNS
 
 MAX_ROW_SPLITS = 16
 # Warps that a layer should give: 16 for each of the 132 multiprocessors of an H200, about what
@@ -87,7 +91,8 @@ class StreamLinear:
         groups: int32 [G, 4].
         row_blocks: int32 [row blocks + 1, 4].
         positions: the values of `row_blocks`, on the CPU, which launches kernels with them.
-        zeros: whether headers have zero points.
+        scale_units: float16 [G]; None where headers have float16 scales and zero points.
+        zero_bits: bits of a zero point, 4 or 8; 0 where headers have levels.
         perm: int32 [in_features], or None.
         bias: float32 [out_features], or None.
         struct: the layer as kernels take it, made at the first launch.
@@ -99,15 +104,16 @@ class StreamLinear:
     groups: torch.Tensor
     row_blocks: torch.Tensor
     positions: list[Position]
-    zeros: bool = False
+    scale_units: torch.Tensor | None = None
+    zero_bits: int = 0
     perm: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     struct: LayerStruct | None = field(default=None, repr=False, compare=False)
 
 
-def header_bytes(zeros: bool) -> int:
-    """Return the bytes of a group's header."""
-    return SCALE_BYTES + (ZERO_BYTES if zeros else 0)
+def header_bytes(zero_bits: int) -> int:
+    """Return the bytes of a group's header; `zero_bits` as in `StreamLinear`."""
+    return SCALE_BYTES + zero_bits * TILE_COLUMNS // 8 if zero_bits else LEVEL_BYTES
 
 
 def tiles_for(out_features: int) -> int:
@@ -137,45 +143,47 @@ def row_splits_for(in_features: int, out_features: int) -> int:
 def stream_shapes(sizes: QuantizedSizes) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return role -> (dtype, shape) of the tensors that only this layout has."""
     codes = sizes.code_words * 4 * TILE_COLUMNS
-    tile_bytes = codes + sizes.num_groups * header_bytes(sizes.zero_bits > 0)
+    tile_bytes = codes + sizes.num_groups * header_bytes(sizes.zero_bits)
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {
         "codes": ("uint8", (tiles_for(sizes.out_features), tile_bytes)),
         "groups": ("int32", (sizes.num_groups, 4)),
         "row_blocks": ("int32", (row_blocks_for(sizes.in_features) + 1, 4)),
     }
+    if not sizes.zero_bits:
+        shapes["scale_units"] = ("float16", (sizes.num_groups,))
     if sizes.perm:
         shapes["perm"] = ("int32", (sizes.in_features,))
     return shapes
 
 
-def group_table(groups: list[tuple[int, int]], zeros: bool) -> list[Position]:
+def group_table(groups: list[tuple[int, int]], zero_bits: int) -> list[Position]:
     """Return the rows of `groups`: bits, first stored row, rows, byte offset of the header.
 
     Args:
         groups: (bits, rows) of each; the rows of all but the last are multiples of 32.
-        zeros: whether headers have zero points.
+        zero_bits: as in `StreamLinear`.
     """
     table, first, offset = [], 0, 0
     for bits, rows in groups:
         assert first % BLOCK_ROWS == 0, groups
         table.append((bits, first, rows, offset))
         first += rows
-        offset += header_bytes(zeros) + blocks_for(rows) * bits * BLOCK_BIT_BYTES
+        offset += header_bytes(zero_bits) + blocks_for(rows) * bits * BLOCK_BIT_BYTES
     return table
 
 
-def row_block_table(table: list[Position], zeros: bool) -> list[Position]:
+def row_block_table(table: list[Position], zero_bits: int) -> list[Position]:
     """Return the rows of `row_blocks`: where each row block of a stream begins.
 
     Args:
         table: from `group_table`.
-        zeros: whether headers have zero points.
+        zero_bits: as in `StreamLinear`.
     """
     positions: list[Position] = []
     offset = 0
     for group, (bits, first, rows, header) in enumerate(table):
         blocks, first_block = blocks_for(rows), first // BLOCK_ROWS
-        offset = header + header_bytes(zeros)
+        offset = header + header_bytes(zero_bits)
         for block in range(-first_block % ROW_BLOCK_BLOCKS, blocks, ROW_BLOCK_BLOCKS):
             if block == 0:
                 positions.append((header, group, 0, header))
@@ -194,7 +202,8 @@ def upload_bytes(words: int, num_groups: int, columns: int) -> int:
         num_groups: of the layer.
         columns: packed at a time.
     """
-    tables = num_groups * columns * (SCALE_BYTES + ZERO_BYTES) // TILE_COLUMNS
+    # Of GPTQ, a float16 scale and a zero point; of EXL2, a level.
+    tables = num_groups * columns * (2 + 1)
     codes = round_up(words * columns * 4, _UPLOAD_ALIGNMENT)
     return codes + round_up(tables, _UPLOAD_ALIGNMENT)
 

@@ -106,15 +106,14 @@ class LayerStruct(ctypes.Structure):
         ("row_blocks", _P),
         ("perm", _P),
         ("bias", _P),
+        ("scale_units", _P),
         ("tile_bytes", _I64),
         ("in_features", _I32),
         ("out_features", _I32),
         ("num_groups", _I32),
-        ("zeros", _I32),
+        ("zero_bits", _I32),
         ("row_splits", _I32),
         ("row_block_bytes", _I32),
-        # The compiler aligns positions to 16 bytes.
-        ("unused", _I64),
         ("starts", PositionStruct * (MAX_ROW_SPLITS + 1)),
     ]
 
@@ -161,6 +160,7 @@ def layer_struct(w: StreamLinear) -> LayerStruct:
     assert w.codes.shape[0] == tiles_for(w.out_features)
     assert len(w.positions) == row_blocks + 1 == w.row_blocks.shape[0]
     assert w.perm is None or w.perm.shape == (w.in_features,)
+    assert (w.scale_units is None) == (w.zero_bits > 0)
     offsets = [position[0] for position in w.positions]
     row_block_bytes = max(end - first for first, end in zip(offsets, offsets[1:], strict=False))
     starts = (
@@ -169,8 +169,9 @@ def layer_struct(w: StreamLinear) -> LayerStruct:
     )
     w.struct = LayerStruct(
         address(w.codes), address(w.groups), address(w.row_blocks), address(w.perm),
-        address(w.bias), w.codes.shape[1], w.in_features, w.out_features, w.groups.shape[0],
-        w.zeros, row_splits, row_block_bytes, 0, (PositionStruct * (MAX_ROW_SPLITS + 1))(*starts),
+        address(w.bias), address(w.scale_units), w.codes.shape[1], w.in_features, w.out_features,
+        w.groups.shape[0], w.zero_bits, row_splits, row_block_bytes,
+        (PositionStruct * (MAX_ROW_SPLITS + 1))(*starts),
     )  # fmt: skip
     return w.struct
 

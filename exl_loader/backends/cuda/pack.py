@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...formats.common import require_finite
-from ...formats.layer import BLOCK_ROWS, DenseLayer, QuantizedLayer, scale_values
+from ...formats.layer import BLOCK_ROWS, DenseLayer, QuantizedLayer, scale_values, zero_bits_for
 from ...utils.integers import ceil_div, round_up
 from ...utils.output import warn_once
 from ..layouts import BIT_PLANES, DenseLinear, fill_dense, pack_dense, place_bias, uneven_group
@@ -27,6 +27,7 @@ from .layout import (
     StreamLinear,
     blocks_for,
     group_table,
+    header_bytes,
     row_block_table,
     upload_bytes,
 )
@@ -57,8 +58,8 @@ class _Upload:
         columns: how many.
         word_rows: 32-bit words of codes a column.
         words: address of int32 [word_rows, columns].
-        tables: addresses of float16 [G, columns] scales and of uint8 [G, columns] zero points
-            where the layer has any.
+        tables: addresses of uint8 [G, columns] levels (EXL2), or of float16 [G, columns] scales
+            and of uint8 [G, columns] zero points (GPTQ).
         target: address of the first tile that these columns fill.
     """
 
@@ -91,40 +92,40 @@ class PackOps(KernelOps):
         for group, (_, rows) in enumerate(layer.groups[:-1]):
             if rows % BLOCK_ROWS:
                 raise uneven_group(layer, group)
-        table = group_table(layer.groups, layer.zeros is not None)
-        positions = row_block_table(table, layer.zeros is not None)
+        table = group_table(layer.groups, layer.zero_bits)
+        positions = row_block_table(table, layer.zero_bits)
         views["groups"].copy_(torch.tensor(table, dtype=torch.int32))
         views["row_blocks"].copy_(torch.tensor(positions, dtype=torch.int32))
         perm = None
         if layer.perm is not None:
             views["perm"].copy_(layer.perm)
             perm = views["perm"] if layer.permutes else None
-        words, scales = layer.words[:, : layer.out_features], layer.scales
+        words, units = layer.words[:, : layer.out_features], None
         if layer.scale_units is not None:
-            scales = scale_values(scales, layer.scale_units[:, None])
+            units = views["scale_units"].copy_(layer.scale_units)
         if layer.zeros is None:
-            self.pack_exl2_streams(words, scales, views["groups"], views["codes"])
+            self.pack_exl2_streams(words, layer.scales, views["groups"], views["codes"])
         else:
-            self.pack_gptq_streams(words, scales, layer.zeros, perm, views["groups"],
+            self.pack_gptq_streams(words, layer.scales, layer.zeros, perm, views["groups"],
                                    views["codes"])
         return StreamLinear(
             layer.in_features, layer.out_features, views["codes"], views["groups"],
-            views["row_blocks"], positions, zeros=layer.zeros is not None, perm=perm,
-            bias=place_bias(layer.bias, views),
+            views["row_blocks"], positions, scale_units=units, zero_bits=layer.zero_bits,
+            perm=perm, bias=place_bias(layer.bias, views),
         )
 
-    def pack_exl2_streams(self, q_weight: torch.Tensor, scales: torch.Tensor,
+    def pack_exl2_streams(self, q_weight: torch.Tensor, levels: torch.Tensor,
                           groups: torch.Tensor, codes: torch.Tensor) -> None:
-        """Repack EXL2's codes and scales into streams.
+        """Repack EXL2's codes and levels into streams.
 
         Args:
             q_weight: int32 [R, N] on the CPU, the layer's columns only, as on disk.
-            scales: float16 [G, N] on the CPU.
+            levels: uint8 [G, N] on the CPU.
             groups: int32 [G, 4] on the device.
             codes: uint8 [tiles, tile_bytes] on the device, all of which is written.
         """
         codes.zero_()
-        for upload in self._uploads(q_weight, scales, None, codes):
+        for upload in self._uploads(q_weight, levels, None, codes):
             self._launch_pack("pack_exl2_kernel", upload, upload.tables, groups, codes)
 
     def pack_gptq_streams(self, qweight: torch.Tensor, scales: torch.Tensor,
@@ -140,8 +141,9 @@ class PackOps(KernelOps):
             groups, codes: as those of `pack_exl2_streams`.
         """
         codes.zero_()
+        zero_bits = zero_bits_of(groups)
         for upload in self._uploads(qweight, scales, zeros, codes):
-            tables = (*upload.tables, pointer(perm))
+            tables = (*upload.tables, _I32(zero_bits), pointer(perm))
             self._launch_pack("pack_gptq_kernel", upload, tables, groups, codes)
 
     def _launch_pack(self, kernel: str, upload: _Upload, tables: tuple[ctypes.c_void_p, ...],
@@ -214,6 +216,24 @@ def column_order(lanes: Array) -> Array:
     return lanes.reshape(*lanes.shape[:-1], 8, 4).swapaxes(-1, -2).reshape(lanes.shape)
 
 
+def pack_fields(values: Array, bits: int) -> Array:
+    """Pack values of 4 or 8 bits for a header: uint8 [32] to uint8 [4 * bits]."""
+    ordered = lane_order(values)
+    return ordered[0::2] | ordered[1::2] << 4 if bits == 4 else ordered
+
+
+def unpack_fields(fields: Array, bits: int) -> Array:
+    """Undo `pack_fields`."""
+    if bits == 4:
+        fields = np.stack([fields & 15, fields >> 4], axis=1).reshape(-1)
+    return column_order(fields)
+
+
+def zero_bits_of(groups: Array | torch.Tensor) -> int:
+    """Return the bits of a zero point of a layer that has them; groups: int32 [G, 4]."""
+    return max(map(zero_bits_for, groups[:, 0].tolist()))
+
+
 def pack_block(codes: Array, bits: int) -> Array:
     """Pack one block: uint8 [32 rows, 32 columns] to uint8 [128 * bits]."""
     column, row = _register_positions()
@@ -262,25 +282,28 @@ def pack_streams(
 
     Args:
         codes: uint8 [in_features, N], rows in stored order.
-        scales: float16 [G, N].
+        scales: float16 [G, N]; without zeros, levels, uint8 [G, N].
         zeros: uint8 [G, N], or None.
         groups: int32 [G, 4], see `layout.group_table`.
         streams: uint8 [tiles, tile_bytes].
     """
     streams[:] = 0
+    zero_bits = 0 if zeros is None else zero_bits_of(groups)
     for tile, stream in enumerate(streams):
         columns = slice(tile * TILE_COLUMNS, min((tile + 1) * TILE_COLUMNS, codes.shape[1]))
         count = columns.stop - columns.start
         for group, (bits, first, rows, offset) in enumerate(groups.tolist()):
-            header = np.zeros(TILE_COLUMNS, np.float16)
+            header = np.zeros(TILE_COLUMNS, scales.dtype)
             header[:count] = scales[group, columns]
-            stream[offset : offset + SCALE_BYTES] = lane_order(header).view(np.uint8)
-            offset += SCALE_BYTES
-            if zeros is not None:
+            if zeros is None:
+                parts = [pack_fields(header, 4)]
+            else:
                 points = np.zeros(TILE_COLUMNS, np.uint8)
                 points[:count] = zeros[group, columns]
-                stream[offset : offset + TILE_COLUMNS] = lane_order(points)
-                offset += TILE_COLUMNS
+                parts = [lane_order(header).view(np.uint8), pack_fields(points, zero_bits)]
+            for part in parts:
+                stream[offset : offset + len(part)] = part
+                offset += len(part)
             full = np.zeros((blocks_for(rows) * BLOCK_ROWS, TILE_COLUMNS), np.uint8)
             full[:rows, :count] = codes[first : first + rows, columns]
             full[rows:] = 1 << (bits - 1)
@@ -293,28 +316,34 @@ def unpack_streams(linear: StreamLinear) -> tuple[Array, Array, Array | None]:
     """Read a layer on the CPU back.
 
     Returns:
-        codes uint8 [in_features, N], rows in stored order; scales float16 [G, N]; zeros uint8
-        [G, N] or None. N counts the columns of all tiles.
+        codes uint8 [in_features, N], rows in stored order; scales float16 [G, N], decoded; zeros
+        uint8 [G, N] or None. N counts the columns of all tiles.
     """
+    import torch
+
     streams, table = linear.codes.numpy(), linear.groups.tolist()
     columns = len(streams) * TILE_COLUMNS
     codes = np.empty((linear.in_features, columns), np.uint8)
     scales = np.empty((len(table), columns), np.float16)
-    zeros = np.empty((len(table), columns), np.uint8) if linear.zeros else None
+    zeros = np.empty((len(table), columns), np.uint8) if linear.zero_bits else None
+    levels = np.empty((len(table), columns), np.uint8)
     for tile, stream in enumerate(streams):
         part = slice(tile * TILE_COLUMNS, (tile + 1) * TILE_COLUMNS)
         for group, (bits, first, rows, offset) in enumerate(table):
-            header = np.ascontiguousarray(stream[offset : offset + SCALE_BYTES])
-            scales[group, part] = column_order(header.view(np.float16))
-            offset += SCALE_BYTES
-            if zeros is not None:
-                zeros[group, part] = column_order(stream[offset : offset + TILE_COLUMNS])
-                offset += TILE_COLUMNS
+            header = np.ascontiguousarray(stream[offset : offset + header_bytes(linear.zero_bits)])
+            offset += len(header)
+            if zeros is None:
+                levels[group, part] = unpack_fields(header, 4)
+            else:
+                scales[group, part] = column_order(header[:SCALE_BYTES].view(np.float16))
+                zeros[group, part] = unpack_fields(header[SCALE_BYTES:], linear.zero_bits)
             for row in range(first, first + rows, BLOCK_ROWS):
                 block = unpack_block(stream[offset : offset + bits * BLOCK_BIT_BYTES], bits)
                 end = min(row + BLOCK_ROWS, first + rows)
                 codes[row:end, part] = block[: end - row]
                 offset += bits * BLOCK_BIT_BYTES
+    if linear.scale_units is not None:
+        scales = scale_values(torch.from_numpy(levels), linear.scale_units[:, None]).numpy()
     return codes, scales, zeros
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ...cache.layout import PAGE_LEN, CacheLayer, CacheType, code_bytes, num_groups
-from ...formats.layer import QuantizedSizes
+from ...formats.layer import QuantizedSizes, scale_values
 from ...memory.buffers import allocate
 from ...memory.segments import lay_out
 from ...utils.errors import DeviceError, drop_locals
@@ -192,11 +192,13 @@ class _Check:
 
     def _products(self) -> None:
         """Check a layer that the card packs, bit for bit, and products of one row and a prompt."""
-        table = group_table(list(GROUPS), zeros=False)
+        table = group_table(list(GROUPS), zero_bits=0)
         codes = np.concatenate([self.rng.integers(0, 1 << bits, (rows, OUT_FEATURES), np.uint8)
                                 for bits, rows in GROUPS])
-        scales = self.rng.uniform(0.001, 0.02, (len(GROUPS), OUT_FEATURES)).astype(np.float16)
-        layer = self._pack(codes, scales, table)
+        levels = self.rng.integers(0, 16, (len(GROUPS), OUT_FEATURES), np.uint8)
+        units = self.rng.uniform(4e-6, 8e-5, len(GROUPS)).astype(np.float16)
+        layer = self._pack(codes, levels, units, table)
+        scales = scale_values(torch.from_numpy(levels), torch.from_numpy(units)[:, None]).numpy()
         weight = np.concatenate([
             scales[index].astype(np.float64) * (codes[first : first + rows] - float(1 << bits - 1))
             for index, (bits, first, rows, _) in enumerate(table)
@@ -207,20 +209,21 @@ class _Check:
             expected = torch.from_numpy(x.numpy() @ weight)
             self._compare(what, self._get(out), expected, _PRODUCT_BOUND)
 
-    def _pack(self, codes: np.ndarray[Any, Any], scales: np.ndarray[Any, Any],
-              table: list[tuple[int, int, int, int]]) -> StreamLinear:
-        positions = row_block_table(table, zeros=False)
+    def _pack(self, codes: np.ndarray[Any, Any], levels: np.ndarray[Any, Any],
+              units: np.ndarray[Any, Any], table: list[tuple[int, int, int, int]]) -> StreamLinear:
+        positions = row_block_table(table, zero_bits=0)
         groups = self._put("groups", torch.tensor(table, dtype=torch.int32))
         layer = StreamLinear(
             IN_FEATURES, OUT_FEATURES, self.views["codes"], groups,
             self._put("row_blocks", torch.tensor(positions, dtype=torch.int32)), positions,
+            scale_units=self._put("scale_units", torch.from_numpy(units)),
         )
         expected = np.empty(tuple(layer.codes.shape), np.uint8)
-        pack_streams(codes, scales, None, np.array(table, np.int32), expected)
+        pack_streams(codes, levels, None, np.array(table, np.int32), expected)
         lent, self.ops.upload_buffer = self.ops.upload_buffer, self.views["upload_buffer"]
         try:
             words = torch.from_numpy(_exl2_words(codes, table))
-            self.ops.pack_exl2_streams(words, torch.from_numpy(scales), groups, layer.codes)
+            self.ops.pack_exl2_streams(words, torch.from_numpy(levels), groups, layer.codes)
         finally:
             self.ops.upload_buffer = lent
         differing = int((self._get(layer.codes).numpy() != expected).sum())

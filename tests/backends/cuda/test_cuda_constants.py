@@ -28,7 +28,7 @@ PAIRS = [
     ("cuda/linear_layout.cuh", "kStreamBlockRows", BLOCK_ROWS),
     ("cuda/linear_layout.cuh", "kStreamBitBytes", layout.BLOCK_BIT_BYTES),
     ("cuda/linear_layout.cuh", "kScaleBytes", layout.SCALE_BYTES),
-    ("cuda/linear_layout.cuh", "kZeroBytes", layout.ZERO_BYTES),
+    ("cuda/linear_layout.cuh", "kLevelBytes", layout.LEVEL_BYTES),
     ("cuda/linear_layout.cuh", "kBlocksPerRowBlock", layout.ROW_BLOCK_BLOCKS),
     ("cuda/linear_layout.cuh", "kRowBlockRows", layout.ROW_BLOCK_ROWS),
     ("cuda/linear_layout.cuh", "kMaxRowSplits", layout.MAX_ROW_SPLITS),

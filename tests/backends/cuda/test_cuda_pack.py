@@ -84,6 +84,21 @@ def test_blocks_round_trip(bits):
     assert (pack.unpack_block(pack.pack_block(codes, bits), bits) == codes).all()
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_fields_of_a_header_round_trip(bits):
+    values = np.random.default_rng(bits).integers(0, 1 << bits, 32).astype(np.uint8)
+    fields = pack.pack_fields(values, bits)
+    assert len(fields) == 4 * bits and (pack.unpack_fields(fields, bits) == values).all()
+
+
+def test_a_lane_reads_its_four_levels_as_one_word():
+    levels = np.arange(32, dtype=np.uint8) % 16
+    words = pack.pack_fields(levels, 4).view(np.uint16)
+    for column in range(8):
+        fields = [int(words[column]) >> 4 * q & 15 for q in range(4)]
+        assert fields == [levels[column + 8 * q] for q in range(4)]
+
+
 def test_header_order_gives_a_lane_its_four_columns():
     ordered = pack.lane_order(np.arange(32))
     assert ordered[:8].tolist() == [0, 8, 16, 24, 1, 9, 17, 25]
@@ -92,14 +107,14 @@ def test_header_order_gives_a_lane_its_four_columns():
 
 @given(
     st.lists(st.tuples(st.sampled_from(WIDTHS), st.integers(1, 12)), min_size=1, max_size=6),
-    st.integers(0, 31), st.booleans(),
+    st.integers(0, 31), st.sampled_from([0, 4, 8]),
 )  # fmt: skip
 @settings(max_examples=60)
-def test_row_blocks_say_where_to_start(groups, missing, zeros):
+def test_row_blocks_say_where_to_start(groups, missing, zero_bits):
     """Walk a stream block by block, and compare at the start of each row block."""
     sizes = [(bits, 32 * blocks) for bits, blocks in groups]
     sizes[-1] = (sizes[-1][0], sizes[-1][1] - missing)
-    table, header = group_table(sizes, zeros), 96 if zeros else 64
+    table, header = group_table(sizes, zero_bits), {0: 16, 4: 80, 8: 96}[zero_bits]
     walked, place, count = [], 0, 0
     for group, (bits, blocks) in enumerate(groups):
         assert table[group][0] == bits and table[group][3] == place
@@ -112,7 +127,7 @@ def test_row_blocks_say_where_to_start(groups, missing, zeros):
                 walked.append((place, group, bits | (blocks - block) << 8, start))
             place += 128 * bits
             count += 1
-    assert row_block_table(table, zeros) == [*walked, (place, len(groups), 0, place)]
+    assert row_block_table(table, zero_bits) == [*walked, (place, len(groups), 0, place)]
 
 
 def test_row_splits():
@@ -138,7 +153,7 @@ def load_layer_with(ops, folder, in_features, out_features, device=None, **optio
         stored = read_linear(part.spec, checkpoint)
         layer = ops.pack(stored, tensors)
         assert isinstance(layer, StreamLinear)
-        for name in ("codes", "groups", "perm"):
+        for name in ("codes", "groups", "scale_units", "perm"):
             tensor = getattr(layer, name)
             setattr(layer, name, None if tensor is None else tensor.cpu())
         return layer, stored.weight()
@@ -196,9 +211,10 @@ def test_the_plan_follows_from_the_header(tmp_path):
         part = linear_part(checkpoint, "layer", 200, 50, device="cuda:1")
     words = tensors["q_weight"].shape[0]
     assert {role: (spec.dtype, spec.shape) for role, spec in part.tensors.items()} == {
-        "codes": ("uint8", (2, 128 * (words + 7) + 2 * 64)),
+        "codes": ("uint8", (2, 128 * (words + 7) + 2 * 16)),
         "groups": ("int32", (2, 4)),
         "row_blocks": ("int32", (3, 4)),
+        "scale_units": ("float16", (2,)),
         "perm": ("int32", (200,)),
         "bias": ("float32", (50,)),
     }
@@ -210,7 +226,7 @@ def test_plan_of_gptq_counts_zero_points(tmp_path):
     with Checkpoint.open(write_layer(tmp_path / "m", tensors, group_size=64)) as checkpoint:
         part = linear_part(checkpoint, "layer", 200, 50, device="cuda:0")
     assert {role: spec.shape for role, spec in part.tensors.items()} == {
-        "codes": (2, 128 * 7 * 4 + 4 * 96), "groups": (4, 4), "row_blocks": (3, 4),
+        "codes": (2, 128 * 7 * 4 + 4 * 80), "groups": (4, 4), "row_blocks": (3, 4),
     }  # fmt: skip
 
 

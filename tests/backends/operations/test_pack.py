@@ -14,6 +14,7 @@ from exl_loader.backends.cuda import layout as cuda_layout
 from exl_loader.backends.cuda import pack
 from exl_loader.backends.layouts import BIT_PLANES
 from exl_loader.backends.reference import planes
+from exl_loader.formats.layer import zero_bits_for
 from exl_loader.utils.integers import ceil_div, round_up
 from support.linear_cases import linear_ops
 from support.makers import pack_stream
@@ -56,11 +57,14 @@ def check_cuda(ops, groups, words, codes, bits=None, perm=None):
         groups: (bits, rows). words: as on disk. codes: uint8 [in_features, N] in stored order.
         bits: of a GPTQ layer, which has zero points.
     """
-    rng, columns, zeros = np.random.default_rng(1), codes.shape[1], bits is not None
-    scales = rng.normal(size=(len(groups), columns)).astype(np.float16)
-    points = rng.integers(0, 256, scales.shape).astype(np.uint8) if zeros else None
-    table = torch.tensor(cuda_layout.group_table(groups, zeros), dtype=torch.int32)
-    tile_bytes = cuda_layout.row_block_table(table.tolist(), zeros)[-1][0] + 128
+    rng, columns = np.random.default_rng(1), codes.shape[1]
+    zero_bits = 0 if bits is None else zero_bits_for(bits)
+    scales, points = rng.integers(0, 16, (len(groups), columns), np.uint8), None
+    if bits is not None:
+        points = rng.integers(0, 1 << bits, scales.shape).astype(np.uint8)
+        scales = rng.normal(size=scales.shape).astype(np.float16)
+    table = torch.tensor(cuda_layout.group_table(groups, zero_bits), dtype=torch.int32)
+    tile_bytes = cuda_layout.row_block_table(table.tolist(), zero_bits)[-1][0] + 128
     expected = torch.full((ceil_div(columns, 32), tile_bytes), 0x55, dtype=torch.uint8)
     pack.pack_streams(codes, scales, points, table.numpy(), expected.numpy())
     packed, scales = torch.full_like(expected, 0xAA), torch.from_numpy(scales)
