@@ -63,7 +63,7 @@ def test_sizes_follow_from_the_headers(tmp_path):
     assert {role: (spec.dtype, spec.shape) for role, spec in part.tensors.items()} == {
         "codes": ("uint8", (6, 7 * 3 * 64)),
         "scales": ("float16", (6, 4, 16)),
-        "zeros": ("uint8", (6, 4, 16)),
+        "zeros": ("uint8", (6, 4, 8)),
         "groups": ("int32", (4, 4)),
         "perm": ("int32", (224,)),
     }

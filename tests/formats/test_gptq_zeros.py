@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exl_loader import load
+from exl_loader.backends.cpu.layout import read_tiles
 from exl_loader.formats.gptq_zeros import read_zero_points
 from support.makers import (
     load_layer,
@@ -156,8 +157,7 @@ def test_resident_layer_and_definition_read_the_same(tmp_path, bits):
     folder = write_layer(tmp_path / "m", tensors, bits=bits)
     _, layer, decoded = load_layer(folder, 256, 64)
     torch.testing.assert_close(decoded, right, rtol=1e-5, atol=1e-6)
-    tiles = torch.from_numpy(zeros.astype(np.uint8)).view(2, 4, 16).transpose(0, 1)
-    assert torch.equal(layer.zeros, tiles)
+    assert torch.equal(read_tiles(layer.zeros), torch.from_numpy(zeros.astype(np.uint8)))
 
 
 def logits(folder):

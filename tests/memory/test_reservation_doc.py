@@ -49,7 +49,8 @@ def derived_rows(scratch_bytes: int) -> dict[str, int]:
     rows = {
         "codes of the layers": LAYERS * sum(codes(k, n, 4) for k, n in LINEARS),
         "codes of the head": codes(HIDDEN, VOCAB, 6),
-        "scales": sum(32 * tiles(n) * g for (_, n), g in zip(every, groups, strict=True)),
+        "scales": sum(8 * tiles(n) * g for (_, n), g in zip(every, groups, strict=True)),
+        "units of scales": sum(aligned(2 * g) for g in groups),
         "group tables": sum(aligned(16 * g) for g in groups),
         "permutations": sum(4 * k for k, _ in every),
         "norms": 4 * HIDDEN * (2 * LAYERS + 1),
@@ -64,8 +65,8 @@ def derived_rows(scratch_bytes: int) -> dict[str, int]:
         "scratch": scratch_bytes,
     }
     names = list(rows)
-    rows["weights"] = sum(rows[name] for name in names[:7])
-    rows["workspace"] = sum(rows[name] for name in names[7:])
+    rows["weights"] = sum(rows[name] for name in names[:8])
+    rows["workspace"] = sum(rows[name] for name in names[8:])
     for bits in (4, 8):
         rows[f"cache in {bits} bits"] = elements * (2 * bits + 1) // 8
         rows[f"total in {bits} bits"] = (

@@ -146,7 +146,7 @@ class PackOps(KernelOps):
             tables = (*upload.tables, _I32(zero_bits), pointer(perm))
             self._launch_pack("pack_gptq_kernel", upload, tables, groups, codes)
 
-    def _launch_pack(self, kernel: str, upload: _Upload, tables: tuple[ctypes.c_void_p, ...],
+    def _launch_pack(self, kernel: str, upload: _Upload, tables: tuple[Any, ...],
                      groups: torch.Tensor, codes: torch.Tensor) -> None:
         _, first, rows, _ = groups[-1].tolist()
         grid = (

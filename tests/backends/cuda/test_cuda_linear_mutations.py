@@ -39,6 +39,12 @@ def decoded_right(ops, tmp_path):
     return all(error(ops, w, rows) < 1e-5 for rows in (1, 3, 7, 14))
 
 
+def scaled_right(ops, tmp_path):
+    """Check scales and zero points of 4 bits, with row splits that begin within a group."""
+    layers = [stream_linear([(5, 96), (3, 416)], 70), stream_linear([(4, 416)] * 2, 70, zeros=True)]
+    return all(error(ops, w, rows) < 1e-5 for w in layers for rows in (1, 7))
+
+
 def made_right(ops, tmp_path):
     """Check a row that is normalised or gated in the kernel that multiplies it."""
     w = stream_linear([(4, 128), (3, 416)], 96, perm=True)
@@ -98,6 +104,12 @@ MUTATIONS = [
     (decoded_right, "linear_quantize.cuh", "block < blocks", "block + 1 < blocks"),
     (decoded_right, "linear_quantize.cuh", "perm[stored] : stored", "stored : stored"),
     (decoded_right, "linear_decode.cu", "    block_sync();  // the row is quantised\n", ""),
+    (scaled_right, "linear_stream.cuh", "levels >> 8 | levels << 4", "levels >> 8 | levels << 8"),
+    (scaled_right, "linear_stream.cuh", "0x63FE63FEu", "0x64006400u"),
+    (scaled_right, "linear_stream.cuh", "w.scale_units[start.group]", "w.scale_units[0]"),
+    (scaled_right, "linear_stream.cuh", "next_unit = w.scale_units[index]",
+     "next_unit = w.scale_units[0]"),
+    (scaled_right, "linear_stream.cuh", "(pairs | pairs << 4)", "(pairs | pairs << 8)"),
     (made_right, "linear_decode.cu", "warp * 32 + lane_id()", "warp_id() * 32 + lane_id()"),
     (made_right, "linear_decode.cu", "source.kind - kGatedRow", "kSilu"),
     (made_right, "linear_decode.cu", "store = blockIdx.x == 0", "store = blockIdx.x == 9"),
@@ -130,11 +142,13 @@ MUTATIONS = [
     (packed_right, "pack.cu", "2 * (lane_id() % 4) + j / 2 % 2", "2 * (lane_id() % 4) + j % 2"),
     (packed_right, "pack.cu", "target.index * header", "(target.index + 1) * header"),
     (packed_right, "pack.cu", "4 * (lane_id() % 8) + lane_id() / 8", "lane_id()"),
+    (packed_right, "pack.cu", "field << (4 * (lane_id() / 8))", "field << (4 * (lane_id() % 4))"),
     (packed_right, "pack.cu", "perm[stored] : stored", "stored : stored"),
 ]
 SOURCES = {
     made_right: ("linear_decode",),
     decoded_right: ("linear_decode", "linear_quantize"),
+    scaled_right: ("linear_decode", "linear_quantize"),
     prefilled_right: ("linear_prefill", "linear_quantize"),
     dense_right: ("linear_dense_decode", "linear_dense_prefill"),
     packed_right: ("pack",),
