@@ -518,7 +518,7 @@ def _dimensions(keys: Keys, architecture: Architecture) -> dict[str, int]:
     num_heads = keys.required_integer("num_attention_heads", 1, MAX_HEADS)
     num_kv_heads = keys.integer("num_key_value_heads", 1, MAX_HEADS) or num_heads
     if architecture.multi_query is not None and not keys.boolean("new_decoder_architecture"):
-        num_kv_heads = 1 if keys.boolean(architecture.multi_query) else num_heads
+        num_kv_heads = 1 if keys.boolean(architecture.multi_query) else num_kv_heads
     if num_heads % num_kv_heads:
         raise keys.fail("num_key_value_heads", f"a divisor of num_attention_heads ({num_heads})")
     head_dim = keys.integer("head_dim", 1, MAX_HEAD_DIM)

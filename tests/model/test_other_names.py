@@ -1,4 +1,4 @@
-"""Models whose tensors have other names: old Yi, and the language part of models of images."""
+"""Models with other names: old Yi and Falcon, and the language part of models of images."""
 
 from __future__ import annotations
 
@@ -43,6 +43,26 @@ def test_yi_is_llama_with_other_names_of_its_norms(tmp_path):
     change_config(tmp_path, architectures=["YiForCausalLM"], model_type="Yi")
     assert error_of(tmp_path, hf) <= BOUND
     rename(tmp_path, ("ln1", "input_layernorm"), ("ln2", "post_attention_layernorm"))
+    assert error_of(tmp_path, hf) <= BOUND
+
+
+@pytest.mark.parametrize("name", ["falcon-7b", "falcon-new"])
+def test_falcon_before_it_was_in_transformers(name, tmp_path):
+    """`RWForCausalLM` of 7B has one key/value head, that of 40B as many as `n_head_kv` says."""
+    hf = make_model(name, 25, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    old = {
+        "architectures": ["RWForCausalLM"], "alibi": False, "parallel_attn": True,
+        "n_layer": config["num_hidden_layers"], "n_head": config["num_attention_heads"],
+        **{key: config[key] for key in (
+            "vocab_size", "hidden_size", "layer_norm_epsilon", "bias", "ffn_hidden_size",
+        )},
+    }
+    if name == "falcon-7b":
+        old |= {"multi_query": True, "model_type": "RefinedWebModel"}
+    else:
+        old |= {"n_head_kv": config["num_kv_heads"], "model_type": "RefinedWeb"}
+    (tmp_path / "config.json").write_text(json.dumps(old))
     assert error_of(tmp_path, hf) <= BOUND
 
 

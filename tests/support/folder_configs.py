@@ -33,6 +33,11 @@ BY_CODE: dict[str, dict[str, Any]] = {
         "model_type": "index", "hidden_act": "silu", "rms_norm_eps": 1e-6, "norm_head": 1,
         "bos_token_id": 1, "eos_token_id": 2,
     },
+    "RWForCausalLM": {
+        "model_type": "RefinedWeb", "n_layer": 2, "n_head": 4, "n_head_kv": 2, "alibi": False,
+        "parallel_attn": True, "bias": False, "layer_norm_epsilon": 1e-5,
+        "bos_token_id": 11, "eos_token_id": 11,
+    },
     "YiForCausalLM": {
         "model_type": "Yi", "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 5000000.0,
         "tie_word_embeddings": False,

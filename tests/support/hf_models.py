@@ -124,8 +124,10 @@ MODELS: dict[str, tuple[str, dict]] = {
     "ministral": ("Ministral", dict(head_dim=32, sliding_window=24, layer_types=[
         "full_attention", "sliding_attention", "sliding_attention"])),
     "helium": ("Helium", dict(head_dim=24, attention_bias=True)),
-    "gpt-j": ("GPTJ", dict(rotary_dim=12, n_inner=168, num_key_value_heads=4)),
-    "opt": ("OPT", dict(ffn_dim=168, word_embed_proj_dim=96, num_key_value_heads=4)),
+    "gpt-j": ("GPTJ", dict(rotary_dim=12, n_inner=168)),
+    "opt": ("OPT", dict(ffn_dim=168, word_embed_proj_dim=96)),
+    "opt-plain": ("OPT", dict(ffn_dim=168, enable_bias=False, activation_function="gelu",
+                              tie_word_embeddings=False)),
     "jais2": ("Jais2", dict(head_dim=32)),
     "granite": (
         "Granite",
@@ -158,8 +160,8 @@ MODELS: dict[str, tuple[str, dict]] = {
     "seed-oss": ("SeedOss", dict(head_dim=32, attention_out_bias=True)),
     "arcee": ("Arcee", dict(mlp_bias=True)),
     "nemotron": ("Nemotron", dict(num_key_value_heads=4, mlp_bias=True)),
-    "gpt2": ("GPT2", dict(num_key_value_heads=4)),
-    "gpt2-inner": ("GPT2", dict(num_key_value_heads=4, n_inner=168, tie_word_embeddings=False)),
+    "gpt2": ("GPT2", {}),
+    "gpt2-inner": ("GPT2", dict(n_inner=168, tie_word_embeddings=False)),
     "bigcode": ("GPTBigCode", dict(n_inner=168)),
     "bigcode-heads": ("GPTBigCode", dict(multi_query=False, activation_function="gelu")),
     "starcoder2": ("Starcoder2", dict(sliding_window=24, rope_parameters=dict(
@@ -171,9 +173,9 @@ MODELS: dict[str, tuple[str, dict]] = {
     "stablelm-norms": (
         "StableLm", dict(qk_layernorm=True, use_parallel_residual=True, hidden_size=160,
                          partial_rotary_factor=0.5)),
-    "neox": ("GPTNeoX", dict(num_key_value_heads=4, hidden_size=128)),
+    "neox": ("GPTNeoX", dict(hidden_size=128)),
     "neox-sequential": ("GPTNeoX", dict(
-        num_key_value_heads=4, use_parallel_residual=False, attention_bias=False,
+        use_parallel_residual=False, attention_bias=False,
         hidden_act="gelu_fast",
         rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0,
                              partial_rotary_factor=0.5))),

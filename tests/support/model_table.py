@@ -61,6 +61,7 @@ KNOWN = {
     "GPTBigCodeForCausalLM": "StarCoder, SantaCoder, Granite Code 20B and 34B",
     "GPTNeoXForCausalLM": "Pythia, GPT-NeoX-20B, RedPajama-INCITE",
     "GptOssForCausalLM": "gpt-oss",
+    "RWForCausalLM": "Falcon 7B and 40B of 2023, before they were of transformers' class",
     "FalconForCausalLM": "Falcon 7B to 180B, Falcon 2; not Falcon-RW, which has ALiBi",
     "Starcoder2ForCausalLM": "StarCoder 2",
     "MiniCPMForCausalLM": "MiniCPM 1B and 2B",

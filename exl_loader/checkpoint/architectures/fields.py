@@ -253,8 +253,9 @@ class Architecture:
             config key is set. Others have one only if the checkpoint brings one.
         old_names: name in a layer -> its name in older checkpoints.
         sliding_window: which layers have the window of that config key.
-        multi_query: config key that is set where all queries share one key/value head, unless
-            `new_decoder_architecture` is set as well; None where there is no such key.
+        multi_query: config key that is set where all queries share one key/value head, whatever
+            their number in the config is, unless `new_decoder_architecture` is set as well; None
+            where there is no such key.
         clip_qkv: whether queries, keys and values are clipped to the config key of that name.
         unit_head: config key that is set where every row of an unquantised head is divided by its
             length when it is read. A quantised head was divided before. None where there is no

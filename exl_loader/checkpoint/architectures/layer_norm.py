@@ -7,15 +7,19 @@ OrionStarAI/Orion-14B-Base, `modeling_minicpm.py` of openbmb/MiniCPM-2B-sft-bf16
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .fields import Architecture, Factors, Norms, Positions, QkNorms
 from .llama_like import ATTENTION_BIAS, COMMON, MLP_BIAS, QKV
 
 _LAYER_NORM = Norms(kind="layer", bias=True)
+# A class without key/value heads of their own has one for each head.
 _GPT2_KEYS = {
     "hidden_size": "n_embd",
     "intermediate_size": "n_inner",
     "num_hidden_layers": "n_layer",
     "num_attention_heads": "n_head",
+    "num_key_value_heads": "n_head",
     "max_position_embeddings": "n_positions",
     "hidden_act": "activation_function",
     "rms_norm_eps": "layer_norm_epsilon",
@@ -42,6 +46,51 @@ _GPT2_LINEARS = (*QKV, "self_attn.o_proj", "mlp.c_fc", "mlp.c_proj")
 _SELF_ATTENTION = ("self_attention.q_proj", "self_attention.k_proj", "self_attention.v_proj")
 _ATTENTION = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
 _DENSE = ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+
+_FALCON = Architecture(
+    name="FalconForCausalLM",
+    model_type="falcon",
+    defaults={
+        **COMMON,
+        "hidden_act": "gelu",
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "multi_query": True,
+        "parallel_attn": True,
+        "bos_token_id": 11,
+        "eos_token_id": 11,
+    },
+    keys={
+        "intermediate_size": "ffn_hidden_size",
+        "num_key_value_heads": "num_kv_heads",
+        "hidden_act": "activation",
+        "rms_norm_eps": "layer_norm_epsilon",
+    },
+    # Falcon-RW has ALiBi in place of RoPE.
+    fixed={"alibi": False},
+    embedding="transformer.word_embeddings",
+    layers="transformer.h",
+    final_norm="transformer.ln_f",
+    q_proj="self_attention.q_proj",
+    k_proj="self_attention.k_proj",
+    v_proj="self_attention.v_proj",
+    o_proj="self_attention.dense",
+    gate_proj=None,
+    up_proj="mlp.dense_h_to_4h",
+    down_proj="mlp.dense_4h_to_h",
+    default_width=4,
+    norms=Norms(
+        kind="layer",
+        bias=True,
+        parallel=(("ln_attn", "ln_mlp"), ("input_layernorm",)),
+    ),
+    parallel="parallel_attn",
+    fused={"self_attention.query_key_value": _SELF_ATTENTION},
+    fused_by_group=True,
+    biases=dict.fromkeys((*_SELF_ATTENTION, "self_attention.dense", *_DENSE), "bias"),
+    multi_query="multi_query",
+)
 
 LAYER_NORM = (
     Architecture(
@@ -124,7 +173,11 @@ LAYER_NORM = (
             "bos_token_id": 2,
             "eos_token_id": 2,
         },
-        keys={"intermediate_size": "ffn_dim", "hidden_act": "activation_function"},
+        keys={
+            "intermediate_size": "ffn_dim",
+            "num_key_value_heads": "num_attention_heads",
+            "hidden_act": "activation_function",
+        },
         fixed={
             "do_layer_norm_before": True,
             "layer_norm_elementwise_affine": True,
@@ -253,6 +306,7 @@ LAYER_NORM = (
             "eos_token_id": 2,
         },
         keys={
+            "num_key_value_heads": "num_attention_heads",
             "rms_norm_eps": "layer_norm_eps",
             "rope_theta": "rotary_emb_base",
             "partial_rotary_factor": "rotary_pct",
@@ -279,49 +333,19 @@ LAYER_NORM = (
         biases=dict.fromkeys((*_ATTENTION, "attention.dense"), "attention_bias")
         | dict.fromkeys(_DENSE, True),
     ),
-    Architecture(
-        name="FalconForCausalLM",
-        model_type="falcon",
-        defaults={
-            **COMMON,
-            "hidden_act": "gelu",
-            "rms_norm_eps": 1e-5,
-            "max_position_embeddings": 2048,
-            "tie_word_embeddings": True,
-            "multi_query": True,
-            "parallel_attn": True,
-            "bos_token_id": 11,
-            "eos_token_id": 11,
-        },
+    _FALCON,
+    # Falcon before it was in transformers, where only the 40B model has key/value heads of its own.
+    replace(
+        _FALCON,
+        name="RWForCausalLM",
+        model_type="RefinedWeb",
+        defaults={**_FALCON.defaults, "multi_query": False},
         keys={
-            "intermediate_size": "ffn_hidden_size",
-            "num_key_value_heads": "num_kv_heads",
-            "hidden_act": "activation",
-            "rms_norm_eps": "layer_norm_epsilon",
+            **_FALCON.keys,
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+            "num_key_value_heads": "n_head_kv",
         },
-        # Falcon-RW has ALiBi in place of RoPE.
-        fixed={"alibi": False},
-        embedding="transformer.word_embeddings",
-        layers="transformer.h",
-        final_norm="transformer.ln_f",
-        q_proj="self_attention.q_proj",
-        k_proj="self_attention.k_proj",
-        v_proj="self_attention.v_proj",
-        o_proj="self_attention.dense",
-        gate_proj=None,
-        up_proj="mlp.dense_h_to_4h",
-        down_proj="mlp.dense_4h_to_h",
-        default_width=4,
-        norms=Norms(
-            kind="layer",
-            bias=True,
-            parallel=(("ln_attn", "ln_mlp"), ("input_layernorm",)),
-        ),
-        parallel="parallel_attn",
-        fused={"self_attention.query_key_value": _SELF_ATTENTION},
-        fused_by_group=True,
-        biases=dict.fromkeys((*_SELF_ATTENTION, "self_attention.dense", *_DENSE), "bias"),
-        multi_query="multi_query",
     ),
     Architecture(
         name="OrionForCausalLM",
