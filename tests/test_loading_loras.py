@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
+import shutil
 import threading
 
 import pytest
@@ -14,6 +17,7 @@ from exl_loader.memory.buffers import live_bytes
 from exl_loader.memory.reservation.text import render
 from exl_loader.utils.byte_counts import amount
 from exl_loader.utils.errors import (
+    ExlLoaderError,
     InsufficientMemory,
     InvalidCall,
     InvalidCheckpoint,
@@ -21,6 +25,7 @@ from exl_loader.utils.errors import (
     ModelNotFound,
     ModelUnloaded,
 )
+from support import damage
 from support.emulated_cuda import EmulatedCards, emulated_ops, install
 from support.lora_folders import ATTENTION, MLP, adapted_shapes, merged, write_adapter
 from support.makers import write_folder, write_quantized_model
@@ -32,6 +37,8 @@ IDS = [5, 9, 100, 7, 3, 20, 33, 250, 17, 18, 19, 200]
 PROMPT = [(7 * i) % 280 + 3 for i in range(150)]
 GREEDY = {"temperature": 0, "max_new_tokens": 6, "ban_eos_token": True}
 ROOM = "1MiB"
+# Damages of the file with the matrices.
+DAMAGES = [kind for kind in damage.OF_WEIGHTS if kind is not damage.quantization_changed]
 
 
 @pytest.fixture(params=["cpu", "cuda:0", pytest.param("real", marks=pytest.mark.gpu)])
@@ -306,3 +313,33 @@ def test_layers_on_two_cards(folders, monkeypatch):
         actual = model.prompt_logits(IDS)
     with load(folders / "m", "cuda:0", loras=folders / "a") as model:
         assert torch.equal(model.prompt_logits(IDS), actual)
+
+
+def damage_config(rng, folder):
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config[rng.choice(sorted(config))] = rng.choice(damage.ODD)
+    path.write_text(json.dumps(config))
+
+
+def test_damaged_adapters_are_refused_or_come_and_go(folders):
+    seed = int.from_bytes(os.urandom(3), "little")
+    rng, kinds = random.Random(seed), [*DAMAGES, damage_config]
+    with load(folders / "m", "cpu", max_lora_bytes=ROOM) as model:
+        bare, refused = model.prompt_logits(IDS), 0
+        for number in range(60):
+            kind, copy = rng.choice(kinds), folders / f"{number}"
+            shutil.copytree(folders / rng.choice("ab"), copy)
+            kind(rng, copy)
+            try:
+                model.load_lora(copy)
+                model.prompt_logits(IDS)
+                model.unload_loras()
+            except ExlLoaderError as error:
+                assert "\n" not in str(error), (seed, number, kind.__name__)
+                refused += 1
+            except BaseException as error:
+                raise AssertionError((seed, number, kind.__name__)) from error
+            assert model.loras == (), (seed, number, kind.__name__)
+        assert refused > 10
+        assert torch.equal(model.prompt_logits(IDS), bare), seed
