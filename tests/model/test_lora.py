@@ -280,6 +280,24 @@ def test_experts(kind, tmp_path, card):
     assert torch.equal(run_chunks(model, cache, ids, 3), before)
 
 
+@pytest.mark.parametrize("targets", [("k_proj", "up_proj"), (*ATTENTION, *MLP)])
+def test_launches_that_a_card_joins(targets, tmp_path, card):
+    """A card joins norms, gates and products of one row of a wide model."""
+    config = CONFIG | {"hidden_size": 544, "num_hidden_layers": 1}
+    state = write_quantized_model(tmp_path / "m", "exl2", seed=6, config=config)
+    shapes = adapted_shapes({key: value.shape for key, value in state.items()}, targets)
+    delta = write_adapter(tmp_path / "a", shapes, rank=5)
+    write_folder(tmp_path / "merged", merged(state, delta), config | {"torch_dtype": "float32"})
+    ids = random_ids(6)
+    whole, cache = build_model(tmp_path / "merged", ReferenceOps())
+    expected = run_chunks(whole, cache, ids, len(ids))
+    model, cache = with_room(tmp_path / "m", card, "cuda:0")
+    load_lora(model, tmp_path / "a")
+    in_chunks = run_chunks(model, cache, ids, len(ids))
+    assert relative_error(in_chunks, expected) <= COMPILED_BOUND
+    assert relative_error(run_chunks(model, cache, ids, 1), in_chunks) <= 1e-4
+
+
 def test_a_model_without_adapters_records_no_more_calls(tmp_path, card):
     state = write_quantized_model(tmp_path / "m", "exl2", seed=5)
     shapes = adapted_shapes({key: value.shape for key, value in state.items()}, ["q_proj"])

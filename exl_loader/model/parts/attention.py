@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ...cache.layout import MAX_BIAS_PAIRS
-from .linear import Linear
+from .linear import Linear, run_linears
 from .norm import Norm
 from .part import Block, LayerState, Loading, StepViews
 from .rope import Rope
@@ -111,9 +111,12 @@ class Attention(Block):
         k = views.view("k", rows, shape.num_kv_heads, shape.head_dim)
         v = views.view("v", rows, shape.num_kv_heads, shape.head_dim)
         attn = views.view("attn", rows, shape.num_heads, shape.head_dim)
-        self.q.run(ops, x, views.view("q", rows, self.q.out_features), scratch)
-        self.k.run(ops, x, views.view("k", rows, self.k.out_features), scratch)
-        self.v.run(ops, x, views.view("v", rows, self.v.out_features), scratch)
+        linears = self.q, self.k, self.v
+        outs = [
+            views.view(name, rows, linear.out_features)
+            for name, linear in zip("qkv", linears, strict=True)
+        ]
+        run_linears(ops, x, linears, outs, scratch)
         if self.clip:
             for projected in (q, k, v):
                 ops.clamp(projected, self.clip)

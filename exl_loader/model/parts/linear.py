@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -100,3 +100,16 @@ class Linear:
         ops.linear(x, self.weights, out, scratch, add)
         for low_rank, h in zip(self.low_ranks, hidden, strict=True):
             low_rank.add(ops, h, out, scratch)
+
+
+def run_linears(ops: Ops, x: torch.Tensor, linears: Sequence[Linear],
+                outs: Sequence[torch.Tensor], scratch: torch.Tensor) -> None:
+    """Run linear layers of one input: out = x @ W + bias of each.
+
+    The adapters come last, because a card makes one launch of neighbouring products with W.
+    """
+    for linear, out in zip(linears, outs, strict=True):
+        ops.linear(x, linear.weights, out, scratch)
+    for linear, out in zip(linears, outs, strict=True):
+        for low_rank in linear.low_ranks:
+            low_rank.add(ops, low_rank.project(ops, x, scratch), out, scratch)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .linear import Linear
+from .linear import Linear, run_linears
 from .part import Block, LayerState, Loading, StepViews
 
 if TYPE_CHECKING:
@@ -55,8 +55,7 @@ class Mlp(Block):
         """Return activation(gate(x)) * up(x), float32 [rows of x, intermediate_size]."""
         shape = x.shape[0], self.gate.out_features
         gate, up = views.view("gate", *shape), views.view("up", *shape)
-        self.gate.run(ops, x, gate, views.scratch)
-        self.up.run(ops, x, up, views.scratch)
+        run_linears(ops, x, (self.gate, self.up), (gate, up), views.scratch)
         ops.gate(gate, up, self.activation, gate)
         return gate
 
