@@ -157,7 +157,8 @@ class StepSizes:
         ctx_size: tokens of the longest sequence.
         cache_type: bits of keys and values.
         attention: the layers' attention; a sliding window is not counted.
-        products: (rows, in_features, out_features) of every linear layer, with the head.
+        products: (rows, stored rows) of every quantised linear layer, with the head.
+        dense_products: the same of the layers that the device stores unquantised.
         vocab_size: logits of a row.
         num_layers: decoder layers on the device.
         num_experts: experts of a layer; 0 if layers have none.
@@ -169,7 +170,8 @@ class StepSizes:
     ctx_size: int
     cache_type: CacheType
     attention: AttentionShape
-    products: frozenset[tuple[int, int, int]]
+    products: frozenset[tuple[int, int]]
+    dense_products: frozenset[tuple[int, int]]
     vocab_size: int
     num_layers: int
     num_experts: int

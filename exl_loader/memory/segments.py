@@ -46,26 +46,37 @@ def align(nbytes: int, device: str) -> int:
 
 
 def lay_out(specs: Iterable[TensorSpec]) -> dict[tuple[str, str], Segment]:
-    """Lay specs out consecutively, each aligned.
+    """Lay specs out consecutively, each aligned; phases of a region at the same offset.
 
     Returns:
         (device, segment name) -> Segment. Only segments that have tensors appear.
     """
-    steps: dict[str, int] = {}
-    ends: dict[tuple[str, str], int] = {}
-    offsets: dict[tuple[str, str], list[TensorOffset]] = {}
+    by_segment: dict[tuple[str, str], list[TensorSpec]] = {}
     seen: set[tuple[str, str, str]] = set()
     for spec in specs:
         key = (spec.device, spec.segment)
         assert spec.segment in SEGMENTS, spec
         assert (*key, spec.name) not in seen, f"{spec.name} is in {key} twice"
         seen.add((*key, spec.name))
-        offset = ends.get(key, 0)
-        offsets.setdefault(key, []).append(TensorOffset(spec, offset))
-        if spec.device not in steps:
-            steps[spec.device] = backend_of(spec.device).alignment_bytes
-        ends[key] = offset + round_up(spec.nbytes, steps[spec.device])
-    return {
-        key: Segment(*key, tuple(placed), ends[key], placed[0].spec.read_by)
-        for key, placed in offsets.items()
-    }
+        by_segment.setdefault(key, []).append(spec)
+    return {key: _segment(*key, tensors) for key, tensors in by_segment.items()}
+
+
+def _segment(device: str, name: str, specs: list[TensorSpec]) -> Segment:
+    """Lay out a segment: tensors of their own, then each region from its own offset."""
+    step = backend_of(device).alignment_bytes
+    offsets, end = [], 0
+    for spec in specs:
+        if spec.phase is None:
+            offsets.append(TensorOffset(spec, end))
+            end += round_up(spec.nbytes, step)
+    regions = dict.fromkeys(spec.phase[0] for spec in specs if spec.phase is not None)
+    for region in regions:
+        ends: dict[str, int] = {}
+        for spec in specs:
+            if spec.phase is not None and spec.phase[0] == region:
+                offset = ends.get(spec.phase[1], end)
+                offsets.append(TensorOffset(spec, offset))
+                ends[spec.phase[1]] = offset + round_up(spec.nbytes, step)
+        end = max(ends.values())
+    return Segment(device, name, tuple(offsets), end, specs[0].read_by)

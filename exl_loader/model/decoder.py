@@ -83,25 +83,28 @@ class DecoderLayer(ABC):
             yield from linear.specs()
 
     def workspace(self, rows: int) -> Shapes:
-        """Return the tensors of steps of up to `rows` rows, which layers share."""
-        hidden = ("float32", (rows, self.hidden_size))
-        attention, mlp, rope = self.attention, self.mlp, self.attention.rope
-        return merged(
-            ({"x": hidden, "h": hidden}, attention.workspace(rows), mlp.workspace(rows),
-             {} if rope is None else rope.workspace(rows), mlp.routing_workspace(rows))
-        )
+        """Return the tensors of a whole step of up to `rows` rows, which layers share."""
+        hidden, rope = ("float32", (rows, self.hidden_size)), self.attention.rope
+        return {"x": hidden, "h": hidden, **({} if rope is None else rope.workspace(rows))}
+
+    def phases(self, rows: int) -> dict[str, Shapes]:
+        """Return block -> its tensors, which nothing else uses. The blocks share memory."""
+        mlp = merged((self.mlp.workspace(rows), self.mlp.routing_workspace(rows)))
+        return {"attention": self.attention.workspace(rows), "mlp": mlp}
 
     @cached_property
     def workspace_key(self) -> Hashable:
         """Equal for layers that need the same workspace: they have the same tensors of a row."""
-        return tuple(self.workspace(1).items()), tuple(self.layer_workspace().items())
+        by_phase = ((phase, *shapes.items()) for phase, shapes in self.phases(1).items())
+        return (
+            tuple(self.workspace(1).items()), tuple(by_phase),
+            tuple(self.layer_workspace().items()),
+        )
 
     @cached_property
-    def widths(self) -> frozenset[tuple[int, int]]:
-        """(stored rows, output features) of every linear layer, which decide the scratch."""
-        return frozenset(
-            (linear.stored_rows, linear.out_features) for linear in self.linears
-        )
+    def widths(self) -> frozenset[tuple[int, bool]]:
+        """(stored rows, `is_dense`) of every linear layer, which decide the scratch."""
+        return frozenset((linear.stored_rows, linear.is_dense) for linear in self.linears)
 
     def layer_workspace(self) -> Shapes:
         """Return the tensors that the layer has for itself."""

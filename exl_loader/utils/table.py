@@ -39,6 +39,8 @@ class TensorSpec:
         device: `cpu`, `cuda:0`, ...
         read_by: the card whose kernels read the tensor in main memory; None for a tensor that
             only its own device uses.
+        phase: (region, phase of a step) of a tensor that is used in one phase alone. The phases
+            of a region share memory. None for a tensor that has memory of its own.
     """
 
     name: str
@@ -47,6 +49,7 @@ class TensorSpec:
     shape: tuple[int, ...]
     device: str = MAIN_MEMORY
     read_by: str | None = None
+    phase: tuple[str, str] | None = None
 
     @property
     def nbytes(self) -> int:

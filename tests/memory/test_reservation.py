@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import json
 import tempfile
@@ -49,10 +50,15 @@ def geometries(draw, head_dims=(32, 64, 80, 96, 100, 128, 256)):
 
 
 def aligned_sum(specs, device: str, segment: str) -> int:
-    """Sum a segment by hand: every tensor rounded up to the device's alignment."""
-    step = backend_of(device).alignment_bytes
-    sizes = (s.nbytes for s in specs if (s.device, s.segment) == (device, segment))
-    return sum(-(-nbytes // step) * step for nbytes in sizes)
+    """Sum a segment by hand: every tensor rounded up to the device's alignment.
+
+    Of tensors that share memory the largest phase counts.
+    """
+    step, phases = backend_of(device).alignment_bytes, collections.Counter()
+    for spec in specs:
+        if (spec.device, spec.segment) == (device, segment):
+            phases[spec.phase] += -(-spec.nbytes // step) * step
+    return phases.pop(None, 0) + max(phases.values(), default=0)
 
 
 def split_limits(draw, total: int, count: int) -> list[int]:

@@ -55,11 +55,14 @@ def derived_rows(scratch_bytes: int) -> dict[str, int]:
         "permutations": sum(4 * k for k, _ in every),
         "norms": 4 * HIDDEN * (2 * LAYERS + 1),
         "embedding": 2 * VOCAB * HIDDEN,
-        "hidden state, queries, keys, values, attention": 6 * 4 * ROWS * HIDDEN,
-        "gate, up": 2 * 4 * ROWS * INNER,
+        "hidden state, its norm": 2 * 4 * ROWS * HIDDEN,
         "rotary angles": 4 * ROWS * 128,
-        "logits and their rows": 4 * LOGITS_ROWS * (VOCAB + HIDDEN + 1),
-        "ids, positions, page tables": 4 * (2 * ROWS + 72 * SEQUENCES + 64 * SEQUENCES)
+        "memory of the blocks": max(
+            4 * 4 * ROWS * HIDDEN, 2 * 4 * ROWS * INNER, 4 * LOGITS_ROWS * (VOCAB + HIDDEN)
+        ),
+        "ids, positions, page tables, rows with logits": 4 * (
+            2 * ROWS + 72 * SEQUENCES + 64 * SEQUENCES + LOGITS_ROWS
+        )
         + aligned(4 * (SEQUENCES + 1))
         + aligned(4 * SEQUENCES),
         "scratch": scratch_bytes,

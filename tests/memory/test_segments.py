@@ -45,6 +45,19 @@ def test_lay_out_covers_every_spec_once_in_order_without_overlap(specs):
         assert segment.nbytes == sum(align(p.spec.nbytes, device) for p in segment.offsets)
 
 
+def test_phases_of_a_region_share_memory():
+    def spec(name, nbytes, *phase):
+        return TensorSpec(name, "workspace", "uint8", (nbytes,), phase=phase or None)
+
+    (segment,) = lay_out([
+        spec("a", 100), spec("q", 60, "r", "one"), spec("k", 100, "r", "one"),
+        spec("gate", 300, "r", "two"), spec("b", 64), spec("other", 10, "s", "one"),
+    ]).values()
+    offsets = {placed.spec.name: placed.offset for placed in segment.offsets}
+    assert offsets == {"a": 0, "b": 128, "q": 192, "k": 256, "gate": 192, "other": 512}
+    assert segment.nbytes == 576
+
+
 def test_a_name_may_not_be_in_a_segment_twice():
     spec = TensorSpec("t", "weights", "uint8", (1,))
     with pytest.raises(AssertionError, match="twice"):

@@ -57,7 +57,7 @@ def test_scratch_is_the_largest_of_all_operations(parts, monkeypatch):
         asked.append((rows, in_features))
         return 100 * in_features
 
-    monkeypatch.setattr(backend, "linear_scratch_bytes", linear)
+    monkeypatch.setattr(backend, "dense_scratch_bytes", linear)
     monkeypatch.setattr(backend, "attention_scratch_bytes", lambda *args: 7)
     assert shapes(parts, chunk_size=48, logits_rows=16)["scratch"] == (9600,)
     assert set(asked) == {(48, 64), (48, 96), (16, 64)}

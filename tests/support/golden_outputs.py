@@ -85,7 +85,7 @@ def _split(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Give options with which the first of two devices has no room for all layers."""
     first, _ = options["device"].split(",")
     alone = exl_loader.plan(folder, **options | {"device": first, "chunk_size": 256})
-    return {"chunk_size": 256, "gpu_split": [(alone.total_bytes - 1) / GIB, 1]}
+    return {"chunk_size": 256, "gpu_split": [(alone.devices[0].total_bytes - 1) / GIB, 1]}
 
 
 def _together(loaded: Any, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:

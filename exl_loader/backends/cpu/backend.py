@@ -9,7 +9,7 @@ from ..layouts import dense_shapes
 from ..reference import reference_is_forced
 from .attention import attention_scratch_bytes
 from .layout import packed_shapes
-from .linear import linear_scratch_bytes
+from .linear import dense_scratch_bytes, packed_scratch_bytes
 from .memory import PAGE_BYTES, MainMemory
 
 if TYPE_CHECKING:
@@ -39,8 +39,11 @@ class CpuBackend(MainMemory):
 
     def scratch_bytes(self, step: StepSizes) -> int:
         attention = attention_scratch_bytes(step.max_batch_size, step.ctx_size, step.attention)
-        products = (linear_scratch_bytes(rows, features) for rows, features, _ in step.products)
-        return max(attention, *products)
+        return max(
+            attention,
+            *(packed_scratch_bytes(rows, features) for rows, features in step.products),
+            *(dense_scratch_bytes(rows, features) for rows, features in step.dense_products),
+        )
 
     def workspace_shapes(self, step: StepSizes) -> Shapes:
         return {}

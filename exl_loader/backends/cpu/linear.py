@@ -169,10 +169,11 @@ def linear_scratch_bytes(rows: int, in_features: int) -> int:
     sums for each thread. The product with an unquantised layer stores regrouped float32
     activations.
     """
-    return max(_packed_scratch_bytes(rows, in_features), _dense_scratch_bytes(rows, in_features))
+    return max(packed_scratch_bytes(rows, in_features), dense_scratch_bytes(rows, in_features))
 
 
-def _packed_scratch_bytes(rows: int, in_features: int) -> int:
+def packed_scratch_bytes(rows: int, in_features: int) -> int:
+    """Return the scratch of a product of up to `rows` rows with a quantised layer."""
     blocks = ceil_div(in_features, BLOCK_ROWS)
     held_rows = min(max(rows, MOST_DIRECT_ROWS), PASS_ROWS)
     codes = held_rows * blocks * BLOCK_ROWS * PLANES
@@ -185,7 +186,8 @@ def _packed_scratch_bytes(rows: int, in_features: int) -> int:
     return total
 
 
-def _dense_scratch_bytes(rows: int, in_features: int) -> int:
+def dense_scratch_bytes(rows: int, in_features: int) -> int:
+    """Return the scratch of a product of up to `rows` rows with an unquantised layer."""
     return min(rows, DENSE_PASS_ROWS) * in_features * _FLOAT_BYTES if rows > 1 else 0
 
 

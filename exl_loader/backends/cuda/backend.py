@@ -178,8 +178,10 @@ class CudaBackend:
 
     def scratch_bytes(self, step: StepSizes) -> int:
         from .attention import attention_scratch_bytes
+        from .launcher import COUNTER_BYTES
         from .layout import least_upload_bytes
-        from .linear import linear_scratch_bytes
+        from .linear import quantized_scratch_bytes
+        from .linear_dense import dense_scratch_bytes
         from .top_logits import top_logits_scratch_bytes
 
         needs = [
@@ -187,10 +189,12 @@ class CudaBackend:
                 step.rows, step.max_batch_size, step.ctx_size, step.attention
             )
         ]
-        for rows, in_features, _ in step.products:
-            needs.append(linear_scratch_bytes(rows, in_features))
+        for rows, in_features in step.products:
+            needs.append(quantized_scratch_bytes(rows, in_features))
             # Scratch is the upload buffer while weights are read.
             needs.append(least_upload_bytes(in_features))
+        for rows, in_features in step.dense_products:
+            needs.append(COUNTER_BYTES + dense_scratch_bytes(rows, in_features))
         if step.logits_rows:
             needs.append(top_logits_scratch_bytes(step.logits_rows, step.vocab_size))
         return max(needs)

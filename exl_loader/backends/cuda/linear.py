@@ -76,9 +76,14 @@ _I32, _I64, _F32, _P = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_
 
 def linear_scratch_bytes(rows: int, in_features: int) -> int:
     """Return what `linear` needs for up to `rows` rows, or pairs, counters included."""
+    dense = COUNTER_BYTES + dense_scratch_bytes(rows, in_features)
+    return max(quantized_scratch_bytes(rows, in_features), dense)
+
+
+def quantized_scratch_bytes(rows: int, in_features: int) -> int:
+    """Return what `linear` needs for a quantised layer, counters included."""
     held = min(rows, PASS_ROWS)
-    quantized = code_bytes(held, in_features) + scale_bytes(held, in_features)
-    return COUNTER_BYTES + max(quantized, dense_scratch_bytes(rows, in_features))
+    return COUNTER_BYTES + code_bytes(held, in_features) + scale_bytes(held, in_features)
 
 
 def code_bytes(rows: int, in_features: int) -> int:

@@ -105,8 +105,14 @@ def segments_of(
     """Lay out all tensors of a run, which the loader allocates and the plan sums."""
     specs = _table(model, run)
     if draft is not None:
-        specs += [replace(spec, name=DRAFT_PREFIX + spec.name) for spec in _table(draft, run)]
+        specs += [_of_draft(spec) for spec in _table(draft, run)]
     return lay_out(specs)
+
+
+def _of_draft(spec: TensorSpec) -> TensorSpec:
+    """Return a draft model's spec, which shares memory with no tensor of the model."""
+    phase = None if spec.phase is None else (DRAFT_PREFIX + spec.phase[0], spec.phase[1])
+    return replace(spec, name=DRAFT_PREFIX + spec.name, phase=phase)
 
 
 def _table(model: PlacedModel, run: RunOptions) -> list[TensorSpec]:
@@ -114,13 +120,13 @@ def _table(model: PlacedModel, run: RunOptions) -> list[TensorSpec]:
     return [
         *parts.specs(),
         *cache_specs(parts.config, pages, run.cache_type, parts.device_map),
-        *_workspace(parts.stages(), model.ctx_size, run),
+        *_workspace(parts.stages(), model.ctx_size, run, model.loras),
         *(room_spec(device, nbytes) for device, nbytes in model.rooms.items() if nbytes),
     ]
 
 
 def _workspace(
-    stages: Iterable[StageParts], ctx_size: int, run: RunOptions
+    stages: Iterable[StageParts], ctx_size: int, run: RunOptions, loras: Loras
 ) -> list[TensorSpec]:
     return workspace_specs(
         stages,
@@ -128,6 +134,7 @@ def _workspace(
         cache_type=run.cache_type,
         chunk_size=run.chunk_size,
         max_batch_size=run.max_batch_size,
+        has_adapters=loras != NO_LORAS,
     )
 
 
@@ -296,6 +303,6 @@ class LayerCosts:
         )
         if key not in self._workspaces:
             stage = whole.cut(layers.start, layers.stop)
-            segments = lay_out(_workspace([stage], ctx_size, run))
+            segments = lay_out(_workspace([stage], ctx_size, run, self.loras))
             self._workspaces[key] = segments[stage.device, "workspace"].nbytes
         return self._workspaces[key]

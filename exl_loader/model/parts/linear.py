@@ -65,6 +65,11 @@ class Linear:
         }
 
     @property
+    def is_dense(self) -> bool:
+        """Whether the device stores the weights unquantised."""
+        return "weight" in self.tensors
+
+    @property
     def stored_rows(self) -> int:
         """Rows of W as the device stores it, for which products take scratch."""
         return backend_of(self.device).stored_rows(self.spec.sizes)
