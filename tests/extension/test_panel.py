@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import exl_loader
+from benchmarks.sparse_models import exl2_tensors
 from exl_loader.checkpoint import Checkpoint
 from exl_loader.memory.buffers import live_bytes
 from exl_loader.utils.errors import InvalidSettings, ModelNotFound, ModelUnloaded, PromptTooLong
@@ -16,7 +17,7 @@ from extension.panel import panel
 from extension.panel.panel import ModelChoice, plan_html, reserve, slider_end
 from extension.webui import contract
 from support.counting import count
-from support.sparse import LLAMA_2_7B, exl2_tensors, write_sparse_exl2
+from support.sparse import LLAMA_2_7B, write_sparse_exl2
 from support.tiny import CONFIG
 
 

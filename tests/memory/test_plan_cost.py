@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from support.sparse import LLAMA_2_7B, exl2_tensors, write_sparse_exl2
+from benchmarks.sparse_models import exl2_tensors
+from support.sparse import LLAMA_2_7B, write_sparse_exl2
 from support.tiny import CONFIG
 
 SHARDS = 10

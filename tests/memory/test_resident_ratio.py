@@ -15,10 +15,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[:0] = [str(parent) for parent in Path(__file__).resolve().parents[1:3]]
 
-from exl_loader.memory.reservation import plan
-from support import REPO
-from support.sparse import (
-    LLAMA_2_7B,
+from benchmarks.sparse_models import (
     Tensors,
     exl2_linear,
     gptq_linear,
@@ -26,6 +23,9 @@ from support.sparse import (
     tensor_bytes,
     write_header_only,
 )
+from exl_loader.memory.reservation import plan
+from support import REPO
+from support.sparse import LLAMA_2_7B
 from support.tiny import CONFIG
 
 DOCUMENT = REPO / "docs" / "reservation.md"
