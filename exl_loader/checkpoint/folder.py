@@ -51,6 +51,10 @@ _TEXT_PARTS = {
 _BODIES = tuple(
     {(a.renames, a.embedding, a.layers, a.final_norm): a for a in ARCHITECTURES.values()}.values()
 )
+# How names begin that one of them renames.
+_OTHER_STARTS = tuple(
+    {text for a in _BODIES for text, _ in a.renames if not text.startswith(".")}
+)
 
 Headers = dict[str, TensorHeader]
 
@@ -111,8 +115,9 @@ def read_folder(model_dir: Path, config: ModelConfig | None = None) -> Folder:
             f"{model_dir}: the weights are read from {shown_names(chosen)}; ignored: "
             f"{shown_names(unused)}"
         )
-    architecture = architecture_of(model_dir)
-    if config is not None:
+    if config is None:
+        architecture = architecture_of(model_dir)
+    else:
         architecture = ARCHITECTURES[config.architecture]
     return Folder(usual_names(headers, architecture), identities, format, quantization)
 
@@ -200,9 +205,11 @@ class _Files:
         except ExlLoaderError:
             return False
         plain = with_body_prefix(stored)
+        # Looked up once for all entries, because there may be thousands of tensors.
+        has_other_names = any(name.startswith(_OTHER_STARTS) for name in stored)
         return any(
             _is_body(_renamed(stored, entry) if entry.renames else plain, entry, num_layers)
-            for entry in _BODIES
+            for entry in _BODIES if has_other_names or not entry.renames
         )
 
     def _has_quantised(self, names: list[str]) -> bool:
@@ -221,10 +228,7 @@ class _Files:
 
 
 def _renamed(stored: Headers, architecture: Architecture) -> Headers:
-    """Rename tensors as `usual_names`; none if they are not those of the architecture."""
-    starts = tuple(text for text, _ in architecture.renames if not text.startswith("."))
-    if not any(name.startswith(starts) for name in stored):
-        return {}
+    """Rename tensors as `usual_names`; none if two would have the same name."""
     try:
         return usual_names(stored, architecture)
     except InvalidCheckpoint:
@@ -282,9 +286,11 @@ def with_body_prefix(headers: Mapping[str, TensorHeader]) -> Headers:
     of the layers, the embedding and the final norm. In a model that reads images too, the
     language part has a prefix of its own.
     """
-    headers = {_text_name(name): header for name, header in headers.items()}
+    prefixes = tuple(_TEXT_PARTS)
+    if any(name.startswith(prefixes) for name in headers):
+        headers = {_text_name(name): header for name, header in headers.items()}
     if any(name.startswith("model.layers.") for name in headers):
-        return headers
+        return dict(headers)
     return {
         f"model.{name}" if name.startswith(_BODY) else name: header
         for name, header in headers.items()
