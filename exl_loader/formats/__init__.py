@@ -9,8 +9,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ..utils.errors import InvalidCheckpoint
+from ..utils.integers import round_up
+from .common import WRONG_FILE
 from .dense import dense_spec, read_dense
-from .exl2 import exl2_spec, read_exl2
+from .exl2 import COLUMN_PADDING, exl2_spec, read_exl2
 from .gptq import gptq_spec, read_gptq
 from .layer import DenseLayer, LinearSpec, QuantizedLayer, RowRanges
 
@@ -22,6 +24,7 @@ __all__ = [
     "DenseLayer",
     "LinearSpec",
     "QuantizedLayer",
+    "check_fused",
     "has_linear",
     "linear_spec",
     "read_linear",
@@ -30,6 +33,8 @@ __all__ = [
 # Last part of the name of a layer's weight tensor -> the spec of its format. One checkpoint has
 # several formats: EXL2 and GPTQ leave routers unquantised, and GPTQ the head as well.
 SPECS = {"q_weight": exl2_spec, "qweight": gptq_spec, "weight": dense_spec}
+# The same -> the tensor that has an element for each output in its last dimension.
+COLUMNS = {"q_weight": "q_weight", "qweight": "scales", "weight": "weight"}
 # Last part of the name of every tensor that belongs to a linear layer.
 LINEAR_TENSORS = frozenset(
     {"weight", "bias", "qweight", "qzeros", "scales", "g_idx",
@@ -101,6 +106,33 @@ def linear_spec(
         expected=" or ".join(f"{source}.{tensor}" for tensor in SPECS),
         remedy="Check that all weight files are there and belong to this config.json",
     )
+
+
+def check_fused(
+    checkpoint: Checkpoint, source: str, out_features: int, transposed: bool = False
+) -> None:
+    """Check that a fused source tensor has the outputs of its layers and no others.
+
+    Otherwise the numbers of heads in the config would be another model's, and rows of queries,
+    keys and values would be taken for each other's.
+
+    Args:
+        checkpoint: the open model folder, in which `linear_spec` found the layers.
+        source: prefix of the tensors.
+        out_features: those of all its layers.
+        transposed: see `linear_spec`.
+
+    Raises:
+        InvalidCheckpoint: it has more or fewer.
+    """
+    format = next(tensor for tensor in SPECS if f"{source}.{tensor}" in checkpoint.headers)
+    header = checkpoint.header(f"{source}.{COLUMNS[format]}")
+    stored = header.shape[0 if format == "weight" and not transposed else -1]
+    if stored not in (out_features, round_up(out_features, COLUMN_PADDING)):
+        raise InvalidCheckpoint(
+            f"{header.name}: output features of all layers that are fused in it",
+            expected=out_features, actual=stored, remedy=WRONG_FILE,
+        )
 
 
 def read_linear(spec: LinearSpec, checkpoint: Checkpoint) -> QuantizedLayer | DenseLayer:

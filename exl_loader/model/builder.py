@@ -16,7 +16,7 @@ from ..backends import backend_of
 from ..backends.base import AttentionShape, Routing
 from ..checkpoint.architectures import ARCHITECTURES
 from ..checkpoint.architectures.fields import FusedExperts, Mixture, QkNorms
-from ..formats import LINEAR_TENSORS, has_linear, linear_spec
+from ..formats import LINEAR_TENSORS, check_fused, has_linear, linear_spec
 from ..formats.common import FLOAT_DTYPES, WRONG_FILE, expect
 from ..formats.layer import RowRanges
 from ..utils.errors import InvalidCheckpoint, UnsupportedFormat, shown_names
@@ -542,10 +542,13 @@ class Builder:
                     continue
                 widths = {other: sizes[other][1] for other in fused}
                 rows = fused_rows(self._config, widths, name)
-                return self._linear(
+                linear = self._linear(
                     prefix + name, in_features, out_features, device, bias,
                     source=prefix + source, rows=rows,
                 )
+                check_fused(self._checkpoint, prefix + source, sum(widths.values()),
+                            self._architecture.transposed)
+                return linear
         return self._linear(
             prefix + name, in_features, out_features, device, bias,
             source=self._stored(prefix + name),
