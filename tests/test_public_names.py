@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import exl_loader
 from exl_loader import InvalidSettings, LoadOptions
 from exl_loader.memory.reservation.options import LoadKeywords, PlanKeywords
 from exl_loader.utils import errors
+from support import run_python
 
 
 def typed_names() -> set[str]:
@@ -45,8 +44,7 @@ def test_every_error_is_public():
 def test_import_loads_nothing_else():
     code = ("import sys; import exl_loader; dir(exl_loader); "
             "print(*[name for name in sys.modules if name.startswith('exl_loader.')])")
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == ""
+    assert run_python(code) == "\n"
 
 
 @pytest.mark.parametrize(("function", "keywords"), [("plan", PlanKeywords), ("load", LoadKeywords)])

@@ -1,7 +1,7 @@
 """Measure requests at once: `python -m benchmarks.cpu.batching [--layers N] [--json]`.
 
 Decodes one request alone and several together, in turns, on a Llama of 1.1 B geometry with
-random 4-bit EXL2 weights (--layers makes it smaller), and reports new tokens a second of all
+random EXL2 weights of 4.5 bits (--layers makes it smaller), and reports new tokens a second of all
 requests and the ratio. Verified as well: each text is the same together as alone. A figure is
 the best of several rounds, because the machine may be busy with other work.
 """
@@ -10,65 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 
-from benchmarks import REPO
+import exl_loader
+from benchmarks.cpu import speed_models
 
-sys.path.insert(0, str(REPO / "tests"))
-
-import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-
-import exl_loader  # noqa: E402
-from support.sparse import GROUP_ROWS, exl2_tensors  # noqa: E402
-from support.tiny import CONFIG  # noqa: E402
-
-GEOMETRY = {
-    "vocab_size": 32000,
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-    "max_position_embeddings": 4096,
-}
-BITS, HEAD_BITS = 4, 6
 ROUNDS = 3
-DTYPES = {"F16": torch.float16, "I16": torch.int16, "I32": torch.int32}
-
-
-def write_model(folder: Path, layers: int) -> None:
-    """Write a model of random codes with valid group tables; any code is a weight."""
-    config = CONFIG | GEOMETRY | {"num_hidden_layers": layers}
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for name, (dtype, shape) in exl2_tensors(config, BITS, HEAD_BITS).items():
-        bits = HEAD_BITS if name.startswith("lm_head") else BITS
-        tensors[name] = fill(name, DTYPES[dtype], shape, bits, generator)
-    config["quantization_config"] = {"quant_method": "exl2", "version": "0.2.0", "bits": BITS}
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "output.safetensors")
-
-
-def fill(name: str, dtype: torch.dtype, shape: tuple[int, ...], bits: int,
-         generator: torch.Generator) -> torch.Tensor:
-    kind = name.rsplit(".", 1)[-1]
-    if kind == "q_groups":
-        first_rows = [group * GROUP_ROWS * bits // 32 for group in range(shape[0] // 2)]
-        return torch.tensor([[bits, row] for row in first_rows], dtype=dtype).flatten()
-    if kind == "q_invperm":
-        return torch.arange(shape[0], dtype=dtype)
-    if kind == "q_scale_max":
-        return torch.full(shape, 0.002, dtype=dtype)
-    if kind in ("q_weight", "q_scale"):
-        return torch.randint(-(2**31), 2**31, shape, dtype=dtype, generator=generator)
-    if len(shape) == 1:
-        return torch.ones(shape, dtype=dtype)
-    return torch.randn(shape, generator=generator).to(dtype)
 
 
 def decode(model, prompts: list[list[int]], count: int) -> tuple[list[list[int]], float]:
@@ -115,9 +65,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        write_model(Path(directory), args.layers)
+        config = speed_models.GEOMETRY | {"num_hidden_layers": args.layers}
+        folder = speed_models.write_exl2(Path(directory) / "model", config)
         with exl_loader.load(
-            directory, ctx_size=4096, cache_type="q8", max_batch_size=args.requests
+            folder, ctx_size=4096, cache_type="q8", max_batch_size=args.requests
         ) as model:
             one, many = measure(model, args.requests, args.tokens)
     result = {"layers": args.layers, "requests": args.requests, "one_tokens_per_s": one,

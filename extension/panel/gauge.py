@@ -49,7 +49,7 @@ _FOLD_SCRIPT = _WRITE_SCRIPT.format(DETAILS_ELEM_ID, f"this.open?'{UNFOLDED}':''
 LENS_SHARE = 0.12
 
 # The model's own parts, which are enlarged below the bar.
-_MODEL_PARTS = ("weights", "cache", "workspace", "embedding")
+_MODEL_PARTS = ("weights", "cache", "workspace", "embedding", "loras")
 
 # A part of a device's bar: class of its colour, name, bytes.
 Part = tuple[str, str, int]
@@ -280,6 +280,7 @@ def _parts(device: DeviceReservation) -> list[Part]:
         ("cache", "Cache", device.cache_bytes),
         ("workspace", "Workspace", device.workspace_bytes),
         ("embedding", "Embedding", device.embedding_bytes),
+        ("loras", "LoRAs", device.lora_bytes),
     ]
     if not _limit_rules(device):
         parts.append(("overhead", _overhead_name(device), device.overhead_bytes))

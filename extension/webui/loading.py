@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from exl_loader import InvalidTokenizer
@@ -43,6 +44,10 @@ _loaded: LoadedModel | None = None
 _loaded_as: ModelChoice | None = None
 _warnings: list[str] = []
 last_load: LastLoad | None = None
+# The LoRAs of the next load: the web UI calls its loaders with a model's name alone.
+_next_loras: Sequence[str] = ()
+# The LoRAs of the model that was loaded last, for an idle reload.
+_loras: Sequence[str] = ()
 
 
 def current() -> LoadedModel | None:
@@ -53,6 +58,19 @@ def current() -> LoadedModel | None:
 def is_loaded_as(options: ModelChoice) -> bool:
     """Return whether a model is loaded with exactly these options."""
     return _loaded is not None and _loaded_as == options
+
+
+def loaded_as() -> ModelChoice:
+    """Return the options of the model that is loaded, without its LoRAs."""
+    assert _loaded is not None and _loaded_as is not None
+    return _loaded_as
+
+
+def note_loras(loras: Sequence[str]) -> None:
+    """Note which LoRAs the model has, for an idle reload and for what the web UI shows."""
+    global _loras
+    _loras = tuple(loras)
+    contract.module("modules.shared").lora_names = [Path(path).name for path in loras]
 
 
 def warnings() -> list[str]:
@@ -126,7 +144,7 @@ def load(model_name: str, loader: str, wrap: Callable[[LoadedModel], T]) -> T:
     Raises:
         ExlLoaderError: what is wrong, in one line; nothing stays allocated.
     """
-    global _loaded, _loaded_as, _warnings, last_load
+    global _loaded, _loaded_as, _warnings, last_load, _loras, _next_loras
     import exl_loader
 
     args = contract.module("modules.shared").args
@@ -137,9 +155,11 @@ def load(model_name: str, loader: str, wrap: Callable[[LoadedModel], T]) -> T:
         problems.clear()
         values = {name: getattr(args, name, None) for name in _option_names(loader)}
         options = options_for(model_name, loader, values)
+        loras, _next_loras, _loras = _next_loras, (), ()
         with collected_warnings() as found:
             loaded = exl_loader.load(
-                options.model_dir, progress=progress, **options.for_load()
+                options.model_dir, progress=progress, **options.for_load(),
+                **({"loras": loras} if loras else {}),
             )
         try:
             wrapped = wrap(loaded)
@@ -147,6 +167,7 @@ def load(model_name: str, loader: str, wrap: Callable[[LoadedModel], T]) -> T:
             loaded.unload()
             raise
         _warnings = found
+        _loras = loras
         _loaded, _loaded_as = loaded, replace(options, ctx_size=loaded.ctx_size)
         # The web UI reads its truncation length from here.
         args.ctx_size = loaded.ctx_size
@@ -224,7 +245,38 @@ def _show_in_later_pages(model_name: str) -> None:
         kept.update(values | {"truncation_length": values["ctx_size"]})
 
 
-# ---- Idle reloads ----
+# ---- Loading again ----
+
+
+def reload(loras: Sequence[str]) -> None:
+    """Load the current model again with other LoRAs, and with the options that it had.
+
+    Raises:
+        ExlLoaderError: what is wrong, in one line; no model is loaded then.
+    """
+    global _next_loras
+    models, shared = contract.module("modules.models"), contract.module("modules.shared")
+    with lock:
+        last = last_load
+        assert last is not None
+        _ask_for(last)
+        _next_loras = loras
+        try:
+            shared.model, shared.tokenizer = models.load_model(last.model_name, last.loader)
+        except BaseException:
+            shared.model = shared.tokenizer = None
+            release_unclaimed()
+            raise
+        finally:
+            _next_loras = ()
+
+
+def _ask_for(last: LastLoad) -> None:
+    """Let the web UI's options be those of a load."""
+    args = contract.module("modules.shared").args
+    args.loader = last.loader
+    for name, value in last.options.items():
+        setattr(args, name, value)
 
 
 def idle_load() -> LastLoad | None:
@@ -235,12 +287,17 @@ def idle_load() -> LastLoad | None:
 
 
 def reload_idle(original: Callable[[], None]) -> None:
-    """Reload an idle model with the options it had; once, even if many requests ask for it."""
-    args = contract.module("modules.shared").args
+    """Reload an idle model with what it had; once, even if many requests ask for it."""
+    global _next_loras
     with lock:
         last = idle_load()
-        if last is not None:
-            args.loader = last.loader
-            for name, value in last.options.items():
-                setattr(args, name, value)
-        original()
+        if last is None:
+            original()
+            return
+        _ask_for(last)
+        _next_loras = _loras
+        try:
+            original()
+        finally:
+            _next_loras = ()
+        note_loras(_loras)

@@ -22,7 +22,7 @@ from ..panel.gauge import (
 )
 from ..panel.page_script import draw_in_order, follow_pick, keep_in_step
 from ..panel.panel import AS_LLAMA, ModelChoice
-from . import contract, loading, options, problems
+from . import contract, loading, loras, options, problems
 from .contract import (
     AS_LLAMA_COLUMN,
     ASK,
@@ -48,7 +48,7 @@ _STYLE = (
 )
 
 # The gauge is drawn again when all events of a click on one of these have ended.
-_LOADING_BUTTONS = ("load_model", "unload_model")
+_LOADING_BUTTONS = ("load_model", "unload_model", "lora_menu_apply")
 
 # How long after a click on Load the load may begin: before it the web UI gathers and stores
 # what the page shows.
@@ -95,8 +95,8 @@ def extend(patches: Patches, menu: ModuleType) -> None:
     patches.replace(create_events, create_events_with_panel)
     wrapper = menu.load_model_wrapper
     patches.replace(wrapper, _load_wrapper(wrapper))
-    loras = menu.load_lora_wrapper
-    patches.replace(loras, _lora_wrapper(loras))
+    apply_loras = menu.load_lora_wrapper
+    patches.replace(apply_loras, _lora_wrapper(apply_loras))
 
 
 def _safely(step: Callable[[], None]) -> None:
@@ -335,10 +335,14 @@ def _load(model_name: str, loader: str) -> str:
 def _lora_wrapper(original: Callable[..., Iterator[str]]) -> Callable[..., Iterator[str]]:
     def load_lora_wrapper(selected_loras: list[str]) -> Iterator[str]:
         shared = contract.module("modules.shared")
-        if loading.current() is None or shared.args.loader not in LOADERS:
+        if not loras.is_ours(shared.model):
             yield from original(selected_loras)
-        else:
-            yield f"{shared.args.loader} does not support LoRAs yet; none was applied."
+            return
+        try:
+            yield from original(selected_loras)
+        except Exception as error:
+            say(f"no LoRA was applied: {error}", level="error")
+            yield panel.error_html(error, heading="The LoRAs were not applied")
 
     return load_lora_wrapper
 

@@ -20,6 +20,7 @@ from typing import Any
 from exl_loader import (
     CacheFull,
     ExlLoaderError,
+    InvalidCall,
     InvalidConfig,
     InvalidSettings,
     InvalidTokenizer,
@@ -64,7 +65,7 @@ class Problem:
 
 # Errors in the request, as opposed to errors of the model or the machine.
 _OF_REQUEST = (InvalidSettings, PromptTooLong, InvalidTokenizer, ModelNotFound, ValueError)
-_TRY_LATER = (CacheFull, ModelUnloaded)
+_TRY_LATER = (CacheFull, InvalidCall, ModelUnloaded)
 
 
 def problem(error: BaseException) -> Problem:

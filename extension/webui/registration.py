@@ -24,6 +24,7 @@ from . import (
     contract,
     folders,
     loading,
+    loras,
     model_tab,
     options,
     patching,
@@ -174,7 +175,7 @@ def _watch_later_modules() -> None:
     """Extend modules that the web UI imports after registration, and those already there."""
     later: dict[str, Callable[[Patches, ModuleType], None]] = {
         "modules.text_generation": text_generation.extend,
-        "modules.LoRA": _explain_lora,
+        "modules.LoRA": loras.extend,
         "modules.ui_model_menu": model_tab.extend,
         "modules.logits": text_generation.extend_logits,
         "modules.chat": text_generation.extend_chat,
@@ -194,25 +195,3 @@ def _watch_later_modules() -> None:
                 raise WebuiDiffers(f"it imports {name} in an order that is not known")
             watcher.call(name, found)
     watcher.start()
-
-
-def _explain_lora(patches: Patches, module: ModuleType) -> None:
-    """Refuse LoRAs for our models with a reason; PEFT would fail with a message about itself."""
-    original = module.add_lora_transformers
-
-    def add_lora_transformers(lora_names: list[str]) -> None:
-        shared = contract.module("modules.shared")
-        model = shared.model
-        if getattr(model, "loaded", None) is None or model.loaded is not loading.current():
-            original(lora_names)
-            return
-        if not lora_names:
-            return
-        message = f"{shared.args.loader} does not support LoRAs yet; none was applied"
-        if shared.generation_lock is None:
-            # `--lora`: the web UI is still starting, and an error would end it.
-            say(message, level="error")
-            return
-        raise NotImplementedError(message)
-
-    patches.replace(original, add_lora_transformers)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -120,8 +118,3 @@ def test_specs_name_every_tensor_and_its_device():
             ("v_codes", "int16", 64),
         )
     ]
-
-
-def test_importing_the_cache_does_not_import_torch():
-    code = "import sys, exl_loader.cache.layout; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -118,10 +118,8 @@ def test_the_gauge_is_empty_for_other_loaders_and_without_a_model(page):
 def test_other_loaders_keep_their_load_button_and_loras(page):
     assert list(page.menu.load_model_wrapper("tiny", "llama.cpp", autoload=True)) == [
         "the web UI's own"]
-    assert list(page.menu.load_lora_wrapper(["x"])) == ["the web UI's own"]
-    list(page.menu.load_model_wrapper("tiny", "ExLlamav2", autoload=True))
-    (line,) = page.menu.load_lora_wrapper(["x"])
-    assert "does not support LoRAs" in line
+    assert list(page.menu.load_lora_wrapper(["x"])) == ["the web UI's own", "applied"]
+    assert page.shared.lora_names == ["x"]
 
 
 def test_a_load_during_a_generation_ends_it_cleanly(page):

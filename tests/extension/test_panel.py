@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import sys
 
 import pytest
 
@@ -13,9 +12,9 @@ from exl_loader.checkpoint import Checkpoint
 from exl_loader.memory.buffers import live_bytes
 from exl_loader.utils.errors import InvalidSettings, ModelNotFound, ModelUnloaded, PromptTooLong
 from extension.page.session import Session
-from extension.panel import panel
 from extension.panel.panel import ModelChoice, plan_html, reserve, slider_end
 from extension.webui import contract
+from support import run_python
 from support.counting import count
 from support.sparse import LLAMA_2_7B, write_sparse_exl2
 from support.tiny import CONFIG
@@ -229,15 +228,10 @@ def test_two_loads_at_once_are_refused(tiny_model_dir, monkeypatch):
 
 
 def test_panel_needs_neither_gradio_nor_pytorch(tiny_model_dir):
-    import subprocess
-
     code = (
         "import sys\n"
         "from extension.panel.panel import ModelChoice, plan_html\n"
         f"assert 'Fits' in plan_html(ModelChoice({str(tiny_model_dir)!r}))\n"
         "print({'gradio', 'torch'} & set(sys.modules))\n"
     )
-    folder = panel.__file__.rpartition("extension")[0]
-    answer = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True,
-                            text=True, check=True)
-    assert answer.stdout.strip() == "set()"
+    assert run_python(code) == "set()\n"

@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import json
 import sys
-import threading
 from types import SimpleNamespace
 
 import pytest
@@ -331,19 +330,6 @@ def test_a_page_that_counts_nothing_is_left_alone(webui, capsys):
     registration.register()
     importlib.import_module("modules.chat")
     assert "modules.chat" not in capsys.readouterr().err
-
-
-def test_loras_are_refused_by_name(webui, model):
-    web = webui()
-    lora = importlib.import_module("modules.LoRA")
-    registration.register()
-    lora.add_lora_to_model(["a"])
-    assert web.shared.lora_names == ["a"], "other models keep theirs"
-    web.shared.model, _ = web.models.load_model(model, "ExLlamav2")
-    web.shared.generation_lock = threading.Lock()
-    with pytest.raises(NotImplementedError, match="ExLlamav2 does not support LoRAs"):
-        lora.add_lora_to_model(["b"])
-    assert web.shared.lora_names == ["a"]
 
 
 def test_a_second_load_frees_the_first_models_memory(webui, model):

@@ -14,6 +14,7 @@ import pytest
 
 import exl_loader
 from extension.install import saved_settings
+from support.lora_folders import write_adapter
 from support.webui_server import GREEDY, MARKS, PROMPT, Server, StreamError
 
 pytestmark = MARKS
@@ -25,8 +26,18 @@ ENDLESS = {"max_tokens": 450, "temperature": 1, "ban_eos_token": True}
 
 
 @pytest.fixture(scope="module")
-def server(webui, webui_models):
-    with Server(webui, webui_models) as running:
+def loras(tmp_path_factory):
+    """A folder of LoRAs: one of the demo model, and one of a model with more layers."""
+    folder = tmp_path_factory.mktemp("loras")
+    shapes = {f"model.layers.{i}.self_attn.o_proj": (256, 256) for i in range(5)}
+    write_adapter(folder / "mine", shapes, rank=8)
+    write_adapter(folder / "other", {"model.layers.9.self_attn.o_proj": (256, 256)})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(webui, webui_models, loras):
+    with Server(webui, webui_models, "--lora-dir", str(loras)) as running:
         yield running
 
 
@@ -295,11 +306,32 @@ def test_a_context_beyond_the_models_own_length_is_reported(server):
     assert server.load(ctx_size=1024) == "OK" and "warnings" not in server.info()
 
 
-def test_loras_are_refused_by_name(server, greedy_text):
-    server.load(ctx_size=512, cache_4bit=True)
-    assert server.post("internal/lora/load", lora_names=["mine"]) in (400, 500)
-    assert "ExLlamav2 does not support LoRAs yet" in server.said()
-    assert server.text() == greedy_text and server.info()["lora_names"] == []
+@pytest.mark.parametrize("loader", ["ExLlamav2", "ExLlamav2_HF"])
+def test_loras(server, greedy_text, webui_models, loras, loader):
+    server.load(loader=loader, ctx_size=512, cache_4bit=True)
+    assert server.get("internal/lora/list") == {"lora_names": ["mine", "other"]}
+    assert server.post("internal/lora/load", lora_names=["mine"]) == "OK"
+    assert server.info()["lora_names"] == ["mine"]
+    options = {"ctx_size": 512, "cache_type": "q4", "loras": [loras / "mine"]}
+    with exl_loader.load(webui_models / "demo", **options) as model:
+        settings = {"temperature": 0, "max_new_tokens": GREEDY["max_tokens"]}
+        expected = "".join(model.generate(PROMPT, settings))
+        assert server.reserved_bytes()[-1] == model.reservation.total_bytes
+    assert server.text() == expected != greedy_text
+    status, answer = server.ask("internal/lora/load", lora_names=["other"])
+    assert status == 400 and "model.layers.9.self_attn.o_proj" in answer["detail"]
+    assert server.info()["lora_names"] == ["mine"] and server.text() == expected
+    assert server.post("internal/lora/unload") == "OK"
+    assert server.info()["lora_names"] == [] and server.text() == greedy_text
+
+
+def test_the_flag_of_loras(webui, webui_models, loras, greedy_text):
+    flags = ["--model", "demo", "--ctx-size", "512", "--cache-4bit", "--lora-dir", str(loras)]
+    with Server(webui, webui_models, *flags, "--lora", "mine") as server:
+        assert server.info()["lora_names"] == ["mine"] and server.text() != greedy_text
+    with Server(webui, webui_models, *flags, "--lora", "other") as server:
+        assert server.info()["lora_names"] == [] and server.text() == greedy_text
+        assert "no LoRA was applied" in server.said()
 
 
 def test_an_error_of_a_generation_is_one_line_in_the_log(server, greedy_text):

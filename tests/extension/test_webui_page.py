@@ -14,6 +14,7 @@ import pytest
 
 from extension.install import saved_settings
 from extension.panel.panel import toggles_for
+from support.lora_folders import write_adapter
 from support.quick_clicks import (
     GAUGE_NAMES,
     after_the_last_click,
@@ -36,7 +37,9 @@ def data(webui, tmp_path_factory):
     folder = user_data(webui, tmp_path_factory.mktemp("page") / "user_data")
     (folder / "training/datasets").mkdir(parents=True, exist_ok=True)
     (folder / "training/datasets/code.txt").write_text("import os\nimport sys\n" * 100)
-    (folder / "loras/mine").mkdir(parents=True)
+    shapes = {f"model.layers.{i}.self_attn.o_proj": (256, 256) for i in range(5)}
+    write_adapter(folder / "loras/mine", shapes, rank=8)
+    write_adapter(folder / "loras/dora", shapes, use_dora=True)
     return folder
 
 
@@ -256,14 +259,21 @@ def test_a_model_that_vanishes_after_it_was_chosen(page, server):
     assert server.load(**Q4) == "OK" and server.text()
 
 
-def test_loras_are_refused_with_a_message(page, server):
+def test_loras(page, server):
     assert server.load(**Q4) == "OK"
+    bare = server.text()
     page.open()
     page.page.get_by_text("See more options").click()
     page.choose("LoRA(s)", "mine")
     page.button("Apply LoRAs").click()
-    page.status("ExLlamav2 does not support LoRAs yet; none was applied.")
-    assert server.info()["lora_names"] == [] and server.text()
+    page.status("Successfully applied the LoRAs")
+    assert server.info()["lora_names"] == ["mine"] and server.text() != bare
+    page.expect(page.gauge).to_contain_text("LoRAs")
+    page.choose("LoRA(s)", "dora")
+    page.button("Apply LoRAs").click()
+    page.status("The LoRAs were not applied")
+    page.status("DoRA")
+    assert server.info()["lora_names"] == ["mine"]
 
 
 @pytest.mark.parametrize("loader", ["ExLlamav2", "ExLlamav2_HF"])

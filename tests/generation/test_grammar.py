@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from exl_loader.generation.grammar.masks import Grammars
 from exl_loader.generation.settings import SamplingSettings
 from exl_loader.text.tokenizer import Tokenizer
 from exl_loader.utils.errors import InvalidSettings
-from support import REPO, in_threads
+from support import in_threads, run_python
 from support.fake_model import fake_engine
 from support.grammar_cases import follows, matcher_of
 from support.tokenizer_folders import (
@@ -260,8 +259,7 @@ def test_requests_without_a_grammar_do_not_import_the_package(tiny_model_dir):
         "        list(run)\n"
         "assert 'llguidance' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=300,
-                   cwd=REPO)
+    run_python(script)
 
 
 def test_concurrent_requests_have_separate_states(tokenizer):

@@ -25,7 +25,7 @@ from exl_loader.generation import generator as generator_module
 from exl_loader.memory.buffers import live_bytes
 from exl_loader.utils.errors import InsufficientMemory, InvalidCall, ModelUnloaded
 from exl_loader.utils.progress import NullProgress
-from support import REPO
+from support import REPO, wait_for
 from support.fake_model import count_up, fake_engine, settle
 
 posix = pytest.mark.skipif(os.name == "nt", reason="signals and forks of POSIX")
@@ -243,10 +243,7 @@ def test_no_thread_is_left_after_an_interrupt_of_a_with_block():
     for at in chosen:
         interrupted_at(block, fake_engine(count_up)[0], at)
     gc.collect()
-    deadline = time.monotonic() + 300
-    while _thread._count() > threads and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert _thread._count() <= threads
+    wait_for(lambda: _thread._count() <= threads)
 
 
 # Real signals and real kernels
@@ -338,10 +335,7 @@ def test_an_interrupt_of_a_load_frees_all_memory(count, tiny_model_dir):
         ):
             load()
         gc.collect()
-        deadline = time.monotonic() + 300
-        while live_bytes() != before and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert live_bytes() == before
+        wait_for(lambda: live_bytes() == before)
     # No lock is held that the next load needs.
     assert within(120, load)
 

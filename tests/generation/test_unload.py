@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
 import weakref
 
 import pytest
 import torch
 
 from exl_loader.utils.errors import InsufficientMemory, ModelUnloaded
+from support import wait_for
 from support.fake_model import endless, fake_engine
 
 GREEDY = {"temperature": 0, "max_new_tokens": 20}
@@ -78,10 +78,7 @@ def test_unloading_or_dropping_frees_the_model():
     del engine, model
     assert watched_engine() is None
     # The model's thread may still be between its last step and its sleep.
-    deadline = time.monotonic() + 300
-    while watched() is not None and time.monotonic() < deadline:
-        time.sleep(0.001)
-    assert watched() is None
+    wait_for(lambda: watched() is None)
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from extension.install.environment import REQUIREMENTS
-from support import REPO
-from support.builds import default_signals, is_running, needs_compiler, wait_for
+from support import REPO, wait_for
+from support.builds import default_signals, is_running, needs_compiler
 from support.tiny import write_tiny_model
 from support.webui_double import write_webui
 from support.webui_page import CHROMIUM

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from support import run_python
 from support.exhaustive import some_of
 from support.makers import write_quantized_model
 from support.tiny import write_tiny_model
@@ -179,10 +180,6 @@ def test_loading_itself_stays_within_the_overhead(tmp_path, format):
         write_tiny_model(folder, **config)
     else:
         write_quantized_model(folder, format, config=config)
-    answer = subprocess.run(
-        [sys.executable, "-c", LOADING, str(folder)], capture_output=True, text=True
-    )
-    assert answer.returncode == 0, answer.stderr
-    beside_buffers, overhead = json.loads(answer.stdout)
+    beside_buffers, overhead = json.loads(run_python(LOADING, str(folder)))
     # PyTorch fills tables of its own at the first use of some operations.
     assert beside_buffers <= overhead + ALLOWED_GROWTH_BYTES

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
 
 from benchmarks.cpu import speed_models
-from support import REPO
+from support import run_python
 
 # A head of 37 MiB and layers of 2 to 8 MiB.
 CONFIG = speed_models.GEOMETRY | {
@@ -42,10 +41,6 @@ print(status("VmHWM") - before, model.allocated_bytes())
 def test_loading_holds_one_tensor_besides_the_weights(tmp_path):
     folder = speed_models.write_exl2(tmp_path / "model", CONFIG)
     head_bytes = CONFIG["hidden_size"] * CONFIG["vocab_size"] * 6 // 8
-    child = subprocess.run(
-        [sys.executable, "-c", CHILD, str(folder)], capture_output=True, text=True, cwd=REPO,
-        check=True,
-    )  # fmt: skip
-    peak, allocated = map(int, child.stdout.split())
+    peak, allocated = map(int, run_python(CHILD, str(folder)).split())
     assert peak > allocated  # or nothing was measured
     assert peak <= allocated + head_bytes + ALLOWANCE_BYTES

@@ -7,8 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -85,14 +83,6 @@ def spawn_build(sources: Path, **options) -> subprocess.Popen[str]:
         [sys.executable, "-c", _BUILD, str(sources)], cwd=REPO, stdout=subprocess.PIPE,
         text=True, **options,
     )
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 300.0) -> None:
-    """Wait until a condition holds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true"
-        time.sleep(0.02)
 
 
 def is_running(pid: int) -> bool:

@@ -22,6 +22,7 @@ parser = argparse.ArgumentParser(conflict_handler="resolve")
 parser.add_argument("--model")
 parser.add_argument("--loader")
 parser.add_argument("--model-dir", default="user_data/models")
+parser.add_argument("--lora-dir", default="user_data/loras")
 parser.add_argument("--ctx-size", type=int, default=0)
 parser.add_argument("--cache-type", default="fp16")
 parser.add_argument("--gpu-split")
@@ -144,6 +145,7 @@ def unload_model(keep_model_name=False):
     if shared.model.__class__.__name__ in ["Exllamav3Model", "Exllamav3HF"]:
         shared.model.unload()
     shared.model = shared.tokenizer = None
+    shared.lora_names = []
     if not keep_model_name:
         shared.model_name = "None"
 '''
@@ -198,9 +200,12 @@ def update_token_display_from_state(state):
 '''
 
 LORA = '''
+from pathlib import Path
 import modules.shared as shared
 def add_lora_to_model(lora_names):
     add_lora_transformers(lora_names)
+def get_lora_path(lora_name):
+    return Path(f"{shared.args.lora_dir}/{lora_name}")
 def add_lora_transformers(lora_names):
     shared.lora_names = lora_names
 '''
@@ -305,6 +310,7 @@ def openai_stream(body: dict):
 
 MENU = '''
 import modules.shared as shared
+from modules.LoRA import add_lora_to_model
 from modules.models import load_model, unload_model
 def create_ui():
     pass
@@ -314,6 +320,8 @@ def load_model_wrapper(selected_model, loader, autoload=False):
     yield "the web UI's own"
 def load_lora_wrapper(selected_loras):
     yield "the web UI's own"
+    add_lora_to_model(selected_loras)
+    yield "applied"
 '''
 
 SERVER = '''

@@ -16,8 +16,8 @@ from exl_loader.text.chat import renderer, sandbox
 from exl_loader.text.chat.renderer import Renderer, RenderError, TemplateRefusal
 from exl_loader.text.chat.template import ChatTemplates
 from exl_loader.utils.errors import ExlLoaderError
-from support import REPO, in_threads
-from support.builds import is_running, wait_for
+from support import REPO, in_threads, run_python, wait_for
+from support.builds import is_running
 
 MESSAGES = [{"role": "user", "content": "a\r\n\tb 🎉 \ud800 <i>'ß'</i>"}]
 
@@ -98,8 +98,7 @@ def test_the_process_imports_no_more_than_jinja2():
             "'if __name__ == \"__main__\":\\n    serve()', ''), 'x', 'exec'))\n"
             "print(sorted(name for name in ('torch', 'numpy', 'exl_loader', 'tokenizers') "
             "if name in sys.modules))")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
-    assert done.stdout == "[]\n", done.stderr
+    assert run_python(code) == "[]\n"
 
 
 # Limits
@@ -236,8 +235,7 @@ RENDERER._lock.release()
 _, status = os.waitpid(child, 0)
 print(status, RENDERER.render("{{ 3 }}", {}), RENDERER._child._process.pid == pid)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, text=True, capture_output=True)
-    assert done.stdout == "0 3 True\n", done.stderr
+    assert run_python(code) == "0 3 True\n"
 
 
 @posix
@@ -278,9 +276,7 @@ try:
 except renderer.RenderError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, text=True, capture_output=True,
-                          timeout=300)
-    assert done.stdout == "it did not end within 0.3 s of processor time\n", done.stderr
+    assert run_python(code) == "it did not end within 0.3 s of processor time\n"
 
 
 def test_a_process_that_does_not_start_is_an_error(fresh, monkeypatch):

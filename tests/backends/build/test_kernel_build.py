@@ -17,7 +17,8 @@ from exl_loader.backends.cpu.open import open_library
 from exl_loader.utils.errors import InvalidSettings, KernelBuildError
 from exl_loader.utils.progress import NullProgress
 from exl_loader.utils.system import processes
-from support.builds import REPO, Recorder, find_partials, needs_compiler, works, write_compiler
+from support import run_python
+from support.builds import Recorder, find_partials, needs_compiler, works, write_compiler
 from support.counting import count
 
 
@@ -85,7 +86,7 @@ def test_build_path_does_not_import_torch():
         "exl_loader.backends.build.spec.cpu_spec()\n"
         "assert 'torch' not in sys.modules and 'filelock' not in sys.modules\n"
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=REPO).returncode == 0
+    run_python(code)
 
 
 def make_spec(root, **changes):

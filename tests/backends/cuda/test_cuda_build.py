@@ -5,7 +5,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from exl_loader.backends.cuda.arch import COMMON, arch_name
 from exl_loader.backends.cuda.compilers import cuda_spec
 from exl_loader.commands import cli
 from exl_loader.utils.errors import KernelBuildError
-from support import ptx
+from support import ptx, run_python
 from support.builds import Recorder, find_partials
 from support.cuda_emulation.launcher import launch_bound
 from support.cuda_ptx_table import TYPE_BYTES, least_target
@@ -148,7 +147,7 @@ def test_build_path_does_not_import_torch():
         "list(compilers.find_cuda_compilers())\n"
         "assert 'torch' not in sys.modules\n"
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=REPO).returncode == 0
+    run_python(code)
 
 
 def test_build_command(cache, sources, nvrtc, monkeypatch, capsys):
