@@ -26,7 +26,8 @@ EXL_HOST_DEVICE constexpr auto round_up(A a, B b) {
     return ceil_div(a, b) * b;
 }
 
-// Activations of an MLP; the numbers are part of the ABI. kRelu2 is the square of kRelu.
+// Activations of an MLP; the numbers are part of the ABI. kRelu2 is the square of kRelu. Those
+// from kClampedSwiglu on are only of gates, because they change the other factor as well.
 enum Activation : int32_t {
     kSilu = 0,
     kGeluTanh = 1,
@@ -34,6 +35,7 @@ enum Activation : int32_t {
     kRelu = 3,
     kRelu2 = 4,
     kQuickGelu = 5,
+    kClampedSwiglu = 6,
 };
 // gelu_tanh(x) = x/2 (1 + tanh u) with u = sqrt(2 / pi) (x + kGeluCubic x^3).
 constexpr float kGeluCubic = 0.044715f;
@@ -41,5 +43,7 @@ constexpr float kMinusTwoRootTwoOverPi = -1.5957691216f;  // -2 sqrt(2 / pi)
 constexpr float kMinusRootHalf = -0.70710678f;            // -sqrt(1 / 2)
 // quick_gelu(x) = x / (1 + e^(kMinusQuickGelu x)).
 constexpr float kMinusQuickGelu = -1.702f;
+// clamped_swiglu(gate, up) = quick_gelu(min(gate, L)) (1 + min(max(up, -L), L)).
+constexpr float kSwigluLimit = 7.0f;
 
 }  // namespace exl

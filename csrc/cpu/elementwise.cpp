@@ -64,6 +64,13 @@ EXL_INLINE F32x16 quick_gelu(F32x16 x) {
     return x / (broadcast(1.0f) + exp(broadcast(kMinusQuickGelu) * x));
 }
 
+// NaN stays NaN, as in `relu`.
+EXL_INLINE F32x16 clamped_swiglu(F32x16 gate, F32x16 up) {
+    const F32x16 limit = broadcast(kSwigluLimit);
+    const F32x16 factor = max(broadcast(-kSwigluLimit), min(limit, up)) + broadcast(1.0f);
+    return quick_gelu(min(limit, gate)) * factor;
+}
+
 // Calls f(function) with the vector function of an activation, so that f is compiled for each.
 template <class Function>
 void with_activation(int32_t activation, const Function& f) {
@@ -89,6 +96,12 @@ EXL_API void exl_gate(const float* gate, const float* up, float* out, int64_t el
             const F32x16 activated = function(load_up_to(gate + offset, count));
             store_up_to(out + offset, activated * load_up_to(up + offset, count), count);
         });
+    });
+    if (activation != kClampedSwiglu) return;
+    for_each_vector(elements, [&](int64_t offset, int64_t count) {
+        const F32x16 product = clamped_swiglu(load_up_to(gate + offset, count),
+                                              load_up_to(up + offset, count));
+        store_up_to(out + offset, product, count);
     });
 }
 

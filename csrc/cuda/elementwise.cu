@@ -20,7 +20,7 @@ extern "C" __global__ void __launch_bounds__(exl::kThreads)
     gate_kernel(const float* gate, const float* up, float* out, int64_t elements,
                 int32_t activation) {
     const int64_t i = exl::element_index();
-    if (i < elements) out[i] = exl::activated(gate[i], activation) * up[i];
+    if (i < elements) out[i] = exl::gated(gate[i], up[i], activation);
 }
 EXL_KERNEL(gate_kernel);
 

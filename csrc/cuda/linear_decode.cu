@@ -33,7 +33,7 @@ constexpr int kMaxLayers = 3;
 enum RowKind : int32_t {
     kPlainRow = 0,  // x
     kNormRow = 1,   // rms_norm(x) with weights `other`; block 0 also stores it in `normed`
-    kGatedRow = 2,  // kGatedRow + a: activation a of x, times `other`
+    kGatedRow = 2,  // kGatedRow + a: gated(x, other, a)
 };
 struct RowSource {
     const float* x;
@@ -288,8 +288,7 @@ __device__ __forceinline__ void quantize_source_row(const RowSource& source, con
         });
     } else {
         quantize([&](int channel) {
-            return mul_rn(activated(source.x[channel], source.kind - kGatedRow),
-                          source.other[channel]);
+            return gated(source.x[channel], source.other[channel], source.kind - kGatedRow);
         });
     }
 }

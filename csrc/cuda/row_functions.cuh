@@ -26,6 +26,17 @@ __device__ __forceinline__ float activated(float x, int32_t activation) {
     return activation == kRelu2 ? relu * relu : relu;
 }
 
+// activation(gate) * up. Comparisons instead of fminf and fmaxf, so that NaN stays NaN.
+__device__ __forceinline__ float gated(float gate, float up, int32_t activation) {
+    if (activation == kClampedSwiglu) {
+        if (gate > kSwigluLimit) gate = kSwigluLimit;
+        if (up > kSwigluLimit) up = kSwigluLimit;
+        if (up < -kSwigluLimit) up = -kSwigluLimit;
+        return mul_rn(activated(gate, kQuickGelu), add_rn(up, 1.0f));
+    }
+    return mul_rn(activated(gate, activation), up);
+}
+
 // ---- RMSNorm ---------------------------------------------------------------------------------
 
 // One thread's part of the sum of squares of x [size]: every `threads`-th element.

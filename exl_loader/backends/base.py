@@ -392,12 +392,17 @@ class Ops(Protocol):
 
         Args:
             activation: `silu`, `gelu_tanh`, `gelu`, `relu`, `relu2` (the square of `relu`), or
-                `quick_gelu` (x * sigmoid(1.702 * x)).
+                `quick_gelu` (x * sigmoid(1.702 * x)). Or `clamped_swiglu` (GPT-OSS):
+                out = quick_gelu(min(gate, 7)) * (1 + min(max(up, -7), 7)).
             out: may be gate or up.
         """
 
     def activate(self, x: torch.Tensor, activation: str, out: torch.Tensor) -> None:
-        """out = activation(x), float32 [T, D]; activations of `gate`. out may be x."""
+        """out = activation(x), float32 [T, D]. out may be x.
+
+        Args:
+            activation: one of `gate`, but not `clamped_swiglu`.
+        """
 
     def add(self, x: torch.Tensor, y: torch.Tensor, factor: float = 1.0) -> None:
         """x += y * factor, float32, same shape."""

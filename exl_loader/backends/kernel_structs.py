@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # Enum Activation of csrc/common.h.
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3, "relu2": 4, "quick_gelu": 5}
+# What `Ops.gate` takes; the last ones change the other factor as well.
+GATES = {**ACTIVATIONS, "clamped_swiglu": 6}
 
 _I32, _I64, _F32, _P = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...checkpoint.config import MAX_EXPERTS
-from ..kernel_structs import ACTIVATIONS, dtype_code
+from ..kernel_structs import ACTIVATIONS, GATES, dtype_code
 from ..layouts import DenseLinear
 from .library import FLOAT, INT, INT32, INT64, POINTER, KernelOps, Signature, address
 from .linear import linear_struct
@@ -95,7 +95,7 @@ class RowOps(KernelOps):
         assert gate.is_contiguous() and up.is_contiguous() and out.is_contiguous()
         assert gate.shape == up.shape == out.shape
         self._call("gate", gate.data_ptr(), up.data_ptr(), out.data_ptr(), out.numel(),
-                   ACTIVATIONS[activation])
+                   GATES[activation])
 
     def activate(self, x: torch.Tensor, activation: str, out: torch.Tensor) -> None:
         assert x.is_contiguous() and out.is_contiguous() and x.shape == out.shape

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ...utils.integers import ceil_div, round_up
-from ..kernel_structs import ACTIVATIONS
+from ..kernel_structs import GATES
 from ..layouts import DenseLinear
 from .launcher import COUNTER_BYTES, WARP, Grid, address, pointer
 from .layout import (
@@ -249,7 +249,7 @@ class LinearOps(DenseLinearOps):
         """
         if gate.shape != up.shape or not self._makes_row(gate, [w]):
             return False
-        kind = _GATED_ROW + ACTIVATIONS[activation]
+        kind = _GATED_ROW + GATES[activation]
         row = RowSourceStruct(address(gate), address(up), None, 0.0, kind)
         self._linear_decode(_checked_structs(gate, [w], [out]), [out], _ONE_ROW, add, row)
         return True

@@ -6,7 +6,7 @@ import ctypes
 from typing import TYPE_CHECKING, Any
 
 from ...utils.integers import ceil_div
-from ..kernel_structs import ACTIVATIONS, dtype_code
+from ..kernel_structs import ACTIVATIONS, GATES, dtype_code
 from ..layouts import DenseLinear
 from .launcher import WARP, KernelOps, pointer
 
@@ -109,7 +109,7 @@ class RowOps(KernelOps):
              out: torch.Tensor) -> None:
         assert gate.shape == up.shape == out.shape
         self._launch_elements("gate_kernel", out.numel(), pointer(gate), pointer(up),
-                              pointer(out), _I64(out.numel()), _I32(ACTIVATIONS[activation]))
+                              pointer(out), _I64(out.numel()), _I32(GATES[activation]))
 
     def activate(self, x: torch.Tensor, activation: str, out: torch.Tensor) -> None:
         assert x.shape == out.shape

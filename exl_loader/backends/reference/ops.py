@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from ..base import AttentionShape, Batch, Call, DeviceOps, Linear, Routing
 
 
+# GPT-OSS clamps the factors of its gate to it.
+SWIGLU_LIMIT = 7.0
+
+
 def dense_weight(w: DenseLinear) -> torch.Tensor:
     """Return the matrix of a dense layer, [in_features, out_features] in its own dtype."""
     rows = w.weight.transpose(0, 1).reshape(w.in_features, -1)
@@ -121,7 +125,12 @@ class ReferenceOps(MainMemoryOps):
 
     def gate(self, gate: torch.Tensor, up: torch.Tensor, activation: str,
              out: torch.Tensor) -> None:
-        out.copy_(activate(gate.double(), activation) * up)
+        if activation == "clamped_swiglu":
+            factor = up.double().clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT) + 1
+            activated = activate(gate.double().clamp(max=SWIGLU_LIMIT), "quick_gelu")
+            out.copy_(activated * factor)
+        else:
+            out.copy_(activate(gate.double(), activation) * up)
 
     def activate(self, x: torch.Tensor, activation: str, out: torch.Tensor) -> None:
         out.copy_(activate(x.double(), activation))

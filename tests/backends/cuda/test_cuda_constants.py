@@ -11,7 +11,7 @@ import pytest
 from exl_loader.backends import top_logits as result
 from exl_loader.backends.cuda import attention, layout, linear, linear_dense, moe, pack, rows
 from exl_loader.backends.cuda import top_logits as top
-from exl_loader.backends.kernel_structs import ACTIVATIONS
+from exl_loader.backends.kernel_structs import GATES
 from exl_loader.cache.layout import GROUP, MAX_BIAS_PAIRS, PAGE_LEN
 from exl_loader.formats.layer import BLOCK_ROWS
 from support import REPO
@@ -120,4 +120,4 @@ def test_activations_have_the_numbers_of_the_kernels():
         re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower(): int(number)
         for name, number in re.findall(r"k(\w+) = (\d+)", body)
     }
-    assert numbers == ACTIVATIONS
+    assert numbers == GATES

@@ -147,8 +147,11 @@ MUTATIONS = [
     ("elementwise.cu", "fmaf(y[i], factor, x[i])", "fmaf(y[0], factor, x[i])"),
     ("elementwise.cu", "if (x[i] < -limit) x[i] = -limit;", ""),
     ("elementwise.cu", "out[i] = exl::activated(x[i], activation)", "out[i] = x[i]"),
-    ("elementwise.cu", "if (i < elements) out[i] = exl::activated(gate",
-     "if (i + 1 < elements) out[i] = exl::activated(gate"),
+    ("elementwise.cu", "if (i < elements) out[i] = exl::gated(gate",
+     "if (i + 1 < elements) out[i] = exl::gated(gate"),
+    ("row_functions.cuh", "if (gate > kSwigluLimit) gate = kSwigluLimit;", ""),
+    ("row_functions.cuh", "if (up < -kSwigluLimit) up = -kSwigluLimit;", ""),
+    ("row_functions.cuh", "add_rn(up, 1.0f)", "up"),
 ]  # fmt: skip
 
 
@@ -165,9 +168,11 @@ def everything(ops):
         common.test_rope(ops, 40, interleaved)
     for turn in range(8):
         common.test_angles_of_every_quarter_turn(ops, turn)
-    for activation in common.ACTIVATIONS:
+    for activation in common.GATES:
         common.test_gate(ops, activation, 31)
+    for activation in common.ACTIVATIONS:
         common.test_activate(ops, activation, 31)
+    common.test_clamped_swiglu_clamps_the_gate_above_and_the_other_factor_on_both_sides(ops)
     common.test_add_and_softcap(ops, 31)
     common.test_add_with_a_factor(ops, 31)
     common.test_clamp(ops, 31)

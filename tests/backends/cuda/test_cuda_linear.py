@@ -16,7 +16,7 @@ from exl_loader.backends.cuda import layout, linear, linear_dense
 from exl_loader.backends.cuda.launcher import COUNTER_BYTES
 from exl_loader.backends.cuda.linear import PASS_ROWS, linear_scratch_bytes
 from exl_loader.backends.cuda.moe import ExpertLayers, MoeOps, expert_table_shape
-from exl_loader.backends.kernel_structs import ACTIVATIONS
+from exl_loader.backends.kernel_structs import GATES
 from exl_loader.backends.layouts import DenseLinear
 from support.cuda_emulation import EmulatedLauncher
 from support.cuda_emulation.launcher import FOLDER, REPO, emulation_spec, sanitized
@@ -153,12 +153,12 @@ def test_norm_and_products_of_a_row_in_one_launch(monkeypatch, order, warps_want
 
 
 @pytest.mark.parametrize("order", EMULATED)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", GATES)
 def test_gate_and_product_of_a_row_in_one_launch(order, activation):
     launcher = target(order, linear_ops).ops.launcher
     ops, rows = linear_ops(launcher), MoeOps(launcher)
     w = stream_linear(FUSED_GROUPS, 96, perm=True, bias=True)
-    gate, up, gated = random_rows(1, 544), random_rows(1, 544, seed=3), torch.empty(1, 544)
+    gate, up, gated = random_rows(1, 544) * 4, random_rows(1, 544, seed=3) * 4, torch.empty(1, 544)
     rows.gate(gate, up, activation, gated)
     expected, out = torch.full((1, 96), 2.0), torch.full((1, 96), 2.0)
     scratch = scratch_for(1, w)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from exl_loader.backends.cuda.moe import MoeOps
-from exl_loader.backends.kernel_structs import ACTIVATIONS
+from exl_loader.backends.kernel_structs import ACTIVATIONS, GATES
 from exl_loader.backends.reference.ops import ReferenceOps
 from support.kernel_cases import dense_linear, random_rows
 from support.targets import ALL_TARGETS, sizes, target
@@ -92,10 +92,10 @@ def test_angles_of_every_quarter_turn(ops, turn):
     assert_like_reference_s_table(ops, torch.ones(1, dtype=torch.int32), angles, 1.0)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", GATES)
 @sizes("size", cpu=CPU_SIZES, cuda=[1, 31, 257])
 def test_gate(ops, activation, size):
-    gate, up = random_rows(9, size) * 4, random_rows(9, size, seed=3)
+    gate, up = random_rows(9, size) * 4, random_rows(9, size, seed=3) * 4
     out, expected = torch.empty_like(gate), torch.empty_like(gate)
     ops.gate(gate, up, activation, out)
     REFERENCE.gate(gate, up, activation, expected)
@@ -119,12 +119,24 @@ def test_activate(ops, activation, size):
     assert torch.equal(x, out)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", GATES)
 def test_gate_at_the_extremes(ops, activation):
     gate = torch.tensor([[0.0, -0.0, 200.0, -200.0, 1e30, -1e30, float("nan"), 3e-39]])
     out, expected = torch.empty_like(gate), torch.empty_like(gate)
     ops.gate(gate, torch.ones_like(gate), activation, out)
     REFERENCE.gate(gate, torch.ones_like(gate), activation, expected)
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-7, equal_nan=True)
+
+
+def test_clamped_swiglu_clamps_the_gate_above_and_the_other_factor_on_both_sides(ops):
+    limits = [-1e30, -7.5, -7.0, -1.0, 0.0, 6.5, 7.0, 7.5, 1e30, float("nan")]
+    gate, up = (part.flatten().contiguous()[None] for part in torch.meshgrid(
+        torch.tensor(limits), torch.tensor(limits), indexing="ij"))
+    out, exact = torch.empty_like(gate), gate.double()
+    ops.gate(gate, up, "clamped_swiglu", out)
+    exact = torch.where(exact > 7, 7.0, exact)
+    factor = torch.where(up > 7, 7.0, torch.where(up < -7, -7.0, up.double())) + 1
+    expected = (exact / (1 + (-1.702 * exact).exp()) * factor).float()
     torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-7, equal_nan=True)
 
 

@@ -141,6 +141,14 @@ def test_gate_may_overwrite_its_input(activation, function):
     torch.testing.assert_close(gate, expected)
 
 
+def test_clamped_swiglu():
+    gate, up = randn(4, 9) * 9, randn(4, 9, seed=1) * 9
+    clamped, factor = gate.clamp(max=7), up.clamp(-7, 7) + 1
+    expected = factor * clamped * torch.sigmoid(1.702 * clamped)
+    OPS.gate(gate, up, "clamped_swiglu", up)
+    torch.testing.assert_close(up, expected)
+
+
 def test_add_multiplies_by_a_factor():
     x, y = randn(3, 5), randn(3, 5, seed=1)
     total, scaled = x.clone(), x.clone()
