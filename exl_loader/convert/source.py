@@ -55,13 +55,16 @@ class Source:
         return read_linear(spec, self.checkpoint)
 
     def kept(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield name and float16 tensor of everything that is not quantised."""
+        """Yield name and tensor of everything that is not quantised; float16 but for vectors."""
         yield self._float16(self.parts.embedding.spec.name)
         if self.parts.positions is not None:
             yield self._float16(self.parts.positions.spec.name)
         for norm in self.parts.norms():
             for name in norm.tensors:
                 yield self._float16(name)
+        for vector in self.parts.vectors():
+            # A few numbers, which stay as they are: the choice of experts depends on all bits.
+            yield vector.spec.name, self.checkpoint.read(vector.spec.name)
         quantised = {
             linear.name for layer in self.parts.layers for group in layer.input_groups()
             for linear in group

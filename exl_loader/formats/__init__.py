@@ -58,7 +58,7 @@ def linear_spec(
     bias: bool | None = None,
     transposed: bool = False,
     unit_rows: bool = False,
-    inputs: tuple[int, int] | None = None,
+    expert: int | None = None,
 ) -> LinearSpec:
     """Describe a linear layer from headers alone. The tensors that exist determine its format.
 
@@ -74,8 +74,8 @@ def linear_spec(
         bias: True requires a bias, False ignores a stored one, None reads one that exists.
         transposed: an unquantised weight is [in_features, out_features].
         unit_rows: every output row of an unquantised weight is divided by its length.
-        inputs: (first, end) rows of a transposed source tensor that are the layer's inputs; None
-            is all rows.
+        expert: number of the layer among those in an unquantised source tensor of all experts,
+            whose bias is [experts, output features]; None where it has one layer.
 
     Returns:
         The spec, for `read_linear`.
@@ -90,7 +90,7 @@ def linear_spec(
         if f"{source}.{tensor}" in checkpoint.headers:
             if describe is dense_spec:
                 describe = partial(
-                    dense_spec, transposed=transposed, unit_rows=unit_rows, inputs=inputs
+                    dense_spec, transposed=transposed, unit_rows=unit_rows, expert=expert
                 )
             return describe(
                 checkpoint,

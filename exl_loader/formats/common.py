@@ -70,8 +70,8 @@ def expect_columns(
         InvalidCheckpoint: the tensor has too few or too many columns.
     """
     if rows is not None:
-        assert sum(end - first for first, end in rows) == out_features, (header.name, rows)
-        most = max(end for _, end in rows)
+        assert sum(map(len, rows)) == out_features, (header.name, rows)
+        most = max(part[-1] + 1 for part in rows)
         if stored < most:
             raise InvalidCheckpoint(
                 f"{header.name}: output features",
@@ -95,6 +95,7 @@ def has_bias(
     out_features: int,
     rows: RowRanges | None,
     bias: bool | None,
+    expert: int | None = None,
 ) -> bool:
     """Return whether a layer has a bias, and check its header.
 
@@ -103,6 +104,8 @@ def has_bias(
 
     Args:
         bias: True requires a bias, False ignores a stored one, None uses one that is stored.
+        expert: number of the bias in a tensor [experts, output features]; None where the tensor
+            has one bias.
 
     Raises:
         InvalidCheckpoint: `bias` is True and no bias is stored, or its shape is wrong.
@@ -112,20 +115,35 @@ def has_bias(
     if bias is False or (bias is None and stored not in checkpoint.headers):
         return False
     header = checkpoint.header(stored)
-    expect(header, FLOAT_DTYPES, (None,))
-    expect_columns(header, header.shape[0], out_features, rows)
+    expect(header, FLOAT_DTYPES, (None,) if expert is None else (None, None))
+    if expert is not None:
+        expect_experts(header, header.shape[0], expert)
+    expect_columns(header, header.shape[-1], out_features, rows)
     return True
+
+
+def expect_experts(header: TensorHeader, stored: int, expert: int) -> None:
+    """Check that a tensor of `stored` experts has the one of this number.
+
+    Raises:
+        InvalidCheckpoint: it has not.
+    """
+    if expert >= stored:
+        raise InvalidCheckpoint(
+            f"{header.name}: experts", expected=f"at least {expert + 1}", actual=stored,
+            remedy=WRONG_FILE,
+        )
 
 
 def read_columns(spec: LinearSpec, tensor: torch.Tensor) -> torch.Tensor:
     """Return the layer's columns of a tensor [..., output columns of the source].
 
-    This is a view where they follow each other.
+    This is a view where they are one range.
     """
     import torch
 
-    ranges = spec.rows or ((0, spec.out_features),)
-    parts = [tensor[..., first:end] for first, end in ranges]
+    ranges = spec.rows or (range(spec.out_features),)
+    parts = [tensor[..., part.start : part.stop : part.step] for part in ranges]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
@@ -138,7 +156,11 @@ def read_bias(spec: LinearSpec, checkpoint: Checkpoint) -> torch.Tensor | None:
     if not spec.has_bias:
         return None
     name = f"{spec.source}.bias"
-    bias = checkpoint.read(name)
+    expert = spec.options.get("expert")
+    if expert is None:
+        bias = checkpoint.read(name)
+    else:
+        bias = checkpoint.read_rows(name, expert, expert + 1)[0]
     require_finite(checkpoint.header(name).name, bias)
     return read_columns(spec, bias).float()
 

@@ -6,12 +6,11 @@ import math
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ..utils.errors import InvalidCheckpoint
 from .common import (
     FLOAT_DTYPES,
-    WRONG_FILE,
     expect,
     expect_columns,
+    expect_experts,
     has_bias,
     read_bias,
     read_columns,
@@ -36,18 +35,18 @@ def dense_spec(
     bias: bool | None,
     transposed: bool = False,
     unit_rows: bool = False,
-    inputs: tuple[int, int] | None = None,
+    expert: int | None = None,
 ) -> LinearSpec:
     """Describe an unquantised layer from headers; see `formats.linear_spec`."""
     weight = checkpoint.header(f"{source}.weight")
     if transposed:
-        expect(weight, FLOAT_DTYPES, (in_features if inputs is None else None, None))
-        if inputs is not None and weight.shape[0] < inputs[1]:
-            raise InvalidCheckpoint(
-                f"{weight.name}: input features", expected=f"at least {inputs[1]}",
-                actual=weight.shape[0], remedy=WRONG_FILE,
-            )
-        stored = weight.shape[1]
+        if expert is None:
+            expect(weight, FLOAT_DTYPES, (in_features, None))
+        else:
+            stacked = (None, in_features) if len(weight.shape) == 3 else (None,)
+            expect(weight, FLOAT_DTYPES, (*stacked, None))
+            expect_experts(weight, math.prod(weight.shape[:-1]) // in_features, expert)
+        stored = weight.shape[-1]
     else:
         # A tensor of several experts has a dimension more.
         experts = (None,) * (len(weight.shape) - 2) if rows is not None else ()
@@ -55,9 +54,9 @@ def dense_spec(
         stored = math.prod(weight.shape[:-1])
     expect_columns(weight, stored, out_features, rows)
     sizes = DenseSizes(out_features, in_features, weight.dtype)
-    biased = has_bias(checkpoint, source, out_features, rows, bias)
+    biased = has_bias(checkpoint, source, out_features, rows, bias, expert)
     return LinearSpec(name, "dense", in_features, out_features, sizes, biased, source, rows,
-                      {"transposed": transposed, "unit_rows": unit_rows, "inputs": inputs})
+                      {"transposed": transposed, "unit_rows": unit_rows, "expert": expert})
 
 
 def read_dense(spec: LinearSpec, checkpoint: Checkpoint) -> DenseLayer:
@@ -79,9 +78,9 @@ def _read_rows(
     name = f"{spec.source}.weight"
     if spec.options["transposed"]:
         # The rows are strewn over the file, so it is read whole for each piece. Only GPT-2 and
-        # the experts of DBRX are stored like this, whose layers are a few pieces.
-        inputs = spec.options["inputs"]
-        weight = checkpoint.read(name) if inputs is None else checkpoint.read_rows(name, *inputs)
+        # the experts of DBRX and GPT-OSS are stored like this, whose layers are a few pieces.
+        begin = (spec.options["expert"] or 0) * spec.in_features
+        weight = checkpoint.read_rows(name, begin, begin + spec.in_features)
         whole = read_columns(spec, weight)
         rows = whole[:, first:end].t().contiguous()
     else:
@@ -107,9 +106,9 @@ def _read_ranges(
     import torch
 
     name, parts, passed = f"{spec.source}.weight", [], 0
-    for low, high in spec.rows or ((0, spec.out_features),):
-        begin, stop = max(first - passed, 0), min(end - passed, high - low)
-        if begin < stop:
-            parts.append(checkpoint.read_rows(name, low + begin, low + stop))
-        passed += high - low
+    for stored in spec.rows or (range(spec.out_features),):
+        piece = stored[max(first - passed, 0) : max(end - passed, 0)]
+        if piece:
+            parts.append(checkpoint.read_rows(name, piece[0], piece[-1] + 1)[:: piece.step])
+        passed += len(stored)
     return parts[0] if len(parts) == 1 else torch.cat(parts)

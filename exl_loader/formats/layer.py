@@ -20,8 +20,8 @@ PIECE_BYTES = 16 << 20
 BLOCK_ROWS = 32
 
 
-# (first, end) of the output rows of a layer in a fused source tensor, in the layer's order.
-RowRanges = tuple[tuple[int, int], ...]
+# The output rows of a layer in a fused source tensor, in the layer's order.
+RowRanges = tuple[range, ...]
 
 
 @dataclass(frozen=True)

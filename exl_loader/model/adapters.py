@@ -60,7 +60,7 @@ class Target:
     @property
     def out_features(self) -> int:
         """The number of these rows."""
-        return sum(end - first for first, end in self.rows)
+        return sum(map(len, self.rows))
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _targets(parts: ModelParts) -> dict[str, list[Target]]:
     for index, layer in enumerate(parts.layers):
         linears = {linear.name: linear for linear in layer.linears}
         for linear in linears.values():
-            target = Target(linear, index, ((0, linear.out_features),))
+            target = Target(linear, index, (range(linear.out_features),))
             found[_key(linear.name)] = [target]
             if linear.spec.rows is None:
                 found[_key(linear.spec.source)] = [target]
@@ -146,8 +146,8 @@ def _targets(parts: ModelParts) -> dict[str, list[Target]]:
     head, vocab_size = parts.head.linear, parts.config.vocab_size
     # Versions of transformers differ in the head's name where it is not lm_head.
     for name in ("lm_head", _key(head.name)):
-        found[name] = [Target(head, len(parts.layers), ((0, vocab_size),))]
-    rows = (0, parts.config.hidden_size)
+        found[name] = [Target(head, len(parts.layers), (range(vocab_size),))]
+    rows = range(parts.config.hidden_size)
     found[_key(names.embedding)] = [Target(parts.embedding, -1, (rows,))]
     return found
 
@@ -218,7 +218,7 @@ class AdapterTensors:
         module, target = adapted.module, adapted.target
         scale = module.scale * self.scaling
         dtype = module.b.dtype if math.frexp(scale)[0] in (0.5, -0.5, 0.0) else "float32"
-        name = f"{module.name}.B.{target.rows[0][0]}"
+        name = f"{module.name}.B.{target.rows[0].start}"
         return self._weight(name, target.out_features, module.rank, dtype)
 
     def hidden(self) -> TensorSpec:
@@ -338,7 +338,7 @@ class Adapters:
                     columns = _Columns(adapter, module.a)
                     layer = DenseLayer(rank, width, a.dtype, columns.read, None)
                 else:
-                    read = partial(_read, adapter, module.a, ((0, rank),), 1.0, a.dtype)
+                    read = partial(_read, adapter, module.a, (range(rank),), 1.0, a.dtype)
                     layer = DenseLayer(width, rank, a.dtype, read, None)
                 packed[a.name] = ops.pack(layer, {"weight": views[a.name]})
             scale = module.scale * tensors.scaling
@@ -370,11 +370,11 @@ def _read(adapter: Adapter, header: TensorHeader, ranges: RowRanges, scale: floa
     import torch
 
     pieces, before = [], 0
-    for low, high in ranges:
-        start, stop = max(first, before), min(end, before + high - low)
-        if start < stop:
-            pieces.append(adapter.read_rows(header, low + start - before, low + stop - before))
-        before += high - low
+    for whole in ranges:
+        piece = whole[max(first - before, 0) : max(end - before, 0)]
+        if piece:
+            pieces.append(adapter.read_rows(header, piece.start, piece.stop))
+        before += len(whole)
     rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     require_finite(header.name, rows)
     if scale != 1.0 or header.dtype != dtype:
@@ -394,7 +394,7 @@ class _Columns:
         """Return columns first..end as rows, [end - first, rank]."""
         if self._matrix is None:
             rank = self._header.shape[0]
-            whole = ((0, rank),)
+            whole = (range(rank),)
             dtype = self._header.dtype
             self._matrix = _read(self._adapter, self._header, whole, 1.0, dtype, 0, rank)
         return self._matrix[:, first:end].t().contiguous()

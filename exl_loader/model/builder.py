@@ -34,6 +34,7 @@ from .parts.norm import Norm
 from .parts.part import Block, Loading
 from .parts.positions import LearnedPositions
 from .parts.rope import Rope
+from .parts.vector import Vector
 
 if TYPE_CHECKING:
     import torch
@@ -184,6 +185,11 @@ class ModelParts:
             yield from layer.norms
         yield self.head.norm
 
+    def vectors(self) -> Iterator[Vector]:
+        """Every vector."""
+        for layer in self.layers:
+            yield from layer.vectors
+
     def specs(self) -> list[TensorSpec]:
         """Describe all weights as they will be on their devices."""
         specs = [*self.embedding.specs()]
@@ -279,7 +285,7 @@ def fused_rows(config: ModelConfig, widths: Mapping[str, int], name: str) -> Row
         first += widths[other] // parts
     width, step = widths[name] // parts, sum(widths.values()) // parts
     starts = range(first, first + parts * step, step)
-    return tuple((start, start + width) for start in starts)
+    return tuple(range(start, start + width) for start in starts)
 
 
 class Builder:
@@ -322,7 +328,7 @@ class Builder:
         tied = config.tie_word_embeddings and not has_linear(self._checkpoint, names.head)
         linear = self._linear(
             names.head, config.hidden_size, config.vocab_size, device,
-            bias=True if names.head in config.required_biases else None,
+            bias=self._required_bias(names.head),
             source=names.embedding if tied else None,
         )
         if linear.has_bias and config.logits_multiplier != 1:
@@ -398,7 +404,10 @@ class Builder:
         )
         own = config.layer_ropes[index]
         rope = None if own is None else self._ropes[own]
-        return Attention(q, k, v, o, q_norm, k_norm, shape, rope, config.clip_qkv)
+        sinks = None
+        if names.sinks is not None:
+            sinks = self._vector(prefix + names.sinks, config.num_attention_heads, device)
+        return Attention(q, k, v, o, q_norm, k_norm, shape, rope, config.clip_qkv, sinks)
 
     def _qk_norm(self, qk: QkNorms, name: str, num_heads: int, device: str) -> Norm:
         """Make the norm of the queries or the keys."""
@@ -434,15 +443,16 @@ class Builder:
         hidden_size = self._config.hidden_size
 
         def expert(name: str, size: int) -> Mlp:
+            bias = self._required_bias(names.experts)
             return Mlp(
-                self._linear(f"{name}.{names.gate}", hidden_size, size, device),
-                self._linear(f"{name}.{names.up}", hidden_size, size, device),
-                self._linear(f"{name}.{names.down}", size, hidden_size, device),
-                self._config.hidden_act,
+                self._linear(f"{name}.{names.gate}", hidden_size, size, device, bias),
+                self._linear(f"{name}.{names.up}", hidden_size, size, device, bias),
+                self._linear(f"{name}.{names.down}", size, hidden_size, device, bias),
+                names.activation or self._config.hidden_act,
             )
 
         fused = names.fused
-        if fused is not None and has_linear(self._checkpoint, prefix + fused.down):
+        if fused is not None and self._has_fused_experts(prefix + fused.down):
             experts = tuple(
                 self._fused_expert(names, fused, index, config.intermediate_size, prefix, device)
                 for index in range(config.count)
@@ -452,8 +462,13 @@ class Builder:
                 expert(f"{prefix}{names.experts}.{index}", config.intermediate_size)
                 for index in range(config.count)
             )
-        bias = True if names.router in self._config.required_biases else None
-        router = self._linear(prefix + names.router, hidden_size, config.count, device, bias)
+            if fused is not None and fused.is_alternating:
+                _refuse_halves(experts[0].gate, fused)
+        router = self._linear(prefix + names.router, hidden_size, config.count, device,
+                              self._required_bias(names.router))
+        correction = None
+        if names.correction is not None:
+            correction = self._vector(prefix + names.correction, config.count, device)
         shared = shared_gate = None
         if names.shared is not None and config.shared_size:
             shared = expert(prefix + names.shared, config.shared_size)
@@ -461,28 +476,57 @@ class Builder:
                 shared_gate = self._linear(prefix + names.shared_gate, hidden_size, 1, device)
         factor = config.factor * self._config.residual_multiplier
         routing = Routing(config.top_k, names.score, config.normalize, factor)
-        return Experts(router, experts, routing, shared, shared_gate)
+        return Experts(router, experts, routing, shared, shared_gate, correction)
+
+    def _has_fused_experts(self, down: str) -> bool:
+        """Tell whether the experts are in the tensors of `FusedExperts`, by its `down`."""
+        return any(has_linear(self._checkpoint, name) for name in (down, f"{down}.0"))
 
     def _fused_expert(self, names: Mixture, fused: FusedExperts, index: int, size: int,
                       prefix: str, device: str) -> Mlp:
         """Make one expert out of tensors that have all experts of a layer."""
         name, hidden_size = f"{prefix}{names.experts}.{index}", self._config.hidden_size
-        together = fused.gate == fused.up
-        gate = index * size * (2 if together else 1)
-        up = gate + size if together else gate
-        first, inputs = index * hidden_size, None
-        rows: RowRanges | None = ((first, first + hidden_size),)
-        if fused.down_is_transposed:
-            rows, inputs = None, (index * size, (index + 1) * size)
+        is_own = has_linear(self._checkpoint, f"{prefix}{fused.down}.{index}")
+        bias = self._required_bias(names.experts)
+
+        def linear(part: str, in_features: int, source: str, rows: range, stored: int,
+                   transposed: bool) -> Linear:
+            # `rows` are those among the expert's `stored` rows of the source.
+            source, expert = prefix + source, None
+            if is_own:
+                source = f"{source}.{index}"
+            elif transposed:
+                expert = index
+            else:
+                above = index * stored
+                rows = range(above + rows.start, above + rows.stop, rows.step)
+            return self._linear(f"{name}.{part}", in_features, len(rows), device, bias,
+                                source=source, rows=(rows,), expert=expert)
+
+        gate, up, stored = range(size), range(size), size
+        if fused.is_alternating:
+            gate, up, stored = range(0, 2 * size, 2), range(1, 2 * size, 2), 2 * size
+        elif fused.gate == fused.up:
+            up, stored = range(size, 2 * size), 2 * size
         return Mlp(
-            self._linear(f"{name}.{names.gate}", hidden_size, size, device,
-                         source=prefix + fused.gate, rows=((gate, gate + size),)),
-            self._linear(f"{name}.{names.up}", hidden_size, size, device,
-                         source=prefix + fused.up, rows=((up, up + size),)),
-            self._linear(f"{name}.{names.down}", size, hidden_size, device,
-                         source=prefix + fused.down, rows=rows, inputs=inputs),
-            self._config.hidden_act,
+            linear(names.gate, hidden_size, fused.gate, gate, stored, fused.is_transposed),
+            linear(names.up, hidden_size, fused.up, up, stored, fused.is_transposed),
+            linear(names.down, size, fused.down, range(hidden_size), hidden_size,
+                   fused.down_is_transposed),
+            names.activation or self._config.hidden_act,
         )
+
+    def _required_bias(self, name: str) -> bool | None:
+        """Return `bias` of `linear_spec`: one that need not be there is used where it is.
+
+        GPTQ folders of some converters have a bias (of zeros) for every layer.
+        """
+        return True if name in self._config.required_biases else None
+
+    def _vector(self, name: str, size: int, device: str) -> Vector:
+        """Make a vector of `size` elements."""
+        self._dtype(name, (size,))
+        return Vector(TensorSpec(name, "weights", "float32", (size,), device))
 
     def _norm(self, name: str, size: int, device: str, *, factor: float = 1.0,
               bias: bool | None = None, heads: int = 0, tensors: tuple[str, ...] = ()) -> Norm:
@@ -533,9 +577,7 @@ class Builder:
             sizes: name -> (in_features, out_features) of all the block's linear layers.
         """
         in_features, out_features = sizes[name]
-        # GPTQ folders of some converters have a bias (of zeros) for every layer, so a bias that
-        # need not be there is used where it is.
-        bias = True if name in self._config.required_biases else None
+        bias = self._required_bias(name)
         if not has_linear(self._checkpoint, prefix + name):
             for source, fused in self._architecture.fused.items():
                 if name not in fused or not has_linear(self._checkpoint, prefix + source):
@@ -556,15 +598,35 @@ class Builder:
 
     def _linear(self, name: str, in_features: int, out_features: int, device: str,
                 bias: bool | None = None, source: str | None = None,
-                rows: RowRanges | None = None, inputs: tuple[int, int] | None = None) -> Linear:
+                rows: RowRanges | None = None, expert: int | None = None) -> Linear:
         # A tied head has the layout of the embedding.
         is_head = name == self._architecture.head
         spec = linear_spec(self._checkpoint, name, in_features, out_features, source=source,
                            rows=rows, bias=bias,
-                           transposed=inputs is not None
+                           transposed=expert is not None
                            or (self._architecture.transposed and not is_head),
-                           unit_rows=self._config.has_unit_head and is_head, inputs=inputs)
+                           unit_rows=self._config.has_unit_head and is_head, expert=expert)
         return Linear(spec, device)
+
+
+def _refuse_halves(gate: Linear, fused: FusedExperts) -> None:
+    """Refuse GPTQ experts whose gate and up are something else than their names say.
+
+    auto-round and GPTQModel since 2026 cut the tensor of alternating gate and up rows in halves,
+    and call these gate_proj and up_proj (ModelCloud/Defuser, test_gpt_oss). Neither half has the
+    gate rows only, which one quantised layer would have to bring together.
+
+    Raises:
+        UnsupportedFormat: `gate` is a GPTQ layer.
+    """
+    if gate.spec.format == "gptq":
+        raise UnsupportedFormat(
+            f"{gate.spec.source}: half of the gate rows and half of the up rows, as auto-round "
+            "and newer versions of GPTQModel store them",
+            expected=f"all of an expert's gate and up rows in one layer ({fused.gate}.N)",
+            remedy="Use an EXL2 or bfloat16 version of the model, or a GPTQ version with such "
+            "layers",
+        )
 
 
 def _judge_unused(parts: ModelParts, checkpoint: Checkpoint) -> None:
@@ -575,6 +637,7 @@ def _judge_unused(parts: ModelParts, checkpoint: Checkpoint) -> None:
     # What ends so in a layer is a norm, of this architecture or of another.
     norm_endings = ("norm.weight", *(f".{norm}.weight" for norm in names.norms.names()))
     norms = {tensor for norm in parts.norms() for tensor in norm.tensors}
+    vectors = {vector.spec.name for vector in parts.vectors()}
     sources = {linear.spec.source for linear in parts.linears()}
     sources.add(parts.embedding.spec.name.removesuffix(".weight"))
     if parts.positions is not None:
@@ -596,7 +659,7 @@ def _judge_unused(parts: ModelParts, checkpoint: Checkpoint) -> None:
                 expected="weights that the adapter was merged into",
                 remedy="Merge it, or use a version of the model without it",
             )
-        used = last in LINEAR_TENSORS and source in sources
+        used = name in vectors or (last in LINEAR_TENSORS and source in sources)
         if not used and name not in norms and not header.name.endswith(_COMPUTED_ANEW):
             unused.append(header.name)
     if config.multimodal_class:

@@ -13,6 +13,7 @@ from .parts.experts import Experts
 from .parts.linear import Linear
 from .parts.norm import Norm
 from .parts.part import Block, LayerState, Loading, StepViews, merged
+from .parts.vector import Vector
 
 if TYPE_CHECKING:
     from ..backends.base import Ops, Shapes
@@ -49,9 +50,9 @@ class DecoderLayer(ABC):
         """
 
     @cached_property
-    def weights(self) -> list[Norm | Linear]:
-        """Every norm and linear layer."""
-        found: list[Norm | Linear] = []
+    def weights(self) -> list[Norm | Linear | Vector]:
+        """Every norm, linear layer and vector."""
+        found: list[Norm | Linear | Vector] = []
         for part in self.parts():
             found += [part] if isinstance(part, Norm) else part.weights()
         return found
@@ -66,6 +67,11 @@ class DecoderLayer(ABC):
         """Every norm."""
         return [part for part in self.weights if isinstance(part, Norm)]
 
+    @cached_property
+    def vectors(self) -> list[Vector]:
+        """Every vector."""
+        return [part for part in self.weights if isinstance(part, Vector)]
+
     @property
     def hidden_size(self) -> int:
         """H, elements of a row of the hidden state."""
@@ -76,11 +82,9 @@ class DecoderLayer(ABC):
         return [*self.attention.input_groups(), *self.mlp.input_groups()]
 
     def specs(self) -> Iterator[TensorSpec]:
-        """Describe the weights as they will be on the device: norms, then linear layers."""
-        for norm in self.norms:
-            yield from norm.specs()
-        for linear in self.linears:
-            yield from linear.specs()
+        """Describe the weights as they will be on the device: norms, linear layers, vectors."""
+        for part in (*self.norms, *self.linears, *self.vectors):
+            yield from part.specs()
 
     def workspace(self, rows: int) -> Shapes:
         """Return the tensors of a whole step of up to `rows` rows, which layers share."""

@@ -39,7 +39,7 @@ def test_rows_of_a_fused_source_and_its_bias(tmp_path, dtype):
     tensors = {"weight": torch.randn(96, 48).to(dtype), "bias": torch.randn(96).to(dtype)}
     folder = write_layer(tmp_path / "m", tensors, "qkv_proj")
     part, layer, decoded = load_layer(
-        folder, 48, 40, "k_proj", source="qkv_proj", rows=((24, 64),), bias=True
+        folder, 48, 40, "k_proj", source="qkv_proj", rows=(range(24, 64),), bias=True
     )
     assert part.tensors["weight"].name == "k_proj.weight"
     assert torch.equal(untile(layer), tensors["weight"][24:64])

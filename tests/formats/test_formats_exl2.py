@@ -118,7 +118,7 @@ def test_a_sixteen_bit_permutation_is_unsigned(tmp_path):
 
 def test_columns_of_a_fused_source(tmp_path):
     folder, _, weight = layer_folder(tmp_path, 128, 96)
-    _, layer, decoded = load_layer(folder, 128, 40, source="layer", rows=((24, 64),))
+    _, layer, decoded = load_layer(folder, 128, 40, source="layer", rows=(range(24, 64),))
     assert torch.equal(decoded, weight[:, 24:64])
     assert torch.equal(dequantize(layer), weight[:, 24:64])
 

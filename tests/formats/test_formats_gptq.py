@@ -101,12 +101,12 @@ def test_layers_with_their_own_settings(tmp_path):
 def test_columns_of_a_fused_source(tmp_path):
     tensors, weight = make(out_features=96, group_size=64, act_order=True, bias=True)
     folder = write(tmp_path, tensors, group_size=64)
-    _, layer, decoded = load_layer(folder, 256, 40, source="layer", rows=((24, 64),))
+    _, layer, decoded = load_layer(folder, 256, 40, source="layer", rows=(range(24, 64),))
     assert torch.equal(decoded, weight[:, 24:64])
     assert torch.equal(dequantize(layer), weight[:, 24:64])
     assert torch.equal(layer.bias, tensors["bias"][24:64].float())
     with pytest.raises(InvalidCheckpoint, match="at least 100"):
-        load_layer(folder, 256, 40, source="layer", rows=((60, 100),))
+        load_layer(folder, 256, 40, source="layer", rows=(range(60, 100),))
 
 
 @pytest.mark.parametrize("options", [{}, {"act_order": True, "v2": True, "bits": 3}])

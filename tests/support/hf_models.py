@@ -86,6 +86,13 @@ MODELS: dict[str, tuple[str, dict]] = {
         attn_config=dict(kv_n_heads=1, clip_qkv=8.0, rope_theta=1e4),
         ffn_config=dict(hidden_size=96, ffn_hidden_size=64, moe_num_experts=4, moe_top_k=2,
                         moe_normalize_expert_weights=None))),
+    "gpt-oss": ("GptOss", dict(
+        head_dim=32, num_local_experts=5, num_experts_per_tok=2, sliding_window=24,
+        rope_parameters=YARN | dict(truncate=False))),
+    "gpt-oss-plain": ("GptOss", dict(
+        head_dim=64, num_local_experts=4, num_experts_per_tok=3, sliding_window=8,
+        num_key_value_heads=1, attention_bias=False, layer_types=["sliding_attention"] * 3,
+        rope_parameters=dict(rope_type="default", rope_theta=1e4))),
     "granitemoe": ("GraniteMoe", dict(
         num_local_experts=5, num_experts_per_tok=2, embedding_multiplier=3.5,
         residual_multiplier=0.3, attention_multiplier=0.1, logits_scaling=0.25)),

@@ -162,19 +162,25 @@ class Factors:
 class FusedExperts:
     """Unquantised tensors that have the weights of all experts of a layer, the first expert first.
 
-    Names are in a layer, without `.weight`.
+    Names are in a layer, without `.weight`. Expert N may have tensors of its own instead:
+    `{gate}.N`, `{up}.N` and `{down}.N`, in any format.
 
     Args:
-        gate, up: output rows. Where both are one tensor, an expert's gate rows precede its up
-            rows. The tensor may be [experts, rows, hidden_size] or [experts * rows, hidden_size].
-        down: output rows, [experts, hidden_size, width] or [experts * hidden_size, width].
-        down_is_transposed: it is [experts * width, hidden_size] (DBRX).
+        gate, up: [experts, rows, hidden_size] or [experts * rows, hidden_size]. Where both are
+            one tensor, an expert's gate rows precede its up rows.
+        down: [experts, hidden_size, width] or [experts * hidden_size, width].
+        is_transposed: gate and up are [experts, hidden_size, rows].
+        down_is_transposed: down is [experts, width, hidden_size] or
+            [experts * width, hidden_size].
+        is_alternating: gate and up are one tensor, in which each gate row precedes its up row.
     """
 
     gate: str
     up: str
     down: str
+    is_transposed: bool = False
     down_is_transposed: bool = False
+    is_alternating: bool = False
 
 
 @dataclass(frozen=True)
@@ -186,7 +192,10 @@ class Mixture:
         gate, up, down: the linear layers of an expert.
         fused: the tensors that have them where they are not apart; None where they always are.
         width: config key of an expert's width.
+        activation: of the experts, as `Ops.gate` takes it; None for that of the config.
         score: what the router makes of its logits.
+        correction: name of the tensor that is added to the scores of experts where they are
+            chosen; None without one.
         normalize: whether the weights of the chosen experts sum up to 1: always or never, or
             where the named config key is true or 1.
         factor: config key of the factor on the weights; None for 1.
@@ -205,7 +214,9 @@ class Mixture:
     down: str = "down_proj"
     fused: FusedExperts | None = None
     width: str = "intermediate_size"
+    activation: str | None = None
     score: Literal["softmax", "sigmoid"] = "softmax"
+    correction: str | None = None
     normalize: bool | str = True
     factor: str | None = None
     shared: str | None = None
@@ -239,6 +250,7 @@ class Architecture:
             down(activation(up(x))).
         default_width: `intermediate_size` in multiples of `hidden_size`, for folders without it;
             None where it must be there.
+        sinks: name of attention's sinks, a logit of each head; None where it has none.
         experts: mixtures of experts that replace the MLP; None where dense.
         norms: what is normalised, and how.
         positions: RoPE, or learned positions.
@@ -281,6 +293,7 @@ class Architecture:
     up_proj: str = "mlp.up_proj"
     down_proj: str = "mlp.down_proj"
     default_width: int | None = None
+    sinks: str | None = None
     experts: Mixture | None = None
     norms: Norms = Norms()
     positions: Positions = Positions()

@@ -153,6 +153,46 @@ MIXTURES = (
         ),
     ),
     Architecture(
+        name="GptOssForCausalLM",
+        model_type="gpt_oss",
+        defaults={
+            **COMMON,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 150000.0,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "max_position_embeddings": 131072,
+            "sliding_window": 128,
+            "attention_bias": True,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 4,
+        },
+        fixed={"swiglu_limit": 7.0, "swiglu_alpha": 1.702},
+        renames=(
+            # The tensors that have all experts lack the endings of weights and biases.
+            (".mlp.experts.gate_up_proj_bias", ".mlp.experts.gate_up.bias"),
+            (".mlp.experts.gate_up_proj", ".mlp.experts.gate_up.weight"),
+            (".mlp.experts.down_proj_bias", ".mlp.experts.down.bias"),
+            (".mlp.experts.down_proj", ".mlp.experts.down.weight"),
+        ),
+        biases={**ATTENTION_BIAS, "mlp.router": True, "mlp.experts": True},
+        sliding_window="alternating",
+        sinks="self_attn.sinks",
+        experts=Mixture(
+            router="mlp.router",
+            # GPTQModel stores an expert's gate and up, alternating, as `mlp.experts.gate_up.N`.
+            fused=FusedExperts(
+                gate="mlp.experts.gate_up",
+                up="mlp.experts.gate_up",
+                down="mlp.experts.down",
+                is_transposed=True,
+                down_is_transposed=True,
+                is_alternating=True,
+            ),
+            activation="clamped_swiglu",
+        ),
+    ),
+    Architecture(
         name="GraniteMoeForCausalLM",
         model_type="granitemoe",
         defaults={**GRANITE, "num_local_experts": 8, "num_experts_per_tok": 2},

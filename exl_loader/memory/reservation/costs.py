@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -237,7 +238,9 @@ class LayerCosts:
             if linear.spec.format == "dense":
                 pieces.append(min(PIECE_BYTES, linear.tensors["weight"].nbytes))
                 if linear.spec.options["transposed"]:
-                    whole.append(headers[f"{linear.spec.source}.weight"].nbytes)
+                    header = headers[f"{linear.spec.source}.weight"]
+                    stored_rows = math.prod(header.shape[:-1])
+                    whole.append(header.nbytes // stored_rows * linear.spec.in_features)
             else:
                 names = (f"{linear.spec.source}.{tensor}" for tensor in UPLOADED_TENSORS)
                 layers.append(sum(headers[name].nbytes for name in names if name in headers))

@@ -11,6 +11,7 @@ from .linear import Linear, run_linears
 from .norm import Norm
 from .part import Block, LayerState, Loading, StepViews
 from .rope import Rope
+from .vector import Vector
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,7 @@ class Attention(Block):
         shape: heads, scale, soft cap and sliding window.
         rope: the angles; None where the layer has no RoPE.
         clip: queries, keys and values are clipped to -clip..clip first; 0 for no.
+        sinks: a logit of each head that joins the softmax of its rows; None where there are none.
 
     Attributes:
         key_bias: the part of the key bias that attention adds, because the stored keys are
@@ -44,16 +46,19 @@ class Attention(Block):
     shape: AttentionShape
     rope: Rope | None
     clip: float = 0.0
+    sinks: Vector | None = None
     key_bias: KeyBias | None = field(init=False, default=None, repr=False)
     _key_bias_is_taken: bool = field(init=False, default=False, repr=False)
 
-    def weights(self) -> Iterator[Norm | Linear]:
+    def weights(self) -> Iterator[Norm | Linear | Vector]:
         yield from (self.q, self.k, self.v)
         if self.q_norm is not None:
             yield self.q_norm
         if self.k_norm is not None:
             yield self.k_norm
         yield self.o
+        if self.sinks is not None:
+            yield self.sinks
 
     def input_groups(self) -> list[list[Linear]]:
         return [[self.q, self.k, self.v], [self.o]]
@@ -130,6 +135,7 @@ class Attention(Block):
             self.rope.turn(ops, views, q)
             self.rope.turn(ops, views, k)
         ops.write_cache(k, v, state.cache, views.batch, scratch)
-        ops.attention(q, state.cache, views.batch, shape, attn, scratch)
+        sinks = None if self.sinks is None else self.sinks.values
+        ops.attention(q, state.cache, views.batch, shape, attn, scratch, sinks)
         project = self.o.add if add else self.o.run
         project(ops, views.view("attn", rows, self.q.out_features), out, scratch)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from .linear import Linear
 from .mlp import Mlp
 from .part import Block, LayerState, StepViews, merged
+from .vector import Vector
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +42,7 @@ class Experts(Block):
         routing: how the router chooses.
         shared: an expert that every row runs through as well; None where there is none.
         shared_gate: the sigmoid of its one output weighs the shared expert; None for 1.
+        correction: added to the scores of experts where they are chosen; None without one.
     """
 
     router: Linear
@@ -48,13 +50,14 @@ class Experts(Block):
     routing: Routing
     shared: Mlp | None = None
     shared_gate: Linear | None = None
+    correction: Vector | None = None
 
     @property
     def top_k(self) -> int:
         """Experts of a row."""
         return self.routing.top_k
 
-    def weights(self) -> Iterator[Linear]:
+    def weights(self) -> Iterator[Linear | Vector]:
         yield self.router
         for expert in self.experts:
             yield from expert.weights()
@@ -62,6 +65,8 @@ class Experts(Block):
             yield from self.shared.weights()
         if self.shared_gate is not None:
             yield self.shared_gate
+        if self.correction is not None:
+            yield self.correction
 
     def input_groups(self) -> list[list[Linear]]:
         """The experts' linear layers; router and gate stay float16."""
@@ -121,7 +126,10 @@ class Experts(Block):
         if self.shared is not None:
             self._run_shared(ops, views, state, self.shared, x, out)
         self.router.run(ops, x, logits, views.scratch)
-        ops.moe_route(logits, self.routing, weights, chosen)
+        routing = self.routing
+        if self.correction is not None:
+            routing = replace(routing, correction=self.correction.values)
+        ops.moe_route(logits, routing, weights, chosen)
         pairs = views.rows * self.top_k
         few = pairs <= min(MAX_PAIRS, views.max_rows) and not self._has_adapted_experts
         if state.expert_tables is not None and few:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from ...formats.common import require_finite
 from ...utils.table import TensorSpec
 
 if TYPE_CHECKING:
@@ -68,12 +67,12 @@ class Norm:
         self.weight = loading.views[self.spec.name]
         stored = self.weight.view(len(self.weight_tensors) or 1, -1)
         for name, target in zip(self.weight_tensors or (self.spec.name,), stored, strict=True):
-            target.copy_((_read(loading, name).flatten() + self.offset) * self.factor)
+            target.copy_((loading.read_floats(name).flatten() + self.offset) * self.factor)
         if self.kind == "layer":
             self.weight = self.weight.view(-1, self.size)
         if self.bias is not None:
             bias = loading.views[self.bias.name]
-            bias.copy_(_read(loading, self.bias.name) * self.factor)
+            bias.copy_(loading.read_floats(self.bias.name) * self.factor)
             self._bias = bias.view(-1, self.size)
         loading.advance(sum(spec.nbytes for spec in self.specs()))
 
@@ -83,10 +82,3 @@ class Norm:
             ops.rms_norm(x, self.weight, self.eps, out)
         else:
             ops.layer_norm(x, self.weight, self._bias, self.eps, out)
-
-
-def _read(loading: Loading, name: str) -> torch.Tensor:
-    """Read a tensor of the checkpoint as float32."""
-    stored = loading.checkpoint.read(name)
-    require_finite(loading.checkpoint.header(name).name, stored)
-    return stored.float()

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ...formats.common import require_finite
+
 if TYPE_CHECKING:
     import torch
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from .experts import ExpertTables
     from .linear import Linear
     from .norm import Norm
+    from .vector import Vector
 
 
 def _count_nothing(nbytes: int) -> None:
@@ -39,6 +42,16 @@ class Loading:
     views: Mapping[str, torch.Tensor]
     ops: Mapping[str, DeviceOps]
     advance: Callable[[int], None] = _count_nothing
+
+    def read_floats(self, name: str) -> torch.Tensor:
+        """Read a tensor of the checkpoint as float32.
+
+        Raises:
+            InvalidCheckpoint: a value is not finite, or the file shrank.
+        """
+        stored = self.checkpoint.read(name)
+        require_finite(self.checkpoint.header(name).name, stored)
+        return stored.float()
 
 
 @dataclass(frozen=True)
@@ -94,11 +107,11 @@ class StepViews:
 
 
 class Block(ABC):
-    """A part that is made of norms and linear layers: attention, or an MLP."""
+    """A part that is made of norms, linear layers and vectors: attention, or an MLP."""
 
     @abstractmethod
-    def weights(self) -> Iterator[Norm | Linear]:
-        """Every norm and linear layer, in the order in which they are read."""
+    def weights(self) -> Iterator[Norm | Linear | Vector]:
+        """Every norm, linear layer and vector, in the order in which they are read."""
 
     @abstractmethod
     def input_groups(self) -> list[list[Linear]]:
