@@ -318,6 +318,13 @@ def format_of(names: Iterable[str], quantization: Quantization) -> str:
     if "q_weight" in endings:
         return "exl2"
     method = quantization.method
+    if method == "mxfp4" or "gate_up_proj_blocks" in endings:
+        raise UnsupportedFormat(
+            "experts in MXFP4 (quant_method mxfp4: tensors *_blocks and *_scales)",
+            expected="exl2, gptq or unquantised weights",
+            remedy="Use a bfloat16, EXL2 or GPTQ version of the model, or save a bfloat16 one with "
+            "transformers: Mxfp4Config(dequantize=True)",
+        )
     if method is None and "trellis" not in endings and "weight_packed" not in endings:
         return "gptq" if "qweight" in endings else "dense"
     if not quantization.is_supported:

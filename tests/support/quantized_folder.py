@@ -40,6 +40,9 @@ KEPT = re.compile(
     r"\.(gate|router|router\.layer|shared_expert_gate)$"
     r"|(^|\.)(visual|vision_tower|multi_modal_projector)\."
 )
+# Tensors of all experts of GPT-OSS. GPTQModel cuts them by expert; the engine's own converter
+# writes EXL2 layers of gate, up and down.
+ALTERNATING = re.compile(r"\.mlp\.experts\.(gate_up|down)_proj$")
 # Fused tensor -> the layers in it. They are quantised apart in EXL2 folders.
 QKV = ("q_proj", "k_proj", "v_proj")
 FUSED = {
@@ -137,6 +140,12 @@ class _Writer:
         decoded: Tensors = dict(stored)
         done = set()
         for name in sorted(stored):
+            if ALTERNATING.search(name):
+                done |= {name, f"{name}_bias"}
+                quantised |= self._alternating_experts(
+                    name, stored[f"{name}_bias"], decoded
+                )
+                continue
             layer = _layer(name)
             experts = EXPERTS.fullmatch(name)
             if experts is not None and self._format == "exl2":
@@ -175,6 +184,27 @@ class _Writer:
             weights.append(value if name == "w2" else value.t())
             parts |= {f"{prefix}.{expert}.{name}.{key}": value for key, value in tensors.items()}
         return parts, torch.cat(weights)
+
+    def _alternating_experts(self, name: str, biases: torch.Tensor, decoded: Tensors) -> Tensors:
+        """Quantise GPT-OSS's experts of a tensor [experts, in, out] and return their layers."""
+        layers: Tensors = {}
+        prefix, _, last = name.rpartition(".")
+        weights = decoded[name] = torch.empty(decoded[name].shape)
+        rows = torch.arange(weights.shape[2])
+        for expert, bias in enumerate(biases):
+            if self._format == "gptq":
+                parts = {f"{prefix}.{last.removesuffix('_proj')}.{expert}": rows}
+            elif last == "down_proj":
+                parts = {f"{prefix}.{expert}.down_proj": rows}
+            else:
+                names = (f"{prefix}.{expert}.gate_proj", f"{prefix}.{expert}.up_proj")
+                parts = dict(zip(names, (rows[::2], rows[1::2]), strict=True))
+            for part, part_rows in parts.items():
+                tensors, value = self._random(weights.shape[1], len(part_rows))
+                weights[expert][:, part_rows] = value
+                layers |= {f"{part}.{key}": tensor for key, tensor in tensors.items()}
+                layers[f"{part}.bias"] = bias[part_rows].contiguous()
+        return layers
 
     def _is_quantised(self, layer: str, weight: torch.Tensor) -> bool:
         if weight.dim() != 2 or TABLES.search(layer) or KEPT.search(layer):
