@@ -101,6 +101,7 @@ class ModelConfig:
         ropes: the rotary embeddings: none with learned positions; a second one where layers with
             a sliding window have their own.
         layer_ropes: each layer's index in `ropes`, None where it has no rotary embedding.
+        further_layers: layers after the last one that are not loaded.
         learned_positions: rows of the table of learned positions; 0 without one.
         required_biases: names of linear layers, as in `Architecture`, that must have a bias.
         quantization: `quantization_config`, empty where there is none.
@@ -135,6 +136,7 @@ class ModelConfig:
     ropes: tuple[RopeConfig, ...]
     layer_ropes: tuple[int | None, ...]
     learned_positions: int
+    further_layers: int = 0
     multimodal_class: str = ""
     required_biases: frozenset[str] = frozenset()
     quantization: dict[str, Any] = field(default_factory=dict)
@@ -268,6 +270,7 @@ class ModelConfig:
             ropes=ropes,
             layer_ropes=_layer_ropes(keys, architecture, ropes, windows),
             learned_positions=max_position_embeddings if positions.learned is not None else 0,
+            further_layers=_further_layers(keys, architecture),
             multimodal_class=multimodal_class,
             required_biases=_required_biases(keys, architecture),
             quantization=keys.mapping("quantization_config") or {},
@@ -574,6 +577,11 @@ def _experts(
     )
 
 
+def _further_layers(keys: Keys, architecture: Architecture) -> int:
+    key = architecture.further_layers
+    return 0 if key is None else keys.integer(key, 0, MAX_LAYERS) or 0
+
+
 def _normalizes(keys: Keys, rule: bool | str) -> bool:
     """Return whether the weights of chosen experts sum up to 1.
 
@@ -591,6 +599,14 @@ def _dense_layers(keys: Keys, rule: str, num_layers: int) -> frozenset[int]:
         return frozenset()
     if rule == "first":
         return frozenset(range(keys.required_integer("first_k_dense_replace", 0, num_layers)))
+    if rule == "outside":
+        interval = keys.required_integer("moe_layer_interval", 1, MAX_LAYERS)
+        start = keys.required_integer("moe_layer_start_index", 0, MAX_LAYERS)
+        end = keys.required_integer("moe_layer_end_index", -1, MAX_LAYERS)
+        last = num_layers - 1 if end == -1 else end
+        return frozenset(
+            i for i in range(num_layers) if (i + 1) % interval or not start <= i <= last
+        )
     listed = keys.raw("mlp_only_layers") or []
     if not isinstance(listed, list) or not all(type(i) is int for i in listed):
         raise keys.fail("mlp_only_layers", "a list of layer numbers")

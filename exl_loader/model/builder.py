@@ -525,7 +525,9 @@ class Builder:
 
     def _vector(self, name: str, size: int, device: str) -> Vector:
         """Make a vector of `size` elements."""
-        self._dtype(name, (size,))
+        # Ernie's is [1, size].
+        leading = (1,) * (len(self._checkpoint.header(name).shape) - 1)
+        self._dtype(name, (*leading, size))
         return Vector(TensorSpec(name, "weights", "float32", (size,), device))
 
     def _norm(self, name: str, size: int, device: str, *, factor: float = 1.0,
@@ -642,9 +644,12 @@ def _judge_unused(parts: ModelParts, checkpoint: Checkpoint) -> None:
     sources.add(parts.embedding.spec.name.removesuffix(".weight"))
     if parts.positions is not None:
         sources.add(parts.positions.spec.name.removesuffix(".weight"))
-    unused = []
+    first, unused = config.num_hidden_layers, []
+    further = tuple(f"{layers}{first + i}." for i in range(config.further_layers))
     for name, header in checkpoint.headers.items():
         source, _, last = name.rpartition(".")
+        if name.startswith(further):
+            continue
         if name.startswith(layers) and name.endswith(norm_endings) and name not in norms:
             raise InvalidCheckpoint(
                 header.name,
@@ -669,6 +674,11 @@ def _judge_unused(parts: ModelParts, checkpoint: Checkpoint) -> None:
             f"language part is loaded, and {len(of_images)} tensors of its other parts are not"
         )
         unused = [name for name in unused if name not in of_images]
+    if any(name.startswith(further) for name in checkpoint.headers):
+        warn_once(
+            f"{checkpoint.model_dir}: {config.further_layers} layers after the last one, which "
+            "predict later tokens, are not loaded"
+        )
     if unused:
         warn_once(
             f"{checkpoint.model_dir}: these tensors are ignored, because "

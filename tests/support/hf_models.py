@@ -93,6 +93,18 @@ MODELS: dict[str, tuple[str, dict]] = {
         head_dim=64, num_local_experts=4, num_experts_per_tok=3, sliding_window=8,
         num_key_value_heads=1, attention_bias=False, layer_types=["sliding_attention"] * 3,
         rope_parameters=dict(rope_type="default", rope_theta=1e4))),
+    "glm4moe": ("Glm4Moe", dict(
+        head_dim=32, n_routed_experts=5, num_experts_per_tok=2, moe_intermediate_size=96,
+        n_shared_experts=2, routed_scaling_factor=1.7, use_qk_norm=True, attention_bias=True)),
+    "glm4moe-plain": ("Glm4Moe", dict(
+        head_dim=64, n_routed_experts=4, num_experts_per_tok=3, moe_intermediate_size=64,
+        first_k_dense_replace=0, norm_topk_prob=False)),
+    "ernie-moe": ("Ernie4_5_Moe", dict(
+        moe_num_experts=5, moe_k=2, moe_intermediate_size=96, moe_num_shared_experts=2)),
+    "ernie-moe-biases": ("Ernie4_5_Moe", dict(
+        moe_num_experts=4, moe_k=3, moe_intermediate_size=64, moe_num_shared_experts=0,
+        num_hidden_layers=4, moe_layer_start_index=1, moe_layer_end_index=2,
+        moe_layer_interval=2, use_bias=True, tie_word_embeddings=False)),
     "granitemoe": ("GraniteMoe", dict(
         num_local_experts=5, num_experts_per_tok=2, embedding_multiplier=3.5,
         residual_multiplier=0.3, attention_multiplier=0.1, logits_scaling=0.25)),
@@ -260,6 +272,9 @@ def make_model(name: str, seed: int, folder: Path, dtype: str = "float32", shard
                 value.add_(torch.randn_like(value) * 0.3)
             else:
                 value.copy_(torch.randn_like(value) * 1.2 * value.shape[-1] ** -0.5)
+        for name, value in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                value.copy_(torch.randn_like(value) * 0.3)
     model.to(getattr(torch, dtype))
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     limit = "5GB" if shards == 1 else f"{size // shards // 1000 + 1}KB"

@@ -204,7 +204,9 @@ class Mixture:
         shared_count: config key of the number of experts that it consists of; None for one.
         shared_gate: name of the linear layer whose sigmoid weighs the shared expert; None for 1.
         dense_layers: layers with an ordinary MLP: `none`; `listed`, those in `mlp_only_layers`
-            and all but every `decoder_sparse_step`-th; `first`, the `first_k_dense_replace` first.
+            and all but every `decoder_sparse_step`-th; `first`, the `first_k_dense_replace` first;
+            `outside`, all but every `moe_layer_interval`-th, and those before
+            `moe_layer_start_index` or after `moe_layer_end_index` (-1 is the last layer).
     """
 
     router: str = "mlp.gate"
@@ -223,7 +225,7 @@ class Mixture:
     shared_width: str = "intermediate_size"
     shared_count: str | None = None
     shared_gate: str | None = None
-    dense_layers: Literal["none", "listed", "first"] = "none"
+    dense_layers: Literal["none", "listed", "first", "outside"] = "none"
 
 
 @dataclass(frozen=True)
@@ -265,6 +267,8 @@ class Architecture:
             config key is set. Others have one only if the checkpoint brings one.
         old_names: name in a layer -> its name in older checkpoints.
         sliding_window: which layers have the window of that config key.
+        further_layers: config key of the number of layers after the last one that predict later
+            tokens. They are not loaded. None where there are none.
         multi_query: config key that is set where all queries share one key/value head, whatever
             their number in the config is, unless `new_decoder_architecture` is set as well; None
             where there is no such key.
@@ -305,6 +309,7 @@ class Architecture:
     biases: Mapping[str, bool | str] = field(default_factory=dict)
     old_names: Mapping[str, str] = field(default_factory=dict)
     sliding_window: SlidingWindowRule = "none"
+    further_layers: str | None = None
     multi_query: str | None = None
     clip_qkv: bool = False
     unit_head: str | None = None

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .fields import Architecture, Factors, FusedExperts, Mixture, Norms, QkNorms
-from .llama_like import ATTENTION_BIAS, COMMON, GEMMA, GRANITE, GRANITE_FACTORS, QKV, QWEN
+from .fields import Architecture, Factors, FusedExperts, Mixture, Norms, Positions, QkNorms
+from .llama_like import (
+    ATTENTION_BIAS,
+    COMMON,
+    GEMMA,
+    GRANITE,
+    GRANITE_FACTORS,
+    MLP_BIAS,
+    QKV,
+    QWEN,
+)
 
 MIXTRAL_EXPERTS = Mixture(
     router="block_sparse_moe.gate",
@@ -190,6 +199,74 @@ MIXTURES = (
                 is_alternating=True,
             ),
             activation="clamped_swiglu",
+        ),
+    ),
+    Architecture(
+        name="Glm4MoeForCausalLM",
+        model_type="glm4_moe",
+        defaults={
+            **COMMON,
+            "rms_norm_eps": 1e-5,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "partial_rotary_factor": 0.5,
+            "use_qk_norm": False,
+            "moe_intermediate_size": 1408,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 8,
+            "n_shared_experts": 1,
+            "routed_scaling_factor": 1.0,
+            "first_k_dense_replace": 1,
+            "norm_topk_prob": True,
+        },
+        keys={"num_local_experts": ("n_routed_experts", "num_local_experts")},
+        fixed={"n_group": 1, "topk_group": 1},
+        biases=dict.fromkeys(QKV, "attention_bias"),
+        norms=Norms(qk=QkNorms(key="use_qk_norm")),
+        further_layers="num_nextn_predict_layers",
+        experts=Mixture(
+            width="moe_intermediate_size",
+            score="sigmoid",
+            correction="mlp.gate.e_score_correction_bias",
+            normalize="norm_topk_prob",
+            factor="routed_scaling_factor",
+            shared="mlp.shared_experts",
+            shared_width="moe_intermediate_size",
+            shared_count="n_shared_experts",
+            dense_layers="first",
+        ),
+    ),
+    Architecture(
+        name="Ernie4_5_MoeForCausalLM",
+        model_type="ernie4_5_moe",
+        defaults={
+            **COMMON,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 500000.0,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 131072,
+            "tie_word_embeddings": True,
+            "use_bias": False,
+            "moe_intermediate_size": 1536,
+            "num_local_experts": 64,
+            "num_experts_per_tok": 6,
+            "moe_num_shared_experts": 2,
+            "moe_layer_start_index": 1,
+            "moe_layer_end_index": -1,
+            "moe_layer_interval": 1,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        keys={"num_local_experts": "moe_num_experts", "num_experts_per_tok": "moe_k"},
+        biases=dict.fromkeys((*ATTENTION_BIAS, *MLP_BIAS), "use_bias"),
+        positions=Positions(interleaved=True),
+        experts=Mixture(
+            width="moe_intermediate_size",
+            correction="mlp.moe_statics.e_score_correction_bias",
+            shared="mlp.shared_experts",
+            shared_width="moe_intermediate_size",
+            shared_count="moe_num_shared_experts",
+            dense_layers="outside",
         ),
     ),
     Architecture(

@@ -19,7 +19,7 @@ class Vector:
     """A float32 tensor that operations take as it is stored.
 
     Args:
-        spec: float32 [n], with the name of the tensor in the checkpoint.
+        spec: float32 [n], with the name of the tensor in the checkpoint, [n] or [1, n].
     """
 
     spec: TensorSpec
@@ -36,5 +36,5 @@ class Vector:
             InvalidCheckpoint: a value is not finite, or the file shrank.
         """
         self.values = loading.views[self.spec.name]
-        self.values.copy_(loading.read_floats(self.spec.name))
+        self.values.copy_(loading.read_floats(self.spec.name).flatten())
         loading.advance(self.spec.nbytes)
