@@ -676,8 +676,8 @@ def _judge_unused(parts: ModelParts, checkpoint: Checkpoint) -> None:
         unused = [name for name in unused if name not in of_images]
     if any(name.startswith(further) for name in checkpoint.headers):
         warn_once(
-            f"{checkpoint.model_dir}: {config.further_layers} layers after the last one, which "
-            "predict later tokens, are not loaded"
+            f"{checkpoint.model_dir}: further layers, which predict later tokens, are not loaded "
+            f"(num_hidden_layers is {config.num_hidden_layers})"
         )
     if unused:
         warn_once(
