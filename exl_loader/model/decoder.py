@@ -83,7 +83,8 @@ class DecoderLayer(ABC):
 
     def specs(self) -> Iterator[TensorSpec]:
         """Describe the weights as they will be on the device: norms, linear layers, vectors."""
-        for part in (*self.norms, *self.linears, *self.vectors):
+        parts: list[Norm | Linear | Vector] = [*self.norms, *self.linears, *self.vectors]
+        for part in parts:
             yield from part.specs()
 
     def workspace(self, rows: int) -> Shapes:
