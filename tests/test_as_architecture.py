@@ -10,7 +10,8 @@ import pytest
 
 import exl_loader
 from exl_loader.checkpoint.architectures import ARCHITECTURES
-from exl_loader.checkpoint.config import ModelConfig, has_unknown_class
+from exl_loader.checkpoint.config import ModelConfig
+from exl_loader.checkpoint.model_class import has_unknown_class
 from exl_loader.commands import cli
 from exl_loader.utils.errors import InvalidCheckpoint, InvalidSettings, UnsupportedArchitecture
 from exl_loader.utils.output import warn_once

@@ -21,7 +21,8 @@ from exl_loader.cache.layout import CacheType
 from exl_loader.checkpoint import Checkpoint
 from exl_loader.checkpoint.config import ModelConfig
 from exl_loader.formats import read_linear
-from exl_loader.model.builder import ModelParts, build_parts
+from exl_loader.model.assembly import ModelParts
+from exl_loader.model.builder import build_parts
 
 # The 1.1 B geometry that many small models share.
 GEOMETRY = {

@@ -7,26 +7,18 @@ each is checked here: type, range, and that they agree with each other.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..utils.errors import (
-    ExlLoaderError,
-    InvalidConfig,
-    InvalidSettings,
     ModelNotFound,
-    UnsupportedArchitecture,
-    shown,
-    shown_name,
 )
 from ..utils.json_keys import Keys, read_json_object, read_json_object_if_there
-from ..utils.output import warn_once
-from ..utils.setting_values import invalid, unknown_name
-from .architectures import ALIASES, ARCHITECTURES
 from .architectures.fields import ACTIVATIONS, Architecture, Formula
-from .architectures.multimodal import MULTIMODAL
+from .model_class import chosen_architecture, text_part
+from .own_keys import check_fixed, own_keys_of
 from .rope import MAX_POSITIONS, RopeConfig, parse_ropes
 
 # Several times the largest models there are: what is beyond is damage, not a model.
@@ -40,17 +32,6 @@ MAX_HEADS = 1024
 MAX_HEAD_DIM = 1024
 MAX_EXPERTS = 1024
 
-# Keys that change the forward pass of some architectures, most of them in the table -> values
-# that change nothing. The classes of other architectures have no use for them.
-_SPECIAL_KEYS = {
-    "embedding_multiplier": (1,), "residual_multiplier": (1,), "logits_scaling": (1,),
-    "attention_multiplier": (), "logit_scale": (1,), "scale_emb": (1,), "scale_depth": (),
-    "dim_model_base": (), "use_qk_norm": (False,), "qk_layernorm": (False,),
-    "use_bidirectional_attention": (False,), "is_causal": (True,), "clip_qkv": (),
-    "alibi": (False,), "attn_logit_softcapping": (), "final_logit_softcapping": (),
-    "no_rope_layers": ([],), "attention_chunk_size": (), "attn_temperature_tuning": (False,),
-    "use_parallel_residual": (False,), "parallel_attn": (False,),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -219,10 +200,10 @@ class ModelConfig:
             InvalidSettings: `as_architecture` is no architecture, or the model's class is
                 known and another one.
         """
-        values, multimodal_class = _text_part(values, where)
-        architecture = _architecture(Keys(values, where), as_architecture)
-        keys = _own_keys(values, where, architecture)
-        _check_fixed(keys, architecture)
+        values, multimodal_class = text_part(values, where)
+        architecture = chosen_architecture(Keys(values, where), as_architecture)
+        keys = own_keys_of(values, where, architecture)
+        check_fixed(keys, architecture)
         dimensions = _dimensions(keys, architecture)
         head_dim, hidden_size = dimensions["head_dim"], dimensions["hidden_size"]
         num_layers = dimensions["num_hidden_layers"]
@@ -277,93 +258,6 @@ class ModelConfig:
         )
 
 
-def _text_part(values: dict[str, Any], where: str) -> tuple[dict[str, Any], str]:
-    """Return the config of a model's language part, and the class of the whole model.
-
-    Returns:
-        The config itself and "" where the class is none of a model that reads images.
-    """
-    keys = Keys(values, where)
-    named = values.get("architectures")
-    names = [n for n in named if isinstance(n, str)] if isinstance(named, list) else []
-    name = next((n for n in names if n in MULTIMODAL), "")
-    if not name:
-        return values, ""
-    text = keys.mapping("text_config") or {}
-    model_type = Keys(text, f"text_config in {where}").text("model_type")
-    parts = MULTIMODAL[name]
-    part = next(iter(parts.values())) if model_type is None else parts.get(model_type)
-    if part is None:
-        raise UnsupportedArchitecture(
-            f"text_config in {where}", expected=f"model_type {' or '.join(parts)} for {name}",
-            actual=shown_name(str(model_type)), remedy="Choose a model of a supported architecture",
-        )
-    own = {key: value for key, value in values.items() if key != "text_config"}
-    merged = {**part.defaults, **own, **text, "architectures": [part.architecture]}
-    for key in ("tie_word_embeddings", "quantization_config"):
-        if key in own:
-            merged[key] = own[key]
-    return merged, name
-
-
-class _OwnKeys(Keys):
-    """Keys by their usual names, where an architecture names some of them otherwise.
-
-    Args:
-        names: usual name -> the architecture's.
-    """
-
-    def __init__(self, values: Mapping[str, Any], where: str, architecture: Architecture) -> None:
-        super().__init__(values, where, architecture.defaults)
-        self._names = architecture.keys
-
-    def raw(self, key: str) -> Any:
-        """Return the unchecked value, or its default, or None."""
-        name = self._name(key)
-        return self.values[name] if name in self.values else self.defaults.get(key)
-
-    def _name(self, key: str) -> str:
-        """Return the config's name of a key."""
-        names = self._names.get(key, key)
-        if isinstance(names, str):
-            return names
-        return next((name for name in names if name in self.values), names[0])
-
-    def fail(self, key: str, expected: str, actual: Any = None) -> InvalidConfig:
-        """Make the error for a key, which has the architecture's name of it."""
-        value = self.raw(key) if actual is None else actual
-        return Keys(self.values, self.where).fail(self._name(key), expected, value)
-
-
-def _own_keys(values: dict[str, Any], where: str, architecture: Architecture) -> Keys:
-    """Return the keys of which an architecture has a use, and warn about others."""
-    for section in architecture.sections:
-        values = values | (Keys(values, where).mapping(section) or {})
-    own = architecture.own_keys()
-    foreign = [
-        key for key, neutral in _SPECIAL_KEYS.items()
-        if values.get(key) is not None and values[key] not in neutral and key not in own
-    ]
-    if foreign:
-        warn_once(
-            f"{where}: {architecture.name} has no use for {', '.join(foreign)}; if the model "
-            "was trained with it, the output is wrong"
-        )
-    values = {key: value for key, value in values.items() if key not in foreign}
-    return _OwnKeys(values, where, architecture)
-
-
-def _check_fixed(keys: Keys, architecture: Architecture) -> None:
-    """Raise UnsupportedArchitecture where a key asks for what no part computes."""
-    for key, value in architecture.fixed.items():
-        actual = keys.raw(key)
-        if actual is not None and actual != value:
-            raise UnsupportedArchitecture(
-                f"{key} in {keys.where}", expected=f"{value} in a {architecture.name}",
-                actual=shown(actual), remedy="Choose a model without it",
-            )
-
-
 def _is_set(keys: Keys, rule: bool | str) -> bool:
     """Return a rule that is a constant, or the value of a config key."""
     return bool(keys.boolean(rule)) if isinstance(rule, str) else rule
@@ -414,106 +308,6 @@ def _no_model(folder: Path) -> ModelNotFound:
         remedy=GGUF_REMEDY if is_gguf else
         "Give the model's own folder, or download what is missing",
     )
-
-
-def named_architecture(name: Any) -> Architecture:
-    """Return the architecture that the option `as_architecture` names.
-
-    Raises:
-        InvalidSettings: it is no name of one.
-    """
-    if not isinstance(name, str):
-        raise invalid("as_architecture", "the name of an architecture", name)
-    found = ARCHITECTURES.get(ALIASES.get(name, name))
-    if found is None:
-        raise unknown_name("as_architecture", name, ARCHITECTURES)
-    return found
-
-
-def has_unknown_class(model_dir: str | os.PathLike[str]) -> bool:
-    """Return whether a folder has a config.json whose class is unknown here; never raise.
-
-    Only for such a folder `as_architecture` makes sense.
-    """
-    path = Path(model_dir) / "config.json"
-    try:
-        return bool(read_json_object_if_there(path)) and architecture_of(path.parent) is None
-    except ExlLoaderError:
-        return False
-
-
-def architecture_of(model_dir: Path) -> Architecture | None:
-    """Return the table entry of a folder's class; None where it is unknown or there is none.
-
-    Raises:
-        InvalidConfig: config.json is not a JSON object, or the class is no name.
-    """
-    path = model_dir / "config.json"
-    values, _ = _text_part(read_json_object_if_there(path), str(path))
-    return _own_architecture(Keys(values, str(path)))
-
-
-def _architecture(keys: Keys, as_architecture: str | None) -> Architecture:
-    """Find the table entry of a model, or the one that the user chose for an unknown class."""
-    own = _own_architecture(keys)
-    if as_architecture is None:
-        if own is None:
-            raise UnsupportedArchitecture(
-                f"the architecture of {keys.where}",
-                expected=f"one of {', '.join((*ARCHITECTURES, *MULTIMODAL))}",
-                actual=_class_of(keys),
-                remedy="Choose a model of a supported architecture. If this one differs from Llama "
-                "in its name alone, as_architecture (--as-architecture) LlamaForCausalLM runs it",
-            )
-        return own
-    chosen = named_architecture(as_architecture)
-    if own is None:
-        warn_once(
-            f"{keys.where}: the class {_class_of(keys)} is unknown, so the model runs as "
-            f"{chosen.name}, with that class's default values for keys that are left out; its "
-            "output may be wrong"
-        )
-        return chosen
-    if own is not chosen:
-        raise InvalidSettings(
-            "as_architecture", expected=f"a model of an unknown class, or {own.name}",
-            actual=f"{chosen.name} for {keys.where}, which is of the known class {own.name}",
-            remedy="Leave as_architecture out for this model",
-        )
-    return own
-
-
-def _class_of(keys: Keys) -> str:
-    """Return class and `model_type` of a model as config.json names them."""
-    names = keys.raw("architectures") or ["no class"]
-    return shown_name(f"{', '.join(names)}, model_type {keys.text('model_type')}", 200)
-
-
-def _own_architecture(keys: Keys) -> Architecture | None:
-    """Find the table entry: by class name, or by `model_type` where no class with a head is named.
-
-    Folders of a model without its head name its body (`LlamaModel`), folders of some converters
-    nothing at all.
-
-    Returns:
-        None where the class is unknown.
-    """
-    value = keys.raw("architectures")
-    names = [] if value is None else value
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise keys.fail("architectures", "a list of class names")
-    for name in names:
-        name = ALIASES.get(name, name)
-        if name in ARCHITECTURES:
-            return ARCHITECTURES[name]
-    model_type = keys.text("model_type")
-    if all(name.endswith("Model") for name in names):
-        bodies = {name.removesuffix("Model") + "ForCausalLM" for name in names}
-        for architecture in ARCHITECTURES.values():
-            known = architecture.model_type == model_type
-            if known or (model_type is None and architecture.name in bodies):
-                return architecture
-    return None
 
 
 def _dimensions(keys: Keys, architecture: Architecture) -> dict[str, int]:

@@ -22,7 +22,7 @@ from ..utils.errors import (
 from ..utils.json_keys import read_json_object_if_there
 from ..utils.output import warn_once
 from .architectures import ARCHITECTURES, Architecture
-from .config import architecture_of
+from .model_class import architecture_of
 from .quantization import Quantization
 from .safetensors_header import FileIdentity, TensorHeader, read_header
 from .weight_files import (

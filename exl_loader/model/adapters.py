@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ..backends.base import DeviceOps
     from ..checkpoint.adapter import AdaptedModule, Adapter
     from ..checkpoint.safetensors_header import TensorHeader
-    from .builder import ModelParts
+    from .assembly import ModelParts
 
 ROOM = "room"
 """The name of a device's tensor of the segment `loras`, in which adapters are."""

@@ -22,7 +22,7 @@ from ..checkpoint.rope import RopeConfig, inv_freq
 from ..generation.forward_model import LogitsMode, LogitsRow
 from ..utils.errors import CacheFull, InvalidSettings
 from .adapters import Adapters, LoadedLora
-from .builder import ModelParts
+from .assembly import ModelParts
 from .stages import Stage, StageStep
 from .step import most_rows
 from .top_logits_reader import TopLogitsReader

@@ -23,7 +23,7 @@ from ..backends.base import Batch, DeviceOps
 from ..backends.cpu_access import CpuAccess
 from ..backends.recorder import Recorder
 from ..cache.layout import CacheLayer
-from .builder import StageParts
+from .assembly import StageParts
 from .parts.experts import Experts
 from .parts.part import LayerState, StepViews
 from .step import INPUTS

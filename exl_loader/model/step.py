@@ -20,7 +20,7 @@ from .parts.part import merged
 
 if TYPE_CHECKING:
     from ..backends.base import Shapes
-    from .builder import StageParts
+    from .assembly import StageParts
     from .decoder import DecoderLayer
 
 # Prefill rows of a step: enough to spread unpacking of the weights over, few enough that a

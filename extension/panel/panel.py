@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from exl_loader import ExlLoaderError, LoadOptions, Reservation, plan
-from exl_loader.checkpoint.config import has_unknown_class
+from exl_loader.checkpoint.model_class import has_unknown_class
 from exl_loader.utils.errors import known_line
 from exl_loader.utils.setting_values import invalid, is_finite, plain
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from exl_loader import ExlLoaderError
 from exl_loader.checkpoint import is_quantised
-from exl_loader.checkpoint.config import has_unknown_class
+from exl_loader.checkpoint.model_class import has_unknown_class
 from exl_loader.utils.json_keys import read_json_object_if_there
 
 from ..panel.panel import ModelChoice

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from exl_loader import ExlLoaderError
-from exl_loader.checkpoint.config import has_unknown_class
+from exl_loader.checkpoint.model_class import has_unknown_class
 
 from ..panel import loads, panel
 from ..panel.panel import AS_LLAMA

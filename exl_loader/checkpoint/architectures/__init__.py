@@ -1,8 +1,8 @@
 """The models this engine runs: one table entry per Hugging Face architecture, data only.
 
 docs/adding_an_architecture.md explains how to add one. `fields` has the record of an entry. Only
-this package, `config` and `model/builder.py` use the entries: everything else sees parts, and the
-numbers in `ModelConfig`.
+`checkpoint`, `model/builder.py` and `model/adapters.py` use the entries: all else sees parts, and
+the numbers in `ModelConfig`.
 Tensor names, default values and sliding windows are those of the `transformers` library
 (`modeling_*.py` and `configuration_*.py` of version 5.23, and version 4 where it differs).
 """

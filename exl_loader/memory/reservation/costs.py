@@ -11,7 +11,8 @@ from ...backends import backend_of
 from ...cache.layout import CacheType, cache_specs, pages_for
 from ...formats.layer import PIECE_BYTES
 from ...model.adapters import AdaptedPart, AdapterTensors, adapted_parts, room_spec
-from ...model.builder import ModelParts, WeightCosts, build_parts
+from ...model.assembly import ModelParts, WeightCosts
+from ...model.builder import build_parts
 from ...model.parts.embedding import EMBEDDING_ROWS
 from ...model.step import most_rows, workspace_specs
 from ...utils.table import MAIN_MEMORY, DeviceMap, TensorSpec
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from ...checkpoint import Checkpoint
     from ...checkpoint.adapter import Adapter
     from ...checkpoint.config import ModelConfig
-    from ...model.builder import StageParts
+    from ...model.assembly import StageParts
 
 # Before the names of a draft model's tensors, which are in the same buffers as the model's.
 DRAFT_PREFIX = "draft."

@@ -13,7 +13,8 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Literal, TypedDict
 
 from ...cache.layout import PAGE_LEN, CacheType
-from ...checkpoint.config import ModelConfig, named_architecture
+from ...checkpoint.config import ModelConfig
+from ...checkpoint.model_class import named_architecture
 from ...checkpoint.rope import MAX_FACTOR, MAX_POSITIONS, check_scaling
 from ...model.step import DEFAULT_CHUNK_SIZE, DEFAULT_MAX_BATCH_SIZE
 from ...utils.byte_counts import parse_bytes

@@ -13,7 +13,8 @@ from ...backends import backend_of, full_name
 from ...cache.layout import PAGE_LEN, CacheType
 from ...checkpoint import Checkpoint
 from ...checkpoint.adapter import Adapter
-from ...checkpoint.config import ModelConfig, has_unknown_class
+from ...checkpoint.config import ModelConfig
+from ...checkpoint.model_class import has_unknown_class
 from ...utils.errors import InvalidSettings, shown
 from ...utils.setting_values import check_path
 from ...utils.table import SEGMENTS

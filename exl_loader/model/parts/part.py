@@ -146,7 +146,7 @@ class Block(ABC):
             yield from part.specs()
 
     def load(self, loading: Loading) -> None:
-        """Read the weights; see `builder.ModelParts.load`."""
+        """Read the weights; see `assembly.ModelParts.load`."""
         for part in self.weights():
             part.load(loading)
 

@@ -1,0 +1,205 @@
+"""The parts of a whole model, and those of a stage: what is on one device.
+
+They are made by `builder`, before any weight is read. PyTorch is not imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from ..backends import backend_of
+from ..utils.integers import round_up
+from ..utils.table import DeviceMap, TensorSpec
+from .decoder import DecoderLayer
+from .parts.embedding import Embedding
+from .parts.head import Head
+from .parts.linear import Linear
+from .parts.norm import Norm
+from .parts.part import Loading
+from .parts.positions import LearnedPositions
+from .parts.rope import Rope
+from .parts.vector import Vector
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..backends.base import DeviceOps
+    from ..checkpoint import Checkpoint
+    from ..checkpoint.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class StageParts:
+    """The parts of a model that are on one device.
+
+    Args:
+        embedding, positions: None on devices other than the first, `positions` also where the
+            model has none.
+        head: None on devices other than the last.
+    """
+
+    config: ModelConfig
+    device: str
+    embedding: Embedding | None
+    positions: LearnedPositions | None
+    layers: tuple[DecoderLayer, ...]
+    head: Head | None
+
+    def ropes(self) -> list[Rope]:
+        """Return the RoPEs of the layers, each once."""
+        ropes = dict.fromkeys(layer.attention.rope for layer in self.layers)
+        return [rope for rope in ropes if rope is not None]
+
+
+@dataclass(frozen=True)
+class WeightCosts:
+    """Bytes that a model's weights take on one kind of device, each tensor aligned.
+
+    Args:
+        embedding: the token embedding, where it has a table of its own.
+        positions: the table of learned positions, 0 without one.
+        layers: bytes of the first n layers, for every n from 0.
+        head: final norm and output head.
+        is_tied: the head serves as the embedding where both are on one device.
+    """
+
+    embedding: int
+    positions: int
+    layers: tuple[int, ...]
+    head: int
+    is_tied: bool
+
+    def of_range(self, first: int, end: int, with_embedding: bool = True) -> int:
+        """Return the bytes of layers first..end, and of embedding and head at either end.
+
+        Args:
+            with_embedding: the embedding of the first layer is in the same memory.
+        """
+        has_head = end == len(self.layers) - 1
+        needs_table = with_embedding and first == 0 and not (self.is_tied and has_head)
+        start = (self.embedding if needs_table else 0) + (self.positions if first == 0 else 0)
+        layers = self.layers[end] - self.layers[first]
+        return start + layers + (self.head if has_head else 0)
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """The parts of a model, before or after their weights are read."""
+
+    config: ModelConfig
+    device_map: DeviceMap
+    embedding: Embedding
+    positions: LearnedPositions | None
+    layers: tuple[DecoderLayer, ...]
+    head: Head
+
+    def stages(self) -> list[StageParts]:
+        """Return each device's parts, in the order of the devices."""
+        where = self.device_map
+        return [
+            StageParts(
+                self.config,
+                device,
+                self.embedding if device == where.layers[0] else None,
+                self.positions if device == where.layers[0] else None,
+                tuple(layer for layer in self.layers if layer.device == device),
+                self.head if device == where.head else None,
+            )
+            for device in where.devices
+        ]
+
+    def cut(self, first: int, end: int) -> StageParts:
+        """Return layers first..end, with embedding and head where the range has them, as a stage.
+
+        Only of parts that are all on one device.
+        """
+        (device,) = self.device_map.devices
+        return StageParts(
+            self.config,
+            device,
+            self.embedding if first == 0 else None,
+            self.positions if first == 0 else None,
+            self.layers[first:end],
+            self.head if end == len(self.layers) else None,
+        )
+
+    def costs(self) -> WeightCosts:
+        """Return what the weights cost by part, for splitting the model over several devices.
+
+        Only of parts that are all on one device, whose kind decides.
+        """
+        (device,) = self.device_map.devices
+        step = backend_of(device).alignment_bytes
+
+        def aligned(specs: Iterable[TensorSpec]) -> int:
+            return sum(round_up(spec.nbytes, step) for spec in specs)
+
+        layers = accumulate((aligned(layer.specs()) for layer in self.layers), initial=0)
+        return WeightCosts(
+            aligned([self.embedding.spec]),
+            0 if self.positions is None else aligned(self.positions.specs()),
+            tuple(layers), aligned(self.head.specs()), self.embedding.head is not None,
+        )
+
+    def ropes(self) -> list[Rope]:
+        """Return the RoPEs of the layers, each once."""
+        return list(dict.fromkeys(rope for stage in self.stages() for rope in stage.ropes()))
+
+    def linears(self) -> Iterator[Linear]:
+        """Every linear layer, the head last."""
+        for layer in self.layers:
+            yield from layer.linears
+        yield self.head.linear
+
+    def norms(self) -> Iterator[Norm]:
+        """Every norm, the final one last."""
+        for layer in self.layers:
+            yield from layer.norms
+        yield self.head.norm
+
+    def vectors(self) -> Iterator[Vector]:
+        """Every vector."""
+        for layer in self.layers:
+            yield from layer.vectors
+
+    def specs(self) -> list[TensorSpec]:
+        """Describe all weights as they will be on their devices."""
+        specs = [*self.embedding.specs()]
+        if self.positions is not None:
+            specs += self.positions.specs()
+        for layer in self.layers:
+            specs += layer.specs()
+        return [*specs, *self.head.specs()]
+
+    def load(
+        self,
+        checkpoint: Checkpoint,
+        views: Mapping[str, torch.Tensor],
+        ops: Mapping[str, DeviceOps],
+        advance: Callable[[int], None] | None = None,
+    ) -> None:
+        """Read every weight once, check it, and write it to its view.
+
+        Args:
+            checkpoint: where from.
+            views: name of a spec -> its view in the weights buffer.
+            ops: device -> its operations, which repack codes there.
+            advance: called with the bytes that a tensor takes on its device once it is there;
+                all calls together sum up to the bytes of `specs()`.
+
+        Raises:
+            InvalidCheckpoint: a file shrank, or holds values that cannot be (NaN, a group table
+                that does not add up, a permutation that is none).
+        """
+        loading = Loading(checkpoint, views, ops)
+        if advance is not None:
+            loading = replace(loading, advance=advance)
+        for layer in self.layers:
+            layer.load(loading)
+        self.head.load(loading)
+        self.embedding.load(loading)
+        if self.positions is not None:
+            self.positions.load(loading)
