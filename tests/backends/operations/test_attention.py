@@ -18,6 +18,7 @@ from support.attention_cases import (
     shape_of,
 )
 from support.cache_layers import make_batch, one_of, part, random_rows
+from support.exhaustive import some_of
 from support.targets import ALL_CPUS, TARGETS, sizes, target
 
 # On CUDA weights and values are float16 in a product: at most 2^-12 each, root mean square 2^-13.
@@ -102,6 +103,21 @@ def test_shared_key_value_heads(ops, heads):
     prompt = {"cpu": 150, "cuda": 30}[ops.kind]
     batch = make_batch([200, 0, 600], [1, prompt, 2])
     assert_like_reference(ops, "q4", batch, shape_of(*heads, 64))
+
+
+# Query heads of one key/value head: StarCoder's and Falcon 7B's, with every size of heads in use.
+MULTI_QUERY = [(heads, head_dim) for head_dim in (128, 64, 80, 96, 192, 256) for heads in (48, 71)]
+
+
+@pytest.mark.parametrize("geometry", some_of(MULTI_QUERY, 3), ids=str)
+def test_many_query_heads_of_one_key_value_head(ops, geometry):
+    """A token after a whole page, a prompt and a draft."""
+    heads, head_dim = geometry
+    batch = make_batch([260, 0, 90], [1, 34, 3])
+    for cache_type in ("fp16", "q4"):
+        assert_like_reference(ops, cache_type, batch, shape_of(heads, 1, head_dim))
+    # Falcon 40B has 16 query heads a key/value head.
+    assert_like_reference(ops, "q8", batch, shape_of(32, 2, head_dim, window=60))
 
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
