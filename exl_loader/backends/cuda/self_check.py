@@ -8,6 +8,7 @@ on the CPU. `doctor` shows the outcome.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from ...memory.buffers import allocate
 from ...memory.segments import lay_out
 from ...utils.errors import DeviceError, drop_locals
 from ...utils.table import MAIN_MEMORY, TensorSpec
-from ..base import AttentionShape, Batch
+from ..base import AttentionShape, Batch, Routing
+from ..kernel_structs import ACTIVATIONS
 from ..reference import fp16 as reference_fp16
 from ..reference.codec import dequantize, rotate_back
 from ..reference.ops import ReferenceOps
@@ -27,6 +29,7 @@ from ..top_logits import HEADER_WORDS, RESULT_WORDS
 from .attention import attention_scratch_bytes
 from .layout import StreamLinear, group_table, row_block_table, stream_shapes
 from .linear import linear_scratch_bytes
+from .moe import expert_table_shape
 from .pack import pack_streams
 from .top_logits import top_logits_scratch_bytes
 
@@ -42,6 +45,8 @@ PAGES = 2
 GROUPS = ((6, 64), (4, 128), (3, 160))
 IN_FEATURES = sum(rows for _, rows in GROUPS)
 OUT_FEATURES = 96
+# Elements of a row that a block normalises.
+WIDE = 2 * IN_FEATURES
 SHAPE = AttentionShape(4, 1, 128, 128**-0.5, sliding_window=60)
 CACHE_TYPES = ("q4", "fp16")
 # Logits of a row, which two blocks share.
@@ -114,8 +119,9 @@ class _Check:
 
     def run(self) -> None:
         self._embedding()
-        self._norm()
-        self._rope_and_gate()
+        self._rows()
+        self._rope()
+        self._mixture()
         self._products()
         for cache_type in CACHE_TYPES:
             self._attention(cache_type)
@@ -147,39 +153,86 @@ class _Check:
         table.copy_(self._normal(*table.shape))
         expected = torch.empty(len(ids), IN_FEATURES)
         self.reference.embed(ids, table, 2.5, expected)
-        out = self.views["normed"][: len(ids)]
+        out = self.views["y"][: len(ids)]
         self.ops.embed(self._put("integers", ids), table, 2.5, out)
         if not torch.equal(self._get(out), expected):
             raise _refusal(self.name, "rows of an embedding in main memory", "others")
 
-    def _norm(self) -> None:
-        x, weight = self._normal(3, IN_FEATURES), self._normal(IN_FEATURES)
-        expected = torch.empty_like(x)
-        self.reference.rms_norm(x, weight, 1e-5, expected)
-        out = self.views["normed"][:3]
-        self.ops.rms_norm(self._put("x", x), self._put("norm", weight), 1e-5, out)
-        self._compare("a norm", self._get(out), expected, _NORM_BOUND)
+    def _rows(self) -> None:
+        """Check operations on rows without weight matrices."""
+        for size in (IN_FEATURES, WIDE):  # a warp's row, a block's
+            x, weight, bias = self._normal(3, size), self._normal(1, size), self._normal(1, size)
+            out = torch.empty_like(x)
+            self._equal("a norm", "rms_norm", ("x", x), ("weight", weight[0]), 1e-5, ("y", out))
+            for added in (("bias", bias), None):
+                self._equal("a LayerNorm", "layer_norm", ("x", x), ("weight", weight), added,
+                            1e-5, ("y", out))
+        heads = self._normal(2 * SHAPE.num_heads, SHAPE.head_dim)
+        self._equal("a LayerNorm of heads", "layer_norm", ("x", heads),
+                    ("weight", self._normal(SHAPE.num_heads, SHAPE.head_dim)), None, 1e-5,
+                    ("y", torch.empty_like(heads)))
+        x, y = self._normal(2, 3, IN_FEATURES)
+        for activation in ACTIVATIONS:
+            self._equal(f"a gate of {activation}", "gate", ("x", x), ("y", y), activation,
+                        ("x", x))
+        self._equal("an activation", "activate", ("x", x), "gelu", ("y", torch.empty_like(x)))
+        self._equal("a sum", "add", ("x", x), ("y", y), 0.3, result=0)
+        self._equal("a limit", "clamp", ("x", x), 0.8, result=0)
+        self._equal("a soft cap", "softcap", ("x", x), 0.8, result=0)
 
-    def _rope_and_gate(self) -> None:
-        """Check RoPE at a far position, and a gate."""
+    def _rope(self) -> None:
+        """Check RoPE at a far position."""
         positions = torch.tensor([3, 100_003], dtype=torch.int32)
         frequencies = (1e4 ** -(torch.arange(SHAPE.head_dim // 2) / (SHAPE.head_dim // 2))).float()
-        expected = torch.empty(2, 2, SHAPE.head_dim // 2)
-        self.reference.rope_table(positions, frequencies, 1.0, expected)
-        table = self.views["rope_table"][:2]
-        self.ops.rope_table(self._put("integers", positions), self._put("inv_freq", frequencies),
-                            1.0, table)
-        self._compare("RoPE's angles", self._get(table), expected, _NORM_BOUND)
-        heads = self._normal(2, SHAPE.num_heads, SHAPE.head_dim)
-        rotated = self._put("q", heads)
-        self.ops.rope(rotated, table)
-        self.reference.rope(heads, expected)
-        self._compare("RoPE", self._get(rotated), heads, _NORM_BOUND)
-        gate, up = self._normal(2, 3, IN_FEATURES)
-        out, gated = self._put("x", gate), torch.empty_like(gate)
-        self.ops.gate(out, self._put("normed", up), "silu", out)
-        self.reference.gate(gate, up, "silu", gated)
-        self._compare("a gate", self._get(out), gated, _NORM_BOUND)
+        table = torch.empty(2, 2, SHAPE.head_dim // 2)
+        self._equal("RoPE's angles", "rope_table", ("integers", positions),
+                    ("inv_freq", frequencies), 1.0, ("rope_table", table))
+        self.reference.rope_table(positions, frequencies, 1.0, table)
+        for name, interleaved in (("RoPE", False), ("interleaved RoPE", True)):
+            heads = self._normal(2, SHAPE.num_heads, SHAPE.head_dim)
+            self._equal(name, "rope", ("q", heads), ("rope_table", table), interleaved, result=0)
+
+    def _mixture(self) -> None:
+        """Check the choice of experts and their sum."""
+        count, top_k = 8, 3
+        logits, correction = self._normal(3, count), self._normal(count)
+        weights, experts = torch.empty(3, top_k), torch.empty(3, top_k, dtype=torch.int32)
+        correction_on_card = self._put("correction", correction)
+        for routing in (Routing(top_k, "softmax", True, 1.5, correction),
+                        Routing(top_k, "sigmoid", False, 1.5, correction)):
+            on_card = [self._put(*part) for part in
+                       (("router", logits), ("weights", weights), ("integers", experts))]
+            self.reference.moe_route(logits, routing, weights, experts)
+            self.ops.moe_route(on_card[0], replace(routing, correction=correction_on_card),
+                               *on_card[1:])
+            for actual, expected in zip(on_card[1:], (weights, experts), strict=True):
+                self._compare("the choice of experts", self._get(actual), expected, _NORM_BOUND)
+        x, pairs = self._normal(3, IN_FEATURES), self._normal(3 * top_k, IN_FEATURES)
+        self._equal("the sum of experts", "moe_sum", ("y", pairs), ("weights", weights),
+                    ("integers", experts), ("x", x))
+        self._equal("a shared expert", "add_gated_rows", ("x", x), ("y", pairs[:3]),
+                    ("weights", weights[:, 0].contiguous()), result=0)
+        rows = torch.tensor([2, 0], dtype=torch.int32)
+        self._equal("an expert's rows", "gather_rows", ("x", x), ("integers", rows),
+                    ("y", torch.empty(2, IN_FEATURES)))
+        self._equal("a sum of an expert's rows", "scatter_add_rows", ("y", pairs[:2]),
+                    ("integers", rows), ("weights", weights[0, :2]), ("x", x))
+
+    def _equal(self, what: str, operation: str, *args: Any, result: int = -1) -> None:
+        """Compare a result of the card with the reference's.
+
+        Args:
+            what: the error's words for the operation.
+            operation: a name in `base.Ops`.
+            args: its arguments, a tensor as a pair with the role of the view that it is put in.
+                A result that replaces an argument has its role.
+            result: the index of the argument that receives the result.
+        """
+        on_card = [self._put(*arg) if isinstance(arg, tuple) else arg for arg in args]
+        on_cpu = [arg[1].clone() if isinstance(arg, tuple) else arg for arg in args]
+        getattr(self.ops, operation)(*on_card)
+        getattr(self.reference, operation)(*on_cpu)
+        self._compare(what, self._get(on_card[result]), on_cpu[result], _NORM_BOUND)
 
     def _top_logits(self) -> None:
         """Check the ids of a row's top logits, in order."""
@@ -191,7 +244,10 @@ class _Check:
             raise _refusal(self.name, "the top logits in order", "others")
 
     def _products(self) -> None:
-        """Check a layer that the card packs, bit for bit, and products of one row and a prompt."""
+        """Check a layer that the card packs, bit for bit, and its products.
+
+        These are of one row, of a prompt, and of experts that the card reads from a table.
+        """
         table = group_table(list(GROUPS), zero_bits=0)
         codes = np.concatenate([self.rng.integers(0, 1 << bits, (rows, OUT_FEATURES), np.uint8)
                                 for bits, rows in GROUPS])
@@ -208,6 +264,15 @@ class _Check:
             self.ops.linear(self._put("x", x), layer, out, self.views["scratch"])
             expected = torch.from_numpy(x.numpy() @ weight)
             self._compare(what, self._get(out), expected, _PRODUCT_BOUND)
+        x = self._normal(2, IN_FEATURES)
+        experts = torch.tensor([[1, 0], [0, 1]], dtype=torch.int32)
+        table_of_two = self.ops.expert_table([layer, layer], self.views["expert_table"])
+        assert table_of_two is not None, "both are StreamLinear"
+        out = self.views["product"][: experts.numel()]
+        self.ops.linear_pairs(self._put("x", x), table_of_two, self._put("integers", experts), out,
+                              self.views["scratch"])
+        expected = torch.from_numpy(x.numpy() @ weight).repeat_interleave(2, dim=0)
+        self._compare("products of chosen experts", self._get(out), expected, _PRODUCT_BOUND)
 
     def _pack(self, codes: np.ndarray[Any, Any], levels: np.ndarray[Any, Any],
               units: np.ndarray[Any, Any], table: list[tuple[int, int, int, int]]) -> StreamLinear:
@@ -236,6 +301,8 @@ class _Check:
         """Check writing and attention of a prompt after a text, and of a token after that."""
         kind = CacheType.parse(cache_type)
         layer, scratch = self._cache(cache_type, kind), self.views["scratch"]
+        sinks = self._normal(SHAPE.num_heads) if kind.k_bits == 4 else None
+        sinks_on_card = None if sinks is None else self._put("sinks", sinks)
         for past, rows, what in ((PAST, PROMPT, "a prompt"), (PAST + PROMPT, 1, "a token")):
             q = self._normal(rows, SHAPE.num_heads, SHAPE.head_dim)
             k, v = self._normal(2, rows, SHAPE.num_kv_heads, SHAPE.head_dim)
@@ -246,8 +313,9 @@ class _Check:
                 self._compare(f"{half} of {what} in a {kind} cache", _stored(written, half, on_cpu),
                               x, _WRITE_BOUNDS[kind.k_bits])
             expected, out = torch.empty_like(q), self.views["attended"][:rows]
-            self.reference.attention(q.clone(), written, on_cpu, SHAPE, expected, scratch)
-            self.ops.attention(self._put("q", q), layer, on_card, SHAPE, out, scratch)
+            self.reference.attention(q.clone(), written, on_cpu, SHAPE, expected, scratch, sinks)
+            self.ops.attention(self._put("q", q), layer, on_card, SHAPE, out, scratch,
+                               sinks_on_card)
             self._compare(f"attention of {what} over a {kind} cache", self._get(out), expected,
                           _ATTENTION_BOUND)
 
@@ -314,8 +382,13 @@ def check_specs(name: str) -> list[TensorSpec]:
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {
         **_linear_shapes(),
         "x": ("float32", (rows, IN_FEATURES)),
-        "norm": ("float32", (IN_FEATURES,)),
-        "normed": ("float32", (rows, IN_FEATURES)),
+        "y": ("float32", (rows, IN_FEATURES)),
+        "weight": ("float32", (WIDE,)),
+        "bias": ("float32", (WIDE,)),
+        "sinks": ("float32", (SHAPE.num_heads,)),
+        "router": ("float32", (3, 8)),
+        "correction": ("float32", (8,)),
+        "weights": ("float32", (3, 3)),
         "product": ("float32", (rows, OUT_FEATURES)),
         "q": ("float32", (rows, *heads)),
         "k": ("float32", (rows, *kv_heads)),
@@ -326,6 +399,7 @@ def check_specs(name: str) -> list[TensorSpec]:
         "inv_freq": ("float32", (SHAPE.head_dim // 2,)),
         "logits": ("float32", (1, VOCAB)),
         "top_logits": ("int32", (1, RESULT_WORDS)),
+        "expert_table": ("uint8", expert_table_shape(1, 2)[2:]),
         "scratch": ("uint8", (scratch,)),
         "upload_buffer": ("uint8", (1 << 16,)),
     }
