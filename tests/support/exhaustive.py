@@ -5,7 +5,7 @@ Each compiles kernels; all of them together take longer than all other tests.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -19,4 +19,14 @@ def some_of(cases: Sequence[Any], every: int) -> list[Any]:
     return [
         case if index % every == 0 else pytest.param(case, marks=pytest.mark.exhaustive)
         for index, case in enumerate(cases)
+    ]
+
+
+def rotated(cases: Iterable[Any], choices: Sequence[Any]) -> list[Any]:
+    """Pair each case with every choice; a sample has each case once, with the choices in turn."""
+    return [
+        pytest.param(case, choice, marks=(
+            () if number == index % len(choices) else pytest.mark.exhaustive
+        ))
+        for index, case in enumerate(cases) for number, choice in enumerate(choices)
     ]

@@ -15,11 +15,14 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from exl_loader.utils.integers import round_up
+from support.hf_models import COMMON, MODELS, load_model, make_model
 from support.makers import (
     Tensors,
     make_exl2_layer,
@@ -27,6 +30,9 @@ from support.makers import (
     quantization_config,
     write_folder,
 )
+
+# Sizes that are inputs of a linear layer somewhere.
+SIZES = ("hidden_size", "intermediate_size", "n_inner", "ffn_hidden_size", "ffn_dim")
 
 HEAD = re.compile(r"(language_model\.)?(lm_head|output|embed_out)")
 # Matrices that are no linear layers: tables of tokens and positions, norms with a weight a head.
@@ -74,6 +80,25 @@ EXL2_NAMES = {
         (r"\.attention\.", ".self_attn."), (r"\.wo\.", ".o_proj."),
     ),
 }  # fmt: skip
+
+
+def make_quantized_model(name: str, format: str, seed: int, folder: Path) -> Any:
+    """Write a random model of `hf_models.MODELS` in a format to `folder`/m.
+
+    Its sizes are rounded up to multiples of 32, which quantised layers need.
+
+    Args:
+        name: of the model.
+        format, seed: as those of `quantize_folder`.
+        folder: an empty one.
+
+    Returns:
+        the model with the decoded weights, in transformers or by our definition.
+    """
+    sizes = {key: value for key, value in (COMMON | MODELS[name][1]).items() if key in SIZES}
+    whole = {key: round_up(value, 32) for key, value in sizes.items()}
+    make_model(name, seed, folder / "source", **whole)
+    return load_model(quantize_folder(folder / "source", folder / "m", format, seed))
 
 
 def quantize_folder(source: Path, target: Path, format: str, seed: int) -> Path:
