@@ -47,7 +47,7 @@ def split_in_two(folder) -> list[float]:
     raise AssertionError(f"{folder}: no split over two devices")
 
 
-@pytest.mark.parametrize("name", some_of(sorted(MODELS), 4))
+@pytest.mark.parametrize("name", some_of(sorted(MODELS), 8))
 def test_every_feature_gives_the_same_ids(name, tmp_path, load):
     seed = int.from_bytes(os.urandom(3), "little")
     folder = tmp_path / "m"

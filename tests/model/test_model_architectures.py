@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from exl_loader.backends import get_ops
 from exl_loader.backends.reference.ops import ReferenceOps
 from exl_loader.utils.errors import CacheFull, InvalidSettings
+from support.exhaustive import rotated, some_of
 from support.hf_models import (
     MODELS,
     expected_logits,
@@ -47,8 +48,7 @@ def random_ids(seed, count=NUM_IDS, vocab_size=331):
     return [random.Random(seed + i).randrange(vocab_size) for i in range(count)]
 
 
-@pytest.mark.parametrize("seed", VARIANTS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "seed"), rotated(sorted(MODELS), list(VARIANTS)))
 def test_logits_equal_transformers(name, seed, tmp_path):
     dtype, shards, layout = VARIANTS[seed]
     hf = make_model(name, seed, tmp_path / "m", dtype, shards)
@@ -71,7 +71,7 @@ def test_fresh_seed(tmp_path):
     assert error <= REFERENCE_BOUND, (name, seed)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", some_of(sorted(MODELS), 6))
 def test_compiled_logits_equal_transformers(name, tmp_path, compiled):
     hf = make_model(name, 3, tmp_path / "m", "float16")
     ids = random_ids(3)
@@ -104,7 +104,7 @@ def feed_together(model, cache, texts, chunks):
     return [torch.cat(r) for r in rows]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", some_of(sorted(MODELS), 6))
 def test_every_way_of_feeding_agrees(name, tmp_path):
     """Texts at once, in chunks, and token by token; side by side, and each alone."""
     make_model(name, 5, tmp_path / "m")
