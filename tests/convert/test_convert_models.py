@@ -49,7 +49,8 @@ EIGHT_BIT_TOLERANCE = 7 * 0.007
 CONVERTED = ["mixtral", "llama-biases", "gemma2", "phi3", "gemma3-images", "granite",
              "cohere-norms", "glm4", "olmo2", "smollm3-window", "nemotron", "mistral3",
              "gpt2", "falcon-new", "stablelm-norms", "bigcode", "neox", "phi-norms",
-             "internlm2", "index", "minicpm", "starcoder2", "orion", "opt", "gpt-j"]
+             "internlm2", "index", "minicpm", "starcoder2", "orion", "opt", "gpt-j",
+             "qwen2moe", "qwen3moe", "dbrx", "granitemoe", "gpt-oss", "glm4moe", "ernie-moe"]
 
 
 @pytest.mark.parametrize("name", some_of(CONVERTED, 3))
