@@ -14,10 +14,16 @@ import torch
 import exl_loader
 from exl_loader.backends import get_ops
 from exl_loader.backends.cuda import fusion
-from exl_loader.checkpoint.config import ModelConfig
 from exl_loader.memory import buffers as memory
 from support.emulated_cuda import EmulatedCards
-from support.hf_models import COMMON, MODELS, expected_logits, logits_error, make_model
+from support.hf_models import (
+    COMMON,
+    MODELS,
+    expected_logits,
+    logits_error,
+    make_model,
+    relative_error,
+)
 from support.model_builder import build_model, run_chunks
 from support.quantized_folder import make_quantized_model
 
@@ -138,22 +144,27 @@ def test_logits_equal_transformers(name, format, tmp_path, cards, monkeypatch):
 
 @pytest.mark.parametrize(("name", "format"), CASES)
 def test_quantized_caches(name, format, tmp_path, cards):
-    """The card's logits are those of the CPU with the same cache, and those rows in any chunks."""
+    """Rows have the same bits in any steps, and are those of the CPU with the same cache.
+
+    In a mixture one rounded value of the cache may choose another expert, after which all later
+    rows differ, so that only the bits are compared.
+    """
     seed = fresh_seed()
     folder, ids, _ = write(name, format, seed, tmp_path)
     cache_type = random.Random(seed).choice(sorted(CACHE_BOUNDS))
-    if ModelConfig.from_dir(folder).experts is not None:
-        cache_type = "q8"  # with other codes of fewer bits most rows may choose other experts
     on_card = build_model(folder, cards.ops["cuda:0"], device="cuda:0", cache_type=cache_type)
-    on_cpu = build_model(folder, get_ops(), cache_type=cache_type)
-    bound, model = CACHE_BOUNDS[cache_type], on_cpu[0]
-    decoded, expected = (run_chunks(*built, ids[:DECODED], DECODED, total=NUM_IDS)
-                         for built in (on_card, on_cpu))
-    assert logits_error(model, decoded, expected) <= bound, (seed, cache_type)
+    decoded = run_chunks(*on_card, ids[:DECODED], DECODED, total=NUM_IDS)
     rows = run_chunks(*on_card, ids[:6], 1, total=NUM_IDS)
     assert torch.equal(rows, decoded[:6]), (seed, cache_type)
-    prompt, expected = (run_chunks(*built, ids, NUM_IDS) for built in (on_card, on_cpu))
-    assert logits_error(model, prompt, expected) <= bound, (seed, cache_type)
+    prompt = run_chunks(*on_card, ids, NUM_IDS)
+    assert prompt.isfinite().all()
+    if on_card[0].config.experts is not None:
+        return
+    on_cpu = build_model(folder, get_ops(), cache_type=cache_type)
+    expected = run_chunks(*on_cpu, ids[:DECODED], DECODED, total=NUM_IDS)
+    assert relative_error(decoded, expected) <= CACHE_BOUNDS[cache_type], (seed, cache_type)
+    expected = run_chunks(*on_cpu, ids, NUM_IDS)
+    assert relative_error(prompt, expected) <= CACHE_BOUNDS[cache_type], (seed, cache_type)
 
 
 @pytest.mark.gpu
