@@ -37,7 +37,7 @@ def example(monkeypatch) -> str:
     (source,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     entry = eval(source, vars(fields).copy())
     table = dict(ARCHITECTURES) | {entry.name: entry}
-    for module in ("checkpoint.config", "checkpoint.folder", "model.builder"):
+    for module in ("checkpoint.model_class", "checkpoint.folder", "model.builder"):
         monkeypatch.setattr(f"exl_loader.{module}.ARCHITECTURES", table)
     monkeypatch.setattr("exl_loader.checkpoint.folder._BODIES", (entry,))
     return entry.name

@@ -152,4 +152,11 @@ def config_of(architecture: str, length: int) -> dict[str, Any]:
     # Where a class has another name for it, the configuration knows.
     config.get_text_config().max_position_embeddings = length
     values = config.to_diff_dict()
+    rope = values.get("rope_parameters") or {}
+    if rope.get("rope_type", "default") != "default":
+        # A class with a scaled RoPE by default; the length is to be the one that is named.
+        values["rope_parameters"] = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+    sizes = config.get_text_config()
+    if sizes.hidden_size % sizes.num_attention_heads and not getattr(sizes, "head_dim", None):
+        values["head_dim"] = 128
     return values | {"architectures": [architecture], "model_type": entry.model_type}
