@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ from safetensors.torch import save_file
 
 from exl_loader.checkpoint import Checkpoint
 from exl_loader.utils.errors import InvalidCheckpoint, UnsupportedFormat
-from support import REPO
+from support import run_python
 from support.counting import count
 from support.makers import header_entry, write_folder, write_raw
 
@@ -110,7 +108,7 @@ def test_opening_imports_neither_torch_nor_numpy(tmp_path):
         f"linear_spec(Checkpoint.open({str(folder)!r}), 'x', 4, 4);"
         "sys.exit(int('torch' in sys.modules or 'numpy' in sys.modules))"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True)
+    run_python(code)
 
 
 def test_two_thousand_tensors_in_ten_shards_open_in_few_calls(tmp_path):

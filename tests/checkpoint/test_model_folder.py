@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from exl_loader import load, plan
 from exl_loader.checkpoint import Checkpoint, is_quantised
 from exl_loader.utils.errors import ExlLoaderError, InvalidCheckpoint
+from support import run_python
 from support.makers import write_quantized_model
 from support.tiny import write_tiny_model
 
@@ -300,7 +299,7 @@ def test_recognition_does_not_import_pytorch(tmp_path):
         "import sys; from exl_loader.checkpoint import is_quantised; from pathlib import Path; "
         f"assert is_quantised(Path({str(folder)!r})); assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_python(code)
 
 
 def test_an_exl2_layer_may_be_in_a_model_file(tmp_path):

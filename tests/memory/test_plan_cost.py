@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.sparse_models import exl2_tensors
+from support import run_python
 from support.sparse import LLAMA_2_7B, write_sparse_exl2
 from support.tiny import CONFIG
 
@@ -66,11 +67,7 @@ def large_model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def counted(large_model):
     """Return calls and files of planning the large model, in a process of its own."""
-    answer = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(large_model)], capture_output=True, text=True
-    )
-    assert answer.returncode == 0, answer.stderr
-    return json.loads(answer.stdout)
+    return json.loads(run_python(SCRIPT, str(large_model)))
 
 
 def test_a_plan_of_two_thousand_tensors_needs_few_calls_per_tensor(counted):
