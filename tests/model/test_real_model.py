@@ -45,7 +45,7 @@ def transformers_model():
 
 @pytest.fixture(scope="module")
 def ids():
-    """Text of the tests, from a fresh place."""
+    """Return 96 token ids of the texts and the README, from a random offset."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
     text = "\n".join(TEXTS) + (REPO / "README.md").read_text(encoding="utf-8")
     first = random.randrange(200)

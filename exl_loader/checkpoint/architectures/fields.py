@@ -160,7 +160,7 @@ class Factors:
 
 @dataclass(frozen=True)
 class FusedExperts:
-    """Unquantised tensors that have the weights of all experts of a layer, the first expert first.
+    """Tensors that hold the weights of all experts of a layer, the first expert first.
 
     Names are in a layer, without `.weight`. Expert N may have tensors of its own instead:
     `{gate}.N`, `{up}.N` and `{down}.N`, in any format.

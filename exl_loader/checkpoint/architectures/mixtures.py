@@ -91,7 +91,7 @@ MIXTURES = (
         ),
     ),
     Architecture(
-        # Not in transformers; as exllamav2 runs it.
+        # transformers lacks this class. The entry has what exllamav2 computes.
         name="GemmoeForCausalLM",
         model_type="gemmoe",
         defaults={
