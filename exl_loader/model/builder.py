@@ -295,6 +295,8 @@ class Builder:
             shared = expert(prefix + names.shared, config.shared_size)
             if names.shared_gate is not None:
                 shared_gate = self._linear(prefix + names.shared_gate, hidden_size, 1, device)
+        # The residual factor is in the weights of a row's experts. A shared expert has no weight.
+        assert shared is None or self._config.residual_multiplier == 1
         factor = config.factor * self._config.residual_multiplier
         routing = Routing(config.top_k, names.score, config.normalize, factor)
         return Experts(router, experts, routing, shared, shared_gate, correction)
