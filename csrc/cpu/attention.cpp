@@ -13,7 +13,6 @@
 //
 // Preconditions: num_heads is a multiple of num_kv_heads; pages of all visible positions were
 // written; the scratch holds one ThreadScratch and the slots of the longest decoding sequence.
-#include "api.h"
 #include "attention.h"
 
 #include <algorithm>
@@ -21,6 +20,7 @@
 
 #include "cache_rotate.h"
 #include "key_bias.h"
+#include "replay.h"
 #include "scratch.h"
 #include "threads.h"
 
@@ -342,3 +342,4 @@ EXL_API int exl_attention(const ExlCacheLayer* layer, const ExlBatch* batch,
     decode(call, scratch, max_threads, scratch + threads_bytes, num_slots);
     return 0;
 }
+EXL_REPLAYED(attention)

@@ -12,9 +12,9 @@
 #include <cmath>
 #include <cstring>
 
-#include "api.h"
 #include "cache_codec.h"
 #include "cache_rotate.h"
+#include "replay.h"
 #include "threads.h"
 
 namespace exl {
@@ -357,3 +357,4 @@ EXL_API void exl_write_cache(const ExlCacheLayer* layer, const ExlBatch* batch, 
         }
     });
 }
+EXL_REPLAYED(write_cache)

@@ -4,8 +4,8 @@
 // computed by the same vector code, so an element's result does not depend on its position.
 #include <cmath>
 
-#include "api.h"
 #include "common.h"
+#include "replay.h"
 #include "simd_math.h"
 #include "threads.h"
 
@@ -104,6 +104,7 @@ EXL_API void exl_gate(const float* gate, const float* up, float* out, int64_t el
         store_up_to(out + offset, product, count);
     });
 }
+EXL_REPLAYED(gate)
 
 // out = activation(x); x, out: float32 [elements], may be the same.
 EXL_API void exl_activate(const float* x, float* out, int64_t elements, int32_t activation) {
@@ -114,6 +115,7 @@ EXL_API void exl_activate(const float* x, float* out, int64_t elements, int32_t 
         });
     });
 }
+EXL_REPLAYED(activate)
 
 // x += y * factor; x, y: float32 [elements].
 EXL_API void exl_add(float* x, const float* y, float factor, int64_t elements) {
@@ -124,6 +126,7 @@ EXL_API void exl_add(float* x, const float* y, float factor, int64_t elements) {
         store_up_to(x + offset, fma(load_up_to(y + offset, count), factors, total), count);
     });
 }
+EXL_REPLAYED(add)
 
 // x = min(max(x, -limit), limit); x: float32 [elements]. NaN stays NaN, as in `relu`.
 EXL_API void exl_clamp(float* x, float limit, int64_t elements) {
@@ -133,6 +136,7 @@ EXL_API void exl_clamp(float* x, float limit, int64_t elements) {
         store_up_to(x + offset, max(least, min(largest, load_up_to(x + offset, count))), count);
     });
 }
+EXL_REPLAYED(clamp)
 
 // x = cap * tanh(x / cap); x: float32 [elements].
 EXL_API void exl_softcap(float* x, float cap, int64_t elements) {
@@ -142,3 +146,4 @@ EXL_API void exl_softcap(float* x, float cap, int64_t elements) {
         store_up_to(x + offset, caps * tanh(load_up_to(x + offset, count) / caps), count);
     });
 }
+EXL_REPLAYED(softcap)

@@ -12,8 +12,8 @@
 // Precondition: scratch for min(rows, kDensePassRows) rows if rows > 1.
 #include <algorithm>
 
-#include "api.h"
 #include "linear.h"
+#include "replay.h"
 #include "threads.h"
 #include "unpack.h"
 
@@ -192,3 +192,4 @@ EXL_API int exl_linear_dense(const float* x, int64_t rows, const ExlDenseLinear*
     }
     return 0;
 }
+EXL_REPLAYED(linear_dense)

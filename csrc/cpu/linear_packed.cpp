@@ -5,8 +5,8 @@
 // when it plans the workspace.
 #include <algorithm>
 
-#include "api.h"
 #include "linear.h"
+#include "replay.h"
 #include "scratch.h"
 #include "threads.h"
 
@@ -55,3 +55,4 @@ EXL_API int exl_linear(const float* x, int64_t rows, const ExlPackedLinear* w, f
     }
     return 0;
 }
+EXL_REPLAYED(linear)

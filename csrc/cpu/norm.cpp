@@ -6,8 +6,8 @@
 #include <cmath>
 #include <cstring>
 
-#include "api.h"
 #include "common.h"
+#include "replay.h"
 #include "simd.h"
 #include "threads.h"
 
@@ -115,6 +115,7 @@ EXL_API void exl_rms_norm(const float* x, const float* weight, float eps, int64_
         }
     });
 }
+EXL_REPLAYED(rms_norm)
 
 // x, out: float32 [rows, size], may be the same buffer; weight: float32 [periods, size], of which
 // row r takes row r % periods; bias: float32 [periods, size], or null.
@@ -130,3 +131,4 @@ EXL_API void exl_layer_norm(const float* x, const float* weight, const float* bi
         }
     });
 }
+EXL_REPLAYED(layer_norm)

@@ -4,8 +4,8 @@
 // product has an error of 0.03 rad. Work per thread: whole rows (tokens).
 #include <cmath>
 
-#include "api.h"
 #include "common.h"
+#include "replay.h"
 #include "simd.h"
 #include "threads.h"
 
@@ -71,6 +71,7 @@ EXL_API void exl_rope_table(const int32_t* positions, const float* inv_freq, flo
         }
     });
 }
+EXL_REPLAYED(rope_table)
 
 // Rotates x in place. Element i of a head is paired with element half + i; if `interleaved` is not
 // 0, element 2 * i with element 2 * i + 1.
@@ -91,3 +92,4 @@ EXL_API void exl_rope(float* x, const float* table, int64_t rows, int64_t heads,
         }
     });
 }
+EXL_REPLAYED(rope)

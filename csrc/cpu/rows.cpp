@@ -7,8 +7,8 @@
 #include <cstring>
 #include <limits>
 
-#include "api.h"
 #include "packed.h"
+#include "replay.h"
 #include "simd.h"
 #include "threads.h"
 
@@ -145,6 +145,7 @@ EXL_API int exl_embed(const int32_t* ids, int64_t rows, const void* table, int64
     });
     return 0;
 }
+EXL_REPLAYED(embed)
 
 // exl_embed from a head in tiles: row id is column id % 16 of tile id / 16.
 //
@@ -161,6 +162,7 @@ EXL_API int exl_embed_tiled(const int32_t* ids, int64_t rows, const ExlDenseLine
     });
     return 0;
 }
+EXL_REPLAYED(embed_tiled)
 
 // out[i] = x[rows[i]]. Returns 0, or -1 if a row is outside of x.
 //
@@ -174,6 +176,7 @@ EXL_API int exl_gather_rows(const float* x, int64_t x_rows, const int32_t* rows,
     });
     return 0;
 }
+EXL_REPLAYED(gather_rows)
 
 // out[rows[i]] += weights[i] * x[i]. Returns 0, or -1 if a row is outside of out.
 //
@@ -189,6 +192,7 @@ EXL_API int exl_scatter_add_rows(const float* x, const int32_t* rows, const floa
     });
     return 0;
 }
+EXL_REPLAYED(scatter_add_rows)
 
 // x[t] += sigmoid(logits[t]) * y[t]; x, y: float32 [rows, size]; logits: float32 [rows].
 EXL_API void exl_add_gated_rows(float* x, const float* y, const float* logits, int64_t rows,
@@ -200,6 +204,7 @@ EXL_API void exl_add_gated_rows(float* x, const float* y, const float* logits, i
         for (int64_t i = t * size; i < (t + 1) * size; ++i) x[i] += gate * y[i];
     });
 }
+EXL_REPLAYED(add_gated_rows)
 
 // Chooses the top_k experts of each row and their weights. A score is the sigmoid of a logit if
 // `sigmoid` is not 0, else the softmax over all experts. The experts are those of the largest
@@ -221,3 +226,4 @@ EXL_API void exl_moe_route(const float* logits, const float* correction, int64_t
         }
     });
 }
+EXL_REPLAYED(moe_route)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -28,18 +28,28 @@ class Signature:
         arguments: types of its arguments.
         rule: the precondition that the function checks itself, for the error message. The
             function returns 0 if the precondition holds. None for a function without a result.
+        replayed: whether the library has its twin for `Replay`.
     """
 
     arguments: tuple[type, ...]
     rule: str | None = None
+    replayed: bool = True
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """An opened function: `function` returns 0 or None, or else its arguments break `rule`."""
+    """An opened function: `function` returns 0 or None, or else its arguments break `rule`.
+
+    `replayed` is the address of its twin of csrc/cpu/replay.h, None without one.
+    """
 
     function: Callable[..., int | None]
-    rule: str | None
+    signature: Signature
+    replayed: int | None
+
+    @property
+    def rule(self) -> str | None:
+        return self.signature.rule
 
 
 # Runs a kernel with these arguments, or stores both to run them later.
@@ -65,8 +75,72 @@ def open_kernels(
         function = library[f"exl_{name}"]
         function.restype = None if signature.rule is None else INT
         function.argtypes = signature.arguments
-        kernels[name] = Kernel(function, signature.rule)
+        twin = library[f"exl_replay_{name}"] if signature.replayed else None
+        replayed = None if twin is None else ctypes.cast(twin, POINTER).value
+        kernels[name] = Kernel(function, signature, replayed)
     return kernels
+
+
+class _Argument(ctypes.Union):
+    """ExlArgument of csrc/cpu/replay.h."""
+
+    _fields_ = [("integer", INT64), ("real", FLOAT), ("pointer", POINTER)]
+
+
+class _Call(ctypes.Structure):
+    """ExlCall of csrc/cpu/replay.h."""
+
+    _fields_ = [("function", POINTER), ("arguments", POINTER)]
+
+
+class Replay:
+    """Consecutive calls of kernels with the same arguments every time, as one call of C.
+
+    Args:
+        library: the opened library.
+        issued: kernels, which have `replayed`, and their arguments, in order.
+        kept: objects that own the memory behind addresses among the arguments.
+    """
+
+    def __init__(self, library: ctypes.CDLL, issued: Sequence[tuple[Kernel, tuple[Value, ...]]],
+                 kept: object):
+        self._run = library["exl_replay"]
+        self._run.restype, self._run.argtypes = INT64, (POINTER, INT64)
+        self._rules = [kernel.rule for kernel, _ in issued]
+        self._arguments = [_arguments(kernel, values) for kernel, values in issued]
+        self._calls = (_Call * len(issued))(*(
+            _Call(kernel.replayed, ctypes.addressof(arguments))
+            for (kernel, _), arguments in zip(issued, self._arguments, strict=True)
+        ))
+        # `ctypes.byref` among the arguments keeps its struct alive.
+        self._kept = (kept, issued)
+
+    def __call__(self) -> None:
+        """Make the calls.
+
+        Raises:
+            AssertionError: the arguments of a call break its kernel's rule.
+        """
+        failed = self._run(self._calls, len(self._rules))
+        if failed >= 0:
+            raise AssertionError(self._rules[failed])
+
+
+def _arguments(kernel: Kernel, values: tuple[Value, ...]) -> ctypes.Array[_Argument]:
+    kinds = kernel.signature.arguments
+    return (_Argument * len(kinds))(*(
+        _argument(kind, value) for kind, value in zip(kinds, values, strict=True)
+    ))
+
+
+def _argument(kind: type, value: Any) -> _Argument:
+    if kind is FLOAT:
+        return _Argument(real=value)
+    if kind is not POINTER:
+        return _Argument(integer=value)
+    if value is None or isinstance(value, int):
+        return _Argument(pointer=value)
+    return _Argument(pointer=ctypes.cast(value, POINTER).value)
 
 
 class KernelOps:

@@ -28,9 +28,11 @@ SIGNATURES = {
     "linear_dense": Signature(
         (POINTER, INT64, POINTER, POINTER, INT64, INT, POINTER, INT64), _RULE
     ),
-    "pack_exl2": Signature((POINTER, INT64, INT64, POINTER, INT64, POINTER, INT64, INT64)),
+    "pack_exl2": Signature(
+        (POINTER, INT64, INT64, POINTER, INT64, POINTER, INT64, INT64), replayed=False
+    ),
     "pack_gptq": Signature(
-        (POINTER, INT64, INT64, POINTER, POINTER, INT64, POINTER, INT64, INT64)
+        (POINTER, INT64, INT64, POINTER, POINTER, INT64, POINTER, INT64, INT64), replayed=False
     ),
 }
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from ..main_memory import MainMemoryOps
 from ..recorder import Function, LinearPairs, MoeSum, TopLogits
 from . import attention, linear, rows
-from .library import INT, Issue, Kernel, Value, open_kernels, run_now
+from .library import INT, Issue, Kernel, Replay, Value, open_kernels, run_now
 from .threads import default_threads
 
 if TYPE_CHECKING:
@@ -19,7 +20,14 @@ if TYPE_CHECKING:
 # Name -> signature of a C function of csrc/cpu.
 SIGNATURES = linear.SIGNATURES | attention.SIGNATURES | rows.SIGNATURES
 
-NAMES = ("set_threads", *SIGNATURES)
+NAMES = (
+    "set_threads", "replay", *SIGNATURES,
+    *(f"replay_{name}" for name, signature in SIGNATURES.items() if signature.replayed),
+)
+
+# Kernels of a replay, those of about one layer of a model. Python handles an interrupt between
+# two replays, and the layers of a long prompt may take seconds.
+_JOINED_CALLS = 16
 
 # Calls that are not one kernel, or whose kernels depend on values of the step.
 _RUN_EVERY_TIME = (Function, LinearPairs, MoeSum, TopLogits)
@@ -70,29 +78,24 @@ class CpuOps(linear.LinearOps, attention.AttentionOps, rows.RowOps, MainMemoryOp
         function(self)
 
     def prepare(self, calls: Sequence[Call]) -> list[Callable[[], None]]:
-        """Check calls and take their addresses once. A replay only calls one kernel for each."""
+        """Check calls and take their addresses once. Consecutive kernels become one replay."""
         issued: list[tuple[Kernel, tuple[Value, ...]]] = []
         recording = CpuOps(self._library, lambda kernel, values: issued.append((kernel, values)))
         prepared: list[Callable[[], None]] = []
-        for call in calls:
-            if isinstance(call, _RUN_EVERY_TIME):
-                prepared.append(partial(call.run, self))
+        for runs_every_time, group in groupby(calls, _runs_every_time):
+            if runs_every_time:
+                prepared += [partial(call.run, self) for call in group]
                 continue
-            call.run(recording)
-            ((kernel, values),) = issued
-            issued.clear()
-            prepared.append(_replay(kernel, values, call))
+            kernel_calls = list(group)
+            for first in range(0, len(kernel_calls), _JOINED_CALLS):
+                joined = kernel_calls[first : first + _JOINED_CALLS]
+                for call in joined:
+                    call.run(recording)
+                # The calls keep the tensors alive.
+                prepared.append(Replay(self._library, tuple(issued), joined))
+                issued.clear()
         return prepared
 
 
-def _replay(kernel: Kernel, values: tuple[Value, ...], call: Call) -> Callable[[], None]:
-    def replay(
-        function: Callable[..., int | None] = kernel.function,
-        values: tuple[Value, ...] = values,
-        _: Call = call,
-    ) -> None:
-        # `_` keeps the tensors alive, because `values` has only their addresses.
-        if function(*values):
-            raise AssertionError(kernel.rule)
-
-    return replay
+def _runs_every_time(call: Call) -> bool:
+    return isinstance(call, _RUN_EVERY_TIME)

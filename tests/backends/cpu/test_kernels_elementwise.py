@@ -5,13 +5,14 @@ What every backend's operations have in common is in operations/test_elementwise
 
 from __future__ import annotations
 
+import os
 import weakref
 
 import pytest
 import torch
 
 from exl_loader.backends.cpu.threads import default_threads
-from exl_loader.backends.recorder import Embed, Product, RmsNorm
+from exl_loader.backends.recorder import Add, Clamp, Embed, Function, LayerNorm, Product, RmsNorm
 from exl_loader.utils.errors import InvalidSettings
 from support.kernel_cases import dense_linear, random_rows
 from support.targets import CPUS, target
@@ -93,3 +94,38 @@ def test_a_prepared_call_that_fails_raises(ops):
     ids.fill_(4)
     with pytest.raises(AssertionError, match="token id"):
         call()
+
+
+@pytest.mark.parametrize("count", [4, 50])
+def test_consecutive_calls_are_joined_and_run_in_order(ops, count):
+    seed = int.from_bytes(os.urandom(3), "little")
+    x, weight, out = random_rows(3, 70, seed), random_rows(1, 70), torch.empty(3, 70)
+    calls = [LayerNorm(x, weight, None, 1e-3, out), Add(x, out, -0.75), Clamp(x, 1.25)]
+    calls = [calls[i % 3] for i in range(count)]
+    expected = x.clone()
+    for call in calls:
+        call.run(ops)
+    expected, x[:] = x.clone(), expected
+    prepared = ops.prepare(calls)
+    assert len(prepared) < count / 3
+    for replay in prepared:
+        replay()
+    assert torch.equal(x, expected), seed
+
+
+def test_a_function_runs_between_the_calls_before_and_after_it(ops):
+    x, y, seen = torch.ones(1, 8), torch.ones(1, 8), []
+    calls = [Add(x, y, 1.0), Function(lambda _: seen.append(x.clone())), Add(x, y, 2.0)]
+    for replay in ops.prepare(calls):
+        replay()
+    assert torch.equal(seen[0], torch.full((1, 8), 2.0))
+    assert torch.equal(x, torch.full((1, 8), 4.0))
+
+
+def test_joined_calls_end_at_the_one_that_fails(ops):
+    ids, table, out = torch.tensor([9], dtype=torch.int32), random_rows(4, 8), torch.empty(1, 8)
+    x, y = torch.ones(1, 8), torch.ones(1, 8)
+    (replay,) = ops.prepare([Add(x, y, 1.0), Embed(ids, table, 1.0, out), Add(x, y, 1.0)])
+    with pytest.raises(AssertionError, match="token id"):
+        replay()
+    assert torch.equal(x, torch.full((1, 8), 2.0))
