@@ -47,11 +47,54 @@ struct SpanLayout {
     static constexpr bool kUnshifted =
         kWideDotIsFree && kFields == 2 && kFields * kSums <= kMaxSums;
     // With few rows several sums per row run in parallel, because the latency of a dot product is
-    // 4 to 5 cycles and one can start in every cycle.
-    static constexpr int kChains = kUnshifted ? kFields : kSums >= 4 ? 1 : 4 / kSums;
+    // 4 to 5 cycles and one can start in every cycle. Sums of pairs are added in one cycle.
+    static constexpr int kWanted = kDotsInPairs || kSums >= 4 ? 1 : 4 / kSums;
+    static constexpr int kChains = kUnshifted ? kFields : kWanted;
 
     static constexpr int up_shift(int index) { return kUnshifted ? unshifted_up(Bits, index) : 0; }
 };
+
+// Adds one block of one tile to partial sums.
+template <int Bits, int Rows, class Partial>
+EXL_INLINE void add_block(const uint8_t* codes, const int32_t* x, Partial& partial) {
+    using Layout = SpanLayout<Bits, Rows>;
+    constexpr int kSums = Layout::kSums;
+#if defined(EXL_DOTS_IN_PAIRS)
+    // The products of two rows are at most 2 * 127 times the largest code. As many as an int16
+    // holds are added before they are widened. Of 8 bits it holds those of a low plane only, whose
+    // values are in -64..63.
+    constexpr int kHeld = 32767 / (2 * 127 * ((1 << Bits) - 1));
+    if constexpr (kHeld > 0) {
+        constexpr int kRegisters = kHeld < kBlockRegisters ? kHeld : kBlockRegisters;
+        static_assert(kBlockRegisters % kRegisters == 0, "whole rounds");
+        unrolled<kBlockRegisters / kRegisters>([&](auto round) EXL_INLINED {
+            I16x32 pairs[kSums];
+            unrolled<kRegisters>([&](auto i) EXL_INLINED {
+                constexpr int kIndex = round * kRegisters + i;
+                const U8x64 c = block_register<Bits, kIndex>(codes);
+                unrolled<kSums>([&](auto k) EXL_INLINED {
+                    const I16x32 products = pair_products(c, x[kIndex * kSums + k]);
+                    pairs[k] = i == 0 ? products : pairs[k] + products;
+                });
+            });
+            unrolled<kSums>([&](auto k) EXL_INLINED {
+                partial[0][k] = add_pairs(partial[0][k], pairs[k]);
+            });
+        });
+        return;
+    }
+#endif
+    unrolled<kBlockRegisters>([&](auto j) EXL_INLINED {
+        constexpr int kUp = Layout::up_shift(j);
+        const U8x64 c = block_register<Bits, j, kUp>(codes);
+        unrolled<kSums>([&](auto i) EXL_INLINED {
+            constexpr bool kIsLow = i % kPlanes == 1;
+            I32x16& sum = partial[j % Layout::kChains][i];
+            sum = dot_loaded<(Bits + kUp > 7) && !(kDotsInPairs && kIsLow)>(
+                sum, c, x + j * kSums + i);
+        });
+    });
+}
 
 // Adds one span of one tile to the integer sums of its rows.
 template <int Bits, int Rows>
@@ -67,14 +110,7 @@ EXL_INLINE void span_sums(const uint8_t* codes, const int32_t* x, int blocks, I3
     });
     for (int block = 0; block < blocks; ++block) {
         for (int i = 0; i < Bits; ++i) prefetch(codes + kPrefetchBytes + i * kRegisterBytes);
-        unrolled<kBlockRegisters>([&](auto j) EXL_INLINED {
-            constexpr int kUp = Layout::up_shift(j);
-            const U8x64 c = block_register<Bits, j, kUp>(codes);
-            unrolled<kSums>([&](auto i) EXL_INLINED {
-                I32x16& sum = partial[j % kChains][i];
-                sum = dot_loaded<(Bits + kUp > 7)>(sum, c, x + j * kSums + i);
-            });
-        });
+        add_block<Bits, Rows>(codes, x, partial);
         codes += Bits * kBlockBitBytes;
         x += kBlockRegisters * kSums;
     }

@@ -91,6 +91,13 @@ EXL_INLINE float bfloat16_to_float(uint16_t value) {
 
 namespace exl {
 
+// True if dot products are made of pair_products and add_pairs.
+#if defined(EXL_DOTS_IN_PAIRS)
+constexpr bool kDotsInPairs = true;
+#else
+constexpr bool kDotsInPairs = false;
+#endif
+
 // Requests a cache line for the second-level cache, ahead of its use. Any address is allowed, also
 // an invalid one. The second level, because a line that waits in the first one replaces another.
 EXL_INLINE void prefetch(const uint8_t* p) {

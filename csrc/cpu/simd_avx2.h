@@ -194,6 +194,27 @@ EXL_INLINE U8x64 and_or(U8x64 a, U8x64 b, U8x64 c) {
     return {_mm256_or_si256(both.lo, c.lo), _mm256_or_si256(both.hi, c.hi)};
 }
 
+#if !defined(__AVXVNNI__)
+// Sums of products of two neighbouring rows: [16 columns][2 pairs].
+#define EXL_DOTS_IN_PAIRS 1
+struct I16x32 {
+    __m256i lo, hi;
+};
+EXL_INLINE I16x32 operator+(I16x32 a, I16x32 b) {
+    return {_mm256_add_epi16(a.lo, b.lo), _mm256_add_epi16(a.hi, b.hi)};
+}
+// codes[column][row] * x[row] + codes[column][row + 1] * x[row + 1], saturated at 2^15.
+EXL_INLINE I16x32 pair_products(U8x64 codes, int32_t x4) {
+    const __m256i x = _mm256_set1_epi32(x4);
+    return {_mm256_maddubs_epi16(codes.lo, x), _mm256_maddubs_epi16(codes.hi, x)};
+}
+EXL_INLINE I32x16 add_pairs(I32x16 acc, I16x32 pairs) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    return {_mm256_add_epi32(acc.lo, _mm256_madd_epi16(pairs.lo, ones)),
+            _mm256_add_epi32(acc.hi, _mm256_madd_epi16(pairs.hi, ones))};
+}
+#endif
+
 // True if dot<true> costs no more than dot<false>.
 #if defined(__AVXVNNI__)
 constexpr bool kWideDotIsFree = true;

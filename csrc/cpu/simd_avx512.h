@@ -115,6 +115,22 @@ EXL_INLINE U8x64 and_or(U8x64 a, U8x64 b, U8x64 c) {
     return {_mm512_ternarylogic_epi32(a.v, b.v, c.v, 0xea)};
 }
 
+#if !defined(__AVX512VNNI__)
+// Sums of products of two neighbouring rows: [16 columns][2 pairs].
+#define EXL_DOTS_IN_PAIRS 1
+struct I16x32 {
+    __m512i v;
+};
+EXL_INLINE I16x32 operator+(I16x32 a, I16x32 b) { return {_mm512_add_epi16(a.v, b.v)}; }
+// codes[column][row] * x[row] + codes[column][row + 1] * x[row + 1], saturated at 2^15.
+EXL_INLINE I16x32 pair_products(U8x64 codes, int32_t x4) {
+    return {_mm512_maddubs_epi16(codes.v, _mm512_set1_epi32(x4))};
+}
+EXL_INLINE I32x16 add_pairs(I32x16 acc, I16x32 pairs) {
+    return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(pairs.v, _mm512_set1_epi16(1)))};
+}
+#endif
+
 // True if dot<true> costs no more than dot<false>.
 #if defined(__AVX512VNNI__)
 constexpr bool kWideDotIsFree = true;

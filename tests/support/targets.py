@@ -16,11 +16,14 @@ import pytest
 import torch
 
 from exl_loader.cache.layout import KeyBias
+from exl_loader.utils.system.processors import cpu_features
 from support.kernel_cases import compiled_ops
 
 # The kernels for this machine; for AVX2 and in plain C++, which are compiled for the tests.
 OTHER_CPUS = ["x86-64-v3", "x86-64"]
 ALL_CPUS = ["native", *OTHER_CPUS]
+# AVX-512 without VNNI, whose products differ from those with it; for machines that have it.
+AVX512 = "skylake-avx512"
 CPUS = ["native", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHER_CPUS)]
 # Lanes, warps and blocks in two orders: what needs a barrier that is not there differs.
 EMULATED = ["forward", "shuffled"]
@@ -110,9 +113,11 @@ def target(name: str, make: Any, threads: int = 3) -> Target:
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
         return Target(card_ops(), "cuda:0")
-    if name == "native" or name in OTHER_CPUS:
+    if name in ("native", AVX512, *OTHER_CPUS):
         if name in OTHER_CPUS and platform.machine().lower() not in ("x86_64", "amd64"):
             pytest.skip("instruction sets of x86-64")
+        if name == AVX512 and "avx512bw" not in cpu_features():
+            pytest.skip("no AVX-512")
         ops = compiled_ops("" if name == "native" else name)
         ops.set_threads(threads)
         return Target(ops, None, "cpu")

@@ -7,7 +7,6 @@ operations/test_linear_dense.py.
 from __future__ import annotations
 
 import os
-import platform
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,7 +18,7 @@ from exl_loader.backends.cpu.linear import linear_scratch_bytes
 from exl_loader.backends.cpu.threads import default_threads
 from support.kernel_cases import dense_linear, packed_linear, random_rows
 from support.linear_cases import MAX_THREADS, assert_exact, product, scratch_for
-from support.targets import target
+from support.targets import AVX512, CPUS, OTHER_CPUS, target
 
 
 @pytest.fixture
@@ -102,11 +101,23 @@ def test_a_forked_child_has_its_own_threads(ops):
     assert torch.equal(product(ops, x, w), expected)
 
 
+@pytest.mark.parametrize("march", [*CPUS, pytest.param(AVX512, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_no_sum_of_the_largest_codes_and_activations_overflows(march, bits):
+    ops = target(march, None, threads=2)
+    w = packed_linear([(bits, 128)] * 2, 50)
+    w.codes.fill_(255)
+    # 127 and 0, then 127 and -64: the largest values of both planes.
+    x = torch.full((2, w.in_features), (127 << 7) - 64.0)
+    x[:, ::128] = 127 << 7
+    x[1] *= -1
+    for rows in (1, 2):
+        assert_exact(ops, x[:rows], w)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("march", ["x86-64-v3", "x86-64"])
+@pytest.mark.parametrize("march", [AVX512, *OTHER_CPUS])
 def test_other_instruction_sets_agree(ops, march):
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        pytest.skip("instruction sets of x86-64")
     other = target(march, None, threads=2)
     for groups in LAYOUTS.values():
         w = packed_linear(groups or LONG["cpu"], 50, zeros=True, perm=True, bias=True)
@@ -114,7 +125,7 @@ def test_other_instruction_sets_agree(ops, march):
             x = random_rows(rows, w.in_features)
             # Without fused multiply-add a term has one rounding more.
             assert_exact(other, x, w, roundings_of_a_term=3)
-            if march == "x86-64-v3":
+            if march != "x86-64":
                 assert torch.equal(product(other, x, w), product(ops, x, w))
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         w, x = dense_linear(100, 50, dtype), random_rows(9, 100)
