@@ -8,6 +8,7 @@ from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from ...formats.layer import LOAD_THREADS
 from ..main_memory import MainMemoryOps
 from ..recorder import Function, LinearPairs, MoeSum, TopLogits
 from . import attention, linear, rows
@@ -63,6 +64,7 @@ class CpuOps(linear.LinearOps, attention.AttentionOps, rows.RowOps, MainMemoryOp
         set_threads = library["exl_set_threads"]
         set_threads.restype, set_threads.argtypes = INT, (INT,)
         self._set_threads: Callable[[int], int] = set_threads
+        self.load_threads = min(default_threads(), LOAD_THREADS)
         if issue is run_now:
             self.set_threads(default_threads())
 
