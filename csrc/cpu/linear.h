@@ -48,6 +48,9 @@ constexpr int kPanelTiles = 1;
 constexpr int kDirectRows = 2;
 #endif
 constexpr int kPanelColumns = kPanelTiles * kTileColumns;
+// Rows of a tile register of AMX, and the stored rows that it multiplies in one instruction.
+constexpr int kTileRows = 16;
+constexpr int kStepRows = 64;
 
 // Stored rows of a group that share an activation scale. Row numbers include the padding of a
 // group's last block, except in source_row and source_rows.
@@ -65,12 +68,15 @@ struct Span {
 // begins at row i occupies
 //     codes [stored_rows / 4][r][plane] words of 4 rows, from byte i * kPlanes * stored_rows,
 //     scales and sums [num_spans][r], from element i * num_spans.
+// If `tiled`, the codes of each span are [step][plane][r][stored rows of the step] instead; a step
+// has kStepRows stored rows, the last step of a span maybe fewer.
 struct Activations {
     const Span* spans;
     int64_t num_spans;
     const float* level_scales;  // [num_spans][kLevels], if the layer's scales are levels
     int64_t stored_rows;
     int64_t block_rows;
+    bool tiled;
     int8_t* codes;
     float* scales;
     int32_t* negative_sums;
@@ -141,6 +147,15 @@ void linear_buffered(const ExlPackedLinear& w, const Activations& a, int64_t row
 constexpr int64_t buffered_scratch_bytes() {
     return int64_t{kChunkRows} * kPanelColumns + int64_t{kPassRows} * kPanelColumns * 4;
 }
+
+#if defined(EXL_AMX)
+// True if the tiles of AMX are used (exl_set_amx).
+bool amx_is_on();
+
+// linear_buffered with tiles, for activations in blocks of kTileRows, tiled. It uses as much scratch.
+void linear_amx(const ExlPackedLinear& w, const Activations& a, int64_t rows, Output out,
+                uint8_t* scratch, int64_t max_threads);
+#endif
 
 // Adds the bias and, if `add`, the present content of `out`. Stores the columns that exist.
 EXL_INLINE void finish(F32x16 value, const float* bias, float* out, int64_t columns, bool add) {

@@ -43,10 +43,18 @@ EXL_API int exl_linear(const float* x, int64_t rows, const ExlPackedLinear* w, f
         const int64_t count = std::min<int64_t>(rows - first, kPassRows);
         const Output output = {out + first * out_stride, out_stride, add != 0};
         const float* source = x + first * w->in_features;
+        a.tiled = false;
         if (count <= kDirectRows) {
             a.block_rows = direct_rows(count);
             quantize(*w, source, count, a.block_rows, a);
             linear_direct(*w, a, count, output);
+#if defined(EXL_AMX)
+        } else if (amx_is_on()) {
+            a.block_rows = kTileRows;
+            a.tiled = true;
+            quantize(*w, source, count, count, a);
+            linear_amx(*w, a, count, output, buffers, max_threads);
+#endif
         } else {
             a.block_rows = kMicroRows;
             quantize(*w, source, count, count, a);

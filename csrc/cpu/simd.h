@@ -25,6 +25,10 @@
 #define EXL_AVX2 1
 #include <immintrin.h>
 #endif
+// Tiles need the system's permission at run time (linear_amx.cpp), which only Linux is asked for.
+#if defined(EXL_AVX512) && defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__linux__)
+#define EXL_AMX 1
+#endif
 
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC 12's own intrinsics start from a deliberately undefined register and then warn about it.
@@ -119,14 +123,6 @@ EXL_INLINE I32x16 dot_loaded(I32x16 acc, U8x64 codes, const int32_t* x4) {
     return acc;
 #else
     return dot<Wide>(acc, codes, *x4);
-#endif
-}
-
-// Orders `stream_codes`, which stores a whole line (p is a multiple of 64) past the caches, before
-// all later stores. A function that streams calls it at its end.
-EXL_INLINE void finish_streaming() {
-#if defined(EXL_AVX512) || defined(EXL_AVX2)
-    _mm_sfence();
 #endif
 }
 

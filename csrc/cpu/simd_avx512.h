@@ -28,6 +28,9 @@ EXL_INLINE F32x16 load_bfloat16(const uint16_t* p) {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
 }
+EXL_INLINE F32x16 gather(const float* p, const int32_t* index) {
+    return {_mm512_i32gather_ps(_mm512_loadu_si512(index), p, sizeof(float))};
+}
 EXL_INLINE F32x16 broadcast(float a) { return {_mm512_set1_ps(a)}; }
 EXL_INLINE F32x16 operator+(F32x16 a, F32x16 b) { return {_mm512_add_ps(a.v, b.v)}; }
 EXL_INLINE F32x16 operator-(F32x16 a, F32x16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -96,9 +99,6 @@ EXL_INLINE I32x16 magnitude_bits(F32x16 a) {
 
 EXL_INLINE U8x64 load_codes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 EXL_INLINE void store_codes(uint8_t* p, U8x64 a) { _mm512_storeu_si512(p, a.v); }
-EXL_INLINE void stream_codes(uint8_t* p, U8x64 a) {
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), a.v);
-}
 // Shift every byte. Bits of the neighbouring bytes are shifted in; the caller must mask them.
 template <int Bits>
 EXL_INLINE U8x64 shift_bytes_right(U8x64 a) {

@@ -26,6 +26,7 @@ def open_compiled(progress: Progress | None = None) -> DeviceOps:
     library = open_library(progress)
     if library is None:
         return reference()
+    from .amx import use_amx
     from .ops import CpuOps, missing_symbols
 
     if missing_symbols(library):
@@ -39,7 +40,9 @@ def open_compiled(progress: Progress | None = None) -> DeviceOps:
                 actual=f"a library without {', '.join(missing) or 'any'}, compiled twice",
                 remedy="Choose another compiler: set CXX to g++ or clang++",
             )
-    return CpuOps(library)
+    ops = CpuOps(library)
+    use_amx(ops)
+    return ops
 
 
 def reference() -> DeviceOps:

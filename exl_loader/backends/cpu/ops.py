@@ -8,7 +8,6 @@ from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from ...formats.layer import LOAD_THREADS
 from ..main_memory import MainMemoryOps
 from ..recorder import Function, LinearPairs, MoeSum, TopLogits
 from . import attention, linear, rows
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 SIGNATURES = linear.SIGNATURES | attention.SIGNATURES | rows.SIGNATURES
 
 NAMES = (
-    "set_threads", "replay", *SIGNATURES,
+    "set_threads", "set_amx", "replay", *SIGNATURES,
     *(f"replay_{name}" for name, signature in SIGNATURES.items() if signature.replayed),
 )
 
@@ -64,7 +63,9 @@ class CpuOps(linear.LinearOps, attention.AttentionOps, rows.RowOps, MainMemoryOp
         set_threads = library["exl_set_threads"]
         set_threads.restype, set_threads.argtypes = INT, (INT,)
         self._set_threads: Callable[[int], int] = set_threads
-        self.load_threads = min(default_threads(), LOAD_THREADS)
+        set_amx = library["exl_set_amx"]
+        set_amx.restype, set_amx.argtypes = INT, (INT,)
+        self._set_amx: Callable[[int], int] = set_amx
         if issue is run_now:
             self.set_threads(default_threads())
 
@@ -75,6 +76,14 @@ class CpuOps(linear.LinearOps, attention.AttentionOps, rows.RowOps, MainMemoryOp
             The number of threads that kernels will use.
         """
         return self._set_threads(threads)
+
+    def set_amx(self, on: bool) -> int:
+        """Use AMX tiles for products of many rows, or not; not until the first call.
+
+        Returns:
+            One of the results in `amx.py`.
+        """
+        return self._set_amx(on)
 
     def call(self, function: Callable[[DeviceOps], None]) -> None:
         function(self)
