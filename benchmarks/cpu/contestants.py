@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -26,6 +27,20 @@ class Contestant:
         return self.engine == "exl_loader"
 
 
+class ContestantEnded(Exception):
+    """The process of a contestant ended by itself. The text says how and at which task."""
+
+    def __init__(self, contestant: Contestant, task: str, status: int) -> None:
+        how = f"exit code {status}"
+        if status < 0:
+            try:
+                how = signal.Signals(-status).name
+            except ValueError:
+                how = f"signal {-status}"
+        super().__init__(f"ended by {how} at {task}")
+        self.contestant = contestant
+
+
 class Worker:
     """Run a contestant in a process of its own and send it tasks.
 
@@ -35,14 +50,15 @@ class Worker:
         ctx_size: tokens of its cache.
         threads: number of threads it computes with.
         llama_python: interpreter that has llama-cpp-python, for llama.cpp.
+        requests: sequences that it runs at once.
 
     Raises:
-        SystemExit: the process ended; its own message is on standard error.
+        ContestantEnded: the process ended; its own message is on standard error.
     """
 
     def __init__(
         self, contestant: Contestant, model: Path, ctx_size: int, threads: int,
-        llama_python: str | None,
+        llama_python: str | None, requests: int = 1,
     ):
         self.contestant = contestant
         config = {
@@ -50,6 +66,7 @@ class Worker:
             "ctx_size": ctx_size,
             "cache": contestant.cache,
             "threads": threads,
+            "requests": requests,
             "flash_attention": True,
         }
         script = "worker_exl" if contestant.ours else "worker_llama"
@@ -62,28 +79,36 @@ class Worker:
             [python, "-m", f"benchmarks.cpu.{script}"], text=True, bufsize=1, env=environment,
             cwd=REPO, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )
-        answer = self._ask(config)
+        answer = self._ask(config, "loading")
         self.load_s: float = answer["load_s"]
         self.load_tasks: dict[str, float] = answer["load_tasks"]
         self.version: str = answer["version"]
+        self.build: str = answer["build"]
 
     def __enter__(self) -> Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._process as process:  # closes its input, and waits
-            assert process.stdin is not None
-            process.stdin.close()
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.close()
+        except BrokenPipeError:
+            pass  # it ended before it read everything
+        self._process.stdout.close()
+        self._process.wait()
 
     def do(self, task: str, **arguments: Any) -> Any:
         """Run one task of worker.py in the process and return its result."""
-        return self._ask({"do": task, **arguments})["value"]
+        return self._ask({"do": task, **arguments}, task)["value"]
 
-    def _ask(self, command: dict) -> dict:
+    def _ask(self, command: dict, task: str) -> dict:
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(command) + "\n")
-        line = self._process.stdout.readline()
+        try:
+            self._process.stdin.write(json.dumps(command) + "\n")
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
         if not line:
-            raise SystemExit(f"{self.contestant} ended at {str(command)[:80]}")
+            raise ContestantEnded(self.contestant, task, self._process.wait())
         answer: dict = json.loads(line)
         return answer

@@ -1,8 +1,12 @@
-"""Keep the results of speed.py as JSON, compare them pair by pair, print them as tables."""
+"""Keep the results of speed.py as JSON, compare them pair by pair, print them as tables.
+
+The file has an object with a list of records for each machine.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +17,9 @@ Record = dict[str, Any]
 OURS = "exl_loader"
 # The tables are between these two marks of a document.
 FIRST_MARK, LAST_MARK = "<!-- cpu -->", "<!-- end cpu -->"
-KEY = ("what", "engine", "weights", "cache", "depth", "beside")
+KEY = ("what", "engine", "weights", "cache", "depth", "beside", "requests")
+# `what` of a contestant that ended by itself; such a record has a `reason`.
+SKIPPED = "skipped"
 # The targets: (what, cache) -> depth -> ratio to llama.cpp.
 TARGETS = {
     ("decode", "fp16"): {0: 1.0, 2048: 1.3},
@@ -24,29 +30,66 @@ TARGETS = {
 
 
 class Results:
-    """Records of measurements, one for each KEY; `seconds` holds one time a round."""
+    """Records of one machine, one for each KEY; `seconds` holds one time a round.
 
-    def __init__(self, path: Path, records: Iterable[Record] = ()):
-        self.path = path
-        self._records = {tuple(r.get(field) for field in KEY): r for r in records}
+    Args:
+        path: the file. machine: its name.
+    """
+
+    def __init__(self, path: Path, machine: str, records: Iterable[Record] = ()):
+        self.path, self.machine = path, machine
+        self._records = {_key(record): record for record in records}
 
     @classmethod
-    def read(cls, path: Path) -> Results:
-        return cls(path, json.loads(path.read_text(encoding="utf-8")) if path.exists() else ())
+    def read(cls, path: Path, machine: str) -> Results:
+        """Read a machine's records; none where the file lacks them."""
+        return cls(path, machine, _read(path).get(machine, ()))
 
     def put(self, record: Record) -> None:
-        """Keep a record; it replaces an older one of the same measurement."""
-        self._records[tuple(record.get(field) for field in KEY)] = record
+        """Keep a record; it replaces an older one of the same measurement, or that it failed."""
+        self._records.pop(_key({**record, "what": SKIPPED}), None)
+        self._records[_key(record)] = record
+
+    def drop(self, **wanted: Any) -> None:
+        """Forget the records with these values."""
+        for record in self.select(**wanted):
+            del self._records[_key(record)]
 
     def write(self) -> None:
-        lines = ",\n".join(json.dumps(record) for record in self._records.values())
-        self.path.write_text(f"[\n{lines}\n]\n")
+        """Write the machine's records beside those of others."""
+        machines = _read(self.path) | {self.machine: list(self._records.values())}
+        parts = []
+        for name, records in machines.items():
+            lines = ",\n".join(json.dumps(record) for record in records)
+            parts.append(f"{json.dumps(name)}: [\n{lines}\n]")
+        self.path.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
 
     def select(self, **wanted: Any) -> list[Record]:
         return [
             record for record in self._records.values()
             if all(record.get(field) == value for field, value in wanted.items())
         ]  # fmt: skip
+
+
+def _key(record: Record) -> tuple[Any, ...]:
+    return tuple(record.get(field) for field in KEY)
+
+
+def _read(path: Path) -> dict[str, list[Record]]:
+    if not path.exists():
+        return {}
+    machines: dict[str, list[Record]] = json.loads(path.read_text(encoding="utf-8"))
+    return machines
+
+
+def read_machines(path: Path) -> list[Results]:
+    """Read the records of every machine, in the file's order."""
+    return [Results(path, machine, records) for machine, records in _read(path).items()]
+
+
+def slug(machine: str) -> str:
+    """Return a machine's name for file names."""
+    return re.sub("[^a-z0-9]+", "-", machine.lower()).strip("-")
 
 
 def nearest(bytes_per_token: dict[str, int]) -> str | None:
@@ -85,10 +128,11 @@ def comparisons(results: Results, what: str) -> list[tuple[Record, Record]]:
     pairs = []
     for own in results.select(what=what, engine=OURS):
         rivals = results.select(what=what, engine="llama.cpp", depth=own.get("depth"),
-                                beside=own.get("beside"), cache=own["cache"])
+                                beside=own.get("beside"), cache=own["cache"],
+                                requests=own.get("requests"))
         pairs += [(own, other) for other in rivals if len(other["seconds"]) == len(own["seconds"])]
     return sorted(pairs, key=lambda p: (_cache_order(p[0]), p[0].get("depth", 0),
-                                        p[1]["weight_bytes_per_token"]))
+                                        p[0].get("requests", 0), p[1]["weight_bytes_per_token"]))
 
 
 def _cache_order(record: Record) -> int:
@@ -103,19 +147,43 @@ def tables(results: Results) -> str:
         _cache_types(results),
         _curve(results),
         _bandwidth(results),
+        _batch(results),
         _first_token(results),
         _load(results),
+        _skipped(results),
     ]
     return "\n\n".join(part for part in parts if part)
 
 
-def update_document(results: Results, path: Path) -> None:
-    """Put the tables between the document's marks; leave a document without marks unchanged."""
+def document_part(machines: list[Results], folder: Path) -> str:
+    """Return a section for each machine, with its picture, if there is one, and its tables.
+
+    Args:
+        folder: of the document, which has the pictures in `images`.
+    """
+    parts = []
+    for results in machines:
+        parts.append(f"### {results.machine}")
+        picture = f"images/{picture_name(results.machine)}"
+        if (folder / picture).exists():
+            alt = f"Cost of a token by depth, and ratios: {results.machine}"
+            parts.append(f"![{alt}]({picture})")
+        parts.append(tables(results))
+    return "\n\n".join(parts)
+
+
+def picture_name(machine: str) -> str:
+    return f"benchmarks-cpu-{slug(machine)}.svg"
+
+
+def update_document(machines: list[Results], path: Path) -> None:
+    """Put the sections between the document's marks; a document without marks stays as it is."""
     text = path.read_text(encoding="utf-8")
     before, first, rest = text.partition(FIRST_MARK)
     _, last, after = rest.partition(LAST_MARK)
     if last:
-        path.write_text(f"{before}{first}\n{tables(results)}\n{last}{after}", encoding="utf-8")
+        part = document_part(machines, path.parent)
+        path.write_text(f"{before}{first}\n{part}\n{last}{after}", encoding="utf-8")
 
 
 def _table(title: str, head: list[str], rows: list[list[str]]) -> str:
@@ -148,6 +216,26 @@ def _first_token(results: Results) -> str:
                      f"{other['weights']} {theirs:.2f} s", f"{ratio:.2f}"])
     return _table("Time to the first token", ["cache", "prompt tokens", "exl_loader", "llama.cpp",
                                              "ratio"], rows)
+
+
+def _batch(results: Results) -> str:
+    rows = []
+    for own, other in comparisons(results, "batch"):
+        ratio, least, most = speed_ratio(own, other)
+        rows.append([own["cache"], str(own["requests"]), f"{tokens_per_s(own):.1f}",
+                     f"{other['weights']} {tokens_per_s(other):.1f}",
+                     f"{ratio:.2f} ({least:.2f} to {most:.2f})"])
+    return _table("Requests at once (generated tokens/s of all)", [
+        "cache", "requests", "exl_loader", "llama.cpp", "ratio, pair by pair"], rows)
+
+
+def _skipped(results: Results) -> str:
+    rows = [
+        [record["engine"], record["weights"], record["cache"], record.get("build", ""),
+         record["reason"]]
+        for record in results.select(what=SKIPPED)
+    ]
+    return _table("Skipped", ["engine", "weights", "cache", "built for", "why"], rows)
 
 
 def _bandwidth(results: Results) -> str:

@@ -13,6 +13,10 @@ llama.cpp comes with llama-cpp-python, built natively, in an environment of its 
         --no-binary llama-cpp-python llama-cpp-python==0.3.36 gguf numpy
     python -m benchmarks.cpu.speed --llama-python llama/bin/python
 
+Of several interpreters the first whose llama.cpp computes a prompt is used: a build for a
+machine's own instruction set may end by SIGILL in a virtual machine, and a build without AMX
+runs. What ends by itself is left out from then on, and a table says so.
+
 Parts, caches and depths can be measured one at a time: results are merged into one JSON file,
 from which table and picture are made.
 """
@@ -23,6 +27,7 @@ import argparse
 import datetime
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -32,15 +37,24 @@ from typing import Any
 
 from benchmarks import REPO
 from benchmarks.cpu import speed_models
-from benchmarks.cpu.contestants import Contestant, Worker
+from benchmarks.cpu.contestants import Contestant, ContestantEnded, Worker
 from benchmarks.cpu.plot import write_picture
 from benchmarks.cpu.read_bandwidth import Bandwidth
-from benchmarks.cpu.report import Results, nearest, tables, update_document
+from benchmarks.cpu.report import (
+    SKIPPED,
+    Results,
+    nearest,
+    picture_name,
+    read_machines,
+    tables,
+    update_document,
+)
 from benchmarks.cpu.worker import random_ids
 from exl_loader.backends.cpu.threads import default_threads
+from exl_loader.utils.system.processors import cpu_name
 
 DOCS = REPO / "docs"
-PARTS = ("load", "speed", "curve")
+PARTS = ("load", "speed", "batch", "curve")
 CACHES = ("fp16", "q8", "q4")
 DEPTHS = (0, 2048, 8192)
 CURVE_DEPTHS = (0, 1024, 2048, 4096, 6144, 8192)
@@ -50,8 +64,13 @@ PROMPT_TOKENS = 256
 # llama.cpp reads some 20 tokens a second where the cache is quantised and long.
 LONG_DEPTH, LONG_PROMPT_TOKENS = 4096, 64
 FIRST_TOKEN_PROMPT = 512
+# Requests at once, tokens that each generates, and the context that they share.
+BATCHES = (1, 8)
+BATCH_TOKENS, BATCH_CTX_SIZE = 48, 4096
 # Context beyond the largest depth, for the tokens that are timed.
 TIMED_TOKENS = 1024
+# Weights and cache in the record of an interpreter whose llama.cpp does not run.
+EVERY = "all"
 # Cosine of two engines' logits for random weights quantised twice to 4 bits: about 0.9 if right.
 LEAST_COSINE = 0.7
 
@@ -66,24 +85,55 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, directory: str):
         self.threads: int = args.threads
-        self.llama_python: str | None = args.llama_python
+        self.llama_python: str | None = None
         self.rounds: int = args.rounds
         config = json.loads(args.config.read_text()) if args.config else None
         self.models = {"EXL2": speed_models.write_exl2(args.work / "exl2", config)}
-        if self.llama_python:
-            self.models |= speed_models.write_gguf(
-                args.work / "gguf", self.models["EXL2"], self.llama_python
-            )
+        self.vocab_size = json.loads((self.models["EXL2"] / "config.json").read_text())[
+            "vocab_size"
+        ]
+        self.results = Results.read(args.json, args.machine)
+        if args.llama_python:
+            self.results.drop(what=SKIPPED, engine="llama.cpp", weights=EVERY)
+        for python in args.llama_python:
+            if self._use_llama(python, args.work / "gguf"):
+                break
         self.bytes_per_token = {
             name: speed_models.bytes_per_token(path, self.llama_python)
             for name, path in self.models.items()
         }
         self.cache_bytes = speed_models.cache_bytes_per_token(self.models["EXL2"])
-        self.vocab_size = json.loads((self.models["EXL2"] / "config.json").read_text())[
-            "vocab_size"
-        ]
         self.bandwidth = Bandwidth(self.threads, directory)
-        self.results = Results.read(args.json)
+        # Those that ended by themselves, which are not started again.
+        self.ended: set[Contestant] = set()
+
+    def _use_llama(self, python: str, folder: Path) -> bool:
+        """Use an interpreter's llama.cpp if it computes a prompt; otherwise record why not."""
+        build, everyone = "", Contestant("llama.cpp", EVERY, EVERY)
+        try:
+            try:
+                models = speed_models.write_gguf(folder, self.models["EXL2"], python)
+            except subprocess.CalledProcessError as error:
+                raise ContestantEnded(everyone, "quantising", error.returncode) from error
+            name, path = next(iter(models.items()))
+            contestant = Contestant("llama.cpp", name, "fp16")
+            with Worker(contestant, path, TIMED_TOKENS, self.threads, python) as worker:
+                build = worker.build
+                worker.do("logits", ids=random_ids(64, self.vocab_size, seed=1))
+        except ContestantEnded as error:
+            self.skip(everyone, str(error), build)
+            return False
+        self.llama_python = python
+        self.models |= models
+        return True
+
+    def skip(self, contestant: Contestant, reason: str, build: str, **labels: Any) -> None:
+        """Record that a contestant is left out."""
+        print(f"skipped: {contestant}: {reason}", file=sys.stderr, flush=True)
+        self.results.put({
+            "what": SKIPPED, "engine": contestant.engine, "weights": contestant.weights,
+            "cache": contestant.cache, **labels, "build": build, "reason": reason,
+        })  # fmt: skip
 
     def contestants(self, cache: str) -> list[Contestant]:
         """List who runs with a cache type; with a quantised one also our own float16."""
@@ -91,21 +141,36 @@ class Bench:
         if cache != "fp16":
             ours.append(Contestant("exl_loader", "EXL2", "fp16"))
         theirs = [name for name in self.models if name != "EXL2"]
-        return ours + [Contestant("llama.cpp", name, cache) for name in theirs]
+        everyone = ours + [Contestant("llama.cpp", name, cache) for name in theirs]
+        return [contestant for contestant in everyone if contestant not in self.ended]
 
-    def worker(self, contestant: Contestant, ctx_size: int) -> Worker:
+    def worker(self, contestant: Contestant, ctx_size: int, requests: int = 1) -> Worker:
         model = self.models[contestant.weights]
-        return Worker(contestant, model, ctx_size, self.threads, self.llama_python)
+        return Worker(contestant, model, ctx_size, self.threads, self.llama_python, requests)
+
+    def end(self, error: ContestantEnded, build: str, **labels: Any) -> None:
+        """Leave a contestant out from now on."""
+        self.ended.add(error.contestant)
+        self.skip(error.contestant, str(error), build, **labels)
 
     def workers(
-        self, stack: ExitStack, contestants: list[Contestant], ctx_size: int
+        self, stack: ExitStack, contestants: list[Contestant], ctx_size: int, requests: int = 1
     ) -> list[Worker]:
         """Start workers and check that they agree on the logits of a prompt."""
-        workers = [stack.enter_context(self.worker(c, ctx_size)) for c in contestants]
         ids = random_ids(64, self.vocab_size, seed=1)
-        first, *others = [worker.do("logits", ids=ids) for worker in workers]
-        for worker, row in zip(workers[1:], others, strict=True):
-            if cosine(first, row) < LEAST_COSINE:
+        workers, rows = [], []
+        for contestant in contestants:
+            build = ""
+            try:
+                worker = stack.enter_context(self.worker(contestant, ctx_size, requests))
+                build = worker.build
+                rows.append(worker.do("logits", ids=ids))
+            except ContestantEnded as error:
+                self.end(error, build)
+            else:
+                workers.append(worker)
+        for worker, row in zip(workers[1:], rows[1:], strict=True):
+            if cosine(rows[0], row) < LEAST_COSINE:
                 raise SystemExit(f"{worker.contestant} computes something else")
         return workers
 
@@ -119,9 +184,13 @@ class Bench:
         times: dict[Contestant, list[float]] = {w.contestant: [] for w in workers}
         speeds: dict[Contestant, list[float]] = {w.contestant: [] for w in workers}
         for i in range(rounds):
-            for worker in workers if i % 2 == 0 else workers[::-1]:
+            for worker in list(workers) if i % 2 == 0 else workers[::-1]:
                 speeds[worker.contestant].append(self.bandwidth.measure())
-                times[worker.contestant].append(worker.do(task, **arguments))
+                try:
+                    times[worker.contestant].append(worker.do(task, **arguments))
+                except ContestantEnded as error:
+                    self.end(error, worker.build, **labels)
+                    workers.remove(worker)
         for worker in workers:
             self.keep(worker, task, labels, seconds=times[worker.contestant],
                       read_bytes_per_s=speeds[worker.contestant])
@@ -130,7 +199,7 @@ class Bench:
         c = worker.contestant
         self.results.put({
             "what": what, "engine": c.engine, "weights": c.weights, "cache": c.cache, **labels,
-            "version": worker.version, "threads": self.threads,
+            "version": worker.version, "build": worker.build, "threads": self.threads,
             "weight_bytes_per_token": self.bytes_per_token[c.weights],
             "cache_bytes_per_token": self.cache_bytes[c.cache],
             "load_average": os.getloadavg()[0],
@@ -153,14 +222,18 @@ def measure_load(bench: Bench) -> None:
     peaks: dict[Contestant, list[int]] = {c: [] for c in contestants}
     last = {}
     for i in range(bench.rounds + 1):
-        for contestant in contestants if i % 2 == 0 else contestants[::-1]:
-            with bench.worker(contestant, TIMED_TOKENS) as worker:
-                worker.do("prefill", depth=0, count=PROMPT_TOKENS)
-                if i:  # the first may have read from the disk
-                    loads[contestant].append(worker.load_s)
-                    tasks[contestant].append(worker.load_tasks)
-                    peaks[contestant].append(worker.do("peak"))
-            last[contestant] = worker
+        for contestant in list(contestants) if i % 2 == 0 else contestants[::-1]:
+            try:
+                with bench.worker(contestant, TIMED_TOKENS) as worker:
+                    worker.do("prefill", depth=0, count=PROMPT_TOKENS)
+                    if i:  # the first may have read from the disk
+                        loads[contestant].append(worker.load_s)
+                        tasks[contestant].append(worker.load_tasks)
+                        peaks[contestant].append(worker.do("peak"))
+                last[contestant] = worker
+            except ContestantEnded as error:
+                bench.end(error, "")
+                contestants.remove(contestant)
     for contestant in contestants:
         bench.keep(last[contestant], "load", {}, seconds=loads[contestant],
                    tasks=tasks[contestant], peak_bytes=max(peaks[contestant]),
@@ -183,6 +256,19 @@ def measure_speed(bench: Bench, cache: str, depth: int) -> None:
                              labels | {"tokens": FIRST_TOKEN_PROMPT}, count=FIRST_TOKEN_PROMPT)
 
 
+def measure_batch(bench: Bench, cache: str) -> None:
+    """Time greedy generation of several requests at once, the scheduler included.
+
+    llama.cpp runs a token of every sequence by one `llama_decode`, as llama-server does.
+    """
+    contestants = [c for c in bench.contestants(cache) if c.cache == cache]
+    for requests in BATCHES:
+        with ExitStack() as stack:
+            workers = bench.workers(stack, contestants, BATCH_CTX_SIZE, requests)
+            labels = {"requests": requests, "tokens": requests * BATCH_TOKENS}
+            bench.take_turns(workers, "batch", bench.rounds, labels, count=BATCH_TOKENS)
+
+
 def measure_curve(bench: Bench) -> None:
     """Time decoding at many depths: our own cache types, and llama.cpp's at the nearest size."""
     rival = nearest(bench.bytes_per_token)
@@ -203,6 +289,9 @@ def requested_tasks(args: argparse.Namespace) -> Iterator[tuple]:
         for cache in args.cache:
             for depth in args.depth:
                 yield measure_speed, cache, depth
+    if "batch" in args.part:
+        for cache in args.cache:
+            yield measure_batch, cache
     if "curve" in args.part:
         yield (measure_curve,)
 
@@ -215,29 +304,34 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cache", nargs="+", choices=CACHES, default=list(CACHES))
     parser.add_argument("--depth", nargs="+", type=int, default=list(DEPTHS))
     parser.add_argument("--quick", action="store_true",
-                        help="speed alone, fp16 and q4, depths 0 and 2048, three rounds")
+                        help="speed and batch alone, fp16 and q4, depths 0 and 2048, three "
+                        "rounds")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--threads", type=int, default=default_threads())
-    parser.add_argument("--llama-python", help="interpreter with llama-cpp-python and gguf; "
-                        "without it exl_loader is measured alone")
+    parser.add_argument("--llama-python", nargs="+", default=[], metavar="PYTHON",
+                        help="interpreters with llama-cpp-python and gguf, of which the first that "
+                        "runs here is used; without one exl_loader is measured alone")
+    parser.add_argument("--machine", default=cpu_name(),
+                        help="this machine's name in results and tables (default %(default)s)")
     parser.add_argument("--work", type=Path, help="folder for the models (3 GB)",
                         default=Path.home() / ".cache" / "exl_loader" / "benchmark")
     parser.add_argument("--config", type=Path, help="another geometry: a config.json")
     parser.add_argument("--json", type=Path, default=DOCS / "benchmarks-cpu.json",
                         help="results are merged into this file")
-    parser.add_argument("--picture", type=Path, default=DOCS / "images" / "benchmarks-cpu.svg")
+    parser.add_argument("--pictures", type=Path, default=DOCS / "images",
+                        help="folder of a picture for each machine")
     parser.add_argument("--document", type=Path, default=DOCS / "benchmarks.md",
                         help="tables are put between its marks")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     args = parser.parse_args(argv)
     if args.quick:
-        args.part, args.cache, args.depth, args.rounds = ["speed"], ["fp16", "q4"], [0, 2048], 3
+        args.part, args.rounds = ["speed", "batch"], 3
+        args.cache, args.depth = ["fp16", "q4"], [0, 2048]
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = read_arguments(argv)
-    results = Results.read(args.json)
     if not args.report:
         with tempfile.TemporaryDirectory() as directory:
             bench = Bench(args, directory)
@@ -247,10 +341,13 @@ def main(argv: list[str] | None = None) -> None:
                 results.write()
                 name = function.__name__.removeprefix("measure_")
                 print("measured:", name, *arguments, file=sys.stderr, flush=True)
-    print(tables(results))
-    write_picture(results, args.picture)
+    machines = read_machines(args.json)
+    for found in machines:
+        if args.report or found.machine == args.machine:
+            print(f"{found.machine}\n\n{tables(found)}")
+        write_picture(found, args.pictures / picture_name(found.machine))
     if args.document.exists():
-        update_document(results, args.document)
+        update_document(machines, args.document)
 
 
 if __name__ == "__main__":

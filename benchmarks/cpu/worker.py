@@ -8,8 +8,11 @@ Engines are classes with
     prefill(depth, count) -> seconds    of a prompt of `count` tokens at a depth of `depth`
     first_token(count) -> seconds       from a prompt of `count` tokens to its greedy successor
     logits(ids) -> list of floats       of the last of `ids`, with nothing before them
+    batch(count) -> seconds             of `count` greedy tokens of each of `requests` sequences
+                                        at once, after prompts of BATCH_PROMPT tokens
 
-and the attributes `version` and `load_tasks`: seconds by part of loading, where known.
+and the attributes `version`, `build` (instruction sets, where known) and `load_tasks`: seconds by
+part of loading, where known.
 This module imports nothing that either engine's interpreter might lack.
 """
 
@@ -25,6 +28,7 @@ from typing import Any
 
 # Tokens that are computed before the rest of a context is filled with copies of them.
 FILL_TOKENS = 256
+BATCH_PROMPT = 32
 
 
 def random_ids(count: int, vocab_size: int, seed: int | None = None) -> list[int]:
@@ -55,7 +59,7 @@ def serve(engine_class: Any) -> None:
     start = time.perf_counter()
     engine = engine_class(config)
     answer({"load_s": time.perf_counter() - start, "version": engine.version,
-            "load_tasks": engine.load_tasks})
+            "build": engine.build, "load_tasks": engine.load_tasks})
     for line in sys.stdin:
         command = json.loads(line)
         task = command.pop("do")

@@ -1,6 +1,6 @@
 """Run exl_loader as a worker of speed.py; see worker.py.
 
-Configuration: `model` (an EXL2 folder), `ctx_size`, `cache`.
+Configuration: `model` (an EXL2 folder), `ctx_size`, `cache`, `requests`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import time
 import torch
 
 import exl_loader
-from benchmarks.cpu.worker import FILL_TOKENS, random_ids, serve
+from benchmarks.cpu.batching import decode
+from benchmarks.cpu.worker import BATCH_PROMPT, FILL_TOKENS, random_ids, serve
 from exl_loader.backends import get_ops
 from exl_loader.cache.layout import PAGE_LEN
 
@@ -38,13 +39,15 @@ class Engine:
     """A loaded model, and one sequence that is set to the requested depth."""
 
     version = f"exl_loader {exl_loader.__version__}"
+    build = ""
 
     def __init__(self, config: dict):
         times = TaskTimes()
         self.loaded = exl_loader.load(
             config["model"], ctx_size=config["ctx_size"], cache_type=config["cache"],
-            max_batch_size=1, progress=times,
+            max_batch_size=config["requests"], progress=times,
         )
+        self.requests: int = config["requests"]
         self.load_tasks = times.seconds
         torch.set_num_threads(1)
         # Steps are timed below the generator, because its scheduling is no part of them.
@@ -77,6 +80,13 @@ class Engine:
         start = time.perf_counter()
         next(iter(self.loaded.generate_ids(ids, settings)))
         return time.perf_counter() - start
+
+    def batch(self, count: int) -> float:
+        """Time the scheduler from the moment when every sequence has its first token."""
+        self._drop()
+        prompts = [random_ids(BATCH_PROMPT, self.vocab_size) for _ in range(self.requests)]
+        rate = decode(self.loaded, prompts, count)[1]
+        return count * self.requests / rate
 
     def logits(self, ids: list[int]) -> list[float]:
         row: list[float] = self._read(self._at(0), ids)[0].tolist()

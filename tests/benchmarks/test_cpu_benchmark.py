@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import signal
+from types import SimpleNamespace
 from xml.dom import minidom
 
 import pytest
@@ -12,10 +15,13 @@ from benchmarks.cpu import (
     speed,
     speed_models,
 )
+from benchmarks.cpu.contestants import Contestant, ContestantEnded, Worker
 from benchmarks.cpu.plot import nice_step, write_picture
 from benchmarks.cpu.report import (
     Results,
     nearest,
+    picture_name,
+    read_machines,
     read_share,
     speed_ratio,
     step_bytes,
@@ -54,14 +60,22 @@ def test_measures_merges_and_reports(tmp_path, capsys):
     config.write_text(json.dumps(TINY))
     results = tmp_path / "results.json"
     common = ["--config", str(config), "--work", str(tmp_path), "--json", str(results),
-              "--picture", str(tmp_path / "picture.svg"), "--rounds", "1",
+              "--pictures", str(tmp_path), "--rounds", "1", "--machine", "A B (c)",
               "--document", str(tmp_path / "none.md")]  # fmt: skip
     speed.main([*common, "--part", "speed", "--cache", "q4", "--depth", "300"])
-    speed.main([*common, "--part", "load"])
-    records = json.loads(results.read_text())
-    assert {(r["what"], r["cache"], r.get("depth")) for r in records} == {
-        ("decode", "q4", 300), ("decode", "fp16", 300), ("prefill", "q4", 300),
-        ("prefill", "fp16", 300), ("load", "fp16", None),
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\nkill -ILL $$\n")
+    broken.chmod(0o755)
+    speed.main([*common, "--part", "load", "batch", "--cache", "q4", "--llama-python", str(broken)])
+    (machine, records), = json.loads(results.read_text()).items()
+    assert machine == "A B (c)"
+    skipped = [r for r in records if r["what"] == "skipped"]
+    records = [r for r in records if r["what"] != "skipped"]
+    assert [r["engine"] for r in skipped] == ["llama.cpp"] and "SIGILL" in skipped[0]["reason"]
+    assert {(r["what"], r["cache"], r.get("depth"), r.get("requests")) for r in records} == {
+        ("decode", "q4", 300, None), ("decode", "fp16", 300, None), ("prefill", "q4", 300, None),
+        ("prefill", "fp16", 300, None), ("load", "fp16", None, None), ("batch", "q4", None, 1),
+        ("batch", "q4", None, 8),
     }  # fmt: skip
     assert all(min(r["seconds"]) > 0 for r in records)
     (load,) = [r for r in records if r["what"] == "load"]
@@ -71,6 +85,70 @@ def test_measures_merges_and_reports(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "Our quantised caches beside our own fp16" in printed
     assert "reading and repacking alone" in printed
+    assert "**Skipped**" in printed and "SIGILL" in printed
+
+
+def test_a_contestant_whose_process_ends_is_named(tmp_path):
+    contestant = Contestant("exl_loader", "EXL2", "q4")
+    with pytest.raises(ContestantEnded, match="^ended by exit code 1 at loading$") as caught:
+        Worker(contestant, tmp_path / "none", 256, 1, None)
+    assert caught.value.contestant == contestant
+    assert "SIGILL at logits" in str(ContestantEnded(contestant, "logits", -signal.SIGILL))
+
+
+class Ending:
+    """A worker that ends at its n-th task; each task takes a second."""
+
+    version = build = ""
+
+    def __init__(self, weights: str, tasks: float):
+        self.contestant = Contestant("llama.cpp", weights, "q4")
+        self._left = tasks
+
+    def do(self, task: str, **_) -> float:
+        self._left -= 1
+        if self._left < 0:
+            raise ContestantEnded(self.contestant, task, -signal.SIGSEGV)
+        return 1.0
+
+
+def test_a_contestant_that_ends_is_left_out_and_the_others_go_on(tmp_path):
+    bench = speed.Bench.__new__(speed.Bench)
+    bench.results, bench.ended, bench.threads = Results(tmp_path / "r.json", "m"), set(), 1
+    bench.bandwidth = SimpleNamespace(measure=lambda: 1.0)
+    bench.bytes_per_token = dict.fromkeys(("A", "B", "C"), 1)
+    bench.cache_bytes, bench.models = {"q4": 1.0}, {"EXL2": None, "A": None, "B": None}
+    workers = [Ending("A", math.inf), Ending("B", 1), Ending("C", math.inf)]
+    bench.take_turns(workers, "decode", 3, {"depth": 0, "tokens": 1})
+    found = {r["weights"]: len(r["seconds"]) for r in bench.results.select(what="decode")}
+    assert found == {"A": 3, "C": 3}
+    (skipped,) = bench.results.select(what="skipped")
+    assert (skipped["weights"], skipped["reason"]) == ("B", "ended by SIGSEGV at decode")
+    assert [c.weights for c in bench.contestants("q4")] == ["EXL2", "EXL2", "A"]
+    # A later measurement of the same takes the place of the failure.
+    bench.take_turns([Ending("B", math.inf)], "decode", 1, {"depth": 0, "tokens": 1})
+    assert not bench.results.select(what="skipped")
+
+
+def test_machines_are_kept_apart(tmp_path):
+    path, document = tmp_path / "r.json", tmp_path / "d.md"
+    for machine, seconds in (("One", 1.0), ("Two", 2.0), ("One", 4.0)):
+        results = Results.read(path, machine)
+        results.put(record("exl_loader", "EXL2", [seconds]))
+        results.put(record("llama.cpp", "Q4_0", [8.0]))
+        results.write()
+    machines = read_machines(path)
+    assert [found.machine for found in machines] == ["One", "Two"]
+    assert [found.select(engine="exl_loader")[0]["seconds"] for found in machines] == [[4.0], [2.0]]
+    document.write_text("a\n<!-- cpu -->\n<!-- end cpu -->\nb\n")
+    assert picture_name("Two (x), 2") == "benchmarks-cpu-two-x-2.svg"
+    (tmp_path / "images").mkdir()
+    write_picture(machines[1], tmp_path / "images" / picture_name("Two"))
+    update_document(machines, document)
+    text = document.read_text()
+    assert text.index("### One") < text.index("2.00 (2.00") < text.index("### Two")
+    assert text.index("### Two") < text.index("4.00 (4.00")
+    assert "(images/benchmarks-cpu-two.svg)" in text and "cpu-one.svg" not in text
 
 
 def record(engine: str, weights: str, seconds: list[float], **fields) -> dict:
@@ -98,17 +176,17 @@ def test_the_nearest_size_is_compared():
 
 def test_a_new_result_takes_the_old_ones_place(tmp_path):
     path = tmp_path / "r.json"
-    results = Results(path)
+    results = Results(path, "m")
     results.put(record("exl_loader", "EXL2", [1.0]))
     results.put(record("exl_loader", "EXL2", [2.0]))
     results.put(record("exl_loader", "EXL2", [3.0], depth=200))
     results.write()
-    read = Results.read(path)
+    read = Results.read(path, "m")
     assert [r["seconds"] for r in read.select(engine="exl_loader")] == [[2.0], [3.0]]
 
 
 def test_table_and_picture(tmp_path):
-    results = Results(tmp_path / "r.json")
+    results = Results(tmp_path / "r.json", "m")
     for beside in ("q4", "curve"):
         for depth in (0, 2048):
             ours = record("exl_loader", "EXL2", [1.0, 1.0], depth=depth, beside=beside)
@@ -116,10 +194,10 @@ def test_table_and_picture(tmp_path):
             results.put(record("llama.cpp", "Q4_0", [3.0, 3.0], depth=depth, beside=beside))
     document = tmp_path / "d.md"
     document.write_text("before\n<!-- cpu -->\nold\n<!-- end cpu -->\nafter\n")
-    update_document(results, document)
-    assert document.read_text() == (
-        f"before\n<!-- cpu -->\n{tables(results)}\n<!-- end cpu -->\nafter\n"
-    )
+    update_document([results], document)
+    before, after = document.read_text().split(tables(results))
+    assert before == "before\n<!-- cpu -->\n### m\n\n"
+    assert after == "\n<!-- end cpu -->\nafter\n"
     assert "| q4 | 2,048 | 10.0 | Q4_0 3.3 | 3.00 (3.00 to 3.00) | ≥ 2.5 |" in tables(results)
     picture = tmp_path / "p.svg"
     write_picture(results, picture)

@@ -1,4 +1,4 @@
-"""Loading takes its buffers and at most one tensor of the file besides, measured by /proc."""
+"""Loading takes its buffers and a few pieces of the file besides, measured by /proc."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ CONFIG = speed_models.GEOMETRY | {
     "hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 3,
     "num_attention_heads": 24,
 }  # fmt: skip
-# Modules that loading imports, objects that remain, and a layer's scales on their way.
-ALLOWANCE_BYTES = 28 << 20
+# Modules that loading imports, objects that remain, and on each thread a piece of codes and a
+# layer's scales. Less than the head.
+ALLOWANCE_BYTES = 32 << 20
 
 CHILD = """
-import re, sys
+import os, re, sys
+os.environ["EXL_LOADER_THREADS"] = "2"  # each thread holds a piece
 import torch
 from exl_loader.backends import get_ops
 import exl_loader
@@ -38,9 +40,10 @@ print(status("VmHWM") - before, model.allocated_bytes())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is in /proc")
-def test_loading_holds_one_tensor_besides_the_weights(tmp_path):
+def test_loading_holds_no_tensor_besides_the_weights(tmp_path):
     folder = speed_models.write_exl2(tmp_path / "model", CONFIG)
     head_bytes = CONFIG["hidden_size"] * CONFIG["vocab_size"] * 6 // 8
     peak, allocated = map(int, run_python(CHILD, str(folder)).split())
     assert peak > allocated  # or nothing was measured
-    assert peak <= allocated + head_bytes + ALLOWANCE_BYTES
+    assert ALLOWANCE_BYTES < head_bytes
+    assert peak <= allocated + ALLOWANCE_BYTES
