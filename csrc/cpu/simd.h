@@ -102,13 +102,22 @@ constexpr bool kDotsInPairs = true;
 constexpr bool kDotsInPairs = false;
 #endif
 
-// Requests a cache line for the second-level cache, ahead of its use. Any address is allowed, also
-// an invalid one. The second level, because a line that waits in the first one replaces another.
-EXL_INLINE void prefetch(const uint8_t* p) {
+// Request a cache line for the second-level cache, or for the first, ahead of its use. Any address
+// is allowed, also an invalid one.
+EXL_INLINE void prefetch_far(const uint8_t* p) {
 #if defined(__GNUC__)
     __builtin_prefetch(p, 0, 2);
 #elif defined(EXL_AVX512) || defined(EXL_AVX2)
     _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
+#else
+    (void)p;
+#endif
+}
+EXL_INLINE void prefetch_near(const uint8_t* p) {
+#if defined(__GNUC__)
+    __builtin_prefetch(p);
+#elif defined(EXL_AVX512) || defined(EXL_AVX2)
+    _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
 #else
     (void)p;
 #endif

@@ -4,9 +4,9 @@
 // microseconds each, so a fork and join must cost about a microsecond. Workers spin for a short
 // while after a job before they sleep.
 //
-// Work: a loop of `items` is cut into chunks of `grain`; threads claim chunks one by one, so a
-// slow or busy core takes fewer. The choice of thread for a chunk never changes a result because
-// chunks write disjoint memory.
+// Work: a loop of `items` is cut into chunks of `grain`. Each thread has a range of consecutive
+// chunks, takes them one by one, and then helps the others, so a slow or busy core takes fewer. The
+// choice of thread for a chunk never changes a result because chunks write disjoint memory.
 //
 // Preconditions: tasks must not throw and must not call parallel(). Calls from several threads
 // are safe and run one after the other.
@@ -30,7 +30,7 @@ void parallel(int64_t items, int64_t grain, Task task, void* context,
 // Number of threads that a loop may use, including the caller.
 int num_threads();
 
-// Grain that gives every thread a few chunks, so that a slow core delays the end by at most one
+// Grain that gives every thread some chunks, so that a slow core delays the end by at most one
 // chunk. Never below `min_grain`, the number of items that is worth the cost of a claim.
 int64_t balanced_grain(int64_t items, int64_t min_grain);
 
