@@ -97,6 +97,11 @@ private:
     int rows_ = 0;
 };
 
+// Requests a cache line for the first level, or for writing. AMX is only compiled by compilers that
+// have this builtin.
+EXL_INLINE void prefetch_first_level(const int8_t* p) { __builtin_prefetch(p, 0, 3); }
+EXL_INLINE void prefetch_to_write(const float* p) { __builtin_prefetch(p, 1, 3); }
+
 // GCC 12 does not say which memory its tile instructions read and write.
 EXL_INLINE void compiler_fence() { std::atomic_signal_fence(std::memory_order_seq_cst); }
 
@@ -130,6 +135,11 @@ template <int Bits>
 void unpack_span(const uint8_t* codes, int blocks, U8x64 zeros, uint8_t* buffer) {
     constexpr int kBlockBytes = kBlockRegisters * kRegisterBytes;
     for (int block = 0; block < blocks; ++block) {
+        // Those of the next chunk, which is next in memory.
+        for (int i = 0; i < Bits; ++i) {
+            prefetch(codes + kChunkSteps * kStepRows / kBlockRows * Bits * kBlockBitBytes +
+                     i * kRegisterBytes);
+        }
         unrolled<kBlockRegisters>([&](auto j) EXL_INLINED {
             const U8x64 code = block_register<Bits, j>(codes);
             store_codes(buffer + j * kRegisterBytes, {_mm512_sub_epi8(code.v, zeros.v)});
@@ -183,36 +193,47 @@ struct Pipeline {
     float* sums;  // [rows][kTileColumns]
 
     template <bool ZeroTerm>
-    EXL_INLINE void add_row(int r, F32x16 scale, I32x16 zero, const int8_t* next) const {
-        prefetch(reinterpret_cast<const uint8_t*>(next) + r * kRegisterBytes);
-        I32x16 sum = join_planes(load(products.values[0][r]), load(products.values[1][r]));
-        if constexpr (ZeroTerm) sum = sum + zero * broadcast(x_negative_sums[r]);
-        float* target = sums + r * kTileColumns;
-        store(target, fma(to_float(sum), scale * broadcast(x_scales[r]), load(target)));
+    EXL_INLINE void add_row(int r, F32x16 scale, I32x16 zero, const float* x_scale,
+                            const int32_t* x_negative_sum, float* sum) const {
+        I32x16 product = join_planes(load(products.values[0][r]), load(products.values[1][r]));
+        if constexpr (ZeroTerm) product = product + zero * broadcast(x_negative_sum[r]);
+        float* target = sum + r * kTileColumns;
+        store(target, fma(to_float(product), scale * broadcast(x_scale[r]), load(target)));
     }
 
-    // Adds what waits. Prefetches as many cache lines as it has rows, from `next` on.
-    EXL_INLINE void flush(const int8_t* next) {
+    // Adds what waits.
+    EXL_INLINE void flush() {
         if (rows == 0) return;
         const F32x16 scale = load(scales);
+        // Copies, because for the compiler a vector that is stored may be one of the pointers.
+        const float* x_scale = x_scales;
+        const int32_t* x_negative_sum = x_negative_sums;
+        float* sum = sums;
         if (EXL_LIKELY(rows == kTileRows && zeros == nullptr)) {
             const I32x16 none = broadcast(int32_t{0});
-            unrolled<kTileRows>(
-                [&](auto r) EXL_INLINED { add_row<false>(r, scale, none, next); });
+            unrolled<kTileRows>([&](auto r) EXL_INLINED {
+                add_row<false>(r, scale, none, x_scale, x_negative_sum, sum);
+            });
         } else {
             // A product with 0 for the spans without the term.
             const I32x16 zero = zeros ? load(zeros) : broadcast(int32_t{0});
-            for (int r = 0; r < rows; ++r) add_row<true>(r, scale, zero, next);
+            const int count = rows;
+            for (int r = 0; r < count; ++r) {
+                add_row<true>(r, scale, zero, x_scale, x_negative_sum, sum);
+            }
         }
         rows = 0;
     }
 };
 
-// Multiplies spans [first, end) of a panel for the block of `rows` rows that begins at row `block`;
+// Multiplies spans [first, end) of a panel for the block of `rows` rows that begins at row `block`.
 // sums: those of the block in the panel's first tile, `tile_sums` elements before the next tile's.
+// out: the output of the block, whose cache lines are requested, because a wait for each of them
+// would be a quarter of the time; null if the spans are not the last ones.
 void multiply_block(const Panel& panel, const PanelTables& tables, const Activations& a,
                     int64_t first, int64_t end, int64_t block, int rows, const uint8_t* codes,
-                    float* sums, int64_t tile_sums, Pipeline& pipeline) {
+                    float* sums, int64_t tile_sums, const float* out, int64_t out_stride,
+                    Pipeline& pipeline) {
     const int8_t* x = a.codes + block * kPlanes * a.stored_rows;
     const int8_t* next_block = x + (kTileRows * a.stored_rows +
                                     int64_t{a.spans[first].first_row} * rows) * kPlanes;
@@ -244,7 +265,15 @@ void multiply_block(const Panel& panel, const PanelTables& tables, const Activat
                 _tile_dpbssd(1, 7, 3);
                 codes += kTileBytes;
             }
-            pipeline.flush(next + j * kTileBytes);
+            for (int r = 0; r < rows; ++r) {
+                prefetch_first_level(next + j * kTileBytes + r * kRegisterBytes);
+            }
+            if (out && s == first) {
+                for (int r = 0; r < rows; ++r) {
+                    prefetch_to_write(out + r * out_stride + j * kTileColumns);
+                }
+            }
+            pipeline.flush();
             compiler_fence();
             _tile_stored(0, pipeline.products.values[0], kRegisterBytes);
             _tile_stored(1, pipeline.products.values[1], kRegisterBytes);
@@ -293,15 +322,17 @@ void multiply_panel(const Panel& panel, const Activations& a, int64_t rows, cons
             const int count = static_cast<int>(left < kTileRows ? left : kTileRows);
             float* block_sums = sums + block * kTileColumns;
             tiles.configure(count);
+            float* target = out.out + block * out.stride;
+            const bool is_last = end == a.num_spans;
             multiply_block(panel, tables, a, first, end, block, count, scratch, block_sums,
-                           tile_sums, pipeline);
-            if (end < a.num_spans) continue;
-            pipeline.flush(a.codes);
-            finish_block(panel, count, block_sums, tile_sums,
-                         {out.out + block * out.stride, out.stride, out.add});
+                           tile_sums, is_last ? target + panel.first * kTileColumns : nullptr,
+                           out.stride, pipeline);
+            if (!is_last) continue;
+            pipeline.flush();
+            finish_block(panel, count, block_sums, tile_sums, {target, out.stride, out.add});
         }
         // The next chunk overwrites the tables.
-        pipeline.flush(a.codes);
+        pipeline.flush();
         first = end;
     }
 }
