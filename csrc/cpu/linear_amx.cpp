@@ -97,9 +97,7 @@ private:
     int rows_ = 0;
 };
 
-// Requests a cache line for the first level, or for writing. AMX is only compiled by compilers that
-// have this builtin.
-EXL_INLINE void prefetch_first_level(const int8_t* p) { __builtin_prefetch(p, 0, 3); }
+// Requests a cache line for writing. Compilers that know AMX on Linux have this builtin.
 EXL_INLINE void prefetch_to_write(const float* p) { __builtin_prefetch(p, 1, 3); }
 
 // GCC 12 does not say which memory its tile instructions read and write.
@@ -137,8 +135,8 @@ void unpack_span(const uint8_t* codes, int blocks, U8x64 zeros, uint8_t* buffer)
     for (int block = 0; block < blocks; ++block) {
         // Those of the next chunk, which is next in memory.
         for (int i = 0; i < Bits; ++i) {
-            prefetch(codes + kChunkSteps * kStepRows / kBlockRows * Bits * kBlockBitBytes +
-                     i * kRegisterBytes);
+            prefetch_far(codes + kChunkSteps * kStepRows / kBlockRows * Bits * kBlockBitBytes +
+                         i * kRegisterBytes);
         }
         unrolled<kBlockRegisters>([&](auto j) EXL_INLINED {
             const U8x64 code = block_register<Bits, j>(codes);
@@ -266,7 +264,8 @@ void multiply_block(const Panel& panel, const PanelTables& tables, const Activat
                 codes += kTileBytes;
             }
             for (int r = 0; r < rows; ++r) {
-                prefetch_first_level(next + j * kTileBytes + r * kRegisterBytes);
+                prefetch_near(reinterpret_cast<const uint8_t*>(next) + j * kTileBytes +
+                              r * kRegisterBytes);
             }
             if (out && s == first) {
                 for (int r = 0; r < rows; ++r) {
