@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import secrets
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -115,6 +116,21 @@ def test_every_format_takes_what_was_planned(tmp_path, nothing_left, format, tie
     with exl_loader.load(folder, ctx_size=CTX, chunk_size=40, max_batch_size=3) as model:
         check_kept(model, folder, chunk_size=40, max_batch_size=3)
         assert model.prompt_logits(IDS).isfinite().all()
+
+
+@pytest.mark.parametrize("format", ["exl2", "gptq", "dense"])
+def test_any_number_of_threads_loads_the_same_bytes(tmp_path, monkeypatch, nothing_left, format):
+    folder, weights = tmp_path / "m", []
+    config, seed = {"num_hidden_layers": 3}, secrets.randbelow(1 << 30)
+    if format == "dense":
+        write_tiny_model(folder, seed=seed, **config)
+    else:
+        write_quantized_model(folder, format, seed=seed, config=config)
+    for threads in ("1", "2", "5"):
+        monkeypatch.setenv("EXL_LOADER_THREADS", threads)
+        with exl_loader.load(folder, ctx_size=CTX) as model:
+            weights.append(model._buffers.whole("weights", "cpu").clone())
+    assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2]), seed
 
 
 def test_fixtures_take_what_was_planned(fixtures_dir, nothing_left):

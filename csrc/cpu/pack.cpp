@@ -5,7 +5,6 @@
 // are therefore one vector, and packing consists of shifts and masks of such vectors. The bit
 // planes defined in the formats package of Python are matched bit for bit.
 //
-// Work per thread: blocks of 32 stored rows over all tiles, so that reading follows the file.
 // Padding: columns beyond the file are 0, rows that pad a group are 2^(bits - 1), the value of
 // the default zero point.
 #include <algorithm>
@@ -63,7 +62,8 @@ void write_block(const Words (&codes)[kBlockRows], uint8_t* block) {
                     vector[i] |= (registers[v * fields + f][i] >> shift & mask) << (f * width);
                 }
             }
-            std::memcpy(block, vector, sizeof(vector));
+            // Codes are read much later, so a store past the caches saves reading the line first.
+            stream_codes(block, load_codes(reinterpret_cast<const uint8_t*>(vector)));
             block += sizeof(vector);
         }
     }
@@ -115,82 +115,103 @@ void pack_gathered(const Source& s, const int32_t* channels, int rows, int64_t c
     write_block<Bits>(codes, block);
 }
 
-// Calls pack(group, first row within the group, rows, column, block address) for every block of
-// every tile.
-template <class Pack>
-void for_each_block(const Group* groups, int64_t num_groups, uint8_t* codes, int64_t tiles,
-                int64_t tile_bytes, const Pack& pack) {
-    int64_t blocks = 0, used_bytes = 0;
-    for (int64_t g = 0; g < num_groups; ++g) {
-        const int64_t count = ceil_div(groups[g].rows, kBlockRows);
-        blocks += count;
-        used_bytes += count * groups[g].bits * kBlockBitBytes;
+// Packs the blocks of a group whose words are in the file's word rows [first, end), for one tile.
+template <int Bits>
+void pack_group(const Source& s, int64_t first, const Group& group, int64_t column,
+                uint8_t* tile) {
+    // A word row of the file is 64 bytes of a tile, in the same order.
+    const int64_t base = group.offset / kBlockBitBytes;
+    const int64_t before = std::max<int64_t>(0, first - base);
+    const int64_t up_to = std::max<int64_t>(0, first + s.word_rows - base);
+    const int64_t begin = ceil_div(before, Bits);
+    const int64_t end = std::min<int64_t>(ceil_div(group.rows, kBlockRows), ceil_div(up_to, Bits));
+    for (int64_t block = begin; block < end; ++block) {
+        const int64_t word = base + block * Bits;
+        const int rows = static_cast<int>(std::min<int64_t>(group.rows - block * kBlockRows,
+                                                            kBlockRows));
+        pack_sequential<Bits>(s, word - first, rows, column, tile + word * kBlockBitBytes);
     }
-    parallel_for(blocks, balanced_grain(blocks, 1), [&](int64_t first, int64_t end, int) {
-        int64_t g = 0, base = 0;
-        for (int64_t block = first; block < end; ++block) {
-            int64_t count = ceil_div(groups[g].rows, kBlockRows);
-            while (block - base >= count) {
-                base += count;
-                ++g;
-                count = ceil_div(groups[g].rows, kBlockRows);
-            }
-            const Group& group = groups[g];
-            const int row = static_cast<int>(block - base) * kBlockRows;
-            const int rows = std::min(group.rows - row, kBlockRows);
-            const int64_t offset = group.offset + (block - base) * group.bits * kBlockBitBytes;
-            for (int64_t t = 0; t < tiles; ++t) {
-                pack(group, row, rows, t * kTileColumns, codes + t * tile_bytes + offset);
-            }
-        }
-    });
-    for (int64_t t = 0; t < tiles && used_bytes < tile_bytes; ++t) {
-        std::memset(codes + t * tile_bytes + used_bytes, 0, tile_bytes - used_bytes);
+}
+
+// Bytes of a tile up to the end of its last block.
+int64_t used_bytes(const Group* groups, int64_t num_groups) {
+    const Group& last = groups[num_groups - 1];
+    const int64_t blocks = ceil_div(last.rows, kBlockRows);
+    return last.offset + blocks * last.bits * kBlockBitBytes;
+}
+
+// Clears what no block uses at the end of every tile.
+void clear_tails(uint8_t* codes, int64_t tiles, int64_t tile_bytes, int64_t used) {
+    for (int64_t t = 0; t < tiles && used < tile_bytes; ++t) {
+        std::memset(codes + t * tile_bytes + used, 0, tile_bytes - used);
     }
 }
 
 }  // namespace
 }  // namespace exl
 
-// Packs a layer of an EXL2 file, whose groups are consecutive.
+// Packs a part of a layer whose stored rows are in the order of the file: EXL2, and GPTQ without
+// act-order. It runs on the calling thread, because a load packs several layers at once.
 //
-// q_weight: uint32 [word_rows, columns] as in the file; groups [num_groups]; codes: uint8
-// [tiles, tile_bytes], written.
-EXL_API void exl_pack_exl2(const uint32_t* q_weight, int64_t word_rows, int64_t columns,
-                           const exl::Group* groups, int64_t num_groups, uint8_t* codes,
-                           int64_t tiles, int64_t tile_bytes) {
+// A tile's blocks of the part are packed one after the other, so that writing is sequential within
+// a tile. Reading is not, so a part should fit into the second level cache.
+//
+// words: uint32 [word_rows, columns], word rows [first, first + word_rows) of the file, which
+// begin and end between blocks; groups [num_groups]; codes: uint8 [tiles, tile_bytes], aligned to
+// 64 bytes, of which the part's blocks are written, and by the part that begins at 0 also what no
+// block uses.
+EXL_API void exl_pack_words(const uint32_t* words, int64_t word_rows, int64_t columns,
+                            int64_t first, const exl::Group* groups, int64_t num_groups,
+                            uint8_t* codes, int64_t tiles, int64_t tile_bytes) {
     using namespace exl;
-    const Source source = {q_weight, word_rows, columns};
-    for_each_block(groups, num_groups, codes, tiles, tile_bytes,
-               [&](const Group& group, int row, int rows, int64_t column, uint8_t* block) {
-                   // A word row of the file is 64 bytes of a tile, in the same order.
-                   const int64_t word =
-                       group.offset / kBlockBitBytes + row / kBlockRows * group.bits;
-                   with_bits(group.bits, [&](auto bits) EXL_INLINED {
-                       pack_sequential<bits>(source, word, rows, column, block);
-                   });
-               });
+    const Source source = {words, word_rows, columns};
+    for (int64_t t = 0; t < tiles; ++t) {
+        for (int64_t g = 0; g < num_groups; ++g) {
+            with_bits(groups[g].bits, [&](auto bits) EXL_INLINED {
+                pack_group<bits>(source, first, groups[g], t * kTileColumns,
+                                 codes + t * tile_bytes);
+            });
+        }
+    }
+    if (first == 0) clear_tails(codes, tiles, tile_bytes, used_bytes(groups, num_groups));
+    finish_streaming();
 }
 
-// Packs a layer of a GPTQ file.
+// Packs a layer of a GPTQ file whose stored rows are in any order. It runs on all threads.
 //
 // qweight: uint32 [word_rows, columns] as in the file; perm: int32 [in_features], stored row r is
-// input channel perm[r], or r if perm is null; groups [num_groups]; codes: uint8
-// [tiles, tile_bytes], written.
+// input channel perm[r], or r if perm is null; groups [num_groups], all of the same bits; codes:
+// uint8 [tiles, tile_bytes], aligned to 64 bytes, written.
 EXL_API void exl_pack_gptq(const uint32_t* qweight, int64_t word_rows, int64_t columns,
                            const int32_t* perm, const exl::Group* groups, int64_t num_groups,
                            uint8_t* codes, int64_t tiles, int64_t tile_bytes) {
     using namespace exl;
     const Source source = {qweight, word_rows, columns};
-    for_each_block(groups, num_groups, codes, tiles, tile_bytes,
-               [&](const Group& group, int row, int rows, int64_t column, uint8_t* block) {
-                   int32_t channels[kBlockRows];
-                   for (int i = 0; i < rows; ++i) {
-                       const int stored = group.first_row + row + i;
-                       channels[i] = perm ? perm[stored] : stored;
-                   }
-                   with_bits(group.bits, [&](auto bits) EXL_INLINED {
-                       pack_gathered<bits>(source, channels, rows, column, block);
-                   });
-               });
+    const int bits = groups[0].bits;
+    const int64_t used = used_bytes(groups, num_groups);
+    const int64_t blocks = used / (bits * kBlockBitBytes);
+    parallel_for(blocks, balanced_grain(blocks, 1), [&](int64_t first, int64_t end, int) {
+        int64_t g = 0;
+        for (int64_t block = first; block < end; ++block) {
+            const int64_t offset = block * bits * kBlockBitBytes;
+            while (g + 1 < num_groups && groups[g + 1].offset <= offset) ++g;
+            const Group& group = groups[g];
+            const int row =
+                static_cast<int>((offset - group.offset) / (bits * kBlockBitBytes)) * kBlockRows;
+            const int rows = std::min(group.rows - row, kBlockRows);
+            int32_t channels[kBlockRows];
+            for (int i = 0; i < rows; ++i) {
+                const int stored = group.first_row + row + i;
+                channels[i] = perm ? perm[stored] : stored;
+            }
+            for (int64_t t = 0; t < tiles; ++t) {
+                with_bits(bits, [&](auto width) EXL_INLINED {
+                    pack_gathered<width>(source, channels, rows, t * kTileColumns,
+                                         codes + t * tile_bytes + offset);
+                });
+            }
+        }
+        finish_streaming();
+    });
+    clear_tails(codes, tiles, tile_bytes, used);
 }

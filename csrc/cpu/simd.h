@@ -135,6 +135,14 @@ EXL_INLINE I32x16 dot_loaded(I32x16 acc, U8x64 codes, const int32_t* x4) {
 #endif
 }
 
+// Orders `stream_codes`, which stores a whole line (p is a multiple of 64) past the caches, before
+// all later stores. A function that streams calls it at its end.
+EXL_INLINE void finish_streaming() {
+#if defined(EXL_AVX512) || defined(EXL_AVX2)
+    _mm_sfence();
+#endif
+}
+
 // Loads or stores the first `count` (below 16) elements; the other lanes are zero. Memory outside
 // these elements is not accessed.
 EXL_INLINE F32x16 load_part(const float* p, int64_t count) {

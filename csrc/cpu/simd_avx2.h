@@ -171,6 +171,10 @@ EXL_INLINE void store_codes(uint8_t* p, U8x64 a) {
     store256(p, a.lo);
     store256(p + 32, a.hi);
 }
+EXL_INLINE void stream_codes(uint8_t* p, U8x64 a) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), a.lo);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p + 32), a.hi);
+}
 // Shift every byte. Bits of the neighbouring bytes are shifted in; the caller must mask them.
 template <int Bits>
 EXL_INLINE U8x64 shift_bytes_right(U8x64 a) {

@@ -99,6 +99,9 @@ EXL_INLINE I32x16 magnitude_bits(F32x16 a) {
 
 EXL_INLINE U8x64 load_codes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 EXL_INLINE void store_codes(uint8_t* p, U8x64 a) { _mm512_storeu_si512(p, a.v); }
+EXL_INLINE void stream_codes(uint8_t* p, U8x64 a) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), a.v);
+}
 // Shift every byte. Bits of the neighbouring bytes are shifted in; the caller must mask them.
 template <int Bits>
 EXL_INLINE U8x64 shift_bytes_right(U8x64 a) {

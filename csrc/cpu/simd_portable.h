@@ -184,6 +184,7 @@ EXL_INLINE U8x64 load_codes(const uint8_t* p) {
     return r;
 }
 EXL_INLINE void store_codes(uint8_t* p, U8x64 a) { std::memcpy(p, a.v, sizeof(a.v)); }
+EXL_INLINE void stream_codes(uint8_t* p, U8x64 a) { store_codes(p, a); }
 // Shift every byte. The caller must mask the result because vector targets shift in bits of the
 // neighbouring bytes.
 template <int Bits>

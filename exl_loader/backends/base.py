@@ -504,6 +504,9 @@ class DeviceOps(Ops, Protocol):
     needs_upload_buffer: bool
     """Whether packing a layer takes an `upload_buffer`."""
 
+    load_threads: int
+    """How many threads may pack layers at once."""
+
     upload_buffer: torch.Tensor | None
     """uint8 [n] of the device while weights are read; None at other times."""
 

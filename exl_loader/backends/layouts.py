@@ -5,10 +5,18 @@ The layout of quantised layers is in `cpu/layout.py` and `cuda/layout.py`.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ..formats.layer import BLOCK_ROWS, PIECE_BYTES, DenseLayer, DenseSizes, QuantizedLayer
+from ..formats.layer import (
+    BLOCK_ROWS,
+    LOAD_THREADS,
+    PIECE_BYTES,
+    DenseLayer,
+    DenseSizes,
+    QuantizedLayer,
+)
 from ..utils.errors import UnsupportedFormat
 from ..utils.integers import ceil_div
 
@@ -18,6 +26,9 @@ if TYPE_CHECKING:
     from .base import Shapes
 
 TILE_COLUMNS = 16
+# Held by a load's thread while a whole layer is in main memory beside the buffers, because each of
+# the threads would otherwise hold one.
+whole_layer = threading.Lock()
 # Bits of a code -> bits of its planes, the high plane first.
 BIT_PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
 
@@ -48,14 +59,23 @@ def dense_shapes(sizes: DenseSizes) -> Shapes:
 def pack_dense(layer: DenseLayer, views: dict[str, torch.Tensor]) -> DenseLinear:
     """Read an unquantised layer into its resident tensors; see `DeviceOps.pack`."""
     target = views["weight"]
+    if layer.reads_whole:
+        with whole_layer:
+            _fill_in_pieces(layer, target, PIECE_BYTES)
+    else:
+        _fill_in_pieces(layer, target, PIECE_BYTES // LOAD_THREADS)
+    bias = place_bias(layer.bias, views)
+    return DenseLinear(layer.in_features, layer.out_features, target, bias)
+
+
+def _fill_in_pieces(layer: DenseLayer, target: torch.Tensor, piece_bytes: int) -> None:
+    """Read a weight into its tiles, whole tiles of about `piece_bytes` at a time."""
     tile_bytes = TILE_COLUMNS * layer.in_features * target.element_size()
-    step = max(1, PIECE_BYTES // max(1, tile_bytes))
+    step = max(1, piece_bytes // max(1, tile_bytes))
     for tile in range(0, target.shape[0], step):
         first = tile * TILE_COLUMNS
         end = min(first + step * TILE_COLUMNS, layer.out_features)
         fill_dense(layer.read_rows(first, end), tile, target)
-    bias = place_bias(layer.bias, views)
-    return DenseLinear(layer.in_features, layer.out_features, target, bias)
 
 
 def place_bias(

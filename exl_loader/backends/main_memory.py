@@ -11,13 +11,12 @@ from ..formats.layer import DenseLayer, QuantizedLayer
 from . import top_logits
 from .cpu.layout import PackedLinear, check_room, fill_tiles, group_table
 from .cpu_access import CpuAccess, InPlaceAccess
-from .layouts import pack_dense, place_bias
+from .layouts import pack_dense, place_bias, whole_layer
 
 if TYPE_CHECKING:
     import torch
 
     from .base import ExpertTable, Linear
-
 
 @dataclass(frozen=True)
 class ExpertLayers:
@@ -39,6 +38,7 @@ class MainMemoryOps(ABC):
     cpu_access: CpuAccess = InPlaceAccess()
     needs_upload_buffer = False
     upload_buffer: torch.Tensor | None = None
+    load_threads = 1
 
     @abstractmethod
     def linear(self, x: torch.Tensor, w: Linear, out: torch.Tensor, scratch: torch.Tensor,
@@ -46,25 +46,29 @@ class MainMemoryOps(ABC):
         """See `base.Ops.linear`."""
 
     @abstractmethod
-    def pack_exl2(self, q_weight: torch.Tensor, groups: torch.Tensor,
-                  codes: torch.Tensor) -> None:
-        """Repack EXL2's codes.
+    def pack_words(self, words: torch.Tensor, first: int, groups: torch.Tensor,
+                   codes: torch.Tensor) -> None:
+        """Repack blocks of codes whose stored rows are in the order of the file.
+
+        The parts of a layer may be packed in any order. Together they write `codes` in full.
 
         Args:
-            q_weight: int32 [R, N], as on disk.
+            words: int32 [R, N], word rows of the file from `first` on, which begin and end
+                between blocks.
+            first: the first of these word rows.
             groups: int32 [G, 4], the packed layout's group table.
-            codes: uint8 [tiles, tile_bytes] (`cpu/layout.py`), written in full.
+            codes: uint8 [tiles, tile_bytes] (`cpu/layout.py`).
         """
 
     @abstractmethod
     def pack_gptq(self, qweight: torch.Tensor, bits: int, perm: torch.Tensor | None,
                   groups: torch.Tensor, codes: torch.Tensor) -> None:
-        """Repack GPTQ's codes.
+        """Repack codes whose stored rows are in any order.
 
         Args:
             qweight: int32 [K * bits / 32, N], as on disk.
             perm: int32 [K], stored row r takes input channel perm[r]; None is the identity.
-            groups, codes: as those of `pack_exl2`.
+            groups, codes: as those of `pack_words`; `codes` is written in full.
         """
 
     def pack(self, layer: QuantizedLayer | DenseLayer, views: dict[str, torch.Tensor]) -> Linear:
@@ -80,11 +84,15 @@ class MainMemoryOps(ABC):
             perm = views["perm"] if layer.permutes else None
         views["groups"].copy_(torch.tensor(table, dtype=torch.int32))
         fill_tiles(layer.scales, views["scales"])
-        words = layer.words.contiguous()
-        if layer.by_group:
-            self.pack_exl2(words, views["groups"], codes)
+        if layer.by_group or (perm is None and layer.has_whole_blocks):
+            for first, end in layer.pieces():
+                words = layer.read_words(first, end).contiguous()
+                self.pack_words(words, first, views["groups"], codes)
         else:
-            self.pack_gptq(words, layer.groups[0][0], perm, views["groups"], codes)
+            # `pack_gptq` itself uses all threads.
+            with whole_layer:
+                words = layer.words.contiguous()
+                self.pack_gptq(words, layer.groups[0][0], perm, views["groups"], codes)
         units, zeros = None, None
         if layer.scale_units is not None:
             units = views["scale_units"].copy_(layer.scale_units)

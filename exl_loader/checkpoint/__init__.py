@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
 
 from ..utils.errors import InvalidCheckpoint, UnsupportedFormat
+from ..utils.system.files import read_at
 from .folder import is_quantised, read_folder
 from .quantization import Quantization
 from .safetensors_header import (
@@ -33,6 +35,8 @@ __all__ = ["Checkpoint", "TensorHeader", "is_quantised"]
 
 class Checkpoint:
     """The weights of a model folder. Use it as a context manager, or call `close()`.
+
+    Several threads may read tensors at once.
 
     Attributes:
         model_dir: the folder.
@@ -57,6 +61,7 @@ class Checkpoint:
         self.paths = list(identities)
         self._identities = identities
         self._files: dict[Path, BinaryIO] = {}
+        self._opening = threading.Lock()
 
     @classmethod
     def open(
@@ -133,16 +138,11 @@ class Checkpoint:
     def _fill(self, header: TensorHeader, offset: int, target: memoryview) -> None:
         path = header.path
         try:
-            file = self._files.get(path)
-            if file is None:
-                file = self._files[path] = open_weights(path)
-            file.seek(offset)
-            done = 0
-            while done < len(target):
-                count = file.readinto(target[done:])  # type: ignore[attr-defined]
-                if not count:
-                    break
-                done += count
+            with self._opening:
+                file = self._files.get(path)
+                if file is None:
+                    file = self._files[path] = open_weights(path)
+            done = read_at(file, offset, target)
             identity = FileIdentity.of(os.fstat(file.fileno()))
         except OSError as error:
             raise InvalidCheckpoint(

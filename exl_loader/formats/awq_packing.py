@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 BITS = 4
 COLUMNS = 8
+# Rows of codes that one row of words has, packed along the input channels.
+WORD_ROWS = 8
 SLOTS = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
@@ -26,9 +28,9 @@ def codes_along_rows(words: Array) -> Array:
     import numpy as np
 
     rows, groups = words.shape
-    packed = np.zeros((rows // COLUMNS, groups * COLUMNS), np.uint32)
-    for row in range(COLUMNS):
-        stored = words[row::COLUMNS]
+    packed = np.zeros((rows // WORD_ROWS, groups * COLUMNS), np.uint32)
+    for row in range(WORD_ROWS):
+        stored = words[row::WORD_ROWS]
         for column, slot in enumerate(SLOTS):
             packed[:, column::COLUMNS] |= (stored >> (BITS * slot) & 0xF) << (BITS * row)
     return packed

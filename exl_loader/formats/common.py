@@ -147,6 +147,17 @@ def read_columns(spec: LinearSpec, tensor: torch.Tensor) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
+def read_word_rows(
+    spec: LinearSpec, checkpoint: Checkpoint, name: str, first: int, end: int
+) -> torch.Tensor:
+    """Read rows first to end of a tensor of codes, int32 [end - first, columns of the layer].
+
+    Padding columns are included where the layer is the whole tensor.
+    """
+    words = checkpoint.read_rows(name, first, end)
+    return words if spec.rows is None else read_columns(spec, words)
+
+
 def read_bias(spec: LinearSpec, checkpoint: Checkpoint) -> torch.Tensor | None:
     """Read a layer's bias, float32 [out_features]; None if the layer has none.
 

@@ -68,6 +68,7 @@ def read_dense(spec: LinearSpec, checkpoint: Checkpoint) -> DenseLayer:
     return DenseLayer(
         spec.in_features, spec.out_features, header.dtype,
         partial(_read_rows, spec, checkpoint), read_bias(spec, checkpoint),
+        spec.options["transposed"],
     )
 
 

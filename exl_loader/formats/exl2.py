@@ -18,6 +18,7 @@ half(q_scale_max / 256) is the group's *unit* (`layer.scale_values`).
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ..utils.errors import InvalidCheckpoint, UnsupportedFormat
@@ -29,6 +30,7 @@ from .common import (
     has_bias,
     read_bias,
     read_columns,
+    read_word_rows,
     require_finite,
 )
 from .layer import (
@@ -38,7 +40,6 @@ from .layer import (
     QuantizedSizes,
     RowRanges,
     scale_values,
-    unpack_stream,
 )
 
 if TYPE_CHECKING:
@@ -181,16 +182,18 @@ def read_scales(
         InvalidCheckpoint: a value of q_scale_max is not finite, or so large that weights are not
             finite in float16.
     """
-    import numpy as np
     import torch
 
     name = f"{spec.source}.q_scale_max"
     scale_max = checkpoint.read(name)
     name = checkpoint.header(name).name
     require_finite(name, scale_max)
-    words = checkpoint.read(f"{spec.source}.q_scale").numpy().view(np.uint32)
-    stored = unpack_stream(words.T, 4, 8 * words.shape[1]).T
-    levels = read_columns(spec, torch.from_numpy(np.ascontiguousarray(stored)))
+    # A byte has the levels of two columns, the first in its low bits.
+    pairs = checkpoint.read(f"{spec.source}.q_scale").view(torch.uint8)
+    stored = torch.empty(*pairs.shape, 2, dtype=torch.uint8)
+    torch.bitwise_and(pairs, 15, out=stored[..., 0])
+    torch.bitwise_right_shift(pairs, 4, out=stored[..., 1])
+    levels = read_columns(spec, stored.flatten(1))
     units = scale_units(scale_max)
     scales = scale_values(levels.amax(1), units).abs().float()
     largest = torch.tensor([1 << (bits - 1) for bits, _ in groups])
@@ -234,16 +237,19 @@ def read_perm(spec: LinearSpec, checkpoint: Checkpoint) -> torch.Tensor:
     invperm = checkpoint.read(name)
     if invperm.dtype != torch.int32:
         invperm = invperm.view(torch.int16).int() & 0xFFFF
-    channels = torch.arange(spec.in_features, dtype=torch.int32)
-    ordered, perm = torch.sort(invperm)
-    if not torch.equal(ordered, channels):
+    # Channels that no row names keep -1. With as many rows as channels, that is a permutation
+    # exactly where every channel is named.
+    perm = torch.full((spec.in_features,), -1, dtype=torch.int32)
+    if 0 <= int(invperm.min()) and int(invperm.max()) < spec.in_features:
+        perm[invperm.long()] = torch.arange(spec.in_features, dtype=torch.int32)
+    if int(perm.min()) < 0:
         raise InvalidCheckpoint(
             name,
             expected=f"a permutation of 0 to {spec.in_features - 1}",
             actual="repeated or foreign numbers",
             remedy="Download the file again",
         )
-    return perm.int()
+    return perm
 
 
 def read_exl2(spec: LinearSpec, checkpoint: Checkpoint) -> QuantizedLayer:
@@ -252,14 +258,15 @@ def read_exl2(spec: LinearSpec, checkpoint: Checkpoint) -> QuantizedLayer:
     perm = read_perm(spec, checkpoint)
     levels, units = read_scales(spec, checkpoint, groups)
     bias = read_bias(spec, checkpoint)
-    words = checkpoint.read(f"{spec.source}.q_weight")
+    name = f"{spec.source}.q_weight"
     return QuantizedLayer(
         folder=str(checkpoint.model_dir),
         source=spec.source,
         in_features=spec.in_features,
         out_features=spec.out_features,
         groups=groups,
-        words=words if spec.rows is None else read_columns(spec, words),
+        word_rows=checkpoint.header(name).shape[0],
+        read_words=partial(read_word_rows, spec, checkpoint, name),
         by_group=True,
         scales=levels,
         scale_units=units,

@@ -20,6 +20,7 @@ group, so a CUDA device keeps such a layer as float16 weights.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ..utils.errors import InvalidCheckpoint, UnsupportedFormat
@@ -34,6 +35,7 @@ from .common import (
     has_bias,
     read_bias,
     read_columns,
+    read_word_rows,
     require_finite,
 )
 from .layer import (
@@ -236,16 +238,20 @@ def _group_rows(spec: LinearSpec, index: torch.Tensor) -> list[int]:
     return rows
 
 
-def read_codes(spec: LinearSpec, checkpoint: Checkpoint) -> torch.Tensor:
-    """Read a layer's codes, int32 [K * bits / 32, N], packed along the input channels."""
+def read_codes(
+    spec: LinearSpec, checkpoint: Checkpoint, first: int, end: int
+) -> torch.Tensor:
+    """Read rows of a layer's codes, int32 [K * bits / 32, N], packed along the input channels."""
     import numpy as np
     import torch
 
-    words = checkpoint.read(f"{spec.source}.qweight")
+    name = f"{spec.source}.qweight"
     if not checkpoint.quantization.packs_columns:
-        return words
-    packed = awq_packing.codes_along_rows(words.numpy().view(np.uint32))
-    return torch.from_numpy(packed.view(np.int32))
+        return read_word_rows(spec, checkpoint, name, first, end)
+    rows = awq_packing.WORD_ROWS
+    words = checkpoint.read_rows(name, first * rows, end * rows).numpy().view(np.uint32)
+    packed = torch.from_numpy(awq_packing.codes_along_rows(words).view(np.int32))
+    return packed if spec.rows is None else read_columns(spec, packed)
 
 
 def read_zeros(spec: LinearSpec, checkpoint: Checkpoint) -> torch.Tensor:
@@ -309,14 +315,14 @@ def read_gptq(spec: LinearSpec, checkpoint: Checkpoint) -> QuantizedLayer:
         perm = torch.argsort(index, stable=True).int()
     scales, zeros = read_scales(spec, checkpoint), read_zeros(spec, checkpoint)
     bias = read_bias(spec, checkpoint)
-    words = read_codes(spec, checkpoint)
     return QuantizedLayer(
         folder=str(checkpoint.model_dir),
         source=spec.source,
         in_features=spec.in_features,
         out_features=spec.out_features,
         groups=[(spec.options["bits"], count) for count in rows],
-        words=words if spec.rows is None else read_columns(spec, words),
+        word_rows=spec.in_features * spec.options["bits"] // 32,
+        read_words=partial(read_codes, spec, checkpoint),
         by_group=False,
         scales=scales,
         scale_units=None,

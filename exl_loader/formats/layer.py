@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,14 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-# Bytes of an unquantised weight that are read at a time.
+# Threads on which layers are read at once, at most. Each holds a piece of a layer, so more threads
+# would take more memory beside the buffers.
+LOAD_THREADS = 4
+# Bytes of unquantised weights that are read at a time, by all threads of a load together.
 PIECE_BYTES = 16 << 20
+# Bytes of codes and of tables that are read at a time. They stay in the second level cache until
+# they are packed.
+READ_BYTES = 768 << 10
 # Rows of a block: their codes of b bits are b whole words. Devices keep whole blocks.
 BLOCK_ROWS = 32
 
@@ -108,9 +114,10 @@ class QuantizedLayer:
             messages.
         in_features: K. out_features: N.
         groups: (bits, rows) of each, in stored order.
-        words: int32 [R, >= N], a bit stream of codes a column, least significant bit first.
-            Columns from N on are padding. Not contiguous where the layer is a part of a fused
-            tensor.
+        word_rows: R.
+        read_words: reads rows first..end of the codes, int32 [end - first, >= N] of int32
+            [R, >= N]: a bit stream a column, least significant bit first. Columns from N on are
+            padding. Not contiguous where the layer is a part of a fused tensor.
         by_group: True where rows are in stored order and every group begins with a whole word
             (EXL2). False where row r is input channel r and all groups have the same bits (GPTQ).
         scales: float16 [G, N]; with `scale_units`, levels from 0 to 15, uint8 [G, N] (EXL2).
@@ -126,13 +133,39 @@ class QuantizedLayer:
     in_features: int
     out_features: int
     groups: list[tuple[int, int]]
-    words: torch.Tensor
+    word_rows: int
+    read_words: Callable[[int, int], torch.Tensor]
     by_group: bool
     scales: torch.Tensor
     scale_units: torch.Tensor | None
     zeros: torch.Tensor | None
     perm: torch.Tensor | None
     bias: torch.Tensor | None
+
+    @property
+    def words(self) -> torch.Tensor:
+        """Read all codes, int32 [R, >= N]."""
+        return self.read_words(0, self.word_rows)
+
+    @property
+    def has_whole_blocks(self) -> bool:
+        """Whether only the last group may end within a block of stored rows."""
+        return all(rows % BLOCK_ROWS == 0 for _, rows in self.groups[:-1])
+
+    def pieces(self) -> Iterator[tuple[int, int]]:
+        """Cut the codes into ranges (first, end) of rows of about READ_BYTES, each between
+        blocks of stored rows.
+        """
+        row_bytes = 4 * self.out_features
+        begin = end = 0
+        for bits, rows in self.groups:
+            blocks = ceil_div(rows, BLOCK_ROWS)
+            for _ in range(blocks):
+                if end > begin and (end + bits - begin) * row_bytes > READ_BYTES:
+                    yield begin, end
+                    begin = end
+                end += bits
+        yield begin, self.word_rows
 
     @property
     def zero_bits(self) -> int:
@@ -193,6 +226,8 @@ class DenseLayer:
             weight is read in pieces of PIECE_BYTES, because a whole embedding beside its resident
             copy would double a load's peak.
         bias: float32 [N], or None.
+        reads_whole: each call of `read_rows` reads the whole layer, because its rows are strewn
+            over the file.
     """
 
     in_features: int
@@ -200,6 +235,7 @@ class DenseLayer:
     dtype: str
     read_rows: Callable[[int, int], torch.Tensor]
     bias: torch.Tensor | None
+    reads_whole: bool = False
 
     def weight(self) -> torch.Tensor:
         """Read the layer: float32 [K, N]."""

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from ..backends import backend_of
 from ..utils.integers import round_up
+from ..utils.parallel import Task, run_tasks
 from ..utils.table import DeviceMap, TensorSpec
 from .decoder import DecoderLayer
 from .parts.embedding import Embedding
@@ -187,19 +189,44 @@ class ModelParts:
             checkpoint: where from.
             views: name of a spec -> its view in the weights buffer.
             ops: device -> its operations, which repack codes there.
-            advance: called with the bytes that a tensor takes on its device once it is there;
-                all calls together sum up to the bytes of `specs()`.
+            advance: called with the bytes that a tensor takes on its device once it is there, on
+                the calling thread; all calls together sum up to the bytes of `specs()`.
 
         Raises:
             InvalidCheckpoint: a file shrank, or holds values that cannot be (NaN, a group table
                 that does not add up, a permutation that is none).
         """
         loading = Loading(checkpoint, views, ops)
-        if advance is not None:
-            loading = replace(loading, advance=advance)
-        for layer in self.layers:
-            layer.load(loading)
-        self.head.load(loading)
-        self.embedding.load(loading)
+        threads = {name: operations.load_threads for name, operations in ops.items()}
+        at_once: list[Task] = []
+        in_turn: list[Task] = []
+        for part, device in self._parts_to_load():
+            tasks = at_once if threads.get(device, 1) > 1 else in_turn
+            tasks.append(partial(_load, part, loading))
+        run_tasks(at_once, max(threads.values()), advance)
+        run_tasks(in_turn, 1, advance)
+        if self.embedding.head is not None:
+            self.embedding.load(loading)
+
+    def _parts_to_load(self) -> Iterator[tuple[_Loaded, str]]:
+        """Yield the parts that have weights of their own, each with its device.
+
+        Head and tables come first, because what ends last decides when a load on several threads
+        ends, and they are larger than a layer.
+        """
+        yield self.head, self.device_map.head
+        if self.embedding.head is None:
+            yield self.embedding, self.embedding.spec.device
         if self.positions is not None:
-            self.positions.load(loading)
+            yield self.positions, self.positions.spec.device
+        for layer in self.layers:
+            yield layer, layer.device
+
+
+class _Loaded(Protocol):
+    def load(self, loading: Loading) -> None:
+        """Read the weights."""
+
+
+def _load(part: _Loaded, loading: Loading, advance: Callable[[int], None]) -> None:
+    part.load(replace(loading, advance=advance))

@@ -116,8 +116,9 @@ def layer_of_values(ops, groups: list[tuple[int, int]], codes: np.ndarray, level
     words = np.concatenate([pack_stream(codes[end - rows : end], bits)
                             for (bits, rows), end in zip(groups, ends, strict=True)])
     in_features, out_features = codes.shape
-    layer = QuantizedLayer("", "layer", in_features, out_features, groups,
-                           torch.from_numpy(words), True, scales, scale_units, None, None, None)
+    layer = QuantizedLayer("", "layer", in_features, out_features, groups, len(words),
+                           lambda first, end: torch.from_numpy(words[first:end]), True, scales,
+                           scale_units, None, None, None)
     sizes = QuantizedSizes(out_features, in_features, len(words), len(groups), 0, perm=False)
     views = {role: torch.empty(shape, dtype=getattr(torch, dtype))
              for role, (dtype, shape) in packed_shapes(sizes).items()}

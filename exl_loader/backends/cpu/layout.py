@@ -145,15 +145,20 @@ def fill_tiles(values: torch.Tensor, target: torch.Tensor) -> None:
         values: [G, N], below 16 where the target has 4-bit fields.
         target: [tiles, G, 16], or uint8 [tiles, G, 8] of 4-bit fields.
     """
+    import torch
+
     groups, columns = values.shape
     tiles = target.shape[0]
     full = values.new_zeros((groups, tiles * TILE_COLUMNS))
     full[:, :columns] = values
     if target.shape[2] == HALF_BYTES:
-        quads = full.view(groups, tiles, 4, 4)
-        words = quads[..., :2] | quads[..., 2:] << 4
-        full = words.transpose(2, 3)
-    target.copy_(full.reshape(groups, tiles, -1).transpose(0, 1))
+        # Four columns of a byte each. The lowest byte becomes column 0 | column 2 << 4, the next
+        # column 1 | column 3 << 4.
+        quads = full.view(torch.int32)
+        fields = (quads | quads >> 12).view(torch.uint8).view(groups, tiles, 4, 4)[..., :2]
+        target.view(tiles, groups, 2, 4).copy_(fields.permute(1, 0, 3, 2))
+    else:
+        target.copy_(full.view(groups, tiles, TILE_COLUMNS).transpose(0, 1))
 
 
 def read_tiles(table: torch.Tensor) -> torch.Tensor:

@@ -28,8 +28,8 @@ SIGNATURES = {
     "linear_dense": Signature(
         (POINTER, INT64, POINTER, POINTER, INT64, INT, POINTER, INT64), _RULE
     ),
-    "pack_exl2": Signature(
-        (POINTER, INT64, INT64, POINTER, INT64, POINTER, INT64, INT64), replayed=False
+    "pack_words": Signature(
+        (POINTER, INT64, INT64, INT64, POINTER, INT64, POINTER, INT64, INT64), replayed=False
     ),
     "pack_gptq": Signature(
         (POINTER, INT64, INT64, POINTER, POINTER, INT64, POINTER, INT64, INT64), replayed=False
@@ -46,6 +46,8 @@ MOST_PANEL_COLUMNS = 32
 PLANES = 2
 SPAN_BYTES = 28
 LEVELS = 16
+# A cache line, and the alignment of codes.
+LINE_BYTES = 64
 # Alignment of csrc/cpu/scratch.h.
 CUT_ALIGNMENT = 64
 _FLOAT_BYTES = 4
@@ -148,18 +150,24 @@ class LinearOps(KernelOps):
         self._call(struct.kernel, x.data_ptr(), rows, struct.address, out.data_ptr(), out_stride,
                    add, scratch.data_ptr(), scratch.nbytes)
 
-    def pack_exl2(self, q_weight: torch.Tensor, groups: torch.Tensor,
-                  codes: torch.Tensor) -> None:
-        assert q_weight.is_contiguous() and groups.is_contiguous() and codes.is_contiguous()
-        self._call("pack_exl2", q_weight.data_ptr(), *q_weight.shape, groups.data_ptr(),
+    def pack_words(self, words: torch.Tensor, first: int, groups: torch.Tensor,
+                   codes: torch.Tensor) -> None:
+        assert words.is_contiguous() and groups.is_contiguous() and _is_lines(codes)
+        self._call("pack_words", words.data_ptr(), *words.shape, first, groups.data_ptr(),
                    groups.shape[0], codes.data_ptr(), *codes.shape)
 
     def pack_gptq(self, qweight: torch.Tensor, bits: int, perm: torch.Tensor | None,
                   groups: torch.Tensor, codes: torch.Tensor) -> None:
-        assert qweight.is_contiguous() and groups.is_contiguous() and codes.is_contiguous()
+        assert qweight.is_contiguous() and groups.is_contiguous() and _is_lines(codes)
         assert all(width == bits for width in groups[:, 0].tolist())
         self._call("pack_gptq", qweight.data_ptr(), *qweight.shape, address(perm),
                    groups.data_ptr(), groups.shape[0], codes.data_ptr(), *codes.shape)
+
+
+def _is_lines(codes: torch.Tensor) -> bool:
+    """Return whether rows begin at multiples of 64 bytes, as stores of whole cache lines need."""
+    aligned: bool = codes.data_ptr() % LINE_BYTES == 0 and codes.shape[1] % LINE_BYTES == 0
+    return codes.is_contiguous() and aligned
 
 
 def linear_scratch_bytes(rows: int, in_features: int) -> int:

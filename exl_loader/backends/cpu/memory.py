@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import mmap
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...utils.parallel import run_tasks
 from ...utils.system import main_memory
 from ..base import Capacity, Process
+from .threads import default_threads
 
 if TYPE_CHECKING:
     import torch
 
 PAGE_BYTES = mmap.PAGESIZE
+
+# Bytes that a thread touches at a time: whole huge pages.
+TOUCH_PIECE_BYTES = 32 << 20
 
 # PyTorch, numpy and our kernels take 224 MiB with PyTorch 2.13 on x86-64 Linux. A process that
 # only computes a reservation has not imported them. Loading a model will import them.
@@ -84,5 +91,15 @@ class MainMemory:
         return self.empty(device, nbytes)
 
     def touch(self, buffer: torch.Tensor) -> None:
-        """Write one byte a page, because the system takes memory for written pages only."""
-        buffer[::PAGE_BYTES] = 0
+        """Write one byte a page, because the system takes memory for written pages only.
+
+        It runs on several threads, because the system clears each page on the thread that touches
+        it, and a virtual machine may have to ask its host for the page first.
+        """
+        pieces = buffer.split(TOUCH_PIECE_BYTES)
+        run_tasks([partial(_touch_piece, piece) for piece in pieces], default_threads())
+
+
+def _touch_piece(piece: torch.Tensor, advance: Callable[[int], None]) -> None:
+    # Unlike an assignment to a slice, a method runs without Python's lock.
+    piece[::PAGE_BYTES].zero_()

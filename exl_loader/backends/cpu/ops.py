@@ -8,6 +8,7 @@ from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from ...formats.layer import LOAD_THREADS
 from ..main_memory import MainMemoryOps
 from ..recorder import Function, LinearPairs, MoeSum, TopLogits
 from . import attention, linear, rows
@@ -66,6 +67,7 @@ class CpuOps(linear.LinearOps, attention.AttentionOps, rows.RowOps, MainMemoryOp
         set_amx = library["exl_set_amx"]
         set_amx.restype, set_amx.argtypes = INT, (INT,)
         self._set_amx: Callable[[int], int] = set_amx
+        self.load_threads = min(default_threads(), LOAD_THREADS)
         if issue is run_now:
             self.set_threads(default_threads())
 

@@ -79,6 +79,8 @@ class PackOps(KernelOps):
     """
 
     needs_upload_buffer = True
+    # There is one upload buffer.
+    load_threads = 1
     upload_buffer: torch.Tensor | None = None
 
     def pack(self, layer: QuantizedLayer | DenseLayer, views: dict[str, torch.Tensor]) -> Linear:

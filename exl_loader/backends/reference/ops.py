@@ -168,9 +168,9 @@ class ReferenceOps(MainMemoryOps):
                          out: torch.Tensor) -> None:
         out[rows.long()] += x * weights[:, None]
 
-    def pack_exl2(self, q_weight: torch.Tensor, groups: torch.Tensor,
+    def pack_words(self, words: torch.Tensor, first: int, groups: torch.Tensor,
                   codes: torch.Tensor) -> None:
-        planes.pack_exl2(q_weight, groups, codes)
+        planes.pack_words(words, first, groups, codes)
 
     def pack_gptq(self, qweight: torch.Tensor, bits: int, perm: torch.Tensor | None,
                   groups: torch.Tensor, codes: torch.Tensor) -> None:

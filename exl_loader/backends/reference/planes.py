@@ -96,25 +96,35 @@ def _chunks(rows: int, columns: int) -> Iterable[tuple[int, int]]:
     return ((first, min(first + step, rows)) for first in range(0, rows, step))
 
 
-def pack_exl2(q_weight: torch.Tensor, groups: torch.Tensor, codes: torch.Tensor) -> None:
-    """Define `MainMemoryOps.pack_exl2`.
+def pack_words(
+    words: torch.Tensor, first: int, groups: torch.Tensor, codes: torch.Tensor
+) -> None:
+    """Define `MainMemoryOps.pack_words`.
+
+    Columns beyond N, and with `first` 0 bytes beyond the last block, become zero.
 
     Args:
-        q_weight: int32 [R, N], as in the file.
+        words: int32 [R, N], word rows of the file from `first` on; whole blocks.
+        first: the first of these word rows.
         groups: int32 [G, 4], see `cpu/layout.py`.
-        codes: uint8 [tiles, tile_bytes], written in full. Columns beyond N and bytes beyond
-            the last block become zero.
+        codes: uint8 [tiles, tile_bytes], of which these blocks are written.
     """
-    words, tiles = q_weight.numpy().view(np.uint32), codes.numpy()
-    tiles[:] = 0
+    part, tiles = words.numpy().view(np.uint32), codes.numpy()
+    used_bytes = 0
     for bits, _, rows, offset in groups.tolist():
-        for first, end in _chunks(rows, words.shape[1]):
-            # The file and a tile have the same order of groups. 64 bytes of a tile are one word of
-            # each column in the file.
-            word = (offset + first * bits // BLOCK_ROWS * BLOCK_BIT_BYTES) // BLOCK_BIT_BYTES
-            length = ceil_div((end - first) * bits, 32)
-            stream = unpack_stream(words[word : word + length], bits, end - first)
+        used_bytes = offset + ceil_div(rows, BLOCK_ROWS) * bits * BLOCK_BIT_BYTES
+        # The file and a tile have the same order of groups. 64 bytes of a tile are one word of
+        # each column in the file.
+        base = offset // BLOCK_BIT_BYTES
+        begin_row = ceil_div(max(0, first - base), bits) * BLOCK_ROWS
+        end_row = min(rows, ceil_div(max(0, first + len(part) - base), bits) * BLOCK_ROWS)
+        for chunk, end in _chunks(max(0, end_row - begin_row), part.shape[1]):
+            word = base + (begin_row + chunk) // BLOCK_ROWS * bits
+            length = ceil_div((end - chunk) * bits, 32)
+            stream = unpack_stream(part[word - first : word - first + length], bits, end - chunk)
             _store(stream, bits, word * BLOCK_BIT_BYTES, tiles)
+    if first == 0:
+        tiles[:, used_bytes:] = 0
 
 
 def pack_gptq(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ...formats.common import require_finite
+from ...formats.layer import LOAD_THREADS, READ_BYTES
 from ...utils.table import TensorSpec
 from .linear import Linear
 from .lora import LowRank
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from ...backends.base import Ops
     from .part import Loading
 
-# Rows of the table read at a time, so that tens of megabytes are in flight at most.
+# Rows of tables that are read at a time, by all threads of a load together, so that tens of
+# megabytes are in flight at most.
 EMBEDDING_ROWS = 2048
 
 
@@ -35,8 +37,11 @@ def load_table(loading: Loading, spec: TensorSpec, offset: int = 0) -> torch.Ten
     """
     name = spec.name
     table = loading.views[name]
-    for first in range(0, table.shape[0], EMBEDDING_ROWS):
-        end = min(first + EMBEDDING_ROWS, table.shape[0])
+    # Few enough to stay in the second level cache until they are checked and copied.
+    fitting = READ_BYTES // (table.shape[1] * table.element_size())
+    step = max(1, min(EMBEDDING_ROWS // LOAD_THREADS, fitting))
+    for first in range(0, table.shape[0], step):
+        end = min(first + step, table.shape[0])
         rows = loading.checkpoint.read_rows(name, offset + first, offset + end)
         require_finite(loading.checkpoint.header(name).name, rows)
         table[first:end].copy_(rows)

@@ -5,6 +5,8 @@ The definition is `backends/reference/planes.py` for CPUs and `backends/cuda/pac
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -44,10 +46,27 @@ def check_cpu(ops, groups, words, columns, bits=None, perm=None):
     for implementation, garbage in ((ops, 0xAA), (planes, 0x55)):
         results.append(torch.full((ceil_div(columns, 16), tile_bytes), garbage, dtype=torch.uint8))
         if bits is None:
-            implementation.pack_exl2(words, table, results[-1])
+            implementation.pack_words(words, 0, table, results[-1])
         else:
             implementation.pack_gptq(words, bits, perm, table, results[-1])
     assert torch.equal(*results)
+    return results[0]
+
+
+def pack_parts(ops, groups, words, columns, cuts):
+    """Pack parts of a layer, in a random order.
+
+    Args:
+        cuts: word rows between blocks, where parts begin and end.
+    """
+    table = torch.tensor(cpu_layout.group_table(groups), dtype=torch.int32)
+    tile_bytes = sum(ceil_div(rows, 32) * 64 * width for width, rows in groups) + 64
+    packed = torch.full((ceil_div(columns, 16), tile_bytes), 0x33, dtype=torch.uint8)
+    parts = list(pairwise([0, *cuts, len(words)]))
+    for index in np.random.default_rng().permutation(len(parts)):
+        first, end = parts[index]
+        ops.pack_words(words[first:end].contiguous(), first, table, packed)
+    return packed
 
 
 def check_cuda(ops, groups, words, codes, bits=None, perm=None):
@@ -85,7 +104,13 @@ def test_exl2(ops, groups, columns):
     streams = [pack_stream(part, bits) for part, (bits, _) in zip(codes, groups, strict=True)]
     words = torch.from_numpy(np.concatenate(streams))
     if ops.kind == "cpu":
-        check_cpu(ops, groups, words, columns)
+        whole = check_cpu(ops, groups, words, columns)
+        blocks = [bits for bits, rows in groups for _ in range(ceil_div(rows, 32))]
+        cuts = np.cumsum(blocks)[:-1].tolist()
+        for cut in ([], cuts[:1], cuts[1::2], cuts):
+            for implementation in (ops, planes):
+                parts = pack_parts(implementation, groups, words, columns, cut)
+                assert torch.equal(parts, whole)
     else:
         check_cuda(ops, groups, words, np.concatenate(codes))
 

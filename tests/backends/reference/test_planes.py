@@ -44,7 +44,7 @@ def test_every_byte_is_where_the_layout_defines_it(bits):
     codes = rng.integers(0, 1 << bits, (64, 32))
     groups = torch.tensor(group_table([(bits, 64)]), dtype=torch.int32)
     packed = torch.empty(2, 64 * bits * 2, dtype=torch.uint8)
-    planes.pack_exl2(torch.from_numpy(pack_stream(codes, bits)), groups, packed)
+    planes.pack_words(torch.from_numpy(pack_stream(codes, bits)), 0, groups, packed)
     for tile in range(2):
         tile_codes = codes[:, 16 * tile : 16 * tile + 16]
         expected = [tile_byte(tile_codes, bits, b, i) for b in range(2) for i in range(64 * bits)]
@@ -58,7 +58,7 @@ def test_a_block_written_out_by_hand():
     codes[:, 0] = np.arange(32) % 4
     packed = torch.empty(1, 128, dtype=torch.uint8)
     groups = torch.tensor([[2, 0, 32, 0]], dtype=torch.int32)
-    planes.pack_exl2(torch.from_numpy(pack_stream(codes, 2)), groups, packed)
+    planes.pack_words(torch.from_numpy(pack_stream(codes, 2)), 0, groups, packed)
     expected = [0x00, 0x55, 0xAA, 0xFF] + [0] * 60
     assert packed[0].tolist() == expected * 2
 
@@ -93,7 +93,7 @@ def test_mixed_groups_with_a_tail_round_trip(monkeypatch, columns, chunk_words):
     groups = np.array(group_table(layout), dtype=np.int32)
     tiles, used = 4, int(groups[-1, 3]) + 64 * 3
     packed = torch.full((tiles, used + 64), 0xA5, dtype=torch.uint8)
-    planes.pack_exl2(torch.from_numpy(np.concatenate(words)), torch.from_numpy(groups), packed)
+    planes.pack_words(torch.from_numpy(np.concatenate(words)), 0, torch.from_numpy(groups), packed)
     layer = PackedLinear(403, 64, packed, None, torch.from_numpy(groups))
     unpacked = planes.unpack_codes(layer)
     seen = min(columns, 64)
@@ -133,7 +133,7 @@ def test_fill_rows_hold_the_zero_point():
     tensors, _ = make_exl2_layer(np.random.default_rng(0), 40, 16, [(4, 40)])
     packed = torch.empty(1, 64 * 4 * 2, dtype=torch.uint8)
     groups = torch.tensor([[4, 0, 40, 0]], dtype=torch.int32)
-    planes.pack_exl2(tensors["q_weight"][:, :16].contiguous(), groups, packed)
+    planes.pack_words(tensors["q_weight"][:, :16].contiguous(), 0, groups, packed)
     whole = torch.tensor([[4, 0, 64, 0]], dtype=torch.int32)
     codes = planes.unpack_codes(PackedLinear(64, 16, packed, None, whole))
     assert (codes[40:] == 8).all()
