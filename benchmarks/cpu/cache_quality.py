@@ -33,7 +33,7 @@ from exl_loader.backends.reference.ops import cache_round_trip
 from exl_loader.cache.layout import BITS_NAMES, CacheType
 from exl_loader.cache.paging import PagedCache
 from exl_loader.checkpoint.config import ModelConfig
-from exl_loader.commands.evaluation import Lane, Result, bos_ids, cut_text, run_lanes, run_piece
+from exl_loader.commands.evaluation import Lane, Result, bos_ids, cut_text, run_lanes, run_window
 from exl_loader.commands.evaluation_plan import plan_evaluation
 from exl_loader.commands.model_options import DEMO_MODEL
 from exl_loader.model.parts.key_bias import remove_from, split_bias
@@ -157,7 +157,7 @@ def measure_model(tokens: int) -> tuple[list[Result], int]:
         def compare(lanes: list[Lane]) -> Iterator[int]:
             add_peer_lanes(lanes, get_ops())
             for piece in pieces:
-                yield from run_piece(lanes, piece, loaded.ctx_size)
+                yield from run_window(lanes, piece, loaded.ctx_size)
             results.extend(lane.result() for lane in lanes)
 
         with task(default_progress(), "evaluating", total, "tokens") as advance:

@@ -9,12 +9,16 @@ with a cache type from its prediction with fp16: the sum over the vocabulary of
 p_fp16 * (log p_fp16 - log p). It compares whole distributions. It therefore ranks cache types
 where perplexity does not, because perplexity looks at one token of each distribution and may
 improve by luck.
+
+The standard error of a mean is computed from the means of the windows (`mean_of_windows`). Tokens
+of one window are not independent: a hard passage makes all its tokens diverge.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -37,39 +41,66 @@ T = TypeVar("T")
 _COMPARED_ELEMENTS = 1 << 20
 
 
+def mean_of_windows(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float | None]:
+    """Return the mean of all tokens, and its standard error with windows as the sample.
+
+    The mean is a ratio of two sums over windows, and its error that of a ratio estimator
+    (Cochran, Sampling Techniques, 6.4), because the last window of a text is shorter.
+
+    Args:
+        sums: of each window's tokens.
+        counts: tokens of each window.
+
+    Returns:
+        the mean; the standard error, None for one window, which says nothing about others.
+    """
+    number, total = len(sums), sum(counts)
+    mean = sum(sums) / total
+    if number < 2:
+        return mean, None
+    squares = sum((part - mean * count) ** 2 for part, count in zip(sums, counts, strict=True))
+    return mean, (squares * number / (number - 1)) ** 0.5 / total
+
+
 @dataclass(frozen=True)
 class Divergence:
-    """The divergence of a cache type from fp16 over the tokens of a text.
+    """The divergence of a cache type from fp16 over the tokens of one or several texts.
 
     Args:
         mean, median, percentile_99_9, largest: nats per token.
-        standard_error: of the mean, as if the tokens were independent.
+        standard_error: of the mean over windows; None for one window.
         top1_agreement: share of the tokens for which both predict the same next token.
+        top1_error: standard error of this share over windows; None for one window.
     """
 
     mean: float
-    standard_error: float
+    standard_error: float | None
     median: float
     percentile_99_9: float
     largest: float
     top1_agreement: float
+    top1_error: float | None
 
     @classmethod
-    def from_nats(cls, nats: np.ndarray, agreeing: int) -> Divergence:
+    def from_nats(cls, nats: Sequence[np.ndarray], agreeing: Sequence[int]) -> Divergence:
         """Summarise the divergence of each token.
 
         Args:
-            nats: float [tokens].
-            agreeing: tokens for which both predict the same next token.
+            nats: float [tokens] of each window.
+            agreeing: tokens of each window for which both predict the same next token.
         """
-        error = nats.std(ddof=1) / len(nats) ** 0.5 if len(nats) > 1 else 0.0
+        counts = [len(window) for window in nats]
+        mean, error = mean_of_windows([float(window.sum()) for window in nats], counts)
+        agreement, agreement_error = mean_of_windows(agreeing, counts)
+        whole = np.concatenate(nats)
         return cls(
-            mean=float(nats.mean()),
-            standard_error=float(error),
-            median=float(np.median(nats)),
-            percentile_99_9=float(np.percentile(nats, 99.9)),
-            largest=float(nats.max()),
-            top1_agreement=agreeing / len(nats),
+            mean=mean,
+            standard_error=error,
+            median=float(np.median(whole)),
+            percentile_99_9=float(np.percentile(whole, 99.9)),
+            largest=float(whole.max()),
+            top1_agreement=agreement,
+            top1_error=agreement_error,
         )
 
 
@@ -80,56 +111,76 @@ class Result:
     Args:
         cache_type: its name.
         cache_bytes: bytes of its cache.
-        perplexity: exp of the mean negative log likelihood of the text's tokens.
+        perplexity: exp of the mean negative log likelihood of the tokens.
+        perplexity_error: its standard error over windows; None for one window.
         divergence: from fp16; None for fp16 itself.
     """
 
     cache_type: str
     cache_bytes: int
     perplexity: float
+    perplexity_error: float | None
     divergence: Divergence | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results of texts, each a list with fp16 first and the other types in the plan's order.
+
+    Args:
+        windows: number of windows of each text.
+        texts: the results of each text.
+        together: the results of the windows of all texts.
+    """
+
+    windows: list[int]
+    texts: list[list[Result]]
+    together: list[Result]
 
 
 def evaluate(
     loaded: LoadedModel,
     planned: EvaluationPlan,
-    ids: Sequence[int],
+    texts: Sequence[Sequence[int]],
     progress: Progress | None = None,
-) -> list[Result]:
-    """Run a text through every cache type.
+) -> Evaluation:
+    """Run texts through every cache type.
 
-    The text is cut into pieces as long as the context. Each piece is evaluated on its own,
-    after the BOS token where the tokenizer adds one.
+    A text is cut into windows as long as the context. Each window is evaluated on its own, after
+    the BOS token where the tokenizer adds one.
 
     Args:
         loaded: the model, loaded with the options of `planned.reservation`.
         planned: the types to compare.
-        ids: the text's ids, without BOS.
+        texts: the ids of each text, without BOS.
         progress: gets the tokens.
 
-    Returns:
-        The result of fp16, then those of the other types in the plan's order.
-
     Raises:
-        InvalidSettings: there are fewer than two ids, so that none is predicted from another.
+        InvalidSettings: a text has fewer than two ids, so that none is predicted from another.
         InsufficientMemory: memory for the other caches was taken by others since the plan.
     """
     bos = bos_ids(loaded)
-    pieces = list(cut_text(ids, bos, loaded.ctx_size))
-    if not pieces:
-        raise InvalidSettings("the text", expected="two tokens or more", actual=f"{len(ids)}")
-    total = sum(len(piece) - 1 for piece in pieces)
-    results: list[Result] = []
+    windows = [list(cut_text(ids, bos, loaded.ctx_size)) for ids in texts]
+    for ids, cut in zip(texts, windows, strict=True):
+        if not cut:
+            raise InvalidSettings("the text", expected="two tokens or more", actual=f"{len(ids)}")
+    total = sum(len(window) - 1 for cut in windows for window in cut)
+    found: list[Evaluation] = []
 
     def compare(lanes: list[Lane]) -> Iterator[int]:
-        for piece in pieces:
-            yield from run_piece(lanes, piece, loaded.ctx_size)
-        results.extend(lane.result() for lane in lanes)
+        results = []
+        for cut in windows:
+            first = len(lanes[0].windows)
+            for window in cut:
+                yield from run_window(lanes, window, loaded.ctx_size)
+            results.append([lane.result(first) for lane in lanes])
+        together = [lane.result() for lane in lanes]
+        found.append(Evaluation([len(cut) for cut in windows], results, together))
 
     with task(progress or NullProgress(), "evaluating", total, "tokens") as advance:
         for rows in run_lanes(loaded, planned, compare):
             advance(rows)
-    return results
+    return found[0]
 
 
 def bos_ids(loaded: LoadedModel) -> list[int]:
@@ -141,15 +192,15 @@ def bos_ids(loaded: LoadedModel) -> list[int]:
 
 
 def cut_text(ids: Sequence[int], bos: list[int], ctx_size: int) -> Iterator[list[int]]:
-    """Cut ids into pieces so that each id is predicted once.
+    """Cut ids into windows so that each id is predicted once.
 
-    The last id of a piece is only predicted and never an input. Without BOS the first id of
+    The last id of a window is only predicted and never an input. Without BOS the first id of
     the text is not predicted.
     """
     for first in range(0, len(ids), ctx_size):
-        piece = bos + list(ids[first : first + ctx_size + 1 - len(bos)])
-        if len(piece) > 1:
-            yield piece
+        window = bos + list(ids[first : first + ctx_size + 1 - len(bos)])
+        if len(window) > 1:
+            yield window
 
 
 def run_lanes(
@@ -189,8 +240,24 @@ def run_lanes(
         buffers.release()
 
 
+@dataclass
+class WindowSums:
+    """What a cache type did with one window.
+
+    Args:
+        loss: sum of the negative log likelihoods of `count` tokens.
+        nats: divergences of the tokens, in pieces; empty for fp16.
+        agreeing: tokens for which the type and fp16 predict the same next token.
+    """
+
+    loss: float = 0.0
+    count: int = 0
+    nats: list[np.ndarray] = field(default_factory=list)
+    agreeing: int = 0
+
+
 class Lane:
-    """One cache type while a text runs through it, and its sums.
+    """One cache type while texts run through it, and its sums by window.
 
     Args:
         name: the type's name.
@@ -200,22 +267,27 @@ class Lane:
 
     def __init__(self, name: str, model: Model, cache: PagedCache) -> None:
         self.name, self.model, self.cache = name, model, cache
-        self._nats: list[np.ndarray] = []
-        self._agreeing = 0
-        self._loss, self._count = 0.0, 0
+        self.windows: list[WindowSums] = []
+
+    def begin_window(self) -> None:
+        """Count what follows to a new window."""
+        self.windows.append(WindowSums())
 
     def add(self, loss: torch.Tensor) -> None:
         """Add the negative log likelihoods of tokens, [tokens]."""
-        self._loss += loss.sum().item()
-        self._count += len(loss)
+        window = self.windows[-1]
+        window.loss += loss.sum().item()
+        window.count += len(loss)
 
     def add_divergence(self, nats: torch.Tensor, agreeing: torch.Tensor) -> None:
         """Add the divergences of tokens, [tokens], and their agreement, bool [tokens]."""
-        self._nats.append(nats.float().numpy())
-        self._agreeing += int(agreeing.sum())
+        window = self.windows[-1]
+        window.nats.append(nats.float().numpy())
+        window.agreeing += int(agreeing.sum())
 
-    def result(self) -> Result:
-        """Summarise the sums."""
+    def result(self, first: int = 0) -> Result:
+        """Summarise the windows from `first` on."""
+        windows = self.windows[first:]
         nbytes = sum(
             tensor.nbytes
             for layer in self.cache.layers
@@ -223,16 +295,23 @@ class Lane:
             if tensor is not None
         )
         divergence = None
-        if self._nats:
-            nats = np.concatenate(self._nats).astype(float)
-            divergence = Divergence.from_nats(nats, self._agreeing)
-        perplexity = float(np.exp(self._loss / self._count))
-        return Result(self.name, nbytes, perplexity, divergence)
+        if windows[0].nats:
+            nats = [np.concatenate(window.nats).astype(float) for window in windows]
+            divergence = Divergence.from_nats(nats, [window.agreeing for window in windows])
+        loss, error = mean_of_windows(
+            [window.loss for window in windows], [window.count for window in windows]
+        )
+        perplexity = math.exp(loss)
+        # The derivative of exp is exp.
+        perplexity_error = None if error is None else perplexity * error
+        return Result(self.name, nbytes, perplexity, perplexity_error, divergence)
 
 
-def run_piece(lanes: list[Lane], piece: list[int], ctx_size: int) -> Iterator[int]:
-    """Run a piece of a text through all lanes in step; yields numbers of finished tokens."""
-    inputs, targets = piece[:-1], torch.tensor(piece[1:])
+def run_window(lanes: list[Lane], window: list[int], ctx_size: int) -> Iterator[int]:
+    """Run a window of a text through all lanes in step; yields numbers of finished tokens."""
+    for lane in lanes:
+        lane.begin_window()
+    inputs, targets = window[:-1], torch.tensor(window[1:])
     rope_class = lanes[0].model.rope_class(ctx_size)
     sequences = [lane.cache.acquire(ctx_size, (), rope_class) for lane in lanes]
     step = min(lanes[0].model.logits_rows, lanes[0].model.chunk_size)

@@ -13,8 +13,8 @@ import torch
 from exl_loader import load
 from exl_loader.checkpoint.config import ModelConfig
 from exl_loader.commands.cli import main
-from exl_loader.commands.eval import render
-from exl_loader.commands.evaluation import Divergence, cut_text, evaluate
+from exl_loader.commands.eval import HEADINGS, render
+from exl_loader.commands.evaluation import Divergence, cut_text, evaluate, mean_of_windows
 from exl_loader.commands.evaluation_plan import parse_cache_types, plan_evaluation
 from exl_loader.commands.model_options import DEMO_MODEL
 from exl_loader.memory.buffers import live_bytes
@@ -48,7 +48,7 @@ def text_file(tmp_path):
 def test_results_equal_those_of_separately_loaded_models(model):
     ids = model.encode(TEXT * 5, add_bos=False)
     bos = model.tokenizer.bos_token_id
-    results = evaluate(model, planned("q4"), ids)
+    results = evaluate(model, planned("q4"), [ids]).together
     assert [result.cache_type for result in results] == ["fp16", "q4"]
     nats, agreeing, losses = [], 0, {"fp16": [], "q4": []}
     with load(DEMO_MODEL, ctx_size=256, cache_type="q4") as other:
@@ -76,7 +76,7 @@ def test_results_equal_those_of_separately_loaded_models(model):
 
 def test_more_bits_diverge_less(model):
     ids = model.encode(TEXT * 6, add_bos=False)
-    results = evaluate(model, planned("q4,q6,q8,fp32"), ids)[1:]
+    results = evaluate(model, planned("q4,q6,q8,fp32"), [ids]).together[1:]
     means = [result.divergence.mean for result in results]
     assert means == sorted(means, reverse=True)
     assert 0 < means[-1] < 1e-7 and means[2] < 1e-4 and means[0] < 1e-2
@@ -91,7 +91,7 @@ def test_memory_equals_the_plan_and_is_freed(model):
         def advance(self, *_):
             seen.append(live_bytes())
 
-    evaluate(model, plan, model.encode(TEXT, add_bos=False), Watching())
+    evaluate(model, plan, [model.encode(TEXT, add_bos=False)], Watching())
     assert set(seen) == {before + plan.extra_bytes}
     per_token = sum(kind.bytes_per_token(2, 64) for kind in plan.others) * 5
     assert plan.extra_bytes == per_token * 256
@@ -109,8 +109,8 @@ def test_a_second_comparison_gives_the_same_with_dynamic_rope(tmp_path):
     ids = [7 * i % 250 + 3 for i in range(200)]
     with load(folder, ctx_size=256) as loaded:
         logits = loaded.prompt_logits(ids)
-        first = evaluate(loaded, plan, ids)
-        assert evaluate(loaded, plan, ids) == first
+        first = evaluate(loaded, plan, [ids])
+        assert evaluate(loaded, plan, [ids]) == first
         assert torch.equal(loaded.prompt_logits(ids), logits)
 
 
@@ -119,7 +119,7 @@ def test_an_unloaded_model_frees_the_caches():
         ids = loaded.encode(TEXT, add_bos=False)
     before = live_bytes()
     with pytest.raises(ModelUnloaded):
-        evaluate(loaded, planned("q4"), ids)
+        evaluate(loaded, planned("q4"), [ids])
     assert live_bytes() == before
 
 
@@ -144,11 +144,54 @@ def test_every_token_is_predicted_once(bos, count):
 
 
 def test_divergence_of_known_numbers():
-    found = Divergence.from_nats(np.array([0.0, 1.0, 2.0, 5.0]), 3)
+    found = Divergence.from_nats([np.array([0.0, 1.0]), np.array([2.0, 5.0])], [1, 2])
     assert (found.mean, found.median, found.largest) == (2.0, 1.5, 5.0)
     assert found.top1_agreement == 0.75
-    assert found.standard_error == pytest.approx(np.std([0, 1, 2, 5], ddof=1) / 2)
+    # Of equal windows the error is that of the mean of their means: 0.5 and 3.5, 0.5 and 1.
+    assert found.standard_error == pytest.approx(np.std([0.5, 3.5], ddof=1) / 2**0.5)
+    assert found.top1_error == pytest.approx(np.std([0.5, 1], ddof=1) / 2**0.5)
     assert found.percentile_99_9 == pytest.approx(4.991)
+
+
+def test_one_window_has_no_standard_error():
+    assert mean_of_windows([6.0], [4]) == (1.5, None)
+    found = Divergence.from_nats([np.array([0.0, 1.0])], [1])
+    assert found.standard_error is None and found.top1_error is None
+
+
+def test_the_standard_error_is_what_resampled_texts_show():
+    """Tokens of a window are alike, so their number says little about the confidence."""
+    rng = np.random.default_rng()
+    means, errors = [], []
+    for _ in range(400):
+        counts = rng.integers(50, 100, 12)
+        levels = rng.exponential(1.0, 12)
+        sums = [float((level + rng.normal(0, 0.1, count)).sum())
+                for level, count in zip(levels, counts, strict=True)]
+        mean, error = mean_of_windows(sums, counts.tolist())
+        means.append(mean)
+        errors.append(error)
+    # 1 / sqrt(12) is 0.29; tokens taken for independent would give 0.04.
+    assert np.mean(errors) == pytest.approx(np.std(means), rel=0.25)
+
+
+def test_texts_are_reported_alone_and_together(model):
+    texts = [model.encode(TEXT * count, add_bos=False) for count in (2, 11, 6)]
+    texts[1] = texts[1][::-1]
+    found = evaluate(model, planned("q4"), texts)
+    alone = [evaluate(model, planned("q4"), [ids]) for ids in texts]
+    assert found.texts == [one.together for one in alone]
+    assert found.windows == [-(-len(ids) // 256) for ids in texts] and max(found.windows) > 1
+    counts = [len(ids) for ids in texts]
+    for kind in range(2):
+        losses = [math.log(results[kind].perplexity) for results in found.texts]
+        expected = math.exp(np.average(losses, weights=counts))
+        assert found.together[kind].perplexity == pytest.approx(expected)
+        assert found.together[kind].perplexity_error > 0
+    means = [results[1].divergence.mean for results in found.texts]
+    assert found.together[1].divergence.mean == pytest.approx(np.average(means, weights=counts))
+    largest = max(results[1].divergence.largest for results in found.texts)
+    assert found.together[1].divergence.largest == largest
 
 
 def test_cache_types_are_read_as_the_engine_reads_them():
@@ -173,7 +216,10 @@ def test_the_command_prints_json(text_file, capsys):
     assert main([*arguments, "--ctx-size", "256", "--tokens", "300"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert [result["cache_type"] for result in report["results"]] == ["fp16", "q4", "q8_q4"]
-    assert report["tokens"] == 300 and report["ctx_size"] == 256
+    assert (report["tokens"], report["windows"], report["ctx_size"]) == (300, 2, 256)
+    (text,) = report["texts"]
+    assert text == {"text": str(text_file), "tokens": 300, "windows": 2,
+                    "results": report["results"]}
     means = [result["divergence"]["mean"] for result in report["results"][1:]]
     assert means[0] > means[1] > 0
     plan = planned("q4,q8_q4")
@@ -185,26 +231,41 @@ def test_the_command_prints_a_table(text_file, capsys):
     arguments = ["eval", "--text", str(text_file), "--cache-type", "fp16", "--tokens", "64"]
     assert main([*arguments, "--ctx-size", "256"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("64 tokens in pieces of 256")
-    assert lines[1].split()[:2] == ["cache", "perplexity"]
-    name, perplexity, _ = lines[2].split()
-    assert name == "fp16" and float(perplexity) > 1
-    assert len(lines) == 4
+    assert "windows of 256 tokens" in lines[0] and lines[1] == "64 tokens in 1 window"
+    assert lines[2].split()[:3] == ["cache", "perplexity", "+-"]
+    name, perplexity, error, _ = lines[3].split()
+    assert name == "fp16" and float(perplexity) > 1 and error == "?"
+    assert len(lines) == 5
+
+
+def test_the_command_prints_a_table_a_text_and_one_of_all(text_file, tmp_path, capsys):
+    other = tmp_path / "other.py"
+    other.write_text(TEXT * 12, encoding="utf-8")
+    arguments = ["eval", "--text", str(text_file), "--text", str(other), "--cache-type", "q4"]
+    assert main([*arguments, "--tokens", "300", "--ctx-size", "256"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    heads = [lines[1], lines[5], lines[9]]
+    assert heads == [f"{text_file}: 300 tokens in 2 windows", f"{other}: 300 tokens in 2 windows",
+                     "together: 600 tokens in 4 windows"]
+    rows = [lines[i].split() for i in (4, 8, 12)]
+    assert all(row[0] == "q4" and len(row) == len(HEADINGS) and "?" not in row for row in rows)
+    assert len(lines) == 14
 
 
 def test_columns_are_aligned():
     divergence = dict(mean=0.001, standard_error=1e-5, median=0.0005, percentile_99_9=0.01,
-                      largest=0.1, top1_agreement=0.975)
+                      largest=0.1, top1_agreement=0.975, top1_error=0.0025)
     results = [
-        {"cache_type": "fp16", "perplexity": 7.5, "cache_bytes": 1 << 20, "divergence": None},
-        {"cache_type": "q8_q4", "perplexity": 17.25, "cache_bytes": 1 << 19,
-         "divergence": divergence},
+        {"cache_type": "fp16", "perplexity": 7.5, "perplexity_error": 0.5,
+         "cache_bytes": 1 << 20, "divergence": None},
+        {"cache_type": "q8_q4", "perplexity": 17.25, "perplexity_error": 1.25,
+         "cache_bytes": 1 << 19, "divergence": divergence},
     ]
-    text = render({"tokens": 5, "ctx_size": 4, "results": results, "reserved_bytes": 3 << 20,
-                   "other_caches_bytes": 1 << 19, "seconds": 1.5})
-    table = text.splitlines()[1:4]
+    text = render({"tokens": 5, "windows": 2, "ctx_size": 4, "texts": [{}], "results": results,
+                   "reserved_bytes": 3 << 20, "other_caches_bytes": 1 << 19, "seconds": 1.5})
+    table = text.splitlines()[2:5]
     assert len({len(line) for line in table}) == 1
-    assert "97.50%" in table[2] and "1.00e-03" in table[2]
+    assert "97.50%" in table[2] and "1.00e-03" in table[2] and "0.25%" in table[2]
 
 
 @pytest.mark.parametrize(

@@ -296,7 +296,7 @@ def command_case(bench: Bench) -> Result:
         made = json.loads(output)
         result.exact["eval"] = [code, sorted(made)]
         result.bits["eval"] = {
-            key: value for key, value in made.items() if key not in ("seconds", "model", "text")
+            key: value for key, value in made.items() if key not in ("seconds", "model", "texts")
         }
         for arguments in (["plan", str(bench.folder / "nothing")], ["plan", "--no-such-option"],
                           ["generate", str(DEMO), "--device", "gpu"], ["no-such-command"], []):
