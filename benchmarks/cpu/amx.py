@@ -23,6 +23,7 @@ import exl_loader
 from benchmarks.cpu import speed_models
 from exl_loader.backends import get_ops
 from exl_loader.backends.cpu import amx
+from exl_loader.backends.cpu.ops import CpuOps
 
 
 def read(model, sequence, ids: list[int]) -> tuple[float, float, np.ndarray]:
@@ -38,7 +39,7 @@ def measure(folder: Path, cache_type: str, tokens: int, rounds: int) -> dict[str
     with exl_loader.load(folder, ctx_size=4096, cache_type=cache_type, max_batch_size=1) as loaded:
         torch.set_num_threads(1)
         ops = get_ops("cpu")
-        if ops.set_amx(True) != amx.ON:
+        if not isinstance(ops, CpuOps) or ops.set_amx(True) != amx.ON:
             raise SystemExit("This machine has no AMX tiles, or its system does not permit them.")
         # Below the generator, because its scheduling is no part of a prompt's product.
         scheduler = loaded._generator._scheduler
