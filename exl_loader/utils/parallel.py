@@ -19,7 +19,8 @@ def run_tasks(
 
     Args:
         tasks: called with a function that takes counts of finished units.
-        threads: how many run at once. With 1 the tasks run on the calling thread.
+        threads: how many run at once, or fewer where the system starts no more threads. With 1
+            the tasks run on the calling thread.
         advance: gets the counts, always on the calling thread, because what shows progress may
             belong to that thread.
 
@@ -32,8 +33,7 @@ def run_tasks(
         for task in tasks:
             task(advance)
         return
-    runner = _Runner(tasks)
-    runner.run(min(threads, len(tasks)), advance)
+    _Runner(tasks).run(min(threads, len(tasks)), advance)
 
 
 def _ignore(count: int) -> None:
@@ -61,9 +61,14 @@ class _Runner:
         try:
             for number in range(count):
                 thread = threading.Thread(target=self._work, name=f"exl_loader task {number}")
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError:
+                    break  # a limit of the system
                 threads.append(thread)
-            running = count
+            if not threads:
+                self._work()
+            running = max(1, len(threads))
             while running:
                 report = self.reports.get()
                 if report is None:
@@ -71,7 +76,7 @@ class _Runner:
                 else:
                     advance(report)
         finally:
-            # Also after an interrupt, or where the system starts no further thread.
+            # Also after an interrupt.
             self._stopped = True
             for thread in threads:
                 thread.join()

@@ -76,3 +76,22 @@ def test_an_error_of_the_caller_ends_the_threads_first(error):
     # Tasks that had begun have ended, and the others never began.
     assert 1 <= len(ended) <= 2
     assert not exl_threads()
+
+
+@pytest.mark.parametrize("allowed", [0, 1, 3])
+def test_a_system_that_starts_few_threads_runs_all_tasks(monkeypatch, allowed):
+    start, started, ran, counts = threading.Thread.start, [], [], []
+
+    def limited(thread):
+        if len(started) == allowed:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    def work(number, advance):
+        ran.append(number)
+        advance(1)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    run_tasks([partial(work, number) for number in range(20)], 8, counts.append)
+    assert sorted(ran) == list(range(20)) and len(counts) == 20 and len(started) == allowed
