@@ -95,9 +95,18 @@ struct ExlCacheHalf {
     int32_t bits;      // 4, 6, 8, 16 (int16 codes with embedded scales) or 32 (float32)
 };
 
+// The open pages of the keys or the values of one layer (layout.py). Vectors are rotated, also
+// those of 16 bits.
+struct ExlOpenPages {
+    ExlCacheHalf tokens;  // open pages in place of pages; codes is null if there are none
+    ExlCacheHalf first;   // the first token of each sequence: [open pages, kv_heads, ...]
+};
+
 struct ExlCacheLayer {
     ExlCacheHalf k;
     ExlCacheHalf v;
+    ExlOpenPages k_open;
+    ExlOpenPages v_open;
     int64_t num_kv_heads;
     int64_t head_dim;
 };
@@ -108,6 +117,7 @@ struct ExlBatch {
     const int32_t* q_start;     // [num_sequences + 1]
     const int32_t* past_len;    // [num_sequences]
     const int32_t* page_table;  // [num_sequences, max_pages]: page numbers
+    const int32_t* open_pages;  // [num_sequences]; null if no layer has open pages
     int64_t num_sequences;
     int64_t max_pages;
 };

@@ -12,7 +12,7 @@
 // suffice for all decoding sequences, these run in several passes.
 //
 // Preconditions: num_heads is a multiple of num_kv_heads; pages of all visible positions were
-// written; the scratch holds one ThreadScratch and the slots of the longest decoding sequence.
+// written; with open pages the rows of a sequence lie in one page; the scratch holds one ThreadScratch and the slots of the longest decoding sequence.
 #include "attention.h"
 
 #include <algorithm>
@@ -53,7 +53,9 @@ struct Call {
     }
     Head head(int64_t sequence, int64_t index) const {
         const int32_t* pages = batch.page_table + sequence * batch.max_pages;
-        return {&layer, pages, index, shape.softcap};
+        if (batch.open_pages == nullptr) return {&layer, pages, index, shape.softcap, 0, INT32_MAX};
+        const int32_t first_open = batch.past_len[sequence] / kPageLen * kPageLen;
+        return {&layer, pages, index, shape.softcap, batch.open_pages[sequence], first_open};
     }
 };
 

@@ -60,6 +60,8 @@ struct Head {
     const int32_t* pages;
     int64_t index;
     float softcap;
+    int64_t open_page;   // of the sequence
+    int32_t first_open;  // first position of the open page; no position is as large if there is none
 };
 
 // Tile buffers of attend(): keys [head_dim, kTileTokens], values [kTileTokens, value_stride],

@@ -137,6 +137,35 @@ void softmax_tile(float* scores, int low, int high, float softcap, const Partial
     store(totals, total);
 }
 
+// Where a tile is stored.
+struct Place {
+    const ExlCacheHalf* half;
+    int64_t token_index;
+};
+
+Place place_of(const Head& head, const ExlCacheHalf& pages, const ExlOpenPages& open,
+               int32_t tile) {
+    const bool is_open = open.tokens.codes != nullptr && tile >= head.first_open;
+    const int64_t page = is_open ? head.open_page : head.pages[tile / kPageLen];
+    return {is_open ? &open.tokens : &pages,
+            (page * head.layer->num_kv_heads + head.index) * kPageLen + tile % kPageLen};
+}
+
+// Replaces position 0 of the tile by the first token that is stored with open pages.
+void replace_first(const Head& head, const TileScratch& scratch) {
+    const ExlCacheLayer& layer = *head.layer;
+    const int head_dim = static_cast<int>(layer.head_dim);
+    const int64_t token_index = head.open_page * layer.num_kv_heads + head.index;
+    if (layer.v_open.first.codes) {
+        expand_values(layer.v_open.first, token_index, 1, head_dim, scratch.values);
+    }
+    if (layer.k_open.first.codes) {
+        // Scores are computed later, so their memory is free.
+        expand_values(layer.k_open.first, token_index, 1, head_dim, scratch.scores);
+        for (int i = 0; i < head_dim; ++i) scratch.keys[i * kTileTokens] = scratch.scores[i];
+    }
+}
+
 // Number of the `count` tokens from `first` on that lie before `position`.
 EXL_INLINE int tokens_before(int32_t position, int32_t first, int count) {
     return position <= first ? 0 : position - first >= count ? count : position - first;
@@ -156,11 +185,12 @@ void attend(const Head& head, const Rows& rows, int32_t first, int32_t end,
     if (rows.bias) waves.emplace(*rows.bias, first_tile);
     for (int32_t tile = first_tile; tile < end; tile += kTileTokens) {
         const int tokens = end - tile < kTileTokens ? end - tile : kTileTokens;
-        const int64_t page = head.pages[tile / kPageLen];
-        const int64_t token_index =
-            (page * head.layer->num_kv_heads + head.index) * kPageLen + tile % kPageLen;
-        expand_keys(head.layer->k, token_index, tokens, head_dim, scratch.keys);
-        expand_values(head.layer->v, token_index, tokens, head_dim, scratch.values);
+        const ExlCacheLayer& layer = *head.layer;
+        const Place keys = place_of(head, layer.k, layer.k_open, tile);
+        const Place values = place_of(head, layer.v, layer.v_open, tile);
+        expand_keys(*keys.half, keys.token_index, tokens, head_dim, scratch.keys);
+        expand_values(*values.half, values.token_index, tokens, head_dim, scratch.values);
+        if (tile == 0 && head.first_open > 0) replace_first(head, scratch);
         const int vectors = ceil_div(tokens, kLanes);
         multiply<false>(rows.count, vectors, rows.queries, head_dim, scratch.keys, kTileTokens,
                         head_dim, scratch.scores, kTileTokens);

@@ -321,6 +321,49 @@ void write_head(const ExlCacheHalf& half, const float* x, int head_dim, int64_t 
     }
 }
 
+// Quantises a rotated head to 8 bits without a search; quantize_plainly in Python defines it.
+void quantize_plainly(const float* y, int head_dim, uint8_t* codes, uint16_t* scales) {
+    for (int first = 0; first < head_dim; first += kGroup) {
+        const int elements = head_dim - first < kGroup ? head_dim - first : kGroup;
+        float largest = 0.0f;
+        bool finite = true;
+        for (int i = first; i < first + elements; ++i) {
+            finite = finite && std::fabs(y[i]) < INFINITY;
+            if (std::fabs(y[i]) > std::fabs(largest)) largest = y[i];
+        }
+        const float candidate[kLanes] = {finite ? -largest : 0.0f};
+        uint16_t halves[kLanes];
+        float exact[kLanes];
+        round_scales(candidate, halves, exact);
+        scales[first / kGroup] = finite ? halves[0] : kHalfNaN;
+        const bool usable = finite && exact[0] != 0.0f;
+        const F32x16 inverse = broadcast(usable ? 128.0f / exact[0] : 0.0f);
+        const int stored = padded_codes(elements);
+        for (int at = 0; at < stored; at += kLanes) {
+            const int left = elements - at < kLanes ? elements - at : kLanes;
+            F32x16 steps = usable ? load_part(y + first + at, left) * inverse : inverse;
+            steps = max(broadcast(-128.0f), min(broadcast(127.0f), round(steps)));
+            int32_t lanes[kLanes];
+            store(lanes, to_int(steps));
+            // Codes that pad a short group are 0.
+            for (int i = 0; i < kLanes && at + i < stored; ++i) {
+                const int code = i < left ? lanes[i] + 128 : 0;
+                codes[first + at + i] = static_cast<uint8_t>(code);
+            }
+        }
+    }
+}
+
+// Writes a rotated head y of one token to open pages. token_index as for write_head.
+void write_open(const ExlCacheHalf& half, const float* y, int head_dim, int64_t token_index) {
+    if (half.bits == 8) {
+        return quantize_plainly(
+            y, head_dim, static_cast<uint8_t*>(half.codes) + token_index * code_bytes(head_dim, 8),
+            half.scales + token_index * num_groups(head_dim, 8));
+    }
+    half_head(y, head_dim, static_cast<int16_t*>(half.codes) + token_index * head_dim);
+}
+
 // Returns the sequence of a row.
 int64_t sequence_of(const ExlBatch& batch, int64_t row) {
     int64_t s = 0;
@@ -354,6 +397,13 @@ EXL_API void exl_write_cache(const ExlCacheLayer* layer, const ExlBatch* batch, 
             const bool values = item % 2;
             const float* x = (values ? v : k) + (row * heads + head) * head_dim;
             write_head(values ? layer->v : layer->k, x, head_dim, token_index);
+            const ExlOpenPages& open = values ? layer->v_open : layer->k_open;
+            if (open.tokens.codes == nullptr) continue;
+            float y[kMaxHeadDim];
+            rotate(x, head_dim, 1.0f, y);
+            const int64_t open_head = batch->open_pages[s] * heads + head;
+            write_open(open.tokens, y, head_dim, open_head * kPageLen + position % kPageLen);
+            if (position == 0) write_open(open.first, y, head_dim, open_head);
         }
     });
 }

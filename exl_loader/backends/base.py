@@ -79,6 +79,8 @@ class Batch:
         inv_freq: float32 [S, rotary_dim / 2], RoPE's frequencies of each sequence, for layers
             with a key bias; None if no layer has one.
         rope_factor: factor on the cosines and sines of RoPE, for layers with a key bias.
+        open_pages: int32 [S], the open page of each sequence, for layers that have open pages.
+            The rows of a sequence then lie in one page. None if no layer has open pages.
     """
 
     positions: torch.Tensor
@@ -88,6 +90,7 @@ class Batch:
     max_total_len: int
     inv_freq: torch.Tensor | None = None
     rope_factor: float = 1.0
+    open_pages: torch.Tensor | None = None
 
     @property
     def num_rows(self) -> int:
@@ -367,6 +370,8 @@ class Ops(Protocol):
                     scratch: torch.Tensor) -> None:
         """Store keys and values of the batch's rows at positions past_len, ... of their sequences.
 
+        With open pages they are stored there as well, and position 0 as the first token.
+
         Args:
             k, v: float32 [T, num_kv_heads, head_dim], keys after RoPE, without the bias
                 elements of `layer.key_bias`.
@@ -376,6 +381,9 @@ class Ops(Protocol):
                   shape: AttentionShape, out: torch.Tensor, scratch: torch.Tensor,
                   sinks: torch.Tensor | None = None) -> None:
         """Causal attention of the rows over their sequences' cache (rows already written).
+
+        With open pages, keys and values of the page that contains past_len are read from there,
+        position 0 from the first tokens, and only the others from pages.
 
         The scores of `layer.key_bias` are added; see `DeviceOps.adds_key_bias`.
 

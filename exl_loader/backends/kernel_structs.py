@@ -14,7 +14,7 @@ from ..cache.layout import MAX_BIAS_PAIRS, PAGE_LEN, code_bytes, num_groups
 if TYPE_CHECKING:
     import torch
 
-    from ..cache.layout import CacheLayer, KeyBias
+    from ..cache.layout import CacheLayer, KeyBias, OpenPages, StoredTokens
     from .base import AttentionShape, Batch
 
 # Enum Activation of csrc/common.h.
@@ -31,17 +31,24 @@ class HalfStruct(ctypes.Structure):
     _fields_ = [("codes", _P), ("scales", _P), ("bits", _I32)]
 
 
+class OpenPagesStruct(ctypes.Structure):
+    """ExlOpenPages."""
+
+    _fields_ = [("tokens", HalfStruct), ("first", HalfStruct)]
+
+
 class CacheLayerStruct(ctypes.Structure):
     """ExlCacheLayer."""
 
-    _fields_ = [("k", HalfStruct), ("v", HalfStruct), ("num_kv_heads", _I64), ("head_dim", _I64)]
+    _fields_ = [("k", HalfStruct), ("v", HalfStruct), ("k_open", OpenPagesStruct),
+                ("v_open", OpenPagesStruct), ("num_kv_heads", _I64), ("head_dim", _I64)]
 
 
 class BatchStruct(ctypes.Structure):
     """ExlBatch."""
 
-    _fields_ = [("q_start", _P), ("past_len", _P), ("page_table", _P), ("num_sequences", _I64),
-                ("max_pages", _I64)]
+    _fields_ = [("q_start", _P), ("past_len", _P), ("page_table", _P), ("open_pages", _P),
+                ("num_sequences", _I64), ("max_pages", _I64)]
 
 
 class KeyBiasStruct(ctypes.Structure):
@@ -66,10 +73,9 @@ def dtype_code(dtype: torch.dtype) -> int:
 
 def cache_layer_struct(layer: CacheLayer, head_dim: int) -> CacheLayerStruct:
     """Return a layer's part of the cache. It has addresses, so the layer must outlive it."""
-    kind = layer.cache_type
     return CacheLayerStruct(
-        _half(layer.k_codes, layer.k_scales, kind.k_bits, head_dim),
-        _half(layer.v_codes, layer.v_scales, kind.v_bits, head_dim),
+        _half(layer.keys, head_dim, PAGE_LEN), _half(layer.values, head_dim, PAGE_LEN),
+        _open_pages(layer.k_open, head_dim), _open_pages(layer.v_open, head_dim),
         layer.k_codes.shape[1], head_dim,
     )  # fmt: skip
 
@@ -79,9 +85,12 @@ def batch_struct(batch: Batch) -> BatchStruct:
     table = batch.page_table
     assert table.is_contiguous() and batch.q_start.is_contiguous()
     assert batch.past_len.is_contiguous()
+    opened = batch.open_pages
+    assert opened is None or opened.is_contiguous()
     return BatchStruct(
-        batch.q_start.data_ptr(), batch.past_len.data_ptr(), table.data_ptr(), *table.shape
-    )
+        batch.q_start.data_ptr(), batch.past_len.data_ptr(), table.data_ptr(),
+        None if opened is None else opened.data_ptr(), *table.shape,
+    )  # fmt: skip
 
 
 def key_bias_struct(bias: KeyBias | None, batch: Batch) -> KeyBiasStruct:
@@ -108,14 +117,22 @@ def shape_struct(shape: AttentionShape) -> ShapeStruct:
     return ShapeStruct(shape.num_heads, shape.sliding_window, shape.scale, shape.softcap)
 
 
-def _half(codes: torch.Tensor, scales: torch.Tensor | None, bits: int,
-          head_dim: int) -> HalfStruct:
+def _open_pages(opened: OpenPages | None, head_dim: int) -> OpenPagesStruct:
+    if opened is None:
+        return OpenPagesStruct()
+    return OpenPagesStruct(
+        _half(opened.tokens, head_dim, PAGE_LEN), _half(opened.first, head_dim, 1)
+    )
+
+
+def _half(stored: StoredTokens, head_dim: int, page_len: int) -> HalfStruct:
+    codes, scales, bits = stored.codes, stored.scales, stored.bits
     pages, heads = codes.shape[:2]
     width = code_bytes(head_dim, bits) // codes.element_size()
-    assert codes.shape == (pages, heads, PAGE_LEN, width) and codes.is_contiguous()
+    assert codes.shape == (pages, heads, page_len, width) and codes.is_contiguous()
     if scales is None:
         assert num_groups(head_dim, bits) == 0
         return HalfStruct(codes.data_ptr(), None, bits)
-    assert scales.shape == (pages, heads, PAGE_LEN, num_groups(head_dim, bits))
+    assert scales.shape == (pages, heads, page_len, num_groups(head_dim, bits))
     assert scales.is_contiguous()
     return HalfStruct(codes.data_ptr(), scales.data_ptr(), bits)

@@ -16,6 +16,17 @@ Quantised vectors are first rotated and cut into groups of 32 elements. If head_
 multiple of 32, the last group is shorter and its codes are padded to a multiple of 8.
 `backends/reference/codec.py` defines the meaning of codes and scales.
 
+A quantised cache also keeps the *open page* of each running sequence, the page that it is still
+writing, in more bits, because a row depends most on the tokens just before it:
+
+    open_page    as the tensors above, with open pages in place of pages and `open_bits` bits
+    first        the first token of each sequence, [open pages, kv_heads, 1, ...], as well
+
+Which keys a row sees in which form follows from positions alone: those of its own page and the
+first one from the open page, all others from the codes. So a text has the same bits alone, in a
+batch, in chunks, and after a beginning that another text has stored. Open pages store rotated
+vectors, because attention rotates its queries once.
+
 fp16 has the size of float16 but not its format: rounding keys and values to float16 changes logits
 by 4e-4, and 16 bits with a shared scale by 6e-5 (`backends/reference/fp16.py`). fp32 is for
 verification without rounding.
@@ -23,7 +34,7 @@ verification without rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +55,10 @@ SCALE_BYTES = 2
 BITS_NAMES = {32: "fp32", 16: "fp16", 8: "q8", 6: "q6", 4: "q4"}
 _NAMED_BITS = {name: bits for bits, name in BITS_NAMES.items()} | {"fp8": 8}
 _UNPACKED_DTYPES = {32: "float32", 16: "int16"}
+
+# Bits of an open page beside codes of so many bits. The error of 8 bits is small beside that of
+# 4-bit codes of all other pages.
+_OPEN_BITS = {8: 16, 6: 16, 4: 8}
 
 # Pairs of a key bias that attention can add, of each key/value head: csrc/cpu/key_bias.h and
 # csrc/cuda/key_bias.cuh have room for so many.
@@ -70,6 +85,11 @@ def code_bytes(head_dim: int, bits: int) -> int:
 def num_groups(head_dim: int, bits: int) -> int:
     """Return the number of scales of one head of one token; 0 for unquantised types."""
     return 0 if bits in _UNPACKED_DTYPES else ceil_div(head_dim, GROUP)
+
+
+def open_bits(bits: int) -> int:
+    """Return the bits of an open page beside codes of so many bits; 0 where there is none."""
+    return _OPEN_BITS.get(bits, 0)
 
 
 @dataclass(frozen=True)
@@ -122,6 +142,11 @@ class CacheType:
         """True if values are stored rotated."""
         return self.v_bits not in _UNPACKED_DTYPES
 
+    @property
+    def has_open_pages(self) -> bool:
+        """True if keys or values are quantised, so that a running sequence has an open page."""
+        return self.k_rotated or self.v_rotated
+
     def bytes_per_token(self, num_kv_heads: int, head_dim: int) -> int:
         """Return the bytes of one token in one layer: keys, values and scales.
 
@@ -163,17 +188,45 @@ def cache_specs(
     return specs
 
 
+def open_page_specs(
+    config: ModelConfig, num_open_pages: int, cache_type: CacheType, device_map: DeviceMap
+) -> list[TensorSpec]:
+    """List the tensors of open pages, `open_page.{layer}.*` and `first.{layer}.*`.
+
+    They are part of the workspace, so that the pages of all types have sizes in the ratio of
+    their bits.
+
+    Args:
+        config: as for `cache_specs`.
+        num_open_pages: sequences that may run at once; 0 for no open pages.
+        cache_type: how keys and values are stored.
+        device_map: the device of each layer.
+    """
+    heads = config.num_key_value_heads
+    specs: list[TensorSpec] = []
+    for layer, device in enumerate(device_map.layers):
+        for name, length in (("open_page", PAGE_LEN), ("first", 1)):
+            for role, bits in (("k", cache_type.k_bits), ("v", cache_type.v_bits)):
+                if num_open_pages and open_bits(bits):
+                    specs += _tensor_specs(
+                        f"{name}.{layer}.{role}", (num_open_pages, heads, length),
+                        config.head_dim, open_bits(bits), device, "workspace",
+                    )
+    return specs
+
+
 def _tensor_specs(
-    prefix: str, tokens: tuple[int, ...], head_dim: int, bits: int, device: str
+    prefix: str, tokens: tuple[int, ...], head_dim: int, bits: int, device: str,
+    segment: str = "cache",
 ) -> Iterator[TensorSpec]:
     if bits in _UNPACKED_DTYPES:
         shape = (*tokens, head_dim)
-        yield TensorSpec(f"{prefix}_codes", "cache", _UNPACKED_DTYPES[bits], shape, device)
+        yield TensorSpec(f"{prefix}_codes", segment, _UNPACKED_DTYPES[bits], shape, device)
         return
     shape = (*tokens, code_bytes(head_dim, bits))
-    yield TensorSpec(f"{prefix}_codes", "cache", "uint8", shape, device)
+    yield TensorSpec(f"{prefix}_codes", segment, "uint8", shape, device)
     shape = (*tokens, num_groups(head_dim, bits))
-    yield TensorSpec(f"{prefix}_scales", "cache", "float16", shape, device)
+    yield TensorSpec(f"{prefix}_scales", segment, "float16", shape, device)
 
 
 @dataclass(eq=False)
@@ -193,6 +246,40 @@ class KeyBias:
     half: int
 
 
+@dataclass(frozen=True, eq=False)
+class StoredTokens:
+    """Keys or values of a layer: views of the tensors that `cache_specs` lists.
+
+    Args:
+        codes: [pages, kv_heads, tokens of a page, ...], in the dtype of `bits`.
+        scales: float16 [pages, kv_heads, tokens of a page, groups]; None if not quantised.
+        bits: per element.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor | None
+    bits: int
+
+    def copy_tokens(self, source: int, target: int, count: int) -> None:
+        """Copy the first `count` tokens of a page to another page."""
+        for tensor in (self.codes, self.scales):
+            if tensor is not None:
+                tensor[target, :, :count].copy_(tensor[source, :, :count])
+
+
+@dataclass(frozen=True, eq=False)
+class OpenPages:
+    """The open pages of a layer's keys or values, stored rotated.
+
+    Args:
+        tokens: [open pages, kv_heads, PAGE_LEN, ...].
+        first: the first token of each sequence, [open pages, kv_heads, 1, ...].
+    """
+
+    tokens: StoredTokens
+    first: StoredTokens
+
+
 @dataclass
 class CacheLayer:
     """The cache of one layer at run time: views with the shapes of `cache_specs`.
@@ -201,6 +288,7 @@ class CacheLayer:
         k_codes, v_codes: keys and values.
         k_scales, v_scales: None if they are not quantised.
         cache_type: how they are stored.
+        k_open, v_open: open pages of quantised keys and values; None for none.
         key_bias: the bias that the stored keys lack; None for none.
         native: the compiled operations' own description of the layer.
     """
@@ -210,11 +298,65 @@ class CacheLayer:
     v_codes: torch.Tensor
     v_scales: torch.Tensor | None
     cache_type: CacheType
+    k_open: OpenPages | None = None
+    v_open: OpenPages | None = None
     key_bias: KeyBias | None = None
     native: Any = field(default=None, compare=False, repr=False)
 
+    @classmethod
+    def from_views(
+        cls, views: Mapping[str, torch.Tensor], prefix: str, index: int, cache_type: CacheType
+    ) -> CacheLayer:
+        """Make a layer from the tensors that `cache_specs` and `open_page_specs` list.
+
+        Args:
+            views: the tensors by name.
+            prefix: before their names.
+            index: number of the layer.
+            cache_type: how keys and values are stored.
+        """
+        k, v = (
+            _stored(views, f"{prefix}cache.{index}.{role}", bits)
+            for role, bits in (("k", cache_type.k_bits), ("v", cache_type.v_bits))
+        )
+        k_open, v_open = (
+            OpenPages(
+                _stored(views, f"{prefix}open_page.{index}.{role}", open_bits(bits)),
+                _stored(views, f"{prefix}first.{index}.{role}", open_bits(bits)),
+            )
+            if f"{prefix}open_page.{index}.{role}_codes" in views else None
+            for role, bits in (("k", cache_type.k_bits), ("v", cache_type.v_bits))
+        )
+        return cls(k.codes, k.scales, v.codes, v.scales, cache_type, k_open, v_open)
+
+    @property
+    def keys(self) -> StoredTokens:
+        """The pages of keys."""
+        return StoredTokens(self.k_codes, self.k_scales, self.cache_type.k_bits)
+
+    @property
+    def values(self) -> StoredTokens:
+        """The pages of values."""
+        return StoredTokens(self.v_codes, self.v_scales, self.cache_type.v_bits)
+
+    @property
+    def num_open_pages(self) -> int:
+        """Number of open pages; 0 if the layer has none."""
+        opened = self.k_open or self.v_open
+        return 0 if opened is None else len(opened.tokens.codes)
+
     def copy_tokens(self, source: int, target: int, count: int) -> None:
         """Copy the first `count` stored tokens of a page to another page."""
-        for tensor in (self.k_codes, self.k_scales, self.v_codes, self.v_scales):
-            if tensor is not None:
-                tensor[target, :, :count].copy_(tensor[source, :, :count])
+        self.keys.copy_tokens(source, target, count)
+        self.values.copy_tokens(source, target, count)
+
+    def copy_open_page(self, source: int, target: int, count: int) -> None:
+        """Copy the first `count` tokens of an open page, and its first token, to another one."""
+        for opened in (self.k_open, self.v_open):
+            if opened is not None:
+                opened.tokens.copy_tokens(source, target, count)
+                opened.first.copy_tokens(source, target, 1)
+
+
+def _stored(views: Mapping[str, torch.Tensor], name: str, bits: int) -> StoredTokens:
+    return StoredTokens(views[f"{name}_codes"], views.get(f"{name}_scales"), bits)

@@ -9,28 +9,37 @@ import torch
 
 from exl_loader.backends.base import AttentionShape, Batch
 from exl_loader.backends.cpu.attention import attention_scratch_bytes
-from exl_loader.cache.layout import CacheLayer, CacheType, cache_specs, pages_for
+from exl_loader.cache.layout import (
+    CacheLayer,
+    CacheType,
+    cache_specs,
+    open_page_specs,
+    pages_for,
+)
+from exl_loader.utils.table import MAIN_MEMORY, DeviceMap
 
 
-def make_layer(cache_type: str, num_pages: int, num_kv_heads: int, head_dim: int) -> CacheLayer:
+def make_layer(cache_type: str, num_pages: int, num_kv_heads: int, head_dim: int,
+               num_open_pages: int = 0) -> CacheLayer:
     """Allocate a layer and fill it with bytes that are NaN where they are read as floats."""
     kind = CacheType.parse(cache_type)
     config = SimpleNamespace(
         num_hidden_layers=1, num_key_value_heads=num_kv_heads, head_dim=head_dim
     )
+    device_map = DeviceMap.single(MAIN_MEMORY, 1)
     tensors = {}
-    for spec in cache_specs(config, num_pages, kind):
+    for spec in [
+        *cache_specs(config, num_pages, kind, device_map),
+        *open_page_specs(config, num_open_pages, kind, device_map),
+    ]:
         tensor = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype))
         tensor.view(torch.uint8).fill_(0xFF)
-        tensors[spec.name.split(".")[-1]] = tensor
-    return CacheLayer(
-        tensors["k_codes"], tensors.get("k_scales"), tensors["v_codes"], tensors.get("v_scales"),
-        kind,
-    )  # fmt: skip
+        tensors[spec.name] = tensor
+    return CacheLayer.from_views(tensors, "", 0, kind)
 
 
 def make_batch(past_lens: list[int], q_lens: list[int], seed: int = 0) -> Batch:
-    """Give each sequence its own pages, in random order."""
+    """Give each sequence its own pages and its own open page, in random order."""
     totals = [past + new for past, new in zip(past_lens, q_lens, strict=True)]
     counts = [pages_for(total) for total in totals]
     pages = list(range(sum(counts)))
@@ -50,25 +59,30 @@ def make_batch(past_lens: list[int], q_lens: list[int], seed: int = 0) -> Batch:
         past_len=torch.tensor(past_lens, dtype=torch.int32),
         page_table=table,
         max_total_len=max(totals),
+        open_pages=torch.tensor(
+            random.Random(seed).sample(range(len(totals)), len(totals)), dtype=torch.int32
+        ),
     )
 
 
 def part(batch: Batch, past_lens: list[int], q_lens: list[int]) -> Batch:
     """Return a batch on the same pages with other lengths."""
     other = make_batch(past_lens, q_lens)
-    other.page_table = batch.page_table
+    other.page_table, other.open_pages = batch.page_table, batch.open_pages
     return other
 
 
 def one_of(batch: Batch, sequence: int) -> Batch:
     """Return a batch of one of the sequences alone."""
     first, end = batch.q_start[sequence : sequence + 2].tolist()
+    assert batch.open_pages is not None
     return Batch(
         positions=batch.positions[first:end].contiguous(),
         q_start=torch.tensor([0, end - first], dtype=torch.int32),
         past_len=batch.past_len[sequence : sequence + 1].contiguous(),
         page_table=batch.page_table[sequence : sequence + 1].contiguous(),
         max_total_len=int(batch.past_len[sequence]) + end - first,
+        open_pages=batch.open_pages[sequence : sequence + 1].contiguous(),
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from exl_loader.cache.layout import KeyBias
+from exl_loader.cache.layout import KeyBias, OpenPages, StoredTokens
 from exl_loader.utils.system.processors import cpu_features
 from support.kernel_cases import compiled_ops
 
@@ -29,6 +29,8 @@ CPUS = ["native", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHER
 EMULATED = ["forward", "shuffled"]
 TARGETS = [*EMULATED, pytest.param("gpu", marks=pytest.mark.gpu)]
 ALL_TARGETS = [*CPUS, *TARGETS]
+# What of an argument's fields is brought to a device.
+NESTED = (torch.Tensor, KeyBias, OpenPages, StoredTokens)
 
 
 def sizes(name: str, *, cpu: Sequence[Any], cuda: Sequence[Any],
@@ -79,7 +81,7 @@ class Target:
             return there[id(arg)][1]
         if is_dataclass(arg) and not isinstance(arg, type):
             moved = {f.name: self._over(getattr(arg, f.name), there) for f in fields(arg)
-                     if isinstance(getattr(arg, f.name), (torch.Tensor, KeyBias))}
+                     if isinstance(getattr(arg, f.name), NESTED)}
             return replace(arg, **moved)
         return arg
 

@@ -13,10 +13,17 @@ import torch
 
 from ...cache.layout import PAGE_LEN
 from . import fp16 as reference_fp16
-from .codec import cache_round_trip, dequantize, quantize, rotate, rotate_back
+from .codec import (
+    cache_round_trip,
+    dequantize,
+    quantize,
+    quantize_plainly,
+    rotate,
+    rotate_back,
+)
 
 if TYPE_CHECKING:
-    from ...cache.layout import CacheLayer, KeyBias
+    from ...cache.layout import CacheLayer, KeyBias, OpenPages, StoredTokens
     from ..base import AttentionShape, Batch
 
 __all__ = ["attention", "cache_round_trip", "write_cache"]
@@ -36,39 +43,88 @@ def _pages_and_tokens(
     return batch.page_table[sequence].long()[positions // PAGE_LEN], positions % PAGE_LEN
 
 
-def _write(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor | None, bits: int,
-           pages: torch.Tensor, tokens: torch.Tensor) -> None:
+def _write(x: torch.Tensor, stored: StoredTokens, pages: torch.Tensor,
+           tokens: torch.Tensor) -> None:
     """Write x, float32 [T, kv_heads, head_dim], to the given tokens of pages, int64 [T] each."""
-    if scales is None:
-        stored = x if bits == 32 else reference_fp16.encode(x.flatten(0, 1)).view(x.shape)
-        codes[pages, :, tokens] = stored
+    if stored.scales is None:
+        codes = x if stored.bits == 32 else reference_fp16.encode(x.flatten(0, 1)).view(x.shape)
+        stored.codes[pages, :, tokens] = codes
         return
-    packed, group_scales = quantize(rotate(x.double()).float().flatten(0, 1), bits)
-    codes[pages, :, tokens] = packed.unflatten(0, x.shape[:2])
-    scales[pages, :, tokens] = group_scales.unflatten(0, x.shape[:2])
+    packed, scales = quantize(rotate(x.double()).float().flatten(0, 1), stored.bits)
+    _put(stored, packed, scales, pages, tokens)
+
+
+def _put(stored: StoredTokens, codes: torch.Tensor, scales: torch.Tensor, pages: torch.Tensor,
+         tokens: torch.Tensor) -> None:
+    assert stored.scales is not None
+    shape = len(pages), -1
+    stored.codes[pages, :, tokens] = codes.view(*shape, codes.shape[1])
+    stored.scales[pages, :, tokens] = scales.view(*shape, scales.shape[1])
+
+
+def _write_open(x: torch.Tensor, opened: OpenPages, page: int, positions: torch.Tensor) -> None:
+    """Write x, float32 [T, kv_heads, head_dim], to an open page; `positions` int64 [T]."""
+    rotated = rotate(x.double()).float()
+    for stored, rows, tokens in (
+        (opened.tokens, rotated, positions % PAGE_LEN),
+        (opened.first, rotated[positions == 0], positions[positions == 0]),
+    ):
+        if not len(rows):
+            continue
+        pages = torch.full_like(tokens, page)
+        if stored.scales is None:
+            codes = reference_fp16.encode(rows.flatten(0, 1)).view(rows.shape)
+            stored.codes[pages, :, tokens] = codes
+        else:
+            _put(stored, *quantize_plainly(rows.flatten(0, 1)), pages, tokens)
 
 
 def write_cache(k: torch.Tensor, v: torch.Tensor, layer: CacheLayer, batch: Batch) -> None:
     """Define `Ops.write_cache`."""
-    kind = layer.cache_type
     for s in range(batch.num_sequences):
         first, end, past = _bounds(batch, s)
         pages, tokens = _pages_and_tokens(batch, s, past, past + end - first)
-        _write(k[first:end], layer.k_codes, layer.k_scales, kind.k_bits, pages, tokens)
-        _write(v[first:end], layer.v_codes, layer.v_scales, kind.v_bits, pages, tokens)
+        for x, stored, opened in (
+            (k[first:end], layer.keys, layer.k_open), (v[first:end], layer.values, layer.v_open)
+        ):
+            _write(x, stored, pages, tokens)
+            if opened is not None:
+                assert batch.open_pages is not None
+                assert past // PAGE_LEN == (past + end - first - 1) // PAGE_LEN, "rows of two pages"
+                positions = torch.arange(past, past + end - first)
+                _write_open(x, opened, int(batch.open_pages[s]), positions)
 
 
-def _read(codes: torch.Tensor, scales: torch.Tensor | None, head_dim: int, bits: int,
-          pages: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Read tokens of pages, float64 [T, kv_heads, head_dim], rotated if the cache is."""
-    stored = codes[pages, :, tokens]
-    if bits == 32:
-        return stored.double()
-    if scales is None:
-        flat = reference_fp16.decode(stored.flatten(0, 1))
-        return flat.unflatten(0, stored.shape[:2]).double()
-    flat = dequantize(stored.flatten(0, 1), scales[pages, :, tokens].flatten(0, 1), head_dim, bits)
-    return flat.unflatten(0, stored.shape[:2]).double()
+def _read(stored: StoredTokens, head_dim: int, pages: torch.Tensor,
+          tokens: torch.Tensor) -> torch.Tensor:
+    """Read tokens of pages, float64 [T, kv_heads, head_dim], rotated if they are stored so."""
+    codes = stored.codes[pages, :, tokens]
+    if stored.bits == 32:
+        return codes.double()
+    flat = codes.flatten(0, 1)
+    if stored.scales is None:
+        vectors = reference_fp16.decode(flat)
+    else:
+        scales = stored.scales[pages, :, tokens].flatten(0, 1)
+        vectors = dequantize(flat, scales, head_dim, stored.bits)
+    return vectors.unflatten(0, codes.shape[:2]).double()
+
+
+def _read_sequence(stored: StoredTokens, opened: OpenPages | None, head_dim: int, batch: Batch,
+                   sequence: int, start: int, total: int) -> torch.Tensor:
+    """Read positions start to total of a sequence, float64 [total - start, kv_heads, head_dim]."""
+    vectors = _read(stored, head_dim, *_pages_and_tokens(batch, sequence, start, total))
+    if opened is None:
+        return vectors
+    assert batch.open_pages is not None
+    first_open = int(batch.past_len[sequence]) // PAGE_LEN * PAGE_LEN
+    page = int(batch.open_pages[sequence])
+    positions = torch.arange(max(start, first_open), total)
+    pages = torch.full_like(positions, page)
+    vectors[positions - start] = _read(opened.tokens, head_dim, pages, positions % PAGE_LEN)
+    if start == 0 and first_open > 0:
+        vectors[:1] = _read(opened.first, head_dim, torch.tensor([page]), torch.tensor([0]))
+    return vectors
 
 
 def attention(q: torch.Tensor, layer: CacheLayer, batch: Batch, shape: AttentionShape,
@@ -79,9 +135,9 @@ def attention(q: torch.Tensor, layer: CacheLayer, batch: Batch, shape: Attention
         first, end, past = _bounds(batch, s)
         total = past + end - first
         start = max(0, past + 1 - shape.sliding_window) if shape.sliding_window else 0
-        indices = _pages_and_tokens(batch, s, start, total)
-        k = _read(layer.k_codes, layer.k_scales, shape.head_dim, kind.k_bits, *indices)
-        v = _read(layer.v_codes, layer.v_scales, shape.head_dim, kind.v_bits, *indices)
+        where = shape.head_dim, batch, s, start, total
+        k = _read_sequence(layer.keys, layer.k_open, *where)
+        v = _read_sequence(layer.values, layer.v_open, *where)
         rows = q[first:end].double()
         added = _bias_scores(rows, layer.key_bias, batch, s, range(start, total), shape)
         rotated = rotate(rows) if kind.k_rotated else rows

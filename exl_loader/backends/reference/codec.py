@@ -24,6 +24,9 @@ The codebooks were found by Lloyd's iteration with this search (`tools/fit_codeb
 data were rotated normal vectors, and rotated normal vectors with 3, 5 or 8 outlier channels
 (factors 20 to 40). The error of each kind of data was counted relative to its own norm.
 
+The newest page of a running sequence is stored in more bits as well (`cache/layout.py`): rotated
+vectors in 16 bits as in `fp16.py`, or in 8 bits with the scale of `quantize_plainly`.
+
 Bytes: the codes of a group are split into bit planes, 8 = (8), 6 = (4 high, 2 low), 4 = (4).
 Byte i of a plane of w bits holds elements i, i + m, i + 2m, ... starting at its lowest bits,
 where m is the plane's length in bytes. So a whole register is unpacked with one shift.
@@ -213,6 +216,32 @@ def quantize(y: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     groups = [search_groups(part, bits) for part in y.split(group_sizes(y.shape[1]), dim=1)]
     codes = torch.cat([pack_codes(group.codes, bits) for group in groups], dim=1)
     return codes, torch.cat([group.scales for group in groups], dim=1)
+
+
+def quantize_plainly(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise rotated vectors to 8 bits without a search, as open pages are written.
+
+    The scale of a group is its element of largest magnitude, negated, because the lowest level
+    is -1 and the highest 127/128. The search would take longer than that of 4-bit codes.
+
+    Args:
+        y: float32 [n, head_dim].
+
+    Returns:
+        As `quantize` with 8 bits.
+    """
+    codes, scales = [], []
+    for group in y.split(group_sizes(y.shape[1]), dim=1):
+        place = group.abs().argmax(dim=1, keepdim=True)
+        half = _as_half(-group.gather(1, place), 0, 8)
+        finite = group.isfinite().all(dim=1, keepdim=True)
+        half = torch.where(finite, half, torch.nan)
+        exact = half.float()
+        inverse = torch.where(finite & (exact != 0), 128 / exact, 0.0)
+        steps = (group * inverse).nan_to_num(0.0).round().clamp(-128, 127) + 128
+        codes.append(pack_codes(steps.to(torch.uint8), 8))
+        scales.append(half)
+    return torch.cat(codes, dim=1), torch.cat(scales, dim=1)
 
 
 def dequantize(
