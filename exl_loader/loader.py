@@ -253,9 +253,17 @@ class _WeightReader:
         from .model.forward import Model
 
         parts = placed.parts
+        workspaces = {
+            device: self._views("workspace", prefix, device)
+            for device in parts.device_map.devices
+        }
         cache = PagedCache.from_views(
             self._views("cache", prefix), "cache", self.cache_type,
-            parts.config.num_hidden_layers, placed.ctx_size,
+            [
+                (workspaces[stage.device], index)
+                for stage in parts.stages() for index in range(len(stage.layers))
+            ],
+            placed.ctx_size,
         )
         views = self._views("weights", prefix) | self._views("embedding", prefix)
         total = sum(spec.nbytes for spec in parts.specs())
@@ -266,10 +274,6 @@ class _WeightReader:
             upload_buffers(self.ops, self.buffers),
         ):
             parts.load(placed.checkpoint, views, self.ops, advance)
-        workspaces = {
-            device: self._views("workspace", prefix, device)
-            for device in parts.device_map.devices
-        }
         rooms = {
             device: self.buffers.whole("loras", device)
             for device, nbytes in placed.rooms.items() if nbytes

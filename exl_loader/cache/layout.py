@@ -34,7 +34,7 @@ verification without rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -184,49 +184,48 @@ def cache_specs(
     specs: list[TensorSpec] = []
     for layer, device in enumerate(devices):
         for role, bits in (("k", cache_type.k_bits), ("v", cache_type.v_bits)):
-            specs += _tensor_specs(f"cache.{layer}.{role}", tokens, config.head_dim, bits, device)
+            shapes = _tensor_shapes(f"cache.{layer}.{role}", tokens, config.head_dim, bits)
+            specs += [
+                TensorSpec(name, "cache", dtype, shape, device)
+                for name, (dtype, shape) in shapes.items()
+            ]
     return specs
 
 
-def open_page_specs(
-    config: ModelConfig, num_open_pages: int, cache_type: CacheType, device_map: DeviceMap
-) -> list[TensorSpec]:
-    """List the tensors of open pages, `open_page.{layer}.*` and `first.{layer}.*`.
+def open_page_shapes(
+    config: ModelConfig, num_layers: int, num_open_pages: int, cache_type: CacheType
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return dtype and shape of the tensors of a device's open pages, `open.*`.
 
     They are part of the workspace, so that the pages of all types have sizes in the ratio of
-    their bits.
+    their bits. The first dimension is the layer, by its place on the device.
 
     Args:
-        config: as for `cache_specs`.
-        num_open_pages: sequences that may run at once; 0 for no open pages.
+        config: gives num_key_value_heads and head_dim.
+        num_layers: decoder layers on the device.
+        num_open_pages: sequences that may run at once.
         cache_type: how keys and values are stored.
-        device_map: the device of each layer.
     """
-    heads = config.num_key_value_heads
-    specs: list[TensorSpec] = []
-    for layer, device in enumerate(device_map.layers):
-        for name, length in (("open_page", PAGE_LEN), ("first", 1)):
-            for role, bits in (("k", cache_type.k_bits), ("v", cache_type.v_bits)):
-                if num_open_pages and open_bits(bits):
-                    specs += _tensor_specs(
-                        f"{name}.{layer}.{role}", (num_open_pages, heads, length),
-                        config.head_dim, open_bits(bits), device, "workspace",
-                    )
-    return specs
+    heads, shapes = config.num_key_value_heads, {}
+    for name, length in (("open", PAGE_LEN), ("open.first", 1)):
+        for role, bits in (("k", cache_type.k_bits), ("v", cache_type.v_bits)):
+            if open_bits(bits):
+                tokens = num_layers, num_open_pages, heads, length
+                shapes |= _tensor_shapes(
+                    f"{name}.{role}", tokens, config.head_dim, open_bits(bits)
+                )
+    return shapes
 
 
-def _tensor_specs(
-    prefix: str, tokens: tuple[int, ...], head_dim: int, bits: int, device: str,
-    segment: str = "cache",
-) -> Iterator[TensorSpec]:
+def _tensor_shapes(
+    prefix: str, tokens: tuple[int, ...], head_dim: int, bits: int
+) -> dict[str, tuple[str, tuple[int, ...]]]:
     if bits in _UNPACKED_DTYPES:
-        shape = (*tokens, head_dim)
-        yield TensorSpec(f"{prefix}_codes", segment, _UNPACKED_DTYPES[bits], shape, device)
-        return
-    shape = (*tokens, code_bytes(head_dim, bits))
-    yield TensorSpec(f"{prefix}_codes", segment, "uint8", shape, device)
-    shape = (*tokens, num_groups(head_dim, bits))
-    yield TensorSpec(f"{prefix}_scales", segment, "float16", shape, device)
+        return {f"{prefix}_codes": (_UNPACKED_DTYPES[bits], (*tokens, head_dim))}
+    return {
+        f"{prefix}_codes": ("uint8", (*tokens, code_bytes(head_dim, bits))),
+        f"{prefix}_scales": ("float16", (*tokens, num_groups(head_dim, bits))),
+    }
 
 
 @dataclass(eq=False)
@@ -303,31 +302,20 @@ class CacheLayer:
     key_bias: KeyBias | None = None
     native: Any = field(default=None, compare=False, repr=False)
 
-    @classmethod
-    def from_views(
-        cls, views: Mapping[str, torch.Tensor], prefix: str, index: int, cache_type: CacheType
-    ) -> CacheLayer:
-        """Make a layer from the tensors that `cache_specs` and `open_page_specs` list.
+    def take_open_pages(self, views: Mapping[str, torch.Tensor], index: int) -> None:
+        """Take the layer's open pages from the tensors that `open_page_shapes` plans.
 
         Args:
-            views: the tensors by name.
-            prefix: before their names.
-            index: number of the layer.
-            cache_type: how keys and values are stored.
+            views: the device's tensors by name; without open pages nothing is taken.
+            index: the layer's place on its device.
         """
-        k, v = (
-            _stored(views, f"{prefix}cache.{index}.{role}", bits)
-            for role, bits in (("k", cache_type.k_bits), ("v", cache_type.v_bits))
+        self.k_open, self.v_open = (
+            OpenPages(_stored(views, f"open.{role}", index, bits),
+                      _stored(views, f"open.first.{role}", index, bits))
+            if f"open.{role}_codes" in views else None
+            for role, bits in (("k", open_bits(self.cache_type.k_bits)),
+                               ("v", open_bits(self.cache_type.v_bits)))
         )
-        k_open, v_open = (
-            OpenPages(
-                _stored(views, f"{prefix}open_page.{index}.{role}", open_bits(bits)),
-                _stored(views, f"{prefix}first.{index}.{role}", open_bits(bits)),
-            )
-            if f"{prefix}open_page.{index}.{role}_codes" in views else None
-            for role, bits in (("k", cache_type.k_bits), ("v", cache_type.v_bits))
-        )
-        return cls(k.codes, k.scales, v.codes, v.scales, cache_type, k_open, v_open)
 
     @property
     def keys(self) -> StoredTokens:
@@ -358,5 +346,10 @@ class CacheLayer:
                 opened.first.copy_tokens(source, target, 1)
 
 
-def _stored(views: Mapping[str, torch.Tensor], name: str, bits: int) -> StoredTokens:
-    return StoredTokens(views[f"{name}_codes"], views.get(f"{name}_scales"), bits)
+def _stored(
+    views: Mapping[str, torch.Tensor], name: str, index: int, bits: int
+) -> StoredTokens:
+    scales = views.get(f"{name}_scales")
+    return StoredTokens(
+        views[f"{name}_codes"][index], None if scales is None else scales[index], bits
+    )

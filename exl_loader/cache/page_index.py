@@ -118,7 +118,7 @@ class PageIndex:
         """
         best, longest = None, 0
         for page in self._children.get(key, ()):
-            common = _common_len(self._contents[page].ids, ids)
+            common = common_len(self._contents[page].ids, ids)
             if common > longest:
                 best, longest = page, common
         return best, longest
@@ -129,7 +129,8 @@ class PageIndex:
         return 0 if content is None else len(content.ids)
 
 
-def _common_len(a: Ids, b: Ids) -> int:
+def common_len(a: Ids, b: Ids) -> int:
+    """Return the length of the common beginning of two texts."""
     count = min(len(a), len(b))
     differ = a[:count] != b[:count]
     return int(differ.argmax()) if differ.any() else count

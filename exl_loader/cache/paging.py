@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from ..utils.errors import CacheFull
 from .layout import PAGE_LEN, CacheLayer, CacheType, pages_for
+from .open_pages import OpenPagePool
 from .page_index import Ids, Key, PageIndex, as_ids, next_key, root_key
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ class PagedSequence:
         pages: page numbers in the order of the text.
         past_len: number of tokens that the cache holds; the forward pass advances it.
         rope_len: the length that the text may reach, in tokens; it selects RoPE's frequencies.
+        open_page: number of its open page; None in a cache that has none.
+        missing_first: the first id, if its key and value are not yet with the open page because
+            the cache held the text's beginning; the next forward pass computes them first.
         keys: the root key, then the key of each full page that other sequences can find.
     """
 
@@ -33,6 +37,8 @@ class PagedSequence:
     past_len: int = 0
     rope_len: int = 0
     keys: list[Key] = field(default_factory=list)
+    open_page: int | None = None
+    missing_first: int | None = None
 
     @property
     def capacity(self) -> int:
@@ -49,6 +55,10 @@ class PagedCache:
     page agrees only in part, or is still being written, its agreeing tokens are copied.
     Therefore no sequence ever writes to a page that another sequence holds.
 
+    Where the layers have open pages, each sequence holds one. A page of which only the beginning
+    agrees is then copied only as far as some open page still has its tokens, because a row needs
+    those of its own page in more bits than pages have.
+
     Args:
         layers: the cache of each decoder layer.
         num_pages: number of pages of each layer.
@@ -61,11 +71,13 @@ class PagedCache:
         # In the order in which the pages will be lent.
         self._free = OrderedDict.fromkeys(range(num_pages))
         self._index = PageIndex(PAGE_LEN)
+        count = self.layers[0].num_open_pages if self.layers else 0
+        self._open_pages = OpenPagePool(count) if count else None
 
     @classmethod
     def from_views(
         cls, views: Mapping[str, torch.Tensor], prefix: str, cache_type: CacheType,
-        num_layers: int, ctx_size: int,
+        workspaces: Iterable[tuple[Mapping[str, torch.Tensor], int]], ctx_size: int,
     ) -> PagedCache:
         """Make a cache from the tensors that `layout.cache_specs` plans.
 
@@ -73,20 +85,27 @@ class PagedCache:
             views: the tensors by name.
             prefix: the first part of their names, such as `cache`.
             cache_type: how keys and values are stored.
-            num_layers: number of decoder layers.
+            workspaces: for each layer the tensors of its device's workspace by name, which have
+                its open pages, and its place on the device.
             ctx_size: number of tokens that the tensors have pages for.
         """
-        layers = [
-            CacheLayer(
+        layers = []
+        for i, workspace in enumerate(workspaces):
+            layer = CacheLayer(
                 k_codes=views[f"{prefix}.{i}.k_codes"],
                 k_scales=views.get(f"{prefix}.{i}.k_scales"),
                 v_codes=views[f"{prefix}.{i}.v_codes"],
                 v_scales=views.get(f"{prefix}.{i}.v_scales"),
                 cache_type=cache_type,
             )
-            for i in range(num_layers)
-        ]
+            layer.take_open_pages(*workspace)
+            layers.append(layer)
         return cls(layers, pages_for(ctx_size))
+
+    @property
+    def has_open_pages(self) -> bool:
+        """True if each sequence holds an open page."""
+        return self._open_pages is not None
 
     @property
     def num_free_pages(self) -> int:
@@ -109,15 +128,23 @@ class PagedCache:
             The sequence, which holds its pages until `release`.
 
         Raises:
-            CacheFull: too few pages are free; no page has been taken.
+            CacheFull: too few pages are free, or no open page; no page has been taken.
         """
         assert len(prompt_ids) <= num_tokens, (len(prompt_ids), num_tokens)
+        if self._open_pages is not None and not self._open_pages.num_free:
+            raise CacheFull(
+                "the cache has no open page for another text",
+                expected=f"fewer than {self._open_pages.count} texts at once",
+                actual=self._open_pages.count,
+                remedy="Load the model with a larger max_batch_size, or wait for other requests "
+                "to end",
+            )
         ids, root = as_ids(prompt_ids[:-1]), root_key(rope_class)
         shared, keys = self._index.full_pages(root, ids)
         for page in shared:
             self._hold(page)
         sequence = PagedSequence(shared, len(shared) * PAGE_LEN, num_tokens, [root, *keys])
-        source, count = self._index.nearest(sequence.keys[-1], ids[sequence.past_len :])
+        source, open_source, count = self._nearest(sequence.keys[-1], ids[sequence.past_len :])
         try:
             fresh = self._take(pages_for(num_tokens) - len(shared), num_tokens, source, count)
         except CacheFull:
@@ -125,6 +152,9 @@ class PagedCache:
             raise
         sequence.pages = [*shared, *fresh]
         self._copy(sequence, source, count)
+        if self._open_pages is not None:
+            sequence.open_page = self._open_pages.lend(open_source, count)
+            self._fill_open_page(sequence, open_source, ids)
         return sequence
 
     def advance(
@@ -146,7 +176,11 @@ class PagedCache:
             sequence.keys.append(key)
         sequence.past_len = max(sequence.past_len, first + len(shared) * PAGE_LEN)
         remaining = ids[len(shared) * PAGE_LEN :]
-        self._copy(sequence, *self._index.nearest(sequence.keys[-1], remaining))
+        source, open_source, count = self._nearest(sequence.keys[-1], remaining)
+        before = sequence.past_len
+        self._copy(sequence, source, count)
+        if sequence.open_page is not None and (shared or sequence.past_len > before):
+            self._fill_open_page(sequence, open_source, as_ids(prompt_ids))
 
     def commit(self, sequence: PagedSequence, ids: Sequence[int] | npt.NDArray[np.int64]) -> None:
         """Let other sequences find the tokens that this one has stored.
@@ -164,6 +198,8 @@ class PagedCache:
         if len(remaining):
             page = sequence.pages[len(sequence.keys) - 1]
             self._index.put(page, sequence.keys[-1], remaining)
+        if sequence.open_page is not None and len(stored) and sequence.missing_first is None:
+            self._commit_open_page(sequence, stored, is_new=known_len < len(stored))
 
     def release(self, sequence: PagedSequence) -> None:
         """Return the sequence's pages and empty it; a second call does nothing."""
@@ -171,14 +207,82 @@ class PagedCache:
         # beginning.
         for page in reversed(sequence.pages):
             self._drop_holder(page)
+        if self._open_pages is not None and sequence.open_page is not None:
+            self._open_pages.give_back(sequence.open_page)
         sequence.pages = []
         sequence.keys = []
         sequence.past_len = 0
+        sequence.open_page = sequence.missing_first = None
 
     def forget(self) -> None:
         """Forget what all pages hold, because the model has changed; no sequence holds a page."""
         assert len(self._free) == self.num_pages, "a sequence holds pages"
         self._index = PageIndex(PAGE_LEN)
+        if self._open_pages is not None:
+            self._open_pages.forget()
+
+    def _nearest(self, parent: Key, ids: Ids) -> tuple[int | None, int | None, int]:
+        """Find where the longest common beginning of a page with `ids` can be copied from.
+
+        Returns:
+            The page and the open page to copy from, and the number of tokens that agree.
+        """
+        source, count = self._index.nearest(parent, ids)
+        if self._open_pages is None or source is None:
+            return source, None, count
+        open_source, count = self._open_pages.nearest(parent, ids[:count])
+        return (source, open_source, count) if count else (None, None, 0)
+
+    def _fill_open_page(self, sequence: PagedSequence, source: int | None, ids: Ids) -> None:
+        """Bring to the sequence's open page what it holds of the text.
+
+        Args:
+            source: the open page with the tokens of the sequence's last page; None for none.
+            ids: the text.
+        """
+        pool, own = self._open_pages, sequence.open_page
+        assert pool is not None and own is not None
+        count = sequence.past_len % PAGE_LEN if source is not None else 0
+        first = (sequence.keys[0], int(ids[0])) if sequence.past_len else None
+        sequence.missing_first = None
+        with_first = None if first is None else pool.with_first(first)
+        if source is not None and source != own:
+            self._copy_open_page(source, own, count)
+        elif first is not None and pool.first_of(own) != first:
+            if with_first is None:
+                sequence.missing_first = first[1]
+            else:
+                self._copy_open_page(with_first, own, 0)
+        held = ids[sequence.past_len - count : sequence.past_len]
+        known = None if sequence.missing_first is not None else first
+        pool.put(own, sequence.keys[-1], held, known)
+
+    def _commit_open_page(self, sequence: PagedSequence, stored: Ids, is_new: bool) -> None:
+        """Let other sequences find the tokens of the open page.
+
+        A page that has just been filled stays in its open page as long as possible, and the
+        sequence goes on in another one. So the last pages of a text can be reused from any
+        token on, for example where an answer is generated again.
+
+        Args:
+            stored: the text as far as it is stored.
+            is_new: whether something was stored since the last call.
+        """
+        pool, own = self._open_pages, sequence.open_page
+        assert pool is not None and own is not None
+        first = sequence.keys[0], int(stored[0])
+        held = stored[(len(sequence.keys) - 1) * PAGE_LEN :]
+        if not len(held) and is_new and pool.num_free:
+            filled, own = own, pool.lend(None, 0)
+            self._copy_open_page(filled, own, 0)
+            pool.put(filled, sequence.keys[-2], stored[-PAGE_LEN:], first)
+            pool.give_back(filled)
+            sequence.open_page = own
+        pool.put(own, sequence.keys[-1], held, first)
+
+    def _copy_open_page(self, source: int, target: int, count: int) -> None:
+        for layer in self.layers:
+            layer.copy_open_page(source, target, count)
 
     def _commit_page(self, sequence: PagedSequence, index: int, page_ids: Ids) -> None:
         page, parent = sequence.pages[index], sequence.keys[-1]

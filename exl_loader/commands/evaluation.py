@@ -225,9 +225,15 @@ def run_lanes(
         assert isinstance(model, Model)
         lanes = [Lane(REFERENCE_TYPE, model, cache)]
         for other in planned.others:
+            views = {
+                name.removeprefix(f"{other}."): view
+                for name, view in buffers.views("cache").items()
+                if name.startswith(f"{other}.")
+            }
             own = PagedCache.from_views(
-                buffers.views("cache"), f"{other}.cache", other,
-                model.config.num_hidden_layers, loaded.ctx_size,
+                views, "cache", other,
+                [(views, index) for index in range(model.config.num_hidden_layers)],
+                loaded.ctx_size,
             )
             lanes.append(Lane(str(other), model.with_cache(own), own))
         yield from use(lanes)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..backends import backend_of
-from ..cache.layout import CacheType, cache_specs, pages_for
+from ..cache.layout import CacheType, cache_specs, open_page_shapes, pages_for
 from ..memory.reservation import LoadOptions, Reservation, plan
 from ..memory.reservation.budgets import chosen_devices
 from ..memory.segments import Segment, lay_out
@@ -105,7 +105,8 @@ def _check_workspace(
 ) -> None:
     """Refuse a type that needs more workspace than fp16, because all types share one workspace."""
     lent = reservation.devices[0]
-    chosen = {**options, "ctx_size": reservation.ctx_size}
+    # Their open pages are beside their caches.
+    chosen = {**options, "ctx_size": reservation.ctx_size, "cache_window": 0}
     for other in others:
         own = plan(model_dir, cache_type=other, **chosen).devices[0]
         if own.workspace_bytes > lent.workspace_bytes:
@@ -119,8 +120,12 @@ def _check_workspace(
 def _specs(
     config: ModelConfig, ctx_size: int, cache_type: CacheType, device: str
 ) -> list[TensorSpec]:
+    """List a cache's tensors, with an open page for the one text that runs."""
     where = DeviceMap.single(device, config.num_hidden_layers)
+    pages = cache_specs(config, pages_for(ctx_size), cache_type, where)
+    shapes = {spec.name: (spec.dtype, spec.shape) for spec in pages}
+    shapes |= open_page_shapes(config, config.num_hidden_layers, 1, cache_type)
     return [
-        TensorSpec(f"{cache_type}.{spec.name}", spec.segment, spec.dtype, spec.shape, device)
-        for spec in cache_specs(config, pages_for(ctx_size), cache_type, where)
+        TensorSpec(f"{cache_type}.{name}", "cache", dtype, shape, device)
+        for name, (dtype, shape) in shapes.items()
     ]

@@ -315,11 +315,12 @@ class Scheduler:
     def _chunk_end(self, past_len: int, count: int) -> int:
         """Return where the next chunk of `count` missing tokens ends.
 
-        If possible it is the end of a page, because only full pages are shared without a copy.
+        If possible it is the end of a page, because only full pages are shared without a copy,
+        and because rows of two pages take two passes where there are open pages.
         """
-        if count <= self.model.chunk_size:
+        if count <= self.model.chunk_size and not self.cache.has_open_pages:
             return past_len + count
-        end = past_len + self.model.chunk_size
+        end = past_len + min(count, self.model.chunk_size)
         page_end = end // PAGE_LEN * PAGE_LEN
         return page_end if page_end > past_len else end
 
@@ -351,7 +352,7 @@ class Scheduler:
         rows_left -= sum(job.num_sequences for job in jobs)
         drafts, wanted = [], {}
         for job in jobs:
-            limit = rows_left // job.num_sequences
+            limit = min(rows_left // job.num_sequences, _most_draft(job))
             lookup = min(job.settings.prompt_lookup_num_tokens, limit)
             draft = look_up(job.history, job.room_ahead(lookup))
             count = len(draft)
@@ -434,6 +435,16 @@ def _guided(job: Job, rows: list[LogitsRow], index: int) -> LogitsRow:
         return rows[index]
     negative = rows[len(rows) // 2 + index]
     return LogitsRow(guide(rows[index].values, negative.values, job.settings.guidance_scale))
+
+
+def _most_draft(job: Job) -> int:
+    """Return how many tokens after those of a job's texts can be run and taken back.
+
+    Where there are open pages they lie in one page, because the next page takes the place of the
+    one before.
+    """
+    lengths = [len(ids) for sequence, ids in job.texts if sequence.open_page is not None]
+    return min((PAGE_LEN - length % PAGE_LEN for length in lengths), default=PAGE_LEN)
 
 
 def _missing(sequence: PagedSequence, ids: Ids) -> list[int]:

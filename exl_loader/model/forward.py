@@ -7,7 +7,7 @@ of a step: what it writes for the operations and reads of them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,9 @@ from .top_logits_reader import TopLogitsReader
 if TYPE_CHECKING:
     from ..backends.cpu_access import Array
     from ..checkpoint.adapter import Adapter
+
+# A sequence, and the ids that follow its `past_len` tokens.
+Entry = tuple[PagedSequence, list[int]]
 
 # Recorded steps that are kept. Decoding needs one a batch size; the others are the odd last
 # chunks of prompts, which come again rarely and cost little compared with their own work.
@@ -118,7 +121,7 @@ class Model:
 
     def forward(
         self,
-        entries: Sequence[tuple[PagedSequence, list[int]]],
+        entries: Sequence[Entry],
         logits: LogitsMode = "last",
     ) -> torch.Tensor:
         """Run new tokens of one or several sequences and advance their `past_len`.
@@ -137,13 +140,16 @@ class Model:
             InvalidSettings: an id outside the vocabulary, or no ids.
             CacheFull: a sequence has too few pages.
         """
-        out = self._fetch(self._run(entries, logits, False))
-        _advance(entries)
-        return out
+        passes = _passes(entries)
+        if len(passes) == 1:
+            out = self._fetch(self._run(entries, logits, False))
+            _advance(entries)
+            return out
+        return self._forward_passes(entries, passes, logits)
 
     def forward_rows(
         self,
-        entries: Sequence[tuple[PagedSequence, list[int]]],
+        entries: Sequence[Entry],
         logits: LogitsMode = "last",
     ) -> list[LogitsRow]:
         """Do the same, and return one row at a time.
@@ -152,7 +158,7 @@ class Model:
             The rows, valid until the next call. If the device computes top logits, a row is
             copied to the CPU only when its values are read.
         """
-        if self._top_logits is None or logits == "none":
+        if self._top_logits is None or logits == "none" or len(_passes(entries)) > 1:
             return [LogitsRow(row) for row in self.forward(entries, logits).numpy()]
         on_device = self._run(entries, logits, True)
         found = self._top_logits.read(len(on_device), self.sampled_vocab_size)
@@ -162,8 +168,33 @@ class Model:
             for row, top_logits in enumerate(found)
         ]
 
+    def _forward_passes(
+        self, entries: Sequence[Entry], passes: Sequence[Sequence[Piece]], logits: LogitsMode
+    ) -> torch.Tensor:
+        """Do what `forward` does in several passes, each of which advances its sequences.
+
+        Returns:
+            As `forward`, but a tensor of its own, because a pass overwrites the logits of the one
+            before.
+        """
+        self._check(entries)
+        counts = [len(ids) if logits == "all" else 1 for _, ids in entries]
+        first_rows = [sum(counts[:i]) for i in range(len(entries))]
+        out = torch.empty(sum(counts) if logits != "none" else 0, self._logits.shape[1])
+        for pieces in passes:
+            ready = [piece.entry for piece in pieces]
+            on_device = self._run(ready, logits, False)
+            _advance(ready)
+            rows = self._fetch(on_device).split(
+                [len(ids) if logits == "all" else min(1, len(on_device)) for _, ids in ready]
+            )
+            for piece, found in zip(pieces, rows, strict=True):
+                target = first_rows[piece.index] + (piece.start if logits == "all" else 0)
+                out[target : target + len(found)] = found
+        return out
+
     def _run(
-        self, entries: Sequence[tuple[PagedSequence, list[int]]], logits: LogitsMode,
+        self, entries: Sequence[Entry], logits: LogitsMode,
         top_logits: bool,
     ) -> torch.Tensor:
         """Run a step, which may also compute the top logits of its rows.
@@ -175,6 +206,7 @@ class Model:
         assert 0 < len(entries) <= self.max_batch_size and num_rows <= self.chunk_size
         assert logits != "all" or num_rows <= self.logits_rows
         self._check(entries)
+        self._run_missing_firsts(entries)
         step = self._step(num_rows, len(entries), logits, top_logits)
         self._send_inputs(entries, step)
         if self._by_length:
@@ -182,6 +214,21 @@ class Model:
         for stage_step in step.stages:
             stage_step.run()
         return step.logits
+
+    def _run_missing_firsts(self, entries: Sequence[Entry]) -> None:
+        """Compute the first tokens that open pages lack, because a cache held the texts' beginning.
+
+        A first token depends on nothing else, so it is a text of its own here.
+        """
+        firsts: list[Entry] = []
+        for sequence, _ in entries:
+            if sequence.missing_first is not None:
+                text = replace(sequence, past_len=0, missing_first=None)
+                firsts.append((text, [sequence.missing_first]))
+        if firsts:
+            self._run(firsts, "none", False)
+        for sequence, _ in entries:
+            sequence.missing_first = None
 
     def _fetch(self, on_device: torch.Tensor, first: int = 0) -> torch.Tensor:
         """Copy rows of logits to the CPU, to the rows from `first` on."""
@@ -248,7 +295,7 @@ class Model:
         options = self._rope_options if rope is self.config.ropes[0] else {}
         return inv_freq(rope, rope_len, **options)
 
-    def _check(self, entries: Sequence[tuple[PagedSequence, list[int]]]) -> None:
+    def _check(self, entries: Sequence[Entry]) -> None:
         """Refuse what would make an operation read or write outside its tensors."""
         vocab_size = self.config.vocab_size
         for sequence, ids in entries:
@@ -271,7 +318,7 @@ class Model:
                     "tokens", actual=f"{pages * PAGE_LEN}", remedy="Load with a larger ctx_size",
                 )
 
-    def _send_inputs(self, entries: Sequence[tuple[PagedSequence, list[int]]], step: Step) -> None:
+    def _send_inputs(self, entries: Sequence[Entry], step: Step) -> None:
         """Tell every device what it needs to know of the step."""
         for inputs in self._inputs:
             inputs.begin()
@@ -284,7 +331,7 @@ class Model:
             inputs.send()
 
     def _write(
-        self, arrays: Mapping[str, Array], entries: Sequence[tuple[PagedSequence, list[int]]]
+        self, arrays: Mapping[str, Array], entries: Sequence[Entry]
     ) -> None:
         first = 0
         arrays["q_start"][0] = 0
@@ -296,11 +343,12 @@ class Model:
             if "head_rows" in arrays:
                 arrays["head_rows"][slot] = end - 1
             arrays["past_len"][slot] = past_len
+            arrays["open_pages"][slot] = sequence.open_page or 0
             pages = sequence.pages[: self._max_pages]
             arrays["page_table"][slot, : len(pages)] = pages
             first = end
 
-    def _write_frequencies(self, entries: Sequence[tuple[PagedSequence, list[int]]]) -> None:
+    def _write_frequencies(self, entries: Sequence[Entry]) -> None:
         for slot, (sequence, _) in enumerate(entries):
             if sequence.rope_len != self._slot_rope_len[slot]:
                 for rope in self._by_length:
@@ -310,7 +358,7 @@ class Model:
                             inputs.arrays[rope.frequencies_name][slot] = frequencies
                 self._slot_rope_len[slot] = sequence.rope_len
 
-    def _angles_by_length(self, entries: Sequence[tuple[PagedSequence, list[int]]]) -> None:
+    def _angles_by_length(self, entries: Sequence[Entry]) -> None:
         """Compute the angles of rows whose frequencies are those of their own sequence."""
         first = 0
         for slot, (_, ids) in enumerate(entries):
@@ -344,6 +392,41 @@ class Model:
         return Step(tuple(stages), out)
 
 
-def _advance(entries: Sequence[tuple[PagedSequence, list[int]]]) -> None:
+@dataclass(frozen=True)
+class Piece:
+    """A part of an entry of `Model.forward` whose rows lie in one page.
+
+    Args:
+        index: of the entry.
+        start: of its ids, the first of the piece.
+        entry: the sequence, and the ids of the piece.
+    """
+
+    index: int
+    start: int
+    entry: Entry
+
+
+def _passes(entries: Sequence[Entry]) -> list[list[Piece]]:
+    """Split entries into passes, in which the rows of a sequence with an open page lie in one page.
+
+    The next page takes the place of the one before.
+    """
+    passes: list[list[Piece]] = [[]]
+    for index, (sequence, ids) in enumerate(entries):
+        if sequence.open_page is None:
+            passes[0].append(Piece(index, 0, (sequence, ids)))
+            continue
+        start, place = 0, 0
+        while start < len(ids):
+            end = start + PAGE_LEN - (sequence.past_len + start) % PAGE_LEN
+            if place == len(passes):
+                passes.append([])
+            passes[place].append(Piece(index, start, (sequence, ids[start:end])))
+            start, place = end, place + 1
+    return passes
+
+
+def _advance(entries: Sequence[Entry]) -> None:
     for sequence, ids in entries:
         sequence.past_len += len(ids)

@@ -163,6 +163,7 @@ class Stage:
             # The first RoPE's, with which attention adds key biases.
             inv_freq=w["inv_freq"][:num_sequences] if "inv_freq" in w else None,
             rope_factor=self._rope_factors[0] if self._rope_factors else 1.0,
+            open_pages=w["open_pages"][:num_sequences],
         )
         views = StepViews(w, batch, config.hidden_size)
         recorder = Recorder()

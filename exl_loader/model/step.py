@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..backends import backend_of
 from ..backends.base import StepSizes
-from ..cache.layout import CacheType, pages_for
+from ..cache.layout import CacheType, open_page_shapes, pages_for
 from ..utils.table import DTYPE_BYTES, TensorSpec
 from .parts.part import merged
 
@@ -36,7 +36,8 @@ BLOCKS = "blocks"
 # What the CPU writes for a step. Neighbours in the workspace, so that one copy brings all of it
 # to a device.
 INPUTS = (
-    "ids", "positions", "q_start", "past_len", "page_table", "inv_freq", "inv_freq_1", "head_rows"
+    "ids", "positions", "q_start", "past_len", "page_table", "open_pages", "inv_freq",
+    "inv_freq_1", "head_rows",
 )
 
 
@@ -49,6 +50,7 @@ def workspace_specs(
     max_batch_size: int = DEFAULT_MAX_BATCH_SIZE,
     logits_rows: int | None = None,
     has_adapters: bool = False,
+    has_open_pages: bool = True,
 ) -> list[TensorSpec]:
     """List the workspace's tensors on every device.
 
@@ -61,6 +63,7 @@ def workspace_specs(
         logits_rows: most rows of logits of one step; at least `max_batch_size` are made. None
             for as many as the memory of the blocks holds, at most 32 and `chunk_size`.
         has_adapters: there is room for adapters, which are unquantised beside every layer.
+        has_open_pages: each sequence of a step has an open page in a quantised cache.
     """
     specs: list[TensorSpec] = []
     for stage in stages:
@@ -76,6 +79,14 @@ def workspace_specs(
             TensorSpec(name, "workspace", dtype, shape, stage.device)
             for name, (dtype, shape) in _stage_tensors(stage, sizes).items()
         ]
+        if has_open_pages:
+            opened = open_page_shapes(
+                stage.config, len(stage.layers), max_batch_size, cache_type
+            )
+            specs += [
+                TensorSpec(name, "workspace", dtype, shape, stage.device)
+                for name, (dtype, shape) in opened.items()
+            ]
         specs += [
             TensorSpec(name, "workspace", dtype, shape, stage.device, phase=(BLOCKS, phase))
             for phase, shapes in phases.items()
@@ -121,6 +132,7 @@ def _stage_tensors(stage: StageParts, sizes: StepSizes) -> Shapes:
         "q_start": ("int32", (sequences + 1,)),
         "past_len": ("int32", (sequences,)),
         "page_table": ("int32", (sequences, pages_for(sizes.ctx_size))),
+        "open_pages": ("int32", (sequences,)),
         **merged(rope.inputs(sequences) for rope in stage.ropes()),
     }
     if stage.head is not None:

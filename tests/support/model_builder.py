@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from exl_loader.cache.layout import CacheLayer, CacheType, cache_specs, pages_for
+from exl_loader.cache.layout import PAGE_LEN, CacheType, cache_specs, pages_for
 from exl_loader.cache.paging import PagedCache
 from exl_loader.checkpoint import Checkpoint
 from exl_loader.checkpoint.config import ModelConfig
@@ -17,8 +17,6 @@ from exl_loader.model.builder import build_parts
 from exl_loader.model.forward import Model
 from exl_loader.model.step import workspace_specs
 from exl_loader.utils.table import DeviceMap
-
-CACHE_TENSORS = ("k_codes", "k_scales", "v_codes", "v_scales")
 
 
 def build_model(
@@ -47,13 +45,15 @@ def build_model(
         with upload_buffers(on_device, buffers):
             weights = buffers.views("weights") | buffers.views("embedding")
             parts.load(checkpoint, weights, on_device)
-    views = buffers.views("cache")
-    layers = [
-        CacheLayer(*(views.get(f"cache.{i}.{name}") for name in CACHE_TENSORS), kind)
-        for i in range(config.num_hidden_layers)
-    ]
-    cache = PagedCache(layers, num_pages)
     workspaces = {name: buffers.views("workspace", name) for name in devices.devices}
+    cache = PagedCache.from_views(
+        buffers.views("cache"), "cache", kind,
+        [
+            (workspaces[stage.device], index)
+            for stage in parts.stages() for index in range(len(stage.layers))
+        ],
+        num_pages * PAGE_LEN,
+    )
     return Model(parts, workspaces, cache, on_device, **options), cache
 
 

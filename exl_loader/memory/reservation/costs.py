@@ -137,6 +137,7 @@ def _workspace(
         chunk_size=run.chunk_size,
         max_batch_size=run.max_batch_size,
         has_adapters=loras != NO_LORAS,
+        has_open_pages=run.has_open_pages,
     )
 
 
@@ -301,7 +302,7 @@ class LayerCosts:
             backend_of(device).kind,
             layers.stop == self.num_layers,
             frozenset(self._layer_kinds[layers.start : layers.stop]),
-            len(layers) if self._counts_layers else 0,
+            len(layers) if self._counts_layers or run.has_open_pages else 0,
             ctx_size,
             run,
         )

@@ -98,6 +98,9 @@ class LoadOptions:
         as_architecture: architecture to run a model of an unknown class as, with a warning, such
             as `LlamaForCausalLM`; refused for a known class but its own. It holds for a draft
             model whose class is unknown as well.
+        cache_window: 256 keeps the page that each running text is writing, its newest tokens up
+            to a multiple of 256, and its first token in 16 bits beside a quantised cache, in 8
+            bits beside 4-bit codes. 0 does not, which takes less memory and loses quality.
         replacing: of `plan` alone. Plan as if every model that this process has loaded had
             been unloaded.
         model_draft: folder of a smaller model with the same vocabulary that guesses how texts
@@ -152,6 +155,11 @@ class LoadOptions:
     max_batch_size: int = _option(
         DEFAULT_MAX_BATCH_SIZE, "most sequences in one forward pass", "N",
         unit="sequences", least=1, most=1 << 10,
+    )
+    cache_window: int = _option(
+        PAGE_LEN, "keep the newest tokens of each running text in more bits beside a quantised "
+        f"cache: {PAGE_LEN}, the page that is being written, or 0 for none", "N",
+        unit="tokens", least=0, most=PAGE_LEN, step=PAGE_LEN,
     )
     alpha_value: float = _option(
         1.0, "NTK factor of RoPE: about 2.6 for twice the model's own length", "N",
@@ -259,6 +267,11 @@ class LoadOptions:
             assert option.least is not None and option.most is not None
             check_integer(name, getattr(self, name), int(option.least), int(option.most))
         check_scaling(self.alpha_value, self.compress_pos_emb)
+        check_integer("cache_window", self.cache_window, 0, PAGE_LEN)
+        if self.cache_window not in (0, PAGE_LEN):
+            raise InvalidSettings(
+                "cache_window", expected=f"0 or {PAGE_LEN}", actual=self.cache_window
+            )
         if self.chunk_size < self.max_batch_size:
             raise InvalidSettings(
                 "chunk_size",
@@ -352,6 +365,7 @@ class SharedKeywords(TypedDict, total=False):
     embedding_device: str
     chunk_size: int
     max_batch_size: int
+    cache_window: int
     alpha_value: float
     compress_pos_emb: float
     as_architecture: str | None
@@ -381,3 +395,9 @@ class RunOptions:
     cache_type: CacheType
     chunk_size: int
     max_batch_size: int
+    cache_window: int = PAGE_LEN
+
+    @property
+    def has_open_pages(self) -> bool:
+        """True if the workspace has open pages."""
+        return self.cache_window > 0 and self.cache_type.has_open_pages

@@ -18,10 +18,10 @@ from ...checkpoint.model_class import has_unknown_class
 from ...utils.errors import InvalidSettings, shown
 from ...utils.setting_values import check_path
 from ...utils.table import SEGMENTS
-from ..segments import Segment
+from ..segments import Segment, align
 from .assignment import Assigner, DeviceShare
 from .budgets import Budget, budgets, main_memory_budget
-from .costs import NO_LORAS, LayerCosts, Loras, PlacedModel, segments_of
+from .costs import DRAFT_PREFIX, NO_LORAS, LayerCosts, Loras, PlacedModel, segments_of
 from .length import stretched_length
 from .options import DEFAULT_CTX_SIZE, LoadOptions, PlanKeywords, RunOptions
 from .records import DeviceReservation, Reservation
@@ -81,7 +81,8 @@ def planned(
     check_path("model_dir", model_dir, "folder")
     options.check()
     run = RunOptions(
-        CacheType.parse(options.cache_type), options.chunk_size, options.max_batch_size
+        CacheType.parse(options.cache_type), options.chunk_size, options.max_batch_size,
+        options.cache_window,
     )
     devices = budgets(options)
     in_main_memory = [one for one in devices if backend_of(one.device).is_main_memory]
@@ -145,6 +146,7 @@ def planned(
             model_draft=os.fspath(options.model_draft) if options.model_draft else None,
             ctx_size_draft=draft.ctx_size if draft is not None else 0,
             loras=dict(options.chosen_loras()),
+            cache_window=run.cache_window if run.has_open_pages else 0,
         )
         yield PlannedModel(reservation, model, tuple(segments.values()), draft)
 
@@ -256,4 +258,16 @@ def _record(
         draft_bytes=share.draft_bytes,
         embedding_bytes=share.embedding_bytes,
         lora_bytes=share.lora_bytes,
+        open_page_bytes=_open_page_bytes(segments.get((budget.device, "workspace"))),
+    )
+
+
+def _open_page_bytes(workspace: Segment | None) -> int:
+    """Return the bytes of the open pages in a workspace, a draft model's included."""
+    if workspace is None:
+        return 0
+    specs = (offset.spec for offset in workspace.offsets)
+    return sum(
+        align(spec.nbytes, spec.device) for spec in specs
+        if spec.name.removeprefix(DRAFT_PREFIX).startswith("open.")
     )

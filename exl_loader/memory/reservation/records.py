@@ -35,6 +35,8 @@ class DeviceReservation:
         embedding_bytes: the buffer of main memory with the token embedding of a model whose first
             layer is on a card. 0 where the embedding is a part of the weights.
         lora_bytes: the buffer with the room for LoRA adapters.
+        open_page_bytes: the part of the workspace with the newest tokens of running texts, which
+            a quantised cache keeps in more bits.
     """
 
     device: str
@@ -53,6 +55,7 @@ class DeviceReservation:
     draft_bytes: int = 0
     embedding_bytes: int = 0
     lora_bytes: int = 0
+    open_page_bytes: int = 0
 
     @property
     def has_layers(self) -> bool:
@@ -116,6 +119,7 @@ class Reservation:
         model_draft: the folder of the draft model; None without one.
         ctx_size_draft: tokens of context of the draft model; 0 without one.
         loras: folder -> scaling of the LoRA adapters to load with the model.
+        cache_window: as in `LoadOptions`; 0 where the cache is not quantised.
     """
 
     model_dir: str
@@ -135,6 +139,7 @@ class Reservation:
     model_draft: str | None = None
     ctx_size_draft: int = 0
     loras: dict[str, float] = field(default_factory=dict)
+    cache_window: int = 0
 
     @property
     def stretched_length(self) -> int:
