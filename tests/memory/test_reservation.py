@@ -127,7 +127,7 @@ def test_cache_bytes_are_exactly_the_bits_of_the_cache_type(config, ctx_size):
 def fits_somehow(folder: Path, ctx_size: int, names: list[str], limits: list[int]) -> bool:
     """Try every contiguous split, by laying out its whole table."""
     config = ModelConfig.from_dir(folder)
-    options = RunOptions(CacheType.parse("q4"), 64, LoadOptions().max_batch_size)
+    options = RunOptions(CacheType.parse("q4"), 64).at(512)
     cuts = range(config.num_hidden_layers + 1)
     with Checkpoint.open(folder) as checkpoint:
         for inner in itertools.combinations_with_replacement(cuts, len(names) - 1):

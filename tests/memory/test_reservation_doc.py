@@ -20,7 +20,8 @@ from support.sparse import LLAMA_2_7B, write_sparse_exl2
 DOCUMENT = REPO / "docs" / "reservation.md"
 CTX = 18432
 LAYERS, HIDDEN, INNER, VOCAB = 32, 4096, 11008, 32000
-ROWS, SEQUENCES, LOGITS_ROWS = 256, 8, 32
+# A text for each 4,096 tokens.
+ROWS, SEQUENCES, LOGITS_ROWS = 256, 4, 32
 # (inputs, outputs) of a layer's seven linears.
 LINEARS = [(HIDDEN, HIDDEN)] * 4 + [(HIDDEN, INNER)] * 2 + [(INNER, HIDDEN)]
 
@@ -64,16 +65,18 @@ def derived_rows(scratch_bytes: int) -> dict[str, int]:
             2 * ROWS + 72 * SEQUENCES + 64 * SEQUENCES + LOGITS_ROWS
         )
         + aligned(4 * (SEQUENCES + 1))
-        + aligned(4 * SEQUENCES),
+        + 2 * aligned(4 * SEQUENCES),
         "scratch": scratch_bytes,
     }
     names = list(rows)
     rows["weights"] = sum(rows[name] for name in names[:8])
     rows["workspace"] = sum(rows[name] for name in names[8:])
-    for bits in (4, 8):
+    in_open_pages = SEQUENCES * 257 * LAYERS * HIDDEN
+    for bits, opened in ((4, in_open_pages * 17 // 8), (8, in_open_pages * 32 // 8)):
         rows[f"cache in {bits} bits"] = elements * (2 * bits + 1) // 8
+        rows[f"open pages beside {bits} bits"] = opened
         rows[f"total in {bits} bits"] = (
-            rows["weights"] + rows["workspace"] + rows[f"cache in {bits} bits"]
+            rows["weights"] + rows["workspace"] + rows[f"cache in {bits} bits"] + opened
         )
     return rows
 
@@ -104,7 +107,9 @@ def test_the_plan_has_the_numbers_of_the_document(seven_b, bits):
     written, found = written_rows(), plan(seven_b, ctx_size=CTX, cache_type=f"q{bits}")
     assert found.weights_bytes == written["weights"]
     assert found.cache_bytes == written[f"cache in {bits} bits"]
-    assert found.workspace_bytes == written["workspace"]
+    (device,) = found.devices
+    assert device.open_page_bytes == written[f"open pages beside {bits} bits"]
+    assert found.workspace_bytes == written["workspace"] + device.open_page_bytes
     assert found.total_bytes == written[f"total in {bits} bits"]
 
 

@@ -94,6 +94,7 @@ class Assigner:
             A share for each device that holds a layer, in the order of the layers, of which the
             last may not fit. Then a share of main memory where it holds embeddings alone.
         """
+        run = run.at(ctx_size)
         costs = [partial(self._cost, budget, ctx_size, run) for budget in self._budgets]
         lent = [budget.lent_bytes for budget in self._budgets]
         ranges = split(costs, lent, self._model.num_layers)

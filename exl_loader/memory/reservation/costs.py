@@ -130,6 +130,7 @@ def _table(model: PlacedModel, run: RunOptions) -> list[TensorSpec]:
 def _workspace(
     stages: Iterable[StageParts], ctx_size: int, run: RunOptions, loras: Loras
 ) -> list[TensorSpec]:
+    assert run.max_batch_size is not None, "RunOptions.at was not called"
     return workspace_specs(
         stages,
         ctx_size=ctx_size,
@@ -264,6 +265,7 @@ class LayerCosts:
             self._adapted[kind] = [
                 adapted_parts(whole, adapter) for adapter, _ in self.loras.adapters
             ]
+        assert run.max_batch_size is not None
         rows = most_rows(run.chunk_size, run.max_batch_size)
         key = kind, layers, rows
         if key not in self._rooms:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, TypedDict
 
-from ...cache.layout import PAGE_LEN, CacheType
+from ...cache.layout import PAGE_LEN, CacheType, pages_for
 from ...checkpoint.config import ModelConfig
 from ...checkpoint.model_class import named_architecture
 from ...checkpoint.rope import MAX_FACTOR, MAX_POSITIONS, check_scaling
@@ -30,6 +30,10 @@ from .length import stretched_length
 
 # Most tokens of context where the user names none.
 DEFAULT_CTX_SIZE = 8192
+
+# With open pages, tokens of context for each text that may run at once, and the fewest texts.
+TOKENS_OF_A_TEXT = 4096
+LEAST_BATCH_SIZE = 2
 
 # A factor on an adapter that is no mistake is far smaller.
 MAX_SCALING = 1e4
@@ -92,7 +96,9 @@ class LoadOptions:
             name of that card puts the embedding there. A tied head that is not quantised, on the
             card of the first layer, is the embedding as well and takes no memory twice.
         chunk_size: most tokens in one forward pass; at least `max_batch_size`.
-        max_batch_size: most sequences in one forward pass.
+        max_batch_size: most sequences in one forward pass, and so most texts that run at once.
+            None means 8, or with open pages (`cache_window`) one for each 4,096 tokens of
+            ctx_size, from 2 to 8, so that their open pages stay small beside the cache.
         alpha_value: NTK factor of RoPE, which stretches the model's own length.
         compress_pos_emb: factor that positions are divided by, which stretches it too.
         as_architecture: architecture to run a model of an unknown class as, with a warning, such
@@ -152,8 +158,11 @@ class LoadOptions:
         DEFAULT_CHUNK_SIZE, "most tokens in one forward pass", "N",
         unit="tokens", least=1, most=1 << 16,
     )
-    max_batch_size: int = _option(
-        DEFAULT_MAX_BATCH_SIZE, "most sequences in one forward pass", "N",
+    max_batch_size: int | None = _option(
+        None,
+        f"most texts that run at once; by default {DEFAULT_MAX_BATCH_SIZE}, with a quantised "
+        f"cache one for each {TOKENS_OF_A_TEXT:,} tokens of context, from "
+        f"{LEAST_BATCH_SIZE} to {DEFAULT_MAX_BATCH_SIZE}", "N",
         unit="sequences", least=1, most=1 << 10,
     )
     cache_window: int = _option(
@@ -259,7 +268,9 @@ class LoadOptions:
             raise InvalidSettings(
                 "ctx_size", expected="a number of tokens or auto", actual=shown(self.ctx_size)
             )
-        counts = ["chunk_size", "max_batch_size", "ctx_size_draft", "draft_max"]
+        counts = ["chunk_size", "ctx_size_draft", "draft_max"]
+        if self.max_batch_size is not None:
+            counts.append("max_batch_size")
         if not (self.ctx_size is None or self.ctx_size == "auto"):
             counts.append("ctx_size")
         for name in counts:
@@ -272,7 +283,7 @@ class LoadOptions:
             raise InvalidSettings(
                 "cache_window", expected=f"0 or {PAGE_LEN}", actual=self.cache_window
             )
-        if self.chunk_size < self.max_batch_size:
+        if self.max_batch_size is not None and self.chunk_size < self.max_batch_size:
             raise InvalidSettings(
                 "chunk_size",
                 expected=f"at least max_batch_size ({self.max_batch_size}): one row a sequence",
@@ -364,7 +375,7 @@ class SharedKeywords(TypedDict, total=False):
     memory_limit: int | str | None
     embedding_device: str
     chunk_size: int
-    max_batch_size: int
+    max_batch_size: int | None
     cache_window: int
     alpha_value: float
     compress_pos_emb: float
@@ -390,12 +401,27 @@ class LoadKeywords(SharedKeywords, total=False):
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What decides the bytes of a run, apart from the model and its devices."""
+    """What decides the bytes of a run, apart from the model and its devices.
+
+    The options of the same names of `LoadOptions`; a max_batch_size of None stands for the number
+    that `at` chooses.
+    """
 
     cache_type: CacheType
     chunk_size: int
-    max_batch_size: int
+    max_batch_size: int | None = None
     cache_window: int = PAGE_LEN
+
+    def at(self, ctx_size: int) -> RunOptions:
+        """Return the options with the max_batch_size for a context of `ctx_size` tokens."""
+        if self.max_batch_size is not None:
+            return self
+        most = DEFAULT_MAX_BATCH_SIZE
+        if self.has_open_pages:
+            # In whole pages, as the cache is planned.
+            tokens = pages_for(ctx_size) * PAGE_LEN
+            most = min(most, max(LEAST_BATCH_SIZE, tokens // TOKENS_OF_A_TEXT))
+        return replace(self, max_batch_size=min(most, self.chunk_size))
 
     @property
     def has_open_pages(self) -> bool:

@@ -116,6 +116,7 @@ def planned(
             _check_positions(
                 "ctx_size_draft", options.ctx_size_draft or ctx_size, draft_costs.config
             )
+        run = run.at(ctx_size)
         shares = assigner.assign(ctx_size, run)
         if embedding_card not in (None, shares[0].budget.device):
             raise _wrong_embedding_device(options, [shares[0].budget])
@@ -133,13 +134,16 @@ def planned(
             ctx_size=ctx_size,
             cache_type=str(run.cache_type),
             chunk_size=run.chunk_size,
-            max_batch_size=run.max_batch_size,
+            max_batch_size=run.max_batch_size or 0,
             devices=tuple(_record(share, segments) for share in shares),
             largest_ctx_size=largest,
             bytes_by_cache_type={
                 name: sum(
                     share.total_bytes
-                    for share in (shares if other == run else assigner.assign(ctx_size, other))
+                    for share in (
+                        shares if other.cache_type == run.cache_type
+                        else assigner.assign(ctx_size, other)
+                    )
                 )
                 for name, other in by_type.items()
             },
