@@ -156,6 +156,7 @@ def test_logits_after_reused_tokens_are_bit_identical(cache_type, stored, tiny_m
         while sequence.past_len < 310:
             chunk = text[sequence.past_len : min(310, sequence.past_len + 256)]
             model.forward([(sequence, chunk)], "none")
+            cache.commit(sequence, text)
         rows = [model.forward([(sequence, [i])]).clone() for i in text[310:]]
         cache.commit(sequence, text)
         cache.release(sequence)
