@@ -49,7 +49,7 @@ _FOLD_SCRIPT = _WRITE_SCRIPT.format(DETAILS_ELEM_ID, f"this.open?'{UNFOLDED}':''
 LENS_SHARE = 0.12
 
 # The model's own parts, which are enlarged below the bar.
-_MODEL_PARTS = ("weights", "cache", "workspace", "embedding", "loras")
+_MODEL_PARTS = ("weights", "cache", "open", "workspace", "embedding", "loras")
 
 # A part of a device's bar: class of its colour, name, bytes.
 Part = tuple[str, str, int]
@@ -278,7 +278,8 @@ def _parts(device: DeviceReservation) -> list[Part]:
         ("own", "This program", own_bytes),
         ("weights", "Weights", device.weights_bytes),
         ("cache", "Cache", device.cache_bytes),
-        ("workspace", "Workspace", device.workspace_bytes),
+        ("open", "Newest tokens", device.open_page_bytes),
+        ("workspace", "Workspace", device.workspace_bytes - device.open_page_bytes),
         ("embedding", "Embedding", device.embedding_bytes),
         ("loras", "LoRAs", device.lora_bytes),
     ]

@@ -10,7 +10,8 @@ from __future__ import annotations
 _LIGHT = """\
   --exl-text: #1f2430; --exl-soft: #5b6474; --exl-line: #d9dee7; --exl-card: #ffffff;
   --exl-track: #eceff4; --exl-weights: #4263eb; --exl-cache: #0c8599; --exl-workspace: #e8930c;
-  --exl-embedding: #2b8a3e; --exl-loras: #d6336c; --exl-overhead: #9c5fd4; --exl-other: #9aa4b2;
+  --exl-open: #15aabf; --exl-embedding: #2b8a3e; --exl-loras: #d6336c; --exl-overhead: #9c5fd4;
+  --exl-other: #9aa4b2;
   --exl-good: #237032; --exl-good-back: #ebfbee; --exl-bad: #c92a2a; --exl-bad-back: #fff0f0;
   --exl-accent: #3b5bdb;
   --exl-warn: #7a4d00; --exl-warn-back: #fff4d6;"""
@@ -18,7 +19,8 @@ _LIGHT = """\
 _DARK = """\
   --exl-text: #e8ebf1; --exl-soft: #a4adbd; --exl-line: #3b3e47; --exl-card: #1b1c20;
   --exl-track: #2a2c33; --exl-weights: #748ffc; --exl-cache: #3bc9db; --exl-workspace: #ffc14d;
-  --exl-embedding: #8ce99a; --exl-loras: #f783ac; --exl-overhead: #c99bf5; --exl-other: #6b7585;
+  --exl-open: #0b97a8; --exl-embedding: #8ce99a; --exl-loras: #f783ac; --exl-overhead: #c99bf5;
+  --exl-other: #6b7585;
   --exl-good: #69db7c; --exl-good-back: #17301f; --exl-bad: #ff8787; --exl-bad-back: #3a1d20;
   --exl-accent: #91a7ff;
   --exl-warn: #ffd43b; --exl-warn-back: #352c12;"""
@@ -72,6 +74,7 @@ _RULES = """\
 .exl-gauge .exl-cache { background: var(--exl-cache); }
 .exl-gauge .exl-workspace { background: var(--exl-workspace); }
 .exl-gauge .exl-embedding { background: var(--exl-embedding); }
+.exl-gauge .exl-open { background: var(--exl-open); }
 .exl-gauge .exl-loras { background: var(--exl-loras); }
 .exl-gauge .exl-overhead { background: var(--exl-overhead); }
 .exl-gauge .exl-own { background: color-mix(in srgb, var(--exl-weights) 35%, var(--exl-other)); }

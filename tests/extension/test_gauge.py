@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from exl_loader.memory.reservation import DeviceReservation, Reservation
+from exl_loader.utils.byte_counts import amount
 from exl_loader.utils.errors import KernelBuildError
 from extension.panel.gauge import (
     DETAILS_ELEM_ID,
@@ -354,3 +355,12 @@ def test_the_embedding_of_a_model_on_a_card_has_a_bar_of_main_memory():
     assert page.with_class("exl-embedding")
     styles = [bar["style"] for bar in page.with_class("exl-embedding") if "title" in bar]
     assert styles[0] == "width:3.125%"
+
+
+def test_the_newest_tokens_are_a_part_of_their_own():
+    """They are planned in the workspace, and are worth more than it to a person."""
+    opened = replace(device(), open_page_bytes=3 * GIB // 16)
+    words = Page(gauge_html(reservation(opened))).words
+    for name, nbytes in (("Newest tokens", 3 * GIB // 16), ("Workspace", GIB // 16)):
+        assert f"{name} {amount(nbytes)}" in " ".join(words.split()), words
+    assert "Newest tokens" not in Page(gauge_html(reservation())).words
