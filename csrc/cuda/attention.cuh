@@ -10,6 +10,44 @@
 
 namespace exl {
 
+// True if the layer has open pages. Rows then read the page of their own call, and position 0, in
+// more bits than the codes of the other pages have.
+__device__ __forceinline__ bool has_open_pages(const ExlCacheLayer& layer) {
+    return layer.k_open.tokens.codes != nullptr || layer.v_open.tokens.codes != nullptr;
+}
+// The first position of a sequence that is in its open page. All rows of a call lie in this page.
+__device__ __forceinline__ int first_open(const ExlBatch& batch, int sequence) {
+    return batch.past_len[sequence] / kPageLen * kPageLen;
+}
+// Where keys or values of the open page are stored: a half without open pages has them in its
+// pages.
+__device__ __forceinline__ ExlCacheHalf open_tokens(const ExlCacheHalf& half,
+                                                    const ExlOpenPages& open) {
+    return open.tokens.codes != nullptr ? open.tokens : half;
+}
+__device__ __forceinline__ ExlCacheHalf first_tokens(const ExlCacheHalf& half,
+                                                     const ExlOpenPages& open) {
+    return open.first.codes != nullptr ? open.first : half;
+}
+// Index of a position of the open page in open_tokens, or of position 0 in first_tokens.
+__device__ __forceinline__ int64_t open_token_index(const ExlBatch& batch,
+                                                    const ExlOpenPages& open, int sequence,
+                                                    int64_t num_kv_heads, int kv_head,
+                                                    int position) {
+    if (open.tokens.codes == nullptr) {
+        return token_index_of(batch, sequence, num_kv_heads, kv_head, position);
+    }
+    return (batch.open_pages[sequence] * num_kv_heads + kv_head) * kPageLen + position % kPageLen;
+}
+__device__ __forceinline__ int64_t first_token_index(const ExlBatch& batch,
+                                                     const ExlOpenPages& open, int sequence,
+                                                     int64_t num_kv_heads, int kv_head) {
+    if (open.first.codes == nullptr) {
+        return token_index_of(batch, sequence, num_kv_heads, kv_head, 0);
+    }
+    return batch.open_pages[sequence] * num_kv_heads + kv_head;
+}
+
 // Sequences with up to this number of rows are served by attention_decode.cu, longer ones by
 // prefill. The kernel of a row therefore depends only on its own sequence. Drafts may have this
 // number of rows and still give the same bits as single tokens.

@@ -23,6 +23,10 @@
 // pages of their kv_splits, the block handles them in two passes. A row's result therefore has
 // the same bits alone, in a batch, or among drafts.
 //
+// Open page: the last kv_split, by a loop of its own, because its keys and values have more bits
+// and another order of elements (queries follow it). Position 0 is attended there, too, and not
+// where its page is. The number of pages of the other kv_splits follows from those pages alone.
+//
 // If a row has several kv_splits, each stores its sums in `partials`, float32
 // [rows of the launch, num_heads, slots, head_dim + 2] (sums, largest, total). A counter
 // identifies the last block of a key/value head to finish; that block merges them in order.
@@ -31,9 +35,11 @@
 //
 // Shared memory: queries as B fragments [kHeadDim / 32][32 lanes] of 16 bytes; rows float32
 // [8, kHeadDim]; RowData; then per warp a ring of `units` slots, each for the keys or values of a
-// tile, reused by merge_warps; BiasMemory.
+// tile, reused by merge_warps; BiasMemory. Rings for an open page, of `open_warps` warps and
+// `open_units` slots, take the same memory.
 //
-// Preconditions: cache of 4, 6, 8 or 16 bits; `units` is 1, 2 or 4; counters are zero.
+// Preconditions: cache of 4, 6, 8 or 16 bits; `units` is 1, 2 or 4; counters are zero; with open
+// pages the rows of a sequence lie in one page.
 #include "cuda/decode_loop.cuh"
 
 namespace exl {

@@ -84,8 +84,25 @@ struct WarpRow {
     int sequence, kv_head, position;
     float largest, total;
 
-    __device__ __forceinline__ int64_t token_index(int token) const {
-        return token_index_of(call.batch, sequence, call.layer.num_kv_heads, kv_head, token);
+    // Where a token's keys or values are stored.
+    struct Place {
+        ExlCacheHalf half;
+        int64_t token_index;
+    };
+    __device__ Place place_of(const ExlCacheHalf& half, const ExlOpenPages& open,
+                              int token) const {
+        const int64_t heads = call.layer.num_kv_heads;
+        if (open.tokens.codes != nullptr) {
+            const int own_page = first_open(call.batch, sequence);
+            if (token >= own_page) {
+                return {open.tokens,
+                        open_token_index(call.batch, open, sequence, heads, kv_head, token)};
+            }
+            if (token == 0) {
+                return {open.first, first_token_index(call.batch, open, sequence, heads, kv_head)};
+            }
+        }
+        return {half, token_index_of(call.batch, sequence, heads, kv_head, token)};
     }
 
     // The contribution of the key bias to the dot product.
@@ -106,10 +123,10 @@ struct WarpRow {
             const int token = tile * 32 + lane;
             float score = -infinity();
             if (is_visible(position, token, sliding_window)) {
-                const int64_t index = token_index(token);
+                const Place key = place_of(call.layer.k, call.layer.k_open, token);
                 float dot = 0.0f;
                 for (int i = 0; i < head_dim; ++i) {
-                    dot = fmaf(query[i], element_at(call.layer.k, index, head_dim, i), dot);
+                    dot = fmaf(query[i], element_at(key.half, key.token_index, head_dim, i), dot);
                 }
                 score = transform((dot + bias_score(token)) * transform.factor);
             }
@@ -132,8 +149,10 @@ struct WarpRow {
                 const float token_weight = shfl(weight, j);
                 // The weight is 0 if the token is outside of the sliding window.
                 if (i < head_dim && token_weight != 0.0f) {
-                    const int64_t index = token_index(first_token + j);
-                    sum = fmaf(token_weight, element_at(call.layer.v, index, head_dim, i), sum);
+                    const Place value =
+                        place_of(call.layer.v, call.layer.v_open, first_token + j);
+                    sum = fmaf(token_weight,
+                               element_at(value.half, value.token_index, head_dim, i), sum);
                 }
             }
             if (i < head_dim) sums[i] = sum;

@@ -14,6 +14,9 @@
 // Elements stay in the order in which units are unpacked (element_of). Queries are stored in the
 // keys' order, and results are written back in the order of the head.
 //
+// The open page is attended last, in tiles of its own. Its elements are unpacked in the order of the
+// layer's codes. The first token replaces that of the tile of position 0.
+//
 // Tiles are at fixed positions of the sequence and tiles that a row does not see do not change
 // its sums, so a row's result does not depend on the other rows.
 //
@@ -23,7 +26,8 @@
 // packed codes and scales of a tile; BiasMemory. At the end float32 [warps][8][kHeadDim] over
 // all of it.
 //
-// Preconditions: cache of 4, 6, 8 or 16 bits; head_dim a multiple of 16, at most kHeadDim.
+// Preconditions: cache of 4, 6, 8 or 16 bits; head_dim a multiple of 16, at most kHeadDim; with open
+// pages the rows of a sequence lie in one page.
 #include "cuda/prefill_tile.cuh"
 
 namespace exl {
@@ -145,64 +149,136 @@ __device__ void store_rows(const AttentionCall& call, const PrefillRows& rows, i
     }
 }
 
+// Tokens of a tile of an open page. Its tokens have up to 2.5 times the bytes of the codes beside
+// it, so that such a tile hardly takes more shared memory than one of codes.
+EXL_HOST_DEVICE constexpr int open_tile(int tile) { return tile / 2; }
+
+// Copies packed tiles of kTile tokens, or of open_tile(kTile) tokens from `own_page` on, where the
+// open page begins. Without open pages own_page is `end`, the end of the tokens that the block sees.
+template <int kTile>
+struct PrefillCopies {
+    const AttentionCall& call;
+    const PrefillRows& rows;
+    uint8_t* packed;
+    int own_page, end;
+
+    // half, open: keys or values of the layer.
+    __device__ __forceinline__ void copy(const ExlCacheHalf& half, const ExlOpenPages& open,
+                                         int token) const {
+        const int head_dim = static_cast<int>(call.layer.head_dim);
+        const int64_t heads = call.layer.num_kv_heads;
+        if (token < min(own_page, end)) {
+            const int64_t token_index =
+                token_index_of(call.batch, rows.sequence, heads, rows.kv_head, token);
+            copy_tile(half, TileBytes(half.bits, head_dim), token_index, kTile, packed, threadIdx.x,
+                      blockDim.x);
+        } else if (token < end) {
+            const ExlCacheHalf tokens = open_tokens(half, open);
+            const int64_t token_index =
+                open_token_index(call.batch, open, rows.sequence, heads, rows.kv_head, token);
+            copy_tile(tokens, TileBytes(tokens.bits, head_dim), token_index, open_tile(kTile),
+                      packed, threadIdx.x, blockDim.x);
+        }
+        copy_async_commit();
+    }
+};
+
+// Expands a tile of keys or values from token `first` on.
+template <int kHeadDim, int kTile, bool kOpen, typename Copies>
+__device__ __forceinline__ void expand_half(const Copies& copies, const ExlCacheHalf& half,
+                                            const ExlOpenPages& open, int first,
+                                            const PrefillMemory<kHeadDim>& memory) {
+    const AttentionCall& call = copies.call;
+    const int head_dim = static_cast<int>(call.layer.head_dim);
+    const TileBytes bytes(kOpen ? open_tokens(half, open).bits : half.bits, head_dim);
+    expand_tile<kHeadDim, kTile, kOpen>(memory, bytes, half.bits, head_dim, copies.end - first);
+    if (!kOpen && first == 0 && open.first.codes != nullptr) {
+        const int64_t token_index = first_token_index(call.batch, open, copies.rows.sequence,
+                                                      call.layer.num_kv_heads, copies.rows.kv_head);
+        expand_first_token<kHeadDim>(memory, open.first, token_index, half.bits, head_dim);
+    }
+}
+
+// A warp's rows, and what their scores need.
+struct PrefillWarp {
+    const uint16_t* queries;
+    int low_row, high_row;  // positions; low_row > high_row beyond the last row
+    int positions[2];
+    float2 factors;
+};
+
+// Attends the tile of kTile tokens from `first` on, whose packed keys are on their way. kWaves:
+// tokens whose waves BiasMemory holds.
+template <int kHeadDim, int kTile, int kWaves, bool kOpen, typename Copies>
+__device__ __forceinline__ void attend_tile(const AttentionCall& call, const Copies& copies,
+                                            const PrefillMemory<kHeadDim>& memory, char* shared,
+                                            const PrefillWarp& warp,
+                                            const ScoreTransform& transform, int first,
+                                            PrefillSums<kHeadDim>& sums) {
+    const int sliding_window = static_cast<int>(call.shape.sliding_window);
+    float scores[kTile / 8][4];
+    copy_async_wait<0>();
+    block_sync();  // packed keys have arrived; the last values are no longer read
+    expand_half<kHeadDim, kTile, kOpen>(copies, call.layer.k, call.layer.k_open, first, memory);
+    block_sync();  // keys are unpacked; packed keys are no longer read
+    copies.copy(call.layer.v, call.layer.v_open, first);
+    multiply_keys<kHeadDim, kTile>(warp.queries, memory.tile, scores);
+    if (call.bias.num_pairs != 0) {
+        const int block_rows = static_cast<int>(blockDim.x) / 32 * kWarpRows;
+        add_bias<kTile, kWaves>(BiasMemory(call, shared, block_rows), first, scores);
+    }
+    const bool all = all_visible(warp.low_row, warp.high_row, first, kTile, sliding_window);
+    softmax_tile<kHeadDim, kTile>(scores, first, all, transform, sliding_window, warp.positions,
+                                  warp.factors, sums);
+    copy_async_wait<0>();
+    block_sync();  // packed values have arrived; keys are no longer read
+    expand_half<kHeadDim, kTile, kOpen>(copies, call.layer.v, call.layer.v_open, first, memory);
+    block_sync();  // values are unpacked; packed values are no longer read
+    copies.copy(call.layer.k, call.layer.k_open, first + kTile);
+    multiply_values<kHeadDim, kTile>(scores, memory.tile, sums.o);
+}
+
 template <int kHeadDim, int kTile>
 __device__ __forceinline__ void attention_prefill(const AttentionCall& call, char* shared) {
+    constexpr int kOpenTile = open_tile(kTile);
     const int block_rows = static_cast<int>(blockDim.x) / 32 * kWarpRows;
     const PrefillRows rows(call, block_rows);
     if (rows.first >= rows.count) return;
     const PrefillMemory<kHeadDim> memory(shared, block_rows, kTile);
-    const int head_dim = static_cast<int>(call.layer.head_dim);
     const int sliding_window = static_cast<int>(call.shape.sliding_window);
-    const TileBytes k_bytes(call.layer.k.bits, head_dim), v_bytes(call.layer.v.bits, head_dim);
-    const int last = rows.position(min(rows.first + block_rows, rows.count) - 1);
-    const int first_tile = first_visible(rows.position(rows.first), sliding_window) / kTile;
-    const auto copy = [&](const ExlCacheHalf& half, const TileBytes& bytes, int tile) {
-        if (tile * kTile <= last) {
-            const int64_t token_index = token_index_of(
-                call.batch, rows.sequence, call.layer.num_kv_heads, rows.kv_head, tile * kTile);
-            copy_tile(half, bytes, token_index, kTile, memory.packed, threadIdx.x, blockDim.x);
-        }
-        copy_async_commit();
-    };
-    copy(call.layer.k, k_bytes, first_tile);
+    const int end = rows.position(min(rows.first + block_rows, rows.count) - 1) + 1;
+    const int own_page = has_open_pages(call.layer) ? first_open(call.batch, rows.sequence) : end;
+    const int low = first_visible(rows.position(rows.first), sliding_window);
+    const PrefillCopies<kTile> copies{call, rows, memory.packed, own_page, end};
+    int first = low < own_page ? low / kTile * kTile : low / kOpenTile * kOpenTile;
+    copies.copy(call.layer.k, call.layer.k_open, first);
 
     const int warp_row = rows.first + warp_id() * kWarpRows;
     uint16_t* queries =
         memory.queries + warp_id() * kWarpRows * PrefillMemory<kHeadDim>::kStride;
     const BiasMemory bias(call, shared, block_rows);
-    const float2 factors = prepare_queries<kHeadDim>(call, rows, warp_row, queries, bias);
+    PrefillWarp warp;
+    warp.queries = queries;
+    warp.factors = prepare_queries<kHeadDim>(call, rows, warp_row, queries, bias);
     if (bias.pairs != 0) prepare_waves<kTile>(call.bias, rows.sequence, rows.kv_head, bias);
-    int positions[2];
     for (int i = 0; i < 2; ++i) {
         const int row = warp_row + lane_id() / 4 + 8 * i;
-        positions[i] = rows.exists(row) ? rows.position(row) : -1;
+        warp.positions[i] = rows.exists(row) ? rows.position(row) : -1;
     }
-    // A warp beyond the last row has low_row > high_row; its results are not stored.
-    const int low_row = rows.position(warp_row);
-    const int high_row = rows.position(min(warp_row + kWarpRows, rows.count) - 1);
+    // The results of a warp beyond the last row are not stored.
+    warp.low_row = rows.position(warp_row);
+    warp.high_row = rows.position(min(warp_row + kWarpRows, rows.count) - 1);
     const ScoreTransform transform(call.shape);
     PrefillSums<kHeadDim> sums;
-    for (int tile = first_tile; tile * kTile <= last; ++tile) {
-        const int end = last + 1 - tile * kTile;
-        float scores[kTile / 8][4];
-        copy_async_wait<0>();
-        block_sync();  // packed keys have arrived; the last values are no longer read
-        expand_tile<kHeadDim, kTile>(memory, k_bytes, call.layer.k.bits, head_dim, end);
-        block_sync();  // keys are unpacked; packed keys are no longer read
-        copy(call.layer.v, v_bytes, tile);
-        multiply_keys<kHeadDim, kTile>(queries, memory.tile, scores);
-        if (call.bias.num_pairs != 0) {
-            add_bias<kTile>(BiasMemory(call, shared, block_rows), tile * kTile, scores);
+    for (; first < min(own_page, end); first += kTile) {
+        attend_tile<kHeadDim, kTile, kTile, false>(call, copies, memory, shared, warp, transform,
+                                                   first, sums);
+    }
+    if (own_page < end) {
+        for (; first < end; first += kOpenTile) {
+            attend_tile<kHeadDim, kOpenTile, kTile, true>(call, copies, memory, shared, warp,
+                                                          transform, first, sums);
         }
-        const bool all = all_visible(low_row, high_row, tile * kTile, kTile, sliding_window);
-        softmax_tile<kHeadDim, kTile>(scores, tile * kTile, all, transform, sliding_window,
-                                      positions, factors, sums);
-        copy_async_wait<0>();
-        block_sync();  // packed values have arrived; keys are no longer read
-        expand_tile<kHeadDim, kTile>(memory, v_bytes, call.layer.v.bits, head_dim, end);
-        block_sync();  // values are unpacked; packed values are no longer read
-        copy(call.layer.k, k_bytes, tile + 1);
-        multiply_values<kHeadDim, kTile>(scores, memory.tile, sums.o);
     }
     block_sync();  // the last values are no longer read; rows overwrite them
     store_rows<kHeadDim>(call, rows, warp_row, sums,

@@ -74,29 +74,29 @@ struct Codebook {
     }
 };
 
-__device__ __forceinline__ uint32_t shared_word(const uint8_t* row, int offset) {
+__device__ __forceinline__ uint32_t load_word(const uint8_t* row, int offset) {
     return *reinterpret_cast<const uint32_t*>(row + offset);
 }
 
 // Unpacks half a unit, eight elements, to bytes in units of 1/128: plus 128, or signed if kFlip
-// is 0x80808080. row: a token's codes in shared memory.
+// is 0x80808080. row: a token's codes.
 template <int kBits, uint32_t kFlip = 0>
 __device__ __forceinline__ void unpack_half_unit(const uint8_t* row, int head_dim, int unit,
                                                  int half, const Codebook<kFlip>& codebook,
                                                  uint32_t (&levels)[2]) {
     if constexpr (kBits == 8) {
-        levels[0] = shared_word(row, unit * kUnit + half * 8) ^ kFlip;
-        levels[1] = shared_word(row, unit * kUnit + half * 8 + 4) ^ kFlip;
+        levels[0] = load_word(row, unit * kUnit + half * 8) ^ kFlip;
+        levels[1] = load_word(row, unit * kUnit + half * 8 + 4) ^ kFlip;
     } else if constexpr (kBits == 4) {
-        codebook.look_up(shared_word(row, unit * (kUnit / 2) + half * 4), levels);
+        codebook.look_up(load_word(row, unit * (kUnit / 2) + half * 4), levels);
     } else {
         // The plane of 4 bits of a group is followed by its plane of 2 bits, whose byte b has the
         // low bits of elements b, b + 8, b + 16, b + 24 (b, b + 4, ... in a short group).
         const int group = unit / 2;
         const bool whole = head_dim - group * kGroup >= kGroup;
         const int first = group * (kGroup * 6 / 8);
-        const uint32_t high = shared_word(row, first + unit % 2 * 8 + half * 4);
-        const uint32_t low = shared_word(row, whole ? first + 16 + half * 4 : first + 8);
+        const uint32_t high = load_word(row, first + unit % 2 * 8 + half * 4);
+        const uint32_t low = load_word(row, whole ? first + 16 + half * 4 : first + 8);
         const int field = whole ? unit % 2 : half;
         levels[0] = ((high << 4 & 0xF0F0F0F0u) | (low >> (2 * field) << 2 & 0x0C0C0C0Cu)) ^ kFlip;
         levels[1] = ((high & 0xF0F0F0F0u) | (low >> (2 * field + 2) & 0x0C0C0C0Cu)) ^ kFlip;
@@ -137,35 +137,79 @@ __device__ __forceinline__ float2 block_values(uint32_t codes, float factor) {
 
 // ---- Whole units ----
 
-// Expands a unit to eight pairs of float16, times unit_factor. row, scales: of a token, in shared
-// memory.
+// Converts sixteen codes of 16 bits to pairs of float16.
+__device__ __forceinline__ void expand_codes(const uint4& a, const uint4& b, float factor,
+                                             uint32_t (&pairs)[8]) {
+    const uint32_t codes[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const float2 values = block_values(codes[i], factor);
+        pairs[i] = floats_to_half2(values.x, values.y);
+    }
+}
+
+// Converts the levels of half a unit to pairs of float16.
+__device__ __forceinline__ void expand_levels(const uint32_t (&levels)[2], uint32_t scale, int half,
+                                              uint32_t (&pairs)[8]) {
+    const uint32_t twice = scale | scale << 16;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        pairs[4 * half + 2 * i] = h2_mul(low_levels(levels[i]), twice);
+        pairs[4 * half + 2 * i + 1] = h2_mul(high_levels(levels[i]), twice);
+    }
+}
+
+// Expands a unit to eight pairs of float16, times unit_factor. row, scales: of a token.
 template <int kBits>
 __device__ __forceinline__ void expand_unit(const uint8_t* row, const uint16_t* scales,
                                             int head_dim, int unit, uint32_t (&pairs)[8]) {
     if constexpr (kBits == 16) {
         const float factor = block_factor(row, unit);
         const auto* words = reinterpret_cast<const uint4*>(row + unit * (kUnit * 2));
-        const uint4 a = words[0], b = words[1];
-        const uint32_t codes[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            const float2 values = block_values(codes[i], factor);
-            pairs[i] = floats_to_half2(values.x, values.y);
-        }
+        expand_codes(words[0], words[1], factor, pairs);
     } else {
         const uint32_t scale = scales[unit / 2];
-        const uint32_t twice = scale | scale << 16;
         const Codebook<> codebook(scale);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             uint32_t levels[2];
             unpack_half_unit<kBits>(row, head_dim, unit, half, codebook, levels);
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                pairs[4 * half + 2 * i] = h2_mul(low_levels(levels[i]), twice);
-                pairs[4 * half + 2 * i + 1] = h2_mul(high_levels(levels[i]), twice);
-            }
+            expand_levels(levels, scale, half, pairs);
         }
+    }
+}
+
+// expand_unit for open pages beside codes of kBits: the elements of a unit are those of these
+// codes, in their order (element_of), and unit_factor is that of these codes.
+template <int kBits>
+__device__ __forceinline__ void expand_open_unit(const uint8_t* row, const uint16_t* scales,
+                                                 int head_dim, int unit, uint32_t (&pairs)[8]) {
+    // A unit of 4 or 6 bits has eight elements from `first` on, and eight more `apart` elements
+    // later.
+    const int group = unit / 2 * kGroup;
+    const bool whole = head_dim - group >= kGroup;
+    const int first = whole ? group + unit % 2 * 8 : group, apart = whole ? 16 : 8;
+    if constexpr (kBits == 4) {
+        // 8 bits, as pairs of an element and that `apart` elements later.
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const uint32_t low = load_word(row, first + half * 4);
+            const uint32_t high = load_word(row, first + apart + half * 4);
+            const uint32_t levels[2] = {byte_perm(low, high, 0x5140), byte_perm(low, high, 0x7362)};
+            expand_levels(levels, scales[unit / 2], half, pairs);
+        }
+    } else if constexpr (kBits == 6) {
+        // 16 bits, in turns of four elements.
+        const float factor = block_factor(row, unit) * kLevelUnit;
+        const uint4 low = *reinterpret_cast<const uint4*>(row + 2 * first);
+        const uint4 high = *reinterpret_cast<const uint4*>(row + 2 * (first + apart));
+        expand_codes(make_uint4(low.x, low.y, high.x, high.y),
+                     make_uint4(low.z, low.w, high.z, high.w), factor, pairs);
+    } else {
+        static_assert(kBits == 8);
+        const float factor = block_factor(row, unit) * kLevelUnit;
+        const auto* words = reinterpret_cast<const uint4*>(row + unit * (kUnit * 2));
+        expand_codes(words[0], words[1], factor, pairs);
     }
 }
 
@@ -194,6 +238,20 @@ __device__ __forceinline__ void copy_tile(const ExlCacheHalf& half, const TileBy
     const int scale_chunks = tokens * bytes.groups / 8;
     for (int i = thread; i < scale_chunks; i += threads) {
         copy_async16(shared_scales + 16 * i, scales + 16 * i);
+    }
+}
+
+// Starts copying one token to the place of the first of `tokens` tokens, by one warp.
+__device__ __forceinline__ void copy_token(const ExlCacheHalf& half, const TileBytes& bytes,
+                                           int64_t token_index, int tokens, uint8_t* shared) {
+    const auto* codes = static_cast<const uint8_t*>(half.codes) + token_index * bytes.codes;
+    for (int i = lane_id(); i < bytes.codes / 16; i += 32) {
+        copy_async16(shared + 16 * i, codes + 16 * i);
+    }
+    // Scales of one token are too few bytes for asynchronous copies.
+    auto* scales = reinterpret_cast<uint16_t*>(shared + tokens * bytes.codes);
+    for (int i = lane_id(); i < bytes.groups; i += 32) {
+        scales[i] = half.scales[token_index * bytes.groups + i];
     }
 }
 

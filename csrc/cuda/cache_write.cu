@@ -1,7 +1,8 @@
 // Writes keys and values into the cache: rotation, search of each group's scale, packing.
 //
 // Layout: input float32 [rows, kv_heads, head_dim]; output as ExlCacheLayer (cache_codec.h). The
-// reference codec in Python defines the search.
+// reference codec in Python defines the search. If a half has open pages, its rotated heads are
+// written there as well, without a search.
 //
 // Work per block: one head of one row, keys (even blocks in y) or values (odd ones). Its threads
 // rotate the head in shared memory. Work per warp: groups of 32 elements. In the search a lane is
@@ -249,6 +250,30 @@ __device__ void write_blocks(const float* x, int head_dim, int16_t* out) {
     }
 }
 
+// Writes one group in 8 bits without a search, by one warp; quantize_plainly in Python defines it.
+__device__ void write_group_plainly(const float* y, int head_dim, int group, uint8_t* codes,
+                                    uint16_t* scales) {
+    const int elements = min(kGroup, head_dim - group * kGroup);
+    const float value = y[group * kGroup + lane_id()];
+    const bool finite = ballot(fabsf(value) < infinity()) == 0xFFFFFFFFu;
+    // The first of the elements of largest magnitude, as in the reference.
+    const float magnitude = warp_max(fabsf(value));
+    const uint32_t largest = ballot(fabsf(value) == magnitude);
+    const float scale = -shfl(value, 31 - leading_zeros(largest & (0u - largest)));
+    const uint32_t bits = finite ? scale_bits<8>(scale, 0) : kHalfNaN;
+    const float exact = half_to_float(static_cast<uint16_t>(bits));
+    const float inverse = finite && exact != 0.0f ? 128.0f / exact : 0.0f;
+    const float steps = finite ? value * inverse : 0.0f;
+    const int code = round_int(fmaxf(-128.0f, fminf(127.0f, steps))) + 128;
+    if (lane_id() < padded_codes(elements)) {
+        // Codes that pad a short group are 0.
+        codes[group * kGroup + lane_id()] =
+            lane_id() < elements ? static_cast<uint8_t>(code) : uint8_t{0};
+    }
+    if (lane_id() == 0) scales[group] = static_cast<uint16_t>(bits);
+}
+
+// Ends with the rotated head in y.
 template <int kBits>
 __device__ void write_quantized(float* y, int head_dim, float* codebooks, uint8_t* codes,
                                 uint16_t* scales) {
@@ -260,6 +285,29 @@ __device__ void write_quantized(float* y, int head_dim, float* codebooks, uint8_
     for (int group = warp_id(); group < num_groups(head_dim, kBits); group += warps) {
         write_group<kBits>(y, head_dim, group, codebooks, codes, scales);
     }
+}
+
+// Writes a rotated head to token `token_index` of open pages or first tokens.
+__device__ __forceinline__ void write_open_token(const float* y, int head_dim,
+                                                 const ExlCacheHalf& open, int64_t token_index) {
+    auto* codes = static_cast<uint8_t*>(open.codes) + token_index * code_bytes(head_dim, open.bits);
+    if (open.bits == 16) return write_blocks(y, head_dim, reinterpret_cast<int16_t*>(codes));
+    const int groups = num_groups(head_dim, 8), warps = static_cast<int>(blockDim.x) / 32;
+    for (int group = warp_id(); group < groups; group += warps) {
+        write_group_plainly(y, head_dim, group, codes, open.scales + token_index * groups);
+    }
+}
+
+// Writes the block's rotated head to the open page, and position 0 as the first token as well. The
+// position is computed again, because keeping it would cost registers in the search.
+__device__ __forceinline__ void write_open(const float* y, const ExlCacheLayer& layer,
+                                           const ExlBatch& batch, const ExlOpenPages& open) {
+    const int head_dim = static_cast<int>(layer.head_dim), row = blockIdx.x;
+    const int sequence = sequence_of(batch, row);
+    const int position = batch.past_len[sequence] + row - batch.q_start[sequence];
+    const int64_t head = batch.open_pages[sequence] * layer.num_kv_heads + blockIdx.y / 2;
+    write_open_token(y, head_dim, open.tokens, head * kPageLen + position % kPageLen);
+    if (position == 0) write_open_token(y, head_dim, open.first, head);
 }
 
 // Rotates query heads from `first` on, one head per warp.
@@ -316,11 +364,13 @@ extern "C" __global__ void __launch_bounds__(kWriteThreads)
         return;
     }
     switch (half.bits) {
-        case 4: return write_quantized<4>(memory, head_dim, codebooks, codes, scales);
-        case 6: return write_quantized<6>(memory, head_dim, codebooks, codes, scales);
-        case 8: return write_quantized<8>(memory, head_dim, codebooks, codes, scales);
+        case 4: write_quantized<4>(memory, head_dim, codebooks, codes, scales); break;
+        case 6: write_quantized<6>(memory, head_dim, codebooks, codes, scales); break;
+        case 8: write_quantized<8>(memory, head_dim, codebooks, codes, scales); break;
         default: return write_blocks(memory, head_dim, reinterpret_cast<int16_t*>(codes));
     }
+    const ExlOpenPages open = blockIdx.y % 2 ? layer.v_open : layer.k_open;
+    if (open.tokens.codes != nullptr) write_open(memory, layer, batch, open);
 }
 EXL_KERNEL(cache_write_kernel);
 

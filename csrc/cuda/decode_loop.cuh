@@ -11,63 +11,112 @@ namespace exl {
 
 constexpr int kThreads = 256;
 
+// Tokens of a tile of an open page. Its tiles have more bytes a token than those of the codes
+// beside it; half as many tokens take no more shared memory. 16 are the fewest of a product.
+constexpr int kOpenTile = 16;
+
 // The ring of a warp: its tiles in order, keys and values in turn, `units` copies ahead.
-template <int kHeadDim, int kTile, bool kWhole>
+//
+// kOpen: the tiles of the open page. Position 0, if it is in another page, is in a tile of its own,
+// the last one of the last warp, which an open page needs last.
+template <int kHeadDim, int kTile, bool kWhole, bool kOpen>
 struct Ring {
     const AttentionCall& call;
     const RowGroup& group;
     TileBytes k_bytes, v_bytes;
     uint8_t* memory;
     int units, slot_bytes, first_tile, step, count;  // count: tiles of this warp
+    bool has_first_token;
 
-    __device__ __forceinline__ Ring(const AttentionCall& call, const RowGroup& group, int units,
-                                    uint8_t* rings)
+    __device__ __forceinline__ Ring(const AttentionCall& call, const DecodeLaunch& launch,
+                                    const RowGroup& group, uint8_t* rings)
         : call(call), group(group),
-          k_bytes(call.layer.k.bits, static_cast<int>(call.layer.head_dim)),
-          v_bytes(call.layer.v.bits, static_cast<int>(call.layer.head_dim)), units(units) {
+          k_bytes(half(call.layer.k, call.layer.k_open).bits,
+                  static_cast<int>(call.layer.head_dim)),
+          v_bytes(half(call.layer.v, call.layer.v_open).bits,
+                  static_cast<int>(call.layer.head_dim)),
+          units(kOpen ? launch.open_units : launch.units),
+          step(kOpen ? launch.open_warps : static_cast<int>(blockDim.x) / 32),
+          has_first_token(false) {
         slot_bytes = kTile * max(k_bytes.codes + 2 * k_bytes.groups,
                                  v_bytes.codes + 2 * v_bytes.groups);
         memory = rings + warp_id() * units * slot_bytes;
     }
+    static __device__ __forceinline__ ExlCacheHalf half(const ExlCacheHalf& half,
+                                                        const ExlOpenPages& open) {
+        return kOpen ? open_tokens(half, open) : half;
+    }
     // Starts on the tiles of tokens [first, end). The position of a tile alone decides its warp.
-    __device__ __forceinline__ void begin(int first, int end) {
-        step = static_cast<int>(blockDim.x) / 32;
+    __device__ __forceinline__ void begin(int first, int end, bool first_token = false) {
         const int tiles_begin = first / kTile, tiles_end = ceil_div(end, kTile);
         const int offset = (warp_id() - tiles_begin % step + step) % step;
         first_tile = tiles_begin + offset;
         count = first_tile < tiles_end ? ceil_div(tiles_end - first_tile, step) : 0;
+        if constexpr (kOpen) {
+            if (warp_id() >= step) count = 0;
+            has_first_token = first_token && warp_id() == step - 1;
+            count += has_first_token ? 1 : 0;
+        }
         for (int unit = 0; unit < units; ++unit) issue(unit);
     }
+    // True for the tile that has position 0 alone.
+    __device__ __forceinline__ bool is_first_token(int tile) const {
+        return kOpen && has_first_token && tile == count - 1;
+    }
     __device__ __forceinline__ int token(int tile) const {
-        return (first_tile + tile * step) * kTile;
+        return is_first_token(tile) ? 0 : (first_tile + tile * step) * kTile;
     }
     __device__ __forceinline__ uint8_t* slot(int unit) const {
         return memory + (unit & (units - 1)) * slot_bytes;
     }
     __device__ __forceinline__ void issue(int unit) {
         if (unit < 2 * count) {
-            const int64_t token_index =
-                token_index_of(call.batch, group.sequence, call.layer.num_kv_heads, group.kv_head,
-                               token(unit / 2));
-            if (unit % 2) {
-                copy(call.layer.v, v_bytes, token_index, slot(unit));
+            if constexpr (kOpen) {
+                if (unit % 2) {
+                    copy_open(call.layer.v, call.layer.v_open, v_bytes, unit);
+                } else {
+                    copy_open(call.layer.k, call.layer.k_open, k_bytes, unit);
+                }
             } else {
-                copy(call.layer.k, k_bytes, token_index, slot(unit));
+                const int64_t token_index =
+                    token_index_of(call.batch, group.sequence, call.layer.num_kv_heads,
+                                   group.kv_head, token(unit / 2));
+                if (unit % 2) {
+                    copy(call.layer.v, v_bytes, token_index, slot(unit));
+                } else {
+                    copy(call.layer.k, k_bytes, token_index, slot(unit));
+                }
             }
         }
         copy_async_commit();
     }
+    __device__ __forceinline__ void copy_open(const ExlCacheHalf& pages, const ExlOpenPages& open,
+                                              const TileBytes& bytes, int unit) {
+        const int64_t heads = call.layer.num_kv_heads;
+        if (is_first_token(unit / 2)) {
+            const int64_t token_index =
+                first_token_index(call.batch, open, group.sequence, heads, group.kv_head);
+            copy_token(first_tokens(pages, open), bytes, token_index, kTile, slot(unit));
+        } else {
+            const int64_t token_index = open_token_index(
+                call.batch, open, group.sequence, heads, group.kv_head, token(unit / 2));
+            copy(open_tokens(pages, open), bytes, token_index, slot(unit));
+        }
+    }
     static __device__ __forceinline__ void copy(const ExlCacheHalf& half, const TileBytes& bytes,
                                                 int64_t token_index, uint8_t* target) {
-        if constexpr (kWhole) {
+        if constexpr (!kWhole) {
+            copy_tile(half, bytes, token_index, kTile, target, lane_id(), 32);
+        } else if constexpr (kOpen) {
+            if (half.bits == 8) return copy_whole_tile<kTile, kHeadDim, 8>(half, token_index, target);
+            copy_whole_tile<kTile, kHeadDim, 16>(half, token_index, target);
+        } else {
             switch (half.bits) {
                 case 4: return copy_whole_tile<kTile, kHeadDim, 4>(half, token_index, target);
                 case 6: return copy_whole_tile<kTile, kHeadDim, 6>(half, token_index, target);
                 case 8: return copy_whole_tile<kTile, kHeadDim, 8>(half, token_index, target);
                 default: return copy_whole_tile<kTile, kHeadDim, 16>(half, token_index, target);
             }
-        } else {
-            copy_tile(half, bytes, token_index, kTile, target, lane_id(), 32);
         }
     }
     __device__ __forceinline__ Tile<kHeadDim, kTile, kWhole> wait(int unit) const {
@@ -96,12 +145,14 @@ __device__ __forceinline__ void score_tile(const Tile& tile, const uint4* querie
         score_tokens<kHeadDim, kBits>(tile, i * 16, queries, scores[i]);
     }
 }
-// Adds a tile's values. Tokens from `end` on were never written.
+// Adds a tile's values, of its tokens [begin, end). No row sees the others, and those from `end` on
+// were never written.
 template <int kHeadDim, int kTile, int kBits, typename Tile>
-__device__ __forceinline__ void weigh_tile(const Tile& tile, int end,
+__device__ __forceinline__ void weigh_tile(const Tile& tile, int begin, int end,
                                            const uint32_t (&weights)[kTile / 16][2],
                                            float (&o)[kHeadDim / 16][4]) {
-    if (end < kTile) clear_tokens<kTile, kBits>(tile, end);
+    if (end < kTile) clear_tokens<kBits>(tile, end, kTile);
+    if (begin > 0) clear_tokens<kBits>(tile, 0, begin);
     static_assert(kTile <= 32);
     // Not unrolled, because both halves at once would need more registers than a thread has.
 #pragma unroll 1
@@ -113,10 +164,11 @@ __device__ __forceinline__ void weigh_tile(const Tile& tile, int end,
     }
 }
 
-// Attends the tiles of a warp's ring.
-template <int kHeadDim, int kTile, bool kWhole>
+// Attends the tiles of a warp's ring. kWaves: tokens whose waves BiasMemory holds.
+template <int kHeadDim, int kTile, int kWaves, bool kWhole, bool kOpen>
 __device__ __forceinline__ void attend_tiles(const AttentionCall& call,
-                                             Ring<kHeadDim, kTile, kWhole>& ring, const Pass& pass,
+                                             Ring<kHeadDim, kTile, kWhole, kOpen>& ring,
+                                             const Pass& pass,
                                              const DecodeMemory<kHeadDim>& memory,
                                              DecodeSums<kHeadDim>& sums) {
     const ScoreTransform transform(call.shape);
@@ -125,25 +177,46 @@ __device__ __forceinline__ void attend_tiles(const AttentionCall& call,
         float scores[kTile / 16][4];
         uint32_t weights[kTile / 16][2];
         const auto keys = ring.wait(2 * tile);
-        switch (call.layer.k.bits) {
-            case 4: score_tile<kHeadDim, kTile, 4>(keys, memory.queries, scores); break;
-            case 6: score_tile<kHeadDim, kTile, 6>(keys, memory.queries, scores); break;
-            case 8: score_tile<kHeadDim, kTile, 8>(keys, memory.queries, scores); break;
-            default: score_tile<kHeadDim, kTile, 16>(keys, memory.queries, scores);
+        if constexpr (kOpen) {
+            if (ring.half(call.layer.k, call.layer.k_open).bits == 8) {
+                score_tile<kHeadDim, kTile, 8>(keys, memory.queries, scores);
+            } else {
+                score_tile<kHeadDim, kTile, 16>(keys, memory.queries, scores);
+            }
+        } else {
+            switch (call.layer.k.bits) {
+                case 4: score_tile<kHeadDim, kTile, 4>(keys, memory.queries, scores); break;
+                case 6: score_tile<kHeadDim, kTile, 6>(keys, memory.queries, scores); break;
+                case 8: score_tile<kHeadDim, kTile, 8>(keys, memory.queries, scores); break;
+                default: score_tile<kHeadDim, kTile, 16>(keys, memory.queries, scores);
+            }
         }
         ring.release(2 * tile);
         const int first = ring.token(tile);
-        if (call.bias.num_pairs != 0) add_bias<kHeadDim, kTile>(call, memory, first, scores);
-        const bool all = all_visible(pass.low_row, pass.high - 1, first, kTile, sliding_window);
-        softmax_tile<kHeadDim, kTile>(scores, first, all, transform, sliding_window, *memory.data,
-                                      sums, weights);
+        if (call.bias.num_pairs != 0) {
+            add_bias<kHeadDim, kTile, kWaves>(call, memory, first, scores);
+        }
+        // The open page's kv_split attends position 0.
+        const int begin = !kOpen && first == 0 && has_open_pages(call.layer) ? 1 : 0;
+        const int end = ring.is_first_token(tile) ? 1 : pass.high - first;
+        const bool all = begin == 0 && !ring.is_first_token(tile) &&
+                         all_visible(pass.low_row, pass.high - 1, first, kTile, sliding_window);
+        softmax_tile<kHeadDim, kTile>(scores, first, begin, end, all, transform, sliding_window,
+                                      *memory.data, sums, weights);
         const auto values = ring.wait(2 * tile + 1);
-        const int end = pass.high - first;
-        switch (call.layer.v.bits) {
-            case 4: weigh_tile<kHeadDim, kTile, 4>(values, end, weights, sums.o); break;
-            case 6: weigh_tile<kHeadDim, kTile, 6>(values, end, weights, sums.o); break;
-            case 8: weigh_tile<kHeadDim, kTile, 8>(values, end, weights, sums.o); break;
-            default: weigh_tile<kHeadDim, kTile, 16>(values, end, weights, sums.o);
+        if constexpr (kOpen) {
+            if (ring.half(call.layer.v, call.layer.v_open).bits == 8) {
+                weigh_tile<kHeadDim, kTile, 8>(values, begin, end, weights, sums.o);
+            } else {
+                weigh_tile<kHeadDim, kTile, 16>(values, begin, end, weights, sums.o);
+            }
+        } else {
+            switch (call.layer.v.bits) {
+                case 4: weigh_tile<kHeadDim, kTile, 4>(values, begin, end, weights, sums.o); break;
+                case 6: weigh_tile<kHeadDim, kTile, 6>(values, begin, end, weights, sums.o); break;
+                case 8: weigh_tile<kHeadDim, kTile, 8>(values, begin, end, weights, sums.o); break;
+                default: weigh_tile<kHeadDim, kTile, 16>(values, begin, end, weights, sums.o);
+            }
         }
         ring.release(2 * tile + 1);
     }
@@ -157,13 +230,28 @@ __device__ __forceinline__ void attend_kv_split(const AttentionCall& call,
                                                 const Pass& pass, int kv_split,
                                                 const DecodeMemory<kHeadDim>& memory) {
     const int length = pass.pages * kPageLen;
-    Ring<kHeadDim, kTile, kWhole> ring(call, group, launch.units, memory.ring);
-    ring.begin(max(kv_split * length, pass.low), min((kv_split + 1) * length, pass.high));
-    prepare_queries<kHeadDim, kTile>(call, launch, group, pass, memory);
+    const bool has_open = has_open_pages(call.layer), is_open = has_open && kv_split == pass.end - 1;
+    const int own_page = has_open ? first_open(call.batch, group.sequence) : pass.high;
+    Ring<kHeadDim, kTile, kWhole, false> ring(call, launch, group, memory.ring);
+    Ring<kHeadDim, kOpenTile, kWhole, true> open_ring(call, launch, group, memory.ring);
+    if (is_open) {
+        open_ring.begin(max(own_page, pass.low), pass.high, own_page > 0 && pass.low == 0);
+    } else {
+        ring.begin(max(kv_split * length, pass.low), min((kv_split + 1) * length, own_page));
+    }
+    const int k_bits = is_open ? open_tokens(call.layer.k, call.layer.k_open).bits
+                               : call.layer.k.bits;
+    prepare_queries<kHeadDim, kTile>(call, launch, group, pass, k_bits, memory);
     DecodeSums<kHeadDim> sums;
-    attend_tiles<kHeadDim, kTile, kWhole>(call, ring, pass, memory, sums);
+    if (is_open) {
+        attend_tiles<kHeadDim, kOpenTile, kTile, kWhole, true>(call, open_ring, pass, memory, sums);
+    } else {
+        attend_tiles<kHeadDim, kTile, kTile, kWhole, false>(call, ring, pass, memory, sums);
+    }
     merge_warps<kHeadDim>(sums, reinterpret_cast<float*>(memory.ring));
-    if (warp_id() == 0) spread_rows<kHeadDim>(call, sums, memory);
+    const int v_bits = is_open ? open_tokens(call.layer.v, call.layer.v_open).bits
+                               : call.layer.v.bits;
+    if (warp_id() == 0) spread_rows<kHeadDim>(call, v_bits, sums, memory);
 }
 
 // kWhole: heads have exactly kHeadDim elements. Values that are needed after a kv_split are

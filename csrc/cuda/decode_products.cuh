@@ -43,11 +43,11 @@ __device__ __forceinline__ BiasMemory bias_of(const AttentionCall& call,
     return {call, reinterpret_cast<char*>(memory.queries), kRows};
 }
 
-// Writes the rows of the pass as B fragments; other rows as zeros.
+// Writes the rows of the pass as B fragments, in the order of keys of `k_bits`; other rows as zeros.
 template <int kHeadDim, int kTile>
 __device__ __forceinline__ void prepare_queries(const AttentionCall& call,
                                                 const DecodeLaunch& launch, const RowGroup& group,
-                                                const Pass& pass,
+                                                const Pass& pass, int k_bits,
                                                 const DecodeMemory<kHeadDim>& memory) {
     const int warps = static_cast<int>(blockDim.x) / 32;
     for (int row = warp_id(); row < kRows; row += warps) {
@@ -64,7 +64,7 @@ __device__ __forceinline__ void prepare_queries(const AttentionCall& call,
         for (int i = 0; i < kHeadDim / 32; ++i) {
             memory.rows[row * kHeadDim + lane_id() + 32 * i] = x[i] * inverse;
         }
-        float factor = largest * ScoreTransform(call.shape).factor * key_unit(call.layer.k.bits);
+        float factor = largest * ScoreTransform(call.shape).factor * key_unit(k_bits);
         if (call.bias.num_pairs != 0) {
             const float* q = active ? query_of(call, group.q_first + group.token(row),
                                                group.head(row))
@@ -86,8 +86,7 @@ __device__ __forceinline__ void prepare_queries(const AttentionCall& call,
         const float* row = memory.rows + lane / 4 * kHeadDim;
         float x[2][4] = {};
         for (int i = 0; i < 8 && unit * kUnit < head_dim; ++i) {
-            x[i / 4][i % 4] =
-                row[element_of(call.layer.k.bits, head_dim, unit, lane % 2 * 8 + i)];
+            x[i / 4][i % 4] = row[element_of(k_bits, head_dim, unit, lane % 2 * 8 + i)];
         }
         const uint2 first = query_bytes(x[0]), second = query_bytes(x[1]);
         memory.queries[item] = make_uint4(first.x, second.x, first.y, second.y);
@@ -95,8 +94,9 @@ __device__ __forceinline__ void prepare_queries(const AttentionCall& call,
     block_sync();  // fragments are read by all threads
 }
 
-// Adds the contribution of the key bias to the scores of a tile.
-template <int kHeadDim, int kTile>
+// Adds the contribution of the key bias to the scores of a tile. kWaves: tokens whose waves
+// BiasMemory holds, at least those of a tile.
+template <int kHeadDim, int kTile, int kWaves>
 __device__ __forceinline__ void add_bias(const AttentionCall& call,
                                          const DecodeMemory<kHeadDim>& memory, int first_token,
                                          float (&scores)[kTile / 16][4]) {
@@ -112,7 +112,7 @@ __device__ __forceinline__ void add_bias(const AttentionCall& call,
 #pragma unroll 1
     for (int step = 0; step < bias.steps; ++step) {
         const RotatedFactors rows(bias.factors[step * 32 + lane], wave, step);
-        const uint4* waves = bias.waves + step * kTile * 4 + lane;
+        const uint4* waves = bias.waves + step * kWaves * 4 + lane;
 #pragma unroll
         for (int i = 0; i < kTile / 16; ++i) {
             const uint4 upper = waves[i * 64], lower = waves[i * 64 + 32];
@@ -352,11 +352,11 @@ __device__ __forceinline__ void weigh_tokens(const Tile& tile, int first_token,
     }
 }
 
-// Sets values that were never written to zero. Their weights are 0, but the values may be NaN.
-template <int kTile, int kBits, typename Tile>
-__device__ __forceinline__ void clear_tokens(const Tile& tile, int first) {
+// Sets values that no row sees to zero. Their weights are 0, but the values may be NaN.
+template <int kBits, typename Tile>
+__device__ __forceinline__ void clear_tokens(const Tile& tile, int first, int end) {
     const int head_dim = tile.head_dim();
-    for (int token = first; token < kTile; ++token) {
+    for (int token = first; token < end; ++token) {
         if constexpr (kBits == 16) {
             auto* codes = reinterpret_cast<uint16_t*>(tile.template row<16>(token));
             for (int i = lane_id(); i < head_dim; i += 32) codes[i] = 0;

@@ -18,6 +18,8 @@ struct DecodeLaunch {
     int32_t slots;          // partials of a row
     int32_t max_kv_splits;  // of a row, not counting one more that a sliding window may touch
     int32_t units;          // slots of a warp's ring: 1, 2 or 4
+    int32_t open_warps;     // warps of a block that attend an open page
+    int32_t open_units;     // slots of such a warp's ring
     int32_t heads_per_kv;   // query heads per key/value head
     int32_t groups;         // number of groups of 8 rows, per key/value head and sequence
 };
@@ -31,19 +33,26 @@ struct RowData {
     int32_t padding[3];
 };
 
-// The kv_splits of the tokens that a row sees.
+// The kv_splits of the tokens that a row sees. The open page, with the first token, is a kv_split of
+// its own, the last one.
 struct KvSplits {
     int pages;  // of one kv_split
     int first;  // number of the first kv_split, counted from the start of the sequence
     int count;
-    __device__ __forceinline__ KvSplits(int position, int sliding_window, int max_kv_splits) {
-        const unsigned low = first_visible(position, sliding_window), last = position;
-        const unsigned seen = (last - low + kPageLen) / kPageLen, limit = max_kv_splits;
+    __device__ __forceinline__ KvSplits(const AttentionCall& call, const DecodeLaunch& launch,
+                                        int position) {
+        const unsigned low = first_visible(position, static_cast<int>(call.shape.sliding_window));
+        const unsigned last = position, begin = low / kPageLen, end = last / kPageLen;
+        const bool open = has_open_pages(call.layer);
+        // Pages seen, and kv_splits for them, without the open page.
+        const unsigned seen = open ? end - begin : (last - low + kPageLen) / kPageLen;
+        const unsigned limit = launch.max_kv_splits - (open ? 1 : 0);
         const unsigned each = seen <= limit ? 1 : ceil_div(seen, limit);
-        const unsigned begin = low / kPageLen, end = last / kPageLen;
         pages = static_cast<int>(each);
         first = static_cast<int>(each == 1 ? begin : begin / each);
-        count = static_cast<int>(each == 1 ? end : end / each) - first + 1;
+        // An open page in the midst of a kv_split begins another one.
+        const unsigned last_split = each == 1 ? end : (end + (open ? each - 1 : 0)) / each;
+        count = static_cast<int>(last_split) - first + 1;
     }
 };
 
@@ -101,12 +110,12 @@ struct Pass {
         : low_row(index == 0 ? passes.low_row : passes.change) {
         const int high_row = index == 0 ? passes.change - 1 : passes.high_row;
         const int sliding_window = static_cast<int>(call.shape.sliding_window);
-        const KvSplits lowest(low_row, sliding_window, launch.max_kv_splits);
+        const KvSplits lowest(call, launch, low_row);
         pages = lowest.pages;
         first = lowest.first;
         end = lowest.first + lowest.count;
         if (high_row != low_row) {
-            const KvSplits highest(high_row, sliding_window, launch.max_kv_splits);
+            const KvSplits highest(call, launch, high_row);
             end = highest.first + highest.count;
         }
         low = first_visible(low_row, sliding_window);
@@ -118,17 +127,13 @@ __device__ __forceinline__ Passes::Passes(const AttentionCall& call, const Decod
                                           const RowGroup& group)
     : low_row(0), change(0), high_row(0), count(0), arrivals(0) {
     if (group.count <= 0) return;
-    const int sliding_window = static_cast<int>(call.shape.sliding_window);
     low_row = group.position(0);
     high_row = group.position(group.count - 1);
     change = high_row + 1;
     if (high_row != low_row) {
-        const int pages = KvSplits(low_row, sliding_window, launch.max_kv_splits).pages;
+        const int pages = KvSplits(call, launch, low_row).pages;
         change = low_row + 1;
-        while (change <= high_row &&
-               KvSplits(change, sliding_window, launch.max_kv_splits).pages == pages) {
-            ++change;
-        }
+        while (change <= high_row && KvSplits(call, launch, change).pages == pages) ++change;
     }
     count = change <= high_row ? 2 : 1;
     for (int i = 0; i < count; ++i) {
@@ -173,8 +178,7 @@ __device__ __forceinline__ void store_partials(const AttentionCall& call,
     for (int row = warp_id(); row < group.count; row += warps) {
         const int position = memory.data->positions[row];
         if (position < 0) continue;
-        const KvSplits kv_splits(position, static_cast<int>(call.shape.sliding_window),
-                                 launch.max_kv_splits);
+        const KvSplits kv_splits(call, launch, position);
         const int slot = kv_split - kv_splits.first;
         if (slot < 0 || slot >= kv_splits.count) continue;
         float x[kHeadDim / 32];
@@ -260,8 +264,7 @@ __device__ __forceinline__ void merge_kv_splits(const AttentionCall& call,
     if (threadIdx.x == 0) *counter = 0;
     const int warps = static_cast<int>(blockDim.x) / 32;
     for (int row = warp_id(); row < group.count; row += warps) {
-        const KvSplits kv_splits(group.position(row), static_cast<int>(call.shape.sliding_window),
-                                 launch.max_kv_splits);
+        const KvSplits kv_splits(call, launch, group.position(row));
         if (kv_splits.count > 1) {
             merge_kv_splits_of_row<kHeadDim>(call, launch, group, row, kv_splits.count);
         }

@@ -43,11 +43,12 @@ struct DecodeSums {
     }
 };
 
-// Turns the scores of a tile into weights, as B fragments of its groups of 16 tokens. all: every
-// row of the pass sees all of the tile.
+// Turns the scores of a tile into weights, as B fragments of its groups of 16 tokens. Rows see none
+// but the tile's tokens [begin, end). all: every row of the pass sees all of the tile.
 template <int kHeadDim, int kTile>
 __device__ __forceinline__ void softmax_tile(float (&scores)[kTile / 16][4], int first_token,
-                                             bool all, const ScoreTransform& transform,
+                                             int begin, int end, bool all,
+                                             const ScoreTransform& transform,
                                              int sliding_window, const RowData& data,
                                              DecodeSums<kHeadDim>& sums,
                                              uint32_t (&weights)[kTile / 16][2]) {
@@ -72,8 +73,9 @@ __device__ __forceinline__ void softmax_tile(float (&scores)[kTile / 16][4], int
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 const int row = 2 * t + j % 2, token = first_token + i * 16 + j / 2 * 8 + g;
+                const bool exists = token >= first_token + begin && token < first_token + end;
                 const bool visible = is_visible(data.positions[row], token, sliding_window);
-                if (!visible) scores[i][j] = -infinity();
+                if (!exists || !visible) scores[i][j] = -infinity();
             }
         }
     }
@@ -142,13 +144,17 @@ __device__ __forceinline__ void merge_warps(DecodeSums<kHeadDim>& sums, float* m
     }
 }
 
-// Writes warp 0's fragments to shared memory as rows.
+// Writes warp 0's fragments to shared memory as rows, times the unit_factor of the layer's values.
+// v_bits: of the values that were added.
 template <int kHeadDim>
-__device__ __forceinline__ void spread_rows(const AttentionCall& call, DecodeSums<kHeadDim>& sums,
+__device__ __forceinline__ void spread_rows(const AttentionCall& call, int v_bits,
+                                            DecodeSums<kHeadDim>& sums,
                                             const DecodeMemory<kHeadDim>& memory) {
     constexpr int kHalves = kHeadDim / 64;
     const int g = lane_id() / 4, t = lane_id() % 4;
     const int head_dim = static_cast<int>(call.layer.head_dim);
+    // Powers of two.
+    const float factor = unit_factor(call.layer.v.bits) / unit_factor(v_bits);
 #pragma unroll
     for (int mask = 4; mask < 32; mask *= 2) {
         sums.totals[0] += shfl_xor(sums.totals[0], mask);
@@ -161,8 +167,8 @@ __device__ __forceinline__ void spread_rows(const AttentionCall& call, DecodeSum
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             const int position_in_unit = half % 2 * 8 + i % 4 * 2 + j / 2;
-            const int element = element_of(call.layer.v.bits, head_dim, half / 2, position_in_unit);
-            memory.rows[(2 * t + j % 2) * kHeadDim + element] = sums.o[i][j];
+            const int element = element_of(v_bits, head_dim, half / 2, position_in_unit);
+            memory.rows[(2 * t + j % 2) * kHeadDim + element] = sums.o[i][j] * factor;
         }
     }
     if (g == 0) {

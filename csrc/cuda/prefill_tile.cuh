@@ -24,8 +24,19 @@ struct PrefillMemory {
           packed(reinterpret_cast<uint8_t*>(tile + tile_tokens * kStride)) {}
 };
 
-// Expands a packed tile to float16, by the whole block. Tokens from `end` on become zeros.
-template <int kHeadDim, int kTile, int kBits>
+// Writes a unit of a token to the tile buffer.
+template <int kHeadDim>
+__device__ __forceinline__ void store_unit(const PrefillMemory<kHeadDim>& memory, int token,
+                                           int unit, const uint32_t (&pairs)[8]) {
+    auto* out = reinterpret_cast<uint4*>(
+        memory.tile + token * PrefillMemory<kHeadDim>::kStride + unit * kUnit);
+    out[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    out[1] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
+}
+
+// Expands a packed tile to float16, by the whole block. Tokens from `end` on become zeros. kOpen:
+// the tile is of an open page beside codes of kBits.
+template <int kHeadDim, int kTile, int kBits, bool kOpen>
 __device__ __forceinline__ void expand_tile(const PrefillMemory<kHeadDim>& memory,
                                             const TileBytes& bytes, int head_dim, int end) {
     constexpr int kUnits = kHeadDim / kUnit;
@@ -34,24 +45,46 @@ __device__ __forceinline__ void expand_tile(const PrefillMemory<kHeadDim>& memor
         const int token = item / kUnits, unit = item % kUnits;
         uint32_t pairs[8] = {};
         if (token < end && unit * kUnit < head_dim) {
-            expand_unit<kBits>(memory.packed + token * bytes.codes, scales + token * bytes.groups,
-                               head_dim, unit, pairs);
+            const uint8_t* row = memory.packed + token * bytes.codes;
+            if constexpr (kOpen) {
+                expand_open_unit<kBits>(row, scales + token * bytes.groups, head_dim, unit, pairs);
+            } else {
+                expand_unit<kBits>(row, scales + token * bytes.groups, head_dim, unit, pairs);
+            }
         }
-        auto* out = reinterpret_cast<uint4*>(
-            memory.tile + token * PrefillMemory<kHeadDim>::kStride + unit * kUnit);
-        out[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-        out[1] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
+        store_unit(memory, token, unit, pairs);
     }
 }
-template <int kHeadDim, int kTile>
+// bits: of the codes, beside which an open page may be.
+template <int kHeadDim, int kTile, bool kOpen>
 __device__ void expand_tile(const PrefillMemory<kHeadDim>& memory, const TileBytes& bytes,
                             int bits, int head_dim, int end) {
     switch (bits) {
-        case 4: return expand_tile<kHeadDim, kTile, 4>(memory, bytes, head_dim, end);
-        case 6: return expand_tile<kHeadDim, kTile, 6>(memory, bytes, head_dim, end);
-        case 8: return expand_tile<kHeadDim, kTile, 8>(memory, bytes, head_dim, end);
-        default: return expand_tile<kHeadDim, kTile, 16>(memory, bytes, head_dim, end);
+        case 4: return expand_tile<kHeadDim, kTile, 4, kOpen>(memory, bytes, head_dim, end);
+        case 6: return expand_tile<kHeadDim, kTile, 6, kOpen>(memory, bytes, head_dim, end);
+        case 8: return expand_tile<kHeadDim, kTile, 8, kOpen>(memory, bytes, head_dim, end);
+        // Codes of 16 bits have no open page.
+        default: return expand_tile<kHeadDim, kTile, 16, false>(memory, bytes, head_dim, end);
     }
+}
+
+// Replaces the first token of the tile buffer by a sequence's first token, which is stored with open
+// pages beside codes of `bits`. A thread writes where it also wrote in expand_tile.
+template <int kHeadDim>
+__device__ void expand_first_token(const PrefillMemory<kHeadDim>& memory, const ExlCacheHalf& first,
+                                   int64_t token_index, int bits, int head_dim) {
+    const int unit = threadIdx.x;
+    if (unit * kUnit >= head_dim) return;
+    const uint8_t* row =
+        static_cast<const uint8_t*>(first.codes) + token_index * code_bytes(head_dim, first.bits);
+    const uint16_t* scales = first.scales + token_index * num_groups(head_dim, first.bits);
+    uint32_t pairs[8];
+    switch (bits) {
+        case 4: expand_open_unit<4>(row, scales, head_dim, unit, pairs); break;
+        case 6: expand_open_unit<6>(row, scales, head_dim, unit, pairs); break;
+        default: expand_open_unit<8>(row, scales, head_dim, unit, pairs);
+    }
+    store_unit(memory, 0, unit, pairs);
 }
 
 // Multiplies a warp's 16 rows with a tile of keys. Lane (g, t) gets the scores of rows g (0, 1)
@@ -82,8 +115,9 @@ __device__ __forceinline__ void multiply_keys(const uint16_t* queries, const uin
     }
 }
 
-// Adds the contribution of the key bias to the scores of a tile.
-template <int kTile>
+// Adds the contribution of the key bias to the scores of a tile. kWaves: tokens whose waves
+// BiasMemory holds, at least those of a tile.
+template <int kTile, int kWaves>
 __device__ __forceinline__ void add_bias(const BiasMemory& bias, int first_token,
                                          float (&scores)[kTile / 8][4]) {
     const int lane = lane_id(), group = warp_id() * (kWarpRows / 8);
@@ -102,7 +136,7 @@ __device__ __forceinline__ void add_bias(const BiasMemory& bias, int first_token
         const RotatedFactors lower(factors[bias.steps * 32], wave, step);
         const uint32_t high[4] = {upper.high[0], lower.high[0], upper.high[1], lower.high[1]};
         const uint32_t low[4] = {upper.low[0], lower.low[0], upper.low[1], lower.low[1]};
-        const uint4* waves = bias.waves + step * kTile * 4 + lane;
+        const uint4* waves = bias.waves + step * kWaves * 4 + lane;
 #pragma unroll
         for (int i = 0; i < kTile / 8; ++i) {
             const uint4 tokens = waves[i * 32];

@@ -7,7 +7,7 @@ decoded, one with more is a prompt: two kernels, each of which ignores the other
 
 Only decoding needs scratch memory. The tokens that a row sees are cut into kv_splits
 (csrc/cuda/decode_rows.cuh), and each kv_split leaves its sums of head_dim float32, its largest
-score and its total. The sizes need no PyTorch.
+score and its total. An open page is a kv_split of its own. The sizes need no PyTorch.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ...cache.layout import (
     CacheType,
     code_bytes,
     num_groups,
+    open_bits,
     pages_for,
 )
 from ...utils.integers import ceil_div
@@ -119,6 +120,10 @@ _FRAGMENT_BYTES = 16
 # Padded head_dim -> tokens of a tile.
 _DECODE_TILES = {64: 32, 128: 32, 256: 16}
 _PREFILL_TILES = {64: 64, 128: 64, 256: 32}
+# Tokens of a tile of an open page: csrc/cuda/decode_loop.cuh (kOpenTile), and the share of
+# _PREFILL_TILES in csrc/cuda/attention_prefill.cu.
+_DECODE_OPEN_TILE = 16
+_PREFILL_OPEN_SHARE = 2
 # csrc/cuda/prefill_tile.cuh: rows of a warp (kWarpRows), and the padding of a row of halves in
 # shared memory (kPadding), without which ldmatrix would meet a bank twice.
 _WARP_ROWS = 16
@@ -142,6 +147,8 @@ class DecodeBlock:
         kernel: name of the kernel.
         warps: of a block.
         units: slots of a warp's ring of cache tiles.
+        open_warps, open_units: warps that attend an open page, and slots of their rings; 0 for no
+            open pages.
         bias_begin: offset of BiasMemory in shared memory.
         shared_bytes: shared memory of a block.
     """
@@ -149,6 +156,8 @@ class DecodeBlock:
     kernel: str
     warps: int
     units: int
+    open_warps: int
+    open_units: int
     bias_begin: int
     shared_bytes: int
 
@@ -182,11 +191,13 @@ def _padded(head_dim: int) -> int:
     return next(size for size in _DECODE_TILES if head_dim <= size)
 
 
-def _token_bytes(head_dim: int, cache_type: CacheType) -> int:
+def _token_bytes(head_dim: int, cache_type: CacheType, in_open_page: bool = False) -> int:
     """Return the bytes of a token's codes and scales: of keys or of values, the larger."""
+    kinds = [cache_type.k_bits, cache_type.v_bits]
+    if in_open_page:
+        kinds = [open_bits(bits) or bits for bits in kinds]
     return max(
-        code_bytes(head_dim, bits) + _HALF_BYTES * num_groups(head_dim, bits)
-        for bits in (cache_type.k_bits, cache_type.v_bits)
+        code_bytes(head_dim, bits) + _HALF_BYTES * num_groups(head_dim, bits) for bits in kinds
     )
 
 
@@ -205,19 +216,23 @@ def bias_bytes(pairs: int, tile: int, rows: int) -> int:
 
 
 def decode_block(
-    head_dim: int, cache_type: CacheType, shared_limit_bytes: int, bias_pairs: int = 0
+    head_dim: int, cache_type: CacheType, shared_limit_bytes: int, bias_pairs: int = 0,
+    has_open_pages: bool = False,
 ) -> DecodeBlock:
     """Choose how much of the cache is on its way at once.
 
-    As much is chosen as leaves room for two blocks, or for one where two do not fit.
+    As much is chosen as leaves room for two blocks, or for one where two do not fit. Open pages do
+    not change that.
 
     Args:
         head_dim: not `is_generic`.
         cache_type: of the layer.
         shared_limit_bytes: most shared memory of a block on the card.
         bias_pairs: of the layer's key bias.
+        has_open_pages: whether the layer has open pages.
     """
-    padded = head_dim if head_dim in _DECODE_TILES else _padded(max(head_dim, 65))
+    is_whole = head_dim in _DECODE_TILES
+    padded = head_dim if is_whole else _padded(max(head_dim, 65))
     tile = _DECODE_TILES[padded]
     fixed = padded // GROUP * WARP * _FRAGMENT_BYTES
     fixed += _DECODE_BLOCK_ROWS * padded * _FLOAT_BYTES + _ROW_DATA_BYTES
@@ -231,19 +246,35 @@ def decode_block(
     for warps, units, limit in choices:
         ring = warps * units * tile * _token_bytes(head_dim, cache_type)
         # The merge of the warps' sums takes the place of their rings.
-        begin = fixed + max(ring, warps // 2 * merge)
-        if begin + bias <= limit:
-            # Kernels for exactly one head_dim know their strides at compile time.
-            name = str(head_dim) if head_dim == padded else f"up_to_{padded}"
-            return DecodeBlock(
-                f"attention_decode_{name}_kernel", warps, units, begin, begin + bias
+        rings = max(ring, warps // 2 * merge)
+        if fixed + rings + bias <= limit:
+            break
+    else:
+        raise AssertionError(f"{shared_limit_bytes} bytes of shared memory")
+    open_warps = open_units = 0
+    if has_open_pages:
+        # Registers leave room for two blocks only in the kernels of 64 and 128 elements.
+        room = limit if is_whole and head_dim < _MAX_HEAD_DIM else shared_limit_bytes
+        open_tile_bytes = _DECODE_OPEN_TILE * _token_bytes(head_dim, cache_type, True)
+        open_warps, open_units = next(
+            (open_warps, open_units)
+            for open_warps, open_units in (
+                (warps, 4), (warps, 2), (warps, 1), (warps // 2, 1), (warps // 4, 1)
             )
-    raise AssertionError(f"{shared_limit_bytes} bytes of shared memory")
+            if fixed + open_warps * open_units * open_tile_bytes + bias <= room
+        )
+        rings = max(rings, open_warps * open_units * open_tile_bytes)
+    # Kernels for exactly one head_dim know their strides at compile time.
+    name = str(head_dim) if is_whole else f"up_to_{padded}"
+    return DecodeBlock(
+        f"attention_decode_{name}_kernel", warps, units, open_warps, open_units, fixed + rings,
+        fixed + rings + bias,
+    )
 
 
 def prefill_block(
     head_dim: int, cache_type: CacheType, shared_limit_bytes: int, multiprocessors: int,
-    num_kv_heads: int, rows: int, bias_pairs: int = 0,
+    num_kv_heads: int, rows: int, bias_pairs: int = 0, has_open_pages: bool = False,
 ) -> PrefillBlock:
     """Choose how many query rows share a tile of unpacked keys and values.
 
@@ -258,11 +289,15 @@ def prefill_block(
         num_kv_heads: key/value heads.
         rows: query rows of a key/value head, of all its query heads, in the call.
         bias_pairs: of the layer's key bias.
+        has_open_pages: whether the layer has open pages.
     """
     padded = _padded(head_dim)
     tile = _PREFILL_TILES[padded]
     tile_bytes = tile * (padded + _ROW_PADDING) * _HALF_BYTES
     raw = tile * _token_bytes(head_dim, cache_type)
+    if has_open_pages:
+        open_tile = tile // _PREFILL_OPEN_SHARE
+        raw = max(raw, open_tile * _token_bytes(head_dim, cache_type, True))
     for warps in (8, 4, 2, 1):
         blocks = num_kv_heads * ceil_div(rows, warps * _WARP_ROWS)
         is_enough = blocks >= 2 * multiprocessors or warps <= 4
@@ -299,8 +334,8 @@ class DecodeStruct(ctypes.Structure):
     """DecodeLaunch of csrc/cuda/decode_rows.cuh."""
 
     _fields_ = [("partials", _P), ("counters", _P), ("first_row", _I32), ("rows", _I32),
-                ("slots", _I32), ("max_kv_splits", _I32), ("units", _I32),
-                ("heads_per_kv", _I32), ("groups", _I32)]
+                ("slots", _I32), ("max_kv_splits", _I32), ("units", _I32), ("open_warps", _I32),
+                ("open_units", _I32), ("heads_per_kv", _I32), ("groups", _I32)]
 
 
 # Groups of rows that share a sum, in one launch: each has a counter.
@@ -404,7 +439,8 @@ class AttentionOps(KernelOps):
         """
         max_pages, kv_heads = batch.page_table.shape[1], shape.num_kv_heads
         block = decode_block(
-            shape.head_dim, layer.cache_type, self.launcher.shared_limit_bytes, _bias_pairs(layer)
+            shape.head_dim, layer.cache_type, self.launcher.shared_limit_bytes,
+            _bias_pairs(layer), layer.num_open_pages > 0,
         )
         call = _call(q, layer, batch, shape, out, sinks, block.bias_begin)
         slots = kv_split_slots(kv_heads, shape.sliding_window, max_pages)
@@ -415,7 +451,8 @@ class AttentionOps(KernelOps):
         for first in range(0, rows, held):
             decode = DecodeStruct(
                 scratch.data_ptr() + COUNTER_BYTES, scratch.data_ptr(), first, held, slots,
-                most_kv_splits(kv_heads), block.units, shape.num_heads // kv_heads, groups,
+                most_kv_splits(kv_heads), block.units, block.open_warps, block.open_units,
+                shape.num_heads // kv_heads, groups,
             )
             self._launch(
                 block.kernel, (slots, kv_heads * groups, batch.num_sequences),
@@ -435,7 +472,7 @@ class AttentionOps(KernelOps):
         block = prefill_block(
             shape.head_dim, layer.cache_type, self.launcher.shared_limit_bytes,
             self.launcher.multiprocessors, shape.num_kv_heads, head_rows,
-            _bias_pairs(layer),
+            _bias_pairs(layer), layer.num_open_pages > 0,
         )
         grid = (ceil_div(head_rows, block.rows), shape.num_kv_heads, batch.num_sequences)
         self._launch(block.kernel, grid, block.warps * WARP, block.shared_bytes,
@@ -467,6 +504,9 @@ def _cut_batch(batch: Batch, most: int) -> list[Batch]:
             past_len=batch.past_len[first : first + most],
             page_table=batch.page_table[first : first + most],
             inv_freq=None if batch.inv_freq is None else batch.inv_freq[first : first + most],
+            open_pages=(
+                None if batch.open_pages is None else batch.open_pages[first : first + most]
+            ),
         )
         for first in range(0, count, most)
     ]

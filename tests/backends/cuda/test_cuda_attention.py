@@ -7,6 +7,7 @@ after every sequence's last token.
 from __future__ import annotations
 
 import ctypes
+import itertools
 
 import pytest
 import torch
@@ -139,6 +140,27 @@ def test_launches_fit_every_card(shared_limit, cache_type):
 
 
 @pytest.mark.parametrize("shared_limit", SHARED_LIMITS)
+@pytest.mark.parametrize("cache_type", [kind for kind in [*TYPES, *MIXED] if kind != "fp16"])
+def test_open_pages_change_no_number_of_warps_or_blocks(shared_limit, cache_type):
+    kind = CacheType.parse(cache_type)
+    for head_dim, pairs in itertools.product(range(16, 257, 16), (0, 32)):
+        without = decode_block(head_dim, kind, shared_limit, pairs)
+        decode = decode_block(head_dim, kind, shared_limit, pairs, has_open_pages=True)
+        assert (decode.kernel, decode.warps) == (without.kernel, without.warps)
+        assert decode.units == without.units and decode.open_units in (1, 2, 4)
+        assert 1 <= decode.open_warps <= decode.warps and decode.shared_bytes <= shared_limit
+        if head_dim in (64, 128):  # the kernels of which a multiprocessor can hold two blocks
+            fits = [2 * block.shared_bytes <= shared_limit for block in (without, decode)]
+            assert fits[0] == fits[1]
+        without, prefill = (
+            prefill_block(head_dim, kind, shared_limit, 132, 8, 4096, pairs, is_open)
+            for is_open in (False, True)
+        )
+        assert (prefill.kernel, prefill.warps) == (without.kernel, without.warps)
+        assert prefill.shared_bytes <= shared_limit
+
+
+@pytest.mark.parametrize("shared_limit", SHARED_LIMITS)
 @pytest.mark.parametrize("multiprocessors", [1, 1000])
 def test_every_launch_that_a_card_may_choose(shared_limit, multiprocessors):
     """Rings of 1, 2 and 4 slots, blocks of 4 and 8 warps, prompts of 2, 4 and 8."""
@@ -165,8 +187,8 @@ def test_scratch_bytes(kv_heads, window):
 
 def test_structs_are_as_long_as_the_kernels():
     """The emulation refuses a launch whose arguments differ in size; this test names them."""
-    assert ctypes.sizeof(attention.AttentionStruct) == 216
-    assert ctypes.sizeof(attention.DecodeStruct) == 48
+    assert ctypes.sizeof(attention.AttentionStruct) == 320
+    assert ctypes.sizeof(attention.DecodeStruct) == 56
 
 
 @pytest.mark.parametrize("sequences", [1, 2, 5])
