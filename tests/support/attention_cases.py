@@ -9,7 +9,7 @@ from exl_loader.backends.cuda.attention import AttentionOps, attention_scratch_b
 from exl_loader.backends.cuda.launcher import COUNTER_BYTES
 from exl_loader.backends.reference import fp16 as reference_fp16
 from exl_loader.backends.reference.ops import ReferenceOps
-from exl_loader.cache.layout import PAGE_LEN, CacheLayer, pages_for
+from exl_loader.cache.layout import PAGE_LEN, CacheLayer, StoredTokens, pages_for
 from support.cache_layers import attend as attend_on_cpu
 from support.cache_layers import make_layer, part, random_rows, write
 from support.cuda_emulation import EmulatedLauncher
@@ -38,15 +38,16 @@ def _fill(codes: torch.Tensor, scales: torch.Tensor | None, generator: torch.Gen
 
 
 def random_layer(cache_type: str, batch: Batch, shape: AttentionShape, seed: int = 0,
-                 magnitude: float = 1.0) -> CacheLayer:
+                 magnitude: float = 1.0, has_open_pages: bool = False) -> CacheLayer:
     """Return a layer with random contents for every token of the batch, and NaN after them.
 
     Contents are drawn as they are stored: quantising them first would take longer than all
-    the rest.
+    the rest. With open pages, whatever the batch's rows do not read is NaN.
     """
     generator = torch.Generator().manual_seed(seed)
     pages = int(batch.page_table.max()) + 1
-    layer = make_layer(cache_type, pages, shape.num_kv_heads, shape.head_dim)
+    layer = make_layer(cache_type, pages, shape.num_kv_heads, shape.head_dim,
+                       batch.num_sequences if has_open_pages else 0)
     nothing = make_layer(cache_type, 1, shape.num_kv_heads, shape.head_dim)
     _fill(layer.k_codes, layer.k_scales, generator)
     _fill(layer.v_codes, layer.v_scales, generator)
@@ -62,7 +63,34 @@ def random_layer(cache_type: str, batch: Batch, shape: AttentionShape, seed: int
         for page, end in ends.items():
             if tensor is not None:
                 tensor[page, :, end:] = poison[0, :, end:]
+    if has_open_pages:
+        _fill_open_pages(layer, batch, generator)
     return layer
+
+
+def _fill_open_pages(layer: CacheLayer, batch: Batch, generator: torch.Generator) -> None:
+    assert batch.open_pages is not None
+    for pages, opened in ((layer.keys, layer.k_open), (layer.values, layer.v_open)):
+        if opened is None:
+            continue
+        for stored in (opened.tokens, opened.first):
+            _fill(stored.codes, stored.scales, generator)
+        for s, past in enumerate(batch.past_len.tolist()):
+            count = int(batch.q_start[s + 1] - batch.q_start[s])
+            own, page = past // PAGE_LEN, int(batch.open_pages[s])
+            assert (past + count - 1) // PAGE_LEN == own
+            _poison(opened.tokens, page, slice((past + count - 1) % PAGE_LEN + 1, None))
+            _poison(pages, int(batch.page_table[s, own]), slice(None))
+            if own > 0:
+                _poison(pages, int(batch.page_table[s, 0]), slice(1))
+            else:
+                _poison(opened.first, page, slice(None))
+
+
+def _poison(stored: StoredTokens, page: int, tokens: slice) -> None:
+    for tensor in (stored.codes, stored.scales):
+        if tensor is not None:
+            tensor.view(torch.uint8)[page, :, tokens] = 0xFF
 
 
 def filled_layer(writer: Target, cache_type: str, batch: Batch, shape: AttentionShape,
