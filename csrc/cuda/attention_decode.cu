@@ -25,7 +25,7 @@
 //
 // Open page: the last kv_split, by a loop of its own, because its keys and values have more bits
 // and another order of elements (queries follow it). Position 0 is attended there, too, and not
-// where its page is. The number of pages of the other kv_splits follows from those pages alone.
+// where its page is.
 //
 // If a row has several kv_splits, each stores its sums in `partials`, float32
 // [rows of the launch, num_heads, slots, head_dim + 2] (sums, largest, total). A counter

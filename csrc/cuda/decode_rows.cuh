@@ -16,7 +16,7 @@ struct DecodeLaunch {
     int32_t first_row;      // of the batch's decoding rows, not counting those of prompts
     int32_t rows;           // room of `partials`; further rows have a launch of their own
     int32_t slots;          // partials of a row
-    int32_t max_kv_splits;  // of a row, not counting one more that a sliding window may touch
+    int32_t max_kv_splits;  // of a row, without those that a sliding window or an open page adds
     int32_t units;          // slots of a warp's ring: 1, 2 or 4
     int32_t open_warps;     // warps of a block that attend an open page
     int32_t open_units;     // slots of such a warp's ring
@@ -33,8 +33,8 @@ struct RowData {
     int32_t padding[3];
 };
 
-// The kv_splits of the tokens that a row sees. The open page, with the first token, is a kv_split of
-// its own, the last one.
+// The kv_splits of the tokens that a row sees. An open page, with the first token, is one of its own,
+// the last one; it does not change the number of pages of the others.
 struct KvSplits {
     int pages;  // of one kv_split
     int first;  // number of the first kv_split, counted from the start of the sequence
@@ -42,17 +42,15 @@ struct KvSplits {
     __device__ __forceinline__ KvSplits(const AttentionCall& call, const DecodeLaunch& launch,
                                         int position) {
         const unsigned low = first_visible(position, static_cast<int>(call.shape.sliding_window));
-        const unsigned last = position, begin = low / kPageLen, end = last / kPageLen;
-        const bool open = has_open_pages(call.layer);
-        // Pages seen, and kv_splits for them, without the open page.
-        const unsigned seen = open ? end - begin : (last - low + kPageLen) / kPageLen;
-        const unsigned limit = launch.max_kv_splits - (open ? 1 : 0);
+        const unsigned last = position, limit = launch.max_kv_splits;
+        const unsigned seen = (last - low + kPageLen) / kPageLen;
         const unsigned each = seen <= limit ? 1 : ceil_div(seen, limit);
+        const unsigned begin = low / kPageLen, end = last / kPageLen;
+        // An open page begins a kv_split also where another one would go on.
+        const unsigned shift = has_open_pages(call.layer) ? each - 1 : 0;
         pages = static_cast<int>(each);
         first = static_cast<int>(each == 1 ? begin : begin / each);
-        // An open page in the midst of a kv_split begins another one.
-        const unsigned last_split = each == 1 ? end : (end + (open ? each - 1 : 0)) / each;
-        count = static_cast<int>(last_split) - first + 1;
+        count = static_cast<int>(each == 1 ? end : (end + shift) / each) - first + 1;
     }
 };
 

@@ -65,6 +65,9 @@ _MOST_SPLITS = 64
 # A sliding window that starts within a kv_split touches one more of them, and the rows of a
 # sequence start at different positions.
 _SLIDING_WINDOW_SPLITS = 2
+# An open page is a kv_split of its own. All rows of a sequence end in it, so that with a sliding
+# window they touch one other kv_split more, not two.
+_OPEN_PAGE_SPLITS = 1
 
 assert PAGE_LEN == 256, "kv_splits are whole pages, see decode_rows.cuh"
 
@@ -77,9 +80,15 @@ def most_kv_splits(num_kv_heads: int) -> int:
     return min(max(_BLOCKS // num_kv_heads, _LEAST_SPLITS), _MOST_SPLITS)
 
 
-def kv_split_slots(num_kv_heads: int, sliding_window: int, max_pages: int) -> int:
+def kv_split_slots(
+    num_kv_heads: int, sliding_window: int, max_pages: int, has_open_pages: bool = False
+) -> int:
     """Return the kv_splits that a launch has room for, with page tables of `max_pages` pages."""
-    most = most_kv_splits(num_kv_heads) + (_SLIDING_WINDOW_SPLITS if sliding_window else 0)
+    most = most_kv_splits(num_kv_heads)
+    if sliding_window:
+        most += _SLIDING_WINDOW_SPLITS
+    elif has_open_pages:
+        most += _OPEN_PAGE_SPLITS
     return min(most, max_pages)
 
 
@@ -101,7 +110,8 @@ def attention_scratch_bytes(
         rows: rows of a call, of all its sequences together.
         max_batch_size: sequences of a call.
         ctx_size: tokens of the longest sequence.
-        shape: of any layer. The need counts a sliding window even if this layer has none.
+        shape: of any layer. The need counts a sliding window even if this layer has none, which
+            also has room for the kv_split of an open page.
     """
     held = min(rows, max(max_batch_size, HELD_ROWS))
     slots = kv_split_slots(shape.num_kv_heads, 1, pages_for(ctx_size))
@@ -443,7 +453,9 @@ class AttentionOps(KernelOps):
             _bias_pairs(layer), layer.num_open_pages > 0,
         )
         call = _call(q, layer, batch, shape, out, sinks, block.bias_begin)
-        slots = kv_split_slots(kv_heads, shape.sliding_window, max_pages)
+        slots = kv_split_slots(
+            kv_heads, shape.sliding_window, max_pages, layer.num_open_pages > 0
+        )
         held, row_bytes = rows, _row_bytes(shape, slots)
         if row_bytes:
             held = min(rows, (scratch.nbytes - COUNTER_BYTES) // row_bytes)

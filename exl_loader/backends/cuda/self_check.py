@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ...cache.layout import PAGE_LEN, CacheLayer, CacheType, code_bytes, num_groups
+from ...cache.layout import (
+    PAGE_LEN,
+    CacheLayer,
+    CacheType,
+    OpenPages,
+    StoredTokens,
+    code_bytes,
+    num_groups,
+    open_bits,
+)
 from ...formats.layer import QuantizedSizes, scale_values
 from ...memory.buffers import allocate
 from ...memory.segments import lay_out
@@ -49,13 +58,16 @@ OUT_FEATURES = 96
 WIDE = 2 * IN_FEATURES
 SHAPE = AttentionShape(4, 1, 128, 128**-0.5, sliding_window=60)
 CACHE_TYPES = ("q4", "fp16")
+# Types whose open pages have 8 and 16 bits, and the bits' order in prompts; and their number.
+OPEN_CACHE_TYPES = ("q4", "q6")
+OPEN_PAGES = 2
 # Logits of a row, which two blocks share.
 VOCAB = 5000
 
 # Relative L2 errors. Activations of products have 15 bits, attention multiplies float16, norms
 # are float32; a cache loses what its type does on normal data (docs/cache_quality.md).
 _PRODUCT_BOUND, _ATTENTION_BOUND, _NORM_BOUND = 5e-4, 4e-3, 1e-5
-_WRITE_BOUNDS = {4: 0.1, 16: 1e-4}
+_WRITE_BOUNDS = {4: 0.1, 6: 0.025, 8: 0.01, 16: 1e-4}
 
 _REMEDY = (
     "Nothing was loaded. Update NVIDIA's driver and run `exl_loader build --force`; if that "
@@ -125,6 +137,8 @@ class _Check:
         self._products()
         for cache_type in CACHE_TYPES:
             self._attention(cache_type)
+        for cache_type in OPEN_CACHE_TYPES:
+            self._open_pages(cache_type)
         self._top_logits()
 
     def _put(self, role: str, values: torch.Tensor, first: int = 0) -> torch.Tensor:
@@ -300,24 +314,65 @@ class _Check:
     def _attention(self, cache_type: str) -> None:
         """Check writing and attention of a prompt after a text, and of a token after that."""
         kind = CacheType.parse(cache_type)
-        layer, scratch = self._cache(cache_type, kind), self.views["scratch"]
+        layer = self._cache(cache_type, kind)
         sinks = self._normal(SHAPE.num_heads) if kind.k_bits == 4 else None
-        sinks_on_card = None if sinks is None else self._put("sinks", sinks)
         for past, rows, what in ((PAST, PROMPT, "a prompt"), (PAST + PROMPT, 1, "a token")):
-            q = self._normal(rows, SHAPE.num_heads, SHAPE.head_dim)
-            k, v = self._normal(2, rows, SHAPE.num_kv_heads, SHAPE.head_dim)
-            on_cpu, on_card = self._batches(past, rows)
-            self.ops.write_cache(self._put("k", k), self._put("v", v), layer, on_card, scratch)
-            written = self._read_back(layer)
-            for half, x in (("k", k), ("v", v)):
-                self._compare(f"{half} of {what} in a {kind} cache", _stored(written, half, on_cpu),
-                              x, _WRITE_BOUNDS[kind.k_bits])
-            expected, out = torch.empty_like(q), self.views["attended"][:rows]
-            self.reference.attention(q.clone(), written, on_cpu, SHAPE, expected, scratch, sinks)
-            self.ops.attention(self._put("q", q), layer, on_card, SHAPE, out, scratch,
-                               sinks_on_card)
-            self._compare(f"attention of {what} over a {kind} cache", self._get(out), expected,
-                          _ATTENTION_BOUND)
+            self._step(what, past, rows, layer, SHAPE, sinks)
+
+    def _open_pages(self, cache_type: str) -> None:
+        """Check open pages: of a text's first token, of a prompt in a new page, of a token."""
+        kind = CacheType.parse(cache_type)
+        layer = self._cache(cache_type, kind)
+        layer.k_open, layer.v_open = (
+            OpenPages(*(self._stored_tokens(f"{cache_type}.{name}.{half}", open_bits(kind.k_bits))
+                        for name in ("open_page", "first")))
+            for half in "kv"
+        )
+        # Without a window, so that the prompt sees the first token.
+        shape = replace(SHAPE, sliding_window=0)
+        for past, rows, what in ((0, 1, "a first token"), (PAGE_LEN, PROMPT, "a prompt"),
+                                 (PAGE_LEN + PROMPT, 1, "a token")):
+            self._step(what, past, rows, layer, shape, None)
+
+    def _stored_tokens(self, role: str, bits: int) -> StoredTokens:
+        return StoredTokens(self.views[f"{role}_codes"], self.views.get(f"{role}_scales"), bits)
+
+    def _step(self, what: str, past: int, rows: int, layer: CacheLayer, shape: AttentionShape,
+              sinks: torch.Tensor | None) -> None:
+        """Check writing and attention of the rows of a call.
+
+        Args:
+            what: the errors' words for the rows.
+            past, rows: tokens of the sequence before the call and in it.
+            layer: on the card.
+            shape: of attention.
+            sinks: [num_heads]; None for none.
+        """
+        sinks_on_card = None if sinks is None else self._put("sinks", sinks)
+        scratch, kind = self.views["scratch"], layer.cache_type
+        cache = f"a {kind} cache"
+        q = self._normal(rows, SHAPE.num_heads, SHAPE.head_dim)
+        k, v = self._normal(2, rows, SHAPE.num_kv_heads, SHAPE.head_dim)
+        on_cpu, on_card = self._batches(past, rows)
+        self.ops.write_cache(self._put("k", k), self._put("v", v), layer, on_card, scratch)
+        written = self._read_back(layer)
+        for half, x, stored, opened in (("k", k, written.keys, written.k_open),
+                                        ("v", v, written.values, written.v_open)):
+            pages = on_cpu.page_table[0].long()[on_cpu.positions.long() // PAGE_LEN]
+            rows_in_pages = _rows_of(stored, pages, on_cpu, stored.scales is not None)
+            self._compare(f"{half} of {what} in {cache}", rows_in_pages, x,
+                          _WRITE_BOUNDS[stored.bits])
+            if opened is not None:
+                pages = torch.full_like(pages, OPEN_PAGES - 1)
+                rows_in_pages = _rows_of(opened.tokens, pages, on_cpu, True)
+                self._compare(f"{half} of {what} in an open page of {cache}", rows_in_pages, x,
+                              _WRITE_BOUNDS[opened.tokens.bits])
+        expected, out = torch.empty_like(q), self.views["attended"][:rows]
+        self.reference.attention(q.clone(), written, on_cpu, shape, expected, scratch, sinks)
+        self.ops.attention(self._put("q", q), layer, on_card, shape, out, scratch, sinks_on_card)
+        pages = " with open pages" if layer.num_open_pages else ""
+        self._compare(f"attention of {what} over {cache}{pages}", self._get(out), expected,
+                      _ATTENTION_BOUND)
 
     def _cache(self, cache_type: str, kind: CacheType) -> CacheLayer:
         """Return a cache on the card with random contents."""
@@ -336,10 +391,17 @@ class _Check:
         )  # fmt: skip
 
     def _read_back(self, layer: CacheLayer) -> CacheLayer:
-        scales = layer.k_scales, layer.v_scales
-        k_scales, v_scales = (None if part is None else self._get(part) for part in scales)
-        return CacheLayer(self._get(layer.k_codes), k_scales, self._get(layer.v_codes), v_scales,
-                          layer.cache_type)
+        k, v = self._read_tokens(layer.keys), self._read_tokens(layer.values)
+        k_open, v_open = (
+            None if opened is None else
+            OpenPages(self._read_tokens(opened.tokens), self._read_tokens(opened.first))
+            for opened in (layer.k_open, layer.v_open)
+        )
+        return CacheLayer(k.codes, k.scales, v.codes, v.scales, layer.cache_type, k_open, v_open)
+
+    def _read_tokens(self, stored: StoredTokens) -> StoredTokens:
+        scales = None if stored.scales is None else self._get(stored.scales)
+        return StoredTokens(self._get(stored.codes), scales, stored.bits)
 
     def _batches(self, past: int, rows: int) -> tuple[Batch, Batch]:
         """Return a batch of one sequence with its pages in reverse, on the CPU and the card."""
@@ -348,14 +410,15 @@ class _Check:
             torch.tensor([0, rows], dtype=torch.int32),
             torch.tensor([past], dtype=torch.int32),
             torch.arange(PAGES - 1, -1, -1, dtype=torch.int32)[None],
+            torch.tensor([OPEN_PAGES - 1], dtype=torch.int32),
         ]
         placed, first = [], 0
         for part in values:
             placed.append(self._put("integers", part, first))
             first += part.numel()
         on_cpu, on_card = (
-            Batch(positions, q_start, past_len, page_table, past + rows)
-            for positions, q_start, past_len, page_table in (values, placed)
+            Batch(positions, q_start, past_len, page_table, past + rows, open_pages=open_pages)
+            for positions, q_start, past_len, page_table, open_pages in (values, placed)
         )
         return on_cpu, on_card
 
@@ -371,7 +434,6 @@ def _linear_shapes() -> dict[str, tuple[str, tuple[int, ...]]]:
 def check_specs(name: str) -> list[TensorSpec]:
     """Return the tensors that the check needs: on a card in one segment, and an embedding."""
     tokens, rows = PAGES * PAGE_LEN, PROMPT + 1
-    kinds = [CacheType.parse(cache_type) for cache_type in CACHE_TYPES]
     scratch = max(
         linear_scratch_bytes(rows, IN_FEATURES),
         attention_scratch_bytes(rows, 1, tokens, SHAPE),
@@ -403,8 +465,15 @@ def check_specs(name: str) -> list[TensorSpec]:
         "scratch": ("uint8", (scratch,)),
         "upload_buffer": ("uint8", (1 << 16,)),
     }
-    for cache_type, kind in zip(CACHE_TYPES, kinds, strict=True):
+    for cache_type in dict.fromkeys((*CACHE_TYPES, *OPEN_CACHE_TYPES)):
+        kind = CacheType.parse(cache_type)
         shapes |= {f"{cache_type}.{role}": found for role, found in cache_shapes(kind).items()}
+    for cache_type in OPEN_CACHE_TYPES:
+        bits = open_bits(CacheType.parse(cache_type).k_bits)
+        for kind_of_tokens, length in (("open_page", PAGE_LEN), ("first", 1)):
+            tokens = OPEN_PAGES, SHAPE.num_kv_heads, length
+            shapes |= {f"{cache_type}.{kind_of_tokens}.{role}": found
+                       for role, found in _stored_shapes(tokens, bits).items()}
     embedding = TensorSpec(
         "embedding", "embedding", "float16", (4, IN_FEATURES), MAIN_MEMORY, read_by=name
     )
@@ -416,29 +485,42 @@ def check_specs(name: str) -> list[TensorSpec]:
 
 
 def cache_shapes(kind: CacheType) -> dict[str, tuple[str, tuple[int, ...]]]:
-    tokens, bits, head_dim = (PAGES, SHAPE.num_kv_heads, PAGE_LEN), kind.k_bits, SHAPE.head_dim
+    return _stored_shapes((PAGES, SHAPE.num_kv_heads, PAGE_LEN), kind.k_bits)
+
+
+def _stored_shapes(tokens: tuple[int, int, int],
+                   bits: int) -> dict[str, tuple[str, tuple[int, ...]]]:
     if bits == 16:
-        return {f"{half}_codes": ("int16", (*tokens, head_dim)) for half in "kv"}
+        return {f"{half}_codes": ("int16", (*tokens, SHAPE.head_dim)) for half in "kv"}
     return {
         f"{half}_{role}": found
         for half in "kv"
         for role, found in (
-            ("codes", ("uint8", (*tokens, code_bytes(head_dim, bits)))),
-            ("scales", ("float16", (*tokens, num_groups(head_dim, bits)))),
+            ("codes", ("uint8", (*tokens, code_bytes(SHAPE.head_dim, bits)))),
+            ("scales", ("float16", (*tokens, num_groups(SHAPE.head_dim, bits)))),
         )
     }
 
 
-def _stored(layer: CacheLayer, half: str, batch: Batch) -> torch.Tensor:
-    """Decode a batch's rows of a cache on the CPU, as float32 [T, kv_heads, head_dim]."""
-    positions = batch.positions.long()
-    place = batch.page_table[0].long()[positions // PAGE_LEN], slice(None), positions % PAGE_LEN
-    codes, scales = getattr(layer, f"{half}_codes")[place], getattr(layer, f"{half}_scales")
+def _rows_of(stored: StoredTokens, pages: torch.Tensor, batch: Batch,
+             is_rotated: bool) -> torch.Tensor:
+    """Decode a batch's rows on the CPU, as float32 [T, kv_heads, head_dim].
+
+    Args:
+        stored: pages, or open pages.
+        pages: of each row, int64 [T].
+        batch: of one sequence.
+        is_rotated: whether stored vectors are.
+    """
+    place = pages, slice(None), batch.positions.long() % PAGE_LEN
+    codes = stored.codes[place]
     flat = codes.flatten(0, 1)
-    if scales is None:
-        return reference_fp16.decode(flat).view(codes.shape)
-    values = dequantize(flat, scales[place].flatten(0, 1), SHAPE.head_dim, layer.cache_type.k_bits)
-    return rotate_back(values.double()).view(*codes.shape[:2], -1)
+    if stored.scales is None:
+        values = reference_fp16.decode(flat)
+    else:
+        values = dequantize(flat, stored.scales[place].flatten(0, 1), SHAPE.head_dim, stored.bits)
+    values = rotate_back(values.double()) if is_rotated else values
+    return values.view(*codes.shape[:2], -1)
 
 
 def _exl2_words(codes: np.ndarray[Any, Any],

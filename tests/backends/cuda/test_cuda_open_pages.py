@@ -96,7 +96,7 @@ def test_key_biases_and_sinks(ops, cache_type, head_dim):
 
 
 @pytest.mark.parametrize("window", [0, 100, 520])
-@pytest.mark.parametrize("most", [2, 3, 64])
+@pytest.mark.parametrize("most", [1, 2, 3, 64])
 def test_drafts_give_the_bits_of_single_tokens(ops, monkeypatch, window, most):
     """Also where kv_splits have several pages, and a sliding window changes their number."""
     monkeypatch.setattr(attention, "most_kv_splits", lambda kv_heads: most)

@@ -55,6 +55,16 @@ MISTAKES = [
                           "other_factors[n] = exp2_fast(1.0f + other -"), "attention of a token"),
     ("attention_decode", ("decode_rows.cuh", "atomic_add(counter, 1) == arrivals - 1;",
                           "atomic_add(counter, 1) == arrivals;"), "attention of a token"),
+    ("cache_write", ("cache_write.cu", "31 - leading_zeros(largest & (0u - largest))",
+                     "leading_zeros(largest)"), "open page of a q4 cache"),
+    ("cache_write", ("cache_write.cu", "if (position == 0) write_open_token(",
+                     "if (position == 1) write_open_token("), "attention of a prompt"),
+    ("attention_prefill", ("cache_tile.cuh", "make_uint4(low.x, low.y, high.x, high.y)",
+                           "make_uint4(low.x, low.y, low.z, low.w)"),
+     "attention of a prompt over a q6 cache with open pages"),
+    ("attention_decode", ("decode_softmax.cuh", "unit_factor(call.layer.v.bits) / unit_factor(",
+                          "unit_factor(v_bits) / unit_factor("),
+     "attention of a first token over a q6 cache with open pages"),
 ]
 
 
