@@ -164,13 +164,19 @@ __device__ __forceinline__ void weigh_tile(const Tile& tile, int begin, int end,
     }
 }
 
-// Attends the tiles of a warp's ring. kWaves: tokens whose waves BiasMemory holds.
+// Attends tokens [from, to), of the open page if kOpen, there with position 0 if first_token. kWaves:
+// tokens whose waves BiasMemory holds.
 template <int kHeadDim, int kTile, int kWaves, bool kWhole, bool kOpen>
-__device__ __forceinline__ void attend_tiles(const AttentionCall& call,
-                                             Ring<kHeadDim, kTile, kWhole, kOpen>& ring,
-                                             const Pass& pass,
-                                             const DecodeMemory<kHeadDim>& memory,
-                                             DecodeSums<kHeadDim>& sums) {
+__device__ __forceinline__ void attend_tokens(const AttentionCall& call,
+                                              const DecodeLaunch& launch, const RowGroup& group,
+                                              const Pass& pass, int from, int to,
+                                              bool first_token,
+                                              const DecodeMemory<kHeadDim>& memory,
+                                              DecodeSums<kHeadDim>& sums) {
+    Ring<kHeadDim, kTile, kWhole, kOpen> ring(call, launch, group, memory.ring);
+    ring.begin(from, to, first_token);
+    const int k_bits = ring.half(call.layer.k, call.layer.k_open).bits;
+    prepare_queries<kHeadDim, kWaves>(call, launch, group, pass, k_bits, memory);
     const ScoreTransform transform(call.shape);
     const int sliding_window = static_cast<int>(call.shape.sliding_window);
     for (int tile = 0; tile < ring.count; ++tile) {
@@ -198,24 +204,32 @@ __device__ __forceinline__ void attend_tiles(const AttentionCall& call,
         }
         // The open page's kv_split attends position 0.
         const int begin = !kOpen && first == 0 && has_open_pages(call.layer) ? 1 : 0;
-        const int end = ring.is_first_token(tile) ? 1 : pass.high - first;
+        const int end = ring.is_first_token(tile) ? 1 : kTile;
         const bool all = begin == 0 && !ring.is_first_token(tile) &&
                          all_visible(pass.low_row, pass.high - 1, first, kTile, sliding_window);
         softmax_tile<kHeadDim, kTile>(scores, first, begin, end, all, transform, sliding_window,
                                       *memory.data, sums, weights);
         const auto values = ring.wait(2 * tile + 1);
+        const int written = min(end, pass.high - first);
         if constexpr (kOpen) {
             if (ring.half(call.layer.v, call.layer.v_open).bits == 8) {
-                weigh_tile<kHeadDim, kTile, 8>(values, begin, end, weights, sums.o);
+                weigh_tile<kHeadDim, kTile, 8>(values, begin, written, weights, sums.o);
             } else {
-                weigh_tile<kHeadDim, kTile, 16>(values, begin, end, weights, sums.o);
+                weigh_tile<kHeadDim, kTile, 16>(values, begin, written, weights, sums.o);
             }
         } else {
             switch (call.layer.v.bits) {
-                case 4: weigh_tile<kHeadDim, kTile, 4>(values, begin, end, weights, sums.o); break;
-                case 6: weigh_tile<kHeadDim, kTile, 6>(values, begin, end, weights, sums.o); break;
-                case 8: weigh_tile<kHeadDim, kTile, 8>(values, begin, end, weights, sums.o); break;
-                default: weigh_tile<kHeadDim, kTile, 16>(values, begin, end, weights, sums.o);
+                case 4:
+                    weigh_tile<kHeadDim, kTile, 4>(values, begin, written, weights, sums.o);
+                    break;
+                case 6:
+                    weigh_tile<kHeadDim, kTile, 6>(values, begin, written, weights, sums.o);
+                    break;
+                case 8:
+                    weigh_tile<kHeadDim, kTile, 8>(values, begin, written, weights, sums.o);
+                    break;
+                default:
+                    weigh_tile<kHeadDim, kTile, 16>(values, begin, written, weights, sums.o);
             }
         }
         ring.release(2 * tile + 1);
@@ -229,33 +243,29 @@ __device__ __forceinline__ void attend_kv_split(const AttentionCall& call,
                                                 const DecodeLaunch& launch, const RowGroup& group,
                                                 const Pass& pass, int kv_split,
                                                 const DecodeMemory<kHeadDim>& memory) {
-    const int length = pass.pages * kPageLen;
-    const bool has_open = has_open_pages(call.layer), is_open = has_open && kv_split == pass.end - 1;
+    const bool has_open = has_open_pages(call.layer);
     const int own_page = has_open ? first_open(call.batch, group.sequence) : pass.high;
-    Ring<kHeadDim, kTile, kWhole, false> ring(call, launch, group, memory.ring);
-    Ring<kHeadDim, kOpenTile, kWhole, true> open_ring(call, launch, group, memory.ring);
-    if (is_open) {
-        open_ring.begin(max(own_page, pass.low), pass.high, own_page > 0 && pass.low == 0);
-    } else {
-        ring.begin(max(kv_split * length, pass.low), min((kv_split + 1) * length, own_page));
-    }
-    const int k_bits = is_open ? open_tokens(call.layer.k, call.layer.k_open).bits
-                               : call.layer.k.bits;
-    prepare_queries<kHeadDim, kTile>(call, launch, group, pass, k_bits, memory);
     DecodeSums<kHeadDim> sums;
-    if (is_open) {
-        attend_tiles<kHeadDim, kOpenTile, kTile, kWhole, true>(call, open_ring, pass, memory, sums);
+    int v_bits;
+    if (has_open && kv_split == pass.end - 1) {
+        attend_tokens<kHeadDim, kOpenTile, kTile, kWhole, true>(
+            call, launch, group, pass, max(own_page, pass.low), pass.high,
+            own_page > 0 && pass.low == 0, memory, sums);
+        v_bits = open_tokens(call.layer.v, call.layer.v_open).bits;
     } else {
-        attend_tiles<kHeadDim, kTile, kTile, kWhole, false>(call, ring, pass, memory, sums);
+        const int length = pass.pages * kPageLen;
+        attend_tokens<kHeadDim, kTile, kTile, kWhole, false>(
+            call, launch, group, pass, max(kv_split * length, pass.low),
+            min((kv_split + 1) * length, own_page), false, memory, sums);
+        v_bits = call.layer.v.bits;
     }
     merge_warps<kHeadDim>(sums, reinterpret_cast<float*>(memory.ring));
-    const int v_bits = is_open ? open_tokens(call.layer.v, call.layer.v_open).bits
-                               : call.layer.v.bits;
     if (warp_id() == 0) spread_rows<kHeadDim>(call, v_bits, sums, memory);
 }
 
 // kWhole: heads have exactly kHeadDim elements. Values that are needed after a kv_split are
-// computed again, because keeping them would cost registers in the loop over tiles.
+// computed again, and the number of the pass is in shared memory, because keeping them would cost
+// registers in the loop over tiles.
 template <int kHeadDim, int kTile, bool kWhole>
 __device__ __forceinline__ void attention_decode(const AttentionCall& call,
                                                  const DecodeLaunch& launch, char* shared) {
@@ -272,9 +282,11 @@ __device__ __forceinline__ void attention_decode(const AttentionCall& call,
             const int kv_split = pass.first + blockIdx.x;
             if (kv_split >= pass.end) continue;
             block_sync();  // the first pass no longer reads shared memory
+            if (threadIdx.x == 0) memory.data->pass = i;
             attend_kv_split<kHeadDim, kTile, kWhole>(call, launch, group, pass, kv_split, memory);
         }
-        block_sync();  // rows are read by all warps
+        block_sync();  // rows and the number of the pass are read by all warps
+        i = memory.data->pass;
         const RowGroup group(call, launch);
         const Pass pass(call, launch, Passes(call, launch, group), i);
         store_partials<kHeadDim>(call, launch, group, pass.first + blockIdx.x, memory);

@@ -10,6 +10,7 @@ import os
 import pytest
 import torch
 
+from backends.cuda.test_cuda_open_pages import assert_like_reference as with_open_pages
 from backends.operations.test_attention import (
     DECODE_TOLERANCE,
     FLOAT_TOLERANCE,
@@ -18,6 +19,7 @@ from backends.operations.test_attention import (
 )
 from backends.operations.test_attention_key_bias import assert_like_reference as with_bias
 from backends.operations.test_cache_writing import REFERENCE, bytes_of, written
+from backends.operations.test_open_pages import filled, tensors_of
 from exl_loader.backends.build.toolchain import find_compiler
 from support.attention_cases import SOURCES, attention_target, shape_of
 from support.cache_layers import make_batch, random_rows
@@ -90,6 +92,27 @@ ATTENTION = [
     ("decode_products.cuh", "waves[i * 64 + 32];", "waves[i * 64];"),
     ("prefill_tile.cuh", "{key_factors[0], key_factors[8]};",
      "{key_factors[0], key_factors[0]};"),
+    ("decode_rows.cuh", "(end + shift) / each", "end / each"),
+    ("decode_loop.cuh", "if (begin > 0) clear_tokens<kBits>(tile, 0, begin);", ""),
+    ("decode_loop.cuh", "int begin = !kOpen && first == 0 && has_open_pages(call.layer) ? 1 : 0;",
+     "int begin = 0;"),
+    ("decode_loop.cuh", "end = ring.is_first_token(tile) ? 1 : kTile;", "end = kTile;"),
+    ("decode_loop.cuh", "own_page > 0 && pass.low == 0, memory", "false, memory"),
+    ("decode_softmax.cuh", "unit_factor(call.layer.v.bits) / unit_factor(v_bits)", "1.0f"),
+    ("cache_tile.cuh", "for (int i = lane_id(); i < bytes.groups; i += 32) {",
+     "for (int i = lane_id(); i < bytes.groups - 1; i += 32) {"),
+    ("cache_tile.cuh", "apart = whole ? 16 : 8;", "apart = whole ? 16 : 4;"),
+    ("cache_tile.cuh", "byte_perm(low, high, 0x5140), byte_perm(low, high, 0x7362)};",
+     "byte_perm(low, high, 0x7362), byte_perm(low, high, 0x5140)};"),
+    ("prefill_tile.cuh", "case 6: expand_open_unit<6>(row, scales, head_dim, unit, pairs); break;",
+     "case 6: expand_open_unit<8>(row, scales, head_dim, unit, pairs); break;"),
+    ("attention_prefill.cu", "if (!kOpen && first == 0 && open.first.codes != nullptr) {",
+     "if (!kOpen && first == 64 && open.first.codes != nullptr) {"),
+    ("attention_prefill.cu", "low / kTile * kTile : low / kOpenTile * kOpenTile;",
+     "low / kTile * kTile : low / kTile * kOpenTile;"),
+    ("attention_generic.cu", "if (token == 0) {", "if (token == 1) {"),
+    ("attention.cuh", "batch.open_pages[sequence] * num_kv_heads + kv_head) * kPageLen",
+     "batch.open_pages[0] * num_kv_heads + kv_head) * kPageLen"),
 ]
 
 WRITING = [
@@ -105,6 +128,11 @@ WRITING = [
      "first = i / step * step + i % step"),
     ("cache_rotate.cuh", "block_sync();  // the next step reads what other threads wrote", ""),
     ("cache_rotate.cuh", "kPageLen + position % kPageLen", "kPageLen + position % 255"),
+    ("cache_write.cu", "31 - leading_zeros(largest & (0u - largest))", "leading_zeros(largest)"),
+    ("cache_write.cu", "if (position == 0) write_open_token(",
+     "if (position == 1) write_open_token("),
+    ("cache_write.cu", "lane_id() < elements ? static_cast<uint8_t>(code) : uint8_t{0};",
+     "static_cast<uint8_t>(code);"),
 ]
 
 
@@ -128,6 +156,13 @@ def check_attention(ops):
     with_bias(ops, "q8", make_batch([300, 90], [1, 3]), shape_of(4, 2, 64), 9, DECODE_TOLERANCE)
     # A tile that a warp's first row sees in full, and its last row in part.
     assert_like_reference(ops, "q8", make_batch([130], [40]), shape_of(2, 1, 128, window=100))
+    for cache_type, head_dim in (("q4", 80), ("q6", 128), ("q8_q4", 64)):
+        with_open_pages(ops, cache_type, make_batch([300, 0, 513, 270], [1, 40, 3, 36]),
+                        shape_of(4, 2, head_dim))
+    with_open_pages(ops, "q4", make_batch([300], [2]), shape_of(2, 1, 72), FLOAT_TOLERANCE)
+    # A window that begins in the open page, and kv_splits of two pages.
+    with_open_pages(ops, "q8", make_batch([380, 370], [40, 2]), shape_of(2, 1, 64, window=32))
+    with_open_pages(ops, "q4", make_batch([2900], [1]), shape_of(33, 33, 64), DECODE_TOLERANCE)
     # More drafts than fit one launch, after a prompt.
     assert_like_reference(ops, "q4", make_batch([40, 700, 300], [35, 20, 5]), shape_of(4, 2, 64))
     # A second row that sees one token more than the first.
@@ -144,6 +179,12 @@ def check_writing(ops):
             ours, theirs = (written(w, cache_type, k, v, batch) for w in (ops, REFERENCE))
             differ = (bytes_of(ours, "k_codes") != bytes_of(theirs, "k_codes")).any(dim=-1)
             assert differ.sum() <= 2
+    for cache_type, head_dim in (("q4", 20), ("q6", 64)):
+        ours, theirs = (list(tensors_of(filled(w, cache_type, [250, 0], [6, 9], 2, head_dim)[0]))
+                        for w in (ops, REFERENCE))
+        for a, b in zip(ours, theirs, strict=True):
+            same = a.view(torch.uint8) == b.view(torch.uint8)
+            assert same.float().mean() >= 0.94
 
 
 def passes(launcher, check) -> bool:
