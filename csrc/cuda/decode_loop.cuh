@@ -164,17 +164,15 @@ __device__ __forceinline__ void weigh_tile(const Tile& tile, int begin, int end,
     }
 }
 
-// Attends tokens [from, to), of the open page if kOpen, there with position 0 if first_token. kWaves:
-// tokens whose waves BiasMemory holds.
+// Prepares queries and attends the tiles of a warp's ring, whose first copies are on their way.
+// kWaves: tokens whose waves BiasMemory holds.
 template <int kHeadDim, int kTile, int kWaves, bool kWhole, bool kOpen>
-__device__ __forceinline__ void attend_tokens(const AttentionCall& call,
-                                              const DecodeLaunch& launch, const RowGroup& group,
-                                              const Pass& pass, int from, int to,
-                                              bool first_token,
-                                              const DecodeMemory<kHeadDim>& memory,
-                                              DecodeSums<kHeadDim>& sums) {
-    Ring<kHeadDim, kTile, kWhole, kOpen> ring(call, launch, group, memory.ring);
-    ring.begin(from, to, first_token);
+__device__ __forceinline__ void attend_tiles(const AttentionCall& call,
+                                             const DecodeLaunch& launch, const RowGroup& group,
+                                             const Pass& pass,
+                                             Ring<kHeadDim, kTile, kWhole, kOpen>& ring,
+                                             const DecodeMemory<kHeadDim>& memory,
+                                             DecodeSums<kHeadDim>& sums) {
     const int k_bits = ring.half(call.layer.k, call.layer.k_open).bits;
     prepare_queries<kHeadDim, kWaves>(call, launch, group, pass, k_bits, memory);
     const ScoreTransform transform(call.shape);
@@ -243,20 +241,23 @@ __device__ __forceinline__ void attend_kv_split(const AttentionCall& call,
                                                 const DecodeLaunch& launch, const RowGroup& group,
                                                 const Pass& pass, int kv_split,
                                                 const DecodeMemory<kHeadDim>& memory) {
-    const bool has_open = has_open_pages(call.layer);
+    const int length = pass.pages * kPageLen;
+    const bool has_open = has_open_pages(call.layer), is_open = has_open && kv_split == pass.end - 1;
     const int own_page = has_open ? first_open(call.batch, group.sequence) : pass.high;
+    Ring<kHeadDim, kTile, kWhole, false> ring(call, launch, group, memory.ring);
+    Ring<kHeadDim, kOpenTile, kWhole, true> open_ring(call, launch, group, memory.ring);
+    if (is_open) {
+        open_ring.begin(max(own_page, pass.low), pass.high, own_page > 0 && pass.low == 0);
+    } else {
+        ring.begin(max(kv_split * length, pass.low), min((kv_split + 1) * length, own_page));
+    }
     DecodeSums<kHeadDim> sums;
     int v_bits;
-    if (has_open && kv_split == pass.end - 1) {
-        attend_tokens<kHeadDim, kOpenTile, kTile, kWhole, true>(
-            call, launch, group, pass, max(own_page, pass.low), pass.high,
-            own_page > 0 && pass.low == 0, memory, sums);
+    if (is_open) {
+        attend_tiles<kHeadDim, kOpenTile, kTile>(call, launch, group, pass, open_ring, memory, sums);
         v_bits = open_tokens(call.layer.v, call.layer.v_open).bits;
     } else {
-        const int length = pass.pages * kPageLen;
-        attend_tokens<kHeadDim, kTile, kTile, kWhole, false>(
-            call, launch, group, pass, max(kv_split * length, pass.low),
-            min((kv_split + 1) * length, own_page), false, memory, sums);
+        attend_tiles<kHeadDim, kTile, kTile>(call, launch, group, pass, ring, memory, sums);
         v_bits = call.layer.v.bits;
     }
     merge_warps<kHeadDim>(sums, reinterpret_cast<float*>(memory.ring));
@@ -264,8 +265,7 @@ __device__ __forceinline__ void attend_kv_split(const AttentionCall& call,
 }
 
 // kWhole: heads have exactly kHeadDim elements. Values that are needed after a kv_split are
-// computed again, and the number of the pass is in shared memory, because keeping them would cost
-// registers in the loop over tiles.
+// computed again, because keeping them would cost registers in the loop over tiles.
 template <int kHeadDim, int kTile, bool kWhole>
 __device__ __forceinline__ void attention_decode(const AttentionCall& call,
                                                  const DecodeLaunch& launch, char* shared) {
@@ -282,11 +282,9 @@ __device__ __forceinline__ void attention_decode(const AttentionCall& call,
             const int kv_split = pass.first + blockIdx.x;
             if (kv_split >= pass.end) continue;
             block_sync();  // the first pass no longer reads shared memory
-            if (threadIdx.x == 0) memory.data->pass = i;
             attend_kv_split<kHeadDim, kTile, kWhole>(call, launch, group, pass, kv_split, memory);
         }
-        block_sync();  // rows and the number of the pass are read by all warps
-        i = memory.data->pass;
+        block_sync();  // rows are read by all warps
         const RowGroup group(call, launch);
         const Pass pass(call, launch, Passes(call, launch, group), i);
         store_partials<kHeadDim>(call, launch, group, pass.first + blockIdx.x, memory);

@@ -30,8 +30,7 @@ struct RowData {
     float largest[kRows];
     float totals[kRows];
     int32_t is_last;
-    int32_t pass;
-    int32_t padding[2];
+    int32_t padding[3];
 };
 
 // The kv_splits of the tokens that a row sees. An open page, with the first token, is one of its own,

@@ -97,7 +97,7 @@ ATTENTION = [
     ("decode_loop.cuh", "int begin = !kOpen && first == 0 && has_open_pages(call.layer) ? 1 : 0;",
      "int begin = 0;"),
     ("decode_loop.cuh", "end = ring.is_first_token(tile) ? 1 : kTile;", "end = kTile;"),
-    ("decode_loop.cuh", "own_page > 0 && pass.low == 0, memory", "false, memory"),
+    ("decode_loop.cuh", "pass.high, own_page > 0 && pass.low == 0);", "pass.high, false);"),
     ("decode_softmax.cuh", "unit_factor(call.layer.v.bits) / unit_factor(v_bits)", "1.0f"),
     ("cache_tile.cuh", "for (int i = lane_id(); i < bytes.groups; i += 32) {",
      "for (int i = lane_id(); i < bytes.groups - 1; i += 32) {"),
