@@ -206,7 +206,8 @@ def open_page_shapes(
         num_open_pages: sequences that may run at once.
         cache_type: how keys and values are stored.
     """
-    heads, shapes = config.num_key_value_heads, {}
+    heads = config.num_key_value_heads
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, length in (("open", PAGE_LEN), ("open.first", 1)):
         for role, bits in (("k", cache_type.k_bits), ("v", cache_type.v_bits)):
             if open_bits(bits):

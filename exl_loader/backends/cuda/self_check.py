@@ -370,8 +370,8 @@ class _Check:
         expected, out = torch.empty_like(q), self.views["attended"][:rows]
         self.reference.attention(q.clone(), written, on_cpu, shape, expected, scratch, sinks)
         self.ops.attention(self._put("q", q), layer, on_card, shape, out, scratch, sinks_on_card)
-        pages = " with open pages" if layer.num_open_pages else ""
-        self._compare(f"attention of {what} over {cache}{pages}", self._get(out), expected,
+        opened_too = " with open pages" if layer.num_open_pages else ""
+        self._compare(f"attention of {what} over {cache}{opened_too}", self._get(out), expected,
                       _ATTENTION_BOUND)
 
     def _cache(self, cache_type: str, kind: CacheType) -> CacheLayer:
@@ -471,9 +471,9 @@ def check_specs(name: str) -> list[TensorSpec]:
     for cache_type in OPEN_CACHE_TYPES:
         bits = open_bits(CacheType.parse(cache_type).k_bits)
         for kind_of_tokens, length in (("open_page", PAGE_LEN), ("first", 1)):
-            tokens = OPEN_PAGES, SHAPE.num_kv_heads, length
+            in_pages = OPEN_PAGES, SHAPE.num_kv_heads, length
             shapes |= {f"{cache_type}.{kind_of_tokens}.{role}": found
-                       for role, found in _stored_shapes(tokens, bits).items()}
+                       for role, found in _stored_shapes(in_pages, bits).items()}
     embedding = TensorSpec(
         "embedding", "embedding", "float16", (4, IN_FEATURES), MAIN_MEMORY, read_by=name
     )
