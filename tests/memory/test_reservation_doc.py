@@ -20,8 +20,8 @@ from support.sparse import LLAMA_2_7B, write_sparse_exl2
 DOCUMENT = REPO / "docs" / "reservation.md"
 CTX = 18432
 LAYERS, HIDDEN, INNER, VOCAB = 32, 4096, 11008, 32000
-# A text for each 4,096 tokens.
-ROWS, SEQUENCES, LOGITS_ROWS = 256, 4, 32
+# Two texts: one for each 8,192 tokens.
+ROWS, SEQUENCES, LOGITS_ROWS = 256, 2, 32
 # (inputs, outputs) of a layer's seven linears.
 LINEARS = [(HIDDEN, HIDDEN)] * 4 + [(HIDDEN, INNER)] * 2 + [(INNER, HIDDEN)]
 

@@ -32,7 +32,7 @@ from .length import stretched_length
 DEFAULT_CTX_SIZE = 8192
 
 # With open pages, tokens of context for each text that may run at once, and the fewest texts.
-TOKENS_OF_A_TEXT = 4096
+TOKENS_OF_A_TEXT = 8192
 LEAST_BATCH_SIZE = 2
 
 # A factor on an adapter that is no mistake is far smaller.
@@ -97,7 +97,7 @@ class LoadOptions:
             card of the first layer, is the embedding as well and takes no memory twice.
         chunk_size: most tokens in one forward pass; at least `max_batch_size`.
         max_batch_size: most sequences in one forward pass, and so most texts that run at once.
-            None means 8, or with open pages (`cache_window`) one for each 4,096 tokens of
+            None means 8, or with open pages (`cache_window`) one for each 8,192 tokens of
             ctx_size, from 2 to 8, so that their open pages stay small beside the cache.
         alpha_value: NTK factor of RoPE, which stretches the model's own length.
         compress_pos_emb: factor that positions are divided by, which stretches it too.
