@@ -35,9 +35,9 @@ struct Ring {
                   static_cast<int>(call.layer.head_dim)),
           v_bytes(half(call.layer.v, call.layer.v_open).bits,
                   static_cast<int>(call.layer.head_dim)),
-          units(kOpen ? launch.open_units : launch.units),
+          units(kOpen ? launch.open_units : launch.units), first_tile(0),
           step(kOpen ? launch.open_warps : static_cast<int>(blockDim.x) / 32),
-          has_first_token(false) {
+          count(0), has_first_token(false) {
         slot_bytes = kTile * max(k_bytes.codes + 2 * k_bytes.groups,
                                  v_bytes.codes + 2 * v_bytes.groups);
         memory = rings + warp_id() * units * slot_bytes;
@@ -242,7 +242,7 @@ __device__ __forceinline__ void attend_kv_split(const AttentionCall& call,
                                                 const Pass& pass, int kv_split,
                                                 const DecodeMemory<kHeadDim>& memory) {
     const int length = pass.pages * kPageLen;
-    const bool has_open = has_open_pages(call.layer), is_open = has_open && kv_split == pass.end - 1;
+    const bool has_open = launch.open_warps != 0, is_open = has_open && kv_split == pass.end - 1;
     const int own_page = has_open ? first_open(call.batch, group.sequence) : pass.high;
     Ring<kHeadDim, kTile, kWhole, false> ring(call, launch, group, memory.ring);
     Ring<kHeadDim, kOpenTile, kWhole, true> open_ring(call, launch, group, memory.ring);

@@ -18,7 +18,7 @@ struct DecodeLaunch {
     int32_t slots;          // partials of a row
     int32_t max_kv_splits;  // of a row, without those that a sliding window or an open page adds
     int32_t units;          // slots of a warp's ring: 1, 2 or 4
-    int32_t open_warps;     // warps of a block that attend an open page
+    int32_t open_warps;     // warps of a block that attend an open page; 0: no open pages
     int32_t open_units;     // slots of such a warp's ring
     int32_t heads_per_kv;   // query heads per key/value head
     int32_t groups;         // number of groups of 8 rows, per key/value head and sequence
@@ -47,7 +47,7 @@ struct KvSplits {
         const unsigned each = seen <= limit ? 1 : ceil_div(seen, limit);
         const unsigned begin = low / kPageLen, end = last / kPageLen;
         // An open page begins a kv_split also where another one would go on.
-        const unsigned shift = has_open_pages(call.layer) ? each - 1 : 0;
+        const unsigned shift = launch.open_warps != 0 ? each - 1 : 0;
         pages = static_cast<int>(each);
         first = static_cast<int>(each == 1 ? begin : begin / each);
         count = static_cast<int>(each == 1 ? end : (end + shift) / each) - first + 1;
