@@ -13,10 +13,9 @@ from exl_loader.cache.layout import (
     CacheLayer,
     CacheType,
     cache_specs,
-    open_page_specs,
+    open_page_shapes,
     pages_for,
 )
-from exl_loader.utils.table import MAIN_MEMORY, DeviceMap
 
 
 def make_layer(cache_type: str, num_pages: int, num_kv_heads: int, head_dim: int,
@@ -26,16 +25,19 @@ def make_layer(cache_type: str, num_pages: int, num_kv_heads: int, head_dim: int
     config = SimpleNamespace(
         num_hidden_layers=1, num_key_value_heads=num_kv_heads, head_dim=head_dim
     )
-    device_map = DeviceMap.single(MAIN_MEMORY, 1)
+    shapes = {spec.name: (spec.dtype, spec.shape) for spec in cache_specs(config, num_pages, kind)}
+    if num_open_pages:
+        shapes |= open_page_shapes(config, 1, num_open_pages, kind)
     tensors = {}
-    for spec in [
-        *cache_specs(config, num_pages, kind, device_map),
-        *open_page_specs(config, num_open_pages, kind, device_map),
-    ]:
-        tensor = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype))
-        tensor.view(torch.uint8).fill_(0xFF)
-        tensors[spec.name] = tensor
-    return CacheLayer.from_views(tensors, "", 0, kind)
+    for name, (dtype, shape) in shapes.items():
+        tensors[name] = torch.empty(shape, dtype=getattr(torch, dtype))
+        tensors[name].view(torch.uint8).fill_(0xFF)
+    layer = CacheLayer(
+        tensors["cache.0.k_codes"], tensors.get("cache.0.k_scales"),
+        tensors["cache.0.v_codes"], tensors.get("cache.0.v_scales"), kind,
+    )  # fmt: skip
+    layer.take_open_pages(tensors, 0)
+    return layer
 
 
 def make_batch(past_lens: list[int], q_lens: list[int], seed: int = 0) -> Batch:
