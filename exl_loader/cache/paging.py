@@ -242,7 +242,9 @@ class PagedCache:
         """
         pool, own = self._open_pages, sequence.open_page
         assert pool is not None and own is not None
-        count = sequence.past_len % PAGE_LEN if source is not None else 0
+        # Without tokens in its last page the first token can be computed in its place.
+        count = sequence.past_len % PAGE_LEN
+        assert source is not None or count == 0, count
         first = (sequence.keys[0], int(ids[0])) if sequence.past_len else None
         sequence.missing_first = None
         with_first = None if first is None else pool.with_first(first)
