@@ -41,7 +41,7 @@ def address():
 def tight_address():
     """A page with a memory limit: with 8 cache bits the whole context just fits, with 16 not."""
     least = plan(DEMO_MODEL, ctx_size=1024, cache_type="q8").total_bytes
-    yield from serve(EXL_LOADER_MEMORY_LIMIT=str(least + 600_000))
+    yield from serve(EXL_LOADER_MEMORY_LIMIT=str(least + 300_000))
 
 
 def test_the_shipped_model_loads_generates_follows_its_options_and_unloads(browser, address):

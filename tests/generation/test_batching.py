@@ -180,7 +180,8 @@ def test_the_same_seed_gives_the_same_text_alone_and_in_a_batch(tiny_model_dir, 
         ([(7 * i + j * j) % 250 + 3 for j in range(5 + 37 * i)], SAMPLED | {"seed": i})
         for i in range(12)
     ]
-    with exl_loader.load(tiny_model_dir, ctx_size=8192, cache_type=cache_type) as model:
+    options = {"ctx_size": 8192, "cache_type": cache_type, "max_batch_size": 8}
+    with exl_loader.load(tiny_model_dir, **options) as model:
         alone = [list(model.generate_ids(*request)) for request in requests]
         model.prompt_logits([5] * 8192)
         passes = []

@@ -139,7 +139,8 @@ def test_an_answer_of_some_pages_is_generated_again_without_its_prompt(
 ):
     """The prompt's last page stays in its open page as long as no other text needs it."""
     prompt = some_ids(random.Random(7), 300)
-    with exl_loader.load(tiny_model_dir, ctx_size=2048, cache_type=cache_type) as model:
+    options = {"ctx_size": 2048, "cache_type": cache_type, "max_batch_size": 4}
+    with exl_loader.load(tiny_model_dir, **options) as model:
         texts, reused = [], []
         for _ in range(2):
             generation = model.generate_ids(prompt, GREEDY | {"max_new_tokens": 600})
@@ -154,7 +155,7 @@ def test_an_answer_of_some_pages_is_generated_again_without_its_prompt(
 
 def test_a_cache_without_a_window(tiny_model_dir):
     """It takes less memory, and gives other logits."""
-    options = {"ctx_size": 1024, "cache_type": "q4"}
+    options = {"ctx_size": 1024, "cache_type": "q4", "max_batch_size": 2}
     ids = some_ids(random.Random(8), 600)
     found, sizes = [], []
     for window in (0, 256):

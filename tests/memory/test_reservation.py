@@ -27,7 +27,7 @@ from exl_loader.memory.segments import lay_out
 from exl_loader.model.builder import build_parts
 from exl_loader.utils.errors import InsufficientMemory, InvalidSettings
 from exl_loader.utils.table import DeviceMap, TensorSpec
-from support.sparse import write_sparse_exl2
+from support.sparse import LLAMA_2_7B, write_sparse_exl2
 
 GIB, MIB = 1 << 30, 1 << 20
 CACHE_TYPES = ("fp16", "q8", "q6", "q4")
@@ -372,3 +372,11 @@ def test_free_memory_holds_the_overhead_as_well(tmp_path, machine):
     assert plan(folder, ctx_size=4096).devices[0].missing_bytes == 1
     # A limit that is no tighter than the system's free memory does not hide the overhead.
     assert not plan(folder, ctx_size=4096, memory_limit=total).fits
+
+
+def test_a_quantised_cache_never_takes_more_than_16_bits(tmp_path):
+    """From three pages of context on, open pages take less than the codes save."""
+    folder = write_sparse_exl2(tmp_path / "m", **LLAMA_2_7B)
+    for ctx_size in (768, 1024, 2048, 3840, 4096, 8192, 16384, 65536):
+        sizes = plan(folder, ctx_size=ctx_size, vram="200GiB").bytes_by_cache_type
+        assert sizes["q4"] < sizes["q6"] < sizes["q8"] < sizes["fp16"], (ctx_size, sizes)

@@ -63,3 +63,11 @@ def test_simultaneous_loads_restore_the_setting_of_all_threads():
     new.start()
     new.join()
     assert seen == [1, 3, 3]
+
+
+def test_a_block_inside_of_a_block_restores_nothing():
+    with torch_on_one_thread():
+        with torch_on_one_thread():
+            pass
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 3

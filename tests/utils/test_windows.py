@@ -156,7 +156,9 @@ def test_doctor_does_not_ask_for_a_compiler_where_a_card_runs_models(monkeypatch
 
 def exported() -> set[str]:
     texts = [path.read_text(encoding="utf-8") for path in (csrc_dir() / "cpu").glob("*.cpp")]
-    return {name for text in texts for name in re.findall(r"^EXL_API \w+ (exl_\w+)\(", text, re.M)}
+    names = {name for text in texts for name in re.findall(r"^EXL_API \w+ (exl_\w+)\(", text, re.M)}
+    replayed = (re.findall(r"^EXL_REPLAYED\((\w+)\)", text, re.M) for text in texts)
+    return names | {f"exl_replay_{name}" for found in replayed for name in found}
 
 
 def test_every_called_function_is_exported():

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ...backends import backend_of
-from ...cache.layout import CacheType, cache_specs, pages_for
+from ...cache.layout import CacheType, cache_specs, open_page_shapes, pages_for
 from ...formats.layer import PIECE_BYTES
 from ...model.adapters import AdaptedPart, AdapterTensors, adapted_parts, room_spec
 from ...model.assembly import ModelParts, WeightCosts
 from ...model.builder import build_parts
 from ...model.parts.embedding import EMBEDDING_ROWS
 from ...model.step import most_rows, workspace_specs
-from ...utils.table import MAIN_MEMORY, DeviceMap, TensorSpec
+from ...utils.table import DTYPE_BYTES, MAIN_MEMORY, DeviceMap, TensorSpec
 from ..segments import Segment, align, lay_out
 from .options import RunOptions
 
@@ -304,12 +304,26 @@ class LayerCosts:
             backend_of(device).kind,
             layers.stop == self.num_layers,
             frozenset(self._layer_kinds[layers.start : layers.stop]),
-            len(layers) if self._counts_layers or run.has_open_pages else 0,
+            len(layers) if self._counts_layers else 0,
             ctx_size,
             run,
         )
         if key not in self._workspaces:
             stage = whole.cut(layers.start, layers.stop)
-            segments = lay_out(_workspace([stage], ctx_size, run, self.loras))
+            without = replace(run, cache_window=0)
+            segments = lay_out(_workspace([stage], ctx_size, without, self.loras))
             self._workspaces[key] = segments[stage.device, "workspace"].nbytes
-        return self._workspaces[key]
+        return self._workspaces[key] + self._open_page_bytes(device, len(layers), run)
+
+    def _open_page_bytes(self, device: str, num_layers: int, run: RunOptions) -> int:
+        """Return the bytes of open pages, which are in tensors of their own."""
+        if not run.has_open_pages:
+            return 0
+        assert run.max_batch_size is not None
+        shapes = open_page_shapes(
+            self.config, num_layers, run.max_batch_size, run.cache_type
+        )
+        return sum(
+            align(math.prod(shape) * DTYPE_BYTES[dtype], device)
+            for dtype, shape in shapes.values()
+        )

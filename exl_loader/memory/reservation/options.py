@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, TypedDict
 
-from ...cache.layout import PAGE_LEN, CacheType, pages_for
+from ...cache.layout import PAGE_LEN, CacheType, open_bits, pages_for
 from ...checkpoint.config import ModelConfig
 from ...checkpoint.model_class import named_architecture
 from ...checkpoint.rope import MAX_FACTOR, MAX_POSITIONS, check_scaling
@@ -34,6 +34,9 @@ DEFAULT_CTX_SIZE = 8192
 # With open pages, tokens of context for each text that may run at once, and the fewest texts.
 TOKENS_OF_A_TEXT = 8192
 LEAST_BATCH_SIZE = 2
+# Below so many tokens of context there is one text where open pages have 16 bits, because those of
+# two could take more than the quantised cache saves.
+TOKENS_OF_TWO_TEXTS = 4096
 
 # A factor on an adapter that is no mistake is far smaller.
 MAX_SCALING = 1e4
@@ -98,7 +101,8 @@ class LoadOptions:
         chunk_size: most tokens in one forward pass; at least `max_batch_size`.
         max_batch_size: most sequences in one forward pass, and so most texts that run at once.
             None means 8, or with open pages (`cache_window`) one for each 8,192 tokens of
-            ctx_size, from 2 to 8, so that their open pages stay small beside the cache.
+            ctx_size, from 2 to 8, so that their open pages stay small beside the cache; 1 below
+            4,096 tokens beside codes of 6 or 8 bits.
         alpha_value: NTK factor of RoPE, which stretches the model's own length.
         compress_pos_emb: factor that positions are divided by, which stretches it too.
         as_architecture: architecture to run a model of an unknown class as, with a warning, such
@@ -420,7 +424,10 @@ class RunOptions:
         if self.has_open_pages:
             # In whole pages, as the cache is planned.
             tokens = pages_for(ctx_size) * PAGE_LEN
-            most = min(most, max(LEAST_BATCH_SIZE, tokens // TOKENS_OF_A_TEXT))
+            kind = self.cache_type
+            is_large = max(open_bits(kind.k_bits), open_bits(kind.v_bits)) == 16
+            least = 1 if is_large and tokens < TOKENS_OF_TWO_TEXTS else LEAST_BATCH_SIZE
+            most = min(most, max(least, tokens // TOKENS_OF_A_TEXT))
         return replace(self, max_batch_size=min(most, self.chunk_size))
 
     @property

@@ -114,6 +114,8 @@ def cpu_name() -> str:
 _lock = threading.Lock()
 _callers = 0
 _usual_threads = 1
+# `depth`: blocks of this thread that are open.
+_own = threading.local()
 
 
 @contextmanager
@@ -132,11 +134,14 @@ def torch_on_one_thread() -> Iterator[None]:
             _usual_threads = torch.get_num_threads()
         _callers += 1
         torch.set_num_threads(1)
+    depth = _own.depth = getattr(_own, "depth", 0) + 1
     try:
         yield
     finally:
+        _own.depth -= 1
         # The setting belongs to each thread and is also what new threads start with. So every
         # one of several simultaneous loads restores both, to the value before the first load.
         with _lock:
             _callers -= 1
-            torch.set_num_threads(_usual_threads)
+            if depth == 1:
+                torch.set_num_threads(_usual_threads)

@@ -1,8 +1,8 @@
 """What only CUDA has of attention with open pages: shapes, launches, kv_splits, graphs and scratch.
 
-What every backend has in common is in operations/test_open_pages.py. Whatever the rows of a call
-must not read is NaN: the codes of their own page and of position 0, and open pages after the last
-token.
+What every backend has in common is in operations/test_attention_open_pages.py. Whatever the rows of
+a call must not read is NaN: the codes of their own page and of position 0, and open pages after the
+last token.
 """
 
 from __future__ import annotations

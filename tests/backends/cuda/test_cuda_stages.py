@@ -204,7 +204,7 @@ def test_texts_side_by_side_prefixes_and_a_draft(cards, tmp_path, nothing_left):
     prompts = [IDS, IDS[3:] + IDS[:3], IDS[:9] + [4, 5]]
     with exl_loader.load(tmp_path / "m", ctx_size=CTX, device="cuda:0", cache_type="q4") as one:
         alone = [list(one.generate_ids(prompt, GREEDY)) for prompt in prompts]
-    options = {"cache_type": "q4", "model_draft": tmp_path / "d"}
+    options = {"cache_type": "q4", "model_draft": tmp_path / "d", "max_batch_size": 4}
     field = gpu_split(tmp_path / "m", 1, **options)
     with exl_loader.load(tmp_path / "m", ctx_size=2 * CTX, gpu_split=field, **options) as model:
         assert [d.draft_bytes > 0 for d in model.reservation.devices] == [True, False, True]
