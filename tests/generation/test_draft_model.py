@@ -160,7 +160,7 @@ def test_on_the_compiled_kernels_the_text_is_the_same(tiny_model_dir, draft_dir,
     """Alone and in a batch, with good and with bad guesses."""
     options = options | {"max_new_tokens": 60, "ban_eos_token": True}
     prompts = [[40, 50 + i, 60] * (5 + 40 * i) for i in range(3)]
-    sizes = {"ctx_size": 2048, "cache_type": "q8", "chunk_size": 64}
+    sizes = {"ctx_size": 2048, "cache_type": "q8", "chunk_size": 64, "max_batch_size": 8}
     with exl_loader.load(tiny_model_dir, **sizes) as model:
         plain = [list(model.generate_ids(prompt, options)) for prompt in prompts]
     folder = tiny_model_dir if own else draft_dir
