@@ -18,8 +18,8 @@ from backends.operations.test_attention import (
     assert_like_reference,
 )
 from backends.operations.test_attention_key_bias import assert_like_reference as with_bias
+from backends.operations.test_attention_open_pages import filled, tensors_of
 from backends.operations.test_cache_writing import REFERENCE, bytes_of, written
-from backends.operations.test_open_pages import filled, tensors_of
 from exl_loader.backends.build.toolchain import find_compiler
 from support.attention_cases import SOURCES, attention_target, shape_of
 from support.cache_layers import make_batch, random_rows
