@@ -240,12 +240,10 @@ uint8_t* pack_group(const uint8_t* codes, int count, int bits, uint8_t* out) {
     return pack_plane(codes, count, 2, 0, pack_plane(codes, count, 4, 2, out));
 }
 
+// y: a rotated head, then kGroup zeros.
 template <int Bits>
-void quantize_head(const float* x, int head_dim, uint8_t* codes, uint16_t* scales) {
+void quantize_head(const float* y, int head_dim, uint8_t* codes, uint16_t* scales) {
     static const Quantizer<Bits> quantizer;
-    float y[kMaxHeadDim + kGroup];
-    rotate(x, head_dim, 1.0f, y);
-    for (int i = 0; i < kGroup; ++i) y[head_dim + i] = 0.0f;
     for (int first = 0; first < head_dim; first += kGroup) {
         const int elements = head_dim - first < kGroup ? head_dim - first : kGroup;
         uint8_t group[kGroup];
@@ -307,7 +305,8 @@ void half_head(const float* x, int head_dim, int16_t* out) {
     }
 }
 
-// Writes one head of one token. token_index counts tokens of [pages, kv_heads, kPageLen].
+// Writes one head of one token. x: for quantised halves as quantize_head's y, else the head
+// [head_dim]. token_index counts tokens of [pages, kv_heads, kPageLen].
 void write_head(const ExlCacheHalf& half, const float* x, int head_dim, int64_t token_index) {
     uint8_t* codes =
         static_cast<uint8_t*>(half.codes) + token_index * code_bytes(head_dim, half.bits);
@@ -395,12 +394,18 @@ EXL_API void exl_write_cache(const ExlCacheLayer* layer, const ExlBatch* batch, 
                 batch->page_table[s * batch->max_pages + position / kPageLen];
             const int64_t token_index = (page * heads + head) * kPageLen + position % kPageLen;
             const bool values = item % 2;
-            const float* x = (values ? v : k) + (row * heads + head) * head_dim;
-            write_head(values ? layer->v : layer->k, x, head_dim, token_index);
+            const ExlCacheHalf& half = values ? layer->v : layer->k;
             const ExlOpenPages& open = values ? layer->v_open : layer->k_open;
-            if (open.tokens.codes == nullptr) continue;
-            float y[kMaxHeadDim];
+            const float* x = (values ? v : k) + (row * heads + head) * head_dim;
+            if (!is_quantized(half.bits)) {
+                write_head(half, x, head_dim, token_index);
+                continue;
+            }
+            float y[kMaxHeadDim + kGroup];
             rotate(x, head_dim, 1.0f, y);
+            for (int i = 0; i < kGroup; ++i) y[head_dim + i] = 0.0f;
+            write_head(half, y, head_dim, token_index);
+            if (open.tokens.codes == nullptr) continue;
             const int64_t open_head = batch->open_pages[s] * heads + head;
             write_open(open.tokens, y, head_dim, open_head * kPageLen + position % kPageLen);
             if (position == 0) write_open(open.first, y, head_dim, open_head);
