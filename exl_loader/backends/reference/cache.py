@@ -7,6 +7,7 @@ float64.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,20 +47,21 @@ def _pages_and_tokens(
 def _write(x: torch.Tensor, stored: StoredTokens, pages: torch.Tensor,
            tokens: torch.Tensor) -> None:
     """Write x, float32 [T, kv_heads, head_dim], to the given tokens of pages, int64 [T] each."""
-    if stored.scales is None:
-        codes = x if stored.bits == 32 else reference_fp16.encode(x.flatten(0, 1)).view(x.shape)
-        stored.codes[pages, :, tokens] = codes
-        return
-    packed, scales = quantize(rotate(x.double()).float().flatten(0, 1), stored.bits)
-    _put(stored, packed, scales, pages, tokens)
+    if stored.bits == 32:
+        stored.codes[pages, :, tokens] = x
+    elif stored.scales is None:
+        _put(stored, (reference_fp16.encode(x.flatten(0, 1)),), pages, tokens)
+    else:
+        rotated = rotate(x.double()).float()
+        _put(stored, quantize(rotated.flatten(0, 1), stored.bits), pages, tokens)
 
 
-def _put(stored: StoredTokens, codes: torch.Tensor, scales: torch.Tensor, pages: torch.Tensor,
+def _put(stored: StoredTokens, encoded: Sequence[torch.Tensor], pages: torch.Tensor,
          tokens: torch.Tensor) -> None:
-    assert stored.scales is not None
-    shape = len(pages), -1
-    stored.codes[pages, :, tokens] = codes.view(*shape, codes.shape[1])
-    stored.scales[pages, :, tokens] = scales.view(*shape, scales.shape[1])
+    """Put codes, [T * kv_heads, ...], and the scales of quantised ones in their places."""
+    for target, vectors in zip((stored.codes, stored.scales), encoded, strict=False):
+        assert target is not None
+        target[pages, :, tokens] = vectors.unflatten(0, (len(pages), -1))
 
 
 def _write_open(x: torch.Tensor, opened: OpenPages, page: int, positions: torch.Tensor) -> None:
@@ -71,12 +73,12 @@ def _write_open(x: torch.Tensor, opened: OpenPages, page: int, positions: torch.
     ):
         if not len(rows):
             continue
-        pages = torch.full_like(tokens, page)
-        if stored.scales is None:
-            codes = reference_fp16.encode(rows.flatten(0, 1)).view(rows.shape)
-            stored.codes[pages, :, tokens] = codes
-        else:
-            _put(stored, *quantize_plainly(rows.flatten(0, 1)), pages, tokens)
+        vectors = rows.flatten(0, 1)
+        encoded = (
+            (reference_fp16.encode(vectors),) if stored.scales is None
+            else quantize_plainly(vectors)
+        )
+        _put(stored, encoded, torch.full_like(tokens, page), tokens)
 
 
 def write_cache(k: torch.Tensor, v: torch.Tensor, layer: CacheLayer, batch: Batch) -> None:
