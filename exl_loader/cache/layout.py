@@ -19,8 +19,8 @@ multiple of 32, the last group is shorter and its codes are padded to a multiple
 A quantised cache also keeps the *open page* of each running sequence, the page that it is still
 writing, in more bits, because a row depends most on the tokens just before it:
 
-    open_page    as the tensors above, with open pages in place of pages and `open_bits` bits
-    first        the first token of each sequence, [open pages, kv_heads, 1, ...], as well
+    open         as the tensors above, with open pages in place of pages and `open_bits` bits
+    open.first   the first token of each sequence, [open pages, kv_heads, 1, ...], as well
 
 Which keys a row sees in which form follows from positions alone: those of its own page and the
 first one from the open page, all others from the codes. So a text has the same bits alone, in a
@@ -184,7 +184,7 @@ def cache_specs(
     specs: list[TensorSpec] = []
     for layer, device in enumerate(devices):
         for role, bits in (("k", cache_type.k_bits), ("v", cache_type.v_bits)):
-            shapes = _tensor_shapes(f"cache.{layer}.{role}", tokens, config.head_dim, bits)
+            shapes = stored_shapes(f"cache.{layer}.{role}", tokens, config.head_dim, bits)
             specs += [
                 TensorSpec(name, "cache", dtype, shape, device)
                 for name, (dtype, shape) in shapes.items()
@@ -212,15 +212,23 @@ def open_page_shapes(
         for role, bits in (("k", cache_type.k_bits), ("v", cache_type.v_bits)):
             if open_bits(bits):
                 tokens = num_layers, num_open_pages, heads, length
-                shapes |= _tensor_shapes(
+                shapes |= stored_shapes(
                     f"{name}.{role}", tokens, config.head_dim, open_bits(bits)
                 )
     return shapes
 
 
-def _tensor_shapes(
+def stored_shapes(
     prefix: str, tokens: tuple[int, ...], head_dim: int, bits: int
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return dtype and shape of `{prefix}_codes` and, if quantised, of `{prefix}_scales`.
+
+    Args:
+        prefix: the start of their names.
+        tokens: the first dimensions, which end with key/value heads and tokens.
+        head_dim: elements a head.
+        bits: of one element.
+    """
     if bits in _UNPACKED_DTYPES:
         return {f"{prefix}_codes": (_UNPACKED_DTYPES[bits], (*tokens, head_dim))}
     return {

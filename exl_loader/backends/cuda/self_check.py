@@ -20,9 +20,8 @@ from ...cache.layout import (
     CacheType,
     OpenPages,
     StoredTokens,
-    code_bytes,
-    num_groups,
     open_bits,
+    stored_shapes,
 )
 from ...formats.layer import QuantizedSizes, scale_values
 from ...memory.buffers import allocate
@@ -472,8 +471,10 @@ def check_specs(name: str) -> list[TensorSpec]:
         bits = open_bits(CacheType.parse(cache_type).k_bits)
         for kind_of_tokens, length in (("open_page", PAGE_LEN), ("first", 1)):
             in_pages = OPEN_PAGES, SHAPE.num_kv_heads, length
-            shapes |= {f"{cache_type}.{kind_of_tokens}.{role}": found
-                       for role, found in _stored_shapes(in_pages, bits).items()}
+            for half in "kv":
+                shapes |= stored_shapes(
+                    f"{cache_type}.{kind_of_tokens}.{half}", in_pages, SHAPE.head_dim, bits
+                )
     embedding = TensorSpec(
         "embedding", "embedding", "float16", (4, IN_FEATURES), MAIN_MEMORY, read_by=name
     )
@@ -485,20 +486,10 @@ def check_specs(name: str) -> list[TensorSpec]:
 
 
 def cache_shapes(kind: CacheType) -> dict[str, tuple[str, tuple[int, ...]]]:
-    return _stored_shapes((PAGES, SHAPE.num_kv_heads, PAGE_LEN), kind.k_bits)
-
-
-def _stored_shapes(tokens: tuple[int, int, int],
-                   bits: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    if bits == 16:
-        return {f"{half}_codes": ("int16", (*tokens, SHAPE.head_dim)) for half in "kv"}
+    tokens = PAGES, SHAPE.num_kv_heads, PAGE_LEN
     return {
-        f"{half}_{role}": found
-        for half in "kv"
-        for role, found in (
-            ("codes", ("uint8", (*tokens, code_bytes(SHAPE.head_dim, bits)))),
-            ("scales", ("float16", (*tokens, num_groups(SHAPE.head_dim, bits)))),
-        )
+        **stored_shapes("k", tokens, SHAPE.head_dim, kind.k_bits),
+        **stored_shapes("v", tokens, SHAPE.head_dim, kind.v_bits),
     }
 
 
