@@ -81,8 +81,6 @@ class OpenPagePool:
         """Take an open page back; it keeps what it holds."""
         assert page not in self._free, f"open page {page} is released twice"
         self._free[page] = None
-        if page not in self._contents:
-            self._free.move_to_end(page, last=False)
 
     def put(self, page: int, parent: Key, ids: Ids, first: First | None) -> None:
         """Replace what an open page holds; None for a first token that it lacks."""

@@ -45,6 +45,16 @@ class PagedSequence:
         """Number of tokens that the sequence's pages can hold."""
         return len(self.pages) * PAGE_LEN
 
+    def end_of_guesses(self, sure: int) -> int:
+        """Return the length up to which tokens can be taken back to the first `sure` ones.
+
+        With an open page it is the end of the page that the token after them is in, because the
+        next page takes the place of this one.
+        """
+        if self.open_page is None:
+            return self.capacity
+        return min(self.capacity, (sure // PAGE_LEN + 1) * PAGE_LEN)
+
 
 class PagedCache:
     """Lends pages of the cache to sequences. Not thread-safe: only the model's thread calls it.

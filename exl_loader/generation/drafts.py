@@ -115,7 +115,8 @@ class DraftModel:
                 ids = self._step(sequences, {
                     job: [token_id] for job, token_id in ids.items()
                     if len(guesses[job]) < wanted[job]
-                    and sequences[job].past_len < _most_tokens(sequences[job], len(job.history))
+                    and sequences[job].past_len
+                    < sequences[job].end_of_guesses(len(job.history))
                 })
         finally:
             for job, sequence in sequences.items():
@@ -184,17 +185,6 @@ class DraftModel:
         rows = self._model.forward_rows([(sequences[job], ids) for job, ids in entries.items()])
         likeliest = (row.argmax(self._vocab_size) for row in rows)
         return dict(zip(entries, likeliest, strict=True))
-
-
-def _most_tokens(sequence: PagedSequence, sure: int) -> int:
-    """Return the length up to which guesses can be taken back to the first `sure` tokens.
-
-    Where there are open pages it is the end of the page that the next token is in, because the
-    next page would take this one's place.
-    """
-    if sequence.open_page is None:
-        return sequence.capacity
-    return min(sequence.capacity, (sure // PAGE_LEN + 1) * PAGE_LEN)
 
 
 def check_vocabularies(

@@ -438,13 +438,8 @@ def _guided(job: Job, rows: list[LogitsRow], index: int) -> LogitsRow:
 
 
 def _most_draft(job: Job) -> int:
-    """Return how many tokens after those of a job's texts can be run and taken back.
-
-    Where there are open pages they lie in one page, because the next page takes the place of the
-    one before.
-    """
-    lengths = [len(ids) for sequence, ids in job.texts if sequence.open_page is not None]
-    return min((PAGE_LEN - length % PAGE_LEN for length in lengths), default=PAGE_LEN)
+    """Return how many tokens after those of a job's texts can be run and taken back."""
+    return min(sequence.end_of_guesses(len(ids)) - len(ids) for sequence, ids in job.texts)
 
 
 def _missing(sequence: PagedSequence, ids: Ids) -> list[int]:
