@@ -259,10 +259,7 @@ class _WeightReader:
         }
         cache = PagedCache.from_views(
             self._views("cache", prefix), "cache", self.cache_type,
-            [
-                (workspaces[stage.device], index)
-                for stage in parts.stages() for index in range(len(stage.layers))
-            ],
+            [(workspaces[device], index) for device, index in parts.layer_places()],
             placed.ctx_size,
         )
         views = self._views("weights", prefix) | self._views("embedding", prefix)

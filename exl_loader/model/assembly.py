@@ -113,6 +113,14 @@ class ModelParts:
             for device in where.devices
         ]
 
+    def layer_places(self) -> list[tuple[str, int]]:
+        """Return the device of each layer, and its place among the device's layers."""
+        return [
+            (stage.device, index)
+            for stage in self.stages()
+            for index in range(len(stage.layers))
+        ]
+
     def cut(self, first: int, end: int) -> StageParts:
         """Return layers first..end, with embedding and head where the range has them, as a stage.
 

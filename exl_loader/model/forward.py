@@ -140,12 +140,11 @@ class Model:
             InvalidSettings: an id outside the vocabulary, or no ids.
             CacheFull: a sequence has too few pages.
         """
-        passes = _passes(entries)
-        if len(passes) == 1:
-            out = self._fetch(self._run(entries, logits, False))
-            _advance(entries)
-            return out
-        return self._forward_passes(entries, passes, logits)
+        if _needs_passes(entries):
+            return self._forward_passes(entries, logits)
+        out = self._fetch(self._run(entries, logits, False))
+        _advance(entries)
+        return out
 
     def forward_rows(
         self,
@@ -158,7 +157,7 @@ class Model:
             The rows, valid until the next call. If the device computes top logits, a row is
             copied to the CPU only when its values are read.
         """
-        if self._top_logits is None or logits == "none" or len(_passes(entries)) > 1:
+        if self._top_logits is None or logits == "none" or _needs_passes(entries):
             return [LogitsRow(row) for row in self.forward(entries, logits).numpy()]
         on_device = self._run(entries, logits, True)
         found = self._top_logits.read(len(on_device), self.sampled_vocab_size)
@@ -169,7 +168,7 @@ class Model:
         ]
 
     def _forward_passes(
-        self, entries: Sequence[Entry], passes: Sequence[Sequence[Piece]], logits: LogitsMode
+        self, entries: Sequence[Entry], logits: LogitsMode
     ) -> torch.Tensor:
         """Do what `forward` does in several passes, each of which advances its sequences.
 
@@ -181,7 +180,7 @@ class Model:
         counts = [len(ids) if logits == "all" else 1 for _, ids in entries]
         first_rows = [sum(counts[:i]) for i in range(len(entries))]
         out = torch.empty(sum(counts) if logits != "none" else 0, self._logits.shape[1])
-        for pieces in passes:
+        for pieces in _passes(entries):
             ready = [piece.entry for piece in pieces]
             on_device = self._run(ready, logits, False)
             _advance(ready)
@@ -194,8 +193,7 @@ class Model:
         return out
 
     def _run(
-        self, entries: Sequence[Entry], logits: LogitsMode,
-        top_logits: bool,
+        self, entries: Sequence[Entry], logits: LogitsMode, top_logits: bool
     ) -> torch.Tensor:
         """Run a step, which may also compute the top logits of its rows.
 
@@ -220,15 +218,14 @@ class Model:
 
         A first token depends on nothing else, so it is a text of its own here.
         """
-        firsts: list[Entry] = []
-        for sequence, _ in entries:
-            if sequence.missing_first is not None:
-                text = replace(sequence, past_len=0, missing_first=None)
-                firsts.append((text, [sequence.missing_first]))
+        firsts: list[Entry] = [
+            (replace(sequence, past_len=0, missing_first=None), [sequence.missing_first])
+            for sequence, _ in entries if sequence.missing_first is not None
+        ]
         if firsts:
             self._run(firsts, "none", False)
-        for sequence, _ in entries:
-            sequence.missing_first = None
+            for sequence, _ in entries:
+                sequence.missing_first = None
 
     def _fetch(self, on_device: torch.Tensor, first: int = 0) -> torch.Tensor:
         """Copy rows of logits to the CPU, to the rows from `first` on."""
@@ -330,9 +327,7 @@ class Model:
             stage_step.batch.max_total_len = longest
             inputs.send()
 
-    def _write(
-        self, arrays: Mapping[str, Array], entries: Sequence[Entry]
-    ) -> None:
+    def _write(self, arrays: Mapping[str, Array], entries: Sequence[Entry]) -> None:
         first = 0
         arrays["q_start"][0] = 0
         for slot, (sequence, ids) in enumerate(entries):
@@ -405,6 +400,14 @@ class Piece:
     index: int
     start: int
     entry: Entry
+
+
+def _needs_passes(entries: Sequence[Entry]) -> bool:
+    """Return whether the rows of a sequence with an open page lie in several pages."""
+    return any(
+        sequence.open_page is not None and sequence.past_len % PAGE_LEN + len(ids) > PAGE_LEN
+        for sequence, ids in entries
+    )
 
 
 def _passes(entries: Sequence[Entry]) -> list[list[Piece]]:

@@ -48,10 +48,7 @@ def build_model(
     workspaces = {name: buffers.views("workspace", name) for name in devices.devices}
     cache = PagedCache.from_views(
         buffers.views("cache"), "cache", kind,
-        [
-            (workspaces[stage.device], index)
-            for stage in parts.stages() for index in range(len(stage.layers))
-        ],
+        [(workspaces[name], index) for name, index in parts.layer_places()],
         num_pages * PAGE_LEN,
     )
     return Model(parts, workspaces, cache, on_device, **options), cache
