@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -72,6 +74,18 @@ def product(ops, x, w, *, add_to=None, columns=0):
     ops.linear(x, w, view, scratch_for(len(x), w, ops.kind), add_to is not None)
     assert (wide[:, w.out_features :] == marker).all()
     return wide[:, : w.out_features].contiguous()
+
+
+def equal_from_threads(call, layers, expected) -> bool:
+    """Return whether threads that start together, one a layer, get what is expected 20 times."""
+    start = threading.Barrier(len(layers))
+
+    def many(i: int) -> bool:
+        start.wait()
+        return all(torch.equal(call(layers[i]), expected[i]) for _ in range(20))
+
+    with ThreadPoolExecutor(len(layers)) as pool:
+        return all(pool.map(many, range(len(layers))))
 
 
 def stream_linear(

@@ -7,8 +7,6 @@ import logging
 import os
 import platform
 import subprocess
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -19,7 +17,7 @@ from exl_loader.backends.cpu.threads import default_threads
 from exl_loader.utils import output
 from support import run_python
 from support.kernel_cases import compiled_ops, packed_linear, random_rows
-from support.linear_cases import MAX_THREADS, product
+from support.linear_cases import MAX_THREADS, equal_from_threads, product
 from support.targets import Target, target
 
 # Groups of (bits, rows): spans of half a step of a tile, of one and of two, whole and padded ones,
@@ -114,14 +112,7 @@ def test_calls_from_several_threads(tiles):
     layers = [packed_linear([(4, 128)] * 4, 256, seed=seed, perm=True) for seed in range(4)]
     x = random_rows(20, 512)
     expected = [without_tiles(tiles, x, w) for w in layers]
-    start = threading.Barrier(4)
-
-    def many(i):
-        start.wait()
-        return all(torch.equal(product(tiles, x, layers[i]), expected[i]) for _ in range(20))
-
-    with ThreadPoolExecutor(4) as pool:
-        assert all(pool.map(many, range(4)))
+    assert equal_from_threads(lambda w: product(tiles, x, w), layers, expected)
 
 
 def test_a_forked_child_has_tiles(tiles):

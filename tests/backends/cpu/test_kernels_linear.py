@@ -7,8 +7,6 @@ operations/test_linear_dense.py.
 from __future__ import annotations
 
 import os
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -17,7 +15,13 @@ from backends.operations.test_linear import LAYOUTS, LONG, MIXED_GROUPS
 from exl_loader.backends.cpu.linear import linear_scratch_bytes
 from exl_loader.backends.cpu.threads import default_threads
 from support.kernel_cases import dense_linear, packed_linear, random_rows
-from support.linear_cases import MAX_THREADS, assert_exact, product, scratch_for
+from support.linear_cases import (
+    MAX_THREADS,
+    assert_exact,
+    equal_from_threads,
+    product,
+    scratch_for,
+)
 from support.targets import AVX512, CPUS, OTHER_CPUS, target
 
 
@@ -78,14 +82,7 @@ def test_calls_from_several_threads(ops):
     layers = [packed_linear([(4, 128)] * 4, 256, seed=s, perm=True) for s in range(4)]
     x = random_rows(20, 512)
     expected = [product(ops, x, w) for w in layers]
-    start = threading.Barrier(4)
-
-    def many(i):
-        start.wait()
-        return all(torch.equal(product(ops, x, layers[i]), expected[i]) for _ in range(20))
-
-    with ThreadPoolExecutor(4) as pool:
-        assert all(pool.map(many, range(4)))
+    assert equal_from_threads(lambda w: product(ops, x, w), layers, expected)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

@@ -191,12 +191,16 @@ def test_structs_are_as_long_as_the_kernels():
     assert ctypes.sizeof(attention.DecodeStruct) == 56
 
 
-@pytest.mark.parametrize("sequences", [1, 2, 5])
-def test_more_sequences_than_counters_take_several_launches(ops, monkeypatch, sequences):
+@pytest.mark.parametrize(
+    ("sequences", "has_open_pages"), [(1, False), (2, False), (5, False), (1, True), (3, True)]
+)
+def test_more_sequences_than_counters_take_several_launches(
+    ops, monkeypatch, sequences, has_open_pages
+):
     """The bits are those of one launch with counters for all sequences. One is a prompt."""
     shape = shape_of(6, 2, 64, window=520)
     batch = make_batch([700, 300, 1100, 20, 513, 2], [2, 1, 3, 40, 1, 2])
-    layer = random_layer("q4", batch, shape)
+    layer = random_layer("q4", batch, shape, has_open_pages=has_open_pages)
     q = random_rows(batch.num_rows, 6, 64, 5)
     at_once = attend(ops, q, layer, batch, shape)
     groups = -(-32 * 3 // 8)  # of the most rows that a sequence may have here

@@ -138,18 +138,6 @@ def test_every_launch_that_a_card_may_choose(shared_limit, cache_type, head_dim)
     assert_like_reference(attention_target(card), cache_type, batch, shape_of(2, 1, head_dim))
 
 
-@pytest.mark.parametrize("sequences", [1, 3])
-def test_more_sequences_than_counters_take_several_launches(ops, monkeypatch, sequences):
-    shape = shape_of(6, 2, 64, window=520)
-    batch = make_batch([700, 300, 1100, 20, 513, 2], [2, 1, 3, 40, 1, 2])
-    layer = random_layer("q4", batch, shape, has_open_pages=True)
-    q = random_rows(batch.num_rows, 6, 64, 5)
-    at_once = attend(ops, q, layer, batch, shape)
-    groups = -(-32 * 3 // 8)  # of the most rows that a sequence may have here
-    monkeypatch.setattr(attention, "_MOST_COUNTERS", sequences * groups * 2)
-    assert torch.equal(attend(ops, q, layer, batch, shape), at_once)
-
-
 def test_a_launch_serves_every_length_and_every_open_page():
     """As in a CUDA graph: the launch is prepared once, then only the batch's integers change."""
     launcher = emulated_launcher()
