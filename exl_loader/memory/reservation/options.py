@@ -110,7 +110,7 @@ class LoadOptions:
             model whose class is unknown as well.
         cache_window: 256 keeps the page that each running text is writing, its newest tokens up
             to a multiple of 256, and its first token in 16 bits beside a quantised cache, in 8
-            bits beside 4-bit codes. 0 does not, which takes less memory and loses quality.
+            bits beside 4-bit codes. 0 keeps none so, which takes less memory and loses quality.
         replacing: of `plan` alone. Plan as if every model that this process has loaded had
             been unloaded.
         model_draft: folder of a smaller model with the same vocabulary that guesses how texts
