@@ -45,15 +45,16 @@ class PagedSequence:
         """Number of tokens that the sequence's pages can hold."""
         return len(self.pages) * PAGE_LEN
 
-    def end_of_guesses(self, sure: int) -> int:
-        """Return the length up to which tokens can be taken back to the first `sure` ones.
+    def end_of_pass(self, start: int) -> int:
+        """Return the length that the text may reach in passes that end with a commit.
 
-        With an open page it is the end of the page that the token after them is in, because the
-        next page takes the place of this one.
+        With an open page it is the end of the page that token `start` is in. The next page takes
+        its place, so that tokens cannot be taken back to it, and others would find what is no
+        longer there.
         """
         if self.open_page is None:
             return self.capacity
-        return min(self.capacity, (sure // PAGE_LEN + 1) * PAGE_LEN)
+        return min(self.capacity, (start // PAGE_LEN + 1) * PAGE_LEN)
 
 
 class PagedCache:
@@ -111,11 +112,6 @@ class PagedCache:
             layer.take_open_pages(*workspace)
             layers.append(layer)
         return cls(layers, pages_for(ctx_size))
-
-    @property
-    def has_open_pages(self) -> bool:
-        """True if each sequence holds an open page."""
-        return self._open_pages is not None
 
     @property
     def num_free_pages(self) -> int:
@@ -265,9 +261,10 @@ class PagedCache:
                 sequence.missing_first = first[1]
             else:
                 self._copy_open_page(with_first, own, 0)
-        held = ids[sequence.past_len - count : sequence.past_len]
         known = None if sequence.missing_first is not None else first
-        pool.put(own, sequence.keys[-1], held, known)
+        # Its tokens can be found when they are committed. A caller that does not commit may leave
+        # the page, whose place the next one then takes.
+        pool.put(own, sequence.keys[-1], ids[:0], known)
 
     def _commit_open_page(self, sequence: PagedSequence, stored: Ids, is_new: bool) -> None:
         """Let other sequences find the tokens of the open page.

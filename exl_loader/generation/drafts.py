@@ -115,8 +115,7 @@ class DraftModel:
                 ids = self._step(sequences, {
                     job: [token_id] for job, token_id in ids.items()
                     if len(guesses[job]) < wanted[job]
-                    and sequences[job].past_len
-                    < sequences[job].end_of_guesses(len(job.history))
+                    and sequences[job].past_len < sequences[job].end_of_pass(len(job.history))
                 })
         finally:
             for job, sequence in sequences.items():
@@ -174,6 +173,10 @@ class DraftModel:
                 entries[job] = missing[job][:rows_left]
                 rows_left -= len(entries[job])
         found = self._step(sequences, entries)
+        for job in entries:
+            sequence = sequences[job]
+            if sequence.past_len >= len(sequence.keys) * PAGE_LEN:
+                self._cache.commit(sequence, job.history)
         return {job: i for job, i in found.items() if len(entries[job]) == len(missing[job])}
 
     def _step(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ..cache.paging import PagedCache
 from .exchange import Exchange
-from .forward_model import ForwardModel
+from .forward_model import ForwardModel, LogitsMode
 
 if TYPE_CHECKING:
     import torch
@@ -100,15 +100,11 @@ def evaluate_text(
         while sequence.past_len < len(ids):
             yield
             first = sequence.past_len
-            chunk = list(ids[first : first + rows])
-            if not last:
-                receive(first, model.forward([(sequence, chunk)], "all"))
-            elif first + len(chunk) < len(ids):
-                model.forward([(sequence, chunk)], "none")
-            else:
-                receive(len(ids) - 1, model.forward([(sequence, chunk)], "last"))
-    finally:
-        try:
+            end = min(first + rows, len(ids), sequence.end_of_pass(first))
+            wanted: LogitsMode = "all" if not last else "last" if end == len(ids) else "none"
+            found = model.forward([(sequence, list(ids[first:end]))], wanted)
             cache.commit(sequence, ids)
-        finally:
-            cache.release(sequence)
+            if wanted != "none":
+                receive(end - len(found), found)
+    finally:
+        cache.release(sequence)

@@ -303,7 +303,7 @@ class Scheduler:
             if pending:
                 break
         assert pending, "the prompt is already prefilled"
-        ids = pending[: self._chunk_end(sequence.past_len, len(pending)) - sequence.past_len]
+        ids = pending[: self._chunk_end(sequence, len(pending)) - sequence.past_len]
         last = len(ids) == len(pending) and job.negative is None
         rows = self.model.forward_rows([(sequence, ids)], "last" if last else "none")
         if sequence is job.sequence:
@@ -312,15 +312,15 @@ class Scheduler:
         if last:
             self._take(job, rows, [])
 
-    def _chunk_end(self, past_len: int, count: int) -> int:
+    def _chunk_end(self, sequence: PagedSequence, count: int) -> int:
         """Return where the next chunk of `count` missing tokens ends.
 
-        If possible it is the end of a page, because only full pages are shared without a copy,
-        and because rows of two pages take two passes where there are open pages.
+        If possible it is the end of a page, because only full pages are shared without a copy.
         """
-        if count <= self.model.chunk_size and not self.cache.has_open_pages:
-            return past_len + count
-        end = past_len + min(count, self.model.chunk_size)
+        past_len, most = sequence.past_len, self.model.chunk_size
+        if count <= most:
+            return min(past_len + count, sequence.end_of_pass(past_len))
+        end = min(past_len + most, sequence.end_of_pass(past_len))
         page_end = end // PAGE_LEN * PAGE_LEN
         return page_end if page_end > past_len else end
 
@@ -438,8 +438,8 @@ def _guided(job: Job, rows: list[LogitsRow], index: int) -> LogitsRow:
 
 
 def _most_draft(job: Job) -> int:
-    """Return how many tokens after those of a job's texts can be run and taken back."""
-    return min(sequence.end_of_guesses(len(ids)) - len(ids) for sequence, ids in job.texts)
+    """Return how many tokens can be run in one pass with the last one of each of a job's texts."""
+    return min(sequence.end_of_pass(len(ids) - 1) - len(ids) for sequence, ids in job.texts)
 
 
 def _missing(sequence: PagedSequence, ids: Ids) -> list[int]:

@@ -10,6 +10,7 @@ import torch
 import exl_loader
 from exl_loader.backends import get_ops
 from exl_loader.cache.layout import PAGE_LEN
+from exl_loader.generation.evaluations import evaluate_text
 from exl_loader.utils.errors import CacheFull, InvalidSettings
 from support.model_builder import build_model
 
@@ -21,7 +22,7 @@ def last_row(model, cache, text):
     sequence = cache.acquire(len(text))
     row = None
     while sequence.past_len < len(text):
-        chunk = text[sequence.past_len : sequence.past_len + PAGE_LEN]
+        chunk = text[sequence.past_len : sequence.past_len + min(PAGE_LEN, model.chunk_size)]
         row = model.forward([(sequence, chunk)]).clone()
     cache.release(sequence)
     return row[0]
@@ -181,3 +182,26 @@ def test_a_cache_without_a_window(tiny_model_dir):
     assert later[1] < later[0] * 0.9
     with pytest.raises(InvalidSettings, match="cache_window"):
         exl_loader.plan(tiny_model_dir, cache_window=100)
+
+
+def test_a_text_that_is_evaluated_gives_no_other_text_a_page_that_it_has_left(tiny_model_dir):
+    """Between two steps of an evaluation another text may begin with the same tokens."""
+    options = {"cache_type": "q4", "ctx_size": 1024, "chunk_size": 128}
+    model, cache = build_model(tiny_model_dir, get_ops("cpu"), sequences=2, **options)
+    rng = random.Random(9)
+    base = some_ids(rng, 300)
+    sequence = cache.acquire(len(base))
+    while sequence.past_len < len(base):
+        model.forward([(sequence, base[sequence.past_len :][:128])], "none")
+        cache.commit(sequence, base)
+    cache.release(sequence)
+    longer, other = base[:290] + some_ids(rng, 500), base[:290] + some_ids(rng, 20)
+    steps = evaluate_text(model, cache, longer, len(longer), True, lambda index, rows: None)
+    for _ in range(4):
+        next(steps)
+    begun = cache.acquire(len(other), other)
+    found = model.forward([(begun, other[begun.past_len :])]).clone()
+    cache.release(begun)
+    steps.close()
+    cache.forget()
+    assert torch.equal(found[0], last_row(model, cache, other))
