@@ -10,7 +10,7 @@ import gradio as gr
 
 from exl_loader import ExlLoaderError
 
-from ..panel.gauge import DETAILS_ELEM_ID, PAGE_LEN, PICK_ELEM_ID, UNFOLDED
+from ..panel.gauge import PAGE_LEN, PICK_ELEM_ID
 from ..panel.page_script import draw_in_order, follow_pick, keep_in_step
 from ..panel.panel import (
     AS_LLAMA,
@@ -63,7 +63,6 @@ class ModelView:
         self.gauge = gr.HTML(session.gauge(first), elem_id="exl_gauge", padding=False)
         self.status = gr.HTML(visible=False, elem_id="exl_status", padding=False)
         self.pick = gr.Textbox(elem_id=PICK_ELEM_ID, label="choice", container=False)
-        self.unfolded = gr.Textbox(elem_id=DETAILS_ELEM_ID, label="details", container=False)
         self.asking = gr.Textbox(elem_id="exl_ask", label="drawing", container=False)
         self.cache_type = gr.Dropdown(
             list(CACHE_TYPES), value=str(first.cache_type), allow_custom_value=True,
@@ -121,16 +120,15 @@ class ModelView:
         triggers += [event.then for event in (begun, ended, opened, *chosen)]
         # Gradio's sliders send an event for every digit that is typed. Without preprocessing,
         # because Gradio would refuse the first of four digits as too small.
-        draw_in_order(triggers, self.asking, self._draw, [self.unfolded, *options],
-                      [self.ctx_size, self.as_llama_column, self.gauge],
+        draw_in_order(triggers, self.asking, self._draw, options,
+                      [self.ctx_size, self.as_llama_column, self.gauge], self.gauge,
                       {**QUICK, "preprocess": False})
 
-    def _draw(self, unfolded: str, *values: Any) -> tuple[Any, Any, str]:
+    def _draw(self, *values: Any) -> tuple[Any, Any, str]:
         """Draw the gauge, and let the slider end at the model's length with RoPE scaling."""
         options = _options(values)
-        gauge = self._session.gauge(options, unfolded=unfolded == UNFOLDED)
         return (gr.update(maximum=slider_end(options) or UNKNOWN_LENGTH),
-                gr.update(visible=offers_llama(options)), gauge)
+                gr.update(visible=offers_llama(options)), self._session.gauge(options))
 
     def _chosen(self, known_dir: str, *values: Any) -> tuple[Any, ...]:
         """Follow another folder: the slider ends at the length of its model."""

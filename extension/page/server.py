@@ -47,7 +47,7 @@ PAGE_STYLE = """\
 .exl-title > p.exl-about { margin: 0; color: var(--body-text-color-subdued); }
 .exl-text textarea { font-family: var(--font-mono); font-size: 0.86rem; line-height: 1.5; }
 .exl-stats { color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; }
-#exl_pick, #exl_details, #exl_ask { display: none; }
+#exl_pick, #exl_ask { display: none; }
 #exl_heading > div, #exl_gauge, #exl_progress, #exl_status, #exl_problem, #exl_gauge > div,
 #exl_progress > div, #exl_status > div { padding: 0; }
 #exl_model_row { align-items: end; }

@@ -103,17 +103,12 @@ class Session:
         if model is not None:
             model.stop()
 
-    def gauge(self, options: ModelChoice, *, unfolded: bool = False) -> str:
-        """Draw the loaded model if these are its options, else what a load with them would take.
-
-        Args:
-            unfolded: see `gauge_html`.
-        """
+    def gauge(self, options: ModelChoice) -> str:
+        """Draw the loaded model if these are its options, else what a load with them would take."""
         model = self._model
         if model is None or options != self._options:
-            return plan_html(options, unfolded=unfolded)
-        return gauge_html(
-            model.reservation, measured_bytes=model.allocated_bytes(), unfolded=unfolded)
+            return plan_html(options)
+        return gauge_html(model.reservation, measured_bytes=model.allocated_bytes())
 
     @property
     def has_template(self) -> bool:

@@ -26,24 +26,17 @@ PAGE_LEN = int(LoadOptions.OPTIONS["ctx_size"].step or 1)
 # Cache type -> its name in the gauge, in the order of the gauge's buttons.
 CACHE_BITS = {"fp16": "16-bit", "q8": "8-bit", "q6": "6-bit", "q4": "4-bit"}
 
-# Ids of the page's text fields that the gauge writes to: the choice of a click, and whether the
-# details are unfolded.
+# Id of the page's text field that the gauge writes the choice of a click to.
 PICK_ELEM_ID = "exl_pick"
-DETAILS_ELEM_ID = "exl_details"
-
-# Content of the field DETAILS_ELEM_ID while the details are unfolded.
-UNFOLDED = "open"
 
 # Gradio reads a field after an `input` event and then sends the field's `change` event. Scripts
 # are attributes of elements, because a page does not run script elements that are added later.
-_WRITE_SCRIPT = (
-    "const t=document.querySelector('#{0} textarea,#{0} input');"
-    "if(t){{t.value={1};t.dispatchEvent(new Event('input',{{bubbles:true}}))}}"
-)
-
 # The time makes a second click on the same choice a different value.
-_PICK_SCRIPT = _WRITE_SCRIPT.format(PICK_ELEM_ID, "this.dataset.pick+' '+Date.now()")
-_FOLD_SCRIPT = _WRITE_SCRIPT.format(DETAILS_ELEM_ID, f"this.open?'{UNFOLDED}':''")
+_PICK_SCRIPT = (
+    f"const t=document.querySelector('#{PICK_ELEM_ID} textarea,#{PICK_ELEM_ID} input');"
+    "if(t){t.value=this.dataset.pick+' '+Date.now();"
+    "t.dispatchEvent(new Event('input',{bubbles:true}))}"
+)
 
 # Below this share of the bar the model's parts cannot be distinguished.
 LENS_SHARE = 0.12
@@ -55,18 +48,12 @@ _MODEL_PARTS = ("weights", "cache", "open", "workspace", "embedding", "loras")
 Part = tuple[str, str, int]
 
 
-def gauge_html(
-    reservation: Reservation,
-    *,
-    measured_bytes: int | None = None,
-    unfolded: bool = False,
-) -> str:
-    """Draw a reservation.
+def gauge_html(reservation: Reservation, *, measured_bytes: int | None = None) -> str:
+    """Draw a reservation, its details folded.
 
     Args:
         reservation: of a planned load, or with `measured_bytes` of the loaded model.
         measured_bytes: `LoadedModel.allocated_bytes()` if the model is loaded.
-        unfolded: show the details; the page's field DETAILS_ELEM_ID has the state.
 
     Returns:
         an HTML element with its own style. Its buttons write `CTX_SIZE CACHE_TYPE TIME` into
@@ -90,8 +77,9 @@ def gauge_html(
             *(_device(device, alone=len(devices) == 1) for device in devices),
             _savings(reservation),
             "" if fits else largest,
-            f'<details{" open" if unfolded else ""} ontoggle="{escape(_FOLD_SCRIPT)}">'
-            f"<summary>Details</summary>{''.join(details)}</details>",
+            # `page_script.keep_state` finds the details of the next drawing by this name.
+            f'<details data-name="reservation"><summary>Details</summary>{"".join(details)}'
+            "</details>",
         ],
     )
 

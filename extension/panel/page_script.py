@@ -1,4 +1,4 @@
-"""JavaScript of the page: keeps fields in step and asks for one drawing of the gauge at a time.
+"""JavaScript of the page: keeps fields in step, and draws the gauge in order and without losses.
 
 `cache_type` alone decides the bits of the cache. The browser sets the two toggles from it, and
 sets it after a click on a toggle, without asking the server, because the server's answer could
@@ -9,6 +9,10 @@ The browser asks for one drawing at a time, and asks again if a field has change
 the last drawing in the page always shows the last values. Gradio's own `always_last` does not
 guarantee this: 4.37 sends two requests at once if two fields change together, and their answers
 may arrive in either order.
+
+A drawing replaces or changes the gauge's elements. What the user has unfolded, scrolled and
+focused in them is known to the browser alone, which keeps it. The server does not ask for it,
+because it would answer with what was unfolded before a click that came later.
 
 Every function here returns the source of a JavaScript function for Gradio's `js=`. Such a
 function receives the values of its event's inputs, then those of its outputs.
@@ -92,13 +96,87 @@ _STATE = (
 )
 
 
-def ask_for_drawing() -> str:
+_KEEP_STATE = """
+if (!root || root === window.exlKept) return;
+window.exlKept = root;
+const unfolded = new Set(), scrolled = new Map(), all = tags => [...root.querySelectorAll(tags)];
+const nameOf = element => {
+  if (element.tagName === "BUTTON") return `button ${all("button").indexOf(element)}`;
+  const details = element.closest("details");
+  return details ? details.dataset.name ?? details.textContent : "";
+};
+let texts = all("pre"), focused = null;
+root.addEventListener("click", event => {
+  const details = event.target.closest("summary")?.closest("details");
+  if (details) unfolded[details.open ? "delete" : "add"](nameOf(details));
+});
+root.addEventListener("scroll", event => {
+  scrolled.set(nameOf(event.target), event.target.scrollTop);
+}, true);
+root.addEventListener("focusin", event => {
+  const element = event.target;
+  focused = {element, tag: element.tagName, name: nameOf(element)};
+});
+root.addEventListener("focusout", event => queueMicrotask(() => {
+  // Not if a drawing has removed it, nor if the whole window has lost the focus.
+  const element = event.target;
+  if (focused?.element === element && element.isConnected && element !== document.activeElement)
+    focused = null;
+}));
+const takeOver = () => {
+  for (const details of all("details")) {
+    // Without a click only a search in the page unfolds, and only a drawing folds.
+    if (details.open) unfolded.add(nameOf(details));
+    else if (unfolded.has(nameOf(details))) details.open = true;
+  }
+  const before = texts;
+  texts = all("pre");
+  for (const text of texts)
+    if (!before.includes(text)) text.scrollTop = scrolled.get(nameOf(text)) ?? 0;
+  if (!focused || focused.element.isConnected) return;
+  const {tag, name} = focused;
+  focused = null;
+  const found = all(tag).find(element => nameOf(element) === name);
+  const free = !document.activeElement || document.activeElement === document.body;
+  // What is in folded details cannot have the focus; their summary is in its place.
+  if (found && free) (found.closest("details:not([open])")?.querySelector("summary") ?? found)
+    .focus({preventScroll: true});
+};
+takeOver();
+new MutationObserver(takeOver).observe(
+  root, {childList: true, subtree: true, attributeFilter: ["open"]});
+"""
+
+
+def keep_state(elem_id: str) -> str:
+    """Keep the state of a component's elements while drawings change or replace them.
+
+    `() -> nothing`; it is called before each drawing, but needs only one call. The state is: which
+    `details` are unfolded, how far their texts are scrolled, and which button or `summary` has the
+    focus. `details` are the same if they have the same `data-name`, or without it the same text:
+    those of another problem are folded. Buttons are the same if as many are before them.
+
+    Gradio 4.37 replaces all elements. Gradio 6 changes those that there are, and so takes `open`
+    from the `details`, because the drawings of the server have it folded. An observer is called
+    after such a change and before the page is painted or another click arrives, so the user never
+    sees elements without their state.
+
+    Args:
+        elem_id: of the component.
+    """
+    return f"() => {{ const root = document.getElementById({json.dumps(elem_id)}); {_KEEP_STATE} }}"
+
+
+def ask_for_drawing(elem_id: str) -> str:
     """Ask for a drawing, or note that another one is due after the one that is under way.
 
     Its output is the text field whose `change` event draws.
+
+    Args:
+        elem_id: of the component that is drawn; see `keep_state`.
     """
     return (
-        f"() => {{ {_STATE}"
+        f"() => {{ ({keep_state(elem_id)})(); {_STATE}"
         f" if (gauge.asked === gauge.drawn || Date.now() - gauge.since > {LOST_AFTER_MS})"
         f" return ask(); gauge.again = true; return {_KEEP}; }}"
     )
@@ -125,7 +203,7 @@ def keep_in_step(fields: Sequence[Any], quiet: dict[str, Any]) -> None:
 
 def draw_in_order(
     triggers: Sequence[Any], asking: Any, draw: Callable[..., Any], inputs: Sequence[Any],
-    outputs: Sequence[Any], quiet: dict[str, Any],
+    outputs: Sequence[Any], gauge: Any, quiet: dict[str, Any],
 ) -> None:
     """Wire the gauge so that its last drawing shows the last values.
 
@@ -133,10 +211,11 @@ def draw_in_order(
         triggers: events after which the gauge must be drawn, also the `then` of an event.
         asking: a hidden text field that serves nothing else.
         draw: `draw(*values of inputs) -> values of outputs`.
+        gauge: the output with the gauge's HTML.
         quiet: further arguments of Gradio's events.
     """
     for trigger in triggers:
-        trigger(None, None, asking, js=ask_for_drawing(), **quiet)
+        trigger(None, None, asking, js=ask_for_drawing(gauge.elem_id), **quiet)
     drawn = asking.change(
         draw, list(inputs), list(outputs), trigger_mode="multiple", **quiet)
     # `then` runs after a failed drawing as well.

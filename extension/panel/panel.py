@@ -191,17 +191,12 @@ def reserve(choice: ModelChoice) -> Reservation:
     return plan(choice.model_dir, replacing=True, **choice.for_plan())
 
 
-def plan_html(choice: ModelChoice, *, unfolded: bool = False) -> str:
-    """Draw the gauge for a model that is not loaded, or a line that explains why it has none.
-
-    Args:
-        choice: the model and its options.
-        unfolded: see `gauge_html`.
-    """
+def plan_html(choice: ModelChoice) -> str:
+    """Draw the gauge for a model that is not loaded, or a line that explains why it has none."""
     if not choice.model_dir:
         return message_html("No model", "Choose a model folder.", good=False)
     try:
-        return gauge_html(reserve(choice), unfolded=unfolded)
+        return gauge_html(reserve(choice))
     except (ExlLoaderError, OSError) as error:
         # The folder may vanish, or lose its permissions, while it is read.
         return error_html(error)

@@ -40,10 +40,10 @@ DRAFT_OPTIONS = ("model_draft", "ctx_size_draft", "draft_max")
 AS_LLAMA_COLUMN = "exl_as_llama"
 
 # Ids of components that are shown with our loaders but are not load options: the progress of a
-# load, the gauge, the two text fields that the gauge's buttons write to, the text field whose
+# load, the gauge, the text field that the gauge's buttons write to, the text field whose
 # `change` event draws the gauge, and the accordions around the fields of RoPE and of memory.
-PROGRESS, GAUGE, PICK, DETAILS, ASK, ROPE, MEMORY = PANEL_IDS = (
-    "exl_progress", "exl_gauge", "exl_pick", "exl_details", "exl_ask", "exl_rope", "exl_memory")
+PROGRESS, GAUGE, PICK, ASK, ROPE, MEMORY = PANEL_IDS = (
+    "exl_progress", "exl_gauge", "exl_pick", "exl_ask", "exl_rope", "exl_memory")
 
 # Tokens of context that the web UI loads a model with unless it finds fewer.
 DEFAULT_CTX_SIZE = 8192

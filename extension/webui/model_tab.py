@@ -12,21 +12,13 @@ from typing import Any
 from exl_loader import ExlLoaderError
 
 from ..panel import loads, panel
-from ..panel.gauge import (
-    DETAILS_ELEM_ID,
-    PAGE_LEN,
-    PICK_ELEM_ID,
-    UNFOLDED,
-    gauge_html,
-    message_html,
-)
+from ..panel.gauge import PAGE_LEN, PICK_ELEM_ID, gauge_html, message_html
 from ..panel.page_script import draw_in_order, follow_pick, keep_in_step
 from ..panel.panel import AS_LLAMA, ModelChoice
 from . import contract, loading, loras, options, problems
 from .contract import (
     AS_LLAMA_COLUMN,
     ASK,
-    DETAILS,
     DRAFT_OPTIONS,
     GAUGE,
     LOADERS,
@@ -43,7 +35,7 @@ from .patching import Patches
 
 # Hides the fields that only scripts read and write, and the progress while no load runs.
 _STYLE = (
-    f"<style>#{PICK_ELEM_ID}, #{DETAILS_ELEM_ID}, #{ASK}, #{PROGRESS}:not(:has(section))"
+    f"<style>#{PICK_ELEM_ID}, #{ASK}, #{PROGRESS}:not(:has(section))"
     " { display: none !important; }</style>"
 )
 
@@ -124,7 +116,6 @@ def _insert_components() -> None:
         PROGRESS: gr.HTML(elem_id=PROGRESS),
         GAUGE: gr.HTML(value=_STYLE, elem_id="exl-gauge"),
         PICK: gr.Textbox(elem_id=PICK_ELEM_ID, label="choice", container=False),
-        DETAILS: gr.Textbox(elem_id=DETAILS_ELEM_ID, label="details", container=False),
         ASK: gr.Textbox(elem_id=ASK, label="drawing", container=False),
     }
     toggles: dict[str, Any] = {
@@ -197,15 +188,15 @@ def _connect(loading_chains: list[EventChain]) -> None:
     # whenever anything in the page changes, the gauge included, which would never end.
     triggers += [chain.then for chain in loading_chains]
 
-    ctx_size, unfolded = components["ctx_size"], components[DETAILS]
+    ctx_size, gauge = components["ctx_size"], components[GAUGE]
 
-    def redraw(unfolded: str, *values: Any) -> tuple[Any, Any, str]:
+    def redraw(*values: Any) -> tuple[Any, Any, str]:
         shown = dict(zip(names, values, strict=True))
         return (gr.update(**_slider_for(shown)), gr.update(visible=_offers_llama(shown)),
-                draw(shown, unfolded=unfolded == UNFOLDED))
+                draw(shown))
 
-    draw_in_order(triggers, components[ASK], redraw, [unfolded, *inputs],
-                  [ctx_size, components[AS_LLAMA_COLUMN], components[GAUGE]], quiet)
+    draw_in_order(triggers, components[ASK], redraw, inputs,
+                  [ctx_size, components[AS_LLAMA_COLUMN], gauge], gauge, quiet)
     _show_loads(components)
 
 
@@ -269,20 +260,19 @@ def _tab_of(component: Any) -> Any:
     return component
 
 
-def draw(shown: Mapping[str, Any], *, unfolded: bool = False) -> str:
+def draw(shown: Mapping[str, Any]) -> str:
     """Draw the gauge for what the page shows.
 
     Args:
         shown: values of its fields by id. An option without a field has the value that a load
             would use, which is that of the command line.
-        unfolded: see `gauge_html`.
     """
     args = contract.module("modules.shared").args
     unseen = {name: getattr(args, name, None) for name in _MORE_INPUTS}
-    return _STYLE + _gauge(unseen | dict(shown), unfolded)
+    return _STYLE + _gauge(unseen | dict(shown))
 
 
-def _gauge(shown: Mapping[str, Any], unfolded: bool) -> str:
+def _gauge(shown: Mapping[str, Any]) -> str:
     if shown["loader"] not in LOADERS:
         return ""
     model_name = shown["model_menu"]
@@ -295,9 +285,8 @@ def _gauge(shown: Mapping[str, Any], unfolded: bool) -> str:
         return drawn + panel.error_html(error)
     loaded = loading.current()
     if loaded is None or not loading.is_loaded_as(options):
-        return drawn + panel.plan_html(options, unfolded=unfolded)
-    return drawn + gauge_html(
-        loaded.reservation, measured_bytes=loaded.allocated_bytes(), unfolded=unfolded)
+        return drawn + panel.plan_html(options)
+    return drawn + gauge_html(loaded.reservation, measured_bytes=loaded.allocated_bytes())
 
 
 def _load_wrapper(original: Callable[..., Iterator[str]]) -> Callable[..., Iterator[str]]:

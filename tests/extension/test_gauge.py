@@ -10,7 +10,6 @@ from exl_loader.memory.reservation import DeviceReservation, Reservation
 from exl_loader.utils.byte_counts import amount
 from exl_loader.utils.errors import KernelBuildError
 from extension.panel.gauge import (
-    DETAILS_ELEM_ID,
     PICK_ELEM_ID,
     gauge_html,
     largest_choice,
@@ -168,12 +167,10 @@ def test_a_context_beyond_the_models_length_is_a_warning_in_its_colour(ctx_size,
         assert not Page(html).with_class("exl-warning")
 
 
-@pytest.mark.parametrize("unfolded", [True, False])
-def test_details_are_folded_unless_the_page_unfolded_them(unfolded):
-    page = Page(gauge_html(reservation(), unfolded=unfolded))
+def test_details_are_drawn_folded_with_the_name_by_which_the_page_finds_them():
+    page = Page(gauge_html(reservation()))
     (details,) = [attrs for tag, attrs in page.tags if tag == "details"]
-    assert ("open" in details) == unfolded
-    assert DETAILS_ELEM_ID in details["ontoggle"]
+    assert details == {"data-name": "reservation"}
 
 
 def test_every_device_has_its_bar_and_the_short_one_is_named():

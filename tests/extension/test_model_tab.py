@@ -287,15 +287,13 @@ def test_the_gauge_works_without_the_optional_fields(wired, page, monkeypatch, a
     memory = components["exl_memory"]
     assert not memory.open
     assert [*leaves(memory)] == [components[name] for name in contract.MEMORY_OPTIONS]
-    monkeypatch.setattr(
-        model_tab.panel, "plan_html", lambda options, unfolded: f"{options!r}, {unfolded}")
+    monkeypatch.setattr(model_tab.panel, "plan_html", repr)
     drawn = follow(components, ctx_size_draft=256, draft_max=2, chunk_size=64,
                    embedding_device="cpu")
     assert "ctx_size=512, cache_type='q4'" in drawn
     assert "chunk_size=64" in drawn and "embedding_device='cpu'" in drawn
     # An option without a field has the value of the command line.
     assert f"ctx_size_draft={1024 if absent else 256}" in drawn
-    assert drawn.endswith("False") and follow(components, exl_details="open").endswith("True")
 
 
 def test_the_slider_ends_at_the_models_length_and_is_restored_for_other_loaders(wired, folder):
@@ -401,9 +399,7 @@ def test_one_event_draws_the_gauge_and_it_does_not_read_the_toggles(wired, page)
     asking = [event for event in components["interface"].fns.values()
               if event.outputs == [components["exl_ask"]]]
     asked_by = {target for event in asking for target in event.targets}
-    # Unfolding the details needs no request, because the page has them already.
-    fields = set(drawn.inputs) - {components["exl_details"]}
-    assert {(component._id, "change") for component in fields} <= asked_by
+    assert {(component._id, "change") for component in drawn.inputs} <= asked_by
     assert (components["interface"]._id, "load") in asked_by
 
 

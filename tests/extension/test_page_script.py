@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import threading
 
 import pytest
 
@@ -18,7 +19,7 @@ from support.quick_clicks import (
 )
 from support.webui_page import CHROMIUM
 
-pytest.importorskip("playwright.sync_api")
+sync_api = pytest.importorskip("playwright.sync_api")
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no chromium")]
 
@@ -85,7 +86,7 @@ def test_only_a_pick_of_the_gauge_changes_the_fields(blank):
 
 def test_one_drawing_at_a_time_and_the_last_one_after_the_last_change(browser):
     page = browser.new_page()
-    ask, arrived = page_script.ask_for_drawing(), page_script.drawing_arrived()
+    ask, arrived = page_script.ask_for_drawing("gauge"), page_script.drawing_arrived()
     drawing, due, chosen = False, False, random.Random()
     for _ in range(200):
         if chosen.random() < 0.6:
@@ -102,11 +103,102 @@ def test_one_drawing_at_a_time_and_the_last_one_after_the_last_change(browser):
 def test_a_lost_drawing_does_not_stop_later_ones(browser):
     page = browser.new_page()
     page.evaluate("Date.now = () => window.now ?? 1e12")
-    ask = page_script.ask_for_drawing()
+    ask = page_script.ask_for_drawing("gauge")
     assert run(page, ask) == "1" and run(page, ask) == KEEP
     page.evaluate(f"window.now = 1e12 + {page_script.LOST_AFTER_MS} + 1")
     assert run(page, ask) == "2"
     page.close()
+
+
+PROBLEM = "<details><summary>Details</summary><pre {style}>{text}</pre></details>"
+SCROLLS = "style='height: 40px; overflow: auto; white-space: pre-wrap'"
+
+
+def drawn(buttons=("one", "two"), problem="", name="reservation"):
+    shown = "".join(f"<button>{text}</button>" for text in buttons)
+    text = problem and PROBLEM.format(style=SCROLLS, text=f"{problem} " + "line<br>" * 50)
+    more = "<button>inside</button>"
+    return (f"<section>{text}{shown}<details data-name='{name}'><summary>Details</summary>"
+            f"{more}</details></section>")
+
+
+@pytest.fixture
+def kept(browser):
+    """A page with a gauge whose state is kept; `draw` replaces the gauge's elements."""
+    page = browser.new_page()
+    page.set_content("<input id='other'><div id='gauge'><div id='inner'></div></div>")
+    page.evaluate("""() => {
+        window.draw = html => { document.querySelector("#inner").innerHTML = html; };
+        window.unfolded = () => [...document.querySelectorAll("details")].map(each => each.open);
+        window.focused = () => document.activeElement.textContent; }""")
+    page.evaluate("draw", drawn())
+    for _ in range(2):
+        run(page, page_script.keep_state("gauge"))
+    yield page
+    page.close()
+
+
+def test_what_is_unfolded_or_folded_just_before_a_drawing_stays_so(kept):
+    for state in (True, False, True):
+        # In one task, so that the event `toggle` comes after the drawings.
+        kept.evaluate("""html => { document.querySelector("summary").click();
+                         draw(html); draw(html); }""", drawn())
+        assert kept.evaluate("unfolded()") == [state]
+    # Gradio 6 changes the elements in place.
+    kept.evaluate("document.querySelector('details').removeAttribute('open')")
+    assert kept.evaluate("unfolded()") == [True]
+    # What the page shows in between has no details.
+    kept.evaluate("draw('<section>No model</section>')")
+    kept.evaluate("draw", drawn(["three"]))
+    assert kept.evaluate("unfolded()") == [True]
+    kept.evaluate("draw", drawn(name="another"))
+    assert kept.evaluate("unfolded()") == [False]
+    # As a search in the page does.
+    kept.evaluate("document.querySelector('details').open = true")
+    kept.evaluate("draw", drawn(name="another"))
+    assert kept.evaluate("unfolded()") == [True]
+
+
+def test_the_details_of_a_problem_stay_unfolded_and_scrolled_until_it_is_another(kept):
+    kept.evaluate("draw", drawn(problem="first"))
+    kept.locator("summary").first.click()
+    kept.locator("pre").evaluate("text => { text.scrollTop = 70; }")
+    scrolled = "document.querySelector('pre').scrollTop"
+    kept.evaluate("() => new Promise(done => setTimeout(done, 100))")
+    kept.evaluate("draw", drawn(["three"], problem="first"))
+    assert kept.evaluate("unfolded()") == [True, False] and kept.evaluate(scrolled) == 70
+    kept.evaluate("draw", drawn(problem="second"))
+    assert kept.evaluate("unfolded()") == [False, False]
+
+
+def test_the_focus_stays_on_a_button_that_is_drawn_again(kept):
+    kept.get_by_role("button", name="two").focus()
+    kept.evaluate("draw", drawn(["new one", "new two"], problem="any"))
+    assert kept.evaluate("focused()") == "new two"
+    # A button that is folded now leaves the focus to what unfolds it.
+    kept.locator("summary").last.click()
+    kept.get_by_role("button", name="inside").focus()
+    kept.evaluate("draw", drawn(name="another"))
+    assert kept.evaluate("focused()") == "Details"
+    kept.evaluate("draw", drawn(["three"], name="another"))
+    assert kept.evaluate("focused()") == "Details"
+
+
+def test_a_drawing_takes_no_focus_that_is_elsewhere(kept):
+    button, other = kept.get_by_role("button", name="two"), kept.locator("#other")
+    button.focus()
+    other.focus()
+    kept.evaluate("draw", drawn())
+    assert kept.evaluate("document.activeElement.id") == "other"
+    button.focus()
+    button.blur()
+    kept.evaluate("draw", drawn())
+    assert kept.evaluate("document.activeElement.tagName") == "BODY"
+    # Nor does a button that is gone take it when it comes back.
+    button.focus()
+    kept.evaluate("draw", drawn(["one"]).replace("<button>inside</button>", ""))
+    kept.evaluate("draw", drawn())
+    assert kept.evaluate("document.activeElement.tagName") == "BODY"
 
 
 @pytest.fixture(scope="module")
@@ -149,4 +241,44 @@ def test_quick_clicks_and_another_model_leave_fields_and_gauge_in_agreement(brow
         shown = page.locator("#exl_gauge .exl-model").inner_text()
         assert page.locator("#exl_cache_type input").input_value() == cache_type
         assert GAUGE_NAMES[cache_type] in shown and name in shown, f"seed {seed}, turn {turn}"
+    page.close()
+
+
+def test_details_that_are_unfolded_while_a_drawing_is_under_way_stay_unfolded(
+    browser, address, monkeypatch
+):
+    from extension.page.session import Session
+
+    url, _ = address
+    drawing, released = threading.Semaphore(0), threading.Semaphore(0)
+    draw = Session.gauge
+
+    def draw_late(*args, **kwargs):
+        html = draw(*args, **kwargs)
+        drawing.release()
+        assert released.acquire(timeout=60)
+        return html
+
+    page = browser.new_page()
+    page.add_init_script(LATE_ANSWERS)
+    page.goto(url)
+    gauge = page.locator("#exl_gauge .exl-gauge")
+    gauge.wait_for()
+    until_all_is_answered(page)
+    monkeypatch.setattr(Session, "gauge", draw_late)
+    for cache_type, state in (("q4", True), ("fp16", False), ("q4", True), ("fp16", True)):
+        page.locator("#exl_cache_4bit input").click()
+        assert drawing.acquire(timeout=60)
+        if gauge.locator("details").evaluate("details => details.open") != state:
+            gauge.locator("summary").click()
+        released.release()
+        sync_api.expect(gauge.locator(".exl-model")).to_contain_text(GAUGE_NAMES[cache_type])
+        assert gauge.locator("details").evaluate("details => details.open") == state
+    # The focus stays on a button that the keyboard has pressed.
+    gauge.get_by_role("button", name="Choose 8-bit cache, saves").press("Enter")
+    assert drawing.acquire(timeout=60)
+    released.release()
+    sync_api.expect(gauge.locator(".exl-model")).to_contain_text("8-bit cache")
+    label = page.evaluate("document.activeElement.getAttribute('aria-label')")
+    assert label.startswith("Choose 8-bit cache, saves")
     page.close()
