@@ -7,8 +7,9 @@
 //
 // Layout of one token of one head: groups of kGroup elements consecutively. A group of b-bit
 // codes is stored as bit planes, the highest bits first: 8 bits as one plane, 4 bits as one
-// plane, 6 bits as a plane of 4 and a plane of 2. A plane of w bits with n codes has n * w / 8
-// bytes; byte i holds codes i, i + bytes, i + 2 * bytes, ... from its lowest bits on.
+// plane, 6 bits as a plane of 4 and a plane of 2, 3 bits as a plane of 2 and a plane of 1. A plane
+// of w bits with n codes has n * w / 8 bytes; byte i holds codes i, i + bytes, i + 2 * bytes, ...
+// from its lowest bits on.
 #pragma once
 
 #include <cstdint>
@@ -22,16 +23,20 @@ constexpr int kMaxBiasPairs = 32;  // MAX_BIAS_PAIRS in Python; a warp has one p
 constexpr int kGroup = 32;     // elements that share one scale
 constexpr int kCodeStep = 8;   // a short last group is padded to a multiple of this number of codes
 
-// Levels of 4-bit codes in units of 1/128 of the scale. The lowest bit of the scale selects the
-// table. tools/fit_codebooks.py found the levels.
+// Codes of 4 and 3 bits have two tables of levels, in units of 1/128 of the scale. The lowest bit of
+// the scale selects the table. tools/fit_codebooks.py found the levels.
+EXL_HOST_DEVICE constexpr bool has_tables(int bits) { return bits <= 4; }
 constexpr int kTables = 2;
-constexpr int kLevels = 16;
-EXL_HOST_DEVICE constexpr int codebook_level(int table, int code) {
-    constexpr int8_t kCodebooks[kTables][kLevels] = {
+EXL_HOST_DEVICE constexpr int codebook_level(int bits, int table, int code) {
+    constexpr int8_t kFourBits[kTables][16] = {
         {-127, -105, -88, -71, -56, -41, -26, -13, 1, 14, 27, 42, 57, 73, 91, 111},
         {-127, -99, -79, -62, -47, -32, -19, -5, 9, 23, 37, 52, 68, 86, 106, 127},
     };
-    return kCodebooks[table][code];
+    constexpr int8_t kThreeBits[kTables][8] = {
+        {-127, -87, -56, -27, 0, 28, 59, 96},
+        {-127, -86, -51, -20, 10, 41, 76, 120},
+    };
+    return bits == 4 ? kFourBits[table][code] : kThreeBits[table][code];
 }
 constexpr float kCodebookUnit = 1.0f / 128;
 
@@ -44,7 +49,8 @@ struct ScaleSearch {
 EXL_HOST_DEVICE constexpr ScaleSearch scale_search(int bits) {
     return bits == 8   ? ScaleSearch{0.99f, 1.08f, 24}
            : bits == 6 ? ScaleSearch{0.95f, 1.16f, 24}
-                       : ScaleSearch{0.82f, 1.14f, 8};
+           : bits == 4 ? ScaleSearch{0.82f, 1.14f, 8}
+                       : ScaleSearch{0.8f, 1.1f, 8};
 }
 constexpr int kRefits = 1;
 constexpr float kLargestHalf = 65504.0f;  // the largest finite float16
@@ -92,7 +98,7 @@ extern "C" {
 struct ExlCacheHalf {
     void* codes;       // [pages, kv_heads, kPageLen, code_bytes(head_dim, bits)]
     uint16_t* scales;  // float16 [pages, kv_heads, kPageLen, num_groups]; null if bits >= 16
-    int32_t bits;      // 4, 6, 8, 16 (int16 codes with embedded scales) or 32 (float32)
+    int32_t bits;      // 3, 4, 6, 8, 16 (int16 codes with embedded scales) or 32 (float32)
 };
 
 // The open pages of the keys or the values of one layer (layout.py). Vectors are rotated, also

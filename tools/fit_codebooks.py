@@ -1,6 +1,6 @@
-"""Fit the codebooks of 4-bit cache codes: Lloyd's iteration under the writer's own search.
+"""Fit the codebooks of cache codes: Lloyd's iteration under the writer's own search.
 
-    python tools/fit_codebooks.py [--rounds 40] [--vectors 1500]
+    python tools/fit_codebooks.py [--bits 3] [--rounds 40] [--vectors 1500]
 
 Starts at the codebooks that are in use. Every round quantises rotated vectors of several kinds
 with `reference_codec.search_groups`, then moves each level to the least-squares value of the
@@ -8,6 +8,8 @@ elements that chose it; in the last quarter levels are rounded to what int8 hold
 alike: each counts relative to the error it should have. Prints the errors, then the tables.
 With its defaults it takes a minute or two; the codebooks in use came from 80 rounds over
 6,000 vectors of each kind.
+
+With 3 bits all errors are larger by nearly the same factor, so that the kinds weigh as with 4.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import torch
 # A checkout works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from exl_loader.backends.reference.codec import levels, rotate, search_groups
+from exl_loader.backends.reference.codec import CODEBOOKS, levels, rotate, search_groups
 from exl_loader.cache.layout import GROUP
 
 HEAD_DIM = 128
@@ -58,12 +60,14 @@ def make_kind(channels: int, factor: float, target: float, vectors: int) -> Kind
     return Kind(f"{channels} channels x {factor}", 1 / (energy * target), groups, energy)
 
 
-def fit_round(kinds: list[Kind], grids: torch.Tensor) -> tuple[torch.Tensor, list[float]]:
-    """Run one round: new levels, float32 [tables, 16], and each kind's relative error."""
+def fit_round(
+    kinds: list[Kind], grids: torch.Tensor, bits: int = 4
+) -> tuple[torch.Tensor, list[float]]:
+    """Run one round: new levels, float32 [tables, 2^bits], and each kind's relative error."""
     products, norms = torch.zeros(2, *grids.shape, dtype=torch.float64)
     errors = []
     for kind in kinds:
-        found = search_groups(kind.groups, 4, grids)
+        found = search_groups(kind.groups, bits, grids)
         errors.append(found.errors.double().sum().item() / kind.energy)
         scales = found.scales.double().expand(kind.groups.shape)
         index = (found.tables.long() * grids.shape[1] + found.codes.long()).flatten()
@@ -76,13 +80,14 @@ def fit_round(kinds: list[Kind], grids: torch.Tensor) -> tuple[torch.Tensor, lis
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--bits", type=int, choices=sorted(CODEBOOKS), default=4)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--vectors", type=int, default=1500, help="of each kind")
     args = parser.parse_args()
     kinds = [make_kind(*key, target, args.vectors) for key, target in KINDS.items()]
-    grids = levels(4)
+    grids = levels(args.bits)
     for number in range(args.rounds):
-        grids, errors = fit_round(kinds, grids)
+        grids, errors = fit_round(kinds, grids, args.bits)
         if number >= args.rounds * 3 // 4:
             grids = (grids * UNIT).round() / UNIT
         shown = "  ".join(f"{kind.name} {e:.5f}" for kind, e in zip(kinds, errors, strict=True))

@@ -4,25 +4,32 @@
 //
 // Work: the calling thread expands one tile, 16 tokens at a time for keys. Bytes of codes are
 // transposed before they become floats: 16 tokens x 16 bytes take 64 shuffles, and the 256 or
-// 512 floats of these bytes would take ten times as many.
+// 512 floats of these bytes would take ten times as many. Codes of 3 bits are put together as
+// bytes, 64 at a time.
 //
 // Precondition: the tokens of a call lie within one page.
 #include "attention.h"
 
 #include <cstring>
+#include <utility>
 
 namespace exl {
 namespace {
 
+// The levels of both tables, one table after the other. A whole vector can be loaded from the
+// beginning of each.
+template <int Bits>
 struct Codebooks {
-    alignas(64) float levels[kTables * kLevels];
+    static constexpr int kLevels = 1 << Bits;
+    alignas(64) float levels[kLevels + kLanes];
     constexpr Codebooks() : levels() {
         for (int i = 0; i < kTables * kLevels; ++i) {
-            levels[i] = codebook_level(i / kLevels, i % kLevels) * kCodebookUnit;
+            levels[i] = codebook_level(Bits, i / kLevels, i % kLevels) * kCodebookUnit;
         }
     }
 };
-constexpr Codebooks kBooks;
+template <int Bits>
+constexpr Codebooks<Bits> kBooks;
 
 constexpr int smaller(int a, int b) { return a < b ? a : b; }
 
@@ -43,10 +50,64 @@ EXL_INLINE void gather_scales(const uint16_t* scales, int64_t groups, uint16_t* 
     for (int j = 0; j < kLanes; ++j) out[j] = scales[j * groups];
 }
 
+// Sets the codes of 3 bits of elements 4 * K to 4 * K + 3: bytes [element][16 tokens]. planes: the
+// transposed bytes of a whole group. tables: 8 for tokens that use the second table, else 0.
+template <int K>
+EXL_INLINE void join_planes(const uint8_t* planes, U8x64 tables, uint8_t* codes) {
+    const U8x64 high = load_codes(planes + 64 * (K % 2)), low = load_codes(planes + 128);
+    U8x64 two_bits;
+    if constexpr (K < 2) {
+        two_bits = shift_bytes_left<1>(high);
+    } else {
+        two_bits = shift_bytes_right<K / 2 * 2 - 1>(high);
+    }
+    const U8x64 one_bit = and_or(shift_bytes_right<K>(low), mask<1>(), tables);
+    store_codes(codes + 64 * K, and_or(two_bits, mask<6>(), one_bit));
+}
+template <int... K>
+EXL_INLINE void join_planes(const uint8_t* planes, U8x64 tables, uint8_t* codes,
+                            std::integer_sequence<int, K...>) {
+    (join_planes<K>(planes, tables, codes), ...);
+}
+
+// Expands one group of 16 tokens of 3 bits.
+EXL_INLINE void three_bit_keys(const uint8_t* codes, int64_t row_bytes, const uint16_t* halves,
+                               int elements, float* out) {
+    const int stored = padded_codes(elements), high_columns = stored / 4, low_columns = stored / 8;
+    alignas(64) uint8_t planes[256], joined[kGroup * kLanes], tables[4 * kLanes];
+    transpose_bytes(codes, row_bytes, high_columns + low_columns, planes);
+    for (int i = 0; i < 4 * kLanes; ++i) {
+        tables[i] = static_cast<uint8_t>((halves[i % kLanes] & 1) << 3);
+    }
+    if (elements == kGroup) {
+        join_planes(planes, load_codes(tables), joined,
+                    std::make_integer_sequence<int, kGroup / 4>());
+    } else {
+        const uint8_t* low_planes = planes + kLanes * high_columns;
+        for (int i = 0; i < elements * kLanes; ++i) {
+            const int e = i / kLanes, token = i % kLanes;
+            const unsigned high = planes[e % high_columns * kLanes + token];
+            const unsigned low = low_planes[e % low_columns * kLanes + token];
+            const unsigned code = (high >> (e / high_columns * 2) & 3u) << 1 |
+                                  (low >> (e / low_columns) & 1u) | tables[token];
+            joined[i] = static_cast<uint8_t>(code);
+        }
+    }
+    const F32x16 scale = load_half(halves), levels = load(kBooks<3>.levels);
+    for (int e = 0; e < elements; ++e) {
+        const I32x16 code = load_bytes(joined + kLanes * e);
+        store(out + e * kTileTokens, look_up<16>(levels, code) * scale);
+    }
+}
+
 // Expands one group of 16 tokens; out[e * kTileTokens] receives element e.
 template <int Bits>
 EXL_INLINE void key_group(const uint8_t* codes, int64_t row_bytes, const uint16_t* halves,
                           int elements, float* out) {
+    if constexpr (Bits == 3) {
+        three_bit_keys(codes, row_bytes, halves, elements, out);
+        return;
+    }
     const F32x16 scale = load_half(halves);
     const int stored = padded_codes(elements);
     if constexpr (Bits == 8) {
@@ -67,12 +128,12 @@ EXL_INLINE void key_group(const uint8_t* codes, int64_t row_bytes, const uint16_
     const I32x16 nibble = broadcast(int32_t{15});
     if constexpr (Bits == 4) {
         int32_t tables[kLanes];
-        for (int j = 0; j < kLanes; ++j) tables[j] = (halves[j] & 1) * kLevels;
+        for (int j = 0; j < kLanes; ++j) tables[j] = (halves[j] & 1) << 4;
         const I32x16 table = load(tables);
         for (int e = 0; e < columns; ++e) {
             const I32x16 pair = load_bytes(bytes + kLanes * e);
-            const F32x16 low = lookup32(kBooks.levels, (pair & nibble) | table) * scale;
-            const F32x16 high = lookup32(kBooks.levels, shift_right(pair, 4) | table) * scale;
+            const F32x16 low = lookup32(kBooks<4>.levels, (pair & nibble) | table) * scale;
+            const F32x16 high = lookup32(kBooks<4>.levels, shift_right(pair, 4) | table) * scale;
             store(out + e * kTileTokens, low);
             if (e + columns < elements) store(out + (e + columns) * kTileTokens, high);
         }
@@ -181,12 +242,15 @@ void unpack_codes(const uint8_t* data, int stored, uint8_t* out) {
         std::memcpy(out, data, static_cast<size_t>(stored));
         return;
     }
-    const int high_bytes = stored / 2, low_bytes = stored / 4;
+    // The widths of the planes; 4 bits have one.
+    constexpr int kHigh = Bits == 3 ? 2 : 4, kLow = Bits - kHigh;
+    const int high_bytes = stored * kHigh / 8, low_bytes = stored * kLow / 8;
     for (int e = 0; e < stored; ++e) {
-        unsigned code = (data[e % high_bytes] >> (4 * (e / high_bytes))) & 15u;
-        if (Bits == 6) {
-            const unsigned low = data[high_bytes + e % low_bytes] >> (2 * (e / low_bytes));
-            code = code << 2 | (low & 3u);
+        const unsigned high = data[e % high_bytes] >> (kHigh * (e / high_bytes));
+        unsigned code = high & ((1u << kHigh) - 1);
+        if constexpr (kLow != 0) {
+            const unsigned low = data[high_bytes + e % low_bytes] >> (kLow * (e / low_bytes));
+            code = code << kLow | (low & ((1u << kLow) - 1));
         }
         out[e] = static_cast<uint8_t>(code);
     }
@@ -202,25 +266,17 @@ EXL_INLINE void unpack_six_bits(const uint8_t* data, uint8_t* out) {
     }
 }
 
-// Converts 16 codes of one byte each to values.
+// Converts 16 codes to values.
+template <int Bits, bool = has_tables(Bits)>
+struct Values : Uniform<Bits> {
+    Values(uint16_t, float exact) : Uniform<Bits>(broadcast(exact)) {}
+};
 template <int Bits>
-struct Values;
-
-template <>
-struct Values<4> {
-    const float* levels;
-    F32x16 scale;
+struct Values<Bits, true> {
+    F32x16 levels;  // times the scale
     Values(uint16_t half, float exact)
-        : levels(kBooks.levels + (half & 1) * kLevels), scale(broadcast(exact)) {}
-    F32x16 value(I32x16 code) const { return lookup16(levels, code) * scale; }
-};
-template <>
-struct Values<6> : Uniform<6> {
-    Values(uint16_t, float exact) : Uniform(broadcast(exact)) {}
-};
-template <>
-struct Values<8> : Uniform<8> {
-    Values(uint16_t, float exact) : Uniform(broadcast(exact)) {}
+        : levels(load(kBooks<Bits>.levels + ((half & 1) << Bits)) * broadcast(exact)) {}
+    F32x16 value(I32x16 code) const { return look_up<1 << Bits>(levels, code); }
 };
 
 template <int Bits>
@@ -229,6 +285,11 @@ EXL_INLINE void value_group(const uint8_t* codes, const Values<Bits>& values, fl
         const I32x16 pair = load_bytes(codes);
         store(out, values.value(pair & broadcast(int32_t{15})));
         store(out + kLanes, values.value(shift_right(pair, 4)));
+    } else if constexpr (Bits == 3) {
+        I32x16 unpacked[2];
+        load_three_bits(codes, unpacked);
+        store(out, values.value(unpacked[0]));
+        store(out + kLanes, values.value(unpacked[1]));
     } else {
         uint8_t unpacked[kGroup];
         if (Bits == 6) unpack_six_bits(codes, unpacked);
@@ -322,6 +383,7 @@ void float_values(const ExlCacheHalf& values, int64_t token_index, int tokens,
 void expand_keys(const ExlCacheHalf& keys, int64_t token_index, int tokens,
                  int head_dim, float* out) {
     switch (keys.bits) {
+        case 3: return quantized_keys<3>(keys, token_index, tokens, head_dim, out);
         case 4: return quantized_keys<4>(keys, token_index, tokens, head_dim, out);
         case 6: return quantized_keys<6>(keys, token_index, tokens, head_dim, out);
         case 8: return quantized_keys<8>(keys, token_index, tokens, head_dim, out);
@@ -333,6 +395,7 @@ void expand_keys(const ExlCacheHalf& keys, int64_t token_index, int tokens,
 void expand_values(const ExlCacheHalf& values, int64_t token_index, int tokens,
                    int head_dim, float* out) {
     switch (values.bits) {
+        case 3: return quantized_values<3>(values, token_index, tokens, head_dim, out);
         case 4: return quantized_values<4>(values, token_index, tokens, head_dim, out);
         case 6: return quantized_values<6>(values, token_index, tokens, head_dim, out);
         case 8: return quantized_values<8>(values, token_index, tokens, head_dim, out);

@@ -23,9 +23,10 @@ EXL_INLINE I32x16 operator|(I32x16 a, I32x16 b) { return {_mm512_or_si512(a.v, b
 EXL_INLINE I32x16 shift_right(I32x16 a, int bits) {
     return {_mm512_srl_epi32(a.v, _mm_cvtsi32_si128(bits))};
 }
-// table[index] for a table of 16 entries. Precondition: 0 <= index < 16.
-EXL_INLINE F32x16 lookup16(const float* table, I32x16 index) {
-    return {_mm512_permutexvar_ps(index.v, _mm512_loadu_ps(table))};
+// table[index] for a table of 8 or 16 entries. Precondition: 0 <= index < Count.
+template <int Count>
+EXL_INLINE F32x16 look_up(F32x16 table, I32x16 index) {
+    return {_mm512_permutexvar_ps(index.v, table.v)};
 }
 // table[index] for a table of 32 entries. Precondition: 0 <= index < 32.
 EXL_INLINE F32x16 lookup32(const float* table, I32x16 index) {
@@ -34,13 +35,14 @@ EXL_INLINE F32x16 lookup32(const float* table, I32x16 index) {
 EXL_INLINE I32x16 load_int16(const int16_t* p) {
     return {_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
-// Number of the 15 rising thresholds that are below x. If the thresholds are the midpoints of 16
-// levels, this is the index of the nearest level. thresholds[15] is not used, but must be
+// Number of the Levels - 1 rising thresholds that are below x, for 8 or 16 levels. If the thresholds
+// are the midpoints of levels, this is the index of the nearest level. 16 thresholds must be
 // readable.
+template <int Levels>
 EXL_INLINE I32x16 count_below(const float* thresholds, F32x16 x) {
     const __m512 all = _mm512_loadu_ps(thresholds);
     __m512i count = _mm512_setzero_si512();
-    for (int step = 8; step > 0; step /= 2) {
+    for (int step = Levels / 2; step > 0; step /= 2) {
         const __m512i next = _mm512_add_epi32(count, _mm512_set1_epi32(step - 1));
         const __mmask16 above =
             _mm512_cmp_ps_mask(x.v, _mm512_permutexvar_ps(next, all), _CMP_GT_OQ);
@@ -67,25 +69,28 @@ template <int Bit>
 EXL_INLINE __m256 choose(__m256 zero, __m256 one, __m256i index) {
     return _mm256_blendv_ps(zero, one, _mm256_castsi256_ps(_mm256_slli_epi32(index, 31 - Bit)));
 }
-EXL_INLINE __m256 lookup16(const float* table, __m256i index) {
-    return choose<3>(_mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index),
-                     _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index), index);
+template <int Count>
+EXL_INLINE __m256 look_up(F32x16 table, __m256i index) {
+    const __m256 low = _mm256_permutevar8x32_ps(table.lo, index);
+    if constexpr (Count == 8) return low;
+    return choose<3>(low, _mm256_permutevar8x32_ps(table.hi, index), index);
 }
-EXL_INLINE __m256 lookup32(const float* table, __m256i index) {
-    return choose<4>(lookup16(table, index), lookup16(table + 16, index), index);
-}
-EXL_INLINE F32x16 lookup16(const float* table, I32x16 index) {
-    return {lookup16(table, index.lo), lookup16(table, index.hi)};
+template <int Count>
+EXL_INLINE F32x16 look_up(F32x16 table, I32x16 index) {
+    return {look_up<Count>(table, index.lo), look_up<Count>(table, index.hi)};
 }
 EXL_INLINE F32x16 lookup32(const float* table, I32x16 index) {
-    return {lookup32(table, index.lo), lookup32(table, index.hi)};
+    const F32x16 first = look_up<16>(load(table), index);
+    const F32x16 second = look_up<16>(load(table + 16), index);
+    return {choose<4>(first.lo, second.lo, index.lo), choose<4>(first.hi, second.hi, index.hi)};
 }
 EXL_INLINE I32x16 load_int16(const int16_t* p) {
     return {_mm256_cvtepi16_epi32(load128(p)), _mm256_cvtepi16_epi32(load128(p + 8))};
 }
+template <int Levels>
 EXL_INLINE I32x16 count_below(const float* thresholds, F32x16 x) {
     I32x16 count = broadcast(int32_t{0});
-    for (int i = 0; i < 15; ++i) {
+    for (int i = 0; i + 1 < Levels; ++i) {
         const __m256 threshold = _mm256_set1_ps(thresholds[i]);
         const __m256i lo = _mm256_castps_si256(_mm256_cmp_ps(x.lo, threshold, _CMP_GT_OQ));
         const __m256i hi = _mm256_castps_si256(_mm256_cmp_ps(x.hi, threshold, _CMP_GT_OQ));
@@ -106,22 +111,62 @@ EXL_INLINE I32x16 shift_right(I32x16 a, int bits) {
     return lanes<I32x16>(
         [&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) >> bits); });
 }
-EXL_INLINE F32x16 lookup16(const float* table, I32x16 index) {
+template <int Count>
+EXL_INLINE F32x16 look_up(F32x16 table, I32x16 index) {
+    return lanes<F32x16>([&](int i) { return table.v[index.v[i]]; });
+}
+EXL_INLINE F32x16 lookup32(const float* table, I32x16 index) {
     return lanes<F32x16>([&](int i) { return table[index.v[i]]; });
 }
-EXL_INLINE F32x16 lookup32(const float* table, I32x16 index) { return lookup16(table, index); }
 EXL_INLINE I32x16 load_int16(const int16_t* p) {
     return lanes<I32x16>([=](int i) { return static_cast<int32_t>(p[i]); });
 }
+template <int Levels>
 EXL_INLINE I32x16 count_below(const float* thresholds, F32x16 x) {
     I32x16 count = broadcast(int32_t{0});
-    for (int t = 0; t < 15; ++t) {
+    for (int t = 0; t + 1 < Levels; ++t) {
         for (int i = 0; i < kLanes; ++i) count.v[i] += x.v[i] > thresholds[t] ? 1 : 0;
     }
     return count;
 }
 
 #endif
+
+// Unpacks the codes of a whole group of 3 bits: codes[0] has elements 0 to 15, codes[1] the others.
+EXL_INLINE void load_three_bits(const uint8_t* p, I32x16 (&codes)[2]) {
+    uint64_t high;
+    uint32_t low;
+    std::memcpy(&high, p, 8);
+    std::memcpy(&low, p + 8, 4);
+#if defined(EXL_AVX512) || defined(EXL_AVX2)
+    // Byte b of the plane of 2 bits has elements b, b + 8, ...; that of the plane of 1 bit
+    // elements b, b + 4, ...
+    const __m256i highs = _mm256_srlv_epi64(_mm256_set1_epi64x(static_cast<int64_t>(high)),
+                                            _mm256_setr_epi64x(0, 2, 4, 6));
+    const __m256i lows = _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int32_t>(low)),
+                                           _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    const __m256i two_bits = _mm256_and_si256(highs, _mm256_set1_epi8(3));
+    const __m256i bytes = _mm256_or_si256(_mm256_add_epi8(two_bits, two_bits),
+                                          _mm256_and_si256(lows, _mm256_set1_epi8(1)));
+    const __m128i parts[2] = {_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)};
+    for (int i = 0; i < 2; ++i) {
+#if defined(EXL_AVX512)
+        codes[i] = {_mm512_cvtepu8_epi32(parts[i])};
+#else
+        codes[i] = {_mm256_cvtepu8_epi32(parts[i]),
+                    _mm256_cvtepu8_epi32(_mm_srli_si128(parts[i], 8))};
+#endif
+    }
+#else
+    uint8_t bytes[2 * kLanes];
+    for (int e = 0; e < 2 * kLanes; ++e) {
+        const unsigned two_bits = static_cast<unsigned>(high >> (e % 8 * 8 + e / 8 * 2)) & 3u;
+        const unsigned one_bit = low >> (e % 4 * 8 + e / 4) & 1u;
+        bytes[e] = static_cast<uint8_t>(two_bits << 1 | one_bit);
+    }
+    for (int i = 0; i < 2; ++i) codes[i] = load_bytes(bytes + kLanes * i);
+#endif
+}
 
 EXL_INLINE float float_of_half(uint16_t half) {
 #if defined(EXL_AVX512) || defined(EXL_AVX2)
@@ -147,7 +192,8 @@ EXL_INLINE uint16_t lowest_bits(const int16_t* p) {
 }
 
 // out[16 * i + j] = byte i of row j, for 16 rows that are `stride` bytes apart and
-// i < count <= 16. Reads only the first `count` bytes of a row. out has 256 bytes.
+// i < count <= 16. Reads only the first `count` bytes of a row. out has 256 bytes, of which those
+// of other i become unspecified.
 EXL_INLINE void transpose_bytes(const uint8_t* rows, int64_t stride, int count, uint8_t* out) {
 #if defined(EXL_SSE2)
     __m128i r[16], t[16];
@@ -158,6 +204,14 @@ EXL_INLINE void transpose_bytes(const uint8_t* rows, int64_t stride, int count, 
     } else if (count == 8) {
         for (int j = 0; j < 16; ++j) {
             r[j] = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(rows + j * stride));
+        }
+    } else if (count == 12) {
+        for (int j = 0; j < 16; ++j) {
+            int32_t last;
+            std::memcpy(&last, rows + j * stride + 8, 4);
+            r[j] = _mm_unpacklo_epi64(
+                _mm_loadl_epi64(reinterpret_cast<const __m128i*>(rows + j * stride)),
+                _mm_cvtsi32_si128(last));
         }
     } else {
         for (int j = 0; j < 16; ++j) {

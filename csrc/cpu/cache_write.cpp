@@ -4,7 +4,7 @@
 // reference codec in Python defines the search.
 //
 // Work per thread: a task is one head of one row, of keys or of values; all its buffers are on
-// the stack. Each group is rounded up to 49 times (48 candidates, or 32 with 4 bits, and a
+// the stack. Each group is rounded up to 49 times (48 candidates, or 32 with tables, and a
 // refit), which is about 50 operations per element of 4 bits on AVX-512. That is below one
 // percent of a layer's matrix products.
 //
@@ -37,7 +37,7 @@ void round_scales(const float* scales, uint16_t* halves, float* exact) {
 template <int Bits>
 void round_scales(const float* scales, int table, uint16_t* halves, float* exact) {
     round_scales(scales, halves, exact);
-    if (Bits != 4) return;
+    if (!has_tables(Bits)) return;
     for (int i = 0; i < kLanes; ++i) {
         halves[i] = static_cast<uint16_t>((halves[i] & 0xfffeu) | static_cast<unsigned>(table));
     }
@@ -61,8 +61,11 @@ EXL_INLINE int lane_of(float marked) {
 }
 
 // The levels of one table.
+template <int Bits, bool = has_tables(Bits)>
+struct Grid;
+
 template <int Bits>
-struct Grid {
+struct Grid<Bits, false> {
     static constexpr float kHalf = 1 << (Bits - 1);
 
     explicit Grid(int) {}
@@ -79,18 +82,21 @@ struct Grid {
     }
 };
 
-template <>
-struct Grid<4> {
-    float levels[kLevels];
-    float thresholds[kLevels];
+template <int Bits>
+struct Grid<Bits, true> {
+    static constexpr int kLevels = 1 << Bits;
+    // A whole vector can be loaded from each array.
+    float levels[kLanes] = {};
+    float thresholds[kLanes] = {};
 
     explicit Grid(int table) {
-        for (int i = 0; i < kLevels; ++i) levels[i] = codebook_level(table, i) * kCodebookUnit;
+        for (int i = 0; i < kLevels; ++i) {
+            levels[i] = codebook_level(Bits, table, i) * kCodebookUnit;
+        }
         for (int i = 0; i + 1 < kLevels; ++i) thresholds[i] = 0.5f * (levels[i] + levels[i + 1]);
-        thresholds[kLevels - 1] = levels[kLevels - 1];
     }
-    I32x16 nearest(F32x16 x) const { return count_below(thresholds, x); }
-    F32x16 level(I32x16 code) const { return lookup16(levels, code); }
+    I32x16 nearest(F32x16 x) const { return count_below<kLevels>(thresholds, x); }
+    F32x16 level(I32x16 code) const { return look_up<kLevels>(load(levels), code); }
     F32x16 nearest_level(F32x16 x) const { return level(nearest(x)); }
 };
 
@@ -202,7 +208,7 @@ struct Quantizer {
         Trial best;
         float candidates[kCandidates];
         for (int i = 0; i < kCandidates; ++i) candidates[i] = largest * factors[i];
-        for (int table = 0; table < (Bits == 4 ? kTables : 1); ++table) {
+        for (int table = 0; table < (has_tables(Bits) ? kTables : 1); ++table) {
             for (int i = 0; i < kCandidates; i += kLanes) {
                 group.search(y, elements, candidates + i, table, &best);
             }
@@ -235,9 +241,9 @@ uint8_t* pack_plane(const uint8_t* codes, int count, int width, int shift, uint8
 }
 
 uint8_t* pack_group(const uint8_t* codes, int count, int bits, uint8_t* out) {
-    if (bits == 8) return pack_plane(codes, count, 8, 0, out);
-    if (bits == 4) return pack_plane(codes, count, 4, 0, out);
-    return pack_plane(codes, count, 2, 0, pack_plane(codes, count, 4, 2, out));
+    if (bits == 6) return pack_plane(codes, count, 2, 0, pack_plane(codes, count, 4, 2, out));
+    if (bits == 3) return pack_plane(codes, count, 1, 0, pack_plane(codes, count, 2, 1, out));
+    return pack_plane(codes, count, bits, 0, out);
 }
 
 // y: a rotated head, then kGroup zeros.
@@ -312,6 +318,7 @@ void write_head(const ExlCacheHalf& half, const float* x, int head_dim, int64_t 
         static_cast<uint8_t*>(half.codes) + token_index * code_bytes(head_dim, half.bits);
     uint16_t* scales = half.scales + token_index * num_groups(head_dim, half.bits);
     switch (half.bits) {
+        case 3: return quantize_head<3>(x, head_dim, codes, scales);
         case 4: return quantize_head<4>(x, head_dim, codes, scales);
         case 6: return quantize_head<6>(x, head_dim, codes, scales);
         case 8: return quantize_head<8>(x, head_dim, codes, scales);

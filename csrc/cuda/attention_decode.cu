@@ -38,7 +38,7 @@
 // tile, reused by merge_warps; BiasMemory. Rings for an open page, of `open_warps` warps and
 // `open_units` slots, take the same memory.
 //
-// Preconditions: cache of 4, 6, 8 or 16 bits; `units` is 1, 2 or 4; counters are zero; with open
+// Preconditions: cache of 3, 4, 6, 8 or 16 bits; `units` is 1, 2 or 4; counters are zero; with open
 // pages the rows of a sequence lie in one page.
 #include "cuda/decode_loop.cuh"
 

@@ -24,21 +24,26 @@ constexpr int kWarps = kGenericThreads / 32;
 // Reads code `index` of a group of `count` stored codes (bit planes, see cache_codec.h).
 __device__ __forceinline__ int code_at(const uint8_t* codes, int count, int bits, int index) {
     if (bits == 8) return codes[index];
-    const int high_bytes = count / 2;
-    const int high = codes[index % high_bytes] >> (index / high_bytes * 4) & 15;
-    if (bits == 4) return high;
-    const int low_bytes = count / 4;
-    const int low = codes[high_bytes + index % low_bytes] >> (index / low_bytes * 2) & 3;
-    return high << 2 | low;
+    // The widths of the planes; 4 bits have one.
+    const int high_width = bits == 3 ? 2 : 4, low_width = bits - high_width;
+    const int high_bytes = count * high_width / 8;
+    const int high_shift = index / high_bytes * high_width;
+    const int high = codes[index % high_bytes] >> high_shift & ((1 << high_width) - 1);
+    if (low_width == 0) return high;
+    const int low_bytes = count * low_width / 8;
+    const int low = codes[high_bytes + index % low_bytes] >> (index / low_bytes * low_width);
+    return high << low_width | (low & ((1 << low_width) - 1));
 }
 
+template <int kBits>
 __device__ __forceinline__ float codebook_value(int table, int code) {
-    const Codebook<> levels(table);
+    const Codebook<kBits> levels(table);
     // Select among eight levels by the low three bits of the code.
-    const uint32_t low = byte_perm(levels.words[0], levels.words[1], code & 7);
-    const uint32_t high = byte_perm(levels.words[2], levels.words[3], code & 7);
-    const uint32_t level = (code & 8 ? high : low) & 255u;
-    return static_cast<float>(static_cast<int>(level) - 128) * kCodebookUnit;
+    uint32_t level = byte_perm(levels.words[0], levels.words[1], code & 7);
+    if constexpr (kBits == 4) {
+        if (code & 8) level = byte_perm(levels.words[2], levels.words[3], code & 7);
+    }
+    return static_cast<float>(static_cast<int>(level & 255u) - 128) * kCodebookUnit;
 }
 
 // The first element that shares a scale with `element`; cache of 16 bits.
@@ -70,7 +75,8 @@ __device__ float element_at(const ExlCacheHalf& half, int64_t token_index, int h
     const int code = code_at(row + group * code_bytes(kGroup, half.bits), count, half.bits,
                              element % kGroup);
     const float scale = half_to_float(static_cast<uint16_t>(bits));
-    if (half.bits == 4) return scale * codebook_value(bits & 1, code);
+    if (half.bits == 3) return scale * codebook_value<3>(bits & 1, code);
+    if (half.bits == 4) return scale * codebook_value<4>(bits & 1, code);
     const float steps = static_cast<float>(1 << (half.bits - 1));
     return scale * ((static_cast<float>(code) - steps) / steps);
 }

@@ -26,7 +26,7 @@
 // packed codes and scales of a tile; BiasMemory. At the end float32 [warps][8][kHeadDim] over
 // all of it.
 //
-// Preconditions: cache of 4, 6, 8 or 16 bits; head_dim a multiple of 16, at most kHeadDim; with open
+// Preconditions: cache of 3, 4, 6, 8 or 16 bits; head_dim a multiple of 16, at most kHeadDim; with open
 // pages the rows of a sequence lie in one page.
 #include "cuda/prefill_tile.cuh"
 

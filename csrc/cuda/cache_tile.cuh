@@ -5,7 +5,7 @@
 // elements come in the order of the bytes and not of the head: `element_of` maps the order. A
 // dot product gives the same result if queries (and outputs) follow the same order.
 //
-// Levels of 4, 6 and 8 bits are unpacked to bytes in units of 1/128, plus 128. A byte b with
+// Levels of 3, 4, 6 and 8 bits are unpacked to bytes in units of 1/128, plus 128. A byte b with
 // the high byte 0x64 is the float16 1024 + b. One multiply-add converts that to level / 16 (exact:
 // 8 times the level in [-1, 1)), and one product with the group's scale gives the value times
 // kLevelUnit. The factor 8 keeps scales from 1e-5 to 8191 away from the limits of float16.
@@ -30,47 +30,65 @@ __device__ __forceinline__ float unit_factor(int bits) { return bits < 16 ? kLev
 __device__ __forceinline__ int element_of(int bits, int head_dim, int unit, int i) {
     if (bits >= 8) return unit * kUnit + i;
     const int group = unit / 2, half = unit % 2;
-    // 4 bits are unpacked as pairs of a byte's two codes, 6 bits as four low and four high codes.
-    const int byte = bits == 4 ? i / 2 : i / 8 * 4 + i % 4;
-    const int high = bits == 4 ? i % 2 : i / 4 % 2;
+    // Codes with tables are unpacked as pairs of the two codes of a byte of 4-bit fields, 6 bits as
+    // four low and four high codes.
+    const int byte = has_tables(bits) ? i / 2 : i / 8 * 4 + i % 4;
+    const int high = has_tables(bits) ? i % 2 : i / 4 % 2;
     if (head_dim - group * kGroup >= kGroup) return group * kGroup + half * 8 + byte + high * 16;
     return group * kGroup + byte + high * 8;
 }
 
 // Four levels of a codebook as bytes, plus 128.
-EXL_HOST_DEVICE constexpr uint32_t codebook_word(int table, int word) {
+EXL_HOST_DEVICE constexpr uint32_t codebook_word(int bits, int table, int word) {
     uint32_t bytes = 0;
     for (int i = 0; i < 4; ++i) {
-        bytes |= static_cast<uint32_t>(codebook_level(table, 4 * word + i) + 128) << (8 * i);
+        const int level = codebook_level(bits, table, 4 * word + i) + 128;
+        bytes |= static_cast<uint32_t>(level) << (8 * i);
     }
     return bytes;
 }
-constexpr uint32_t kTable00 = codebook_word(0, 0), kTable01 = codebook_word(0, 1),
-                   kTable02 = codebook_word(0, 2), kTable03 = codebook_word(0, 3),
-                   kTable10 = codebook_word(1, 0), kTable11 = codebook_word(1, 1),
-                   kTable12 = codebook_word(1, 2), kTable13 = codebook_word(1, 3);
 
-// The 16 levels of one table in registers, combined with kFlip by exclusive or.
-template <uint32_t kFlip = 0>
+// The levels of one table in registers, combined with kFlip by exclusive or. Codes without tables
+// have no words.
+template <int kBits, uint32_t kFlip = 0, bool = has_tables(kBits)>
 struct Codebook {
-    uint32_t words[4];
+    __device__ __forceinline__ explicit Codebook(uint32_t) {}
+};
+template <int kBits, uint32_t kFlip>
+struct Codebook<kBits, kFlip, true> {
+    static constexpr int kWords = (1 << kBits) / 4;
+    uint32_t words[kWords];
     __device__ __forceinline__ explicit Codebook(uint32_t scale_bits) {
         const bool second = scale_bits & 1;
-        words[0] = second ? kTable10 ^ kFlip : kTable00 ^ kFlip;
-        words[1] = second ? kTable11 ^ kFlip : kTable01 ^ kFlip;
-        words[2] = second ? kTable12 ^ kFlip : kTable02 ^ kFlip;
-        words[3] = second ? kTable13 ^ kFlip : kTable03 ^ kFlip;
+        set_word<0>(second);
+        set_word<1>(second);
+        if constexpr (kWords == 4) {
+            set_word<2>(second);
+            set_word<3>(second);
+        }
+    }
+    template <int kWord>
+    __device__ __forceinline__ void set_word(bool second) {
+        constexpr uint32_t kFirst = codebook_word(kBits, 0, kWord) ^ kFlip;
+        constexpr uint32_t kSecond = codebook_word(kBits, 1, kWord) ^ kFlip;
+        words[kWord] = second ? kSecond : kFirst;
     }
     // Returns the levels of eight codes: those of the low four nibbles and of the high four. A
-    // byte permutation looks up three bits of a code in each half of the table; the fourth bit
-    // selects the half.
+    // byte permutation looks up three bits of a code in eight levels. For 4 bits it does so in each
+    // half of the table; the fourth bit selects the half.
     __device__ __forceinline__ void look_up(uint32_t codes, uint32_t (&levels)[2]) const {
-        const uint32_t index = codes & 0x77777777u;
-        const uint32_t choice = (codes >> 1 & 0x44444444u) | 0x32103210u;
-        levels[0] = byte_perm(byte_perm(words[0], words[1], index),
-                              byte_perm(words[2], words[3], index), choice);
-        levels[1] = byte_perm(byte_perm(words[0], words[1], index >> 16),
-                              byte_perm(words[2], words[3], index >> 16), choice >> 16);
+        if constexpr (kBits == 4) {
+            const uint32_t index = codes & 0x77777777u;
+            const uint32_t choice = (codes >> 1 & 0x44444444u) | 0x32103210u;
+            levels[0] = byte_perm(byte_perm(words[0], words[1], index),
+                                  byte_perm(words[2], words[3], index), choice);
+            levels[1] = byte_perm(byte_perm(words[0], words[1], index >> 16),
+                                  byte_perm(words[2], words[3], index >> 16), choice >> 16);
+        } else {
+            static_assert(kBits == 3);
+            levels[0] = byte_perm(words[0], words[1], codes);
+            levels[1] = byte_perm(words[0], words[1], codes >> 16);
+        }
     }
 };
 
@@ -78,17 +96,51 @@ __device__ __forceinline__ uint32_t load_word(const uint8_t* row, int offset) {
     return *reinterpret_cast<const uint32_t*>(row + offset);
 }
 
+// The codes of 3 bits of half a unit, each in 4 bits, in the order of codes of 4 bits.
+__device__ __forceinline__ uint32_t three_bit_codes(const uint8_t* row, int head_dim, int unit,
+                                                    int half) {
+    const int group = unit / 2;
+    const uint8_t* codes = row + group * (kGroup * 3 / 8);
+    uint32_t high, low;
+    int field;
+    if (head_dim % kGroup == 0) {
+        // Byte b of the plane of 2 bits has the high bits of elements b, b + 8, b + 16 and b + 24;
+        // byte b of the plane of 1 bit has the low bits of elements b, b + 4, b + 8, ...
+        high = load_word(codes, half * 4);
+        low = load_word(codes, 8) >> half;
+        field = unit % 2;
+    } else {
+        // Tokens of such heads are at even addresses only.
+        const auto* pairs = reinterpret_cast<const uint16_t*>(codes);
+        if (head_dim - group * kGroup >= kGroup) {
+            high = pairs[2 * half] | static_cast<uint32_t>(pairs[2 * half + 1]) << 16;
+            low = (pairs[4] | static_cast<uint32_t>(pairs[5]) << 16) >> half;
+            field = unit % 2;
+        } else {
+            // Four bytes with the high bits of elements b, b + 4, b + 8, b + 12; two bytes with the
+            // low bits of elements b, b + 2, b + 4, ..., which are brought to the same places.
+            high = pairs[0] | static_cast<uint32_t>(pairs[1]) << 16;
+            low = pairs[2] | static_cast<uint32_t>(pairs[2] >> 1) << 16;
+            field = half;
+        }
+    }
+    return (high >> (2 * field) << 1 & 0x66666666u) | (low >> (2 * field) & 0x11111111u);
+}
+
 // Unpacks half a unit, eight elements, to bytes in units of 1/128: plus 128, or signed if kFlip
 // is 0x80808080. row: a token's codes.
 template <int kBits, uint32_t kFlip = 0>
 __device__ __forceinline__ void unpack_half_unit(const uint8_t* row, int head_dim, int unit,
-                                                 int half, const Codebook<kFlip>& codebook,
+                                                 int half,
+                                                 const Codebook<kBits, kFlip>& codebook,
                                                  uint32_t (&levels)[2]) {
     if constexpr (kBits == 8) {
         levels[0] = load_word(row, unit * kUnit + half * 8) ^ kFlip;
         levels[1] = load_word(row, unit * kUnit + half * 8 + 4) ^ kFlip;
     } else if constexpr (kBits == 4) {
         codebook.look_up(load_word(row, unit * (kUnit / 2) + half * 4), levels);
+    } else if constexpr (kBits == 3) {
+        codebook.look_up(three_bit_codes(row, head_dim, unit, half), levels);
     } else {
         // The plane of 4 bits of a group is followed by its plane of 2 bits, whose byte b has the
         // low bits of elements b, b + 8, b + 16, b + 24 (b, b + 4, ... in a short group).
@@ -169,7 +221,7 @@ __device__ __forceinline__ void expand_unit(const uint8_t* row, const uint16_t* 
         expand_codes(words[0], words[1], factor, pairs);
     } else {
         const uint32_t scale = scales[unit / 2];
-        const Codebook<> codebook(scale);
+        const Codebook<kBits> codebook(scale);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             uint32_t levels[2];
@@ -184,12 +236,12 @@ __device__ __forceinline__ void expand_unit(const uint8_t* row, const uint16_t* 
 template <int kBits>
 __device__ __forceinline__ void expand_open_unit(const uint8_t* row, const uint16_t* scales,
                                                  int head_dim, int unit, uint32_t (&pairs)[8]) {
-    // A unit of 4 or 6 bits has eight elements from `first` on, and eight more `apart` elements
+    // A unit of 3, 4 or 6 bits has eight elements from `first` on, and eight more `apart` elements
     // later.
     const int group = unit / 2 * kGroup;
     const bool whole = head_dim - group >= kGroup;
     const int first = whole ? group + unit % 2 * 8 : group, apart = whole ? 16 : 8;
-    if constexpr (kBits == 4) {
+    if constexpr (has_tables(kBits)) {
         // 8 bits, as pairs of an element and that `apart` elements later.
 #pragma unroll
         for (int half = 0; half < 2; ++half) {

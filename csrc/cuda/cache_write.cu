@@ -11,10 +11,10 @@
 //
 // A group costs about 20 instructions per element and pass, 700 in all for 4 bits. Each round of
 // the binary search over a codebook's thresholds is one conflict-free read of shared memory,
-// because the 32 thresholds of both tables are in 32 banks.
+// because the thresholds of both tables, 32 or 16, are in different banks.
 //
 // Shared memory: the head (float32, padded to a multiple of 32 elements), then thresholds and
-// levels of both tables, 64 floats.
+// levels of both tables, up to 64 floats.
 //
 // Precondition: at least 64 threads per block, one for each of these floats.
 #include "cuda/cache_rotate.cuh"
@@ -37,29 +37,37 @@ namespace exl {
 
 constexpr int kWriteThreads = 256;
 
-EXL_HOST_DEVICE constexpr float level_of(int table, int code) {
-    return codebook_level(table, code) * kCodebookUnit;
+EXL_HOST_DEVICE constexpr float level_of(int bits, int table, int code) {
+    return codebook_level(bits, table, code) * kCodebookUnit;
 }
 // A value above threshold i has code i + 1 or more. The last threshold is not used.
-EXL_HOST_DEVICE constexpr float threshold_of(int table, int code) {
-    return code + 1 < kLevels ? 0.5f * (level_of(table, code) + level_of(table, code + 1)) : 0.0f;
+EXL_HOST_DEVICE constexpr float threshold_of(int bits, int table, int code) {
+    return code + 1 < 1 << bits
+               ? 0.5f * (level_of(bits, table, code) + level_of(bits, table, code + 1))
+               : 0.0f;
 }
 
 // Writes thresholds [table][code], then levels [table][code]. Each value is a constant in the
 // code, so that no table is read from global memory.
+template <int kBits>
 __device__ __forceinline__ void fill_codebooks(float* codebooks) {
+    constexpr int kLevels = 1 << kBits, kCount = kTables * kLevels;
     const int thread = threadIdx.x;
 #pragma unroll
-    for (int i = 0; i < kTables * kLevels; ++i) {
-        constexpr int kCount = kTables * kLevels;
-        if (thread == i) codebooks[i] = threshold_of(i / kLevels, i % kLevels);
-        if (thread == kCount + i) codebooks[kCount + i] = level_of(i / kLevels, i % kLevels);
+    for (int i = 0; i < kCount; ++i) {
+        if (thread == i) codebooks[i] = threshold_of(kBits, i / kLevels, i % kLevels);
+        if (thread == kCount + i) {
+            codebooks[kCount + i] = level_of(kBits, i / kLevels, i % kLevels);
+        }
     }
 }
 
 // A grid of codes; `value` is x / scale. Ties go to the lower code, as in the reference.
+template <int kBits, bool = has_tables(kBits)>
+struct Grid;
+
 template <int kBits>
-struct Grid {
+struct Grid<kBits, false> {
     static constexpr float kHalf = 1 << (kBits - 1);
     __device__ __forceinline__ Grid(const float*, int) {}
     __device__ __forceinline__ float nearest(float value) const {
@@ -70,8 +78,9 @@ struct Grid {
         return (code - kHalf) * (1.0f / kHalf);
     }
 };
-template <>
-struct Grid<4> {
+template <int kBits>
+struct Grid<kBits, true> {
+    static constexpr int kLevels = 1 << kBits;
     const float* thresholds;
     __device__ __forceinline__ Grid(const float* codebooks, int table)
         : thresholds(codebooks + table * kLevels) {}
@@ -92,7 +101,7 @@ struct Grid<4> {
 template <int kBits>
 __device__ __forceinline__ uint32_t scale_bits(float scale, int table) {
     const uint32_t bits = float_to_half(fmaxf(-kLargestHalf, fminf(kLargestHalf, scale)));
-    return kBits == 4 ? (bits & 0xFFFEu) | static_cast<uint32_t>(table) : bits;
+    return has_tables(kBits) ? (bits & 0xFFFEu) | static_cast<uint32_t>(table) : bits;
 }
 __device__ __forceinline__ float inverse_of(float exact) {
     return exact == 0.0f ? 0.0f : 1.0f / exact;
@@ -128,7 +137,7 @@ template <int kBits>
 __device__ Trial search(const float* y, int elements, float largest, const float* codebooks) {
     constexpr ScaleSearch kSearch = scale_search(kBits);
     constexpr int kSigned = 2 * kSearch.steps;
-    constexpr int kCandidates = (kBits == 4 ? kTables : 1) * kSigned;
+    constexpr int kCandidates = (has_tables(kBits) ? kTables : 1) * kSigned;
     Trial best{infinity(), kHalfNaN, 0};
     for (int first = 0; first < kCandidates; first += 32) {
         const int candidate = first + lane_id();
@@ -204,6 +213,8 @@ __device__ void write_group(const float* y, int head_dim, int group, const float
     uint8_t* out = codes + group * code_bytes(kGroup, kBits);
     if constexpr (kBits == 6) {
         pack_plane<2, 0>(code, stored, pack_plane<4, 2>(code, stored, out));
+    } else if constexpr (kBits == 3) {
+        pack_plane<1, 0>(code, stored, pack_plane<2, 1>(code, stored, out));
     } else {
         pack_plane<kBits, 0>(code, stored, out);
     }
@@ -278,7 +289,7 @@ template <int kBits>
 __device__ void write_quantized(float* y, int head_dim, float* codebooks, uint8_t* codes,
                                 uint16_t* scales) {
     for (int i = threadIdx.x; i < head_dim; i += blockDim.x) y[i] *= rotation_factor(head_dim, i);
-    if (kBits == 4) fill_codebooks(codebooks);
+    if constexpr (has_tables(kBits)) fill_codebooks<kBits>(codebooks);
     block_sync();  // signs and codebooks are complete
     hadamard_of_block(y, head_dim);
     const int warps = static_cast<int>(blockDim.x) / 32;
@@ -364,6 +375,7 @@ extern "C" __global__ void __launch_bounds__(kWriteThreads)
         return;
     }
     switch (half.bits) {
+        case 3: write_quantized<3>(memory, head_dim, codebooks, codes, scales); break;
         case 4: write_quantized<4>(memory, head_dim, codebooks, codes, scales); break;
         case 6: write_quantized<6>(memory, head_dim, codebooks, codes, scales); break;
         case 8: write_quantized<8>(memory, head_dim, codebooks, codes, scales); break;

@@ -112,6 +112,7 @@ struct Ring {
             copy_whole_tile<kTile, kHeadDim, 16>(half, token_index, target);
         } else {
             switch (half.bits) {
+                case 3: return copy_whole_tile<kTile, kHeadDim, 3>(half, token_index, target);
                 case 4: return copy_whole_tile<kTile, kHeadDim, 4>(half, token_index, target);
                 case 6: return copy_whole_tile<kTile, kHeadDim, 6>(half, token_index, target);
                 case 8: return copy_whole_tile<kTile, kHeadDim, 8>(half, token_index, target);
@@ -189,6 +190,7 @@ __device__ __forceinline__ void attend_tiles(const AttentionCall& call,
             }
         } else {
             switch (call.layer.k.bits) {
+                case 3: score_tile<kHeadDim, kTile, 3>(keys, memory.queries, scores); break;
                 case 4: score_tile<kHeadDim, kTile, 4>(keys, memory.queries, scores); break;
                 case 6: score_tile<kHeadDim, kTile, 6>(keys, memory.queries, scores); break;
                 case 8: score_tile<kHeadDim, kTile, 8>(keys, memory.queries, scores); break;
@@ -217,6 +219,9 @@ __device__ __forceinline__ void attend_tiles(const AttentionCall& call,
             }
         } else {
             switch (call.layer.v.bits) {
+                case 3:
+                    weigh_tile<kHeadDim, kTile, 3>(values, begin, written, weights, sums.o);
+                    break;
                 case 4:
                     weigh_tile<kHeadDim, kTile, 4>(values, begin, written, weights, sums.o);
                     break;

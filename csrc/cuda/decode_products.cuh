@@ -168,9 +168,9 @@ __device__ __forceinline__ void score_group(const Tile& tile, int token, int gro
     const uint32_t lower_scale = tile.template scales<kBits>(token + 8)[group];
     if (tile.has(unit)) {
         unpack_half_unit<kBits, kSigned>(tile.template row<kBits>(token), tile.head_dim(), unit,
-                                         half, Codebook<kSigned>(upper_scale), upper);
+                                         half, Codebook<kBits, kSigned>(upper_scale), upper);
         unpack_half_unit<kBits, kSigned>(tile.template row<kBits>(token + 8), tile.head_dim(),
-                                         unit, half, Codebook<kSigned>(lower_scale), lower);
+                                         unit, half, Codebook<kBits, kSigned>(lower_scale), lower);
     }
     Products products(kSumStart);
     const uint32_t a[4] = {upper[0], lower[0], upper[1], lower[1]};
@@ -250,7 +250,7 @@ __device__ __forceinline__ void score_tokens(const Tile& tile, int first_token,
 template <int kBits>
 struct UnitScales {
     uint32_t first, second;
-    Codebook<> codebooks[4];
+    Codebook<kBits> codebooks[4];
     template <typename Tile>
     __device__ __forceinline__ UnitScales(const Tile& tile, const int (&tokens)[4], int unit)
         : UnitScales(tile.template scales<kBits>(tokens[0])[unit / 2],
@@ -259,7 +259,8 @@ struct UnitScales {
                      tile.template scales<kBits>(tokens[3])[unit / 2]) {}
     __device__ __forceinline__ UnitScales(uint32_t a, uint32_t b, uint32_t c, uint32_t d)
         : first(a | b << 16), second(c | d << 16),
-          codebooks{Codebook<>(a), Codebook<>(b), Codebook<>(c), Codebook<>(d)} {}
+          codebooks{Codebook<kBits>(a), Codebook<kBits>(b), Codebook<kBits>(c),
+                    Codebook<kBits>(d)} {}
 };
 
 // o[i] += weights x values of half a unit of 16 tokens; i counts pairs of elements.

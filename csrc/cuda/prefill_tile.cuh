@@ -60,6 +60,7 @@ template <int kHeadDim, int kTile, bool kOpen>
 __device__ void expand_tile(const PrefillMemory<kHeadDim>& memory, const TileBytes& bytes,
                             int bits, int head_dim, int end) {
     switch (bits) {
+        case 3: return expand_tile<kHeadDim, kTile, 3, kOpen>(memory, bytes, head_dim, end);
         case 4: return expand_tile<kHeadDim, kTile, 4, kOpen>(memory, bytes, head_dim, end);
         case 6: return expand_tile<kHeadDim, kTile, 6, kOpen>(memory, bytes, head_dim, end);
         case 8: return expand_tile<kHeadDim, kTile, 8, kOpen>(memory, bytes, head_dim, end);
@@ -80,6 +81,7 @@ __device__ void expand_first_token(const PrefillMemory<kHeadDim>& memory, const 
     const uint16_t* scales = first.scales + token_index * num_groups(head_dim, first.bits);
     uint32_t pairs[8];
     switch (bits) {
+        case 3: expand_open_unit<3>(row, scales, head_dim, unit, pairs); break;
         case 4: expand_open_unit<4>(row, scales, head_dim, unit, pairs); break;
         case 6: expand_open_unit<6>(row, scales, head_dim, unit, pairs); break;
         default: expand_open_unit<8>(row, scales, head_dim, unit, pairs);

@@ -7,10 +7,10 @@ Layout
 The cache of a layer consists of up to four tensors, separate for keys and values, with pages of
 `PAGE_LEN` tokens. One head of one page is contiguous, so it is read sequentially:
 
-    fp32         codes: float32 [pages, kv_heads, PAGE_LEN, head_dim], no scales
-    fp16         codes: int16, the same shape, no scales
-    q8, q6, q4   codes: uint8 [pages, kv_heads, PAGE_LEN, code_bytes]
-                 scales: float16 [pages, kv_heads, PAGE_LEN, groups]
+    fp32     codes: float32 [pages, kv_heads, PAGE_LEN, head_dim], no scales
+    fp16     codes: int16, the same shape, no scales
+    q8 - q3  codes: uint8 [pages, kv_heads, PAGE_LEN, code_bytes]
+             scales: float16 [pages, kv_heads, PAGE_LEN, groups]
 
 Quantised vectors are first rotated and cut into groups of 32 elements. If head_dim is not a
 multiple of 32, the last group is shorter and its codes are padded to a multiple of 8.
@@ -52,13 +52,13 @@ GROUP = 32
 SCALE_BYTES = 2
 
 # Bits of one element -> name of the cache type with this size for keys and values.
-BITS_NAMES = {32: "fp32", 16: "fp16", 8: "q8", 6: "q6", 4: "q4"}
+BITS_NAMES = {32: "fp32", 16: "fp16", 8: "q8", 6: "q6", 4: "q4", 3: "q3"}
 _NAMED_BITS = {name: bits for bits, name in BITS_NAMES.items()} | {"fp8": 8}
 _UNPACKED_DTYPES = {32: "float32", 16: "int16"}
 
 # Bits of an open page beside codes of so many bits. The error of 8 bits is small beside that of
-# 4-bit codes of all other pages.
-_OPEN_BITS = {8: 16, 6: 16, 4: 8}
+# the 4-bit or 3-bit codes of all other pages.
+_OPEN_BITS = {8: 16, 6: 16, 4: 8, 3: 8}
 
 # Pairs of a key bias that attention can add, of each key/value head: csrc/cpu/key_bias.h and
 # csrc/cuda/key_bias.cuh have room for so many.
@@ -66,7 +66,8 @@ MAX_BIAS_PAIRS = 32
 # Query heads of one key/value head with such a bias: csrc/cpu/attention.h has room for so many.
 MAX_BIAS_SHARING = 128
 
-# Codes of a short last group are padded to a multiple of this, so that 6-bit codes end on a byte.
+# Codes of a short last group are padded to a multiple of this, so that 6-bit and 3-bit codes end on
+# a byte.
 CODE_STEP = 8
 
 
@@ -97,7 +98,7 @@ class CacheType:
     """How keys and values are stored.
 
     Args:
-        k_bits: bits per element of keys: 32, 16, 8, 6 or 4.
+        k_bits: bits per element of keys: 32, 16, 8, 6, 4 or 3.
         v_bits: bits per element of values.
     """
 
@@ -109,9 +110,9 @@ class CacheType:
         """Read the name of a cache type.
 
         Args:
-            name: `fp32`, `fp16`, `q8`, `q6`, `q4`, or two of them joined by `_`, keys first
-                (`q8_q4`). Case does not matter. `fp8`, which the web UI offers, is read as `q8`,
-                which has the same size.
+            name: `fp32`, `fp16`, `q8`, `q6`, `q4`, `q3`, or two of them joined by `_`, keys
+                first (`q8_q4`). Case does not matter. `fp8`, which the web UI offers, is read as
+                `q8`, which has the same size.
 
         Raises:
             InvalidSettings: the name is unknown; the message lists the known names.

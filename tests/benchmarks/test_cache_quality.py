@@ -28,7 +28,7 @@ import fit_codebooks
 from benchmarks.cpu import exllamav2_cache
 from benchmarks.cpu.cache_quality import normal, relative_squared_error, with_outliers
 
-BITS = {"q8": 8, "q6": 6, "q4": 4}
+BITS = {"q8": 8, "q6": 6, "q4": 4, "q3": 3}
 
 
 def error(x, cache_type):
@@ -39,16 +39,17 @@ def peer_error(x, bits):
     return relative_squared_error(exllamav2_cache.round_trip(x, bits), x)
 
 
-def uniform_error(x):
-    """Error of uniform 4-bit codes with a full-head rotation, signed maximum and search."""
+def uniform_error(x, bits=4):
+    """Error of uniform codes with a full-head rotation, signed maximum and search."""
+    half = 2 ** (bits - 1)
     groups = rotate(x.double()).float().unflatten(1, (-1, 32))
     place = groups.abs().argmax(dim=-1, keepdim=True)
     largest = groups.gather(-1, place)
     best, errors = torch.zeros_like(groups), torch.full_like(largest, torch.inf)
     for factor in torch.linspace(0.72, 1.1, 24):
-        # Codes reach from -8 to 7: the largest magnitude gets the side with one more.
-        scales = (-largest * factor / 8).half().float()
-        tried = (groups / scales).round().clamp(-8, 7) * scales
+        # Codes reach from -half to half - 1: the largest magnitude gets the side with one more.
+        scales = (-largest * factor / half).half().float()
+        tried = (groups / scales).round().clamp(-half, half - 1) * scales
         error_of = (tried - groups).square().sum(dim=-1, keepdim=True)
         best = torch.where(error_of < errors, tried, best)
         errors = errors.minimum(error_of)
@@ -69,6 +70,11 @@ def test_four_bits_on_normal_data(seed):
 
 def test_four_bits_on_data_with_outlier_channels():
     assert error(with_outliers(), "q4") <= 0.0039
+
+
+def test_three_bits_beat_one_uniform_grid():
+    for x, most, share in ((normal(0), 0.0223, 0.84), (with_outliers(), 0.0161, 0.9)):
+        assert error(x, "q3") <= min(most, share * uniform_error(x, 3))
 
 
 MORE = pytest.mark.exhaustive
@@ -98,6 +104,7 @@ def test_six_and_eight_bits_beat_a_uniform_grid_of_the_maximum(name, share, make
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 192, 256])
 def test_head_sizes_cost_no_quality(head_dim):
     x = normal(head_dim, rows=500, head_dim=head_dim)
+    assert error(x, "q3") <= 0.0225
     assert error(x, "q4") <= 0.0054
     assert error(x, "q6") <= 0.00043
     assert error(x, "q8") <= 2.7e-5
@@ -152,7 +159,7 @@ def test_one_large_channel_is_spread_over_its_block():
     assert torch.allclose(rotate(x.double()).abs(), torch.tensor(128.0**0.5).double(), atol=1e-9)
 
 
-@pytest.mark.parametrize("bits", [8, 6, 4])
+@pytest.mark.parametrize("bits", [8, 6, 4, 3])
 @pytest.mark.parametrize("magnitude", [1e-5, 1e-2, 1.0, 1e3, 6e4])
 def test_size_does_not_matter_within_what_float16_scales_hold(bits, magnitude):
     y = normal(4, rows=200, head_dim=64)
@@ -160,11 +167,11 @@ def test_size_does_not_matter_within_what_float16_scales_hold(bits, magnitude):
     codes, scales = quantize(y, bits)
     back = dequantize(codes, scales, 64, bits)
     # float16 has six bits left for a scale of 4e-6, so eight bits lose a little there.
-    limit = {8: 3e-5, 6: 4.4e-4, 4: 5.5e-3}[bits] * (2 if magnitude < 1e-4 else 1)
+    limit = {8: 3e-5, 6: 4.4e-4, 4: 5.5e-3, 3: 2.25e-2}[bits] * (2 if magnitude < 1e-4 else 1)
     assert relative_squared_error(back, y) <= limit
 
 
-@pytest.mark.parametrize("bits", [8, 6, 4])
+@pytest.mark.parametrize("bits", [8, 6, 4, 3])
 @pytest.mark.parametrize("elements", [1, 8, 15, 16, 20, 31, 32])
 def test_every_code_survives_packing(bits, elements):
     generator = torch.Generator().manual_seed(elements)
@@ -182,16 +189,24 @@ def test_bytes_stand_as_documented():
     # The low two bits of i, i + 8, i + 16 and i + 24 are the same: i % 4 four times.
     high = [(i >> 2) | (i + 16 >> 2) << 4 for i in range(16)]
     assert pack_codes(codes, 6).tolist() == [high + [0x55 * (i % 4) for i in range(8)]]
+    # Codes 0, 1, ... 7 four times: byte i has the same two bits four times, 0, 0, 1, 1, ..., and
+    # byte i of the plane of 1 bit the lowest bit of i, i + 4, ..., eight times the same.
+    assert pack_codes(codes % 8, 3).tolist() == [
+        [0x55 * (i >> 1) for i in range(8)] + [255 * (i % 2) for i in range(4)]
+    ]
 
 
-def test_four_bit_levels_follow_the_scale_s_sign_and_lowest_bit():
-    codes = pack_codes(torch.arange(16, dtype=torch.uint8).repeat(2)[None], 4)
+@pytest.mark.parametrize("bits", CODEBOOKS)
+def test_levels_of_tables_follow_the_scale_s_sign_and_lowest_bit(bits):
+    times = 32 // 2**bits
+    codes = pack_codes(torch.arange(2**bits, dtype=torch.uint8).repeat(times)[None], bits)
     for table in (0, 1):
         for sign in (1, -1):
             scale = torch.tensor([[sign * 2.0]], dtype=torch.float16)
             scale = (scale.view(torch.int16) | table).view(torch.float16)
-            expected = torch.tensor(CODEBOOKS[table]).repeat(2) / 128 * scale.float()
-            assert torch.equal(dequantize(codes, scale, 32, 4), expected)
+            levels_of_table = torch.tensor(CODEBOOKS[bits][table]) / 128
+            expected = levels_of_table.repeat(times) * scale.float()
+            assert torch.equal(dequantize(codes, scale, 32, bits), expected)
 
 
 def test_zeros_stay_zeros_and_faults_show():
@@ -204,14 +219,15 @@ def test_zeros_stay_zeros_and_faults_show():
         assert y[1].isnan().all() and y[2].isnan().all()
 
 
-def test_the_codebooks_are_where_their_fit_ends():
+@pytest.mark.parametrize("bits", CODEBOOKS)
+def test_the_codebooks_are_where_their_fit_ends(bits):
     kinds = [fit_codebooks.make_kind(*key, 0.004, 300) for key in ((0, 1), (3, 20), (8, 20))]
-    fitted, before = fit_codebooks.fit_round(kinds, levels(4))
-    assert (fitted - levels(4)).abs().max() <= 2 / 128
-    _, after = fit_codebooks.fit_round(kinds, fitted)
+    fitted, before = fit_codebooks.fit_round(kinds, levels(bits), bits)
+    assert (fitted - levels(bits)).abs().max() <= 2 / 128
+    _, after = fit_codebooks.fit_round(kinds, fitted, bits)
     assert all(b >= 0.99 * a for a, b in zip(before, after, strict=True))
     # From equally wide levels a round goes down.
-    even = torch.linspace(-1, 127 / 128, 16).repeat(2, 1) * torch.tensor([[1.0], [0.9]])
-    moved, errors = fit_codebooks.fit_round(kinds, even)
-    _, less = fit_codebooks.fit_round(kinds, moved)
+    even = torch.linspace(-1, 127 / 128, 2**bits).repeat(2, 1) * torch.tensor([[1.0], [0.9]])
+    moved, errors = fit_codebooks.fit_round(kinds, even, bits)
+    _, less = fit_codebooks.fit_round(kinds, moved, bits)
     assert all(b < 0.99 * a for a, b in zip(errors, less, strict=True))

@@ -13,8 +13,8 @@ from exl_loader.memory.segments import lay_out
 from exl_loader.utils.errors import InvalidSettings
 from exl_loader.utils.table import DeviceMap
 
-NAMES = ("fp32", "fp16", "q8", "q6", "q4")
-QUANTIZED = {"q8": 8, "q6": 6, "q4": 4}
+NAMES = ("fp32", "fp16", "q8", "q6", "q4", "q3")
+QUANTIZED = {"q8": 8, "q6": 6, "q4": 4, "q3": 3}
 
 
 def config(layers=2, kv_heads=4, head_dim=64):
@@ -101,9 +101,10 @@ def test_other_head_sizes_have_one_short_group(head_dim, name):
     assert ideal <= per_head <= ideal + 7 * bits / 8 + 2
 
 
-def test_head_dim_80_is_46_bytes_in_q4():
+def test_head_dim_80_is_46_bytes_in_q4_and_36_in_q3():
     assert group_sizes(80) == [32, 32, 16]
     assert CacheType.parse("q4").bytes_per_token(1, 80) == 2 * (40 + 6)
+    assert CacheType.parse("q3").bytes_per_token(1, 80) == 2 * (30 + 6)
 
 
 def test_specs_name_every_tensor_and_its_device():

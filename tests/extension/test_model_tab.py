@@ -94,9 +94,9 @@ def test_pages_show_the_progress_of_a_load(page, monkeypatch):
 
 def test_a_refused_load_is_one_line_in_the_page_and_frees_everything(page, capsys):
     list(page.menu.load_model_wrapper("tiny", "ExLlamav2", autoload=True))
-    page.shared.args.cache_type = "q3"
+    page.shared.args.cache_type = "q5"
     said = list(page.menu.load_model_wrapper("tiny", "ExLlamav2", autoload=True))
-    assert "Cannot be loaded" in said[-1] and "q3" in said[-1] and "Traceback" not in said[-1]
+    assert "Cannot be loaded" in said[-1] and "q5" in said[-1] and "Traceback" not in said[-1]
     assert loading.current() is None and page.shared.model is None
     assert "tiny was not loaded" in capsys.readouterr().err
 
@@ -303,7 +303,7 @@ def test_the_slider_ends_at_the_models_length_and_is_restored_for_other_loaders(
     for changes, expected in (
         ({}, {"maximum": length, "step": 256}),
         ({"alpha_value": 2.5}, {"maximum": int(2.5 * length), "step": 256}),
-        ({"compress_pos_emb": 4, "cache_type": "q3"}, {"maximum": 4 * length, "step": 256}),
+        ({"compress_pos_emb": 4, "cache_type": "q5"}, {"maximum": 4 * length, "step": 256}),
         ({"loader": "llama.cpp"}, theirs), ({"loader": None}, theirs),
         ({"alpha_value": "abc"}, theirs), ({"compress_pos_emb": -1}, theirs),
         ({"model_menu": "None"}, theirs), ({"model_menu": "absent"}, theirs),

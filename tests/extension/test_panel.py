@@ -110,8 +110,8 @@ def test_a_failed_plan_is_one_message(tmp_path, tiny_model):
     assert "Choose a model folder" in plan_html(ModelChoice(""))
     assert "Cannot be loaded" in plan_html(ModelChoice(str(tmp_path / "nowhere")))
     folder = tiny_model("broken")
-    html = plan_html(ModelChoice(str(folder), cache_type="q3<b>"))
-    assert "Cannot be loaded" in html and "q3&lt;b&gt;" in html
+    html = plan_html(ModelChoice(str(folder), cache_type="q5<b>"))
+    assert "Cannot be loaded" in html and "q5&lt;b&gt;" in html
     (folder / "config.json").write_text(json.dumps({"architectures": ["<b>X</b>"]}))
     html = plan_html(ModelChoice(str(folder)))
     assert "Cannot be loaded" in html and "<b>X</b>" not in html

@@ -345,10 +345,10 @@ def test_a_failed_load_frees_everything(webui, model):
     web = webui()
     registration.register()
     first, _ = web.models.load_model(model, "ExLlamav2")
-    web.shared.args.cache_type = "q3"
+    web.shared.args.cache_type = "q5"
     from exl_loader.utils.errors import InvalidSettings
 
-    with pytest.raises(InvalidSettings, match="q3"):
+    with pytest.raises(InvalidSettings, match="q5"):
         web.models.load_model(model, "ExLlamav2")
     assert first.loaded.allocated_bytes() == 0 and loading.current() is None
 

@@ -83,7 +83,7 @@ def test_choose_toggle_gauge_load_and_refuse(page, server):
     assert any("kernels" in text for text in page.seen_progress())
     page.shoot("webui-model-tab", clip={"x": 0, "y": 0, "width": 1400, "height": 1000})
     assert server.info()["loader"] == "ExLlamav2"
-    page.cache_type.fill("q3")
+    page.cache_type.fill("q5")
     page.cache_type.press("Enter")
     page.expect(page.gauge).to_contain_text("Cannot be loaded")
     page.button("Load").click()

@@ -12,13 +12,14 @@ Every group of 32 elements of y has one float16 scale, and
 
     bits 8   level = (code - 128) / 128
     bits 6   level = (code - 32) / 32
-    bits 4   level = CODEBOOKS[table][code] / 128, table = lowest bit of the float16 scale
+    bits 4   level = CODEBOOKS[4][table][code] / 128, table = lowest bit of the float16 scale
+    bits 3   level = CODEBOOKS[3][table][code] / 128, likewise
 
 The levels are asymmetric on purpose: a negative scale mirrors them. With two tables and two
-signs each group of 4-bit codes has a choice of four grids. This choice takes no memory, because
-the table is the lowest bit of the scale and changes it by 0.1 % at most. It takes no operation
-in a dot product either. The writer tries scales around the largest magnitude and keeps the scale
-with the least squared error. Then it fits the scale to its codes by least squares.
+signs each group of 4-bit or 3-bit codes has a choice of four grids. This choice takes no memory,
+because the table is the lowest bit of the scale and changes it by 0.1 % at most. It takes no
+operation in a dot product either. The writer tries scales around the largest magnitude and keeps
+the scale with the least squared error. Then it fits the scale to its codes by least squares.
 
 The codebooks were found by Lloyd's iteration with this search (`tools/fit_codebooks.py`). Its
 data were rotated normal vectors, and rotated normal vectors with 3, 5 or 8 outlier channels
@@ -27,7 +28,8 @@ data were rotated normal vectors, and rotated normal vectors with 3, 5 or 8 outl
 The newest page of a running sequence is stored in more bits as well (`cache/layout.py`): rotated
 vectors in 16 bits as in `fp16.py`, or in 8 bits with the scale of `quantize_plainly`.
 
-Bytes: the codes of a group are split into bit planes, 8 = (8), 6 = (4 high, 2 low), 4 = (4).
+Bytes: the codes of a group are split into bit planes, 8 = (8), 6 = (4 high, 2 low), 4 = (4),
+3 = (2 high, 1 low).
 Byte i of a plane of w bits holds elements i, i + m, i + 2m, ... starting at its lowest bits,
 where m is the plane's length in bytes. So a whole register is unpacked with one shift.
 """
@@ -43,17 +45,24 @@ from ...cache.layout import CODE_STEP, CacheType, code_bytes, group_sizes
 from ...utils.integers import round_up
 from . import fp16 as reference_fp16
 
-CODEBOOKS = (
-    (-127, -105, -88, -71, -56, -41, -26, -13, 1, 14, 27, 42, 57, 73, 91, 111),
-    (-127, -99, -79, -62, -47, -32, -19, -5, 9, 23, 37, 52, 68, 86, 106, 127),
-)
-PLANES = {8: (8,), 6: (4, 2), 4: (4,)}
+# Bits of a code -> its tables of levels.
+CODEBOOKS = {
+    4: (
+        (-127, -105, -88, -71, -56, -41, -26, -13, 1, 14, 27, 42, 57, 73, 91, 111),
+        (-127, -99, -79, -62, -47, -32, -19, -5, 9, 23, 37, 52, 68, 86, 106, 127),
+    ),
+    3: (
+        (-127, -87, -56, -27, 0, 28, 59, 96),
+        (-127, -86, -51, -20, 10, 41, 76, 120),
+    ),
+}
+PLANES = {8: (8,), 6: (4, 2), 4: (4,), 3: (2, 1)}
 
 # Scales that the writer tries: first and last factor on a group's largest magnitude, and their
 # number. Each scale is tried with both signs and all tables. The uniform grids of 8 and 6 bits
 # gain by chance: among many scales near the largest magnitude, one fits most elements best.
-SEARCH_RANGE = {8: (0.99, 1.08), 6: (0.95, 1.16), 4: (0.82, 1.14)}
-SEARCH_STEPS = {8: 24, 6: 24, 4: 8}
+SEARCH_RANGE = {8: (0.99, 1.08), 6: (0.95, 1.16), 4: (0.82, 1.14), 3: (0.8, 1.1)}
+SEARCH_STEPS = {8: 24, 6: 24, 4: 8, 3: 8}
 REFITS = 1
 _LARGEST_HALF = 65504.0
 
@@ -92,18 +101,23 @@ def rotate_back(y: torch.Tensor) -> torch.Tensor:
     return y @ rotation_matrix(y.shape[-1]).T
 
 
+def has_tables(bits: int) -> bool:
+    """Tell whether the levels of codes stand in tables, which the scale's lowest bit selects."""
+    return bits in CODEBOOKS
+
+
 def levels(bits: int) -> torch.Tensor:
     """Return the level of each code, float32 [tables, 2^bits], rising in each table."""
-    if bits == 4:
-        return torch.tensor(CODEBOOKS, dtype=torch.float32) / 128
+    if has_tables(bits):
+        return torch.tensor(CODEBOOKS[bits], dtype=torch.float32) / 128
     half = 2 ** (bits - 1)
     return torch.arange(-half, half, dtype=torch.float32)[None] / half
 
 
 def _as_half(scale: torch.Tensor, table: torch.Tensor | int, bits: int) -> torch.Tensor:
-    """Round scales to float16; for 4 bits, store the table in the lowest bit."""
+    """Round scales to float16; for codes with tables, store the table in the lowest bit."""
     half = scale.clamp(-_LARGEST_HALF, _LARGEST_HALF).half()
-    if bits == 4:
+    if has_tables(bits):
         half = ((half.view(torch.int16) & ~1) | table).view(torch.float16)
     return half
 
@@ -113,7 +127,7 @@ class GroupSearch:
 
     Args:
         y: float32 [n, elements], a group a row.
-        bits: 8, 6 or 4.
+        bits: 8, 6, 4 or 3.
         grids: the levels to choose from, float32 [tables, 2^bits].
     """
 
@@ -208,7 +222,7 @@ def quantize(y: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
 
     Args:
         y: float32 [n, head_dim].
-        bits: 8, 6 or 4.
+        bits: 8, 6, 4 or 3.
 
     Returns:
         codes uint8 [n, code_bytes] and scales float16 [n, groups].
@@ -249,7 +263,7 @@ def dequantize(
 ) -> torch.Tensor:
     """Return the rotated vectors, float32 [n, head_dim], of `quantize`'s codes and scales."""
     sizes = group_sizes(head_dim)
-    tables = (scales.view(torch.int16) & 1).long() if bits == 4 else torch.zeros_like(scales).long()
+    tables = (scales.view(torch.int16) & int(has_tables(bits))).long()
     parts = codes.split([code_bytes(size, bits) for size in sizes], dim=1)
     grid = levels(bits)
     groups = []

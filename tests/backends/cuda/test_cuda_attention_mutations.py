@@ -104,6 +104,13 @@ ATTENTION = [
     ("cache_tile.cuh", "apart = whole ? 16 : 8;", "apart = whole ? 16 : 4;"),
     ("cache_tile.cuh", "byte_perm(low, high, 0x5140), byte_perm(low, high, 0x7362)};",
      "byte_perm(low, high, 0x7362), byte_perm(low, high, 0x5140)};"),
+    ("cache_tile.cuh", "low = load_word(codes, 8) >> half;", "low = load_word(codes, 8);"),
+    ("cache_tile.cuh", "low = (pairs[4] | static_cast<uint32_t>(pairs[5]) << 16) >> half;",
+     "low = (pairs[4] | static_cast<uint32_t>(pairs[4]) << 16) >> half;"),
+    ("cache_tile.cuh", "static_cast<uint32_t>(pairs[2] >> 1) << 16;",
+     "static_cast<uint32_t>(pairs[2]) << 16;"),
+    ("attention_generic.cu", "const int high_width = bits == 3 ? 2 : 4,",
+     "const int high_width = 4,"),
     ("prefill_tile.cuh", "case 6: expand_open_unit<6>(row, scales, head_dim, unit, pairs); break;",
      "case 6: expand_open_unit<8>(row, scales, head_dim, unit, pairs); break;"),
     ("attention_prefill.cu", "if (!kOpen && first == 0 && open.first.codes != nullptr) {",
@@ -119,6 +126,8 @@ WRITING = [
     ("cache_write.cu", "code = value > thresholds[code + step - 1]",
      "code = value > thresholds[code + step]"),
     ("cache_write.cu", "(lane_id() + field * bytes) & 31", "(lane_id() + field * 8) & 31"),
+    ("cache_write.cu", "pack_plane<1, 0>(code, stored, pack_plane<2, 1>",
+     "pack_plane<1, 1>(code, stored, pack_plane<2, 0>"),
     ("cache_write.cu", "candidate % kSigned >= kSearch.steps", "candidate % 2 == 1"),
     ("cache_write.cu", "error == trial.error && other < lane", "false"),
     ("cache_write.cu", "const int code = i < 16 ?", "const int code = i < 15 ?"),
@@ -138,7 +147,7 @@ WRITING = [
 
 def check_attention(ops):
     """Compare a few calls that together execute every line of the kernels."""
-    for cache_type in ("q4", "q6", "fp16_q8", "q8_fp16"):
+    for cache_type in ("q4", "q3", "q6", "fp16_q8", "q8_fp16"):
         batch = make_batch([600, 0, 300], [1, 50, 3])
         assert_like_reference(ops, cache_type, batch, shape_of(4, 2, 80, window=290))
         assert_like_reference(ops, cache_type, batch, shape_of(4, 2, 128), seed=3)
@@ -151,7 +160,7 @@ def check_attention(ops):
         assert_like_reference(ops, "q8", make_batch([600, 0, 90], [1, 50, 3]),
                               shape_of(4, 2, head_dim), tolerance, sinks=sinks)
     biased = make_batch([300, 0, 90], [1, 50, 3])
-    for cache_type, head_dim, tolerance in (("q4", 128, TOLERANCE), ("q4", 72, FLOAT_TOLERANCE)):
+    for cache_type, head_dim, tolerance in (("q4", 128, TOLERANCE), ("q3", 72, FLOAT_TOLERANCE)):
         with_bias(ops, cache_type, biased, shape_of(4, 2, head_dim), 9, tolerance)
     with_bias(ops, "q8", make_batch([300, 90], [1, 3]), shape_of(4, 2, 64), 9, DECODE_TOLERANCE)
     # A tile that a warp's first row sees in full, and its last row in part.
@@ -175,7 +184,7 @@ def check_writing(ops):
     for head_dim in (80, 128, 72):
         batch = make_batch([0, 250], [30, 10])
         k, v = (random_rows(40, 2, head_dim, seed) for seed in (1, 2))
-        for cache_type in ("q8", "q6", "q4", "fp16"):
+        for cache_type in ("q8", "q6", "q4", "q3", "fp16"):
             ours, theirs = (written(w, cache_type, k, v, batch) for w in (ops, REFERENCE))
             differ = (bytes_of(ours, "k_codes") != bytes_of(theirs, "k_codes")).any(dim=-1)
             assert differ.sum() <= 2

@@ -28,8 +28,9 @@ from support.attention_cases import (
 from support.cache_layers import make_batch, one_of, part, random_rows
 from support.targets import TARGETS, emulated_launcher, target
 
-# The bits of codes and of their open pages: 4 and 8, 6 and 16, 8 and 16, and halves without one.
-TYPES = ("q4", "q6", "q8", "q4_fp16", "fp16_q6", "q8_q4", "q6_q8")
+# The bits of codes and of their open pages: 4 and 8, 3 and 8, 6 and 16, 8 and 16, and halves
+# without one.
+TYPES = ("q4", "q3", "q6", "q8", "q4_fp16", "fp16_q6", "q8_q4", "q6_q8")
 
 
 @pytest.fixture(params=TARGETS)
@@ -62,7 +63,7 @@ def test_decoding_and_prompts_equal_the_reference(ops, cache_type, head_dim):
     assert_like_reference(ops, cache_type, batch, shape_of(4, 2, head_dim))
 
 
-@pytest.mark.parametrize("cache_type", ["q4", "q6", "q8"])
+@pytest.mark.parametrize("cache_type", ["q4", "q3", "q6", "q8"])
 @pytest.mark.parametrize("window", [0, 30, 301, 302, 520])
 def test_windows_that_end_in_each_part_of_a_text(ops, cache_type, window):
     """In the open page, just after and at position 0, and in a page of codes."""
@@ -71,7 +72,7 @@ def test_windows_that_end_in_each_part_of_a_text(ops, cache_type, window):
     assert_like_reference(ops, cache_type, batch, shape)
 
 
-@pytest.mark.parametrize("cache_type", ["q8", "q4", "fp16_q4"])
+@pytest.mark.parametrize("cache_type", ["q8", "q4", "q3", "fp16_q4"])
 @pytest.mark.parametrize("head_dim", [8, 20, 72, 264])
 def test_heads_without_tensor_cores(ops, cache_type, head_dim):
     batch = make_batch([40, 300, 290], [1, 2, 40])

@@ -31,8 +31,8 @@ DECODE_TOLERANCE = 8e-4
 # and passes into its weight as it is.
 FLOAT_TOLERANCE = 2e-5
 
-TYPES = ("fp16", "q8", "q6", "q4")
-MIXED = ("q8_q4", "fp16_q6", "q4_fp16", "q6_q8")
+TYPES = ("fp16", "q8", "q6", "q4", "q3")
+MIXED = ("q8_q4", "fp16_q6", "q4_fp16", "q6_q8", "q8_q3")
 NATIVE = ["native"]
 
 

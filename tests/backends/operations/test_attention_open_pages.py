@@ -18,7 +18,7 @@ from support.targets import ALL_CPUS, TARGETS, sizes, target
 REFERENCE = ReferenceOps()
 # As in test_attention.py.
 TOLERANCE = {"cpu": 2e-5, "cuda": 2e-3}
-QUANTISED = ("q8", "q6", "q4", "q8_q4", "fp16_q4", "q6_fp16")
+QUANTISED = ("q8", "q6", "q4", "q3", "q8_q4", "fp16_q4", "q6_fp16")
 
 
 @pytest.fixture(params=[*ALL_CPUS, *TARGETS])

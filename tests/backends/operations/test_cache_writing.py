@@ -52,7 +52,7 @@ def test_unquantised_types_are_written_bit_for_bit(ops, cache_type, head_dim):
     assert_same_bytes(*layers)
 
 
-@pytest.mark.parametrize("cache_type", ["q8", "q6", "q4"])
+@pytest.mark.parametrize("cache_type", ["q8", "q6", "q4", "q3"])
 @sizes("head_dim", cpus=ALL_CPUS, cpu=[20, 64, 80],
        cuda=[1, 16, 20, 64, 72, 80, 96, 112, 128, 256, 300])
 def test_quantised_writing_equals_the_reference(ops, cache_type, head_dim):
@@ -74,7 +74,7 @@ def test_quantised_writing_equals_the_reference(ops, cache_type, head_dim):
     assert (values[0] - values[1]).norm() <= 0.01 * values[1].norm()
 
 
-@pytest.mark.parametrize("cache_type", ["q8_q4", "q4_fp16", "fp16_q6", "q6_fp32"])
+@pytest.mark.parametrize("cache_type", ["q8_q4", "q4_fp16", "fp16_q6", "q6_fp32", "q4_q3"])
 @BYTES_OF_THE_REFERENCE
 def test_keys_and_values_of_different_types(ops, cache_type):
     batch = make_batch([255, 0, 7], [2, 5, 1])
@@ -83,7 +83,7 @@ def test_keys_and_values_of_different_types(ops, cache_type):
     assert_same_bytes(*layers)
 
 
-@pytest.mark.parametrize("cache_type", ["fp16", "q8", "q6", "q4"])
+@pytest.mark.parametrize("cache_type", ["fp16", "q8", "q6", "q4", "q3"])
 @pytest.mark.parametrize("magnitude", [1e-6, 1e-3, 1e3, 6e4])
 @BYTES_OF_THE_REFERENCE
 def test_sizes(ops, cache_type, magnitude):
@@ -109,7 +109,7 @@ def test_a_row_has_the_same_bytes_alone_and_among_others(ops):
                            getattr(together, name)[page, :, 100].view(torch.uint8))
 
 
-@pytest.mark.parametrize("cache_type", ["fp32", "fp16", "q6", "q4"])
+@pytest.mark.parametrize("cache_type", ["fp32", "fp16", "q6", "q4", "q3"])
 def test_writing_touches_nothing_else(ops, cache_type):
     batch = make_batch([250], [20])
     k = random_rows(20, 2, 80, 1)
@@ -124,7 +124,7 @@ def test_writing_touches_nothing_else(ops, cache_type):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("cache_type", ["q8", "q6", "q4"])
+@pytest.mark.parametrize("cache_type", ["q8", "q6", "q4", "q3"])
 def test_a_fault_shows_in_its_own_group_only(ops, cache_type, value):
     k = random_rows(4, 1, 96, 2)
     k[1, 0, 40] = value
@@ -146,7 +146,7 @@ def test_a_fault_shows_in_16_bits_too(ops, value):
 
 def test_zeros_stay_zeros(ops):
     k = torch.zeros(2, 1, 64)
-    for cache_type in ("fp16", "q8", "q6", "q4"):
+    for cache_type in ("fp16", "q8", "q6", "q4", "q3"):
         ours, theirs = (written(w, cache_type, k, k, make_batch([0], [2]))
                         for w in (ops, REFERENCE))
         assert torch.equal(bytes_of(ours, "k_codes")[0, 0, :2],
