@@ -105,7 +105,8 @@ const nameOf = element => {
   const details = element.closest("details");
   return details ? details.dataset.name ?? details.textContent : "";
 };
-let texts = all("pre"), focused = null;
+const named = element => ({element, tag: element.tagName, name: nameOf(element)});
+let texts = all("pre"), focused = null, pressed = null;
 root.addEventListener("click", event => {
   const details = event.target.closest("summary")?.closest("details");
   if (details) unfolded[details.open ? "delete" : "add"](nameOf(details));
@@ -113,10 +114,19 @@ root.addEventListener("click", event => {
 root.addEventListener("scroll", event => {
   scrolled.set(nameOf(event.target), event.target.scrollTop);
 }, true);
-root.addEventListener("focusin", event => {
-  const element = event.target;
-  focused = {element, tag: element.tagName, name: nameOf(element)};
+root.addEventListener("mousedown", event => {
+  const element = event.target.closest("button, summary");
+  pressed = element && event.button === 0 ? named(element) : null;
 });
+document.addEventListener("mouseup", event => {
+  const {element, tag, name} = pressed ?? {};
+  pressed = null;
+  if (!element || element.isConnected) return;
+  // Browsers send no click if the element under the mouse has been replaced since it was pressed.
+  const found = event.target.closest(tag);
+  if (root.contains(found) && nameOf(found) === name) found.click();
+});
+root.addEventListener("focusin", event => { focused = named(event.target); });
 root.addEventListener("focusout", event => queueMicrotask(() => {
   // Not if a drawing has removed it, nor if the whole window has lost the focus.
   const element = event.target;
@@ -153,8 +163,9 @@ def keep_state(elem_id: str) -> str:
 
     `() -> nothing`; it is called before each drawing, but needs only one call. The state is: which
     `details` are unfolded, how far their texts are scrolled, and which button or `summary` has the
-    focus. `details` are the same if they have the same `data-name`, or without it the same text:
-    those of another problem are folded. Buttons are the same if as many are before them.
+    focus or is being clicked. `details` are the same if they have the same `data-name`, or without
+    it the same text: those of another problem are folded. Buttons are the same if as many are
+    before them.
 
     Gradio 4.37 replaces all elements. Gradio 6 changes those that there are, and so takes `open`
     from the `details`, because the drawings of the server have it folded. An observer is called

@@ -184,6 +184,30 @@ def test_the_focus_stays_on_a_button_that_is_drawn_again(kept):
     assert kept.evaluate("focused()") == "Details"
 
 
+def test_a_click_counts_although_a_drawing_comes_before_the_mouse_is_released(kept):
+    for state in (True, False):
+        kept.locator("summary").hover()
+        kept.mouse.down()
+        kept.evaluate("draw", drawn())
+        kept.mouse.up()
+        assert kept.evaluate("unfolded()") == [state]
+    kept.evaluate("""window.clicked = []; document.addEventListener("click", event => {
+        if (event.target.tagName === "BUTTON") clicked.push(event.target.textContent); })""")
+    kept.get_by_role("button", name="two").hover()
+    kept.mouse.down()
+    kept.evaluate("draw", drawn(["one", "2"]))
+    kept.mouse.up()
+    kept.get_by_role("button", name="one").click()
+    # Released elsewhere, or pressed elsewhere, it is no click.
+    for first, last in (("2", "one"), ("one", "2")):
+        kept.get_by_role("button", name=first).hover()
+        kept.mouse.down()
+        kept.evaluate("draw", drawn(["one", "2"]))
+        kept.get_by_role("button", name=last).hover()
+        kept.mouse.up()
+    assert kept.evaluate("clicked") == ["2", "one"]
+
+
 def test_a_drawing_takes_no_focus_that_is_elsewhere(kept):
     button, other = kept.get_by_role("button", name="two"), kept.locator("#other")
     button.focus()

@@ -118,6 +118,26 @@ def test_quick_clicks_and_another_model_leave_fields_and_gauge_in_agreement(brow
             assert GAUGE_NAMES[cache_type] in shown and name in shown, f"seed {seed}, turn {turn}"
 
 
+def test_the_gauge_keeps_what_is_unfolded_and_focused_while_it_is_redrawn(browser, server):
+    with WebuiPage(browser, server, late=True) as page:
+        page.choose_model()
+        details = page.gauge.locator("details")
+        page.expect(details).to_have_count(1)
+        until_all_is_answered(page.page)
+        for bits, is_open in (("4", True), ("16", False), ("4", True), ("16", False)):
+            # The drawing is asked for before the click on the details.
+            page.page.get_by_label("cache_4bit").click()
+            details.locator("summary").click()
+            page.expect(page.gauge.locator(".exl-model")).to_contain_text(f"{bits}-bit cache")
+            until_all_is_answered(page.page)
+            assert details.evaluate("details => details.open") == is_open
+        page.gauge.get_by_role("button", name="Choose 8-bit cache, saves").press("Enter")
+        page.expect(page.gauge.locator(".exl-model")).to_contain_text("8-bit cache")
+        until_all_is_answered(page.page)
+        focused = page.page.evaluate("document.activeElement.getAttribute('aria-label')")
+        assert focused.startswith("Choose 8-bit cache, saves")
+
+
 @pytest.mark.parametrize(("width", "height"), [(1366, 768), (400, 850)])
 def test_the_gauge_is_visible_while_the_context_is_dragged(browser, server, width, height):
     with WebuiPage(browser, server) as page:

@@ -93,11 +93,12 @@ class Page:
         if SCREENSHOTS:
             path = Path(SCREENSHOTS) / f"{name}-{self.theme}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
+            # Without transitions, such as that of a button's border after a click.
             if whole:
                 upper = {"x": 0, "y": 0, "width": 1280, "height": 880}
-                self.page.screenshot(path=path, clip=upper)
+                self.page.screenshot(path=path, clip=upper, animations="disabled")
             else:
-                self.gauge.screenshot(path=path)
+                self.gauge.screenshot(path=path, animations="disabled")
 
 
 def write_endless_model(folder):
