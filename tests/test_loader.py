@@ -94,7 +94,7 @@ def check_kept(model, folder, **options) -> None:
     assert memory.live_bytes() == total
 
 
-@pytest.mark.parametrize("cache_type", ["fp16", "q8", "q6", "q4", "q8_q4", "fp32"])
+@pytest.mark.parametrize("cache_type", ["fp16", "q8", "q6", "q4", "q3", "q8_q4", "fp32"])
 def test_dense_model_takes_what_was_planned(tiny_model_dir, nothing_left, cache_type):
     options = {"cache_type": cache_type}
     with exl_loader.load(tiny_model_dir, ctx_size=CTX, **options) as model:
@@ -426,7 +426,7 @@ def test_an_error_keeps_no_buffer_alive_through_its_cause(tiny_model, nothing_le
 
 def test_fifty_reloads_leave_no_growth(tiny_model_dir, nothing_left, monkeypatch):
     monkeypatch.delenv("EXL_LOADER_REFERENCE")
-    settings = [("fp16", 300), ("q4", 3000), ("q8_q4", 1000), ("q6", 257), ("q8", 2000)]
+    settings = [("fp16", 300), ("q4", 3000), ("q8_q4", 1000), ("q6", 257), ("q3", 2000)]
     models = weakref.WeakSet()
     for i in range(50):
         cache_type, ctx_size = settings[i % len(settings)]

@@ -1,4 +1,4 @@
-"""Time attention over the packed cache on the CPU: fp16 against q8, q6 and q4.
+"""Time attention over the packed cache on the CPU: fp16 against q8, q6, q4 and q3.
 
     python -m benchmarks.cpu.attention [--heads 32 --kv-heads 4 --head-dim 64] [--json]
 
@@ -23,7 +23,7 @@ from exl_loader.backends.cpu.attention import attention_scratch_bytes
 from exl_loader.backends.reference.ops import ReferenceOps
 from exl_loader.cache.layout import PAGE_LEN, CacheLayer, CacheType, cache_specs, pages_for
 
-CACHE_TYPES = ("fp16", "q8", "q6", "q4")
+CACHE_TYPES = ("fp16", "q8", "q6", "q4", "q3")
 DEPTHS = (512, 2048, 8192)
 TOLERANCE = 2e-6  # relative L2: float32 sums of up to 8192 terms against float64
 

@@ -41,7 +41,7 @@ from exl_loader.utils.progress import default_progress, task
 
 # The names of exllamav2's types -> bits of keys and of values.
 PEER_TYPES = {"exllamav2 Q8": (8, 8), "exllamav2 Q6": (8, 4), "exllamav2 Q4": (4, 4)}
-SHOWN_BITS = (16, 8, 6, 4)
+SHOWN_BITS = (16, 8, 6, 4, 3)
 
 
 def normal(seed: int, rows: int = 2000, head_dim: int = 128) -> torch.Tensor:
@@ -76,7 +76,7 @@ def relative_squared_error(y: torch.Tensor, x: torch.Tensor) -> float:
 
 
 def vector_table() -> list[list[str]]:
-    """Compare round trips at 4, 6 and 8 bits."""
+    """Compare round trips at 3, 4, 6 and 8 bits."""
     rows = [["data", "bits an element", "exl_loader", "exllamav2's scheme", "ratio"]]
     data: dict[str, Callable[[], torch.Tensor]] = {
         "normal": lambda: normal(0),
@@ -84,7 +84,7 @@ def vector_table() -> list[list[str]]:
         "1 outlier channel, 20 times": lambda: with_outliers(1, 20),
         "8 outlier channels, 20 times": lambda: with_outliers(8, 20),
     }
-    for (name, make), bits in itertools.product(data.items(), (4, 6, 8)):
+    for (name, make), bits in itertools.product(data.items(), (3, 4, 6, 8)):
         x = make()
         ours = relative_squared_error(cache_round_trip(x, BITS_NAMES[bits]), x)
         theirs = relative_squared_error(exllamav2_cache.round_trip(x, bits), x)
@@ -238,7 +238,7 @@ def bias_table() -> list[list[str]]:
         if taken is not None:
             remove_from(rest, taken)
         beside = turned((bias - rest).expand_as(head.k))
-        for name in ("q8", "q6", "q4"):
+        for name in ("q8", "q6", "q4", "q3"):
             bits = CacheType.parse(name).k_bits
             without = turned(head.k + rest)
             kept = {

@@ -32,7 +32,7 @@ def some_ids(rng: random.Random, count: int) -> list[int]:
     return [rng.randrange(3, 250) for _ in range(count)]
 
 
-@pytest.mark.parametrize("cache_type", ["q8", "q4_q6", "fp16_q4"])
+@pytest.mark.parametrize("cache_type", ["q8", "q4_q6", "fp16_q4", "q3"])
 @pytest.mark.parametrize("seed", [0, None])
 def test_logits_do_not_depend_on_how_a_text_came_into_the_cache(tiny_model_dir, cache_type, seed):
     """Texts that share beginnings, in chunks of any length, in batches, with tokens taken back."""

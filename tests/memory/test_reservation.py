@@ -109,16 +109,17 @@ def test_the_plan_equals_the_table_and_the_allocated_buffers(
 def test_cache_bytes_are_exactly_the_bits_of_the_cache_type(config, ctx_size):
     with tempfile.TemporaryDirectory() as temporary:
         folder = write_sparse_exl2(Path(temporary) / "m", **config)
-        names = [*CACHE_TYPES, "q8_q4", "q4_q6"]
+        names = [*CACHE_TYPES, "q3", "q8_q4", "q4_q6", "q8_q3"]
         found = {
             name: plan(folder, ctx_size=ctx_size, cache_type=name).cache_bytes for name in names
         }
     assert found["q4"] * 85 == found["q8"] * 45
     assert found["q4"] * 160 == found["fp16"] * 45
+    assert found["q3"] * 45 == found["q4"] * 35
     tokens = pages_for(ctx_size) * PAGE_LEN
     elements = tokens * config["num_hidden_layers"] * config["num_key_value_heads"]
     elements *= config["head_dim"]
-    bits = {"q8": 8.5, "q6": 6.5, "q4": 4.5, "fp16": 16}
+    bits = {"q8": 8.5, "q6": 6.5, "q4": 4.5, "q3": 3.5, "fp16": 16}
     for name in names:
         k, v = (name.split("_") * 2)[:2]
         assert found[name] == elements * (bits[k] + bits[v]) / 8

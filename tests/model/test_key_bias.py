@@ -77,7 +77,7 @@ def test_scores_are_those_of_keys_with_the_bias(case):
     assert relative(case.attend(REFERENCE, "fp32", taken_out=True), expected) <= 2e-5
 
 
-@pytest.mark.parametrize("cache_type", ["q8", "q6", "q4"])
+@pytest.mark.parametrize("cache_type", ["q8", "q6", "q4", "q3"])
 @pytest.mark.parametrize("size", [50.0, 150.0])
 def test_biases_cost_no_accuracy(ops, cache_type, size):
     sizes = dict(heads=14, kv_heads=2, head_dim=128)

@@ -77,7 +77,7 @@ def test_tokens_and_chat_equal_transformers():
         assert model.apply_chat_template(QUESTION) == expected
 
 
-@pytest.mark.parametrize("cache_type", ["fp16", "q8", "q6", "q4"])
+@pytest.mark.parametrize("cache_type", ["fp16", "q8", "q6", "q4", "q3"])
 def test_it_answers_a_question_in_the_planned_memory(cache_type):
     options = {"ctx_size": 512, "cache_type": cache_type, "device": "cpu"}
     reservation = exl_loader.plan(MODEL, **options)

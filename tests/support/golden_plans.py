@@ -30,6 +30,7 @@ def plan_options(bench: Bench, model: str) -> Iterator[tuple[str, dict[str, Any]
     yield "cpu", cpu | {"ctx_size": 2048}
     yield "cpu q4 batch", cpu | {"ctx_size": 700, "cache_type": "q4", "chunk_size": 128,
                                  "max_batch_size": 4}
+    yield "cpu q3", cpu | {"ctx_size": 700, "cache_type": "q3"}
     yield "cpu default", cpu | {"cache_type": "q8"}
     yield "cpu auto", cpu | {"ctx_size": "auto", "cache_type": "q6", "alpha_value": 2.0}
     yield "card", card | {"ctx_size": 4096, "cache_type": "q8_q4"}

@@ -88,7 +88,7 @@ class LoadOptions:
     Attributes:
         ctx_size: tokens of context. None is the model's own length, at most 8192. `auto` is
             the most that fits, at most the model's own length.
-        cache_type: `fp16`, `q8`, `q6`, `q4`, or keys and values apart such as `q8_q4`.
+        cache_type: `fp16`, `q8`, `q6`, `q4`, `q3`, or keys and values apart such as `q8_q4`.
         device: `auto` (as many of the cards that can run models as the model needs, else the
             CPU), a device's name, or several names, over which layers are split in order.
         gpu_split: GiB that our buffers may take of each device, such as `20,24`.
@@ -133,7 +133,7 @@ class LoadOptions:
         "N|auto", unit="tokens", least=1, most=MAX_POSITIONS, step=PAGE_LEN,
     )
     cache_type: str | CacheType = _option(
-        "fp16", "key/value cache: fp16, q8, q6, q4, or keys and values apart such as q8_q4",
+        "fp16", "key/value cache: fp16, q8, q6, q4, q3, or keys and values apart such as q8_q4",
         "TYPE", choices=("fp16", "q8", "q6", "q4"),
     )
     device: str | Sequence[str] = _option(

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # Attention multiplies float16, activations have 15 bits, and groups of channels are the card's.
 BOUND = 2e-2
 # Keys and values that differ in their last bits are now and then rounded to other codes.
-CACHE_BOUNDS = {"q8": 2e-2, "q6": 4e-2, "q8_q4": 1e-1, "q4": 1e-1}
+CACHE_BOUNDS = {"q8": 2e-2, "q6": 4e-2, "q8_q4": 1e-1, "q4": 1e-1, "q3": 2e-1}
 CTX = 512
 GIB = 1 << 30
 # More than any sliding window (24) and any original length (32) of the models.

@@ -105,7 +105,7 @@ def test_unquantized_models(card, tmp_path, tied):
     assert_like_the_cpu(tmp_path / "m", chunk_size=40, max_batch_size=3)
 
 
-@pytest.mark.parametrize("cache_type", ["q8", "q6", "q4", "q8_q4", "fp32"])
+@pytest.mark.parametrize("cache_type", ["q8", "q6", "q4", "q3", "q8_q4", "fp32"])
 def test_every_cache_type(card, tmp_path, cache_type):
     write_quantized_model(tmp_path / "m", "exl2", config={"num_hidden_layers": 1})
     assert_like_the_cpu(tmp_path / "m", cache_type=cache_type)

@@ -64,8 +64,8 @@ def assert_like_reference(ops, cache_type, batch, shape, pairs, tolerance, **opt
 
 @pytest.mark.parametrize(
     ("cache_type", "head_dim", "pairs"),
-    [("q4", 64, 3), ("fp16", 128, 8), ("q8_q4", 80, 9), ("q6", 256, 2), ("q8", 128, 32),
-     ("q4_fp16", 96, 1)],
+    [("q4", 64, 3), ("q3", 128, 5), ("fp16", 128, 8), ("q8_q4", 80, 9), ("q6", 256, 2),
+     ("q8", 128, 32), ("q4_fp16", 96, 1)],
 )
 def test_attention_equals_the_reference(ops, cache_type, head_dim, pairs):
     """Decoding, drafts and a prompt in one call."""

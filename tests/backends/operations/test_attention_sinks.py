@@ -28,7 +28,7 @@ def ops(request):
 
 @pytest.mark.parametrize(("cache_type", "head_dim", "tolerance"), [
     ("q4", 64, TOLERANCE), ("q8_fp16", 128, TOLERANCE), ("fp32", 64, FLOAT_TOLERANCE),
-    ("q6", 72, FLOAT_TOLERANCE),
+    ("q6", 72, FLOAT_TOLERANCE), ("q3", 80, TOLERANCE),
 ])  # fmt: skip
 @pytest.mark.parametrize("window", [0, 150])
 def test_sinks_equal_the_reference(ops, cache_type, head_dim, tolerance, window):
