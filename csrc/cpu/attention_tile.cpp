@@ -4,8 +4,8 @@
 //
 // Work: the calling thread expands one tile, 16 tokens at a time for keys. Bytes of codes are
 // transposed before they become floats: 16 tokens x 16 bytes take 64 shuffles, and the 256 or
-// 512 floats of these bytes would take ten times as many. Codes of 3 bits are put together as
-// bytes, 64 at a time.
+// 512 floats of these bytes would take ten times as many. Codes of 3 bits are put together
+// as bytes, two codes in each.
 //
 // Precondition: the tokens of a call lie within one page.
 #include "attention.h"
@@ -50,53 +50,44 @@ EXL_INLINE void gather_scales(const uint16_t* scales, int64_t groups, uint16_t* 
     for (int j = 0; j < kLanes; ++j) out[j] = scales[j * groups];
 }
 
-// Sets the codes of 3 bits of elements 4 * K to 4 * K + 3: bytes [element][16 tokens]. planes: the
-// transposed bytes of a whole group. tables: 8 for tokens that use the second table, else 0.
-template <int K>
-EXL_INLINE void join_planes(const uint8_t* planes, U8x64 tables, uint8_t* codes) {
-    const U8x64 high = load_codes(planes + 64 * (K % 2)), low = load_codes(planes + 128);
-    U8x64 two_bits;
-    if constexpr (K < 2) {
-        two_bits = shift_bytes_left<1>(high);
-    } else {
-        two_bits = shift_bytes_right<K / 2 * 2 - 1>(high);
-    }
-    const U8x64 one_bit = and_or(shift_bytes_right<K>(low), mask<1>(), tables);
-    store_codes(codes + 64 * K, and_or(two_bits, mask<6>(), one_bit));
-}
-template <int... K>
-EXL_INLINE void join_planes(const uint8_t* planes, U8x64 tables, uint8_t* codes,
-                            std::integer_sequence<int, K...>) {
-    (join_planes<K>(planes, tables, codes), ...);
+// Expands elements Element... and those 16 later of a whole group of 3 bits. planes: its bytes as
+// transpose_bytes leaves them.
+template <int... Element>
+EXL_INLINE void three_bit_pairs(const uint8_t* planes, U8x16 tables, F32x16 scale, float* out,
+                                std::integer_sequence<int, Element...>) {
+    const F32x16 levels = load(kBooks<3>.levels);
+    const auto expand = [&](int element, I32x16 pair) EXL_INLINED {
+        float* element_out = out + element * kTileTokens;
+        store(element_out, look_up<16>(levels, pair) * scale);
+        store(element_out + 16 * kTileTokens, look_up<16>(levels, shift_right(pair, 4)) * scale);
+    };
+    (expand(Element, pair_of_three_bits<Element>(planes, tables)), ...);
 }
 
 // Expands one group of 16 tokens of 3 bits.
 EXL_INLINE void three_bit_keys(const uint8_t* codes, int64_t row_bytes, const uint16_t* halves,
                                int elements, float* out) {
-    const int stored = padded_codes(elements), high_columns = stored / 4, low_columns = stored / 8;
-    alignas(64) uint8_t planes[256], joined[kGroup * kLanes], tables[4 * kLanes];
-    transpose_bytes(codes, row_bytes, high_columns + low_columns, planes);
-    for (int i = 0; i < 4 * kLanes; ++i) {
-        tables[i] = static_cast<uint8_t>((halves[i % kLanes] & 1) << 3);
-    }
+    const F32x16 scale = load_half(halves);
+    alignas(64) uint8_t planes[256];
     if (elements == kGroup) {
-        join_planes(planes, load_codes(tables), joined,
-                    std::make_integer_sequence<int, kGroup / 4>());
-    } else {
-        const uint8_t* low_planes = planes + kLanes * high_columns;
-        for (int i = 0; i < elements * kLanes; ++i) {
-            const int e = i / kLanes, token = i % kLanes;
-            const unsigned high = planes[e % high_columns * kLanes + token];
-            const unsigned low = low_planes[e % low_columns * kLanes + token];
-            const unsigned code = (high >> (e / high_columns * 2) & 3u) << 1 |
-                                  (low >> (e / low_columns) & 1u) | tables[token];
-            joined[i] = static_cast<uint8_t>(code);
-        }
+        transpose_bytes(codes, row_bytes, 12, planes);
+        three_bit_pairs(planes, second_tables(halves), scale, out,
+                        std::make_integer_sequence<int, kGroup / 2>());
+        return;
     }
-    const F32x16 scale = load_half(halves), levels = load(kBooks<3>.levels);
+    const int stored = padded_codes(elements), high_columns = stored / 4, low_columns = stored / 8;
+    transpose_bytes(codes, row_bytes, high_columns + low_columns, planes);
+    const uint8_t* low_planes = planes + kLanes * high_columns;
     for (int e = 0; e < elements; ++e) {
-        const I32x16 code = load_bytes(joined + kLanes * e);
-        store(out + e * kTileTokens, look_up<16>(levels, code) * scale);
+        int32_t index[kLanes];
+        for (int j = 0; j < kLanes; ++j) {
+            const unsigned high = planes[e % high_columns * kLanes + j];
+            const unsigned low = low_planes[e % low_columns * kLanes + j];
+            index[j] = static_cast<int32_t>((high >> (e / high_columns * 2) & 3u) << 1 |
+                                            (low >> (e / low_columns) & 1u) |
+                                            (halves[j] & 1u) << 3);
+        }
+        store(out + e * kTileTokens, look_up<16>(load(kBooks<3>.levels), load(index)) * scale);
     }
 }
 
@@ -286,10 +277,9 @@ EXL_INLINE void value_group(const uint8_t* codes, const Values<Bits>& values, fl
         store(out, values.value(pair & broadcast(int32_t{15})));
         store(out + kLanes, values.value(shift_right(pair, 4)));
     } else if constexpr (Bits == 3) {
-        I32x16 unpacked[2];
-        load_three_bits(codes, unpacked);
-        store(out, values.value(unpacked[0]));
-        store(out + kLanes, values.value(unpacked[1]));
+        const I32x16 pair = load_three_bits(codes);
+        store(out, values.value(pair));
+        store(out + kLanes, values.value(shift_right(pair, 4)));
     } else {
         uint8_t unpacked[kGroup];
         if (Bits == 6) unpack_six_bits(codes, unpacked);

@@ -23,7 +23,8 @@ EXL_INLINE I32x16 operator|(I32x16 a, I32x16 b) { return {_mm512_or_si512(a.v, b
 EXL_INLINE I32x16 shift_right(I32x16 a, int bits) {
     return {_mm512_srl_epi32(a.v, _mm_cvtsi32_si128(bits))};
 }
-// table[index] for a table of 8 or 16 entries. Precondition: 0 <= index < Count.
+// table[index % Count] for a table of 8 or 16 entries. Precondition for 8 entries: bit 3 of an
+// index is 0.
 template <int Count>
 EXL_INLINE F32x16 look_up(F32x16 table, I32x16 index) {
     return {_mm512_permutexvar_ps(index.v, table.v)};
@@ -35,9 +36,9 @@ EXL_INLINE F32x16 lookup32(const float* table, I32x16 index) {
 EXL_INLINE I32x16 load_int16(const int16_t* p) {
     return {_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
-// Number of the Levels - 1 rising thresholds that are below x, for 8 or 16 levels. If the thresholds
-// are the midpoints of levels, this is the index of the nearest level. 16 thresholds must be
-// readable.
+// Number of the Levels - 1 rising thresholds that are below x, for 8 or 16 levels. If the
+// thresholds are the midpoints of levels, this is the index of the nearest level. 16 thresholds must
+// be readable.
 template <int Levels>
 EXL_INLINE I32x16 count_below(const float* thresholds, F32x16 x) {
     const __m512 all = _mm512_loadu_ps(thresholds);
@@ -113,7 +114,7 @@ EXL_INLINE I32x16 shift_right(I32x16 a, int bits) {
 }
 template <int Count>
 EXL_INLINE F32x16 look_up(F32x16 table, I32x16 index) {
-    return lanes<F32x16>([&](int i) { return table.v[index.v[i]]; });
+    return lanes<F32x16>([&](int i) { return table.v[index.v[i] & (Count - 1)]; });
 }
 EXL_INLINE F32x16 lookup32(const float* table, I32x16 index) {
     return lanes<F32x16>([&](int i) { return table[index.v[i]]; });
@@ -132,39 +133,92 @@ EXL_INLINE I32x16 count_below(const float* thresholds, F32x16 x) {
 
 #endif
 
-// Unpacks the codes of a whole group of 3 bits: codes[0] has elements 0 to 15, codes[1] the others.
-EXL_INLINE void load_three_bits(const uint8_t* p, I32x16 (&codes)[2]) {
+// Sixteen bytes, of one token each.
+struct U8x16 {
+#if defined(EXL_SSE2)
+    __m128i v;
+#else
+    uint8_t v[kLanes];
+#endif
+};
+
+// 0x88 for tokens whose scale selects the second table, 0 for the others.
+EXL_INLINE U8x16 second_tables(const uint16_t* scales) {
+#if defined(EXL_SSE2)
+    const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales));
+    const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + 8));
+    const __m128i bytes = _mm_packs_epi16(_mm_srai_epi16(_mm_slli_epi16(low, 15), 15),
+                                          _mm_srai_epi16(_mm_slli_epi16(high, 15), 15));
+    return {_mm_and_si128(bytes, _mm_set1_epi8(static_cast<char>(0x88)))};
+#else
+    U8x16 tables;
+    for (int j = 0; j < kLanes; ++j) tables.v[j] = scales[j] & 1 ? 0x88 : 0;
+    return tables;
+#endif
+}
+
+// Two codes of 3 bits of each of 16 tokens, with tables in front: element Element < 16 of the group
+// in bits 0 to 3 and element Element + 16 in bits 4 to 7. planes: the bytes of a whole group, as
+// transpose_bytes leaves them.
+template <int Element>
+EXL_INLINE I32x16 pair_of_three_bits(const uint8_t* planes, U8x16 tables) {
+    const uint8_t* high = planes + kLanes * (Element % 8);
+    const uint8_t* low = planes + kLanes * (8 + Element % 4);
+    constexpr int kLowShift = Element / 4;
+#if defined(EXL_SSE2)
+    // Bits that a shift brings from the next byte are masked.
+    const __m128i two_bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(high));
+    const __m128i one_bit = _mm_loadu_si128(reinterpret_cast<const __m128i*>(low));
+    const __m128i moved =
+        Element < 8 ? _mm_slli_epi16(two_bits, 1) : _mm_srli_epi16(two_bits, 1);
+    const __m128i lowest =
+        _mm_and_si128(_mm_srli_epi16(one_bit, kLowShift), _mm_set1_epi8(0x11));
+    const __m128i pairs = _mm_or_si128(_mm_and_si128(moved, _mm_set1_epi8(0x66)),
+                                       _mm_or_si128(lowest, tables.v));
+#if defined(EXL_AVX512)
+    return {_mm512_cvtepu8_epi32(pairs)};
+#elif defined(EXL_AVX2)
+    return {_mm256_cvtepu8_epi32(pairs), _mm256_cvtepu8_epi32(_mm_srli_si128(pairs, 8))};
+#else
+    uint8_t bytes[kLanes];
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes), pairs);
+    return load_bytes(bytes);
+#endif
+#else
+    return lanes<I32x16>([&](int j) {
+        const int two_bits = Element < 8 ? high[j] << 1 : high[j] >> 1;
+        return (two_bits & 0x66) | (low[j] >> kLowShift & 0x11) | tables.v[j];
+    });
+#endif
+}
+
+// Loads a whole group of 3 bits: lane i has element i in bits 0 to 2 and element i + 16 in bits 4
+// to 6; other bits are 0.
+EXL_INLINE I32x16 load_three_bits(const uint8_t* p) {
     uint64_t high;
-    uint32_t low;
+    int32_t low;
     std::memcpy(&high, p, 8);
     std::memcpy(&low, p + 8, 4);
 #if defined(EXL_AVX512) || defined(EXL_AVX2)
-    // Byte b of the plane of 2 bits has elements b, b + 8, ...; that of the plane of 1 bit
-    // elements b, b + 4, ...
-    const __m256i highs = _mm256_srlv_epi64(_mm256_set1_epi64x(static_cast<int64_t>(high)),
-                                            _mm256_setr_epi64x(0, 2, 4, 6));
-    const __m256i lows = _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int32_t>(low)),
-                                           _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-    const __m256i two_bits = _mm256_and_si256(highs, _mm256_set1_epi8(3));
-    const __m256i bytes = _mm256_or_si256(_mm256_add_epi8(two_bits, two_bits),
-                                          _mm256_and_si256(lows, _mm256_set1_epi8(1)));
-    const __m128i parts[2] = {_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)};
-    for (int i = 0; i < 2; ++i) {
+    // Byte i: bits 0 and 1, and 4 and 5, from the plane of 2 bits; bits 0 and 4 from that of 1 bit.
+    const __m128i two_bits = _mm_srlv_epi64(_mm_set1_epi64x(static_cast<int64_t>(high)),
+                                            _mm_set_epi64x(2, 0));
+    const __m128i one_bit = _mm_srlv_epi32(_mm_set1_epi32(low), _mm_setr_epi32(0, 1, 2, 3));
+    const __m128i moved = _mm_and_si128(_mm_add_epi8(two_bits, two_bits), _mm_set1_epi8(0x66));
+    const __m128i pairs = _mm_or_si128(moved, _mm_and_si128(one_bit, _mm_set1_epi8(0x11)));
 #if defined(EXL_AVX512)
-        codes[i] = {_mm512_cvtepu8_epi32(parts[i])};
+    return {_mm512_cvtepu8_epi32(pairs)};
 #else
-        codes[i] = {_mm256_cvtepu8_epi32(parts[i]),
-                    _mm256_cvtepu8_epi32(_mm_srli_si128(parts[i], 8))};
+    return {_mm256_cvtepu8_epi32(pairs), _mm256_cvtepu8_epi32(_mm_srli_si128(pairs, 8))};
 #endif
-    }
 #else
-    uint8_t bytes[2 * kLanes];
-    for (int e = 0; e < 2 * kLanes; ++e) {
-        const unsigned two_bits = static_cast<unsigned>(high >> (e % 8 * 8 + e / 8 * 2)) & 3u;
-        const unsigned one_bit = low >> (e % 4 * 8 + e / 4) & 1u;
-        bytes[e] = static_cast<uint8_t>(two_bits << 1 | one_bit);
+    uint8_t pairs[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+        const unsigned two_bits = static_cast<unsigned>(high >> (i % 8 * 8 + i / 8 * 2)) & 0x33u;
+        const unsigned one_bit = static_cast<uint32_t>(low) >> (i % 4 * 8 + i / 4) & 0x11u;
+        pairs[i] = static_cast<uint8_t>(two_bits << 1 | one_bit);
     }
-    for (int i = 0; i < 2; ++i) codes[i] = load_bytes(bytes + kLanes * i);
+    return load_bytes(pairs);
 #endif
 }
 
