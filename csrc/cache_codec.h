@@ -53,6 +53,9 @@ EXL_HOST_DEVICE constexpr ScaleSearch scale_search(int bits) {
                        : ScaleSearch{0.8f, 1.1f, 8};
 }
 constexpr int kRefits = 1;
+// Elements of a key that are rounded at once before their errors are fed to the further ones.
+// backends/reference/feedback.py defines this; BLOCK in Python.
+constexpr int kFeedbackBlock = 4;
 constexpr float kLargestHalf = 65504.0f;  // the largest finite float16
 constexpr uint16_t kHalfNaN = 0x7e00;     // the scale of a group without a finite error
 
@@ -113,6 +116,10 @@ struct ExlCacheLayer {
     ExlCacheHalf v;
     ExlOpenPages k_open;
     ExlOpenPages v_open;
+    // float16 [kv_heads, head_dim, round_up(head_dim, kGroup)]: row i has the shares of element i's
+    // rounding error that are added to the targets of elements of later blocks, and zeros before.
+    // Null: keys are rounded element by element.
+    const uint16_t* key_feedback;
     int64_t num_kv_heads;
     int64_t head_dim;
 };

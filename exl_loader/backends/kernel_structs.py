@@ -9,7 +9,15 @@ from __future__ import annotations
 import ctypes
 from typing import TYPE_CHECKING
 
-from ..cache.layout import MAX_BIAS_PAIRS, PAGE_LEN, code_bytes, num_groups
+from ..cache.layout import (
+    GROUP,
+    MAX_BIAS_PAIRS,
+    PAGE_LEN,
+    code_bytes,
+    has_feedback,
+    num_groups,
+)
+from ..utils.integers import round_up
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +49,8 @@ class CacheLayerStruct(ctypes.Structure):
     """ExlCacheLayer."""
 
     _fields_ = [("k", HalfStruct), ("v", HalfStruct), ("k_open", OpenPagesStruct),
-                ("v_open", OpenPagesStruct), ("num_kv_heads", _I64), ("head_dim", _I64)]
+                ("v_open", OpenPagesStruct), ("key_feedback", _P), ("num_kv_heads", _I64),
+                ("head_dim", _I64)]
 
 
 class BatchStruct(ctypes.Structure):
@@ -73,10 +82,14 @@ def dtype_code(dtype: torch.dtype) -> int:
 
 def cache_layer_struct(layer: CacheLayer, head_dim: int) -> CacheLayerStruct:
     """Return a layer's part of the cache. It has addresses, so the layer must outlive it."""
+    heads, feedback = layer.k_codes.shape[1], layer.key_feedback
+    if feedback is not None:
+        assert feedback.shape == (heads, head_dim, round_up(head_dim, GROUP))
+        assert feedback.is_contiguous() and has_feedback(layer.cache_type.k_bits)
     return CacheLayerStruct(
         _half(layer.keys, head_dim, PAGE_LEN), _half(layer.values, head_dim, PAGE_LEN),
         _open_pages(layer.k_open, head_dim), _open_pages(layer.v_open, head_dim),
-        layer.k_codes.shape[1], head_dim,
+        None if feedback is None else feedback.data_ptr(), heads, head_dim,
     )  # fmt: skip
 
 

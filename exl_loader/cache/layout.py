@@ -27,6 +27,11 @@ first one from the open page, all others from the codes. So a text has the same 
 batch, in chunks, and after a beginning that another text has stored. Open pages store rotated
 vectors, because attention rotates its queries once.
 
+Keys of fewer than 8 bits are rounded with feedback (`backends/reference/feedback.py`):
+
+    key_feedback  float16 [kv_heads, head_dim, head_dim], head_dim of the columns padded to a
+                  multiple of 32 with zeros, of each layer
+
 fp16 has the size of float16 but not its format: rounding keys and values to float16 changes logits
 by 4e-4, and 16 bits with a shared scale by 6e-5 (`backends/reference/fp16.py`). fp32 is for
 verification without rounding.
@@ -86,6 +91,14 @@ def code_bytes(head_dim: int, bits: int) -> int:
 def num_groups(head_dim: int, bits: int) -> int:
     """Return the number of scales of one head of one token; 0 for unquantised types."""
     return 0 if bits in _UNPACKED_DTYPES else ceil_div(head_dim, GROUP)
+
+
+def has_feedback(bits: int) -> bool:
+    """True if keys of so many bits are rounded with feedback where a layer has a matrix for it.
+
+    Keys of 8 bits lose little as it is.
+    """
+    return bits < 8
 
 
 def open_bits(bits: int) -> int:
@@ -238,6 +251,23 @@ def stored_shapes(
     }
 
 
+def key_feedback_shapes(
+    config: ModelConfig, num_layers: int, cache_type: CacheType
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return dtype and shape of the feedback of a device's layers, part of the workspace.
+
+    Args:
+        config: gives num_key_value_heads and head_dim.
+        num_layers: decoder layers on the device, the first dimension.
+        cache_type: how keys are stored.
+    """
+    if not has_feedback(cache_type.k_bits):
+        return {}
+    heads, head_dim = config.num_key_value_heads, config.head_dim
+    shape = num_layers, heads, head_dim, round_up(head_dim, GROUP)
+    return {"key_feedback": ("float16", shape)}
+
+
 @dataclass(eq=False)
 class KeyBias:
     """The bias that the stored keys of a layer lack and attention adds.
@@ -299,6 +329,8 @@ class CacheLayer:
         cache_type: how they are stored.
         k_open, v_open: open pages of quantised keys and values; None for none.
         key_bias: the bias that the stored keys lack; None for none.
+        key_feedback: float16 [kv_heads, head_dim, padded head_dim], how rounding errors of a
+            key are fed to its further elements; None to round each element alone.
         native: the compiled operations' own description of the layer.
     """
 
@@ -310,6 +342,7 @@ class CacheLayer:
     k_open: OpenPages | None = None
     v_open: OpenPages | None = None
     key_bias: KeyBias | None = None
+    key_feedback: torch.Tensor | None = None
     native: Any = field(default=None, compare=False, repr=False)
 
     def take_open_pages(self, views: Mapping[str, torch.Tensor], index: int) -> None:

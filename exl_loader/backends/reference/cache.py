@@ -44,8 +44,8 @@ def _pages_and_tokens(
     return batch.page_table[sequence].long()[positions // PAGE_LEN], positions % PAGE_LEN
 
 
-def _write(x: torch.Tensor, stored: StoredTokens, pages: torch.Tensor,
-           tokens: torch.Tensor) -> None:
+def _write(x: torch.Tensor, stored: StoredTokens, feedback: torch.Tensor | None,
+           pages: torch.Tensor, tokens: torch.Tensor) -> None:
     """Write x, float32 [T, kv_heads, head_dim], to the given tokens of pages, int64 [T] each."""
     if stored.bits == 32:
         stored.codes[pages, :, tokens] = x
@@ -53,7 +53,9 @@ def _write(x: torch.Tensor, stored: StoredTokens, pages: torch.Tensor,
         _put(stored, (reference_fp16.encode(x.flatten(0, 1)),), pages, tokens)
     else:
         rotated = rotate(x.double()).float()
-        _put(stored, quantize(rotated.flatten(0, 1), stored.bits), pages, tokens)
+        if feedback is not None:
+            feedback = feedback.repeat(len(x), 1, 1)
+        _put(stored, quantize(rotated.flatten(0, 1), stored.bits, feedback), pages, tokens)
 
 
 def _put(stored: StoredTokens, encoded: Sequence[torch.Tensor], pages: torch.Tensor,
@@ -86,10 +88,11 @@ def write_cache(k: torch.Tensor, v: torch.Tensor, layer: CacheLayer, batch: Batc
     for s in range(batch.num_sequences):
         first, end, past = _bounds(batch, s)
         pages, tokens = _pages_and_tokens(batch, s, past, past + end - first)
-        for x, stored, opened in (
-            (k[first:end], layer.keys, layer.k_open), (v[first:end], layer.values, layer.v_open)
+        for x, stored, feedback, opened in (
+            (k[first:end], layer.keys, layer.key_feedback, layer.k_open),
+            (v[first:end], layer.values, None, layer.v_open),
         ):
-            _write(x, stored, pages, tokens)
+            _write(x, stored, feedback, pages, tokens)
             if opened is not None:
                 assert batch.open_pages is not None
                 assert past // PAGE_LEN == (past + end - first - 1) // PAGE_LEN, "rows of two pages"

@@ -44,6 +44,7 @@ import torch
 from ...cache.layout import CODE_STEP, CacheType, code_bytes, group_sizes
 from ...utils.integers import round_up
 from . import fp16 as reference_fp16
+from .feedback import round_with_feedback
 
 # Bits of a code -> its tables of levels.
 CODEBOOKS = {
@@ -158,6 +159,19 @@ class GroupSearch:
         self.tables = torch.where(better, table, self.tables)
         self.errors = torch.where(better, errors, self.errors)
 
+    def round(self, y: torch.Tensor) -> torch.Tensor:
+        """Round other vectors y, float32 [n, elements], to the grids found; set `codes`.
+
+        Returns:
+            float32 [n, elements], the difference of y from its codes' values.
+        """
+        exact = self.scales.float()
+        inverse = torch.where(exact == 0, 0.0, 1 / exact)
+        thresholds = (self.levels[:, 1:] + self.levels[:, :-1]) / 2
+        scaled = (y * inverse)[..., None] > thresholds[self.tables.long()]
+        self.codes = scaled.sum(dim=-1).to(torch.uint8)
+        return y - self.levels[self.tables.long(), self.codes.long()] * exact
+
     def refit(self) -> None:
         """Fit each scale to its codes by least squares, and attempt the fitted scale."""
         tables = self.tables.clone()
@@ -217,17 +231,23 @@ def unpack_codes(data: torch.Tensor, elements: int, bits: int) -> torch.Tensor:
     return codes[:, :elements]
 
 
-def quantize(y: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(
+    y: torch.Tensor, bits: int, feedback: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise rotated vectors.
 
     Args:
         y: float32 [n, head_dim].
         bits: 8, 6, 4 or 3.
+        feedback: float16 [n, head_dim, padded head_dim], the matrix of each vector; None to
+            round each element alone. See `feedback.py`.
 
     Returns:
         codes uint8 [n, code_bytes] and scales float16 [n, groups].
     """
     groups = [search_groups(part, bits) for part in y.split(group_sizes(y.shape[1]), dim=1)]
+    if feedback is not None:
+        round_with_feedback(y, groups, feedback)
     codes = torch.cat([pack_codes(group.codes, bits) for group in groups], dim=1)
     return codes, torch.cat([group.scales for group in groups], dim=1)
 
