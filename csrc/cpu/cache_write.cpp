@@ -1,12 +1,13 @@
 // Writes keys and values into the cache: rotation, search of each group's scale, packing.
 //
 // Layout: input float32 [rows, kv_heads, head_dim]; output as ExlCacheHalf (cache_codec.h). The
-// reference codec in Python defines the search.
+// reference codec in Python defines the search, feedback.py beside it the rounding of keys.
 //
 // Work per thread: a task is one head of one row, of keys or of values; all its buffers are on
 // the stack. Each group is rounded up to 49 times (48 candidates, or 32 with tables, and a
 // refit), which is about 50 operations per element of 4 bits on AVX-512. That is below one
-// percent of a layer's matrix products.
+// percent of a layer's matrix products. Rounding with feedback adds about 40 operations for each
+// block of 4 elements, and one for each element of a later block and 4 elements of this one.
 //
 // Precondition: head_dim <= kMaxHeadDim.
 #include <cmath>
@@ -190,8 +191,10 @@ struct Quantizer {
         }
     }
 
+    // Finds the scale of a group and its codes, each element rounded alone.
+    //
     // y: kGroup floats, of which the first `elements` count and the others are zero.
-    void run(const float* y, int elements, uint8_t* codes, uint16_t* scale) const {
+    Trial run(const float* y, int elements, uint8_t* codes) const {
         GroupSearch<Bits> group;
         float counts[kGroup];
         float largest = 0.0f;
@@ -214,12 +217,52 @@ struct Quantizer {
             }
         }
         for (int i = 0; i < kRefits; ++i) group.refit(&best);
-        *scale = best.half;
         for (int i = 0; i < kVectors; ++i) {
             int32_t lanes[kLanes];
             store(lanes, group.codes(best, i));
             for (int j = 0; j < kLanes; ++j) {
                 codes[kLanes * i + j] = static_cast<uint8_t>(lanes[j]);
+            }
+        }
+        return best;
+    }
+
+    // Rounds a head again with feedback, which feedback.py in Python defines.
+    //
+    // y: a finite head, then kGroup zeros. best: of each group. feedback: float16 [head_dim,
+    // round_up(head_dim, kGroup)]. codes: [head_dim].
+    void feed_back(const float* y, int head_dim, const Trial* best, const uint16_t* feedback,
+                   uint8_t* codes) const {
+        alignas(64) float target[kMaxHeadDim + kGroup];
+        const int stride = round_up(head_dim, kGroup);
+        std::memcpy(target, y, static_cast<size_t>(stride) * sizeof(float));
+        for (int first = 0; first < head_dim; first += kFeedbackBlock) {
+            // The whole vector with the block is rounded, because it is loaded as it was stored.
+            const int start = first / kLanes * kLanes;
+            const Trial& trial = best[first / kGroup];
+            const Grid<Bits>& grid = grids[trial.table];
+            const float inverse = trial.exact == 0.0f ? 0.0f : 1.0f / trial.exact;
+            const F32x16 x = load(target + start);
+            const I32x16 rounded = grid.nearest(x * broadcast(inverse));
+            int32_t lanes[kLanes];
+            float errors[kLanes];
+            store(lanes, rounded);
+            store(errors, fma(grid.level(rounded), broadcast(-trial.exact), x));
+            const int left = head_dim - first;
+            const int count = left < kFeedbackBlock ? left : kFeedbackBlock;
+            for (int i = first; i < first + count; ++i) {
+                codes[i] = static_cast<uint8_t>(lanes[i - start]);
+            }
+            if (left <= kFeedbackBlock) return;
+            // Shares are 0 up to the block's end, so whole vectors may be moved.
+            const uint16_t* shares = feedback + static_cast<int64_t>(first) * stride;
+            for (int j = (first + kFeedbackBlock) / kLanes * kLanes; j < head_dim; j += kLanes) {
+                F32x16 moved = load(target + j);
+                for (int i = 0; i < kFeedbackBlock; ++i) {
+                    moved = fma(broadcast(errors[first - start + i]),
+                                load_half(shares + i * stride + j), moved);
+                }
+                store(target + j, moved);
             }
         }
     }
@@ -246,17 +289,27 @@ uint8_t* pack_group(const uint8_t* codes, int count, int bits, uint8_t* out) {
     return pack_plane(codes, count, bits, 0, out);
 }
 
-// y: a rotated head, then kGroup zeros.
+// y: a rotated head, then kGroup zeros. feedback: the head's, or null.
 template <int Bits>
-void quantize_head(const float* y, int head_dim, uint8_t* codes, uint16_t* scales) {
+void quantize_head(const float* y, int head_dim, const uint16_t* feedback, uint8_t* codes,
+                   uint16_t* scales) {
     static const Quantizer<Bits> quantizer;
+    Trial best[kMaxHeadDim / kGroup];
+    uint8_t unpacked[kMaxHeadDim + kGroup];
+    bool finite = true;
     for (int first = 0; first < head_dim; first += kGroup) {
         const int elements = head_dim - first < kGroup ? head_dim - first : kGroup;
-        uint8_t group[kGroup];
-        quantizer.run(y + first, elements, group, scales + first / kGroup);
+        Trial& trial = best[first / kGroup];
+        trial = quantizer.run(y + first, elements, unpacked + first);
+        scales[first / kGroup] = trial.half;
+        finite = finite && trial.error < INFINITY;
+    }
+    if (feedback != nullptr && finite) quantizer.feed_back(y, head_dim, best, feedback, unpacked);
+    for (int first = 0; first < head_dim; first += kGroup) {
+        const int elements = head_dim - first < kGroup ? head_dim - first : kGroup;
         const int stored = padded_codes(elements);
-        for (int i = elements; i < stored; ++i) group[i] = 0;
-        codes = pack_group(group, stored, Bits, codes);
+        for (int i = elements; i < stored; ++i) unpacked[first + i] = 0;
+        codes = pack_group(unpacked + first, stored, Bits, codes);
     }
 }
 
@@ -312,16 +365,18 @@ void half_head(const float* x, int head_dim, int16_t* out) {
 }
 
 // Writes one head of one token. x: for quantised halves as quantize_head's y, else the head
-// [head_dim]. token_index counts tokens of [pages, kv_heads, kPageLen].
-void write_head(const ExlCacheHalf& half, const float* x, int head_dim, int64_t token_index) {
+// [head_dim]. feedback: of quantised keys, or null. token_index counts tokens of [pages, kv_heads,
+// kPageLen].
+void write_head(const ExlCacheHalf& half, const float* x, int head_dim, const uint16_t* feedback,
+                int64_t token_index) {
     uint8_t* codes =
         static_cast<uint8_t*>(half.codes) + token_index * code_bytes(head_dim, half.bits);
     uint16_t* scales = half.scales + token_index * num_groups(head_dim, half.bits);
     switch (half.bits) {
-        case 3: return quantize_head<3>(x, head_dim, codes, scales);
-        case 4: return quantize_head<4>(x, head_dim, codes, scales);
-        case 6: return quantize_head<6>(x, head_dim, codes, scales);
-        case 8: return quantize_head<8>(x, head_dim, codes, scales);
+        case 3: return quantize_head<3>(x, head_dim, feedback, codes, scales);
+        case 4: return quantize_head<4>(x, head_dim, feedback, codes, scales);
+        case 6: return quantize_head<6>(x, head_dim, feedback, codes, scales);
+        case 8: return quantize_head<8>(x, head_dim, nullptr, codes, scales);
         case 16: return half_head(x, head_dim, reinterpret_cast<int16_t*>(codes));
         default: std::memcpy(codes, x, static_cast<size_t>(head_dim) * sizeof(float));
     }
@@ -405,13 +460,17 @@ EXL_API void exl_write_cache(const ExlCacheLayer* layer, const ExlBatch* batch, 
             const ExlOpenPages& open = values ? layer->v_open : layer->k_open;
             const float* x = (values ? v : k) + (row * heads + head) * head_dim;
             if (!is_quantized(half.bits)) {
-                write_head(half, x, head_dim, token_index);
+                write_head(half, x, head_dim, nullptr, token_index);
                 continue;
             }
             float y[kMaxHeadDim + kGroup];
             rotate(x, head_dim, 1.0f, y);
             for (int i = 0; i < kGroup; ++i) y[head_dim + i] = 0.0f;
-            write_head(half, y, head_dim, token_index);
+            const uint16_t* feedback = values ? nullptr : layer->key_feedback;
+            if (feedback != nullptr) {
+                feedback += head * head_dim * round_up(head_dim, kGroup);
+            }
+            write_head(half, y, head_dim, feedback, token_index);
             if (open.tokens.codes == nullptr) continue;
             const int64_t open_head = batch->open_pages[s] * heads + head;
             write_open(open.tokens, y, head_dim, open_head * kPageLen + position % kPageLen);

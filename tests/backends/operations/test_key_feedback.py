@@ -1,0 +1,135 @@
+"""Rounding keys with feedback: against its definition, and what it is for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from exl_loader.backends.cuda.attention import AttentionOps
+from exl_loader.backends.reference.codec import dequantize, quantize, rotate
+from exl_loader.backends.reference.feedback import BLOCK, feedback_matrix
+from exl_loader.backends.reference.ops import ReferenceOps
+from exl_loader.cache.layout import GROUP
+from exl_loader.utils.integers import round_up
+from support.cache_layers import make_batch, make_layer, random_rows, write
+from support.targets import ALL_CPUS, target
+
+REFERENCE = ReferenceOps()
+
+
+@pytest.fixture(params=ALL_CPUS)
+def ops(request):
+    return target(request.param, AttentionOps)
+
+
+def moments(heads, head_dim, seed=0, spread=100.0):
+    """Return float64 [heads, head_dim, head_dim] with eigenvalues from 1 / spread to 1."""
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(heads, head_dim, head_dim, generator=generator, dtype=torch.float64)
+    basis = torch.linalg.qr(normal)[0]
+    values = spread ** -torch.linspace(0, 1, head_dim, dtype=torch.float64)
+    return basis @ (values[:, None] * basis.transpose(1, 2))
+
+
+def stored_feedback(m):
+    """Return the matrix for moments as a layer has it."""
+    feedback = feedback_matrix(m)
+    padding = round_up(m.shape[-1], GROUP) - m.shape[-1]
+    return torch.nn.functional.pad(feedback, (0, padding)).half()
+
+
+def written(writer, cache_type, k, batch, feedback):
+    layer = make_layer(cache_type, int(batch.page_table.max()) + 1, *k.shape[1:])
+    layer.key_feedback = feedback
+    write(writer, k, k, layer, batch)
+    return layer
+
+
+def read(codes, scales, head_dim, bits):
+    """Return the vectors that were written, float32 [n, head_dim]."""
+    codes, scales = codes.flatten(0, 2), scales.flatten(0, 2)
+    found = (codes != 0xFF).any(dim=1)
+    return dequantize(codes[found], scales[found], head_dim, bits)
+
+
+@pytest.mark.parametrize("cache_type", ["q6", "q4", "q3", "q4_q8", "q6_fp16"])
+@pytest.mark.parametrize("head_dim", [4, 20, 64, 72, 80, 128, 256, 300])
+def test_keys_are_written_as_the_reference_does(ops, cache_type, head_dim):
+    """The rotation's sums differ in the last bit, so that a tie may fall differently, and then all
+    further elements of that key may. A CPU may also choose a negated scale, whose levels are as
+    good but not the same."""
+    batch = make_batch([0, 250], [60, 40])
+    k = random_rows(100, 2, head_dim, 1)
+    feedback = stored_feedback(moments(2, head_dim))
+    ours, theirs = (written(w, cache_type, k, batch, feedback) for w in (ops, REFERENCE))
+    a, b = (read(x.k_codes, x.k_scales, head_dim, x.cache_type.k_bits) for x in (ours, theirs))
+    assert len(a) == len(b) == 200
+    scales = [x.k_scales.flatten(0, 2) for x in (ours, theirs)]
+    written_rows = scales[0].isfinite().all(dim=1)
+    same_scales = (scales[0] == scales[1]).all(dim=1)[written_rows]
+    assert same_scales.any()
+    assert (a == b).all(dim=1)[same_scales].float().mean() >= 0.96
+    assert (a - b).norm() <= 0.02 * b.norm()
+    if ours.v_scales is not None:
+        # Values are rounded element by element.
+        bits = ours.cache_type.v_bits
+        plain = written(ops, cache_type, k, batch, None)
+        assert torch.equal(*(read(x.v_codes, x.v_scales, head_dim, bits) for x in (ours, plain)))
+
+
+@pytest.mark.parametrize("cache_type", ["q6", "q4", "q3"])
+def test_scores_err_less_at_the_same_scales(ops, cache_type):
+    batch, k = make_batch([0], [200]), random_rows(200, 2, 128, 3)
+    bits, m = int(cache_type[1:]), moments(2, 128, seed=5)
+    errors = []
+    layers = [written(ops, cache_type, k, batch, f) for f in (None, stored_feedback(m))]
+    assert torch.equal(layers[0].k_scales.view(torch.int16), layers[1].k_scales.view(torch.int16))
+    exact = rotate(k.double()).transpose(0, 1)
+    for layer in layers:
+        stored = dequantize(layer.k_codes[0, :, :200].flatten(0, 1),
+                            layer.k_scales[0, :, :200].flatten(0, 1), 128, bits)
+        error = exact - stored.view(2, 200, 128)
+        errors.append(torch.einsum("hni,hij,hnj->", error, m, error))
+    assert errors[1] < 0.75 * errors[0]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_fault_in_one_group_leaves_the_codes_of_the_others(ops, value):
+    k = random_rows(4, 1, 96, 2)
+    k[1, 0, 40] = value
+    batch = make_batch([0], [4])
+    with_feedback = written(ops, "q4", k, batch, stored_feedback(moments(1, 96)))
+    plain = written(ops, "q4", k, batch, None)
+    assert torch.equal(with_feedback.k_codes[0, 0, 1], plain.k_codes[0, 0, 1])
+    assert not torch.equal(with_feedback.k_codes[0, 0, 0], plain.k_codes[0, 0, 0])
+    faulty = with_feedback.k_scales[0, 0, :4].isnan()
+    assert faulty.tolist() == [[False] * 3, [False, True, False], [False] * 3, [False] * 3]
+
+
+def test_a_matrix_feeds_later_blocks_only():
+    feedback = feedback_matrix(moments(1, 24)[0])
+    rows, columns = (torch.arange(24) // BLOCK for _ in range(2))
+    assert (feedback != 0).equal(rows[:, None] < columns[None, :])
+
+
+def test_a_blocks_error_is_made_up_for_best():
+    """The definition by a search: no other targets of the further elements give smaller scores."""
+    m = moments(1, 16)[0]
+    feedback = feedback_matrix(m)
+    generator = torch.Generator().manual_seed(0)
+    error = torch.zeros(16, dtype=torch.float64)
+    error[:BLOCK] = torch.randn(BLOCK, generator=generator, dtype=torch.float64)
+    # An element that is rounded to a larger target has a more negative error.
+    best = error - error @ feedback
+    least = best @ m @ best
+    for _ in range(50):
+        other = best.clone()
+        other[BLOCK:] += 0.01 * torch.randn(12, generator=generator, dtype=torch.float64)
+        assert other @ m @ other > least
+
+
+def test_no_feedback_is_the_plain_rounding():
+    y = torch.randn(30, 64, generator=torch.Generator().manual_seed(1))
+    zeros = torch.zeros(30, 64, 64, dtype=torch.float16)
+    for ours, plain in zip(quantize(y, 4, zeros), quantize(y, 4), strict=True):
+        assert torch.equal(ours, plain)
