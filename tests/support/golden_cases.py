@@ -4,10 +4,12 @@
     python tests/support/golden_cases.py --check --only plan  # those whose name has `plan` in it
     python tests/support/golden_cases.py --write              # record again: a deliberate change
     python tests/support/golden_cases.py --write --only error
+    python tests/support/golden_cases.py --write --changed --only q4  # other bits everywhere
 
-The record is tests/golden/record.json; `golden_record` describes its contents. On a machine whose
-bits it does not have, `--check` compares within bounds and reports that, and `--write` adds its
-bits.
+The record is tests/golden/record.json; `golden_record` describes its contents. Where it does
+not have a case's bits on a machine, `--check` compares within bounds and reports that, and
+`--write` adds them. `--changed` drops those of other machines, where a change within the bounds
+does not show here.
 Before a change is recorded, `--check` has to name no other case than the change is about.
 
 Cases use the public functions only (`exl_loader.load`, `plan`, the loaded model's methods, the
@@ -78,6 +80,8 @@ def main() -> int:
     action.add_argument("--write", action="store_true", help="record the cases again")
     action.add_argument("--list", action="store_true", help="name the cases")
     parser.add_argument("--only", metavar="TEXT", default="", help="cases with this in their name")
+    parser.add_argument("--changed", action="store_true",
+                        help="with --write: drop the bits of other machines")
     parser.add_argument("--times", action="store_true", help="print the CPU time of each case")
     parser.add_argument(
         "--march", metavar="NAME", help="compile for this processor, as on another machine")
@@ -94,8 +98,8 @@ def main() -> int:
         os.environ["EXL_LOADER_MARCH"] = args.march
     logging.getLogger("exl_loader").setLevel(logging.ERROR)
     record = Record()
-    known = record.knows_this_machine
     differing = 0
+    without_bits = []
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
@@ -115,8 +119,10 @@ def main() -> int:
                 print(f"{time.process_time() - start:6.2f} s  {name}")
             differences = record.differences(name, result)
             differing += bool(differences)
+            if result.bits and not record.has_bits(name):
+                without_bits.append(name)
             if args.write:
-                record.put(name, result)
+                record.put(name, result, args.changed)
             for difference in differences[:8]:
                 print(f"{name}: {difference[:300]}")
             if len(differences) > 8:
@@ -125,8 +131,9 @@ def main() -> int:
         if not args.only:
             record.keep_only(set(CASES))
         record.write()
-    if not known:
-        print(f"The record has no bits of this machine, so they were not compared: {machine()}")
+    if without_bits:
+        print(f"The record has no bits of {len(without_bits)} cases on this machine, so they were "
+              f"not compared: {', '.join(without_bits)}; {machine()}")
     print(f"{len(names)} cases in {time.perf_counter() - began:.1f} s, {differing} differ")
     return int(bool(differing) and not args.write)
 

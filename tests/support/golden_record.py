@@ -142,12 +142,17 @@ class Record:
         self.bits: dict[str, dict[str, Any]] = read.get("bits", {})
         self.machines: dict[str, Any] = read.get("machines", {})
 
-    @property
-    def knows_this_machine(self) -> bool:
-        return machine_key() in self.machines
+    def has_bits(self, name: str) -> bool:
+        """True if a case's bits on this machine are recorded."""
+        return name in self.bits.get(machine_key(), {})
 
-    def put(self, name: str, result: Result) -> None:
-        """Record a case. Other machines' bits of a case that changed are dropped."""
+    def put(self, name: str, result: Result, changed: bool = False) -> None:
+        """Record a case.
+
+        Args:
+            changed: its bits change on all machines, so those of other machines are dropped. They
+                are in any case where the result differs from the record.
+        """
         kept = {
             "exact": result.exact,
             "near": {key: _packed(values) for key, values in result.near.items()},
@@ -155,7 +160,7 @@ class Record:
             "robust": {key: ids[:count] for key, (ids, count) in result.robust.items()},
         }
         kept = {key: value for key, value in kept.items() if value}
-        if self.differences(name, result):
+        if changed or self.differences(name, result):
             for bits in self.bits.values():
                 bits.pop(name, None)
         self.cases[name] = json.loads(json.dumps(kept))
@@ -190,8 +195,6 @@ class Record:
         bits = self.bits.get(machine_key(), {}).get(name)
         if bits is not None:
             found += _differing("bits", bits, result.bits)
-        elif self.knows_this_machine and result.bits:
-            found.append("bits: not in the record of this machine")
         expected = {key: _unpacked(text) for key, text in kept.get("near", {}).items()}
         found += [f"near: {key} is new" for key in result.near.keys() - expected.keys()]
         for key, values in expected.items():
