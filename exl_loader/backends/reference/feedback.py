@@ -45,11 +45,16 @@ def feedback_matrix(moments: torch.Tensor) -> torch.Tensor:
         target of element j, 0 unless j is in a later block.
     """
     head_dim = moments.shape[-1]
+    # With C' C = M^-1 and C upper triangular, the inverse of M without the elements before block B
+    # is C'C of the lower right part alone, and M[B, R] M[R, R]^-1 = -C[B, B]^-1 C[B, R].
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
+    upper = torch.linalg.cholesky(inverse, upper=True)
     result = torch.zeros_like(moments)
     for first in range(0, head_dim - BLOCK, BLOCK):
         end = first + BLOCK
-        solved = torch.linalg.solve(moments[..., end:, end:], moments[..., end:, first:end])
-        result[..., first:end, end:] = solved.transpose(-1, -2)
+        own, further = upper[..., first:end, first:end], upper[..., first:end, end:]
+        solved = torch.linalg.solve_triangular(own, further, upper=True)
+        result[..., first:end, end:] = -solved
     return result
 
 
