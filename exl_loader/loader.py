@@ -212,14 +212,14 @@ def _lend(ops: DeviceOps, device: str, buffers: Buffers) -> Iterator[None]:
 
 @contextmanager
 def _refused_memory_is_named() -> Iterator[None]:
-    """Raise a typed error where the system refuses memory while weights are read."""
+    """Raise a typed error where the system refuses memory outside the buffers."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         raise InsufficientMemory(
-            "main memory for weights on their way into the buffers",
+            "main memory for loading, outside the buffers",
             expected="memory that the plan saw free",
             actual="the system refused it",
             remedy="All memory was given back. Close the program that took the memory.",
@@ -275,13 +275,13 @@ class _WeightReader:
             device: self.buffers.whole("loras", device)
             for device, nbytes in placed.rooms.items() if nbytes
         }
-        model = Model(
-            parts, workspaces, cache, self.ops, rooms=rooms,
-            alpha_value=self.options.alpha_value,
-            compress_pos_emb=self.options.compress_pos_emb,
-        )
-        for adapter, scaling in placed.loras.adapters:
-            with _refused_memory_is_named():
+        with _refused_memory_is_named():
+            model = Model(
+                parts, workspaces, cache, self.ops, rooms=rooms,
+                alpha_value=self.options.alpha_value,
+                compress_pos_emb=self.options.compress_pos_emb,
+            )
+            for adapter, scaling in placed.loras.adapters:
                 model.load_lora(adapter, scaling)
         return model, cache
 

@@ -360,6 +360,16 @@ class CacheLayer:
                                ("v", open_bits(self.cache_type.v_bits)))
         )
 
+    def take_key_feedback(self, views: Mapping[str, torch.Tensor], index: int) -> None:
+        """Take the layer's matrices from the tensor that `key_feedback_shapes` plans.
+
+        Args:
+            views: the device's tensors by name; without that tensor nothing is taken.
+            index: the layer's place on its device.
+        """
+        matrices = views.get("key_feedback")
+        self.key_feedback = None if matrices is None else matrices[index]
+
     @property
     def keys(self) -> StoredTokens:
         """The pages of keys."""

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..backends import backend_of
-from ..cache.layout import CacheType, cache_specs, open_page_shapes, pages_for
+from ..cache.layout import CacheType, cache_specs, pages_for
 from ..memory.reservation import LoadOptions, Reservation, plan
 from ..memory.reservation.budgets import chosen_devices
 from ..memory.segments import Segment, lay_out
+from ..model.step import beside_cache_shapes
 from ..utils.errors import InsufficientMemory, InvalidSettings
 from ..utils.integers import round_up
 from ..utils.table import DeviceMap, TensorSpec
@@ -105,14 +106,15 @@ def _check_workspace(
 ) -> None:
     """Refuse a type that needs more workspace than fp16, because all types share one workspace."""
     lent = reservation.devices[0]
-    # Their open pages are beside their caches.
+    # Their open pages and their key feedback are beside their caches.
     chosen = {**options, "ctx_size": reservation.ctx_size, "cache_window": 0}
     for other in others:
         own = plan(model_dir, cache_type=other, **chosen).devices[0]
-        if own.workspace_bytes > lent.workspace_bytes:
+        needed = own.workspace_bytes - own.key_feedback_bytes
+        if needed > lent.workspace_bytes:
             raise InvalidSettings(
                 "--cache-type", expected=f"types that run in the workspace of {REFERENCE_TYPE}",
-                actual=f"{other}, which needs {own.workspace_bytes} bytes instead of "
+                actual=f"{other}, which needs {needed} bytes instead of "
                 f"{lent.workspace_bytes}", remedy="Choose a smaller --ctx-size",
             )
 
@@ -120,11 +122,11 @@ def _check_workspace(
 def _specs(
     config: ModelConfig, ctx_size: int, cache_type: CacheType, device: str
 ) -> list[TensorSpec]:
-    """List a cache's tensors, with an open page for the one text that runs."""
+    """List a cache's tensors, its key feedback, and an open page for the one text that runs."""
     where = DeviceMap.single(device, config.num_hidden_layers)
     pages = cache_specs(config, pages_for(ctx_size), cache_type, where)
     shapes = {spec.name: (spec.dtype, spec.shape) for spec in pages}
-    shapes |= open_page_shapes(config, config.num_hidden_layers, 1, cache_type)
+    shapes |= beside_cache_shapes(config, config.num_hidden_layers, 1, cache_type)
     return [
         TensorSpec(f"{cache_type}.{name}", "cache", dtype, shape, device)
         for name, (dtype, shape) in shapes.items()

@@ -6,7 +6,7 @@ of a step: what it writes for the operations and reads of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from ..backends.base import DeviceOps
+from ..backends.recorder import Recorder
 from ..cache.layout import PAGE_LEN
 from ..cache.paging import PagedCache, PagedSequence
 from ..checkpoint.rope import RopeConfig, inv_freq
@@ -23,6 +24,7 @@ from ..generation.forward_model import LogitsMode, LogitsRow
 from ..utils.errors import CacheFull, InvalidSettings
 from .adapters import Adapters, LoadedLora
 from .assembly import ModelParts
+from .key_feedback import KeyFeedbackSearch, MeanOverPositions, sample_ids
 from .stages import Stage, StageStep
 from .step import most_rows
 from .top_logits_reader import TopLogitsReader
@@ -50,10 +52,12 @@ class Step:
 class Model:
     """A loaded model. One thread at a time may call `forward`.
 
+    Making it runs a short text, if keys are rounded with feedback; see `key_feedback`.
+
     Args:
         parts: the model's parts, loaded.
         workspaces: device -> views of its `workspace_specs`, by name.
-        cache: the key/value cache.
+        cache: the key/value cache, of which no sequence holds a page yet.
         ops: device -> its operations.
         rooms: device -> uint8 [n], the room for adapters; devices without a room are missing.
         alpha_value, compress_pos_emb: see `rope.inv_freq`.
@@ -115,9 +119,47 @@ class Model:
         self._max_pages = first["page_table"].shape[1]
         self._slot_rope_len = [1] * self.max_batch_size
         self._steps: dict[tuple[int, int, LogitsMode, bool], Step] = {}
+        if any(layer.key_feedback is not None for layer in cache.layers):
+            self._find_key_feedback(cache, [frequencies for frequencies, _ in tables])
         for placed in self._stages:
             # Another thread than the one that loads may run the steps.
             placed.cpu.finish()
+
+    def _find_key_feedback(
+        self, cache: PagedCache, frequencies: Sequence[Sequence[float]]
+    ) -> None:
+        """Run the sample of `key_feedback`, which writes the matrices of the cache's layers.
+
+        Args:
+            cache: the model's, whose pages are all free. The sample runs in the first one without
+                acquiring it.
+            frequencies: of each of the model's RoPEs.
+        """
+        assert cache.num_free_pages == cache.num_pages, "a sequence holds pages"
+        ids = sample_ids(
+            self.config.vocab_size, min(PAGE_LEN, self.config.learned_positions or PAGE_LEN)
+        )
+        search = KeyFeedbackSearch(len(ids))
+        means = {
+            rope: MeanOverPositions(
+                self.config.head_dim, frequencies[rope.index], rope.interleaved
+            )
+            for rope in self._parts.ropes()
+        }
+        for part, layer in zip(self._parts.layers, cache.layers, strict=True):
+            rope = part.attention.rope
+            mean = None if rope is None else means[rope]
+            search.add(layer, self._ops[part.device].cpu_access, mean)
+        has_open_pages = cache.layers[0].num_open_pages > 0
+        sequence = PagedSequence([0], rope_len=1, open_page=0 if has_open_pages else None)
+        steps: dict[int, Step] = {}
+        for first in range(0, len(ids), self.chunk_size):
+            entry = sequence, ids[first : first + self.chunk_size]
+            num_rows = len(entry[1])
+            if num_rows not in steps:
+                steps[num_rows] = self._record(num_rows, 1, "none", False, search.recorder)
+            self._run_step([entry], steps[num_rows])
+            _advance([entry])
 
     def forward(
         self,
@@ -206,12 +248,16 @@ class Model:
         self._check(entries)
         self._run_missing_firsts(entries)
         step = self._step(num_rows, len(entries), logits, top_logits)
+        self._run_step(entries, step)
+        return step.logits
+
+    def _run_step(self, entries: Sequence[Entry], step: Step) -> None:
+        """Run a recorded step of the entries' shape."""
         self._send_inputs(entries, step)
         if self._by_length:
             self._angles_by_length(entries)
         for stage_step in step.stages:
             stage_step.run()
-        return step.logits
 
     def _run_missing_firsts(self, entries: Sequence[Entry]) -> None:
         """Compute the first tokens that open pages lack, because a cache held the texts' beginning.
@@ -262,11 +308,13 @@ class Model:
     def with_cache(self, cache: PagedCache, ops: Mapping[str, DeviceOps] | None = None) -> Model:
         """Return the same model over another cache, to compare caches. It loads no adapters.
 
+        The key feedback of the cache is found as in a model that is loaded with it.
+
         Both share weights and workspace: a call of one ends what the other's logits are
         valid for, and only one may run at a time.
 
         Args:
-            cache: in place of the model's own.
+            cache: in place of the model's own; no sequence holds a page of it.
             ops: device -> operations in place of the model's own.
         """
         model = Model(
@@ -374,7 +422,8 @@ class Model:
         return step
 
     def _record(
-        self, num_rows: int, num_sequences: int, logits: LogitsMode, top_logits: bool
+        self, num_rows: int, num_sequences: int, logits: LogitsMode, top_logits: bool,
+        new_recorder: Callable[[], Recorder] = Recorder,
     ) -> Step:
         rows = {"last": num_sequences, "all": num_rows, "none": 0}[logits]
         out = self._logits_on_device[:rows]
@@ -383,7 +432,9 @@ class Model:
             head = out if rows and stage is self._stages[-1] else None
             before = stages[-1] if stages else None
             sampled = self.sampled_vocab_size if top_logits and head is not None else 0
-            stages.append(stage.record(num_rows, num_sequences, head, before, sampled))
+            stages.append(
+                stage.record(num_rows, num_sequences, head, before, sampled, new_recorder())
+            )
         return Step(tuple(stages), out)
 
 

@@ -142,7 +142,7 @@ class Stage:
 
     def record(
         self, num_rows: int, num_sequences: int, logits: torch.Tensor | None,
-        before: StageStep | None, sampled_vocab_size: int = 0,
+        before: StageStep | None, sampled_vocab_size: int, recorder: Recorder,
     ) -> StageStep:
         """Record the stage's operations for steps of one shape.
 
@@ -152,6 +152,7 @@ class Stage:
                 row of the step, or else for each of `head_rows`; None to run no head.
             before: the same step on the device before; None in the first stage.
             sampled_vocab_size: find the largest of so many logits of each row; 0 for no.
+            recorder: collects the operations, and may add some of its own.
         """
         w, config = self.workspace, self._parts.config
         batch = Batch(
@@ -166,7 +167,6 @@ class Stage:
             open_pages=w["open_pages"][:num_sequences],
         )
         views = StepViews(w, batch, config.hidden_size)
-        recorder = Recorder()
         for rope in self._ropes:
             if not rope.config.depends_on_length:
                 factor = self._rope_factors[rope.index]

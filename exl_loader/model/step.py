@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 
 from ..backends import backend_of
 from ..backends.base import StepSizes
-from ..cache.layout import CacheType, open_page_shapes, pages_for
+from ..cache.layout import CacheType, key_feedback_shapes, open_page_shapes, pages_for
 from ..utils.table import DTYPE_BYTES, TensorSpec
 from .parts.part import merged
 
 if TYPE_CHECKING:
     from ..backends.base import Shapes
+    from ..checkpoint.config import ModelConfig
     from .assembly import StageParts
     from .decoder import DecoderLayer
 
@@ -79,20 +80,36 @@ def workspace_specs(
             TensorSpec(name, "workspace", dtype, shape, stage.device)
             for name, (dtype, shape) in _stage_tensors(stage, sizes).items()
         ]
-        if has_open_pages:
-            opened = open_page_shapes(
-                stage.config, len(stage.layers), max_batch_size, cache_type
-            )
-            specs += [
-                TensorSpec(name, "workspace", dtype, shape, stage.device)
-                for name, (dtype, shape) in opened.items()
-            ]
+        beside = beside_cache_shapes(
+            stage.config, len(stage.layers), max_batch_size if has_open_pages else 0, cache_type
+        )
+        specs += [
+            TensorSpec(name, "workspace", dtype, shape, stage.device)
+            for name, (dtype, shape) in beside.items()
+        ]
         specs += [
             TensorSpec(name, "workspace", dtype, shape, stage.device, phase=(BLOCKS, phase))
             for phase, shapes in phases.items()
             for name, (dtype, shape) in shapes.items()
         ]
     return specs
+
+
+def beside_cache_shapes(
+    config: ModelConfig, num_layers: int, num_open_pages: int, cache_type: CacheType
+) -> Shapes:
+    """Return what the workspace has of each layer's cache: its open pages and its key feedback.
+
+    Args:
+        config: gives num_key_value_heads and head_dim.
+        num_layers: decoder layers on the device.
+        num_open_pages: sequences that may run at once; 0 without open pages.
+        cache_type: how keys and values are stored.
+    """
+    shapes = key_feedback_shapes(config, num_layers, cache_type)
+    if num_open_pages:
+        shapes |= open_page_shapes(config, num_layers, num_open_pages, cache_type)
+    return shapes
 
 
 def most_rows(chunk_size: int, max_batch_size: int, logits_rows: int = 0) -> int:

@@ -15,7 +15,13 @@ from exl_loader.cache.layout import CacheType
 from exl_loader.checkpoint.config import ModelConfig
 from exl_loader.commands.cli import main
 from exl_loader.commands.eval import HEADINGS, render
-from exl_loader.commands.evaluation import Divergence, cut_text, evaluate, mean_of_windows
+from exl_loader.commands.evaluation import (
+    Divergence,
+    cut_text,
+    evaluate,
+    mean_of_windows,
+    run_lanes,
+)
 from exl_loader.commands.evaluation_plan import parse_cache_types, plan_evaluation
 from exl_loader.commands.model_options import DEMO_MODEL
 from exl_loader.memory.buffers import live_bytes
@@ -75,6 +81,29 @@ def test_results_equal_those_of_separately_loaded_models(model):
     assert found.top1_agreement == agreeing / len(ids)
 
 
+def test_keys_are_rounded_as_in_a_model_of_their_type(model):
+    found = {}
+
+    def matrices(cache):
+        return [layer.key_feedback for layer in cache.layers]
+
+    def look(lanes):
+        for lane in lanes:
+            found[lane.name] = [m if m is None else m.clone() for m in matrices(lane.cache)]
+        yield
+
+    for _ in run_lanes(model, planned("q4,q6,q8"), look):
+        pass
+    assert found.pop("fp16") == found.pop("q8") == [None] * 5
+    for name, of_lane in found.items():
+        with load(DEMO_MODEL, ctx_size=256, cache_type=name) as other:
+            def compare(_, cache, of_lane=of_lane):
+                yield all(map(torch.equal, matrices(cache), of_lane))
+
+            assert list(other.run_alone(compare)) == [True]
+        assert all(m.any() for m in of_lane)
+
+
 def test_more_bits_diverge_less(model):
     ids = model.encode(TEXT * 6, add_bos=False)
     results = evaluate(model, planned("q4,q6,q8,fp32"), [ids]).together[1:]
@@ -98,7 +127,8 @@ def test_memory_equals_the_plan_and_is_freed(model):
     per_token = sum(kind.bytes_per_token(2, 64) for kind in plan.others) * 5
     in_open_page = sum(CacheType.parse(name).bytes_per_token(2, 64) for name in ("fp16", "q8")) * 5
     # The scales of first keys, and those of first values, take 40 of 64 bytes.
-    assert plan.extra_bytes == per_token * 256 + in_open_page * 257 + 2 * 24
+    feedback = 5 * 2 * 64 * 64 * 2
+    assert plan.extra_bytes == per_token * 256 + in_open_page * 257 + 2 * 24 + feedback
     assert live_bytes() == before
 
 
@@ -208,7 +238,7 @@ def test_cache_types_are_read_as_the_engine_reads_them():
 def test_a_type_that_needs_more_workspace_is_refused(monkeypatch):
     def plan(model_dir, ctx_size, cache_type, **_):
         nbytes = 100 + (str(cache_type) == "q4")
-        device = SimpleNamespace(workspace_bytes=nbytes, device="cpu")
+        device = SimpleNamespace(workspace_bytes=nbytes, key_feedback_bytes=0, device="cpu")
         return SimpleNamespace(devices=(device,), ctx_size=256)
 
     monkeypatch.setattr("exl_loader.commands.evaluation_plan.plan", plan)

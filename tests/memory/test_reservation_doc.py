@@ -72,11 +72,14 @@ def derived_rows(scratch_bytes: int) -> dict[str, int]:
     rows["weights"] = sum(rows[name] for name in names[:8])
     rows["workspace"] = sum(rows[name] for name in names[8:])
     in_open_pages = SEQUENCES * 257 * LAYERS * HIDDEN
+    rows["key feedback beside 4 bits"] = LAYERS * HIDDEN * 128 * 2
     for bits, opened in ((4, in_open_pages * 17 // 8), (8, in_open_pages * 32 // 8)):
+        feedback = rows["key feedback beside 4 bits"] if bits == 4 else 0
         rows[f"cache in {bits} bits"] = elements * (2 * bits + 1) // 8
         rows[f"open pages beside {bits} bits"] = opened
         rows[f"total in {bits} bits"] = (
             rows["weights"] + rows["workspace"] + rows[f"cache in {bits} bits"] + opened
+            + feedback
         )
     return rows
 
@@ -109,7 +112,10 @@ def test_the_plan_has_the_numbers_of_the_document(seven_b, bits):
     assert found.cache_bytes == written[f"cache in {bits} bits"]
     (device,) = found.devices
     assert device.open_page_bytes == written[f"open pages beside {bits} bits"]
-    assert found.workspace_bytes == written["workspace"] + device.open_page_bytes
+    assert device.key_feedback_bytes == written.get(f"key feedback beside {bits} bits", 0)
+    assert found.workspace_bytes == (
+        written["workspace"] + device.open_page_bytes + device.key_feedback_bytes
+    )
     assert found.total_bytes == written[f"total in {bits} bits"]
 
 

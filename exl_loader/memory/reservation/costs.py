@@ -8,13 +8,13 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ...backends import backend_of
-from ...cache.layout import CacheType, cache_specs, open_page_shapes, pages_for
+from ...cache.layout import CacheType, cache_specs, pages_for
 from ...formats.layer import PIECE_BYTES
 from ...model.adapters import AdaptedPart, AdapterTensors, adapted_parts, room_spec
 from ...model.assembly import ModelParts, WeightCosts
 from ...model.builder import build_parts
 from ...model.parts.embedding import EMBEDDING_ROWS
-from ...model.step import most_rows, workspace_specs
+from ...model.step import beside_cache_shapes, most_rows, workspace_specs
 from ...utils.table import DTYPE_BYTES, MAIN_MEMORY, DeviceMap, TensorSpec
 from ..segments import Segment, align, lay_out
 from .options import RunOptions
@@ -22,6 +22,7 @@ from .options import RunOptions
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable
 
+    from ...backends.base import Shapes
     from ...checkpoint import Checkpoint
     from ...checkpoint.adapter import Adapter
     from ...checkpoint.config import ModelConfig
@@ -310,20 +311,17 @@ class LayerCosts:
         )
         if key not in self._workspaces:
             stage = whole.cut(layers.start, layers.stop)
-            without = replace(run, cache_window=0)
-            segments = lay_out(_workspace([stage], ctx_size, without, self.loras))
+            beside = self._beside_cache(1, run)
+            specs = _workspace([stage], ctx_size, run, self.loras)
+            segments = lay_out(spec for spec in specs if spec.name not in beside)
             self._workspaces[key] = segments[stage.device, "workspace"].nbytes
-        return self._workspaces[key] + self._open_page_bytes(device, len(layers), run)
-
-    def _open_page_bytes(self, device: str, num_layers: int, run: RunOptions) -> int:
-        """Return the bytes of open pages, which are in tensors of their own."""
-        if not run.has_open_pages:
-            return 0
-        assert run.max_batch_size is not None
-        shapes = open_page_shapes(
-            self.config, num_layers, run.max_batch_size, run.cache_type
-        )
-        return sum(
+        return self._workspaces[key] + sum(
             align(math.prod(shape) * DTYPE_BYTES[dtype], device)
-            for dtype, shape in shapes.values()
+            for dtype, shape in self._beside_cache(len(layers), run).values()
         )
+
+    def _beside_cache(self, num_layers: int, run: RunOptions) -> Shapes:
+        """Return the tensors of the workspace that grow with the number of layers."""
+        assert run.max_batch_size is not None
+        num_open_pages = run.max_batch_size if run.has_open_pages else 0
+        return beside_cache_shapes(self.config, num_layers, num_open_pages, run.cache_type)

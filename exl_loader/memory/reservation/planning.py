@@ -245,6 +245,7 @@ def _record(
     )
     assert summed == laid_out, (summed, laid_out)
     lent = budget.limited()
+    workspace = segments.get((budget.device, "workspace"))
     return DeviceReservation(
         device=budget.device,
         first_layer=share.layers.start,
@@ -262,16 +263,17 @@ def _record(
         draft_bytes=share.draft_bytes,
         embedding_bytes=share.embedding_bytes,
         lora_bytes=share.lora_bytes,
-        open_page_bytes=_open_page_bytes(segments.get((budget.device, "workspace"))),
+        open_page_bytes=_bytes_of("open.", workspace),
+        key_feedback_bytes=_bytes_of("key_feedback", workspace),
     )
 
 
-def _open_page_bytes(workspace: Segment | None) -> int:
-    """Return the bytes of the open pages in a workspace, a draft model's included."""
+def _bytes_of(prefix: str, workspace: Segment | None) -> int:
+    """Return the bytes of a workspace's tensors by the start of their names, drafts included."""
     if workspace is None:
         return 0
     specs = (offset.spec for offset in workspace.offsets)
     return sum(
         align(spec.nbytes, spec.device) for spec in specs
-        if spec.name.removeprefix(DRAFT_PREFIX).startswith("open.")
+        if spec.name.removeprefix(DRAFT_PREFIX).startswith(prefix)
     )

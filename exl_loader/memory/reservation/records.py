@@ -37,6 +37,8 @@ class DeviceReservation:
         lora_bytes: the buffer with the room for LoRA adapters.
         open_page_bytes: the part of the workspace with the newest tokens of running texts, which
             a quantised cache keeps in more bits.
+        key_feedback_bytes: the part of the workspace with the matrices by which keys of fewer
+            than 8 bits are rounded with feedback.
     """
 
     device: str
@@ -56,6 +58,7 @@ class DeviceReservation:
     embedding_bytes: int = 0
     lora_bytes: int = 0
     open_page_bytes: int = 0
+    key_feedback_bytes: int = 0
 
     @property
     def has_layers(self) -> bool:

@@ -25,6 +25,7 @@ def render(reservation: Reservation) -> str:
         ("cache", [amount(d.cache_bytes) for d in devices]),
         ("workspace", [amount(d.workspace_bytes) for d in devices]),
         *_row_if_any("  open pages", [d.open_page_bytes for d in devices]),
+        *_row_if_any("  key feedback", [d.key_feedback_bytes for d in devices]),
         *_row_if_any("embedding", [d.embedding_bytes for d in devices]),
         *_row_if_any("LoRAs", [d.lora_bytes for d in devices]),
         ("total", [amount(d.total_bytes) for d in devices]),
