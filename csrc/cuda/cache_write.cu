@@ -9,15 +9,17 @@
 // one candidate scale, in the order of the reference, so that errors are summed without sums
 // across lanes; 32 candidates take one pass over the group.
 //
-// A group costs about 20 instructions per element and pass, 700 in all for 4 bits. Each round of
-// the binary search over a codebook's thresholds is one conflict-free read of shared memory,
-// because the thresholds of both tables, 32 or 16, are in different banks.
+// A group costs about 20 instructions per element and pass, 700 in all for 4 bits.
 //
-// Shared memory: the head (float32, padded to a multiple of 32 elements), then thresholds and
-// levels of both tables, up to 64 floats.
+// Keys of a layer with a matrix for it are rounded with feedback after the search
+// (key_feedback.cuh): one warp finds the targets while the others write the open page, then each
+// warp rounds its groups' targets to codes.
 //
-// Precondition: at least 64 threads per block, one for each of these floats.
+// Shared memory: WriteMemory.
+//
+// Precondition: at least 64 threads per block, one for each float of the codebooks.
 #include "cuda/cache_rotate.cuh"
+#include "cuda/key_feedback.cuh"
 #include "cuda/row_functions.cuh"
 
 // RoPE of a step's queries and keys, and their norms in models that have them. Queries are
@@ -37,64 +39,28 @@ namespace exl {
 
 constexpr int kWriteThreads = 256;
 
-EXL_HOST_DEVICE constexpr float level_of(int bits, int table, int code) {
-    return codebook_level(bits, table, code) * kCodebookUnit;
-}
-// A value above threshold i has code i + 1 or more. The last threshold is not used.
-EXL_HOST_DEVICE constexpr float threshold_of(int bits, int table, int code) {
-    return code + 1 < 1 << bits
-               ? 0.5f * (level_of(bits, table, code) + level_of(bits, table, code + 1))
-               : 0.0f;
-}
+// The shared memory of a block; `padded` is head_dim rounded up to whole groups.
+struct WriteMemory {
+    float* head;       // [padded]
+    float* codebooks;  // [kCodebookFloats], see cache_grid.cuh
+    // Only of layers with feedback:
+    float* targets;      // [padded]
+    GroupScale* scales;  // [padded / kGroup], rounded up to an even number
+    uint16_t* ring;      // see copy_rows; none for heads of more than kMaxFeedbackRegisters groups
 
-// Writes thresholds [table][code], then levels [table][code]. Each value is a constant in the
-// code, so that no table is read from global memory.
-template <int kBits>
-__device__ __forceinline__ void fill_codebooks(float* codebooks) {
-    constexpr int kLevels = 1 << kBits, kCount = kTables * kLevels;
-    const int thread = threadIdx.x;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-        if (thread == i) codebooks[i] = threshold_of(kBits, i / kLevels, i % kLevels);
-        if (thread == kCount + i) {
-            codebooks[kCount + i] = level_of(kBits, i / kLevels, i % kLevels);
-        }
-    }
-}
-
-// A grid of codes; `value` is x / scale. Ties go to the lower code, as in the reference.
-template <int kBits, bool = has_tables(kBits)>
-struct Grid;
-
-template <int kBits>
-struct Grid<kBits, false> {
-    static constexpr float kHalf = 1 << (kBits - 1);
-    __device__ __forceinline__ Grid(const float*, int) {}
-    __device__ __forceinline__ float nearest(float value) const {
-        const float code = ceilf(value * kHalf - 0.5f);
-        return fmaxf(-kHalf, fminf(kHalf - 1.0f, code)) + kHalf;
-    }
-    __device__ __forceinline__ float level(float code) const {
-        return (code - kHalf) * (1.0f / kHalf);
+    __device__ __forceinline__ WriteMemory(float* memory, int head_dim) {
+        const int padded = round_up(head_dim, kGroup);
+        head = memory;
+        codebooks = head + padded;
+        targets = codebooks + kCodebookFloats;
+        scales = reinterpret_cast<GroupScale*>(targets + padded);
+        ring = reinterpret_cast<uint16_t*>(scales + round_up(padded / kGroup, 2));
     }
 };
-template <int kBits>
-struct Grid<kBits, true> {
-    static constexpr int kLevels = 1 << kBits;
-    const float* thresholds;
-    __device__ __forceinline__ Grid(const float* codebooks, int table)
-        : thresholds(codebooks + table * kLevels) {}
-    __device__ __forceinline__ float nearest(float value) const {
-        int code = 0;
-#pragma unroll
-        for (int step = kLevels / 2; step > 0; step /= 2) {
-            code = value > thresholds[code + step - 1] ? code + step : code;
-        }
-        return static_cast<float>(code);
-    }
-    __device__ __forceinline__ float level(float code) const {
-        return thresholds[kTables * kLevels + static_cast<int>(code)];
-    }
+
+// The warps of a block that share a job, and this warp's place among them.
+struct Warps {
+    int own, count;
 };
 
 // A scale as float16 bits, with the table in its lowest bit if codes have tables.
@@ -103,10 +69,6 @@ __device__ __forceinline__ uint32_t scale_bits(float scale, int table) {
     const uint32_t bits = float_to_half(fmaxf(-kLargestHalf, fminf(kLargestHalf, scale)));
     return has_tables(kBits) ? (bits & 0xFFFEu) | static_cast<uint32_t>(table) : bits;
 }
-__device__ __forceinline__ float inverse_of(float exact) {
-    return exact == 0.0f ? 0.0f : 1.0f / exact;
-}
-
 // The best scale so far. Without a finite error the scale remains NaN, so that a fault shows.
 struct Trial {
     float error;
@@ -195,20 +157,25 @@ __device__ __forceinline__ uint8_t* pack_plane(uint32_t code, int count, uint8_t
     return out + bytes;
 }
 
-// Writes one group, by one warp. y: the rotated head in shared memory.
+// Finds the scale of a group, by one warp. value: this lane's element of `y`.
 template <int kBits>
-__device__ void write_group(const float* y, int head_dim, int group, const float* codebooks,
-                            uint8_t* codes, uint16_t* scales) {
-    const int elements = min(kGroup, head_dim - group * kGroup);
-    const bool counts = lane_id() < elements;
-    const float value = y[group * kGroup + lane_id()];
-    Trial best = search<kBits>(y + group * kGroup, elements, warp_max(fabsf(value)), codebooks);
-    for (int i = 0; i < kRefits; ++i) refit<kBits>(&best, value, counts, codebooks);
-    const float exact = half_to_float(static_cast<uint16_t>(best.bits));
-    const Grid<kBits> grid(codebooks, best.table);
-    const bool has_error = !(best.error < infinity());
+__device__ __forceinline__ Trial best_scale(const float* y, int elements, float value,
+                                            const float* codebooks) {
+    Trial best = search<kBits>(y, elements, warp_max(fabsf(value)), codebooks);
+    for (int i = 0; i < kRefits; ++i) {
+        refit<kBits>(&best, value, lane_id() < elements, codebooks);
+    }
+    return best;
+}
+
+// Writes the codes of a group, by one warp, which has a scaled element in each lane. A group whose
+// scale is NaN has codes 0.
+template <int kBits>
+__device__ __forceinline__ void write_codes(float scaled, int table, int elements, int group,
+                                            const float* codebooks, uint8_t* codes) {
+    const Grid<kBits> grid(codebooks, table);
     const uint32_t code =
-        counts && !has_error ? static_cast<uint32_t>(grid.nearest(value * inverse_of(exact))) : 0;
+        lane_id() < elements ? static_cast<uint32_t>(grid.nearest(scaled)) : 0;
     const int stored = padded_codes(elements);
     uint8_t* out = codes + group * code_bytes(kGroup, kBits);
     if constexpr (kBits == 6) {
@@ -218,7 +185,6 @@ __device__ void write_group(const float* y, int head_dim, int group, const float
     } else {
         pack_plane<kBits, 0>(code, stored, out);
     }
-    if (lane_id() == 0) scales[group] = static_cast<uint16_t>(best.bits);
 }
 
 // Writes `count` elements that share a scale, at most 47, by one warp; cache of 16 bits.
@@ -246,17 +212,16 @@ __device__ void write_block(const float* x, int count, int16_t* out) {
     }
 }
 
-__device__ void write_blocks(const float* x, int head_dim, int16_t* out) {
+__device__ void write_blocks(const float* x, int head_dim, Warps warps, int16_t* out) {
     if (head_dim < 16) {
-        for (int i = threadIdx.x; i < head_dim; i += blockDim.x) {
-            out[i] = static_cast<int16_t>(float_to_half(x[i]));
+        if (warps.own == 0 && lane_id() < head_dim) {
+            out[lane_id()] = static_cast<int16_t>(float_to_half(x[lane_id()]));
         }
         return;
     }
-    const int warps = static_cast<int>(blockDim.x) / 32;
     for (int first = 0, index = 0; first < head_dim; ++index) {
         const int count = block_elements(head_dim, first);
-        if (index % warps == warp_id()) write_block(x + first, count, out + first);
+        if (index % warps.count == warps.own) write_block(x + first, count, out + first);
         first += count;
     }
 }
@@ -284,41 +249,82 @@ __device__ void write_group_plainly(const float* y, int head_dim, int group, uin
     if (lane_id() == 0) scales[group] = static_cast<uint16_t>(bits);
 }
 
-// Ends with the rotated head in y.
+// Rotates the head and searches its scales. Writes codes as well unless `has_feedback`.
 template <int kBits>
-__device__ void write_quantized(float* y, int head_dim, float* codebooks, uint8_t* codes,
-                                uint16_t* scales) {
+__device__ void write_quantized(const WriteMemory& memory, int head_dim, bool has_feedback,
+                                uint8_t* codes, uint16_t* scales) {
+    float* y = memory.head;
     for (int i = threadIdx.x; i < head_dim; i += blockDim.x) y[i] *= rotation_factor(head_dim, i);
-    if constexpr (has_tables(kBits)) fill_codebooks<kBits>(codebooks);
+    if constexpr (has_tables(kBits)) fill_codebooks<kBits>(memory.codebooks);
     block_sync();  // signs and codebooks are complete
     hadamard_of_block(y, head_dim);
     const int warps = static_cast<int>(blockDim.x) / 32;
     for (int group = warp_id(); group < num_groups(head_dim, kBits); group += warps) {
-        write_group<kBits>(y, head_dim, group, codebooks, codes, scales);
+        const int elements = min(kGroup, head_dim - group * kGroup);
+        const float value = y[group * kGroup + lane_id()];
+        const Trial best =
+            best_scale<kBits>(y + group * kGroup, elements, value, memory.codebooks);
+        const GroupScale scale{
+            inverse_of(half_to_float(static_cast<uint16_t>(best.bits))), best.bits};
+        if (lane_id() == 0) scales[group] = static_cast<uint16_t>(best.bits);
+        if (has_feedback) {
+            if (lane_id() == 0) memory.scales[group] = scale;
+        } else {
+            write_codes<kBits>(value * scale.inverse, best.table, elements, group,
+                               memory.codebooks, codes);
+        }
+    }
+}
+
+// Writes the codes of targets.
+template <int kBits>
+__device__ void write_targets(const WriteMemory& memory, int head_dim, uint8_t* codes) {
+    const int warps = static_cast<int>(blockDim.x) / 32;
+    for (int group = warp_id(); group < num_groups(head_dim, kBits); group += warps) {
+        const GroupScale scale = memory.scales[group];
+        write_codes<kBits>(memory.targets[group * kGroup + lane_id()] * scale.inverse,
+                           scale.table(), min(kGroup, head_dim - group * kGroup), group,
+                           memory.codebooks, codes);
     }
 }
 
 // Writes a rotated head to token `token_index` of open pages or first tokens.
-__device__ __forceinline__ void write_open_token(const float* y, int head_dim,
+__device__ __forceinline__ void write_open_token(const float* y, int head_dim, Warps warps,
                                                  const ExlCacheHalf& open, int64_t token_index) {
     auto* codes = static_cast<uint8_t*>(open.codes) + token_index * code_bytes(head_dim, open.bits);
-    if (open.bits == 16) return write_blocks(y, head_dim, reinterpret_cast<int16_t*>(codes));
-    const int groups = num_groups(head_dim, 8), warps = static_cast<int>(blockDim.x) / 32;
-    for (int group = warp_id(); group < groups; group += warps) {
+    if (open.bits == 16) {
+        return write_blocks(y, head_dim, warps, reinterpret_cast<int16_t*>(codes));
+    }
+    const int groups = num_groups(head_dim, 8);
+    for (int group = warps.own; group < groups; group += warps.count) {
         write_group_plainly(y, head_dim, group, codes, open.scales + token_index * groups);
     }
 }
 
 // Writes the block's rotated head to the open page, and position 0 as the first token as well. The
 // position is computed again, because keeping it would cost registers in the search.
-__device__ __forceinline__ void write_open(const float* y, const ExlCacheLayer& layer,
-                                           const ExlBatch& batch, const ExlOpenPages& open) {
+__device__ __forceinline__ void write_open(const float* y, Warps warps,
+                                           const ExlCacheLayer& layer, const ExlBatch& batch,
+                                           const ExlOpenPages& open) {
     const int head_dim = static_cast<int>(layer.head_dim), row = blockIdx.x;
     const int sequence = sequence_of(batch, row);
     const int position = batch.past_len[sequence] + row - batch.q_start[sequence];
     const int64_t head = batch.open_pages[sequence] * layer.num_kv_heads + blockIdx.y / 2;
-    write_open_token(y, head_dim, open.tokens, head * kPageLen + position % kPageLen);
-    if (position == 0) write_open_token(y, head_dim, open.first, head);
+    write_open_token(y, head_dim, warps, open.tokens, head * kPageLen + position % kPageLen);
+    if (position == 0) write_open_token(y, head_dim, warps, open.first, head);
+}
+
+// Finds the targets of a key, by one warp.
+__device__ __forceinline__ void find_targets(const WriteMemory& memory, int head_dim, int bits,
+                                             const uint16_t* feedback) {
+    if (bits == 6) {
+        return move_targets(memory.head, head_dim, UniformRounding<6>{}, memory.scales, feedback,
+                            memory.ring, memory.targets);
+    }
+    const TableRounding rounding = bits == 4 ? TableRounding::make<4>(memory.codebooks)
+                                             : TableRounding::make<3>(memory.codebooks);
+    move_targets(memory.head, head_dim, rounding, memory.scales, feedback, memory.ring,
+                 memory.targets);
 }
 
 // Rotates query heads from `first` on, one head per warp.
@@ -340,7 +346,7 @@ __device__ __forceinline__ void rotate_queries(const RopeCall& rope, int head_di
 extern "C" __global__ void __launch_bounds__(kWriteThreads)
     cache_write_kernel(ExlCacheLayer layer, ExlBatch batch, const float* k, const float* v,
                        RopeCall rope) {
-    EXL_SHARED(float, memory);
+    EXL_SHARED(float, shared);
     const int head_dim = static_cast<int>(layer.head_dim), row = blockIdx.x;
     const int head_blocks = 2 * static_cast<int>(layer.num_kv_heads);
     if (static_cast<int>(blockIdx.y) >= head_blocks) {
@@ -357,32 +363,57 @@ extern "C" __global__ void __launch_bounds__(kWriteThreads)
     auto* codes = static_cast<uint8_t*>(half.codes) + token_index * code_bytes(head_dim, half.bits);
     uint16_t* scales = half.scales + token_index * num_groups(head_dim, half.bits);
     const int padded = round_up(head_dim, kGroup);
-    float* codebooks = memory + padded;
-    for (int i = threadIdx.x; i < padded; i += blockDim.x) memory[i] = i < head_dim ? x[i] : 0.0f;
+    const WriteMemory memory(shared, head_dim);
+    const uint16_t* feedback = blockIdx.y % 2 ? nullptr : layer.key_feedback;
+    if (feedback != nullptr) {
+        feedback += static_cast<int64_t>(head) * head_dim * padded;
+        prefetch_feedback(feedback, head_dim);
+        if (warp_id() == 0) begin_feedback(feedback, head_dim, memory.ring);
+    }
+    for (int i = threadIdx.x; i < padded; i += blockDim.x) {
+        memory.head[i] = i < head_dim ? x[i] : 0.0f;
+    }
     block_sync();  // the head is complete
     if (rope.table != nullptr && blockIdx.y % 2 == 0) {
         const float* cos = rope.table + static_cast<int64_t>(row) * 2 * rope.half;
         if (warp_id() == 0) {
-            rotate_head(memory, cos, cos + rope.half, head_dim, rope.half, rope.interleaved != 0,
+            rotate_head(memory.head, cos, cos + rope.half, head_dim, rope.half, rope.interleaved != 0,
                         rope.k_weight, rope.eps);
         }
         block_sync();  // the key is rotated
     }
     if (half.bits == 32) {
         for (int i = threadIdx.x; i < head_dim; i += blockDim.x) {
-            reinterpret_cast<float*>(codes)[i] = memory[i];
+            reinterpret_cast<float*>(codes)[i] = memory.head[i];
         }
         return;
     }
+    const bool has_feedback = feedback != nullptr;
+    Warps warps{warp_id(), static_cast<int>(blockDim.x) / 32};
     switch (half.bits) {
-        case 3: write_quantized<3>(memory, head_dim, codebooks, codes, scales); break;
-        case 4: write_quantized<4>(memory, head_dim, codebooks, codes, scales); break;
-        case 6: write_quantized<6>(memory, head_dim, codebooks, codes, scales); break;
-        case 8: write_quantized<8>(memory, head_dim, codebooks, codes, scales); break;
-        default: return write_blocks(memory, head_dim, reinterpret_cast<int16_t*>(codes));
+        case 3: write_quantized<3>(memory, head_dim, has_feedback, codes, scales); break;
+        case 4: write_quantized<4>(memory, head_dim, has_feedback, codes, scales); break;
+        case 6: write_quantized<6>(memory, head_dim, has_feedback, codes, scales); break;
+        case 8: write_quantized<8>(memory, head_dim, false, codes, scales); break;
+        default:
+            return write_blocks(memory.head, head_dim, warps, reinterpret_cast<int16_t*>(codes));
+    }
+    if (has_feedback) {
+        block_sync();  // scales are complete
+        if (warp_id() == 0) find_targets(memory, head_dim, half.bits, feedback);
+        warps = {warp_id() - 1, warps.count - 1};
     }
     const ExlOpenPages open = blockIdx.y % 2 ? layer.v_open : layer.k_open;
-    if (open.tokens.codes != nullptr) write_open(memory, layer, batch, open);
+    if (open.tokens.codes != nullptr && warps.own >= 0) {
+        write_open(memory.head, warps, layer, batch, open);
+    }
+    if (!has_feedback) return;
+    block_sync();  // targets are complete
+    switch (half.bits) {
+        case 3: return write_targets<3>(memory, head_dim, codes);
+        case 4: return write_targets<4>(memory, head_dim, codes);
+        default: return write_targets<6>(memory, head_dim, codes);
+    }
 }
 EXL_KERNEL(cache_write_kernel);
 

@@ -286,6 +286,18 @@ __device__ __forceinline__ float add_rn(float a, float b) { return __fadd_rn(a, 
 // Rounds to the nearest integer, ties to even.
 __device__ __forceinline__ int32_t round_int(float value) { return __float2int_rn(value); }
 
+// fmaf, bounded to 0 and 1; NaN becomes 0.
+__device__ __forceinline__ float fma_saturated(float a, float b, float c) {
+    float result;
+    asm("fma.rn.sat.f32 %0, %1, %2, %3;" : "=f"(result) : "f"(a), "f"(b), "f"(c));
+    return result;
+}
+// ceilf of magnitudes below 2^22, by two additions: conversions have a quarter of their rate. The
+// sum with 1.5 * 2^23 is rounded up to an integer.
+__device__ __forceinline__ float ceil_small(float value) {
+    return __fadd_ru(value, 12582912.0f) - 12582912.0f;
+}
+
 // Approximations within 2 units in the last place. exp2_fast flushes results below 2^-126 to zero.
 __device__ __forceinline__ float exp2_fast(float value) {
     float result;

@@ -16,6 +16,7 @@ SINCE = {
     r"cvt\.rn\.(f16x2|bf16x2)\.f32": ((7, 0), 80),
     r"dp4a\..*": ((5, 0), 61),
     r"(ex2|rcp|rsqrt)\.approx(\.ftz)?\.f32": ((1, 4), 20),
+    r"fma\.rn\.sat\.f32": ((2, 0), 20),
     r"ld\.global\.cg\..*": ((2, 0), 20),
     r"ld\.global\.nc\.L1::no_allocate\..*": ((7, 4), 70),
     r"ldmatrix\.sync\.aligned\.m8n8\.x4\..*b16": ((6, 5), 75),

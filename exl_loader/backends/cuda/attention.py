@@ -26,7 +26,7 @@ from ...cache.layout import (
     open_bits,
     pages_for,
 )
-from ...utils.integers import ceil_div
+from ...utils.integers import ceil_div, round_up
 from ..kernel_structs import (
     BatchStruct,
     CacheLayerStruct,
@@ -143,10 +143,37 @@ _STEP_PAIRS = 8
 _FREQUENCY_BYTES = MAX_BIAS_PAIRS * _FLOAT_BYTES
 _FACTOR_BYTES = _STEP_PAIRS * 2 * _FLOAT_BYTES
 _WAVE_BYTES = _STEP_PAIRS * 4 * _HALF_BYTES
-# csrc/cuda/attention_generic.cu, csrc/cuda/cache_write.cu.
+# csrc/cuda/attention_generic.cu, csrc/cuda/cache_write.cu, csrc/cuda/cache_grid.cuh.
 _GENERIC_THREADS = 128
 _WRITE_WARPS = 8
 _CODEBOOK_FLOATS = 64
+# csrc/cuda/key_feedback.cuh: slots of the ring of a matrix' rows, elements that are rounded at
+# once (kFeedbackBlock of csrc/cache_codec.h), the most groups of a head that
+# has one, and a GroupScale.
+_FEEDBACK_SLOTS = 8
+_FEEDBACK_BLOCK = 4
+_MOST_FEEDBACK_REGISTERS = 8
+_GROUP_SCALE_BYTES = 8
+
+
+def write_shared_bytes(head_dim: int, has_feedback: bool) -> int:
+    """Return the shared memory of a block that writes the cache (WriteMemory).
+
+    Args:
+        head_dim: of the layer.
+        has_feedback: whether keys are rounded with feedback.
+    """
+    groups = ceil_div(head_dim, GROUP)
+    head_bytes = groups * GROUP * _FLOAT_BYTES
+    shared_bytes = head_bytes + _CODEBOOK_FLOATS * _FLOAT_BYTES
+    if not has_feedback:
+        return shared_bytes
+    shared_bytes += head_bytes + round_up(groups, 2) * _GROUP_SCALE_BYTES
+    if groups > _MOST_FEEDBACK_REGISTERS:
+        return shared_bytes
+    # A row is as long as the registers that hold a head: 2, 4 or 8 of each lane.
+    row_bytes = next(size for size in (2, 4, 8) if groups <= size) * GROUP * _HALF_BYTES
+    return shared_bytes + _FEEDBACK_SLOTS * _FEEDBACK_BLOCK * row_bytes
 
 
 @dataclass(frozen=True)
@@ -398,7 +425,9 @@ class AttentionOps(KernelOps):
         assert k.is_contiguous() and v.is_contiguous() and k.shape == v.shape
         rows, heads, head_dim = k.shape
         groups = ceil_div(head_dim, GROUP)
-        shared_bytes = (groups * GROUP + _CODEBOOK_FLOATS) * _FLOAT_BYTES
+        feedback = layer.key_feedback
+        assert feedback is None or feedback.data_ptr() % 16 == 0, "read in words of 16 bytes"
+        shared_bytes = write_shared_bytes(head_dim, feedback is not None)
         # Two warps at least, because they fill the codebooks.
         warps = min(max(groups, 2), _WRITE_WARPS)
         self._launch(

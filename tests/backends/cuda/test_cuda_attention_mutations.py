@@ -20,6 +20,8 @@ from backends.operations.test_attention import (
 from backends.operations.test_attention_key_bias import assert_like_reference as with_bias
 from backends.operations.test_attention_open_pages import filled, tensors_of
 from backends.operations.test_cache_writing import REFERENCE, bytes_of, written
+from backends.operations.test_key_feedback import moments, stored_feedback
+from backends.operations.test_key_feedback import written as written_with_feedback
 from exl_loader.backends.build.toolchain import find_compiler
 from support.attention_cases import SOURCES, attention_target, shape_of
 from support.cache_layers import make_batch, random_rows
@@ -123,7 +125,7 @@ ATTENTION = [
 ]
 
 WRITING = [
-    ("cache_write.cu", "code = value > thresholds[code + step - 1]",
+    ("cache_grid.cuh", "code = value > thresholds[code + step - 1]",
      "code = value > thresholds[code + step]"),
     ("cache_write.cu", "(lane_id() + field * bytes) & 31", "(lane_id() + field * 8) & 31"),
     ("cache_write.cu", "pack_plane<1, 0>(code, stored, pack_plane<2, 1>",
@@ -142,6 +144,22 @@ WRITING = [
      "if (position == 1) write_open_token("),
     ("cache_write.cu", "lane_id() < elements ? static_cast<uint8_t>(code) : uint8_t{0};",
      "static_cast<uint8_t>(code);"),
+]
+
+
+FEEDBACK = [
+    ("key_feedback.cuh", "count += threshold_of(bits, table, code) <",
+     "count += threshold_of(bits, 0, code) <"),
+    ("key_feedback.cuh", "own = scale.table() ? second : first;", "own = first;"),
+    ("key_feedback.cuh", "(rows[i * kWidth + j * kGroup])", "(rows[j * kGroup])"),
+    ("key_feedback.cuh", "const float error = rounding.error(target[group]);",
+     "const float error = rounding.error(target[0]);"),
+    ("key_feedback.cuh", "warp_sync();  // the block's targets are complete", ""),
+    ("key_feedback.cuh", "ballot(finite) == 0xFFFFFFFFu ? feedback_steps(head_dim) : 0;\n"
+     "    GroupScale", "feedback_steps(head_dim);\n    GroupScale"),
+    ("cache_write.cu", "block_sync();  // targets are complete", ""),
+    ("cache_write.cu", "block_sync();  // scales are complete", ""),
+    ("cache_write.cu", "feedback += static_cast<int64_t>(head) * head_dim * padded;", ""),
 ]
 
 
@@ -196,6 +214,22 @@ def check_writing(ops):
             assert same.float().mean() >= 0.94
 
 
+def check_feedback(ops):
+    for cache_type, head_dim in (("q4", 64), ("q3", 128), ("q6", 80), ("q4", 256), ("q3", 300)):
+        batch, k = make_batch([0, 250], [12, 4]), random_rows(16, 2, head_dim, 1)
+        feedback = stored_feedback(moments(2, head_dim))
+        ours, theirs = (written_with_feedback(w, cache_type, k, batch, feedback)
+                        for w in (ops, REFERENCE))
+        differ = (bytes_of(ours, "k_codes") != bytes_of(theirs, "k_codes")).any(dim=-1)
+        assert differ.sum() <= 2
+    batch, k = make_batch([0], [2]), random_rows(2, 1, 96, 2)
+    k[1, 0, 40] = torch.nan
+    ours, plain = (written_with_feedback(ops, "q4", k, batch, feedback)
+                   for feedback in (stored_feedback(moments(1, 96)), None))
+    same = (ours.k_codes == plain.k_codes)[0, 0, :2].all(dim=-1)
+    assert same.tolist() == [False, True]
+
+
 def passes(launcher, check) -> bool:
     """Run the comparisons in a process of their own, which a mistake may crash."""
 
@@ -219,6 +253,11 @@ def test_a_mistake_in_attention_is_noticed(tmp_path, change):
     assert not passes(built_from(tmp_path, SOURCES, change), check_attention)
 
 
+@pytest.mark.parametrize("change", some_of(FEEDBACK, 8), ids=lambda change: change[1][:40])
+def test_a_mistake_in_rounding_with_feedback_is_noticed(tmp_path, change):
+    assert not passes(built_from(tmp_path, ("cache_write",), change), check_feedback)
+
+
 @pytest.mark.parametrize("change", some_of(WRITING, 12), ids=lambda change: change[1][:40])
 def test_a_mistake_in_writing_is_noticed(tmp_path, change):
     assert not passes(built_from(tmp_path, SOURCES, change), check_writing)
@@ -227,3 +266,4 @@ def test_a_mistake_in_writing_is_noticed(tmp_path, change):
 def test_without_a_mistake_nothing_is_noticed(tmp_path):
     launcher = built_from(tmp_path, SOURCES)
     assert passes(launcher, check_attention) and passes(launcher, check_writing)
+    assert passes(launcher, check_feedback)

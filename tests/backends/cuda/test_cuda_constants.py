@@ -12,6 +12,7 @@ from exl_loader.backends import top_logits as result
 from exl_loader.backends.cuda import attention, layout, linear, linear_dense, moe, pack, rows
 from exl_loader.backends.cuda import top_logits as top
 from exl_loader.backends.kernel_structs import GATES
+from exl_loader.backends.reference import feedback
 from exl_loader.cache.layout import GROUP, MAX_BIAS_PAIRS, PAGE_LEN
 from exl_loader.formats.layer import BLOCK_ROWS
 from support import REPO
@@ -67,6 +68,11 @@ PAIRS = [
     ("cuda/key_bias.cuh", "kStepPairs", attention._STEP_PAIRS),
     ("cuda/attention_generic.cu", "kGenericThreads", attention._GENERIC_THREADS),
     ("cuda/cache_write.cu", "kWriteThreads / 32", attention._WRITE_WARPS),
+    ("cuda/cache_grid.cuh", "kCodebookFloats", attention._CODEBOOK_FLOATS),
+    ("cache_codec.h", "kFeedbackBlock", attention._FEEDBACK_BLOCK),
+    ("cache_codec.h", "kFeedbackBlock", feedback.BLOCK),
+    ("cuda/key_feedback.cuh", "kFeedbackSlots", attention._FEEDBACK_SLOTS),
+    ("cuda/key_feedback.cuh", "kMaxFeedbackRegisters", attention._MOST_FEEDBACK_REGISTERS),
     ("cuda/norm.cu", "kRowThreads", rows._NORM_THREADS),
     ("cuda/norm.cu", "kHeadThreads", rows._HEAD_THREADS),
     ("cuda/rope.cu", "kThreads", rows._ROPE_THREADS),

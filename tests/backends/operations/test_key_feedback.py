@@ -12,12 +12,12 @@ from exl_loader.backends.reference.ops import ReferenceOps
 from exl_loader.cache.layout import GROUP
 from exl_loader.utils.integers import round_up
 from support.cache_layers import make_batch, make_layer, random_rows, write
-from support.targets import ALL_CPUS, target
+from support.targets import ALL_CPUS, TARGETS, target
 
 REFERENCE = ReferenceOps()
 
 
-@pytest.fixture(params=ALL_CPUS)
+@pytest.fixture(params=[*ALL_CPUS, *TARGETS])
 def ops(request):
     return target(request.param, AttentionOps)
 
@@ -53,7 +53,7 @@ def read(codes, scales, head_dim, bits):
 
 
 @pytest.mark.parametrize("cache_type", ["q6", "q4", "q3", "q4_q8", "q6_fp16"])
-@pytest.mark.parametrize("head_dim", [4, 20, 64, 72, 80, 128, 256, 300])
+@pytest.mark.parametrize("head_dim", [4, 20, 64, 72, 80, 96, 128, 256, 300])
 def test_keys_are_written_as_the_reference_does(ops, cache_type, head_dim):
     """The rotation's sums differ in the last bit, so that a tie may fall differently, and then all
     further elements of that key may. A CPU may also choose a negated scale, whose levels are as
@@ -104,6 +104,37 @@ def test_a_fault_in_one_group_leaves_the_codes_of_the_others(ops, value):
     assert not torch.equal(with_feedback.k_codes[0, 0, 0], plain.k_codes[0, 0, 0])
     faulty = with_feedback.k_scales[0, 0, :4].isnan()
     assert faulty.tolist() == [[False] * 3, [False, True, False], [False] * 3, [False] * 3]
+
+
+@pytest.mark.parametrize("cache_type", ["q6", "q4"])
+@pytest.mark.parametrize("head_dim", [8, 64, 72, 128])
+def test_open_pages_have_the_unmodified_keys(ops, cache_type, head_dim):
+    batch, k = make_batch([0, 200], [3, 6]), random_rows(9, 2, head_dim, 4)
+    layers = []
+    for feedback in (None, stored_feedback(moments(2, head_dim))):
+        layer = make_layer(cache_type, int(batch.page_table.max()) + 1, 2, head_dim, 2)
+        layer.key_feedback = feedback
+        write(ops, k, k, layer, batch)
+        layers.append(layer)
+    plain, fed = layers
+    assert head_dim == 8 or not torch.equal(plain.k_codes, fed.k_codes)
+    for a, b in ((plain.k_open, fed.k_open), (plain.v_open, fed.v_open)):
+        for ours, theirs in ((a.tokens, b.tokens), (a.first, b.first)):
+            assert torch.equal(ours.codes, theirs.codes)
+            assert ours.scales is None or torch.equal(
+                ours.scales.view(torch.int16), theirs.scales.view(torch.int16))
+    assert torch.equal(plain.v_codes, fed.v_codes)
+
+
+def test_a_key_has_the_same_codes_alone_and_among_others(ops):
+    batch, k = make_batch([100, 30, 250], [1, 4, 8]), random_rows(13, 2, 80, 6)
+    feedback = stored_feedback(moments(2, 80))
+    together = written(ops, "q4", k, batch, feedback)
+    single = make_batch([100], [1])
+    single.page_table = batch.page_table[:1].contiguous()
+    alone = written(ops, "q4", k[:1].contiguous(), single, feedback)
+    page = int(batch.page_table[0, 0])
+    assert torch.equal(alone.k_codes[page, :, 100], together.k_codes[page, :, 100])
 
 
 def test_a_matrix_feeds_later_blocks_only():

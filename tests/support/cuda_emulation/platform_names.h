@@ -171,6 +171,13 @@ inline int32_t round_int(float value) {
     if (value < -2147483648.0f) return INT32_MIN;
     return static_cast<int32_t>(std::nearbyint(value));
 }
+inline float fma_saturated(float a, float b, float c) {
+    return std::fmin(1.0f, std::fmax(0.0f, std::fma(a, b, c)));
+}
+inline float ceil_small(float value) {
+    if (!(std::fabs(value) < 0x1p22f)) exl_emulation::fail("ceil_small of %g", value);
+    return std::ceil(value);
+}
 inline float exp2_fast(float value) {
     const float result = std::exp2(value);
     return result < 0x1p-126f ? 0.0f : result;
