@@ -32,6 +32,7 @@ from ..base import AttentionShape, Batch, Routing
 from ..kernel_structs import ACTIVATIONS
 from ..reference import fp16 as reference_fp16
 from ..reference.codec import dequantize, rotate_back
+from ..reference.feedback import feedback_matrix
 from ..reference.ops import ReferenceOps
 from ..top_logits import HEADER_WORDS, RESULT_WORDS
 from .attention import attention_scratch_bytes
@@ -60,6 +61,8 @@ CACHE_TYPES = ("q4", "fp16")
 # Types whose open pages have 8 and 16 bits, and the bits' order in prompts; and their number.
 OPEN_CACHE_TYPES = ("q4", "q6")
 OPEN_PAGES = 2
+# Types whose keys are rounded with feedback, to levels in tables and to even ones.
+FEEDBACK_CACHE_TYPES = ("q4", "q6")
 # Logits of a row, which two blocks share.
 VOCAB = 5000
 
@@ -138,6 +141,8 @@ class _Check:
             self._attention(cache_type)
         for cache_type in OPEN_CACHE_TYPES:
             self._open_pages(cache_type)
+        for cache_type in FEEDBACK_CACHE_TYPES:
+            self._key_feedback(cache_type)
         self._top_logits()
 
     def _put(self, role: str, values: torch.Tensor, first: int = 0) -> torch.Tensor:
@@ -333,6 +338,27 @@ class _Check:
                                  (PAGE_LEN + PROMPT, 1, "a token")):
             self._step(what, past, rows, layer, shape, None)
 
+    def _key_feedback(self, cache_type: str) -> None:
+        """Check keys that are rounded with feedback."""
+        layer = self._cache(cache_type, CacheType.parse(cache_type))
+        expected = self._read_back(layer)
+        normal = self._normal(SHAPE.head_dim, SHAPE.head_dim).double()
+        # The diagonal keeps the least eigenvalue from 0.
+        moments = normal @ normal.T / SHAPE.head_dim + 0.1 * torch.eye(SHAPE.head_dim)
+        feedback = feedback_matrix(moments)[None].half()
+        expected.key_feedback = feedback
+        layer.key_feedback = self._put("key_feedback", feedback)
+        k, v = self._normal(2, PROMPT, SHAPE.num_kv_heads, SHAPE.head_dim)
+        on_cpu, on_card = self._batches(PAST, PROMPT)
+        self.reference.write_cache(k, v, expected, on_cpu, self.views["scratch"])
+        self.ops.write_cache(self._put("k", k), self._put("v", v), layer, on_card,
+                             self.views["scratch"])
+        pages = on_cpu.page_table[0].long()[on_cpu.positions.long() // PAGE_LEN]
+        ours, theirs = (_rows_of(stored, pages, on_cpu, True)
+                        for stored in (self._read_back(layer).keys, expected.keys))
+        self._compare(f"feedback of keys in a {cache_type} cache", ours, theirs,
+                      0.3 * _WRITE_BOUNDS[layer.cache_type.k_bits])
+
     def _stored_tokens(self, role: str, bits: int) -> StoredTokens:
         return StoredTokens(self.views[f"{role}_codes"], self.views.get(f"{role}_scales"), bits)
 
@@ -366,6 +392,10 @@ class _Check:
                 rows_in_pages = _rows_of(opened.tokens, pages, on_cpu, True)
                 self._compare(f"{half} of {what} in an open page of {cache}", rows_in_pages, x,
                               _WRITE_BOUNDS[opened.tokens.bits])
+                if past == 0:
+                    rows_in_pages = _rows_of(opened.first, pages[:1], on_cpu, True)
+                    self._compare(f"{half} of {what} beside the open pages of {cache}",
+                                  rows_in_pages, x[:1], _WRITE_BOUNDS[opened.tokens.bits])
         expected, out = torch.empty_like(q), self.views["attended"][:rows]
         self.reference.attention(q.clone(), written, on_cpu, shape, expected, scratch, sinks)
         self.ops.attention(self._put("q", q), layer, on_card, shape, out, scratch, sinks_on_card)
@@ -454,6 +484,7 @@ def check_specs(name: str) -> list[TensorSpec]:
         "q": ("float32", (rows, *heads)),
         "k": ("float32", (rows, *kv_heads)),
         "v": ("float32", (rows, *kv_heads)),
+        "key_feedback": ("float16", (SHAPE.num_kv_heads, SHAPE.head_dim, SHAPE.head_dim)),
         "attended": ("float32", (rows, *heads)),
         "integers": ("int32", (4 * rows,)),
         "rope_table": ("float32", (rows, 2, SHAPE.head_dim // 2)),
@@ -464,7 +495,7 @@ def check_specs(name: str) -> list[TensorSpec]:
         "scratch": ("uint8", (scratch,)),
         "upload_buffer": ("uint8", (1 << 16,)),
     }
-    for cache_type in dict.fromkeys((*CACHE_TYPES, *OPEN_CACHE_TYPES)):
+    for cache_type in dict.fromkeys((*CACHE_TYPES, *OPEN_CACHE_TYPES, *FEEDBACK_CACHE_TYPES)):
         kind = CacheType.parse(cache_type)
         shapes |= {f"{cache_type}.{role}": found for role, found in cache_shapes(kind).items()}
     for cache_type in OPEN_CACHE_TYPES:
