@@ -264,13 +264,12 @@ __device__ void write_quantized(const WriteMemory& memory, int head_dim, bool ha
         const float value = y[group * kGroup + lane_id()];
         const Trial best =
             best_scale<kBits>(y + group * kGroup, elements, value, memory.codebooks);
-        const GroupScale scale{
-            inverse_of(half_to_float(static_cast<uint16_t>(best.bits))), best.bits};
+        const float inverse = inverse_of(half_to_float(static_cast<uint16_t>(best.bits)));
         if (lane_id() == 0) scales[group] = static_cast<uint16_t>(best.bits);
         if (has_feedback) {
-            if (lane_id() == 0) memory.scales[group] = scale;
+            if (lane_id() == 0) memory.scales[group] = {float_bits(inverse), best.bits};
         } else {
-            write_codes<kBits>(value * scale.inverse, best.table, elements, group,
+            write_codes<kBits>(value * inverse, best.table, elements, group,
                                memory.codebooks, codes);
         }
     }
@@ -282,7 +281,7 @@ __device__ void write_targets(const WriteMemory& memory, int head_dim, uint8_t* 
     const int warps = static_cast<int>(blockDim.x) / 32;
     for (int group = warp_id(); group < num_groups(head_dim, kBits); group += warps) {
         const GroupScale scale = memory.scales[group];
-        write_codes<kBits>(memory.targets[group * kGroup + lane_id()] * scale.inverse,
+        write_codes<kBits>(memory.targets[group * kGroup + lane_id()] * scale.inverse(),
                            scale.table(), min(kGroup, head_dim - group * kGroup), group,
                            memory.codebooks, codes);
     }
@@ -377,8 +376,8 @@ extern "C" __global__ void __launch_bounds__(kWriteThreads)
     if (rope.table != nullptr && blockIdx.y % 2 == 0) {
         const float* cos = rope.table + static_cast<int64_t>(row) * 2 * rope.half;
         if (warp_id() == 0) {
-            rotate_head(memory.head, cos, cos + rope.half, head_dim, rope.half, rope.interleaved != 0,
-                        rope.k_weight, rope.eps);
+            rotate_head(memory.head, cos, cos + rope.half, head_dim, rope.half,
+                        rope.interleaved != 0, rope.k_weight, rope.eps);
         }
         block_sync();  // the key is rotated
     }

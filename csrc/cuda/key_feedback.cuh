@@ -12,12 +12,8 @@
 // a lane also has one of 32 intervals of values, in which there is at most one threshold: the
 // level of a value takes three parallel shuffles instead of a binary search.
 //
-// Dependent instructions of a step, with latencies of sm_80 and sm_90 (estimates: 4 cycles for
-// arithmetic, 10 for a comparison and a choice, 24 for a shuffle and 2 for each one behind it):
-//   tables   2 arithmetic, mask, 3 shuffles, comparison, error, 4 shuffles, 4 sums   95 cycles
-//   6 bits   7 arithmetic, 4 shuffles, 4 sums                                        70 cycles
-// A step issues 40 to 85 instructions for up to 128 elements, fewer than it waits. So a head of 64
-// elements takes 15 steps, 1,430 or 1,050 cycles, and one of 128 takes 31, 2,950 or 2,170.
+// A step is a chain of the error of an element (with tables 2 operations, 3 shuffles, a comparison
+// and 2 operations), 4 shuffles and 4 sums: docs/cuda_attention.md has its cycles.
 //
 // Longer heads, which no tensor core attends for either, have their targets in shared memory.
 #pragma once
@@ -26,15 +22,24 @@
 
 namespace exl {
 
-constexpr int kFeedbackSlots = 8;  // blocks whose rows are in shared memory or on their way
+// Rows of the matrix that are copied at once, to one of kFeedbackSlots slots: those of 4 blocks,
+// because 4 steps take longer than a read from the second-level cache.
+constexpr int kFeedbackRows = 16;
+constexpr int kFeedbackSlots = 2;
+// For heads of up to 64 elements there are slots for all rows, so that steps copy nothing.
+constexpr int kAllFeedbackSlots = 4;
+EXL_HOST_DEVICE constexpr int feedback_slots(int registers) {
+    return registers <= 2 ? kAllFeedbackSlots : kFeedbackSlots;
+}
 constexpr int kMaxFeedbackRegisters = 8;
 constexpr int kGroupBlocks = kGroup / kFeedbackBlock;
 
 // What rounding needs of a group that has been searched.
 struct GroupScale {
-    float inverse;
-    uint32_t bits;  // of the scale
+    uint32_t inverse_bits;  // float32
+    uint32_t bits;          // of the scale
 
+    __device__ __forceinline__ float inverse() const { return bits_float(inverse_bits); }
     __device__ __forceinline__ float exact() const {
         return half_to_float(static_cast<uint16_t>(bits));
     }
@@ -118,14 +123,14 @@ struct TableRounding {
     }
     __device__ __forceinline__ void set_group(const GroupScale& scale) {
         own = scale.table() ? second : first;
-        inverse = scale.inverse;
+        inverse = scale.inverse();
         half_inverse = 0.5f * inverse;
         minus_exact = -scale.exact();
     }
     __device__ __forceinline__ float error(float target) const {
-        // The sum's lowest bits are the interval.
+        // The sum's five lowest bits are the interval, and a shuffle reads no others.
         const float place = fma_saturated(target, half_inverse, 0.5f);
-        const int lane = float_bits(fmaf(place, kIntervals - 1, 12582912.0f)) & 31;
+        const int lane = float_bits(fmaf(place, kIntervals - 1, 12582912.0f));
         const float threshold = shfl(own.threshold, lane), low = shfl(own.low, lane);
         const float high = shfl(own.high, lane);
         const float level = mul_rn(target, inverse) > threshold ? high : low;
@@ -139,7 +144,7 @@ struct UniformRounding {
     float inverse, minus_step;
 
     __device__ __forceinline__ void set_group(const GroupScale& scale) {
-        inverse = scale.inverse;
+        inverse = scale.inverse();
         minus_step = scale.exact() * (-1.0f / Grid<kBits>::kHalf);
     }
     __device__ __forceinline__ float error(float target) const {
@@ -161,52 +166,51 @@ __device__ __forceinline__ void prefetch_feedback(const uint16_t* feedback, int 
     }
 }
 
-// Copies a block's rows to its slot of the ring, by one warp. Columns of groups that are complete
-// and those beyond `padded` become zeros. Always commits one group of copies.
+// Copies rows kFeedbackRows * stage and on to a slot of the ring, by one warp. Columns of groups
+// that are complete and those beyond `padded` become zeros.
 template <int kRegisters>
-__device__ __forceinline__ void copy_rows(const uint16_t* feedback, int head_dim, int block,
+__device__ __forceinline__ void copy_rows(const uint16_t* feedback, int head_dim, int stage,
                                           uint16_t* ring) {
-    constexpr int kWidth = kGroup * kRegisters, kPart = 8;
-    if (block < feedback_steps(head_dim)) {
-        const int padded = round_up(head_dim, kGroup), begin = block / kGroupBlocks * kGroup;
-        uint16_t* slot = ring + block % kFeedbackSlots * kFeedbackBlock * kWidth;
+    constexpr int kWidth = kGroup * kRegisters, kPart = 8, kParts = 32 * kPart;
+    const int padded = round_up(head_dim, kGroup), last = head_dim - 1;
+    if (stage * kFeedbackRows < head_dim) {
+        const int column = lane_id() * kPart % kWidth;
+        const int first = stage * kFeedbackRows + lane_id() * kPart / kWidth;
+        const bool is_read = column >= stage * kFeedbackRows / kGroup * kGroup && column < padded;
+        uint16_t* slot =
+            ring + stage % feedback_slots(kRegisters) * kFeedbackRows * kWidth + lane_id() * kPart;
 #pragma unroll
-        for (int part = lane_id(); part < kFeedbackBlock * kWidth / kPart; part += 32) {
-            const int row = part * kPart / kWidth, column = part * kPart % kWidth;
-            const bool is_read = column >= begin && column < padded;
-            const int source = (block * kFeedbackBlock + row) * padded + column;
-            copy_async16(slot + row * kWidth + column, feedback + (is_read ? source : 0), is_read);
+        for (int i = 0; i < kFeedbackRows * kWidth / kParts; ++i) {
+            // Beyond the head the last row, which is 0.
+            const int row = min(first + i * (kParts / kWidth), last);
+            copy_async16(slot + i * kParts, feedback + row * padded + column, is_read);
         }
     }
     copy_async_commit();
 }
 
-// Requests the first rows, all slots but one, by the warp that rounds.
-template <int kRegisters>
-__device__ __forceinline__ void begin_rows(const uint16_t* feedback, int head_dim,
-                                           uint16_t* ring) {
-#pragma unroll 1
-    for (int block = 0; block < kFeedbackSlots - 1; ++block) {
-        copy_rows<kRegisters>(feedback, head_dim, block, ring);
-    }
-}
-
+// Requests the first rows, by the warp that rounds.
 __device__ __forceinline__ void begin_feedback(const uint16_t* feedback, int head_dim,
                                                uint16_t* ring) {
     const int groups = ceil_div(head_dim, kGroup);
-    if (groups <= 2) return begin_rows<2>(feedback, head_dim, ring);
-    if (groups <= 4) return begin_rows<4>(feedback, head_dim, ring);
-    if (groups <= 8) return begin_rows<8>(feedback, head_dim, ring);
+    if (groups <= 2) {
+        for (int stage = 0; stage < kAllFeedbackSlots; ++stage) {
+            copy_rows<2>(feedback, head_dim, stage, ring);
+        }
+        return;
+    }
+    if (groups <= 4) return copy_rows<4>(feedback, head_dim, 0, ring);
+    if (groups <= kMaxFeedbackRegisters) return copy_rows<8>(feedback, head_dim, 0, ring);
 }
 
 // ---- The steps ---------------------------------------------------------------------------------
 
-// A head of up to 32 * kRegisters elements. Precondition: begin_rows.
+// A head of up to 32 * kRegisters elements. Precondition: begin_feedback.
 template <int kRegisters, class Rounding>
 __device__ __forceinline__ void move_registers(const float* y, int head_dim, Rounding rounding,
                                                const GroupScale* scales, const uint16_t* feedback,
                                                uint16_t* ring, float* targets) {
-    constexpr int kWidth = kGroup * kRegisters;
+    constexpr int kWidth = kGroup * kRegisters, kStageBlocks = kFeedbackRows / kFeedbackBlock;
     const int padded = round_up(head_dim, kGroup);
     float target[kRegisters];
     bool finite = true;
@@ -225,20 +229,36 @@ __device__ __forceinline__ void move_registers(const float* y, int head_dim, Rou
         if (kGroup * (group + 1) < padded) scale = scales[group + 1];
         const int end = min((group + 1) * kGroupBlocks, steps);
 #pragma unroll 1
-        for (int block = group * kGroupBlocks; block < end; ++block) {
-            copy_async_wait<kFeedbackSlots - 2>();
-            warp_sync();  // the block's rows have arrived, those before are no longer read
-            copy_rows<kRegisters>(feedback, head_dim, block + kFeedbackSlots - 1, ring);
+        for (int first = group * kGroupBlocks; first < end; first += kStageBlocks) {
+            const int stage = first / kStageBlocks;
+            if (kRegisters > 2 || stage == 0) {
+                copy_async_wait<0>();
+                warp_sync();  // the stage's rows have arrived, those before are no longer read
+            }
+            if (kRegisters > 2) copy_rows<kRegisters>(feedback, head_dim, stage + 1, ring);
             const uint16_t* rows =
-                ring + block % kFeedbackSlots * kFeedbackBlock * kWidth + lane_id();
-            const float error = rounding.error(target[group]);
+                ring + stage % feedback_slots(kRegisters) * kFeedbackRows * kWidth + lane_id();
+            const int lane = first % kGroupBlocks * kFeedbackBlock;
+            // Steps beyond the head's move nothing: the rows of its last block are 0.
+#pragma unroll(kRegisters <= 4 ? 2 : 1)
+            for (int block = 0; block < kStageBlocks; ++block) {
+                float shares[kFeedbackBlock][kRegisters];
 #pragma unroll
-            for (int i = 0; i < kFeedbackBlock; ++i) {
-                const float moved = shfl(error, block % kGroupBlocks * kFeedbackBlock + i);
+                for (int i = 0; i < kFeedbackBlock; ++i) {
 #pragma unroll
-                for (int j = group; j < kRegisters; ++j) {
-                    target[j] = fmaf(moved, half_to_float(rows[i * kWidth + j * kGroup]),
-                                     target[j]);
+                    for (int j = group; j < kRegisters; ++j) {
+                        const int row = block * kFeedbackBlock + i;
+                        shares[i][j] = half_to_float(rows[row * kWidth + j * kGroup]);
+                    }
+                }
+                const float error = rounding.error(target[group]);
+#pragma unroll
+                for (int i = 0; i < kFeedbackBlock; ++i) {
+                    const float moved = shfl(error, lane + block * kFeedbackBlock + i);
+#pragma unroll
+                    for (int j = group; j < kRegisters; ++j) {
+                        target[j] = fmaf(moved, shares[i][j], target[j]);
+                    }
                 }
             }
         }

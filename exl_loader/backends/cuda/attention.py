@@ -147,11 +147,10 @@ _WAVE_BYTES = _STEP_PAIRS * 4 * _HALF_BYTES
 _GENERIC_THREADS = 128
 _WRITE_WARPS = 8
 _CODEBOOK_FLOATS = 64
-# csrc/cuda/key_feedback.cuh: slots of the ring of a matrix' rows, elements that are rounded at
-# once (kFeedbackBlock of csrc/cache_codec.h), the most groups of a head that
-# has one, and a GroupScale.
-_FEEDBACK_SLOTS = 8
-_FEEDBACK_BLOCK = 4
+# csrc/cuda/key_feedback.cuh: rows of a slot of the ring of a matrix' rows, slots of heads with more
+# than 2 groups and with fewer, the most groups of a head that has a ring, and a GroupScale.
+_FEEDBACK_ROWS = 16
+_FEEDBACK_SLOTS, _ALL_FEEDBACK_SLOTS = 2, 4
 _MOST_FEEDBACK_REGISTERS = 8
 _GROUP_SCALE_BYTES = 8
 
@@ -172,8 +171,9 @@ def write_shared_bytes(head_dim: int, has_feedback: bool) -> int:
     if groups > _MOST_FEEDBACK_REGISTERS:
         return shared_bytes
     # A row is as long as the registers that hold a head: 2, 4 or 8 of each lane.
-    row_bytes = next(size for size in (2, 4, 8) if groups <= size) * GROUP * _HALF_BYTES
-    return shared_bytes + _FEEDBACK_SLOTS * _FEEDBACK_BLOCK * row_bytes
+    registers = next(size for size in (2, 4, 8) if groups <= size)
+    slots = _ALL_FEEDBACK_SLOTS if registers <= 2 else _FEEDBACK_SLOTS
+    return shared_bytes + slots * _FEEDBACK_ROWS * registers * GROUP * _HALF_BYTES
 
 
 @dataclass(frozen=True)
