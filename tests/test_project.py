@@ -29,12 +29,19 @@ def test_ruff_finds_nothing():
     run("-m", "ruff", "check", "--no-cache", ".")
 
 
+def test_no_two_test_files_share_a_name():
+    """pytest imports a test file by its name alone, and cannot collect the second one."""
+    names = [path.name for path in (REPO / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 # Reading the sources of these packages takes mypy seven times as long as reading ours.
 PACKAGES_UNREAD = """
 [[tool.mypy.overrides]]
 module = ["torch.*", "gradio.*", "transformers.*"]
 follow_imports = "skip"
 """
+
 
 
 @pytest.mark.parametrize(

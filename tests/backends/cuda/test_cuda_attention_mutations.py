@@ -20,13 +20,13 @@ from backends.operations.test_attention import (
 from backends.operations.test_attention_key_bias import assert_like_reference as with_bias
 from backends.operations.test_attention_open_pages import filled, tensors_of
 from backends.operations.test_cache_writing import REFERENCE, bytes_of, written
-from backends.operations.test_key_feedback import moments, stored_feedback
-from backends.operations.test_key_feedback import written as written_with_feedback
 from exl_loader.backends.build.toolchain import find_compiler
 from support.attention_cases import SOURCES, attention_target, shape_of
 from support.cache_layers import make_batch, random_rows
 from support.cuda_emulation.mutation import built_from
 from support.exhaustive import some_of
+from support.key_feedback_cases import moments, stored_feedback
+from support.key_feedback_cases import written as written_with_feedback
 
 pytestmark = [
     pytest.mark.slow,

@@ -9,9 +9,8 @@ from exl_loader.backends.cuda.attention import AttentionOps
 from exl_loader.backends.reference.codec import dequantize, quantize, rotate
 from exl_loader.backends.reference.feedback import BLOCK, feedback_matrix
 from exl_loader.backends.reference.ops import ReferenceOps
-from exl_loader.cache.layout import GROUP
-from exl_loader.utils.integers import round_up
 from support.cache_layers import make_batch, make_layer, random_rows, write
+from support.key_feedback_cases import moments, stored_feedback, written
 from support.targets import ALL_CPUS, TARGETS, target
 
 REFERENCE = ReferenceOps()
@@ -20,29 +19,6 @@ REFERENCE = ReferenceOps()
 @pytest.fixture(params=[*ALL_CPUS, *TARGETS])
 def ops(request):
     return target(request.param, AttentionOps)
-
-
-def moments(heads, head_dim, seed=0, spread=100.0):
-    """Return float64 [heads, head_dim, head_dim] with eigenvalues from 1 / spread to 1."""
-    generator = torch.Generator().manual_seed(seed)
-    normal = torch.randn(heads, head_dim, head_dim, generator=generator, dtype=torch.float64)
-    basis = torch.linalg.qr(normal)[0]
-    values = spread ** -torch.linspace(0, 1, head_dim, dtype=torch.float64)
-    return basis @ (values[:, None] * basis.transpose(1, 2))
-
-
-def stored_feedback(m):
-    """Return the matrix for moments as a layer has it."""
-    feedback = feedback_matrix(m)
-    padding = round_up(m.shape[-1], GROUP) - m.shape[-1]
-    return torch.nn.functional.pad(feedback, (0, padding)).half()
-
-
-def written(writer, cache_type, k, batch, feedback):
-    layer = make_layer(cache_type, int(batch.page_table.max()) + 1, *k.shape[1:])
-    layer.key_feedback = feedback
-    write(writer, k, k, layer, batch)
-    return layer
 
 
 def read(codes, scales, head_dim, bits):
