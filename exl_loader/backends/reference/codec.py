@@ -123,6 +123,11 @@ def _as_half(scale: torch.Tensor, table: torch.Tensor | int, bits: int) -> torch
     return half
 
 
+def _inverse(scale: torch.Tensor) -> torch.Tensor:
+    """Return 1 / scale, and 0 for scales of 0."""
+    return torch.where(scale == 0, 0.0, 1 / scale)
+
+
 class GroupSearch:
     """The best codes and scales found so far for groups of elements.
 
@@ -134,6 +139,7 @@ class GroupSearch:
 
     def __init__(self, y: torch.Tensor, bits: int, grids: torch.Tensor) -> None:
         self.y, self.bits, self.levels = y, bits, grids
+        self.thresholds = (grids[:, 1:] + grids[:, :-1]) / 2
         self.codes = torch.zeros(y.shape, dtype=torch.uint8)
         # NaN stays if no attempt has a finite error, so that NaN or infinity in y is not hidden.
         self.scales = torch.full((y.shape[0], 1), torch.nan, dtype=torch.float16)
@@ -148,8 +154,7 @@ class GroupSearch:
         """
         half = _as_half(scale, table, self.bits)
         grid, exact = self.levels[table], half.float()
-        inverse = torch.where(exact == 0, 0.0, 1 / exact)
-        codes = torch.bucketize(self.y * inverse, (grid[1:] + grid[:-1]) / 2)
+        codes = torch.bucketize(self.y * _inverse(exact), self.thresholds[table])
         errors = (grid[codes] * exact - self.y).square().sum(dim=1, keepdim=True)
         better = errors < self.errors
         if where is not None:
@@ -160,17 +165,18 @@ class GroupSearch:
         self.errors = torch.where(better, errors, self.errors)
 
     def round(self, y: torch.Tensor) -> torch.Tensor:
-        """Round other vectors y, float32 [n, elements], to the grids found; set `codes`.
+        """Round other elements to the grids that were found, and keep their codes.
+
+        Args:
+            y: float32 [n, elements]; there may be fewer elements than a group has.
 
         Returns:
-            float32 [n, elements], the difference of y from its codes' values.
+            float32 [n, elements], y minus the values of its codes.
         """
-        exact = self.scales.float()
-        inverse = torch.where(exact == 0, 0.0, 1 / exact)
-        thresholds = (self.levels[:, 1:] + self.levels[:, :-1]) / 2
-        scaled = (y * inverse)[..., None] > thresholds[self.tables.long()]
-        self.codes = scaled.sum(dim=-1).to(torch.uint8)
-        return y - self.levels[self.tables.long(), self.codes.long()] * exact
+        exact, tables = self.scales.float(), self.tables.long()
+        is_above = (y * _inverse(exact))[..., None] > self.thresholds[tables]
+        self.codes = is_above.sum(dim=-1).to(torch.uint8)
+        return y - self.levels[tables, self.codes.long()] * exact
 
     def refit(self) -> None:
         """Fit each scale to its codes by least squares, and attempt the fitted scale."""

@@ -1,11 +1,11 @@
 """The definition of rounding keys with feedback.
 
-What matters about a stored key y is the error of its scores q . (y - y'), not that of its
-elements. With M the second moments of the rotated queries, the mean square of that error is
-e M e', e = y - y'. The elements of e are free to have any signs, so that errors of some elements
-can make up for those of others. So elements are rounded in blocks of `BLOCK`, one block after
-the other, and the error of a block moves the targets of all further elements R by the amount that
-minimises the mean square if those were not rounded:
+A key is read to compute scores, so the error of its scores matters and not that of its elements.
+Let y be a rotated key, z its stored value and e = y - z. The error of the score of a query q is
+q . e. With M the second moments of the rotated queries, its mean square is e M e^T. Errors of
+some elements can compensate errors of others. So elements are rounded in blocks of `BLOCK`, one
+block after the other. The error of a block B moves the targets of all further elements R by the
+amount that would minimise the mean square if they were not rounded:
 
     target[R] += e[B] . F[B, R],    F[B, R] = M[B, R] M[R, R]^-1
 
@@ -13,8 +13,8 @@ This is the rounding of GPTQ (Frantar et al. 2022) for vectors that are known on
 those of rounding without feedback, and what reads codes does not change. `model/key_feedback.py`
 finds M.
 
-The elements of a block are rounded alone, so that a block's elements are rounded in parallel. On
-SmolLM2 blocks of 4 lost 9 % of what blocks of one element gain, blocks of 8 lost half.
+The elements of a block are rounded independently, so that a kernel can round them in parallel. On
+SmolLM2 blocks of 4 lost a seventh of what blocks of one element gain, blocks of 8 lost half.
 
 A vector with a group for which no scale has a finite error is rounded without feedback.
 """
@@ -45,8 +45,9 @@ def feedback_matrix(moments: torch.Tensor) -> torch.Tensor:
         target of element j, 0 unless j is in a later block.
     """
     head_dim = moments.shape[-1]
-    # With C' C = M^-1 and C upper triangular, the inverse of M without the elements before block B
-    # is C'C of the lower right part alone, and M[B, R] M[R, R]^-1 = -C[B, B]^-1 C[B, R].
+    # Let C be upper triangular with C^T C = M^-1. Its lower right part gives in the same way the
+    # inverse of M without the elements before block B. So M[B, R] M[R, R]^-1 is
+    # -C[B, B]^-1 C[B, R].
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
     upper = torch.linalg.cholesky(inverse, upper=True)
     result = torch.zeros_like(moments)
@@ -63,8 +64,8 @@ def round_with_feedback(
 ) -> None:
     """Round vectors again with feedback, to the grids that were found without.
 
-    A product and a sum are rounded once, as by the fused instructions of the kernels; the terms of
-    a target are added in the order of the elements.
+    A product and its addition are rounded once together, as in the fused instructions of the
+    kernels. The terms of a target are added in the order of the elements.
 
     Args:
         y: float32 [n, head_dim].
@@ -77,16 +78,16 @@ def round_with_feedback(
     target = y.clone()
     codes = [group.codes for group in groups]
     rounded = [torch.zeros_like(part) for part in codes]
-    place = 0
+    start = 0
     for group, done in zip(groups, rounded, strict=True):
         for first in range(0, done.shape[1], BLOCK):
             end = min(first + BLOCK, done.shape[1])
-            here, further = slice(place + first, place + end), slice(place + end, None)
+            here, further = slice(start + first, start + end), slice(start + end, None)
             errors = group.round(target[:, here])
             done[:, first:end] = group.codes
             for i, error in enumerate(errors.double().unbind(dim=1)):
-                added = error[:, None] * shares[:, place + first + i, further]
+                added = error[:, None] * shares[:, start + first + i, further]
                 target[:, further] = (target[:, further].double() + added).float()
-        place += done.shape[1]
+        start += done.shape[1]
     for group, plain, done in zip(groups, codes, rounded, strict=True):
         group.codes = torch.where(finite, done, plain)
