@@ -58,7 +58,7 @@ def load(
     Args:
         model_dir: folder with config.json and *.safetensors.
         progress: gets the tasks of the load: importing PyTorch, compiling, reserving memory,
-            reading weights.
+            reading weights, and finding key feedback where keys have fewer than 8 bits.
         options: see `LoadOptions`.
 
     Raises:
@@ -279,7 +279,8 @@ class _WeightReader:
             model = Model(
                 parts, workspaces, cache, self.ops, rooms=rooms,
                 alpha_value=self.options.alpha_value,
-                compress_pos_emb=self.options.compress_pos_emb,
+                compress_pos_emb=self.options.compress_pos_emb, progress=self.progress,
+                feedback_task=f"finding {'draft ' if prefix else ''}key feedback",
             )
             for adapter, scaling in placed.loras.adapters:
                 model.load_lora(adapter, scaling)

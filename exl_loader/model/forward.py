@@ -22,6 +22,7 @@ from ..cache.paging import PagedCache, PagedSequence
 from ..checkpoint.rope import RopeConfig, inv_freq
 from ..generation.forward_model import LogitsMode, LogitsRow
 from ..utils.errors import CacheFull, InvalidSettings
+from ..utils.progress import NullProgress, Progress, task
 from .adapters import Adapters, LoadedLora
 from .assembly import ModelParts
 from .key_feedback import KeyFeedbackSearch, MeanOverPositions, sample_ids
@@ -61,6 +62,8 @@ class Model:
         ops: device -> its operations.
         rooms: device -> uint8 [n], the room for adapters; devices without a room are missing.
         alpha_value, compress_pos_emb: see `rope.inv_freq`.
+        progress: reports the layers whose key feedback has been found.
+        feedback_task: the name under which it does.
 
     Attributes:
         sampled_vocab_size: ids from here on are of no token and are never drawn.
@@ -79,6 +82,8 @@ class Model:
         rooms: Mapping[str, torch.Tensor] | None = None,
         alpha_value: float = 1.0,
         compress_pos_emb: float = 1.0,
+        progress: Progress | None = None,
+        feedback_task: str = "finding key feedback",
     ):
         self.config, devices = parts.config, parts.device_map.devices
         first, last = workspaces[devices[0]], workspaces[devices[-1]]
@@ -120,13 +125,19 @@ class Model:
         self._slot_rope_len = [1] * self.max_batch_size
         self._steps: dict[tuple[int, int, LogitsMode, bool], Step] = {}
         if any(layer.key_feedback is not None for layer in cache.layers):
-            self._find_key_feedback(cache, [frequencies for frequencies, _ in tables])
+            with task(
+                progress or NullProgress(), feedback_task, len(cache.layers), "layers"
+            ) as advance:
+                self._find_key_feedback(cache, [frequencies for frequencies, _ in tables], advance)
         for placed in self._stages:
             # Another thread than the one that loads may run the steps.
             placed.cpu.finish()
 
     def _find_key_feedback(
-        self, cache: PagedCache, frequencies: Sequence[Sequence[float]]
+        self,
+        cache: PagedCache,
+        frequencies: Sequence[Sequence[float]],
+        advance: Callable[[int], None],
     ) -> None:
         """Run the sample of `key_feedback`, which writes the matrices of the cache's layers.
 
@@ -134,12 +145,13 @@ class Model:
             cache: the model's, whose pages are all free. The sample runs in the first one without
                 acquiring it.
             frequencies: of each of the model's RoPEs.
+            advance: is told of each layer that is done.
         """
         assert cache.num_free_pages == cache.num_pages, "a sequence holds pages"
         ids = sample_ids(
             self.config.vocab_size, min(PAGE_LEN, self.config.learned_positions or PAGE_LEN)
         )
-        search = KeyFeedbackSearch(len(ids))
+        search = KeyFeedbackSearch(len(ids), advance)
         means = {
             rope: MeanOverPositions(
                 self.config.head_dim, frequencies[rope.index], rope.interleaved

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -181,10 +181,11 @@ class KeyFeedbackSearch:
 
     Args:
         num_ids: length of the sample, which may run in several steps.
+        advance: is told 1 for each layer whose matrices have been written.
     """
 
-    def __init__(self, num_ids: int) -> None:
-        self._num_ids = num_ids
+    def __init__(self, num_ids: int, advance: Callable[[int], None]) -> None:
+        self._num_ids, self._advance = num_ids, advance
         self._searches: dict[int, _LayerSearch] = {}
 
     def add(self, layer: CacheLayer, cpu: CpuAccess, mean: MeanOverPositions | None) -> None:
@@ -213,6 +214,7 @@ class KeyFeedbackSearch:
             layer_feedback(torch.cat(search.queries), matrices, search.mean)
         search.queries.clear()
         search.write(matrices)
+        self._advance(1)
 
 
 class _QueryRecorder(Recorder):

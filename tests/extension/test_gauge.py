@@ -1,14 +1,18 @@
 """The gauge: what it shows of a reservation, and how."""
 
+import io
+import itertools
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 
+import exl_loader
 from exl_loader.memory.reservation import DeviceReservation, Reservation
 from exl_loader.utils.byte_counts import amount
 from exl_loader.utils.errors import KernelBuildError
+from exl_loader.utils.progress import PlainProgress
 from extension.panel.gauge import (
     PICK_ELEM_ID,
     gauge_html,
@@ -17,6 +21,7 @@ from extension.panel.gauge import (
     problem_html,
     task_html,
 )
+from extension.panel.loads import WatchedProgress
 
 GIB = 1 << 30
 
@@ -308,6 +313,24 @@ def test_progress_without_an_end_is_indeterminate():
     (bar,) = [attrs for _, attrs in page.tags if attrs.get("role") == "progressbar"]
     assert "aria-valuenow" not in bar and bar["aria-valuetext"] == "importing PyTorch"
     assert "%" not in page.words and page.with_class("exl-busy")
+
+
+def test_pages_and_log_show_the_search_for_key_feedback(tiny_model_dir, monkeypatch):
+    monkeypatch.setenv("EXL_LOADER_REFERENCE", "1")
+    pages, log, seconds = [], io.StringIO(), itertools.count(step=2)
+
+    class Looked(WatchedProgress):
+        def advance(self, task, n=1):
+            super().advance(task, n)
+            pages.append(Page(self.html()).words)
+
+    progress = Looked(PlainProgress(log, lambda: next(seconds)))
+    with exl_loader.load(tiny_model_dir, ctx_size=600, cache_type="q4", progress=progress):
+        pass
+    words, lines = " ".join(pages), log.getvalue()
+    assert "Finding key feedback" in words and "1/2 layers · 50 %" in words
+    assert "finding key feedback: 1/2 layers\n" in lines
+    assert "finding key feedback: 2/2 layers in " in lines
 
 
 def luminance(colour):
