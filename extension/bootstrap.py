@@ -1,4 +1,4 @@
-"""Makes the plugin's modules and the engine importable inside the web UI's process.
+"""Makes the plugin's modules and the engine importable inside a host's process.
 
 The web UI runs script.py as a single file outside any package, and again at every restart of its
 page, so modules that must outlive a restart are registered under a name of their own. `sys.path`
@@ -16,7 +16,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
-PACKAGE = "exl_loader_webui"
+PACKAGE = "exl_loader_extension"
 ENGINE = "exl_loader"
 
 
@@ -52,15 +52,16 @@ def engine_root(folder: Path) -> Path:
         if (root / ENGINE / "__init__.py").is_file():
             return root
     raise FileNotFoundError(
-        f"the folder {ENGINE} is neither in {folder} nor next to it; run install.py --webui again"
+        f"the folder {ENGINE} is neither in {folder} nor next to it; run install.py again"
     )
 
 
-def activate(name: str) -> ModuleType:
+def activate(name: str, room: str = "webui") -> ModuleType:
     """Make plugin and engine importable, and import a module; a second call changes nothing.
 
     Args:
-        name: of a module in `webui/`.
+        name: of a module in the room.
+        room: the folder of the host, `webui` or `tabby`.
 
     Returns:
         that module.
@@ -80,4 +81,4 @@ def activate(name: str) -> ModuleType:
         package = importlib.util.module_from_spec(spec)
         sys.modules[PACKAGE] = package
         spec.loader.exec_module(package)
-    return importlib.import_module(f"{PACKAGE}.webui.{name}")
+    return importlib.import_module(f"{PACKAGE}.{room}.{name}")

@@ -17,9 +17,9 @@ from typing import Any
 
 from exl_loader import ExlLoaderError, InvalidSettings, ModelNotFound
 
+from ..patching import Patches
 from . import contract, loading, patching, problems
 from .contract import LOADERS, say
-from .patching import Patches
 from .problems import Problem
 
 _ANSWERS = ("completions", "chat_completions")

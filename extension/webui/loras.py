@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import exl_loader
 from exl_loader import ExlLoaderError, InsufficientMemory, InvalidCall
 
+from ..patching import Patches
 from . import contract, loading
 from .contract import LOADERS, say
-from .patching import Patches
 
 if TYPE_CHECKING:
     from exl_loader import LoadedModel

@@ -15,6 +15,7 @@ from ..panel import loads, panel
 from ..panel.gauge import PAGE_LEN, PICK_ELEM_ID, gauge_html, message_html
 from ..panel.page_script import draw_in_order, follow_pick, keep_in_step
 from ..panel.panel import AS_LLAMA, ModelChoice
+from ..patching import Patches
 from . import contract, loading, loras, options, problems
 from .contract import (
     AS_LLAMA_COLUMN,
@@ -31,7 +32,6 @@ from .contract import (
     WebuiDiffers,
     say,
 )
-from .patching import Patches
 
 # Hides the fields that only scripts read and write, and the progress while no load runs.
 _STYLE = (

@@ -7,9 +7,9 @@ from typing import Any
 from exl_loader import InvalidSettings
 
 from ..panel.panel import DEFAULT_CACHE_TYPE, ModelChoice, plain_cache_type, toggles_for
+from ..patching import Patches
 from . import contract
 from .contract import DRAFT_OPTIONS, LOADERS, OPTION_DEFAULTS, PANEL_IDS, say
-from .patching import Patches
 from .request import SAMPLERS
 
 # Options of the web UI's own that both loaders have.

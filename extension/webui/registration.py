@@ -19,6 +19,7 @@ from exl_loader.checkpoint.model_class import has_unknown_class
 
 from ..panel import loads, panel
 from ..panel.panel import AS_LLAMA
+from ..patching import Patches
 from . import (
     api,
     contract,
@@ -32,7 +33,7 @@ from . import (
     text_generation,
 )
 from .contract import LOADERS, ROPE_OPTIONS, WebuiDiffers, say
-from .patching import Patches, watcher
+from .patching import watcher
 
 _patches = Patches()
 _registered: bool | None = None

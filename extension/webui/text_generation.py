@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
+from ..patching import Patches
 from . import contract, loading, problems
 from .contract import CHAT_STOPS
-from .patching import Patches
 from .request import PromptRoom
 
 

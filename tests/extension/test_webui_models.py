@@ -11,9 +11,9 @@ import torch
 
 import exl_loader
 from exl_loader.utils.errors import InvalidSettings, PromptTooLong
+from extension.patching import Patches
 from extension.webui import loading, problems, request
 from extension.webui.native_model import Exllamav3Model
-from extension.webui.patching import Patches
 from extension.webui.text_generation import extend_lengths
 from support import in_threads
 from support.tiny import write_tiny_model
