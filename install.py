@@ -7,6 +7,7 @@
     python install.py --env         only make .venv/; with --test, the test dependencies too
     python install.py --webui PATH    install the loader into a text-generation-webui; with
                                       --uninstall remove it, with --update renew a copy
+    python install.py --tabbyapi PATH the same for TabbyAPI
 
 Needs Python 3.10 or newer and nothing else. A complete .venv/ is used unchanged; an interrupted
 set-up starts again from the beginning. Further arguments are passed to the program that is
@@ -61,9 +62,9 @@ def main() -> int:
         )
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
-        epilog="Further arguments are passed on. --webui PATH takes --python PYTHON, the Python\n"
-        "of the web UI; --copy, which copies the extension instead of linking it; --update;\n"
-        "--uninstall.\n"
+        epilog="Further arguments are passed on. --webui PATH and --tabbyapi PATH take\n"
+        "--python PYTHON, the Python of that program; --copy, which copies the extension\n"
+        "instead of linking it; --update; --uninstall.\n"
         f"\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -72,6 +73,7 @@ def main() -> int:
                       help="write text with the shipped model, then open a page with it")
     task.add_argument("--test", action="store_true", help="run the tests")
     task.add_argument("--webui", type=Path, metavar="PATH", help="install into a web UI")
+    task.add_argument("--tabbyapi", type=Path, metavar="PATH", help="install into TabbyAPI")
     end = parser.add_mutually_exclusive_group()
     end.add_argument("--terminal", action="store_true",
                      help="write text and open no page; alone or with --demo")
@@ -84,6 +86,10 @@ def main() -> int:
         from extension.install import command
 
         return command.main(args.webui, further)
+    if args.tabbyapi:
+        from extension.install import tabbyapi
+
+        return tabbyapi.main(args.tabbyapi, further, torch_for_tabbyapi)
     ensure_environment(test=args.test)
     if args.env:
         say(f"{VENV} is complete")
@@ -99,11 +105,13 @@ def check_arguments(
     parser: argparse.ArgumentParser, args: argparse.Namespace, further: list[str]
 ) -> None:
     """End the program with a usage error if the arguments name no task or contradict."""
-    if not (args.demo or args.test or args.webui or args.terminal or args.env):
-        parser.error("one of --demo, --test, --webui PATH, --terminal and --env is required")
-    if args.terminal and (args.test or args.webui):
+    installs = args.webui or args.tabbyapi
+    if not (args.demo or args.test or installs or args.terminal or args.env):
+        parser.error("one of --demo, --test, --webui PATH, --tabbyapi PATH, --terminal and --env "
+                     "is required")
+    if args.terminal and (args.test or installs):
         parser.error("--terminal goes with --demo or alone")
-    if args.env and args.webui:
+    if args.env and installs:
         parser.error("--env goes with --demo, with --test or alone")
     if args.env and further:
         parser.error(f"unrecognized arguments: {' '.join(further)}")
@@ -285,25 +293,47 @@ def install_torch() -> None:
     Raises:
         SetupError: no index has the CPU build, or pip failed.
     """
-    if sys.platform != "linux" or has_nvidia():
-        pip_install([f"torch=={TORCH_VERSION}"])
-        return
-    cpu_build = f"{TORCH_VERSION}+cpu"
-    index = [] if cpu_build in known_torch_versions() else ["--extra-index-url", TORCH_CPU_INDEX]
+    arguments = torch_arguments(venv_python())
     try:
-        pip_install([f"torch=={cpu_build}", *index])
+        pip_install(arguments)
     except SetupError as error:
+        cpu_build = f"torch=={TORCH_VERSION}+cpu"
+        if cpu_build not in arguments:
+            raise
         raise SetupError(
-            f"{error}. Without an NVIDIA GPU only the CPU build torch=={cpu_build} is installed; "
+            f"{error}. Without an NVIDIA GPU only the CPU build {cpu_build} is installed; "
             f"check that {TORCH_CPU_INDEX} can be reached, or give pip an index that has it "
             "(PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS)"
         ) from error
 
 
-def known_torch_versions() -> list[str]:
-    """List the versions of PyTorch that pip's configured indexes have for this Python."""
+def torch_arguments(python: Path) -> list[str]:
+    """Return pip's arguments for the PyTorch that fits this machine; see `install_torch`.
+
+    Args:
+        python: the interpreter whose pip will install it.
+    """
+    if sys.platform != "linux" or has_nvidia():
+        return [f"torch=={TORCH_VERSION}"]
+    cpu_build = f"{TORCH_VERSION}+cpu"
+    known = known_torch_versions(python)
+    index = [] if cpu_build in known else ["--extra-index-url", TORCH_CPU_INDEX]
+    return [f"torch=={cpu_build}", *index]
+
+
+def torch_for_tabbyapi(python: Path) -> list[str] | None:
+    """Return pip's arguments for PyTorch in TabbyAPI's Python; None if TabbyAPI installs its own.
+
+    Args:
+        python: TabbyAPI's.
+    """
+    return None if has_nvidia() else torch_arguments(python)
+
+
+def known_torch_versions(python: Path) -> list[str]:
+    """List the versions of PyTorch that the configured indexes of a Python's pip have for it."""
     result = subprocess.run(
-        [str(venv_python()), "-m", "pip", "index", "versions", "torch"],
+        [str(python), "-m", "pip", "index", "versions", "torch"],
         capture_output=True, text=True, errors="replace",
     )
     return result.stdout.replace(",", " ").split()

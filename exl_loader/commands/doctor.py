@@ -56,42 +56,53 @@ NOTABLE_FEATURES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommand's arguments to its parser."""
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    parser.add_argument("--webui", type=Path, metavar="PATH",
-                        help="examine the loader in this text-generation-webui instead")
-    parser.add_argument("--python", type=Path, help="the Python that runs the web UI")
+    host = parser.add_mutually_exclusive_group()
+    host.add_argument("--webui", type=Path, metavar="PATH",
+                      help="examine the loader in this text-generation-webui instead")
+    host.add_argument("--tabbyapi", type=Path, metavar="PATH",
+                      help="examine the backend in this TabbyAPI instead")
+    parser.add_argument("--python", type=Path, help="the Python that runs the web UI or TabbyAPI")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print a report. The exit code is 1 where something is missing."""
     if args.webui is not None:
-        return _run_webui(args.webui, args.python, args.json)
+        return _run_host("--webui", args.webui, args.python, args.json)
+    if args.tabbyapi is not None:
+        return _run_host("--tabbyapi", args.tabbyapi, args.python, args.json)
     report = examine()
     print(json.dumps(report, indent=2) if args.json else describe(report))
     return 1 if report["problems"] else 0
 
 
-def _run_webui(webui: Path, python: Path | None, as_json: bool) -> int:
-    """Print what keeps the loader from working in a web UI. The exit code is 1 where anything does.
+def _run_host(option: str, folder: Path, python: Path | None, as_json: bool) -> int:
+    """Print what keeps the engine from working in a host. The exit code is 1 where anything does.
+
+    Args:
+        option: `--webui` or `--tabbyapi`.
+        folder: the host's folder. python: its Python, if it cannot be found.
 
     Raises:
         InvalidSettings: the extension is not part of this installation.
     """
     try:
         # Not at the top of the file: the installed package has the engine alone.
-        from extension.install import command
+        from extension.install import command, tabbyapi
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "extension":
             raise
         raise InvalidSettings(
-            "--webui", expected="a checkout of exl_loader, which has the web UI's extension",
+            option, expected="a checkout of exl_loader, which has the extension",
             actual="an installed package, which has the engine alone",
             remedy="Run doctor in the checkout that install.py was run from",
         ) from None
-    found = command.problems(webui, python)
+    is_webui = option == "--webui"
+    found = (command.problems if is_webui else tabbyapi.problems)(folder, python)
     if as_json:
         print(json.dumps({"problems": [vars(problem) for problem in found]}, indent=2))
     else:
-        print("\n".join(map(str, found)) or f"the loader is ready in {webui}")
+        what = "loader" if is_webui else "backend"
+        print("\n".join(map(str, found)) or f"the {what} is ready in {folder}")
     return 1 if found else 0
 
 

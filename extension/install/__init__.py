@@ -1,5 +1,5 @@
-"""Installs the loader into a text-generation-webui, uninstalls it, and diagnoses problems.
+"""Installs into a text-generation-webui or a TabbyAPI, uninstalls, and diagnoses problems.
 
-Standard library only, because any Python may run it; it examines the web UI's own Python from
+Standard library only, because any Python may run it; it examines the host's own Python from
 outside.
 """

@@ -1,4 +1,7 @@
-"""`python install.py --webui PATH`: install, update, verify or uninstall, and report each step."""
+"""`install.py --webui PATH`: install, update, verify or uninstall, and report each step.
+
+Its steps are shared with `tabbyapi`, which does the same for TabbyAPI.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from exl_loader import ExlLoaderError
@@ -15,10 +19,11 @@ from .environment import (
     EXTRAS,
     REQUIREMENTS,
     WE_INSTALL,
-    WEBUI_OWNED,
+    WEBUI,
+    Host,
+    HostPython,
     InstallError,
     Problem,
-    WebuiPython,
     check_folder,
     clean_environment,
     dotted,
@@ -39,15 +44,15 @@ from .plugin_files import (
     write_record,
 )
 
-# Imports everything that a load imports, in the web UI's Python but without the web UI.
+# Imports everything that a load imports, in the host's Python but without the host.
 _VERIFY = """
 import sys, importlib.util
 path = sys.argv[1] + "/bootstrap.py"
-spec = importlib.util.spec_from_file_location("exl_loader_webui_bootstrap", path)
+spec = importlib.util.spec_from_file_location("exl_loader_bootstrap", path)
 bootstrap = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(bootstrap)
-for name in ("early", "registration", "native_model") + tuple(sys.argv[2:]):
-    bootstrap.activate(name)
+for name in sys.argv[3:]:
+    bootstrap.activate(name, sys.argv[2])
 import exl_loader.loader, exl_loader.engine, exl_loader.backends
 print(exl_loader.__version__)
 """
@@ -76,7 +81,7 @@ def main(webui: Path, arguments: list[str]) -> int:
         else:
             install(webui, args.python, copy=args.copy, update=args.update)
     except (InstallError, ExlLoaderError) as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         return 1
     return 0
 
@@ -96,28 +101,28 @@ def install(
     """
     root = check_folder(webui)
     python = find_python(root, given)
-    _say(f"web UI: {root}\nits Python: {python.executable} ({dotted(python.version)})")
+    say(f"web UI: {root}\nits Python: {python.executable} ({dotted(python.version)})")
     refusals = [p for p in package_problems(python) if p.remedy != WE_INSTALL]
     if refusals:
         raise InstallError("; ".join(map(str, refusals)))
-    installed = [*_install_missing(python), *_install_extras(python)]
+    installed = [*install_missing(python), *install_extras(python)]
     target = extension_folder(root)
     copied = target.exists() and not is_link(target)
     if update or not extension_is_current(target) or (copy and not copied):
         kind = install_extension(target, copy=copy or copied)
-        _say(f"extension: {target} ({kind})")
+        say(f"extension: {target} ({kind})")
     else:
-        _say(f"extension: {target} (unchanged)")
+        say(f"extension: {target} (unchanged)")
     if hook_is_current(python.site_packages):
-        _say(f"start hook: {python.site_packages} (unchanged)")
+        say(f"start hook: {python.site_packages} (unchanged)")
     else:
         install_hook(python.site_packages)
-        _say(f"start hook: {python.site_packages}")
+        say(f"start hook: {python.site_packages}")
     record = read_record(python.site_packages)
     packages = sorted({*record.get("packages", []), *installed})
     if record.get("packages") != packages:
         write_record(python.site_packages, {"packages": packages})
-    _say(f"verified: exl_loader {verify(root, python)} can be imported in the web UI's Python. "
+    say(f"verified: exl_loader {verify(root, python)} can be imported in the web UI's Python. "
          "Start the web UI as usual; its Model tab now has the loaders ExLlamav2 and ExLlamav2_HF")
 
 
@@ -129,23 +134,23 @@ def uninstall(webui: Path, given: Path | None = None) -> None:
     """
     root = webui.expanduser().resolve()
     if remove_extension(extension_folder(root)):
-        _say(f"removed {extension_folder(root)}")
+        say(f"removed {extension_folder(root)}")
     for path in saved_settings.config_files(root):
         models = saved_settings.remove_entries(path)
         if models:
-            _say(f"{path}: removed the loader ExLlamav2 from the settings of "
+            say(f"{path}: removed the loader ExLlamav2 from the settings of "
                  f"{', '.join(models)} (the previous file is {saved_settings.BACKUP})")
     for path, flags in saved_settings.named_flags(root).items():
         # This file belongs to the web UI, so it is not changed.
-        _say(f"remove {' and '.join(flags)} from {path}: without the plugin the web UI does not "
+        say(f"remove {' and '.join(flags)} from {path}: without the plugin the web UI does not "
              "start with these flags")
     python = find_python(root, given)
     packages = read_record(python.site_packages).get("packages", [])
     if packages:
-        _pip(python, ["uninstall", "--yes", *packages])
-        _say(f"removed the packages {', '.join(packages)}")
+        pip(python, ["uninstall", "--yes", *packages])
+        say(f"removed the packages {', '.join(packages)}")
     if remove_hook(python.site_packages):
-        _say(f"removed the start hook from {python.site_packages}")
+        say(f"removed the start hook from {python.site_packages}")
 
 
 def problems(webui: Path, given: Path | None = None) -> list[Problem]:
@@ -177,7 +182,7 @@ def problems(webui: Path, given: Path | None = None) -> list[Problem]:
     return found
 
 
-def verify(root: Path, python: WebuiPython) -> str:
+def verify(root: Path, python: HostPython) -> str:
     """Import the plugin and the engine in the web UI's Python.
 
     Returns:
@@ -187,9 +192,31 @@ def verify(root: Path, python: WebuiPython) -> str:
         InstallError: with the last line of Python's output.
     """
     more = ["hf_model"] if "transformers" in python.packages else []
+    modules = ["early", "registration", "native_model", *more]
+    return import_in(python, extension_folder(root), "webui", modules, root)
+
+
+def import_in(
+    python: HostPython, extension: Path, room: str, modules: Sequence[str], folder: Path
+) -> str:
+    """Import a room of the extension, and the engine, in a host's Python.
+
+    Args:
+        python: the host's.
+        extension: where the extension is installed.
+        room: its folder for the host, such as `webui`.
+        modules: of that folder.
+        folder: the working folder.
+
+    Returns:
+        the engine's version.
+
+    Raises:
+        InstallError: with the last line of Python's output.
+    """
     result = subprocess.run(
-        [str(python.executable), "-c", _VERIFY, str(extension_folder(root)), *more],
-        capture_output=True, text=True, errors="replace", env=clean_environment(), cwd=root,
+        [str(python.executable), "-c", _VERIFY, str(extension), room, *modules],
+        capture_output=True, text=True, errors="replace", env=clean_environment(), cwd=folder,
     )
     if result.returncode != 0:
         output = (result.stderr.strip().splitlines() or ["no message"])[-1]
@@ -197,16 +224,23 @@ def verify(root: Path, python: WebuiPython) -> str:
     return result.stdout.strip().splitlines()[-1]
 
 
-def _install_missing(python: WebuiPython) -> list[str]:
-    """Install the required packages that are missing."""
-    missing = [n for n in REQUIREMENTS if n not in python.packages and n not in WEBUI_OWNED]
+def install_missing(python: HostPython, host: Host = WEBUI) -> list[str]:
+    """Install the required packages that are missing and are not the host's own.
+
+    Returns:
+        their names.
+
+    Raises:
+        InstallError: pip failed.
+    """
+    missing = [n for n in REQUIREMENTS if n not in python.packages and n not in host.owned]
     if missing:
         _install_pinned(python, {name: REQUIREMENTS[name] for name in missing})
     return missing
 
 
-def _install_extras(python: WebuiPython) -> list[str]:
-    """Install the optional packages that are missing, if pip can get them."""
+def install_extras(python: HostPython) -> list[str]:
+    """Install the optional packages that are missing, if pip can get them; return their names."""
     missing = {n: oldest for n, (oldest, _) in EXTRAS.items() if n not in python.packages}
     if not missing:
         return []
@@ -214,23 +248,28 @@ def _install_extras(python: WebuiPython) -> list[str]:
         _install_pinned(python, missing)
     except InstallError as error:
         losses = "; ".join(f"without {name} {EXTRAS[name][1]}" for name in missing)
-        _say(f"{losses} ({error})")
+        say(f"{losses} ({error})")
         return []
     return list(missing)
 
 
-def _install_pinned(python: WebuiPython, wanted: dict[str, str]) -> None:
+def _install_pinned(python: HostPython, wanted: dict[str, str]) -> None:
     """Install packages, and keep everything that is installed at its version."""
-    _say(f"installing {', '.join(wanted)}")
+    say(f"installing {', '.join(wanted)}")
     pinned = [f"{name}=={version}\n" for name, version in sorted(python.packages.items())]
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder) / "installed.txt"
         constraints.write_text("".join(pinned), encoding="utf-8")
         packages = [f"{name}>={oldest}" for name, oldest in wanted.items()]
-        _pip(python, ["install", "--constraint", str(constraints), *packages])
+        pip(python, ["install", "--constraint", str(constraints), *packages])
 
 
-def _pip(python: WebuiPython, arguments: list[str]) -> None:
+def pip(python: HostPython, arguments: list[str]) -> None:
+    """Run a host's pip.
+
+    Raises:
+        InstallError: with the last line of its output.
+    """
     command = [str(python.executable), "-m", "pip", *arguments, "--disable-pip-version-check"]
     result = children.run([*command, "--no-input"], stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, env=clean_environment())
@@ -240,5 +279,6 @@ def _pip(python: WebuiPython, arguments: list[str]) -> None:
                            "has pip and that the package index can be reached")
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Print a line to stderr."""
     print(text, file=sys.stderr, flush=True)

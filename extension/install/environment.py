@@ -1,4 +1,7 @@
-"""The web UI's folder and its Python, examined from outside, and what is wrong with them."""
+"""A host's folder and its Python, examined from outside, and what is wrong with them.
+
+Hosts are text-generation-webui and TabbyAPI. Where no host is named it is the web UI.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,35 @@ EXTRAS: dict[str, tuple[str, str]] = {
 WEBUI_OWNED = ("torch", "numpy", "safetensors", "tokenizers", "sentencepiece", "jinja2")
 
 # The remedy of a problem that installing solves.
-WE_INSTALL = "install.py --webui installs it"
+WE_INSTALL = "install.py installs it"
+
+
+@dataclass(frozen=True)
+class Host:
+    """A program that the engine is installed into.
+
+    Args:
+        name: what a person calls it. option: of install.py.
+        owned: the packages that the host itself has to install.
+        environments: folders of Python environments inside its folder, the likeliest first.
+        start: how it installs its own packages.
+    """
+
+    name: str
+    option: str
+    owned: tuple[str, ...]
+    environments: tuple[str, ...]
+    start: str
+
+
+WEBUI = Host(
+    "the web UI", "--webui", WEBUI_OWNED, ("installer_files/env", "venv", ".venv", "env"),
+    "Run the web UI's start script once",
+)
+TABBYAPI = Host(
+    "TabbyAPI", "--tabbyapi", ("numpy", "tokenizers", "jinja2", "rich"), ("venv", ".venv", "env"),
+    "Run TabbyAPI's start script once, or without an NVIDIA GPU `pip install .` in its folder",
+)
 
 _PROBE = """
 import importlib.metadata, json, sys, sysconfig
@@ -70,8 +101,8 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class WebuiPython:
-    """The interpreter that runs the web UI.
+class HostPython:
+    """The interpreter that runs a host.
 
     Args:
         executable: its path. version: of Python. site_packages: the folder of its .pth files.
@@ -116,12 +147,13 @@ def extension_folder(root: Path) -> Path:
     return base / "extensions" / "exl_loader"
 
 
-def find_python(root: Path, given: Path | None = None) -> WebuiPython:
-    """Find the Python that runs a web UI, without starting the web UI.
+def find_python(root: Path, given: Path | None = None, host: Host = WEBUI) -> HostPython:
+    """Find the Python that runs a host, without starting the host.
 
     Args:
-        root: the web UI's folder.
+        root: the host's folder.
         given: the path that the user gave; nothing else is tried then.
+        host: which one it is.
 
     Raises:
         InstallError: none was found, or it does not run.
@@ -130,24 +162,24 @@ def find_python(root: Path, given: Path | None = None) -> WebuiPython:
         if not given.is_file():
             raise InstallError(
                 f"--python {given} is not a file. Give the path of a Python executable")
-        return examine(given)
+        return examine(given, host)
     if (root / "portable_env").is_dir():
         raise InstallError(
             f"{root} is a portable build, which has no PyTorch and replaces its Python with "
             "every release. Use the full version of the web UI"
         )
     tried = []
-    for executable in _candidates(root):
+    for executable in _candidates(root, host):
         if executable.is_file():
-            return examine(executable)
+            return examine(executable, host)
         tried.append(str(executable.parent))
     raise InstallError(
-        f"the Python of {root} was not found (looked in {', '.join(tried)}). Run the web UI's "
-        "start script once, or give its path with --python"
+        f"the Python of {root} was not found (looked in {', '.join(tried)}). {host.start}, or give "
+        "its path with --python"
     )
 
 
-def examine(executable: Path) -> WebuiPython:
+def examine(executable: Path, host: Host = WEBUI) -> HostPython:
     """Ask an interpreter for its version, its folders and its packages.
 
     Raises:
@@ -157,34 +189,34 @@ def examine(executable: Path) -> WebuiPython:
         result = subprocess.run([str(executable), "-c", _PROBE], capture_output=True,
                                 text=True, errors="replace", timeout=120, env=clean_environment())
         found = json.loads(result.stdout.strip().splitlines()[-1])
-        return WebuiPython(Path(found["executable"]), tuple(found["version"]),
+        return HostPython(Path(found["executable"]), tuple(found["version"]),
                           Path(found["site"]), found["packages"])
     except (OSError, subprocess.TimeoutExpired) as error:
         why: object = error
     except (ValueError, LookupError, TypeError):
         why = "its answer could not be read"
     raise InstallError(f"{executable} does not run as a Python: {why}. "
-                       "Give the path of the web UI's Python with --python")
+                       f"Give the path of {host.name}'s Python with --python")
 
 
-def package_problems(python: WebuiPython) -> list[Problem]:
-    """Return what is missing or too old in the web UI's Python."""
+def package_problems(python: HostPython, host: Host = WEBUI) -> list[Problem]:
+    """Return what is missing or too old in a host's Python."""
     found = []
     if python.version < (3, 10):
         found.append(Problem(f"its Python is {dotted(python.version)}, but exl_loader needs 3.10 "
-                             "or newer", "Update the web UI"))
+                             "or newer", f"Update {host.name}"))
     for name, oldest in REQUIREMENTS.items():
         version = python.packages.get(name)
         if version is None:
-            remedy = "Run the web UI's start script once" if name in WEBUI_OWNED else WE_INSTALL
+            remedy = host.start if name in host.owned else WE_INSTALL
             found.append(Problem(f"the package {name} is missing", remedy))
         elif older(version, oldest):
             found.append(Problem(f"{name} is {version}, but exl_loader needs {oldest} or "
-                                 "newer", "Update the web UI"))
+                                 "newer", f"Update {host.name}"))
     return found
 
 
-def extra_problems(python: WebuiPython) -> list[Problem]:
+def extra_problems(python: HostPython) -> list[Problem]:
     """Return the optional packages that are missing, with the requests that fail without them."""
     found = []
     for name, (oldest, loss) in EXTRAS.items():
@@ -200,7 +232,7 @@ def dotted(version: tuple[int, ...]) -> str:
 
 
 def clean_environment() -> dict[str, str]:
-    """Return the environment that the web UI's start scripts set: no paths from outside."""
+    """Return the environment that hosts' start scripts set: no paths from outside."""
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     return kept | {"PYTHONNOUSERSITE": "1"}
 
@@ -222,9 +254,9 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def _candidates(root: Path) -> Iterator[Path]:
-    """Yield the one-click installer's environment, those in the folder, and the active one."""
-    folders = [root / "installer_files" / "env", *(root / n for n in ("venv", ".venv", "env"))]
+def _candidates(root: Path, host: Host) -> Iterator[Path]:
+    """Yield the environments in the folder, and the active one."""
+    folders = [root / name for name in host.environments]
     for variable in ("VIRTUAL_ENV", "CONDA_PREFIX"):
         if os.environ.get(variable):
             folders.append(Path(os.environ[variable]))

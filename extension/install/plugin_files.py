@@ -1,4 +1,4 @@
-"""Installs files where the web UI and its Python look for them, and removes them again."""
+"""Installs files where a host and its Python look for them, and removes them again."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,65 @@ _NOT_COPIED = frozenset({"__pycache__", "demo_model"})
 # What a copy contains besides the extension itself.
 _ENGINE = ("exl_loader", "csrc")
 
-PTH, START, RECORD = "exl_loader_webui.pth", "exl_loader_webui_start.py", "exl_loader_webui.json"
 
-# One line, because Python executes single lines of .pth files. A .pth file is read twice if lib64
-# is a link to lib. The line runs in every Python of the environment, so the cheapest question
-# comes first. A missing start file means a half-removed plugin and is not an error.
-_PTH_LINE = (
-    "import sys; exec('name = \"exl_loader_webui_start\"\\ntry:\\n"
-    " if name not in sys.modules and any(a.endswith(\"server.py\") for a in sys.orig_argv):\\n"
-    "  __import__(name)\\nexcept Exception as error:\\n sys.modules[name] = None\\n"
-    " sys.stderr.write(\"exl_loader: not started: %s\\\\n\" % error)')\n"
-)
+@dataclass(frozen=True)
+class Hook:
+    """What runs the extension when a host starts: files in the host's site-packages.
+
+    Args:
+        name: of the files, without what tells them apart.
+        template: the file of this folder that is written as the start file.
+        scripts: names of the host's scripts; the hook does nothing in processes without one.
+    """
+
+    name: str
+    template: str
+    scripts: tuple[str, ...]
+
+    @property
+    def pth(self) -> str:
+        """The file that makes Python run the start file."""
+        return f"{self.name}.pth"
+
+    @property
+    def start(self) -> str:
+        """The start file."""
+        return f"{self.name}_start.py"
+
+    @property
+    def record(self) -> str:
+        """The file that records which packages were installed."""
+        return f"{self.name}.json"
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Name -> content; the file that makes the hook run is the last one."""
+        start = Path(__file__).with_name(self.template).read_text(encoding="utf-8")
+        return {self.start: start, self.pth: self._pth_line()}
+
+    def _pth_line(self) -> str:
+        """Return the line that Python executes.
+
+        It is one line, because Python executes single lines of .pth files. A .pth file is read
+        twice if lib64 is a link to lib. The line runs in every Python of the environment, so the
+        cheapest question comes first. A missing start file means a half-removed plugin and is not
+        an error.
+        """
+        start = Path(self.start).stem
+        scripts = ", ".join(f'\\"{script}\\"' for script in self.scripts)
+        return (
+            f"import sys; exec('name = \"{start}\"\\ntry:\\n"
+            f" if name not in sys.modules and any(a.endswith(({scripts},)) for a in"
+            " sys.orig_argv):\\n"
+            "  __import__(name)\\nexcept Exception as error:\\n sys.modules[name] = None\\n"
+            " sys.stderr.write(\"exl_loader: not started: %s\\\\n\" % error)')\n"
+        )
+
+
+WEBUI_HOOK = Hook("exl_loader_webui", "start_template.py", ("server.py",))
+TABBYAPI_HOOK = Hook("exl_loader_tabbyapi", "tabbyapi_start_template.py", ("main.py", "start.py"))
+
+PTH, START, RECORD = WEBUI_HOOK.pth, WEBUI_HOOK.start, WEBUI_HOOK.record
 
 
 def extension_is_current(target: Path) -> bool:
@@ -109,55 +158,52 @@ def _is_junction(status: os.stat_result) -> bool:
     return getattr(status, "st_reparse_tag", 0) == 0xA0000003
 
 
-def hook_is_current(site_packages: Path) -> bool:
+def hook_is_current(site_packages: Path, hook: Hook = WEBUI_HOOK) -> bool:
     """Return whether the start hook is in the environment, byte for byte."""
-    return all(_read(site_packages / name) == text for name, text in _hook_files().items())
+    return all(_read(site_packages / name) == text for name, text in hook.files.items())
 
 
-def install_hook(site_packages: Path) -> None:
+def install_hook(site_packages: Path, hook: Hook = WEBUI_HOOK) -> None:
     """Write the start hook; the file that makes it run is written last.
 
     Raises:
         InstallError: the folder cannot be written.
     """
     try:
-        for name, text in _hook_files().items():
+        for name, text in hook.files.items():
             temporary = site_packages / f"{name}.tmp"
             temporary.write_text(text, encoding="utf-8")
             temporary.replace(site_packages / name)
     except OSError as error:
         raise InstallError(f"{site_packages} cannot be written: {error.strerror}. Run this as "
-                           "the user who installed the web UI") from error
+                           "the user who installed that Python") from error
 
 
-def remove_hook(site_packages: Path) -> bool:
+def remove_hook(site_packages: Path, hook: Hook = WEBUI_HOOK) -> bool:
     """Remove the start hook, first the file that makes it run; return whether there was one."""
     found = False
-    for name in (PTH, START, RECORD):
+    for name in (hook.pth, hook.start, hook.record):
         path = site_packages / name
         found |= path.exists()
         path.unlink(missing_ok=True)
-    for path in (site_packages / "__pycache__").glob(f"{Path(START).stem}.*.pyc"):
+    for path in (site_packages / "__pycache__").glob(f"{Path(hook.start).stem}.*.pyc"):
         path.unlink(missing_ok=True)
     return found
 
 
-def read_record(site_packages: Path) -> dict[str, list[str]]:
+def read_record(site_packages: Path, hook: Hook = WEBUI_HOOK) -> dict[str, list[str]]:
     """Read what an earlier run recorded: the `packages` that it installed."""
-    record = _read_object(site_packages / RECORD) or {}
+    record = _read_object(site_packages / hook.record) or {}
     packages = record.get("packages", [])
     valid = isinstance(packages, list) and all(isinstance(name, str) for name in packages)
     return {"packages": packages} if valid and "packages" in record else {}
 
 
-def write_record(site_packages: Path, record: dict[str, list[str]]) -> None:
+def write_record(
+    site_packages: Path, record: dict[str, list[str]], hook: Hook = WEBUI_HOOK
+) -> None:
     """Record what was installed, so that it can be uninstalled."""
-    (site_packages / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
-
-
-def _hook_files() -> dict[str, str]:
-    start = Path(__file__).with_name("start_template.py").read_text(encoding="utf-8")
-    return {START: start, PTH: _PTH_LINE}
+    (site_packages / hook.record).write_text(json.dumps(record) + "\n", encoding="utf-8")
 
 
 def _read(path: Path) -> str | None:

@@ -244,7 +244,7 @@ def test_where_the_webuis_python_is_looked_for(tmp_path, monkeypatch):
         python.write_text(f"#!/bin/sh\nexec {sys.executable} \"$@\"\n")
         python.chmod(0o755)
     asked = []
-    monkeypatch.setattr(environment, "examine", lambda path: asked.append(path))
+    monkeypatch.setattr(environment, "examine", lambda path, host: asked.append(path))
     monkeypatch.setenv("VIRTUAL_ENV", str(tmp_path / "active"))
     environment.find_python(root)
     (root / "installer_files/env/bin/python").unlink()
@@ -334,10 +334,10 @@ def test_requirements_are_the_projects():
     assert environment.REQUIREMENTS == wanted
 
 
-def python_with(packages: dict[str, str], version=(3, 11, 0)) -> environment.WebuiPython:
+def python_with(packages: dict[str, str], version=(3, 11, 0)) -> environment.HostPython:
     everything = {name: oldest for name, oldest in environment.REQUIREMENTS.items()} | packages
     present = {k: v for k, v in everything.items() if v}
-    return environment.WebuiPython(Path("python"), version, Path("site"), present)
+    return environment.HostPython(Path("python"), version, Path("site"), present)
 
 
 def test_old_and_missing_packages():
@@ -360,9 +360,9 @@ def test_only_missing_packages_are_installed_and_others_keep_their_version(monke
         held = Path(arguments[2]).read_text()
         asked.append((arguments[3:], held))
 
-    monkeypatch.setattr(command, "_pip", pip)
-    assert command._install_missing(python_with({})) == []
-    found = command._install_missing(python_with({"ninja": "", "torch": "2.9.1+cu128"}))
+    monkeypatch.setattr(command, "pip", pip)
+    assert command.install_missing(python_with({})) == []
+    found = command.install_missing(python_with({"ninja": "", "torch": "2.9.1+cu128"}))
     assert found == ["ninja"] and len(asked) == 1
     assert asked[0][0] == ["ninja>=1.11"]
     assert "torch==2.9.1+cu128\n" in asked[0][1] and "ninja" not in asked[0][1]
@@ -370,10 +370,10 @@ def test_only_missing_packages_are_installed_and_others_keep_their_version(monke
 
 def test_a_failure_to_install_an_optional_package_is_only_reported(monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(command, "_pip", lambda python, arguments: asked.append(arguments[3:]))
+    monkeypatch.setattr(command, "pip", lambda python, arguments: asked.append(arguments[3:]))
     bare, complete = python_with({}), python_with({"llguidance": "1.9.1"})
-    assert command._install_extras(complete) == [] == command.extra_problems(complete)
-    assert command._install_extras(bare) == ["llguidance"] and asked == [["llguidance>=1.9"]]
+    assert command.install_extras(complete) == [] == command.extra_problems(complete)
+    assert command.install_extras(bare) == ["llguidance"] and asked == [["llguidance>=1.9"]]
     (problem,) = command.extra_problems(bare)
     assert "llguidance is missing" in str(problem) and "grammar" in str(problem)
     (old,) = command.extra_problems(python_with({"llguidance": "1.2.0"}))
@@ -382,8 +382,8 @@ def test_a_failure_to_install_an_optional_package_is_only_reported(monkeypatch, 
     def fail(python, arguments):
         raise InstallError("pip install failed: no wheel")
 
-    monkeypatch.setattr(command, "_pip", fail)
-    assert command._install_extras(bare) == []
+    monkeypatch.setattr(command, "pip", fail)
+    assert command.install_extras(bare) == []
     said = capsys.readouterr().err
     assert "without llguidance requests with a grammar fail" in said and "no wheel" in said
 
