@@ -1,1 +1,1 @@
-"""exl_loader's user interfaces: plugin of text-generation-webui, standalone page, installer."""
+"""User interfaces: plugin of text-generation-webui, TabbyAPI backend, page, installer."""

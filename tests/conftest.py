@@ -361,6 +361,25 @@ def webui():
 
 
 @pytest.fixture(scope="session")
+def tabbyapi():
+    """The folder of the real TabbyAPI, with the backend in it meanwhile."""
+    from extension.install import tabbyapi as installer
+    from extension.install.environment import TABBYAPI, find_python
+    from support.tabby_server import FOLDER, PYTHON, tracked
+
+    if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1":
+        pytest.skip("one TabbyAPI for several processes; without -n it is tested")
+    root = Path(FOLDER or "").resolve()
+    before = tracked(root)
+    site = find_python(root, PYTHON, TABBYAPI).site_packages
+    installer.install(root, PYTHON, lambda python: None)
+    yield root
+    installer.uninstall(root, PYTHON)
+    assert tracked(root) == before, "no file of TabbyAPI may be changed"
+    assert not list(site.glob("exl_loader_tabbyapi*"))
+
+
+@pytest.fixture(scope="session")
 def webui_models(tmp_path_factory) -> Path:
     """A folder of models for the real web UI: the shipped one, as `demo`."""
     from support.webui_server import copy_demo

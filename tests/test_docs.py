@@ -15,6 +15,7 @@ SOURCE = r"[\w./*-]+\.(?:py|cpp|cu|cuh|h|md|toml)"
 # Files of other projects, of model folders and of installations.
 ELSEWHERE = {
     "configuration_NAME.py", "modeling_NAME.py", "server.py", "exl_loader_webui_start.py",
+    "main.py", "start.py", "exl_loader_tabbyapi_start.py",
     "platform.py", "llama.cpp", "transformer.h",
 }
 

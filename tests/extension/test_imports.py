@@ -14,6 +14,7 @@ INTERNAL = {
     "commands.generate": "the page starts with the prompt of `generate`",
     "commands.model_options": "the page shows the shipped model with the defaults of `generate`",
     "generation.settings": "biases: the API's logit_bias is checked as the engine checks it",
+    "memory.reservation.text": "refusal: TabbyAPI's backend refuses a load before it begins",
     "utils.byte_counts": "byte counts are written as in the engine's own messages",
     "utils.errors": "printable, known_line, modules_of: errors of the system in one line",
     "utils.json_keys": "files of the web UI are read with the engine's checks",

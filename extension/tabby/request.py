@@ -1,0 +1,249 @@
+"""What a request of TabbyAPI asks for, as settings of the engine.
+
+The fields are those of TabbyAPI's `BaseSamplerRequest`. Fields that the engine cannot honour are
+refused where the text would break what the client relies on, and reported otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from exl_loader import InvalidSettings
+
+# Fields with the name and the meaning of a setting.
+_SAME = (
+    "temperature", "temperature_last", "smoothing_factor", "top_k", "top_p", "top_a", "min_p",
+    "xtc_probability", "xtc_threshold", "frequency_penalty", "presence_penalty",
+    "repetition_penalty", "mirostat_mode", "mirostat_tau", "mirostat_eta", "adaptive_decay",
+    "logit_bias", "grammar_string", "json_schema", "ban_eos_token",
+)
+_RENAMED = {
+    "typical": "typical_p", "banned_tokens": "custom_token_bans", "cfg_scale": "guidance_scale",
+    "negative_prompt": "negative_prompt",
+}
+_PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+
+# Fields that the engine lacks -> the values at which they ask for nothing.
+_REFUSED: dict[str, tuple[Any, ...]] = {
+    "banned_strings": ([],),
+    "allowed_tokens": ([],),
+    "regex_pattern": ("",),
+    "min_tokens": (0,),
+}
+_REPORTED: dict[str, tuple[Any, ...]] = {
+    "token_healing": (False,),
+    "skew": (0,),
+    "repetition_decay": (0,),
+}
+
+# TabbyAPI's values for "not set", at which the engine's own defaults hold.
+_UNSET_DRY = {"dry_base": 0, "dry_allowed_length": 0, "dry_sequence_breakers": []}
+
+# Without a temperature below it this is TabbyAPI's value for a sampler that is off.
+_ADAPTIVE_OFF = 1.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """The settings of one request.
+
+    Args:
+        settings: for `LoadedModel.generate_ids`.
+        stop_strings: the texts that end the answer.
+        loop_window: number of last tokens that must not repeat a pattern; 0 for any number.
+        notices: what is to be reported, a line each.
+    """
+
+    settings: dict[str, Any]
+    stop_strings: tuple[str, ...]
+    loop_window: int
+    notices: tuple[str, ...]
+
+
+def read(
+    params: Any, room: int, eos_ids: Iterable[int], lookup_tokens: int, filter_trigger: str | None
+) -> Request:
+    """Read a request.
+
+    Args:
+        params: the request, a `BaseSamplerRequest`.
+        room: tokens that the context has left after the prompt, at least 1.
+        eos_ids: token ids that end a text, in addition to those that the engine knows.
+        lookup_tokens: as in `options.Choice`.
+        filter_trigger: the token after which a grammar is to begin; None for the beginning.
+
+    Raises:
+        InvalidSettings: a field cannot be honoured. The engine checks the values of the others.
+    """
+    _refuse(params, filter_trigger)
+    notices = [
+        f"{name} does nothing here" for name, neutral in _REPORTED.items()
+        if _asks(params, name, neutral)
+    ]
+    settings = {name: value for name in _SAME if (value := _get(params, name)) is not None}
+    settings |= {
+        setting: value for name, setting in _RENAMED.items()
+        if (value := _get(params, name)) is not None
+    }
+    settings |= _temperatures(params) | _penalty_range(params, settings, notices)
+    settings |= _dry(params)
+    if 0 < (tfs := _get(params, "tfs") or 0) < 1:
+        settings["tfs"] = tfs
+    target = _get(params, "adaptive_target")
+    if target is not None and target < _ADAPTIVE_OFF:
+        settings["adaptive_target"] = target
+    if "json_schema" in settings:
+        settings["json_schema"] = _without_name(settings["json_schema"])
+    if _get(params, "logprobs"):
+        settings["logprobs"] = max(1, _get(params, "top_logprobs") or 0)
+    asked = _get(params, "max_tokens") or 0
+    settings["max_new_tokens"] = min(asked, room) if asked > 0 else room
+    settings["prompt_lookup_num_tokens"] = lookup_tokens
+    # TabbyAPI's own parsers look for tags of reasoning and of tools, which are special tokens.
+    settings["skip_special_tokens"] = False
+    texts, ids = _stops(_get(params, "stop") or ())
+    if not settings.get("ban_eos_token"):
+        ids += [token for token in eos_ids if token is not None]
+    settings |= {"stop_strings": texts, "stop_token_ids": list(dict.fromkeys(ids))}
+    return Request(settings, tuple(texts), _get(params, "loop_detect_window") or 0,
+                   tuple(notices))
+
+
+def _get(params: Any, name: str) -> Any:
+    # Versions of TabbyAPI differ in their fields.
+    return getattr(params, name, None)
+
+
+def _asks(params: Any, name: str, neutral: tuple[Any, ...]) -> bool:
+    value = _get(params, name)
+    return value is not None and value not in neutral
+
+
+def _refuse(params: Any, filter_trigger: str | None) -> None:
+    for name, neutral in _REFUSED.items():
+        if _asks(params, name, neutral):
+            raise InvalidSettings(
+                name, expected="nothing, because this backend cannot honour it",
+                actual=repr(_get(params, name))[:80], remedy=f"Leave {name} out",
+            )
+    if filter_trigger is not None:
+        for name in ("json_schema", "grammar_string"):
+            if _asks(params, name, ("",)):
+                raise InvalidSettings(
+                    name, expected="no text that begins with reasoning, because this backend "
+                    "applies a grammar from the first token on",
+                    actual=f"reasoning until {filter_trigger}",
+                    remedy="Turn the model's reasoning off for this request, for example with "
+                    "enable_thinking: false",
+                )
+
+
+def _temperatures(params: Any) -> dict[str, Any]:
+    """Read the bounds of a dynamic temperature, which is off where they do not rise."""
+    low, high = _get(params, "min_temp"), _get(params, "max_temp")
+    if low is None or high is None or high <= low:
+        return {}
+    exponent = _get(params, "temp_exponent")
+    return {
+        "dynamic_temperature": True, "dynatemp_low": low, "dynatemp_high": high,
+        "dynatemp_exponent": 1.0 if exponent is None else exponent,
+    }
+
+
+def _penalty_range(
+    params: Any, settings: dict[str, Any], notices: list[str]
+) -> dict[str, Any]:
+    """Read the range of the penalties; the settings of penalties over no tokens are removed."""
+    penalised, dry_range = _get(params, "penalty_range"), _get(params, "dry_range") or 0
+    has_dry = bool(_get(params, "dry_multiplier"))
+    if penalised == 0:
+        for name in _PENALTIES:
+            settings.pop(name, None)
+    whole = penalised is None or penalised <= 0
+    tokens = 0 if whole else penalised
+    if has_dry and max(dry_range, 0) != tokens:
+        has_penalties = any(name in settings and settings[name] != neutral
+                            for name, neutral in zip(_PENALTIES, (1, 0, 0), strict=True))
+        if has_penalties:
+            notices.append(
+                f"dry_range: {dry_range} does nothing here; DRY looks at the tokens of "
+                f"penalty_range ({penalised})")
+        else:
+            tokens = max(dry_range, 0)
+    return {"repetition_penalty_range": tokens}
+
+
+def _dry(params: Any) -> dict[str, Any]:
+    multiplier = _get(params, "dry_multiplier")
+    if not multiplier or multiplier < 0:
+        return {}
+    chosen = {"dry_multiplier": multiplier}
+    for name, unset in _UNSET_DRY.items():
+        value = _get(params, name)
+        if value is not None and value != unset:
+            chosen[name] = value
+    return chosen
+
+
+def _without_name(schema: Any) -> Any:
+    """Return the schema of a `response_format`, where OpenAI's clients put it beside its name."""
+    if isinstance(schema, dict) and "name" in schema and isinstance(schema.get("schema"), dict):
+        return schema["schema"]
+    return schema
+
+
+def _stops(stops: Iterable[Any]) -> tuple[list[str], list[int]]:
+    """Split stop conditions into texts and token ids."""
+    stops = [stops] if isinstance(stops, str) else list(stops)
+    texts = [stop for stop in stops if isinstance(stop, str) and stop]
+    ids = [stop for stop in stops if isinstance(stop, int) and not isinstance(stop, bool)]
+    return list(dict.fromkeys(texts)), ids
+
+
+class LoopDetector:
+    """Finds a text whose last tokens only repeat a pattern.
+
+    Args:
+        window: number of last tokens that repeat a pattern where a text is a loop. 0 or 1 never
+            finds any.
+    """
+
+    # Looking costs a pass over the window, so it is done once for so many tokens.
+    STRIDE = 16
+
+    def __init__(self, window: int) -> None:
+        self._window = window if window > 1 else 0
+        self._ids: list[int] = []
+        self._next = self._window
+
+    def push(self, token_id: int) -> bool:
+        """Add a token; return whether the text is a loop."""
+        if not self._window:
+            return False
+        self._ids.append(token_id)
+        if len(self._ids) < self._next:
+            return False
+        self._next = len(self._ids) + self.STRIDE
+        last = self._ids[-self._window :]
+        # At least twice in the window.
+        return shortest_period(last) <= self._window // 2
+
+
+def shortest_period(ids: list[int]) -> int:
+    """Return the least number by which a text can be shifted so that it agrees with itself.
+
+    It is the length of the text where no shorter one does.
+    """
+    # The prefix function of Knuth, Morris and Pratt: of each beginning of the text, the length of
+    # its longest proper beginning that is also its end.
+    borders = [0] * len(ids)
+    length = 0
+    for index in range(1, len(ids)):
+        while length and ids[index] != ids[length]:
+            length = borders[length - 1]
+        if ids[index] == ids[length]:
+            length += 1
+        borders[index] = length
+    return len(ids) - (borders[-1] if borders else 0)

@@ -1,0 +1,173 @@
+"""What requests of TabbyAPI ask of the engine."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from exl_loader import InvalidSettings, SamplingSettings
+from extension.tabby.request import LoopDetector, read, shortest_period
+
+# The fields of a request that asks for nothing, as TabbyAPI fills them in.
+NEUTRAL = {
+    "max_tokens": None, "min_tokens": 0, "stop": [], "banned_strings": [], "banned_tokens": [],
+    "allowed_tokens": [], "token_healing": False, "temperature": 1.0, "temperature_last": False,
+    "smoothing_factor": 0.0, "top_k": 0, "top_p": 1.0, "top_a": 0.0, "min_p": 0.0, "tfs": 1.0,
+    "typical": 1.0, "skew": 0.0, "xtc_probability": 0.0, "xtc_threshold": 0.1,
+    "frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0,
+    "penalty_range": -1, "repetition_decay": 0, "dry_multiplier": 0.0, "dry_base": 0.0,
+    "dry_allowed_length": 0, "dry_range": 0, "dry_sequence_breakers": [], "mirostat_mode": 0,
+    "mirostat_tau": 1.5, "mirostat_eta": 0.3, "add_bos_token": None, "ban_eos_token": False,
+    "logit_bias": None, "json_schema": None, "regex_pattern": None, "grammar_string": None,
+    "max_temp": 1.0, "min_temp": 1.0, "temp_exponent": 1.0, "logprobs": 0, "top_logprobs": 0,
+    "adaptive_target": 1.0, "adaptive_decay": 0.9, "loop_detect_window": 800,
+}
+
+
+def asked(room=100, eos=(), lookup=0, trigger=None, **fields):
+    return read(SimpleNamespace(**NEUTRAL | fields), room, eos, lookup, trigger)
+
+
+def settings_of(**fields) -> SamplingSettings:
+    return SamplingSettings.from_dict(asked(**fields).settings)
+
+
+def test_a_request_that_asks_for_nothing_fills_the_context_and_samples_plainly():
+    # Special tokens are shown, because TabbyAPI's parsers look for them.
+    expected = SamplingSettings(
+        max_new_tokens=100, skip_special_tokens=False, repetition_penalty_range=0,
+        mirostat_tau=1.5, mirostat_eta=0.3)
+    assert settings_of() == expected
+    assert asked().notices == () and asked().loop_window == 800
+
+
+@pytest.mark.parametrize(("field", "value", "setting", "expected"), [
+    ("temperature", 0.0, "temperature", 0.0),
+    ("temperature_last", True, "temperature_last", True),
+    ("smoothing_factor", 0.3, "smoothing_factor", 0.3),
+    ("top_k", 7, "top_k", 7),
+    ("top_p", 0.5, "top_p", 0.5),
+    ("top_a", 0.2, "top_a", 0.2),
+    ("min_p", 0.1, "min_p", 0.1),
+    ("tfs", 0.9, "tfs", 0.9),
+    ("tfs", 0, "tfs", 1.0),
+    ("typical", 0.8, "typical_p", 0.8),
+    ("xtc_probability", 0.5, "xtc_probability", 0.5),
+    ("xtc_threshold", 0.2, "xtc_threshold", 0.2),
+    ("frequency_penalty", 0.4, "frequency_penalty", 0.4),
+    ("presence_penalty", 0.4, "presence_penalty", 0.4),
+    ("repetition_penalty", 1.2, "repetition_penalty", 1.2),
+    ("mirostat_mode", 2, "mirostat_mode", 2),
+    ("adaptive_target", 0.3, "adaptive_target", 0.3),
+    ("adaptive_target", 1.0, "adaptive_target", 0.0),
+    ("adaptive_decay", 0.5, "adaptive_decay", 0.5),
+    ("banned_tokens", [3, 5], "custom_token_bans", (3, 5)),
+    ("ban_eos_token", True, "ban_eos_token", True),
+    ("logit_bias", {4: 2.0}, "logit_bias", ((4, 2.0),)),
+    ("json_schema", {"type": "object"}, "json_schema", '{"type": "object"}'),
+    ("json_schema", {"name": "x", "schema": {"type": "null"}}, "json_schema", '{"type": "null"}'),
+    ("json_schema", {"name": "x"}, "json_schema", '{"name": "x"}'),
+    ("grammar_string", 'root ::= "a"', "grammar_string", 'root ::= "a"'),
+    ("max_tokens", 12, "max_new_tokens", 12),
+    ("max_tokens", 0, "max_new_tokens", 100),
+    ("max_tokens", 1000, "max_new_tokens", 100),
+    ("penalty_range", 64, "repetition_penalty_range", 64),
+    ("cfg_scale", 1.5, "guidance_scale", 1.5),
+    ("negative_prompt", "no", "negative_prompt", "no"),
+    ("logprobs", 1, "logprobs", 1),
+])
+def test_a_field_is_a_setting(field, value, setting, expected):
+    assert getattr(settings_of(**{field: value}), setting) == expected
+
+
+def test_logprobs_are_as_many_as_the_client_shows():
+    assert settings_of(logprobs=1, top_logprobs=4).logprobs == 4
+
+
+def test_a_dynamic_temperature_needs_rising_bounds():
+    chosen = settings_of(min_temp=0.5, max_temp=2.0, temp_exponent=1.5)
+    assert chosen.dynamic_temperature
+    assert (chosen.dynatemp_low, chosen.dynatemp_high, chosen.dynatemp_exponent) == (0.5, 2, 1.5)
+    assert not settings_of(min_temp=2.0, max_temp=0.5).dynamic_temperature
+
+
+def test_penalties_over_no_tokens_are_none():
+    chosen = settings_of(penalty_range=0, repetition_penalty=1.5, frequency_penalty=1.0)
+    assert (chosen.repetition_penalty, chosen.frequency_penalty) == (1.0, 0.0)
+
+
+def test_dry_takes_the_engines_defaults_where_nothing_is_set():
+    default = SamplingSettings()
+    chosen = settings_of(dry_multiplier=0.8)
+    assert chosen.dry_multiplier == 0.8 and chosen.dry_base == default.dry_base
+    assert chosen.dry_sequence_breakers == default.dry_sequence_breakers
+    chosen = settings_of(dry_multiplier=0.8, dry_base=2.0, dry_allowed_length=3,
+                         dry_sequence_breakers=["x"], dry_range=50)
+    assert (chosen.dry_base, chosen.dry_allowed_length) == (2.0, 3)
+    assert chosen.dry_sequence_breakers == ("x",) and chosen.repetition_penalty_range == 50
+    both = asked(dry_multiplier=0.8, dry_range=50, repetition_penalty=1.1, penalty_range=64)
+    assert both.settings["repetition_penalty_range"] == 64 and "dry_range" in both.notices[0]
+
+
+def test_stops_are_texts_and_ids_and_the_models_own():
+    found = asked(stop=["\n", 5, "", "END", "\n"], eos=(2, 5, None))
+    assert found.settings["stop_strings"] == ["\n", "END"] == list(found.stop_strings)
+    assert found.settings["stop_token_ids"] == [5, 2]
+    assert asked(stop=[5], eos=(2,), ban_eos_token=True).settings["stop_token_ids"] == [5]
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("banned_strings", ["bad"]), ("allowed_tokens", [1]), ("regex_pattern", "a+"),
+    ("min_tokens", 4),
+])
+def test_what_a_client_relies_on_is_refused_by_name(field, value):
+    with pytest.raises(InvalidSettings, match=f"^{field}: .*Leave {field} out"):
+        asked(**{field: value})
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("token_healing", True), ("skew", 0.5), ("repetition_decay", 3),
+])
+def test_other_fields_without_effect_are_reported_by_name(field, value):
+    assert asked(**{field: value}).notices == (f"{field} does nothing here",)
+
+
+def test_a_grammar_after_reasoning_is_refused():
+    with pytest.raises(InvalidSettings, match="json_schema.*</think>"):
+        asked(trigger="</think>", json_schema={})
+    assert asked(trigger="</think>").notices == ()
+
+
+def test_fields_that_a_version_lacks_ask_for_nothing():
+    assert read(SimpleNamespace(), 10, (), 3, None).settings["prompt_lookup_num_tokens"] == 3
+
+
+# ---- Loops ----
+
+
+def period_by_trying(ids):
+    return next((p for p in range(1, len(ids)) if ids[p:] == ids[:-p]), len(ids))
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=24))
+def test_the_shortest_period_is_that_of_trying_all(ids):
+    assert shortest_period(ids) == period_by_trying(ids)
+
+
+def test_a_loop_is_found_when_it_fills_the_window_and_nothing_else_is():
+    pattern = [1, 2, 3, 4, 5]
+
+    def first_found(ids, window):
+        detector = LoopDetector(window)
+        return next((i for i, token in enumerate(ids, 1) if detector.push(token)), None)
+
+    assert first_found(pattern * 40, 20) == 20
+    assert first_found(list(range(100)) + pattern * 40, 20) in range(
+        120, 120 + LoopDetector.STRIDE)
+    assert first_found(range(1000), 20) is None
+    # A pattern that is longer than half of the window has not been repeated in it.
+    assert first_found(pattern * 40, 9) is None
+    assert first_found([1] * 100, 0) is None and first_found([1] * 100, 1) is None
