@@ -120,16 +120,19 @@ class PagedCache:
         return len(self._free)
 
     def acquire(
-        self, num_tokens: int, prompt_ids: Sequence[int] = (), rope_class: int = 0
+        self, num_tokens: int, prompt_ids: Sequence[int] | npt.NDArray[np.int64] = (),
+        rope_class: int = 0, *, rope_len: int | None = None, headroom: int = 0,
     ) -> PagedSequence:
-        """Start a sequence with room for `num_tokens` tokens, which becomes its rope_len.
+        """Start a sequence with room for `num_tokens` tokens; `grow` gives it more.
 
         Args:
-            num_tokens: number of tokens that the text may reach.
+            num_tokens: number of tokens to take pages for.
             prompt_ids: the beginning of the text. Tokens that the cache already holds are
                 reused, and past_len starts after them. The last id is never reused, because
                 its logits have to be computed.
-            rope_class: `RopeConfig.length_class` of num_tokens.
+            rope_class: `RopeConfig.length_class` of rope_len.
+            rope_len: number of tokens that the text may reach; None for num_tokens.
+            headroom: number of pages that have to stay free.
 
         Returns:
             The sequence, which holds its pages until `release`.
@@ -137,7 +140,8 @@ class PagedCache:
         Raises:
             CacheFull: too few pages are free, or no open page; no page has been taken.
         """
-        assert len(prompt_ids) <= num_tokens, (len(prompt_ids), num_tokens)
+        rope_len = num_tokens if rope_len is None else rope_len
+        assert len(prompt_ids) <= num_tokens <= rope_len, (len(prompt_ids), num_tokens, rope_len)
         if self._open_pages is not None and not self._open_pages.num_free:
             raise CacheFull(
                 "the cache has no open page for another text",
@@ -150,10 +154,12 @@ class PagedCache:
         shared, keys = self._index.full_pages(root, ids)
         for page in shared:
             self._hold(page)
-        sequence = PagedSequence(shared, len(shared) * PAGE_LEN, num_tokens, [root, *keys])
+        sequence = PagedSequence(shared, len(shared) * PAGE_LEN, rope_len, [root, *keys])
         source, open_source, count = self._nearest(sequence.keys[-1], ids[sequence.past_len :])
+        lacking = pages_for(num_tokens) - len(shared)
         try:
-            fresh = self._take(pages_for(num_tokens) - len(shared), num_tokens, source, count)
+            self._check_free(lacking + headroom, num_tokens)
+            fresh = self._take(lacking, num_tokens, source, count)
         except CacheFull:
             self.release(sequence)
             raise
@@ -163,6 +169,17 @@ class PagedCache:
             sequence.open_page = self._open_pages.lend(open_source, count)
             self._fill_open_page(sequence, open_source, ids)
         return sequence
+
+    def grow(self, sequence: PagedSequence, num_tokens: int) -> None:
+        """Give a sequence room for `num_tokens` tokens; it keeps what it has.
+
+        Raises:
+            CacheFull: too few pages are free; no page has been taken.
+        """
+        assert num_tokens <= sequence.rope_len, (num_tokens, sequence.rope_len)
+        sequence.pages += self._take(
+            max(0, pages_for(num_tokens) - len(sequence.pages)), num_tokens
+        )
 
     def advance(
         self, sequence: PagedSequence, prompt_ids: Sequence[int] | npt.NDArray[np.int64]
@@ -349,13 +366,7 @@ class PagedCache:
         Raises:
             CacheFull: fewer pages are free; no page has been taken.
         """
-        if count > len(self._free):
-            raise CacheFull(
-                f"the cache has no room for a text of {num_tokens} tokens",
-                expected=f"{count} free pages of {PAGE_LEN} tokens",
-                actual=f"{len(self._free)} of {self.num_pages}",
-                remedy="Load the model with a larger ctx_size, or wait for other requests to end",
-            )
+        self._check_free(count, num_tokens)
         if source is not None and source in self._free:
             more = self._index.num_tokens(source) > source_len
             self._free.move_to_end(source, last=more)
@@ -367,3 +378,17 @@ class PagedCache:
             self._holders[page] = 1
             self._index.drop(page)
         return taken
+
+    def _check_free(self, count: int, num_tokens: int) -> None:
+        """Raise CacheFull if fewer than `count` pages are free.
+
+        Args:
+            num_tokens: the length of the text, for the error message.
+        """
+        if count > len(self._free):
+            raise CacheFull(
+                f"the cache has no room for a text of {num_tokens} tokens",
+                expected=f"{count} free pages of {PAGE_LEN} tokens",
+                actual=f"{len(self._free)} of {self.num_pages}",
+                remedy="Load the model with a larger ctx_size, or wait for other requests to end",
+            )

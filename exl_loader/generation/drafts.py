@@ -61,11 +61,11 @@ class _Text:
     """A job's text in the draft model's cache.
 
     Args:
-        sequence: its pages; None if there were none.
+        sequence: its pages.
         guessed: ids that the cache holds after the first `past_len` ids.
     """
 
-    sequence: PagedSequence | None
+    sequence: PagedSequence
     guessed: list[int]
 
 
@@ -101,11 +101,12 @@ class DraftModel:
         Returns:
             job -> guessed ids, for jobs that have any.
         """
-        texts = {job: self._text(job) for job, count in wanted.items() if count > 0}
-        sequences = {
-            job: text.sequence for job, text in texts.items()
-            if text.sequence is not None and text.sequence.capacity >= len(job.history)
-        }
+        texts: dict[Job, _Text] = {}
+        for job, count in wanted.items():
+            text = self._text(job) if count > 0 else None
+            if text is not None:
+                texts[job] = text
+        sequences = {job: text.sequence for job, text in texts.items()}
         guesses: dict[Job, list[int]] = {}
         try:
             ids = self._read(sequences)
@@ -127,36 +128,56 @@ class DraftModel:
     def release(self, job: Job) -> None:
         """Release a job's pages; does nothing if it has none."""
         text = self._texts.pop(job, None)
-        if text is not None and text.sequence is not None:
+        if text is not None:
             self._cache.commit(text.sequence, job.history)
             self._cache.release(text.sequence)
 
-    def _text(self, job: Job) -> _Text:
-        """Return the job's text, with its sequence cut where the last guesses were wrong."""
+    def _text(self, job: Job) -> _Text | None:
+        """Return the job's text, with its sequence cut where the last guesses were wrong.
+
+        Returns:
+            None if the text cannot be guessed: it has an id that the draft model lacks, is longer
+            than its context, or there are no pages for it now. It then holds no pages.
+        """
         text = self._texts.get(job)
         if text is None:
-            text = self._texts[job] = _Text(self._acquire(job), [])
-        if text.sequence is not None:
-            for token_id in text.guessed:
-                # The last id is never skipped, because its logits have to be computed.
-                index = text.sequence.past_len
-                if index >= len(job.history) - 1 or job.history[index] != token_id:
-                    break
-                text.sequence.past_len += 1
-            text.guessed = []
-            if job.history[text.sequence.past_len :].max() >= self._vocab_size:
-                self.release(job)
-                text = self._texts[job] = _Text(None, [])
-        return text
+            sequence = self._acquire(job)
+            if sequence is None:
+                return None
+            text = self._texts[job] = _Text(sequence, [])
+        sequence = text.sequence
+        for token_id in text.guessed:
+            # The last id is never skipped, because its logits have to be computed.
+            index = sequence.past_len
+            if index >= len(job.history) - 1 or job.history[index] != token_id:
+                break
+            sequence.past_len += 1
+        text.guessed = []
+        known = job.history[sequence.past_len :].max() < self._vocab_size
+        if known and self._has_room(sequence, len(job.history)):
+            return text
+        self.release(job)
+        return None
+
+    def _has_room(self, sequence: PagedSequence, num_tokens: int) -> bool:
+        """Take the pages that a text needs; return False if there are none."""
+        if num_tokens > sequence.rope_len:
+            return False
+        try:
+            self._cache.grow(sequence, num_tokens)
+        except CacheFull:
+            return False
+        return True
 
     def _acquire(self, job: Job) -> PagedSequence | None:
         ids = job.history
-        max_tokens = min(job.max_tokens, self._cache.num_pages * PAGE_LEN)
-        if ids.max() >= self._vocab_size or len(ids) > max_tokens:
+        reach = min(job.max_tokens, self._cache.num_pages * PAGE_LEN)
+        if ids.max() >= self._vocab_size or len(ids) > reach:
             return None
         try:
             return self._cache.acquire(
-                max_tokens, ids.tolist(), self._model.rope_class(max_tokens)
+                min(reach, len(ids) + 1), ids, self._model.rope_class(reach),
+                rope_len=reach,
             )
         except CacheFull:
             return None

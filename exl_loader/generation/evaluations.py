@@ -91,10 +91,10 @@ def evaluate_text(
             [rows, vocab_size], which it must not keep.
 
     Raises:
-        CacheFull: running requests leave too few pages for rope_len tokens.
+        CacheFull: running requests leave too few pages for the text.
     """
     rope_class = model.rope_class(rope_len)
-    sequence = cache.acquire(rope_len, ids if last else (), rope_class)
+    sequence = cache.acquire(len(ids), ids if last else (), rope_class, rope_len=rope_len)
     rows = model.chunk_size if last else min(model.logits_rows, model.chunk_size)
     try:
         while sequence.past_len < len(ids):

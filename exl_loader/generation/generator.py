@@ -94,7 +94,7 @@ class Generator(ModelThread):
                 the logits, float32 [rows, vocab_size], which it must not keep.
 
         Raises:
-            CacheFull: running jobs leave too few pages for rope_len tokens.
+            CacheFull: running jobs leave too few pages for the text.
             InsufficientMemory: the system refused memory that a pass or `receive` needed.
             ModelUnloaded: after `close`.
         """

@@ -33,6 +33,8 @@ class GenerationStats:
         prompt_tokens: number of prompt tokens.
         new_tokens: number of new tokens; an end token counts, although it is not shown.
         reused_tokens: number of prompt tokens that the cache already held.
+        preemptions: how often its pages were given to older requests; each time its text was
+            evaluated again, as far as the cache had lost it.
         accepted_tokens: number of new tokens that were guessed correctly in a draft.
         prefill_s: seconds from the start of the prompt to the first token.
         decode_s: seconds from the first token to the last.
@@ -42,6 +44,7 @@ class GenerationStats:
     new_tokens: int = 0
     reused_tokens: int = 0
     accepted_tokens: int = 0
+    preemptions: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
 
@@ -64,7 +67,7 @@ class NegativeText:
     Args:
         ids: all ids so far; at first those of the negative prompt, at least one.
         max_tokens: number of ids that it may reach.
-        sequence: its pages; None before `Job.begin` and after the end.
+        sequence: its pages; None while the job waits for pages, and after the end.
     """
 
     ids: list[int]
@@ -92,7 +95,9 @@ class Job(Exchange[tuple[int, str]]):
         last_text: text to show after the last token.
         finish_reason: None while it runs; then why it ended.
         logprobs: one entry per new token except an end token, if the settings ask for them.
-        sequence: the pages of prompt and answer; None before `begin` and after the end.
+        sequence: the pages of prompt and answer; None while it waits for pages, and after the
+            end.
+        arrival: jobs are numbered in the order in which they arrived.
     """
 
     prompt_ids: Sequence[int]
@@ -108,6 +113,7 @@ class Job(Exchange[tuple[int, str]]):
     def __post_init__(self) -> None:
         super().__init__()
         self.sequence: PagedSequence | None = None
+        self.arrival = 0
         self.last_text = ""
         self.finish_reason: str | None = None
         self.logprobs: list[TokenLogprobs] = []
@@ -116,7 +122,8 @@ class Job(Exchange[tuple[int, str]]):
         self._history[: len(self.prompt_ids)] = self.prompt_ids
         self._num_tokens = len(self.prompt_ids)
         self._text_ended = False
-        self._began_s = 0.0
+        self._prompt_done = 0
+        self._began_s: float | None = None
         self._first_token_s = 0.0
 
     @property
@@ -133,9 +140,10 @@ class Job(Exchange[tuple[int, str]]):
         """True if the job's next pass is a decoding pass.
 
         Guidance needs the logits of both texts at once, so their last tokens are in one pass.
+        Otherwise the first token comes with the last chunk of the prompt.
         """
-        if self.negative is None:
-            return self.decoding
+        if self.negative is None and not self.decoding:
+            return False
         return all(len(ids) - sequence.past_len == 1 for sequence, ids in self.texts)
 
     @property
@@ -145,7 +153,7 @@ class Job(Exchange[tuple[int, str]]):
 
     @property
     def texts(self) -> list[tuple[PagedSequence, Sequence[int] | npt.NDArray[np.int64]]]:
-        """Each sequence with all of its ids, the prompt's own first; empty before `begin`."""
+        """Each sequence with all of its ids, the prompt's own first; empty without pages."""
         texts: list[tuple[PagedSequence, Sequence[int] | npt.NDArray[np.int64]]] = []
         if self.sequence is not None:
             texts.append((self.sequence, self.history))
@@ -164,23 +172,33 @@ class Job(Exchange[tuple[int, str]]):
         return max(0, min(limit, new_left, self.max_tokens - self._num_tokens - 1))
 
     def begin(self, sequences: Sequence[PagedSequence]) -> None:
-        """Begin the prompt after the tokens that its sequence already holds.
+        """Begin the text, or go on with it, after the tokens that its sequence already holds.
 
         Args:
             sequences: that of the prompt, and with guidance that of the negative prompt.
         """
-        sequence = self.sequence = sequences[0]
+        self.sequence = sequences[0]
         if self.negative is not None:
             self.negative.sequence = sequences[1]
-        self._began_s = time.perf_counter()
-        self.progress.start("prompt", len(self.prompt_ids), "tokens")
-        self.skip(sequence.past_len)
+        if self._began_s is None:
+            self._began_s = time.perf_counter()
+            self.progress.start("prompt", len(self.prompt_ids), "tokens")
+        self.count_prompt(reused=True)
 
-    def skip(self, count: int) -> None:
-        """Count prompt tokens that were found in the cache."""
-        if count:
+    def count_prompt(self, reused: bool) -> None:
+        """Count the prompt tokens that the sequence holds and that were not counted before.
+
+        Args:
+            reused: they were found in the cache.
+        """
+        assert self.sequence is not None
+        count = min(self.sequence.past_len, len(self.prompt_ids)) - self._prompt_done
+        if count <= 0:
+            return
+        self._prompt_done += count
+        if reused:
             self.stats.reused_tokens += count
-            self.progress.advance("prompt", count)
+        self.progress.advance("prompt", count)
 
     def take_logits(self, row: LogitsRow) -> str | None:
         """Draw the next token from its logits.
@@ -236,6 +254,7 @@ class Job(Exchange[tuple[int, str]]):
     def _count_token(self) -> None:
         now = time.perf_counter()
         if self.stats.new_tokens == 0:
+            assert self._began_s is not None
             self.progress.finish("prompt")
             self.stats.prefill_s = now - self._began_s
             self._first_token_s = now

@@ -5,6 +5,7 @@ Not thread-safe: only a `model_thread.ModelThread` calls it.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..cache.layout import PAGE_LEN, pages_for
+from ..cache.layout import PAGE_LEN
 from ..cache.paging import PagedCache, PagedSequence
 from ..utils.errors import CacheFull, InsufficientMemory, drop_locals, is_out_of_memory
 from .drafts import look_up
 from .evaluations import Evaluation
 from .exchange import Exchange
 from .forward_model import ForwardModel, LogitsRow
+from .job_pages import acquire_pages, grow_pages, num_growing, reach_error, return_pages
 from .jobs import CANCELLED, FAILED, Job
 from .sampling import guide
 
@@ -38,13 +40,18 @@ class Scheduler:
     A step runs only while a caller waits for its result, so nothing is computed for an iterator
     that nobody reads.
 
+    A job is admitted with pages for its prompt if another page for each growing text is left, and
+    takes further pages as its own text grows. If none is free, the youngest job gives its pages
+    back and waits until it can be admitted again. So the oldest job always reaches its end. Jobs
+    are admitted in the order of their arrival: every waiting job is younger than all active ones.
+
     Args:
         model: runs forward passes.
         cache: lends pages.
         drafter: the draft model; None for none.
 
     Attributes:
-        waiting: jobs that have no pages yet, in order of arrival.
+        waiting: jobs that have no pages, in order of arrival.
         active: jobs that have pages.
         evaluations: requests other than jobs, in the order of their turns.
     """
@@ -59,6 +66,7 @@ class Scheduler:
         self.active: list[Job] = []
         self.evaluations: list[Evaluation[Any]] = []
         self._prompts_turn = False
+        self._arrivals = itertools.count()
 
     def accept(self, request: Exchange[Any]) -> None:
         """Accept a request; if it was accepted before, wake its callers if it is ready.
@@ -68,6 +76,7 @@ class Scheduler:
         if not request.accepted:
             request.accepted = True
             if isinstance(request, Job):
+                request.arrival = next(self._arrivals)
                 self.waiting.append(request)
             else:
                 assert isinstance(request, Evaluation)
@@ -184,6 +193,7 @@ class Scheduler:
         """
         self._admit()
         decoding = [job for job in self.active if job.prefilled and self._wants_token(job)]
+        decoding = self._with_room(decoding)
         if decoding:
             self._run(decoding)
         return bool(decoding)
@@ -218,11 +228,9 @@ class Scheduler:
 
     def _skip_stored(self, job: Job) -> None:
         """Skip tokens of a prompt that other requests have stored since its pages were acquired."""
-        assert job.sequence is not None
-        past_len = job.sequence.past_len
         for sequence, ids in job.texts:
             self.cache.advance(sequence, ids)
-        job.skip(job.sequence.past_len - past_len)
+        job.count_prompt(reused=True)
 
     def _wants_token(self, job: Job) -> bool:
         return len(job.output) < MAX_AHEAD or bool(self.waiting)
@@ -234,12 +242,18 @@ class Scheduler:
             running = sum(other.num_sequences for other in self.active)
             if running + job.num_sequences > self.model.max_batch_size:
                 return
+            too_long = reach_error(job, self.cache)
+            if too_long is not None:
+                self._finish(job, FAILED, too_long)
+                continue
+            # Every text that grows can take a page before a job has to give pages back. Otherwise
+            # a job could be admitted and give its pages back again and again.
+            headroom = sum(map(num_growing, self.active))
             try:
-                sequences = self._acquire(job)
+                sequences = acquire_pages(job, self.model, self.cache, headroom)
             except CacheFull as error:
-                # Wait until a running request releases pages. A job that needs more than the
-                # whole cache fails.
-                if self._num_pages(job) <= self.cache.num_pages and self._is_busy:
+                # Wait until a running request releases pages.
+                if self._is_busy:
                     return
                 self._finish(job, FAILED, error)
                 continue
@@ -253,26 +267,47 @@ class Scheduler:
             except BaseException as error:
                 self._fail(job, error)
 
-    def _num_pages(self, job: Job) -> int:
-        """Return the number of pages that all texts of a job need if they share none."""
-        negative_pages = pages_for(job.negative.max_tokens) if job.negative is not None else 0
-        return pages_for(job.max_tokens) + negative_pages
+    def _with_room(self, decoding: list[Job]) -> list[Job]:
+        """Take the pages that decoding jobs need for their next tokens, the oldest job first.
 
-    def _acquire(self, job: Job) -> list[PagedSequence]:
-        """Acquire pages for all texts of a job, or for none."""
-        wanted = [(job.max_tokens, job.prompt_ids)]
-        if job.negative is not None:
-            wanted.append((job.negative.max_tokens, job.negative.ids))
-        taken: list[PagedSequence] = []
-        try:
-            for max_tokens, ids in wanted:
-                rope_class = self.model.rope_class(max_tokens)
-                taken.append(self.cache.acquire(max_tokens, ids, rope_class))
-        except BaseException:
-            for sequence in taken:
-                self.cache.release(sequence)
-            raise
-        return taken
+        Returns:
+            The jobs that have room; the others gave their pages back, or wait for pages.
+        """
+        ready: set[Job] = set()
+        for job in sorted(decoding, key=_arrival):
+            if job in self.active and self._grow(job):
+                ready.add(job)
+        return [job for job in decoding if job in ready]
+
+    def _grow(self, job: Job) -> bool:
+        """Take the pages that a job needs, if necessary from the youngest jobs.
+
+        Returns:
+            False if there are none: the job is itself the youngest, and gave its pages back or
+            waits for those of an evaluation.
+        """
+        while True:
+            try:
+                grow_pages(job, self.cache)
+                return True
+            except CacheFull as error:
+                youngest = max(self.active, key=_arrival)
+                if len(self.active) > 1:
+                    self._preempt(youngest)
+                elif not self.evaluations:
+                    self._fail(job, error)
+                if youngest is job:
+                    return False
+
+    def _preempt(self, job: Job) -> None:
+        """Take a job's pages; it goes on when it is admitted again."""
+        self.active.remove(job)
+        # It is older than all jobs that wait.
+        self.waiting.appendleft(job)
+        job.stats.preemptions += 1
+        return_pages(job, self.cache)
+        if self.drafter is not None:
+            self.drafter.release(job)
 
     def _run(self, jobs: list[Job]) -> None:
         """Run one forward pass: the next chunk of one prompt, or one over decoding jobs."""
@@ -306,8 +341,7 @@ class Scheduler:
         ids = pending[: self._chunk_end(sequence, len(pending)) - sequence.past_len]
         last = len(ids) == len(pending) and job.negative is None
         rows = self.model.forward_rows([(sequence, ids)], "last" if last else "none")
-        if sequence is job.sequence:
-            job.progress.advance("prompt", len(ids))
+        job.count_prompt(reused=False)
         self.cache.commit(sequence, text)
         if last:
             self._take(job, rows, [])
@@ -402,17 +436,16 @@ class Scheduler:
         if job in self.waiting:
             self.waiting.remove(job)
         try:
-            for sequence, ids in job.texts:
-                try:
-                    self.cache.commit(sequence, ids)
-                finally:
-                    self.cache.release(sequence)
+            return_pages(job, self.cache)
             if self.drafter is not None:
                 self.drafter.release(job)
         finally:
-            job.drop_sequences()
             job.finish(reason, error)
             job.wake_waiters()
+
+
+def _arrival(job: Job) -> int:
+    return job.arrival
 
 
 def _typed(error: BaseException) -> BaseException:

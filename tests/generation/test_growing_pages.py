@@ -1,0 +1,393 @@
+"""Pages are taken as texts grow: every text is the one it is alone, and no page is lost."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass, field
+from functools import partial
+
+import pytest
+
+import exl_loader
+from exl_loader.cache.layout import PAGE_LEN, CacheLayer, CacheType, pages_for
+from exl_loader.cache.paging import PagedCache
+from exl_loader.generation.drafts import DraftModel
+from exl_loader.generation.evaluations import Evaluation, evaluate_text
+from exl_loader.generation.jobs import Job
+from exl_loader.utils.errors import CacheFull
+from support import in_threads
+from support.fake_model import FakeModel, fake_engine
+from support.tiny import write_tiny_model
+
+GREEDY = {"temperature": 0, "ban_eos_token": True}
+VOCAB = 300
+
+
+def script(text: list[int]) -> int:
+    """Depends on the whole text, and does not repeat within a few hundred tokens."""
+    return 3 + (len(text) * len(text) * 7 + text[0] + text[-1]) % 251
+
+
+def ends_after_200(text: list[int]) -> int:
+    return 0 if len(text) > 200 else 5
+
+
+# What is admitted, and who gives pages back
+
+
+def start(engine, prompt, options) -> Job:
+    """Give a request to the scheduler, which the test itself steps; a caller waits for it."""
+    job = engine._requests.job(prompt, exl_loader.SamplingSettings.from_dict(options), None, False)
+    job.add_waiter()
+    engine._generator._scheduler.accept(job)
+    return job
+
+
+def read(job: Job, taken: list[int]) -> None:
+    """Take what a job has computed, and wait for more."""
+    while job.output:
+        taken.append(job.output.popleft()[0])
+    if not job.finished and not job._waiters:
+        job.add_waiter()
+
+
+def test_open_ended_requests_share_a_cache_that_one_could_fill():
+    engine, model, cache = fake_engine(
+        ends_after_200, VOCAB, ctx_size=2048, max_batch_size=4, chunk_size=128
+    )
+    options = {"temperature": 0, "max_new_tokens": 5000}
+    generations = [engine.generate_ids([7 + i], options) for i in range(4)]
+    lists = in_threads(list, generations)
+    assert [len(ids) for ids in lists] == [200] * 4
+    assert max(map(len, model.calls)) > 1
+    assert [generation.stats.preemptions for generation in generations] == [0] * 4
+    assert cache.num_free_pages == cache.num_pages == 8
+
+
+def finish(engine, *jobs: Job, until=lambda: False) -> list[list[int]]:
+    """Run steps until the jobs have ended, or `until` is true; return their ids."""
+    scheduler = engine._generator._scheduler
+    taken: list[list[int]] = [[] for _ in jobs]
+    for _ in range(5000):
+        if all(job.finished for job in jobs) or until():
+            return taken
+        assert scheduler.step()
+        for job, ids in zip(jobs, taken, strict=True):
+            read(job, ids)
+    raise AssertionError("no end")
+
+
+def test_a_request_is_admitted_with_its_prompt_and_takes_pages_as_it_grows():
+    engine, _, cache = fake_engine(script, VOCAB, ctx_size=2048, chunk_size=128)
+    job = start(engine, [7] * 300, GREEDY | {"max_new_tokens": 5000})
+    held = []
+
+    def hold() -> bool:
+        if job.sequence is not None:
+            held.append(len(job.sequence.pages))
+            assert held[-1] == cache.num_pages - cache.num_free_pages
+            assert held[-1] == max(pages_for(len(job.history) - 1), 2)
+        return False
+
+    (ids,) = finish(engine, job, until=hold)
+    assert len(ids) == 2048 - 300
+    assert sorted(set(held)) == list(range(2, 9)) and held == sorted(held)
+
+
+def test_a_short_answer_takes_no_page_more():
+    engine, _, cache = fake_engine(script, VOCAB, ctx_size=2048, chunk_size=128)
+    start(engine, [7] * 100, GREEDY | {"max_new_tokens": 100})
+    engine._generator._scheduler.step()
+    assert cache.num_pages - cache.num_free_pages == 1
+
+
+def test_the_youngest_gives_its_pages_back_and_the_oldest_never_does():
+    options = GREEDY | {"max_new_tokens": 700}
+    engine, _, cache = fake_engine(script, VOCAB, ctx_size=1024, chunk_size=128, pages=4)
+    prompts = [[7], [8], [9]]
+    jobs = [start(engine, prompt, options) for prompt in prompts]
+    ended: list[Job] = []
+
+    def note() -> bool:
+        ended.extend(job for job in jobs if job.finished and job not in ended)
+        return False
+
+    assert finish(engine, *jobs, until=note) == [alone(prompt, options) for prompt in prompts]
+    note()
+    assert ended == jobs
+    preemptions = [job.stats.preemptions for job in jobs]
+    assert preemptions[0] == 0 and preemptions[1] == 1
+    assert [job.stats.reused_tokens for job in jobs] == [0, 0, 0]
+    assert cache.num_free_pages == 4
+
+
+def test_a_text_that_gave_its_pages_back_reuses_those_that_are_left():
+    """The older text took one of its pages. Only the tokens of that one are computed again."""
+    engine, model, _ = fake_engine(script, VOCAB, ctx_size=1024, chunk_size=300, pages=6)
+    old = start(engine, [7] * 500, GREEDY | {"max_new_tokens": 500})
+    finish(engine, old, until=lambda: old.decoding)
+    young = start(engine, [9] * 300, GREEDY | {"max_new_tokens": 400})
+    ids = finish(engine, young, old, until=lambda: young.stats.preemptions)[0]
+    assert young.stats.preemptions
+    finish(engine, old)
+    model.calls.clear()
+    num_new = young.stats.new_tokens
+    ids += finish(engine, young)[0]
+    assert ids == alone([9] * 300, GREEDY | {"max_new_tokens": 400})
+    again = sum(map(sum, model.calls)) - (400 - num_new)
+    assert 0 < again <= PAGE_LEN
+
+
+def test_a_request_that_could_exceed_the_whole_cache_is_refused():
+    engine, _, cache = fake_engine(script, VOCAB, ctx_size=1024, pages=3)
+    with pytest.raises(CacheFull, match="text of 1024 tokens.*at most 3 pages.*Ask for fewer"):
+        list(engine.generate_ids([7], GREEDY | {"max_new_tokens": 2000}))
+    assert len(list(engine.generate_ids([7], GREEDY | {"max_new_tokens": 700}))) == 700
+    assert cache.num_free_pages == 3
+
+
+def test_a_growing_text_waits_for_the_pages_of_an_evaluation():
+    """The only text keeps its own pages, because its beginning would be computed again."""
+    engine, _, cache = fake_engine(script, VOCAB, ctx_size=1024, pages=4, chunk_size=3)
+    job = start(engine, [7] * 250, GREEDY | {"max_new_tokens": 600})
+    finish(engine, job, until=lambda: job.stats.new_tokens == 200)
+    evaluation = evaluate(engine, [5] * 510)
+    steps = []
+    finish(engine, job, until=lambda: steps.append(job.stats.new_tokens) or evaluation.finished)
+    assert steps[-1] == steps[-20] == 512 - 250 + 1, "it waited for a page"
+    finish(engine, job)
+    assert job.stats.preemptions == 0 and job.finish_reason == "length"
+    assert evaluation.error is None
+    assert cache.num_free_pages == 4
+
+
+def evaluate(engine, ids: list[int]) -> Evaluation[None]:
+    """Give an evaluation to the scheduler."""
+    steps = partial(
+        evaluate_text, ids=ids, rope_len=len(ids), last=False, receive=lambda index, rows: None
+    )
+    evaluation: Evaluation[None] = Evaluation(steps)
+    evaluation.add_waiter()
+    engine._generator._scheduler.accept(evaluation)
+    return evaluation
+
+
+def test_progress_reports_a_prompt_once():
+    """A text gives its pages back while its prompt is read."""
+    engine, _, _ = fake_engine(script, VOCAB, ctx_size=4096, pages=13, chunk_size=4)
+    scheduler, counts = engine._generator._scheduler, []
+
+    class Progress:
+        def start(self, stage, total, unit):
+            counts.append(("start", total))
+
+        def advance(self, stage, count):
+            counts.append(("advance", count))
+
+        def finish(self, stage):
+            counts.append(("finish", 0))
+
+    old = start(engine, [7] * 250, GREEDY | {"max_new_tokens": 1200})
+    finish(engine, old, until=lambda: old.decoding)
+    settings = exl_loader.SamplingSettings.from_dict(GREEDY | {"max_new_tokens": 260})
+    young = engine._requests.job([9] * 2400, settings, Progress(), False)
+    young.add_waiter()
+    scheduler.accept(young)
+    finish(engine, young, old, until=lambda: young.stats.preemptions)
+    assert 0 < sum(count for name, count in counts if name == "advance") < 2400
+    finish(engine, young, old)
+    assert counts[0] == ("start", 2400) and counts[-1] == ("finish", 0)
+    assert [name for name, _ in counts[1:-1]] == ["advance"] * (len(counts) - 2)
+    assert sum(count for _, count in counts[1:-1]) == 2400
+
+
+# Random requests
+
+
+def alone(prompt: list[int], options: dict) -> list[int]:
+    engine, model, _ = fake_engine(script, VOCAB, ctx_size=1024, pages=8, chunk_size=256)
+    model.config.bos_token_id = 1
+    return list(engine.generate_ids(prompt, options))
+
+
+@dataclass
+class Caller:
+    """Someone who sends a request at a step, reads it fast or slowly, and may leave early."""
+
+    arrives: int
+    prompt: list[int]
+    options: dict
+    reads: float
+    leaves_after: int
+    job: Job | None = None
+    taken: list[int] = field(default_factory=list)
+
+
+def random_caller(rng: random.Random, bases: list[list[int]]) -> Caller:
+    base = rng.choice(bases)
+    prompt = base[: rng.choice([1, 5, 250, 256, 257, rng.randint(1, len(base))])]
+    new_tokens = rng.choice([1, 300, 600, 900, 5000])
+    options: dict = {"max_new_tokens": min(new_tokens, 1024 - len(prompt))}
+    options |= rng.choice([
+        {"temperature": 0, "ban_eos_token": True}, {"temperature": 0, "ban_eos_token": True},
+        {"temperature": 1.2, "seed": rng.randrange(100)},
+        {"temperature": 0, "ban_eos_token": True, "prompt_lookup_num_tokens": 3},
+        {"temperature": 1.0, "seed": 4, "mirostat_mode": 2},
+        {"temperature": 0, "ban_eos_token": True, "guidance_scale": 1.5,
+         "negative_prompt": None, "max_new_tokens": min(new_tokens, 200)},
+    ])
+    leaves_after = rng.choice([10**6] * 4 + [rng.randint(1, 500)])
+    return Caller(rng.randrange(600), prompt, options, rng.choice([1, 1, 0.3]), leaves_after)
+
+
+def check_pages(scheduler) -> None:
+    """Every page is free or held by a text, and waiting jobs hold none."""
+    cache = scheduler.cache
+    held = {page for job in scheduler.active for text, _ in job.texts for page in text.pages}
+    for evaluation in scheduler.evaluations:
+        assert evaluation.started
+        frame = evaluation._steps.gi_frame
+        held |= set(frame.f_locals["sequence"].pages)
+    assert held.isdisjoint(cache._free) and len(held) + len(cache._free) == cache.num_pages
+    assert all(not job.texts for job in scheduler.waiting)
+    arrivals = [job.arrival for job in scheduler.waiting]
+    assert arrivals == sorted(arrivals)
+    assert max((job.arrival for job in scheduler.active), default=-1) < min(arrivals, default=9**9)
+
+
+@pytest.mark.parametrize("drafted", [False, True])
+@pytest.mark.parametrize("seed", [0, 1, 2, None])
+def test_random_requests_over_a_small_cache(seed, drafted):
+    """Arrivals, lengths, readers and cancellations at random; evaluations between them."""
+    rng = random.Random(seed)
+    bases = [[rng.randint(3, 250) for _ in range(600)] for _ in range(3)]
+    pages = rng.randint(6, 9)
+    engine, model, cache = fake_engine(
+        script, VOCAB, ctx_size=1024, pages=pages, chunk_size=200, max_batch_size=6
+    )
+    model.config.bos_token_id = 1
+    scheduler = engine._generator._scheduler
+    if drafted:
+        draft = FakeModel(
+            lambda text: script(text) if len(text) % 5 else 299, VOCAB, 3, chunk_size=200
+        )
+        layer = CacheLayer(draft.stored, None, draft.stored, None, CacheType(32, 32))
+        scheduler.drafter = DraftModel(draft, PagedCache([layer], 3), 4, VOCAB)
+    callers = [random_caller(rng, bases) for _ in range(14)]
+    expected = [alone(caller.prompt, caller.options) for caller in callers]
+    evaluations: list[Evaluation] = []
+    step = 0
+    while any(caller.job is None or not caller.job.finished for caller in callers):
+        assert step < 60_000, "no end"
+        for caller in callers:
+            if caller.job is None and caller.arrives <= step:
+                caller.job = start(engine, caller.prompt, caller.options)
+        if rng.random() < 0.003:
+            evaluations.append(evaluate(engine, bases[0][: rng.randint(1, 400)]))
+        for evaluation in evaluations:
+            if not evaluation.finished and not evaluation._waiters:
+                evaluation.add_waiter()
+        running = [job for job in (*scheduler.active, *scheduler.waiting) if not job.cancelled]
+        oldest = min(running, key=lambda job: job.arrival, default=None)
+        before = oldest.stats.preemptions if oldest is not None else 0
+        scheduler.step()
+        check_pages(scheduler)
+        if oldest is not None:
+            assert oldest.stats.preemptions == before, "the oldest gave its pages back"
+        for caller in callers:
+            if caller.job is not None and rng.random() < caller.reads:
+                read(caller.job, caller.taken)
+                if len(caller.taken) >= caller.leaves_after:
+                    caller.job.cancelled = True
+        step += 1
+    while scheduler.evaluations:
+        scheduler.step()
+    for caller, ids in zip(callers, expected, strict=True):
+        assert caller.job is not None and caller.job.error is None
+        read(caller.job, caller.taken)
+        whole = not caller.job.cancelled or caller.job.finish_reason != "cancelled"
+        assert caller.taken == (ids if whole else ids[: len(caller.taken)])
+    for evaluation in evaluations:
+        assert evaluation.error is None or isinstance(evaluation.error, CacheFull)
+    jobs = [caller.job for caller in callers if caller.job is not None]
+    # A text takes a page for every 256 tokens, and each time at most one job loses its pages.
+    most = sum(job.num_sequences * pages_for(len(job.history)) for job in jobs)
+    most += 2 * len(evaluations)
+    preemptions = sum(job.stats.preemptions for job in jobs)
+    assert preemptions <= most and (preemptions > 0 or seed is None)
+    assert cache.num_free_pages == pages
+    if drafted:
+        assert scheduler.drafter._cache.num_free_pages == 3
+        assert any(job.stats.accepted_tokens for job in jobs)
+
+
+# On the compiled kernels
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("growing") / "model")
+
+
+@pytest.fixture(scope="module")
+def draft_dir(tmp_path_factory):
+    return write_tiny_model(
+        tmp_path_factory.mktemp("growing_draft") / "model", seed=9, hidden_size=32,
+        num_hidden_layers=1, intermediate_size=64,
+    )
+
+
+SETTINGS = [
+    {"temperature": 0}, {"temperature": 0.8, "seed": 3, "logprobs": 2},
+    {"temperature": 1.1, "seed": 4, "dry_multiplier": 0.8}, {"mirostat_mode": 2, "seed": 5},
+    {"temperature": 0, "guidance_scale": 1.4, "negative_prompt": "no " * 20,
+     "max_new_tokens": 300},
+    {"temperature": 0.7, "seed": 6, "grammar_string": 'root ::= ("a" | "b" | "yes ")+'},
+    {"temperature": 0.9, "seed": 7, "repetition_penalty": 1.2, "prompt_lookup_num_tokens": 3},
+]
+
+
+@pytest.mark.parametrize("cache_type", ["fp16", "q4"])
+@pytest.mark.parametrize("drafted", [False, True])
+def test_on_the_compiled_kernels_texts_that_lose_their_pages_are_the_same(
+    folder, draft_dir, cache_type, drafted
+):
+    options = {"ctx_size": 1280, "cache_type": cache_type, "max_batch_size": 4, "chunk_size": 128}
+    if drafted:
+        options["model_draft"] = draft_dir
+    rng = random.Random(11)
+    requests = []
+    for i, settings in enumerate(SETTINGS):
+        prompt = [rng.randint(3, 250) for _ in range(rng.choice([3, 30, 60]))]
+        chosen = {"max_new_tokens": 550 - len(prompt) + i, "ban_eos_token": True} | settings
+        requests.append((prompt, chosen))
+
+    def together_from_the_start(_model, _cache):
+        scheduler, inbox = model._generator._scheduler, model._generator._inbox
+        deadline = time.monotonic() + 300
+        while len(scheduler.waiting) + len(scheduler.active) + inbox.qsize() < len(requests):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        yield True
+
+    def ask(request):
+        if request is None:
+            return next(model.run_alone(together_from_the_start))
+        generation = model.generate(*request)
+        text = "".join(generation)
+        stats = generation.stats
+        return (text, generation.token_ids, generation.logprobs), stats.preemptions
+
+    with exl_loader.load(folder, **options) as model:
+        whole = []
+        for request in requests:
+            model.prompt_logits([5] * 1280)
+            whole.append(ask(request)[0])
+        model.prompt_logits([5] * 1280)
+        together = in_threads(ask, [None, *requests])[1:]
+        assert [result for result, _ in together] == whole
+        assert sum(preemptions for _, preemptions in together) > 0
+        cache = model._generator._scheduler.cache
+        assert cache.num_free_pages == cache.num_pages == 5
+        assert model.allocated_bytes() == model.reservation.total_bytes
