@@ -33,36 +33,59 @@ constexpr int kTileVectors = kTileTokens / kLanes;
 
 EXL_INLINE float minus_infinity() { return -INFINITY; }
 
-// c[Rows, Vectors * 16] = (Add ? c : 0) + a[Rows, depth] b[depth, Vectors * 16].
+// a[rows, depth] b[depth, columns], float32; depth 0 for no product.
+struct Product {
+    const float* a = nullptr;
+    int64_t a_stride = 0;
+    const float* b = nullptr;
+    int64_t b_stride = 0;
+    int depth = 0;
+
+    // The product from a row, or from a column, on.
+    Product from_row(int64_t row) const { return {a + row * a_stride, a_stride, b, b_stride, depth}; }
+    Product from_column(int64_t column) const {
+        return {a, a_stride, b + column, b_stride, depth};
+    }
+};
+
+template <int Rows, int Vectors>
+EXL_INLINE void accumulate(const Product& product, F32x16 (&sums)[Rows][Vectors]) {
+    for (int k = 0; k < product.depth; ++k) {
+        F32x16 columns[Vectors];
+        for (int i = 0; i < Vectors; ++i) {
+            columns[i] = load(product.b + k * product.b_stride + i * kLanes);
+        }
+        for (int r = 0; r < Rows; ++r) {
+            const F32x16 factor = broadcast(product.a[r * product.a_stride + k]);
+            for (int i = 0; i < Vectors; ++i) sums[r][i] = fma(factor, columns[i], sums[r][i]);
+        }
+    }
+}
+
+// c[Rows, Vectors * 16] = (Add ? c : 0) + product + more.
 template <int Rows, int Vectors, bool Add>
-EXL_INLINE void multiply_block(const float* a, int64_t a_stride, const float* b,
-                               int64_t b_stride, int depth, float* c, int64_t c_stride) {
+EXL_INLINE void multiply_block(const Product& product, const Product& more, float* c,
+                               int64_t c_stride) {
     F32x16 sums[Rows][Vectors];
     for (int r = 0; r < Rows; ++r) {
         for (int i = 0; i < Vectors; ++i) {
             sums[r][i] = Add ? load(c + r * c_stride + i * kLanes) : broadcast(0.0f);
         }
     }
-    for (int k = 0; k < depth; ++k) {
-        F32x16 columns[Vectors];
-        for (int i = 0; i < Vectors; ++i) columns[i] = load(b + k * b_stride + i * kLanes);
-        for (int r = 0; r < Rows; ++r) {
-            const F32x16 factor = broadcast(a[r * a_stride + k]);
-            for (int i = 0; i < Vectors; ++i) sums[r][i] = fma(factor, columns[i], sums[r][i]);
-        }
-    }
+    accumulate(product, sums);
+    accumulate(more, sums);
     for (int r = 0; r < Rows; ++r) {
         for (int i = 0; i < Vectors; ++i) store(c + r * c_stride + i * kLanes, sums[r][i]);
     }
 }
 
 template <int Vectors, bool Add>
-void multiply_columns(int64_t rows, const float* a, int64_t a_stride, const float* b,
-                      int64_t b_stride, int depth, float* c, int64_t c_stride) {
+void multiply_columns(int64_t rows, const Product& product, const Product& more, float* c,
+                      int64_t c_stride) {
     int64_t row = 0;
     const auto multiply_rows = [&](auto block) {
         multiply_block<decltype(block)::value, Vectors, Add>(
-            a + row * a_stride, a_stride, b, b_stride, depth, c + row * c_stride, c_stride);
+            product.from_row(row), more.from_row(row), c + row * c_stride, c_stride);
         row += decltype(block)::value;
     };
     while (rows - row >= kBlockRows) multiply_rows(std::integral_constant<int, kBlockRows>());
@@ -73,18 +96,19 @@ void multiply_columns(int64_t rows, const float* a, int64_t a_stride, const floa
     if (rows - row >= 1) multiply_rows(std::integral_constant<int, 1>());
 }
 
-// c[rows, vectors * 16] = (Add ? c : 0) + a[rows, depth] b[depth, vectors * 16].
+// c[rows, vectors * 16] = (Add ? c : 0) + product + more.
 template <bool Add>
-void multiply(int64_t rows, int vectors, const float* a, int64_t a_stride, const float* b,
-              int64_t b_stride, int depth, float* c, int64_t c_stride) {
+void multiply(int64_t rows, int vectors, const Product& product, const Product& more, float* c,
+              int64_t c_stride) {
     int i = 0;
     for (; i + kBlockVectors <= vectors; i += kBlockVectors) {
-        multiply_columns<kBlockVectors, Add>(rows, a, a_stride, b + i * kLanes, b_stride, depth,
-                                             c + i * kLanes, c_stride);
+        multiply_columns<kBlockVectors, Add>(rows, product.from_column(i * kLanes),
+                                             more.from_column(i * kLanes), c + i * kLanes,
+                                             c_stride);
     }
     for (; i < vectors; ++i) {
-        multiply_columns<1, Add>(rows, a, a_stride, b + i * kLanes, b_stride, depth,
-                                 c + i * kLanes, c_stride);
+        multiply_columns<1, Add>(rows, product.from_column(i * kLanes),
+                                 more.from_column(i * kLanes), c + i * kLanes, c_stride);
     }
 }
 
@@ -192,22 +216,25 @@ void attend(const Head& head, const Rows& rows, int32_t first, int32_t end,
         expand_values(*values.half, values.token_index, tokens, head_dim, scratch.values);
         if (tile == 0 && head.first_open > 0) replace_first(head, scratch);
         const int vectors = ceil_div(tokens, kLanes);
-        multiply<false>(rows.count, vectors, rows.queries, head_dim, scratch.keys, kTileTokens,
-                        head_dim, scratch.scores, kTileTokens);
+        alignas(64) float angles[2 * kMaxBiasPairs * kTileTokens];
+        Product bias;
         if (waves) {
-            alignas(64) float angles[2 * kMaxBiasPairs * kTileTokens];
             waves->next(angles);
-            multiply<true>(rows.count, vectors, rows.bias->factors, rows.bias->depth(), angles,
-                           kTileTokens, rows.bias->depth(), scratch.scores, kTileTokens);
+            const int depth = rows.bias->depth();
+            bias = {rows.bias->factors, depth, angles, kTileTokens, depth};
         }
+        multiply<false>(rows.count, vectors,
+                        {rows.queries, head_dim, scratch.keys, kTileTokens, head_dim}, bias,
+                        scratch.scores, kTileTokens);
         for (int64_t r = 0; r < rows.count; ++r) {
             softmax_tile(scratch.scores + r * kTileTokens,
                          tokens_before(rows.low[r], tile, tokens),
                          tokens_before(rows.high[r], tile, tokens), head.softcap, partial, r,
                          stride);
         }
-        multiply<true>(rows.count, stride / kLanes, scratch.scores, kTileTokens, scratch.values,
-                       stride, tokens, partial.sums, stride);
+        multiply<true>(rows.count, stride / kLanes,
+                       {scratch.scores, kTileTokens, scratch.values, stride, tokens}, {},
+                       partial.sums, stride);
     }
 }
 

@@ -9,7 +9,19 @@ void begin_bias(const ExlKeyBias& bias, int64_t sequence, int64_t head, BiasRows
     rows->num_pairs = static_cast<int>(bias.num_pairs);
     const float* frequencies = bias.inv_freq + sequence * bias.half;
     for (int i = 0; i < rows->num_pairs; ++i) {
-        rows->frequencies[i] = frequencies[bias.pairs[head * bias.num_pairs + i]];
+        const double frequency = frequencies[bias.pairs[head * bias.num_pairs + i]];
+        rows->frequencies[i] = frequency;
+        rows->cos_step[i] = std::cos(kLanes * frequency);
+        rows->sin_step[i] = std::sin(kLanes * frequency);
+        const double cos_one = std::cos(frequency), sin_one = std::sin(frequency);
+        double c = 1.0, s = 0.0;
+        for (int j = 0; j < kLanes; ++j) {
+            rows->cos_lanes[i * kLanes + j] = static_cast<float>(c);
+            rows->sin_lanes[i * kLanes + j] = static_cast<float>(s);
+            const double next = c * cos_one - s * sin_one;
+            s = s * cos_one + c * sin_one;
+            c = next;
+        }
     }
 }
 
@@ -26,37 +38,25 @@ void set_bias_row(const ExlKeyBias& bias, int64_t head, const float* query, floa
     }
 }
 
-BiasWaves::BiasWaves(const BiasRows& rows, int32_t first_tile) : num_pairs_(rows.num_pairs) {
+BiasWaves::BiasWaves(const BiasRows& rows, int32_t first_tile) : rows_(rows) {
     const int32_t split_first = first_tile / kKvSplitTokens * kKvSplitTokens;
-    for (int i = 0; i < num_pairs_; ++i) {
-        const double frequency = rows.frequencies[i];
-        cos_[i] = std::cos(split_first * frequency);
-        sin_[i] = std::sin(split_first * frequency);
-        cos_step_[i] = std::cos(kLanes * frequency);
-        sin_step_[i] = std::sin(kLanes * frequency);
-        const double cos_one = std::cos(frequency), sin_one = std::sin(frequency);
-        double c = 1.0, s = 0.0;
-        for (int j = 0; j < kLanes; ++j) {
-            cos_lanes_[i * kLanes + j] = static_cast<float>(c);
-            sin_lanes_[i * kLanes + j] = static_cast<float>(s);
-            const double next = c * cos_one - s * sin_one;
-            s = s * cos_one + c * sin_one;
-            c = next;
-        }
+    for (int i = 0; i < rows_.num_pairs; ++i) {
+        cos_[i] = std::cos(split_first * rows_.frequencies[i]);
+        sin_[i] = std::sin(split_first * rows_.frequencies[i]);
         for (int32_t skipped = split_first; skipped < first_tile; skipped += kLanes) advance(i);
     }
 }
 
 void BiasWaves::advance(int pair) {
     const double c = cos_[pair], s = sin_[pair];
-    cos_[pair] = c * cos_step_[pair] - s * sin_step_[pair];
-    sin_[pair] = s * cos_step_[pair] + c * sin_step_[pair];
+    cos_[pair] = c * rows_.cos_step[pair] - s * rows_.sin_step[pair];
+    sin_[pair] = s * rows_.cos_step[pair] + c * rows_.sin_step[pair];
 }
 
 void BiasWaves::next(float* out) {
-    for (int i = 0; i < num_pairs_; ++i) {
-        const F32x16 cos_lanes = load(cos_lanes_ + i * kLanes);
-        const F32x16 sin_lanes = load(sin_lanes_ + i * kLanes);
+    for (int i = 0; i < rows_.num_pairs; ++i) {
+        const F32x16 cos_lanes = load(rows_.cos_lanes + i * kLanes);
+        const F32x16 sin_lanes = load(rows_.sin_lanes + i * kLanes);
         float* cosines = out + 2 * i * kTileTokens;
         float* sines = cosines + kTileTokens;
         for (int t = 0; t < kTileTokens; t += kLanes) {

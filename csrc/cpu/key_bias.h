@@ -14,10 +14,12 @@
 
 namespace exl {
 
-// The key bias of a task's rows; about 32 KiB on the stack of its thread.
+// The key bias of a task's rows; about 37 KiB on the stack of its thread.
 struct BiasRows {
     int num_pairs;
     double frequencies[kMaxBiasPairs];
+    double cos_step[kMaxBiasPairs], sin_step[kMaxBiasPairs];  // of kLanes positions
+    float cos_lanes[kMaxBiasPairs * kLanes], sin_lanes[kMaxBiasPairs * kLanes];
     float factors[kTaskRows * 2 * kMaxBiasPairs];  // [rows, num_pairs, 2 (cosine, sine)]
     int depth() const { return 2 * num_pairs; }
 };
@@ -43,10 +45,8 @@ class BiasWaves {
   private:
     void advance(int pair);
 
-    int num_pairs_;
-    double cos_[kMaxBiasPairs], sin_[kMaxBiasPairs];            // at the next position
-    double cos_step_[kMaxBiasPairs], sin_step_[kMaxBiasPairs];  // of kLanes positions
-    float cos_lanes_[kMaxBiasPairs * kLanes], sin_lanes_[kMaxBiasPairs * kLanes];
+    const BiasRows& rows_;
+    double cos_[kMaxBiasPairs], sin_[kMaxBiasPairs];  // at the next position
 };
 
 }  // namespace exl
