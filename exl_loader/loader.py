@@ -58,7 +58,7 @@ def load(
     Args:
         model_dir: folder with config.json and *.safetensors.
         progress: gets the tasks of the load: importing PyTorch, compiling, reserving memory,
-            reading weights, and finding key feedback where keys have fewer than 8 bits.
+            reading weights, and sampling keys where they have fewer than 8 bits.
         options: see `LoadOptions`.
 
     Raises:
@@ -280,7 +280,7 @@ class _WeightReader:
                 parts, workspaces, cache, self.ops, rooms=rooms,
                 alpha_value=self.options.alpha_value,
                 compress_pos_emb=self.options.compress_pos_emb, progress=self.progress,
-                feedback_task=f"finding {'draft ' if prefix else ''}key feedback",
+                sample_task=f"sampling {'draft ' if prefix else ''}keys",
             )
             for adapter, scaling in placed.loras.adapters:
                 model.load_lora(adapter, scaling)

@@ -151,14 +151,14 @@ def test_progress_counts_every_byte(tiny_model_dir, nothing_left):
 
 
 @pytest.mark.parametrize(("options", "draft", "tasks"), [
-    ({"cache_type": "q4"}, True, {"finding key feedback": 3, "finding draft key feedback": 2}),
+    ({"cache_type": "q4"}, True, {"sampling keys": 3, "sampling draft keys": 2}),
     ({"cache_type": "q8_q4"}, False, {}),
     # The sample has 64 ids and runs in several steps.
     ({"cache_type": "q6", "chunk_size": 24, "max_batch_size": 2}, False,
-     {"finding key feedback": 3}),
+     {"sampling keys": 3}),
     ({"cache_type": "fp16"}, True, {}),
 ])
-def test_progress_counts_the_layers_whose_key_feedback_is_found(
+def test_progress_counts_the_layers_whose_keys_are_sampled(
     tiny_model, nothing_left, options, draft, tasks
 ):
     folder, recorder = tiny_model(num_hidden_layers=3), Recorder()
@@ -166,7 +166,7 @@ def test_progress_counts_the_layers_whose_key_feedback_is_found(
         options = options | {"model_draft": tiny_model("draft", num_hidden_layers=2)}
     with exl_loader.load(folder, ctx_size=CTX, progress=recorder, **options):
         pass
-    counted = {name: total for name, total in recorder.totals.items() if "feedback" in name}
+    counted = {name: total for name, total in recorder.totals.items() if "sampling" in name}
     assert counted == {name: (layers, "layers") for name, layers in tasks.items()}
     assert {name: recorder.done[name] for name in tasks} == tasks
     assert set(tasks) <= set(recorder.finished)

@@ -24,6 +24,10 @@ EXL_INLINE void rotate(F32x16& first, F32x16& second, F32x16 cos, F32x16 sin) {
     first = a;
 }
 
+void subtract(float* x, const float* mean, int64_t size) {
+    for (int64_t i = 0; i < size; ++i) x[i] -= mean[i];
+}
+
 void rotate_head(float* x, const float* cos, const float* sin, int64_t half) {
     int64_t i = 0;
     for (; i + kLanes <= half; i += kLanes) {
@@ -73,11 +77,12 @@ EXL_API void exl_rope_table(const int32_t* positions, const float* inv_freq, flo
 }
 EXL_REPLAYED(rope_table)
 
-// Rotates x in place. Element i of a head is paired with element half + i; if `interleaved` is not
-// 0, element 2 * i with element 2 * i + 1.
+// Rotates x in place, after subtracting `mean`, if it is not null. Element i of a head is paired with
+// element half + i; if `interleaved` is not 0, element 2 * i with element 2 * i + 1.
 //
-// x: float32 [rows, heads, head_dim]; table: float32 [rows, 2, half] of exl_rope_table.
-EXL_API void exl_rope(float* x, const float* table, int64_t rows, int64_t heads,
+// x: float32 [rows, heads, head_dim]; table: float32 [rows, 2, half] of exl_rope_table; mean: float32
+// [heads, head_dim].
+EXL_API void exl_rope(float* x, const float* table, const float* mean, int64_t rows, int64_t heads,
                       int64_t head_dim, int64_t half, int interleaved) {
     using namespace exl;
     const auto rotate = interleaved != 0 ? rotate_interleaved_head : rotate_head;
@@ -86,6 +91,7 @@ EXL_API void exl_rope(float* x, const float* table, int64_t rows, int64_t heads,
     parallel_for(rows, balanced_grain(rows, min_grain), [&](int64_t first, int64_t end, int) {
         for (int64_t row = first; row < end; ++row) {
             const float* cos = table + row * 2 * half;
+            if (mean != nullptr) subtract(x + row * row_elements, mean, row_elements);
             for (int64_t head = 0; head < heads; ++head) {
                 rotate(x + row * row_elements + head * head_dim, cos, cos + half, half);
             }

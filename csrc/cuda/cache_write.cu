@@ -23,12 +23,13 @@
 #include "cuda/row_functions.cuh"
 
 // RoPE of a step's queries and keys, and their norms in models that have them. Queries are
-// rotated in place, keys before they are written to the cache.
+// rotated in place; keys before they are written to the cache, less their mean.
 struct RopeCall {
     float* q;            // [rows, q_heads, head_dim]
     const float* table;  // [rows, 2, half]: cos, then sin; null if keys are already rotated
     const float* q_weight;
     const float* k_weight;  // [head_dim], or null
+    const float* mean;      // of keys, [kv_heads, head_dim], or null
     int32_t q_heads;
     int32_t half;
     float eps;
@@ -334,7 +335,7 @@ __device__ __forceinline__ void rotate_queries(const RopeCall& rope, int head_di
     const float* cos = rope.table + static_cast<int64_t>(row) * 2 * rope.half;
     float* x = rope.q + (static_cast<int64_t>(row) * rope.q_heads + head) * head_dim;
     rotate_head(x, cos, cos + rope.half, head_dim, rope.half, rope.interleaved != 0,
-                rope.q_weight, rope.eps);
+                rope.q_weight, rope.eps, nullptr);
 }
 
 // Writes the keys and values of all rows, and rotates queries if `rope` has a table.
@@ -377,7 +378,8 @@ extern "C" __global__ void __launch_bounds__(kWriteThreads)
         const float* cos = rope.table + static_cast<int64_t>(row) * 2 * rope.half;
         if (warp_id() == 0) {
             rotate_head(memory.head, cos, cos + rope.half, head_dim, rope.half,
-                        rope.interleaved != 0, rope.k_weight, rope.eps);
+                        rope.interleaved != 0, rope.k_weight, rope.eps,
+                        rope.mean == nullptr ? nullptr : rope.mean + head * head_dim);
         }
         block_sync();  // the key is rotated
     }

@@ -30,16 +30,17 @@ EXL_KERNEL(rope_table_kernel);
 
 // Rotates x in place, one head per warp; see rotate_head.
 //
-// x: float32 [rows, heads, head_dim]; table: float32 [rows, 2, half] of rope_table_kernel.
+// x: float32 [rows, heads, head_dim]; table: float32 [rows, 2, half] of rope_table_kernel; mean:
+// float32 [heads, head_dim], or null.
 extern "C" __global__ void __launch_bounds__(exl::kThreads)
-    rope_kernel(float* x, const float* table, int32_t rows, int32_t heads, int32_t head_dim,
-                int32_t half, int32_t interleaved) {
+    rope_kernel(float* x, const float* table, const float* mean, int32_t rows, int32_t heads,
+                int32_t head_dim, int32_t half, int32_t interleaved) {
     using namespace exl;
     const int64_t warp = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + warp_id();
     if (warp >= static_cast<int64_t>(rows) * heads) return;  // whole warps leave
     const int64_t row = warp / heads;
     const float* cos = table + row * 2 * half;
     rotate_head(x + warp * head_dim, cos, cos + half, head_dim, half, interleaved != 0, nullptr,
-                0.0f);
+                0.0f, mean == nullptr ? nullptr : mean + warp % heads * head_dim);
 }
 EXL_KERNEL(rope_kernel);

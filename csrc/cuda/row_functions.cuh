@@ -64,10 +64,11 @@ __device__ __forceinline__ float norm_scale_of_warp(const float* x, int size, fl
 
 // Rotates one head x [head_dim] in place, by one warp; each lane handles pairs: elements i and
 // half + i, or 2 * i and 2 * i + 1 if `interleaved`. If `weight` is not null, the head is
-// normalised first (Qwen3), as in rms_norm_heads_kernel.
+// normalised first (Qwen3), as in rms_norm_heads_kernel. Then `mean` [head_dim] is subtracted, if it
+// is not null.
 __device__ __forceinline__ void rotate_head(float* x, const float* cos, const float* sin,
                                             int head_dim, int half, bool interleaved,
-                                            const float* weight, float eps) {
+                                            const float* weight, float eps, const float* mean) {
     float scale = 1.0f;
     if (weight != nullptr) scale = norm_scale_of_warp(x, head_dim, eps);
     const int step = interleaved ? 2 : 1, distance = interleaved ? 1 : half;
@@ -78,12 +79,18 @@ __device__ __forceinline__ void rotate_head(float* x, const float* cos, const fl
             first = normalized(first, scale, weight[a]);
             second = normalized(second, scale, weight[b]);
         }
+        if (mean != nullptr) {
+            first = add_rn(first, -mean[a]);
+            second = add_rn(second, -mean[b]);
+        }
         x[a] = fmaf(first, cos[i], -mul_rn(second, sin[i]));
         x[b] = fmaf(second, cos[i], mul_rn(first, sin[i]));
     }
-    if (weight == nullptr) return;
+    if (weight == nullptr && mean == nullptr) return;
     for (int i = 2 * half + lane_id(); i < head_dim; i += 32) {
-        x[i] = normalized(x[i], scale, weight[i]);
+        float value = x[i];
+        if (weight != nullptr) value = normalized(value, scale, weight[i]);
+        x[i] = mean == nullptr ? value : add_rn(value, -mean[i]);
     }
 }
 

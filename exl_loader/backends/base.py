@@ -356,14 +356,16 @@ class Ops(Protocol):
             out: float32 [T, 2, rotary_dim / 2].
         """
 
-    def rope(self, x: torch.Tensor, table: torch.Tensor, interleaved: bool = False) -> None:
-        """Rotate heads in place.
+    def rope(self, x: torch.Tensor, table: torch.Tensor, interleaved: bool = False,
+             mean: torch.Tensor | None = None) -> None:
+        """Rotate heads in place, after subtracting `mean` from those of each row.
 
         Args:
             x: float32 [T, heads, head_dim]; elements from rotary_dim on stay as they are.
             table: from `rope_table`.
             interleaved: elements 2 * i and 2 * i + 1 of a head are a pair (GLM, Cohere); if not,
                 elements i and rotary_dim / 2 + i are (Llama).
+            mean: float32 [heads, head_dim]; None: nothing is subtracted.
         """
 
     def write_cache(self, k: torch.Tensor, v: torch.Tensor, layer: CacheLayer, batch: Batch,
@@ -373,8 +375,8 @@ class Ops(Protocol):
         With open pages they are stored there as well, and position 0 as the first token.
 
         Args:
-            k, v: float32 [T, num_kv_heads, head_dim], keys after RoPE, without the bias
-                elements of `layer.key_bias`.
+            k, v: float32 [T, num_kv_heads, head_dim], keys after RoPE, without what
+                `layer.key_bias` has.
         """
 
     def attention(self, q: torch.Tensor, layer: CacheLayer, batch: Batch,

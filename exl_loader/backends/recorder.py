@@ -91,9 +91,10 @@ class Rope:
     x: torch.Tensor
     table: torch.Tensor
     interleaved: bool
+    mean: torch.Tensor | None
 
     def run(self, ops: Ops) -> None:
-        ops.rope(self.x, self.table, self.interleaved)
+        ops.rope(self.x, self.table, self.interleaved, self.mean)
 
 
 @dataclass(frozen=True, eq=False)
@@ -319,8 +320,9 @@ class Recorder:
                    out: torch.Tensor) -> None:
         self.calls.append(RopeTable(positions, inv_freq, factor, out))
 
-    def rope(self, x: torch.Tensor, table: torch.Tensor, interleaved: bool = False) -> None:
-        self.calls.append(Rope(x, table, interleaved))
+    def rope(self, x: torch.Tensor, table: torch.Tensor, interleaved: bool = False,
+             mean: torch.Tensor | None = None) -> None:
+        self.calls.append(Rope(x, table, interleaved, mean))
 
     def write_cache(self, k: torch.Tensor, v: torch.Tensor, layer: CacheLayer, batch: Batch,
                     scratch: torch.Tensor) -> None:

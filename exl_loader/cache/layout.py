@@ -27,10 +27,13 @@ first one from the open page, all others from the codes. So a text has the same 
 batch, in chunks, and after a beginning that another text has stored. Open pages store rotated
 vectors, because attention rotates its queries once.
 
-Keys of fewer than 8 bits are rounded with feedback (`backends/reference/feedback.py`):
+Keys of fewer than 8 bits are rounded with feedback (`backends/reference/feedback.py`), and RoPE
+subtracts their mean first (`model/key_mean.py`). Of each layer:
 
-    key_feedback  float16 [kv_heads, head_dim, head_dim], head_dim of the columns padded to a
-                  multiple of 32 with zeros, of each layer
+    key_feedback   float16 [kv_heads, head_dim, head_dim], head_dim of the columns padded to a
+                   multiple of 32 with zeros
+    key_mean       float32 [kv_heads, head_dim]
+    key_mean_room  int32 [3, kv_heads * MAX_BIAS_PAIRS], for the `KeyBias` that makes up for it
 
 fp16 has the size of float16 but not its format: rounding keys and values to float16 changes logits
 by 4e-4, and 16 bits with a shared scale by 6e-5 (`backends/reference/fp16.py`). fp32 is for
@@ -94,7 +97,7 @@ def num_groups(head_dim: int, bits: int) -> int:
 
 
 def has_feedback(bits: int) -> bool:
-    """True if keys of so many bits are rounded with feedback where a layer has a matrix for it.
+    """True if keys of so many bits are rounded with feedback, and stored without their mean.
 
     Keys of 8 bits lose little as it is.
     """
@@ -251,13 +254,13 @@ def stored_shapes(
     }
 
 
-def key_feedback_shapes(
+def key_sample_shapes(
     config: ModelConfig, num_layers: int, cache_type: CacheType
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return dtype and shape of the feedback of a device's layers, part of the workspace.
+    """Return dtype and shape of what a sample finds for a device's keys, part of the workspace.
 
     Args:
-        config: gives num_key_value_heads and head_dim.
+        config: gives num_key_value_heads, head_dim, and whether there is RoPE.
         num_layers: decoder layers on the device, the first dimension.
         cache_type: how keys are stored.
     """
@@ -265,7 +268,11 @@ def key_feedback_shapes(
         return {}
     heads, head_dim = config.num_key_value_heads, config.head_dim
     shape = num_layers, heads, head_dim, round_up(head_dim, GROUP)
-    return {"key_feedback": ("float16", shape)}
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {"key_feedback": ("float16", shape)}
+    if config.ropes:
+        shapes["key_mean"] = "float32", (num_layers, heads, head_dim)
+        shapes["key_mean_room"] = "int32", (num_layers, 3, heads * MAX_BIAS_PAIRS)
+    return shapes
 
 
 @dataclass(eq=False)
@@ -328,9 +335,12 @@ class CacheLayer:
         k_scales, v_scales: None if they are not quantised.
         cache_type: how they are stored.
         k_open, v_open: open pages of quantised keys and values; None for none.
-        key_bias: the bias that the stored keys lack; None for none.
+        key_bias: what the stored keys lack, from the bias of their projection and from
+            `key_mean`; None for nothing.
         key_feedback: float16 [kv_heads, head_dim, padded head_dim], how rounding errors of a
             key are fed to its further elements; None to round each element alone.
+        key_mean: float32 [kv_heads, head_dim], which RoPE subtracts from keys; None for nothing.
+        key_mean_room: int32 [3, kv_heads * MAX_BIAS_PAIRS], for `key_bias`; or None.
         native: the compiled operations' own description of the layer.
     """
 
@@ -343,6 +353,8 @@ class CacheLayer:
     v_open: OpenPages | None = None
     key_bias: KeyBias | None = None
     key_feedback: torch.Tensor | None = None
+    key_mean: torch.Tensor | None = None
+    key_mean_room: torch.Tensor | None = None
     native: Any = field(default=None, compare=False, repr=False)
 
     def take_open_pages(self, views: Mapping[str, torch.Tensor], index: int) -> None:
@@ -360,15 +372,15 @@ class CacheLayer:
                                ("v", open_bits(self.cache_type.v_bits)))
         )
 
-    def take_key_feedback(self, views: Mapping[str, torch.Tensor], index: int) -> None:
-        """Take the layer's matrices from the tensor that `key_feedback_shapes` plans.
+    def take_key_sample(self, views: Mapping[str, torch.Tensor], index: int) -> None:
+        """Take the layer's part of the tensors that `key_sample_shapes` plans.
 
         Args:
-            views: the device's tensors by name; without that tensor nothing is taken.
+            views: the device's tensors by name; what is missing is not taken.
             index: the layer's place on its device.
         """
-        matrices = views.get("key_feedback")
-        self.key_feedback = None if matrices is None else matrices[index]
+        for name in ("key_feedback", "key_mean", "key_mean_room"):
+            setattr(self, name, views[name][index] if name in views else None)
 
     @property
     def keys(self) -> StoredTokens:

@@ -97,7 +97,7 @@ class PagedCache:
             prefix: the first part of their names, such as `cache`.
             cache_type: how keys and values are stored.
             workspaces: for each layer the tensors of its device's workspace by name, which have
-                its open pages and its key feedback, and its place on the device.
+                its open pages and what the sample finds, and its place on the device.
             ctx_size: number of tokens that the tensors have pages for.
         """
         layers = []
@@ -110,7 +110,7 @@ class PagedCache:
                 cache_type=cache_type,
             )
             layer.take_open_pages(*workspace)
-            layer.take_key_feedback(*workspace)
+            layer.take_key_sample(*workspace)
             layers.append(layer)
         return cls(layers, pages_for(ctx_size))
 

@@ -106,7 +106,7 @@ def _check_workspace(
 ) -> None:
     """Refuse a type that needs more workspace than fp16, because all types share one workspace."""
     lent = reservation.devices[0]
-    # Their open pages and their key feedback are beside their caches.
+    # Their open pages and what a sample finds are beside their caches.
     chosen = {**options, "ctx_size": reservation.ctx_size, "cache_window": 0}
     for other in others:
         own = plan(model_dir, cache_type=other, **chosen).devices[0]
@@ -122,7 +122,7 @@ def _check_workspace(
 def _specs(
     config: ModelConfig, ctx_size: int, cache_type: CacheType, device: str
 ) -> list[TensorSpec]:
-    """List a cache's tensors, its key feedback, and an open page for the one text that runs."""
+    """List a cache's tensors, what a sample finds, and an open page for the one text that runs."""
     where = DeviceMap.single(device, config.num_hidden_layers)
     pages = cache_specs(config, pages_for(ctx_size), cache_type, where)
     shapes = {spec.name: (spec.dtype, spec.shape) for spec in pages}

@@ -25,7 +25,8 @@ from ..utils.errors import CacheFull, InvalidSettings
 from ..utils.progress import NullProgress, Progress, task
 from .adapters import Adapters, LoadedLora
 from .assembly import ModelParts
-from .key_feedback import KeyFeedbackSearch, MeanOverPositions, sample_ids
+from .key_feedback import MeanOverPositions
+from .key_sample import KeySample, sample_ids
 from .stages import Stage, StageStep
 from .step import most_rows
 from .top_logits_reader import TopLogitsReader
@@ -53,7 +54,7 @@ class Step:
 class Model:
     """A loaded model. One thread at a time may call `forward`.
 
-    Making it runs a short text, if keys are rounded with feedback; see `key_feedback`.
+    Making it runs a short text, if keys are stored in fewer than 8 bits; see `key_sample`.
 
     Args:
         parts: the model's parts, loaded.
@@ -62,8 +63,8 @@ class Model:
         ops: device -> its operations.
         rooms: device -> uint8 [n], the room for adapters; devices without a room are missing.
         alpha_value, compress_pos_emb: see `rope.inv_freq`.
-        progress: reports the layers whose key feedback has been found.
-        feedback_task: the name under which it does.
+        progress: reports the layers that the sample has run through.
+        sample_task: the name under which it does.
 
     Attributes:
         sampled_vocab_size: ids from here on are of no token and are never drawn.
@@ -83,7 +84,7 @@ class Model:
         alpha_value: float = 1.0,
         compress_pos_emb: float = 1.0,
         progress: Progress | None = None,
-        feedback_task: str = "finding key feedback",
+        sample_task: str = "sampling keys",
     ):
         self.config, devices = parts.config, parts.device_map.devices
         first, last = workspaces[devices[0]], workspaces[devices[-1]]
@@ -126,20 +127,20 @@ class Model:
         self._steps: dict[tuple[int, int, LogitsMode, bool], Step] = {}
         if any(layer.key_feedback is not None for layer in cache.layers):
             with task(
-                progress or NullProgress(), feedback_task, len(cache.layers), "layers"
+                progress or NullProgress(), sample_task, len(cache.layers), "layers"
             ) as advance:
-                self._find_key_feedback(cache, [frequencies for frequencies, _ in tables], advance)
+                self._run_sample(cache, [frequencies for frequencies, _ in tables], advance)
         for placed in self._stages:
             # Another thread than the one that loads may run the steps.
             placed.cpu.finish()
 
-    def _find_key_feedback(
+    def _run_sample(
         self,
         cache: PagedCache,
         frequencies: Sequence[Sequence[float]],
         advance: Callable[[int], None],
     ) -> None:
-        """Run the sample of `key_feedback`, which writes the matrices of the cache's layers.
+        """Run the sample of `key_sample`, which finds how the cache's layers store keys.
 
         Args:
             cache: the model's, whose pages are all free. The sample runs in the first one without
@@ -151,8 +152,8 @@ class Model:
         ids = sample_ids(
             self.config.vocab_size, min(PAGE_LEN, self.config.learned_positions or PAGE_LEN)
         )
-        search = KeyFeedbackSearch(len(ids), advance)
-        means = {
+        sample = KeySample(len(ids), advance)
+        turns = {
             rope: MeanOverPositions(
                 self.config.head_dim, frequencies[rope.index], rope.interleaved
             )
@@ -160,8 +161,7 @@ class Model:
         }
         for part, layer in zip(self._parts.layers, cache.layers, strict=True):
             rope = part.attention.rope
-            mean = None if rope is None else means[rope]
-            search.add(layer, self._ops[part.device].cpu_access, mean)
+            sample.add(layer, self._ops[part.device], rope, None if rope is None else turns[rope])
         has_open_pages = cache.layers[0].num_open_pages > 0
         sequence = PagedSequence([0], rope_len=1, open_page=0 if has_open_pages else None)
         steps: dict[int, Step] = {}
@@ -169,9 +169,10 @@ class Model:
             entry = sequence, ids[first : first + self.chunk_size]
             num_rows = len(entry[1])
             if num_rows not in steps:
-                steps[num_rows] = self._record(num_rows, 1, "none", False, search.recorder)
+                steps[num_rows] = self._record(num_rows, 1, "none", False, sample.recorder)
             self._run_step([entry], steps[num_rows])
             _advance([entry])
+        sample.finish()
 
     def forward(
         self,
@@ -320,7 +321,7 @@ class Model:
     def with_cache(self, cache: PagedCache, ops: Mapping[str, DeviceOps] | None = None) -> Model:
         """Return the same model over another cache, to compare caches. It loads no adapters.
 
-        The key feedback of the cache is found as in a model that is loaded with it.
+        The sample of the cache runs as in a model that is loaded with it.
 
         Both share weights and workspace: a call of one ends what the other's logits are
         valid for, and only one may run at a time.

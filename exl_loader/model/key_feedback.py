@@ -1,45 +1,24 @@
-"""Find the matrices by which a model's keys are rounded with feedback, once when it is loaded.
+"""The matrices by which keys are rounded with feedback, from the queries of a sample.
 
 `backends/reference/feedback.py` defines what is done with them and why. They follow from the second
-moments of each layer's queries, which a checkpoint does not have. So a short text of random ids
-runs through the model as soon as it is loaded, and the queries of each layer are read as they
-reach attention. On SmolLM2 this does nearly as well as a real text: what counts is which channels
-are large.
+moments of each layer's queries. The sample's queries are at the first positions, those of real
+texts anywhere. RoPE turns each pair of elements by an angle that is proportional to the position,
+so the moments are averaged over the first `POSITIONS` positions. The mean of a turn is a geometric
+sum, so this needs no loop over them.
 
-The sample's queries are at the first positions, those of real texts anywhere. RoPE turns each pair
-of elements by an angle that is proportional to the position, so the moments are averaged over the
-first `POSITIONS` positions. The mean of a turn is a geometric sum, so this needs no loop over them.
-
-Moments are computed on the CPU in float64 and take no memory of the device. Nothing of the text
-stays: no sequence holds its page, no page is known by its content, and its steps are not kept.
+Moments are computed on the CPU in float64 and take no memory of the device.
 """
 
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 
-from ..backends.recorder import Recorder
 from ..backends.reference.codec import rotation_matrix
 from ..backends.reference.feedback import feedback_matrix
-from ..utils.system.processors import torch_on_one_thread
 
-if TYPE_CHECKING:
-    from ..backends.base import AttentionShape, Batch, DeviceOps
-    from ..backends.cpu_access import CpuAccess
-    from ..cache.layout import CacheLayer
-
-# Ids of the sample.
-SAMPLE_LEN = 64
-# The first ids of most vocabularies are for padding, unknown words, and begin and end of a text.
-FIRST_ID = 3
-SEED = 15
 # Positions that real texts may have, and over which moments are averaged.
 POSITIONS = 4096
 # Added to the diagonal of the moments, as a share of its mean, because the sample does not have
@@ -87,22 +66,6 @@ class MeanOverPositions:
         return result / 2
 
 
-def sample_ids(vocab_size: int, most: int) -> list[int]:
-    """Return the ids of the sample, the same in every call.
-
-    Args:
-        vocab_size: ids are below it.
-        most: tokens that the model and its cache have room for.
-    """
-    first = FIRST_ID if vocab_size >= SAMPLE_LEN else 0
-    # `random` gives the same numbers in all versions of Python; `randrange` need not.
-    numbers = random.Random(SEED)
-    return [
-        first + int(numbers.random() * (vocab_size - first))
-        for _ in range(min(SAMPLE_LEN, most))
-    ]
-
-
 def _mean_turn(frequency: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the means of cos(f p) and sin(f p) for p from 0 to POSITIONS - 1.
 
@@ -144,88 +107,3 @@ def layer_feedback(
             continue
         moments.diagonal().add_(RIDGE * size)
         out[head, :, :head_dim] = feedback_matrix(moments)
-
-
-@dataclass(eq=False)
-class _LayerSearch:
-    """A layer whose matrices are searched.
-
-    Args:
-        layer: its cache.
-        cpu: access to its device.
-        mean: with its RoPE; None without RoPE.
-        queries: those seen so far, float32 [rows, heads, head_dim] each.
-    """
-
-    layer: CacheLayer
-    cpu: CpuAccess
-    mean: MeanOverPositions | None
-    queries: list[torch.Tensor] = field(default_factory=list)
-
-    def write(self, matrices: torch.Tensor) -> None:
-        """Write the layer's matrices, of the CPU, to its device."""
-        assert self.layer.key_feedback is not None
-        self.cpu.write(self.layer.key_feedback, matrices.numpy())
-
-    def empty(self) -> torch.Tensor:
-        """Return matrices of zeros on the CPU."""
-        assert self.layer.key_feedback is not None
-        return torch.zeros(self.layer.key_feedback.shape, dtype=torch.float16)
-
-
-class KeyFeedbackSearch:
-    """Collects the queries of the sample and writes each layer's `CacheLayer.key_feedback`.
-
-    Until a layer has all its queries its matrices are zero. The sample itself is therefore stored
-    without feedback, and a second search finds the same.
-
-    Args:
-        num_ids: length of the sample, which may run in several steps.
-        advance: is told 1 for each layer whose matrices have been written.
-    """
-
-    def __init__(self, num_ids: int, advance: Callable[[int], None]) -> None:
-        self._num_ids, self._advance = num_ids, advance
-        self._searches: dict[int, _LayerSearch] = {}
-
-    def add(self, layer: CacheLayer, cpu: CpuAccess, mean: MeanOverPositions | None) -> None:
-        """Search the matrices of a layer, which has a `key_feedback`.
-
-        Args:
-            layer: its cache.
-            cpu: access to its device.
-            mean: with its RoPE; None without RoPE.
-        """
-        search = self._searches[id(layer)] = _LayerSearch(layer, cpu, mean)
-        search.write(search.empty())
-
-    def recorder(self) -> Recorder:
-        """Return a recorder for steps of the sample."""
-        return _QueryRecorder(self)
-
-    def see(self, layer: CacheLayer, q: torch.Tensor, ops: DeviceOps) -> None:
-        """Take the queries of a step, float32 [rows, heads, head_dim] of the device."""
-        search = self._searches[id(layer)]
-        search.queries.append(torch.from_numpy(ops.cpu_access.read(q)).clone())
-        if sum(map(len, search.queries)) < self._num_ids:
-            return
-        matrices = search.empty()
-        with torch_on_one_thread():
-            layer_feedback(torch.cat(search.queries), matrices, search.mean)
-        search.queries.clear()
-        search.write(matrices)
-        self._advance(1)
-
-
-class _QueryRecorder(Recorder):
-    """A recorder of steps in which a search sees the queries of each call of `attention`."""
-
-    def __init__(self, search: KeyFeedbackSearch) -> None:
-        super().__init__()
-        self._search = search
-
-    def attention(self, q: torch.Tensor, layer: CacheLayer, batch: Batch, shape: AttentionShape,
-                  out: torch.Tensor, scratch: torch.Tensor,
-                  sinks: torch.Tensor | None = None) -> None:
-        self.call(partial(self._search.see, layer, q))
-        super().attention(q, layer, batch, shape, out, scratch, sinks)

@@ -112,6 +112,8 @@ class Stage:
         self._layers = []
         for layer, cache, table in zip(parts.layers, cache_layers, tables, strict=True):
             cache.key_bias = layer.attention.key_bias
+            if not (layer.attention.may_add_bias and ops.adds_key_bias):
+                cache.key_mean = None
             experts = None
             if table is not None and isinstance(layer.mlp, Experts):
                 experts = layer.mlp.tables(ops, table)

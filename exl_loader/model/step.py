@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..backends import backend_of
 from ..backends.base import StepSizes
-from ..cache.layout import CacheType, key_feedback_shapes, open_page_shapes, pages_for
+from ..cache.layout import CacheType, key_sample_shapes, open_page_shapes, pages_for
 from ..utils.table import DTYPE_BYTES, TensorSpec
 from .parts.part import merged
 
@@ -98,7 +98,7 @@ def workspace_specs(
 def beside_cache_shapes(
     config: ModelConfig, num_layers: int, num_open_pages: int, cache_type: CacheType
 ) -> Shapes:
-    """Return what the workspace has of each layer's cache: its open pages and its key feedback.
+    """Return what the workspace has of each layer's cache: its open pages, and what a sample finds.
 
     Args:
         config: gives num_key_value_heads and head_dim.
@@ -106,7 +106,7 @@ def beside_cache_shapes(
         num_open_pages: sequences that may run at once; 0 without open pages.
         cache_type: how keys and values are stored.
     """
-    shapes = key_feedback_shapes(config, num_layers, cache_type)
+    shapes = key_sample_shapes(config, num_layers, cache_type)
     if num_open_pages:
         shapes |= open_page_shapes(config, num_layers, num_open_pages, cache_type)
     return shapes

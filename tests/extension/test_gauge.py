@@ -315,7 +315,7 @@ def test_progress_without_an_end_is_indeterminate():
     assert "%" not in page.words and page.with_class("exl-busy")
 
 
-def test_pages_and_log_show_the_search_for_key_feedback(tiny_model_dir, monkeypatch):
+def test_pages_and_log_show_the_sampling_of_keys(tiny_model_dir, monkeypatch):
     monkeypatch.setenv("EXL_LOADER_REFERENCE", "1")
     pages, log, seconds = [], io.StringIO(), itertools.count(step=2)
 
@@ -328,9 +328,9 @@ def test_pages_and_log_show_the_search_for_key_feedback(tiny_model_dir, monkeypa
     with exl_loader.load(tiny_model_dir, ctx_size=600, cache_type="q4", progress=progress):
         pass
     words, lines = " ".join(pages), log.getvalue()
-    assert "Finding key feedback" in words and "1/2 layers · 50 %" in words
-    assert "finding key feedback: 1/2 layers\n" in lines
-    assert "finding key feedback: 2/2 layers in " in lines
+    assert "Sampling keys" in words and "1/2 layers · 50 %" in words
+    assert "sampling keys: 1/2 layers\n" in lines
+    assert "sampling keys: 2/2 layers in " in lines
 
 
 def luminance(colour):

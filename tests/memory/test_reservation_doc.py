@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from exl_loader.cache.layout import MAX_BIAS_PAIRS
 from exl_loader.memory.reservation import LoadOptions, plan, planned
 from support import REPO
 from support.sparse import LLAMA_2_7B, write_sparse_exl2
@@ -72,7 +73,9 @@ def derived_rows(scratch_bytes: int) -> dict[str, int]:
     rows["weights"] = sum(rows[name] for name in names[:8])
     rows["workspace"] = sum(rows[name] for name in names[8:])
     in_open_pages = SEQUENCES * 257 * LAYERS * HIDDEN
-    rows["key feedback beside 4 bits"] = LAYERS * HIDDEN * 128 * 2
+    rows["key feedback beside 4 bits"] = LAYERS * HIDDEN * (128 * 2 + 4) + (
+        LAYERS * HIDDEN // 128 * 3 * MAX_BIAS_PAIRS * 4
+    )
     for bits, opened in ((4, in_open_pages * 17 // 8), (8, in_open_pages * 32 // 8)):
         feedback = rows["key feedback beside 4 bits"] if bits == 4 else 0
         rows[f"cache in {bits} bits"] = elements * (2 * bits + 1) // 8

@@ -11,17 +11,16 @@ import exl_loader
 from exl_loader.backends.reference.codec import rotation_matrix
 from exl_loader.backends.reference.feedback import BLOCK, feedback_matrix
 from exl_loader.backends.reference.ops import ReferenceOps
-from exl_loader.cache.layout import has_feedback
+from exl_loader.cache.layout import MAX_BIAS_PAIRS, has_feedback
 from exl_loader.memory import buffers as memory
-from exl_loader.model import key_feedback
+from exl_loader.model import key_sample
 from exl_loader.model.key_feedback import (
     POSITIONS,
     RIDGE,
-    SAMPLE_LEN,
     MeanOverPositions,
     layer_feedback,
-    sample_ids,
 )
+from exl_loader.model.key_sample import SAMPLE_LEN, sample_ids
 from support import model_builder as builder
 from support.hf_models import make_model
 from support.tiny import write_tiny_model
@@ -205,14 +204,19 @@ def test_another_cache_of_the_same_type_gets_the_same_matrices(tmp_path):
     assert torch.equal(matrices(cache), expected)
 
 
+def sampled_bytes(kv_heads: int, head_dim: int, padded: int) -> int:
+    """Bytes of two layers' matrices, means, and rooms for a bias."""
+    of_head = head_dim * padded * 2 + head_dim * 4 + 3 * MAX_BIAS_PAIRS * 4
+    return 2 * kv_heads * of_head
+
+
 @pytest.mark.parametrize("cache_type", ["q6", "q4", "q3", "q4_q8", "q8_q4", "q8"])
 @pytest.mark.parametrize("cache_window", [0, 256])
 def test_the_plan_counts_the_matrices(tmp_path, cache_type, cache_window):
     options = {"ctx_size": 600, "cache_type": cache_type, "cache_window": cache_window}
     folder = write_tiny_model(tmp_path / "m", **SIZES, head_dim=40)
     (device,) = exl_loader.plan(folder, **options).devices
-    # Layers, key/value heads, elements, padded elements, bytes.
-    expected = 0 if cache_type.startswith("q8") else 2 * 2 * 40 * 64 * 2
+    expected = 0 if cache_type.startswith("q8") else sampled_bytes(2, 40, 64)
     assert device.key_feedback_bytes == expected
     with exl_loader.load(folder, **options) as loaded:
         assert loaded.allocated_bytes() == device.total_bytes
@@ -222,7 +226,7 @@ def test_a_draft_model_has_matrices_of_its_own(tmp_path):
     folder = write_tiny_model(tmp_path / "m", **SIZES)
     options = {"ctx_size": 600, "cache_type": "q4", "model_draft": str(folder)}
     (device,) = exl_loader.plan(folder, **options).devices
-    assert device.key_feedback_bytes == 2 * (2 * 2 * 32 * 32 * 2)
+    assert device.key_feedback_bytes == 2 * sampled_bytes(2, 32, 32)
     with exl_loader.load(folder, **options) as loaded:
         assert loaded.allocated_bytes() == device.total_bytes
         ids = loaded.generate_ids([5, 6, 7], max_new_tokens=4, ban_eos_token=True)
@@ -241,7 +245,7 @@ def test_a_search_that_is_interrupted_frees_everything(tmp_path, monkeypatch, er
 
     gc.collect()
     before = memory.live_bytes()
-    monkeypatch.setattr(key_feedback, "layer_feedback", fail)
+    monkeypatch.setattr(key_sample, "layer_feedback", fail)
     with pytest.raises(type(error)):
         exl_loader.load(folder, ctx_size=256, cache_type="q4")
     calls.clear()

@@ -28,7 +28,7 @@ SIGNATURES = {
         (POINTER, POINTER, POINTER, FLOAT, INT64, INT64, INT64, POINTER)
     ),
     "rope_table": Signature((POINTER, POINTER, FLOAT, INT64, INT64, POINTER)),
-    "rope": Signature((POINTER, POINTER, INT64, INT64, INT64, INT64, INT)),
+    "rope": Signature((POINTER, POINTER, POINTER, INT64, INT64, INT64, INT64, INT)),
     "gate": Signature((POINTER, POINTER, POINTER, INT64, INT32)),
     "activate": Signature((POINTER, POINTER, INT64, INT32)),
     "add": Signature((POINTER, POINTER, FLOAT, INT64)),
@@ -83,12 +83,14 @@ class RowOps(KernelOps):
         self._call("rope_table", positions.data_ptr(), inv_freq.data_ptr(), factor, rows, half,
                    out.data_ptr())
 
-    def rope(self, x: torch.Tensor, table: torch.Tensor, interleaved: bool = False) -> None:
+    def rope(self, x: torch.Tensor, table: torch.Tensor, interleaved: bool = False,
+             mean: torch.Tensor | None = None) -> None:
         rows, heads, head_dim = x.shape
         half = table.shape[2]
         assert x.is_contiguous() and table.is_contiguous() and 2 * half <= head_dim
-        self._call("rope", x.data_ptr(), table.data_ptr(), rows, heads, head_dim, half,
-                   interleaved)
+        assert mean is None or (mean.is_contiguous() and mean.shape == (heads, head_dim))
+        self._call("rope", x.data_ptr(), table.data_ptr(), address(mean), rows, heads, head_dim,
+                   half, interleaved)
 
     def gate(self, gate: torch.Tensor, up: torch.Tensor, activation: str,
              out: torch.Tensor) -> None:

@@ -363,7 +363,7 @@ class AttentionStruct(ctypes.Structure):
 class RopeStruct(ctypes.Structure):
     """RopeCall of csrc/cuda/cache_write.cu."""
 
-    _fields_ = [("q", _P), ("table", _P), ("q_weight", _P), ("k_weight", _P),
+    _fields_ = [("q", _P), ("table", _P), ("q_weight", _P), ("k_weight", _P), ("mean", _P),
                 ("q_heads", _I32), ("half", _I32), ("eps", _F32), ("interleaved", _I32)]
 
 
@@ -393,6 +393,7 @@ class AttentionOps(KernelOps):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor,
         layer: CacheLayer, batch: Batch, q_weight: torch.Tensor | None = None,
         k_weight: torch.Tensor | None = None, eps: float = 0.0, interleaved: bool = False,
+        mean: torch.Tensor | None = None,
     ) -> None:
         """Run `rope` of queries and keys and `write_cache` in one launch, norms first if given.
 
@@ -407,16 +408,17 @@ class AttentionOps(KernelOps):
             q_weight, k_weight: float32 [head_dim], of the norms; or None.
             eps: of the norms.
             interleaved: as that of `rope`.
+            mean: as that of `rope` of the keys.
         """
         rows, q_heads, head_dim = q.shape
         assert q.is_contiguous() and table.is_contiguous() and table.shape[0] == rows
         assert k.shape[::2] == (rows, head_dim) and 2 * table.shape[2] <= head_dim
         for weight in (q_weight, k_weight):
             assert weight is None or (weight.is_contiguous() and head_dim <= NORM_HEAD_SIZE)
+        assert mean is None or mean.shape == k.shape[1:]
         rope = RopeStruct(
-            q.data_ptr(), table.data_ptr(), None if q_weight is None else q_weight.data_ptr(),
-            None if k_weight is None else k_weight.data_ptr(), q_heads, table.shape[2], eps,
-            interleaved,
+            q.data_ptr(), table.data_ptr(), address(q_weight), address(k_weight), address(mean),
+            q_heads, table.shape[2], eps, interleaved,
         )
         self._cache_write(k, v, layer, batch, rope, q_heads)
 

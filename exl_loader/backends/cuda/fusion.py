@@ -109,9 +109,11 @@ def _rope_write_cache(ops: CudaOps, calls: Sequence[Call]) -> int:
         return 0
     if k.table is not q.table or k.interleaved != q.interleaved or write.k is not k.x:
         return 0
+    if q.mean is not None:
+        return 0
     if not norms:
         ops.rope_write_cache(q.x, k.x, write.v, q.table, write.layer, write.batch,
-                             interleaved=q.interleaved)
+                             interleaved=q.interleaved, mean=k.mean)
         return count
     q_norm, k_norm = norms
     for norm, rope in ((q_norm, q), (k_norm, k)):
@@ -122,5 +124,5 @@ def _rope_write_cache(ops: CudaOps, calls: Sequence[Call]) -> int:
     if q_norm.eps != k_norm.eps:
         return 0
     ops.rope_write_cache(q.x, k.x, write.v, q.table, write.layer, write.batch, q_norm.weight,
-                         k_norm.weight, q_norm.eps, q.interleaved)
+                         k_norm.weight, q_norm.eps, q.interleaved, k.mean)
     return count

@@ -95,15 +95,18 @@ class RowOps(KernelOps):
             pointer(out),
         )
 
-    def rope(self, x: torch.Tensor, table: torch.Tensor, interleaved: bool = False) -> None:
+    def rope(self, x: torch.Tensor, table: torch.Tensor, interleaved: bool = False,
+             mean: torch.Tensor | None = None) -> None:
         rows, heads, head_dim = x.shape
         half = table.shape[2]
         assert table.shape[0] == rows and 2 * half <= head_dim
+        assert mean is None or mean.shape == (heads, head_dim)
         if rows == 0:
             return
         grid = (ceil_div(rows * heads, _ROPE_THREADS // WARP), 1, 1)
         self._launch("rope_kernel", grid, _ROPE_THREADS, 0, pointer(x), pointer(table),
-                     _I32(rows), _I32(heads), _I32(head_dim), _I32(half), _I32(interleaved))
+                     pointer(mean), _I32(rows), _I32(heads), _I32(head_dim), _I32(half),
+                     _I32(interleaved))
 
     def gate(self, gate: torch.Tensor, up: torch.Tensor, activation: str,
              out: torch.Tensor) -> None:

@@ -206,9 +206,14 @@ class _Check:
         self._equal("RoPE's angles", "rope_table", ("integers", positions),
                     ("inv_freq", frequencies), 1.0, ("rope_table", table))
         self.reference.rope_table(positions, frequencies, 1.0, table)
-        for name, interleaved in (("RoPE", False), ("interleaved RoPE", True)):
+        mean = self._normal(SHAPE.num_heads, SHAPE.head_dim)
+        for name, interleaved, less in (
+            ("RoPE", False, None), ("interleaved RoPE", True, None),
+            ("RoPE less a mean", False, ("key_mean", mean)),
+        ):
             heads = self._normal(2, SHAPE.num_heads, SHAPE.head_dim)
-            self._equal(name, "rope", ("q", heads), ("rope_table", table), interleaved, result=0)
+            self._equal(name, "rope", ("q", heads), ("rope_table", table), interleaved, less,
+                        result=0)
 
     def _mixture(self) -> None:
         """Check the choice of experts and their sum."""
@@ -485,6 +490,7 @@ def check_specs(name: str) -> list[TensorSpec]:
         "k": ("float32", (rows, *kv_heads)),
         "v": ("float32", (rows, *kv_heads)),
         "key_feedback": ("float16", (SHAPE.num_kv_heads, SHAPE.head_dim, SHAPE.head_dim)),
+        "key_mean": ("float32", heads),
         "attended": ("float32", (rows, *heads)),
         "integers": ("int32", (4 * rows,)),
         "rope_table": ("float32", (rows, 2, SHAPE.head_dim // 2)),

@@ -105,8 +105,11 @@ class ReferenceOps(MainMemoryOps):
         out[:, 0] = angles.cos() * factor
         out[:, 1] = angles.sin() * factor
 
-    def rope(self, x: torch.Tensor, table: torch.Tensor, interleaved: bool = False) -> None:
+    def rope(self, x: torch.Tensor, table: torch.Tensor, interleaved: bool = False,
+             mean: torch.Tensor | None = None) -> None:
         half = table.shape[2]
+        if mean is not None:
+            x -= mean
         cos, sin = table[:, None, 0], table[:, None, 1]
         turned = x[..., : 2 * half]
         pairs = turned.unflatten(-1, (half, 2) if interleaved else (2, half))

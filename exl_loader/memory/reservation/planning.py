@@ -264,11 +264,11 @@ def _record(
         embedding_bytes=share.embedding_bytes,
         lora_bytes=share.lora_bytes,
         open_page_bytes=_bytes_of("open.", workspace),
-        key_feedback_bytes=_bytes_of("key_feedback", workspace),
+        key_feedback_bytes=_bytes_of(("key_feedback", "key_mean"), workspace),
     )
 
 
-def _bytes_of(prefix: str, workspace: Segment | None) -> int:
+def _bytes_of(prefix: str | tuple[str, ...], workspace: Segment | None) -> int:
     """Return the bytes of a workspace's tensors by the start of their names, drafts included."""
     if workspace is None:
         return 0

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ...cache.layout import MAX_BIAS_PAIRS
+from ...cache.layout import MAX_BIAS_PAIRS, MAX_BIAS_SHARING
 from .linear import Linear, run_linears
 from .norm import Norm
 from .part import Block, LayerState, Loading, StepViews
@@ -70,7 +70,7 @@ class Attention(Block):
 
     def layer_workspace(self) -> Shapes:
         """Room for `key_bias`: how much of the bias it is turns out after loading."""
-        if not self._may_take_key_bias():
+        if not self._has_constant_bias():
             return {}
         return {"key_biases": ("int32", (3, self.shape.num_kv_heads * MAX_BIAS_PAIRS))}
 
@@ -93,7 +93,7 @@ class Attention(Block):
         """
         from .key_bias import take_key_bias
 
-        if self._key_bias_is_taken or not self._may_take_key_bias():
+        if self._key_bias_is_taken or not self._has_constant_bias():
             return
         self._key_bias_is_taken = True
         assert self.rope is not None
@@ -101,13 +101,20 @@ class Attention(Block):
             ops, self.k.weights, input_norm, self.shape, self.rope.pairs, workspace, room
         )
 
-    def _may_take_key_bias(self) -> bool:
-        # After a k_norm or clipping the contribution of the bias is no longer constant, so it
-        # stays in the projection. Attention adds it with the frequencies of the first RoPE, to
-        # the pairs of the half-split order.
-        rope = self.rope
+    @property
+    def may_add_bias(self) -> bool:
+        """Whether attention can add a `KeyBias` to the layer's scores.
+
+        It does so with the frequencies of the first RoPE, to the pairs of the half-split order.
+        """
+        rope, sharing = self.rope, self.shape.num_heads // self.shape.num_kv_heads
         turns = rope is not None and rope.index == 0 and not rope.interleaved
-        return turns and self.k.has_bias and self.k_norm is None and not self.clip
+        return turns and sharing <= MAX_BIAS_SHARING
+
+    def _has_constant_bias(self) -> bool:
+        # After a k_norm or clipping the contribution of the bias is no longer constant, so it
+        # stays in the projection.
+        return self.may_add_bias and self.k.has_bias and self.k_norm is None and not self.clip
 
     def run(self, ops: Ops, views: StepViews, state: LayerState, x: torch.Tensor,
             out: torch.Tensor, add: bool) -> None:
@@ -133,7 +140,7 @@ class Attention(Block):
             self.k_norm.run(ops, heads, heads)
         if self.rope is not None:
             self.rope.turn(ops, views, q)
-            self.rope.turn(ops, views, k)
+            self.rope.turn(ops, views, k, state.cache.key_mean)
         ops.write_cache(k, v, state.cache, views.batch, scratch)
         sinks = None if self.sinks is None else self.sinks.values
         ops.attention(q, state.cache, views.batch, shape, attn, scratch, sinks)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...cache.layout import MAX_BIAS_PAIRS, MAX_BIAS_SHARING, KeyBias
+from ...cache.layout import MAX_BIAS_PAIRS, KeyBias
 
 if TYPE_CHECKING:
     from ...backends.base import AttentionShape, DeviceOps, Linear
@@ -96,8 +96,6 @@ def take_key_bias(
     """
     if not ops.adds_key_bias or k.bias is None:
         return None
-    if shape.num_heads // shape.num_kv_heads > MAX_BIAS_SHARING:
-        return None
     cpu, heads = ops.cpu_access, (shape.num_kv_heads, shape.head_dim)
     stored = torch.from_numpy(cpu.read(k.bias).copy())
     bias = stored[: shape.num_kv_heads * shape.head_dim].view(heads)
@@ -110,7 +108,7 @@ def take_key_bias(
         return None
     remove_from(bias, taken)
     cpu.write(k.bias, stored.numpy())
-    return _place(cpu, taken, room)
+    return place(cpu, taken, room)
 
 
 def _probe(ops: DeviceOps, k: Linear, norm: Norm | None,
@@ -125,8 +123,8 @@ def _probe(ops: DeviceOps, k: Linear, norm: Norm | None,
     return torch.from_numpy(cpu.read(keys))
 
 
-def _place(cpu: CpuAccess, taken: KeyBias, room: torch.Tensor) -> KeyBias:
-    """Bring a key bias to `room` on its device."""
+def place(cpu: CpuAccess, taken: KeyBias, room: torch.Tensor) -> KeyBias:
+    """Bring a key bias to `room` on its device, int32 [3, kv_heads * MAX_BIAS_PAIRS]."""
     pairs, first, second = (part[: taken.pairs.numel()].view(taken.pairs.shape) for part in room)
     placed = KeyBias(pairs, first.view(torch.float32), second.view(torch.float32), taken.half)
     cpu.write(placed.pairs, taken.pairs.numpy())

@@ -58,6 +58,7 @@ class Rope:
         """Compute the table of a step whose sequences all have the same frequencies."""
         ops.rope_table(views.batch.positions, frequencies, factor, self.table(views))
 
-    def turn(self, ops: Ops, views: StepViews, x: torch.Tensor) -> None:
-        """Turn heads, float32 [T, heads, head_dim], in place."""
-        ops.rope(x, self.table(views), self.interleaved)
+    def turn(self, ops: Ops, views: StepViews, x: torch.Tensor,
+             mean: torch.Tensor | None = None) -> None:
+        """Turn heads, float32 [T, heads, head_dim], in place, less `mean` as `Ops.rope` says."""
+        ops.rope(x, self.table(views), self.interleaved, mean)

@@ -34,22 +34,25 @@ def ops(request):
 @pytest.mark.parametrize(("head_dim", "heads"), [(16, 5), (80, 5), (128, 1), (256, 9)])
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_norms_rope_and_cache_in_one_launch(ops, cache_type, head_dim, heads, normed, interleaved):
+@pytest.mark.parametrize("less_mean", [False, True])
+def test_norms_rope_and_cache_in_one_launch(ops, cache_type, head_dim, heads, normed, interleaved,
+                                            less_mean):
     """Norms, RoPE and writing in one launch give the bits of separate launches."""
     batch = make_batch([5, 254], [3, 4])
     table = random_rows(7, head_dim - 8).reshape(7, 2, head_dim // 2 - 4)
     q = random_rows(7, heads * head_dim).reshape(7, heads, head_dim)
     k, v = (random_rows(7, 2 * head_dim, seed=s).reshape(7, 2, head_dim) for s in (3, 6))
     weights = [random_rows(1, head_dim, seed=s)[0] if normed else None for s in (4, 5)]
+    mean = random_rows(2, head_dim, seed=7) if less_mean else None
     apart, at_once = (make_layer(cache_type, 3, 2, head_dim) for _ in range(2))
     turned = [q.clone(), k.clone()]
     for x, weight in zip(turned, weights, strict=True):
         if weight is not None:
             rows = x.view(-1, head_dim)
             ops.rms_norm(rows, weight, 1e-6, rows)
-        ops.rope(x, table, interleaved)
+        ops.rope(x, table, interleaved, mean if x is turned[1] else None)
     ops.write_cache(turned[1], v, apart, batch, torch.empty(0))
-    ops.rope_write_cache(q, k, v, table, at_once, batch, *weights, 1e-6, interleaved)
+    ops.rope_write_cache(q, k, v, table, at_once, batch, *weights, 1e-6, interleaved, mean)
     assert torch.equal(q, turned[0])
     for name in ("k_codes", "k_scales", "v_codes", "v_scales"):
         a, b = getattr(apart, name), getattr(at_once, name)
@@ -65,6 +68,7 @@ def test_a_recorded_step_fuses_norms_of_heads_only(norm, launches, interleaved):
     q, k, v = (random_rows(2, heads * head_dim, seed) for seed in (1, 2, 3))
     size = heads * head_dim if norm == "projection" else head_dim
     weights = [random_rows(1, size, seed)[0] for seed in (4, 5)]
+    mean = random_rows(heads, head_dim, 6)
     table, layers = random_rows(2, 32).view(2, 2, 16), []
     for run_at_once in (True, False):
         step, layer = Recorder(), make_layer("fp32", 2, heads, head_dim)
@@ -74,8 +78,8 @@ def test_a_recorded_step_fuses_norms_of_heads_only(norm, launches, interleaved):
                 rows = x.view(-1, size)
                 step.rms_norm(rows, weight, 1e-6, rows)
         queries, keys, values = (x.view(2, heads, head_dim) for x in (*turned, v))
-        for x in (queries, keys):
-            step.rope(x, table, interleaved)
+        step.rope(queries, table, interleaved)
+        step.rope(keys, table, interleaved, mean)
         step.write_cache(keys, values, layer, batch, torch.empty(0))
         if run_at_once:
             prepared = ops.prepare(step.calls)

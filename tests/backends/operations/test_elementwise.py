@@ -85,6 +85,19 @@ def test_rope(ops, half, interleaved):
         assert torch.equal(rotated[..., 2 * half :], x[..., 2 * half :])
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("head_dim", "half"), [(8, 4), (64, 32), (80, 40), (104, 40), (65, 3)])
+def test_rope_subtracts_a_mean_first(ops, head_dim, half, interleaved):
+    """The same bits as subtracting before the call, in turned elements and in the others."""
+    x = random_rows(5, 3 * head_dim).reshape(5, 3, head_dim)
+    mean = 20 * random_rows(3, head_dim, seed=2)
+    table = random_rows(5, 2 * half, seed=3).reshape(5, 2, half)
+    at_once, apart = x.clone(), x - mean
+    ops.rope(at_once, table, interleaved, mean)
+    ops.rope(apart, table, interleaved)
+    assert torch.equal(at_once, apart) and not torch.equal(at_once, x)
+
+
 @pytest.mark.parametrize("turn", range(8))
 def test_angles_of_every_quarter_turn(ops, turn):
     """Positions that end in each quarter and at its borders, with both signs of both results."""
