@@ -260,7 +260,7 @@ class _WeightReader:
         cache = PagedCache.from_views(
             self._views("cache", prefix), "cache", self.cache_type,
             [(workspaces[device], index) for device, index in parts.layer_places()],
-            placed.ctx_size,
+            placed.cache_tokens,
         )
         views = self._views("weights", prefix) | self._views("embedding", prefix)
         total = sum(spec.nbytes for spec in parts.specs())

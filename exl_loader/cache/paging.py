@@ -88,7 +88,7 @@ class PagedCache:
     @classmethod
     def from_views(
         cls, views: Mapping[str, torch.Tensor], prefix: str, cache_type: CacheType,
-        workspaces: Iterable[tuple[Mapping[str, torch.Tensor], int]], ctx_size: int,
+        workspaces: Iterable[tuple[Mapping[str, torch.Tensor], int]], num_tokens: int,
     ) -> PagedCache:
         """Make a cache from the tensors that `layout.cache_specs` plans.
 
@@ -98,7 +98,7 @@ class PagedCache:
             cache_type: how keys and values are stored.
             workspaces: for each layer the tensors of its device's workspace by name, which have
                 its open pages and what the sample finds, and its place on the device.
-            ctx_size: number of tokens that the tensors have pages for.
+            num_tokens: number of tokens that the tensors have pages for.
         """
         layers = []
         for i, workspace in enumerate(workspaces):
@@ -112,7 +112,7 @@ class PagedCache:
             layer.take_open_pages(*workspace)
             layer.take_key_sample(*workspace)
             layers.append(layer)
-        return cls(layers, pages_for(ctx_size))
+        return cls(layers, pages_for(num_tokens))
 
     @property
     def num_free_pages(self) -> int:
@@ -390,5 +390,5 @@ class PagedCache:
                 f"the cache has no room for a text of {num_tokens} tokens",
                 expected=f"{count} free pages of {PAGE_LEN} tokens",
                 actual=f"{len(self._free)} of {self.num_pages}",
-                remedy="Load the model with a larger ctx_size, or wait for other requests to end",
+                remedy="Load the model with a larger cache_size, or wait for other requests to end",
             )

@@ -163,5 +163,7 @@ def ctx_size(text: str) -> int | str:
 
 
 # How the command line reads an option's text; by the type of its default where not listed.
-_READERS: dict[str, Callable[[str], Any]] = {"ctx_size": ctx_size, "model_draft": folder}
+_READERS: dict[str, Callable[[str], Any]] = {
+    "ctx_size": ctx_size, "model_draft": folder, "max_batch_size": int,
+}
 _NUMBERS: dict[type, Callable[[str], Any]] = {int: int, float: float}

@@ -23,7 +23,7 @@ def reach_error(job: Job, cache: PagedCache) -> CacheFull | None:
     return CacheFull(
         f"the cache has no room for a text of {' and one of '.join(map(str, reaches))} tokens",
         expected=f"at most {cache.num_pages} pages of {PAGE_LEN} tokens", actual=needed,
-        remedy="Ask for fewer tokens, or load the model with a larger ctx_size",
+        remedy="Ask for fewer tokens, or load the model with a larger cache_size",
     )
 
 

@@ -75,6 +75,7 @@ def accept_flags():
                 parser.add_argument(*flags, action="store_true", **ignored)
             for flags in (("--alpha-value", "--alpha_value"),
                           ("--compress-pos-emb", "--compress_pos_emb"),
+                          ("--cache-size", "--cache_size"),
                           ("--chunk-size", "--chunk_size"),
                           ("--embedding-device", "--embedding_device")):
                 parser.add_argument(*flags, **ignored)

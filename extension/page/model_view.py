@@ -34,8 +34,8 @@ UNKNOWN_LENGTH = 32768
 
 # The options of a load; the toggles follow cache_type in the browser.
 OPTION_NAMES = (
-    "model_dir", "ctx_size", "cache_type", "alpha_value", "compress_pos_emb", "chunk_size",
-    "embedding_device", AS_LLAMA,
+    "model_dir", "ctx_size", "cache_type", "alpha_value", "compress_pos_emb", "cache_size",
+    "chunk_size", "embedding_device", AS_LLAMA,
 )
 
 # Answered without queueing, in the thread that received the request.
@@ -83,6 +83,9 @@ class ModelView:
             self.compress_pos_emb = gr.Slider(
                 1, 8, value=first.compress_pos_emb, **field_arguments("compress_pos_emb"))
         with gr.Accordion("Memory", open=False):
+            self.cache_size = gr.Number(
+                first.cache_size, precision=0, elem_id="exl_cache_size",
+                **field_arguments("cache_size"))
             self.chunk_size = gr.Number(
                 first.chunk_size, precision=0, elem_id="exl_chunk_size",
                 **field_arguments("chunk_size"))
@@ -115,7 +118,7 @@ class ModelView:
             for event in (self.model_dir.submit, self.model_dir.blur)
         ]
         changes = (self.ctx_size, self.cache_type, self.alpha_value, self.compress_pos_emb,
-                   self.chunk_size, self.embedding_device, self.as_llama)
+                   self.cache_size, self.chunk_size, self.embedding_device, self.as_llama)
         triggers = [component.change for component in changes]
         triggers += [event.then for event in (begun, ended, opened, *chosen)]
         # Gradio's sliders send an event for every digit that is typed. Without preprocessing,
@@ -145,7 +148,7 @@ class ModelView:
             return (gr.skip(),) * (1 + len(OPTION_NAMES))
         return (
             options.model_dir, options.model_dir, _ctx_slider(options), options.cache_type,
-            options.alpha_value, options.compress_pos_emb, options.chunk_size,
+            options.alpha_value, options.compress_pos_emb, options.cache_size, options.chunk_size,
             options.embedding_device, options.as_architecture is not None,
         )
 

@@ -207,7 +207,9 @@ def _warning(reservation: Reservation) -> str:
 def _model_line(reservation: Reservation) -> str:
     name = PurePath(reservation.model_dir).name or reservation.model_dir
     bits = CACHE_BITS.get(reservation.cache_type, reservation.cache_type)
-    parts = (f"{reservation.ctx_size:,} tokens of context", f"{bits} cache")
+    parts = [f"{reservation.ctx_size:,} tokens of context", f"{bits} cache"]
+    if reservation.shares_cache:
+        parts[1] += f" of {reservation.cache_size:,} tokens"
     spans = (f"<span>{escape(part)}</span>" for part in parts)
     return " · ".join([f"<b>{escape(name)}</b>", *spans])
 

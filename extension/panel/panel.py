@@ -83,8 +83,9 @@ def as_llama_arguments() -> dict[str, Any]:
 
 # The options that a page, a host or saved settings may set.
 PANEL_OPTIONS = (
-    "ctx_size", "cache_type", "gpu_split", "chunk_size", "embedding_device", "alpha_value",
-    "compress_pos_emb", "as_architecture", "model_draft", "ctx_size_draft", "draft_max",
+    "ctx_size", "cache_size", "cache_type", "gpu_split", "chunk_size", "embedding_device",
+    "alpha_value", "compress_pos_emb", "as_architecture", "model_draft", "ctx_size_draft",
+    "draft_max",
 )
 
 _NAMES = ("model_dir", *PANEL_OPTIONS, *TOGGLE_TYPES, AS_LLAMA)

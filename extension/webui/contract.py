@@ -23,12 +23,13 @@ OPTION_DEFAULTS: dict[str, Any] = {
     "alpha_value": 1.0,
     "compress_pos_emb": 1.0,
     "as_llama": False,
+    "cache_size": 0,
     "chunk_size": 256,
     "embedding_device": "auto",
 }
 
 # The options of a model's memory that few people change.
-MEMORY_OPTIONS = ("chunk_size", "embedding_device")
+MEMORY_OPTIONS = ("cache_size", "chunk_size", "embedding_device")
 
 ROPE_OPTIONS = ("alpha_value", "compress_pos_emb")
 

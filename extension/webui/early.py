@@ -28,6 +28,7 @@ _FLAG_HELP = {
     "alpha_value": "NTK RoPE factor that extends the context.",
     "as_llama": "Run a model of an unknown architecture as Llama; its output may be wrong.",
     "compress_pos_emb": "Factor that positions are divided by to extend the context.",
+    "cache_size": "Tokens of the cache that all requests share; 0 is as many as ctx_size.",
     "chunk_size": "Most tokens in one forward pass; fewer take less memory.",
     "embedding_device": "auto or cpu for the embedding in main memory, or a card.",
 }

@@ -229,7 +229,8 @@ def page_values(model_name: str) -> dict[str, Any]:
     kept = {name: value for name, value in last.options.items() if value is not None}
     return kept | {
         "loader": last.loader, "ctx_size": options.ctx_size, "alpha_value": options.alpha_value,
-        "compress_pos_emb": options.compress_pos_emb, "chunk_size": options.chunk_size,
+        "compress_pos_emb": options.compress_pos_emb,
+        "cache_size": options.cache_size, "chunk_size": options.chunk_size,
         "embedding_device": options.embedding_device,
         AS_LLAMA: options.as_architecture is not None, "gpu_split": options.gpu_split or "",
         **toggles_for(options.cache_type)._asdict(),

@@ -134,8 +134,9 @@ def _insert_components() -> None:
             for name in ROPE_OPTIONS
         }
     with gr.Accordion("Memory", open=False) as memory:
-        fields["chunk_size"] = gr.Number(
-            value=args.chunk_size, precision=0, **panel.field_arguments("chunk_size"))
+        for name in ("cache_size", "chunk_size"):
+            fields[name] = gr.Number(
+                value=getattr(args, name), precision=0, **panel.field_arguments(name))
         fields["embedding_device"] = gr.Textbox(
             value=args.embedding_device, **panel.field_arguments("embedding_device"))
     _move_below(components["ctx_size"], gauge.values())

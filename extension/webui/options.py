@@ -129,7 +129,7 @@ def _current(saved: dict[str, Any]) -> dict[str, Any]:
     if "max_seq_len" in saved:
         changed["ctx_size"] = saved.get("ctx_size", saved["max_seq_len"])
     options = ModelChoice.from_values(saved | changed)
-    for name in ("ctx_size", "alpha_value", "compress_pos_emb", "chunk_size"):
+    for name in ("ctx_size", "cache_size", "alpha_value", "compress_pos_emb", "chunk_size"):
         if name in saved or name in changed:
             # The web UI writes 0 for a context that is left to the loader.
             changed[name] = getattr(options, name) or 0

@@ -289,8 +289,8 @@ def test_the_gauge_works_without_the_optional_fields(wired, page, monkeypatch, a
     assert [*leaves(memory)] == [components[name] for name in contract.MEMORY_OPTIONS]
     monkeypatch.setattr(model_tab.panel, "plan_html", repr)
     drawn = follow(components, ctx_size_draft=256, draft_max=2, chunk_size=64,
-                   embedding_device="cpu")
-    assert "ctx_size=512, cache_type='q4'" in drawn
+                   embedding_device="cpu", cache_size=2048)
+    assert "ctx_size=512, cache_size=2048, cache_type='q4'" in drawn
     assert "chunk_size=64" in drawn and "embedding_device='cpu'" in drawn
     # An option without a field has the value of the command line.
     assert f"ctx_size_draft={1024 if absent else 256}" in drawn

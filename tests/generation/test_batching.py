@@ -82,7 +82,7 @@ def test_a_request_larger_than_the_cache_is_refused_while_others_run():
     engine, model, cache = fake_engine(next_of, 1000, ctx_size=1024, pages=2)
     running = ids(engine, [5], 100)
     next(running)
-    with pytest.raises(CacheFull, match="room for a text of 900 tokens.*larger ctx_size"):
+    with pytest.raises(CacheFull, match="room for a text of 900 tokens.*larger cache_size"):
         list(ids(engine, [7], 899))
     assert len(list(running)) == 99
 

@@ -136,7 +136,7 @@ def fits_somehow(folder: Path, ctx_size: int, names: list[str], limits: list[int
             layers = [names[sum(end <= i for end in ends)] for i in range(len(cuts) - 1)]
             where = DeviceMap(layers[0], tuple(layers), layers[-1])
             parts = build_parts(config, checkpoint, where)
-            table = segments_of(PlacedModel(parts, checkpoint, ctx_size), options)
+            table = segments_of(PlacedModel(parts, checkpoint, ctx_size, ctx_size), options)
             taken = dict.fromkeys(names, 0)
             for (device, _), segment in table.items():
                 taken[device] += segment.nbytes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from ...backends import backend_of
@@ -116,16 +116,20 @@ class Assigner:
         (page,) = lay_out(cache_specs(self._model.config, 1, run.cache_type)).values()
         return free // page.nbytes + 1
 
-    def placed(self, shares: Sequence[DeviceShare], ctx_size: int) -> PlacedModel:
+    def placed(
+        self, shares: Sequence[DeviceShare], ctx_size: int, run: RunOptions
+    ) -> PlacedModel:
         """Return the model on the devices of these shares."""
         layers = [share.budget.device for share in shares for _ in share.layers]
         device_map = DeviceMap(self._embedding_device(layers[0]), tuple(layers), layers[-1])
         rooms = {share.budget.device: share.lora_bytes for share in shares}
         parts, checkpoint = self._model.parts(device_map), self._model.checkpoint
-        return PlacedModel(parts, checkpoint, ctx_size, self._model.loras, rooms)
+        return PlacedModel(
+            parts, checkpoint, ctx_size, run.cache_tokens(ctx_size), self._model.loras, rooms
+        )
 
     def placed_draft(
-        self, shares: Sequence[DeviceShare], ctx_size: int
+        self, shares: Sequence[DeviceShare], ctx_size: int, run: RunOptions
     ) -> PlacedModel | None:
         """Return the draft model on the first device of these shares; None without one."""
         if self._draft is None:
@@ -133,8 +137,20 @@ class Assigner:
         first = shares[0].budget.device
         layers = (first,) * self._draft.num_layers
         device_map = DeviceMap(self._embedding_device(first), layers, first)
-        tokens = self._ctx_size_draft or ctx_size
-        return PlacedModel(self._draft.parts(device_map), self._draft.checkpoint, tokens)
+        tokens, run = self._of_draft(ctx_size, run)
+        return PlacedModel(
+            self._draft.parts(device_map), self._draft.checkpoint, tokens,
+            run.cache_tokens(tokens),
+        )
+
+    def _of_draft(self, ctx_size: int, run: RunOptions) -> tuple[int, RunOptions]:
+        """Return the draft model's tokens of context, and its options.
+
+        A context of its own is the size of its cache as well.
+        """
+        if not self._ctx_size_draft:
+            return ctx_size, run
+        return self._ctx_size_draft, replace(run, cache_size=0)
 
     def _embedding_device(self, first: str) -> str:
         """Return the device whose memory embeddings are in, for the first layer's device."""
@@ -171,8 +187,7 @@ class Assigner:
         buffers, draft_bytes = self._model.buffers(device, layers, ctx_size, run, here), 0
         if self._draft is not None and is_first:
             every = range(self._draft.num_layers)
-            tokens = self._ctx_size_draft or ctx_size
-            draft = self._draft.buffers(device, every, tokens, run, here)
+            draft = self._draft.buffers(device, every, *self._of_draft(ctx_size, run), here)
             # Each tensor is aligned separately, so the buffer of both is the sum of two.
             buffers, draft_bytes = buffers + draft, draft.total
         embedding_bytes = 0

@@ -90,7 +90,8 @@ class PlacedModel:
     Args:
         parts: the model, each part on its device.
         checkpoint: open.
-        ctx_size: tokens of context of its cache.
+        ctx_size: tokens of context.
+        cache_tokens: tokens that its cache holds, in whole pages.
         loras: the adapters to load with it.
         rooms: device -> bytes of room for adapters.
     """
@@ -98,6 +99,7 @@ class PlacedModel:
     parts: ModelParts
     checkpoint: Checkpoint
     ctx_size: int
+    cache_tokens: int
     loras: Loras = NO_LORAS
     rooms: Mapping[str, int] = field(default_factory=dict)
 
@@ -119,7 +121,7 @@ def _of_draft(spec: TensorSpec) -> TensorSpec:
 
 
 def _table(model: PlacedModel, run: RunOptions) -> list[TensorSpec]:
-    parts, pages = model.parts, pages_for(model.ctx_size)
+    parts, pages = model.parts, pages_for(model.cache_tokens)
     return [
         *parts.specs(),
         *cache_specs(parts.config, pages, run.cache_type, parts.device_map),
@@ -197,7 +199,8 @@ class LayerCosts:
         Args:
             with_embedding: the embedding is counted with the first layer.
         """
-        cache = self._layer_cache_bytes(device, pages_for(ctx_size), run.cache_type)
+        pages = pages_for(run.cache_tokens(ctx_size))
+        cache = self._layer_cache_bytes(device, pages, run.cache_type)
         weights = self._weight_costs(device)
         return BufferBytes(
             weights.of_range(layers.start, layers.stop, with_embedding),

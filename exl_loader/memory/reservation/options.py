@@ -28,6 +28,9 @@ from ...utils.setting_values import (
 )
 from .length import stretched_length
 
+# No memory holds a larger cache.
+MAX_CACHE_TOKENS = 1 << 32
+
 # Most tokens of context where the user names none.
 DEFAULT_CTX_SIZE = 8192
 
@@ -87,7 +90,10 @@ class LoadOptions:
 
     Attributes:
         ctx_size: tokens of context. None is the model's own length, at most 8192. `auto` is
-            the most that fits, at most the model's own length.
+            the most that fits, at most the model's own length. One text can use at most so many.
+        cache_size: tokens that the pages of all texts hold together, in whole pages of 256. 0
+            is as many as ctx_size. More let several long texts run at once. Without a ctx_size
+            of its own, a text can use at most cache_size.
         cache_type: `fp16`, `q8`, `q6`, `q4`, `q3`, or keys and values apart such as `q8_q4`.
         device: `auto` (as many of the cards that can run models as the model needs, else the
             CPU), a device's name, or several names, over which layers are split in order.
@@ -100,8 +106,8 @@ class LoadOptions:
             card of the first layer, is the embedding as well and takes no memory twice.
         chunk_size: most tokens in one forward pass; at least `max_batch_size`.
         max_batch_size: most sequences in one forward pass, and so most texts that run at once.
-            None means 8, or with open pages (`cache_window`) one for each 8,192 tokens of
-            ctx_size, from 2 to 8, so that their open pages stay small beside the cache; 1 below
+            None means 8, or with open pages (`cache_window`) one for each 8,192 tokens of the
+            cache, from 2 to 8, so that their open pages stay small beside the cache; 1 below
             4,096 tokens beside codes of 6 or 8 bits.
         alpha_value: NTK factor of RoPE, which stretches the model's own length.
         compress_pos_emb: factor that positions are divided by, which stretches it too.
@@ -116,7 +122,8 @@ class LoadOptions:
         model_draft: folder of a smaller model with the same vocabulary that guesses how texts
             go on. It lives as a whole on the first device. None or empty for none. Texts are
             the same with and without it.
-        ctx_size_draft: the draft model's tokens of context; 0 for as many as the model's.
+        ctx_size_draft: the draft model's tokens of context, which is also the size of its cache;
+            0 for as many of both as the model's.
         draft_max: of `load` alone. Most tokens that the draft model guesses at a time.
         loras: folders of LoRA adapters to load with the model, each alone or as (folder,
             scaling); or text such as `first,second=0.5`. Their room is reserved exactly.
@@ -131,6 +138,10 @@ class LoadOptions:
         "tokens of context, or auto for the most that fits; by default the model's own length, "
         f"at most {DEFAULT_CTX_SIZE}",
         "N|auto", unit="tokens", least=1, most=MAX_POSITIONS, step=PAGE_LEN,
+    )
+    cache_size: int = _option(
+        0, "tokens of the cache that all running texts share; 0 is as many as ctx_size", "N",
+        unit="tokens", least=0, most=MAX_CACHE_TOKENS, step=PAGE_LEN,
     )
     cache_type: str | CacheType = _option(
         "fp16", "key/value cache: fp16, q8, q6, q4, q3, or keys and values apart such as q8_q4",
@@ -272,7 +283,7 @@ class LoadOptions:
             raise InvalidSettings(
                 "ctx_size", expected="a number of tokens or auto", actual=shown(self.ctx_size)
             )
-        counts = ["chunk_size", "ctx_size_draft", "draft_max"]
+        counts = ["cache_size", "chunk_size", "ctx_size_draft", "draft_max"]
         if self.max_batch_size is not None:
             counts.append("max_batch_size")
         if not (self.ctx_size is None or self.ctx_size == "auto"):
@@ -281,6 +292,17 @@ class LoadOptions:
             option = self.OPTIONS[name]
             assert option.least is not None and option.most is not None
             check_integer(name, getattr(self, name), int(option.least), int(option.most))
+        if self.cache_size and isinstance(self.ctx_size, int):
+            needed = pages_for(self.ctx_size)
+            if pages_for(self.cache_size) < needed:
+                raise InvalidSettings(
+                    "cache_size",
+                    expected=f"at least {needed * PAGE_LEN}: the pages of one text of ctx_size "
+                    f"({self.ctx_size})",
+                    actual=self.cache_size,
+                    remedy="Choose a larger cache_size or a smaller ctx_size, or leave cache_size "
+                    "at 0",
+                )
         check_scaling(self.alpha_value, self.compress_pos_emb)
         check_integer("cache_window", self.cache_window, 0, PAGE_LEN)
         if self.cache_window not in (0, PAGE_LEN):
@@ -373,6 +395,7 @@ class SharedKeywords(TypedDict, total=False):
     """The keywords of `plan` and `load`, for editors and type checkers; see `LoadOptions`."""
 
     ctx_size: CtxSize
+    cache_size: int
     cache_type: str | CacheType
     device: str | Sequence[str]
     gpu_split: str | Sequence[float] | None
@@ -415,6 +438,11 @@ class RunOptions:
     chunk_size: int
     max_batch_size: int | None = None
     cache_window: int = PAGE_LEN
+    cache_size: int = 0
+
+    def cache_tokens(self, ctx_size: int) -> int:
+        """Return the tokens that the cache holds in whole pages, at least those of one text."""
+        return pages_for(max(self.cache_size, ctx_size)) * PAGE_LEN
 
     def at(self, ctx_size: int) -> RunOptions:
         """Return the options with the max_batch_size for a context of `ctx_size` tokens."""
@@ -422,8 +450,7 @@ class RunOptions:
             return self
         most = DEFAULT_MAX_BATCH_SIZE
         if self.has_open_pages:
-            # In whole pages, as the cache is planned.
-            tokens = pages_for(ctx_size) * PAGE_LEN
+            tokens = self.cache_tokens(ctx_size)
             kind = self.cache_type
             is_large = max(open_bits(kind.k_bits), open_bits(kind.v_bits)) == 16
             least = 1 if is_large and tokens < TOKENS_OF_TWO_TEXTS else LEAST_BATCH_SIZE

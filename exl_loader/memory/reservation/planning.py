@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...backends import backend_of, full_name
-from ...cache.layout import PAGE_LEN, CacheType
+from ...cache.layout import PAGE_LEN, CacheType, pages_for
 from ...checkpoint import Checkpoint
 from ...checkpoint.adapter import Adapter
 from ...checkpoint.config import ModelConfig
@@ -82,7 +82,7 @@ def planned(
     options.check()
     run = RunOptions(
         CacheType.parse(options.cache_type), options.chunk_size, options.max_batch_size,
-        options.cache_window,
+        options.cache_window, options.cache_size,
     )
     devices = budgets(options)
     in_main_memory = [one for one in devices if backend_of(one.device).is_main_memory]
@@ -120,8 +120,8 @@ def planned(
         shares = assigner.assign(ctx_size, run)
         if embedding_card not in (None, shares[0].budget.device):
             raise _wrong_embedding_device(options, [shares[0].budget])
-        model = assigner.placed(shares, ctx_size)
-        draft = assigner.placed_draft(shares, ctx_size)
+        model = assigner.placed(shares, ctx_size, run)
+        draft = assigner.placed_draft(shares, ctx_size, run)
         segments = segments_of(model, run, draft)
         reservation = Reservation(
             model_dir=os.fspath(model_dir),
@@ -151,6 +151,7 @@ def planned(
             ctx_size_draft=draft.ctx_size if draft is not None else 0,
             loras=dict(options.chosen_loras()),
             cache_window=run.cache_window if run.has_open_pages else 0,
+            cache_size=model.cache_tokens,
         )
         yield PlannedModel(reservation, model, tuple(segments.values()), draft)
 
@@ -203,6 +204,8 @@ def _open_loras(options: LoadOptions, files: ExitStack) -> Loras:
 def _chosen_ctx_size(options: LoadOptions, config: ModelConfig, largest: int) -> int:
     length = stretched_length(config, options.alpha_value, options.compress_pos_emb)
     length = min(length, config.max_ctx_size)
+    if options.cache_size:
+        length = min(length, pages_for(options.cache_size) * PAGE_LEN)
     if options.ctx_size is None:
         return min(length, DEFAULT_CTX_SIZE)
     if isinstance(options.ctx_size, str):  # "auto"
@@ -229,7 +232,10 @@ def _largest_ctx_size(assigner: Assigner, run: RunOptions) -> int:
         # The sum where all fit, because one device's headroom jumps when a layer moves.
         return min(found) if min(found) < 0 else sum(found)
 
-    return largest_fitting(headroom, assigner.most_pages(run)) * PAGE_LEN
+    most = assigner.most_pages(run)
+    if run.cache_size:
+        most = min(most, pages_for(run.cache_size))
+    return largest_fitting(headroom, most) * PAGE_LEN
 
 
 def _record(

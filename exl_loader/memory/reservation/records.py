@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ...backends import backend_of
+from ...cache.layout import PAGE_LEN, pages_for
 from .length import LengthWarning, length_warning, stretched
 
 
@@ -123,6 +124,7 @@ class Reservation:
         ctx_size_draft: tokens of context of the draft model; 0 without one.
         loras: folder -> scaling of the LoRA adapters to load with the model.
         cache_window: as in `LoadOptions`; 0 where the cache is not quantised.
+        cache_size: tokens that all pages of the cache hold, at least those of one text.
     """
 
     model_dir: str
@@ -143,6 +145,12 @@ class Reservation:
     ctx_size_draft: int = 0
     loras: dict[str, float] = field(default_factory=dict)
     cache_window: int = 0
+    cache_size: int = 0
+
+    @property
+    def shares_cache(self) -> bool:
+        """True if the cache holds more than the longest text, because cache_size says so."""
+        return self.cache_size > pages_for(self.ctx_size) * PAGE_LEN
 
     @property
     def stretched_length(self) -> int:

@@ -62,8 +62,13 @@ def _headline(reservation: Reservation) -> str:
     return (
         f"{reservation.model_dir}\n{reservation.architecture}, {reservation.format}, "
         f"{reservation.num_layers} layers; {reservation.ctx_size:,} tokens of context, "
-        f"cache {reservation.cache_type}"
+        f"cache {reservation.cache_type}{_of_tokens(reservation)}"
     )
+
+
+def _of_tokens(reservation: Reservation) -> str:
+    """Return the size of a cache that holds more than one text; else nothing."""
+    return f" of {reservation.cache_size:,} tokens" if reservation.shares_cache else ""
 
 
 def _layers(device: DeviceReservation) -> str:
@@ -109,7 +114,7 @@ def refusal(reservation: Reservation) -> InsufficientMemory:
     found = "; ".join(_found(device) for device in short)
     error = InsufficientMemory(
         f"{', '.join(device.device for device in short)}: a context of {reservation.ctx_size} "
-        f"tokens with cache {reservation.cache_type} does not fit",
+        f"tokens with cache {reservation.cache_type}{_of_tokens(reservation)} does not fit",
         expected=needed,
         actual=found,
         remedy=" ".join([*_ways_out(reservation), *_holders(short)]),
@@ -159,6 +164,8 @@ def _ways_out(reservation: Reservation) -> list[str]:
                 f"embedding_device={first} puts the embedding of "
                 f"{amount(device.embedding_bytes)} on the card."
             )
+    if reservation.shares_cache:
+        ways.append("A smaller cache_size takes less memory.")
     fitting = [name for name, tokens in largest.items() if tokens >= ctx_size]
     if fitting:
         ways.append(f"At this context these cache types fit: {', '.join(fitting)}.")
