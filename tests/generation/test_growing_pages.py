@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -36,9 +35,10 @@ def ends_after_200(text: list[int]) -> int:
 # What is admitted, and who gives pages back
 
 
-def start(engine, prompt, options) -> Job:
+def start(engine, prompt, options, as_text=False) -> Job:
     """Give a request to the scheduler, which the test itself steps; a caller waits for it."""
-    job = engine._requests.job(prompt, exl_loader.SamplingSettings.from_dict(options), None, False)
+    settings = exl_loader.SamplingSettings.from_dict(options)
+    job = engine._requests.job(prompt, settings, None, as_text)
     job.add_waiter()
     engine._generator._scheduler.accept(job)
     return job
@@ -363,31 +363,31 @@ def test_on_the_compiled_kernels_texts_that_lose_their_pages_are_the_same(
         chosen = {"max_new_tokens": 550 - len(prompt) + i, "ban_eos_token": True} | settings
         requests.append((prompt, chosen))
 
-    def together_from_the_start(_model, _cache):
-        scheduler, inbox = model._generator._scheduler, model._generator._inbox
-        deadline = time.monotonic() + 300
-        while len(scheduler.waiting) + len(scheduler.active) + inbox.qsize() < len(requests):
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-        yield True
-
-    def ask(request):
-        if request is None:
-            return next(model.run_alone(together_from_the_start))
-        generation = model.generate(*request)
-        text = "".join(generation)
-        stats = generation.stats
-        return (text, generation.token_ids, generation.logprobs), stats.preemptions
-
     with exl_loader.load(folder, **options) as model:
         whole = []
-        for request in requests:
+        for prompt, chosen in requests:
             model.prompt_logits([5] * 1280)
-            whole.append(ask(request)[0])
+            generation = model.generate(prompt, chosen)
+            whole.append(("".join(generation), generation.token_ids, generation.logprobs))
         model.prompt_logits([5] * 1280)
-        together = in_threads(ask, [None, *requests])[1:]
-        assert [result for result, _ in together] == whole
-        assert sum(preemptions for _, preemptions in together) > 0
-        cache = model._generator._scheduler.cache
+        # The model's thread sleeps, so that the test can run the steps.
+        jobs = [start(model, *request, as_text=True) for request in requests]
+        texts = [""] * len(jobs)
+        scheduler = model._generator._scheduler
+        while not all(job.finished for job in jobs):
+            assert scheduler.step()
+            for i, job in enumerate(jobs):
+                while job.output:
+                    texts[i] += job.output.popleft()[1]
+                if not job.finished and not job._waiters:
+                    job.add_waiter()
+        together = [
+            (text + job.last_text, job.history[len(job.prompt_ids) :].tolist(), job.logprobs)
+            for text, job in zip(texts, jobs, strict=True)
+        ]
+        assert together == whole
+        assert sum(job.stats.preemptions for job in jobs) > 0
+        cache = scheduler.cache
         assert cache.num_free_pages == cache.num_pages == 5
         assert model.allocated_bytes() == model.reservation.total_bytes
+        del scheduler, cache
