@@ -12,7 +12,13 @@ import torch
 from .backends import backend_of
 from .cache.paging import PagedCache
 from .checkpoint.adapter import Adapter
-from .generation.generator import Generator, IdGeneration, TextGeneration
+from .generation.generator import (
+    AsyncIdGeneration,
+    AsyncTextGeneration,
+    Generator,
+    IdGeneration,
+    TextGeneration,
+)
 from .generation.logprobs import TokenLogprobs, token_logprobs
 from .generation.request import Prompt, RequestReader
 from .generation.settings import SamplingSettings
@@ -29,6 +35,7 @@ if TYPE_CHECKING:
     from .checkpoint.config import ModelConfig
     from .generation.drafts import DraftModel
     from .generation.forward_model import ForwardModel
+    from .generation.jobs import Job
     from .memory.buffers import Buffers
     from .memory.reservation import Reservation
     from .model.adapters import LoadedLora
@@ -200,9 +207,7 @@ class LoadedModel:
             ModelUnloaded: after `unload`, or (ModelForked) in a process that was forked from
                 the one that loaded the model.
         """
-        self._generator.check()
-        chosen = SamplingSettings.from_dict(settings, **more_settings)
-        job = self._requests.job(prompt, chosen, progress, as_text=True)
+        job = self._job(prompt, settings, progress, more_settings, as_text=True)
         return TextGeneration(self._generator, job)
 
     def generate_ids(
@@ -213,10 +218,41 @@ class LoadedModel:
 
         Stop strings need a tokenizer. The ids of a stop string that was found are yielded.
         """
+        job = self._job(prompt, settings, progress, more_settings, as_text=False)
+        return IdGeneration(self._generator, job)
+
+    def agenerate(
+        self, prompt: Prompt, settings: Settings = None, *, progress: Progress | None = None,
+        **more_settings: Any,
+    ) -> AsyncTextGeneration:
+        """Continue a prompt in an event loop: `async for piece in model.agenerate(...)`.
+
+        As `generate`, but no thread waits for the pieces. The call itself encodes the prompt; a
+        long one can be encoded elsewhere and given as ids.
+
+        Returns:
+            An asynchronous iterator of pieces of text, with `stop()`, `aclose()`, `stats`. It
+            ends when it is closed or dropped, and when a task that waits for a piece is
+            cancelled.
+        """
+        job = self._job(prompt, settings, progress, more_settings, as_text=True)
+        return AsyncTextGeneration(self._generator, job)
+
+    def agenerate_ids(
+        self, prompt: Prompt, settings: Settings = None, *, progress: Progress | None = None,
+        **more_settings: Any,
+    ) -> AsyncIdGeneration:
+        """Continue a prompt with token ids in an event loop; as `agenerate` and `generate_ids`."""
+        job = self._job(prompt, settings, progress, more_settings, as_text=False)
+        return AsyncIdGeneration(self._generator, job)
+
+    def _job(
+        self, prompt: Prompt, settings: Settings, progress: Progress | None,
+        more_settings: Mapping[str, Any], as_text: bool,
+    ) -> Job:
         self._generator.check()
         chosen = SamplingSettings.from_dict(settings, **more_settings)
-        job = self._requests.job(prompt, chosen, progress, as_text=False)
-        return IdGeneration(self._generator, job)
+        return self._requests.job(prompt, chosen, progress, as_text)
 
     def stop(self) -> None:
         """End all generations after the running step. Does not wait."""

@@ -14,11 +14,18 @@ import weakref
 from abc import abstractmethod
 from collections import deque
 from queue import Empty, SimpleQueue
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from ..utils.system.processes import INTERRUPT_POLL_S
 
 T = TypeVar("T")
+
+
+class Waiter(Protocol):
+    """What wakes one waiting caller."""
+
+    def put(self, item: None) -> None:
+        """Wake it; called in the model's thread. Must not raise."""
 
 
 class Exchange(Generic[T]):
@@ -36,7 +43,7 @@ class Exchange(Generic[T]):
         self.error: BaseException | None = None
         self.cancelled = False
         self.accepted = False
-        self._waiters: deque[SimpleQueue[None]] = deque()
+        self._waiters: deque[Waiter] = deque()
         self._owner: weakref.ref[object] | None = None
 
     @property
@@ -72,15 +79,19 @@ class Exchange(Generic[T]):
     def add_waiter(self) -> SimpleQueue[None]:
         """Register a waiting caller; return the queue to pass to `sleep`."""
         waiter: SimpleQueue[None] = SimpleQueue()
-        self._waiters.append(waiter)
+        self.wake_also(waiter)
         return waiter
+
+    def wake_also(self, waiter: Waiter) -> None:
+        """Register what wakes a waiting caller."""
+        self._waiters.append(waiter)
 
     def wake_waiters(self) -> None:
         """Wake every waiting caller; each one checks `is_ready` itself."""
         wake_all(self._waiters)
 
 
-def wake_all(waiters: deque[SimpleQueue[None]]) -> None:
+def wake_all(waiters: deque[Waiter]) -> None:
     """Wake all waiting callers and remove them."""
     while waiters:
         waiters.popleft().put(None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
@@ -15,6 +15,7 @@ from .exchange import Exchange
 from .forward_model import ForwardModel
 from .jobs import GenerationStats, Job
 from .logprobs import TokenLogprobs
+from .loop_waiter import let_others_run
 from .model_thread import ModelThread
 from .scheduler import Scheduler
 
@@ -56,6 +57,14 @@ class Generator(ModelThread):
         """
         try:
             super().wait(request)
+        except BaseException as error:
+            drop_locals(error)
+            raise
+
+    async def wait_async(self, request: Exchange[Any]) -> None:
+        """Do what `wait` does, in an event loop."""
+        try:
+            await super().wait_async(request)
         except BaseException as error:
             drop_locals(error)
             raise
@@ -125,11 +134,10 @@ class Generator(ModelThread):
                 self.cancel(evaluation)
 
 
-class Generation(Iterator[T], Generic[T]):
-    """A running generation. It starts with the first `next()`.
+class RunningJob(Generic[T]):
+    """What a caller sees of a generation, whichever way it waits for the pieces.
 
-    Its pages are released when it is closed, when its `with` block ends, or when it is dropped.
-    `stop` may be called from any thread; only one thread at a time may iterate.
+    `stop` may be called from any thread; only one thread or task at a time may iterate.
     """
 
     def __init__(self, generator: Generator, job: Job) -> None:
@@ -138,33 +146,6 @@ class Generation(Iterator[T], Generic[T]):
         self._started = False
         self._ended = False
         generator.own(job, self)
-
-    def __iter__(self) -> Generation[T]:
-        return self
-
-    def __next__(self) -> T:
-        """Return the next piece.
-
-        Raises:
-            StopIteration: the generation has ended; `finish_reason` has the reason.
-            ModelUnloaded: the model was unloaded, or (ModelForked) this process was forked from
-                the one that loaded it.
-            ExlLoaderError: the error of a step.
-        """
-        while not self._ended:
-            piece = self._next_piece()
-            if piece is not None:
-                return piece
-        raise StopIteration
-
-    def __enter__(self) -> Generation[T]:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @property
     def stats(self) -> GenerationStats:
@@ -201,17 +182,9 @@ class Generation(Iterator[T], Generic[T]):
         """End the generation after the running step. Does not wait."""
         self._job.cancelled = True
 
-    def close(self) -> None:
-        """End the generation and release its pages; it yields nothing afterwards."""
-        self._ended = True
-        if self._started:
-            self._generator.finish(self._job)
-
-    def _next_piece(self) -> T | None:
-        """Wait for the result of one step; return None if there is nothing to show."""
+    def _take(self) -> T | None:
+        """Take the result of one step after the wait for it; None if there is nothing to show."""
         job = self._job
-        self._started = True
-        self._generator.wait(job)
         if job.output:
             return self._piece(*job.output.popleft())
         self._ended = True
@@ -227,18 +200,117 @@ class Generation(Iterator[T], Generic[T]):
         return None
 
 
-class IdGeneration(Generation[int]):
-    """Yields token ids one by one, without the end token."""
+class Generation(RunningJob[T], Iterator[T]):
+    """A running generation. It starts with the first `next()`.
 
+    Its pages are released when it is closed, when its `with` block ends, or when it is dropped.
+    """
+
+    def __iter__(self) -> Generation[T]:
+        return self
+
+    def __next__(self) -> T:
+        """Return the next piece.
+
+        Raises:
+            StopIteration: the generation has ended; `finish_reason` has the reason.
+            ModelUnloaded: the model was unloaded, or (ModelForked) this process was forked from
+                the one that loaded it.
+            ExlLoaderError: the error of a step.
+        """
+        while not self._ended:
+            self._started = True
+            self._generator.wait(self._job)
+            piece = self._take()
+            if piece is not None:
+                return piece
+        raise StopIteration
+
+    def __enter__(self) -> Generation[T]:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the generation and release its pages; it yields nothing afterwards."""
+        self._ended = True
+        if self._started:
+            self._generator.finish(self._job)
+
+
+class AsyncGeneration(RunningJob[T], AsyncIterator[T]):
+    """A running generation in an event loop. It starts with the first piece that is awaited.
+
+    No thread waits for it. Its pages are released when it is closed, when its `async with` block
+    ends, when a task that waits for a piece is cancelled, or when it is dropped.
+    """
+
+    def __aiter__(self) -> AsyncGeneration[T]:
+        return self
+
+    async def __anext__(self) -> T:
+        """Return the next piece.
+
+        Raises:
+            StopAsyncIteration: the generation has ended; `finish_reason` has the reason.
+            CancelledError: the task was cancelled, which ends the generation.
+            ModelUnloaded, ExlLoaderError: as `Generation.__next__`.
+        """
+        while not self._ended:
+            self._started = True
+            if self._job.is_ready:
+                # Otherwise a long text that is already there would hold up other tasks.
+                await let_others_run()
+            await self._generator.wait_async(self._job)
+            piece = self._take()
+            if piece is not None:
+                return piece
+        raise StopAsyncIteration
+
+    async def __aenter__(self) -> AsyncGeneration[T]:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """End the generation and release its pages; it yields nothing afterwards."""
+        self._ended = True
+        if self._started:
+            await self._generator.finish_async(self._job)
+
+
+class _AsIds(RunningJob[int]):
     def _piece(self, token_id: int, text: str) -> int | None:
         return token_id
 
 
-class TextGeneration(Generation[str]):
-    """Yields pieces of text: whole characters, never part of a stop string, never empty."""
-
+class _AsText(RunningJob[str]):
     def _piece(self, token_id: int, text: str) -> str | None:
         return text or None
 
     def _last_piece(self) -> str | None:
         return self._job.last_text or None
+
+
+class IdGeneration(_AsIds, Generation[int]):
+    """Yields token ids one by one, without the end token."""
+
+
+class TextGeneration(_AsText, Generation[str]):
+    """Yields pieces of text: whole characters, never part of a stop string, never empty."""
+
+
+class AsyncIdGeneration(_AsIds, AsyncGeneration[int]):
+    """Yields what `IdGeneration` does."""
+
+
+class AsyncTextGeneration(_AsText, AsyncGeneration[str]):
+    """Yields what `TextGeneration` does."""

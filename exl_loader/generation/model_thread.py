@@ -20,7 +20,8 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from ..utils.errors import InsufficientMemory, InvalidCall, ModelForked, ModelUnloaded, drop_locals
-from .exchange import Exchange, sleep, wake_all
+from .exchange import Exchange, Waiter, sleep, wake_all
+from .loop_waiter import LoopWaiter, wait_for_ever
 from .scheduler import Scheduler
 
 # At exit, the process waits at most this long for a running step.
@@ -52,7 +53,7 @@ class ModelThread:
         # the one that does not get it ends.
         self._claim = _thread.allocate_lock()
         self._ident: int | None = None
-        self._closers: deque[SimpleQueue[None]] = deque()
+        self._closers: deque[Waiter] = deque()
         self._closing = False
         self._exiting = False
         # Set before the thread empties its inbox for the last time, and when it has ended.
@@ -109,6 +110,25 @@ class ModelThread:
             self.cancel(request)
             raise
 
+    async def wait_async(self, request: Exchange[Any]) -> None:
+        """Do what `wait` does, in an event loop; a cancelled task cancels the request."""
+        self._check_process()
+        try:
+            while not request.is_ready:
+                if self._exiting:
+                    await wait_for_ever()
+                self.check()
+                waiter = LoopWaiter()
+                request.wake_also(waiter)
+                self._send(request)
+                if not self._ended:
+                    await waiter.wait()
+                elif not request.is_ready:
+                    raise self._unloaded_error("unloaded")
+        except BaseException:
+            self.cancel(request)
+            raise
+
     def cancel(self, request: Exchange[Any]) -> None:
         """Cancel a request, which ends before the next step. Does not wait."""
         request.cancelled = True
@@ -124,6 +144,18 @@ class ModelThread:
             self._send(request)
             if not self._ended:
                 sleep(waiter)
+
+    async def finish_async(self, request: Exchange[Any]) -> None:
+        """Do what `finish` does, in an event loop; a cancelled task ends only the wait."""
+        request.cancelled = True
+        if self._is_forked:
+            return
+        while not (request.finished or self._ended):
+            waiter = LoopWaiter()
+            request.wake_also(waiter)
+            self._send(request)
+            if not self._ended:
+                await waiter.wait()
 
     def cancel_all(self) -> None:
         """Cancel every job that was sent. Does not wait.
