@@ -13,7 +13,8 @@
 //
 // Keys of a layer with a matrix for it are rounded with feedback after the search
 // (key_feedback.cuh): one warp finds the targets while the others write the open page, then each
-// warp rounds its groups' targets to codes.
+// warp rounds its groups' targets to codes. Such layers have two kernels of their own, because the
+// targets take twice the registers of all else, and those of long heads more.
 //
 // Shared memory: WriteMemory.
 //
@@ -39,6 +40,7 @@ struct RopeCall {
 namespace exl {
 
 constexpr int kWriteThreads = 256;
+constexpr int kShortWriteThreads = kGroup * kShortFeedbackGroups;
 
 // The shared memory of a block; `padded` is head_dim rounded up to whole groups.
 struct WriteMemory {
@@ -46,7 +48,7 @@ struct WriteMemory {
     float* codebooks;  // [kCodebookFloats], see cache_grid.cuh
     // Only of layers with feedback:
     float* targets;      // [padded]
-    GroupScale* scales;  // [padded / kGroup], rounded up to an even number
+    GroupScales scales;  // [padded / kGroup] each, rounded up to an even number
     uint16_t* ring;      // see copy_rows; none for heads of more than kMaxFeedbackRegisters groups
 
     __device__ __forceinline__ WriteMemory(float* memory, int head_dim) {
@@ -54,8 +56,10 @@ struct WriteMemory {
         head = memory;
         codebooks = head + padded;
         targets = codebooks + kCodebookFloats;
-        scales = reinterpret_cast<GroupScale*>(targets + padded);
-        ring = reinterpret_cast<uint16_t*>(scales + round_up(padded / kGroup, 2));
+        const int scale_room = round_up(padded / kGroup, 2);
+        scales.inverses = targets + padded;
+        scales.bits = reinterpret_cast<uint32_t*>(scales.inverses + scale_room);
+        ring = reinterpret_cast<uint16_t*>(scales.bits + scale_room);
     }
 };
 
@@ -268,7 +272,10 @@ __device__ void write_quantized(const WriteMemory& memory, int head_dim, bool ha
         const float inverse = inverse_of(half_to_float(static_cast<uint16_t>(best.bits)));
         if (lane_id() == 0) scales[group] = static_cast<uint16_t>(best.bits);
         if (has_feedback) {
-            if (lane_id() == 0) memory.scales[group] = {float_bits(inverse), best.bits};
+            if (lane_id() == 0) {
+                memory.scales.inverses[group] = inverse;
+                memory.scales.bits[group] = best.bits;
+            }
         } else {
             write_codes<kBits>(value * inverse, best.table, elements, group,
                                memory.codebooks, codes);
@@ -282,7 +289,7 @@ __device__ void write_targets(const WriteMemory& memory, int head_dim, uint8_t* 
     const int warps = static_cast<int>(blockDim.x) / 32;
     for (int group = warp_id(); group < num_groups(head_dim, kBits); group += warps) {
         const GroupScale scale = memory.scales[group];
-        write_codes<kBits>(memory.targets[group * kGroup + lane_id()] * scale.inverse(),
+        write_codes<kBits>(memory.targets[group * kGroup + lane_id()] * scale.inverse,
                            scale.table(), min(kGroup, head_dim - group * kGroup), group,
                            memory.codebooks, codes);
     }
@@ -315,16 +322,17 @@ __device__ __forceinline__ void write_open(const float* y, Warps warps,
 }
 
 // Finds the targets of a key, by one warp.
+template <Heads kHeads>
 __device__ __forceinline__ void find_targets(const WriteMemory& memory, int head_dim, int bits,
                                              const uint16_t* feedback) {
     if (bits == 6) {
-        return move_targets(memory.head, head_dim, UniformRounding<6>{}, memory.scales, feedback,
-                            memory.ring, memory.targets);
+        return move_targets<kHeads>(memory.head, head_dim, UniformRounding<6>{}, memory.scales,
+                                    feedback, memory.ring, memory.targets);
     }
     const TableRounding rounding = bits == 4 ? TableRounding::make<4>(memory.codebooks)
                                              : TableRounding::make<3>(memory.codebooks);
-    move_targets(memory.head, head_dim, rounding, memory.scales, feedback, memory.ring,
-                 memory.targets);
+    move_targets<kHeads>(memory.head, head_dim, rounding, memory.scales, feedback, memory.ring,
+                         memory.targets);
 }
 
 // Rotates query heads from `first` on, one head per warp.
@@ -338,14 +346,12 @@ __device__ __forceinline__ void rotate_queries(const RopeCall& rope, int head_di
                 rope.q_weight, rope.eps, nullptr);
 }
 
-// Writes the keys and values of all rows, and rotates queries if `rope` has a table.
+// The body of the kernels: writes a key or a value, or rotates queries.
 //
-// k, v: float32 [rows, kv_heads, head_dim]. Grid x: rows, because their number may exceed the
-// limit of y. Grid y: 2 * kv_heads, then, if `rope` has a table, blocks for as many query heads
-// as a block has warps.
-extern "C" __global__ void __launch_bounds__(kWriteThreads)
-    cache_write_kernel(ExlCacheLayer layer, ExlBatch batch, const float* k, const float* v,
-                       RopeCall rope) {
+// kFeedback: whether the layer has a matrix. kHeads: the length of its heads, if it has one.
+template <bool kFeedback, Heads kHeads = Heads::kShort>
+__device__ __forceinline__ void write_row(const ExlCacheLayer& layer, const ExlBatch& batch,
+                                          const float* k, const float* v, const RopeCall& rope) {
     EXL_SHARED(float, shared);
     const int head_dim = static_cast<int>(layer.head_dim), row = blockIdx.x;
     const int head_blocks = 2 * static_cast<int>(layer.num_kv_heads);
@@ -364,11 +370,12 @@ extern "C" __global__ void __launch_bounds__(kWriteThreads)
     uint16_t* scales = half.scales + token_index * num_groups(head_dim, half.bits);
     const int padded = round_up(head_dim, kGroup);
     const WriteMemory memory(shared, head_dim);
-    const uint16_t* feedback = blockIdx.y % 2 ? nullptr : layer.key_feedback;
-    if (feedback != nullptr) {
+    const bool has_feedback = kFeedback && blockIdx.y % 2 == 0;
+    const uint16_t* feedback = layer.key_feedback;
+    if (has_feedback) {
         feedback += static_cast<int64_t>(head) * head_dim * padded;
         prefetch_feedback(feedback, head_dim);
-        if (warp_id() == 0) begin_feedback(feedback, head_dim, memory.ring);
+        if (warp_id() == 0) begin_feedback<kHeads>(feedback, head_dim, memory.ring);
     }
     for (int i = threadIdx.x; i < padded; i += blockDim.x) {
         memory.head[i] = i < head_dim ? x[i] : 0.0f;
@@ -389,7 +396,6 @@ extern "C" __global__ void __launch_bounds__(kWriteThreads)
         }
         return;
     }
-    const bool has_feedback = feedback != nullptr;
     Warps warps{warp_id(), static_cast<int>(blockDim.x) / 32};
     switch (half.bits) {
         case 3: write_quantized<3>(memory, head_dim, has_feedback, codes, scales); break;
@@ -401,7 +407,7 @@ extern "C" __global__ void __launch_bounds__(kWriteThreads)
     }
     if (has_feedback) {
         block_sync();  // scales are complete
-        if (warp_id() == 0) find_targets(memory, head_dim, half.bits, feedback);
+        if (warp_id() == 0) find_targets<kHeads>(memory, head_dim, half.bits, feedback);
         warps = {warp_id() - 1, warps.count - 1};
     }
     const ExlOpenPages open = blockIdx.y % 2 ? layer.v_open : layer.k_open;
@@ -416,6 +422,32 @@ extern "C" __global__ void __launch_bounds__(kWriteThreads)
         default: return write_targets<6>(memory, head_dim, codes);
     }
 }
+
+// Writes the keys and values of all rows, and rotates queries if `rope` has a table.
+//
+// k, v: float32 [rows, kv_heads, head_dim]. Grid x: rows, because their number may exceed the
+// limit of y. Grid y: 2 * kv_heads, then, if `rope` has a table, blocks for as many query heads
+// as a block has warps.
+extern "C" __global__ void __launch_bounds__(kWriteThreads)
+    cache_write_kernel(ExlCacheLayer layer, ExlBatch batch, const float* k, const float* v,
+                       RopeCall rope) {
+    write_row<false>(layer, batch, k, v, rope);
+}
 EXL_KERNEL(cache_write_kernel);
+
+// The same for layers with a matrix. The number of blocks on a multiprocessor bounds registers: to
+// 80 a thread for short heads and 128 for long ones. Without it the compiler spills some of them.
+extern "C" __global__ void __launch_bounds__(kShortWriteThreads, 6)
+    cache_write_feedback_kernel(ExlCacheLayer layer, ExlBatch batch, const float* k,
+                                const float* v, RopeCall rope) {
+    write_row<true, Heads::kShort>(layer, batch, k, v, rope);
+}
+EXL_KERNEL(cache_write_feedback_kernel);
+extern "C" __global__ void __launch_bounds__(kWriteThreads, 2)
+    cache_write_feedback_long_kernel(ExlCacheLayer layer, ExlBatch batch, const float* k,
+                                     const float* v, RopeCall rope) {
+    write_row<true, Heads::kLong>(layer, batch, k, v, rope);
+}
+EXL_KERNEL(cache_write_feedback_long_kernel);
 
 }  // namespace exl

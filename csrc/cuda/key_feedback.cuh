@@ -3,8 +3,8 @@
 //
 // Input: a rotated head of a key, its groups' scales, and its matrix in global memory, float16
 // [head_dim, padded], padded = round_up(head_dim, kGroup). Output: the targets of all elements,
-// float32 [padded] in shared memory, which the grid of each group then rounds to codes. If an
-// element is not finite, targets are the head's elements.
+// float32 [padded] in shared memory, which the grid of each group then rounds to codes. If a
+// group has no finite error, targets are the head's elements.
 //
 // Work: one warp per head, because each block of elements waits for the one before. Up to 256
 // elements, targets are in registers (lane l has elements l, l + 32, ...), and the matrix' rows
@@ -32,18 +32,39 @@ EXL_HOST_DEVICE constexpr int feedback_slots(int registers) {
     return registers <= 2 ? kAllFeedbackSlots : kFeedbackSlots;
 }
 constexpr int kMaxFeedbackRegisters = 8;
+// Short heads have up to this many groups. Long ones are for another kernel, because they need
+// more registers.
+constexpr int kShortFeedbackGroups = 4;
+enum class Heads { kShort, kLong };
+
 constexpr int kGroupBlocks = kGroup / kFeedbackBlock;
 
 // What rounding needs of a group that has been searched.
 struct GroupScale {
-    uint32_t inverse_bits;  // float32
-    uint32_t bits;          // of the scale
+    float inverse;
+    uint32_t bits;  // of the scale
 
-    __device__ __forceinline__ float inverse() const { return bits_float(inverse_bits); }
     __device__ __forceinline__ float exact() const {
         return half_to_float(static_cast<uint16_t>(bits));
     }
     __device__ __forceinline__ int table() const { return bits & 1; }
+    // False if the search found no finite error.
+    __device__ __forceinline__ bool is_finite() const { return (bits & 0x7FFFu) < 0x7C00u; }
+    // Every lane of the warp must call it.
+    __device__ __forceinline__ GroupScale of_lane(int lane) const {
+        return {shfl(inverse, lane), shfl(bits, lane)};
+    }
+};
+// The scales of a head in shared memory. These are two arrays because compilers for compute
+// capability 10.0 and newer join the halves of a pair in a register of 64 bits, and read halves
+// that nothing has set.
+struct GroupScales {
+    float* inverses;
+    uint32_t* bits;
+
+    __device__ __forceinline__ GroupScale operator[](int group) const {
+        return {inverses[group], bits[group]};
+    }
 };
 
 // Steps of a head: all blocks but the last one move targets.
@@ -123,7 +144,7 @@ struct TableRounding {
     }
     __device__ __forceinline__ void set_group(const GroupScale& scale) {
         own = scale.table() ? second : first;
-        inverse = scale.inverse();
+        inverse = scale.inverse;
         half_inverse = 0.5f * inverse;
         minus_exact = -scale.exact();
     }
@@ -144,7 +165,7 @@ struct UniformRounding {
     float inverse, minus_step;
 
     __device__ __forceinline__ void set_group(const GroupScale& scale) {
-        inverse = scale.inverse();
+        inverse = scale.inverse;
         minus_step = scale.exact() * (-1.0f / Grid<kBits>::kHalf);
     }
     __device__ __forceinline__ float error(float target) const {
@@ -190,17 +211,21 @@ __device__ __forceinline__ void copy_rows(const uint16_t* feedback, int head_dim
 }
 
 // Requests the first rows, by the warp that rounds.
+template <Heads kHeads>
 __device__ __forceinline__ void begin_feedback(const uint16_t* feedback, int head_dim,
                                                uint16_t* ring) {
     const int groups = ceil_div(head_dim, kGroup);
-    if (groups <= 2) {
+    if constexpr (kHeads == Heads::kLong) {
+        if (groups <= kMaxFeedbackRegisters) {
+            copy_rows<kMaxFeedbackRegisters>(feedback, head_dim, 0, ring);
+        }
+    } else if (groups <= 2) {
         for (int stage = 0; stage < kAllFeedbackSlots; ++stage) {
             copy_rows<2>(feedback, head_dim, stage, ring);
         }
-        return;
+    } else {
+        copy_rows<kShortFeedbackGroups>(feedback, head_dim, 0, ring);
     }
-    if (groups <= 4) return copy_rows<4>(feedback, head_dim, 0, ring);
-    if (groups <= kMaxFeedbackRegisters) return copy_rows<8>(feedback, head_dim, 0, ring);
 }
 
 // ---- The steps ---------------------------------------------------------------------------------
@@ -208,25 +233,24 @@ __device__ __forceinline__ void begin_feedback(const uint16_t* feedback, int hea
 // A head of up to 32 * kRegisters elements. Precondition: begin_feedback.
 template <int kRegisters, class Rounding>
 __device__ __forceinline__ void move_registers(const float* y, int head_dim, Rounding rounding,
-                                               const GroupScale* scales, const uint16_t* feedback,
+                                               GroupScales scales, const uint16_t* feedback,
                                                uint16_t* ring, float* targets) {
     constexpr int kWidth = kGroup * kRegisters, kStageBlocks = kFeedbackRows / kFeedbackBlock;
     const int padded = round_up(head_dim, kGroup);
     float target[kRegisters];
-    bool finite = true;
 #pragma unroll
     for (int i = 0; i < kRegisters; ++i) {
         target[i] = kGroup * i < padded ? y[kGroup * i + lane_id()] : 0.0f;
-        finite = finite && fabsf(target[i]) < infinity();
     }
-    const int steps = ballot(finite) == 0xFFFFFFFFu ? feedback_steps(head_dim) : 0;
-    GroupScale scale = scales[0];
+    const GroupScale own = scales[min(lane_id(), ceil_div(head_dim, kGroup) - 1)];
+    const int steps = ballot(own.is_finite()) == 0xFFFFFFFFu ? feedback_steps(head_dim) : 0;
+    GroupScale scale = own.of_lane(0);
 #pragma unroll
     for (int group = 0; group < kRegisters; ++group) {
         if (group * kGroupBlocks >= steps) break;
         rounding.set_group(scale);
         // The next group's is loaded before it is needed.
-        if (kGroup * (group + 1) < padded) scale = scales[group + 1];
+        if (group + 1 < kRegisters) scale = own.of_lane(group + 1);
         const int end = min((group + 1) * kGroupBlocks, steps);
 #pragma unroll 1
         for (int first = group * kGroupBlocks; first < end; first += kStageBlocks) {
@@ -273,13 +297,13 @@ __device__ __forceinline__ void move_registers(const float* y, int head_dim, Rou
 // A head of any size.
 template <class Rounding>
 __device__ __forceinline__ void move_in_memory(const float* y, int head_dim, Rounding rounding,
-                                               const GroupScale* scales, const uint16_t* feedback,
+                                               GroupScales scales, const uint16_t* feedback,
                                                float* targets) {
     const int padded = round_up(head_dim, kGroup);
     bool finite = true;
     for (int i = lane_id(); i < padded; i += 32) {
         targets[i] = y[i];
-        finite = finite && fabsf(y[i]) < infinity();
+        finite = finite && scales[i / kGroup].is_finite();
     }
     const int steps = ballot(finite) == 0xFFFFFFFFu ? feedback_steps(head_dim) : 0;
     for (int block = 0; block < steps; ++block) {
@@ -301,19 +325,23 @@ __device__ __forceinline__ void move_in_memory(const float* y, int head_dim, Rou
 }
 
 // Finds the targets of a head, by one warp. Precondition: begin_feedback by this warp.
-template <class Rounding>
+template <Heads kHeads, class Rounding>
 __device__ __forceinline__ void move_targets(const float* y, int head_dim, Rounding rounding,
-                                             const GroupScale* scales, const uint16_t* feedback,
+                                             GroupScales scales, const uint16_t* feedback,
                                              uint16_t* ring, float* targets) {
     const int groups = ceil_div(head_dim, kGroup);
-    if (groups <= 2) {
+    if constexpr (kHeads == Heads::kLong) {
+        if (groups <= kMaxFeedbackRegisters) {
+            move_registers<kMaxFeedbackRegisters>(y, head_dim, rounding, scales, feedback, ring,
+                                                  targets);
+        } else {
+            move_in_memory(y, head_dim, rounding, scales, feedback, targets);
+        }
+    } else if (groups <= 2) {
         move_registers<2>(y, head_dim, rounding, scales, feedback, ring, targets);
-    } else if (groups <= 4) {
-        move_registers<4>(y, head_dim, rounding, scales, feedback, ring, targets);
-    } else if (groups <= kMaxFeedbackRegisters) {
-        move_registers<8>(y, head_dim, rounding, scales, feedback, ring, targets);
     } else {
-        move_in_memory(y, head_dim, rounding, scales, feedback, targets);
+        move_registers<kShortFeedbackGroups>(y, head_dim, rounding, scales, feedback, ring,
+                                             targets);
     }
 }
 

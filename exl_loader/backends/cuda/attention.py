@@ -148,10 +148,12 @@ _GENERIC_THREADS = 128
 _WRITE_WARPS = 8
 _CODEBOOK_FLOATS = 64
 # csrc/cuda/key_feedback.cuh: rows of a slot of the ring of a matrix' rows, slots of heads with more
-# than 2 groups and with fewer, the most groups of a head that has a ring, and a GroupScale.
+# than 2 groups and with fewer, the most groups of a head that has a ring and of a short head, and
+# the scale of a group with its inverse.
 _FEEDBACK_ROWS = 16
 _FEEDBACK_SLOTS, _ALL_FEEDBACK_SLOTS = 2, 4
 _MOST_FEEDBACK_REGISTERS = 8
+_SHORT_FEEDBACK_GROUPS = 4
 _GROUP_SCALE_BYTES = 8
 
 
@@ -432,8 +434,12 @@ class AttentionOps(KernelOps):
         shared_bytes = write_shared_bytes(head_dim, feedback is not None)
         # Two warps at least, because they fill the codebooks.
         warps = min(max(groups, 2), _WRITE_WARPS)
+        kernel = "cache_write_kernel"
+        if feedback is not None:
+            is_short = groups <= _SHORT_FEEDBACK_GROUPS
+            kernel = f"cache_write_feedback_{'' if is_short else 'long_'}kernel"
         self._launch(
-            "cache_write_kernel", (rows, 2 * heads + ceil_div(q_heads, warps), 1), warps * WARP,
+            kernel, (rows, 2 * heads + ceil_div(q_heads, warps), 1), warps * WARP,
             shared_bytes, cache_layer_struct(layer, head_dim), batch_struct(batch), pointer(k),
             pointer(v), rope,
         )

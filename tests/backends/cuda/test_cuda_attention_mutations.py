@@ -155,8 +155,8 @@ FEEDBACK = [
      "const int row = i;"),
     ("key_feedback.cuh", "const float error = rounding.error(target[group]);",
      "const float error = rounding.error(target[0]);"),
-    ("key_feedback.cuh", "ballot(finite) == 0xFFFFFFFFu ? feedback_steps(head_dim) : 0;\n"
-     "    GroupScale", "feedback_steps(head_dim);\n    GroupScale"),
+    ("key_feedback.cuh", "ballot(own.is_finite()) == 0xFFFFFFFFu ? feedback_steps(head_dim) : 0;",
+     "feedback_steps(head_dim);"),
     ("key_feedback.cuh", "warp_sync();  // the stage's rows have arrived,", "//"),
     ("key_feedback.cuh", "stage * kFeedbackRows / kGroup * kGroup && column",
      "(stage + 2) * kFeedbackRows / kGroup * kGroup && column"),

@@ -74,6 +74,7 @@ PAIRS = [
     ("cuda/key_feedback.cuh", "kFeedbackSlots", attention._FEEDBACK_SLOTS),
     ("cuda/key_feedback.cuh", "kAllFeedbackSlots", attention._ALL_FEEDBACK_SLOTS),
     ("cuda/key_feedback.cuh", "kMaxFeedbackRegisters", attention._MOST_FEEDBACK_REGISTERS),
+    ("cuda/key_feedback.cuh", "kShortFeedbackGroups", attention._SHORT_FEEDBACK_GROUPS),
     ("cuda/norm.cu", "kRowThreads", rows._NORM_THREADS),
     ("cuda/norm.cu", "kHeadThreads", rows._HEAD_THREADS),
     ("cuda/rope.cu", "kThreads", rows._ROPE_THREADS),

@@ -48,7 +48,8 @@ _MAX_GRID = (2**31 - 1, 65535, 65535)
 _LAUNCH_BOUNDS = {
     r"attention_(decode|prefill)_\w+": 256,
     r"attention_generic": 128,
-    r"cache_write": 256,
+    r"cache_write(_feedback_long)?": 256,
+    r"cache_write_feedback": 128,
     r"dense_decode_\w+": 512,
     r"dense_prefill_\w+": 128,
     r"dense_prepare_\w+": 256,
