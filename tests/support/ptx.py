@@ -180,29 +180,9 @@ def _split(operands: str) -> Iterator[str]:
 # ---- Registers that nothing has set ------------------------------------------------------------
 
 
-_LOWER_HALF = re.compile(r"\{%\w+,\s*_\}?")
-
-
 def unset_reads(kernel: Kernel) -> list[str]:
-    """Find reads of registers that are not set on every way to them.
-
-    A compiler may pack a register that is not set as the upper half of a pair from which only
-    the lower half is taken; this is no read of it.
-    """
+    """Find reads of registers that are not set on every way to them."""
     numbers: dict[str, int] = {}
-    readers: dict[str, list[Instruction]] = {}
-    for instruction in kernel.instructions():
-        for register in instruction.read():
-            readers.setdefault(register, []).append(instruction)
-
-    def used(instruction: Instruction) -> list[str]:
-        registers = instruction.read()
-        if instruction.opcode == "mov.b64" and instruction.operands[1].startswith("{"):
-            takers = readers.get(instruction.operands[0], [])
-            if all(taker.opcode == "mov.b64" and _LOWER_HALF.fullmatch(taker.operands[0])
-                   for taker in takers):
-                return registers[:-1]
-        return registers
 
     def mask(registers: list[str]) -> int:
         result = 0
@@ -231,7 +211,7 @@ def unset_reads(kernel: Kernel) -> list[str]:
             continue  # unreachable
         known = at_start[number]
         for instruction in block.instructions:
-            missing = mask(used(instruction)) & ~known
+            missing = mask(instruction.read()) & ~known
             if missing:
                 found.append(f"{kernel.name}: {instruction}")
             if not instruction.guard:
