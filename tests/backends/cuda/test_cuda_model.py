@@ -200,6 +200,34 @@ def test_a_graph_serves_every_length(emulated, tmp_path):
     assert single.cpu_access.captures_made == 0
 
 
+@pytest.mark.parametrize(("cache_type", "config"), [
+    ("q4", {}), ("q6_fp16", {"head_dim": 160, "num_hidden_layers": 1}),
+])  # fmt: skip
+def test_a_graph_rounds_keys_with_feedback(emulated, tmp_path, cache_type, config):
+    """Replays write the codes of steps without a graph, and the layers' matrices count in them."""
+    write_quantized_model(tmp_path / "m", "exl2", config=config)
+    single = emulated_ops()
+    single.cpu_access.captures = False
+
+    def run_with(ops, has_feedback=True):
+        model, cache = build_model(tmp_path / "m", ops, device=DEVICE, cache_type=cache_type)
+        for layer in cache.layers:
+            assert layer.key_feedback.any()
+            if not has_feedback:
+                layer.key_feedback.zero_()
+        logits = run_chunks(model, cache, IDS, 1)
+        return logits, [layer.k_codes[:, :, : len(IDS)].clone() for layer in cache.layers]
+
+    logits, captured = run_with(emulated)
+    assert emulated.cpu_access.captures_made == 1
+    assert emulated.cpu_access.replays == len(IDS) - 1
+    expected, codes = run_with(single)
+    assert single.cpu_access.captures_made == 0
+    assert torch.equal(logits, expected) and all(map(torch.equal, captured, codes))
+    _, plain = run_with(emulated, has_feedback=False)
+    assert not any(map(torch.equal, captured, plain))
+
+
 @pytest.mark.parametrize("spoilt", [1, 3])
 def test_a_spoilt_capture_is_tried_again(emulated, tmp_path, spoilt):
     write_quantized_model(tmp_path / "m", "exl2", config={"num_hidden_layers": 1})
