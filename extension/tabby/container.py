@@ -10,9 +10,9 @@ import asyncio
 import functools
 import importlib
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -59,7 +59,7 @@ class ExlLoaderContainer:
 
     def __init__(
         self, model_dir: Path, hf_model: Any, choice: options.Choice, values: Mapping[str, Any],
-        planned: Reservation,
+        planned: Reservation, threads: ThreadPoolExecutor,
     ) -> None:
         self.model_dir = model_dir
         draft = choice.load.get("model_draft")
@@ -76,7 +76,7 @@ class ExlLoaderContainer:
         self._requests = 0
         self._streams: set[TokenStream] = set()
         self._reported: set[str] = set()
-        self.threads = ThreadPoolExecutor(MAX_THREADS, "exl_loader")
+        self.threads = threads
 
     @classmethod
     async def create(
@@ -97,8 +97,15 @@ class ExlLoaderContainer:
         choice = options.choose(folder, values)
         for line in choice.notices:
             say(line, level="warning")
-        planned = await asyncio.to_thread(loading.plan, folder, choice)
-        container = cls(folder, hf_model, choice, values, planned)
+        # Not in the event loop's own threads, which TabbyAPI reads files with.
+        threads = ThreadPoolExecutor(MAX_THREADS, "exl_loader")
+        try:
+            loop = asyncio.get_running_loop()
+            planned = await loop.run_in_executor(threads, loading.plan, folder, choice)
+        except BaseException:
+            threads.shutdown(wait=False)
+            raise
+        container = cls(folder, hf_model, choice, values, planned, threads)
         container.prompt_template = await parsing.find_template(
             values.get("prompt_template"), folder)
         return container
@@ -123,7 +130,7 @@ class ExlLoaderContainer:
 
     async def load_gen(
         self, progress_callback: Any = None, **values: Any
-    ) -> AsyncIterator[tuple[int, int]]:
+    ) -> AsyncGenerator[tuple[int, int], None]:
         """Load the model.
 
         Args:
@@ -138,27 +145,31 @@ class ExlLoaderContainer:
         """
         async with self.changing():
             await self.wait_for_jobs(values.get("skip_wait"))
-            yield 0, loading.STEPS
-            async for step in self._load(self.choice.load):
-                # The last step says that the model can be used.
-                if step < loading.STEPS:
-                    yield step, loading.STEPS
-            for line in self._opened():
-                say(line)
-            yield loading.STEPS, loading.STEPS
+            try:
+                yield 0, loading.STEPS
+                async with aclosing(self._load(self.choice.load)) as steps:
+                    async for step in steps:
+                        # The last step says that the model can be used.
+                        if step < loading.STEPS:
+                            yield step, loading.STEPS
+                for line in self._opened():
+                    say(line)
+                yield loading.STEPS, loading.STEPS
+            except BaseException:
+                # TabbyAPI does not know the container yet, so nobody else would free it.
+                await self._unload()
+                raise
 
-    async def _load(self, load_options: dict[str, Any]) -> AsyncIterator[int]:
+    async def _load(self, load_options: dict[str, Any]) -> AsyncGenerator[int, None]:
         """Load the model with the given options; yield the steps."""
         weights_bytes = self._planned.weights_bytes + self._planned.embedding_bytes
-        steps = loading.load(self.model_dir, load_options, self.threads, weights_bytes)
-        try:
+        loads = loading.load(self.model_dir, load_options, self.threads, weights_bytes)
+        async with aclosing(loads) as steps:
             async for step in steps:
                 if isinstance(step, int):
                     yield step
                 else:
                     self.model = step
-        finally:
-            await steps.aclose()  # type: ignore[attr-defined]
 
     def _opened(self) -> list[str]:
         """Accept requests from now on; return what to say of the model."""
@@ -374,7 +385,7 @@ class ExlLoaderContainer:
         self, request_id: str, prompt: str, params: Any, disconnect_handler: Any = None,
         mm_embeddings: Any = None, filter_trigger: str | None = None, *,
         abort_event: asyncio.Event | None = None, **later: Any,
-    ) -> AsyncIterator[dict[str, Any]]:
+    ) -> AsyncGenerator[dict[str, Any], None]:
         """Answer a prompt.
 
         Args:
@@ -402,8 +413,11 @@ class ExlLoaderContainer:
         self.active_job_ids[request_id] = None
         try:
             client = _Client(disconnect_handler, abort_event)
-            async for chunk in self._answer(request_id, prompt, params, client, filter_trigger):
-                yield chunk
+            parts = self._answer(request_id, prompt, params, client, filter_trigger)
+            # Closed before this request counts as ended.
+            async with aclosing(parts) as chunks:
+                async for chunk in chunks:
+                    yield chunk
         except _Gone:
             say(f"request {request_id} was ended by its client")
         except Exception as error:
@@ -417,7 +431,7 @@ class ExlLoaderContainer:
     async def _answer(
         self, request_id: str, prompt: str, params: Any, client: _Client,
         filter_trigger: str | None,
-    ) -> AsyncIterator[dict[str, Any]]:
+    ) -> AsyncGenerator[dict[str, Any], None]:
         loaded = self.model
         assert loaded is not None
         began_s = time.monotonic()

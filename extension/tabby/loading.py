@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +41,7 @@ def plan(model_dir: Path, choice: Choice) -> Reservation:
 
 async def load(
     model_dir: Path, options: dict[str, Any], threads: Executor, weights_bytes: int
-) -> AsyncIterator[int | LoadedModel]:
+) -> AsyncGenerator[int | LoadedModel, None]:
     """Load a model in a thread.
 
     If the iterator is closed early, the load is given up and its memory freed.
@@ -152,6 +152,6 @@ def measured(loaded: LoadedModel) -> str:
     reservation = loaded.reservation
     return (
         f"{reservation.total_bytes:,} bytes reserved, {loaded.allocated_bytes():,} allocated; "
-        f"{reservation.ctx_size:,} tokens of context, cache {reservation.cache_type}, at most "
-        f"{reservation.max_batch_size} texts at once"
+        f"{reservation.ctx_size:,} tokens of context, cache {reservation.cache_type}, up to "
+        f"{reservation.max_batch_size} at once"
     )

@@ -48,9 +48,13 @@ class TokenStream:
         """
         while not (self._items or self._ended):
             self._arrived.clear()
+            # `wait_for` may suppress a cancellation that arrives together with a token.
+            timer = self._loop.call_later(POLL_S, self._arrived.set)
             try:
-                await asyncio.wait_for(self._arrived.wait(), POLL_S)
-            except asyncio.TimeoutError:  # noqa: UP041 (another class before Python 3.11)
+                await self._arrived.wait()
+            finally:
+                timer.cancel()
+            if not self._items:
                 await look()
         ids = []
         while self._items and isinstance(self._items[0], int):

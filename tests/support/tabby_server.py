@@ -31,7 +31,7 @@ PYTHON = Path(os.environ["TABBYAPI_PYTHON"]) if "TABBYAPI_PYTHON" in os.environ 
 # For every module of such tests.
 MARKS = [
     pytest.mark.slow,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(300),
     pytest.mark.skipif(not FOLDER, reason="TABBYAPI_DIR is not set"),
     pytest.mark.skipif(not (DEMO / "config.json").is_file(), reason="no demo model"),
 ]
@@ -41,6 +41,9 @@ PROMPT = "import os\nimport"
 GREEDY = {"prompt": PROMPT, "max_tokens": 12, "temperature": 0}
 
 START_WAIT_S = 240
+
+# The branch exl2-checkpoint, which has a table of backends.
+IS_OLD = FOLDER is not None and (Path(FOLDER) / "backends" / "base_model_container.py").is_file()
 
 
 def tracked(root: Path) -> str:
