@@ -118,8 +118,7 @@ class ExlLoaderContainer:
     @property
     def max_seq_len(self) -> int:
         """Tokens that prompt and answer of one request may have together."""
-        ctx_size = self._planned.ctx_size if self.model is None else self.model.ctx_size
-        return min(self.choice.max_seq_len or ctx_size, ctx_size)
+        return self._planned.ctx_size if self.model is None else self.model.ctx_size
 
     # ---- Life cycle ----
 
@@ -291,7 +290,7 @@ class ExlLoaderContainer:
         found = self._planned if self.model is None else self.model.reservation
         parameters = types.ModelCardParameters(
             max_seq_len=self.max_seq_len,
-            cache_size=found.ctx_size,
+            cache_size=found.cache_size,
             cache_mode=self._values.get("cache_mode") or "FP16",
             rope_scale=found.compress_pos_emb,
             rope_alpha=found.alpha_value,

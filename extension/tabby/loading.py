@@ -152,6 +152,7 @@ def measured(loaded: LoadedModel) -> str:
     reservation = loaded.reservation
     return (
         f"{reservation.total_bytes:,} bytes reserved, {loaded.allocated_bytes():,} allocated; "
-        f"{reservation.ctx_size:,} tokens of context, cache {reservation.cache_type}, up to "
+        f"{reservation.ctx_size:,} tokens of context in a cache of {reservation.cache_size:,} "
+        f"({reservation.cache_type}), up to "
         f"{reservation.max_batch_size} at once"
     )

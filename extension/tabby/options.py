@@ -66,15 +66,12 @@ class Choice:
 
     Args:
         load: keywords of `exl_loader.load`.
-        max_seq_len: tokens that prompt and answer of one request may have together; None for
-            the whole context that was loaded.
         is_length_chosen: False where the largest context that fits is taken.
         lookup_tokens: tokens that prompt lookup guesses at a time; 0 for no prompt lookup.
         notices: what is to be reported, a line each.
     """
 
     load: dict[str, Any]
-    max_seq_len: int | None = None
     is_length_chosen: bool = False
     lookup_tokens: int = 0
     notices: tuple[str, ...] = ()
@@ -116,12 +113,11 @@ def choose(model_dir: Path, values: Mapping[str, Any]) -> Choice:
     _read_batches(reader)
     reader.load |= {name: values[name] for name in ENGINE_OPTIONS if values.get(name) is not None}
     _read_rope(reader)
-    max_seq_len = _read_lengths(reader)
+    _read_lengths(reader)
     lookup_tokens = _read_draft(reader)
     _report(reader, values, _WITHOUT_EFFECT)
     return Choice(
-        reader.load, max_seq_len, reader.load["ctx_size"] != "auto", lookup_tokens,
-        tuple(reader.notices),
+        reader.load, reader.load["ctx_size"] != "auto", lookup_tokens, tuple(reader.notices)
     )
 
 
@@ -148,20 +144,18 @@ def cache_type(name: str, mode: Any) -> str:
     )
 
 
-def _read_lengths(reader: _Reader) -> int | None:
-    """Read the tokens of the cache, and those of one request where these are fewer."""
+def _read_lengths(reader: _Reader) -> None:
+    """Read the tokens of one request, and those of the cache that all requests share."""
     asked, cached = reader.value("max_seq_len"), reader.value("cache_size")
     if cached is None:
         reader.load["ctx_size"] = "auto" if asked is None else asked
-        return None
-    reader.load["ctx_size"] = cached
-    if asked is None:
-        return min(cached, _own_length(reader))
-    if asked > cached:
+        return
+    if asked is not None and asked > cached:
         reader.notices.append(
             f"max_seq_len: {asked:,} tokens do not fit into a cache_size of {cached:,}; a request "
             f"can have {cached:,} tokens")
-    return min(asked, cached)
+    reader.load["ctx_size"] = min(_own_length(reader) if asked is None else asked, cached)
+    reader.load["cache_size"] = cached
 
 
 def _read_devices(reader: _Reader) -> None:

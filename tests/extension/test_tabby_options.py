@@ -25,7 +25,7 @@ def test_the_defaults_take_the_context_that_fits_and_report_nothing(tiny_model_d
         "ctx_size": "auto", "cache_type": "fp16", "chunk_size": 2048, "compress_pos_emb": 1.0,
         "alpha_value": 1.0,
     }
-    assert choice.notices == () and not choice.is_length_chosen and choice.max_seq_len is None
+    assert choice.notices == () and not choice.is_length_chosen
     assert exl_loader.plan(tiny_model_dir, **choice.for_plan()).fits
 
 
@@ -49,15 +49,15 @@ def test_lengths(tiny_model_dir):
 
     def lengths(**values):
         choice = choose(tiny_model_dir, values)
-        return choice.load["ctx_size"], choice.max_seq_len, choice.is_length_chosen
+        return choice.load["ctx_size"], choice.load.get("cache_size"), choice.is_length_chosen
 
     assert lengths() == ("auto", None, False)
     assert lengths(max_seq_len=512) == (512, None, True)
-    assert lengths(max_seq_len=256, cache_size=1024) == (1024, 256, True)
+    assert lengths(max_seq_len=256, cache_size=1024) == (256, 1024, True)
     # A cache of many requests does not stretch the length of one.
-    assert lengths(cache_size=own * 4) == (own * 4, own, True)
+    assert lengths(cache_size=own * 4) == (own, own * 4, True)
     choice = choose(tiny_model_dir, {"max_seq_len": 1024, "cache_size": 512})
-    assert (choice.load["ctx_size"], choice.max_seq_len) == (512, 512)
+    assert (choice.load["ctx_size"], choice.load["cache_size"]) == (512, 512)
     assert "max_seq_len: 1,024 tokens do not fit into a cache_size of 512" in choice.notices[0]
 
 
