@@ -1,11 +1,13 @@
-"""One model, one prompt, the same settings: all four front ends generate and reserve the same.
+"""One model, one prompt, the same settings: all five front ends generate and reserve the same.
 
-They are the web UI's loaders ExLlamav2 and ExLlamav2_HF, the standalone page's session, and the
-command line. The web UI is its double, and the real one where TEXTGEN_WEBUI_DIR names it.
+They are the web UI's loaders ExLlamav2 and ExLlamav2_HF, TabbyAPI's backend, the standalone page's
+session, and the command line. The web UI and TabbyAPI are their doubles, and the real ones where
+TEXTGEN_WEBUI_DIR and TABBYAPI_DIR name them.
 """
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import json
 import subprocess
@@ -20,10 +22,13 @@ import exl_loader
 from exl_loader.memory.reservation import Reservation
 from extension.page.session import Session
 from extension.panel.panel import ModelChoice
+from extension.tabby.container import ExlLoaderContainer
 from extension.webui import loading, registration
-from support import REPO
+from support import REPO, tabby_server
+from support.tabby_double import HFModel, enter_tabby, params
+from support.tabby_server import TabbyServer
 from support.webui_double import enter_webui, forget_webui, write_webui
-from support.webui_server import DEMO, MARKS, PROMPT, Server
+from support.webui_server import DEMO, MARKS, PROMPT, Server, copy_demo
 
 TOKENS = 40
 CTX_SIZE = 768
@@ -32,6 +37,11 @@ SETTINGS = {"temperature": 0, "max_new_tokens": TOKENS, "ban_eos_token": True}
 pytestmark = pytest.mark.skipif(not (DEMO / "config.json").is_file(), reason="no demo model")
 
 needs_webui = MARKS[2]
+needs_tabbyapi = tabby_server.MARKS[2]
+
+# In TabbyAPI's names. Its default of chunk_size is another one.
+TABBY_OPTIONS = {"max_seq_len": CTX_SIZE, "chunk_size": 256}
+TABBY_REQUEST = {"temperature": 0, "max_tokens": TOKENS, "ban_eos_token": True}
 
 
 class Answer(NamedTuple):
@@ -101,6 +111,28 @@ def double(tmp_path, monkeypatch, cache_type):
     forget_webui()
 
 
+def of_tabby(cache_type: str, monkeypatch) -> tuple[Answer, Reservation]:
+    """TabbyAPI's backend, called as TabbyAPI calls it."""
+    enter_tabby(monkeypatch)
+
+    async def run() -> tuple[Answer, Reservation]:
+        container = await ExlLoaderContainer.create(
+            DEMO, HFModel(), **TABBY_OPTIONS, cache_mode=cache_type.upper())
+        await container.load()
+        try:
+            pieces = [piece async for piece in container.stream_generate(
+                "1", PROMPT, params(**TABBY_REQUEST), None, None) if "text" in piece]
+            reservation = container.model.reservation
+            answer = Answer(
+                "".join(piece["text"] for piece in pieces), container.model.allocated_bytes(),
+                [token for piece in pieces for token in piece["token_ids"]])
+            return answer, reservation
+        finally:
+            await container.unload(shutdown=True)
+
+    return asyncio.run(run())
+
+
 def ask_native(model) -> tuple[str, list[int]]:
     state = SETTINGS | {"logprobs": 1, "truncation_length": CTX_SIZE, "add_bos_token": True}
     text = model.generate(PROMPT, state)
@@ -119,19 +151,22 @@ def ask_hf(model) -> tuple[str, list[int]]:
     return "".join(map(stream.push, new_ids)) + stream.flush(), new_ids
 
 
-def test_all_four_front_ends_generate_the_same_tokens_and_reserve_the_same(double, cache_type):
+def test_all_five_front_ends_generate_the_same_tokens_and_reserve_the_same(
+    double, cache_type, monkeypatch
+):
     pytest.importorskip("transformers")
+    tabby, tabby_plan = of_tabby(cache_type, monkeypatch)
     (native, native_plan), (hf, hf_plan) = double
     session, session_plan = of_session(cache_type)
     command_line, planned = of_command_line(cache_type)
     assert len(session.token_ids) == TOKENS and session.text
-    assert native == hf == session
+    assert native == hf == tabby == session
     assert command_line == session._replace(token_ids=None)
     assert native_plan.devices[0].total_bytes == hf_plan.devices[0].total_bytes == planned
     # Every part, not only the sum.
     parts = [
         (plan.weights_bytes, plan.cache_bytes, plan.workspace_bytes)
-        for plan in (p.devices[0] for p in (native_plan, hf_plan, session_plan))
+        for plan in (p.devices[0] for p in (native_plan, hf_plan, tabby_plan, session_plan))
     ]
     assert len(set(parts)) == 1
 
@@ -153,3 +188,19 @@ def test_the_real_web_ui_agrees_as_well(webui, webui_models):
                     webui_models / "demo", ctx_size=CTX_SIZE, cache_type=cache_type
                 )
                 assert server.reserved_bytes()[-1] == planned.total_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@needs_tabbyapi
+def test_the_real_tabbyapi_agrees_as_well(tabbyapi, tmp_path):
+    copy_demo(tmp_path / "models", "demo")
+    (tmp_path / "loras").mkdir()
+    with TabbyServer(tabbyapi, tmp_path) as server:
+        for cache_type in ("fp16", "q8", "q4"):
+            expected = of_session(cache_type)[0]
+            server.load("demo", cache_mode=cache_type.upper(), **TABBY_OPTIONS)
+            found = Answer(server.text(prompt=PROMPT, **TABBY_REQUEST),
+                           server.reserved_bytes()[-1])
+            assert found == expected._replace(token_ids=None)
+            server.ask("v1/model/unload")
