@@ -1,7 +1,7 @@
 """What TabbyAPI calls a container: one model, how it is loaded, and its answers.
 
 Nothing here blocks the event loop for longer than a moment: loads, unloads, plans, prompts and
-generations run in threads of the container's own.
+grammars have threads of the container's own, and generations need none.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Generations that may be sent to the engine at once. Most of them wait for their turn there.
-MAX_THREADS = 64
+# Loads, plans, prompts and grammars at once. Generations need no thread.
+MAX_THREADS = 8
 
 
 class ExlLoaderContainer:
@@ -444,8 +444,9 @@ class ExlLoaderContainer:
         for line in asked.notices:
             self._report(line)
         answers.log_prompt(request_id, prompt)
-        generation = await self.in_thread(loaded.generate_ids, prompt_ids, asked.settings)
-        stream = TokenStream(generation, self.threads)
+        # In a thread, because a grammar may take long to read.
+        generation = await self.in_thread(loaded.agenerate_ids, prompt_ids, asked.settings)
+        stream = TokenStream(generation)
         answer = answers.Answer(request_id, loaded, stream, prompt_ids, asked, params, began_s)
         self._streams.add(stream)
         self.active_job_ids[request_id] = stream

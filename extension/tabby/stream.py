@@ -1,8 +1,7 @@
-"""Brings the tokens of a generation into the event loop.
+"""The tokens of a generation as they arrive, whether or not TabbyAPI asks for them meanwhile.
 
-A generation blocks the thread that waits for its next token. Each one has a thread of this
-backend's own, so the event loop's default threads, with which TabbyAPI reads files, are never used
-up by generations.
+The engine runs steps of a text while somebody waits for its next token. TabbyAPI is often busy with
+something else, so a task of the event loop waits, and keeps what arrives.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Executor
 from typing import Any
 
 # While no token arrives, the caller looks this often whether the client is still there.
@@ -23,19 +21,19 @@ class TokenStream:
     """The token ids of one generation, for one coroutine.
 
     Args:
-        generation: an `IdGeneration` that has not begun.
-        threads: has a thread for it, or will have one when another generation has ended.
+        generation: an `AsyncIdGeneration` that has not begun.
     """
 
-    def __init__(self, generation: Any, threads: Executor) -> None:
+    def __init__(self, generation: Any) -> None:
         self.generation = generation
         self.was_cancelled = False
         self._reason: Exception | None = None
         self._ended = False
-        self._loop = asyncio.get_running_loop()
         self._items: deque[object] = deque()
         self._arrived = asyncio.Event()
-        self._work = threads.submit(self._read)
+        self._task = asyncio.ensure_future(self._read())
+        # A task that is cancelled at once never begins, so its end is noted from outside.
+        self._task.add_done_callback(self._note_end)
 
     async def next(self, look: Callable[[], Awaitable[None]]) -> list[int]:
         """Wait for tokens; return those that have arrived, none at the end.
@@ -49,7 +47,7 @@ class TokenStream:
         while not (self._items or self._ended):
             self._arrived.clear()
             # `wait_for` may suppress a cancellation that arrives together with a token.
-            timer = self._loop.call_later(POLL_S, self._arrived.set)
+            timer = asyncio.get_running_loop().call_later(POLL_S, self._arrived.set)
             try:
                 await self._arrived.wait()
             finally:
@@ -62,7 +60,7 @@ class TokenStream:
         if not ids and self._items:
             self._ended = True
             end = self._items.popleft()
-            error = self._reason or (end if isinstance(end, BaseException) else None)
+            error = self._reason or (end if isinstance(end, Exception) else None)
             if error is not None:
                 raise error
         return ids
@@ -76,34 +74,23 @@ class TokenStream:
         if not self.was_cancelled:
             self.was_cancelled = True
             self._reason = reason
-        self.generation.stop()
-        if self._work.cancel():
-            self._arrive(_END)
+        self._task.cancel()
 
     async def close(self) -> None:
         """End the generation, and wait until it has released its pages."""
         self._ended = True
-        self.generation.stop()
-        if not self._work.cancel():
-            # `wait` does not cancel the work when this wait is cancelled.
-            await asyncio.wait([asyncio.wrap_future(self._work)])
+        self._task.cancel()
+        # `wait` raises nothing of the task.
+        await asyncio.wait([self._task])
 
-    def _read(self) -> None:
-        """Iterate in a thread of `threads`."""
-        end: object = _END
-        try:
-            with self.generation as generation:
-                for token_id in generation:
-                    self._post(token_id)
-        except BaseException as error:
-            end = error
-        self._post(end)
+    async def _read(self) -> None:
+        async with self.generation as generation:
+            async for token_id in generation:
+                self._arrive(token_id)
 
-    def _post(self, item: object) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self._arrive, item)
-        except RuntimeError:  # the loop has been closed
-            self.generation.stop()
+    def _note_end(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        self._arrive(error or _END)
 
     def _arrive(self, item: object) -> None:
         self._items.append(item)

@@ -227,7 +227,7 @@ def test_an_unexpected_error_is_in_the_health_report(tabby, monkeypatch):
             def fail(*args):
                 raise RuntimeError("a defect")
 
-            monkeypatch.setattr(container.model, "generate_ids", fail)
+            monkeypatch.setattr(container.model, "agenerate_ids", fail)
             with pytest.raises(RuntimeError, match="a defect"):
                 await text_of(answer(container))
             assert [str(error) for error in tabby.unhealthy] == ["a defect"]
