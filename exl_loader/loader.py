@@ -121,7 +121,7 @@ def _load_planned(
         buffers = allocate(plan.segments, progress)
         kept.callback(buffers.release)
         cache_type = CacheType.parse(plan.reservation.cache_type)
-        reader = _WeightReader(buffers, ops, cache_type, options, progress)
+        reader = _WeightReader(buffers, ops, cache_type, options, tokenizer, progress)
         model, cache = reader.model(plan.model)
         drafter = None
         if plan.draft is not None:
@@ -241,6 +241,7 @@ class _WeightReader:
     ops: Mapping[str, DeviceOps]
     cache_type: CacheType
     options: LoadOptions
+    tokenizer: Tokenizer | None
     progress: Progress
 
     def model(self, placed: PlacedModel, prefix: str = "") -> tuple[Model, PagedCache]:
@@ -251,6 +252,7 @@ class _WeightReader:
             prefix: before the names of its tensors in the buffers.
         """
         from .model.forward import Model
+        from .model.key_sample import SAMPLE_TEXT
 
         parts = placed.parts
         workspaces = {
@@ -279,7 +281,9 @@ class _WeightReader:
             model = Model(
                 parts, workspaces, cache, self.ops, rooms=rooms,
                 alpha_value=self.options.alpha_value,
-                compress_pos_emb=self.options.compress_pos_emb, progress=self.progress,
+                compress_pos_emb=self.options.compress_pos_emb,
+                sample_text_ids=self.tokenizer.encode(SAMPLE_TEXT) if self.tokenizer else (),
+                progress=self.progress,
                 sample_task=f"sampling {'draft ' if prefix else ''}keys",
             )
             for adapter, scaling in placed.loras.adapters:

@@ -63,6 +63,7 @@ class Model:
         ops: device -> its operations.
         rooms: device -> uint8 [n], the room for adapters; devices without a room are missing.
         alpha_value, compress_pos_emb: see `rope.inv_freq`.
+        sample_text_ids: of `key_sample.SAMPLE_TEXT`; none without a tokenizer.
         progress: reports the layers that the sample has run through.
         sample_task: the name under which it does.
 
@@ -83,6 +84,7 @@ class Model:
         rooms: Mapping[str, torch.Tensor] | None = None,
         alpha_value: float = 1.0,
         compress_pos_emb: float = 1.0,
+        sample_text_ids: Sequence[int] = (),
         progress: Progress | None = None,
         sample_task: str = "sampling keys",
     ):
@@ -98,6 +100,7 @@ class Model:
         self._rope_options: dict[str, Any] = {
             "alpha_value": alpha_value, "compress_pos_emb": compress_pos_emb,
         }
+        self._sample_text_ids = sample_text_ids
         ropes = parts.ropes()
         tables = [self._frequencies(config, 1) for config in self.config.ropes]
         rope_factors = [factor for _, factor in tables]
@@ -150,7 +153,8 @@ class Model:
         """
         assert cache.num_free_pages == cache.num_pages, "a sequence holds pages"
         ids = sample_ids(
-            self.config.vocab_size, min(PAGE_LEN, self.config.learned_positions or PAGE_LEN)
+            self._sample_text_ids, self.config.vocab_size,
+            min(PAGE_LEN, self.config.learned_positions or PAGE_LEN),
         )
         sample = KeySample(len(ids), advance)
         turns = {
@@ -331,7 +335,8 @@ class Model:
             ops: device -> operations in place of the model's own.
         """
         model = Model(
-            self._parts, self._workspaces, cache, ops or self._ops, **self._rope_options
+            self._parts, self._workspaces, cache, ops or self._ops,
+            sample_text_ids=self._sample_text_ids, **self._rope_options,
         )
         # One record for both, because the frequencies of a slot are in the shared workspace;
         # the new model has just written them again.

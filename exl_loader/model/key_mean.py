@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from ..backends.cpu_access import CpuAccess
     from ..cache.layout import CacheLayer
 
-# Pairs of a head that are taken out at most. On SmolLM2 all pairs are no better than 4.
-MEAN_PAIRS = 4
+# Pairs of a head that are taken out at most. On SmolLM2 all pairs are no better than 8.
+MEAN_PAIRS = 8
 # A pair is taken out if its mean has at least this share of the mean square of the head's keys.
 LEAST_SHARE = 1 / 64
 

@@ -13,14 +13,20 @@ from exl_loader.backends.reference.feedback import BLOCK, feedback_matrix
 from exl_loader.backends.reference.ops import ReferenceOps
 from exl_loader.cache.layout import MAX_BIAS_PAIRS, has_feedback
 from exl_loader.memory import buffers as memory
-from exl_loader.model import key_sample
+from exl_loader.model import forward, key_sample
 from exl_loader.model.key_feedback import (
     POSITIONS,
     RIDGE,
     MeanOverPositions,
     layer_feedback,
 )
-from exl_loader.model.key_sample import SAMPLE_LEN, sample_ids
+from exl_loader.model.key_sample import (
+    FEWEST_TEXT_IDS,
+    MOST_TEXT_IDS,
+    SAMPLE_LEN,
+    SAMPLE_TEXT,
+    sample_ids,
+)
 from support import model_builder as builder
 from support.hf_models import make_model
 from support.tiny import write_tiny_model
@@ -115,10 +121,41 @@ def test_equal_queries_give_finite_matrices():
 
 @pytest.mark.parametrize("vocab_size", [1, 2, 5, 64, 32000])
 def test_sample_ids_are_in_the_vocabulary_and_always_the_same(vocab_size):
-    ids = sample_ids(vocab_size, 1000)
-    assert len(ids) == SAMPLE_LEN and ids == sample_ids(vocab_size, 1000)
+    ids = sample_ids((), vocab_size, 1000)
+    assert len(ids) == SAMPLE_LEN and ids == sample_ids((), vocab_size, 1000)
     assert 0 <= min(ids) and max(ids) < vocab_size
-    assert sample_ids(vocab_size, 10) == ids[:10]
+    assert sample_ids((), vocab_size, 10) == ids[:10]
+
+
+def test_a_text_takes_the_place_of_random_ids():
+    text = list(range(7, 7 + FEWEST_TEXT_IDS))
+    assert sample_ids(text, 1000, 256) == text
+    # Of the ids of a draft model's larger vocabulary, the model knows those below its size.
+    assert sample_ids([*text, 900], 500, 256) == text
+    assert sample_ids(text, 1000, 10) == text[:10]
+    assert sample_ids(list(range(1000)), 1000, 256) == list(range(MOST_TEXT_IDS))
+    assert sample_ids(text[1:], 1000, 256) == sample_ids((), 1000, 256)
+
+
+def test_a_loaded_model_samples_the_text_where_it_has_a_tokenizer(tmp_path, monkeypatch):
+    seen = []
+
+    def look(*args):
+        seen.append(sample_ids(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(forward, "sample_ids", look)
+    for name, has_tokenizer in (("with", True), ("without", False)):
+        folder = write_tiny_model(tmp_path / name, **SIZES, tokenizer=has_tokenizer)
+        options = {"ctx_size": 300, "cache_type": "q4", "model_draft": str(folder)}
+        expected = sample_ids((), 288, 256)
+        with exl_loader.load(folder, **options) as model:
+            if has_tokenizer:
+                expected = model.encode(SAMPLE_TEXT)[:MOST_TEXT_IDS]
+                other = model.run_alone(lambda run, cache: iter([run.with_cache(cache)]))
+                assert list(other)
+        assert seen == [expected] * len(seen) and len(seen) == 2 + has_tokenizer
+        seen.clear()
 
 
 def matrices(cache) -> torch.Tensor:
@@ -188,7 +225,7 @@ def test_the_search_leaves_no_trace(tmp_path):
     folder = write_tiny_model(tmp_path / "m", **SIZES)
     model, cache = builder.build_model(folder, ReferenceOps(), cache_type="q4", sequences=2)
     assert cache.num_free_pages == cache.num_pages and not model._steps
-    ids = sample_ids(288, SAMPLE_LEN)
+    ids = sample_ids((), 288, SAMPLE_LEN)
     sequence = cache.acquire(300, [*ids, 5])
     assert sequence.past_len == 0 and sequence.pages == [0, 1] and sequence.open_page == 0
     cache.release(sequence)
