@@ -125,6 +125,7 @@ class RequestReader:
         prompt_ids = self._ids(prompt)
         self._check_length(len(prompt_ids), len(prompt_ids) + 1)
         self._check_range(settings.stop_token_ids, "stop_token_ids")
+        self._check_range(settings.allowed_tokens, "allowed_tokens")
         self._check_range(settings.custom_token_bans, "custom_token_bans")
         self._check_range([token for token, _ in settings.logit_bias], "logit_bias")
         # The answer continues a prompt that is text. After ids, as from a chat template, it is

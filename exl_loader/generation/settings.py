@@ -40,6 +40,9 @@ SAMPLER_PRIORITY = (
 # they are an error, because leaving a sampler out silently would mislead the user.
 NEUTRAL_VALUES: dict[str, int | bool] = {"penalty_alpha": 0, "auto_max_new_tokens": False}
 
+# Settings that say which texts are allowed.
+GRAMMARS = ("grammar_string", "json_schema", "regex_pattern")
+
 # Factors and divisors of logits are limited to these, because samplers compute in float32.
 SMALLEST, LARGEST = 1e-6, 1_000_000
 
@@ -76,10 +79,13 @@ _NUMBERS: dict[str, tuple[float, float | None]] = {
 }
 _INTEGERS: dict[str, tuple[int, int | None]] = {
     "max_new_tokens": (1, None),
+    "min_new_tokens": (0, None),
     "top_k": (0, None),
     "mirostat_mode": (0, 2),
     "dry_allowed_length": (0, MAX_SEED),
+    "dry_range": (-1, None),
     "repetition_penalty_range": (0, None),
+    "repetition_decay": (0, None),
     "no_repeat_ngram_size": (0, None),
     "seed": (-1, MAX_SEED),
     "prompt_lookup_num_tokens": (0, None),
@@ -97,6 +103,8 @@ class SamplingSettings:
 
     Args:
         max_new_tokens: most new tokens; the end of the context may end a text earlier.
+        min_new_tokens: before so many new tokens no end token and none of `stop_token_ids` is
+            drawn. Stop strings and the end of a grammar end the text all the same.
         do_sample: False always takes the likeliest token, after penalties and bans.
         temperature: divides the logits; 0 has the same effect as do_sample False.
         dynamic_temperature: also divide by a temperature that depends on the entropy, from
@@ -127,12 +135,16 @@ class SamplingSettings:
             every further token multiplies it by `dry_base`; 0 turns it off.
         dry_sequence_breakers: texts that no repeated sequence contains; a list, or text in the
             web UI's notation.
+        dry_range: number of last tokens, prompt included, in which DRY looks for repeats; 0 is
+            all, -1 as many as `repetition_penalty_range`.
         repetition_penalty: divides positive and multiplies negative logits of tokens that
             occurred; 1 does nothing.
         presence_penalty: subtracted from the logits of tokens that occurred.
         frequency_penalty: subtracted once per occurrence.
         repetition_penalty_range: number of last tokens, prompt included, that count for these
-            penalties and DRY; 0 is all.
+            penalties; 0 is all.
+        repetition_decay: number of tokens before those of `repetition_penalty_range` over which
+            these penalties fall to nothing.
         encoder_repetition_penalty: above 1 makes tokens of the prompt likelier.
         no_repeat_ngram_size: no sequence of this many tokens occurs twice; 0 turns it off.
         guidance_scale, negative_prompt: a scale above 1 moves the text away from what would
@@ -141,9 +153,12 @@ class SamplingSettings:
         grammar_string: a grammar in llama.cpp's GBNF that the text must follow, "" for none. The
             text ends where the grammar does. Needs llguidance.
         json_schema: a JSON schema that the text must follow, as a dict or text. The text is
-            valid JSON unless max_new_tokens ends it earlier. Not together with grammar_string.
+            valid JSON unless max_new_tokens ends it earlier.
+        regex_pattern: a regular expression that the whole text must match, "" for none. Only one
+            of grammar_string, json_schema and regex_pattern can be given.
         sampler_priority: names of samplers in the order in which they run; samplers that are not
             named run first. Empty is `SAMPLER_PRIORITY`.
+        allowed_tokens: ids that alone may be drawn, end tokens included; empty for all.
         custom_token_bans: ids that are never drawn; a list, or text with commas.
         logit_bias: (token id, number to add to its logit) pairs, or a dict.
         seed: -1 takes a random one; the same seed and settings give the same text.
@@ -162,6 +177,7 @@ class SamplingSettings:
     """
 
     max_new_tokens: int = 512
+    min_new_tokens: int = 0
     do_sample: bool = True
     temperature: float = 1.0
     dynamic_temperature: bool = False
@@ -191,17 +207,21 @@ class SamplingSettings:
     dry_base: float = 1.75
     dry_allowed_length: int = 2
     dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+    dry_range: int = -1
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty_range: int = 1024
+    repetition_decay: int = 0
     encoder_repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
     guidance_scale: float = 1.0
     negative_prompt: str = ""
     grammar_string: str = ""
     json_schema: str = ""
+    regex_pattern: str = ""
     sampler_priority: tuple[str, ...] = SAMPLER_PRIORITY
+    allowed_tokens: tuple[int, ...] = ()
     custom_token_bans: tuple[int, ...] = ()
     logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = -1
@@ -230,10 +250,12 @@ class SamplingSettings:
     def _check_texts(self) -> None:
         check_text("negative_prompt", self.negative_prompt)
         check_text("grammar_string", self.grammar_string)
+        check_text("regex_pattern", self.regex_pattern)
         object.__setattr__(self, "json_schema", _json_schema("json_schema", self.json_schema))
-        if self.grammar_string and self.json_schema:
+        chosen = [name for name in GRAMMARS if getattr(self, name)]
+        if len(chosen) > 1:
             raise InvalidSettings(
-                "json_schema", expected="only one of json_schema and grammar_string", actual="both",
+                chosen[1], expected=f"only one of {chosen[1]} and {chosen[0]}", actual="both",
                 remedy="Leave one of them empty",
             )
 
@@ -245,6 +267,7 @@ class SamplingSettings:
         read = {
             "stop_strings": stop_strings,
             "stop_token_ids": _token_ids("stop_token_ids", self.stop_token_ids),
+            "allowed_tokens": _token_ids("allowed_tokens", self.allowed_tokens),
             "custom_token_bans": _token_ids("custom_token_bans", self.custom_token_bans),
             "logit_bias": biases("logit_bias", self.logit_bias),
             "dry_sequence_breakers": _quoted_texts(

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...utils.errors import ExlLoaderError, InvalidSettings
-from ..settings import SamplingSettings
+from ..settings import GRAMMARS, SamplingSettings
 from .gbnf import GbnfError, gbnf_to_lark
 from .reach import schema_problem
 
@@ -70,16 +70,24 @@ class Grammars:
             InvalidSettings: the grammar is invalid (`details` has the library's message), or
                 llguidance is missing or cannot be used with this model.
         """
-        name = "grammar_string" if settings.grammar_string else "json_schema"
-        text = settings.grammar_string or settings.json_schema
-        if not text:
+        name = next((name for name in GRAMMARS if getattr(settings, name)), None)
+        if name is None:
             return None
+        text: str = getattr(settings, name)
         llguidance = _import_library(name)
         table = self._token_table(llguidance, name)
         assert self._tokenizer is not None
         space = self._tokenizer.strips_space and not continues_text
+        from_lark = llguidance.LLMatcher.grammar_from_lark
         try:
-            lark = gbnf_to_lark(text, space) if settings.grammar_string else _json_lark(text, space)
+            with _typed(name):
+                if name == "regex_pattern":
+                    spaced = f"( )?({text})" if space else text
+                    grammar = llguidance.LLMatcher.grammar_from_regex(spaced)
+                elif name == "json_schema":
+                    grammar = from_lark(_json_lark(text, space))
+                else:
+                    grammar = from_lark(gbnf_to_lark(text, space))
         except GbnfError as error:
             raise _bad_grammar(name, str(error), str(error)) from None
         except RecursionError:
@@ -87,7 +95,7 @@ class Grammars:
         with _typed(name):
             # For an invalid grammar it returns a matcher in an error state.
             matcher = llguidance.LLMatcher(
-                table, llguidance.LLMatcher.grammar_from_lark(lark), log_level=0,
+                table, grammar, log_level=0,
                 limits=llguidance.LLParserLimits(
                     max_items_in_row=_MAX_ITEMS_IN_ROW, step_max_items=_MAX_ITEMS_IN_STEP,
                     step_lexer_fuel=_STEP_LEXER_FUEL,
@@ -285,7 +293,8 @@ def _json_lark(schema: str, leading_space: bool) -> str:
 
 
 def _bad_grammar(name: str, problem: str, details: str) -> InvalidSettings:
-    wanted = "a GBNF grammar" if name == "grammar_string" else "a JSON schema"
+    wanted = {"grammar_string": "a GBNF grammar", "json_schema": "a JSON schema",
+              "regex_pattern": "a regular expression"}[name]
     return InvalidSettings(
         name, expected=f"{wanted} that can be followed", actual=problem,
         remedy="Correct it, or leave it empty", details=details,

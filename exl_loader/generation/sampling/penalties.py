@@ -34,19 +34,58 @@ class Past:
     Args:
         ids: int64 [tokens so far], prompt included.
         penalty_range: only this many of the last tokens count; 0 is all.
+        decay: so many tokens before them count less and less.
+        dry_range: only this many of the last tokens count for DRY; 0 is all, -1 is as many as
+            penalty_range.
 
     Attributes:
         ids: all tokens.
         recent: the tokens that count.
+        dry_ids: the tokens that count for DRY.
     """
 
-    def __init__(self, ids: Ids, penalty_range: int) -> None:
+    def __init__(
+        self, ids: Ids, penalty_range: int, decay: int = 0, dry_range: int = -1
+    ) -> None:
         self.ids = ids
-        self.recent = ids[-penalty_range:]
+        # All tokens count, so none is before them.
+        self._decay = decay if penalty_range else 0
+        self._range = penalty_range
+        self.recent = ids[-(penalty_range + self._decay) :]
+        self.dry_ids = ids[-(penalty_range if dry_range < 0 else dry_range) :]
+
+    @property
+    def decays(self) -> bool:
+        """True if some tokens count less than others."""
+        return self._decay > 0
 
     @cached_property
-    def counts(self) -> tuple[Ids, Ids]:
-        """The distinct tokens of `recent`, and how often each occurs."""
+    def weights(self) -> npt.NDArray[np.float64]:
+        """How much each token of `recent` counts, at most 1.
+
+        As in exllamav2: the last penalty_range + 1 tokens count whole, and each one before them
+        1 / decay less than the next.
+        """
+        distances = np.arange(len(self.recent), 0, -1)
+        return np.clip(1 - (distances - self._range - 1) / self._decay, 0, 1)
+
+    @cached_property
+    def latest_weights(self) -> npt.NDArray[np.float64]:
+        """How much the last occurrence of each of the distinct tokens counts."""
+        ids, _ = self.counts
+        if not self.decays:
+            return np.ones(len(ids))
+        last = np.zeros(len(ids))
+        # Weights rise towards the end.
+        np.maximum.at(last, np.searchsorted(ids, self.recent), self.weights)
+        return last
+
+    @cached_property
+    def counts(self) -> tuple[Ids, npt.NDArray]:
+        """The distinct tokens of `recent`, and the sum of the weights of each."""
+        if self.decays:
+            ids, where = np.unique(self.recent, return_inverse=True)
+            return ids, np.bincount(where, self.weights, len(ids))
         if len(self.recent) < _SORTED_UP_TO:
             return np.unique(self.recent, return_counts=True)
         counts = np.bincount(self.recent)
@@ -83,6 +122,20 @@ def _subtract(candidates: Candidates, ids: Ids, amounts: npt.NDArray) -> Candida
     return _change(candidates, ids, lambda logits, found: logits - narrow[found])
 
 
+def penalize_past(candidates: Candidates, past: Past, penalty: float) -> Candidates:
+    """Apply `penalize_repetition` to the tokens so far, with what is left of it after decay."""
+    if not past.decays:
+        return penalize_repetition(candidates, past.recent, penalty)
+    ids, _ = past.counts
+    factors = (1 + (penalty - 1) * past.latest_weights).astype(np.float32)
+    return _change(
+        candidates, ids,
+        lambda logits, found: np.where(
+            logits > 0, logits / factors[found], logits * factors[found]
+        ),
+    )
+
+
 def penalize_repetition(candidates: Candidates, ids: Ids, penalty: float) -> Candidates:
     """Divide positive logits of these tokens by the penalty, multiply negative ones.
 
@@ -108,7 +161,7 @@ def reward_encoder_tokens(candidates: Candidates, ids: Ids, penalty: float) -> C
 def penalize_presence(candidates: Candidates, past: Past, penalty: float) -> Candidates:
     """Subtract the penalty from the logits of tokens that occurred (OpenAI's API reference)."""
     ids, _ = past.counts
-    return _subtract(candidates, ids, np.full(len(ids), penalty))
+    return _subtract(candidates, ids, penalty * past.latest_weights)
 
 
 def penalize_frequency(candidates: Candidates, past: Past, penalty: float) -> Candidates:

@@ -65,7 +65,7 @@ class SamplerSpec:
 def _penalize_repeats(candidates: Candidates, step: Step) -> Candidates:
     settings = step.settings
     return penalties.penalize_repeats(
-        candidates, step.past.recent, settings.dry_multiplier, settings.dry_base,
+        candidates, step.past.dry_ids, settings.dry_multiplier, settings.dry_base,
         settings.dry_allowed_length, step.breaker_ids,
     )
 
@@ -87,8 +87,8 @@ def _exclude_top_choices(candidates: Candidates, step: Step) -> Candidates:
 # last (`feedback`).
 SAMPLERS = (
     SamplerSpec("repetition_penalty", lambda s: s.repetition_penalty != 1,
-          lambda c, step: penalties.penalize_repetition(
-              c, step.past.recent, step.settings.repetition_penalty), for_greedy=True,
+          lambda c, step: penalties.penalize_past(
+              c, step.past, step.settings.repetition_penalty), for_greedy=True,
           lowers_tail=lambda s: s.repetition_penalty >= 1),
     SamplerSpec("presence_penalty", lambda s: s.presence_penalty != 0,
           lambda c, step: penalties.penalize_presence(

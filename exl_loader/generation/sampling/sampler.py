@@ -33,6 +33,7 @@ class TokenRoles:
     Args:
         vocab_size: ids from here on are padding and never drawn; None if there is no padding.
         banned_ids: tokens that are never drawn.
+        end_ids: tokens that end a text, which are not drawn before `min_new_tokens`.
         prompt_ids: tokens that `encoder_repetition_penalty` applies to.
         spared_ids: tokens that XTC never removes.
         breaker_ids: tokens that end a repeat for DRY.
@@ -40,6 +41,7 @@ class TokenRoles:
 
     vocab_size: int | None = None
     banned_ids: tuple[int, ...] = ()
+    end_ids: tuple[int, ...] = ()
     prompt_ids: Sequence[int] = ()
     spared_ids: frozenset[int] = frozenset()
     breaker_ids: frozenset[int] = frozenset()
@@ -74,6 +76,7 @@ class TokenRoles:
         return cls(
             vocab_size=vocab_size,
             banned_ids=tuple(sorted(banned)),
+            end_ids=tuple(sorted({*eos_ids, *settings.stop_token_ids})),
             prompt_ids=prompt_ids if settings.encoder_repetition_penalty != 1 else (),
             spared_ids=frozenset(spared),
             breaker_ids=frozenset(breakers),
@@ -118,12 +121,16 @@ class Sampler:
         self._roles = roles = roles or TokenRoles()
         self._constraint = constraint
         self._banned_ids = np.array(roles.banned_ids, np.int64)
+        self._early_bans = np.union1d(self._banned_ids, np.array(roles.end_ids, np.int64))
+        self._allowed_ids = np.array(sorted(set(settings.allowed_tokens)), np.int64)
+        self._num_drawn = 0
         self._breaker_ids = np.array(sorted(roles.breaker_ids), np.int64)
         self._prompt_ids = np.unique(np.array(roles.prompt_ids, np.int64))
         self._samplers = chosen_samplers(settings)
         self._feedback = chosen_feedback(settings)
         self._may_use_top_logits = (
-            constraint is None and top_logits_may_suffice(settings, self._samplers)
+            constraint is None and not settings.allowed_tokens
+            and top_logits_may_suffice(settings, self._samplers)
         )
         # Philox gives the same numbers for the same seed on every machine and numpy version.
         self._random = np.random.Generator(np.random.Philox(self.seed))
@@ -152,6 +159,7 @@ class Sampler:
                 feedback.observe(token_id)
         if self._constraint is not None:
             self._constraint.accept(token_id)
+        self._num_drawn += 1
         return token_id
 
     @property
@@ -166,7 +174,11 @@ class Sampler:
             Candidates, the softmax of whose logits is the distribution. For greedy settings,
             the token with the largest logit is taken. They may share memory with the row.
         """
-        past = Past(np.asarray(history, np.int64), self._settings.repetition_penalty_range)
+        settings = self._settings
+        past = Past(
+            np.asarray(history, np.int64), settings.repetition_penalty_range,
+            settings.repetition_decay, settings.dry_range,
+        )
         if row.top_logits is not None and self._may_use(row.top_logits):
             try:
                 return self._run(Candidates.from_top_logits(row.top_logits), past)
@@ -175,9 +187,27 @@ class Sampler:
         values = row.values[: self._roles.vocab_size]
         _check_finite(values)
         candidates = Candidates.from_row(values)
-        if self._constraint is not None:
-            candidates = candidates.take(self._constraint.allowed_ids)
-        return self._run(candidates, past)
+        allowed = self._next_ids(len(values))
+        return self._run(candidates if allowed is None else candidates.take(allowed), past)
+
+    def _next_ids(self, vocab_size: int) -> Ids | None:
+        """Return the tokens that grammar and `allowed_tokens` allow, rising; None for all.
+
+        Raises:
+            InvalidSettings: there is none.
+        """
+        by_grammar = None if self._constraint is None else self._constraint.allowed_ids
+        if not len(self._allowed_ids):
+            return by_grammar
+        allowed = self._allowed_ids[self._allowed_ids < vocab_size]
+        if by_grammar is not None:
+            allowed = np.intersect1d(allowed, by_grammar, assume_unique=True)
+        if not len(allowed):
+            raise InvalidSettings(
+                "allowed_tokens", expected="a token that may come next", actual="none",
+                remedy="Allow more tokens, or leave the grammar out",
+            )
+        return allowed
 
     def _may_use(self, top: TopLogits) -> bool:
         return self._may_use_top_logits and top.vocab_size == self._roles.vocab_size
@@ -190,7 +220,8 @@ class Sampler:
         """
         settings = self._settings
         candidates = penalties.add_bias(candidates, settings.logit_bias)
-        candidates = penalties.ban(candidates, self._banned_ids)
+        is_early = self._num_drawn < settings.min_new_tokens
+        candidates = penalties.ban(candidates, self._early_bans if is_early else self._banned_ids)
         left = run_samplers(candidates, self._samplers, Step(
             settings, past, self._prompt_ids, self._breaker_ids, self._roles.spared_ids,
             self._random.random,
