@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PAGE_LEN = int(LoadOptions.OPTIONS["ctx_size"].step or 1)
 
 # Cache type -> its name in the gauge, in the order of the gauge's buttons.
-CACHE_BITS = {"fp16": "16-bit", "q8": "8-bit", "q6": "6-bit", "q4": "4-bit"}
+CACHE_BITS = {"fp16": "16-bit", "q8": "8-bit", "q6": "6-bit", "q4": "4-bit", "q3": "3-bit"}
 
 # Id of the page's text field that the gauge writes the choice of a click to.
 PICK_ELEM_ID = "exl_pick"

@@ -98,7 +98,9 @@ _RULES = """\
 .exl-gauge .exl-proof dd { text-align: right; }
 .exl-gauge .exl-choices { margin-top: 0.6em; }
 .exl-gauge .exl-choices > div { display: grid; gap: 0.4em; margin-top: 0.25em;
-  grid-template-columns: repeat(4, minmax(0, 1fr)); }
+  grid-template-columns: repeat(5, minmax(0, 1fr)); }
+@container (max-width: 40em) { .exl-gauge .exl-choices > div {
+  grid-template-columns: repeat(3, minmax(0, 1fr)); } }
 @container (max-width: 28em) { .exl-gauge .exl-choices > div {
   grid-template-columns: repeat(2, minmax(0, 1fr)); } }
 .exl-gauge .exl-choices > div > button { min-width: 0; text-align: left;

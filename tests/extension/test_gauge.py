@@ -45,8 +45,10 @@ def reservation(*devices, **changes):
         num_layers=40, own_length=131072, alpha_value=1.0, compress_pos_emb=1.0,
         ctx_size=32768, cache_type="q8",
         chunk_size=256, max_batch_size=1, devices=devices or (device(),),
-        largest_ctx_size={"fp16": 40960, "q8": 77056, "q6": 99072, "q4": 262144},
-        bytes_by_cache_type={"fp16": 22 * GIB, "q8": 17 * GIB, "q6": 16 * GIB, "q4": 14 * GIB},
+        largest_ctx_size={"fp16": 40960, "q8": 77056, "q6": 99072, "q4": 262144,
+                          "q3": 262144},
+        bytes_by_cache_type={"fp16": 22 * GIB, "q8": 17 * GIB, "q6": 16 * GIB, "q4": 14 * GIB,
+                             "q3": 13 * GIB},
     )
     return replace(whole, **changes)
 
@@ -149,13 +151,14 @@ def test_each_cache_type_shows_what_it_saves():
     page = Page(gauge_html(reservation()))
     found = {attrs["data-pick"]: attrs for attrs in page.buttons()
              if attrs["data-pick"].startswith("0 ")}
-    assert list(found) == ["0 fp16", "0 q8", "0 q6", "0 q4"]
+    assert list(found) == ["0 fp16", "0 q8", "0 q6", "0 q4", "0 q3"]
     assert [attrs["aria-label"] for attrs in found.values()] == [
         "Choose 16-bit cache, saves nothing", "Choose 8-bit cache, saves 5.00 GiB",
-        "Choose 6-bit cache, saves 6.00 GiB", "Choose 4-bit cache, saves 8.00 GiB"]
-    assert [attrs["aria-pressed"] for attrs in found.values()] == ["false", "true", "false",
-                                                                   "false"]
-    for text in ("saves 5.00 GiB", "saves 6.00 GiB", "saves 8.00 GiB"):
+        "Choose 6-bit cache, saves 6.00 GiB", "Choose 4-bit cache, saves 8.00 GiB",
+        "Choose 3-bit cache, saves 9.00 GiB"]
+    assert [attrs["aria-pressed"] for attrs in found.values()] == [
+        "false", "true", "false", "false", "false"]
+    for text in ("saves 5.00 GiB", "saves 6.00 GiB", "saves 8.00 GiB", "saves 9.00 GiB"):
         assert page.words.count(text) == 1
 
 
@@ -208,8 +211,8 @@ def largest(page):
 def test_largest_contexts_are_labelled_buttons():
     page = Page(gauge_html(reservation()))
     picks = [button["data-pick"] for button in largest(page)]
-    # With 4 bits a context beyond the model's own length would fit.
-    assert picks == ["40960 fp16", "77056 q8", "99072 q6", "131072 q4"]
+    # With 4 and 3 bits a context beyond the model's own length would fit.
+    assert picks == ["40960 fp16", "77056 q8", "99072 q6", "131072 q4", "131072 q3"]
     assert all(button["type"] == "button" for button in page.buttons())
     assert all(PICK_ELEM_ID in button["onclick"] for button in page.buttons())
     assert largest(page)[3]["aria-label"] == "Choose 131,072 tokens of context, 4-bit cache"
@@ -224,7 +227,7 @@ def test_rope_scaling_raises_the_largest_context():
 def test_the_current_choice_is_marked_and_impossible_ones_are_disabled():
     plan = reservation(
         ctx_size=77056, largest_ctx_size={"fp16": 0, "q8": 77056, "q6": 0, "q4": 99072})
-    none, chosen, six, other = largest(Page(gauge_html(plan)))
+    none, chosen, six, other, _ = largest(Page(gauge_html(plan)))
     assert "disabled" in none and "data-pick" not in none and "disabled" in six
     assert (chosen["aria-pressed"], other["aria-pressed"]) == ("true", "false")
 

@@ -23,7 +23,8 @@ sync_api = pytest.importorskip("playwright.sync_api")
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no chromium")]
 
-TYPES = ["fp16", "q8", "q6", "q4", "q8_q4", *CACHE_TYPE_ALIASES, " Q4 ", "toString", "q5<b>", ""]
+TYPES = ["fp16", "q8", "q6", "q4", "q3", "q8_q4", *CACHE_TYPE_ALIASES, " Q4 ", "toString",
+         "q5<b>", ""]
 KEEP = {"__type__": "update"}
 
 

@@ -30,7 +30,7 @@ from exl_loader.utils.table import DeviceMap, TensorSpec
 from support.sparse import LLAMA_2_7B, write_sparse_exl2
 
 GIB, MIB = 1 << 30, 1 << 20
-CACHE_TYPES = ("fp16", "q8", "q6", "q4")
+CACHE_TYPES = ("fp16", "q8", "q6", "q4", "q3")
 
 
 @st.composite
@@ -109,7 +109,7 @@ def test_the_plan_equals_the_table_and_the_allocated_buffers(
 def test_cache_bytes_are_exactly_the_bits_of_the_cache_type(config, ctx_size):
     with tempfile.TemporaryDirectory() as temporary:
         folder = write_sparse_exl2(Path(temporary) / "m", **config)
-        names = [*CACHE_TYPES, "q3", "q8_q4", "q4_q6", "q8_q3"]
+        names = [*CACHE_TYPES, "q8_q4", "q4_q6", "q8_q3"]
         found = {
             name: plan(folder, ctx_size=ctx_size, cache_type=name).cache_bytes for name in names
         }

@@ -12,7 +12,7 @@ from exl_loader.utils.errors import InsufficientMemory
 from support.sparse import LLAMA_2_7B, write_sparse_exl2
 
 GIB, MIB = 1 << 30, 1 << 20
-CACHE_TYPES = ("fp16", "q8", "q6", "q4")
+CACHE_TYPES = ("fp16", "q8", "q6", "q4", "q3")
 
 
 def test_the_table_has_every_amount_and_fits_the_terminal(tmp_path, machine):
@@ -54,8 +54,8 @@ def test_the_refusal_names_missing_bytes_and_what_would_fit(tmp_path, machine):
         assert amount(nbytes) in text
     assert "8.00 GiB free" in text and "18432 tokens" in text and "\n" not in text
     fitting = [name for name in CACHE_TYPES if plan(folder, ctx_size=18432, cache_type=name).fits]
-    assert fitting == ["q6", "q4"]
-    assert "these cache types fit: q6, q4." in text
+    assert fitting == ["q6", "q4", "q3"]
+    assert "these cache types fit: q6, q4, q3." in text
     assert f"the largest context is {found.largest_ctx_size['fp16']} tokens" in text
     assert "firefox (pid 4321) 3.00 GiB" in text
     assert error.details == render(found)

@@ -145,7 +145,7 @@ class LoadOptions:
     )
     cache_type: str | CacheType = _option(
         "fp16", "key/value cache: fp16, q8, q6, q4, q3, or keys and values apart such as q8_q4",
-        "TYPE", choices=("fp16", "q8", "q6", "q4"),
+        "TYPE", choices=("fp16", "q8", "q6", "q4", "q3"),
     )
     device: str | Sequence[str] = _option(
         "auto",

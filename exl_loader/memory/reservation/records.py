@@ -117,7 +117,7 @@ class Reservation:
         devices: one record for each device that holds layers, in the order of the layers, and
             one of main memory where it has only the embedding of a model on cards.
         largest_ctx_size: cache type -> most tokens of context that fit now, 0 where not even one
-            page does. The types are fp16, q8, q6, q4 and the type of this plan.
+            page does. The types are fp16, q8, q6, q4, q3 and the type of this plan.
         bytes_by_cache_type: cache type -> bytes of all buffers with this context, for the same
             types.
         model_draft: the folder of the draft model; None without one.
