@@ -238,6 +238,26 @@ def test_a_scaling_beyond_the_dtype_is_refused(folders):
                 model.load_lora(folders / "a", scaling)
 
 
+def spellings(folder, monkeypatch):
+    """Return other spellings of a folder."""
+    link = folder.with_name("link")
+    link.symlink_to(folder)
+    monkeypatch.chdir(folder.parent)
+    return [f"{folder}/", folder.name, f"{folder.parent}/m/../{folder.name}", link]
+
+
+def test_spellings_of_a_folder_are_one_lora(folders, monkeypatch):
+    model_dir, others = str(folders / "m"), spellings(folders / "a", monkeypatch)
+    with load(folders / "m", "cpu", max_lora_bytes=ROOM) as model:
+        model.load_lora(folders / "a")
+        for other in others:
+            with pytest.raises(InvalidSettings, match="is loaded"):
+                model.load_lora(other)
+            with pytest.raises(InvalidSettings, match="each folder once"):
+                exl_loader.plan(model_dir, loras=[folders / "a", other])
+        model.load_lora(folders / "b")
+
+
 def test_wrong_calls(folders):
     with load(folders / "m", "cpu", max_lora_bytes=ROOM) as model:
         model.load_lora(folders / "a")

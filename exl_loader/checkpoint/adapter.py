@@ -121,6 +121,14 @@ class AdaptedModule:
         return self.a.shape[0]
 
 
+def same_folder_key(folder: str | os.PathLike[str]) -> str:
+    """Return text that is equal for all spellings of a folder.
+
+    Spellings differ by a slash at the end, a tilde, a path that is relative, or a symbolic link.
+    """
+    return os.path.normcase(os.path.realpath(os.path.expanduser(folder)))
+
+
 class Adapter:
     """An adapter folder whose config and header were read. Use it as a context manager.
 

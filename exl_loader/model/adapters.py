@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ..backends import backend_of
+from ..checkpoint.adapter import same_folder_key
 from ..checkpoint.architectures import ARCHITECTURES
 from ..formats.common import require_finite
 from ..formats.layer import DenseLayer, DenseSizes, RowRanges
@@ -275,7 +276,8 @@ class Adapters:
             InsufficientMemory: it does not fit into a device's room.
         """
         path = str(adapter.path)
-        if any(lora.path == path for lora in self.loaded):
+        own_key = same_folder_key(path)
+        if any(same_folder_key(lora.path) == own_key for lora in self.loaded):
             raise InvalidSettings(f"LoRA {path}", expected="an adapter that is not loaded",
                                   actual="it is loaded", remedy="Unload the LoRAs first")
         by_device: dict[str, list[AdaptedPart]] = {}

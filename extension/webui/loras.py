@@ -8,6 +8,7 @@ is refused while the model stays as it is.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,12 +66,15 @@ def apply(paths: Sequence[str]) -> None:
     Raises:
         ExlLoaderError: what is wrong, in one line. The model has the LoRAs that it had.
     """
-    paths = list(dict.fromkeys(paths))
+    by_folder: dict[str, str] = {}
+    for path in paths:
+        by_folder.setdefault(os.path.realpath(path), path)
+    paths = list(by_folder.values())
     with loading.lock, _no_text_of_transformers():
         loaded = loading.current()
         assert loaded is not None
         before = [lora.path for lora in loaded.loras]
-        if set(before) != set(paths):
+        if {os.path.realpath(path) for path in before} != set(by_folder):
             _change(loaded, before, paths)
         loading.note_loras(paths)
 

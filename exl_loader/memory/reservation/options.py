@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Literal, TypedDict
 
 from ...cache.layout import PAGE_LEN, CacheType, open_bits, pages_for
+from ...checkpoint.adapter import same_folder_key
 from ...checkpoint.config import ModelConfig
 from ...checkpoint.model_class import named_architecture
 from ...checkpoint.rope import MAX_FACTOR, MAX_POSITIONS, check_scaling
@@ -346,7 +347,7 @@ class LoadOptions:
             check_path("loras", folder, "folder")
             check_number("the scaling of a LoRA", scaling, -MAX_SCALING, MAX_SCALING)
             chosen.append((os.path.expanduser(os.fspath(folder)), float(scaling)))
-        if len(dict(chosen)) < len(chosen):
+        if len({same_folder_key(folder) for folder, _ in chosen}) < len(chosen):
             raise InvalidSettings("loras", expected="each folder once",
                                   actual=shown([folder for folder, _ in chosen]))
         return tuple(chosen)
