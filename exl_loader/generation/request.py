@@ -145,7 +145,7 @@ class RequestReader:
             settings=settings,
             sampler=Sampler(
                 settings, roles=self._roles(settings, prompt_ids),
-                constraint=self._grammars.matcher(settings, continues_text=bool(continued_ids)),
+                constraint=self._grammars.constraint(settings, bool(continued_ids)),
             ),
             eos_ids=frozenset(() if settings.ban_eos_token else self.eos_token_ids),
             max_tokens=len(prompt_ids) + new_tokens,

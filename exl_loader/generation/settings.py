@@ -156,6 +156,9 @@ class SamplingSettings:
             valid JSON unless max_new_tokens ends it earlier.
         regex_pattern: a regular expression that the whole text must match, "" for none. Only one
             of grammar_string, json_schema and regex_pattern can be given.
+        grammar_trigger: text of one token, such as `</think>`; the grammar (of any of the three)
+            begins after the first such token, and everything is allowed before. "" is the
+            beginning of the text. A text may end before its grammar begins.
         sampler_priority: names of samplers in the order in which they run; samplers that are not
             named run first. Empty is `SAMPLER_PRIORITY`.
         allowed_tokens: ids that alone may be drawn, end tokens included; empty for all.
@@ -220,6 +223,7 @@ class SamplingSettings:
     grammar_string: str = ""
     json_schema: str = ""
     regex_pattern: str = ""
+    grammar_trigger: str = ""
     sampler_priority: tuple[str, ...] = SAMPLER_PRIORITY
     allowed_tokens: tuple[int, ...] = ()
     custom_token_bans: tuple[int, ...] = ()
@@ -251,6 +255,7 @@ class SamplingSettings:
         check_text("negative_prompt", self.negative_prompt)
         check_text("grammar_string", self.grammar_string)
         check_text("regex_pattern", self.regex_pattern)
+        check_text("grammar_trigger", self.grammar_trigger)
         object.__setattr__(self, "json_schema", _json_schema("json_schema", self.json_schema))
         chosen = [name for name in GRAMMARS if getattr(self, name)]
         if len(chosen) > 1:

@@ -224,3 +224,34 @@ def test_allowed_tokens_and_a_pattern_hold_together(writer):
     assert set("".join(writer.generate([5], options))) <= set("24")
     with pytest.raises(InvalidSettings, match="allowed_tokens"):
         list(writer.generate([5], options | {"regex_pattern": "[a-c]"}))
+
+
+# grammar_trigger
+
+
+@pytest.mark.parametrize("grammar", [
+    {"regex_pattern": "[0-4]{3}"}, {"grammar_string": "root ::= [0-4] [0-4] [0-4]"},
+    {"json_schema": {"type": "integer", "minimum": 100, "maximum": 444}},
+])
+def test_a_grammar_begins_after_its_trigger(tmp_path, grammar):
+    """Before the trigger everything is written, what the grammar forbids included."""
+    from exl_loader.text.tokenizer import Tokenizer
+
+    pytest.importorskip("llguidance")
+    write_tokenizer(tmp_path, VOCAB)
+    tokenizer = Tokenizer.from_dir(tmp_path)
+    before = tokenizer.encode("wait 9;", add_bos=False)
+    engine, _, _ = fake_engine(
+        lambda text: before[len(text) - 1] if len(text) <= len(before) else 5, VOCAB,
+        tokenizer=tokenizer,
+    )
+    options = GREEDY | grammar | {"grammar_trigger": ";"}
+    generation = engine.generate([1], options)
+    text = "".join(generation)
+    assert re.fullmatch("wait 9;[0-4]{3}", text) and generation.finish_reason in ("stop", "eos")
+    assert re.fullmatch("[0-4]{3}", "".join(engine.generate([1], GREEDY | grammar)))
+    # Without the trigger the grammar never begins.
+    other = engine.generate([1], options | {"grammar_trigger": "@", "max_new_tokens": 7})
+    assert "".join(other) == "wait 9;"
+    with pytest.raises(InvalidSettings, match="grammar_trigger: expected the text of one token"):
+        engine.generate([1], options | {"grammar_trigger": "two"})

@@ -60,6 +60,7 @@ WRONG = {
     "json_schema": [5, "{", "[]", [1], {"a": {1}}],
     "sampler_priority": ["temprature", ["top_k", "top_q"], 5, [5]],
     "regex_pattern": [5, ["a"]],
+    "grammar_trigger": [5, ["a"]],
     "min_new_tokens": [-1, 0.5, None],
     "allowed_tokens": ["a", [-1], [1.5], [True], 1.5],
     "custom_token_bans": ["a", "1;2", "1.5", "-1", [-1], [1.5], [True], 1.5],

@@ -58,6 +58,28 @@ class Grammars:
         self._lock = threading.Lock()
         self._table: Any = None
 
+    def constraint(
+        self, settings: SamplingSettings, continues_text: bool = False
+    ) -> GrammarMatcher | TriggeredGrammar | None:
+        """Return the matcher of a request's grammar, which may wait for a token.
+
+        Args, raises: as `matcher`. InvalidSettings: `grammar_trigger` is not one token.
+        """
+        if not settings.grammar_trigger:
+            return self.matcher(settings, continues_text)
+        # The grammar continues what was written before the token.
+        matcher = self.matcher(settings, continues_text=True)
+        if matcher is None:
+            return None
+        assert self._tokenizer is not None
+        ids = self._tokenizer.encode(settings.grammar_trigger, add_bos=False)
+        if len(ids) != 1 or ids[0] >= self._vocab_size:
+            raise InvalidSettings(
+                "grammar_trigger", expected="the text of one token of the model",
+                actual=f"{len(ids)} tokens", remedy="Choose a special token such as </think>",
+            )
+        return TriggeredGrammar(matcher, ids[0])
+
     def matcher(
         self, settings: SamplingSettings, continues_text: bool = False
     ) -> GrammarMatcher | None:
@@ -191,6 +213,40 @@ class GrammarMatcher:
         if not message:
             return _bad_grammar(self._name, "no token of the model can continue the text", "")
         return _bad_grammar(self._name, message.splitlines()[0][:200], message)
+
+
+class TriggeredGrammar:
+    """A grammar that begins after a token; before it everything is allowed.
+
+    Args:
+        matcher: the grammar.
+        trigger_id: the token.
+
+    Attributes:
+        complete: True if the text cannot be continued.
+    """
+
+    def __init__(self, matcher: GrammarMatcher, trigger_id: int) -> None:
+        self._matcher = matcher
+        self._trigger_id = trigger_id
+        self._begun = False
+
+    @property
+    def allowed_ids(self) -> npt.NDArray[np.int64] | None:
+        """The tokens that may come next, int64, rising; None for all."""
+        return self._matcher.allowed_ids if self._begun else None
+
+    @property
+    def complete(self) -> bool:
+        """True if the text cannot be continued."""
+        return self._begun and self._matcher.complete
+
+    def accept(self, token_id: int) -> None:
+        """Advance by a token; see `GrammarMatcher.accept`."""
+        if self._begun:
+            self._matcher.accept(token_id)
+        else:
+            self._begun = token_id == self._trigger_id
 
 
 class _Vocabulary:

@@ -84,15 +84,18 @@ class TokenRoles:
 
 
 class Constraint(Protocol):
-    """Restricts the tokens of a text step by step, as a grammar does.
+    """Restricts the tokens of a text step by step, as a grammar does."""
 
-    Attributes:
-        allowed_ids: int64, rising: the tokens that may come next; at least one unless `complete`.
-        complete: True if the text cannot be continued.
-    """
+    @property
+    def allowed_ids(self) -> Ids | None:
+        """The tokens that may come next, int64, rising: at least one unless `complete`.
 
-    allowed_ids: Ids
-    complete: bool
+        None for all.
+        """
+
+    @property
+    def complete(self) -> bool:
+        """True if the text cannot be continued."""
 
     def accept(self, token_id: int) -> None:
         """Advance by a drawn token."""
