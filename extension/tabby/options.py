@@ -190,7 +190,8 @@ def _read_rope(reader: _Reader) -> None:
 def automatic_alpha(own_length: int, length: int) -> float:
     """Return the NTK factor for a length, by the formula that TabbyAPI documents for `auto`."""
     ratio = length / own_length
-    return 1.0 if ratio <= 1 else 0.28833 * ratio**2 + 0.80541 * ratio - 0.13436
+    # Just above a ratio of 1 the formula has less than 1, which would shorten the model's length.
+    return 1.0 if ratio <= 1 else max(1.0, 0.28833 * ratio**2 + 0.80541 * ratio - 0.13436)
 
 
 def _own_length(reader: _Reader) -> int:

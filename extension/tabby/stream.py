@@ -54,9 +54,10 @@ class TokenStream:
                 timer.cancel()
             if not self._items:
                 await look()
-        ids = []
-        while self._items and isinstance(self._items[0], int):
-            ids.append(self._items.popleft())
+        ids: list[int] = []
+        while self._items and isinstance(item := self._items[0], int):
+            ids.append(item)
+            self._items.popleft()
         if not ids and self._items:
             self._ended = True
             end = self._items.popleft()

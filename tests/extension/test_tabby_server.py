@@ -10,6 +10,7 @@ import pytest
 
 import exl_loader
 from support import tabby_server
+from support.lora_folders import write_adapter
 from support.tabby_server import DEMO, PROMPT, TabbyServer
 from support.webui_server import copy_demo
 
@@ -480,3 +481,23 @@ def test_the_launcher_starts_the_server_where_there_is_no_hook(tabbyapi, folder,
             assert server.text() == own_text(own)
     finally:
         pth.write_text(kept)
+
+
+# ---- LoRAs ----
+
+
+def test_loras_are_loaded_listed_and_unloaded(server, folder, own):
+    shapes = {f"model.layers.{layer}.mlp.up_proj": (704, 256) for layer in range(5)}
+    write_adapter(folder / "loras" / "first", shapes)
+    assert [card["id"] for card in server.get("v1/loras")["data"]] == ["first"]
+    status, answer = server.ask("v1/lora/load", loras=[
+        {"name": "first", "scaling": 0.5}, {"name": "missing"}])
+    assert status == 200 and answer == {"success": ["first"], "failure": ["missing"]}
+    (card,) = server.get("v1/lora")["data"]
+    assert (card["id"], card["scaling"]) == ("first", 0.5)
+    with exl_loader.load(DEMO, **LOADED, loras=[(folder / "loras" / "first", 0.5)]) as model:
+        expected = own_text(model)
+        assert server.reserved_bytes()[-1] == model.reservation.total_bytes
+    assert server.text() == expected
+    assert server.ask("v1/lora/unload")[0] == 200
+    assert server.get("v1/lora")["data"] == [] and server.text() == own_text(own)
