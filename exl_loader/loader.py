@@ -51,8 +51,8 @@ def load(
     It allocates exactly the bytes that `plan` returns for the same options, and nothing later. The
     kernels are compiled on the first load.
 
-    The logger `exl_loader` warns of a context beyond the model's own length (see
-    `Reservation.length_warning`) and of a folder without a tokenizer (see
+    The logger `exl_loader` warns of a context beyond the model's own length and of RoPE options
+    without an effect (see `Reservation.warnings`), and of a folder without a tokenizer (see
     `LoadedModel.tokenizer_warning`).
 
     Args:
@@ -106,8 +106,8 @@ def _load_planned(
     """Do the steps that need PyTorch. Cheap steps that can fail come first."""
     if not plan.reservation.fits:
         raise refusal(plan.reservation)
-    if plan.reservation.length_warning is not None:
-        warn(plan.reservation.length_warning.text)
+    for warning in plan.reservation.warnings:
+        warn(warning)
     from .engine import LoadedModel
 
     tokenizer = _tokenizer(Path(plan.reservation.model_dir))

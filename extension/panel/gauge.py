@@ -72,7 +72,7 @@ def gauge_html(reservation: Reservation, *, measured_bytes: int | None = None) -
         f"Memory gauge: {_verdict_text(reservation, measured_bytes)}",
         [
             _verdict(reservation, measured_bytes),
-            _warning(reservation),
+            _warnings(reservation),
             f'<p class="exl-model">{_model_line(reservation)}</p>',
             *(_device(device, alone=len(devices) == 1) for device in devices),
             _savings(reservation),
@@ -195,13 +195,12 @@ def _verdict(reservation: Reservation, measured_bytes: int | None) -> str:
     return f'<p class="exl-verdict" role="status">{badge} <span>{escape(rest)}</span>{agree}</p>'
 
 
-def _warning(reservation: Reservation) -> str:
-    """Warn of a context beyond the model's length, and name the RoPE setting that extends it."""
-    warning = reservation.length_warning
-    if warning is None:
-        return ""
-    text = escape(warning.text[:1].upper() + warning.text[1:])
-    return f'<p class="exl-warning" role="alert">{text}</p>'
+def _warnings(reservation: Reservation) -> str:
+    """Show the plan's warnings, such as that of a context beyond the model's length."""
+    return "".join(
+        f'<p class="exl-warning" role="alert">{escape(text[:1].upper() + text[1:])}</p>'
+        for text in reservation.warnings
+    )
 
 
 def _model_line(reservation: Reservation) -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import html
+
 import pytest
 
 from exl_loader import load, plan
 from exl_loader.memory import buffers as memory
+from exl_loader.memory.reservation.text import render
 from exl_loader.utils.errors import CacheFull, InvalidSettings
+from extension.panel.gauge import gauge_html
 from support.hf_models import make_model
 from support.model_builder import build_model
 from support.tiny import write_tokenizer
@@ -35,6 +39,32 @@ def test_no_automatic_context_is_longer_than_the_positions(folder, options):
     reservation = plan(folder, device="cpu", **options)
     assert reservation.ctx_size == POSITIONS
     assert set(reservation.largest_ctx_size.values()) == {POSITIONS}
+
+
+@pytest.mark.parametrize(("options", "start"), [
+    ({"alpha_value": 2.5}, "alpha_value 2.5 has no effect on GPT2LMHeadModel, because"),
+    ({"compress_pos_emb": 2.0}, "compress_pos_emb 2 has no effect"),
+    ({"alpha_value": 4.0, "compress_pos_emb": 2.0},
+     "alpha_value 4 and compress_pos_emb 2 have no effect"),
+])
+def test_rope_options_without_effect_are_named(folder, caplog, options, start):
+    found = plan(folder, device="cpu", **options)
+    (warning,) = found.warnings
+    assert warning.startswith(start) and found.to_dict()["rope_warning"] == warning
+    assert found.stretched_length == POSITIONS and found.length_warning is None
+    assert f"Warning: {start}" in " ".join(render(found).split())
+    assert warning[0].upper() + warning[1:] in html.unescape(gauge_html(found))
+    with load(folder, device="cpu", **options):
+        pass
+    assert [record.message for record in caplog.records if "no effect" in record.message] == [
+        warning
+    ]
+
+
+def test_nothing_is_said_where_rope_options_are_unset_or_have_an_effect(folder, tiny_model_dir):
+    assert plan(folder, device="cpu").warnings == []
+    found = plan(tiny_model_dir, device="cpu", ctx_size=256, alpha_value=2.0)
+    assert found.warnings == [] and found.stretched_length == 2 * found.own_length
 
 
 def test_a_draft_model_has_its_own_positions(folder, tmp_path):

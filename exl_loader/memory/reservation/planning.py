@@ -131,6 +131,7 @@ def planned(
             own_length=costs.config.own_length,
             alpha_value=float(options.alpha_value),
             compress_pos_emb=float(options.compress_pos_emb),
+            uses_rope=bool(costs.config.ropes),
             ctx_size=ctx_size,
             cache_type=str(run.cache_type),
             chunk_size=run.chunk_size,

@@ -110,6 +110,7 @@ class Reservation:
         num_layers: the number of decoder layers.
         own_length: the model's own length in tokens, with the RoPE scaling of its config.
         alpha_value, compress_pos_emb: the RoPE options of the plan.
+        uses_rope: False for a model of learned positions, on which these have no effect.
         ctx_size: tokens of context.
         cache_type: as `CacheType` writes it, such as `fp16` or `q8_q4`.
         chunk_size: most tokens in one forward pass.
@@ -146,6 +147,7 @@ class Reservation:
     loras: dict[str, float] = field(default_factory=dict)
     cache_window: int = 0
     cache_size: int = 0
+    uses_rope: bool = True
 
     @property
     def shares_cache(self) -> bool:
@@ -154,7 +156,9 @@ class Reservation:
 
     @property
     def stretched_length(self) -> int:
-        """The model's own length in tokens, stretched by the RoPE options."""
+        """The model's own length in tokens, stretched by the RoPE options that have an effect."""
+        if not self.uses_rope:
+            return self.own_length
         return stretched(self.own_length, self.alpha_value, self.compress_pos_emb)
 
     @property
@@ -163,6 +167,25 @@ class Reservation:
         return length_warning(
             self.ctx_size, self.own_length, self.alpha_value, self.compress_pos_emb
         )
+
+    @property
+    def rope_warning(self) -> str | None:
+        """A warning that names RoPE options without an effect on the model, else None."""
+        values = {"alpha_value": self.alpha_value, "compress_pos_emb": self.compress_pos_emb}
+        chosen = [f"{name} {value:g}" for name, value in values.items() if value != 1.0]
+        if self.uses_rope or not chosen:
+            return None
+        return (
+            f"{' and '.join(chosen)} {'has' if len(chosen) == 1 else 'have'} no effect on "
+            f"{self.architecture}, because it has learned positions and no RoPE."
+        )
+
+    @property
+    def warnings(self) -> list[str]:
+        """All warnings of the plan, one line each."""
+        length = self.length_warning
+        lines = [length.text if length is not None else None, self.rope_warning]
+        return [line for line in lines if line is not None]
 
     @property
     def fits(self) -> bool:
@@ -203,5 +226,6 @@ class Reservation:
             **{name: value for name, value in vars(self).items() if name != "devices"},
             **{name: getattr(self, name) for name in sums},
             "length_warning": warning.to_dict() if warning is not None else None,
+            "rope_warning": self.rope_warning,
             "devices": [device.to_dict() for device in self.devices],
         }

@@ -49,10 +49,9 @@ def render(reservation: Reservation) -> str:
         + "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
         for name, cells in rows
     ]
-    warning = reservation.length_warning
     warned = []
-    if warning is not None:
-        warned = [*textwrap.wrap(f"Warning: {warning.text}", TEXT_WIDTH), ""]
+    for warning in reservation.warnings:
+        warned += [*textwrap.wrap(f"Warning: {warning}", TEXT_WIDTH), ""]
     return "\n".join(
         [_headline(reservation), "", *lines, "", *warned, *_largest(reservation)]
     )
