@@ -176,8 +176,10 @@ def model_table(results: list[Result]) -> list[list[str]]:
         if found is None:
             rows.append([*row, "", "", "", "", ""])
             continue
-        row += [f"{nats:.2e}" for nats in (found.mean, found.standard_error, found.median,
-                                           found.percentile_99_9)]
+        # One window has no standard error.
+        row += ["?" if nats is None else f"{nats:.2e}" for nats in (
+            found.mean, found.standard_error, found.median, found.percentile_99_9
+        )]
         rows.append([*row, f"{found.top1_agreement:.2%}"])
     return rows
 
