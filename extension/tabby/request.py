@@ -17,25 +17,23 @@ _SAME = (
     "temperature", "temperature_last", "smoothing_factor", "top_k", "top_p", "top_a", "min_p",
     "xtc_probability", "xtc_threshold", "frequency_penalty", "presence_penalty",
     "repetition_penalty", "mirostat_mode", "mirostat_tau", "mirostat_eta", "adaptive_decay",
-    "logit_bias", "grammar_string", "json_schema", "ban_eos_token",
+    "logit_bias", "grammar_string", "json_schema", "regex_pattern", "ban_eos_token",
+    "allowed_tokens", "repetition_decay",
 )
 _RENAMED = {
     "typical": "typical_p", "banned_tokens": "custom_token_bans", "cfg_scale": "guidance_scale",
-    "negative_prompt": "negative_prompt",
+    "negative_prompt": "negative_prompt", "min_tokens": "min_new_tokens",
 }
 _PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+_GRAMMARS = ("json_schema", "regex_pattern", "grammar_string")
 
 # Fields that the engine lacks -> the values at which they ask for nothing.
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "banned_strings": ([],),
-    "allowed_tokens": ([],),
-    "regex_pattern": ("",),
-    "min_tokens": (0,),
 }
 _REPORTED: dict[str, tuple[Any, ...]] = {
     "token_healing": (False,),
     "skew": (0,),
-    "repetition_decay": (0,),
 }
 
 # TabbyAPI's values for "not set", at which the engine's own defaults hold.
@@ -77,7 +75,7 @@ def read(
     Raises:
         InvalidSettings: a field cannot be honoured. The engine checks the values of the others.
     """
-    _refuse(params, filter_trigger)
+    _refuse(params)
     notices = [
         f"{name} does nothing here" for name, neutral in _REPORTED.items()
         if _asks(params, name, neutral)
@@ -87,13 +85,14 @@ def read(
         setting: value for name, setting in _RENAMED.items()
         if (value := _get(params, name)) is not None
     }
-    settings |= _temperatures(params) | _penalty_range(params, settings, notices)
-    settings |= _dry(params)
+    settings |= _temperatures(params) | _penalty_range(params, settings) | _dry(params)
     if 0 < (tfs := _get(params, "tfs") or 0) < 1:
         settings["tfs"] = tfs
     target = _get(params, "adaptive_target")
     if target is not None and target < _ADAPTIVE_OFF:
         settings["adaptive_target"] = target
+    if filter_trigger and any(_asks(params, name, ("",)) for name in _GRAMMARS):
+        settings["grammar_trigger"] = filter_trigger
     if "json_schema" in settings:
         settings["json_schema"] = _without_name(settings["json_schema"])
     if _get(params, "logprobs"):
@@ -121,23 +120,13 @@ def _asks(params: Any, name: str, neutral: tuple[Any, ...]) -> bool:
     return value is not None and value not in neutral
 
 
-def _refuse(params: Any, filter_trigger: str | None) -> None:
+def _refuse(params: Any) -> None:
     for name, neutral in _REFUSED.items():
         if _asks(params, name, neutral):
             raise InvalidSettings(
                 name, expected="nothing, because this backend cannot honour it",
                 actual=repr(_get(params, name))[:80], remedy=f"Leave {name} out",
             )
-    if filter_trigger is not None:
-        for name in ("json_schema", "grammar_string"):
-            if _asks(params, name, ("",)):
-                raise InvalidSettings(
-                    name, expected="no text that begins with reasoning, because this backend "
-                    "applies a grammar from the first token on",
-                    actual=f"reasoning until {filter_trigger}",
-                    remedy="Turn the model's reasoning off for this request, for example with "
-                    "enable_thinking: false",
-                )
 
 
 def _temperatures(params: Any) -> dict[str, Any]:
@@ -152,34 +141,22 @@ def _temperatures(params: Any) -> dict[str, Any]:
     }
 
 
-def _penalty_range(
-    params: Any, settings: dict[str, Any], notices: list[str]
-) -> dict[str, Any]:
+def _penalty_range(params: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """Read the range of the penalties; the settings of penalties over no tokens are removed."""
-    penalised, dry_range = _get(params, "penalty_range"), _get(params, "dry_range") or 0
-    has_dry = bool(_get(params, "dry_multiplier"))
+    penalised = _get(params, "penalty_range")
     if penalised == 0:
         for name in _PENALTIES:
             settings.pop(name, None)
-    whole = penalised is None or penalised <= 0
-    tokens = 0 if whole else penalised
-    if has_dry and max(dry_range, 0) != tokens:
-        has_penalties = any(name in settings and settings[name] != neutral
-                            for name, neutral in zip(_PENALTIES, (1, 0, 0), strict=True))
-        if has_penalties:
-            notices.append(
-                f"dry_range: {dry_range} does nothing here; DRY looks at the tokens of "
-                f"penalty_range ({penalised})")
-        else:
-            tokens = max(dry_range, 0)
-    return {"repetition_penalty_range": tokens}
+    # The engine's 0 and TabbyAPI's -1 are all tokens.
+    return {"repetition_penalty_range": max(0, -1 if penalised is None else penalised)}
 
 
 def _dry(params: Any) -> dict[str, Any]:
     multiplier = _get(params, "dry_multiplier")
     if not multiplier or multiplier < 0:
         return {}
-    chosen = {"dry_multiplier": multiplier}
+    # Both count all tokens with 0; the engine would take -1 for the range of the penalties.
+    chosen = {"dry_multiplier": multiplier, "dry_range": max(0, _get(params, "dry_range") or 0)}
     for name, unset in _UNSET_DRY.items():
         value = _get(params, name)
         if value is not None and value != unset:

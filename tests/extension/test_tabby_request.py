@@ -71,6 +71,10 @@ def test_a_request_that_asks_for_nothing_fills_the_context_and_samples_plainly()
     ("json_schema", {"name": "x", "schema": {"type": "null"}}, "json_schema", '{"type": "null"}'),
     ("json_schema", {"name": "x"}, "json_schema", '{"name": "x"}'),
     ("grammar_string", 'root ::= "a"', "grammar_string", 'root ::= "a"'),
+    ("regex_pattern", "a+", "regex_pattern", "a+"),
+    ("allowed_tokens", [1, 7], "allowed_tokens", (1, 7)),
+    ("min_tokens", 4, "min_new_tokens", 4),
+    ("repetition_decay", 5, "repetition_decay", 5),
     ("max_tokens", 12, "max_new_tokens", 12),
     ("max_tokens", 0, "max_new_tokens", 100),
     ("max_tokens", 1000, "max_new_tokens", 100),
@@ -107,9 +111,10 @@ def test_dry_takes_the_engines_defaults_where_nothing_is_set():
     chosen = settings_of(dry_multiplier=0.8, dry_base=2.0, dry_allowed_length=3,
                          dry_sequence_breakers=["x"], dry_range=50)
     assert (chosen.dry_base, chosen.dry_allowed_length) == (2.0, 3)
-    assert chosen.dry_sequence_breakers == ("x",) and chosen.repetition_penalty_range == 50
-    both = asked(dry_multiplier=0.8, dry_range=50, repetition_penalty=1.1, penalty_range=64)
-    assert both.settings["repetition_penalty_range"] == 64 and "dry_range" in both.notices[0]
+    assert chosen.dry_sequence_breakers == ("x",)
+    assert (chosen.dry_range, chosen.repetition_penalty_range) == (50, 0)
+    # 0 is all tokens, whatever the range of the penalties is.
+    assert settings_of(dry_multiplier=0.8, penalty_range=64).dry_range == 0
 
 
 def test_stops_are_texts_and_ids_and_the_models_own():
@@ -119,26 +124,24 @@ def test_stops_are_texts_and_ids_and_the_models_own():
     assert asked(stop=[5], eos=(2,), ban_eos_token=True).settings["stop_token_ids"] == [5]
 
 
-@pytest.mark.parametrize(("field", "value"), [
-    ("banned_strings", ["bad"]), ("allowed_tokens", [1]), ("regex_pattern", "a+"),
-    ("min_tokens", 4),
-])
-def test_what_a_client_relies_on_is_refused_by_name(field, value):
-    with pytest.raises(InvalidSettings, match=f"^{field}: .*Leave {field} out"):
-        asked(**{field: value})
+def test_what_a_client_relies_on_is_refused_by_name():
+    with pytest.raises(InvalidSettings, match="^banned_strings: .*Leave banned_strings out"):
+        asked(banned_strings=["bad"])
 
 
 @pytest.mark.parametrize(("field", "value"), [
-    ("token_healing", True), ("skew", 0.5), ("repetition_decay", 3),
+    ("token_healing", True), ("skew", 0.5),
 ])
 def test_other_fields_without_effect_are_reported_by_name(field, value):
     assert asked(**{field: value}).notices == (f"{field} does nothing here",)
 
 
-def test_a_grammar_after_reasoning_is_refused():
-    with pytest.raises(InvalidSettings, match="json_schema.*</think>"):
-        asked(trigger="</think>", json_schema={})
-    assert asked(trigger="</think>").notices == ()
+@pytest.mark.parametrize("field", [
+    {"json_schema": {}}, {"regex_pattern": "a"}, {"grammar_string": "x"}])
+def test_a_grammar_begins_after_reasoning(field):
+    assert settings_of(trigger="</think>", **field).grammar_trigger == "</think>"
+    assert settings_of(**field).grammar_trigger == ""
+    assert settings_of(trigger="</think>").grammar_trigger == ""
 
 
 def test_fields_that_a_version_lacks_ask_for_nothing():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -119,14 +120,14 @@ def test_samplers_that_upstream_ignores_work_and_are_not_reported(server, own):
               "min_temp": 0.5, "max_temp": 2.0}
     # DRY changes a greedy text that repeats itself.
     assert server.text(max_tokens=60, **chosen) == own_text(
-        own, max_new_tokens=60, dry_multiplier=0.8, dry_sequence_breakers=["#"],
-        ban_eos_token=True, repetition_penalty_range=0)
+        own, max_new_tokens=60, dry_multiplier=0.8, dry_sequence_breakers=["#"], dry_range=0,
+        ban_eos_token=True)
     assert server.text(max_tokens=60) != server.text(max_tokens=60, **chosen)
     assert "Ignoring sampler params" not in server.said()
 
 
 @pytest.mark.parametrize(("setting", "value"), [
-    ("banned_strings", ["x"]), ("regex_pattern", "a+"), ("grammar_string", "no grammar"),
+    ("banned_strings", ["x"]), ("mirostat_mode", 1), ("grammar_string", "no grammar"),
 ])
 @pytest.mark.parametrize("path", ["v1/completions", "v1/chat/completions"])
 def test_a_refused_setting_is_named_to_the_client(server, path, setting, value):
@@ -136,6 +137,19 @@ def test_a_refused_setting_is_named_to_the_client(server, path, setting, value):
     assert status == 400 and setting in answer["detail"], answer
     (event,) = server.events(path, **prompt, max_tokens=4, stream=True, **{setting: value})
     assert setting in event["error"]["message"]
+
+
+def test_texts_can_be_bounded(server, own):
+    assert re.fullmatch("[a-c]{3}[0-9]+", server.text(
+        max_tokens=40, regex_pattern="[a-c]{3}[0-9]{2,9}"))
+    allowed = own.encode(" sys\n", add_bos=False)
+    text = server.text(max_tokens=20, allowed_tokens=allowed)
+    assert text.strip() and set(text) <= set(" sys\n")
+    assert text != server.text(max_tokens=20)
+    # The end token is the only one that is not wanted, so the text has at least so many tokens.
+    status, answer = server.ask("v1/completions", prompt=PROMPT, max_tokens=30, min_tokens=30,
+                                stream_options={"include_usage": True})
+    assert status == 200 and answer["usage"]["completion_tokens"] == 30
 
 
 def test_a_prompt_that_is_too_long_is_refused_with_the_numbers(server):
@@ -308,8 +322,8 @@ def test_kobold_abort(server):
 
 
 def test_kobold_names_a_refused_setting(server):
-    status, answer = server.ask("api/v1/generate", **KOBOLD, regex_pattern="a+")
-    assert status == 400 and "regex_pattern" in answer["detail"]
+    status, answer = server.ask("api/v1/generate", **KOBOLD, banned_strings=["a"])
+    assert status == 400 and "banned_strings" in answer["detail"]
 
 
 # ---- Many clients ----
