@@ -515,3 +515,14 @@ def test_loras_are_loaded_listed_and_unloaded(server, folder, own):
     assert server.text() == expected
     assert server.ask("v1/lora/unload")[0] == 200
     assert server.get("v1/lora")["data"] == [] and server.text() == own_text(own)
+
+
+def test_loras_of_the_configuration_are_loaded_at_the_start(tabbyapi, folder):
+    shapes = {f"model.layers.{layer}.mlp.up_proj": (704, 256) for layer in range(5)}
+    write_adapter(folder / "loras" / "second", shapes, seed=1)
+    with TabbyServer(tabbyapi, folder, OPTIONS | {"model_name": "demo"},
+                     lora={"loras": [{"name": "second", "scaling": 0.25}]}) as server:
+        (card,) = server.get("v1/lora")["data"]
+        assert (card["id"], card["scaling"]) == ("second", 0.25)
+        with exl_loader.load(DEMO, **LOADED, loras=[(folder / "loras" / "second", 0.25)]) as model:
+            assert server.text() == own_text(model)
