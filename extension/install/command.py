@@ -9,7 +9,8 @@ import argparse
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from exl_loader import ExlLoaderError
@@ -33,6 +34,8 @@ from .environment import (
     package_problems,
 )
 from .plugin_files import (
+    WEBUI_HOOK,
+    Hook,
     extension_is_current,
     hook_is_current,
     install_extension,
@@ -68,22 +71,7 @@ def main(webui: Path, arguments: list[str]) -> int:
     Returns:
         the exit code.
     """
-    parser = argparse.ArgumentParser(prog="install.py --webui PATH")
-    parser.add_argument("--python", type=Path, help="the Python that runs the web UI")
-    parser.add_argument("--copy", action="store_true", help="copy the plugin instead of linking it")
-    task = parser.add_mutually_exclusive_group()
-    task.add_argument("--update", action="store_true", help="renew a copied plugin")
-    task.add_argument("--uninstall", action="store_true", help="remove everything again")
-    args = parser.parse_args(arguments)
-    try:
-        if args.uninstall:
-            uninstall(webui, args.python)
-        else:
-            install(webui, args.python, copy=args.copy, update=args.update)
-    except (InstallError, ExlLoaderError) as error:
-        say(f"error: {error}")
-        return 1
-    return 0
+    return run(WEBUI, arguments, partial(install, webui), partial(uninstall, webui))
 
 
 def install(
@@ -102,26 +90,9 @@ def install(
     root = check_folder(webui)
     python = find_python(root, given)
     say(f"web UI: {root}\nits Python: {python.executable} ({dotted(python.version)})")
-    refusals = [p for p in package_problems(python) if p.remedy != WE_INSTALL]
-    if refusals:
-        raise InstallError("; ".join(map(str, refusals)))
+    refuse_missing(python, WEBUI)
     installed = [*install_missing(python), *install_extras(python)]
-    target = extension_folder(root)
-    copied = target.exists() and not is_link(target)
-    if update or not extension_is_current(target) or (copy and not copied):
-        kind = install_extension(target, copy=copy or copied)
-        say(f"extension: {target} ({kind})")
-    else:
-        say(f"extension: {target} (unchanged)")
-    if hook_is_current(python.site_packages):
-        say(f"start hook: {python.site_packages} (unchanged)")
-    else:
-        install_hook(python.site_packages)
-        say(f"start hook: {python.site_packages}")
-    record = read_record(python.site_packages)
-    packages = sorted({*record.get("packages", []), *installed})
-    if record.get("packages") != packages:
-        write_record(python.site_packages, {"packages": packages})
+    install_plugin(python, WEBUI_HOOK, extension_folder(root), installed, copy=copy, update=update)
     say(f"verified: exl_loader {verify(root, python)} can be imported in the web UI's Python. "
          "Start the web UI as usual; its Model tab now has the loaders ExLlamav2 and ExLlamav2_HF")
 
@@ -144,13 +115,7 @@ def uninstall(webui: Path, given: Path | None = None) -> None:
         # This file belongs to the web UI, so it is not changed.
         say(f"remove {' and '.join(flags)} from {path}: without the plugin the web UI does not "
              "start with these flags")
-    python = find_python(root, given)
-    packages = read_record(python.site_packages).get("packages", [])
-    if packages:
-        pip(python, ["uninstall", "--yes", *packages])
-        say(f"removed the packages {', '.join(packages)}")
-    if remove_hook(python.site_packages):
-        say(f"removed the start hook from {python.site_packages}")
+    remove_packages_and_hook(find_python(root, given), WEBUI_HOOK)
 
 
 def problems(webui: Path, given: Path | None = None) -> list[Problem]:
@@ -162,24 +127,9 @@ def problems(webui: Path, given: Path | None = None) -> list[Problem]:
     except InstallError as error:
         line, _, remedy = str(error).partition(". ")
         return [Problem(line, remedy)]
-    found = [Problem(p.problem, again if p.remedy == WE_INSTALL else p.remedy)
-             for p in package_problems(python)]
-    found += [Problem(p.problem, again) for p in extra_problems(python)]
-    target = extension_folder(root)
-    if not target.exists():
-        gone = "links to a folder that no longer exists" if is_link(target) else "does not exist"
-        found.append(Problem(f"{target} {gone}", again))
-    elif not extension_is_current(target):
-        found.append(Problem(f"{target} is not up to date", f"{again}, with --update"))
-    if not hook_is_current(python.site_packages):
-        found.append(Problem(f"the start hook in {python.site_packages} is missing or outdated, so "
-                             "--model does not find the loader", again))
-    if not found:
-        try:
-            verify(root, python)
-        except InstallError as error:
-            found.append(Problem(str(error), again))
-    return found
+    found = plugin_problems(python, WEBUI, WEBUI_HOOK, extension_folder(root), again,
+                            "--model does not find the loader")
+    return found or verification_problems(partial(verify, root, python), again)
 
 
 def verify(root: Path, python: HostPython) -> str:
@@ -194,6 +144,134 @@ def verify(root: Path, python: HostPython) -> str:
     more = ["hf_model"] if "transformers" in python.packages else []
     modules = ["early", "registration", "native_model", *more]
     return import_in(python, extension_folder(root), "webui", modules, root)
+
+
+# ---- Steps that are the same for every host ----
+
+
+def run(
+    host: Host, arguments: list[str], install: Callable[..., None],
+    uninstall: Callable[[Path | None], None],
+) -> int:
+    """Do what the arguments of `install.py` ask for a host.
+
+    Args:
+        host: the host.
+        arguments: `--python P`, `--update`, `--copy` or `--uninstall`.
+        install: takes the Python, or None, and `copy` and `update`.
+        uninstall: takes the Python, or None.
+
+    Returns:
+        the exit code.
+    """
+    parser = argparse.ArgumentParser(prog=f"install.py {host.option} PATH")
+    parser.add_argument("--python", type=Path, help=f"the Python that runs {host.name}")
+    parser.add_argument("--copy", action="store_true", help="copy the plugin instead of linking it")
+    task = parser.add_mutually_exclusive_group()
+    task.add_argument("--update", action="store_true", help="renew a copied plugin")
+    task.add_argument("--uninstall", action="store_true", help="remove everything again")
+    args = parser.parse_args(arguments)
+    try:
+        if args.uninstall:
+            uninstall(args.python)
+        else:
+            install(args.python, copy=args.copy, update=args.update)
+    except (InstallError, ExlLoaderError) as error:
+        say(f"error: {error}")
+        return 1
+    return 0
+
+
+def refuse_missing(python: HostPython, host: Host) -> None:
+    """Check the packages that a host itself has to install.
+
+    Raises:
+        InstallError: some are missing.
+    """
+    refusals = [p for p in package_problems(python, host) if p.remedy != WE_INSTALL]
+    if refusals:
+        raise InstallError("; ".join(map(str, refusals)))
+
+
+def install_plugin(
+    python: HostPython, hook: Hook, target: Path, installed: Sequence[str], *, copy: bool,
+    update: bool,
+) -> None:
+    """Install extension and start hook where they are not current, and record packages.
+
+    Args:
+        python: the host's. hook: its start hook.
+        target: where the extension belongs.
+        installed: the packages that this run has installed.
+        copy: copy the extension instead of linking it.
+        update: renew the extension even if it seems current.
+
+    Raises:
+        InstallError: as `install_extension` and `install_hook`.
+    """
+    copied = target.exists() and not is_link(target)
+    if update or not extension_is_current(target) or (copy and not copied):
+        kind = install_extension(target, copy=copy or copied)
+        say(f"extension: {target} ({kind})")
+    else:
+        say(f"extension: {target} (unchanged)")
+    if hook_is_current(python.site_packages, hook):
+        say(f"start hook: {python.site_packages} (unchanged)")
+    else:
+        install_hook(python.site_packages, hook)
+        say(f"start hook: {python.site_packages}")
+    record = read_record(python.site_packages, hook)
+    packages = sorted({*record.get("packages", []), *installed})
+    if record.get("packages") != packages:
+        write_record(python.site_packages, {"packages": packages}, hook)
+
+
+def remove_packages_and_hook(python: HostPython, hook: Hook) -> None:
+    """Remove the packages that were recorded, then the start hook.
+
+    Raises:
+        InstallError: pip failed; the start hook stays.
+    """
+    packages = read_record(python.site_packages, hook).get("packages", [])
+    if packages:
+        pip(python, ["uninstall", "--yes", *packages])
+        say(f"removed the packages {', '.join(packages)}")
+    if remove_hook(python.site_packages, hook):
+        say(f"removed the start hook from {python.site_packages}")
+
+
+def plugin_problems(
+    python: HostPython, host: Host, hook: Hook, target: Path, again: str, loss: str
+) -> list[Problem]:
+    """Return what is wrong with packages, extension and start hook.
+
+    Args:
+        python: the host's. hook: its start hook.
+        target: where the extension belongs.
+        again: the remedy of what the installer mends.
+        loss: what does not work without the start hook.
+    """
+    found = [Problem(p.problem, again if p.remedy == WE_INSTALL else p.remedy)
+             for p in package_problems(python, host)]
+    found += [Problem(p.problem, again) for p in extra_problems(python)]
+    if not target.exists():
+        gone = "links to a folder that no longer exists" if is_link(target) else "does not exist"
+        found.append(Problem(f"{target} {gone}", again))
+    elif not extension_is_current(target):
+        found.append(Problem(f"{target} is not up to date", f"{again}, with --update"))
+    if not hook_is_current(python.site_packages, hook):
+        found.append(Problem(f"the start hook in {python.site_packages} is missing or outdated, so "
+                             f"{loss}", again))
+    return found
+
+
+def verification_problems(verify: Callable[[], str], again: str) -> list[Problem]:
+    """Return the problem that `verify` meets, with the remedy `again`."""
+    try:
+        verify()
+    except InstallError as error:
+        return [Problem(str(error), again)]
+    return []
 
 
 def import_in(

@@ -100,10 +100,10 @@ def extension_is_current(target: Path) -> bool:
 
 
 def install_extension(target: Path, *, copy: bool = False) -> str:
-    """Link the extension into the web UI's folder, or copy it together with the engine.
+    """Link the extension to where a host looks for it, or copy it together with the engine.
 
     Args:
-        target: the extension's folder in the web UI.
+        target: the extension's folder for the host.
         copy: do not try to link it.
 
     Returns:

@@ -6,38 +6,28 @@ extension (or a copy of it and of the engine), the start hook, and a record of w
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from exl_loader import ExlLoaderError
 from exl_loader.utils.untrusted_files import SETTINGS_BYTES, is_there, read_text
 
-from .command import import_in, install_extras, install_missing, pip, say
-from .environment import (
-    TABBYAPI,
-    WE_INSTALL,
-    HostPython,
-    InstallError,
-    Problem,
-    dotted,
-    extra_problems,
-    find_python,
-    package_problems,
+from .command import (
+    import_in,
+    install_extras,
+    install_missing,
+    install_plugin,
+    pip,
+    plugin_problems,
+    refuse_missing,
+    remove_packages_and_hook,
+    run,
+    say,
+    verification_problems,
 )
-from .plugin_files import (
-    TABBYAPI_HOOK,
-    extension_is_current,
-    hook_is_current,
-    install_extension,
-    install_hook,
-    is_link,
-    read_record,
-    remove_extension,
-    remove_hook,
-    write_record,
-)
+from .environment import TABBYAPI, HostPython, InstallError, Problem, dotted, find_python
+from .plugin_files import TABBYAPI_HOOK, remove_extension
 
 # Without exllamav3 TabbyAPI ends at its start, unless this is set.
 UNSAFE_LAUNCH = (
@@ -67,22 +57,8 @@ def main(tabbyapi: Path, arguments: list[str], torch: TorchArguments) -> int:
     Returns:
         the exit code.
     """
-    parser = argparse.ArgumentParser(prog="install.py --tabbyapi PATH")
-    parser.add_argument("--python", type=Path, help="the Python that runs TabbyAPI")
-    parser.add_argument("--copy", action="store_true", help="copy the plugin instead of linking it")
-    task = parser.add_mutually_exclusive_group()
-    task.add_argument("--update", action="store_true", help="renew a copied plugin")
-    task.add_argument("--uninstall", action="store_true", help="remove everything again")
-    args = parser.parse_args(arguments)
-    try:
-        if args.uninstall:
-            uninstall(tabbyapi, args.python)
-        else:
-            install(tabbyapi, args.python, torch, copy=args.copy, update=args.update)
-    except (InstallError, ExlLoaderError) as error:
-        say(f"error: {error}")
-        return 1
-    return 0
+    return run(TABBYAPI, arguments, partial(install, tabbyapi, torch=torch),
+               partial(uninstall, tabbyapi))
 
 
 def check_folder(tabbyapi: Path) -> Path:
@@ -123,30 +99,14 @@ def install(
     root = check_folder(tabbyapi)
     python = find_python(root, given, TABBYAPI)
     say(f"TabbyAPI: {root}\nits Python: {python.executable} ({dotted(python.version)})")
-    refusals = [p for p in package_problems(python, TABBYAPI) if p.remedy != WE_INSTALL]
-    if refusals:
-        raise InstallError("; ".join(map(str, refusals)))
+    refuse_missing(python, TABBYAPI)
     installed = []
     if "torch" not in python.packages:
         installed += _install_torch(python, torch)
         python = find_python(root, given, TABBYAPI)
     installed += [*install_missing(python, TABBYAPI), *install_extras(python)]
-    target = extension_folder(python)
-    copied = target.exists() and not is_link(target)
-    if update or not extension_is_current(target) or (copy and not copied):
-        kind = install_extension(target, copy=copy or copied)
-        say(f"extension: {target} ({kind})")
-    else:
-        say(f"extension: {target} (unchanged)")
-    if hook_is_current(python.site_packages, TABBYAPI_HOOK):
-        say(f"start hook: {python.site_packages} (unchanged)")
-    else:
-        install_hook(python.site_packages, TABBYAPI_HOOK)
-        say(f"start hook: {python.site_packages}")
-    record = read_record(python.site_packages, TABBYAPI_HOOK)
-    packages = sorted({*record.get("packages", []), *installed})
-    if record.get("packages") != packages:
-        write_record(python.site_packages, {"packages": packages}, TABBYAPI_HOOK)
+    install_plugin(python, TABBYAPI_HOOK, extension_folder(python), installed, copy=copy,
+                   update=update)
     say(f"verified: exl_loader {verify(root, python)} can be imported in TabbyAPI's Python. Start "
         "TabbyAPI as usual; EXL2 and GPTQ models choose this backend by themselves")
     if _EXL3 not in python.packages:
@@ -165,12 +125,7 @@ def uninstall(tabbyapi: Path, given: Path | None = None) -> None:
     target = extension_folder(python)
     if remove_extension(target):
         say(f"removed {target}")
-    packages = read_record(python.site_packages, TABBYAPI_HOOK).get("packages", [])
-    if packages:
-        pip(python, ["uninstall", "--yes", *packages])
-        say(f"removed the packages {', '.join(packages)}")
-    if remove_hook(python.site_packages, TABBYAPI_HOOK):
-        say(f"removed the start hook from {python.site_packages}")
+    remove_packages_and_hook(python, TABBYAPI_HOOK)
 
 
 def problems(tabbyapi: Path, given: Path | None = None) -> list[Problem]:
@@ -182,28 +137,12 @@ def problems(tabbyapi: Path, given: Path | None = None) -> list[Problem]:
     except InstallError as error:
         line, _, remedy = str(error).partition(". ")
         return [Problem(line, remedy)]
-    found = [Problem(p.problem, again if p.remedy == WE_INSTALL else p.remedy)
-             for p in package_problems(python, TABBYAPI)]
-    found += [Problem(p.problem, again) for p in extra_problems(python)]
-    target = extension_folder(python)
-    if not target.exists():
-        gone = "links to a folder that no longer exists" if is_link(target) else "does not exist"
-        found.append(Problem(f"{target} {gone}", again))
-    elif not extension_is_current(target):
-        found.append(Problem(f"{target} is not up to date", f"{again}, with --update"))
-    if not hook_is_current(python.site_packages, TABBYAPI_HOOK):
-        found.append(Problem(
-            f"the start hook in {python.site_packages} is missing or outdated, so TabbyAPI does "
-            "not find the backend", again))
+    found = plugin_problems(python, TABBYAPI, TABBYAPI_HOOK, extension_folder(python), again,
+                            "TabbyAPI does not find the backend")
     if _EXL3 not in python.packages and not _is_launched_without(root):
         found.append(Problem(f"{_EXL3} is not installed, so TabbyAPI ends at its start",
                              UNSAFE_LAUNCH[:1].upper() + UNSAFE_LAUNCH[1:]))
-    if not found:
-        try:
-            verify(root, python)
-        except InstallError as error:
-            found.append(Problem(str(error), again))
-    return found
+    return found or verification_problems(partial(verify, root, python), again)
 
 
 def verify(root: Path, python: HostPython) -> str:
