@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from exl_loader.utils.errors import printable
+from ..host_log import log_line
 
 # The names under which a configuration asks for this backend. Configurations that were written
 # for ExLlamaV2 go on working.
@@ -31,13 +31,7 @@ def say(message: str, *, level: str = "info") -> None:
     Args:
         level: a method of a logger, `info`, `warning` or `error`.
     """
-    found = sys.modules.get("common.logger")
-    logger = getattr(found, "xlogger", None)
-    line = f"exl_loader: {printable(message)}"
-    if logger is None:
-        print(line, file=sys.stderr, flush=True)
-    else:
-        getattr(logger, level)(line)
+    log_line(message, level, "common.logger", "xlogger")
 
 
 def module(name: str) -> Any:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from exl_loader.utils.errors import printable
+from ..host_log import log_line
 
 LOADERS = ("ExLlamav2", "ExLlamav2_HF")
 
@@ -70,13 +70,7 @@ def say(message: str, *, level: str = "warning") -> None:
     Args:
         level: a method of a logger, `info`, `warning` or `error`.
     """
-    found = sys.modules.get("modules.logging_colors")
-    logger = getattr(found, "logger", None)
-    line = f"exl_loader: {printable(message)}"
-    if logger is None:
-        print(line, file=sys.stderr, flush=True)
-    else:
-        getattr(logger, level)(line)
+    log_line(message, level, "modules.logging_colors", "logger")
 
 
 def module(name: str) -> Any:
