@@ -107,8 +107,8 @@ def test_every_way_to_leave_releases_the_pages(way):
     assert list(engine.generate_ids([5], LONG)) == [7] * 200
 
 
-def test_a_task_that_is_cancelled_while_it_waits_ends_the_generation():
-    engine, model, _ = fake_engine(count_up, pages=2)
+def hold_calls(model) -> tuple[threading.Event, threading.Event]:
+    """Make calls wait; return what says that one has begun, and what lets them go on."""
     inside, leave = threading.Event(), threading.Event()
 
     def hold():
@@ -116,6 +116,12 @@ def test_a_task_that_is_cancelled_while_it_waits_ends_the_generation():
         assert leave.wait(300)
 
     model.before_call = hold
+    return inside, leave
+
+
+def test_a_task_that_is_cancelled_while_it_waits_ends_the_generation():
+    engine, model, _ = fake_engine(count_up, pages=2)
+    inside, leave = hold_calls(model)
 
     async def main():
         generation = engine.agenerate_ids([5], LONG)
@@ -137,13 +143,7 @@ def test_a_task_that_is_cancelled_while_it_waits_ends_the_generation():
 def test_a_loop_that_ends_does_not_disturb_the_model():
     """The model's thread wakes a coroutine whose loop was closed."""
     engine, model, _ = fake_engine(endless, pages=2)
-    inside, leave = threading.Event(), threading.Event()
-
-    def hold():
-        inside.set()
-        assert leave.wait(300)
-
-    model.before_call = hold
+    inside, leave = hold_calls(model)
     loop = asyncio.new_event_loop()
     generation = engine.agenerate_ids([5], LONG)
     waiting = loop.create_task(anext(generation))
