@@ -59,7 +59,7 @@ class KeySums:
 
 
 def store_mean(layer: CacheLayer, keys: KeySums, half: int, cpu: CpuAccess) -> None:
-    """Write what a layer's keys are stored without: `key_mean`, and `key_bias` to make up for it.
+    """Write the mean that RoPE subtracts, and the key bias by which attention adds it.
 
     Args:
         layer: the cache. Its `key_bias` is what was taken out of the projection, or None.
@@ -77,7 +77,7 @@ def store_mean(layer: CacheLayer, keys: KeySums, half: int, cpu: CpuAccess) -> N
 
 
 def _largest_pairs(keys: KeySums, taken: torch.Tensor, half: int) -> torch.Tensor:
-    """Return the mean in the pairs that are worth it, zero elsewhere.
+    """Return the mean in the largest pairs of each head, zero elsewhere.
 
     It is float32 [kv_heads, head_dim], rounded to bfloat16.
 
@@ -95,8 +95,7 @@ def _largest_pairs(keys: KeySums, taken: torch.Tensor, half: int) -> torch.Tenso
         chosen.scatter_(1, energy.topk(count, dim=1).indices, True)
         chosen &= (energy > 0) & (energy >= LEAST_SHARE * squares[:, None])
         result[:, : 2 * half] = (pairs * chosen[:, None]).flatten(1)
-    # Few bits, so that what the last bits of a device's sums depend on, such as the length of its
-    # steps, changes nothing.
+    # The last bits of a card's sums depend on the length of its steps. So few bits are kept.
     return result.bfloat16().float()
 
 

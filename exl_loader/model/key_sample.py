@@ -42,7 +42,7 @@ def area(width, height):
 
 1. Boil 250 ml of water.
 2. Add the rice; wait 12 minutes.'''
-# The most ids of a sample of this text, and the fewest: tokenizers differ.
+# Tokenizers differ: the text is cut after so many ids, and not used if it has fewer than so many.
 MOST_TEXT_IDS, FEWEST_TEXT_IDS = 128, 32
 
 # Random ids of a sample without a text.
@@ -94,7 +94,7 @@ class _SampledLayer:
     keys: KeySums | None = None
 
     def clear(self) -> None:
-        """Make matrices and mean zero, with which keys are stored as if there were none."""
+        """Set matrices and mean to zero: keys are stored without feedback, and whole."""
         for tensor in (self.layer.key_feedback, self.layer.key_mean):
             if tensor is not None:
                 zeros = torch.zeros(tensor.shape, dtype=tensor.dtype)

@@ -62,7 +62,7 @@ print(exl_loader.__version__)
 
 
 def main(webui: Path, arguments: list[str]) -> int:
-    """Install, update or uninstall, according to the arguments.
+    """Install, update or uninstall in the web UI, according to the arguments.
 
     Args:
         webui: the web UI's folder.
