@@ -1,7 +1,8 @@
 """Set up exl_loader in an environment of its own, and run the demo, the page or the tests.
 
-    python install.py --demo        make .venv/, let the shipped model write a text in the
-                                    terminal, then serve a page with it (in a terminal only)
+    python install.py --demo        make .venv/, show what memory each cache type takes, let the
+                                    shipped model write a text in the terminal, then serve a
+                                    page with it (in a terminal only)
     python install.py --terminal    the same without the page; also --demo --terminal
     python install.py --test        make .venv/ with the test dependencies, then run the tests
     python install.py --env         only make .venv/; with --test, the test dependencies too
@@ -143,8 +144,9 @@ def demo(page_arguments: list[str]) -> int:
 
 
 def write_text(arguments: list[str]) -> int:
-    """Let the shipped model continue its own prompt."""
-    return run_in_environment(["-m", "exl_loader", "generate", "--stats", *arguments])
+    """Let the shipped model continue its own prompt, between its planned and measured memory."""
+    command = ["-m", "exl_loader", "generate", "--stats", "--memory"]
+    return run_in_environment([*command, *arguments])
 
 
 def run_in_environment(arguments: list[str]) -> int:

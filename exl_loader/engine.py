@@ -467,9 +467,15 @@ class LoadedModel:
         """
         return self._generator.run_alone(steps)
 
-    def allocated_bytes(self) -> int:
-        """Return the sum of the allocated buffers; equals the reservation's total while loaded."""
-        return self._buffers.allocated_bytes()
+    def allocated_bytes(self, device: str | None = None, segment: str | None = None) -> int:
+        """Return the sum of the allocated buffers; equals the reservation's total while loaded.
+
+        Args:
+            device: count the buffers of this device alone.
+            segment: count those of this kind alone: `weights`, `cache`, `workspace`, `embedding`
+                or `loras`.
+        """
+        return self._buffers.allocated_bytes(device, segment)
 
     def unload(self) -> None:
         """End all generations and free the memory. A second call does nothing.

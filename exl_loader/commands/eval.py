@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint.config import ModelConfig
 from ..utils.byte_counts import MIB
 from ..utils.errors import InvalidSettings
+from ..utils.output import aligned
 from ..utils.progress import default_progress
 from .model_options import add_model_argument, add_options, read_text
 
@@ -153,13 +154,7 @@ def _table(results: list[dict[str, Any]]) -> list[str]:
             row += [f"{found[name]:.2e}" for name in ("median", "percentile_99_9", "largest")]
             row += [f"{found['top1_agreement']:.2%}", _error(found["top1_error"], ".2%")]
         rows.append([*row, f"{result['cache_bytes'] / MIB:.1f}"])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        row[0].ljust(widths[0])
-        + "".join("  " + cell.rjust(n) for cell, n in zip(row[1:], widths[1:], strict=True))
-        for row in rows
-    ]
-    return [line.rstrip() for line in lines]
+    return aligned(rows)
 
 
 def _error(value: float | None, form: str) -> str:

@@ -8,6 +8,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from ..memory.reservation import LoadOptions, plan
+from ..memory.reservation.text import compare_allocated, compare_cache_types
 from ..text.chat.fitting import context_notice
 from ..utils.byte_counts import MIB
 from ..utils.output import TerminalWriter
@@ -17,6 +19,7 @@ from .model_options import (
     DEMO_MODEL,
     add_load_arguments,
     add_sampling_arguments,
+    chosen_options,
     open_model,
     read_text,
     sampling_settings,
@@ -30,6 +33,9 @@ if TYPE_CHECKING:
 DEMO_PROMPT = "import os\n\n\ndef read_lines(path):\n"
 OTHER_PROMPT = "Once upon a time"
 
+# 16, 8 and 4 bits: what `--memory` plans beside the chosen type.
+COMPARED_CACHE_TYPES = ("fp16", "q8", "q4")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommand's arguments to its parser."""
@@ -41,6 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_sampling_arguments(parser)
     parser.add_argument("--stats", action="store_true", help="print speed and memory to stderr")
+    parser.add_argument(
+        "--memory", action="store_true",
+        help="print to stderr what each cache type reserves, before anything is loaded, and at the "
+        "end the reserved bytes beside the allocated ones",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
 
 
@@ -53,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
     settings = sampling_settings(args)
     prompt = _prompt(args)
     progress = default_progress()
+    if args.memory:
+        print(_cache_types(args) + "\n", file=sys.stderr)
     began = time.perf_counter()
     with open_model(args, progress) as model:
         load_s = time.perf_counter() - began
@@ -63,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
                 text = ""
                 _stream(generation, echo=prompt if _default_prompt(args) else "")
         result = _result(model, generation, load_s) | {"prompt": prompt, "text": text}
+        memory = compare_allocated(model.reservation, model.allocated_bytes)
     if generation.finish_reason == "context":
         notice = context_notice(result["ctx_size"], result["new_tokens"])
         print(f"warning: {notice}", file=sys.stderr)
@@ -70,7 +84,21 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(result, indent=2))
     if args.stats:
         print(_readable(result), file=sys.stderr)
+    if args.memory:
+        print("\n" + memory, file=sys.stderr)
     return 0
+
+
+def _cache_types(args: argparse.Namespace) -> str:
+    """Plan the model with each cache type of interest, and write the plans as a table."""
+    options = LoadOptions(**chosen_options(args)).for_plan()
+    chosen = plan(args.model, **options)
+    options["ctx_size"] = chosen.ctx_size
+    others = [
+        plan(args.model, **options | {"cache_type": name})
+        for name in COMPARED_CACHE_TYPES if name != chosen.cache_type
+    ]
+    return compare_cache_types([chosen, *others])
 
 
 def _default_prompt(args: argparse.Namespace) -> bool:

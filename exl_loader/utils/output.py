@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TextIO
 
@@ -27,6 +28,21 @@ def for_terminal(text: str) -> str:
     """
     shown = _LINE_CONTROLS.sub(lambda found: repr(found[0])[1:-1], text.replace("\r\n", "\n"))
     return printable(shown)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table: the first column to the left, the others to the right.
+
+    Args:
+        rows: cells, as many in each row; headings first if there are any.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        (row[0].ljust(widths[0]) + "".join(
+            "  " + cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)
+        )).rstrip()
+        for row in rows
+    ]
 
 
 class TerminalWriter:

@@ -12,7 +12,9 @@ from exl_loader.commands import model_options
 from exl_loader.commands.chat import Chat
 from exl_loader.commands.cli import main
 from exl_loader.generation.settings import SamplingSettings
+from exl_loader.memory.reservation import plan
 from exl_loader.text.tokenizer import Tokenizer
+from exl_loader.utils.byte_counts import amount
 from support.fake_model import fake_engine
 from support.lora_folders import write_adapter
 from support.tiny import write_tokenizer
@@ -37,6 +39,21 @@ def test_generate_streams_text_and_prints_its_statistics(tiny_model_dir, capsys)
         assert part in first.err
     assert generate(tiny_model_dir, "--prompt", "hello", "--seed", "3") == 0
     assert capsys.readouterr().out == first.out
+
+
+def test_memory_is_planned_before_and_measured_after(tiny_model_dir, capsys):
+    assert generate(tiny_model_dir, "--prompt", "hello", "--cache-type", "q6", "--memory") == 0
+    table, measured = capsys.readouterr().err.split("\n\n", 1)
+    title, headings, *rows = table.splitlines()
+    assert title.startswith(f"{tiny_model_dir}: ") and "256 tokens of context" in title
+    assert [row.split()[0] for row in rows] == ["q6", "fp16", "q8", "q4"]
+    planned = plan(tiny_model_dir, ctx_size=256, cache_type="q6")
+    assert amount(planned.total_bytes) in rows[0] and "reserved" in headings
+    assert f"{planned.largest_ctx_size['q6']:,} tokens" not in rows[1]
+    total = measured.splitlines()[-1].split()
+    assert total == ["bytes", "together"] + 2 * [f"{planned.total_bytes:,}"]
+    lines = [line.split() for line in measured.splitlines()]
+    assert ["cpu", "cache"] + 2 * [f"{planned.cache_bytes:,}"] in lines
 
 
 def test_generate_as_json(tiny_model_dir, capsys):

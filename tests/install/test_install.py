@@ -106,7 +106,7 @@ def test_test_adds_to_a_plain_environment_and_runs_pytest(world, monkeypatch):
     # An environment for the tests serves the demo as well.
     assert call(world, monkeypatch, "--terminal", "--seed", "1") == 0
     (command,) = world.take()
-    assert command.endswith("-m exl_loader generate --stats --seed 1")
+    assert command.endswith("-m exl_loader generate --stats --memory --seed 1")
 
 
 @pytest.mark.parametrize(("terminal", "arguments", "page"), [
@@ -122,7 +122,7 @@ def test_demo_writes_text_and_opens_the_page_for_a_person(
     monkeypatch.setattr(world.install.sys.stdout, "isatty", lambda: terminal)
     assert call(world, monkeypatch, "--demo", *arguments) == 0
     text, *pages = world.take()
-    assert text.endswith("-m exl_loader generate --stats --max-new-tokens 200")
+    assert text.endswith("-m exl_loader generate --stats --memory --max-new-tokens 200")
     assert [command.split("python ", 1)[1] for command in pages] == ([page] if page else [])
 
 
@@ -134,7 +134,7 @@ def test_terminal_writes_text_and_opens_no_page(world, monkeypatch, arguments):
     monkeypatch.setattr(world.install.sys.stdout, "isatty", lambda: True)
     assert call(world, monkeypatch, *arguments, "--seed", "1") == 0
     (text,) = world.take()
-    assert text.endswith("-m exl_loader generate --stats --seed 1")
+    assert text.endswith("-m exl_loader generate --stats --memory --seed 1")
 
 
 @pytest.mark.parametrize(("task", "packages"), [("--demo", "[extension]"),

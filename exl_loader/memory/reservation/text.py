@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ...backends import backend_of
 from ...backends.base import Process
 from ...utils.byte_counts import amount
 from ...utils.errors import InsufficientMemory
+from ...utils.output import aligned
 from .records import DeviceReservation, Reservation
 
 PROCESSES_SHOWN = 3
@@ -97,6 +98,50 @@ def _largest(reservation: Reservation) -> list[str]:
         note = f" ({beyond})" if tokens > reservation.stretched_length else ""
         lines.append(f"  {name:<9}{tokens:>12,} tokens{note}" if tokens else f"  {name:<9}none")
     return lines
+
+
+def compare_cache_types(reservations: Sequence[Reservation]) -> str:
+    """Write a table with a row for each cache type of one model at one length.
+
+    Args:
+        reservations: one for each cache type, with the same other options.
+    """
+    first = reservations[0]
+    rows = [["", "weights", "cache", "workspace", "reserved", "largest context that fits"]]
+    for reservation in reservations:
+        name, tokens = reservation.cache_type, reservation.largest_ctx_size[reservation.cache_type]
+        rows.append([
+            name, amount(reservation.weights_bytes + reservation.embedding_bytes),
+            amount(reservation.cache_bytes), amount(reservation.workspace_bytes),
+            amount(reservation.total_bytes), f"{tokens:,} tokens" if tokens else "none",
+        ])  # fmt: skip
+    title = (
+        f"{first.model_dir}: what each cache type reserves for {first.ctx_size:,} tokens of context"
+    )
+    return "\n".join([title, *aligned(rows)])
+
+
+def compare_allocated(reservation: Reservation, allocated: Callable[[str, str], int]) -> str:
+    """Write a table of the reserved bytes beside the allocated ones, with a row for each buffer.
+
+    Args:
+        reservation: of a loaded model.
+        allocated: its allocated bytes by device and segment.
+    """
+    rows, sums = [["", "reserved", "measured"]], [0, 0]
+    for device in reservation.devices:
+        reserved = {
+            "weights": device.weights_bytes, "cache": device.cache_bytes,
+            "workspace": device.workspace_bytes, "embedding": device.embedding_bytes,
+            "loras": device.lora_bytes,
+        }
+        for segment, nbytes in reserved.items():
+            both = nbytes, allocated(device.device, segment)
+            if any(both):
+                rows.append([f"{device.device} {segment}", *(f"{n:,}" for n in both)])
+                sums = [total + n for total, n in zip(sums, both, strict=True)]
+    rows.append(["bytes together", *(f"{n:,}" for n in sums)])
+    return "\n".join(aligned(rows))
 
 
 def refusal(reservation: Reservation) -> InsufficientMemory:
