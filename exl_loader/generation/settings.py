@@ -69,6 +69,8 @@ _NUMBERS: dict[str, tuple[float, float | None]] = {
     "adaptive_decay": (0, 0.99),
     "xtc_threshold": (0, 1),
     "xtc_probability": (0, 1),
+    # At these limits the result no longer depends on the random number.
+    "skew": (-100, 100),
     "dry_multiplier": (0, None),
     "dry_base": (1, None),
     "repetition_penalty": (SMALLEST, LARGEST),
@@ -131,6 +133,9 @@ class SamplingSettings:
             samplers except mirostat.
         xtc_probability: how often all tokens of at least `xtc_threshold` except the least likely
             of them are removed; 0 is never.
+        skew: above 0 favours unlikely tokens of those that all samplers leave, below 0 likely ones:
+            the random number of a draw is raised to the power e^-skew, see `draw`; 0 turns it
+            off.
         dry_multiplier: penalty on continuing a repeated sequence of `dry_allowed_length` tokens;
             every further token multiplies it by `dry_base`; 0 turns it off.
         dry_sequence_breakers: texts that no repeated sequence contains; a list, or text in the
@@ -206,6 +211,7 @@ class SamplingSettings:
     adaptive_decay: float = 0.9
     xtc_threshold: float = 0.1
     xtc_probability: float = 0.0
+    skew: float = 0.0
     dry_multiplier: float = 0.0
     dry_base: float = 1.75
     dry_allowed_length: int = 2

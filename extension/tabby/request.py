@@ -18,7 +18,7 @@ _SAME = (
     "xtc_probability", "xtc_threshold", "frequency_penalty", "presence_penalty",
     "repetition_penalty", "mirostat_mode", "mirostat_tau", "mirostat_eta", "adaptive_decay",
     "logit_bias", "grammar_string", "json_schema", "regex_pattern", "ban_eos_token",
-    "allowed_tokens", "repetition_decay",
+    "allowed_tokens", "repetition_decay", "skew",
 )
 _RENAMED = {
     "typical": "typical_p", "banned_tokens": "custom_token_bans", "cfg_scale": "guidance_scale",
@@ -33,7 +33,6 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
 }
 _REPORTED: dict[str, tuple[Any, ...]] = {
     "token_healing": (False,),
-    "skew": (0,),
 }
 
 # TabbyAPI's values for "not set", at which the engine's own defaults hold.

@@ -75,6 +75,7 @@ def test_a_request_that_asks_for_nothing_fills_the_context_and_samples_plainly()
     ("allowed_tokens", [1, 7], "allowed_tokens", (1, 7)),
     ("min_tokens", 4, "min_new_tokens", 4),
     ("repetition_decay", 5, "repetition_decay", 5),
+    ("skew", -0.5, "skew", -0.5),
     ("max_tokens", 12, "max_new_tokens", 12),
     ("max_tokens", 0, "max_new_tokens", 100),
     ("max_tokens", 1000, "max_new_tokens", 100),
@@ -130,7 +131,7 @@ def test_what_a_client_relies_on_is_refused_by_name():
 
 
 @pytest.mark.parametrize(("field", "value"), [
-    ("token_healing", True), ("skew", 0.5),
+    ("token_healing", True),
 ])
 def test_other_fields_without_effect_are_reported_by_name(field, value):
     assert asked(**{field: value}).notices == (f"{field} does nothing here",)

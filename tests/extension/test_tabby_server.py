@@ -126,6 +126,11 @@ def test_samplers_that_upstream_ignores_work_and_are_not_reported(server, own):
     assert "Ignoring sampler params" not in server.said()
 
 
+def test_a_skew_favours_likely_tokens(server, own):
+    # At this limit the likeliest token is always drawn.
+    assert server.text(temperature=1, skew=-100) == own_text(own)
+
+
 @pytest.mark.parametrize(("setting", "value"), [
     ("banned_strings", ["x"]), ("mirostat_mode", 1), ("grammar_string", "no grammar"),
 ])

@@ -98,6 +98,61 @@ def test_the_draw_inverts_the_summed_probability(logits, uniform):
     assert below - 1e-6 <= uniform <= reached[token] + 1e-6
 
 
+def skewed_distribution(probabilities: dict[int, float], skew: float) -> dict[int, float]:
+    """Return the probabilities of a skewed draw: those of u^(e^-skew) in a token's interval."""
+    skewed, reached = {}, 0.0
+    for token in sorted(probabilities, key=lambda i: (-probabilities[i], i)):
+        before, reached = reached, min(1.0, reached + probabilities[token])
+        skewed[token] = reached ** math.exp(skew) - before ** math.exp(skew)
+    return skewed
+
+
+@settings(max_examples=300)
+@given(logits=LOGITS, uniform=st.floats(0, 1, exclude_max=True),
+       skew=st.sampled_from([-100, -2.0, -0.5, 0.01, 0.7, 3.0, 12.0, 100]))
+def test_a_skewed_draw_inverts_the_sum_of_falling_probabilities(logits, uniform, skew):
+    row = np.array(logits, np.float32)
+    weights = np.exp(row.astype(np.float64) - row.max())
+    ranked = sorted(range(len(row)), key=lambda i: (-row[i], i))
+    reached = np.cumsum(weights[ranked]) / weights.sum()
+    rank = ranked.index(draw(Candidates.from_row(row), uniform, skew))
+    power = uniform ** math.exp(-skew)
+    below = reached[rank - 1] if rank else 0.0
+    assert below - 1e-6 <= power <= reached[rank] + 1e-6
+    # The order of the candidates does not matter.
+    falling = Candidates.from_row(row).reordered(row)
+    assert draw(falling, uniform, skew) == ranked[rank]
+
+
+@pytest.mark.parametrize("skew", [-1.0, 0.4, 1.5])
+def test_skewed_draws_follow_the_closed_form(skew):
+    # Some tokens are equally likely, and their order matters.
+    logits = np.random.default_rng().standard_normal(300).round(1).astype(np.float32)
+    options = SamplingSettings(
+        top_k=20, skew=skew, seed=int(np.random.default_rng().integers(1 << 40)))
+    expected = skewed_distribution(defined_distribution(logits, [], options), skew)
+    sampler, draws = Sampler(options), 20000
+    row = LogitsRow(logits)
+    counts = np.bincount([sampler.sample(row, []) for _ in range(draws)], minlength=300)
+    assert set(np.flatnonzero(counts)) <= set(expected)
+    chi_square = sum((counts[i] - draws * p) ** 2 / (draws * p) for i, p in expected.items())
+    assert chi_square < 19 + 8 * 6.2
+
+
+def test_a_skewed_draw_of_a_vocabulary_is_that_of_sorting_it():
+    rng = np.random.default_rng()
+    row = (rng.standard_normal(100_000) * 2).round(2).astype(np.float32)
+    row[rng.integers(0, len(row), 1000)] = -np.inf
+    weights = np.exp(row.astype(np.float64) - row.max())
+    ranked = np.lexsort((np.arange(len(row)), -row))
+    reached = np.cumsum(weights[ranked]) / weights.sum()
+    for uniform, skew in [(0.0, 1.0), (0.3, 0.5), (0.9, 1.0), (0.999, 3.0), (1 - 1e-16, 100.0)]:
+        rank = int(np.flatnonzero(ranked == draw(Candidates.from_row(row), uniform, skew))[0])
+        below = reached[rank - 1] if rank else 0.0
+        assert below - 1e-6 <= uniform ** math.exp(-skew) <= reached[rank] + 1e-6
+        assert row[ranked[rank]] > -np.inf
+
+
 def test_draws_follow_the_distribution():
     logits = np.random.default_rng().standard_normal(300).astype(np.float32)
     options = SamplingSettings(top_k=20, seed=int(np.random.default_rng().integers(1 << 40)))

@@ -111,6 +111,7 @@ TYPICAL = {
     "epsilon": {"epsilon_cutoff": 9},
     "mirostat": {"mirostat_mode": 2, "mirostat_tau": 3},
     "adaptive": {"min_p": 0.05, "adaptive_target": 0.4},
+    "skew": {"top_p": 0.9, "skew": 0.8},
 }  # fmt: skip
 
 
@@ -221,6 +222,7 @@ SUFFICING = st.fixed_dictionaries({"sampler_priority": st.one_of(
     "mirostat_mode": st.just(2),
     "mirostat_tau": st.floats(0.5, 6),
     "logit_bias": st.lists(st.tuples(st.integers(0, 29), st.floats(-3, 0)), max_size=2),
+    "skew": st.floats(-3, 3),
 })  # fmt: skip
 OTHERS = st.fixed_dictionaries({}, optional={
     "typical_p": st.floats(0.2, 0.95),

@@ -42,6 +42,7 @@ WRONG = {
     "adaptive_decay": [-0.1, 1],
     "xtc_threshold": [-0.1, 1.1],
     "xtc_probability": [-0.1, 1.1],
+    "skew": [-101, 101, NAN, "up"],
     "dry_multiplier": [-0.1, NAN],
     "dry_base": [0.9, NAN],
     "dry_allowed_length": [-1, 0.5, 1 << 63],

@@ -15,7 +15,17 @@ import numpy as np
 import numpy.typing as npt
 
 from ..forward_model import TopLogits
-from .numerics import BLOCK, Floats, Ids, Indices, Mask, largest_indices, total, weights
+from .numerics import (
+    BLOCK,
+    Floats,
+    Ids,
+    Indices,
+    Mask,
+    fewest_reaching,
+    largest_indices,
+    total,
+    weights,
+)
 from .tail import Tail, require_same
 
 _HALF = np.float32(0.5)
@@ -215,9 +225,22 @@ def largest(candidates: Candidates, count: int) -> Candidates:
     return replace(found, tail=None)
 
 
-def draw(candidates: Candidates, uniform: float) -> int:
-    """Draw a token: the first at which the summed probability exceeds `uniform`, in [0, 1)."""
+def draw(candidates: Candidates, uniform: float, skew: float = 0.0) -> int:
+    """Draw a token.
+
+    Without a skew it is the first one at which the summed probability exceeds `uniform`. With one
+    the probabilities are summed from the largest to the smallest, of equal ones by rising id, and
+    the token is the first at which the sum reaches uniform^(e^-skew), as in exllamav2. So a token
+    whose sum is c, and c' before it, is drawn with the probability c^(e^skew) - c'^(e^skew).
+
+    Args:
+        candidates: at least one of them is possible.
+        uniform: a random number in [0, 1).
+        skew: above 0 favours unlikely tokens, below 0 likely ones.
+    """
     weight = weights(candidates.logits)
+    if skew:
+        return _draw_by_rank(candidates, weight, uniform ** math.exp(-skew))
     if len(weight) < BLOCK:
         index, _ = _first_above(np.cumsum(weight, dtype=np.float64), uniform * float(weight.sum()))
         return int(candidates.ids[index])
@@ -230,6 +253,20 @@ def draw(candidates: Candidates, uniform: float) -> int:
     inner = np.cumsum(weight[first : first + BLOCK], dtype=np.float64)
     index, _ = _first_above(inner, remaining)
     return int(candidates.ids[first + index])
+
+
+def _draw_by_rank(candidates: Candidates, weight: Floats, share: float) -> int:
+    """Return the token at which the falling weights together reach a share of their sum."""
+    logits = candidates.logits
+    # The key and the number of keys up to it determine the token without sorting all of them,
+    # because equal keys have equal weights.
+    key, count = fewest_reaching(logits, weight, share * total(weight))
+    possible = weight > 0
+    if not possible[logits == key].any():
+        # Rounding may raise the target above the sum.
+        key, count = logits[possible].min(), int(np.count_nonzero(possible))
+    num_larger = int(np.count_nonzero(logits > key))
+    return int(candidates.ids[np.flatnonzero(logits == key)[count - num_larger - 1]])
 
 
 def _first_above(sums: npt.NDArray[np.float64], target: float) -> tuple[int, float]:

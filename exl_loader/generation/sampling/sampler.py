@@ -157,7 +157,7 @@ class Sampler:
         if self._settings.greedy:
             token_id = int(left.ids[left.logits.argmax()])
         else:
-            token_id = draw(left, self._random.random())
+            token_id = draw(left, self._random.random(), self._settings.skew)
             for feedback in self._feedback:
                 feedback.observe(token_id)
         if self._constraint is not None:
