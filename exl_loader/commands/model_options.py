@@ -14,6 +14,7 @@ from ..generation.settings import SamplingSettings
 from ..memory.reservation.options import LoadOptions
 from ..utils import untrusted_files
 from ..utils.errors import InvalidSettings
+from ..utils.json_keys import InvalidJson, parse_json
 from ..utils.progress import Progress
 from ..utils.untrusted_files import TEXT_BYTES
 
@@ -87,6 +88,11 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         "--stop", dest="stop_strings", action="append", default=[], metavar="TEXT",
         help="end before this text; may be repeated",
     )
+    parser.add_argument(
+        "--set", dest="further_settings", action="append", default=[], type=_setting,
+        metavar="NAME=VALUE",
+        help="any other setting of SamplingSettings, such as skew=0.5; may be repeated",
+    )
 
 
 def sampling_settings(args: argparse.Namespace) -> SamplingSettings:
@@ -96,9 +102,22 @@ def sampling_settings(args: argparse.Namespace) -> SamplingSettings:
         InvalidSettings: a value makes no sense.
     """
     names = {field.name for field in fields(SamplingSettings)}
-    return SamplingSettings.from_dict(
-        {name: value for name, value in vars(args).items() if name in names}
-    )
+    chosen = {name: value for name, value in vars(args).items() if name in names}
+    return SamplingSettings.from_dict(chosen | dict(args.further_settings))
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """Read NAME=VALUE. The value of a setting that is no text may be JSON, such as a list."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    texts = {field.name for field in fields(SamplingSettings) if field.type == "str"}
+    if name not in texts:
+        try:
+            return name, parse_json(value)
+        except InvalidJson:
+            pass
+    return name, value
 
 
 def open_model(args: argparse.Namespace, progress: Progress) -> LoadedModel:

@@ -100,7 +100,28 @@ def test_without_a_prompt_a_default_prompt_is_used_and_shown(tiny_model_dir, cap
     assert capsys.readouterr().out.startswith("Once upon a time")
 
 
+def test_any_setting_can_be_set_by_its_name(tiny_model_dir, capsys):
+    plain = ["--prompt", "hello", "--temperature", "0", "--json"]
+    token = Tokenizer.from_dir(tiny_model_dir).encode("x", add_bos=False)[-1]
+    for written, text in ((f"allowed_tokens=[{token}]", "xxxxxx"),
+                          (f"allowed_tokens={token}", "xxxxxx"),
+                          ("stop_strings=xxx", ""), ('stop_strings=["y", "xxx"]', "")):
+        assert generate(tiny_model_dir, *plain, "--set", f"allowed_tokens={token}", "--set",
+                        written) == 0
+        assert json.loads(capsys.readouterr().out)["text"] == text
+    # The same as the option of its own, which it overrides.
+    assert generate(tiny_model_dir, *plain, "--set", "max_new_tokens=2") == 0
+    assert json.loads(capsys.readouterr().out)["new_tokens"] == 2
+    # A text stays a text, even one that is valid JSON.
+    assert generate(tiny_model_dir, *plain, "--set", "negative_prompt=17") == 0
+    with pytest.raises(SystemExit):
+        generate(tiny_model_dir, "--set", "skew")
+    assert "expected NAME=VALUE, got 'skew'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("arguments", "words"), [
+    (["--set", "skew=much"], "skew: expected a number"),
+    (["--set", "skwe=1"], "skwe"),
     (["--temperature", "nan"], "temperature: expected a number"),
     (["--top-k", "-1"], "top_k"),
     (["--prompt-file", "/no/such/file"], "--prompt-file"),
