@@ -155,8 +155,9 @@ class SamplingSettings:
         guidance_scale, negative_prompt: a scale above 1 moves the text away from what would
             follow the negative prompt (classifier-free guidance); it needs a second sequence. 1
             turns it off.
-        grammar_string: a grammar in llama.cpp's GBNF that the text must follow, "" for none. The
-            text ends where the grammar does. Needs llguidance.
+        grammar_string: a grammar that the text must follow, "" for none: in llama.cpp's GBNF if
+            it contains `::=`, in llguidance's dialect of Lark if not. The text ends where the
+            grammar does. Needs llguidance.
         json_schema: a JSON schema that the text must follow, as a dict or text. The text is
             valid JSON unless max_new_tokens ends it earlier.
         regex_pattern: a regular expression that the whole text must match, "" for none. Only one

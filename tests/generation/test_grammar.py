@@ -121,6 +121,42 @@ def test_a_recursive_grammar_with_all_syntax(tokenizer):
     assert ended >= 6
 
 
+LARK = """
+%ignore / /
+start: NAME "(" (argument ("," argument)*)? ")"
+argument: NAME | NUMBER | start
+NAME: /[a-c]{1,3}/
+NUMBER: /[0-9]{1,2}/
+"""
+
+
+def call_ends(text: str, start: int = 0) -> int:
+    """Return where the call of LARK that begins at `start` ends; -1 if there is none."""
+    name = re.match(r" *[a-c]{1,3} *\( *", text[start:])
+    if name is None:
+        return -1
+    end = start + name.end()
+    while not text[end:].startswith(")"):
+        inner = call_ends(text, end)
+        plain = re.match(r" *([a-c]{1,3}|[0-9]{1,2})", text[end:])
+        if inner < 0 and plain is None:
+            return -1
+        end = inner if inner >= 0 else end + plain.end()
+        end += re.match(r" *,? *", text[end:]).end()
+    return end + 1
+
+
+def test_a_grammar_in_lark(tokenizer):
+    engine = engine_of(tokenizer)
+    ended = set()
+    for seed in range(12):
+        text, reason = written(engine, grammar_string=LARK, seed=seed)
+        if reason != "length":
+            assert call_ends(text) == len(text)
+            ended.add(text)
+    assert len(ended) >= 3
+
+
 def test_greedy_texts_follow_the_grammar(tokenizer):
     check_schema(json.loads(written(engine_of(tokenizer), json_schema=SCHEMA, temperature=0)[0]))
 
@@ -135,6 +171,8 @@ def test_samplers_choose_among_allowed_tokens(tokenizer, settings):
 
 @pytest.mark.parametrize("settings", [
     {"grammar_string": "root ::= root"},
+    {"grammar_string": "start: nothing"},
+    {"grammar_string": 'root: "a"'},
     {"json_schema": {"type": "strin"}},
     {"json_schema": {"not": {"type": "string"}}},
     {"json_schema": {"type": "string", "pattern": "("}},

@@ -1,1 +1,1 @@
-"""Grammars that a text must follow, GBNF or JSON schemas, as masks over tokens."""
+"""Grammars that a text must follow, GBNF, Lark or JSON schemas, as masks over tokens."""

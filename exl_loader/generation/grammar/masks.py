@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 # otherwise write spaces until max_new_tokens.
 _JSON_SPACE = r" |\n{1,2}[ \t]{0,20}"
 
+# Defines a rule in GBNF, and has no meaning in Lark. TabbyAPI tells them apart by it as well.
+_GBNF_SIGN = "::="
+
 # Put before text that continues another text; no tokenizer joins it with what follows.
 _BEFORE = "\x02"
 
@@ -108,8 +111,10 @@ class Grammars:
                     grammar = llguidance.LLMatcher.grammar_from_regex(spaced)
                 elif name == "json_schema":
                     grammar = from_lark(_json_lark(text, space))
-                else:
+                elif _GBNF_SIGN in text:
                     grammar = from_lark(gbnf_to_lark(text, space))
+                else:
+                    grammar = from_lark(_spaced_lark(text) if space else text)
         except GbnfError as error:
             raise _bad_grammar(name, str(error), str(error)) from None
         except RecursionError:
@@ -334,6 +339,11 @@ def _typed(name: str) -> Iterator[None]:
         raise _bad_grammar(name, message.splitlines()[0][:200], message) from error
 
 
+def _spaced_lark(text: str) -> str:
+    """Allow one space before the text of a grammar in Lark."""
+    return f'start: " "? inner\ninner: %lark {{\n{text}\n}}\n'
+
+
 def _json_lark(schema: str, leading_space: bool) -> str:
     """Write a JSON schema, given as text, in Lark."""
     value = json.loads(schema)
@@ -349,7 +359,7 @@ def _json_lark(schema: str, leading_space: bool) -> str:
 
 
 def _bad_grammar(name: str, problem: str, details: str) -> InvalidSettings:
-    wanted = {"grammar_string": "a GBNF grammar", "json_schema": "a JSON schema",
+    wanted = {"grammar_string": "a grammar in GBNF or Lark", "json_schema": "a JSON schema",
               "regex_pattern": "a regular expression"}[name]
     return InvalidSettings(
         name, expected=f"{wanted} that can be followed", actual=problem,
