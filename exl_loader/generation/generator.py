@@ -154,8 +154,9 @@ class RunningJob(Generic[T]):
 
     @property
     def finish_reason(self) -> str | None:
-        """None while it runs, then `eos`, `stop` (a stop string or id), `length`
-        (max_new_tokens), `context` (ctx_size is full), `cancelled` or `failed`."""
+        """None while it runs, then `eos`, `stop` (a stop string or id), `loop`
+        (loop_detect_window), `length` (max_new_tokens), `context` (ctx_size is full),
+        `cancelled` or `failed`."""
         return self._job.finish_reason
 
     @property

@@ -15,13 +15,14 @@ from ..utils.progress import Progress
 from .exchange import Exchange
 from .forward_model import LogitsRow
 from .logprobs import TokenLogprobs, token_logprobs
+from .loops import is_loop
 from .sampling import Sampler
 from .settings import SamplingSettings
 from .text_stream import TextStream
 
 # Reasons why a generation ends.
-EOS, STOP, LENGTH, CONTEXT, CANCELLED, FAILED = (
-    "eos", "stop", "length", "context", "cancelled", "failed",
+EOS, STOP, LOOP, LENGTH, CONTEXT, CANCELLED, FAILED = (
+    "eos", "stop", "loop", "length", "context", "cancelled", "failed",
 )
 
 
@@ -226,6 +227,8 @@ class Job(Exchange[tuple[int, str]]):
             return STOP
         if self.sampler.complete:
             return STOP
+        if is_loop(self.history[len(self.prompt_ids) :], self.settings.loop_detect_window):
+            return LOOP
         if self.stats.new_tokens >= self.settings.max_new_tokens:
             return LENGTH
         return CONTEXT if self._num_tokens >= self.max_tokens else None

@@ -90,6 +90,7 @@ _INTEGERS: dict[str, tuple[int, int | None]] = {
     "repetition_decay": (0, None),
     "no_repeat_ngram_size": (0, None),
     "seed": (-1, MAX_SEED),
+    "loop_detect_window": (0, None),
     "prompt_lookup_num_tokens": (0, None),
     "logprobs": (0, None),
 }
@@ -180,6 +181,8 @@ class SamplingSettings:
         stop_strings: the text ends before the first of them, and none is shown. Special tokens
             count as text whether or not they are shown.
         stop_token_ids: token ids that end the text, in addition to the model's own.
+        loop_detect_window: the text ends when its last tokens, so many, only repeat a pattern of
+            at most half as many; 0 lets it repeat itself. Every 16th token is looked at.
 
     Raises:
         InvalidSettings: a value is invalid.
@@ -242,6 +245,7 @@ class SamplingSettings:
     skip_special_tokens: bool = True
     stop_strings: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    loop_detect_window: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -37,7 +37,8 @@ SAMPLING_NAMES = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p",
                   "repetition_penalty", "seed")
 
 REASONS = {
-    "eos": "ended by the model", "stop": "stop text found", "length": "max_new_tokens reached",
+    "eos": "ended by the model", "stop": "stop text found",
+    "loop": "it repeated itself", "length": "max_new_tokens reached",
     "context": "the context is full", "cancelled": "stopped", "failed": "failed",
 }
 

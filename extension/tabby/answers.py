@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .request import LoopDetector, Request
+from .request import Request
 from .stream import TokenStream
 
 if TYPE_CHECKING:
@@ -48,11 +48,9 @@ class Answer:
         self._text = loaded.text_stream(
             prompt_ids, stop_strings=asked.stop_strings, skip_special_tokens=False)
         self._stop_strings = asked.stop_strings
-        self._loops = LoopDetector(asked.loop_window)
         self._has_logprobs = bool(asked.settings.get("logprobs"))
         self._top = getattr(params, "top_logprobs", 0) or 0
         self._began_s = began_s
-        self._is_loop = False
         self._found_stop = False
         self._count = 0
         self._full_text = ""
@@ -63,15 +61,10 @@ class Answer:
         """Add tokens; return the piece to send, None if there is no text to show."""
         text = ""
         for token_id in ids:
-            if self._is_loop:
-                break
             self._pending.append(token_id)
             if not self._found_stop:
                 piece, self._found_stop = self._text.push(token_id)
                 text += piece
-            if self._loops.push(token_id):
-                self._is_loop = True
-                self._generation.stop()
         return self._piece(text)
 
     def rest(self) -> dict[str, Any] | None:
@@ -137,7 +130,7 @@ class Answer:
     def _reasons(self) -> tuple[str, str]:
         """Return OpenAI's reason for the end, and TabbyAPI's own."""
         reason = self._generation.finish_reason
-        if self._is_loop:
+        if reason == "loop":
             return "stop", "loop_detected"
         if reason in ("length", "context"):
             return "length", "max_new_tokens"

@@ -18,7 +18,7 @@ _SAME = (
     "xtc_probability", "xtc_threshold", "frequency_penalty", "presence_penalty",
     "repetition_penalty", "mirostat_mode", "mirostat_tau", "mirostat_eta", "adaptive_decay",
     "logit_bias", "grammar_string", "json_schema", "regex_pattern", "ban_eos_token",
-    "allowed_tokens", "repetition_decay", "skew",
+    "allowed_tokens", "repetition_decay", "loop_detect_window", "skew",
 )
 _RENAMED = {
     "typical": "typical_p", "banned_tokens": "custom_token_bans", "cfg_scale": "guidance_scale",
@@ -49,13 +49,11 @@ class Request:
     Args:
         settings: for `LoadedModel.generate_ids`.
         stop_strings: the texts that end the answer.
-        loop_window: number of last tokens that must not repeat a pattern; 0 for any number.
         notices: what is to be reported, a line each.
     """
 
     settings: dict[str, Any]
     stop_strings: tuple[str, ...]
-    loop_window: int
     notices: tuple[str, ...]
 
 
@@ -105,8 +103,7 @@ def read(
     if not settings.get("ban_eos_token"):
         ids += [token for token in eos_ids if token is not None]
     settings |= {"stop_strings": texts, "stop_token_ids": list(dict.fromkeys(ids))}
-    return Request(settings, tuple(texts), _get(params, "loop_detect_window") or 0,
-                   tuple(notices))
+    return Request(settings, tuple(texts), tuple(notices))
 
 
 def _get(params: Any, name: str) -> Any:
@@ -176,50 +173,3 @@ def _stops(stops: Iterable[Any]) -> tuple[list[str], list[int]]:
     texts = [stop for stop in stops if isinstance(stop, str) and stop]
     ids = [stop for stop in stops if isinstance(stop, int) and not isinstance(stop, bool)]
     return list(dict.fromkeys(texts)), ids
-
-
-class LoopDetector:
-    """Finds a text whose last tokens only repeat a pattern.
-
-    Args:
-        window: number of last tokens that repeat a pattern where a text is a loop. 0 or 1 never
-            finds any.
-    """
-
-    # Looking costs a pass over the window, so it is done once for so many tokens.
-    STRIDE = 16
-
-    def __init__(self, window: int) -> None:
-        self._window = window if window > 1 else 0
-        self._ids: list[int] = []
-        self._next = self._window
-
-    def push(self, token_id: int) -> bool:
-        """Add a token; return whether the text is a loop."""
-        if not self._window:
-            return False
-        self._ids.append(token_id)
-        if len(self._ids) < self._next:
-            return False
-        self._next = len(self._ids) + self.STRIDE
-        last = self._ids[-self._window :]
-        # At least twice in the window.
-        return shortest_period(last) <= self._window // 2
-
-
-def shortest_period(ids: list[int]) -> int:
-    """Return the least number by which a text can be shifted so that it agrees with itself.
-
-    It is the length of the text where no shorter one does.
-    """
-    # The prefix function of Knuth, Morris and Pratt: of each beginning of the text, the length of
-    # its longest proper beginning that is also its end.
-    borders = [0] * len(ids)
-    length = 0
-    for index in range(1, len(ids)):
-        while length and ids[index] != ids[length]:
-            length = borders[length - 1]
-        if ids[index] == ids[length]:
-            length += 1
-        borders[index] = length
-    return len(ids) - (borders[-1] if borders else 0)

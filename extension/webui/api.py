@@ -24,7 +24,8 @@ from .problems import Problem
 
 _ANSWERS = ("completions", "chat_completions")
 # Why our generations end -> the API's `finish_reason`; others stay as the web UI has them.
-_FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length", "context": "length"}
+_FINISH_REASONS = {"eos": "stop", "stop": "stop", "loop": "stop", "length": "length",
+                   "context": "length"}
 _STREAMS = ("stream_completions", "stream_chat_completions")
 
 # The loaders that the API asks for log probabilities and passes biases to.

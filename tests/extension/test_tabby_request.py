@@ -5,11 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from exl_loader import InvalidSettings, SamplingSettings
-from extension.tabby.request import LoopDetector, read, shortest_period
+from extension.tabby.request import read
 
 # The fields of a request that asks for nothing, as TabbyAPI fills them in.
 NEUTRAL = {
@@ -39,9 +37,9 @@ def test_a_request_that_asks_for_nothing_fills_the_context_and_samples_plainly()
     # Special tokens are shown, because TabbyAPI's parsers look for them.
     expected = SamplingSettings(
         max_new_tokens=100, skip_special_tokens=False, repetition_penalty_range=0,
-        mirostat_tau=1.5, mirostat_eta=0.3)
+        mirostat_tau=1.5, mirostat_eta=0.3, loop_detect_window=800)
     assert settings_of() == expected
-    assert asked().notices == () and asked().loop_window == 800
+    assert asked().notices == ()
 
 
 @pytest.mark.parametrize(("field", "value", "setting", "expected"), [
@@ -147,31 +145,3 @@ def test_a_grammar_begins_after_reasoning(field):
 
 def test_fields_that_a_version_lacks_ask_for_nothing():
     assert read(SimpleNamespace(), 10, (), 3, None).settings["prompt_lookup_num_tokens"] == 3
-
-
-# ---- Loops ----
-
-
-def period_by_trying(ids):
-    return next((p for p in range(1, len(ids)) if ids[p:] == ids[:-p]), len(ids))
-
-
-@given(st.lists(st.integers(0, 2), min_size=1, max_size=24))
-def test_the_shortest_period_is_that_of_trying_all(ids):
-    assert shortest_period(ids) == period_by_trying(ids)
-
-
-def test_a_loop_is_found_when_it_fills_the_window_and_nothing_else_is():
-    pattern = [1, 2, 3, 4, 5]
-
-    def first_found(ids, window):
-        detector = LoopDetector(window)
-        return next((i for i, token in enumerate(ids, 1) if detector.push(token)), None)
-
-    assert first_found(pattern * 40, 20) == 20
-    assert first_found(list(range(100)) + pattern * 40, 20) in range(
-        120, 120 + LoopDetector.STRIDE)
-    assert first_found(range(1000), 20) is None
-    # A pattern that is longer than half of the window has not been repeated in it.
-    assert first_found(pattern * 40, 9) is None
-    assert first_found([1] * 100, 0) is None and first_found([1] * 100, 1) is None
