@@ -2,7 +2,7 @@
 
 Every layer is verified against the reference first. Decoding cycles through copies of a layer
 that are together several times larger than a cache, and is reported as GB/s of weights and as a
-share of what a loop of plain loads reads (read_bandwidth.cpp) in the same rounds. Prefill is
+share of what a loop of plain loads reads (csrc/cpu/read_sum.cpp) in the same rounds. Prefill is
 reported in GMAC/s. A figure is the best of several rounds, and with one thread it is processor
 time, so that it is of use on a busy machine.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 import time
 
 from benchmarks import REPO
@@ -174,14 +173,13 @@ def main() -> None:
     ops = compiled_ops()
     ops.set_threads(arguments.threads)
     clock = time.thread_time if arguments.threads == 1 else time.perf_counter
-    with tempfile.TemporaryDirectory() as directory:
-        bandwidth = Bandwidth(arguments.threads, directory)
-        for what, figures in results(ops, clock, bandwidth):
-            if arguments.json:
-                print(json.dumps({"what": what, "threads": arguments.threads, **figures}))
-            else:
-                text = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
-                print(f"{what:45} {text}", flush=True)
+    bandwidth = Bandwidth(arguments.threads)
+    for what, figures in results(ops, clock, bandwidth):
+        if arguments.json:
+            print(json.dumps({"what": what, "threads": arguments.threads, **figures}))
+        else:
+            text = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
+            print(f"{what:45} {text}", flush=True)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -80,10 +79,9 @@ class Bench:
 
     Args:
         args: the command line.
-        directory: folder that the loop of plain loads is compiled into.
     """
 
-    def __init__(self, args: argparse.Namespace, directory: str):
+    def __init__(self, args: argparse.Namespace):
         self.threads: int = args.threads
         self.llama_python: str | None = None
         self.rounds: int = args.rounds
@@ -103,7 +101,7 @@ class Bench:
             for name, path in self.models.items()
         }
         self.cache_bytes = speed_models.cache_bytes_per_token(self.models["EXL2"])
-        self.bandwidth = Bandwidth(self.threads, directory)
+        self.bandwidth = Bandwidth(self.threads)
         # Those that ended by themselves, which are not started again.
         self.ended: set[Contestant] = set()
 
@@ -333,14 +331,13 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = read_arguments(argv)
     if not args.report:
-        with tempfile.TemporaryDirectory() as directory:
-            bench = Bench(args, directory)
-            results = bench.results
-            for function, *arguments in requested_tasks(args):
-                function(bench, *arguments)
-                results.write()
-                name = function.__name__.removeprefix("measure_")
-                print("measured:", name, *arguments, file=sys.stderr, flush=True)
+        bench = Bench(args)
+        results = bench.results
+        for function, *arguments in requested_tasks(args):
+            function(bench, *arguments)
+            results.write()
+            name = function.__name__.removeprefix("measure_")
+            print("measured:", name, *arguments, file=sys.stderr, flush=True)
     machines = read_machines(args.json)
     for found in machines:
         if args.report or found.machine == args.machine:

@@ -198,6 +198,9 @@ class Backend(Protocol):
     granularity_bytes: int
     """A buffer takes a multiple of this many bytes."""
 
+    read_buffer_bytes: int
+    """Bytes of a buffer that no cache of the device holds, by which its bandwidth is measured."""
+
     taken_by_touch: bool
     """Whether `empty` only promises memory, which `touch` takes."""
 
@@ -524,6 +527,18 @@ class DeviceOps(Ops, Protocol):
         """Prepare recorded calls once for many replays. Consecutive calls may be joined.
 
         The tensors keep their addresses; their values may change between replays.
+        """
+
+    def read_through(self, buffer: torch.Tensor) -> int:
+        """Read a buffer as fast as the device's memory allows, and wait for it.
+
+        A card copies one half of the buffer to the other several times.
+
+        Args:
+            buffer: uint8 [`Backend.read_buffer_bytes`] of the device.
+
+        Returns:
+            The bytes that were read and written.
         """
 
     def expert_table(self, layers: Sequence[Linear], room: torch.Tensor) -> ExpertTable | None:

@@ -130,6 +130,13 @@ class MainMemoryOps(ABC):
         for row, words in zip(logits.numpy(), out.numpy(), strict=True):
             top_logits.write_result(row[:vocab_size], words)
 
+    def read_through(self, buffer: torch.Tensor) -> int:
+        import torch
+
+        words = buffer.view(torch.int32)
+        words.sum()
+        return words.nbytes
+
     def share_permutations(self, layers: Sequence[Linear]) -> None:
         """Do nothing: each product permutes its input."""
         return

@@ -26,6 +26,7 @@ COMMANDS = {
     "generate": ("exl_loader.commands.generate", "write text that follows a prompt"),
     "chat": ("exl_loader.commands.chat", "talk to a model in the terminal"),
     "plan": ("exl_loader.commands.plan", "compute the memory that a model will take"),
+    "bench": ("exl_loader.commands.bench", "measure speed by depth and cache type"),
     "eval": ("exl_loader.commands.eval", "measure how much quality each cache type loses"),
     "convert": ("exl_loader.commands.convert", "quantise a model folder to EXL2"),
     "build": ("exl_loader.commands.build", "compile the kernels ahead of the first load"),

@@ -302,6 +302,11 @@ class Model:
         return values
 
     @property
+    def ops(self) -> Mapping[str, DeviceOps]:
+        """The operations of each device."""
+        return self._ops
+
+    @property
     def loras(self) -> tuple[LoadedLora, ...]:
         """The adapters that are loaded, in the order of loading."""
         return self._adapters.loaded

@@ -46,10 +46,11 @@ def test_the_overview_names_every_exit_code(capsys):
     (0, ["generate", "MODEL", *SMALL, "--max-new-tokens", "2"]),
     (0, ["chat", "MODEL", *SMALL, "--max-new-tokens", "2"]),
     (0, ["eval", "MODEL", "--ctx-size", "16", "--cache-type", "fp16", "--text", "TEXT"]),
+    (0, ["bench", "MODEL", "-p", "8", "-n", "2", "-r", "1"]),
     *((1, [command, "MODEL", *SMALL, *NO_ROOM, *more]) for command, *more in (
-        ["generate"], ["chat"], ["eval", "--text", "TEXT"])),
+        ["generate"], ["chat"], ["eval", "--text", "TEXT"], ["bench", "-p", "8", "-n", "8"])),
     *((1, [command, "/no/such/folder", *more]) for command, *more in (
-        ["generate"], ["chat"], ["plan"], ["eval", "--text", "TEXT"])),
+        ["generate"], ["chat"], ["plan"], ["eval", "--text", "TEXT"], ["bench"])),
     *((2, [command, "--no-such-option"]) for command in cli.COMMANDS),
     (2, []),
     (2, ["no-such-command"]),

@@ -8,18 +8,34 @@ from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+import torch
+
 from ...formats.layer import LOAD_THREADS
 from ..main_memory import MainMemoryOps
 from ..recorder import Function, LinearPairs, MoeSum, TopLogits
 from . import attention, linear, rows
-from .library import INT, Issue, Kernel, Replay, Value, open_kernels, run_now
+from .library import (
+    INT,
+    INT32,
+    INT64,
+    POINTER,
+    Issue,
+    Kernel,
+    Replay,
+    Signature,
+    Value,
+    open_kernels,
+    run_now,
+)
 from .threads import default_threads
 
 if TYPE_CHECKING:
     from ..base import Call, DeviceOps
 
 # Name -> signature of a C function of csrc/cpu.
-SIGNATURES = linear.SIGNATURES | attention.SIGNATURES | rows.SIGNATURES
+SIGNATURES = linear.SIGNATURES | attention.SIGNATURES | rows.SIGNATURES | {
+    "read_sum": Signature((POINTER, INT64, POINTER), replayed=False),
+}
 
 NAMES = (
     "set_threads", "set_amx", "replay", *SIGNATURES,
@@ -86,6 +102,12 @@ class CpuOps(linear.LinearOps, attention.AttentionOps, rows.RowOps, MainMemoryOp
             One of the results in `amx.py`.
         """
         return self._set_amx(on)
+
+    def read_through(self, buffer: torch.Tensor) -> int:
+        words = buffer.view(torch.int32)
+        out = INT32()
+        self._call("read_sum", words.data_ptr(), words.numel(), ctypes.byref(out))
+        return words.nbytes
 
     def call(self, function: Callable[[DeviceOps], None]) -> None:
         function(self)

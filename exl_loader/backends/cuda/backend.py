@@ -43,6 +43,8 @@ class CudaBackend:
     # The driver allocates memory in pages of 2 MiB.
     granularity_bytes = 2 * MIB
     taken_by_touch = False
+    # Each half is several times the caches of a card, of which the largest have 128 MiB.
+    read_buffer_bytes = 1024 * MIB
 
     def __init__(self) -> None:
         # Card -> what its context took when it was created.

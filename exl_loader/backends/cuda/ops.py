@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from ..base import Call, DeviceOps, Linear
     from ..cpu_access import CpuAccess
 
+# Copies of a buffer in `read_through`: enough that the last one's wait costs little.
+_READ_ROUNDS = 8
+
 
 class CudaOps(LinearOps, AttentionOps, MoeOps, TopLogitsOps, PackOps):
     """The operations of `base.DeviceOps` on a card.
@@ -58,6 +61,13 @@ class CudaOps(LinearOps, AttentionOps, MoeOps, TopLogitsOps, PackOps):
             else:
                 issue_all(issuing, list(group))
         return prepared
+
+    def read_through(self, buffer: torch.Tensor) -> int:
+        source, target = buffer.chunk(2)
+        for _ in range(_READ_ROUNDS):
+            target.copy_(source)
+        self.cpu_access.finish()
+        return _READ_ROUNDS * buffer.nbytes
 
     def share_permutations(self, layers: Sequence[Linear]) -> None:
         """A card then permutes and quantises the input of these layers once."""

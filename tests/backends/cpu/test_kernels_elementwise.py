@@ -5,6 +5,7 @@ What every backend's operations have in common is in operations/test_elementwise
 
 from __future__ import annotations
 
+import ctypes
 import os
 import weakref
 
@@ -129,3 +130,13 @@ def test_joined_calls_end_at_the_one_that_fails(ops):
     with pytest.raises(AssertionError, match="token id"):
         replay()
     assert torch.equal(x, torch.full((1, 8), 2.0))
+
+
+@pytest.mark.parametrize("count", [0, 1, 1000, 65536, 3 * 65536 + 77])
+def test_a_buffer_is_read_from_its_first_to_its_last_byte(ops, count):
+    generator = torch.Generator().manual_seed(count)
+    words = torch.randint(-(1 << 31), 1 << 31, (count,), dtype=torch.int32, generator=generator)
+    out = ctypes.c_int32()
+    ops._call("read_sum", words.data_ptr(), count, ctypes.byref(out))
+    assert out.value % (1 << 32) == int(words.long().sum()) % (1 << 32)
+    assert ops.read_through(words.view(torch.uint8)) == words.nbytes
