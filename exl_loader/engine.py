@@ -33,7 +33,7 @@ from .utils.table import MAIN_MEMORY
 
 if TYPE_CHECKING:
     from .checkpoint.config import ModelConfig
-    from .generation.drafts import DraftModel
+    from .generation.draft_model import DraftModel
     from .generation.forward_model import ForwardModel
     from .generation.jobs import Job
     from .memory.buffers import Buffers
@@ -57,7 +57,7 @@ class LoadedModel:
         tokenizer: None if the folder has none; then ids can be used and text cannot.
         reservation: the planned memory.
         buffers: the allocated memory.
-        drafter: the draft model; None for none.
+        draft_model: None for none.
 
     Attributes:
         config: the model's configuration.
@@ -73,12 +73,12 @@ class LoadedModel:
         tokenizer: Tokenizer | None,
         reservation: Reservation,
         buffers: Buffers,
-        drafter: DraftModel | None = None,
+        draft_model: DraftModel | None = None,
     ) -> None:
         self.config: ModelConfig = model.config
         self.reservation = reservation
         self.ctx_size: int = reservation.ctx_size
-        self._generator = Generator(model, cache, drafter, buffers.release)
+        self._generator = Generator(model, cache, draft_model, buffers.release)
         self._requests = RequestReader(
             self.config, tokenizer, self.ctx_size, model.max_batch_size
         )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from .backends import backend_of, get_ops
 from .cache.layout import CacheType
 from .cache.paging import PagedCache
-from .generation.drafts import DraftModel, check_vocabularies
+from .generation.draft_model import DraftModel, check_vocabularies
 from .memory.buffers import Buffers, allocate, trim_heap
 from .memory.reservation import LoadOptions, PlannedModel, planned
 from .memory.reservation.budgets import chosen_devices
@@ -123,12 +123,12 @@ def _load_planned(
         cache_type = CacheType.parse(plan.reservation.cache_type)
         reader = _WeightReader(buffers, ops, cache_type, options, tokenizer, progress)
         model, cache = reader.model(plan.model)
-        drafter = None
+        draft_model = None
         if plan.draft is not None:
             draft, draft_cache = reader.model(plan.draft, DRAFT_PREFIX)
             vocab_size = min(model.config.vocab_size, draft.config.vocab_size)
-            drafter = DraftModel(draft, draft_cache, options.draft_max, vocab_size)
-        loaded = LoadedModel(model, cache, tokenizer, plan.reservation, buffers, drafter)
+            draft_model = DraftModel(draft, draft_cache, options.draft_max, vocab_size)
+        loaded = LoadedModel(model, cache, tokenizer, plan.reservation, buffers, draft_model)
         if loaded.tokenizer_warning:
             warn(f"{plan.reservation.model_dir}: {loaded.tokenizer_warning}")
         kept.pop_all()

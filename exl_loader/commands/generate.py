@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(result, indent=2))
     if args.stats:
-        print(_readable(result), file=sys.stderr)
+        print(_readable(result, generation.stats.draft_summary), file=sys.stderr)
     if args.memory:
         print("\n" + memory, file=sys.stderr)
     return 0
@@ -142,19 +142,23 @@ def _result(model: LoadedModel, generation: Generation[str], load_s: float) -> d
         "decode_s": round(stats.decode_s, 4),
         "prompt_tokens_per_s": round(stats.prompt_tokens_per_s, 2),
         "tokens_per_s": round(stats.tokens_per_s, 2),
+        "drafted_tokens": stats.drafted_tokens,
+        "accepted_tokens": stats.accepted_tokens,
+        "skipped_drafts": stats.skipped_drafts,
         "ctx_size": model.ctx_size,
         "allocated_bytes": model.allocated_bytes(),
         "peak_memory_bytes": peak_process_bytes(),
     }
 
 
-def _readable(result: dict[str, Any]) -> str:
+def _readable(result: dict[str, Any], drafts: str) -> str:
     parts = [
         f"prompt {result['prompt_tokens']} tokens, {result['prompt_tokens_per_s']:.1f} tokens/s",
         f"new {result['new_tokens']} tokens, {result['tokens_per_s']:.1f} tokens/s"
         f" ({result['finish_reason']})",
+        drafts,
         f"loaded in {result['load_s']:.1f} s",
         f"model {result['allocated_bytes'] / MIB:.1f} MiB",
         f"peak of the process {result['peak_memory_bytes'] / MIB:.1f} MiB",
     ]
-    return "; ".join(parts)
+    return "; ".join(filter(None, parts))

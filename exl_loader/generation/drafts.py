@@ -1,4 +1,4 @@
-"""Guesses the next tokens of texts: by looking them up in the text, or by a draft model.
+"""Guesses the next tokens of the jobs of a pass: each from its own text, or by a draft model.
 
 The model verifies every guess (`scheduler.Scheduler`), so guesses change the speed of a text and
 never the text. No PyTorch is imported here.
@@ -6,25 +6,102 @@ never the text. No PyTorch is imported here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from ..cache.layout import PAGE_LEN
-from ..cache.paging import PagedCache, PagedSequence
-from ..utils.errors import CacheFull, InvalidSettings
+from .draft_pacing import DraftPacing, Offer, PassSeconds
 
 if TYPE_CHECKING:
-    from ..text.tokenizer import Tokenizer
-    from .forward_model import ForwardModel
+    from .draft_model import DraftModel
     from .jobs import Job
 
 # Lengths of the text's end that are looked up, the longest first. A match of one token is too
 # rarely right to be worth the rows of its guess.
 _NGRAM_SIZES = (4, 3, 2)
+
+
+class Drafts:
+    """The drafts of one scheduler's jobs.
+
+    Args:
+        most_rows: most rows of a pass that computes the logits of all of them.
+        draft_model: None for none.
+
+    Attributes:
+        pacing: chooses their lengths.
+    """
+
+    def __init__(self, most_rows: int, draft_model: DraftModel | None) -> None:
+        self.draft_model = draft_model
+        self.passes = PassSeconds()
+        self.pacing = DraftPacing(self.passes, draft_model.seconds if draft_model else None)
+        self._most_rows = most_rows
+
+    def next(self, jobs: Sequence[Job]) -> list[list[int]]:
+        """Guess the next tokens of each job; none where a draft would be a loss."""
+        num_rows = sum(job.num_sequences for job in jobs)
+        rows_left = self._most_rows - num_rows
+        guesses: dict[Job, list[int]] = {}
+        offers: dict[Job, Offer] = {}
+        for job in jobs:
+            most = min(rows_left // job.num_sequences, _most_draft(job))
+            offer = self._offer(job, most, guesses, len(jobs), num_rows)
+            if offer is not None:
+                offers[job] = offer
+        counts = self.pacing.lengths(list(offers.values()), len(jobs), num_rows, rows_left)
+        wanted: dict[Job, int] = {}
+        for (job, offer), count in zip(offers.items(), counts, strict=True):
+            if offer.unread and count:
+                wanted[job] = count
+            guesses[job] = guesses.get(job, [])[:count]
+            if not count and self.passes.is_known(num_rows):
+                job.stats.skipped_drafts += 1
+        if self.draft_model is not None and wanted:
+            for job, guess in self.draft_model.guess(wanted).items():
+                guesses[job] = guess
+                job.guessed.add(len(job.history), guess)
+                job.guessed.probing = False
+        return [guesses.get(job, []) for job in jobs]
+
+    def release(self, job: Job) -> None:
+        """Release what a job holds of the draft model; does nothing if that is nothing."""
+        if self.draft_model is not None:
+            self.draft_model.release(job)
+
+    def _offer(
+        self, job: Job, most: int, guesses: dict[Job, list[int]], num_jobs: int, num_rows: int
+    ) -> Offer | None:
+        """Return what could be drafted for a job.
+
+        Args:
+            most: most tokens.
+            guesses: gets what was looked up.
+            num_jobs, num_rows: of the pass.
+        """
+        job.looked_up.settle(job.history)
+        job.guessed.settle(job.history)
+        found = look_up(
+            job.history, job.room_ahead(min(job.settings.prompt_lookup_num_tokens, most))
+        )
+        job.looked_up.add(len(job.history), found)
+        looked_up = Offer(job.looked_up, len(found), job.num_sequences) if found else None
+        by_model = None
+        if self.draft_model is not None:
+            count = job.room_ahead(min(self.draft_model.draft_max, most))
+            unread = self.draft_model.num_unread(job) if count else 0
+            if unread:
+                by_model = Offer(job.guessed, count, job.num_sequences, unread)
+        offer: Offer | None
+        if looked_up is not None and by_model is not None:
+            offer = self.pacing.better(looked_up, by_model, num_jobs, num_rows)
+        else:
+            offer = looked_up or by_model
+        if offer is looked_up:
+            guesses[job] = found
+        return offer
 
 
 def look_up(history: npt.NDArray[np.int64], count: int) -> list[int]:
@@ -56,195 +133,6 @@ def look_up(history: npt.NDArray[np.int64], count: int) -> list[int]:
     return []
 
 
-@dataclass(eq=False)
-class _Text:
-    """A job's text in the draft model's cache.
-
-    Args:
-        sequence: its pages.
-        guessed: ids that the cache holds after the first `past_len` ids.
-    """
-
-    sequence: PagedSequence
-    guessed: list[int]
-
-
-class DraftModel:
-    """Guesses the next tokens of all jobs of one scheduler together.
-
-    Args:
-        model: the draft model.
-        cache: its own pages.
-        draft_max: most tokens to guess at a time.
-        vocab_size: number of ids that both models know; a text with another id gets no guesses.
-    """
-
-    def __init__(
-        self, model: ForwardModel, cache: PagedCache, draft_max: int, vocab_size: int
-    ) -> None:
-        self.draft_max = draft_max
-        self._model = model
-        self._cache = cache
-        self._vocab_size = vocab_size
-        self._texts: dict[Job, _Text] = {}
-
-    def guess(self, wanted: Mapping[Job, int]) -> dict[Job, list[int]]:
-        """Guess the next tokens of texts.
-
-        The draft model first evaluates what its cache lacks of the texts, one chunk per call for
-        all of them together, so that no job waits for a long prompt. A text that is not complete
-        after that chunk gets no guesses in this call.
-
-        Args:
-            wanted: job -> most ids to guess.
-
-        Returns:
-            job -> guessed ids, for jobs that have any.
-        """
-        texts: dict[Job, _Text] = {}
-        for job, count in wanted.items():
-            text = self._text(job) if count > 0 else None
-            if text is not None:
-                texts[job] = text
-        sequences = {job: text.sequence for job, text in texts.items()}
-        guesses: dict[Job, list[int]] = {}
-        try:
-            ids = self._read(sequences)
-            while ids:
-                for job, token_id in ids.items():
-                    guesses.setdefault(job, []).append(token_id)
-                ids = self._step(sequences, {
-                    job: [token_id] for job, token_id in ids.items()
-                    if len(guesses[job]) < wanted[job]
-                    and sequences[job].past_len < sequences[job].end_of_pass(len(job.history))
-                })
-        finally:
-            for job, sequence in sequences.items():
-                past_len = min(sequence.past_len, len(job.history))
-                texts[job].guessed = guesses.get(job, [])[: sequence.past_len - past_len]
-                sequence.past_len = past_len
-        return guesses
-
-    def release(self, job: Job) -> None:
-        """Release a job's pages; does nothing if it has none."""
-        text = self._texts.pop(job, None)
-        if text is not None:
-            self._cache.commit(text.sequence, job.history)
-            self._cache.release(text.sequence)
-
-    def _text(self, job: Job) -> _Text | None:
-        """Return the job's text, with its sequence cut where the last guesses were wrong.
-
-        Returns:
-            None if the text cannot be guessed: it has an id that the draft model lacks, is longer
-            than its context, or there are no pages for it now. It then holds no pages.
-        """
-        text = self._texts.get(job)
-        if text is None:
-            sequence = self._acquire(job)
-            if sequence is None:
-                return None
-            text = self._texts[job] = _Text(sequence, [])
-        sequence = text.sequence
-        for token_id in text.guessed:
-            # The last id is never skipped, because its logits have to be computed.
-            index = sequence.past_len
-            if index >= len(job.history) - 1 or job.history[index] != token_id:
-                break
-            sequence.past_len += 1
-        text.guessed = []
-        known = job.history[sequence.past_len :].max() < self._vocab_size
-        if known and self._has_room(sequence, len(job.history)):
-            return text
-        self.release(job)
-        return None
-
-    def _has_room(self, sequence: PagedSequence, num_tokens: int) -> bool:
-        """Take the pages that a text needs; return False if there are none."""
-        if num_tokens > sequence.rope_len:
-            return False
-        try:
-            self._cache.grow(sequence, num_tokens)
-        except CacheFull:
-            return False
-        return True
-
-    def _acquire(self, job: Job) -> PagedSequence | None:
-        ids = job.history
-        reach = min(job.max_tokens, self._cache.num_pages * PAGE_LEN)
-        if ids.max() >= self._vocab_size or len(ids) > reach:
-            return None
-        try:
-            return self._cache.acquire(
-                min(reach, len(ids) + 1), ids, self._model.rope_class(reach),
-                rope_len=reach,
-            )
-        except CacheFull:
-            return None
-
-    def _read(self, sequences: Mapping[Job, PagedSequence]) -> dict[Job, int]:
-        """Evaluate what the cache lacks of the texts; return the next id of complete texts."""
-        missing = {
-            job: job.history[sequence.past_len :].tolist() for job, sequence in sequences.items()
-        }
-        entries: dict[Job, list[int]] = {}
-        rows_left = self._model.chunk_size
-        for job in sorted(missing, key=lambda job: len(missing[job])):
-            if rows_left:
-                entries[job] = missing[job][:rows_left]
-                rows_left -= len(entries[job])
-        found = self._step(sequences, entries)
-        for job in entries:
-            sequence = sequences[job]
-            if sequence.past_len >= len(sequence.keys) * PAGE_LEN:
-                self._cache.commit(sequence, job.history)
-        return {job: i for job, i in found.items() if len(entries[job]) == len(missing[job])}
-
-    def _step(
-        self, sequences: Mapping[Job, PagedSequence], entries: Mapping[Job, list[int]]
-    ) -> dict[Job, int]:
-        """Run ids of some texts, and return the likeliest next id of each."""
-        if not entries:
-            return {}
-        rows = self._model.forward_rows([(sequences[job], ids) for job, ids in entries.items()])
-        likeliest = (row.argmax(self._vocab_size) for row in rows)
-        return dict(zip(entries, likeliest, strict=True))
-
-
-def check_vocabularies(
-    tokenizers: tuple[Tokenizer | None, Tokenizer | None], vocab_sizes: tuple[int, int]
-) -> None:
-    """Compare a model's vocabulary with its draft model's.
-
-    Tokens are compared and not sizes, because models of one family pad their vocabularies
-    differently. Without tokenizers, sizes are compared.
-
-    Args:
-        tokenizers, vocab_sizes: the model's, then the draft model's.
-
-    Raises:
-        InvalidSettings: the vocabularies differ.
-    """
-    model, draft = tokenizers
-    if model is None or draft is None:
-        same, what = vocab_sizes[0] == vocab_sizes[1], f"{vocab_sizes[1]} tokens"
-        expected = f"a model with the same vocabulary, of {vocab_sizes[0]} tokens"
-    else:
-        expected, size = "a model with the same vocabulary", min(model.vocab_size, draft.vocab_size)
-        differing = (i for i in range(size) if _token(model, i) != _token(draft, i))
-        first = next(differing, None)
-        same = first is None
-        what = f"token {first} differs"
-        if same and model.vocab_size != draft.vocab_size:
-            same, what = False, f"{draft.vocab_size} tokens instead of {model.vocab_size}"
-    if not same:
-        raise InvalidSettings(
-            "model_draft", expected=expected, actual=what,
-            remedy="Choose a smaller model of the same family, or leave model_draft empty",
-        )
-
-
-def _token(tokenizer: Tokenizer, token_id: int) -> bytes | str:
-    if tokenizer.bytes_known:
-        return tokenizer.token_bytes(token_id)
-    return tokenizer.decode([token_id], skip_special=False)
+def _most_draft(job: Job) -> int:
+    """Return how many tokens can be run in one pass with the last one of each of a job's texts."""
+    return min(sequence.end_of_pass(len(ids) - 1) - len(ids) for sequence, ids in job.texts)

@@ -22,7 +22,7 @@ from .scheduler import Scheduler
 if TYPE_CHECKING:
     import torch
 
-    from .drafts import DraftModel
+    from .draft_model import DraftModel
 
 T = TypeVar("T")
 
@@ -40,15 +40,15 @@ class Generator(ModelThread):
     Args:
         model: runs forward passes.
         cache: lends pages.
-        drafter: the draft model; None for none.
+        draft_model: None for none.
         release: frees the model's memory; called after all requests have ended.
     """
 
     def __init__(
-        self, model: ForwardModel, cache: PagedCache, drafter: DraftModel | None,
+        self, model: ForwardModel, cache: PagedCache, draft_model: DraftModel | None,
         release: Callable[[], None],
     ) -> None:
-        super().__init__(Scheduler(model, cache, drafter), release)
+        super().__init__(Scheduler(model, cache, draft_model), release)
 
     def wait(self, request: Exchange[Any]) -> None:
         """Return when the request has output or has finished; see `ModelThread.wait`.

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from ..cache.paging import PagedSequence
 from ..utils.errors import drop_locals
 from ..utils.progress import Progress
+from .draft_pacing import LOOKUP_PRIOR, MODEL_PRIOR, Acceptance
 from .exchange import Exchange
 from .forward_model import LogitsRow
 from .logprobs import TokenLogprobs, token_logprobs
@@ -36,7 +37,10 @@ class GenerationStats:
         reused_tokens: number of prompt tokens that the cache already held.
         preemptions: how often its pages were given to older requests; each time its text was
             evaluated again, as far as the cache had lost it.
-        accepted_tokens: number of new tokens that were guessed correctly in a draft.
+        drafted_tokens: number of tokens that were guessed in drafts and run with the text.
+        accepted_tokens: number of these that were right, which are new tokens of the text.
+        skipped_drafts: number of passes in which a draft was possible and left out, because it
+            would have taken more time than it would have saved.
         prefill_s: seconds from the start of the prompt to the first token.
         decode_s: seconds from the first token to the last.
     """
@@ -44,7 +48,9 @@ class GenerationStats:
     prompt_tokens: int
     new_tokens: int = 0
     reused_tokens: int = 0
+    drafted_tokens: int = 0
     accepted_tokens: int = 0
+    skipped_drafts: int = 0
     preemptions: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
@@ -54,6 +60,16 @@ class GenerationStats:
         """Evaluated prompt tokens per second; 0 before the first new token."""
         evaluated = self.prompt_tokens - self.reused_tokens
         return evaluated / self.prefill_s if self.prefill_s > 0 else 0.0
+
+    @property
+    def draft_summary(self) -> str:
+        """What became of the drafts, for people; empty if none was possible."""
+        parts = []
+        if self.drafted_tokens:
+            parts.append(f"{self.accepted_tokens} of {self.drafted_tokens} drafted tokens right")
+        if self.skipped_drafts:
+            parts.append(f"no draft in {self.skipped_drafts} passes that are faster without")
+        return ", ".join(parts)
 
     @property
     def tokens_per_s(self) -> float:
@@ -99,6 +115,7 @@ class Job(Exchange[tuple[int, str]]):
         sequence: the pages of prompt and answer; None while it waits for pages, and after the
             end.
         arrival: jobs are numbered in the order in which they arrived.
+        looked_up, guessed: how often prompt lookup and the draft model were right.
     """
 
     prompt_ids: Sequence[int]
@@ -115,6 +132,8 @@ class Job(Exchange[tuple[int, str]]):
         super().__init__()
         self.sequence: PagedSequence | None = None
         self.arrival = 0
+        self.looked_up = Acceptance(LOOKUP_PRIOR)
+        self.guessed = Acceptance(MODEL_PRIOR)
         self.last_text = ""
         self.finish_reason: str | None = None
         self.logprobs: list[TokenLogprobs] = []

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from ..cache.layout import PAGE_LEN
 from ..cache.paging import PagedCache, PagedSequence
 from ..utils.errors import CacheFull, InsufficientMemory, drop_locals, is_out_of_memory
-from .drafts import look_up
+from .drafts import Drafts
 from .evaluations import Evaluation
 from .exchange import Exchange
 from .forward_model import ForwardModel, LogitsRow
@@ -25,7 +25,7 @@ from .jobs import CANCELLED, FAILED, Job
 from .sampling import guide
 
 if TYPE_CHECKING:
-    from .drafts import DraftModel
+    from .draft_model import DraftModel
 
 Ids = Sequence[int] | npt.NDArray[np.int64]
 
@@ -48,7 +48,7 @@ class Scheduler:
     Args:
         model: runs forward passes.
         cache: lends pages.
-        drafter: the draft model; None for none.
+        draft_model: None for none.
 
     Attributes:
         waiting: jobs that have no pages, in order of arrival.
@@ -57,15 +57,15 @@ class Scheduler:
     """
 
     def __init__(
-        self, model: ForwardModel, cache: PagedCache, drafter: DraftModel | None
+        self, model: ForwardModel, cache: PagedCache, draft_model: DraftModel | None
     ) -> None:
         self.model = model
         self.cache = cache
-        self.drafter = drafter
+        self.drafts = Drafts(min(model.logits_rows, model.chunk_size), draft_model)
         self.waiting: deque[Job] = deque()
         self.active: list[Job] = []
         self.evaluations: list[Evaluation[Any]] = []
-        self._prompts_turn = False
+        self._turn = 0
         self._arrivals = itertools.count()
 
     def accept(self, request: Exchange[Any]) -> None:
@@ -114,7 +114,7 @@ class Scheduler:
 
     def close(self) -> None:
         """Drop model and cache, because an error that a caller keeps refers to the scheduler."""
-        del self.model, self.cache, self.drafter
+        del self.model, self.cache, self.drafts
 
     def _step(self) -> bool:
         self._finish_cancelled()
@@ -142,17 +142,20 @@ class Scheduler:
                 self._finish(job, CANCELLED)
 
     def _run_long_pass(self) -> bool:
-        """Run one chunk of a prompt or of an evaluation, in turns.
+        """Run one chunk of a prompt, of an evaluation or of the draft model's reading, in turns.
 
         Only one, so that decoding jobs never wait for two chunks.
 
         Returns:
-            False if there is neither.
+            False if there is none of them.
         """
-        self._prompts_turn = not self._prompts_turn
-        if self._prompts_turn:
-            return self.prefill() or self._run_evaluation()
-        return self._run_evaluation() or self.prefill()
+        kinds = (self.prefill, self._run_evaluation, self._read_for_drafts)
+        for _ in kinds:
+            run = kinds[self._turn]
+            self._turn = (self._turn + 1) % len(kinds)
+            if run():
+                return True
+        return False
 
     def _run_evaluation(self) -> bool:
         awaited = (evaluation for evaluation in self.evaluations if evaluation.is_awaited)
@@ -162,6 +165,18 @@ class Scheduler:
         self.evaluations.remove(evaluation)
         self.evaluations.append(evaluation)
         return self._advance(evaluation)
+
+    def _read_for_drafts(self) -> bool:
+        """Run one chunk of the draft model over a text that it has to read before it guesses."""
+        draft_model = self.drafts.draft_model
+        job = draft_model.next_to_read if draft_model is not None else None
+        if draft_model is None or job is None:
+            return False
+        try:
+            draft_model.read(job)
+        except BaseException as error:
+            self._fail(job, error)
+        return True
 
     def _advance(self, evaluation: Evaluation[Any]) -> bool:
         """Run one step of an evaluation; an error ends only this evaluation."""
@@ -308,8 +323,7 @@ class Scheduler:
         self.waiting.appendleft(job)
         job.stats.preemptions += 1
         return_pages(job, self.cache)
-        if self.drafter is not None:
-            self.drafter.release(job)
+        self.drafts.release(job)
 
     def _run(self, jobs: list[Job]) -> None:
         """Run one forward pass: the next chunk of one prompt, or one over decoding jobs."""
@@ -366,13 +380,14 @@ class Scheduler:
         The rows of a draft have the same logits that separate passes would give. So tokens are
         drawn from them in order until one differs from the draft.
         """
-        drafts = self._drafts(jobs)
+        drafts = self.drafts.next(jobs)
         entries = [
             (sequence, [*_missing(sequence, ids), *draft])
             for job, draft in zip(jobs, drafts, strict=True)
             for sequence, ids in job.texts
         ]
-        logits = self.model.forward_rows(entries, "all" if any(drafts) else "last")
+        with self.drafts.passes.measure(sum(len(ids) for _, ids in entries)):
+            logits = self.model.forward_rows(entries, "all" if any(drafts) else "last")
         first = 0
         for job, draft in zip(jobs, drafts, strict=True):
             count = len(draft) + 1
@@ -380,26 +395,8 @@ class Scheduler:
             first += len(rows)
             for sequence, _ in job.texts:
                 sequence.past_len -= len(draft)
+            job.stats.drafted_tokens += len(draft)
             self._take(job, rows, draft)
-
-    def _drafts(self, jobs: list[Job]) -> list[list[int]]:
-        """Guess the next tokens of each job: from its own text, or else by the draft model."""
-        rows_left = min(self.model.logits_rows, self.model.chunk_size)
-        rows_left -= sum(job.num_sequences for job in jobs)
-        drafts, wanted = [], {}
-        for job in jobs:
-            limit = min(rows_left // job.num_sequences, _most_draft(job))
-            lookup = min(job.settings.prompt_lookup_num_tokens, limit)
-            draft = look_up(job.history, job.room_ahead(lookup))
-            count = len(draft)
-            if not draft and self.drafter is not None:
-                count = wanted[job] = job.room_ahead(min(self.drafter.draft_max, limit))
-            rows_left -= count * job.num_sequences
-            drafts.append(draft)
-        if self.drafter is None:
-            return drafts
-        guesses = self.drafter.guess(wanted)
-        return [draft or guesses.get(job, []) for job, draft in zip(jobs, drafts, strict=True)]
 
     def _take(self, job: Job, rows: list[LogitsRow], draft: list[int]) -> None:
         """Draw tokens from the rows of a job as long as they agree with its draft.
@@ -439,8 +436,7 @@ class Scheduler:
             self.waiting.remove(job)
         try:
             return_pages(job, self.cache)
-            if self.drafter is not None:
-                self.drafter.release(job)
+            self.drafts.release(job)
         finally:
             job.finish(reason, error)
             job.wake_waiters()
@@ -470,11 +466,6 @@ def _guided(job: Job, rows: list[LogitsRow], index: int) -> LogitsRow:
         return rows[index]
     negative = rows[len(rows) // 2 + index]
     return LogitsRow(guide(rows[index].values, negative.values, job.settings.guidance_scale))
-
-
-def _most_draft(job: Job) -> int:
-    """Return how many tokens can be run in one pass with the last one of each of a job's texts."""
-    return min(sequence.end_of_pass(len(ids) - 1) - len(ids) for sequence, ids in job.texts)
 
 
 def _missing(sequence: PagedSequence, ids: Ids) -> list[int]:

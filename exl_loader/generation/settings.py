@@ -173,7 +173,8 @@ class SamplingSettings:
         logit_bias: (token id, number to add to its logit) pairs, or a dict.
         seed: -1 takes a random one; the same seed and settings give the same text.
         prompt_lookup_num_tokens: most tokens to guess at a time where the text repeats itself.
-            The text stays the same, and repetitive texts are generated faster. 0 turns it off.
+            The text stays the same, and repetitive texts are generated faster. Fewer are guessed,
+            or none, where they would take more time than they save. 0 turns it off.
         logprobs: return the log probability of each token and this many of the likeliest ones;
             0 turns it off.
         ban_eos_token: never draw an end token, so that only max_new_tokens ends the text.

@@ -201,6 +201,8 @@ def stats_line(generation: TextGeneration) -> str:
     parts = [_tokens(stats.new_tokens), f"{stats.tokens_per_s:.1f} tokens/s"]
     reused = f", {stats.reused_tokens} reused" if stats.reused_tokens else ""
     parts.append(f"prompt {_tokens(stats.prompt_tokens)}{reused} in {stats.prefill_s:.2f} s")
+    if stats.draft_summary:
+        parts.append(stats.draft_summary)
     if generation.finish_reason is not None:
         parts.append(REASONS.get(generation.finish_reason, generation.finish_reason))
         parts.append(f"seed {generation.seed}")

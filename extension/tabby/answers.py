@@ -76,7 +76,7 @@ class Answer:
         stats = self._generation.stats
         finish_reason, eos_reason = self._reasons()
         total_s = time.monotonic() - self._began_s
-        return {
+        found = {
             "request_id": self._request_id,
             "prompt_tokens": self._prompt_tokens,
             "prompt_time": round(stats.prefill_s, 2),
@@ -92,6 +92,10 @@ class Answer:
             "stop_str": self._stop_str() if eos_reason == "stop_string" else None,
             "full_text": self._full_text,
         }
+        if stats.drafted_tokens:
+            found["draft_accept"] = stats.accepted_tokens
+            found["draft_reject"] = stats.drafted_tokens - stats.accepted_tokens
+        return found
 
     def _piece(self, text: str) -> dict[str, Any] | None:
         if not text:

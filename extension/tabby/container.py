@@ -463,6 +463,8 @@ class ExlLoaderContainer:
             if last is not None:
                 yield last
             end = answer.end()
+            if generation.stats.skipped_drafts:
+                say(f"request {request_id}: {generation.stats.draft_summary}")
             yield end
             answers.log_end(request_id, end, prompt, params, self.max_seq_len)
         finally:

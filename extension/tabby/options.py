@@ -48,7 +48,6 @@ _DRAFT_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "draft_rope_scale": (1, 1.0),
     "draft_rope_alpha": (1, 1.0, "auto"),
     "draft_gpu_split": ([],),
-    "dynamic_draft": (False,),
 }
 
 # Tokens that prompt lookup guesses at a time where draft_num_tokens is not set.

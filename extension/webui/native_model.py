@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import loading, problems
+from .contract import say
 from .request import (
     StopWatch,
     context_length,
@@ -162,6 +163,8 @@ class Exllamav3Model:
         if tail:
             yield text + tail
         problems.note_ending(generation.finish_reason)
+        if generation.stats.draft_summary:
+            say(generation.stats.draft_summary, level="info")
         length = context_length(state, self.loaded.ctx_size)
         is_full = len(ids) + figures.completion_tokens >= length
         if generation.finish_reason == "context" or (

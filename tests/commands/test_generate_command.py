@@ -63,6 +63,15 @@ def test_generate_as_json(tiny_model_dir, capsys):
     assert result["seed"] == 3 and result["new_tokens"] <= 6
     assert result["finish_reason"] in ("length", "eos")
     assert result["allocated_bytes"] > 0 and result["tokens_per_s"] > 0
+    assert (result["drafted_tokens"], result["skipped_drafts"]) == (0, 0)
+
+
+def test_generate_prints_what_became_of_drafts(tiny_model_dir, capsys):
+    """The model's own guesses are always right, so only the first passes are without them."""
+    assert generate(tiny_model_dir, "--prompt", "hello", "--temperature", "0", "--stats",
+                    "--model-draft", str(tiny_model_dir), "--max-new-tokens", "40") == 0
+    error = capsys.readouterr().err
+    assert "drafted tokens right" in error or "passes that are faster without" in error
 
 
 def test_generate_with_loras(tiny_model_dir, tmp_path, capsys):

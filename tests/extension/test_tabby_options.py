@@ -115,7 +115,7 @@ def test_draft_models(tiny_model_dir):
     odd = draft | {"draft_cache_mode": "FP16", "draft_rope_alpha": 2.0, "dynamic_draft": True}
     notices = choose(tiny_model_dir, {"draft_model": odd, "cache_mode": "Q4"}).notices
     assert [line.split(":")[0] for line in notices] == [
-        "draft_cache_mode", "draft_rope_alpha", "dynamic_draft"]
+        "draft_cache_mode", "draft_rope_alpha"]
 
 
 def test_ngram_drafts_are_prompt_lookup(tiny_model_dir):

@@ -14,11 +14,12 @@ from exl_loader.cache.paging import PagedCache
 from exl_loader.commands import cli
 from exl_loader.commands.model_options import DEMO_MODEL
 from exl_loader.engine import LoadedModel
-from exl_loader.generation.drafts import DraftModel
+from exl_loader.generation.draft_model import DraftModel
 from exl_loader.memory import buffers as memory
 from exl_loader.utils.errors import InsufficientMemory, InvalidCheckpoint, InvalidSettings
 from support import in_threads
 from support.fake_model import FakeModel, fake_engine
+from support.full_drafts import draft_fully
 from support.tiny import write_tiny_model
 
 CTX = 600
@@ -43,12 +44,12 @@ def drafted_engine(guess, draft_max=4, draft_ctx=1024, **sizes):
         PagedCache([CacheLayer(m.stored, None, m.stored, None, CacheType(32, 32))], len(m.stored))
         for m in (model, draft)
     ]
-    drafter = DraftModel(draft, caches[1], draft_max, 300)
+    draft_model = DraftModel(draft, caches[1], draft_max, 300)
     engine = LoadedModel(
         model, caches[0], None, SimpleNamespace(ctx_size=ctx_size),  # type: ignore[arg-type]
-        SimpleNamespace(release=lambda: None), drafter,  # type: ignore[arg-type]
+        SimpleNamespace(release=lambda: None), draft_model,  # type: ignore[arg-type]
     )
-    return engine, model, draft, caches
+    return draft_fully(engine), model, draft, caches
 
 
 def plain_text(prompt, options):
@@ -89,9 +90,10 @@ def test_the_draft_evaluates_a_long_prompt_in_chunks_while_other_texts_continue(
     options = {"temperature": 0, "max_new_tokens": 60, "ban_eos_token": True}
     prompts = [[7] * 100, [8, 9]]
     generations = [engine.generate_ids(prompt, options) for prompt in prompts]
-    texts = [[next(generation)] for generation in generations]
-    for i, generation in enumerate(generations):
-        texts[i] += list(generation)
+    texts = [[], []]
+    for ids in zip(*generations, strict=True):
+        for text, token_id in zip(texts, ids, strict=True):
+            text.append(token_id)
     assert texts == [plain_text(prompt, options)[0] for prompt in prompts]
     assert max(map(sum, draft.calls)) == draft.chunk_size
     assert max(map(sum, model.calls)) <= model.chunk_size
@@ -114,7 +116,7 @@ def test_a_draft_with_less_context_guesses_up_to_its_end():
 
 def test_texts_with_ids_unknown_to_the_draft_get_no_guesses():
     engine, _, draft, caches = drafted_engine(script)
-    engine._generator._scheduler.drafter._vocab_size = 200
+    engine._generator._scheduler.drafts.draft_model._vocab_size = 200
     options = {"temperature": 0, "max_new_tokens": 100, "ban_eos_token": True}
     assert list(engine.generate_ids([7, 8], options)) == plain_text([7, 8], options)[0]
     assert list(engine.generate_ids([7, 250], options)) == plain_text([7, 250], options)[0]
@@ -164,7 +166,7 @@ def test_on_the_compiled_kernels_the_text_is_the_same(tiny_model_dir, draft_dir,
     with exl_loader.load(tiny_model_dir, **sizes) as model:
         plain = [list(model.generate_ids(prompt, options)) for prompt in prompts]
     folder = tiny_model_dir if own else draft_dir
-    with exl_loader.load(tiny_model_dir, model_draft=folder, **sizes) as model:
+    with draft_fully(exl_loader.load(tiny_model_dir, model_draft=folder, **sizes)) as model:
         generation = model.generate_ids(prompts[0], options)
         assert list(generation) == plain[0]
         assert generation.stats.accepted_tokens > (10 if own else -1)
@@ -176,7 +178,8 @@ def test_the_demo_model_as_its_own_draft():
     options = {"temperature": 0, "max_new_tokens": 64}
     with exl_loader.load(DEMO_MODEL, ctx_size=512) as model:
         text = "".join(model.generate("def read(path):", options))
-    with exl_loader.load(DEMO_MODEL, ctx_size=512, model_draft=DEMO_MODEL, draft_max=3) as model:
+    drafted = {"model_draft": DEMO_MODEL, "draft_max": 3}
+    with draft_fully(exl_loader.load(DEMO_MODEL, ctx_size=512, **drafted)) as model:
         generation = model.generate("def read(path):", options)
         assert "".join(generation) == text
         # Three of four tokens, less what the end of the text cuts off.

@@ -11,12 +11,13 @@ import pytest
 import exl_loader
 from exl_loader.cache.layout import PAGE_LEN, CacheLayer, CacheType, pages_for
 from exl_loader.cache.paging import PagedCache
-from exl_loader.generation.drafts import DraftModel
+from exl_loader.generation.draft_model import DraftModel
 from exl_loader.generation.evaluations import Evaluation, evaluate_text
 from exl_loader.generation.jobs import Job
 from exl_loader.utils.errors import CacheFull
 from support import in_threads
 from support.fake_model import FakeModel, fake_engine
+from support.full_drafts import draft_fully
 from support.tiny import write_tiny_model
 
 GREEDY = {"temperature": 0, "ban_eos_token": True}
@@ -268,12 +269,13 @@ def test_random_requests_over_a_small_cache(seed, drafted):
     )
     model.config.bos_token_id = 1
     scheduler = engine._generator._scheduler
+    draft_fully(engine)
     if drafted:
         draft = FakeModel(
             lambda text: script(text) if len(text) % 5 else 299, VOCAB, 3, chunk_size=200
         )
         layer = CacheLayer(draft.stored, None, draft.stored, None, CacheType(32, 32))
-        scheduler.drafter = DraftModel(draft, PagedCache([layer], 3), 4, VOCAB)
+        scheduler.drafts.draft_model = DraftModel(draft, PagedCache([layer], 3), 4, VOCAB)
     callers = [random_caller(rng, bases) for _ in range(14)]
     expected = [alone(caller.prompt, caller.options) for caller in callers]
     evaluations: list[Evaluation] = []
@@ -318,7 +320,7 @@ def test_random_requests_over_a_small_cache(seed, drafted):
     assert preemptions <= most and (preemptions > 0 or seed is None)
     assert cache.num_free_pages == pages
     if drafted:
-        assert scheduler.drafter._cache.num_free_pages == 3
+        assert scheduler.drafts.draft_model._cache.num_free_pages == 3
         assert any(job.stats.accepted_tokens for job in jobs)
 
 
@@ -363,7 +365,7 @@ def test_on_the_compiled_kernels_texts_that_lose_their_pages_are_the_same(
         chosen = {"max_new_tokens": 550 - len(prompt) + i, "ban_eos_token": True} | settings
         requests.append((prompt, chosen))
 
-    with exl_loader.load(folder, **options) as model:
+    with draft_fully(exl_loader.load(folder, **options)) as model:
         whole = []
         for prompt, chosen in requests:
             model.prompt_logits([5] * 1280)

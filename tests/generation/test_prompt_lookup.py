@@ -11,6 +11,7 @@ import exl_loader
 from exl_loader.generation.drafts import look_up
 from support import in_threads
 from support.fake_model import fake_engine
+from support.full_drafts import draft_fully
 
 
 @settings(max_examples=300)
@@ -38,6 +39,7 @@ def texts(script, prompts, options, **sizes):
     results = []
     for count in (0, 5):
         engine, model, cache = fake_engine(script, 300, ctx_size=1024, **sizes)
+        draft_fully(engine)
         request = {"temperature": 0, "prompt_lookup_num_tokens": count} | options
         generations = [engine.generate_ids(prompt, request) for prompt in prompts]
         streams = [list(generation) for generation in generations]
@@ -74,6 +76,7 @@ def test_an_end_token_in_a_draft_ends_the_text():
 def test_rejected_tokens_are_not_reused():
     """A repeated text reuses the tokens of the text and not those of a rejected draft."""
     engine, model, _ = fake_engine(cycle, 300, ctx_size=1024)
+    draft_fully(engine)
     options = {"temperature": 0, "prompt_lookup_num_tokens": 5, "max_new_tokens": 150}
     answer = list(engine.generate_ids([5, 6], options))
     model.calls.clear()
@@ -84,6 +87,7 @@ def test_rejected_tokens_are_not_reused():
 
 def test_requests_share_the_rows_of_a_pass():
     engine, model, _ = fake_engine(cycle, 300, ctx_size=1024, logits_rows=8)
+    draft_fully(engine)
     options = {"temperature": 0, "prompt_lookup_num_tokens": 7, "max_new_tokens": 120}
     generations = [engine.generate_ids([i], options) for i in (5, 6, 7)]
     streams = [list(ids) for ids in zip(*generations, strict=True)]
@@ -100,6 +104,7 @@ def test_on_the_compiled_kernels_the_text_is_the_same(tiny_model_dir, temperatur
                "ban_eos_token": True, "repetition_penalty": 0.8}
     with exl_loader.load(tiny_model_dir, ctx_size=2048, cache_type="q8") as model:
         plain = [list(model.generate_ids(prompt, options)) for prompt in prompts]
+        draft_fully(model)
         lookup = options | {"prompt_lookup_num_tokens": 6}
         accepted = 0
         for prompt, text in zip(prompts, plain, strict=True):

@@ -44,7 +44,7 @@ def test_the_plan_with_a_cache_size_equals_what_is_allocated(
         cache = model._generator._scheduler.cache
         assert cache.num_pages == 8
         if drafted:
-            assert model._generator._scheduler.drafter._cache.num_pages == 8
+            assert model._generator._scheduler.drafts.draft_model._cache.num_pages == 8
 
 
 def test_a_draft_with_its_own_context_has_a_cache_of_that_size(tiny_model_dir, draft_dir):

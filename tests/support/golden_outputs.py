@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 import exl_loader
+from support.full_drafts import draft_fully
 from support.golden_models import DEMO, FIXTURES, GIB, RANDOM_MODELS, Bench
 from support.golden_record import Result, sha256
 from support.tiny import write_tiny_model
@@ -189,6 +190,7 @@ def texts_case(bench: Bench, cache_type: str) -> Result:
     with bench.backend("cpu") as device, exl_loader.load(
         DEMO, ctx_size=768, cache_type=cache_type, device=device
     ) as loaded:
+        draft_fully(loaded)
         for name, settings in SAMPLERS.items():
             result.bits[name] = _text(loaded, PROMPT, settings)
         result.bits["long"] = _text(loaded, LONG_PROMPT, {"top_p": 0.9})
@@ -209,6 +211,7 @@ def draft_case(bench: Bench, model: str, draft: str) -> Result:
         bench.model(model), ctx_size=512, model_draft=bench.model(draft), draft_max=3,
         device=device,
     ) as loaded:
+        draft_fully(loaded)
         result.exact["bytes"] = loaded.allocated_bytes()
         for name in ("greedy", "top", "penalties", "logprobs"):
             result.bits[name] = _text(loaded, PROMPT, SAMPLERS[name])

@@ -125,7 +125,8 @@ class LoadOptions:
             the same with and without it.
         ctx_size_draft: the draft model's tokens of context, which is also the size of its cache;
             0 for as many of both as the model's.
-        draft_max: of `load` alone. Most tokens that the draft model guesses at a time.
+        draft_max: of `load` alone. Most tokens that the draft model guesses at a time. Fewer are
+            guessed, or none, where they would take more time than they save.
         loras: folders of LoRA adapters to load with the model, each alone or as (folder,
             scaling); or text such as `first,second=0.5`. Their room is reserved exactly.
         max_lora_bytes: the least room for LoRA adapters that is reserved on each device, such
