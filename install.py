@@ -84,9 +84,9 @@ def main() -> int:
     check_arguments(parser, args, further)
     if args.webui:
         # The web UI has an environment of its own, so ours is not needed.
-        from extension.install import command
+        from extension.install import webui
 
-        return command.main(args.webui, further)
+        return webui.main(args.webui, further)
     if args.tabbyapi:
         from extension.install import tabbyapi
 

@@ -87,7 +87,7 @@ def _run_host(option: str, folder: Path, python: Path | None, as_json: bool) -> 
     """
     try:
         # Not at the top of the file: the installed package has the engine alone.
-        from extension.install import command, tabbyapi
+        from extension.install import tabbyapi, webui
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "extension":
             raise
@@ -97,7 +97,7 @@ def _run_host(option: str, folder: Path, python: Path | None, as_json: bool) -> 
             remedy="Run doctor in the checkout that install.py was run from",
         ) from None
     is_webui = option == "--webui"
-    found = (command.problems if is_webui else tabbyapi.problems)(folder, python)
+    found = (webui.problems if is_webui else tabbyapi.problems)(folder, python)
     if as_json:
         print(json.dumps({"problems": [vars(problem) for problem in found]}, indent=2))
     else:

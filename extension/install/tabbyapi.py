@@ -13,7 +13,9 @@ from pathlib import Path
 
 from exl_loader.utils.untrusted_files import SETTINGS_BYTES, is_there, read_text
 
-from .command import (
+from .environment import TABBYAPI, HostPython, InstallError, Problem, dotted, find_python
+from .plugin_files import TABBYAPI_HOOK, remove_extension
+from .steps import (
     import_in,
     install_extras,
     install_missing,
@@ -26,8 +28,6 @@ from .command import (
     say,
     verification_problems,
 )
-from .environment import TABBYAPI, HostPython, InstallError, Problem, dotted, find_python
-from .plugin_files import TABBYAPI_HOOK, remove_extension
 
 # Without exllamav3 TabbyAPI ends at its start, unless this is set.
 UNSAFE_LAUNCH = (

@@ -14,7 +14,7 @@ import pytest
 
 from exl_loader.commands import chat, cli, doctor, model_options
 from exl_loader.commands.chat import HELP
-from extension.install import command as webui_command
+from extension.install import webui as webui_installer
 from support import REPO
 
 posix = pytest.mark.skipif(os.name == "nt", reason="signals and terminals of POSIX")
@@ -77,7 +77,7 @@ def test_exit_codes(code, argv, tiny_model_dir, tmp_path, capsys):
 def test_doctor_exits_with_1_where_something_is_missing(problems, monkeypatch, capsys):
     report = doctor.examine() | {"problems": problems}
     monkeypatch.setattr(doctor, "examine", lambda: report)
-    monkeypatch.setattr(webui_command, "problems", lambda webui, python: problems)
+    monkeypatch.setattr(webui_installer, "problems", lambda webui, python: problems)
     expected = 1 if problems else 0
     assert cli.main(["doctor"]) == cli.main(["doctor", "--webui", "folder"]) == expected
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from exl_loader.commands.cli import main
-from extension.install import command, environment, plugin_files, tabbyapi
+from extension.install import environment, plugin_files, tabbyapi
 from extension.install.environment import TABBYAPI, InstallError
 from support import REPO
 
@@ -160,6 +160,6 @@ def test_packages_of_tabbyapis_own_are_refused_with_its_own_remedy():
     everything = dict(environment.REQUIREMENTS)
     del everything["numpy"], everything["ninja"]
     python = environment.HostPython(Path("python"), (3, 11, 0), Path("site"), everything)
-    own, ours = command.package_problems(python, TABBYAPI)[::-1]
+    own, ours = environment.package_problems(python, TABBYAPI)[::-1]
     assert "numpy" in str(own) and "TabbyAPI's start script" in str(own)
     assert "ninja" in str(ours) and "installs it" in str(ours)

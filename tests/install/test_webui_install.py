@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from extension.install import command, environment, plugin_files, saved_settings
+from extension.install import environment, plugin_files, saved_settings, steps
+from extension.install import webui as installer
 from extension.install.environment import InstallError
 from extension.webui.contract import OPTION_DEFAULTS
 from support import REPO
 from support.webui_double import write_webui
 
-verify = command.verify
+verify = installer.verify
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def venv(tmp_path_factory):
 def webui(tmp_path, venv, monkeypatch):
     """A web UI whose own environment is the venv, without a trace of the plugin."""
     # Importing PyTorch takes seconds, so only one test verifies.
-    monkeypatch.setattr(command, "verify", lambda root, python: "not verified")
+    monkeypatch.setattr(installer, "verify", lambda root, python: "not verified")
     root = write_webui(tmp_path / "webui")
     (root / "venv").symlink_to(venv)
     yield root
@@ -63,9 +64,9 @@ def start(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_install_twice_and_uninstall(webui, capsys, monkeypatch):
-    monkeypatch.setattr(command, "verify", verify)
+    monkeypatch.setattr(installer, "verify", verify)
     before = snapshot(webui)
-    command.install(webui)
+    installer.install(webui)
     installed = snapshot(webui)
     target = webui / "user_data" / "extensions" / "exl_loader"
     assert target.resolve() == REPO / "extension"
@@ -73,40 +74,40 @@ def test_install_twice_and_uninstall(webui, capsys, monkeypatch):
         str(target.parent): None}
     times = {p: p.stat().st_mtime_ns for p in site_of(webui).glob("exl_loader_webui*")}
     assert "verified: exl_loader 0." in capsys.readouterr().err
-    monkeypatch.setattr(command, "verify", lambda root, python: "not verified")
-    command.install(webui)
+    monkeypatch.setattr(installer, "verify", lambda root, python: "not verified")
+    installer.install(webui)
     assert capsys.readouterr().err.count("(unchanged)") == 2
     assert {p: p.stat().st_mtime_ns for p in site_of(webui).glob("exl_loader_webui*")} == times
-    assert command.problems(webui) == []
-    command.uninstall(webui)
+    assert installer.problems(webui) == []
+    installer.uninstall(webui)
     target.parent.rmdir()
     assert snapshot(webui) == before
     assert not list(site_of(webui).glob("exl_loader_webui*"))
 
 
 def test_the_loader_is_registered_before_the_model_loads(webui):
-    command.install(webui)
+    installer.install(webui)
     result = start(webui, "--loader", "exl2", "--cache-4bit")
     assert "loader ExLlamav2 ctx 0 4bit True" in result.stdout and result.stderr == ""
 
 
 def test_a_copy_is_complete_and_can_be_renewed(webui):
-    command.install(webui, copy=True)
+    installer.install(webui, copy=True)
     target = webui / "user_data" / "extensions" / "exl_loader"
     assert not target.is_symlink()
     assert (target / "exl_loader" / "engine.py").is_file() and (target / "csrc").is_dir()
     result = start(webui, "--loader", "exl2")
     assert "loader ExLlamav2" in result.stdout and result.stderr == ""
     (target / plugin_files.COPY_MARK).write_text('{"source": "elsewhere"}')
-    assert "is not up to date" in str(command.problems(webui)[0])
-    command.install(webui, update=True)
-    assert command.problems(webui) == [] and not target.is_symlink()
+    assert "is not up to date" in str(installer.problems(webui)[0])
+    installer.install(webui, update=True)
+    assert installer.problems(webui) == [] and not target.is_symlink()
     for name in ("webui/loading.py", "exl_loader/checkpoint/config.py"):
         (target / name).unlink()
-        assert "is not up to date" in str(command.problems(webui)[0]), "a file is missing"
-        command.install(webui)
-        assert command.problems(webui) == [] and (target / name).is_file()
-    command.uninstall(webui)
+        assert "is not up to date" in str(installer.problems(webui)[0]), "a file is missing"
+        installer.install(webui)
+        assert installer.problems(webui) == [] and (target / name).is_file()
+    installer.uninstall(webui)
     assert not target.exists()
 
 
@@ -125,9 +126,9 @@ if sys.orig_argv[1:2] == ["server.py"]:
 
 @pytest.mark.parametrize("copy", [False, True])
 def test_start_files_of_earlier_installations_start_todays_plugin(webui, copy):
-    command.install(webui, copy=copy)
+    installer.install(webui, copy=copy)
     (site_of(webui) / plugin_files.START).write_text(EARLIER_START)
-    assert "is missing or outdated" in str(command.problems(webui)[0])
+    assert "is missing or outdated" in str(installer.problems(webui)[0])
     result = start(webui, "--loader", "exl2", "--cache-4bit")
     assert "loader ExLlamav2 ctx 0 4bit True" in result.stdout and result.stderr == ""
 
@@ -173,14 +174,14 @@ FLAGS = {"cache_8bit": [], "cache_4bit": [], "alpha_value": ["2"], "compress_pos
     "harm", [broken_link, broken_bootstrap, without_engine, broken_registration,
              without_start_file])
 def test_a_half_removed_plugin_never_stops_the_webui(webui, harm):
-    command.install(webui)
+    installer.install(webui)
     harm(webui)
     flags = [word for name, values in FLAGS.items() for word in (f"--{name}", *values)]
     # Without the start file nothing accepts the flags.
     result = start(webui, *([] if harm is without_start_file else flags))
     assert result.returncode == 0 and result.stdout.rstrip().endswith("up")
     assert result.stderr.count("exl_loader:") == 1 and len(result.stderr.splitlines()) == 1
-    assert command.problems(webui), "doctor must report it"
+    assert installer.problems(webui), "doctor must report it"
 
 
 def test_uninstalling_names_the_plugins_flags_in_cmd_flags(webui, capsys):
@@ -188,9 +189,9 @@ def test_uninstalling_names_the_plugins_flags_in_cmd_flags(webui, capsys):
     assert {flag[2:].replace("-", "_") for flag in saved_settings.FLAGS} == OPTION_DEFAULTS.keys()
     flags = webui / "user_data" / "CMD_FLAGS.txt"
     flags.write_text("# --cache-8bit\n--api --cache_4bit --alpha-value=2.5\n")
-    command.install(webui)
+    installer.install(webui)
     capsys.readouterr()
-    command.uninstall(webui)
+    installer.uninstall(webui)
     said = [x for x in capsys.readouterr().err.splitlines() if x.startswith("remove ")]
     assert said == [f"remove --cache_4bit and --alpha-value=2.5 from {flags}: without the plugin "
                     "the web UI does not start with these flags"]
@@ -198,7 +199,7 @@ def test_uninstalling_names_the_plugins_flags_in_cmd_flags(webui, capsys):
 
 
 def test_other_programs_of_the_environment_are_not_affected(webui):
-    command.install(webui)
+    installer.install(webui)
     python = str(webui / "venv" / "bin" / "python")
     code = "import sys; print([m for m in sys.modules if m.startswith('exl_loader')])"
     result = subprocess.run([python, "-c", code], capture_output=True, text=True)
@@ -214,23 +215,23 @@ def test_a_folder_that_is_not_ours_is_left_alone(webui):
     target.mkdir(parents=True)
     (target / "script.py").write_text("theirs")
     with pytest.raises(InstallError, match="not made by this installer"):
-        command.install(webui)
+        installer.install(webui)
     assert (target / "script.py").read_text() == "theirs"
 
 
 def test_refusals_name_the_remedy(tmp_path, webui):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InstallError, match="not the folder of a text-generation-webui"):
-        command.install(tmp_path / "empty")
+        installer.install(tmp_path / "empty")
     old = write_webui(tmp_path / "old", loaders=("loaders_and_params = {",
                                                 "loaders_and_params = {'ExLlamav2': [],"))
     with pytest.raises(InstallError, match="has its own ExLlamav2 loader"):
-        command.install(old)
+        installer.install(old)
     with pytest.raises(InstallError, match="--python"):
-        command.install(webui, webui / "no-python")
+        installer.install(webui, webui / "no-python")
     (webui / "portable_env").mkdir()
     with pytest.raises(InstallError, match="portable"):
-        command.install(webui)
+        installer.install(webui)
 
 
 def test_where_the_webuis_python_is_looked_for(tmp_path, monkeypatch):
@@ -302,7 +303,7 @@ def test_saved_settings_are_found_where_the_webui_reads_them(webui, tmp_path):
     flags.write_text(f"# --model-dir nowhere\n--api --model-dir '{elsewhere}'\n")
     for folder in (elsewhere, webui / "user_data" / "models"):
         (folder / saved_settings.CONFIG).write_text("a$:\n  loader: ExLlamav2\n  ctx_size: 1\n")
-    command.uninstall(webui)
+    installer.uninstall(webui)
     for folder in (elsewhere, webui / "user_data" / "models"):
         assert (folder / saved_settings.CONFIG).read_text() == "a$:\n  ctx_size: 1\n"
 
@@ -320,7 +321,7 @@ def test_doctor_names_problems_and_remedies(webui, capsys):
     assert main(["doctor", "--webui", str(webui)]) == 1
     said = capsys.readouterr().out
     assert "does not exist" in said and "install.py --webui" in said and "--model" in said
-    command.install(webui)
+    installer.install(webui)
     assert main(["doctor", "--webui", str(webui)]) == 0
     assert "is ready" in capsys.readouterr().out
 
@@ -342,15 +343,15 @@ def python_with(packages: dict[str, str], version=(3, 11, 0)) -> environment.Hos
 
 
 def test_old_and_missing_packages():
-    assert command.package_problems(python_with({})) == []
-    assert command.package_problems(python_with({"torch": "2.9.1+cu128"})) == []
-    (old,) = command.package_problems(python_with({"torch": "2.4.1"}))
+    assert environment.package_problems(python_with({})) == []
+    assert environment.package_problems(python_with({"torch": "2.9.1+cu128"})) == []
+    (old,) = environment.package_problems(python_with({"torch": "2.4.1"}))
     assert "torch is 2.4.1" in str(old) and "Update the web UI" in str(old)
-    (missing,) = command.package_problems(python_with({"torch": ""}))
+    (missing,) = environment.package_problems(python_with({"torch": ""}))
     assert "start script" in str(missing)
-    (ours,) = command.package_problems(python_with({"ninja": ""}))
+    (ours,) = environment.package_problems(python_with({"ninja": ""}))
     assert "installs it" in str(ours)
-    (python,) = command.package_problems(python_with({}, (3, 9, 1)))
+    (python,) = environment.package_problems(python_with({}, (3, 9, 1)))
     assert "3.9.1" in str(python)
 
 
@@ -361,9 +362,9 @@ def test_only_missing_packages_are_installed_and_others_keep_their_version(monke
         held = Path(arguments[2]).read_text()
         asked.append((arguments[3:], held))
 
-    monkeypatch.setattr(command, "pip", pip)
-    assert command.install_missing(python_with({})) == []
-    found = command.install_missing(python_with({"ninja": "", "torch": "2.9.1+cu128"}))
+    monkeypatch.setattr(steps, "pip", pip)
+    assert steps.install_missing(python_with({})) == []
+    found = steps.install_missing(python_with({"ninja": "", "torch": "2.9.1+cu128"}))
     assert found == ["ninja"] and len(asked) == 1
     assert asked[0][0] == ["ninja>=1.11"]
     assert "torch==2.9.1+cu128\n" in asked[0][1] and "ninja" not in asked[0][1]
@@ -371,20 +372,20 @@ def test_only_missing_packages_are_installed_and_others_keep_their_version(monke
 
 def test_a_failure_to_install_an_optional_package_is_only_reported(monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(command, "pip", lambda python, arguments: asked.append(arguments[3:]))
+    monkeypatch.setattr(steps, "pip", lambda python, arguments: asked.append(arguments[3:]))
     bare, complete = python_with({}), python_with({"llguidance": "1.9.1"})
-    assert command.install_extras(complete) == [] == command.extra_problems(complete)
-    assert command.install_extras(bare) == ["llguidance"] and asked == [["llguidance>=1.9"]]
-    (problem,) = command.extra_problems(bare)
+    assert steps.install_extras(complete) == [] == environment.extra_problems(complete)
+    assert steps.install_extras(bare) == ["llguidance"] and asked == [["llguidance>=1.9"]]
+    (problem,) = environment.extra_problems(bare)
     assert "llguidance is missing" in str(problem) and "grammar" in str(problem)
-    (old,) = command.extra_problems(python_with({"llguidance": "1.2.0"}))
+    (old,) = environment.extra_problems(python_with({"llguidance": "1.2.0"}))
     assert "1.2.0" in str(old)
 
     def fail(python, arguments):
         raise InstallError("pip install failed: no wheel")
 
-    monkeypatch.setattr(command, "pip", fail)
-    assert command.install_extras(bare) == []
+    monkeypatch.setattr(steps, "pip", fail)
+    assert steps.install_extras(bare) == []
     said = capsys.readouterr().err
     assert "without llguidance requests with a grammar fail" in said and "no wheel" in said
 
