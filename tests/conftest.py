@@ -343,19 +343,24 @@ def machine(monkeypatch):
     return make
 
 
+def _skip_in_several_processes(host: str) -> None:
+    if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1":
+        pytest.skip(f"one {host} for several processes; without -n it is tested")
+
+
 @pytest.fixture(scope="session")
 def webui():
     """The folder of the real text-generation-webui, with the plugin in it meanwhile."""
-    from extension.install import command, environment
+    from extension.install import environment
+    from extension.install import webui as installer
     from support.webui_server import PYTHON, WEBUI, tracked
 
-    if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1":
-        pytest.skip("one web UI for several processes; without -n it is tested")
+    _skip_in_several_processes("web UI")
     root = Path(WEBUI or "").resolve()
     before = tracked(root)
-    command.install(root, PYTHON)
+    installer.install(root, PYTHON)
     yield root
-    command.uninstall(root, PYTHON)
+    installer.uninstall(root, PYTHON)
     assert tracked(root) == before, "no file of the web UI may be changed"
     assert not environment.extension_folder(root).exists()
 
@@ -367,8 +372,7 @@ def tabbyapi():
     from extension.install.environment import TABBYAPI, find_python
     from support.tabby_server import FOLDER, PYTHON, tracked
 
-    if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1":
-        pytest.skip("one TabbyAPI for several processes; without -n it is tested")
+    _skip_in_several_processes("TabbyAPI")
     root = Path(FOLDER or "").resolve()
     before = tracked(root)
     site = find_python(root, PYTHON, TABBYAPI).site_packages
@@ -382,7 +386,7 @@ def tabbyapi():
 @pytest.fixture(scope="session")
 def webui_models(tmp_path_factory) -> Path:
     """A folder of models for the real web UI: the shipped one, as `demo`."""
-    from support.webui_server import copy_demo
+    from support.host_server import copy_demo
 
     return copy_demo(tmp_path_factory.mktemp("webui") / "models", "demo")
 
@@ -391,7 +395,7 @@ def webui_models(tmp_path_factory) -> Path:
 def greedy_text() -> str:
     """The text that the engine itself generates for the real web UI's prompt."""
     import exl_loader
-    from support.webui_server import DEMO, GREEDY, PROMPT
+    from support.host_server import DEMO, GREEDY, PROMPT
 
     settings = {"temperature": 0, "max_new_tokens": GREEDY["max_tokens"]}
     with exl_loader.load(DEMO, ctx_size=512, cache_type="q4") as model:

@@ -25,10 +25,11 @@ from extension.panel.panel import ModelChoice
 from extension.tabby.container import ExlLoaderContainer
 from extension.webui import loading, registration
 from support import REPO, tabby_server
+from support.host_server import DEMO, PROMPT, copy_demo
 from support.tabby_double import HFModel, enter_tabby, params
 from support.tabby_server import TabbyServer
 from support.webui_double import enter_webui, forget_webui, write_webui
-from support.webui_server import DEMO, MARKS, PROMPT, Server, copy_demo
+from support.webui_server import MARKS, Server
 
 TOKENS = 40
 CTX_SIZE = 768

@@ -14,6 +14,7 @@ from exl_loader import InsufficientMemory, InvalidSettings, ModelUnloaded
 from exl_loader.memory.buffers import live_bytes
 from extension.tabby import loading
 from extension.tabby.container import ExlLoaderContainer
+from support.host_server import DEMO, PROMPT
 from support.lora_folders import write_adapter
 from support.tabby_double import (
     ContextLengthExceededError,
@@ -22,7 +23,6 @@ from support.tabby_double import (
     enter_tabby,
     params,
 )
-from support.webui_server import DEMO, PROMPT
 
 CTX_SIZE = 512
 VALUES = {"max_seq_len": CTX_SIZE, "cache_mode": "Q8", "chunk_size": 256,

@@ -15,8 +15,8 @@ from extension.tabby import registration
 from extension.tabby.container import ExlLoaderContainer
 from extension.tabby.contract import TabbyDiffers
 from support import REPO
+from support.host_server import DEMO
 from support.tabby_double import HFModel, enter_tabby
-from support.webui_server import DEMO
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import pytest
 
 import exl_loader
 from support import tabby_server
+from support.host_server import DEMO, PROMPT, copy_demo
 from support.lora_folders import write_adapter
-from support.tabby_server import DEMO, PROMPT, TabbyServer
-from support.webui_server import copy_demo
+from support.tabby_server import TabbyServer
 
 pytestmark = tabby_server.MARKS
 

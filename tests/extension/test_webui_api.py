@@ -14,8 +14,9 @@ import pytest
 
 import exl_loader
 from extension.install import saved_settings
+from support.host_server import GREEDY, PROMPT
 from support.lora_folders import write_adapter
-from support.webui_server import GREEDY, MARKS, PROMPT, Server, StreamError
+from support.webui_server import MARKS, Server, StreamError
 
 pytestmark = MARKS
 

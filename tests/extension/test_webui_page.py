@@ -14,6 +14,7 @@ import pytest
 
 from extension.install import saved_settings
 from extension.panel.panel import toggles_for
+from support.host_server import DEMO, copy_demo
 from support.lora_folders import write_adapter
 from support.quick_clicks import (
     GAUGE_NAMES,
@@ -22,7 +23,7 @@ from support.quick_clicks import (
     until_all_is_answered,
 )
 from support.webui_page import CHROMIUM, WebuiPage, user_data
-from support.webui_server import DEMO, MARKS, Server, copy_demo
+from support.webui_server import MARKS, Server
 
 pytest.importorskip("playwright.sync_api")
 

@@ -6,24 +6,17 @@ be found. They install the backend into it and uninstall it again.
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
-import re
-import signal
 import subprocess
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from extension.install.environment import TABBYAPI, clean_environment, find_python
+from extension.install.environment import TABBYAPI, find_python
 
-from .webui_server import DEMO, free_port
+from .host_server import DEMO, GREEDY, HostServer, free_port
 
 FOLDER = os.environ.get("TABBYAPI_DIR")
 PYTHON = Path(os.environ["TABBYAPI_PYTHON"]) if "TABBYAPI_PYTHON" in os.environ else None
@@ -36,12 +29,6 @@ MARKS = [
     pytest.mark.skipif(not (DEMO / "config.json").is_file(), reason="no demo model"),
 ]
 
-# The shipped model was trained on nothing but Python.
-PROMPT = "import os\nimport"
-GREEDY = {"prompt": PROMPT, "max_tokens": 12, "temperature": 0}
-
-START_WAIT_S = 240
-
 # The branch exl2-checkpoint, which has a table of backends.
 IS_OLD = FOLDER is not None and (Path(FOLDER) / "backends" / "base_model_container.py").is_file()
 
@@ -52,7 +39,7 @@ def tracked(root: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-class TabbyServer:
+class TabbyServer(HostServer):
     """TabbyAPI as a process.
 
     Args:
@@ -67,9 +54,9 @@ class TabbyServer:
         self, root: Path, folder: Path, model: dict[str, Any] | None = None, *,
         launcher: Path | None = None, **sections: dict[str, Any],
     ) -> None:
-        self.port = free_port()
+        port = free_port()
         config = {
-            "network": {"port": self.port, "disable_auth": True, "api_servers": ["OAI", "Kobold"]},
+            "network": {"port": port, "disable_auth": True, "api_servers": ["OAI", "Kobold"]},
             "model": {"model_dir": str(folder / "models"), **(model or {})},
             "lora": {"lora_dir": str(folder / "loras")},
             "draft_model": {"draft_model_dir": str(folder / "models")},
@@ -77,65 +64,17 @@ class TabbyServer:
         }
         for name, values in sections.items():
             config[name] = config.get(name, {}) | values
-        path = folder / f"config-{self.port}.yml"
+        path = folder / f"config-{port}.yml"
         # JSON is YAML.
         path.write_text(json.dumps(config))
-        self.log = folder / f"server-{self.port}.log"
-        self._file = self.log.open("w")
         python = find_python(root, PYTHON, TABBYAPI).executable
         start = ["main.py"] if launcher is None else [str(launcher), str(root)]
         # Wide, so that no line of the log is wrapped.
-        self.process = subprocess.Popen(
-            [str(python), *start, "--config", str(path)], cwd=root, stdout=self._file,
-            stderr=subprocess.STDOUT, env=clean_environment() | {
-                "OMP_NUM_THREADS": "1", "TABBY_LOG_CONSOLE_WIDTH": "1000"})
+        super().__init__([str(python), *start, "--config", str(path)], root, folder, port,
+                         {"TABBY_LOG_CONSOLE_WIDTH": "1000"})
 
-    def __enter__(self) -> TabbyServer:
-        deadline = time.monotonic() + START_WAIT_S
-        while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                self.get("health")
-                return self
-            except OSError:
-                time.sleep(0.2)
-        self.__exit__()
-        raise AssertionError(self.said()[-5000:])
-
-    def __exit__(self, *_: object) -> None:
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(60)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self._file.close()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def said(self) -> str:
-        """The log so far."""
-        return self.log.read_text(errors="replace")
-
-    def get(self, path: str):
-        with urllib.request.urlopen(f"{self.url}/{path}", timeout=300) as answer:
-            return json.load(answer)
-
-    def ask(self, path: str, method: str = "POST", **body):
-        """Send a request; return the status and the answer, as text if it is not JSON."""
-        request = urllib.request.Request(
-            f"{self.url}/{path}", json.dumps(body).encode(),
-            {"Content-Type": "application/json"}, method=method)
-        try:
-            with urllib.request.urlopen(request, timeout=300) as answer:
-                status, text = answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            status, text = error.code, error.read().decode(errors="replace")
-        try:
-            return status, json.loads(text)
-        except ValueError:
-            return status, text
+    def check_answers(self) -> None:
+        self.get("health")
 
     def text(self, **changes) -> str:
         """Return a completion's text, greedy unless `changes` override that."""
@@ -146,23 +85,3 @@ class TabbyServer:
     def load(self, name: str, **options) -> list[dict[str, Any]]:
         """Load a model; return the events of the load, the last of which may be an error."""
         return list(self.events("v1/model/load", model_name=name, **options))
-
-    def events(self, path: str, **body) -> Iterator[dict[str, Any]]:
-        """Yield the events of a stream; closing the iterator closes the connection."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
-        connection.request("POST", f"/{path}", json.dumps(body),
-                           {"Content-Type": "application/json"})
-        answer = connection.getresponse()
-        try:
-            for line in answer:
-                if line.startswith(b"data: {"):
-                    yield json.loads(line[6:])
-        finally:
-            answer.close()
-            connection.close()
-
-    def reserved_bytes(self) -> list[int]:
-        """Return the bytes that each load has reserved; the log has the same allocated."""
-        lines = re.findall(r"([\d,]+) bytes reserved, ([\d,]+) allocated", self.said())
-        assert all(reserved == allocated for reserved, allocated in lines)
-        return [int(reserved.replace(",", "")) for reserved, _ in lines]
