@@ -35,6 +35,13 @@ _ROW_SHARE = 0.1
 # machine only makes a pass longer, so a shorter time is nearer to the truth.
 _LONGER, _SHORTER = 0.1, 0.4
 
+# A first measurement counts at most as so many times what was estimated, likewise.
+_MOST_LONGER = 2.0
+
+# The drafts of a pass of n rows together take a multiple of n / 4 rows, because each number of
+# rows has to be measured, and the calls of each are recorded.
+_ROWS_PER_STEP = 4
+
 # A time that was last measured this many passes ago is measured again when it is needed: texts
 # grow, and the machine's other work changes.
 _PASSES_KEPT = 200
@@ -164,20 +171,22 @@ class PassSeconds:
     def estimate(self, rows: int) -> float:
         """Return how long a pass takes; 0 while nothing is known.
 
-        Between measured numbers of rows it is interpolated.
+        Between measured numbers of rows it is interpolated, and beyond them extrapolated.
         """
         known = self._seconds.get(rows)
         if known is not None:
             return known
         if not self._rows:
             return 0.0
-        row = _ROW_SHARE * self._seconds[self._rows[0]]
+        first = self._rows[0]
         index = bisect_left(self._rows, rows)
         if index == 0:
-            first = self._rows[0]
             return self._seconds[first] / (1 + _ROW_SHARE * (first - rows))
         below = self._rows[index - 1]
         if index == len(self._rows):
+            row = _ROW_SHARE * self._seconds[first]
+            if below > first:
+                row = max(0.0, self._seconds[below] - self._seconds[first]) / (below - first)
             return self._seconds[below] + row * (rows - below)
         above = self._rows[index]
         share = (rows - below) / (above - below)
@@ -199,7 +208,11 @@ class PassSeconds:
             self._first_seen.add(rows)
             return
         self._passes += 1
-        known = self._seconds.get(rows, seconds)
+        known = self._seconds.get(rows)
+        if known is None:
+            known = seconds
+            if self._rows:
+                known = min(seconds, _MOST_LONGER * self.estimate(rows))
         weight = _LONGER if seconds > known else _SHORTER
         self._seconds[rows] = known + weight * (seconds - known)
         self._measured_at[rows] = self._passes
@@ -309,7 +322,8 @@ class DraftPacing:
         heapify(left)
         counts = [0] * len(offers)
         steps: list[int] = []  # rows of each step of the draft model
-        expected = float(num_jobs)
+        expected, drafted = float(num_jobs), 0
+        step = max(1, num_rows // _ROWS_PER_STEP)
         best, best_rate = list(counts), _rate(expected, self.passes.estimate(num_rows))
         while left:
             _, i = heappop(left)
@@ -326,6 +340,9 @@ class DraftPacing:
                 if position == len(steps):
                     steps.append(0)
                 steps[position] += 1 if position else offer.rows_of_first_step
+            drafted += offer.rows
+            if drafted % step:
+                continue
             seconds = self.passes.estimate(num_rows) + sum(map(self._steps.estimate, steps))
             rate = _rate(expected, seconds)
             if rate > best_rate:

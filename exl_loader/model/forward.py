@@ -437,11 +437,13 @@ class Model:
         self, num_rows: int, num_sequences: int, logits: LogitsMode, top_logits: bool
     ) -> Step:
         key = (num_rows, num_sequences, logits, top_logits)
-        step = self._steps.get(key)
+        step = self._steps.pop(key, None)
         if step is None:
             if len(self._steps) >= MAX_STEPS:
+                # The first one is the least recently used.
                 self._steps.pop(next(iter(self._steps)))
-            step = self._steps[key] = self._record(*key)
+            step = self._record(*key)
+        self._steps[key] = step
         return step
 
     def _record(

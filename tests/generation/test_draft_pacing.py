@@ -237,17 +237,17 @@ def test_a_pass_that_took_long_once_changes_little():
 
 def test_times_between_measured_ones_are_interpolated_and_old_ones_forgotten():
     clock = Clock()
-    table = Table(clock, lambda rows: float(rows))
+    table = Table(clock, by_row(0.2))
     assert table.seconds.estimate(3) == 0
     for rows in (1, 1, 5, 5):
         table.run(rows)
     assert table.seconds.is_known(5) and not table.seconds.is_known(3)
-    assert table.seconds.estimate(3) == pytest.approx(3)
-    assert table.seconds.estimate(7) == pytest.approx(5.2)
+    assert table.seconds.estimate(3) == pytest.approx(1.4)
+    assert table.seconds.estimate(7) == pytest.approx(2.2)
     for _ in range(300):
         table.run(5)
     assert not table.seconds.is_known(1)
-    assert table.seconds.estimate(1) == pytest.approx(5 / 1.4)
+    assert table.seconds.estimate(1) == pytest.approx(1.8 / 1.4)
     table.run(1)
     assert table.seconds.is_known(1), "only the first pass of all is not counted"
 
