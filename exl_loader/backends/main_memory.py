@@ -133,9 +133,9 @@ class MainMemoryOps(ABC):
     def read_through(self, buffer: torch.Tensor) -> int:
         import torch
 
-        words = buffer.view(torch.int32)
-        words.sum()
-        return words.nbytes
+        buffer.view(torch.int32).sum()
+        nbytes: int = buffer.nbytes
+        return nbytes
 
     def share_permutations(self, layers: Sequence[Linear]) -> None:
         """Do nothing: each product permutes its input."""

@@ -104,10 +104,9 @@ class CpuOps(linear.LinearOps, attention.AttentionOps, rows.RowOps, MainMemoryOp
         return self._set_amx(on)
 
     def read_through(self, buffer: torch.Tensor) -> int:
-        words = buffer.view(torch.int32)
-        out = INT32()
-        self._call("read_sum", words.data_ptr(), words.numel(), ctypes.byref(out))
-        return words.nbytes
+        nbytes: int = buffer.nbytes
+        self._call("read_sum", buffer.data_ptr(), nbytes // 4, ctypes.byref(INT32()))
+        return nbytes
 
     def call(self, function: Callable[[DeviceOps], None]) -> None:
         function(self)

@@ -67,7 +67,8 @@ class CudaOps(LinearOps, AttentionOps, MoeOps, TopLogitsOps, PackOps):
         for _ in range(_READ_ROUNDS):
             target.copy_(source)
         self.cpu_access.finish()
-        return _READ_ROUNDS * buffer.nbytes
+        nbytes: int = buffer.nbytes
+        return _READ_ROUNDS * nbytes
 
     def share_permutations(self, layers: Sequence[Linear]) -> None:
         """A card then permutes and quantises the input of these layers once."""
