@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .memory.reservation.records import Reservation as Reservation
     from .utils.errors import CacheFull as CacheFull
     from .utils.errors import DeviceError as DeviceError
+    from .utils.errors import DownloadError as DownloadError
     from .utils.errors import ExlLoaderError as ExlLoaderError
     from .utils.errors import InsufficientMemory as InsufficientMemory
     from .utils.errors import InvalidCall as InvalidCall
@@ -42,6 +43,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CacheFull",
     "DeviceError",
+    "DownloadError",
     "ExlLoaderError",
     "InsufficientMemory",
     "InvalidCall",

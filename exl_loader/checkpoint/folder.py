@@ -28,6 +28,7 @@ from .safetensors_header import FileIdentity, TensorHeader, read_header
 from .weight_files import (
     all_files,
     candidates,
+    check_finished,
     check_index,
     check_series,
     converter_output,
@@ -86,13 +87,15 @@ def read_folder(model_dir: Path, config: ModelConfig | None = None) -> Folder:
 
     Raises:
         ModelNotFound: there is no folder, or no weights in it.
-        InvalidCheckpoint: a file is missing or truncated, a header contradicts itself or the
-            file, a tensor is in two files, or the tensors of the declared method are missing.
+        InvalidCheckpoint: the folder's download has not ended, a file is missing or truncated, a
+            header contradicts itself or the file, a tensor is in two files, or the tensors of the
+            declared method are missing.
         InvalidConfig: config.json or quantize_config.json is not a JSON object, or the class
             in config.json is no name.
         UnsupportedFormat: pickle files, GGUF, another quantization method, or settings that this
             engine does not implement.
     """
+    check_finished(model_dir)
     files = _Files(model_dir, None if config is None else config.num_hidden_layers)
     declared = None if config is None else config.quantization
     quantization = Quantization.from_dir(model_dir, declared)

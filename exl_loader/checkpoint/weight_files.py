@@ -9,16 +9,28 @@ from pathlib import Path
 
 from ..utils.errors import InvalidCheckpoint, ModelNotFound, UnsupportedFormat, shown
 from ..utils.json_keys import read_json_object_if_there
-from ..utils.untrusted_files import INDEX_BYTES
+from ..utils.untrusted_files import INDEX_BYTES, is_there
 
 INDEX_NAME = "model.safetensors.index.json"
 WHOLE_NAME = "model.safetensors"
 SERIES = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
+# Exists in a folder while `python -m exl_loader download` is not done with it.
+UNFINISHED_NAME = "exl_loader-download.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-def _refuse(model_dir: Path, names: Iterable[str]) -> None:
-    """Raise the error for a folder without safetensors files."""
+def check_finished(model_dir: Path) -> None:
+    """Refuse a folder whose download has not ended; its files may look like a whole model."""
+    if is_there(model_dir / UNFINISHED_NAME):
+        raise InvalidCheckpoint(
+            str(model_dir), expected="a complete download",
+            actual=f"an unfinished one (it has the file {UNFINISHED_NAME})",
+            remedy="Run the same `python -m exl_loader download` again: it goes on where it was",
+        )
+
+
+def refuse_other_formats(names: Iterable[str]) -> None:
+    """Raise UnsupportedFormat for the first file of weights that are no safetensors."""
     for name in names:
         suffix = Path(name).suffix.lower()
         if suffix in PICKLE_SUFFIXES:
@@ -32,12 +44,6 @@ def _refuse(model_dir: Path, names: Iterable[str]) -> None:
             raise UnsupportedFormat(
                 name, expected="*.safetensors", actual="GGUF", remedy="Use llama.cpp for this file"
             )
-    raise ModelNotFound(
-        str(model_dir),
-        expected="*.safetensors with the model's weights",
-        actual="none",
-        remedy="Check the folder, or download the model again",
-    )
 
 
 def index_files(model_dir: Path) -> list[str]:
@@ -81,7 +87,13 @@ def weight_names(model_dir: Path) -> list[str]:
     found = [name for name in names if name.endswith(".safetensors")]
     if not found:
         missing_shards(_readable_index(model_dir), [])
-        _refuse(model_dir, names)
+        refuse_other_formats(names)
+        raise ModelNotFound(
+            str(model_dir),
+            expected="*.safetensors with the model's weights",
+            actual="none",
+            remedy="Check the folder, or download the model again",
+        )
     return found
 
 

@@ -28,6 +28,7 @@ COMMANDS = {
     "plan": ("exl_loader.commands.plan", "compute the memory that a model will take"),
     "bench": ("exl_loader.commands.bench", "measure speed by depth and cache type"),
     "eval": ("exl_loader.commands.eval", "measure how much quality each cache type loses"),
+    "download": ("exl_loader.commands.download", "download a model from the Hugging Face Hub"),
     "convert": ("exl_loader.commands.convert", "quantise a model folder to EXL2"),
     "build": ("exl_loader.commands.build", "compile the kernels ahead of the first load"),
     "doctor": ("exl_loader.commands.doctor", "report what this machine has and what is missing"),

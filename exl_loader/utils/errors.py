@@ -205,6 +205,10 @@ class DeviceError(ExlLoaderError):
     """A graphics card or its driver is missing, or refused a request."""
 
 
+class DownloadError(ExlLoaderError):
+    """A download failed: the server refuses it or cannot be reached, or the disk is too small."""
+
+
 class ModelUnloaded(ExlLoaderError):
     """The model was used after `unload()`."""
 
