@@ -167,7 +167,7 @@ class LoadedModel:
 
     def text_stream(
         self, prompt_ids: Sequence[int] = (), *, stop_strings: Sequence[str] = (),
-        skip_special_tokens: bool = True,
+        skip_special_tokens: bool = True, token_healing: bool = False,
     ) -> TextStream:
         """Make a decoder for ids that arrive one by one, as from `generate_ids`.
 
@@ -175,11 +175,15 @@ class LoadedModel:
             prompt_ids: the ids that the text continues; empty for a text of its own.
             stop_strings: texts that end the text.
             skip_special_tokens: do not show special tokens.
+            token_healing: the first id takes the place of the last one of `prompt_ids`, which
+                are those of the request, and only the text that it adds is shown.
 
         Raises:
             InvalidTokenizer: the model has no tokenizer.
+            InvalidSettings: its tokens cannot be healed.
         """
-        return TextStream(self.tokenizer.stream(skip_special_tokens, prompt_ids), stop_strings)
+        return self._requests.text_stream(
+            prompt_ids, stop_strings, skip_special_tokens, token_healing)
 
     def generate(
         self, prompt: Prompt, settings: Settings = None, *, progress: Progress | None = None,

@@ -166,7 +166,7 @@ class RunningJob(Generic[T]):
 
     @property
     def prompt_ids(self) -> list[int]:
-        """Ids of the prompt."""
+        """Ids of the prompt, without a last one that `token_healing` draws anew."""
         return list(self._job.prompt_ids)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,9 +15,12 @@ from ..utils.progress import Progress, checked_progress
 from ..utils.setting_values import whole_numbers
 from .forward_model import LogitsRow
 from .grammar.masks import Grammars
+from .healing import HealedToken, TokenHealing
 from .jobs import Job, NegativeText
+from .reasoning import ReasoningBudget
 from .sampling import Sampler, TokenRoles
 from .settings import SamplingSettings
+from .text_rules import TextRules
 from .text_stream import TextStream
 
 if TYPE_CHECKING:
@@ -54,6 +58,7 @@ class RequestReader:
             self.sampled_vocab_size = min(config.vocab_size, tokenizer.vocab_size)
         self.eos_token_ids = tuple(sorted(ids))
         self._grammars = Grammars(tokenizer, self.sampled_vocab_size, self.eos_token_ids)
+        self._healing = TokenHealing(tokenizer, self.sampled_vocab_size, self.eos_token_ids)
 
     @property
     def has_tokenizer(self) -> bool:
@@ -128,13 +133,22 @@ class RequestReader:
         self._check_range(settings.allowed_tokens, "allowed_tokens")
         self._check_range(settings.custom_token_bans, "custom_token_bans")
         self._check_range([token for token, _ in settings.logit_bias], "logit_bias")
-        # The answer continues a prompt that is text. After ids, as from a chat template, it is
-        # a text of its own.
-        continued_ids = prompt_ids if isinstance(prompt, str) else ()
+        # The answer continues a prompt that is text, and one whose last token is healed. After
+        # other ids, as from a chat template, it is a text of its own.
+        healed = self._healing.find(prompt_ids) if settings.token_healing else None
+        continued_ids = prompt_ids if isinstance(prompt, str) or healed is not None else ()
         text = None
         if tokenizer is not None:
-            stream = tokenizer.stream(settings.skip_special_tokens, continued_ids)
+            stream = tokenizer.stream(
+                settings.skip_special_tokens, continued_ids, _num_bytes(healed))
             text = TextStream(stream, settings.stop_strings)
+        rules = self._rules(settings, prompt_ids, healed, bool(continued_ids))
+        if healed is not None:
+            prompt_ids = prompt_ids[:-1]
+            settings = replace(
+                settings, max_new_tokens=settings.max_new_tokens + 1,
+                min_new_tokens=settings.min_new_tokens + 1,
+            )
         negative = self._negative_text(settings)
         longest = max(len(prompt_ids), len(negative.ids) if negative is not None else 0)
         new_tokens = min(settings.max_new_tokens, self._ctx_size - longest)
@@ -144,8 +158,7 @@ class RequestReader:
             prompt_ids=prompt_ids,
             settings=settings,
             sampler=Sampler(
-                settings, roles=self._roles(settings, prompt_ids),
-                constraint=self._grammars.constraint(settings, bool(continued_ids)),
+                settings, roles=self._roles(settings, prompt_ids), constraint=rules,
             ),
             eos_ids=frozenset(() if settings.ban_eos_token else self.eos_token_ids),
             max_tokens=len(prompt_ids) + new_tokens,
@@ -154,6 +167,29 @@ class RequestReader:
             vocab_size=self.sampled_vocab_size,
             negative=negative,
         )
+
+    def text_stream(
+        self, prompt_ids: Sequence[int], stop_strings: Sequence[str], skip_special: bool,
+        token_healing: bool,
+    ) -> TextStream:
+        """Make a decoder of an answer; see `engine.LoadedModel.text_stream`."""
+        healed = self._healing.find(prompt_ids) if token_healing and prompt_ids else None
+        stream = self.tokenizer.stream(skip_special, prompt_ids, _num_bytes(healed))
+        return TextStream(stream, stop_strings)
+
+    def _rules(
+        self, settings: SamplingSettings, prompt_ids: Sequence[int], healed: HealedToken | None,
+        continues_text: bool,
+    ) -> TextRules | None:
+        """Return what restricts the tokens of an answer; None for nothing."""
+        before = "" if healed is None else healed.text
+        grammar = self._grammars.constraint(settings, continues_text, before)
+        budget = None
+        if settings.reasoning_budget_tokens >= 0:
+            budget = ReasoningBudget(settings, self.tokenizer, prompt_ids)
+        if healed is None and budget is None and grammar is None:
+            return None
+        return TextRules(healed, budget, grammar)
 
     def _roles(self, settings: SamplingSettings, prompt_ids: Sequence[int]) -> TokenRoles:
         return TokenRoles.from_request(
@@ -229,3 +265,7 @@ class RequestReader:
                 actual=f"{prompt_len} tokens",
                 remedy="Shorten it, or load the model with a larger ctx_size",
             )
+
+
+def _num_bytes(healed: HealedToken | None) -> int:
+    return 0 if healed is None else healed.num_bytes

@@ -89,6 +89,7 @@ _INTEGERS: dict[str, tuple[int, int | None]] = {
     "repetition_penalty_range": (0, None),
     "repetition_decay": (0, None),
     "no_repeat_ngram_size": (0, None),
+    "reasoning_budget_tokens": (-1, None),
     "seed": (-1, MAX_SEED),
     "loop_detect_window": (0, None),
     "prompt_lookup_num_tokens": (0, None),
@@ -96,8 +97,13 @@ _INTEGERS: dict[str, tuple[int, int | None]] = {
 }
 _FLAGS = (
     "do_sample", "dynamic_temperature", "temperature_last", "ban_eos_token",
-    "skip_special_tokens",
+    "skip_special_tokens", "token_healing",
 )
+_TEXTS = (
+    "negative_prompt", "grammar_string", "regex_pattern", "grammar_trigger",
+    "reasoning_budget_message", "reasoning_start_token", "reasoning_end_token",
+)
+_STARTS_IN_REASONING = ("auto", "always", "never")
 
 
 @dataclass(frozen=True)
@@ -166,6 +172,20 @@ class SamplingSettings:
         grammar_trigger: text of one token, such as `</think>`; the grammar (of any of the three)
             begins after the first such token, and everything is allowed before. "" is the
             beginning of the text. A text may end before its grammar begins.
+        token_healing: draw the last token of the prompt anew: the answer's first token is one
+            whose text begins with that token's, and what follows it is shown. It is one token
+            more than `max_new_tokens` and `min_new_tokens` say. Stop strings, stop ids and a
+            grammar are about what is shown. A prompt of one token stays as it is, and so does
+            one that ends in a special token or in a part of a character.
+        reasoning_budget_tokens: most tokens that a model reasons, between
+            `reasoning_start_token` and `reasoning_end_token`, in all of the answer; then its
+            reasoning is ended by force. 0 ends it at once, -1 never.
+        reasoning_budget_message: text that is forced then, as tokens of the answer;
+            `reasoning_end_token` follows unless the message contains it.
+        reasoning_start_token, reasoning_end_token: the texts between which a model reasons, of
+            one token or several; "" for no start, if only the prompt begins a reasoning.
+        start_in_reasoning: `always` if the answer begins inside of a reasoning, `never` if not;
+            `auto` if the prompt ends in `reasoning_start_token`, apart from white space.
         sampler_priority: names of samplers in the order in which they run; samplers that are not
             named run first. Empty is `SAMPLER_PRIORITY`.
         allowed_tokens: ids that alone may be drawn, end tokens included; empty for all.
@@ -235,6 +255,12 @@ class SamplingSettings:
     json_schema: str = ""
     regex_pattern: str = ""
     grammar_trigger: str = ""
+    token_healing: bool = False
+    reasoning_budget_tokens: int = -1
+    reasoning_budget_message: str = ""
+    reasoning_start_token: str = "<think>"
+    reasoning_end_token: str = "</think>"
+    start_in_reasoning: str = "auto"
     sampler_priority: tuple[str, ...] = SAMPLER_PRIORITY
     allowed_tokens: tuple[int, ...] = ()
     custom_token_bans: tuple[int, ...] = ()
@@ -261,13 +287,12 @@ class SamplingSettings:
         if self.mirostat_mode == 1:
             raise invalid("mirostat_mode", "0 or 2 (1 is llama.cpp's own)", 1)
         self._check_texts()
+        self._check_reasoning()
         self._read_lists()
 
     def _check_texts(self) -> None:
-        check_text("negative_prompt", self.negative_prompt)
-        check_text("grammar_string", self.grammar_string)
-        check_text("regex_pattern", self.regex_pattern)
-        check_text("grammar_trigger", self.grammar_trigger)
+        for name in _TEXTS:
+            check_text(name, getattr(self, name))
         object.__setattr__(self, "json_schema", _json_schema("json_schema", self.json_schema))
         chosen = [name for name in GRAMMARS if getattr(self, name)]
         if len(chosen) > 1:
@@ -275,6 +300,28 @@ class SamplingSettings:
                 chosen[1], expected=f"only one of {chosen[1]} and {chosen[0]}", actual="both",
                 remedy="Leave one of them empty",
             )
+
+    def _check_reasoning(self) -> None:
+        start = self.start_in_reasoning
+        if not isinstance(start, str) or start not in _STARTS_IN_REASONING:
+            raise invalid("start_in_reasoning", f"one of {', '.join(_STARTS_IN_REASONING)}", start)
+        if self.reasoning_budget_tokens < 0:
+            return
+        if not self.reasoning_end_token:
+            raise invalid("reasoning_end_token", "a text, with which reasoning ends", "")
+        if not any(getattr(self, name) for name in GRAMMARS):
+            return
+        if not self.grammar_trigger:
+            raise InvalidSettings(
+                "reasoning_budget_tokens", expected="-1 beside a grammar that begins with the text",
+                actual=self.reasoning_budget_tokens,
+                remedy="Set grammar_trigger to reasoning_end_token, so that the grammar begins "
+                "after the reasoning",
+            )
+        _, _, after = self.reasoning_end_text.partition(self.grammar_trigger)
+        if after:
+            raise invalid("reasoning_budget_message", "no text after grammar_trigger, where the "
+                          "grammar begins", after)
 
     def _read_lists(self) -> None:
         stop_strings = _texts("stop_strings", self.stop_strings)
@@ -298,6 +345,12 @@ class SamplingSettings:
     def greedy(self) -> bool:
         """True if the likeliest token is always taken."""
         return self.temperature == 0 or not self.do_sample
+
+    @property
+    def reasoning_end_text(self) -> str:
+        """The text that ends a reasoning by force."""
+        message, end = self.reasoning_budget_message, self.reasoning_end_token
+        return message if end in message else message + end
 
     @classmethod
     def from_dict(

@@ -152,7 +152,7 @@ def test_a_flat_distribution_copies_the_row():
 
 def test_a_constraint_copies_the_row():
     class Constraint:
-        allowed_ids, complete = np.array([4, 9]), False
+        allowed_ids, complete, forced_id = np.array([4, 9]), False, None
 
         def accept(self, token_id):
             assert token_id in (4, 9)
@@ -160,8 +160,20 @@ def test_a_constraint_copies_the_row():
     row = peaked_row(2)
     counted = CountedRow(row, defined_top_logits(row))
     roles = TokenRoles(vocab_size=len(row))
-    Sampler(SamplingSettings(top_k=5), 1, roles, Constraint()).sample(counted, HISTORY)
+    constraint = Constraint()
+    sampler = Sampler(SamplingSettings(top_k=5), 1, roles, constraint)
+    sampler.sample(counted, HISTORY)
     assert counted.copies == 1
+    # One that allows all tokens, as before a grammar's trigger, needs no row, and a forced token
+    # needs no logits at all.
+    constraint.allowed_ids = None
+    constraint.accept = lambda token_id: None
+    counted = CountedRow(row, defined_top_logits(row))
+    sampler.sample(counted, HISTORY)
+    assert counted.copies == 0
+    constraint.forced_id = 7
+    forgotten = CountedRow(row, None)
+    assert sampler.sample(forgotten, HISTORY) == 7 and forgotten.copies == 0
 
 
 def test_bans_of_all_top_logits_copy_the_row():

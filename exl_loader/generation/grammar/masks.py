@@ -10,6 +10,7 @@ import json
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,9 +30,6 @@ _JSON_SPACE = r" |\n{1,2}[ \t]{0,20}"
 
 # Defines a rule in GBNF, and has no meaning in Lark. TabbyAPI tells them apart by it as well.
 _GBNF_SIGN = "::="
-
-# Put before text that continues another text; no tokenizer joins it with what follows.
-_BEFORE = "\x02"
 
 # The library panics for tokens of more than 1024 bytes.
 _LONGEST_TOKEN_BYTES = 1000
@@ -62,14 +60,14 @@ class Grammars:
         self._table: Any = None
 
     def constraint(
-        self, settings: SamplingSettings, continues_text: bool = False
+        self, settings: SamplingSettings, continues_text: bool = False, before: str = ""
     ) -> GrammarMatcher | TriggeredGrammar | None:
         """Return the matcher of a request's grammar, which may wait for a token.
 
         Args, raises: as `matcher`. InvalidSettings: `grammar_trigger` is not one token.
         """
         if not settings.grammar_trigger:
-            return self.matcher(settings, continues_text)
+            return self.matcher(settings, continues_text, before)
         # The grammar continues what was written before the token.
         matcher = self.matcher(settings, continues_text=True)
         if matcher is None:
@@ -84,12 +82,13 @@ class Grammars:
         return TriggeredGrammar(matcher, ids[0])
 
     def matcher(
-        self, settings: SamplingSettings, continues_text: bool = False
+        self, settings: SamplingSettings, continues_text: bool = False, before: str = ""
     ) -> GrammarMatcher | None:
         """Return the matcher of a request's grammar; None if it has no grammar.
 
         Args:
             continues_text: the text continues a prompt, so its first space is shown.
+            before: text of the prompt that the tokens spell before that of the grammar.
 
         Raises:
             InvalidSettings: the grammar is invalid (`details` has the library's message), or
@@ -102,19 +101,13 @@ class Grammars:
         llguidance = _import_library(name)
         table = self._token_table(llguidance, name)
         assert self._tokenizer is not None
-        space = self._tokenizer.strips_space and not continues_text
-        from_lark = llguidance.LLMatcher.grammar_from_lark
+        opening = _Opening(before, self._tokenizer.strips_space and not continues_text)
         try:
             with _typed(name):
                 if name == "regex_pattern":
-                    spaced = f"( )?({text})" if space else text
-                    grammar = llguidance.LLMatcher.grammar_from_regex(spaced)
-                elif name == "json_schema":
-                    grammar = from_lark(_json_lark(text, space))
-                elif _GBNF_SIGN in text:
-                    grammar = from_lark(gbnf_to_lark(text, space))
+                    grammar = llguidance.LLMatcher.grammar_from_regex(opening.regex(text))
                 else:
-                    grammar = from_lark(_spaced_lark(text) if space else text)
+                    grammar = llguidance.LLMatcher.grammar_from_lark(opening.lark(name, text))
         except GbnfError as error:
             raise _bad_grammar(name, str(error), str(error)) from None
         except RecursionError:
@@ -170,6 +163,8 @@ class GrammarMatcher:
     Raises:
         InvalidSettings: no token of the vocabulary can begin the text.
     """
+
+    has_begun = True
 
     def __init__(
         self, name: str, matcher: Any, vocab_size: int, eos_ids: Iterable[int]
@@ -228,30 +223,30 @@ class TriggeredGrammar:
         trigger_id: the token.
 
     Attributes:
-        complete: True if the text cannot be continued.
+        has_begun: True after the token.
     """
 
     def __init__(self, matcher: GrammarMatcher, trigger_id: int) -> None:
         self._matcher = matcher
         self._trigger_id = trigger_id
-        self._begun = False
+        self.has_begun = False
 
     @property
     def allowed_ids(self) -> npt.NDArray[np.int64] | None:
         """The tokens that may come next, int64, rising; None for all."""
-        return self._matcher.allowed_ids if self._begun else None
+        return self._matcher.allowed_ids if self.has_begun else None
 
     @property
     def complete(self) -> bool:
         """True if the text cannot be continued."""
-        return self._begun and self._matcher.complete
+        return self.has_begun and self._matcher.complete
 
     def accept(self, token_id: int) -> None:
         """Advance by a token; see `GrammarMatcher.accept`."""
-        if self._begun:
+        if self.has_begun:
             self._matcher.accept(token_id)
         else:
-            self._begun = token_id == self._trigger_id
+            self.has_begun = token_id == self._trigger_id
 
 
 class _Vocabulary:
@@ -281,15 +276,8 @@ class _Vocabulary:
         If a grammar leaves no choice, the library allows only these tokens. They must have
         exactly the text's bytes, without a space before it.
         """
-        ids = self._tokenizer.encode(_BEFORE + text, add_bos=False, special=False)
-        pieces = [self._tokenizer.token_bytes(i) for i in ids]
-        before, wanted = _BEFORE.encode(), text.encode("utf-8", "replace")
-        for count in range(1, len(ids) + 1):
-            if b"".join(pieces[:count]).endswith(before):
-                if b"".join(pieces[count:]) == wanted:
-                    return ids[count:]
-                break
-        return self._greedy(wanted)
+        ids = self._tokenizer.continuation_ids(text, special=False)
+        return self._greedy(text.encode("utf-8", "replace")) if ids is None else ids
 
     def _greedy(self, text: bytes) -> list[int]:
         """Encode by the longest tokens, for tokenizers that change the text."""
@@ -339,14 +327,45 @@ def _typed(name: str) -> Iterator[None]:
         raise _bad_grammar(name, message.splitlines()[0][:200], message) from error
 
 
-def _spaced_lark(text: str) -> str:
-    """Allow one space before the text of a grammar in Lark."""
-    return f'start: " "? inner\ninner: %lark {{\n{text}\n}}\n'
+@dataclass(frozen=True)
+class _Opening:
+    """What a text spells before its grammar begins: text, or an optional space, or nothing.
+
+    Args:
+        before: the text.
+        may_space: allow one space; only without a text.
+    """
+
+    before: str
+    may_space: bool
+
+    def regex(self, text: str) -> str:
+        """Put the opening before a regular expression."""
+        if self.may_space:
+            return f"( )?({text})"
+        literal = "".join(f"\\x{{{ord(character):x}}}" for character in self.before)
+        return f"{literal}({text})" if literal else text
+
+    def lark(self, name: str, text: str) -> str:
+        """Write a JSON schema or a grammar in Lark, with the opening before it."""
+        if name == "json_schema":
+            return f"%llguidance {{}}\nstart: {self._symbol} value\nvalue: %json {_schema(text)}\n"
+        if _GBNF_SIGN in text:
+            text = gbnf_to_lark(text, self.may_space)
+            if not self.before:
+                return text
+        elif not self._symbol:
+            return text
+        return f"start: {self._symbol} inner\ninner: %lark {{\n{text}\n}}\n"
+
+    @property
+    def _symbol(self) -> str:
+        return '" "?' if self.may_space else json.dumps(self.before) if self.before else ""
 
 
-def _json_lark(schema: str, leading_space: bool) -> str:
-    """Write a JSON schema, given as text, in Lark."""
-    value = json.loads(schema)
+def _schema(text: str) -> str:
+    """Check a JSON schema, and add the library's options to it."""
+    value = json.loads(text)
     problem = schema_problem(value)
     if problem is not None:
         raise _bad_grammar("json_schema", problem, "")
@@ -354,8 +373,7 @@ def _json_lark(schema: str, leading_space: bool) -> str:
     options = value.setdefault("x-guidance", {})
     if isinstance(options, dict) and "whitespace_flexible" not in options:
         options.setdefault("whitespace_pattern", _JSON_SPACE)
-    space = '" "? ' if leading_space else ""
-    return f"%llguidance {{}}\nstart: {space}value\nvalue: %json {json.dumps(value)}\n"
+    return json.dumps(value)
 
 
 def _bad_grammar(name: str, problem: str, details: str) -> InvalidSettings:

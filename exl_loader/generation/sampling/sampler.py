@@ -87,6 +87,10 @@ class Constraint(Protocol):
     """Restricts the tokens of a text step by step, as a grammar does."""
 
     @property
+    def forced_id(self) -> int | None:
+        """The token that comes next, whatever the samplers say; None if one is to be drawn."""
+
+    @property
     def allowed_ids(self) -> Ids | None:
         """The tokens that may come next, int64, rising: at least one unless `complete`.
 
@@ -132,14 +136,13 @@ class Sampler:
         self._samplers = chosen_samplers(settings)
         self._feedback = chosen_feedback(settings)
         self._may_use_top_logits = (
-            constraint is None and not settings.allowed_tokens
-            and top_logits_may_suffice(settings, self._samplers)
+            not settings.allowed_tokens and top_logits_may_suffice(settings, self._samplers)
         )
         # Philox gives the same numbers for the same seed on every machine and numpy version.
         self._random = np.random.Generator(np.random.Philox(self.seed))
 
     def sample(self, row: LogitsRow, history: npt.ArrayLike) -> int:
-        """Draw one token.
+        """Draw one token, unless the constraint forces one.
 
         Args:
             row: the logits, which are not changed. Its values are read only if its top logits
@@ -153,16 +156,20 @@ class Sampler:
             InvalidCheckpoint: logits are NaN or infinite.
             InvalidSettings: bans leave no token, or a grammar cannot be followed.
         """
-        left = self.candidates(row, history)
-        if self._settings.greedy:
-            token_id = int(left.ids[left.logits.argmax()])
-        else:
-            token_id = draw(left, self._random.random(), self._settings.skew)
-            for feedback in self._feedback:
-                feedback.observe(token_id)
+        forced_id = None if self._constraint is None else self._constraint.forced_id
+        token_id = self._draw(row, history) if forced_id is None else forced_id
         if self._constraint is not None:
             self._constraint.accept(token_id)
         self._num_drawn += 1
+        return token_id
+
+    def _draw(self, row: LogitsRow, history: npt.ArrayLike) -> int:
+        left = self.candidates(row, history)
+        if self._settings.greedy:
+            return int(left.ids[left.logits.argmax()])
+        token_id = draw(left, self._random.random(), self._settings.skew)
+        for feedback in self._feedback:
+            feedback.observe(token_id)
         return token_id
 
     @property
@@ -199,7 +206,7 @@ class Sampler:
         Raises:
             InvalidSettings: there is none.
         """
-        by_grammar = None if self._constraint is None else self._constraint.allowed_ids
+        by_grammar = self._ids_by_constraint()
         if not len(self._allowed_ids):
             return by_grammar
         allowed = self._allowed_ids[self._allowed_ids < vocab_size]
@@ -212,8 +219,14 @@ class Sampler:
             )
         return allowed
 
+    def _ids_by_constraint(self) -> Ids | None:
+        return None if self._constraint is None else self._constraint.allowed_ids
+
     def _may_use(self, top: TopLogits) -> bool:
-        return self._may_use_top_logits and top.vocab_size == self._roles.vocab_size
+        return (
+            self._may_use_top_logits and top.vocab_size == self._roles.vocab_size
+            and self._ids_by_constraint() is None
+        )
 
     def _run(self, candidates: Candidates, past: Past) -> Candidates:
         """Apply all enabled samplers.

@@ -19,11 +19,15 @@ from ..chat.template import ChatTemplates
 from . import roles, vocab_merges
 from .sentencepiece_vocabulary import SentencePieceVocabulary
 from .stream import StreamDecoder, clean_up
+from .token_starts import TokenStarts
 from .tokenizer_config import TokenizerConfig, read_tokenizer_config
 from .tokenizers_vocabulary import TokenizersVocabulary
 from .vocabulary import Vocabulary
 
 __all__ = ["StreamDecoder", "Tokenizer", "has_tokenizer", "no_tokenizer"]
+
+# Put before text that continues another text; no tokenizer joins it with what follows.
+_BEFORE = "\x02"
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -122,6 +126,22 @@ class Tokenizer:
             return [*self._prefix_ids, *ids, *self._suffix_ids]
         return [self.bos_token_id, *ids] if add_bos and self.bos_token_id is not None else ids
 
+    def continuation_ids(self, text: str, special: bool = True) -> list[int] | None:
+        """Encode text that continues another text, without a space before it.
+
+        Args, raises: as `encode`. The vocabulary needs `bytes_known`.
+
+        Returns:
+            Token ids that have exactly the bytes of the text; None if the tokenizer changes it.
+        """
+        ids = self.encode(_BEFORE + text, add_bos=False, special=special)
+        pieces = [self.token_bytes(i) for i in ids]
+        before, wanted = _BEFORE.encode(), text.encode("utf-8", "replace")
+        for count in range(1, len(ids) + 1):
+            if b"".join(pieces[:count]).endswith(before):
+                return ids[count:] if b"".join(pieces[count:]) == wanted else None
+        return None
+
     def prompt_ids(self, text: str, add_bos: bool | None = None) -> list[int]:
         """Convert a prompt to token ids that begin with the folder's prefix exactly once.
 
@@ -192,18 +212,22 @@ class Tokenizer:
         stream = StreamDecoder(self._vocabulary, skip_special)
         return "".join(map(stream.push, checked)) + stream.flush()
 
-    def stream(self, skip_special: bool = True, previous_ids: Sequence[int] = ()) -> StreamDecoder:
+    def stream(
+        self, skip_special: bool = True, previous_ids: Sequence[int] = (), num_shown: int = 0
+    ) -> StreamDecoder:
         """Return a decoder that takes one token at a time.
 
         Args:
             skip_special: leave special tokens out.
             previous_ids: token ids that precede the first one. A tokenizer that drops the first
                 space of a text, as Llama 2's does, keeps it after other text.
+            num_shown: how many bytes at the start of the first token are left out, because
+                they have been shown already. Needs `bytes_known`.
         """
         stream = StreamDecoder(self._vocabulary, skip_special)
         last_word = next((i for i in reversed(previous_ids) if i not in self.special_ids), None)
         if last_word is not None:
-            stream.continue_after(last_word)
+            stream.continue_after(last_word, num_shown)
         return stream
 
     def stop_ids(self, model_ids: Iterable[int]) -> set[int]:
@@ -222,6 +246,20 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of one token; empty for an id without text. Needs `bytes_known`."""
         return self._vocabulary.token_bytes(token_id)
+
+    def ids_that_begin_with(self, start: bytes) -> list[int]:
+        """Return the ids, rising, of the tokens whose bytes begin with `start`.
+
+        Special tokens are left out. Needs `bytes_known`.
+        """
+        return self._token_starts.find(start)
+
+    @cached_property
+    def _token_starts(self) -> TokenStarts:
+        """Made for the first request that needs it, because it takes a fraction of a second."""
+        ordinary = (i for i in range(self.vocab_size) if i not in self.special_ids)
+        tokens = ((self.token_bytes(i), i) for i in ordinary)
+        return TokenStarts((token, i) for token, i in tokens if token)
 
     @property
     def bytes_known(self) -> bool:

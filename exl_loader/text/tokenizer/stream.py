@@ -72,6 +72,7 @@ class StreamDecoder:
         self._skip_ids = vocabulary.special_ids if skip_special else frozenset()
         self._skip_special = skip_special
         self._at_start = True
+        self._num_shown = 0
         errors = utf8_errors(vocabulary.has_byte_tokens)
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors)
         # Only for vocabularies without `bytes_known`: ids that are decoded together. The text of
@@ -87,7 +88,9 @@ class StreamDecoder:
             return ""
         if not self._vocabulary.bytes_known:
             return self._cleaned(self._push_dependent(token_id))
-        return self._cleaned(self._trim(self._utf8.decode(self._vocabulary.token_bytes(token_id))))
+        data = self._vocabulary.token_bytes(token_id)[self._num_shown :]
+        self._num_shown = 0
+        return self._cleaned(self._trim(self._utf8.decode(data)))
 
     def hidden_text(self, token_id: int) -> str:
         """Return the text of a token that `push` leaves out; empty for any other token."""
@@ -108,9 +111,15 @@ class StreamDecoder:
                 shown = shown.replace(content, self._vocabulary.decode([token_id], False))
         return {text, shown}
 
-    def continue_after(self, token_id: int) -> None:
-        """Begin after a token whose text has been returned; the next token is not the first."""
+    def continue_after(self, token_id: int, num_shown: int = 0) -> None:
+        """Begin after a token whose text has been returned; the next token is not the first.
+
+        Args:
+            num_shown: bytes at the start of the next token that have been returned as well;
+                above 0 only in vocabularies with `bytes_known`.
+        """
         self._at_start = False
+        self._num_shown = num_shown
         self._recent_ids, self._num_returned = [token_id], 1
 
     def flush(self) -> str:
