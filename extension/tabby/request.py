@@ -27,6 +27,9 @@ _RENAMED = {
 _PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
 _GRAMMARS = ("json_schema", "regex_pattern", "grammar_string")
 
+# TabbyAPI's values for "no grammar". SillyTavern sends an empty schema with every request.
+_NO_GRAMMAR = ("", {})
+
 # Fields that the engine lacks -> the values at which they ask for nothing.
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "banned_strings": ([],),
@@ -88,7 +91,10 @@ def read(
     target = _get(params, "adaptive_target")
     if target is not None and target < _ADAPTIVE_OFF:
         settings["adaptive_target"] = target
-    if filter_trigger and any(_asks(params, name, ("",)) for name in _GRAMMARS):
+    for name in _GRAMMARS:
+        if settings.get(name) in _NO_GRAMMAR:
+            settings.pop(name, None)
+    if filter_trigger and any(name in settings for name in _GRAMMARS):
         settings["grammar_trigger"] = filter_trigger
     if "json_schema" in settings:
         settings["json_schema"] = _without_name(settings["json_schema"])

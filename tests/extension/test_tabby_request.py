@@ -136,11 +136,17 @@ def test_other_fields_without_effect_are_reported_by_name(field, value):
 
 
 @pytest.mark.parametrize("field", [
-    {"json_schema": {}}, {"regex_pattern": "a"}, {"grammar_string": "x"}])
+    {"json_schema": {"type": "null"}}, {"regex_pattern": "a"}, {"grammar_string": "x"}])
 def test_a_grammar_begins_after_reasoning(field):
     assert settings_of(trigger="</think>", **field).grammar_trigger == "</think>"
     assert settings_of(**field).grammar_trigger == ""
     assert settings_of(trigger="</think>").grammar_trigger == ""
+
+
+@pytest.mark.parametrize("field", [
+    {"json_schema": {}}, {"json_schema": ""}, {"regex_pattern": ""}, {"grammar_string": ""}])
+def test_an_empty_grammar_is_none(field):
+    assert settings_of(trigger="</think>", **field) == settings_of()
 
 
 def test_fields_that_a_version_lacks_ask_for_nothing():

@@ -123,6 +123,10 @@ SILLYTAVERN = {
     "xtc_probability": 0, "nsigma": 0, "guidance_scale": 1, "negative_prompt": "",
     "grammar_string": "", "repetition_penalty_range": 0, "temperature_last": True,
     "dynatemp_low": 1, "dynatemp_high": 1, "dynatemp_exponent": 1, "n": 1, "api_type": "tabby",
+    "json_schema": {}, "sampler_seed": -1, "seed": -1, "rep_pen": 1, "rep_pen_range": 0,
+    "rep_pen_slope": 1, "repetition_decay": 0, "repeat_penalty": 1, "repeat_last_n": 0, "tfs_z": 1,
+    "speculative_ngram": False, "n_predict": 24, "num_predict": 24, "num_ctx": 1024, "mirostat": 0,
+    "ignore_eos": False, "model": "",
 }
 
 
