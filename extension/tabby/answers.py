@@ -6,6 +6,7 @@ A piece has text with the ids of its tokens. The end has counts, seconds and the
 
 from __future__ import annotations
 
+import functools
 import importlib
 import time
 from collections.abc import Sequence
@@ -44,9 +45,13 @@ class Answer:
         self._request_id = request_id
         self._loaded = loaded
         self._generation = stream.generation
-        self._prompt_tokens = len(prompt_ids)
-        self._text = loaded.text_stream(
-            prompt_ids, stop_strings=asked.stop_strings, skip_special_tokens=False)
+        self._prompt_tokens = len(self._generation.prompt_ids)
+        # Makes a decoder of the answer.
+        self._decoder = functools.partial(
+            loaded.text_stream, prompt_ids, skip_special_tokens=False,
+            token_healing=bool(asked.settings.get("token_healing")),
+        )
+        self._text = self._decoder(stop_strings=asked.stop_strings)
         self._stop_strings = asked.stop_strings
         self._has_logprobs = bool(asked.settings.get("logprobs"))
         self._top = getattr(params, "top_logprobs", 0) or 0
@@ -144,7 +149,9 @@ class Answer:
 
     def _stop_str(self) -> str | None:
         """Return the stop string that ended the answer: the one that begins first."""
-        text = self._loaded.decode(self._generation.token_ids, skip_special=False)
+        decoder = self._decoder()
+        pieces = [decoder.push(token_id)[0] for token_id in self._generation.token_ids]
+        text = "".join(pieces) + decoder.flush()
         found = [(start, stop) for stop in self._stop_strings if (start := text.find(stop)) >= 0]
         return min(found)[1] if found else None
 

@@ -356,8 +356,7 @@ class ExlLoaderContainer:
             raise problems.context_exceeded(len(ids), self.max_seq_len)
 
     def constrain_generation_output(self, request_id: str, text: str) -> bool:
-        """Return False: a text cannot be forced into a running answer."""
-        self._report("reasoning_budget_tokens does nothing here")
+        """Return False: the engine has ended the reasoning, at the token that was asked for."""
         return False
 
     def get_loras(self) -> list[Any]:
@@ -440,7 +439,8 @@ class ExlLoaderContainer:
         if room < 1:
             raise problems.context_exceeded(len(prompt_ids), self.max_seq_len)
         asked = request.read(
-            params, room, self.hf_model.eos_tokens(), self.choice.lookup_tokens, filter_trigger)
+            params, room, self.hf_model.eos_tokens(), self.choice.lookup_tokens, filter_trigger,
+            self)
         for line in asked.notices:
             self._report(line)
         answers.log_prompt(request_id, prompt)

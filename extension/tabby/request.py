@@ -18,7 +18,7 @@ _SAME = (
     "xtc_probability", "xtc_threshold", "frequency_penalty", "presence_penalty",
     "repetition_penalty", "mirostat_mode", "mirostat_tau", "mirostat_eta", "adaptive_decay",
     "logit_bias", "grammar_string", "json_schema", "regex_pattern", "ban_eos_token",
-    "allowed_tokens", "repetition_decay", "loop_detect_window", "skew",
+    "allowed_tokens", "repetition_decay", "loop_detect_window", "skew", "token_healing",
 )
 _RENAMED = {
     "typical": "typical_p", "banned_tokens": "custom_token_bans", "cfg_scale": "guidance_scale",
@@ -34,9 +34,13 @@ _NO_GRAMMAR = ("", {})
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "banned_strings": ([],),
 }
-_REPORTED: dict[str, tuple[Any, ...]] = {
-    "token_healing": (False,),
-}
+
+# TabbyAPI's formats of whole messages -> the texts between which a model reasons, and what ends the
+# reasoning, so that the answer follows.
+_HARMONY = ("<|channel|>analysis<|message|>", "<|end|>",
+            "<|end|><|start|>assistant<|channel|>final<|message|>")
+_MUSE_GLIMMER = ("to=self<|message|>", "<|eom|>",
+                 "<|eom|><|start|>assistant to=user<|message|>")
 
 # TabbyAPI's values for "not set", at which the engine's own defaults hold.
 _UNSET_DRY = {"dry_base": 0, "dry_allowed_length": 0, "dry_sequence_breakers": []}
@@ -61,7 +65,8 @@ class Request:
 
 
 def read(
-    params: Any, room: int, eos_ids: Iterable[int], lookup_tokens: int, filter_trigger: str | None
+    params: Any, room: int, eos_ids: Iterable[int], lookup_tokens: int,
+    filter_trigger: str | None, formats: Any,
 ) -> Request:
     """Read a request.
 
@@ -70,16 +75,14 @@ def read(
         room: tokens that the context has left after the prompt, at least 1.
         eos_ids: token ids that end a text, in addition to those that the engine knows.
         lookup_tokens: as in `options.Choice`.
-        filter_trigger: the token after which a grammar is to begin; None for the beginning.
+        filter_trigger: the tag that ends a reasoning which the prompt has begun; None if it has
+            begun none.
+        formats: has the attributes of `parsing.settings`.
 
     Raises:
         InvalidSettings: a field cannot be honoured. The engine checks the values of the others.
     """
     _refuse(params)
-    notices = [
-        f"{name} does nothing here" for name, neutral in _REPORTED.items()
-        if _asks(params, name, neutral)
-    ]
     settings = {name: value for name in _SAME if (value := _get(params, name)) is not None}
     settings |= {
         setting: value for name, setting in _RENAMED.items()
@@ -94,8 +97,12 @@ def read(
     for name in _GRAMMARS:
         if settings.get(name) in _NO_GRAMMAR:
             settings.pop(name, None)
-    if filter_trigger and any(name in settings for name in _GRAMMARS):
+    has_grammar = any(name in settings for name in _GRAMMARS)
+    if filter_trigger and has_grammar:
         settings["grammar_trigger"] = filter_trigger
+    notices: list[str] = []
+    if filter_trigger or not has_grammar:
+        settings |= _reasoning(params, filter_trigger, formats, notices)
     if "json_schema" in settings:
         settings["json_schema"] = _without_name(settings["json_schema"])
     if _get(params, "logprobs"):
@@ -129,6 +136,42 @@ def _refuse(params: Any) -> None:
                 name, expected="nothing, because this backend cannot honour it",
                 actual=repr(_get(params, name))[:80], remedy=f"Leave {name} out",
             )
+
+
+def _reasoning(
+    params: Any, filter_trigger: str | None, formats: Any, notices: list[str]
+) -> dict[str, Any]:
+    """Read the budget of a chat's reasoning: of the request, or else of the configuration.
+
+    Args:
+        params, filter_trigger, formats: as in `read`.
+        notices: gets a line if the budget has no effect.
+    """
+    if not hasattr(params, "reasoning_budget_tokens"):
+        # Completions have no budget, and no version without the field has one.
+        return {}
+    asked = (params.reasoning_budget_tokens, _get(_get(params, "reasoning"), "max_tokens"),
+             formats.reasoning_budget_tokens)
+    budget = next((count for count in asked if count is not None and count >= 0), None)
+    if budget is None:
+        return {}
+    message = _get(params, "reasoning_budget_message")
+    if message is None:
+        message = formats.reasoning_budget_message or ""
+    tags = (formats.reasoning_start_token, formats.reasoning_end_token)
+    if formats.harmony or formats.muse_glimmer:
+        start, end, ending = _HARMONY if formats.harmony else _MUSE_GLIMMER
+        message += ending
+    elif formats.reasoning and all(tags):
+        start, end = tags
+    else:
+        notices.append("a reasoning budget does nothing, because no reasoning is configured")
+        return {}
+    return {
+        "reasoning_budget_tokens": budget, "reasoning_budget_message": message,
+        "reasoning_start_token": start, "reasoning_end_token": end,
+        "start_in_reasoning": "always" if filter_trigger else "never",
+    }
 
 
 def _temperatures(params: Any) -> dict[str, Any]:

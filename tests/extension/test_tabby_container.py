@@ -239,14 +239,51 @@ def test_what_does_nothing_is_reported_once(tabby):
     async def run():
         async with loaded() as container:
             for _ in range(2):
-                await text_of(answer(container, token_healing=True))
-            assert not container.constrain_generation_output("1", "</think>")
+                await text_of(answer(container, reasoning_budget_tokens=3))
 
     asyncio.run(run())
     warnings = [line for level, line in tabby.lines if level == "warning"]
-    assert [line for line in warnings if "token_healing" in line] == [
-        "exl_loader: token_healing does nothing here"]
-    assert any("reasoning_budget_tokens" in line for line in warnings)
+    assert [line for line in warnings if "budget" in line] == [
+        "exl_loader: a reasoning budget does nothing, because no reasoning is configured"]
+
+
+def test_a_prompt_is_healed_and_what_follows_it_is_shown(tabby, own):
+    prompt = "import os\nimport s"
+    healed = own.generate(prompt, token_healing=True, temperature=0, max_new_tokens=12)
+    expected = "".join(healed)
+
+    async def run():
+        async with loaded() as container:
+            chunks = [chunk async for chunk in answer(
+                container, prompt, token_healing=True, logprobs=1)]
+            stopped = await container.generate("2", prompt, params(
+                **GREEDY, token_healing=True, stop=[expected[3:6], "import"]))
+        *pieces, end = chunks
+        assert "".join(piece["text"] for piece in pieces) == expected == end["full_text"]
+        ids = [token_id for piece in pieces for token_id in piece["token_ids"]]
+        assert ids == healed.token_ids
+        assert [entry.token_id for piece in pieces for entry in piece["logprobs_content"]] == ids
+        assert end["prompt_tokens"] + end["gen_tokens"] == len(own.encode(prompt)) + 12
+        # A stop string in the prompt is none.
+        assert stopped["text"] == expected[: expected.index(expected[3:6])]
+        assert stopped["stop_str"] == expected[3:6]
+
+    asyncio.run(run())
+
+
+def test_a_reasoning_budget_is_kept_to_the_token(tabby, own):
+    async def run():
+        async with loaded(reasoning=True, reasoning_budget_message="Enough.") as container:
+            text = await text_of(container.stream_generate(
+                "1", PROMPT, params(temperature=0, max_tokens=30, reasoning_budget_tokens=4), None,
+                None, "</think>"))
+            # TabbyAPI asks for the same when it has counted as many tokens.
+            assert container.constrain_generation_output("1", "Enough.</think>") is False
+        return text
+
+    text = asyncio.run(run())
+    four = "".join(own.generate(PROMPT, temperature=0, max_new_tokens=4))
+    assert text.startswith(four + "Enough.</think>")
 
 
 ENDLESS = {"max_tokens": 0, "ban_eos_token": True}

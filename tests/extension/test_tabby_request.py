@@ -25,8 +25,17 @@ NEUTRAL = {
 }
 
 
-def asked(room=100, eos=(), lookup=0, trigger=None, **fields):
-    return read(SimpleNamespace(**NEUTRAL | fields), room, eos, lookup, trigger)
+# How TabbyAPI is to read answers where nothing is configured.
+FORMATS = {
+    "reasoning": False, "reasoning_start_token": "<think>", "reasoning_end_token": "</think>",
+    "reasoning_budget_tokens": None, "reasoning_budget_message": None, "harmony": False,
+    "muse_glimmer": False,
+}
+
+
+def asked(room=100, eos=(), lookup=0, trigger=None, formats=FORMATS, **fields):
+    return read(
+        SimpleNamespace(**NEUTRAL | fields), room, eos, lookup, trigger, SimpleNamespace(**formats))
 
 
 def settings_of(**fields) -> SamplingSettings:
@@ -74,6 +83,7 @@ def test_a_request_that_asks_for_nothing_fills_the_context_and_samples_plainly()
     ("min_tokens", 4, "min_new_tokens", 4),
     ("repetition_decay", 5, "repetition_decay", 5),
     ("skew", -0.5, "skew", -0.5),
+    ("token_healing", True, "token_healing", True),
     ("max_tokens", 12, "max_new_tokens", 12),
     ("max_tokens", 0, "max_new_tokens", 100),
     ("max_tokens", 1000, "max_new_tokens", 100),
@@ -128,13 +138,6 @@ def test_what_a_client_relies_on_is_refused_by_name():
         asked(banned_strings=["bad"])
 
 
-@pytest.mark.parametrize(("field", "value"), [
-    ("token_healing", True),
-])
-def test_other_fields_without_effect_are_reported_by_name(field, value):
-    assert asked(**{field: value}).notices == (f"{field} does nothing here",)
-
-
 @pytest.mark.parametrize("field", [
     {"json_schema": {"type": "null"}}, {"regex_pattern": "a"}, {"grammar_string": "x"}])
 def test_a_grammar_begins_after_reasoning(field):
@@ -150,4 +153,57 @@ def test_an_empty_grammar_is_none(field):
 
 
 def test_fields_that_a_version_lacks_ask_for_nothing():
-    assert read(SimpleNamespace(), 10, (), 3, None).settings["prompt_lookup_num_tokens"] == 3
+    found = read(SimpleNamespace(), 10, (), 3, None, SimpleNamespace(**FORMATS))
+    assert found.settings["prompt_lookup_num_tokens"] == 3
+
+
+# Reasoning budgets
+
+REASONING = FORMATS | {"reasoning": True}
+
+
+def budget_of(formats=REASONING, trigger=None, message=None, reasoning=None, **fields):
+    """The settings of a chat's reasoning, and what is reported."""
+    found = asked(
+        trigger=trigger, formats=formats, reasoning=reasoning, reasoning_budget_message=message,
+        **{"reasoning_budget_tokens": None} | fields)
+    settings = SamplingSettings.from_dict(found.settings)
+    return (settings.reasoning_budget_tokens, settings.reasoning_end_text,
+            settings.start_in_reasoning), found.notices
+
+
+def test_a_budget_is_the_requests_or_else_the_configurations():
+    assert budget_of()[0][0] == -1
+    assert budget_of(reasoning_budget_tokens=7)[0] == (7, "</think>", "never")
+    assert budget_of(reasoning_budget_tokens=0, trigger="</think>")[0] == (
+        0, "</think>", "always")
+    tokens = SimpleNamespace(max_tokens=9)
+    assert budget_of(reasoning=tokens)[0][0] == 9
+    assert budget_of(reasoning=tokens, reasoning_budget_tokens=5)[0][0] == 5
+    configured = REASONING | {"reasoning_budget_tokens": 3, "reasoning_budget_message": "Stop."}
+    assert budget_of(configured)[0] == (3, "Stop.</think>", "never")
+    assert budget_of(configured, message="", reasoning_budget_tokens=4)[0] == (
+        4, "</think>", "never")
+    # A negative number stands for the next source, and completions have no budget at all.
+    assert budget_of(configured, reasoning_budget_tokens=-1)[0][0] == 3
+    assert "reasoning_budget_tokens" not in asked(formats=configured).settings
+
+
+def test_a_budget_ends_the_reasoning_as_its_format_does():
+    own_tags = REASONING | {"reasoning_start_token": "<a>", "reasoning_end_token": "<b>"}
+    assert budget_of(own_tags, reasoning_budget_tokens=1)[0][1] == "<b>"
+    harmony = FORMATS | {"harmony": True}
+    assert budget_of(harmony, reasoning_budget_tokens=1, message="Stop.")[0][1] == (
+        "Stop.<|end|><|start|>assistant<|channel|>final<|message|>")
+    glimmer = FORMATS | {"muse_glimmer": True}
+    assert budget_of(glimmer, reasoning_budget_tokens=1)[0][1] == (
+        "<|eom|><|start|>assistant to=user<|message|>")
+    found, notices = budget_of(FORMATS, reasoning_budget_tokens=1)
+    assert found[0] == -1 and "no reasoning is configured" in notices[0]
+
+
+def test_a_budget_beside_a_grammar_needs_a_reasoning_before_it():
+    """TabbyAPI says that it ignores the budget then."""
+    grammar = {"regex_pattern": "a", "reasoning_budget_tokens": 5}
+    assert budget_of(**grammar)[0][0] == -1
+    assert budget_of(**grammar, trigger="</think>")[0][0] == 5

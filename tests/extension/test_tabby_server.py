@@ -27,10 +27,13 @@ OPTIONS = {"max_seq_len": CTX_SIZE, "cache_mode": "Q8", "chunk_size": 256,
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tabby")
-    copy_demo(folder / "models", "demo", "other", "tools")
+    copy_demo(folder / "models", "demo", "other", "tools", "thinker")
     # TabbyAPI passes on what stands in a model's own configuration.
     (folder / "models" / "tools" / "tabby_config.yml").write_text(
         "model:\n  tool_format: mistral\n  memory_limit: 1GiB\n")
+    (folder / "models" / "thinker" / "tabby_config.yml").write_text(
+        "model:\n  reasoning: true\n  start_in_reasoning: always\n"
+        "  reasoning_budget_tokens: 6\n  reasoning_budget_message: ' Enough.'\n")
     (folder / "loras").mkdir()
     return folder
 
@@ -129,6 +132,43 @@ def test_samplers_that_upstream_ignores_work_and_are_not_reported(server, own):
 def test_a_skew_favours_likely_tokens(server, own):
     # At this limit the likeliest token is always drawn.
     assert server.text(temperature=1, skew=-100) == own_text(own)
+
+
+def test_a_prompts_last_token_is_healed(server, own):
+    prompt = "import os\nimport s"
+    expected = own_text(own, prompt, token_healing=True)
+    assert server.text(prompt=prompt, token_healing=True) == expected
+    assert expected != own_text(own, prompt)
+    assert server.text(prompt=prompt, token_healing=True, stop=["import"]) == expected.partition(
+        "import")[0]
+
+
+@pytest.mark.skipif(tabby_server.IS_OLD, reason="it has no reasoning budget")
+def test_a_reasoning_budget_ends_the_reasoning_at_its_token(server, own):
+    server.load("thinker")
+    chat = {"messages": [{"role": "user", "content": "hi"}], "temperature": 0, "max_tokens": 30}
+    for more, budget, message in [
+        ({}, 6, " Enough."),
+        ({"reasoning_budget_tokens": 3, "reasoning_budget_message": ""}, 3, ""),
+        ({"reasoning": {"max_tokens": 2}}, 2, " Enough."),
+        ({"thinking_budget": 0}, 0, " Enough."),
+    ]:
+        status, found = server.ask("v1/chat/completions", **chat, **more)
+        assert status == 200, found
+        answer = found["choices"][0]["message"]
+        prompt = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+        whole = own_text(
+            own, prompt, max_new_tokens=30, start_in_reasoning="always",
+            reasoning_budget_tokens=budget, reasoning_budget_message=message,
+            skip_special_tokens=False)
+        reasoning, _, content = whole.partition("</think>")
+        assert reasoning.endswith(message) and content
+        assert (answer["reasoning_content"] or "", answer["content"]) == (reasoning, content)
+        events = server.events("v1/chat/completions", **chat, **more, stream=True)
+        deltas = [event["choices"][0]["delta"] for event in events if event["choices"]]
+        assert "".join(delta.get("reasoning_content") or "" for delta in deltas) == reasoning
+        assert "".join(delta.get("content") or "" for delta in deltas) == content
+    assert "reasoning budget does nothing" not in server.said()
 
 
 @pytest.mark.parametrize(("setting", "value"), [
