@@ -275,7 +275,7 @@ class LoadedModel:
             InvalidSettings: no ids, or an id outside the vocabulary.
             PromptTooLong: more than `ctx_size` ids.
             InsufficientMemory: the logits do not fit into the free main memory.
-            CacheFull: running generations leave too few pages.
+            CacheFull: the prompt needs more pages than the cache has.
             ModelUnloaded: after `unload`.
         """
         prompt_ids = self._whole_prompt(ids)

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from ..cache.paging import PagedCache
+import numpy as np
+
+from ..cache.paging import PagedCache, PagedSequence
 from .exchange import Exchange
 from .forward_model import ForwardModel, LogitsMode
 
@@ -20,20 +22,13 @@ T = TypeVar("T")
 
 
 class Evaluation(Exchange[T]):
-    """A request that uses model and cache directly.
+    """A request other than a job; `start` of a subclass sets its steps.
 
-    Args:
-        steps: called with model and cache; returns the iterator. The values that it yields are
-            the output. None is not output; it only ends a step.
-        alone: no other request runs until this one has ended.
+    The values that the steps yield are the output. None is not output; it only ends a step.
     """
 
-    def __init__(
-        self, steps: Callable[[ForwardModel, PagedCache], Iterator[T | None]], alone: bool = False
-    ) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.alone = alone
-        self._make_steps = steps
         self._steps: Iterator[T | None] | None = None
         self._finished = False
 
@@ -41,19 +36,13 @@ class Evaluation(Exchange[T]):
     def finished(self) -> bool:
         return self._finished
 
-    @property
-    def started(self) -> bool:
-        """True once `advance` was called."""
-        return self._steps is not None
-
-    def advance(self, model: ForwardModel, cache: PagedCache) -> None:
+    def advance(self) -> None:
         """Run one step.
 
         Raises:
             BaseException: the step's error; the caller then calls `finish` with it.
         """
-        if self._steps is None:
-            self._steps = self._make_steps(model, cache)
+        assert self._steps is not None, "not started"
         try:
             value = next(self._steps)
         except StopIteration:
@@ -75,14 +64,29 @@ class Evaluation(Exchange[T]):
             self._finished = True
 
 
-def evaluate_text(
-    model: ForwardModel, cache: PagedCache, ids: Sequence[int], rope_len: int, last: bool,
-    receive: Callable[[int, torch.Tensor], None],
-) -> Iterator[None]:
-    """Evaluate a text, one chunk per step; the first step acquires its pages.
+class ExclusiveUse(Evaluation[T]):
+    """A use of model and cache during which no other request runs.
 
     Args:
-        model, cache: what to evaluate with.
+        steps: called with model and cache; returns the iterator.
+    """
+
+    def __init__(
+        self, steps: Callable[[ForwardModel, PagedCache], Iterator[T | None]]
+    ) -> None:
+        super().__init__()
+        self._make_steps = steps
+
+    def start(self, model: ForwardModel, cache: PagedCache) -> None:
+        """Make the steps; does nothing if they were made."""
+        if self._steps is None:
+            self._steps = self._make_steps(model, cache)
+
+
+class TextEvaluation(Evaluation[None]):
+    """An evaluation of a text in chunks, between the passes of other requests.
+
+    Args:
         ids: the text.
         rope_len: the length that the text may reach, at least len(ids).
         last: compute only the logits after the last token, and reuse what the cache holds of
@@ -90,21 +94,63 @@ def evaluate_text(
         receive: called with the index of the first row's token and the logits, float32
             [rows, vocab_size], which it must not keep.
 
-    Raises:
-        CacheFull: running requests leave too few pages for the text.
+    Attributes:
+        sequence: its pages; None while it waits for pages, and after the end.
+        arrival: requests are numbered in the order in which they arrived.
     """
-    rope_class = model.rope_class(rope_len)
-    sequence = cache.acquire(len(ids), ids if last else (), rope_class, rope_len=rope_len)
-    rows = model.chunk_size if last else min(model.logits_rows, model.chunk_size)
-    try:
+
+    def __init__(
+        self, ids: Sequence[int], rope_len: int, last: bool,
+        receive: Callable[[int, torch.Tensor], None],
+    ) -> None:
+        super().__init__()
+        self.ids = ids
+        self.sequence: PagedSequence | None = None
+        self.arrival = 0
+        self._rope_len = rope_len
+        self._last = last
+        self._receive = receive
+        self._cache: PagedCache | None = None
+
+    def start(self, model: ForwardModel, cache: PagedCache, headroom: int = 0) -> None:
+        """Take the pages of the whole text.
+
+        Args:
+            headroom: number of pages that have to stay free.
+
+        Raises:
+            CacheFull: too few pages are free, or no open page; call again when there are more.
+        """
+        ids = self.ids if self._last else ()
+        self.sequence = cache.acquire(
+            len(self.ids), ids, model.rope_class(self._rope_len), rope_len=self._rope_len,
+            headroom=headroom,
+        )
+        self._cache = cache
+        self._steps = self._chunks(model, cache, self.sequence)
+
+    def finish(self, error: BaseException | None = None) -> None:
+        """End the evaluation and give its pages back."""
+        try:
+            super().finish(error)
+        finally:
+            if self._cache is not None and self.sequence is not None:
+                self._cache.release(self.sequence)
+            self._cache = self.sequence = None
+
+    def _chunks(
+        self, model: ForwardModel, cache: PagedCache, sequence: PagedSequence
+    ) -> Iterator[None]:
+        """Evaluate the text, one chunk a step."""
+        ids = np.asarray(self.ids, np.int64)
+        rows = model.chunk_size if self._last else min(model.logits_rows, model.chunk_size)
         while sequence.past_len < len(ids):
-            yield
             first = sequence.past_len
             end = min(first + rows, len(ids), sequence.end_of_pass(first))
-            wanted: LogitsMode = "all" if not last else "last" if end == len(ids) else "none"
-            found = model.forward([(sequence, list(ids[first:end]))], wanted)
+            wanted: LogitsMode = "all" if not self._last else "last" if end == len(ids) else "none"
+            found = model.forward([(sequence, ids[first:end].tolist())], wanted)
             cache.commit(sequence, ids)
             if wanted != "none":
-                receive(end - len(found), found)
-    finally:
-        cache.release(sequence)
+                self._receive(end - len(found), found)
+            if end < len(ids):
+                yield

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from ..cache.paging import PagedCache
 from ..utils.errors import drop_locals
-from .evaluations import Evaluation, evaluate_text
+from .evaluations import Evaluation, ExclusiveUse, TextEvaluation
 from .exchange import Exchange
 from .forward_model import ForwardModel
 from .jobs import GenerationStats, Job
@@ -86,13 +85,15 @@ class Generator(ModelThread):
         Raises:
             What `steps` raises, or as `ModelThread.wait`.
         """
-        return self._results(Evaluation(steps, alone=True))
+        return self._results(ExclusiveUse(steps))
 
     def evaluate(
         self, ids: Sequence[int], rope_len: int, logits: Literal["last", "all"],
         receive: Callable[[int, torch.Tensor], None],
     ) -> None:
         """Evaluate a text in chunks; running jobs continue between them.
+
+        It waits for its pages in turn with jobs, in the order of arrival.
 
         Args:
             ids: the text.
@@ -103,14 +104,11 @@ class Generator(ModelThread):
                 the logits, float32 [rows, vocab_size], which it must not keep.
 
         Raises:
-            CacheFull: running jobs leave too few pages for the text.
+            CacheFull: the text needs more pages than the cache has.
             InsufficientMemory: the system refused memory that a pass or `receive` needed.
             ModelUnloaded: after `close`.
         """
-        steps = partial(
-            evaluate_text, ids=ids, rope_len=rope_len, last=logits == "last", receive=receive
-        )
-        for _ in self._results(Evaluation(steps)):
+        for _ in self._results(TextEvaluation(ids, rope_len, logits == "last", receive)):
             pass
 
     def _results(self, evaluation: Evaluation[T]) -> Iterator[T]:

@@ -14,14 +14,18 @@ from .forward_model import ForwardModel
 from .jobs import Job
 
 
-def reach_error(job: Job, cache: PagedCache) -> CacheFull | None:
-    """Return the error of a job whose texts, if they share no page, exceed the empty cache."""
-    reaches = [reach for _, reach in _wanted(job)]
-    needed = sum(map(pages_for, reaches))
+def reaches(job: Job) -> list[int]:
+    """Return the length that each of a job's texts may reach."""
+    return [reach for _, reach in _wanted(job)]
+
+
+def reach_error(lengths: Sequence[int], cache: PagedCache) -> CacheFull | None:
+    """Return the error of a request whose texts, if they share no page, exceed the empty cache."""
+    needed = sum(map(pages_for, lengths))
     if needed <= cache.num_pages:
         return None
     return CacheFull(
-        f"the cache has no room for a text of {' and one of '.join(map(str, reaches))} tokens",
+        f"the cache has no room for a text of {' and one of '.join(map(str, lengths))} tokens",
         expected=f"at most {cache.num_pages} pages of {PAGE_LEN} tokens", actual=needed,
         remedy="Ask for fewer tokens, or load the model with a larger cache_size",
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
-from functools import partial
 
 import pytest
 
@@ -12,7 +11,7 @@ import exl_loader
 from exl_loader.cache.layout import PAGE_LEN, CacheLayer, CacheType, pages_for
 from exl_loader.cache.paging import PagedCache
 from exl_loader.generation.draft_model import DraftModel
-from exl_loader.generation.evaluations import Evaluation, evaluate_text
+from exl_loader.generation.evaluations import TextEvaluation
 from exl_loader.generation.jobs import Job
 from exl_loader.utils.errors import CacheFull
 from support import in_threads
@@ -150,25 +149,84 @@ def test_a_request_that_could_exceed_the_whole_cache_is_refused():
 
 def test_a_growing_text_waits_for_the_pages_of_an_evaluation():
     """The only text keeps its own pages, because its beginning would be computed again."""
-    engine, _, cache = fake_engine(script, VOCAB, ctx_size=1024, pages=4, chunk_size=3)
-    job = start(engine, [7] * 250, GREEDY | {"max_new_tokens": 600})
-    finish(engine, job, until=lambda: job.stats.new_tokens == 200)
+    engine, _, cache = fake_engine(script, VOCAB, ctx_size=1536, pages=6, chunk_size=1)
+    job = start(engine, [7] * 250, GREEDY | {"max_new_tokens": 1200})
+    finish(engine, job, until=lambda: job.stats.new_tokens == 400)
     evaluation = evaluate(engine, [5] * 510)
     steps = []
     finish(engine, job, until=lambda: steps.append(job.stats.new_tokens) or evaluation.finished)
-    assert steps[-1] == steps[-20] == 512 - 250 + 1, "it waited for a page"
+    assert steps[-1] == steps[-20] == 1024 - 250 + 1, "it waited for a page"
     finish(engine, job)
     assert job.stats.preemptions == 0 and job.finish_reason == "length"
     assert evaluation.error is None
+    assert cache.num_free_pages == 6
+
+
+def test_an_evaluation_waits_for_pages_in_turn_with_requests():
+    """The text before it keeps its pages, and the request behind it does not overtake it."""
+    engine, _, cache = fake_engine(script, VOCAB, ctx_size=1024, pages=4, chunk_size=64)
+    scheduler = engine._generator._scheduler
+    first = start(engine, [7] * 600, GREEDY | {"max_new_tokens": 300})
+    finish(engine, first, until=lambda: first.decoding)
+    evaluation = evaluate(engine, [5] * 1000)
+    last = start(engine, [9], GREEDY | {"max_new_tokens": 20})
+    finish(engine, first, last, until=lambda: first.finished)
+    assert not last.decoding
+    assert list(scheduler.waiting) == [evaluation, last]
+    finish(engine, last, until=lambda: evaluation.finished)
+    assert evaluation.error is None and not last.decoding
+    finish(engine, last)
+    assert last.stats.new_tokens == 20 and first.stats.preemptions == 0
     assert cache.num_free_pages == 4
 
 
-def evaluate(engine, ids: list[int]) -> Evaluation[None]:
+@pytest.mark.parametrize("started", [False, True])
+def test_an_evaluation_can_be_cancelled(started):
+    engine, _, cache = fake_engine(script, VOCAB, ctx_size=1024, pages=5, chunk_size=8)
+    job = start(engine, [7] * 600, GREEDY | {"max_new_tokens": 300})
+    finish(engine, job, until=lambda: job.decoding)
+    evaluation = evaluate(engine, [5] * (200 if started else 1000))
+    finish(engine, job, until=lambda: job.stats.new_tokens > 5)
+    assert (evaluation.sequence is not None) == started
+    evaluation.cancelled = True
+    finish(engine, job, until=lambda: evaluation.finished)
+    assert not job.finished and evaluation.error is None and evaluation.sequence is None
+    finish(engine, job)
+    assert cache.num_free_pages == 5
+
+
+def test_an_evaluation_that_exceeds_the_cache_is_refused_at_once():
+    engine, _, _ = fake_engine(script, VOCAB, ctx_size=1024, pages=3, chunk_size=64)
+    job = start(engine, [7] * 600, GREEDY | {"max_new_tokens": 100})
+    evaluation = evaluate(engine, [5] * 1000)
+    assert evaluation.finished
+    with pytest.raises(CacheFull, match="text of 1000 tokens.*at most 3 pages.*found 4"):
+        raise evaluation.error
+    finish(engine, job)
+
+
+def test_many_evaluations_beside_chats_all_end():
+    """Each caller waits in its own thread, as the web UI and the API do."""
+    engine, _, cache = fake_engine(script, VOCAB, ctx_size=1024, pages=5, chunk_size=64)
+
+    def ask(i: int):
+        if i % 2:
+            return engine.prompt_logits([5 + i] * (300 * i % 1000 + 1)).argmax(dim=1).tolist()
+        return list(engine.generate_ids([7 + i], GREEDY | {"max_new_tokens": 500}))
+
+    answers = in_threads(ask, range(12))
+    for i, answer in enumerate(answers):
+        if i % 2:
+            prompt = [5 + i] * (300 * i % 1000 + 1)
+            assert answer == [script(prompt[: n + 1]) for n in range(len(prompt))]
+        else:
+            assert answer == alone([7 + i], GREEDY | {"max_new_tokens": 500})
+    assert cache.num_free_pages == 5
+
+
+def evaluate(engine, ids: list[int]) -> TextEvaluation:
     """Give an evaluation to the scheduler."""
-    steps = partial(
-        evaluate_text, ids=ids, rope_len=len(ids), last=False, receive=lambda index, rows: None
-    )
-    evaluation: Evaluation[None] = Evaluation(steps)
+    evaluation = TextEvaluation(ids, len(ids), False, lambda index, rows: None)
     evaluation.add_waiter()
     engine._generator._scheduler.accept(evaluation)
     return evaluation
@@ -247,12 +305,10 @@ def check_pages(scheduler) -> None:
     cache = scheduler.cache
     held = {page for job in scheduler.active for text, _ in job.texts for page in text.pages}
     for evaluation in scheduler.evaluations:
-        assert evaluation.started
-        frame = evaluation._steps.gi_frame
-        held |= set(frame.f_locals["sequence"].pages)
+        held |= set(evaluation.sequence.pages)
     assert held.isdisjoint(cache._free) and len(held) + len(cache._free) == cache.num_pages
-    assert all(not job.texts for job in scheduler.waiting)
-    arrivals = [job.arrival for job in scheduler.waiting]
+    assert all(request.sequence is None for request in scheduler.waiting)
+    arrivals = [request.arrival for request in scheduler.waiting]
     assert arrivals == sorted(arrivals)
     assert max((job.arrival for job in scheduler.active), default=-1) < min(arrivals, default=9**9)
 
@@ -278,7 +334,7 @@ def test_random_requests_over_a_small_cache(seed, drafted):
         scheduler.drafts.draft_model = DraftModel(draft, PagedCache([layer], 3), 4, VOCAB)
     callers = [random_caller(rng, bases) for _ in range(14)]
     expected = [alone(caller.prompt, caller.options) for caller in callers]
-    evaluations: list[Evaluation] = []
+    evaluations: list[TextEvaluation] = []
     step = 0
     while any(caller.job is None or not caller.job.finished for caller in callers):
         assert step < 60_000, "no end"
@@ -287,10 +343,16 @@ def test_random_requests_over_a_small_cache(seed, drafted):
                 caller.job = start(engine, caller.prompt, caller.options)
         if rng.random() < 0.003:
             evaluations.append(evaluate(engine, bases[0][: rng.randint(1, 400)]))
+        for evaluation in scheduler.waiting:
+            if isinstance(evaluation, TextEvaluation) and rng.random() < 0.001:
+                evaluation.cancelled = True
         for evaluation in evaluations:
             if not evaluation.finished and not evaluation._waiters:
                 evaluation.add_waiter()
-        running = [job for job in (*scheduler.active, *scheduler.waiting) if not job.cancelled]
+        running = [
+            job for job in (*scheduler.active, *scheduler.waiting)
+            if isinstance(job, Job) and not job.cancelled
+        ]
         oldest = min(running, key=lambda job: job.arrival, default=None)
         before = oldest.stats.preemptions if oldest is not None else 0
         scheduler.step()
@@ -303,7 +365,7 @@ def test_random_requests_over_a_small_cache(seed, drafted):
                 if len(caller.taken) >= caller.leaves_after:
                     caller.job.cancelled = True
         step += 1
-    while scheduler.evaluations:
+    while scheduler.evaluations or scheduler.waiting:
         scheduler.step()
     for caller, ids in zip(callers, expected, strict=True):
         assert caller.job is not None and caller.job.error is None
@@ -311,7 +373,7 @@ def test_random_requests_over_a_small_cache(seed, drafted):
         whole = not caller.job.cancelled or caller.job.finish_reason != "cancelled"
         assert caller.taken == (ids if whole else ids[: len(caller.taken)])
     for evaluation in evaluations:
-        assert evaluation.error is None or isinstance(evaluation.error, CacheFull)
+        assert evaluation.error is None and evaluation.sequence is None
     jobs = [caller.job for caller in callers if caller.job is not None]
     # A text takes a page for every 256 tokens, and each time at most one job loses its pages.
     most = sum(job.num_sequences * pages_for(len(job.history)) for job in jobs)

@@ -10,7 +10,7 @@ import torch
 import exl_loader
 from exl_loader.backends import get_ops
 from exl_loader.cache.layout import PAGE_LEN
-from exl_loader.generation.evaluations import evaluate_text
+from exl_loader.generation.evaluations import TextEvaluation
 from exl_loader.utils.errors import CacheFull, InvalidSettings
 from support.model_builder import build_model
 
@@ -196,12 +196,13 @@ def test_a_text_that_is_evaluated_gives_no_other_text_a_page_that_it_has_left(ti
         cache.commit(sequence, base)
     cache.release(sequence)
     longer, other = base[:290] + some_ids(rng, 500), base[:290] + some_ids(rng, 20)
-    steps = evaluate_text(model, cache, longer, len(longer), True, lambda index, rows: None)
-    for _ in range(4):
-        next(steps)
+    evaluation = TextEvaluation(longer, len(longer), True, lambda index, rows: None)
+    evaluation.start(model, cache)
+    for _ in range(3):
+        evaluation.advance()
     begun = cache.acquire(len(other), other)
     found = model.forward([(begun, other[begun.past_len :])]).clone()
     cache.release(begun)
-    steps.close()
+    evaluation.finish()
     cache.forget()
     assert torch.equal(found[0], last_row(model, cache, other))

@@ -94,7 +94,7 @@ class FakeBuffers:
     def __init__(self) -> None:
         self.nbytes = 1000
 
-    def allocated_bytes(self) -> int:
+    def allocated_bytes(self, device: str | None = None, segment: str | None = None) -> int:
         return self.nbytes
 
     def release(self) -> None:
