@@ -90,6 +90,10 @@ class OpenPagePool:
         else:
             self._firsts[page] = first
 
+    def cut(self, page: int, parent: Key, count: int) -> None:
+        """Replace what an open page holds by its first `count` tokens, after `parent`."""
+        self._contents[page] = OpenContent(parent, self._contents[page].ids[:count])
+
     def first_of(self, page: int) -> First | None:
         """Return the first token that an open page has."""
         return self._firsts.get(page)

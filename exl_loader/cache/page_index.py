@@ -94,6 +94,15 @@ class PageIndex:
         if content.key is not None:
             del self._full[content.key]
 
+    def cut(self, page: int, count: int) -> None:
+        """Remove all but the first `count` tokens from the recorded content of a page."""
+        content = self._contents.get(page)
+        if content is None or len(content.ids) <= count:
+            return
+        self.drop(page)
+        if count:
+            self.put(page, content.parent, content.ids[:count])
+
     def find(self, key: Key) -> int | None:
         """Return the full page with this key, or None."""
         return self._full.get(key)

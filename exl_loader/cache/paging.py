@@ -225,6 +225,28 @@ class PagedCache:
         if sequence.open_page is not None and len(stored) and sequence.missing_first is None:
             self._commit_open_page(sequence, stored, is_new=known_len < len(stored))
 
+    def cut(self, sequence: PagedSequence, num_tokens: int) -> None:
+        """Drop the tokens after the first `num_tokens`, so that the text can go on otherwise.
+
+        The sequence gives up full pages that would lose tokens, because they can be found by
+        their content. After `grow`, `advance` copies the remaining tokens of the first of them,
+        as long as it has its content; otherwise they have to be computed again.
+        """
+        if sequence.past_len <= num_tokens:
+            return
+        num_full = min(len(sequence.keys) - 1, num_tokens // PAGE_LEN)
+        if num_full < len(sequence.keys) - 1:
+            for page in reversed(sequence.pages[num_full:]):
+                self._drop_holder(page)
+            del sequence.pages[num_full:], sequence.keys[num_full + 1 :]
+            num_tokens = num_full * PAGE_LEN
+        sequence.past_len = num_tokens
+        held = num_tokens - num_full * PAGE_LEN
+        if num_full < len(sequence.pages):
+            self._index.cut(sequence.pages[num_full], held)
+        if self._open_pages is not None and sequence.open_page is not None:
+            self._open_pages.cut(sequence.open_page, sequence.keys[-1], held)
+
     def release(self, sequence: PagedSequence) -> None:
         """Return the sequence's pages and empty it; a second call does nothing."""
         # The end of the text is lent again first, because it cannot be reused without its

@@ -178,6 +178,32 @@ def test_importing_pages_does_not_import_torch():
     run_python("import sys, exl_loader.cache.paging; assert 'torch' not in sys.modules")
 
 
+@pytest.mark.parametrize("kept", [0, 1, 255, 256, 257, 511, 512, 513, 600])
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_text_that_is_cut_goes_on_from_there(kept, shared):
+    store = Store(8)
+    text = random_ids(600)
+    other = store.run(text)[0] if shared else None
+    sequence, _ = store.run(text, room=100)
+    store.cache.cut(sequence, kept)
+    edited = [*text[:kept], *(i + 1000 for i in text[kept:]), 5000]
+    store.cache.grow(sequence, len(edited))
+    store.cache.advance(sequence, edited)
+    assert sequence.past_len == kept
+    store.write(sequence, edited[kept:])
+    store.cache.commit(sequence, edited)
+    assert store.read(sequence) == edited
+    if other is not None:
+        assert store.read(other) == text
+        store.cache.release(other)
+    store.cache.release(sequence)
+    assert store.cache.num_free_pages == 8
+    # Only the page that was still written has lost its content.
+    lost = 512 if kept >= 512 and not shared else 599
+    assert store.run_and_release(text) == max(lost, min(kept, 599))
+    assert store.run_and_release(edited) == len(edited) - 1
+
+
 @settings(max_examples=25)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 900)), min_size=2, max_size=12))
 def test_a_text_reuses_the_longest_beginning_that_was_stored(calls):
@@ -238,6 +264,24 @@ class PageLending(RuleBasedStateMachine):
         self.store.write(sequence, text[sequence.past_len : sequence.past_len + count])
         if commit:
             self.cache.commit(sequence, text)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), share=st.floats(0, 1), variant=st.integers(3, 4))
+    def cut(self, data, share, variant):
+        """The text goes on otherwise from some token on."""
+        entry = data.draw(st.sampled_from(self.running))
+        sequence, text = entry
+        count = round(share * sequence.past_len)
+        self.cache.cut(sequence, count)
+        whole = (count // PAGE_LEN) * PAGE_LEN
+        assert sequence.past_len in (count, whole)
+        assert len(sequence.keys) - 1 <= sequence.past_len // PAGE_LEN
+        text[count:] = (i % 1000 + 1000 * variant for i in text[count:])
+        try:
+            self.cache.grow(sequence, len(text))
+        except CacheFull:
+            self.cache.release(sequence)
+            self.running.remove(entry)
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), commit=st.booleans(), twice=st.booleans())
