@@ -220,7 +220,8 @@ class LoadedModel:
     ) -> IdGeneration:
         """Continue a prompt with token ids; as `generate`, but without a tokenizer.
 
-        Stop strings need a tokenizer. The ids of a stop string that was found are yielded.
+        Stop strings and banned strings need a tokenizer. The ids of a stop string that was found
+        are yielded.
         """
         job = self._job(prompt, settings, progress, more_settings, as_text=False)
         return IdGeneration(self._generator, job)
@@ -324,7 +325,8 @@ class LoadedModel:
 
         Returns:
             float32 [vocab_size] on the CPU, a new tensor; -inf for tokens that
-            cannot be drawn. The softmax is the distribution that `generate` draws from.
+            cannot be drawn. The softmax is the distribution that `generate` draws from, apart
+            from a grammar and from draws that replace the beginning of a banned string.
 
         Raises:
             As `next_logits`. InvalidSettings: a setting is invalid.

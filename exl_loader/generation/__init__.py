@@ -6,6 +6,7 @@
     model_thread          the thread that runs the steps
     generator             requests from any thread, and the iterators that callers get
     text_stream           text that may be shown, and stop strings
+    rewind, loops         text that is taken back, and text that repeats itself
     text_rules            which tokens are allowed: `healing`, `reasoning`, `grammar`
     sampling              from a row of logits to a token
     forward_model         what generation needs of a model

@@ -134,6 +134,13 @@ class DraftModel:
         if self._unread_len(job) > READ_AT_ONCE:
             self._reading[job] = None
 
+    def cut(self, job: Job) -> None:
+        """Drop what the cache holds of tokens that a job has taken back."""
+        text = self._texts.get(job)
+        if text is not None:
+            text.guessed = []
+            self._cache.cut(text.sequence, len(job.history) - 1)
+
     def release(self, job: Job) -> None:
         """Release a job's pages; does nothing if it has none."""
         self._reading.pop(job, None)

@@ -66,6 +66,11 @@ class Drafts:
                 job.guessed.probing = False
         return [guesses.get(job, []) for job in jobs]
 
+    def cut(self, job: Job) -> None:
+        """Drop what the draft model holds of tokens that a job has taken back."""
+        if self.draft_model is not None:
+            self.draft_model.cut(job)
+
     def release(self, job: Job) -> None:
         """Release what a job holds of the draft model; does nothing if that is nothing."""
         if self.draft_model is not None:

@@ -169,13 +169,15 @@ class RunningJob(Generic[T]):
 
     @property
     def token_ids(self) -> list[int]:
-        """Ids generated so far, without an end token."""
-        return self._job.history[len(self._job.prompt_ids) :].tolist()
+        """Ids generated so far, without an end token and without those that may be taken back
+        because a banned string may begin with them."""
+        first = len(self._job.prompt_ids)
+        return self._job.history[first : first + self._job.num_final].tolist()
 
     @property
     def logprobs(self) -> list[TokenLogprobs]:
         """One entry per id of `token_ids`, if the settings ask for `logprobs`."""
-        return list(self._job.logprobs)
+        return self._job.logprobs[: self._job.num_final]
 
     def stop(self) -> None:
         """End the generation after the running step. Does not wait."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, MutableSequence, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from .exchange import Exchange
 from .forward_model import LogitsRow
 from .logprobs import TokenLogprobs, token_logprobs
 from .loops import is_loop
+from .rewind import Rewind
 from .sampling import Sampler
 from .settings import SamplingSettings
 from .text_stream import TextStream
@@ -74,7 +75,7 @@ class GenerationStats:
     @property
     def tokens_per_s(self) -> float:
         """New tokens per second, without the first one, whose time is the prompt's."""
-        return (self.new_tokens - 1) / self.decode_s if self.decode_s > 0 else 0.0
+        return max(0, self.new_tokens - 1) / self.decode_s if self.decode_s > 0 else 0.0
 
 
 @dataclass(eq=False)
@@ -92,6 +93,18 @@ class NegativeText:
     sequence: PagedSequence | None = None
 
 
+@dataclass(frozen=True)
+class JobState:
+    """What a job was before a token: all that drawing tokens changes, but no seconds."""
+
+    num_tokens: int
+    num_logprobs: int
+    new_tokens: int
+    accepted_tokens: int
+    sampler: Sampler
+    text: TextStream
+
+
 @dataclass(eq=False)
 class Job(Exchange[tuple[int, str]]):
     """A request for new tokens and its state. Only the model's thread changes it.
@@ -103,6 +116,7 @@ class Job(Exchange[tuple[int, str]]):
         eos_ids: the model's ids that end a text.
         max_tokens: number of tokens that prompt and answer may have together.
         text: decodes tokens and finds stop strings; None if only ids are needed.
+        rewind: keeps banned strings out of the text; None if there are none.
         progress: reports the number of evaluated prompt tokens.
         vocab_size: ids from here on are padding, which `logprobs` omits.
         negative: the negative text of guidance; None without guidance.
@@ -112,6 +126,7 @@ class Job(Exchange[tuple[int, str]]):
         last_text: text to show after the last token.
         finish_reason: None while it runs; then why it ended.
         logprobs: one entry per new token except an end token, if the settings ask for them.
+            Like `history` it includes tokens that may still be taken back.
         sequence: the pages of prompt and answer; None while it waits for pages, and after the
             end.
         arrival: jobs are numbered in the order in which they arrived.
@@ -124,6 +139,7 @@ class Job(Exchange[tuple[int, str]]):
     eos_ids: frozenset[int]
     max_tokens: int
     text: TextStream | None
+    rewind: Rewind | None
     progress: Progress
     vocab_size: int
     negative: NegativeText | None
@@ -144,7 +160,7 @@ class Job(Exchange[tuple[int, str]]):
         self._text_ended = False
         self._prompt_done = 0
         self._began_s: float | None = None
-        self._first_token_s = 0.0
+        self._first_token_s: float | None = None
 
     @property
     def finished(self) -> bool:
@@ -153,7 +169,7 @@ class Job(Exchange[tuple[int, str]]):
     @property
     def decoding(self) -> bool:
         """True once the first new token was drawn."""
-        return self.stats.new_tokens > 0
+        return self._first_token_s is not None
 
     @property
     def prefilled(self) -> bool:
@@ -185,6 +201,23 @@ class Job(Exchange[tuple[int, str]]):
     def history(self) -> npt.NDArray[np.int64]:
         """Ids of prompt and answer, int64 [tokens so far]."""
         return self._history[: self._num_tokens]
+
+    @property
+    def num_final(self) -> int:
+        """Number of the answer's tokens that are never taken back."""
+        if self.rewind is not None:
+            return self.rewind.num_final
+        return self._num_tokens - len(self.prompt_ids)
+
+    @property
+    def went_back(self) -> bool:
+        """True if the last call of `take_logits` took tokens back."""
+        return self.rewind is not None and self.rewind.went_back
+
+    @property
+    def num_held(self) -> int:
+        """Number of characters of the text that have begun and are not shown yet."""
+        return self.text.num_held if self.text is not None else 0
 
     def room_ahead(self, limit: int) -> int:
         """Return how many ids may follow the next one, at most `limit`."""
@@ -221,12 +254,34 @@ class Job(Exchange[tuple[int, str]]):
         self.progress.advance("prompt", count)
 
     def take_logits(self, row: LogitsRow) -> str | None:
-        """Draw the next token from its logits.
+        """Draw the next token from its logits; see also `Rewind.take_logits`.
 
         Returns:
             Why the job ends with this token; None if it continues.
         """
-        token_id = self.sampler.sample(row, self.history)
+        if self.rewind is not None:
+            return self.rewind.take_logits(self, row)
+        return self.draw(row, self.output)
+
+    def draw(
+        self, row: LogitsRow, output: MutableSequence[tuple[int, str]],
+        excluded: Collection[int] = (),
+    ) -> str | None:
+        """Draw the next token from its logits.
+
+        Args:
+            row: the logits after the last token.
+            output: gets the token with its text, unless it is an end token.
+            excluded: ids that are not drawn.
+
+        Returns:
+            Why the job ends with this token; None if it continues.
+
+        Raises:
+            NoTokenLeft: no token may be drawn; the job has not changed.
+            As `Sampler.sample`.
+        """
+        token_id = self.sampler.sample(row, self.history, excluded)
         self._count_token()
         if token_id in self.eos_ids:
             return EOS
@@ -240,7 +295,7 @@ class Job(Exchange[tuple[int, str]]):
             values = row.values[: self.vocab_size]
             self.logprobs.append(token_logprobs(values, token_id, self.settings.logprobs))
         piece, found = self.text.push(token_id) if self.text is not None else ("", False)
-        self.output.append((token_id, piece))
+        output.append((token_id, piece))
         if found:
             self._text_ended = True
             return STOP
@@ -251,6 +306,32 @@ class Job(Exchange[tuple[int, str]]):
         if self.stats.new_tokens >= self.settings.max_new_tokens:
             return LENGTH
         return CONTEXT if self._num_tokens >= self.max_tokens else None
+
+    def state(self) -> JobState:
+        """Return what to restore if tokens from here on are taken back; the job has a text."""
+        assert self.text is not None
+        return JobState(
+            self._num_tokens, len(self.logprobs), self.stats.new_tokens,
+            self.stats.accepted_tokens, self.sampler.copy(), self.text.copy(),
+        )
+
+    def restore(self, state: JobState) -> None:
+        """Take back all tokens since a state, which is used up."""
+        if self.negative is not None:
+            num_kept = len(self.negative.ids) - (self._num_tokens - state.num_tokens)
+            del self.negative.ids[num_kept:]
+        del self.logprobs[state.num_logprobs :]
+        self._num_tokens = state.num_tokens
+        self.stats.new_tokens = state.new_tokens
+        self.stats.accepted_tokens = state.accepted_tokens
+        self.sampler, self.text = state.sampler, state.text
+        self._text_ended = False
+
+    def remaining_text(self) -> str:
+        """Return the text that would be shown if the job ended now."""
+        if self.text is None or self._text_ended:
+            return ""
+        return self.text.copy().flush()
 
     def drop_sequences(self) -> None:
         """Drop the sequences, whose pages were released."""
@@ -265,6 +346,8 @@ class Job(Exchange[tuple[int, str]]):
         try:
             if not self.decoding:
                 self.progress.finish("prompt")
+            if self.rewind is not None:
+                self.rewind.finish(self)
             if self.text is not None and not self._text_ended:
                 self.last_text = self.text.flush()
         except BaseException as failure:  # for example in the caller's progress callback
@@ -275,7 +358,7 @@ class Job(Exchange[tuple[int, str]]):
 
     def _count_token(self) -> None:
         now = time.perf_counter()
-        if self.stats.new_tokens == 0:
+        if self._first_token_s is None:
             assert self._began_s is not None
             self.progress.finish("prompt")
             self.stats.prefill_s = now - self._began_s

@@ -18,10 +18,11 @@ from .grammar.masks import Grammars
 from .healing import HealedToken, TokenHealing
 from .jobs import Job, NegativeText
 from .reasoning import ReasoningBudget
+from .rewind import Rewind
 from .sampling import Sampler, TokenRoles
 from .settings import SamplingSettings
 from .text_rules import TextRules
-from .text_stream import TextStream
+from .text_stream import TextStream, spellings
 
 if TYPE_CHECKING:
     from ..checkpoint.config import ModelConfig
@@ -91,7 +92,9 @@ class RequestReader:
         self, values: npt.NDArray[np.float32], prompt_ids: Sequence[int],
         settings: SamplingSettings,
     ) -> npt.NDArray[np.float32]:
-        """Apply the samplers of a request without a grammar to a row of logits.
+        """Apply the samplers of a request to a row of logits, without its grammar.
+
+        Strings do not count either: neither `stop_strings` nor `banned_strings`.
 
         Args:
             values: float32 [vocab_size], which are not changed.
@@ -121,12 +124,13 @@ class RequestReader:
             prompt: text or token ids.
             settings: how to continue it.
             progress: reports the number of evaluated prompt tokens; None for no reports.
-            as_text: decode the new tokens; stop strings always need that.
+            as_text: decode the new tokens; stop strings and banned strings always need that.
 
         Raises:
             As `engine.LoadedModel.generate`.
         """
-        tokenizer = self.tokenizer if as_text or settings.stop_strings else None
+        as_text = as_text or bool(settings.stop_strings or settings.banned_strings)
+        tokenizer = self.tokenizer if as_text else None
         prompt_ids = self._ids(prompt)
         self._check_length(len(prompt_ids), len(prompt_ids) + 1)
         self._check_range(settings.stop_token_ids, "stop_token_ids")
@@ -137,11 +141,13 @@ class RequestReader:
         # other ids, as from a chat template, it is a text of its own.
         healed = self._healing.find(prompt_ids) if settings.token_healing else None
         continued_ids = prompt_ids if isinstance(prompt, str) or healed is not None else ()
-        text = None
+        text = rewind = None
         if tokenizer is not None:
             stream = tokenizer.stream(
                 settings.skip_special_tokens, continued_ids, _num_bytes(healed))
             text = TextStream(stream, settings.stop_strings)
+            if settings.banned_strings:
+                rewind = Rewind(spellings(stream, settings.banned_strings))
         rules = self._rules(settings, prompt_ids, healed, bool(continued_ids))
         if healed is not None:
             prompt_ids = prompt_ids[:-1]
@@ -163,6 +169,7 @@ class RequestReader:
             eos_ids=frozenset(() if settings.ban_eos_token else self.eos_token_ids),
             max_tokens=len(prompt_ids) + new_tokens,
             text=text,
+            rewind=rewind,
             progress=checked_progress(progress),
             vocab_size=self.sampled_vocab_size,
             negative=negative,

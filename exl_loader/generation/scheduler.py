@@ -248,6 +248,9 @@ class Scheduler:
         job = next((job for job in self.active if not job.prefilled), None)
         if job is None:
             return False
+        # A text that went back over the end of a page lacks this page.
+        if not self._grow(job):
+            return job not in self.active
         try:
             self._skip_stored(job)
         except BaseException as error:
@@ -435,14 +438,14 @@ class Scheduler:
             rows: 1 + len(draft) rows; with guidance followed by as many of the negative text.
         """
         try:
-            reason = job.take_logits(_guided(job, rows, 0))
+            reason = self._draw(job, _guided(job, rows, 0))
             for index, expected in enumerate(draft, 1):
-                if reason is not None or job.history[-1] != expected:
+                if reason is not None or job.went_back or job.history[-1] != expected:
                     break
                 for sequence, _ in job.texts:
                     sequence.past_len += 1
                 job.stats.accepted_tokens += 1
-                reason = job.take_logits(_guided(job, rows, index))
+                reason = self._draw(job, _guided(job, rows, index))
         except BaseException as error:
             self._fail(job, error)
             return
@@ -461,6 +464,17 @@ class Scheduler:
             self._finish(request, reason, error)
         else:
             self._finish_evaluation(request, error)
+
+    def _draw(self, job: Job, row: LogitsRow) -> str | None:
+        """Draw a job's next token; drop what the caches hold of tokens that were taken back."""
+        try:
+            return job.take_logits(row)
+        finally:
+            if job.went_back:
+                # The logits after the last token have to be computed.
+                for sequence, ids in job.texts:
+                    self.cache.cut(sequence, len(ids) - 1)
+                self.drafts.cut(job)
 
     def _fail(self, job: Job, error: BaseException) -> None:
         """End a job with the error of its pass."""

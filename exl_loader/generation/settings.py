@@ -43,6 +43,9 @@ NEUTRAL_VALUES: dict[str, int | bool] = {"penalty_alpha": 0, "auto_max_new_token
 # Settings that say which texts are allowed.
 GRAMMARS = ("grammar_string", "json_schema", "regex_pattern")
 
+# While a text may be the beginning of a banned string, its tokens are held back.
+LONGEST_BANNED = 1000
+
 # Factors and divisors of logits are limited to these, because samplers compute in float32.
 SMALLEST, LARGEST = 1e-6, 1_000_000
 
@@ -202,6 +205,10 @@ class SamplingSettings:
         stop_strings: the text ends before the first of them, and none is shown. Special tokens
             count as text whether or not they are shown.
         stop_token_ids: token ids that end the text, in addition to the model's own.
+        banned_strings: texts of at most 1,000 characters that the shown text does not contain,
+            in upper or lower case. Where one is complete, the text goes back to the token in
+            which it begins, and another token is drawn there. Tokens are shown once they cannot
+            belong to one.
         loop_detect_window: the text ends when its last tokens, so many, only repeat a pattern of
             at most half as many; 0 lets it repeat itself. Every 16th token is looked at.
 
@@ -272,6 +279,7 @@ class SamplingSettings:
     skip_special_tokens: bool = True
     stop_strings: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    banned_strings: tuple[str, ...] = ()
     loop_detect_window: int = 0
 
     def __post_init__(self) -> None:
@@ -287,8 +295,8 @@ class SamplingSettings:
         if self.mirostat_mode == 1:
             raise invalid("mirostat_mode", "0 or 2 (1 is llama.cpp's own)", 1)
         self._check_texts()
-        self._check_reasoning()
         self._read_lists()
+        self._check_reasoning()
 
     def _check_texts(self) -> None:
         for name in _TEXTS:
@@ -309,6 +317,13 @@ class SamplingSettings:
             return
         if not self.reasoning_end_token:
             raise invalid("reasoning_end_token", "a text, with which reasoning ends", "")
+        forced = self.reasoning_end_text.casefold()
+        if any(text.casefold() in forced for text in self.banned_strings):
+            raise InvalidSettings(
+                "banned_strings", expected="none that ends the reasoning by force",
+                actual=shown(self.reasoning_end_text),
+                remedy="Change reasoning_budget_message, or ban fewer strings",
+            )
         if not any(getattr(self, name) for name in GRAMMARS):
             return
         if not self.grammar_trigger:
@@ -327,9 +342,17 @@ class SamplingSettings:
         stop_strings = _texts("stop_strings", self.stop_strings)
         if "" in stop_strings:
             raise invalid("stop_strings", "texts of at least one character", "")
+        banned_strings = _texts("banned_strings", self.banned_strings)
+        if not all(0 < len(text) <= LONGEST_BANNED for text in banned_strings):
+            lengths = sorted(map(len, banned_strings))
+            raise InvalidSettings(
+                "banned_strings", expected=f"texts of 1 to {LONGEST_BANNED} characters",
+                actual=f"one of {lengths[0] or lengths[-1]} characters",
+            )
         known = SAMPLER_PRIORITY
         read = {
             "stop_strings": stop_strings,
+            "banned_strings": banned_strings,
             "stop_token_ids": _token_ids("stop_token_ids", self.stop_token_ids),
             "allowed_tokens": _token_ids("allowed_tokens", self.allowed_tokens),
             "custom_token_bans": _token_ids("custom_token_bans", self.custom_token_bans),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -72,3 +73,10 @@ class TextRules:
         else:
             self._budget.observe(token_id)
         self._healed = None
+
+    def copy(self) -> TextRules:
+        """Return rules that continue from here on their own."""
+        other = copy.copy(self)
+        other._budget = copy.copy(self._budget)
+        other._grammar = None if self._grammar is None else self._grammar.copy()
+        return other

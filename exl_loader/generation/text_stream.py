@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 
 from ..text.tokenizer import StreamDecoder
@@ -25,6 +26,17 @@ class StopStrings:
         # The undecided end of the text with hidden tokens, and a flag per character: shown.
         self._text = ""
         self._is_shown: list[bool] = []
+
+    def copy(self) -> StopStrings:
+        """Return an object that continues from here on its own."""
+        other = copy.copy(self)
+        other._is_shown = self._is_shown.copy()
+        return other
+
+    @property
+    def num_held(self) -> int:
+        """Number of characters to show that are held back."""
+        return sum(self._is_shown)
 
     def push(self, piece: str, hidden: str = "") -> tuple[str, bool]:
         """Add a piece of text.
@@ -89,6 +101,11 @@ def _starts(text: str, stop_strings: Sequence[str]) -> list[int]:
     return [start for start in map(text.find, stop_strings) if start >= 0]
 
 
+def spellings(decoder: StreamDecoder, texts: Sequence[str]) -> tuple[str, ...]:
+    """Return all spellings of texts that the decoder may write."""
+    return tuple(set().union(*map(decoder.spellings, texts)))
+
+
 class TextStream:
     """Turns token ids into text that may be shown.
 
@@ -99,8 +116,19 @@ class TextStream:
 
     def __init__(self, decoder: StreamDecoder, stop_strings: Sequence[str] = ()) -> None:
         self._decoder = decoder
-        spelled = [decoder.spellings(stop) for stop in stop_strings]
-        self._stops = StopStrings(tuple(set().union(*spelled)))
+        self._stops = StopStrings(spellings(decoder, stop_strings))
+
+    def copy(self) -> TextStream:
+        """Return a stream that continues from here on its own."""
+        other = copy.copy(self)
+        other._decoder = self._decoder.copy()
+        other._stops = self._stops.copy()
+        return other
+
+    @property
+    def num_held(self) -> int:
+        """Number of characters to show that have begun and were not returned."""
+        return self._decoder.num_held + self._stops.num_held
 
     def push(self, token_id: int) -> tuple[str, bool]:
         """Add one token; return text to show, and whether a stop string was found."""

@@ -1,7 +1,6 @@
 """What a request of TabbyAPI asks for, as settings of the engine.
 
-The fields are those of TabbyAPI's `BaseSamplerRequest`. Fields that the engine cannot honour are
-refused where the text would break what the client relies on, and reported otherwise.
+The fields are those of TabbyAPI's `BaseSamplerRequest`.
 """
 
 from __future__ import annotations
@@ -9,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
-
-from exl_loader import InvalidSettings
 
 # Fields with the name and the meaning of a setting.
 _SAME = (
@@ -28,12 +25,7 @@ _PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
 _GRAMMARS = ("json_schema", "regex_pattern", "grammar_string")
 
 # TabbyAPI's values for "no grammar". SillyTavern sends an empty schema with every request.
-_NO_GRAMMAR = ("", {})
-
-# Fields that the engine lacks -> the values at which they ask for nothing.
-_REFUSED: dict[str, tuple[Any, ...]] = {
-    "banned_strings": ([],),
-}
+_NO_GRAMMAR: tuple[Any, ...] = ("", {})
 
 # TabbyAPI's formats of whole messages -> the texts between which a model reasons, and what ends the
 # reasoning, so that the answer follows.
@@ -79,10 +71,9 @@ def read(
             begun none.
         formats: has the attributes of `parsing.settings`.
 
-    Raises:
-        InvalidSettings: a field cannot be honoured. The engine checks the values of the others.
+    Returns:
+        What it asks for. The engine checks the values.
     """
-    _refuse(params)
     settings = {name: value for name in _SAME if (value := _get(params, name)) is not None}
     settings |= {
         setting: value for name, setting in _RENAMED.items()
@@ -112,7 +103,8 @@ def read(
     settings["prompt_lookup_num_tokens"] = lookup_tokens
     # TabbyAPI's own parsers look for tags of reasoning and of tools, which are special tokens.
     settings["skip_special_tokens"] = False
-    texts, ids = _stops(_get(params, "stop") or ())
+    settings["banned_strings"] = [text for text in _texts(_get(params, "banned_strings")) if text]
+    texts, ids = _stops(_texts(_get(params, "stop")))
     if not settings.get("ban_eos_token"):
         ids += [token for token in eos_ids if token is not None]
     settings |= {"stop_strings": texts, "stop_token_ids": list(dict.fromkeys(ids))}
@@ -122,20 +114,6 @@ def read(
 def _get(params: Any, name: str) -> Any:
     # Versions of TabbyAPI differ in their fields.
     return getattr(params, name, None)
-
-
-def _asks(params: Any, name: str, neutral: tuple[Any, ...]) -> bool:
-    value = _get(params, name)
-    return value is not None and value not in neutral
-
-
-def _refuse(params: Any) -> None:
-    for name, neutral in _REFUSED.items():
-        if _asks(params, name, neutral):
-            raise InvalidSettings(
-                name, expected="nothing, because this backend cannot honour it",
-                actual=repr(_get(params, name))[:80], remedy=f"Leave {name} out",
-            )
 
 
 def _reasoning(
@@ -216,9 +194,13 @@ def _without_name(schema: Any) -> Any:
     return schema
 
 
-def _stops(stops: Iterable[Any]) -> tuple[list[str], list[int]]:
+def _stops(stops: list[Any]) -> tuple[list[str], list[int]]:
     """Split stop conditions into texts and token ids."""
-    stops = [stops] if isinstance(stops, str) else list(stops)
     texts = [stop for stop in stops if isinstance(stop, str) and stop]
     ids = [stop for stop in stops if isinstance(stop, int) and not isinstance(stop, bool)]
     return list(dict.fromkeys(texts)), ids
+
+
+def _texts(value: Any) -> list[Any]:
+    """Return a list that a request may also give as one text, or leave out."""
+    return [value] if isinstance(value, str) else list(value or ())

@@ -211,8 +211,8 @@ def test_lengths_are_checked_against_max_seq_len_not_the_cache(tabby):
 def test_a_refused_request_leaves_the_server_healthy(tabby, own):
     async def run():
         async with loaded() as container:
-            with pytest.raises(InvalidSettings, match="banned_strings"):
-                await text_of(answer(container, banned_strings=["a"]))
+            with pytest.raises(InvalidSettings, match="mirostat_mode"):
+                await text_of(answer(container, mirostat_mode=1))
             with pytest.raises(InvalidSettings, match="grammar"):
                 await text_of(answer(container, grammar_string="no grammar"))
             assert container.active_job_ids == {} and tabby.unhealthy == []

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from exl_loader import InvalidSettings, SamplingSettings
+from exl_loader import SamplingSettings
 from extension.tabby.request import read
 
 # The fields of a request that asks for nothing, as TabbyAPI fills them in.
@@ -133,9 +133,11 @@ def test_stops_are_texts_and_ids_and_the_models_own():
     assert asked(stop=[5], eos=(2,), ban_eos_token=True).settings["stop_token_ids"] == [5]
 
 
-def test_what_a_client_relies_on_is_refused_by_name():
-    with pytest.raises(InvalidSettings, match="^banned_strings: .*Leave banned_strings out"):
-        asked(banned_strings=["bad"])
+def test_banned_strings_are_one_text_or_several():
+    """An empty one, as clients send of an empty line, bans nothing."""
+    assert settings_of(banned_strings="bad").banned_strings == ("bad",)
+    assert settings_of(banned_strings=["bad", "", "worse"]).banned_strings == ("bad", "worse")
+    assert settings_of(banned_strings=None).banned_strings == ()
 
 
 @pytest.mark.parametrize("field", [

@@ -172,7 +172,7 @@ def test_a_reasoning_budget_ends_the_reasoning_at_its_token(server, own):
 
 
 @pytest.mark.parametrize(("setting", "value"), [
-    ("banned_strings", ["x"]), ("mirostat_mode", 1), ("grammar_string", "no grammar"),
+    ("mirostat_mode", 1), ("grammar_string", "no grammar"),
 ])
 @pytest.mark.parametrize("path", ["v1/completions", "v1/chat/completions"])
 def test_a_refused_setting_is_named_to_the_client(server, path, setting, value):
@@ -182,6 +182,22 @@ def test_a_refused_setting_is_named_to_the_client(server, path, setting, value):
     assert status == 400 and setting in answer["detail"], answer
     (event,) = server.events(path, **prompt, max_tokens=4, stream=True, **{setting: value})
     assert setting in event["error"]["message"]
+
+
+def test_banned_strings_are_not_written(server, own):
+    plain = server.text(max_tokens=60)
+    banned = [plain[4:9].upper(), plain[20:23]]
+    settings = {"max_tokens": 60, "logprobs": 1, "banned_strings": banned}
+    text = own_text(own, max_new_tokens=60, banned_strings=banned)
+    assert not any(word.lower() in text.lower() for word in banned)
+    assert server.text(**settings) == text != plain
+    events = server.events("v1/completions", prompt=PROMPT, temperature=0, stream=True, **settings)
+    pieces = [choice["text"] for event in events for choice in event.get("choices", ())]
+    assert "".join(pieces) == text
+    # A single text is a list of one.
+    assert server.text(max_tokens=60, banned_strings=banned[1]) == own_text(
+        own, max_new_tokens=60, banned_strings=banned[1:])
+    assert_no_page_is_lost(server)
 
 
 def test_texts_can_be_bounded(server, own):
@@ -367,7 +383,7 @@ def test_kobold_abort(server):
 
 
 def test_kobold_names_a_refused_setting(server):
-    status, answer = server.ask("api/v1/generate", **KOBOLD, banned_strings=["a"])
+    status, answer = server.ask("api/v1/generate", **KOBOLD, banned_strings=["a" * 2000])
     assert status == 400 and "banned_strings" in answer["detail"]
 
 

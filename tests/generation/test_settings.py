@@ -73,6 +73,7 @@ WRONG = {
     "custom_token_bans": ["a", "1;2", "1.5", "-1", [-1], [1.5], [True], 1.5],
     "logit_bias": [5, "1", {"a": 1}, {"1": "much"}, {"1": NAN}, {-1: 1.0}, [(1,)], [5], {"": 1}],
     "prompt_lookup_num_tokens": [-1, 1.5, None],
+    "banned_strings": ["", ["a", ""], ["a", 5], 5, {"a": 1}, "a" * 1001],
     "loop_detect_window": [-1, 0.5, "all"],
     "logprobs": [-1, 1.5, "many"],
     "seed": [-2, 1 << 64, 1.5, "x"],

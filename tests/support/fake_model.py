@@ -19,14 +19,15 @@ class FakeModel:
     """A model in which `script(ids so far)` has the largest logit, 10; all others are 0.
 
     Args:
-        script: all ids of a sequence -> the next id.
+        script: all ids of a sequence -> the next id, or the logits after them.
         vocab_size: size of the vocabulary.
         num_pages: number of pages of the cache.
         sizes: chunk_size, max_batch_size, logits_rows.
     """
 
     def __init__(
-        self, script: Callable[[list[int]], int], vocab_size: int, num_pages: int, **sizes: int
+        self, script: Callable[[list[int]], int | torch.Tensor], vocab_size: int,
+        num_pages: int, **sizes: int,
     ) -> None:
         self.config = SimpleNamespace(
             vocab_size=vocab_size, bos_token_id=None, eos_token_ids=(0,)
@@ -83,8 +84,11 @@ class FakeModel:
         return 0
 
     def _row(self, text: list[int]) -> torch.Tensor:
+        found = self.script(text)
+        if isinstance(found, torch.Tensor):
+            return found
         row = torch.zeros(self.config.vocab_size)
-        row[self.script(text)] = 10.0
+        row[found] = 10.0
         return row
 
 

@@ -6,6 +6,7 @@ text. If decoding drops the space of the first token, the grammar is extended by
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 from collections.abc import Iterable, Iterator
@@ -194,6 +195,13 @@ class GrammarMatcher:
             raise self._lost()
         self.allowed_ids = self._next_ids()
 
+    def copy(self) -> GrammarMatcher:
+        """Return a matcher that continues from here on its own."""
+        other = copy.copy(self)
+        with _typed(self._name):
+            other._matcher = self._matcher.deep_copy()
+        return other
+
     def _next_ids(self) -> npt.NDArray[np.int64]:
         with _typed(self._name):
             bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
@@ -247,6 +255,12 @@ class TriggeredGrammar:
             self._matcher.accept(token_id)
         else:
             self.has_begun = token_id == self._trigger_id
+
+    def copy(self) -> TriggeredGrammar:
+        """Return a grammar that continues from here on its own."""
+        other = copy.copy(self)
+        other._matcher = self._matcher.copy()
+        return other
 
 
 class _Vocabulary:

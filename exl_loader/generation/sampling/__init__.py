@@ -19,7 +19,7 @@ they suffice.
 
 from .candidates import Candidates, draw
 from .curves import guide
-from .pipeline import SAMPLERS
+from .pipeline import SAMPLERS, NoTokenLeft
 from .sampler import Sampler, TokenRoles
 
-__all__ = ["SAMPLERS", "Candidates", "Sampler", "TokenRoles", "draw", "guide"]
+__all__ = ["SAMPLERS", "Candidates", "NoTokenLeft", "Sampler", "TokenRoles", "draw", "guide"]

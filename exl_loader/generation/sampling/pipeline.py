@@ -19,6 +19,10 @@ from .tail import require_no_tail
 _CUTOFF_UNIT = 1e-4
 
 
+class NoTokenLeft(InvalidSettings):
+    """Bans and penalties leave no token that may be drawn."""
+
+
 @dataclass(frozen=True)
 class Step:
     """What samplers need for one token.
@@ -166,7 +170,7 @@ def run_samplers(
     first, and the filters choose among the allowed tokens.
 
     Raises:
-        InvalidSettings: bans leave no token at all.
+        NoTokenLeft: bans leave no token at all.
         Undecided: the candidates' tail matters; no random number was taken.
     """
     _check_possible(candidates)
@@ -188,7 +192,7 @@ def _is_possible(candidates: Candidates) -> bool:
 def _check_possible(candidates: Candidates) -> None:
     if not _is_possible(candidates):
         require_no_tail(candidates.tail)
-        raise InvalidSettings(
+        raise NoTokenLeft(
             "token bans and penalties", expected="at least one token that may be drawn",
             actual="none", remedy="Ban fewer tokens, or set no_repeat_ngram_size to 0",
         )

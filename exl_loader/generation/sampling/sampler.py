@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -19,7 +20,7 @@ from .candidates import Candidates, draw
 from .feedback import chosen_feedback
 from .numerics import Floats, Ids
 from .penalties import Past
-from .pipeline import Step, chosen_samplers, run_samplers
+from .pipeline import NoTokenLeft, Step, chosen_samplers, run_samplers
 from .tail import Undecided, top_logits_may_suffice
 
 if TYPE_CHECKING:
@@ -104,6 +105,9 @@ class Constraint(Protocol):
     def accept(self, token_id: int) -> None:
         """Advance by a drawn token."""
 
+    def copy(self) -> Constraint:
+        """Return a constraint that continues from here on its own."""
+
 
 class Sampler:
     """Draws the tokens of one request, with its own random generator and state.
@@ -141,30 +145,53 @@ class Sampler:
         # Philox gives the same numbers for the same seed on every machine and numpy version.
         self._random = np.random.Generator(np.random.Philox(self.seed))
 
-    def sample(self, row: LogitsRow, history: npt.ArrayLike) -> int:
+    def copy(self) -> Sampler:
+        """Return a sampler that continues from here, with the same random generator.
+
+        A token that is drawn again must come from a new random number. The old one is known to
+        lie in the interval of the token that was taken back, which would favour its neighbours.
+        """
+        other = copy.copy(self)
+        other._feedback = tuple(map(copy.copy, self._feedback))
+        if self._constraint is not None:
+            other._constraint = self._constraint.copy()
+        return other
+
+    def sample(
+        self, row: LogitsRow, history: npt.ArrayLike, excluded: Collection[int] = ()
+    ) -> int:
         """Draw one token, unless the constraint forces one.
 
         Args:
             row: the logits, which are not changed. Its values are read only if its top logits
                 do not determine the token.
             history: token ids so far, prompt included.
+            excluded: ids that are not drawn this time.
 
         Returns:
             The token's id.
 
         Raises:
             InvalidCheckpoint: logits are NaN or infinite.
-            InvalidSettings: bans leave no token, or a grammar cannot be followed.
+            NoTokenLeft: bans leave no token; the sampler has not changed.
+            InvalidSettings: a grammar cannot be followed.
         """
         forced_id = None if self._constraint is None else self._constraint.forced_id
-        token_id = self._draw(row, history) if forced_id is None else forced_id
+        if forced_id is None:
+            token_id = self._draw(row, history, excluded)
+        elif forced_id in excluded:
+            raise NoTokenLeft("a token that is forced", expected="no ban", actual="a ban of it")
+        else:
+            token_id = forced_id
         if self._constraint is not None:
             self._constraint.accept(token_id)
         self._num_drawn += 1
         return token_id
 
-    def _draw(self, row: LogitsRow, history: npt.ArrayLike) -> int:
-        left = self.candidates(row, history)
+    def _draw(
+        self, row: LogitsRow, history: npt.ArrayLike, excluded: Collection[int]
+    ) -> int:
+        left = self.candidates(row, history, excluded)
         if self._settings.greedy:
             return int(left.ids[left.logits.argmax()])
         token_id = draw(left, self._random.random(), self._settings.skew)
@@ -173,11 +200,18 @@ class Sampler:
         return token_id
 
     @property
+    def is_forced(self) -> bool:
+        """True if the constraint forces the next token."""
+        return self._constraint is not None and self._constraint.forced_id is not None
+
+    @property
     def complete(self) -> bool:
         """True if the constraint allows no further token."""
         return self._constraint is not None and self._constraint.complete
 
-    def candidates(self, row: LogitsRow, history: npt.ArrayLike) -> Candidates:
+    def candidates(
+        self, row: LogitsRow, history: npt.ArrayLike, excluded: Collection[int] = ()
+    ) -> Candidates:
         """Return the candidates that `sample` draws from; XTC takes a random number in each call.
 
         Returns:
@@ -191,14 +225,16 @@ class Sampler:
         )
         if row.top_logits is not None and self._may_use(row.top_logits):
             try:
-                return self._run(Candidates.from_top_logits(row.top_logits), past)
+                return self._run(Candidates.from_top_logits(row.top_logits), past, excluded)
             except Undecided:
                 pass
         values = row.values[: self._roles.vocab_size]
         _check_finite(values)
         candidates = Candidates.from_row(values)
         allowed = self._next_ids(len(values))
-        return self._run(candidates if allowed is None else candidates.take(allowed), past)
+        if allowed is not None:
+            candidates = candidates.take(allowed)
+        return self._run(candidates, past, excluded)
 
     def _next_ids(self, vocab_size: int) -> Ids | None:
         """Return the tokens that grammar and `allowed_tokens` allow, rising; None for all.
@@ -228,7 +264,9 @@ class Sampler:
             and self._ids_by_constraint() is None
         )
 
-    def _run(self, candidates: Candidates, past: Past) -> Candidates:
+    def _run(
+        self, candidates: Candidates, past: Past, excluded: Collection[int]
+    ) -> Candidates:
         """Apply all enabled samplers.
 
         Raises:
@@ -238,6 +276,8 @@ class Sampler:
         candidates = penalties.add_bias(candidates, settings.logit_bias)
         is_early = self._num_drawn < settings.min_new_tokens
         candidates = penalties.ban(candidates, self._early_bans if is_early else self._banned_ids)
+        if excluded:
+            candidates = penalties.ban(candidates, sorted(excluded))
         left = run_samplers(candidates, self._samplers, Step(
             settings, past, self._prompt_ids, self._breaker_ids, self._roles.spared_ids,
             self._random.random,

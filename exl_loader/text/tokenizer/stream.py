@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import copy
 from collections.abc import Iterable
 
 from .vocabulary import SPACE_MARK, Vocabulary
@@ -81,6 +82,28 @@ class StreamDecoder:
         self._num_returned = 0
         passes = _CLEAN_UPS if vocabulary.cleans_up else ()
         self._clean_ups = [_CleanUpPass(replacements) for replacements in passes]
+
+    def copy(self) -> StreamDecoder:
+        """Return a decoder that continues from here on its own."""
+        other = copy.copy(self)
+        other._utf8 = copy.copy(self._utf8)
+        other._recent_ids = self._recent_ids.copy()
+        other._clean_ups = [copy.copy(clean_up_pass) for clean_up_pass in self._clean_ups]
+        return other
+
+    @property
+    def num_held(self) -> int:
+        """Number of characters that have begun and were not returned.
+
+        Of a character that is incomplete, one is counted.
+        """
+        if self._vocabulary.bytes_known:
+            held = 1 if self._utf8.getstate()[0] else 0
+        else:
+            text = self._new_text()
+            whole = text.rstrip(_REPLACEMENT)
+            held = len(whole) + (whole != text)
+        return held + sum(clean_up_pass.num_held for clean_up_pass in self._clean_ups)
 
     def push(self, token_id: int) -> str:
         """Add one token; return the text that is now final, which may be empty."""
@@ -174,6 +197,10 @@ class _CleanUpPass:
     def __init__(self, replacements: dict[str, str]) -> None:
         self._replacements = replacements
         self._held = ""
+
+    @property
+    def num_held(self) -> int:
+        return len(self._held)
 
     def push(self, piece: str) -> str:
         """Add text; return the part that is final, with its replacements made."""
