@@ -4,8 +4,10 @@
 // them in registers and multiply immediately.
 //
 // Layout: codes as ExlPackedLinear (packed.h), activations as Activations (linear.h).
-// Work per thread: runs of tiles; the sums of all rows of a tile are held in registers.
-// Preconditions: rows <= kDirectRows; activations in one block of direct_rows(rows) rows.
+// Work per thread: runs of tiles. The rows of a tile are in blocks, whose sums are held in registers.
+// The first block reads the tile from memory, the others from a cache.
+// Preconditions: rows <= kMostDirectRows; activations in blocks of kDirectRows, direct_rows(rows)
+// together.
 #include "linear.h"
 #include "threads.h"
 #include "unpack.h"
@@ -159,9 +161,10 @@ void add_spans(const Tile& tile, const Activations& a, int64_t first, int64_t en
     unrolled<Rows>([&](auto r) EXL_INLINED { totals[r] = running[r]; });
 }
 
+// Multiplies one tile with a block of Rows rows, of which `rows` are stored.
 template <int Rows>
-void multiply_tile(const ExlPackedLinear& w, const Activations& a, int64_t t, int64_t rows,
-                   const Output& out) {
+void multiply_block(const ExlPackedLinear& w, const Activations& a, int64_t t, int64_t rows,
+                    const Output& out) {
     const Tile tile = {w.codes + t * w.tile_bytes, TileTables(w, t)};
     F32x16 totals[Rows];
     for (int r = 0; r < Rows; ++r) totals[r] = broadcast(0.0f);
@@ -182,25 +185,39 @@ void multiply_tile(const ExlPackedLinear& w, const Activations& a, int64_t t, in
     }
 }
 
-template <int Rows>
-void multiply(const ExlPackedLinear& w, const Activations& a, int64_t rows, const Output& out) {
-    const int64_t min_grain = ceil_div(kBytesPerTask, w.tile_bytes);
-    parallel_for(w.tiles, balanced_grain(w.tiles, min_grain), [&](int64_t first, int64_t end, int) {
-        for (int64_t t = first; t < end; ++t) multiply_tile<Rows>(w, a, t, rows, out);
-    });
+// The activations of the block that begins at row `first`.
+Activations block_of(const Activations& a, int64_t first) {
+    Activations block = a;
+    block.codes += first * kPlanes * a.stored_rows;
+    block.scales += first * a.num_spans;
+    block.negative_sums += first * a.num_spans;
+    return block;
+}
+
+void multiply_tile(const ExlPackedLinear& w, const Activations& a, int64_t t, int64_t rows,
+                   const Output& out) {
+    for (int64_t first = 0; first < rows; first += kDirectRows) {
+        const int64_t count = rows - first < kDirectRows ? rows - first : kDirectRows;
+        const Activations block = block_of(a, first);
+        const Output output = {out.out + first * out.stride, out.stride, out.add};
+        switch (direct_block_rows(count)) {
+            case 1: multiply_block<1>(w, block, t, count, output); break;
+            case 2: multiply_block<2>(w, block, t, count, output); break;
+#if defined(EXL_AVX512)
+            case 4: multiply_block<4>(w, block, t, count, output); break;
+            case 8: multiply_block<8>(w, block, t, count, output); break;
+#endif
+        }
+    }
 }
 
 }  // namespace
 
 void linear_direct(const ExlPackedLinear& w, const Activations& a, int64_t rows, Output out) {
-    switch (direct_rows(rows)) {
-        case 1: return multiply<1>(w, a, rows, out);
-        case 2: return multiply<2>(w, a, rows, out);
-#if defined(EXL_AVX512)
-        case 4: return multiply<4>(w, a, rows, out);
-        case 8: return multiply<8>(w, a, rows, out);
-#endif
-    }
+    const int64_t min_grain = ceil_div(kBytesPerTask, w.tile_bytes);
+    parallel_for(w.tiles, balanced_grain(w.tiles, min_grain), [&](int64_t first, int64_t end, int) {
+        for (int64_t t = first; t < end; ++t) multiply_tile(w, a, t, rows, out);
+    });
 }
 
 }  // namespace exl

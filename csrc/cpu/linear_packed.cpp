@@ -1,8 +1,8 @@
 // Entry of the quantised matrix product: cuts the scratch, quantises, multiplies.
 //
 // Work: rows in passes of kPassRows. Scratch of a pass, each part aligned to 64 bytes: spans,
-// scales of levels, activation codes, scales, sums, then one buffer per thread. Python computes the same sizes
-// when it plans the workspace.
+// scales of levels, activation codes, scales, sums, then one buffer per thread. Python computes the
+// same sizes when it plans the workspace.
 #include <algorithm>
 
 #include "linear.h"
@@ -10,6 +10,20 @@
 #include "scratch.h"
 #include "threads.h"
 
+namespace exl {
+namespace {
+
+// True if codes go from memory to the dot product without a buffer. AMX is faster than several
+// blocks.
+bool is_direct(int64_t rows) {
+#if defined(EXL_AMX)
+    if (amx_is_on()) return rows <= kDirectRows;
+#endif
+    return rows <= kMostDirectRows;
+}
+
+}  // namespace
+}  // namespace exl
 
 // out = x @ W + bias, or out += x @ W + bias if `add`.
 //
@@ -19,7 +33,7 @@ EXL_API int exl_linear(const float* x, int64_t rows, const ExlPackedLinear* w, f
                        int64_t out_stride, int add, uint8_t* scratch, int64_t scratch_bytes) {
     using namespace exl;
     const int64_t max_rows = std::min<int64_t>(
-        rows <= kDirectRows ? direct_rows(rows) : rows, kPassRows);
+        is_direct(rows) ? direct_rows(rows) : rows, kPassRows);
     int64_t blocks = 0;
     for (int64_t g = 0; g < w->num_groups; ++g) {
         blocks += ceil_div(w->groups[g].rows, kBlockRows);
@@ -34,7 +48,7 @@ EXL_API int exl_linear(const float* x, int64_t rows, const ExlPackedLinear* w, f
     uint8_t* buffers = reinterpret_cast<uint8_t*>(cutter.next);
     const int64_t buffers_bytes = scratch + scratch_bytes - buffers;
     const int64_t max_threads = buffers_bytes / buffered_scratch_bytes();
-    if (buffers_bytes < 0 || (rows > kDirectRows && max_threads < 1)) return -1;
+    if (buffers_bytes < 0 || (!is_direct(rows) && max_threads < 1)) return -1;
     a.spans = spans;
     a.num_spans = cut_spans(*w, spans, &a.stored_rows);
     a.level_scales = level_scales;
@@ -44,9 +58,9 @@ EXL_API int exl_linear(const float* x, int64_t rows, const ExlPackedLinear* w, f
         const Output output = {out + first * out_stride, out_stride, add != 0};
         const float* source = x + first * w->in_features;
         a.tiled = false;
-        if (count <= kDirectRows) {
-            a.block_rows = direct_rows(count);
-            quantize(*w, source, count, a.block_rows, a);
+        if (is_direct(count)) {
+            a.block_rows = kDirectRows;
+            quantize(*w, source, count, direct_rows(count), a);
             linear_direct(*w, a, count, output);
 #if defined(EXL_AMX)
         } else if (amx_is_on()) {

@@ -40,7 +40,7 @@ SIGNATURES = {
 # tests/backends/cpu/test_constants.py checks that they are equal.
 PASS_ROWS = 256
 DENSE_PASS_ROWS = 120
-MOST_DIRECT_ROWS = 8
+DIRECT_ROWS = 8
 CHUNK_ROWS = 2048
 MOST_PANEL_COLUMNS = 32
 PLANES = 2
@@ -185,7 +185,7 @@ def linear_scratch_bytes(rows: int, in_features: int) -> int:
 def packed_scratch_bytes(rows: int, in_features: int) -> int:
     """Return the scratch of a product of up to `rows` rows with a quantised layer."""
     blocks = ceil_div(in_features, BLOCK_ROWS)
-    held_rows = min(max(rows, MOST_DIRECT_ROWS), PASS_ROWS)
+    held_rows = min(round_up(rows, DIRECT_ROWS), PASS_ROWS)
     codes = held_rows * blocks * BLOCK_ROWS * PLANES
     table = held_rows * blocks * _FLOAT_BYTES
     levels = blocks * LEVELS * _FLOAT_BYTES

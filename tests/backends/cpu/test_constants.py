@@ -19,7 +19,7 @@ PAIRS = [
     ("linear.h", "kChunkRows", linear.CHUNK_ROWS),
     ("../packed.h", "kLevels", linear.LEVELS),
     ("linear.h", "kPlanes", linear.PLANES),
-    ("linear.h", "kDirectRows", linear.MOST_DIRECT_ROWS),
+    ("linear.h", "kDirectRows", linear.DIRECT_ROWS),
     ("linear_dense.cpp", "kDensePassRows", linear.DENSE_PASS_ROWS),
     ("scratch.h", "kAlignment", linear.CUT_ALIGNMENT),
     ("attention.h", "kTileTokens", attention.TILE_TOKENS),

@@ -44,12 +44,12 @@ def test_rows_do_not_depend_on_company_or_threads(ops, kind):
     for threads in range(1, MAX_THREADS + 1):
         assert ops.ops.set_threads(threads) == threads
         assert torch.equal(product(ops, x, w), whole)
-        for first, end in ((0, 1), (7, 9), (20, 23), (30, 35), (100, 108), (111, 130)):
+        for first, end in ((0, 1), (7, 9), (20, 23), (30, 35), (100, 108), (111, 130), (9, 57)):
             assert torch.equal(product(ops, x[first:end].clone(), w), whole[first:end])
 
 
 def test_scratch_that_is_too_short_is_refused(ops):
-    for rows in (1, 8, 20):
+    for rows in (1, 8, 20, 60):
         for w in (packed_linear([(4, 256)], 32), dense_linear(256, 32, torch.float32)):
             if rows == 1 and w.__class__.__name__ == "DenseLinear":
                 continue
@@ -61,11 +61,11 @@ def test_scratch_that_is_too_short_is_refused(ops):
 
 def test_more_threads_than_scratch_has_room_for(ops, monkeypatch):
     """Another model that is loaded meanwhile may ask for more threads."""
-    w, x = packed_linear([(4, 128)] * 4, 256), random_rows(40, 512)
+    w, x = packed_linear([(4, 128)] * 4, 256), random_rows(60, 512)
     ops.ops.set_threads(MAX_THREADS)
     expected = product(ops, x, w)
     monkeypatch.setenv("EXL_LOADER_THREADS", "1")
-    nbytes, out = linear_scratch_bytes(40, 512), torch.empty(40, 256)
+    nbytes, out = linear_scratch_bytes(60, 512), torch.empty(60, 256)
     memory = torch.full((nbytes + MAX_THREADS * nbytes,), 77, dtype=torch.uint8)
     for _ in range(10):
         ops.linear(x, w, out, memory[:nbytes])

@@ -53,7 +53,7 @@ def layer_for(ops, groups, out_features, **options):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@sizes("rows", cpus=NATIVE, cpu=[1, 2, 3, 5, 8, 9, 17, 64, 130],
+@sizes("rows", cpus=NATIVE, cpu=[1, 2, 3, 5, 8, 9, 14, 48, 64, 130],
        cuda=[1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 32, 33, 40, 130])
 def test_quantised_product_equals_its_definition(ops, layout, rows):
     groups = LAYOUTS[layout] or LONG[ops.kind]
