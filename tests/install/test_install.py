@@ -137,6 +137,51 @@ def test_terminal_writes_text_and_opens_no_page(world, monkeypatch, arguments):
     assert text.endswith("-m exl_loader generate --stats --memory --seed 1")
 
 
+def programs(world):
+    """What was run, without interpreter and repository."""
+    return [command.split("python ", 1)[1].replace(f"{world.root}{os.sep}", "")
+            for command in world.take()]
+
+
+SMOLLM2 = os.path.join("build", "smollm2")
+SMOLLM2_EXL2 = os.path.join("build", "smollm2-exl2")
+
+
+@pytest.mark.parametrize(("arguments", "end"), [
+    (["--port", "7000"], f"-m extension.page.server {SMOLLM2_EXL2} --port 7000"),
+    (["--terminal", "--seed", "1"], f"-m exl_loader chat {SMOLLM2_EXL2} --seed 1"),
+])
+def test_the_demo_with_smollm2_downloads_converts_and_opens_a_chat(
+    world, monkeypatch, arguments, end
+):
+    call(world, monkeypatch, "--env")
+    world.take()
+    assert call(world, monkeypatch, "--demo", "smollm2", *arguments) == 0
+    install, *others = programs(world)
+    assert install.startswith("-m pip install --constraint") and install.endswith(" gguf")
+    assert others == [
+        f"tools/smollm2.py {SMOLLM2}",
+        f"-m exl_loader convert {SMOLLM2} {SMOLLM2_EXL2} --bits {world.install.SMOLLM2_BITS}",
+        f"-m exl_loader plan {SMOLLM2_EXL2}", end,
+    ]
+    # What is there already is not made again.
+    (world.root / SMOLLM2).mkdir(parents=True)
+    assert call(world, monkeypatch, "--demo", "smollm2", *arguments) == 0
+    assert [line.split()[2] for line in programs(world)[:-1]] == ["convert", "plan"]
+    (world.root / SMOLLM2_EXL2).mkdir()
+    assert call(world, monkeypatch, "--demo", "smollm2", *arguments) == 0
+    assert programs(world) == [f"-m exl_loader plan {SMOLLM2_EXL2}", end]
+
+
+@pytest.mark.parametrize("failing", ["tools/smollm2.py", "exl_loader convert", "exl_loader plan"])
+def test_the_demo_with_smollm2_ends_at_the_step_that_fails(world, monkeypatch, failing):
+    call(world, monkeypatch, "--env")
+    world.take()
+    world.failing = failing
+    assert call(world, monkeypatch, "--demo", "smollm2", "--terminal") == 1
+    assert failing in programs(world)[-1]
+
+
 @pytest.mark.parametrize(("task", "packages"), [("--demo", "[extension]"),
                                                 ("--test", "[extension,test]")])
 def test_env_stops_after_the_environment_of_the_task(world, monkeypatch, task, packages):
@@ -253,8 +298,9 @@ def test_a_damaged_stamp_counts_as_none(world):
 
 
 def test_wrong_arguments_are_refused_before_anything_is_made(world, monkeypatch):
-    wrong = ([], ["--demo", "--test"], ["--env", "--what"], ["--terminal", "--env"],
-             ["--test", "--terminal"], ["--webui", "x", "--terminal"], ["--webui", "x", "--env"])
+    wrong = ([], ["--demo", "--test"], ["--demo", "other"], ["--env", "--what"],
+             ["--terminal", "--env"], ["--test", "--terminal"], ["--webui", "x", "--terminal"],
+             ["--webui", "x", "--env"])
     for arguments in wrong:
         with pytest.raises(SystemExit) as caught:
             call(world, monkeypatch, *arguments)
