@@ -299,7 +299,12 @@ class Hub:
                 repo_id, actual="the server forbids it (status 403)",
                 remedy="Check what your token may read, on the hub's settings page",
             )
-        if status == 401 or code == "RepoNotFound" or status == 404:
+        if status == 404 and code == "EntryNotFound":
+            return DownloadError(
+                repo_id, actual="the server has lost a file of it (status 404)",
+                remedy="Run the same command again",
+            )
+        if status in (401, 404):
             remedy = f"Check the name on {page}"
             if not has_token:
                 remedy += f". If it is private: {login}"

@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +70,7 @@ class ModelDownload:
         reservation: the memory that it will take, for the target folder.
         files: the files that it needs, the small ones first.
         staged: a folder that has the small files.
+        hub: the server.
     """
 
     repo: HubRepo
@@ -331,14 +332,14 @@ class _Record:
     repo: str = ""
     revision: str = ""
     commit: str = ""
-    done: dict[str, str] | Any = None
+    done: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> _Record:
         values = read_json_object_if_there(folder / UNFINISHED_NAME)
-        texts = {name: str(values.get(name, "")) for name in ("repo", "revision", "commit")}
+        repo, revision, commit = (str(values.get(n, "")) for n in ("repo", "revision", "commit"))
         done = values.get("done")
-        return cls(**texts, done=dict(done) if isinstance(done, dict) else {})
+        return cls(repo, revision, commit, done if isinstance(done, dict) else {})
 
     def at(self, repo: HubRepo) -> _Record:
         """Return the record of a download of a commit, with what is done already."""

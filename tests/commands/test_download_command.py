@@ -495,6 +495,14 @@ def test_a_gated_repository(token, words, server, tmp_path, monkeypatch):
         fetch(Hub(server.endpoint), tmp_path / "target")
 
 
+def test_a_file_that_vanishes(hub, server, tmp_path):
+    with prepared(NAME, target=tmp_path / "target", hub=hub) as model:
+        server.fault("model-00002-of-00002.safetensors", status(404, "EntryNotFound"))
+        with pytest.raises(DownloadError, match="has lost a file"):
+            model.fetch()
+    refuse_loading(tmp_path / "target")
+
+
 @pytest.mark.parametrize(("fault", "words"), [
     (status(403), "the server forbids it"),
     (status(418), "answers with status 418"),
