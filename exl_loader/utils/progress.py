@@ -41,7 +41,7 @@ class Progress(Protocol):
         """
 
     def advance(self, task: str, n: int = 1) -> None:
-        """Count n more units as done."""
+        """Count n more units as done. With 0 the work only says that it is still going on."""
 
     def finish(self, task: str) -> None:
         """End a task, whether it succeeded or failed."""
@@ -99,6 +99,20 @@ def _count(state: _Task) -> str:
     return format_count(state.done, state.total, state.unit)
 
 
+def format_remaining(seconds: float) -> str:
+    """Format a time that is left: `40 s left`, `3 min left`, `1.5 h left`."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s left"
+    return f"{seconds / 60:.0f} min left" if seconds < 5970 else f"{seconds / 3600:.1f} h left"
+
+
+def _remaining(state: _Task, now: float) -> str:
+    """Return how long a task will last at its rate until now; empty where that is unknown."""
+    if state.total is None or not 0 < state.done < state.total:
+        return ""
+    return ", " + format_remaining((now - state.began) * (state.total - state.done) / state.done)
+
+
 class PlainProgress:
     """Write few, whole lines, for logs and pipes.
 
@@ -126,7 +140,7 @@ class PlainProgress:
         now = self._clock()
         if now >= state.next_line:
             state.next_line = now + PLAIN_INTERVAL_S
-            self._write(": ".join(filter(None, (task, _count(state)))))
+            self._write(": ".join(filter(None, (task, _count(state)))) + _remaining(state, now))
 
     def finish(self, task: str) -> None:
         state = self._tasks.pop(task, None)
@@ -186,7 +200,7 @@ class RichProgress:
     def _make_display(self) -> Any:
         # Importing rich takes tens of milliseconds, and a load of compiled kernels may need no bar.
         from rich.console import Console
-        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as Display
 
         return Display(
@@ -194,6 +208,7 @@ class RichProgress:
             BarColumn(),
             TextColumn("{task.fields[count]}"),
             TimeElapsedColumn(),
+            TimeRemainingColumn(),
             console=Console(file=self._stream or sys.stderr),
             transient=True,
         )

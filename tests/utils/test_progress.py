@@ -8,6 +8,7 @@ from exl_loader.utils.progress import (
     RichProgress,
     default_progress,
     format_count,
+    format_remaining,
     task,
 )
 
@@ -32,6 +33,22 @@ def test_format_of_counts():
     assert format_count(3 << 19, None, "bytes") == "1.5 MiB"
 
 
+def test_format_of_remaining_times():
+    assert format_remaining(0.4) == "0 s left" and format_remaining(99) == "99 s left"
+    assert format_remaining(100) == "2 min left" and format_remaining(3600) == "60 min left"
+    assert format_remaining(6000) == "1.7 h left"
+
+
+def test_a_long_step_shows_that_it_is_going_on():
+    stream, clock = io.StringIO(), FakeClock()
+    progress = PlainProgress(stream, clock)
+    progress.start("measuring", 4, "steps")
+    for _ in range(12):
+        clock.now += 1
+        progress.advance("measuring", 0)
+    assert stream.getvalue().splitlines() == ["measuring: 0/4 steps"] * 3
+
+
 def test_plain_progress_writes_nothing_about_short_work():
     stream, clock = io.StringIO(), FakeClock()
     progress = PlainProgress(stream, clock)
@@ -53,7 +70,7 @@ def test_plain_progress_writes_few_lines_about_long_work():
     lines = stream.getvalue().splitlines()
     # 20 s of work: lines after 1, 6, 11 and 16 s, and the last one.
     assert len(lines) == 5
-    assert lines[0].startswith("prefill: ") and lines[0].endswith("/1000 tokens")
+    assert lines[0].startswith("prefill: ") and lines[0].endswith("/1000 tokens, 19 s left")
     assert lines[-1] == "prefill: 1000/1000 tokens in 20.0 s"
 
 
