@@ -169,11 +169,11 @@ def test_the_command_line_has_the_option(llama, frob, tmp_path, capsys):
 
 
 def test_the_converter_has_the_option(frob, tmp_path, monkeypatch, caplog):
-    from exl_loader.convert import conversion, convert
+    from exl_loader.convert import conversion, convert, measurement
 
-    monkeypatch.setattr(conversion, "WIDTHS", (3,))
-    monkeypatch.setattr(conversion, "GROUP_SIZES", (64,))
-    few = {"calibration_rows": 2, "calibration_row_len": 32}
+    monkeypatch.setattr(conversion, "MOST_BITS", 16)
+    monkeypatch.setattr(measurement, "MIXES", [measurement.PROBE])
+    few = {"bits": 8.5, "calibration_rows": 2, "calibration_row_len": 32}
     with pytest.raises(UnsupportedArchitecture):
         convert(frob, tmp_path / "out", **few)
     convert(frob, tmp_path / "out", as_architecture=LLAMA, **few)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--calibration", type=Path, metavar="FILE",
-        help="text similar to what the model will be used for (default: Python's standard "
-        "library)",
+        help="text similar to what the model will be used for (default: prose, code, "
+        "conversations and several languages)",
     )
     parser.add_argument(
         "--calibration-rows", type=int, default=64, metavar="N",
@@ -38,6 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration-row-len", type=int, default=512, metavar="N",
         help="tokens in a row (default: 512)",
+    )
+    parser.add_argument(
+        "--measurement", type=Path, metavar="FILE",
+        help="measurement.json of an earlier conversion of this model, instead of measuring again",
     )
     add_options(parser, ["as_architecture"])
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -59,8 +64,10 @@ def run(args: argparse.Namespace) -> int:
         calibration=args.calibration,
         calibration_rows=args.calibration_rows,
         calibration_row_len=args.calibration_row_len,
+        measurement=args.measurement,
         as_architecture=args.as_architecture,
         progress=default_progress(),
+        announce=lambda reservation: print(reservation, file=sys.stderr),
     )
     print(json.dumps(result.as_dict(), indent=2) if args.json else describe(result))
     return 0
@@ -68,8 +75,8 @@ def run(args: argparse.Namespace) -> int:
 
 def describe(result: Conversion) -> str:
     """Describe the result of a conversion in a few lines."""
-    widths = Counter(choice.bits for choice in result.layers.values())
-    layers = ", ".join(f"{count} x {bits} bit" for bits, count in sorted(widths.items()))
+    mixes = Counter("/".join(map(str, mix.bits)) for mix in result.layers.values())
+    layers = ", ".join(f"{count} x {bits} bit" for bits, count in sorted(mixes.items()))
     return "\n".join(
         [
             f"{result.out_dir}: {result.bits_per_weight:.2f} bits per weight, "

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ..utils.progress import Progress
     from .conversion import Conversion
+    from .reservation import ConversionReservation
 
 
 def convert(
@@ -25,32 +28,42 @@ def convert(
     calibration: str | os.PathLike[str] | None = None,
     calibration_rows: int = 64,
     calibration_row_len: int = 512,
+    measurement: str | os.PathLike[str] | None = None,
     as_architecture: str | None = None,
     progress: Progress | None = None,
+    announce: Callable[[ConversionReservation], None] | None = None,
 ) -> Conversion:
     """Quantise a model to EXL2 with GPTQ error feedback.
 
-    Every linear layer gets one bit width (2, 3, 4, 5, 6 or 8) and one group size. They are chosen
-    by errors on the calibration text, so that the average meets `bits`. Embeddings, norms and
-    routers become float16. The output folder appears when it is complete.
+    Every linear layer gets a mix of widths (2, 3, 4, 5, 6 or 8 bits). The mixes are chosen by what
+    they change in the model's predictions on calibration text, so that the average meets `bits`.
+    Embeddings, norms and routers become float16. The output folder appears when it is complete;
+    until then a work folder beside it, named `out_dir` and `.work`, has what is done. After an
+    interruption the same call continues from there, and writes the same bytes.
 
     Args:
         model_dir: an unquantised Hugging Face folder of an architecture this engine runs.
         out_dir: a folder that does not exist yet or is empty.
-        bits: most bits per weight of the decoder layers, including scales and tables.
+        bits: most bits per weight of the decoder layers, including scales and tables, 2 to 8.
         head_bits: bits of a code of the output head, 6 or 8.
-        calibration: a UTF-8 text file; None for sources of Python's standard library.
+        calibration: a UTF-8 text file; None for the default: prose, code, conversations and
+            several languages.
         calibration_rows: rows of calibration text; a short text gives fewer.
         calibration_row_len: tokens of a row; at most the model's `max_position_embeddings`.
+        measurement: `measurement.json` of an earlier conversion of this model, by this function or
+            by exllamav2, instead of measuring again. Every conversion leaves one in its folder.
         as_architecture: see `LoadOptions`. The new folder keeps the class of its source, so it
             needs the option as well.
         progress: shows the progress; None shows nothing.
+        announce: called with the memory and disk space that it takes, before it starts.
 
     Returns:
-        The chosen options of all layers, and the sizes.
+        The chosen mixes of all layers, and the sizes.
 
     Raises:
-        InvalidSettings: a setting is invalid or does not fit the folder, or `out_dir` is not empty.
+        InvalidSettings: a setting is invalid or does not fit the folder, `out_dir` is not empty,
+            the work folder is of another conversion, or the disk is too full.
+        InsufficientMemory: there is too little main memory; nothing was begun.
         UnsupportedFormat: the model is quantised already.
         ModelNotFound, InvalidConfig, UnsupportedArchitecture, InvalidCheckpoint,
         InvalidTokenizer: the source folder cannot be used.
@@ -62,12 +75,15 @@ def convert(
     check_path("out_dir", out_dir, "folder")
     if calibration is not None:
         check_path("calibration", calibration)
+    if measurement is not None:
+        check_path("measurement", measurement)
     settings = ConvertSettings(
         bits=bits,
         head_bits=head_bits,
         calibration=None if calibration is None else Path(calibration),
         num_rows=calibration_rows,
         row_len=calibration_row_len,
+        measurement=None if measurement is None else Path(measurement),
         as_architecture=as_architecture,
     )
-    return run(Path(model_dir), Path(out_dir), settings, progress)
+    return run(Path(model_dir), Path(out_dir), settings, progress, announce)

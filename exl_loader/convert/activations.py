@@ -1,170 +1,301 @@
-"""Run the calibration text through the engine's layers, with one layer in memory at a time."""
+"""Run texts through the engine's layers, with one layer in memory at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from ..backends.base import Batch, Linear
+from ..backends import base, get_ops
+from ..backends.base import Batch
 from ..backends.layouts import DenseLinear, fill_dense
-from ..backends.reference.ops import ReferenceOps, dense_weight
-from ..cache.layout import PAGE_LEN, CacheLayer, CacheType, cache_specs, pages_for
+from ..cache.layout import CacheLayer, pages_for
 from ..checkpoint.rope import inv_freq
 from ..model.builder import Builder
 from ..model.decoder import DecoderLayer
-from ..model.parts.part import LayerState, Loading, StepViews
-from ..model.step import workspace_specs
+from ..model.parts.experts import Experts
+from ..model.parts.linear import Linear
+from ..model.parts.part import Block, LayerState, Loading, StepViews
 from ..utils.table import MAIN_MEMORY, TensorSpec
 from .error_feedback import Hessian
-from .source import Source
+from .reservation import CACHE_TYPE, rows_at_once, step_cache_specs, step_specs
+
+if TYPE_CHECKING:
+    from ..backends.base import DeviceOps
+    from ..utils.progress import Progress
+    from .source import Source
 
 
-class _RecordingOps(ReferenceOps):
-    """The reference operations, with linear layers in float32 that record their inputs.
+class _RecordingOps:
+    """The operations of a device, which also give the inputs of chosen linear layers to a callback.
 
-    float32 sums are exact enough for statistics over thousands of rows, and are several times
-    faster than the float64 of the reference.
+    Args:
+        ops: those of the device.
+
+    Attributes:
+        recorders: id of a layer's weights -> called with its input, float32 [T, K].
     """
 
-    def __init__(self) -> None:
-        self.hessians: dict[int, Hessian] = {}
+    def __init__(self, ops: DeviceOps) -> None:
+        self._ops = ops
+        self.recorders: dict[int, Any] = {}
 
-    def linear(self, x: torch.Tensor, w: Linear, out: torch.Tensor, scratch: torch.Tensor,
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ops, name)
+
+    def call(self, function: Any) -> None:
+        # Experts call the operations that they are given: these.
+        function(self)
+
+    def linear(self, x: torch.Tensor, w: base.Linear, out: torch.Tensor, scratch: torch.Tensor,
                add: bool = False) -> None:
-        hessian = self.hessians.get(id(w))
-        if hessian is not None:
-            hessian.add(x)
-        assert isinstance(w, DenseLinear)
-        product = x @ dense_weight(w).float()
-        if w.bias is not None:
-            product += w.bias
-        target = out[:, : w.out_features]
-        target.copy_(product + target if add else product)
+        record = self.recorders.get(id(w))
+        if record is not None:
+            record(x)
+        self._ops.linear(x, w, out, scratch, add)
 
 
-def _allocate(specs: list[TensorSpec]) -> dict[str, torch.Tensor]:
+def _do_nothing() -> None:
+    return
+
+
+def _allocate(specs: Iterable[TensorSpec]) -> dict[str, torch.Tensor]:
     return {s.name: torch.zeros(s.shape, dtype=getattr(torch, s.dtype)) for s in specs}
 
 
-class Activations:
-    """The hidden states of all calibration rows, updated layer by layer.
+@dataclass(eq=False)
+class LoadedLayer:
+    """A decoder layer in memory.
+
+    Args:
+        index: its number.
+        layer: its parts, with their weights.
+        state: room for keys and values of a step.
+    """
+
+    index: int
+    layer: DecoderLayer
+    state: LayerState
+
+    def __post_init__(self) -> None:
+        self._own = {linear.name: linear.weights for linear in self.layer.linears}
+        self._by_name = {linear.name: linear for linear in self.layer.linears}
+
+    def replace(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Use other weights [in_features, out_features] in linear layers, by their names."""
+        for name, weight in weights.items():
+            linear = self._by_name[name]
+            own = self._own[name]
+            assert isinstance(own, DenseLinear)
+            tiles = torch.zeros_like(own.weight, dtype=weight.dtype)
+            fill_dense(weight.t().contiguous(), 0, tiles)
+            linear.weights = DenseLinear(own.in_features, own.out_features, tiles, own.bias)
+
+    def restore(self, names: Iterable[str]) -> None:
+        """Use the source's weights again."""
+        for name in names:
+            self._by_name[name].weights = self._own[name]
+
+
+class LayerRunner:
+    """Runs the layers of a model over hidden states that the caller keeps.
+
+    Hidden states are float32 [R, T, hidden_size], R texts of T tokens.
 
     Args:
         source: the model.
-        rows: token ids of the calibration rows, which have the same length T.
+        row_len: T.
+        progress: shows the compilation of kernels.
+
+    Attributes:
+        ops: the operations that it runs.
+        tick: called after each step, to show that the work goes on.
     """
 
-    def __init__(self, source: Source, rows: list[list[int]]):
-        self._source, self._rows = source, rows
-        self._ops = _RecordingOps()
-        row_len = len(rows[0])
-        cache_type = CacheType.parse("fp32")
-        self._workspace = _allocate(
-            workspace_specs(source.parts.stages(), ctx_size=row_len, cache_type=cache_type,
-                            chunk_size=row_len, logits_rows=1)
-        )
-        self._cache_specs = cache_specs(source.config, pages_for(row_len), cache_type)
-        self._cache_type = cache_type
-        self._batch = self._one_sequence(row_len)
-        self._views = StepViews(self._workspace, self._batch, source.config.hidden_size)
+    def __init__(self, source: Source, row_len: int, progress: Progress | None = None) -> None:
+        self._source = source
+        self.tick: Callable[[], None] = _do_nothing
+        self._row_len = row_len
+        self._rows_at_once = rows_at_once(row_len)
+        self._recording = _RecordingOps(get_ops(MAIN_MEMORY, progress))
+        self.ops = cast("DeviceOps", self._recording)
+        self._workspace = _allocate(step_specs(source.parts, row_len))
+        self._cache_specs = step_cache_specs(source.parts, row_len)
+        self._views = {
+            rows: StepViews(self._workspace, self._batch(rows), source.config.hidden_size)
+            for rows in range(1, self._rows_at_once + 1)
+        }
+        # Every text begins at position 0, so the angles of fewer texts are the first ones.
         for rope in source.parts.ropes():
             frequencies, factor = inv_freq(rope.config, row_len)
-            rope.run(self._ops, self._views, torch.tensor(frequencies), factor)
-        self.restart()
+            rope.run(self.ops, self._views[self._rows_at_once], torch.tensor(frequencies), factor)
 
-    def _one_sequence(self, row_len: int) -> Batch:
-        assert PAGE_LEN * pages_for(row_len) >= row_len
+    def _batch(self, rows: int) -> Batch:
+        pages = pages_for(self._row_len)
         return Batch(
-            positions=torch.arange(row_len, dtype=torch.int32),
-            q_start=torch.tensor([0, row_len], dtype=torch.int32),
-            past_len=torch.zeros(1, dtype=torch.int32),
-            page_table=torch.arange(pages_for(row_len), dtype=torch.int32)[None],
-            max_total_len=row_len,
+            positions=torch.arange(self._row_len, dtype=torch.int32).repeat(rows),
+            q_start=torch.arange(rows + 1, dtype=torch.int32) * self._row_len,
+            past_len=torch.zeros(rows, dtype=torch.int32),
+            page_table=torch.arange(rows * pages, dtype=torch.int32).view(rows, pages),
+            max_total_len=self._row_len,
         )
 
-    def restart(self) -> None:
-        """Reset the hidden states to the embeddings, which are the input of layer 0."""
+    def embed(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Return the input of layer 0 for texts of T token ids."""
         source = self._source
         table = source.checkpoint.read(source.parts.embedding.spec.name)
         factor = source.config.embedding_multiplier
         positions = source.parts.positions
         if positions is not None:
             positions.load(self._loading(positions.specs()))
-        self._states = []
-        for row in self._rows:
-            state = self._views.x
-            self._ops.embed(torch.tensor(row, dtype=torch.int32), table, factor, state)
+        states = torch.empty(len(rows), self._row_len, source.config.hidden_size)
+        views = self._views[1]
+        for row, state in zip(rows, states, strict=True):
+            self.ops.embed(torch.tensor(row, dtype=torch.int32), table, factor, views.x)
             if positions is not None:
-                positions.run(self._ops, self._views)
-            self._states.append(state.clone())
+                positions.run(self.ops, views)
+            state.copy_(views.x)
+        return states
 
-    def run_layer(
-        self,
-        index: int,
-        *,
-        replaced: Mapping[str, torch.Tensor] | None = None,
-        record: bool = False,
-        advance: bool = True,
-    ) -> dict[str, Hessian]:
-        """Run all rows through the next layer.
-
-        Args:
-            index: number of the layer.
-            replaced: name of a linear layer -> weight [in_features, out_features] to use instead
-                of the source's.
-            record: record the inputs of the linear layers that will be quantised.
-            advance: keep the outputs as the inputs of the next layer. Without it the same layer
-                can be run again.
-
-        Returns:
-            Name of the first layer of every `input_groups` group -> Hessian of its inputs;
-            empty without `record`.
-        """
-        layer = self._load(index, replaced or {})
-        cache = _allocate([s for s in self._cache_specs if s.name.startswith(f"cache.{index}.")])
-        state = LayerState(
-            CacheLayer(cache[f"cache.{index}.k_codes"], None, cache[f"cache.{index}.v_codes"],
-                       None, self._cache_type)
-        )
-        firsts = [group[0] for group in layer.input_groups()] if record else []
-        hessians = {first.name: Hessian(first.spec.in_features) for first in firsts}
-        self._ops.hessians = {id(first.weights): hessians[first.name] for first in firsts}
-        for hidden in self._states:
-            self._views.x.copy_(hidden)
-            layer.run(self._ops, self._views, state)
-            if advance:
-                hidden.copy_(self._views.x)
-        self._ops.hessians = {}
-        return hessians
-
-    def head_hessian(self) -> Hessian:
-        """Return the Hessian of the output head's inputs. Call it only after the last layer."""
-        source, norm = self._source, self._source.parts.head.norm
-        norm.load(self._loading(norm.specs()))
-        hessian = Hessian(source.config.hidden_size)
-        for state in self._states:
-            normed = torch.empty_like(state)
-            norm.run(self._ops, state, normed)
-            hessian.add(normed)
-        return hessian
-
-    def _load(self, index: int, replaced: Mapping[str, torch.Tensor]) -> DecoderLayer:
-        """Read the weights of one layer."""
+    def load(self, index: int) -> LoadedLayer:
+        """Read the weights of a layer."""
         source = self._source
         # A new object each time, so that its weights are freed with it.
         layer = Builder(source.config, source.checkpoint).layer(index, MAIN_MEMORY)
         layer.load(self._loading(layer.specs()))
-        for linear in layer.linears:
-            weights = linear.weights
-            assert isinstance(weights, DenseLinear)
-            if linear.name in replaced:
-                weight = replaced[linear.name]
-                weights.weight = torch.zeros_like(weights.weight, dtype=weight.dtype)
-                fill_dense(weight.t().contiguous(), 0, weights.weight)
-        return layer
+        prefix = f"cache.{index}."
+        cache = _allocate(s for s in self._cache_specs if s.name.startswith(prefix))
+        keys, values = cache[f"{prefix}k_codes"], cache[f"{prefix}v_codes"]
+        state = LayerState(CacheLayer(keys, None, values, None, CACHE_TYPE))
+        return LoadedLayer(index, layer, state)
 
     def _loading(self, specs: Iterable[TensorSpec]) -> Loading:
         """Return what parts with these specs load into: new memory."""
-        views = _allocate(list(specs))
-        return Loading(self._source.checkpoint, views, {MAIN_MEMORY: self._ops})
+        return Loading(self._source.checkpoint, _allocate(specs), {MAIN_MEMORY: self.ops})
+
+    def _steps(self, states: torch.Tensor) -> Iterator[tuple[StepViews, torch.Tensor]]:
+        """Cut hidden states into steps: views, and states [rows of the step * T, hidden_size]."""
+        for part in states.split(self._rows_at_once):
+            yield self._views[len(part)], part.view(-1, part.shape[-1])
+            self.tick()
+
+    def run(self, loaded: LoadedLayer, states: torch.Tensor) -> None:
+        """Replace the inputs of a layer by its outputs."""
+        for views, part in self._steps(states):
+            views.x.copy_(part)
+            loaded.layer.run(self.ops, views, loaded.state)
+            part.copy_(views.x)
+
+    def record(
+        self, loaded: LoadedLayer, states: torch.Tensor, kept_rows: int = 0
+    ) -> tuple[dict[str, Hessian], dict[str, torch.Tensor]]:
+        """Run a layer over hidden states, which stay as they are, and record inputs.
+
+        Args:
+            loaded: the layer.
+            states: its inputs.
+            kept_rows: texts whose inputs of the blocks are kept, from the first on.
+
+        Returns:
+            Name of the first linear layer of every `input_groups` group -> Hessian of its input;
+            "attention" and "mlp" -> inputs of the blocks, float32 [kept_rows, T, hidden_size].
+        """
+        layer = loaded.layer
+        hessians: dict[str, Hessian] = {}
+        recorders = self._recording.recorders
+        for group in layer.input_groups():
+            hessian = hessians[group[0].name] = Hessian(group[0].spec.in_features)
+            recorders[id(group[0].weights)] = hessian.add
+        kept = {name: _KeptRows(kept_rows * self._row_len) for name in ("attention", "mlp")}
+        for name, block in (("attention", layer.attention), ("mlp", layer.mlp)):
+            first = id(_reads_input(block).weights)
+            recorders[first] = kept[name].before(recorders.get(first))
+        for views, part in self._steps(states):
+            views.x.copy_(part)
+            layer.run(self.ops, views, loaded.state)
+        recorders.clear()
+        inputs = {
+            name: rows.rows().view(kept_rows, self._row_len, -1) for name, rows in kept.items()
+        } if kept_rows else {}
+        return hessians, inputs
+
+    def run_block(self, loaded: LoadedLayer, block: Block, x: torch.Tensor) -> torch.Tensor:
+        """Return what a block adds to the hidden states, before its output norm.
+
+        Args:
+            x: inputs of the block, float32 [R, T, hidden_size], from `record`.
+        """
+        out = x.clone()
+        for views, part in self._steps(out):
+            views.h.copy_(part)
+            views.x.zero_()
+            block.run(self.ops, views, loaded.state, views.h, views.x, add=True)
+            part.copy_(views.x)
+        return out
+
+    def load_head(self) -> None:
+        """Read final norm and output head, for `logits`."""
+        head = self._source.parts.head
+        head.load(self._loading(head.specs()))
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Return the logits of hidden states after the last layer.
+
+        Args:
+            states: float32 [n, hidden_size], n at most `LOGITS_ROWS`.
+
+        Returns:
+            float32 [n, vocab_size]; the next call overwrites them.
+        """
+        views, head = self._views[self._rows_at_once], self._source.parts.head
+        views.x[: len(states)].copy_(states)
+        logits = views.view("logits", len(states), head.linear.out_features)
+        head.run(self.ops, views, torch.arange(len(states), dtype=torch.int32), logits)
+        return logits
+
+    def head_hessian(self, states: torch.Tensor) -> Hessian:
+        """Return the Hessian of the output head's inputs for outputs of the last layer."""
+        norm = self._source.parts.head.norm
+        norm.load(self._loading(norm.specs()))
+        hessian = Hessian(states.shape[-1])
+        normed = torch.empty_like(states[0])
+        for state in states:
+            norm.run(self.ops, state, normed)
+            hessian.add(normed)
+        return hessian
+
+
+def _reads_input(block: Block) -> Linear:
+    """Return a linear layer whose input is that of the block."""
+    if isinstance(block, Experts):
+        return block.router
+    return block.input_groups()[0][0]
+
+
+class _KeptRows:
+    """Collects the first rows of an input.
+
+    Args:
+        count: rows to keep.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._left = count
+        self._parts: list[torch.Tensor] = []
+
+    def before(self, other: Any) -> Any:
+        """Return a recorder that keeps rows and then calls `other`, if there is one."""
+        def record(x: torch.Tensor) -> None:
+            if self._left:
+                part = x[: self._left].clone()
+                self._parts.append(part)
+                self._left -= len(part)
+            if other is not None:
+                other(x)
+        return record
+
+    def rows(self) -> torch.Tensor:
+        """Return the rows, float32 [count, K]."""
+        return torch.cat(self._parts)

@@ -1,16 +1,20 @@
-"""The steps of a conversion: measure, choose bit widths, quantise layer by layer, write.
+"""The steps of a conversion: measure, choose mixes, quantise layer by layer, write.
 
-It runs through the model twice. The first pass keeps the original weights and measures how much
-each bit width and group size would change the output of every linear layer. The second pass
-quantises layer by layer and replaces the weights, so that every layer is calibrated on the
-activations of the quantised model.
+It runs through the model twice. The first pass keeps the original weights and measures what each
+way to store a block is worth (`measurement.py`). The second pass quantises layer by layer and
+replaces the weights, so that every layer is calibrated on the activations of the quantised model.
+After each layer of either pass the work folder has what the next layer needs.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +23,24 @@ import torch
 from .. import __version__
 from ..checkpoint.rope import MAX_POSITIONS
 from ..formats.layer import LinearSpec
+from ..model.parts.part import Block
 from ..text.tokenizer import Tokenizer
+from ..utils.errors import ExlLoaderError, InvalidSettings
 from ..utils.json_keys import read_json_object
 from ..utils.progress import Progress, checked_progress, task
 from ..utils.setting_values import check_integer, check_number, invalid
-from .activations import Activations
+from .activations import LayerRunner
 from .allocation import Option, allocate
-from .calibration import calibration_rows, calibration_text
-from .error_feedback import PreparedHessian, quantize, relative_error
-from .packing import dequantize, exl2_tensors, stored_bits
+from .calibration import calibration_rows
+from .error_feedback import PreparedHessian, quantize
+from .measurement import BlockMeasurement, Combination, count_steps, mean_divergences, measure_block
+from .measurement_file import FILE_NAME, as_json, from_json, read_measurement
+from .mixes import Mix
+from .packing import QuantizedLinear, dequantize, exl2_tensors
+from .reservation import ConversionReservation, ConversionSizes, reserve
+from .roles import block_roles, layer_blocks
 from .source import Source
+from .work_folder import Checkpoint, WorkFolder
 from .writer import (
     ShardWriter,
     check_other_files,
@@ -38,16 +50,17 @@ from .writer import (
     write_config,
 )
 
-WIDTHS = (2, 3, 4, 5, 6, 8)
-HEAD_WIDTHS = (6, 8)
+MOST_BITS = 8
+HEAD_MIXES = {bits: Mix((bits,), (128,)) for bits in (6, 8)}
 # More rows than any text of 64 MiB has.
 MAX_ROWS = 1 << 22
-# Small groups store more scales, which is worth it for codes of few bits.
-GROUP_SIZES = (32, 64, 128)
-HEAD_GROUP_SIZE = 128
-# Columns are quantised independently except for the maximum that their scales share, so an even
-# sample of columns represents all of them.
-MEASURED_COLUMNS = 256
+# Tokens on which errors of blocks are measured. Their statistics need fewer than those with which
+# weights are quantised.
+MEASURED_TOKENS = 8192
+# Tokens whose hidden states run through every block as its input, and for divergences.
+PROBE_TOKENS = 2048
+# Name of the hidden states of the source, without anything quantised.
+_SOURCE = "source"
 
 
 @dataclass(frozen=True)
@@ -59,12 +72,13 @@ class ConvertSettings:
     calibration: Path | None
     num_rows: int
     row_len: int
+    measurement: Path | None = None
     as_architecture: str | None = None
 
     def __post_init__(self) -> None:
-        check_number("bits", self.bits, 2, 16)
-        if type(self.head_bits) is not int or self.head_bits not in HEAD_WIDTHS:
-            raise invalid("head_bits", " or ".join(map(str, HEAD_WIDTHS)), self.head_bits)
+        check_number("bits", self.bits, 2, MOST_BITS)
+        if type(self.head_bits) is not int or self.head_bits not in HEAD_MIXES:
+            raise invalid("head_bits", " or ".join(map(str, HEAD_MIXES)), self.head_bits)
         check_integer("calibration_rows", self.num_rows, 1, MAX_ROWS)
         check_integer("calibration_row_len", self.row_len, 16, MAX_POSITIONS)
 
@@ -75,17 +89,16 @@ class Conversion:
 
     Args:
         out_dir: the new folder.
-        layers: name of a linear layer -> the chosen option. Its `error` is the expected relative
-            error of the layer's output.
+        layers: name of a linear layer -> the chosen mix.
         head_bits: bits of a code of the output head.
         bits_per_weight: stored bits per weight of the decoder layers, scales and tables included.
         file_bytes: size of the weight files.
-        calibration_tokens: number of tokens on which the activations were measured.
-        seconds: duration of the conversion.
+        calibration_tokens: number of tokens on which the weights were quantised.
+        seconds: duration, of a continued conversion since it was continued.
     """
 
     out_dir: Path
-    layers: dict[str, Option]
+    layers: dict[str, Mix]
     head_bits: int
     bits_per_weight: float
     file_bytes: int
@@ -94,11 +107,13 @@ class Conversion:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the result as JSON data."""
-        return {**asdict(self), "out_dir": str(self.out_dir)}
+        layers = {name: mix.as_dict() for name, mix in self.layers.items()}
+        return {**vars(self), "out_dir": str(self.out_dir), "layers": layers}
 
 
 def run(
-    model_dir: Path, out_dir: Path, settings: ConvertSettings, progress: Progress | None
+    model_dir: Path, out_dir: Path, settings: ConvertSettings, progress: Progress | None,
+    announce: Callable[[ConversionReservation], None] | None,
 ) -> Conversion:
     """Convert a model; see `convert`."""
     progress = checked_progress(progress)
@@ -106,7 +121,12 @@ def run(
     check_other_files(model_dir)
     source = Source(model_dir, settings.as_architecture)
     try:
-        return _Pipeline(model_dir, source, settings, progress).run(out_dir)
+        pipeline = _Pipeline(model_dir, source, settings, progress)
+        reservation = pipeline.reserve(out_dir)
+        if announce is not None:
+            announce(reservation)
+        reservation.check()
+        return pipeline.run(out_dir)
     finally:
         source.close()
 
@@ -121,22 +141,64 @@ class _Pipeline:
         self.model_dir, self.source, self.settings = model_dir, source, settings
         self.progress = progress
         self.layers = source.parts.layers
-        self.dataset, text = calibration_text(settings.calibration)
+        self.blocks: dict[str, Block] = {}
+        for index, layer in enumerate(self.layers):
+            self.blocks |= layer_blocks(index, layer)
         row_len = min(settings.row_len, source.config.max_position_embeddings)
-        encode = Tokenizer.from_dir(model_dir).prompt_ids
-        self.rows = calibration_rows(encode, text, settings.num_rows, row_len)
+        self.dataset, self.rows = calibration_rows(
+            Tokenizer.from_dir(model_dir), settings.calibration, settings.num_rows, row_len
+        )
+        self.measured_rows = self.rows[: max(1, MEASURED_TOKENS // len(self.rows[0]))]
+        most = max(1, PROBE_TOKENS // len(self.rows[0]))
+        self.probe_rows = min(len(self.measured_rows), most)
+        self.measured: dict[str, BlockMeasurement] | None = None
+        if settings.measurement is not None:
+            self.measured = read_measurement(settings.measurement, self.blocks)
+
+    def reserve(self, out_dir: Path) -> ConversionReservation:
+        """Compute the memory and disk space that the conversion takes."""
+        sizes = ConversionSizes(
+            parts=self.source.parts,
+            rows=len(self.rows),
+            measured_rows=len(self.measured_rows),
+            probe_rows=self.probe_rows,
+            row_len=len(self.rows[0]),
+            bits=self.settings.bits,
+            head=HEAD_MIXES[self.settings.head_bits],
+            has_measurement=self.measured is not None,
+        )
+        return reserve(sizes, out_dir)
 
     def run(self, out_dir: Path) -> Conversion:
-        activations = Activations(self.source, self.rows)
-        chosen = self._choose(activations)
-        activations.restart()
+        work = WorkFolder(out_dir)
+        work.begin(self._job())
+        try:
+            result = self._run(work, out_dir)
+        except ExlLoaderError:
+            # An input that cannot be used. Continuing would end at the same place.
+            work.remove()
+            raise
+        work.remove()
+        return result
+
+    def _run(self, work: WorkFolder, out_dir: Path) -> Conversion:
+        runner = LayerRunner(self.source, len(self.rows[0]), self.progress)
+        measured = self.measured or self._measure(work, runner)
+        chosen = self._choose(measured)
+        self._quantize(work, runner, chosen)
         with new_folder(out_dir) as folder:
-            self._write_weights(activations, chosen, folder)
+            self._write_weights(work, folder)
             copy_other_files(self.model_dir, folder)
             config = read_json_object(self.model_dir / "config.json")
             write_config(config, self._quantization(), folder)
+            (folder / FILE_NAME).write_text(
+                json.dumps(as_json(measured), indent=1) + "\n", encoding="utf-8"
+            )
             file_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        stored = sum(option.stored_bits for option in chosen.values())
+        stored = sum(
+            mix.stored_bits(spec.in_features, spec.out_features)
+            for spec, mix in ((self._specs()[name], mix) for name, mix in chosen.items())
+        )
         return Conversion(
             out_dir=out_dir,
             layers=chosen,
@@ -147,68 +209,209 @@ class _Pipeline:
             seconds=time.monotonic() - self.started,
         )
 
+    def _job(self) -> dict[str, Any]:
+        """Return what decides the result, for the work folder."""
+        settings = self.settings
+        files = sorted(self.model_dir.glob("*.safetensors"))
+        measurement = settings.measurement
+        return {
+            "version": __version__,
+            "bits": settings.bits,
+            "head_bits": settings.head_bits,
+            "calibration": _digest(json.dumps(self.rows).encode()),
+            "as_architecture": settings.as_architecture,
+            "measurement": None if measurement is None else _digest(measurement.read_bytes()),
+            "config.json": _digest((self.model_dir / "config.json").read_bytes()),
+            "weight files": [
+                [path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files
+            ],
+        }
+
+    def _specs(self) -> dict[str, LinearSpec]:
+        """Return name -> spec of every linear layer that is quantised, but for the head."""
+        return {
+            linear.name: linear.spec
+            for block in self.blocks.values()
+            for linears in block_roles(block).values()
+            for linear in linears
+        }
+
     def _num_weights(self) -> int:
-        specs = [
-            linear.spec
-            for layer in self.layers
-            for group in layer.input_groups()
-            for linear in group
+        return sum(spec.in_features * spec.out_features for spec in self._specs().values())
+
+    def _measure(self, work: WorkFolder, runner: LayerRunner) -> dict[str, BlockMeasurement]:
+        """Measure all blocks, or the ones that an interrupted conversion has not measured."""
+        known = work.path / FILE_NAME
+        if known.exists():
+            return read_measurement(known, self.blocks)
+        begun = work.load("measuring")
+        if begun is None:
+            states = {_SOURCE: runner.embed(self.measured_rows)}
+            begun = Checkpoint(0, states, {"errors": {}, "measured": {}})
+        # Hidden states by the key of the block that was quantised for them; _SOURCE for none.
+        states, errors = begun.tensors, begun.values["errors"]
+        own_blocks = list(self.blocks)[: 2 * begun.next_layer]
+        measured: dict[str, Sequence[Combination]] = {
+            key: block.combinations for key, block in from_json(
+                begun.values["measured"], {key: self.blocks[key] for key in own_blocks},
+                str(work.path),
+            ).items()
+        } if own_blocks else {}
+        steps = [
+            2 + sum(map(count_steps, layer_blocks(index, layer).values()))
+            for index, layer in enumerate(self.layers)
         ]
-        return sum(spec.in_features * spec.out_features for spec in specs)
+        left = sum(steps[begun.next_layer :])
+        with task(self.progress, "measuring", left, "steps") as advance:
+            runner.tick = partial(advance, 0)
+            for index in range(begun.next_layer, len(self.layers)):
+                with self._layer_task(index):
+                    self._measure_layer(runner, index, states, errors, measured, advance)
+                saved = {"errors": errors, "measured": as_json({
+                    key: BlockMeasurement(ways, None) for key, ways in measured.items()
+                })}
+                work.save("measuring", Checkpoint(index + 1, states, saved))
+            runner.load_head()
+            source = states.pop(_SOURCE)[: self.probe_rows]
+            divergences = mean_divergences(runner, source, states)
+        found = {
+            key: BlockMeasurement(ways, divergences[key] / errors[key])
+            for key, ways in measured.items()
+        }
+        work.write_json(FILE_NAME, as_json(found))
+        return found
 
-    def _choose(self, activations: Activations) -> dict[str, Option]:
-        """Measure every option of every layer and choose one for each."""
-        measured: dict[str, list[Option]] = {}
-        with task(self.progress, "measuring", len(self.layers), "layers") as advance:
-            for index, layer in enumerate(self.layers):
-                hessians = activations.run_layer(index, record=True)
-                for group in layer.input_groups():
-                    prepared = PreparedHessian(hessians.pop(group[0].name))
-                    for linear in group:
-                        weight = self.source.linear(linear.spec).weight()
-                        measured[linear.name] = measure(weight, prepared)
-                advance(1)
-        return allocate(measured, self._num_weights(), self.settings.bits)
-
-    def _write_weights(
-        self, activations: Activations, chosen: Mapping[str, Option], folder: Path
+    def _measure_layer(
+        self, runner: LayerRunner, index: int, states: dict[str, torch.Tensor],
+        errors: dict[str, float], measured: dict[str, Sequence[Combination]],
+        advance: Callable[[int], None],
     ) -> None:
+        """Measure the blocks of a layer, and run all hidden states through it.
+
+        Args:
+            states: hidden states before the layer, which become those after it; those with a
+                block of this layer quantised are added.
+            errors: key -> error of the block as it was quantised for its hidden states; added to.
+            measured: key -> combinations; added to.
+        """
+        loaded = runner.load(index)
+        inputs_of_layer = states[_SOURCE]
+        hessians, inputs = runner.record(loaded, inputs_of_layer, self.probe_rows)
+        advance(1)
+        prepared: dict[str, PreparedHessian] = {}
+        for group in loaded.layer.input_groups():
+            shared = PreparedHessian(hessians.pop(group[0].name))
+            prepared |= {linear.name: shared for linear in group}
+        begun = list(states)
+        blocks = layer_blocks(index, loaded.layer)
+        for (key, block), x in zip(blocks.items(), inputs.values(), strict=True):
+            measured[key], probe, errors[key] = measure_block(
+                runner, self.source, loaded, block, prepared, x, advance
+            )
+            loaded.replace(probe)
+            states[key] = inputs_of_layer[: self.probe_rows].clone()
+            runner.run(loaded, states[key])
+            loaded.restore(probe)
+        for key in begun:
+            runner.run(loaded, states[key])
+        advance(1)
+
+    def _choose(self, measured: Mapping[str, BlockMeasurement]) -> dict[str, Mix]:
+        """Choose a mix for every linear layer."""
+        options = [
+            [Option(one.size, one.error * factor) for one in block.combinations]
+            for block, factor in zip(measured.values(), _factors(measured.values()), strict=True)
+        ]
+        num_weights = self._num_weights()
+        least = sum(min(option.size for option in some) for some in options) / num_weights
+        if least > self.settings.bits:
+            raise InvalidSettings(
+                "bits",
+                expected=f"at least {least:.2f}, what this model takes at its smallest",
+                actual=self.settings.bits,
+                remedy="Ask for more bits",
+            )
+        indexes = allocate(options, int(self.settings.bits * num_weights))
+        found: dict[str, Mix] = {}
+        for (key, block), index in zip(measured.items(), indexes, strict=True):
+            mixes = block.combinations[index].mixes
+            for role, linears in block_roles(self.blocks[key]).items():
+                found |= {linear.name: mixes[role] for linear in linears}
+        return found
+
+    def _quantize(
+        self, work: WorkFolder, runner: LayerRunner, chosen: Mapping[str, Mix]
+    ) -> None:
+        """Quantise all layers and the head, or those that an interrupted conversion has not."""
+        begun = work.load("quantising")
+        if begun is None:
+            begun = Checkpoint(0, {_SOURCE: runner.embed(self.rows)}, {})
+        count = len(self.layers)
+        if begun.next_layer > count:
+            return
+        states = begun.tensors[_SOURCE]
+        steps = [
+            2 + sum(map(len, layer.input_groups())) for layer in self.layers[begun.next_layer :]
+        ]
+        with task(self.progress, "quantising", sum(steps) + 1, "steps") as advance:
+            runner.tick = partial(advance, 0)
+            for index in range(begun.next_layer, count):
+                with self._layer_task(index):
+                    tensors = self._quantize_layer(runner, index, states, chosen, advance)
+                work.save_layer(index, tensors)
+                work.save("quantising", Checkpoint(index + 1, {_SOURCE: states}, {}))
+            head = PreparedHessian(runner.head_hessian(states))
+            spec = self.source.parts.head.linear.spec
+            mix = HEAD_MIXES[self.settings.head_bits]
+            own = self._quantize_linear(spec, head, mix, runner.tick)
+            work.save_layer(count, exl2_tensors(spec.name, own))
+            work.save("quantising", Checkpoint(count + 1, {}, {}))
+            advance(1)
+
+    def _quantize_layer(
+        self, runner: LayerRunner, index: int, states: torch.Tensor, chosen: Mapping[str, Mix],
+        advance: Callable[[int], None],
+    ) -> dict[str, torch.Tensor]:
+        """Quantise a layer, run hidden states through it, and return its tensors for the file."""
+        loaded = runner.load(index)
+        hessians, _ = runner.record(loaded, states)
+        advance(1)
+        tensors: dict[str, torch.Tensor] = {}
+        decoded = {}
+        for group in loaded.layer.input_groups():
+            prepared = PreparedHessian(hessians.pop(group[0].name))
+            for linear in group:
+                mix = chosen[linear.name]
+                own = self._quantize_linear(linear.spec, prepared, mix, runner.tick)
+                tensors |= exl2_tensors(linear.name, own)
+                decoded[linear.name] = dequantize(own)
+                advance(1)
+        loaded.replace(decoded)
+        runner.run(loaded, states)
+        advance(1)
+        return tensors
+
+    def _quantize_linear(
+        self, spec: LinearSpec, hessian: PreparedHessian, mix: Mix, tick: Callable[[], None]
+    ) -> QuantizedLinear:
+        layer = self.source.linear(spec)
+        return quantize(layer.weight(), hessian, mix, layer.bias, tick)
+
+    def _layer_task(self, index: int) -> AbstractContextManager[object]:
+        """Show that a layer is being worked on."""
+        return task(self.progress, f"layer {index + 1} of {len(self.layers)}", None, "")
+
+    def _write_weights(self, work: WorkFolder, folder: Path) -> None:
         writer = ShardWriter(folder)
         for name, tensor in self.source.kept():
             writer.add({name: tensor})
-        with task(self.progress, "quantising", len(self.layers) + 1, "layers") as advance:
-            for index, layer in enumerate(self.layers):
-                hessians = activations.run_layer(index, record=True, advance=False)
-                decoded = {}
-                for group in layer.input_groups():
-                    prepared = PreparedHessian(hessians.pop(group[0].name))
-                    for linear in group:
-                        option = chosen[linear.name]
-                        decoded[linear.name] = self._write_layer(
-                            linear.spec, prepared, option.bits, option.group_size, writer
-                        )
-                activations.run_layer(index, replaced=decoded)
+        with task(self.progress, "writing", len(self.layers) + 1, "layers") as advance:
+            for index in range(len(self.layers) + 1):
+                tensors = work.load_layer(index)
+                for name in dict.fromkeys(key.rpartition(".")[0] for key in tensors):
+                    writer.add({k: t for k, t in tensors.items() if k.rpartition(".")[0] == name})
                 advance(1)
-            head = PreparedHessian(activations.head_hessian())
-            bits = self.settings.head_bits
-            spec = self.source.parts.head.linear.spec
-            self._write_layer(spec, head, bits, HEAD_GROUP_SIZE, writer)
-            advance(1)
         writer.finish()
-
-    def _write_layer(
-        self,
-        spec: LinearSpec,
-        hessian: PreparedHessian,
-        bits: int,
-        group_size: int,
-        writer: ShardWriter,
-    ) -> torch.Tensor:
-        """Quantise a layer and write it; return the decoded weight."""
-        source = self.source.linear(spec)
-        layer = quantize(source.weight(), hessian, bits, group_size, source.bias)
-        writer.add(exl2_tensors(spec.name, layer))
-        return dequantize(layer)
 
     def _quantization(self) -> dict[str, Any]:
         """Return `quantization_config` for config.json."""
@@ -225,27 +428,12 @@ class _Pipeline:
         }
 
 
-def measure(weight: torch.Tensor, hessian: PreparedHessian) -> list[Option]:
-    """Quantise a layer with every bit width and group size, and measure the errors.
-
-    Args:
-        weight: float32 [in_features, out_features].
-        hessian: the Hessian of its inputs.
-
-    Returns:
-        An option for every bit width and group size, with the relative error of the output.
-    """
-    in_features, out_features = weight.shape
-    count = min(MEASURED_COLUMNS, out_features)
-    columns = torch.linspace(0, out_features - 1, count).round().long()
-    sample = weight[:, columns]
-    options = []
-    for bits in WIDTHS:
-        for group_size in GROUP_SIZES:
-            decoded = dequantize(quantize(sample, hessian, bits, group_size))
-            size = stored_bits(in_features, out_features, bits, group_size)
-            error = relative_error(sample, decoded, hessian)
-            options.append(Option(bits, group_size, size, error))
-    return options
+def _factors(measured: Iterable[BlockMeasurement]) -> list[float]:
+    """Return what an error of each block is worth: all the same where not all were measured."""
+    divergences = [block.divergence for block in measured]
+    known = [divergence for divergence in divergences if divergence is not None]
+    return known if len(known) == len(divergences) else [1.0] * len(divergences)
 
 
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -9,14 +9,19 @@ compensate their errors.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ..formats.exl2 import effective_scales
-from .packing import QuantizedLinear, num_groups, padded_columns
-from .scales import choose_scales, quantize_rows
+from .mixes import Mix
+from .packing import QuantizedLinear, padded_columns
+from .scales import choose_scales
 
 # Share of the mean diagonal added to the diagonal: the paper's value.
 _DAMPING = 0.01
+# Rows between two products that pass errors on. Within a block each row is updated on its own.
+_BLOCK = 32
 
 
 class Hessian:
@@ -90,53 +95,62 @@ def _quantize_group(rows: torch.Tensor, feedback: torch.Tensor, bits: int):
     diagonal = feedback.diagonal()
     scale_max, levels = choose_scales(rows, bits, diagonal.pow(-2))
     scales = effective_scales(levels, scale_max).float()
-    codes = torch.empty(rows.shape, dtype=torch.uint8)
+    half = 2 ** (bits - 1)
+    signed = torch.empty_like(rows)
     errors = torch.empty_like(rows)
-    for i in range(rows.shape[0]):
-        signed = quantize_rows(rows[i], scales, bits)
-        codes[i] = (signed + 2 ** (bits - 1)).to(torch.uint8)
-        errors[i] = (rows[i] - signed * scales) / diagonal[i]
-        rows[i + 1 :].addr_(feedback[i, i + 1 :], errors[i], alpha=-1)
-    return codes, levels, scale_max, errors
+    factors = diagonal.reciprocal().tolist()
+    for first in range(0, len(rows), _BLOCK):
+        block = slice(first, first + _BLOCK)
+        for i in range(first, min(first + _BLOCK, len(rows))):
+            code = torch.div(rows[i], scales, out=signed[i]).round_().clamp_(-half, half - 1)
+            torch.addcmul(rows[i], code, scales, value=-1, out=errors[i]).mul_(factors[i])
+            rows[i + 1 : first + _BLOCK].addr_(
+                feedback[i, i + 1 : first + _BLOCK], errors[i], alpha=-1
+            )
+        rest = slice(first + _BLOCK, None)
+        rows[rest].addmm_(feedback[block, rest].T, errors[block], alpha=-1)
+    return signed.add_(half).to(torch.uint8), levels, scale_max, errors
 
 
 def quantize(
     weight: torch.Tensor,
     hessian: PreparedHessian,
-    bits: int,
-    group_size: int,
+    mix: Mix,
     bias: torch.Tensor | None = None,
+    tick: Callable[[], None] | None = None,
 ) -> QuantizedLinear:
     """Quantise a weight.
 
     Args:
         weight: [K, N] in any float dtype, input channels first.
         hessian: of the layer's inputs, K channels.
-        bits: bits of a code.
-        group_size: rows that share a scale, a multiple of 32.
+        mix: widths and group sizes.
         bias: [N], passed through.
+        tick: called after each group.
 
     Returns:
         The layer as codes, with columns padded to a multiple of 32.
     """
     in_features, out_features = weight.shape
     columns = padded_columns(out_features)
-    groups = num_groups(in_features, group_size)
+    groups = mix.groups(in_features)
     rest = torch.zeros(in_features, columns)
     rest[:, :out_features] = weight[hessian.perm].float()
     codes = torch.empty(in_features, columns, dtype=torch.uint8)
-    qs = torch.empty(groups, columns, dtype=torch.int64)
-    scale_max = torch.empty(groups, dtype=torch.float16)
-    for group in range(groups):
-        first, end = group * group_size, min((group + 1) * group_size, in_features)
+    qs = torch.empty(len(groups), columns, dtype=torch.int64)
+    scale_max = torch.empty(len(groups), dtype=torch.float16)
+    first = 0
+    for index, group in enumerate(groups):
+        end = first + group.rows
         block = hessian.feedback[first:end, first:end]
-        codes[first:end], qs[group], scale_max[group], errors = _quantize_group(
-            rest[first:end], block, bits
+        codes[first:end], qs[index], scale_max[index], errors = _quantize_group(
+            rest[first:end], block, group.bits
         )
         rest[end:].addmm_(hessian.feedback[first:end, end:].T, errors, alpha=-1)
-    return QuantizedLinear(
-        bits, group_size, codes, qs, scale_max, hessian.perm, out_features, bias
-    )
+        first = end
+        if tick is not None:
+            tick()
+    return QuantizedLinear(groups, codes, qs, scale_max, hessian.perm, out_features, bias)
 
 
 def relative_error(weight: torch.Tensor, decoded: torch.Tensor, hessian: PreparedHessian) -> float:

@@ -13,15 +13,16 @@ import torch
 
 from ..formats.exl2 import COLUMN_PADDING, effective_scales
 from ..utils.integers import ceil_div, round_up
+from .mixes import Group
 
 
 @dataclass
 class QuantizedLinear:
-    """A linear layer as codes of one bit width.
+    """A linear layer as codes.
 
     Args:
-        bits: bits of a code.
-        group_size: rows of a group, which share a scale; the last group may be shorter.
+        groups: (bits, rows) of each group, in stored order. The rows of a group share a scale and
+            a width. Only the last group may have a number of rows that is no multiple of 32.
         codes: uint8 [K, N] in stored (permuted) row order.
         qs: int64 [G, N], 1 to 16.
         scale_max: float16 [G].
@@ -30,8 +31,7 @@ class QuantizedLinear:
         bias: [out_features] or None.
     """
 
-    bits: int
-    group_size: int
+    groups: list[Group]
     codes: torch.Tensor
     qs: torch.Tensor
     scale_max: torch.Tensor
@@ -40,25 +40,9 @@ class QuantizedLinear:
     bias: torch.Tensor | None = None
 
 
-def num_groups(in_features: int, group_size: int) -> int:
-    """Return the number of groups of a layer, including a shorter last one."""
-    return ceil_div(in_features, group_size)
-
-
 def padded_columns(out_features: int) -> int:
     """Return the number of stored columns, a multiple of 32."""
     return round_up(out_features, COLUMN_PADDING)
-
-
-def stored_bits(in_features: int, out_features: int, bits: int, group_size: int) -> int:
-    """Return the bits of a layer's EXL2 tensors in the file, including tables and padding."""
-    columns = padded_columns(out_features)
-    groups = num_groups(in_features, group_size)
-    full_words = group_size * bits // 32
-    last_rows = in_features - (groups - 1) * group_size
-    words = (groups - 1) * full_words + ceil_div(last_rows * bits, 32)
-    per_column = 32 * words + 4 * groups
-    return per_column * columns + groups * (16 + 2 * 16) + 32 * in_features
 
 
 def _to_int32(words: torch.Tensor) -> torch.Tensor:
@@ -112,11 +96,13 @@ def exl2_tensors(name: str, layer: QuantizedLinear) -> dict[str, torch.Tensor]:
     Returns:
         q_weight, q_groups, q_scale, q_scale_max, q_invperm and, if the layer has one, bias.
     """
-    packed = [pack_codes(rows, layer.bits) for rows in layer.codes.split(layer.group_size)]
-    first_row, q_groups = 0, []
-    for words in packed:
-        q_groups += [layer.bits, first_row]
+    by_group = layer.codes.split([group.rows for group in layer.groups])
+    packed, first_row, q_groups = [], 0, []
+    for group, codes in zip(layer.groups, by_group, strict=True):
+        words = pack_codes(codes, group.bits)
+        q_groups += [group.bits, first_row]
         first_row += words.shape[0]
+        packed.append(words)
     assert first_row < 2**15, f"{name}: {first_row} rows of words do not fit q_groups"
     tensors = {
         "q_weight": torch.cat(packed),
@@ -132,10 +118,11 @@ def exl2_tensors(name: str, layer: QuantizedLinear) -> dict[str, torch.Tensor]:
 
 def dequantize(layer: QuantizedLinear) -> torch.Tensor:
     """Decode a layer as the engine does: float16 [in_features, out_features], not permuted."""
-    in_features = layer.codes.shape[0]
+    rows = torch.tensor([group.rows for group in layer.groups])
+    zeros = torch.tensor([2.0 ** (group.bits - 1) for group in layer.groups])
     scales = effective_scales(layer.qs, layer.scale_max[:, None]).float()
-    by_row = scales.repeat_interleave(layer.group_size, 0)[:in_features]
-    stored = ((layer.codes.float() - 2 ** (layer.bits - 1)) * by_row).to(torch.float16)
+    centred = layer.codes.float().sub_(zeros.repeat_interleave(rows)[:, None])
+    stored = centred.mul_(scales.repeat_interleave(rows, 0)).to(torch.float16)
     weight = torch.empty_like(stored)
     weight[layer.perm] = stored
     return weight[:, : layer.out_features].contiguous()

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import random
 
 import numpy as np
 import pytest
 import torch
 
-from exl_loader.convert.allocation import Option, allocate, efficient_options
-from exl_loader.convert.calibration import calibration_rows, calibration_text
+from exl_loader.convert.allocation import Option, allocate, efficient
+from exl_loader.convert.calibration import calibration_rows
 from exl_loader.convert.error_feedback import Hessian, PreparedHessian, quantize, relative_error
+from exl_loader.convert.mixes import Mix
 from exl_loader.convert.packing import (
     QuantizedLinear,
     dequantize,
     exl2_tensors,
     pack_codes,
     pack_scales,
-    stored_bits,
+    padded_columns,
 )
 from exl_loader.convert.scales import choose_scales
 from exl_loader.convert.writer import (
@@ -28,7 +31,9 @@ from exl_loader.convert.writer import (
     new_folder,
     write_config,
 )
+from exl_loader.text.tokenizer import Tokenizer
 from exl_loader.utils.errors import InvalidSettings
+from support import REPO
 from support.special_files import SPECIAL_FILES
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
@@ -61,16 +66,19 @@ def decode_exl2(tensors: dict[str, torch.Tensor], out_features: int) -> np.ndarr
     return weight[:, :out_features]
 
 
-def random_layer(seed: int, in_features: int, out_features: int, bits: int, group_size: int):
+def random_layer(seed: int, in_features: int, out_features: int, mix: Mix):
     generator = torch.Generator().manual_seed(seed)
-    columns = -(-out_features // 32) * 32
-    groups = -(-in_features // group_size)
+    columns = padded_columns(out_features)
+    groups = mix.groups(in_features)
+    codes = [
+        torch.randint(0, 2**group.bits, (group.rows, columns), generator=generator)
+        for group in groups
+    ]
     return QuantizedLinear(
-        bits=bits,
-        group_size=group_size,
-        codes=torch.randint(0, 2**bits, (in_features, columns), generator=generator).byte(),
-        qs=torch.randint(1, 17, (groups, columns), generator=generator),
-        scale_max=(torch.rand(groups, generator=generator) + 0.1).half(),
+        groups=groups,
+        codes=torch.cat(codes).byte(),
+        qs=torch.randint(1, 17, (len(groups), columns), generator=generator),
+        scale_max=(torch.rand(len(groups), generator=generator) + 0.1).half(),
         perm=torch.randperm(in_features, generator=generator),
         out_features=out_features,
     )
@@ -113,21 +121,41 @@ def test_pack_scales_stores_one_less_in_four_bits():
     assert pack_scales(qs).numpy().view(np.uint32).tolist() == [[0xF6543210]]
 
 
+MIXED = (
+    Mix((8, 4), (32, 64), (0.05, 0.95)),
+    Mix((6, 3, 2), (32, 64, 64), (0.05, 0.2, 0.75)),
+    Mix((5, 4), (128, 32), (0.1, 0.9)),
+)
+
+
 @pytest.mark.parametrize("seed", [1, 2])
-@pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize("shape", [(128, 32, 32), (176, 40, 128), (96, 33, 64)])
-def test_layer_round_trip_is_exact(seed, bits, shape):
-    in_features, out_features, group_size = shape
-    layer = random_layer(seed, in_features, out_features, bits, group_size)
+@pytest.mark.parametrize("mix", [*(Mix((bits,), (64,)) for bits in WIDTHS), *MIXED], ids=str)
+@pytest.mark.parametrize("shape", [(128, 32), (176, 40), (96, 33)])
+def test_layer_round_trip_is_exact(seed, mix, shape):
+    in_features, out_features = shape
+    layer = random_layer(seed, in_features, out_features, mix)
     tensors = by_role(exl2_tensors("p", layer), "p")
     decoded = decode_exl2(tensors, out_features)
     assert (decoded == dequantize(layer).numpy()).all()
     total_bits = sum(8 * t.numel() * t.element_size() for t in tensors.values())
-    assert total_bits == stored_bits(in_features, out_features, bits, group_size)
+    assert total_bits == mix.stored_bits(in_features, out_features)
+
+
+def test_shares_are_rounded_up_to_whole_groups():
+    groups = Mix((8, 4), (32, 128), (0.05, 0.95)).groups(576)
+    assert groups == [(8, 32), (4, 128), (4, 128), (4, 128), (4, 128), (4, 32)]
+    assert Mix((3, 2), (64, 64), (0.9, 0.1)).groups(64) == [(3, 64)]
+
+
+@pytest.mark.parametrize("mix", MIXED, ids=str)
+def test_a_mix_keeps_its_values_in_the_form_of_exllamav2(mix):
+    values = json.loads(json.dumps(mix.as_dict()))
+    assert values.keys() == {"bits", "bits_prop", "group_size", "scale_bits"}
+    assert Mix.from_dict(values) == mix
 
 
 def test_tensors_have_the_dtypes_of_the_format():
-    layer = random_layer(3, 64, 40, 4, 32)
+    layer = random_layer(3, 64, 40, Mix((4,), (32,)))
     layer.bias = torch.zeros(40)
     tensors = exl2_tensors("a.b", layer)
     assert {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()} == {
@@ -145,8 +173,8 @@ def test_gptq_beats_rounding_on_correlated_inputs(bits):
     inputs = correlated_inputs(5, 600, 128)
     weight = 0.05 * torch.randn(128, 48, generator=torch.Generator().manual_seed(6))
     hessian, nothing = prepared(inputs), PreparedHessian(Hessian(128))
-    with_feedback = dequantize(quantize(weight, hessian, bits, 32))
-    rounded = dequantize(quantize(weight, nothing, bits, 32))
+    with_feedback = dequantize(quantize(weight, hessian, Mix((bits,), (32,))))
+    rounded = dequantize(quantize(weight, nothing, Mix((bits,), (32,))))
 
     def error(decoded: torch.Tensor) -> float:
         return ((inputs @ (weight - decoded.float())).norm() / (inputs @ weight).norm()).item()
@@ -161,7 +189,8 @@ def test_gptq_beats_rounding_on_correlated_inputs(bits):
 def test_plain_rounding_error_falls_fourfold_a_bit(bits):
     """Half a step of a grid over ±4 sigma bounds the error; searched scales must do better."""
     weight = torch.randn(256, 64, generator=torch.Generator().manual_seed(8))
-    decoded = dequantize(quantize(weight, PreparedHessian(Hessian(256)), bits, 128)).float()
+    nothing = PreparedHessian(Hessian(256))
+    decoded = dequantize(quantize(weight, nothing, Mix((bits,), (128,)))).float()
     step = 8 / 2**bits
     assert (weight - decoded).square().mean() < step**2 / 12
 
@@ -181,48 +210,80 @@ def test_degenerate_hessians_are_damped():
     one_direction[:, 5:] = 0
     for hessian in (prepared(one_direction), PreparedHessian(Hessian(64))):
         assert torch.isfinite(hessian.feedback).all()
-        assert torch.isfinite(dequantize(quantize(weight, hessian, 4, 32))).all()
+        assert torch.isfinite(dequantize(quantize(weight, hessian, Mix((4,), (32,))))).all()
 
 
-def test_allocation_meets_the_budget_and_prefers_large_gains():
-    def options(weight: float) -> list[Option]:
-        return [Option(b, 128, b * 1000, weight * 4.0**-b) for b in WIDTHS]
+def random_blocks(seed: int) -> tuple[list[list[Option]], int]:
+    """Blocks with options of random sizes and errors, and a budget between the extremes."""
+    rng = random.Random(seed)
+    blocks = [
+        [Option(rng.randint(1, 30), rng.random()) for _ in range(rng.randint(1, 5))]
+        for _ in range(rng.randint(1, 5))
+    ]
+    least = sum(min(option.size for option in options) for options in blocks)
+    most = sum(max(option.size for option in options) for options in blocks)
+    return blocks, rng.randint(least, most)
 
-    measured = {"fragile": options(100.0), "robust": options(1.0), "plain": options(10.0)}
-    chosen = allocate(measured, 3000, 4.5)
-    assert sum(option.stored_bits for option in chosen.values()) <= 4.5 * 3000
-    assert chosen["fragile"].bits > chosen["plain"].bits >= chosen["robust"].bits
-    assert {option.bits for option in allocate(measured, 3000, 8).values()} == {8}
-    assert {option.bits for option in allocate(measured, 3000, 2).values()} == {2}
-    with pytest.raises(InvalidSettings, match=r"at least 2\.00"):
-        allocate(measured, 3000, 1.9)
+
+@pytest.mark.parametrize("seed", range(60))
+def test_allocation_is_the_best_of_all_choices(seed):
+    blocks, budget = random_blocks(seed)
+    chosen = [options[i] for options, i in zip(blocks, allocate(blocks, budget), strict=True)]
+    fitting = [
+        choice for choice in itertools.product(*blocks)
+        if sum(option.size for option in choice) <= budget
+    ]
+    assert sum(option.size for option in chosen) <= budget
+    best = min(sum(option.error for option in choice) for choice in fitting)
+    assert sum(option.error for option in chosen) == pytest.approx(best, rel=1e-12)
+
+
+def test_allocation_refuses_a_budget_below_the_smallest():
+    with pytest.raises(InvalidSettings, match="at least 5"):
+        allocate([[Option(2, 1.0), Option(9, 0.5)], [Option(3, 1.0)]], 4)
 
 
 def test_efficient_options_leave_out_the_others():
-    good = [Option(2, 128, 200, 10.0), Option(4, 128, 400, 1.0), Option(8, 128, 800, 0.1)]
-    worse = [Option(3, 32, 390, 9.5), Option(5, 32, 500, 1.5)]
-    assert efficient_options(good + worse) == good
+    good = [Option(200, 10.0), Option(400, 1.0), Option(800, 0.1)]
+    worse = [Option(390, 9.5), Option(500, 1.5)]
+    assert efficient(good + worse) == [0, 1, 2]
 
 
-def test_calibration_rows_are_evenly_spaced_and_begin_with_the_prefix():
-    def encode(text: str) -> list[int]:
-        return [1, *text.encode()]
+def test_calibration_rows_are_cut_from_the_whole_file(tmp_path):
+    tokenizer = Tokenizer.from_dir(REPO / "exl_loader" / "demo_model")
+    text = "\n".join(f"line {i}" for i in range(2000))
+    (tmp_path / "text").write_text(text)
+    name, rows = calibration_rows(tokenizer, tmp_path / "text", 6, 50)
+    assert name == "text" and [len(row) for row in rows] == [50] * 6
+    prefix = tokenizer.prompt_ids("")
+    assert all(row[: len(prefix)] == prefix for row in rows)
+    # Numbers make every place of the text unique, but for the halves of lines at a row's ends.
+    places = [text.find(tokenizer.decode(row[4:-4]).strip()) / len(text) for row in rows]
+    # The first rows are from all over the text, and all rows reach from its beginning to its end.
+    assert 0 <= min(places) < 0.02 and max(places) > 0.95
+    assert max(places[:3]) - min(places[:3]) > 0.5
 
-    rows = calibration_rows(encode, "abcdefghij" * 100, 4, 51)
-    assert [len(row) for row in rows] == [51] * 4 and all(row[0] == 1 for row in rows)
-    assert bytes(rows[-1][1:]) == b"abcdefghij" * 5
-    with pytest.raises(InvalidSettings, match="256 tokens"):
-        calibration_rows(encode, "short", 4, 512)
+
+def test_default_calibration_has_every_kind_of_text_at_its_beginning():
+    tokenizer = Tokenizer.from_dir(REPO / "exl_loader" / "demo_model")
+    name, rows = calibration_rows(tokenizer, None, 16, 128)
+    assert name == "(default)" and len(rows) == 16
+    texts = [tokenizer.decode(row) for row in rows[:4]]
+    assert "river" in texts[0] and "Python" not in texts[2]
+    assert any("User:" in text or "Assistant:" in text for text in texts)
+    assert len(set(map(tuple, rows))) == 16
 
 
 def test_calibration_file_errors(tmp_path):
-    name, text = calibration_text(None)
-    assert name == "(default)" and len(text) > 100_000
+    tokenizer = Tokenizer.from_dir(REPO / "exl_loader" / "demo_model")
     with pytest.raises(InvalidSettings, match="missing.txt"):
-        calibration_text(tmp_path / "missing.txt")
+        calibration_rows(tokenizer, tmp_path / "missing.txt", 4, 512)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InvalidSettings, match="UTF-8"):
-        calibration_text(tmp_path / "binary")
+        calibration_rows(tokenizer, tmp_path / "binary", 4, 512)
+    (tmp_path / "short").write_text("short")
+    with pytest.raises(InvalidSettings, match="256 tokens"):
+        calibration_rows(tokenizer, tmp_path / "short", 4, 512)
 
 
 def test_shards_are_numbered_as_by_exllamav2(tmp_path):

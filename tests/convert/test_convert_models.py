@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import exl_loader
 from exl_loader.commands.cli import main
-from exl_loader.convert import conversion, convert
+from exl_loader.convert import conversion, convert, measurement
+from exl_loader.convert.mixes import Mix
 from exl_loader.utils.errors import (
     InvalidCheckpoint,
     InvalidSettings,
@@ -31,8 +32,13 @@ FEW_ROWS = {"calibration_rows": 4, "calibration_row_len": 64}
 @pytest.fixture(autouse=True)
 def _reference_operations_and_few_options(monkeypatch):
     monkeypatch.setenv("EXL_LOADER_REFERENCE", "1")
-    monkeypatch.setattr(conversion, "WIDTHS", (3, 4, 8))
-    monkeypatch.setattr(conversion, "GROUP_SIZES", (64,))
+    # Layers this small have tables of several bits a weight.
+    monkeypatch.setattr(conversion, "MOST_BITS", 16)
+    monkeypatch.setattr(measurement, "MIXES", (*mixes(3, 8), measurement.PROBE))
+
+
+def mixes(*widths: int) -> list[Mix]:
+    return [Mix((bits,), (64,)) for bits in widths]
 
 
 def logits_of(folder, ids) -> torch.Tensor:
@@ -55,7 +61,8 @@ CONVERTED = ["mixtral", "llama-biases", "gemma2", "phi3", "gemma3-images", "gran
 
 @pytest.mark.parametrize("name", some_of(CONVERTED, 3))
 def test_every_kind_of_model_keeps_its_logits_at_8_bits(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(conversion, "WIDTHS", (8,))
+    monkeypatch.setattr(measurement, "MIXES", mixes(8))
+    monkeypatch.setattr(measurement, "PROBE", *mixes(8))
     folder = tmp_path / "source"
     original = make_model(name, seed=3, folder=folder, num_hidden_layers=1)
     write_tokenizer(folder, COMMON["vocab_size"])
@@ -72,9 +79,10 @@ def test_converted_folder_is_complete_and_runs(tiny_model, tmp_path):
     folder, target = tiny_model(), tmp_path / "exl2"
     result = convert(folder, target, bits=5, head_bits=6, **FEW_ROWS)
     assert result.bits_per_weight <= 5
-    assert len({option.bits for option in result.layers.values()}) > 1
+    assert len({mix.bits for mix in result.layers.values()}) > 1
     assert sorted(os.listdir(target)) == [
-        "config.json", "output.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "config.json", "measurement.json", "output.safetensors", "tokenizer.json",
+        "tokenizer_config.json",
     ]
     assert result.file_bytes == (target / "output.safetensors").stat().st_size
     config = json.loads((target / "config.json").read_text())
@@ -84,13 +92,14 @@ def test_converted_folder_is_complete_and_runs(tiny_model, tmp_path):
     }
     assert config == json.loads((folder / "config.json").read_text())
     tensors = load_file(target / "output.safetensors")
-    for name, option in result.layers.items():
-        assert set(tensors[f"{name}.q_groups"][0::2].tolist()) == {option.bits}
+    for name, mix in result.layers.items():
+        assert set(tensors[f"{name}.q_groups"][0::2].tolist()) == set(mix.bits)
     ids = list(range(3, 43))
     # Random weights at 3 and 4 bits on ids that no text has: far from noise, not close.
     assert relative_error(logits_of(target, ids), logits_of(folder, ids)) < 0.4
     with exl_loader.load(target, ctx_size=256) as model:
-        assert len(list(model.generate_ids("x", {"max_new_tokens": 4, "seed": 1}))) == 4
+        settings = {"max_new_tokens": 4, "min_new_tokens": 4, "seed": 1}
+        assert len(list(model.generate_ids("x", settings))) == 4
 
 
 def test_more_bits_give_a_smaller_error(tiny_model, tmp_path):
