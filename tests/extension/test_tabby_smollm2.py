@@ -92,6 +92,14 @@ def test_a_prompt_has_the_tokens_that_the_engine_gives_it(server, own):
     assert found["tokens"] == own.encode(text)
 
 
+def test_a_word_that_the_prompt_has_begun_is_finished(server, own):
+    text = "The capital of Fr"
+    healed = server.text(prompt=text, token_healing=True)
+    assert healed == "".join(
+        own.generate(text, temperature=0, max_new_tokens=12, token_healing=True))
+    assert healed.startswith("ance")
+
+
 def test_32_chats_at_once_are_answered_as_each_alone(server, own):
     chats = [question(f"What is {i} plus {i}?") for i in range(32)]
     with ThreadPoolExecutor(32) as pool:

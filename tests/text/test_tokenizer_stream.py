@@ -48,6 +48,31 @@ def test_a_continued_text_keeps_the_space_between_two_words(name, tokenizers):
         assert tokenizer.decode(ids[:first]) + said == text
 
 
+@pytest.mark.parametrize("name", ["spm_bos", "json_llama3"])
+def test_bytes_of_the_first_token_that_were_shown_are_left_out(name, tokenizers):
+    tokenizer = tokenizers[name]
+    ids = tokenizer.encode("Hello world and more", add_bos=False)
+    for first in range(1, len(ids)):
+        rest = b"".join(map(tokenizer.token_bytes, ids[first:]))
+        for num_shown in range(len(tokenizer.token_bytes(ids[first])) + 1):
+            stream = tokenizer.stream(True, ids[:first], num_shown)
+            said = "".join(map(stream.push, ids[first:])) + stream.flush()
+            assert said == rest[num_shown:].decode()
+
+
+@pytest.mark.parametrize("name", ["spm_bos", "json_llama3"])
+@pytest.mark.parametrize("text", ["word", " word", "\nA line.\n", "größe 🎉", ""])
+def test_text_that_continues_another_has_exactly_its_bytes(name, tokenizers, text):
+    tokenizer = tokenizers[name]
+    ids = tokenizer.continuation_ids(text)
+    assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
+
+
+def test_text_that_a_tokenizer_changes_has_no_such_tokens(tokenizers):
+    # This one composes characters.
+    assert tokenizers["json_llama3"].continuation_ids("e\N{COMBINING ACUTE ACCENT}") is None
+
+
 @settings(max_examples=100, deadline=None,
           suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
