@@ -179,14 +179,12 @@ class Rewind:
         return None
 
     def finish(self, job: Job) -> None:
-        """Give a job that ends the tokens that are held, except those of a banned string.
+        """Take back what is held of a job that ends without a reason of its text.
 
-        Text that may begin a stop string becomes final with the end, and may complete a banned
-        string.
+        So a text that is cancelled is the beginning of the whole one.
         """
-        while self._held and (start := self._strings.copy().push(job.remaining_text())) is not None:
-            self._go_back(job, self._first_of(start))
-        self._release(job, len(self._held))
+        if self._held:
+            self._go_back(job, 0)
 
     def _draw(self, job: Job, row: LogitsRow) -> tuple[str | None, int | None]:
         """Draw a token.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from collections import Counter
@@ -13,6 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import exl_loader
+from exl_loader.commands.model_options import DEMO_MODEL
 from exl_loader.generation import rewind
 from exl_loader.generation.forward_model import LogitsRow
 from exl_loader.generation.grammar.masks import Grammars
@@ -22,7 +25,7 @@ from exl_loader.generation.sampling import Sampler, guide
 from exl_loader.generation.settings import SamplingSettings
 from exl_loader.utils.errors import InvalidSettings, InvalidTokenizer
 from support.banned_defined import VOCAB, define, first_complete, invented, letters_of
-from support.fake_model import fake_engine, settle, spell
+from support.fake_model import endless, fake_engine, settle, spell
 
 GREEDY = {"temperature": 0}
 
@@ -346,11 +349,15 @@ def test_tokens_are_given_once_they_are_final(byte_tokenizer):
     assert [entry.token_id for entry in generation.logprobs] == taken
 
 
-def test_a_cancelled_text_shows_the_beginning_of_a_banned_string(byte_tokenizer):
+@pytest.mark.parametrize("options", [
+    {"banned_strings": ["onyx", "two" + "." * 200]},
+    # Text that may begin a stop string may begin a banned one as well.
+    {"banned_strings": ["onyx", "two"], "stop": "two" + "." * 200},
+])
+def test_a_cancelled_text_ends_before_what_may_be_a_banned_string(byte_tokenizer, options):
     script = spell(byte_tokenizer, "xx one two" + "." * 100)
     engine, model, cache = fake_engine(script, VOCAB, tokenizer=byte_tokenizer)
-    generation = engine.generate([5], GREEDY | {
-        "max_new_tokens": 90, "banned_strings": ["one three", "two" + "." * 200]})
+    generation = engine.generate([5], GREEDY | {"max_new_tokens": 90} | options)
     pieces = [next(generation)]
 
     def stop() -> None:
@@ -359,28 +366,11 @@ def test_a_cancelled_text_shows_the_beginning_of_a_banned_string(byte_tokenizer)
 
     model.before_call = stop
     pieces += generation
-    assert generation.finish_reason == "cancelled"
-    assert "".join(pieces).startswith("xx one two....")
+    assert (generation.finish_reason, "".join(pieces)) == ("cancelled", "xx one ")
+    assert byte_tokenizer.decode(generation.token_ids) == "xx one "
+    assert generation.stats.new_tokens == 7
     settle(engine)
     assert cache.num_free_pages == cache.num_pages
-
-
-def test_a_cancelled_text_does_not_end_with_a_banned_string(byte_tokenizer):
-    """The stop string might have come, which would have ended the text before it."""
-    script = spell(byte_tokenizer, "xx two" + "." * 100)
-    engine, model, _ = fake_engine(script, VOCAB, tokenizer=byte_tokenizer)
-    generation = engine.generate([5], GREEDY | {
-        "max_new_tokens": 90, "banned_strings": ["two"], "stop": "two" + "." * 200})
-    pieces = [next(generation)]
-
-    def stop() -> None:
-        if len(model.calls) > 20:
-            generation.stop()
-
-    model.before_call = stop
-    pieces += generation
-    assert (generation.finish_reason, "".join(pieces)) == ("cancelled", "xx ")
-    assert byte_tokenizer.decode(generation.token_ids) == "xx "
 
 
 def test_an_error_while_text_is_held_back_loses_no_page(byte_tokenizer):
@@ -391,8 +381,9 @@ def test_an_error_while_text_is_held_back_loses_no_page(byte_tokenizer):
     pieces = []
     with pytest.raises(RuntimeError, match="injected"):
         pieces.extend(generation)
+    assert "".join(pieces) == "xx " and generation.finish_reason == "failed"
     settle(engine)
-    assert cache.num_free_pages == cache.num_pages and generation.finish_reason == "failed"
+    assert cache.num_free_pages == cache.num_pages
 
 
 def test_what_a_grammar_allows_and_banned_strings_leave(byte_tokenizer):
@@ -439,18 +430,14 @@ def test_one_token_more_is_taken_back_where_none_is_left(byte_tokenizer):
     assert (text, reason) == ("!y!y!y", "length")
 
 
-@pytest.mark.parametrize("options", [
-    {"regex_pattern": "two"}, {"allowed_tokens": [87, 90]},
-])
-def test_an_error_says_that_every_way_on_is_banned(byte_tokenizer, options):
-    pytest.importorskip("llguidance")
-    t = letters_of(byte_tokenizer, "t")
-    if "allowed_tokens" in options:
-        options = {"allowed_tokens": t, "banned_strings": ["t"]}
-    else:
-        options = options | {"banned_strings": ["T"]}
-    engine, _, cache = fake_engine(lambda text: t[0], VOCAB, tokenizer=byte_tokenizer)
-    generation = engine.generate([5], GREEDY | options)
+@pytest.mark.parametrize("bound", ["regex_pattern", "allowed_tokens"])
+def test_an_error_says_that_every_way_on_is_banned(byte_tokenizer, bound):
+    (t,) = letters_of(byte_tokenizer, "t")
+    engine, _, cache = fake_engine(lambda text: t, VOCAB, tokenizer=byte_tokenizer)
+    if bound == "regex_pattern":
+        pytest.importorskip("llguidance")
+    value = {"regex_pattern": "two", "allowed_tokens": [t]}[bound]
+    generation = engine.generate([5], GREEDY | {bound: value, "banned_strings": ["T"]})
     with pytest.raises(InvalidSettings, match="banned_strings: .*completes no banned string"):
         list(generation)
     settle(engine)
@@ -458,15 +445,19 @@ def test_an_error_says_that_every_way_on_is_banned(byte_tokenizer, options):
 
 
 def test_a_search_that_finds_no_way_ends(byte_tokenizer, monkeypatch):
-    monkeypatch.setattr(rewind, "MOST_REJECTED", 500)
+    """The end of all 4,096 texts is banned, and all of each may begin a banned string."""
     pytest.importorskip("llguidance")
-    options = GREEDY | {"regex_pattern": "[ab]{12}!", "banned_strings": [
-        f"{letter}{'' if n else '!'}" for n, letter in enumerate(["a!", "b!"])] + ["a!", "b!"]}
-    options["banned_strings"] = ["a!", "b!", *("a" * 13, "b" * 13)]
-    logits = invented(letters_of(byte_tokenizer, "ab!"))
-    engine, _, _ = fake_engine(logits, VOCAB, tokenizer=byte_tokenizer)
-    with pytest.raises(InvalidSettings, match="banned_strings"):
-        list(engine.generate([5], options))
+    monkeypatch.setattr(rewind, "MOST_REJECTED", 500)
+    engine, _, cache = fake_engine(
+        invented(letters_of(byte_tokenizer, "ab!")), VOCAB, tokenizer=byte_tokenizer)
+    generation = engine.generate([5], GREEDY | {
+        "regex_pattern": "[ab]{12}!",
+        "banned_strings": [
+            "a!", "b!", *("".join(word) + "?" for word in itertools.product("ab", repeat=12))]})
+    with pytest.raises(InvalidSettings, match="banned_strings: .*none among 500 that were tried"):
+        list(generation)
+    settle(engine)
+    assert cache.num_free_pages == cache.num_pages
 
 
 def test_banned_strings_need_a_tokenizer_and_text():
@@ -501,3 +492,42 @@ def test_the_negative_text_goes_back_as_well(byte_tokenizer):
         "max_new_tokens": 300, "guidance_scale": scale, "banned_strings": banned})
     assert "".join(generation) == byte_tokenizer.decode(expected.ids)
     assert cache.num_free_pages == cache.num_pages
+
+
+# ---- Tokens that are not drawn freely ----
+
+
+@pytest.mark.parametrize("banned", [["]a", "]b"], ["a!", "b!"], ["a!!]b"], ["!]-", "b!!"]])
+def test_text_that_is_forced_stays(byte_tokenizer, banned):
+    """The token before it or after it is another one."""
+    for seed in range(8):
+        logits = invented(letters_of(byte_tokenizer, "ab-"), seed)
+        engine, _, _ = fake_engine(logits, VOCAB, tokenizer=byte_tokenizer)
+        text = "".join(engine.generate([5], GREEDY | {
+            "max_new_tokens": 12, "ban_eos_token": True, "banned_strings": banned,
+            "start_in_reasoning": "always", "reasoning_budget_tokens": 4,
+            "reasoning_budget_message": "!!", "reasoning_end_token": "]"}))
+        assert re.fullmatch("[ab-]{4}!![]][ab-]{5}", text), text
+        assert not any(word in text for word in banned)
+
+
+def test_text_that_is_forced_cannot_be_banned(byte_tokenizer):
+    engine, _, _ = fake_engine(endless, VOCAB, tokenizer=byte_tokenizer)
+    options = {"reasoning_budget_tokens": 4, "reasoning_end_token": "</think>"}
+    with pytest.raises(InvalidSettings, match="banned_strings.*ends the reasoning by force"):
+        engine.generate([5], options, banned_strings=["</THINK"])
+    engine.generate([5], options, banned_strings=["<think>"])
+
+
+def test_a_healed_token_is_drawn_again_as_well():
+    """Its text begins with that of the prompt's last token, and only what follows is searched."""
+    with exl_loader.load(DEMO_MODEL, ctx_size=512) as model:
+        prompt = "import os\nimport s"
+        options = GREEDY | {"token_healing": True, "max_new_tokens": 20}
+        plain = "".join(model.generate(prompt, options))
+        for banned in ([plain[:2]], [plain[:1].upper(), plain[3:6]], ["imports" + plain[:1]]):
+            generation = model.generate(prompt, options | {"banned_strings": banned})
+            text = "".join(generation)
+            assert model.decode(model.encode(prompt)[:-1] + generation.token_ids) == prompt + text
+            assert not any(word.lower() in text.lower() for word in banned)
+            assert (text == plain) == (banned[0].startswith("import"))

@@ -37,7 +37,8 @@ def make_request(rng: random.Random, base: list[int]) -> Request:
         {"stop_strings": ["e", "th"]}, {"logprobs": 3}, {"ban_eos_token": True},
         {"prompt_lookup_num_tokens": 4}, {"xtc_probability": 0.5}, {"dry_multiplier": 0.8},
         {"guidance_scale": 1.7, "negative_prompt": "not this"},
-        {"mirostat_mode": 2},
+        {"mirostat_mode": 2}, {"banned_strings": ["e", "th", "in"]},
+        {"banned_strings": ["a", "\n  "], "repetition_penalty": 1.3, "logprobs": 1},
     ]
     return prompt, settings | rng.choice(extras)
 
