@@ -199,7 +199,26 @@ def test_a_healed_token_comes_before_a_forced_one(tokenizer):
     assert generation.token_ids[:2] == ids_of(tokenizer, "y</think>")
 
 
+@settings(max_examples=40)
+@given(seed=st.integers(0, 10**6), budget=st.integers(0, 12))
+def test_tokens_that_banned_strings_take_back_do_not_count(tokenizer, seed, budget):
+    """Some go back beyond a tag, others beyond the forced text."""
+    begin, end = ids_of(tokenizer, "<think>")[0], ids_of(tokenizer, "</think>")[0]
+    script = random_script([begin, end, *ids_of(tokenizer, "aabb")], seed)
+    banned = ["aba", "bb", "</think>a", "<think>b", "!</think>b"]
+    ids = answer(
+        tokenizer, script, [50], 60, reasoning_budget_tokens=budget, banned_strings=banned,
+        reasoning_budget_message="!", skip_special_tokens=False)
+    text = tokenizer.decode(ids, skip_special=False)
+    assert not any(string in text for string in banned) and len(ids) == 60
+    # What was not forced may be any text; what was forced stands where it has to.
+    assert ids == defined_answer(
+        lambda text: ids[len(text) - 1], [50], 60, budget, ids_of(tokenizer, "!</think>"), False,
+        lambda ids: ids[-1] == begin, lambda ids: ids[-1] == end)
+
+
 @pytest.mark.parametrize(("options", "words"), [
+    ({"banned_strings": ["</THINK"]}, "banned_strings"),
     ({"reasoning_end_token": ""}, "^reasoning_end_token: expected a text"),
     ({"regex_pattern": "a"}, "^reasoning_budget_tokens: .*Set grammar_trigger"),
     ({"regex_pattern": "a", "grammar_trigger": "</think>",

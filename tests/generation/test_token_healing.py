@@ -224,6 +224,20 @@ def test_stop_strings_see_only_what_is_new(tokenizer):
         assert generation.finish_reason == ("length" if text else "stop")
 
 
+def test_a_banned_string_is_not_what_the_prompt_has_of_the_token(tokenizer):
+    prompt, colon = "import r", only(tokenizer, ":")
+    first, added = longer(tokenizer, prompt)
+    engine = scripted(tokenizer, prompt, [first, colon])
+    options = HEALED | {"max_new_tokens": 2}
+    assert "".join(engine.generate(prompt, options | {"banned_strings": ["r" + added]})) == (
+        added + "::")
+    generation = engine.generate(prompt, options | {"banned_strings": [added + ":"]})
+    assert not "".join(generation).startswith(added + ":")
+    # Another token that heals the prompt took its place.
+    assert generation.token_ids[0] != first
+    assert tokenizer.token_bytes(generation.token_ids[0]).startswith(b" r")
+
+
 def test_bans_and_allowed_tokens_hold(tokenizer):
     prompt, colon = "import r", only(tokenizer, ":")
     (first, _), last = longer(tokenizer, prompt), tokenizer.prompt_ids(prompt)[-1]
