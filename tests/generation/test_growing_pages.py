@@ -15,6 +15,7 @@ from exl_loader.generation.evaluations import TextEvaluation
 from exl_loader.generation.jobs import Job
 from exl_loader.utils.errors import CacheFull
 from support import in_threads
+from support.emulated_cuda import EmulatedCards
 from support.fake_model import FakeModel, fake_engine
 from support.full_drafts import draft_fully
 from support.tiny import write_tiny_model
@@ -455,3 +456,47 @@ def test_on_the_compiled_kernels_texts_that_lose_their_pages_are_the_same(
         assert cache.num_free_pages == cache.num_pages == 5
         assert model.allocated_bytes() == model.reservation.total_bytes
         del scheduler, cache
+
+
+# On several devices
+
+
+@pytest.mark.parametrize("device, cache_type", [("cuda:0,cuda:1", "fp16"), ("cpu,cuda:0", "q4")])
+def test_on_two_devices_texts_that_lose_their_pages_are_the_same(
+    folder, monkeypatch, device, cache_type
+):
+    """Each device has its part of every page, so pages are taken and lost on both at once.
+
+    Chunks are of 32 rows, because a card's attention has another kernel for more, whose last bits
+    differ: there an answer that is evaluated again in longer chunks is not the same bit for bit.
+    """
+    cards = EmulatedCards(2)
+    cards.install(monkeypatch)
+    first = device.split(",")[0]
+    options = {"ctx_size": 512, "cache_size": 2048, "cache_type": cache_type, "chunk_size": 32,
+               "max_batch_size": 5}
+    alone = exl_loader.plan(folder, device=first, **options).devices[0].total_bytes
+    options |= {"device": device, "gpu_split": [(alone - 1) / 2**30, 1]}
+    rng = random.Random(3)
+    requests = [
+        ([rng.randint(3, 250) for _ in range(250 + i)],
+         GREEDY | {"max_new_tokens": 45, "logprobs": 1, "temperature": i % 2, "seed": i})
+        for i in range(5)
+    ]
+
+    with exl_loader.load(folder, **options) as model:
+        layers = [(used.device, used.end_layer - used.first_layer)
+                  for used in model.reservation.devices]
+        assert [count for _, count in layers if count] == [1, 1]
+        whole = []
+        for prompt, chosen in requests:
+            generation = model.generate_ids(prompt, chosen)
+            whole.append((list(generation), generation.logprobs))
+        generations = [model.generate_ids(prompt, chosen) for prompt, chosen in requests]
+        texts = in_threads(list, generations)
+        assert list(zip(texts, [one.logprobs for one in generations], strict=True)) == whole
+        assert sum(generation.stats.preemptions for generation in generations) > 0
+        cache = model._generator._scheduler.cache
+        assert cache.num_free_pages == cache.num_pages == 8
+        assert model.allocated_bytes() == model.reservation.total_bytes
+        del cache
