@@ -99,6 +99,17 @@ class LoadedLayer:
             self._by_name[name].weights = self._own[name]
 
 
+def _batch(rows: int, row_len: int) -> Batch:
+    pages = pages_for(row_len)
+    return Batch(
+        positions=torch.arange(row_len, dtype=torch.int32).repeat(rows),
+        q_start=torch.arange(rows + 1, dtype=torch.int32) * row_len,
+        past_len=torch.zeros(rows, dtype=torch.int32),
+        page_table=torch.arange(rows * pages, dtype=torch.int32).view(rows, pages),
+        max_total_len=row_len,
+    )
+
+
 class LayerRunner:
     """Runs the layers of a model over hidden states that the caller keeps.
 
@@ -106,7 +117,7 @@ class LayerRunner:
 
     Args:
         source: the model.
-        row_len: T.
+        row_len: the largest T, and the length that RoPE is scaled for.
         progress: shows the compilation of kernels.
 
     Attributes:
@@ -123,24 +134,21 @@ class LayerRunner:
         self.ops = cast("DeviceOps", self._recording)
         self._workspace = _allocate(step_specs(source.parts, row_len))
         self._cache_specs = step_cache_specs(source.parts, row_len)
-        self._views = {
-            rows: StepViews(self._workspace, self._batch(rows), source.config.hidden_size)
-            for rows in range(1, self._rows_at_once + 1)
-        }
-        # Every text begins at position 0, so the angles of fewer texts are the first ones.
-        for rope in source.parts.ropes():
-            frequencies, factor = inv_freq(rope.config, row_len)
-            rope.run(self.ops, self._views[self._rows_at_once], torch.tensor(frequencies), factor)
+        self._known_views: dict[tuple[int, int], StepViews] = {}
+        self._ropes = [
+            (rope, *inv_freq(rope.config, row_len)) for rope in source.parts.ropes()
+        ]
 
-    def _batch(self, rows: int) -> Batch:
-        pages = pages_for(self._row_len)
-        return Batch(
-            positions=torch.arange(self._row_len, dtype=torch.int32).repeat(rows),
-            q_start=torch.arange(rows + 1, dtype=torch.int32) * self._row_len,
-            past_len=torch.zeros(rows, dtype=torch.int32),
-            page_table=torch.arange(rows * pages, dtype=torch.int32).view(rows, pages),
-            max_total_len=self._row_len,
-        )
+    def _views(self, rows: int, row_len: int) -> StepViews:
+        """Return the views of a step of texts of row_len tokens, with its angles computed."""
+        views = self._known_views.get((rows, row_len))
+        if views is None:
+            hidden_size = self._source.config.hidden_size
+            views = StepViews(self._workspace, _batch(rows, row_len), hidden_size)
+            self._known_views[rows, row_len] = views
+        for rope, frequencies, factor in self._ropes:
+            rope.run(self.ops, views, torch.tensor(frequencies), factor)
+        return views
 
     def embed(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         """Return the input of layer 0 for texts of T token ids."""
@@ -151,7 +159,7 @@ class LayerRunner:
         if positions is not None:
             positions.load(self._loading(positions.specs()))
         states = torch.empty(len(rows), self._row_len, source.config.hidden_size)
-        views = self._views[1]
+        views = self._views(1, self._row_len)
         for row, state in zip(rows, states, strict=True):
             self.ops.embed(torch.tensor(row, dtype=torch.int32), table, factor, views.x)
             if positions is not None:
@@ -178,7 +186,7 @@ class LayerRunner:
     def _steps(self, states: torch.Tensor) -> Iterator[tuple[StepViews, torch.Tensor]]:
         """Cut hidden states into steps: views, and states [rows of the step * T, hidden_size]."""
         for part in states.split(self._rows_at_once):
-            yield self._views[len(part)], part.view(-1, part.shape[-1])
+            yield self._views(*part.shape[:2]), part.view(-1, part.shape[-1])
             self.tick()
 
     def run(self, loaded: LoadedLayer, states: torch.Tensor) -> None:
@@ -196,7 +204,7 @@ class LayerRunner:
         Args:
             loaded: the layer.
             states: its inputs.
-            kept_rows: texts whose inputs of the blocks are kept, from the first on.
+            kept_rows: texts whose inputs of the blocks are kept, from the first on; 0 for none.
 
         Returns:
             Name of the first linear layer of every `input_groups` group -> Hessian of its input;
@@ -208,7 +216,7 @@ class LayerRunner:
         for group in layer.input_groups():
             hessian = hessians[group[0].name] = Hessian(group[0].spec.in_features)
             recorders[id(group[0].weights)] = hessian.add
-        kept = {name: _KeptRows(kept_rows * self._row_len) for name in ("attention", "mlp")}
+        kept = {name: _KeptRows(kept_rows * states.shape[1]) for name in ("attention", "mlp")}
         for name, block in (("attention", layer.attention), ("mlp", layer.mlp)):
             first = id(_reads_input(block).weights)
             recorders[first] = kept[name].before(recorders.get(first))
@@ -217,7 +225,7 @@ class LayerRunner:
             layer.run(self.ops, views, loaded.state)
         recorders.clear()
         inputs = {
-            name: rows.rows().view(kept_rows, self._row_len, -1) for name, rows in kept.items()
+            name: rows.rows().view(kept_rows, states.shape[1], -1) for name, rows in kept.items()
         } if kept_rows else {}
         return hessians, inputs
 
@@ -249,7 +257,7 @@ class LayerRunner:
         Returns:
             float32 [n, vocab_size]; the next call overwrites them.
         """
-        views, head = self._views[self._rows_at_once], self._source.parts.head
+        views, head = self._views(self._rows_at_once, self._row_len), self._source.parts.head
         views.x[: len(states)].copy_(states)
         logits = views.view("logits", len(states), head.linear.out_features)
         head.run(self.ops, views, torch.arange(len(states), dtype=torch.int32), logits)

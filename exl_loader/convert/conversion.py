@@ -57,8 +57,10 @@ MAX_ROWS = 1 << 22
 # Tokens on which errors of blocks are measured. Their statistics need fewer than those with which
 # weights are quantised.
 MEASURED_TOKENS = 8192
-# Tokens whose hidden states run through every block as its input, and for divergences.
-PROBE_TOKENS = 2048
+# Tokens on which blocks are compared with themselves quantised, and predictions with those with a
+# block quantised: beginnings of texts, because several short ones say more than a long one.
+PROBE_TOKENS = 1024
+PROBE_LEN = 256
 # Name of the hidden states of the source, without anything quantised.
 _SOURCE = "source"
 
@@ -149,8 +151,8 @@ class _Pipeline:
             Tokenizer.from_dir(model_dir), settings.calibration, settings.num_rows, row_len
         )
         self.measured_rows = self.rows[: max(1, MEASURED_TOKENS // len(self.rows[0]))]
-        most = max(1, PROBE_TOKENS // len(self.rows[0]))
-        self.probe_rows = min(len(self.measured_rows), most)
+        self.probe_len = min(PROBE_LEN, len(self.rows[0]))
+        self.probe_rows = min(len(self.measured_rows), PROBE_TOKENS // self.probe_len)
         self.measured: dict[str, BlockMeasurement] | None = None
         if settings.measurement is not None:
             self.measured = read_measurement(settings.measurement, self.blocks)
@@ -161,7 +163,7 @@ class _Pipeline:
             parts=self.source.parts,
             rows=len(self.rows),
             measured_rows=len(self.measured_rows),
-            probe_rows=self.probe_rows,
+            probe_tokens=self.probe_rows * self.probe_len,
             row_len=len(self.rows[0]),
             bits=self.settings.bits,
             head=HEAD_MIXES[self.settings.head_bits],
@@ -272,7 +274,7 @@ class _Pipeline:
                 })}
                 work.save("measuring", Checkpoint(index + 1, states, saved))
             runner.load_head()
-            source = states.pop(_SOURCE)[: self.probe_rows]
+            source = self._probe(states.pop(_SOURCE))
             divergences = mean_divergences(runner, source, states)
         found = {
             key: BlockMeasurement(ways, divergences[key] / errors[key])
@@ -306,15 +308,19 @@ class _Pipeline:
         blocks = layer_blocks(index, loaded.layer)
         for (key, block), x in zip(blocks.items(), inputs.values(), strict=True):
             measured[key], probe, errors[key] = measure_block(
-                runner, self.source, loaded, block, prepared, x, advance
+                runner, self.source, loaded, block, prepared, self._probe(x), advance
             )
             loaded.replace(probe)
-            states[key] = inputs_of_layer[: self.probe_rows].clone()
+            states[key] = self._probe(inputs_of_layer)
             runner.run(loaded, states[key])
             loaded.restore(probe)
         for key in begun:
             runner.run(loaded, states[key])
         advance(1)
+
+    def _probe(self, states: torch.Tensor) -> torch.Tensor:
+        """Return a copy of the part of hidden states that blocks are compared on."""
+        return states[: self.probe_rows, : self.probe_len].clone()
 
     def _choose(self, measured: Mapping[str, BlockMeasurement]) -> dict[str, Mix]:
         """Choose a mix for every linear layer."""

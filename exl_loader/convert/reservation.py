@@ -64,8 +64,8 @@ class ConversionSizes:
 
     Args:
         parts: the model's.
-        rows: calibration texts. measured_rows: those that blocks are measured on. probe_rows:
-            those that are compared at the end.
+        rows: calibration texts. measured_rows: those that blocks are measured on.
+        probe_tokens: tokens on which blocks and predictions are compared.
         row_len: tokens of a text.
         bits: of a weight in the layers. head: mix of the head.
         has_measurement: nothing is measured.
@@ -74,7 +74,7 @@ class ConversionSizes:
     parts: ModelParts
     rows: int
     measured_rows: int
-    probe_rows: int
+    probe_tokens: int
     row_len: int
     bits: float
     head: Mix
@@ -157,14 +157,15 @@ def reserve(sizes: ConversionSizes, out_dir: Path) -> ConversionReservation:
         out_dir: the folder that will be made.
     """
     parts, config = sizes.parts, sizes.parts.config
-    state_bytes = sizes.row_len * config.hidden_size * 4
-    quantising = sizes.rows * state_bytes
+    token_bytes = config.hidden_size * 4
+    row_bytes = sizes.row_len * token_bytes
+    quantising = sizes.rows * row_bytes
     measuring = 0
     if not sizes.has_measurement:
         blocks = 2 * len(parts.layers)
-        # The inputs of both blocks, and outputs and differences of one, for the compared texts.
-        compared = (blocks + 5) * sizes.probe_rows
-        measuring = (sizes.measured_rows + compared) * state_bytes
+        # The inputs of both blocks, and outputs and differences of one.
+        compared = (blocks + 5) * sizes.probe_tokens
+        measuring = sizes.measured_rows * row_bytes + compared * token_bytes
     states = max(quantising, measuring)
     layer = max(map(_layer_bytes, parts.layers))
     cache = sum(spec.nbytes for spec in step_cache_specs(parts, sizes.row_len))

@@ -13,19 +13,14 @@ SCALE_LEVELS = 16
 _SHARES = (1.08, 1.0, 0.93, 0.86, 0.8, 0.74, 0.68, 0.62, 0.56, 0.5, 0.44, 0.38)
 _SAMPLED_COLUMNS = 64
 # Levels that are tried for a column. The lowest of 7 has (10 / 16)^2, two fifths, of the scale of
-# the highest.
+# the highest. Codes of 2 bits, which are -2 to 1, may clip more than that with profit.
 _TRIED_LEVELS = 7
+_TRIED_LEVELS_OF_2_BITS = 10
 # Elements that are tried at once: half a megabyte, which stays in a core's cache.
 _PIECE_ELEMENTS = 1 << 17
 # Below this, scale_max / 256 rounds to zero in float16, and every weight would decode to zero.
 _LEAST_SCALE_MAX = 256 * 2.0**-24
 _MOST_SCALE_MAX = 65504.0
-
-
-def quantize_rows(rows: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
-    """Round rows to signed codes: float32 [..., N], whole numbers in the range of the code."""
-    half = 2 ** (bits - 1)
-    return torch.round(rows / scales).clamp_(-half, half - 1)
 
 
 def _best_levels(
@@ -48,8 +43,9 @@ def _best_levels(
         Levels int64 [C, N]; weighted squared errors float32 [C, N].
     """
     units = effective_scales(torch.ones(1, dtype=torch.int64), scale_max).float()
-    highest = (unclipped / units[:, None]).sqrt_().ceil_().clamp_(_TRIED_LEVELS, SCALE_LEVELS)
-    steps = torch.arange(1 - _TRIED_LEVELS, 1)
+    tried = _TRIED_LEVELS_OF_2_BITS if bits == 2 else _TRIED_LEVELS
+    highest = (unclipped / units[:, None]).sqrt_().ceil_().clamp_(tried, SCALE_LEVELS)
+    steps = torch.arange(1 - tried, 1)
     levels = highest.long()[:, None] + steps[:, None]
     scales = effective_scales(levels, scale_max[:, None, None]).float()
     half = 2 ** (bits - 1)

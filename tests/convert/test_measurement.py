@@ -79,6 +79,17 @@ def test_layers_run_as_in_the_engine(source, folder):
             assert difference.abs().max() < 1e-4
 
 
+def test_beginnings_of_texts_run_as_in_whole_texts(source):
+    runner = LayerRunner(source, 40)
+    whole = runner.embed(random_rows(3, 40))
+    beginnings = whole[:, :17].clone()
+    for index in range(len(source.parts.layers)):
+        loaded = runner.load(index)
+        runner.run(loaded, beginnings)
+        runner.run(loaded, whole)
+    torch.testing.assert_close(beginnings, whole[:, :17], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["mixtral", "qwen2moe", "gpt2", "cohere-norms", "gemma2"])
 def test_blocks_add_up_to_the_layer(name, tmp_path):
     """Blocks run alone on their recorded inputs, whatever the order of the layer's parts."""
@@ -282,7 +293,7 @@ def test_the_reservation_is_announced_and_kept(folder, tmp_path, monkeypatch):
 def test_every_row_more_takes_its_hidden_states(source, tmp_path):
     def memory(rows: int) -> dict[str, int]:
         sizes = ConversionSizes(
-            parts=source.parts, rows=rows, measured_rows=8, probe_rows=2, row_len=64, bits=4,
+            parts=source.parts, rows=rows, measured_rows=8, probe_tokens=128, row_len=64, bits=4,
             head=NARROW, has_measurement=True,
         )
         return reserve(sizes, tmp_path / "x").memory
