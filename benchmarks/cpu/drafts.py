@@ -196,7 +196,7 @@ def main() -> None:
         with exl_loader.load(
             deeper, model_draft=args.model, draft_max=DRAFT_MAX, **options
         ) as model:
-            for count, temperatures in ((1, (0, 0.7, 1.2, 3)), (8, (0, 1.2, 3))):
+            for count, temperatures in ((1, (0, 0.7, 3)), (8, (0, 3))):
                 for temperature in temperatures:
                     note(model, f"prose, draft model, temperature {temperature}",
                          [PROSE_PROMPT] * count, base | {"temperature": temperature})

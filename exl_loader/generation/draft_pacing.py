@@ -46,6 +46,10 @@ _ROWS_PER_STEP = 4
 # grow, and the machine's other work changes.
 _PASSES_KEPT = 200
 
+# Drafts have to promise so many times the tokens of none, because what surrounds them takes time
+# as well, such as reading texts for them.
+_LEAST_GAIN = 1.03
+
 # Share of a text's time in which the draft model may guess although that has been a loss. What is
 # not used is kept, up to so many passes, for the time after guesses were right for long: a few
 # wrong ones may have been chance, and later there would be more to read before each guess.
@@ -324,7 +328,8 @@ class DraftPacing:
         steps: list[int] = []  # rows of each step of the draft model
         expected, drafted = float(num_jobs), 0
         step = max(1, num_rows // _ROWS_PER_STEP)
-        best, best_rate = list(counts), _rate(expected, self.passes.estimate(num_rows))
+        best = list(counts)
+        best_rate = _LEAST_GAIN * _rate(expected, self.passes.estimate(num_rows))
         while left:
             _, i = heappop(left)
             offer, position = offers[i], counts[i]
