@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 KEPT_ROWS = 16
 
 # Most draws in one step; other jobs run before the next ones.
-DRAWS_IN_STEP = 64
+DRAWS_IN_STEP = 16
 
 # Most tokens that are taken back without one that is final. A grammar may allow nothing but
 # banned strings, in more spellings than can be tried.

@@ -15,14 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import exl_loader
+import support.tokenizer_folders as make
 from exl_loader.commands.model_options import DEMO_MODEL
 from exl_loader.generation import rewind
-from exl_loader.generation.forward_model import LogitsRow
+from exl_loader.generation.forward_model import LogitsRow, TopLogits
 from exl_loader.generation.grammar.masks import Grammars
 from exl_loader.generation.logprobs import token_logprobs
 from exl_loader.generation.rewind import BannedStrings
 from exl_loader.generation.sampling import Sampler, guide
 from exl_loader.generation.settings import SamplingSettings
+from exl_loader.text.tokenizer import Tokenizer
 from exl_loader.utils.errors import InvalidSettings, InvalidTokenizer
 from support.banned_defined import VOCAB, define, first_complete, invented, letters_of
 from support.fake_model import endless, fake_engine, settle, spell
@@ -102,6 +104,57 @@ def test_a_text_of_sentencepiece_tokens(spm_tokenizer):
         generation = engine.generate([5], GREEDY | {
             "max_new_tokens": 60, "banned_strings": banned})
         assert "".join(generation) == spm_tokenizer.decode(expected.ids)
+
+
+def test_texts_of_unusual_vocabularies(tmp_path):
+    """Some change their text after the fact: they join pieces, or remove spaces."""
+    rng = random.Random(0)
+    gone_back = 0
+    for name, folder in make.unusual_tokenizers(tmp_path).items():
+        tokenizer = Tokenizer.from_dir(folder)
+        for seed in range(4):
+            logits = invented(range(3, tokenizer.vocab_size), seed)
+            engine, model, cache = fake_engine(logits, VOCAB, tokenizer=tokenizer)
+            options = {"max_new_tokens": 30, "temperature": seed % 2, "seed": seed}
+            plain = "".join(engine.generate([1], options)).replace("\ufffd", "")
+            starts = rng.sample(range(len(plain)), 3)
+            banned = [plain[start : start + rng.randint(1, 4)] for start in starts]
+            model.calls.clear()
+            generation = engine.generate([1], options | {"banned_strings": banned})
+            text = "".join(generation)
+            assert not any(word.casefold() in text.casefold() for word in banned), name
+            assert text == tokenizer.decode(generation.token_ids), name
+            assert cache.num_free_pages == cache.num_pages
+            gone_back += len(model.calls) > 30
+    assert gone_back > 20
+
+
+def test_a_device_copies_the_logits_of_tokens_that_are_held(byte_tokenizer):
+    """Otherwise its top logits suffice, for a redraw as well."""
+    logits = invented(letters_of(byte_tokenizer, "abcdefghijklmnop-"))
+    size = byte_tokenizer.vocab_size
+    engine, model, _ = fake_engine(logits, VOCAB, tokenizer=byte_tokenizer)
+    copies = []
+
+    def row_of(values: torch.Tensor) -> LogitsRow:
+        row = values.numpy()
+        best = np.argsort(-row[:size], kind="stable")
+        others = np.exp(row[best[12:]] - row[best[0]]).sum()
+
+        def read():
+            copies.append(row)
+            return row
+
+        return LogitsRow(read, TopLogits(best[:12], row[best[:12]], size, float(others)))
+
+    forward = model.forward
+    model.forward_rows = lambda *args: [row_of(row) for row in forward(*args)]
+    banned = ["ab", "a-", "aa"]
+    expected = define(byte_tokenizer, lambda ids: logits([5, *ids]), banned, 200, ())
+    generation = engine.generate([5], GREEDY | {
+        "max_new_tokens": 200, "ban_eos_token": True, "banned_strings": banned})
+    assert "".join(generation) == byte_tokenizer.decode(expected.ids)
+    assert 0 < expected.num_excluded <= len(copies) < 50
 
 
 # ---- Searching ----

@@ -138,6 +138,23 @@ def test_streaming_equals_decoding_at_once(data, skip, unusual):
         assert streamed(tokenizer, ids, skip) == tokenizer.decode(ids, skip), name
 
 
+@settings(max_examples=50, deadline=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), skip=st.booleans())
+def test_a_copied_stream_continues_on_its_own(data, skip, unusual):
+    """And it says whether text has begun that was not returned."""
+    for name, tokenizer in unusual.items():
+        ids = st.lists(st.integers(0, tokenizer.vocab_size), max_size=8)
+        before, one, other = (data.draw(ids, label=name) for _ in range(3))
+        stream = tokenizer.stream(skip)
+        text = "".join(map(stream.push, before))
+        copied = stream.copy()
+        assert (stream.num_held > 0) == (stream.copy().flush() != ""), name
+        for chosen, rest in ((stream, one), (copied, other)):
+            whole = text + "".join(map(chosen.push, rest)) + chosen.flush()
+            assert whole == tokenizer.decode([*before, *rest], skip), name
+
+
 @pytest.mark.parametrize("cut", range(1, 12))
 def test_streaming_after_a_prompt_equals_decoding_both_at_once(cut, unusual):
     for name, tokenizer in unusual.items():
