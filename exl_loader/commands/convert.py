@@ -54,9 +54,23 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ExlLoaderError: see `convert`.
     """
+    from ..convert.work_folder import WorkFolder
+
+    try:
+        result = _convert(args)
+    except KeyboardInterrupt:
+        work = WorkFolder(args.target).path
+        if work.exists():
+            print(f"The same command continues from {work}.", file=sys.stderr)
+        raise
+    print(json.dumps(result.as_dict(), indent=2) if args.json else describe(result))
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> Conversion:
     from ..convert import convert
 
-    result = convert(
+    return convert(
         args.source,
         args.target,
         bits=args.bits,
@@ -69,8 +83,6 @@ def run(args: argparse.Namespace) -> int:
         progress=default_progress(),
         announce=lambda reservation: print(reservation, file=sys.stderr),
     )
-    print(json.dumps(result.as_dict(), indent=2) if args.json else describe(result))
-    return 0
 
 
 def describe(result: Conversion) -> str:

@@ -25,10 +25,11 @@ from ..checkpoint.rope import MAX_POSITIONS
 from ..formats.layer import LinearSpec
 from ..model.parts.part import Block
 from ..text.tokenizer import Tokenizer
-from ..utils.errors import ExlLoaderError, InvalidSettings
+from ..utils.errors import InvalidSettings
 from ..utils.json_keys import read_json_object
 from ..utils.progress import Progress, checked_progress, task
 from ..utils.setting_values import check_integer, check_number, invalid
+from . import measurement
 from .activations import LayerRunner
 from .allocation import Option, allocate
 from .calibration import calibration_rows
@@ -128,6 +129,7 @@ def run(
         if announce is not None:
             announce(reservation)
         reservation.check()
+        pipeline.check()
         return pipeline.run(out_dir)
     finally:
         source.close()
@@ -146,6 +148,16 @@ class _Pipeline:
         self.blocks: dict[str, Block] = {}
         for index, layer in enumerate(self.layers):
             self.blocks |= layer_blocks(index, layer)
+        # Every linear layer that is quantised, but for the head.
+        self.specs: dict[str, LinearSpec] = {
+            linear.name: linear.spec
+            for block in self.blocks.values()
+            for linears in block_roles(block).values()
+            for linear in linears
+        }
+        self.num_weights = sum(
+            spec.in_features * spec.out_features for spec in self.specs.values()
+        )
         row_len = min(settings.row_len, source.config.max_position_embeddings)
         self.dataset, self.rows = calibration_rows(
             Tokenizer.from_dir(model_dir), settings.calibration, settings.num_rows, row_len
@@ -171,19 +183,41 @@ class _Pipeline:
         )
         return reserve(sizes, out_dir)
 
+    def check(self) -> None:
+        """Check before hours of work that the bits suffice and that every weight can be used.
+
+        Raises:
+            InvalidSettings: the smallest mixes take more bits.
+            InvalidCheckpoint: a value is NaN, infinite, or too large for float16.
+        """
+        least = self._least_bits()
+        if least > self.settings.bits:
+            raise InvalidSettings(
+                "bits", expected=f"at least {least:.2f}, what this model takes at its smallest",
+                actual=self.settings.bits, remedy="Ask for more bits",
+            )
+        specs = [*self.specs.values(), self.source.parts.head.linear.spec]
+        with task(self.progress, "checking weights", len(specs), "matrices") as advance:
+            for spec in specs:
+                self.source.linear(spec).weight()
+                advance(1)
+        for _ in self.source.kept():
+            pass
+
+    def _least_bits(self) -> float:
+        """Return the stored bits per weight with the smallest mix of everything."""
+        if self.measured is not None:
+            sizes = [
+                min(one.size for one in block.combinations) for block in self.measured.values()
+            ]
+        else:
+            sizes = [measurement.least_bits(spec) for spec in self.specs.values()]
+        return sum(sizes) / self.num_weights
+
     def run(self, out_dir: Path) -> Conversion:
+        """Convert, and leave the work folder to an interruption."""
         work = WorkFolder(out_dir)
         work.begin(self._job())
-        try:
-            result = self._run(work, out_dir)
-        except ExlLoaderError:
-            # An input that cannot be used. Continuing would end at the same place.
-            work.remove()
-            raise
-        work.remove()
-        return result
-
-    def _run(self, work: WorkFolder, out_dir: Path) -> Conversion:
         runner = LayerRunner(self.source, len(self.rows[0]), self.progress)
         measured = self.measured or self._measure(work, runner)
         chosen = self._choose(measured)
@@ -197,15 +231,16 @@ class _Pipeline:
                 json.dumps(as_json(measured), indent=1) + "\n", encoding="utf-8"
             )
             file_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        work.remove()
         stored = sum(
-            mix.stored_bits(spec.in_features, spec.out_features)
-            for spec, mix in ((self._specs()[name], mix) for name, mix in chosen.items())
+            mix.stored_bits(self.specs[name].in_features, self.specs[name].out_features)
+            for name, mix in chosen.items()
         )
         return Conversion(
             out_dir=out_dir,
             layers=chosen,
             head_bits=self.settings.head_bits,
-            bits_per_weight=stored / self._num_weights(),
+            bits_per_weight=stored / self.num_weights,
             file_bytes=file_bytes,
             calibration_tokens=sum(map(len, self.rows)),
             seconds=time.monotonic() - self.started,
@@ -215,31 +250,19 @@ class _Pipeline:
         """Return what decides the result, for the work folder."""
         settings = self.settings
         files = sorted(self.model_dir.glob("*.safetensors"))
-        measurement = settings.measurement
+        reused = settings.measurement
         return {
             "version": __version__,
             "bits": settings.bits,
             "head_bits": settings.head_bits,
             "calibration": _digest(json.dumps(self.rows).encode()),
             "as_architecture": settings.as_architecture,
-            "measurement": None if measurement is None else _digest(measurement.read_bytes()),
+            "measurement": None if reused is None else _digest(reused.read_bytes()),
             "config.json": _digest((self.model_dir / "config.json").read_bytes()),
             "weight files": [
                 [path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files
             ],
         }
-
-    def _specs(self) -> dict[str, LinearSpec]:
-        """Return name -> spec of every linear layer that is quantised, but for the head."""
-        return {
-            linear.name: linear.spec
-            for block in self.blocks.values()
-            for linears in block_roles(block).values()
-            for linear in linears
-        }
-
-    def _num_weights(self) -> int:
-        return sum(spec.in_features * spec.out_features for spec in self._specs().values())
 
     def _measure(self, work: WorkFolder, runner: LayerRunner) -> dict[str, BlockMeasurement]:
         """Measure all blocks, or the ones that an interrupted conversion has not measured."""
@@ -328,16 +351,7 @@ class _Pipeline:
             [Option(one.size, one.error * factor) for one in block.combinations]
             for block, factor in zip(measured.values(), _factors(measured.values()), strict=True)
         ]
-        num_weights = self._num_weights()
-        least = sum(min(option.size for option in some) for some in options) / num_weights
-        if least > self.settings.bits:
-            raise InvalidSettings(
-                "bits",
-                expected=f"at least {least:.2f}, what this model takes at its smallest",
-                actual=self.settings.bits,
-                remedy="Ask for more bits",
-            )
-        indexes = allocate(options, int(self.settings.bits * num_weights))
+        indexes = allocate(options, int(self.settings.bits * self.num_weights))
         found: dict[str, Mix] = {}
         for (key, block), index in zip(measured.items(), indexes, strict=True):
             mixes = block.combinations[index].mixes

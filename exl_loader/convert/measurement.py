@@ -18,6 +18,7 @@ from itertools import pairwise
 
 import torch
 
+from ..formats.layer import LinearSpec
 from ..model.parts.part import Block
 from .activations import LayerRunner, LoadedLayer
 from .allocation import Option, efficient, gain
@@ -84,6 +85,11 @@ class BlockMeasurement:
 def count_steps(block: Block) -> int:
     """Return how often `measure_block` reports a finished step."""
     return len(MIXES) * len(block_roles(block))
+
+
+def least_bits(spec: LinearSpec) -> int:
+    """Return the bits of a layer in the file with the smallest mix that is measured."""
+    return min(mix.stored_bits(spec.in_features, spec.out_features) for mix in MIXES)
 
 
 def measure_block(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,15 +131,13 @@ class ConversionReservation:
             )
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {amount(nbytes)}" for name, nbytes in self.memory.items())
         total = sum(self.output.values())
-        output = ", ".join(f"{name} {amount(nbytes)}" for name, nbytes in self.output.items())
         lines = [
             f"memory: {amount(self.memory_bytes)} of {amount(self.free_memory_bytes)} that are "
-            f"free ({parts})",
+            f"free ({_listed(self.memory)})",
             f"disk: {amount(self.disk_bytes)} of {amount(self.free_disk_bytes)} that are free, "
             f"{amount(self.work)} of them for the time of the conversion",
-            f"output: {amount(total)} ({output})",
+            f"output: {amount(total)} ({_listed(self.output)})",
         ]
         share = self.output["embedding"] / total
         if share > _LARGE_SHARE:
@@ -201,6 +200,10 @@ def reserve(sizes: ConversionSizes, out_dir: Path) -> ConversionReservation:
         memory, work, output, num_weights + embedding + untied, capacity.free_bytes,
         shutil.disk_usage(folder).free,
     )
+
+
+def _listed(parts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {amount(nbytes)}" for name, nbytes in parts.items() if nbytes)
 
 
 def _overhead_bytes() -> int:

@@ -1,0 +1,197 @@
+"""Measure what conversions to EXL2 change in a model's predictions; docs/conversion.md.
+
+    python tools/smollm2.py build/smollm2-noise --noise 1
+    python -m benchmarks.cpu.conversion build/smollm2-noise build/conversions \\
+        --text prose=FILE --text code=FILE --text chat=FILE [--update docs/conversion.md]
+
+The model is converted to several sizes from one measurement, and with one width everywhere in
+groups of 128 rows. The divergence is the Kullback-Leibler divergence of the predictions from those
+of the unquantised model, nats a token, on windows of texts that the conversion has not seen. The
+unquantised model and the converted ones run in the engine with an exact cache. Folders that are
+there already are not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.cpu.cache_quality import markdown, update
+from exl_loader import load
+from exl_loader.convert import convert
+from exl_loader.convert.measurement import BlockMeasurement, Combination
+from exl_loader.convert.measurement_file import FILE_NAME, as_json
+from exl_loader.convert.mixes import Mix
+from exl_loader.convert.roles import block_roles, layer_blocks
+from exl_loader.convert.source import Source
+from exl_loader.utils.progress import default_progress
+
+SIZES = (3.0, 4.0, 5.0, 6.0)
+WIDTHS = (3, 4, 5, 6)
+# Group size of one width everywhere.
+GROUP_SIZE = 128
+WINDOW = 512
+WINDOWS = 2
+
+
+@dataclass(frozen=True)
+class Result:
+    """A converted folder.
+
+    Args:
+        bits: stored bits per weight of the decoder layers.
+        divergences: text -> nats a token.
+    """
+
+    bits: float
+    divergences: Mapping[str, float]
+
+    @property
+    def divergence(self) -> float:
+        """Mean of the texts, which are of the same length."""
+        return sum(self.divergences.values()) / len(self.divergences)
+
+
+def one_width(source: Source, mix: Mix) -> dict:
+    """Return a measurement.json that has nothing to choose from but one mix."""
+    measured = {}
+    for index, layer in enumerate(source.parts.layers):
+        for key, block in layer_blocks(index, layer).items():
+            mixes = dict.fromkeys(block_roles(block), mix)
+            measured[key] = BlockMeasurement([Combination(0, 1e-3, mixes)], None)
+    return as_json(measured)
+
+
+def stored_bits(source: Source, folder: Path) -> float:
+    """Return the stored bits per weight of a converted folder's decoder layers."""
+    from safetensors import safe_open
+
+    weights = bits = 0
+    with safe_open(folder / "output.safetensors", "pt") as file:
+        for layer in source.parts.layers:
+            for linear in (one for group in layer.input_groups() for one in group):
+                weights += linear.spec.in_features * linear.spec.out_features
+                for role in ("q_weight", "q_groups", "q_scale", "q_scale_max", "q_invperm"):
+                    tensor = file.get_tensor(f"{linear.name}.{role}")
+                    bits += 8 * tensor.numel() * tensor.element_size()
+    return bits / weights
+
+
+def windows(model, texts: Mapping[str, str]) -> Iterator[tuple[str, list[int]]]:
+    """Yield the name of a text and a window of its token ids, WINDOWS of each text."""
+    for name, text in texts.items():
+        ids = model.encode(text, add_bos=False)
+        if len(ids) < WINDOW * WINDOWS:
+            raise SystemExit(f"{name}: {len(ids)} tokens, fewer than {WINDOW * WINDOWS}")
+        for first in range(0, WINDOW * WINDOWS, WINDOW):
+            yield name, ids[first : first + WINDOW]
+
+
+def log_probabilities(folder: Path, texts: Mapping[str, str]) -> list[tuple[str, torch.Tensor]]:
+    """Return the name of a text and the predictions of each window, float32 [WINDOW, vocab]."""
+    with load(folder, ctx_size=WINDOW, cache_type="fp32", device="cpu") as model:
+        return [
+            (name, torch.log_softmax(model.prompt_logits(ids), dim=-1))
+            for name, ids in windows(model, texts)
+        ]
+
+
+def divergences(
+    expected: Sequence[tuple[str, torch.Tensor]], actual: Sequence[tuple[str, torch.Tensor]]
+) -> dict[str, float]:
+    """Return text -> mean Kullback-Leibler divergence of its windows, nats a token."""
+    found: dict[str, list[float]] = {}
+    for (name, logs), (_, others) in zip(expected, actual, strict=True):
+        nats = (logs.exp() * (logs - others)).sum(dim=-1, dtype=torch.float64)
+        found.setdefault(name, []).append(nats.mean().item())
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def interpolated(results: Sequence[Result], bits: float) -> float:
+    """Return the divergence at a size between two of the results, or just beyond the last two.
+
+    The logarithm of the divergence is nearly linear in the bits.
+    """
+    ordered = sorted(results, key=lambda result: result.bits)
+    above = next((i for i, one in enumerate(ordered) if one.bits >= bits), len(ordered) - 1)
+    one, other = ordered[max(above, 1) - 1], ordered[max(above, 1)]
+    share = (bits - one.bits) / (other.bits - one.bits)
+    logs = math.log(one.divergence), math.log(other.divergence)
+    return math.exp(logs[0] + share * (logs[1] - logs[0]))
+
+
+def tables(chosen: Sequence[Result], uniform: Mapping[int, Result]) -> dict[str, str]:
+    """Write the results as tables."""
+    texts = list(chosen[0].divergences)
+    rows = [["stored bits a weight", *texts, "together"]]
+    rows += [
+        [f"{one.bits:.3f}", *(f"{one.divergences[name]:.4f}" for name in texts),
+         f"{one.divergence:.4f}"]
+        for one in chosen
+    ]
+    compared = [["width everywhere", "stored bits a weight", "divergence",
+                 "of chosen mixes at these bits", "ratio"]]
+    for width, result in uniform.items():
+        ours = interpolated(chosen, result.bits)
+        compared.append([
+            str(width), f"{result.bits:.3f}", f"{result.divergence:.4f}", f"{ours:.4f}",
+            f"{ours / result.divergence:.2f}",
+        ])
+    return {"sizes": markdown(rows), "one width": markdown(compared)}
+
+
+def main() -> None:
+    """Convert, compare and print or update the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=Path, help="the unquantised folder")
+    parser.add_argument("work", type=Path, help="where the converted folders are")
+    parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE")
+    parser.add_argument("--rows", type=int, default=64, help="calibration rows")
+    parser.add_argument("--measurement", type=Path, help="of an earlier conversion")
+    parser.add_argument("--update", type=Path, help="the page whose tables are replaced")
+    args = parser.parse_args()
+    texts = {}
+    for item in args.text:
+        name, _, path = item.partition("=")
+        texts[name] = Path(path).read_text(encoding="utf-8")
+    args.work.mkdir(parents=True, exist_ok=True)
+    source = Source(args.source)
+    expected = log_probabilities(args.source, texts)
+
+    def result(folder: Path, bits: float, measurement: Path | None) -> Result:
+        if not folder.exists():
+            convert(args.source, folder, bits=bits, measurement=measurement,
+                    calibration_rows=args.rows, progress=default_progress())
+        found = divergences(expected, log_probabilities(folder, texts))
+        one = Result(stored_bits(source, folder), found)
+        print(f"{folder.name}: {one.bits:.3f} bits, {one.divergence:.5f}", file=sys.stderr)
+        return one
+
+    measurement, chosen = args.measurement, []
+    for bits in SIZES:
+        folder = args.work / f"{bits:.1f}"
+        chosen.append(result(folder, bits, measurement))
+        measurement = measurement or folder / FILE_NAME
+    uniform = {}
+    for width in WIDTHS:
+        path = args.work / f"one-width-{width}.json"
+        path.write_text(json.dumps(one_width(source, Mix((width,), (GROUP_SIZE,)))))
+        uniform[width] = result(args.work / f"one-width-{width}", 8, path)
+    found = tables(chosen, uniform)
+    if args.update:
+        update(args.update, found)
+    else:
+        print("\n\n".join(found.values()))
+
+
+if __name__ == "__main__":
+    main()

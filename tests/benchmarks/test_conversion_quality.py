@@ -1,0 +1,58 @@
+"""The benchmark of conversions: one width everywhere, stored bits, divergences, tables."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from benchmarks.cpu.conversion import (
+    Result,
+    divergences,
+    interpolated,
+    one_width,
+    stored_bits,
+    tables,
+)
+from exl_loader.convert import conversion, convert
+from exl_loader.convert.mixes import Mix
+from exl_loader.convert.source import Source
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_one_width_everywhere_is_a_measurement(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("EXL_LOADER_REFERENCE", "1")
+    monkeypatch.setattr(conversion, "MOST_BITS", 16)
+    folder = tiny_model()
+    source = Source(folder)
+    path = tmp_path / "one-width.json"
+    path.write_text(json.dumps(one_width(source, Mix((5,), (32,)))))
+    result = convert(folder, tmp_path / "exl2", bits=12, measurement=path, calibration_rows=2,
+                     calibration_row_len=32)
+    assert {mix.bits for mix in result.layers.values()} == {(5,)}
+    assert stored_bits(source, tmp_path / "exl2") == pytest.approx(result.bits_per_weight)
+    source.close()
+
+
+def test_divergences_are_means_over_the_windows_of_a_text():
+    same = torch.log_softmax(torch.zeros(4, 2), -1)
+    other = torch.log(torch.tensor([[0.25, 0.75]])).expand(4, 2)
+    expected = [("a", same), ("a", same), ("b", same)]
+    found = divergences(expected, [("a", same), ("a", other), ("b", other)])
+    nats = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    assert found == {"a": pytest.approx(nats / 2), "b": pytest.approx(nats)}
+
+
+def test_results_between_two_sizes_are_interpolated_by_their_logarithms():
+    results = [Result(bits, {"a": 10.0**-bits}) for bits in (4.0, 3.0, 6.0)]
+    for bits in (3.0, 3.1, 4.5, 6.0, 6.1):
+        assert interpolated(results, bits) == pytest.approx(10.0**-bits)
+
+
+def test_tables_compare_at_the_bits_of_one_width():
+    chosen = [Result(bits, {"prose": 0.4**bits, "code": 0.4**bits}) for bits in (3.0, 4.0)]
+    found = tables(chosen, {4: Result(4.1, {"prose": 2 * 0.4**4.1, "code": 2 * 0.4**4.1})})
+    assert found["sizes"].splitlines()[2] == "| 3.000 | 0.0640 | 0.0640 | 0.0640 |"
+    assert found["one width"].splitlines()[-1].endswith("| 0.50 |")
