@@ -89,10 +89,24 @@ def test_pages_are_taken_from_texts_that_hold_tokens_back(byte_tokenizer):
     expected = define(byte_tokenizer, lambda ids: logits([*prompts[0], *ids]), banned, 300, ())
     assert expected.num_lost > 40
     engine, model, cache = fake_engine(logits, VOCAB, byte_tokenizer, 1024, pages=5)
-    generations = [engine.generate(prompt, options) for prompt in prompts]
-    assert in_threads("".join, generations) == [byte_tokenizer.decode(expected.ids)] * 4
-    assert sum(generation.stats.preemptions for generation in generations)
-    settle(engine)
+    # The model's thread sleeps, so that the test can run the steps: all texts run at once.
+    chosen = exl_loader.SamplingSettings.from_dict(options)
+    jobs = [engine._requests.job(prompt, chosen, None, True) for prompt in prompts]
+    texts = [""] * len(jobs)
+    scheduler = engine._generator._scheduler
+    for job in jobs:
+        job.add_waiter()
+        scheduler.accept(job)
+    while not all(job.finished for job in jobs):
+        assert scheduler.step()
+        for i, job in enumerate(jobs):
+            while job.output:
+                texts[i] += job.output.popleft()[1]
+            if not job.finished and not job._waiters:
+                job.add_waiter()
+    assert [text + job.last_text for text, job in zip(texts, jobs, strict=True)] == [
+        byte_tokenizer.decode(expected.ids)] * 4
+    assert sum(job.stats.preemptions for job in jobs)
     assert cache.num_free_pages == 5
     check_index(model, cache)
 
