@@ -23,7 +23,7 @@ import numpy.typing as npt
 _KEPT = 0.95
 
 # Guesses of a new text count as if two guessed tokens had been right this often.
-LOOKUP_PRIOR = 0.5
+LOOKUP_PRIOR = 0.7
 MODEL_PRIOR = 0.7
 _PRIOR_WEIGHT = 2.0
 
@@ -45,6 +45,10 @@ _ROWS_PER_STEP = 4
 # A time that was last measured this many passes ago is measured again when it is needed: texts
 # grow, and the machine's other work changes.
 _PASSES_KEPT = 200
+
+# A first measurement of so many times what was estimated may have been disturbed, and is kept for
+# fewer passes.
+_DOUBTFUL, _DOUBTFUL_KEPT = 1.3, 20
 
 # Drafts have to promise so many times the tokens of none, because what surrounds them takes time
 # as well, such as reading texts for them.
@@ -150,6 +154,7 @@ class PassSeconds:
         self._first_seen: set[int] = set()
         self._seconds: dict[int, float] = {}
         self._measured_at: dict[int, int] = {}
+        self._kept: dict[int, int] = {}
         self._rows: list[int] = []
         self._read_row = 0.0
 
@@ -212,16 +217,21 @@ class PassSeconds:
             self._first_seen.add(rows)
             return
         self._passes += 1
+        kept = _PASSES_KEPT
         known = self._seconds.get(rows)
         if known is None:
             known = seconds
             if self._rows:
-                known = min(seconds, _MOST_LONGER * self.estimate(rows))
+                estimate = self.estimate(rows)
+                known = min(seconds, _MOST_LONGER * estimate)
+                if known > _DOUBTFUL * estimate and rows not in self._kept:
+                    kept = _DOUBTFUL_KEPT
         weight = _LONGER if seconds > known else _SHORTER
         self._seconds[rows] = known + weight * (seconds - known)
         self._measured_at[rows] = self._passes
+        self._kept[rows] = kept
         for other, measured_at in list(self._measured_at.items()):
-            if self._passes - measured_at > _PASSES_KEPT:
+            if self._passes - measured_at > self._kept[other]:
                 del self._seconds[other], self._measured_at[other]
         self._rows = sorted(self._seconds)
 
