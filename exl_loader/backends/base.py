@@ -511,6 +511,10 @@ class DeviceOps(Ops, Protocol):
     adds_key_bias: bool
     """Whether `attention` adds a `CacheLayer.key_bias`. If not, no layer may have one."""
 
+    decode_rows: int | None
+    """Most rows of a sequence in a call that have the same bits as in calls of one row each; None
+    if that is so for any number."""
+
     cpu_access: CpuAccess
     """How the CPU reads and writes the device's tensors."""
 

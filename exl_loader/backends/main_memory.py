@@ -35,6 +35,7 @@ class MainMemoryOps(ABC):
     """Operations of `base.DeviceOps` that need no kernel, because the CPU can read all values."""
 
     adds_key_bias = True
+    decode_rows: int | None = None
     cpu_access: CpuAccess = InPlaceAccess()
     needs_upload_buffer = False
     upload_buffer: torch.Tensor | None = None

@@ -76,11 +76,14 @@ class ForwardModel(Protocol):
         chunk_size: most ids in one pass.
         max_batch_size: most sequences in one pass.
         logits_rows: most rows of logits in one pass.
+        decode_rows: most ids of a sequence in one pass that have the same bits as in passes of
+            one id each, at most `chunk_size`.
     """
 
     chunk_size: int
     max_batch_size: int
     logits_rows: int
+    decode_rows: int
 
     def forward(
         self,

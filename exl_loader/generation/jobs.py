@@ -203,11 +203,14 @@ class Job(Exchange[tuple[int, str]]):
         return self._history[: self._num_tokens]
 
     @property
+    def num_answered(self) -> int:
+        """Number of the answer's tokens in the history."""
+        return self._num_tokens - len(self.prompt_ids)
+
+    @property
     def num_final(self) -> int:
         """Number of the answer's tokens that are never taken back."""
-        if self.rewind is not None:
-            return self.rewind.num_final
-        return self._num_tokens - len(self.prompt_ids)
+        return self.num_answered if self.rewind is None else self.rewind.num_final
 
     @property
     def went_back(self) -> bool:

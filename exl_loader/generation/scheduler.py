@@ -379,7 +379,11 @@ class Scheduler:
                 job.wake_waiters()
 
     def _prompt_pass(self, job: Job) -> None:
-        """Run the next chunk of the prompt or, after that, of the negative prompt."""
+        """Run the next chunk of the prompt or, after that, of the negative prompt.
+
+        An answer whose pages were lent to others is run again in passes that compute what its
+        decoding has computed, bit for bit.
+        """
         for sequence, text in job.texts:
             pending = _missing(sequence, text)
             if job.negative is not None:
@@ -387,7 +391,13 @@ class Scheduler:
             if pending:
                 break
         assert pending, "the prompt is already prefilled"
-        ids = pending[: self._chunk_end(sequence, len(pending)) - sequence.past_len]
+        count, most = len(pending), self.model.chunk_size
+        of_prompt = len(text) - job.num_answered - sequence.past_len
+        if of_prompt <= 0:
+            most = self.model.decode_rows
+        elif self.model.decode_rows < most:
+            count = min(count, of_prompt)
+        ids = pending[: self._chunk_end(sequence, count, most) - sequence.past_len]
         last = len(ids) == len(pending) and job.negative is None
         rows = self.model.forward_rows([(sequence, ids)], "last" if last else "none")
         job.count_prompt(reused=False)
@@ -395,12 +405,12 @@ class Scheduler:
         if last:
             self._take(job, rows, [])
 
-    def _chunk_end(self, sequence: PagedSequence, count: int) -> int:
-        """Return where the next chunk of `count` missing tokens ends.
+    def _chunk_end(self, sequence: PagedSequence, count: int, most: int) -> int:
+        """Return where the next chunk of `count` missing tokens ends, after `most` at the latest.
 
         If possible it is the end of a page, because only full pages are shared without a copy.
         """
-        past_len, most = sequence.past_len, self.model.chunk_size
+        past_len = sequence.past_len
         if count <= most:
             return min(past_len + count, sequence.end_of_pass(past_len))
         end = min(past_len + most, sequence.end_of_pass(past_len))

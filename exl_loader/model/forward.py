@@ -93,6 +93,8 @@ class Model:
         self.chunk_size = first["ids"].shape[0]
         self.max_batch_size = first["past_len"].shape[0]
         self.logits_rows = last["logits"].shape[0]
+        limits = (ops[device].decode_rows or self.chunk_size for device in devices)
+        self.decode_rows = min(self.chunk_size, *limits)
         self.sampled_vocab_size = self.config.vocab_size
         self._parts, self._workspaces, self._ops = parts, workspaces, ops
         rows = most_rows(self.chunk_size, self.max_batch_size, self.logits_rows)

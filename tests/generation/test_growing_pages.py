@@ -467,13 +467,13 @@ def test_on_two_devices_texts_that_lose_their_pages_are_the_same(
 ):
     """Each device has its part of every page, so pages are taken and lost on both at once.
 
-    Chunks are of 32 rows, because a card's attention has another kernel for more, whose last bits
-    differ: there an answer that is evaluated again in longer chunks is not the same bit for bit.
+    A card's attention has another kernel for more than 32 rows of a text, whose last bits differ,
+    so an answer is evaluated again in passes of 32 rows.
     """
     cards = EmulatedCards(2)
     cards.install(monkeypatch)
     first = device.split(",")[0]
-    options = {"ctx_size": 512, "cache_size": 2048, "cache_type": cache_type, "chunk_size": 32,
+    options = {"ctx_size": 512, "cache_size": 2048, "cache_type": cache_type, "chunk_size": 128,
                "max_batch_size": 5}
     alone = exl_loader.plan(folder, device=first, **options).devices[0].total_bytes
     options |= {"device": device, "gpu_split": [(alone - 1) / 2**30, 1]}
@@ -484,14 +484,17 @@ def test_on_two_devices_texts_that_lose_their_pages_are_the_same(
         for i in range(5)
     ]
 
+    # Alone in a cache of their own, because a prompt that a cache holds in part is not evaluated in
+    # the same passes.
     with exl_loader.load(folder, **options) as model:
-        layers = [(used.device, used.end_layer - used.first_layer)
-                  for used in model.reservation.devices]
-        assert [count for _, count in layers if count] == [1, 1]
         whole = []
         for prompt, chosen in requests:
             generation = model.generate_ids(prompt, chosen)
             whole.append((list(generation), generation.logprobs))
+    with exl_loader.load(folder, **options) as model:
+        layers = [(used.device, used.end_layer - used.first_layer)
+                  for used in model.reservation.devices]
+        assert [count for _, count in layers if count] == [1, 1]
         generations = [model.generate_ids(prompt, chosen) for prompt, chosen in requests]
         texts = in_threads(list, generations)
         assert list(zip(texts, [one.logprobs for one in generations], strict=True)) == whole
@@ -500,3 +503,26 @@ def test_on_two_devices_texts_that_lose_their_pages_are_the_same(
         assert cache.num_free_pages == cache.num_pages == 8
         assert model.allocated_bytes() == model.reservation.total_bytes
         del cache
+
+
+@pytest.mark.parametrize("decode_rows", [32, 128])
+def test_an_answer_is_evaluated_again_in_passes_that_have_the_bits_of_its_decoding(decode_rows):
+    engine, model, _ = fake_engine(
+        script, VOCAB, ctx_size=1024, pages=4, chunk_size=128, decode_rows=decode_rows)
+    model.config.bos_token_id = 1
+    passes, forward = [], model.forward
+
+    def watched(entries, logits="last"):
+        passes.extend((sequence.past_len, len(ids)) for sequence, ids in entries)
+        return forward(entries, logits)
+
+    model.forward = watched
+    options = {"temperature": 0, "ban_eos_token": True, "max_new_tokens": 500}
+    prompts = [[token] * 240 for token in (3, 5, 9)]
+    jobs = [start(engine, prompt, options) for prompt in prompts]
+    assert finish(engine, *jobs) == [alone(prompt, options) for prompt in prompts]
+    assert sum(job.stats.preemptions for job in jobs) > 0
+    of_answers = [count for first, count in passes if first >= 240]
+    assert max(of_answers) == decode_rows
+    across = [first for first, count in passes if first < 240 < first + count]
+    assert not across or decode_rows == model.chunk_size

@@ -22,7 +22,7 @@ class FakeModel:
         script: all ids of a sequence -> the next id, or the logits after them.
         vocab_size: size of the vocabulary.
         num_pages: number of pages of the cache.
-        sizes: chunk_size, max_batch_size, logits_rows.
+        sizes: chunk_size, max_batch_size, logits_rows, decode_rows.
     """
 
     def __init__(
@@ -35,6 +35,7 @@ class FakeModel:
         self.chunk_size = sizes.get("chunk_size", 16)
         self.max_batch_size = sizes.get("max_batch_size", 4)
         self.logits_rows = sizes.get("logits_rows", 8)
+        self.decode_rows = sizes.get("decode_rows", self.chunk_size)
         self.loras = ()
         self.script = script
         self.calls: list[list[int]] = []

@@ -385,6 +385,8 @@ class AttentionOps(KernelOps):
     """`write_cache` and `attention` of `base.Ops`."""
 
     adds_key_bias = True
+    # More rows are attended as those of a prompt, with other roundings.
+    decode_rows: int | None = DECODE_ROWS
 
     def write_cache(self, k: torch.Tensor, v: torch.Tensor, layer: CacheLayer, batch: Batch,
                     scratch: torch.Tensor) -> None:
