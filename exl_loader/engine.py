@@ -140,7 +140,8 @@ class LoadedModel:
         return self.tokenizer.prompt_ids(text, add_bos=False)
 
     def fit_messages(
-        self, messages: Sequence[Mapping[str, str]], max_new_tokens: int
+        self, messages: Sequence[Mapping[str, str]], max_new_tokens: int, *, system: str = "",
+        continue_final_message: bool = False,
     ) -> FittedMessages:
         """Format a conversation as a prompt that leaves room for an answer.
 
@@ -149,11 +150,20 @@ class LoadedModel:
         Args:
             messages: questions and answers in turn, a question last.
             max_new_tokens: most tokens of the answer.
+            system: the system message, which always stays; empty for none.
+            continue_final_message: an answer is last, and the model continues it.
 
         Returns:
             The prompt's ids, the number of omitted messages, and a notice about them.
         """
-        return fit_messages(messages, self.chat_ids, self.ctx_size, max_new_tokens)
+        first = [{"role": "system", "content": system}] if system else []
+
+        def prompt_ids(some: Sequence[Mapping[str, str]]) -> list[int]:
+            return self.chat_ids(
+                [*first, *some], continue_final_message=continue_final_message)
+
+        kept = 2 if continue_final_message else 1
+        return fit_messages(messages, prompt_ids, self.ctx_size, max_new_tokens, kept)
 
     def context_notice(self, new_tokens: int, ctx_size: int | None = None) -> str:
         """Return the notice that an answer ended because the context is full.

@@ -43,6 +43,15 @@ def test_half_of_the_context_is_kept_for_an_answer_that_never_fits():
     assert fit(talk(9, 9, 9, 9, 9), 64, 500).dropped == 2
 
 
+def test_an_answer_that_is_continued_stays_with_its_question():
+    fitted = fit_messages(talk(9, 9, 9, 9), words, 50, 20, kept=2)
+    assert (len(fitted.ids), fitted.dropped) == (20, 2)
+    fitted = fit_messages(talk(9, 9, 99, 9), words, 50, 20, kept=2)
+    assert (len(fitted.ids), fitted.dropped) == (110, 2)
+    alone = fit_messages(talk(9)[:1], words, 50, 20, kept=2)
+    assert (len(alone.ids), alone.dropped) == (10, 0)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_as_little_as_possible_is_left_out(seed):
     numbers = random.Random(seed)

@@ -39,6 +39,7 @@ def fit_messages(
     prompt_ids: Callable[[Sequence[Message]], list[int]],
     ctx_size: int,
     max_new_tokens: int,
+    kept: int = 1,
 ) -> FittedMessages:
     """Leave out the oldest messages until prompt and answer fit into the context.
 
@@ -52,16 +53,19 @@ def fit_messages(
         prompt_ids: renders and encodes some of the messages.
         ctx_size: most tokens of prompt and answer together.
         max_new_tokens: tokens of the answer.
+        kept: number of the last messages that always stay: 2 where the last message is an
+            answer that the model continues.
     """
-    alone = prompt_ids(messages[-1:])
+    kept = min(kept, len(messages))
+    alone = prompt_ids(messages[-kept:])
     room = max_new_tokens
     if len(alone) + room > ctx_size:
         room = min(room, ctx_size // 2)
-    for first in range(0, len(messages) - 1, 2):
+    for first in range(0, len(messages) - kept, 2):
         ids = prompt_ids(messages[first:])
         if len(ids) + room <= ctx_size:
             return FittedMessages(ids, first, ctx_size)
-    return FittedMessages(alone, len(messages) - 1, ctx_size)
+    return FittedMessages(alone, len(messages) - kept, ctx_size)
 
 
 def context_notice(ctx_size: int, new_tokens: int) -> str:
