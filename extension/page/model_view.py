@@ -1,14 +1,20 @@
-"""The left half of the standalone page: model folder, loader options, gauge, load and unload."""
+"""The side of the page that has the model: picker, options, gauge, load and unload.
+
+All tabs show the same model. What one of them loads or unloads, the others show when their timer
+asks for it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from html import escape
+from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
 from exl_loader import ExlLoaderError
+from exl_loader.commands.model_options import DEMO_MODEL
 
 from ..panel.gauge import PAGE_LEN, PICK_ELEM_ID
 from ..panel.page_script import draw_in_order, follow_pick, keep_in_step
@@ -19,15 +25,15 @@ from ..panel.panel import (
     as_llama_arguments,
     error_html,
     field_arguments,
+    named,
     offers_llama,
     reserve,
     slider_end,
     toggles_for,
 )
+from .model_folders import MAX_FOLDERS, FoundModels, find_models
 from .session import Session
-
-if TYPE_CHECKING:
-    from .text_view import TextView
+from .widgets import QUICK, button, hidden_field, html_block, if_any
 
 # End of the context's slider if the folder does not give the model's length.
 UNKNOWN_LENGTH = 32768
@@ -38,94 +44,116 @@ OPTION_NAMES = (
     "chunk_size", "embedding_device", AS_LLAMA,
 )
 
-# Answered without queueing, in the thread that received the request.
-QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
+# A tab asks this often how far a load is, and whether another tab has changed the model.
+LOADING_S, IDLE_S = 0.2, 1.0
 
 
 class ModelView:
     """The panel's components, made in the current block of Gradio, and their events."""
 
-    def __init__(self, session: Session, first: ModelChoice) -> None:
+    def __init__(self, session: Session, first: ModelChoice, models_dir: str) -> None:
         self._session = session
-        with gr.Row(elem_id="exl_model_row"):
-            self.model_dir = gr.Textbox(
-                first.model_dir, label="Model folder", elem_id="exl_model_dir", max_lines=1,
-                min_width=260, info="EXL2, GPTQ or unquantised, as safetensors",
-            )
-            self.load = gr.Button(
-                "Load", variant="primary", elem_id="exl_load", min_width=90, scale=0)
-            self.unload = gr.Button("Unload", elem_id="exl_unload", min_width=90, scale=0)
+        self.model_dir = gr.Dropdown(
+            [first.model_dir], value=first.model_dir, label="Model", allow_custom_value=True,
+            elem_id="exl_model_dir", info="Choose one, or type a folder (model_dir)")
+        with gr.Row(elem_classes="exl-buttons"):
+            self.load = button("Load", "exl_load", variant="primary")
+            self.unload = button("Unload", "exl_unload")
         # The folder that the slider belongs to: the field can lose focus without a change.
-        self.known_dir = gr.State(first.model_dir)
+        self.known_dir = hidden_field("exl_known_dir", first.model_dir)
         self.ctx_size = _ctx_slider(first)
         # Right below the slider, where the user looks while dragging it.
-        self.progress = gr.HTML(visible=False, elem_id="exl_progress", padding=False)
-        self.gauge = gr.HTML(session.gauge(first), elem_id="exl_gauge", padding=False)
-        self.status = gr.HTML(visible=False, elem_id="exl_status", padding=False)
-        self.pick = gr.Textbox(elem_id=PICK_ELEM_ID, label="choice", container=False)
-        self.asking = gr.Textbox(elem_id="exl_ask", label="drawing", container=False)
+        self.progress = html_block("exl_progress")
+        self.gauge = html_block("exl_gauge", session.gauge(first))
+        self.status = html_block("exl_status")
+        self.pick = hidden_field(PICK_ELEM_ID)
+        self.asking = hidden_field("exl_ask")
+        self.seen = hidden_field("exl_seen_model")
+        self.timer = gr.Timer(LOADING_S)
         self.cache_type = gr.Dropdown(
             list(CACHE_TYPES), value=str(first.cache_type), allow_custom_value=True,
-            elem_id="exl_cache_type", **field_arguments("cache_type"),
+            elem_id="exl_cache_type", **field_arguments("cache_type", "Cache type"),
         )
         toggles = toggles_for(str(first.cache_type))
         with gr.Row():
             self.cache_8bit = gr.Checkbox(
-                toggles.cache_8bit, label="cache_8bit", elem_id="exl_cache_8bit", min_width=120)
+                toggles.cache_8bit, label="8-bit cache", elem_id="exl_cache_8bit", min_width=120)
             self.cache_4bit = gr.Checkbox(
-                toggles.cache_4bit, label="cache_4bit", elem_id="exl_cache_4bit", min_width=120)
+                toggles.cache_4bit, label="4-bit cache", elem_id="exl_cache_4bit", min_width=120)
         with gr.Column(visible=offers_llama(first)) as self.as_llama_column:
             self.as_llama = gr.Checkbox(
-                first.as_architecture is not None, elem_id="exl_as_llama", **as_llama_arguments())
-        with gr.Accordion("RoPE scaling", open=False):
+                first.as_architecture is not None, elem_id="exl_as_llama",
+                **as_llama_arguments("Run as Llama"))
+        with gr.Accordion("Longer context (RoPE scaling)", open=False, elem_id="exl_rope"):
             self.alpha_value = gr.Slider(
-                1, 8, value=first.alpha_value, **field_arguments("alpha_value"))
+                1, 8, value=first.alpha_value, elem_id="exl_alpha_value",
+                **field_arguments("alpha_value", "NTK factor"))
             self.compress_pos_emb = gr.Slider(
-                1, 8, value=first.compress_pos_emb, **field_arguments("compress_pos_emb"))
+                1, 8, value=first.compress_pos_emb, elem_id="exl_compress_pos_emb",
+                **field_arguments("compress_pos_emb", "Linear factor"))
         with gr.Accordion("Memory", open=False):
             self.cache_size = gr.Number(
                 first.cache_size, precision=0, elem_id="exl_cache_size",
-                **field_arguments("cache_size"))
+                **field_arguments("cache_size", "Cache of all texts together"))
             self.chunk_size = gr.Number(
                 first.chunk_size, precision=0, elem_id="exl_chunk_size",
-                **field_arguments("chunk_size"))
+                **field_arguments("chunk_size", "Tokens at a time"))
             self.embedding_device = gr.Textbox(
                 first.embedding_device, elem_id="exl_embedding_device",
-                **field_arguments("embedding_device"))
+                **field_arguments("embedding_device", "Device of the embedding"))
+        with gr.Accordion("Folder of models", open=False, elem_id="exl_models"):
+            with gr.Row(elem_id="exl_models_row"):
+                self.models_dir = gr.Textbox(
+                    models_dir, label="Models are below this folder", max_lines=1, min_width=200,
+                    scale=3, elem_id="exl_models_dir")
+                self.find = gr.Button("Find models", elem_id="exl_find", min_width=100, scale=1)
+            self.found = html_block("exl_found")
 
-    def connect(self, page: gr.Blocks, text: TextView) -> None:
-        """Wire the panel, and what the text view shows of the loaded model."""
+    def connect(self, page: gr.Blocks) -> None:
+        """Wire the panel."""
         options = [getattr(self, name) for name in OPTION_NAMES]
         keep_in_step([self.cache_8bit, self.cache_4bit, self.cache_type], QUICK)
         self.pick.change(None, self.pick, [self.ctx_size, self.cache_type], js=follow_pick(),
                          **QUICK)
-        state = text.model_outputs()
-        buttons = [self.load, self.unload, self.progress, self.status]
-        known: dict[str, Any] = {
-            "fn": self._as_loaded, "inputs": None, "outputs": [self.known_dir, *options], **QUICK}
-        shown: dict[str, Any] = {
-            "fn": text.model_changed, "inputs": None, "outputs": state, **QUICK}
-        begun = self.load.click(self._load, options, buttons, show_progress="hidden")
-        begun = begun.then(**known).then(**shown)
-        ended = self.unload.click(self._unload, None, buttons, show_progress="hidden")
-        ended = ended.then(**shown)
-        opened = page.load(self._opened, None, buttons, show_progress="hidden")
-        opened = opened.then(**known).then(**shown)
-        text.connect(opened)
+        shown = [self.seen, self.timer, self.load, self.unload, self.progress, self.status]
+        everything = [*shown, self.known_dir, *options]
+        # Gradio's sliders send an event for every digit that is typed, and Gradio would refuse the
+        # first of four digits as too small.
+        raw = {**QUICK, "preprocess": False}
+        self.load.click(self._load, options, shown, **QUICK)
+        self.unload.click(self._unload, options, everything, **raw)
+        for trigger in (page.load, self.timer.tick):
+            trigger(self._tick, [self.seen, *options], everything, **raw)
+        for trigger in (page.load, self.find.click, self.models_dir.submit):
+            trigger(self._find, [self.models_dir, self.model_dir], [self.model_dir, self.found],
+                    **QUICK)
         chosen = [
             event(self._chosen, [self.known_dir, *options],
                   [self.known_dir, self.ctx_size, self.as_llama], **QUICK)
-            for event in (self.model_dir.submit, self.model_dir.blur)
+            for event in (self.model_dir.input, self.model_dir.blur)
         ]
         changes = (self.ctx_size, self.cache_type, self.alpha_value, self.compress_pos_emb,
-                   self.cache_size, self.chunk_size, self.embedding_device, self.as_llama)
+                   self.cache_size, self.chunk_size, self.embedding_device, self.as_llama,
+                   self.seen)
         triggers = [component.change for component in changes]
-        triggers += [event.then for event in (begun, ended, opened, *chosen)]
-        # Gradio's sliders send an event for every digit that is typed. Without preprocessing,
-        # because Gradio would refuse the first of four digits as too small.
+        triggers += [event.then for event in chosen]
         draw_in_order(triggers, self.asking, self._draw, options,
-                      [self.ctx_size, self.as_llama_column, self.gauge], self.gauge,
-                      {**QUICK, "preprocess": False})
+                      [self.ctx_size, self.as_llama_column, self.gauge], self.gauge, raw)
+
+    def _find(self, models_dir: str, chosen: str) -> tuple[Any, Any]:
+        """List the models below a folder, and the one that is chosen."""
+        try:
+            found = find_models(str(Path(models_dir or ".").expanduser()))
+        except OSError as error:
+            return gr.skip(), if_any(_found_html(FoundModels(), f"{models_dir}: {error.strerror}"))
+        choices = [(model.label, model.path) for model in found.loadable]
+        if DEMO_MODEL.resolve() not in {Path(path).resolve() for _, path in choices}:
+            choices.append(("demo_model, which comes with exl_loader", str(DEMO_MODEL)))
+        # The field keeps its value, which may have been typed meanwhile, and shows its label.
+        here = Path(chosen or ".").expanduser().resolve()
+        choices = [(label, chosen if Path(path).resolve() == here else path)
+                   for label, path in choices]
+        return gr.update(choices=choices), if_any(_found_html(found))
 
     def _draw(self, *values: Any) -> tuple[Any, Any, str]:
         """Draw the gauge, and let the slider end at the model's length with RoPE scaling."""
@@ -152,42 +180,59 @@ class ModelView:
             options.embedding_device, options.as_architecture is not None,
         )
 
-    def _load(self, *values: Any) -> Iterator[tuple[Any, ...]]:
+    def _load(self, *values: Any) -> tuple[Any, ...]:
         options = _options(values)
         try:
             self._session.start_load(options)
         except ExlLoaderError as error:
-            yield *self._buttons(), _shown(""), _shown(error_html(error))
-            return
-        yield from self._opened(options)
+            return (*self._state(options)[:-1], if_any(error_html(error)))
+        return self._state(options)
 
-    def _opened(self, options: ModelChoice | None = None) -> Iterator[tuple[Any, ...]]:
-        """Show a running load, if there is one, to its end.
+    def _unload(self, *values: Any) -> tuple[Any, ...]:
+        self._session.unload()
+        return self._everything(_options(values))
+
+    def _tick(self, seen: str, *values: Any) -> tuple[Any, ...]:
+        """Draw what a tab has not seen of the session yet."""
+        if self._session.loading:
+            return (*self._state(_options(values)), *(gr.skip(),) * (1 + len(OPTION_NAMES)))
+        if seen == self._session.version:
+            return (gr.skip(),) * (7 + len(OPTION_NAMES))
+        return self._everything(_options(values))
+
+    def _everything(self, options: ModelChoice) -> tuple[Any, ...]:
+        return (*self._state(options), *self._as_loaded())
+
+    def _state(self, options: ModelChoice) -> tuple[Any, ...]:
+        """Draw the state of the session: its version, the timer, the buttons, progress and status.
 
         Args:
-            options: of the load, if this page started it.
+            options: those that the tab shows.
         """
-        busy = gr.update(interactive=False)
-        for status in self._session.follow():
-            if self._session.loading:
-                yield busy, busy, _shown(status), _shown("")
-                continue
-            if status and options is not None and status == self._session.gauge(options):
-                # The gauge above shows the same error.
-                status = ""
-            yield *self._buttons(), _shown(""), _shown(status)
-
-    def _unload(self) -> Iterator[tuple[Any, ...]]:
-        self._session.unload()
-        yield *self._buttons(), _shown(""), _shown("")
-
-    def _buttons(self) -> tuple[Any, Any]:
-        loaded = self._session.model is not None
-        return gr.update(interactive=True), gr.update(interactive=loaded)
+        session = self._session
+        loading, status = session.loading, session.status_html
+        if status and status == session.gauge(options):
+            # The gauge above shows the same error.
+            status = ""
+        return (
+            session.version, gr.Timer(LOADING_S if loading else IDLE_S),
+            gr.update(interactive=not loading),
+            gr.update(interactive=not loading and session.model is not None),
+            if_any(session.progress_html()), if_any(status),
+        )
 
 
-def _shown(html: str) -> Any:
-    return gr.update(value=html, visible=bool(html))
+def _found_html(found: FoundModels, problem: str = "") -> str:
+    """Show how many models there are, and those that cannot be loaded, by name."""
+    lines = [problem] if problem else [f"Models that can be loaded: {len(found.loadable)}."]
+    if not found.whole:
+        lines.append(f"The search ended after {MAX_FOLDERS:,} folders.")
+    html = "".join(f"<p>{escape(line)}</p>" for line in lines)
+    if found.others:
+        rows = "".join(f"<li><b>{escape(model.label)}</b>: {escape(model.problem)}</li>"
+                       for model in found.others)
+        html += f"<p>Cannot be loaded: {len(found.others)}.</p><ul>{rows}</ul>"
+    return f'<div class="exl-found">{html}</div>'
 
 
 def _options(values: Any) -> ModelChoice:
@@ -205,6 +250,6 @@ def _ctx_slider(options: ModelChoice) -> gr.Slider:
     end = max(slider_end(options) or UNKNOWN_LENGTH, ctx_size)
     return gr.Slider(
         PAGE_LEN, end, value=ctx_size, step=PAGE_LEN,
-        label="ctx_size", elem_id="exl_ctx_size",
-        info="Tokens that prompt and answer may have together",
+        elem_id="exl_ctx_size",
+        **named("Context length", "ctx_size", "Tokens of prompt and answer together"),
     )

@@ -2,20 +2,18 @@
 
 One page and one model on this machine. It listens on 127.0.0.1 only, answers no page of another
 site (`guard.py`), sends nothing to other machines, and makes a public link only if `--share` asks
-for one. Needs Gradio 5 or newer.
+for one. Needs Gradio 6.
 """
 
 from __future__ import annotations
 
 import argparse
-import inspect
 import os
 import signal
 import sys
 import time
 import webbrowser
 from collections.abc import Iterable
-from typing import Any
 from urllib.parse import urlsplit
 
 # Gradio reads this when it is imported.
@@ -33,6 +31,7 @@ from .guard import AllowedHosts, Guard, host_name
 from .model_view import ModelView
 from .session import Session
 from .text_view import TextView
+from .widgets import html_block
 
 TITLE = "exl_loader"
 HOST = "127.0.0.1"
@@ -46,11 +45,20 @@ PAGE_STYLE = """\
 .exl-title > h1.exl-name { font-size: 1.35rem; margin: 0; font-weight: 680; }
 .exl-title > p.exl-about { margin: 0; color: var(--body-text-color-subdued); }
 .exl-text textarea { font-family: var(--font-mono); font-size: 0.86rem; line-height: 1.5; }
-.exl-stats { color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; }
-#exl_pick, #exl_ask { display: none; }
-#exl_heading > div, #exl_gauge, #exl_progress, #exl_status, #exl_problem, #exl_gauge > div,
-#exl_progress > div, #exl_status > div { padding: 0; }
-#exl_model_row { align-items: end; }
+.exl-hidden { display: none !important; }
+.exl-buttons { gap: 0.5rem !important; flex-wrap: nowrap !important; align-items: center; }
+.exl-buttons > button { min-width: 0 !important; padding-inline: 0.4rem; }
+@media (max-width: 480px) { .exl-buttons > button { font-size: 0.82rem; padding-inline: 0.1rem; } }
+.exl-buttons input { text-overflow: ellipsis; }
+#exl_stats, #exl_line { color: var(--body-text-color-subdued); font-size: 0.92rem; }
+#exl_line b { color: var(--body-text-color); }
+#exl_stats { font-variant-numeric: tabular-nums; min-height: 1.4em; }
+#exl_notice p { margin: 0; padding: 0.4em 0.8em; border-left: 3px solid var(--color-accent);
+  background: var(--background-fill-secondary); }
+.exl-found p, .exl-found ul { margin: 0.3em 0; font-size: 0.9rem; overflow-wrap: anywhere; }
+.exl-found ul { padding-left: 1.2em; }
+.exl-bare, .exl-bare > div { padding: 0 !important; }
+#exl_models_row { align-items: end; }
 footer { display: none !important; }
 """
 
@@ -61,21 +69,25 @@ HEADING = (
 )
 
 
-def make_page(session: Session, first: ModelChoice) -> gr.Blocks:
+def make_page(session: Session, first: ModelChoice, models_dir: str = ".") -> gr.Blocks:
     """Lay out the page and connect its events.
+
+    The text comes first, so that it is above the options on a narrow screen.
 
     Args:
         session: the page's model, which every tab of the browser shares.
         first: the options that the page shows at first.
+        models_dir: the folder whose models the page lists at first.
     """
-    with _blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
-        gr.HTML(HEADING, elem_id="exl_heading", padding=False)
+    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
+        html_block("exl_heading", HEADING)
         with gr.Row():
-            with gr.Column(scale=5, min_width=320):
-                panel = ModelView(session, first)
             with gr.Column(scale=7, min_width=320):
-                text = TextView(session)
-        panel.connect(page, text)
+                text = TextView(session, first)
+            with gr.Column(scale=5, min_width=320):
+                panel = ModelView(session, first, models_dir)
+        text.connect(page)
+        panel.connect(page)
     return page
 
 
@@ -86,17 +98,6 @@ def _theme() -> gr.themes.Base:
     )
     # The theme's own grey for hints is hardly readable on white.
     return theme.set(body_text_color_subdued="*neutral_500")
-
-
-def _blocks(**options: Any) -> gr.Blocks:
-    """Make the page's blocks; Gradio 5 takes the theme here, from 6 on `launch` takes it."""
-    if _theme_belongs_to_launch():
-        return gr.Blocks(**options)
-    return gr.Blocks(theme=_theme(), **options)
-
-
-def _theme_belongs_to_launch() -> bool:
-    return "theme" in inspect.signature(gr.Blocks.launch).parameters
 
 
 def launch(
@@ -114,11 +115,10 @@ def launch(
 
     allowed = AllowedHosts(allowed_hosts)
     guard = Middleware(Guard, allowed=allowed)
-    options: dict[str, Any] = {"theme": _theme()} if _theme_belongs_to_launch() else {}
-    _, address, shared = page.queue(default_concurrency_limit=8).launch(
+    _, address, shared = page.launch(
         server_name=HOST, server_port=port, share=share, inbrowser=False, quiet=True,
         prevent_thread_lock=True, ssr_mode=False, show_error=True, max_file_size=1,
-        app_kwargs={"middleware": [guard]}, **options,
+        app_kwargs={"middleware": [guard]}, theme=_theme(),
     )
     # Gradio wraps its own middleware around the guard, which would answer some requests first.
     page.app.user_middleware.remove(guard)
@@ -163,6 +163,9 @@ def main(arguments: list[str] | None = None) -> int:
                                      description="Load a model and chat with it in a web page.")
     parser.add_argument("model", nargs="?", metavar="MODEL", default=str(DEMO_MODEL),
                         help="model folder; without it the small model that ships with exl_loader")
+    parser.add_argument("--models-dir", metavar="FOLDER",
+                        help="folder below which the page looks for models; without it that of "
+                        "MODEL, or the current one")
     parser.add_argument("--port", type=port_number, metavar="N",
                         help="port on 127.0.0.1; without it the first free one from 7860 on")
     parser.add_argument("--share", action="store_true",
@@ -186,13 +189,21 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def models_dir(args: argparse.Namespace) -> str:
+    """Return the folder whose models the page lists."""
+    if args.models_dir is not None:
+        return os.path.abspath(os.path.expanduser(args.models_dir))
+    is_demo = args.model == str(DEMO_MODEL)
+    return os.getcwd() if is_demo else os.path.dirname(os.path.abspath(args.model))
+
+
 def serve(session: Session, args: argparse.Namespace) -> int:
     """Load the model and serve the page until interrupted; return an exit code on failure."""
     options = ModelChoice.from_values({"model_dir": args.model})
     session.start_load(options)
     try:
-        address = launch(make_page(session, options), port=args.port, share=args.share,
-                         allowed_hosts=args.allow_host)
+        page = make_page(session, options, models_dir(args))
+        address = launch(page, port=args.port, share=args.share, allowed_hosts=args.allow_host)
     except OSError as error:
         why = f"port {args.port} of {HOST} is in use; choose another, or leave --port out"
         print(f"error: the page cannot be served: {why if args.port else error}", file=sys.stderr)

@@ -1,249 +1,292 @@
-"""The right half of the standalone page: a chat, and a text that the model continues.
+"""The side of the page that has the text: conversations, chat, notebook and settings.
 
-A model with a chat template opens the chat first. A model without one was not trained on
-conversations, so it continues the text in place.
+The server holds all of it (`writing.py`). A tab names its conversation and what it has seen of it,
+and a timer asks for what is new. So a tab that is reloaded shows the same as before, and whatever
+another tab loads or unloads.
 """
 
 from __future__ import annotations
 
-import inspect
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gradio as gr
 
+from exl_loader import InvalidSettings
 from exl_loader.commands.generate import DEMO_PROMPT
-from exl_loader.commands.model_options import DEMO_MODEL, TERMINAL_DEFAULTS
+from exl_loader.commands.model_options import DEMO_MODEL
+from exl_loader.utils.byte_counts import amount
+from exl_loader.utils.json_keys import parse_json
 
-from ..panel.panel import error_html
-from .session import Session
-
-if TYPE_CHECKING:
-    from exl_loader.generation.generator import TextGeneration
-
-# The page is repainted at most this often; a fast model writes faster than anyone can read.
-REPAINT_INTERVAL_S = 0.05
-
-# Texts that the shipped model can continue; it was trained on nothing but Python.
-STARTERS = {
-    "A function": DEMO_PROMPT,
-    "A class": "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(",
-    "A test": "import unittest\n\n\nclass TestParser(unittest.TestCase):\n    def test_",
-}
-
-ABOUT_DEMO = (
-    "This model comes with exl_loader. It has 3.6 MB and has read only Python, so it shows the "
-    "engine and not what a language model can do. `python install.py --demo smollm2` makes a real "
-    "one to talk to."
+from ..panel.panel import ModelChoice
+from .browser_script import (
+    MAX_FILE_BYTES,
+    choose_file,
+    identify_tab,
+    remember_tab,
+    save_file,
 )
+from .chat_view import ChatView
+from .conversation import Conversation
+from .model_folders import folder_bytes
+from .notebook_view import NotebookView
+from .session import Session
+from .settings_view import FIRST_SETTINGS, SettingsView, read_fields, write_fields
+from .widgets import QUICK, button, hidden_field, html_block, if_any
+from .writing import Conversations, OpenConversation, Shown, new_key
 
-SAMPLING_NAMES = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p",
-                  "repetition_penalty", "seed")
+# A tab asks this often for what is new, while the model writes or loads, and otherwise.
+BUSY_S, IDLE_S = 0.1, 1.0
 
-REASONS = {
-    "eos": "ended by the model", "stop": "stop text found",
-    "loop": "it repeated itself", "length": "max_new_tokens reached",
-    "context": "the context is full", "cancelled": "stopped", "failed": "failed",
-}
+SAVED_NAME = "conversation.json"
 
-NOTHING_LOADED = "No model is loaded."
-FAILED = "Generation failed"
+Updates = dict[Any, Any]
 
 
 class TextView:
-    """Chat and text, made in the current block of Gradio, and their events."""
+    """Chat and notebook, made in the current block of Gradio, and their events."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, first: ModelChoice) -> None:
         self._session = session
-        self._shown = False
+        text = DEMO_PROMPT if _is_demo(first) else ""
+        self._conversations = Conversations(
+            session, Conversation(text=text, settings=dict(FIRST_SETTINGS)))
+        self._greeted = False
+        self.line = html_block("exl_line", "Opening …")
+        with gr.Row(elem_classes="exl-buttons", elem_id="exl_conversations"):
+            self.picker = gr.Dropdown(
+                [], label="Conversation", show_label=False, container=False, filterable=False,
+                scale=5, elem_id="exl_picker", min_width=100)
+            self.new = button("New", "exl_new")
+            self.save = button("Save", "exl_save")
+            self.open = button("Open", "exl_open")
         with gr.Tabs() as self.tabs:
             with gr.Tab("Chat", id="chat", visible=False) as self.chat_tab:
-                self._make_chat()
-            with gr.Tab("Text", id="text") as self.text_tab:
-                self._make_text()
-        self.stats = gr.Markdown("Opening …", elem_id="exl_stats", elem_classes="exl-stats")
-        self.problem = gr.HTML(elem_id="exl_problem", padding=False)
-        with gr.Accordion("Sampling", open=False):
-            self.sampling = _sampling()
+                self.chat = ChatView()
+            with gr.Tab("Notebook", id="text") as self.text_tab:
+                self.notebook = NotebookView()
+        self.problem = html_block("exl_problem")
+        self.notice = html_block("exl_notice")
+        self.stats = html_block("exl_stats")
+        self.chat.make_system()
+        self.settings = SettingsView()
+        # `BROWSER/CONVERSATION`, what the tab shows of it and of the model, and a file's text.
+        self.tab = hidden_field("exl_tab")
+        self.seen = hidden_field("exl_seen")
+        self.seen_model = hidden_field("exl_seen_by_text")
+        self.file = hidden_field("exl_file")
+        self.timer = gr.Timer(IDLE_S)
 
-    def _make_chat(self) -> None:
-        self.history = gr.State([])
-        # Gradio 5 needs this argument; later versions know no other kind.
-        known = inspect.signature(gr.Chatbot).parameters
-        kind: dict[str, Any] = {"type": "messages"} if "type" in known else {}
-        self.chatbot = gr.Chatbot(
-            label="Conversation", height=460, elem_id="exl_chatbot", **kind)
-        self.message = gr.Textbox(
-            label="Message", lines=1, max_lines=6,
-            placeholder="Enter sends, Shift+Enter starts a new line", elem_id="exl_message")
-        with gr.Row():
-            self.send = gr.Button("Send", variant="primary", elem_id="exl_send", min_width=90)
-            self.stop_chat = gr.Button("Stop", interactive=False, min_width=90)
-            self.clear = gr.Button("New conversation", min_width=90)
+    def connect(self, page: gr.Blocks) -> None:
+        """Wire the components."""
+        chat, notebook = self.chat, self.notebook
+        self._written = [
+            self.seen, self.timer, self.stats, self.notice, self.problem,
+            chat.chatbot, chat.send, chat.stop, chat.regenerate, chat.go_on,
+            notebook.text, notebook.write, notebook.stop, notebook.again, notebook.undo,
+        ]
+        drawn = [*self._written, self.tabs, self.chat_tab, chat.system_fold, notebook.starters,
+                 self.line, self.seen_model]
+        everything = [*drawn, self.tab, self.picker, chat.message, chat.system,
+                      *self.settings.fields]
+        page.load(self._open, self.tab, everything, js=identify_tab(), **QUICK)
+        self.timer.tick(self._tick, [self.tab, self.seen, self.seen_model], drawn, **QUICK)
+        self.tab.change(None, self.tab, None, js=remember_tab(), **QUICK)
+        # Gradio would check the choice against the list that the page began with.
+        self.picker.input(self._open, self.picker, everything, preprocess=False, **QUICK)
+        self.picker.focus(self._listed, self.tab, self.picker, **QUICK)
+        # The chat's own button to clear it: the conversation stays in the list.
+        gr.on([self.new.click, chat.chatbot.clear], self._new, self.tab, everything, **QUICK)
+        saved = self.save.click(self._save, self.tab, self.file, **QUICK)
+        saved.then(None, self.file, None, js=save_file(SAVED_NAME), **QUICK)
+        self.open.click(self._load, [self.tab, self.file], everything, js=choose_file(), **QUICK)
+        for component in self.settings.fields:
+            component.change(
+                lambda tab, *values: self._keep(tab, settings=read_fields(values)),
+                [self.tab, *self.settings.fields], None, trigger_mode="always_last", **QUICK)
+        chat.connect(self._act, self._keep_typed)
+        chat.chatbot.edit(self._edit, self._inputs(), [*self._written, self.picker], **QUICK)
+        notebook.connect(self._act, self._keep_typed)
 
-    def _make_text(self) -> None:
-        self.before = gr.State("")
-        self.text = gr.Textbox(
-            DEMO_PROMPT, label="Text", lines=18, max_lines=18, elem_id="exl_text",
-            elem_classes="exl-text", info="The model continues the text at its end")
-        with gr.Row():
-            self.write = gr.Button(
-                "Continue", variant="primary", elem_id="exl_write", min_width=90)
-            self.stop_text = gr.Button(
-                "Stop", interactive=False, elem_id="exl_stop", min_width=90)
-            self.undo = gr.Button("Undo", elem_id="exl_undo", min_width=90)
-        with gr.Column(visible=False) as self.starters:
-            gr.Markdown(ABOUT_DEMO, elem_id="exl_about")
-            with gr.Row():
-                self.starter_buttons = [
-                    gr.Button(name, size="sm", min_width=90) for name in STARTERS
-                ]
+    def _inputs(self) -> list[Any]:
+        """The inputs of everything that lets the model write."""
+        return [self.tab, self.chat.system, *self.settings.fields]
 
-    def model_outputs(self) -> list[Any]:
-        """The components that `model_changed` sets."""
-        return [self.tabs, self.chat_tab, self.starters, self.stats, self.problem]
-
-    def model_changed(self) -> tuple[Any, ...]:
-        """Show what the loaded model can do."""
-        session = self._session
-        chats = session.has_template
-        if session.model is None:
-            line = NOTHING_LOADED
-        elif not session.model.has_tokenizer:
-            line = session.model.tokenizer_warning
-        elif chats:
-            line = "Ready."
-        else:
-            line = "Ready. This model has no chat template, so it only continues text."
-        return (
-            gr.update(selected="chat" if chats else "text"), gr.update(visible=chats),
-            gr.update(visible=_is_demo(session)), line, "",
-        )
-
-    def connect(self, opened: Any) -> None:
-        """Wire the buttons.
+    def _act(
+        self, triggers: Sequence[Any], action: Callable[..., None], inputs: Sequence[Any] = (),
+        *, constants: Sequence[Any] = (), keeps: str = "", clears: Any = None,
+    ) -> None:
+        """Wire a method of `OpenConversation`.
 
         Args:
-            opened: the event after which a page that was opened shows its model.
+            triggers: the events that call it.
+            action: the method.
+            inputs: components whose values are its arguments.
+            constants: further arguments.
+            keeps: the field of `Conversation` that keeps the input, also after an error.
+            clears: a text field to empty after a call without an error.
         """
-        sampling = list(self.sampling.values())
-        chat_outputs = [self.message, self.history, self.chatbot, self.send, self.stop_chat,
-                        self.stats, self.problem]
-        gr.on([self.send.click, self.message.submit], self._answer,
-              [self.message, self.history, *sampling], chat_outputs, show_progress="hidden")
-        self.clear.click(lambda: ([], [], ""), None, [self.history, self.chatbot, self.problem],
-                         queue=False, show_progress="hidden")
-        text_outputs = [self.text, self.before, self.write, self.stop_text, self.stats,
-                        self.problem]
-        self.write.click(self._write_on, [self.text, self.before, *sampling], text_outputs,
-                         show_progress="hidden")
-        opened.then(self._write_first, [self.text, self.before, *sampling], text_outputs,
-                    show_progress="hidden")
-        for stop in (self.stop_chat, self.stop_text):
-            # Past the queue: the generation then ends by itself and keeps its text.
-            stop.click(self._session.stop, None, None, queue=False, show_progress="hidden")
-        self.undo.click(lambda before, text: before or text, [self.before, self.text],
-                        self.text, queue=False, show_progress="hidden")
-        for button, text in zip(self.starter_buttons, STARTERS.values(), strict=True):
-            button.click(lambda text=text: text, None, self.text, queue=False,
-                         show_progress="hidden")
 
-    def _write_first(self, text: str, before: str, *sampling: Any) -> Iterator[tuple[Any, ...]]:
-        """Let the shipped model write once without a click, so that a new user sees text."""
-        if _is_demo(self._session) and text == DEMO_PROMPT and not self._shown:
-            self._shown = True
-            yield from self._write_on(text, before, *sampling)
-        else:
-            # Without a value Gradio would empty the components.
-            yield (gr.skip(),) * 6
+        def call(tab: str, system: str, *values: Any) -> Updates:
+            fields = len(self.settings.fields)
+            opened = self._conversations.get(tab)
+            opened.keep(system=system or "", settings=read_fields(values[:fields]))
+            if keeps:
+                opened.keep(**{keeps: values[-1] or ""})
+            before = opened.shown().text_version
+            done = opened.attempt(action, *values[fields:], *constants)
+            updates = self._after(tab, opened, before)
+            if clears is not None and done:
+                updates[clears] = ""
+            return updates
 
-    def _write_on(self, text: str, before: str, *sampling: Any) -> Iterator[tuple[Any, ...]]:
-        try:
-            generation = self._session.continue_text(text, _settings(sampling))
-            for written, stats, running in _stream(generation):
-                busy = (gr.update(interactive=not running), gr.update(interactive=running))
-                yield text + written, text, *busy, stats, ""
-        except Exception as error:
-            idle = (gr.update(interactive=True), gr.update(interactive=False))
-            yield gr.skip(), gr.skip(), *idle, "", error_html(error, heading=FAILED)
+        outputs = [*self._written, self.picker, *([clears] if clears is not None else [])]
+        gr.on(list(triggers), call, [*self._inputs(), *inputs], outputs, **QUICK)
 
-    def _answer(
-        self, message: str, history: list[dict[str, str]], *sampling: Any
-    ) -> Iterator[tuple[Any, ...]]:
-        if not message.strip():
-            yield (gr.skip(),) * 7
+    def _edit(self, event: gr.EditData, tab: str, system: str, *values: Any) -> Updates:
+        opened = self._conversations.get(tab)
+        opened.keep(system=system or "", settings=read_fields(values))
+        index = event.index if isinstance(event.index, int) else event.index[0]
+        before = opened.shown().text_version
+        opened.attempt(OpenConversation.edit, index, str(event.value))
+        return self._after(tab, opened, before)
+
+    def _after(self, tab: str, opened: OpenConversation, text_version: int) -> Updates:
+        """Draw a conversation after an action that began with this version of its text."""
+        shown = opened.shown()
+        return {**self._draw(tab, shown, shown.text_version != text_version),
+                self.picker: self._listed(tab)}
+
+    def _keep_typed(self, component: Any, name: str) -> None:
+        """Keep what is typed into a text field, as the field `name` of the conversation."""
+        component.input(
+            lambda tab, text: self._keep(tab, **{name: text or ""}), [self.tab, component], None,
+            trigger_mode="always_last", **QUICK)
+
+    def _keep(self, tab: str, **values: Any) -> None:
+        # Fields change while the page opens, before the tab has a name.
+        if tab:
+            self._conversations.get(tab).keep(**values)
+
+    # Conversations
+
+    def _open(self, tab: str) -> Updates:
+        """Show a conversation in a tab."""
+        opened = self._conversations.get(tab)
+        self._greet(opened)
+        return self._everything(tab, opened.shown())
+
+    def _everything(self, tab: str, shown: Shown) -> Updates:
+        conversation = shown.conversation
+        fields = zip(self.settings.fields, write_fields(conversation.settings), strict=True)
+        return {
+            **self._draw(tab, shown, True), **self._draw_model(not shown.in_text),
+            self.tab: tab, self.picker: self._listed(tab), self.chat.message: conversation.draft,
+            self.chat.system: conversation.system, **dict(fields),
+        }
+
+    def _new(self, tab: str) -> Updates:
+        return self._open(f"{tab.partition('/')[0]}/{new_key()}")
+
+    def _listed(self, tab: str) -> Any:
+        return gr.update(choices=self._conversations.listed(tab), value=tab)
+
+    def _save(self, tab: str) -> str:
+        return self._conversations.get(tab).shown().conversation.to_json()
+
+    def _load(self, tab: str, file: str) -> Updates:
+        """Show the conversation of a file that the browser has read."""
+        if not file:
+            return {self.seen: gr.skip()}
+        opened = self._conversations.get(tab)
+        if not opened.attempt(_replace, file):
+            return self._draw(tab, opened.shown(), False)
+        return self._everything(tab, opened.shown())
+
+    # Drawing
+
+    def _tick(self, tab: str, seen: str, seen_model: str) -> Updates:
+        """Draw what a tab has not seen yet."""
+        if not tab:
+            return {self.seen: gr.skip()}
+        opened = self._conversations.get(tab)
+        text_version = seen.rpartition(" ")[2]
+        updates: Updates = {}
+        if seen_model != self._session.version:
+            self._greet(opened)
+            updates |= self._draw_model(True)
+        shown = opened.shown()
+        if updates or seen != _state(tab, shown):
+            updates |= self._draw(tab, shown, text_version != str(shown.text_version))
+        return updates or {self.seen: gr.skip()}
+
+    def _draw(self, tab: str, shown: Shown, with_text: bool) -> Updates:
+        busy = shown.writing or self._session.loading
+        notice = f'<p role="status">{escape(shown.notice)}</p>' if shown.notice else ""
+        return {
+            self.seen: _state(tab, shown),
+            self.timer: gr.Timer(BUSY_S if busy else IDLE_S),
+            self.stats: if_any(escape(shown.stats)), self.notice: if_any(notice),
+            self.problem: if_any(shown.problem),
+            **self.chat.draw(shown), **self.notebook.draw(shown, with_text),
+        }
+
+    def _draw_model(self, prefers_chat: bool) -> Updates:
+        """Draw what the loaded model can do."""
+        version, chats = self._session.version, self._session.has_template
+        return {
+            self.seen_model: version,
+            self.tabs: gr.update(selected="chat" if chats and prefers_chat else "text"),
+            self.chat_tab: gr.update(visible=chats),
+            self.chat.system_fold: gr.update(visible=chats),
+            self.notebook.starters: gr.update(visible=_is_demo(self._session.options)),
+            self.line: self._model_line(),
+        }
+
+    def _model_line(self) -> str:
+        session = self._session
+        model, options = session.model, session.options
+        if session.loading:
+            return "A model is being loaded …"
+        if model is None or options is None:
+            return "No model is loaded. Choose one and press Load."
+        name = f"<b>{escape(Path(options.model_dir).name)}</b>"
+        if _is_demo(self._session.options):
+            size = folder_bytes(options.model_dir) / 1e6
+            return (f"{name} is the model that comes with exl_loader. It has {size:.1f} MB and has "
+                    "read only Python: it shows the engine, not what a language model can do. "
+                    "<code>python install.py --demo smollm2</code> makes a real one to talk to.")
+        if not model.has_tokenizer:
+            return f"{name}: {escape(model.tokenizer_warning)}"
+        kind = "" if session.has_template else (
+            " It has no chat template, so it continues texts.")
+        return f"{name} is loaded, with {model.ctx_size:,} tokens of context.{kind}"
+
+    def _greet(self, opened: OpenConversation) -> None:
+        """Let the included model write once without a click, so that a new user sees text."""
+        if self._greeted or not _is_demo(self._session.options):
             return
-        asked = [*history, {"role": "user", "content": message}]
-        try:
-            notices: list[str] = []
-            generation = self._session.answer(asked, _settings(sampling), notices)
-            for written, stats, running in _stream(generation):
-                stats = " · ".join([*notices, stats])
-                talk = [*asked, {"role": "assistant", "content": written}]
-                busy = (gr.update(interactive=not running), gr.update(interactive=running))
-                yield "", talk, talk, *busy, stats, ""
-        except Exception as error:
-            idle = (gr.update(interactive=True), gr.update(interactive=False))
-            yield gr.skip(), gr.skip(), gr.skip(), *idle, "", error_html(error, heading=FAILED)
+        shown = opened.shown()
+        if shown.conversation.text == DEMO_PROMPT and not shown.writing:
+            self._greeted = True
+            opened.attempt(OpenConversation.write, DEMO_PROMPT)
 
 
-def _stream(generation: TextGeneration) -> Iterator[tuple[str, str, bool]]:
-    """Yield (the text so far, its figures, whether it continues), at most once a repaint."""
-    written, painted_s = "", 0.0
-    with generation:
-        yield written, "Reading the prompt …", True
-        for piece in generation:
-            written += piece
-            now = time.monotonic()
-            if now - painted_s >= REPAINT_INTERVAL_S:
-                painted_s = now
-                yield written, stats_line(generation), True
-    yield written, stats_line(generation), False
-
-
-def stats_line(generation: TextGeneration) -> str:
-    """Return a line with a generation's figures."""
-    stats = generation.stats
-    parts = [_tokens(stats.new_tokens), f"{stats.tokens_per_s:.1f} tokens/s"]
-    reused = f", {stats.reused_tokens} reused" if stats.reused_tokens else ""
-    parts.append(f"prompt {_tokens(stats.prompt_tokens)}{reused} in {stats.prefill_s:.2f} s")
-    if stats.draft_summary:
-        parts.append(stats.draft_summary)
-    if generation.finish_reason is not None:
-        parts.append(REASONS.get(generation.finish_reason, generation.finish_reason))
-        parts.append(f"seed {generation.seed}")
-    return " · ".join(parts)
-
-
-def _tokens(count: int) -> str:
-    return "1 token" if count == 1 else f"{count} tokens"
-
-
-def _is_demo(session: Session) -> bool:
-    options = session.options
+def _is_demo(options: ModelChoice | None) -> bool:
     return options is not None and Path(options.model_dir).resolve() == DEMO_MODEL.resolve()
 
 
-def _sampling() -> dict[str, Any]:
-    chosen = TERMINAL_DEFAULTS
-    return {
-        "max_new_tokens": gr.Slider(
-            1, 4096, value=256, step=1, label="max_new_tokens", elem_id="exl_max_new_tokens"),
-        "temperature": gr.Slider(
-            0, 2, value=chosen["temperature"], step=0.05, label="temperature",
-            info="0 always takes the most likely token"),
-        "top_p": gr.Slider(0, 1, value=chosen["top_p"], step=0.01, label="top_p"),
-        "top_k": gr.Slider(0, 200, value=chosen["top_k"], step=1, label="top_k",
-                           info="0 keeps all tokens"),
-        "min_p": gr.Slider(0, 1, value=0, step=0.01, label="min_p"),
-        "repetition_penalty": gr.Slider(
-            1, 2, value=1, step=0.01, label="repetition_penalty"),
-        "seed": gr.Number(-1, label="seed", precision=0, info="-1 draws a random seed"),
-    }
+def _state(tab: str, shown: Shown) -> str:
+    return f"{tab} {shown.version} {shown.text_version}"
 
 
-def _settings(values: tuple[Any, ...]) -> dict[str, Any]:
-    named = zip(SAMPLING_NAMES, values, strict=True)
-    return {name: value for name, value in named if value is not None}
+def _replace(opened: OpenConversation, file: str) -> None:
+    """Open a file as `choose_file` has read it."""
+    read = parse_json(file)
+    if read["size"] > MAX_FILE_BYTES:
+        raise InvalidSettings(
+            f"{read['name']} is not opened", expected=f"a file of at most {amount(MAX_FILE_BYTES)}",
+            actual=amount(read["size"]))
+    opened.replace(read["text"])

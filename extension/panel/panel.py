@@ -68,17 +68,35 @@ def resolve_cache_type(
     return "q4" if cache_4bit else DEFAULT_CACHE_TYPE
 
 
-def field_arguments(name: str) -> dict[str, Any]:
-    """Return label, help and, for a number, the step of a page's field for an option."""
+def field_arguments(name: str, label: str = "") -> dict[str, Any]:
+    """Return label, help and, for a number, the step of a page's field for an option.
+
+    Args:
+        name: of the option.
+        label: a name for people, after whose help the option's own name is written; empty to
+            show the option's own name, as the web UI does.
+    """
     option = LoadOptions.OPTIONS[name]
-    arguments: dict[str, Any] = {"label": name, "info": option.help[:1].upper() + option.help[1:]}
+    info = option.help[:1].upper() + option.help[1:]
+    arguments: dict[str, Any] = {"label": name, "info": info}
+    if label:
+        arguments = named(label, name, info)
     return arguments if option.step is None else arguments | {"step": option.step}
 
 
-def as_llama_arguments() -> dict[str, Any]:
-    """Return label and help of a page's checkbox for running an unknown architecture as Llama."""
-    return {"label": AS_LLAMA,
-            "info": "Run an unknown architecture as Llama; its output may be wrong"}
+def named(label: str, name: str, info: str = "") -> dict[str, Any]:
+    """Return label and help of a field that has a name for people, and one in the engine."""
+    return {"label": label, "info": f"{info} ({name})" if info else name}
+
+
+def as_llama_arguments(label: str = "") -> dict[str, Any]:
+    """Return label and help of a page's checkbox for running an unknown architecture as Llama.
+
+    Args:
+        label: as that of `field_arguments`.
+    """
+    info = "Run an unknown architecture as Llama; its output may be wrong"
+    return named(label, AS_LLAMA, info) if label else {"label": AS_LLAMA, "info": info}
 
 
 # The options that a page, a host or saved settings may set.

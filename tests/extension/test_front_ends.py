@@ -61,7 +61,7 @@ def cache_type(request):
 def of_session(cache_type: str) -> tuple[Answer, Reservation]:
     session = Session()
     session.start_load(ModelChoice(str(DEMO), ctx_size=CTX_SIZE, cache_type=cache_type))
-    assert list(session.follow())[-1] == "", "the load's error"
+    assert session.wait() == "", "the load's error"
     try:
         generation = session.continue_text(PROMPT, SETTINGS)
         text = "".join(generation)

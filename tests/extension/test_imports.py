@@ -10,7 +10,9 @@ from support import REPO
 # Module below the top level of exl_loader -> why a front end imports it.
 INTERNAL = {
     "checkpoint": "is_quantised: which folders are this loader's",
+    "checkpoint.config": "the page's picker says which folders cannot be loaded, and why",
     "checkpoint.model_class": "has_unknown_class: whether to offer the toggle of unknown classes",
+    "checkpoint.weight_files": "the page's picker names downloads that have not ended",
     "commands.generate": "the page starts with the prompt of `generate`",
     "commands.model_options": "the page shows the shipped model with the defaults of `generate`",
     "generation.settings": "biases: the API's logit_bias is checked as the engine checks it",

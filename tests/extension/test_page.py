@@ -19,7 +19,7 @@ from support.webui_page import CHROMIUM
 sync_api = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("gradio")
 
-from support.page_server import REPO, Page, serve, write_endless_model  # noqa: E402
+from support.page_server import REPO, WAIT_MS, Page, serve, write_endless_model  # noqa: E402
 
 DEMO_MODEL = REPO / "exl_loader" / "demo_model"
 
@@ -74,7 +74,8 @@ def test_the_shipped_model_loads_generates_follows_its_options_and_unloads(brows
         before = page.value("#exl_text textarea")
         page.page.locator("#exl_text textarea").fill("def add(a, b):\n")
         page.click("#exl_write")
-        page.expect_text("#exl_stats", "seed")
+        sync_api.expect(page.page.locator("#exl_stop")).to_be_enabled()
+        sync_api.expect(page.page.locator("#exl_write")).to_be_enabled(timeout=WAIT_MS)
         written = page.value("#exl_text textarea")
         assert written.startswith("def add(a, b):\n") and len(written) > 20 and written != before
         page.click("#exl_undo")
@@ -83,7 +84,7 @@ def test_the_shipped_model_loads_generates_follows_its_options_and_unloads(brows
 
         page.click("#exl_unload")
         page.expect_gauge("Fits")
-        page.expect_text("#exl_stats", "No model is loaded")
+        page.expect_text("#exl_line", "No model is loaded")
         page.click("#exl_write")
         page.expect_text("#exl_problem", "not loaded")
         assert [url for url in page.urls if "127.0.0.1" not in url and url[:5] != "data:"] == []
@@ -129,6 +130,7 @@ def test_one_click_makes_a_model_fit(browser, tight_address, theme):
         page.gauge.locator("dl.exl-proof").wait_for()
         page.shoot("gauge-loaded")
         page.gauge.locator("summary").click()
+        page.expect_text("#exl_line", "3.6 MB and has read only Python")
         page.click("#exl_write")
         page.expect_text("#exl_stats", "seed")
         page.shoot("page", whole=True)
@@ -172,7 +174,7 @@ def test_a_context_beyond_the_model_is_a_warning(browser, address):
         warning = page.gauge.locator(".exl-warning")
         sync_api.expect(warning).to_contain_text("compress_pos_emb 3")
         sync_api.expect(warning).to_have_attribute("role", "alert")
-        page.page.get_by_text("RoPE scaling").click()
+        page.click("#exl_rope > button")
         type_number(page.page, "compress_pos_emb", "3")
         sync_api.expect(warning).to_have_count(0)
         slider = page.page.locator("#exl_ctx_size input[type=range]")
@@ -219,26 +221,24 @@ def test_an_invalid_port_is_one_line(port, capsys):
 
 
 def type_number(page, name, value):
-    page.get_by_label(f"number input for {name}").fill(value)
+    page.locator(f"#exl_{name} input[type=number]").fill(value)
     page.keyboard.press("Tab")
 
 
 def test_stop_ends_the_text_at_once_and_keeps_it(browser, address, tmp_path):
     folder = write_endless_model(tmp_path / "endless")
     with Page(browser, address) as page:
-        page.page.locator("#exl_model_dir textarea, #exl_model_dir input").fill(str(folder))
-        page.page.keyboard.press("Enter")
-        page.expect_gauge("endless")
+        page.choose_model(folder)
         # The slider ends at the length of the new model, and further with RoPE scaling.
         slider = page.page.locator("#exl_ctx_size input[type=range]")
         sync_api.expect(slider).to_have_attribute("max", "32768")
         page.expect_options("8,192 tokens of context")
-        page.page.get_by_text("RoPE scaling").click()
+        page.click("#exl_rope > button")
         type_number(page.page, "alpha_value", "2")
         sync_api.expect(slider).to_have_attribute("max", "65536")
         page.click("#exl_load")
         page.expect_gauge("Measured equals reserved, to the byte")
-        page.page.get_by_text("Sampling").click()
+        page.click("#exl_settings > button")
         # The first of four digits is below the slider's minimum, which is not an error.
         typed = page.page.locator("#exl_ctx_size input[type=number]")
         typed.fill("1")
@@ -265,11 +265,7 @@ def test_a_model_with_a_template_chats_and_the_page_can_be_opened_again(
     settings["chat_template"] = TEMPLATE
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     with Page(browser, address) as page:
-        page.page.locator("#exl_model_dir textarea, #exl_model_dir input").fill(str(folder))
-        page.page.keyboard.press("Enter")
-        page.expect_gauge("talker")
-        page.click("#exl_load")
-        page.expect_gauge("Measured equals reserved, to the byte")
+        page.load_model(folder)
         page.page.locator("#exl_message textarea").fill("Hello <b>you</b>")
         page.page.keyboard.press("Enter")
         page.expect_text("#exl_chatbot", "Hello")
@@ -285,7 +281,7 @@ def test_a_model_with_a_template_chats_and_the_page_can_be_opened_again(
         shutil.rmtree(folder)
         page.click("#exl_load")
         page.expect_gauge("Cannot be loaded")
-        page.expect_text("#exl_stats", "No model is loaded")
+        page.expect_text("#exl_line", "No model is loaded")
         assert not page.page.locator("#exl_status").is_visible(), "the gauge shows the error once"
 
 
@@ -296,11 +292,8 @@ def test_a_model_of_an_unknown_architecture_is_offered_to_run_as_llama(
                             model_type="frob")
     with Page(browser, address) as page:
         toggle = page.page.locator("#exl_as_llama input")
-        chosen = page.page.locator("#exl_model_dir textarea, #exl_model_dir input")
         sync_api.expect(toggle).not_to_be_visible()
-        chosen.fill(str(frob))
-        page.page.keyboard.press("Enter")
-        page.expect_gauge("FrobForCausalLM")
+        page.choose_model(frob)
         page.expect_gauge("Cannot be loaded")
         toggle.check()
         page.expect_options("8,192 tokens of context")
@@ -312,8 +305,6 @@ def test_a_model_of_an_unknown_architecture_is_offered_to_run_as_llama(
         page.expect_gauge("Measured equals reserved, to the byte")
         sync_api.expect(page.page.locator("#exl_as_llama input")).to_be_checked()
         # It does not stay for another folder.
-        page.page.locator("#exl_model_dir textarea, #exl_model_dir input").fill(str(DEMO_MODEL))
-        page.page.keyboard.press("Enter")
-        page.expect_gauge("demo_model")
+        page.choose_model(DEMO_MODEL)
         sync_api.expect(page.page.locator("#exl_as_llama input")).not_to_be_visible()
         page.expect_gauge("Details")

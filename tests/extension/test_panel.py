@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 
 import pytest
 
@@ -122,8 +123,11 @@ def test_a_failed_plan_is_one_message(tmp_path, tiny_model):
 
 def loaded(session, options):
     session.start_load(options)
-    *shown, last = session.follow()
-    return shown, last
+    shown = []
+    while html := session.progress_html():
+        shown.append(html)
+        time.sleep(0.05)
+    return shown, session.wait()
 
 
 def test_a_session_loads_shows_and_unloads(tiny_model_dir):

@@ -19,10 +19,10 @@ SCREENSHOTS = os.environ.get("EXL_LOADER_SCREENSHOTS")
 WAIT_MS = 60_000
 
 
-def serve(**environ):
+def serve(*arguments, **environ):
     """Start the page as `install.py --demo` does; yield its address."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "extension.page.server", "--no-browser"], cwd=REPO,
+        [sys.executable, "-m", "extension.page.server", "--no-browser", *arguments], cwd=REPO,
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         env={**os.environ, **environ},
     )
@@ -40,19 +40,20 @@ class Page:
     """An open page: what a user sees of it and does with it."""
 
     def __init__(self, browser, address, *, theme="light", width=1280, height=1000):
-        self.page = browser.new_page(viewport={"width": width, "height": height},
-                                     color_scheme=theme)
+        """Open it in a browser, or in a context, where it is another tab of the same browser."""
+        if isinstance(browser, sync_api.BrowserContext):
+            self.page = browser.new_page()
+            self.page.set_viewport_size({"width": width, "height": height})
+        else:
+            self.page = browser.new_page(viewport={"width": width, "height": height},
+                                         color_scheme=theme)
         self.page.set_default_timeout(WAIT_MS)
         self.theme, self.errors, self.urls = theme, [], []
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("request", lambda request: self.urls.append(request.url))
         self.page.goto(address)
         self.gauge = self.page.locator("#exl_gauge .exl-gauge")
-        self.gauge.wait_for()
-        # From now on the page shows the loaded model, if there is one.
-        stats = self.page.locator("#exl_stats")
-        sync_api.expect(stats).to_be_visible(timeout=WAIT_MS)
-        sync_api.expect(stats).not_to_contain_text("Opening", timeout=WAIT_MS)
+        self.wait_until_open()
 
     def __enter__(self):
         return self
@@ -61,6 +62,33 @@ class Page:
         self.page.close()
         if kind is None:
             assert self.errors == []
+
+    def wait_until_open(self):
+        """Wait until the page shows the loaded model, if there is one."""
+        self.gauge.wait_for()
+        line = self.page.locator("#exl_line")
+        sync_api.expect(line).to_be_visible(timeout=WAIT_MS)
+        sync_api.expect(line).not_to_contain_text("Opening", timeout=WAIT_MS)
+        sync_api.expect(line).not_to_contain_text("being loaded", timeout=WAIT_MS)
+        # The panel shows it too, and would overwrite what is typed before.
+        seen = self.page.locator("#exl_seen_model textarea, #exl_seen_model input")
+        sync_api.expect(seen).to_have_value(re.compile(r"^\d+$"), timeout=WAIT_MS)
+
+    def reload(self):
+        self.page.reload()
+        self.wait_until_open()
+
+    def load_model(self, folder):
+        """Type a folder, and load its model."""
+        self.choose_model(folder)
+        self.click("#exl_load")
+        self.expect_gauge("Measured equals reserved, to the byte")
+        self.expect_text("#exl_line", folder.name)
+
+    def choose_model(self, folder):
+        self.page.locator("#exl_model_dir input").fill(str(folder))
+        self.page.keyboard.press("Enter")
+        self.expect_gauge(folder.name)
 
     def expect_gauge(self, text):
         sync_api.expect(self.gauge).to_contain_text(text, timeout=WAIT_MS)

@@ -1,0 +1,138 @@
+"""JavaScript of the text side: who a tab is, files of conversations, and scrolling.
+
+A tab's conversation has a name in the tab's `sessionStorage`, which a reload keeps and another tab
+does not see. The browser has a name in `localStorage`, by which a new tab finds the conversations
+of closed ones. Files are read and written by the browser itself, so the server accepts no uploads
+(`guard.py`) and keeps no copies of conversations in files.
+
+Every function here returns the source of a JavaScript function for Gradio's `js=`.
+"""
+
+from __future__ import annotations
+
+import json
+
+from .guard import MAX_BODY_BYTES
+
+BROWSER, CONVERSATION = "exl_loader_browser", "exl_loader_conversation"
+
+# A request has the text as JSON, in which a character may take twice its bytes.
+MAX_FILE_BYTES = MAX_BODY_BYTES // 4
+
+# A reader who is nearer to the end than this is following what is written.
+NEAR_PIXELS = 40
+
+
+def identify_tab() -> str:
+    """Name the tab: `() -> "BROWSER/CONVERSATION"`. A browser without storage gets new names."""
+    return f"""() => {{
+  const name = () => [...crypto.getRandomValues(new Uint8Array(16))]
+    .map(byte => byte.toString(16).padStart(2, "0")).join("");
+  const kept = (storage, key) => {{
+    try {{
+      const found = window[storage].getItem(key);
+      if (/^[0-9a-f]{{32}}$/.test(found ?? "")) return found;
+      const made = name();
+      window[storage].setItem(key, made);
+      return made;
+    }} catch {{ return name(); }}
+  }};
+  return [kept("localStorage", "{BROWSER}") + "/" + kept("sessionStorage", "{CONVERSATION}")];
+}}"""
+
+
+def remember_tab() -> str:
+    """Remember which conversation the tab shows now: `tab -> nothing`."""
+    return f"""tab => {{
+  try {{ if (tab) sessionStorage.setItem("{CONVERSATION}", tab.split("/")[1]); }} catch {{ }}
+}}"""
+
+
+def choose_file() -> str:
+    """Let the user choose a file: `(tab, file) -> [tab, JSON with its name, size and text]`.
+
+    The second value is empty if no file was chosen, and its text is empty if it is too long.
+    """
+    return f"""tab => new Promise(resolve => {{
+  const input = document.createElement("input");
+  input.type = "file";
+  input.accept = ".json,application/json";
+  input.addEventListener("cancel", () => resolve([tab, ""]));
+  input.addEventListener("change", async () => {{
+    const file = input.files[0];
+    let text = "";
+    try {{ if (file.size <= {MAX_FILE_BYTES}) text = await file.text(); }} catch {{ }}
+    resolve([tab, JSON.stringify({{name: file.name, size: file.size, text}})]);
+  }});
+  input.click();
+}})"""
+
+
+def save_file(name: str) -> str:
+    """Have the browser save a text as a file: `text -> nothing`. An empty text is not saved."""
+    return f"""text => {{
+  if (!text) return;
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([text], {{type: "application/json"}}));
+  link.download = {json.dumps(name)};
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+}}"""
+
+
+def follow_text(selector: str) -> str:
+    """Scroll a text field with what is written at its end: `() -> nothing`, after each change.
+
+    A reader who has scrolled up stays where they are. Gradio's own `autoscroll` never scrolls a
+    field that was not long enough to scroll when the text began.
+
+    Args:
+        selector: of the text field.
+    """
+    return f"""() => {{
+  const area = document.querySelector({json.dumps(selector)});
+  if (!area) return;
+  // The height of the text at the last call says whether the reader was at its end.
+  const was = area.exlHeight ?? area.scrollHeight;
+  const follows = area.scrollTop + area.clientHeight >= was - {NEAR_PIXELS};
+  requestAnimationFrame(() => {{
+    const typing = document.activeElement === area && !area.disabled && !area.readOnly;
+    if (follows && !typing) area.scrollTop = area.scrollHeight;
+    area.exlHeight = area.scrollHeight;
+  }});
+}}"""
+
+
+def follow_log(selector: str) -> str:
+    """Scroll an element with what is written in it: `() -> nothing`, after each change.
+
+    A reader who has scrolled up stays where they are. Gradio's own `autoscroll` scrolls 300 ms
+    after it has looked where the reader is, so while text is written nobody can scroll up.
+
+    Args:
+        selector: of the element.
+    """
+    return f"""() => {{
+  const log = document.querySelector({json.dumps(selector)});
+  if (!log || log.exlFollowed) return;
+  log.exlFollowed = true;
+  let height = 0;
+  const follow = () => {{
+    const follows = log.scrollTop + log.clientHeight >= height - {NEAR_PIXELS};
+    if (follows) log.scrollTop = log.scrollHeight;
+    height = log.scrollHeight;
+  }};
+  follow();
+  new MutationObserver(follow).observe(
+    log, {{childList: true, subtree: true, characterData: true}});
+}}"""
+
+
+def scroll_to_end(selector: str) -> str:
+    """Scroll an element to its end: `() -> nothing`, when the model begins to write there."""
+    return f"""() => {{
+  const element = document.querySelector({json.dumps(selector)});
+  if (!element) return;
+  element.scrollTop = element.scrollHeight;
+  element.exlHeight = element.scrollHeight;
+}}"""

@@ -1,0 +1,368 @@
+"""The chat and the notebook of the standalone page, in headless Chromium.
+
+The model of these tests writes `a` after any text for as long as it may, so that there is time
+to scroll, to reload and to open another tab while it writes.
+"""
+
+import json
+
+import pytest
+
+from support.tiny import write_tiny_model
+from support.webui_page import CHROMIUM
+
+sync_api = pytest.importorskip("playwright.sync_api")
+pytest.importorskip("gradio")
+
+from support.page_server import WAIT_MS, Page, serve, write_endless_model  # noqa: E402
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+LOG = "#exl_chatbot [role=log]"
+TEXT = "#exl_text textarea"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium"),
+]
+
+expect = sync_api.expect
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    talker = write_endless_model(folder / "talker")
+    config = talker / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": TEMPLATE}))
+    write_tiny_model(folder / "silent")
+    (folder / "llama.gguf").write_bytes(b"GGUF")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(models):
+    yield from serve(str(models / "talker"))
+
+
+@pytest.fixture
+def address(server, browser, models):
+    """A page whose model is loaded, also after a test that has unloaded it."""
+    with Page(browser, server) as page:
+        if "talker" not in page.page.inner_text("#exl_line"):
+            page.load_model(models / "talker")
+    return server
+
+
+@pytest.fixture
+def context(browser):
+    """A browser of its own, with tabs and storage."""
+    context = browser.new_context()
+    yield context
+    context.close()
+
+
+def set_length(page, tokens):
+    if not page.page.locator("#exl_max_new_tokens input").is_visible():
+        page.click("#exl_settings > button")
+    page.page.locator("#exl_max_new_tokens input").fill(str(tokens))
+    page.page.keyboard.press("Tab")
+
+
+def say(page, text):
+    page.page.locator("#exl_message textarea").fill(text)
+    page.page.keyboard.press("Enter")
+
+
+def expect_writing(page, stop="#exl_stop_chat"):
+    expect(page.page.locator(stop)).to_be_enabled(timeout=WAIT_MS)
+
+
+def expect_idle(page, stop="#exl_stop_chat"):
+    expect(page.page.locator(stop)).to_be_disabled(timeout=WAIT_MS)
+
+
+def answers(page):
+    return page.page.locator("#exl_chatbot [data-testid=bot]")
+
+
+def questions(page):
+    return page.page.locator("#exl_chatbot [data-testid=user]")
+
+
+def length_of_answer(page):
+    return len(answers(page).last.inner_text())
+
+
+def wait_until_longer(page, than):
+    page.page.wait_for_function(
+        "([css, than]) => [...document.querySelectorAll(css)].at(-1)?.innerText.length > than",
+        arg=["#exl_chatbot [data-testid=bot]", than])
+
+
+def position(page, selector):
+    """Return how far an element is scrolled, and the pixels below what is visible."""
+    return page.page.locator(selector).evaluate(
+        "e => [e.scrollTop, e.scrollHeight - e.clientHeight - e.scrollTop]")
+
+
+def wait_until_it_scrolls(page, selector, pixels):
+    page.page.wait_for_function(
+        "([css, pixels]) => { const e = document.querySelector(css);"
+        " return e.scrollHeight > e.clientHeight + pixels; }", arg=[selector, pixels])
+
+
+def expect_at_end(page, selector):
+    page.page.wait_for_function(
+        "css => { const e = document.querySelector(css);"
+        " return e.scrollTop > 0 && e.scrollHeight - e.clientHeight - e.scrollTop < 60; }",
+        arg=selector)
+
+
+def test_a_chat_is_written_continued_written_again_and_edited(browser, address):
+    with Page(browser, address) as page:
+        set_length(page, 20)
+        say(page, "Hello <b>you</b>")
+        expect(answers(page)).to_have_text("a" * 20, timeout=WAIT_MS)
+        expect(questions(page)).to_contain_text("Hello")
+        assert page.page.locator("#exl_message textarea").input_value() == ""
+        page.expect_text("#exl_stats", "20 tokens")
+        expect_idle(page)
+
+        page.click("#exl_continue")
+        expect(answers(page)).to_have_text("a" * 40, timeout=WAIT_MS)
+        expect_idle(page)
+        page.click("#exl_regenerate")
+        expect(answers(page)).to_have_text("a" * 20, timeout=WAIT_MS)
+        say(page, "And now?")
+        expect(answers(page)).to_have_count(2, timeout=WAIT_MS)
+        expect_idle(page)
+
+        # Another answer stays, another question drops what followed it.
+        edit(page, 1, "edited answer")
+        expect(answers(page).first).to_have_text("edited answer", timeout=WAIT_MS)
+        expect(answers(page)).to_have_count(2)
+        edit(page, 0, "Who are you?")
+        expect(questions(page)).to_have_count(1, timeout=WAIT_MS)
+        expect(questions(page)).to_have_text("Who are you?")
+        expect(answers(page)).to_have_text("a" * 20, timeout=WAIT_MS)
+
+
+def edit(page, index, text):
+    page.page.get_by_role("button", name="Edit").nth(index).click()
+    field = page.page.locator("#exl_chatbot textarea")
+    field.fill(text)
+    page.page.get_by_role("button", name="Submit").click()
+
+
+def test_the_chat_scrolls_with_what_is_written_but_not_under_a_reader(browser, address):
+    with Page(browser, address, height=700) as page:
+        set_length(page, 4000)
+        say(page, "\n\n".join("one two three" for _ in range(30)))
+        wait_until_it_scrolls(page, LOG, 300)
+        expect_writing(page)
+        wait_until_longer(page, 200)
+        expect_at_end(page, LOG)
+        # The reader scrolls up: the text grows, and stays where it is.
+        page.page.locator(LOG).evaluate("e => { e.scrollTop = 10; }")
+        before = length_of_answer(page)
+        wait_until_longer(page, before + 300)
+        assert position(page, LOG)[0] == 10
+        page.click("#exl_stop_chat")
+        expect_idle(page)
+        page.expect_text("#exl_stats", "stopped")
+
+
+def test_the_notebook_scrolls_with_what_is_written_but_not_under_a_reader(browser, address):
+    with Page(browser, address, height=900) as page:
+        page.page.get_by_role("tab", name="Notebook").click()
+        set_length(page, 4000)
+        page.page.locator(TEXT).fill("one two three\n" * 60)
+        page.click("#exl_write")
+        expect_writing(page, "#exl_stop")
+        expect_at_end(page, TEXT)
+        written = len(page.value(TEXT))
+        page.page.wait_for_function(
+            "([css, than]) => document.querySelector(css).value.length > than",
+            arg=[TEXT, written + 800])
+        expect_at_end(page, TEXT)
+        page.page.locator(TEXT).evaluate("e => { e.scrollTop = 10; }")
+        written = len(page.value(TEXT))
+        page.page.wait_for_function(
+            "([css, than]) => document.querySelector(css).value.length > than",
+            arg=[TEXT, written + 300])
+        assert position(page, TEXT)[0] == 10
+        page.click("#exl_stop")
+        expect_idle(page, "#exl_stop")
+        assert len(page.value(TEXT)) > written
+        page.click("#exl_undo")
+        expect(page.page.locator(TEXT)).to_have_value("one two three\n" * 60, timeout=WAIT_MS)
+
+
+def test_a_reload_loses_nothing_and_goes_on_with_the_text(context, address):
+    with Page(context, address) as page:
+        page.click("#exl_system_fold > button")
+        page.page.locator("#exl_system textarea").fill("Be brief.")
+        set_length(page, 3000)
+        page.page.locator("#exl_temperature input").fill("0.25")
+        page.page.keyboard.press("Tab")
+        say(page, "Hello")
+        expect_writing(page)
+        wait_until_longer(page, 100)
+        page.page.locator("#exl_message textarea").press_sequentially("next question")
+        before = length_of_answer(page)
+        page.reload()
+        expect(questions(page)).to_have_text("Hello", timeout=WAIT_MS)
+        expect_writing(page)
+        wait_until_longer(page, before + 100)
+        assert page.value("#exl_message textarea") == "next question"
+        page.click("#exl_settings > button")
+        assert page.value("#exl_temperature input") == "0.25"
+        assert page.value("#exl_max_new_tokens input") == "3000"
+        page.click("#exl_system_fold > button")
+        assert page.value("#exl_system textarea") == "Be brief."
+        page.click("#exl_stop_chat")
+        expect_idle(page)
+        page.page.get_by_role("tab", name="Notebook").click()
+        # Gradio is still setting a field up when its tab opens, and typing takes a person longer.
+        page.click(TEXT)
+        page.page.locator(TEXT).press_sequentially("typed", delay=50)
+        page.reload()
+        page.page.get_by_role("tab", name="Notebook").click()
+        expect(page.page.locator(TEXT)).to_have_value("typed", timeout=WAIT_MS)
+
+
+def test_tabs_write_at_once_and_stop_alone(context, address):
+    with Page(context, address) as first, Page(context, address) as second:
+        for page, question in ((first, "first"), (second, "second")):
+            set_length(page, 4000)
+            say(page, question)
+            expect_writing(page)
+        for page in (first, second):
+            page.page.bring_to_front()
+            wait_until_longer(page, length_of_answer(page) + 50)
+        second.click("#exl_stop_chat")
+        expect_idle(second)
+        first.page.bring_to_front()
+        expect_writing(first)
+        wait_until_longer(first, length_of_answer(first) + 50)
+        first.click("#exl_stop_chat")
+        expect_idle(first)
+        expect(questions(first)).to_have_text("first")
+    # What a closed tab wrote is in the list of the next one.
+    with Page(context, address) as third:
+        third.click("#exl_picker input")
+        third.page.get_by_role("option", name="second").click()
+        expect(questions(third)).to_have_text("second", timeout=WAIT_MS)
+        third.click("#exl_new")
+        expect(questions(third)).to_have_count(0, timeout=WAIT_MS)
+        third.reload()
+        expect(questions(third)).to_have_count(0)
+
+
+def test_another_browser_does_not_see_the_conversations(browser, address):
+    with Page(browser, address) as page:
+        set_length(page, 5)
+        say(page, "a secret")
+        expect(answers(page)).to_have_count(1, timeout=WAIT_MS)
+    with Page(browser, address) as other:
+        other.click("#exl_picker input")
+        expect(other.page.get_by_role("option", name="New conversation")).to_be_visible()
+        expect(other.page.get_by_role("option", name="a secret")).to_have_count(0)
+
+
+def test_a_conversation_is_saved_and_opened_and_a_bad_file_changes_nothing(
+    browser, address, tmp_path
+):
+    saved = tmp_path / "conversation.json"
+    with Page(browser, address) as page:
+        set_length(page, 15)
+        say(page, "Keep this")
+        expect(answers(page)).to_have_text("a" * 15, timeout=WAIT_MS)
+        with page.page.expect_download() as download:
+            page.click("#exl_save")
+        assert download.value.suggested_filename == "conversation.json"
+        download.value.save_as(saved)
+        messages = json.loads(saved.read_text())["messages"]
+        assert messages == [{"role": "user", "content": "Keep this"},
+                            {"role": "assistant", "content": "a" * 15}]
+        page.click("#exl_new")
+        expect(questions(page)).to_have_count(0, timeout=WAIT_MS)
+        say(page, "Another")
+        expect(answers(page)).to_have_text("a" * 15, timeout=WAIT_MS)
+
+        for data in (b"{", b'{"messages": [{"role": "user"}]}', b"\xff\xfe\x00"):
+            bad = tmp_path / "bad.json"
+            bad.write_bytes(data)
+            choose_file(page, bad)
+            page.expect_text("#exl_problem", "not a conversation")
+            expect(questions(page)).to_have_text("Another")
+        set_length(page, 3)
+        choose_file(page, saved)
+        expect(questions(page)).to_have_text("Keep this", timeout=WAIT_MS)
+        expect(page.page.locator("#exl_problem")).not_to_be_visible()
+        expect(page.page.locator("#exl_max_new_tokens input")).to_have_value("15")
+
+
+def choose_file(page, path):
+    with page.page.expect_file_chooser() as chooser:
+        page.click("#exl_open")
+    chooser.value.set_files(path)
+
+
+def test_another_model_ends_the_text_of_every_tab_with_a_message(context, address, models):
+    with Page(context, address) as first, Page(context, address) as second:
+        set_length(first, 4000)
+        say(first, "Hello")
+        expect_writing(first)
+        wait_until_longer(first, 50)
+        second.load_model(models / "silent")
+        first.page.bring_to_front()
+        first.expect_text("#exl_problem", "unloaded")
+        first.expect_text("#exl_line", "silent")
+        first.expect_text("#exl_line", "no chat template")
+        expect(first.page.get_by_role("tab", name="Chat")).to_have_count(0)
+        first.expect_gauge("silent")
+        second.load_model(models / "talker")
+        first.expect_text("#exl_line", "talker")
+        expect(questions(first)).to_have_text("Hello", timeout=WAIT_MS)
+        assert length_of_answer(first) > 50
+        second.click("#exl_unload")
+        first.expect_text("#exl_line", "No model is loaded")
+        first.page.get_by_role("tab", name="Notebook").click()
+        first.page.locator(TEXT).fill("abc")
+        first.click("#exl_write")
+        first.expect_text("#exl_problem", "not loaded")
+        assert first.value(TEXT) == "abc"
+
+
+def test_the_picker_names_models_and_what_cannot_be_loaded(browser, address):
+    with Page(browser, address) as page:
+        page.click("#exl_models > button")
+        page.expect_text("#exl_found", "llama.gguf")
+        page.expect_text("#exl_found", "GGUF file")
+        page.click("#exl_model_dir input")
+        page.page.get_by_role("option", name="silent").click()
+        page.expect_gauge("silent")
+        page.page.locator("#exl_models_dir textarea, #exl_models_dir input").fill("/nowhere")
+        page.click("#exl_find")
+        page.expect_text("#exl_found", "/nowhere")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [400, 1366])
+def test_the_text_comes_before_the_options(browser, address, width, theme):
+    with Page(browser, address, width=width, height=768, theme=theme) as page:
+        chat = page.page.locator("#exl_chatbot").bounding_box()
+        options = page.page.locator("#exl_model_dir").bounding_box()
+        assert chat["y"] + chat["height"] < 768
+        if width == 400:
+            assert options["y"] > chat["y"] + chat["height"]
+        else:
+            assert options["x"] >= chat["x"] + chat["width"]
+        assert page.page.evaluate("document.documentElement.scrollWidth") <= width
+        page.expect_text("#exl_ctx_size", "Context length")
+        page.expect_text("#exl_ctx_size", "ctx_size")

@@ -1,0 +1,228 @@
+"""Open conversations: written by threads of the server, whatever tabs and models do meanwhile."""
+
+import json
+import time
+
+import pytest
+
+import exl_loader
+from exl_loader import InvalidSettings, SamplingSettings
+from exl_loader.commands.model_options import DEMO_MODEL
+from extension.page.conversation import Conversation
+from extension.page.session import ContinuedAnswer, Session
+from extension.page.writing import MAX_CONVERSATIONS, Conversations, OpenConversation, new_key
+from extension.panel.panel import ModelChoice
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+SHORT = {"max_new_tokens": 6, "temperature": 0}
+LONG = {"max_new_tokens": 4000, "temperature": 0, "ban_eos_token": True}
+
+
+@pytest.fixture
+def session(tiny_model):
+    folder = tiny_model("talker")
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": TEMPLATE}))
+    session = Session()
+    session.start_load(ModelChoice(str(folder), ctx_size=8192))
+    assert session.wait() == ""
+    yield session
+    session.unload()
+
+
+def opened(session, settings, **values):
+    return OpenConversation(session, Conversation(settings=dict(settings), **values))
+
+
+def finish(conversation):
+    while conversation.is_writing:
+        time.sleep(0.01)
+    return conversation.shown()
+
+
+def wait_for_text(conversation):
+    while not (shown := conversation.shown()).conversation.turns[-1].content:
+        time.sleep(0.01)
+    return shown
+
+
+def test_a_question_is_answered_and_the_answer_goes_on_and_is_written_again(session):
+    conversation = opened(session, SHORT | {"ban_eos_token": True}, draft="a")
+    assert conversation.attempt(OpenConversation.send, "ab")
+    shown = finish(conversation)
+    question, answer = shown.conversation.turns
+    assert (question.content, shown.conversation.draft, shown.problem) == ("ab", "", "")
+    assert "6 tokens" in shown.stats and "length" in shown.stats and answer.content
+
+    assert conversation.attempt(OpenConversation.continue_answer)
+    longer = finish(conversation)
+    assert longer.conversation.turns[1].content.startswith(answer.content)
+    assert len(longer.conversation.turns[1].content) > len(answer.content)
+    assert len(longer.conversation.turns) == 2 and "6 tokens" in longer.stats
+
+    assert conversation.attempt(OpenConversation.regenerate)
+    assert finish(conversation).conversation.turns == shown.conversation.turns
+
+
+@pytest.mark.skipif(not DEMO_MODEL.is_dir(), reason="no demo model")
+def test_an_answer_that_goes_on_keeps_the_space_at_its_beginning():
+    with exl_loader.load(DEMO_MODEL, ctx_size=512) as model:
+        settings = SamplingSettings(max_new_tokens=20, temperature=0)
+        for prompt in ("def read(self, path):\n    return", "import os\nfrom"):
+            expected = "".join(model.generate(prompt, settings))
+            assert expected.startswith(" "), "else this test shows nothing"
+            ids = model.tokenizer.prompt_ids(prompt)
+            assert "".join(ContinuedAnswer(model, ids, settings)) == expected
+
+
+def test_an_edited_question_is_answered_anew(session):
+    conversation = opened(session, SHORT)
+    for text in ("ab", "cd"):
+        conversation.send(text)
+        finish(conversation)
+    conversation.edit(1, "edited")
+    assert finish(conversation).conversation.turns[1].content == "edited"
+    assert len(conversation.shown().conversation.turns) == 4
+    conversation.edit(0, "xy")
+    assert [turn.content for turn in finish(conversation).conversation.turns][:1] == ["xy"]
+
+
+def test_the_system_prompt_is_read(session):
+    plain, with_system = opened(session, LONG), opened(session, LONG, system="You know this.")
+    for conversation in (plain, with_system):
+        conversation.send("ab")
+        wait_for_text(conversation)
+        conversation.stop()
+    tokens = [int(finish(c).stats.split("prompt ")[1].split()[0]) for c in (plain, with_system)]
+    assert tokens[1] - tokens[0] == len("system: You know this.\n")
+
+
+def test_several_conversations_are_written_at_once_and_stop_alone(session):
+    first, second = opened(session, LONG), opened(session, LONG)
+    first.send("ab")
+    second.send("ab")
+    wait_for_text(first)
+    wait_for_text(second)
+    assert first.is_writing and second.is_writing
+    first.stop()
+    assert "stopped" in finish(first).stats
+    assert second.is_writing
+    second.stop()
+    finish(second)
+
+
+def test_one_conversation_is_written_once_at_a_time(session):
+    conversation = opened(session, LONG)
+    conversation.send("ab")
+    before = wait_for_text(conversation).conversation.turns[0]
+    for action, values in ((OpenConversation.send, ["cd"]), (OpenConversation.regenerate, []),
+                           (OpenConversation.edit, [0, "x"]), (OpenConversation.write, ["x"])):
+        assert not conversation.attempt(action, *values)
+        assert "being written" in conversation.shown().problem
+    conversation.keep(text="typed", draft="typed")
+    conversation.stop()
+    shown = finish(conversation)
+    assert shown.conversation.turns[0] == before
+    assert (shown.conversation.text, shown.conversation.draft) == ("", "typed")
+
+
+@pytest.mark.parametrize("reload", [False, True])
+def test_unloading_ends_a_text_with_a_message_and_keeps_it(session, reload):
+    conversation = opened(session, LONG)
+    conversation.send("ab")
+    wait_for_text(conversation)
+    if reload:
+        session.start_load(session.options)
+        assert session.wait() == ""
+    else:
+        session.unload()
+    shown = finish(conversation)
+    assert "unloaded" in shown.problem and shown.conversation.turns[1].content
+    assert conversation.attempt(OpenConversation.continue_answer) == reload
+    conversation.stop()
+    finish(conversation)
+
+
+def test_an_error_leaves_the_conversation_as_it_was():
+    conversation = opened(Session(), SHORT, draft="ab", text="x")
+    before = conversation.shown().conversation
+    for action, values in ((OpenConversation.send, ["ab"]), (OpenConversation.write, ["cd"])):
+        assert not conversation.attempt(action, *values)
+        assert "not loaded" in conversation.shown().problem
+        assert conversation.shown().conversation == before
+    for data in ("{", '{"messages": 3}'):
+        assert not conversation.attempt(OpenConversation.replace, data)
+        assert "not a conversation" in conversation.shown().problem
+        assert conversation.shown().conversation == before
+
+
+def test_a_file_replaces_the_conversation_and_keeps_other_settings():
+    conversation = opened(Session(), SHORT)
+    other = Conversation(text="new", settings={"temperature": 0.5})
+    conversation.replace(other.to_json())
+    assert conversation.shown().conversation.text == "new"
+    assert conversation.shown().conversation.settings == SHORT | {"temperature": 0.5}
+
+
+def test_a_text_goes_on_is_taken_back_and_written_again(session):
+    conversation = opened(session, SHORT)
+    conversation.write("ab")
+    written = finish(conversation).conversation.text
+    assert written.startswith("ab") and len(written) > 2 and conversation.shown().in_text
+    conversation.write_again()
+    assert finish(conversation).conversation.text == written
+    conversation.undo()
+    assert conversation.shown().conversation.text == "ab"
+
+
+def test_what_the_model_did_not_read_is_said(session):
+    conversation = opened(session, {"max_new_tokens": 2, "temperature": 0})
+    conversation.write("ab\n" * 4000)
+    shown = finish(conversation)
+    assert "did not read the first" in shown.notice and "8,192" in shown.notice
+    assert shown.conversation.text.startswith("ab\n" * 4000) and shown.problem == ""
+    for index in range(3):
+        conversation.send(f"{index}" * 4000)
+        shown = finish(conversation)
+    assert "The 2 oldest messages were left out" in shown.notice or "4 oldest" in shown.notice
+    assert len(shown.conversation.turns) >= 5, "the page still shows them"
+    conversation.send("a")
+    assert "left out" in finish(conversation).notice
+    conversation.write("ab")
+    assert finish(conversation).notice == ""
+
+
+def tab(browser, key=None):
+    return f"{browser}/{key or new_key()}"
+
+
+def test_a_tab_finds_its_conversation_again_and_others_do_not():
+    conversations = Conversations(Session(), Conversation(text="first"))
+    browser, other = new_key(), new_key()
+    first, second = tab(browser), tab(browser)
+    conversations.get(first).keep(text="mine", settings={"seed": 1})
+    assert conversations.get(first).shown().conversation.text == "mine"
+    fresh = conversations.get(second).shown().conversation
+    assert (fresh.text, fresh.settings) == ("", {"seed": 1})
+    assert conversations.get(tab(other)).shown().conversation.text == "first"
+    assert conversations.listed(first) == [("mine", first)]
+    assert conversations.listed(second) == [("New conversation", second), ("mine", first)]
+
+
+def test_the_oldest_conversations_go_when_there_are_too_many():
+    conversations = Conversations(Session(), Conversation())
+    browser = new_key()
+    tabs = [tab(browser) for _ in range(MAX_CONVERSATIONS + 2)]
+    for index, name in enumerate(tabs):
+        conversations.get(name).keep(text=str(index))
+    assert len(conversations.listed(tabs[-1])) == MAX_CONVERSATIONS
+    assert ("0", tabs[0]) not in conversations.listed(tabs[-1])
+
+
+@pytest.mark.parametrize("name", ["", "/", "a/b", "../" + "0" * 32, "0" * 65, f"{'0' * 32}/x"])
+def test_a_tab_without_a_name_is_refused(name):
+    with pytest.raises(InvalidSettings, match="Reload the page"):
+        Conversations(Session(), Conversation()).get(name)
