@@ -92,8 +92,9 @@ def follow_text(selector: str) -> str:
     return f"""() => {{
   const area = document.querySelector({json.dumps(selector)});
   if (!area) return;
-  // The height of the text at the last call says whether the reader was at its end.
-  const was = area.exlHeight ?? area.scrollHeight;
+  // The height of the text at the last call says whether the reader was at its end. At first the
+  // end is shown, where the model writes.
+  const was = area.exlHeight ?? 0;
   const follows = area.scrollTop + area.clientHeight >= was - {NEAR_PIXELS};
   requestAnimationFrame(() => {{
     const typing = document.activeElement === area && !area.disabled && !area.readOnly;

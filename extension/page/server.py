@@ -47,9 +47,11 @@ PAGE_STYLE = """\
 .exl-text textarea { font-family: var(--font-mono); font-size: 0.86rem; line-height: 1.5; }
 .exl-hidden { display: none !important; }
 .exl-buttons { gap: 0.5rem !important; flex-wrap: nowrap !important; align-items: center; }
-.exl-buttons > button { min-width: 0 !important; padding-inline: 0.4rem; }
-@media (max-width: 480px) { .exl-buttons > button { font-size: 0.82rem; padding-inline: 0.1rem; } }
-.exl-buttons input { text-overflow: ellipsis; }
+.exl-buttons > button { min-width: 0 !important; padding-inline: 0.4rem !important; }
+@media (max-width: 480px) { .exl-buttons > button { font-size: 0.8rem !important;
+  padding-inline: 0.25rem !important; flex: 1 1 auto !important; width: auto; } }
+:is(#exl_picker, #exl_model_dir) input { text-overflow: ellipsis; padding-right: 1.6rem; }
+#exl_line code { white-space: nowrap; }
 #exl_stats, #exl_line { color: var(--body-text-color-subdued); font-size: 0.92rem; }
 #exl_line b { color: var(--body-text-color); }
 #exl_stats { font-variant-numeric: tabular-nums; min-height: 1.4em; }

@@ -51,6 +51,9 @@ def test_the_shipped_model_loads_generates_follows_its_options_and_unloads(brows
         page.expect_text("#exl_stats", "tokens/s")
         page.expect_text("#exl_stats", "seed")
         assert len(page.value("#exl_text textarea")) > 100
+        page.page.wait_for_function(
+            "() => { const e = document.querySelector('#exl_text textarea');"
+            " return e.scrollTop > 0 && e.scrollHeight - e.clientHeight - e.scrollTop < 60; }")
 
         fp16_bytes = page.cache_bytes()
         page.toggle("cache_4bit")
@@ -88,6 +91,18 @@ def test_the_shipped_model_loads_generates_follows_its_options_and_unloads(brows
         page.click("#exl_write")
         page.expect_text("#exl_problem", "not loaded")
         assert [url for url in page.urls if "127.0.0.1" not in url and url[:5] != "data:"] == []
+
+
+def write_on(page):
+    """Have the notebook's text continued, after the one that is being written, to its end."""
+    stop = page.page.locator("#exl_stop")
+    sync_api.expect(stop).to_be_disabled(timeout=WAIT_MS)
+    before = len(page.value("#exl_text textarea"))
+    page.click("#exl_write")
+    page.page.wait_for_function(
+        "than => document.querySelector('#exl_text textarea').value.length > than", arg=before)
+    sync_api.expect(stop).to_be_disabled(timeout=WAIT_MS)
+    page.expect_text("#exl_stats", "seed")
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -131,8 +146,7 @@ def test_one_click_makes_a_model_fit(browser, tight_address, theme):
         page.shoot("gauge-loaded")
         page.gauge.locator("summary").click()
         page.expect_text("#exl_line", "3.6 MB and has read only Python")
-        page.click("#exl_write")
-        page.expect_text("#exl_stats", "seed")
+        write_on(page)
         page.shoot("page", whole=True)
         page.click("#exl_unload")
         page.expect_gauge("Fits")

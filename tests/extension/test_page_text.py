@@ -364,5 +364,8 @@ def test_the_text_comes_before_the_options(browser, address, width, theme):
         else:
             assert options["x"] >= chat["x"] + chat["width"]
         assert page.page.evaluate("document.documentElement.scrollWidth") <= width
+        for name in ("Send", "Stop", "Regenerate", "Continue", "New", "Save", "Open"):
+            button = page.page.get_by_role("button", name=name, exact=True)
+            assert button.evaluate("e => e.scrollWidth <= e.clientWidth"), name
         page.expect_text("#exl_ctx_size", "Context length")
         page.expect_text("#exl_ctx_size", "ctx_size")
