@@ -29,7 +29,7 @@ class NotebookView:
 
     def __init__(self) -> None:
         self.text = gr.Textbox(
-            label="Text", show_label=False, lines=17, max_lines=17, elem_id="exl_text",
+            label="Text", lines=16, max_lines=16, elem_id="exl_text",
             elem_classes="exl-text", buttons=["copy"], autoscroll=False,
             placeholder="Write the beginning of a text. The model continues it at its end.")
         with gr.Row(elem_classes="exl-buttons"):

@@ -131,6 +131,8 @@ def test_a_chat_is_written_continued_written_again_and_edited(browser, address):
         assert page.page.locator("#exl_message textarea").input_value() == ""
         page.expect_text("#exl_stats", "20 tokens")
         expect_idle(page)
+        for name in ("Copy message", "Copy conversation"):
+            expect(page.page.get_by_role("button", name=name).last).to_be_visible()
 
         page.click("#exl_continue")
         expect(answers(page)).to_have_text("a" * 40, timeout=WAIT_MS)
@@ -179,6 +181,8 @@ def test_the_chat_scrolls_with_what_is_written_but_not_under_a_reader(browser, a
 def test_the_notebook_scrolls_with_what_is_written_but_not_under_a_reader(browser, address):
     with Page(browser, address, height=900) as page:
         page.page.get_by_role("tab", name="Notebook").click()
+        # It copies the text.
+        expect(page.page.locator("#exl_text button")).to_be_visible()
         set_length(page, 4000)
         page.page.locator(TEXT).fill("one two three\n" * 60)
         page.click("#exl_write")
