@@ -25,7 +25,7 @@ from .memory.reservation.costs import DRAFT_PREFIX
 from .memory.reservation.text import refusal
 from .utils.errors import DeviceError, InsufficientMemory, drop_locals, is_out_of_memory
 from .utils.output import warn
-from .utils.progress import Progress, checked_progress, task
+from .utils.progress import LOADING, LOADING_DRAFT, Progress, checked_progress, task
 from .utils.system.processors import torch_on_one_thread
 
 if TYPE_CHECKING:
@@ -58,7 +58,8 @@ def load(
     Args:
         model_dir: folder with config.json and *.safetensors.
         progress: gets the tasks of the load: importing PyTorch, compiling, reserving memory,
-            reading weights, and sampling keys where they have fewer than 8 bits.
+            and for the draft model, if there is one, and then for the model: reading weights, and
+            sampling keys where they have fewer than 8 bits.
         options: see `LoadOptions`.
 
     Raises:
@@ -122,10 +123,12 @@ def _load_planned(
         kept.callback(buffers.release)
         cache_type = CacheType.parse(plan.reservation.cache_type)
         reader = _WeightReader(buffers, ops, cache_type, options, tokenizer, progress)
+        # First, because TabbyAPI shows the progress of a draft model before that of the model.
+        drafting = None if plan.draft is None else reader.model(plan.draft, DRAFT_PREFIX)
         model, cache = reader.model(plan.model)
         draft_model = None
-        if plan.draft is not None:
-            draft, draft_cache = reader.model(plan.draft, DRAFT_PREFIX)
+        if drafting is not None:
+            draft, draft_cache = drafting
             vocab_size = min(model.config.vocab_size, draft.config.vocab_size)
             draft_model = DraftModel(draft, draft_cache, options.draft_max, vocab_size)
         loaded = LoadedModel(model, cache, tokenizer, plan.reservation, buffers, draft_model)
@@ -266,7 +269,7 @@ class _WeightReader:
         )
         views = self._views("weights", prefix) | self._views("embedding", prefix)
         total = sum(spec.nbytes for spec in parts.specs())
-        name = "loading draft weights" if prefix else "loading weights"
+        name = LOADING_DRAFT if prefix else LOADING
         with (
             _refused_memory_is_named(),
             task(self.progress, name, total, "bytes") as advance,

@@ -150,6 +150,33 @@ def test_progress_counts_every_byte(tiny_model_dir, nothing_left):
     assert {"reserving memory", "loading weights"} <= set(recorder.finished)
 
 
+def test_progress_has_the_draft_model_whole_before_the_model(tiny_model, nothing_left):
+    folder, calls = tiny_model(num_hidden_layers=3), []
+    draft = tiny_model("draft", num_hidden_layers=2, hidden_size=32)
+
+    class Ordered(Recorder):
+        def start(self, task, total, unit):
+            super().start(task, total, unit)
+            calls.append(("start", task))
+
+        def finish(self, task):
+            super().finish(task)
+            calls.append(("finish", task))
+
+    recorder, options = Ordered(), {"cache_type": "q4", "model_draft": draft}
+    with exl_loader.load(folder, ctx_size=CTX, progress=recorder, **options) as model:
+        check_kept(model, folder, **options)
+    names = ["loading draft weights", "sampling draft keys", "loading weights", "sampling keys"]
+    reported = [(what, task) for what, task in calls if task in names]
+    assert reported == [(what, task) for task in names for what in ("start", "finish")]
+    for name, path in (("loading draft weights", draft), ("loading weights", folder)):
+        alone = Recorder()
+        exl_loader.load(path, ctx_size=CTX, cache_type="q4", progress=alone).unload()
+        assert recorder.totals[name] == alone.totals["loading weights"]
+        assert recorder.totals[name] == (recorder.done[name], "bytes")
+    assert 0 < recorder.done["loading draft weights"] < recorder.done["loading weights"]
+
+
 @pytest.mark.parametrize(("options", "draft", "tasks"), [
     ({"cache_type": "q4"}, True, {"sampling keys": 3, "sampling draft keys": 2}),
     ({"cache_type": "q8_q4"}, False, {}),
@@ -325,9 +352,15 @@ def test_a_failure_at_each_allocation(
     loads(tiny_model_dir, expected)
 
 
+@pytest.mark.parametrize("drafted", [False, True])
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
-def test_a_failure_at_each_read_of_each_shard(tiny_model, monkeypatch, nothing_left, error):
-    folder = tiny_model(shards=3)
+def test_a_failure_at_each_read_of_each_shard(
+    tiny_model, monkeypatch, nothing_left, error, drafted
+):
+    folder, options = tiny_model(shards=3), {}
+    if drafted:
+        # In a cache of 4 bits the draft model has run before the model is read.
+        options = {"model_draft": tiny_model("draft", shards=2), "cache_type": "q4"}
     expected, fill, calls = loads(folder), Checkpoint._fill, 0
 
     def failing_at(n: int):
@@ -349,12 +382,12 @@ def test_a_failure_at_each_read_of_each_shard(tiny_model, monkeypatch, nothing_l
         with monkeypatch.context() as patch:
             patch.setattr(Checkpoint, "_fill", failing_at(reads))
             try:
-                exl_loader.load(folder, ctx_size=CTX).unload()
+                exl_loader.load(folder, ctx_size=CTX, **options).unload()
             except (InvalidCheckpoint, KeyboardInterrupt):
                 assert memory.live_bytes() == 0 and open_files() == []
             else:
                 break
-    assert reads > 20 and reads == calls + 1
+    assert reads > (40 if drafted else 20) and reads == calls + 1
     loads(folder, expected)
 
 

@@ -17,6 +17,11 @@ from typing import Any, Protocol, TextIO
 from .byte_counts import MIB
 from .errors import InvalidSettings, shown
 
+# The tasks in which a load reads weights; a draft model comes first. A front end tells the two
+# models apart by these names.
+LOADING = "loading weights"
+LOADING_DRAFT = "loading draft weights"
+
 # Plain lines are for logs. A task that ends within the delay writes none; a longer one writes a
 # line every interval.
 PLAIN_DELAY_S = 1.0

@@ -112,8 +112,8 @@ class ExlLoaderContainer:
 
     @property
     def use_draft_model(self) -> bool:
-        """False while the model loads: one bar shows the progress of both models."""
-        return self.loaded and self.draft_model_dir is not None
+        """True with a draft model: TabbyAPI then expects its bar before the model's."""
+        return self.draft_model_dir is not None
 
     @property
     def max_seq_len(self) -> int:
@@ -137,7 +137,8 @@ class ExlLoaderContainer:
             values: `skip_wait` cancels running requests.
 
         Yields:
-            steps done and steps in all, from (0, N) to (N, N).
+            steps done and steps in all, from (0, N) to (N, N), for the draft model if there is
+            one, and then for the model.
 
         Raises:
             ExlLoaderError: what is wrong; nothing stays allocated.
@@ -145,14 +146,12 @@ class ExlLoaderContainer:
         async with self.changing():
             await self.wait_for_jobs(values.get("skip_wait"))
             try:
-                yield 0, loading.STEPS
                 async with aclosing(self._load(self.choice.load)) as steps:
                     async for step in steps:
-                        # The last step says that the model can be used.
-                        if step < loading.STEPS:
-                            yield step, loading.STEPS
+                        yield step, loading.STEPS
                 for line in self._opened():
                     say(line)
+                # The last step says that the model can be used.
                 yield loading.STEPS, loading.STEPS
             except BaseException:
                 # TabbyAPI does not know the container yet, so nobody else would free it.
@@ -160,9 +159,8 @@ class ExlLoaderContainer:
                 raise
 
     async def _load(self, load_options: dict[str, Any]) -> AsyncGenerator[int, None]:
-        """Load the model with the given options; yield the steps."""
-        weights_bytes = self._planned.weights_bytes + self._planned.embedding_bytes
-        loads = loading.load(self.model_dir, load_options, self.threads, weights_bytes)
+        """Load the model with the given options; yield the steps except the last one."""
+        loads = loading.load(self.model_dir, load_options, self.threads)
         async with aclosing(loads) as steps:
             async for step in steps:
                 if isinstance(step, int):

@@ -1,16 +1,17 @@
-"""A load in a thread, its progress in the steps that TabbyAPI counts, and its reservation."""
+"""A load in a thread, its progress in the bars that TabbyAPI draws, and its reservation."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import exl_loader
 from exl_loader import ExlLoaderError, Reservation
 from exl_loader.memory.reservation.text import refusal
+from exl_loader.utils.progress import LOADING, LOADING_DRAFT
 
 from .contract import say
 from .options import Choice
@@ -18,7 +19,8 @@ from .options import Choice
 if TYPE_CHECKING:
     from exl_loader import LoadedModel
 
-# TabbyAPI shows a bar that advances by one for every step.
+# TabbyAPI draws a bar for each model. A bar advances by one for every step, and after its last step
+# TabbyAPI begins the next one.
 STEPS = 100
 
 
@@ -40,7 +42,7 @@ def plan(model_dir: Path, choice: Choice) -> Reservation:
 
 
 async def load(
-    model_dir: Path, options: dict[str, Any], threads: Executor, weights_bytes: int
+    model_dir: Path, options: dict[str, Any], threads: Executor
 ) -> AsyncGenerator[int | LoadedModel, None]:
     """Load a model in a thread.
 
@@ -50,31 +52,33 @@ async def load(
         model_dir: the model's folder.
         options: keywords of `exl_loader.load`.
         threads: has a thread for it.
-        weights_bytes: the planned bytes of all weights.
 
     Yields:
-        1 to STEPS, each once, then the loaded model.
+        0 to STEPS for the draft model if there is one, 0 to STEPS - 1 for the model, each once,
+        then the loaded model in place of the last step.
 
     Raises:
         ExlLoaderError: what is wrong; nothing stays allocated.
     """
-    steps: asyncio.Queue[int | None] = asyncio.Queue()
+    bars = (LOADING_DRAFT, LOADING) if options.get("model_draft") else (LOADING,)
+    reports: asyncio.Queue[_Reached | None] = asyncio.Queue()
     loop = asyncio.get_running_loop()
-    progress = _StepProgress(loop, steps, weights_bytes)
+    progress = _BarProgress(loop, reports, bars)
     work = threads.submit(exl_loader.load, model_dir, progress=progress, **options)
     done = asyncio.wrap_future(work)
-    done.add_done_callback(lambda _: steps.put_nowait(None))
-    shown = 0
+    done.add_done_callback(lambda _: reports.put_nowait(None))
+    shown = _Reached(0, 0)
     is_taken = False
     try:
-        while (step := await steps.get()) is not None:
-            while shown < step:
-                shown += 1
-                yield shown
+        yield shown.step
+        while (reached := await reports.get()) is not None:
+            while shown < reached:
+                shown = shown.next()
+                yield shown.step
         loaded = await done
-        while shown < STEPS:
-            shown += 1
-            yield shown
+        while shown < (len(bars) - 1, STEPS - 1):
+            shown = shown.next()
+            yield shown.step
         is_taken = True
         yield loaded
     finally:
@@ -84,45 +88,60 @@ async def load(
             await loop.run_in_executor(threads, done.result().unload)
 
 
-class _StepProgress:
-    """Counts the bytes of weights that were read, as steps of one bar.
+class _Reached(NamedTuple):
+    """How far a load is: the bar that advances, and its steps."""
+
+    bar: int
+    step: int
+
+    def next(self) -> _Reached:
+        return _Reached(self.bar, self.step + 1) if self.step < STEPS else _Reached(self.bar + 1, 0)
+
+
+class _BarProgress:
+    """Reports the bytes of weights that were read, as steps of a bar for each model.
 
     Args:
-        loop, steps: the queue that gets the number of steps, and its loop.
-        weights_bytes: the bytes of all weights.
+        loop, reports: the queue that gets how far the load is, and its loop.
+        bars: the task of each bar, in the order in which the load starts them.
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, steps: asyncio.Queue[int | None], weights_bytes: int
+        self, loop: asyncio.AbstractEventLoop, reports: asyncio.Queue[_Reached | None],
+        bars: Sequence[str],
     ) -> None:
         self.is_abandoned = False
         self._loop = loop
-        self._steps = steps
-        self._weights_bytes = max(1, weights_bytes)
+        self._reports = reports
+        self._bars = bars
+        self._reached = _Reached(0, 0)
         self._done = 0
-        self._shown = 0
-        self._counted: set[str] = set()
+        self._total = 1
 
     def start(self, task: str, total: int | None, unit: str) -> None:
         self._check()
-        if task.startswith("loading"):
-            self._counted.add(task)
+        if task in self._bars:
+            self._done, self._total = 0, total or 1
+            self._report(_Reached(self._bars.index(task), 0))
         else:
             say(f"{task} ...")
 
     def advance(self, task: str, n: int = 1) -> None:
         self._check()
-        if task not in self._counted:
-            return
-        self._done += n
-        # The last step belongs to the end of the load.
-        step = min(STEPS - 1, STEPS * self._done // self._weights_bytes)
-        if step > self._shown:
-            self._shown = step
-            self._loop.call_soon_threadsafe(self._steps.put_nowait, step)
+        if task in self._bars:
+            self._done += n
+            # A bar's last step belongs to the start of the next bar or to the end of the load,
+            # because keys are sampled after the weights were read.
+            step = min(STEPS - 1, STEPS * self._done // self._total)
+            self._report(_Reached(self._bars.index(task), step))
 
     def finish(self, task: str) -> None:
         pass
+
+    def _report(self, reached: _Reached) -> None:
+        if reached > self._reached:
+            self._reached = reached
+            self._loop.call_soon_threadsafe(self._reports.put_nowait, reached)
 
     def _check(self) -> None:
         if self.is_abandoned:

@@ -20,7 +20,7 @@ INTERNAL = {
     "utils.byte_counts": "byte counts are written as in the engine's own messages",
     "utils.errors": "printable, known_line, modules_of: errors of the system in one line",
     "utils.json_keys": "files of the web UI are read with the engine's checks",
-    "utils.progress": "the page draws the progress that the engine reports",
+    "utils.progress": "front ends draw the progress that the engine reports",
     "utils.setting_values": "values of a page are checked with the engine's messages",
     "utils.untrusted_files": "files are read with a bound on their size; standard library alone",
     "utils.output": "a load repeats warnings that a plan has already given",

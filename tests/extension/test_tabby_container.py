@@ -12,9 +12,10 @@ import pytest
 import exl_loader
 from exl_loader import InsufficientMemory, InvalidSettings, ModelUnloaded
 from exl_loader.memory.buffers import live_bytes
+from exl_loader.utils.progress import task
 from extension.tabby import loading
 from extension.tabby.container import ExlLoaderContainer
-from support.host_server import DEMO, PROMPT
+from support.host_server import DEMO, PROMPT, copy_demo
 from support.lora_folders import write_adapter
 from support.tabby_double import (
     ContextLengthExceededError,
@@ -29,6 +30,7 @@ VALUES = {"max_seq_len": CTX_SIZE, "cache_mode": "Q8", "chunk_size": 256,
           "prompt_template": "chatml"}
 LOADED = {"ctx_size": CTX_SIZE, "cache_type": "q8", "chunk_size": 256}
 GREEDY = {"temperature": 0, "max_tokens": 12}
+WHOLE_BAR = [(i, loading.STEPS) for i in range(loading.STEPS + 1)]
 
 pytestmark = pytest.mark.skipif(not (DEMO / "config.json").is_file(), reason="no demo model")
 
@@ -43,6 +45,13 @@ def own():
     """The engine itself, with the container's options."""
     with exl_loader.load(DEMO, **LOADED) as model:
         yield model
+
+
+@pytest.fixture
+def drafts(tmp_path):
+    """The options of TabbyAPI for a draft model, which is the demo model."""
+    copy_demo(tmp_path, "draft")
+    return {"draft_model": {"draft_model_dir": str(tmp_path), "draft_model_name": "draft"}}
 
 
 def create(**values):
@@ -81,8 +90,7 @@ def test_a_load_takes_the_planned_bytes_and_an_unload_gives_them_back(tabby):
         before = live_bytes("cpu")
         container = await create()
         assert live_bytes("cpu") == before and not container.loaded and container.model is None
-        steps = [step async for step in container.load_gen(None)]
-        assert steps == [(i, loading.STEPS) for i in range(loading.STEPS + 1)]
+        assert [step async for step in container.load_gen(None)] == WHOLE_BAR
         assert container.loaded
         planned = exl_loader.plan(DEMO, **LOADED).total_bytes
         assert container.model.allocated_bytes() == planned == live_bytes("cpu") - before
@@ -108,6 +116,88 @@ def test_a_load_that_is_given_up_frees_its_memory(tabby):
         steps = container.load_gen(None)
         assert await anext(steps) == (0, loading.STEPS)
         assert await anext(steps) == (1, loading.STEPS)
+        await steps.aclose()
+        assert live_bytes("cpu") == before
+        assert container.model is None and not container.load_lock.locked()
+
+    asyncio.run(run())
+
+
+def test_a_draft_model_has_a_whole_bar_before_the_models(tabby, drafts):
+    async def run():
+        before = live_bytes("cpu")
+        container = await create(**drafts)
+        assert container.use_draft_model
+        steps = []
+        async for step in container.load_gen(None):
+            steps.append(step)
+            # The last step says that the model can be used.
+            assert container.loaded == (len(steps) == 2 * len(WHOLE_BAR))
+        assert steps == WHOLE_BAR * 2
+        planned = exl_loader.plan(DEMO, **LOADED, model_draft=container.draft_model_dir)
+        assert live_bytes("cpu") - before == planned.total_bytes
+        await container.unload()
+        assert live_bytes("cpu") == before
+        assert not (await create()).use_draft_model
+
+    asyncio.run(run())
+
+
+def test_bars_follow_the_bytes_that_were_read_of_each_model(tabby, drafts, monkeypatch):
+    """The load goes on when a step was seen, so that no step can come from the end of the load."""
+    turns = [threading.Event() for _ in range(4)]
+
+    def load(model_dir, *, progress, **options):
+        def seen(turn):
+            assert turns[turn].wait(60)
+
+        with task(progress, "reserving memory", 100, "bytes") as advance:
+            advance(100)
+        with task(progress, "loading draft weights", 10, "bytes") as advance:
+            advance(3)
+            seen(0)
+            advance(7)
+            seen(1)
+        with task(progress, "sampling draft keys", 2, "layers") as advance:
+            advance(2)
+        with task(progress, "loading weights", 1000, "bytes") as advance:
+            seen(2)
+            advance(555)
+            seen(3)
+            advance(445)
+        raise InvalidSettings("a file that has changed since the plan")
+
+    async def run():
+        container = await create(**drafts)
+        monkeypatch.setattr(exl_loader, "load", load)
+        steps = container.load_gen(None)
+        for turn, (first, last) in enumerate([(0, 30), (31, 99), (100, 100), (1, 55)]):
+            for step in range(first, last + 1):
+                assert await anext(steps) == (step, loading.STEPS)
+            if last == loading.STEPS:
+                assert await anext(steps) == (0, loading.STEPS)
+            turns[turn].set()
+        for step in range(56, loading.STEPS):
+            assert await anext(steps) == (step, loading.STEPS)
+        # The last step never comes without a model.
+        with pytest.raises(InvalidSettings, match="has changed"):
+            await anext(steps)
+        assert not container.loaded
+
+    asyncio.run(run())
+    said = [line for _, line in tabby.lines]
+    assert "exl_loader: sampling draft keys ..." in said
+    assert not any("loading weights" in line for line in said)
+
+
+@pytest.mark.parametrize("steps_before", [1, 50, 101, 150])
+def test_a_load_of_two_models_that_is_given_up_frees_both(tabby, drafts, steps_before):
+    async def run():
+        before = live_bytes("cpu")
+        container = await create(**drafts)
+        steps = container.load_gen(None)
+        for i in range(steps_before):
+            assert await anext(steps) == (WHOLE_BAR * 2)[i]
         await steps.aclose()
         assert live_bytes("cpu") == before
         assert container.model is None and not container.load_lock.locked()

@@ -529,6 +529,20 @@ def test_drafts_change_no_text(tabbyapi, folder, own, draft):
             assert server.reserved_bytes() == [planned.total_bytes]
 
 
+def test_a_load_with_a_draft_model_reports_a_bar_of_each(server, own):
+    server.ask("v1/model/unload")
+    events = server.load("other", draft_model={"draft_model_name": "demo"})
+    steps = [(event["model_type"], event["module"], event["status"]) for event in events]
+    assert steps == [
+        (kind, step, status)
+        for kind in ("draft", "model")
+        for step, status in [*((i, "processing") for i in range(1, 101)), (100, "finished")]
+    ]
+    assert {event["modules"] for event in events} == {100}
+    assert server.get("v1/model")["parameters"]["draft"]["id"] == "demo"
+    assert server.text() == own_text(own)
+
+
 # ---- Starting ----
 
 
