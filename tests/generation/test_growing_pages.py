@@ -18,6 +18,7 @@ from support import in_threads
 from support.emulated_cuda import EmulatedCards
 from support.fake_model import FakeModel, fake_engine
 from support.full_drafts import draft_fully
+from support.stepped import read, start, texts_together
 from support.tiny import write_tiny_model
 
 GREEDY = {"temperature": 0, "ban_eos_token": True}
@@ -36,33 +37,15 @@ def ends_after_200(text: list[int]) -> int:
 # What is admitted, and who gives pages back
 
 
-def start(engine, prompt, options, as_text=False) -> Job:
-    """Give a request to the scheduler, which the test itself steps; a caller waits for it."""
-    settings = exl_loader.SamplingSettings.from_dict(options)
-    job = engine._requests.job(prompt, settings, None, as_text)
-    job.add_waiter()
-    engine._generator._scheduler.accept(job)
-    return job
-
-
-def read(job: Job, taken: list[int]) -> None:
-    """Take what a job has computed, and wait for more."""
-    while job.output:
-        taken.append(job.output.popleft()[0])
-    if not job.finished and not job._waiters:
-        job.add_waiter()
-
-
 def test_open_ended_requests_share_a_cache_that_one_could_fill():
     engine, model, cache = fake_engine(
         ends_after_200, VOCAB, ctx_size=2048, max_batch_size=4, chunk_size=128
     )
     options = {"temperature": 0, "max_new_tokens": 5000}
-    generations = [engine.generate_ids([7 + i], options) for i in range(4)]
-    lists = in_threads(list, generations)
-    assert [len(ids) for ids in lists] == [200] * 4
-    assert max(map(len, model.calls)) > 1
-    assert [generation.stats.preemptions for generation in generations] == [0] * 4
+    jobs = [start(engine, [7 + i], options) for i in range(4)]
+    assert [len(ids) for ids in finish(engine, *jobs)] == [200] * 4
+    assert max(map(len, model.calls)) == 4
+    assert [job.stats.preemptions for job in jobs] == [0] * 4
     assert cache.num_free_pages == cache.num_pages == 8
 
 
@@ -75,7 +58,7 @@ def finish(engine, *jobs: Job, until=lambda: False) -> list[list[int]]:
             return taken
         assert scheduler.step()
         for job, ids in zip(jobs, taken, strict=True):
-            read(job, ids)
+            ids += [token_id for token_id, _ in read(job)]
     raise AssertionError("no end")
 
 
@@ -362,7 +345,7 @@ def test_random_requests_over_a_small_cache(seed, drafted):
             assert oldest.stats.preemptions == before, "the oldest gave its pages back"
         for caller in callers:
             if caller.job is not None and rng.random() < caller.reads:
-                read(caller.job, caller.taken)
+                caller.taken += [token_id for token_id, _ in read(caller.job)]
                 if len(caller.taken) >= caller.leaves_after:
                     caller.job.cancelled = True
         step += 1
@@ -370,7 +353,7 @@ def test_random_requests_over_a_small_cache(seed, drafted):
         scheduler.step()
     for caller, ids in zip(callers, expected, strict=True):
         assert caller.job is not None and caller.job.error is None
-        read(caller.job, caller.taken)
+        caller.taken += [token_id for token_id, _ in read(caller.job)]
         whole = not caller.job.cancelled or caller.job.finish_reason != "cancelled"
         assert caller.taken == (ids if whole else ids[: len(caller.taken)])
     for evaluation in evaluations:
@@ -434,28 +417,18 @@ def test_on_the_compiled_kernels_texts_that_lose_their_pages_are_the_same(
             model.prompt_logits([5] * 1280)
             generation = model.generate(prompt, chosen)
             whole.append(("".join(generation), generation.token_ids, generation.logprobs))
-        model.prompt_logits([5] * 1280)
-        # The model's thread sleeps, so that the test can run the steps.
-        jobs = [start(model, *request, as_text=True) for request in requests]
-        texts = [""] * len(jobs)
-        scheduler = model._generator._scheduler
-        while not all(job.finished for job in jobs):
-            assert scheduler.step()
-            for i, job in enumerate(jobs):
-                while job.output:
-                    texts[i] += job.output.popleft()[1]
-                if not job.finished and not job._waiters:
-                    job.add_waiter()
+    with draft_fully(exl_loader.load(folder, **options)) as model:
+        texts, jobs = texts_together(model, requests)
         together = [
-            (text + job.last_text, job.history[len(job.prompt_ids) :].tolist(), job.logprobs)
+            (text, job.history[len(job.prompt_ids) :].tolist(), job.logprobs)
             for text, job in zip(texts, jobs, strict=True)
         ]
         assert together == whole
         assert sum(job.stats.preemptions for job in jobs) > 0
-        cache = scheduler.cache
+        cache = model._generator._scheduler.cache
         assert cache.num_free_pages == cache.num_pages == 5
         assert model.allocated_bytes() == model.reservation.total_bytes
-        del scheduler, cache
+        del cache
 
 
 # On several devices
@@ -495,10 +468,10 @@ def test_on_two_devices_texts_that_lose_their_pages_are_the_same(
         layers = [(used.device, used.end_layer - used.first_layer)
                   for used in model.reservation.devices]
         assert [count for _, count in layers if count] == [1, 1]
-        generations = [model.generate_ids(prompt, chosen) for prompt, chosen in requests]
-        texts = in_threads(list, generations)
-        assert list(zip(texts, [one.logprobs for one in generations], strict=True)) == whole
-        assert sum(generation.stats.preemptions for generation in generations) > 0
+        jobs = [start(model, *request) for request in requests]
+        texts = finish(model, *jobs)
+        assert list(zip(texts, [job.logprobs for job in jobs], strict=True)) == whole
+        assert sum(job.stats.preemptions for job in jobs) > 0
         cache = model._generator._scheduler.cache
         assert cache.num_free_pages == cache.num_pages == 8
         assert model.allocated_bytes() == model.reservation.total_bytes

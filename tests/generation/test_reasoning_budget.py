@@ -15,6 +15,7 @@ from exl_loader import InvalidSettings
 from exl_loader.text.tokenizer import Tokenizer
 from support import in_threads
 from support.fake_model import fake_engine
+from support.stepped import texts_together
 from support.tiny import write_tokenizer
 from support.tokenizer_folders import added_token
 from support.webui_server import DEMO
@@ -247,10 +248,14 @@ PROMPTS = ["import os\n", "class Parser:\n", "def read(path):\n", "x = [1, 2"]
 
 def test_together_with_guesses_and_without_pages_the_answers_are_those_alone():
     budgets = [0, 7, 40, 300]
+    requests = [
+        (prompt, REASONING | {"reasoning_budget_tokens": budget, "max_new_tokens": 600})
+        for prompt, budget in zip(PROMPTS, budgets, strict=True)
+    ]
 
     def ask(model, index: int, **more) -> str:
-        generation = model.generate(PROMPTS[index], REASONING | {
-            "reasoning_budget_tokens": budgets[index], "max_new_tokens": 600} | more)
+        prompt, options = requests[index]
+        generation = model.generate(prompt, options | more)
         text = "".join(generation)
         preemptions.append(generation.stats.preemptions)
         return text
@@ -268,8 +273,9 @@ def test_together_with_guesses_and_without_pages_the_answers_are_those_alone():
         assert (before == "") == (budgets[index] == 0)
     assert sum(preemptions) == 0
     with exl_loader.load(DEMO, cache_size=1024, **sizes) as model:
-        assert in_threads(lambda index: ask(model, index), range(4)) == alone
-    assert sum(preemptions) > 0
+        texts, jobs = texts_together(model, requests)
+    assert texts == alone
+    assert sum(job.stats.preemptions for job in jobs) > 0
 
 
 def test_a_message_continues_the_text_without_a_space_before_it():

@@ -16,6 +16,7 @@ from exl_loader.generation.rewind import Rewind
 from support import in_threads
 from support.banned_defined import VOCAB, define, invented, letters_of
 from support.fake_model import FakeModel, fake_engine, settle
+from support.stepped import texts_together
 from support.tiny import write_tiny_model
 
 GREEDY = {"temperature": 0, "ban_eos_token": True}
@@ -89,23 +90,8 @@ def test_pages_are_taken_from_texts_that_hold_tokens_back(byte_tokenizer):
     expected = define(byte_tokenizer, lambda ids: logits([*prompts[0], *ids]), banned, 300, ())
     assert expected.num_lost > 40
     engine, model, cache = fake_engine(logits, VOCAB, byte_tokenizer, 1024, pages=5)
-    # The model's thread sleeps, so that the test can run the steps: all texts run at once.
-    chosen = exl_loader.SamplingSettings.from_dict(options)
-    jobs = [engine._requests.job(prompt, chosen, None, True) for prompt in prompts]
-    texts = [""] * len(jobs)
-    scheduler = engine._generator._scheduler
-    for job in jobs:
-        job.add_waiter()
-        scheduler.accept(job)
-    while not all(job.finished for job in jobs):
-        assert scheduler.step()
-        for i, job in enumerate(jobs):
-            while job.output:
-                texts[i] += job.output.popleft()[1]
-            if not job.finished and not job._waiters:
-                job.add_waiter()
-    assert [text + job.last_text for text, job in zip(texts, jobs, strict=True)] == [
-        byte_tokenizer.decode(expected.ids)] * 4
+    texts, jobs = texts_together(engine, [(prompt, options) for prompt in prompts])
+    assert texts == [byte_tokenizer.decode(expected.ids)] * 4
     assert sum(job.stats.preemptions for job in jobs)
     assert cache.num_free_pages == 5
     check_index(model, cache)

@@ -16,6 +16,7 @@ from exl_loader.text.tokenizer import Tokenizer
 from exl_loader.text.tokenizer.token_starts import TokenStarts
 from support import REPO, in_threads
 from support.fake_model import fake_engine
+from support.stepped import texts_together
 from support.webui_server import DEMO
 
 HEALED = {"token_healing": True, "temperature": 0}
@@ -125,9 +126,9 @@ def test_an_answer_that_gave_its_pages_back_goes_on():
     with exl_loader.load(DEMO, ctx_size=1024, max_batch_size=3, cache_size=4096) as model:
         alone = ["".join(model.generate(prompt, options)) for prompt in prompts]
     with exl_loader.load(DEMO, ctx_size=1024, max_batch_size=3, cache_size=1024) as model:
-        generations = [model.generate(prompt, options) for prompt in prompts]
-        assert in_threads("".join, generations) == alone
-        assert sum(generation.stats.preemptions for generation in generations) > 0
+        texts, jobs = texts_together(model, [(prompt, options) for prompt in prompts])
+        assert texts == alone
+        assert sum(job.stats.preemptions for job in jobs) > 0
 
 
 def test_guidance_compares_the_same_first_token(model):
