@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import time
+from itertools import groupby
+from operator import itemgetter
 
 import pytest
 
@@ -13,6 +16,7 @@ from exl_loader.checkpoint import Checkpoint
 from exl_loader.memory.buffers import live_bytes
 from exl_loader.utils.errors import InvalidSettings, ModelNotFound, ModelUnloaded, PromptTooLong
 from extension.page.session import Session
+from extension.panel.loads import WatchedProgress
 from extension.panel.panel import ModelChoice, plan_html, reserve, slider_end
 from extension.webui import contract
 from support import run_python
@@ -119,6 +123,36 @@ def test_a_failed_plan_is_one_message(tmp_path, tiny_model):
     shutil.rmtree(folder)
     with pytest.raises(ModelNotFound):
         reserve(ModelChoice(str(folder)))
+
+
+def test_a_page_shows_the_draft_model_and_then_the_model(tiny_model):
+    """Each task once, and no bar goes back."""
+    drawn: list[tuple[str, int]] = []
+
+    class Drawn(WatchedProgress):
+        def start(self, task, total, unit):
+            super().start(task, total, unit)
+            self.note()
+
+        def advance(self, task, n=1):
+            super().advance(task, n)
+            self.note()
+
+        def note(self):
+            html = self.html()
+            percent = re.search(r'aria-valuenow="(\d+)"', html)
+            if percent:
+                drawn.append((re.search("<b>(.*?)</b>", html)[1], int(percent[1])))
+
+    options = {"model_draft": tiny_model("draft", num_hidden_layers=1), "cache_type": "q4"}
+    exl_loader.load(tiny_model(), ctx_size=512, progress=Drawn(), **options).unload()
+    names = [name for name, _ in groupby(drawn, key=itemgetter(0))]
+    assert names[-4:] == [
+        "Loading draft weights", "Sampling draft keys", "Loading weights", "Sampling keys"]
+    assert len(set(names)) == len(names)
+    for name in names[-4:]:
+        percents = [percent for shown, percent in drawn if shown == name]
+        assert percents == sorted(percents) and (percents[0], percents[-1]) == (0, 100)
 
 
 def loaded(session, options):
