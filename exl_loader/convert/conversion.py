@@ -255,7 +255,12 @@ class _Pipeline:
             "version": __version__,
             "bits": settings.bits,
             "head_bits": settings.head_bits,
-            "calibration": _digest(json.dumps(self.rows).encode()),
+            "calibration": {
+                "text": self.dataset,
+                "rows": len(self.rows),
+                "length": len(self.rows[0]),
+                "digest": _digest(json.dumps(self.rows).encode()),
+            },
             "as_architecture": settings.as_architecture,
             "measurement": None if reused is None else _digest(reused.read_bytes()),
             "config.json": _digest((self.model_dir / "config.json").read_bytes()),
@@ -456,4 +461,5 @@ def _factors(measured: Iterable[BlockMeasurement]) -> list[float]:
 
 
 def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+    """Return 16 digits that other data would not have."""
+    return hashlib.sha256(data).hexdigest()[:16]
