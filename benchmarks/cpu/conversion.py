@@ -5,10 +5,10 @@
         --text prose=FILE --text code=FILE --text chat=FILE [--update docs/conversion.md]
 
 The model is converted to several sizes from one measurement, and with one width everywhere in
-groups of 128 rows. The divergence is the Kullback-Leibler divergence of the predictions from those
-of the unquantised model, nats a token, on windows of texts that the conversion has not seen. The
-unquantised model and the converted ones run in the engine with an exact cache. Folders that are
-there already are not made again.
+groups of 128 rows. `--ggml` adds the file types of llama.cpp. The divergence is the
+Kullback-Leibler divergence of the predictions from those of the unquantised model, nats a token,
+on windows of texts that the conversion has not seen. The unquantised model and the converted ones
+run in the engine with an exact cache. Folders that are there already are not made again.
 """
 
 from __future__ import annotations
@@ -24,20 +24,26 @@ from pathlib import Path
 import torch
 
 from benchmarks.cpu.cache_quality import markdown, update
+from benchmarks.cpu.conversion_plot import write_picture
+from benchmarks.cpu.ggml_types import FILE_TYPES, Ggml
 from exl_loader import load
 from exl_loader.convert import convert
-from exl_loader.convert.measurement import BlockMeasurement, Combination
+from exl_loader.convert.activations import LayerRunner
+from exl_loader.convert.measurement import BlockMeasurement, Combination, mean_divergences
 from exl_loader.convert.measurement_file import FILE_NAME, as_json
 from exl_loader.convert.mixes import Mix
 from exl_loader.convert.roles import block_roles, layer_blocks
 from exl_loader.convert.source import Source
-from exl_loader.utils.progress import default_progress
+from exl_loader.text.tokenizer import Tokenizer
+from exl_loader.utils.progress import default_progress, task
 
 SIZES = (3.0, 4.0, 5.0, 6.0)
 WIDTHS = (3, 4, 5, 6)
 # Group size of one width everywhere.
 GROUP_SIZE = 128
 WINDOW = 512
+# Bits beyond the largest size to which its trend is continued.
+_BEYOND = 0.15
 WINDOWS = 2
 
 
@@ -84,10 +90,10 @@ def stored_bits(source: Source, folder: Path) -> float:
     return bits / weights
 
 
-def windows(model, texts: Mapping[str, str]) -> Iterator[tuple[str, list[int]]]:
+def windows(tokenizer, texts: Mapping[str, str]) -> Iterator[tuple[str, list[int]]]:
     """Yield the name of a text and a window of its token ids, WINDOWS of each text."""
     for name, text in texts.items():
-        ids = model.encode(text, add_bos=False)
+        ids = tokenizer.encode(text, add_bos=False)
         if len(ids) < WINDOW * WINDOWS:
             raise SystemExit(f"{name}: {len(ids)} tokens, fewer than {WINDOW * WINDOWS}")
         for first in range(0, WINDOW * WINDOWS, WINDOW):
@@ -114,12 +120,56 @@ def divergences(
     return {name: sum(values) / len(values) for name, values in found.items()}
 
 
-def interpolated(results: Sequence[Result], bits: float) -> float:
+def file_type_results(
+    source: Source, tokenizer: Tokenizer, texts: Mapping[str, str], ggml: Ggml
+) -> dict[str, Result]:
+    """Return file type of llama.cpp -> its result, with head and embedding as they are.
+
+    Every type has its hidden states, and all of them run through one layer after the other.
+    """
+    rows = list(windows(tokenizer, texts))
+    runner = LayerRunner(source, WINDOW)
+    expected = runner.embed([ids for _, ids in rows])
+    states = {name: expected.clone() for name in FILE_TYPES}
+    bits, weights, count = dict.fromkeys(FILE_TYPES, 0), 0, len(source.parts.layers)
+    with task(default_progress(), "types of llama.cpp", count, "layers") as advance:
+        for index in range(count):
+            loaded = runner.load(index)
+            for linear in (one for group in loaded.layer.input_groups() for one in group):
+                weights += linear.spec.in_features * linear.spec.out_features
+            for name, rule in FILE_TYPES.items():
+                decoded = {}
+                for linear in (one for group in loaded.layer.input_groups() for one in group):
+                    role = linear.name.rpartition(".")[2]
+                    weight = source.linear(linear.spec).weight().t()
+                    found, stored = ggml.round_trip(weight, rule(role, index, count))
+                    decoded[linear.name] = found.t()
+                    bits[name] += stored
+                loaded.replace(decoded)
+                runner.run(loaded, states[name])
+                loaded.restore(decoded)
+            runner.run(loaded, expected)
+            advance(1)
+    runner.load_head()
+    by_text: dict[str, dict[str, float]] = {name: {} for name in FILE_TYPES}
+    for text in texts:
+        mine = [i for i, (name, _) in enumerate(rows) if name == text]
+        nats = mean_divergences(
+            runner, expected[mine], {name: state[mine] for name, state in states.items()}
+        )
+        for name, value in nats.items():
+            by_text[name][text] = value
+    return {name: Result(bits[name] / weights, by_text[name]) for name in FILE_TYPES}
+
+
+def interpolated(results: Sequence[Result], bits: float) -> float | None:
     """Return the divergence at a size between two of the results, or just beyond the last two.
 
-    The logarithm of the divergence is nearly linear in the bits.
+    The logarithm of the divergence is nearly linear in the bits. None for a size further away.
     """
     ordered = sorted(results, key=lambda result: result.bits)
+    if not ordered[0].bits - _BEYOND <= bits <= ordered[-1].bits + _BEYOND:
+        return None
     above = next((i for i, one in enumerate(ordered) if one.bits >= bits), len(ordered) - 1)
     one, other = ordered[max(above, 1) - 1], ordered[max(above, 1)]
     share = (bits - one.bits) / (other.bits - one.bits)
@@ -127,8 +177,15 @@ def interpolated(results: Sequence[Result], bits: float) -> float:
     return math.exp(logs[0] + share * (logs[1] - logs[0]))
 
 
-def tables(chosen: Sequence[Result], uniform: Mapping[int, Result]) -> dict[str, str]:
-    """Write the results as tables."""
+def tables(
+    chosen: Sequence[Result], uniform: Mapping[str, Result], file_types: Mapping[str, Result]
+) -> dict[str, str]:
+    """Write the results as tables.
+
+    Args:
+        chosen: with chosen mixes. uniform: width -> one width everywhere. file_types: of
+            llama.cpp; empty where they were not measured.
+    """
     texts = list(chosen[0].divergences)
     rows = [["stored bits a weight", *texts, "together"]]
     rows += [
@@ -136,15 +193,23 @@ def tables(chosen: Sequence[Result], uniform: Mapping[int, Result]) -> dict[str,
          f"{one.divergence:.4f}"]
         for one in chosen
     ]
-    compared = [["width everywhere", "stored bits a weight", "divergence",
-                 "of chosen mixes at these bits", "ratio"]]
-    for width, result in uniform.items():
+    found = {"sizes": markdown(rows)}
+    found["one width"] = _compared("width everywhere", chosen, uniform)
+    if file_types:
+        found["llama.cpp"] = _compared("type of llama.cpp", chosen, file_types)
+    return found
+
+
+def _compared(what: str, chosen: Sequence[Result], others: Mapping[str, Result]) -> str:
+    """Write other results beside those of chosen mixes at the same size."""
+    rows = [[what, "stored bits a weight", "divergence", "of chosen mixes at these bits", "ratio"]]
+    for name, result in sorted(others.items(), key=lambda item: item[1].bits):
         ours = interpolated(chosen, result.bits)
-        compared.append([
-            str(width), f"{result.bits:.3f}", f"{result.divergence:.4f}", f"{ours:.4f}",
-            f"{ours / result.divergence:.2f}",
-        ])
-    return {"sizes": markdown(rows), "one width": markdown(compared)}
+        compared = ["", ""]
+        if ours is not None:
+            compared = [f"{ours:.4f}", f"{ours / result.divergence:.2f}"]
+        rows.append([name, f"{result.bits:.3f}", f"{result.divergence:.4f}", *compared])
+    return markdown(rows)
 
 
 def main() -> None:
@@ -157,6 +222,9 @@ def main() -> None:
     parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE")
     parser.add_argument("--rows", type=int, default=64, help="calibration rows")
     parser.add_argument("--measurement", type=Path, help="of an earlier conversion")
+    parser.add_argument("--ggml", type=Path, metavar="LIBRARY",
+                        help="libggml-base.so, to compare with llama.cpp's types as well")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the results as SVG")
     parser.add_argument("--update", type=Path, help="the page whose tables are replaced")
     args = parser.parse_args()
     texts = {}
@@ -185,8 +253,14 @@ def main() -> None:
     for width in WIDTHS:
         path = args.work / f"one-width-{width}.json"
         path.write_text(json.dumps(one_width(source, Mix((width,), (GROUP_SIZE,)))))
-        uniform[width] = result(args.work / f"one-width-{width}", 8, path)
-    found = tables(chosen, uniform)
+        uniform[str(width)] = result(args.work / f"one-width-{width}", 8, path)
+    file_types = {}
+    if args.ggml is not None:
+        tokenizer = Tokenizer.from_dir(args.source)
+        file_types = file_type_results(source, tokenizer, texts, Ggml(args.ggml))
+    if args.plot:
+        write_picture(chosen, uniform, file_types, args.plot)
+    found = tables(chosen, uniform, file_types)
     if args.update:
         update(args.update, found)
     else:

@@ -16,6 +16,7 @@ from benchmarks.cpu.conversion import (
     stored_bits,
     tables,
 )
+from benchmarks.cpu.ggml_types import FILE_TYPES
 from exl_loader.convert import conversion, convert
 from exl_loader.convert.mixes import Mix
 from exl_loader.convert.source import Source
@@ -45,14 +46,27 @@ def test_divergences_are_means_over_the_windows_of_a_text():
     assert found == {"a": pytest.approx(nats / 2), "b": pytest.approx(nats)}
 
 
+def test_half_of_the_layers_get_more_bits_in_a_medium_file_type():
+    rule = FILE_TYPES["Q4_K_M"]
+    names = [rule("down_proj", layer, 32) for layer in range(32)]
+    # The first and the last eighth, and every third layer between them.
+    assert [layer for layer, name in enumerate(names) if name == "Q6_K"] == [
+        *range(4), 6, 9, 12, 15, 18, 21, 24, 27, *range(28, 32)
+    ]
+    assert set(names) == {"Q4_K", "Q6_K"} and rule("up_proj", 0, 32) == "Q4_K"
+
+
 def test_results_between_two_sizes_are_interpolated_by_their_logarithms():
     results = [Result(bits, {"a": 10.0**-bits}) for bits in (4.0, 3.0, 6.0)]
     for bits in (3.0, 3.1, 4.5, 6.0, 6.1):
         assert interpolated(results, bits) == pytest.approx(10.0**-bits)
+    assert interpolated(results, 6.2) is None
 
 
 def test_tables_compare_at_the_bits_of_one_width():
     chosen = [Result(bits, {"prose": 0.4**bits, "code": 0.4**bits}) for bits in (3.0, 4.0)]
-    found = tables(chosen, {4: Result(4.1, {"prose": 2 * 0.4**4.1, "code": 2 * 0.4**4.1})})
+    other = Result(4.1, {"prose": 2 * 0.4**4.1, "code": 2 * 0.4**4.1})
+    found = tables(chosen, {"4": other}, {})
+    assert found.keys() == {"sizes", "one width"}
     assert found["sizes"].splitlines()[2] == "| 3.000 | 0.0640 | 0.0640 | 0.0640 |"
     assert found["one width"].splitlines()[-1].endswith("| 0.50 |")
