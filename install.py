@@ -78,8 +78,7 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     task = parser.add_mutually_exclusive_group()
-    task.add_argument("--demo", nargs="?", const=SHIPPED, choices=(SHIPPED, SMOLLM2),
-                      metavar="MODEL",
+    task.add_argument("--demo", nargs="?", const=SHIPPED, metavar=SMOLLM2,
                       help="write text with the shipped model, then open a page with it; or with "
                       f"{SMOLLM2}, which is downloaded and converted, a chat")
     task.add_argument("--test", action="store_true", help="run the tests")
@@ -91,6 +90,12 @@ def main() -> int:
     end.add_argument("--env", action="store_true",
                      help="only make the environment; alone, with --demo or with --test")
     args, further = parser.parse_known_args()
+    if args.demo not in (None, SHIPPED, SMOLLM2):
+        # The page's own argument.
+        if not Path(args.demo).is_dir():
+            parser.error(f"--demo goes with {SMOLLM2} or a model's folder, not {args.demo}")
+        further.insert(0, args.demo)
+        args.demo = SHIPPED
     check_arguments(parser, args, further)
     if args.webui:
         # The web UI has an environment of its own, so ours is not needed.

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import exl_loader
-from exl_loader.convert.calibration import _DEFAULT_FILES
+from exl_loader.convert.calibration import _CODE, _DOCUMENTATION
 from support import REPO
 
 DEMO = REPO / "exl_loader" / "demo_model"
@@ -93,4 +93,4 @@ def test_it_writes_python(demo):
 def test_default_calibration_has_no_held_out_file():
     corpus = corpus_module()
     held_out = {file.name for file in corpus.collect().held_out}
-    assert held_out and not held_out & set(_DEFAULT_FILES)
+    assert held_out and not held_out & {*_CODE, _DOCUMENTATION}

@@ -18,10 +18,11 @@ from exl_loader.checkpoint import Checkpoint, is_quantised
 from exl_loader.checkpoint.config import ModelConfig
 from exl_loader.checkpoint.safetensors_header import read_header
 from exl_loader.commands.model_options import read_text
-from exl_loader.convert.calibration import calibration_text
+from exl_loader.convert.calibration import calibration_rows
 from exl_loader.memory.reservation import plan
 from exl_loader.text.tokenizer import Tokenizer
 from exl_loader.utils.errors import ExlLoaderError, InvalidTokenizer, ModelNotFound
+from support.host_server import DEMO
 from support.makers import write_quantized_model
 from support.special_files import SPECIAL_FILES
 from support.tiny import write_tiny_model
@@ -186,7 +187,10 @@ def test_a_special_file_in_place_of_the_folder_of_templates(folder, kind):
 def test_special_files_named_by_a_user(tmp_path, kind):
     path = tmp_path / "text"
     SPECIAL_FILES[kind](path)
-    for read in (lambda: calibration_text(path), lambda: read_text(str(path), "--text")):
+    tokenizer = Tokenizer.from_dir(DEMO)
+    for read in (
+        lambda: calibration_rows(tokenizer, path, 1, 64), lambda: read_text(str(path), "--text"),
+    ):
         with pytest.raises(ExlLoaderError, match="text: expected a"):
             read()
 

@@ -332,7 +332,7 @@ def test_pages_and_log_show_the_sampling_of_keys(tiny_model_dir, monkeypatch):
         pass
     words, lines = " ".join(pages), log.getvalue()
     assert "Sampling keys" in words and "1/2 layers · 50 %" in words
-    assert "sampling keys: 1/2 layers\n" in lines
+    assert "sampling keys: 1/2 layers, " in lines
     assert "sampling keys: 2/2 layers in " in lines
 
 

@@ -216,7 +216,10 @@ def test_a_reload_loses_nothing_and_goes_on_with_the_text(context, address):
         say(page, "Hello")
         expect_writing(page)
         wait_until_longer(page, 100)
-        page.page.locator("#exl_message textarea").press_sequentially("next question")
+        with page.page.expect_request_finished(
+            lambda request: "next question" in (request.post_data or "")
+        ):
+            page.page.locator("#exl_message textarea").press_sequentially("next question")
         before = length_of_answer(page)
         page.reload()
         expect(questions(page)).to_have_text("Hello", timeout=WAIT_MS)

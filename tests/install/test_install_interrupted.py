@@ -106,7 +106,7 @@ def checkout(tmp_path):
         f"  *'import sys, pip'*) echo {version} ;;\n"
         '  "-m pip index "*) echo 2.13.0+cpu ;;\n'
         f'  "-m pip install "*) exec "{sys.executable}" "{root}/pip.py" "{root}" ;;\n'
-        '  "-m exl_loader generate --stats --max-new-tokens 200") echo a text ;;\n'
+        '  "-m exl_loader generate --stats --memory --max-new-tokens 200") echo a text ;;\n'
         f'  *) exec "{sys.executable}" "$@" ;;\n'
         "esac",
     )
