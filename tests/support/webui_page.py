@@ -69,7 +69,15 @@ class WebuiPage:
         self.page.close()
 
     def open(self) -> None:
-        self.page.goto(self._server.address, wait_until="domcontentloaded")
+        from playwright.sync_api import Error
+
+        try:
+            self.page.goto(self._server.address, wait_until="domcontentloaded")
+        except Error as error:
+            # A page that has restarted the web UI reloads itself.
+            if "interrupted by another navigation" not in str(error):
+                raise
+            self.page.goto(self._server.address, wait_until="domcontentloaded")
         self.page.add_style_tag(content=_HIDE_RAW_DATA)
         self.tab("Model")
 
