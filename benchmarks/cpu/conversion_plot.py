@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.cpu.plot import COLOURS, LINE_HEIGHT, STYLE, line, text
+from benchmarks.cpu.plot import COLOURS, LINE_HEIGHT, line, text, write_svg
 
 if TYPE_CHECKING:
     from benchmarks.cpu.conversion import Result
@@ -82,10 +82,4 @@ def write_picture(
         *panel.named(file_types),
     ]
     note = "Lower is better. Blue: exl_loader convert. Orange: file types of llama.cpp."
-    path.write_text(
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
-        f'width="{WIDTH}" height="{HEIGHT}"><style>{STYLE}</style>'
-        f'<rect width="100%" height="100%" fill="#ffffff"/>\n'
-        + "\n".join([*parts, text(LEFT, HEIGHT - 16, note, kind="small")])
-        + "\n</svg>\n", encoding="utf-8"
-    )
+    write_svg(path, parts, note, (WIDTH, HEIGHT), LEFT)

@@ -18,6 +18,7 @@ import argparse
 import json
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,11 +27,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
+from benchmarks import REPO
 
-import exl_loader
-from exl_loader.generation.draft_pacing import DraftPacing, PassSeconds
+sys.path.insert(0, str(REPO / "tests"))
+
+import torch  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+import exl_loader  # noqa: E402
+from exl_loader.generation.draft_pacing import DraftPacing, PassSeconds  # noqa: E402
+from support.full_drafts import FullDrafts  # noqa: E402
 
 CODE = """
     def read_{0}(self, path):
@@ -58,17 +64,6 @@ class NoDrafts(DraftPacing):
 
     def better(self, first, second, num_jobs, num_rows):
         return first
-
-
-class FullDrafts(NoDrafts):
-    """Drafts as many tokens as possible, the first jobs first."""
-
-    def lengths(self, offers, num_jobs, num_rows, rows_left):
-        counts = []
-        for offer in offers:
-            counts.append(min(offer.most, rows_left // offer.rows))
-            rows_left -= offer.rows * counts[-1]
-        return counts
 
 
 SIDES: dict[str, Callable[..., DraftPacing]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from math import log2
 from pathlib import Path
 
@@ -116,16 +117,29 @@ def _distance(own: Record, other: Record) -> float:
     return float(abs(own["weight_bytes_per_token"] - other["weight_bytes_per_token"]))
 
 
+def write_svg(
+    path: Path, parts: Sequence[str], note: str, size: tuple[int, int], left: int
+) -> None:
+    """Write a picture of these elements, with a note at its foot.
+
+    Args:
+        size: width and height of the picture.
+        left: where the note begins.
+    """
+    width, height = size
+    path.write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'width="{width}" height="{height}"><style>{STYLE}</style>'
+        f'<rect width="100%" height="100%" fill="#ffffff"/>\n'
+        + "\n".join([*parts, text(left, height - 16, note, kind="small")])
+        + "\n</svg>\n", encoding="utf-8"
+    )
+
+
 def write_picture(results: Results, path: Path) -> None:
     """Write the picture, unless there are no measurements."""
     parts = curve_panel(results) + bar_panel(results)
     if not parts:
         return
     note = "Two engines in turns on the same threads; bars are logarithmic and begin at 1."
-    path.write_text(
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
-        f'width="{WIDTH}" height="{HEIGHT}"><style>{STYLE}</style>'
-        f'<rect width="100%" height="100%" fill="#ffffff"/>\n'
-        + "\n".join([*parts, text(LEFT, HEIGHT - 16, note, kind="small")])
-        + "\n</svg>\n", encoding="utf-8"
-    )
+    write_svg(path, parts, note, (WIDTH, HEIGHT), LEFT)

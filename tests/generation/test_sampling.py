@@ -124,6 +124,19 @@ def test_a_skewed_draw_inverts_the_sum_of_falling_probabilities(logits, uniform,
     assert draw(falling, uniform, skew) == ranked[rank]
 
 
+def assert_draws_follow(
+    expected: dict[int, float], logits: np.ndarray, options: SamplingSettings
+) -> None:
+    """Draw from logits with top_k 20, and compare with the probability of each id."""
+    sampler, draws = Sampler(options), 20000
+    row = LogitsRow(logits)
+    counts = np.bincount([sampler.sample(row, []) for _ in range(draws)], minlength=len(logits))
+    assert set(np.flatnonzero(counts)) <= set(expected)
+    chi_square = sum((counts[i] - draws * p) ** 2 / (draws * p) for i, p in expected.items())
+    # 19 degrees of freedom: mean 19, standard deviation 6.2; eight of them never by chance.
+    assert chi_square < 19 + 8 * 6.2
+
+
 @pytest.mark.parametrize("skew", [-1.0, 0.4, 1.5])
 def test_skewed_draws_follow_the_closed_form(skew):
     # Some tokens are equally likely, and their order matters.
@@ -131,12 +144,7 @@ def test_skewed_draws_follow_the_closed_form(skew):
     options = SamplingSettings(
         top_k=20, skew=skew, seed=int(np.random.default_rng().integers(1 << 40)))
     expected = skewed_distribution(defined_distribution(logits, [], options), skew)
-    sampler, draws = Sampler(options), 20000
-    row = LogitsRow(logits)
-    counts = np.bincount([sampler.sample(row, []) for _ in range(draws)], minlength=300)
-    assert set(np.flatnonzero(counts)) <= set(expected)
-    chi_square = sum((counts[i] - draws * p) ** 2 / (draws * p) for i, p in expected.items())
-    assert chi_square < 19 + 8 * 6.2
+    assert_draws_follow(expected, logits, options)
 
 
 def test_a_skewed_draw_of_a_vocabulary_is_that_of_sorting_it():
@@ -157,13 +165,7 @@ def test_draws_follow_the_distribution():
     logits = np.random.default_rng().standard_normal(300).astype(np.float32)
     options = SamplingSettings(top_k=20, seed=int(np.random.default_rng().integers(1 << 40)))
     expected = defined_distribution(logits, [], options)
-    sampler, draws = Sampler(options), 20000
-    row = LogitsRow(logits)
-    counts = np.bincount([sampler.sample(row, []) for _ in range(draws)], minlength=300)
-    assert set(np.flatnonzero(counts)) <= set(expected)
-    chi_square = sum((counts[i] - draws * p) ** 2 / (draws * p) for i, p in expected.items())
-    # 19 degrees of freedom: mean 19, standard deviation 6.2; eight of them never by chance.
-    assert chi_square < 19 + 8 * 6.2
+    assert_draws_follow(expected, logits, options)
 
 
 def test_the_last_random_number_does_not_draw_a_banned_token():
