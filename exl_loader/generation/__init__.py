@@ -9,5 +9,5 @@
     rewind, loops         text that is taken back, and text that repeats itself
     text_rules            which tokens are allowed: `healing`, `reasoning`, `grammar`
     sampling              from a row of logits to a token
-    forward_model         what generation needs of a model
+    forward_model         what generation needs of a model, and passes that are in flight
 """

@@ -69,8 +69,48 @@ class LogitsRow:
         return int(self.values[:vocab_size].argmax())
 
 
+class Flight(Protocol):
+    """A pass that was started, and whose hidden states go from machine to machine and back."""
+
+    def rows(self) -> list[LogitsRow]:
+        """Wait for the pass, and run the head on this machine where logits are wanted.
+
+        Called once for each flight, in the order in which the flights were started.
+
+        Returns:
+            The rows, valid until the next call of `rows` of any flight, or of `forward` or
+            `forward_rows`. `start_rows` leaves them valid. An empty list for `none`.
+
+        Raises:
+            MachineLost: a machine or the connection is lost, and with it every open flight, whose
+                `rows` are not called any more. Every later call of the model raises it as well.
+            Any other error of the pass: the flight has ended. It is unknown which of its keys and
+                values the cache holds, and with that what passes behind it have read. The flights
+                behind it go on, and their `rows` have to be called.
+        """
+
+
+@dataclass(frozen=True)
+class LandedFlight:
+    """The flight of a pass that had ended before `start_rows` returned.
+
+    Args:
+        landed: its rows.
+    """
+
+    landed: list[LogitsRow]
+
+    def rows(self) -> list[LogitsRow]:
+        """Return the rows."""
+        return self.landed
+
+
 class ForwardModel(Protocol):
     """The forward pass; `model.forward.Model` implements it.
+
+    A model over several machines is a pipeline. Passes are run, and pages are copied, in the
+    order of the calls on every machine. So a pass may read what a pass before it writes, although
+    that one has not ended yet.
 
     Attributes:
         chunk_size: most ids in one pass.
@@ -78,26 +118,60 @@ class ForwardModel(Protocol):
         logits_rows: most rows of logits in one pass.
         decode_rows: most ids of a sequence in one pass that have the same bits as in passes of
             one id each, at most `chunk_size`.
+        most_in_flight: most flights that may be open at a time: started, and `rows` not called.
+            1 on one machine, where `start_rows` has no use. Otherwise twice the number of
+            machines keeps all of them busy with decoding and prompts at once.
+        decoding_in_flight: number of flights among which decoding texts are divided, at most
+            `most_in_flight`. As many as there are machines keep all of them busy; each further
+            one makes passes smaller, and pays only where hidden states travel for longer than
+            a machine computes.
     """
 
     chunk_size: int
     max_batch_size: int
     logits_rows: int
     decode_rows: int
+    most_in_flight: int
+    decoding_in_flight: int
 
     def forward(
         self,
         entries: Sequence[tuple[PagedSequence, list[int]]],
         logits: LogitsMode = "last",
     ) -> torch.Tensor:
-        """Run new ids of sequences; return logits on the CPU, float32 [rows, vocab_size]."""
+        """Run new ids of sequences; return logits on the CPU, float32 [rows, vocab_size].
+
+        Called only while no flight is open.
+        """
 
     def forward_rows(
         self,
         entries: Sequence[tuple[PagedSequence, list[int]]],
         logits: LogitsMode = "last",
     ) -> list[LogitsRow]:
-        """Run new ids of sequences; return the rows, which are valid until the next call."""
+        """Run new ids of sequences; return the rows, which are valid until the next call.
+
+        Called only while no flight is open.
+        """
+
+    def start_rows(
+        self,
+        entries: Sequence[tuple[PagedSequence, list[int]]],
+        logits: LogitsMode = "last",
+    ) -> Flight:
+        """Start what `forward_rows` does: run this machine's layers, and send the rest on.
+
+        Called only while fewer than `most_in_flight` flights are open. The rows of a sequence
+        with an open page lie in one page (`PagedSequence.end_of_pass`).
+
+        Returns:
+            The flight. The sequences' `past_len` have advanced, so that their next ids may be
+            started behind it, and their pages may be committed or released.
+
+        Raises:
+            MachineLost: as `Flight.rows`.
+            Any other error: nothing has been started, and no sequence has advanced.
+        """
 
     def rope_class(self, rope_len: int) -> int:
         """Return a number that is equal for lengths with the same RoPE frequencies."""

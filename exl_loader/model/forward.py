@@ -20,7 +20,7 @@ from ..backends.recorder import Recorder
 from ..cache.layout import PAGE_LEN
 from ..cache.paging import PagedCache, PagedSequence
 from ..checkpoint.rope import RopeConfig, inv_freq
-from ..generation.forward_model import LogitsMode, LogitsRow
+from ..generation.forward_model import LandedFlight, LogitsMode, LogitsRow
 from ..utils.errors import CacheFull, InvalidSettings
 from ..utils.progress import NullProgress, Progress, task
 from .adapters import Adapters, LoadedLora
@@ -73,6 +73,9 @@ class Model:
     Raises:
         InvalidSettings: alpha_value or compress_pos_emb out of range.
     """
+
+    most_in_flight = 1
+    decoding_in_flight = 1
 
     def __init__(
         self,
@@ -227,6 +230,10 @@ class Model:
             LogitsRow(partial(self._fetch_row, on_device, row), top_logits)
             for row, top_logits in enumerate(found)
         ]
+
+    def start_rows(self, entries: Sequence[Entry], logits: LogitsMode = "last") -> LandedFlight:
+        """Do the same; see `ForwardModel.start_rows`. On one machine the pass ends at once."""
+        return LandedFlight(self.forward_rows(entries, logits))
 
     def _forward_passes(
         self, entries: Sequence[Entry], logits: LogitsMode
