@@ -1,10 +1,10 @@
 """The stages of a model: consecutive layers that run on one device.
 
 The hidden state goes from stage to stage. The embedding is part of the first stage and the head
-of the last; a model on one device is one stage. A stage records its operations once for each
-shape of a step and replays them. Devices that can capture the operations of a short step, such
-as decoding, as one graph, which is then a single launch. Everything that changes from step to
-step is in the stage's inputs, so a graph serves sequences of any length.
+of the last one of a machine; a model on one device is one stage. A stage records its operations
+once for each shape of a step and replays them. Devices that can capture the operations of a short
+step, such as decoding, as one graph, which is then a single launch. Everything that changes from
+step to step is in the stage's inputs, so a graph serves sequences of any length.
 
 A stage starts when it has the hidden state (`CpuAccess.receive`). Devices wait for nothing else
 of each other, so the first device runs the next chunk of a prompt while the second runs this one.
@@ -152,23 +152,14 @@ class Stage:
             num_rows: T, rows of all sequences. num_sequences: how many these are.
             logits: float32 [rows, vocab_size] of the workspace, for the head: a row for every
                 row of the step, or else for each of `head_rows`; None to run no head.
-            before: the same step on the device before; None in the first stage.
+            before: the same step on the device before; None in the first stage. Without it and
+                without an embedding, the hidden state comes from another machine, and the caller
+                brings it to `StageStep.x`.
             sampled_vocab_size: find the largest of so many logits of each row; 0 for no.
             recorder: collects the operations, and may add some of its own.
         """
-        w, config = self.workspace, self._parts.config
-        batch = Batch(
-            positions=w["positions"][:num_rows],
-            q_start=w["q_start"][: num_sequences + 1],
-            past_len=w["past_len"][:num_sequences],
-            page_table=w["page_table"][:num_sequences],
-            max_total_len=0,
-            # The first RoPE's, with which attention adds key biases.
-            inv_freq=w["inv_freq"][:num_sequences] if "inv_freq" in w else None,
-            rope_factor=self._rope_factors[0] if self._rope_factors else 1.0,
-            open_pages=w["open_pages"][:num_sequences],
-        )
-        views = StepViews(w, batch, config.hidden_size)
+        w = self.workspace
+        views = self._views(num_rows, num_sequences)
         for rope in self._ropes:
             if not rope.config.depends_on_length:
                 factor = self._rope_factors[rope.index]
@@ -184,11 +175,45 @@ class Stage:
             layer.run(recorder, views, state)
         if logits is not None:
             self._record_head(recorder, views, logits, sampled_vocab_size)
+        return self._prepared(views, receive, recorder)
+
+    def record_head(
+        self, num_rows: int, logits: torch.Tensor, sampled_vocab_size: int, recorder: Recorder
+    ) -> StageStep:
+        """Record the head alone, for `num_rows` rows that the caller brings to `StageStep.x`.
+
+        Args:
+            logits, sampled_vocab_size, recorder: as those of `record`.
+        """
+        views = self._views(num_rows, 0)
+        self._record_head(recorder, views, logits, sampled_vocab_size)
+        return self._prepared(views, None, recorder)
+
+    def _views(self, num_rows: int, num_sequences: int) -> StepViews:
+        """Return the workspace, cut to a step."""
+        w = self.workspace
+        batch = Batch(
+            positions=w["positions"][:num_rows],
+            q_start=w["q_start"][: num_sequences + 1],
+            past_len=w["past_len"][:num_sequences],
+            page_table=w["page_table"][:num_sequences],
+            max_total_len=0,
+            # The first RoPE's, with which attention adds key biases.
+            inv_freq=w["inv_freq"][:num_sequences] if "inv_freq" in w else None,
+            rope_factor=self._rope_factors[0] if self._rope_factors else 1.0,
+            open_pages=w["open_pages"][:num_sequences],
+        )
+        return StepViews(w, batch, self._parts.config.hidden_size)
+
+    def _prepared(
+        self, views: StepViews, receive: Run | None, recorder: Recorder
+    ) -> StageStep:
+        """Return what was recorded as a step."""
         capturable = (
-            self.cpu.captures and num_rows <= GRAPH_ROWS and not recorder.reads_values
+            self.cpu.captures and views.rows <= GRAPH_ROWS and not recorder.reads_values
         )
         calls = self.ops.prepare(recorder.calls)
-        return StageStep(calls, batch, views.x, self.cpu, receive, capturable)
+        return StageStep(calls, views.batch, views.x, self.cpu, receive, capturable)
 
     def _record_head(
         self, recorder: Recorder, views: StepViews, logits: torch.Tensor, sampled_vocab_size: int

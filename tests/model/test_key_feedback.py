@@ -224,7 +224,7 @@ def test_a_model_with_fewer_positions_than_the_sample(tmp_path):
 def test_the_search_leaves_no_trace(tmp_path):
     folder = write_tiny_model(tmp_path / "m", **SIZES)
     model, cache = builder.build_model(folder, ReferenceOps(), cache_type="q4", sequences=2)
-    assert cache.num_free_pages == cache.num_pages and not model._steps
+    assert cache.num_free_pages == cache.num_pages and not model._local.steps
     ids = sample_ids((), 288, SAMPLE_LEN)
     sequence = cache.acquire(300, [*ids, 5])
     assert sequence.past_len == 0 and sequence.pages == [0, 1] and sequence.open_page == 0

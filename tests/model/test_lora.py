@@ -306,7 +306,7 @@ def test_a_model_without_adapters_records_no_more_calls(tmp_path, card):
 
     def calls(model, cache):
         run_chunks(model, cache, ids, 1)
-        return [len(stage.calls) for step in model._steps.values() for stage in step.stages]
+        return [len(stage.calls) for step in model._local.steps.values() for stage in step.stages]
 
     bare = calls(*build_model(tmp_path / "m", card, device="cuda:0"))
     model, cache = with_room(tmp_path / "m", card, "cuda:0")

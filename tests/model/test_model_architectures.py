@@ -216,7 +216,7 @@ def test_recorded_steps_do_not_pile_up(small):
     for count in range(1, 49):
         sequence.past_len = 0
         model.forward([(sequence, [7] * count)], "none")
-    assert len(model._steps) <= 32
+    assert len(model._local.steps) <= 32
 
 
 @pytest.mark.parametrize("ids", [[], [331], [-1], [3, 10**6]])

@@ -40,7 +40,7 @@ def test_decoding_replays_one_recording(tiny_model_dir, monkeypatch):
     model, cache = build_model(tiny_model_dir, ReferenceOps())
     sequence = cache.acquire(20)
     model.forward([(sequence, [3])])
-    monkeypatch.setattr(model, "_record", None)
+    monkeypatch.setattr(model._local, "_record", None)
     for _ in range(3):
         model.forward([(sequence, [4])])
     assert sequence.past_len == 4

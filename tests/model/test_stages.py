@@ -28,7 +28,7 @@ def test_a_split_model_gives_the_bits_of_one_device(name, tmp_path):
     count = MODELS[name][1].get("num_hidden_layers", 3)
     for devices in (split(count), split(1, count - 1), split(1, 1, count - 2)):
         model, cache = build_model(tmp_path / "m", ops, device=devices, **options)
-        assert len(model._stages) == len(devices.devices)
+        assert len(model._local.stages) == len(devices.devices)
         found.append([
             run_chunks(model, cache, IDS, 17), run_chunks(model, cache, IDS[:20], 1, total=44),
             together(model, cache, [IDS, IDS[20:], IDS[10:30]]),

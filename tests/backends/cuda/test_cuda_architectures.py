@@ -116,10 +116,10 @@ def run_on_one_card(folder, ops, ids, expected, monkeypatch):
     decoded = run_chunks(model, cache, ids[:DECODED], DECODED, total=NUM_IDS)
     assert logits_error(model, decoded, expected[:DECODED]) <= BOUND
     assert_same_bits(model, cache, ids, decoded)
-    (step,) = (step for (rows, *_), step in model._steps.items() if rows == 1)
+    (step,) = (step for (rows, *_), step in model._local.steps.items() if rows == 1)
     assert (ops.cpu_access.replays > 0) == all(stage.capturable for stage in step.stages)
     # Launches of single operations that no graph replays have the same bits.
-    model._steps.clear()
+    model._local.steps.clear()
     with monkeypatch.context() as patch:
         patch.setattr(ops.cpu_access, "captures", False)
         for fused in FUSIONS:

@@ -158,7 +158,7 @@ def test_experts_of_few_rows_give_the_bits_of_many(emulated, tmp_path):
         for sequence, token, row in zip(sequences, ids, on_cpu, strict=True):
             sequence.past_len -= 1
             assert torch.equal(model.forward([(sequence, [token])])[0], row)
-    (many,), (one,) = (model._steps[n, n, "last", False].stages for n in (9, 1))
+    (many,), (one,) = (model._local.steps[n, n, "last", False].stages for n in (9, 1))
     assert not many.capturable and one.capturable
     assert emulated.cpu_access.captures_made == 1
 
@@ -255,7 +255,7 @@ def test_captures_that_always_fail_are_given_up_with_one_warning(emulated, tmp_p
         f"Steps are not captured as graphs, and decoding is slower: {CAPTURE_TRIES} captures in "
         "a row failed, the last with: graphics card, cuStreamEndCapture: invalidated (901)"
     ]
-    assert not any(part.capturable for step in model._steps.values()
+    assert not any(part.capturable for step in model._local.steps.values()
                    if len(step.stages[0].x) == 1 for part in step.stages)
     assert relative_error(logits, whole) <= 1e-5
 

@@ -96,7 +96,7 @@ def test_steps_are_captured(folder):
         for _ in range(2):
             sequence.past_len = 0
             yield torch.equal(forward.forward([(sequence, [5])]), eager)
-        parts = [part for step in forward._steps.values() for part in step.stages]
+        parts = [part for step in forward._local.steps.values() for part in step.stages]
         yield [part.graph is not None for part in parts]
 
     with exl_loader.load(folder, ctx_size=2048, device=DEVICE) as model:
