@@ -190,16 +190,18 @@ def cache_specs(
 ) -> list[TensorSpec]:
     """List the cache's tensors, `cache.{layer}.k_codes|k_scales|v_codes|v_scales`.
 
+    The layer in a name is the model's number, also where the machine has a part of the layers.
+
     Args:
         config: gives num_hidden_layers, num_key_value_heads and head_dim.
         num_pages: pages of `PAGE_LEN` tokens, shared by all sequences.
         cache_type: how keys and values are stored.
         device_map: the device of each layer; None for main memory.
     """
-    devices = (device_map or DeviceMap.single(MAIN_MEMORY, config.num_hidden_layers)).layers
+    devices = device_map or DeviceMap.single(MAIN_MEMORY, config.num_hidden_layers)
     tokens = (num_pages, config.num_key_value_heads, PAGE_LEN)
     specs: list[TensorSpec] = []
-    for layer, device in enumerate(devices):
+    for layer, device in zip(devices.numbers, devices.layers, strict=True):
         for role, bits in (("k", cache_type.k_bits), ("v", cache_type.v_bits)):
             shapes = stored_shapes(f"cache.{layer}.{role}", tokens, config.head_dim, bits)
             specs += [

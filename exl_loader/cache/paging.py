@@ -89,6 +89,7 @@ class PagedCache:
     def from_views(
         cls, views: Mapping[str, torch.Tensor], prefix: str, cache_type: CacheType,
         workspaces: Iterable[tuple[Mapping[str, torch.Tensor], int]], num_tokens: int,
+        first_layer: int = 0,
     ) -> PagedCache:
         """Make a cache from the tensors that `layout.cache_specs` plans.
 
@@ -99,9 +100,10 @@ class PagedCache:
             workspaces: for each layer the tensors of its device's workspace by name, which have
                 its open pages and what the sample finds, and its place on the device.
             num_tokens: number of tokens that the tensors have pages for.
+            first_layer: the model's number of the first layer; see `DeviceMap`.
         """
         layers = []
-        for i, workspace in enumerate(workspaces):
+        for i, workspace in enumerate(workspaces, first_layer):
             layer = CacheLayer(
                 k_codes=views[f"{prefix}.{i}.k_codes"],
                 k_scales=views.get(f"{prefix}.{i}.k_scales"),

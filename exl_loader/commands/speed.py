@@ -238,7 +238,8 @@ class StepBytes:
                 )
                 weights[layer.device] -= nbytes - nbytes * layer.mlp.top_k // len(experts)
             layers.append((layer.device, layer.attention.shape.sliding_window, of_token))
-        weights[parts.device_map.head] += sum(spec.nbytes for spec in parts.head.specs())
+        if parts.head is not None and parts.device_map.head is not None:
+            weights[parts.device_map.head] += sum(spec.nbytes for spec in parts.head.specs())
         return cls(weights, tuple(layers))
 
     def at(self, depth: float) -> dict[str, float]:

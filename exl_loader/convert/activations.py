@@ -153,7 +153,8 @@ class LayerRunner:
     def embed(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         """Return the input of layer 0 for texts of T token ids."""
         source = self._source
-        table = source.checkpoint.read(source.parts.embedding.spec.name)
+        embedding, _ = source.parts.ends
+        table = source.checkpoint.read(embedding.spec.name)
         factor = source.config.embedding_multiplier
         positions = source.parts.positions
         if positions is not None:
@@ -245,7 +246,7 @@ class LayerRunner:
 
     def load_head(self) -> None:
         """Read final norm and output head, for `logits`."""
-        head = self._source.parts.head
+        _, head = self._source.parts.ends
         head.load(self._loading(head.specs()))
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
@@ -257,7 +258,8 @@ class LayerRunner:
         Returns:
             float32 [n, vocab_size]; the next call overwrites them.
         """
-        views, head = self._views(self._rows_at_once, self._row_len), self._source.parts.head
+        views = self._views(self._rows_at_once, self._row_len)
+        _, head = self._source.parts.ends
         views.x[: len(states)].copy_(states)
         logits = views.view("logits", len(states), head.linear.out_features)
         head.run(self.ops, views, torch.arange(len(states), dtype=torch.int32), logits)
@@ -265,7 +267,8 @@ class LayerRunner:
 
     def head_hessian(self, states: torch.Tensor) -> Hessian:
         """Return the Hessian of the output head's inputs for outputs of the last layer."""
-        norm = self._source.parts.head.norm
+        _, head = self._source.parts.ends
+        norm = head.norm
         norm.load(self._loading(norm.specs()))
         hessian = Hessian(states.shape[-1])
         normed = torch.empty_like(states[0])

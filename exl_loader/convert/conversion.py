@@ -196,7 +196,8 @@ class _Pipeline:
                 "bits", expected=f"at least {least:.2f}, what this model takes at its smallest",
                 actual=self.settings.bits, remedy="Ask for more bits",
             )
-        specs = [*self.specs.values(), self.source.parts.head.linear.spec]
+        _, head = self.source.parts.ends
+        specs = [*self.specs.values(), head.linear.spec]
         with task(self.progress, "checking weights", len(specs), "matrices") as advance:
             for spec in specs:
                 self.source.linear(spec).weight()
@@ -386,7 +387,8 @@ class _Pipeline:
                 work.save_layer(index, tensors)
                 work.save("quantising", Checkpoint(index + 1, {_SOURCE: states}, {}))
             head = PreparedHessian(runner.head_hessian(states))
-            spec = self.source.parts.head.linear.spec
+            _, end = self.source.parts.ends
+            spec = end.linear.spec
             mix = HEAD_MIXES[self.settings.head_bits]
             own = self._quantize_linear(spec, head, mix, runner.tick)
             work.save_layer(count, exl2_tensors(spec.name, own))

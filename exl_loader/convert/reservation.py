@@ -168,7 +168,8 @@ def reserve(sizes: ConversionSizes, out_dir: Path) -> ConversionReservation:
     states = max(quantising, measuring)
     layer = max(map(_layer_bytes, parts.layers))
     cache = sum(spec.nbytes for spec in step_cache_specs(parts, sizes.row_len))
-    head = parts.head.linear.spec
+    table, end = parts.ends
+    head = end.linear.spec
     matrices = [linear.spec for one in parts.layers for linear in _quantized(one)]
     largest = max(spec.in_features * spec.out_features for spec in [*matrices, head])
     memory = {
@@ -195,7 +196,7 @@ def reserve(sizes: ConversionSizes, out_dir: Path) -> ConversionReservation:
     capacity = backend_of(MAIN_MEMORY).capacity(MAIN_MEMORY)
     folder = next(path for path in out_dir.absolute().parents if path.is_dir())
     embedding = config.vocab_size * config.hidden_size
-    untied = 0 if head.source == parts.embedding.spec.name.removesuffix(".weight") else embedding
+    untied = 0 if head.source == table.spec.name.removesuffix(".weight") else embedding
     return ConversionReservation(
         memory, work, output, num_weights + embedding + untied, capacity.free_bytes,
         shutil.disk_usage(folder).free,

@@ -56,7 +56,8 @@ class Source:
 
     def kept(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield name and tensor of everything that is not quantised; float16 but for vectors."""
-        yield self._float16(self.parts.embedding.spec.name)
+        embedding, _ = self.parts.ends
+        yield self._float16(embedding.spec.name)
         if self.parts.positions is not None:
             yield self._float16(self.parts.positions.spec.name)
         for norm in self.parts.norms():

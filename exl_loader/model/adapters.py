@@ -144,12 +144,13 @@ def _targets(parts: ModelParts) -> dict[str, list[Target]]:
                     Target(part, index, fused_rows(parts.config, widths, name))
                     for name, part in in_layer.items()
                 ]
-    head, vocab_size = parts.head.linear, parts.config.vocab_size
+    embedding, end = parts.ends
+    head, vocab_size = end.linear, parts.config.vocab_size
     # Versions of transformers differ in the head's name where it is not lm_head.
     for name in ("lm_head", _key(head.name)):
         found[name] = [Target(head, len(parts.layers), (range(vocab_size),))]
     rows = range(parts.config.hidden_size)
-    found[_key(names.embedding)] = [Target(parts.embedding, -1, (rows,))]
+    found[_key(names.embedding)] = [Target(embedding, -1, (rows,))]
     return found
 
 

@@ -38,9 +38,9 @@ class StageParts:
     """The parts of a model that are on one device.
 
     Args:
-        embedding, positions: None on devices other than the first, `positions` also where the
-            model has none.
-        head: None on devices other than the last.
+        embedding, positions: None on devices other than the first layer's, `positions` also
+            where the model has none.
+        head: None on devices other than the head's.
     """
 
     config: ModelConfig
@@ -74,13 +74,13 @@ class WeightCosts:
     head: int
     is_tied: bool
 
-    def of_range(self, first: int, end: int, with_embedding: bool = True) -> int:
-        """Return the bytes of layers first..end, and of embedding and head at either end.
+    def of_range(self, first: int, end: int, with_embedding: bool, has_head: bool) -> int:
+        """Return the bytes of layers first..end, of the embedding before them, and of the head.
 
         Args:
             with_embedding: the embedding of the first layer is in the same memory.
+            has_head: the head is in the same memory, which is not always that of the last layer.
         """
-        has_head = end == len(self.layers) - 1
         needs_table = with_embedding and first == 0 and not (self.is_tied and has_head)
         start = (self.embedding if needs_table else 0) + (self.positions if first == 0 else 0)
         layers = self.layers[end] - self.layers[first]
@@ -89,14 +89,21 @@ class WeightCosts:
 
 @dataclass(frozen=True)
 class ModelParts:
-    """The parts of a model, before or after their weights are read."""
+    """The parts of a model that are on one machine, before or after their weights are read.
+
+    Args:
+        device_map: where they are.
+        embedding, head: None where they are on another machine, both or neither.
+        positions: None where the model has none, and without an embedding.
+        layers: the layers of `device_map`.
+    """
 
     config: ModelConfig
     device_map: DeviceMap
-    embedding: Embedding
+    embedding: Embedding | None
     positions: LearnedPositions | None
     layers: tuple[DecoderLayer, ...]
-    head: Head
+    head: Head | None
 
     def stages(self) -> list[StageParts]:
         """Return each device's parts, in the order of the devices."""
@@ -121,10 +128,13 @@ class ModelParts:
             for index in range(len(stage.layers))
         ]
 
-    def cut(self, first: int, end: int) -> StageParts:
-        """Return layers first..end, with embedding and head where the range has them, as a stage.
+    def cut(self, first: int, end: int, has_head: bool) -> StageParts:
+        """Return layers first..end as a stage, with the embedding before layer 0.
 
-        Only of parts that are all on one device.
+        Only of a whole model on one device.
+
+        Args:
+            has_head: the stage has the head too.
         """
         (device,) = self.device_map.devices
         return StageParts(
@@ -133,15 +143,16 @@ class ModelParts:
             self.embedding if first == 0 else None,
             self.positions if first == 0 else None,
             self.layers[first:end],
-            self.head if end == len(self.layers) else None,
+            self.head if has_head else None,
         )
 
     def costs(self) -> WeightCosts:
         """Return what the weights cost by part, for splitting the model over several devices.
 
-        Only of parts that are all on one device, whose kind decides.
+        Only of a whole model on one device, whose kind decides.
         """
         (device,) = self.device_map.devices
+        embedding, head = self.ends
         step = backend_of(device).alignment_bytes
 
         def aligned(specs: Iterable[TensorSpec]) -> int:
@@ -149,10 +160,16 @@ class ModelParts:
 
         layers = accumulate((aligned(layer.specs()) for layer in self.layers), initial=0)
         return WeightCosts(
-            aligned([self.embedding.spec]),
+            aligned([embedding.spec]),
             0 if self.positions is None else aligned(self.positions.specs()),
-            tuple(layers), aligned(self.head.specs()), self.embedding.head is not None,
+            tuple(layers), aligned(head.specs()), embedding.head is not None,
         )
+
+    @property
+    def ends(self) -> tuple[Embedding, Head]:
+        """Embedding and head, of parts that have them."""
+        assert self.embedding is not None and self.head is not None, "on another machine"
+        return self.embedding, self.head
 
     def ropes(self) -> list[Rope]:
         """Return the RoPEs of the layers, each once."""
@@ -162,13 +179,15 @@ class ModelParts:
         """Every linear layer, the head last."""
         for layer in self.layers:
             yield from layer.linears
-        yield self.head.linear
+        if self.head is not None:
+            yield self.head.linear
 
     def norms(self) -> Iterator[Norm]:
         """Every norm, the final one last."""
         for layer in self.layers:
             yield from layer.norms
-        yield self.head.norm
+        if self.head is not None:
+            yield self.head.norm
 
     def vectors(self) -> Iterator[Vector]:
         """Every vector."""
@@ -177,12 +196,16 @@ class ModelParts:
 
     def specs(self) -> list[TensorSpec]:
         """Describe all weights as they will be on their devices."""
-        specs = [*self.embedding.specs()]
+        specs: list[TensorSpec] = []
+        if self.embedding is not None:
+            specs += self.embedding.specs()
         if self.positions is not None:
             specs += self.positions.specs()
         for layer in self.layers:
             specs += layer.specs()
-        return [*specs, *self.head.specs()]
+        if self.head is not None:
+            specs += self.head.specs()
+        return specs
 
     def load(
         self,
@@ -213,7 +236,7 @@ class ModelParts:
             tasks.append(partial(_load, part, loading))
         run_tasks(at_once, max(threads.values()), advance)
         run_tasks(in_turn, 1, advance)
-        if self.embedding.head is not None:
+        if self.embedding is not None and self.embedding.head is not None:
             self.embedding.load(loading)
 
     def _parts_to_load(self) -> Iterator[tuple[_Loaded, str]]:
@@ -222,8 +245,9 @@ class ModelParts:
         Head and tables come first, because what ends last decides when a load on several threads
         ends, and they are larger than a layer.
         """
-        yield self.head, self.device_map.head
-        if self.embedding.head is None:
+        if self.head is not None:
+            yield self.head, self.head.linear.device
+        if self.embedding is not None and self.embedding.head is None:
             yield self.embedding, self.embedding.spec.device
         if self.positions is not None:
             yield self.positions, self.positions.spec.device

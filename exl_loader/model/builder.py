@@ -58,10 +58,11 @@ def build_parts(
 
     Tensors that no part asks for are ignored with a warning, those that every loader computes
     anew (`rotary_emb.inv_freq` of old folders) without. A norm too many means that the config is
-    another model's, and an adapter changes the output.
+    another model's, and an adapter changes the output. A part of a model's layers cannot tell
+    which tensors nobody asks for; the whole model, from which every plan starts, can.
 
     Args:
-        device_map: where the parts are; the CPU where None.
+        device_map: where the parts are, of which it may have a part; the CPU where None.
 
     Raises:
         InvalidCheckpoint: a tensor is missing, or has a shape or dtype that the config does not
@@ -70,21 +71,28 @@ def build_parts(
             adapter beside it.
     """
     devices = device_map or DeviceMap.single(MAIN_MEMORY, config.num_hidden_layers)
-    assert len(devices.layers) == config.num_hidden_layers
+    assert 0 < len(devices.layers) and devices.numbers.stop <= config.num_hidden_layers
+    assert (devices.embed is not None) == (devices.head is not None) == (not devices.first_layer)
     builder = Builder(config, checkpoint)
+    embedding = positions = head = None
     # The embedding first: its shape is the plainest sign of a config of another model.
-    embedding, head = builder.embedding(devices), builder.head(devices.head)
-    if builder.is_tied(head) and devices.layers[0] == devices.head:
-        embedding.head = head.linear
+    if devices.embed is not None and devices.head is not None:
+        embedding = builder.embedding(devices.embed, devices.layers[0])
+        head = builder.head(devices.head)
+        positions = builder.positions(devices.layers[0])
+        if builder.is_tied(head) and devices.layers[0] == devices.head:
+            embedding.head = head.linear
+    on_devices = zip(devices.numbers, devices.layers, strict=True)
     parts = ModelParts(
         config=config,
         device_map=devices,
         embedding=embedding,
-        positions=builder.positions(devices.layers[0]),
-        layers=tuple(builder.layer(i, device) for i, device in enumerate(devices.layers)),
+        positions=positions,
+        layers=tuple(builder.layer(number, device) for number, device in on_devices),
         head=head,
     )
-    _judge_unused(parts, checkpoint)
+    if len(parts.layers) == config.num_hidden_layers:
+        _judge_unused(parts, checkpoint)
     return parts
 
 
@@ -118,13 +126,17 @@ class Builder:
         interleaved = self._architecture.positions.interleaved
         self._ropes = [Rope(rope, interleaved, index) for index, rope in enumerate(config.ropes)]
 
-    def embedding(self, devices: DeviceMap) -> Embedding:
-        """Make the embedding, with a table of its own."""
+    def embedding(self, device: str, reader: str) -> Embedding:
+        """Make the embedding, with a table of its own.
+
+        Args:
+            device: the device whose memory it is in.
+            reader: the first layer's device.
+        """
         config, name = self._config, f"{self._architecture.embedding}.weight"
         shape = (config.vocab_size, config.hidden_size)
-        spec = TensorSpec(name, "weights", self._dtype(name, shape), shape, devices.embed)
-        reader = devices.layers[0]
-        if reader != devices.embed:
+        spec = TensorSpec(name, "weights", self._dtype(name, shape), shape, device)
+        if reader != device:
             spec = replace(spec, segment="embedding", read_by=reader)
         return Embedding(spec, config.embedding_multiplier)
 
@@ -464,7 +476,8 @@ def _judge_unused(parts: ModelParts, checkpoint: Checkpoint) -> None:
     norms = {tensor for norm in parts.norms() for tensor in norm.tensors}
     vectors = {vector.spec.name for vector in parts.vectors()}
     sources = {linear.spec.source for linear in parts.linears()}
-    sources.add(parts.embedding.spec.name.removesuffix(".weight"))
+    embedding, _ = parts.ends
+    sources.add(embedding.spec.name.removesuffix(".weight"))
     if parts.positions is not None:
         sources.add(parts.positions.spec.name.removesuffix(".weight"))
     first, unused = config.num_hidden_layers, []

@@ -59,18 +59,26 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class DeviceMap:
-    """Which device each part of a model lives on: contiguous layer ranges, in order.
+    """Which device of a machine each part of a model lives on: contiguous layer ranges, in order.
+
+    A model over several machines has a map on each of them, of the layers that are there. The
+    first machine has embedding and head as well, wherever the model's last layer is.
 
     Args:
         embed: device whose memory the token embedding is in: the first layer's, or main memory
-            for a card. The first layer's device looks tokens up in either case.
-        layers: device of each decoder layer, its weights and its cache.
-        head: device of the final norm and the output head; the last layer's device.
+            for a card. The first layer's device looks tokens up in either case. None where the
+            embedding is on another machine.
+        layers: device of each decoder layer on the machine, its weights and its cache; at least
+            one layer.
+        head: device of the final norm and the output head, that of the last of `layers`; None
+            where the head is on another machine.
+        first_layer: the model's number of the first of `layers`.
     """
 
-    embed: str
+    embed: str | None
     layers: tuple[str, ...]
-    head: str
+    head: str | None
+    first_layer: int = 0
 
     @classmethod
     def single(cls, device: str, num_layers: int) -> DeviceMap:
@@ -80,4 +88,10 @@ class DeviceMap:
     @property
     def devices(self) -> tuple[str, ...]:
         """Every device that computes, each once, in the order in which a token visits them."""
-        return tuple(dict.fromkeys((*self.layers, self.head)))
+        ends = () if self.head is None else (self.head,)
+        return tuple(dict.fromkeys((*self.layers, *ends)))
+
+    @property
+    def numbers(self) -> range:
+        """The model's numbers of the layers."""
+        return range(self.first_layer, self.first_layer + len(self.layers))

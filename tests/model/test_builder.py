@@ -77,7 +77,7 @@ def test_costs_are_the_bytes_of_every_split(tiny_model, cut, is_tied):
     layers = ("cuda:0",) * cut + ("cuda:1",) * (2 - cut)
     segments = lay_out(parts_of(folder, DeviceMap(layers[0], layers, layers[-1])).specs())
     found = {device: segment.nbytes for (device, _), segment in segments.items()}
-    ranges = {"cuda:0": (0, cut), "cuda:1": (cut, 2)}
+    ranges = {"cuda:0": (0, cut, True, cut == 2), "cuda:1": (cut, 2, True, True)}
     assert found == {device: costs.of_range(*ranges[device]) for device in dict.fromkeys(layers)}
 
 

@@ -105,7 +105,8 @@ class Assigner:
         ]
         first = shares[0]
         if not any(share.budget is self._main_memory for share in shares):
-            embeddings, of_draft = self._embeddings(first.budget.device, len(first.layers))
+            has_head = len(first.layers) == self._model.num_layers
+            embeddings, of_draft = self._embeddings(first.budget.device, has_head)
             if embeddings:
                 shares.append(self._embedding_share(embeddings, of_draft))
         return shares
@@ -158,19 +159,19 @@ class Assigner:
             return first
         return self._main_memory.device
 
-    def _embeddings(self, first: str, num_layers: int) -> tuple[int, int]:
+    def _embeddings(self, first: str, has_head: bool) -> tuple[int, int]:
         """Return the bytes of all embeddings in main memory, and of those of the draft model.
 
         Args:
             first: the device of the first layer.
-            num_layers: the layers on it.
+            has_head: the model's head is on it too.
         """
         if self._embedding_device(first) == first:
             return 0, 0
         of_draft = 0
         if self._draft is not None:
-            of_draft = self._draft.main_memory_embedding_bytes(first, self._draft.num_layers)
-        return self._model.main_memory_embedding_bytes(first, num_layers) + of_draft, of_draft
+            of_draft = self._draft.main_memory_embedding_bytes(first, True)
+        return self._model.main_memory_embedding_bytes(first, has_head) + of_draft, of_draft
 
     def _cost(
         self, budget: Budget, ctx_size: int, run: RunOptions, first: int, end: int
@@ -184,17 +185,19 @@ class Assigner:
     ) -> DeviceShare:
         device, is_first = budget.device, layers.start == 0
         here = self._embedding_device(device) == device
-        buffers, draft_bytes = self._model.buffers(device, layers, ctx_size, run, here), 0
+        has_head, draft_bytes = layers.stop == self._model.num_layers, 0
+        buffers = self._model.buffers(device, layers, ctx_size, run, here, has_head)
         if self._draft is not None and is_first:
             every = range(self._draft.num_layers)
-            draft = self._draft.buffers(device, every, *self._of_draft(ctx_size, run), here)
+            of_draft = self._of_draft(ctx_size, run)
+            draft = self._draft.buffers(device, every, *of_draft, here, True)
             # Each tensor is aligned separately, so the buffer of both is the sum of two.
             buffers, draft_bytes = buffers + draft, draft.total
         embedding_bytes = 0
         if budget is self._main_memory and not is_first:
             # It is the first budget in main memory, so the layers before are on a card.
-            embedding_bytes, of_draft = self._embeddings(self._budgets[0].device, layers.start)
-            draft_bytes += of_draft
+            embedding_bytes, drafts = self._embeddings(self._budgets[0].device, False)
+            draft_bytes += drafts
         return DeviceShare(
             budget, layers, buffers.weights, buffers.cache, buffers.workspace,
             self._overhead_bytes(budget, buffers, embedding_bytes, is_first), draft_bytes,

@@ -190,35 +190,36 @@ class LayerCosts:
         return self._wholes[kind]
 
     def buffers(
-        self, device: str, layers: range, ctx_size: int, run: RunOptions, with_embedding: bool
+        self, device: str, layers: range, ctx_size: int, run: RunOptions, with_embedding: bool,
+        has_head: bool,
     ) -> BufferBytes:
         """Return the buffers of a range of layers.
 
-        The output head is counted with the last layer.
-
         Args:
             with_embedding: the embedding is counted with the first layer.
+            has_head: the output head is on the device too.
         """
         pages = pages_for(run.cache_tokens(ctx_size))
         cache = self._layer_cache_bytes(device, pages, run.cache_type)
         weights = self._weight_costs(device)
         return BufferBytes(
-            weights.of_range(layers.start, layers.stop, with_embedding),
+            weights.of_range(layers.start, layers.stop, with_embedding, has_head),
             cache * len(layers),
-            self._workspace_bytes(device, layers, ctx_size, run),
+            self._workspace_bytes(device, layers, ctx_size, run, has_head),
             self._room_bytes(device, layers, run),
         )
 
-    def main_memory_embedding_bytes(self, device: str, num_layers: int) -> int:
+    def main_memory_embedding_bytes(self, device: str, has_head: bool) -> int:
         """Return the bytes of the embedding in main memory.
 
         Args:
             device: a card, which has the first layer.
-            num_layers: the layers on it. A tied head on the card is the embedding as well.
+            has_head: the head is on it too. A tied one is the embedding as well.
         """
-        if num_layers == self.num_layers and self._weight_costs(device).is_tied:
+        if has_head and self._weight_costs(device).is_tied:
             return 0
-        return align(self.whole(device).embedding.spec.nbytes, MAIN_MEMORY)
+        embedding, _ = self.whole(device).ends
+        return align(embedding.spec.nbytes, MAIN_MEMORY)
 
     def upload_bytes(self, device: str) -> int:
         """Return the most main memory that weights take on their way into the buffers.
@@ -229,7 +230,8 @@ class LayerCosts:
         """
         parts = self.whole(device)
         pieces, layers, whole = [0], [0], [0]
-        tables = [*parts.embedding.specs()]
+        embedding, _ = parts.ends
+        tables = [*embedding.specs()]
         if parts.positions is not None:
             tables += parts.positions.specs()
         for spec in tables:
@@ -294,7 +296,7 @@ class LayerCosts:
         return self._caches[key]
 
     def _workspace_bytes(
-        self, device: str, layers: range, ctx_size: int, run: RunOptions
+        self, device: str, layers: range, ctx_size: int, run: RunOptions, has_head: bool
     ) -> int:
         """Lay out the workspace of a range, once for all ranges with the same workspace."""
         whole = self.whole(device)
@@ -306,14 +308,14 @@ class LayerCosts:
             )
         key = (
             backend_of(device).kind,
-            layers.stop == self.num_layers,
+            has_head,
             frozenset(self._layer_kinds[layers.start : layers.stop]),
             len(layers) if self._counts_layers else 0,
             ctx_size,
             run,
         )
         if key not in self._workspaces:
-            stage = whole.cut(layers.start, layers.stop)
+            stage = whole.cut(layers.start, layers.stop, has_head)
             beside = self._beside_cache(1, run)
             specs = _workspace([stage], ctx_size, run, self.loras)
             segments = lay_out(spec for spec in specs if spec.name not in beside)
