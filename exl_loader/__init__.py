@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from .utils.errors import InvalidSettings as InvalidSettings
     from .utils.errors import InvalidTokenizer as InvalidTokenizer
     from .utils.errors import KernelBuildError as KernelBuildError
+    from .utils.errors import MachineFailed as MachineFailed
+    from .utils.errors import MachineLost as MachineLost
+    from .utils.errors import MachineRefused as MachineRefused
     from .utils.errors import ModelForked as ModelForked
     from .utils.errors import ModelNotFound as ModelNotFound
     from .utils.errors import ModelUnloaded as ModelUnloaded
@@ -54,6 +57,9 @@ __all__ = [
     "KernelBuildError",
     "LoadOptions",
     "LoadedModel",
+    "MachineFailed",
+    "MachineLost",
+    "MachineRefused",
     "ModelForked",
     "ModelNotFound",
     "ModelUnloaded",

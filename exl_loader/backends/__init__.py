@@ -21,18 +21,23 @@ if TYPE_CHECKING:
 BACKENDS: dict[str, Backend] = {"cuda": CudaBackend(), "cpu": CpuBackend()}
 
 
+def is_device(device: str) -> bool:
+    """Return whether this is the name of a device, here or on another machine."""
+    kind, colon, index = device.partition(":")
+    return kind in BACKENDS and (not colon or re.fullmatch("[0-9]{1,4}", index) is not None)
+
+
 def backend_of(device: str) -> Backend:
     """Return the backend of a device such as `cpu`, `cpu:1` or `cuda:0`.
 
     Raises:
         InvalidSettings: there is no kind of device with this name.
     """
-    kind, colon, index = device.partition(":")
-    if kind not in BACKENDS or (colon and not re.fullmatch("[0-9]{1,4}", index)):
+    if not is_device(device):
         raise InvalidSettings(
             "device", expected="auto, cpu or cuda:0, cuda:1, ...", actual=shown(device)
         )
-    return BACKENDS[kind]
+    return BACKENDS[device.partition(":")[0]]
 
 
 def auto_devices(count: int = 0) -> list[str]:

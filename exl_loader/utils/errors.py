@@ -205,6 +205,18 @@ class DeviceError(ExlLoaderError):
     """A graphics card or its driver is missing, or refused a request."""
 
 
+class MachineLost(ExlLoaderError):
+    """Another machine ended, hangs or cannot be reached any more, so its layers are gone."""
+
+
+class MachineRefused(ExlLoaderError):
+    """Machines cannot work together: one is missing, or its version, rank or type differs."""
+
+
+class MachineFailed(ExlLoaderError):
+    """Another machine failed at what it was asked for; `details` has its traceback."""
+
+
 class DownloadError(ExlLoaderError):
     """A download failed: the server refuses it or cannot be reached, or the disk is too small."""
 

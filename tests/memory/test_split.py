@@ -62,7 +62,7 @@ def contiguous_splits(num_layers, num_devices):
 @given(problems())
 def test_every_layer_is_assigned_once_in_order(problem):
     costs, budgets, num_layers = problem
-    ranges = split(costs, budgets, num_layers)
+    ranges = split(costs, budgets, range(num_layers))
     assert len(ranges) == len(budgets)
     assert [layer for layers in ranges for layer in layers] == list(range(num_layers))
 
@@ -72,13 +72,13 @@ def test_a_split_fits_where_any_split_does(problem):
     costs, budgets, num_layers = problem
     every = contiguous_splits(num_layers, len(budgets))
     possible = any(fits(ranges, costs, budgets) for ranges in every)
-    assert fits(split(costs, budgets, num_layers), costs, budgets) == possible
+    assert fits(split(costs, budgets, range(num_layers)), costs, budgets) == possible
 
 
 @given(problems())
 def test_each_device_before_the_last_holds_what_fits_and_no_layer_more_would(problem):
     costs, budgets, num_layers = problem
-    *before, _ = zip(split(costs, budgets, num_layers), costs, budgets, strict=True)
+    *before, _ = zip(split(costs, budgets, range(num_layers)), costs, budgets, strict=True)
     for layers, cost, budget in before:
         assert not layers or cost(layers.start, layers.stop) <= budget
         if layers.stop < num_layers:
@@ -87,7 +87,7 @@ def test_each_device_before_the_last_holds_what_fits_and_no_layer_more_would(pro
 
 def test_the_last_device_takes_the_remaining_layers_even_if_they_do_not_fit():
     cost = Costs([10] * 4, [0] * 4, 0, 0)
-    assert split([cost] * 3, [20, 5, 5], 4) == [range(2), range(2, 2), range(2, 4)]
+    assert split([cost] * 3, [20, 5, 5], range(4)) == [range(2), range(2, 2), range(2, 4)]
 
 
 @given(

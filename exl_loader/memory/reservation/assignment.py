@@ -1,15 +1,13 @@
-"""Assign layers to the devices of a plan, with the bytes that each device has to give."""
+"""Assign layers to a machine's devices, with the bytes that each device has to give."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from ...backends import backend_of
-from ...cache.layout import cache_specs
 from ...utils.table import DeviceMap
-from ..segments import lay_out
 from .budgets import Budget
 from .costs import BufferBytes, LayerCosts, PlacedModel
 from .options import RunOptions
@@ -22,8 +20,8 @@ class DeviceShare:
 
     Args:
         budget: the device and what it lends.
-        layers: the layers. The output head is with the last. Empty for main memory that has
-            only embeddings of models on cards.
+        layers: the layers. Empty for main memory that has only embeddings of models on cards,
+            or only what the connection to other machines takes.
         weights_bytes, cache_bytes, workspace_bytes: the three buffers of the layers.
         overhead_bytes: memory outside the buffers.
         draft_bytes: the part of the buffers that a draft model takes.
@@ -56,7 +54,7 @@ class DeviceShare:
 
 
 class Assigner:
-    """Assigns a model's layers to devices, and a draft model to the first device used.
+    """Assigns layers to a machine's devices, and a draft model to the first device used.
 
     Args:
         model: the costs of the model's layers.
@@ -67,12 +65,14 @@ class Assigner:
         ctx_size_draft: tokens of context of the draft model; 0 for as many as the model's.
         embedding_on_card: embeddings are with the first layer on cards too, and not in main
             memory.
+        has_ends: embedding and head are on this machine; False for all but the first machine.
+        connection_bytes: main memory that the connection to other machines takes.
     """
 
     def __init__(
         self, model: LayerCosts, budgets: Sequence[Budget], main_memory: Budget,
         draft: LayerCosts | None = None, ctx_size_draft: int = 0,
-        embedding_on_card: bool = False,
+        embedding_on_card: bool = False, has_ends: bool = True, connection_bytes: int = 0,
     ) -> None:
         self._model = model
         self._budgets = list(budgets)
@@ -80,49 +80,95 @@ class Assigner:
         self._draft = draft
         self._ctx_size_draft = ctx_size_draft
         self._embedding_on_card = embedding_on_card
+        self._has_ends = has_ends
+        self._connection_bytes = connection_bytes
         models = [model] if draft is None else [model, draft]
         self._upload_bytes = max(one.upload_bytes(budgets[0].device) for one in models)
 
-    def assign(self, ctx_size: int, run: RunOptions) -> list[DeviceShare]:
-        """Split the layers as `split` does.
+    def assign(
+        self, ctx_size: int, run: RunOptions, first_layer: int = 0, takes_all: bool = True
+    ) -> list[DeviceShare]:
+        """Split the layers as `split` does, from one layer on.
 
         Args:
             ctx_size: tokens of context.
             run: the other options that decide the bytes.
+            first_layer: the first of the layers; 0 on the machine of the embedding.
+            takes_all: the layers up to the model's last are assigned, whether they fit or not.
+                False where other machines follow: as many as fit, but at least one on the
+                machine of the embedding.
 
         Returns:
             A share for each device that holds a layer, in the order of the layers, of which the
-            last may not fit. Then a share of main memory where it holds embeddings alone.
+            last may not fit. Then a share of main memory where it holds embeddings alone, or
+            only the connection to other machines. Nothing where no layer fits.
         """
         run = run.at(ctx_size)
-        costs = [partial(self._cost, budget, ctx_size, run) for budget in self._budgets]
-        lent = [budget.lent_bytes for budget in self._budgets]
-        ranges = split(costs, lent, self._model.num_layers)
-        shares = [
-            self._share(budget, layers, ctx_size, run)
-            for budget, layers in zip(self._budgets, ranges, strict=True)
-            if layers
-        ]
-        first = shares[0]
+        rest = range(first_layer, self._model.num_layers)
+        shares = self._layer_shares(rest, ctx_size, run, takes_all)
+        if not shares:
+            return []
+        first, last = shares[0], shares[-1]
         if not any(share.budget is self._main_memory for share in shares):
-            has_head = len(first.layers) == self._model.num_layers
-            embeddings, of_draft = self._embeddings(first.budget.device, has_head)
-            if embeddings:
-                shares.append(self._embedding_share(embeddings, of_draft))
+            embeddings, of_draft = 0, 0
+            if self._has_ends:
+                embeddings, of_draft = self._embeddings(first.budget.device, first is last)
+            if embeddings or self._connection_bytes:
+                end = last.layers.stop
+                shares.append(self._embedding_share(end, embeddings, of_draft))
         return shares
 
-    def most_pages(self, run: RunOptions) -> int:
-        """Return more cache pages than would fit if there were no weights and no workspace."""
-        free = sum(budget.capacity.free_bytes for budget in self._budgets)
-        (page,) = lay_out(cache_specs(self._model.config, 1, run.cache_type)).values()
-        return free // page.nbytes + 1
+    def _layer_shares(
+        self, rest: range, ctx_size: int, run: RunOptions, takes_all: bool
+    ) -> list[DeviceShare]:
+        """Return the shares of layers; arguments as those of `assign`."""
+        if takes_all:
+            return self._split(rest, ctx_size, run, self._has_ends, True)
+        # The head is with the last layer on this machine, so which device has it depends on how
+        # many layers there are. No more fit with a head than without.
+        shares = self._split(rest, ctx_size, run, False, False)
+        if not self._has_ends:
+            return shares
+        most = shares[-1].layers.stop if shares else 0
+        for end in range(max(1, most), 0, -1):
+            shares = self._split(range(end), ctx_size, run, True, True)
+            if all(share.headroom_bytes >= 0 for share in shares):
+                break
+        return shares
+
+    def _split(
+        self, layers: range, ctx_size: int, run: RunOptions, has_head: bool, takes_all: bool
+    ) -> list[DeviceShare]:
+        """Split layers over the devices.
+
+        Args:
+            layers: those to assign.
+            has_head: the head is with the last of them.
+            takes_all: as in `split`.
+        """
+        make = partial(self._share, ctx_size=ctx_size, run=run, layers=layers, has_head=has_head)
+        costs = [partial(_cost, make, budget) for budget in self._budgets]
+        lent = [budget.lent_bytes for budget in self._budgets]
+        ranges = split(costs, lent, layers, takes_all)
+        return [
+            make(budget, part)
+            for budget, part in zip(self._budgets, ranges, strict=True) if part
+        ]
+
+    @property
+    def free_bytes(self) -> int:
+        """The free memory of all devices that layers may be on."""
+        return sum(budget.capacity.free_bytes for budget in self._budgets)
 
     def placed(
         self, shares: Sequence[DeviceShare], ctx_size: int, run: RunOptions
     ) -> PlacedModel:
-        """Return the model on the devices of these shares."""
+        """Return the model, or this machine's part of it, on the devices of these shares."""
         layers = [share.budget.device for share in shares for _ in share.layers]
-        device_map = DeviceMap(self._embedding_device(layers[0]), tuple(layers), layers[-1])
+        device_map = DeviceMap(
+            self._embedding_device(layers[0]) if self._has_ends else None, tuple(layers),
+            layers[-1] if self._has_ends else None, shares[0].layers.start,
+        )
         rooms = {share.budget.device: share.lora_bytes for share in shares}
         parts, checkpoint = self._model.parts(device_map), self._model.checkpoint
         return PlacedModel(
@@ -173,20 +219,21 @@ class Assigner:
             of_draft = self._draft.main_memory_embedding_bytes(first, True)
         return self._model.main_memory_embedding_bytes(first, has_head) + of_draft, of_draft
 
-    def _cost(
-        self, budget: Budget, ctx_size: int, run: RunOptions, first: int, end: int
-    ) -> int:
-        """Return the bytes that layers first..end need of those that a device lends."""
-        share = self._share(budget, range(first, end), ctx_size, run)
-        return budget.lent_bytes - share.headroom_bytes
-
     def _share(
-        self, budget: Budget, layers: range, ctx_size: int, run: RunOptions
+        self, budget: Budget, part: range, *, ctx_size: int, run: RunOptions, layers: range,
+        has_head: bool,
     ) -> DeviceShare:
-        device, is_first = budget.device, layers.start == 0
+        """Return the share of a device.
+
+        Args:
+            part: its layers, of those in `layers`, which are all that this machine has.
+            has_head: the head is with the last of `layers`.
+        """
+        device, is_first, draft_bytes = budget.device, part.start == layers.start, 0
         here = self._embedding_device(device) == device
-        has_head, draft_bytes = layers.stop == self._model.num_layers, 0
-        buffers = self._model.buffers(device, layers, ctx_size, run, here, has_head)
+        buffers = self._model.buffers(
+            device, part, ctx_size, run, here, has_head and part.stop == layers.stop
+        )
         if self._draft is not None and is_first:
             every = range(self._draft.num_layers)
             of_draft = self._of_draft(ctx_size, run)
@@ -194,19 +241,25 @@ class Assigner:
             # Each tensor is aligned separately, so the buffer of both is the sum of two.
             buffers, draft_bytes = buffers + draft, draft.total
         embedding_bytes = 0
-        if budget is self._main_memory and not is_first:
+        if budget is self._main_memory and not is_first and self._has_ends:
             # It is the first budget in main memory, so the layers before are on a card.
             embedding_bytes, drafts = self._embeddings(self._budgets[0].device, False)
             draft_bytes += drafts
         return DeviceShare(
-            budget, layers, buffers.weights, buffers.cache, buffers.workspace,
+            budget, part, buffers.weights, buffers.cache, buffers.workspace,
             self._overhead_bytes(budget, buffers, embedding_bytes, is_first), draft_bytes,
             embedding_bytes, buffers.loras,
         )
 
-    def _embedding_share(self, embedding_bytes: int, draft_bytes: int) -> DeviceShare:
-        """Return the share of main memory that has embeddings alone."""
-        end, nothing = self._model.num_layers, BufferBytes(0, 0, 0)
+    def _embedding_share(
+        self, end: int, embedding_bytes: int, draft_bytes: int
+    ) -> DeviceShare:
+        """Return the share of main memory that has no layers.
+
+        Args:
+            end: the end of the layers on this machine.
+        """
+        nothing = BufferBytes(0, 0, 0)
         return DeviceShare(
             self._main_memory, range(end, end), 0, 0, 0,
             self._overhead_bytes(self._main_memory, nothing, embedding_bytes, False), draft_bytes,
@@ -224,5 +277,12 @@ class Assigner:
         # Uploads need main memory once, also where several shares are in main memory. Weights of
         # cards pass through main memory as well.
         if budget is self._main_memory or (is_first and backend.is_main_memory):
-            overhead += self._upload_bytes
+            overhead += self._upload_bytes + self._connection_bytes
         return overhead
+
+
+def _cost(
+    make: Callable[[Budget, range], DeviceShare], budget: Budget, first: int, end: int
+) -> int:
+    """Return the bytes that layers first..end need of those that a device lends."""
+    return budget.lent_bytes - make(budget, range(first, end)).headroom_bytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...backends import auto_devices, backend_of, full_name
 from ...backends.base import Capacity
@@ -14,6 +14,9 @@ from ...utils.errors import InvalidSettings, shown
 from ...utils.table import MAIN_MEMORY
 from ..buffers import environment_limit, live_bytes
 from .options import LoadOptions
+
+if TYPE_CHECKING:
+    from .remote import Connection
 
 MAX_DEVICES = 64
 
@@ -96,6 +99,36 @@ def main_memory_budget(options: LoadOptions) -> Budget:
         limit = parse_bytes(options.memory_limit, "memory_limit")
     given_back = live_bytes(MAIN_MEMORY) if options.replacing else 0
     return _present(MAIN_MEMORY, limit, given_back)
+
+
+def gpu_split_by_machine(options: LoadOptions, connection: Connection | None) -> list[Any]:
+    """Return the `gpu_split` of each machine, in order of place: all of it without a connection.
+
+    Raises:
+        InvalidSettings: it does not have one part for each machine.
+    """
+    split = options.gpu_split
+    if connection is None:
+        if isinstance(split, str) and ";" in split:
+            raise InvalidSettings(
+                "gpu_split", expected="values of one machine's devices, such as 20,24",
+                actual=shown(split),
+                remedy="`;` divides those of several machines, which the option machines brings",
+            )
+        return [split]
+    names = [machine.name for machine in (connection.first, *connection.others)]
+    if split is None or split == "":
+        return [""] * len(names)
+    parts = split.split(";") if isinstance(split, str) else []
+    if len(parts) != len(names):
+        raise InvalidSettings(
+            "gpu_split",
+            expected=f"{len(names)} parts divided by `;`, such as {';'.join(['20'] * len(names))}, "
+            f"one for each of {', '.join(names)}",
+            actual=shown(split),
+            remedy="A part may be empty, for no limit",
+        )
+    return [part.strip() for part in parts]
 
 
 def chosen_devices(options: LoadOptions) -> list[str]:

@@ -221,6 +221,11 @@ class LayerCosts:
         embedding, _ = self.whole(device).ends
         return align(embedding.spec.nbytes, MAIN_MEMORY)
 
+    def page_bytes(self, cache_type: CacheType) -> int:
+        """Return the bytes of a page of the cache in all layers, in main memory."""
+        (page,) = lay_out(cache_specs(self.config, 1, cache_type)).values()
+        return page.nbytes
+
     def upload_bytes(self, device: str) -> int:
         """Return the most main memory that weights take on their way into the buffers.
 

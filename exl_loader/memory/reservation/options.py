@@ -131,6 +131,11 @@ class LoadOptions:
             scaling); or text such as `first,second=0.5`. Their room is reserved exactly.
         max_lora_bytes: the least room for LoRA adapters that is reserved on each device, such
             as `256MiB`, so that adapters can be loaded later.
+        machines: where other machines find this one, such as `tcp://192.168.1.10:29500`. They run
+            `python -m exl_loader serve-stage` and take the layers for which this machine has no
+            memory, each as many as fit; see docs/machines.md. None or empty for this machine
+            alone. `gpu_split` then has a part for each machine, divided by `;`, such as
+            `20,24;16`.
     """
 
     OPTIONS: ClassVar[Mapping[str, Option]]
@@ -156,7 +161,8 @@ class LoadOptions:
         "DEVICE",
     )
     gpu_split: str | Sequence[float] | None = _option(
-        None, "GiB to use of each card, such as 20,24", "GIB,...", unit="GiB"
+        None, "GiB to use of each card, such as 20,24; with several machines 20,24;16",
+        "GIB,...", unit="GiB"
     )
     vram: int | str | Sequence[int | str] | None = _option(
         None, "plan for cards of this size that are not here, such as 24GiB or 24GiB,12GiB",
@@ -224,6 +230,10 @@ class LoadOptions:
     max_lora_bytes: int | str | None = _option(
         None, "room to reserve on each device for LoRA adapters that are loaded later, such as "
         "256MiB", "SIZE", unit="bytes",
+    )
+    machines: str | None = _option(
+        None, "address at which other machines, which run serve-stage, find this one and take "
+        "layers that do not fit here, such as tcp://192.168.1.10:29500", "ADDRESS",
     )
 
     @classmethod
@@ -320,6 +330,27 @@ class LoadOptions:
         CacheType.parse(self.cache_type)
         self.chosen_loras()
         self.lora_room()
+        self._check_machines()
+
+    def _check_machines(self) -> None:
+        """Refuse an address that is no text, and what several machines cannot have."""
+        if self.machines is not None and not isinstance(self.machines, str):
+            raise InvalidSettings(
+                "machines", expected="an address such as tcp://192.168.1.10:29500",
+                actual=shown(self.machines),
+            )
+        if not self.machines:
+            return
+        alone = {"loras": bool(self.chosen_loras()), "max_lora_bytes": bool(self.lora_room()),
+                 "vram": self.vram not in (None, "")}
+        for name, is_set in alone.items():
+            if is_set:
+                raise InvalidSettings(
+                    name, expected=f"no {name} together with machines",
+                    actual=shown(getattr(self, name)),
+                    remedy="Each machine tells what memory it has" if name == "vram"
+                    else "LoRA adapters need a model on one machine: merge them into its weights",
+                )
 
     def chosen_loras(self) -> tuple[tuple[str, float], ...]:
         """Return the folder and the scaling of each adapter in `loras`.
@@ -413,6 +444,7 @@ class SharedKeywords(TypedDict, total=False):
     ctx_size_draft: int
     loras: Loras
     max_lora_bytes: int | str | None
+    machines: str | None
 
 
 class PlanKeywords(SharedKeywords, total=False):

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...backends import backend_of, full_name
 from ...cache.layout import PAGE_LEN, CacheType, pages_for
 from ...checkpoint import Checkpoint
 from ...checkpoint.adapter import Adapter
 from ...checkpoint.config import ModelConfig
+from ...checkpoint.copies import folder_digest, folder_name
 from ...checkpoint.model_class import has_unknown_class
+from ...utils.byte_counts import parse_bytes
 from ...utils.errors import InvalidSettings, shown
 from ...utils.setting_values import check_path
-from ...utils.table import SEGMENTS
-from ..segments import Segment, align
-from .assignment import Assigner, DeviceShare
-from .budgets import Budget, budgets, main_memory_budget
-from .costs import DRAFT_PREFIX, NO_LORAS, LayerCosts, Loras, PlacedModel, segments_of
+from ..segments import Segment
+from .assignment import Assigner
+from .budgets import Budget, budgets, gpu_split_by_machine, main_memory_budget
+from .costs import NO_LORAS, LayerCosts, Loras, PlacedModel, segments_of
+from .device_records import device_record
 from .length import stretched_length
 from .options import DEFAULT_CTX_SIZE, LoadOptions, PlanKeywords, RunOptions
+from .questions import Asked, PlanRequest
 from .records import DeviceReservation, Reservation
-from .split import largest_fitting
+from .remote import Connection, RemotePlanner, begin
+from .split import largest_fitting, largest_fitting_each
+from .spread import Spread, Spreader
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -36,17 +41,20 @@ class PlannedModel:
     """A plan, and what the loader needs to carry it out.
 
     Args:
-        reservation: the figures.
-        model: the model on the chosen devices. Its checkpoint is closed when the `planned`
-            block ends.
-        segments: the buffers to allocate, with the offset of every tensor.
+        reservation: the figures, of all machines.
+        model: the model on the chosen devices, or this machine's part of it. Its checkpoint is
+            closed when the `planned` block ends.
+        segments: the buffers to allocate here, with the offset of every tensor.
         draft: the draft model; None without one.
+        others: the other machines that hold layers, by place in order: what `PlanAnswers.part`
+            needs there to carry out its part of the plan.
     """
 
     reservation: Reservation
     model: PlacedModel
     segments: tuple[Segment, ...]
     draft: PlacedModel | None = None
+    others: Mapping[int, Asked] = field(default_factory=dict)
 
 
 def plan(
@@ -75,16 +83,29 @@ def plan(
 
 @contextmanager
 def planned(
-    model_dir: str | os.PathLike[str], options: LoadOptions
+    model_dir: str | os.PathLike[str], options: LoadOptions,
+    connection: Connection | None = None, connection_bytes: int = 0,
 ) -> Iterator[PlannedModel]:
-    """Plan as `plan` does, and keep the checkpoints open for the block."""
+    """Plan as `plan` does, and keep the checkpoints open for the block.
+
+    Args:
+        model_dir, options: as those of `plan`.
+        connection: to the other machines that may hold layers; None for one machine.
+        connection_bytes: main memory that the connection takes on each machine.
+    """
     check_path("model_dir", model_dir, "folder")
     options.check()
+    if options.machines and connection is None:
+        raise InvalidSettings(
+            "machines", expected="nothing, because this runs a model on one machine",
+            actual=shown(options.machines), remedy="Leave it out",
+        )
+    splits = gpu_split_by_machine(options, connection)
     run = RunOptions(
         CacheType.parse(options.cache_type), options.chunk_size, options.max_batch_size,
         options.cache_window, options.cache_size,
     )
-    devices = budgets(options)
+    devices = budgets(replace(options, gpu_split=splits[0]))
     in_main_memory = [one for one in devices if backend_of(one.device).is_main_memory]
     main_memory = in_main_memory[0] if in_main_memory else main_memory_budget(options)
     embedding_card = _embedding_card(options, devices)
@@ -99,17 +120,21 @@ def planned(
             draft_costs = _open(options.model_draft, draft_architecture, files)
         assigner = Assigner(
             costs, devices, main_memory, draft_costs, options.ctx_size_draft,
-            embedding_on_card=embedding_card is not None,
+            embedding_on_card=embedding_card is not None, connection_bytes=connection_bytes,
         )
+        others: list[RemotePlanner] = []
+        free_bytes = assigner.free_bytes
+        if connection is not None:
+            requests = _requests(options, costs, splits, connection, connection_bytes)
+            others, free_there = begin(connection, requests, costs.num_layers)
+            free_bytes += free_there
+        spreader = Spreader(assigner, costs.num_layers, others)
         shown_types = LoadOptions.OPTIONS["cache_type"].choices
         by_type = {
             name: replace(run, cache_type=CacheType.parse(name))
             for name in dict.fromkeys((*shown_types, str(run.cache_type)))
         }
-        most = costs.config.max_ctx_size
-        largest = {
-            name: min(most, _largest_ctx_size(assigner, other)) for name, other in by_type.items()
-        }
+        largest = _largest_ctx_sizes(spreader, costs, free_bytes, by_type)
         ctx_size = _chosen_ctx_size(options, costs.config, largest[str(run.cache_type)])
         _check_positions("ctx_size", ctx_size, costs.config)
         if draft_costs is not None:
@@ -117,7 +142,12 @@ def planned(
                 "ctx_size_draft", options.ctx_size_draft or ctx_size, draft_costs.config
             )
         run = run.at(ctx_size)
-        shares = assigner.assign(ctx_size, run)
+        spreads = spreader.spread({
+            name: (ctx_size, run if other.cache_type == run.cache_type else other)
+            for name, other in by_type.items()
+        })
+        chosen = spreads[str(run.cache_type)]
+        shares = chosen.shares
         if embedding_card not in (None, shares[0].budget.device):
             raise _wrong_embedding_device(options, [shares[0].budget])
         model = assigner.placed(shares, ctx_size, run)
@@ -136,25 +166,61 @@ def planned(
             cache_type=str(run.cache_type),
             chunk_size=run.chunk_size,
             max_batch_size=run.max_batch_size or 0,
-            devices=tuple(_record(share, segments) for share in shares),
+            devices=_records(chosen, segments, connection),
             largest_ctx_size=largest,
-            bytes_by_cache_type={
-                name: sum(
-                    share.total_bytes
-                    for share in (
-                        shares if other.cache_type == run.cache_type
-                        else assigner.assign(ctx_size, other)
-                    )
-                )
-                for name, other in by_type.items()
-            },
+            bytes_by_cache_type={name: spread.total_bytes for name, spread in spreads.items()},
             model_draft=os.fspath(options.model_draft) if options.model_draft else None,
             ctx_size_draft=draft.ctx_size if draft is not None else 0,
             loras=dict(options.chosen_loras()),
             cache_window=run.cache_window if run.has_open_pages else 0,
             cache_size=model.cache_tokens,
+            hosts=_hosts(connection),
         )
-        yield PlannedModel(reservation, model, tuple(segments.values()), draft)
+        places = {part.planner.machine.place: part.asked for part in chosen.others}
+        yield PlannedModel(reservation, model, tuple(segments.values()), draft, places)
+
+
+def _requests(
+    options: LoadOptions, costs: LayerCosts, splits: Sequence[Any], connection: Connection,
+    connection_bytes: int,
+) -> dict[int, PlanRequest]:
+    """Return what begins a plan on each of the other machines, by place."""
+    limit = options.memory_limit
+    request = PlanRequest(
+        name=folder_name(costs.checkpoint.model_dir),
+        digest=folder_digest(costs.checkpoint),
+        as_architecture=options.as_architecture,
+        replacing=options.replacing,
+        gpu_split="",
+        memory_limit=None if limit is None else parse_bytes(limit, "memory_limit"),
+        connection_bytes=connection_bytes,
+    )
+    return {
+        machine.place: replace(request, gpu_split=splits[machine.place])
+        for machine in connection.others
+    }
+
+
+def _hosts(connection: Connection | None) -> tuple[str, ...]:
+    if connection is None:
+        return ()
+    return tuple(machine.host for machine in (connection.first, *connection.others))
+
+
+def _records(
+    spread: Spread, segments: Mapping[tuple[str, str], Segment], connection: Connection | None
+) -> tuple[DeviceReservation, ...]:
+    """Return the records of all devices, for which each other machine is asked."""
+    records = [device_record(share, segments) for share in spread.shares]
+    if connection is not None:
+        first = connection.first
+        records = [
+            replace(record, machine=first.place, rank=first.rank, host=first.host)
+            for record in records
+        ]
+    for part in spread.others:
+        records += part.planner.records(part.asked)
+    return tuple(records)
 
 
 def _embedding_card(options: LoadOptions, devices: Sequence[Budget]) -> str | None:
@@ -225,62 +291,38 @@ def _check_positions(name: str, ctx_size: int, config: ModelConfig) -> None:
         )
 
 
-def _largest_ctx_size(assigner: Assigner, run: RunOptions) -> int:
-    """Return the most tokens that fit, in whole pages; 0 where not one page fits."""
+def _largest_ctx_sizes(
+    spreader: Spreader, costs: LayerCosts, free_bytes: int, runs: Mapping[str, RunOptions]
+) -> dict[str, int]:
+    """Return the most tokens that fit for each cache type, in whole pages; 0 for not one page.
 
-    def headroom(pages: int) -> int:
-        found = [share.headroom_bytes for share in assigner.assign(pages * PAGE_LEN, run)]
-        # The sum where all fit, because one device's headroom jumps when a layer moves.
-        return min(found) if min(found) < 0 else sum(found)
+    Args:
+        free_bytes: the free memory of all devices.
+        runs: by cache type.
+    """
+    pages = {}
+    for name, run in runs.items():
+        # More pages than would fit if there were no weights and no workspace.
+        most = free_bytes // costs.page_bytes(run.cache_type) + 1
+        if run.cache_size:
+            most = min(most, pages_for(run.cache_size))
 
-    most = assigner.most_pages(run)
-    if run.cache_size:
-        most = min(most, pages_for(run.cache_size))
-    return largest_fitting(headroom, most) * PAGE_LEN
+        def headroom(count: int, run: RunOptions = run) -> int:
+            return spreader.own_headroom_bytes(count * PAGE_LEN, run)
 
+        pages[name] = largest_fitting(headroom, most)
 
-def _record(
-    share: DeviceShare, segments: dict[tuple[str, str], Segment]
-) -> DeviceReservation:
-    """Make the public record of a share, which must equal the tensors as they are laid out."""
-    budget = share.budget
-    keys = [(budget.device, name) for name in SEGMENTS]
-    laid_out = tuple(segments[key].nbytes if key in segments else 0 for key in keys)
-    summed = (
-        share.weights_bytes, share.cache_bytes, share.workspace_bytes, share.embedding_bytes,
-        share.lora_bytes,
-    )
-    assert summed == laid_out, (summed, laid_out)
-    lent = budget.limited()
-    workspace = segments.get((budget.device, "workspace"))
-    return DeviceReservation(
-        device=budget.device,
-        first_layer=share.layers.start,
-        end_layer=share.layers.stop,
-        weights_bytes=share.weights_bytes,
-        cache_bytes=share.cache_bytes,
-        workspace_bytes=share.workspace_bytes,
-        overhead_bytes=share.overhead_bytes,
-        overhead_measured=budget.overhead_measured,
-        capacity_bytes=lent.capacity_bytes,
-        free_bytes=lent.free_bytes,
-        other_bytes=lent.other_bytes,
-        limit_bytes=budget.limit_bytes,
-        headroom_bytes=share.headroom_bytes,
-        draft_bytes=share.draft_bytes,
-        embedding_bytes=share.embedding_bytes,
-        lora_bytes=share.lora_bytes,
-        open_page_bytes=_bytes_of("open.", workspace),
-        key_feedback_bytes=_bytes_of(("key_feedback", "key_mean"), workspace),
-    )
+    def headrooms(counts: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+        asked = {
+            (name, count): (count * PAGE_LEN, runs[name])
+            for name, several in counts.items() for count in several
+        }
+        spreads = spreader.spread(asked)
+        return {
+            name: [spreads[name, count].headroom_bytes for count in several]
+            for name, several in counts.items()
+        }
 
-
-def _bytes_of(prefix: str | tuple[str, ...], workspace: Segment | None) -> int:
-    """Return the bytes of a workspace's tensors by the start of their names, drafts included."""
-    if workspace is None:
-        return 0
-    specs = (offset.spec for offset in workspace.offsets)
-    return sum(
-        align(spec.nbytes, spec.device) for spec in specs
-        if spec.name.removeprefix(DRAFT_PREFIX).startswith(prefix)
-    )
+    if spreader.has_others:
+        pages = largest_fitting_each(headrooms, pages)
+    return {name: min(costs.config.max_ctx_size, most * PAGE_LEN) for name, most in pages.items()}

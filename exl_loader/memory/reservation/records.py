@@ -40,6 +40,9 @@ class DeviceReservation:
             a quantised cache keeps in more bits.
         key_feedback_bytes: the part of the workspace with the matrices by which keys of fewer
             than 8 bits are rounded with feedback.
+        machine: the place of the device's machine among several; 0 is the one that plans.
+        rank: the number that the machine was started with.
+        host: the name of its host; empty where the model is on one machine.
     """
 
     device: str
@@ -60,16 +63,38 @@ class DeviceReservation:
     lora_bytes: int = 0
     open_page_bytes: int = 0
     key_feedback_bytes: int = 0
+    machine: int = 0
+    rank: int = 0
+    host: str = ""
 
     @property
     def has_layers(self) -> bool:
-        """Return False for main memory that has only the embedding of a model on cards."""
+        """Return False for main memory without layers, which a model on cards needs."""
         return self.end_layer > self.first_layer
+
+    @property
+    def machine_name(self) -> str:
+        """The name of the machine in messages; empty where the model is on one machine."""
+        if not self.host:
+            return ""
+        own = f"machine {self.rank}" if self.machine else "the first machine"
+        return f"{own} ({self.host})"
+
+    @property
+    def short_machine_name(self) -> str:
+        """The name of the machine above a column, such as `1 node-b`: its rank and its host."""
+        return f"{self.rank} {self.host}" if self.host else ""
+
+    @property
+    def full_name(self) -> str:
+        """The name of the device, with that of its machine where there are several."""
+        return ", ".join(filter(None, (self.machine_name, self.device)))
 
     @property
     def memory_name(self) -> str:
         """What a person calls the memory: `main memory`, or the name of a card."""
-        return "main memory" if backend_of(self.device).is_main_memory else self.device
+        name = "main memory" if backend_of(self.device).is_main_memory else self.device
+        return ", ".join(filter(None, (self.machine_name, name)))
 
     @property
     def total_bytes(self) -> int:
@@ -115,8 +140,9 @@ class Reservation:
         cache_type: as `CacheType` writes it, such as `fp16` or `q8_q4`.
         chunk_size: most tokens in one forward pass.
         max_batch_size: most sequences in one forward pass.
-        devices: one record for each device that holds layers, in the order of the layers, and
-            one of main memory where it has only the embedding of a model on cards.
+        devices: one record for each device that holds layers, machine by machine in the order
+            of the layers, and for each machine one of main memory where that has only the
+            embedding of a model on cards, or what the connection to other machines takes.
         largest_ctx_size: cache type -> most tokens of context that fit now, 0 where not even one
             page does. The types are fp16, q8, q6, q4, q3 and the type of this plan.
         bytes_by_cache_type: cache type -> bytes of all buffers with this context, for the same
@@ -126,6 +152,8 @@ class Reservation:
         loras: folder -> scaling of the LoRA adapters to load with the model.
         cache_window: as in `LoadOptions`; 0 where the cache is not quantised.
         cache_size: tokens that all pages of the cache hold, at least those of one text.
+        hosts: the names of all machines that could hold layers, in order of place; empty where
+            the model is on one machine.
     """
 
     model_dir: str
@@ -148,6 +176,7 @@ class Reservation:
     cache_window: int = 0
     cache_size: int = 0
     uses_rope: bool = True
+    hosts: tuple[str, ...] = ()
 
     @property
     def shares_cache(self) -> bool:
@@ -218,14 +247,15 @@ class Reservation:
         return sum(device.total_bytes for device in self.devices)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all attributes and sums as JSON types."""
+        """Return all attributes and sums as JSON types; `hosts` only with several machines."""
         sums = ("fits", "weights_bytes", "cache_bytes", "workspace_bytes", "embedding_bytes",
                 "lora_bytes", "total_bytes", "stretched_length")
         warning = self.length_warning
         return {
-            **{name: value for name, value in vars(self).items() if name != "devices"},
+            **{name: v for name, v in vars(self).items() if name not in ("devices", "hosts")},
             **{name: getattr(self, name) for name in sums},
             "length_warning": warning.to_dict() if warning is not None else None,
             "rope_warning": self.rope_warning,
+            **({"hosts": list(self.hosts)} if self.hosts else {}),
             "devices": [device.to_dict() for device in self.devices],
         }

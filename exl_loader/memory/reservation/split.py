@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
+from typing import TypeVar
 
+Key = TypeVar("Key", bound=Hashable)
 # Bytes that a device needs for the layers from the first number up to the second, not
 # included. More layers never need fewer bytes.
 Costs = Callable[[int, int], int]
 
 
-def split(costs: Sequence[Costs], budgets: Sequence[int], num_layers: int) -> list[range]:
+def split(
+    costs: Sequence[Costs], budgets: Sequence[int], layers: range, takes_all: bool = True
+) -> list[range]:
     """Assign layers to devices: each device in turn takes as many layers as fit.
 
     No other contiguous split in this order fits where this one does not, because every device
@@ -20,34 +25,34 @@ def split(costs: Sequence[Costs], budgets: Sequence[int], num_layers: int) -> li
         costs: of each device, the bytes that a range of layers needs there. It is a function
             and no list because the workspace of a range is no sum over its layers.
         budgets: bytes that each device lends.
-        num_layers: layers to assign.
+        layers: the layers to assign.
+        takes_all: False for devices after which come those of another machine: the last device
+            takes no more than fit either.
 
     Returns:
         The layers of each device, in order; an empty range for a device that holds none.
     """
     ranges: list[range] = []
-    first = 0
+    first, end = layers.start, layers.stop
     for cost, budget in zip(costs, budgets, strict=True):
-        is_last = len(ranges) == len(budgets) - 1
-        end = num_layers if is_last else first + _most_layers(cost, budget, first, num_layers)
+        if not takes_all or len(ranges) < len(budgets) - 1:
+            end = first + _most_layers(cost, budget, range(first, layers.stop))
+        else:
+            end = layers.stop
         ranges.append(range(first, end))
         first = end
     return ranges
 
 
-def _most_layers(cost: Costs, budget: int, first: int, num_layers: int) -> int:
+def _most_layers(cost: Costs, budget: int, layers: range) -> int:
     def headroom(count: int) -> int:
-        return budget - cost(first, first + count)
+        return budget - cost(layers.start, layers.start + count)
 
-    return largest_fitting(headroom, num_layers - first)
+    return largest_fitting(headroom, len(layers))
 
 
 def largest_fitting(headroom: Callable[[int], int], upper: int) -> int:
     """Find the largest count from 1 to `upper` with `headroom(count) >= 0`.
-
-    Every layer, and every page, takes nearly the same bytes as the one before, so a straight
-    line between two known points hits the answer almost at once. Every third step halves the
-    interval instead, which bounds the search where the line does not hit.
 
     Args:
         headroom: bytes left with so many. What does not fit never fits with more.
@@ -56,24 +61,105 @@ def largest_fitting(headroom: Callable[[int], int], upper: int) -> int:
     Returns:
         0 where not even one fits.
     """
+    search = _search(upper)
+    try:
+        count = next(search)
+        while True:
+            count = search.send(headroom(count))
+    except StopIteration as ended:
+        found: int = ended.value
+        return found
+
+
+def _search(upper: int) -> Generator[int, int, int]:
+    """Yield counts, each for its headroom, and return the largest that fits.
+
+    Every layer, and every page, takes nearly the same bytes as the one before, so a straight
+    line between two known points hits the answer almost at once. Every third step halves the
+    interval instead, which bounds the search where the line does not hit.
+    """
     low, high = 1, upper
-    headroom_low = headroom(low) if upper else -1
+    headroom_low = (yield low) if upper else -1
     if headroom_low < 0:
         return 0
-    headroom_high = headroom(high)
+    headroom_high = yield high
     if headroom_high >= 0:
         return high
     steps = 0
     while high - low > 1:  # headroom(low) >= 0 > headroom(high)
         steps += 1
+        guess = (low + high) // 2
         if steps % 3:
-            guess = low + headroom_low * (high - low) // (headroom_low - headroom_high)
-        else:
-            guess = (low + high) // 2
-        guess = min(max(guess, low + 1), high - 1)
-        left = headroom(guess)
+            guess = _on_line(low, high, headroom_low, headroom_high)
+        left = yield guess
         if left >= 0:
             low, headroom_low = guess, left
         else:
             high, headroom_high = guess, left
     return low
+
+
+def _on_line(low: int, high: int, headroom_low: int, headroom_high: int) -> int:
+    """Return the count between two at which a straight line of headroom ends."""
+    guess = low + headroom_low * (high - low) // (headroom_low - headroom_high)
+    return min(max(guess, low + 1), high - 1)
+
+
+def largest_fitting_each(
+    headrooms: Callable[[Mapping[Key, Sequence[int]]], Mapping[Key, Sequence[int]]],
+    uppers: Mapping[Key, int],
+) -> dict[Key, int]:
+    """Search for several things at once, with as few questions as possible.
+
+    A question, which may go to other machines, asks for several counts of every search that goes
+    on: more are computed than `largest_fitting` needs, and far fewer are waited for.
+
+    Args:
+        headrooms: counts by key -> the bytes left with each.
+        uppers: the largest count to consider, by key.
+
+    Returns:
+        By key what `largest_fitting` finds.
+    """
+    brackets = {key: _Bracket(upper) for key, upper in uppers.items()}
+    while asked := {key: counts for key, one in brackets.items() if (counts := one.counts())}:
+        for key, found in headrooms(asked).items():
+            brackets[key].narrow(dict(zip(asked[key], found, strict=True)))
+    return {key: one.low for key, one in brackets.items()}
+
+
+class _Bracket:
+    """The counts between which the answer of a search is.
+
+    Args:
+        upper: the largest count to consider.
+
+    Attributes:
+        low: the largest count that is known to fit; 0 before any.
+    """
+
+    def __init__(self, upper: int) -> None:
+        self.low, self._high = 0, upper + 1
+        self._known: dict[int, int] = {}
+
+    def counts(self) -> tuple[int, ...]:
+        """Return the counts to ask for next; none where the answer is known."""
+        low, high = self.low, self._high
+        if high - low <= 1:
+            return ()
+        if not self._known:
+            return tuple(sorted({1, high - 1}))
+        # Where the line does not hit, halves of counts or of their orders of magnitude bound the
+        # search. The neighbour of a hit ends it.
+        guesses = {(low + high) // 2, math.isqrt(low * high)}
+        if low in self._known and high in self._known:
+            line = _on_line(low, high, self._known[low], self._known[high])
+            guesses |= {line, line + 1}
+        return tuple(sorted(guess for guess in guesses if low < guess < high))
+
+    def narrow(self, headrooms: Mapping[int, int]) -> None:
+        """Take the headroom of the counts that were asked for."""
+        self._known |= headrooms
+        fitting = [count for count, left in headrooms.items() if left >= 0]
+        self.low = max([self.low, *fitting])
+        self._high = min([self._high, *headrooms.keys() - fitting])

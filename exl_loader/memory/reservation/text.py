@@ -20,6 +20,7 @@ def render(reservation: Reservation) -> str:
     """Write a reservation as a table with a column for each device and a row for each part."""
     devices = reservation.devices
     rows = [
+        *_machines(devices),
         ("", [device.device for device in devices]),
         ("layers", [_layers(d) for d in devices]),
         ("weights", [amount(d.weights_bytes) for d in devices]),
@@ -62,8 +63,22 @@ def _headline(reservation: Reservation) -> str:
     return (
         f"{reservation.model_dir}\n{reservation.architecture}, {reservation.format}, "
         f"{reservation.num_layers} layers; {reservation.ctx_size:,} tokens of context, "
-        f"cache {reservation.cache_type}{_of_tokens(reservation)}"
+        f"cache {reservation.cache_type}{_of_tokens(reservation)}{_over_machines(reservation)}"
     )
+
+
+def _over_machines(reservation: Reservation) -> str:
+    """Return how many of the machines have layers; nothing where there is one machine."""
+    if not reservation.hosts:
+        return ""
+    used = len({device.machine for device in reservation.devices})
+    return f"; layers on {used} of {len(reservation.hosts)} machines"
+
+
+def _machines(devices: Sequence[DeviceReservation]) -> list[tuple[str, list[str]]]:
+    """Return a row with the machine of each device, where there are several machines."""
+    names = [device.short_machine_name for device in devices]
+    return [("machine", names)] if any(names) else []
 
 
 def _of_tokens(reservation: Reservation) -> str:
@@ -157,7 +172,7 @@ def refusal(reservation: Reservation) -> InsufficientMemory:
     needed = "; ".join(_needed(device) for device in short)
     found = "; ".join(_found(device) for device in short)
     error = InsufficientMemory(
-        f"{', '.join(device.device for device in short)}: a context of {reservation.ctx_size} "
+        f"{', '.join(device.full_name for device in short)}: a context of {reservation.ctx_size} "
         f"tokens with cache {reservation.cache_type}{_of_tokens(reservation)} does not fit",
         expected=needed,
         actual=found,
@@ -183,6 +198,8 @@ def _needed(device: DeviceReservation) -> str:
         }
     if device.lora_bytes:
         named["LoRAs"] = device.lora_bytes
+    if not device.total_bytes:  # main memory for a connection to other machines
+        return f"{amount(device.needed_bytes)} of overhead"
     parts = ", ".join(f"{name} {amount(nbytes)}" for name, nbytes in named.items())
     # A limit holds for the buffers alone, so the overhead is no part of the sum.
     if _limited(device):
@@ -229,6 +246,8 @@ def _holders(short: list[DeviceReservation]) -> list[str]:
     for device in short:
         if _limited(device):
             continue  # the user's own limit is too low, whatever other processes hold
+        if device.machine:
+            continue  # the processes of another machine are not known here
         found += backend_of(device.device).processes(device.device, PROCESSES_SHOWN)
     if not found:
         return []
