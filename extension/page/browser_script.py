@@ -1,9 +1,11 @@
-"""JavaScript of the text side: who a tab is, files of conversations, and scrolling.
+"""JavaScript of the text side: who a tab is, what is typed, files of conversations, and scrolling.
 
 A tab's conversation has a name in the tab's `sessionStorage`, which a reload keeps and another tab
 does not see. The browser has a name in `localStorage`, by which a new tab finds the conversations
-of closed ones. Files are read and written by the browser itself, so the server accepts no uploads
-(`guard.py`) and keeps no copies of conversations in files.
+of closed ones. What is typed is in `sessionStorage` too, because a reload may end the request that
+brings it to the server; each text has the time at which it was typed, by which the server knows
+whether it has it already. Files are read and written by the browser itself, so the server accepts
+no uploads (`guard.py`) and keeps no copies of conversations in files.
 
 Every function here returns the source of a JavaScript function for Gradio's `js=`.
 """
@@ -11,10 +13,12 @@ Every function here returns the source of a JavaScript function for Gradio's `js
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
 from .guard import MAX_BODY_BYTES
 
 BROWSER, CONVERSATION = "exl_loader_browser", "exl_loader_conversation"
+TYPED = "exl_loader_typed"
 
 # A request has the text as JSON, in which a character may take twice its bytes.
 MAX_FILE_BYTES = MAX_BODY_BYTES // 4
@@ -24,7 +28,10 @@ NEAR_PIXELS = 40
 
 
 def identify_tab() -> str:
-    """Name the tab: `() -> "BROWSER/CONVERSATION"`. A browser without storage gets new names."""
+    """Name the tab: `() -> ["BROWSER/CONVERSATION", what was typed]`.
+
+    A browser without storage gets new names. What was typed is as `keep_typed` has stored it.
+    """
     return f"""() => {{
   const name = () => [...crypto.getRandomValues(new Uint8Array(16))]
     .map(byte => byte.toString(16).padStart(2, "0")).join("");
@@ -37,7 +44,73 @@ def identify_tab() -> str:
       return made;
     }} catch {{ return name(); }}
   }};
-  return [kept("localStorage", "{BROWSER}") + "/" + kept("sessionStorage", "{CONVERSATION}")];
+  let typed = "";
+  try {{ typed = sessionStorage.getItem("{TYPED}") ?? ""; }} catch {{ }}
+  return [kept("localStorage", "{BROWSER}") + "/" + kept("sessionStorage", "{CONVERSATION}"),
+          typed];
+}}"""
+
+
+# Reads what is stored of the tab's conversation: field -> [time, text].
+_READ_TYPED = f"""
+const conversation = sessionStorage.getItem("{CONVERSATION}");
+let fields = {{}};
+try {{
+  const stored = JSON.parse(sessionStorage.getItem("{TYPED}"));
+  if (stored.conversation === conversation) fields = stored.fields;
+}} catch {{ }}
+const store = () => sessionStorage.setItem("{TYPED}", JSON.stringify({{conversation, fields}}));
+"""
+
+
+def keep_typed(selectors: Mapping[str, str]) -> str:
+    """Store what is typed, at once: `() -> nothing`, when the page opens.
+
+    It is stored as JSON: the conversation, and for each field a time and its text.
+
+    Args:
+        selectors: name of a field -> selector of the element that has it.
+    """
+    return f"""() => {{
+  if (window.exlKeepsTyped) return;
+  window.exlKeepsTyped = true;
+  document.addEventListener("input", event => {{
+    for (const [name, selector] of Object.entries({json.dumps(dict(selectors))})) {{
+      if (!event.target.closest?.(selector)) continue;
+      try {{
+        {_READ_TYPED}
+        fields[name] = [Math.max(Date.now(), (fields[name]?.[0] ?? 0) + 1), event.target.value];
+        store();
+      }} catch {{ /* no storage, or it is full */ }}
+    }}
+  }}, true);
+}}"""
+
+
+def with_times(count: int) -> str:
+    """Add to an event's inputs when its texts were typed: `(..., times) -> [..., times]`.
+
+    Args:
+        count: of the inputs, the hidden field for the times included, which is the last.
+    """
+    return f"""(...values) => {{
+  let times = {{}};
+  try {{
+    {_READ_TYPED}
+    for (const [name, [time]] of Object.entries(fields)) times[name] = time;
+  }} catch {{ }}
+  return [...values.slice(0, {count - 1}), JSON.stringify(times)];
+}}"""
+
+
+def forget_sent(name: str) -> str:
+    """Forget what was typed into a field that the server has emptied: `text -> nothing`."""
+    return f"""text => {{
+  if (text) return;
+  try {{
+    {_READ_TYPED}
+    if (fields["{name}"]) {{ fields["{name}"][1] = ""; store(); }}
+  }} catch {{ }}
 }}"""
 
 

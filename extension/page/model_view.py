@@ -1,7 +1,7 @@
 """The side of the page that has the model: picker, options, gauge, load and unload.
 
-All tabs show the same model. What one of them loads or unloads, the others show when their timer
-asks for it.
+All tabs show the same model. What one of them loads or unloads, the others show when they ask for
+it (`watch.py`).
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from ..panel.panel import (
 )
 from .model_folders import MAX_FOLDERS, FoundModels, find_models
 from .session import Session
+from .watch import Watch, connect_drawing
 from .widgets import QUICK, button, hidden_field, html_block, if_any
 
 # End of the context's slider if the folder does not give the model's length.
@@ -44,14 +45,13 @@ OPTION_NAMES = (
     "chunk_size", "embedding_device", AS_LLAMA,
 )
 
-# A tab asks this often how far a load is, and whether another tab has changed the model.
-LOADING_S, IDLE_S = 0.2, 1.0
-
 
 class ModelView:
     """The panel's components, made in the current block of Gradio, and their events."""
 
-    def __init__(self, session: Session, first: ModelChoice, models_dir: str) -> None:
+    def __init__(
+        self, session: Session, first: ModelChoice, models_dir: str, watch: Watch
+    ) -> None:
         self._session = session
         self.model_dir = gr.Dropdown(
             [first.model_dir], value=first.model_dir, label="Model", allow_custom_value=True,
@@ -69,7 +69,7 @@ class ModelView:
         self.pick = hidden_field(PICK_ELEM_ID)
         self.asking = hidden_field("exl_ask")
         self.seen = hidden_field("exl_seen_model")
-        self.timer = gr.Timer(LOADING_S)
+        self.changed = watch.add("model", self._version, lambda tab: session.loading)
         self.cache_type = gr.Dropdown(
             list(CACHE_TYPES), value=str(first.cache_type), allow_custom_value=True,
             elem_id="exl_cache_type", **field_arguments("cache_type", "Cache type"),
@@ -115,15 +115,15 @@ class ModelView:
         keep_in_step([self.cache_8bit, self.cache_4bit, self.cache_type], QUICK)
         self.pick.change(None, self.pick, [self.ctx_size, self.cache_type], js=follow_pick(),
                          **QUICK)
-        shown = [self.seen, self.timer, self.load, self.unload, self.progress, self.status]
+        shown = [self.seen, self.load, self.unload, self.progress, self.status]
         everything = [*shown, self.known_dir, *options]
         # Gradio's sliders send an event for every digit that is typed, and Gradio would refuse the
         # first of four digits as too small.
         raw = {**QUICK, "preprocess": False}
         self.load.click(self._load, options, shown, **QUICK)
         self.unload.click(self._unload, options, everything, **raw)
-        for trigger in (page.load, self.timer.tick):
-            trigger(self._tick, [self.seen, *options], everything, **raw)
+        page.load(self._draw_changes, [self.seen, *options], everything, **raw)
+        connect_drawing(self.changed, self._draw_changes, [self.seen, *options], everything, **raw)
         for trigger in (page.load, self.find.click, self.models_dir.submit):
             trigger(self._find, [self.models_dir, self.model_dir], [self.model_dir, self.found],
                     **QUICK)
@@ -192,19 +192,22 @@ class ModelView:
         self._session.unload()
         return self._everything(_options(values))
 
-    def _tick(self, seen: str, *values: Any) -> tuple[Any, ...]:
+    def _version(self, tab: str) -> str:
+        return f"{self._session.version} {hash(self._session.progress_html())}"
+
+    def _draw_changes(self, seen: str, *values: Any) -> tuple[Any, ...]:
         """Draw what a tab has not seen of the session yet."""
         if self._session.loading:
             return (*self._state(_options(values)), *(gr.skip(),) * (1 + len(OPTION_NAMES)))
         if seen == self._session.version:
-            return (gr.skip(),) * (7 + len(OPTION_NAMES))
+            return (gr.skip(),) * (6 + len(OPTION_NAMES))
         return self._everything(_options(values))
 
     def _everything(self, options: ModelChoice) -> tuple[Any, ...]:
         return (*self._state(options), *self._as_loaded())
 
     def _state(self, options: ModelChoice) -> tuple[Any, ...]:
-        """Draw the state of the session: its version, the timer, the buttons, progress and status.
+        """Draw the state of the session: its version, the buttons, progress and status.
 
         Args:
             options: those that the tab shows.
@@ -215,8 +218,7 @@ class ModelView:
             # The gauge above shows the same error.
             status = ""
         return (
-            session.version, gr.Timer(LOADING_S if loading else IDLE_S),
-            gr.update(interactive=not loading),
+            session.version, gr.update(interactive=not loading),
             gr.update(interactive=not loading and session.model is not None),
             if_any(session.progress_html()), if_any(status),
         )

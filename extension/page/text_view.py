@@ -1,8 +1,8 @@
 """The side of the page that has the text: conversations, chat, notebook and settings.
 
 The server holds all of it (`writing.py`). A tab names its conversation and what it has seen of it,
-and a timer asks for what is new. So a tab that is reloaded shows the same as before, and whatever
-another tab loads or unloads.
+and asks for what is new (`watch.py`). So a tab that is reloaded shows the same as before, and
+whatever another tab loads or unloads.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ from exl_loader import InvalidSettings
 from exl_loader.commands.generate import DEMO_PROMPT
 from exl_loader.commands.model_options import DEMO_MODEL
 from exl_loader.utils.byte_counts import amount
-from exl_loader.utils.json_keys import parse_json
+from exl_loader.utils.json_keys import InvalidJson, parse_json
 
 from ..panel.panel import ModelChoice
 from .browser_script import (
     MAX_FILE_BYTES,
     choose_file,
+    forget_sent,
     identify_tab,
+    keep_typed,
     remember_tab,
     save_file,
+    with_times,
 )
 from .chat_view import ChatView
 from .conversation import Conversation
@@ -34,13 +37,14 @@ from .model_folders import folder_bytes
 from .notebook_view import NotebookView
 from .session import Session
 from .settings_view import FIRST_SETTINGS, SettingsView, read_fields, write_fields
+from .watch import Watch, connect_drawing
 from .widgets import QUICK, button, hidden_field, html_block, if_any
 from .writing import Conversations, OpenConversation, Shown, new_key
 
-# A tab asks this often for what is new, while the model writes or loads, and otherwise.
-BUSY_S, IDLE_S = 0.1, 1.0
-
 SAVED_NAME = "conversation.json"
+
+# The fields of `Conversation` that a person types into, and where the page has them.
+TYPED_FIELDS = {"draft": "#exl_message", "text": "#exl_text", "system": "#exl_system"}
 
 Updates = dict[Any, Any]
 
@@ -48,8 +52,9 @@ Updates = dict[Any, Any]
 class TextView:
     """Chat and notebook, made in the current block of Gradio, and their events."""
 
-    def __init__(self, session: Session, first: ModelChoice) -> None:
+    def __init__(self, session: Session, first: ModelChoice, watch: Watch) -> None:
         self._session = session
+        self._watch = watch
         text = DEMO_PROMPT if _is_demo(first) else ""
         self._conversations = Conversations(
             session, Conversation(text=text, settings=dict(FIRST_SETTINGS)))
@@ -77,13 +82,16 @@ class TextView:
         self.seen = hidden_field("exl_seen")
         self.seen_model = hidden_field("exl_seen_by_text")
         self.file = hidden_field("exl_file")
-        self.timer = gr.Timer(IDLE_S)
+        # What `keep_typed` has stored, and `with_times`.
+        self.typed = hidden_field("exl_typed")
+        self.times = hidden_field("exl_times")
+        self.changed = watch.add("text", self._version, self._is_busy)
 
     def connect(self, page: gr.Blocks) -> None:
         """Wire the components."""
         chat, notebook = self.chat, self.notebook
         self._written = [
-            self.seen, self.timer, self.stats, self.notice, self.problem,
+            self.seen, self.stats, self.notice, self.problem,
             chat.chatbot, chat.send, chat.stop, chat.regenerate, chat.go_on,
             notebook.text, notebook.write, notebook.stop, notebook.again, notebook.undo,
         ]
@@ -91,8 +99,11 @@ class TextView:
                  self.line, self.seen_model]
         everything = [*drawn, self.tab, self.picker, chat.message, chat.system,
                       *self.settings.fields]
-        page.load(self._open, self.tab, everything, js=identify_tab(), **QUICK)
-        self.timer.tick(self._tick, [self.tab, self.seen, self.seen_model], drawn, **QUICK)
+        page.load(self._open, [self.tab, self.typed], everything, js=identify_tab(), **QUICK)
+        page.load(None, None, None, js=keep_typed(TYPED_FIELDS), **QUICK)
+        connect_drawing(self.changed, self._draw_changes, [self.tab, self.seen, self.seen_model],
+                        drawn, **QUICK)
+        self._watch.connect(page, self.tab)
         self.tab.change(None, self.tab, None, js=remember_tab(), **QUICK)
         # Gradio would check the choice against the list that the page began with.
         self.picker.input(self._open, self.picker, everything, preprocess=False, **QUICK)
@@ -101,7 +112,9 @@ class TextView:
         gr.on([self.new.click, chat.chatbot.clear], self._new, self.tab, everything, **QUICK)
         saved = self.save.click(self._save, self.tab, self.file, **QUICK)
         saved.then(None, self.file, None, js=save_file(SAVED_NAME), **QUICK)
-        self.open.click(self._load, [self.tab, self.file], everything, js=choose_file(), **QUICK)
+        # A browser that does not report a cancelled choice would leave a single event open.
+        self.open.click(self._load, [self.tab, self.file], everything, js=choose_file(),
+                        trigger_mode="multiple", **QUICK)
         for component in self.settings.fields:
             component.change(
                 lambda tab, *values: self._keep(tab, settings=read_fields(values)),
@@ -131,19 +144,24 @@ class TextView:
 
         def call(tab: str, system: str, *values: Any) -> Updates:
             fields = len(self.settings.fields)
+            given, times = values[fields:-1], _times(values[-1])
             opened = self._conversations.get(tab)
-            opened.keep(system=system or "", settings=read_fields(values[:fields]))
+            opened.keep(times, system=system or "", settings=read_fields(values[:fields]))
             if keeps:
-                opened.keep(**{keeps: values[-1] or ""})
+                opened.keep(times, **{keeps: given[-1] or ""})
             before = opened.shown().text_version
-            done = opened.attempt(action, *values[fields:], *constants)
+            done = opened.attempt(action, *given, *constants)
             updates = self._after(tab, opened, before)
             if clears is not None and done:
                 updates[clears] = ""
             return updates
 
         outputs = [*self._written, self.picker, *([clears] if clears is not None else [])]
-        gr.on(list(triggers), call, [*self._inputs(), *inputs], outputs, **QUICK)
+        every_input = [*self._inputs(), *inputs, self.times]
+        done = gr.on(list(triggers), call, every_input, outputs, js=with_times(len(every_input)),
+                     **QUICK)
+        if clears is not None:
+            done.then(None, clears, None, js=forget_sent(keeps), **QUICK)
 
     def _edit(self, event: gr.EditData, tab: str, system: str, *values: Any) -> Updates:
         opened = self._conversations.get(tab)
@@ -162,19 +180,26 @@ class TextView:
     def _keep_typed(self, component: Any, name: str) -> None:
         """Keep what is typed into a text field, as the field `name` of the conversation."""
         component.input(
-            lambda tab, text: self._keep(tab, **{name: text or ""}), [self.tab, component], None,
+            lambda tab, text, times: self._keep(tab, _times(times), **{name: text or ""}),
+            [self.tab, component, self.times], None, js=with_times(3),
             trigger_mode="always_last", **QUICK)
 
-    def _keep(self, tab: str, **values: Any) -> None:
+    def _keep(self, tab: str, times: dict[str, float] | None = None, **values: Any) -> None:
         # Fields change while the page opens, before the tab has a name.
         if tab:
-            self._conversations.get(tab).keep(**values)
+            self._conversations.get(tab).keep(times, **values)
 
     # Conversations
 
-    def _open(self, tab: str) -> Updates:
-        """Show a conversation in a tab."""
+    def _open(self, tab: str, typed: str = "") -> Updates:
+        """Show a conversation in a tab.
+
+        Args:
+            tab: its name.
+            typed: what the tab has stored; see `keep_typed`.
+        """
         opened = self._conversations.get(tab)
+        opened.restore(_typed(tab, typed))
         self._greet(opened)
         return self._everything(tab, opened.shown())
 
@@ -207,7 +232,15 @@ class TextView:
 
     # Drawing
 
-    def _tick(self, tab: str, seen: str, seen_model: str) -> Updates:
+    def _version(self, tab: str) -> str:
+        opened = self._conversations.get(tab)
+        # Two conversations of a tab may have the same number.
+        return f"{tab} {opened.version} {self._session.version}"
+
+    def _is_busy(self, tab: str) -> bool:
+        return self._conversations.get(tab).is_writing
+
+    def _draw_changes(self, tab: str, seen: str, seen_model: str) -> Updates:
         """Draw what a tab has not seen yet."""
         if not tab:
             return {self.seen: gr.skip()}
@@ -223,11 +256,9 @@ class TextView:
         return updates or {self.seen: gr.skip()}
 
     def _draw(self, tab: str, shown: Shown, with_text: bool) -> Updates:
-        busy = shown.writing or self._session.loading
         notice = f'<p role="status">{escape(shown.notice)}</p>' if shown.notice else ""
         return {
             self.seen: _state(tab, shown),
-            self.timer: gr.Timer(BUSY_S if busy else IDLE_S),
             self.stats: if_any(escape(shown.stats)), self.notice: if_any(notice),
             self.problem: if_any(shown.problem),
             **self.chat.draw(shown), **self.notebook.draw(shown, with_text),
@@ -280,6 +311,28 @@ def _is_demo(options: ModelChoice | None) -> bool:
 
 def _state(tab: str, shown: Shown) -> str:
     return f"{tab} {shown.version} {shown.text_version}"
+
+
+def _times(stored: str) -> dict[str, float]:
+    """Read what `with_times` has added."""
+    found = parse_json(stored or "{}")
+    return {name: found[name] for name in TYPED_FIELDS if _is_time(found.get(name))}
+
+
+def _typed(tab: str, stored: str) -> dict[str, tuple[float, str]]:
+    """Read what `keep_typed` has stored of a tab's conversation; anything else is left out."""
+    try:
+        found = parse_json(stored or "{}")
+        if found.get("conversation") != tab.partition("/")[2]:
+            return {}
+        return {name: (time, text) for name, (time, text) in found["fields"].items()
+                if name in TYPED_FIELDS and _is_time(time) and isinstance(text, str)}
+    except (InvalidJson, AttributeError, KeyError, TypeError, ValueError):
+        return {}
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _replace(opened: OpenConversation, file: str) -> None:

@@ -87,6 +87,13 @@ class OpenConversation:
         self._add: Callable[[Conversation, str], None] = Conversation.add_to_answer
         self._stats = self._notice = self._problem = ""
         self._version = self._text_version = 0
+        # Field of the conversation -> when the newest text was typed into it.
+        self._typed: dict[str, float] = {}
+
+    @property
+    def version(self) -> int:
+        """As `Shown.version`."""
+        return self._version
 
     @property
     def is_writing(self) -> bool:
@@ -108,16 +115,37 @@ class OpenConversation:
                          self._problem, self._add is Conversation.add_to_text, self._version,
                          self._text_version)
 
-    def keep(self, **values: Any) -> None:
+    def keep(self, times: Mapping[str, float] | None = None, /, **values: Any) -> None:
         """Keep what a person types: fields of `Conversation`, such as `draft` and `settings`.
 
         The text is kept only while the model does not write into it.
+
+        Args:
+            times: when the texts of fields were typed, in the browser's clock. An older text than
+                the newest one, or the same again, is not kept: requests may arrive late.
+            values: the fields.
         """
         with self._lock:
             if self._writing is not None:
                 values.pop("text", None)
             for name, value in values.items():
-                setattr(self._conversation, name, value)
+                time = (times or {}).get(name)
+                if time is None or time > self._typed.get(name, 0):
+                    setattr(self._conversation, name, value)
+                if time is not None:
+                    self._typed[name] = max(time, self._typed.get(name, 0))
+
+    def restore(self, typed: Mapping[str, tuple[float, str]]) -> None:
+        """Keep what a tab has stored before it was reloaded, where it is newer.
+
+        Args:
+            typed: field -> when it was typed, and the text.
+        """
+        with self._lock:
+            text = self._conversation.text
+            self.keep({name: time for name, (time, _) in typed.items()},
+                      **{name: value for name, (_, value) in typed.items()})
+            self._text_version += text != self._conversation.text
 
     def attempt(self, action: Callable[..., None], *values: Any) -> bool:
         """Call one of the methods below; show an error instead of raising it.

@@ -204,10 +204,11 @@ def port():
     pytest.importorskip("gradio")
     from extension.page.server import launch, make_page
     from extension.page.session import Session
+    from extension.page.watch import Watch
     from extension.panel.panel import ModelChoice
 
-    page = make_page(Session(), ModelChoice("nowhere"))
-    address = launch(page, allowed_hosts=["box.example.org"])
+    page = make_page(Session(), ModelChoice("nowhere"), watch := Watch())
+    address = launch(page, watch, allowed_hosts=["box.example.org"])
     yield int(address.rpartition(":")[2].strip("/"))
     page.close(verbose=False)
 

@@ -232,14 +232,15 @@ def address(tmp_path_factory):
     pytest.importorskip("gradio")
     from extension.page.server import launch, make_page
     from extension.page.session import Session
+    from extension.page.watch import Watch
     from extension.panel.panel import ModelChoice
     from support.tiny import write_tiny_model
 
     folder = tmp_path_factory.mktemp("models")
     for name in ("one", "another"):
         write_tiny_model(folder / name)
-    page = make_page(Session(), ModelChoice(str(folder / "one")))
-    yield launch(page), folder
+    page = make_page(Session(), ModelChoice(str(folder / "one")), watch := Watch())
+    yield launch(page, watch), folder
     page.close()
 
 
