@@ -302,7 +302,7 @@ class Hub:
         if status == 404 and code == "EntryNotFound":
             return DownloadError(
                 repo_id, actual="the server has lost a file of it (status 404)",
-                remedy="Run the same command again",
+                remedy="Download it again",
             )
         if status in (401, 404):
             remedy = f"Check the name on {page}"
@@ -322,7 +322,7 @@ class Hub:
         return DownloadError(
             what, expected=f"an answer of {self.endpoint}",
             actual=f"{text.splitlines()[0]} ({MAX_TRIES} times)",
-            remedy="Check the network, and run the same command again: it goes on where it was",
+            remedy="Check the network and try again: the download goes on where it was",
         )
 
     def _strange(self, url: str, expected: str, actual: object) -> DownloadError:

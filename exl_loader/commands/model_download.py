@@ -113,11 +113,17 @@ class ModelDownload:
                 remedy="Free some space, or choose a folder on another disk",
             )
 
-    def fetch(self, progress: Progress | None = None) -> None:
+    def fetch(
+        self, progress: Progress | None = None, stopped: Callable[[], bool] = lambda: False
+    ) -> bool:
         """Download what is missing. What was downloaded stays after an error or an interrupt.
 
         Args:
             progress: gets the bytes, of the task `downloading`.
+            stopped: asked after each piece of a file; True ends the download there.
+
+        Returns:
+            False if it was stopped before its end.
 
         Raises:
             DownloadError: the disk is too small, the server cannot be reached or sends wrong
@@ -125,7 +131,7 @@ class ModelDownload:
         """
         self.check_disk()
         if not self.missing_bytes() and not (self.target / UNFINISHED_NAME).exists():
-            return
+            return True
         self.target.mkdir(parents=True, exist_ok=True)
         with (
             _locked(self.target),
@@ -140,12 +146,14 @@ class ModelDownload:
             record.write(self.target)
             for file in self.files:
                 if not _is_done(self.target, file, record.done):
-                    self._fetch_file(file, advance)
+                    if not self._fetch_file(file, advance, stopped):
+                        return False
                     record.done[file.name] = file.oid
                     record.write(self.target)
             for part in self.target.glob("*.part"):
                 part.unlink()
             (self.target / UNFINISHED_NAME).unlink()
+        return True
 
     def _present_bytes(self, file: HubFile, done: dict[str, str]) -> int:
         if _is_done(self.target, file, done):
@@ -153,15 +161,18 @@ class ModelDownload:
         part = _part(self.target, file)
         return min(part.stat().st_size, file.size) if part.is_file() else 0
 
-    def _fetch_file(self, file: HubFile, advance: Callable[[int], None]) -> None:
+    def _fetch_file(
+        self, file: HubFile, advance: Callable[[int], None], stopped: Callable[[], bool]
+    ) -> bool:
         path = self.target / file.name
         path.parent.mkdir(parents=True, exist_ok=True)
         staged = self.staged / file.name
         if _is_small(file):
             shutil.copyfile(staged, path)
             advance(file.size)
-        else:
-            transfer(self.hub, self.repo, file, _part(self.target, file), path, advance)
+            return True
+        return transfer(
+            self.hub, self.repo, file, _part(self.target, file), path, advance, stopped)
 
 
 @contextmanager
@@ -220,14 +231,18 @@ def prepared(
 
 def transfer(
     hub: Hub, repo: HubRepo, file: HubFile, part: Path, path: Path,
-    advance: Callable[[int], None],
-) -> None:
+    advance: Callable[[int], None], stopped: Callable[[], bool] = lambda: False,
+) -> bool:
     """Download a file, from the end of its part on, and check its hash.
 
     Args:
         part: grows while the file is incomplete.
         path: what it is renamed to.
         advance: gets the number of new bytes; negative where the server begins anew.
+        stopped: asked after each piece; True ends the transfer there.
+
+    Returns:
+        False if it was stopped before the end of the file.
 
     Raises:
         DownloadError: as `Hub.pieces`; or the bytes are not the file's, and the part is removed.
@@ -247,13 +262,16 @@ def transfer(
             digest.update(data)
             position += len(data)
             advance(len(data))
+            if position < file.size and stopped():
+                return False
     if digest.hexdigest() != file.oid:
         part.unlink()
         raise DownloadError(
             file.name, expected=f"the hash {file.oid}", actual=digest.hexdigest(),
-            remedy="The bytes were damaged on their way. Run the same command again",
+            remedy="The bytes were damaged on their way. Download it again",
         )
     os.replace(part, path)
+    return True
 
 
 def _feed(digest: Any, file: Any, count: int) -> None:

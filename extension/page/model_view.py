@@ -31,6 +31,8 @@ from ..panel.panel import (
     slider_end,
     toggles_for,
 )
+from .download_view import DownloadView
+from .downloads import Downloads
 from .model_folders import MAX_FOLDERS, FoundModels, find_models
 from .session import Session
 from .watch import Watch, connect_drawing
@@ -50,7 +52,8 @@ class ModelView:
     """The panel's components, made in the current block of Gradio, and their events."""
 
     def __init__(
-        self, session: Session, first: ModelChoice, models_dir: str, watch: Watch
+        self, session: Session, first: ModelChoice, models_dir: str, watch: Watch,
+        downloads: Downloads | None,
     ) -> None:
         self._session = session
         self.model_dir = gr.Dropdown(
@@ -102,12 +105,13 @@ class ModelView:
                 first.embedding_device, elem_id="exl_embedding_device",
                 **field_arguments("embedding_device", "Device of the embedding"))
         with gr.Accordion("Folder of models", open=False, elem_id="exl_models"):
-            with gr.Row(elem_id="exl_models_row"):
+            with gr.Row(elem_classes="exl-field-row"):
                 self.models_dir = gr.Textbox(
                     models_dir, label="Models are below this folder", max_lines=1, min_width=200,
                     scale=3, elem_id="exl_models_dir")
                 self.find = gr.Button("Find models", elem_id="exl_find", min_width=100, scale=1)
             self.found = html_block("exl_found")
+        self.download = None if downloads is None else DownloadView(downloads, watch)
 
     def connect(self, page: gr.Blocks) -> None:
         """Wire the panel."""
@@ -124,13 +128,22 @@ class ModelView:
         self.unload.click(self._unload, options, everything, **raw)
         page.load(self._draw_changes, [self.seen, *options], everything, **raw)
         connect_drawing(self.changed, self._draw_changes, [self.seen, *options], everything, **raw)
-        for trigger in (page.load, self.find.click, self.models_dir.submit):
+        finding = [page.load, self.find.click, self.models_dir.submit]
+        if self.download is not None:
+            self.download.connect(page, self.models_dir)
+            finding.append(self.download.completed.change)
+        for trigger in finding:
             trigger(self._find, [self.models_dir, self.model_dir], [self.model_dir, self.found],
                     **QUICK)
+        choosing = [self.model_dir.input, self.model_dir.blur]
+        if self.download is not None:
+            downloaded = self.download.choose.click(
+                self.download.folder, None, self.model_dir, **QUICK)
+            choosing.append(downloaded.then)
         chosen = [
             event(self._chosen, [self.known_dir, *options],
                   [self.known_dir, self.ctx_size, self.as_llama], **QUICK)
-            for event in (self.model_dir.input, self.model_dir.blur)
+            for event in choosing
         ]
         changes = (self.ctx_size, self.cache_type, self.alpha_value, self.compress_pos_emb,
                    self.cache_size, self.chunk_size, self.embedding_device, self.as_llama,

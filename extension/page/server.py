@@ -1,8 +1,8 @@
 """The standalone page, the loader's panel with a chat: `python -m extension.page.server [MODEL]`.
 
 One page and one model on this machine. It listens on 127.0.0.1 only, answers no page of another
-site (`guard.py`), sends nothing to other machines, and makes a public link only if `--share` asks
-for one. Needs Gradio 6.
+site (`guard.py`), asks other machines for nothing but a model that a person downloads, and makes a
+public link only if `--share` asks for one. Needs Gradio 6.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ except KeyboardInterrupt:  # the import takes seconds
 from exl_loader.commands.model_options import DEMO_MODEL
 
 from ..panel.panel import ModelChoice
+from .downloads import Downloads
 from .guard import AllowedHosts, Guard, host_name
 from .model_view import ModelView
 from .session import Session
@@ -64,7 +65,12 @@ PAGE_STYLE = """\
 .exl-found p, .exl-found ul { margin: 0.3em 0; font-size: 0.9rem; overflow-wrap: anywhere; }
 .exl-found ul { padding-left: 1.2em; }
 .exl-bare, .exl-bare > div { padding: 0 !important; }
-#exl_models_row { align-items: end; }
+.exl-field-row { align-items: end; }
+table.exl-plan { width: 100%; margin: 0.3em 0 0; border-collapse: collapse; }
+table.exl-plan :is(th, td) { padding: 0.1em 0.6em 0.1em 0; text-align: left; border: 0;
+  font-weight: 400; font-variant-numeric: tabular-nums; background: none; }
+table.exl-plan thead th { color: var(--exl-soft); font-size: 0.92em; }
+table.exl-plan td > span { padding: 0 0.5em; border-radius: 999px; }
 #exl_gone { position: fixed; inset: auto 0 0 0; margin: 0; padding: 0.7em 1em; z-index: 1000;
   background: var(--color-accent); color: white; text-align: center; }
 footer { display: none !important; }
@@ -78,7 +84,8 @@ HEADING = (
 
 
 def make_page(
-    session: Session, first: ModelChoice, watch: Watch, models_dir: str = "."
+    session: Session, first: ModelChoice, watch: Watch, models_dir: str = ".",
+    downloads: Downloads | None = None,
 ) -> gr.Blocks:
     """Lay out the page and connect its events.
 
@@ -89,6 +96,7 @@ def make_page(
         first: the options that the page shows at first.
         watch: for `launch` too.
         models_dir: the folder whose models the page lists at first.
+        downloads: None for a page that downloads no models.
     """
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
         html_block("exl_heading", HEADING)
@@ -96,7 +104,7 @@ def make_page(
             with gr.Column(scale=7, min_width=320):
                 text = TextView(session, first, watch)
             with gr.Column(scale=5, min_width=320):
-                panel = ModelView(session, first, models_dir, watch)
+                panel = ModelView(session, first, models_dir, watch, downloads)
         text.connect(page)
         panel.connect(page)
     return page
@@ -184,7 +192,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--port", type=port_number, metavar="N",
                         help="port on 127.0.0.1; without it the first free one from 7860 on")
     parser.add_argument("--share", action="store_true",
-                        help="make a public link through Gradio's servers")
+                        help="make a public link through Gradio's servers; such a page downloads "
+                        "no models")
     parser.add_argument("--allow-host", action="append", default=[], type=allowed_host,
                         metavar="NAME", help="another host name that requests may use, such as "
                         "that of a proxy; may be given several times")
@@ -218,7 +227,9 @@ def serve(session: Session, args: argparse.Namespace) -> int:
     session.start_load(options)
     try:
         watch = Watch()
-        page = make_page(session, options, watch, models_dir(args))
+        # Whoever has a public link could fill the disk.
+        downloads = None if args.share else Downloads()
+        page = make_page(session, options, watch, models_dir(args), downloads)
         address = launch(page, watch, port=args.port, share=args.share,
                          allowed_hosts=args.allow_host)
     except OSError as error:

@@ -68,7 +68,7 @@ def gauge_html(reservation: Reservation, *, measured_bytes: int | None = None) -
         _proof(reservation, measured_bytes),
         largest if fits else "",
     ]
-    return _card(
+    return card_html(
         f"Memory gauge: {_verdict_text(reservation, measured_bytes)}",
         [
             _verdict(reservation, measured_bytes),
@@ -99,7 +99,7 @@ def problem_html(error: BaseException | str, *, heading: str = "Cannot be loaded
             f"<details><summary>Details</summary><pre>{escape(str(details))}</pre></details>"
         )
     badge = f'<span class="exl-badge exl-bad">{escape(heading)}</span>'
-    return _card(
+    return card_html(
         f"{heading}: {line}",
         [f'<p class="exl-verdict" role="alert">{badge} <span>{escape(line)}</span></p>', folded],
     )
@@ -126,20 +126,26 @@ def task_html(name: str, done: int, total: int | None, count: str) -> str:
         f'aria-valuetext="{escape(count or name)}">{filled}</div>'
     )
     head = f'<div class="exl-head"><b>{escape(name)}</b><span>{escape(count)}</span></div>'
-    return _card(f"{name}: {count}", [f'<div class="exl-task">{head}{bar}</div>'])
+    return card_html(f"{name}: {count}", [f'<div class="exl-task">{head}{bar}</div>'])
 
 
 def message_html(heading: str, text: str, *, good: bool = True) -> str:
     """Show a short message in the gauge's style."""
     kind = "exl-good" if good else "exl-soft"
     badge = f'<span class="exl-badge {kind}">{escape(heading)}</span>'
-    return _card(
+    return card_html(
         f"{heading}: {text}",
         [f'<p class="exl-verdict" role="status">{badge} <span>{escape(text)}</span></p>'],
     )
 
 
-def _card(label: str, parts: Sequence[str]) -> str:
+def card_html(label: str, parts: Sequence[str]) -> str:
+    """Frame HTML in the gauge's style.
+
+    Args:
+        label: what it says, for screen readers.
+        parts: HTML, one below the other.
+    """
     return (
         f'<section class="exl-gauge" role="group" aria-label="{escape(label)}">'
         f"<style>{STYLE}</style>{''.join(parts)}</section>"

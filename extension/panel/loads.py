@@ -7,14 +7,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from exl_loader.utils.output import warn_once
-from exl_loader.utils.progress import NullProgress, Progress, format_count
+from exl_loader.utils.progress import NullProgress, Progress, format_count, format_remaining
 
 from .gauge import task_html
 
 WATCH_INTERVAL_S = 0.2
+
+# A task that runs for less than this has no rate to tell its end from.
+RATE_AFTER_S = 3.0
 
 logger = logging.getLogger("exl_loader")
 
@@ -24,6 +27,15 @@ class _Task:
     total: int | None
     unit: str
     done: int = 0
+    began: float = field(default_factory=time.monotonic)
+
+    def count(self) -> str:
+        """Write how much is done, and after some seconds how long the rest will take."""
+        parts = [format_count(self.done, self.total, self.unit)]
+        seconds = time.monotonic() - self.began
+        if seconds > RATE_AFTER_S and self.total is not None and 0 < self.done < self.total:
+            parts.append(format_remaining(seconds * (self.total - self.done) / self.done))
+        return " · ".join(filter(None, parts))
 
 
 class WatchedProgress:
@@ -55,14 +67,17 @@ class WatchedProgress:
             self._tasks.pop(task, None)
         self._also.finish(task)
 
-    def html(self) -> str:
-        """Draw the task started last, or a bar without a length while no task runs."""
+    def html(self, idle: str = "Loading") -> str:
+        """Draw the task started last, or a bar without a length while no task runs.
+
+        Args:
+            idle: the name of that bar.
+        """
         with self._lock:
             if not self._tasks:
-                return task_html("Loading", 0, None, "")
+                return task_html(idle, 0, None, "")
             name, task = list(self._tasks.items())[-1]
-            count = format_count(task.done, task.total, task.unit)
-            return task_html(name[:1].upper() + name[1:], task.done, task.total, count)
+            return task_html(name[:1].upper() + name[1:], task.done, task.total, task.count())
 
 
 def follow(running: Callable[[], WatchedProgress | None]) -> Iterator[str]:
