@@ -16,7 +16,7 @@ PACKAGE = REPO / "exl_loader"
 # package's own `__init__.py` is above all of them.
 WINGS = (
     "commands", "loader", "engine", "convert", "memory", "model", "generation", "backends",
-    "cache", "formats", "text", "checkpoint", "utils",
+    "cache", "formats", "text", "checkpoint", "machines", "utils",
 )
 # (importing file, imported wing) -> why this arrow runs up.
 UPWARD = {
