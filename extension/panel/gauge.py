@@ -232,7 +232,7 @@ def _device(device: DeviceReservation, *, alone: bool) -> str:
     label, edge = device.memory_name, device.capacity_bytes / scale
     head = ""
     if not alone:
-        held = "the embedding"
+        held = "the embedding" if device.embedding_bytes else "the connection"
         if device.has_layers:
             held = f"layers {device.first_layer} to {device.end_layer - 1}"
         head = (

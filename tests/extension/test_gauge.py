@@ -380,6 +380,26 @@ def test_the_embedding_of_a_model_on_a_card_has_a_bar_of_main_memory():
     assert styles[0] == "width:3.125%"
 
 
+def test_each_device_of_each_machine_has_a_bar():
+    here = replace(device(), host="<node-a>", end_layer=20)
+    there = replace(device(cache=30 * GIB), machine=1, rank=3, host="node-b", first_layer=20)
+    memory = replace(
+        there, device="cpu", first_layer=40, weights_bytes=0, cache_bytes=0, workspace_bytes=0,
+        headroom_bytes=GIB,
+    )
+    plan = reservation(here, there, memory, hosts=("<node-a>", "node-b"))
+    page = Page(gauge_html(plan))
+    words = " ".join(page.words.split())
+    assert "the first machine (<node-a>), cuda:0, layers 0 to 19" in words
+    assert "machine 3 (node-b), cuda:0, layers 20 to 39" in words
+    assert "machine 3 (node-b), main memory, the connection" in words
+    bars = [attrs for _, attrs in page.tags if attrs.get("role") == "img"]
+    assert len(bars) == 3 and "machine 3 (node-b), cuda:0, 24.00 GiB" in bars[1]["aria-label"]
+    # The verdict names the machine whose memory is missing.
+    assert "machine 3 (node-b), cuda:0 needs 41.8 GiB, 23.0 GiB free" in words
+    assert "the first machine (<node-a>), cuda:0 needs" not in words
+
+
 def test_the_newest_tokens_are_a_part_of_their_own():
     """They are planned in the workspace, and are worth more than it to a person."""
     opened = replace(device(), open_page_bytes=3 * GIB // 16)

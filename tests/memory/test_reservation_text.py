@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from exl_loader.backends.base import Process
-from exl_loader.memory.reservation import plan
+from exl_loader.memory.reservation import LoadOptions, plan
 from exl_loader.memory.reservation.text import refusal, render
 from exl_loader.utils.byte_counts import amount
 from exl_loader.utils.errors import InsufficientMemory
+from support.plan_machines import FakeConnection, plan_over
 from support.sparse import LLAMA_2_7B, write_sparse_exl2
 
 GIB, MIB = 1 << 30, 1 << 20
@@ -98,3 +101,55 @@ def test_needed_minus_found_bytes_are_the_missing_bytes(tmp_path, machine):
 )
 def test_amounts(nbytes, text):
     assert amount(nbytes) == text
+
+
+def two_machines(folder, connection_bytes: int = 0, **options):
+    """Plan for this machine and another one, each with a CPU."""
+    connection = FakeConnection([folder], [LoadOptions(device="cpu")])
+    found = plan_over(connection, folder, connection_bytes, device="cpu", **options)
+    connection.close()
+    return found
+
+
+def test_the_table_of_several_machines_names_them(tmp_path, machine):
+    folder = write_sparse_exl2(tmp_path / "m", **LLAMA_2_7B)
+    machine(free_bytes=7 * GIB, capacity_bytes=8 * GIB)
+    found = two_machines(folder, ctx_size=4096, cache_type="q4", gpu_split="2;")
+    text = render(found)
+    assert "cache q4\nlayers on 2 of 2 machines\n" in text
+    (names,) = [line for line in text.splitlines() if line.startswith("machine")]
+    assert names.split() == ["machine", "0", "host-a", "1", "host-b"]
+    assert amount(found.total_bytes) in text
+    assert max(map(len, text.splitlines()[1:])) < 80
+    one = two_machines(folder, ctx_size=256, cache_type="q4")
+    assert "layers on 1 of 2 machines" in render(one)
+    assert "machine" not in render(plan(folder, device="cpu"))
+
+
+def test_a_refusal_names_the_machine_that_lacks_memory(tmp_path, machine):
+    folder = write_sparse_exl2(tmp_path / "m", **LLAMA_2_7B)
+    machine(2 * GIB, processes=[Process(4321, "firefox", 3 * GIB)])
+    found = two_machines(folder, ctx_size=9000, cache_type="fp16", gpu_split=";1")
+    error = refusal(found)
+    text = str(error)
+    here, there = found.devices
+    assert here.fits and text.startswith("machine 1 (host-b), cpu: a context of 9000 tokens")
+    assert amount(there.missing_bytes) in text and error.reservation is found
+    # Processes of this machine hold nothing of that one.
+    assert "firefox" not in text
+    short = two_machines(folder, ctx_size=9000, cache_type="fp16", gpu_split="0.01;1")
+    assert str(refusal(short)).startswith(
+        "the first machine (host-a), cpu, machine 1 (host-b), cpu: a context"
+    )
+
+
+def test_a_refusal_for_the_connection_alone_says_so(tmp_path, machine):
+    folder = write_sparse_exl2(tmp_path / "m")
+    machine(free_bytes=400 * MIB)
+    found = two_machines(folder, ctx_size=300, gpu_split=";")
+    memory = replace(
+        found.devices[0], weights_bytes=0, cache_bytes=0, workspace_bytes=0, first_layer=2,
+        headroom_bytes=-MIB, overhead_bytes=9 * MIB,
+    )
+    text = str(refusal(replace(found, devices=(memory,))))
+    assert "expected 9.0 MiB of overhead" in text and "1.0 MiB missing" in text

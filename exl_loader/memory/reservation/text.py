@@ -68,11 +68,11 @@ def _headline(reservation: Reservation) -> str:
 
 
 def _over_machines(reservation: Reservation) -> str:
-    """Return how many of the machines have layers; nothing where there is one machine."""
+    """Return a line with how many machines have layers; nothing where there is one machine."""
     if not reservation.hosts:
         return ""
     used = len({device.machine for device in reservation.devices})
-    return f"; layers on {used} of {len(reservation.hosts)} machines"
+    return f"\nlayers on {used} of {len(reservation.hosts)} machines"
 
 
 def _machines(devices: Sequence[DeviceReservation]) -> list[tuple[str, list[str]]]:
