@@ -8,6 +8,7 @@ stderr, because programs read stdout.
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,6 +66,61 @@ class NullProgress:
         pass
 
 
+# Between two calls of a heartbeat: short, so that a plain line is at most that much too late.
+HEARTBEAT_S = 2.0
+
+
+class Heartbeat:
+    """Reports while a step lasts that the work goes on: a context manager around a progress.
+
+    A single decomposition of a large matrix takes longer than a person should wait for a line. A
+    thread therefore advances the running tasks by 0. Calls of both threads take turns.
+
+    Args:
+        progress: shows the progress.
+        wait: waits a number of seconds and returns True once the work has ended; tests pass their
+            own.
+    """
+
+    def __init__(
+        self, progress: Progress, wait: Callable[[float], bool] | None = None
+    ) -> None:
+        self._progress = progress
+        self._ended = threading.Event()
+        self._wait = wait or self._ended.wait
+        self._lock = threading.Lock()
+        self._running: dict[str, None] = {}
+        self._thread = threading.Thread(target=self._beat, name="progress", daemon=True)
+
+    def __enter__(self) -> Heartbeat:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        while not self._wait(HEARTBEAT_S):
+            with self._lock:
+                for name in self._running:
+                    self._progress.advance(name, 0)
+
+    def start(self, task: str, total: int | None, unit: str) -> None:
+        with self._lock:
+            self._running[task] = None
+            self._progress.start(task, total, unit)
+
+    def advance(self, task: str, n: int = 1) -> None:
+        with self._lock:
+            self._progress.advance(task, n)
+
+    def finish(self, task: str) -> None:
+        with self._lock:
+            self._running.pop(task, None)
+            self._progress.finish(task)
+
+
 def checked_progress(progress: Progress | None) -> Progress:
     """Check a caller's progress object; None becomes one that shows nothing.
 
@@ -102,6 +158,11 @@ def format_count(done: int, total: int | None, unit: str) -> str:
 
 def _count(state: _Task) -> str:
     return format_count(state.done, state.total, state.unit)
+
+
+def _elapsed(state: _Task, now: float) -> str:
+    """Return how long a task without anything to count has lasted; empty for others."""
+    return "" if state.unit else f"{now - state.began:.0f} s so far"
 
 
 def format_remaining(seconds: float) -> str:
@@ -145,7 +206,8 @@ class PlainProgress:
         now = self._clock()
         if now >= state.next_line:
             state.next_line = now + PLAIN_INTERVAL_S
-            self._write(": ".join(filter(None, (task, _count(state)))) + _remaining(state, now))
+            shown = _count(state) or _elapsed(state, now)
+            self._write(f"{task}: {shown}{_remaining(state, now)}")
 
     def finish(self, task: str) -> None:
         state = self._tasks.pop(task, None)

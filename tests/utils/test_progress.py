@@ -1,8 +1,11 @@
 import io
+import threading
 
 import pytest
 
 from exl_loader.utils.progress import (
+    HEARTBEAT_S,
+    Heartbeat,
     NullProgress,
     PlainProgress,
     RichProgress,
@@ -47,6 +50,51 @@ def test_a_long_step_shows_that_it_is_going_on():
         clock.now += 1
         progress.advance("measuring", 0)
     assert stream.getvalue().splitlines() == ["measuring: 0/4 steps"] * 3
+
+
+class FakeWait:
+    """Waits by moving a clock; after so many times the work has ended."""
+
+    def __init__(self, clock, times):
+        self.clock, self.left = clock, times
+        self.done = threading.Event()
+
+    def __call__(self, seconds):
+        if not self.left:
+            self.done.set()
+            return True
+        self.left -= 1
+        self.clock.now += seconds
+        return False
+
+
+def test_a_heartbeat_writes_lines_while_a_step_is_silent():
+    stream, clock = io.StringIO(), FakeClock()
+    wait = FakeWait(clock, times=round(40 / HEARTBEAT_S))
+    progress = PlainProgress(stream, clock)
+    heartbeat = Heartbeat(progress, wait)
+    heartbeat.start("measuring", 4, "steps")
+    clock.now += 5
+    heartbeat.advance("measuring")
+    heartbeat.start("layer 2 of 7", None, "")
+    heartbeat.start("ended", None, "")
+    heartbeat.finish("ended")
+    with heartbeat:
+        assert wait.done.wait(60)
+    lines = stream.getvalue().splitlines()
+    steps = [line for line in lines if line.startswith("measuring: 1/4 steps, ")]
+    layers = [line for line in lines if line.startswith("layer 2 of 7: ")]
+    assert len(steps) + len(layers) == len(lines)
+    # No more than 10 s between two lines of 40 s.
+    assert len(steps) >= 4 and len(layers) >= 4
+    assert steps[-1].endswith("min left") and layers[0].endswith(" s so far")
+
+
+def test_no_heartbeat_after_the_work():
+    progress = Heartbeat(NullProgress())
+    with progress:
+        progress.start("measuring", 4, "steps")
+    assert not progress._thread.is_alive()
 
 
 def test_plain_progress_writes_nothing_about_short_work():
