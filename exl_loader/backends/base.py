@@ -571,3 +571,38 @@ class DeviceOps(Ops, Protocol):
             InvalidCheckpoint: a value is not finite.
             UnsupportedFormat: the layout has no room for the groups.
         """
+
+    def choose_levels(self, rows: torch.Tensor, scales: torch.Tensor, highest: torch.Tensor,
+                      tried: int, bits: int, weights: torch.Tensor, levels: torch.Tensor,
+                      errors: torch.Tensor) -> None:
+        """Find the level of every column's scale with the smallest weighted error, for conversions.
+
+        The error of a level is the sum over rows of weights[r] * (code * scale - rows[r])^2, where
+        code is rows[r] / scale, rounded and limited to its bits. A column has `tried` levels: its
+        highest, and those just below.
+
+        Args:
+            rows: float32 [n, N], the weights of a group.
+            scales: float32 [C, 16], C tables of the scale of each level.
+            highest: int32 [C, N], `tried` to 16; level 1 is the first of the table.
+            bits: of a code, 2 to 8.
+            weights: float32 [n].
+            levels: int32 [C, N], written.
+            errors: float32 [C, N], written: those of the levels.
+        """
+
+    def round_rows(self, rows: torch.Tensor, feedback: torch.Tensor, scales: torch.Tensor,
+                   bits: int, codes: torch.Tensor, errors: torch.Tensor) -> None:
+        """Round the rows of a group consecutively and pass errors on, for conversions.
+
+        errors[i] = (rows[i] - codes[i] * scales) / feedback[i, i]; then, for every j > i,
+        rows[j] -= feedback[i, j] * errors[i].
+
+        Args:
+            rows: float32 [n, N], overwritten.
+            feedback: float32 [n, n], upper triangular.
+            scales: float32 [N].
+            bits: of a code, 2 to 8.
+            codes: int8 [n, N], written: -2^(bits - 1) to 2^(bits - 1) - 1.
+            errors: float32 [n, N], written.
+        """

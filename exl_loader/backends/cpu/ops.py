@@ -13,7 +13,7 @@ import torch
 from ...formats.layer import LOAD_THREADS
 from ..main_memory import MainMemoryOps
 from ..recorder import Function, LinearPairs, MoeSum, TopLogits
-from . import attention, linear, rows
+from . import attention, linear, rounding, rows
 from .library import (
     INT,
     INT32,
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from ..base import Call, DeviceOps
 
 # Name -> signature of a C function of csrc/cpu.
-SIGNATURES = linear.SIGNATURES | attention.SIGNATURES | rows.SIGNATURES | {
+SIGNATURES = {
+    **linear.SIGNATURES, **attention.SIGNATURES, **rows.SIGNATURES, **rounding.SIGNATURES,
     "read_sum": Signature((POINTER, INT64, POINTER), replayed=False),
 }
 
@@ -61,7 +62,9 @@ def missing_symbols(library: ctypes.CDLL) -> list[str]:
     return missing
 
 
-class CpuOps(linear.LinearOps, attention.AttentionOps, rows.RowOps, MainMemoryOps):
+class CpuOps(
+    linear.LinearOps, attention.AttentionOps, rows.RowOps, rounding.RoundingOps, MainMemoryOps
+):
     """The operations of `base.DeviceOps` on the CPU.
 
     Args:

@@ -11,6 +11,7 @@ import torch
 
 from ...utils.progress import Progress
 from ..recorder import Function
+from ..reference.rounding import RoundingOps
 from .attention import AttentionOps
 from .cpu_access import CardAccess
 from .fusion import issue_all
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 _READ_ROUNDS = 8
 
 
-class CudaOps(LinearOps, AttentionOps, MoeOps, TopLogitsOps, PackOps):
+class CudaOps(LinearOps, AttentionOps, MoeOps, TopLogitsOps, PackOps, RoundingOps):
     """The operations of `base.DeviceOps` on a card.
 
     Args:

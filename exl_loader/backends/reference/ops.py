@@ -20,6 +20,7 @@ from ..main_memory import MainMemoryOps
 from . import cache as reference_cache
 from . import planes
 from .codec import cache_round_trip as cache_round_trip
+from .rounding import RoundingOps
 
 if TYPE_CHECKING:
     from ...cache.layout import CacheLayer
@@ -52,7 +53,7 @@ def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-class ReferenceOps(MainMemoryOps):
+class ReferenceOps(RoundingOps, MainMemoryOps):
     """The operations of `base.DeviceOps`, by their definitions."""
 
     name = "reference"
