@@ -17,6 +17,7 @@ from ..model.builder import Builder
 from ..model.decoder import DecoderLayer
 from ..model.parts.experts import Experts
 from ..model.parts.linear import Linear
+from ..model.parts.mlp import Mlp, PlainMlp
 from ..model.parts.part import Block, LayerState, Loading, StepViews
 from ..utils.table import MAIN_MEMORY, TensorSpec
 from .error_feedback import Hessian
@@ -28,6 +29,37 @@ if TYPE_CHECKING:
     from .source import Source
 
 
+class FirstProducts:
+    """Products of a block's input, of which each is computed once.
+
+    They are those with the weights that its linear layers have now. A layer whose weights are
+    replaced is computed each time.
+
+    Args:
+        linears: layers that read the block's input.
+    """
+
+    def __init__(self, linears: Iterable[Linear]) -> None:
+        self._weights = [linear.weights for linear in linears]
+        self._known: dict[tuple[int, int], torch.Tensor] = {}
+        self.step = 0
+
+    def has(self, w: base.Linear) -> bool:
+        """Return whether it is one of the layers' own weights."""
+        return any(own is w for own in self._weights)
+
+    def multiply(self, ops: DeviceOps, x: torch.Tensor, w: base.Linear, out: torch.Tensor,
+                 scratch: torch.Tensor) -> None:
+        """out = x @ W + bias, from memory if it was computed before."""
+        product = out[:, : w.out_features]
+        known = self._known.get((self.step, id(w)))
+        if known is None:
+            ops.linear(x, w, out, scratch)
+            self._known[self.step, id(w)] = product.clone()
+        else:
+            product.copy_(known)
+
+
 class _RecordingOps:
     """The operations of a device, which also give the inputs of chosen linear layers to a callback.
 
@@ -36,11 +68,15 @@ class _RecordingOps:
 
     Attributes:
         recorders: id of a layer's weights -> called with its input, float32 [T, K].
+        unused: id of a layer's weights whose product nobody reads, so that it is left out.
+        products: those that are computed once, at the moment; None for none.
     """
 
     def __init__(self, ops: DeviceOps) -> None:
         self._ops = ops
         self.recorders: dict[int, Any] = {}
+        self.unused: int | None = None
+        self.products: FirstProducts | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._ops, name)
@@ -54,6 +90,12 @@ class _RecordingOps:
         record = self.recorders.get(id(w))
         if record is not None:
             record(x)
+        if id(w) == self.unused:
+            return
+        if self.products is not None and self.products.has(w):
+            assert not add
+            self.products.multiply(self._ops, x, w, out, scratch)
+            return
         self._ops.linear(x, w, out, scratch, add)
 
 
@@ -90,7 +132,7 @@ class LoadedLayer:
             own = self._own[name]
             assert isinstance(own, DenseLinear)
             tiles = torch.zeros_like(own.weight, dtype=weight.dtype)
-            fill_dense(weight.t().contiguous(), 0, tiles)
+            fill_dense(weight.t(), 0, tiles)
             linear.weights = DenseLinear(own.in_features, own.out_features, tiles, own.bias)
 
     def restore(self, names: Iterable[str]) -> None:
@@ -198,7 +240,8 @@ class LayerRunner:
             part.copy_(views.x)
 
     def record(
-        self, loaded: LoadedLayer, states: torch.Tensor, kept_rows: int = 0
+        self, loaded: LoadedLayer, states: torch.Tensor, kept_rows: int = 0,
+        outputs: torch.Tensor | None = None,
     ) -> tuple[dict[str, Hessian], dict[str, torch.Tensor]]:
         """Run a layer over hidden states, which stay as they are, and record inputs.
 
@@ -206,6 +249,7 @@ class LayerRunner:
             loaded: the layer.
             states: its inputs.
             kept_rows: texts whose inputs of the blocks are kept, from the first on; 0 for none.
+            outputs: gets the layer's outputs; None where they are not needed.
 
         Returns:
             Name of the first linear layer of every `input_groups` group -> Hessian of its input;
@@ -221,27 +265,43 @@ class LayerRunner:
         for name, block in (("attention", layer.attention), ("mlp", layer.mlp)):
             first = id(_reads_input(block).weights)
             recorders[first] = kept[name].before(recorders.get(first))
+        if outputs is None and isinstance(layer.mlp, (Mlp, PlainMlp)):
+            # The last product of a layer, a quarter of the work.
+            self._recording.unused = id(layer.mlp.down.weights)
+        first_row = 0
         for views, part in self._steps(states):
             views.x.copy_(part)
             layer.run(self.ops, views, loaded.state)
+            if outputs is not None:
+                outputs.flatten(0, 1)[first_row : first_row + len(part)] = views.x
+                first_row += len(part)
         recorders.clear()
+        self._recording.unused = None
         inputs = {
             name: rows.rows().view(kept_rows, states.shape[1], -1) for name, rows in kept.items()
         } if kept_rows else {}
         return hessians, inputs
 
-    def run_block(self, loaded: LoadedLayer, block: Block, x: torch.Tensor) -> torch.Tensor:
+    def run_block(
+        self, loaded: LoadedLayer, block: Block, x: torch.Tensor,
+        products: FirstProducts | None = None,
+    ) -> torch.Tensor:
         """Return what a block adds to the hidden states, before its output norm.
 
         Args:
             x: inputs of the block, float32 [R, T, hidden_size], from `record`.
+            products: from `FirstProducts`, always of the same inputs; None computes all products.
         """
         out = x.clone()
-        for views, part in self._steps(out):
+        self._recording.products = products
+        for step, (views, part) in enumerate(self._steps(out)):
+            if products is not None:
+                products.step = step
             views.h.copy_(part)
             views.x.zero_()
             block.run(self.ops, views, loaded.state, views.h, views.x, add=True)
             part.copy_(views.x)
+        self._recording.products = None
         return out
 
     def load_head(self) -> None:
@@ -283,6 +343,11 @@ def _reads_input(block: Block) -> Linear:
     if isinstance(block, Experts):
         return block.router
     return block.input_groups()[0][0]
+
+
+def first_products(block: Block) -> FirstProducts:
+    """Return the products of a block's input; a mixture's depend on what else an expert reads."""
+    return FirstProducts([] if isinstance(block, Experts) else block.input_groups()[0])
 
 
 class _KeptRows:

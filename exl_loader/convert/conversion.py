@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,13 +27,13 @@ from ..model.parts.part import Block
 from ..text.tokenizer import Tokenizer
 from ..utils.errors import InvalidSettings
 from ..utils.json_keys import read_json_object
-from ..utils.progress import Progress, checked_progress, task
+from ..utils.progress import Heartbeat, Progress, checked_progress, task
 from ..utils.setting_values import check_integer, check_number, invalid
 from . import measurement
 from .activations import LayerRunner
 from .allocation import Option, allocate
 from .calibration import calibration_rows
-from .error_feedback import PreparedHessian, quantize
+from .error_feedback import PreparedHessian, quantize, sort_rows
 from .measurement import BlockMeasurement, Combination, count_steps, mean_divergences, measure_block
 from .measurement_file import FILE_NAME, as_json, from_json, read_measurement
 from .mixes import Mix
@@ -119,18 +119,18 @@ def run(
     announce: Callable[[ConversionReservation], None] | None,
 ) -> Conversion:
     """Convert a model; see `convert`."""
-    progress = checked_progress(progress)
     check_out_dir(out_dir)
     check_other_files(model_dir)
     source = Source(model_dir, settings.as_architecture)
     try:
-        pipeline = _Pipeline(model_dir, source, settings, progress)
-        reservation = pipeline.reserve(out_dir)
-        if announce is not None:
-            announce(reservation)
-        reservation.check()
-        pipeline.check()
-        return pipeline.run(out_dir)
+        with Heartbeat(checked_progress(progress)) as heartbeat:
+            pipeline = _Pipeline(model_dir, source, settings, heartbeat)
+            reservation = pipeline.reserve(out_dir)
+            if announce is not None:
+                announce(reservation)
+            reservation.check()
+            pipeline.check()
+            return pipeline.run(out_dir)
     finally:
         source.close()
 
@@ -159,9 +159,10 @@ class _Pipeline:
             spec.in_features * spec.out_features for spec in self.specs.values()
         )
         row_len = min(settings.row_len, source.config.max_position_embeddings)
-        self.dataset, self.rows = calibration_rows(
-            Tokenizer.from_dir(model_dir), settings.calibration, settings.num_rows, row_len
-        )
+        with task(progress, "reading calibration text", None, ""):
+            self.dataset, self.rows = calibration_rows(
+                Tokenizer.from_dir(model_dir), settings.calibration, settings.num_rows, row_len
+            )
         self.measured_rows = self.rows[: max(1, MEASURED_TOKENS // len(self.rows[0]))]
         self.probe_len = min(PROBE_LEN, len(self.rows[0]))
         self.probe_rows = min(len(self.measured_rows), PROBE_TOKENS // self.probe_len)
@@ -202,8 +203,8 @@ class _Pipeline:
             for spec in specs:
                 self.source.linear(spec).weight()
                 advance(1)
-        for _ in self.source.kept():
-            pass
+            for _ in self.source.kept():
+                pass
 
     def _least_bits(self) -> float:
         """Return the stored bits per weight with the smallest mix of everything."""
@@ -218,10 +219,14 @@ class _Pipeline:
     def run(self, out_dir: Path) -> Conversion:
         """Convert, and leave the work folder to an interruption."""
         work = WorkFolder(out_dir)
-        work.begin(self._job())
+        with _threads(work.begin(self._job(), torch.get_num_threads())):
+            return self._convert(work, out_dir)
+
+    def _convert(self, work: WorkFolder, out_dir: Path) -> Conversion:
         runner = LayerRunner(self.source, len(self.rows[0]), self.progress)
         measured = self.measured or self._measure(work, runner)
-        chosen = self._choose(measured)
+        with task(self.progress, "choosing", None, ""):
+            chosen = self._choose(measured)
         self._quantize(work, runner, chosen)
         with new_folder(out_dir) as folder:
             self._write_weights(work, folder)
@@ -327,13 +332,14 @@ class _Pipeline:
         """
         loaded = runner.load(index)
         inputs_of_layer = states[_SOURCE]
-        hessians, inputs = runner.record(loaded, inputs_of_layer, self.probe_rows)
+        outputs = torch.empty_like(inputs_of_layer)
+        hessians, inputs = runner.record(loaded, inputs_of_layer, self.probe_rows, outputs)
         advance(1)
         prepared: dict[str, PreparedHessian] = {}
         for group in loaded.layer.input_groups():
             shared = PreparedHessian(hessians.pop(group[0].name))
             prepared |= {linear.name: shared for linear in group}
-        begun = list(states)
+        begun = [key for key in states if key != _SOURCE]
         blocks = layer_blocks(index, loaded.layer)
         for (key, block), x in zip(blocks.items(), inputs.values(), strict=True):
             measured[key], probe, errors[key] = measure_block(
@@ -345,6 +351,7 @@ class _Pipeline:
             loaded.restore(probe)
         for key in begun:
             runner.run(loaded, states[key])
+        states[_SOURCE] = outputs
         advance(1)
 
     def _probe(self, states: torch.Tensor) -> torch.Tensor:
@@ -390,7 +397,7 @@ class _Pipeline:
             _, end = self.source.parts.ends
             spec = end.linear.spec
             mix = HEAD_MIXES[self.settings.head_bits]
-            own = self._quantize_linear(spec, head, mix, runner.tick)
+            own = self._quantize_linear(runner, spec, head, mix)
             work.save_layer(count, exl2_tensors(spec.name, own))
             work.save("quantising", Checkpoint(count + 1, {}, {}))
             advance(1)
@@ -409,7 +416,7 @@ class _Pipeline:
             prepared = PreparedHessian(hessians.pop(group[0].name))
             for linear in group:
                 mix = chosen[linear.name]
-                own = self._quantize_linear(linear.spec, prepared, mix, runner.tick)
+                own = self._quantize_linear(runner, linear.spec, prepared, mix)
                 tensors |= exl2_tensors(linear.name, own)
                 decoded[linear.name] = dequantize(own)
                 advance(1)
@@ -419,10 +426,13 @@ class _Pipeline:
         return tensors
 
     def _quantize_linear(
-        self, spec: LinearSpec, hessian: PreparedHessian, mix: Mix, tick: Callable[[], None]
+        self, runner: LayerRunner, spec: LinearSpec, hessian: PreparedHessian, mix: Mix
     ) -> QuantizedLinear:
         layer = self.source.linear(spec)
-        return quantize(layer.weight(), hessian, mix, layer.bias, tick)
+        rows = sort_rows(layer.weight(), hessian)
+        return quantize(
+            runner.ops, rows, spec.out_features, hessian, mix, layer.bias, runner.tick
+        )
 
     def _layer_task(self, index: int) -> AbstractContextManager[object]:
         """Show that a layer is being worked on."""
@@ -453,6 +463,17 @@ class _Pipeline:
                 "dataset": self.dataset,
             },
         }
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Let PyTorch use a number of threads, on which the rounding of its sums depends."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _factors(measured: Iterable[BlockMeasurement]) -> list[float]:

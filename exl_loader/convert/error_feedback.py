@@ -9,19 +9,27 @@ compensate their errors.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..formats.exl2 import effective_scales
-from .mixes import Mix
+from ..utils.table import MAIN_MEMORY
+from .mixes import Group, Mix
 from .packing import QuantizedLinear, padded_columns
 from .scales import choose_scales
 
+if TYPE_CHECKING:
+    from ..backends.base import DeviceOps
+
 # Share of the mean diagonal added to the diagonal: the paper's value.
 _DAMPING = 0.01
-# Rows between two products that pass errors on. Within a block each row is updated on its own.
-_BLOCK = 32
+# Rows whose errors reach all rows after them in one product: a product of fewer is limited by the
+# reading and writing of those rows.
+_SPAN = 128
+# Columns of a Hessian that are added to in one product, and of a triangle that is inverted as one.
+_PANEL = 512
 
 
 class Hessian:
@@ -29,16 +37,26 @@ class Hessian:
 
     Args:
         in_features: K.
+        device: of the inputs.
     """
 
-    def __init__(self, in_features: int):
-        self.matrix = torch.zeros(in_features, in_features)
+    def __init__(self, in_features: int, device: str = MAIN_MEMORY):
+        self._upper = torch.zeros(in_features, in_features, device=device)
         self.num_rows = 0
 
     def add(self, x: torch.Tensor) -> None:
         """Add inputs: float32 [T, K]."""
-        self.matrix.addmm_(x.T, x)
+        # Only blocks on the diagonal and above, because the sum is symmetric.
+        for first in range(0, x.shape[1], _PANEL):
+            panel = slice(first, first + _PANEL)
+            self._upper[panel, first:].addmm_(x[:, panel].T, x[:, first:])
         self.num_rows += x.shape[0]
+
+    def mean(self) -> torch.Tensor:
+        """Return the mean of the inputs' x xᵀ: float64 [K, K]."""
+        upper = self._upper.triu().double()
+        upper += upper.triu(1).T
+        return upper.div_(max(self.num_rows, 1))
 
 
 class PreparedHessian:
@@ -50,17 +68,15 @@ class PreparedHessian:
 
     Attributes:
         perm: int64 [K], channels in falling order of the diagonal.
-        matrix: float32 [K, K], the mean Hessian in that order, undamped.
         feedback: float32 [K, K] upper triangular U with inverse(damped H) = Uᵀ U.
     """
 
     def __init__(self, hessian: Hessian):
-        matrix = hessian.matrix.double() / max(hessian.num_rows, 1)
+        matrix = hessian.mean()
         if not (matrix.diagonal() > 0).any():
-            matrix = torch.eye(matrix.shape[0], dtype=torch.float64)
+            matrix = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
         self.perm = torch.argsort(matrix.diagonal(), descending=True, stable=True)
         matrix = matrix[self.perm][:, self.perm]
-        self.matrix = matrix.float()
         self.feedback = _inverse_factor(matrix).float()
 
 
@@ -71,49 +87,70 @@ def _inverse_factor(matrix: torch.Tensor) -> torch.Tensor:
     triangular; then U = inverse(R), which needs no inverse of H itself.
     """
     damping = _DAMPING * matrix.diagonal().mean()
-    identity = torch.eye(matrix.shape[0], dtype=matrix.dtype)
     while True:
-        lower, failed = torch.linalg.cholesky_ex((matrix + damping * identity).flip(0, 1))
+        damped = matrix.flip(0, 1)
+        damped.diagonal().add_(damping)
+        lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             upper = lower.flip(0, 1)
-            return torch.linalg.solve_triangular(upper, identity, upper=True)
+            _invert_upper(upper)
+            return upper
         damping = damping * 10
 
 
-def _quantize_group(rows: torch.Tensor, feedback: torch.Tensor, bits: int):
+def _invert_upper(matrix: torch.Tensor) -> None:
+    """Invert an upper triangular matrix in place, by products of its quarters.
+
+    inverse([[A, B], [0, C]]) = [[inverse(A), -inverse(A) B inverse(C)], [0, inverse(C)]].
+    """
+    size = matrix.shape[0]
+    if size <= _PANEL:
+        identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+        matrix.copy_(torch.linalg.solve_triangular(matrix, identity, upper=True))
+        return
+    half = size // 2
+    _invert_upper(matrix[:half, :half])
+    _invert_upper(matrix[half:, half:])
+    right = matrix[:half, half:] @ matrix[half:, half:]
+    matrix[:half, half:] = (matrix[:half, :half] @ right).neg_()
+
+
+def sort_rows(weight: torch.Tensor, hessian: PreparedHessian) -> torch.Tensor:
+    """Return a weight [K, N] as it is quantised: float32, rows sorted, columns padded."""
+    in_features, out_features = weight.shape
+    rows = torch.zeros(in_features, padded_columns(out_features), device=weight.device)
+    rows[:, :out_features] = weight[hessian.perm]
+    return rows
+
+
+def _quantize_group(
+    ops: DeviceOps, rows: torch.Tensor, feedback: torch.Tensor, bits: int, codes: torch.Tensor,
+    errors: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise one group with error feedback within it.
 
     Args:
+        ops: of the device that has the tensors.
         rows: float32 [n, N], overwritten.
         feedback: diagonal block [n, n] of U.
         bits: bits of a code.
+        codes: int8 [n, N], written.
+        errors: float32 [n, N], written: the error of each row divided by its diagonal element,
+            for the rows after the group.
 
     Returns:
-        codes uint8 [n, N]; levels int64 [N]; scale_max float16; errors float32 [n, N], the error
-        of each row divided by its diagonal element, for the rows after the group.
+        levels int32 [N]; scale_max float16.
     """
-    diagonal = feedback.diagonal()
-    scale_max, levels = choose_scales(rows, bits, diagonal.pow(-2))
+    scale_max, levels = choose_scales(ops, rows, bits, feedback.diagonal().pow(-2))
     scales = effective_scales(levels, scale_max).float()
-    half = 2 ** (bits - 1)
-    signed = torch.empty_like(rows)
-    errors = torch.empty_like(rows)
-    factors = diagonal.reciprocal().tolist()
-    for first in range(0, len(rows), _BLOCK):
-        block = slice(first, first + _BLOCK)
-        for i in range(first, min(first + _BLOCK, len(rows))):
-            code = torch.div(rows[i], scales, out=signed[i]).round_().clamp_(-half, half - 1)
-            torch.addcmul(rows[i], code, scales, value=-1, out=errors[i]).mul_(factors[i])
-            rows[i + 1 : first + _BLOCK].addr_(
-                feedback[i, i + 1 : first + _BLOCK], errors[i], alpha=-1
-            )
-        rest = slice(first + _BLOCK, None)
-        rows[rest].addmm_(feedback[block, rest].T, errors[block], alpha=-1)
-    return signed.add_(half).to(torch.uint8), levels, scale_max, errors
+    ops.round_rows(rows, feedback.contiguous(), scales, bits, codes, errors)
+    return levels, scale_max
 
 
 def quantize(
-    weight: torch.Tensor,
+    ops: DeviceOps,
+    rows: torch.Tensor,
+    out_features: int,
     hessian: PreparedHessian,
     mix: Mix,
     bias: torch.Tensor | None = None,
@@ -122,7 +159,9 @@ def quantize(
     """Quantise a weight.
 
     Args:
-        weight: [K, N] in any float dtype, input channels first.
+        ops: of the device that has the tensors.
+        rows: the weight from `sort_rows`, overwritten.
+        out_features: columns of the weight.
         hessian: of the layer's inputs, K channels.
         mix: widths and group sizes.
         bias: [N], passed through.
@@ -131,37 +170,43 @@ def quantize(
     Returns:
         The layer as codes, with columns padded to a multiple of 32.
     """
-    in_features, out_features = weight.shape
-    columns = padded_columns(out_features)
+    in_features, columns = rows.shape
     groups = mix.groups(in_features)
-    rest = torch.zeros(in_features, columns)
-    rest[:, :out_features] = weight[hessian.perm].float()
-    codes = torch.empty(in_features, columns, dtype=torch.uint8)
-    qs = torch.empty(len(groups), columns, dtype=torch.int64)
-    scale_max = torch.empty(len(groups), dtype=torch.float16)
+    device = rows.device
+    codes = torch.empty(in_features, columns, dtype=torch.int8, device=device)
+    qs = torch.empty(len(groups), columns, dtype=torch.int32, device=device)
+    scale_max = torch.empty(len(groups), dtype=torch.float16, device=device)
+    spans = _spans(groups)
+    errors = rows.new_empty(max(span.stop - span.start for span in spans), columns)
     first = 0
-    for index, group in enumerate(groups):
-        end = first + group.rows
-        block = hessian.feedback[first:end, first:end]
-        codes[first:end], qs[index], scale_max[index], errors = _quantize_group(
-            rest[first:end], block, group.bits
+    for index, (group, span) in enumerate(zip(groups, spans, strict=True)):
+        own = slice(first, first + group.rows)
+        own_errors = errors[own.start - span.start : own.stop - span.start]
+        qs[index], scale_max[index] = _quantize_group(
+            ops, rows[own], hessian.feedback[own, own], group.bits, codes[own], own_errors
         )
-        rest[end:].addmm_(hessian.feedback[first:end, end:].T, errors, alpha=-1)
-        first = end
+        codes[own].view(torch.uint8).add_(2 ** (group.bits - 1))
+        # Errors reach the rows of their span at once, and those after it together.
+        rest = slice(own.stop, span.stop)
+        rows[rest].addmm_(hessian.feedback[own, rest].T, own_errors, alpha=-1)
+        if own.stop == span.stop:
+            rest = slice(span.stop, None)
+            span_errors = errors[: span.stop - span.start]
+            rows[rest].addmm_(hessian.feedback[span, rest].T, span_errors, alpha=-1)
+        first = own.stop
         if tick is not None:
             tick()
+    codes = codes.view(torch.uint8)
     return QuantizedLinear(groups, codes, qs, scale_max, hessian.perm, out_features, bias)
 
 
-def relative_error(weight: torch.Tensor, decoded: torch.Tensor, hessian: PreparedHessian) -> float:
-    """Return the relative error of the output: |X (W - W')|² / |X W|².
-
-    Args:
-        weight, decoded: [K, N], input channels in the model's own order.
-        hessian: of X.
-    """
-    original = weight[hessian.perm].float()
-    difference = original - decoded[hessian.perm].float()
-    energy = (original * (hessian.matrix @ original)).sum()
-    change = (difference * (hessian.matrix @ difference)).sum()
-    return (change / energy).item() if energy > 0 else 0.0
+def _spans(groups: Sequence[Group]) -> list[slice]:
+    """Return for each group the rows of its span: whole groups of `_SPAN` rows or more."""
+    spans: list[slice] = []
+    first = end = count = 0
+    for group in groups:
+        end, count = end + group.rows, count + 1
+        if end - first >= _SPAN:
+            spans += count * [slice(first, end)]
+            first, count = end, 0
+    return spans + count * [slice(first, end)]

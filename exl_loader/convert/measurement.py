@@ -19,10 +19,11 @@ from itertools import pairwise
 import torch
 
 from ..formats.layer import LinearSpec
+from ..model.parts.linear import Linear
 from ..model.parts.part import Block
-from .activations import LayerRunner, LoadedLayer
+from .activations import LayerRunner, LoadedLayer, first_products
 from .allocation import Option, efficient, gain
-from .error_feedback import PreparedHessian, quantize
+from .error_feedback import PreparedHessian, quantize, sort_rows
 from .mixes import Mix
 from .packing import dequantize
 from .reservation import LOGITS_ROWS
@@ -116,24 +117,17 @@ def measure_block(
         Its combinations; name -> weight of its linear layers quantised with `PROBE`; the error
         of the block with these.
     """
-    expected = runner.run_block(loaded, block, x)
-    energy = expected.double().square().sum().item()
-
-    def error_now() -> float:
-        change = runner.run_block(loaded, block, x).sub_(expected)
-        squared = change.double().square().sum().item()
-        return max(squared / energy, LEAST_ERROR) if energy > 0 else LEAST_ERROR
-
+    trial = BlockTrial(runner, loaded, block, x)
     ways: dict[str, list[Way]] = {}
     probe: dict[str, torch.Tensor] = {}
     for role, linears in block_roles(block).items():
-        names = [linear.name for linear in linears]
+        weights = _SortedWeights(source, hessians, keep=len(linears) == 1)
         ways[role] = []
         for mix in MIXES:
             decoded = {
                 linear.name: dequantize(quantize(
-                    source.linear(linear.spec).weight(), hessians[linear.name], mix,
-                    tick=runner.tick,
+                    runner.ops, weights.copy_of(linear), linear.spec.out_features,
+                    hessians[linear.name], mix, tick=runner.tick,
                 ))
                 for linear in linears
             }
@@ -142,15 +136,69 @@ def measure_block(
                 mix.stored_bits(linear.spec.in_features, linear.spec.out_features)
                 for linear in linears
             )
-            ways[role].append(Way(size, error_now(), mix))
+            ways[role].append(Way(size, trial.error(), mix))
             if mix == PROBE:
                 probe |= decoded
             advance(1)
-        loaded.restore(names)
+        loaded.restore(linear.name for linear in linears)
     loaded.replace(probe)
-    probe_error = error_now()
+    probe_error = trial.error()
     loaded.restore(probe)
     return combine(ways), probe, probe_error
+
+
+class _SortedWeights:
+    """Weights as `quantize` takes them.
+
+    Args:
+        source: reads them.
+        hessians: name of a linear layer -> prepared Hessian of its input.
+        keep: whether the last one is kept in memory, to be copied instead of read again.
+    """
+
+    def __init__(
+        self, source: Source, hessians: Mapping[str, PreparedHessian], keep: bool
+    ) -> None:
+        self._source, self._hessians, self._keep = source, hessians, keep
+        self._kept: dict[str, torch.Tensor] = {}
+
+    def copy_of(self, linear: Linear) -> torch.Tensor:
+        """Return the sorted rows of a layer, which may be overwritten."""
+        kept = self._kept.get(linear.name)
+        if kept is not None:
+            return kept.clone()
+        rows = sort_rows(self._source.linear(linear.spec).weight(), self._hessians[linear.name])
+        if self._keep:
+            self._kept = {linear.name: rows}
+            return rows.clone()
+        return rows
+
+
+class BlockTrial:
+    """Compares a block with changed weights with itself as it is now.
+
+    The products of the block's input with weights that were not replaced are computed only once.
+
+    Args:
+        runner: runs the block.
+        loaded: the block's layer.
+        block: attention or MLP of the layer.
+        x: the block's inputs, float32 [R, T, hidden_size].
+    """
+
+    def __init__(
+        self, runner: LayerRunner, loaded: LoadedLayer, block: Block, x: torch.Tensor
+    ) -> None:
+        self._runner, self._loaded, self._block, self._x = runner, loaded, block, x
+        self._products = first_products(block)
+        self._expected = runner.run_block(loaded, block, x, self._products)
+        self._energy = self._expected.double().square().sum().item()
+
+    def error(self) -> float:
+        """Return the squared error of the output, relative to its squared norm."""
+        change = self._runner.run_block(self._loaded, self._block, self._x, self._products)
+        squared = change.sub_(self._expected).double().square().sum().item()
+        return max(squared / self._energy, LEAST_ERROR) if self._energy > 0 else LEAST_ERROR
 
 
 def combine(roles: Mapping[str, Sequence[Way]]) -> list[Combination]:

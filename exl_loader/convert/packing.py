@@ -24,7 +24,7 @@ class QuantizedLinear:
         groups: (bits, rows) of each group, in stored order. The rows of a group share a scale and
             a width. Only the last group may have a number of rows that is no multiple of 32.
         codes: uint8 [K, N] in stored (permuted) row order.
-        qs: int64 [G, N], 1 to 16.
+        qs: integers [G, N], 1 to 16.
         scale_max: float16 [G].
         perm: int64 [K]; stored row r is input channel perm[r].
         out_features: columns of the model; N is out_features rounded up to a multiple of 32.

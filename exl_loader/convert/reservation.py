@@ -26,13 +26,13 @@ LOGITS_ROWS = 128
 # Exact keys and values, so that a layer's result is that of its weights alone.
 CACHE_TYPE = CacheType.parse("fp32")
 
-# Bytes of a matrix while it is quantised, per weight: as it is read, in float32, with the errors
-# that were passed on, codes and decoded values.
-_QUANTIZED_BYTES = 2 + 4 + 4 + 1 + 4 + 4 + 2
-# Bytes of an input's Hessian, per element: summed, and prepared as two matrices.
-_HESSIAN_BYTES = 4 + 2 * 4
-# Bytes per element of a Hessian while it is prepared, in float64: itself, with damping, its
-# factor, an identity and the result.
+# Bytes of a matrix while it is quantised, per weight: kept in float32 for the next mix, codes, and
+# decoded values with their scales in float32, then in float16 in both orders of rows.
+_QUANTIZED_BYTES = 4 + 1 + 4 + 4 + 2 + 2 + 2
+# Bytes of an input's Hessian, per element: summed, and prepared.
+_HESSIAN_BYTES = 4 + 4
+# Bytes per element of a Hessian while it is prepared, in float64: itself, with damping, its factor,
+# the factor in the order of rows, and products of its inversion.
 _PREPARING_BYTES = 5 * 8
 # Share of the embedding in the output that is worth a line.
 _LARGE_SHARE = 0.2
@@ -159,12 +159,15 @@ def reserve(sizes: ConversionSizes, out_dir: Path) -> ConversionReservation:
     token_bytes = config.hidden_size * 4
     row_bytes = sizes.row_len * token_bytes
     quantising = sizes.rows * row_bytes
-    measuring = 0
+    measuring = beside = 0
     if not sizes.has_measurement:
         blocks = 2 * len(parts.layers)
         # The inputs of both blocks, and outputs and differences of one.
         compared = (blocks + 5) * sizes.probe_tokens
         measuring = sizes.measured_rows * row_bytes + compared * token_bytes
+        # A layer's outputs, and the products that are computed once.
+        products = sizes.probe_tokens * max(map(_first_products, parts.layers)) * 4
+        beside = sizes.measured_rows * row_bytes + products
     states = max(quantising, measuring)
     layer = max(map(_layer_bytes, parts.layers))
     cache = sum(spec.nbytes for spec in step_cache_specs(parts, sizes.row_len))
@@ -175,7 +178,7 @@ def reserve(sizes: ConversionSizes, out_dir: Path) -> ConversionReservation:
     memory = {
         "PyTorch and kernels": _overhead_bytes(),
         # A file is written from a copy.
-        "hidden states": 2 * states,
+        "hidden states": 2 * states + beside,
         "a layer": layer,
         "Hessians": max(map(_hessian_bytes, parts.layers)),
         "workspace": sum(spec.nbytes for spec in step_specs(parts, sizes.row_len))
@@ -220,6 +223,12 @@ def _layer_bytes(layer: DecoderLayer) -> int:
     """Return the bytes of a layer's weights and of those that replace them, in float16."""
     own = sum(spec.nbytes for spec in layer.specs())
     return own + sum(2 * _weights(linear.spec) for linear in _quantized(layer))
+
+
+def _first_products(layer: DecoderLayer) -> int:
+    """Return the most elements of a token in products of a block's input."""
+    groups = layer.attention.input_groups()[0], layer.mlp.input_groups()[0]
+    return max(sum(linear.spec.out_features for linear in group) for group in groups)
 
 
 def _weights(spec: LinearSpec) -> int:

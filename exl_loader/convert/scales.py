@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from ..formats.exl2 import effective_scales
 from ..utils.integers import ceil_div
+
+if TYPE_CHECKING:
+    from ..backends.base import DeviceOps
 
 SCALE_LEVELS = 16
 # Candidates for the group's maximum, as shares of the maximum at which the widest column is not
@@ -16,16 +21,14 @@ _SAMPLED_COLUMNS = 64
 # the highest. Codes of 2 bits, which are -2 to 1, may clip more than that with profit.
 _TRIED_LEVELS = 7
 _TRIED_LEVELS_OF_2_BITS = 10
-# Elements that are tried at once: half a megabyte, which stays in a core's cache.
-_PIECE_ELEMENTS = 1 << 17
 # Below this, scale_max / 256 rounds to zero in float16, and every weight would decode to zero.
 _LEAST_SCALE_MAX = 256 * 2.0**-24
 _MOST_SCALE_MAX = 65504.0
 
 
 def _best_levels(
-    rows: torch.Tensor, unclipped: torch.Tensor, scale_max: torch.Tensor, bits: int,
-    weights: torch.Tensor,
+    ops: DeviceOps, rows: torch.Tensor, unclipped: torch.Tensor, scale_max: torch.Tensor,
+    bits: int, weights: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Find, for every maximum and column, the level with the smallest error.
 
@@ -33,6 +36,7 @@ def _best_levels(
     one makes the steps coarser for nothing, and far lower ones clip most of the column.
 
     Args:
+        ops: of the device that has the tensors.
         rows: float32 [n, N].
         unclipped: float32 [N], the smallest scale of each column that clips nothing.
         scale_max: float16 [C].
@@ -40,57 +44,54 @@ def _best_levels(
         weights: float32 [n], the cost of a squared error in a row.
 
     Returns:
-        Levels int64 [C, N]; weighted squared errors float32 [C, N].
+        Levels int32 [C, N]; weighted squared errors float32 [C, N].
     """
-    units = effective_scales(torch.ones(1, dtype=torch.int64), scale_max).float()
+    scales = level_scales(scale_max)
     tried = _TRIED_LEVELS_OF_2_BITS if bits == 2 else _TRIED_LEVELS
-    highest = (unclipped / units[:, None]).sqrt_().ceil_().clamp_(tried, SCALE_LEVELS)
-    steps = torch.arange(1 - tried, 1)
-    levels = highest.long()[:, None] + steps[:, None]
-    scales = effective_scales(levels, scale_max[:, None, None]).float()
-    half = 2 ** (bits - 1)
-    errors = torch.empty(scales.shape)
-    count = max(1, _PIECE_ELEMENTS // (levels[..., 0].numel() * rows.shape[0]))
-    for first in range(0, rows.shape[1], count):
-        columns = slice(first, first + count)
-        piece, step = rows[:, columns], scales[:, :, None, columns]
-        difference = (piece * step.reciprocal()).round_().clamp_(-half, half - 1)
-        difference.mul_(step).sub_(piece).square_()
-        errors[..., columns] = weights @ difference
-    best, index = errors.min(dim=1)
-    return levels.gather(1, index[:, None])[:, 0], best
+    highest = (unclipped / scales[:, :1]).sqrt_().ceil_().clamp_(tried, SCALE_LEVELS).int()
+    levels, errors = torch.empty_like(highest), torch.empty(highest.shape, device=rows.device)
+    ops.choose_levels(rows, scales, highest, tried, bits, weights, levels, errors)
+    return levels, errors
+
+
+def level_scales(scale_max: torch.Tensor) -> torch.Tensor:
+    """Return the scales of all levels, float32 [C, 16], for maxima float16 [C]."""
+    levels = torch.arange(1, SCALE_LEVELS + 1, device=scale_max.device)
+    return effective_scales(levels, scale_max[:, None]).float()
 
 
 def _columns_to_try(unclipped: torch.Tensor) -> torch.Tensor:
     """Return the widest columns and an even sample of the others, which decide the maximum."""
     count = unclipped.shape[0]
     if count <= _SAMPLED_COLUMNS:
-        return torch.arange(count)
+        return torch.arange(count, device=unclipped.device)
     widest = unclipped.topk(_SAMPLED_COLUMNS // 4).indices
-    even = torch.arange(0, count, ceil_div(count, _SAMPLED_COLUMNS))
+    spacing = ceil_div(count, _SAMPLED_COLUMNS)
+    even = torch.arange(0, count, spacing, device=unclipped.device)
     return torch.cat([widest, even]).unique()
 
 
 def choose_scales(
-    rows: torch.Tensor, bits: int, weights: torch.Tensor
+    ops: DeviceOps, rows: torch.Tensor, bits: int, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose a group's `scale_max` and every column's level.
 
     Args:
+        ops: of the device that has the tensors.
         rows: float32 [n, N], the group's weights.
         bits: bits of a code.
         weights: float32 [n], the cost of a squared error in a row.
 
     Returns:
-        scale_max, float16 scalar tensor; levels, int64 [N], 1 to 16.
+        scale_max, float16 scalar tensor; levels, int32 [N], 1 to 16.
     """
     half = 2 ** (bits - 1)
     unclipped = torch.maximum(rows.amax(0) / (half - 1), -rows.amin(0) / half)
     columns = _columns_to_try(unclipped)
-    sample = rows[:, columns]
     widest = unclipped.max()
-    candidates = (widest * torch.tensor(_SHARES)).clamp_(_LEAST_SCALE_MAX, _MOST_SCALE_MAX)
-    candidates = candidates.to(torch.float16)
-    totals = _best_levels(sample, unclipped[columns], candidates, bits, weights)[1].sum(dim=1)
+    candidates = widest * torch.tensor(_SHARES, device=rows.device)
+    candidates = candidates.clamp_(_LEAST_SCALE_MAX, _MOST_SCALE_MAX).to(torch.float16)
+    sample = rows[:, columns].contiguous()
+    totals = _best_levels(ops, sample, unclipped[columns], candidates, bits, weights)[1].sum(dim=1)
     scale_max = candidates[totals.argmin()]
-    return scale_max, _best_levels(rows, unclipped, scale_max[None], bits, weights)[0][0]
+    return scale_max, _best_levels(ops, rows, unclipped, scale_max[None], bits, weights)[0][0]

@@ -29,6 +29,8 @@ from ..utils.errors import InvalidSettings, shown
 from ..utils.json_keys import read_json_object_if_there
 
 _METADATA = "exl_loader"
+_THREADS = "threads"
+_MOST_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -56,17 +58,18 @@ class WorkFolder:
     def __init__(self, out_dir: Path) -> None:
         self.path = out_dir.with_name(f"{out_dir.name}.work")
 
-    def begin(self, job: Mapping[str, Any]) -> bool:
+    def begin(self, job: Mapping[str, Any], threads: int) -> int:
         """Make the folder, or check that it is of the same conversion.
 
         Args:
             job: name of a setting -> its value, as JSON data.
+            threads: of this process. Sums depend on their number.
 
         Returns:
-            True where the folder was there.
+            The threads with which the conversion was begun.
 
         Raises:
-            InvalidSettings: a setting differs, or the path cannot be used.
+            InvalidSettings: a setting differs, the path cannot be used, or the file is damaged.
         """
         target = self.path / "job.json"
         remedy = f"Repeat it with the same options, or remove {self.path}"
@@ -90,8 +93,15 @@ class WorkFolder:
                     f"work folder {self.path}", expected="a path where a folder can be made",
                     actual=error.strerror, remedy="Choose another output folder",
                 ) from None
-            self.write_json("job.json", job)
-        return bool(known)
+            self.write_json("job.json", {**job, _THREADS: threads})
+            return threads
+        begun = known.get(_THREADS)
+        if type(begun) is not int or not 1 <= begun <= _MOST_THREADS:
+            raise InvalidSettings(
+                f"{_THREADS} in {target}", expected=f"a number from 1 to {_MOST_THREADS}",
+                actual=shown(begun), remedy=f"Remove {self.path} and convert again",
+            )
+        return begun
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
         """Write a JSON file."""

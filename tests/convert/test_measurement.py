@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from exl_loader.convert import conversion, convert, measurement
-from exl_loader.convert.activations import LayerRunner
+from exl_loader.convert.activations import LayerRunner, first_products
 from exl_loader.convert.error_feedback import PreparedHessian
 from exl_loader.convert.measurement import (
     BlockMeasurement,
@@ -113,6 +113,52 @@ def test_blocks_add_up_to_the_layer(name, tmp_path):
     after = states.clone()
     runner.run(loaded, after)
     torch.testing.assert_close(states + added, after, rtol=1e-4, atol=1e-4)
+    source.close()
+
+
+def test_products_of_the_input_are_computed_once(source, monkeypatch):
+    """With kept products a block gives the same bits, in fewer products of a step."""
+    runner, counted = LayerRunner(source, 40), []
+    linear = runner.ops._ops.linear
+
+    def count(*args):
+        counted.append(args)
+        linear(*args)
+
+    monkeypatch.setattr(runner, "_rows_at_once", 2)
+    loaded = runner.load(0)
+    x = torch.randn(5, 40, source.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    block = loaded.layer.mlp
+    products = first_products(block)
+    up = block.up.spec
+    half = {up.name: torch.full((up.in_features, up.out_features), 0.5, dtype=torch.float16)}
+    for replaced, expected_products in (({}, 3), ({}, 1), (half, 2), ({}, 1)):
+        loaded.replace(replaced)
+        expected = runner.run_block(loaded, block, x)
+        counted.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(runner.ops._ops, "linear", count)
+            assert torch.equal(runner.run_block(loaded, block, x, products), expected)
+        # In three steps.
+        assert len(counted) == 3 * expected_products
+        loaded.restore(replaced)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt2", "cohere-norms", "gemma2"])
+def test_recorded_inputs_are_those_of_the_whole_layer(name, tmp_path):
+    """Whether outputs are asked for or the last product is left out."""
+    make_model(name, seed=3, folder=tmp_path / "m", num_hidden_layers=1)
+    source = Source(tmp_path / "m")
+    runner = LayerRunner(source, 16)
+    states = runner.embed(random_rows(3, 16))
+    loaded, outputs = runner.load(0), torch.empty_like(states)
+    found, _ = runner.record(loaded, states)
+    expected, _ = runner.record(loaded, states, outputs=outputs)
+    assert found.keys() == expected.keys()
+    for key, hessian in found.items():
+        assert torch.equal(hessian.mean(), expected[key].mean())
+    runner.run(loaded, states)
+    assert torch.equal(outputs, states)
     source.close()
 
 

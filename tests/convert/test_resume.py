@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from exl_loader.convert import conversion, convert, measurement
+from exl_loader.convert.activations import LayerRunner
 from exl_loader.convert.work_folder import WorkFolder
 from exl_loader.utils.errors import InvalidSettings
 
@@ -71,6 +73,38 @@ def test_a_conversion_that_ends_at_any_file_continues_to_the_same_bytes(
     assert number > 5
     assert contents(target) == expected
     assert not WorkFolder(target).path.exists()
+
+
+def test_a_conversion_continues_with_the_threads_with_which_it_was_begun(
+    tiny_model, tmp_path, monkeypatch
+):
+    folder, target = tiny_model(), tmp_path / "exl2"
+    with monkeypatch.context() as patch:
+        kill_at(patch, 3)
+        with pytest.raises(Killed):
+            convert(folder, target, **FEW)
+    seen = []
+    record = LayerRunner.record
+
+    def spy(*args, **options):
+        seen.append(torch.get_num_threads())
+        return record(*args, **options)
+
+    monkeypatch.setattr(LayerRunner, "record", spy)
+    torch.set_num_threads(2)
+    convert(folder, target, **FEW)
+    assert set(seen) == {1} and torch.get_num_threads() == 2
+
+
+def test_a_damaged_number_of_threads_is_refused(tmp_path):
+    work = WorkFolder(tmp_path / "exl2")
+    assert work.begin({"bits": 4}, 3) == 3
+    assert work.begin({"bits": 4}, 5) == 3
+    job = work.path / "job.json"
+    for value in (0, True, "3", None):
+        job.write_text(json.dumps({"bits": 4, "threads": value}))
+        with pytest.raises(InvalidSettings, match="threads"):
+            work.begin({"bits": 4}, 5)
 
 
 def test_options_that_differ_are_refused_by_name(tiny_model, tmp_path, monkeypatch):
