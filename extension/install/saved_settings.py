@@ -15,7 +15,7 @@ BACKUP = "config-user.before-exl_loader.yaml"
 
 # The plugin's flags; without the plugin the web UI does not start with any of them.
 FLAGS = ("--cache-8bit", "--cache-4bit", "--alpha-value", "--compress-pos-emb", "--as-llama",
-         "--cache-size", "--chunk-size", "--embedding-device")
+         "--cache-size", "--chunk-size", "--embedding-device", "--machines")
 
 # After a key of more than 128 characters YAML writes a colon and the value on the next line.
 _OURS = re.compile(r"^:?\s+loader:\s*['\"]?ExLlamav2(_HF)?['\"]?\s*(#.*)?$")

@@ -79,6 +79,7 @@ def accept_flags():
                           ("--chunk-size", "--chunk_size"),
                           ("--embedding-device", "--embedding_device")):
                 parser.add_argument(*flags, **ignored)
+            parser.add_argument("--machines", **ignored)
         return parse_args(parser, *args, **kwargs)
 
     parser_class.parse_args = accepting

@@ -44,7 +44,7 @@ UNKNOWN_LENGTH = 32768
 # The options of a load; the toggles follow cache_type in the browser.
 OPTION_NAMES = (
     "model_dir", "ctx_size", "cache_type", "alpha_value", "compress_pos_emb", "cache_size",
-    "chunk_size", "embedding_device", AS_LLAMA,
+    "chunk_size", "embedding_device", "machines", AS_LLAMA,
 )
 
 
@@ -104,6 +104,9 @@ class ModelView:
             self.embedding_device = gr.Textbox(
                 first.embedding_device, elem_id="exl_embedding_device",
                 **field_arguments("embedding_device", "Device of the embedding"))
+            self.machines = gr.Textbox(
+                first.machines or "", elem_id="exl_machines", max_lines=1,
+                **field_arguments("machines", "Address for other machines"))
         with gr.Accordion("Folder of models", open=False, elem_id="exl_models"):
             with gr.Row(elem_classes="exl-field-row"):
                 self.models_dir = gr.Textbox(
@@ -149,6 +152,8 @@ class ModelView:
                    self.cache_size, self.chunk_size, self.embedding_device, self.as_llama,
                    self.seen)
         triggers = [component.change for component in changes]
+        # Not at each character of an address, because a plan waits for the machines there.
+        triggers += [self.machines.submit, self.machines.blur]
         triggers += [event.then for event in chosen]
         draw_in_order(triggers, self.asking, self._draw, options,
                       [self.ctx_size, self.as_llama_column, self.gauge], self.gauge, raw)
@@ -190,7 +195,8 @@ class ModelView:
         return (
             options.model_dir, options.model_dir, _ctx_slider(options), options.cache_type,
             options.alpha_value, options.compress_pos_emb, options.cache_size, options.chunk_size,
-            options.embedding_device, options.as_architecture is not None,
+            options.embedding_device, options.machines or "",
+            options.as_architecture is not None,
         )
 
     def _load(self, *values: Any) -> tuple[Any, ...]:

@@ -103,7 +103,7 @@ def as_llama_arguments(label: str = "") -> dict[str, Any]:
 PANEL_OPTIONS = (
     "ctx_size", "cache_size", "cache_type", "gpu_split", "chunk_size", "embedding_device",
     "alpha_value", "compress_pos_emb", "as_architecture", "model_draft", "ctx_size_draft",
-    "draft_max",
+    "draft_max", "machines",
 )
 
 _NAMES = ("model_dir", *PANEL_OPTIONS, *TOGGLE_TYPES, AS_LLAMA)

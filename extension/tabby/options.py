@@ -24,7 +24,7 @@ _KEYS_AND_VALUES = re.compile(r"([2-8])\s*,\s*([2-8])")
 # tabby_config.yml, which TabbyAPI passes on without checking it.
 ENGINE_OPTIONS = (
     "device", "memory_limit", "embedding_device", "cache_window", "as_architecture",
-    "max_lora_bytes",
+    "max_lora_bytes", "machines",
 )
 
 # Options that do nothing here, with the values at which they ask for nothing.
@@ -159,7 +159,10 @@ def _read_lengths(reader: _Reader) -> None:
 
 def _read_devices(reader: _Reader) -> None:
     split = reader.value("gpu_split", [])
-    if split:
+    if isinstance(split, str):
+        # Of several machines, as a model folder's tabby_config.yml may have it.
+        reader.load["gpu_split"] = split
+    elif split:
         reader.load["gpu_split"] = ",".join(str(gib) for gib in split)
 
 

@@ -26,10 +26,11 @@ OPTION_DEFAULTS: dict[str, Any] = {
     "cache_size": 0,
     "chunk_size": 256,
     "embedding_device": "auto",
+    "machines": "",
 }
 
 # The options of a model's memory that few people change.
-MEMORY_OPTIONS = ("cache_size", "chunk_size", "embedding_device")
+MEMORY_OPTIONS = ("cache_size", "chunk_size", "embedding_device", "machines")
 
 ROPE_OPTIONS = ("alpha_value", "compress_pos_emb")
 

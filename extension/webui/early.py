@@ -31,6 +31,7 @@ _FLAG_HELP = {
     "cache_size": "Tokens of the cache that all requests share; 0 is as many as ctx_size.",
     "chunk_size": "Most tokens in one forward pass; fewer take less memory.",
     "embedding_device": "auto or cpu for the embedding in main memory, or a card.",
+    "machines": "Address at which other machines find this one and take layers.",
 }
 
 
@@ -76,7 +77,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         return
     group = parser.add_argument_group("ExLlamav2 (exl_loader)")
     for name, default in OPTION_DEFAULTS.items():
-        flags = [f"--{name.replace('_', '-')}", f"--{name}"]
+        flags = [*dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))]
         if any(flag in taken for flag in flags):
             continue
         if default is False:

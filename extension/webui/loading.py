@@ -231,7 +231,7 @@ def page_values(model_name: str) -> dict[str, Any]:
         "loader": last.loader, "ctx_size": options.ctx_size, "alpha_value": options.alpha_value,
         "compress_pos_emb": options.compress_pos_emb,
         "cache_size": options.cache_size, "chunk_size": options.chunk_size,
-        "embedding_device": options.embedding_device,
+        "embedding_device": options.embedding_device, "machines": options.machines or "",
         AS_LLAMA: options.as_architecture is not None, "gpu_split": options.gpu_split or "",
         **toggles_for(options.cache_type)._asdict(),
     }

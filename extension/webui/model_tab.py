@@ -137,8 +137,8 @@ def _insert_components() -> None:
         for name in ("cache_size", "chunk_size"):
             fields[name] = gr.Number(
                 value=getattr(args, name), precision=0, **panel.field_arguments(name))
-        fields["embedding_device"] = gr.Textbox(
-            value=args.embedding_device, **panel.field_arguments("embedding_device"))
+        for name in ("embedding_device", "machines"):
+            fields[name] = gr.Textbox(value=getattr(args, name), **panel.field_arguments(name))
     _move_below(components["ctx_size"], gauge.values())
     _move_below(components["cache_type"], toggles.values())
     form = components["cache_type"].parent
@@ -182,7 +182,10 @@ def _connect(loading_chains: list[EventChain]) -> None:
     components[PICK].change(
         None, components[PICK], [components["ctx_size"], components["cache_type"]],
         js=follow_pick(), **quiet)
-    triggers = [component.change for component in inputs]
+    machines = components["machines"]
+    triggers = [component.change for component in inputs if component is not machines]
+    # Not at each character of an address, because a plan waits for the machines there.
+    triggers += [machines.submit, machines.blur]
     # Also when the tab or the page is opened, because a load over the API sends no event.
     triggers += [_tab_of(components["cache_type"]).select, components["interface"].load]
     # The text with the result of a load changes as well, but Gradio sends its `change` event

@@ -289,9 +289,10 @@ def test_the_gauge_works_without_the_optional_fields(wired, page, monkeypatch, a
     assert [*leaves(memory)] == [components[name] for name in contract.MEMORY_OPTIONS]
     monkeypatch.setattr(model_tab.panel, "plan_html", repr)
     drawn = follow(components, ctx_size_draft=256, draft_max=2, chunk_size=64,
-                   embedding_device="cpu", cache_size=2048)
+                   embedding_device="cpu", cache_size=2048, machines="tcp://192.0.2.1:29500")
     assert "ctx_size=512, cache_size=2048, cache_type='q4'" in drawn
     assert "chunk_size=64" in drawn and "embedding_device='cpu'" in drawn
+    assert "machines='tcp://192.0.2.1:29500'" in drawn
     # An option without a field has the value of the command line.
     assert f"ctx_size_draft={1024 if absent else 256}" in drawn
 
@@ -399,7 +400,12 @@ def test_one_event_draws_the_gauge_and_it_does_not_read_the_toggles(wired, page)
     asking = [event for event in components["interface"].fns.values()
               if event.outputs == [components["exl_ask"]]]
     asked_by = {target for event in asking for target in event.targets}
-    assert {(component._id, "change") for component in drawn.inputs} <= asked_by
+    # An address is read when it is complete.
+    machines = components["machines"]._id
+    assert {(machines, "submit"), (machines, "blur")} <= asked_by
+    assert (machines, "change") not in asked_by
+    others = {component._id for component in drawn.inputs} - {machines}
+    assert {(component, "change") for component in others} <= asked_by
     assert (components["interface"]._id, "load") in asked_by
 
 

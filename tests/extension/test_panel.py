@@ -74,7 +74,8 @@ def test_the_toggle_of_an_unknown_architecture_is_an_option_of_the_engine():
 def test_options_of_the_web_ui_have_the_defaults_of_the_engine():
     """The web UI's flags are added where the engine is too slow to import."""
     for name in (*contract.ROPE_OPTIONS, *contract.MEMORY_OPTIONS):
-        assert contract.OPTION_DEFAULTS[name] == ModelChoice.OPTIONS[name].default
+        default = ModelChoice.OPTIONS[name].default
+        assert contract.OPTION_DEFAULTS[name] == ("" if default is None else default)
 
 
 def test_gauge_shows_the_plan_and_follows_every_option(tiny_model_dir):

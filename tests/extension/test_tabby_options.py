@@ -94,12 +94,13 @@ def test_devices_and_batches(tiny_model_dir):
     chosen = choose(tiny_model_dir, {
         "gpu_split": [20.5, 24], "chunk_size": 512, "max_batch_size": 4}).load
     assert chosen["gpu_split"] == "20.5,24"
+    assert choose(tiny_model_dir, {"gpu_split": "20,24;16"}).load["gpu_split"] == "20,24;16"
     assert (chosen["chunk_size"], chosen["max_batch_size"]) == (512, 4)
 
 
 def test_options_of_the_engine_are_passed_on(tiny_model_dir):
     own = {"device": "cpu", "memory_limit": "1GiB", "cache_window": 0, "max_lora_bytes": "1MiB",
-           "embedding_device": "cpu"}
+           "embedding_device": "cpu", "machines": "tcp://192.0.2.1:29500"}
     chosen = choose(tiny_model_dir, DEFAULTS | own).load
     assert chosen.items() >= own.items()
     assert set(options.ENGINE_OPTIONS) <= set(LoadOptions.names("load"))

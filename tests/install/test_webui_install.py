@@ -167,7 +167,7 @@ def without_start_file(root: Path) -> None:
 
 FLAGS = {"cache_8bit": [], "cache_4bit": [], "alpha_value": ["2"], "compress_pos_emb": ["2"],
          "as_llama": [], "chunk_size": ["64"], "embedding_device": ["cpu"],
-         "cache_size": ["4096"]}
+         "cache_size": ["4096"], "machines": ["tcp://192.0.2.1:29500"]}
 
 
 @pytest.mark.parametrize(
