@@ -152,6 +152,8 @@ def describe(model_dir: Path, loaded: LoadedModel) -> list[str]:
     """Return a line for each device: the reserved bytes and their parts."""
     lines = []
     for device in loaded.reservation.devices:
+        if not device.total_bytes:
+            continue  # main memory for the connection to other machines alone
         parts = {
             "weights": device.weights_bytes + device.embedding_bytes,
             "cache": device.cache_bytes,

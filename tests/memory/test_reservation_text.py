@@ -8,7 +8,7 @@ import pytest
 
 from exl_loader.backends.base import Process
 from exl_loader.memory.reservation import LoadOptions, plan
-from exl_loader.memory.reservation.text import refusal, render
+from exl_loader.memory.reservation.text import compare_allocated, refusal, render
 from exl_loader.utils.byte_counts import amount
 from exl_loader.utils.errors import InsufficientMemory
 from support.plan_machines import FakeConnection, plan_over
@@ -153,3 +153,21 @@ def test_a_refusal_for_the_connection_alone_says_so(tmp_path, machine):
     )
     text = str(refusal(replace(found, devices=(memory,))))
     assert "expected 9.0 MiB of overhead" in text and "1.0 MiB missing" in text
+
+
+def test_allocated_bytes_of_other_machines_are_their_own(tmp_path, machine):
+    folder = write_sparse_exl2(tmp_path / "m", **LLAMA_2_7B)
+    machine(free_bytes=7 * GIB, capacity_bytes=8 * GIB)
+    found = two_machines(folder, ctx_size=4096, cache_type="q4", gpu_split="2;")
+    here, there = found.devices
+    own = {"weights": here.weights_bytes, "cache": here.cache_bytes,
+           "workspace": here.workspace_bytes}
+    text = compare_allocated(
+        found, lambda device, segment: own.get(segment, 0), {(1, "cpu"): there.total_bytes}
+    )
+    *_, last, together = text.splitlines()
+    assert last.split() == ["machine", "1", "(host-b),", "cpu", *[f"{there.total_bytes:,}"] * 2]
+    assert together.split() == ["bytes", "together", *[f"{found.total_bytes:,}"] * 2]
+    # A device of that machine that is missing is no device of this one.
+    text = compare_allocated(found, lambda device, segment: own.get(segment, 0))
+    assert text.splitlines()[-2].split()[-1] == "0"

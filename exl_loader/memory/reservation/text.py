@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from ...backends import backend_of
 from ...backends.base import Process
@@ -136,12 +136,18 @@ def compare_cache_types(reservations: Sequence[Reservation]) -> str:
     return "\n".join([title, *aligned(rows)])
 
 
-def compare_allocated(reservation: Reservation, allocated: Callable[[str, str], int]) -> str:
-    """Write a table of the reserved bytes beside the allocated ones, with a row for each buffer.
+def compare_allocated(
+    reservation: Reservation, allocated: Callable[[str, str], int],
+    on_machines: Mapping[tuple[int, str], int] | None = None,
+) -> str:
+    """Write a table of the reserved bytes beside the allocated ones.
+
+    It has a row for each buffer of this machine, and one for each device of other machines.
 
     Args:
         reservation: of a loaded model.
-        allocated: its allocated bytes by device and segment.
+        allocated: the allocated bytes of this machine by device and segment.
+        on_machines: those of other machines by place and device.
     """
     rows, sums = [["", "reserved", "measured"]], [0, 0]
     for device in reservation.devices:
@@ -150,10 +156,16 @@ def compare_allocated(reservation: Reservation, allocated: Callable[[str, str], 
             "workspace": device.workspace_bytes, "embedding": device.embedding_bytes,
             "loras": device.lora_bytes,
         }
-        for segment, nbytes in reserved.items():
-            both = nbytes, allocated(device.device, segment)
+        pairs = {
+            f"{device.device} {segment}": (nbytes, allocated(device.device, segment))
+            for segment, nbytes in reserved.items() if not device.machine
+        }
+        if device.machine:
+            there = (on_machines or {}).get((device.machine, device.device), 0)
+            pairs[device.full_name] = device.total_bytes, there
+        for name, both in pairs.items():
             if any(both):
-                rows.append([f"{device.device} {segment}", *(f"{n:,}" for n in both)])
+                rows.append([name, *(f"{n:,}" for n in both)])
                 sums = [total + n for total, n in zip(sums, both, strict=True)]
     rows.append(["bytes together", *(f"{n:,}" for n in sums)])
     return "\n".join(aligned(rows))
