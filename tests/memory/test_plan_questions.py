@@ -8,6 +8,8 @@ from dataclasses import asdict, fields, replace
 import pytest
 
 from exl_loader.cache.layout import CacheType
+from exl_loader.checkpoint import Checkpoint
+from exl_loader.checkpoint.copies import folder_digest
 from exl_loader.memory.reservation import LoadOptions, plan, planned
 from exl_loader.memory.reservation.answers import PlanAnswers
 from exl_loader.memory.reservation.options import RunOptions
@@ -32,11 +34,11 @@ from exl_loader.utils.errors import (
 from support.plan_machines import FakeConnection, plan_over
 from support.sparse import write_sparse_exl2
 
-ASKED = Asked(2, True, 600, "q4", 64, 2, 256, 0)
-REQUEST = PlanRequest("m", "0" * 64, None, False, "", None, 0)
+ASKED = Asked(1, 2, True, 600, "q4", 64, 2, 256, 0)
+REQUEST = PlanRequest(1, "m", "0" * 64, None, False, "", None, 0)
 MESSAGES = [ASKED, REQUEST, PlanReply(5), Assigned(4, (7, -3), 9),
-            Asked(1, False, 1, "q8_q3", 64, None, 0, 512),
-            PlanRequest("m", "1", "LlamaForCausalLM", True, "1,2", 3, 4)]
+            Asked(3, 1, False, 1, "q8_q3", 64, None, 0, 512),
+            PlanRequest(7, "m", "1", "LlamaForCausalLM", True, "1,2", 3, 4)]
 OPTIONS = {"ctx_size": 600, "cache_type": "q4", "chunk_size": 64, "device": "cpu"}
 
 
@@ -79,7 +81,7 @@ def test_the_record_of_a_device_is_the_same_after_json(folder):
 
 def test_a_run_is_the_same_after_json():
     run = RunOptions(CacheType.parse("q8_q4"), 128, None, 256, 4096)
-    assert Asked.of(3, True, 1000, run).run() == run
+    assert Asked.of(1, 3, True, 1000, run).run() == run
 
 
 WRONG = [None, True, 1.5, "x", -1, 1 << 61, [1], {}, "", [True], [1.0], ["x"]]
@@ -109,16 +111,43 @@ def test_other_keys_are_refused(values):
 
 
 def test_a_question_out_of_turn_is_refused(answers):
-    with pytest.raises(MachineRefused, match="none before it"):
+    with pytest.raises(MachineRefused, match="of the last 8 that began, found the plan of number"):
         answers.answer(ASSIGN, {"asked": [to_json(ASKED)]})
     assert answers.answer("another question", {}) is None
 
 
-def begun(answers, folder) -> None:
+def begun(answers, folder, number: int = ASKED.plan) -> None:
     """Begin a plan as the first machine does."""
-    connection = FakeConnection([folder])
-    connection.answers = [answers]
-    plan_over(connection, folder, **OPTIONS, gpu_split=";")
+    with Checkpoint.open(folder) as checkpoint:
+        request = replace(
+            REQUEST, plan=number, name=folder.name, digest=folder_digest(checkpoint)
+        )
+    answers.answer(PLAN, to_json(request))
+
+
+def test_plans_that_are_made_at_once_take_turns(folder):
+    deeper = write_sparse_exl2(folder.parent / "deeper", num_hidden_layers=9)
+    both = PlanAnswers(folder.parent, LoadOptions(device="cpu"))
+
+    def assigned(number: int) -> tuple[int, int]:
+        asked = {"asked": [to_json(replace(ASKED, plan=number))]}
+        (found,) = both.answer(ASSIGN, asked)["assigned"]
+        return found["end_layer"], found["total_bytes"]
+
+    begun(both, folder, 1)
+    first = assigned(1)
+    begun(both, deeper, 2)
+    assert assigned(1) == first and first[0] == 6
+    assert assigned(2)[0] == 9
+    part = both.part(to_json(ASKED))
+    assert part.model.parts.device_map.numbers == range(2, 6)
+    for number in range(3, 10):
+        begun(both, folder, number)
+    # The first is the oldest of nine.
+    assert assigned(9) == first
+    with pytest.raises(MachineRefused, match="found the plan of number 1"):
+        assigned(1)
+    both.close()
 
 
 @pytest.mark.parametrize(

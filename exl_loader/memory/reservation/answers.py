@@ -37,6 +37,9 @@ from .records import DeviceReservation
 
 SENDER = "the first machine"
 
+# Plans that may be under way at once. One takes as much memory as the headers of its model.
+PLANS_KEPT = 8
+
 
 @dataclass(frozen=True)
 class PlannedPart:
@@ -44,8 +47,8 @@ class PlannedPart:
 
     Args:
         records: the figures of this machine's devices.
-        model: the layers on the chosen devices. Its checkpoint is closed when the next plan
-            begins, or with `PlanAnswers.close`.
+        model: the layers on the chosen devices. Its checkpoint stays open for `PLANS_KEPT` plans,
+            and until `PlanAnswers.close` at most. A closed one opens its files again to read.
         segments: the buffers to allocate, with the offset of every tensor.
         run: the options that decide the bytes.
     """
@@ -56,8 +59,19 @@ class PlannedPart:
     run: RunOptions
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """A plan that has begun: the folder is open, and it is known what the devices lend."""
+
+    assigner: Assigner
+    num_layers: int
+    files: ExitStack
+
+
 class PlanAnswers:
     """Answers a first machine's questions about plans, one after the other.
+
+    Plans that are made at once, such as those of a page while a model is loaded, may take turns.
 
     Args:
         models: a model's folder, or a folder of models' folders.
@@ -75,9 +89,7 @@ class PlanAnswers:
         self._options = options or LoadOptions()
         self._options.check()
         budgets(self._options)
-        self._files = ExitStack()
-        self._assigner: Assigner | None = None
-        self._num_layers = 0
+        self._plans: dict[int, _Plan] = {}
 
     def answer(self, question: str, fields: Mapping[str, Any]) -> dict[str, Any] | None:
         """Answer a question; return None for one that is not about a plan.
@@ -106,26 +118,24 @@ class PlanAnswers:
             As `answer`. MachineRefused: no layer fits here.
         """
         asked = from_json(Asked, fields, SENDER)
-        shares, run = self._shares(asked)
+        plan, shares, run = self._shares(asked)
         if not shares:
             raise MachineRefused(
                 f"the layers from {asked.first_layer} on", expected="a device that holds one",
                 actual="none fits any more",
             )
-        assert self._assigner is not None
-        model = self._assigner.placed(shares, asked.ctx_size, run)
+        model = plan.assigner.placed(shares, asked.ctx_size, run)
         segments = segments_of(model, run)
         records = tuple(device_record(share, segments) for share in shares)
         return PlannedPart(records, model, tuple(segments.values()), run)
 
     def close(self) -> None:
-        """Close the model's files and forget the plan."""
-        self._assigner = None
-        self._files.close()
+        """Close the models' files and forget the plans."""
+        while self._plans:
+            self._plans.popitem()[1].files.close()
 
     def _plan(self, request: PlanRequest) -> PlanReply:
         """Open the folder and see what the devices lend."""
-        self.close()
         options = self._chosen(request)
         devices = budgets(options)
         in_main_memory = [one for one in devices if backend_of(one.device).is_main_memory]
@@ -135,13 +145,20 @@ class PlanAnswers:
         with ExitStack() as files:
             checkpoint = files.enter_context(Checkpoint.open(folder, config))
             check_copy(checkpoint, request.digest)
-            self._assigner = Assigner(
+            assigner = Assigner(
                 LayerCosts(config, checkpoint), devices, main_memory, has_ends=False,
                 connection_bytes=request.connection_bytes,
             )
-            self._files = files.pop_all()
-        self._num_layers = config.num_hidden_layers
-        return PlanReply(self._assigner.free_bytes)
+            self._keep(request.plan, _Plan(assigner, config.num_hidden_layers, files.pop_all()))
+        return PlanReply(assigner.free_bytes)
+
+    def _keep(self, number: int, plan: _Plan) -> None:
+        """Keep a plan in place of the oldest one."""
+        replaced = [number, *list(self._plans)[: 1 - PLANS_KEPT]]
+        for old in replaced:
+            if old in self._plans:
+                self._plans.pop(old).files.close()
+        self._plans[number] = plan
 
     def _chosen(self, request: PlanRequest) -> LoadOptions:
         """Return this machine's options with those of the request. The lower limit holds."""
@@ -155,23 +172,27 @@ class PlanAnswers:
         )
 
     def _assign(self, asked: Asked) -> Assigned:
-        shares, _ = self._shares(asked)
+        _, shares, _ = self._shares(asked)
         return Assigned(
             max((share.layers.stop for share in shares), default=asked.first_layer),
             tuple(share.headroom_bytes for share in shares),
             sum(share.total_bytes for share in shares),
         )
 
-    def _shares(self, asked: Asked) -> tuple[list[DeviceShare], RunOptions]:
-        if self._assigner is None:
-            raise MachineRefused("a question about a plan", expected="the question that begins it",
-                                 actual="none before it")
+    def _shares(self, asked: Asked) -> tuple[_Plan, list[DeviceShare], RunOptions]:
+        """Return the plan that a question is about, the shares of devices, and their run."""
+        plan = self._plans.get(asked.plan)
+        if plan is None:
+            raise MachineRefused(
+                "a question about a plan", expected=f"one of the last {PLANS_KEPT} that began",
+                actual=f"the plan of number {asked.plan}", remedy="Plan again",
+            )
         # The first machine has layer 0.
-        if not 0 < asked.first_layer < self._num_layers:
+        if not 0 < asked.first_layer < plan.num_layers:
             raise InvalidSettings(
-                "first_layer", expected=f"1 to {self._num_layers - 1}",
+                "first_layer", expected=f"1 to {plan.num_layers - 1}",
                 actual=shown(asked.first_layer),
             )
         run = asked.run().at(asked.ctx_size)
-        shares = self._assigner.assign(asked.ctx_size, run, asked.first_layer, asked.takes_all)
-        return shares, run
+        shares = plan.assigner.assign(asked.ctx_size, run, asked.first_layer, asked.takes_all)
+        return plan, shares, run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -34,6 +35,10 @@ from .spread import Spread, Spreader
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+# Numbers of plans over several machines.
+_plan_numbers = itertools.count(1)
 
 
 @dataclass(frozen=True)
@@ -187,6 +192,7 @@ def _requests(
     """Return what begins a plan on each of the other machines, by place."""
     limit = options.memory_limit
     request = PlanRequest(
+        plan=next(_plan_numbers),
         name=folder_name(costs.checkpoint.model_dir),
         digest=folder_digest(costs.checkpoint),
         as_architecture=options.as_architecture,

@@ -33,6 +33,7 @@ class PlanRequest:
     """Begins a plan of a model: the folder, and the options that hold for all of the plan.
 
     Args:
+        plan: its number, by which later questions name it, because several may be made at once.
         name, digest: of the folder, see `checkpoint.copies`.
         as_architecture, replacing: as in `LoadOptions`.
         gpu_split: this machine's part of the option; empty for none.
@@ -40,6 +41,7 @@ class PlanRequest:
         connection_bytes: main memory that the connection takes on each machine.
     """
 
+    plan: int
     name: str
     digest: str
     as_architecture: str | None
@@ -65,6 +67,7 @@ class Asked:
     """Asks a machine to assign layers to its devices.
 
     Args:
+        plan: its number, as in `PlanRequest`.
         first_layer: the first layer that the machines before do not hold.
         takes_all: all layers from there on are assigned, whether they fit or not; else as many
             as fit.
@@ -73,6 +76,7 @@ class Asked:
         chunk_size, max_batch_size, cache_window, cache_size: as in `RunOptions`.
     """
 
+    plan: int
     first_layer: int
     takes_all: bool
     ctx_size: int
@@ -83,9 +87,11 @@ class Asked:
     cache_size: int
 
     @classmethod
-    def of(cls, first_layer: int, takes_all: bool, ctx_size: int, run: RunOptions) -> Asked:
+    def of(
+        cls, plan: int, first_layer: int, takes_all: bool, ctx_size: int, run: RunOptions
+    ) -> Asked:
         """Ask for a run."""
-        return cls(first_layer, takes_all, ctx_size, str(run.cache_type), run.chunk_size,
+        return cls(plan, first_layer, takes_all, ctx_size, str(run.cache_type), run.chunk_size,
                    run.max_batch_size, run.cache_window, run.cache_size)
 
     def run(self) -> RunOptions:

@@ -66,11 +66,14 @@ class RemotePlanner:
     Args:
         machine: whom to ask.
         connection: over which.
+        plan: the number of the plan that the machine has begun.
         num_layers: of the model.
     """
 
-    def __init__(self, machine: Machine, connection: Connection, num_layers: int) -> None:
-        self.machine = machine
+    def __init__(
+        self, machine: Machine, connection: Connection, plan: int, num_layers: int
+    ) -> None:
+        self.machine, self.plan = machine, plan
         self._connection, self._num_layers = connection, num_layers
         self._assigned: dict[Asked, Assigned] = {}
 
@@ -164,4 +167,8 @@ def begin(
         from_json(PlanReply, replies[machine.place], machine.name).free_bytes
         for machine in machines
     )
-    return [RemotePlanner(machine, connection, num_layers) for machine in machines], free
+    planners = [
+        RemotePlanner(machine, connection, requests[machine.place].plan, num_layers)
+        for machine in machines
+    ]
+    return planners, free

@@ -104,7 +104,7 @@ class Spreader:
         for other in self._others:
             is_last = other is self._others[-1]
             asked = {
-                key: Asked.of(end, is_last, *runs[key])
+                key: Asked.of(other.plan, end, is_last, *runs[key])
                 for key, end in ends.items() if end < self._num_layers
             }
             answers = other.assign(list(asked.values()))
