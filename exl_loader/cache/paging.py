@@ -161,15 +161,15 @@ class PagedCache:
         lacking = pages_for(num_tokens) - len(shared)
         try:
             self._check_free(lacking + headroom, num_tokens)
-            fresh = self._take(lacking, num_tokens, source, count)
-        except CacheFull:
+            sequence.pages += self._take(lacking, num_tokens, source, count)
+            self._copy(sequence, source, count)
+            if self._open_pages is not None:
+                sequence.open_page = self._open_pages.lend(open_source, count)
+                self._fill_open_page(sequence, open_source, ids)
+        except BaseException:
+            # There are too few pages, or another machine with some of the layers is lost.
             self.release(sequence)
             raise
-        sequence.pages = [*shared, *fresh]
-        self._copy(sequence, source, count)
-        if self._open_pages is not None:
-            sequence.open_page = self._open_pages.lend(open_source, count)
-            self._fill_open_page(sequence, open_source, ids)
         return sequence
 
     def grow(self, sequence: PagedSequence, num_tokens: int) -> None:
@@ -263,8 +263,11 @@ class PagedCache:
         sequence.open_page = sequence.missing_first = None
 
     def forget(self) -> None:
-        """Forget what all pages hold, because the model has changed; no sequence holds a page."""
-        assert len(self._free) == self.num_pages, "a sequence holds pages"
+        """Forget what can be found in all pages: the model has changed, or a pass has failed.
+
+        Sequences keep their pages, and what they commit from here on can be found. They must not
+        be cut any more.
+        """
         self._index = PageIndex(PAGE_LEN)
         if self._open_pages is not None:
             self._open_pages.forget()

@@ -163,7 +163,7 @@ class PassSeconds:
         """Measure a pass, which is the body of a `with` block."""
         began = self._clock()
         yield
-        self._add(rows, self._clock() - began)
+        self.add(rows, self._clock() - began)
 
     @contextmanager
     def measure_reading(self, rows: int) -> Iterator[None]:
@@ -211,7 +211,8 @@ class PassSeconds:
             return self.estimate(rows)
         return 2 * self.estimate(1) + self._read_row * rows
 
-    def _add(self, rows: int, seconds: float) -> None:
+    def add(self, rows: int, seconds: float) -> None:
+        """Count a pass that was measured."""
         if rows not in self._first_seen:
             # The first pass of a shape takes longer, because its calls are recorded.
             self._first_seen.add(rows)

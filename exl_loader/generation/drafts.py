@@ -31,33 +31,47 @@ class Drafts:
         draft_model: None for none.
 
     Attributes:
-        pacing: chooses their lengths.
+        passes: how long the model's passes take.
+        pacing: chooses the lengths of drafts.
     """
 
     def __init__(self, most_rows: int, draft_model: DraftModel | None) -> None:
         self.draft_model = draft_model
         self.passes = PassSeconds()
         self.pacing = DraftPacing(self.passes, draft_model.seconds if draft_model else None)
+        self._in_flight: dict[int, DraftPacing] = {}
         self._most_rows = most_rows
 
-    def next(self, jobs: Sequence[Job]) -> list[list[int]]:
-        """Guess the next tokens of each job; none where a draft would be a loss."""
+    def add_seconds(self, rows: int, seconds: float, num_parts: int) -> None:
+        """Count a pass that was in flight; `num_parts` as in `next`."""
+        self._pacing(num_parts).passes.add(rows, seconds)
+
+    def next(self, jobs: Sequence[Job], num_parts: int = 1) -> list[list[int]]:
+        """Guess the next tokens of each job; none where a draft would be a loss.
+
+        Args:
+            jobs: of the pass.
+            num_parts: number of passes in flight among which all jobs are divided. The times of
+                passes are kept apart by it, because a pass beside others takes the time of the
+                slowest machine, and one that is alone that of all machines and their connection.
+        """
+        pacing = self._pacing(num_parts)
         num_rows = sum(job.num_sequences for job in jobs)
         rows_left = self._most_rows - num_rows
         guesses: dict[Job, list[int]] = {}
         offers: dict[Job, Offer] = {}
         for job in jobs:
             most = min(rows_left // job.num_sequences, _most_draft(job))
-            offer = self._offer(job, most, guesses, len(jobs), num_rows)
+            offer = self._offer(job, most, guesses, pacing, len(jobs), num_rows)
             if offer is not None:
                 offers[job] = offer
-        counts = self.pacing.lengths(list(offers.values()), len(jobs), num_rows, rows_left)
+        counts = pacing.lengths(list(offers.values()), len(jobs), num_rows, rows_left)
         wanted: dict[Job, int] = {}
         for (job, offer), count in zip(offers.items(), counts, strict=True):
             if offer.unread and count:
                 wanted[job] = count
             guesses[job] = guesses.get(job, [])[:count]
-            if not count and self.passes.is_known(num_rows):
+            if not count and pacing.passes.is_known(num_rows):
                 job.stats.skipped_drafts += 1
         if self.draft_model is not None and wanted:
             for job, guess in self.draft_model.guess(wanted).items():
@@ -76,14 +90,24 @@ class Drafts:
         if self.draft_model is not None:
             self.draft_model.release(job)
 
+    def _pacing(self, num_parts: int) -> DraftPacing:
+        if num_parts == 1:
+            return self.pacing
+        if num_parts not in self._in_flight:
+            steps = self.draft_model.seconds if self.draft_model is not None else None
+            self._in_flight[num_parts] = type(self.pacing)(PassSeconds(), steps)
+        return self._in_flight[num_parts]
+
     def _offer(
-        self, job: Job, most: int, guesses: dict[Job, list[int]], num_jobs: int, num_rows: int
+        self, job: Job, most: int, guesses: dict[Job, list[int]], pacing: DraftPacing,
+        num_jobs: int, num_rows: int,
     ) -> Offer | None:
         """Return what could be drafted for a job.
 
         Args:
             most: most tokens.
             guesses: gets what was looked up.
+            pacing: chooses between offers.
             num_jobs, num_rows: of the pass.
         """
         job.looked_up.settle(job.history)
@@ -101,7 +125,7 @@ class Drafts:
                 by_model = Offer(job.guessed, count, job.num_sequences, unread)
         offer: Offer | None
         if looked_up is not None and by_model is not None:
-            offer = self.pacing.better(looked_up, by_model, num_jobs, num_rows)
+            offer = pacing.better(looked_up, by_model, num_jobs, num_rows)
         else:
             offer = looked_up or by_model
         if offer is looked_up:

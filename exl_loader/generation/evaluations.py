@@ -111,6 +111,7 @@ class TextEvaluation(Evaluation[None]):
         self._last = last
         self._receive = receive
         self._cache: PagedCache | None = None
+        self._begun = False
 
     def start(self, model: ForwardModel, cache: PagedCache, headroom: int = 0) -> None:
         """Take the pages of the whole text.
@@ -129,14 +130,33 @@ class TextEvaluation(Evaluation[None]):
         self._cache = cache
         self._steps = self._chunks(model, cache, self.sequence)
 
+    def advance(self) -> None:
+        """Run one step; see `Evaluation.advance`."""
+        self._begun = True
+        super().advance()
+
+    def give_back(self) -> bool:
+        """Give the pages back before the first step, to start again later.
+
+        Returns:
+            False if it has run a step; then it keeps its pages.
+        """
+        if not self._begun:
+            self._release()
+            self._steps = None
+        return not self._begun
+
     def finish(self, error: BaseException | None = None) -> None:
         """End the evaluation and give its pages back."""
         try:
             super().finish(error)
         finally:
-            if self._cache is not None and self.sequence is not None:
-                self._cache.release(self.sequence)
-            self._cache = self.sequence = None
+            self._release()
+
+    def _release(self) -> None:
+        if self._cache is not None and self.sequence is not None:
+            self._cache.release(self.sequence)
+        self._cache = self.sequence = None
 
     def _chunks(
         self, model: ForwardModel, cache: PagedCache, sequence: PagedSequence

@@ -141,7 +141,7 @@ class ForwardModel(Protocol):
     ) -> torch.Tensor:
         """Run new ids of sequences; return logits on the CPU, float32 [rows, vocab_size].
 
-        Called only while no flight is open.
+        Called only while no flight is open. After an error no sequence has advanced.
         """
 
     def forward_rows(
@@ -151,7 +151,7 @@ class ForwardModel(Protocol):
     ) -> list[LogitsRow]:
         """Run new ids of sequences; return the rows, which are valid until the next call.
 
-        Called only while no flight is open.
+        Called only while no flight is open. After an error no sequence has advanced.
         """
 
     def start_rows(

@@ -11,6 +11,7 @@ from ..cache.paging import PagedCache
 from ..utils.errors import drop_locals
 from .evaluations import Evaluation, ExclusiveUse, TextEvaluation
 from .exchange import Exchange
+from .flight_scheduler import FlightScheduler
 from .forward_model import ForwardModel
 from .jobs import GenerationStats, Job
 from .logprobs import TokenLogprobs
@@ -47,7 +48,8 @@ class Generator(ModelThread):
         self, model: ForwardModel, cache: PagedCache, draft_model: DraftModel | None,
         release: Callable[[], None],
     ) -> None:
-        super().__init__(Scheduler(model, cache, draft_model), release)
+        kind = FlightScheduler if model.most_in_flight > 1 else Scheduler
+        super().__init__(kind(model, cache, draft_model), release)
 
     def wait(self, request: Exchange[Any]) -> None:
         """Return when the request has output or has finished; see `ModelThread.wait`.

@@ -36,8 +36,9 @@ class GenerationStats:
         prompt_tokens: number of prompt tokens.
         new_tokens: number of new tokens; an end token counts, although it is not shown.
         reused_tokens: number of prompt tokens that the cache already held.
-        preemptions: how often its pages were given to older requests; each time its text was
-            evaluated again, as far as the cache had lost it.
+        preemptions: how often its pages were given to older requests, or what they held was lost
+            in another machine's error; each time its text was evaluated again, as far as the
+            cache had lost it.
         drafted_tokens: number of tokens that were guessed in drafts and run with the text.
         accepted_tokens: number of these that were right, which are new tokens of the text.
         skipped_drafts: number of passes in which a draft was possible and left out, because it
@@ -130,6 +131,7 @@ class Job(Exchange[tuple[int, str]]):
         sequence: the pages of prompt and answer; None while it waits for pages, and after the
             end.
         arrival: jobs are numbered in the order in which they arrived.
+        last_pass: passes in flight are numbered in the order of their starts; its newest one.
         looked_up, guessed: how often prompt lookup and the draft model were right.
     """
 
@@ -147,7 +149,7 @@ class Job(Exchange[tuple[int, str]]):
     def __post_init__(self) -> None:
         super().__init__()
         self.sequence: PagedSequence | None = None
-        self.arrival = 0
+        self.arrival = self.last_pass = 0
         self.looked_up = Acceptance(LOOKUP_PRIOR)
         self.guessed = Acceptance(MODEL_PRIOR)
         self.last_text = ""

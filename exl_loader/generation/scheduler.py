@@ -5,17 +5,21 @@ Not thread-safe: only a `model_thread.ModelThread` calls it.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
 from ..cache.layout import PAGE_LEN
-from ..cache.paging import PagedCache, PagedSequence
-from ..utils.errors import CacheFull, InsufficientMemory, drop_locals, is_out_of_memory
+from ..cache.paging import PagedCache
+from ..utils.errors import (
+    CacheFull,
+    InsufficientMemory,
+    MachineLost,
+    drop_locals,
+    is_out_of_memory,
+)
 from .drafts import Drafts
 from .evaluations import Evaluation, ExclusiveUse, TextEvaluation
 from .exchange import Exchange
@@ -29,12 +33,11 @@ from .job_pages import (
     return_pages,
 )
 from .jobs import CANCELLED, FAILED, Job
+from .passes import Pass, decoding_pass, prompt_pass
 from .sampling import guide
 
 if TYPE_CHECKING:
     from .draft_model import DraftModel
-
-Ids = Sequence[int] | npt.NDArray[np.int64]
 
 # A job whose caller does not take its tokens is computed at most this many tokens ahead, unless
 # another job waits for its pages.
@@ -108,7 +111,9 @@ class Scheduler:
         except BaseException as error:
             drop_locals(error)
             failure = error
-        self.fail_all(lambda: failure)
+        # All callers raise what concerns the model, and raising changes an error.
+        self.fail_all(
+            lambda: copy.copy(failure) if isinstance(failure, MachineLost) else failure)
         return True
 
     def cancel_all(self) -> None:
@@ -118,9 +123,22 @@ class Scheduler:
                 request.cancelled = True
 
     def fail_all(self, make_error: Callable[[], BaseException]) -> None:
-        """End all requests, each with its own error."""
+        """End all requests, each with its own error.
+
+        Raises:
+            BaseException: the last error of those that ended requests have; all have ended.
+        """
+        failure: BaseException | None = None
         for request in self._requests:
-            self._end(request, FAILED, make_error())
+            try:
+                self._end(request, FAILED, make_error())
+            except MachineLost:
+                # Its pages cannot be kept for other texts, and no other text will run.
+                pass
+            except BaseException as error:
+                failure = error
+        if failure is not None:
+            raise failure
 
     def close(self) -> None:
         """Drop model and cache, because an error that a caller keeps refers to the scheduler."""
@@ -129,13 +147,27 @@ class Scheduler:
     def _step(self) -> bool:
         self._finish_cancelled()
         if self.exclusive:
+            if self._land():
+                return True
             return self.exclusive[0].is_awaited and self._advance(self.exclusive[0])
         if not any(request.is_awaited for request in self._requests):
-            return False
+            return self._land()
+        return self._run_passes()
+
+    def _run_passes(self) -> bool:
+        """Run the next pass of each kind; return False if there is none."""
         # Decoding runs first. The last chunk of a prompt gives the job's first token, and its
         # caller should not have to wait for another pass.
         decoded = self.decode()
         return self._run_long_pass() or decoded
+
+    def _land(self) -> bool:
+        """Wait for the oldest pass in flight; on one machine there is none.
+
+        Returns:
+            False if there is none.
+        """
+        return False
 
     def _finish_cancelled(self) -> None:
         """End the requests that were cancelled or whose owner was destroyed."""
@@ -200,6 +232,8 @@ class Scheduler:
             if isinstance(evaluation, ExclusiveUse):
                 evaluation.start(self.model, self.cache)
             evaluation.advance()
+        except MachineLost:
+            raise
         except BaseException as error:
             drop_locals(error)
             self._finish_evaluation(evaluation, _typed(error))
@@ -245,7 +279,7 @@ class Scheduler:
         Returns:
             False if there is none.
         """
-        job = next((job for job in self.active if not job.prefilled), None)
+        job = self._next_prompt()
         if job is None:
             return False
         # A text that went back over the end of a page lacks this page.
@@ -253,15 +287,24 @@ class Scheduler:
             return job not in self.active
         try:
             self._skip_stored(job)
+        except MachineLost:
+            raise
         except BaseException as error:
             self._fail(job, error)
             return True
         if not job.prefilled:
-            self._run([job])
+            self._run_chunk(job)
         if job in self.active:
             self.active.remove(job)
             self.active.append(job)
         return True
+
+    def _next_prompt(self) -> Job | None:
+        """Return the job of which `prefill` should run a chunk."""
+        return next((job for job in self.active if not job.prefilled), None)
+
+    def _run_chunk(self, job: Job) -> None:
+        self._run([job])
 
     @property
     def _is_busy(self) -> bool:
@@ -302,6 +345,8 @@ class Scheduler:
                 if self._is_busy:
                     return
                 self._end(request, FAILED, error)
+            except MachineLost:
+                raise
             except BaseException as error:
                 drop_locals(error)
                 self._end(request, FAILED, _typed(error))
@@ -324,30 +369,35 @@ class Scheduler:
             The jobs that have room; the others gave their pages back, or wait for pages.
         """
         ready: set[Job] = set()
-        for job in sorted(decoding, key=_arrival):
+        for job in sorted(decoding, key=arrival):
             if job in self.active and self._grow(job):
                 ready.add(job)
-        return [job for job in decoding if job in ready]
+        return [job for job in decoding if job in ready and job in self.active]
 
     def _grow(self, job: Job) -> bool:
         """Take the pages that a job needs, if necessary from the youngest jobs.
 
+        Passes in flight land before that, because their jobs may end.
+
         Returns:
             False if there are none: the job is itself the youngest, and gave its pages back or
-            waits for those of an evaluation.
+            waits for those of an evaluation; or it has ended.
         """
-        while True:
+        while job in self.active:
             try:
                 grow_pages(job, self.cache)
                 return True
             except CacheFull as error:
-                youngest = max(self.active, key=_arrival)
+                if self._land():
+                    continue
+                youngest = max(self.active, key=arrival)
                 if len(self.active) > 1:
                     self._preempt(youngest)
                 elif not self.evaluations:
                     self._fail(job, error)
                 if youngest is job:
                     return False
+        return False
 
     def _preempt(self, job: Job) -> None:
         """Take a job's pages; it goes on when it is admitted again."""
@@ -358,13 +408,29 @@ class Scheduler:
         return_pages(job, self.cache)
         self.drafts.release(job)
 
+    def _plan(self, jobs: list[Job], num_parts: int = 1) -> Pass:
+        """Return the next pass: the next chunk of one prompt, or one over decoding jobs.
+
+        Args:
+            num_parts: number of passes among which decoding jobs are divided.
+        """
+        if jobs[0].prefilled:
+            return decoding_pass(jobs, self.drafts.next(jobs, num_parts))
+        return prompt_pass(jobs[0], self.model)
+
     def _run(self, jobs: list[Job]) -> None:
-        """Run one forward pass: the next chunk of one prompt, or one over decoding jobs."""
+        """Run the next pass of jobs, while none is in flight."""
         try:
-            if jobs[0].prefilled:
-                self._decode_pass(jobs)
+            planned = self._plan(jobs)
+            if planned.chunk_of is None:
+                with self.drafts.passes.measure(planned.num_rows):
+                    rows = self.model.forward_rows(planned.entries, planned.logits)
             else:
-                self._prompt_pass(jobs[0])
+                rows = self.model.forward_rows(planned.entries, planned.logits)
+                self._commit_chunk(planned)
+            self._take_rows(planned, rows)
+        except MachineLost:
+            raise
         except BaseException as error:
             if len(jobs) == 1:
                 self._fail(jobs[0], error)
@@ -373,73 +439,39 @@ class Scheduler:
             # in its own pass.
             for job in jobs:
                 self._run([job])
-            return
-        for job in jobs:
-            if job.is_ready:
-                job.wake_waiters()
 
-    def _prompt_pass(self, job: Job) -> None:
-        """Run the next chunk of the prompt or, after that, of the negative prompt.
-
-        An answer whose pages were lent to others is run again in passes that compute what its
-        decoding has computed, bit for bit.
-        """
-        for sequence, text in job.texts:
-            pending = _missing(sequence, text)
-            if job.negative is not None:
-                pending = pending[:-1]
-            if pending:
-                break
-        assert pending, "the prompt is already prefilled"
-        count, most = len(pending), self.model.chunk_size
-        of_prompt = len(text) - job.num_answered - sequence.past_len
-        if of_prompt <= 0:
-            most = self.model.decode_rows
-        elif self.model.decode_rows < most:
-            count = min(count, of_prompt)
-        ids = pending[: self._chunk_end(sequence, count, most) - sequence.past_len]
-        last = len(ids) == len(pending) and job.negative is None
-        rows = self.model.forward_rows([(sequence, ids)], "last" if last else "none")
+    def _commit_chunk(self, chunk: Pass) -> None:
+        """Let others find what a chunk stores. In flight, their passes are behind it."""
+        (job,), ((sequence, _),) = chunk.jobs, chunk.entries
+        assert chunk.chunk_of is not None
         job.count_prompt(reused=False)
-        self.cache.commit(sequence, text)
-        if last:
-            self._take(job, rows, [])
+        self.cache.commit(sequence, chunk.chunk_of)
 
-    def _chunk_end(self, sequence: PagedSequence, count: int, most: int) -> int:
-        """Return where the next chunk of `count` missing tokens ends, after `most` at the latest.
-
-        If possible it is the end of a page, because only full pages are shared without a copy.
-        """
-        past_len = sequence.past_len
-        if count <= most:
-            return min(past_len + count, sequence.end_of_pass(past_len))
-        end = min(past_len + most, sequence.end_of_pass(past_len))
-        page_end = end // PAGE_LEN * PAGE_LEN
-        return page_end if page_end > past_len else end
-
-    def _decode_pass(self, jobs: list[Job]) -> None:
-        """Run the last token of each job and its draft, the tokens that may follow.
+    def _take_rows(self, planned: Pass, rows: list[LogitsRow], gone: Collection[Job] = ()) -> None:
+        """Draw the tokens of a pass, then wake the callers that need not wait any more.
 
         The rows of a draft have the same logits that separate passes would give. So tokens are
         drawn from them in order until one differs from the draft.
+
+        Args:
+            gone: jobs whose rows are not needed any more.
         """
-        drafts = self.drafts.next(jobs)
-        entries = [
-            (sequence, [*_missing(sequence, ids), *draft])
-            for job, draft in zip(jobs, drafts, strict=True)
-            for sequence, ids in job.texts
-        ]
-        with self.drafts.passes.measure(sum(len(ids) for _, ids in entries)):
-            logits = self.model.forward_rows(entries, "all" if any(drafts) else "last")
+        if planned.logits == "none":
+            return
         first = 0
-        for job, draft in zip(jobs, drafts, strict=True):
-            count = len(draft) + 1
-            rows = logits[first : first + count * job.num_sequences]
-            first += len(rows)
+        for job, draft in zip(planned.jobs, planned.drafts, strict=True):
+            count = (len(draft) + 1) * job.num_sequences
+            found = rows[first : first + count]
+            first += count
+            if job in gone:
+                continue
             for sequence, _ in job.texts:
                 sequence.past_len -= len(draft)
             job.stats.drafted_tokens += len(draft)
-            self._take(job, rows, draft)
+            self._take(job, found, draft)
+        for job in planned.jobs:
+            if job.is_ready:
+                job.wake_waiters()
 
     def _take(self, job: Job, rows: list[LogitsRow], draft: list[int]) -> None:
         """Draw tokens from the rows of a job as long as they agree with its draft.
@@ -496,14 +528,16 @@ class Scheduler:
         self._remove(job)
         try:
             return_pages(job, self.cache)
-            self.drafts.release(job)
         finally:
-            job.finish(reason, error)
-            job.wake_waiters()
+            try:
+                self.drafts.release(job)
+            finally:
+                job.finish(reason, error)
+                job.wake_waiters()
 
 
-def _arrival(job: Job) -> int:
-    return job.arrival
+def arrival(request: Job | TextEvaluation) -> int:
+    return request.arrival
 
 
 def _typed(error: BaseException) -> BaseException:
@@ -526,8 +560,3 @@ def _guided(job: Job, rows: list[LogitsRow], index: int) -> LogitsRow:
         return rows[index]
     negative = rows[len(rows) // 2 + index]
     return LogitsRow(guide(rows[index].values, negative.values, job.settings.guidance_scale))
-
-
-def _missing(sequence: PagedSequence, ids: Ids) -> list[int]:
-    """Return the ids of a text that the cache does not hold yet."""
-    return [int(i) for i in ids[sequence.past_len :]]

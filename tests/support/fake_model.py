@@ -36,6 +36,7 @@ class FakeModel:
         self.max_batch_size = sizes.get("max_batch_size", 4)
         self.logits_rows = sizes.get("logits_rows", 8)
         self.decode_rows = sizes.get("decode_rows", self.chunk_size)
+        self.most_in_flight = self.decoding_in_flight = 1
         self.loras = ()
         self.script = script
         self.calls: list[list[int]] = []
