@@ -7,6 +7,8 @@ from dataclasses import asdict, fields, replace
 
 import pytest
 
+from exl_loader.backends import BACKENDS
+from exl_loader.backends.cpu.backend import CpuBackend
 from exl_loader.cache.layout import CacheType
 from exl_loader.checkpoint import Checkpoint
 from exl_loader.checkpoint.copies import folder_digest
@@ -123,6 +125,22 @@ def begun(answers, folder, number: int = ASKED.plan) -> None:
             REQUEST, plan=number, name=folder.name, digest=folder_digest(checkpoint)
         )
     answers.answer(PLAN, to_json(request))
+
+
+def test_devices_are_initialized_before_they_are_measured(answers, folder, monkeypatch):
+    called = []
+
+    class Measured(CpuBackend):
+        def initialize(self, device):
+            called.append(f"initialize {device}")
+
+        def overhead(self, device):
+            called.append(f"overhead {device}")
+            return super().overhead(device)
+
+    monkeypatch.setitem(BACKENDS, "cpu", Measured())
+    begun(answers, folder)
+    assert called == ["initialize cpu", "overhead cpu"]
 
 
 def test_plans_that_are_made_at_once_take_turns(folder):

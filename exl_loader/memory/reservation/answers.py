@@ -17,7 +17,7 @@ from ...utils.byte_counts import parse_bytes
 from ...utils.errors import InvalidSettings, MachineRefused, shown
 from ..segments import Segment
 from .assignment import Assigner, DeviceShare
-from .budgets import budgets, main_memory_budget
+from .budgets import budgets, chosen_devices, main_memory_budget
 from .costs import LayerCosts, PlacedModel, segments_of
 from .device_records import device_record
 from .options import LoadOptions, RunOptions
@@ -70,6 +70,8 @@ class _Plan:
 
 class PlanAnswers:
     """Answers a first machine's questions about plans, one after the other.
+
+    The machine is there for layers: the first plan initializes all devices that may hold some.
 
     Plans that are made at once, such as those of a page while a model is loaded, may take turns.
 
@@ -137,6 +139,10 @@ class PlanAnswers:
     def _plan(self, request: PlanRequest) -> PlanReply:
         """Open the folder and see what the devices lend."""
         options = self._chosen(request)
+        if options.vram is None:
+            # A plan measures the overhead of cards that this process has a context on.
+            for name in chosen_devices(options):
+                backend_of(name).initialize(name)
         devices = budgets(options)
         in_main_memory = [one for one in devices if backend_of(one.device).is_main_memory]
         main_memory = in_main_memory[0] if in_main_memory else main_memory_budget(options)

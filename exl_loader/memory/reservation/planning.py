@@ -102,7 +102,7 @@ def planned(
     options.check()
     if options.machines and connection is None:
         raise InvalidSettings(
-            "machines", expected="nothing, because this runs a model on one machine",
+            "machines", expected="nothing, because this uses one machine",
             actual=shown(options.machines), remedy="Leave it out",
         )
     splits = gpu_split_by_machine(options, connection)
