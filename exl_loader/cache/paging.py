@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,16 @@ from .page_index import Ids, Key, PageIndex, as_ids, next_key, root_key
 
 if TYPE_CHECKING:
     import torch
+
+
+class PageCopier(Protocol):
+    """Copies pages of one layer's cache, or of several; see `CacheLayer`."""
+
+    def copy_tokens(self, source: int, target: int, count: int) -> None:
+        """Copy the first `count` stored tokens of a page to another page."""
+
+    def copy_open_page(self, source: int, target: int, count: int) -> None:
+        """Copy the first `count` tokens of an open page, and its first token, to another one."""
 
 
 @dataclass(eq=False)
@@ -71,12 +81,18 @@ class PagedCache:
     those of its own page in more bits than pages have.
 
     Args:
-        layers: the cache of each decoder layer.
+        layers: the cache of each decoder layer on this machine.
         num_pages: number of pages of each layer.
+        elsewhere: copies pages of the layers on other machines; None where there are none.
     """
 
-    def __init__(self, layers: Sequence[CacheLayer], num_pages: int) -> None:
+    def __init__(
+        self, layers: Sequence[CacheLayer], num_pages: int, elsewhere: PageCopier | None = None
+    ) -> None:
         self.layers = list(layers)
+        self._copiers: list[PageCopier] = [*self.layers]
+        if elsewhere is not None:
+            self._copiers.append(elsewhere)
         self.num_pages = num_pages
         self._holders = [0] * num_pages
         # In the order in which the pages will be lent.
@@ -90,6 +106,7 @@ class PagedCache:
         cls, views: Mapping[str, torch.Tensor], prefix: str, cache_type: CacheType,
         workspaces: Iterable[tuple[Mapping[str, torch.Tensor], int]], num_tokens: int,
         first_layer: int = 0,
+        elsewhere: PageCopier | None = None,
     ) -> PagedCache:
         """Make a cache from the tensors that `layout.cache_specs` plans.
 
@@ -101,6 +118,7 @@ class PagedCache:
                 its open pages and what the sample finds, and its place on the device.
             num_tokens: number of tokens that the tensors have pages for.
             first_layer: the model's number of the first layer; see `DeviceMap`.
+            elsewhere: as for the class.
         """
         layers = []
         for i, workspace in enumerate(workspaces, first_layer):
@@ -114,7 +132,7 @@ class PagedCache:
             layer.take_open_pages(*workspace)
             layer.take_key_sample(*workspace)
             layers.append(layer)
-        return cls(layers, pages_for(num_tokens))
+        return cls(layers, pages_for(num_tokens), elsewhere)
 
     @property
     def num_free_pages(self) -> int:
@@ -335,8 +353,8 @@ class PagedCache:
         pool.put(own, sequence.keys[-1], held, first)
 
     def _copy_open_page(self, source: int, target: int, count: int) -> None:
-        for layer in self.layers:
-            layer.copy_open_page(source, target, count)
+        for copier in self._copiers:
+            copier.copy_open_page(source, target, count)
 
     def _commit_page(self, sequence: PagedSequence, index: int, page_ids: Ids) -> None:
         page, parent = sequence.pages[index], sequence.keys[-1]
@@ -363,8 +381,8 @@ class PagedCache:
             return
         target = sequence.pages[index]
         if target != source:
-            for layer in self.layers:
-                layer.copy_tokens(source, target, count)
+            for copier in self._copiers:
+                copier.copy_tokens(source, target, count)
         sequence.past_len = index * PAGE_LEN + count
 
     def _hold(self, page: int) -> None:

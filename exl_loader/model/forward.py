@@ -1,6 +1,7 @@
 """The forward pass: rows of one or several sequences in, logits out, inside the workspace.
 
-What runs on the devices is `local_layers.LocalLayers`; here is what a caller asks of it.
+The layers run on this machine (`local_layers`), or the first of them here and the others on further
+machines (`remote_layers`). Embedding and head are on this machine either way.
 """
 
 from __future__ import annotations
@@ -17,18 +18,21 @@ import torch
 from ..backends.base import DeviceOps
 from ..cache.layout import PAGE_LEN
 from ..cache.paging import PagedCache, PagedSequence
-from ..generation.forward_model import LandedFlight, LogitsMode, LogitsRow
+from ..generation.forward_model import LandedFlight, LogitsMode, LogitsRow, TopLogits
 from ..utils.errors import CacheFull, InvalidSettings
 from ..utils.progress import NullProgress, Progress, task
 from .adapters import Adapters, LoadedLora
 from .assembly import ModelParts
 from .key_sample import sample_ids
 from .local_layers import Entry, LocalLayers
+from .remote_layers import most_in_flight
 from .step import most_rows
 from .top_logits_reader import TopLogitsReader
 
 if TYPE_CHECKING:
     from ..checkpoint.adapter import Adapter
+    from ..generation.forward_model import Flight
+    from .remote_layers import RemoteLayers
 
 
 class Model:
@@ -37,10 +41,11 @@ class Model:
     Making it runs a short text, if keys are stored in fewer than 8 bits; see `key_sample`.
 
     Args:
-        parts: the model's parts, loaded.
+        parts: the model's parts on this machine, loaded.
         workspaces: device -> views of its `workspace_specs`, by name.
         cache: the key/value cache, of which no sequence holds a page yet.
         ops: device -> its operations.
+        remote: the layers after those of `parts`, on other machines; None where there are none.
         rooms: device -> uint8 [n], the room for adapters; devices without a room are missing.
         alpha_value, compress_pos_emb: see `rope.inv_freq`.
         sample_text_ids: of `key_sample.SAMPLE_TEXT`; none without a tokenizer.
@@ -54,9 +59,6 @@ class Model:
         InvalidSettings: alpha_value or compress_pos_emb out of range.
     """
 
-    most_in_flight = 1
-    decoding_in_flight = 1
-
     def __init__(
         self,
         parts: ModelParts,
@@ -64,6 +66,7 @@ class Model:
         cache: PagedCache,
         ops: Mapping[str, DeviceOps],
         *,
+        remote: RemoteLayers | None = None,
         rooms: Mapping[str, torch.Tensor] | None = None,
         alpha_value: float = 1.0,
         compress_pos_emb: float = 1.0,
@@ -81,13 +84,25 @@ class Model:
         self.max_batch_size = self._local.max_batch_size
         self.logits_rows: int = last["logits"].shape[0]
         self.decode_rows = self._local.decode_rows
+        self.most_in_flight = self.decoding_in_flight = 1
+        self._remote = remote
+        if remote is not None:
+            self.decode_rows = min(self.decode_rows, remote.decode_rows)
+            self.most_in_flight = most_in_flight(remote.num_machines)
+            self.decoding_in_flight = remote.num_machines
         self.sampled_vocab_size = self.config.vocab_size
         self._parts, self._workspaces, self._ops = parts, workspaces, ops
         rows = most_rows(self.chunk_size, self.max_batch_size, self.logits_rows)
         self._adapters = Adapters(parts, rooms or {}, ops, rows)
         self._sample_text_ids = sample_text_ids
         self._cpu = self._local.stages[-1].cpu
-        self._logits = self._cpu.mirror(last["logits"])
+        self._logits_on_device = last["logits"]
+        self._logits = self._cpu.mirror(self._logits_on_device)
+        self._landed = self._logits
+        if remote is not None and self._logits is self._logits_on_device:
+            # The next pass starts before the rows of this one have been read, and its layers
+            # use the same memory of the workspace.
+            self._landed = torch.empty_like(self._logits)
         self._top_logits = (
             TopLogitsReader(self._cpu, last["top_logits"]) if "top_logits" in last else None
         )
@@ -117,7 +132,9 @@ class Model:
         sequence = PagedSequence([0], rope_len=1, open_page=0 if has_open_pages else None)
         for first in range(0, len(ids), self.chunk_size):
             entry = sequence, ids[first : first + self.chunk_size]
-            sample.run(entry)
+            step = sample.run(entry)
+            if self._remote is not None:
+                self._remote.sample(entry, self._local.hidden(step), len(ids))
             _advance([entry])
         sample.finish()
 
@@ -169,9 +186,33 @@ class Model:
             for row, top_logits in enumerate(found)
         ]
 
-    def start_rows(self, entries: Sequence[Entry], logits: LogitsMode = "last") -> LandedFlight:
-        """Do the same; see `ForwardModel.start_rows`. On one machine the pass ends at once."""
-        return LandedFlight(self.forward_rows(entries, logits))
+    def start_rows(self, entries: Sequence[Entry], logits: LogitsMode = "last") -> Flight:
+        """Start the same; see `ForwardModel.start_rows`. On one machine the pass ends at once."""
+        if self._remote is None:
+            return LandedFlight(self.forward_rows(entries, logits))
+        assert not _needs_passes(entries), "rows of a sequence lie in several pages"
+        self._check(entries)
+        self._compute_missing_firsts(entries)
+        number = self._send(self._remote, entries, logits)
+        for sequence, _ in entries:
+            sequence.missing_first = None
+        _advance(entries)
+        return RemoteFlight(partial(self._land, self._remote, number))
+
+    def _land(self, remote: RemoteLayers, number: int) -> list[LogitsRow]:
+        """Wait for a pass that was started, and run the head on the rows that it returns."""
+        hidden = remote.finish(number)
+        if not len(hidden):
+            return []
+        top_vocab_size = self.sampled_vocab_size if self._top_logits is not None else 0
+        on_device = self._local.run_head(torch.from_numpy(hidden), top_vocab_size)
+        rows, fetched = self._landed[: len(hidden)], self._fetch(on_device)
+        if rows.data_ptr() != fetched.data_ptr():
+            rows.copy_(fetched)
+        found: list[TopLogits | None] = [None] * len(rows)
+        if self._top_logits is not None:
+            found = self._top_logits.read(len(rows), self.sampled_vocab_size)
+        return [LogitsRow(*row) for row in zip(rows.numpy(), found, strict=True)]
 
     def _forward_passes(
         self, entries: Sequence[Entry], logits: LogitsMode
@@ -210,11 +251,27 @@ class Model:
         assert 0 < len(entries) <= self.max_batch_size and num_rows <= self.chunk_size
         assert logits != "all" or num_rows <= self.logits_rows
         self._check(entries)
-        self._run_missing_firsts(entries)
+        self._compute_missing_firsts(entries)
         top_vocab_size = self.sampled_vocab_size if top_logits and logits != "none" else 0
-        return self._local.run(entries, logits, top_vocab_size).logits
+        if self._remote is None:
+            out = self._local.run(entries, logits, top_vocab_size).logits
+        else:
+            hidden = self._remote.finish(self._send(self._remote, entries, logits))
+            out = self._logits_on_device[:0]
+            if len(hidden):
+                out = self._local.run_head(torch.from_numpy(hidden), top_vocab_size)
+        for sequence, _ in entries:
+            sequence.missing_first = None
+        return out
 
-    def _run_missing_firsts(self, entries: Sequence[Entry]) -> None:
+    def _send(
+        self, remote: RemoteLayers, entries: Sequence[Entry], logits: LogitsMode
+    ) -> int:
+        """Run a pass through this machine's layers and send it on; return its number."""
+        step = self._local.run(entries, "none")
+        return remote.start(entries, logits, self._local.hidden(step))
+
+    def _compute_missing_firsts(self, entries: Sequence[Entry]) -> None:
         """Compute the first tokens that open pages lack, because a cache held the texts' beginning.
 
         A first token depends on nothing else, so it is a text of its own here.
@@ -223,10 +280,13 @@ class Model:
             (replace(sequence, past_len=0, missing_first=None), [sequence.missing_first])
             for sequence, _ in entries if sequence.missing_first is not None
         ]
-        if firsts:
-            self._run(firsts, "none", False)
-            for sequence, _ in entries:
-                sequence.missing_first = None
+        if not firsts:
+            return
+        if self._remote is None:
+            self._local.run(firsts, "none")
+        else:
+            # The pass of the entries waits for it as well.
+            self._send(self._remote, firsts, "none")
 
     def _fetch(self, on_device: torch.Tensor, first: int = 0) -> torch.Tensor:
         """Copy rows of logits to the CPU, to the rows from `first` on."""
@@ -307,6 +367,21 @@ class Model:
                     "the key/value cache", expected=f"pages for {end} tokens",
                     actual=f"{pages * PAGE_LEN}", remedy="Load with a larger ctx_size",
                 )
+
+
+@dataclass(frozen=True)
+class RemoteFlight:
+    """A pass on its way through other machines.
+
+    Args:
+        land: waits for it and returns its rows.
+    """
+
+    land: Callable[[], list[LogitsRow]]
+
+    def rows(self) -> list[LogitsRow]:
+        """Do what `Flight.rows` says."""
+        return self.land()
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,7 @@ class LocalLayers:
         chunk_size: most rows of a step.
         max_batch_size: most sequences of a step.
         max_pages: most pages of a sequence.
+        hidden_size: width of the hidden state.
         stages: in the order of the layers.
         steps: those recorded, the least recently used first.
 
@@ -102,6 +103,7 @@ class LocalLayers:
         self.chunk_size: int = first["ids"].shape[0]
         self.max_batch_size: int = first["past_len"].shape[0]
         self.max_pages: int = first["page_table"].shape[1]
+        self.hidden_size = parts.config.hidden_size
         self.stages: list[Stage] = []
         self.steps: dict[StepShape, Step] = {}
         self._head_steps: dict[tuple[int, int], StageStep] = {}

@@ -27,31 +27,56 @@ def build_model(
 
     `ops` are those of every device, or each device's by name.
     """
-    config, kind = ModelConfig.from_dir(folder), CacheType.parse(cache_type)
-    num_pages = pages_for(ctx_size) * sequences
-    with Checkpoint.open(folder) as checkpoint:
-        devices = device
-        if isinstance(device, str):
-            devices = DeviceMap.single(device, config.num_hidden_layers)
-        by_name = ops if isinstance(ops, dict) else dict.fromkeys(devices.devices, ops)
-        on_device = {name: by_name[name] for name in devices.devices}
-        parts = build_parts(config, checkpoint, devices)
-        workspace = workspace_specs(
-            parts.stages(), ctx_size=ctx_size, cache_type=kind, chunk_size=chunk_size,
-            max_batch_size=sequences, logits_rows=logits_rows,
-        )
-        cache_tensors = cache_specs(config, num_pages, kind, devices)
-        buffers = allocate(lay_out([*parts.specs(), *cache_tensors, *workspace]).values())
-        with upload_buffers(on_device, buffers):
-            weights = buffers.views("weights") | buffers.views("embedding")
-            parts.load(checkpoint, weights, on_device)
-    workspaces = {name: buffers.views("workspace", name) for name in devices.devices}
-    cache = PagedCache.from_views(
-        buffers.views("cache"), "cache", kind,
-        [(workspaces[name], index) for name, index in parts.layer_places()],
-        num_pages * PAGE_LEN,
+    part = MachinePart(
+        folder, ops, cache_type=cache_type, ctx_size=ctx_size, sequences=sequences,
+        chunk_size=chunk_size, logits_rows=logits_rows, device=device,
     )
-    return Model(parts, workspaces, cache, on_device, **options), cache
+    cache = part.cache()
+    return Model(part.parts, part.workspaces, cache, part.ops, **options), cache
+
+
+class MachinePart:
+    """What one machine has of a model, read: all of it, or by the device map a part.
+
+    Arguments as those of `build_model`.
+    """
+
+    def __init__(
+        self, folder: Path, ops, *, cache_type: str = "fp32", ctx_size: int = 512,
+        sequences: int = 1, chunk_size: int = 128, logits_rows: int = 128,
+        device: str | DeviceMap = "cpu",
+    ) -> None:
+        config, self._kind = ModelConfig.from_dir(folder), CacheType.parse(cache_type)
+        self._num_pages = pages_for(ctx_size) * sequences
+        with Checkpoint.open(folder) as checkpoint:
+            devices = device
+            if isinstance(device, str):
+                devices = DeviceMap.single(device, config.num_hidden_layers)
+            by_name = ops if isinstance(ops, dict) else dict.fromkeys(devices.devices, ops)
+            self.ops = {name: by_name[name] for name in devices.devices}
+            self.parts = build_parts(config, checkpoint, devices)
+            workspace = workspace_specs(
+                self.parts.stages(), ctx_size=ctx_size, cache_type=self._kind,
+                chunk_size=chunk_size, max_batch_size=sequences, logits_rows=logits_rows,
+            )
+            cache_tensors = cache_specs(config, self._num_pages, self._kind, devices)
+            self.buffers = allocate(
+                lay_out([*self.parts.specs(), *cache_tensors, *workspace]).values()
+            )
+            with upload_buffers(self.ops, self.buffers):
+                weights = self.buffers.views("weights") | self.buffers.views("embedding")
+                self.parts.load(checkpoint, weights, self.ops)
+        self.workspaces = {
+            name: self.buffers.views("workspace", name) for name in devices.devices
+        }
+
+    def cache(self, elsewhere=None) -> PagedCache:
+        """Make a cache of these layers."""
+        return PagedCache.from_views(
+            self.buffers.views("cache"), "cache", self._kind,
+            [(self.workspaces[name], index) for name, index in self.parts.layer_places()],
+            self._num_pages * PAGE_LEN, self.parts.device_map.first_layer, elsewhere,
+        )
 
 
 def run_chunks(
